@@ -1,0 +1,47 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/pflag"
+)
+
+const environmentAnnotation = "pillion.dev/environment"
+
+// twin names the environment variables that set flag name when the command line does not, the strongest first, and
+// adds them to the flag's help. It panics on a flag that does not exist: that is a mistake of this package.
+func twin(flags *pflag.FlagSet, name string, variables ...string) {
+	flag := flags.Lookup(name)
+	if flag == nil {
+		panic("no flag --" + name)
+	}
+	flag.Usage += " [$" + strings.Join(variables, ", $") + "]"
+	if err := flags.SetAnnotation(name, environmentAnnotation, variables); err != nil {
+		panic(err)
+	}
+}
+
+// applyEnvironment sets every flag that the command line left alone from the first of its variables that is set. An
+// empty variable counts as not set: manifests often carry empty ones. The first bad value ends it with an error that
+// names the variable.
+func applyEnvironment(flags *pflag.FlagSet) error {
+	var failed error
+	flags.VisitAll(func(flag *pflag.Flag) {
+		if flag.Changed || failed != nil {
+			return
+		}
+		for _, variable := range flag.Annotations[environmentAnnotation] {
+			value, ok := os.LookupEnv(variable)
+			if !ok || value == "" {
+				continue
+			}
+			if err := flags.Set(flag.Name, value); err != nil {
+				failed = fmt.Errorf("environment variable %s=%q (for --%s): %w", variable, value, flag.Name, err)
+			}
+			return
+		}
+	})
+	return failed
+}

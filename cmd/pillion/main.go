@@ -1,0 +1,58 @@
+// Command pillion is a sidecar that captures and carries a workload's network traffic.
+//
+// This package is the front door: it turns flags and environment into the configuration of the rooms behind it, and
+// their errors into exit codes. It decides nothing else.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+)
+
+// Exit codes. An unknown flag is 255 because istio-iptables says so and injectors' authors rely on it.
+const (
+	exitOK      = 0
+	exitFailure = 1
+	exitUsage   = 255
+)
+
+func main() {
+	os.Exit(run(os.Args[1:]))
+}
+
+// usageError is an error of the command line's form, as opposed to a bad value or a failed run.
+type usageError struct{ err error }
+
+func (e usageError) Error() string { return e.err.Error() }
+func (e usageError) Unwrap() error { return e.err }
+
+// run executes the command line args (without the program's name) and returns the exit code. Errors go to stderr as
+// one line.
+func run(args []string) int {
+	root := newRoot()
+	root.SetArgs(args)
+	err := root.Execute()
+	if err == nil {
+		return exitOK
+	}
+	fmt.Fprintln(os.Stderr, "pillion: error:", err)
+	if errors.As(err, new(usageError)) {
+		return exitUsage
+	}
+	return exitFailure
+}
+
+func newRoot() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "pillion",
+		Short:         "A sidecar that captures and carries a workload's network traffic",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	return root
+}

@@ -1,0 +1,54 @@
+package nettest
+
+import (
+	"io"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+)
+
+func TestMain(m *testing.M) { os.Exit(Main(m)) }
+
+func TestPodAndPeerReachEachOther(t *testing.T) {
+	RequireRoot(t)
+	pod, peer := PodAndPeer(t)
+	for _, c := range []struct {
+		from, to *Namespace
+		address  netip.Addr
+	}{
+		{peer, pod, PodIP4}, {peer, pod, PodIP6}, {pod, peer, PeerIP4}, {pod, peer, PeerIP6},
+		{pod, peer, Elsewhere4}, {pod, peer, Elsewhere6},
+	} {
+		t.Run(c.from.Name+" to "+c.address.String(), func(t *testing.T) {
+			listener := c.to.Listen(t, "tcp", netip.AddrPortFrom(c.address, 0).String())
+			go func() {
+				conn, err := listener.Accept()
+				if err == nil {
+					io.WriteString(conn, "hello")
+					conn.Close()
+				}
+			}()
+			conn, err := c.from.Dial("tcp", listener.Addr().String(), 5*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if got, _ := io.ReadAll(conn); string(got) != "hello" {
+				t.Errorf("read %q", got)
+			}
+		})
+	}
+}
+
+func TestProgramsRunInsideAsTheGivenUser(t *testing.T) {
+	RequireRoot(t)
+	ns := New(t, "alone")
+	out, err := ns.Run(ns.Command(1337, 1337, "sh", "-c", "id -u; ls /sys/class/net >/dev/null; tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' '"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out != "1337\nlo\n" {
+		t.Errorf("uid and interfaces: got %q, want 1337 and lo alone", out)
+	}
+}
