@@ -1,0 +1,172 @@
+package iptables
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// nftChain is a chain of nftables, as far as we look at it.
+type nftChain struct {
+	family      Family
+	table, name string
+	// base tells a chain that the kernel calls by itself. untouched is a base chain without a rule, with the policy that
+	// it was born with.
+	base, untouched bool
+}
+
+// nftChains asks the kernel for the chains of both families. That costs one message and changes nothing, whereas asking
+// a program costs a process for each family and, in some versions, makes tables. A kernel without nftables has none.
+func nftChains() ([]nftChain, error) {
+	request := nl.NewNetlinkRequest(nftMessage(unix.NFT_MSG_GETCHAIN), unix.NLM_F_DUMP)
+	request.AddData(&nl.Nfgenmsg{NfgenFamily: unix.NFPROTO_UNSPEC, Version: nl.NFNETLINK_V0})
+	messages, err := request.Execute(unix.NETLINK_NETFILTER, uint16(nftMessage(unix.NFT_MSG_NEWCHAIN)))
+	switch {
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("listing nftables chains: %w", err)
+	}
+	var chains []nftChain
+	for _, message := range messages {
+		chain, err := readNFTChain(message)
+		if err != nil {
+			return nil, fmt.Errorf("listing nftables chains: %w", err)
+		}
+		if chain.family != 0 {
+			chains = append(chains, chain)
+		}
+	}
+	return chains, nil
+}
+
+// readNFTChain reads a nfgenmsg header and the attributes behind it. Numbers are in network order.
+func readNFTChain(message []byte) (nftChain, error) {
+	var chain nftChain
+	if len(message) < nl.SizeofNfgenmsg {
+		return chain, fmt.Errorf("a message of %d bytes is too short", len(message))
+	}
+	switch message[0] {
+	case unix.NFPROTO_IPV4:
+		chain.family = IPv4
+	case unix.NFPROTO_IPV6:
+		chain.family = IPv6
+	}
+	attributes, err := nl.ParseRouteAttr(message[nl.SizeofNfgenmsg:])
+	if err != nil {
+		return chain, err
+	}
+	var users, policy uint32
+	for _, attribute := range attributes {
+		switch attribute.Attr.Type & nl.NLA_TYPE_MASK {
+		case unix.NFTA_CHAIN_TABLE:
+			chain.table = unix.ByteSliceToString(attribute.Value)
+		case unix.NFTA_CHAIN_NAME:
+			chain.name = unix.ByteSliceToString(attribute.Value)
+		case unix.NFTA_CHAIN_HOOK:
+			chain.base = true
+		case unix.NFTA_CHAIN_USE:
+			users = bigEndian(attribute.Value)
+		case unix.NFTA_CHAIN_POLICY:
+			policy = bigEndian(attribute.Value)
+		}
+	}
+	chain.untouched = chain.base && users == 0 && policy == nfAccept
+	return chain, nil
+}
+
+// nfAccept is NF_ACCEPT of linux/netfilter.h.
+const nfAccept = 1
+
+func bigEndian(value []byte) uint32 {
+	if len(value) < 4 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(value)
+}
+
+// removeNFT removes base chains of a family's nat table, and the table itself when table is set, in one transaction.
+// Without recursion the kernel refuses to remove what somebody uses, and then nothing happens at all: a rule that a
+// stranger adds at this moment is safe.
+func removeNFT(family Family, chains []string, table bool) error {
+	var removals []*nl.NetlinkRequest
+	for _, chain := range chains {
+		removals = append(removals, nftRemoval(unix.NFT_MSG_DELCHAIN, family,
+			nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(natTable)),
+			nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(chain))))
+	}
+	if table {
+		removals = append(removals, nftRemoval(unix.NFT_MSG_DELTABLE, family,
+			nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(natTable))))
+	}
+	if err := nftTransaction(removals); err != nil {
+		return fmt.Errorf("removing empty chains from nftables: %w", err)
+	}
+	return nil
+}
+
+func nftRemoval(message int, family Family, attributes ...*nl.RtAttr) *nl.NetlinkRequest {
+	protocol := uint8(unix.NFPROTO_IPV4)
+	if family == IPv6 {
+		protocol = unix.NFPROTO_IPV6
+	}
+	request := nl.NewNetlinkRequest(nftMessage(message), unix.NLM_F_NONREC|unix.NLM_F_ACK)
+	request.AddData(&nl.Nfgenmsg{NfgenFamily: protocol, Version: nl.NFNETLINK_V0})
+	for _, attribute := range attributes {
+		request.AddData(attribute)
+	}
+	return request
+}
+
+// nftTransaction sends the requests as one batch, which the kernel carries out whole or not at all, and waits for the
+// answer to each. The netlink package sends single messages only.
+func nftTransaction(requests []*nl.NetlinkRequest) error {
+	batch := nftBracket(unix.NFNL_MSG_BATCH_BEGIN)
+	for _, request := range requests {
+		batch = append(batch, request.Serialize()...)
+	}
+	batch = append(batch, nftBracket(unix.NFNL_MSG_BATCH_END)...)
+
+	socket, err := nl.Subscribe(unix.NETLINK_NETFILTER)
+	if err != nil {
+		return err
+	}
+	defer socket.Close()
+	if err := socket.SetReceiveTimeout(&nl.SocketTimeoutTv); err != nil {
+		return err
+	}
+	if err := unix.Sendto(socket.GetFd(), batch, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return err
+	}
+	for answers := 0; answers < len(requests); {
+		messages, _, err := socket.Receive()
+		if err != nil {
+			return err
+		}
+		for _, message := range messages {
+			if message.Header.Type != unix.NLMSG_ERROR || len(message.Data) < 4 {
+				continue
+			}
+			if errno := int32(nl.NativeEndian().Uint32(message.Data)); errno != 0 {
+				return unix.Errno(-errno)
+			}
+			answers++
+		}
+	}
+	return nil
+}
+
+// nftBracket opens or closes a batch for nftables.
+func nftBracket(message int) []byte {
+	request := nl.NewNetlinkRequest(message, 0)
+	request.AddData(&nl.Nfgenmsg{
+		NfgenFamily: unix.NFPROTO_UNSPEC, Version: nl.NFNETLINK_V0, ResId: nl.Swap16(unix.NFNL_SUBSYS_NFTABLES),
+	})
+	return request.Serialize()
+}
+
+// nftMessage is the number of an nftables message among those of netfilter.
+func nftMessage(message int) int { return unix.NFNL_SUBSYS_NFTABLES<<8 | message }

@@ -1,0 +1,105 @@
+package iptables
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+)
+
+// Summary is the plan in one line. It is empty for a cleanup that finds nothing.
+func (p *Plan) Summary() string {
+	if p.Unchanged() {
+		if p.cleanup {
+			return ""
+		}
+		return "nothing to change: the rules are in place"
+	}
+	var parts []string
+	for _, step := range p.Steps {
+		what := "rules installed in"
+		if len(step.want.Chains) == 0 {
+			what = "rules removed from"
+		}
+		parts = append(parts, fmt.Sprintf("%s %s %s (%s)", step.Family, what, step.Flavour, count(len(step.Changes))))
+	}
+	switch p.Address {
+	case AddressAdded:
+		parts = append(parts, fmt.Sprintf("%s added to %s", capture.InboundSource6, loopback))
+	case AddressRemoved:
+		parts = append(parts, fmt.Sprintf("%s removed from %s", capture.InboundSource6, loopback))
+	}
+	return strings.Join(parts, ", ")
+}
+
+func count(changes int) string {
+	if changes == 1 {
+		return "1 change"
+	}
+	return fmt.Sprintf("%d changes", changes)
+}
+
+// String is what would change, for people: each rule with its reason. It is empty for a cleanup that finds nothing.
+func (p *Plan) String() string {
+	var text strings.Builder
+	if p.Unread != nil {
+		fmt.Fprintf(&text, "what is there could not be read (%v); this is all that could be needed:\n", p.Unread)
+	}
+	if p.Unchanged() {
+		if summary := p.Summary(); summary != "" {
+			text.WriteString(summary + "\n")
+		}
+		return text.String()
+	}
+	if p.Address != AddressKept {
+		fmt.Fprintf(&text, "%s %s/128 on %s\n    the agent dials the workload from here over IPv6\n", p.Address, capture.InboundSource6, loopback)
+	}
+	for _, step := range p.Steps {
+		fmt.Fprintf(&text, "%s, %s, nat table: %s\n", step.Family, step.Flavour, count(len(step.Changes)))
+		for _, change := range step.Changes {
+			change.describe(&text)
+		}
+	}
+	return text.String()
+}
+
+func (c Change) describe(text *strings.Builder) {
+	switch {
+	case c.Rule == "" && c.Found == "":
+		fmt.Fprintf(text, "  %s chain %s\n", c.Kind, c.Chain)
+	case c.Rule == "":
+		fmt.Fprintf(text, "  %s: - %s\n", c.Kind, c.Found)
+	case c.Found == "":
+		fmt.Fprintf(text, "  %s: + %s\n", c.Kind, c.Rule)
+	default:
+		fmt.Fprintf(text, "  %s: - %s\n    wanted: + %s\n", c.Kind, c.Found, c.Rule)
+	}
+	if c.Why != "" {
+		fmt.Fprintf(text, "      %s\n", c.Why)
+	}
+}
+
+// MarshalJSON is the plan for programs.
+func (p *Plan) MarshalJSON() ([]byte, error) {
+	type step struct {
+		Family  string   `json:"family"`
+		Flavour Flavour  `json:"flavour"`
+		Changes []Change `json:"changes"`
+		Input   string   `json:"input"`
+	}
+	report := struct {
+		Changed  bool          `json:"changed"`
+		Address  AddressChange `json:"address,omitempty"`
+		Steps    []step        `json:"steps"`
+		Warnings []string      `json:"warnings,omitempty"`
+		Unread   string        `json:"unread,omitempty"`
+	}{Changed: !p.Unchanged(), Address: p.Address, Steps: []step{}, Warnings: p.Warnings}
+	for _, s := range p.Steps {
+		report.Steps = append(report.Steps, step{s.Family.String(), s.Flavour, s.Changes, s.Input})
+	}
+	if p.Unread != nil {
+		report.Unread = p.Unread.Error()
+	}
+	return json.Marshal(report)
+}
