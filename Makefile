@@ -1,0 +1,78 @@
+# What can be done with this checkout. `make` alone says it.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# A shell under sudo often knows neither /usr/local/go/bin nor, on Debian, the sbin directories of nginx and iptables.
+export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
+
+GO       ?= go
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
+FUZZTIME ?= 10s
+BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+TEST     := CGO_ENABLED=1 $(GO) test -buildvcs=false -race -count=1 -json
+REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
+
+# The packages whose tests make network namespaces, e2e aside.
+IN_NAMESPACES = git grep -l --untracked -E 'pillion/internal/nettest"|^package nettest' -- '*_test.go' ':!e2e' | xargs -n1 dirname | sort -u | sed 's|^|./|'
+
+##@ Try it
+.PHONY: demo
+demo: tools-demo build ## show real traffic captured and carried, in namespaces that vanish afterwards
+	scripts/demo bin/pillion
+
+##@ Build
+.PHONY: build
+build: ## build bin/pillion: static, without symbols, with its version
+	$(BUILD) -o bin/pillion ./cmd/pillion
+
+.PHONY: clean
+clean: ## remove what build and the tests leave in this directory
+	rm -rf bin
+	find . -name '*.test' -o -name '*.prof' -o -name '*.out' | xargs -r rm -f
+
+##@ Test
+.PHONY: test
+test: tools-test lint ## install what the tests need and run everything: lint, unit, namespace and e2e tests
+	$(TEST) -timeout 12m ./... | $(REPORT)
+
+.PHONY: test-unit
+test-unit: ## tests of single packages; those that need root skip without it
+	$(TEST) -timeout 5m $$($(GO) list ./... | grep -v /e2e) | $(REPORT)
+
+.PHONY: test-netns
+test-netns: tools-test ## tests that make network namespaces, without e2e
+	$(TEST) -timeout 5m $$($(IN_NAMESPACES)) | $(REPORT)
+
+.PHONY: e2e
+e2e: tools-test ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
+	$(TEST) -timeout 12m -run '$(RUN)' ./e2e/... | $(REPORT)
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME (10s)
+	FUZZTIME=$(FUZZTIME) scripts/fuzz
+
+.PHONY: bench
+bench: tools-bench ## the figures: pillion beside haproxy and a plain relay
+	$(GO) test -buildvcs=false -count=1 -timeout 15m -v -run TestFigures ./e2e/bench -figures
+
+.PHONY: lint
+lint: ## formatting, vet, module files, shell syntax
+	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
+	if [ -n "$$unformatted" ]; then echo "gofmt would change: $$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) mod tidy -diff
+	@for script in .ci/run $$(find scripts -maxdepth 1 -type f); do bash -n "$$script"; done
+
+##@ Other
+# tools-demo, tools-test and tools-bench are silent when nothing is missing.
+.PHONY: tools-demo tools-test tools-bench
+tools-demo tools-test tools-bench: tools-%:
+	@scripts/install-tools $*
+
+.PHONY: help
+help: ## this text
+	@awk 'BEGIN { FS = ":.*## " } \
+	/^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -1,0 +1,123 @@
+package arch
+
+import (
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// arrows are the imports that are allowed inside the module; they go down only. A room that is not named as `from`
+// imports no other room.
+var arrows = []struct {
+	from string
+	to   []string
+	why  string
+}{
+	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/netns"},
+		"the front door turns flags into configuration and hands it on; it decides nothing"},
+	{"agent", []string{"inbound", "outbound", "healthz", "iptables", "internal/capture", "internal/flow",
+		"internal/listener", "internal/localaddr", "internal/relay", "internal/sockopt"},
+		"the housekeeper builds every part and knows the order in which they stop"},
+	{"inbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
+	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
+	{"iptables", []string{"internal/capture", "internal/netns"}, "rules are data about what is captured, applied in a namespace"},
+	{"internal/relay", []string{"internal/sockopt"}, "the relay sets options of the sockets that it moves bytes between"},
+	{"internal/listener", []string{"internal/sockopt"}, "options that a connection inherits from its listener are set there"},
+	{"internal/upstream", []string{"internal/flow", "internal/sockopt"}, "a failed dial has a reason, a dialled socket has options"},
+	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
+}
+
+// proxyRooms are the steps that a direction's walk is made of.
+var proxyRooms = []string{
+	"internal/capture", "internal/flow", "internal/listener", "internal/localaddr", "internal/relay", "internal/sniff",
+	"internal/sockopt", "internal/upstream",
+}
+
+func TestImportsFollowTheArrows(t *testing.T) {
+	for _, r := range rooms(t) {
+		for _, imported := range r.Imports {
+			to, ours := strings.CutPrefix(imported, module)
+			if !ours || allowed(r.path(), to) || testOnly(r.path()) {
+				continue
+			}
+			t.Errorf("%s imports %s: no arrow allows it. Share a step below both, or add the arrow with its reason.", r.path(), to)
+		}
+	}
+}
+
+func allowed(from, to string) bool {
+	for _, arrow := range arrows {
+		if within(from, arrow.from) && slices.Contains(arrow.to, to) {
+			return true
+		}
+	}
+	return false
+}
+
+// testOnly names the rooms that no program is built from. They may look at whatever they test.
+func testOnly(path string) bool {
+	return within(path, "e2e/...") || within(path, "internal/arch")
+}
+
+func TestEveryArrowHasAReasonAndPointsAtARoom(t *testing.T) {
+	seen := make(map[string]bool)
+	for _, arrow := range arrows {
+		if arrow.why == "" {
+			t.Errorf("the arrow from %s has no reason", arrow.from)
+		}
+		if seen[arrow.from] {
+			t.Errorf("%s stands twice in the table", arrow.from)
+		}
+		seen[arrow.from] = true
+		for _, to := range arrow.to {
+			if within(to, "inbound") && arrow.from == "outbound" || within(to, "outbound") && arrow.from == "inbound" {
+				t.Errorf("%s → %s: the directions never import each other", arrow.from, to)
+			}
+		}
+	}
+}
+
+func TestOnlyTestsUseTheTestRooms(t *testing.T) {
+	for _, r := range rooms(t) {
+		for _, imported := range r.Imports {
+			if imported == module+"internal/nettest" && !testOnly(r.path()) {
+				t.Errorf("%s imports internal/nettest outside its tests: what runs in a pod stays lean", r.path())
+			}
+		}
+	}
+}
+
+// A room that owns raw system calls, and what it needs them for.
+var rawCalls = map[string]string{
+	"internal/sockopt":   "original destinations and the other socket options",
+	"internal/relay":     "splice, pipes and socket queues",
+	"internal/listener":  "options set on a listener before it is bound",
+	"internal/localaddr": "netlink groups that announce addresses",
+	"internal/netns":     "namespaces belong to threads",
+	"internal/nettest":   "namespaces and links for tests",
+	"iptables":           "asking the kernel which flavour holds rules, and which capabilities this process has",
+}
+
+// The names of errors (unix.ECONNREFUSED) are no calls; everybody may use them.
+func TestRawSystemCallsStayInTheRoomsThatOwnThem(t *testing.T) {
+	for _, r := range rooms(t) {
+		if slices.Contains(r.Imports, "unsafe") {
+			t.Errorf("%s imports unsafe", r.path())
+		}
+		if rawCalls[r.path()] != "" || testOnly(r.path()) {
+			continue
+		}
+		own, _ := r.files()
+		for _, name := range own {
+			for _, used := range selected(parse(t, name), "unix") {
+				if !errorName.MatchString(used) {
+					t.Errorf("%s uses unix.%s: put the call into the room that owns it (internal/sockopt for sockets), or say here why not",
+						name, used)
+				}
+			}
+		}
+	}
+}
+
+var errorName = regexp.MustCompile(`^E[A-Z0-9]+$|^Errno$`)
