@@ -1,0 +1,33 @@
+//go:build !race
+
+package relay
+
+import (
+	"io"
+	"testing"
+)
+
+func TestAMessageAllocatesNothing(t *testing.T) {
+	r := newRig(t, Options{})
+	message, answer := make([]byte, 512), make([]byte, 512)
+	exchange := func() {
+		r.client.Write(message)
+		io.ReadFull(r.server, answer)
+		r.server.Write(answer)
+		io.ReadFull(r.client, message)
+	}
+	exchange()
+	if allocs := testing.AllocsPerRun(1000, exchange); allocs >= 0.1 { // the collector may empty the buffer pool
+		t.Errorf("%v allocations for a message and its answer, want none", allocs)
+	}
+}
+
+func BenchmarkMessage(b *testing.B) {
+	r := newRig(b, Options{})
+	message := make([]byte, 512)
+	b.ReportAllocs()
+	for b.Loop() {
+		r.client.Write(message)
+		io.ReadFull(r.server, message)
+	}
+}

@@ -1,0 +1,109 @@
+package relay
+
+import (
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// pipeSize is how much one splice moves at most. The kernel charges a user for the pages of its pipes and stops at
+	// fs.pipe-user-pages-soft (64 MiB by default): later pipes get two pages, which is slower than copying.
+	pipeSize = 256 << 10
+
+	// maxPipes keeps all pipes of this process well below that limit, at 32 MiB. Flows beyond it copy.
+	maxPipes = 128
+
+	// pipeRest is how long an unused pipe is kept.
+	pipeRest = time.Second
+)
+
+// pipe is a kernel buffer. At rest, and whenever a half takes it, it is empty.
+type pipe struct{ r, w int }
+
+func (p *pipe) close() {
+	_ = unix.Close(p.r)
+	_ = unix.Close(p.w)
+}
+
+// pipePool hands pipes out. Unused ones are closed after a while, so that idle relays cost no descriptors. The zero
+// value is ready to use.
+type pipePool struct {
+	mu    sync.Mutex
+	idle  []*pipe // the last one was used last
+	fresh int     // of idle, the ones at the end that were used since the last sweep began
+	open  int     // pipes that exist, idle or in use
+	sweep *time.Timer
+}
+
+// pipes is shared by all relays: the limits that it keeps are the process's.
+var pipes pipePool
+
+// take returns an empty pipe, or nil when there are too many or the kernel gives none.
+func (pool *pipePool) take() *pipe {
+	pool.mu.Lock()
+	defer pool.mu.Unlock()
+	if last := len(pool.idle) - 1; last >= 0 {
+		p := pool.idle[last]
+		pool.idle = pool.idle[:last]
+		pool.fresh = max(pool.fresh-1, 0)
+		return p
+	}
+	if pool.open >= maxPipes {
+		return nil
+	}
+	p := newPipe()
+	if p != nil {
+		pool.open++
+	}
+	return p
+}
+
+// give takes a pipe back. One that is not empty is closed.
+func (pool *pipePool) give(p *pipe, empty bool) {
+	pool.mu.Lock()
+	defer pool.mu.Unlock()
+	if !empty {
+		pool.open--
+		p.close()
+		return
+	}
+	pool.idle = append(pool.idle, p)
+	pool.fresh++
+	if pool.sweep == nil {
+		pool.sweep = time.AfterFunc(pipeRest, pool.closeUnused)
+	}
+}
+
+// closeUnused closes the pipes that rested since the last sweep, and comes again as long as there are others.
+func (pool *pipePool) closeUnused() {
+	pool.mu.Lock()
+	defer pool.mu.Unlock()
+	unused := len(pool.idle) - pool.fresh
+	for _, p := range pool.idle[:unused] {
+		p.close()
+	}
+	pool.idle = append(pool.idle[:0], pool.idle[unused:]...)
+	pool.open -= unused
+	pool.fresh = 0
+	if len(pool.idle) == 0 {
+		pool.sweep = nil
+		return
+	}
+	pool.sweep.Reset(pipeRest)
+}
+
+// newPipe makes a pipe of pipeSize, or none: a smaller one is not worth its system calls.
+func newPipe() *pipe {
+	var fds [2]int
+	if unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {
+		return nil
+	}
+	p := &pipe{fds[0], fds[1]}
+	if _, err := unix.FcntlInt(uintptr(p.w), unix.F_SETPIPE_SZ, pipeSize); err != nil {
+		p.close()
+		return nil
+	}
+	return p
+}

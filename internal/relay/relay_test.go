@@ -1,0 +1,482 @@
+package relay
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+const patience = 10 * time.Second
+
+// rig is a relay between two loopback connections: client speaks to down, server to up.
+type rig struct {
+	client, server *net.TCPConn
+	down, up       *net.TCPConn // the relay's own
+	fromDown       atomic.Uint64
+	fromUp         atomic.Uint64
+	cancel         context.CancelFunc
+	ended          chan struct{}
+	end            End
+	err            error
+}
+
+func newRig(t testing.TB, options Options) *rig {
+	t.Helper()
+	r := &rig{ended: make(chan struct{})}
+	r.client, r.down = pair(t)
+	r.server, r.up = pair(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	r.cancel = cancel
+	options.FromDown, options.FromUp = &r.fromDown, &r.fromUp
+	go func() {
+		defer close(r.ended)
+		r.end, r.err = Run(ctx, r.down, r.up, options)
+	}()
+	t.Cleanup(func() {
+		r.client.Close()
+		r.server.Close()
+		cancel()
+		<-r.ended
+	})
+	for _, conn := range []*net.TCPConn{r.client, r.server} {
+		conn.SetDeadline(time.Now().Add(3 * patience))
+	}
+	return r
+}
+
+// pair returns the two ends of a loopback connection.
+func pair(t testing.TB) (near, far *net.TCPConn) {
+	t.Helper()
+	listener, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	conn, err := net.DialTCP("tcp4", nil, listener.Addr().(*net.TCPAddr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted, err := listener.AcceptTCP()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn, accepted
+}
+
+// wantEnd waits for the relay to end and compares how.
+func (r *rig) wantEnd(t testing.TB, want End) {
+	t.Helper()
+	select {
+	case <-r.ended:
+	case <-time.After(patience):
+		t.Fatalf("the relay still runs after %v; want %s", patience, want)
+	}
+	if r.end != want {
+		t.Errorf("ended as %s (%v), want %s", r.end, r.err, want)
+	}
+	if (r.err != nil) != (want == DownReset || want == UpReset) {
+		t.Errorf("ended as %s with error %v", r.end, r.err)
+	}
+	for _, conn := range []*net.TCPConn{r.down, r.up} {
+		if err := conn.SetDeadline(time.Time{}); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("a connection is still open after Run returned: %v", err)
+		}
+	}
+}
+
+func reset(conn *net.TCPConn) {
+	conn.SetLinger(0)
+	conn.Close()
+}
+
+func wantReset(t testing.TB, conn *net.TCPConn) {
+	t.Helper()
+	if n, err := io.Copy(io.Discard, conn); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read %d bytes and then %v, want a reset", n, err)
+	}
+}
+
+func wantRead(t testing.TB, conn *net.TCPConn, want string) {
+	t.Helper()
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(conn, got); err != nil || string(got) != want {
+		t.Fatalf("read %q, %v; want %q", got, err, want)
+	}
+}
+
+func wantEOF(t testing.TB, conn *net.TCPConn) {
+	t.Helper()
+	if n, err := conn.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatalf("read %d bytes, %v; want EOF", n, err)
+	}
+}
+
+func send(t testing.TB, conn *net.TCPConn, text string) {
+	t.Helper()
+	if _, err := io.WriteString(conn, text); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// sides runs a test once from each side: near is the side that acts, far the other one.
+func sides(t *testing.T, options Options, test func(t *testing.T, r *rig, near, far *net.TCPConn, nearReset End)) {
+	t.Run("downstream acts", func(t *testing.T) {
+		r := newRig(t, options)
+		test(t, r, r.client, r.server, DownReset)
+	})
+	t.Run("upstream acts", func(t *testing.T) {
+		r := newRig(t, options)
+		test(t, r, r.server, r.client, UpReset)
+	})
+}
+
+func TestEitherSideMaySpeakFirstAndHalfCloseFirst(t *testing.T) {
+	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, _ End) {
+		send(t, near, "question")
+		wantRead(t, far, "question")
+		near.CloseWrite()
+		wantEOF(t, far)
+		send(t, far, "answer after the half-close")
+		wantRead(t, near, "answer after the half-close")
+		far.CloseWrite()
+		wantEOF(t, near)
+		r.wantEnd(t, Closed)
+	})
+}
+
+func TestResetBecomesReset(t *testing.T) {
+	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, want End) {
+		send(t, near, "x")
+		wantRead(t, far, "x")
+		reset(near)
+		wantReset(t, far)
+		r.wantEnd(t, want)
+	})
+}
+
+func TestResetIsHeardAfterTheSameSideHalfClosed(t *testing.T) {
+	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, want End) {
+		near.CloseWrite()
+		wantEOF(t, far)
+		reset(near)
+		// The far side only waits, so nothing but the watch on the near side can tell.
+		r.wantEnd(t, want)
+		if _, err := far.Write([]byte("x")); err == nil {
+			_, err = far.Write([]byte("x"))
+			if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+				t.Errorf("writing to a reset connection: %v", err)
+			}
+		}
+	})
+}
+
+func TestResetIsHeardAfterTheOtherSideHalfClosed(t *testing.T) {
+	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, want End) {
+		far.CloseWrite()
+		wantEOF(t, near)
+		reset(near)
+		wantReset(t, far)
+		r.wantEnd(t, want)
+	})
+}
+
+func TestResetIsHeardWhileTheOtherSideStalls(t *testing.T) {
+	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, want End) {
+		fill(t, near) // far reads nothing, so the relay waits for far's window
+		reset(near)
+		r.wantEnd(t, want)
+	})
+}
+
+func TestWhatWasSentBeforeAResetArrives(t *testing.T) {
+	// A server that answers early and closes with the request unread: its answer must get through although the relay
+	// fails to write the request.
+	for range 10 {
+		r := newRig(t, Options{})
+		fill(t, r.client)
+		send(t, r.server, "413 enough")
+		r.server.Close() // unread data makes it a reset
+		wantRead(t, r.client, "413 enough")
+		wantReset(t, r.client)
+		r.wantEnd(t, UpReset)
+	}
+}
+
+func TestPeerThatClosedIsResetWhenWrittenTo(t *testing.T) {
+	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, want End) {
+		near.Close()
+		wantEOF(t, far)
+		// A closed peer looks half-closed until bytes reach it. Then it resets, and the writer has to hear of it.
+		var err error
+		for deadline := time.Now().Add(patience); err == nil && time.Now().Before(deadline); {
+			_, err = far.Write([]byte("still there?"))
+		}
+		if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("writing to a peer that closed: %v", err)
+		}
+		r.wantEnd(t, want)
+	})
+}
+
+// fill writes until the whole path is full.
+func fill(t testing.TB, conn *net.TCPConn) {
+	t.Helper()
+	chunk := make([]byte, 256<<10)
+	for {
+		conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+		if _, err := conn.Write(chunk); err != nil {
+			if !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Fatal(err)
+			}
+			conn.SetWriteDeadline(time.Time{})
+			return
+		}
+	}
+}
+
+func TestEveryByteArrivesInOrder(t *testing.T) {
+	for _, size := range []int{0, 1, bulk - 1, bulk, bulk + 1, pipeSize, 3*pipeSize + 1, 64 << 20} {
+		sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, _ End) {
+			want, got := sha256.New(), sha256.New()
+			sent := make(chan struct{})
+			go func() {
+				defer close(sent)
+				io.Copy(io.MultiWriter(near, want), io.LimitReader(rand.NewChaCha8([32]byte{1}), int64(size)))
+				near.CloseWrite()
+			}()
+			if n, err := io.Copy(got, far); err != nil || n != int64(size) {
+				t.Fatalf("%d bytes arrived, %v; want %d", n, err, size)
+			}
+			far.Close()
+			r.wantEnd(t, Closed)
+			<-sent
+			if !bytes.Equal(want.Sum(nil), got.Sum(nil)) {
+				t.Errorf("%d bytes arrived changed", size)
+			}
+			if counted := r.fromDown.Load() + r.fromUp.Load(); counted != uint64(size) {
+				t.Errorf("counted %d bytes, want %d", counted, size)
+			}
+		})
+	}
+}
+
+func TestBothWaysAtOnceWithPausesAndSlowReaders(t *testing.T) {
+	const size = 8 << 20
+	r := newRig(t, Options{})
+	hashes := make(chan [2][sha256.Size]byte, 2)
+	for _, way := range [][2]*net.TCPConn{{r.client, r.server}, {r.server, r.client}} {
+		sent := make(chan [sha256.Size]byte, 1)
+		go func() {
+			hash := sha256.New()
+			random := rand.New(rand.NewPCG(1, uint64(len(hashes))))
+			for left := size; left > 0; {
+				chunk := make([]byte, min(left, 1+random.IntN(100_000)))
+				for i := range chunk {
+					chunk[i] = byte(random.Uint32())
+				}
+				hash.Write(chunk)
+				way[0].Write(chunk)
+				left -= len(chunk)
+			}
+			way[0].CloseWrite()
+			sent <- [sha256.Size]byte(hash.Sum(nil))
+		}()
+		go func() {
+			hash := sha256.New()
+			random := rand.New(rand.NewPCG(2, 3))
+			for {
+				n, err := io.CopyN(hash, way[1], int64(1+random.IntN(50_000)))
+				if n == 0 || err != nil {
+					break
+				}
+			}
+			hashes <- [2][sha256.Size]byte{<-sent, [sha256.Size]byte(hash.Sum(nil))}
+		}()
+	}
+	for range 2 {
+		if pair := <-hashes; pair[0] != pair[1] {
+			t.Error("bytes arrived changed")
+		}
+	}
+	r.wantEnd(t, Closed)
+}
+
+func TestCountersMoveWhileTheConnectionIsOpen(t *testing.T) {
+	r := newRig(t, Options{})
+	send(t, r.client, "four")
+	wantRead(t, r.server, "four")
+	send(t, r.server, "seventy")
+	wantRead(t, r.client, "seventy")
+	eventually(t, "both counters to move", func() bool { return r.fromDown.Load() == 4 && r.fromUp.Load() == 7 })
+}
+
+// eventually waits until condition holds.
+func eventually(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited %v for %s", patience, what)
+		}
+	}
+}
+
+func TestBulkGoesBySpliceAndAnIdleConnectionHoldsNoPipe(t *testing.T) {
+	eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
+	before := openPipes(t)
+	r := newRig(t, Options{})
+	go func() {
+		r.client.Write(make([]byte, 8<<20))
+	}()
+	if _, err := io.CopyN(io.Discard, r.server, 8<<20); err != nil {
+		t.Fatal(err)
+	}
+	if pipes.count() == 0 {
+		t.Error("8 MiB went without a pipe")
+	}
+	eventually(t, "the pipe to be closed while the connection is open", func() bool { return pipes.count() == 0 })
+	if fds := openPipes(t); fds != before {
+		t.Errorf("%d descriptors of pipes are open, %d were before", fds, before)
+	}
+	send(t, r.client, "and it goes on")
+	wantRead(t, r.server, "and it goes on")
+}
+
+func TestSmallMessagesTakeNoPipe(t *testing.T) {
+	eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
+	r := newRig(t, Options{})
+	message := strings.Repeat("m", 4<<10)
+	for range 1000 {
+		send(t, r.client, message)
+		wantRead(t, r.server, message)
+	}
+	if n := pipes.count(); n != 0 {
+		t.Errorf("%d pipes for small messages", n)
+	}
+}
+
+func TestWithoutPipesBytesAreCopied(t *testing.T) {
+	var held []*pipe
+	for p := pipes.take(); p != nil; p = pipes.take() {
+		held = append(held, p)
+	}
+	if len(held) != maxPipes {
+		t.Errorf("%d pipes to be had, want %d", len(held), maxPipes)
+	}
+	defer func() {
+		for _, p := range held {
+			pipes.give(p, true)
+		}
+	}()
+	r := newRig(t, Options{})
+	want := make([]byte, 2<<20)
+	rand.NewChaCha8([32]byte{2}).Read(want)
+	go r.client.Write(want)
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(r.server, got); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("bytes arrived changed, %v", err)
+	}
+}
+
+func (pool *pipePool) count() int {
+	pool.mu.Lock()
+	defer pool.mu.Unlock()
+	return pool.open
+}
+
+func openPipes(t testing.TB) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, entry := range entries {
+		if target, _ := os.Readlink("/proc/self/fd/" + entry.Name()); strings.HasPrefix(target, "pipe:") {
+			n++
+		}
+	}
+	return n
+}
+
+func TestIdleTimeoutEndsAConnectionInWhichNothingMoves(t *testing.T) {
+	const limit = 200 * time.Millisecond
+	r := newRig(t, Options{IdleTimeout: limit})
+	last := time.Now()
+	for range 10 { // it lives longer than the limit as long as something moves
+		time.Sleep(limit / 4)
+		last = time.Now()
+		send(t, r.client, "x")
+		wantRead(t, r.server, "x")
+	}
+	wantReset(t, r.client)
+	if idle := time.Since(last); idle < limit {
+		t.Errorf("ended after %v idle, want at least %v", idle, limit)
+	}
+	wantReset(t, r.server)
+	r.wantEnd(t, IdleTimeout)
+}
+
+func TestHalfCloseTimeoutEndsAHalfClosedConnectionInWhichNothingMoves(t *testing.T) {
+	sides(t, Options{HalfCloseTimeout: 200 * time.Millisecond}, func(t *testing.T, r *rig, near, far *net.TCPConn, _ End) {
+		near.CloseWrite()
+		for range 5 { // bytes that move keep it open
+			time.Sleep(50 * time.Millisecond)
+			send(t, far, "x")
+			wantRead(t, near, "x")
+		}
+		wantReset(t, near)
+		r.wantEnd(t, HalfCloseTimeout)
+	})
+}
+
+func TestHalfCloseTimeoutLeavesOpenConnectionsAlone(t *testing.T) {
+	r := newRig(t, Options{HalfCloseTimeout: 20 * time.Millisecond})
+	time.Sleep(200 * time.Millisecond)
+	send(t, r.client, "still open")
+	wantRead(t, r.server, "still open")
+}
+
+func TestCancelCutsBothSides(t *testing.T) {
+	r := newRig(t, Options{})
+	r.cancel()
+	wantReset(t, r.client)
+	wantReset(t, r.server)
+	r.wantEnd(t, Canceled)
+}
+
+func TestNoSideIsClosedBeforeItsLastByte(t *testing.T) {
+	// Many short connections, to meet the orders in which the two halves can end.
+	for i := range 300 {
+		r := newRig(t, Options{})
+		go func() {
+			io.WriteString(r.client, "ping")
+			if i%2 == 0 {
+				r.client.CloseWrite()
+			}
+		}()
+		go func() {
+			io.ReadFull(r.server, make([]byte, 4))
+			io.WriteString(r.server, "pong")
+			r.server.Close()
+		}()
+		if got, err := io.ReadAll(r.client); string(got) != "pong" || err != nil {
+			t.Fatalf("read %q, %v", got, err)
+		}
+		r.client.Close()
+		r.wantEnd(t, Closed)
+	}
+}
