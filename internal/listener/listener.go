@@ -1,0 +1,194 @@
+// Package listener accepts TCP connections for as long as it is told to, whatever the process runs out of.
+//
+// An accept that fails never ends the loop: it waits, tells it once, and recovers by itself. Stopping takes what the
+// kernel has already accepted on our behalf, so that no client that got through is reset.
+package listener
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const (
+	minBackOff = 5 * time.Millisecond
+	maxBackOff = time.Second
+
+	// lastCall is how long a listener goes on accepting after it was told to stop: long enough to take what is in its
+	// queue, which close would reset.
+	lastCall = 10 * time.Millisecond
+)
+
+// Handler takes connections. ServeConn owns conn and closes it before it returns; ctx ends when the server aborts.
+// Refuse is given a connection that is over the limit, to close; it is called in the accept loop and must not block.
+type Handler interface {
+	ServeConn(ctx context.Context, conn *net.TCPConn)
+	Refuse(conn *net.TCPConn)
+}
+
+// Limit bounds the connections of all servers that share it. The zero value has no bound.
+type Limit struct {
+	max  int64
+	open atomic.Int64
+}
+
+// NewLimit allows max connections at a time, any number when max is zero.
+func NewLimit(max int) *Limit { return &Limit{max: int64(max)} }
+
+func (l *Limit) take() bool {
+	if l.open.Add(1) > l.max && l.max > 0 {
+		l.open.Add(-1)
+		return false
+	}
+	return true
+}
+
+func (l *Limit) give() { l.open.Add(-1) }
+
+// Server accepts from several listeners, one for each family, and counts their connections together.
+type Server struct {
+	Name      string // for logs
+	Listeners []*net.TCPListener
+	Handler   Handler
+	Limit     *Limit
+	Log       *slog.Logger
+
+	conns, loops context.Context // end by Abort and by Stop
+	abort, stop  context.CancelFunc
+
+	openConns, openLoops sync.WaitGroup
+	active               atomic.Int64          // connections
+	accepting            atomic.Int32          // loops
+	failing              atomic.Pointer[error] // why accept fails now, nil when it does not
+}
+
+// Start begins to accept. It does not block.
+func (s *Server) Start() {
+	s.conns, s.abort = context.WithCancel(context.Background())
+	s.loops, s.stop = context.WithCancel(context.Background())
+	for _, ln := range s.Listeners {
+		s.openLoops.Add(1)
+		s.accepting.Add(1)
+		go s.acceptLoop(ln)
+	}
+}
+
+// Stop takes the connections that wait in the listeners' queues, closes the listeners, and returns when both is done.
+// Connections go on. Stopping twice does nothing.
+func (s *Server) Stop() {
+	if s.loops.Err() == nil {
+		s.stop()
+		for _, ln := range s.Listeners {
+			_ = ln.SetDeadline(time.Now().Add(lastCall))
+		}
+	}
+	s.openLoops.Wait()
+}
+
+// Abort tells every connection to end at once. It returns when all have ended.
+func (s *Server) Abort() {
+	s.abort()
+	s.openConns.Wait()
+}
+
+// Wait returns when no connection is left, or when ctx ends, with its error. It makes sense after Stop.
+func (s *Server) Wait(ctx context.Context) error {
+	done := make(chan struct{})
+	go s.waitConns(done)
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (s *Server) waitConns(done chan<- struct{}) {
+	s.openConns.Wait()
+	close(done)
+}
+
+// Active is the number of connections that are open now.
+func (s *Server) Active() int { return int(s.active.Load()) }
+
+// Accepting returns nil when every listener accepts, else why not.
+func (s *Server) Accepting() error {
+	if failing := s.failing.Load(); failing != nil {
+		return *failing
+	}
+	if int(s.accepting.Load()) < max(1, len(s.Listeners)) {
+		return errors.New("not accepting")
+	}
+	return nil
+}
+
+// acceptLoop accepts until Stop.
+func (s *Server) acceptLoop(ln *net.TCPListener) {
+	defer s.openLoops.Done()
+	defer s.accepting.Add(-1)
+	defer ln.Close()
+	backOff := time.Duration(0)
+	for {
+		conn, err := ln.AcceptTCP()
+		switch {
+		case err == nil:
+			if backOff > 0 {
+				backOff = 0
+				s.failing.Store(nil)
+				s.Log.Info("accepting again", "listener", s.Name, "address", ln.Addr().String())
+			}
+			s.begin(conn)
+		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, net.ErrClosed):
+			return
+		default:
+			if backOff == 0 {
+				err := fmt.Errorf("accepting on %v: %w", ln.Addr(), err)
+				s.failing.Store(&err)
+				s.Log.Error("cannot accept, trying again until it works", "listener", s.Name, "error", err, "remedy", remedy(err))
+			}
+			backOff = min(max(minBackOff, 2*backOff), maxBackOff)
+			select {
+			case <-s.loops.Done():
+				return
+			case <-time.After(backOff):
+			}
+		}
+	}
+}
+
+// begin gives conn a goroutine of its own, or refuses it.
+func (s *Server) begin(conn *net.TCPConn) {
+	if !s.Limit.take() {
+		s.Handler.Refuse(conn)
+		return
+	}
+	s.openConns.Add(1)
+	s.active.Add(1)
+	go s.serveConn(conn)
+}
+
+func (s *Server) serveConn(conn *net.TCPConn) {
+	defer s.openConns.Done()
+	defer s.Limit.give()
+	defer s.active.Add(-1)
+	s.Handler.ServeConn(s.conns, conn)
+}
+
+// remedy says what the operator can do about an accept error.
+func remedy(err error) string {
+	switch {
+	case errors.Is(err, syscall.EMFILE):
+		return "raise this process's nofile limit, or lower --max-connections"
+	case errors.Is(err, syscall.ENFILE):
+		return "raise fs.file-max on this host"
+	default:
+		return "none known; the kernel is short of something"
+	}
+}
