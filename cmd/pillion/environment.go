@@ -45,3 +45,10 @@ func applyEnvironment(flags *pflag.FlagSet) error {
 	})
 	return failed
 }
+
+// flagNames lists the flags in the order in which they were added.
+func flagNames(flags *pflag.FlagSet) []string {
+	var names []string
+	flags.VisitAll(func(flag *pflag.Flag) { names = append(names, flag.Name) })
+	return names
+}

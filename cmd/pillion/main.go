@@ -19,6 +19,9 @@ const (
 	exitUsage   = 255
 )
 
+// version is stamped by the build.
+var version = "devel"
+
 func main() {
 	os.Exit(run(os.Args[1:]))
 }
@@ -48,11 +51,13 @@ func run(args []string) int {
 func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "pillion",
+		Version:       version,
 		Short:         "A sidecar that captures and carries a workload's network traffic",
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.SetFlagErrorFunc(flagError)
+	root.AddCommand(newInit(), newCleanup(), newAgent(), newWait())
 	return root
 }

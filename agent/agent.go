@@ -1,0 +1,214 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/pillion-proxy/pillion/healthz"
+	"github.com/pillion-proxy/pillion/inbound"
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/listener"
+	"github.com/pillion-proxy/pillion/internal/localaddr"
+	"github.com/pillion-proxy/pillion/internal/sockopt"
+	"github.com/pillion-proxy/pillion/outbound"
+)
+
+// Agent carries a workload's traffic. Make it with New, and Run it once.
+type Agent struct {
+	config Config
+	log    *slog.Logger
+	flows  *flowLog
+
+	addresses     *localaddr.Set
+	stopAddresses context.CancelFunc
+
+	inbound, outbound *listener.Server
+	health            *http.Server
+	healthListeners   []*net.TCPListener
+	draining          atomic.Bool
+}
+
+// New builds the parts and binds all ports, in the network namespace that it is called in. Nothing is served before
+// Run. When New fails, everything that it opened is closed.
+func New(config Config) (*Agent, error) {
+	if err := config.Validate(); err != nil {
+		return nil, err
+	}
+	a := &Agent{config: config, log: config.Log, flows: &flowLog{log: config.Log}}
+	if err := a.build(); err != nil {
+		a.close()
+		return nil, err
+	}
+	return a, nil
+}
+
+// build makes the parts in the order in which they need each other.
+func (a *Agent) build() error {
+	ctx, cancel := context.WithCancel(context.Background())
+	a.stopAddresses = cancel
+	addresses, err := localaddr.Watch(ctx, a.log)
+	if err != nil {
+		return err
+	}
+	a.addresses = addresses
+
+	in, err := inbound.New(inbound.Config{
+		OwnPorts:         a.ownPorts(),
+		OwnAddresses:     addresses,
+		ConnectTimeout:   a.config.ConnectTimeout,
+		IdleTimeout:      a.config.IdleTimeout,
+		HalfCloseTimeout: a.config.HalfCloseTimeout,
+		Flows:            a.flows,
+	})
+	if err != nil {
+		return err
+	}
+	out, err := outbound.New(outbound.Config{
+		OwnPorts:         a.ownPorts(),
+		OwnAddresses:     addresses,
+		ConnectTimeout:   a.config.ConnectTimeout,
+		IdleTimeout:      a.config.IdleTimeout,
+		HalfCloseTimeout: a.config.HalfCloseTimeout,
+		Flows:            a.flows,
+	})
+	if err != nil {
+		return err
+	}
+	limit := listener.NewLimit(a.config.MaxConnections)
+	a.inbound = &listener.Server{Name: "inbound", Handler: in, Limit: limit, Log: a.log}
+	a.outbound = &listener.Server{Name: "outbound", Handler: out, Limit: limit, Log: a.log}
+	a.health = &http.Server{
+		Handler: healthz.NewHandler(
+			healthz.Gate{Name: "drain", Open: a.notDraining},
+			healthz.Gate{Name: "outbound", Open: a.outbound.Accepting},
+			healthz.Gate{Name: "inbound", Open: a.inbound.Accepting},
+			healthz.Gate{Name: "addresses", Open: addresses.Current},
+		),
+		// The kubelet asks on a connection of its own each time. The bounds are for everybody else.
+		ReadTimeout:    5 * time.Second,
+		WriteTimeout:   5 * time.Second,
+		IdleTimeout:    time.Minute,
+		MaxHeaderBytes: 8 << 10,
+		ErrorLog:       slog.NewLogLogger(a.log.Handler(), slog.LevelDebug),
+	}
+	return a.bind()
+}
+
+// ownPorts are the ports that no connection may be carried to at this workload's own addresses.
+func (a *Agent) ownPorts() []uint16 {
+	spec := capture.Spec{OutboundPort: a.config.OutboundPort, InboundPort: a.config.InboundPort}
+	return append(spec.OwnPorts(), a.config.ReadinessPort)
+}
+
+// bind opens the listeners of both families.
+//
+// Outbound is bound to loopback alone: nat OUTPUT redirects to 127.0.0.1 and ::1, and open to the network it would be
+// an open relay. Inbound must be bound to all addresses: nat PREROUTING redirects to the receiving interface's.
+func (a *Agent) bind() error {
+	loopback := []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
+	all := []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+	var err error
+	if a.outbound.Listeners, err = a.listen("--outbound-port", loopback, a.config.OutboundPort); err != nil {
+		return err
+	}
+	if a.inbound.Listeners, err = a.listen("--inbound-port", all, a.config.InboundPort); err != nil {
+		return err
+	}
+	a.healthListeners, err = a.listen("--readiness-port", all, a.config.ReadinessPort)
+	return err
+}
+
+// listen binds port at each address. A workload without IPv6 is served without.
+func (a *Agent) listen(flag string, addresses []netip.Addr, port uint16) ([]*net.TCPListener, error) {
+	var listeners []*net.TCPListener
+	for _, address := range addresses {
+		ln, err := listenTCP(netip.AddrPortFrom(address, port))
+		if err != nil && address.Is6() && noIPv6(err) {
+			a.log.Info("this workload has no IPv6", "flag", flag, "error", err)
+			continue
+		}
+		if err != nil {
+			return listeners, fmt.Errorf("%s %d: %w", flag, port, err)
+		}
+		listeners = append(listeners, ln)
+	}
+	return listeners, nil
+}
+
+// listenTCP binds one address for its own family alone. Multipath TCP is off: the listener would speak a protocol that
+// the workload does not offer, and its sockets have no original destination.
+func listenTCP(address netip.AddrPort) (*net.TCPListener, error) {
+	network := "tcp4"
+	if address.Addr().Is6() {
+		network = "tcp6"
+	}
+	config := net.ListenConfig{Control: sockopt.ListenControl, KeepAlive: -1}
+	config.SetMultipathTCP(false)
+	ln, err := config.Listen(context.Background(), network, address.String())
+	if err != nil {
+		return nil, err
+	}
+	return ln.(*net.TCPListener), nil
+}
+
+// noIPv6 recognises what bind says when IPv6 is switched off, in the kernel or in this namespace.
+func noIPv6(err error) bool {
+	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EAFNOSUPPORT)
+}
+
+// Run serves until drain ends, then shuts down as shutdown.go says. When force ends too, it cuts whatever is left. It
+// returns nil when every connection had its time, and ErrForced when some were cut.
+func (a *Agent) Run(drain, force context.Context) error {
+	defer a.close()
+	a.inbound.Start()
+	a.outbound.Start()
+	failed := make(chan error, len(a.healthListeners))
+	for _, ln := range a.healthListeners {
+		go a.serveHealth(ln, failed)
+	}
+	a.log.Info("carrying traffic", "outbound_port", a.config.OutboundPort, "inbound_port", a.config.InboundPort,
+		"readiness_port", a.config.ReadinessPort)
+
+	<-drain.Done()
+	err := a.shutdown(force)
+	for range a.healthListeners {
+		<-failed
+	}
+	return err
+}
+
+func (a *Agent) serveHealth(ln net.Listener, ended chan<- error) { ended <- a.health.Serve(ln) }
+
+// notDraining is the gate that shutdown closes first.
+func (a *Agent) notDraining() error {
+	if a.draining.Load() {
+		return errors.New("shutting down")
+	}
+	return nil
+}
+
+// close gives back what New opened. Closing what shutdown closed already does nothing.
+func (a *Agent) close() {
+	for _, server := range []*listener.Server{a.inbound, a.outbound} {
+		if server != nil {
+			for _, ln := range server.Listeners {
+				ln.Close()
+			}
+		}
+	}
+	for _, ln := range a.healthListeners {
+		ln.Close()
+	}
+	a.stopAddresses()
+	if a.addresses != nil {
+		a.addresses.Wait()
+	}
+}

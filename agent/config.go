@@ -1,0 +1,79 @@
+// Package agent is the housekeeper: it builds every part, binds the ports, starts, drains and stops.
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+)
+
+// Config is what an agent needs. Validate says what is wrong with it.
+type Config struct {
+	OutboundPort  uint16 // where rules redirect what the workload opens
+	InboundPort   uint16 // where rules redirect what others open
+	ReadinessPort uint16 // /healthz
+
+	ConnectTimeout   time.Duration // for a dial upstream; zero leaves it to the kernel
+	IdleTimeout      time.Duration // ends connections in which nothing moves; zero: never
+	HalfCloseTimeout time.Duration // the same once one side has closed; zero: never
+	MaxConnections   int           // inbound and outbound together; zero: as many as there are descriptors
+
+	DrainDelay   time.Duration // from the announcement to the closing of the listeners
+	DrainTimeout time.Duration // from the announcement to the cutting of what is left
+
+	Log *slog.Logger
+}
+
+// Default is the configuration of an agent that nobody has told anything, but for its logger.
+func Default() Config {
+	return Config{
+		OutboundPort:     15001,
+		InboundPort:      15006,
+		ReadinessPort:    15021,
+		ConnectTimeout:   10 * time.Second,
+		HalfCloseTimeout: 5 * time.Minute,
+		DrainDelay:       5 * time.Second,
+		DrainTimeout:     20 * time.Second,
+	}
+}
+
+// Validate returns the first thing that is wrong, named by its flag.
+func (c Config) Validate() error {
+	ports := map[uint16]string{}
+	for _, p := range []struct {
+		flag string
+		port uint16
+	}{
+		{"--outbound-port", c.OutboundPort}, {"--inbound-port", c.InboundPort}, {"--readiness-port", c.ReadinessPort},
+	} {
+		if p.port == 0 {
+			return fmt.Errorf("%s: port 0 is not a port; use 1 to 65535", p.flag)
+		}
+		if other, taken := ports[p.port]; taken {
+			return fmt.Errorf("%s: port %d is %s's already; give each its own", p.flag, p.port, other)
+		}
+		ports[p.port] = p.flag
+	}
+	for _, d := range []struct {
+		flag     string
+		duration time.Duration
+	}{
+		{"--connect-timeout", c.ConnectTimeout}, {"--idle-timeout", c.IdleTimeout},
+		{"--half-close-timeout", c.HalfCloseTimeout}, {"--drain-delay", c.DrainDelay}, {"--drain-timeout", c.DrainTimeout},
+	} {
+		if d.duration < 0 {
+			return fmt.Errorf("%s: %v is negative; use 0s or more", d.flag, d.duration)
+		}
+	}
+	if c.DrainDelay > c.DrainTimeout {
+		return fmt.Errorf("--drain-delay: %v is longer than --drain-timeout (%v), which counts from the same moment", c.DrainDelay, c.DrainTimeout)
+	}
+	if c.MaxConnections < 0 {
+		return fmt.Errorf("--max-connections: %d is negative; use 0 for no limit", c.MaxConnections)
+	}
+	if c.Log == nil {
+		return errors.New("agent: Config.Log is required")
+	}
+	return nil
+}

@@ -1,0 +1,89 @@
+package agent
+
+import (
+	"context"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// refusalPeriod bounds what a stranger can make us log: for each reason one refusal in this time.
+const refusalPeriod = time.Second
+
+// flowLog tells of connections that have ended: each one at debug level, and what was refused by name as a warning. It
+// is a flow.Sink.
+type flowLog struct {
+	log *slog.Logger
+
+	mu       sync.Mutex
+	refusals map[flow.Reason]*refusals
+}
+
+// refusals of one reason.
+type refusals struct {
+	logged  time.Time
+	skipped int // since then
+}
+
+// Closed logs one record.
+func (l *flowLog) Closed(r *flow.Record) {
+	if r.Reason.ByPolicy() {
+		if skipped, ok := l.admit(r); ok {
+			l.log.LogAttrs(context.Background(), slog.LevelWarn, "connection refused",
+				append(attributes(r), slog.Int("not_logged_before", skipped))...)
+		}
+		return
+	}
+	if l.log.Enabled(context.Background(), slog.LevelDebug) {
+		l.log.LogAttrs(context.Background(), slog.LevelDebug, "connection closed", attributes(r)...)
+	}
+}
+
+// admit reports whether r may be logged, and how many of its reason were not since the last one that was.
+func (l *flowLog) admit(r *flow.Record) (skipped int, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.refusals == nil {
+		l.refusals = make(map[flow.Reason]*refusals)
+	}
+	seen := l.refusals[r.Reason]
+	if seen == nil {
+		seen = &refusals{}
+		l.refusals[r.Reason] = seen
+	}
+	now := time.Now()
+	if now.Sub(seen.logged) < refusalPeriod {
+		seen.skipped++
+		return 0, false
+	}
+	skipped = seen.skipped
+	seen.logged, seen.skipped = now, 0
+	return skipped, true
+}
+
+func attributes(r *flow.Record) []slog.Attr {
+	attrs := []slog.Attr{
+		slog.String("direction", r.Direction.String()),
+		slog.String("downstream", r.Downstream.String()),
+		slog.String("original_destination", orDash(r.OriginalDestination)),
+		slog.String("upstream_local", orDash(r.UpstreamLocal)),
+		slog.Uint64("received", r.Received.Load()),
+		slog.Uint64("sent", r.Sent.Load()),
+		slog.Duration("duration", r.Duration.Round(time.Microsecond)),
+		slog.String("reason", string(r.Reason)),
+	}
+	if r.Err != nil {
+		attrs = append(attrs, slog.String("error", r.Err.Error()))
+	}
+	return attrs
+}
+
+func orDash(address netip.AddrPort) string {
+	if !address.IsValid() {
+		return "-"
+	}
+	return address.String()
+}

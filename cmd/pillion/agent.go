@@ -1,0 +1,93 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/pillion-proxy/pillion/agent"
+)
+
+// newAgent is `pillion agent`.
+func newAgent() *cobra.Command {
+	config := agent.Default()
+	var level, format string
+	cmd := &cobra.Command{
+		Use:   "agent",
+		Short: "Carry the traffic that the rules redirect",
+		Long: `Carry the traffic that the rules of "pillion init" redirect, in and out.
+
+Run it beside the workload, as the user that the rules leave alone (1337). It needs no capability and writes no file.
+SIGTERM begins a shutdown that lets connections finish; a second one ends it at once. The exit status is 0 when every
+connection had its time, and 1 when some were cut.
+
+Each flag can be given by the environment variable in brackets instead.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := applyEnvironment(cmd.Flags()); err != nil {
+				return err
+			}
+			config.Log = newLogger(level, format)
+			return runAgent(config)
+		},
+	}
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	portFlag(flags, &config.OutboundPort, "outbound-port", "where the rules redirect what the workload opens; bound to loopback")
+	portFlag(flags, &config.InboundPort, "inbound-port", "where the rules redirect what others open to the workload")
+	portFlag(flags, &config.ReadinessPort, "readiness-port", "serves /healthz/ready and /healthz/live")
+	durationFlag(flags, &config.ConnectTimeout, "connect-timeout", "how long a dial upstream may take; 0s leaves it to the kernel")
+	durationFlag(flags, &config.IdleTimeout, "idle-timeout", "end a connection in which nothing moves for so long; 0s never")
+	durationFlag(flags, &config.HalfCloseTimeout, "half-close-timeout", "the same once one side has closed; 0s never")
+	countFlag(flags, &config.MaxConnections, "max-connections", "inbound and outbound together; 0 for no limit but the descriptors")
+	durationFlag(flags, &config.DrainDelay, "drain-delay", "on shutdown, go on accepting for so long after readiness turned off")
+	durationFlag(flags, &config.DrainTimeout, "drain-timeout", "on shutdown, cut what is left so long after readiness turned off")
+	choiceFlag(flags, &level, "log-level", "least level that is logged; debug tells of each connection", "info", "debug", "warn", "error")
+	choiceFlag(flags, &format, "log-format", "form of the log on standard error", "text", "json")
+	for _, name := range flagNames(flags) {
+		twin(flags, name, "PILLION_"+strings.ToUpper(strings.ReplaceAll(name, "-", "_")))
+	}
+	return cmd
+}
+
+// runAgent runs an agent until the signals end it.
+func runAgent(config agent.Config) error {
+	// The second signal is waited for from the start: one that comes while the first is handled must not be lost.
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(signals)
+
+	a, err := agent.New(config)
+	if err != nil {
+		return err
+	}
+	drain, startDrain := context.WithCancel(context.Background())
+	force, startForce := context.WithCancel(context.Background())
+	defer startForce()
+	defer startDrain()
+	go func() {
+		config.Log.Info("shutting down", "signal", (<-signals).String())
+		startDrain()
+		config.Log.Warn("ending at once", "signal", (<-signals).String())
+		startForce()
+	}()
+	return a.Run(drain, force)
+}
+
+func newLogger(level, format string) *slog.Logger {
+	var options slog.HandlerOptions
+	var parsed slog.Level
+	if err := parsed.UnmarshalText([]byte(level)); err != nil {
+		panic(err) // the flag admits no other words
+	}
+	options.Level = parsed
+	if format == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, &options))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, &options))
+}

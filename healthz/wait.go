@@ -1,0 +1,54 @@
+package healthz
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+)
+
+// Wait asks url every period until it answers 200, and then returns nil. A single request may take requestTimeout. When
+// ctx ends first, the error tells what the last answer was.
+func Wait(ctx context.Context, url string, requestTimeout, period time.Duration) error {
+	client := &http.Client{
+		Timeout:   requestTimeout,
+		Transport: &http.Transport{DisableKeepAlives: true},
+	}
+	ticker := time.NewTicker(period)
+	defer ticker.Stop()
+	var last error
+	for {
+		answer := ask(ctx, client, url)
+		if answer == nil {
+			return nil
+		}
+		if last == nil || ctx.Err() == nil { // a request that the end of ctx cut says nothing
+			last = answer
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for %s: %w; the last answer was: %v", url, ctx.Err(), last)
+		case <-ticker.C:
+		}
+	}
+}
+
+// ask returns nil for an answer of 200, else what came instead.
+func ask(ctx context.Context, client *http.Client, url string) error {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	if response.StatusCode == http.StatusOK {
+		return nil
+	}
+	body, _ := io.ReadAll(io.LimitReader(response.Body, 1<<10))
+	return fmt.Errorf("%s: %s", response.Status, strings.Join(strings.Fields(string(body)), " "))
+}

@@ -1,0 +1,97 @@
+// Package outbound carries the connections that this workload opens.
+//
+// A connection arrives because a rule redirected it, and goes on to its original destination. Only a destination that
+// is the agent itself is refused, by name.
+package outbound
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/relay"
+	"github.com/pillion-proxy/pillion/internal/sockopt"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
+
+// Config is what a Proxy needs. All fields without a stated zero are required.
+type Config struct {
+	OwnPorts         []uint16      // ports of the agent, refused as destinations at OwnAddresses
+	OwnAddresses     Addresses     // this workload's addresses
+	ConnectTimeout   time.Duration // for the dial; zero or less leaves it to the kernel
+	IdleTimeout      time.Duration // ends a connection in which nothing moves; zero or less: never
+	HalfCloseTimeout time.Duration // the same once one side has closed; zero or less: never
+	Flows            flow.Sink     // takes each connection's record
+}
+
+// Addresses tells this workload's own addresses from others.
+type Addresses interface {
+	Contains(netip.Addr) bool
+}
+
+// Proxy serves outbound connections. Make it with New.
+type Proxy struct {
+	config Config
+	policy policy
+	dialer *upstream.Dialer
+}
+
+// New checks the configuration.
+func New(config Config) (*Proxy, error) {
+	if config.OwnAddresses == nil || config.Flows == nil || len(config.OwnPorts) == 0 {
+		return nil, errors.New("outbound: OwnPorts, OwnAddresses and Flows are required")
+	}
+	return &Proxy{
+		config: config,
+		policy: policy{config.OwnPorts, config.OwnAddresses},
+		dialer: upstream.NewDialer(config.ConnectTimeout),
+	}, nil
+}
+
+// ServeConn carries one connection from here to its end, and closes it. The end of ctx cuts it.
+func (p *Proxy) ServeConn(ctx context.Context, down *net.TCPConn) {
+	record := flow.Open(flow.Outbound, down.RemoteAddr().(*net.TCPAddr).AddrPort())
+
+	dst, err := sockopt.OriginalDst(down)
+	if err != nil {
+		p.refuse(record, down, flow.NoOriginalDestination, err)
+		return
+	}
+	record.OriginalDestination = dst
+	if reason, ok := p.policy.allows(dst); !ok {
+		p.refuse(record, down, reason, nil)
+		return
+	}
+
+	// Detection of the protocol will stand here, before the target is chosen. Until then everything is opaque, and the
+	// upstream is dialled without waiting for downstream to speak, so that it may speak first.
+	up, err := p.dialer.Dial(ctx, source(), target(dst))
+	if err != nil {
+		p.refuse(record, down, upstream.Reason(err), err)
+		return
+	}
+	record.UpstreamLocal = up.LocalAddr().(*net.TCPAddr).AddrPort()
+
+	end, err := relay.Run(ctx, down, up, relay.Options{
+		IdleTimeout:      p.config.IdleTimeout,
+		HalfCloseTimeout: p.config.HalfCloseTimeout,
+		FromDown:         &record.Received,
+		FromUp:           &record.Sent,
+	})
+	record.Close(p.config.Flows, flow.Reason(end), err)
+}
+
+// Refuse resets a connection for which there is no room.
+func (p *Proxy) Refuse(down *net.TCPConn) {
+	record := flow.Open(flow.Outbound, down.RemoteAddr().(*net.TCPAddr).AddrPort())
+	p.refuse(record, down, flow.MaxConnections, nil)
+}
+
+// refuse ends a connection that goes no further, with a reset: a silent close would look like an empty answer.
+func (p *Proxy) refuse(record *flow.Record, down *net.TCPConn, reason flow.Reason, err error) {
+	sockopt.Reset(down)
+	record.Close(p.config.Flows, reason, err)
+}
