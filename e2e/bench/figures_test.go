@@ -1,0 +1,255 @@
+package bench
+
+import (
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+var (
+	strict = flag.Bool("strict", false, "fail when a target is missed")
+	only   = flag.String("figures", "", "measure only these, separated by commas: "+strings.Join(figureNames(), ", "))
+)
+
+// sizes says how much of everything is measured.
+type sizes struct {
+	rounds           int   // of the figures that compare
+	connectionRounds int   // of the cost of a connection, whose target leaves the least room
+	bulk             int64 // bytes in each direction
+	connections      int64 // short ones
+	traced           int64 // short ones, under strace
+	messages         int64
+	idle             int64 // connections
+	settle           time.Duration
+	starts, inits    int
+}
+
+var fullSizes = sizes{
+	rounds: 3, connectionRounds: 7, bulk: 1 << 30, connections: 5000, traced: 200, messages: 40_000, idle: 3000,
+	settle: 3 * time.Second, starts: 11, inits: 15,
+}
+
+// figures are what can be measured, in the table's order.
+var figures = []struct {
+	name    string
+	measure func(t testing.TB, k *kit, s sizes) []*row
+}{
+	{"bulk", measureBulk},
+	{"connections", measureConnections},
+	{"calls", measureCalls},
+	{"messages", measureMessages},
+	{"idle", measureIdle},
+	{"start", measureStart},
+	{"init", measureInit},
+}
+
+func figureNames() (names []string) {
+	for _, f := range figures {
+		names = append(names, f.name)
+	}
+	return names
+}
+
+// progress is where a benchmark tells what it is doing; a test keeps silent.
+var progress io.Writer = io.Discard
+
+// BenchmarkFigures measures everything that the project promises about its cost and prints the table.
+func BenchmarkFigures(b *testing.B) {
+	if b.N != 1 {
+		b.Fatal("this takes minutes and is measured once: pass -benchtime 1x")
+	}
+	progress = os.Stdout
+	fmt.Fprintln(progress)
+	k := newKit(b, true)
+	var rows []*row
+	for _, f := range figures {
+		if *only == "" || slices.Contains(strings.Split(*only, ","), f.name) {
+			rows = append(rows, f.measure(b, k, fullSizes)...)
+		}
+	}
+	fmt.Fprintln(progress)
+	writeTable(progress, rows)
+	for _, r := range rows {
+		if *strict && r.verdict() == "MISSED" {
+			b.Errorf("%s: missed the target %s", r.title, r.target())
+		}
+	}
+}
+
+// takeTurns lets every contender do the same, round by round, each time as a new process in a new world. Each round
+// begins with another contender, so that none always follows the same one.
+func takeTurns(t testing.TB, k *kit, what string, rounds int, bulk bool, rows []*row, measure func(t testing.TB, c contender, w *world, p *proxy)) {
+	for round := range rounds {
+		for i := range k.contenders {
+			c := k.contenders[(i+round)%len(k.contenders)]
+			if c.bulkOnly && !bulk {
+				continue
+			}
+			inScope(t, func(t testing.TB) {
+				w := newWorld(t, k)
+				measure(t, c, w, c.start(t, w))
+			})
+		}
+		fmt.Fprintf(progress, "%s, round %d:", what, round+1)
+		for _, c := range k.contenders {
+			for _, r := range rows {
+				if samples := r.samples[c.name]; len(samples) > 0 {
+					fmt.Fprintf(progress, "  %s %s", c.name, threeDigits(samples[len(samples)-1]))
+				}
+			}
+		}
+		fmt.Fprintln(progress)
+	}
+}
+
+// cpuOf is the proxy's CPU time for a load, from its start to shortly after its end: what the proxy still does about the
+// last connections counts.
+func cpuOf(t testing.TB, p *proxy, h *helper) time.Duration {
+	t.Helper()
+	const aftermath = 50 * time.Millisecond
+	time.Sleep(aftermath) // the warm-up has one too
+	before := p.cpu(t)
+	h.finish(t)
+	time.Sleep(aftermath)
+	return p.cpu(t) - before
+}
+
+func measureBulk(t testing.TB, k *kit, s sizes) []*row {
+	down := &row{title: "CPU per GiB, download", unit: "s", ratioAtMost: 0.5}
+	up := &row{title: "CPU per GiB, upload", unit: "s", ratioAtMost: 0.5}
+	rows := []*row{down, up}
+	takeTurns(t, k, "bulk", s.rounds, true, rows, func(t testing.TB, c contender, w *world, p *proxy) {
+		gib := float64(s.bulk) / (1 << 30)
+		down.add(c.name, cpuOf(t, p, w.startLoad(t, "download", s.bulk, 1)).Seconds()/gib)
+		up.add(c.name, cpuOf(t, p, w.startLoad(t, "upload", s.bulk, 1)).Seconds()/gib)
+	})
+	return rows
+}
+
+// atATime is how many connections the load opens, or has under way, together.
+const atATime = 16
+
+func measureConnections(t testing.TB, k *kit, s sizes) []*row {
+	r := &row{title: "CPU per new connection", unit: "µs", ratioAtMost: 1.1}
+	takeTurns(t, k, "connections", s.connectionRounds, false, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
+		cpu := cpuOf(t, p, w.startLoad(t, "connections", s.connections, atATime))
+		r.add(c.name, microseconds(cpu)/float64(s.connections))
+	})
+	return []*row{r}
+}
+
+// measureCalls counts the system calls behind the CPU time of a connection. One connection follows the other, so that
+// the count is the same on every machine, or nearly.
+func measureCalls(t testing.TB, k *kit, s sizes) []*row {
+	r := &row{title: "system calls per new connection", unit: ""}
+	if _, err := exec.LookPath("strace"); err != nil {
+		fmt.Fprintf(progress, "system calls are not counted: %v\n", err)
+		return nil
+	}
+	for _, c := range k.contenders {
+		if c.bulkOnly {
+			continue
+		}
+		inScope(t, func(t testing.TB) {
+			w := newWorld(t, k)
+			p := c.start(t, w)
+			h := w.startLoad(t, "connections", s.traced, 1)
+			calls := p.traceCalls(t, w.pod, func() { h.finish(t) })
+			r.add(c.name, float64(calls["total"])/float64(s.traced))
+			fmt.Fprintf(progress, "system calls per new connection, %s:%s\n", c.name, perConnection(calls, s.traced))
+		})
+	}
+	return []*row{r}
+}
+
+// perConnection lists the calls that a connection makes, the most frequent first.
+func perConnection(calls map[string]int, connections int64) string {
+	var names []string
+	for name, n := range calls {
+		if name != "total" && float64(n) >= 0.02*float64(connections) {
+			names = append(names, name)
+		}
+	}
+	slices.SortFunc(names, func(a, b string) int { return calls[b] - calls[a] })
+	var list strings.Builder
+	for _, name := range names {
+		fmt.Fprintf(&list, " %s %.2f", name, float64(calls[name])/float64(connections))
+	}
+	return list.String()
+}
+
+func measureMessages(t testing.TB, k *kit, s sizes) []*row {
+	r := &row{title: fmt.Sprintf("CPU per message of %d B there and back", messageSize), unit: "µs"}
+	takeTurns(t, k, "messages", s.rounds, false, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
+		cpu := cpuOf(t, p, w.startLoad(t, "messages", s.messages, 32))
+		r.add(c.name, microseconds(cpu)/float64(s.messages))
+	})
+	return []*row{r}
+}
+
+func measureIdle(t testing.TB, k *kit, s sizes) []*row {
+	memory := &row{title: "memory per idle connection", unit: "KiB", atMost: 10}
+	descriptors := &row{title: "descriptors per idle connection", unit: "", atMost: 2}
+	rows := []*row{memory, descriptors}
+	takeTurns(t, k, "idle", 1, false, rows, func(t testing.TB, c contender, w *world, p *proxy) {
+		h := w.startLoad(t, "idle", s.idle, atATime)
+		time.Sleep(s.settle / 10) // the warm-up's connections are still closing
+		residentBefore, descriptorsBefore := p.resident(t), p.descriptors(t)
+		h.finish(t)
+		time.Sleep(s.settle)
+		memory.add(c.name, float64(p.resident(t)-residentBefore)/1024/float64(s.idle))
+		descriptors.add(c.name, float64(p.descriptors(t)-descriptorsBefore)/float64(s.idle))
+	})
+	return rows
+}
+
+func measureStart(t testing.TB, k *kit, s sizes) []*row {
+	start := &row{title: "start to ready", unit: "ms", atMost: 50}
+	memory := &row{title: "resident memory at start", unit: "MB", atMost: 10}
+	rows := []*row{start, memory}
+	for range s.starts {
+		for _, c := range k.contenders {
+			if c.bulkOnly {
+				continue
+			}
+			inScope(t, func(t testing.TB) {
+				pod, _ := nettest.PodAndPeer(t)
+				took, p := c.startupTime(t, pod)
+				time.Sleep(100 * time.Millisecond) // whatever it does after it is ready counts as well
+				start.add(c.name, milliseconds(took))
+				memory.add(c.name, float64(p.resident(t))/1e6)
+			})
+		}
+	}
+	return rows
+}
+
+func measureInit(t testing.TB, k *kit, s sizes) []*row {
+	r := &row{title: "pillion init", unit: "ms", atMost: 30}
+	for range s.inits {
+		inScope(t, func(t testing.TB) {
+			pod, _ := nettest.PodAndPeer(t)
+			cmd := pod.Command(0, 0, k.pillion, initArguments...)
+			begin := time.Now()
+			out, err := pod.Run(cmd)
+			took := time.Since(begin)
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			r.add(namePillion, milliseconds(took))
+		})
+	}
+	fmt.Fprintf(progress, "pillion init: %.1f\n", r.samples[namePillion])
+	return []*row{r}
+}
+
+func microseconds(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
+func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

@@ -1,0 +1,200 @@
+package bench
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// A load does its warm-up, prints "warm", waits for a line, does what is measured, prints "done", and keeps its
+// connections open until its input ends.
+type load struct {
+	warm func() error
+	run  func() error
+}
+
+// loadSources are the addresses that the load connects from, one after the other, so that no address runs out of ports.
+var loadSources = []string{"198.51.100.11", "198.51.100.12", "198.51.100.13", "198.51.100.14"}
+
+const messageSize = 64
+
+func runLoad(args []string) error {
+	flags := flag.NewFlagSet("load", flag.ContinueOnError)
+	kind := flags.String("kind", "", "download, upload, connections, messages or idle")
+	count := flags.Int64("count", 0, "bytes, connections or messages")
+	workers := flags.Int("workers", 1, "how many at a time")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	var l load
+	switch *kind {
+	case "download", "upload":
+		move := map[string]func(int64) error{"download": downloadOnce, "upload": uploadOnce}[*kind]
+		l.warm = func() error { return move(min(*count, 64<<20)) }
+		l.run = func() error {
+			return inParallel(*workers, int64(*workers), func(int64) error { return move(*count / int64(*workers)) })
+		}
+	case "connections":
+		l.warm = func() error { return inParallel(*workers, min(*count, 500), exchangeOnce) }
+		l.run = func() error { return inParallel(*workers, *count, exchangeOnce) }
+	case "messages":
+		l = messagesLoad(*workers, *count)
+	case "idle":
+		l.warm = func() error { return inParallel(*workers, 32, exchangeOnce) }
+		l.run = func() error { return openIdle(*workers, *count) }
+	default:
+		return fmt.Errorf("unknown kind of load %q", *kind)
+	}
+	in := bufio.NewReader(os.Stdin)
+	if err := l.warm(); err != nil {
+		return fmt.Errorf("warming up: %w", err)
+	}
+	fmt.Println("warm")
+	if _, err := in.ReadString('\n'); err != nil {
+		return err
+	}
+	if err := l.run(); err != nil {
+		return err
+	}
+	fmt.Println("done")
+	io.Copy(io.Discard, in)
+	return nil
+}
+
+// inParallel calls fn n times, with the serial number of the call, from so many goroutines. It returns the first error.
+func inParallel(workers int, n int64, fn func(serial int64) error) error {
+	var next atomic.Int64
+	errs := make([]error, workers)
+	var all sync.WaitGroup
+	for w := range workers {
+		all.Go(func() {
+			for serial := next.Add(1); serial <= n && errs[w] == nil; serial = next.Add(1) {
+				errs[w] = fn(serial)
+			}
+		})
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+func dial(serial int64, port int) (*net.TCPConn, error) {
+	source := net.ParseIP(loadSources[serial%int64(len(loadSources))])
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: source}, Timeout: 10 * time.Second}
+	conn, err := dialer.Dial("tcp4", fmt.Sprintf("%v:%d", nettest.PodIP4, port))
+	if err != nil {
+		return nil, err
+	}
+	conn.SetDeadline(time.Now().Add(2 * time.Minute)) // no measurement lasts so long
+	return conn.(*net.TCPConn), nil
+}
+
+func downloadOnce(bytes int64) error {
+	conn, err := dial(0, downloadPort)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := binary.Write(conn, binary.BigEndian, bytes); err != nil {
+		return err
+	}
+	if got := readBytes(conn); got != bytes {
+		return fmt.Errorf("downloaded %d bytes of %d", got, bytes)
+	}
+	return nil
+}
+
+func uploadOnce(bytes int64) error {
+	conn, err := dial(0, uploadPort)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	writeBytes(conn, bytes)
+	if err := conn.CloseWrite(); err != nil {
+		return err
+	}
+	var got int64
+	if err := binary.Read(conn, binary.BigEndian, &got); err != nil {
+		return fmt.Errorf("reading the workload's count: %w", err)
+	}
+	if got != bytes {
+		return fmt.Errorf("uploaded %d bytes, the workload had %d", bytes, got)
+	}
+	return nil
+}
+
+// exchangeOnce is a short connection: connect, one message there and back, close.
+func exchangeOnce(serial int64) error {
+	conn, err := dial(serial, echoPort)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return exchange(conn)
+}
+
+func exchange(conn *net.TCPConn) error {
+	var message [messageSize]byte
+	if _, err := conn.Write(message[:]); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(conn, message[:])
+	return err
+}
+
+// messagesLoad sends messages back and forth on long connections, one worker a connection.
+func messagesLoad(connections int, messages int64) load {
+	conns := make([]*net.TCPConn, connections)
+	each := func(n int64) error {
+		return inParallel(connections, int64(connections), func(serial int64) error {
+			for range n / int64(connections) {
+				if err := exchange(conns[serial-1]); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return load{
+		warm: func() (err error) {
+			for i := range conns {
+				if conns[i], err = dial(int64(i), echoPort); err != nil {
+					return err
+				}
+			}
+			return each(min(messages, 2000))
+		},
+		run: func() error { return each(messages) },
+	}
+}
+
+// openIdle opens connections, moves a few bytes each way on each, and leaves them open.
+func openIdle(workers int, connections int64) error {
+	kept := make([]*net.TCPConn, connections)
+	err := inParallel(workers, connections, func(serial int64) (err error) {
+		if kept[serial-1], err = dial(serial, echoPort); err != nil {
+			return err
+		}
+		for range 3 {
+			if err := exchange(kept[serial-1]); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	idle = kept
+	return err
+}
+
+// idle keeps the connections of openIdle from being collected, and so closed, while the load waits.
+var idle []*net.TCPConn
