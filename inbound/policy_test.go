@@ -1,0 +1,59 @@
+package inbound
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/localaddr"
+	"github.com/pillion-proxy/pillion/internal/relay"
+)
+
+func TestPolicy(t *testing.T) {
+	own4, own6 := netip.MustParseAddr("198.51.100.2"), netip.MustParseAddr("2001:db8::2")
+	with := localaddr.Of(own4, own6, capture.InboundSource6)
+	without := localaddr.Of(own4, own6)
+	ports := capture.Default().OwnPorts()
+	for _, c := range []struct {
+		dst       string
+		addresses *localaddr.Set
+		want      flow.Reason // empty: allowed
+	}{
+		{"198.51.100.2:80", with, ""},
+		{"198.51.100.2:80", without, ""},
+		{"127.0.0.1:80", with, ""},
+		{"[2001:db8::2]:80", with, ""},
+		{"[2001:db8::2]:80", without, flow.IPv6SourceMissing},
+		{"198.51.100.3:80", with, flow.ForeignAddress},
+		{"[2001:db8::3]:80", with, flow.ForeignAddress},
+		{"198.51.100.3:15006", with, flow.ForeignAddress},
+		{"198.51.100.2:15006", with, flow.Loop},
+		{"198.51.100.2:15001", with, flow.Loop},
+		{"198.51.100.2:15000", with, flow.Loop},
+		{"198.51.100.2:15020", with, flow.Loop},
+		{"198.51.100.2:15021", with, flow.Loop},
+		{"198.51.100.2:15053", with, flow.Loop},
+		{"198.51.100.2:15090", with, flow.Loop},
+		{"127.0.0.1:15006", with, flow.Loop},
+		{"[2001:db8::2]:15006", without, flow.Loop},
+	} {
+		reason, ok := policy{ports, c.addresses}.allows(netip.MustParseAddrPort(c.dst))
+		if reason != c.want || ok != (c.want == "") {
+			t.Errorf("%s: %q, %v; want %q", c.dst, reason, ok, c.want)
+		}
+	}
+}
+
+// TestEndsOfARelayAreReasons holds the two sets of words together, which meet in ServeConn.
+func TestEndsOfARelayAreReasons(t *testing.T) {
+	known := map[flow.Reason]bool{}
+	for _, e := range flow.Explanations {
+		known[e.Reason] = true
+	}
+	for _, end := range []relay.End{relay.Closed, relay.DownReset, relay.UpReset, relay.IdleTimeout, relay.HalfCloseTimeout, relay.Canceled} {
+		if !known[flow.Reason(end)] {
+			t.Errorf("%q is no reason", end)
+		}
+	}
+}

@@ -1,0 +1,81 @@
+package flow
+
+import (
+	"errors"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"net/netip"
+	"strconv"
+	"testing"
+)
+
+type lastRecord struct{ closed []*Record }
+
+func (l *lastRecord) Closed(r *Record) { l.closed = append(l.closed, r) }
+
+func TestARecordIsClosedExactlyOnce(t *testing.T) {
+	var sink lastRecord
+	r := Open(Outbound, netip.MustParseAddrPort("198.51.100.2:4711"))
+	failure := errors.New("no route")
+	r.Close(&sink, UpstreamUnreachable, failure)
+	if len(sink.closed) != 1 || sink.closed[0] != r || r.Reason != UpstreamUnreachable || r.Err != failure || r.Duration < 0 {
+		t.Fatalf("closed %v, record %+v", sink.closed, r)
+	}
+	defer func() {
+		if recover() == nil {
+			t.Error("a second Close did not panic")
+		}
+		if len(sink.closed) != 1 {
+			t.Error("a second Close reached the sink")
+		}
+	}()
+	r.Close(&sink, Closed, nil)
+}
+
+// TestEveryReasonIsExplained reads the constants from the source, so that a new one cannot be forgotten.
+func TestEveryReasonIsExplained(t *testing.T) {
+	declared := declaredReasons(t)
+	explained := map[Reason]bool{}
+	for _, e := range Explanations {
+		if explained[e.Reason] {
+			t.Errorf("%s is explained twice", e.Reason)
+		}
+		if len(e.Text) < 10 || e.Text[len(e.Text)-1] != '.' {
+			t.Errorf("%s: %q is no sentence", e.Reason, e.Text)
+		}
+		explained[e.Reason] = true
+	}
+	for _, reason := range declared {
+		if !explained[reason] {
+			t.Errorf("%s is not explained", reason)
+		}
+	}
+	if len(declared) != len(explained) {
+		t.Errorf("%d reasons are declared and %d explained", len(declared), len(explained))
+	}
+}
+
+func declaredReasons(t *testing.T) []Reason {
+	t.Helper()
+	file, err := parser.ParseFile(token.NewFileSet(), "reason.go", nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var reasons []Reason
+	ast.Inspect(file, func(n ast.Node) bool {
+		spec, ok := n.(*ast.ValueSpec)
+		if !ok {
+			return true
+		}
+		if name, ok := spec.Type.(*ast.Ident); ok && name.Name == "Reason" {
+			text, err := strconv.Unquote(spec.Values[0].(*ast.BasicLit).Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			reasons = append(reasons, Reason(text))
+		}
+		return true
+	})
+	return reasons
+}

@@ -1,0 +1,264 @@
+package listener
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+const patience = 10 * time.Second
+
+// echo answers each connection until it ends or is aborted.
+type echo struct{ refused chan string }
+
+func (e *echo) ServeConn(ctx context.Context, conn *net.TCPConn) {
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	defer conn.Close()
+	io.Copy(conn, conn)
+}
+
+func (e *echo) Refuse(conn *net.TCPConn) {
+	e.refused <- conn.RemoteAddr().String()
+	conn.Close()
+}
+
+// logBuffer is a log that a test reads while it is written.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func start(t *testing.T, limit *Limit) (*Server, *echo, *logBuffer) {
+	t.Helper()
+	var listeners []*net.TCPListener
+	for range 2 {
+		ln, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		listeners = append(listeners, ln)
+	}
+	handler, log := &echo{make(chan string, 10)}, &logBuffer{}
+	s := &Server{Name: "test", Listeners: listeners, Handler: handler, Limit: limit, Log: slog.New(slog.NewTextHandler(log, nil))}
+	s.Start()
+	t.Cleanup(func() {
+		s.Stop()
+		s.Abort()
+	})
+	return s, handler, log
+}
+
+func dial(t *testing.T, s *Server, i int) net.Conn {
+	t.Helper()
+	conn, err := net.DialTimeout("tcp4", s.Listeners[i].Addr().String(), patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(patience))
+	return conn
+}
+
+func wantEcho(t *testing.T, conn net.Conn) {
+	t.Helper()
+	buf := make([]byte, 4)
+	if _, err := conn.Write([]byte("ping")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(conn, buf); err != nil || string(buf) != "ping" {
+		t.Fatalf("echo: %q, %v", buf, err)
+	}
+}
+
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited %v for %s", patience, what)
+		}
+	}
+}
+
+func TestStopTakesWhoIsWaitingAndRefusesWhoComesLater(t *testing.T) {
+	s, _, _ := start(t, NewLimit(0))
+	open := dial(t, s, 0)
+	wantEcho(t, open)
+	var waiting []net.Conn
+	for range 20 {
+		waiting = append(waiting, dial(t, s, 1)) // the kernel accepted them; the loop perhaps not yet
+	}
+	s.Stop()
+	for _, conn := range append(waiting, open) {
+		wantEcho(t, conn)
+	}
+	if conn, err := net.DialTimeout("tcp4", s.Listeners[0].Addr().String(), patience); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("dialling after Stop: %v, %v; want refused", conn, err)
+	}
+	if err := s.Accepting(); err == nil {
+		t.Error("Accepting returns nil after Stop")
+	}
+	s.Stop() // does nothing
+}
+
+func TestWaitEndsWithTheLastConnection(t *testing.T) {
+	s, _, _ := start(t, NewLimit(0))
+	conn := dial(t, s, 0)
+	wantEcho(t, conn)
+	s.Stop()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Wait(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("waiting with a connection open: %v", err)
+	}
+	if n := s.Active(); n != 1 {
+		t.Errorf("%d connections are active, want 1", n)
+	}
+	conn.Close()
+	ctx, cancel = context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := s.Wait(ctx); err != nil {
+		t.Errorf("waiting after the last connection closed: %v", err)
+	}
+}
+
+func TestAbortCutsConnections(t *testing.T) {
+	s, _, _ := start(t, NewLimit(0))
+	conn := dial(t, s, 0)
+	wantEcho(t, conn)
+	s.Stop()
+	s.Abort()
+	if n, err := conn.Read(make([]byte, 1)); n != 0 || err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("read %d, %v after Abort", n, err)
+	}
+	if n := s.Active(); n != 0 {
+		t.Errorf("%d connections after Abort", n)
+	}
+}
+
+func TestLimitIsSharedAndGivenBack(t *testing.T) {
+	limit := NewLimit(2)
+	a, _, _ := start(t, limit)
+	b, handler, _ := start(t, limit)
+	first, second := dial(t, a, 0), dial(t, b, 0)
+	wantEcho(t, first)
+	wantEcho(t, second)
+	third := dial(t, b, 1)
+	select {
+	case refused := <-handler.refused:
+		if refused != third.LocalAddr().String() {
+			t.Errorf("refused %s, want %v", refused, third.LocalAddr())
+		}
+	case <-time.After(patience):
+		t.Fatal("the third connection was not refused")
+	}
+	first.Close()
+	eventually(t, "room for another connection", func() bool { return limit.open.Load() == 1 })
+	wantEcho(t, dial(t, b, 0))
+}
+
+func TestOutOfDescriptorsItWaitsAndRecoversByItself(t *testing.T) {
+	s, _, log := start(t, NewLimit(0))
+	if err := s.Accepting(); err != nil {
+		t.Fatalf("not accepting: %v", err)
+	}
+	var hog []*os.File
+	release := func() {
+		for _, f := range hog {
+			f.Close()
+		}
+		hog = nil
+	}
+	defer release()
+	lowerDescriptorLimit(t)
+	for {
+		f, err := os.Open("/dev/null")
+		if err != nil {
+			break
+		}
+		hog = append(hog, f)
+	}
+	hog[len(hog)-1].Close() // room for the dialling end alone
+	hog = hog[:len(hog)-1]
+	conn := dial(t, s, 0)
+
+	eventually(t, "accept to fail", func() bool { return errors.Is(s.Accepting(), syscall.EMFILE) })
+	time.Sleep(3 * minBackOff) // some more tries
+	if n := strings.Count(log.String(), "cannot accept"); n != 1 {
+		t.Errorf("told %d times, want once:\n%s", n, log)
+	}
+	if !strings.Contains(log.String(), "nofile") {
+		t.Errorf("no remedy in the log:\n%s", log)
+	}
+	release()
+	wantEcho(t, conn)
+	eventually(t, "Accepting to return nil", func() bool { return s.Accepting() == nil })
+	if !strings.Contains(log.String(), "accepting again") {
+		t.Errorf("recovery was not told:\n%s", log)
+	}
+}
+
+func TestStopDoesNotWaitForABackOff(t *testing.T) {
+	ln, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Server{Listeners: []*net.TCPListener{ln}, Handler: &echo{}, Limit: NewLimit(0), Log: slog.New(slog.DiscardHandler)}
+	// A socket that was shut down fails every accept with EINVAL, at once.
+	raw, err := ln.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { err = syscall.Shutdown(int(fd), syscall.SHUT_RD) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Start()
+	eventually(t, "accept to fail", func() bool { return errors.Is(s.Accepting(), syscall.EINVAL) })
+	began := time.Now()
+	s.Stop()
+	if took := time.Since(began); took > maxBackOff/2 {
+		t.Errorf("Stop took %v", took)
+	}
+}
+
+// lowerDescriptorLimit leaves this process a few dozen descriptors until the test ends.
+func lowerDescriptorLimit(t *testing.T) {
+	t.Helper()
+	var before syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &before); err != nil {
+		t.Fatal(err)
+	}
+	lower := before
+	lower.Cur = 64
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &lower); err != nil {
+		t.Fatal(fmt.Errorf("lowering the descriptor limit: %w", err))
+	}
+	t.Cleanup(func() { syscall.Setrlimit(syscall.RLIMIT_NOFILE, &before) })
+}

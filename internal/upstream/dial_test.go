@@ -1,0 +1,115 @@
+package upstream
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+func TestDialFromTheGivenSource(t *testing.T) {
+	listener, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	for _, source := range []netip.Addr{netip.MustParseAddr("127.0.0.6"), {}} {
+		conn, err := NewDialer(time.Second).Dial(t.Context(), source, listener.Addr().(*net.TCPAddr).AddrPort())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		accepted, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer accepted.Close()
+		got := accepted.RemoteAddr().(*net.TCPAddr).AddrPort().Addr()
+		if want := source; want.IsValid() && got != want || !want.IsValid() && got != netip.MustParseAddr("127.0.0.1") {
+			t.Errorf("source %v: the listener sees %v", source, got)
+		}
+	}
+}
+
+// TestReason dials each kind of unreachable destination for real.
+func TestReason(t *testing.T) {
+	nettest.RequireRoot(t)
+	pod, _ := nettest.PodAndPeer(t)
+	// Nobody answers for this address, and the neighbour entry keeps the kernel from finding that out.
+	silent := netip.MustParseAddr("198.51.100.99")
+	pod.Do(t, func() error {
+		eth0, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return netlink.NeighAdd(&netlink.Neigh{
+			LinkIndex: eth0.Attrs().Index, State: unix.NUD_PERMANENT, IP: silent.AsSlice(),
+			HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 9},
+		})
+	})
+	for _, c := range []struct {
+		name   string
+		remote netip.AddrPort
+		source netip.Addr
+		want   flow.Reason
+	}{
+		{"nothing listens", netip.AddrPortFrom(nettest.PeerIP4, 9), netip.Addr{}, flow.UpstreamRefused},
+		{"nothing listens, IPv6", netip.AddrPortFrom(nettest.PeerIP6, 9), netip.Addr{}, flow.UpstreamRefused},
+		{"nobody answers", netip.AddrPortFrom(silent, 9), netip.Addr{}, flow.UpstreamTimeout},
+		{"no such source address", netip.AddrPortFrom(nettest.PeerIP6, 9), netip.MustParseAddr("::6"), flow.UpstreamUnreachable},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var dialErr error
+			pod.Do(t, func() error {
+				timeout := 5 * time.Second
+				if c.want == flow.UpstreamTimeout {
+					timeout = 100 * time.Millisecond
+				}
+				conn, err := NewDialer(timeout).Dial(context.Background(), c.source, c.remote)
+				if err == nil {
+					conn.Close()
+				}
+				dialErr = err
+				return nil
+			})
+			if dialErr == nil {
+				t.Fatal("the dial succeeded")
+			}
+			if got := Reason(dialErr); got != c.want {
+				t.Errorf("Reason(%v) = %s, want %s", dialErr, got, c.want)
+			}
+		})
+	}
+	t.Run("cancelled while it waits", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		time.AfterFunc(50*time.Millisecond, cancel)
+		pod.Do(t, func() error {
+			_, err := NewDialer(0).Dial(ctx, netip.Addr{}, netip.AddrPortFrom(silent, 9))
+			if got := Reason(err); got != flow.DrainDeadline {
+				t.Errorf("Reason(%v) = %s", err, got)
+			}
+			return nil
+		})
+	})
+	t.Run("other errors", func(t *testing.T) {
+		for err, want := range map[error]flow.Reason{
+			unix.EMFILE: flow.NoDescriptors, unix.ENFILE: flow.NoDescriptors, unix.EHOSTUNREACH: flow.UpstreamUnreachable,
+			unix.ENETUNREACH: flow.UpstreamUnreachable, unix.ETIMEDOUT: flow.UpstreamTimeout, io.EOF: flow.UpstreamUnreachable,
+		} {
+			if got := Reason(&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", err)}); got != want {
+				t.Errorf("Reason(%v) = %s, want %s", err, got, want)
+			}
+		}
+	})
+}
