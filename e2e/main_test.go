@@ -1,0 +1,58 @@
+package e2e
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// The uids of the pod's processes.
+const (
+	agentUID    = 1337
+	workloadUID = 1000
+)
+
+// pillion is the path of the binary under test. Every user may read it.
+var pillion string
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	flag.Parse()
+	// These tests wait for the network far more than they compute.
+	flag.Set("test.parallel", "16")
+	dir, err := os.MkdirTemp("", "pillion-e2e-")
+	if err == nil {
+		defer os.RemoveAll(dir)
+		err = build(dir)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return nettest.Main(m)
+}
+
+// build makes the binary in dir: static like the one that ships, or with the race detector when the tests have it.
+func build(dir string) error {
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return err
+	}
+	pillion = filepath.Join(dir, "pillion")
+	args := []string{"build", "-buildvcs=false", "-o", pillion}
+	cgo := "CGO_ENABLED=0"
+	if raceDetector {
+		args, cgo = append(args, "-race"), "CGO_ENABLED=1"
+	}
+	cmd := exec.Command("go", append(args, "../cmd/pillion")...)
+	cmd.Env = append(os.Environ(), cgo)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("building pillion: %w\n%s", err, out)
+	}
+	return nil
+}

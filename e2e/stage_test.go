@@ -1,0 +1,205 @@
+package e2e
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// The two flavours of iptables.
+const (
+	nft    = "nft"
+	legacy = "legacy"
+)
+
+// initArguments are what an Istio injector passes to its init container.
+var initArguments = []string{
+	"init", "-p", "15001", "-z", "15006", "-u", "1337", "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*",
+	"-d", "15090,15021,15020", "--log_output_level=default:info",
+}
+
+// stage is a pod with its rules and its agent, and a peer.
+type stage struct {
+	pod, peer *nettest.Namespace
+	agent     *agent
+}
+
+// newStage sets a stage with the rules in nftables and an agent with the given flags.
+func newStage(t testing.TB, flags ...string) *stage {
+	t.Helper()
+	return newStageIn(t, nft, flags...)
+}
+
+func newStageIn(t testing.TB, flavour string, flags ...string) *stage {
+	t.Helper()
+	nettest.RequireRoot(t)
+	s := &stage{}
+	s.pod, s.peer = nettest.PodAndPeer(t)
+	initPod(t, s.pod, flavour)
+	s.agent = startAgent(t, s.pod, flags...)
+	return s
+}
+
+// initPod runs `pillion init` as an injector does, and returns what it says.
+func initPod(t testing.TB, pod *nettest.Namespace, flavour string) string {
+	t.Helper()
+	stdout, stderr, code := execute(t, pod, []string{pathWith(t, flavour)}, initArguments...)
+	if code != 0 {
+		t.Fatalf("pillion init: exit code %d\n%s%s", code, stdout, stderr)
+	}
+	return stdout + stderr
+}
+
+// pathWith is a PATH on which there is only one flavour of iptables.
+func pathWith(t testing.TB, flavour string) string {
+	t.Helper()
+	dir := t.TempDir()
+	program := requireProgram(t, "xtables-"+flavour+"-multi")
+	for _, family := range []string{"iptables", "ip6tables"} {
+		for _, verb := range []string{"", "-save", "-restore"} {
+			if err := os.Symlink(program, filepath.Join(dir, family+"-"+flavour+verb)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return "PATH=" + dir
+}
+
+// way is one direction in one family: who connects to whom, and as whom they are seen.
+type way struct {
+	name     string
+	from, to *nettest.Namespace
+	address  netip.Addr
+	seenAs   netip.Addr
+}
+
+func (s *stage) ways() []way {
+	return []way{
+		{"inbound IPv4", s.peer, s.pod, nettest.PodIP4, capture.InboundSource4},
+		{"inbound IPv6", s.peer, s.pod, nettest.PodIP6, capture.InboundSource6},
+		{"outbound IPv4", s.pod, s.peer, nettest.Elsewhere4, nettest.PodIP4},
+		{"outbound IPv6", s.pod, s.peer, nettest.Elsewhere6, nettest.PodIP6},
+	}
+}
+
+// everyWay runs a subtest for each way, one after the other.
+func (s *stage) everyWay(t *testing.T, test func(t *testing.T, w way)) {
+	for _, w := range s.ways() {
+		t.Run(w.name, func(t *testing.T) { test(t, w) })
+	}
+}
+
+// inbound and outbound are the IPv4 ways, for tests in which the family cannot matter.
+func (s *stage) inbound() way  { return s.ways()[0] }
+func (s *stage) outbound() way { return s.ways()[2] }
+
+// connect opens a connection along the way and returns its two ends, seen from the agent: downstream's and upstream's.
+// It fails the test when the connection was not carried by the agent. The ends have a deadline and no keep-alive of
+// their own, and are closed when the test ends.
+func (w way) connect(t testing.TB) (downstream, upstream *net.TCPConn) {
+	t.Helper()
+	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String()).(*net.TCPListener)
+	return w.connectTo(t, listener)
+}
+
+// connectTo is connect to a listener that is there already.
+func (w way) connectTo(t testing.TB, listener *net.TCPListener) (downstream, upstream *net.TCPConn) {
+	t.Helper()
+	downstream = w.dial(t, listener.Addr().String())
+	listener.SetDeadline(time.Now().Add(patience))
+	upstream, err := listener.AcceptTCP()
+	if err != nil {
+		t.Fatalf("%s: the connection did not arrive: %v", w.name, err)
+	}
+	prepare(t, upstream)
+	seen := upstream.RemoteAddr().(*net.TCPAddr).AddrPort()
+	if seen.Addr() != w.seenAs {
+		t.Fatalf("%s: upstream sees %v, want %v", w.name, seen.Addr(), w.seenAs)
+	}
+	// Outbound, the pod's address is right with and without an agent; but two connections need two ports.
+	if seen.Port() == downstream.LocalAddr().(*net.TCPAddr).AddrPort().Port() {
+		t.Fatalf("%s: upstream sees downstream's own port %d: the connection was not carried", w.name, seen.Port())
+	}
+	return downstream, upstream
+}
+
+// dial connects to address from the way's beginning.
+func (w way) dial(t testing.TB, address string) *net.TCPConn {
+	t.Helper()
+	conn, err := w.from.Dial("tcp", address, patience)
+	if err != nil {
+		t.Fatalf("%s: %v", w.name, err)
+	}
+	prepare(t, conn.(*net.TCPConn))
+	return conn.(*net.TCPConn)
+}
+
+// prepare takes keep-alive away, which would do the agent's work, and bounds every wait.
+func prepare(t testing.TB, conn *net.TCPConn) {
+	t.Cleanup(func() { conn.Close() })
+	conn.SetKeepAlive(false)
+	conn.SetDeadline(time.Now().Add(patience))
+}
+
+// reset ends a connection with a reset.
+func reset(t testing.TB, conn *net.TCPConn) {
+	t.Helper()
+	if err := conn.SetLinger(0); err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+}
+
+// tryConnection dials address and reads until the end: the error that ended it, nil for a silent close.
+func tryConnection(from *nettest.Namespace, address string) error {
+	conn, err := from.Dial("tcp", address, patience)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
+	_, err = conn.Read(make([]byte, 1))
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// reads fails the test unless what comes next from conn is exactly want.
+func reads(t testing.TB, conn net.Conn, want string) {
+	t.Helper()
+	got := make([]byte, len(want))
+	n, err := io.ReadFull(conn, got)
+	if err != nil || string(got[:n]) != want {
+		t.Fatalf("read %q and %v, want %q", got[:n], err, want)
+	}
+}
+
+func writes(t testing.TB, conn net.Conn, text string) {
+	t.Helper()
+	if _, err := conn.Write([]byte(text)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// converse sends a word each way, so that the connection is known to be carried to its end.
+func converse(t testing.TB, downstream, upstream net.Conn) {
+	t.Helper()
+	writes(t, downstream, "question")
+	reads(t, upstream, "question")
+	writes(t, upstream, "answer")
+	reads(t, downstream, "answer")
+}
+
+// isReset and isRefused tell what the other side of a connection did.
+func isReset(err error) bool   { return errors.Is(err, syscall.ECONNRESET) }
+func isRefused(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }
