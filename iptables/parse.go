@@ -16,7 +16,7 @@ func Parse(family Family, text string) Ruleset {
 	rs := Ruleset{Family: family}
 	inNat := true
 	for line := range strings.Lines(text) {
-		line = strings.TrimRight(line, "\r\n")
+		line = withoutCounters(strings.TrimRight(line, "\r\n"))
 		switch {
 		case strings.HasPrefix(line, "*"):
 			inNat = line == "*nat"
@@ -28,6 +28,16 @@ func Parse(family Family, text string) Ruleset {
 		}
 	}
 	return rs
+}
+
+// withoutCounters takes away the "[packets:bytes] " that iptables-save -c puts in front of a rule.
+func withoutCounters(line string) string {
+	if strings.HasPrefix(line, "[") {
+		if _, rule, found := strings.Cut(line, "] "); found {
+			return rule
+		}
+	}
+	return line
 }
 
 // parseChain reads "NAME POLICY [packets:bytes]".

@@ -72,8 +72,7 @@ func PlanInit(ctx context.Context, spec capture.Spec) (*Plan, error) {
 		if s.ipv6.global || !errors.Is(err, errNoProgram) {
 			return nil, err
 		}
-		plan.Warnings = append(plan.Warnings, fmt.Sprintf("IPv6 is left alone: %v; the pod has no global IPv6 address", err))
-		return plan, nil
+		return plan, plan.giveUpIPv6(err)
 	}
 	if !s.ipv6.source {
 		plan.Address = AddressAdded
@@ -208,29 +207,32 @@ func (p *Plan) install(ctx context.Context) error {
 			return err
 		}
 	}
-	for i, step := range p.Steps {
+	done := make([]Step, 0, len(p.Steps))
+	for _, step := range p.Steps {
 		err := step.before.program.apply(ctx, step.Input)
-		if step.Family == IPv6 && errors.Is(err, errNoKernelSupport) && !p.ipv6.global {
-			return p.giveUpIPv6(ctx, i, err)
-		}
-		if err != nil {
+		switch {
+		case err == nil:
+			done = append(done, step)
+		case step.Family != IPv6 || p.ipv6.global || !errors.Is(err, errNoKernelSupport):
 			return err
+		default:
+			if err := p.giveUpIPv6(err); err != nil {
+				return err
+			}
 		}
 	}
+	p.Steps = done
 	return p.readBack(ctx)
 }
 
-// giveUpIPv6 leaves IPv6 alone where the kernel cannot redirect it and the pod has no address to reach anybody with it.
-func (p *Plan) giveUpIPv6(ctx context.Context, step int, err error) error {
+// giveUpIPv6 leaves IPv6 alone for the reason err, in a pod that has no address at which it could be reached.
+func (p *Plan) giveUpIPv6(err error) error {
 	p.Warnings = append(p.Warnings, fmt.Sprintf("IPv6 is left alone: %v; the pod has no global IPv6 address", err))
-	p.Steps = slices.Delete(p.Steps, step, step+1)
-	if p.Address == AddressAdded {
-		p.Address = AddressKept
-		if err := removeSourceAddress(); err != nil {
-			return err
-		}
+	if p.Address != AddressAdded {
+		return nil
 	}
-	return p.readBack(ctx)
+	p.Address = AddressKept
+	return removeSourceAddress()
 }
 
 // readBack lists every table that was changed, at the same time, and compares.

@@ -44,8 +44,9 @@ func Rules(spec capture.Spec, family Family) Ruleset {
 		ID: "inbound/redirect", Match: Match{TCP: true}, Target: Redirect(spec.InboundPort),
 		Why: "captured inbound connections go to the agent",
 	})
-	rs.add(chainOutput, outboundRules(spec, family)...)
-	if !spec.Outbound.None() || len(spec.OutboundPorts) > 0 {
+	output := outboundRules(spec, family)
+	rs.add(chainOutput, output...)
+	if slices.ContainsFunc(output, func(r Rule) bool { return r.Target == Jump(chainRedirect) }) {
 		rs.add(chainRedirect, Rule{
 			ID: "outbound/redirect", Match: Match{TCP: true}, Target: Redirect(spec.OutboundPort),
 			Why: "captured outbound connections go to the agent",
@@ -172,15 +173,15 @@ func loopbackRules(spec capture.Spec, family Family) []Rule {
 			Why: "the agent's own connections are not captured again",
 		})
 	}
-	if !slices.ContainsFunc(spec.Outbound.List, isLoopback) {
-		rules = append(rules, Rule{
-			ID: "outbound/loopback", Match: Match{Out: loopback}, Target: Return{},
-			Why: "processes of the workload talk to each other directly",
+	if slices.ContainsFunc(spec.Outbound.List, isLoopback) {
+		return append(rules, Rule{
+			ID: "outbound/localhost", Match: Match{Dst: facts.localhost}, Target: Return{},
+			Why: "localhost stays local, even where other loopback addresses are captured",
 		})
 	}
 	return append(rules, Rule{
-		ID: "outbound/localhost", Match: Match{Dst: facts.localhost}, Target: Return{},
-		Why: "localhost stays local",
+		ID: "outbound/loopback", Match: Match{Out: loopback}, Target: Return{},
+		Why: "processes of the workload talk to each other directly",
 	})
 }
 

@@ -147,16 +147,6 @@ func (rs Ruleset) Own() Ruleset {
 	return own
 }
 
-// Empty tells whether there is neither a rule nor a chain that somebody made, nor a policy other than the initial one.
-func (rs Ruleset) Empty() bool {
-	for _, c := range rs.Chains {
-		if len(c.Rules) > 0 || c.Policy != policyAccept {
-			return false
-		}
-	}
-	return true
-}
-
 func (c Chain) own() bool { return strings.HasPrefix(c.Name, ownPrefix) }
 
 func jumpsToOwn(rules []Rule) []Rule {

@@ -3,6 +3,7 @@ package iptables
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -41,7 +42,7 @@ func (rs Ruleset) Trace(p Packet) (Verdict, []string) {
 	if p.In != "" {
 		hook = chainPrerouting
 	}
-	walk.through(hook, 0)
+	walk.through(hook)
 	return walk.verdict, walk.path
 }
 
@@ -50,14 +51,17 @@ type walk struct {
 	packet  Packet
 	verdict Verdict
 	path    []string
+	inside  []string // the chains that the walk will come back to
 }
 
-// through walks one chain and tells whether the packet's fate is sealed. A chain can call another only so deep as there
-// are chains: the kernel refuses loops, but text can hold them.
-func (w *walk) through(chain string, depth int) (ended bool) {
-	if depth > len(w.rules.Chains) {
+// through walks one chain and tells whether the packet's fate is sealed. Coming to a chain from within itself ends the
+// walk: the kernel refuses loops, but text can hold them.
+func (w *walk) through(chain string) (ended bool) {
+	if slices.Contains(w.inside, chain) {
 		return true
 	}
+	w.inside = append(w.inside, chain)
+	defer func() { w.inside = w.inside[:len(w.inside)-1] }()
 	for _, r := range w.rules.chain(chain).Rules {
 		if r.Foreign != "" || !r.Match.matches(w.packet) {
 			continue
@@ -70,7 +74,7 @@ func (w *walk) through(chain string, depth int) (ended bool) {
 			w.verdict.Redirect = uint16(target)
 			return true
 		case Jump:
-			if w.through(string(target), depth+1) {
+			if w.through(string(target)) {
 				return true
 			}
 		}

@@ -1,0 +1,570 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestMain(m *testing.M) {
+	if os.Getenv(dialEnvironment) != "" {
+		dialForOthers()
+	}
+	os.Exit(nettest.Main(m))
+}
+
+// machinePath is where the machine has its programs.
+var machinePath = os.Getenv("PATH")
+
+// usePrograms sets PATH to a directory with the programs of these flavours only, under the names that tell the flavour
+// or under the plain ones, and returns the directory.
+func usePrograms(t *testing.T, plain bool, flavours ...Flavour) string {
+	t.Helper()
+	t.Setenv("PATH", machinePath)
+	dir := t.TempDir()
+	for _, flavour := range flavours {
+		for _, name := range []string{"iptables", "ip6tables"} {
+			for _, suffix := range []string{"", "-save", "-restore"} {
+				real, err := exec.LookPath(name + "-" + string(flavour) + suffix)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if real, err = filepath.EvalSymlinks(real); err != nil {
+					t.Fatal(err)
+				}
+				link := name + "-" + string(flavour) + suffix
+				if plain {
+					link = name + suffix
+				}
+				if err := os.Symlink(real, filepath.Join(dir, link)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	t.Setenv("PATH", dir)
+	return dir
+}
+
+// breakProgram puts a script in the place of a program.
+func breakProgram(t *testing.T, dir, name, script string) {
+	t.Helper()
+	os.Remove(filepath.Join(dir, name))
+	if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// initIn plans and commits in the namespace, and returns the plan that was committed.
+func initIn(ns *nettest.Namespace, spec capture.Spec) (*Plan, error) {
+	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec) })
+}
+
+func cleanupIn(ns *nettest.Namespace) (*Plan, error) { return commitIn(ns, PlanCleanup) }
+
+func commitIn(ns *nettest.Namespace, make func(context.Context) (*Plan, error)) (plan *Plan, err error) {
+	err = ns.Try(func() error {
+		if plan, err = make(context.Background()); err != nil {
+			return err
+		}
+		return plan.Commit(context.Background())
+	})
+	return plan, err
+}
+
+func mustInit(t *testing.T, ns *nettest.Namespace, spec capture.Spec) *Plan {
+	t.Helper()
+	plan, err := initIn(ns, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return plan
+}
+
+// everything is all that init could have changed: both flavours, both families, the loopback's addresses. It looks in a
+// way that changes nothing, and with the machine's own programs.
+func everything(t *testing.T, ns *nettest.Namespace) string {
+	t.Helper()
+	look := ns.Command(0, 0, "/bin/sh", "-c", `
+		PATH=/usr/sbin:/usr/bin:/sbin:/bin
+		nft list ruleset | sed 's/packets [0-9]* bytes [0-9]*//'
+		for x in ip ip6; do
+			if [ -s /proc/net/${x}_tables_names ]; then
+				echo "legacy $x: $(cat /proc/net/${x}_tables_names)"
+				${x}tables-legacy-save | grep -v '^#' | sed 's/\[.*\]//'
+			fi
+		done
+		ip -o addr show dev lo`)
+	out, err := ns.Run(look)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// rulesIn reads a table the way people do.
+func rulesIn(t *testing.T, ns *nettest.Namespace, family Family, flavour Flavour) Ruleset {
+	t.Helper()
+	return Parse(family, ns.MustRun(t, programName(family, flavour)+"-save", "-t", "nat"))
+}
+
+func programName(family Family, flavour Flavour) string {
+	if family == IPv6 {
+		return "/usr/sbin/ip6tables-" + string(flavour)
+	}
+	return "/usr/sbin/iptables-" + string(flavour)
+}
+
+func forEachFlavour(t *testing.T, test func(t *testing.T, flavour Flavour)) {
+	nettest.RequireRoot(t)
+	for _, flavour := range []Flavour{NFT, Legacy} {
+		t.Run(string(flavour), func(t *testing.T) {
+			usePrograms(t, false, flavour)
+			test(t, flavour)
+		})
+	}
+}
+
+func TestInitInstallsWhatIsWantedAndASecondRunChangesNothing(t *testing.T) {
+	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+		for _, sc := range scenarios {
+			t.Run(sc.name, func(t *testing.T) {
+				dir := usePrograms(t, false, flavour)
+				pod := nettest.New(t, "pod")
+				plan := mustInit(t, pod, sc.spec)
+				if len(plan.Steps) != 2 || plan.Address != AddressAdded {
+					t.Errorf("the first run did %d steps, address %q", len(plan.Steps), plan.Address)
+				}
+				for _, family := range Families {
+					if changes := Diff(Rules(sc.spec, family), rulesIn(t, pod, family, flavour)); len(changes) > 0 {
+						t.Errorf("%s: %v", family, changes)
+					}
+				}
+				before := everything(t, pod)
+				for _, family := range Families {
+					breakProgram(t, dir, filepath.Base(programName(family, flavour))+"-restore", "exit 9")
+				}
+				if plan := mustInit(t, pod, sc.spec); !plan.Unchanged() {
+					t.Errorf("the second run would change %v", plan)
+				}
+				if after := everything(t, pod); after != before {
+					t.Errorf("the second run changed something\nbefore:\n%s\nafter:\n%s", before, after)
+				}
+			})
+		}
+	})
+}
+
+func TestANewSpecReplacesTheOldRules(t *testing.T) {
+	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+		pod := nettest.New(t, "pod")
+		for _, sc := range scenarios {
+			mustInit(t, pod, sc.spec)
+			for _, family := range Families {
+				if changes := Diff(Rules(sc.spec, family), rulesIn(t, pod, family, flavour)); len(changes) > 0 {
+					t.Errorf("%s, %s: %v", sc.name, family, changes)
+				}
+			}
+		}
+	})
+}
+
+func TestWhatWasMeddledWithIsRepaired(t *testing.T) {
+	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+		for _, m := range meddling {
+			t.Run(m.name, func(t *testing.T) {
+				pod := nettest.New(t, "pod")
+				mustInit(t, pod, captureAll)
+				for _, family := range Families {
+					text := m.edit(Rules(captureAll, family).String())
+					if family == IPv6 {
+						text = strings.ReplaceAll(text, "203.0.113.9/32", "2001:db8:2::9/128")
+					}
+					restore := pod.Command(0, 0, programName(family, flavour)+"-restore")
+					restore.Stdin = strings.NewReader(text)
+					if _, err := pod.Run(restore); err != nil {
+						t.Fatal(err)
+					}
+				}
+				plan := mustInit(t, pod, captureAll)
+				if got, want := len(plan.Steps) > 0, len(m.want) > 0; got != want {
+					t.Errorf("a change was planned: %t, want %t", got, want)
+				}
+				for _, step := range plan.Steps {
+					if len(step.Changes) != len(m.want) {
+						t.Errorf("%s: changes %v, want %v", step.Family, step.Changes, m.want)
+					}
+				}
+				for _, family := range Families {
+					rules := rulesIn(t, pod, family, flavour)
+					if changes := Diff(Rules(captureAll, family), rules); len(changes) > 0 {
+						t.Errorf("%s is not mended: %v", family, changes)
+					}
+					if strings.Contains(m.name, "stranger's rule") && !strings.Contains(rules.String(), "-j ACCEPT") {
+						t.Errorf("%s: the stranger's rule is gone", family)
+					}
+				}
+			})
+		}
+	})
+}
+
+// strangers sets up rules of other people in every flavour of the list.
+func strangers(t *testing.T, ns *nettest.Namespace, flavours ...Flavour) {
+	t.Helper()
+	for _, flavour := range flavours {
+		for family, network := range map[Family]string{IPv4: "203.0.113.9/32", IPv6: "2001:db8:2::9/128"} {
+			program := programName(family, flavour)
+			ns.MustRun(t, program, "-t", "nat", "-N", "THEIRS")
+			ns.MustRun(t, program, "-t", "nat", "-A", "OUTPUT", "-d", network, "-j", "THEIRS")
+			ns.MustRun(t, program, "-t", "nat", "-A", "THEIRS", "-m", "comment", "--comment", `a "quoted" word`, "-j", "ACCEPT")
+			ns.MustRun(t, program, "-t", "filter", "-A", "INPUT", "-s", network, "-j", "DROP")
+		}
+	}
+}
+
+func TestCleanupLeavesOtherPeoplesRulesByteForByte(t *testing.T) {
+	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+		pod := nettest.New(t, "pod")
+		strangers(t, pod, flavour)
+		before := everything(t, pod)
+		mustInit(t, pod, scenarios[1].spec)
+		if everything(t, pod) == before {
+			t.Fatal("init changed nothing")
+		}
+		if _, err := cleanupIn(pod); err != nil {
+			t.Fatal(err)
+		}
+		if after := everything(t, pod); after != before {
+			t.Errorf("before:\n%s\nafter:\n%s", before, after)
+		}
+		plan, err := cleanupIn(pod)
+		if err != nil || !plan.Unchanged() {
+			t.Errorf("a second cleanup: %v, %v", plan, err)
+		}
+	})
+}
+
+// In nftables nothing stays behind, not even the empty tables that iptables leaves. A legacy table cannot be unmade.
+func TestCleanupOfAFreshNamespaceLeavesItFresh(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT, Legacy)
+	pod := nettest.New(t, "pod")
+	before := everything(t, pod)
+	if plan, err := cleanupIn(pod); err != nil || !plan.Unchanged() || plan.Summary() != "" || plan.String() != "" {
+		t.Errorf("cleanup of nothing: %q, %v", plan, err)
+	}
+	mustInit(t, pod, captureAll)
+	if _, err := cleanupIn(pod); err != nil {
+		t.Fatal(err)
+	}
+	if after := everything(t, pod); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+func TestCleanupFindsBothFlavoursAndKeepsAnAddressThatIsNotOurs(t *testing.T) {
+	nettest.RequireRoot(t)
+	pod := nettest.New(t, "pod")
+	pod.MustRun(t, "ip", "addr", "add", "::6/128", "dev", "lo", "nodad")
+	strangers(t, pod, NFT, Legacy)
+	before := everything(t, pod)
+	for _, flavour := range []Flavour{NFT, Legacy} {
+		for _, family := range Families {
+			restore := pod.Command(0, 0, programName(family, flavour)+"-restore", "--noflush")
+			restore.Stdin = strings.NewReader(restoreInput(Rules(captureAll, family), Ruleset{}))
+			if _, err := pod.Run(restore); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	usePrograms(t, false, NFT, Legacy)
+	plan, err := cleanupIn(pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(plan.Steps) != 4 || plan.Address != AddressKept {
+		t.Errorf("plan: %v", plan)
+	}
+	if after := everything(t, pod); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+func TestTheFlavourThatHoldsOurRulesIsKept(t *testing.T) {
+	nettest.RequireRoot(t)
+	for _, test := range []struct {
+		name    string
+		prepare func(t *testing.T, pod *nettest.Namespace)
+		want    Flavour
+	}{
+		{"a fresh namespace gets nft", func(*testing.T, *nettest.Namespace) {}, NFT},
+		{"an empty legacy table, such as a probe leaves, changes nothing", func(t *testing.T, pod *nettest.Namespace) {
+			pod.MustRun(t, "/usr/sbin/iptables-legacy-save", "-t", "nat")
+			pod.MustRun(t, "/usr/sbin/ip6tables-legacy-save", "-t", "nat")
+		}, NFT},
+		{"other people use legacy", func(t *testing.T, pod *nettest.Namespace) { strangers(t, pod, Legacy) }, Legacy},
+		{"other people use both", func(t *testing.T, pod *nettest.Namespace) { strangers(t, pod, NFT, Legacy) }, Legacy},
+		{"ours are in nft, and then other people use legacy", func(t *testing.T, pod *nettest.Namespace) {
+			mustInit(t, pod, captureAll)
+			strangers(t, pod, Legacy)
+		}, NFT},
+		{"ours are in legacy, where nobody else is", func(t *testing.T, pod *nettest.Namespace) {
+			path := os.Getenv("PATH")
+			usePrograms(t, false, Legacy)
+			mustInit(t, pod, captureAll)
+			t.Setenv("PATH", path)
+		}, Legacy},
+		{"only legacy is there, under its plain name", func(t *testing.T, _ *nettest.Namespace) { usePrograms(t, true, Legacy) }, Legacy},
+		{"only nft is there, under its plain name", func(t *testing.T, _ *nettest.Namespace) { usePrograms(t, true, NFT) }, NFT},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			usePrograms(t, false, NFT, Legacy)
+			pod := nettest.New(t, "pod")
+			test.prepare(t, pod)
+			for run := range 2 {
+				for _, step := range mustInit(t, pod, scenarios[0].spec).Steps {
+					if step.Flavour != test.want {
+						t.Errorf("run %d: %s went to %s, want %s", run+1, step.Family, step.Flavour, test.want)
+					}
+				}
+			}
+			for _, family := range Families {
+				if changes := Diff(Rules(scenarios[0].spec, family), rulesIn(t, pod, family, test.want)); len(changes) > 0 {
+					t.Errorf("%s: %v", family, changes)
+				}
+			}
+		})
+	}
+}
+
+// Rules in both flavours would both act. One is kept, the other cleaned, whoever made it so.
+func TestOurRulesInTheOtherFlavourAreTakenAway(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT, Legacy)
+	pod := nettest.New(t, "pod")
+	for _, flavour := range []Flavour{NFT, Legacy} {
+		restore := pod.Command(0, 0, programName(IPv4, flavour)+"-restore", "--noflush")
+		restore.Stdin = strings.NewReader(restoreInput(Rules(captureAll, IPv4), Ruleset{}))
+		if _, err := pod.Run(restore); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustInit(t, pod, captureAll)
+	if rest := rulesIn(t, pod, IPv4, Legacy).Own().Chains; len(rest) > 0 {
+		t.Errorf("legacy still holds %v", rest)
+	}
+	if changes := Diff(Rules(captureAll, IPv4), rulesIn(t, pod, IPv4, NFT)); len(changes) > 0 {
+		t.Errorf("nft: %v", changes)
+	}
+}
+
+func TestRulesThatNoProgramCanReachAreAnError(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT, Legacy)
+	pod := nettest.New(t, "pod")
+	mustInit(t, pod, captureAll)
+	before := everything(t, pod)
+	usePrograms(t, false, Legacy)
+	for name, commit := range map[string]func() (*Plan, error){
+		"init":    func() (*Plan, error) { return initIn(pod, scenarios[0].spec) },
+		"cleanup": func() (*Plan, error) { return cleanupIn(pod) },
+	} {
+		_, err := commit()
+		if err == nil || !errors.Is(err, errNoProgram) || !strings.Contains(err.Error(), "iptables-nft") {
+			t.Errorf("%s: got error %v, want one that names the program", name, err)
+		}
+	}
+	if after := everything(t, pod); after != before {
+		t.Error("something was changed")
+	}
+}
+
+func TestAFailureHalfWayTakesEverythingBack(t *testing.T) {
+	nettest.RequireRoot(t)
+	for _, flavour := range []Flavour{NFT, Legacy} {
+		name6 := filepath.Base(programName(IPv6, flavour))
+		for _, test := range []struct {
+			name   string
+			breaks func(t *testing.T, dir string)
+			want   string
+		}{
+			{"IPv6 cannot be committed", func(t *testing.T, dir string) {
+				breakProgram(t, dir, name6+"-restore", "echo 'line 2 failed' >&2; exit 1")
+			}, "changing ipv6 rules: running " + name6 + "-restore: exit status 1: line 2 failed (in: :PILLION_INBOUND - [0:0])"},
+			{"IPv6 is committed, but is not there when read back", func(t *testing.T, dir string) {
+				breakProgram(t, dir, name6+"-restore", "while read line; do :; done")
+			}, "reading ipv6 rules back: 13 differences"},
+			{"IPv6 is committed by half", func(t *testing.T, dir string) {
+				real := programName(IPv6, flavour) + "-restore"
+				// Only the first run, which installs, is sabotaged.
+				breakProgram(t, dir, name6+"-restore", fmt.Sprintf(
+					`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; /bin/sed '/inbound.all/d' | %[2]s "$@"`, dir, real))
+			}, "reading ipv6 rules back: 1 differences, the first: missing in PILLION_INBOUND"},
+		} {
+			for _, earlier := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s/%s/over earlier rules %t", flavour, test.name, earlier), func(t *testing.T) {
+					dir := usePrograms(t, false, flavour)
+					pod, _ := nettest.PodAndPeer(t)
+					strangers(t, pod, flavour)
+					if earlier {
+						mustInit(t, pod, scenarios[1].spec)
+					}
+					before := everything(t, pod)
+					test.breaks(t, dir)
+					_, err := initIn(pod, captureAll)
+					if err == nil || !earlier && !strings.Contains(err.Error(), test.want) {
+						t.Errorf("got error %v, want %q", err, test.want)
+					}
+					if strings.Contains(err.Error(), "taking it back failed") {
+						t.Error(err)
+					}
+					if after := everything(t, pod); after != before {
+						t.Errorf("before:\n%s\nafter:\n%s", before, after)
+					}
+				})
+			}
+		}
+	}
+}
+
+// A fresh namespace is fresh again after a failure: the tables that the commit made are gone.
+func TestAFailureInAFreshNamespaceLeavesItFresh(t *testing.T) {
+	nettest.RequireRoot(t)
+	dir := usePrograms(t, false, NFT, Legacy)
+	pod, _ := nettest.PodAndPeer(t)
+	before := everything(t, pod)
+	breakProgram(t, dir, "ip6tables-nft-restore", "exit 1")
+	if _, err := initIn(pod, captureAll); err == nil {
+		t.Fatal("init succeeded")
+	}
+	if after := everything(t, pod); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+func TestPlanningChangesNothing(t *testing.T) {
+	nettest.RequireRoot(t)
+	for _, flavours := range [][]Flavour{{NFT}, {Legacy}, {NFT, Legacy}} {
+		usePrograms(t, false, flavours...)
+		pod := nettest.New(t, "pod")
+		before := everything(t, pod)
+		pod.Do(t, func() error {
+			plan, err := PlanInit(context.Background(), captureAll)
+			if err == nil && (plan.Unchanged() || plan.String() == "") {
+				t.Error("the plan says nothing")
+			}
+			return err
+		})
+		if after := everything(t, pod); after != before {
+			t.Errorf("%v: before:\n%s\nafter:\n%s", flavours, before, after)
+		}
+	}
+}
+
+func TestAPodWithoutIPv6GetsIPv4Alone(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT)
+	pod := nettest.New(t, "pod")
+	pod.Do(t, func() error {
+		return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0)
+	})
+	plan := mustInit(t, pod, captureAll)
+	if len(plan.Steps) != 1 || plan.Steps[0].Family != IPv4 || plan.Address != AddressKept || len(plan.Warnings) > 0 {
+		t.Errorf("plan: %v, warnings %q", plan, plan.Warnings)
+	}
+}
+
+func TestMissingSupportForIPv6MattersOnlyToAPodThatUsesIt(t *testing.T) {
+	nettest.RequireRoot(t)
+	for name, breaks := range map[string]func(t *testing.T, dir string){
+		"no program": func(t *testing.T, dir string) { os.Remove(filepath.Join(dir, "ip6tables-nft")) },
+		"no kernel support": func(t *testing.T, dir string) {
+			breakProgram(t, dir, "ip6tables-nft-restore",
+				`echo "ip6tables-restore v1.8.9 (nf_tables): line 2: TABLE_ADD failed (Operation not supported): table nat" >&2; exit 4`)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			breaks(t, usePrograms(t, false, NFT))
+			alone := nettest.New(t, "without a global address")
+			plan := mustInit(t, alone, captureAll)
+			if len(plan.Steps) != 1 || len(plan.Warnings) != 1 || plan.Address != AddressKept {
+				t.Errorf("plan: %v, warnings %q", plan, plan.Warnings)
+			}
+			if strings.Contains(everything(t, alone), "::6") {
+				t.Error("::6 is there for no use")
+			}
+			pod, _ := nettest.PodAndPeer(t)
+			before := everything(t, pod)
+			if _, err := initIn(pod, captureAll); err == nil {
+				t.Error("init succeeded in a pod with an IPv6 address")
+			}
+			if after := everything(t, pod); after != before {
+				t.Errorf("before:\n%s\nafter:\n%s", before, after)
+			}
+		})
+	}
+}
+
+func TestTheSourceAddressIsNeverChosenByItself(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT)
+	pod := nettest.New(t, "pod")
+	mustInit(t, pod, captureAll)
+	pod.Do(t, func() error {
+		link, err := netlink.LinkByIndex(loopbackIndex)
+		if err != nil || link.Attrs().Name != loopback {
+			return fmt.Errorf("interface %d is %v: %w", loopbackIndex, link, err)
+		}
+		addresses, err := netlink.AddrList(link, netlink.FAMILY_V6)
+		for _, a := range addresses {
+			if a.IP.Equal(capture.InboundSource6.AsSlice()) && a.PreferedLft == 0 {
+				return nil
+			}
+		}
+		return fmt.Errorf("no deprecated %v among %v: %w", capture.InboundSource6, addresses, err)
+	})
+}
+
+func TestACancelledInitTakesBackWhatItDid(t *testing.T) {
+	nettest.RequireRoot(t)
+	dir := usePrograms(t, false, NFT)
+	pod, _ := nettest.PodAndPeer(t)
+	before := everything(t, pod)
+	started := filepath.Join(dir, "started")
+	if out, err := exec.Command("/usr/bin/mkfifo", started).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	breakProgram(t, dir, "ip6tables-nft-restore", "echo now > "+started+"; exec /bin/sleep 60")
+	ctx, cancel := context.WithCancel(context.Background())
+	cancelled := make(chan struct{})
+	go func() {
+		defer close(cancelled)
+		os.ReadFile(started)
+		cancel()
+	}()
+	err := pod.Try(func() error {
+		plan, err := PlanInit(ctx, captureAll)
+		if err != nil {
+			return err
+		}
+		return plan.Commit(ctx)
+	})
+	<-cancelled
+	if err == nil || strings.Contains(err.Error(), "taking it back failed") {
+		t.Errorf("got error %v", err)
+	}
+	if after := everything(t, pod); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
