@@ -1,0 +1,279 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// asPillion makes this test's program behave as pillion itself.
+const asPillion = "PILLION_TEST_AS_PILLION"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asPillion) != "" {
+		os.Exit(run(os.Args[1:]))
+	}
+	os.Exit(nettest.Main(m))
+}
+
+// injectorArguments are what an Istio injector passes.
+var injectorArguments = []string{
+	"-p", "15001", "-z", "15006", "-u", "1337", "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*", "-d", "15090,15021,15020",
+	"--log_output_level=default:info",
+}
+
+// outcome is how a run of pillion ended.
+type outcome struct {
+	code           int
+	stdout, stderr string
+}
+
+// pillion runs the program in the namespace. wrapper, if any, is a program that runs it.
+func pillion(t *testing.T, ns *nettest.Namespace, environment []string, wrapper []string, args ...string) outcome {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := append(append(wrapper, self), args...)
+	cmd := ns.Command(0, 0, words[0], words[1:]...)
+	cmd.Env = append(append(os.Environ(), asPillion+"=1"), environment...)
+	return finish(t, ns, cmd)
+}
+
+func finish(t *testing.T, ns *nettest.Namespace, cmd *exec.Cmd) outcome {
+	t.Helper()
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	_, err := ns.Run(cmd)
+	if err != nil && !errors.As(err, new(*exec.ExitError)) {
+		t.Fatal(err)
+	}
+	return outcome{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+}
+
+// state is what init could change. Looking changes nothing.
+func state(t *testing.T, ns *nettest.Namespace) string {
+	t.Helper()
+	return ns.MustRun(t, "sh", "-c", "nft list ruleset; cat /proc/net/ip_tables_names /proc/net/ip6_tables_names; ip -o addr show dev lo")
+}
+
+func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	before := state(t, ns)
+	const (
+		notAPort  = " is not a port: use a number from 1 to 65535"
+		notPorts  = notAPort + ", or a range such as 8000:9000"
+		notANet   = " is not a network: write an address and a mask such as 10.0.0.0/8 or 2001:db8::/32"
+		starAlone = ": * stands alone, and only where everything can be chosen; list values instead"
+	)
+	for _, test := range []struct {
+		args        string // one blank between words
+		environment string
+		code        int
+		want        string
+	}{
+		{args: "init -p 0", code: 1, want: `invalid argument "0" for "-p, --envoy-port" flag: "0"` + notAPort},
+		{args: "init -p ", code: 1, want: `invalid argument "" for "-p, --envoy-port" flag: ""` + notAPort},
+		{args: "init --envoy-port=http", code: 1, want: `invalid argument "http" for "-p, --envoy-port" flag: "http"` + notAPort},
+		{args: "init -z 70000", code: 1, want: `invalid argument "70000" for "-z, --inbound-capture-port" flag: "70000"` + notAPort},
+		{args: "init -e -1", code: 1, want: `invalid argument "-1" for "-e, --inbound-tunnel-port" flag: "-1"` + notAPort},
+		{args: "init -p 15006", code: 1, want: `the outbound port and the inbound port are both 15006: use different ones`},
+		{args: "init -z 15021", code: 1, want: `the readiness port and the inbound port are both 15021: use different ones`},
+		{args: "init -u nobody-of-that-name", code: 1, want: `invalid argument "nobody-of-that-name" for "-u, --proxy-uid" flag: "nobody-of-that-name" is neither a number nor a known name: use a number such as 1337`},
+		{args: "init -g 4294967295", code: 1, want: `invalid argument "4294967295" for "-g, --proxy-gid" flag: "4294967295" is not a user or group: use a number from 0 to 4294967294`},
+		{args: "init -m tproxy", code: 1, want: `invalid argument "tproxy" for "-m, --istio-inbound-interception-mode" flag: "tproxy" is not a mode: use REDIRECT`},
+		{args: "init -m TPROXY", code: 1, want: `invalid argument "TPROXY" for "-m, --istio-inbound-interception-mode" flag: TPROXY is not supported yet: use REDIRECT`},
+		{args: "init -b 80x", code: 1, want: `invalid argument "80x" for "-b, --istio-inbound-ports" flag: "80x"` + notPorts},
+		{args: "init -b *,8080", code: 1, want: `invalid argument "*,8080" for "-b, --istio-inbound-ports" flag: "*,8080"` + starAlone},
+		{args: "init -d 8000-9000", code: 1, want: `invalid argument "8000-9000" for "-d, --istio-local-exclude-ports" flag: "8000-9000"` + notPorts},
+		{args: "init -q 0", code: 1, want: `invalid argument "0" for "-q, --istio-outbound-ports" flag: "0"` + notPorts},
+		{args: "init -o *", code: 1, want: `invalid argument "*" for "-o, --istio-local-outbound-ports-exclude" flag: "*"` + starAlone},
+		{args: "init -i 10.0.0.0", code: 1, want: `invalid argument "10.0.0.0" for "-i, --istio-service-cidr" flag: "10.0.0.0"` + notANet},
+		{args: "init -x *", code: 1, want: `invalid argument "*" for "-x, --istio-service-exclude-cidr" flag: "*"` + starAlone},
+		{args: "init -c eth0!", code: 1, want: `invalid argument "eth0!" for "-c, --istio-exclude-interfaces" flag: "eth0!" is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
+		{args: "init --dry-run=maybe", code: 1, want: `invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is neither on nor off: use true or false`},
+		{args: "init --output yaml", code: 1, want: `invalid argument "yaml" for "--output" flag: "yaml" is not a form: use text or json`},
+		{args: "init --log_output_level=loud", code: 1, want: `invalid argument "loud" for "--log_output_level" flag: "loud" is not a log level: use debug, info, warn, error, fatal or none`},
+		{args: "init", environment: "ISTIO_INBOUND_PORTS=80x", code: 1, want: `environment variable ISTIO_INBOUND_PORTS="80x" (for --istio-inbound-ports): invalid argument "80x" for "-b, --istio-inbound-ports" flag: "80x"` + notPorts},
+		{args: "init", environment: "DRY_RUN=maybe", code: 1, want: `environment variable DRY_RUN="maybe" (for --dry-run): invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is neither on nor off: use true or false`},
+		{args: "init -k eth0", code: 255, want: `unknown shorthand flag: 'k' in -k`},
+		{args: "init --redirect-dns", code: 255, want: `unknown flag: --redirect-dns`},
+		{args: "istio-iptables --run-validation", code: 255, want: `unknown flag: --run-validation`},
+		{args: "init -b", code: 255, want: `flag needs an argument: 'b' in -b`},
+		{args: "init 8080", code: 255, want: `unexpected argument "8080": every value belongs to a flag`},
+		{args: "cleanup -p 15001", code: 255, want: `unknown shorthand flag: 'p' in -p`},
+		{args: "cleanup all", code: 255, want: `unexpected argument "all": every value belongs to a flag`},
+	} {
+		got := pillion(t, ns, strings.Fields(test.environment), nil, strings.Split(test.args, " ")...)
+		if want := (outcome{test.code, "", "pillion: error: " + test.want + "\n"}); got != want {
+			t.Errorf("%s %s:\ngot  %+v\nwant %+v", test.environment, test.args, got, want)
+		}
+	}
+	if after := state(t, ns); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+func TestInitByTheInjectorsArgumentsAndCleanup(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	before := state(t, ns)
+	expect := func(what string, got outcome, want string) {
+		t.Helper()
+		if got != (outcome{0, want, ""}) {
+			t.Errorf("%s: got %+v, want %q", what, got, want)
+		}
+	}
+	run := func(command string) outcome {
+		t.Helper()
+		return pillion(t, ns, nil, nil, append([]string{command}, injectorArguments...)...)
+	}
+	expect("first run", run("istio-iptables"), "ipv4 rules installed in nft (16 changes), ipv6 rules installed in nft (16 changes), ::6 added to lo\n")
+	expect("second run", run("init"), "nothing to change: the rules are in place\n")
+	ns.MustRun(t, "iptables-nft", "-t", "nat", "-F", "PILLION_IN_REDIRECT")
+	expect("repair", run("init"), "ipv4 rules installed in nft (1 change)\n")
+	expect("cleanup", pillion(t, ns, nil, nil, "cleanup"), "ipv4 rules removed from nft (20 changes), ipv6 rules removed from nft (20 changes), ::6 removed from lo\n")
+	expect("cleanup of nothing", pillion(t, ns, nil, nil, "cleanup"), "")
+	if after := state(t, ns); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+func TestDryRunShowsEachRuleWithItsReasonAndTouchesNothing(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	before := state(t, ns)
+	got := pillion(t, ns, nil, nil, append([]string{"init", "-n"}, injectorArguments...)...)
+	for _, want := range []string{
+		"add ::6/128 on lo\n", "ipv4, nft, nat table: 16 changes\n", "ipv6, nft, nat table: 16 changes\n",
+		"  missing: + -A PILLION_OUTPUT -o lo -m comment --comment \"pillion:outbound/loopback\" -j RETURN\n" +
+			"      processes of the workload talk to each other directly\n",
+	} {
+		if !strings.Contains(got.stdout, want) {
+			t.Errorf("no %q in:\n%s", want, got.stdout)
+		}
+	}
+	if got.code != 0 || got.stderr != "" {
+		t.Errorf("got %+v", got)
+	}
+	if after := state(t, ns); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+func TestJSONTellsProgramsWhatHappened(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	for _, run := range []struct {
+		args            []string
+		dryRun, changed bool
+	}{
+		{append([]string{"init", "--output=json", "--dry-run"}, injectorArguments...), true, true},
+		{append([]string{"init", "--output=json"}, injectorArguments...), false, true},
+		{append([]string{"init", "--output=json"}, injectorArguments...), false, false},
+		{[]string{"cleanup", "--output=json", "-n"}, true, true},
+		{[]string{"cleanup", "--output=json"}, false, true},
+		{[]string{"cleanup", "--output=json"}, false, false},
+	} {
+		var report struct {
+			DryRun bool
+			Plan   struct {
+				Changed bool
+				Steps   []struct {
+					Family, Flavour, Input string
+					Changes                []struct{ Kind, Chain, ID, Why, Rule, Found string }
+				}
+			}
+		}
+		got := pillion(t, ns, nil, nil, run.args...)
+		if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || got.code != 0 {
+			t.Fatalf("%v: %v: %+v", run.args, err, got)
+		}
+		if report.DryRun != run.dryRun || report.Plan.Changed != run.changed {
+			t.Errorf("%v: %+v", run.args, report)
+		}
+		if run.changed {
+			step := report.Plan.Steps[1]
+			if step.Family != "ipv6" || step.Flavour != "nft" || step.Changes[0].Chain == "" || !strings.HasPrefix(step.Input, "*nat\n") {
+				t.Errorf("%v: second step: %+v", run.args, step)
+			}
+		}
+	}
+}
+
+func TestAMissingCapabilityIsNamed(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	const missing = "is missing: run as root with capabilities.add: [NET_ADMIN, NET_RAW] in the container's securityContext"
+	without := func(capability string) []string {
+		return []string{"setpriv", "--bounding-set", "-" + capability, "--inh-caps", "-" + capability}
+	}
+	before := state(t, ns)
+	for _, command := range []string{"init", "cleanup"} {
+		got := pillion(t, ns, nil, without("net_admin"), command)
+		if got.code != 1 || !strings.HasSuffix(got.stderr, "pillion: error: capability CAP_NET_ADMIN "+missing+"\n") {
+			t.Errorf("%s: got %+v", command, got)
+		}
+	}
+	got := pillion(t, ns, nil, without("net_admin"), "init", "-n", "-i", "*")
+	if got.code != 0 || !strings.HasPrefix(got.stdout, "what is there could not be read (capability CAP_NET_ADMIN "+missing+")") ||
+		!strings.Contains(got.stdout, "-A PILLION_OUTPUT") {
+		t.Errorf("dry run without rights: got %+v", got)
+	}
+	if after := state(t, ns); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+
+	// The legacy flavour needs a raw socket, and only it.
+	if got := pillion(t, ns, nil, without("net_raw"), "init", "-i", "*"); got.code != 0 {
+		t.Errorf("nft without CAP_NET_RAW: got %+v", got)
+	}
+	ns.MustRun(t, "iptables-legacy-save", "-t", "nat")
+	got = pillion(t, ns, nil, without("net_raw"), "init", "-i", "*")
+	if got.code != 1 || got.stderr != "pillion: error: capability CAP_NET_RAW "+missing+"\n" {
+		t.Errorf("legacy without CAP_NET_RAW: got %+v", got)
+	}
+}
+
+func TestTheEnvironmentSetsWhatTheCommandLineLeaves(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	environment := []string{
+		"INBOUND_CAPTURE_PORT=16006", "INBOUND_TUNNEL_PORT=16008", "PROXY_UID=root,1338", "ISTIO_INBOUND_INTERCEPTION_MODE=REDIRECT",
+		"ISTIO_INBOUND_PORTS=*", "ISTIO_LOCAL_EXCLUDE_PORTS=9091", "ISTIO_SERVICE_CIDR=203.0.113.0/24", "ISTIO_SERVICE_EXCLUDE_CIDR=203.0.113.9/32",
+		"ISTIO_OUTBOUND_PORTS=5432", "ISTIO_LOCAL_OUTBOUND_PORTS_EXCLUDE=22", "ISTIO_EXCLUDE_INTERFACES=eth9", "DRY_RUN=true", "PROXY_GID=",
+	}
+	got := pillion(t, ns, environment, nil, "init", "-d", "9092")
+	for _, want := range []string{
+		"--to-ports 16006", "--dport 16008", "--uid-owner 0", "--uid-owner 1338", "--gid-owner 0", "--gid-owner 1338",
+		"inbound/all", "--dport 9092", "-d 203.0.113.0/24", "-d 203.0.113.9/32", "--dport 5432", "--dport 22", "-i eth9", "-o eth9",
+	} {
+		if !strings.Contains(got.stdout, want) {
+			t.Errorf("no %q", want)
+		}
+	}
+	if got.code != 0 || got.stderr != "" || strings.Contains(got.stdout, "9091") {
+		t.Errorf("got %+v", got)
+	}
+}
+
+func TestCapturingNothingIsWarnedOf(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	got := pillion(t, ns, nil, nil, "init", "--dry-run", "--log_as_json")
+	var line struct{ Level, Msg string }
+	if err := json.Unmarshal([]byte(got.stderr), &line); err != nil || line.Level != "WARN" || !strings.HasPrefix(line.Msg, "nothing will be captured") {
+		t.Errorf("%v: %+v", err, got)
+	}
+	if got := pillion(t, ns, nil, nil, "init", "--dry-run", "--log_output_level=default:error"); got.stderr != "" {
+		t.Errorf("level error: got %+v", got)
+	}
+}
