@@ -55,7 +55,7 @@ fuzz: ## every fuzz target for FUZZTIME (10s)
 
 .PHONY: bench
 bench: tools-bench ## the figures: pillion beside haproxy and a plain relay
-	$(GO) test -buildvcs=false -count=1 -timeout 15m -v -run TestFigures ./e2e/bench -figures
+	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
 
 .PHONY: lint
 lint: ## formatting, vet, module files, shell syntax

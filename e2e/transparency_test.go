@@ -5,12 +5,14 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash"
 	"io"
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -422,4 +424,28 @@ func TestAStalledReceiverLosesNothingAndCostsLittle(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestAResetInTheMiddleOfATransferPasses(t *testing.T) {
+	t.Parallel()
+	newStage(t).everyWay(t, func(t *testing.T, w way) {
+		downstream, upstream := w.connect(t)
+		failed := make(chan error, 1)
+		go func() {
+			block := make([]byte, 1<<16)
+			for {
+				if _, err := upstream.Write(block); err != nil {
+					failed <- err
+					return
+				}
+			}
+		}()
+		if _, err := io.CopyN(io.Discard, downstream, 16<<20); err != nil {
+			t.Fatal(err)
+		}
+		reset(t, downstream)
+		if err := <-failed; !isReset(err) && !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("upstream sees %v, want a reset", err)
+		}
+	})
 }

@@ -1,0 +1,173 @@
+package e2e
+
+import (
+	"net"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// strangers are rules that somebody else has put where init works.
+var strangers = [][]string{
+	{"-t", "nat", "-N", "SOMEBODY"},
+	{"-t", "nat", "-A", "SOMEBODY", "-p", "tcp", "-m", "tcp", "--dport", "4242", "-j", "ACCEPT"},
+	{"-t", "nat", "-A", "OUTPUT", "-m", "comment", "--comment", "somebody's own", "-j", "SOMEBODY"},
+	{"-t", "nat", "-A", "PREROUTING", "-p", "udp", "-j", "RETURN"},
+	{"-t", "filter", "-A", "INPUT", "-p", "tcp", "-m", "tcp", "--dport", "4243", "-j", "DROP"},
+}
+
+func TestInitTwiceChangesNothingAndCleanupLeavesWhatWasThere(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	for _, flavour := range []string{nft, legacy} {
+		t.Run(flavour, func(t *testing.T) {
+			pod, peer := nettest.PodAndPeer(t)
+			for _, family := range []string{"iptables", "ip6tables"} {
+				program := requireProgram(t, family+"-"+flavour)
+				for _, rule := range strangers {
+					pod.MustRun(t, program, rule...)
+				}
+			}
+			before := savedRules(t, pod, flavour)
+			addresses := pod.MustRun(t, "ip", "-o", "address", "show", "dev", "lo")
+
+			initPod(t, pod, flavour)
+			captured := savedRules(t, pod, flavour)
+			if captured == before {
+				t.Fatal("init changed nothing")
+			}
+			if missing := linesMissing(captured, before); len(missing) > 0 {
+				t.Errorf("init took away other people's rules: %q", missing)
+			}
+			said := initPod(t, pod, flavour)
+			if got := savedRules(t, pod, flavour); got != captured {
+				t.Errorf("the second init changed the rules from\n%s\nto\n%s", captured, got)
+			}
+			if !strings.Contains(said, "nothing") && !strings.Contains(said, "unchanged") {
+				t.Errorf("the second init does not say that it changed nothing:\n%s", said)
+			}
+
+			// With both flavours in PATH again and without the arguments, cleanup finds what init made.
+			stdout, stderr, code := execute(t, pod, nil, "cleanup")
+			if code != 0 {
+				t.Fatalf("cleanup: exit code %d\n%s%s", code, stdout, stderr)
+			}
+			if got := savedRules(t, pod, flavour); got != before {
+				t.Errorf("cleanup left\n%s\nwant\n%s", got, before)
+			}
+			if got := pod.MustRun(t, "ip", "-o", "address", "show", "dev", "lo"); got != addresses {
+				t.Errorf("cleanup left the addresses\n%s\nwant\n%s", got, addresses)
+			}
+			trafficIsDirect(t, pod, peer)
+		})
+	}
+}
+
+// In a namespace that never had a rule, nftables is empty again afterwards. The legacy flavour cannot unload a table;
+// there it is the rules that must be gone.
+func TestCleanupLeavesAnEmptyNamespaceEmpty(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	for _, flavour := range []string{nft, legacy} {
+		t.Run(flavour, func(t *testing.T) {
+			pod, peer := nettest.PodAndPeer(t)
+			initPod(t, pod, flavour)
+			if _, stderr, code := execute(t, pod, nil, "cleanup"); code != 0 {
+				t.Fatalf("cleanup: exit code %d\n%s", code, stderr)
+			}
+			if ruleset := pod.MustRun(t, "nft", "list", "ruleset"); flavour == nft && ruleset != "" {
+				t.Errorf("nftables holds\n%s", ruleset)
+			}
+			if flavour == legacy {
+				for line := range strings.Lines(savedRules(t, pod, legacy)) {
+					if strings.HasPrefix(line, "-A") || strings.Contains(line, "PILLION") {
+						t.Errorf("legacy tables hold %s", line)
+					}
+				}
+			}
+			trafficIsDirect(t, pod, peer)
+		})
+	}
+}
+
+func TestCleanupOfNothingIsSilentAndSuccessful(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	pod, _ := nettest.PodAndPeer(t)
+	stdout, stderr, code := execute(t, pod, nil, "cleanup")
+	if code != 0 || stdout != "" || stderr != "" {
+		t.Errorf("exit code %d, stdout %q, stderr %q; want 0 and silence", code, stdout, stderr)
+	}
+	if ruleset := pod.MustRun(t, "nft", "list", "ruleset"); ruleset != "" {
+		t.Errorf("cleanup made\n%s", ruleset)
+	}
+}
+
+func TestDryRunChangesNothingAndGivesReasons(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	pod, peer := nettest.PodAndPeer(t)
+	stdout, stderr, code := execute(t, pod, nil, append(slices.Clone(initArguments), "--dry-run")...)
+	if code != 0 {
+		t.Fatalf("exit code %d\n%s", code, stderr)
+	}
+	for _, want := range []string{"15001", "15006", "outbound/self"} {
+		if !strings.Contains(stdout, want) {
+			t.Errorf("the dry run does not mention %s:\n%s", want, stdout)
+		}
+	}
+	if ruleset := pod.MustRun(t, "nft", "list", "ruleset"); ruleset != "" {
+		t.Errorf("the dry run made\n%s", ruleset)
+	}
+	trafficIsDirect(t, pod, peer)
+}
+
+var counters = regexp.MustCompile(`\[\d+:\d+\]`)
+
+// savedRules lists every rule of both families in the flavour, without counters and times.
+func savedRules(t *testing.T, ns *nettest.Namespace, flavour string) string {
+	t.Helper()
+	var text strings.Builder
+	for _, family := range []string{"iptables", "ip6tables"} {
+		program := requireProgram(t, family+"-"+flavour+"-save")
+		for line := range strings.Lines(ns.MustRun(t, program)) {
+			if !strings.HasPrefix(line, "#") {
+				text.WriteString(counters.ReplaceAllString(line, ""))
+			}
+		}
+	}
+	return text.String()
+}
+
+func linesMissing(from, want string) []string {
+	var missing []string
+	for line := range strings.Lines(want) {
+		if !strings.Contains(from, line) {
+			missing = append(missing, line)
+		}
+	}
+	return missing
+}
+
+// trafficIsDirect checks both families and both directions: the listener sees the very socket that connected.
+func trafficIsDirect(t *testing.T, pod, peer *nettest.Namespace) {
+	t.Helper()
+	s := &stage{pod: pod, peer: peer}
+	for _, w := range s.ways() {
+		listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
+		conn := w.dial(t, listener.Addr().String())
+		upstream, err := listener.(*net.TCPListener).AcceptTCP()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := upstream.RemoteAddr().String(), conn.LocalAddr().String(); got != want {
+			t.Errorf("%s: seen as %s, want %s itself", w.name, got, want)
+		}
+		upstream.Close()
+		conn.Close()
+	}
+}

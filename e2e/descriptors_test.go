@@ -1,0 +1,127 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// An agent that runs out of descriptors says so once, names it to whoever asks for readiness, and carries on by itself
+// when there is room again.
+func TestAnAgentWithoutDescriptorsRecoversByItself(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	s := &stage{}
+	s.pod, s.peer = nettest.PodAndPeer(t)
+	initPod(t, s.pod, nft)
+	s.agent = launchAgent(t, s.pod, []string{"prlimit", "--nofile=60:60"})
+	awaitReady(t, s.pod, s.agent)
+	w := s.inbound()
+	downstream, upstream := w.connect(t)
+	converse(t, downstream, upstream)
+
+	// A prober with a connection of its own can still ask, when nobody else gets through.
+	prober := w.dial(t, netip.AddrPortFrom(nettest.PodIP4, 15021).String())
+	if status := probe(t, prober); status != 200 {
+		t.Fatalf("readiness says %d before anything happened", status)
+	}
+
+	echo := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
+	serveEcho(t, echo)
+	address := echo.Addr().String()
+	release := crowd(t, w.from, address, 80)
+	s.agent.log.await(t, `msg="cannot accept, trying again until it works"`, "too many open files", "remedy=")
+	await(t, "readiness turns off", func() bool { return probe(t, prober) == 503 })
+	converse(t, downstream, upstream) // those that are open are not disturbed
+	select {
+	case <-s.agent.Exited():
+		t.Fatal("the agent ended")
+	case <-time.After(time.Second): // the crowd goes on pushing
+	}
+	release()
+
+	s.agent.log.await(t, `msg="accepting again"`)
+	await(t, "new connections are carried again", func() bool { return askEcho(w.from, address, 1) == nil })
+	await(t, "readiness turns on", func() bool { return probe(t, prober) == 200 })
+	converse(t, downstream, upstream)
+	// One episode is one line; a second may come when the crowd paused for a moment.
+	if lines := s.agent.log.lines(`msg="cannot accept`); len(lines) > 2 {
+		t.Errorf("that it cannot accept is told %d times", len(lines))
+	}
+	assertQuiet(t, s.agent)
+}
+
+// crowd keeps n clients at address, each of which comes back when it is turned away, until release is called.
+func crowd(t *testing.T, from *nettest.Namespace, address string, n int) (release func()) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	var clients sync.WaitGroup
+	for range n {
+		clients.Go(func() {
+			for ctx.Err() == nil {
+				conn, err := from.Dial("tcp", address, patience)
+				if err != nil {
+					continue
+				}
+				stop := context.AfterFunc(ctx, func() { conn.Close() })
+				conn.Read(make([]byte, 1)) // until it is turned away, or released
+				stop()
+				conn.Close()
+			}
+		})
+	}
+	release = sync.OnceFunc(func() {
+		cancel()
+		clients.Wait()
+	})
+	t.Cleanup(release)
+	return release
+}
+
+// probe asks for readiness on a connection that stays open, and returns the status.
+func probe(t *testing.T, conn net.Conn) int {
+	t.Helper()
+	writes(t, conn, "GET /healthz/ready HTTP/1.1\r\nHost: pod\r\n\r\n")
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	if _, err := io.Copy(io.Discard, response.Body); err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode
+}
+
+func TestConnectionsOverTheLimitAreRefusedByNameUntilThereIsRoom(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--max-connections", "4")
+	var open [][2]*net.TCPConn
+	for _, w := range s.ways() { // both directions count together
+		downstream, upstream := w.connect(t)
+		converse(t, downstream, upstream)
+		open = append(open, [2]*net.TCPConn{downstream, upstream})
+	}
+	for _, w := range s.ways() {
+		if err := tryConnection(w.from, netip.AddrPortFrom(w.address, 9).String()); !isReset(err) {
+			t.Errorf("%s: downstream sees %v, want a reset", w.name, err)
+		}
+	}
+	s.agent.log.await(t, `msg="connection refused"`, "reason=max_connections")
+	for _, pair := range open {
+		converse(t, pair[0], pair[1])
+	}
+	open[0][0].Close()
+	open[0][1].Close()
+	s.agent.log.await(t, "reason=closed")
+	downstream, upstream := s.outbound().connect(t)
+	converse(t, downstream, upstream)
+}

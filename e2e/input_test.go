@@ -1,0 +1,146 @@
+package e2e
+
+import (
+	"encoding/json"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// What is wrong with the input is one line on stderr that names the flag or variable and the value. An unknown flag is
+// told apart by its exit status.
+func TestBadInputIsOneClearLineAndTouchesNothing(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	pod, _ := nettest.PodAndPeer(t)
+	for _, c := range []struct {
+		args, env string
+		code      int
+		says      []string
+	}{
+		{args: "agent --outbound-port 0", code: 1, says: []string{"--outbound-port", "0"}},
+		{args: "agent --outbound-port 70000", code: 1, says: []string{"--outbound-port", "70000"}},
+		{args: "agent --inbound-port 80x", code: 1, says: []string{"--inbound-port", "80x"}},
+		{args: "agent --inbound-port 15001", code: 1, says: []string{"--inbound-port", "15001"}},
+		{args: "agent --readiness-port -1", code: 1, says: []string{"--readiness-port", "-1"}},
+		{args: "agent --connect-timeout 5", code: 1, says: []string{"--connect-timeout", "5"}},
+		{args: "agent --connect-timeout -5s", code: 1, says: []string{"--connect-timeout", "-5s"}},
+		{args: "agent --idle-timeout soon", code: 1, says: []string{"--idle-timeout", "soon"}},
+		{args: "agent --half-close-timeout never", code: 1, says: []string{"--half-close-timeout", "never"}},
+		{args: "agent --max-connections many", code: 1, says: []string{"--max-connections", "many"}},
+		{args: "agent --max-connections -1", code: 1, says: []string{"--max-connections", "-1"}},
+		{args: "agent --drain-delay 1m", code: 1, says: []string{"--drain-delay", "1m"}},
+		{args: "agent --drain-timeout x", code: 1, says: []string{"--drain-timeout", "x"}},
+		{args: "agent --log-level loud", code: 1, says: []string{"--log-level", "loud"}},
+		{args: "agent --log-format xml", code: 1, says: []string{"--log-format", "xml"}},
+		{args: "agent", env: "PILLION_OUTBOUND_PORT=0", code: 1, says: []string{"PILLION_OUTBOUND_PORT", "0"}},
+		{args: "agent", env: "PILLION_IDLE_TIMEOUT=soon", code: 1, says: []string{"PILLION_IDLE_TIMEOUT", "soon"}},
+		{args: "agent", env: "PILLION_LOG_LEVEL=loud", code: 1, says: []string{"PILLION_LOG_LEVEL", "loud"}},
+		{args: "agent --no-such-flag", code: 255, says: []string{"--no-such-flag"}},
+		{args: "wait --no-such-flag", code: 255, says: []string{"--no-such-flag"}},
+		{args: "wait --timeoutSeconds x", code: 1, says: []string{"--timeoutSeconds", "x"}},
+		{args: "wait --periodMillis 0", code: 1, says: []string{"--periodMillis", "0"}},
+		{args: "wait --url ::::", code: 1, says: []string{"--url", "::::"}},
+		{args: "init -p 0", code: 1, says: []string{"--envoy-port", "0"}},
+		{args: "init -z 70000", code: 1, says: []string{"--inbound-capture-port", "70000"}},
+		{args: "init -b 80x", code: 1, says: []string{"--istio-inbound-ports", "80x"}},
+		{args: "init -i 198.51.100.0", code: 1, says: []string{"--istio-service-cidr", "198.51.100.0"}},
+		{args: "init -m BOGUS", code: 1, says: []string{"--istio-inbound-interception-mode", "BOGUS"}},
+		{args: "init", env: "INBOUND_CAPTURE_PORT=x", code: 1, says: []string{"INBOUND_CAPTURE_PORT", "x"}},
+		{args: "init", env: "DRY_RUN=maybe", code: 1, says: []string{"DRY_RUN", "maybe"}},
+		{args: "istio-iptables --no-such-flag", code: 255, says: []string{"--no-such-flag"}},
+		{args: "cleanup --no-such-flag", code: 255, says: []string{"--no-such-flag"}},
+	} {
+		t.Run(strings.TrimSpace(c.env+" "+c.args), func(t *testing.T) {
+			var env []string
+			if c.env != "" {
+				env = append(env, c.env)
+			}
+			stdout, stderr, code := execute(t, pod, env, strings.Fields(c.args)...)
+			if code != c.code {
+				t.Errorf("exit code %d, want %d", code, c.code)
+			}
+			if strings.Count(stderr, "\n") != 1 || stdout != "" {
+				t.Errorf("want one line on stderr alone, got %q and on stdout %q", stderr, stdout)
+			}
+			for _, word := range c.says {
+				if !strings.Contains(stderr, word) {
+					t.Errorf("the line does not name %s: %s", word, stderr)
+				}
+			}
+		})
+	}
+	if ruleset := pod.MustRun(t, "nft", "list", "ruleset"); ruleset != "" {
+		t.Errorf("bad input made rules:\n%s", ruleset)
+	}
+}
+
+func TestAPortThatIsTakenIsNamed(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	pod, _ := nettest.PodAndPeer(t)
+	pod.Listen(t, "tcp4", "127.0.0.1:15001")
+	_, stderr, code := execute(t, pod, nil, "agent")
+	if code != 1 || !strings.Contains(stderr, "--outbound-port") || !strings.Contains(stderr, "address already in use") {
+		t.Errorf("exit code %d, want 1 and the flag named:\n%s", code, stderr)
+	}
+}
+
+func TestEveryFlagOfTheAgentHasAnEnvironmentTwinThatHelpNames(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	pod, _ := nettest.PodAndPeer(t)
+	help, _, code := execute(t, pod, nil, "agent", "--help")
+	if code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+	flags := 0
+	for line := range strings.Lines(help) {
+		name, isFlag := strings.CutPrefix(strings.TrimSpace(line), "--")
+		if !isFlag {
+			continue
+		}
+		flags++
+		name = strings.Fields(name)[0]
+		twin := "PILLION_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+		if !strings.Contains(line, "$"+twin) {
+			t.Errorf("help of --%s does not name %s", name, twin)
+		}
+	}
+	if flags < 11 {
+		t.Errorf("help lists %d flags:\n%s", flags, help)
+	}
+}
+
+func TestTheEnvironmentConfiguresTheAgentAndTheCommandLineWins(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	pod, _ := nettest.PodAndPeer(t)
+	a := launchAgent(t, pod, []string{"env", "PILLION_READINESS_PORT=4021", "PILLION_INBOUND_PORT=4006", "PILLION_OUTBOUND_PORT=x"},
+		"--outbound-port", "4001")
+	awaitListener(t, pod, 4021)
+	awaitListener(t, pod, 4006)
+	awaitListener(t, pod, 4001)
+	a.Signal(syscall.SIGKILL)
+}
+
+func TestTheLogCanBeJSON(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--log-format", "json", "--drain-delay", "0s")
+	downstream, upstream := s.inbound().connect(t)
+	converse(t, downstream, upstream)
+	downstream.Close()
+	upstream.Close()
+	s.agent.log.await(t, `"msg":"connection closed"`, `"reason":"closed"`)
+	s.agent.Signal(syscall.SIGTERM)
+	if code := s.agent.ends(t, patience); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+	for line := range strings.Lines(s.agent.log.String()) {
+		if !json.Valid([]byte(line)) {
+			t.Errorf("not JSON: %s", line)
+		}
+	}
+}

@@ -1,0 +1,98 @@
+package e2e
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestReadinessAndLivenessAnswerEverybody(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	for name, from := range map[string]*nettest.Namespace{"kubelet": s.peer, "workload": s.pod} {
+		for _, address := range []string{nettest.PodIP4.String(), "[" + nettest.PodIP6.String() + "]"} {
+			for path, want := range map[string]int{"/healthz/ready": 200, "/healthz/live": 200, "/other": 404} {
+				if status, body := get(t, from, "http://"+address+":15021"+path); status != want {
+					t.Errorf("%s asks %s for %s: %d %q, want %d", name, address, path, status, body, want)
+				}
+			}
+		}
+	}
+}
+
+func TestWaitSucceedsOnceTheAgentIsReady(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	pod, _ := nettest.PodAndPeer(t)
+	cmd := pod.Command(agentUID, agentUID, pillion, "wait", "--timeoutSeconds", "30", "--periodMillis", "20")
+	waiting := pod.Start(t, cmd)
+	select {
+	case <-waiting.Exited():
+		t.Fatal("wait ended before there was an agent")
+	case <-time.After(300 * time.Millisecond):
+	}
+	launchAgent(t, pod, nil)
+	if code, err := waiting.Wait(patience); err != nil || code != 0 {
+		t.Errorf("wait: exit code %d, %v", code, err)
+	}
+}
+
+func TestWaitFailsWhenItsTimeIsUpAndSaysWhatItHeard(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	pod, _ := nettest.PodAndPeer(t)
+	mute := pod.Listen(t, "tcp", "127.0.0.1:4000") // connects, never answers
+	sad := pod.Listen(t, "tcp", "127.0.0.1:4001")
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, "not ready\nrules: not yet", http.StatusServiceUnavailable)
+	})}
+	go server.Serve(sad)
+	t.Cleanup(func() { server.Close() })
+	for _, c := range []struct{ name, url, says string }{
+		{"nobody listens", "http://127.0.0.1:4002/healthz/ready", "refused"},
+		{"no answer", "http://" + mute.Addr().String() + "/healthz/ready", "http://127.0.0.1:4000"},
+		{"not ready", "http://" + sad.Addr().String() + "/healthz/ready", "rules: not yet"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			begin := time.Now()
+			_, stderr, code := execute(t, pod, nil,
+				"wait", "--timeoutSeconds", "1", "--requestTimeoutMillis", "200", "--periodMillis", "50", "--url", c.url)
+			if code != 1 || !strings.Contains(stderr, c.says) || strings.Count(stderr, "\n") != 1 {
+				t.Errorf("exit code %d, want 1 and one line with %q:\n%s", code, c.says, stderr)
+			}
+			if took := time.Since(begin); took < 900*time.Millisecond || took > 5*time.Second {
+				t.Errorf("it took %v, want a second", took)
+			}
+		})
+	}
+}
+
+// get asks url from inside the namespace. The status is 0 when there is no answer.
+func get(t *testing.T, from *nettest.Namespace, url string) (status int, body string) {
+	t.Helper()
+	client := http.Client{
+		Timeout: patience,
+		Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(_ context.Context, network, address string) (net.Conn, error) {
+				return from.Dial(network, address, patience)
+			},
+		},
+	}
+	response, err := client.Get(url)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode, string(text)
+}

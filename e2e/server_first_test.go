@@ -1,0 +1,100 @@
+package e2e
+
+import (
+	"bufio"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// greetingLimit is how long after the connection a greeting may come. An agent that waits for downstream's first bytes
+// before it dials would wait for ever.
+const greetingLimit = 100 * time.Millisecond
+
+// A real sshd speaks first, in both directions, both families and both flavours of iptables.
+func TestASilentClientIsGreetedByAServerThatSpeaksFirst(t *testing.T) {
+	t.Parallel()
+	for _, flavour := range []string{nft, legacy} {
+		s := newStageIn(t, flavour)
+		startSSHD(t, s.pod)
+		startSSHD(t, s.peer)
+		for _, w := range s.ways() {
+			t.Run(flavour+" "+w.name, func(t *testing.T) {
+				address := netip.AddrPortFrom(w.address, 2222).String()
+				// The best of five: the machine may be busy with other tests, but it cannot be fast by chance.
+				best := time.Hour
+				for range 5 {
+					best = min(best, greeting(t, w, address))
+				}
+				if best > greetingLimit {
+					t.Errorf("the greeting took %v at best, want %v", best, greetingLimit)
+				}
+				s.agent.log.await(t, "original_destination="+address)
+			})
+		}
+	}
+}
+
+// greeting connects, says nothing, and returns how long the server's first line took.
+func greeting(t *testing.T, w way, address string) time.Duration {
+	t.Helper()
+	begin := time.Now()
+	conn := w.dial(t, address)
+	defer conn.Close()
+	line, err := bufio.NewReader(conn).ReadString('\n')
+	if err != nil || !strings.HasPrefix(line, "SSH-2.0-") {
+		t.Fatalf("the greeting is %q, %v", line, err)
+	}
+	return time.Since(begin)
+}
+
+// startSSHD runs sshd on port 2222 as an ordinary user, with a key of its own.
+func startSSHD(t *testing.T, ns *nettest.Namespace) {
+	t.Helper()
+	program := requireProgram(t, "sshd") // which insists on being called by its full path
+	dir := userDir(t)
+	key := filepath.Join(dir, "key")
+	if out, err := ns.Run(ns.Command(workloadUID, workloadUID, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)); err != nil {
+		t.Fatalf("making a host key: %v\n%s", err, out)
+	}
+	config := filepath.Join(dir, "sshd_config")
+	writeFile(t, config, fmt.Sprintf("Port 2222\nHostKey %s\nPidFile none\nUsePAM no\n", key))
+	ns.Start(t, ns.Command(workloadUID, workloadUID, program, "-D", "-f", config))
+	awaitListener(t, ns, 2222)
+}
+
+// userDir makes a directory for the files of a program that runs as the workload's user.
+func userDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(filepath.Dir(pillion), "user-")
+	if err == nil {
+		err = os.Chown(dir, workloadUID, workloadUID)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func writeFile(t *testing.T, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// awaitListener waits until somebody listens on port inside the namespace. It looks instead of connecting, so that the
+// server under test sees nobody.
+func awaitListener(t *testing.T, ns *nettest.Namespace, port int) {
+	t.Helper()
+	await(t, fmt.Sprintf("somebody listens on port %d in %s", port, ns.Name), func() bool {
+		return ns.MustRun(t, "ss", "-Hltn", fmt.Sprintf("sport = :%d", port)) != ""
+	})
+}

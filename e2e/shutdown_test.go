@@ -1,0 +1,161 @@
+package e2e
+
+import (
+	"crypto/sha256"
+	"io"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestReadinessTurnsOffWhileConnectionsAreStillAccepted(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--drain-delay", "2s")
+	s.agent.Signal(syscall.SIGTERM)
+	await(t, "readiness says 503", func() bool {
+		status, body := ask(t, s, "/healthz/ready")
+		return status == 503 && strings.Contains(body, "drain")
+	})
+	if status, _ := ask(t, s, "/healthz/live"); status != 200 {
+		t.Errorf("liveness says %d while draining: the kubelet would kill the pod", status)
+	}
+	s.everyWay(t, func(t *testing.T, w way) {
+		downstream, upstream := w.connect(t)
+		converse(t, downstream, upstream)
+		downstream.Close()
+		upstream.Close()
+	})
+	if code := s.agent.ends(t, 15*time.Second); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+}
+
+func TestATransferUnderWayFinishesAndNewConnectionsAreRefused(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--drain-delay", "200ms", "--drain-timeout", "30s")
+	const size = 64 << 20
+	w := s.inbound()
+	downstream, upstream := w.connect(t)
+	converse(t, downstream, upstream)
+	begin := time.Now()
+	s.agent.Signal(syscall.SIGTERM)
+	await(t, "new connections are refused", func() bool {
+		return isRefused(tryConnection(w.from, netip.AddrPortFrom(w.address, 9).String()))
+	})
+	sent, got := sha256.New(), sha256.New()
+	go sendBulk(t, upstream, sent, size)
+	n, err := io.Copy(got, onlyReader{downstream})
+	if err != nil || n != size || string(sent.Sum(nil)) != string(got.Sum(nil)) {
+		t.Errorf("%d bytes of %d arrived, error %v", n, size, err)
+	}
+	select {
+	case <-s.agent.Exited():
+		t.Error("the agent ended while the connection was half open")
+	default:
+	}
+	downstream.Close()
+	if code := s.agent.ends(t, patience); code != 0 {
+		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+	}
+	if took := time.Since(begin); took > 25*time.Second {
+		t.Errorf("the drained agent ended after %v: it waited for the deadline", took)
+	}
+}
+
+func TestConnectionsThatOutstayTheDrainTimeoutAreCut(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--drain-delay", "0s", "--drain-timeout", "3s")
+	var ends []io.Reader
+	for _, w := range s.ways() {
+		downstream, upstream := w.connect(t)
+		converse(t, downstream, upstream)
+		ends = append(ends, downstream, upstream)
+	}
+	begin := time.Now()
+	s.agent.Signal(syscall.SIGTERM)
+	if code := s.agent.ends(t, patience); code != 1 {
+		t.Errorf("exit code %d, want 1", code)
+	}
+	if took := time.Since(begin); took < 2900*time.Millisecond || took > 10*time.Second {
+		t.Errorf("it took %v, want the drain timeout of 3s", took)
+	}
+	for i, end := range ends {
+		if _, err := end.Read(make([]byte, 1)); !isReset(err) {
+			t.Errorf("end %d sees %v, want a reset", i, err)
+		}
+	}
+	if lines := s.agent.log.lines("msg=draining", "inbound_left=2", "outbound_left=2"); len(lines) < 2 || len(lines) > 4 {
+		t.Errorf("%d progress lines in 3 s, want one a second:\n%s", len(lines), s.agent.log)
+	}
+	if got := len(s.agent.log.lines("reason=drain_deadline")); got != 4 {
+		t.Errorf("%d connections were logged as cut, want 4", got)
+	}
+}
+
+func TestASecondSignalEndsTheAgentAtOnce(t *testing.T) {
+	t.Parallel()
+	s := newStage(t) // which would wait for 20 s
+	downstream, upstream := s.inbound().connect(t)
+	converse(t, downstream, upstream)
+	s.agent.Signal(syscall.SIGTERM)
+	s.agent.log.await(t, "msg=draining")
+	begin := time.Now()
+	s.agent.Signal(syscall.SIGINT)
+	if code := s.agent.ends(t, 4*time.Second); code != 1 {
+		t.Errorf("exit code %d, want 1", code)
+	}
+	if took := time.Since(begin); took > 3*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	if _, err := downstream.Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("downstream sees %v, want a reset", err)
+	}
+}
+
+// The workload may have to call out to finish what it was asked.
+func TestInboundDrainsBeforeOutbound(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--drain-delay", "0s", "--drain-timeout", "60s")
+	in, out := s.inbound(), s.outbound()
+	asked, workload := in.connect(t)
+	s.agent.Signal(syscall.SIGTERM)
+	await(t, "inbound is closed", func() bool {
+		return isRefused(tryConnection(in.from, netip.AddrPortFrom(in.address, 9).String()))
+	})
+	writes(t, asked, "question")
+	reads(t, workload, "question")
+	calledOut, database := out.connect(t) // a new connection, while inbound drains
+	converse(t, calledOut, database)
+	calledOut.Close()
+	database.Close()
+	writes(t, workload, "answer")
+	workload.Close()
+	reads(t, asked, "answer")
+	asked.Close()
+	if code := s.agent.ends(t, patience); code != 0 {
+		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+	}
+}
+
+func TestAnAgentWithoutConnectionsEndsRightAfterTheDelay(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--drain-delay", "500ms")
+	begin := time.Now()
+	s.agent.Signal(syscall.SIGTERM)
+	if code := s.agent.ends(t, patience); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+	if took := time.Since(begin); took < 500*time.Millisecond || took > 5*time.Second {
+		t.Errorf("it took %v, want the delay of 500ms and little more", took)
+	}
+}
+
+// ask is one GET of the readiness port, from the peer, as the kubelet asks.
+func ask(t *testing.T, s *stage, path string) (status int, body string) {
+	t.Helper()
+	return get(t, s.peer, "http://"+netip.AddrPortFrom(nettest.PodIP4, 15021).String()+path)
+}

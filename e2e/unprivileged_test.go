@@ -1,0 +1,52 @@
+package e2e
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// The agent is the part that is exposed to strangers. It runs with nothing: no root, no capability, no way to get one,
+// and a file system that it cannot write to.
+func TestTheAgentNeedsNoPrivilegeAndNoWritableFile(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	s := &stage{}
+	s.pod, s.peer = nettest.PodAndPeer(t)
+	initPod(t, s.pod, nft)
+	// Every mount of the agent's own mount namespace becomes read-only; the machine's stay as they are.
+	s.agent = launchAgent(t, s.pod, []string{"unshare", "--mount", "--propagation", "private", "sh", "-c",
+		"for point in $(cut -d' ' -f5 /proc/self/mountinfo); do mount -o remount,bind,ro $point 2>/dev/null; done; exec \"$@\"", "sh"})
+	awaitReady(t, s.pod, s.agent)
+
+	for key, want := range map[string]string{
+		"Uid":        "1337\t1337\t1337\t1337",
+		"Gid":        "1337\t1337\t1337\t1337",
+		"Groups":     "",
+		"CapInh":     "0000000000000000",
+		"CapPrm":     "0000000000000000",
+		"CapEff":     "0000000000000000",
+		"CapBnd":     "0000000000000000",
+		"CapAmb":     "0000000000000000",
+		"NoNewPrivs": "1",
+	} {
+		if got := s.agent.status(t, key); got != want {
+			t.Errorf("%s is %q, want %q", key, got, want)
+		}
+	}
+	mounts, err := os.ReadFile(s.agent.proc("mountinfo"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if fields := strings.Fields(line); fields[4] == "/" && !strings.HasPrefix(fields[5], "ro") {
+			t.Errorf("the agent's root is writable: %s", line)
+		}
+	}
+	s.everyWay(t, func(t *testing.T, w way) {
+		downstream, upstream := w.connect(t)
+		converse(t, downstream, upstream)
+	})
+}
