@@ -168,7 +168,7 @@ next:
 // await waits for a line that contains all of parts and returns the first.
 func (l *logBook) await(t testing.TB, parts ...string) string {
 	t.Helper()
-	if !holdsWithin(patience, func() bool { return len(l.lines(parts...)) > 0 }) {
+	if !nettest.Within(nettest.Patience, func() bool { return len(l.lines(parts...)) > 0 }) {
 		t.Fatalf("the agent logged no line with %q:\n%s", parts, l)
 	}
 	return l.lines(parts...)[0]

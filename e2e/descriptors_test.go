@@ -39,7 +39,7 @@ func TestAnAgentWithoutDescriptorsRecoversByItself(t *testing.T) {
 	address := echo.Addr().String()
 	release := crowd(t, w.from, address, 80)
 	s.agent.log.await(t, `msg="cannot accept, trying again until it works"`, "too many open files", "remedy=")
-	await(t, "readiness turns off", func() bool { return probe(t, prober) == 503 })
+	nettest.Eventually(t, "readiness turns off", func() bool { return probe(t, prober) == 503 })
 	converse(t, downstream, upstream) // those that are open are not disturbed
 	select {
 	case <-s.agent.Exited():
@@ -49,8 +49,8 @@ func TestAnAgentWithoutDescriptorsRecoversByItself(t *testing.T) {
 	release()
 
 	s.agent.log.await(t, `msg="accepting again"`)
-	await(t, "new connections are carried again", func() bool { return askEcho(w.from, address, 1) == nil })
-	await(t, "readiness turns on", func() bool { return probe(t, prober) == 200 })
+	nettest.Eventually(t, "new connections are carried again", func() bool { return askEcho(w.from, address, 1) == nil })
+	nettest.Eventually(t, "readiness turns on", func() bool { return probe(t, prober) == 200 })
 	converse(t, downstream, upstream)
 	// One episode is one line; a second may come when the crowd paused for a moment.
 	if lines := s.agent.log.lines(`msg="cannot accept`); len(lines) > 2 {
@@ -67,7 +67,7 @@ func crowd(t *testing.T, from *nettest.Namespace, address string, n int) (releas
 	for range n {
 		clients.Go(func() {
 			for ctx.Err() == nil {
-				conn, err := from.Dial("tcp", address, patience)
+				conn, err := from.Dial("tcp", address, nettest.Patience)
 				if err != nil {
 					continue
 				}

@@ -135,7 +135,7 @@ func TestTheLogCanBeJSON(t *testing.T) {
 	upstream.Close()
 	s.agent.log.await(t, `"msg":"connection closed"`, `"reason":"closed"`)
 	s.agent.Signal(syscall.SIGTERM)
-	if code := s.agent.ends(t, patience); code != 0 {
+	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
 	for line := range strings.Lines(s.agent.log.String()) {

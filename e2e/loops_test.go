@@ -51,7 +51,7 @@ func TestDiallingPillionsOwnPortsNeverLoops(t *testing.T) {
 				}
 			}
 			s.agent.log.await(t, `msg="connection refused"`, "reason=loop")
-			if !holdsWithin(5*time.Second, func() bool { return s.agent.descriptors(t) <= before }) {
+			if !nettest.Within(5*time.Second, func() bool { return s.agent.descriptors(t) <= before }) {
 				t.Errorf("%d descriptors are left", s.agent.descriptors(t)-before)
 			}
 			assertQuiet(t, s.agent)
@@ -114,7 +114,7 @@ func TestAnInboundConnectionForAForeignAddressIsRefusedByName(t *testing.T) {
 		s.peer.MustRun(t, "ip", "route", "add", foreign.address.String(), "via", foreign.gateway.String())
 		dst := netip.AddrPortFrom(foreign.address, 80).String()
 		// Each is refused; that one in a second is logged is enough.
-		await(t, dst+" is refused by name", func() bool {
+		nettest.Eventually(t, dst+" is refused by name", func() bool {
 			if err := tryConnection(s.peer, dst); !isReset(err) && !isRefused(err) {
 				t.Fatalf("%s: the other side sees %v, want a reset", dst, err)
 			}
@@ -130,7 +130,7 @@ func TestInboundIPv6WithoutItsSourceAddressIsRefusedByName(t *testing.T) {
 	ipv6 := s.ways()[1]
 	s.pod.MustRun(t, "ip", "address", "del", "::6/128", "dev", "lo")
 	var err error
-	await(t, "the agent notices that ::6 is gone", func() bool {
+	nettest.Eventually(t, "the agent notices that ::6 is gone", func() bool {
 		err = tryConnection(ipv6.from, netip.AddrPortFrom(ipv6.address, 9).String())
 		return len(s.agent.log.lines("reason=ipv6_source_missing")) > 0
 	})
@@ -141,10 +141,10 @@ func TestInboundIPv6WithoutItsSourceAddressIsRefusedByName(t *testing.T) {
 	converse(t, downstream, upstream)
 
 	s.pod.MustRun(t, "ip", "address", "add", "::6/128", "dev", "lo")
-	await(t, "the agent notices that ::6 is back", func() bool {
+	nettest.Eventually(t, "the agent notices that ::6 is back", func() bool {
 		before := len(s.agent.log.lines("reason=upstream_refused"))
 		tryConnection(ipv6.from, netip.AddrPortFrom(ipv6.address, 9).String())
-		return holdsWithin(100*time.Millisecond, func() bool { return len(s.agent.log.lines("reason=upstream_refused")) > before })
+		return nettest.Within(100*time.Millisecond, func() bool { return len(s.agent.log.lines("reason=upstream_refused")) > before })
 	})
 	downstream, upstream = ipv6.connect(t)
 	converse(t, downstream, upstream)
@@ -157,7 +157,7 @@ func TestAnAddressThatArrivesLaterIsServed(t *testing.T) {
 	later := s.inbound()
 	later.address = netip.MustParseAddr("198.51.100.77")
 	s.pod.AddAddress(t, "eth0", netip.PrefixFrom(later.address, 24))
-	await(t, "the new address is served", func() bool {
+	nettest.Eventually(t, "the new address is served", func() bool {
 		tryConnection(later.from, netip.AddrPortFrom(later.address, 9).String())
 		return len(s.agent.log.lines("original_destination=198.51.100.77:9", "reason=upstream_refused")) > 0
 	})

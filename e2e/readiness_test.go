@@ -38,7 +38,7 @@ func TestWaitSucceedsOnceTheAgentIsReady(t *testing.T) {
 	case <-time.After(300 * time.Millisecond):
 	}
 	launchAgent(t, pod, nil)
-	if code, err := waiting.Wait(patience); err != nil || code != 0 {
+	if code, err := waiting.Wait(nettest.Patience); err != nil || code != 0 {
 		t.Errorf("wait: exit code %d, %v", code, err)
 	}
 }
@@ -77,11 +77,11 @@ func TestWaitFailsWhenItsTimeIsUpAndSaysWhatItHeard(t *testing.T) {
 func get(t *testing.T, from *nettest.Namespace, url string) (status int, body string) {
 	t.Helper()
 	client := http.Client{
-		Timeout: patience,
+		Timeout: nettest.Patience,
 		Transport: &http.Transport{
 			DisableKeepAlives: true,
 			DialContext: func(_ context.Context, network, address string) (net.Conn, error) {
-				return from.Dial(network, address, patience)
+				return from.Dial(network, address, nettest.Patience)
 			},
 		},
 	}

@@ -27,7 +27,7 @@ func TestCurlReachesNginxAndNginxSeesWhoItShould(t *testing.T) {
 					t.Fatalf("curl %s: %q, %v", url, out, err)
 				}
 				want := fmt.Sprintf("%s %s\n", w.seenAs, path)
-				await(t, "nginx logs "+want, func() bool {
+				nettest.Eventually(t, "nginx logs "+want, func() bool {
 					log, _ := os.ReadFile(logs[w.to])
 					return strings.Contains(string(log), want)
 				})
@@ -43,7 +43,7 @@ func TestTheWorkloadTalksToItselfDirectly(t *testing.T) {
 	s := newStage(t)
 	for _, address := range []string{"127.0.0.1", "[::1]", nettest.PodIP4.String(), "[" + nettest.PodIP6.String() + "]"} {
 		listener := s.pod.Listen(t, "tcp", address+":0")
-		conn, err := s.pod.Dial("tcp", listener.Addr().String(), patience)
+		conn, err := s.pod.Dial("tcp", listener.Addr().String(), nettest.Patience)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -94,7 +94,7 @@ func writeFile(t *testing.T, name, text string) {
 // server under test sees nobody.
 func awaitListener(t *testing.T, ns *nettest.Namespace, port int) {
 	t.Helper()
-	await(t, fmt.Sprintf("somebody listens on port %d in %s", port, ns.Name), func() bool {
+	nettest.Eventually(t, fmt.Sprintf("somebody listens on port %d in %s", port, ns.Name), func() bool {
 		return ns.MustRun(t, "ss", "-Hltn", fmt.Sprintf("sport = :%d", port)) != ""
 	})
 }

@@ -16,7 +16,7 @@ func TestReadinessTurnsOffWhileConnectionsAreStillAccepted(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--drain-delay", "2s")
 	s.agent.Signal(syscall.SIGTERM)
-	await(t, "readiness says 503", func() bool {
+	nettest.Eventually(t, "readiness says 503", func() bool {
 		status, body := ask(t, s, "/healthz/ready")
 		return status == 503 && strings.Contains(body, "drain")
 	})
@@ -43,7 +43,7 @@ func TestATransferUnderWayFinishesAndNewConnectionsAreRefused(t *testing.T) {
 	converse(t, downstream, upstream)
 	begin := time.Now()
 	s.agent.Signal(syscall.SIGTERM)
-	await(t, "new connections are refused", func() bool {
+	nettest.Eventually(t, "new connections are refused", func() bool {
 		return isRefused(tryConnection(w.from, netip.AddrPortFrom(w.address, 9).String()))
 	})
 	sent, got := sha256.New(), sha256.New()
@@ -58,7 +58,7 @@ func TestATransferUnderWayFinishesAndNewConnectionsAreRefused(t *testing.T) {
 	default:
 	}
 	downstream.Close()
-	if code := s.agent.ends(t, patience); code != 0 {
+	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
 	}
 	if took := time.Since(begin); took > 25*time.Second {
@@ -77,7 +77,7 @@ func TestConnectionsThatOutstayTheDrainTimeoutAreCut(t *testing.T) {
 	}
 	begin := time.Now()
 	s.agent.Signal(syscall.SIGTERM)
-	if code := s.agent.ends(t, patience); code != 1 {
+	if code := s.agent.ends(t, nettest.Patience); code != 1 {
 		t.Errorf("exit code %d, want 1", code)
 	}
 	if took := time.Since(begin); took < 2900*time.Millisecond || took > 10*time.Second {
@@ -123,7 +123,7 @@ func TestInboundDrainsBeforeOutbound(t *testing.T) {
 	in, out := s.inbound(), s.outbound()
 	asked, workload := in.connect(t)
 	s.agent.Signal(syscall.SIGTERM)
-	await(t, "inbound is closed", func() bool {
+	nettest.Eventually(t, "inbound is closed", func() bool {
 		return isRefused(tryConnection(in.from, netip.AddrPortFrom(in.address, 9).String()))
 	})
 	writes(t, asked, "question")
@@ -136,7 +136,7 @@ func TestInboundDrainsBeforeOutbound(t *testing.T) {
 	workload.Close()
 	reads(t, asked, "answer")
 	asked.Close()
-	if code := s.agent.ends(t, patience); code != 0 {
+	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
 	}
 }
@@ -146,7 +146,7 @@ func TestAnAgentWithoutConnectionsEndsRightAfterTheDelay(t *testing.T) {
 	s := newStage(t, "--drain-delay", "500ms")
 	begin := time.Now()
 	s.agent.Signal(syscall.SIGTERM)
-	if code := s.agent.ends(t, patience); code != 0 {
+	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
 	if took := time.Since(begin); took < 500*time.Millisecond || took > 5*time.Second {

@@ -115,7 +115,7 @@ func (w way) connect(t testing.TB) (downstream, upstream *net.TCPConn) {
 func (w way) connectTo(t testing.TB, listener *net.TCPListener) (downstream, upstream *net.TCPConn) {
 	t.Helper()
 	downstream = w.dial(t, listener.Addr().String())
-	listener.SetDeadline(time.Now().Add(patience))
+	listener.SetDeadline(time.Now().Add(nettest.Patience))
 	upstream, err := listener.AcceptTCP()
 	if err != nil {
 		t.Fatalf("%s: the connection did not arrive: %v", w.name, err)
@@ -135,7 +135,7 @@ func (w way) connectTo(t testing.TB, listener *net.TCPListener) (downstream, ups
 // dial connects to address from the way's beginning.
 func (w way) dial(t testing.TB, address string) *net.TCPConn {
 	t.Helper()
-	conn, err := w.from.Dial("tcp", address, patience)
+	conn, err := w.from.Dial("tcp", address, nettest.Patience)
 	if err != nil {
 		t.Fatalf("%s: %v", w.name, err)
 	}
@@ -147,7 +147,7 @@ func (w way) dial(t testing.TB, address string) *net.TCPConn {
 func prepare(t testing.TB, conn *net.TCPConn) {
 	t.Cleanup(func() { conn.Close() })
 	conn.SetKeepAlive(false)
-	conn.SetDeadline(time.Now().Add(patience))
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
 }
 
 // reset ends a connection with a reset.
@@ -161,12 +161,12 @@ func reset(t testing.TB, conn *net.TCPConn) {
 
 // tryConnection dials address and reads until the end: the error that ended it, nil for a silent close.
 func tryConnection(from *nettest.Namespace, address string) error {
-	conn, err := from.Dial("tcp", address, patience)
+	conn, err := from.Dial("tcp", address, nettest.Patience)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(patience))
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
 	_, err = conn.Read(make([]byte, 1))
 	if errors.Is(err, io.EOF) {
 		return nil

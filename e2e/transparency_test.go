@@ -112,8 +112,8 @@ func TestAHalfClosedConnectionIsAnsweredAfterSeventySecondsOfSilence(t *testing.
 		pairs = append(pairs, pair{w.name + ", closed by upstream", upstream, downstream})
 	}
 	for _, p := range pairs {
-		p.near.SetDeadline(time.Now().Add(silence + patience))
-		p.far.SetDeadline(time.Now().Add(silence + patience))
+		p.near.SetDeadline(time.Now().Add(silence + nettest.Patience))
+		p.far.SetDeadline(time.Now().Add(silence + nettest.Patience))
 		p.near.CloseWrite()
 		if got, err := io.ReadAll(p.far); err != nil || len(got) > 0 {
 			t.Fatalf("%s: read %q and %v, want the end alone", p.name, got, err)
@@ -386,7 +386,7 @@ func TestAnIdleConnectionHoldsTwoDescriptors(t *testing.T) {
 		}
 	}
 	want := before + 2*2*connections
-	if !holdsWithin(5*time.Second, func() bool { return s.agent.descriptors(t) == want }) {
+	if !nettest.Within(5*time.Second, func() bool { return s.agent.descriptors(t) == want }) {
 		t.Errorf("%d idle connections hold %d descriptors, want 2 each", 2*connections, s.agent.descriptors(t)-before)
 	}
 }

@@ -108,14 +108,15 @@ func TestRawSystemCallsStayInTheRoomsThatOwnThem(t *testing.T) {
 		if rawCalls[r.path()] != "" || testOnly(r.path()) {
 			continue
 		}
+		var used []string
 		own, _ := r.files()
 		for _, name := range own {
-			for _, used := range selected(parse(t, name), "unix") {
-				if !errorName.MatchString(used) {
-					t.Errorf("%s uses unix.%s: put the call into the room that owns it (internal/sockopt for sockets), or say here why not",
-						name, used)
-				}
-			}
+			used = append(used, selected(parse(t, name), "unix")...)
+		}
+		used = slices.DeleteFunc(used, errorName.MatchString)
+		if slices.Sort(used); len(used) > 0 {
+			t.Errorf("%s uses unix.%s: put the call into the room that owns it (internal/sockopt for sockets), or say here why not",
+				r.path(), strings.Join(slices.Compact(used), ", unix."))
 		}
 	}
 }

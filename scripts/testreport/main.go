@@ -69,6 +69,9 @@ func (r *report) add(e event) {
 	key := e.Package + "\x00" + e.Test
 	switch e.Action {
 	case "output":
+		if strings.HasPrefix(e.Output, "=== ") { // RUN, PAUSE, CONT, NAME: go test talking to itself
+			return
+		}
 		if r.output[key] == nil {
 			r.output[key] = new(strings.Builder)
 		}

@@ -9,7 +9,7 @@ const (
 	passes  = `{"Action":"pass","Package":"p","Test":"TestA","Elapsed":0.1}` + "\n" + `{"Action":"pass","Package":"p","Elapsed":0.2}`
 	skips   = `{"Action":"output","Package":"p","Test":"TestB","Output":"needs root\n"}` + "\n" + `{"Action":"skip","Package":"p","Test":"TestB"}`
 	fails   = `{"Action":"output","Package":"p","Test":"TestC","Output":"got 1\n"}` + "\n" + `{"Action":"fail","Package":"p","Test":"TestC"}`
-	hangs   = `{"Action":"output","Package":"p","Test":"TestD","Output":"=== RUN TestD\n"}`
+	hangs   = `{"Action":"output","Package":"p","Test":"TestD","Output":"waits\n"}`
 	unbuilt = `{"Action":"build-output","ImportPath":"p","Output":"x.go:1: no\n"}` + "\n" + `{"Action":"build-fail","ImportPath":"p"}`
 )
 
