@@ -27,6 +27,8 @@ func nftChains() ([]nftChain, error) {
 	switch {
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT):
 		return nil, nil
+	case errors.Is(err, unix.EPERM): // a capability in a user namespace that does not own this network namespace
+		return nil, MissingCapabilityError("NET_ADMIN")
 	case err != nil:
 		return nil, fmt.Errorf("listing nftables chains: %w", err)
 	}

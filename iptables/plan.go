@@ -250,22 +250,34 @@ func (p *Plan) readBack(ctx context.Context) error {
 	for i, listing := range listings {
 		step := p.Steps[i]
 		text, err := listing.wait()
+		if err == nil {
+			err = step.compare(text)
+		}
 		if err != nil {
 			failed = append(failed, fmt.Errorf("reading %s rules back: %w", step.Family, err))
-			continue
-		}
-		if changes := Diff(step.want, Parse(step.Family, text)); len(changes) > 0 {
-			failed = append(failed, fmt.Errorf("reading %s rules back: %w", step.Family, mismatchError(changes)))
 		}
 	}
 	return firstOf(failed)
+}
+
+// compare holds a listing against what the step wanted.
+func (s Step) compare(listing string) error {
+	rules, err := s.before.interpret(listing)
+	if err != nil {
+		return err
+	}
+	if changes := Diff(s.want, rules); len(changes) > 0 {
+		return mismatchError(changes)
+	}
+	return nil
 }
 
 // mismatchError is the differences found after a commit that reported success.
 type mismatchError []Change
 
 func (e mismatchError) Error() string {
-	return fmt.Sprintf("%d differences, the first: %s in %s: %s%s", len(e), e[0].Kind, e[0].Chain, e[0].Rule, e[0].Found)
+	first := e[0]
+	return fmt.Sprintf("%s would still be needed, the first: %s in %s: %s%s", count(len(e)), first.Kind, first.Chain, first.Rule, first.Found)
 }
 
 // undoTimeout is for taking back, which happens even when the caller's own time is over.
@@ -281,22 +293,36 @@ func (p *Plan) undo(ctx context.Context) error {
 	}
 	var failed []error
 	for _, step := range slices.Backward(p.Steps) {
-		before, table := step.before, now.table(step.Family, step.Flavour)
-		if table.unread != nil {
-			failed = append(failed, table.unread)
-			continue
-		}
-		if input := restoreInput(before.rules.Own(), table.rules); input != "" {
-			failed = append(failed, before.program.apply(ctx, input))
-		}
-		if step.Flavour == NFT {
-			failed = append(failed, removeEmptyNFT(step.Family, before.chains))
-		}
+		failed = append(failed, step.undo(ctx, now.table(step.Family, step.Flavour)))
 	}
 	if p.Address == AddressAdded {
 		failed = append(failed, removeSourceAddress())
 	}
 	return firstOf(failed)
+}
+
+// undo brings one table from what it is now to what it was before, and makes sure of it.
+func (s Step) undo(ctx context.Context, now table) error {
+	if now.unread != nil {
+		return now.unread
+	}
+	s.want = s.before.rules.Own()
+	if input := restoreInput(s.want, now.rules); input != "" {
+		if err := s.before.program.apply(ctx, input); err != nil {
+			return err
+		}
+		listing, err := run(ctx, "", s.before.program.save, "-t", natTable)
+		if err != nil {
+			return err
+		}
+		if err := s.compare(listing); err != nil {
+			return err
+		}
+	}
+	if s.Flavour == NFT {
+		return removeEmptyNFT(s.Family, s.before.chains)
+	}
+	return nil
 }
 
 // remove is a cleanup: rules first, then the address that they let pass, then the empty tables.

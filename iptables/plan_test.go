@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -404,13 +405,13 @@ func TestAFailureHalfWayTakesEverythingBack(t *testing.T) {
 			}, "changing ipv6 rules: running " + name6 + "-restore: exit status 1: line 2 failed (in: :PILLION_INBOUND - [0:0])"},
 			{"IPv6 is committed, but is not there when read back", func(t *testing.T, dir string) {
 				breakProgram(t, dir, name6+"-restore", "while read line; do :; done")
-			}, "reading ipv6 rules back: 13 differences"},
+			}, "reading ipv6 rules back: 13 changes would still be needed"},
 			{"IPv6 is committed by half", func(t *testing.T, dir string) {
 				real := programName(IPv6, flavour) + "-restore"
 				// Only the first run, which installs, is sabotaged.
 				breakProgram(t, dir, name6+"-restore", fmt.Sprintf(
 					`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; /bin/sed '/inbound.all/d' | %[2]s "$@"`, dir, real))
-			}, "reading ipv6 rules back: 1 differences, the first: missing in PILLION_INBOUND"},
+			}, "reading ipv6 rules back: 1 change would still be needed, the first: missing in PILLION_INBOUND"},
 		} {
 			for _, earlier := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/%s/over earlier rules %t", flavour, test.name, earlier), func(t *testing.T) {
@@ -447,6 +448,53 @@ func TestAFailureInAFreshNamespaceLeavesItFresh(t *testing.T) {
 	breakProgram(t, dir, "ip6tables-nft-restore", "exit 1")
 	if _, err := initIn(pod, captureAll); err == nil {
 		t.Fatal("init succeeded")
+	}
+	if after := everything(t, pod); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+// nftRule makes a rule in iptables' own table with nft, in a way that iptables cannot show: it then shows nothing at all.
+func nftRule(t *testing.T, ns *nettest.Namespace) {
+	t.Helper()
+	ns.MustRun(t, "/usr/sbin/iptables-nft", "-t", "nat", "-A", "OUTPUT", "-d", "203.0.113.9/32", "-j", "ACCEPT")
+	ns.MustRun(t, "/usr/sbin/nft", "add", "rule", "ip", "nat", "OUTPUT", "ct", "state", "new", "counter", "accept")
+}
+
+func TestATableThatIPTablesCannotShowIsLeftAlone(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT)
+	pod := nettest.New(t, "pod")
+	nftRule(t, pod)
+	before := everything(t, pod)
+	if _, err := initIn(pod, captureAll); !errors.Is(err, errIncompatible) {
+		t.Errorf("got error %v", err)
+	}
+	if after := everything(t, pod); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+
+	usePrograms(t, false, NFT, Legacy)
+	if plan := mustInit(t, pod, captureAll); plan.Steps[0].Flavour != Legacy || plan.Steps[1].Flavour != NFT {
+		t.Errorf("with legacy at hand: %v", plan.Summary())
+	}
+	if _, err := cleanupIn(pod); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestOurRulesInATableThatIPTablesCannotShowAreAnError(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT, Legacy)
+	pod := nettest.New(t, "pod")
+	mustInit(t, pod, captureAll)
+	nftRule(t, pod)
+	before := everything(t, pod)
+	if _, err := initIn(pod, captureAll); !errors.Is(err, errIncompatible) {
+		t.Errorf("init: got error %v", err)
+	}
+	if _, err := cleanupIn(pod); !errors.Is(err, errIncompatible) {
+		t.Errorf("cleanup: got error %v", err)
 	}
 	if after := everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
@@ -566,5 +614,43 @@ func TestACancelledInitTakesBackWhatItDid(t *testing.T) {
 	}
 	if after := everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+func TestTheLockIsHeldUntilItIsReleased(t *testing.T) {
+	nettest.RequireRoot(t)
+	pod, other := nettest.New(t, "pod"), nettest.New(t, "another pod")
+	lock := func(ctx context.Context, ns *nettest.Namespace) (release func(), err error) {
+		err = ns.Try(func() error {
+			release, err = Lock(ctx)
+			return err
+		})
+		return release, err
+	}
+	release, err := lock(context.Background(), pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if releaseOther, err := lock(context.Background(), other); err != nil {
+		t.Errorf("another namespace is locked, too: %v", err)
+	} else {
+		releaseOther()
+	}
+	cancelled, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+	defer cancel()
+	if _, err := lock(cancelled, pod); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a second holder: %v", err)
+	}
+	second := make(chan error)
+	go func() {
+		releaseSecond, err := lock(context.Background(), pod)
+		if err == nil {
+			releaseSecond()
+		}
+		second <- err
+	}()
+	release()
+	if err := <-second; err != nil {
+		t.Error(err)
 	}
 }

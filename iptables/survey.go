@@ -123,14 +123,28 @@ func (t *table) list(ctx context.Context) (*process, error) {
 
 func (t *table) read(listing *process) {
 	text, err := listing.wait()
+	if err == nil {
+		t.rules, err = t.interpret(text)
+	}
 	if err != nil {
 		t.unread = fmt.Errorf("listing %s rules: %w", t.family, err)
 		return
 	}
-	t.rules = Parse(t.family, text)
 	t.ours = len(t.rules.Own().Chains) > 0
 	t.occupied = occupied(text)
 }
+
+// interpret parses a listing. Where somebody has used nft on a table of iptables, iptables-nft-save shows nothing of it,
+// and calls that a success.
+func (t *table) interpret(text string) (Ruleset, error) {
+	rules := Parse(t.family, text)
+	if t.flavour == NFT && len(rules.Chains) == 0 {
+		return rules, errIncompatible
+	}
+	return rules, nil
+}
+
+var errIncompatible = errors.New("the nat table of nftables holds rules that were made with nft and that iptables cannot show; make them in a table of another name")
 
 // occupied tells whether the output of iptables-save holds a rule, a chain or a policy that is not ours.
 func occupied(text string) bool {
@@ -154,7 +168,10 @@ func legacyTablesExist(family Family) (bool, error) {
 		path = "/proc/thread-self/net/ip6_tables_names"
 	}
 	names, err := os.ReadFile(path)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return false, fmt.Errorf("looking for legacy tables: %w; run as user 0", err)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return false, fmt.Errorf("looking for legacy tables: %w", err)
 	}
 	return len(names) > 0, nil
@@ -166,13 +183,15 @@ func (s survey) table(family Family, flavour Flavour) table {
 }
 
 // choose picks the table for our rules: the one that holds them already, so that a second run finds what the first one
-// made; else the flavour that other people use here; else nft.
+// made; else the flavour that other people use here; else nft if it can be used.
 func (s survey) choose(family Family) (table, error) {
 	nft, legacy := s.table(family, NFT), s.table(family, Legacy)
 	chosen := nft
 	switch {
 	case nft.ours && !legacy.ours:
-	case legacy.ours && !nft.ours, legacy.occupied, nft.missing != nil && legacy.missing == nil:
+	case legacy.ours && !nft.ours, legacy.occupied:
+		chosen = legacy
+	case nft.usable() != nil && legacy.missing == nil:
 		chosen = legacy
 	case nft.missing != nil:
 		return nft, fmt.Errorf("no program for %s rules: %w; %w", family, nft.missing, legacy.missing)

@@ -45,13 +45,11 @@ changed and otherwise does nothing. Lists are separated by commas; a port range 
 
 // initOptions is what the command line and the environment of `pillion init` say.
 type initOptions struct {
-	spec   capture.Spec
-	uids   []uint32 // nil: DefaultProxyID
-	gids   []uint32 // nil: the same as uids
-	mode   string
-	dryRun bool
-	output output
-	log    logOptions
+	changeOptions
+	spec capture.Spec
+	uids []uint32 // nil: DefaultProxyID
+	gids []uint32 // nil: the same as uids
+	mode string
 }
 
 func (o *initOptions) bind(flags *pflag.FlagSet) {
@@ -82,9 +80,7 @@ func (o *initOptions) bind(flags *pflag.FlagSet) {
 		"outbound ports left alone at every address")
 	parsed(flags, &s.InterfacesExcluded, capture.ParseInterfaces, "istio-exclude-interfaces", "c", "", "list",
 		"interfaces left alone in both directions")
-	parsedSwitch(flags, &o.dryRun, "dry-run", "n", "print what would change, with reasons, and change nothing")
-	o.output.bind(flags)
-	o.log.bind(flags)
+	o.changeOptions.bind(flags, "print what would change, with reasons, and change nothing")
 
 	// istio-iptables has no variable for --envoy-port.
 	twin(flags, "inbound-capture-port", "INBOUND_CAPTURE_PORT")
@@ -116,19 +112,41 @@ func (o *initOptions) run(ctx context.Context, stdout, stderr io.Writer) error {
 	if o.spec.Inbound.None() && o.spec.Outbound.None() && len(o.spec.OutboundPorts) == 0 {
 		log.Warn("nothing will be captured: -b '*' captures inbound, -i '*' outbound connections")
 	}
+	return o.carryOut(ctx, stdout, log, func(ctx context.Context) (*iptables.Plan, error) {
+		return iptables.PlanInit(ctx, o.spec)
+	})
+}
+
+// changeOptions are what init and cleanup have in common: how to treat a plan.
+type changeOptions struct {
+	dryRun bool
+	output output
+	log    logOptions
+}
+
+func (o *changeOptions) bind(flags *pflag.FlagSet, dryRun string) {
+	parsedSwitch(flags, &o.dryRun, "dry-run", "n", dryRun)
+	parsed(flags, &o.output, parseOutput, "output", "", string(outputText), "form", "form of the result: text or json")
+	o.log.bind(flags)
+}
+
+// carryOut makes a plan and commits it, or only shows it, and reports what happened.
+func (o *changeOptions) carryOut(ctx context.Context, stdout io.Writer, log *slog.Logger, makePlan func(context.Context) (*iptables.Plan, error)) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	plan, err := iptables.PlanInit(ctx, o.spec)
+	if !o.dryRun {
+		release, err := iptables.Lock(ctx)
+		if err != nil {
+			return err
+		}
+		defer release()
+	}
+	plan, err := makePlan(ctx)
 	if err != nil {
 		return err
 	}
-	return carryOut(ctx, plan, o.dryRun, o.output, stdout, log)
-}
-
-// carryOut commits a plan, or only shows it, and reports what happened.
-func carryOut(ctx context.Context, plan *iptables.Plan, dryRun bool, output output, stdout io.Writer, log *slog.Logger) error {
 	text := plan.String()
-	if !dryRun {
+	if !o.dryRun {
 		if err := plan.Commit(ctx); err != nil {
 			return err
 		}
@@ -140,15 +158,15 @@ func carryOut(ctx context.Context, plan *iptables.Plan, dryRun bool, output outp
 	for _, warning := range plan.Warnings {
 		log.Warn(warning)
 	}
-	if output == outputJSON {
+	if o.output == outputJSON {
 		encoder := json.NewEncoder(stdout)
 		encoder.SetIndent("", "  ")
 		return encoder.Encode(struct {
 			DryRun bool           `json:"dryRun"`
 			Plan   *iptables.Plan `json:"plan"`
-		}{dryRun, plan})
+		}{o.dryRun, plan})
 	}
-	_, err := io.WriteString(stdout, text)
+	_, err = io.WriteString(stdout, text)
 	return err
 }
 
@@ -189,10 +207,6 @@ const (
 	outputText output = "text"
 	outputJSON output = "json"
 )
-
-func (o *output) bind(flags *pflag.FlagSet) {
-	parsed(flags, o, parseOutput, "output", "", string(outputText), "form", "form of the result: text or json")
-}
 
 func parseOutput(text string) (output, error) {
 	switch o := output(text); o {

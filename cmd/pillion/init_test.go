@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -43,7 +44,8 @@ func pillion(t *testing.T, ns *nettest.Namespace, environment []string, wrapper 
 	}
 	words := append(append(wrapper, self), args...)
 	cmd := ns.Command(0, 0, words[0], words[1:]...)
-	cmd.Env = append(append(os.Environ(), asPillion+"=1"), environment...)
+	// The race detector sleeps for a second at the end of each program unless told otherwise.
+	cmd.Env = append(append(os.Environ(), asPillion+"=1", "GORACE=atexit_sleep_ms=0"), environment...)
 	return finish(t, ns, cmd)
 }
 
@@ -56,6 +58,35 @@ func finish(t *testing.T, ns *nettest.Namespace, cmd *exec.Cmd) outcome {
 		t.Fatal(err)
 	}
 	return outcome{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+}
+
+// here runs pillion in this process, which is quicker. It is for runs that end before they change anything.
+func here(t *testing.T, ns *nettest.Namespace, args ...string) outcome {
+	t.Helper()
+	files := make([]*os.File, 2)
+	for i, std := range []**os.File{&os.Stdout, &os.Stderr} {
+		file, err := os.CreateTemp(t.TempDir(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		files[i] = file
+		defer func(saved *os.File) { *std = saved }(*std)
+		*std = file
+	}
+	var got outcome
+	ns.Do(t, func() error {
+		got.code = run(args)
+		return nil
+	})
+	for i, text := range []*string{&got.stdout, &got.stderr} {
+		content, err := os.ReadFile(files[i].Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		*text = string(content)
+	}
+	return got
 }
 
 // state is what init could change. Looking changes nothing.
@@ -112,7 +143,14 @@ func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
 		{args: "cleanup -p 15001", code: 255, want: `unknown shorthand flag: 'p' in -p`},
 		{args: "cleanup all", code: 255, want: `unexpected argument "all": every value belongs to a flag`},
 	} {
-		got := pillion(t, ns, strings.Fields(test.environment), nil, strings.Split(test.args, " ")...)
+		variable, value, _ := strings.Cut(test.environment, "=")
+		if variable != "" {
+			t.Setenv(variable, value)
+		}
+		got := here(t, ns, strings.Split(test.args, " ")...)
+		if variable != "" {
+			os.Unsetenv(variable)
+		}
 		if want := (outcome{test.code, "", "pillion: error: " + test.want + "\n"}); got != want {
 			t.Errorf("%s %s:\ngot  %+v\nwant %+v", test.environment, test.args, got, want)
 		}
@@ -144,6 +182,31 @@ func TestInitByTheInjectorsArgumentsAndCleanup(t *testing.T) {
 	expect("cleanup of nothing", pillion(t, ns, nil, nil, "cleanup"), "")
 	if after := state(t, ns); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+func TestRunsAtTheSameTimeTakeTurns(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	var running sync.WaitGroup
+	outcomes := make([]outcome, 6)
+	for i := range outcomes {
+		running.Go(func() {
+			args := append([]string{"init"}, injectorArguments...)
+			if i%2 == 1 {
+				args = []string{"init", "-b", "80", "-i", "203.0.113.0/24"}
+			}
+			outcomes[i] = pillion(t, ns, nil, nil, args...)
+		})
+	}
+	running.Wait()
+	for _, got := range outcomes {
+		if got.code != 0 {
+			t.Errorf("got %+v", got)
+		}
+	}
+	if got := strings.Count(ns.MustRun(t, "iptables-nft-save", "-t", "nat"), "-A OUTPUT"); got != 1 {
+		t.Errorf("%d rules in OUTPUT, want 1", got)
 	}
 }
 
