@@ -30,8 +30,9 @@ type Change struct {
 	Found string `json:"found,omitempty"`
 }
 
-// Diff compares our part of have with want, whole chains in order. Rules and chains of other people are not looked at.
-// It returns nothing when the two are the same.
+// Diff compares our part of have with want, whole chains in order. Rules and chains of other people are not looked at,
+// and neither is where among them our jumps stand: what they decide before us is theirs to decide. It returns nothing
+// when the two are the same.
 func Diff(want, have Ruleset) []Change {
 	have = have.Own()
 	var changes []Change

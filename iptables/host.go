@@ -174,7 +174,7 @@ var errNoKernelSupport = errors.New("the kernel does not support it; is a module
 
 // noKernelSupport is how the programs say it: legacy of a table that it cannot have, nft of a table or base chain.
 var noKernelSupport = regexp.MustCompile(
-	`do you need to insmod|Table does not exist|(TABLE|CHAIN)_ADD failed \((Operation not supported|No such file or directory|Invalid argument)\)|Failed to initialize nft: Protocol not supported`)
+	`do you need to insmod|Table does not exist|(TABLE|CHAIN)_ADD failed \((Operation not supported|No such file or directory|Invalid argument)\)|Failed to initialize nft: Protocol not supported|Could not fetch rule set generation id: Invalid argument`)
 
 // complaint is what a program wrote to stderr, as one line, without the advice to read its manual.
 func complaint(stderr string) string {

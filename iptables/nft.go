@@ -19,14 +19,14 @@ type nftChain struct {
 }
 
 // nftChains asks the kernel for the chains of both families. That costs one message and changes nothing, whereas asking
-// a program costs a process for each family and, in some versions, makes tables. A kernel without nftables has none.
+// a program costs a process for each family and, in some versions, makes tables.
 func nftChains() ([]nftChain, error) {
 	request := nl.NewNetlinkRequest(nftMessage(unix.NFT_MSG_GETCHAIN), unix.NLM_F_DUMP)
 	request.AddData(&nl.Nfgenmsg{NfgenFamily: unix.NFPROTO_UNSPEC, Version: nl.NFNETLINK_V0})
 	messages, err := request.Execute(unix.NETLINK_NETFILTER, uint16(nftMessage(unix.NFT_MSG_NEWCHAIN)))
 	switch {
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT):
-		return nil, nil
+		return nil, fmt.Errorf("nftables: %w", errNoKernelSupport)
 	case errors.Is(err, unix.EPERM): // a capability in a user namespace that does not own this network namespace
 		return nil, MissingCapabilityError("NET_ADMIN")
 	case err != nil:

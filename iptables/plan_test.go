@@ -520,6 +520,21 @@ func TestPlanningChangesNothing(t *testing.T) {
 	}
 }
 
+// Rules of an earlier run could be in tables that there is no program to look into. Nobody should think that they were.
+func TestTablesThatNobodyLookedIntoAreNamed(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT)
+	pod := nettest.New(t, "pod")
+	pod.MustRun(t, "/usr/sbin/iptables-legacy-save", "-t", "nat")
+	plan, err := cleanupIn(pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(plan.Warnings) != 1 || !strings.HasPrefix(plan.Warnings[0], "ipv4 has legacy tables that were not looked into: iptables-legacy ") {
+		t.Errorf("warnings: %q", plan.Warnings)
+	}
+}
+
 func TestAPodWithoutIPv6GetsIPv4Alone(t *testing.T) {
 	nettest.RequireRoot(t)
 	usePrograms(t, false, NFT)

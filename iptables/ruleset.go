@@ -3,7 +3,7 @@
 // Rules are data. Rules turns a capture.Spec into a Ruleset, the policy in order, each rule with a stable ID and the
 // reason for it. A Ruleset renders as iptables-save text in the kernel's own spelling and is parsed back from it, so
 // that what is there is compared with what is wanted line by line, whole chains in order. Trace walks a packet through
-// it. Only host.go runs a program or changes the machine.
+// it. Only host.go runs programs, and only host.go and nft.go change the machine.
 //
 // Own chains, whose names begin with PILLION_, and the rules that jump to them are ours. Everything else belongs to
 // other people and is never touched.

@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,10 +28,11 @@ type table struct {
 	flavour Flavour
 
 	program program
-	missing error // why there is no program
+	missing error // why there is no program, or no kernel that it could talk to
 
 	rules    Ruleset
 	unread   error    // why the rules could not be listed
+	hidden   bool     // there are tables, but no program to look into them
 	ours     bool     // it holds a part of ours
 	occupied bool     // this flavour holds rules of other people's
 	chains   []string // the chains that nftables has; legacy always has its own
@@ -57,19 +59,18 @@ func look(ctx context.Context) (survey, error) {
 	if s.ipv6, err = readIPv6(); err != nil {
 		return s, err
 	}
-	chains, err := nftChains()
-	if err != nil {
-		return s, err
+	chains, nftErr := nftChains()
+	if nftErr != nil && !errors.Is(nftErr, errNoKernelSupport) {
+		return s, nftErr
 	}
 	listings := make([]*process, len(s.tables))
 	for i := range s.tables {
 		t := &s.tables[i]
 		if t.flavour == NFT {
 			t.setChains(chains)
+			t.missing = cmp.Or(t.missing, nftErr)
 		}
-		if listings[i], err = t.list(ctx); err != nil {
-			t.unread = err
-		}
+		listings[i], t.unread = t.list(ctx)
 	}
 	for i, listing := range listings {
 		if listing != nil {
@@ -101,18 +102,16 @@ func (t *table) setChains(chains []nftChain) {
 
 // list starts the program that lists a table, if the table exists and there is a program.
 func (t *table) list(ctx context.Context) (*process, error) {
-	if t.missing != nil {
-		return nil, nil
-	}
 	if t.flavour == NFT {
-		if len(t.chains) == 0 {
+		if len(t.chains) == 0 || t.missing != nil {
 			return nil, nil
 		}
 		return start(ctx, "", t.program.save, "-t", natTable)
 	}
 	// The legacy flavour is somebody's if any of its tables is; without -t all that exist are listed.
 	exists, err := legacyTablesExist(t.family)
-	if !exists || err != nil {
+	t.hidden = exists && t.missing != nil
+	if !exists || t.hidden || err != nil {
 		return nil, err
 	}
 	if err := missingCapability(true); err != nil {
@@ -194,10 +193,13 @@ func (s survey) choose(family Family) (table, error) {
 	case nft.usable() != nil && legacy.missing == nil:
 		chosen = legacy
 	case nft.missing != nil:
-		return nft, fmt.Errorf("no program for %s rules: %w; %w", family, nft.missing, legacy.missing)
+		return nft, fmt.Errorf("%w for %s: %w; %w", errNoFlavour, family, nft.missing, legacy.missing)
 	}
 	return chosen, chosen.usable()
 }
+
+// errNoFlavour means that there is nothing to make rules with.
+var errNoFlavour = errors.New("no iptables of any flavour")
 
 // usable tells why a table that holds our rules, or shall hold them, cannot be worked on.
 func (t table) usable() error {

@@ -1,0 +1,216 @@
+package iptables
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Commit carries the plan out and reads it back: it succeeds only when what is there is what was wanted. A failed init
+// takes back what it has done; a failed cleanup goes on and takes away what it can.
+func (p *Plan) Commit(ctx context.Context) error {
+	if p.Unread != nil {
+		return p.Unread
+	}
+	if p.Unchanged() {
+		return nil
+	}
+	if err := p.verifyPrograms(); err != nil {
+		return err
+	}
+	if p.cleanup {
+		return p.remove(ctx)
+	}
+	if err := p.install(ctx); err != nil {
+		if undoErr := p.undo(ctx); undoErr != nil {
+			return fmt.Errorf("%w; and taking it back failed: %w; run pillion cleanup", err, undoErr)
+		}
+		return fmt.Errorf("%w; everything is as it was", err)
+	}
+	return nil
+}
+
+// verifyPrograms runs each program once, before anything is touched.
+func (p *Plan) verifyPrograms() error {
+	var verified []string
+	for _, step := range p.Steps {
+		if err := missingCapability(step.Flavour == Legacy); err != nil {
+			return err
+		}
+		file, err := filepath.EvalSymlinks(step.before.program.main)
+		if err == nil && slices.Contains(verified, file) {
+			continue
+		}
+		if err := step.before.program.verify(); err != nil {
+			return err
+		}
+		verified = append(verified, file)
+	}
+	return nil
+}
+
+func (p *Plan) install(ctx context.Context) error {
+	if p.Address == AddressAdded {
+		if err := addSourceAddress(); err != nil {
+			return err
+		}
+	}
+	done := make([]Step, 0, len(p.Steps))
+	for _, step := range p.Steps {
+		err := step.before.program.apply(ctx, step.Input)
+		switch {
+		case err == nil:
+			done = append(done, step)
+		case step.Family != IPv6 || p.ipv6.global || !errors.Is(err, errNoKernelSupport):
+			return err
+		default:
+			if err := p.giveUpIPv6(err); err != nil {
+				return err
+			}
+		}
+	}
+	p.Steps = done
+	return p.readBack(ctx)
+}
+
+// readBack lists every table that was changed, at the same time, and compares.
+func (p *Plan) readBack(ctx context.Context) error {
+	listings := make([]*process, 0, len(p.Steps))
+	var failed []error
+	for _, step := range p.Steps {
+		listing, err := start(ctx, "", step.before.program.save, "-t", natTable)
+		if err != nil {
+			failed = append(failed, err)
+			break
+		}
+		listings = append(listings, listing)
+	}
+	for i, listing := range listings {
+		step := p.Steps[i]
+		text, err := listing.wait()
+		if err == nil {
+			err = step.compare(text)
+		}
+		if err != nil {
+			failed = append(failed, fmt.Errorf("reading %s rules back: %w", step.Family, err))
+		}
+	}
+	return cmp.Or(failed...)
+}
+
+// compare holds a listing against what the step wanted.
+func (s Step) compare(listing string) error {
+	rules, err := s.before.interpret(listing)
+	if err != nil {
+		return err
+	}
+	if changes := Diff(s.want, rules); len(changes) > 0 {
+		first := changes[0]
+		return fmt.Errorf("%s would still be needed, the first: %s in %s: %s%s",
+			count(len(changes)), first.Kind, first.Chain, first.Rule, first.Found)
+	}
+	return nil
+}
+
+// undoTimeout is for taking back, which happens even when the caller's own time is over.
+const undoTimeout = 30 * time.Second
+
+// undo brings every table of the plan from whatever it is now to what it was before. Only an empty legacy table stays:
+// the kernel has no way to unmake it.
+func (p *Plan) undo(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	now, err := look(ctx)
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for _, step := range slices.Backward(p.Steps) {
+		failed = append(failed, step.undo(ctx, now.table(step.Family, step.Flavour)))
+	}
+	if p.Address == AddressAdded {
+		failed = append(failed, removeSourceAddress())
+	}
+	return cmp.Or(failed...)
+}
+
+// undo brings one table from what it is now to what it was before, and makes sure of it.
+func (s Step) undo(ctx context.Context, now table) error {
+	if now.unread != nil {
+		return now.unread
+	}
+	s.want = s.before.rules.Own()
+	if input := restoreInput(s.want, now.rules); input != "" {
+		if err := s.before.program.apply(ctx, input); err != nil {
+			return err
+		}
+		listing, err := run(ctx, "", s.before.program.save, "-t", natTable)
+		if err != nil {
+			return err
+		}
+		if err := s.compare(listing); err != nil {
+			return err
+		}
+	}
+	if s.Flavour == NFT {
+		return removeEmptyNFT(s.Family, s.before.chains)
+	}
+	return nil
+}
+
+// remove is a cleanup: rules first, then the address that they let pass, then the empty tables.
+func (p *Plan) remove(ctx context.Context) error {
+	var failed []error
+	for _, step := range p.Steps {
+		failed = append(failed, step.before.program.apply(ctx, step.Input))
+	}
+	failed = append(failed, p.readBack(ctx))
+	if p.Address == AddressRemoved {
+		failed = append(failed, removeSourceAddress())
+	}
+	for _, step := range p.Steps {
+		if step.Flavour == NFT {
+			failed = append(failed, removeEmptyNFT(step.Family, nil))
+		}
+	}
+	return cmp.Or(failed...)
+}
+
+// removeEmptyNFT removes the base chains of the nat table that are not among keep and that nobody uses, and the table
+// when nothing is left in it. iptables makes them with its first rule and leaves them behind with the last; it makes
+// them again whenever they are needed, so nobody misses them. Chains that bear other names, rules, references or another
+// policy are somebody's, and so is a table that was there before.
+func removeEmptyNFT(family Family, keep []string) error {
+	chains, err := nftChains()
+	if err != nil {
+		return err
+	}
+	var empty []string
+	inUse := false
+	for _, c := range chains {
+		if c.family != family || c.table != natTable {
+			continue
+		}
+		if c.untouched && slices.Contains(natChains, c.name) && !slices.Contains(keep, c.name) {
+			empty = append(empty, c.name)
+		} else {
+			inUse = true
+		}
+	}
+	if len(empty) == 0 {
+		return nil
+	}
+	if err := removeNFT(family, empty, !inUse); err != nil && !errors.Is(err, unix.EBUSY) {
+		return err
+	}
+	return nil
+}
+
+// natChains are the base chains of the nat table as iptables names them.
+var natChains = []string{chainPrerouting, "INPUT", chainBuiltOutput, "POSTROUTING"}
