@@ -68,6 +68,7 @@ func BenchmarkFigures(b *testing.B) {
 	}
 	progress = os.Stdout
 	fmt.Fprintln(progress)
+	loadBefore := machineLoad()
 	k := newKit(b, true)
 	var rows []*row
 	for _, f := range figures {
@@ -76,7 +77,7 @@ func BenchmarkFigures(b *testing.B) {
 		}
 	}
 	fmt.Fprintln(progress)
-	writeTable(progress, rows)
+	writeTable(progress, rows, loadBefore)
 	for _, r := range rows {
 		if *strict && r.verdict() == "MISSED" {
 			b.Errorf("%s: missed the target %s", r.title, r.target())

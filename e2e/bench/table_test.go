@@ -73,8 +73,9 @@ func (r *row) target() string {
 	return ""
 }
 
-// writeTable writes the figures and the facts about the machine that they were measured on.
-func writeTable(w io.Writer, rows []*row) {
+// writeTable writes the figures and the facts about the machine that they were measured on. loadBefore is its load
+// before the first of them.
+func writeTable(w io.Writer, rows []*row, loadBefore string) {
 	columns := []string{namePillion, nameHAProxy, nameHAProxySplice, namePlain}
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintf(table, "figure\tunit\t%s\tpillion/HAProxy\ttarget\t\t\n", strings.Join(columns, "\t"))
@@ -92,11 +93,11 @@ func writeTable(w io.Writer, rows []*row) {
 		fmt.Fprintf(table, "\t%s\t%s\t\n", r.target(), r.verdict())
 	}
 	table.Flush()
-	fmt.Fprintf(w, "Medians; the ratio is the median of the rounds' ratios. %s\n", machine())
+	fmt.Fprintf(w, "Medians; the ratio is the median of the rounds' ratios. %s\n", machine(loadBefore))
 }
 
 // machine says what the figures depend on besides the programs.
-func machine() string {
+func machine(loadBefore string) string {
 	var name unix.Utsname
 	unix.Uname(&name)
 	model := "unknown processor"
@@ -107,10 +108,16 @@ func machine() string {
 			break
 		}
 	}
-	load, _ := os.ReadFile("/proc/loadavg")
-	since, _, _ := strings.Cut(string(load), " ")
-	return fmt.Sprintf("Linux %s, %d cores (%s), load %s at the end, %s, HAProxy %s.",
-		bytes.TrimRight(name.Release[:], "\x00"), runtime.NumCPU(), model, since, runtime.Version(), haproxyVersion())
+	return fmt.Sprintf("Linux %s, %d cores (%s), load %s before and %s after (the benchmark's own is about 2), %s, HAProxy %s.",
+		bytes.TrimRight(name.Release[:], "\x00"), runtime.NumCPU(), model, loadBefore, machineLoad(), runtime.Version(), haproxyVersion())
+}
+
+// machineLoad is the load average of the last minute. Others' work on the proxy's core costs CPU time of the proxy, too:
+// caches grow cold, and the Go scheduler moves work away from a thread that was interrupted in a system call.
+func machineLoad() string {
+	averages, _ := os.ReadFile("/proc/loadavg")
+	lastMinute, _, _ := strings.Cut(string(averages), " ")
+	return lastMinute
 }
 
 func median(samples []float64) float64 {
