@@ -156,6 +156,9 @@ func (p *process) wait() (string, error) {
 	if err == nil {
 		return p.stdout.String(), nil
 	}
+	if p.stdout.full || p.stderr.full {
+		return "", fmt.Errorf("running %s: %w", p.name, errTooMuchOutput)
+	}
 	message := fmt.Sprintf("running %s: %v", p.name, err)
 	if complaint := complaint(p.stderr.String()); complaint != "" {
 		message += ": " + complaint
@@ -204,14 +207,19 @@ func offendingLine(input, stderr string) string {
 }
 
 // limitedBuffer takes so much and no more. The program that writes on then ends by SIGPIPE.
-type limitedBuffer struct{ bytes.Buffer }
+type limitedBuffer struct {
+	bytes.Buffer
+	full bool
+}
 
 func (b *limitedBuffer) Write(p []byte) (int, error) {
-	if b.Len()+len(p) > outputLimit {
-		return 0, fmt.Errorf("more than %d MiB of output", outputLimit>>20)
+	if b.full = b.Len()+len(p) > outputLimit; b.full {
+		return 0, errTooMuchOutput
 	}
 	return b.Buffer.Write(p)
 }
+
+var errTooMuchOutput = fmt.Errorf("more than %d MiB of output", outputLimit>>20)
 
 // lockName is an abstract socket: its name is known in one network namespace only, needs no file, and is free again as
 // soon as its holder is gone.
