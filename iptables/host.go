@@ -206,17 +206,20 @@ func offendingLine(input, stderr string) string {
 	return lines[number-1]
 }
 
-// limitedBuffer takes so much and no more. The program that writes on then ends by SIGPIPE.
+// limitedBuffer takes so much and no more. The program that writes on then ends by SIGPIPE. The buffer is not embedded:
+// io.Copy would find its ReadFrom, which knows no limit.
 type limitedBuffer struct {
-	bytes.Buffer
-	full bool
+	buffer bytes.Buffer
+	full   bool
 }
 
+func (b *limitedBuffer) String() string { return b.buffer.String() }
+
 func (b *limitedBuffer) Write(p []byte) (int, error) {
-	if b.full = b.Len()+len(p) > outputLimit; b.full {
+	if b.full = b.buffer.Len()+len(p) > outputLimit; b.full {
 		return 0, errTooMuchOutput
 	}
-	return b.Buffer.Write(p)
+	return b.buffer.Write(p)
 }
 
 var errTooMuchOutput = fmt.Errorf("more than %d MiB of output", outputLimit>>20)
