@@ -349,6 +349,41 @@ func TestTheFlavourThatHoldsOurRulesIsKept(t *testing.T) {
 	}
 }
 
+// Some images have a script in the place of the link. It is asked what it is.
+func TestAScriptUnderThePlainNameIsAskedForItsFlavour(t *testing.T) {
+	nettest.RequireRoot(t)
+	for _, flavour := range []Flavour{NFT, Legacy} {
+		dir := t.TempDir()
+		for _, family := range Families {
+			real := programName(family, flavour)
+			plain := strings.TrimSuffix(filepath.Base(real), "-"+string(flavour))
+			for _, suffix := range []string{"", "-save", "-restore"} {
+				breakProgram(t, dir, plain+suffix, "exec "+real+suffix+` "$@"`)
+			}
+		}
+		t.Setenv("PATH", dir)
+		for _, step := range mustInit(t, nettest.New(t, "pod"), captureAll).Steps {
+			if step.Flavour != flavour {
+				t.Errorf("%s went to %s, want %s", step.Family, step.Flavour, flavour)
+			}
+		}
+	}
+}
+
+func TestAProgramThatIsTooOldIsRefusedBeforeAnythingIsTouched(t *testing.T) {
+	nettest.RequireRoot(t)
+	dir := usePrograms(t, false, NFT)
+	pod := nettest.New(t, "pod")
+	before := everything(t, pod)
+	breakProgram(t, dir, "iptables-nft", "echo 'iptables v1.6.1'")
+	if _, err := initIn(pod, captureAll); err == nil || !strings.Contains(err.Error(), "is version 1.6.1: 1.6.2 or later is needed") {
+		t.Errorf("got error %v", err)
+	}
+	if after := everything(t, pod); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
 // Rules in both flavours would both act. One is kept, the other cleaned, whoever made it so.
 func TestOurRulesInTheOtherFlavourAreTakenAway(t *testing.T) {
 	nettest.RequireRoot(t)
