@@ -10,14 +10,13 @@ import (
 	"net/netip"
 	"sync/atomic"
 	"syscall"
-	"time"
 
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/inbound"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/listener"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
-	"github.com/pillion-proxy/pillion/internal/sockopt"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/outbound"
 )
 
@@ -27,12 +26,13 @@ type Agent struct {
 	log    *slog.Logger
 	flows  *flowLog
 
+	poller        *tcp.Poller
 	addresses     *localaddr.Set
 	stopAddresses context.CancelFunc
 
 	inbound, outbound *listener.Server
 	health            *http.Server
-	healthListeners   []*net.TCPListener
+	healthListeners   []net.Listener
 	draining          atomic.Bool
 }
 
@@ -52,15 +52,22 @@ func New(config Config) (*Agent, error) {
 
 // build makes the parts in the order in which they need each other.
 func (a *Agent) build() error {
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		return err
+	}
+	a.poller = poller
 	ctx, cancel := context.WithCancel(context.Background())
 	a.stopAddresses = cancel
 	addresses, err := localaddr.Watch(ctx, a.log)
 	if err != nil {
+		cancel()
 		return err
 	}
 	a.addresses = addresses
 
 	in, err := inbound.New(inbound.Config{
+		Poller:           poller,
 		OwnPorts:         a.ownPorts(),
 		OwnAddresses:     addresses,
 		ConnectTimeout:   a.config.ConnectTimeout,
@@ -72,6 +79,7 @@ func (a *Agent) build() error {
 		return err
 	}
 	out, err := outbound.New(outbound.Config{
+		Poller:           poller,
 		OwnPorts:         a.ownPorts(),
 		OwnAddresses:     addresses,
 		ConnectTimeout:   a.config.ConnectTimeout,
@@ -85,20 +93,12 @@ func (a *Agent) build() error {
 	limit := listener.NewLimit(a.config.MaxConnections)
 	a.inbound = &listener.Server{Name: "inbound", Handler: in, Limit: limit, Log: a.log}
 	a.outbound = &listener.Server{Name: "outbound", Handler: out, Limit: limit, Log: a.log}
-	a.health = &http.Server{
-		Handler: healthz.NewHandler(
-			healthz.Gate{Name: "drain", Open: a.notDraining},
-			healthz.Gate{Name: "outbound", Open: a.outbound.Accepting},
-			healthz.Gate{Name: "inbound", Open: a.inbound.Accepting},
-			healthz.Gate{Name: "addresses", Open: addresses.Current},
-		),
-		// The kubelet asks on a connection of its own each time. The bounds are for everybody else.
-		ReadTimeout:    5 * time.Second,
-		WriteTimeout:   5 * time.Second,
-		IdleTimeout:    time.Minute,
-		MaxHeaderBytes: 8 << 10,
-		ErrorLog:       slog.NewLogLogger(a.log.Handler(), slog.LevelDebug),
-	}
+	a.health = healthz.NewServer(healthz.NewHandler(
+		healthz.Gate{Name: "drain", Open: a.notDraining},
+		healthz.Gate{Name: "outbound", Open: a.outbound.Accepting},
+		healthz.Gate{Name: "inbound", Open: a.inbound.Accepting},
+		healthz.Gate{Name: "addresses", Open: addresses.Current},
+	), a.log)
 	return a.bind()
 }
 
@@ -116,21 +116,23 @@ func (a *Agent) bind() error {
 	loopback := []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
 	all := []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
 	var err error
-	if a.outbound.Listeners, err = a.listen("--outbound-port", loopback, a.config.OutboundPort); err != nil {
+	if a.outbound.Listeners, err = listen(a, "--outbound-port", loopback, a.config.OutboundPort, a.poller.Listen); err != nil {
 		return err
 	}
-	if a.inbound.Listeners, err = a.listen("--inbound-port", all, a.config.InboundPort); err != nil {
+	if a.inbound.Listeners, err = listen(a, "--inbound-port", all, a.config.InboundPort, a.poller.Listen); err != nil {
 		return err
 	}
-	a.healthListeners, err = a.listen("--readiness-port", all, a.config.ReadinessPort)
+	a.healthListeners, err = listen(a, "--readiness-port", all, a.config.ReadinessPort, listenHealth)
 	return err
 }
 
-// listen binds port at each address. A workload without IPv6 is served without.
-func (a *Agent) listen(flag string, addresses []netip.Addr, port uint16) ([]*net.TCPListener, error) {
-	var listeners []*net.TCPListener
+// listen binds port at each address, by open. A workload without IPv6 is served without.
+func listen[L any](
+	a *Agent, flag string, addresses []netip.Addr, port uint16, open func(netip.AddrPort) (L, error),
+) ([]L, error) {
+	var listeners []L
 	for _, address := range addresses {
-		ln, err := listenTCP(netip.AddrPortFrom(address, port))
+		ln, err := open(netip.AddrPortFrom(address, port))
 		if err != nil && address.Is6() && noIPv6(err) {
 			a.log.Info("this workload has no IPv6", "flag", flag, "error", err)
 			continue
@@ -143,20 +145,17 @@ func (a *Agent) listen(flag string, addresses []netip.Addr, port uint16) ([]*net
 	return listeners, nil
 }
 
-// listenTCP binds one address for its own family alone. Multipath TCP is off: the listener would speak a protocol that
-// the workload does not offer, and its sockets have no original destination.
-func listenTCP(address netip.AddrPort) (*net.TCPListener, error) {
+// listenHealth binds one address for its own family alone.
+func listenHealth(address netip.AddrPort) (net.Listener, error) {
 	network := "tcp4"
 	if address.Addr().Is6() {
 		network = "tcp6"
 	}
-	config := net.ListenConfig{Control: sockopt.ListenControl, KeepAlive: -1}
-	config.SetMultipathTCP(false)
-	ln, err := config.Listen(context.Background(), network, address.String())
+	listener, err := net.Listen(network, address.String())
 	if err != nil {
 		return nil, err
 	}
-	return ln.(*net.TCPListener), nil
+	return healthz.Bound(listener), nil
 }
 
 // noIPv6 recognises what bind says when IPv6 is switched off, in the kernel or in this namespace.
@@ -207,8 +206,11 @@ func (a *Agent) close() {
 	for _, ln := range a.healthListeners {
 		ln.Close()
 	}
-	a.stopAddresses()
 	if a.addresses != nil {
+		a.stopAddresses()
 		a.addresses.Wait()
+	}
+	if a.poller != nil {
+		a.poller.Close()
 	}
 }

@@ -1,18 +1,17 @@
 package inbound
 
 import (
-	"net"
 	"net/netip"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // target is where the workload is dialled: the original destination. A link-local address also needs the interface,
 // which the kernel tells only of the downstream's end.
-func target(dst netip.AddrPort, down *net.TCPConn) netip.AddrPort {
+func target(dst netip.AddrPort, down *tcp.Conn) netip.AddrPort {
 	if dst.Addr().IsLinkLocalUnicast() && dst.Addr().Is6() {
-		zone := down.RemoteAddr().(*net.TCPAddr).Zone
-		return netip.AddrPortFrom(dst.Addr().WithZone(zone), dst.Port())
+		return netip.AddrPortFrom(dst.Addr().WithZone(down.RemoteAddr().Addr().Zone()), dst.Port())
 	}
 	return dst
 }

@@ -7,18 +7,18 @@ package outbound
 import (
 	"context"
 	"errors"
-	"net"
 	"net/netip"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/relay"
-	"github.com/pillion-proxy/pillion/internal/sockopt"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // Config is what a Proxy needs. All fields without a stated zero are required.
 type Config struct {
+	Poller           *tcp.Poller   // for upstream connections
 	OwnPorts         []uint16      // ports of the agent, refused as destinations at OwnAddresses
 	OwnAddresses     Addresses     // this workload's addresses
 	ConnectTimeout   time.Duration // for the dial; zero or less leaves it to the kernel
@@ -36,26 +36,28 @@ type Addresses interface {
 type Proxy struct {
 	config Config
 	policy policy
-	dialer *upstream.Dialer
+	dialer upstream.Dialer
 }
 
 // New checks the configuration.
 func New(config Config) (*Proxy, error) {
-	if config.OwnAddresses == nil || config.Flows == nil || len(config.OwnPorts) == 0 {
-		return nil, errors.New("outbound: OwnPorts, OwnAddresses and Flows are required")
+	if config.Poller == nil || config.OwnAddresses == nil || config.Flows == nil || len(config.OwnPorts) == 0 {
+		return nil, errors.New("outbound: Poller, OwnPorts, OwnAddresses and Flows are required")
 	}
 	return &Proxy{
 		config: config,
 		policy: policy{config.OwnPorts, config.OwnAddresses},
-		dialer: upstream.NewDialer(config.ConnectTimeout),
+		dialer: upstream.Dialer{Poller: config.Poller, Timeout: config.ConnectTimeout},
 	}, nil
 }
 
 // ServeConn carries one connection from here to its end, and closes it. The end of ctx cuts it.
-func (p *Proxy) ServeConn(ctx context.Context, down *net.TCPConn) {
-	record := flow.Open(flow.Outbound, down.RemoteAddr().(*net.TCPAddr).AddrPort())
+func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
+	record := flow.Open(flow.Outbound, down.RemoteAddr())
+	w := tcp.NewWaiter(ctx)
+	defer w.Close()
 
-	dst, err := sockopt.OriginalDst(down)
+	dst, err := down.OriginalDst()
 	if err != nil {
 		p.refuse(record, down, flow.NoOriginalDestination, err)
 		return
@@ -68,14 +70,14 @@ func (p *Proxy) ServeConn(ctx context.Context, down *net.TCPConn) {
 
 	// Detection of the protocol will stand here, before the target is chosen. Until then everything is opaque, and the
 	// upstream is dialled without waiting for downstream to speak, so that it may speak first.
-	up, err := p.dialer.Dial(ctx, source(), target(dst))
+	up, err := p.dialer.Dial(w, source(), target(dst))
 	if err != nil {
 		p.refuse(record, down, upstream.Reason(err), err)
 		return
 	}
-	record.UpstreamLocal = up.LocalAddr().(*net.TCPAddr).AddrPort()
+	record.UpstreamLocal = up.LocalAddr()
 
-	end, err := relay.Run(ctx, down, up, relay.Options{
+	end, err := relay.Run(w, down, up, relay.Options{
 		IdleTimeout:      p.config.IdleTimeout,
 		HalfCloseTimeout: p.config.HalfCloseTimeout,
 		FromDown:         &record.Received,
@@ -85,13 +87,13 @@ func (p *Proxy) ServeConn(ctx context.Context, down *net.TCPConn) {
 }
 
 // Refuse resets a connection for which there is no room.
-func (p *Proxy) Refuse(down *net.TCPConn) {
-	record := flow.Open(flow.Outbound, down.RemoteAddr().(*net.TCPAddr).AddrPort())
+func (p *Proxy) Refuse(down *tcp.Conn) {
+	record := flow.Open(flow.Outbound, down.RemoteAddr())
 	p.refuse(record, down, flow.MaxConnections, nil)
 }
 
 // refuse ends a connection that goes no further, with a reset: a silent close would look like an empty answer.
-func (p *Proxy) refuse(record *flow.Record, down *net.TCPConn, reason flow.Reason, err error) {
-	sockopt.Reset(down)
+func (p *Proxy) refuse(record *flow.Record, down *tcp.Conn, reason flow.Reason, err error) {
+	down.Reset()
 	record.Close(p.config.Flows, reason, err)
 }

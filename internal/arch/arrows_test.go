@@ -17,21 +17,21 @@ var arrows = []struct {
 	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/netns"},
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "iptables", "internal/capture", "internal/flow",
-		"internal/listener", "internal/localaddr", "internal/relay", "internal/sockopt"},
+		"internal/listener", "internal/localaddr", "internal/tcp"},
 		"the housekeeper builds every part and knows the order in which they stop"},
 	{"inbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"iptables", []string{"internal/capture", "internal/netns"}, "rules are data about what is captured, applied in a namespace"},
-	{"internal/relay", []string{"internal/sockopt"}, "the relay sets options of the sockets that it moves bytes between"},
-	{"internal/listener", []string{"internal/sockopt"}, "options that a connection inherits from its listener are set there"},
-	{"internal/upstream", []string{"internal/flow", "internal/sockopt"}, "a failed dial has a reason, a dialled socket has options"},
+	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
+	{"internal/relay", []string{"internal/tcp"}, "the relay waits for two connections at once"},
+	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
+	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 
 // proxyRooms are the steps that a direction's walk is made of.
 var proxyRooms = []string{
-	"internal/capture", "internal/flow", "internal/listener", "internal/localaddr", "internal/relay", "internal/sniff",
-	"internal/sockopt", "internal/upstream",
+	"internal/capture", "internal/flow", "internal/relay", "internal/sniff", "internal/tcp", "internal/upstream",
 }
 
 func TestImportsFollowTheArrows(t *testing.T) {
@@ -91,8 +91,8 @@ func TestOnlyTestsUseTheTestRooms(t *testing.T) {
 // A room that owns raw system calls, and what it needs them for.
 var rawCalls = map[string]string{
 	"internal/sockopt":   "original destinations and the other socket options",
-	"internal/relay":     "splice, pipes and socket queues",
-	"internal/listener":  "options set on a listener before it is bound",
+	"internal/tcp":       "connections that never block, and the epoll set that watches them",
+	"internal/relay":     "the pipes that splice needs",
 	"internal/localaddr": "netlink groups that announce addresses",
 	"internal/netns":     "namespaces belong to threads",
 	"internal/nettest":   "namespaces and links for tests",

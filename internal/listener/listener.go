@@ -9,12 +9,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 const (
@@ -29,8 +30,8 @@ const (
 // Handler takes connections. ServeConn owns conn and closes it before it returns; ctx ends when the server aborts.
 // Refuse is given a connection that is over the limit, to close; it is called in the accept loop and must not block.
 type Handler interface {
-	ServeConn(ctx context.Context, conn *net.TCPConn)
-	Refuse(conn *net.TCPConn)
+	ServeConn(ctx context.Context, conn *tcp.Conn)
+	Refuse(conn *tcp.Conn)
 }
 
 // Limit bounds the connections of all servers that share it. The zero value has no bound.
@@ -55,7 +56,7 @@ func (l *Limit) give() { l.open.Add(-1) }
 // Server accepts from several listeners, one for each family, and counts their connections together.
 type Server struct {
 	Name      string // for logs
-	Listeners []*net.TCPListener
+	Listeners []*tcp.Listener
 	Handler   Handler
 	Limit     *Limit
 	Log       *slog.Logger
@@ -130,13 +131,13 @@ func (s *Server) Accepting() error {
 }
 
 // acceptLoop accepts until Stop.
-func (s *Server) acceptLoop(ln *net.TCPListener) {
+func (s *Server) acceptLoop(ln *tcp.Listener) {
 	defer s.openLoops.Done()
 	defer s.accepting.Add(-1)
 	defer ln.Close()
 	backOff := time.Duration(0)
 	for {
-		conn, err := ln.AcceptTCP()
+		conn, err := ln.Accept()
 		switch {
 		case err == nil:
 			if backOff > 0 {
@@ -145,7 +146,7 @@ func (s *Server) acceptLoop(ln *net.TCPListener) {
 				s.Log.Info("accepting again", "listener", s.Name, "address", ln.Addr().String())
 			}
 			s.begin(conn)
-		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, net.ErrClosed):
+		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, os.ErrClosed):
 			return
 		default:
 			if backOff == 0 {
@@ -164,7 +165,7 @@ func (s *Server) acceptLoop(ln *net.TCPListener) {
 }
 
 // begin gives conn a goroutine of its own, or refuses it.
-func (s *Server) begin(conn *net.TCPConn) {
+func (s *Server) begin(conn *tcp.Conn) {
 	if !s.Limit.take() {
 		s.Handler.Refuse(conn)
 		return
@@ -174,7 +175,7 @@ func (s *Server) begin(conn *net.TCPConn) {
 	go s.serveConn(conn)
 }
 
-func (s *Server) serveConn(conn *net.TCPConn) {
+func (s *Server) serveConn(conn *tcp.Conn) {
 	defer s.openConns.Done()
 	defer s.Limit.give()
 	defer s.active.Add(-1)

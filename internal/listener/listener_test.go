@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
@@ -25,14 +27,26 @@ const patience = 10 * time.Second
 // echo answers each connection until it ends or is aborted.
 type echo struct{ refused chan string }
 
-func (e *echo) ServeConn(ctx context.Context, conn *net.TCPConn) {
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
-	defer stop()
+func (e *echo) ServeConn(ctx context.Context, conn *tcp.Conn) {
+	w := tcp.NewWaiter(ctx)
+	defer w.Close()
 	defer conn.Close()
-	io.Copy(conn, conn)
+	buf := make([]byte, 1000)
+	for {
+		n, err := conn.Read(buf)
+		if err == nil {
+			_, err = conn.Write(buf[:n])
+		}
+		if err == tcp.ErrAgain {
+			err = w.Wait(time.Time{}, conn, nil)
+		}
+		if err != nil {
+			return
+		}
+	}
 }
 
-func (e *echo) Refuse(conn *net.TCPConn) {
+func (e *echo) Refuse(conn *tcp.Conn) {
 	e.refused <- conn.RemoteAddr().String()
 	conn.Close()
 }
@@ -57,9 +71,14 @@ func (l *logBuffer) String() string {
 
 func start(t *testing.T, limit *Limit) (*Server, *echo, *logBuffer) {
 	t.Helper()
-	var listeners []*net.TCPListener
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { poller.Close() })
+	var listeners []*tcp.Listener
 	for range 2 {
-		ln, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		ln, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -225,18 +244,18 @@ func TestOutOfDescriptorsItWaitsAndRecoversByItself(t *testing.T) {
 }
 
 func TestStopDoesNotWaitForABackOff(t *testing.T) {
-	ln, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	poller, err := tcp.NewPoller()
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &Server{Listeners: []*net.TCPListener{ln}, Handler: &echo{}, Limit: NewLimit(0), Log: slog.New(slog.DiscardHandler)}
+	defer poller.Close()
+	ln, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Server{Listeners: []*tcp.Listener{ln}, Handler: &echo{}, Limit: NewLimit(0), Log: slog.New(slog.DiscardHandler)}
 	// A socket that was shut down fails every accept with EINVAL, at once.
-	raw, err := ln.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw.Control(func(fd uintptr) { err = syscall.Shutdown(int(fd), syscall.SHUT_RD) })
-	if err != nil {
+	if err := ln.Shutdown(); err != nil {
 		t.Fatal(err)
 	}
 	s.Start()

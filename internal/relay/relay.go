@@ -2,15 +2,16 @@
 //
 // What one side does, the other sees: a half-close passes as a half-close, a reset as a reset, and back pressure as a
 // closed window. While there is bulk, bytes move by splice(2) and never enter this process. A connection in which
-// nothing is in flight holds no pipe and no buffer, only its two descriptors and two parked goroutines.
+// nothing is in flight holds no pipe and no buffer, only its two descriptors and one parked goroutine.
 package relay
 
 import (
-	"context"
-	"net"
-	"sync"
+	"errors"
+	"runtime"
 	"sync/atomic"
 	"time"
+
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // End is how a relay ended. The words are those of flow.Reason, so that a room converts one into the other.
@@ -23,8 +24,12 @@ const (
 	UpReset          End = "upstream_reset"     // up was reset, or vanished
 	IdleTimeout      End = "idle_timeout"       // nothing moved for Options.IdleTimeout
 	HalfCloseTimeout End = "half_close_timeout" // one side had closed, and nothing moved for Options.HalfCloseTimeout
-	Canceled         End = "drain_deadline"     // the context ended; only the deadline of a drain ends it
+	Canceled         End = "drain_deadline"     // the waiter was canceled; only the deadline of a drain does that
 )
+
+// grace is how long bytes of a side that was reset may wait for the other side to take them. Without the relay they
+// would be in that side's kernel already.
+const grace = time.Second
 
 // Options bound a relay and say where it counts. The zero value relays without any limit and counts nowhere.
 type Options struct {
@@ -34,154 +39,125 @@ type Options struct {
 	FromUp           *atomic.Uint64 // bytes that down's socket took; nil: not counted
 }
 
-// Run relays until both sides have closed, one of them is reset, a time-out passes or ctx ends. It owns both
+// Run relays until both sides have closed, one of them is reset, a time-out passes or w is canceled. It owns both
 // connections from the call on and has closed them when it returns: with FIN when it returns Closed, else with RST. The
 // error says what failed; it is nil for Closed and for the ends that Run itself decided.
 //
 // Bytes that the caller read from a side beforehand are the caller's to write to the other side before the call.
-func Run(ctx context.Context, down, up *net.TCPConn, options Options) (End, error) {
-	downRaw, _ := down.SyscallConn() // fails only for a nil connection
-	upRaw, _ := up.SyscallConn()
-	r := &relay{down: end{down, downRaw}, up: end{up, upRaw}, options: options}
-	r.fromDown = half{relay: r, src: &r.down, dst: &r.up, other: &r.fromUp, moved: options.FromDown}
-	r.fromUp = half{relay: r, src: &r.up, dst: &r.down, other: &r.fromDown, moved: options.FromUp}
-	r.sources.Store(2)
-
-	if ctx.Done() != nil {
-		stop := context.AfterFunc(ctx, r.cancel)
-		defer stop()
-	}
-	if options.IdleTimeout > 0 {
-		r.watchIdle(IdleTimeout, options.IdleTimeout)
-	}
-
-	r.halves.Add(1)
-	go r.upstreamHalf()
-	r.fromDown.run()
-	r.halves.Wait()
-
-	r.stopTimer()
-	if r.ended.CompareAndSwap(nil, &ending{how: Closed}) {
+func Run(w *tcp.Waiter, down, up *tcp.Conn, options Options) (End, error) {
+	r := relay{down: side{Conn: down}, up: side{Conn: up}, options: options}
+	r.fromDown = half{src: &r.down, dst: &r.up, moved: options.FromDown}
+	r.fromUp = half{src: &r.up, dst: &r.down, moved: options.FromUp}
+	how, err := r.run(w)
+	r.fromDown.release()
+	r.fromUp.release()
+	if how == Closed {
 		down.Close()
 		up.Close()
 	} else {
-		// Whoever aborted may still be at it, and the connections must be closed when Run returns.
-		r.down.reset()
-		r.up.reset()
+		down.Reset()
+		up.Reset()
 	}
-	ended := r.ended.Load()
-	return ended.how, ended.cause
+	return how, err
 }
 
-// relay is the state that the two halves share.
+// relay is the state of one Run, all of it its goroutine's.
 type relay struct {
-	down, up         end
+	down, up         side
 	fromDown, fromUp half
 	options          Options
-	halves           sync.WaitGroup
-	sources          atomic.Int32 // sources that have not reached EOF
-
-	ended atomic.Pointer[ending] // nil while the relay runs; whoever sets it first has decided
-
-	timerMu sync.Mutex
-	timer   *time.Timer // nil when no time-out is running
-	stopped bool
+	lastMove         time.Time // when bytes moved last; kept only while a limit is watched
 }
 
-type ending struct {
-	how   End
-	cause error
+// side is one of the two connections.
+type side struct {
+	*tcp.Conn
+	drained bool  // read to its end
+	err     error // it is dead
 }
 
-// upstreamHalf is the second goroutine of a relay; the first is Run's caller.
-func (r *relay) upstreamHalf() {
-	defer r.halves.Done()
-	r.fromUp.run()
-}
-
-// abort ends the relay with a reset of both connections. Closing them wakes whichever half still waits. Only the first
-// call counts.
-func (r *relay) abort(how End, cause error) {
-	if r.ended.CompareAndSwap(nil, &ending{how, cause}) {
-		r.down.reset()
-		r.up.reset()
+// run moves what can be moved and waits, in turn.
+func (r *relay) run(w *tcp.Waiter) (End, error) {
+	for {
+		down, up := r.fromDown.move(), r.fromUp.move()
+		if how, err := r.over(); how != "" {
+			return how, err
+		}
+		if down == longTurn || up == longTurn {
+			runtime.Gosched() // others wait
+			continue
+		}
+		how, deadline := r.deadline(down != nothing || up != nothing)
+		switch err := w.Wait(deadline, r.down.Conn, r.up.Conn); {
+		case errors.Is(err, tcp.ErrDeadline):
+			return how, r.failure()
+		case err != nil:
+			return Canceled, nil
+		}
 	}
 }
 
-func (r *relay) cancel() { r.abort(Canceled, nil) }
-
-// failed ends the relay because side broke.
-func (r *relay) failed(side *end, cause error) {
-	how := UpReset
-	if side == &r.down {
-		how = DownReset
+// over returns how the relay ended, or nothing while it goes on.
+//
+// A dead side ends it, but only when what that side sent before is delivered, or cannot be. That a side died is learnt
+// from the poller, too: nobody reads from a side that has closed its half, or while its bytes wait for the other.
+func (r *relay) over() (End, error) {
+	finished := true
+	for _, h := range [...]*half{&r.fromDown, &r.fromUp} {
+		if h.src.err == nil {
+			h.src.err = h.src.Failed()
+		}
+		if h.src.err != nil && (h.finished() || h.dst.err != nil) {
+			return r.reset(h.src), h.src.err
+		}
+		finished = finished && h.finished()
 	}
-	r.abort(how, cause)
+	if finished {
+		return Closed, nil
+	}
+	return "", nil
 }
 
-// sourceClosed is told once by each half, when its source is at EOF and its destination knows. It reports whether the
-// other half is still under way.
-func (r *relay) sourceClosed() bool {
-	if r.sources.Add(-1) == 0 {
-		// The other half only watches for a reset now. A past deadline ends that.
-		past := time.Unix(1, 0)
-		_ = r.down.conn.SetReadDeadline(past)
-		_ = r.up.conn.SetReadDeadline(past)
-		return false
+func (r *relay) reset(dead *side) End {
+	if dead == &r.down {
+		return DownReset
 	}
-	if r.options.HalfCloseTimeout > 0 {
-		r.watchIdle(HalfCloseTimeout, r.options.HalfCloseTimeout)
-	}
-	return true
+	return UpReset
 }
 
-// watchIdle ends the relay as how when nothing moves for limit. It looks four times in that time, so the end comes up
-// to a quarter late and never early. It takes the place of an earlier watch, unless that one is the stricter.
-func (r *relay) watchIdle(how End, limit time.Duration) {
-	r.timerMu.Lock()
-	defer r.timerMu.Unlock()
-	if r.stopped || r.timer != nil && r.options.IdleTimeout <= limit {
-		return
+// failure is the error of the side that is dead, nil when none is.
+func (r *relay) failure() error {
+	if r.down.err != nil {
+		return r.down.err
 	}
-	if r.timer != nil {
-		r.timer.Stop()
-	}
-	watch := &idleWatch{relay: r, how: how, step: max(limit/4, time.Millisecond), seen: r.activity()}
-	watch.timer = time.AfterFunc(watch.step, watch.look)
-	r.timer = watch.timer
+	return r.up.err
 }
 
-func (r *relay) stopTimer() {
-	r.timerMu.Lock()
-	defer r.timerMu.Unlock()
-	r.stopped = true
-	if r.timer != nil {
-		r.timer.Stop()
+// deadline returns when the coming wait has to end, and how the relay ends then. A zero time is no deadline, and the
+// ordinary case, in which nobody asks for the time.
+func (r *relay) deadline(moved bool) (End, time.Time) {
+	how, limit := r.limit()
+	if limit <= 0 {
+		r.lastMove = time.Time{}
+		return "", time.Time{}
 	}
+	if moved || r.lastMove.IsZero() {
+		r.lastMove = time.Now()
+	}
+	return how, r.lastMove.Add(limit)
 }
 
-// activity grows whenever bytes move.
-func (r *relay) activity() uint64 { return r.fromDown.turns.Load() + r.fromUp.turns.Load() }
-
-type idleWatch struct {
-	relay *relay
-	timer *time.Timer // guarded by relay.timerMu
-	how   End
-	step  time.Duration
-	seen  uint64
-	quiet int // looks in a row that saw nothing move
-}
-
-func (w *idleWatch) look() {
-	if now := w.relay.activity(); now != w.seen {
-		w.seen, w.quiet = now, 0
-	} else if w.quiet++; w.quiet == 4 {
-		w.relay.abort(w.how, nil)
-		return
-	}
-	w.relay.timerMu.Lock()
-	defer w.relay.timerMu.Unlock()
-	if !w.relay.stopped && w.relay.timer == w.timer {
-		w.timer.Reset(w.step)
+// limit returns how long nothing may move now, and how the relay ends when it does not.
+func (r *relay) limit() (End, time.Duration) {
+	idle, halfClosed := r.options.IdleTimeout, r.options.HalfCloseTimeout
+	switch {
+	case r.down.err != nil:
+		return DownReset, grace
+	case r.up.err != nil:
+		return UpReset, grace
+	case (r.down.drained || r.up.drained) && halfClosed > 0 && (idle <= 0 || halfClosed < idle):
+		return HalfCloseTimeout, halfClosed
+	default:
+		return IdleTimeout, idle
 	}
 }

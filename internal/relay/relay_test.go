@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
@@ -25,7 +27,7 @@ const patience = 10 * time.Second
 // rig is a relay between two loopback connections: client speaks to down, server to up.
 type rig struct {
 	client, server *net.TCPConn
-	down, up       *net.TCPConn // the relay's own
+	poller         *tcp.Poller
 	fromDown       atomic.Uint64
 	fromUp         atomic.Uint64
 	cancel         context.CancelFunc
@@ -36,21 +38,29 @@ type rig struct {
 
 func newRig(t testing.TB, options Options) *rig {
 	t.Helper()
-	r := &rig{ended: make(chan struct{})}
-	r.client, r.down = pair(t)
-	r.server, r.up = pair(t)
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{poller: poller, ended: make(chan struct{})}
+	var down, up *tcp.Conn
+	r.client, down = pair(t, poller)
+	r.server, up = pair(t, poller)
 	ctx, cancel := context.WithCancel(context.Background())
 	r.cancel = cancel
 	options.FromDown, options.FromUp = &r.fromDown, &r.fromUp
 	go func() {
 		defer close(r.ended)
-		r.end, r.err = Run(ctx, r.down, r.up, options)
+		w := tcp.NewWaiter(ctx)
+		defer w.Close()
+		r.end, r.err = Run(w, down, up, options)
 	}()
 	t.Cleanup(func() {
 		r.client.Close()
 		r.server.Close()
 		cancel()
 		<-r.ended
+		poller.Close()
 	})
 	for _, conn := range []*net.TCPConn{r.client, r.server} {
 		conn.SetDeadline(time.Now().Add(3 * patience))
@@ -58,19 +68,19 @@ func newRig(t testing.TB, options Options) *rig {
 	return r
 }
 
-// pair returns the two ends of a loopback connection.
-func pair(t testing.TB) (near, far *net.TCPConn) {
+// pair returns the two ends of a loopback connection: the test's and the relay's.
+func pair(t testing.TB, poller *tcp.Poller) (*net.TCPConn, *tcp.Conn) {
 	t.Helper()
-	listener, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	listener, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer listener.Close()
-	conn, err := net.DialTCP("tcp4", nil, listener.Addr().(*net.TCPAddr))
+	conn, err := net.DialTCP("tcp4", nil, net.TCPAddrFromAddrPort(listener.Addr()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	accepted, err := listener.AcceptTCP()
+	accepted, err := listener.Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,11 +100,6 @@ func (r *rig) wantEnd(t testing.TB, want End) {
 	}
 	if (r.err != nil) != (want == DownReset || want == UpReset) {
 		t.Errorf("ended as %s with error %v", r.end, r.err)
-	}
-	for _, conn := range []*net.TCPConn{r.down, r.up} {
-		if err := conn.SetDeadline(time.Time{}); !errors.Is(err, net.ErrClosed) {
-			t.Errorf("a connection is still open after Run returned: %v", err)
-		}
 	}
 }
 

@@ -1,11 +1,9 @@
-// Package sockopt reads and sets the socket options that a transparent proxy needs, with both families told apart and
-// no descriptor taken from the Go runtime.
+// Package sockopt reads and sets the socket options that a transparent proxy needs.
 package sockopt
 
 import (
 	"encoding/binary"
 	"fmt"
-	"net"
 	"net/netip"
 	"syscall"
 
@@ -16,31 +14,22 @@ import (
 // at level IPPROTO_IPV6.
 const ip6tSOOriginalDst = 80
 
-// OriginalDst returns where the connection was going before a REDIRECT rule sent it here, as connection tracking
-// remembers it.
+// OriginalDst returns where the connection from peer was going before a REDIRECT rule sent it to this socket, as
+// connection tracking remembers it.
 //
 // With connection tracking on, a connection that no rule touched has an original destination too: our own listener. So
 // a nil error does not say that a rule was at work; the caller compares the answer with its own ports. The error is
 // ENOENT when connection tracking has no entry, and ENOPROTOOPT when the kernel has none at all.
-func OriginalDst(conn *net.TCPConn) (netip.AddrPort, error) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
+func OriginalDst(fd int, peer netip.Addr) (netip.AddrPort, error) {
 	// The option exists once for each family and answers only for the family of the packets, which on a dual-stack
 	// socket is the family of the peer's unmapped address.
 	read := originalDst6
-	if remote, ok := conn.RemoteAddr().(*net.TCPAddr); ok && remote.IP.To4() != nil {
+	if peer.Unmap().Is4() {
 		read = originalDst4
 	}
-	var dst netip.AddrPort
-	var sysErr error
-	err = raw.Control(func(fd uintptr) { dst, sysErr = read(int(fd)) })
-	if err == nil {
-		err = sysErr
-	}
+	dst, err := read(fd)
 	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("reading the original destination of the connection from %v: %w", conn.RemoteAddr(), err)
+		return netip.AddrPort{}, fmt.Errorf("reading the original destination of the connection from %v: %w", peer, err)
 	}
 	return dst, nil
 }
@@ -73,48 +62,41 @@ func originalDst6(fd int) (netip.AddrPort, error) {
 // redirection with it. Twenty seconds leave room for two lost probes. The number of probes stays the kernel's.
 const keepAliveSeconds = 20
 
-// ListenControl prepares a listening socket, before it is bound. Accepted sockets inherit the options, so that no
-// connection pays system calls for them. It fits net.ListenConfig.Control.
+// ListenControl gives a listening socket, before it is bound, the options of SetConn. Accepted sockets inherit them, so
+// that no connection pays system calls for them. It fits net.ListenConfig.Control.
 func ListenControl(_, _ string, raw syscall.RawConn) error {
-	return control(raw, keepAlive)
-}
-
-// DialControl prepares a socket that will connect. It fits net.Dialer.Control.
-//
-// IP_BIND_ADDRESS_NO_PORT lets the kernel choose the port of a bound source address at connect time, when it knows the
-// destination: 127.0.0.6 then has its range of ports for each destination and not once for all.
-func DialControl(network, _ string, raw syscall.RawConn) error {
-	return control(raw, func(fd int) error {
-		if err := keepAlive(fd); err != nil {
-			return err
-		}
-		return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
-	})
-}
-
-func keepAlive(fd int) error {
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1); err != nil {
-		return err
-	}
-	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepAliveSeconds); err != nil {
-		return err
-	}
-	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepAliveSeconds)
-}
-
-func control(raw syscall.RawConn, set func(fd int) error) error {
 	var sysErr error
-	if err := raw.Control(func(fd uintptr) { sysErr = set(int(fd)) }); err != nil {
+	if err := raw.Control(func(fd uintptr) { sysErr = SetConn(int(fd)) }); err != nil {
 		return err
 	}
 	return sysErr
 }
 
-// Reset closes the connection with a reset, so that the peer learns that it did not end well. What was written and is
-// not yet on the wire is lost.
-func Reset(conn *net.TCPConn) {
-	// SO_LINGER with a zero time makes close send RST instead of FIN. It cannot fail on an open TCP socket, and on a
-	// closed one there is nothing to do.
-	_ = conn.SetLinger(0)
-	_ = conn.Close()
+// SetConn sets what every connection has: no delay of small segments, since whoever sent them has decided about that
+// already; keep-alive; and urgent data in line, as the byte would otherwise be lost on the way through.
+func SetConn(fd int) error {
+	for _, option := range [...]struct{ level, name, value int }{
+		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepAliveSeconds},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepAliveSeconds},
+		{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1},
+	} {
+		if err := unix.SetsockoptInt(fd, option.level, option.name, option.value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// SetBindNoPort lets the kernel choose the port of a bound source address at connect time, when it knows the
+// destination (IP_BIND_ADDRESS_NO_PORT): 127.0.0.6 then has its range of ports for each destination and not once for
+// all.
+func SetBindNoPort(fd int) error {
+	return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
+// SetReset makes the coming close send RST instead of FIN (SO_LINGER with a zero time).
+func SetReset(fd int) error {
+	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 }

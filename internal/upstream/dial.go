@@ -2,56 +2,43 @@
 package upstream
 
 import (
-	"context"
 	"errors"
-	"net"
 	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
-	"github.com/pillion-proxy/pillion/internal/sockopt"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// Dialer opens upstream connections. They have keep-alive as package sockopt says.
+// Dialer opens upstream connections.
 type Dialer struct {
-	dialer net.Dialer
+	Poller  *tcp.Poller
+	Timeout time.Duration // for one dial; zero or less leaves it to the kernel
 }
 
-// NewDialer gives up on a connection after timeout; zero or less leaves that to the kernel.
-func NewDialer(timeout time.Duration) *Dialer {
-	dialer := net.Dialer{Timeout: max(timeout, 0), Control: sockopt.DialControl, KeepAlive: -1}
-	dialer.SetMultipathTCP(false)
-	return &Dialer{dialer}
-}
-
-// Dial connects to remote. A valid local is the source address; its port is the kernel's choice. The error is for
-// Reason to judge.
-func (d *Dialer) Dial(ctx context.Context, local netip.Addr, remote netip.AddrPort) (*net.TCPConn, error) {
-	network := "tcp4"
-	if remote.Addr().Is6() {
-		network = "tcp6"
+// Dial connects to remote, waiting with w. A valid local is the source address; its port is the kernel's choice. The
+// error is for Reason to judge.
+func (d Dialer) Dial(w *tcp.Waiter, local netip.Addr, remote netip.AddrPort) (*tcp.Conn, error) {
+	var deadline time.Time
+	if d.Timeout > 0 {
+		deadline = time.Now().Add(d.Timeout)
 	}
-	var source netip.AddrPort
-	if local.IsValid() {
-		source = netip.AddrPortFrom(local, 0)
-	}
-	return d.dialer.DialTCP(ctx, network, source, remote)
+	return d.Poller.Dial(w, local, remote, deadline)
 }
 
 // Reason names what a dial error means for the flow.
 func Reason(err error) flow.Reason {
-	var netErr net.Error
 	switch {
 	case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET):
 		return flow.UpstreamRefused
+	case errors.Is(err, tcp.ErrDeadline), errors.Is(err, unix.ETIMEDOUT):
+		return flow.UpstreamTimeout
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
 		return flow.NoDescriptors
-	case errors.Is(err, context.Canceled):
+	case errors.Is(err, tcp.ErrCanceled):
 		return flow.DrainDeadline
-	case errors.As(err, &netErr) && netErr.Timeout():
-		return flow.UpstreamTimeout
 	default:
 		return flow.UpstreamUnreachable
 	}

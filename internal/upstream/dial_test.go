@@ -2,6 +2,7 @@ package upstream
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -14,33 +15,10 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
-
-func TestDialFromTheGivenSource(t *testing.T) {
-	listener, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	for _, source := range []netip.Addr{netip.MustParseAddr("127.0.0.6"), {}} {
-		conn, err := NewDialer(time.Second).Dial(t.Context(), source, listener.Addr().(*net.TCPAddr).AddrPort())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		accepted, err := listener.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer accepted.Close()
-		got := accepted.RemoteAddr().(*net.TCPAddr).AddrPort().Addr()
-		if want := source; want.IsValid() && got != want || !want.IsValid() && got != netip.MustParseAddr("127.0.0.1") {
-			t.Errorf("source %v: the listener sees %v", source, got)
-		}
-	}
-}
 
 // TestReason dials each kind of unreachable destination for real.
 func TestReason(t *testing.T) {
@@ -58,6 +36,13 @@ func TestReason(t *testing.T) {
 			HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 9},
 		})
 	})
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer poller.Close()
+	waiter := tcp.NewWaiter(t.Context())
+	defer waiter.Close()
 	for _, c := range []struct {
 		name   string
 		remote netip.AddrPort
@@ -76,7 +61,7 @@ func TestReason(t *testing.T) {
 				if c.want == flow.UpstreamTimeout {
 					timeout = 100 * time.Millisecond
 				}
-				conn, err := NewDialer(timeout).Dial(context.Background(), c.source, c.remote)
+				conn, err := Dialer{poller, timeout}.Dial(waiter, c.source, c.remote)
 				if err == nil {
 					conn.Close()
 				}
@@ -95,7 +80,9 @@ func TestReason(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(50*time.Millisecond, cancel)
 		pod.Do(t, func() error {
-			_, err := NewDialer(0).Dial(ctx, netip.Addr{}, netip.AddrPortFrom(silent, 9))
+			canceled := tcp.NewWaiter(ctx)
+			defer canceled.Close()
+			_, err := Dialer{Poller: poller}.Dial(canceled, netip.Addr{}, netip.AddrPortFrom(silent, 9))
 			if got := Reason(err); got != flow.DrainDeadline {
 				t.Errorf("Reason(%v) = %s", err, got)
 			}
@@ -107,7 +94,7 @@ func TestReason(t *testing.T) {
 			unix.EMFILE: flow.NoDescriptors, unix.ENFILE: flow.NoDescriptors, unix.EHOSTUNREACH: flow.UpstreamUnreachable,
 			unix.ENETUNREACH: flow.UpstreamUnreachable, unix.ETIMEDOUT: flow.UpstreamTimeout, io.EOF: flow.UpstreamUnreachable,
 		} {
-			if got := Reason(&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", err)}); got != want {
+			if got := Reason(fmt.Errorf("connecting: %w", os.NewSyscallError("connect", err))); got != want {
 				t.Errorf("Reason(%v) = %s, want %s", err, got, want)
 			}
 		}

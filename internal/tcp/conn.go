@@ -1,0 +1,216 @@
+package tcp
+
+import (
+	"errors"
+	"io"
+	"net/netip"
+	"os"
+	"strconv"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/sockopt"
+)
+
+// ErrAgain says that a connection can neither give nor take at the moment: wait for it.
+var ErrAgain error = unix.EAGAIN
+
+// errVanished stands for an error of the connection that a system call has already taken: the kernel tells it once.
+var errVanished = os.NewSyscallError("read", unix.ECONNRESET)
+
+// Events of a connection. The first two are remembered until a try finds them stale, the others for good.
+const (
+	readable = unix.EPOLLIN
+	writable = unix.EPOLLOUT
+	urgent   = unix.EPOLLPRI   // the peer has sent urgent data
+	gone     = unix.EPOLLRDHUP // the peer will send no more
+	failed   = unix.EPOLLERR
+	hungUp   = unix.EPOLLHUP // closed both ways
+)
+
+// Conn is a TCP connection that never blocks. All methods belong to the goroutine that owns it.
+type Conn struct {
+	poller *Poller
+	fd     int
+	remote netip.AddrPort
+
+	ready  atomic.Uint32 // events, set by the poller
+	waiter *Waiter       // nil until somebody waits for the connection
+	serial uint32        // set with waiter
+	shut   bool          // CloseWrite was called
+	closed bool
+}
+
+// newConn takes fd over. ready is what it is assumed to be ready for until a try shows otherwise.
+func newConn(p *Poller, fd int, remote netip.AddrPort, ready uint32) *Conn {
+	c := &Conn{poller: p, fd: fd, remote: remote}
+	c.ready.Store(ready)
+	return c
+}
+
+// RemoteAddr is the peer's address. A link-local one has the interface's number as its zone.
+func (c *Conn) RemoteAddr() netip.AddrPort { return c.remote }
+
+// LocalAddr asks the kernel for our end's address. It is invalid when the kernel does not say.
+func (c *Conn) LocalAddr() netip.AddrPort {
+	local, err := syscall.Getsockname(c.fd)
+	if err != nil {
+		return netip.AddrPort{}
+	}
+	return addrPort(local)
+}
+
+// OriginalDst is where the connection was going before a rule redirected it; see package sockopt.
+func (c *Conn) OriginalDst() (netip.AddrPort, error) {
+	return sockopt.OriginalDst(c.fd, c.remote.Addr())
+}
+
+// Readable reports whether a read is worth trying.
+func (c *Conn) Readable() bool { return c.ready.Load()&(readable|gone|failed|hungUp) != 0 }
+
+// Writable reports whether a write is worth trying.
+func (c *Conn) Writable() bool { return c.ready.Load()&(writable|failed|hungUp) != 0 }
+
+// Failed returns an error when the connection is dead, without reading: it was reset, or the peer vanished. It returns
+// nil for a connection that is open or was closed in order. It is what the poller knows: a connection that nobody waits
+// for is never dead.
+//
+// The kernel shows a dead connection by a pending error (EPOLLERR). When a write has taken that error, what is left is
+// a connection closed both ways (EPOLLHUP) although we did not close our half.
+func (c *Conn) Failed() error {
+	ready := c.ready.Load()
+	if ready&failed == 0 && (ready&hungUp == 0 || c.shut) {
+		return nil
+	}
+	if code, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
+		return os.NewSyscallError("read", syscall.Errno(code))
+	}
+	return errVanished
+}
+
+// Read takes what is there. It returns ErrAgain when nothing is, and io.EOF at the end.
+func (c *Conn) Read(p []byte) (int, error) {
+	n, err := c.try(readable, "read", func() (int, error) { return unix.Read(c.fd, p) })
+	// A read that leaves room has taken everything, and whatever comes later is a new event: the try that would only
+	// return ErrAgain is spared. Urgent data is the exception, as a read stops in front of it.
+	if n == len(p) || c.ready.Load()&urgent != 0 {
+		c.ready.Or(readable)
+	}
+	return n, err
+}
+
+// Write gives what the socket takes, which may be less than p. It returns ErrAgain when it takes nothing.
+func (c *Conn) Write(p []byte) (int, error) {
+	n, err := c.try(writable, "write", func() (int, error) { return unix.Write(c.fd, p) })
+	if n > 0 {
+		c.ready.Or(writable)
+	}
+	return n, err
+}
+
+// SpliceTo moves up to n bytes from the connection into an empty pipe, with results like Read's.
+func (c *Conn) SpliceTo(pipe, n int) (int, error) {
+	n, err := c.try(readable, "splice", func() (int, error) { return splice(c.fd, pipe, n) })
+	if n > 0 {
+		c.ready.Or(readable)
+	}
+	return n, err
+}
+
+// SpliceFrom moves up to n bytes, which it holds, from a pipe to the connection, with results like Write's.
+func (c *Conn) SpliceFrom(pipe, n int) (int, error) {
+	n, err := c.try(writable, "splice", func() (int, error) { return splice(pipe, c.fd, n) })
+	if n > 0 {
+		c.ready.Or(writable)
+	}
+	return n, err
+}
+
+// splice never waits. The kernel does not say which of the two sides made it EAGAIN; with the pipe empty in one
+// direction and filled in the other, it is the socket.
+func splice(from, to, n int) (int, error) {
+	moved, err := unix.Splice(from, nil, to, nil, n, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+	return int(moved), err
+}
+
+// try makes one system call. The event that allows it is forgotten before the call, and remembered again by the caller
+// if there may be more. So an event that comes during the call is kept, and the worst is a try for nothing; forgotten
+// after the call, it could be lost, and the connection would hang.
+func (c *Conn) try(event uint32, name string, call func() (int, error)) (int, error) {
+	c.ready.And(^event)
+	for {
+		n, err := call()
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.EAGAIN:
+			return 0, ErrAgain
+		case err != nil:
+			return 0, os.NewSyscallError(name, err)
+		case n == 0 && event == readable:
+			return 0, io.EOF
+		}
+		return n, nil
+	}
+}
+
+// CloseWrite tells the peer that no more bytes come.
+func (c *Conn) CloseWrite() error {
+	c.shut = true
+	return os.NewSyscallError("shutdown", unix.Shutdown(c.fd, unix.SHUT_WR))
+}
+
+// Close closes the connection in order. Bytes that were written still go out. Closing twice does nothing.
+func (c *Conn) Close() {
+	if c.closed {
+		return
+	}
+	c.closed = true
+	if c.waiter != nil {
+		c.poller.conns.set(c.fd, nil)
+	}
+	_ = unix.Close(c.fd) // takes it out of the epoll set, too
+}
+
+// Reset closes the connection with RST, so that the peer learns that it did not end well. Bytes that were written and
+// are not on the wire yet are lost.
+func (c *Conn) Reset() {
+	if !c.closed {
+		_ = sockopt.SetReset(c.fd) // cannot fail on an open TCP socket
+		c.Close()
+	}
+}
+
+// addrPort takes the addresses of package syscall: x/sys's Accept4 and Getsockname make one more system call each, to
+// tell protocols apart that cannot occur here.
+func addrPort(address syscall.Sockaddr) netip.AddrPort {
+	switch a := address.(type) {
+	case *syscall.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
+	case *syscall.SockaddrInet6:
+		ip := netip.AddrFrom16(a.Addr)
+		if a.ZoneId != 0 {
+			ip = ip.WithZone(strconv.Itoa(int(a.ZoneId)))
+		}
+		return netip.AddrPortFrom(ip, uint16(a.Port))
+	}
+	return netip.AddrPort{}
+}
+
+func sockaddr(address netip.AddrPort) (unix.Sockaddr, error) {
+	ip := address.Addr()
+	if ip.Is4() {
+		return &unix.SockaddrInet4{Addr: ip.As4(), Port: int(address.Port())}, nil
+	}
+	a := &unix.SockaddrInet6{Addr: ip.As16(), Port: int(address.Port())}
+	if zone := ip.Zone(); zone != "" {
+		index, err := strconv.ParseUint(zone, 10, 32)
+		if err != nil {
+			return nil, errors.New("zone " + zone + " is not an interface's number")
+		}
+		a.ZoneId = uint32(index)
+	}
+	return a, nil
+}

@@ -1,0 +1,96 @@
+package tcp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/sockopt"
+)
+
+// Listener accepts connections for a Poller. Unlike a Conn it blocks, as a net.Listener does.
+type Listener struct {
+	poller *Poller
+	addr   netip.AddrPort
+	file   *os.File // owns the socket
+	raw    syscall.RawConn
+}
+
+// Listen binds address for its own family alone. Accepted connections inherit the options of sockopt.SetConn.
+//
+// Multipath TCP is off: the listener would speak a protocol that the workload does not offer, and its connections have
+// no original destination.
+func (p *Poller) Listen(address netip.AddrPort) (*Listener, error) {
+	network := "tcp4"
+	if address.Addr().Is6() {
+		network = "tcp6"
+	}
+	config := net.ListenConfig{Control: sockopt.ListenControl}
+	config.SetMultipathTCP(false)
+	listener, err := config.Listen(context.Background(), network, address.String())
+	if err != nil {
+		return nil, err
+	}
+	defer listener.Close()
+	bound := listener.(*net.TCPListener)
+	file, err := bound.File() // the same socket; package net lets nobody but itself accept from its own
+	if err != nil {
+		return nil, fmt.Errorf("listening on %v: %w", address, err)
+	}
+	raw, err := file.SyscallConn()
+	if err != nil {
+		file.Close()
+		return nil, fmt.Errorf("listening on %v: %w", address, err)
+	}
+	return &Listener{poller: p, addr: bound.Addr().(*net.TCPAddr).AddrPort(), file: file, raw: raw}, nil
+}
+
+// Addr is the bound address, with the port that the kernel chose for port 0.
+func (l *Listener) Addr() netip.AddrPort { return l.addr }
+
+// SetDeadline makes Accept fail with os.ErrDeadlineExceeded from then on.
+func (l *Listener) SetDeadline(t time.Time) error { return l.file.SetReadDeadline(t) }
+
+// Close ends listening. Connections in the queue are reset by the kernel.
+func (l *Listener) Close() error { return l.file.Close() }
+
+// Accept waits for a connection. The error is os.ErrDeadlineExceeded after the deadline, os.ErrClosed after Close, and
+// the kernel's otherwise; then another try may succeed.
+func (l *Listener) Accept() (*Conn, error) {
+	var fd int
+	var peer syscall.Sockaddr
+	var err error
+	waitErr := l.raw.Read(func(listening uintptr) bool {
+		for {
+			fd, peer, err = syscall.Accept4(int(listening), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+			if err != syscall.EINTR && err != syscall.ECONNABORTED { // aborted: gone before we took it
+				return err != syscall.EAGAIN
+			}
+		}
+	})
+	switch {
+	case errors.Is(waitErr, os.ErrDeadlineExceeded):
+		return nil, os.ErrDeadlineExceeded
+	case waitErr != nil:
+		return nil, os.ErrClosed
+	case err != nil:
+		return nil, os.NewSyscallError("accept4", err)
+	}
+	return newConn(l.poller, fd, addrPort(peer), readable|writable), nil
+}
+
+// Shutdown makes every Accept fail from now on, as if the kernel were out of something. It is for tests of accept loops.
+func (l *Listener) Shutdown() error {
+	var err error
+	if controlErr := l.raw.Control(func(fd uintptr) { err = unix.Shutdown(int(fd), unix.SHUT_RD) }); controlErr != nil {
+		return controlErr
+	}
+	return err
+}

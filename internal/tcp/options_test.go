@@ -1,0 +1,128 @@
+package tcp
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// TestOriginalDst redirects in a namespace and asks the accepted connections.
+func TestOriginalDst(t *testing.T) {
+	nettest.RequireRoot(t)
+	pod, peer := nettest.PodAndPeer(t)
+	for _, program := range []string{"iptables", "ip6tables"} {
+		pod.MustRun(t, program, "-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "80:90", "-j", "REDIRECT", "--to-ports", "15006")
+	}
+	for _, c := range []struct {
+		name, listen string
+		dialled      netip.AddrPort
+	}{
+		{"IPv4", "0.0.0.0:15006", netip.AddrPortFrom(nettest.PodIP4, 80)},
+		{"IPv6", "[::]:15006", netip.AddrPortFrom(nettest.PodIP6, 81)},
+		{"not redirected: our own listener", "0.0.0.0:15006", netip.AddrPortFrom(nettest.PodIP4, 15006)},
+		{"not redirected, IPv6", "[::]:15006", netip.AddrPortFrom(nettest.PodIP6, 15006)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			listener := listenIn(t, pod, newPoller(t), c.listen)
+			conn, err := peer.Dial("tcp", c.dialled.String(), 5*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			accepted, err := listener.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer accepted.Close()
+			if got, err := accepted.OriginalDst(); err != nil || got != c.dialled {
+				t.Errorf("OriginalDst = %v, %v; want %v", got, err, c.dialled)
+			}
+			if got, want := accepted.RemoteAddr().String(), conn.LocalAddr().String(); got != want {
+				t.Errorf("RemoteAddr = %v, want %v", got, want)
+			}
+		})
+	}
+}
+
+func TestOriginalDstWithoutConnectionTrackingIsAnError(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "untracked")
+	for _, address := range []string{"127.0.0.1:0", "[::1]:0"} {
+		listener := listenIn(t, ns, newPoller(t), address)
+		conn, err := ns.Dial("tcp", listener.Addr().String(), 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		accepted, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer accepted.Close()
+		got, err := accepted.OriginalDst()
+		if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENOPROTOOPT) {
+			t.Errorf("%s: OriginalDst = %v, %v; want ENOENT or ENOPROTOOPT", address, got, err)
+		}
+	}
+}
+
+// TestEveryConnectionHasItsOptions reads them back where they matter: on an accepted socket, which inherits them, and
+// on a dialled one.
+func TestEveryConnectionHasItsOptions(t *testing.T) {
+	for _, address := range []string{"127.0.0.1:0", "[::1]:0"} {
+		dialled, accepted := connect(t, newPoller(t), address)
+		for which, conn := range map[string]*Conn{"accepted": accepted, "dialled": dialled} {
+			idle, interval := option(t, conn, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE), option(t, conn, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL)
+			if on := option(t, conn, unix.SOL_SOCKET, unix.SO_KEEPALIVE); on != 1 || idle > 30 || interval > 30 {
+				t.Errorf("%s, %s: keep-alive %d, first probe after %d s, then every %d s; want on, at most 30 s", address, which, on, idle, interval)
+			}
+			if nodelay := option(t, conn, unix.IPPROTO_TCP, unix.TCP_NODELAY); nodelay != 1 {
+				t.Errorf("%s, %s: TCP_NODELAY is off", address, which)
+			}
+			if inline := option(t, conn, unix.SOL_SOCKET, unix.SO_OOBINLINE); inline != 1 {
+				t.Errorf("%s, %s: urgent bytes would be lost", address, which)
+			}
+		}
+	}
+}
+
+// TestSourcePortsCountForEachDestination opens more connections from one address than there are ports, to two
+// destinations. Bound the ordinary way, the kernel would reserve a port over all destinations.
+func TestSourcePortsCountForEachDestination(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "ports")
+	ns.Do(t, func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40009"), 0)
+	})
+	poller, waiter := newPoller(t), NewWaiter(t.Context())
+	defer waiter.Close()
+	for _, address := range []string{"127.0.0.1:7001", "127.0.0.1:7002"} {
+		listener := listenIn(t, ns, poller, address)
+		for i := range 10 {
+			ns.Do(t, func() error {
+				conn, err := poller.Dial(waiter, netip.MustParseAddr("127.0.0.6"), listener.Addr(), time.Now().Add(5*time.Second))
+				if err != nil {
+					return fmt.Errorf("connection %d to %s: %w", i+1, address, err)
+				}
+				t.Cleanup(conn.Close)
+				return nil
+			})
+		}
+	}
+}
+
+func option(t *testing.T, conn *Conn, level, name int) int {
+	t.Helper()
+	value, err := unix.GetsockoptInt(conn.fd, level, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return value
+}

@@ -1,0 +1,353 @@
+package tcp
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+const patience = 10 * time.Second
+
+func newPoller(t testing.TB) *Poller {
+	t.Helper()
+	poller, err := NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { poller.Close() })
+	return poller
+}
+
+func listenIn(t testing.TB, ns *nettest.Namespace, poller *Poller, address string) *Listener {
+	t.Helper()
+	var listener *Listener
+	ns.Do(t, func() (err error) {
+		listener, err = poller.Listen(netip.MustParseAddrPort(address))
+		return err
+	})
+	t.Cleanup(func() { listener.Close() })
+	return listener
+}
+
+// connect returns a connection's two ends, both the poller's.
+func connect(t testing.TB, poller *Poller, address string) (dialled, accepted *Conn) {
+	t.Helper()
+	listener, err := poller.Listen(netip.MustParseAddrPort(address))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	waiter := NewWaiter(t.Context())
+	defer waiter.Close()
+	if dialled, err = poller.Dial(waiter, netip.Addr{}, listener.Addr(), time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	if accepted, err = listener.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(dialled.Close)
+	t.Cleanup(accepted.Close)
+	return dialled, accepted
+}
+
+func TestDialNamesBothEnds(t *testing.T) {
+	for _, c := range []struct {
+		listen string
+		source netip.Addr
+		want   netip.Addr
+	}{
+		{"127.0.0.1:0", netip.Addr{}, netip.MustParseAddr("127.0.0.1")},
+		{"127.0.0.1:0", netip.MustParseAddr("127.0.0.6"), netip.MustParseAddr("127.0.0.6")},
+		{"[::1]:0", netip.Addr{}, netip.MustParseAddr("::1")},
+	} {
+		poller := newPoller(t)
+		listener, err := poller.Listen(netip.MustParseAddrPort(c.listen))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer listener.Close()
+		waiter := NewWaiter(t.Context())
+		defer waiter.Close()
+		dialled, err := poller.Dial(waiter, c.source, listener.Addr(), time.Now().Add(patience))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer dialled.Close()
+		accepted, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer accepted.Close()
+		if dialled.RemoteAddr() != listener.Addr() || accepted.RemoteAddr() != dialled.LocalAddr() || accepted.RemoteAddr().Addr() != c.want {
+			t.Errorf("listener %v, source %v: dialled %v → %v, accepted from %v", listener.Addr(), c.source,
+				dialled.LocalAddr(), dialled.RemoteAddr(), accepted.RemoteAddr())
+		}
+	}
+}
+
+func TestDialErrors(t *testing.T) {
+	poller, waiter := newPoller(t), NewWaiter(t.Context())
+	defer waiter.Close()
+	for _, c := range []struct {
+		name   string
+		source netip.Addr
+		remote string
+		want   error
+	}{
+		{"nothing listens", netip.Addr{}, "127.0.0.1:1", unix.ECONNREFUSED},
+		{"nothing listens, IPv6", netip.Addr{}, "[::1]:1", unix.ECONNREFUSED},
+		{"a source that is not ours", netip.MustParseAddr("203.0.113.9"), "127.0.0.1:1", unix.EADDRNOTAVAIL},
+		{"no interface given", netip.Addr{}, "[fe80::9]:1", unix.EINVAL},
+	} {
+		conn, err := poller.Dial(waiter, c.source, netip.MustParseAddrPort(c.remote), time.Now().Add(patience))
+		if !errors.Is(err, c.want) {
+			t.Errorf("%s: %v, %v; want %v", c.name, conn, err, c.want)
+		}
+	}
+}
+
+func TestAConnectionNeverBlocks(t *testing.T) {
+	dialled, accepted := connect(t, newPoller(t), "127.0.0.1:0")
+	if n, err := accepted.Read(make([]byte, 10)); n != 0 || err != ErrAgain {
+		t.Errorf("reading from a silent peer: %d, %v", n, err)
+	}
+	var err error
+	for total := 0; err == nil; {
+		var n int
+		if n, err = dialled.Write(make([]byte, 1<<20)); total > 1<<30 {
+			t.Fatal("a peer that does not read takes everything")
+		}
+		total += n
+	}
+	if err != ErrAgain {
+		t.Errorf("writing to a peer that does not read: %v", err)
+	}
+}
+
+func TestEndsOfAConnection(t *testing.T) {
+	waiter := NewWaiter(t.Context())
+	defer waiter.Close()
+	wait := func(t *testing.T, conn *Conn, what string, done func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(patience); !done(); {
+			if err := waiter.Wait(deadline, conn, nil); err != nil {
+				t.Fatalf("waiting for %s: %v", what, err)
+			}
+		}
+	}
+	t.Run("in order", func(t *testing.T) {
+		dialled, accepted := connect(t, newPoller(t), "127.0.0.1:0")
+		dialled.CloseWrite()
+		wait(t, accepted, "the half-close", accepted.Readable)
+		if n, err := accepted.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+			t.Errorf("read %d, %v; want EOF", n, err)
+		}
+		if err := accepted.Failed(); err != nil {
+			t.Errorf("a half-closed connection counts as dead: %v", err)
+		}
+		accepted.CloseWrite()
+		wait(t, dialled, "the end", func() bool { return dialled.ready.Load()&hungUp != 0 })
+		if err := dialled.Failed(); err != nil {
+			t.Errorf("a connection that was closed both ways counts as dead: %v", err)
+		}
+	})
+	t.Run("reset", func(t *testing.T) {
+		dialled, accepted := connect(t, newPoller(t), "127.0.0.1:0")
+		dialled.Reset()
+		wait(t, accepted, "the reset", func() bool { return accepted.Failed() != nil })
+		if err := accepted.Failed(); !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("Failed = %v once the error is taken", err)
+		}
+	})
+	t.Run("reset after a half-close", func(t *testing.T) {
+		dialled, accepted := connect(t, newPoller(t), "127.0.0.1:0")
+		dialled.CloseWrite()
+		wait(t, accepted, "the half-close", accepted.Readable)
+		dialled.Reset()
+		wait(t, accepted, "the reset", func() bool { return accepted.Failed() != nil })
+	})
+	t.Run("reset whose error a write has taken", func(t *testing.T) {
+		dialled, accepted := connect(t, newPoller(t), "127.0.0.1:0")
+		if err := waiter.Wait(time.Now().Add(time.Millisecond), accepted, nil); err != nil && err != ErrDeadline {
+			t.Fatal(err)
+		}
+		dialled.Reset()
+		var err error
+		for err == nil {
+			_, err = accepted.Write([]byte("x"))
+		}
+		wait(t, accepted, "the reset", func() bool { return accepted.Failed() != nil })
+	})
+}
+
+func TestCloseTwiceLeavesOthersAlone(t *testing.T) {
+	poller := newPoller(t)
+	first, second := connect(t, poller, "127.0.0.1:0")
+	first.Close()
+	file, err := os.Open("/dev/null") // likely gets first's descriptor
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	first.Close()
+	first.Reset()
+	if _, err := file.Stat(); err != nil {
+		t.Errorf("closing a connection again closed another descriptor: %v", err)
+	}
+	second.Close()
+}
+
+func TestWaitEndsAtTheDeadlineAndWithTheContext(t *testing.T) {
+	_, silent := connect(t, newPoller(t), "127.0.0.1:0")
+	ctx, cancel := context.WithCancel(t.Context())
+	w := NewWaiter(ctx)
+	defer w.Close()
+	for range 3 { // the first waits return at once: the events that the connection began with
+		w.Wait(time.Now().Add(10*time.Millisecond), silent, nil)
+	}
+	began := time.Now()
+	if err := w.Wait(began.Add(20*time.Millisecond), silent, nil); err != ErrDeadline || time.Since(began) < 20*time.Millisecond {
+		t.Errorf("Wait = %v after %v", err, time.Since(began))
+	}
+	if err := w.Wait(time.Now().Add(-time.Second), silent, nil); err != ErrDeadline {
+		t.Errorf("Wait with a past deadline = %v", err)
+	}
+	time.AfterFunc(10*time.Millisecond, cancel)
+	if err := w.Wait(time.Time{}, silent, nil); err != ErrCanceled {
+		t.Errorf("Wait = %v after the context ended", err)
+	}
+	if err := w.Wait(time.Time{}, silent, nil); err != ErrCanceled {
+		t.Errorf("a second Wait = %v after the context ended", err)
+	}
+}
+
+func TestAWaitSeesEitherConnection(t *testing.T) {
+	poller := newPoller(t)
+	farA, a := connect(t, poller, "127.0.0.1:0")
+	farB, b := connect(t, poller, "127.0.0.1:0")
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	buf := make([]byte, 10)
+	for _, c := range []struct{ far, near *Conn }{{farA, a}, {farB, b}, {farA, a}} {
+		time.AfterFunc(5*time.Millisecond, func() { c.far.Write([]byte("x")) })
+		for {
+			n, err := c.near.Read(buf)
+			if err == nil && n == 1 {
+				break
+			}
+			if err != ErrAgain {
+				t.Fatalf("read %d, %v", n, err)
+			}
+			if err := w.Wait(time.Now().Add(patience), a, b); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// TestNoEventIsLost has many connections echo random bytes at once through one poller. An event that is lost shows as
+// a wait that never ends.
+func TestNoEventIsLost(t *testing.T) {
+	poller := newPoller(t)
+	listener, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	const conns, size = 50, 200_000
+	var servers, clients sync.WaitGroup
+	for i := range conns {
+		clients.Add(1)
+		go func() {
+			defer clients.Done()
+			conn, err := net.DialTimeout("tcp4", listener.Addr().String(), patience)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(3 * patience))
+			want := make([]byte, size)
+			rand.NewChaCha8([32]byte{byte(i)}).Read(want)
+			go func() {
+				random := rand.New(rand.NewPCG(uint64(i), 1))
+				for rest := want; len(rest) > 0; {
+					n := min(len(rest), 1+random.IntN(5000))
+					conn.Write(rest[:n])
+					rest = rest[n:]
+				}
+				conn.(*net.TCPConn).CloseWrite()
+			}()
+			if got, err := io.ReadAll(conn); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("connection %d: %d bytes came back, %v", i, len(got), err)
+			}
+		}()
+	}
+	for range conns {
+		conn, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		servers.Add(1)
+		go func() {
+			defer servers.Done()
+			defer conn.Close()
+			if err := echo(t.Context(), conn); err != io.EOF {
+				t.Errorf("echo ended with %v", err)
+			}
+		}()
+	}
+	clients.Wait()
+	servers.Wait()
+}
+
+func echo(ctx context.Context, conn *Conn) error {
+	w := NewWaiter(ctx)
+	defer w.Close()
+	buf := make([]byte, 3000)
+	for {
+		n, err := conn.Read(buf)
+		for rest := buf[:n]; err == nil && len(rest) > 0; {
+			if n, err = conn.Write(rest); err == ErrAgain {
+				n, err = 0, w.Wait(time.Now().Add(patience), conn, nil)
+			}
+			rest = rest[n:]
+		}
+		if err == ErrAgain {
+			err = w.Wait(time.Now().Add(patience), conn, nil)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func TestAcceptEndsWithDeadlineAndClose(t *testing.T) {
+	listener, err := newPoller(t).Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(10*time.Millisecond, func() { listener.SetDeadline(time.Now()) })
+	if _, err := listener.Accept(); err != os.ErrDeadlineExceeded {
+		t.Errorf("Accept after the deadline: %v", err)
+	}
+	listener.SetDeadline(time.Time{})
+	time.AfterFunc(10*time.Millisecond, func() { listener.Close() })
+	if _, err := listener.Accept(); err != os.ErrClosed {
+		t.Errorf("Accept after Close: %v", err)
+	}
+}
