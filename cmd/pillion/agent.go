@@ -16,7 +16,7 @@ import (
 // newAgent is `pillion agent`.
 func newAgent() *cobra.Command {
 	config := agent.Default()
-	var level, format string
+	level, format := "info", "text"
 	cmd := &cobra.Command{
 		Use:   "agent",
 		Short: "Carry the traffic that the rules redirect",
@@ -27,7 +27,7 @@ SIGTERM begins a shutdown that lets connections finish; a second one ends it at 
 connection had its time, and 1 when some were cut.
 
 Each flag can be given by the environment variable in brackets instead.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := applyEnvironment(cmd.Flags()); err != nil {
 				return err
@@ -47,7 +47,7 @@ Each flag can be given by the environment variable in brackets instead.`,
 	countFlag(flags, &config.MaxConnections, "max-connections", "inbound and outbound together; 0 for no limit but the descriptors")
 	durationFlag(flags, &config.DrainDelay, "drain-delay", "on shutdown, go on accepting for so long after readiness turned off")
 	durationFlag(flags, &config.DrainTimeout, "drain-timeout", "on shutdown, cut what is left so long after readiness turned off")
-	choiceFlag(flags, &level, "log-level", "least level that is logged; debug tells of each connection", "info", "debug", "warn", "error")
+	choiceFlag(flags, &level, "log-level", "least level that is logged; debug tells of each connection", "debug", "info", "warn", "error")
 	choiceFlag(flags, &format, "log-format", "form of the log on standard error", "text", "json")
 	for _, name := range flagNames(flags) {
 		twin(flags, name, "PILLION_"+strings.ToUpper(strings.ReplaceAll(name, "-", "_")))

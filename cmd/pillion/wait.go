@@ -21,7 +21,7 @@ func newWait() *cobra.Command {
 		Use:   "wait",
 		Short: "Wait until the agent is ready",
 		Long:  "Ask the agent whether it is ready until it says yes (exit status 0) or the time is up (1).",
-		Args:  cobra.NoArgs,
+		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := applyEnvironment(cmd.Flags()); err != nil {
 				return err
