@@ -11,7 +11,7 @@ GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
 FUZZTIME ?= 10s
 BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
-TEST     := CGO_ENABLED=1 $(GO) test -buildvcs=false -race -count=1 -json
+TEST     := CGO_ENABLED=1 scripts/with-namespaces $(GO) test -buildvcs=false -race -count=1 -json
 REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 
 # The packages whose tests make network namespaces, e2e aside.

@@ -171,3 +171,19 @@ func trafficIsDirect(t *testing.T, pod, peer *nettest.Namespace) {
 		conn.Close()
 	}
 }
+
+// Injectors call the init container's program by its old name.
+func TestInitAnswersToItsOldName(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	pod, _ := nettest.PodAndPeer(t)
+	arguments := append([]string{"istio-iptables"}, initArguments[1:]...)
+	if stdout, stderr, code := execute(t, pod, []string{pathWith(t, nft)}, arguments...); code != 0 {
+		t.Fatalf("exit code %d\n%s%s", code, stdout, stderr)
+	}
+	before := savedRules(t, pod, nft)
+	initPod(t, pod, nft)
+	if after := savedRules(t, pod, nft); after != before || !strings.Contains(after, "15006") {
+		t.Errorf("istio-iptables made\n%s\nand init makes\n%s", before, after)
+	}
+}
