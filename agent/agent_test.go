@@ -1,0 +1,249 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+const patience = 10 * time.Second
+
+func TestValidateNamesTheFlag(t *testing.T) {
+	valid := Default()
+	valid.Log = slog.New(slog.DiscardHandler)
+	if err := valid.Validate(); err != nil {
+		t.Errorf("the default is not valid: %v", err)
+	}
+	for want, change := range map[string]func(*Config){
+		"--outbound-port":      func(c *Config) { c.OutboundPort = 0 },
+		"--inbound-port":       func(c *Config) { c.InboundPort = c.OutboundPort },
+		"--readiness-port":     func(c *Config) { c.ReadinessPort = c.InboundPort },
+		"--connect-timeout":    func(c *Config) { c.ConnectTimeout = -1 },
+		"--idle-timeout":       func(c *Config) { c.IdleTimeout = -1 },
+		"--half-close-timeout": func(c *Config) { c.HalfCloseTimeout = -1 },
+		"--drain-delay":        func(c *Config) { c.DrainDelay = c.DrainTimeout + 1 },
+		"--drain-timeout":      func(c *Config) { c.DrainTimeout = -1 },
+		"--max-connections":    func(c *Config) { c.MaxConnections = -1 },
+		"Config.Log":           func(c *Config) { c.Log = nil },
+	} {
+		config := valid
+		change(&config)
+		if err := config.Validate(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("want an error that names %s, got %v", want, err)
+		}
+		if _, err := New(config); err == nil {
+			t.Errorf("New takes a configuration that is not valid (%s)", want)
+		}
+	}
+}
+
+// syncBuffer is a log that is read while it is written.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+func testConfig() (Config, *syncBuffer) {
+	log := &syncBuffer{}
+	config := Default()
+	config.DrainDelay = 0
+	config.Log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	return config, log
+}
+
+// newIn makes an agent inside a namespace.
+func newIn(t *testing.T, ns *nettest.Namespace, config Config) (*Agent, error) {
+	t.Helper()
+	var a *Agent
+	return a, ns.Try(func() (err error) {
+		a, err = New(config)
+		return err
+	})
+}
+
+func TestAPortThatIsTakenIsNamedAndNothingIsLeft(t *testing.T) {
+	nettest.RequireRoot(t)
+	for _, c := range []struct{ flag, address string }{
+		{"--outbound-port", "127.0.0.1:15001"}, {"--outbound-port", "[::1]:15001"},
+		{"--inbound-port", "0.0.0.0:15006"}, {"--inbound-port", "[::]:15006"}, {"--readiness-port", "0.0.0.0:15021"},
+	} {
+		ns := nettest.New(t, "taken")
+		ns.Listen(t, "tcp", c.address)
+		config, _ := testConfig()
+		_, err := newIn(t, ns, config)
+		if err == nil || !strings.Contains(err.Error(), c.flag) || !strings.Contains(err.Error(), "in use") {
+			t.Errorf("with %s taken: %v; want an error that names %s", c.address, err, c.flag)
+		}
+		// What New opened first must be free again, or this would name an earlier flag.
+		if _, again := newIn(t, ns, config); again == nil || again.Error() != err.Error() {
+			t.Errorf("a second try: %v, the first: %v", again, err)
+		}
+	}
+}
+
+func TestANamespaceWithoutIPv6IsServedWithout(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "v4")
+	ns.Do(t, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0) })
+	config, log := testConfig()
+	a, err := newIn(t, ns, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, ns, a)
+	if !strings.Contains(log.String(), "no IPv6") {
+		t.Errorf("nothing said of IPv6:\n%s", log)
+	}
+}
+
+// run runs the agent until the returned function, and waits until it is ready.
+func run(t *testing.T, ns *nettest.Namespace, a *Agent) (stop func() error) {
+	t.Helper()
+	drain, startDrain := context.WithCancel(context.Background())
+	result := make(chan error, 1)
+	go func() { result <- a.Run(drain, context.Background()) }()
+	stop = sync.OnceValue(func() error {
+		startDrain()
+		return <-result
+	})
+	t.Cleanup(func() { stop() })
+	if code, body := ready(t, ns); code != http.StatusOK {
+		t.Fatalf("not ready: %d %s", code, body)
+	}
+	return stop
+}
+
+// ready asks the agent in the namespace whether it is.
+func ready(t *testing.T, ns *nettest.Namespace) (int, string) {
+	t.Helper()
+	conn, err := ns.Dial("tcp", "127.0.0.1:15021", patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
+	io.WriteString(conn, "GET /healthz/ready HTTP/1.0\r\n\r\n")
+	answer, err := io.ReadAll(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, body, _ := strings.Cut(string(answer), "\r\n\r\n")
+	switch {
+	case strings.Contains(head, " 200 "):
+		return 200, body
+	case strings.Contains(head, " 503 "):
+		return 503, body
+	}
+	t.Fatalf("answer: %q", answer)
+	return 0, ""
+}
+
+func TestAnAgentThatIsNotRedirectedToRefusesByName(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "direct") // no rules, so no connection tracking
+	config, log := testConfig()
+	a, err := newIn(t, ns, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := run(t, ns, a)
+	for _, address := range []string{"127.0.0.1:15001", "127.0.0.1:15006", "[::1]:15001", "[::1]:15006"} {
+		conn, err := ns.Dial("tcp", address, patience)
+		if errors.Is(err, syscall.ECONNRESET) {
+			continue // so fast that the dial sees it
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetDeadline(time.Now().Add(patience))
+		if n, err := conn.Read(make([]byte, 1)); n != 0 || err == nil || errors.Is(err, io.EOF) || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: read %d, %v; want a reset", address, n, err)
+		}
+		conn.Close()
+	}
+	if err := stop(); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	if !strings.Contains(log.String(), "reason=no_original_destination") {
+		t.Errorf("the refusal was not named:\n%s", log)
+	}
+}
+
+func TestTheDrainGateClosesFirst(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "drain")
+	config, _ := testConfig()
+	config.DrainDelay = patience // ended by force
+	a, err := newIn(t, ns, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	drain, startDrain := context.WithCancel(context.Background())
+	force, startForce := context.WithCancel(context.Background())
+	result := make(chan error, 1)
+	go func() { result <- a.Run(drain, force) }()
+	if code, body := ready(t, ns); code != 200 {
+		t.Errorf("before: %d %s", code, body)
+	}
+	startDrain()
+	for deadline := time.Now().Add(patience); !a.draining.Load() && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	}
+	if code, body := ready(t, ns); code != 503 || body != "not ready\ndrain: shutting down\n" {
+		t.Errorf("during the drain: %d %q", code, body)
+	}
+	startForce()
+	if err := <-result; err != nil {
+		t.Errorf("Run: %v, with nothing to cut", err)
+	}
+}
+
+func TestRefusalsAreLoggedOnceASecondForEachReason(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		log := &flowLog{log: slog.New(slog.NewTextHandler(&out, nil))}
+		refuse := func(reason flow.Reason) {
+			flow.Open(flow.Inbound, netip.MustParseAddrPort("198.51.100.1:4711")).Close(log, reason, nil)
+		}
+		for range 1000 {
+			refuse(flow.Loop)
+		}
+		refuse(flow.ForeignAddress)
+		flow.Open(flow.Inbound, netip.AddrPort{}).Close(log, flow.Closed, nil) // debug only
+		if n := strings.Count(out.String(), "\n"); n != 2 {
+			t.Errorf("%d lines, want one for each of two reasons:\n%s", n, &out)
+		}
+		time.Sleep(refusalPeriod)
+		refuse(flow.Loop)
+		if !strings.Contains(out.String(), "not_logged_before=999") {
+			t.Errorf("the refusals that were not logged are not counted:\n%s", &out)
+		}
+	})
+}
