@@ -34,19 +34,19 @@ clean: ## remove what build and the tests leave in this directory
 
 ##@ Test
 .PHONY: test
-test: tools-test lint ## install what the tests need and run everything: lint, unit, namespace and e2e tests
+test: tools-test modules lint ## install what the tests need and run everything: lint, unit, namespace and e2e tests
 	$(TEST) -timeout 12m ./... | $(REPORT)
 
 .PHONY: test-unit
-test-unit: ## tests of single packages; those that need root skip without it
+test-unit: modules ## tests of single packages; those that need root skip without it
 	$(TEST) -timeout 5m $$($(GO) list ./... | grep -v /e2e) | $(REPORT)
 
 .PHONY: test-netns
-test-netns: tools-test ## tests that make network namespaces, without e2e
+test-netns: tools-test modules ## tests that make network namespaces, without e2e
 	$(TEST) -timeout 5m $$($(IN_NAMESPACES)) | $(REPORT)
 
 .PHONY: e2e
-e2e: tools-test ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
+e2e: tools-test modules ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
 	$(TEST) -timeout 12m -run '$(RUN)' ./e2e/... | $(REPORT)
 
 .PHONY: fuzz
@@ -66,6 +66,11 @@ lint: ## formatting, vet, module files, shell syntax
 	@for script in .ci/run $$(find scripts -maxdepth 1 -type f); do bash -n "$$script"; done
 
 ##@ Other
+# Before anything goes where there is no network.
+.PHONY: modules
+modules:
+	@$(GO) mod download
+
 # tools-demo, tools-test and tools-bench are silent when nothing is missing.
 .PHONY: tools-demo tools-test tools-bench
 tools-demo tools-test tools-bench: tools-%:
