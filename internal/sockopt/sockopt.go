@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,37 +24,30 @@ const ip6tSOOriginalDst = 80
 func OriginalDst(fd int, peer netip.Addr) (netip.AddrPort, error) {
 	// The option exists once for each family and answers only for the family of the packets, which on a dual-stack
 	// socket is the family of the peer's unmapped address.
-	read := originalDst6
+	level, name := unix.IPPROTO_IPV6, ip6tSOOriginalDst
 	if peer.Unmap().Is4() {
-		read = originalDst4
+		level, name = unix.IPPROTO_IP, unix.SO_ORIGINAL_DST
 	}
-	dst, err := read(fd)
-	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("reading the original destination of the connection from %v: %w", peer, err)
+	var address unix.RawSockaddrInet6 // the larger of the two
+	size := uint32(unsafe.Sizeof(address))
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(name),
+		uintptr(unsafe.Pointer(&address)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return netip.AddrPort{}, fmt.Errorf("reading the original destination of the connection from %v: %w", peer, errno)
 	}
-	return dst, nil
+	port := networkOrder(address.Port)
+	if level == unix.IPPROTO_IP {
+		v4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(&address))
+		return netip.AddrPortFrom(netip.AddrFrom4(v4.Addr), port), nil
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16(address.Addr), port), nil
 }
 
-// originalDst4 borrows the 20-byte option buffer of IPv6Mreq for the 16-byte sockaddr_in that the kernel writes.
-func originalDst4(fd int) (netip.AddrPort, error) {
-	value, err := unix.GetsockoptIPv6Mreq(fd, unix.IPPROTO_IP, unix.SO_ORIGINAL_DST)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	sockaddr := value.Multiaddr // family 2, port 2, address 4, zero 8
-	port := binary.BigEndian.Uint16(sockaddr[2:4])
-	return netip.AddrPortFrom(netip.AddrFrom4([4]byte(sockaddr[4:8])), port), nil
-}
-
-// originalDst6 borrows the buffer of IPv6MTUInfo, whose first field is the sockaddr_in6 that the kernel writes.
-func originalDst6(fd int) (netip.AddrPort, error) {
-	value, err := unix.GetsockoptIPv6MTUInfo(fd, unix.IPPROTO_IPV6, ip6tSOOriginalDst)
-	if err != nil {
-		return netip.AddrPort{}, err
-	}
-	var port [2]byte
-	binary.NativeEndian.PutUint16(port[:], value.Addr.Port) // the field holds network order bytes
-	return netip.AddrPortFrom(netip.AddrFrom16(value.Addr.Addr), binary.BigEndian.Uint16(port[:])), nil
+// networkOrder reads a port that the kernel wrote in network byte order.
+func networkOrder(port uint16) uint16 {
+	var octets [2]byte
+	binary.NativeEndian.PutUint16(octets[:], port)
+	return binary.BigEndian.Uint16(octets[:])
 }
 
 // keepAliveSeconds is the idle time before the first keep-alive probe and the time between probes.
@@ -82,7 +76,7 @@ func SetConn(fd int) error {
 		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepAliveSeconds},
 		{unix.SOL_SOCKET, unix.SO_OOBINLINE, 1},
 	} {
-		if err := unix.SetsockoptInt(fd, option.level, option.name, option.value); err != nil {
+		if err := setInt(fd, option.level, option.name, option.value); err != nil {
 			return err
 		}
 	}
@@ -93,7 +87,18 @@ func SetConn(fd int) error {
 // destination (IP_BIND_ADDRESS_NO_PORT): 127.0.0.6 then has its range of ports for each destination and not once for
 // all.
 func SetBindNoPort(fd int) error {
-	return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+	return setInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
+// setInt goes past the scheduler, as no option can block and each connection sets several.
+func setInt(fd, level, name, value int) error {
+	option := int32(value)
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_SETSOCKOPT, uintptr(fd), uintptr(level), uintptr(name),
+		uintptr(unsafe.Pointer(&option)), unsafe.Sizeof(option), 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // SetReset makes the coming close send RST instead of FIN (SO_LINGER with a zero time).

@@ -1,11 +1,9 @@
 package tcp
 
 import (
-	"errors"
 	"io"
 	"net/netip"
 	"os"
-	"strconv"
 	"sync/atomic"
 	"syscall"
 
@@ -55,11 +53,11 @@ func (c *Conn) RemoteAddr() netip.AddrPort { return c.remote }
 
 // LocalAddr asks the kernel for our end's address. It is invalid when the kernel does not say.
 func (c *Conn) LocalAddr() netip.AddrPort {
-	local, err := syscall.Getsockname(c.fd)
+	local, err := getsockname(c.fd)
 	if err != nil {
 		return netip.AddrPort{}
 	}
-	return addrPort(local)
+	return local
 }
 
 // OriginalDst is where the connection was going before a rule redirected it; see package sockopt.
@@ -92,7 +90,7 @@ func (c *Conn) Failed() error {
 
 // Read takes what is there. It returns ErrAgain when nothing is, and io.EOF at the end.
 func (c *Conn) Read(p []byte) (int, error) {
-	n, err := c.try(readable, "read", func() (int, error) { return unix.Read(c.fd, p) })
+	n, err := c.try(readable, "read", func() (int, error) { return read(c.fd, p) })
 	// A read that leaves room has taken everything, and whatever comes later is a new event: the try that would only
 	// return ErrAgain is spared. Urgent data is the exception, as a read stops in front of it.
 	if n == len(p) || c.ready.Load()&urgent != 0 {
@@ -103,7 +101,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 
 // Write gives what the socket takes, which may be less than p. It returns ErrAgain when it takes nothing.
 func (c *Conn) Write(p []byte) (int, error) {
-	n, err := c.try(writable, "write", func() (int, error) { return unix.Write(c.fd, p) })
+	n, err := c.try(writable, "write", func() (int, error) { return write(c.fd, p) })
 	if n > 0 {
 		c.ready.Or(writable)
 	}
@@ -128,13 +126,6 @@ func (c *Conn) SpliceFrom(pipe, n int) (int, error) {
 	return n, err
 }
 
-// splice never waits. The kernel does not say which of the two sides made it EAGAIN; with the pipe empty in one
-// direction and filled in the other, it is the socket.
-func splice(from, to, n int) (int, error) {
-	moved, err := unix.Splice(from, nil, to, nil, n, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-	return int(moved), err
-}
-
 // try makes one system call. The event that allows it is forgotten before the call, and remembered again by the caller
 // if there may be more. So an event that comes during the call is kept, and the worst is a try for nothing; forgotten
 // after the call, it could be lost, and the connection would hang.
@@ -145,7 +136,7 @@ func (c *Conn) try(event uint32, name string, call func() (int, error)) (int, er
 		switch {
 		case err == unix.EINTR:
 			continue
-		case err == unix.EAGAIN:
+		case err == ErrAgain:
 			return 0, ErrAgain
 		case err != nil:
 			return 0, os.NewSyscallError(name, err)
@@ -159,7 +150,7 @@ func (c *Conn) try(event uint32, name string, call func() (int, error)) (int, er
 // CloseWrite tells the peer that no more bytes come.
 func (c *Conn) CloseWrite() error {
 	c.shut = true
-	return os.NewSyscallError("shutdown", unix.Shutdown(c.fd, unix.SHUT_WR))
+	return os.NewSyscallError("shutdown", shutdown(c.fd))
 }
 
 // Close closes the connection in order. Bytes that were written still go out. Closing twice does nothing.
@@ -171,7 +162,7 @@ func (c *Conn) Close() {
 	if c.waiter != nil {
 		c.poller.conns.set(c.fd, nil)
 	}
-	_ = unix.Close(c.fd) // takes it out of the epoll set, too
+	closeSocket(c.fd) // which takes it out of the epoll set, too
 }
 
 // Reset closes the connection with RST, so that the peer learns that it did not end well. Bytes that were written and
@@ -181,36 +172,4 @@ func (c *Conn) Reset() {
 		_ = sockopt.SetReset(c.fd) // cannot fail on an open TCP socket
 		c.Close()
 	}
-}
-
-// addrPort takes the addresses of package syscall: x/sys's Accept4 and Getsockname make one more system call each, to
-// tell protocols apart that cannot occur here.
-func addrPort(address syscall.Sockaddr) netip.AddrPort {
-	switch a := address.(type) {
-	case *syscall.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
-	case *syscall.SockaddrInet6:
-		ip := netip.AddrFrom16(a.Addr)
-		if a.ZoneId != 0 {
-			ip = ip.WithZone(strconv.Itoa(int(a.ZoneId)))
-		}
-		return netip.AddrPortFrom(ip, uint16(a.Port))
-	}
-	return netip.AddrPort{}
-}
-
-func sockaddr(address netip.AddrPort) (unix.Sockaddr, error) {
-	ip := address.Addr()
-	if ip.Is4() {
-		return &unix.SockaddrInet4{Addr: ip.As4(), Port: int(address.Port())}, nil
-	}
-	a := &unix.SockaddrInet6{Addr: ip.As16(), Port: int(address.Port())}
-	if zone := ip.Zone(); zone != "" {
-		index, err := strconv.ParseUint(zone, 10, 32)
-		if err != nil {
-			return nil, errors.New("zone " + zone + " is not an interface's number")
-		}
-		a.ZoneId = uint32(index)
-	}
-	return a, nil
 }

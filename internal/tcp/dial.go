@@ -26,11 +26,11 @@ func (p *Poller) dial(w *Waiter, local netip.Addr, remote netip.AddrPort, deadli
 	if remote.Addr().Is6() {
 		family = unix.AF_INET6
 	}
-	destination, err := sockaddr(remote)
+	destination, err := newSocketAddress(remote)
 	if err != nil {
 		return nil, err
 	}
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	fd, err := socket(family)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
@@ -42,7 +42,7 @@ func (p *Poller) dial(w *Waiter, local netip.Addr, remote netip.AddrPort, deadli
 	return c, nil
 }
 
-func (c *Conn) connect(w *Waiter, local netip.Addr, destination unix.Sockaddr, deadline time.Time) error {
+func (c *Conn) connect(w *Waiter, local netip.Addr, destination *socketAddress, deadline time.Time) error {
 	if err := sockopt.SetConn(c.fd); err != nil {
 		return os.NewSyscallError("setsockopt", err)
 	}
@@ -50,18 +50,18 @@ func (c *Conn) connect(w *Waiter, local netip.Addr, destination unix.Sockaddr, d
 		if err := sockopt.SetBindNoPort(c.fd); err != nil {
 			return os.NewSyscallError("setsockopt", err)
 		}
-		source, err := sockaddr(netip.AddrPortFrom(local, 0))
+		source, err := newSocketAddress(netip.AddrPortFrom(local, 0))
 		if err != nil {
 			return err
 		}
-		if err := unix.Bind(c.fd, source); err != nil {
+		if err := bind(c.fd, source); err != nil {
 			return os.NewSyscallError("bind", err)
 		}
 	}
 	// A connection within this host is made while connect runs, but connect never says so. Asking again does, and spares
 	// the way through the poller. Elsewhere the second answer is EALREADY, and the third comes after an event.
 	for asked := 0; ; asked++ {
-		switch err := unix.Connect(c.fd, destination); err {
+		switch err := connect(c.fd, destination); err {
 		case nil, unix.EISCONN:
 			return nil
 		case unix.EINPROGRESS, unix.EALREADY, unix.EINTR:

@@ -65,13 +65,13 @@ func (l *Listener) Close() error { return l.file.Close() }
 // the kernel's otherwise; then another try may succeed.
 func (l *Listener) Accept() (*Conn, error) {
 	var fd int
-	var peer syscall.Sockaddr
+	var peer netip.AddrPort
 	var err error
 	waitErr := l.raw.Read(func(listening uintptr) bool {
 		for {
-			fd, peer, err = syscall.Accept4(int(listening), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-			if err != syscall.EINTR && err != syscall.ECONNABORTED { // aborted: gone before we took it
-				return err != syscall.EAGAIN
+			fd, peer, err = accept(int(listening))
+			if err != unix.EINTR && err != unix.ECONNABORTED { // aborted: gone before we took it
+				return err != ErrAgain
 			}
 		}
 	})
@@ -83,7 +83,7 @@ func (l *Listener) Accept() (*Conn, error) {
 	case err != nil:
 		return nil, os.NewSyscallError("accept4", err)
 	}
-	return newConn(l.poller, fd, addrPort(peer), readable|writable), nil
+	return newConn(l.poller, fd, peer, readable|writable), nil
 }
 
 // Shutdown makes every Accept fail from now on, as if the kernel were out of something. It is for tests of accept loops.

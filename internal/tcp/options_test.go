@@ -77,7 +77,7 @@ func TestOriginalDstWithoutConnectionTrackingIsAnError(t *testing.T) {
 // on a dialled one.
 func TestEveryConnectionHasItsOptions(t *testing.T) {
 	for _, address := range []string{"127.0.0.1:0", "[::1]:0"} {
-		dialled, accepted := connect(t, newPoller(t), address)
+		dialled, accepted := connected(t, newPoller(t), address)
 		for which, conn := range map[string]*Conn{"accepted": accepted, "dialled": dialled} {
 			idle, interval := option(t, conn, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE), option(t, conn, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL)
 			if on := option(t, conn, unix.SOL_SOCKET, unix.SO_KEEPALIVE); on != 1 || idle > 30 || interval > 30 {

@@ -63,11 +63,11 @@ func (p *Poller) run(read func(func(fd uintptr) bool) error) {
 	events := make([]unix.EpollEvent, 256)
 	_ = read(func(fd uintptr) bool { // returns an error when the file is closed
 		for {
-			n, err := unix.EpollWait(int(fd), events, 0)
+			n, err := epollReady(int(fd), events)
 			if err == unix.EINTR {
 				continue
 			}
-			for i := range max(n, 0) {
+			for i := range n {
 				p.dispatch(&events[i])
 			}
 			if n < len(events) {
@@ -94,7 +94,7 @@ func (p *Poller) watch(c *Conn, w *Waiter) error {
 		Events: readable | writable | urgent | gone | unix.EPOLLET,
 		Fd:     int32(c.fd), Pad: int32(c.serial),
 	}
-	if err := unix.EpollCtl(p.epfd, unix.EPOLL_CTL_ADD, c.fd, &event); err != nil {
+	if err := epollAdd(p.epfd, c.fd, &event); err != nil {
 		p.conns.set(c.fd, nil)
 		c.waiter = nil
 		return os.NewSyscallError("epoll_ctl", err)

@@ -43,8 +43,8 @@ func listenIn(t testing.TB, ns *nettest.Namespace, poller *Poller, address strin
 	return listener
 }
 
-// connect returns a connection's two ends, both the poller's.
-func connect(t testing.TB, poller *Poller, address string) (dialled, accepted *Conn) {
+// connected returns a connection's two ends, both the poller's.
+func connected(t testing.TB, poller *Poller, address string) (dialled, accepted *Conn) {
 	t.Helper()
 	listener, err := poller.Listen(netip.MustParseAddrPort(address))
 	if err != nil {
@@ -121,7 +121,7 @@ func TestDialErrors(t *testing.T) {
 }
 
 func TestAConnectionNeverBlocks(t *testing.T) {
-	dialled, accepted := connect(t, newPoller(t), "127.0.0.1:0")
+	dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 	if n, err := accepted.Read(make([]byte, 10)); n != 0 || err != ErrAgain {
 		t.Errorf("reading from a silent peer: %d, %v", n, err)
 	}
@@ -150,7 +150,7 @@ func TestEndsOfAConnection(t *testing.T) {
 		}
 	}
 	t.Run("in order", func(t *testing.T) {
-		dialled, accepted := connect(t, newPoller(t), "127.0.0.1:0")
+		dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 		dialled.CloseWrite()
 		wait(t, accepted, "the half-close", accepted.Readable)
 		if n, err := accepted.Read(make([]byte, 1)); n != 0 || err != io.EOF {
@@ -166,7 +166,7 @@ func TestEndsOfAConnection(t *testing.T) {
 		}
 	})
 	t.Run("reset", func(t *testing.T) {
-		dialled, accepted := connect(t, newPoller(t), "127.0.0.1:0")
+		dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 		dialled.Reset()
 		wait(t, accepted, "the reset", func() bool { return accepted.Failed() != nil })
 		if err := accepted.Failed(); !errors.Is(err, unix.ECONNRESET) {
@@ -174,14 +174,14 @@ func TestEndsOfAConnection(t *testing.T) {
 		}
 	})
 	t.Run("reset after a half-close", func(t *testing.T) {
-		dialled, accepted := connect(t, newPoller(t), "127.0.0.1:0")
+		dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 		dialled.CloseWrite()
 		wait(t, accepted, "the half-close", accepted.Readable)
 		dialled.Reset()
 		wait(t, accepted, "the reset", func() bool { return accepted.Failed() != nil })
 	})
 	t.Run("reset whose error a write has taken", func(t *testing.T) {
-		dialled, accepted := connect(t, newPoller(t), "127.0.0.1:0")
+		dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 		if err := waiter.Wait(time.Now().Add(time.Millisecond), accepted, nil); err != nil && err != ErrDeadline {
 			t.Fatal(err)
 		}
@@ -196,7 +196,7 @@ func TestEndsOfAConnection(t *testing.T) {
 
 func TestCloseTwiceLeavesOthersAlone(t *testing.T) {
 	poller := newPoller(t)
-	first, second := connect(t, poller, "127.0.0.1:0")
+	first, second := connected(t, poller, "127.0.0.1:0")
 	first.Close()
 	file, err := os.Open("/dev/null") // likely gets first's descriptor
 	if err != nil {
@@ -212,7 +212,7 @@ func TestCloseTwiceLeavesOthersAlone(t *testing.T) {
 }
 
 func TestWaitEndsAtTheDeadlineAndWithTheContext(t *testing.T) {
-	_, silent := connect(t, newPoller(t), "127.0.0.1:0")
+	_, silent := connected(t, newPoller(t), "127.0.0.1:0")
 	ctx, cancel := context.WithCancel(t.Context())
 	w := NewWaiter(ctx)
 	defer w.Close()
@@ -237,8 +237,8 @@ func TestWaitEndsAtTheDeadlineAndWithTheContext(t *testing.T) {
 
 func TestAWaitSeesEitherConnection(t *testing.T) {
 	poller := newPoller(t)
-	farA, a := connect(t, poller, "127.0.0.1:0")
-	farB, b := connect(t, poller, "127.0.0.1:0")
+	farA, a := connected(t, poller, "127.0.0.1:0")
+	farB, b := connected(t, poller, "127.0.0.1:0")
 	w := NewWaiter(t.Context())
 	defer w.Close()
 	buf := make([]byte, 10)

@@ -1,0 +1,160 @@
+package tcp
+
+import (
+	"encoding/binary"
+	"net"
+	"net/netip"
+	"strconv"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The system calls of a connection's ordinary life. None of them can block, as every socket is non-blocking, so they go
+// past the scheduler (syscall.RawSyscall). An ordinary one tells the scheduler that its thread may be gone for long, and
+// that wakes the runtime's monitor thread, which then polls every 20 µs until the process is idle: a tenth of what a
+// short connection costs. So all of them must go past it, or nothing is won. splice is the exception: it comes with bulk
+// alone, may move 256 KiB, and other goroutines should get on meanwhile.
+
+func read(fd int, p []byte) (int, error) {
+	n, _, errno := syscall.RawSyscall(syscall.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
+	return result(n, errno)
+}
+
+func write(fd int, p []byte) (int, error) {
+	n, _, errno := syscall.RawSyscall(syscall.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
+	return result(n, errno)
+}
+
+// splice moves up to n bytes between a socket and a pipe and never waits. The kernel does not say which of the two made
+// it EAGAIN; with the pipe empty in one direction and filled in the other, it is the socket.
+func splice(from, to, n int) (int, error) {
+	moved, err := unix.Splice(from, nil, to, nil, n, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+	return int(moved), err
+}
+
+func socket(family int) (int, error) {
+	fd, _, errno := syscall.RawSyscall(syscall.SYS_SOCKET, uintptr(family), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	return result(fd, errno)
+}
+
+func bind(fd int, address *socketAddress) error {
+	_, _, errno := syscall.RawSyscall(syscall.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(&address.bytes)), uintptr(address.length))
+	return asError(errno)
+}
+
+func connect(fd int, address *socketAddress) error {
+	_, _, errno := syscall.RawSyscall(syscall.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&address.bytes)), uintptr(address.length))
+	return asError(errno)
+}
+
+func accept(fd int) (int, netip.AddrPort, error) {
+	var peer socketAddress
+	peer.length = uint32(len(peer.bytes))
+	conn, _, errno := syscall.RawSyscall6(syscall.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&peer.bytes)),
+		uintptr(unsafe.Pointer(&peer.length)), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	n, err := result(conn, errno)
+	return n, peer.addrPort(), err
+}
+
+func getsockname(fd int) (netip.AddrPort, error) {
+	var local socketAddress
+	local.length = uint32(len(local.bytes))
+	_, _, errno := syscall.RawSyscall(syscall.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&local.bytes)),
+		uintptr(unsafe.Pointer(&local.length)))
+	return local.addrPort(), asError(errno)
+}
+
+func shutdown(fd int) error {
+	_, _, errno := syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0)
+	return asError(errno)
+}
+
+func closeSocket(fd int) {
+	_, _, _ = syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0)
+}
+
+func epollAdd(epfd, fd int, event *unix.EpollEvent) error {
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_CTL, uintptr(epfd), unix.EPOLL_CTL_ADD, uintptr(fd),
+		uintptr(unsafe.Pointer(event)), 0, 0)
+	return asError(errno)
+}
+
+// epollReady is epoll_wait without waiting.
+func epollReady(epfd int, events []unix.EpollEvent) (int, error) {
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT, uintptr(epfd), uintptr(unsafe.Pointer(unsafe.SliceData(events))),
+		uintptr(len(events)), 0, 0, 0)
+	return result(n, errno)
+}
+
+func result(n uintptr, errno syscall.Errno) (int, error) {
+	if errno != 0 {
+		return 0, asError(errno)
+	}
+	return int(n), nil
+}
+
+// asError returns the errors of the ordinary life as values that exist already; making an interface of a number
+// allocates.
+func asError(errno syscall.Errno) error {
+	switch errno {
+	case 0:
+		return nil
+	case unix.EAGAIN:
+		return ErrAgain
+	case unix.EINPROGRESS:
+		return errInProgress
+	}
+	return errno
+}
+
+var errInProgress error = unix.EINPROGRESS
+
+// socketAddress is a sockaddr_in or sockaddr_in6 as the kernel lays it out: the family in the machine's byte order, the
+// port in the network's, then the address, for IPv6 behind a flow label and followed by the interface's number.
+type socketAddress struct {
+	bytes  [28]byte
+	length uint32
+}
+
+func newSocketAddress(address netip.AddrPort) (*socketAddress, error) {
+	var s socketAddress
+	binary.BigEndian.PutUint16(s.bytes[2:], address.Port())
+	ip := address.Addr()
+	if ip.Is4() {
+		binary.NativeEndian.PutUint16(s.bytes[:], unix.AF_INET)
+		octets := ip.As4()
+		copy(s.bytes[4:], octets[:])
+		s.length = 16
+		return &s, nil
+	}
+	binary.NativeEndian.PutUint16(s.bytes[:], unix.AF_INET6)
+	octets := ip.As16()
+	copy(s.bytes[8:], octets[:])
+	if zone := ip.Zone(); zone != "" {
+		index, err := strconv.ParseUint(zone, 10, 32)
+		if err != nil {
+			return nil, &net.AddrError{Err: "the zone is not an interface's number", Addr: address.String()}
+		}
+		binary.NativeEndian.PutUint32(s.bytes[24:], uint32(index))
+	}
+	s.length = 28
+	return &s, nil
+}
+
+// addrPort is invalid for a family that is neither.
+func (s *socketAddress) addrPort() netip.AddrPort {
+	port := binary.BigEndian.Uint16(s.bytes[2:])
+	switch binary.NativeEndian.Uint16(s.bytes[:]) {
+	case unix.AF_INET:
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(s.bytes[4:8])), port)
+	case unix.AF_INET6:
+		ip := netip.AddrFrom16([16]byte(s.bytes[8:24]))
+		if index := binary.NativeEndian.Uint32(s.bytes[24:]); index != 0 {
+			ip = ip.WithZone(strconv.FormatUint(uint64(index), 10))
+		}
+		return netip.AddrPortFrom(ip, port)
+	}
+	return netip.AddrPort{}
+}
