@@ -214,8 +214,7 @@ func TestTheDrainGateClosesFirst(t *testing.T) {
 		t.Errorf("before: %d %s", code, body)
 	}
 	startDrain()
-	for deadline := time.Now().Add(patience); !a.draining.Load() && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-	}
+	nettest.Eventually(t, "the drain to begin", a.draining.Load)
 	if code, body := ready(t, ns); code != 503 || body != "not ready\ndrain: shutting down\n" {
 		t.Errorf("during the drain: %d %q", code, body)
 	}

@@ -81,11 +81,11 @@ func TestEveryFileIsFormatted(t *testing.T) {
 // sleepers are the test files that may call time.Sleep, and what for: an interval that is itself the thing under test,
 // or the pause between two looks at something that announces nothing.
 var sleepers = map[string]string{
-	"e2e/bench/figures_test.go":            "figures are taken over an interval",
-	"e2e/bench/proxy_test.go":              "looks for a condition until a deadline",
-	"internal/listener/listener_test.go":   "looks for a condition until a deadline; lets back-off try a few times",
-	"internal/localaddr/localaddr_test.go": "looks for a condition until a deadline",
-	"internal/relay/relay_test.go":         "time-outs of real sockets: the interval is what is tested",
+	"e2e/bench/figures_test.go":          "figures are taken over an interval",
+	"e2e/bench/proxy_test.go":            "looks for a condition until a deadline",
+	"agent/agent_test.go":                "a synctest bubble, whose time costs nothing",
+	"internal/listener/listener_test.go": "lets back-off try a few times",
+	"internal/relay/relay_test.go":       "time-outs of real sockets: the interval is what is tested",
 }
 
 func TestTestsWaitForEventsAndNotForTime(t *testing.T) {

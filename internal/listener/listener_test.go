@@ -116,15 +116,6 @@ func wantEcho(t *testing.T, conn net.Conn) {
 	}
 }
 
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited %v for %s", patience, what)
-		}
-	}
-}
-
 func TestStopTakesWhoIsWaitingAndRefusesWhoComesLater(t *testing.T) {
 	s, _, _ := start(t, NewLimit(0))
 	open := dial(t, s, 0)
@@ -198,7 +189,7 @@ func TestLimitIsSharedAndGivenBack(t *testing.T) {
 		t.Fatal("the third connection was not refused")
 	}
 	first.Close()
-	eventually(t, "room for another connection", func() bool { return limit.open.Load() == 1 })
+	nettest.Eventually(t, "room for another connection", func() bool { return limit.open.Load() == 1 })
 	wantEcho(t, dial(t, b, 0))
 }
 
@@ -227,7 +218,7 @@ func TestOutOfDescriptorsItWaitsAndRecoversByItself(t *testing.T) {
 	hog = hog[:len(hog)-1]
 	conn := dial(t, s, 0)
 
-	eventually(t, "accept to fail", func() bool { return errors.Is(s.Accepting(), syscall.EMFILE) })
+	nettest.Eventually(t, "accept to fail", func() bool { return errors.Is(s.Accepting(), syscall.EMFILE) })
 	time.Sleep(3 * minBackOff) // some more tries
 	if n := strings.Count(log.String(), "cannot accept"); n != 1 {
 		t.Errorf("told %d times, want once:\n%s", n, log)
@@ -237,7 +228,7 @@ func TestOutOfDescriptorsItWaitsAndRecoversByItself(t *testing.T) {
 	}
 	release()
 	wantEcho(t, conn)
-	eventually(t, "Accepting to return nil", func() bool { return s.Accepting() == nil })
+	nettest.Eventually(t, "Accepting to return nil", func() bool { return s.Accepting() == nil })
 	if !strings.Contains(log.String(), "accepting again") {
 		t.Errorf("recovery was not told:\n%s", log)
 	}
@@ -259,7 +250,7 @@ func TestStopDoesNotWaitForABackOff(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Start()
-	eventually(t, "accept to fail", func() bool { return errors.Is(s.Accepting(), syscall.EINVAL) })
+	nettest.Eventually(t, "accept to fail", func() bool { return errors.Is(s.Accepting(), syscall.EINVAL) })
 	began := time.Now()
 	s.Stop()
 	if took := time.Since(began); took > maxBackOff/2 {

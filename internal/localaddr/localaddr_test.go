@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"os"
 	"testing"
-	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/vishvananda/netlink"
@@ -52,7 +51,7 @@ func TestTheSetFollowsTheKernel(t *testing.T) {
 
 	for _, later := range []netip.Prefix{netip.MustParsePrefix("203.0.113.200/32"), netip.MustParsePrefix("::6/128")} {
 		pod.AddAddress(t, "lo", later)
-		eventually(t, later.String()+" to appear", func() bool { return set.Contains(later.Addr()) })
+		nettest.Eventually(t, later.String()+" to appear", func() bool { return set.Contains(later.Addr()) })
 		pod.Do(t, func() error {
 			lo, err := netlink.LinkByName("lo")
 			if err != nil {
@@ -64,7 +63,7 @@ func TestTheSetFollowsTheKernel(t *testing.T) {
 			}
 			return netlink.AddrDel(lo, addr)
 		})
-		eventually(t, later.String()+" to disappear", func() bool { return !set.Contains(later.Addr()) })
+		nettest.Eventually(t, later.String()+" to disappear", func() bool { return !set.Contains(later.Addr()) })
 	}
 }
 
@@ -87,14 +86,5 @@ func TestAStormOfChangesIsNotLost(t *testing.T) {
 		}
 		ns.AddAddress(t, "lo", netip.PrefixFrom(last, 32))
 	}
-	eventually(t, "the last address", func() bool { return set.Contains(last) && set.Current() == nil })
-}
-
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !condition(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain for %s", what)
-		}
-	}
+	nettest.Eventually(t, "the last address", func() bool { return set.Contains(last) && set.Current() == nil })
 }

@@ -326,21 +326,11 @@ func TestCountersMoveWhileTheConnectionIsOpen(t *testing.T) {
 	wantRead(t, r.server, "four")
 	send(t, r.server, "seventy")
 	wantRead(t, r.client, "seventy")
-	eventually(t, "both counters to move", func() bool { return r.fromDown.Load() == 4 && r.fromUp.Load() == 7 })
-}
-
-// eventually waits until condition holds.
-func eventually(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited %v for %s", patience, what)
-		}
-	}
+	nettest.Eventually(t, "both counters to move", func() bool { return r.fromDown.Load() == 4 && r.fromUp.Load() == 7 })
 }
 
 func TestBulkGoesBySpliceAndAnIdleConnectionHoldsNoPipe(t *testing.T) {
-	eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
+	nettest.Eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
 	before := openPipes(t)
 	r := newRig(t, Options{})
 	go func() {
@@ -352,7 +342,7 @@ func TestBulkGoesBySpliceAndAnIdleConnectionHoldsNoPipe(t *testing.T) {
 	if pipes.count() == 0 {
 		t.Error("8 MiB went without a pipe")
 	}
-	eventually(t, "the pipe to be closed while the connection is open", func() bool { return pipes.count() == 0 })
+	nettest.Eventually(t, "the pipe to be closed while the connection is open", func() bool { return pipes.count() == 0 })
 	if fds := openPipes(t); fds != before {
 		t.Errorf("%d descriptors of pipes are open, %d were before", fds, before)
 	}
@@ -361,7 +351,7 @@ func TestBulkGoesBySpliceAndAnIdleConnectionHoldsNoPipe(t *testing.T) {
 }
 
 func TestSmallMessagesTakeNoPipe(t *testing.T) {
-	eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
+	nettest.Eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
 	r := newRig(t, Options{})
 	message := strings.Repeat("m", 4<<10)
 	for range 1000 {
