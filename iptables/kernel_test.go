@@ -27,10 +27,11 @@ func TestTheKernelSaysWhatTheTracerSays(t *testing.T) {
 				for _, a := range families {
 					peer.AddAddress(t, "lo", netip.PrefixFrom(a.excluded, a.excluded.BitLen()))
 				}
+				peer.AddAddress(t, "eth0", netip.PrefixFrom(linkLocalPeer, 64))
 				mustInit(t, pod, sc.spec)
 				world := newWorld(t, pod, peer)
 				for _, a := range families {
-					for _, s := range sc.stories(a) {
+					for _, s := range sc.allStories(a) {
 						if onRealInterface(s.packet) {
 							world.listen(t, s.packet)
 							if got := world.dial(t, s.packet); got != s.want.String() {

@@ -111,6 +111,12 @@ func outboundRules(spec capture.Spec, family Family) []Rule {
 		})
 	}
 	rules = append(rules, loopbackRules(spec, family)...)
+	if family == IPv6 {
+		rules = append(rules, Rule{
+			ID: "outbound/link-local", Match: Match{Dst: linkLocal}, Target: Return{},
+			Why: "a link-local address means nothing without its interface, which connection tracking does not remember",
+		})
+	}
 	for _, prefix := range spec.OutboundExcluded {
 		if family.owns(prefix) {
 			rules = append(rules, Rule{
@@ -186,6 +192,8 @@ func loopbackRules(spec capture.Spec, family Family) []Rule {
 }
 
 const loopback = "lo"
+
+var linkLocal = netip.MustParsePrefix("fe80::/10")
 
 func isLoopback(prefix netip.Prefix) bool { return prefix.Addr().IsLoopback() }
 

@@ -18,7 +18,7 @@ func TestStoriesEndAsToldAndMeetEveryRule(t *testing.T) {
 	forEach(t, func(t *testing.T, sc scenario, a addresses) {
 		rules := Rules(sc.spec, a.family)
 		met := make(map[string]bool)
-		for _, s := range sc.stories(a) {
+		for _, s := range sc.allStories(a) {
 			verdict, path := rules.Trace(s.packet)
 			if verdict != s.want {
 				t.Errorf("%s: %v, want %v; rules on the way: %s", s.name, verdict, s.want, strings.Join(path, " → "))

@@ -36,6 +36,20 @@ type scenario struct {
 	stories func(addresses) []story
 }
 
+// allStories are the scenario's own and those that every scenario shares.
+func (sc scenario) allStories(a addresses) []story {
+	stories := sc.stories(a)
+	if a.family == IPv6 {
+		neighbour := sends(workload, workload, linkLocalPeer.WithZone("eth0"), 8081)
+		stories = append(stories,
+			story{"workload to a neighbour's link-local address", neighbour, leftAlone},
+			story{"workload to a neighbour on another interface", through("eth1", neighbour), leftAlone})
+	}
+	return stories
+}
+
+var linkLocalPeer = netip.MustParseAddr("fe80::99")
+
 var (
 	leftAlone = Verdict{}
 	inbound   = Verdict{Redirect: capture.InboundPort}

@@ -86,7 +86,7 @@ func (m Match) matches(p Packet) bool {
 	return (m.In == "" || onInterface(m.In, p.In)) &&
 		(m.Out == "" || onInterface(m.Out, p.Out)) &&
 		(!m.Src.IsValid() || m.Src.Contains(p.Src)) &&
-		(!m.Dst.IsValid() || m.Dst.Contains(p.Dst.Addr()) != m.NotDst) &&
+		(!m.Dst.IsValid() || m.Dst.Contains(p.Dst.Addr().WithZone("")) != m.NotDst) &&
 		(m.DstPorts.First == 0 || m.DstPorts.Contains(p.Dst.Port()) != m.NotDstPorts) &&
 		m.Owner.matches(p)
 }
