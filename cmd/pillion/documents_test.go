@@ -1,0 +1,34 @@
+package main
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/spf13/pflag"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// README is read before the program is run: what it says of flags and reasons has to be what is built.
+func TestREADMENamesEveryFlagWithItsDefaultAndEveryReason(t *testing.T) {
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme := string(text)
+	newAgent().Flags().VisitAll(func(flag *pflag.Flag) {
+		normal := strings.TrimSuffix(flag.DefValue, "0s")
+		if flag.Name == "help" {
+			return
+		}
+		if !strings.Contains(readme, "| `--"+flag.Name+"` | "+flag.DefValue+" |") && !strings.Contains(readme, "| `--"+flag.Name+"` | "+normal+" |") {
+			t.Errorf("README has no row for --%s with its default %s", flag.Name, flag.DefValue)
+		}
+	})
+	for _, e := range flow.Explanations {
+		if row := "| `" + string(e.Reason) + "` | " + e.Text + " |"; !strings.Contains(readme, row) {
+			t.Errorf("README lacks the row %s", row)
+		}
+	}
+}
