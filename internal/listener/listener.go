@@ -22,6 +22,9 @@ const (
 	minBackOff = 5 * time.Millisecond
 	maxBackOff = time.Second
 
+	// outageEnd is how long nothing must fail for an outage to be over: longer than the longest back-off.
+	outageEnd = 2 * maxBackOff
+
 	// lastCall is how long a listener goes on accepting after it was told to stop: long enough to take what is in its
 	// queue, which close would reset.
 	lastCall = 10 * time.Millisecond
@@ -65,9 +68,12 @@ type Server struct {
 	abort, stop  context.CancelFunc
 
 	openConns, openLoops sync.WaitGroup
-	active               atomic.Int64          // connections
-	accepting            atomic.Int32          // loops
-	failing              atomic.Pointer[error] // why accept fails now, nil when it does not
+	active               atomic.Int64 // connections
+	accepting            atomic.Int32 // loops
+
+	outageMu    sync.Mutex
+	outage      *time.Timer // ends the outage; nil when there is none
+	outageCause error
 }
 
 // Start begins to accept. It does not block.
@@ -91,6 +97,7 @@ func (s *Server) Stop() {
 		}
 	}
 	s.openLoops.Wait()
+	s.endOutage()
 }
 
 // Abort tells every connection to end at once. It returns when all have ended.
@@ -119,10 +126,12 @@ func (s *Server) waitConns(done chan<- struct{}) {
 // Active is the number of connections that are open now.
 func (s *Server) Active() int { return int(s.active.Load()) }
 
-// Accepting returns nil when every listener accepts, else why not.
+// Accepting returns nil when every listener accepts, and has done so without failure for a while; else why not.
 func (s *Server) Accepting() error {
-	if failing := s.failing.Load(); failing != nil {
-		return *failing
+	s.outageMu.Lock()
+	defer s.outageMu.Unlock()
+	if s.outage != nil {
+		return s.outageCause
 	}
 	if int(s.accepting.Load()) < max(1, len(s.Listeners)) {
 		return errors.New("not accepting")
@@ -140,20 +149,12 @@ func (s *Server) acceptLoop(ln *tcp.Listener) {
 		conn, err := ln.Accept()
 		switch {
 		case err == nil:
-			if backOff > 0 {
-				backOff = 0
-				s.failing.Store(nil)
-				s.Log.Info("accepting again", "listener", s.Name, "address", ln.Addr().String())
-			}
+			backOff = 0
 			s.begin(conn)
 		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, os.ErrClosed):
 			return
 		default:
-			if backOff == 0 {
-				err := fmt.Errorf("accepting on %v: %w", ln.Addr(), err)
-				s.failing.Store(&err)
-				s.Log.Error("cannot accept, trying again until it works", "listener", s.Name, "error", err, "remedy", remedy(err))
-			}
+			s.failed(fmt.Errorf("accepting on %v: %w", ln.Addr(), err))
 			backOff = min(max(minBackOff, 2*backOff), maxBackOff)
 			select {
 			case <-s.loops.Done():
@@ -161,6 +162,39 @@ func (s *Server) acceptLoop(ln *tcp.Listener) {
 			case <-time.After(backOff):
 			}
 		}
+	}
+}
+
+// failed notes that accept failed. An outage is told once: it is over when nothing has failed for a while, and not as
+// soon as a single connection gets through. Out of descriptors, one often does: each that ends makes room for the next.
+func (s *Server) failed(err error) {
+	s.outageMu.Lock()
+	defer s.outageMu.Unlock()
+	s.outageCause = err
+	if s.outage != nil {
+		s.outage.Reset(outageEnd)
+		return
+	}
+	s.outage = time.AfterFunc(outageEnd, s.recovered)
+	s.Log.Error("cannot accept, trying again until it works", "listener", s.Name, "error", err, "remedy", remedy(err))
+}
+
+func (s *Server) recovered() {
+	s.outageMu.Lock()
+	defer s.outageMu.Unlock()
+	if s.outage != nil {
+		s.outage = nil
+		s.Log.Info("accepting again", "listener", s.Name)
+	}
+}
+
+// endOutage keeps recovered from being called any more.
+func (s *Server) endOutage() {
+	s.outageMu.Lock()
+	defer s.outageMu.Unlock()
+	if s.outage != nil {
+		s.outage.Stop()
+		s.outage = nil
 	}
 }
 
