@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"syscall"
 
@@ -33,6 +34,7 @@ type Agent struct {
 	inbound, outbound *listener.Server
 	health            *http.Server
 	healthListeners   []net.Listener
+	healthLoops       sync.WaitGroup
 	draining          atomic.Bool
 }
 
@@ -169,22 +171,25 @@ func (a *Agent) Run(drain, force context.Context) error {
 	defer a.close()
 	a.inbound.Start()
 	a.outbound.Start()
-	failed := make(chan error, len(a.healthListeners))
 	for _, ln := range a.healthListeners {
-		go a.serveHealth(ln, failed)
+		a.healthLoops.Add(1)
+		go a.serveHealth(ln)
 	}
 	a.log.Info("carrying traffic", "outbound_port", a.config.OutboundPort, "inbound_port", a.config.InboundPort,
 		"readiness_port", a.config.ReadinessPort)
 
 	<-drain.Done()
 	err := a.shutdown(force)
-	for range a.healthListeners {
-		<-failed
-	}
+	a.healthLoops.Wait()
 	return err
 }
 
-func (a *Agent) serveHealth(ln net.Listener, ended chan<- error) { ended <- a.health.Serve(ln) }
+func (a *Agent) serveHealth(ln net.Listener) {
+	defer a.healthLoops.Done()
+	if err := a.health.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		a.log.Error("readiness is not served any more", "address", ln.Addr().String(), "error", err)
+	}
+}
 
 // notDraining is the gate that shutdown closes first.
 func (a *Agent) notDraining() error {

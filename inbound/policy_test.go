@@ -51,7 +51,7 @@ func TestEndsOfARelayAreReasons(t *testing.T) {
 	for _, e := range flow.Explanations {
 		known[e.Reason] = true
 	}
-	for _, end := range []relay.End{relay.Closed, relay.DownReset, relay.UpReset, relay.IdleTimeout, relay.HalfCloseTimeout, relay.Canceled} {
+	for _, end := range []relay.End{relay.Closed, relay.DownReset, relay.UpReset, relay.IdleTimeout, relay.HalfCloseTimeout, relay.Canceled, relay.Unwatched} {
 		if !known[flow.Reason(end)] {
 			t.Errorf("%q is no reason", end)
 		}

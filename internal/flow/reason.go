@@ -24,7 +24,7 @@ const (
 	NoOriginalDestination Reason = "no_original_destination" // not redirected by a rule, or connection tracking forgot it
 	IPv6SourceMissing     Reason = "ipv6_source_missing"     // inbound IPv6, and lo lacks ::6 to dial the workload from
 	MaxConnections        Reason = "max_connections"         // --max-connections is reached
-	NoDescriptors         Reason = "no_descriptors"          // the process may open no further socket
+	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
 )
 
 // Ended by the agent. Both sides are reset.
@@ -50,7 +50,7 @@ var Explanations = []struct {
 	{NoOriginalDestination, "No rule redirected the connection here, or connection tracking forgot it."},
 	{IPv6SourceMissing, "An inbound IPv6 connection, but `lo` lacks `::6`; run `pillion init`."},
 	{MaxConnections, "`--max-connections` is reached."},
-	{NoDescriptors, "The process may open no further descriptor; raise its `nofile` limit."},
+	{NoDescriptors, "The process may open or watch no further connection; raise its `nofile` limit, or `fs.epoll.max_user_watches`."},
 	{IdleTimeout, "Nothing moved for `--idle-timeout`; both sides were reset."},
 	{HalfCloseTimeout, "One side had closed and nothing moved for `--half-close-timeout`; both sides were reset."},
 	{DrainDeadline, "Shutdown waited for `--drain-timeout`; both sides were reset."},

@@ -198,25 +198,8 @@ func TestOutOfDescriptorsItWaitsAndRecoversByItself(t *testing.T) {
 	if err := s.Accepting(); err != nil {
 		t.Fatalf("not accepting: %v", err)
 	}
-	var hog []*os.File
-	release := func() {
-		for _, f := range hog {
-			f.Close()
-		}
-		hog = nil
-	}
+	conn, release := dialWithTheLastDescriptor(t, s)
 	defer release()
-	lowerDescriptorLimit(t)
-	for {
-		f, err := os.Open("/dev/null")
-		if err != nil {
-			break
-		}
-		hog = append(hog, f)
-	}
-	hog[len(hog)-1].Close() // room for the dialling end alone
-	hog = hog[:len(hog)-1]
-	conn := dial(t, s, 0)
 
 	nettest.Eventually(t, "accept to fail", func() bool { return errors.Is(s.Accepting(), syscall.EMFILE) })
 	time.Sleep(3 * minBackOff) // some more tries
@@ -236,27 +219,36 @@ func TestOutOfDescriptorsItWaitsAndRecoversByItself(t *testing.T) {
 }
 
 func TestStopDoesNotWaitForABackOff(t *testing.T) {
-	poller, err := tcp.NewPoller()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer poller.Close()
-	ln, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := &Server{Listeners: []*tcp.Listener{ln}, Handler: &echo{}, Limit: NewLimit(0), Log: slog.New(slog.DiscardHandler)}
-	// A socket that was shut down fails every accept with EINVAL, at once.
-	if err := ln.Shutdown(); err != nil {
-		t.Fatal(err)
-	}
-	s.Start()
-	nettest.Eventually(t, "accept to fail", func() bool { return errors.Is(s.Accepting(), syscall.EINVAL) })
+	s, _, _ := start(t, NewLimit(0))
+	_, release := dialWithTheLastDescriptor(t, s)
+	defer release()
+	nettest.Eventually(t, "accept to fail", func() bool { return errors.Is(s.Accepting(), syscall.EMFILE) })
+	time.Sleep(4 * maxBackOff / 10) // the pause between tries has grown to tenths of a second
 	began := time.Now()
 	s.Stop()
-	if took := time.Since(began); took > maxBackOff/2 {
+	if took := time.Since(began); took > 10*lastCall {
 		t.Errorf("Stop took %v", took)
 	}
+}
+
+// dialWithTheLastDescriptor leaves this process none to accept the connection with, until release.
+func dialWithTheLastDescriptor(t *testing.T, s *Server) (conn net.Conn, release func()) {
+	t.Helper()
+	lowerDescriptorLimit(t)
+	var hog []*os.File
+	for {
+		f, err := os.Open("/dev/null")
+		if err != nil {
+			break
+		}
+		hog = append(hog, f)
+	}
+	hog[len(hog)-1].Close()
+	return dial(t, s, 0), sync.OnceFunc(func() {
+		for _, f := range hog {
+			f.Close()
+		}
+	})
 }
 
 // lowerDescriptorLimit leaves this process a few dozen descriptors until the test ends.

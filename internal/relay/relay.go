@@ -25,6 +25,7 @@ const (
 	IdleTimeout      End = "idle_timeout"       // nothing moved for Options.IdleTimeout
 	HalfCloseTimeout End = "half_close_timeout" // one side had closed, and nothing moved for Options.HalfCloseTimeout
 	Canceled         End = "drain_deadline"     // the waiter was canceled; only the deadline of a drain does that
+	Unwatched        End = "no_descriptors"     // the kernel watches no further connection for this user
 )
 
 // grace is how long bytes of a side that was reset may wait for the other side to take them. Without the relay they
@@ -91,8 +92,10 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 		switch err := w.Wait(deadline, r.down.Conn, r.up.Conn); {
 		case errors.Is(err, tcp.ErrDeadline):
 			return how, r.failure()
-		case err != nil:
+		case errors.Is(err, tcp.ErrCanceled):
 			return Canceled, nil
+		case err != nil:
+			return Unwatched, err
 		}
 	}
 }

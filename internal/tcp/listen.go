@@ -85,12 +85,3 @@ func (l *Listener) Accept() (*Conn, error) {
 	}
 	return newConn(l.poller, fd, peer, readable|writable), nil
 }
-
-// Shutdown makes every Accept fail from now on, as if the kernel were out of something. It is for tests of accept loops.
-func (l *Listener) Shutdown() error {
-	var err error
-	if controlErr := l.raw.Control(func(fd uintptr) { err = unix.Shutdown(int(fd), unix.SHUT_RD) }); controlErr != nil {
-		return controlErr
-	}
-	return err
-}

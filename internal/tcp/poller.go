@@ -87,6 +87,9 @@ func (p *Poller) dispatch(event *unix.EpollEvent) {
 
 // watch makes events of c wake w from now on.
 func (p *Poller) watch(c *Conn, w *Waiter) error {
+	if c.fd>>10 >= len(p.conns.chunks) {
+		return fmt.Errorf("watching descriptor %d: %w", c.fd, unix.EMFILE)
+	}
 	c.waiter, c.serial = w, p.serial.Add(1)
 	p.conns.set(c.fd, c)
 	// The serial tells events of this connection from late ones of another that had the same descriptor.
@@ -102,7 +105,8 @@ func (p *Poller) watch(c *Conn, w *Waiter) error {
 	return nil
 }
 
-// table finds connections by descriptor. It grows by chunks, which never move, so that reading needs no lock.
+// table finds connections by descriptor, up to a million. It grows by chunks, which never move, so that reading needs
+// no lock.
 type table struct {
 	mu     sync.Mutex // for growing
 	chunks [1 << 10]atomic.Pointer[chunk]
