@@ -63,7 +63,7 @@ func TestTheWorkloadTalksToItselfDirectly(t *testing.T) {
 func startNginx(t *testing.T, ns *nettest.Namespace) (accessLog string) {
 	t.Helper()
 	program := requireProgram(t, "nginx")
-	dir := userDir(t)
+	dir := userDir(t, workloadUID)
 	config := filepath.Join(dir, "nginx.conf")
 	accessLog = filepath.Join(dir, "access.log")
 	writeFile(t, config, strings.NewReplacer("DIR", dir, "NAME", ns.Name).Replace(`

@@ -54,27 +54,30 @@ func greeting(t *testing.T, w way, address string) time.Duration {
 	return time.Since(begin)
 }
 
+// nobody is a user that every system knows by name. OpenSSH's programs insist on that.
+const nobody = 65534
+
 // startSSHD runs sshd on port 2222 as an ordinary user, with a key of its own.
 func startSSHD(t *testing.T, ns *nettest.Namespace) {
 	t.Helper()
 	program := requireProgram(t, "sshd") // which insists on being called by its full path
-	dir := userDir(t)
+	dir := userDir(t, nobody)
 	key := filepath.Join(dir, "key")
-	if out, err := ns.Run(ns.Command(workloadUID, workloadUID, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)); err != nil {
+	if out, err := ns.Run(ns.Command(nobody, nobody, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)); err != nil {
 		t.Fatalf("making a host key: %v\n%s", err, out)
 	}
 	config := filepath.Join(dir, "sshd_config")
 	writeFile(t, config, fmt.Sprintf("Port 2222\nHostKey %s\nPidFile none\nUsePAM no\n", key))
-	ns.Start(t, ns.Command(workloadUID, workloadUID, program, "-D", "-f", config))
+	ns.Start(t, ns.Command(nobody, nobody, program, "-D", "-f", config))
 	awaitListener(t, ns, 2222)
 }
 
-// userDir makes a directory for the files of a program that runs as the workload's user.
-func userDir(t *testing.T) string {
+// userDir makes a directory for the files of a program that runs as the given user.
+func userDir(t *testing.T, uid int) string {
 	t.Helper()
 	dir, err := os.MkdirTemp(filepath.Dir(pillion), "user-")
 	if err == nil {
-		err = os.Chown(dir, workloadUID, workloadUID)
+		err = os.Chown(dir, uid, uid)
 	}
 	if err != nil {
 		t.Fatal(err)
