@@ -71,7 +71,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 
 	// Detection of the protocol will stand here. Until then everything is opaque, and the upstream is dialled without
 	// waiting for downstream to speak, so that it may speak first.
-	up, err := p.dialer.Dial(w, source(dst), target(dst, down))
+	up, err := p.dialer.Dial(w, source(dst), target(dst))
 	if err != nil {
 		p.refuse(record, down, upstream.Reason(err), err)
 		return

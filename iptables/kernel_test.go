@@ -28,6 +28,7 @@ func TestTheKernelSaysWhatTheTracerSays(t *testing.T) {
 					peer.AddAddress(t, "lo", netip.PrefixFrom(a.excluded, a.excluded.BitLen()))
 				}
 				peer.AddAddress(t, "eth0", netip.PrefixFrom(linkLocalPeer, 64))
+				pod.AddAddress(t, "eth0", netip.PrefixFrom(linkLocalPod, 64))
 				mustInit(t, pod, sc.spec)
 				world := newWorld(t, pod, peer)
 				for _, a := range families {

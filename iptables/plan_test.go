@@ -440,7 +440,7 @@ func TestAFailureHalfWayTakesEverythingBack(t *testing.T) {
 			}, "changing ipv6 rules: running " + name6 + "-restore: exit status 1: line 2 failed (in: :PILLION_INBOUND - [0:0])"},
 			{"IPv6 is committed, but is not there when read back", func(t *testing.T, dir string) {
 				breakProgram(t, dir, name6+"-restore", "while read line; do :; done")
-			}, "reading ipv6 rules back: 14 changes would still be needed"},
+			}, "reading ipv6 rules back: 15 changes would still be needed"},
 			{"IPv6 is committed by half", func(t *testing.T, dir string) {
 				real := programName(IPv6, flavour) + "-restore"
 				// Only the first run, which installs, is sabotaged.

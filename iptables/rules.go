@@ -38,7 +38,7 @@ func Rules(spec capture.Spec, family Family) Ruleset {
 		Why: "outgoing TCP is judged by our chain",
 	})
 	if !spec.Inbound.None() {
-		rs.add(chainInbound, inboundRules(spec)...)
+		rs.add(chainInbound, inboundRules(spec, family)...)
 	}
 	rs.add(chainInboundRedirect, Rule{
 		ID: "inbound/redirect", Match: Match{TCP: true}, Target: Redirect(spec.InboundPort),
@@ -63,7 +63,7 @@ func (rs *Ruleset) add(chain string, rules ...Rule) {
 	rs.Chains = append(rs.Chains, c)
 }
 
-func inboundRules(spec capture.Spec) []Rule {
+func inboundRules(spec capture.Spec, family Family) []Rule {
 	var rules []Rule
 	for _, name := range spec.InterfacesExcluded {
 		rules = append(rules, Rule{
@@ -75,6 +75,12 @@ func inboundRules(spec capture.Spec) []Rule {
 		ID: "inbound/tunnel", Match: toPorts(single(spec.TunnelPort)), Target: Return{},
 		Why: "tunnels have a listener of their own, which must get them whole",
 	})
+	if family == IPv6 {
+		rules = append(rules, Rule{
+			ID: "inbound/link-local", Match: Match{Dst: linkLocal}, Target: Return{},
+			Why: "the workload's answer from a link-local address would not find the agent, which dials from the loopback",
+		})
+	}
 	if !spec.Inbound.All {
 		for _, ports := range spec.Inbound.List {
 			rules = append(rules, Rule{

@@ -41,14 +41,18 @@ func (sc scenario) allStories(a addresses) []story {
 	stories := sc.stories(a)
 	if a.family == IPv6 {
 		neighbour := sends(workload, workload, linkLocalPeer.WithZone("eth0"), 8081)
+		fromNeighbour := arrives(a, 8081)
+		fromNeighbour.Dst = netip.AddrPortFrom(linkLocalPod.WithZone("eth0"), 8081)
 		stories = append(stories,
+			story{"a neighbour to the pod's link-local address", fromNeighbour, leftAlone},
+			story{"a neighbour on another interface to it", through("eth1", fromNeighbour), leftAlone},
 			story{"workload to a neighbour's link-local address", neighbour, leftAlone},
 			story{"workload to a neighbour on another interface", through("eth1", neighbour), leftAlone})
 	}
 	return stories
 }
 
-var linkLocalPeer = netip.MustParseAddr("fe80::99")
+var linkLocalPod, linkLocalPeer = netip.MustParseAddr("fe80::2"), netip.MustParseAddr("fe80::99")
 
 var (
 	leftAlone = Verdict{}

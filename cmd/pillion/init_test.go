@@ -174,11 +174,11 @@ func TestInitByTheInjectorsArgumentsAndCleanup(t *testing.T) {
 		t.Helper()
 		return pillion(t, ns, nil, nil, append([]string{command}, injectorArguments...)...)
 	}
-	expect("first run", run("istio-iptables"), "ipv4 rules installed in nft (16 changes), ipv6 rules installed in nft (17 changes), ::6 added to lo\n")
+	expect("first run", run("istio-iptables"), "ipv4 rules installed in nft (16 changes), ipv6 rules installed in nft (18 changes), ::6 added to lo\n")
 	expect("second run", run("init"), "nothing to change: the rules are in place\n")
 	ns.MustRun(t, "iptables-nft", "-t", "nat", "-F", "PILLION_IN_REDIRECT")
 	expect("repair", run("init"), "ipv4 rules installed in nft (1 change)\n")
-	expect("cleanup", pillion(t, ns, nil, nil, "cleanup"), "ipv4 rules removed from nft (20 changes), ipv6 rules removed from nft (21 changes), ::6 removed from lo\n")
+	expect("cleanup", pillion(t, ns, nil, nil, "cleanup"), "ipv4 rules removed from nft (20 changes), ipv6 rules removed from nft (22 changes), ::6 removed from lo\n")
 	expect("cleanup of nothing", pillion(t, ns, nil, nil, "cleanup"), "")
 	if after := state(t, ns); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
@@ -216,7 +216,7 @@ func TestDryRunShowsEachRuleWithItsReasonAndTouchesNothing(t *testing.T) {
 	before := state(t, ns)
 	got := pillion(t, ns, nil, nil, append([]string{"init", "-n"}, injectorArguments...)...)
 	for _, want := range []string{
-		"add ::6/128 on lo\n", "ipv4, nft, nat table: 16 changes\n", "ipv6, nft, nat table: 17 changes\n",
+		"add ::6/128 on lo\n", "ipv4, nft, nat table: 16 changes\n", "ipv6, nft, nat table: 18 changes\n",
 		"  missing: + -A PILLION_OUTPUT -o lo -m comment --comment \"pillion:outbound/loopback\" -j RETURN\n" +
 			"      processes of the workload talk to each other directly\n",
 	} {

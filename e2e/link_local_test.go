@@ -1,0 +1,49 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// A link-local address means nothing without an interface, which connection tracking does not remember. The rules leave
+// such connections alone, so that they arrive.
+func TestLinkLocalAddressesAreReachedDirectly(t *testing.T) {
+	t.Parallel()
+	for _, flavour := range []string{nft, legacy} {
+		s := newStageIn(t, flavour)
+		converseByLinkLocal(t, way{name: "inbound " + flavour, from: s.peer, to: s.pod, address: netip.MustParseAddr("fe80::2")})
+		converseByLinkLocal(t, way{name: "outbound " + flavour, from: s.pod, to: s.peer, address: netip.MustParseAddr("fe80::99")})
+	}
+}
+
+// converseByLinkLocal gives the way's end its address and talks to it there.
+func converseByLinkLocal(t *testing.T, w way) {
+	t.Helper()
+	w.to.AddAddress(t, "eth0", netip.PrefixFrom(w.address, 64))
+	listener := w.to.Listen(t, "tcp6", "[::]:0").(*net.TCPListener)
+	port := listener.Addr().(*net.TCPAddr).AddrPort().Port()
+	// By its number: package net remembers what number a name has, and knows nothing of namespaces.
+	var number int
+	w.from.Do(t, func() error {
+		eth0, err := netlink.LinkByName("eth0")
+		if err == nil {
+			number = eth0.Attrs().Index
+		}
+		return err
+	})
+	downstream := w.dial(t, fmt.Sprintf("[%v%%%d]:%d", w.address, number, port))
+	listener.SetDeadline(time.Now().Add(nettest.Patience))
+	upstream, err := listener.AcceptTCP()
+	if err != nil {
+		t.Fatalf("%s: the connection did not arrive: %v", w.name, err)
+	}
+	prepare(t, upstream)
+	converse(t, downstream, upstream)
+}
