@@ -85,6 +85,7 @@ var sleepers = map[string]string{
 	"e2e/bench/proxy_test.go":            "looks for a condition until a deadline",
 	"agent/agent_test.go":                "a synctest bubble, whose time costs nothing",
 	"internal/listener/listener_test.go": "lets back-off try a few times",
+	"internal/relay/random_test.go":      "speakers that pause now and then",
 	"internal/relay/relay_test.go":       "time-outs of real sockets: the interval is what is tested",
 }
 
