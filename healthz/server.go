@@ -4,8 +4,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -13,8 +13,8 @@ import (
 // who can reach the port must not be able to use up the agent's descriptors.
 const maxConnections = 100
 
-// NewServer serves handler with bounds on what a stranger can make it keep: bytes, time and connections. Its own
-// troubles with clients are logged at debug level.
+// NewServer serves handler with bounds on what a stranger can make it keep: bytes, time and, with Bound, connections. Its
+// own troubles with clients are logged at debug level.
 func NewServer(handler http.Handler, log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler:        handler,
@@ -26,34 +26,41 @@ func NewServer(handler http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
-// Bound closes connections over the limit as soon as they are accepted.
+// Bound keeps at most maxConnections of a listener's connections open. The newest is always served, at the cost of the
+// oldest: strangers who hold many must not keep the kubelet out.
 func Bound(listener net.Listener) net.Listener { return &boundListener{Listener: listener} }
 
 type boundListener struct {
 	net.Listener
-	open atomic.Int32
+	mu   sync.Mutex
+	open []*boundConn // the oldest first
 }
 
 func (l *boundListener) Accept() (net.Conn, error) {
-	for {
-		conn, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		if l.open.Add(1) <= maxConnections {
-			return &boundConn{Conn: conn, closed: sync.OnceFunc(func() { l.open.Add(-1) })}, nil
-		}
-		l.open.Add(-1)
-		conn.Close()
+	accepted, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
 	}
+	conn := &boundConn{Conn: accepted, listener: l}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.open) == maxConnections {
+		l.open[0].Conn.Close() // its server notices, and calls Close
+		l.open = slices.Delete(l.open, 0, 1)
+	}
+	l.open = append(l.open, conn)
+	return conn, nil
 }
 
 type boundConn struct {
 	net.Conn
-	closed func()
+	listener *boundListener
 }
 
 func (c *boundConn) Close() error {
-	c.closed()
+	l := c.listener
+	l.mu.Lock()
+	l.open = slices.DeleteFunc(l.open, func(open *boundConn) bool { return open == c })
+	l.mu.Unlock()
 	return c.Conn.Close()
 }

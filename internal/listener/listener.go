@@ -25,9 +25,8 @@ const (
 	// outageEnd is how long nothing must fail for an outage to be over: longer than the longest back-off.
 	outageEnd = 2 * maxBackOff
 
-	// lastCall is how long a listener goes on accepting after it was told to stop: long enough to take what is in its
-	// queue, which close would reset.
-	lastCall = 10 * time.Millisecond
+	// lastCall bounds how long a listener takes connections from its queue after it was told to stop.
+	lastCall = time.Second
 )
 
 // Handler takes connections. ServeConn owns conn and closes it before it returns; ctx ends when the server aborts.
@@ -93,7 +92,7 @@ func (s *Server) Stop() {
 	if s.loops.Err() == nil {
 		s.stop()
 		for _, ln := range s.Listeners {
-			_ = ln.SetDeadline(time.Now().Add(lastCall))
+			_ = ln.SetDeadline(time.Unix(1, 0))
 		}
 	}
 	s.openLoops.Wait()
@@ -144,6 +143,7 @@ func (s *Server) acceptLoop(ln *tcp.Listener) {
 	defer s.openLoops.Done()
 	defer s.accepting.Add(-1)
 	defer ln.Close()
+	defer s.emptyQueue(ln)
 	backOff := time.Duration(0)
 	for {
 		conn, err := ln.Accept()
@@ -162,6 +162,17 @@ func (s *Server) acceptLoop(ln *tcp.Listener) {
 			case <-time.After(backOff):
 			}
 		}
+	}
+}
+
+// emptyQueue takes the connections that the kernel has accepted on our behalf. Close would reset them.
+func (s *Server) emptyQueue(ln *tcp.Listener) {
+	for end := time.Now().Add(lastCall); time.Now().Before(end); {
+		conn, err := ln.TryAccept()
+		if err != nil {
+			return
+		}
+		s.begin(conn)
 	}
 }
 

@@ -121,7 +121,7 @@ func TestStopTakesWhoIsWaitingAndRefusesWhoComesLater(t *testing.T) {
 	open := dial(t, s, 0)
 	wantEcho(t, open)
 	var waiting []net.Conn
-	for range 20 {
+	for range 1000 {
 		waiting = append(waiting, dial(t, s, 1)) // the kernel accepted them; the loop perhaps not yet
 	}
 	s.Stop()
@@ -226,7 +226,7 @@ func TestStopDoesNotWaitForABackOff(t *testing.T) {
 	time.Sleep(4 * maxBackOff / 10) // the pause between tries has grown to tenths of a second
 	began := time.Now()
 	s.Stop()
-	if took := time.Since(began); took > 10*lastCall {
+	if took := time.Since(began); took > maxBackOff/5 {
 		t.Errorf("Stop took %v", took)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"sync/atomic"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -86,20 +87,40 @@ func (s *Set) watch(ctx context.Context, announcements *nl.NetlinkSocket, handle
 	defer stop()
 	for {
 		_, _, err := announcements.Receive()
-		if err != nil && !errors.Is(err, unix.ENOBUFS) { // ENOBUFS: some were lost, which is one more reason to list
-			if ctx.Err() == nil {
-				err = fmt.Errorf("following address changes: %w", err)
-				s.stale.Store(&err)
-				log.Error("local addresses are not current any more", "error", err)
-			}
+		if ctx.Err() != nil {
 			return
 		}
-		if err := s.list(handle); err != nil {
-			s.stale.Store(&err)
-			log.Error("local addresses may be out of date", "error", err)
-			continue
+		// An error is one more reason to list: announcements were lost (ENOBUFS), or a stranger in the namespace has sent
+		// nonsense to our socket. The pause bounds what the latter can cost.
+		if err != nil {
+			log.Debug("an announcement of address changes was not understood", "error", err)
+			pause(ctx, errorPause)
 		}
-		s.stale.Store(nil)
+		s.listUntilCurrent(ctx, handle, log)
+	}
+}
+
+// listUntilCurrent lists until that succeeds or ctx ends.
+func (s *Set) listUntilCurrent(ctx context.Context, handle *netlink.Handle, log *slog.Logger) {
+	for ctx.Err() == nil {
+		err := s.list(handle)
+		if err == nil {
+			s.stale.Store(nil)
+			return
+		}
+		if s.stale.Swap(&err) == nil {
+			log.Error("local addresses may be out of date; trying again until they are listed", "error", err)
+		}
+		pause(ctx, errorPause)
+	}
+}
+
+const errorPause = 100 * time.Millisecond
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
 	}
 }
 

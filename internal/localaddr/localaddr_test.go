@@ -2,13 +2,17 @@ package localaddr
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"os"
+	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
@@ -87,4 +91,48 @@ func TestAStormOfChangesIsNotLost(t *testing.T) {
 		ns.AddAddress(t, "lo", netip.PrefixFrom(last, 32))
 	}
 	nettest.Eventually(t, "the last address", func() bool { return set.Contains(last) && set.Current() == nil })
+}
+
+// Anybody with privileges in the namespace can send to our netlink socket. What is no announcement must not end the watch.
+func TestAStrangersNonsenseDoesNotEndTheWatch(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "nonsense")
+	ctx, cancel := context.WithCancel(t.Context())
+	var set *Set
+	ns.Do(t, func() (err error) {
+		set, err = Watch(ctx, slog.New(slog.DiscardHandler))
+		return err
+	})
+	defer set.Wait()
+	defer cancel()
+	ns.Do(t, func() error {
+		sockets, err := os.ReadFile("/proc/thread-self/net/netlink")
+		if err != nil {
+			return err
+		}
+		stranger, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(stranger)
+		sent := 0
+		for line := range strings.Lines(string(sockets)) {
+			fields := strings.Fields(line)
+			port, err := strconv.ParseUint(fields[2], 10, 32)
+			if err != nil || port == 0 || fields[3] == "00000000" { // ours is the one that has joined groups
+				continue
+			}
+			sent++
+			if err := unix.Sendto(stranger, make([]byte, 16), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: uint32(port)}); err != nil {
+				return err
+			}
+		}
+		if sent == 0 {
+			return errors.New("found nobody to send nonsense to")
+		}
+		return nil
+	})
+	later := netip.MustParsePrefix("203.0.113.5/32")
+	ns.AddAddress(t, "lo", later)
+	nettest.Eventually(t, "the new address", func() bool { return set.Contains(later.Addr()) && set.Current() == nil })
 }

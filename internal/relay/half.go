@@ -75,28 +75,19 @@ func (h *half) move() progress {
 
 // take fills a buffer or a pipe from src. It reports whether anything happened: bytes came, or src is at its end.
 func (h *half) take() bool {
+	if h.splicing && h.takePipe() {
+		return true
+	}
+	h.buf, h.off = takeBuffer(), 0
 	var err error
-	if h.splicing {
-		h.pipe = pipes.take() // nil when all are in use: then this turn copies
-	}
-	if h.pipe != nil {
-		h.n, err = h.src.SpliceTo(h.pipe.w, pipeSize)
-	} else {
-		h.buf, h.off = takeBuffer(), 0
-		h.n, err = h.src.Read(h.buf[:])
-	}
-	if err == nil {
+	if h.n, err = h.src.Read(h.buf[:]); err == nil {
 		h.splicing = h.n >= bulk && !h.noSplice
 		return true
 	}
-	spliced := h.pipe != nil
 	h.release()
 	switch {
 	case err == tcp.ErrAgain:
 		return false
-	case spliced && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS)):
-		h.splicing, h.noSplice = false, true
-		return true
 	case err != io.EOF:
 		h.src.err = err
 	case h.src.err == nil && !h.dst.drained:
@@ -108,6 +99,22 @@ func (h *half) take() bool {
 	}
 	h.src.drained = true
 	return true
+}
+
+// takePipe fills a pipe from src. When it reports false, a read has to find out why: there is nothing, or the end, or
+// urgent data, or an error, or no pipe to be had.
+func (h *half) takePipe() bool {
+	if h.pipe = pipes.take(); h.pipe == nil {
+		return false
+	}
+	var err error
+	if h.n, err = h.src.SpliceTo(h.pipe.w, pipeSize); err == nil {
+		h.splicing = h.n >= bulk
+		return true
+	}
+	h.noSplice = h.noSplice || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS)
+	h.release()
+	return false
 }
 
 // put empties the buffer or pipe into dst and returns how many bytes it took.

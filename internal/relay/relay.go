@@ -67,7 +67,8 @@ type relay struct {
 	down, up         side
 	fromDown, fromUp half
 	options          Options
-	lastMove         time.Time // when bytes moved last; kept only while a limit is watched
+	watched          End       // the limit that is watched
+	lastMove         time.Time // when bytes moved last, or the watch began; kept only while there is one
 }
 
 // side is one of the two connections.
@@ -144,8 +145,8 @@ func (r *relay) deadline(moved bool) (End, time.Time) {
 		r.lastMove = time.Time{}
 		return "", time.Time{}
 	}
-	if moved || r.lastMove.IsZero() {
-		r.lastMove = time.Now()
+	if moved || r.lastMove.IsZero() || how != r.watched {
+		r.watched, r.lastMove = how, time.Now()
 	}
 	return how, r.lastMove.Add(limit)
 }

@@ -475,3 +475,15 @@ func TestNoSideIsClosedBeforeItsLastByte(t *testing.T) {
 		r.wantEnd(t, Closed)
 	}
 }
+
+func TestASideThatStalledForLongHasItsGrace(t *testing.T) {
+	r := newRig(t, Options{IdleTimeout: time.Hour})
+	fill(t, r.client)
+	time.Sleep(grace + grace/10) // so long ago did the last byte move
+	began := time.Now()
+	reset(r.client)
+	r.wantEnd(t, DownReset)
+	if took := time.Since(began); took < grace {
+		t.Errorf("the bytes of a side that was reset were given %v, want %v", took, grace)
+	}
+}

@@ -71,6 +71,10 @@ func (c *Conn) Readable() bool { return c.ready.Load()&(readable|gone|failed|hun
 // Writable reports whether a write is worth trying.
 func (c *Conn) Writable() bool { return c.ready.Load()&(writable|failed|hungUp) != 0 }
 
+// Urgent reports whether the peer has ever sent urgent data. SpliceTo stops in front of it, and cannot tell that from an
+// empty connection or its end: read such a connection instead.
+func (c *Conn) Urgent() bool { return c.ready.Load()&urgent != 0 }
+
 // Failed returns an error when the connection is dead, without reading: it was reset, or the peer vanished. It returns
 // nil for a connection that is open or was closed in order. It is what the poller knows: a connection that nobody waits
 // for is never dead.
@@ -93,7 +97,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 	n, err := c.try(readable, "read", func() (int, error) { return read(c.fd, p) })
 	// A read that leaves room has taken everything, and whatever comes later is a new event: the try that would only
 	// return ErrAgain is spared. Urgent data is the exception, as a read stops in front of it.
-	if n == len(p) || c.ready.Load()&urgent != 0 {
+	if n == len(p) || c.Urgent() {
 		c.ready.Or(readable)
 	}
 	return n, err
@@ -108,7 +112,8 @@ func (c *Conn) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// SpliceTo moves up to n bytes from the connection into an empty pipe, with results like Read's.
+// SpliceTo moves up to n bytes from the connection into an empty pipe, with results like Read's. ErrAgain and io.EOF may
+// be wrong where there is urgent data.
 func (c *Conn) SpliceTo(pipe, n int) (int, error) {
 	n, err := c.try(readable, "splice", func() (int, error) { return splice(c.fd, pipe, n) })
 	if n > 0 {

@@ -68,12 +68,8 @@ func (l *Listener) Accept() (*Conn, error) {
 	var peer netip.AddrPort
 	var err error
 	waitErr := l.raw.Read(func(listening uintptr) bool {
-		for {
-			fd, peer, err = accept(int(listening))
-			if err != unix.EINTR && err != unix.ECONNABORTED { // aborted: gone before we took it
-				return err != ErrAgain
-			}
-		}
+		fd, peer, err = acceptNext(int(listening))
+		return err != ErrAgain
 	})
 	switch {
 	case errors.Is(waitErr, os.ErrDeadlineExceeded):
@@ -84,4 +80,31 @@ func (l *Listener) Accept() (*Conn, error) {
 		return nil, os.NewSyscallError("accept4", err)
 	}
 	return newConn(l.poller, fd, peer, readable|writable), nil
+}
+
+// TryAccept is Accept without waiting, and without a deadline: it returns ErrAgain when the queue is empty.
+func (l *Listener) TryAccept() (*Conn, error) {
+	var fd int
+	var peer netip.AddrPort
+	var err error
+	if closed := l.raw.Control(func(listening uintptr) { fd, peer, err = acceptNext(int(listening)) }); closed != nil {
+		return nil, os.ErrClosed
+	}
+	if err == ErrAgain {
+		return nil, ErrAgain
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("accept4", err)
+	}
+	return newConn(l.poller, fd, peer, readable|writable), nil
+}
+
+// acceptNext passes over connections that were gone before we took them.
+func acceptNext(listening int) (int, netip.AddrPort, error) {
+	for {
+		fd, peer, err := accept(listening)
+		if err != unix.EINTR && err != unix.ECONNABORTED {
+			return fd, peer, err
+		}
+	}
 }

@@ -351,3 +351,20 @@ func TestAcceptEndsWithDeadlineAndClose(t *testing.T) {
 		t.Errorf("Accept after Close: %v", err)
 	}
 }
+
+// A process that was held up finds the deadline passed and an event there. It must not take that for silence.
+func TestWhatHappenedBeforeTheDeadlineCounts(t *testing.T) {
+	far, near := connected(t, newPoller(t), "127.0.0.1:0")
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	for w.Wait(time.Now().Add(10*time.Millisecond), near, nil) != ErrDeadline { // the events that it began with
+	}
+	near.Read(make([]byte, 1))
+	if _, err := far.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	nettest.Eventually(t, "the event to be there", near.Readable)
+	if err := w.Wait(time.Now().Add(-time.Second), near, nil); err != nil {
+		t.Errorf("Wait = %v, with an event there", err)
+	}
+}

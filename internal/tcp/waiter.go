@@ -73,10 +73,12 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 	return nil
 }
 
+// waitUntil reports whether something happened. What happened before the deadline counts even when the time is up by now:
+// a process that was held up must not take it for silence.
 func (w *Waiter) waitUntil(deadline time.Time) bool {
 	left := time.Until(deadline)
 	if left <= 0 {
-		return false
+		return w.happened()
 	}
 	if w.timer == nil {
 		w.timer = time.NewTimer(left)
@@ -88,6 +90,15 @@ func (w *Waiter) waitUntil(deadline time.Time) bool {
 	case <-w.token:
 		return true
 	case <-w.timer.C:
+		return w.happened()
+	}
+}
+
+func (w *Waiter) happened() bool {
+	select {
+	case <-w.token:
+		return true
+	default:
 		return false
 	}
 }
