@@ -12,8 +12,12 @@ const (
 	// fs.pipe-user-pages-soft (64 MiB by default): later pipes get two pages, which is slower than copying.
 	pipeSize = 256 << 10
 
-	// maxPipes keeps all pipes of this process well below that limit, at 32 MiB. Flows beyond it copy.
+	// maxPipes keeps this process at half of that limit. Flows beyond it copy. Other agents of the same user on the same
+	// host have their share of the limit, too, so the kernel may refuse earlier.
 	maxPipes = 128
+
+	// refusalRest is how long no pipe is asked for after the kernel refused one. Asking costs more than the copy.
+	refusalRest = time.Second
 
 	// pipeRest is how long an unused pipe is kept.
 	pipeRest = time.Second
@@ -35,6 +39,8 @@ type pipePool struct {
 	fresh int     // of idle, the ones at the end that were used since the last sweep began
 	open  int     // pipes that exist, idle or in use
 	sweep *time.Timer
+
+	refused time.Time // when the kernel refused a pipe last
 }
 
 // pipes is shared by all relays: the limits that it keeps are the process's.
@@ -50,13 +56,15 @@ func (pool *pipePool) take() *pipe {
 		pool.fresh = max(pool.fresh-1, 0)
 		return p
 	}
-	if pool.open >= maxPipes {
+	if pool.open >= maxPipes || !pool.refused.IsZero() && time.Since(pool.refused) < refusalRest {
 		return nil
 	}
 	p := newPipe()
-	if p != nil {
-		pool.open++
+	if p == nil {
+		pool.refused = time.Now()
+		return nil
 	}
+	pool.open++
 	return p
 }
 
