@@ -17,6 +17,20 @@ const (
 	UpstreamUnreachable Reason = "upstream_unreachable" // no route, or the dial failed in another way
 )
 
+// How a request ends.
+const (
+	Completed          Reason = "completed"           // the response was delivered to its end
+	DownstreamLeft     Reason = "downstream_left"     // downstream closed before the response was complete
+	UpstreamClosed     Reason = "upstream_closed"     // upstream closed before the head of the response
+	ResponseIncomplete Reason = "response_incomplete" // upstream closed in the middle of the response
+	BadFraming         Reason = "bad_framing"         // the request is malformed
+	BadResponse        Reason = "bad_response"        // the response is malformed
+	HeadTooLarge       Reason = "head_too_large"      // the head of the request is over a limit
+	HeadTimeout        Reason = "head_timeout"        // downstream did not finish the head of its request
+	RequestTimeout     Reason = "request_timeout"     // no response within --request-timeout
+	Overload           Reason = "overload"            // an HTTP/2 peer floods the connection
+)
+
 // Refused by name: the agent will not carry the connection. Downstream is reset.
 const (
 	Loop                  Reason = "loop"                    // the destination is one of our own ports at an own address
@@ -45,6 +59,16 @@ var Explanations = []struct {
 	{UpstreamRefused, "Nothing listens at the upstream address, or a firewall rejects; downstream was reset."},
 	{UpstreamTimeout, "Upstream did not answer within `--connect-timeout`; downstream was reset."},
 	{UpstreamUnreachable, "There is no route to upstream, or the dial failed in another way; downstream was reset."},
+	{Completed, "The response to a request was delivered to its end."},
+	{DownstreamLeft, "Downstream closed or cancelled before the response was complete; so was the request upstream."},
+	{UpstreamClosed, "Upstream closed before the head of the response; downstream was answered 503."},
+	{ResponseIncomplete, "Upstream closed in the middle of the response; downstream was cut off as well."},
+	{BadFraming, "The request is malformed; it was answered 400 and not forwarded."},
+	{BadResponse, "The response is malformed; downstream was answered 502."},
+	{HeadTooLarge, "The head of the request is over `--max-head-bytes` or `--max-head-fields`; it was answered 431."},
+	{HeadTimeout, "The head of the request was not complete within `--request-head-timeout`; it was answered 408."},
+	{RequestTimeout, "There was no response within `--request-timeout`; downstream was answered 504."},
+	{Overload, "An HTTP/2 peer flooded the connection with frames that carry nothing; it was told so and cut."},
 	{Loop, "The destination is one of pillion's own ports at one of the workload's own addresses."},
 	{ForeignAddress, "An inbound connection is for an address that is not the workload's own."},
 	{NoOriginalDestination, "No rule redirected the connection here, or connection tracking forgot it."},

@@ -38,20 +38,23 @@ type Options struct {
 	HalfCloseTimeout time.Duration  // the same, once one side has closed; zero or less: never
 	FromDown         *atomic.Uint64 // bytes that up's socket took; nil: not counted
 	FromUp           *atomic.Uint64 // bytes that down's socket took; nil: not counted
+
+	// What the caller has read from a side, to be delivered first; nil: nothing. Run gives the buffers back.
+	DownRead, UpRead *tcp.Buffer
 }
 
 // Run relays until both sides have closed, one of them is reset, a time-out passes or w is canceled. It owns both
 // connections from the call on and has closed them when it returns: with FIN when it returns Closed, else with RST. The
 // error says what failed; it is nil for Closed and for the ends that Run itself decided.
-//
-// Bytes that the caller read from a side beforehand are the caller's to write to the other side before the call.
 func Run(w *tcp.Waiter, down, up *tcp.Conn, options Options) (End, error) {
 	r := relay{down: side{Conn: down}, up: side{Conn: up}, options: options}
-	r.fromDown = half{src: &r.down, dst: &r.up, moved: options.FromDown}
-	r.fromUp = half{src: &r.up, dst: &r.down, moved: options.FromUp}
+	r.fromDown = half{src: &r.down, dst: &r.up, Mover: Mover{Src: down, Dst: up, Moved: options.FromDown}}
+	r.fromUp = half{src: &r.up, dst: &r.down, Mover: Mover{Src: up, Dst: down, Moved: options.FromUp}}
+	r.fromDown.Hold(options.DownRead)
+	r.fromUp.Hold(options.UpRead)
 	how, err := r.run(w)
-	r.fromDown.release()
-	r.fromUp.release()
+	r.fromDown.Release()
+	r.fromUp.Release()
 	if how == Closed {
 		down.Close()
 		up.Close()

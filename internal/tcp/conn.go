@@ -28,17 +28,19 @@ const (
 	hungUp   = unix.EPOLLHUP // closed both ways
 )
 
-// Conn is a TCP connection that never blocks. All methods belong to the goroutine that owns it.
+// Conn is a TCP connection that never blocks. All methods belong to the goroutine that owns it. It may be handed on to
+// another owner: the next one that waits for it is the one that is woken.
 type Conn struct {
 	poller *Poller
 	fd     int
 	remote netip.AddrPort
 
-	ready  atomic.Uint32 // events, set by the poller
-	waiter *Waiter       // nil until somebody waits for the connection
-	serial uint32        // set with waiter
-	shut   bool          // CloseWrite was called
-	closed bool
+	ready   atomic.Uint32          // events, set by the poller
+	waiter  atomic.Pointer[Waiter] // who is woken by events; nil: nobody
+	watched bool                   // in the epoll set, which the first wait brings
+	serial  uint32                 // set with watched
+	shut    bool                   // CloseWrite was called
+	closed  bool
 }
 
 // newConn takes fd over. ready is what it is assumed to be ready for until a try shows otherwise.
@@ -152,6 +154,16 @@ func (c *Conn) try(event uint32, name string, call func() (int, error)) (int, er
 	}
 }
 
+// Quiet reports whether the connection is open and its peer has sent nothing that was not read. It asks the kernel, which
+// knows before the poller does.
+func (c *Conn) Quiet() bool {
+	_, err := peek(c.fd)
+	return err == ErrAgain
+}
+
+// Rest says that nobody waits for the connection until somebody does again: events wake nobody.
+func (c *Conn) Rest() { c.waiter.Store(nil) }
+
 // CloseWrite tells the peer that no more bytes come.
 func (c *Conn) CloseWrite() error {
 	c.shut = true
@@ -164,7 +176,7 @@ func (c *Conn) Close() {
 		return
 	}
 	c.closed = true
-	if c.waiter != nil {
+	if c.watched {
 		c.poller.conns.set(c.fd, nil)
 	}
 	closeSocket(c.fd) // which takes it out of the epoll set, too

@@ -81,7 +81,27 @@ func (p *Poller) run(read func(func(fd uintptr) bool) error) {
 func (p *Poller) dispatch(event *unix.EpollEvent) {
 	if c := p.conns.get(int(event.Fd)); c != nil && c.serial == uint32(event.Pad) {
 		c.ready.Or(event.Events)
-		c.waiter.wake()
+		if w := c.waiter.Load(); w != nil {
+			w.wake()
+		}
+	}
+}
+
+// WakeAll ends all waits that are under way, as if something had happened, so that every owner looks at what has changed
+// beside its connections. A wait that begins meanwhile ends as well.
+func (p *Poller) WakeAll() {
+	for i := range p.conns.chunks {
+		chunk := p.conns.chunks[i].Load()
+		if chunk == nil {
+			continue
+		}
+		for j := range chunk {
+			if c := chunk[j].Load(); c != nil {
+				if w := c.waiter.Load(); w != nil {
+					w.wake()
+				}
+			}
+		}
 	}
 }
 
@@ -90,7 +110,8 @@ func (p *Poller) watch(c *Conn, w *Waiter) error {
 	if c.fd>>10 >= len(p.conns.chunks) {
 		return fmt.Errorf("watching descriptor %d: %w", c.fd, unix.EMFILE)
 	}
-	c.waiter, c.serial = w, p.serial.Add(1)
+	c.serial, c.watched = p.serial.Add(1), true
+	c.waiter.Store(w)
 	p.conns.set(c.fd, c)
 	// The serial tells events of this connection from late ones of another that had the same descriptor.
 	event := unix.EpollEvent{
@@ -99,7 +120,8 @@ func (p *Poller) watch(c *Conn, w *Waiter) error {
 	}
 	if err := epollAdd(p.epfd, c.fd, &event); err != nil {
 		p.conns.set(c.fd, nil)
-		c.waiter = nil
+		c.waiter.Store(nil)
+		c.watched = false
 		return os.NewSyscallError("epoll_ctl", err)
 	}
 	return nil

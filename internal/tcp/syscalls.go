@@ -27,6 +27,18 @@ func write(fd int, p []byte) (int, error) {
 	return result(n, errno)
 }
 
+func writev(fd int, pieces []syscall.Iovec) (int, error) {
+	n, _, errno := syscall.RawSyscall(syscall.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(pieces))), uintptr(len(pieces)))
+	return result(n, errno)
+}
+
+// peek reads one byte and leaves it there.
+func peek(fd int) (int, error) {
+	var p [1]byte
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&p)), 1, unix.MSG_PEEK|unix.MSG_DONTWAIT, 0, 0)
+	return result(n, errno)
+}
+
 // splice moves up to n bytes between a socket and a pipe and never waits. The kernel does not say which of the two made
 // it EAGAIN; with the pipe empty in one direction and filled in the other, it is the socket.
 func splice(from, to, n int) (int, error) {

@@ -50,17 +50,27 @@ func (w *Waiter) wake() {
 
 // Wait blocks until something may have happened to a connection that this waiter waits for, and then returns nil; the
 // caller tries again. It ends with ErrDeadline at the deadline, never with a zero one, and with ErrCanceled when the
-// context has ended. A connection that is waited for once is waited for until it is closed.
+// context has ended. A connection that is waited for once is waited for until it is closed, rests, or is waited for by
+// another waiter.
 func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
+	handedOn := false
 	for _, c := range [...]*Conn{a, b} {
-		if c != nil && c.waiter == nil {
-			if err := c.poller.watch(c, w); err != nil {
-				return err
-			}
+		if c == nil || c.waiter.Load() == w {
+			continue
+		}
+		if c.watched {
+			// What happened until now woke another waiter, or nobody.
+			c.waiter.Store(w)
+			handedOn = true
+		} else if err := c.poller.watch(c, w); err != nil {
+			return err
 		}
 	}
 	if w.canceled.Load() {
 		return ErrCanceled
+	}
+	if handedOn {
+		return nil
 	}
 	if deadline.IsZero() {
 		<-w.token

@@ -1,0 +1,77 @@
+package tcp
+
+import (
+	"syscall"
+	"unsafe"
+)
+
+// maxPieces is how many pieces one system call takes. The kernel's own limit is 1024.
+const maxPieces = 64
+
+// Vector is a list of pieces of memory that go out in order, many with one system call (writev). The zero value is
+// empty.
+type Vector struct {
+	pieces []syscall.Iovec
+	next   int // the first piece that is not written
+	bytes  int
+}
+
+// Append adds a piece. Its memory must stay as it is until it is written. A piece that continues the one before it in
+// memory makes that one longer.
+func (v *Vector) Append(p []byte) {
+	if len(p) == 0 {
+		return
+	}
+	v.bytes += len(p)
+	base := unsafe.SliceData(p)
+	if last := len(v.pieces) - 1; last >= v.next {
+		piece := &v.pieces[last]
+		if unsafe.Add(unsafe.Pointer(piece.Base), piece.Len) == unsafe.Pointer(base) {
+			piece.Len += uint64(len(p))
+			return
+		}
+	}
+	v.pieces = append(v.pieces, syscall.Iovec{Base: base, Len: uint64(len(p))})
+}
+
+// Len is the number of bytes that are not written yet.
+func (v *Vector) Len() int { return v.bytes }
+
+// Reset forgets what is left.
+func (v *Vector) Reset() {
+	clear(v.pieces) // the memory may go
+	v.pieces, v.next, v.bytes = v.pieces[:0], 0, 0
+}
+
+// took drops the first n bytes.
+func (v *Vector) took(n int) {
+	v.bytes -= n
+	for n > 0 {
+		piece := &v.pieces[v.next]
+		if uint64(n) < piece.Len {
+			piece.Base = (*byte)(unsafe.Add(unsafe.Pointer(piece.Base), n))
+			piece.Len -= uint64(n)
+			return
+		}
+		n -= int(piece.Len)
+		v.next++
+	}
+	if v.bytes == 0 {
+		v.Reset()
+	}
+}
+
+// WriteVector gives what the socket takes of v and takes it off v. The results are those of Write.
+func (c *Conn) WriteVector(v *Vector) (int, error) {
+	if v.bytes == 0 {
+		return 0, nil
+	}
+	pieces := v.pieces[v.next:]
+	pieces = pieces[:min(len(pieces), maxPieces)]
+	n, err := c.try(writable, "write", func() (int, error) { return writev(c.fd, pieces) })
+	if n > 0 {
+		c.ready.Or(writable)
+		v.took(n)
+	}
+	return n, err
+}

@@ -1,0 +1,144 @@
+package upstream
+
+import (
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/tcp"
+)
+
+// Target is where a connection leads, and from which address. An invalid Source leaves that to the kernel.
+type Target struct {
+	Source  netip.Addr
+	Address netip.AddrPort
+}
+
+// maxIdle bounds the connections that a Pool keeps, for one target and for all.
+const (
+	maxIdlePerTarget = 256
+	maxIdle          = 1024
+)
+
+// Pool keeps upstream connections that are between two requests, for whoever has the next one for the same target. The
+// one that was used last is taken first. Make it with NewPool.
+type Pool struct {
+	idleLife time.Duration
+
+	mu     sync.Mutex
+	idle   map[Target][]resting // in the order in which they were given
+	count  int
+	sweep  *time.Timer // nil while nothing is idle
+	closed bool
+}
+
+type resting struct {
+	conn  *tcp.Conn
+	since time.Time
+}
+
+// NewPool makes a pool that closes a connection after idleLife without use. It should be shorter than any server's own
+// limit, so that it is rarely the server that closes. Zero or less keeps none.
+func NewPool(idleLife time.Duration) *Pool {
+	return &Pool{idleLife: idleLife, idle: make(map[Target][]resting)}
+}
+
+// Take returns a connection to target that was open a moment ago, or nil. The caller owns it.
+func (p *Pool) Take(target Target) *tcp.Conn {
+	for {
+		conn := p.last(target)
+		if conn == nil || conn.Quiet() {
+			return conn
+		}
+		conn.Close()
+	}
+}
+
+func (p *Pool) last(target Target) *tcp.Conn {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	list := p.idle[target]
+	if len(list) == 0 {
+		return nil
+	}
+	last := len(list) - 1
+	conn := list[last].conn
+	list[last] = resting{}
+	p.keep(target, list[:last])
+	return conn
+}
+
+// Give hands over a connection on which no request is under way and which is fit for the next. The pool closes it when
+// it has no room.
+func (p *Pool) Give(target Target, conn *tcp.Conn) {
+	conn.Rest()
+	if !p.put(target, conn) {
+		conn.Close()
+	}
+}
+
+func (p *Pool) put(target Target, conn *tcp.Conn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	list := p.idle[target]
+	if p.closed || p.idleLife <= 0 || p.count >= maxIdle || len(list) >= maxIdlePerTarget {
+		return false
+	}
+	p.keep(target, append(list, resting{conn, time.Now()}))
+	if p.sweep == nil {
+		p.sweep = time.AfterFunc(p.idleLife, p.closeUnused)
+	}
+	return true
+}
+
+// keep stores a target's list, with the lock held. An empty one keeps its memory until the next sweep.
+func (p *Pool) keep(target Target, list []resting) {
+	p.count += len(list) - len(p.idle[target])
+	p.idle[target] = list
+}
+
+// closeUnused closes what has rested too long, and comes again as long as there is more.
+func (p *Pool) closeUnused() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closeBefore(time.Now().Add(-p.idleLife))
+	if len(p.idle) > 0 {
+		p.sweep.Reset(p.idleLife / 2)
+		return
+	}
+	p.sweep = nil
+}
+
+// closeBefore closes what has rested since the given time or longer, with the lock held.
+func (p *Pool) closeBefore(limit time.Time) {
+	for target, list := range p.idle {
+		if len(list) == 0 {
+			delete(p.idle, target)
+			continue
+		}
+		old := 0
+		for old < len(list) && !list[old].since.After(limit) {
+			list[old].conn.Close()
+			old++
+		}
+		p.keep(target, list[:copy(list, list[old:])])
+	}
+}
+
+// Close closes all connections. What is given later is closed at once.
+func (p *Pool) Close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	if p.sweep != nil {
+		p.sweep.Stop()
+	}
+	p.closeBefore(time.Now())
+}
+
+// Idle is the number of connections that the pool keeps now.
+func (p *Pool) Idle() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.count
+}
