@@ -2,6 +2,7 @@ package relay
 
 import (
 	"errors"
+	"io"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -53,8 +54,8 @@ func (m *Mover) Expect(n int64) { m.splicing = n >= bulk && !m.noSplice }
 // Take reads up to limit bytes from Src, while the mover holds nothing. The errors are those of tcp.Conn.Read.
 func (m *Mover) Take(limit int64) (int, error) {
 	if m.splicing {
-		if n := m.takePipe(limit); n > 0 {
-			return n, nil
+		if n, err := m.takePipe(limit); n > 0 || err != nil {
+			return n, err
 		}
 	}
 	m.buf = tcp.TakeBuffer()
@@ -67,20 +68,27 @@ func (m *Mover) Take(limit int64) (int, error) {
 }
 
 // takePipe fills a pipe from Src. When it moves nothing, a read has to find out why: there is nothing, or the end, or
-// urgent data, or an error, or no pipe to be had.
-func (m *Mover) takePipe(limit int64) int {
+// urgent data, or no pipe to be had. An error of the connection is told: the kernel tells it once, and a read after it
+// would see an orderly end.
+func (m *Mover) takePipe(limit int64) (int, error) {
 	if m.pipe = pipes.take(); m.pipe == nil {
-		return 0
+		return 0, nil
 	}
 	n, err := m.Src.SpliceTo(m.pipe.w, int(min(limit, pipeSize)))
 	if err == nil {
 		m.piped = n
 		m.splicing = n >= bulk
-		return n
+		return n, nil
 	}
-	m.noSplice = m.noSplice || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS)
 	m.Release()
-	return 0
+	switch {
+	case err == tcp.ErrAgain, err == io.EOF:
+		return 0, nil
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS):
+		m.noSplice = true
+		return 0, nil
+	}
+	return 0, err
 }
 
 // Put gives Dst what it takes of what the mover holds. The errors are those of tcp.Conn.Write.
