@@ -1,0 +1,178 @@
+package sniff
+
+import "encoding/binary"
+
+// The TLS constants that a ClientHello is made of (RFC 8446 §4 and §5.1, RFC 6066 §3, RFC 7301 §3.1).
+const (
+	recordHandshake   = 22
+	recordVersionHigh = 3
+	maxRecord         = 1 << 14
+	clientHello       = 1
+
+	extensionServerName = 0
+	extensionALPN       = 16
+	serverNameHost      = 0
+)
+
+// Hello is what a TLS client says in the clear.
+type Hello struct {
+	ServerName string   // empty when it names none
+	ALPN       []string // the protocols that it offers, in its order
+}
+
+// parseHello reads a ClientHello. The protocol is TLS when it is whole and sound, Undecided while bytes are missing, and
+// else Opaque.
+func parseHello(first []byte) (Hello, Protocol) {
+	message, protocol := handshake(first)
+	if protocol != TLS {
+		return Hello{}, protocol
+	}
+	hello, ok := readHello(message)
+	if !ok {
+		return Hello{}, Opaque
+	}
+	return hello, TLS
+}
+
+// handshake returns the body of the first handshake message, put together from as many records as it takes, if it is a
+// ClientHello.
+func handshake(first []byte) ([]byte, Protocol) {
+	var message []byte
+	for {
+		if len(first) >= 2 && first[1] != recordVersionHigh || len(first) >= 1 && first[0] != recordHandshake {
+			return nil, Opaque
+		}
+		if len(first) < 5 {
+			return nil, Undecided
+		}
+		length := int(binary.BigEndian.Uint16(first[3:]))
+		if length == 0 || length > maxRecord {
+			return nil, Opaque
+		}
+		first = first[5:]
+		part := first[:min(length, len(first))]
+		if message == nil {
+			message = part[:len(part):len(part)] // the ordinary case needs no copy
+		} else {
+			message = append(message, part...)
+		}
+		if len(message) >= 1 && message[0] != clientHello {
+			return nil, Opaque
+		}
+		if len(message) >= 4 {
+			size := int(message[1])<<16 | int(binary.BigEndian.Uint16(message[2:]))
+			if size > Limit {
+				return nil, Opaque
+			}
+			if len(message) >= 4+size {
+				return message[4 : 4+size], TLS
+			}
+		}
+		if len(part) < length {
+			return nil, Undecided
+		}
+		first = first[length:]
+	}
+}
+
+// readHello reads the fields of a ClientHello (RFC 8446 §4.1.2) up to the extensions that we want.
+func readHello(message []byte) (hello Hello, ok bool) {
+	s := text(message)
+	s.skip(2 + 32) // version and random
+	s.vector8()    // session
+	s.vector16()   // cipher suites
+	s.vector8()    // compression methods
+	if s.bad() {
+		return hello, false
+	}
+	if len(s) == 0 {
+		return hello, true // TLS 1.2 and before may end here
+	}
+	extensions := s.vector16()
+	for len(extensions) > 0 && !s.bad() {
+		kind := extensions.number16()
+		data := extensions.vector16()
+		if extensions.bad() {
+			return hello, false
+		}
+		switch kind {
+		case extensionServerName:
+			hello.ServerName = serverName(data)
+		case extensionALPN:
+			hello.ALPN = protocols(data)
+		}
+	}
+	return hello, !s.bad()
+}
+
+// serverName returns the host name of a server_name extension. One with bytes that no name has is left out: it would
+// only serve to forge a line of a log.
+func serverName(s text) string {
+	for names := s.vector16(); len(names) > 0; {
+		kind := names.number8()
+		name := names.vector16()
+		if names.bad() {
+			return ""
+		}
+		if kind == serverNameHost && printable(name) {
+			return string(name)
+		}
+	}
+	return ""
+}
+
+func protocols(s text) (list []string) {
+	for names := s.vector16(); len(names) > 0; {
+		name := names.vector8()
+		if names.bad() {
+			return list
+		}
+		if printable(name) {
+			list = append(list, string(name))
+		}
+	}
+	return list
+}
+
+func printable(name []byte) bool {
+	for _, c := range name {
+		if c <= ' ' || c >= 0x7f || c == '"' {
+			return false
+		}
+	}
+	return len(name) > 0
+}
+
+// text is a piece of a TLS message that is read from its front. Reading past its end makes it bad, for good.
+type text []byte
+
+// badText is what a text becomes: nil, as opposed to empty.
+func (s *text) bad() bool { return *s == nil }
+
+func (s *text) skip(n int) text {
+	if n > len(*s) {
+		*s = nil
+		return nil
+	}
+	skipped := (*s)[:n]
+	*s = (*s)[n:]
+	return skipped
+}
+
+func (s *text) number8() int {
+	if b := s.skip(1); b != nil {
+		return int(b[0])
+	}
+	return 0
+}
+
+func (s *text) number16() int {
+	if b := s.skip(2); b != nil {
+		return int(binary.BigEndian.Uint16(b))
+	}
+	return 0
+}
+
+// vector8 and vector16 read a length and then so many bytes.
+func (s *text) vector8() text  { return s.skip(s.number8()) }
+func (s *text) vector16() text { return s.skip(s.number16()) }
