@@ -1,0 +1,227 @@
+package http1
+
+import (
+	"bytes"
+	"io"
+	"math"
+)
+
+// The longest lines of chunk framing, with their CRLF. A line is forwarded when it is whole, so that a reader's buffer
+// has to hold one.
+const (
+	maxChunkLine   = 4 << 10
+	maxTrailerLine = 8 << 10
+)
+
+// Body finds the end of a body without holding any of it. A body goes past it in one of two ways, in turns as the
+// caller likes: Scan looks at bytes and says how many belong to the body, and Skip counts payload that nobody needs to
+// look at. The zero value is a body that is done.
+//
+// Chunk framing is forwarded byte for byte, so it is held to the letter of RFC 9112 §7.1: every line ends with CRLF, a
+// size is 1 to 16 hexadecimal digits with nothing around them but an extension, before whose semicolon there may be white
+// space. (nginx and HAProxy read such an extension likewise, net/http refuses it; nobody finds another size.)
+type Body struct {
+	kind   FramingKind
+	state  bodyState
+	left   int64 // bytes of payload until the state changes
+	bytes  int64
+	limits Limits // what the trailers may still have
+}
+
+type bodyState uint8
+
+const (
+	bodyDone  bodyState = iota
+	bodyBytes           // payload: all of it, or that of a chunk
+	chunkLine           // a chunk size and its extensions
+	chunkEnd            // the CRLF behind the bytes of a chunk
+	trailers            // trailer fields, and the empty line
+)
+
+// Start begins a body that ends as f says. The limits are for its trailers.
+func (x *Body) Start(f Framing, limits Limits) {
+	*x = Body{kind: f.Kind, limits: Limits{Head: limits.head(), Fields: limits.fields()}}
+	switch {
+	case f.Kind == Sized && f.Length > 0:
+		x.state, x.left = bodyBytes, f.Length
+	case f.Kind == UntilClose:
+		x.state, x.left = bodyBytes, math.MaxInt64
+	case f.Kind == Chunked:
+		x.state = chunkLine
+	}
+}
+
+// Scan takes the coming bytes of the connection. The first n are of the body and good: they may be forwarded as they
+// are. n is less than len(p) when the body ends there, when p ends within a line of chunk framing, which then has to be
+// at the beginning of the next p, and more of it, or with an error, which is an Error about the byte at n or after it. A
+// buffer of 8 KiB holds every line.
+func (x *Body) Scan(p []byte) (n int, err error) {
+	for n < len(p) && x.state != bodyDone {
+		if x.state == bodyBytes {
+			took := min(x.left, int64(len(p)-n))
+			x.Skip(took)
+			n += int(took)
+			continue
+		}
+		took, err := x.line(p[n:])
+		if took == 0 || err != nil {
+			return n, err
+		}
+		n += took
+	}
+	return n, nil
+}
+
+// Done reports whether the body has ended. One that ends with the connection never does.
+func (x *Body) Done() bool { return x.state == bodyDone }
+
+// Payload is how many of the coming bytes are payload for certain, so that they may be moved without Scan: what is left
+// of a sized body or of a chunk, math.MaxInt64 when the body ends with the connection, else 0.
+func (x *Body) Payload() int64 { return x.left }
+
+// Skip says that n bytes, at most Payload, went past.
+func (x *Body) Skip(n int64) {
+	x.bytes += n
+	if x.kind == UntilClose {
+		return
+	}
+	x.left -= n
+	switch {
+	case x.left > 0:
+	case x.kind == Chunked:
+		x.state = chunkEnd
+	default:
+		x.state = bodyDone
+	}
+}
+
+// Bytes is how many bytes of payload went past, without chunk framing.
+func (x *Body) Bytes() int64 { return x.bytes }
+
+// End says what the close of the connection means here: nil is a proper end.
+func (x *Body) End() error {
+	if x.state == bodyDone || x.kind == UntilClose {
+		return nil
+	}
+	return io.ErrUnexpectedEOF
+}
+
+// line takes one line of chunk framing. It returns 0 when p does not hold all of it.
+func (x *Body) line(p []byte) (int, error) {
+	switch x.state {
+	case chunkEnd:
+		return x.chunkEnd(p)
+	case chunkLine:
+		return x.chunkLine(p)
+	}
+	return x.trailer(p)
+}
+
+func (x *Body) chunkEnd(p []byte) (int, error) {
+	if p[0] != '\r' || len(p) > 1 && p[1] != '\n' {
+		return 0, ErrBadChunkEnd
+	}
+	if len(p) == 1 {
+		return 0, nil
+	}
+	x.state = chunkLine
+	return 2, nil
+}
+
+func (x *Body) chunkLine(p []byte) (int, error) {
+	line, n, err := wholeLine(p, maxChunkLine, ErrChunkLineTooLong)
+	if n == 0 || err != nil {
+		return 0, err
+	}
+	size, err := chunkSize(line)
+	if err != nil {
+		return 0, err
+	}
+	if x.left = size; size > 0 {
+		x.state = bodyBytes
+	} else {
+		x.state = trailers
+	}
+	return n, nil
+}
+
+// chunkSize reads `1*16HEXDIG [ BWS ";" extensions ]`.
+func chunkSize(line []byte) (int64, error) {
+	var size uint64
+	digits := 0
+	for ; digits < len(line); digits++ {
+		v := hexadecimal(line[digits])
+		if v < 0 {
+			break
+		}
+		size = size<<4 | uint64(v)
+	}
+	if digits == 0 || digits > 16 || size > math.MaxInt64 {
+		return 0, ErrBadChunkSize
+	}
+	if extensions := line[digits:]; len(extensions) > 0 {
+		if from, to := trim(extensions, 0); from == to || extensions[from] != ';' {
+			return 0, ErrBadChunkSize
+		}
+	}
+	return int64(size), nil
+}
+
+func hexadecimal(c byte) int {
+	switch {
+	case digit(c):
+		return int(c - '0')
+	case 'a' <= c|0x20 && c|0x20 <= 'f':
+		return int(c|0x20-'a') + 10
+	}
+	return -1
+}
+
+// trailer takes a trailer field, or the empty line. Fields that frame or route have no business there (RFC 9110 §6.5.1),
+// and are poison for who adds trailers to the head.
+func (x *Body) trailer(p []byte) (int, error) {
+	line, n, err := wholeLine(p, min(maxTrailerLine, x.limits.Head), ErrTrailersTooLarge)
+	if n == 0 || err != nil {
+		return 0, err
+	}
+	if len(line) == 0 {
+		x.state = bodyDone
+		return n, nil
+	}
+	name := run(line, token)
+	if name == 0 || name == len(line) || line[name] != ':' {
+		return 0, fieldError(line)
+	}
+	switch knownName(line[:name]) {
+	case ContentLength, TransferEncoding, Trailer, Host:
+		return 0, ErrForbiddenTrailer
+	}
+	if x.limits.Fields == 0 {
+		return 0, ErrTooManyFields
+	}
+	x.limits.Head -= n
+	x.limits.Fields--
+	return n, nil
+}
+
+// wholeLine returns the first line of p without its CRLF, and its length with it. The length is 0 when p does not hold
+// all of it. tooLong is for a line that is longer than limit.
+func wholeLine(p []byte, limit int, tooLong Error) (line []byte, n int, err error) {
+	n = bytes.IndexByte(p[:min(len(p), limit)], '\n') + 1
+	switch {
+	case n == 0 && len(p) >= limit:
+		return nil, 0, tooLong
+	case n == 0:
+		return nil, 0, nil
+	case n == 1 || p[n-2] != '\r':
+		return nil, 0, ErrBareLF
+	}
+	line = p[:n-2]
+	switch {
+	case bytes.IndexByte(line, '\r') >= 0:
+		return nil, 0, ErrBareCR
+	case bytes.IndexByte(line, 0) >= 0:
+		return nil, 0, ErrNUL
+	}
+	return line, n, nil
+}

@@ -1,0 +1,73 @@
+package http1
+
+// class is a set of bytes that may stand in one place of a head.
+type class uint8
+
+const (
+	token      class = 1 << iota // methods and field names (RFC 9110 §5.6.2)
+	targetByte                   // request targets: neither space nor control, but bytes beyond ASCII, which exist
+	hostByte                     // Host: uri-host and port (RFC 3986 §3.2.2)
+)
+
+// classes gives for each byte the classes that it is in.
+var classes = func() (of [256]class) {
+	const (
+		alphanumeric = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+		unreserved   = alphanumeric + "-._~"
+		subDelims    = "!$&'()*+,;="
+	)
+	for _, set := range []struct {
+		class class
+		bytes string
+	}{
+		{token, alphanumeric + "!#$%&'*+-.^_`|~"},
+		{hostByte, unreserved + subDelims + "%:[]"},
+	} {
+		for _, c := range []byte(set.bytes) {
+			of[c] |= set.class
+		}
+	}
+	for c := '!'; c <= 0xff; c++ {
+		if c != 0x7f {
+			of[c] |= targetByte
+		}
+	}
+	return of
+}()
+
+// run returns how many of the first bytes of p are in class c.
+func run(p []byte, c class) int {
+	for i, x := range p {
+		if classes[x]&c == 0 {
+			return i
+		}
+	}
+	return len(p)
+}
+
+func digit(c byte) bool { return '0' <= c && c <= '9' }
+func blank(c byte) bool { return c == ' ' || c == '\t' }
+
+// trim returns where the bytes of p from offset start on begin and end without the white space around them.
+func trim(p []byte, start int) (from, to int) {
+	for to = len(p); to > start && blank(p[to-1]); to-- {
+	}
+	for from = start; from < to && blank(p[from]); from++ {
+	}
+	return from, to
+}
+
+// same reports whether p is the word lower in any case. Setting bit 5 makes a letter small, and leaves what else a word
+// has ('-' and digits) as it is. It also makes such a character of a control, so p or lower must hold nothing but
+// letters, or p must be a token.
+func same(p []byte, lower string) bool {
+	if len(p) != len(lower) {
+		return false
+	}
+	for i, c := range p {
+		if c|0x20 != lower[i] {
+			return false
+		}
+	}
+	return true
+}

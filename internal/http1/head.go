@@ -1,0 +1,293 @@
+// Package http1 is the wire format of HTTP/1: where a head ends and what it says, how its body is framed, which fields
+// are not forwarded, and where the body ends (RFC 9112).
+//
+// It knows no socket and has no policy. A Head holds offsets into the caller's buffer and copies nothing, so that a
+// message is forwarded with its own bytes: their case, their order and the white space within values stay. What is
+// accepted is read in one way only. Whatever two recipients could read differently is an Error, because a request that
+// we end here and the next hop ends there carries another one inside (RFC 9112 §11.2).
+//
+// Laxer than the grammar in three places, for programs that exist: up to four empty lines before a request are skipped,
+// a line of a head may end with LF alone, which is forwarded as CRLF, and control characters other than NUL, CR and LF
+// pass in field values, where nothing that is decided here takes them for white space (RFC 9110 §5.5).
+package http1
+
+import "bytes"
+
+// Limits bound a head, and the trailers of a chunked body.
+type Limits struct {
+	Head   int // bytes, with line ends and the empty line; zero or less: DefaultHead; at most 1 GiB
+	Fields int // field lines; zero or less: DefaultFields
+}
+
+// The limits that a zero Limits has.
+const (
+	DefaultHead   = 64 << 10
+	DefaultFields = 256
+)
+
+func (l Limits) head() int {
+	if l.Head <= 0 {
+		return DefaultHead
+	}
+	return min(l.Head, 1<<30) // offsets have 32 bits
+}
+
+func (l Limits) fields() int {
+	if l.Fields <= 0 {
+		return DefaultFields
+	}
+	return l.Fields
+}
+
+// Span is a range of offsets into the buffer that a head was parsed from. Its end is exclusive.
+type Span struct{ Start, End uint32 }
+
+// In returns the bytes of s in b.
+func (s Span) In(b []byte) []byte { return b[s.Start:s.End] }
+
+// Empty reports whether there are no bytes in s.
+func (s Span) Empty() bool { return s.Start == s.End }
+
+// Field is one field line.
+type Field struct {
+	Line    Span  // without its line end
+	Name    Span  // a token
+	Value   Span  // without white space around it
+	Known   Known // which of the names that the proxy deals with, in any case
+	Dropped bool  // AppendLines leaves it out
+}
+
+// Head is the start line and the fields of one message, as offsets into the buffer that it was parsed from: they are
+// true for as long as the message begins at the buffer's first byte. The zero value is ready to parse. Nothing in it
+// but Dropped is for the caller to change.
+type Head struct {
+	Line   Span // the start line, without its line end
+	Method Span // of a request
+	Target Span // of a request; what form it has is not looked at
+	Status int  // of a response, 100 to 999
+	Reason Span // of a response; may be empty
+	Minor  int  // the x of HTTP/1.x
+	Fields []Field
+	Length int // bytes up to the end of the empty line, skipped empty lines included; 0 until the head is complete
+
+	next    int    // where the next line begins
+	seen    int    // up to where there is no further LF
+	skipped int    // empty lines before a request
+	begun   bool   // there is a start line
+	crlfs   int    // lines that end with CRLF
+	bareLF  bool   // some line ends with LF alone
+	known   uint64 // a bit for each Known among Fields
+}
+
+// Reset makes h ready for another head. It keeps the memory of Fields.
+func (h *Head) Reset() { *h = Head{Fields: h.Fields[:0]} }
+
+// ParseRequest continues the parse of the request that b begins with. b holds everything that it held at the call
+// before, at the same offsets; its memory may be another. When it returns false and no error, it wants a b that is
+// longer. However the bytes come in, each is looked at once, and the result is the same.
+//
+// The error is an Error. The head is of no use after one, except that Method and Target are there once the request line
+// was good.
+func (h *Head) ParseRequest(b []byte, limits Limits) (done bool, err error) {
+	return h.parse(b, limits, true)
+}
+
+// ParseResponse is ParseRequest for a response. Of an interim response (1xx), too, it parses the one head.
+func (h *Head) ParseResponse(b []byte, limits Limits) (done bool, err error) {
+	return h.parse(b, limits, false)
+}
+
+// parse takes line after line, until the empty one.
+func (h *Head) parse(b []byte, limits Limits, request bool) (done bool, err error) {
+	limit := limits.head()
+	for h.Length == 0 && err == nil {
+		i := bytes.IndexByte(b[h.seen:], '\n')
+		if i < 0 && len(b) < limit {
+			h.seen = len(b)
+			return false, nil
+		}
+		start, end := h.next, h.seen+i
+		if i < 0 || end >= limit {
+			return false, ErrHeadTooLarge
+		}
+		h.next, h.seen = end+1, end+1
+		if end > start && b[end-1] == '\r' {
+			end--
+			h.crlfs++
+		} else {
+			h.bareLF = true
+		}
+		switch {
+		case h.begun && start < end:
+			err = h.field(b, start, end, limits)
+		case h.begun:
+			err = h.finish(b, request)
+		case request && start == end && h.skipped < maxSkipped:
+			h.skipped++
+		case request:
+			err = h.requestLine(b, start, end)
+		default:
+			err = h.statusLine(b, start, end)
+		}
+	}
+	return err == nil, err
+}
+
+// maxSkipped is how many empty lines may come before a request: RFC 9112 §2.2 asks for one at least.
+const maxSkipped = 4
+
+// requestLine takes `method SP request-target SP HTTP/1.x` (RFC 9112 §3): single spaces, nothing around them.
+func (h *Head) requestLine(b []byte, start, end int) error {
+	line := b[start:end]
+	method := run(line, token)
+	if method == 0 || method == len(line) || line[method] != ' ' {
+		return ErrBadRequestLine
+	}
+	target := run(line[method+1:], targetByte)
+	version := method + 1 + target + 1
+	if target == 0 || version > len(line) || line[version-1] != ' ' {
+		return ErrBadRequestLine
+	}
+	var ok bool
+	if h.Minor, ok = minor(line[version:]); !ok {
+		return ErrBadVersion
+	}
+	h.begun = true
+	h.Line = span(start, end)
+	h.Method = span(start, start+method)
+	h.Target = span(start+method+1, start+version-1)
+	return nil
+}
+
+// statusLine takes `HTTP/1.x SP 3DIGIT [SP reason]` (RFC 9112 §4). Some servers leave out the second space with an empty
+// reason.
+func (h *Head) statusLine(b []byte, start, end int) error {
+	const status = len("HTTP/1.x ")
+	line := b[start:end]
+	if len(line) < status || line[status-1] != ' ' {
+		return ErrBadStatusLine
+	}
+	var ok bool
+	if h.Minor, ok = minor(line[:status-1]); !ok {
+		return ErrBadVersion
+	}
+	code := line[status:]
+	if len(code) < 3 || !digit(code[0]) || !digit(code[1]) || !digit(code[2]) || code[0] == '0' ||
+		len(code) > 3 && code[3] != ' ' {
+		return ErrBadStatusLine
+	}
+	h.begun = true
+	h.Line = span(start, end)
+	h.Status = int(code[0]-'0')*100 + int(code[1]-'0')*10 + int(code[2]-'0')
+	h.Reason = span(min(start+status+4, end), end)
+	return nil
+}
+
+// minor returns the x of HTTP/1.x, which is one digit.
+func minor(version []byte) (int, bool) {
+	if len(version) != len("HTTP/1.x") || string(version[:7]) != "HTTP/1." || !digit(version[7]) {
+		return 0, false
+	}
+	return int(version[7] - '0'), true
+}
+
+// field takes `name: value` (RFC 9112 §5).
+func (h *Head) field(b []byte, start, end int, limits Limits) error {
+	line := b[start:end]
+	name := run(line, token)
+	if name == 0 || name == len(line) || line[name] != ':' {
+		return fieldError(line)
+	}
+	if len(h.Fields) >= limits.fields() {
+		return ErrTooManyFields
+	}
+	from, to := trim(line, name+1)
+	known := knownName(line[:name])
+	h.known |= 1 << known
+	h.Fields = append(h.Fields, Field{
+		Line:  span(start, end),
+		Name:  span(start, start+name),
+		Value: span(start+from, start+to),
+		Known: known,
+	})
+	return nil
+}
+
+// fieldError says what is wrong with a field line that does not begin with a token and a colon.
+func fieldError(line []byte) error {
+	name, _, colon := bytes.Cut(line, []byte{':'})
+	switch {
+	case bytes.IndexByte(line, '\r') >= 0:
+		return ErrBareCR
+	case bytes.IndexByte(line, 0) >= 0:
+		return ErrNUL
+	case blank(line[0]):
+		return ErrObsFold
+	case !colon:
+		return ErrNoColon
+	case len(name) > 0 && blank(name[len(name)-1]):
+		return ErrSpaceBeforeColon
+	}
+	return ErrBadFieldName
+}
+
+// finish looks at the head as a whole, behind the empty line. As many CRs as lines that end with CRLF leave none elsewhere.
+func (h *Head) finish(b []byte, request bool) error {
+	head := b[:h.next]
+	switch {
+	case bytes.Count(head, cr) != h.crlfs:
+		return ErrBareCR
+	case bytes.IndexByte(head, 0) >= 0:
+		return ErrNUL
+	}
+	if request {
+		if err := h.checkHost(b); err != nil {
+			return err
+		}
+	}
+	h.Length = len(head)
+	return nil
+}
+
+var cr = []byte{'\r'}
+
+// checkHost holds a request to RFC 9112 §3.2: one Host, which may be missing only in HTTP/1.0, and which is a host. It
+// may be empty, as for a target that has no authority.
+func (h *Head) checkHost(b []byte) error {
+	i := h.Find(Host)
+	switch {
+	case i < 0 && h.Minor == 0:
+		return nil
+	case i < 0:
+		return ErrMissingHost
+	case h.after(i, Host) >= 0:
+		return ErrRepeatedHost
+	}
+	if host := h.Fields[i].Value.In(b); run(host, hostByte) != len(host) {
+		return ErrBadHost
+	}
+	return nil
+}
+
+// Find returns the index of the first kept field of kind k, -1 when there is none.
+func (h *Head) Find(k Known) int {
+	if h.known&(1<<k) == 0 {
+		return -1
+	}
+	return h.after(-1, k)
+}
+
+// Has reports whether a field of kind k is kept.
+func (h *Head) Has(k Known) bool { return h.Find(k) >= 0 }
+
+// after returns the index of the first kept field of kind k behind field i, -1 when there is none.
+func (h *Head) after(i int, k Known) int {
+	for i++; i < len(h.Fields); i++ {
+		if h.Fields[i].Known == k && !h.Fields[i].Dropped {
+			return i
+		}
+	}
+	return -1
+}
+
+func span(start, end int) Span { return Span{uint32(start), uint32(end)} }
