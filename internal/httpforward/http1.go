@@ -209,9 +209,6 @@ func (x *exchange) run() ending {
 		if end, over := x.judge(); over {
 			return end
 		}
-		if x.upgraded && x.request.done() {
-			return x.tunnel()
-		}
 		if long {
 			runtime.Gosched() // others wait
 			continue
@@ -321,7 +318,7 @@ func (x *exchange) receive() (longTurn bool) {
 			return false
 		}
 	}
-	return !x.upgraded && m.move()
+	return m.move()
 }
 
 // parseResponse reads the head of a response, interim or final. It reports false when it is not complete.
@@ -386,9 +383,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	x.record.HTTP.ServiceTime = time.Since(x.sentAt)
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
-	if !x.upgraded {
-		m.start(m.in, framing, limits)
-	}
+	m.start(m.in, framing, limits) // a tunnel has no body: what follows the head is not HTTP
 	return m.bad
 }
 
@@ -408,9 +403,6 @@ func (x *exchange) interim(b []byte) {
 func (x *exchange) judge() (ending, bool) {
 	request, response := &x.request, &x.response
 	x.count()
-	if x.upgraded {
-		return 0, false
-	}
 	if x.answered && response.done() {
 		return x.answerDone()
 	}
@@ -451,6 +443,9 @@ func (x *exchange) answerDone() (ending, bool) {
 		return 0, false
 	}
 	s := x.s
+	if x.upgraded && request.done() {
+		return x.tunnel(), true
+	}
 	end := next
 	switch {
 	case !request.done():
@@ -577,14 +572,9 @@ func (x *exchange) noUpstream(err error) ending {
 
 // tunnel carries what follows an upgrade or CONNECT, to the end of the connection.
 func (x *exchange) tunnel() ending {
-	s := x.s
+	s, config := x.s, &x.s.engine.config
 	down, up := s.Read, x.response.in
-	first := tcp.TakeBuffer()
-	first.Append(x.response.head)
-	first.Append(up.Bytes())
-	up.Release()
 	s.Read, x.request.in, x.response.in = nil, nil, nil
-	config := &s.engine.config
 	x.record.HTTP.Upgraded = true
 	end, err := relay.Run(s.w, s.Down, s.up, relay.Options{
 		IdleTimeout:      config.IdleTimeout,
@@ -592,7 +582,7 @@ func (x *exchange) tunnel() ending {
 		FromDown:         &x.record.Received,
 		FromUp:           &x.record.Sent,
 		DownRead:         down,
-		UpRead:           first,
+		UpRead:           up,
 	})
 	s.up = nil
 	return x.close(flow.Reason(end), err, shut)

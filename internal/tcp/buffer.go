@@ -2,7 +2,6 @@ package tcp
 
 import (
 	"errors"
-	"slices"
 	"sync"
 )
 
@@ -80,11 +79,4 @@ func (b *Buffer) Grow(limit int) bool {
 	b.end = copy(grown, b.Bytes())
 	b.bytes, b.start = grown, 0
 	return true
-}
-
-// Append adds p behind what the buffer holds, growing it as needed.
-func (b *Buffer) Append(p []byte) {
-	b.bytes = slices.Grow(b.bytes[:b.end], len(p))
-	b.bytes = b.bytes[:cap(b.bytes)]
-	b.end += copy(b.bytes[b.end:], p)
 }
