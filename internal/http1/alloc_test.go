@@ -10,12 +10,15 @@ import (
 var (
 	wrkRequest = []byte("GET /index.html HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nUser-Agent: wrk/4.2\r\nAccept: */*\r\n" +
 		"Connection: keep-alive\r\n\r\n")
-	webRequest = []byte("POST /api/v1/orders?limit=20 HTTP/1.1\r\nHost: orders.shop.svc.cluster.local:8080\r\nUser-Agent: Go-http-client/1.1\r\n" +
-		"Content-Length: 62\r\nContent-Type: application/json\r\nX-Request-Id: 1d1a8f8a-9c0b-9f3d-8d4c-2b6f1a4f2a11\r\n" +
+	webRequest = []byte("POST /api/v1/orders?limit=20 HTTP/1.1\r\nHost: orders.shop.svc.cluster.local:8080\r\n" +
+		"User-Agent: Go-http-client/1.1\r\nContent-Length: 62\r\nContent-Type: application/json\r\n" +
+		"X-Request-Id: 1d1a8f8a-9c0b-9f3d-8d4c-2b6f1a4f2a11\r\n" +
 		"Traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\nAccept-Encoding: gzip\r\n\r\n")
-	webChunks   = []byte("1000\r\n" + strings.Repeat("x", 4096) + "\r\n20;a=b\r\n" + strings.Repeat("x", 32) + "\r\n0\r\nX: y\r\n\r\n")
+	webChunks = []byte("1000\r\n" + strings.Repeat("x", 4096) + "\r\n" +
+		"20;a=b\r\n" + strings.Repeat("x", 32) + "\r\n0\r\nX: y\r\n\r\n")
 	webResponse = []byte("HTTP/1.1 200 OK\r\nDate: Mon, 27 Jul 2026 12:28:53 GMT\r\nServer: Apache/2.4.62 (Debian)\r\n" +
-		"Last-Modified: Wed, 22 Jul 2026 19:15:56 GMT\r\nContent-Length: 62\r\nContent-Type: text/html\r\nConnection: keep-alive\r\n\r\n")
+		"Last-Modified: Wed, 22 Jul 2026 19:15:56 GMT\r\nContent-Length: 62\r\nContent-Type: text/html\r\n" +
+		"Connection: keep-alive\r\n\r\n")
 )
 
 // request and response do with a head all that is done with one on its way.

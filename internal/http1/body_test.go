@@ -3,6 +3,7 @@ package http1
 import (
 	"io"
 	"math"
+	"strings"
 	"testing"
 )
 
@@ -59,6 +60,29 @@ func TestAFaultStays(t *testing.T) {
 	}
 	if n, err = x.Scan([]byte(bad[7:])); n != 0 || err != ErrBadChunkSize {
 		t.Errorf("again: %d, %v", n, err)
+	}
+}
+
+// A caller whose buffer is as large as the longest line must not be asked for more.
+func TestABufferFullOfOneLineIsTooLong(t *testing.T) {
+	for _, c := range []struct {
+		before string
+		size   int
+		want   Error
+	}{
+		{"", maxChunkLine, ErrChunkLineTooLong},
+		{"0\r\n", maxTrailerLine, ErrTrailersTooLarge},
+	} {
+		var x Body
+		x.Start(Framing{Kind: Chunked}, Limits{})
+		x.Scan([]byte(c.before))
+		line := []byte("0;" + strings.Repeat("x", c.size-2))
+		if n, err := x.Scan(line[:c.size-1]); n != 0 || err != nil {
+			t.Errorf("%d bytes: %d, %v", c.size-1, n, err)
+		}
+		if n, err := x.Scan(line); n != 0 || err != c.want {
+			t.Errorf("%d bytes: %d, %v", c.size, n, err)
+		}
 	}
 }
 

@@ -141,7 +141,8 @@ func readRequest(r *bufio.Reader, _ string) (reading, error) {
 	if err != nil {
 		return reading{}, err
 	}
-	return reading{got.Method + " " + got.RequestURI + " " + got.Proto, got.ContentLength, got.TransferEncoding, got.Body}, nil
+	line := got.Method + " " + got.RequestURI + " " + got.Proto
+	return reading{line, got.ContentLength, got.TransferEncoding, got.Body}, nil
 }
 
 func readResponse(r *bufio.Reader, method string) (reading, error) {
