@@ -406,6 +406,9 @@ func (x *exchange) judge() (ending, bool) {
 	if x.answered && response.done() {
 		return x.answerDone()
 	}
+	if request.done() {
+		x.readAhead()
+	}
 	if err := x.downstreamGone(); err != nil {
 		return x.left(err), true
 	}
@@ -428,9 +431,6 @@ func (x *exchange) judge() (ending, bool) {
 		return x.repeat()
 	case response.srcErr != nil:
 		return x.refuse(replyUpstreamClosed, response.srcErr), true
-	}
-	if request.done() {
-		x.readAhead()
 	}
 	return 0, false
 }
@@ -480,7 +480,7 @@ func (x *exchange) left(err error) ending {
 	return x.close(flow.DownstreamLeft, err, cut)
 }
 
-// readAhead reads what downstream sends while it waits for its response: the next requests, as far as there is room, or
+// readAhead reads what downstream sends before its response is complete: the next requests, as far as there is room, or
 // the end of its half, which upstream is told as it would be without us.
 func (x *exchange) readAhead() {
 	s := x.s

@@ -274,6 +274,15 @@ var conversations = []conversation{
 		upstream reads the end
 		upstream closes`,
 		[]told{{reason: flow.DownstreamLeft, flags: "DC"}}},
+	{"downstream closes in the middle of an endless response", `
+		> GET /events HTTP/1.1$Host: a$$
+		>> GET /events HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$1$a$
+		<< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$1$a$
+		client closes
+		upstream reads the end
+		< 1$b$`,
+		[]told{{reason: flow.DownstreamLeft, status: 200, flags: "DC", sent: 2}}},
 	{"downstream resets while upstream thinks", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
