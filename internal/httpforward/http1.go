@@ -282,12 +282,11 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.head[:0], b)
 	x.s.Read.Discard(x.requestHead.Length)
-	x.started = true
+	x.started, x.request.retain = true, true
 	x.request.start(x.s.Read, framing, limits)
 	if x.request.bad != nil {
 		return x.malformed(x.request.bad)
 	}
-	x.request.retain = x.request.body.Done()
 	return nil
 }
 
@@ -508,7 +507,7 @@ func (x *exchange) truncated(err error) ending {
 }
 
 // mayRepeat reports whether a request that got no byte of a response may be sent again: its upstream connection was not
-// fresh, so that it may have been closed before the request came, the whole request is still held, and either it does no
+// fresh, so that it may have been closed before the request came, all that went out is still held, and either it does no
 // harm twice or nothing of it went out (RFC 9110 §9.2.2).
 func (x *exchange) mayRepeat() bool {
 	s := x.s

@@ -22,11 +22,11 @@ type message struct {
 	src, dst *tcp.Conn
 	in       *tcp.Buffer // read from src: the body's next bytes and what comes after it; nil: nothing
 	head     []byte      // as it goes to dst
-	ready    int         // bytes at the front of in that are in out
+	ready    int         // bytes at the front of in that are in out, or were
 	out      tcp.Vector  // what dst has not taken yet, of head and in
 	body     http1.Body
 	bulk     relay.Mover
-	retain   bool // head and in stay as they are, so that they can be sent again
+	retain   bool // head and in hold all that went out, so that it can be sent again
 	ended    bool // src has closed, and that is the end of the body
 
 	srcErr error // reading ended; io.EOF in the middle of a body
@@ -75,12 +75,14 @@ func (m *message) held() int {
 
 // scan queues the bytes in the buffer that belong to the body.
 func (m *message) scan() {
-	if m.held() == 0 || m.body.Done() {
+	if m.held() == m.ready || m.body.Done() {
 		return
 	}
-	if m.ready, m.bad = m.body.Scan(m.in.Bytes()); m.ready > 0 {
-		m.out.Append(m.in.Bytes()[:m.ready])
-	}
+	fresh := m.in.Bytes()[m.ready:]
+	var n int
+	n, m.bad = m.body.Scan(fresh)
+	m.out.Append(fresh[:n])
+	m.ready += n
 }
 
 // done reports whether everything has been taken by dst.
@@ -143,8 +145,12 @@ func (m *message) take() bool {
 	if !m.src.Readable() {
 		return false
 	}
+	ahead := m.body.Payload()
+	if m.retain && (ahead >= spliceFrom || m.held() >= tcp.BufferSize) {
+		m.settle() // it is too large to be held
+	}
 	var err error
-	if ahead := m.body.Payload(); m.held() == 0 && ahead >= spliceFrom {
+	if m.held() == 0 && ahead >= spliceFrom {
 		var n int
 		n, err = m.bulk.Take(ahead)
 		m.body.Skip(int64(n))
