@@ -195,7 +195,7 @@ func (s *session) dial() error {
 func (x *exchange) run() ending {
 	x.record.Opened = time.Now()
 	if answer, err := x.readHead(); err != nil {
-		return x.close(flow.DownstreamLeft, err, cut)
+		return x.left(err)
 	} else if answer != nil {
 		return x.refuse(*answer, x.failure)
 	}
@@ -476,6 +476,9 @@ func (x *exchange) downstreamGone() error {
 // left ends an exchange that downstream has left: upstream learns it at once.
 func (x *exchange) left(err error) ending {
 	x.record.HTTP.Flags, x.record.HTTP.Details = "DC", "downstream_remote_disconnect"
+	if err == io.EOF {
+		return x.close(flow.DownstreamLeft, io.ErrUnexpectedEOF, shut)
+	}
 	return x.close(flow.DownstreamLeft, err, cut)
 }
 
