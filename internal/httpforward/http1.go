@@ -209,7 +209,7 @@ func (x *exchange) run() ending {
 		if end, over := x.judge(); over {
 			return end
 		}
-		if long {
+		if long && !x.s.w.Canceled() {
 			runtime.Gosched() // others wait
 			continue
 		}
