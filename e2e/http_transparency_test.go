@@ -287,7 +287,7 @@ func TestEarlyHintsPass(t *testing.T) {
 // Nobody waits for more before what is there is passed on: each side speaks only when it has heard the other.
 func TestAPieceOfABodyIsPassedOnWhenItComes(t *testing.T) {
 	t.Parallel()
-	heard := make(chan string)
+	heard := make(chan string, 1) // so that a handler ends when the test has failed
 	handler := func(w http.ResponseWriter, r *http.Request) {
 		piece := make([]byte, len("piece 0"))
 		for {
@@ -308,16 +308,19 @@ func TestAPieceOfABodyIsPassedOnWhenItComes(t *testing.T) {
 	}
 	newStage(t).everyDialogue(t, handler, func(t *testing.T, d *dialogue) {
 		body, writer := io.Pipe()
-		go func() {
+		var speaking sync.WaitGroup
+		defer speaking.Wait()
+		speaking.Go(func() {
 			defer writer.Close()
 			for serial := range 3 {
 				want := fmt.Sprintf("piece %d", serial)
 				io.WriteString(writer, want)
 				if got := receive(t, heard); got != want {
 					t.Errorf("the server heard %q, want %q", got, want)
+					return
 				}
 			}
-		}()
+		})
 		response := d.do(t, d.request(t, "POST", "/", body))
 		for serial := range 3 {
 			piece := make([]byte, len("piece 0"))
@@ -357,7 +360,7 @@ func TestAnAnswerThatComesBeforeTheRequestIsWholeArrives(t *testing.T) {
 
 func TestAClientThatGivesUpIsNoticedByTheServer(t *testing.T) {
 	t.Parallel()
-	asked, gone := make(chan struct{}), make(chan struct{})
+	asked, gone := make(chan struct{}, 1), make(chan struct{}, 1) // so that a handler ends when the test has failed
 	handler := func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/begun" {
 			io.WriteString(w, "a beginning")
