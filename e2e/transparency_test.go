@@ -333,6 +333,12 @@ func TestTwoHundredConnectionsAtOnceKeepApart(t *testing.T) {
 
 // serveEcho answers every connection with its own bytes, until the test ends.
 func serveEcho(t testing.TB, listener net.Listener) {
+	serveEach(t, listener, func(conn net.Conn) { io.Copy(conn, conn) })
+}
+
+// serveEach calls serve for every connection, in a goroutine of its own, until the test ends, and closes the connection
+// when it returns. Connections have a deadline.
+func serveEach(t testing.TB, listener net.Listener, serve func(net.Conn)) {
 	var running sync.WaitGroup
 	running.Go(func() {
 		for {
@@ -343,7 +349,7 @@ func serveEcho(t testing.TB, listener net.Listener) {
 			running.Go(func() {
 				defer conn.Close()
 				conn.SetDeadline(time.Now().Add(time.Minute))
-				io.Copy(conn, conn)
+				serve(conn)
 			})
 		}
 	})
