@@ -15,9 +15,11 @@ import (
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/inbound"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/listener"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 	"github.com/pillion-proxy/pillion/outbound"
 )
 
@@ -31,7 +33,10 @@ type Agent struct {
 	addresses     *localaddr.Set
 	stopAddresses context.CancelFunc
 
+	inboundProxy      *inbound.Proxy
+	outboundProxy     *outbound.Proxy
 	inbound, outbound *listener.Server
+	pools             []*upstream.Pool
 	health            *http.Server
 	healthListeners   []net.Listener
 	healthLoops       sync.WaitGroup
@@ -68,7 +73,7 @@ func (a *Agent) build() error {
 	}
 	a.addresses = addresses
 
-	in, err := inbound.New(inbound.Config{
+	a.inboundProxy, err = inbound.New(inbound.Config{
 		Poller:           poller,
 		OwnPorts:         a.ownPorts(),
 		OwnAddresses:     addresses,
@@ -76,11 +81,16 @@ func (a *Agent) build() error {
 		IdleTimeout:      a.config.IdleTimeout,
 		HalfCloseTimeout: a.config.HalfCloseTimeout,
 		Flows:            a.flows,
+		OpaquePorts:      a.config.OpaquePorts,
+		DetectionDelay:   a.config.DetectionDelay,
+		DetectionHold:    a.config.DetectionHold,
+		ProxyProtocol:    a.config.InboundProxyProtocol,
+		HTTP:             a.forwarding(a.config.InboundFields),
 	})
 	if err != nil {
 		return err
 	}
-	out, err := outbound.New(outbound.Config{
+	a.outboundProxy, err = outbound.New(outbound.Config{
 		Poller:           poller,
 		OwnPorts:         a.ownPorts(),
 		OwnAddresses:     addresses,
@@ -88,13 +98,17 @@ func (a *Agent) build() error {
 		IdleTimeout:      a.config.IdleTimeout,
 		HalfCloseTimeout: a.config.HalfCloseTimeout,
 		Flows:            a.flows,
+		OpaquePorts:      a.config.OpaquePorts,
+		DetectionDelay:   a.config.DetectionDelay,
+		DetectionHold:    a.config.DetectionHold,
+		HTTP:             a.forwarding(a.config.OutboundFields),
 	})
 	if err != nil {
 		return err
 	}
 	limit := listener.NewLimit(a.config.MaxConnections)
-	a.inbound = &listener.Server{Name: "inbound", Handler: in, Limit: limit, Log: a.log}
-	a.outbound = &listener.Server{Name: "outbound", Handler: out, Limit: limit, Log: a.log}
+	a.inbound = &listener.Server{Name: "inbound", Handler: a.inboundProxy, Limit: limit, Log: a.log}
+	a.outbound = &listener.Server{Name: "outbound", Handler: a.outboundProxy, Limit: limit, Log: a.log}
 	a.health = healthz.NewServer(healthz.NewHandler(
 		healthz.Gate{Name: "drain", Open: a.notDraining},
 		healthz.Gate{Name: "outbound", Open: a.outbound.Accepting},
@@ -102,6 +116,20 @@ func (a *Agent) build() error {
 		healthz.Gate{Name: "addresses", Open: addresses.Current},
 	), a.log)
 	return a.bind()
+}
+
+// forwarding is how HTTP is forwarded in one direction. The pool is that direction's alone.
+func (a *Agent) forwarding(fields httpforward.Fields) httpforward.Config {
+	pool := upstream.NewPool(a.config.UpstreamIdleTimeout)
+	a.pools = append(a.pools, pool)
+	return httpforward.Config{
+		Pool:           pool,
+		MaxHeadBytes:   a.config.MaxHeadBytes,
+		MaxHeadFields:  a.config.MaxHeadFields,
+		HeadTimeout:    a.config.RequestHeadTimeout,
+		RequestTimeout: a.config.RequestTimeout,
+		Fields:         fields,
+	}
 }
 
 // ownPorts are the ports that no connection may be carried to at this workload's own addresses.
@@ -214,6 +242,9 @@ func (a *Agent) close() {
 	if a.addresses != nil {
 		a.stopAddresses()
 		a.addresses.Wait()
+	}
+	for _, pool := range a.pools {
+		pool.Close()
 	}
 	if a.poller != nil {
 		a.poller.Close()

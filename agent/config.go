@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"time"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
 )
 
 // Config is what an agent needs. Validate says what is wrong with it.
@@ -19,22 +22,52 @@ type Config struct {
 	HalfCloseTimeout time.Duration // the same once one side has closed; zero: never
 	MaxConnections   int           // inbound and outbound together; zero: as many as there are descriptors
 
+	OpaquePorts          capture.Ports // destination ports whose bytes nobody looks at
+	DetectionDelay       time.Duration // how long a connection may be silent before its upstream is dialled
+	DetectionHold        time.Duration // how long a beginning that could become anything is held
+	InboundProxyProtocol capture.Ports // inbound ports whose workload wants a PROXY protocol header
+
+	MaxHeadBytes        int           // of the head of an HTTP message
+	MaxHeadFields       int           // in the head of an HTTP message
+	RequestHeadTimeout  time.Duration // for the head of a request; zero: for ever
+	RequestTimeout      time.Duration // for the response; zero: for ever
+	UpstreamIdleTimeout time.Duration // closes idle HTTP/1 connections to upstreams; zero keeps none
+	InboundFields       httpforward.Fields
+	OutboundFields      httpforward.Fields
+
 	DrainDelay   time.Duration // from the announcement to the closing of the listeners
 	DrainTimeout time.Duration // from the announcement to the cutting of what is left
 
 	Log *slog.Logger
 }
 
+// What a limit of heads may be. A connection may make the agent keep so much.
+const (
+	minHeadBytes  = 1 << 10
+	maxHeadBytes  = 8 << 20
+	maxHeadFields = 100_000
+)
+
 // Default is the configuration of an agent that nobody has told anything, but for its logger.
 func Default() Config {
 	return Config{
-		OutboundPort:     15001,
-		InboundPort:      15006,
-		ReadinessPort:    15021,
-		ConnectTimeout:   10 * time.Second,
-		HalfCloseTimeout: 5 * time.Minute,
-		DrainDelay:       5 * time.Second,
-		DrainTimeout:     20 * time.Second,
+		OutboundPort:        15001,
+		InboundPort:         15006,
+		ReadinessPort:       15021,
+		ConnectTimeout:      10 * time.Second,
+		HalfCloseTimeout:    5 * time.Minute,
+		DetectionDelay:      5 * time.Millisecond,
+		DetectionHold:       time.Second,
+		MaxHeadBytes:        256 << 10,
+		MaxHeadFields:       1000,
+		RequestHeadTimeout:  time.Minute,
+		UpstreamIdleTimeout: 3 * time.Second,
+		InboundFields: httpforward.Fields{
+			ForwardedFor: httpforward.ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true,
+		},
+		OutboundFields: httpforward.Fields{ForwardedProto: true, RequestID: true, ServiceTime: true},
+		DrainDelay:     5 * time.Second,
+		DrainTimeout:   20 * time.Second,
 	}
 }
 
@@ -60,7 +93,10 @@ func (c Config) Validate() error {
 		duration time.Duration
 	}{
 		{"--connect-timeout", c.ConnectTimeout}, {"--idle-timeout", c.IdleTimeout},
-		{"--half-close-timeout", c.HalfCloseTimeout}, {"--drain-delay", c.DrainDelay}, {"--drain-timeout", c.DrainTimeout},
+		{"--half-close-timeout", c.HalfCloseTimeout},
+		{"--detection-delay", c.DetectionDelay}, {"--detection-hold", c.DetectionHold},
+		{"--request-head-timeout", c.RequestHeadTimeout}, {"--request-timeout", c.RequestTimeout},
+		{"--upstream-idle-timeout", c.UpstreamIdleTimeout}, {"--drain-delay", c.DrainDelay}, {"--drain-timeout", c.DrainTimeout},
 	} {
 		if d.duration < 0 {
 			return fmt.Errorf("%s: %v is negative; use 0s or more", d.flag, d.duration)
@@ -71,6 +107,12 @@ func (c Config) Validate() error {
 	}
 	if c.MaxConnections < 0 {
 		return fmt.Errorf("--max-connections: %d is negative; use 0 for no limit", c.MaxConnections)
+	}
+	if c.MaxHeadBytes < minHeadBytes || c.MaxHeadBytes > maxHeadBytes {
+		return fmt.Errorf("--max-head-bytes: %d is not from %d to %d", c.MaxHeadBytes, minHeadBytes, maxHeadBytes)
+	}
+	if c.MaxHeadFields < 1 || c.MaxHeadFields > maxHeadFields {
+		return fmt.Errorf("--max-head-fields: %d is not from 1 to %d", c.MaxHeadFields, maxHeadFields)
 	}
 	if c.Log == nil {
 		return errors.New("agent: Config.Log is required")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 
@@ -38,7 +39,11 @@ func (l *flowLog) Closed(r *flow.Record) {
 		return
 	}
 	if l.log.Enabled(context.Background(), slog.LevelDebug) {
-		l.log.LogAttrs(context.Background(), slog.LevelDebug, "connection closed", attributes(r)...)
+		what := "connection closed"
+		if r.Protocol >= flow.HTTP10 {
+			what = "request"
+		}
+		l.log.LogAttrs(context.Background(), slog.LevelDebug, what, attributes(r)...)
 	}
 }
 
@@ -67,6 +72,7 @@ func (l *flowLog) admit(r *flow.Record) (skipped int, ok bool) {
 func attributes(r *flow.Record) []slog.Attr {
 	attrs := []slog.Attr{
 		slog.String("direction", r.Direction.String()),
+		slog.String("protocol", r.Protocol.String()),
 		slog.String("downstream", r.Downstream.String()),
 		slog.String("original_destination", orDash(r.OriginalDestination)),
 		slog.String("upstream_local", orDash(r.UpstreamLocal)),
@@ -75,8 +81,30 @@ func attributes(r *flow.Record) []slog.Attr {
 		slog.Duration("duration", r.Duration.Round(time.Microsecond)),
 		slog.String("reason", string(r.Reason)),
 	}
+	if r.Protocol == flow.TLS {
+		attrs = append(attrs, slog.String("server_name", r.TLS.ServerName), slog.String("alpn", strings.Join(r.TLS.ALPN, ",")))
+	}
+	if r.Protocol >= flow.HTTP10 {
+		attrs = append(attrs, requestAttributes(&r.HTTP)...)
+	}
 	if r.Err != nil {
 		attrs = append(attrs, slog.String("error", r.Err.Error()))
+	}
+	return attrs
+}
+
+func requestAttributes(r *flow.Request) []slog.Attr {
+	attrs := []slog.Attr{
+		slog.String("method", string(r.Method)),
+		slog.String("path", string(r.Path)),
+		slog.String("authority", string(r.Authority)),
+		slog.String("request_id", string(r.ID)),
+		slog.Int("status", r.Status),
+		slog.String("flags", r.Flags),
+		slog.String("details", r.Details),
+	}
+	if r.GRPCStatus != nil {
+		attrs = append(attrs, slog.String("grpc_status", string(r.GRPCStatus)))
 	}
 	return attrs
 }

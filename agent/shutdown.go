@@ -42,8 +42,10 @@ func (a *Agent) shutdown(force context.Context) error {
 }
 
 // announce turns readiness off and goes on serving, so that load balancers learn of it before a connection is refused.
+// Inbound HTTP/1 answers close their connections from now on.
 func (a *Agent) announce(deadline context.Context) {
 	a.draining.Store(true)
+	a.inboundProxy.Announce()
 	a.log.Info("draining", "delay", a.config.DrainDelay, "timeout", a.config.DrainTimeout)
 	select {
 	case <-time.After(a.config.DrainDelay):
@@ -53,11 +55,15 @@ func (a *Agent) announce(deadline context.Context) {
 
 func (a *Agent) drainInbound(deadline context.Context) {
 	a.inbound.Stop()
+	a.inboundProxy.Drain()
+	a.poller.WakeAll()
 	_ = a.inbound.Wait(deadline) // what is left then is cut by cutRest
 }
 
 func (a *Agent) drainOutbound(deadline context.Context) {
 	a.outbound.Stop()
+	a.outboundProxy.Drain()
+	a.poller.WakeAll()
 	_ = a.outbound.Wait(deadline)
 }
 

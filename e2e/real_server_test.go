@@ -31,7 +31,7 @@ func TestCurlReachesNginxAndNginxSeesWhoItShould(t *testing.T) {
 					log, _ := os.ReadFile(logs[w.to])
 					return strings.Contains(string(log), want)
 				})
-				s.agent.log.await(t, "original_destination="+netip.AddrPortFrom(w.address, 8080).String(), "reason=closed")
+				s.agent.log.await(t, "original_destination="+netip.AddrPortFrom(w.address, 8080).String(), "reason=completed")
 			})
 		}
 	}

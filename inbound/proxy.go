@@ -8,11 +8,15 @@ package inbound
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/relay"
+	"github.com/pillion-proxy/pillion/internal/sniff"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -25,7 +29,15 @@ type Config struct {
 	ConnectTimeout   time.Duration // for the dial; zero or less leaves it to the kernel
 	IdleTimeout      time.Duration // ends a connection in which nothing moves; zero or less: never
 	HalfCloseTimeout time.Duration // the same once one side has closed; zero or less: never
-	Flows            flow.Sink     // takes each connection's record
+	Flows            flow.Sink     // takes the record of each connection, or of each request in it
+
+	OpaquePorts    capture.Ports // destination ports at which nobody looks at the bytes
+	DetectionDelay time.Duration // how long downstream may say nothing before the upstream is dialled all the same
+	DetectionHold  time.Duration // how long a beginning that could become anything is held
+	ProxyProtocol  capture.Ports // destination ports that get a PROXY protocol header; nobody looks at their bytes
+
+	// Pool and what a stranger may send; New fills in the rest.
+	HTTP httpforward.Config
 }
 
 // Addresses tells this workload's own addresses from others.
@@ -38,6 +50,7 @@ type Proxy struct {
 	config Config
 	policy policy
 	dialer upstream.Dialer
+	http   *httpforward.Engine
 }
 
 // New checks the configuration.
@@ -45,11 +58,19 @@ func New(config Config) (*Proxy, error) {
 	if config.Poller == nil || config.OwnAddresses == nil || config.Flows == nil || len(config.OwnPorts) == 0 {
 		return nil, errors.New("inbound: Poller, OwnPorts, OwnAddresses and Flows are required")
 	}
-	return &Proxy{
+	p := &Proxy{
 		config: config,
 		policy: policy{config.OwnPorts, config.OwnAddresses},
 		dialer: upstream.Dialer{Poller: config.Poller, Timeout: config.ConnectTimeout},
-	}, nil
+	}
+	forwarding := config.HTTP
+	forwarding.Direction, forwarding.Dialer, forwarding.Flows = flow.Inbound, p.dialer, config.Flows
+	forwarding.IdleTimeout, forwarding.HalfCloseTimeout = config.IdleTimeout, config.HalfCloseTimeout
+	var err error
+	if p.http, err = httpforward.New(forwarding); err != nil {
+		return nil, fmt.Errorf("inbound: %w", err)
+	}
+	return p, nil
 }
 
 // ServeConn carries one connection from here to its end, and closes it. The end of ctx cuts it.
@@ -69,23 +90,81 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		return
 	}
 
-	// Detection of the protocol will stand here. Until then everything is opaque, and the upstream is dialled without
-	// waiting for downstream to speak, so that it may speak first.
-	up, err := p.dialer.Dial(w, source(dst), target(dst))
-	if err != nil {
-		p.refuse(record, down, upstream.Reason(err), err)
-		return
+	// Whoever speaks first decides. When downstream says nothing, the upstream is dialled all the same: it may be the one
+	// that speaks first.
+	to := upstream.Target{Source: source(dst), Address: target(dst)}
+	sniffer := sniff.Sniffer{Down: down, Hold: p.config.DetectionHold}
+	protocol := sniff.Opaque
+	if p.looksInto(dst) {
+		if protocol, err = sniffer.First(w, p.config.DetectionDelay); err != nil {
+			sniffer.Read.Release()
+			p.refuse(record, down, sniff.Reason(err), err)
+			return
+		}
 	}
-	record.UpstreamLocal = up.LocalAddr()
+	var up *tcp.Conn
+	if protocol != sniff.HTTP1 && protocol != sniff.HTTP2 {
+		if up, err = p.dial(w, record, to); err != nil {
+			sniffer.Read.Release()
+			p.refuse(record, down, upstream.Reason(err), err)
+			return
+		}
+	}
+	if protocol == sniff.Undecided {
+		if protocol, err = sniffer.Both(w, up, p.config.IdleTimeout); err != nil {
+			sniffer.Read.Release()
+			up.Reset()
+			p.refuse(record, down, sniff.Reason(err), err)
+			return
+		}
+	}
 
+	if protocol == sniff.HTTP1 || protocol == sniff.HTTP2 {
+		p.http.Serve(w, protocol == sniff.HTTP2, httpforward.Connection{
+			Down: down, Read: sniffer.Read, Early: up,
+			Downstream: record.Downstream, OriginalDestination: dst, Target: to,
+		})
+		return // each request has a record of its own
+	}
+	if protocol == sniff.TLS {
+		record.Protocol, record.TLS = flow.TLS, sniffer.Hello
+	}
 	end, err := relay.Run(w, down, up, relay.Options{
 		IdleTimeout:      p.config.IdleTimeout,
 		HalfCloseTimeout: p.config.HalfCloseTimeout,
 		FromDown:         &record.Received,
 		FromUp:           &record.Sent,
+		DownRead:         sniffer.Read,
 	})
 	record.Close(p.config.Flows, flow.Reason(end), err)
 }
+
+// looksInto reports whether the protocol of a connection to dst is detected.
+func (p *Proxy) looksInto(dst netip.AddrPort) bool {
+	return !p.config.OpaquePorts.Contains(dst.Port()) && !p.config.ProxyProtocol.Contains(dst.Port())
+}
+
+// dial opens the upstream connection of an opaque connection, or of one that has not spoken yet.
+func (p *Proxy) dial(w *tcp.Waiter, record *flow.Record, to upstream.Target) (*tcp.Conn, error) {
+	up, err := p.dialer.Dial(w, to.Source, to.Address)
+	if err != nil {
+		return nil, err
+	}
+	record.UpstreamLocal = up.LocalAddr()
+	if p.config.ProxyProtocol.Contains(to.Address.Port()) {
+		if err := upstream.WriteProxyHeader(up, record.Downstream, record.OriginalDestination); err != nil {
+			up.Reset()
+			return nil, err
+		}
+	}
+	return up, nil
+}
+
+// Announce and Drain tell the HTTP engine; see there.
+func (p *Proxy) Announce() { p.http.Announce() }
+
+// Drain lets connections without a request end.
+func (p *Proxy) Drain() { p.http.Drain() }
 
 // Refuse resets a connection for which there is no room.
 func (p *Proxy) Refuse(down *tcp.Conn) {

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
 )
 
 // The functions below add flags whose default is what target holds, and whose errors say what would be right.
@@ -35,6 +36,37 @@ func choiceFlag(flags *pflag.FlagSet, target *string, name, usage string, choice
 		return text, nil
 	}
 	parsed(flags, target, parse, name, "", *target, strings.Join(choices, "|"), usage)
+}
+
+// portsFlag chooses no port as long as it is not given.
+func portsFlag(flags *pflag.FlagSet, target *capture.Ports, name, usage string) {
+	parsed(flags, target, capture.ParsePorts, name, "", "", "ports", usage)
+}
+
+// switchFlag sets all of its targets, which are on by default.
+func switchFlag(flags *pflag.FlagSet, name, usage string, targets ...*bool) {
+	both := func(text string) (bool, error) {
+		on, err := parseSwitch(text)
+		if err == nil {
+			for _, target := range targets {
+				*target = on
+			}
+		}
+		return on, err
+	}
+	parsed(flags, new(bool), both, name, "", "true", "true|false", usage).NoOptDefVal = "true"
+}
+
+func parseForwardedFor(text string) (httpforward.ForwardedFor, error) {
+	switch text {
+	case "set-if-absent":
+		return httpforward.ForwardedForSetIfAbsent, nil
+	case "append":
+		return httpforward.ForwardedForAppend, nil
+	case "off":
+		return httpforward.ForwardedForOff, nil
+	}
+	return 0, fmt.Errorf("%q is unknown: use one of set-if-absent, append, off", text)
 }
 
 func parseDuration(text string) (time.Duration, error) {

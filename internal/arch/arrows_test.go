@@ -14,15 +14,18 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/netns"},
+	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward", "internal/netns"},
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "iptables", "internal/capture", "internal/flow",
-		"internal/listener", "internal/localaddr", "internal/tcp"},
+		"internal/httpforward", "internal/listener", "internal/localaddr", "internal/tcp", "internal/upstream"},
 		"the housekeeper builds every part and knows the order in which they stop"},
 	{"inbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"iptables", []string{"internal/capture", "internal/netns"}, "rules are data about what is captured, applied in a namespace"},
 	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
+	{"internal/sniff", []string{"internal/flow", "internal/tcp"}, "what is read stays in a buffer, and what was seen goes into the record"},
+	{"internal/httpforward", []string{"internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
+		"an engine is made of a codec, upstream connections and records; what stops being HTTP becomes a relay"},
 	{"internal/relay", []string{"internal/tcp"}, "the relay waits for two connections at once"},
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
@@ -31,7 +34,7 @@ var arrows = []struct {
 
 // proxyRooms are the steps that a direction's walk is made of.
 var proxyRooms = []string{
-	"internal/capture", "internal/flow", "internal/relay", "internal/sniff", "internal/tcp", "internal/upstream",
+	"internal/capture", "internal/flow", "internal/httpforward", "internal/relay", "internal/sniff", "internal/tcp", "internal/upstream",
 }
 
 func TestImportsFollowTheArrows(t *testing.T) {

@@ -37,6 +37,11 @@ type Ports struct {
 // None tells whether no port is chosen.
 func (p Ports) None() bool { return !p.All && len(p.List) == 0 }
 
+// Contains tells whether port is chosen.
+func (p Ports) Contains(port uint16) bool {
+	return p.All || slices.ContainsFunc(p.List, func(r PortRange) bool { return r.Contains(port) })
+}
+
 // Prefixes is a choice of networks: all addresses or a list. The zero value chooses none.
 type Prefixes struct {
 	All  bool

@@ -57,15 +57,14 @@ func trim(p []byte, start int) (from, to int) {
 	return from, to
 }
 
-// same reports whether p is the word lower in any case. Setting bit 5 makes a letter small, and leaves what else a word
-// has ('-' and digits) as it is. It also makes such a character of a control, so p or lower must hold nothing but
-// letters, or p must be a token.
+// same reports whether p is lower, a word of small letters, digits and hyphens, in any case of ASCII. Bit 5 is what makes
+// a letter small. It makes digits and hyphens of control characters, too, and those are not the same.
 func same(p []byte, lower string) bool {
 	if len(p) != len(lower) {
 		return false
 	}
 	for i, c := range p {
-		if c|0x20 != lower[i] {
+		if l := lower[i]; c != l && (c|0x20 != l || l < 'a') {
 			return false
 		}
 	}

@@ -59,9 +59,6 @@ func (h *Head) dropNamed(b, value []byte, named int, o *Options) int {
 	for len(value) > 0 {
 		var option []byte
 		option, value = element(value)
-		if run(option, token) != len(option) {
-			continue
-		}
 		switch {
 		case same(option, "close"):
 			o.Close = true
@@ -89,7 +86,7 @@ func protected(name []byte) bool {
 
 func (h *Head) dropName(b, name []byte) {
 	for i := range h.Fields {
-		if f := &h.Fields[i]; f.Known == Unknown && bytes.EqualFold(f.Name.In(b), name) {
+		if f := &h.Fields[i]; bytes.EqualFold(f.Name.In(b), name) {
 			f.Dropped = true
 		}
 	}

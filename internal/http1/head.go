@@ -231,7 +231,8 @@ func fieldError(line []byte) error {
 	return ErrBadFieldName
 }
 
-// finish looks at the head as a whole, behind the empty line. As many CRs as lines that end with CRLF leave none elsewhere.
+// finish looks at the head as a whole, once the empty line is there. When there are as many CRs as lines that end with
+// CRLF, none is anywhere else.
 func (h *Head) finish(b []byte, request bool) error {
 	head := b[:h.next]
 	switch {

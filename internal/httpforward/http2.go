@@ -238,13 +238,9 @@ func (m *multiplex) end() {
 	m.toDown.release()
 }
 
-// partingTime is how long a connection that ends is given to take its last frames and to close its half. Closed at once,
-// with unread bytes, it would be reset, and they be lost.
-const partingTime = time.Second
-
 // part delivers what is written, says that nothing more comes, and reads until downstream closes as well.
 func (m *multiplex) part() {
-	deadline := time.Now().Add(partingTime)
+	deadline := time.Now().Add(lingerTime)
 	for !m.toDown.flush() {
 		if m.toDown.dstErr != nil || m.w.Wait(deadline, m.Down, nil) != nil {
 			return

@@ -187,8 +187,8 @@ type leaving uint8
 
 const (
 	stays leaving = iota
-	announcedLeave
-	told
+	endAnnounced
+	endTold
 )
 
 // leaveGrace is how long new streams are served after the end was announced: those that were on their way.
@@ -206,10 +206,10 @@ func (m *multiplex) drain() {
 			m.toDown.insert(http2.AppendGoAway(m.toDown.scratch, http2.MaxStream, http2.NoError, ""))
 			m.toDown.flush()
 		}
-		m.leaving, m.leaveAt = announcedLeave, m.now().Add(leaveGrace)
-	case m.leaving == announcedLeave && !m.now().Before(m.leaveAt):
+		m.leaving, m.leaveAt = endAnnounced, m.now().Add(leaveGrace)
+	case m.leaving == endAnnounced && !m.now().Before(m.leaveAt):
 		m.late(leaveLimit)
-	case m.leaving == told && m.streams.active == 0 && m.toDown.idle():
+	case m.leaving == endTold && m.streams.active == 0 && m.toDown.idle():
 		m.over = parts
 	}
 }
@@ -245,7 +245,7 @@ func (m *multiplex) deadline() (at time.Time, why limit) {
 		}
 		sooner(limit, m.lastMove, after)
 	}
-	if m.leaving == announcedLeave {
+	if m.leaving == endAnnounced {
 		sooner(leaveLimit, m.leaveAt, 0)
 	}
 	if len(m.waiting) > 0 {
@@ -284,7 +284,7 @@ func (m *multiplex) late(why limit) {
 		m.leave(http2.NoError, "", flow.UpstreamUnreachable, nil)
 	case leaveLimit:
 		m.sayGoAway(http2.NoError, "")
-		m.leaving = told
+		m.leaving = endTold
 	case requestLimit:
 		m.requestsLate()
 	}

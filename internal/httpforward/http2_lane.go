@@ -21,13 +21,14 @@ type lane struct {
 	other    *lane // the way back
 	src, dst *tcp.Conn
 
-	in      *tcp.Buffer // nil while nothing is read that is not dealt with
-	parsed  int         // bytes of in that are dealt with; out may point at them
-	out     tcp.Vector  // whole frames, pieces of in and of scratch
-	scratch []byte      // frames and headers that are not in in
-	ended   []*stream   // their records close when out is written
-	bulk    bool        // the last read filled its buffer
-	long    bool        // the turn ended with more to read
+	in       *tcp.Buffer // nil while nothing is read that is not dealt with
+	parsed   int         // bytes of in that are dealt with; out may point at them
+	out      tcp.Vector  // whole frames, pieces of in and of scratch
+	scratch  []byte      // frames and headers that are not in in
+	outgrown [][]byte    // what scratch was before it grew; out may point at it
+	ended    []*stream   // their records close when out is written
+	bulk     bool        // the last read filled its buffer
+	long     bool        // the turn ended with more to read
 
 	srcErr, dstErr error // io.EOF of src is its orderly end
 
@@ -115,6 +116,8 @@ func (l *lane) flush() bool {
 	}
 	l.out.Reset()
 	l.scratch = l.scratch[:0]
+	clear(l.outgrown)
+	l.outgrown = l.outgrown[:0]
 	if l.in != nil {
 		l.in.Discard(l.parsed)
 		l.parsed = 0
@@ -320,6 +323,9 @@ func (l *lane) frame(h http2.Header, b []byte) error {
 // scratch has moved. A server speaks of its settings first: until then the frames are held in scratch.
 func (l *lane) insert(scratch []byte) {
 	was := len(l.scratch)
+	if cap(scratch) != cap(l.scratch) && was > 0 {
+		l.outgrown = append(l.outgrown, l.scratch)
+	}
 	l.scratch = scratch
 	if !l.holds() {
 		l.out.Append(scratch[was:])

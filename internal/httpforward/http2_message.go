@@ -302,7 +302,7 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 		to.GRPCStatus = s.name(r.grpcStatus())
 		add("content-type", "application/grpc")
 		add("grpc-status", r.grpcStatus())
-		add("grpc-message", strings.ReplaceAll(r.body, "%", "%25"))
+		add("grpc-message", r.grpcMessage())
 	} else if text != "" || s.head {
 		add("content-type", "text/plain")
 		add("content-length", strconv.FormatInt(size, 10))

@@ -78,3 +78,12 @@ func (e *Engine) Announce() { e.state.CompareAndSwap(serving, announced) }
 // Drain ends connections as soon as they have no request: HTTP/1 closes those that wait for one, HTTP/2 says GOAWAY. Wake
 // the poller after it: connections that wait look at the state then.
 func (e *Engine) Drain() { e.state.Store(draining) }
+
+// Serve serves the requests of a connection until it ends, by HTTP/2 or HTTP/1.
+func (e *Engine) Serve(w *tcp.Waiter, http2 bool, c Connection) {
+	if http2 {
+		e.ServeHTTP2(w, c)
+		return
+	}
+	e.ServeHTTP1(w, c)
+}

@@ -2,8 +2,11 @@ package httpforward
 
 import (
 	"errors"
+	"net/http"
+	"strconv"
 	"strings"
 	"syscall"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -62,6 +65,70 @@ func dialReply(err error) reply {
 	}
 	return resetReply(503, reason, "UF", "remote connection failure", transport)
 }
+
+// refuse answers a request in upstream's place and closes its record. The connection goes on when the whole request has
+// come.
+func (x *exchange) refuse(r reply, err error) ending {
+	end := linger
+	if x.started && x.request.body.Done() && r.reason != flow.BadFraming && !x.downstreamCloses() && !x.s.ended {
+		end = next
+	}
+	x.s.dropUpstream()
+	m := &x.response
+	m.dst = x.s.Down
+	m.head = x.appendReply(m.head[:0], r, end != next)
+	m.out.Reset()
+	m.out.Append(m.head)
+	for deadline := time.Now().Add(lingerTime); m.out.Len() > 0; {
+		if m.put() == 0 && (m.dstErr != nil || x.s.w.Wait(deadline, x.s.Down, nil) != nil) {
+			end = cut
+			break
+		}
+	}
+	return x.close(r.reason, err, end)
+}
+
+// appendReply builds a whole response, and notes it in the record. gRPC does not look at the status of HTTP, so it is told
+// in its own way, as trailers without a body.
+func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
+	to := &x.record.HTTP
+	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
+	if x.grpc {
+		to.Status = http.StatusOK
+	}
+	dst = append(dst, "HTTP/1.1 "...)
+	dst = strconv.AppendInt(dst, int64(to.Status), 10)
+	dst = append(dst, ' ')
+	dst = append(dst, http.StatusText(to.Status)...)
+	dst = append(dst, "\r\nserver: pillion\r\ndate: "...)
+	dst = time.Now().UTC().AppendFormat(dst, http.TimeFormat)
+	body := r.body
+	if x.grpc {
+		dst = append(dst, "\r\ncontent-type: application/grpc\r\ngrpc-status: "...)
+		dst = append(dst, r.grpcStatus()...)
+		dst = append(dst, "\r\ngrpc-message: "...)
+		dst = append(dst, r.grpcMessage()...)
+		body = ""
+	} else {
+		dst = append(dst, "\r\ncontent-type: text/plain"...)
+	}
+	dst = append(dst, "\r\ncontent-length: "...)
+	dst = strconv.AppendInt(dst, int64(len(body)), 10)
+	if closes {
+		dst = append(dst, "\r\nConnection: close"...)
+	} else if x.requestHead.Minor == 0 {
+		dst = append(dst, "\r\nConnection: keep-alive"...)
+	}
+	dst = append(dst, "\r\n\r\n"...)
+	if string(to.Method) != http.MethodHead {
+		dst = append(dst, body...)
+	}
+	return dst
+}
+
+// grpcMessage is the body as gRPC has it in a field: what is not plain ASCII is percent-encoded, and so is the percent
+// sign. No body of ours needs it but for that sign.
+func (r reply) grpcMessage() string { return strings.ReplaceAll(r.body, "%", "%25") }
 
 // grpcStatus is the gRPC status that stands for the reply's HTTP status, by gRPC's own table for proxies that do not
 // speak it (HTTP to gRPC status code mapping).

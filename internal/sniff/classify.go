@@ -52,8 +52,11 @@ func classifyLine(first []byte) Protocol {
 		line, whole = bytes.TrimSuffix(first[:end], []byte{'\r'}), true
 	}
 	method := 0
-	for method < len(line) && tokenByte(line[method]) {
+	for method < len(line) && methodByte(line[method]) {
 		method++
+	}
+	if method > maxMethod {
+		return Opaque
 	}
 	if method == len(line) && !whole {
 		return Undecided
@@ -96,10 +99,13 @@ func classifyVersion(text []byte, whole bool) Protocol {
 	return Opaque
 }
 
-// tokenByte reports whether c may stand in a token (RFC 9110 §5.6.2).
-func tokenByte(c byte) bool {
-	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || digit(c) || bytes.IndexByte([]byte("!#$%&'*+-.^_`|~"), c) >= 0
-}
+// maxMethod is the length of the longest method that is looked for. The longest one that is registered has 17 letters.
+const maxMethod = 32
+
+// methodByte reports whether c may stand in a method. The grammar allows any token, but every method that is registered,
+// and nearly every other, is made of these; and what may begin a request is held until it is known, so the less the
+// better: most words of other protocols go on at their first letter.
+func methodByte(c byte) bool { return 'A' <= c && c <= 'Z' || digit(c) || c == '-' || c == '_' }
 
 // targetByte reports whether c may stand in a request target. Bytes above ASCII are not allowed there, and sent all the
 // same.

@@ -1,6 +1,10 @@
 package sniff
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
 
 // The TLS constants that a ClientHello is made of (RFC 8446 §4 and §5.1, RFC 6066 §3, RFC 7301 §3.1).
 const (
@@ -14,22 +18,16 @@ const (
 	serverNameHost      = 0
 )
 
-// Hello is what a TLS client says in the clear.
-type Hello struct {
-	ServerName string   // empty when it names none
-	ALPN       []string // the protocols that it offers, in its order
-}
-
 // parseHello reads a ClientHello. The protocol is TLS when it is whole and sound, Undecided while bytes are missing, and
 // else Opaque.
-func parseHello(first []byte) (Hello, Protocol) {
+func parseHello(first []byte) (flow.Hello, Protocol) {
 	message, protocol := handshake(first)
 	if protocol != TLS {
-		return Hello{}, protocol
+		return flow.Hello{}, protocol
 	}
 	hello, ok := readHello(message)
 	if !ok {
-		return Hello{}, Opaque
+		return flow.Hello{}, Opaque
 	}
 	return hello, TLS
 }
@@ -76,7 +74,7 @@ func handshake(first []byte) ([]byte, Protocol) {
 }
 
 // readHello reads the fields of a ClientHello (RFC 8446 §4.1.2) up to the extensions that we want.
-func readHello(message []byte) (hello Hello, ok bool) {
+func readHello(message []byte) (hello flow.Hello, ok bool) {
 	s := text(message)
 	s.skip(2 + 32) // version and random
 	s.vector8()    // session

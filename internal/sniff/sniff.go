@@ -11,6 +11,9 @@ import (
 	"io"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
@@ -23,7 +26,7 @@ type Sniffer struct {
 	// Read is what was read from Down, nil when nothing was. It is the caller's once sniffing is over.
 	Read *tcp.Buffer
 
-	Hello Hello // of a TLS connection
+	Hello flow.Hello // of a TLS connection
 
 	began time.Time // when the first byte was there
 }
@@ -120,4 +123,17 @@ func (s *Sniffer) judge() Protocol {
 		s.Hello, _ = parseHello(s.Read.Bytes())
 	}
 	return protocol
+}
+
+// Reason names what an error of First or Both means for the flow.
+func Reason(err error) flow.Reason {
+	switch {
+	case errors.Is(err, tcp.ErrDeadline):
+		return flow.IdleTimeout
+	case errors.Is(err, tcp.ErrCanceled):
+		return flow.DrainDeadline
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE):
+		return flow.NoDescriptors // the wait failed, not the connection
+	}
+	return flow.DownstreamReset
 }

@@ -26,7 +26,7 @@ func (v *Vector) Append(p []byte) {
 	base := unsafe.SliceData(p)
 	if last := len(v.pieces) - 1; last >= v.next {
 		piece := &v.pieces[last]
-		if unsafe.Add(unsafe.Pointer(piece.Base), piece.Len) == unsafe.Pointer(base) {
+		if uintptr(unsafe.Pointer(piece.Base))+uintptr(piece.Len) == uintptr(unsafe.Pointer(base)) {
 			piece.Len += uint64(len(p))
 			return
 		}

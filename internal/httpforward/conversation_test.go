@@ -1,0 +1,128 @@
+package httpforward
+
+import (
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// A conversation is what a client and an upstream say through the engine, one step a line:
+//
+//	> text     the client sends it
+//	>> text    upstream reads exactly that, on the connection that it has; the first time it accepts one
+//	< text     upstream sends it
+//	<< text    the client reads exactly that
+//	other      a deed, see below
+//
+// In the texts, \r and \n are written so, and $ stands for \r\n.
+type conversation struct {
+	name   string
+	script string
+	want   []told // what the records say: only reason, status, flags, received and sent are looked at
+}
+
+// deeds are the steps that are no text.
+var deeds = map[string]func(t *testing.T, s *stage){
+	"client closes its half":      func(t *testing.T, s *stage) { s.client.CloseWrite() },
+	"client closes":               func(t *testing.T, s *stage) { s.client.Close() },
+	"client resets":               func(t *testing.T, s *stage) { s.client.SetLinger(0); s.client.Close() },
+	"client reads the end":        func(t *testing.T, s *stage) { readsEnd(t, s.client, "the client") },
+	"client is reset":             func(t *testing.T, s *stage) { readsReset(t, s.client, "the client") },
+	"client connects again":       func(t *testing.T, s *stage) { s.client = s.rig.dial(t) },
+	"upstream closes its half":    func(t *testing.T, s *stage) { s.upstream().CloseWrite() },
+	"upstream closes":             func(t *testing.T, s *stage) { s.upstream().Close() },
+	"upstream resets":             func(t *testing.T, s *stage) { s.upstream().SetLinger(0); s.upstream().Close() },
+	"upstream reads the end":      func(t *testing.T, s *stage) { readsEnd(t, s.upstream(), "upstream") },
+	"upstream is reset":           func(t *testing.T, s *stage) { readsReset(t, s.upstream(), "upstream") },
+	"upstream gets a connection":  func(t *testing.T, s *stage) { s.server = s.origin.accept() },
+	"upstream listens no more":    func(t *testing.T, s *stage) { s.origin.listener.Close() },
+	"the end is announced":        func(t *testing.T, s *stage) { s.rig.engine.Announce() },
+	"the agent drains":            func(t *testing.T, s *stage) { s.rig.engine.Drain(); s.rig.poller.WakeAll() },
+	"nothing is left in the pool": func(t *testing.T, s *stage) { s.pooled(t, 0) },
+	"the pool has a connection":   func(t *testing.T, s *stage) { s.pooled(t, 1) },
+}
+
+// stage is where a conversation takes place.
+type stage struct {
+	t      *testing.T
+	rig    *rig
+	origin *origin
+	client *net.TCPConn
+	server *net.TCPConn
+}
+
+func (s *stage) upstream() *net.TCPConn {
+	if s.server == nil {
+		s.server = s.origin.accept()
+	}
+	return s.server
+}
+
+func (s *stage) pooled(t *testing.T, want int) {
+	t.Helper()
+	within(t, "the pool is right", func() bool { return s.rig.pool.Idle() == want })
+}
+
+func readsEnd(t *testing.T, conn net.Conn, who string) {
+	t.Helper()
+	rest, err := io.ReadAll(conn)
+	if len(rest) > 0 || err != nil {
+		t.Fatalf("%s reads %q and %v, want the end", who, rest, err)
+	}
+}
+
+func readsReset(t *testing.T, conn net.Conn, who string) {
+	t.Helper()
+	rest, err := io.ReadAll(conn)
+	if len(rest) > 0 || !errors.Is(err, syscall.ECONNRESET) {
+		t.Fatalf("%s reads %q and %v, want a reset", who, rest, err)
+	}
+}
+
+var escapes = strings.NewReplacer(`\r`, "\r", `\n`, "\n", `\0`, "\x00", `\t`, "\t", "$", "\r\n")
+
+// play acts a conversation out.
+func (c conversation) play(t *testing.T, configure ...func(*Config)) {
+	o := newOrigin(t)
+	s := &stage{t: t, origin: o, rig: newRig(t, o.address, false, append([]func(*Config){plain}, configure...)...)}
+	s.client = s.rig.dial(t)
+	for line := range strings.Lines(c.script) {
+		line = strings.TrimSpace(line)
+		if line == "" {
+			continue
+		}
+		t.Log(line)
+		verb, text, _ := strings.Cut(line, " ")
+		text = escapes.Replace(text)
+		switch verb {
+		case ">":
+			send(t, s.client, text)
+		case ">>":
+			expect(t, s.upstream(), text)
+		case "<":
+			send(t, s.upstream(), text)
+		case "<<":
+			expect(t, s.client, text)
+		default:
+			deed := deeds[line]
+			if deed == nil {
+				t.Fatalf("%q is no deed", line)
+			}
+			deed(t, s)
+		}
+	}
+	s.client.Close()
+	for i, want := range c.want {
+		got := s.rig.records.await(t, i)
+		if got.reason != want.reason || got.status != want.status || got.flags != want.flags ||
+			got.received != want.received || got.sent != want.sent {
+			t.Errorf("record %d is %+v, want %+v", i, got, want)
+		}
+	}
+	if n := s.rig.records.count(); n > len(c.want) {
+		t.Errorf("%d records, want %d", n, len(c.want))
+	}
+}

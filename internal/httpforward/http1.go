@@ -1,0 +1,591 @@
+package httpforward
+
+import (
+	"errors"
+	"io"
+	"net/netip"
+	"runtime"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/relay"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+)
+
+// lingerTime is how long the rest of a request is read and thrown away after an answer that ends the connection. Closed
+// at once, the connection would be reset, and the answer destroyed before it is read (RFC 9112 §9.6).
+const lingerTime = time.Second
+
+// idleCheck is how long an upstream connection must have been idle to be asked, before it is used, whether it was closed.
+// A shorter pause leaves that to the poller, and spares a system call of each request of a busy connection.
+const idleCheck = 20 * time.Millisecond
+
+// session is one HTTP/1 downstream connection and what is upstream of it. Between two requests it holds no buffer.
+type session struct {
+	engine *Engine
+	w      *tcp.Waiter
+	Connection
+
+	up      *tcp.Conn // kept from one request to the next; nil: none
+	upLocal netip.AddrPort
+	used    bool      // up may be closed by its server at any time: it has served before, or has lain idle
+	lastUse time.Time // of up
+	bound   bool      // up is authenticated for this downstream (NTLM, Negotiate): nobody else may have it
+
+	ended bool // downstream has closed its half
+}
+
+// ending is what comes after a request.
+type ending uint8
+
+const (
+	next   ending = iota // another request
+	shut                 // close in order
+	linger               // close in order, after reading what is still on its way
+	cut                  // reset: the response is not complete
+)
+
+// ServeHTTP1 serves the HTTP/1 requests of a connection until it ends.
+func (e *Engine) ServeHTTP1(w *tcp.Waiter, c Connection) {
+	s := session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil}
+	if s.up != nil {
+		s.upLocal = s.up.LocalAddr()
+	}
+	end := shut
+	for s.awaitRequest() {
+		x := takeExchange(&s)
+		end = x.run()
+		x.release()
+		if end != next {
+			break
+		}
+		end = shut
+	}
+	s.end(end)
+}
+
+// awaitRequest returns true when there are bytes of a request, and false when none comes any more.
+//
+// When upstream closes meanwhile, downstream is closed, too, as it would have seen without us. A request that was sent
+// before that is served: it gets another upstream.
+func (s *session) awaitRequest() bool {
+	for {
+		if s.Read != nil {
+			return true
+		}
+		if s.ended {
+			return false
+		}
+		if s.Down.Readable() {
+			s.Read = tcp.TakeBuffer()
+			n, err := s.Read.Fill(s.Down)
+			if n > 0 {
+				return true
+			}
+			s.releaseRead()
+			if err != tcp.ErrAgain {
+				return false
+			}
+		}
+		if s.engine.state.Load() == draining || s.up != nil && s.up.Readable() && !s.up.Quiet() {
+			return false
+		}
+		if s.w.Wait(after(s.engine.config.IdleTimeout), s.Down, s.up) != nil {
+			return false
+		}
+	}
+}
+
+// after is the time at which a limit that begins now ends; zero for none.
+func after(limit time.Duration) time.Time {
+	if limit <= 0 {
+		return time.Time{}
+	}
+	return time.Now().Add(limit)
+}
+
+func (s *session) releaseRead() {
+	s.Read.Release()
+	s.Read = nil
+}
+
+// end closes downstream, and gives upstream to whoever has the next request for it.
+func (s *session) end(how ending) {
+	if s.Read != nil {
+		s.releaseRead()
+		if how == shut {
+			how = linger // what downstream sent behind its last request is not read any more
+		}
+	}
+	switch how {
+	case cut:
+		s.Down.Reset()
+	case linger:
+		s.linger()
+	}
+	s.Down.Close()
+	if s.up != nil {
+		if s.bound || s.lastUse.IsZero() {
+			s.up.Close()
+		} else {
+			s.engine.config.Pool.Give(s.Target, s.up)
+		}
+	}
+}
+
+// linger says that nothing more comes, and reads until downstream closes as well, for a while.
+func (s *session) linger() {
+	if s.Down.CloseWrite() != nil {
+		return
+	}
+	deadline := time.Now().Add(lingerTime)
+	waste := tcp.TakeBuffer()
+	defer waste.Release()
+	for {
+		_, err := waste.Fill(s.Down)
+		waste.Discard(waste.Len())
+		if err == tcp.ErrAgain {
+			err = s.w.Wait(deadline, s.Down, nil)
+		} else if err == nil && time.Now().After(deadline) {
+			err = tcp.ErrDeadline
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// dropUpstream closes upstream, whose state is not known any more.
+func (s *session) dropUpstream() {
+	if s.up != nil {
+		s.up.Reset()
+		s.up = nil
+	}
+}
+
+// connect finds an upstream connection: the one of the last request, one from the pool, or a fresh one.
+func (s *session) connect(now time.Time) error {
+	if s.up != nil && (s.up.Readable() || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
+		s.up.Close()
+		s.up = nil
+	}
+	if s.up != nil {
+		return nil
+	}
+	if s.up = s.engine.config.Pool.Take(s.Target); s.up != nil {
+		s.used, s.lastUse = true, now
+		s.upLocal = s.up.LocalAddr()
+		return nil
+	}
+	return s.dial()
+}
+
+// dial makes a fresh upstream connection.
+func (s *session) dial() error {
+	up, err := s.engine.config.Dialer.Dial(s.w, s.Target.Source, s.Target.Address)
+	if err != nil {
+		return err
+	}
+	s.up, s.used, s.lastUse, s.upLocal = up, false, time.Time{}, up.LocalAddr()
+	return nil
+}
+
+// run carries one request and its response, and says how the connection goes on. It closes the record.
+func (x *exchange) run() ending {
+	x.record.Opened = time.Now()
+	if answer, err := x.readHead(); err != nil {
+		return x.left(err)
+	} else if answer != nil {
+		return x.refuse(*answer, x.failure)
+	}
+	if err := x.s.connect(x.record.Opened); err != nil {
+		return x.noUpstream(err)
+	}
+	x.send()
+	for {
+		long := x.request.move()
+		long = x.receive() || long
+		if end, over := x.judge(); over {
+			return end
+		}
+		if long {
+			runtime.Gosched() // others wait
+			continue
+		}
+		switch err := x.s.w.Wait(x.deadline(), x.s.Down, x.s.up); {
+		case err == nil:
+		case errors.Is(err, tcp.ErrDeadline):
+			return x.late(err)
+		default:
+			return x.close(flow.DrainDeadline, nil, cut)
+		}
+	}
+}
+
+// readHead reads the head of the request and builds the one that goes upstream. It returns a reply when the request is
+// not served, and an error when downstream is gone.
+func (x *exchange) readHead() (*reply, error) {
+	s := x.s
+	limits := s.engine.limits()
+	var deadline time.Time
+	for {
+		done, err := x.requestHead.ParseRequest(s.Read.Bytes(), limits)
+		if err != nil {
+			return x.malformed(err), nil
+		}
+		if done {
+			break
+		}
+		_, err = s.Read.Fill(s.Down)
+		switch {
+		case err == nil:
+			continue
+		case err == tcp.ErrFull && s.Read.Grow(limits.Head+1): // one more, so that too much is noticed
+			continue
+		case err != tcp.ErrAgain:
+			return nil, err
+		}
+		if deadline.IsZero() {
+			deadline = after(s.engine.config.HeadTimeout)
+		}
+		switch err := s.w.Wait(deadline, s.Down, s.up); {
+		case errors.Is(err, tcp.ErrDeadline):
+			return &replyHeadTimeout, nil
+		case err != nil:
+			return nil, err
+		}
+	}
+	return x.acceptRequest(limits), nil
+}
+
+// malformed chooses the reply for a request that cannot be read.
+func (x *exchange) malformed(err error) *reply {
+	x.failure = err
+	switch {
+	case errors.Is(err, http1.ErrHeadTooLarge):
+		return &replyHeadTooLarge
+	case errors.Is(err, http1.ErrTooManyFields):
+		return &replyTooManyFields
+	}
+	return &replyBadRequest
+}
+
+// acceptRequest decides the framing of the request and builds its head.
+func (x *exchange) acceptRequest(limits http1.Limits) *reply {
+	b := x.s.Read.Bytes()
+	x.note(b)
+	framing, err := x.requestHead.RequestFraming(b)
+	if err != nil {
+		return x.malformed(err)
+	}
+	x.request.src = x.s.Down
+	x.request.head = x.appendRequestHead(x.request.head[:0], b)
+	x.s.Read.Discard(x.requestHead.Length)
+	x.started, x.request.retain = true, true
+	x.request.start(x.s.Read, framing, limits)
+	if x.request.bad != nil {
+		return x.malformed(x.request.bad)
+	}
+	return nil
+}
+
+// send gives the request its way upstream.
+func (x *exchange) send() {
+	s := x.s
+	x.record.UpstreamLocal = s.upLocal
+	x.request.dst, x.request.bulk.Dst = s.up, s.up
+	x.response.src, x.response.dst = s.up, s.Down
+	if s.used {
+		x.sentAt = x.record.Opened
+	} else {
+		x.sentAt = time.Now() // a dial came between
+	}
+}
+
+// receive reads the response, as far as it has come, and passes it on. It reports whether there is more to do at once.
+func (x *exchange) receive() (longTurn bool) {
+	m := &x.response
+	for !x.answered {
+		if m.out.Len() > 0 { // an interim response
+			if m.put() == 0 {
+				return false
+			}
+			continue
+		}
+		if m.bad != nil || m.srcErr != nil || !x.parseResponse() {
+			return false
+		}
+	}
+	return m.move()
+}
+
+// parseResponse reads the head of a response, interim or final. It reports false when it is not complete.
+func (x *exchange) parseResponse() bool {
+	m, limits := &x.response, x.s.engine.limits()
+	if m.held() > 0 {
+		done, err := x.responseHead.ParseResponse(m.in.Bytes(), limits)
+		if err == nil && done {
+			err = x.acceptResponse(limits)
+		}
+		if m.bad = err; done || err != nil {
+			return err == nil
+		}
+	}
+	// After a failed write there may be an answer that explains it, or the end.
+	if !m.src.Readable() && x.request.dstErr == nil {
+		return false
+	}
+	if m.in == nil {
+		m.in = tcp.TakeBuffer()
+	}
+	_, err := m.in.Fill(m.src)
+	if err == tcp.ErrFull {
+		m.in.Grow(limits.Head + 1)
+		return true
+	}
+	if m.held() == 0 {
+		m.in.Release()
+		m.in = nil
+	}
+	if err == tcp.ErrAgain && x.request.dstErr != nil {
+		err = x.request.dstErr
+	}
+	if err != nil && err != tcp.ErrAgain {
+		m.srcErr = err
+	}
+	return err == nil
+}
+
+// errNotAsked refuses a response that switches protocols although the request did not ask for it.
+var errNotAsked = errors.New("upstream switched protocols unasked")
+
+// acceptResponse looks at a complete head. A final one decides the framing of the body, and how the connection goes on.
+func (x *exchange) acceptResponse(limits http1.Limits) error {
+	m, h := &x.response, &x.responseHead
+	b := m.in.Bytes()
+	x.request.settle()
+	framing, err := h.ResponseFraming(b, x.record.HTTP.Method)
+	if err != nil {
+		return err
+	}
+	switch {
+	case h.Status == 101 && !x.upgrade:
+		return errNotAsked
+	case h.Status/100 == 1 && h.Status != 101:
+		x.interim(b)
+		return nil
+	}
+	x.answered, x.upgraded = true, framing.Kind == http1.Tunnel
+	x.record.HTTP.Status = h.Status
+	x.record.HTTP.Details = "via_upstream"
+	x.record.HTTP.ServiceTime = time.Since(x.sentAt)
+	x.appendResponseHead(b, framing)
+	m.in.Discard(h.Length)
+	m.start(m.in, framing, limits) // a tunnel has no body: what follows the head is not HTTP
+	return m.bad
+}
+
+// interim passes a 1xx response on. HTTP/1.0 does not know them (RFC 9110 §15.2).
+func (x *exchange) interim(b []byte) {
+	m, h := &x.response, &x.responseHead
+	if x.requestHead.Minor > 0 {
+		h.DropHopByHop(b)
+		m.head = append(h.AppendLines(m.head[:0], b), "\r\n"...)
+		m.out.Append(m.head)
+	}
+	m.in.Discard(h.Length)
+	h.Reset()
+}
+
+// judge decides whether the exchange is over, and how the connection goes on then.
+func (x *exchange) judge() (ending, bool) {
+	request, response := &x.request, &x.response
+	x.count()
+	if x.answered && response.done() {
+		return x.answerDone()
+	}
+	if request.done() {
+		x.readAhead()
+	}
+	if err := x.downstreamGone(); err != nil {
+		return x.left(err), true
+	}
+	switch {
+	case request.bad != nil && !x.answered:
+		return x.refuse(*x.malformed(request.bad), request.bad), true
+	case request.bad != nil:
+		return x.close(flow.BadFraming, request.bad, cut), true
+	case x.answered && response.bad != nil:
+		return x.close(flow.BadResponse, response.bad, cut), true
+	case x.answered && response.srcErr != nil:
+		return x.truncated(response.srcErr), true
+	case x.answered:
+		return 0, false
+	case response.bad != nil:
+		return x.refuse(replyBadResponse, response.bad), true
+	case response.srcErr != nil && x.s.ended:
+		return x.left(response.srcErr), true
+	case response.srcErr != nil && x.mayRepeat():
+		return x.repeat()
+	case response.srcErr != nil:
+		return x.refuse(replyUpstreamClosed, response.srcErr), true
+	}
+	return 0, false
+}
+
+// answerDone ends an exchange whose response is delivered. A request whose body is still on its way goes on, as long as
+// upstream takes it.
+func (x *exchange) answerDone() (ending, bool) {
+	request := &x.request
+	if !request.done() && request.dstErr == nil && request.srcErr == nil && request.bad == nil && !x.closing {
+		return 0, false
+	}
+	s := x.s
+	if x.upgraded && request.done() {
+		return x.tunnel(), true
+	}
+	end := next
+	switch {
+	case !request.done():
+		end = linger
+	case x.closing || s.ended:
+		end = shut
+	}
+	end = x.close(flow.Completed, nil, end)
+	if request.done() && !x.upstreamCloses && !s.ended && x.response.held() == 0 {
+		s.used, s.lastUse = true, x.record.Opened.Add(x.record.Duration)
+	} else {
+		s.up.Close()
+		s.up = nil
+	}
+	return end, true
+}
+
+// downstreamGone returns why nobody waits for the response any more.
+func (x *exchange) downstreamGone() error {
+	if err := x.s.Down.Failed(); err != nil {
+		return err
+	}
+	if x.response.dstErr != nil {
+		return x.response.dstErr
+	}
+	return x.request.srcErr
+}
+
+// left ends an exchange that downstream has left: upstream learns it at once.
+func (x *exchange) left(err error) ending {
+	x.record.HTTP.Flags, x.record.HTTP.Details = "DC", "downstream_remote_disconnect"
+	if err == io.EOF {
+		return x.close(flow.DownstreamLeft, io.ErrUnexpectedEOF, shut)
+	}
+	return x.close(flow.DownstreamLeft, err, cut)
+}
+
+// readAhead reads what downstream sends before its response is complete: the next requests, as far as there is room, or
+// the end of its half, which upstream is told as it would be without us.
+func (x *exchange) readAhead() {
+	s := x.s
+	for !s.ended && s.Down.Readable() {
+		switch _, err := s.Read.Fill(s.Down); {
+		case err == io.EOF:
+			s.ended = true
+			s.up.CloseWrite()
+		case err == tcp.ErrAgain, err == tcp.ErrFull:
+			return
+		case err != nil:
+			x.request.srcErr = err
+			return
+		}
+	}
+}
+
+// truncated ends an exchange whose response stops in its middle. Downstream sees what it would see without us: the same
+// kind of end.
+func (x *exchange) truncated(err error) ending {
+	if err == io.EOF {
+		return x.close(flow.ResponseIncomplete, io.ErrUnexpectedEOF, shut)
+	}
+	return x.close(flow.ResponseIncomplete, err, cut)
+}
+
+// mayRepeat reports whether a request that got no byte of a response may be sent again: its upstream connection was not
+// fresh, so that it may have been closed before the request came, all that went out is still held, and either it does no
+// harm twice or nothing of it went out (RFC 9110 §9.2.2).
+func (x *exchange) mayRepeat() bool {
+	s := x.s
+	if !s.used || s.bound || s.ended || x.response.held() > 0 || !x.request.retain {
+		return false
+	}
+	return idempotent(x.record.HTTP.Method) || x.request.untouched()
+}
+
+// idempotent knows the methods of RFC 9110 §9.2.2.
+func idempotent(method []byte) bool {
+	switch string(method) {
+	case "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE":
+		return true
+	}
+	return false
+}
+
+// repeat sends the request again, on a fresh connection.
+func (x *exchange) repeat() (ending, bool) {
+	x.s.dropUpstream()
+	x.response.srcErr = nil
+	if err := x.s.dial(); err != nil {
+		return x.noUpstream(err), true
+	}
+	x.send()
+	x.request.again(x.s.up)
+	return 0, false
+}
+
+// deadline is when the exchange is given up, should nothing happen until then.
+func (x *exchange) deadline() time.Time {
+	config := &x.s.engine.config
+	switch {
+	case !x.answered && config.RequestTimeout > 0 && x.request.done():
+		return x.sentAt.Add(config.RequestTimeout)
+	case x.s.ended && config.HalfCloseTimeout > 0:
+		return after(config.HalfCloseTimeout)
+	}
+	return after(config.IdleTimeout)
+}
+
+// late ends an exchange at its deadline.
+func (x *exchange) late(err error) ending {
+	switch config := &x.s.engine.config; {
+	case !x.answered && config.RequestTimeout > 0 && x.request.done():
+		return x.refuse(replyRequestTimeout, err)
+	case x.s.ended:
+		return x.close(flow.HalfCloseTimeout, nil, cut)
+	}
+	return x.close(flow.IdleTimeout, nil, cut)
+}
+
+// noUpstream answers a request for which there is no upstream connection.
+func (x *exchange) noUpstream(err error) ending {
+	if errors.Is(err, tcp.ErrCanceled) {
+		return x.close(flow.DrainDeadline, err, cut)
+	}
+	return x.refuse(dialReply(err), err)
+}
+
+// tunnel carries what follows an upgrade or CONNECT, to the end of the connection.
+func (x *exchange) tunnel() ending {
+	s, config := x.s, &x.s.engine.config
+	down, up := s.Read, x.response.in
+	s.Read, x.request.in, x.response.in = nil, nil, nil
+	x.record.HTTP.Upgraded = true
+	end, err := relay.Run(s.w, s.Down, s.up, relay.Options{
+		IdleTimeout:      config.IdleTimeout,
+		HalfCloseTimeout: config.HalfCloseTimeout,
+		FromDown:         &x.record.Received,
+		FromUp:           &x.record.Sent,
+		DownRead:         down,
+		UpRead:           up,
+	})
+	s.up = nil
+	return x.close(flow.Reason(end), err, shut)
+}

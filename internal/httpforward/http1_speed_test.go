@@ -1,0 +1,74 @@
+//go:build !race
+
+package httpforward
+
+import (
+	"io"
+	"net"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+const (
+	speedRequest  = "GET /some/path HTTP/1.1\r\nHost: example.test:8080\r\nUser-Agent: test/1.0\r\nAccept: */*\r\n\r\n"
+	speedResponse = "HTTP/1.1 200 OK\r\nServer: origin\r\nDate: Mon, 23 Nov 2026 12:00:00 GMT\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello"
+)
+
+// speedRig answers every request on one upstream connection with the same bytes, without allocating.
+func speedRig(t testing.TB) (exchange func()) {
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, func(c *Config) { c.Flows = nowhere{} })
+	client := r.dial(t)
+	answer := len(speedResponse) + len("x-envoy-upstream-service-time: 0\r\n")
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		serveSpeed(o.accept())
+	}()
+	t.Cleanup(func() { client.Close(); <-served })
+	buf, request := make([]byte, 4096), []byte(speedRequest)
+	return func() {
+		if _, err := client.Write(request); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(client, buf[:answer]); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// nowhere is a sink that costs nothing.
+type nowhere struct{}
+
+func (nowhere) Closed(*flow.Record) {}
+
+func serveSpeed(conn net.Conn) {
+	buf, response := make([]byte, 4096), []byte(speedResponse)
+	for {
+		if _, err := conn.Read(buf); err != nil {
+			return
+		}
+		if _, err := conn.Write(response); err != nil {
+			return
+		}
+	}
+}
+
+func TestARequestAllocatesNothing(t *testing.T) {
+	exchange := speedRig(t)
+	for range 10 {
+		exchange()
+	}
+	if allocs := testing.AllocsPerRun(2000, exchange); allocs >= 0.1 { // the collector may empty the pools
+		t.Errorf("%v allocations for a request, want none", allocs)
+	}
+}
+
+func BenchmarkRequest(b *testing.B) {
+	exchange := speedRig(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		exchange()
+	}
+}

@@ -1,0 +1,237 @@
+package httpforward
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+// rig is an engine in front of an origin, on loopback sockets.
+type rig struct {
+	engine  *Engine
+	poller  *tcp.Poller
+	pool    *upstream.Pool
+	address string // where the engine is reached
+	records records
+}
+
+// records keeps what the engine told.
+type records struct {
+	mu     sync.Mutex
+	closed []told
+	news   chan struct{}
+}
+
+// told is a copy of a record.
+type told struct {
+	protocol                          flow.Protocol
+	method, path, authority, id, grpc string
+	status                            int
+	flags, details                    string
+	received, sent                    uint64
+	reason                            flow.Reason
+	err                               error
+	upgraded                          bool
+}
+
+func (r *records) Closed(record *flow.Record) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	h := &record.HTTP
+	r.closed = append(r.closed, told{
+		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus),
+		h.Status, h.Flags, h.Details, record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
+	})
+	select {
+	case r.news <- struct{}{}:
+	default:
+	}
+}
+
+// await returns the n-th record, once it is there.
+func (r *records) await(t testing.TB, n int) told {
+	t.Helper()
+	deadline := time.After(nettest.Patience)
+	for {
+		r.mu.Lock()
+		if len(r.closed) > n {
+			defer r.mu.Unlock()
+			return r.closed[n]
+		}
+		r.mu.Unlock()
+		select {
+		case <-r.news:
+		case <-deadline:
+			t.Fatalf("there are not %d records: %+v", n+1, r.closed)
+		}
+	}
+}
+
+func (r *records) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.closed)
+}
+
+// newRig starts an engine whose connections all lead to origin.
+func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*Config)) *rig {
+	t.Helper()
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{poller: poller, pool: upstream.NewPool(3 * time.Second), records: records{news: make(chan struct{}, 1)}}
+	config := Config{
+		Direction:    flow.Inbound,
+		Dialer:       upstream.Dialer{Poller: poller, Timeout: nettest.Patience},
+		Pool:         r.pool,
+		Flows:        &r.records,
+		MaxHeadBytes: 64 << 10, MaxHeadFields: 100,
+		Fields: Fields{ForwardedFor: ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true},
+	}
+	for _, change := range configure {
+		change(&config)
+	}
+	if r.engine, err = New(config); err != nil {
+		t.Fatal(err)
+	}
+	listener, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.address = listener.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
+	var conns sync.WaitGroup
+	conns.Go(func() {
+		for {
+			down, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			conns.Go(func() { r.serve(ctx, down, http2, upstream.Target{Address: origin}) })
+		}
+	})
+	t.Cleanup(func() {
+		listener.Close()
+		cancel()
+		conns.Wait()
+		r.pool.Close()
+		poller.Close()
+	})
+	return r
+}
+
+// serve does what a room does before it hands a connection to its engine.
+func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream.Target) {
+	w := tcp.NewWaiter(ctx)
+	defer w.Close()
+	read := tcp.TakeBuffer()
+	for {
+		if _, err := read.Fill(down); err == nil && (!http2 || read.Len() >= 24) {
+			break
+		} else if err != nil && (!errors.Is(err, tcp.ErrAgain) || w.Wait(time.Time{}, down, nil) != nil) {
+			read.Release()
+			down.Close()
+			return
+		}
+	}
+	r.engine.Serve(w, http2, Connection{
+		Down: down, Read: read, Target: to,
+		Downstream: down.RemoteAddr(), OriginalDestination: to.Address,
+	})
+}
+
+// dial opens a connection to the engine, with a deadline.
+func (r *rig) dial(t testing.TB) *net.TCPConn {
+	t.Helper()
+	conn, err := net.Dial("tcp", r.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
+	return conn.(*net.TCPConn)
+}
+
+// origin is a listener whose connections a test serves by hand.
+type origin struct {
+	t        testing.TB
+	listener *net.TCPListener
+	address  netip.AddrPort
+}
+
+func newOrigin(t testing.TB) *origin {
+	t.Helper()
+	listener, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	return &origin{t, listener.(*net.TCPListener), listener.Addr().(*net.TCPAddr).AddrPort()}
+}
+
+// accept returns the next connection that the engine makes.
+func (o *origin) accept() *net.TCPConn {
+	o.t.Helper()
+	o.listener.SetDeadline(time.Now().Add(nettest.Patience))
+	conn, err := o.listener.AcceptTCP()
+	if err != nil {
+		o.t.Fatalf("the engine did not connect: %v", err)
+	}
+	o.t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
+	return conn
+}
+
+// head reads up to and including an empty line.
+func head(t testing.TB, r *bufio.Reader) string {
+	t.Helper()
+	var text string
+	for {
+		line, err := r.ReadString('\n')
+		text += line
+		if err != nil {
+			t.Fatalf("after %q: %v", text, err)
+		}
+		if line == "\r\n" {
+			return text
+		}
+	}
+}
+
+// send writes text to a connection.
+func send(t testing.TB, conn net.Conn, text string) {
+	t.Helper()
+	if _, err := io.WriteString(conn, text); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// expect reads exactly the text.
+func expect(t testing.TB, r io.Reader, want string) {
+	t.Helper()
+	got := make([]byte, len(want))
+	if n, err := io.ReadFull(r, got); err != nil || string(got) != want {
+		t.Fatalf("read %q and %v, want %q", got[:n], err, want)
+	}
+}
+
+// ok is a small response.
+func ok(body string) string {
+	return fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+}

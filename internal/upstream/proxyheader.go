@@ -1,0 +1,28 @@
+package upstream
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+
+	"github.com/pires/go-proxyproto"
+
+	"github.com/pillion-proxy/pillion/internal/tcp"
+)
+
+// WriteProxyHeader tells a workload, as the first bytes of a fresh connection, who connected and to where: a PROXY
+// protocol header, version 2.
+func WriteProxyHeader(up *tcp.Conn, downstream, destination netip.AddrPort) error {
+	header, err := proxyproto.HeaderProxyFromAddrs(2, net.TCPAddrFromAddrPort(downstream), net.TCPAddrFromAddrPort(destination)).Format()
+	if err != nil {
+		return fmt.Errorf("writing a PROXY protocol header: %w", err)
+	}
+	// At most 52 bytes, which the empty send buffer of a fresh connection always takes at once.
+	if n, err := up.Write(header); err != nil {
+		return fmt.Errorf("writing a PROXY protocol header: %w", err)
+	} else if n < len(header) {
+		return fmt.Errorf("writing a PROXY protocol header: %w", io.ErrShortWrite)
+	}
+	return nil
+}
