@@ -43,13 +43,14 @@ func inScope(t testing.TB, fn func(t testing.TB)) {
 	fn(s)
 }
 
-// world is a pod with a workload, under pillion's rules, and a peer from which the load comes.
+// world is a pod with a workload and a peer from which the load comes. Pillion's rules are in force unless the contender
+// is the direct connection.
 type world struct {
 	pod, peer *nettest.Namespace
 	cores     cores
 }
 
-func newWorld(t testing.TB, k *kit) *world {
+func newWorld(t testing.TB, k *kit, c contender) *world {
 	t.Helper()
 	w := &world{cores: k.cores}
 	w.pod, w.peer = nettest.PodAndPeer(t)
@@ -63,10 +64,12 @@ func newWorld(t testing.TB, k *kit) *world {
 			return os.WriteFile("/proc/sys/net/ipv4/tcp_congestion_control", []byte("reno"), 0)
 		})
 	}
-	if out, err := w.pod.Run(w.pod.Command(0, 0, k.pillion, initArguments...)); err != nil {
-		t.Fatalf("pillion init: %v\n%s", err, out)
+	if !c.direct() {
+		if out, err := w.pod.Run(w.pod.Command(0, 0, k.pillion, initArguments...)); err != nil {
+			t.Fatalf("pillion init: %v\n%s", err, out)
+		}
 	}
-	startHelper(t, w.pod, w.cores.load, "workload").await(t, "warm")
+	startHelper(t, w.pod, w.cores.load, "workload", fmt.Sprintf("-direct=%v", c.direct())).await(t, "warm")
 	return w
 }
 
