@@ -27,14 +27,17 @@ type sizes struct {
 	connections      int64 // short ones
 	traced           int64 // short ones, under strace
 	messages         int64
+	requests         int64 // small ones of HTTP, as many as can be
+	paced            int64 // small ones of HTTP, at requestsPerSecond
 	idle             int64 // connections
 	settle           time.Duration
 	starts, inits    int
 }
 
 var fullSizes = sizes{
-	rounds: 3, connectionRounds: 7, bulk: 1 << 30, connections: 5000, traced: 200, messages: 40_000, idle: 3000,
-	settle: 3 * time.Second, starts: 11, inits: 15,
+	rounds: 3, connectionRounds: 7, bulk: 1 << 30, connections: 5000, traced: 200, messages: 40_000,
+	requests: 60_000, paced: 3 * requestsPerSecond, idle: 3000, settle: 3 * time.Second,
+	starts: 11, inits: 15,
 }
 
 // figures are what can be measured, in the table's order.
@@ -47,6 +50,12 @@ var figures = []struct {
 	{"calls", measureCalls},
 	{"messages", measureMessages},
 	{"idle", measureIdle},
+	{"http1", measureHTTP1},
+	{"http2", measureHTTP2},
+	{"http-connections", measureHTTPConnections},
+	{"http-bulk", measureHTTPBulk},
+	{"latency", measureLatency},
+	{"http-idle", measureHTTPIdle},
 	{"start", measureStart},
 	{"init", measureInit},
 }
@@ -200,9 +209,14 @@ func measureMessages(t testing.TB, k *kit, s sizes) []*row {
 func measureIdle(t testing.TB, k *kit, s sizes) []*row {
 	memory := &row{title: "memory per idle connection", unit: "KiB", promises: []promise{{atMost: 10}}}
 	descriptors := &row{title: "descriptors per idle connection", unit: "", promises: []promise{{atMost: 2}}}
-	rows := []*row{memory, descriptors}
-	turns{"idle", k.opaque, 1}.take(t, k, rows, func(t testing.TB, c contender, w *world, p *proxy) {
-		h := w.startLoad(t, "idle", s.idle, atATime)
+	restIdle(t, k, s, turns{"idle", k.opaque, 1}, "idle", memory, descriptors)
+	return []*row{memory, descriptors}
+}
+
+// restIdle measures what connections cost that a load of the kind has used and then leaves alone.
+func restIdle(t testing.TB, k *kit, s sizes, turns turns, kind string, memory, descriptors *row) {
+	turns.take(t, k, []*row{memory, descriptors}, func(t testing.TB, c contender, w *world, p *proxy) {
+		h := w.startLoad(t, kind, s.idle, atATime)
 		time.Sleep(s.settle / 10) // the warm-up's connections are still closing
 		residentBefore, descriptorsBefore := p.resident(t), p.descriptors(t)
 		h.finish(t)
@@ -210,7 +224,6 @@ func measureIdle(t testing.TB, k *kit, s sizes) []*row {
 		memory.add(c.name, float64(p.resident(t)-residentBefore)/1024/float64(s.idle))
 		descriptors.add(c.name, float64(p.descriptors(t)-descriptorsBefore)/float64(s.idle))
 	})
-	return rows
 }
 
 func measureStart(t testing.TB, k *kit, s sizes) []*row {

@@ -157,20 +157,23 @@ func (h *helper) readLines(out *os.File, done chan<- struct{}) {
 	}
 }
 
-// await waits for the helper's next line, which has to be word.
-func (h *helper) await(t testing.TB, word string) {
+// await waits for the helper's next line, which has to begin with word, and returns the rest of it.
+func (h *helper) await(t testing.TB, word string) string {
 	t.Helper()
 	select {
 	case line, ok := <-h.lines:
 		if !ok {
 			t.Fatalf("%v ended before it said %q", h.process.Cmd.Args, word)
 		}
-		if line != word {
+		said, rest, _ := strings.Cut(line, " ")
+		if said != word {
 			t.Fatalf("%v said %q, not %q", h.process.Cmd.Args, line, word)
 		}
+		return rest
 	case <-time.After(90 * time.Second):
 		t.Fatalf("%v did not say %q", h.process.Cmd.Args, word)
 	}
+	return ""
 }
 
 func (h *helper) say(t testing.TB, line string) {
@@ -189,9 +192,9 @@ func (w *world) startLoad(t testing.TB, kind string, count int64, workers int) *
 	return h
 }
 
-// finish runs what the load is for.
-func (h *helper) finish(t testing.TB) {
+// finish runs what the load is for and returns what it reports.
+func (h *helper) finish(t testing.TB) string {
 	t.Helper()
 	h.say(t, "go")
-	h.await(t, "done")
+	return h.await(t, "done")
 }
