@@ -43,12 +43,18 @@ func (s *stage) everyDialogue(t *testing.T, handler http.HandlerFunc, test func(
 	}
 }
 
-// newDialogue starts the server and makes the client. Both are gone when the test ends.
+// newDialogue starts the server, which is gone when the test ends, and makes the client.
 func newDialogue(t *testing.T, w way, http2 bool, handler http.HandlerFunc) *dialogue {
 	t.Helper()
 	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
 	d := &dialogue{way: w, http2: http2, url: "http://" + listener.Addr().String(), connections: new(atomic.Int64)}
 	d.serve(t, listener, handler)
+	d.client = w.client(t, http2)
+	return d
+}
+
+// client is a client at the way's beginning that speaks one version of HTTP. Its connections are gone when the test ends.
+func (w way) client(t testing.TB, http2 bool) *http.Client {
 	transport := &http.Transport{
 		Protocols: new(http.Protocols),
 		DialContext: func(_ context.Context, network, address string) (net.Conn, error) {
@@ -60,9 +66,8 @@ func newDialogue(t *testing.T, w way, http2 bool, handler http.HandlerFunc) *dia
 	}
 	transport.Protocols.SetHTTP1(!http2)
 	transport.Protocols.SetUnencryptedHTTP2(http2)
-	d.client = &http.Client{Transport: transport, Timeout: nettest.Patience}
 	t.Cleanup(transport.CloseIdleConnections)
-	return d
+	return &http.Client{Transport: transport, Timeout: nettest.Patience}
 }
 
 func (d *dialogue) serve(t *testing.T, listener net.Listener, handler http.HandlerFunc) {

@@ -42,8 +42,14 @@ func (w way) startPeer(t testing.TB, port int, program string, arguments ...stri
 			arguments[i] = address
 		}
 	}
+	complaints := &logBook{}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("%s says\n%s", program, complaints)
+		}
+	})
 	cmd := w.to.Command(workloadUID, workloadUID, program, arguments...)
-	cmd.Stderr = os.Stderr
+	cmd.Stderr = complaints
 	w.to.Start(t, cmd)
 	awaitListener(t, w.to, port)
 	return address

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
@@ -348,6 +349,7 @@ func serveEach(t testing.TB, listener net.Listener, serve func(net.Conn)) {
 			}
 			running.Go(func() {
 				defer conn.Close()
+				defer context.AfterFunc(t.Context(), func() { conn.Close() })() // the agent may keep it for a while
 				conn.SetDeadline(time.Now().Add(time.Minute))
 				serve(conn)
 			})
