@@ -8,6 +8,9 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
 // refused is the body of the answer to a request whose upstream refuses the connection. People's alerts know it.
@@ -19,10 +22,7 @@ func TestARequestToNobodyIsAnswered503(t *testing.T) {
 	s := newStage(t)
 	s.eachDirection(t, func(t *testing.T, w way) {
 		for _, http2 := range []bool{false, true} {
-			response, err := w.client(t, http2).Get("http://" + netip.AddrPortFrom(w.address, 9).String() + "/nobody")
-			if err != nil {
-				t.Fatalf("HTTP/2 %v: %v", http2, err)
-			}
+			response := w.askNobody(t, http2, "/nobody", "text/plain")
 			if got := text(t, response); response.StatusCode != 503 || got != refused {
 				t.Errorf("HTTP/2 %v: status %d, %q", http2, response.StatusCode, got)
 			}
@@ -46,15 +46,7 @@ func TestAGRPCCallToNobodyIsUnavailable(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		for _, http2 := range []bool{false, true} {
-			request, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+netip.AddrPortFrom(w.address, 9).String()+"/a.B/C", nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			request.Header.Set("Content-Type", "application/grpc")
-			response, err := w.client(t, http2).Do(request)
-			if err != nil {
-				t.Fatalf("HTTP/2 %v: %v", http2, err)
-			}
+			response := w.askNobody(t, http2, "/a.B/C", "application/grpc")
 			text(t, response)
 			status := response.Header.Get("Grpc-Status") + response.Trailer.Get("Grpc-Status")
 			if response.StatusCode != 200 || status != "14" {
@@ -62,6 +54,23 @@ func TestAGRPCCallToNobodyIsUnavailable(t *testing.T) {
 			}
 		}
 	})
+}
+
+// askNobody posts to a port on which nobody listens. A client that is held up between its dial and its first byte is a
+// silent one to the agent, and reset; it tries again.
+func (w way) askNobody(t testing.TB, http2 bool, path, contentType string) *http.Response {
+	t.Helper()
+	client := w.client(t, http2)
+	for deadline := time.Now().Add(nettest.Patience); ; {
+		response, err := client.Post("http://"+netip.AddrPortFrom(w.address, 9).String()+path, contentType, nil)
+		if err == nil {
+			t.Cleanup(func() { response.Body.Close() })
+			return response
+		}
+		if !isReset(err) || time.Now().After(deadline) {
+			t.Fatalf("HTTP/2 %v: %v", http2, err)
+		}
+	}
 }
 
 // hostile are requests whose end two readers could see in different places, or that no reader should guess about.
