@@ -56,8 +56,8 @@ var (
 	haproxyHTTP string
 )
 
-// newKit builds pillion and the two plain proxies and finds HAProxy. Without HAProxy there is nothing to compare with: that is
-// an error if haproxyNeeded and a missing column otherwise.
+// newKit builds pillion and the two plain proxies and finds HAProxy. Without HAProxy there is little to compare with: that
+// is an error if haproxyNeeded and a missing column otherwise.
 func newKit(t testing.TB, haproxyNeeded bool) *kit {
 	t.Helper()
 	nettest.RequireRoot(t)
@@ -81,25 +81,34 @@ func newKit(t testing.TB, haproxyNeeded bool) *kit {
 	relay := contender{namePlain, []string{build(t, dir, "relay", "./testdata/relay"), "0.0.0.0:15006", "0.0.0.0:15021"}}
 	reverseProxy := contender{nameReverseProxy,
 		[]string{build(t, dir, "reverseproxy", "./testdata/reverseproxy"), "0.0.0.0:15006", "0.0.0.0:15021"}}
-	k.opaque = []contender{pillion, relay}
-	k.http = []contender{pillion, reverseProxy}
-	if haproxy, err := exec.LookPath("haproxy"); err == nil {
-		configured := func(name, file, config string) contender {
-			return contender{name, []string{haproxy, "-q", "-db", "-f", writeConfig(t, dir, file, config)}}
-		}
-		splice := strings.ReplaceAll(haproxyTCP, "    SPLICE\n", "    option splice-request\n    option splice-response\n")
-		k.opaque = append(k.opaque, configured(nameHAProxy, "tcp.cfg", strings.ReplaceAll(haproxyTCP, "    SPLICE\n", "")))
-		k.bulk = append(k.bulk, configured(nameHAProxySplice, "splice.cfg", splice))
-		k.http = append(k.http, configured(nameHAProxy, "http.cfg", haproxyHTTP))
-	} else if haproxyNeeded {
-		t.Fatalf("the figures are relative to HAProxy (apt-get install haproxy): %v", err)
-	} else {
-		t.Logf("without HAProxy: %v", err)
-	}
-	k.bulk = slices.Concat(k.opaque, k.bulk)
+	tcp, splicing, http := findHAProxy(t, dir, haproxyNeeded)
+	k.opaque = append([]contender{pillion, relay}, tcp...)
+	k.bulk = slices.Concat(k.opaque, splicing)
+	k.http = append([]contender{pillion, reverseProxy}, http...)
 	k.http1 = slices.Concat(k.http, []contender{relay})
 	k.latency = slices.Concat(k.http, []contender{{name: nameDirect}})
 	return k
+}
+
+// findHAProxy returns HAProxy for opaque connections, the same with splice, and HAProxy for HTTP; none where it is not
+// installed.
+func findHAProxy(t testing.TB, dir string, needed bool) (tcp, splicing, http []contender) {
+	t.Helper()
+	program, err := exec.LookPath("haproxy")
+	if err != nil && needed {
+		t.Fatalf("the figures are relative to HAProxy (apt-get install haproxy): %v", err)
+	}
+	if err != nil {
+		t.Logf("without HAProxy: %v", err)
+		return nil, nil, nil
+	}
+	configured := func(name, file, config string) []contender {
+		return []contender{{name, []string{program, "-q", "-db", "-f", writeConfig(t, dir, file, config)}}}
+	}
+	splice := func(options string) string { return strings.ReplaceAll(haproxyTCP, "    SPLICE\n", options) }
+	return configured(nameHAProxy, "tcp.cfg", splice("")),
+		configured(nameHAProxySplice, "splice.cfg", splice("    option splice-request\n    option splice-response\n")),
+		configured(nameHAProxy, "http.cfg", haproxyHTTP)
 }
 
 func (c contender) direct() bool { return c.command == nil }

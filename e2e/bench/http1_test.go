@@ -159,11 +159,7 @@ func dialHTTP1(connections int, answered func(*http1Client) error) (*loop, []*ht
 	}
 	clients := make([]*http1Client, connections)
 	for i := range clients {
-		conn, err := dial(int64(i), http1Port)
-		if err != nil {
-			return nil, nil, err
-		}
-		s, err := l.adopt(conn)
+		s, err := l.dial(int64(i), http1Port)
 		if err != nil {
 			return nil, nil, err
 		}

@@ -7,7 +7,9 @@ import (
 )
 
 // Both ends of HTTP/2 without TLS, with prior knowledge (RFC 9113 §3.3), as lean as those of HTTP/1.1: small requests
-// without a body, answers of smallBody, and field blocks made beforehand.
+// without a body, answers of smallBody, and field blocks made beforehand. Each request and each answer leaves with a
+// write of its own, as those of independent callers do: streams that moved in step would hide from the proxy most of the
+// reads and writes that it exists for.
 
 const clientPreface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -100,7 +102,8 @@ var (
 	requestFields = newFields("\x82\x86\x84",
 		field{1, fmt.Sprintf("workload.example:%d", http2Port)}, field{58, "load"}, field{19, "*/*"})
 	answerFields = newFields("\x88",
-		field{54, "origin"}, field{33, "Thu, 01 Jan 2026 00:00:00 GMT"}, field{31, "text/plain"}, field{28, fmt.Sprint(len(smallBody))})
+		field{54, "origin"}, field{33, "Thu, 01 Jan 2026 00:00:00 GMT"}, field{31, "text/plain"},
+		field{28, fmt.Sprint(len(smallBody))})
 )
 
 // http2Conn is what both ends have in common.
@@ -108,13 +111,13 @@ type http2Conn struct {
 	*socket
 	skip    int    // bytes to come that are no frames
 	partial []byte // of a frame
-	out     []byte // frames that leave together
+	out     []byte // the frames of one write
 	fields  fields
 	entered bool // fields are in the dynamic table
 	plain   bool // the other side has no room for a dynamic table
 }
 
-// take hands each whole frame to serve, except those that it can answer itself, and writes what there is to say.
+// take hands each whole frame to serve, except those that it can answer itself.
 func (c *http2Conn) take(in []byte, serve func(frame) error) error {
 	if len(c.partial) > 0 {
 		in = append(c.partial, in...)
@@ -133,7 +136,7 @@ func (c *http2Conn) take(in []byte, serve func(frame) error) error {
 		in = in[end:]
 	}
 	c.partial = append(c.partial[:0], in...)
-	return c.flush()
+	return nil
 }
 
 func (c *http2Conn) serve(f frame, others func(frame) error) error {
@@ -144,7 +147,7 @@ func (c *http2Conn) serve(f frame, others func(frame) error) error {
 		return errors.New("a field block that needs more than a frame")
 	case f.kind == framePing && !f.has(flagAck):
 		c.out = appendFrame(c.out, framePing, flagAck, 0, f.payload)
-		return nil
+		return c.flush()
 	case f.kind == frameSettings && !f.has(flagAck):
 		for s := f.payload; len(s) >= 6; s = s[6:] {
 			if binary.BigEndian.Uint16(s) == settingTableSize {
@@ -152,12 +155,15 @@ func (c *http2Conn) serve(f frame, others func(frame) error) error {
 			}
 		}
 		c.out = appendFrame(c.out, frameSettings, flagAck, 0, nil)
+		if err := c.flush(); err != nil {
+			return err
+		}
 	}
 	return others(f)
 }
 
-// sendFields opens, or answers, a stream.
-func (c *http2Conn) sendFields(stream uint32, flags byte) {
+// appendFields opens, or answers, a stream.
+func (c *http2Conn) appendFields(stream uint32, flags byte) {
 	block := c.fields.first
 	switch {
 	case c.plain:
@@ -211,8 +217,11 @@ func (o *http2Origin) answer(f frame) error {
 		o.waiting = append(o.waiting, f.stream)
 	}
 	for len(o.waiting) > 0 && o.window >= len(smallBody) {
-		o.sendFields(o.waiting[0], 0)
+		o.appendFields(o.waiting[0], 0)
 		o.out = appendFrame(o.out, frameData, flagEndStream, o.waiting[0], []byte(smallBody))
+		if err := o.flush(); err != nil {
+			return err
+		}
 		o.window -= len(smallBody)
 		o.waiting = o.waiting[:copy(o.waiting, o.waiting[1:])]
 	}
@@ -236,9 +245,10 @@ func (c *http2Client) greet() error {
 	return c.flush()
 }
 
-func (c *http2Client) send() {
-	c.sendFields(2*c.streams+1, flagEndStream)
+func (c *http2Client) send() error {
+	c.appendFields(2*c.streams+1, flagEndStream)
 	c.streams++
+	return c.flush()
 }
 
 func (c *http2Client) readable() error {
@@ -283,6 +293,7 @@ func isOK(block []byte) bool {
 	return len(block) > 0 && block[0] == 0x88
 }
 
+// dialHTTP2 opens connections of HTTP/2 in a new loop, as far as the other sides' settings. ended is told of every answer.
 func dialHTTP2(connections int, ended func(*http2Client) error) (*loop, []*http2Client, error) {
 	l, err := newLoop()
 	if err != nil {
@@ -290,11 +301,7 @@ func dialHTTP2(connections int, ended func(*http2Client) error) (*loop, []*http2
 	}
 	clients := make([]*http2Client, connections)
 	for i := range clients {
-		conn, err := dial(int64(i), http2Port)
-		if err != nil {
-			return nil, nil, err
-		}
-		s, err := l.adopt(conn)
+		s, err := l.dial(int64(i), http2Port)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -320,20 +327,20 @@ func http2Load(connections, streams int, requests int64) load {
 	var l *loop
 	var clients []*http2Client
 	var toSend, toCome, answered int64
-	next := func(c *http2Client) {
-		if toSend > 0 {
-			toSend--
-			c.send()
+	next := func(c *http2Client) error {
+		if toSend == 0 {
+			return nil
 		}
+		toSend--
+		return c.send()
 	}
 	all := func(n int64) error {
 		toSend, toCome = n, n
 		for _, c := range clients {
 			for range streams {
-				next(c)
-			}
-			if err := c.flush(); err != nil {
-				return err
+				if err := next(c); err != nil {
+					return err
+				}
 			}
 		}
 		if err := l.run(patience, func() bool { return toCome == 0 }); err != nil {
@@ -353,8 +360,7 @@ func http2Load(connections, streams int, requests int64) load {
 			l, clients, err = dialHTTP2(connections, func(c *http2Client) error {
 				toCome--
 				answered++
-				next(c)
-				return nil
+				return next(c)
 			})
 			if err != nil {
 				return err

@@ -36,7 +36,8 @@ func measureHTTP2(t testing.TB, k *kit, s sizes) []*row {
 
 func measureHTTPConnections(t testing.TB, k *kit, s sizes) []*row {
 	r := &row{title: "CPU per HTTP/1.1 request on a new connection", unit: "µs", promises: []promise{{1, nameHAProxy}}}
-	turns{"http-connections", k.http, s.connectionRounds}.take(t, k, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
+	turns := turns{"http-connections", k.http, s.connectionRounds}
+	turns.take(t, k, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
 		cpu := cpuOf(t, p, w.startLoad(t, "http-connections", s.connections, atATime))
 		r.add(c.name, microseconds(cpu)/float64(s.connections))
 	})
@@ -59,7 +60,7 @@ func measureLatency(t testing.TB, k *kit, s sizes) []*row {
 	p50 := &row{title: fmt.Sprintf("latency at %d requests/s, p50", requestsPerSecond), unit: "µs"}
 	p99 := &row{title: fmt.Sprintf("latency at %d requests/s, p99", requestsPerSecond), unit: "µs"}
 	rows := []*row{p50, p99}
-	turns{"latency", k.latency, s.rounds}.take(t, k, rows, func(t testing.TB, c contender, w *world, _ *proxy) {
+	turns{"latency", k.latency, s.latencyRounds}.take(t, k, rows, func(t testing.TB, c contender, w *world, _ *proxy) {
 		report := w.startLoad(t, "latency", s.paced, atATime).finish(t)
 		var half, most time.Duration
 		if _, err := fmt.Sscan(report, &half, &most); err != nil {

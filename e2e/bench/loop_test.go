@@ -3,7 +3,6 @@ package bench
 import (
 	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"os"
 	"time"
@@ -152,9 +151,13 @@ func (a *acceptor) readable() error {
 	return a.loop.add(fd, a.serve(&socket{a.loop, fd}))
 }
 
-// adopt takes a connection that the load has dialled into the loop.
-func (l *loop) adopt(conn *net.TCPConn) (*socket, error) {
-	defer conn.Close()
+// dial opens a connection of the load in the loop. Nobody reads it before it is added.
+func (l *loop) dial(serial int64, port int) (*socket, error) {
+	conn, err := dial(serial, port)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close() // the duplicate stays, without the runtime's poller
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return nil, err
@@ -165,5 +168,5 @@ func (l *loop) adopt(conn *net.TCPConn) (*socket, error) {
 	if err == nil {
 		err = os.NewSyscallError("fcntl", failed)
 	}
-	return &socket{l, fd}, err // as its original, it never blocks
+	return &socket{l, fd}, err // it does not block, as the original
 }

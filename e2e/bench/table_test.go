@@ -96,8 +96,11 @@ func (r *row) target() string {
 // writeTable writes the figures and the facts about the machine that they were measured on. loadBefore is its load
 // before the first of them.
 func writeTable(w io.Writer, rows []*row, loadBefore string) {
-	columns := slices.DeleteFunc(slices.Clone(columns), func(name string) bool { return !measured(rows, name) })
-	ratios := slices.DeleteFunc([]string{nameHAProxy, nameReverseProxy}, func(name string) bool { return !measured(rows, name) })
+	absent := func(name string) bool {
+		return !slices.ContainsFunc(rows, func(r *row) bool { return len(r.samples[name]) > 0 })
+	}
+	columns := slices.DeleteFunc(slices.Clone(columns), absent)
+	ratios := slices.DeleteFunc([]string{nameHAProxy, nameReverseProxy}, absent)
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintf(table, "figure\tunit\t%s\t", strings.Join(columns, "\t"))
 	for _, name := range ratios {
@@ -122,10 +125,6 @@ func writeTable(w io.Writer, rows []*row, loadBefore string) {
 	}
 	table.Flush()
 	fmt.Fprintf(w, "Medians; a ratio (÷) is pillion's share, the median of the rounds' ratios. %s\n", machine(loadBefore))
-}
-
-func measured(rows []*row, name string) bool {
-	return slices.ContainsFunc(rows, func(r *row) bool { return len(r.samples[name]) > 0 })
 }
 
 // machine says what the figures depend on besides the programs.
