@@ -2,11 +2,15 @@ package tcp
 
 import (
 	"errors"
+	"slices"
 	"sync"
 )
 
-// BufferSize is how many bytes a Buffer holds before it is grown.
-const BufferSize = 16 << 10
+// How many bytes a Buffer holds before it is grown.
+const (
+	BufferSize      = 16 << 10
+	LargeBufferSize = 64 << 10 // of one from TakeLargeBuffer
+)
 
 // ErrFull says that a buffer has no room: discard something, or let it grow.
 var ErrFull = errors.New("the buffer is full")
@@ -16,16 +20,29 @@ var ErrFull = errors.New("the buffer is full")
 type Buffer struct {
 	bytes      []byte // fixed, or something larger
 	start, end int
-	fixed      [BufferSize]byte
+	fixed      []byte
+	pool       *sync.Pool // where it belongs
 }
 
-// buffers keeps them between uses. The garbage collector empties it, so that a burst does not stay in memory.
-var buffers = sync.Pool{New: func() any { return new(Buffer) }}
+// buffers and largeBuffers keep them between uses. The garbage collector empties them, so that a burst does not stay in
+// memory.
+var buffers, largeBuffers sync.Pool
+
+func init() {
+	buffers.New = func() any { return &Buffer{fixed: make([]byte, BufferSize), pool: &buffers} }
+	largeBuffers.New = func() any { return &Buffer{fixed: make([]byte, LargeBufferSize), pool: &largeBuffers} }
+}
 
 // TakeBuffer returns an empty buffer.
-func TakeBuffer() *Buffer {
-	b := buffers.Get().(*Buffer)
-	b.bytes, b.start, b.end = b.fixed[:], 0, 0
+func TakeBuffer() *Buffer { return take(&buffers) }
+
+// TakeLargeBuffer returns an empty buffer for bulk that has to be looked at: it takes in one system call what would
+// otherwise need four.
+func TakeLargeBuffer() *Buffer { return take(&largeBuffers) }
+
+func take(pool *sync.Pool) *Buffer {
+	b := pool.Get().(*Buffer)
+	b.bytes, b.start, b.end = b.fixed, 0, 0
 	return b
 }
 
@@ -33,7 +50,7 @@ func TakeBuffer() *Buffer {
 func (b *Buffer) Release() {
 	if b != nil {
 		b.bytes = nil // which frees what a large message needed
-		buffers.Put(b)
+		b.pool.Put(b)
 	}
 }
 
@@ -79,4 +96,11 @@ func (b *Buffer) Grow(limit int) bool {
 	b.end = copy(grown, b.Bytes())
 	b.bytes, b.start = grown, 0
 	return true
+}
+
+// Append adds p behind what the buffer holds, growing it as needed.
+func (b *Buffer) Append(p []byte) {
+	b.bytes = slices.Grow(b.bytes[:b.end], len(p))
+	b.bytes = b.bytes[:cap(b.bytes)]
+	b.end += copy(b.bytes[b.end:], p)
 }

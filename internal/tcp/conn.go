@@ -168,8 +168,11 @@ func (c *Conn) Quiet() bool {
 // Rest says that nobody waits for the connection until somebody does again: events wake nobody.
 func (c *Conn) Rest() { c.waiter.Store(nil) }
 
-// CloseWrite tells the peer that no more bytes come.
+// CloseWrite tells the peer that no more bytes come. Telling it twice does nothing.
 func (c *Conn) CloseWrite() error {
+	if c.shut {
+		return nil
+	}
 	c.shut = true
 	return os.NewSyscallError("shutdown", shutdown(c.fd))
 }

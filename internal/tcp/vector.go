@@ -37,6 +37,14 @@ func (v *Vector) Append(p []byte) {
 // Len is the number of bytes that are not written yet.
 func (v *Vector) Len() int { return v.bytes }
 
+// AppendTo appends what is not written yet to dst.
+func (v *Vector) AppendTo(dst []byte) []byte {
+	for _, piece := range v.pieces[v.next:] {
+		dst = append(dst, unsafe.Slice(piece.Base, piece.Len)...)
+	}
+	return dst
+}
+
 // Reset forgets what is left.
 func (v *Vector) Reset() {
 	clear(v.pieces) // the memory may go

@@ -2,6 +2,8 @@
 // is for tests alone: the codec is held against it, and so may be whatever carries HTTP/1.
 package http1test
 
+import "strings"
+
 // Message is what comes on a connection, and what becomes of it.
 type Message struct {
 	Name  string // the promise, unique in its table
@@ -19,3 +21,17 @@ type Message struct {
 
 // Incomplete is the Want of a message that ends too early.
 const Incomplete = "incomplete"
+
+// Good reports whether the message is whole and well formed: Want is a framing, which has a blank or is "tunnel", and not
+// the name of an error.
+func (m Message) Good() bool { return m.Want == "tunnel" || strings.Contains(m.Want, " ") }
+
+// Forwarded is the head that goes on, without its empty line. Whoever forwards may add fields behind it.
+func (m Message) Forwarded() string {
+	head := m.Head
+	if head == "" {
+		head, _, _ = strings.Cut(m.Bytes, "\r\n\r\n")
+		return head + "\r\n"
+	}
+	return strings.TrimSuffix(head, "\r\n")
+}

@@ -1,0 +1,43 @@
+package http2
+
+import "fmt"
+
+// Code is an error code (RFC 9113 §7).
+type Code uint32
+
+// The codes that the proxy says itself. Others pass through it.
+const (
+	NoError           Code = 0x0
+	ProtocolError     Code = 0x1
+	InternalError     Code = 0x2
+	FlowControlError  Code = 0x3
+	StreamClosed      Code = 0x5
+	FrameSizeError    Code = 0x6
+	RefusedStream     Code = 0x7
+	Cancel            Code = 0x8
+	CompressionError  Code = 0x9
+	EnhanceYourCalm   Code = 0xb
+	connectionsStream      = 0
+)
+
+// Error is a breach of the protocol. It ends a stream, or, when Stream is zero, the connection.
+type Error struct {
+	Stream uint32
+	Code   Code
+	Text   string
+}
+
+func (e *Error) Error() string {
+	if e.Stream == connectionsStream {
+		return fmt.Sprintf("HTTP/2: %s (code %d)", e.Text, e.Code)
+	}
+	return fmt.Sprintf("HTTP/2: stream %d: %s (code %d)", e.Stream, e.Text, e.Code)
+}
+
+// StreamError makes an error of a stream.
+func StreamError(stream uint32, code Code, text string) error { return &Error{stream, code, text} }
+
+// ConnectionError makes an error of the connection.
+func ConnectionError(code Code, text string) error { return &Error{connectionsStream, code, text} }
+
+func connectionError(code Code, text string) error { return ConnectionError(code, text) }

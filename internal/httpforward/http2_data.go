@@ -1,0 +1,219 @@
+package httpforward
+
+import (
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http2"
+)
+
+// data begins a DATA frame. One that is here as a whole and has no padding, which is the ordinary one, goes on as it
+// stands.
+func (l *lane) data(h http2.Header, b []byte) (bool, error) {
+	payload := b[http2.HeaderLength:]
+	var first byte
+	if h.Has(http2.Padded) && h.Length > 0 {
+		if len(payload) == 0 {
+			return false, nil
+		}
+		first = payload[0]
+	}
+	before, behind, err := h.Padding(first)
+	if err != nil {
+		return false, err
+	}
+	l.parsed += http2.HeaderLength + before
+	end := h.Has(http2.EndStream)
+	s, err := l.receiver(h.Stream)
+	if s == nil {
+		l.owed += h.Length
+		l.rest = rest{behind: h.Length - before}
+		return true, err
+	}
+	if before > 0 {
+		l.keepPadding(h, before+behind)
+	}
+	size := h.Length - before - behind
+	switch {
+	case size == 0 && !end:
+		l.rest = rest{behind: behind}
+		return true, l.idleFrame()
+	case size == 0:
+		l.rest = rest{behind: behind}
+		return true, l.piece(s, nil, true)
+	case len(payload) < h.Length || before > 0:
+		l.rest = rest{data: size, behind: behind, stream: h.Stream, end: end}
+		return true, nil
+	}
+	l.parsed += size
+	if err := l.count(s, size, end); err != nil {
+		return true, err
+	}
+	l.out.Append(b[:http2.HeaderLength+size])
+	l.ends(s, end)
+	return true, nil
+}
+
+// receiver returns the stream that data is for. It is nil when nobody takes the data: then it is thrown away.
+func (l *lane) receiver(id uint32) (*stream, error) {
+	s, err := l.find(id)
+	switch {
+	case err != nil:
+		return nil, err
+	case s == nil && (!l.fromDown() || l.m.streams.wasReset(id)):
+		return nil, nil // it has crossed with the end of the stream
+	case s == nil, l.body(s).ended:
+		return nil, http2.StreamError(id, http2.StreamClosed, "data behind the end")
+	case !l.fromDown() && !s.begun:
+		return nil, http2.StreamError(id, http2.ProtocolError, "data before the head of a response")
+	}
+	return s, nil
+}
+
+// body is the one of a stream that this lane carries.
+func (l *lane) body(s *stream) *body {
+	if l.fromDown() {
+		return &s.request
+	}
+	return &s.response
+}
+
+// keepPadding gives the sender back what padding takes of its windows. Padding stays between neighbours.
+func (l *lane) keepPadding(h http2.Header, n int) {
+	l.owed += n
+	if !h.Has(http2.EndStream) {
+		l.other.insert(http2.AppendWindowUpdate(l.other.scratch, h.Stream, n))
+	}
+}
+
+// carry goes on with a frame of which a part was dealt with. b is not empty.
+func (l *lane) carry(b []byte) error {
+	r := &l.rest
+	if r.data == 0 {
+		n := min(len(b), r.behind)
+		r.behind -= n
+		l.parsed += n
+		return nil
+	}
+	s := l.m.streams.find(r.stream)
+	if s == nil { // it has ended in the middle of the frame
+		l.owed += r.data
+		*r = rest{behind: r.data + r.behind}
+		return nil
+	}
+	n := min(len(b), r.data)
+	r.data -= n
+	l.parsed += n
+	return l.piece(s, b[:n], r.data == 0 && r.end)
+}
+
+// piece sends data on as a frame of its own.
+func (l *lane) piece(s *stream, data []byte, end bool) error {
+	if err := l.count(s, len(data), end); err != nil {
+		return err
+	}
+	h := http2.Header{Length: len(data), Type: http2.Data, Stream: s.id}
+	if end {
+		h.Flags = http2.EndStream
+	}
+	l.insert(h.Append(l.scratch))
+	l.out.Append(data)
+	l.ends(s, end)
+	return nil
+}
+
+// count takes note of data that is about to go on. It is an error when it does not agree with what the head declared;
+// then the data does not go on.
+func (l *lane) count(s *stream, n int, end bool) error {
+	body := l.body(s)
+	if !body.take(n) || end && !body.whole() {
+		body.got -= int64(n)
+		l.owed += n
+		return http2.StreamError(s.id, http2.ProtocolError, "body of another length than declared")
+	}
+	if !l.fromDown() {
+		l.m.window.connection -= int64(n)
+	}
+	l.progress()
+	return nil
+}
+
+// ends takes note of the end of a message.
+func (l *lane) ends(s *stream, end bool) {
+	if !end {
+		return
+	}
+	l.body(s).ended = true
+	if l.fromDown() {
+		l.m.awaitHead(s)
+	}
+	l.m.completed(s)
+}
+
+// waiting is a request that is complete and waits for its response since the given time.
+type waiting struct {
+	stream uint32
+	since  time.Time
+}
+
+// awaitHead begins to wait for the head of a response, if that is limited.
+func (m *multiplex) awaitHead(s *stream) {
+	if m.engine.config.RequestTimeout > 0 && !s.begun {
+		m.waiting = append(m.waiting, waiting{s.id, m.now()})
+	}
+}
+
+// longestWait returns the request that waits longest, nil for none.
+func (m *multiplex) longestWait() (*stream, time.Time) {
+	for len(m.waiting) > 0 {
+		if s := m.streams.find(m.waiting[0].stream); s != nil && !s.begun {
+			return s, m.waiting[0].since
+		}
+		m.waiting = m.waiting[1:]
+	}
+	return nil, time.Time{}
+}
+
+// resetStream passes the reset of a stream on.
+func (l *lane) resetStream(h http2.Header, b []byte) error {
+	s, err := l.find(h.Stream)
+	if err != nil {
+		return err
+	}
+	if s == nil {
+		return l.idleFrame() // resets have crossed
+	}
+	m := l.m
+	l.out.Append(b)
+	code := http2.Code(http2.Uint32(b[http2.HeaderLength:]))
+	why := http2.StreamError(h.Stream, code, "reset by its peer")
+	r := &s.record.HTTP
+	if !l.fromDown() {
+		m.streams.noteReset(h.Stream)
+	}
+	switch {
+	case s.response.ended: // what is left of the request is not wanted, or not sent
+		m.finish(s, flow.Completed, nil)
+	case !l.fromDown():
+		r.Flags, r.Details = "UR", resetDetails(s, code)
+		m.finish(s, flow.UpstreamReset, why)
+	default:
+		r.Flags, r.Details = "DC", "downstream_remote_disconnect"
+		begun := s.begun
+		m.finish(s, flow.DownstreamLeft, why)
+		if !begun && !m.resets.spend(m.now) {
+			return http2.ConnectionError(http2.EnhanceYourCalm, "streams are reset too fast")
+		}
+	}
+	return nil
+}
+
+func resetDetails(s *stream, code http2.Code) string {
+	switch {
+	case s.begun:
+		return "upstream_reset_after_response_started{remote_reset}"
+	case code == http2.RefusedStream:
+		return "upstream_reset_before_response_started{remote_refused_stream_reset}"
+	}
+	return "upstream_reset_before_response_started{remote_reset}"
+}

@@ -1,0 +1,326 @@
+package httpforward
+
+import (
+	"errors"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http2"
+)
+
+// fromDownstream deals with a decoded header block from downstream: a request, or what follows its body.
+func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, whole bool, broken error) error {
+	if s := m.streams.find(id); s != nil {
+		return m.requestTrailers(s, end, fields, whole)
+	}
+	switch {
+	case id&1 == 0:
+		return http2.ConnectionError(http2.ProtocolError, "a request on a stream of the server's")
+	case id <= m.streams.last && m.streams.wasReset(id):
+		return nil
+	case id <= m.streams.last:
+		return http2.ConnectionError(http2.StreamClosed, "header block on a closed stream")
+	}
+	m.streams.last = id
+	if id > m.goneAway {
+		return m.refuse(id)
+	}
+	request, err := http2.ParseRequest(fields)
+	if err == nil {
+		err = broken
+	}
+	s := m.takeStream(id)
+	s.request = body{declared: request.ContentLength, ended: end}
+	s.response = body{declared: -1}
+	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
+	seen := m.note(s, &request, fields)
+	m.streams.add(s)
+	switch {
+	case !whole:
+		return m.answer(s, &replyHeadTooLarge2, nil)
+	case err != nil:
+		return m.malformed(s, err)
+	case end && !s.request.whole():
+		return m.malformed(s, http2.ErrMessage)
+	case m.lost != nil:
+		m.answered = true
+		return m.answer(s, m.lost, m.lostErr)
+	case m.streams.active > maxStreams:
+		return m.tooMany(s)
+	}
+	m.forwardRequest(s, end, fields, seen)
+	return nil
+}
+
+// seen is which of the fields that we may add a request has.
+type seen struct{ id, forwardedFor, forwardedProto bool }
+
+// note copies what the record tells of a request.
+func (m *multiplex) note(s *stream, request *http2.Request, fields []http2.Field) (has seen) {
+	authority, id := request.Authority, ""
+	for i := range fields {
+		switch f := &fields[i]; f.Name {
+		case "x-request-id":
+			id, has.id = f.Value, true
+		case "x-forwarded-for":
+			has.forwardedFor = true
+		case "x-forwarded-proto":
+			has.forwardedProto = true
+		case "content-type":
+			s.grpc = strings.HasPrefix(f.Value, "application/grpc")
+		case "host":
+			if authority == "" {
+				authority = f.Value
+			}
+		}
+	}
+	need := len(request.Method) + len(request.Path) + len(authority) + max(len(id), uuidLength)
+	if cap(s.names) < need {
+		s.names = make([]byte, 0, need)
+	}
+	to := &s.record.HTTP
+	to.Method, to.Path, to.Authority = s.name(request.Method), s.name(request.Path), s.name(authority)
+	if has.id {
+		to.ID = s.name(id)
+	}
+	return has
+}
+
+// forwardRequest sends a request upstream, with the fields that are added.
+func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
+	l, add := &m.toUp, &m.engine.config.Fields
+	block := l.beginBlock()
+	for i := range fields {
+		block = l.encoder.AppendField(block, fields[i])
+	}
+	if add.RequestID && !has.id {
+		start := len(s.names)
+		s.names = appendUUID(s.names)
+		s.record.HTTP.ID = s.names[start:]
+		block = http2.AppendLiteral(block, "x-request-id", s.record.HTTP.ID)
+	}
+	if add.ForwardedProto && !has.forwardedProto {
+		block = l.encoder.AppendField(block, http2.Field{Name: "x-forwarded-proto", Value: "http"})
+	}
+	if add.ForwardedFor == ForwardedForAppend || add.ForwardedFor == ForwardedForSetIfAbsent && !has.forwardedFor {
+		if m.from == "" {
+			m.from = string(appendAddress(nil, m.Downstream.Addr()))
+		}
+		block = l.encoder.AppendField(block, http2.Field{Name: "x-forwarded-for", Value: m.from})
+	}
+	l.endBlock(block, s.id, end)
+	s.sentAt = m.now()
+	if end {
+		m.awaitHead(s)
+	}
+}
+
+// beginBlock returns scratch with room for a frame's header. The caller appends a header block and hands it to endBlock;
+// nothing else may use the lane meanwhile.
+func (l *lane) beginBlock() []byte {
+	var room [http2.HeaderLength]byte
+	return append(l.scratch, room[:]...)
+}
+
+func (l *lane) endBlock(block []byte, stream uint32, end bool) {
+	l.insert(http2.AppendHeaders(block, len(l.scratch), stream, end))
+}
+
+// pass encodes fields anew and sends them on.
+func (l *lane) pass(s *stream, end bool, fields []http2.Field) {
+	block := l.beginBlock()
+	for i := range fields {
+		block = l.encoder.AppendField(block, fields[i])
+	}
+	l.endBlock(block, s.id, end)
+}
+
+// requestTrailers deals with a header block behind the head of a request.
+func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, whole bool) error {
+	switch {
+	case s.request.ended:
+		return http2.StreamError(s.id, http2.StreamClosed, "header block behind the end")
+	case !end || !whole || !s.request.whole() || http2.CheckTrailers(fields) != nil:
+		return http2.StreamError(s.id, http2.ProtocolError, "malformed trailers")
+	}
+	m.toUp.pass(s, true, fields)
+	m.toUp.ends(s, true)
+	return nil
+}
+
+// fromUpstream deals with a decoded header block from upstream.
+func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whole bool) error {
+	s, err := m.toDown.find(id)
+	switch {
+	case err != nil || s == nil:
+		return err // it has crossed with a reset
+	case s.response.ended:
+		return http2.StreamError(id, http2.StreamClosed, "header block behind the end")
+	case !whole:
+		return http2.StreamError(id, http2.ProtocolError, "header block over the limit")
+	case s.begun:
+		return m.responseTrailers(s, end, fields)
+	}
+	response, err := http2.ParseResponse(fields)
+	switch {
+	case err != nil:
+		return http2.StreamError(id, http2.ProtocolError, err.Error())
+	case response.Interim() && end:
+		return http2.StreamError(id, http2.ProtocolError, "interim response that is the last")
+	case response.Interim():
+		m.toDown.pass(s, false, fields)
+		return nil
+	}
+	return m.forwardResponse(s, end, fields, response)
+}
+
+// forwardResponse sends the head of a final response downstream.
+func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, response http2.Response) error {
+	s.response.declared = response.ContentLength
+	switch {
+	case s.tunnel && response.Status < 300:
+		s.response.declared = -1
+		s.record.HTTP.Upgraded = true
+	case s.head, response.Status == http.StatusNoContent, response.Status == http.StatusNotModified:
+		s.response.declared = 0
+	}
+	if end && !s.response.whole() {
+		return http2.StreamError(s.id, http2.ProtocolError, "body of another length than declared")
+	}
+	s.begun = true
+	r := &s.record.HTTP
+	r.Status, r.Details, r.ServiceTime = response.Status, "via_upstream", m.now().Sub(s.sentAt)
+	l, timed := &m.toDown, m.engine.config.Fields.ServiceTime
+	block := l.beginBlock()
+	for i := range fields {
+		switch fields[i].Name {
+		case "grpc-status":
+			r.GRPCStatus = s.name(fields[i].Value)
+		case serviceTimeField:
+			if timed {
+				continue // another agent's on the way here; ours includes its time
+			}
+		}
+		block = l.encoder.AppendField(block, fields[i])
+	}
+	if timed {
+		value := strconv.FormatInt(r.ServiceTime.Milliseconds(), 10)
+		block = l.encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
+	}
+	l.endBlock(block, s.id, end)
+	l.ends(s, end)
+	return nil
+}
+
+const serviceTimeField = "x-envoy-upstream-service-time"
+
+// responseTrailers sends what follows the body of a response.
+func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) error {
+	if !end || !s.response.whole() || http2.CheckTrailers(fields) != nil {
+		return http2.StreamError(s.id, http2.ProtocolError, "malformed trailers")
+	}
+	for i := range fields {
+		if fields[i].Name == "grpc-status" {
+			s.record.HTTP.GRPCStatus = s.name(fields[i].Value)
+		}
+	}
+	m.toDown.pass(s, true, fields)
+	m.toDown.ends(s, true)
+	return nil
+}
+
+// replyHeadTooLarge2 is replyHeadTooLarge, as HTTP/2 has it.
+var replyHeadTooLarge2 = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, "DPE", "http2.too_many_headers"}
+
+// malformed refuses a request that is against the rules.
+func (m *multiplex) malformed(s *stream, err error) error {
+	details := "http2.violation.of.messaging.rule"
+	if errors.Is(err, http2.ErrField) {
+		details = "http2.invalid.header.field"
+	}
+	s.record.HTTP.Flags, s.record.HTTP.Details = "DPE", details
+	return m.reject(s, http2.ProtocolError, flow.BadFraming, err)
+}
+
+// tooMany refuses a stream beyond the number that downstream was told. It may send the request again.
+func (m *multiplex) tooMany(s *stream) error {
+	s.record.HTTP.Flags, s.record.HTTP.Details = "UO", "overload"
+	return m.reject(s, http2.RefusedStream, flow.Overload, nil)
+}
+
+// reject resets a stream that upstream has not seen.
+func (m *multiplex) reject(s *stream, code http2.Code, reason flow.Reason, err error) error {
+	id := s.id
+	m.resetDownstream(id, code)
+	m.finish(s, reason, err)
+	return m.countReset()
+}
+
+// refuse resets a stream that comes after the last one that is served. Its client sends the request elsewhere, and it is
+// counted there.
+func (m *multiplex) refuse(id uint32) error {
+	m.resetDownstream(id, http2.RefusedStream)
+	return m.countReset()
+}
+
+func (m *multiplex) resetDownstream(id uint32, code http2.Code) {
+	m.streams.noteReset(id)
+	m.toDown.insert(http2.AppendResetStream(m.toDown.scratch, id, code))
+}
+
+// countReset counts a stream that came to nothing by downstream's doing.
+func (m *multiplex) countReset() error {
+	if m.resets.spend(m.now) {
+		return nil
+	}
+	return http2.ConnectionError(http2.EnhanceYourCalm, "too many bad requests")
+}
+
+// answer answers a request in upstream's place, and closes its stream. gRPC does not look at the status of HTTP, so it is
+// told in its own way, as trailers without a body. While upstream is there the answer has no body either: upstream keeps
+// the account of how much downstream takes.
+func (m *multiplex) answer(s *stream, r *reply, err error) error {
+	l := &m.toDown
+	to := &s.record.HTTP
+	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
+	if s.grpc {
+		to.Status = http.StatusOK
+	}
+	text := r.body
+	size := int64(len(text))
+	if s.grpc || s.head || m.lost == nil || m.window.stream < size || m.window.connection < size {
+		text = ""
+	}
+	block := l.beginBlock()
+	add := func(name, value string) { block = l.encoder.AppendField(block, http2.Field{Name: name, Value: value}) }
+	add(":status", strconv.Itoa(to.Status))
+	add("server", "pillion")
+	add("date", m.now().UTC().Format(http.TimeFormat))
+	if s.grpc {
+		to.GRPCStatus = s.name(r.grpcStatus())
+		add("content-type", "application/grpc")
+		add("grpc-status", r.grpcStatus())
+		add("grpc-message", r.grpcMessage())
+	} else if text != "" || s.head {
+		add("content-type", "text/plain")
+		add("content-length", strconv.FormatInt(size, 10))
+	} else {
+		add("content-length", "0")
+	}
+	l.endBlock(block, s.id, text == "")
+	if text != "" {
+		m.window.connection -= size
+		s.response.got = size
+		l.insert(append(http2.Header{Length: len(text), Type: http2.Data, Flags: http2.EndStream, Stream: s.id}.Append(l.scratch), text...))
+	}
+	if !s.request.ended {
+		m.resetDownstream(s.id, http2.NoError) // the rest of the request is not wanted (RFC 9113 §8.1)
+	}
+	m.finish(s, r.reason, err)
+	if r.reason == flow.HeadTooLarge {
+		return m.countReset()
+	}
+	return nil
+}

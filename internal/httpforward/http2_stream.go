@@ -1,0 +1,151 @@
+package httpforward
+
+import (
+	"sync"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// stream is one request and its response. Streams are pooled, with the memory that they need.
+type stream struct {
+	id     uint32
+	record flow.Record
+	names  []byte // what the slices in record point into
+
+	request, response body
+
+	begun  bool      // the head of the final response has gone downstream
+	tunnel bool      // a success makes the stream a tunnel
+	head   bool      // the response has no body, whatever it declares
+	grpc   bool      // the response has to be one of gRPC
+	sentAt time.Time // when the request went upstream
+
+	reason flow.Reason // how the record closes
+	err    error
+}
+
+// body is what is known of a message's body.
+type body struct {
+	declared int64 // content-length; -1: none
+	got      int64
+	ended    bool
+}
+
+// take counts n bytes, and reports whether they are no more than was declared.
+func (b *body) take(n int) bool {
+	b.got += int64(n)
+	return b.declared < 0 || b.got <= b.declared
+}
+
+// whole reports whether a body that ends now is as long as declared.
+func (b *body) whole() bool { return b.declared < 0 || b.got == b.declared }
+
+var streamPool = sync.Pool{New: func() any { return new(stream) }}
+
+func (m *multiplex) takeStream(id uint32) *stream {
+	s := streamPool.Get().(*stream)
+	s.id = id
+	r := &s.record
+	r.Direction, r.Protocol = m.engine.config.Direction, flow.HTTP2
+	r.Opened = m.requests
+	r.Downstream, r.OriginalDestination, r.UpstreamLocal = m.Downstream, m.OriginalDestination, m.upLocal
+	return s
+}
+
+// close closes the record, and gives the stream back. A response whose last frames could not be written was not
+// delivered.
+func (s *stream) close(m *multiplex, undelivered error) {
+	r := &s.record
+	if undelivered != nil && s.reason == flow.Completed {
+		s.reason, s.err = flow.DownstreamLeft, undelivered
+		r.HTTP.Flags, r.HTTP.Details = "DC", "downstream_remote_disconnect"
+	}
+	r.Received.Store(uint64(s.request.got))
+	r.Sent.Store(uint64(s.response.got))
+	r.Close(m.engine.config.Flows, s.reason, s.err)
+	*s = stream{names: s.names[:0]}
+	streamPool.Put(s)
+}
+
+// name copies what a record tells into memory of the stream.
+func (s *stream) name(text string) []byte {
+	start := len(s.names)
+	s.names = append(s.names, text...)
+	return s.names[start:len(s.names):len(s.names)]
+}
+
+// streams is the table of a connection's open streams. It is also where a stream's upstream is known: there is one for
+// all, under the same numbers.
+type streams struct {
+	open   map[uint32]*stream
+	active int    // streams that are open
+	last   uint32 // the highest number that was opened
+
+	// Streams that were reset towards downstream, which may not know it yet: the last maxReset of them.
+	reset []uint32
+	next  int
+}
+
+// maxReset is how many resets on their way are remembered.
+const maxReset = 256
+
+func (t *streams) find(id uint32) *stream { return t.open[id] }
+
+func (t *streams) add(s *stream) {
+	if t.open == nil {
+		t.open = make(map[uint32]*stream)
+	}
+	t.open[s.id] = s
+	t.active++
+}
+
+func (t *streams) remove(s *stream) {
+	delete(t.open, s.id)
+	t.active--
+}
+
+// noteReset remembers a reset towards downstream.
+func (t *streams) noteReset(id uint32) {
+	if len(t.reset) < maxReset {
+		t.reset = append(t.reset, id)
+		return
+	}
+	t.reset[t.next] = id
+	t.next = (t.next + 1) % maxReset
+}
+
+// wasReset reports whether downstream may still send on a closed stream in good faith.
+func (t *streams) wasReset(id uint32) bool {
+	for _, known := range t.reset {
+		if known == id {
+			return true
+		}
+	}
+	return false
+}
+
+// downWindow is how much downstream takes now. It is kept for answers of our own; all other data is within it by its
+// sender's care.
+type downWindow struct {
+	connection int64
+	stream     int64 // of a stream whose response has not begun
+}
+
+// finish closes a stream. Its record closes when what was said to downstream is written.
+func (m *multiplex) finish(s *stream, reason flow.Reason, err error) {
+	s.reason, s.err = reason, err
+	m.streams.remove(s)
+	m.toDown.ended = append(m.toDown.ended, s)
+	if m.toDown.idle() {
+		m.toDown.settle()
+	}
+}
+
+// completed closes a stream if both its messages have ended.
+func (m *multiplex) completed(s *stream) {
+	if s.request.ended && s.response.ended {
+		m.resets.earn(1)
+		m.finish(s, flow.Completed, nil)
+	}
+}

@@ -1,0 +1,260 @@
+package httpforward
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// serveHTTP2 starts a real server of cleartext HTTP/2.
+func serveHTTP2(t testing.TB, handler http.HandlerFunc) netip.AddrPort {
+	t.Helper()
+	listener, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: handler, Protocols: new(http.Protocols)}
+	server.Protocols.SetUnencryptedHTTP2(true)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		server.Serve(listener)
+	}()
+	t.Cleanup(func() { server.Close(); <-served })
+	return listener.Addr().(*net.TCPAddr).AddrPort()
+}
+
+// http2Client is a real client of cleartext HTTP/2.
+func http2Client(t testing.TB) *http.Client {
+	transport := &http.Transport{Protocols: new(http.Protocols), DisableCompression: true}
+	transport.Protocols.SetUnencryptedHTTP2(true)
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport, Timeout: 3 * nettest.Patience}
+}
+
+func TestHTTP2RequestsAndResponsesPass(t *testing.T) {
+	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		w.Header().Set("Trailer", "grpc-status")
+		for _, name := range []string{"x-request-id", "x-forwarded-for", "x-forwarded-proto", "x-own"} {
+			w.Header().Set("saw-"+name, r.Header.Get(name))
+		}
+		fmt.Fprintf(w, "%s %s %s: %s", r.Method, r.Host, r.URL, body)
+		w.Header().Set("grpc-status", "5")
+	})
+	r := newRig(t, origin, true)
+	client := http2Client(t)
+	for i := range 3 {
+		response, err := client.Post("http://"+r.address+"/a?b=c", "application/grpc", strings.NewReader("hello"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(response.Body)
+		response.Body.Close()
+		if want := "POST " + r.address + " /a?b=c: hello"; err != nil || string(body) != want {
+			t.Fatalf("read %q and %v, want %q", body, err, want)
+		}
+		if response.Header.Get("saw-x-forwarded-for") != "127.0.0.1" || response.Header.Get("saw-x-forwarded-proto") != "http" ||
+			response.Header.Get("x-envoy-upstream-service-time") == "" || response.Trailer.Get("grpc-status") != "5" {
+			t.Errorf("fields %v, trailers %v", response.Header, response.Trailer)
+		}
+		got := r.records.await(t, i)
+		want := told{
+			protocol: flow.HTTP2, method: "POST", path: "/a?b=c", authority: r.address, id: response.Header.Get("saw-x-request-id"),
+			grpc: "5", status: 200, details: "via_upstream", received: 5, sent: uint64(len(body)), reason: flow.Completed,
+		}
+		if got != want || len(got.id) != uuidLength {
+			t.Errorf("the record is %+v, want %+v", got, want)
+		}
+	}
+}
+
+func TestHTTP2StreamsBothWaysAtOnce(t *testing.T) {
+	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(200)
+		flush := http.NewResponseController(w)
+		flush.Flush()
+		buf := make([]byte, 100)
+		for {
+			n, err := r.Body.Read(buf)
+			if n > 0 {
+				w.Write(bytes.ToUpper(buf[:n]))
+				flush.Flush()
+			}
+			if err != nil {
+				return
+			}
+		}
+	})
+	r := newRig(t, origin, true)
+	body, send := io.Pipe()
+	response, err := http2Client(t).Post("http://"+r.address+"/", "text/plain", body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	for i := range 100 {
+		fmt.Fprintf(send, "line %d\n", i)
+		expect(t, response.Body, fmt.Sprintf("LINE %d\n", i))
+	}
+	send.Close()
+	if rest, err := io.ReadAll(response.Body); len(rest) > 0 || err != nil {
+		t.Errorf("read %q and %v, want the end", rest, err)
+	}
+}
+
+func TestHTTP2CarriesBulkBothWays(t *testing.T) {
+	const size = 64 << 20
+	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+		hash := sha256.New()
+		io.Copy(io.MultiWriter(w, hash), r.Body) // an echo while it comes
+		w.Header().Set(http.TrailerPrefix+"hash", fmt.Sprintf("%x", hash.Sum(nil)))
+	})
+	r := newRig(t, origin, true)
+	sent, echoed := sha256.New(), sha256.New()
+	source := io.TeeReader(io.LimitReader(rand.NewChaCha8([32]byte{1}), size), sent)
+	response, err := http2Client(t).Post("http://"+r.address+"/", "text/plain", source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	n, err := io.Copy(echoed, response.Body)
+	if err != nil || n != size {
+		t.Fatalf("read %d bytes and %v", n, err)
+	}
+	want := fmt.Sprintf("%x", sent.Sum(nil))
+	if got := fmt.Sprintf("%x", echoed.Sum(nil)); got != want || response.Trailer.Get("hash") != want {
+		t.Errorf("sent %s, upstream got %s, and the client %s", want, response.Trailer.Get("hash"), got)
+	}
+	if got := r.records.await(t, 0); got.received != size || got.sent != size || got.reason != flow.Completed {
+		t.Errorf("the record is %+v", got)
+	}
+}
+
+func TestAnHTTP2StreamThatNobodyReadsHoldsBackNoOther(t *testing.T) {
+	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/large" {
+			io.Copy(w, io.LimitReader(rand.NewChaCha8([32]byte{}), 6<<20)) // more than a stream's window, less than the connection's
+			return
+		}
+		io.WriteString(w, "small")
+	})
+	r := newRig(t, origin, true)
+	client := http2Client(t)
+	large, err := client.Get("http://" + r.address + "/large")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer large.Body.Close()
+	for range 200 {
+		small, err := client.Get("http://" + r.address + "/small")
+		if err != nil {
+			t.Fatal(err)
+		}
+		expect(t, small.Body, "small")
+		small.Body.Close()
+	}
+	if n, err := io.Copy(io.Discard, large.Body); n != 6<<20 || err != nil {
+		t.Errorf("read %d bytes of the large response, and %v", n, err)
+	}
+}
+
+func TestManyHTTP2StreamsAtOnce(t *testing.T) {
+	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		w.Write(append(body, r.URL.Path...))
+	})
+	r := newRig(t, origin, true)
+	client := http2Client(t)
+	var clients sync.WaitGroup
+	for i := range 32 {
+		clients.Go(func() {
+			random := rand.New(rand.NewPCG(1, uint64(i)))
+			for j := range 20 {
+				body := bytes.Repeat([]byte{byte(i)}, random.IntN(100<<10))
+				path := fmt.Sprintf("/%d/%d", i, j)
+				response, err := client.Post("http://"+r.address+path, "x/y", bytes.NewReader(body))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				got, err := io.ReadAll(response.Body)
+				response.Body.Close()
+				if err != nil || !bytes.Equal(got, append(body, path...)) {
+					t.Errorf("%s: read %d bytes and %v", path, len(got), err)
+				}
+			}
+		})
+	}
+	clients.Wait()
+	if n := r.records.count(); n > 640 {
+		t.Errorf("%d records of 640 requests", n)
+	}
+	r.records.await(t, 639)
+}
+
+func TestAnHTTP2ClientThatLeavesIsNoticedUpstream(t *testing.T) {
+	left := make(chan error, 1)
+	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+		http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+		left <- r.Context().Err()
+	})
+	r := newRig(t, origin, true)
+	response, err := http2Client(t).Get("http://" + r.address + "/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	select {
+	case <-left:
+	case <-time.After(nettest.Patience):
+		t.Fatal("upstream was not told")
+	}
+	if got := r.records.await(t, 0); got.reason != flow.DownstreamLeft || got.flags != "DC" || got.status != 200 {
+		t.Errorf("the record is %+v", got)
+	}
+}
+
+func TestARealHTTP2ClientIsToldThatUpstreamCannotBeReached(t *testing.T) {
+	nobody := newOrigin(t)
+	nobody.listener.Close()
+	r := newRig(t, nobody.address, true)
+	client := http2Client(t)
+	for range 3 { // each time upstream is tried anew
+		response, err := client.Get("http://" + r.address + "/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(response.Body)
+		response.Body.Close()
+		want := dialReply(syscall.ECONNREFUSED)
+		if response.StatusCode != 503 || err != nil || string(body) != want.body {
+			t.Errorf("%s, %q and %v", response.Status, body, err)
+		}
+	}
+	response, err := client.Post("http://"+r.address+"/", "application/grpc+proto", strings.NewReader("hello"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	if response.StatusCode != 200 || response.Header.Get("grpc-status") != "14" || response.Header.Get("grpc-message") == "" {
+		t.Errorf("%s, %v", response.Status, response.Header)
+	}
+	if got := r.records.await(t, 3); got.reason != flow.UpstreamRefused || got.flags != "UF" || got.grpc != "14" {
+		t.Errorf("the record is %+v", got)
+	}
+}
