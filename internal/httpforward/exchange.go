@@ -26,6 +26,7 @@ type exchange struct {
 	upgraded       bool          // and it switches protocols
 	closing        bool          // downstream was told that the connection closes, or knows it
 	upstreamCloses bool
+	redialled      bool // since the connections were tried last
 	sentAt         time.Time
 	failure        error // why the request is malformed
 }

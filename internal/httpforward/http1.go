@@ -30,7 +30,8 @@ func (x *exchange) run() ending {
 		if end, over := x.judge(); over {
 			return end
 		}
-		if long && !x.s.w.Canceled() {
+		if (long || x.redialled) && !x.s.w.Canceled() {
+			x.redialled = false
 			runtime.Gosched() // others wait
 			continue
 		}
@@ -350,7 +351,8 @@ func idempotent(method []byte) bool {
 	return false
 }
 
-// repeat sends the request again, on a fresh connection.
+// repeat sends the request again, on a fresh connection. What happened during the dial has woken the dial, and wakes
+// nobody again.
 func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
 	x.response.srcErr = nil
@@ -359,6 +361,7 @@ func (x *exchange) repeat() (ending, bool) {
 	}
 	x.send()
 	x.request.again(x.s.up)
+	x.redialled = true
 	return 0, false
 }
 
