@@ -257,18 +257,21 @@ func (x *exchange) judge() (ending, bool) {
 }
 
 // answerDone ends an exchange whose response is delivered. A request whose body is still on its way goes on, as long as
-// upstream takes it.
+// downstream lives and upstream takes it. While upstream is full nobody reads from downstream, so its death is learnt
+// from the poller.
 func (x *exchange) answerDone() (ending, bool) {
-	request := &x.request
-	if !request.done() && request.dstErr == nil && request.srcErr == nil && request.bad == nil && !x.closing {
+	request, s := &x.request, x.s
+	dead := !request.done() && s.Down.Failed() != nil
+	if !request.done() && request.dstErr == nil && request.srcErr == nil && request.bad == nil && !x.closing && !dead {
 		return 0, false
 	}
-	s := x.s
 	if x.upgraded && request.done() {
 		return x.tunnel(), true
 	}
 	end := next
 	switch {
+	case dead:
+		return x.close(flow.Completed, nil, cut), true
 	case !request.done():
 		end = linger
 	case x.closing || s.ended:

@@ -1,15 +1,20 @@
 package httpforward
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
@@ -79,4 +84,39 @@ func TestARequestIsSentAgainAfterADialThatTakesTime(t *testing.T) {
 	expect(t, second, request)
 	send(t, second, ok("2"))
 	expect(t, client, ok("2"))
+}
+
+// fill writes to a connection until nobody has taken anything for a while.
+func fill(t *testing.T, conn *net.TCPConn) {
+	t.Helper()
+	block := make([]byte, 1<<20)
+	for {
+		conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+		if _, err := conn.Write(block); errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// The response is complete, upstream does not take the rest of the request, and downstream vanishes.
+func TestAResetIsSeenBehindABodyThatNobodyTakes(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, plain)
+	client := r.dial(t)
+	send(t, client, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")
+	up := o.accept()
+	send(t, up, ok("early"))
+	expect(t, client, ok("early"))
+	fill(t, client)
+	client.SetLinger(0)
+	client.Close()
+	if got := r.records.await(t, 0); got.reason != flow.Completed || got.status != 200 {
+		t.Errorf("the record says %+v", got)
+	}
+	if _, err := io.Copy(io.Discard, up); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("upstream reads %v, want a reset", err)
+	}
 }
