@@ -246,7 +246,7 @@ func (x *exchange) judge() (ending, bool) {
 		return 0, false
 	case response.bad != nil:
 		return x.refuse(replyBadResponse, response.bad), true
-	case response.srcErr != nil && x.s.ended:
+	case response.srcErr != nil && x.last():
 		return x.left(response.srcErr), true
 	case response.srcErr != nil && x.mayRepeat():
 		return x.repeat()
@@ -274,11 +274,11 @@ func (x *exchange) answerDone() (ending, bool) {
 		return x.close(flow.Completed, nil, cut), true
 	case !request.done():
 		end = linger
-	case x.closing || s.ended:
+	case x.closing || x.last():
 		end = shut
 	}
 	end = x.close(flow.Completed, nil, end)
-	if request.done() && !x.upstreamCloses && !s.ended && x.response.held() == 0 {
+	if request.done() && !x.upstreamCloses && !x.last() && x.response.held() == 0 {
 		s.used, s.lastUse = true, x.record.Opened.Add(x.record.Duration)
 	} else {
 		s.up.Close()
@@ -308,22 +308,27 @@ func (x *exchange) left(err error) ending {
 }
 
 // readAhead reads what downstream sends before its response is complete: the next requests, as far as there is room, or
-// the end of its half, which upstream is told as it would be without us.
+// the end of its half. Behind the last request upstream is told that end, as it would be without us.
 func (x *exchange) readAhead() {
 	s := x.s
 	for !s.ended && s.Down.Readable() {
-		switch _, err := s.Read.Fill(s.Down); {
-		case err == io.EOF:
+		_, err := s.Read.Fill(s.Down)
+		if err == io.EOF {
 			s.ended = true
-			s.up.CloseWrite()
-		case err == tcp.ErrAgain, err == tcp.ErrFull:
+		} else if err == tcp.ErrAgain || err == tcp.ErrFull {
 			return
-		case err != nil:
+		} else if err != nil {
 			x.request.srcErr = err
 			return
 		}
 	}
+	if x.last() {
+		s.up.CloseWrite()
+	}
 }
+
+// last reports whether downstream has closed its half behind this request, all of which was taken.
+func (x *exchange) last() bool { return x.s.ended && x.s.Read.Len() == x.request.ready }
 
 // truncated ends an exchange whose response stops in its middle. Downstream sees what it would see without us: the same
 // kind of end.
@@ -339,7 +344,7 @@ func (x *exchange) truncated(err error) ending {
 // harm twice or nothing of it went out (RFC 9110 §9.2.2).
 func (x *exchange) mayRepeat() bool {
 	s := x.s
-	if !s.used || s.bound || s.ended || x.response.held() > 0 || !x.request.retain {
+	if !s.used || s.bound || x.last() || x.response.held() > 0 || !x.request.retain {
 		return false
 	}
 	return idempotent(x.record.HTTP.Method) || x.request.untouched()

@@ -267,6 +267,30 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 2$$ok
 		client reads the end`,
 		[]told{done(200, 0, 2)}},
+	{"downstream closes its half behind several requests, and gets each response", `
+		> GET /1 HTTP/1.1$Host: a$$GET /2 HTTP/1.1$Host: a$$
+		client closes its half
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 1$$1
+		<< HTTP/1.1 200 OK$Content-Length: 1$$1
+		>> GET /2 HTTP/1.1$Host: a$$
+		upstream reads the end
+		< HTTP/1.1 200 OK$Content-Length: 1$$2
+		<< HTTP/1.1 200 OK$Content-Length: 1$$2
+		client reads the end`,
+		[]told{done(200, 0, 1), done(200, 0, 1)}},
+	{"an empty line behind a body is no request", `
+		> POST / HTTP/1.1$Host: a$Content-Length: 1$$a$
+		>> POST / HTTP/1.1$Host: a$Content-Length: 1$$a
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> $GET / HTTP/1.1$Host: a$$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		the agent drains
+		client reads the end`,
+		[]told{done(200, 1, 0), done(200, 0, 0)}},
 	{"downstream closes while upstream thinks", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$

@@ -70,7 +70,7 @@ func dialReply(err error) reply {
 // come.
 func (x *exchange) refuse(r reply, err error) ending {
 	end := linger
-	if x.started && x.request.body.Done() && r.reason != flow.BadFraming && !x.downstreamCloses() && !x.s.ended {
+	if x.started && x.request.body.Done() && r.reason != flow.BadFraming && !x.downstreamCloses() && !x.last() {
 		end = next
 	}
 	x.s.dropUpstream()

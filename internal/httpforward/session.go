@@ -1,6 +1,7 @@
 package httpforward
 
 import (
+	"bytes"
 	"net/netip"
 	"time"
 
@@ -61,17 +62,18 @@ func (e *Engine) ServeHTTP1(w *tcp.Waiter, c Connection) {
 // before that is served: it gets another upstream.
 func (s *session) awaitRequest() bool {
 	for {
-		if s.Read != nil {
+		if s.Read != nil && begun(s.Read.Bytes()) {
 			return true
 		}
-		if s.ended {
+		s.releaseRead()
+		if s.ended || s.w.Canceled() {
 			return false
 		}
 		if s.Down.Readable() {
 			s.Read = tcp.TakeBuffer()
 			n, err := s.Read.Fill(s.Down)
 			if n > 0 {
-				return true
+				continue
 			}
 			s.releaseRead()
 			if err != tcp.ErrAgain {
@@ -86,6 +88,10 @@ func (s *session) awaitRequest() bool {
 		}
 	}
 }
+
+// begun reports whether there is something of a request. Empty lines are nothing: old clients send one behind a body
+// (RFC 9112 §2.2), and may be done then.
+func begun(b []byte) bool { return len(bytes.TrimLeft(b, "\r\n")) > 0 }
 
 // after is the time at which a limit that begins now ends; zero for none.
 func after(limit time.Duration) time.Time {
