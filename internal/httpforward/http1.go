@@ -281,8 +281,7 @@ func (x *exchange) answerDone() (ending, bool) {
 	if request.done() && !x.upstreamCloses && !x.last() && x.response.held() == 0 {
 		s.used, s.lastUse = true, x.record.Opened.Add(x.record.Duration)
 	} else {
-		s.up.Close()
-		s.up = nil
+		s.closeUpstream()
 	}
 	return end, true
 }

@@ -346,7 +346,8 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$
 		upstream closes
-		client reads the end`,
+		client reads the end
+		nothing is left in the pool`,
 		[]told{done(200, 0, 0)}},
 	{"a request meets an upstream that closes: it is sent again", `
 		> GET /1 HTTP/1.1$Host: a$$

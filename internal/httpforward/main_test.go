@@ -95,7 +95,9 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{poller: poller, pool: upstream.NewPool(3 * time.Second), records: records{news: make(chan struct{}, 1)}}
+	// What is in the pool by mistake stays there, to be found.
+	pool := upstream.NewPool(time.Hour)
+	r := &rig{poller: poller, pool: pool, records: records{news: make(chan struct{}, 1)}}
 	config := Config{
 		Direction:    flow.Inbound,
 		Dialer:       upstream.Dialer{Poller: poller, Timeout: nettest.Patience},

@@ -80,7 +80,11 @@ func (s *session) awaitRequest() bool {
 				return false
 			}
 		}
-		if s.engine.state.Load() == draining || s.up != nil && s.up.Readable() && !s.up.Quiet() {
+		if s.up != nil && s.up.Readable() && !s.up.Quiet() {
+			s.closeUpstream()
+			return false
+		}
+		if s.engine.state.Load() == draining {
 			return false
 		}
 		if s.w.Wait(after(s.engine.config.IdleTimeout), s.Down, s.up) != nil {
@@ -152,7 +156,13 @@ func (s *session) linger() {
 	}
 }
 
-// dropUpstream closes upstream, whose state is not known any more.
+// closeUpstream closes upstream in order: it is of no use to anybody.
+func (s *session) closeUpstream() {
+	s.up.Close()
+	s.up = nil
+}
+
+// dropUpstream resets upstream, whose state is not known any more.
 func (s *session) dropUpstream() {
 	if s.up != nil {
 		s.up.Reset()
@@ -163,8 +173,7 @@ func (s *session) dropUpstream() {
 // connect finds an upstream connection: the one of the last request, one from the pool, or a fresh one.
 func (s *session) connect(now time.Time) error {
 	if s.up != nil && (s.up.Readable() || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
-		s.up.Close()
-		s.up = nil
+		s.closeUpstream()
 	}
 	if s.up != nil {
 		return nil
