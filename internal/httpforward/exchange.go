@@ -28,7 +28,8 @@ type exchange struct {
 	upstreamCloses bool
 	redialled      bool // since the connections were tried last
 	sentAt         time.Time
-	failure        error // why the request is malformed
+	allSent        time.Time // when the whole request was upstream; kept only while there is a limit from then on
+	failure        error     // why the request is malformed
 }
 
 var exchanges = sync.Pool{New: func() any { return new(exchange) }}

@@ -6,6 +6,8 @@ import (
 	"runtime"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/relay"
@@ -16,7 +18,7 @@ import (
 func (x *exchange) run() ending {
 	x.record.Opened = time.Now()
 	if answer, err := x.readHead(); err != nil {
-		return x.left(err)
+		return x.stopped(err)
 	} else if answer != nil {
 		return x.refuse(*answer, x.failure)
 	}
@@ -40,7 +42,7 @@ func (x *exchange) run() ending {
 		case errors.Is(err, tcp.ErrDeadline):
 			return x.late(err)
 		default:
-			return x.close(flow.DrainDeadline, nil, cut)
+			return x.stopped(err)
 		}
 	}
 }
@@ -118,6 +120,7 @@ func (x *exchange) send() {
 	x.record.UpstreamLocal = s.upLocal
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
+	x.allSent = time.Time{}
 	if s.used {
 		x.sentAt = x.record.Opened
 	} else {
@@ -374,25 +377,48 @@ func (x *exchange) repeat() (ending, bool) {
 
 // deadline is when the exchange is given up, should nothing happen until then.
 func (x *exchange) deadline() time.Time {
-	config := &x.s.engine.config
-	switch {
-	case !x.answered && config.RequestTimeout > 0 && x.request.done():
-		return x.sentAt.Add(config.RequestTimeout)
-	case x.s.ended && config.HalfCloseTimeout > 0:
-		return after(config.HalfCloseTimeout)
+	if !x.thinking() {
+		limit, _ := x.limit()
+		return after(limit)
 	}
-	return after(config.IdleTimeout)
+	if x.allSent.IsZero() {
+		x.allSent = time.Now()
+	}
+	return x.allSent.Add(x.s.engine.config.RequestTimeout)
 }
 
 // late ends an exchange at its deadline.
 func (x *exchange) late(err error) ending {
-	switch config := &x.s.engine.config; {
-	case !x.answered && config.RequestTimeout > 0 && x.request.done():
+	if x.thinking() {
 		return x.refuse(replyRequestTimeout, err)
-	case x.s.ended:
-		return x.close(flow.HalfCloseTimeout, nil, cut)
 	}
-	return x.close(flow.IdleTimeout, nil, cut)
+	_, reason := x.limit()
+	return x.close(reason, nil, cut)
+}
+
+// thinking reports whether upstream has the whole request, and a limit for the head of its response.
+func (x *exchange) thinking() bool {
+	return !x.answered && x.s.engine.config.RequestTimeout > 0 && x.request.done()
+}
+
+// limit is how long nothing may move now, zero or less for ever, and how the exchange ends when nothing does.
+func (x *exchange) limit() (time.Duration, flow.Reason) {
+	idle, halfClosed := x.s.engine.config.IdleTimeout, x.s.engine.config.HalfCloseTimeout
+	if x.s.ended && halfClosed > 0 && (idle <= 0 || halfClosed < idle) {
+		return halfClosed, flow.HalfCloseTimeout
+	}
+	return idle, flow.IdleTimeout
+}
+
+// stopped ends an exchange after an error of reading its head, or of a wait.
+func (x *exchange) stopped(err error) ending {
+	switch {
+	case errors.Is(err, tcp.ErrCanceled):
+		return x.close(flow.DrainDeadline, nil, cut)
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM):
+		return x.close(flow.NoDescriptors, err, cut) // the wait failed, not the connection
+	}
+	return x.left(err)
 }
 
 // noUpstream answers a request for which there is no upstream connection.

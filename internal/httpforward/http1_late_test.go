@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -42,21 +43,33 @@ func newCrampedOrigin(t *testing.T) *origin {
 	return &origin{t, listener.(*net.TCPListener), listener.Addr().(*net.TCPAddr).AddrPort()}
 }
 
-// dialling reports whether somebody's SYN to address has no answer yet.
-func dialling(t *testing.T, address netip.AddrPort) bool {
+// sockets returns the lines of the kernel's table of IPv4 sockets whose ports are these, 0 for any, in its columns.
+func sockets(t *testing.T, local, remote int) (lines [][]string) {
 	t.Helper()
-	const synSent = "02"
 	table, err := os.ReadFile("/proc/net/tcp")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(table)) {
 		fields := strings.Fields(line)
-		if strings.HasSuffix(fields[2], fmt.Sprintf(":%04X", address.Port())) && fields[3] == synSent {
-			return true
+		if (local == 0 || strings.HasSuffix(fields[1], fmt.Sprintf(":%04X", local))) &&
+			(remote == 0 || strings.HasSuffix(fields[2], fmt.Sprintf(":%04X", remote))) {
+			lines = append(lines, fields)
 		}
 	}
-	return false
+	return lines
+}
+
+// dialling reports whether somebody's SYN to address has no answer yet.
+func dialling(t *testing.T, address netip.AddrPort) bool {
+	const synSent = "02"
+	return slices.ContainsFunc(sockets(t, 0, int(address.Port())), func(s []string) bool { return s[3] == synSent })
+}
+
+// taken reports whether the other end has read everything that was sent.
+func taken(t *testing.T, conn net.Conn) bool {
+	other := sockets(t, conn.RemoteAddr().(*net.TCPAddr).Port, conn.LocalAddr().(*net.TCPAddr).Port)
+	return len(other) == 1 && strings.HasSuffix(other[0][4], ":00000000")
 }
 
 func TestARequestIsSentAgainAfterADialThatTakesTime(t *testing.T) {
@@ -118,5 +131,55 @@ func TestAResetIsSeenBehindABodyThatNobodyTakes(t *testing.T) {
 	}
 	if _, err := io.Copy(io.Discard, up); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("upstream reads %v, want a reset", err)
+	}
+}
+
+// The time for the response begins when the request has ended, however long that took.
+func TestASlowRequestHasItsTimeToo(t *testing.T) {
+	t.Parallel()
+	const limit = 300 * time.Millisecond
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, plain, func(c *Config) { c.RequestTimeout = limit })
+	client := r.dial(t)
+	send(t, client, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n")
+	began := time.Now()
+	up := o.accept()
+	expect(t, up, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n")
+	up.SetReadDeadline(began.Add(2 * limit))
+	if _, err := up.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("upstream reads %v before the body is sent", err)
+	}
+	up.SetReadDeadline(time.Now().Add(nettest.Patience))
+	send(t, client, "ab")
+	expect(t, up, "ab")
+	ended := time.Now()
+	expect(t, client, "HTTP/1.1 504 Gateway Timeout\r\n")
+	if took := time.Since(ended); took < limit/2 {
+		t.Errorf("the response had %v", took)
+	}
+}
+
+// What the end of a drain cuts says so, wherever it was.
+func TestARequestThatADrainCutsSaysSo(t *testing.T) {
+	t.Parallel()
+	for name, sent := range map[string]string{
+		"in its head":                    "GET / HTTP/1.1\r\nHo",
+		"in its body":                    "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nab",
+		"while upstream thinks about it": "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := newOrigin(t)
+			r := newRig(t, o.address, false, plain)
+			client := r.dial(t)
+			send(t, client, sent)
+			if strings.Contains(sent, "\r\n\r\n") {
+				expect(t, o.accept(), sent)
+			}
+			nettest.Eventually(t, "the engine has the request", func() bool { return taken(t, client) })
+			r.cancel()
+			if got := r.records.await(t, 0).reason; got != flow.DrainDeadline {
+				t.Errorf("the record says %s", got)
+			}
+		})
 	}
 }

@@ -27,6 +27,7 @@ type rig struct {
 	poller  *tcp.Poller
 	pool    *upstream.Pool
 	address string // where the engine is reached
+	cancel  func() // cuts what is open, as the end of a drain does
 	records records
 }
 
@@ -118,6 +119,7 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	}
 	r.address = listener.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
+	r.cancel = cancel
 	var conns sync.WaitGroup
 	conns.Go(func() {
 		for {
