@@ -113,7 +113,9 @@ func (x *exchange) copyName(p []byte) []byte {
 // count brings the record's counters up to date, while the exchange is under way.
 func (x *exchange) count() {
 	x.record.Received.Store(uint64(x.request.body.Bytes()))
-	x.record.Sent.Store(uint64(x.response.body.Bytes()))
+	if x.answered {
+		x.record.Sent.Store(uint64(x.response.body.Bytes()))
+	}
 }
 
 // close ends the exchange and closes its record. Unless the connection goes on in order, upstream is dropped.

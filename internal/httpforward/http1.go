@@ -131,16 +131,22 @@ func (x *exchange) send() {
 // receive reads the response, as far as it has come, and passes it on. It reports whether there is more to do at once.
 func (x *exchange) receive() (longTurn bool) {
 	m := &x.response
-	for !x.answered {
+	for left := turn; !x.answered; {
+		if left <= 0 {
+			return true
+		}
 		if m.out.Len() > 0 { // an interim response
-			if m.put() == 0 {
+			n := m.put()
+			if n == 0 {
 				return false
 			}
+			left -= n
 			continue
 		}
 		if m.bad != nil || m.srcErr != nil || !x.parseResponse() {
 			return false
 		}
+		left--
 	}
 	return m.move()
 }
@@ -201,13 +207,14 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 		x.interim(b)
 		return nil
 	}
-	x.answered, x.upgraded = true, framing.Kind == http1.Tunnel
+	x.upgraded = framing.Kind == http1.Tunnel
 	x.record.HTTP.Status = h.Status
 	x.record.HTTP.Details = "via_upstream"
 	x.record.HTTP.ServiceTime = time.Since(x.sentAt)
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
 	m.start(m.in, framing, limits) // a tunnel has no body: what follows the head is not HTTP
+	x.answered = m.bad == nil
 	return m.bad
 }
 

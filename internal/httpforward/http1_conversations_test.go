@@ -233,6 +233,12 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
 		[]told{done(200, 0, 0)}},
+	{"nor is one that stands behind another", `
+		> GET / HTTP/1.1$Host: a$Connection: Upgrade$Upgrade: websocket$Upgrade: other, H2C$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]told{done(200, 0, 0)}},
 	{"upstream switches unasked", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -452,6 +458,13 @@ var conversations = []conversation{
 		< -1$
 		client is reset`,
 		[]told{{reason: flow.BadResponse, status: 200, sent: 3}}},
+	{"a bad chunk right behind the head of a response", `
+		> GET / HTTP/1.1$Host: a$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$3$abc$-1$
+		<< HTTP/1.1 502 Bad Gateway$
+		upstream is reset`,
+		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE"}}},
 	{"more than a response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$

@@ -183,3 +183,28 @@ func TestARequestThatADrainCutsSaysSo(t *testing.T) {
 		})
 	}
 }
+
+// Downstream does not read its interim responses, and one of them is under way when the time for the response is over.
+// An answer behind a part of it would be a part of it.
+func TestNoAnswerStandsInTheMiddleOfAnInterimResponse(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, plain, func(c *Config) { c.RequestTimeout = 500 * time.Millisecond })
+	client := r.dial(t)
+	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+	up := o.accept()
+	interim := "HTTP/1.1 103 Early Hints\r\nLink: " + strings.Repeat("x", 9000) + "\r\n\r\n"
+	var err error
+	for err == nil {
+		_, err = io.WriteString(up, interim) // until the engine gives up
+	}
+	if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+		t.Fatalf("upstream is told %v", err)
+	}
+	if got, _ := io.ReadAll(client); strings.Contains(string(got), "504") {
+		t.Errorf("downstream reads %q", got[len(got)-1000:])
+	}
+	if got := r.records.await(t, 0); got.reason != flow.RequestTimeout || got.status != 0 {
+		t.Errorf("the record says %+v", got)
+	}
+}
