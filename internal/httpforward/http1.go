@@ -22,7 +22,7 @@ func (x *exchange) run() ending {
 	} else if answer != nil {
 		return x.refuse(*answer, x.failure)
 	}
-	if err := x.s.connect(x.record.Opened); err != nil {
+	if err := x.s.connect(x.record.Opened, idempotent(x.record.HTTP.Method)); err != nil {
 		return x.noUpstream(err)
 	}
 	x.send()

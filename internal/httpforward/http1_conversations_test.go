@@ -391,6 +391,24 @@ var conversations = []conversation{
 		upstream closes
 		<< HTTP/1.1 503 Service Unavailable$`,
 		[]told{done(200, 0, 0), {reason: flow.UpstreamClosed, status: 503, flags: "UC", received: 4}}},
+	{"what could not be sent again does not go out on a connection that others have used", `
+		> POST /1 HTTP/1.1$Host: a$Content-Length: 0$$
+		>> POST /1 HTTP/1.1$Host: a$Content-Length: 0$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> POST /2 HTTP/1.1$Host: a$Content-Length: 0$$
+		>> POST /2 HTTP/1.1$Host: a$Content-Length: 0$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		client closes
+		the pool has a connection
+		client connects again
+		> POST /3 HTTP/1.1$Host: a$Content-Length: 0$$
+		upstream gets a connection
+		>> POST /3 HTTP/1.1$Host: a$Content-Length: 0$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]told{done(200, 0, 0), done(200, 0, 0), done(200, 0, 0)}},
 	{"a request is sent again once, not for ever", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$

@@ -170,15 +170,20 @@ func (s *session) dropUpstream() {
 	}
 }
 
-// connect finds an upstream connection: the one of the last request, one from the pool, or a fresh one.
-func (s *session) connect(now time.Time) error {
+// connect finds an upstream connection: the one of the last request, one from the pool, or a fresh one. What comes from
+// the pool may be closed by its server at this moment, so it is for requests that can be sent again. Others would be lost
+// where they would not be without us: their downstream does not know that the connection is an old one.
+func (s *session) connect(now time.Time, repeatable bool) error {
 	if s.up != nil && (s.up.Readable() || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
 	if s.up != nil {
 		return nil
 	}
-	if s.up = s.engine.config.Pool.Take(s.Target); s.up != nil {
+	if repeatable {
+		s.up = s.engine.config.Pool.Take(s.Target)
+	}
+	if s.up != nil {
 		s.used, s.lastUse = true, now
 		s.upLocal = s.up.LocalAddr()
 		return nil
