@@ -37,6 +37,7 @@ func (x *exchange) run() ending {
 			runtime.Gosched() // others wait
 			continue
 		}
+		x.rest()
 		switch err := x.s.w.Wait(x.deadline(), x.s.Down, x.s.up); {
 		case err == nil:
 		case errors.Is(err, tcp.ErrDeadline):
@@ -44,6 +45,18 @@ func (x *exchange) run() ending {
 		default:
 			return x.stopped(err)
 		}
+	}
+}
+
+// rest gives back the buffers that are empty: a response, or the wait for it, may be silent for long.
+func (x *exchange) rest() {
+	if in := x.response.in; in != nil && in.Len() == 0 {
+		in.Release()
+		x.response.in = nil
+	}
+	if x.request.done() && x.request.held() == 0 {
+		x.s.releaseRead()
+		x.request.in = nil
 	}
 }
 
@@ -125,6 +138,7 @@ func (x *exchange) send() {
 		x.sentAt = x.record.Opened
 	} else {
 		x.sentAt = time.Now() // a dial came between
+		x.request.settle()    // a fresh connection is not closed for having been idle
 	}
 }
 
@@ -321,6 +335,10 @@ func (x *exchange) left(err error) ending {
 func (x *exchange) readAhead() {
 	s := x.s
 	for !s.ended && s.Down.Readable() {
+		if s.Read == nil {
+			s.Read = tcp.TakeBuffer()
+			x.request.in = s.Read
+		}
 		_, err := s.Read.Fill(s.Down)
 		if err == io.EOF {
 			s.ended = true
@@ -337,7 +355,7 @@ func (x *exchange) readAhead() {
 }
 
 // last reports whether downstream has closed its half behind this request, all of which was taken.
-func (x *exchange) last() bool { return x.s.ended && x.s.Read.Len() == x.request.ready }
+func (x *exchange) last() bool { return x.s.ended && x.request.held() == x.request.ready }
 
 // truncated ends an exchange whose response stops in its middle. Downstream sees what it would see without us: the same
 // kind of end.
@@ -376,8 +394,8 @@ func (x *exchange) repeat() (ending, bool) {
 	if err := x.s.dial(); err != nil {
 		return x.noUpstream(err), true
 	}
-	x.send()
 	x.request.again(x.s.up)
+	x.send()
 	x.redialled = true
 	return 0, false
 }
