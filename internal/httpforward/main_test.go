@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,6 +30,7 @@ type rig struct {
 	address string // where the engine is reached
 	cancel  func() // cuts what is open, as the end of a drain does
 	records records
+	open    atomic.Int32 // connections that the engine has
 }
 
 // records keeps what the engine told.
@@ -127,7 +129,11 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 			if err != nil {
 				return
 			}
-			conns.Go(func() { r.serve(ctx, down, http2, upstream.Target{Address: origin}) })
+			r.open.Add(1)
+			conns.Go(func() {
+				defer r.open.Add(-1)
+				r.serve(ctx, down, http2, upstream.Target{Address: origin})
+			})
 		}
 	})
 	t.Cleanup(func() {
