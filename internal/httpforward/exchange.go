@@ -112,9 +112,9 @@ func (x *exchange) copyName(p []byte) []byte {
 
 // count brings the record's counters up to date, while the exchange is under way.
 func (x *exchange) count() {
-	x.record.Received.Store(uint64(x.request.body.Bytes()))
+	x.record.Received.Store(x.request.delivered())
 	if x.answered {
-		x.record.Sent.Store(uint64(x.response.body.Bytes()))
+		x.record.Sent.Store(x.response.delivered())
 	}
 }
 

@@ -208,3 +208,30 @@ func TestNoAnswerStandsInTheMiddleOfAnInterimResponse(t *testing.T) {
 		t.Errorf("the record says %+v", got)
 	}
 }
+
+// A record counts what the other side's socket took, and not what was read for it.
+func TestARecordCountsWhatWasTaken(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, plain)
+	client := r.dial(t)
+	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+	up := o.accept()
+	head := "HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n"
+	send(t, up, head)
+	fill(t, up)
+	var got int64
+	from, to := client.RemoteAddr().(*net.TCPAddr).Port, client.LocalAddr().(*net.TCPAddr).Port
+	for _, socket := range append(sockets(t, from, to), sockets(t, to, from)...) {
+		var sending, received int64
+		if _, err := fmt.Sscanf(socket[4], "%x:%x", &sending, &received); err != nil {
+			t.Fatal(err)
+		}
+		got += sending + received
+	}
+	client.SetLinger(0)
+	client.Close()
+	if record := r.records.await(t, 0); int64(record.sent) != got-int64(len(head)) {
+		t.Errorf("the record says %d bytes, and downstream's socket took %d", record.sent, got-int64(len(head)))
+	}
+}
