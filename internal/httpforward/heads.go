@@ -124,23 +124,7 @@ func boundToConnection(h *http1.Head, b []byte, k http1.Known) bool {
 // upgradesTo reports whether an Upgrade field, kept or not, names the protocol.
 func upgradesTo(h *http1.Head, b []byte, protocol string) bool {
 	for i := range h.Fields {
-		if h.Fields[i].Known == http1.Upgrade && names(h.Fields[i].Value.In(b), protocol) {
-			return true
-		}
-	}
-	return false
-}
-
-// names reports whether a comma-separated list has the member, in any case.
-func names(list []byte, member string) bool {
-	for len(list) > 0 {
-		item := list
-		if end := bytes.IndexByte(list, ','); end >= 0 {
-			item, list = list[:end], list[end+1:]
-		} else {
-			list = nil
-		}
-		if bytes.EqualFold(bytes.Trim(item, " \t"), []byte(member)) {
+		if h.Fields[i].Known == http1.Upgrade && http1.Lists(h.Fields[i].Value.In(b), protocol) {
 			return true
 		}
 	}

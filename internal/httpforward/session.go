@@ -25,7 +25,7 @@ type session struct {
 	up      *tcp.Conn // kept from one request to the next; nil: none
 	upLocal netip.AddrPort
 	used    bool      // up may be closed by its server at any time: it has served before, or has lain idle
-	lastUse time.Time // of up
+	lastUse time.Time // of up; zero: it has served no request
 	bound   bool      // up is authenticated for this downstream (NTLM, Negotiate): nobody else may have it
 
 	ended bool // downstream has closed its half

@@ -2,6 +2,7 @@ package upstream
 
 import (
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -121,7 +122,7 @@ func (p *Pool) closeBefore(limit time.Time) {
 			list[old].conn.Close()
 			old++
 		}
-		p.keep(target, list[:copy(list, list[old:])])
+		p.keep(target, slices.Delete(list, 0, old)) // which forgets them, too
 	}
 }
 
