@@ -409,6 +409,71 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
 		[]told{done(200, 0, 0), done(200, 0, 0), done(200, 0, 0)}},
+	{"a body in pieces is sent again up to where it is, and goes on from there", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> PUT /2 HTTP/1.1$Host: a$Transfer-Encoding: chunked$$3$abc$0
+		>> PUT /2 HTTP/1.1$Host: a$Transfer-Encoding: chunked$$3$abc$
+		upstream resets
+		upstream gets a connection
+		>> PUT /2 HTTP/1.1$Host: a$Transfer-Encoding: chunked$$3$abc$
+		> 00a$1234567890$0$$GET /3 HTTP/1.1$Host: a$$
+		>> 000a$1234567890$0$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		>> GET /3 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]told{done(200, 0, 0), done(200, 13, 0), done(200, 0, 0)}},
+	{"what is sent again leaves what stands behind it", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> PUT /2 HTTP/1.1$Host: a$Content-Length: 2$$hiGET /3 HTTP/1.1$Host: a$$
+		client closes its half
+		>> PUT /2 HTTP/1.1$Host: a$Content-Length: 2$$hi
+		upstream closes
+		upstream gets a connection
+		>> PUT /2 HTTP/1.1$Host: a$Content-Length: 2$$hi
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		>> GET /3 HTTP/1.1$Host: a$$
+		upstream reads the end
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		client reads the end`,
+		[]told{done(200, 0, 0), done(200, 2, 0), done(200, 0, 0)}},
+	{"requests that come while a response is silent", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$1$a$
+		<< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$1$a$
+		> GET /2 HTTP/1.1$Host: a$$GE
+		< 1$b$0$$
+		<< 1$b$0$$
+		>> GET /2 HTTP/1.1$Host: a$$
+		> T /3 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		>> GET /3 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]told{done(200, 0, 2), done(200, 0, 0), done(200, 0, 0)}},
+	{"bytes of a tunnel that come before it", `
+		> GET /ws HTTP/1.1$Host: a$Upgrade: websocket$Connection: Upgrade$$
+		>> GET /ws HTTP/1.1$Host: a$Upgrade: websocket$Connection: Upgrade$$
+		> early
+		< HTTP/1.1 101 Go$Upgrade: websocket$$hello
+		<< HTTP/1.1 101 Go$Upgrade: websocket$Connection: Upgrade$$hello
+		>> early
+		client closes its half
+		upstream reads the end
+		upstream closes
+		client reads the end`,
+		[]told{{reason: flow.Closed, status: 101, received: 5, sent: 5}}},
 	{"a request is sent again once, not for ever", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
