@@ -231,7 +231,9 @@ func TestARecordCountsWhatWasTaken(t *testing.T) {
 	}
 	client.SetLinger(0)
 	client.Close()
-	if record := r.records.await(t, 0); int64(record.sent) != got-int64(len(head)) {
-		t.Errorf("the record says %d bytes, and downstream's socket took %d", record.sent, got-int64(len(head)))
+	got -= int64(len(head))
+	const twice = 16 << 10 // at most so much is in both sockets' queues, sent and not acknowledged
+	if sent := int64(r.records.await(t, 0).sent); sent > got || sent < got-twice {
+		t.Errorf("the record says %d bytes, and downstream's socket took %d", sent, got)
 	}
 }
