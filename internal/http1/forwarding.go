@@ -43,7 +43,7 @@ func (h *Head) DropHopByHop(b []byte) Options {
 		case Connection:
 			named = h.dropNamed(b, value, named, &o)
 		case TE:
-			o.Trailers = o.Trailers || lists(value, "trailers")
+			o.Trailers = o.Trailers || Lists(value, "trailers")
 		case Upgrade:
 			if o.UpgradeValue.Empty() {
 				o.UpgradeValue = f.Value
@@ -103,8 +103,9 @@ func element(list []byte) (first, rest []byte) {
 	return first[from:to], rest
 }
 
-// lists reports whether a comma-separated list has the word, which has nothing but small letters.
-func lists(list []byte, word string) bool {
+// Lists reports whether a comma-separated list has the word, in any case. The word has nothing but small letters, digits
+// and hyphens.
+func Lists(list []byte, word string) bool {
 	for len(list) > 0 {
 		var first []byte
 		if first, list = element(list); same(first, word) {

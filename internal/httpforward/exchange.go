@@ -26,8 +26,10 @@ type exchange struct {
 	upgraded       bool          // and it switches protocols
 	closing        bool          // downstream was told that the connection closes, or knows it
 	upstreamCloses bool
+	redialled      bool // since the connections were tried last
 	sentAt         time.Time
-	failure        error // why the request is malformed
+	allSent        time.Time // when the whole request was upstream; kept only while there is a limit from then on
+	failure        error     // why the request is malformed
 }
 
 var exchanges = sync.Pool{New: func() any { return new(exchange) }}
@@ -110,8 +112,10 @@ func (x *exchange) copyName(p []byte) []byte {
 
 // count brings the record's counters up to date, while the exchange is under way.
 func (x *exchange) count() {
-	x.record.Received.Store(uint64(x.request.body.Bytes()))
-	x.record.Sent.Store(uint64(x.response.body.Bytes()))
+	x.record.Received.Store(x.request.delivered())
+	if x.answered {
+		x.record.Sent.Store(x.response.delivered())
+	}
 }
 
 // close ends the exchange and closes its record. Unless the connection goes on in order, upstream is dropped.

@@ -13,7 +13,7 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	x.options = h.DropHopByHop(b)
 	x.s.bound = x.s.bound || boundToConnection(h, b, http1.Authorization) || boundToConnection(h, b, http1.ProxyAuthorization)
 	// HTTP/2 is not upgraded to: the request is served as HTTP/1.1 (RFC 9113 §3.1 has abolished it).
-	if x.upgrade = x.options.Upgrade && h.Minor > 0 && !names(x.options.UpgradeValue.In(b), "h2c"); x.upgrade {
+	if x.upgrade = x.options.Upgrade && h.Minor > 0 && !upgradesTo(h, b, "h2c"); x.upgrade {
 		keep(h, http1.Upgrade)
 	}
 
@@ -121,16 +121,10 @@ func boundToConnection(h *http1.Head, b []byte, k http1.Known) bool {
 	return false
 }
 
-// names reports whether a comma-separated list has the member, in any case.
-func names(list []byte, member string) bool {
-	for len(list) > 0 {
-		item := list
-		if end := bytes.IndexByte(list, ','); end >= 0 {
-			item, list = list[:end], list[end+1:]
-		} else {
-			list = nil
-		}
-		if bytes.EqualFold(bytes.Trim(item, " \t"), []byte(member)) {
+// upgradesTo reports whether an Upgrade field, kept or not, names the protocol.
+func upgradesTo(h *http1.Head, b []byte, protocol string) bool {
+	for i := range h.Fields {
+		if h.Fields[i].Known == http1.Upgrade && http1.Lists(h.Fields[i].Value.In(b), protocol) {
 			return true
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"runtime"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/relay"
@@ -16,11 +18,11 @@ import (
 func (x *exchange) run() ending {
 	x.record.Opened = time.Now()
 	if answer, err := x.readHead(); err != nil {
-		return x.left(err)
+		return x.stopped(err)
 	} else if answer != nil {
 		return x.refuse(*answer, x.failure)
 	}
-	if err := x.s.connect(x.record.Opened); err != nil {
+	if err := x.s.connect(x.record.Opened, idempotent(x.record.HTTP.Method)); err != nil {
 		return x.noUpstream(err)
 	}
 	x.send()
@@ -30,17 +32,31 @@ func (x *exchange) run() ending {
 		if end, over := x.judge(); over {
 			return end
 		}
-		if long && !x.s.w.Canceled() {
+		if (long || x.redialled) && !x.s.w.Canceled() {
+			x.redialled = false
 			runtime.Gosched() // others wait
 			continue
 		}
+		x.rest()
 		switch err := x.s.w.Wait(x.deadline(), x.s.Down, x.s.up); {
 		case err == nil:
 		case errors.Is(err, tcp.ErrDeadline):
 			return x.late(err)
 		default:
-			return x.close(flow.DrainDeadline, nil, cut)
+			return x.stopped(err)
 		}
+	}
+}
+
+// rest gives back the buffers that are empty: a response, or the wait for it, may be silent for long.
+func (x *exchange) rest() {
+	if in := x.response.in; in != nil && in.Len() == 0 {
+		in.Release()
+		x.response.in = nil
+	}
+	if x.request.done() && x.request.held() == 0 {
+		x.s.releaseRead()
+		x.request.in = nil
 	}
 }
 
@@ -117,26 +133,34 @@ func (x *exchange) send() {
 	x.record.UpstreamLocal = s.upLocal
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
+	x.allSent = time.Time{}
 	if s.used {
 		x.sentAt = x.record.Opened
 	} else {
 		x.sentAt = time.Now() // a dial came between
+		x.request.settle()    // a fresh connection is not closed for having been idle
 	}
 }
 
 // receive reads the response, as far as it has come, and passes it on. It reports whether there is more to do at once.
 func (x *exchange) receive() (longTurn bool) {
 	m := &x.response
-	for !x.answered {
+	for left := turn; !x.answered; {
+		if left <= 0 {
+			return true
+		}
 		if m.out.Len() > 0 { // an interim response
-			if m.put() == 0 {
+			n := m.put()
+			if n == 0 {
 				return false
 			}
+			left -= n
 			continue
 		}
 		if m.bad != nil || m.srcErr != nil || !x.parseResponse() {
 			return false
 		}
+		left--
 	}
 	return m.move()
 }
@@ -197,13 +221,14 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 		x.interim(b)
 		return nil
 	}
-	x.answered, x.upgraded = true, framing.Kind == http1.Tunnel
+	x.upgraded = framing.Kind == http1.Tunnel
 	x.record.HTTP.Status = h.Status
 	x.record.HTTP.Details = "via_upstream"
 	x.record.HTTP.ServiceTime = time.Since(x.sentAt)
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
 	m.start(m.in, framing, limits) // a tunnel has no body: what follows the head is not HTTP
+	x.answered = m.bad == nil
 	return m.bad
 }
 
@@ -245,7 +270,7 @@ func (x *exchange) judge() (ending, bool) {
 		return 0, false
 	case response.bad != nil:
 		return x.refuse(replyBadResponse, response.bad), true
-	case response.srcErr != nil && x.s.ended:
+	case response.srcErr != nil && x.last():
 		return x.left(response.srcErr), true
 	case response.srcErr != nil && x.mayRepeat():
 		return x.repeat()
@@ -256,29 +281,31 @@ func (x *exchange) judge() (ending, bool) {
 }
 
 // answerDone ends an exchange whose response is delivered. A request whose body is still on its way goes on, as long as
-// upstream takes it.
+// downstream lives and upstream takes it. While upstream is full nobody reads from downstream, so its death is learnt
+// from the poller.
 func (x *exchange) answerDone() (ending, bool) {
-	request := &x.request
-	if !request.done() && request.dstErr == nil && request.srcErr == nil && request.bad == nil && !x.closing {
+	request, s := &x.request, x.s
+	dead := !request.done() && s.Down.Failed() != nil
+	if !request.done() && request.dstErr == nil && request.srcErr == nil && request.bad == nil && !x.closing && !dead {
 		return 0, false
 	}
-	s := x.s
 	if x.upgraded && request.done() {
 		return x.tunnel(), true
 	}
 	end := next
 	switch {
+	case dead:
+		return x.close(flow.Completed, nil, cut), true
 	case !request.done():
 		end = linger
-	case x.closing || s.ended:
+	case x.closing || x.last():
 		end = shut
 	}
 	end = x.close(flow.Completed, nil, end)
-	if request.done() && !x.upstreamCloses && !s.ended && x.response.held() == 0 {
+	if request.done() && !x.upstreamCloses && !x.last() && x.response.held() == 0 {
 		s.used, s.lastUse = true, x.record.Opened.Add(x.record.Duration)
 	} else {
-		s.up.Close()
-		s.up = nil
+		s.closeUpstream()
 	}
 	return end, true
 }
@@ -304,22 +331,31 @@ func (x *exchange) left(err error) ending {
 }
 
 // readAhead reads what downstream sends before its response is complete: the next requests, as far as there is room, or
-// the end of its half, which upstream is told as it would be without us.
+// the end of its half. Behind the last request upstream is told that end, as it would be without us.
 func (x *exchange) readAhead() {
 	s := x.s
 	for !s.ended && s.Down.Readable() {
-		switch _, err := s.Read.Fill(s.Down); {
-		case err == io.EOF:
+		if s.Read == nil {
+			s.Read = tcp.TakeBuffer()
+			x.request.in = s.Read
+		}
+		_, err := s.Read.Fill(s.Down)
+		if err == io.EOF {
 			s.ended = true
-			s.up.CloseWrite()
-		case err == tcp.ErrAgain, err == tcp.ErrFull:
+		} else if err == tcp.ErrAgain || err == tcp.ErrFull {
 			return
-		case err != nil:
+		} else if err != nil {
 			x.request.srcErr = err
 			return
 		}
 	}
+	if x.last() {
+		s.up.CloseWrite()
+	}
 }
+
+// last reports whether downstream has closed its half behind this request, all of which was taken.
+func (x *exchange) last() bool { return x.s.ended && x.request.held() == x.request.ready }
 
 // truncated ends an exchange whose response stops in its middle. Downstream sees what it would see without us: the same
 // kind of end.
@@ -335,7 +371,7 @@ func (x *exchange) truncated(err error) ending {
 // harm twice or nothing of it went out (RFC 9110 §9.2.2).
 func (x *exchange) mayRepeat() bool {
 	s := x.s
-	if !s.used || s.bound || s.ended || x.response.held() > 0 || !x.request.retain {
+	if !s.used || s.bound || x.last() || x.response.held() > 0 || !x.request.retain {
 		return false
 	}
 	return idempotent(x.record.HTTP.Method) || x.request.untouched()
@@ -350,39 +386,64 @@ func idempotent(method []byte) bool {
 	return false
 }
 
-// repeat sends the request again, on a fresh connection.
+// repeat sends the request again, on a fresh connection. What happened during the dial has woken the dial, and wakes
+// nobody again.
 func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
 	x.response.srcErr = nil
 	if err := x.s.dial(); err != nil {
 		return x.noUpstream(err), true
 	}
-	x.send()
 	x.request.again(x.s.up)
+	x.send()
+	x.redialled = true
 	return 0, false
 }
 
 // deadline is when the exchange is given up, should nothing happen until then.
 func (x *exchange) deadline() time.Time {
-	config := &x.s.engine.config
-	switch {
-	case !x.answered && config.RequestTimeout > 0 && x.request.done():
-		return x.sentAt.Add(config.RequestTimeout)
-	case x.s.ended && config.HalfCloseTimeout > 0:
-		return after(config.HalfCloseTimeout)
+	if !x.thinking() {
+		limit, _ := x.limit()
+		return after(limit)
 	}
-	return after(config.IdleTimeout)
+	if x.allSent.IsZero() {
+		x.allSent = time.Now()
+	}
+	return x.allSent.Add(x.s.engine.config.RequestTimeout)
 }
 
 // late ends an exchange at its deadline.
 func (x *exchange) late(err error) ending {
-	switch config := &x.s.engine.config; {
-	case !x.answered && config.RequestTimeout > 0 && x.request.done():
+	if x.thinking() {
 		return x.refuse(replyRequestTimeout, err)
-	case x.s.ended:
-		return x.close(flow.HalfCloseTimeout, nil, cut)
 	}
-	return x.close(flow.IdleTimeout, nil, cut)
+	_, reason := x.limit()
+	return x.close(reason, nil, cut)
+}
+
+// thinking reports whether upstream has the whole request, and a limit for the head of its response.
+func (x *exchange) thinking() bool {
+	return !x.answered && x.s.engine.config.RequestTimeout > 0 && x.request.done()
+}
+
+// limit is how long nothing may move now, zero or less for ever, and how the exchange ends when nothing does.
+func (x *exchange) limit() (time.Duration, flow.Reason) {
+	idle, halfClosed := x.s.engine.config.IdleTimeout, x.s.engine.config.HalfCloseTimeout
+	if x.s.ended && halfClosed > 0 && (idle <= 0 || halfClosed < idle) {
+		return halfClosed, flow.HalfCloseTimeout
+	}
+	return idle, flow.IdleTimeout
+}
+
+// stopped ends an exchange after an error of reading its head, or of a wait.
+func (x *exchange) stopped(err error) ending {
+	switch {
+	case errors.Is(err, tcp.ErrCanceled):
+		return x.close(flow.DrainDeadline, nil, cut)
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM):
+		return x.close(flow.NoDescriptors, err, cut) // the wait failed, not the connection
+	}
+	return x.left(err)
 }
 
 // noUpstream answers a request for which there is no upstream connection.

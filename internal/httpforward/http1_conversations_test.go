@@ -233,6 +233,12 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
 		[]told{done(200, 0, 0)}},
+	{"nor is one that stands behind another", `
+		> GET / HTTP/1.1$Host: a$Connection: Upgrade$Upgrade: websocket$Upgrade: other, H2C$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]told{done(200, 0, 0)}},
 	{"upstream switches unasked", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -267,6 +273,30 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 2$$ok
 		client reads the end`,
 		[]told{done(200, 0, 2)}},
+	{"downstream closes its half behind several requests, and gets each response", `
+		> GET /1 HTTP/1.1$Host: a$$GET /2 HTTP/1.1$Host: a$$
+		client closes its half
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 1$$1
+		<< HTTP/1.1 200 OK$Content-Length: 1$$1
+		>> GET /2 HTTP/1.1$Host: a$$
+		upstream reads the end
+		< HTTP/1.1 200 OK$Content-Length: 1$$2
+		<< HTTP/1.1 200 OK$Content-Length: 1$$2
+		client reads the end`,
+		[]told{done(200, 0, 1), done(200, 0, 1)}},
+	{"an empty line behind a body is no request", `
+		> POST / HTTP/1.1$Host: a$Content-Length: 1$$a$
+		>> POST / HTTP/1.1$Host: a$Content-Length: 1$$a
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> $GET / HTTP/1.1$Host: a$$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		the agent drains
+		client reads the end`,
+		[]told{done(200, 1, 0), done(200, 0, 0)}},
 	{"downstream closes while upstream thinks", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -322,7 +352,8 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$
 		upstream closes
-		client reads the end`,
+		client reads the end
+		nothing is left in the pool`,
 		[]told{done(200, 0, 0)}},
 	{"a request meets an upstream that closes: it is sent again", `
 		> GET /1 HTTP/1.1$Host: a$$
@@ -360,6 +391,89 @@ var conversations = []conversation{
 		upstream closes
 		<< HTTP/1.1 503 Service Unavailable$`,
 		[]told{done(200, 0, 0), {reason: flow.UpstreamClosed, status: 503, flags: "UC", received: 4}}},
+	{"what could not be sent again does not go out on a connection that others have used", `
+		> POST /1 HTTP/1.1$Host: a$Content-Length: 0$$
+		>> POST /1 HTTP/1.1$Host: a$Content-Length: 0$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> POST /2 HTTP/1.1$Host: a$Content-Length: 0$$
+		>> POST /2 HTTP/1.1$Host: a$Content-Length: 0$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		client closes
+		the pool has a connection
+		client connects again
+		> POST /3 HTTP/1.1$Host: a$Content-Length: 0$$
+		upstream gets a connection
+		>> POST /3 HTTP/1.1$Host: a$Content-Length: 0$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]told{done(200, 0, 0), done(200, 0, 0), done(200, 0, 0)}},
+	{"a body in pieces is sent again up to where it is, and goes on from there", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> PUT /2 HTTP/1.1$Host: a$Transfer-Encoding: chunked$$3$abc$0
+		>> PUT /2 HTTP/1.1$Host: a$Transfer-Encoding: chunked$$3$abc$
+		upstream resets
+		upstream gets a connection
+		>> PUT /2 HTTP/1.1$Host: a$Transfer-Encoding: chunked$$3$abc$
+		> 00a$1234567890$0$$GET /3 HTTP/1.1$Host: a$$
+		>> 000a$1234567890$0$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		>> GET /3 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]told{done(200, 0, 0), done(200, 13, 0), done(200, 0, 0)}},
+	{"what is sent again leaves what stands behind it", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> PUT /2 HTTP/1.1$Host: a$Content-Length: 2$$hiGET /3 HTTP/1.1$Host: a$$
+		client closes its half
+		>> PUT /2 HTTP/1.1$Host: a$Content-Length: 2$$hi
+		upstream closes
+		upstream gets a connection
+		>> PUT /2 HTTP/1.1$Host: a$Content-Length: 2$$hi
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		>> GET /3 HTTP/1.1$Host: a$$
+		upstream reads the end
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		client reads the end`,
+		[]told{done(200, 0, 0), done(200, 2, 0), done(200, 0, 0)}},
+	{"requests that come while a response is silent", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$1$a$
+		<< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$1$a$
+		> GET /2 HTTP/1.1$Host: a$$GE
+		< 1$b$0$$
+		<< 1$b$0$$
+		>> GET /2 HTTP/1.1$Host: a$$
+		> T /3 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		>> GET /3 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]told{done(200, 0, 2), done(200, 0, 0), done(200, 0, 0)}},
+	{"bytes of a tunnel that come before it", `
+		> GET /ws HTTP/1.1$Host: a$Upgrade: websocket$Connection: Upgrade$$
+		>> GET /ws HTTP/1.1$Host: a$Upgrade: websocket$Connection: Upgrade$$
+		> early
+		< HTTP/1.1 101 Go$Upgrade: websocket$$hello
+		<< HTTP/1.1 101 Go$Upgrade: websocket$Connection: Upgrade$$hello
+		>> early
+		client closes its half
+		upstream reads the end
+		upstream closes
+		client reads the end`,
+		[]told{{reason: flow.Closed, status: 101, received: 5, sent: 5}}},
 	{"a request is sent again once, not for ever", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
@@ -427,6 +541,13 @@ var conversations = []conversation{
 		< -1$
 		client is reset`,
 		[]told{{reason: flow.BadResponse, status: 200, sent: 3}}},
+	{"a bad chunk right behind the head of a response", `
+		> GET / HTTP/1.1$Host: a$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$3$abc$-1$
+		<< HTTP/1.1 502 Bad Gateway$
+		upstream is reset`,
+		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE"}}},
 	{"more than a response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$

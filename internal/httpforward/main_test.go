@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -27,7 +28,9 @@ type rig struct {
 	poller  *tcp.Poller
 	pool    *upstream.Pool
 	address string // where the engine is reached
+	cancel  func() // cuts what is open, as the end of a drain does
 	records records
+	open    atomic.Int32 // connections that the engine has
 }
 
 // records keeps what the engine told.
@@ -95,7 +98,9 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{poller: poller, pool: upstream.NewPool(3 * time.Second), records: records{news: make(chan struct{}, 1)}}
+	// What is in the pool by mistake stays there, to be found.
+	pool := upstream.NewPool(time.Hour)
+	r := &rig{poller: poller, pool: pool, records: records{news: make(chan struct{}, 1)}}
 	config := Config{
 		Direction:    flow.Inbound,
 		Dialer:       upstream.Dialer{Poller: poller, Timeout: nettest.Patience},
@@ -116,6 +121,7 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	}
 	r.address = listener.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
+	r.cancel = cancel
 	var conns sync.WaitGroup
 	conns.Go(func() {
 		for {
@@ -123,7 +129,11 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 			if err != nil {
 				return
 			}
-			conns.Go(func() { r.serve(ctx, down, http2, upstream.Target{Address: origin}) })
+			r.open.Add(1)
+			conns.Go(func() {
+				defer r.open.Add(-1)
+				r.serve(ctx, down, http2, upstream.Target{Address: origin})
+			})
 		}
 	})
 	t.Cleanup(func() {

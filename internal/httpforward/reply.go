@@ -67,10 +67,13 @@ func dialReply(err error) reply {
 }
 
 // refuse answers a request in upstream's place and closes its record. The connection goes on when the whole request has
-// come.
+// come. In the middle of an interim response there is no answer that downstream could read.
 func (x *exchange) refuse(r reply, err error) ending {
+	if x.response.out.Len() > 0 && x.response.bad == nil {
+		return x.close(r.reason, err, cut)
+	}
 	end := linger
-	if x.started && x.request.body.Done() && r.reason != flow.BadFraming && !x.downstreamCloses() && !x.s.ended {
+	if x.started && x.request.body.Done() && r.reason != flow.BadFraming && !x.downstreamCloses() && !x.last() {
 		end = next
 	}
 	x.s.dropUpstream()

@@ -1,6 +1,7 @@
 package httpforward
 
 import (
+	"bytes"
 	"net/netip"
 	"time"
 
@@ -24,7 +25,7 @@ type session struct {
 	up      *tcp.Conn // kept from one request to the next; nil: none
 	upLocal netip.AddrPort
 	used    bool      // up may be closed by its server at any time: it has served before, or has lain idle
-	lastUse time.Time // of up
+	lastUse time.Time // of up; zero: it has served no request
 	bound   bool      // up is authenticated for this downstream (NTLM, Negotiate): nobody else may have it
 
 	ended bool // downstream has closed its half
@@ -61,24 +62,29 @@ func (e *Engine) ServeHTTP1(w *tcp.Waiter, c Connection) {
 // before that is served: it gets another upstream.
 func (s *session) awaitRequest() bool {
 	for {
-		if s.Read != nil {
+		if s.Read != nil && begun(s.Read.Bytes()) {
 			return true
 		}
-		if s.ended {
+		s.releaseRead()
+		if s.ended || s.w.Canceled() {
 			return false
 		}
 		if s.Down.Readable() {
 			s.Read = tcp.TakeBuffer()
 			n, err := s.Read.Fill(s.Down)
 			if n > 0 {
-				return true
+				continue
 			}
 			s.releaseRead()
 			if err != tcp.ErrAgain {
 				return false
 			}
 		}
-		if s.engine.state.Load() == draining || s.up != nil && s.up.Readable() && !s.up.Quiet() {
+		if s.up != nil && s.up.Readable() && !s.up.Quiet() {
+			s.closeUpstream()
+			return false
+		}
+		if s.engine.state.Load() == draining {
 			return false
 		}
 		if s.w.Wait(after(s.engine.config.IdleTimeout), s.Down, s.up) != nil {
@@ -86,6 +92,10 @@ func (s *session) awaitRequest() bool {
 		}
 	}
 }
+
+// begun reports whether there is something of a request. Empty lines are nothing: old clients send one behind a body
+// (RFC 9112 §2.2), and may be done then.
+func begun(b []byte) bool { return len(bytes.TrimLeft(b, "\r\n")) > 0 }
 
 // after is the time at which a limit that begins now ends; zero for none.
 func after(limit time.Duration) time.Time {
@@ -146,7 +156,13 @@ func (s *session) linger() {
 	}
 }
 
-// dropUpstream closes upstream, whose state is not known any more.
+// closeUpstream closes upstream in order: it is of no use to anybody.
+func (s *session) closeUpstream() {
+	s.up.Close()
+	s.up = nil
+}
+
+// dropUpstream resets upstream, whose state is not known any more.
 func (s *session) dropUpstream() {
 	if s.up != nil {
 		s.up.Reset()
@@ -154,16 +170,20 @@ func (s *session) dropUpstream() {
 	}
 }
 
-// connect finds an upstream connection: the one of the last request, one from the pool, or a fresh one.
-func (s *session) connect(now time.Time) error {
+// connect finds an upstream connection: the one of the last request, one from the pool, or a fresh one. What comes from
+// the pool may be closed by its server at this moment, so it is for requests that can be sent again. Others would be lost
+// where they would not be without us: their downstream does not know that the connection is an old one.
+func (s *session) connect(now time.Time, repeatable bool) error {
 	if s.up != nil && (s.up.Readable() || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
-		s.up.Close()
-		s.up = nil
+		s.closeUpstream()
 	}
 	if s.up != nil {
 		return nil
 	}
-	if s.up = s.engine.config.Pool.Take(s.Target); s.up != nil {
+	if repeatable {
+		s.up = s.engine.config.Pool.Take(s.Target)
+	}
+	if s.up != nil {
 		s.used, s.lastUse = true, now
 		s.upLocal = s.up.LocalAddr()
 		return nil

@@ -123,7 +123,7 @@ func (p *Pool) closeBefore(limit time.Time) {
 			list[old].conn.Close()
 			old++
 		}
-		p.keep(target, slices.Delete(list, 0, old))
+		p.keep(target, slices.Delete(list, 0, old)) // which forgets them, too
 	}
 }
 

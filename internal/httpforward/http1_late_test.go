@@ -1,0 +1,239 @@
+package httpforward
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// newCrampedOrigin listens with room for one connection in its queue. When that is taken, a dial takes as long as it
+// does over a network: its SYN is dropped, and sent again after a second.
+func newCrampedOrigin(t *testing.T) *origin {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Listen(fd, 0); err != nil {
+		t.Fatal(err)
+	}
+	file := os.NewFile(uintptr(fd), "listener")
+	defer file.Close()
+	listener, err := net.FileListener(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	return &origin{t, listener.(*net.TCPListener), listener.Addr().(*net.TCPAddr).AddrPort()}
+}
+
+// sockets returns the lines of the kernel's table of IPv4 sockets whose ports are these, 0 for any, in its columns.
+func sockets(t *testing.T, local, remote int) (lines [][]string) {
+	t.Helper()
+	table, err := os.ReadFile("/proc/net/tcp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(table)) {
+		fields := strings.Fields(line)
+		if (local == 0 || strings.HasSuffix(fields[1], fmt.Sprintf(":%04X", local))) &&
+			(remote == 0 || strings.HasSuffix(fields[2], fmt.Sprintf(":%04X", remote))) {
+			lines = append(lines, fields)
+		}
+	}
+	return lines
+}
+
+// dialling reports whether somebody's SYN to address has no answer yet.
+func dialling(t *testing.T, address netip.AddrPort) bool {
+	const synSent = "02"
+	return slices.ContainsFunc(sockets(t, 0, int(address.Port())), func(s []string) bool { return s[3] == synSent })
+}
+
+// taken reports whether the other end has read everything that was sent.
+func taken(t *testing.T, conn net.Conn) bool {
+	other := sockets(t, conn.RemoteAddr().(*net.TCPAddr).Port, conn.LocalAddr().(*net.TCPAddr).Port)
+	return len(other) == 1 && strings.HasSuffix(other[0][4], ":00000000")
+}
+
+func TestARequestIsSentAgainAfterADialThatTakesTime(t *testing.T) {
+	t.Parallel()
+	const request = "GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+	o := newCrampedOrigin(t)
+	client := newRig(t, o.address, false, plain).dial(t)
+	send(t, client, request)
+	first := o.accept()
+	expect(t, first, request)
+	send(t, first, ok("1"))
+	expect(t, client, ok("1"))
+
+	filler, err := net.Dial("tcp", o.address.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer filler.Close()
+	send(t, client, request)
+	expect(t, first, request)
+	first.Close()
+	nettest.Eventually(t, "the engine dials", func() bool { return dialling(t, o.address) })
+	o.accept() // the filler
+	second := o.accept()
+	expect(t, second, request)
+	send(t, second, ok("2"))
+	expect(t, client, ok("2"))
+}
+
+// fill writes to a connection until nobody has taken anything for a while.
+func fill(t *testing.T, conn *net.TCPConn) {
+	t.Helper()
+	block := make([]byte, 1<<20)
+	for {
+		conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+		if _, err := conn.Write(block); errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// The response is complete, upstream does not take the rest of the request, and downstream vanishes.
+func TestAResetIsSeenBehindABodyThatNobodyTakes(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, plain)
+	client := r.dial(t)
+	send(t, client, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")
+	up := o.accept()
+	send(t, up, ok("early"))
+	expect(t, client, ok("early"))
+	fill(t, client)
+	client.SetLinger(0)
+	client.Close()
+	if got := r.records.await(t, 0); got.reason != flow.Completed || got.status != 200 {
+		t.Errorf("the record says %+v", got)
+	}
+	if _, err := io.Copy(io.Discard, up); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("upstream reads %v, want a reset", err)
+	}
+}
+
+// The time for the response begins when the request has ended, however long that took.
+func TestASlowRequestHasItsTimeToo(t *testing.T) {
+	t.Parallel()
+	const limit = 300 * time.Millisecond
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, plain, func(c *Config) { c.RequestTimeout = limit })
+	client := r.dial(t)
+	send(t, client, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n")
+	began := time.Now()
+	up := o.accept()
+	expect(t, up, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n")
+	up.SetReadDeadline(began.Add(2 * limit))
+	if _, err := up.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("upstream reads %v before the body is sent", err)
+	}
+	up.SetReadDeadline(time.Now().Add(nettest.Patience))
+	send(t, client, "ab")
+	expect(t, up, "ab")
+	ended := time.Now()
+	expect(t, client, "HTTP/1.1 504 Gateway Timeout\r\n")
+	if took := time.Since(ended); took < limit/2 {
+		t.Errorf("the response had %v", took)
+	}
+}
+
+// What the end of a drain cuts says so, wherever it was.
+func TestARequestThatADrainCutsSaysSo(t *testing.T) {
+	t.Parallel()
+	for name, sent := range map[string]string{
+		"in its head":                    "GET / HTTP/1.1\r\nHo",
+		"in its body":                    "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nab",
+		"while upstream thinks about it": "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := newOrigin(t)
+			r := newRig(t, o.address, false, plain)
+			client := r.dial(t)
+			send(t, client, sent)
+			if strings.Contains(sent, "\r\n\r\n") {
+				expect(t, o.accept(), sent)
+			}
+			nettest.Eventually(t, "the engine has the request", func() bool { return taken(t, client) })
+			r.cancel()
+			if got := r.records.await(t, 0).reason; got != flow.DrainDeadline {
+				t.Errorf("the record says %s", got)
+			}
+		})
+	}
+}
+
+// Downstream does not read its interim responses, and one of them is under way when the time for the response is over.
+// An answer behind a part of it would be a part of it.
+func TestNoAnswerStandsInTheMiddleOfAnInterimResponse(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, plain, func(c *Config) { c.RequestTimeout = 500 * time.Millisecond })
+	client := r.dial(t)
+	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+	up := o.accept()
+	interim := "HTTP/1.1 103 Early Hints\r\nLink: " + strings.Repeat("x", 9000) + "\r\n\r\n"
+	var err error
+	for err == nil {
+		_, err = io.WriteString(up, interim) // until the engine gives up
+	}
+	if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+		t.Fatalf("upstream is told %v", err)
+	}
+	if got, _ := io.ReadAll(client); strings.Contains(string(got), "504") {
+		t.Errorf("downstream reads %q", got[len(got)-1000:])
+	}
+	if got := r.records.await(t, 0); got.reason != flow.RequestTimeout || got.status != 0 {
+		t.Errorf("the record says %+v", got)
+	}
+}
+
+// A record counts what the other side's socket took, and not what was read for it.
+func TestARecordCountsWhatWasTaken(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, plain)
+	client := r.dial(t)
+	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+	up := o.accept()
+	head := "HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n"
+	send(t, up, head)
+	fill(t, up)
+	var got int64
+	from, to := client.RemoteAddr().(*net.TCPAddr).Port, client.LocalAddr().(*net.TCPAddr).Port
+	for _, socket := range append(sockets(t, from, to), sockets(t, to, from)...) {
+		var sending, received int64
+		if _, err := fmt.Sscanf(socket[4], "%x:%x", &sending, &received); err != nil {
+			t.Fatal(err)
+		}
+		got += sending + received
+	}
+	client.SetLinger(0)
+	client.Close()
+	got -= int64(len(head))
+	const twice = 16 << 10 // at most so much is in both sockets' queues, sent and not acknowledged
+	if sent := int64(r.records.await(t, 0).sent); sent > got || sent < got-twice {
+		t.Errorf("the record says %d bytes, and downstream's socket took %d", sent, got)
+	}
+}

@@ -1,0 +1,49 @@
+//go:build !race
+
+package httpforward
+
+import (
+	"net"
+	"runtime"
+	"testing"
+)
+
+// heap is what the process keeps. What is in a sync.Pool goes at the second collection.
+func heap() uint64 {
+	runtime.GC()
+	runtime.GC()
+	var stats runtime.MemStats
+	runtime.ReadMemStats(&stats)
+	return stats.HeapAlloc
+}
+
+// A response that has begun and is silent, or that has not begun on a fresh connection, costs no buffer. Events and long
+// polls are that for most of their life.
+func TestASilentResponseHoldsNoBuffer(t *testing.T) {
+	const (
+		many    = 100
+		limit   = 10 << 10 // the test's own two connections are in it
+		request = "GET /events HTTP/1.1\r\nHost: a\r\n\r\n"
+		begun   = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+	)
+	for name, answer := range map[string]string{"begun": begun, "not begun": ""} {
+		t.Run(name, func(t *testing.T) {
+			o := newOrigin(t)
+			r := newRig(t, o.address, false, plain)
+			var conns []net.Conn
+			before := heap()
+			for range many {
+				client := r.dial(t)
+				send(t, client, request)
+				up := o.accept()
+				expect(t, up, request)
+				send(t, up, answer)
+				expect(t, client, answer)
+				conns = append(conns, client, up)
+			}
+			within(t, "the responses hold no buffer", func() bool { return int64(heap()-before)/many < limit })
+			t.Logf("%d bytes each", int64(heap()-before)/many)
+			runtime.KeepAlive(conns)
+		})
+	}
+}
