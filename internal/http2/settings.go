@@ -16,6 +16,11 @@ const (
 	EnableConnectProtocol SettingID = 0x8
 )
 
+// Known tells the settings above from extensions.
+func (id SettingID) Known() bool {
+	return HeaderTableSize <= id && id <= MaxHeaderListSize || id == EnableConnectProtocol
+}
+
 // settingLength is the length of one setting in the payload of a Settings frame.
 const settingLength = 6
 

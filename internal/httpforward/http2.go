@@ -31,6 +31,7 @@ type multiplex struct {
 	streams      streams
 	window       downWindow
 
+	opened   time.Time
 	requests time.Time // when the requests that are read now were there
 	clock    time.Time // the same moment or a little later; zero: not asked
 
@@ -69,8 +70,9 @@ func (e *Engine) ServeHTTP2(w *tcp.Waiter, c Connection) {
 	m := &multiplex{
 		engine: e, w: w, Connection: c, up: c.Early,
 		goneAway: http2.MaxStream,
-		requests: time.Now(),
+		opened:   time.Now(),
 	}
+	m.requests = m.opened
 	m.resets = newBudget(resetBurst, resetRate, m.requests)
 	m.window = downWindow{connection: http2.FirstWindow, stream: http2.FirstWindow}
 	m.toUp.init(m, &m.toDown)
@@ -279,6 +281,8 @@ func (m *multiplex) opaque() {
 	m.toDown.in = nil
 	config := &m.engine.config
 	record := flow.Open(config.Direction, m.Downstream)
+	record.Opened = m.opened
+	record.Received.Store(m.toUp.written)
 	record.OriginalDestination, record.UpstreamLocal = m.OriginalDestination, m.upLocal
 	end, err := relay.Run(m.w, m.Down, m.up, relay.Options{
 		IdleTimeout:      config.IdleTimeout,

@@ -118,7 +118,7 @@ func (m *multiplex) sayGoAway(code http2.Code, text string) {
 // introduce sends the first Settings frame in upstream's place, if it has sent none.
 func (m *multiplex) introduce() {
 	if l := &m.toDown; !l.settled {
-		l.say(http2.Header{Type: http2.Settings}.Append(l.scratch), 0)
+		l.say(wishes{})
 	}
 }
 

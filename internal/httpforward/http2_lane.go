@@ -27,6 +27,7 @@ type lane struct {
 	scratch  []byte      // frames and headers that are not in in
 	outgrown [][]byte    // what scratch was before it grew; out may point at it
 	ended    []*stream   // their records close when out is written
+	written  uint64      // bytes that dst took
 	bulk     bool        // the last read filled its buffer
 	long     bool        // the turn ended with more to read
 
@@ -105,7 +106,9 @@ func (l *lane) flush() bool {
 		if !l.dst.Writable() {
 			return false
 		}
-		if _, err := l.dst.WriteVector(&l.out); err == tcp.ErrAgain {
+		n, err := l.dst.WriteVector(&l.out)
+		l.written += uint64(n)
+		if err == tcp.ErrAgain {
 			return false
 		} else if err != nil {
 			l.dstErr = err

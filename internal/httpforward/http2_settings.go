@@ -1,13 +1,38 @@
 package httpforward
 
-import (
-	"github.com/pillion-proxy/pillion/internal/http2"
-)
+import "github.com/pillion-proxy/pillion/internal/http2"
+
+// wishes are the settings of one Settings frame. What a frame says twice counts as it is said last.
+type wishes struct {
+	said   uint16 // the settings that are there, as bits
+	values [http2.EnableConnectProtocol + 1]uint32
+}
+
+func (w *wishes) set(id http2.SettingID, value uint32) {
+	w.said |= 1 << id
+	w.values[id] = value
+}
+
+func (w *wishes) has(id http2.SettingID) bool { return w.said>>id&1 != 0 }
+
+// atMost lowers a setting, or makes it, so that it is no more than value.
+func (w *wishes) atMost(id http2.SettingID, value uint32) {
+	if !w.has(id) || w.values[id] > value {
+		w.set(id, value)
+	}
+}
 
 // tableSize is what a Settings frame says of the header table: how small it was, and how large it is in the end.
 type tableSize struct {
 	said          bool
 	smallest, now uint32
+}
+
+func (t *tableSize) note(n uint32) {
+	if !t.said || n < t.smallest {
+		t.smallest = n
+	}
+	t.said, t.now = true, n
 }
 
 // settings passes a Settings frame on, so that each side hears the other's wishes, but for what concerns us.
@@ -23,24 +48,24 @@ func (l *lane) settings(h http2.Header, payload []byte) error {
 	if len(l.unacked) == maxUnacked {
 		return http2.ConnectionError(http2.EnhanceYourCalm, "too many SETTINGS frames")
 	}
-	out := http2.Header{Type: http2.Settings}.Append(l.scratch)
+	var w wishes
 	var table tableSize
-	var said said
 	for len(payload) > 0 {
 		var s http2.Setting
 		s, payload = http2.NextSetting(payload)
 		if err := s.Check(); err != nil {
 			return err
 		}
+		if !s.ID.Known() {
+			continue // an extension is between neighbours: what it allows would not get through
+		}
+		w.set(s.ID, s.Value)
 		if s.ID == http2.HeaderTableSize {
 			table.note(s.Value)
 		}
-		if l.edit(&s) {
-			said |= 1 << s.ID
-			out = s.Append(out)
-		} else if s.ID == http2.EnablePush && !l.fromDown() && s.Value != 0 {
-			return http2.ConnectionError(http2.ProtocolError, "a server cannot be pushed to")
-		}
+	}
+	if err := l.heed(&w); err != nil {
+		return err
 	}
 	if l.m.lost != nil {
 		l.settled = true
@@ -48,77 +73,54 @@ func (l *lane) settings(h http2.Header, payload []byte) error {
 		return nil
 	}
 	l.unacked = append(l.unacked, table)
-	l.say(out, said)
+	l.say(w)
 	return nil
 }
 
-// said is a set of settings, as bits.
-type said uint16
+// heed takes note of the settings that concern what we do.
+func (l *lane) heed(w *wishes) error {
+	if !l.fromDown() && w.has(http2.EnablePush) && w.values[http2.EnablePush] != 0 {
+		return http2.ConnectionError(http2.ProtocolError, "a server cannot be pushed to")
+	}
+	if l.fromDown() && w.has(http2.InitialWindowSize) {
+		l.m.window.stream = int64(w.values[http2.InitialWindowSize])
+	}
+	if w.has(http2.MaxFrameSizeSetting) {
+		// A larger value counts for as long as the connection lasts: a smaller one may not have arrived.
+		l.other.frameLimit = max(l.other.frameLimit, int(w.values[http2.MaxFrameSizeSetting]))
+	}
+	return nil
+}
 
-// say sends a Settings frame on: scratch with the frame appended, whose length is not yet written. The first one has what
-// we have to say as well, and what was held goes behind it.
-func (l *lane) say(scratch []byte, said said) {
-	start := len(l.scratch)
-	first := !l.settled
-	if first {
-		for _, s := range l.own() {
-			if said>>s.ID&1 == 0 {
-				scratch = s.Append(scratch)
-			}
+// say sends a Settings frame on, edited. The first one has what we have to say as well, whether src says it or not, and
+// what was held goes behind it.
+func (l *lane) say(w wishes) {
+	first, down := !l.settled, l.fromDown()
+	if w.has(http2.HeaderTableSize) {
+		w.atMost(http2.HeaderTableSize, maxTable)
+	}
+	if down && (first || w.has(http2.EnablePush)) {
+		w.set(http2.EnablePush, 0)
+	}
+	if !down && (first || w.has(http2.MaxConcurrentStreams)) {
+		w.atMost(http2.MaxConcurrentStreams, maxStreams)
+	}
+	if first || w.has(http2.MaxHeaderListSize) {
+		w.atMost(http2.MaxHeaderListSize, uint32(l.m.engine.config.MaxHeadBytes))
+	}
+	held := len(l.scratch)
+	scratch := http2.Header{Type: http2.Settings}.Append(l.scratch)
+	for id := range http2.SettingID(len(w.values)) {
+		if w.has(id) {
+			scratch = http2.Setting{ID: id, Value: w.values[id]}.Append(scratch)
 		}
 	}
-	http2.Header{Length: len(scratch) - start - http2.HeaderLength, Type: http2.Settings}.Put(scratch[start:])
+	http2.Header{Length: len(scratch) - held - http2.HeaderLength, Type: http2.Settings}.Put(scratch[held:])
 	l.settled = true
 	l.insert(scratch)
-	if first {
-		l.out.Append(scratch[:start])
+	if first && !down {
+		l.out.Append(scratch[:held])
 	}
-}
-
-func (t *tableSize) note(n uint32) {
-	if !t.said || n < t.smallest {
-		t.smallest = n
-	}
-	t.said, t.now = true, n
-}
-
-// edit changes a setting of src to what dst is to hear, and reports whether dst hears it at all. An extension is between
-// neighbours: what it allows would not get through.
-func (l *lane) edit(s *http2.Setting) bool {
-	config := &l.m.engine.config
-	switch s.ID {
-	case http2.HeaderTableSize:
-		s.Value = min(s.Value, maxTable)
-	case http2.EnablePush:
-		s.Value = 0
-		return l.fromDown()
-	case http2.MaxConcurrentStreams:
-		if !l.fromDown() {
-			s.Value = min(s.Value, maxStreams)
-		}
-	case http2.InitialWindowSize:
-		if l.fromDown() {
-			l.m.window.stream = int64(s.Value)
-		}
-	case http2.MaxFrameSizeSetting:
-		// What was said is taken for as long as the connection lasts: the smaller value may not have arrived.
-		l.other.frameLimit = max(l.other.frameLimit, int(s.Value))
-	case http2.MaxHeaderListSize:
-		s.Value = min(s.Value, uint32(config.MaxHeadBytes))
-	case http2.EnableConnectProtocol:
-	default:
-		return false
-	}
-	return true
-}
-
-// own is what the first Settings frame to dst has to say, whether src says it or not.
-func (l *lane) own() []http2.Setting {
-	list := http2.Setting{ID: http2.MaxHeaderListSize, Value: uint32(l.m.engine.config.MaxHeadBytes)}
-	if l.fromDown() {
-		return []http2.Setting{{ID: http2.EnablePush, Value: 0}, list}
-	}
-	return []http2.Setting{{ID: http2.MaxConcurrentStreams, Value: maxStreams}, list}
 }
 
 // acknowledged passes on that src has heard a Settings frame of dst. From here on src's header blocks, and those for
