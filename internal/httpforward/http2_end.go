@@ -283,7 +283,9 @@ func (m *multiplex) late(why limit) {
 	case lostLimit:
 		m.leave(http2.NoError, "", flow.UpstreamUnreachable, nil)
 	case leaveLimit:
-		m.sayGoAway(http2.NoError, "")
+		if m.goneAway > m.streams.last { // else upstream has said it
+			m.sayGoAway(http2.NoError, "")
+		}
 		m.leaving = endTold
 	case requestLimit:
 		m.requestsLate()
