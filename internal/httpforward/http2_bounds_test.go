@@ -513,3 +513,72 @@ func TestHTTP2Limits(t *testing.T) {
 		}
 	})
 }
+
+// stuff sends large requests in one go until upstream, which does not read, is full. It returns what was not sent, and the
+// last stream.
+func stuff(client *speaker, patience time.Duration) (rest []byte, last uint32) {
+	client.t.Helper()
+	var requests bytes.Buffer
+	framer := http2.NewFramer(&requests, nil)
+	for last = 3; last < 2*maxStreams-2; last += 2 {
+		block := client.encode([]string{":method=GET", ":scheme=http", ":path=/", ":authority=a", "large=" + fmt.Sprint(last, strings.Repeat("~", 8000))})
+		framer.WriteHeaders(http2.HeadersFrameParam{StreamID: last, BlockFragment: block, EndStream: true, EndHeaders: true})
+	}
+	client.conn.SetWriteDeadline(time.Now().Add(patience))
+	n, err := client.conn.Write(requests.Bytes())
+	if err == nil {
+		client.t.Fatalf("upstream is not full of %d bytes", n)
+	}
+	client.conn.SetWriteDeadline(time.Now().Add(nettest.Patience))
+	return requests.Bytes()[n:], last - 2
+}
+
+// An upstream may write all of a response before it reads the next request. Requests that wait for it must not keep us
+// from taking the response.
+func TestRequestsThatWaitDoNotHoldBackResponses(t *testing.T) {
+	const answer = 16 << 20
+	_, client, server := meet(t)
+	client.says("GET 1")
+	server.hears("GET 1")
+	stuff(client, time.Second)
+	answered := make(chan error, 1)
+	go func() {
+		err := server.headers(1, []string{":status=200"})
+		for sent := 0; sent < answer && err == nil; sent += 16 << 10 {
+			err = server.framer.WriteData(1, false, make([]byte, 16<<10))
+		}
+		answered <- err
+	}()
+	client.hears("HEADERS 1 :status=200")
+	for got := 0; got < answer; {
+		frame, err := client.framer.ReadFrame()
+		if err != nil {
+			t.Fatalf("after %d bytes of %d: %v", got, answer, err)
+		}
+		got += int(frame.Header().Length)
+	}
+	if err := <-answered; err != nil {
+		t.Error(err)
+	}
+}
+
+// The time of a head does not pass while it is upstream that does not take what came before.
+func TestAHeadThatWaitsForUpstreamIsNotLate(t *testing.T) {
+	_, client, server := meet(t, func(c *Config) { c.HeadTimeout = 100 * time.Millisecond })
+	rest, last := stuff(client, time.Second)
+	sent := make(chan error, 1)
+	go func() {
+		_, err := client.conn.Write(rest)
+		sent <- err
+	}()
+	for heard := uint32(0); heard < last; {
+		frame, err := server.framer.ReadFrame()
+		if err != nil {
+			t.Fatalf("after request %d of %d: %v", heard, last, err)
+		}
+		heard = frame.Header().StreamID
+	}
+	if err := <-sent; err != nil {
+		t.Error(err)
+	}
+}
