@@ -14,6 +14,9 @@ BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w 
 TEST     := CGO_ENABLED=1 scripts/with-namespaces $(GO) test -buildvcs=false -race -count=1 -json
 REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 
+# Other people's clients and servers for the e2e tests: a module of its own.
+PEERS := e2e/testdata/peers
+
 # The packages whose tests make network namespaces, e2e aside.
 IN_NAMESPACES = git grep -l --untracked -E 'pillion/internal/nettest"|^package nettest' -- '*_test.go' ':!e2e' | xargs -n1 dirname | sort -u | sed 's|^|./|'
 
@@ -54,7 +57,7 @@ fuzz: ## every fuzz target for FUZZTIME (10s)
 	FUZZTIME=$(FUZZTIME) scripts/fuzz
 
 .PHONY: bench
-bench: tools-bench ## the figures: pillion beside haproxy and a plain relay
+bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 6 minutes
 	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
 
 .PHONY: lint
@@ -63,6 +66,7 @@ lint: ## formatting, vet, module files, shell syntax
 	if [ -n "$$unformatted" ]; then echo "gofmt would change: $$unformatted"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) mod tidy -diff
+	cd $(PEERS) && $(GO) vet ./... && $(GO) mod tidy -diff
 	@for script in .ci/run $$(find scripts -maxdepth 1 -type f); do bash -n "$$script"; done
 
 ##@ Other
@@ -70,6 +74,7 @@ lint: ## formatting, vet, module files, shell syntax
 .PHONY: modules
 modules:
 	@$(GO) mod download
+	@cd $(PEERS) && $(GO) mod download
 
 # tools-demo, tools-test and tools-bench are silent when nothing is missing.
 .PHONY: tools-demo tools-test tools-bench

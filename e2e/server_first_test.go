@@ -95,7 +95,7 @@ func writeFile(t *testing.T, name, text string) {
 
 // awaitListener waits until somebody listens on port inside the namespace. It looks instead of connecting, so that the
 // server under test sees nobody.
-func awaitListener(t *testing.T, ns *nettest.Namespace, port int) {
+func awaitListener(t testing.TB, ns *nettest.Namespace, port int) {
 	t.Helper()
 	nettest.Eventually(t, fmt.Sprintf("somebody listens on port %d in %s", port, ns.Name), func() bool {
 		return ns.MustRun(t, "ss", "-Hltn", fmt.Sprintf("sport = :%d", port)) != ""

@@ -98,6 +98,13 @@ func (s *stage) everyWay(t *testing.T, test func(t *testing.T, w way)) {
 	}
 }
 
+// eachDirection runs a subtest inbound and one outbound, for tests in which the family cannot matter.
+func (s *stage) eachDirection(t *testing.T, test func(t *testing.T, w way)) {
+	for _, w := range []way{s.inbound(), s.outbound()} {
+		t.Run(w.name, func(t *testing.T) { test(t, w) })
+	}
+}
+
 // inbound and outbound are the IPv4 ways, for tests in which the family cannot matter.
 func (s *stage) inbound() way  { return s.ways()[0] }
 func (s *stage) outbound() way { return s.ways()[2] }

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
@@ -333,6 +334,12 @@ func TestTwoHundredConnectionsAtOnceKeepApart(t *testing.T) {
 
 // serveEcho answers every connection with its own bytes, until the test ends.
 func serveEcho(t testing.TB, listener net.Listener) {
+	serveEach(t, listener, func(conn net.Conn) { io.Copy(conn, conn) })
+}
+
+// serveEach calls serve for every connection, in a goroutine of its own, until the test ends, and closes the connection
+// when it returns. Connections have a deadline.
+func serveEach(t testing.TB, listener net.Listener, serve func(net.Conn)) {
 	var running sync.WaitGroup
 	running.Go(func() {
 		for {
@@ -342,8 +349,9 @@ func serveEcho(t testing.TB, listener net.Listener) {
 			}
 			running.Go(func() {
 				defer conn.Close()
+				defer context.AfterFunc(t.Context(), func() { conn.Close() })() // the agent may keep it for a while
 				conn.SetDeadline(time.Now().Add(time.Minute))
-				io.Copy(conn, conn)
+				serve(conn)
 			})
 		}
 	})

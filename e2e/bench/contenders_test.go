@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -19,17 +20,21 @@ import (
 
 // kit is what has to be built or found before anything can be measured.
 type kit struct {
-	cores      cores
-	pillion    string
-	contenders []contender
+	cores   cores
+	pillion string
+	// Who is measured side by side. HAProxy is set up for the kind of traffic, so it stands here as more than one.
+	opaque  []contender
+	bulk    []contender // opaque connections with much to move
+	http    []contender
+	http1   []contender // small requests, where a relay is the least that a proxy can cost
+	latency []contender
 }
 
-// contender is a proxy under test: what to run, as proxyUser, so that it captures on 15006 and answers on 15021.
+// contender is a proxy under test: what to run, as proxyUser, so that it captures on 15006 and answers on 15021. With
+// nothing to run it is the direct connection.
 type contender struct {
 	name    string
 	command []string
-	// bulkOnly keeps a variant out of the figures in which it would repeat another contender.
-	bulkOnly bool
 }
 
 // The contenders' names are the table's columns.
@@ -37,14 +42,22 @@ const (
 	namePillion       = "pillion"
 	nameHAProxy       = "HAProxy"
 	nameHAProxySplice = "HAProxy splice"
+	nameReverseProxy  = "ReverseProxy"
 	namePlain         = "io.Copy"
+	nameDirect        = "direct"
 )
 
-//go:embed testdata/haproxy.cfg
-var haproxyConfig string
+var columns = []string{namePillion, nameHAProxy, nameHAProxySplice, nameReverseProxy, namePlain, nameDirect}
 
-// newKit builds pillion and the plain relay and finds HAProxy. Without HAProxy there is nothing to compare with: that is
-// an error if haproxyNeeded and a missing column otherwise.
+var (
+	//go:embed testdata/haproxy-tcp.cfg
+	haproxyTCP string
+	//go:embed testdata/haproxy-http.cfg
+	haproxyHTTP string
+)
+
+// newKit builds pillion and the two plain proxies and finds HAProxy. Without HAProxy there is little to compare with: that
+// is an error if haproxyNeeded and a missing column otherwise.
 func newKit(t testing.TB, haproxyNeeded bool) *kit {
 	t.Helper()
 	nettest.RequireRoot(t)
@@ -62,28 +75,43 @@ func newKit(t testing.TB, haproxyNeeded bool) *kit {
 		t.Fatal(err)
 	}
 	k.pillion = build(t, dir, "pillion", "../../cmd/pillion")
-	relay := build(t, dir, "relay", "./testdata/relay")
-	k.contenders = []contender{
-		{name: namePillion, command: []string{k.pillion, "agent",
-			"--outbound-port", "15001", "--inbound-port", "15006", "--readiness-port", "15021",
-			"--log-level", "warn", "--drain-delay", "0s"}},
-		{name: namePlain, command: []string{relay, "0.0.0.0:15006", "0.0.0.0:15021"}},
-	}
-	haproxy, err := exec.LookPath("haproxy")
-	if err != nil {
-		if haproxyNeeded {
-			t.Fatalf("the figures are relative to HAProxy (apt-get install haproxy): %v", err)
-		}
-		t.Logf("without HAProxy: %v", err)
-		return k
-	}
-	k.contenders = append(k.contenders,
-		contender{name: nameHAProxy, command: []string{haproxy, "-q", "-db", "-f", writeConfig(t, dir, "haproxy.cfg", "")}},
-		contender{name: nameHAProxySplice, bulkOnly: true,
-			command: []string{haproxy, "-q", "-db", "-f", writeConfig(t, dir, "haproxy-splice.cfg", "option splice-request\n    option splice-response")}},
-	)
+	pillion := contender{namePillion, []string{k.pillion, "agent",
+		"--outbound-port", "15001", "--inbound-port", "15006", "--readiness-port", "15021",
+		"--log-level", "warn", "--drain-delay", "0s"}}
+	relay := contender{namePlain, []string{build(t, dir, "relay", "./testdata/relay"), "0.0.0.0:15006", "0.0.0.0:15021"}}
+	reverseProxy := contender{nameReverseProxy,
+		[]string{build(t, dir, "reverseproxy", "./testdata/reverseproxy"), "0.0.0.0:15006", "0.0.0.0:15021"}}
+	tcp, splicing, http := findHAProxy(t, dir, haproxyNeeded)
+	k.opaque = append([]contender{pillion, relay}, tcp...)
+	k.bulk = slices.Concat(k.opaque, splicing)
+	k.http = append([]contender{pillion, reverseProxy}, http...)
+	k.http1 = slices.Concat(k.http, []contender{relay})
+	k.latency = slices.Concat(k.http, []contender{{name: nameDirect}})
 	return k
 }
+
+// findHAProxy returns HAProxy for opaque connections, the same with splice, and HAProxy for HTTP; none where it is not
+// installed.
+func findHAProxy(t testing.TB, dir string, needed bool) (tcp, splicing, http []contender) {
+	t.Helper()
+	program, err := exec.LookPath("haproxy")
+	if err != nil && needed {
+		t.Fatalf("the figures are relative to HAProxy (apt-get install haproxy): %v", err)
+	}
+	if err != nil {
+		t.Logf("without HAProxy: %v", err)
+		return nil, nil, nil
+	}
+	configured := func(name, file, config string) []contender {
+		return []contender{{name, []string{program, "-q", "-db", "-f", writeConfig(t, dir, file, config)}}}
+	}
+	splice := func(options string) string { return strings.ReplaceAll(haproxyTCP, "    SPLICE\n", options) }
+	return configured(nameHAProxy, "tcp.cfg", splice("")),
+		configured(nameHAProxySplice, "splice.cfg", splice("    option splice-request\n    option splice-response\n")),
+		configured(nameHAProxy, "http.cfg", haproxyHTTP)
+}
+
+func (c contender) direct() bool { return c.command == nil }
 
 // build builds a program as it is released and returns where it is.
 func build(t testing.TB, dir, name, pkg string) string {
@@ -97,10 +125,10 @@ func build(t testing.TB, dir, name, pkg string) string {
 	return path
 }
 
-func writeConfig(t testing.TB, dir, name, splice string) string {
+func writeConfig(t testing.TB, dir, name, config string) string {
 	t.Helper()
 	path := filepath.Join(dir, name)
-	if err := os.WriteFile(path, []byte(strings.ReplaceAll(haproxyConfig, "    SPLICE\n", "    "+splice+"\n")), 0o644); err != nil {
+	if err := os.WriteFile(path, []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	return path
@@ -112,9 +140,13 @@ func haproxyVersion() string {
 	return string(regexp.MustCompile(`\d+\.\d+\.\d+`).Find(out))
 }
 
-// start runs a contender in the pod, on the proxy's core, until the scope ends, and returns it ready.
+// start runs a contender in the pod, on the proxy's core, until the scope ends, and returns it ready. For the direct
+// connection there is nothing to start.
 func (c contender) start(t testing.TB, w *world) *proxy {
 	t.Helper()
+	if c.direct() {
+		return nil
+	}
 	process := w.pod.Start(t, pinned(w.pod, w.cores.proxy, proxyUser, c.command[0], c.command[1:]...))
 	awaitReady(t, w.pod, c.name, process)
 	return &proxy{pid: process.Cmd.Process.Pid}

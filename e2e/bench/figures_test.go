@@ -23,18 +23,21 @@ var (
 type sizes struct {
 	rounds           int   // of the figures that compare
 	connectionRounds int   // of the cost of a connection, whose target leaves the least room
+	latencyRounds    int   // of latency, which others' work on the machine disturbs most
 	bulk             int64 // bytes in each direction
 	connections      int64 // short ones
 	traced           int64 // short ones, under strace
 	messages         int64
+	requests         int64 // small ones of HTTP, as many as can be
+	paced            int64 // small ones of HTTP, at requestsPerSecond
 	idle             int64 // connections
 	settle           time.Duration
 	starts, inits    int
 }
 
 var fullSizes = sizes{
-	rounds: 3, connectionRounds: 7, bulk: 1 << 30, connections: 5000, traced: 200, messages: 40_000, idle: 3000,
-	settle: 3 * time.Second, starts: 11, inits: 15,
+	rounds: 3, connectionRounds: 7, latencyRounds: 5, bulk: 1 << 30, connections: 5000, traced: 200, messages: 40_000,
+	requests: 60_000, paced: 2 * requestsPerSecond, idle: 3000, settle: 3 * time.Second, starts: 11, inits: 15,
 }
 
 // figures are what can be measured, in the table's order.
@@ -47,6 +50,12 @@ var figures = []struct {
 	{"calls", measureCalls},
 	{"messages", measureMessages},
 	{"idle", measureIdle},
+	{"http1", measureHTTP1},
+	{"http2", measureHTTP2},
+	{"http-connections", measureHTTPConnections},
+	{"http-bulk", measureHTTPBulk},
+	{"latency", measureLatency},
+	{"http-idle", measureHTTPIdle},
 	{"start", measureStart},
 	{"init", measureInit},
 }
@@ -85,22 +94,26 @@ func BenchmarkFigures(b *testing.B) {
 	}
 }
 
-// takeTurns lets every contender do the same, round by round, each time as a new process in a new world. Each round
-// begins with another contender, so that none always follows the same one.
-func takeTurns(t testing.TB, k *kit, what string, rounds int, bulk bool, rows []*row, measure func(t testing.TB, c contender, w *world, p *proxy)) {
-	for round := range rounds {
-		for i := range k.contenders {
-			c := k.contenders[(i+round)%len(k.contenders)]
-			if c.bulkOnly && !bulk {
-				continue
-			}
+// turns say who is measured side by side, and how often.
+type turns struct {
+	figure     string
+	contenders []contender
+	rounds     int
+}
+
+// take lets every contender do the same, round by round, each time as a new process in a new world. Each round begins
+// with another contender, so that none always follows the same one.
+func (turns turns) take(t testing.TB, k *kit, rows []*row, measure func(t testing.TB, c contender, w *world, p *proxy)) {
+	for round := range turns.rounds {
+		for i := range turns.contenders {
+			c := turns.contenders[(i+round)%len(turns.contenders)]
 			inScope(t, func(t testing.TB) {
-				w := newWorld(t, k)
+				w := newWorld(t, k, c)
 				measure(t, c, w, c.start(t, w))
 			})
 		}
-		fmt.Fprintf(progress, "%s, round %d:", what, round+1)
-		for _, c := range k.contenders {
+		fmt.Fprintf(progress, "%s, round %d:", turns.figure, round+1)
+		for _, c := range turns.contenders {
 			for _, r := range rows {
 				if samples := r.samples[c.name]; len(samples) > 0 {
 					fmt.Fprintf(progress, "  %s %s", c.name, threeDigits(samples[len(samples)-1]))
@@ -124,10 +137,10 @@ func cpuOf(t testing.TB, p *proxy, h *helper) time.Duration {
 }
 
 func measureBulk(t testing.TB, k *kit, s sizes) []*row {
-	down := &row{title: "CPU per GiB, download", unit: "s", ratioAtMost: 0.5}
-	up := &row{title: "CPU per GiB, upload", unit: "s", ratioAtMost: 0.5}
+	down := &row{title: "CPU per GiB, download", unit: "s", promises: []promise{{0.5, nameHAProxy}}}
+	up := &row{title: "CPU per GiB, upload", unit: "s", promises: []promise{{0.5, nameHAProxy}}}
 	rows := []*row{down, up}
-	takeTurns(t, k, "bulk", s.rounds, true, rows, func(t testing.TB, c contender, w *world, p *proxy) {
+	turns{"bulk", k.bulk, s.rounds}.take(t, k, rows, func(t testing.TB, c contender, w *world, p *proxy) {
 		gib := float64(s.bulk) / (1 << 30)
 		down.add(c.name, cpuOf(t, p, w.startLoad(t, "download", s.bulk, 1)).Seconds()/gib)
 		up.add(c.name, cpuOf(t, p, w.startLoad(t, "upload", s.bulk, 1)).Seconds()/gib)
@@ -139,8 +152,8 @@ func measureBulk(t testing.TB, k *kit, s sizes) []*row {
 const atATime = 16
 
 func measureConnections(t testing.TB, k *kit, s sizes) []*row {
-	r := &row{title: "CPU per new connection", unit: "µs", ratioAtMost: 1.1}
-	takeTurns(t, k, "connections", s.connectionRounds, false, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
+	r := &row{title: "CPU per new connection", unit: "µs", promises: []promise{{1.1, nameHAProxy}}}
+	turns{"connections", k.opaque, s.connectionRounds}.take(t, k, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
 		cpu := cpuOf(t, p, w.startLoad(t, "connections", s.connections, atATime))
 		r.add(c.name, microseconds(cpu)/float64(s.connections))
 	})
@@ -155,12 +168,9 @@ func measureCalls(t testing.TB, k *kit, s sizes) []*row {
 		fmt.Fprintf(progress, "system calls are not counted: %v\n", err)
 		return nil
 	}
-	for _, c := range k.contenders {
-		if c.bulkOnly {
-			continue
-		}
+	for _, c := range k.opaque {
 		inScope(t, func(t testing.TB) {
-			w := newWorld(t, k)
+			w := newWorld(t, k, c)
 			p := c.start(t, w)
 			h := w.startLoad(t, "connections", s.traced, 1)
 			calls := p.traceCalls(t, w.pod, func() { h.finish(t) })
@@ -189,7 +199,7 @@ func perConnection(calls map[string]int, connections int64) string {
 
 func measureMessages(t testing.TB, k *kit, s sizes) []*row {
 	r := &row{title: fmt.Sprintf("CPU per message of %d B there and back", messageSize), unit: "µs"}
-	takeTurns(t, k, "messages", s.rounds, false, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
+	turns{"messages", k.opaque, s.rounds}.take(t, k, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
 		cpu := cpuOf(t, p, w.startLoad(t, "messages", s.messages, 32))
 		r.add(c.name, microseconds(cpu)/float64(s.messages))
 	})
@@ -197,11 +207,16 @@ func measureMessages(t testing.TB, k *kit, s sizes) []*row {
 }
 
 func measureIdle(t testing.TB, k *kit, s sizes) []*row {
-	memory := &row{title: "memory per idle connection", unit: "KiB", atMost: 10}
-	descriptors := &row{title: "descriptors per idle connection", unit: "", atMost: 2}
-	rows := []*row{memory, descriptors}
-	takeTurns(t, k, "idle", 1, false, rows, func(t testing.TB, c contender, w *world, p *proxy) {
-		h := w.startLoad(t, "idle", s.idle, atATime)
+	memory := &row{title: "memory per idle connection", unit: "KiB", promises: []promise{{atMost: 10}}}
+	descriptors := &row{title: "descriptors per idle connection", unit: "", promises: []promise{{atMost: 2}}}
+	restIdle(t, k, s, turns{"idle", k.opaque, 1}, "idle", memory, descriptors)
+	return []*row{memory, descriptors}
+}
+
+// restIdle measures what connections cost that a load of the kind has used and then leaves alone.
+func restIdle(t testing.TB, k *kit, s sizes, turns turns, kind string, memory, descriptors *row) {
+	turns.take(t, k, []*row{memory, descriptors}, func(t testing.TB, c contender, w *world, p *proxy) {
+		h := w.startLoad(t, kind, s.idle, atATime)
 		time.Sleep(s.settle / 10) // the warm-up's connections are still closing
 		residentBefore, descriptorsBefore := p.resident(t), p.descriptors(t)
 		h.finish(t)
@@ -209,18 +224,14 @@ func measureIdle(t testing.TB, k *kit, s sizes) []*row {
 		memory.add(c.name, float64(p.resident(t)-residentBefore)/1024/float64(s.idle))
 		descriptors.add(c.name, float64(p.descriptors(t)-descriptorsBefore)/float64(s.idle))
 	})
-	return rows
 }
 
 func measureStart(t testing.TB, k *kit, s sizes) []*row {
-	start := &row{title: "start to ready", unit: "ms", atMost: 50}
-	memory := &row{title: "resident memory at start", unit: "MB", atMost: 10}
+	start := &row{title: "start to ready", unit: "ms", promises: []promise{{atMost: 50}}}
+	memory := &row{title: "resident memory at start", unit: "MB", promises: []promise{{atMost: 10}}}
 	rows := []*row{start, memory}
 	for range s.starts {
-		for _, c := range k.contenders {
-			if c.bulkOnly {
-				continue
-			}
+		for _, c := range k.opaque {
 			inScope(t, func(t testing.TB) {
 				pod, _ := nettest.PodAndPeer(t)
 				took, p := c.startupTime(t, pod)
@@ -234,7 +245,7 @@ func measureStart(t testing.TB, k *kit, s sizes) []*row {
 }
 
 func measureInit(t testing.TB, k *kit, s sizes) []*row {
-	r := &row{title: "pillion init", unit: "ms", atMost: 30}
+	r := &row{title: "pillion init", unit: "ms", promises: []promise{{atMost: 30}}}
 	for range s.inits {
 		inScope(t, func(t testing.TB) {
 			pod, _ := nettest.PodAndPeer(t)

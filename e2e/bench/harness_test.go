@@ -10,8 +10,8 @@ import (
 func TestTheHarnessMeasuresEveryFigure(t *testing.T) {
 	k := newKit(t, false)
 	small := sizes{
-		rounds: 1, connectionRounds: 1, bulk: 4 << 20, connections: 50, traced: 10, messages: 320, idle: 50,
-		settle: 10 * time.Millisecond, starts: 1, inits: 1,
+		rounds: 1, connectionRounds: 1, latencyRounds: 1, bulk: 4 << 20, connections: 50, traced: 10, messages: 320,
+		requests: 512, paced: 200, idle: 50, settle: 10 * time.Millisecond, starts: 1, inits: 1,
 	}
 	for _, f := range figures {
 		for _, r := range f.measure(t, k, small) {
@@ -23,22 +23,30 @@ func TestTheHarnessMeasuresEveryFigure(t *testing.T) {
 }
 
 func TestVerdictsFollowTheTargets(t *testing.T) {
-	measured := map[string][]float64{namePillion: {1, 9, 2}, nameHAProxy: {2, 2, 4}}
+	samples := map[string][]float64{namePillion: {1, 9, 2}, nameHAProxy: {2, 2, 4}, nameReverseProxy: {4, 9, 8}}
+	only := func(name string) map[string][]float64 { return map[string][]float64{name: samples[name]} }
 	for _, c := range []struct {
-		name string
-		row  row
-		want string
+		name     string
+		samples  map[string][]float64
+		promises []promise
+		want     string
 	}{
-		{"nothing promised", row{samples: measured}, ""},
-		{"share of HAProxy's kept, in the median round", row{samples: measured, ratioAtMost: 0.5}, "ok"},
-		{"share of HAProxy's not kept", row{samples: measured, ratioAtMost: 0.49}, "MISSED"},
-		{"own value kept, in the median round", row{samples: measured, atMost: 2}, "ok"},
-		{"own value not kept", row{samples: measured, atMost: 1.9}, "MISSED"},
-		{"HAProxy not measured", row{samples: map[string][]float64{namePillion: {1}}, ratioAtMost: 0.5}, ""},
-		{"pillion not measured", row{samples: map[string][]float64{nameHAProxy: {1}}, atMost: 2}, ""},
+		{"nothing promised", samples, nil, ""},
+		{"share kept, in the median round", samples, []promise{{0.5, nameHAProxy}}, "ok"},
+		{"share not kept", samples, []promise{{0.49, nameHAProxy}}, "MISSED"},
+		{"both shares kept", samples, []promise{{0.5, nameHAProxy}, {0.25, nameReverseProxy}}, "ok"},
+		{"only the first share kept", samples, []promise{{0.5, nameHAProxy}, {0.24, nameReverseProxy}}, "MISSED"},
+		{"only the second share kept", samples, []promise{{0.49, nameHAProxy}, {0.25, nameReverseProxy}}, "MISSED"},
+		{"own value kept, in the median round", samples, []promise{{atMost: 2}}, "ok"},
+		{"own value not kept", samples, []promise{{atMost: 1.9}}, "MISSED"},
+		{"the other not measured", only(namePillion), []promise{{0.5, nameHAProxy}}, ""},
+		{"one of two not measured", only(namePillion), []promise{{atMost: 2}, {0.5, nameHAProxy}}, ""},
+		{"a missed one stays missed", only(namePillion), []promise{{atMost: 1.9}, {0.5, nameHAProxy}}, "MISSED"},
+		{"pillion not measured", only(nameHAProxy), []promise{{atMost: 2}}, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if got := c.row.verdict(); got != c.want {
+			r := row{samples: c.samples, promises: c.promises}
+			if got := r.verdict(); got != c.want {
 				t.Errorf("verdict %q, want %q", got, c.want)
 			}
 		})

@@ -16,11 +16,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// A load does its warm-up, prints "warm", waits for a line, does what is measured, prints "done", and keeps its
-// connections open until its input ends.
+// A load does its warm-up, prints "warm", waits for a line, does what is measured, prints "done" and what it has to
+// report, if anything, and keeps its connections open until its input ends.
 type load struct {
-	warm func() error
-	run  func() error
+	warm, run func() error
+	report    func() string // may be nil
 }
 
 // loadSources are the addresses that the load connects from, one after the other, so that no address runs out of ports.
@@ -30,28 +30,40 @@ const messageSize = 64
 
 func runLoad(args []string) error {
 	flags := flag.NewFlagSet("load", flag.ContinueOnError)
-	kind := flags.String("kind", "", "download, upload, connections, messages or idle")
-	count := flags.Int64("count", 0, "bytes, connections or messages")
+	kind := flags.String("kind", "", "what to do")
+	count := flags.Int64("count", 0, "bytes, connections, messages or requests")
 	workers := flags.Int("workers", 1, "how many at a time")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	var l load
 	switch *kind {
-	case "download", "upload":
-		move := map[string]func(int64) error{"download": downloadOnce, "upload": uploadOnce}[*kind]
+	case "download", "upload", "http-download", "http-upload":
+		move := map[string]func(int64) error{
+			"download": downloadOnce, "upload": uploadOnce, "http-download": httpDownloadOnce, "http-upload": httpUploadOnce,
+		}[*kind]
 		l.warm = func() error { return move(min(*count, 64<<20)) }
 		l.run = func() error {
 			return inParallel(*workers, int64(*workers), func(int64) error { return move(*count / int64(*workers)) })
 		}
-	case "connections":
-		l.warm = func() error { return inParallel(*workers, min(*count, 500), exchangeOnce) }
-		l.run = func() error { return inParallel(*workers, *count, exchangeOnce) }
+	case "connections", "http-connections":
+		use := map[string]func(int64) error{"connections": exchangeOnce, "http-connections": requestOnce}[*kind]
+		l.warm = func() error { return inParallel(*workers, min(*count, 500), use) }
+		l.run = func() error { return inParallel(*workers, *count, use) }
 	case "messages":
 		l = messagesLoad(*workers, *count)
+	case "http1":
+		l = http1Load(*workers, *count)
+	case "http2":
+		l = http2Load(*workers, streamsEach, *count)
+	case "latency":
+		l = latencyLoad(*workers, *count)
 	case "idle":
 		l.warm = func() error { return inParallel(*workers, 32, exchangeOnce) }
-		l.run = func() error { return openIdle(*workers, *count) }
+		l.run = func() error { return openIdle(*workers, *count, echoPort, exchangeThrice) }
+	case "http-idle":
+		l.warm = func() error { return inParallel(*workers, 32, requestOnce) }
+		l.run = func() error { return openIdle(*workers, *count, http1Port, request) }
 	default:
 		return fmt.Errorf("unknown kind of load %q", *kind)
 	}
@@ -66,7 +78,11 @@ func runLoad(args []string) error {
 	if err := l.run(); err != nil {
 		return err
 	}
-	fmt.Println("done")
+	done := "done"
+	if l.report != nil {
+		done += " " + l.report()
+	}
+	fmt.Println(done)
 	io.Copy(io.Discard, in)
 	return nil
 }
@@ -178,22 +194,27 @@ func messagesLoad(connections int, messages int64) load {
 	}
 }
 
-// openIdle opens connections, moves a few bytes each way on each, and leaves them open.
-func openIdle(workers int, connections int64) error {
+// openIdle opens connections to a port, uses each once, and leaves them open.
+func openIdle(workers int, connections int64, port int, use func(*net.TCPConn) error) error {
 	kept := make([]*net.TCPConn, connections)
 	err := inParallel(workers, connections, func(serial int64) (err error) {
-		if kept[serial-1], err = dial(serial, echoPort); err != nil {
+		if kept[serial-1], err = dial(serial, port); err != nil {
 			return err
 		}
-		for range 3 {
-			if err := exchange(kept[serial-1]); err != nil {
-				return err
-			}
-		}
-		return nil
+		return use(kept[serial-1])
 	})
 	idle = kept
 	return err
+}
+
+// exchangeThrice moves a few bytes each way.
+func exchangeThrice(conn *net.TCPConn) error {
+	for range 3 {
+		if err := exchange(conn); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // idle keeps the connections of openIdle from being collected, and so closed, while the load waits.

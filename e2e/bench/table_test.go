@@ -17,9 +17,21 @@ import (
 type row struct {
 	title, unit string
 	samples     map[string][]float64
-	// What is promised: pillion's share of HAProxy's figure, or a value of its own, at most. 0 promises nothing; the
-	// row informs.
-	ratioAtMost, atMost float64
+	promises    []promise // none: the row informs
+}
+
+// promise is what a figure may be at most: so many times the figure of another contender, or, where none is named, so
+// many units.
+type promise struct {
+	atMost float64
+	of     string
+}
+
+func (p promise) in(unit string) string {
+	if p.of == "" {
+		return fmt.Sprintf("≤ %s %s", threeDigits(p.atMost), unit)
+	}
+	return fmt.Sprintf("≤ %.2f × %s", p.atMost, p.of)
 }
 
 func (r *row) add(name string, sample float64) {
@@ -29,9 +41,10 @@ func (r *row) add(name string, sample float64) {
 	r.samples[name] = append(r.samples[name], sample)
 }
 
-// ratio is the median over the rounds of pillion's sample to HAProxy's, and false when one of them was not measured.
-func (r *row) ratio() (float64, bool) {
-	ours, theirs := r.samples[namePillion], r.samples[nameHAProxy]
+// ratio is the median over the rounds of pillion's sample to the other contender's, and false when one of them was not
+// measured.
+func (r *row) ratio(to string) (float64, bool) {
+	ours, theirs := r.samples[namePillion], r.samples[to]
 	if len(ours) == 0 || len(ours) != len(theirs) {
 		return 0, false
 	}
@@ -42,58 +55,76 @@ func (r *row) ratio() (float64, bool) {
 	return median(ratios), true
 }
 
-// verdict is "ok" or "MISSED", and empty where nothing is promised or too little was measured to tell.
-func (r *row) verdict() string {
-	measured, limit := 0.0, 0.0
-	switch {
-	case r.atMost > 0 && len(r.samples[namePillion]) > 0:
-		measured, limit = median(r.samples[namePillion]), r.atMost
-	case r.ratioAtMost > 0:
-		ratio, ok := r.ratio()
-		if !ok {
-			return ""
-		}
-		measured, limit = ratio, r.ratioAtMost
-	default:
-		return ""
+// measured is what a promise is about, and false when too little was measured to tell.
+func (r *row) measured(p promise) (float64, bool) {
+	if p.of != "" {
+		return r.ratio(p.of)
 	}
-	if measured > limit {
-		return "MISSED"
+	if len(r.samples[namePillion]) == 0 {
+		return 0, false
+	}
+	return median(r.samples[namePillion]), true
+}
+
+// verdict is "MISSED" when a promise is not kept, "ok" when all are, and empty where nothing is promised or too little
+// was measured to tell.
+func (r *row) verdict() string {
+	kept := 0
+	for _, p := range r.promises {
+		measured, ok := r.measured(p)
+		if ok && measured > p.atMost {
+			return "MISSED"
+		}
+		if ok {
+			kept++
+		}
+	}
+	if kept == 0 || kept < len(r.promises) {
+		return ""
 	}
 	return "ok"
 }
 
 func (r *row) target() string {
-	switch {
-	case r.atMost > 0:
-		return fmt.Sprintf("≤ %s %s", threeDigits(r.atMost), r.unit)
-	case r.ratioAtMost > 0:
-		return fmt.Sprintf("≤ %.2f × HAProxy", r.ratioAtMost)
+	var targets []string
+	for _, p := range r.promises {
+		targets = append(targets, p.in(r.unit))
 	}
-	return ""
+	return strings.Join(targets, ", ")
 }
 
 // writeTable writes the figures and the facts about the machine that they were measured on. loadBefore is its load
 // before the first of them.
 func writeTable(w io.Writer, rows []*row, loadBefore string) {
-	columns := []string{namePillion, nameHAProxy, nameHAProxySplice, namePlain}
+	absent := func(name string) bool {
+		return !slices.ContainsFunc(rows, func(r *row) bool { return len(r.samples[name]) > 0 })
+	}
+	columns := slices.DeleteFunc(slices.Clone(columns), absent)
+	ratios := slices.DeleteFunc([]string{nameHAProxy, nameReverseProxy}, absent)
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(table, "figure\tunit\t%s\tpillion/HAProxy\ttarget\t\t\n", strings.Join(columns, "\t"))
+	fmt.Fprintf(table, "figure\tunit\t%s\t", strings.Join(columns, "\t"))
+	for _, name := range ratios {
+		fmt.Fprintf(table, "÷ %s\t", name)
+	}
+	fmt.Fprint(table, "target\t\t\n")
 	for _, r := range rows {
 		fmt.Fprintf(table, "%s\t%s\t", r.title, r.unit)
-		for _, column := range columns {
-			if samples := r.samples[column]; len(samples) > 0 {
+		for _, name := range columns {
+			if samples := r.samples[name]; len(samples) > 0 {
 				fmt.Fprint(table, threeDigits(median(samples)))
 			}
 			fmt.Fprint(table, "\t")
 		}
-		if ratio, ok := r.ratio(); ok {
-			fmt.Fprintf(table, "%.2f", ratio)
+		for _, name := range ratios {
+			if ratio, ok := r.ratio(name); ok {
+				fmt.Fprintf(table, "%.2f", ratio)
+			}
+			fmt.Fprint(table, "\t")
 		}
-		fmt.Fprintf(table, "\t%s\t%s\t\n", r.target(), r.verdict())
+		fmt.Fprintf(table, "%s\t%s\t\n", r.target(), r.verdict())
 	}
 	table.Flush()
-	fmt.Fprintf(w, "Medians; the ratio is the median of the rounds' ratios. %s\n", machine(loadBefore))
+	fmt.Fprintf(w, "Medians; a ratio (÷) is pillion's share, the median of the rounds' ratios. %s\n", machine(loadBefore))
 }
 
 // machine says what the figures depend on besides the programs.

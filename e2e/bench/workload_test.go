@@ -2,9 +2,11 @@ package bench
 
 import (
 	"encoding/binary"
+	"flag"
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 )
 
 // The workload's ports.
@@ -12,33 +14,54 @@ const (
 	echoPort     = 7000 // answers what it reads
 	downloadPort = 7001 // reads a count of 8 bytes, writes so many bytes
 	uploadPort   = 7002 // reads to the end, answers the count in 8 bytes
+	http1Port    = 7003 // see http1Origin
+	http2Port    = 7004 // see http2Origin
 )
 
 const bulkBuffer = 256 << 10
 
-// runWorkload serves the three ports until the process is killed.
-func runWorkload([]string) error {
+// proxyAddress is where connections come from that a proxy carried.
+var proxyAddress = netip.AddrFrom4([4]byte{127, 0, 0, 6})
+
+// runWorkload serves the ports until the process is killed.
+func runWorkload(args []string) error {
+	flags := flag.NewFlagSet("workload", flag.ContinueOnError)
+	direct := flags.Bool("direct", false, "expect connections from the load itself, not from a proxy")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	// Only what came the expected way is answered: a measurement that bypasses the proxy must fail.
+	expected := func(from netip.Addr) bool { return (from == proxyAddress) != *direct }
 	failed := make(chan error)
 	for port, serve := range map[int]func(*net.TCPConn){echoPort: echo, downloadPort: download, uploadPort: upload} {
 		listener, err := net.Listen("tcp4", fmt.Sprintf(":%d", port))
 		if err != nil {
 			return err
 		}
-		go acceptLoop(listener, serve, failed)
+		go acceptLoop(listener, expected, serve, failed)
 	}
+	origins, err := newLoop()
+	if err != nil {
+		return err
+	}
+	for port, serve := range map[int]func(*socket) reader{http1Port: newHTTP1Origin, http2Port: newHTTP2Origin} {
+		if err := origins.listen(port, expected, serve); err != nil {
+			return err
+		}
+	}
+	go func() { failed <- origins.run(0, func() bool { return false }) }()
 	fmt.Println("warm") // the line that tells the test that the ports are open
 	return <-failed
 }
 
-func acceptLoop(listener net.Listener, serve func(*net.TCPConn), failed chan<- error) {
+func acceptLoop(listener net.Listener, expected func(netip.Addr) bool, serve func(*net.TCPConn), failed chan<- error) {
 	for {
 		conn, err := listener.Accept()
 		if err != nil {
 			failed <- err
 			return
 		}
-		// Only what a proxy carried is answered: a measurement that bypasses the proxy must fail.
-		if !conn.RemoteAddr().(*net.TCPAddr).IP.Equal(net.IPv4(127, 0, 0, 6)) {
+		if !expected(conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()) {
 			conn.Close()
 			continue
 		}

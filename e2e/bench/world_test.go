@@ -43,13 +43,14 @@ func inScope(t testing.TB, fn func(t testing.TB)) {
 	fn(s)
 }
 
-// world is a pod with a workload, under pillion's rules, and a peer from which the load comes.
+// world is a pod with a workload and a peer from which the load comes. Pillion's rules are in force unless the contender
+// is the direct connection.
 type world struct {
 	pod, peer *nettest.Namespace
 	cores     cores
 }
 
-func newWorld(t testing.TB, k *kit) *world {
+func newWorld(t testing.TB, k *kit, c contender) *world {
 	t.Helper()
 	w := &world{cores: k.cores}
 	w.pod, w.peer = nettest.PodAndPeer(t)
@@ -63,10 +64,12 @@ func newWorld(t testing.TB, k *kit) *world {
 			return os.WriteFile("/proc/sys/net/ipv4/tcp_congestion_control", []byte("reno"), 0)
 		})
 	}
-	if out, err := w.pod.Run(w.pod.Command(0, 0, k.pillion, initArguments...)); err != nil {
-		t.Fatalf("pillion init: %v\n%s", err, out)
+	if !c.direct() {
+		if out, err := w.pod.Run(w.pod.Command(0, 0, k.pillion, initArguments...)); err != nil {
+			t.Fatalf("pillion init: %v\n%s", err, out)
+		}
 	}
-	startHelper(t, w.pod, w.cores.load, "workload").await(t, "warm")
+	startHelper(t, w.pod, w.cores.load, "workload", fmt.Sprintf("-direct=%v", c.direct())).await(t, "warm")
 	return w
 }
 
@@ -154,20 +157,23 @@ func (h *helper) readLines(out *os.File, done chan<- struct{}) {
 	}
 }
 
-// await waits for the helper's next line, which has to be word.
-func (h *helper) await(t testing.TB, word string) {
+// await waits for the helper's next line, which has to begin with word, and returns the rest of it.
+func (h *helper) await(t testing.TB, word string) string {
 	t.Helper()
 	select {
 	case line, ok := <-h.lines:
 		if !ok {
 			t.Fatalf("%v ended before it said %q", h.process.Cmd.Args, word)
 		}
-		if line != word {
+		said, rest, _ := strings.Cut(line, " ")
+		if said != word {
 			t.Fatalf("%v said %q, not %q", h.process.Cmd.Args, line, word)
 		}
+		return rest
 	case <-time.After(90 * time.Second):
 		t.Fatalf("%v did not say %q", h.process.Cmd.Args, word)
 	}
+	return ""
 }
 
 func (h *helper) say(t testing.TB, line string) {
@@ -186,9 +192,9 @@ func (w *world) startLoad(t testing.TB, kind string, count int64, workers int) *
 	return h
 }
 
-// finish runs what the load is for.
-func (h *helper) finish(t testing.TB) {
+// finish runs what the load is for and returns what it reports.
+func (h *helper) finish(t testing.TB) string {
 	t.Helper()
 	h.say(t, "go")
-	h.await(t, "done")
+	return h.await(t, "done")
 }

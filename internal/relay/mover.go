@@ -61,7 +61,7 @@ func (m *Mover) Take(limit int64) (int, error) {
 	m.buf = tcp.TakeBuffer()
 	n, err := m.buf.FillAtMost(m.Src, int(min(limit, bulk)))
 	m.splicing = n >= bulk && !m.noSplice
-	if err != nil {
+	if n == 0 {
 		m.Release()
 	}
 	return n, err

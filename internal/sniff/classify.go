@@ -27,6 +27,7 @@ func Classify(first []byte) Protocol {
 	if len(first) == 0 {
 		return Undecided
 	}
+	first = first[:min(len(first), Limit)]
 	protocol := Opaque
 	switch {
 	case first[0] == recordHandshake:
@@ -38,7 +39,7 @@ func Classify(first []byte) Protocol {
 	default:
 		protocol = classifyLine(first)
 	}
-	if protocol == Undecided && len(first) >= Limit {
+	if protocol == Undecided && len(first) == Limit {
 		return Opaque
 	}
 	return protocol

@@ -8,6 +8,7 @@ import (
 
 // The TLS constants that a ClientHello is made of (RFC 8446 §4 and §5.1, RFC 6066 §3, RFC 7301 §3.1).
 const (
+	recordHeader      = 5
 	recordHandshake   = 22
 	recordVersionHigh = 3
 	maxRecord         = 1 << 14
@@ -37,29 +38,20 @@ func parseHello(first []byte) (flow.Hello, Protocol) {
 func handshake(first []byte) ([]byte, Protocol) {
 	var message []byte
 	for {
-		if len(first) >= 2 && first[1] != recordVersionHigh || len(first) >= 1 && first[0] != recordHandshake {
-			return nil, Opaque
+		length, protocol := recordLength(first)
+		if protocol != TLS {
+			return nil, protocol
 		}
-		if len(first) < 5 {
-			return nil, Undecided
-		}
-		length := int(binary.BigEndian.Uint16(first[3:]))
-		if length == 0 || length > maxRecord {
-			return nil, Opaque
-		}
-		first = first[5:]
+		first = first[recordHeader:]
 		part := first[:min(length, len(first))]
 		if message == nil {
 			message = part[:len(part):len(part)] // the ordinary case needs no copy
 		} else {
 			message = append(message, part...)
 		}
-		if len(message) >= 1 && message[0] != clientHello {
-			return nil, Opaque
-		}
-		if len(message) >= 4 {
-			size := int(message[1])<<16 | int(binary.BigEndian.Uint16(message[2:]))
-			if size > Limit {
+		if len(message) >= 1 {
+			size := atLeast(message[1:], 3)
+			if message[0] != clientHello || size > Limit {
 				return nil, Opaque
 			}
 			if len(message) >= 4+size {
@@ -71,6 +63,32 @@ func handshake(first []byte) ([]byte, Protocol) {
 		}
 		first = first[length:]
 	}
+}
+
+// recordLength judges the record that first begins with by its header. An empty one is not allowed in a handshake.
+func recordLength(first []byte) (int, Protocol) {
+	header := first[:min(len(first), recordHeader)]
+	length := atLeast(header[min(len(header), 3):], 2)
+	switch {
+	case len(header) > 0 && header[0] != recordHandshake, len(header) > 1 && header[1] != recordVersionHigh:
+		return 0, Opaque
+	case length > maxRecord, length == 0 && len(header) == recordHeader:
+		return 0, Opaque
+	case len(header) < recordHeader:
+		return 0, Undecided
+	}
+	return length, TLS
+}
+
+// atLeast is the smallest number of n bytes that begins with b.
+func atLeast(b []byte, n int) (number int) {
+	for i := range n {
+		number <<= 8
+		if i < len(b) {
+			number |= int(b[i])
+		}
+	}
+	return number
 }
 
 // readHello reads the fields of a ClientHello (RFC 8446 §4.1.2) up to the extensions that we want.
@@ -100,7 +118,7 @@ func readHello(message []byte) (hello flow.Hello, ok bool) {
 			hello.ALPN = protocols(data)
 		}
 	}
-	return hello, !s.bad()
+	return hello, !s.bad() && len(s) == 0
 }
 
 // serverName returns the host name of a server_name extension. One with bytes that no name has is left out: it would

@@ -65,7 +65,7 @@ func (s *Sniffer) First(w *tcp.Waiter, delay time.Duration) (Protocol, error) {
 // when that is more than zero; the error is tcp.ErrDeadline then.
 func (s *Sniffer) Both(w *tcp.Waiter, up *tcp.Conn, idle time.Duration) (Protocol, error) {
 	for {
-		if up.Readable() {
+		if up.Readable() && !up.Quiet() { // the first may be no more than an assumption
 			return Opaque, nil
 		}
 		protocol, err := s.look()
@@ -132,7 +132,7 @@ func Reason(err error) flow.Reason {
 		return flow.IdleTimeout
 	case errors.Is(err, tcp.ErrCanceled):
 		return flow.DrainDeadline
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE):
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM):
 		return flow.NoDescriptors // the wait failed, not the connection
 	}
 	return flow.DownstreamReset

@@ -94,8 +94,12 @@ func (c *Conn) Failed() error {
 	return errVanished
 }
 
-// Read takes what is there. It returns ErrAgain when nothing is, and io.EOF at the end.
+// Read takes what is there. It returns ErrAgain when nothing is, and io.EOF at the end. An empty p takes nothing and
+// tells nothing.
 func (c *Conn) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil // the kernel's 0 would be taken for the end
+	}
 	n, err := c.try(readable, "read", func() (int, error) { return read(c.fd, p) })
 	// A read that leaves room has taken everything, and whatever comes later is a new event: the try that would only
 	// return ErrAgain is spared. Urgent data is the exception, as a read stops in front of it.

@@ -126,3 +126,13 @@ func option(t *testing.T, conn *Conn, level, name int) int {
 	}
 	return value
 }
+
+// pending is how many bytes can be read.
+func pending(t *testing.T, conn *Conn) int {
+	t.Helper()
+	n, err := unix.IoctlGetInt(conn.fd, unix.SIOCINQ)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}

@@ -16,8 +16,8 @@ type Vector struct {
 	bytes  int
 }
 
-// Append adds a piece. Its memory must stay as it is until it is written. A piece that continues the one before it in
-// memory makes that one longer.
+// Append adds a piece. The caller keeps its memory, as it is, until it is written: a piece that continues the one before
+// it in memory makes that one longer, and then there is no pointer to it in the vector.
 func (v *Vector) Append(p []byte) {
 	if len(p) == 0 {
 		return

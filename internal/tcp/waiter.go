@@ -41,6 +41,9 @@ func (w *Waiter) cancel() {
 	w.wake()
 }
 
+// Canceled reports whether the context has ended, for whoever is too busy to wait.
+func (w *Waiter) Canceled() bool { return w.canceled.Load() }
+
 func (w *Waiter) wake() {
 	select {
 	case w.token <- struct{}{}:

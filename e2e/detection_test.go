@@ -1,0 +1,149 @@
+package e2e
+
+import (
+	"io"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+)
+
+// Protocols in which the server speaks first, on ports that are famous for something else too: no port decides anything.
+func TestAServerThatSpeaksFirstIsHeardOnAnyPort(t *testing.T) {
+	t.Parallel()
+	newStage(t).everyWay(t, func(t *testing.T, w way) {
+		for _, c := range []struct {
+			name             string
+			greeting, answer string
+		}{
+			{"MySQL", "\x4a\x00\x00\x00\x0a8.0.36\x00\x08\x00\x00\x00abcdefgh\x00\xff\xff", "\x20\x00\x00\x01\x85\xa6\xff\x01root\x00"},
+			{"SMTP", "220 mail.example ESMTP\r\n", "EHLO client.example\r\n"},
+			{"POP3", "+OK ready\r\n", "USER somebody\r\n"},
+			{"a greeting that looks like an answer of HTTP", "HTTP/1.1 200 OK\r\n\r\n", "GET / HTTP/1.1\r\n\r\n"},
+		} {
+			for _, port := range []uint16{80, 3306, 8080, 0} {
+				listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, port).String()).(*net.TCPListener)
+				downstream, upstream := w.connectTo(t, listener)
+				writes(t, upstream, c.greeting)
+				reads(t, downstream, c.greeting)
+				writes(t, downstream, c.answer)
+				reads(t, upstream, c.answer)
+				halfClose(t, downstream, upstream)
+				listener.Close()
+			}
+		}
+	})
+}
+
+// patience is the longest time for which a beginning that could become anything may be held.
+const patience = 2 * time.Second
+
+// A beginning that could still become HTTP, or TLS, and then silence: it reaches the server all the same, which may be
+// the one to answer it.
+func TestABeginningIsNotHeldForLong(t *testing.T) {
+	t.Parallel()
+	newStage(t).eachDirection(t, func(t *testing.T, w way) {
+		for _, beginning := range []string{
+			"G", "GE", "GET", "GET /", "POST", "PRI", "PRI * HTTP/2.0\r\n\r\n", "HE", "\x16", "\x16\x03\x01", "\x16\x03\x01\x02\x00\x01\x00",
+		} {
+			t.Run(beginning, func(t *testing.T) {
+				t.Parallel()
+				began := time.Now()
+				downstream, upstream := w.ask(t, beginning)
+				reads(t, upstream, beginning)
+				if took := time.Since(began); took > patience {
+					t.Errorf("it was held for %v, want at most %v", took, patience)
+				}
+				writes(t, upstream, "what?")
+				reads(t, downstream, "what?")
+				halfClose(t, downstream, upstream)
+			})
+		}
+	})
+}
+
+// lookAlikes begin like it, or end like it, and are none. They pass byte for byte, in both directions.
+var lookAlikes = []struct{ name, question, answer string }{
+	{"SIP", "INVITE sip:bob@b.example SIP/2.0\r\nVia: SIP/2.0/TCP a\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
+		"SIP/2.0 200 OK\r\nConnection: close\r\n\r\n"},
+	{"SIP OPTIONS", "OPTIONS sip:b.example SIP/2.0\r\nMax-Forwards: 70\r\nKeep-Alive: 1\r\n\r\n", "SIP/2.0 200 OK\r\n\r\n"},
+	{"RTSP", "OPTIONS * RTSP/1.0\r\nCSeq: 1\r\nConnection: keep-alive\r\n\r\n", "RTSP/1.0 200 OK\r\nCSeq: 1\r\n\r\n"},
+	{"RTSP with a URL", "DESCRIBE rtsp://a.example/b RTSP/1.0\r\nCSeq: 2\r\n\r\n", "RTSP/1.0 200 OK\r\n\r\n"},
+	{"ICY", "SOURCE /stream ICE/1.0\r\nice-name: x\r\n\r\n", "ICY 200 OK\r\n\r\n"},
+	{"HTTP/0.9", "GET /\r\n", "<html>\r\n"},
+	{"an HTTP of the future", "GET / HTTP/3.0\r\nConnection: close\r\n\r\n", "HTTP/3.0 200\r\n\r\n"},
+	{"two blanks", "GET  / HTTP/1.1\r\nConnection: close\r\n\r\n", "x"},
+	{"almost the preface", "PRI * HTTP/2.0\r\n\r\nSX\r\n\r\n", "x"},
+	{"Redis inline", "PING\r\n", "+PONG\r\n"},
+	{"Redis", "*1\r\n$4\r\nPING\r\n", "+PONG\r\n"},
+	{"memcached", "get key\r\n", "END\r\n"},
+	{"NATS", "CONNECT {\"verbose\":false}\r\nPING\r\n", "PONG\r\n"},
+	{"STOMP", "CONNECT\naccept-version:1.2\nhost:a\n\n\x00", "CONNECTED\nversion:1.2\n\n\x00"},
+	{"PostgreSQL", "\x00\x00\x00\x08\x04\xd2\x16\x2f", "N"},
+	{"AMQP", "AMQP\x00\x00\x09\x01", "\x01\x00\x00\x00\x00"},
+	{"SSH", "SSH-2.0-client\r\n", "SSH-2.0-server\r\n"},
+	{"not quite TLS", "\x16\x03\x01\x00\x02hi", "x"},
+	{"everything", everyByte(), everyByte()},
+}
+
+func TestWhatLooksLikeHTTPAndIsNotKeepsItsBytes(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	s.eachDirection(t, func(t *testing.T, w way) {
+		for _, c := range lookAlikes {
+			t.Run(c.name, func(t *testing.T) {
+				downstream, upstream := w.ask(t, c.question)
+				reads(t, upstream, c.question)
+				writes(t, upstream, c.answer)
+				reads(t, downstream, c.answer)
+				converse(t, downstream, upstream)
+				halfClose(t, downstream, upstream)
+				s.agent.log.await(t, `msg="connection closed"`, "downstream="+downstream.LocalAddr().String(), "reason=closed")
+			})
+		}
+	})
+}
+
+// What is said and ended at once arrives with its end, whatever it could have become.
+func TestABeginningThatEndsArrivesWithItsEnd(t *testing.T) {
+	t.Parallel()
+	newStage(t).eachDirection(t, func(t *testing.T, w way) {
+		for _, beginning := range []string{"", "G", "GET / HT", "PRI * HTTP/2.0\r\n", "\x16\x03", "anything"} {
+			downstream, upstream := w.begin(t, func(conn *net.TCPConn) {
+				conn.Write([]byte(beginning))
+				conn.CloseWrite()
+			})
+			if got, err := io.ReadAll(upstream); err != nil || string(got) != beginning {
+				t.Errorf("upstream read %q and %v, want %q and the end", got, err, beginning)
+			}
+			writes(t, upstream, "answer")
+			upstream.Close()
+			if got, err := io.ReadAll(downstream); err != nil || string(got) != "answer" {
+				t.Errorf("behind %q: downstream read %q and %v", beginning, got, err)
+			}
+		}
+	})
+}
+
+// A connection that is opened ahead of need is neither closed nor taken for something that it is not.
+func TestAClientThatIsSilentAtFirstMaySpeakAnything(t *testing.T) {
+	t.Parallel()
+	const silence = 3 * time.Second
+	newStage(t).everyWay(t, func(t *testing.T, w way) {
+		t.Parallel()
+		type pair struct{ downstream, upstream *net.TCPConn }
+		var http, opaque pair
+		http.downstream, http.upstream = w.connect(t)
+		opaque.downstream, opaque.upstream = w.connect(t)
+		<-time.After(silence)
+		x := exchanges[0]
+		for range 2 {
+			writes(t, http.downstream, x.request)
+			sameMessage(t, "the request", readMessage(t, http.upstream, bodyOf(x.request)), x.request)
+			writes(t, http.upstream, x.answer)
+			sameMessage(t, "the answer", readMessage(t, http.downstream, bodyOf(x.answer)), x.answer)
+		}
+		converse(t, opaque.downstream, opaque.upstream)
+		halfClose(t, opaque.downstream, opaque.upstream)
+	})
+}

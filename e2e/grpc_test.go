@@ -1,0 +1,25 @@
+package e2e
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// gRPC's own interoperability test: all four kinds of calls, deadlines, cancellation, metadata, trailers and statuses,
+// messages of 8 MiB, and a stream whose messages must not be held back.
+func TestEveryKindOfGRPCCallPasses(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	program := peer(t, "grpc")
+	s := newStage(t)
+	s.everyWay(t, func(t *testing.T, w way) {
+		address := w.startPeer(t, 50051, program, "serve", "ADDRESS")
+		said := w.runPeer(t, program, "call", address)
+		if !strings.HasSuffix(said, "ok unimplemented method\n") || strings.Count(said, "ok ") != strings.Count(said, "\n") {
+			t.Errorf("the client says\n%s", said)
+		}
+		s.agent.log.await(t, "original_destination="+address)
+	})
+}

@@ -1,0 +1,75 @@
+package e2e
+
+import (
+	"io"
+	"log"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// laxer are tests of h2spec that fail through the agent although they pass at the server itself, and why that is right.
+var laxer = map[string]string{}
+
+// What h2spec finds at an HTTP/2 server, it finds through the agent: nothing that the server gets right goes wrong on
+// the way.
+func TestH2specFindsNoFaultThatTheServerDoesNotHave(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	program := peer(t, "h2spec")
+	newStage(t).eachDirection(t, func(t *testing.T, w way) {
+		t.Parallel() // the tests that fail take two seconds each
+		port := serveHTTP2(t, w)
+		var direct, through map[string]string
+		var runs sync.WaitGroup
+		runs.Go(func() { direct = h2spec(t, w.to, program, w.address, port) })
+		runs.Go(func() { through = h2spec(t, w.from, program, w.address, port) })
+		runs.Wait()
+		if len(direct) < 100 || len(through) != len(direct) {
+			t.Fatalf("h2spec ran %d tests directly and %d through the agent", len(direct), len(through))
+		}
+		for test, verdict := range through {
+			if verdict == "fail" && direct[test] != "fail" && laxer[test] == "" {
+				t.Errorf("through the agent only: %s", test)
+			}
+		}
+	})
+}
+
+// serveHTTP2 runs a server at the way's end that speaks HTTP/2 in the clear and nothing else.
+func serveHTTP2(t *testing.T, w way) (port uint16) {
+	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
+	server := &http.Server{
+		Protocols: new(http.Protocols),
+		ErrorLog:  log.New(io.Discard, "", 0), // h2spec makes mistakes for a living
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			io.WriteString(w, "hello, world")
+		}),
+	}
+	server.Protocols.SetUnencryptedHTTP2(true)
+	go server.Serve(listener)
+	t.Cleanup(func() { server.Close() })
+	return netip.MustParseAddrPort(listener.Addr().String()).Port()
+}
+
+// h2spec runs the suite from inside the namespace and returns its verdicts: pass, skip or fail for each test.
+func h2spec(t *testing.T, from *nettest.Namespace, program string, address netip.Addr, port uint16) map[string]string {
+	verdicts := make(map[string]string)
+	cmd := from.Command(workloadUID, workloadUID, program, address.String(), strconv.Itoa(int(port)))
+	cmd.Stderr = io.Discard
+	out, err := from.Run(cmd)
+	if err != nil {
+		t.Error(err)
+	}
+	for line := range strings.Lines(out) {
+		verdict, test, _ := strings.Cut(strings.TrimSpace(line), " ")
+		verdicts[test] = verdict
+	}
+	return verdicts
+}

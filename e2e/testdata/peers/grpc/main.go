@@ -1,0 +1,129 @@
+// Command grpc is gRPC's own interoperability test, both sides of it: `grpc serve ADDRESS` answers, and
+// `grpc call ADDRESS` makes the calls over one connection and prints "ok NAME" after each case. It ends with a code
+// other than 0 at the first case that fails.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"os"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/interop"
+	pb "google.golang.org/grpc/interop/grpc_testing"
+)
+
+func main() {
+	log.SetFlags(0)
+	if len(os.Args) != 3 {
+		log.Fatal("usage: grpc serve|call ADDRESS")
+	}
+	switch verb, address := os.Args[1], os.Args[2]; verb {
+	case "serve":
+		serve(address)
+	case "call":
+		call(address)
+	default:
+		log.Fatalf("unknown word %q", verb)
+	}
+}
+
+func serve(address string) {
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		log.Fatal(err)
+	}
+	server := grpc.NewServer(grpc.MaxRecvMsgSize(largeMessage + 1<<10))
+	pb.RegisterTestServiceServer(server, interop.NewTestServer())
+	log.Fatal(server.Serve(listener))
+}
+
+// cases are the kinds of calls, cancellation, deadlines, metadata, trailers and statuses.
+var cases = []struct {
+	name string
+	run  func(context.Context, pb.TestServiceClient, ...grpc.CallOption)
+}{
+	{"empty unary", interop.DoEmptyUnaryCall},
+	{"large unary", interop.DoLargeUnaryCall},
+	{"client streaming", interop.DoClientStreaming},
+	{"server streaming", interop.DoServerStreaming},
+	{"ping-pong", interop.DoPingPong},
+	{"empty stream", interop.DoEmptyStream},
+	{"deadline", interop.DoTimeoutOnSleepingServer},
+	{"cancel after begin", interop.DoCancelAfterBegin},
+	{"cancel after first response", interop.DoCancelAfterFirstResponse},
+	{"metadata and trailers", interop.DoCustomMetadata},
+	{"status code and message", interop.DoStatusCodeAndMessage},
+	{"special status message", interop.DoSpecialStatusMessage},
+	{"large message both ways", largeUnary},
+	{"slow stream", slowStream},
+}
+
+func call(address string) {
+	conn, err := grpc.NewClient("passthrough:///"+address,
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy(),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(largeMessage+1<<10)))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	client := pb.NewTestServiceClient(conn)
+	for _, c := range cases {
+		c.run(ctx, client)
+		fmt.Println("ok", c.name)
+	}
+	interop.DoUnimplementedMethod(ctx, conn)
+	fmt.Println("ok unimplemented method")
+}
+
+// largeMessage is larger than every window and frame on the way.
+const largeMessage = 8 << 20
+
+func largeUnary(ctx context.Context, client pb.TestServiceClient, _ ...grpc.CallOption) {
+	reply, err := client.UnaryCall(ctx, &pb.SimpleRequest{
+		ResponseSize: largeMessage,
+		Payload:      interop.ClientNewPayload(pb.PayloadType_COMPRESSABLE, largeMessage),
+	})
+	if err != nil {
+		log.Fatalf("large message: %v", err)
+	}
+	if got := len(reply.GetPayload().GetBody()); got != largeMessage {
+		log.Fatalf("large message: %d bytes came back, want %d", got, largeMessage)
+	}
+}
+
+// slowStream asks for messages that come one by one, with pauses: each must arrive when it is sent, not at the end.
+func slowStream(ctx context.Context, client pb.TestServiceClient, _ ...grpc.CallOption) {
+	const messages, pause = 5, 100 * time.Millisecond
+	request := &pb.StreamingOutputCallRequest{}
+	for range messages {
+		request.ResponseParameters = append(request.ResponseParameters,
+			&pb.ResponseParameters{Size: 10, IntervalUs: int32(pause.Microseconds())})
+	}
+	stream, err := client.StreamingOutputCall(ctx, request)
+	if err != nil {
+		log.Fatalf("slow stream: %v", err)
+	}
+	var first time.Time
+	for range messages {
+		if _, err := stream.Recv(); err != nil {
+			log.Fatalf("slow stream: %v", err)
+		}
+		if first.IsZero() {
+			first = time.Now()
+		}
+	}
+	if _, err := stream.Recv(); err != io.EOF {
+		log.Fatalf("slow stream: %v, want the end", err)
+	}
+	if spread := time.Since(first); spread < (messages-2)*pause {
+		log.Fatalf("slow stream: the messages came within %v: somebody held them back", spread)
+	}
+}

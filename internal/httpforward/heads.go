@@ -1,0 +1,138 @@
+package httpforward
+
+import (
+	"bytes"
+	"strconv"
+
+	"github.com/pillion-proxy/pillion/internal/http1"
+)
+
+// appendRequestHead builds the head that goes upstream.
+func (x *exchange) appendRequestHead(dst, b []byte) []byte {
+	h, fields := &x.requestHead, &x.s.engine.config.Fields
+	x.options = h.DropHopByHop(b)
+	x.s.bound = x.s.bound || boundToConnection(h, b, http1.Authorization) || boundToConnection(h, b, http1.ProxyAuthorization)
+	// HTTP/2 is not upgraded to: the request is served as HTTP/1.1 (RFC 9113 §3.1 has abolished it).
+	if x.upgrade = x.options.Upgrade && h.Minor > 0 && !names(x.options.UpgradeValue.In(b), "h2c"); x.upgrade {
+		keep(h, http1.Upgrade)
+	}
+
+	dst = h.AppendLines(dst, b)
+	switch {
+	case x.upgrade:
+		dst = append(dst, "Connection: Upgrade\r\n"...)
+	case h.Minor == 0 && x.options.KeepAlive:
+		dst = append(dst, "Connection: keep-alive\r\n"...)
+	case x.options.Trailers:
+		dst = append(dst, "Connection: TE\r\nTE: trailers\r\n"...)
+	}
+	if fields.RequestID && !h.Has(http1.XRequestID) {
+		dst = append(dst, "x-request-id: "...)
+		start := len(x.names)
+		x.names = appendUUID(x.names)
+		x.record.HTTP.ID = x.names[start:]
+		dst = append(dst, x.record.HTTP.ID...)
+		dst = append(dst, "\r\n"...)
+	}
+	if fields.ForwardedProto && !h.Has(http1.XForwardedProto) {
+		dst = append(dst, "x-forwarded-proto: http\r\n"...)
+	}
+	if fields.ForwardedFor == ForwardedForAppend ||
+		fields.ForwardedFor == ForwardedForSetIfAbsent && !h.Has(http1.XForwardedFor) {
+		dst = append(dst, "x-forwarded-for: "...)
+		dst = appendAddress(dst, x.s.Downstream.Addr())
+		dst = append(dst, "\r\n"...)
+	}
+	return append(dst, "\r\n"...)
+}
+
+// appendResponseHead builds the head that goes downstream, and decides whether the connection goes on after it.
+func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
+	h, s := &x.responseHead, x.s
+	options := h.DropHopByHop(b)
+	s.bound = s.bound || boundToConnection(h, b, http1.WWWAuthenticate) || boundToConnection(h, b, http1.ProxyAuthenticate)
+	x.upstreamCloses = !persists(h.Minor, options) || framing.Kind == http1.UntilClose
+	x.closing = x.upstreamCloses || x.downstreamCloses()
+
+	if h.Status == 101 {
+		keep(h, http1.Upgrade)
+	}
+	if s.engine.config.Fields.ServiceTime {
+		drop(h, http1.UpstreamServiceTime) // another agent's on the way here; ours includes its time
+	}
+	dst := h.AppendLines(x.response.head[:0], b)
+	switch {
+	case h.Status == 101:
+		dst = append(dst, "Connection: Upgrade\r\n"...)
+	case x.upgraded: // by CONNECT
+	case x.closing:
+		dst = append(dst, "Connection: close\r\n"...)
+	case x.requestHead.Minor == 0 || h.Minor == 0:
+		dst = append(dst, "Connection: keep-alive\r\n"...)
+	}
+	if s.engine.config.Fields.ServiceTime {
+		dst = append(dst, "x-envoy-upstream-service-time: "...)
+		dst = strconv.AppendInt(dst, x.record.HTTP.ServiceTime.Milliseconds(), 10)
+		dst = append(dst, "\r\n"...)
+	}
+	x.response.head = append(dst, "\r\n"...)
+}
+
+// keep and drop decide about all fields of a kind.
+func keep(h *http1.Head, k http1.Known) { setDropped(h, k, false) }
+func drop(h *http1.Head, k http1.Known) { setDropped(h, k, true) }
+
+func setDropped(h *http1.Head, k http1.Known, dropped bool) {
+	for i := range h.Fields {
+		if h.Fields[i].Known == k {
+			h.Fields[i].Dropped = dropped
+		}
+	}
+}
+
+// downstreamCloses reports whether the connection ends after this request, whatever upstream says.
+func (x *exchange) downstreamCloses() bool {
+	return !persists(x.requestHead.Minor, x.options) || x.s.engine.state.Load() != serving
+}
+
+// persists reports whether a connection goes on after a message (RFC 9112 §9.3).
+func persists(minor int, options http1.Options) bool {
+	return !options.Close && (minor > 0 || options.KeepAlive)
+}
+
+// boundToConnection reports whether a field begins an authentication that belongs to the connection and not to the
+// request: NTLM, and Negotiate, which may be NTLM (RFC 4559 §6).
+func boundToConnection(h *http1.Head, b []byte, k http1.Known) bool {
+	if !h.Has(k) {
+		return false
+	}
+	for i := range h.Fields {
+		if h.Fields[i].Known != k {
+			continue
+		}
+		scheme := h.Fields[i].Value.In(b)
+		if end := bytes.IndexByte(scheme, ' '); end >= 0 {
+			scheme = scheme[:end]
+		}
+		if bytes.EqualFold(scheme, []byte("NTLM")) || bytes.EqualFold(scheme, []byte("Negotiate")) {
+			return true
+		}
+	}
+	return false
+}
+
+// names reports whether a comma-separated list has the member, in any case.
+func names(list []byte, member string) bool {
+	for len(list) > 0 {
+		item := list
+		if end := bytes.IndexByte(list, ','); end >= 0 {
+			item, list = list[:end], list[end+1:]
+		} else {
+			list = nil
+		}
+		if bytes.EqualFold(bytes.Trim(item, " \t"), []byte(member)) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,182 @@
+package httpforward
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/tcp"
+)
+
+// lingerTime is how long the rest of a request is read and thrown away after an answer that ends the connection. Closed
+// at once, the connection would be reset, and the answer destroyed before it is read (RFC 9112 §9.6).
+const lingerTime = time.Second
+
+// idleCheck is how long an upstream connection must have been idle to be asked, before it is used, whether it was closed.
+// A shorter pause leaves that to the poller, and spares a system call of each request of a busy connection.
+const idleCheck = 20 * time.Millisecond
+
+// session is one HTTP/1 downstream connection and what is upstream of it. Between two requests it holds no buffer.
+type session struct {
+	engine *Engine
+	w      *tcp.Waiter
+	Connection
+
+	up      *tcp.Conn // kept from one request to the next; nil: none
+	upLocal netip.AddrPort
+	used    bool      // up may be closed by its server at any time: it has served before, or has lain idle
+	lastUse time.Time // of up
+	bound   bool      // up is authenticated for this downstream (NTLM, Negotiate): nobody else may have it
+
+	ended bool // downstream has closed its half
+}
+
+// ending is what comes after a request.
+type ending uint8
+
+const (
+	next   ending = iota // another request
+	shut                 // close in order
+	linger               // close in order, after reading what is still on its way
+	cut                  // reset: the response is not complete
+)
+
+// ServeHTTP1 serves the HTTP/1 requests of a connection until it ends.
+func (e *Engine) ServeHTTP1(w *tcp.Waiter, c Connection) {
+	s := session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil}
+	if s.up != nil {
+		s.upLocal = s.up.LocalAddr()
+	}
+	how := next
+	for how == next && s.awaitRequest() {
+		x := takeExchange(&s)
+		how = x.run()
+		x.release()
+	}
+	s.end(how)
+}
+
+// awaitRequest returns true when there are bytes of a request, and false when none comes any more.
+//
+// When upstream closes meanwhile, downstream is closed, too, as it would have seen without us. A request that was sent
+// before that is served: it gets another upstream.
+func (s *session) awaitRequest() bool {
+	for {
+		if s.Read != nil {
+			return true
+		}
+		if s.ended {
+			return false
+		}
+		if s.Down.Readable() {
+			s.Read = tcp.TakeBuffer()
+			n, err := s.Read.Fill(s.Down)
+			if n > 0 {
+				return true
+			}
+			s.releaseRead()
+			if err != tcp.ErrAgain {
+				return false
+			}
+		}
+		if s.engine.state.Load() == draining || s.up != nil && s.up.Readable() && !s.up.Quiet() {
+			return false
+		}
+		if s.w.Wait(after(s.engine.config.IdleTimeout), s.Down, s.up) != nil {
+			return false
+		}
+	}
+}
+
+// after is the time at which a limit that begins now ends; zero for none.
+func after(limit time.Duration) time.Time {
+	if limit <= 0 {
+		return time.Time{}
+	}
+	return time.Now().Add(limit)
+}
+
+func (s *session) releaseRead() {
+	s.Read.Release()
+	s.Read = nil
+}
+
+// end closes downstream, in order unless it is to be cut, and gives upstream to whoever has the next request for it.
+func (s *session) end(how ending) {
+	if s.Read != nil {
+		s.releaseRead()
+		if how == shut {
+			how = linger // what downstream sent behind its last request is not read any more
+		}
+	}
+	switch how {
+	case cut:
+		s.Down.Reset()
+	case linger:
+		s.linger()
+	}
+	s.Down.Close()
+	if s.up != nil {
+		if s.bound || s.lastUse.IsZero() {
+			s.up.Close()
+		} else {
+			s.engine.config.Pool.Give(s.Target, s.up)
+		}
+	}
+}
+
+// linger says that nothing more comes, and reads until downstream closes as well, for a while.
+func (s *session) linger() {
+	if s.Down.CloseWrite() != nil {
+		return
+	}
+	deadline := time.Now().Add(lingerTime)
+	waste := tcp.TakeBuffer()
+	defer waste.Release()
+	for {
+		_, err := waste.Fill(s.Down)
+		waste.Discard(waste.Len())
+		if err == tcp.ErrAgain {
+			err = s.w.Wait(deadline, s.Down, nil)
+		} else if err == nil && time.Now().After(deadline) {
+			err = tcp.ErrDeadline
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// dropUpstream closes upstream, whose state is not known any more.
+func (s *session) dropUpstream() {
+	if s.up != nil {
+		s.up.Reset()
+		s.up = nil
+	}
+}
+
+// connect finds an upstream connection: the one of the last request, one from the pool, or a fresh one.
+func (s *session) connect(now time.Time) error {
+	if s.up != nil && (s.up.Readable() || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
+		s.up.Close()
+		s.up = nil
+	}
+	if s.up != nil {
+		return nil
+	}
+	if s.up = s.engine.config.Pool.Take(s.Target); s.up != nil {
+		s.used, s.lastUse = true, now
+		s.upLocal = s.up.LocalAddr()
+		return nil
+	}
+	return s.dial()
+}
+
+// dial makes a fresh upstream connection.
+func (s *session) dial() error {
+	up, err := s.engine.config.Dialer.Dial(s.w, s.Target.Source, s.Target.Address)
+	if err != nil {
+		return err
+	}
+	s.up, s.used, s.lastUse, s.upLocal = up, false, time.Time{}, up.LocalAddr()
+	return nil
+}

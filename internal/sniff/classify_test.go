@@ -1,0 +1,249 @@
+package sniff
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// beginnings are what connections begin with. The verdict falls at the first byte of decides; a connection that has
+// sent no more than held is undecided.
+var beginnings = []struct {
+	name          string
+	held, decides string
+	want          Protocol
+}{
+	// HTTP/1, which is decided by the end of its request line.
+	{"GET", "GET / HTTP/1.1\r", "\nHost: a\r\n\r\n", HTTP1},
+	{"HTTP/1.0", "GET / HTTP/1.0\r", "\n\r\n", HTTP1},
+	{"a minor version to come", "GET / HTTP/1.9\r", "\n", HTTP1},
+	{"LF alone", "GET / HTTP/1.1", "\nHost: a\n\n", HTTP1},
+	{"POST", "POST /submit?a=b HTTP/1.1\r", "\nContent-Length: 1\r\n\r\nx", HTTP1},
+	{"PUT, which begins like the preface", "PUT / HTTP/1.1\r", "\n", HTTP1},
+	{"PROPFIND, which begins like the preface", "PROPFIND /dav HTTP/1.1\r", "\n", HTTP1},
+	{"OPTIONS of the server", "OPTIONS * HTTP/1.1\r", "\n", HTTP1},
+	{"CONNECT", "CONNECT example.com:443 HTTP/1.1\r", "\n", HTTP1},
+	{"absolute target", "GET http://example.com/ HTTP/1.1\r", "\n", HTTP1},
+	{"bytes beyond ASCII in the target", "GET /\xc3\xa4\xff HTTP/1.1\r", "\n", HTTP1},
+	{"no method of any registry", "X-Y_9 /a HTTP/1.1\r", "\n", HTTP1},
+	{"the longest method", strings.Repeat("M", maxMethod) + " / HTTP/1.1\r", "\n", HTTP1},
+	{"PRI of version 1", "PRI * HTTP/1.1\r", "\n\r\n", HTTP1},
+	{"WebSocket", "GET /chat HTTP/1.1\r", "\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", HTTP1},
+	{"h2c upgrade", "GET / HTTP/1.1\r", "\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n", HTTP1},
+	{"SOAP over HTTP", "M-POST /soap HTTP/1.1\r", "\n", HTTP1},
+	{"SSDP, over TCP", "M-SEARCH * HTTP/1.1\r", "\nHOST: 239.255.255.250:1900\r\n", HTTP1},
+	{"the longest request line", "GET /" + strings.Repeat("a", Limit-len("GET / HTTP/1.1\r\n")) + " HTTP/1.1\r", "\n", HTTP1},
+
+	// HTTP/2, which is decided by the end of its preface.
+	{"HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r", "\n\x00\x00\x00\x04\x00\x00\x00\x00\x00", HTTP2},
+	{"HTTP/2 without the second half of its preface", "PRI * HTTP/2.0\r\n\r\n", "\x00\x00\x00\x04", Opaque},
+	{"HTTP/2 with one wrong letter", "PRI * HTTP/2.0\r\n\r\nS", "N\r\n\r\n", Opaque},
+	{"HTTP/2 with LF alone", "PRI * HTTP/2.0", "\n\nSM\n\n", Opaque},
+	{"HTTP/2.1", "PRI * HTTP/2.", "1\r\n\r\nSM\r\n\r\n", Opaque},
+	{"a request of version 2.0", "GET / HTTP/", "2.0\r\n\r\n", Opaque},
+	{"a request of version 3", "GET / HTTP/", "3\r\n", Opaque},
+	{"PRI of something else", "PRI / HTTP/", "2.0\r\n\r\nSM\r\n\r\n", Opaque},
+	{"PRI in lower case", "", "pri * HTTP/2.0\r\n\r\nSM\r\n\r\n", Opaque},
+
+	// What looks like HTTP/1 and is not.
+	{"HTTP/0.9", "GET /", "\r\n", Opaque},
+	{"HTTP/0.9 in words", "GET / HTTP/", "0.9\r\n", Opaque},
+	{"a version of two digits", "GET / HTTP/1.1", "1\r\n", Opaque},
+	{"a version without its minor", "GET / HTTP/1.", "\r\n", Opaque},
+	{"a version in lower case", "GET / ", "http/1.1\r\n", Opaque},
+	{"a space after the version", "GET / HTTP/1.1", " \r\n", Opaque},
+	{"two CR", "GET / HTTP/1.1\r", "\r\n", Opaque},
+	{"a CR in the middle", "GET / HTTP/1.1\r", "Host: a\r\n", Opaque},
+	{"two spaces before the target", "GET ", " / HTTP/1.1\r\n", Opaque},
+	{"two spaces after the target", "GET / ", " HTTP/1.1\r\n", Opaque},
+	{"a space in the target", "GET /a ", "b HTTP/1.1\r\n", Opaque},
+	{"a tab", "GET", "\t/ HTTP/1.1\r\n", Opaque},
+	{"a tab in the target", "GET /", "\t HTTP/1.1\r\n", Opaque},
+	{"a NUL in the target", "GET /", "\x00 HTTP/1.1\r\n", Opaque},
+	{"a DEL in the target", "GET /", "\x7f HTTP/1.1\r\n", Opaque},
+	{"a method in lower case", "", "get / HTTP/1.1\r\n", Opaque},
+	{"a method in both cases", "G", "et / HTTP/1.1\r\n", Opaque},
+	{"a method that is too long", strings.Repeat("M", maxMethod), "M / HTTP/1.1\r\n", Opaque},
+	{"an empty line first", "", "\r\nGET / HTTP/1.1\r\n", Opaque},
+	{"a space first", "", " GET / HTTP/1.1\r\n", Opaque},
+	{"a response", "HTTP", "/1.1 200 OK\r\n", Opaque},
+	{"a method and no more", "GET", "\r\n", Opaque},
+	{"a method and a space", "GET ", "\r\n", Opaque},
+
+	// Text protocols.
+	{"SIP", "INVITE sip:bob@example.com ", "SIP/2.0\r\n", Opaque},
+	{"SIP OPTIONS", "OPTIONS sip:carol@example.com ", "SIP/2.0\r\n", Opaque},
+	{"RTSP", "DESCRIBE rtsp://example.com/fizzle ", "RTSP/1.0\r\n", Opaque},
+	{"ICY", "SOURCE /mount ", "ICE/1.0\r\n", Opaque},
+	{"ICY, an old source's password", "", "hackme\r\nicy-name: a\r\n", Opaque},
+	{"SMTP", "EHLO example.com", "\r\n", Opaque},
+	{"FTP", "USER anonymous", "\r\n", Opaque},
+	{"FTP without an argument", "AUTH TLS", "\r\n", Opaque},
+	{"POP3", "CAPA", "\r\n", Opaque},
+	{"IMAP", "A001 LOGIN ", "smith sesame\r\n", Opaque},
+	{"IRC", "NICK wiz", "\r\n", Opaque},
+	{"Redis, RESP", "", "*1\r\n$4\r\nPING\r\n", Opaque},
+	{"Redis, inline", "PING", "\r\n", Opaque},
+	{"Redis, inline with arguments", "SET key ", "value\r\n", Opaque},
+	{"Redis, inline in lower case", "", "get key\r\n", Opaque},
+	{"memcached", "", "get key\r\n", Opaque},
+	{"memcached, binary", "", "\x80\x00\x00\x03\x00\x00\x00\x00", Opaque},
+	{"NATS", "CONNECT ", "", Undecided},
+	{"NATS, whole", "CONNECT {\"verbose\":false}", "\r\nPING\r\n", Opaque},
+	{"NATS, a subscription", "SUB foo ", "1\r\n", Opaque},
+	{"NATS, a message", "PUB foo ", "5\r\nhello\r\n", Opaque},
+	{"STOMP", "CONNECT", "\naccept-version:1.2\n\n\x00", Opaque},
+	{"SSH", "SSH-2", ".0-OpenSSH_9.6\r\n", Opaque},
+	{"XMPP", "", "<?xml version='1.0'?>", Opaque},
+	{"Git", "0032", "git-upload-pack /project.git\x00host=example.com\x00", Opaque},
+	{"finger", "", "bob\r\n", Opaque},
+	{"a number", "12345", "\n", Opaque},
+	{"PROXY, version 1", "PROXY TCP4 ", "192.0.2.1 192.0.2.2 1 2\r\n", Opaque},
+	{"JSON", "", "{\"id\":1}", Opaque},
+
+	// Binary protocols.
+	{"PostgreSQL, startup", "", "\x00\x00\x00\x08\x00\x03\x00\x00", Opaque},
+	{"PostgreSQL, TLS request", "", "\x00\x00\x00\x08\x04\xd2\x16\x2f", Opaque},
+	{"MySQL, login", "", "\x20\x00\x00\x01\x85\xa6\xff\x01", Opaque},
+	{"MQTT", "", "\x10\x0c\x00\x04MQTT\x04\x02", Opaque},
+	{"Kafka", "", "\x00\x00\x00\x14\x00\x12\x00\x03", Opaque},
+	{"AMQP 0-9-1", "AMQP", "\x00\x00\x09\x01", Opaque},
+	{"AMQP 1.0", "AMQP", "\x00\x01\x00\x00", Opaque},
+	{"BitTorrent", "", "\x13BitTorrent protocol", Opaque},
+	{"MongoDB", "", "\x3a\x00\x00\x00\x01\x00\x00\x00", Opaque},
+	{"Cassandra", "", "\x04\x00\x00\x01\x05\x00\x00\x00\x00", Opaque},
+	{"DNS", "", "\x00\x1d\x12\x34\x01\x00", Opaque},
+	{"LDAP", "0", "\x0c\x02\x01\x01\x60\x07", Opaque},
+	{"SMB", "", "\x00\x00\x00\x85\xffSMB", Opaque},
+	{"RDP", "", "\x03\x00\x00\x13\x0e\xe0", Opaque},
+	{"SOCKS 5", "", "\x05\x01\x00", Opaque},
+	{"PROXY, version 2", "", "\x0d\x0a\x0d\x0a\x00\x0d\x0aQUIT\x0a", Opaque},
+	{"zeros", "", "\x00\x00\x00\x00", Opaque},
+	{"ones", "", "\xff\xff\xff\xff", Opaque},
+
+	// What begins like TLS, and is none.
+	{"SSL 2", "", "\x80\x2e\x01\x00\x02", Opaque},
+	{"a record of SSL 2's version", "\x16", "\x02\x00\x00\x10", Opaque},
+	{"a record of version 4", "\x16", "\x04\x00\x00\x10", Opaque},
+	{"an empty record", "\x16\x03\x01\x00", "\x00\x16\x03\x01", Opaque},
+	{"a record that is too long", "\x16\x03\x01\x40", "\x01", Opaque},
+	{"a record that is far too long", "\x16\x03\x01", "\x41\x00", Opaque},
+	{"a ServerHello", "\x16\x03\x03\x00\x10", "\x02\x00\x00\x0c", Opaque},
+	{"an alert", "", "\x15\x03\x01\x00\x02\x01\x00", Opaque},
+	{"application data", "", "\x17\x03\x03\x00\x10", Opaque},
+	{"an alert within a hello", "\x16\x03\x01\x00\x01\x01", "\x15\x03\x01", Opaque},
+	{"a hello that is too large", "\x16\x03\x01\x40\x00\x01", "\x01\x00\x00", Opaque},
+	{"an empty hello", "\x16\x03\x01\x00\x04\x01\x00\x00", "\x00", Opaque},
+	{"a hello of zeros", "\x16\x03\x01\x00\x08\x01\x00\x00\x04\x00\x00\x00", "\x00", Opaque},
+}
+
+func TestClassify(t *testing.T) {
+	for _, c := range beginnings {
+		first := []byte(c.held + c.decides)
+		for _, n := range prefixes(len(first)) {
+			want := Undecided
+			if n > len(c.held) {
+				want = c.want
+			}
+			if got := Classify(first[:n]); got != want {
+				t.Errorf("%s: %v after %q, want %v", c.name, protocolName(got), last(first[:n]), protocolName(want))
+				break
+			}
+		}
+	}
+}
+
+// Whatever comes is judged at the limit.
+func TestNothingIsUndecidedAtTheLimit(t *testing.T) {
+	hello := append([]byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc}, make([]byte, Limit)...)
+	records := bytes.Repeat([]byte{22, 3, 1, 0, 1, 0}, Limit)
+	for i, b := range []byte{1, 0, 0x3f, 0xff} {
+		records[6*i+5] = b
+	}
+	for name, first := range map[string][]byte{
+		"a target without end":    []byte("GET /" + strings.Repeat("a", 2*Limit)),
+		"a request line too long": []byte("GET /" + strings.Repeat("a", Limit) + " HTTP/1.1\r\n"),
+		"a hello in one record":   hello,
+		"a hello in many records": records,
+	} {
+		for _, n := range []int{Limit - 1, Limit, Limit + 1, len(first)} {
+			want := Opaque
+			if n < Limit {
+				want = Undecided
+			}
+			if got := Classify(first[:n]); got != want {
+				t.Errorf("%s: %v after %d bytes, want %v", name, protocolName(got), n, protocolName(want))
+			}
+		}
+	}
+}
+
+func TestClassifyAllocatesNothingForHTTP(t *testing.T) {
+	for _, first := range [][]byte{[]byte("GET /index.html HTTP/1.1\r\nHost: a\r\n\r\n"), []byte("GET /ind"), []byte(preface), []byte("\x00\x00")} {
+		if allocs := testing.AllocsPerRun(100, func() { Classify(first) }); allocs != 0 {
+			t.Errorf("%q: %v allocations", first, allocs)
+		}
+	}
+}
+
+func BenchmarkClassify(b *testing.B) {
+	for _, c := range []struct {
+		name  string
+		first []byte
+	}{
+		{"HTTP1", []byte("GET /index.html?a=b&c=d HTTP/1.1\r\nHost: example.com\r\nUser-Agent: a\r\n\r\n")},
+		{"HTTP2", []byte(preface)},
+		{"TLS", record(hello("example.com", "h2", "http/1.1"))},
+		{"opaque", []byte("\x00\x00\x00\x08\x04\xd2\x16\x2f")},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				Classify(c.first)
+			}
+		})
+	}
+}
+
+// prefixes are the lengths of the prefixes of n bytes, up to all of them. Of the longer ones, which are many, there are
+// only some, but for those around the end.
+func prefixes(n int) (lengths []int) {
+	for length := 0; length <= n; length++ {
+		if length < 600 || length > n-100 || length%97 == 0 {
+			lengths = append(lengths, length)
+		}
+	}
+	return lengths
+}
+
+// record puts a handshake message into records of 16 KiB at most.
+func record(message []byte) (records []byte) { return recordsOf(maxRecord, message) }
+
+// recordsOf puts a handshake message into records of size bytes.
+func recordsOf(size int, message []byte) (records []byte) {
+	for len(message) > 0 {
+		part := message[:min(size, len(message))]
+		records = append(records, recordHandshake, 3, 1)
+		records = binary.BigEndian.AppendUint16(records, uint16(len(part)))
+		records = append(records, part...)
+		message = message[len(part):]
+	}
+	return records
+}
+
+func protocolName(p Protocol) string {
+	if names := []string{"undecided", "HTTP/1", "HTTP/2", "TLS", "opaque"}; int(p) < len(names) {
+		return names[p]
+	}
+	return fmt.Sprintf("protocol %d", p)
+}
+
+// last cuts long beginnings for messages.
+func last(b []byte) []byte {
+	if len(b) > 60 {
+		return b[len(b)-60:]
+	}
+	return b
+}

@@ -1,0 +1,357 @@
+package sniff
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+const (
+	patience = nettest.Patience
+	blink    = 20 * time.Millisecond // where time has to pass
+)
+
+// rig is a connection that is sniffed, and one to an upstream.
+type rig struct {
+	client, server *net.TCPConn // the far ends
+	up             *tcp.Conn
+	w              *tcp.Waiter
+	cancel         context.CancelFunc
+	Sniffer
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { poller.Close() })
+	r := &rig{Sniffer: Sniffer{Hold: patience}}
+	r.client, r.Down = pair(t, poller)
+	r.server, r.up = pair(t, poller)
+	ctx, cancel := context.WithCancel(context.Background())
+	r.w, r.cancel = tcp.NewWaiter(ctx), cancel
+	t.Cleanup(func() {
+		cancel()
+		r.w.Close()
+		r.Read.Release()
+	})
+	return r
+}
+
+// pair returns the two ends of a loopback connection.
+func pair(t *testing.T, poller *tcp.Poller) (*net.TCPConn, *tcp.Conn) {
+	t.Helper()
+	listener, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	conn, err := net.DialTCP("tcp4", nil, net.TCPAddrFromAddrPort(listener.Addr()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		conn.Close()
+		accepted.Close()
+	})
+	return conn, accepted
+}
+
+// say sends the pieces one by one.
+func say(t *testing.T, conn *net.TCPConn, pieces ...string) {
+	for _, piece := range pieces {
+		if _, err := io.WriteString(conn, piece); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// want compares the verdict.
+func (r *rig) want(t *testing.T, got Protocol, err error, want Protocol) {
+	t.Helper()
+	if err != nil || got != want {
+		t.Fatalf("%s, %v; want %s", protocolName(got), err, protocolName(want))
+	}
+}
+
+// wantAll checks that what was read and what can still be read is all that downstream sent, and then its end.
+func (r *rig) wantAll(t *testing.T, sent string) {
+	t.Helper()
+	r.client.CloseWrite()
+	var got []byte
+	if r.Read != nil {
+		got = append(got, r.Read.Bytes()...)
+	}
+	for p := make([]byte, 1000); ; {
+		n, err := r.Down.Read(p)
+		got = append(got, p[:n]...)
+		if err == tcp.ErrAgain {
+			err = r.w.Wait(time.Now().Add(patience), r.Down, nil)
+		}
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if string(got) != sent {
+		t.Errorf("%d bytes are left of %d: %q", len(got), len(sent), last(got))
+	}
+}
+
+// phases runs a test once while only downstream is looked at, and once while both sides are.
+func phases(t *testing.T, test func(t *testing.T, r *rig, look func() (Protocol, error))) {
+	t.Run("first", func(t *testing.T) {
+		r := newRig(t)
+		test(t, r, func() (Protocol, error) { return r.First(r.w, patience) })
+	})
+	t.Run("both", func(t *testing.T) {
+		r := newRig(t)
+		test(t, r, func() (Protocol, error) { return r.Both(r.w, r.up, patience) })
+	})
+}
+
+func TestWhatDownstreamSaysDecides(t *testing.T) {
+	request := "GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+	hello := string(record(hello("example.com", "h2")))
+	for _, c := range []struct {
+		name   string
+		pieces []string
+		want   Protocol
+	}{
+		{"HTTP/1", []string{request}, HTTP1},
+		{"HTTP/1, byte by byte", strings.Split(request, ""), HTTP1},
+		{"HTTP/1 and much more", []string{request, strings.Repeat("x", 100_000)}, HTTP1},
+		{"HTTP/2", []string{preface + "\x00\x00\x00"}, HTTP2},
+		{"HTTP/2, byte by byte", strings.Split(preface, ""), HTTP2},
+		{"TLS", []string{hello}, TLS},
+		{"TLS, byte by byte", pieces(hello, 1), TLS},
+		{"opaque", []string{"\x00\x01"}, Opaque},
+		{"opaque, byte by byte", strings.Split("INVITE sip:a SIP/2.0\r\n", ""), Opaque},
+		{"a line without end", []string{"GET /" + strings.Repeat("x", Limit)}, Opaque},
+		{"a line without end, in pieces", pieces("GET /"+strings.Repeat("x", Limit), 999), Opaque},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					say(t, r.client, c.pieces...)
+				}()
+				protocol, err := look()
+				<-done
+				r.want(t, protocol, err, c.want)
+				if tls := c.want == TLS; (r.Hello.ServerName == "example.com") != tls || (len(r.Hello.ALPN) == 1) != tls {
+					t.Errorf("the hello is %+v", r.Hello)
+				}
+				r.wantAll(t, strings.Join(c.pieces, ""))
+			})
+		})
+	}
+}
+
+func pieces(text string, size int) (list []string) {
+	for len(text) > 0 {
+		n := min(size, len(text))
+		list, text = append(list, text[:n]), text[n:]
+	}
+	return list
+}
+
+func TestASilentDownstreamKeepsNobodyWaiting(t *testing.T) {
+	r := newRig(t)
+	began := time.Now()
+	protocol, err := r.First(r.w, blink)
+	r.want(t, protocol, err, Undecided)
+	if r.Read != nil {
+		t.Error("a buffer is held for nothing")
+	}
+	if waited := time.Since(began); waited < blink {
+		t.Errorf("after %v, want %v", waited, blink)
+	}
+	// Long after that it may still become anything.
+	say(t, r.client, "GET / HTTP/1.1\r\n")
+	protocol, err = r.Both(r.w, r.up, 0)
+	r.want(t, protocol, err, HTTP1)
+	r.wantAll(t, "GET / HTTP/1.1\r\n")
+}
+
+func TestABeginningIsHeldForSoLong(t *testing.T) {
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Hold = blink
+		say(t, r.client, "GE")
+		began := time.Now()
+		protocol, err := look()
+		r.want(t, protocol, err, Opaque)
+		if waited := time.Since(began); waited < blink || waited > patience/2 {
+			t.Errorf("after %v, want %v", waited, blink)
+		}
+		r.wantAll(t, "GE")
+	})
+}
+
+// The time of a beginning runs from its first byte, whatever comes after it, and also from one phase to the next.
+func TestDribblingDoesNotProlongTheHold(t *testing.T) {
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Hold = 5 * blink
+		stop, done := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(done)
+			io.WriteString(r.client, "GET /")
+			for ticker := time.NewTicker(blink); ; {
+				select {
+				case <-ticker.C:
+					io.WriteString(r.client, "x")
+				case <-stop:
+					return
+				}
+			}
+		}()
+		protocol, err := look()
+		close(stop)
+		<-done
+		r.want(t, protocol, err, Opaque)
+	})
+}
+
+func TestWithoutAHoldABeginningIsOpaque(t *testing.T) {
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Hold = 0
+		say(t, r.client, "G")
+		protocol, err := look()
+		r.want(t, protocol, err, Opaque)
+		r.wantAll(t, "G")
+	})
+}
+
+func TestUpstreamThatSpeaksFirstIsLeftToSpeak(t *testing.T) {
+	r := newRig(t)
+	time.AfterFunc(blink, func() { say(t, r.server, "220 ready\r\n") })
+	protocol, err := r.Both(r.w, r.up, 0)
+	r.want(t, protocol, err, Opaque)
+	if r.Read != nil {
+		t.Error("a buffer is held for nothing")
+	}
+	p := make([]byte, 100)
+	if n, err := r.up.Read(p); err != nil || string(p[:n]) != "220 ready\r\n" {
+		t.Errorf("of upstream's bytes are left %q, %v", p[:n], err)
+	}
+	r.wantAll(t, "")
+}
+
+func TestUpstreamThatEndsMakesItOpaque(t *testing.T) {
+	for name, end := range map[string]func(*net.TCPConn){
+		"half": func(c *net.TCPConn) { c.CloseWrite() }, "whole": func(c *net.TCPConn) { c.Close() }, "reset": reset,
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			time.AfterFunc(blink, func() { end(r.server) })
+			protocol, err := r.Both(r.w, r.up, 0)
+			r.want(t, protocol, err, Opaque)
+			r.wantAll(t, "")
+		})
+	}
+}
+
+// Upstream speaks while a beginning is held: the beginning is part of the opaque stream.
+func TestUpstreamThatSpeaksIntoABeginning(t *testing.T) {
+	r := newRig(t)
+	say(t, r.client, "GET")
+	nettest.Eventually(t, "the beginning to be read", func() bool {
+		protocol, err := r.look()
+		r.want(t, protocol, err, Undecided)
+		return r.Read != nil
+	})
+	time.AfterFunc(blink, func() { say(t, r.server, "hello") })
+	protocol, err := r.Both(r.w, r.up, 0)
+	r.want(t, protocol, err, Opaque)
+	r.wantAll(t, "GET")
+}
+
+func TestAHalfCloseMakesItOpaque(t *testing.T) {
+	for name, sent := range map[string]string{"without a byte": "", "with half a line": "GET / HT", "with a whole line": "GET / HTTP/1.1\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+				say(t, r.client, sent)
+				r.client.CloseWrite()
+				protocol, err := look()
+				want := Opaque
+				if strings.HasSuffix(sent, "\n") {
+					want = HTTP1
+				}
+				r.want(t, protocol, err, want)
+				if (r.Read == nil) != (sent == "") {
+					t.Errorf("a buffer is held: %v", r.Read != nil)
+				}
+				r.wantAll(t, sent)
+			})
+		})
+	}
+}
+
+func TestAResetIsAnError(t *testing.T) {
+	for _, sent := range []string{"", "GET"} {
+		phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+			say(t, r.client, sent)
+			time.AfterFunc(blink, func() { reset(r.client) })
+			protocol, err := look()
+			if !errors.Is(err, syscall.ECONNRESET) || Reason(err) != flow.DownstreamReset {
+				t.Errorf("after %q: %s, %v", sent, protocolName(protocol), err)
+			}
+		})
+	}
+}
+
+func TestTheContextEndsIt(t *testing.T) {
+	for _, sent := range []string{"", "GET"} {
+		phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+			say(t, r.client, sent)
+			time.AfterFunc(blink, r.cancel)
+			protocol, err := look()
+			if err != tcp.ErrCanceled || Reason(err) != flow.DrainDeadline {
+				t.Errorf("after %q: %s, %v", sent, protocolName(protocol), err)
+			}
+		})
+	}
+}
+
+func TestTwoSilentSidesAreIdle(t *testing.T) {
+	r := newRig(t)
+	protocol, err := r.Both(r.w, r.up, blink)
+	if err != tcp.ErrDeadline || Reason(err) != flow.IdleTimeout || r.Read != nil {
+		t.Errorf("%s, %v; a buffer is held: %v", protocolName(protocol), err, r.Read != nil)
+	}
+}
+
+func TestReasonOfAWaitThatFailed(t *testing.T) {
+	for _, err := range []error{syscall.ENOSPC, syscall.EMFILE, syscall.ENOMEM} {
+		if got := Reason(os.NewSyscallError("epoll_ctl", err)); got != flow.NoDescriptors {
+			t.Errorf("Reason(%v) = %s", err, got)
+		}
+	}
+}
+
+func reset(conn *net.TCPConn) {
+	conn.SetLinger(0)
+	conn.Close()
+}

@@ -1,0 +1,142 @@
+package tcp
+
+import (
+	"bytes"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// arrive sends bytes and waits until the other end can read them all.
+func arrive(t *testing.T, from, to *Conn, sent []byte) {
+	t.Helper()
+	if n, err := from.Write(sent); n != len(sent) || err != nil {
+		t.Fatalf("wrote %d of %d bytes, %v", n, len(sent), err)
+	}
+	nettest.Eventually(t, "the bytes to be there", func() bool { return pending(t, to) >= len(sent) })
+}
+
+// numbered are n bytes that tell where they stand.
+func numbered(n int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = byte(i) ^ byte(i>>8)
+	}
+	return b
+}
+
+func TestBuffer(t *testing.T) {
+	far, near := connected(t, newPoller(t), "127.0.0.1:0")
+	sent := numbered(3 * BufferSize)
+	arrive(t, far, near, sent[:2*BufferSize])
+	b := TakeBuffer()
+	defer b.Release()
+	at := 0 // of sent, where the buffer begins
+	step := func(what string, n int, err error, wantN int, wantErr error, wantLen int) {
+		t.Helper()
+		if n != wantN || err != wantErr || b.Len() != wantLen || !bytes.Equal(b.Bytes(), sent[at:at+wantLen]) {
+			t.Fatalf("%s: %d, %v, and %d bytes are held; want %d, %v, %d", what, n, err, b.Len(), wantN, wantErr, wantLen)
+		}
+	}
+	if b.Len() != 0 || len(b.Bytes()) != 0 {
+		t.Fatal("a buffer is not empty when it is taken")
+	}
+	n, err := b.FillAtMost(near, 5)
+	step("five bytes", n, err, 5, nil, 5)
+	n, err = b.Fill(near)
+	step("all that there is room for", n, err, BufferSize-5, nil, BufferSize)
+	n, err = b.Fill(near)
+	step("into a full buffer", n, err, 0, ErrFull, BufferSize)
+	n, err = b.FillAtMost(near, 1)
+	step("one byte into a full buffer", n, err, 0, ErrFull, BufferSize)
+
+	b.Discard(10)
+	at += 10
+	n, err = b.Fill(near)
+	step("into the room of what was discarded", n, err, 10, nil, BufferSize)
+	b.Discard(BufferSize)
+	at += BufferSize
+	step("after all was discarded", 0, nil, 0, nil, 0)
+	n, err = b.Fill(near)
+	step("what is left", n, err, BufferSize-10, nil, BufferSize-10)
+	n, err = b.Fill(near)
+	step("when nothing is there", n, err, 0, ErrAgain, BufferSize-10)
+
+	b.Discard(100)
+	at += 100
+	if b.Grow(BufferSize) || b.Grow(0) {
+		t.Error("a buffer grew to what it was")
+	}
+	if !b.Grow(BufferSize + 1) {
+		t.Error("a buffer did not grow to its limit")
+	}
+	step("after it has grown", 0, nil, 0, nil, BufferSize-110)
+	arrive(t, far, near, sent[2*BufferSize:])
+	n, err = b.Fill(near)
+	step("by what it has grown, and more", n, err, 111, nil, BufferSize+1)
+	if !b.Grow(1<<20) || b.Len() != BufferSize+1 {
+		t.Error("a buffer does not grow twice")
+	}
+	n, err = b.Fill(near)
+	step("after it has doubled", n, err, BufferSize-111, nil, 2*BufferSize-110)
+}
+
+func TestAGrownBufferComesBackSmall(t *testing.T) {
+	b := TakeBuffer()
+	b.Grow(1 << 20)
+	b.Release()
+	for range 3 { // one of them may be the same
+		b := TakeBuffer()
+		defer b.Release()
+		if len(b.bytes) != BufferSize || b.Len() != 0 {
+			t.Errorf("a buffer has %d bytes of room and holds %d", len(b.bytes), b.Len())
+		}
+	}
+	var none *Buffer
+	none.Release()
+}
+
+// The end and an error leave what is held alone.
+func TestABufferKeepsWhatItHoldsAtTheEnd(t *testing.T) {
+	far, near := connected(t, newPoller(t), "127.0.0.1:0")
+	arrive(t, far, near, []byte("last words"))
+	far.CloseWrite()
+	b, w := TakeBuffer(), NewWaiter(t.Context())
+	defer b.Release()
+	defer w.Close()
+	for {
+		_, err := b.Fill(near)
+		if err == io.EOF {
+			break
+		}
+		if err == ErrAgain {
+			err = w.Wait(time.Now().Add(patience), near, nil)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if string(b.Bytes()) != "last words" {
+		t.Errorf("held at the end: %q", b.Bytes())
+	}
+}
+
+func TestReadingNothingIsNotTheEnd(t *testing.T) {
+	far, near := connected(t, newPoller(t), "127.0.0.1:0")
+	b := TakeBuffer()
+	defer b.Release()
+	for _, sent := range []string{"", "x"} {
+		arrive(t, far, near, []byte(sent))
+		if n, err := near.Read(nil); n != 0 || err != nil {
+			t.Errorf("with %q there: Read = %d, %v", sent, n, err)
+		}
+		if n, err := b.FillAtMost(near, 0); n != 0 || err != nil {
+			t.Errorf("with %q there: FillAtMost = %d, %v", sent, n, err)
+		}
+	}
+	if n, err := b.Fill(near); n != 1 || err != nil {
+		t.Errorf("Fill = %d, %v", n, err)
+	}
+}
