@@ -74,7 +74,7 @@ var Explanations = []struct {
 	{NoOriginalDestination, "No rule redirected the connection here, or connection tracking forgot it."},
 	{IPv6SourceMissing, "An inbound IPv6 connection, but `lo` lacks `::6`; run `pillion init`."},
 	{MaxConnections, "`--max-connections` is reached."},
-	{NoDescriptors, "The process may open or watch no further connection; raise its `nofile` limit, or `fs.epoll.max_user_watches`."},
+	{NoDescriptors, "The process may open or watch no further connection; raise its `nofile` limit, `fs.epoll.max_user_watches`, or its memory."},
 	{IdleTimeout, "Nothing moved for `--idle-timeout`; both sides were reset."},
 	{HalfCloseTimeout, "One side had closed and nothing moved for `--half-close-timeout`; both sides were reset."},
 	{DrainDeadline, "Shutdown waited for `--drain-timeout`; both sides were reset."},

@@ -16,6 +16,9 @@ const (
 	spliceFrom = tcp.BufferSize
 )
 
+// smallBody is how many bytes are rather copied behind the head than sent as a second piece of memory.
+const smallBody = 2 << 10
+
 // message is one HTTP/1 message on its way from src to dst: a head that was written anew, and a body that keeps its
 // bytes. Bytes of the body go on only when they have been looked at, or when the framing says that they need not be.
 type message struct {
@@ -42,6 +45,13 @@ func (m *message) start(in *tcp.Buffer, framing http1.Framing, limits http1.Limi
 	m.bulk.Expect(m.body.Payload() - int64(m.held()))
 	m.out.Append(m.head)
 	m.scan()
+	if n := m.ready; n <= smallBody && !m.retain {
+		m.out.Reset()
+		m.head = append(m.head, m.in.Bytes()[:n]...)
+		m.in.Discard(n)
+		m.ready = 0
+		m.out.Append(m.head)
+	}
 }
 
 // again queues what was retained once more, for another dst.

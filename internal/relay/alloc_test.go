@@ -22,6 +22,25 @@ func TestAMessageAllocatesNothing(t *testing.T) {
 	}
 }
 
+func TestAMoverAllocatesNothing(t *testing.T) {
+	for name, size := range map[string]int{"by copying": 512, "by splice": 4 * bulk} {
+		t.Run(name, func(t *testing.T) {
+			r := newMoverRig(t)
+			body, answer := make([]byte, size), make([]byte, size)
+			carry := func() {
+				r.from.Write(body)
+				r.Expect(int64(size))
+				r.carry(t, int64(size))
+				io.ReadFull(r.to, answer)
+			}
+			carry()
+			if allocs := testing.AllocsPerRun(500, carry); allocs >= 0.1 { // the collector may empty the buffer pool
+				t.Errorf("%v allocations for %d bytes, want none", allocs, size)
+			}
+		})
+	}
+}
+
 func BenchmarkMessage(b *testing.B) {
 	r := newRig(b, Options{})
 	message := make([]byte, 512)

@@ -41,10 +41,10 @@ func newRig(t *testing.T) *rig {
 	}
 	t.Cleanup(func() { poller.Close() })
 	r := &rig{Sniffer: Sniffer{Hold: patience}}
-	r.client, r.Down = pair(t, poller)
-	r.server, r.up = pair(t, poller)
 	ctx, cancel := context.WithCancel(context.Background())
 	r.w, r.cancel = tcp.NewWaiter(ctx), cancel
+	r.client, r.Down = accepted(t, poller)
+	r.server, r.up = dialled(t, poller, r.w)
 	t.Cleanup(func() {
 		cancel()
 		r.w.Close()
@@ -53,8 +53,8 @@ func newRig(t *testing.T) *rig {
 	return r
 }
 
-// pair returns the two ends of a loopback connection.
-func pair(t *testing.T, poller *tcp.Poller) (*net.TCPConn, *tcp.Conn) {
+// accepted returns the two ends of a connection, of which the second is as an agent's listener gives it.
+func accepted(t *testing.T, poller *tcp.Poller) (*net.TCPConn, *tcp.Conn) {
 	t.Helper()
 	listener, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
 	if err != nil {
@@ -65,15 +65,34 @@ func pair(t *testing.T, poller *tcp.Poller) (*net.TCPConn, *tcp.Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	accepted, err := listener.Accept()
+	t.Cleanup(func() { conn.Close() })
+	near, err := listener.Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		conn.Close()
-		accepted.Close()
-	})
-	return conn, accepted
+	t.Cleanup(near.Close)
+	return conn, near
+}
+
+// dialled returns the two ends of a connection, of which the second has dialled.
+func dialled(t *testing.T, poller *tcp.Poller, w *tcp.Waiter) (*net.TCPConn, *tcp.Conn) {
+	t.Helper()
+	listener, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	near, err := poller.Dial(w, netip.Addr{}, listener.Addr().(*net.TCPAddr).AddrPort(), time.Now().Add(patience))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(near.Close)
+	conn, err := listener.AcceptTCP()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn, near
 }
 
 // say sends the pieces one by one.
@@ -268,6 +287,10 @@ func TestUpstreamThatEndsMakesItOpaque(t *testing.T) {
 			time.AfterFunc(blink, func() { end(r.server) })
 			protocol, err := r.Both(r.w, r.up, 0)
 			r.want(t, protocol, err, Opaque)
+			_, err = r.up.Read(make([]byte, 1))
+			if name == "reset" && !errors.Is(err, syscall.ECONNRESET) || name != "reset" && err != io.EOF {
+				t.Errorf("what is left to hear from upstream is %v", err)
+			}
 			r.wantAll(t, "")
 		})
 	}

@@ -34,6 +34,7 @@ type Conn struct {
 	poller *Poller
 	fd     int
 	remote netip.AddrPort
+	local  netip.AddrPort // invalid until it was asked for
 
 	ready   atomic.Uint32          // events, set by the poller
 	waiter  atomic.Pointer[Waiter] // who is woken by events; nil: nobody
@@ -53,13 +54,12 @@ func newConn(p *Poller, fd int, remote netip.AddrPort, ready uint32) *Conn {
 // RemoteAddr is the peer's address. A link-local one has the interface's number as its zone.
 func (c *Conn) RemoteAddr() netip.AddrPort { return c.remote }
 
-// LocalAddr asks the kernel for our end's address. It is invalid when the kernel does not say.
+// LocalAddr is our end's address. The kernel is asked once. It is invalid when the kernel does not say.
 func (c *Conn) LocalAddr() netip.AddrPort {
-	local, err := getsockname(c.fd)
-	if err != nil {
-		return netip.AddrPort{}
+	if !c.local.IsValid() {
+		c.local, _ = getsockname(c.fd)
 	}
-	return local
+	return c.local
 }
 
 // OriginalDst is where the connection was going before a rule redirected it; see package sockopt.

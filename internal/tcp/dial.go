@@ -2,6 +2,7 @@ package tcp
 
 import (
 	"fmt"
+	"math"
 	"net/netip"
 	"os"
 	"time"
@@ -12,7 +13,8 @@ import (
 )
 
 // Dial connects to remote, and waits for that with w until the deadline, which may be zero for none. A valid local is
-// the source address; its port is the kernel's choice. The errors are the kernel's, ErrDeadline and ErrCanceled.
+// the source address; its port is the kernel's choice. The errors are the kernel's, ErrDeadline and ErrCanceled; a
+// connection to itself is refused.
 func (p *Poller) Dial(w *Waiter, local netip.Addr, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
 	c, err := p.dial(w, local, remote, deadline)
 	if err != nil {
@@ -63,6 +65,10 @@ func (c *Conn) connect(w *Waiter, local netip.Addr, destination *socketAddress, 
 	for asked := 0; ; asked++ {
 		switch err := connect(c.fd, destination); err {
 		case nil, unix.EISCONN:
+			if c.connectedToItself(local) {
+				c.Reset() // an orderly close would keep the port from the workload for a minute
+				return os.NewSyscallError("connect", unix.ECONNREFUSED)
+			}
 			return nil
 		case unix.EINPROGRESS, unix.EALREADY, unix.EINTR:
 			if asked == 0 {
@@ -75,4 +81,29 @@ func (c *Conn) connect(w *Waiter, local netip.Addr, destination *socketAddress, 
 			return err
 		}
 	}
+}
+
+// connectedToItself reports whether both ends of the connection are this one socket. That is what becomes of a dial to
+// this host when nothing listens there and the kernel happens to choose the dialled port for our end: its SYN meets
+// itself (RFC 9293 §3.5, simultaneous open). Only where that can be is the kernel asked.
+func (c *Conn) connectedToItself(local netip.Addr) bool {
+	return c.poller.ports.contain(c.remote.Port()) && (!local.IsValid() || local == c.remote.Addr()) &&
+		c.LocalAddr() == c.remote
+}
+
+// portRange is where the kernel chooses the ports of our ends from, both ends included.
+type portRange struct{ low, high uint16 }
+
+func (r portRange) contain(port uint16) bool { return r.low <= port && port <= r.high }
+
+// localPorts reads the range of this network namespace, for both families. It is every port when it cannot be read.
+func localPorts() (r portRange) {
+	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	if err == nil {
+		_, err = fmt.Sscan(string(text), &r.low, &r.high)
+	}
+	if err != nil {
+		return portRange{0, math.MaxUint16}
+	}
+	return r
 }

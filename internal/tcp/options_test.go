@@ -118,6 +118,35 @@ func TestSourcePortsCountForEachDestination(t *testing.T) {
 	}
 }
 
+// TestNobodyConnectsToItself leaves the kernel one port for our ends, and dials that.
+func TestNobodyConnectsToItself(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "itself")
+	var poller *Poller
+	ns.Do(t, func() (err error) {
+		if err = os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40000"), 0); err == nil {
+			poller, err = NewPoller()
+		}
+		return err
+	})
+	defer poller.Close()
+	waiter := NewWaiter(t.Context())
+	defer waiter.Close()
+	for _, remote := range []string{"127.0.0.1:40000", "[::1]:40000"} {
+		remote := netip.MustParseAddrPort(remote)
+		for _, source := range []netip.Addr{{}, remote.Addr()} {
+			ns.Do(t, func() error {
+				for range 3 { // nothing is left that is in the way of the next
+					if conn, err := poller.Dial(waiter, source, remote, time.Now().Add(patience)); !errors.Is(err, unix.ECONNREFUSED) {
+						t.Errorf("from %v to %v: %v, %v; want it refused", source, remote, conn, err)
+					}
+				}
+				return nil
+			})
+		}
+	}
+}
+
 func option(t *testing.T, conn *Conn, level, name int) int {
 	t.Helper()
 	value, err := unix.GetsockoptInt(conn.fd, level, name)

@@ -14,6 +14,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,23 +26,39 @@ type Poller struct {
 	done   chan struct{}
 	serial atomic.Uint32
 	conns  table
+	ports  portRange // of the network namespace in which the poller was made
 }
 
-// NewPoller opens an epoll set, one descriptor, and starts the goroutine that reads it. Close ends both.
+// NewPoller opens an epoll set, one descriptor, and starts the goroutine that reads it. Close ends both. It is for
+// connections of the network namespace in which it is called.
 func NewPoller() (*Poller, error) {
 	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("creating an epoll set: %w", err)
 	}
-	if err := unix.SetNonblock(epfd, true); err != nil { // asks os.NewFile to give it to the runtime's poller
-		unix.Close(epfd)
+	p, err := pollerOf(epfd)
+	if err != nil {
 		return nil, fmt.Errorf("preparing an epoll set: %w", err)
 	}
-	p := &Poller{epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll"), done: make(chan struct{})}
+	return p, nil
+}
+
+// pollerOf takes epfd over.
+func pollerOf(epfd int) (*Poller, error) {
+	if err := unix.SetNonblock(epfd, true); err != nil { // asks os.NewFile to give it to the runtime's poller
+		unix.Close(epfd)
+		return nil, err
+	}
+	p := &Poller{epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll"), done: make(chan struct{}), ports: localPorts()}
+	// The runtime does not say that it cannot watch a file, but such a file has no deadlines.
+	if err := p.file.SetReadDeadline(time.Time{}); err != nil {
+		p.file.Close()
+		return nil, fmt.Errorf("having it watched: %w", err)
+	}
 	raw, err := p.file.SyscallConn()
 	if err != nil {
 		p.file.Close()
-		return nil, fmt.Errorf("preparing an epoll set: %w", err)
+		return nil, err
 	}
 	go p.run(raw.Read)
 	return p, nil

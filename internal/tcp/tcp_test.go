@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -366,5 +367,24 @@ func TestWhatHappenedBeforeTheDeadlineCounts(t *testing.T) {
 	nettest.Eventually(t, "the event to be there", near.Readable)
 	if err := w.Wait(time.Now().Add(-time.Second), near, nil); err != nil {
 		t.Errorf("Wait = %v, with an event there", err)
+	}
+}
+
+// A descriptor that the runtime does not watch would leave every wait without an end.
+func TestAPollerThatNobodyWatchesIsAnError(t *testing.T) {
+	file, err := os.Create(filepath.Join(t.TempDir(), "file")) // files are never watched
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	fd, err := unix.Dup(int(file.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if poller, err := pollerOf(fd); !errors.Is(err, os.ErrNoDeadline) {
+		t.Errorf("pollerOf = %v, %v", poller, err)
+	}
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != unix.EBADF {
+		t.Errorf("the descriptor is still open: %v", err)
 	}
 }

@@ -76,7 +76,12 @@ func (c *Conn) WriteVector(v *Vector) (int, error) {
 	}
 	pieces := v.pieces[v.next:]
 	pieces = pieces[:min(len(pieces), maxPieces)]
-	n, err := c.try(writable, "write", func() (int, error) { return writev(c.fd, pieces) })
+	n, err := c.try(writable, "write", func() (int, error) {
+		if len(pieces) == 1 {
+			return write(c.fd, unsafe.Slice(pieces[0].Base, pieces[0].Len))
+		}
+		return writev(c.fd, pieces)
+	})
 	if n > 0 {
 		c.ready.Or(writable)
 		v.took(n)

@@ -35,7 +35,8 @@ func Reason(err error) flow.Reason {
 		return flow.UpstreamRefused
 	case errors.Is(err, tcp.ErrDeadline), errors.Is(err, unix.ETIMEDOUT):
 		return flow.UpstreamTimeout
-	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOSPC):
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOSPC),
+		errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ENOBUFS):
 		return flow.NoDescriptors
 	case errors.Is(err, tcp.ErrCanceled):
 		return flow.DrainDeadline

@@ -91,7 +91,8 @@ func TestReason(t *testing.T) {
 	})
 	t.Run("other errors", func(t *testing.T) {
 		for err, want := range map[error]flow.Reason{
-			unix.EMFILE: flow.NoDescriptors, unix.ENFILE: flow.NoDescriptors, unix.ENOSPC: flow.NoDescriptors, unix.EHOSTUNREACH: flow.UpstreamUnreachable,
+			unix.EMFILE: flow.NoDescriptors, unix.ENFILE: flow.NoDescriptors, unix.ENOSPC: flow.NoDescriptors,
+			unix.ENOMEM: flow.NoDescriptors, unix.ENOBUFS: flow.NoDescriptors, unix.EHOSTUNREACH: flow.UpstreamUnreachable,
 			unix.ENETUNREACH: flow.UpstreamUnreachable, unix.ETIMEDOUT: flow.UpstreamTimeout, io.EOF: flow.UpstreamUnreachable,
 		} {
 			if got := Reason(fmt.Errorf("connecting: %w", os.NewSyscallError("connect", err))); got != want {

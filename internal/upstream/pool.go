@@ -2,6 +2,7 @@ package upstream
 
 import (
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -37,8 +38,9 @@ type resting struct {
 	since time.Time
 }
 
-// NewPool makes a pool that closes a connection after idleLife without use. It should be shorter than any server's own
-// limit, so that it is rarely the server that closes. Zero or less keeps none.
+// NewPool makes a pool that gives out no connection that has rested for idleLife, and closes it half as long after that
+// at the latest. It should be shorter than any server's own limit, so that it is rarely the server that closes. Zero or
+// less keeps none.
 func NewPool(idleLife time.Duration) *Pool {
 	return &Pool{idleLife: idleLife, idle: make(map[Target][]resting)}
 }
@@ -46,26 +48,26 @@ func NewPool(idleLife time.Duration) *Pool {
 // Take returns a connection to target that was open a moment ago, or nil. The caller owns it.
 func (p *Pool) Take(target Target) *tcp.Conn {
 	for {
-		conn := p.last(target)
-		if conn == nil || conn.Quiet() {
-			return conn
+		last := p.last(target)
+		if last.conn == nil || time.Since(last.since) < p.idleLife && last.conn.Quiet() {
+			return last.conn
 		}
-		conn.Close()
+		last.conn.Close()
 	}
 }
 
-func (p *Pool) last(target Target) *tcp.Conn {
+// last takes the connection that was given last, or none, out of the pool.
+func (p *Pool) last(target Target) resting {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	list := p.idle[target]
 	if len(list) == 0 {
-		return nil
+		return resting{}
 	}
-	last := len(list) - 1
-	conn := list[last].conn
-	list[last] = resting{}
-	p.keep(target, list[:last])
-	return conn
+	end := len(list) - 1
+	last := list[end]
+	p.keep(target, slices.Delete(list, end, end+1))
+	return last
 }
 
 // Give hands over a connection on which no request is under way and which is fit for the next. The pool closes it when
@@ -121,7 +123,7 @@ func (p *Pool) closeBefore(limit time.Time) {
 			list[old].conn.Close()
 			old++
 		}
-		p.keep(target, list[:copy(list, list[old:])])
+		p.keep(target, slices.Delete(list, 0, old))
 	}
 }
 
