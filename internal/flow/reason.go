@@ -28,7 +28,7 @@ const (
 	HeadTooLarge       Reason = "head_too_large"      // the head of the request is over a limit
 	HeadTimeout        Reason = "head_timeout"        // downstream did not finish the head of its request
 	RequestTimeout     Reason = "request_timeout"     // no response within --request-timeout
-	Overload           Reason = "overload"            // an HTTP/2 peer floods the connection
+	Overload           Reason = "overload"            // an HTTP/2 peer opens too many streams, or floods the connection
 )
 
 // Refused by name: the agent will not carry the connection. Downstream is reset.
@@ -63,12 +63,12 @@ var Explanations = []struct {
 	{DownstreamLeft, "Downstream closed or cancelled before the response was complete; so was the request upstream."},
 	{UpstreamClosed, "Upstream closed before the head of the response; downstream was answered 503."},
 	{ResponseIncomplete, "Upstream closed in the middle of the response; downstream was cut off as well."},
-	{BadFraming, "The request is malformed; it was answered 400 and not forwarded."},
+	{BadFraming, "The request is malformed; it was answered 400, or its HTTP/2 stream reset, and not forwarded."},
 	{BadResponse, "The response is malformed; downstream was answered 502."},
 	{HeadTooLarge, "The head of the request is over `--max-head-bytes` or `--max-head-fields`; it was answered 431."},
-	{HeadTimeout, "The head of the request was not complete within `--request-head-timeout`; it was answered 408."},
+	{HeadTimeout, "The head of the request was not complete within `--request-head-timeout`; it was answered 408, or the HTTP/2 connection ended."},
 	{RequestTimeout, "There was no response within `--request-timeout`; downstream was answered 504."},
-	{Overload, "An HTTP/2 peer flooded the connection with frames that carry nothing; it was told so and cut."},
+	{Overload, "An HTTP/2 peer opened too many streams, or flooded the connection with what leads to nothing; it was told so, and refused or cut."},
 	{Loop, "The destination is one of pillion's own ports at one of the workload's own addresses."},
 	{ForeignAddress, "An inbound connection is for an address that is not the workload's own."},
 	{NoOriginalDestination, "No rule redirected the connection here, or connection tracking forgot it."},

@@ -37,13 +37,46 @@ func (d *Decoder) Decode(block []byte) (fields []Field, whole bool, err error) {
 	clear(d.fields) // the strings may go
 	d.fields, d.size, d.over = d.fields[:0], 0, false
 	d.hpack.SetEmitEnabled(true)
-	if _, err := d.hpack.Write(block); err != nil {
-		return nil, false, connectionError(CompressionError, err.Error())
+	// Two changes of the table's size may stand at the beginning (RFC 7541 §4.2). Package hpack takes the second only of
+	// a table that is empty, unless it begins a block.
+	if n := sizeUpdate(block); n > 0 && sizeUpdate(block[n:]) > 0 {
+		if err := d.write(block[:n]); err != nil {
+			return nil, false, err
+		}
+		block = block[n:]
 	}
-	if err := d.hpack.Close(); err != nil {
-		return nil, false, connectionError(CompressionError, err.Error())
+	if err := d.write(block); err != nil {
+		return nil, false, err
 	}
 	return d.fields, !d.over, nil
+}
+
+func (d *Decoder) write(block []byte) error {
+	_, err := d.hpack.Write(block)
+	if err == nil {
+		err = d.hpack.Close()
+	}
+	if err != nil {
+		return connectionError(CompressionError, err.Error())
+	}
+	return nil
+}
+
+// sizeUpdate is the length of the change of the table's size that block begins with (RFC 7541 §6.3), 0 for none.
+func sizeUpdate(block []byte) int {
+	const prefix = 1<<5 - 1
+	if len(block) == 0 || block[0]>>5 != 1 {
+		return 0
+	}
+	if block[0]&prefix < prefix {
+		return 1
+	}
+	for i, c := range block[1:] {
+		if c < 1<<7 {
+			return i + 2
+		}
+	}
+	return 0
 }
 
 // add takes a field from hpack. Once a limit is passed hpack is told to spare what only the fields need.
@@ -73,10 +106,14 @@ func NewEncoder() *Encoder {
 // SetTableSize says that the receiver's table has shrunk to smallest and is n now. No more than FirstTable is used: what
 // repeats fits.
 func (e *Encoder) SetTableSize(smallest, n uint32) {
-	if smallest >= FirstTable && e.hpack.MaxDynamicTableSize() == FirstTable {
+	was := e.hpack.MaxDynamicTableSize()
+	if smallest >= FirstTable && was == FirstTable {
 		return // nothing changes
 	}
-	e.hpack.SetMaxDynamicTableSize(smallest)
+	if min(smallest, was) < n {
+		// There are decoders that take two changes at once only when the first empties the table.
+		e.hpack.SetMaxDynamicTableSize(0)
+	}
 	e.hpack.SetMaxDynamicTableSize(n)
 }
 

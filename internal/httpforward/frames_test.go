@@ -70,10 +70,11 @@ func (s *speaker) write(words []string) error {
 	case "HEADERS":
 		return s.headers(number(1), words[2:])
 	case "DATA":
-		if words[2] == "end" && len(words) == 3 {
+		end := len(words) > 2 && words[2] == "end"
+		if len(words) == 2 || len(words) == 3 && end {
 			last = ""
 		}
-		return s.framer.WriteData(number(1), words[2] == "end", []byte(last))
+		return s.framer.WriteData(number(1), end, []byte(last))
 	case "SETTINGS":
 		if last == "ack" {
 			return s.framer.WriteSettingsAck()

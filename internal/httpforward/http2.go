@@ -186,6 +186,10 @@ func (m *multiplex) judge() {
 // downstreamGone ends everything: nobody waits for an answer any more. Upstream learns it at once.
 func (m *multiplex) downstreamGone(err error) {
 	m.toDown.dstErr = err
+	if m.up != nil && m.streams.active == 0 {
+		m.up.Close()
+		m.loseUpstream()
+	}
 	m.closeAll(flow.DownstreamLeft, err)
 	m.over = isCut
 }

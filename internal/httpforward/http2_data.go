@@ -82,7 +82,7 @@ func (l *lane) body(s *stream) *body {
 func (l *lane) keepPadding(h http2.Header, n int) {
 	l.owed += n
 	if !h.Has(http2.EndStream) {
-		l.other.insert(http2.AppendWindowUpdate(l.other.scratch, h.Stream, n))
+		l.giveBack(h.Stream, n)
 	}
 }
 

@@ -253,8 +253,10 @@ func (m *multiplex) deadline() (at time.Time, why limit) {
 			sooner(requestLimit, since, config.RequestTimeout)
 		}
 	}
-	if config.HeadTimeout > 0 && !m.toUp.began.IsZero() {
-		sooner(headLimit, m.toUp.began, config.HeadTimeout)
+	if config.HeadTimeout > 0 {
+		if since := m.toUp.headSince(); !since.IsZero() {
+			sooner(headLimit, since, config.HeadTimeout)
+		}
 	}
 	if m.lost != nil {
 		sooner(lostLimit, m.lostAt, lostTime)
@@ -283,7 +285,9 @@ func (m *multiplex) late(why limit) {
 	case lostLimit:
 		m.leave(http2.NoError, "", flow.UpstreamUnreachable, nil)
 	case leaveLimit:
-		m.sayGoAway(http2.NoError, "")
+		if m.goneAway > m.streams.last { // else upstream has said it
+			m.sayGoAway(http2.NoError, "")
+		}
 		m.leaving = endTold
 	case requestLimit:
 		m.requestsLate()

@@ -9,7 +9,7 @@ import (
 
 const (
 	laneTurn     = 1 << 20  // bytes that a lane may read before others get their turn
-	maxInserted  = 16 << 10 // bytes of our own that may wait for a side before we stop to read from it
+	maxCredit    = 16 << 10 // bytes of credit of ours that may wait for a side before we stop to read from it
 	keptScratch  = 4 << 10  // the scratch memory that an idle connection keeps
 	keptFragment = 16 << 10
 )
@@ -22,13 +22,15 @@ type lane struct {
 	src, dst *tcp.Conn
 
 	in       *tcp.Buffer // nil while nothing is read that is not dealt with
+	large    bool        // in is a large one
 	parsed   int         // bytes of in that are dealt with; out may point at them
 	out      tcp.Vector  // whole frames, pieces of in and of scratch
 	scratch  []byte      // frames and headers that are not in in
 	outgrown [][]byte    // what scratch was before it grew; out may point at it
 	ended    []*stream   // their records close when out is written
+	credit   int         // bytes of out that give credit back, for what dst has sent to us
 	written  uint64      // bytes that dst took
-	bulk     bool        // the last read filled its buffer
+	bulk     bool        // the last read left more behind
 	long     bool        // the turn ended with more to read
 
 	srcErr, dstErr error // io.EOF of src is its orderly end
@@ -37,7 +39,7 @@ type lane struct {
 	frameLimit int       // the largest frame that dst takes, as far as anybody was told
 	rest       rest      // of a frame whose beginning is dealt with
 	block      block     // a header block that is not complete
-	began      time.Time // when an incomplete frame or block was first seen; zero: there is none
+	began      time.Time // see headSince
 	owed       int       // bytes of the connection's window that src gets back, for data that dst never sees
 	idleFrames budget
 
@@ -118,7 +120,7 @@ func (l *lane) flush() bool {
 		return true
 	}
 	l.out.Reset()
-	l.scratch = l.scratch[:0]
+	l.scratch, l.credit = l.scratch[:0], 0
 	clear(l.outgrown)
 	l.outgrown = l.outgrown[:0]
 	if l.in != nil {
@@ -145,29 +147,24 @@ func (l *lane) settle() {
 	l.ended = l.ended[:0]
 }
 
-// mayRead reports whether a read is worth trying, and may be tried: a side that does not take what we have to say to it is
-// not listened to. When upstream refuses to be written to, it may have said why.
+// mayRead reports whether a read is worth trying, and may be tried: a side that makes us give credit back and does not
+// take it is not listened to. What else waits for a side is no reason to stop: it may not read before it is heard. When
+// upstream refuses to be written to, it may have said why.
 func (l *lane) mayRead() bool {
-	return l.src != nil && l.srcErr == nil && len(l.other.scratch) < maxInserted && l.m.over == goesOn &&
+	return l.src != nil && l.srcErr == nil && l.other.credit < maxCredit && l.m.over == goesOn &&
 		(l.src.Readable() || l.other.dstErr != nil)
 }
 
 // read reads once, behind the beginning of a frame that may be held.
 func (l *lane) read() int {
-	if l.in == nil {
-		if l.bulk {
-			l.in = tcp.TakeLargeBuffer()
-		} else {
-			l.in = tcp.TakeBuffer()
-		}
-	}
+	l.makeRoom()
 	n, err := l.in.Fill(l.src)
 	if err == tcp.ErrFull && l.in.Grow(l.needs()) {
 		n, err = l.in.Fill(l.src)
 	}
 	switch {
 	case err == nil:
-		l.bulk = n >= tcp.BufferSize
+		l.bulk = n >= tcp.BufferSize/2 && l.src.Readable()
 		l.m.clock = time.Time{}
 		if l.fromDown() {
 			l.m.requests = l.m.now()
@@ -184,6 +181,21 @@ func (l *lane) read() int {
 		l.in = nil
 	}
 	return 0
+}
+
+// makeRoom sees to a buffer, a large one while there is bulk.
+func (l *lane) makeRoom() {
+	switch {
+	case l.in == nil && !l.bulk:
+		l.in, l.large = tcp.TakeBuffer(), false
+	case l.in == nil:
+		l.in, l.large = tcp.TakeLargeBuffer(), true
+	case l.bulk && !l.large:
+		beginning := l.in
+		l.in, l.large = tcp.TakeLargeBuffer(), true
+		l.in.Append(beginning.Bytes())
+		beginning.Release()
+	}
 }
 
 // needs is the size of the largest frame that has to be in the buffer as a whole.
@@ -204,19 +216,28 @@ func (l *lane) parse() {
 		}
 	}
 	if l.owed > 0 {
-		l.other.insert(http2.AppendWindowUpdate(l.other.scratch, 0, l.owed))
+		l.giveBack(0, l.owed)
 		l.owed = 0
 	}
-	l.watchHead()
 }
 
-// watchHead notes since when a frame, or a header block, is incomplete.
-func (l *lane) watchHead() {
-	if !l.block.open && (l.in == nil || l.in.Len() == l.parsed) {
+// giveBack gives src credit, for data that dst does not see: on a stream, or, with zero, on the connection.
+func (l *lane) giveBack(stream uint32, n int) {
+	was := len(l.other.scratch)
+	l.other.insert(http2.AppendWindowUpdate(l.other.scratch, stream, n))
+	l.other.credit += len(l.other.scratch) - was
+}
+
+// headSince is since when we wait for the rest of a frame or of a header block; zero while there is none to wait for. The
+// time does not run while dst keeps us from reading.
+func (l *lane) headSince() time.Time {
+	switch {
+	case !l.idle() || !l.block.open && (l.in == nil || l.in.Len() == l.parsed):
 		l.began = time.Time{}
-	} else if l.began.IsZero() {
+	case l.began.IsZero():
 		l.began = l.m.now()
 	}
+	return l.began
 }
 
 // step deals with the frame that b begins with, or the rest of one. It reports false when more bytes are needed. After an
@@ -237,6 +258,9 @@ func (l *lane) step(b []byte) (bool, error) {
 	}
 	if err := l.check(h); err != nil {
 		return false, err
+	}
+	if !l.block.open && len(b) >= http2.HeaderLength+h.Length {
+		l.began = time.Time{}
 	}
 	switch h.Type {
 	case http2.Data:

@@ -39,7 +39,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	m.streams.add(s)
 	switch {
 	case !whole:
-		return m.answer(s, &replyHeadTooLarge2, nil)
+		return m.answer(s, &replyHeaderListTooLarge, nil)
 	case err != nil:
 		return m.malformed(s, err)
 	case end && !s.request.whole():
@@ -231,8 +231,8 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 	return nil
 }
 
-// replyHeadTooLarge2 is replyHeadTooLarge, as HTTP/2 has it.
-var replyHeadTooLarge2 = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, "DPE", "http2.too_many_headers"}
+// replyHeaderListTooLarge is replyHeadTooLarge for HTTP/2.
+var replyHeaderListTooLarge = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, "DPE", "http2.too_many_headers"}
 
 // malformed refuses a request that is against the rules.
 func (m *multiplex) malformed(s *stream, err error) error {

@@ -1,0 +1,125 @@
+package http2
+
+import (
+	"errors"
+	"strings"
+	"testing"
+)
+
+// list makes fields of "name=value name=value".
+func list(text string) (fields []Field) {
+	for word := range strings.FieldsSeq(text) {
+		pseudo := strings.HasPrefix(word, ":")
+		name, value, _ := strings.Cut(strings.TrimPrefix(word, ":"), "=")
+		if pseudo {
+			name = ":" + name
+		}
+		fields = append(fields, Field{Name: name, Value: strings.ReplaceAll(value, "_", " ")})
+	}
+	return fields
+}
+
+const get = ":method=GET :scheme=http :path=/a :authority=b "
+
+func TestRequests(t *testing.T) {
+	for _, c := range []struct {
+		fields string
+		want   error
+	}{
+		{get, nil},
+		{get + "a=b a=c cookie=x te=trailers", nil},
+		{":authority=b :path=* :scheme=https :method=OPTIONS", nil},
+		{":method=GET :scheme=http :path=/a host=b", nil},
+		{":method=CONNECT :authority=a:1", nil},
+		{":method=CONNECT :protocol=websocket :scheme=http :path=/ :authority=a", nil},
+		{get + "content-length=5", nil},
+		{get + "content-length=5 content-length=5", nil},
+		{get + "a=_blanks_around_", nil},
+		{get + "priority=u=1", nil},
+
+		{"", ErrMessage},
+		{"a=b", ErrMessage},
+		{get + ":path=/", ErrMessage},
+		{get + "a=b :path=/", ErrMessage},
+		{get + ":status=200", ErrMessage},
+		{":method=GET :scheme=http :authority=b", ErrMessage},
+		{":method=GET :scheme=http :path= :authority=b", ErrMessage},
+		{":method=GET :scheme=http :path=/_HTTP/1.1 :authority=b", ErrMessage},
+		{":method=(GET) :scheme=http :path=/ :authority=b", ErrMessage},
+		{":method=CONNECT", ErrMessage},
+		{":method=CONNECT :authority=a:1 :path=/", ErrMessage},
+		{":method=CONNECT :protocol=websocket :scheme=http :path=/", ErrMessage},
+		{":method=GET :protocol=websocket :scheme=http :path=/ :authority=a", ErrMessage},
+		{get + "connection=close", ErrMessage},
+		{get + "proxy-connection=x", ErrMessage},
+		{get + "keep-alive=x", ErrMessage},
+		{get + "transfer-encoding=chunked", ErrMessage},
+		{get + "upgrade=x", ErrMessage},
+		{get + "te=gzip", ErrMessage},
+		{get + "te=trailers,gzip", ErrMessage},
+		{get + "content-length=", ErrMessage},
+		{get + "content-length=+5", ErrMessage},
+		{get + "content-length=-5", ErrMessage},
+		{get + "content-length=5,5", ErrMessage},
+		{get + "content-length=_5", ErrMessage},
+		{get + "content-length=99999999999999999999", ErrMessage},
+		{get + "content-length=5 content-length=6", ErrMessage},
+		{get + "Host=b", ErrField},
+		{get + "a:b=c", ErrField},
+		{get + "ä=c", ErrField},
+		{get + "=c", ErrField},
+	} {
+		_, err := ParseRequest(list(c.fields))
+		if !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
+			t.Errorf("%s: %v, want %v", c.fields, err, c.want)
+		}
+	}
+	for _, value := range []string{"a\rb", "a\nb", "a\x00b"} {
+		if _, err := ParseRequest(append(list(get), Field{Name: "a", Value: value})); !errors.Is(err, ErrField) {
+			t.Errorf("%q: %v", value, err)
+		}
+	}
+	if _, err := ParseRequest([]Field{{Name: ":method", Value: "GET"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/\r\n"}}); !errors.Is(err, ErrMessage) {
+		t.Errorf("a path with a line break: %v", err)
+	}
+	r, err := ParseRequest(list(":method=CONNECT :protocol=websocket :scheme=http :path=/a :authority=b content-length=7"))
+	if want := (Request{"CONNECT", "http", "b", "/a", "websocket", 7}); r != want || err != nil || !r.Tunnel() {
+		t.Errorf("%+v and %v, want %+v", r, err, want)
+	}
+}
+
+func TestResponses(t *testing.T) {
+	for _, c := range []struct {
+		fields string
+		status int // 0: malformed
+		length int64
+	}{
+		{":status=200", 200, -1},
+		{":status=100", 100, -1},
+		{":status=999 content-length=5", 999, 5},
+		{":status=200 content-length=5 content-length=6", 0, 0},
+		{"", 0, 0},
+		{"a=b", 0, 0},
+		{":status=", 0, 0},
+		{":status=20", 0, 0},
+		{":status=2000", 0, 0},
+		{":status=+20", 0, 0},
+		{":status=099", 0, 0},
+		{":status=101", 0, 0},
+		{"a=b :status=200", 0, 0},
+		{":status=200 :status=200", 0, 0},
+		{":status=200 :path=/", 0, 0},
+		{":status=200 connection=close", 0, 0},
+		{":status=200 Server=x", 0, 0},
+	} {
+		r, err := ParseResponse(list(c.fields))
+		if (err == nil) != (c.status != 0) || err == nil && (r.Status != c.status || r.ContentLength != c.length || r.Interim() != (c.status < 200)) {
+			t.Errorf("%s: %+v, %v", c.fields, r, err)
+		}
+	}
+	for fields, good := range map[string]bool{"a=b": true, "": true, ":status=200": false, "A=b": false, "connection=x": false} {
+		if err := CheckTrailers(list(fields)); (err == nil) != good {
+			t.Errorf("trailers %s: %v", fields, err)
+		}
+	}
+}
