@@ -121,7 +121,7 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	}
 	r.address = listener.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
-	r.cancel = cancel
+	r.cancel = func() { cancel(); poller.WakeAll() }
 	var conns sync.WaitGroup
 	conns.Go(func() {
 		for {
@@ -138,7 +138,7 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	})
 	t.Cleanup(func() {
 		listener.Close()
-		cancel()
+		r.cancel()
 		conns.Wait()
 		r.pool.Close()
 		poller.Close()

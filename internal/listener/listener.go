@@ -102,6 +102,9 @@ func (s *Server) Stop() {
 // Abort tells every connection to end at once. It returns when all have ended.
 func (s *Server) Abort() {
 	s.abort()
+	for _, ln := range s.Listeners {
+		ln.WakeAll()
+	}
 	s.openConns.Wait()
 }
 

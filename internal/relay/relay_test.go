@@ -47,7 +47,7 @@ func newRig(t testing.TB, options Options) *rig {
 	r.client, down = pair(t, poller)
 	r.server, up = pair(t, poller)
 	ctx, cancel := context.WithCancel(context.Background())
-	r.cancel = cancel
+	r.cancel = func() { cancel(); poller.WakeAll() }
 	options.FromDown, options.FromUp = &r.fromDown, &r.fromUp
 	go func() {
 		defer close(r.ended)
@@ -58,7 +58,7 @@ func newRig(t testing.TB, options Options) *rig {
 	t.Cleanup(func() {
 		r.client.Close()
 		r.server.Close()
-		cancel()
+		r.cancel()
 		<-r.ended
 		poller.Close()
 	})

@@ -42,7 +42,7 @@ func newRig(t *testing.T) *rig {
 	t.Cleanup(func() { poller.Close() })
 	r := &rig{Sniffer: Sniffer{Hold: patience}}
 	ctx, cancel := context.WithCancel(context.Background())
-	r.w, r.cancel = tcp.NewWaiter(ctx), cancel
+	r.w, r.cancel = tcp.NewWaiter(ctx), func() { cancel(); poller.WakeAll() }
 	r.client, r.Down = accepted(t, poller)
 	r.server, r.up = dialled(t, poller, r.w)
 	t.Cleanup(func() {

@@ -69,11 +69,13 @@ func (c *Conn) connect(w *Waiter, local netip.Addr, destination *socketAddress, 
 				c.Reset() // an orderly close would keep the port from the workload for a minute
 				return os.NewSyscallError("connect", unix.ECONNREFUSED)
 			}
+			c.ready.Or(writable)
 			return nil
 		case unix.EINPROGRESS, unix.EALREADY, unix.EINTR:
 			if asked == 0 {
 				continue
 			}
+			c.ready.And(^uint32(writable)) // which it is when it is connected
 		default:
 			return os.NewSyscallError("connect", err)
 		}

@@ -55,6 +55,9 @@ func (p *Poller) Listen(address netip.AddrPort) (*Listener, error) {
 // Addr is the bound address, with the port that the kernel chose for port 0.
 func (l *Listener) Addr() netip.AddrPort { return l.addr }
 
+// WakeAll is the poller's.
+func (l *Listener) WakeAll() { l.poller.WakeAll() }
+
 // SetDeadline makes Accept fail with os.ErrDeadlineExceeded from then on.
 func (l *Listener) SetDeadline(t time.Time) error { return l.file.SetReadDeadline(t) }
 

@@ -25,6 +25,7 @@ type Poller struct {
 	file   *os.File // owns epfd
 	done   chan struct{}
 	serial atomic.Uint32
+	rounds atomic.Uint32 // of WakeAll
 	conns  table
 	ports  portRange // of the network namespace in which the poller was made
 }
@@ -105,8 +106,9 @@ func (p *Poller) dispatch(event *unix.EpollEvent) {
 }
 
 // WakeAll ends all waits that are under way, as if something had happened, so that every owner looks at what has changed
-// beside its connections. A wait that begins meanwhile ends as well.
+// beside its connections. The next wait of an owner that looked too early ends at once.
 func (p *Poller) WakeAll() {
+	p.rounds.Add(1)
 	for i := range p.conns.chunks {
 		chunk := p.conns.chunks[i].Load()
 		if chunk == nil {
@@ -130,18 +132,33 @@ func (p *Poller) watch(c *Conn, w *Waiter) error {
 	c.serial, c.watched = p.serial.Add(1), true
 	c.waiter.Store(w)
 	p.conns.set(c.fd, c)
-	// The serial tells events of this connection from late ones of another that had the same descriptor.
-	event := unix.EpollEvent{
-		Events: readable | writable | urgent | gone | unix.EPOLLET,
-		Fd:     int32(c.fd), Pad: int32(c.serial),
-	}
-	if err := epollAdd(p.epfd, c.fd, &event); err != nil {
+	c.watchesWrites = c.ready.Load()&writable == 0
+	event := c.interest()
+	if err := epollControl(p.epfd, unix.EPOLL_CTL_ADD, c.fd, &event); err != nil {
 		p.conns.set(c.fd, nil)
 		c.waiter.Store(nil)
-		c.watched = false
+		c.watched, c.watchesWrites = false, false
 		return os.NewSyscallError("epoll_ctl", err)
 	}
 	return nil
+}
+
+// watchWrites makes room in c's send buffer an event, too. Most connections never fill it; were it watched from the
+// start, each connection would begin with an event that says nothing.
+func (p *Poller) watchWrites(c *Conn) error {
+	c.watchesWrites = true
+	event := c.interest()
+	return os.NewSyscallError("epoll_ctl", epollControl(p.epfd, unix.EPOLL_CTL_MOD, c.fd, &event))
+}
+
+// interest is what the kernel is told to watch. The serial tells events of this connection from late ones of another
+// that had the same descriptor.
+func (c *Conn) interest() unix.EpollEvent {
+	events := uint32(readable | urgent | gone | unix.EPOLLET)
+	if c.watchesWrites {
+		events |= writable
+	}
+	return unix.EpollEvent{Events: events, Fd: int32(c.fd), Pad: int32(c.serial)}
 }
 
 // table finds connections by descriptor, up to a million. It grows by chunks, which never move, so that reading needs

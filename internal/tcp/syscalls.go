@@ -89,8 +89,8 @@ func closeSocket(fd int) {
 	_, _, _ = syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0)
 }
 
-func epollAdd(epfd, fd int, event *unix.EpollEvent) error {
-	_, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_CTL, uintptr(epfd), unix.EPOLL_CTL_ADD, uintptr(fd),
+func epollControl(epfd, operation, fd int, event *unix.EpollEvent) error {
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_CTL, uintptr(epfd), uintptr(operation), uintptr(fd),
 		uintptr(unsafe.Pointer(event)), 0, 0)
 	return asError(errno)
 }

@@ -213,7 +213,8 @@ func TestCloseTwiceLeavesOthersAlone(t *testing.T) {
 }
 
 func TestWaitEndsAtTheDeadlineAndWithTheContext(t *testing.T) {
-	_, silent := connected(t, newPoller(t), "127.0.0.1:0")
+	poller := newPoller(t)
+	_, silent := connected(t, poller, "127.0.0.1:0")
 	ctx, cancel := context.WithCancel(t.Context())
 	w := NewWaiter(ctx)
 	defer w.Close()
@@ -227,7 +228,7 @@ func TestWaitEndsAtTheDeadlineAndWithTheContext(t *testing.T) {
 	if err := w.Wait(time.Now().Add(-time.Second), silent, nil); err != ErrDeadline {
 		t.Errorf("Wait with a past deadline = %v", err)
 	}
-	time.AfterFunc(10*time.Millisecond, cancel)
+	time.AfterFunc(10*time.Millisecond, func() { cancel(); poller.WakeAll() })
 	if err := w.Wait(time.Time{}, silent, nil); err != ErrCanceled {
 		t.Errorf("Wait = %v after the context ended", err)
 	}

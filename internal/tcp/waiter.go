@@ -3,7 +3,6 @@ package tcp
 import (
 	"context"
 	"errors"
-	"sync/atomic"
 	"time"
 )
 
@@ -15,34 +14,28 @@ var (
 
 // Waiter is what one goroutine waits with. Make it with NewWaiter, and Close it when its connections are closed.
 type Waiter struct {
-	token    chan struct{} // holds one token when something happened since the last wait
-	canceled atomic.Bool
-	stop     func() bool
-	timer    *time.Timer // made by the first wait with a deadline
+	ctx   context.Context
+	token chan struct{} // holds one token when something happened since the last wait
+	round uint32        // of Poller.WakeAll, up to which the owner has been woken
+	timer *time.Timer   // made by the first wait with a deadline
 }
 
-// NewWaiter makes a waiter whose waits end when ctx does.
+// NewWaiter makes a waiter whose waits end when ctx has ended. Those that are under way then learn it from
+// Poller.WakeAll, which whoever ends ctx calls after it: that a context wakes each of its connections by itself costs
+// every connection more than this costs all of them together.
 func NewWaiter(ctx context.Context) *Waiter {
-	w := &Waiter{token: make(chan struct{}, 1)}
-	w.stop = context.AfterFunc(ctx, w.cancel)
-	return w
+	return &Waiter{ctx: ctx, token: make(chan struct{}, 1)}
 }
 
 // Close releases the waiter. A deadline may still fire after it, for nobody.
 func (w *Waiter) Close() {
-	w.stop()
 	if w.timer != nil {
 		w.timer.Stop()
 	}
 }
 
-func (w *Waiter) cancel() {
-	w.canceled.Store(true)
-	w.wake()
-}
-
 // Canceled reports whether the context has ended, for whoever is too busy to wait.
-func (w *Waiter) Canceled() bool { return w.canceled.Load() }
+func (w *Waiter) Canceled() bool { return w.ctx.Err() != nil }
 
 func (w *Waiter) wake() {
 	select {
@@ -56,23 +49,21 @@ func (w *Waiter) wake() {
 // context has ended. A connection that is waited for once is waited for until it is closed, rests, or is waited for by
 // another waiter.
 func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
-	handedOn := false
+	missed := false
 	for _, c := range [...]*Conn{a, b} {
-		if c == nil || c.waiter.Load() == w {
+		if c == nil {
 			continue
 		}
-		if c.watched {
-			// What happened until now woke another waiter, or nobody.
-			c.waiter.Store(w)
-			handedOn = true
-		} else if err := c.poller.watch(c, w); err != nil {
+		lost, err := w.adopt(c)
+		if err != nil {
 			return err
 		}
+		missed = missed || lost
 	}
-	if w.canceled.Load() {
+	if w.Canceled() {
 		return ErrCanceled
 	}
-	if handedOn {
+	if missed {
 		return nil
 	}
 	if deadline.IsZero() {
@@ -80,10 +71,31 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 	} else if !w.waitUntil(deadline) {
 		return ErrDeadline
 	}
-	if w.canceled.Load() {
+	if w.Canceled() {
 		return ErrCanceled
 	}
 	return nil
+}
+
+// adopt makes events of c wake w from now on. It reports whether something may have happened that woke another waiter,
+// or nobody: then this wait is over at once.
+func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
+	switch {
+	case !c.watched:
+		err = c.poller.watch(c, w)
+	case c.waiter.Load() != w:
+		c.waiter.Store(w)
+		missed = true
+	}
+	if err == nil && !c.watchesWrites && c.ready.Load()&writable == 0 {
+		err = c.poller.watchWrites(c)
+	}
+	// The connection is in the table now. A round that began before it was there is seen here, a later one sees it there.
+	if round := c.poller.rounds.Load(); round != w.round {
+		w.round = round
+		missed = true
+	}
+	return missed, err
 }
 
 // waitUntil reports whether something happened. What happened before the deadline counts even when the time is up by now:

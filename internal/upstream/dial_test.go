@@ -78,7 +78,7 @@ func TestReason(t *testing.T) {
 	}
 	t.Run("cancelled while it waits", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		time.AfterFunc(50*time.Millisecond, cancel)
+		time.AfterFunc(50*time.Millisecond, func() { cancel(); poller.WakeAll() })
 		pod.Do(t, func() error {
 			canceled := tcp.NewWaiter(ctx)
 			defer canceled.Close()
