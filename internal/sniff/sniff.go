@@ -28,7 +28,7 @@ type Sniffer struct {
 
 	Hello flow.Hello // of a TLS connection
 
-	began time.Time // when the first byte was there
+	began time.Time // when the first byte was there; not asked for what is decided at once
 }
 
 // First waits up to delay for downstream to speak, and then until what it says is decided. The protocol is Undecided when
@@ -116,10 +116,10 @@ func (s *Sniffer) look() (Protocol, error) {
 }
 
 func (s *Sniffer) judge() Protocol {
-	if s.began.IsZero() {
+	protocol := Classify(s.Read.Bytes())
+	if protocol == Undecided && s.began.IsZero() {
 		s.began = time.Now()
 	}
-	protocol := Classify(s.Read.Bytes())
 	if protocol == TLS {
 		s.Hello, _ = parseHello(s.Read.Bytes())
 	}

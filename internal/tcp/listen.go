@@ -70,7 +70,12 @@ func (l *Listener) Accept() (*Conn, error) {
 	var fd int
 	var peer netip.AddrPort
 	var err error
+	woken := false
 	waitErr := l.raw.Read(func(listening uintptr) bool {
+		if !woken && !queued(int(listening)) {
+			woken = true // when this runs again
+			return false
+		}
 		fd, peer, err = acceptNext(int(listening))
 		return err != ErrAgain
 	})

@@ -3,6 +3,7 @@ package tcp
 import (
 	"context"
 	"errors"
+	"sync"
 	"time"
 )
 
@@ -24,14 +25,23 @@ type Waiter struct {
 // Poller.WakeAll, which whoever ends ctx calls after it: that a context wakes each of its connections by itself costs
 // every connection more than this costs all of them together.
 func NewWaiter(ctx context.Context) *Waiter {
-	return &Waiter{ctx: ctx, token: make(chan struct{}, 1)}
+	w := waiters.Get().(*Waiter)
+	w.ctx = ctx
+	return w
 }
 
-// Close releases the waiter. A deadline may still fire after it, for nobody.
+// waiters keeps them from one connection to the next. One that is woken late, for a connection of its last owner, ends a
+// wait for nothing, which every owner expects.
+var waiters = sync.Pool{New: func() any { return &Waiter{token: make(chan struct{}, 1)} }}
+
+// Close gives the waiter back. Nobody may use it after that.
 func (w *Waiter) Close() {
 	if w.timer != nil {
 		w.timer.Stop()
 	}
+	w.happened()
+	w.ctx, w.round = nil, 0
+	waiters.Put(w)
 }
 
 // Canceled reports whether the context has ended, for whoever is too busy to wait.
