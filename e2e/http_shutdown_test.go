@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"strings"
@@ -41,6 +42,23 @@ func TestKeepAliveEndsWithTheDrain(t *testing.T) {
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
 	}
+}
+
+// A browser opens connections that it may never use: nobody waits for those.
+func TestAConnectionOnWhichNobodySpeaksDoesNotHoldTheDrain(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--drain-delay", "0s", "--drain-timeout", "60s")
+	downstream, upstream := s.inbound().connect(t)
+	s.agent.Signal(syscall.SIGTERM)
+	if code := s.agent.ends(t, nettest.Patience); code != 0 {
+		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+	}
+	for who, conn := range map[string]net.Conn{"downstream": downstream, "upstream": upstream} {
+		if rest, err := io.ReadAll(conn); len(rest) > 0 || err != nil {
+			t.Errorf("%s reads %q and %v", who, rest, err)
+		}
+	}
+	s.agent.log.await(t, "reason=drained")
 }
 
 // A stream that is under way when the drain begins is carried to its end, in both versions.

@@ -122,12 +122,12 @@ func TestInboundDrainsBeforeOutbound(t *testing.T) {
 	s := newStage(t, "--drain-delay", "0s", "--drain-timeout", "60s")
 	in, out := s.inbound(), s.outbound()
 	asked, workload := in.connect(t)
+	writes(t, asked, "question")
+	reads(t, workload, "question")
 	s.agent.Signal(syscall.SIGTERM)
 	nettest.Eventually(t, "inbound is closed", func() bool {
 		return isRefused(tryConnection(in.from, netip.AddrPortFrom(in.address, 9).String()))
 	})
-	writes(t, asked, "question")
-	reads(t, workload, "question")
 	calledOut, database := out.connect(t) // a new connection, while inbound drains
 	converse(t, calledOut, database)
 	calledOut.Close()

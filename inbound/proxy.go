@@ -93,35 +93,24 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	// Whoever speaks first decides. When downstream says nothing, the upstream is dialled all the same: it may be the one
 	// that speaks first.
 	to := upstream.Target{Source: source(dst), Address: target(dst)}
-	sniffer := sniff.Sniffer{Down: down, Hold: p.config.DetectionHold}
-	protocol := sniff.Opaque
-	if p.looksInto(dst) {
-		if protocol, err = sniffer.First(w, p.config.DetectionDelay); err != nil {
-			sniffer.Read.Release()
-			p.refuse(record, down, sniff.Reason(err), err)
-			return
-		}
+	sniffer := sniff.Sniffer{
+		Down:     down,
+		Delay:    p.config.DetectionDelay,
+		Hold:     p.config.DetectionHold,
+		Idle:     p.config.IdleTimeout,
+		Draining: p.http.Draining,
 	}
-	var up *tcp.Conn
-	if protocol != sniff.HTTP1 && protocol != sniff.HTTP2 {
-		if up, err = p.dial(w, record, to); err != nil {
-			sniffer.Read.Release()
-			p.refuse(record, down, upstream.Reason(err), err)
-			return
-		}
-	}
-	if protocol == sniff.Undecided {
-		if protocol, err = sniffer.Both(w, up, p.config.IdleTimeout); err != nil {
-			sniffer.Read.Release()
-			up.Reset()
-			p.refuse(record, down, sniff.Reason(err), err)
-			return
-		}
+	protocol, reason, err := sniffer.Detect(w, p.looksInto(dst), func() (*tcp.Conn, flow.Reason, error) {
+		return p.dial(w, record, to)
+	})
+	if err != nil {
+		p.refuse(record, down, reason, err)
+		return
 	}
 
 	if protocol == sniff.HTTP1 || protocol == sniff.HTTP2 {
 		p.http.Serve(w, protocol == sniff.HTTP2, httpforward.Connection{
-			Down: down, Read: sniffer.Read, Early: up,
+			Down: down, Read: sniffer.Read, Early: sniffer.Up,
 			Downstream: record.Downstream, OriginalDestination: dst, Target: to,
 		})
 		return // each request has a record of its own
@@ -129,7 +118,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if protocol == sniff.TLS {
 		record.Protocol, record.TLS = flow.TLS, sniffer.Hello
 	}
-	end, err := relay.Run(w, down, up, relay.Options{
+	end, err := relay.Run(w, down, sniffer.Up, relay.Options{
 		IdleTimeout:      p.config.IdleTimeout,
 		HalfCloseTimeout: p.config.HalfCloseTimeout,
 		FromDown:         &record.Received,
@@ -145,19 +134,19 @@ func (p *Proxy) looksInto(dst netip.AddrPort) bool {
 }
 
 // dial opens the upstream connection of an opaque connection, or of one that has not spoken yet.
-func (p *Proxy) dial(w *tcp.Waiter, record *flow.Record, to upstream.Target) (*tcp.Conn, error) {
+func (p *Proxy) dial(w *tcp.Waiter, record *flow.Record, to upstream.Target) (*tcp.Conn, flow.Reason, error) {
 	up, err := p.dialer.Dial(w, to.Source, to.Address)
 	if err != nil {
-		return nil, err
+		return nil, upstream.Reason(err), err
 	}
 	record.UpstreamLocal = up.LocalAddr()
 	if p.config.ProxyProtocol.Contains(to.Address.Port()) {
 		if err := upstream.WriteProxyHeader(up, record.Downstream, record.OriginalDestination); err != nil {
 			up.Reset()
-			return nil, err
+			return nil, flow.UpstreamReset, err
 		}
 	}
-	return up, nil
+	return up, "", nil
 }
 
 // Announce and Drain tell the HTTP engine; see there.
@@ -172,8 +161,13 @@ func (p *Proxy) Refuse(down *tcp.Conn) {
 	p.refuse(record, down, flow.MaxConnections, nil)
 }
 
-// refuse ends a connection that goes no further, with a reset: a silent close would look like an empty answer.
+// refuse ends a connection that goes no further, with a reset: a silent close would look like an empty answer. When
+// nobody has asked anything it is closed in order.
 func (p *Proxy) refuse(record *flow.Record, down *tcp.Conn, reason flow.Reason, err error) {
-	down.Reset()
+	if reason == flow.Drained {
+		down.Close()
+	} else {
+		down.Reset()
+	}
 	record.Close(p.config.Flows, reason, err)
 }

@@ -41,8 +41,9 @@ const (
 	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
 )
 
-// Ended by the agent. Both sides are reset.
+// Ended by the agent. Both sides are reset, but for Drained.
 const (
+	Drained          Reason = "drained"            // nobody had spoken when the agent drained; both sides are closed in order
 	IdleTimeout      Reason = "idle_timeout"       // nothing moved for --idle-timeout
 	HalfCloseTimeout Reason = "half_close_timeout" // one side closed, and nothing moved for --half-close-timeout
 	DrainDeadline    Reason = "drain_deadline"     // shutdown waited for it as long as it may
@@ -77,6 +78,7 @@ var Explanations = []struct {
 	{NoDescriptors, "The process may open or watch no further connection; raise its `nofile` limit, `fs.epoll.max_user_watches`, or its memory."},
 	{IdleTimeout, "Nothing moved for `--idle-timeout`; both sides were reset."},
 	{HalfCloseTimeout, "One side had closed and nothing moved for `--half-close-timeout`; both sides were reset."},
+	{Drained, "Nobody had spoken when the agent drained; both sides were closed in order."},
 	{DrainDeadline, "Shutdown waited for `--drain-timeout`; both sides were reset."},
 }
 

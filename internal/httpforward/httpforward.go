@@ -79,6 +79,9 @@ func (e *Engine) Announce() { e.state.CompareAndSwap(serving, announced) }
 // the poller after it: connections that wait look at the state then.
 func (e *Engine) Drain() { e.state.Store(draining) }
 
+// Draining reports whether Drain was called.
+func (e *Engine) Draining() bool { return e.state.Load() == draining }
+
 // Serve serves the requests of a connection until it ends, by HTTP/2 or HTTP/1.
 func (e *Engine) Serve(w *tcp.Waiter, http2 bool, c Connection) {
 	if http2 {

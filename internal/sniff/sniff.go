@@ -17,24 +17,63 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// Sniffer looks at what downstream says first. Its fields are set before the first call; the zero times are those that
-// mean what they say, nothing.
+// Sniffer looks at what downstream says first. The fields down to Draining are set before the first call.
 type Sniffer struct {
-	Down *tcp.Conn
-	Hold time.Duration // how long a beginning that is not decided is held, from its first byte
+	Down     *tcp.Conn
+	Delay    time.Duration // how long Down may say nothing before the upstream is dialled; zero: no time
+	Hold     time.Duration // how long a beginning that is not decided is held, from its first byte; zero: no time
+	Idle     time.Duration // how long both sides may say nothing; zero or less: for ever
+	Draining func() bool   // ends the wait for a connection on which nobody has spoken; nil: never
 
-	// Read is what was read from Down, nil when nothing was. It is the caller's once sniffing is over.
+	// Read is what was read from Down, nil when nothing was, and Up the upstream connection, nil as long as none was
+	// dialled. Both are the caller's once sniffing is over.
 	Read *tcp.Buffer
+	Up   *tcp.Conn
 
 	Hello flow.Hello // of a TLS connection
 
 	began time.Time // when the first byte was there; not asked for what is decided at once
 }
 
-// First waits up to delay for downstream to speak, and then until what it says is decided. The protocol is Undecided when
+// ErrDraining ends the wait for a connection on which nobody has spoken, when the agent drains.
+var ErrDraining = errors.New("nobody had spoken when the agent drained")
+
+// Detect decides what the connection speaks, and dials the upstream unless that is HTTP, whose engine finds its own. A
+// connection that is not looked into is opaque. When it fails it gives back what it holds, but for Down, and says what
+// the failure means for the flow.
+func (s *Sniffer) Detect(w *tcp.Waiter, look bool, dial func() (*tcp.Conn, flow.Reason, error)) (Protocol, flow.Reason, error) {
+	protocol, err := Opaque, error(nil)
+	if look {
+		protocol, err = s.First(w)
+	}
+	reason := flow.Reason("")
+	if err == nil && protocol != HTTP1 && protocol != HTTP2 {
+		s.Up, reason, err = dial()
+	}
+	if err == nil && protocol == Undecided {
+		protocol, err = s.Both(w)
+	}
+	if err == nil {
+		return protocol, "", nil
+	}
+	if reason == "" {
+		reason = Reason(err)
+	}
+	s.Read.Release()
+	switch {
+	case s.Up == nil:
+	case err == ErrDraining:
+		s.Up.Close()
+	default:
+		s.Up.Reset()
+	}
+	return Undecided, reason, err
+}
+
+// First waits up to Delay for downstream to speak, and then until what it says is decided. The protocol is Undecided when
 // it said nothing: then it is time to dial the upstream, and to look at both sides. The errors are those of reading from
 // Down and of waiting.
-func (s *Sniffer) First(w *tcp.Waiter, delay time.Duration) (Protocol, error) {
+func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 	var silence time.Time // ends it
 	for {
 		protocol, err := s.look()
@@ -45,7 +84,7 @@ func (s *Sniffer) First(w *tcp.Waiter, delay time.Duration) (Protocol, error) {
 		if s.Read != nil {
 			deadline = s.began.Add(s.Hold)
 		} else if silence.IsZero() {
-			silence = time.Now().Add(delay)
+			silence = time.Now().Add(s.Delay)
 			deadline = silence
 		}
 		switch err := w.Wait(deadline, s.Down, nil); {
@@ -60,13 +99,13 @@ func (s *Sniffer) First(w *tcp.Waiter, delay time.Duration) (Protocol, error) {
 	}
 }
 
-// Both waits until downstream has said something that is decided, or upstream speaks or closes first: then the
-// connection is opaque. Nothing is read from up, which was dialled and not read since: the kernel is not asked whether
-// something came, as it tells of a reset only once, and that is for the relay to hear. It waits as long as it takes, or until nothing has happened for idle
-// when that is more than zero; the error is tcp.ErrDeadline then.
-func (s *Sniffer) Both(w *tcp.Waiter, up *tcp.Conn, idle time.Duration) (Protocol, error) {
+// Both waits until downstream has said something that is decided, or Up speaks or closes first: then the connection is
+// opaque. Nothing is read from Up, which was dialled and not read since; nor is the kernel asked whether something came,
+// as it tells of a reset only once, and that is for the relay to hear. It waits as long as it takes, but for Idle, whose
+// error is tcp.ErrDeadline, and for ErrDraining.
+func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 	for {
-		if up.Readable() {
+		if s.Up.Readable() {
 			return Opaque, nil
 		}
 		protocol, err := s.look()
@@ -74,12 +113,15 @@ func (s *Sniffer) Both(w *tcp.Waiter, up *tcp.Conn, idle time.Duration) (Protoco
 			return protocol, err
 		}
 		var deadline time.Time
-		if s.Read != nil {
+		switch {
+		case s.Read != nil:
 			deadline = s.began.Add(s.Hold)
-		} else if idle > 0 {
-			deadline = time.Now().Add(idle)
+		case s.Draining != nil && s.Draining():
+			return Undecided, ErrDraining
+		case s.Idle > 0:
+			deadline = time.Now().Add(s.Idle)
 		}
-		err = w.Wait(deadline, s.Down, up)
+		err = w.Wait(deadline, s.Down, s.Up)
 		if errors.Is(err, tcp.ErrDeadline) && s.Read != nil {
 			return Opaque, nil
 		}
@@ -129,6 +171,8 @@ func (s *Sniffer) judge() Protocol {
 // Reason names what an error of First or Both means for the flow.
 func Reason(err error) flow.Reason {
 	switch {
+	case errors.Is(err, ErrDraining):
+		return flow.Drained
 	case errors.Is(err, tcp.ErrDeadline):
 		return flow.IdleTimeout
 	case errors.Is(err, tcp.ErrCanceled):

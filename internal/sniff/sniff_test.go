@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -27,9 +28,9 @@ const (
 // rig is a connection that is sniffed, and one to an upstream.
 type rig struct {
 	client, server *net.TCPConn // the far ends
-	up             *tcp.Conn
 	w              *tcp.Waiter
 	cancel         context.CancelFunc
+	wakeAll        func()
 	Sniffer
 }
 
@@ -40,11 +41,11 @@ func newRig(t *testing.T) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { poller.Close() })
-	r := &rig{Sniffer: Sniffer{Hold: patience}}
+	r := &rig{Sniffer: Sniffer{Hold: patience}, wakeAll: poller.WakeAll}
 	ctx, cancel := context.WithCancel(context.Background())
 	r.w, r.cancel = tcp.NewWaiter(ctx), func() { cancel(); poller.WakeAll() }
 	r.client, r.Down = accepted(t, poller)
-	r.server, r.up = dialled(t, poller, r.w)
+	r.server, r.Up = dialled(t, poller, r.w)
 	t.Cleanup(func() {
 		cancel()
 		r.w.Close()
@@ -142,11 +143,11 @@ func (r *rig) wantAll(t *testing.T, sent string) {
 func phases(t *testing.T, test func(t *testing.T, r *rig, look func() (Protocol, error))) {
 	t.Run("first", func(t *testing.T) {
 		r := newRig(t)
-		test(t, r, func() (Protocol, error) { return r.First(r.w, patience) })
+		test(t, r, func() (Protocol, error) { r.Delay = patience; return r.First(r.w) })
 	})
 	t.Run("both", func(t *testing.T) {
 		r := newRig(t)
-		test(t, r, func() (Protocol, error) { return r.Both(r.w, r.up, patience) })
+		test(t, r, func() (Protocol, error) { r.Idle = patience; return r.Both(r.w) })
 	})
 }
 
@@ -200,7 +201,8 @@ func pieces(text string, size int) (list []string) {
 func TestASilentDownstreamKeepsNobodyWaiting(t *testing.T) {
 	r := newRig(t)
 	began := time.Now()
-	protocol, err := r.First(r.w, blink)
+	r.Delay = blink
+	protocol, err := r.First(r.w)
 	r.want(t, protocol, err, Undecided)
 	if r.Read != nil {
 		t.Error("a buffer is held for nothing")
@@ -210,7 +212,7 @@ func TestASilentDownstreamKeepsNobodyWaiting(t *testing.T) {
 	}
 	// Long after that it may still become anything.
 	say(t, r.client, "GET / HTTP/1.1\r\n")
-	protocol, err = r.Both(r.w, r.up, 0)
+	protocol, err = r.Both(r.w)
 	r.want(t, protocol, err, HTTP1)
 	r.wantAll(t, "GET / HTTP/1.1\r\n")
 }
@@ -266,13 +268,13 @@ func TestWithoutAHoldABeginningIsOpaque(t *testing.T) {
 func TestUpstreamThatSpeaksFirstIsLeftToSpeak(t *testing.T) {
 	r := newRig(t)
 	time.AfterFunc(blink, func() { say(t, r.server, "220 ready\r\n") })
-	protocol, err := r.Both(r.w, r.up, 0)
+	protocol, err := r.Both(r.w)
 	r.want(t, protocol, err, Opaque)
 	if r.Read != nil {
 		t.Error("a buffer is held for nothing")
 	}
 	p := make([]byte, 100)
-	if n, err := r.up.Read(p); err != nil || string(p[:n]) != "220 ready\r\n" {
+	if n, err := r.Up.Read(p); err != nil || string(p[:n]) != "220 ready\r\n" {
 		t.Errorf("of upstream's bytes are left %q, %v", p[:n], err)
 	}
 	r.wantAll(t, "")
@@ -285,9 +287,9 @@ func TestUpstreamThatEndsMakesItOpaque(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t)
 			time.AfterFunc(blink, func() { end(r.server) })
-			protocol, err := r.Both(r.w, r.up, 0)
+			protocol, err := r.Both(r.w)
 			r.want(t, protocol, err, Opaque)
-			_, err = r.up.Read(make([]byte, 1))
+			_, err = r.Up.Read(make([]byte, 1))
 			if name == "reset" && !errors.Is(err, syscall.ECONNRESET) || name != "reset" && err != io.EOF {
 				t.Errorf("what is left to hear from upstream is %v", err)
 			}
@@ -306,7 +308,7 @@ func TestUpstreamThatSpeaksIntoABeginning(t *testing.T) {
 		return r.Read != nil
 	})
 	time.AfterFunc(blink, func() { say(t, r.server, "hello") })
-	protocol, err := r.Both(r.w, r.up, 0)
+	protocol, err := r.Both(r.w)
 	r.want(t, protocol, err, Opaque)
 	r.wantAll(t, "GET")
 }
@@ -360,7 +362,8 @@ func TestTheContextEndsIt(t *testing.T) {
 
 func TestTwoSilentSidesAreIdle(t *testing.T) {
 	r := newRig(t)
-	protocol, err := r.Both(r.w, r.up, blink)
+	r.Idle = blink
+	protocol, err := r.Both(r.w)
 	if err != tcp.ErrDeadline || Reason(err) != flow.IdleTimeout || r.Read != nil {
 		t.Errorf("%s, %v; a buffer is held: %v", protocolName(protocol), err, r.Read != nil)
 	}
@@ -377,4 +380,50 @@ func TestReasonOfAWaitThatFailed(t *testing.T) {
 func reset(conn *net.TCPConn) {
 	conn.SetLinger(0)
 	conn.Close()
+}
+
+// When the agent drains, a connection on which nobody has spoken is not waited for; one that has begun to speak is.
+func TestADrainEndsTheSilence(t *testing.T) {
+	r := newRig(t)
+	var draining atomic.Bool
+	r.Draining = draining.Load
+	time.AfterFunc(blink, func() { draining.Store(true); r.wakeAll() })
+	if protocol, err := r.Both(r.w); protocol != Undecided || err != ErrDraining {
+		t.Errorf("in silence: %v, %v", protocol, err)
+	}
+	if got := Reason(ErrDraining); got != flow.Drained {
+		t.Errorf("the reason is %s", got)
+	}
+
+	r = newRig(t)
+	draining.Store(false)
+	r.Draining = draining.Load
+	say(t, r.client, "GET /")
+	time.AfterFunc(blink, func() {
+		draining.Store(true)
+		r.wakeAll()
+		say(t, r.client, " HTTP/1.1\r\n")
+	})
+	if protocol, err := r.Both(r.w); protocol != HTTP1 || err != nil {
+		t.Errorf("with half a request: %v, %v", protocol, err)
+	}
+}
+
+func TestDetectGivesBackWhatItHoldsWhenItFails(t *testing.T) {
+	refused := errors.New("nobody there")
+	r := newRig(t)
+	up := r.Up
+	r.Up = nil
+	protocol, reason, err := r.Detect(r.w, true, func() (*tcp.Conn, flow.Reason, error) { return nil, flow.UpstreamRefused, refused })
+	if protocol != Undecided || reason != flow.UpstreamRefused || err != refused {
+		t.Errorf("a dial that fails: %v, %s, %v", protocol, reason, err)
+	}
+	r.Draining = func() bool { return true }
+	protocol, reason, err = r.Detect(r.w, true, func() (*tcp.Conn, flow.Reason, error) { return up, "", nil })
+	if protocol != Undecided || reason != flow.Drained || err != ErrDraining {
+		t.Errorf("a drain: %v, %s, %v", protocol, reason, err)
+	}
+	if _, err := r.server.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("upstream sees %v, want an orderly end", err)
+	}
 }
