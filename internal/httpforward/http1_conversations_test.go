@@ -174,6 +174,15 @@ var conversations = []conversation{
 		client reads the end
 		the pool has a connection`,
 		[]told{done(200, 0, 1)}},
+	{"bytes behind a request that says close do not destroy its answer", `
+		> GET / HTTP/1.1$Host: a$Connection: close$$GET /ignored HTTP/1.1$Host: a$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 1$$x
+		> and more that nobody reads
+		<< HTTP/1.1 200 OK$Content-Length: 1$Connection: close$$x
+		client reads the end
+		the pool has a connection`,
+		[]told{done(200, 0, 1)}},
 	{"a response that says close", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$

@@ -110,21 +110,8 @@ func (s *session) releaseRead() {
 	s.Read = nil
 }
 
-// end closes downstream, in order unless it is to be cut, and gives upstream to whoever has the next request for it.
+// end gives upstream to whoever has the next request for it, and closes downstream, in order unless it is to be cut.
 func (s *session) end(how ending) {
-	if s.Read != nil {
-		s.releaseRead()
-		if how == shut {
-			how = linger // what downstream sent behind its last request is not read any more
-		}
-	}
-	switch how {
-	case cut:
-		s.Down.Reset()
-	case linger:
-		s.linger()
-	}
-	s.Down.Close()
 	if s.up != nil {
 		if s.bound || s.lastUse.IsZero() {
 			s.up.Close()
@@ -132,6 +119,17 @@ func (s *session) end(how ending) {
 			s.engine.config.Pool.Give(s.Target, s.up)
 		}
 	}
+	unread := s.Read != nil || how == shut && s.Down.Readable() // what downstream sent behind its last request
+	if s.Read != nil {
+		s.releaseRead()
+	}
+	switch {
+	case how == cut:
+		s.Down.Reset()
+	case how == linger, how == shut && unread:
+		s.linger()
+	}
+	s.Down.Close()
 }
 
 // linger says that nothing more comes, and reads until downstream closes as well, for a while.
