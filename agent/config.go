@@ -109,10 +109,10 @@ func (c Config) Validate() error {
 		return fmt.Errorf("--max-connections: %d is negative; use 0 for no limit", c.MaxConnections)
 	}
 	if c.MaxHeadBytes < minHeadBytes || c.MaxHeadBytes > maxHeadBytes {
-		return fmt.Errorf("--max-head-bytes: %d is not from %d to %d", c.MaxHeadBytes, minHeadBytes, maxHeadBytes)
+		return fmt.Errorf("--max-head-bytes: %d is out of range; use %d to %d", c.MaxHeadBytes, minHeadBytes, maxHeadBytes)
 	}
 	if c.MaxHeadFields < 1 || c.MaxHeadFields > maxHeadFields {
-		return fmt.Errorf("--max-head-fields: %d is not from 1 to %d", c.MaxHeadFields, maxHeadFields)
+		return fmt.Errorf("--max-head-fields: %d is out of range; use 1 to %d", c.MaxHeadFields, maxHeadFields)
 	}
 	if c.Log == nil {
 		return errors.New("agent: Config.Log is required")

@@ -43,7 +43,8 @@ func portsFlag(flags *pflag.FlagSet, target *capture.Ports, name, usage string) 
 	parsed(flags, target, capture.ParsePorts, name, "", "", "ports", usage)
 }
 
-// switchFlag sets all of its targets, which are on by default.
+// switchFlag sets all of its targets, which are on by default. It does not stand alone, as that would say nothing: so its
+// value may follow a blank, like every other value of the agent.
 func switchFlag(flags *pflag.FlagSet, name, usage string, targets ...*bool) {
 	both := func(text string) (bool, error) {
 		on, err := parseSwitch(text)
@@ -54,7 +55,7 @@ func switchFlag(flags *pflag.FlagSet, name, usage string, targets ...*bool) {
 		}
 		return on, err
 	}
-	parsed(flags, new(bool), both, name, "", "true", "true|false", usage).NoOptDefVal = "true"
+	parsed(flags, new(bool), both, name, "", "true", "true|false", usage)
 }
 
 func parseForwardedFor(text string) (httpforward.ForwardedFor, error) {
@@ -71,7 +72,10 @@ func parseForwardedFor(text string) (httpforward.ForwardedFor, error) {
 
 func parseDuration(text string) (time.Duration, error) {
 	d, err := time.ParseDuration(text)
-	if err != nil || d < 0 {
+	if err == nil && d < 0 {
+		return 0, fmt.Errorf("%q is negative: use 0s or more", text)
+	}
+	if err != nil {
 		return 0, errors.New("not a time span: use a number with a unit, such as 500ms, 10s or 5m")
 	}
 	return d, nil

@@ -10,7 +10,7 @@ const (
 	UpstreamReset   Reason = "upstream_reset"   // upstream reset the connection, or vanished
 )
 
-// Upstream could not be reached. Downstream is reset.
+// Upstream could not be reached. Downstream is reset, or its request answered 503.
 const (
 	UpstreamRefused     Reason = "upstream_refused"     // nothing listens there, or a firewall rejects
 	UpstreamTimeout     Reason = "upstream_timeout"     // no answer within --connect-timeout
@@ -57,9 +57,9 @@ var Explanations = []struct {
 	{Closed, "Both sides closed; every byte was delivered."},
 	{DownstreamReset, "Downstream reset the connection or vanished; upstream was reset."},
 	{UpstreamReset, "Upstream reset the connection or vanished; downstream was reset."},
-	{UpstreamRefused, "Nothing listens at the upstream address, or a firewall rejects; downstream was reset."},
-	{UpstreamTimeout, "Upstream did not answer within `--connect-timeout`; downstream was reset."},
-	{UpstreamUnreachable, "There is no route to upstream, or the dial failed in another way; downstream was reset."},
+	{UpstreamRefused, "Nothing listens at the upstream address, or a firewall rejects."},
+	{UpstreamTimeout, "Upstream did not answer within `--connect-timeout`."},
+	{UpstreamUnreachable, "There is no route to upstream, or the dial failed in another way."},
 	{Completed, "The response to a request was delivered to its end."},
 	{DownstreamLeft, "Downstream closed or cancelled before the response was complete; so was the request upstream."},
 	{UpstreamClosed, "Upstream closed before the head of the response; downstream was answered 503."},

@@ -60,6 +60,20 @@ func sockets(t *testing.T, local, remote int) (lines [][]string) {
 	return lines
 }
 
+// queued is how many bytes stand between conn's other end and conn's reader: sent, or waiting to be.
+func queued(t *testing.T, conn *net.TCPConn) (sum int64) {
+	t.Helper()
+	near, far := conn.LocalAddr().(*net.TCPAddr).Port, conn.RemoteAddr().(*net.TCPAddr).Port
+	for _, socket := range append(sockets(t, far, near), sockets(t, near, far)...) {
+		var sending, received int64
+		if _, err := fmt.Sscanf(socket[4], "%x:%x", &sending, &received); err != nil {
+			t.Fatal(err)
+		}
+		sum += sending + received
+	}
+	return sum
+}
+
 // dialling reports whether somebody's SYN to address has no answer yet.
 func dialling(t *testing.T, address netip.AddrPort) bool {
 	const synSent = "02"
@@ -220,15 +234,13 @@ func TestARecordCountsWhatWasTaken(t *testing.T) {
 	head := "HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n"
 	send(t, up, head)
 	fill(t, up)
-	var got int64
-	from, to := client.RemoteAddr().(*net.TCPAddr).Port, client.LocalAddr().(*net.TCPAddr).Port
-	for _, socket := range append(sockets(t, from, to), sockets(t, to, from)...) {
-		var sending, received int64
-		if _, err := fmt.Sscanf(socket[4], "%x:%x", &sending, &received); err != nil {
-			t.Fatal(err)
+	got, since := int64(0), time.Now()
+	nettest.Eventually(t, "nothing moves any more", func() bool {
+		if now := queued(t, client); now != got {
+			got, since = now, time.Now()
 		}
-		got += sending + received
-	}
+		return time.Since(since) > 300*time.Millisecond
+	})
 	client.SetLinger(0)
 	client.Close()
 	got -= int64(len(head))

@@ -139,7 +139,7 @@ func (r reply) grpcStatus() string {
 	switch r.status {
 	case 400, 431:
 		return "13" // INTERNAL
-	case 408, 502, 503, 504:
+	case 502, 503, 504:
 		return "14" // UNAVAILABLE
 	}
 	return "2" // UNKNOWN
