@@ -252,22 +252,8 @@ func (m *multiplex) part() {
 			return
 		}
 	}
-	if m.downEnded || m.Down.CloseWrite() != nil {
-		return
-	}
-	waste := tcp.TakeBuffer()
-	defer waste.Release()
-	for {
-		_, err := waste.Fill(m.Down)
-		waste.Discard(waste.Len())
-		if err == tcp.ErrAgain {
-			err = m.w.Wait(deadline, m.Down, nil)
-		} else if err == nil && time.Now().After(deadline) {
-			err = tcp.ErrDeadline
-		}
-		if err != nil {
-			return
-		}
+	if !m.downEnded {
+		readOut(m.w, m.Down, deadline)
 	}
 }
 

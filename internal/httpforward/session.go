@@ -8,10 +8,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// lingerTime is how long the rest of a request is read and thrown away after an answer that ends the connection. Closed
-// at once, the connection would be reset, and the answer destroyed before it is read (RFC 9112 §9.6).
-const lingerTime = time.Second
-
 // idleCheck is how long an upstream connection must have been idle to be asked, before it is used, whether it was closed.
 // A shorter pause leaves that to the poller, and spares a system call of each request of a busy connection.
 const idleCheck = 20 * time.Millisecond
@@ -127,31 +123,9 @@ func (s *session) end(how ending) {
 	case how == cut:
 		s.Down.Reset()
 	case how == linger, how == shut && unread:
-		s.linger()
+		readOut(s.w, s.Down, time.Now().Add(lingerTime))
 	}
 	s.Down.Close()
-}
-
-// linger says that nothing more comes, and reads until downstream closes as well, for a while.
-func (s *session) linger() {
-	if s.Down.CloseWrite() != nil {
-		return
-	}
-	deadline := time.Now().Add(lingerTime)
-	waste := tcp.TakeBuffer()
-	defer waste.Release()
-	for {
-		_, err := waste.Fill(s.Down)
-		waste.Discard(waste.Len())
-		if err == tcp.ErrAgain {
-			err = s.w.Wait(deadline, s.Down, nil)
-		} else if err == nil && time.Now().After(deadline) {
-			err = tcp.ErrDeadline
-		}
-		if err != nil {
-			return
-		}
-	}
 }
 
 // closeUpstream closes upstream in order: it is of no use to anybody.
