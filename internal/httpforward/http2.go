@@ -73,7 +73,7 @@ func (e *Engine) ServeHTTP2(w *tcp.Waiter, c Connection) {
 		opened:   time.Now(),
 	}
 	m.requests = m.opened
-	m.resets = newBudget(resetBurst, resetRate, m.requests)
+	m.resets = newBudget(resetBurst, resetRate, resetBurst, m.requests)
 	m.window = downWindow{connection: http2.FirstWindow, stream: http2.FirstWindow}
 	m.toUp.init(m, &m.toDown)
 	m.toDown.init(m, &m.toUp)

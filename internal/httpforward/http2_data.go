@@ -134,7 +134,7 @@ func (l *lane) count(s *stream, n int, end bool) error {
 	if !l.fromDown() {
 		l.m.window.connection -= int64(n)
 	}
-	l.progress()
+	l.progress(n)
 	return nil
 }
 

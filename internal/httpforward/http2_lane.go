@@ -71,7 +71,7 @@ func (l *lane) init(m *multiplex, other *lane) {
 	l.frameLimit = http2.MinFrameSize
 	l.decoder = http2.NewDecoder(m.engine.config.MaxHeadBytes, m.engine.config.MaxHeadFields)
 	l.encoder = http2.NewEncoder()
-	l.idleFrames = newBudget(idleBurst, idleRate, m.requests)
+	l.idleFrames = newBudget(idleBurst, idleRate, idleMost, m.requests)
 }
 
 // fromDown tells the direction.
@@ -370,10 +370,12 @@ func (l *lane) idleFrame() error {
 	return http2.ConnectionError(http2.EnhanceYourCalm, "flood of frames that carry nothing")
 }
 
-// progress counts a frame that carries something. What comes back because of it may be frames that carry nothing.
-func (l *lane) progress() {
-	l.idleFrames.earn(idleBonus)
-	l.other.idleFrames.earn(idleBonus)
+// progress counts a frame that carries something, with so many bytes of data. What comes back because of it may be frames
+// that carry nothing: credit, for each piece in which the data is consumed.
+func (l *lane) progress(data int) {
+	bonus := idleBonus + data/idleBonusBytes
+	l.idleFrames.earn(bonus)
+	l.other.idleFrames.earn(bonus)
 }
 
 // headers begins a header block.
@@ -416,7 +418,7 @@ func (l *lane) message(stream uint32, end bool, encoded []byte, broken error) er
 	if err != nil {
 		return err
 	}
-	l.progress()
+	l.progress(0)
 	if l.fromDown() {
 		return l.m.fromDownstream(stream, end, fields, whole, broken)
 	}
