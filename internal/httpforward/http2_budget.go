@@ -37,13 +37,13 @@ func newBudget(burst, rate, most int, now time.Time) budget {
 // spend takes a token, and reports whether there was one. The clock is asked only when it looks as if there were none.
 func (b *budget) spend(clock func() time.Time) bool {
 	if b.left == 0 {
-		// Over a minute it does not matter, and the product stays small.
-		passed := min(clock().Sub(b.filled), time.Minute)
+		now := clock()
+		passed := min(now.Sub(b.filled), time.Hour) // the product stays small
 		b.left = min(int(passed*time.Duration(b.rate)/time.Second), b.burst)
 		if b.left == 0 {
 			return false
 		}
-		b.filled = b.filled.Add(passed)
+		b.filled = now // what is beyond the burst is not saved for another one
 	}
 	b.left--
 	return true
