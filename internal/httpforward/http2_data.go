@@ -23,17 +23,19 @@ func (l *lane) data(h http2.Header, b []byte) (bool, error) {
 		return false, err
 	}
 	l.parsed += http2.HeaderLength + before
-	end := h.Has(http2.EndStream)
+	end, size := h.Has(http2.EndStream), h.Length-before-behind
 	s, err := l.receiver(h.Stream)
 	if s == nil {
 		l.owed += h.Length
 		l.rest = rest{behind: h.Length - before}
+		if err == nil && size == 0 {
+			err = l.idleFrame()
+		}
 		return true, err
 	}
 	if before > 0 {
 		l.keepPadding(h, before+behind)
 	}
-	size := h.Length - before - behind
 	switch {
 	case size == 0 && !end:
 		l.rest = rest{behind: behind}
