@@ -1,6 +1,7 @@
 package httpforward
 
 import (
+	"slices"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -158,11 +159,20 @@ type waiting struct {
 	since  time.Time
 }
 
-// awaitHead begins to wait for the head of a response, if that is limited.
+// awaitHead begins to wait for the head of a response, if that is limited. Behind one that waits for long, those that
+// have been answered would pile up: when there is no room they go first.
 func (m *multiplex) awaitHead(s *stream) {
-	if m.engine.config.RequestTimeout > 0 && !s.begun {
-		m.waiting = append(m.waiting, waiting{s.id, m.now()})
+	if m.engine.config.RequestTimeout <= 0 || s.begun {
+		return
 	}
+	if len(m.waiting) == cap(m.waiting) {
+		m.waiting = slices.DeleteFunc(m.waiting, func(w waiting) bool {
+			s := m.streams.find(w.stream)
+			return s == nil || s.begun
+		})
+		m.waiting = slices.Grow(m.waiting, len(m.waiting)+16) // so that it is not done too often
+	}
+	m.waiting = append(m.waiting, waiting{s.id, m.now()})
 }
 
 // longestWait returns the request that waits longest, nil for none.

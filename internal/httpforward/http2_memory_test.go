@@ -47,3 +47,22 @@ func TestHeaderBlocksThatGrowAreNotHeldInMemory(t *testing.T) {
 		heard = frame.Header().StreamID
 	}
 }
+
+func TestRequestsThatWereAnsweredAreNotWaitedForInMemory(t *testing.T) {
+	m := &multiplex{engine: &Engine{config: Config{RequestTimeout: time.Hour}}}
+	slow := &stream{id: 1}
+	m.streams.add(slow)
+	m.awaitHead(slow)
+	for i := range uint32(100_000) {
+		s := &stream{id: 2*i + 3}
+		m.streams.add(s)
+		m.awaitHead(s)
+		m.streams.remove(s)
+	}
+	if n := cap(m.waiting); n > 1000 {
+		t.Errorf("%d requests are waited for", n)
+	}
+	if s, _ := m.longestWait(); s != slow {
+		t.Errorf("%v waits longest", s)
+	}
+}
