@@ -73,7 +73,7 @@ func (e *Engine) ServeHTTP2(w *tcp.Waiter, c Connection) {
 		opened:   time.Now(),
 	}
 	m.requests = m.opened
-	m.resets = newBudget(resetBurst, resetRate, m.requests)
+	m.resets = newBudget(resetBurst, resetRate, resetBurst, m.requests)
 	m.window = downWindow{connection: http2.FirstWindow, stream: http2.FirstWindow}
 	m.toUp.init(m, &m.toDown)
 	m.toDown.init(m, &m.toUp)
@@ -176,6 +176,8 @@ func (m *multiplex) judge() {
 		m.downstreamEnded()
 	case m.lost != nil:
 		m.finishLost()
+	case m.downEnded && m.streams.active == 0 && m.toDown.idle():
+		m.over = parts
 	case m.toDown.srcErr != nil && m.toDown.idle():
 		m.upstreamGone(m.toDown.srcErr)
 	default:
@@ -194,7 +196,8 @@ func (m *multiplex) downstreamGone(err error) {
 	m.over = isCut
 }
 
-// downstreamEnded passes the end of downstream's half on. Responses may still come.
+// downstreamEnded passes the end of downstream's half on. Responses may still come. What we ourselves have to tell
+// upstream from here on is dropped: that it cannot be written is no failure of upstream's.
 func (m *multiplex) downstreamEnded() {
 	m.downEnded = true
 	if m.up == nil || m.streams.active == 0 {
@@ -202,6 +205,7 @@ func (m *multiplex) downstreamEnded() {
 		return
 	}
 	_ = m.up.CloseWrite() // fails if upstream is gone, which is noticed elsewhere
+	m.toUp.dst = nil
 }
 
 // upstreamGone ends the connection from the far side.

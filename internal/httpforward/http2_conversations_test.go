@@ -342,6 +342,25 @@ var frameConversations = []conversation{
 		<< the end
 	`, []told{{reason: flow.Completed, status: 200}}},
 
+	{"downstream closes its half, and what we would tell upstream is dropped", met + `
+		> GET 1
+		>> GET 1
+		> GET 3
+		>> GET 3
+		client closes its half
+		>> the end
+		< HEADERS 1 :status=200
+		<< HEADERS 1 :status=200
+		< RAW 000005 00 08 00000001 02 4142 0000
+		<< DATA 1 AB
+		< HEADERS 3 end status=200
+		<< HEADERS 3 end :status=502 server=pillion content-length=0
+		< DATA 1 end CD
+		<< DATA 1 end CD
+		<< the end
+		client closes
+	`, []told{{reason: flow.BadResponse, flags: "UPE", status: 502}, {reason: flow.Completed, status: 200, sent: 4}}},
+
 	{"downstream resets", met + `
 		> GET 1
 		>> GET 1

@@ -1,6 +1,7 @@
 package httpforward
 
 import (
+	"slices"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -23,17 +24,19 @@ func (l *lane) data(h http2.Header, b []byte) (bool, error) {
 		return false, err
 	}
 	l.parsed += http2.HeaderLength + before
-	end := h.Has(http2.EndStream)
+	end, size := h.Has(http2.EndStream), h.Length-before-behind
 	s, err := l.receiver(h.Stream)
 	if s == nil {
 		l.owed += h.Length
 		l.rest = rest{behind: h.Length - before}
+		if err == nil && size == 0 {
+			err = l.idleFrame()
+		}
 		return true, err
 	}
 	if before > 0 {
 		l.keepPadding(h, before+behind)
 	}
-	size := h.Length - before - behind
 	switch {
 	case size == 0 && !end:
 		l.rest = rest{behind: behind}
@@ -134,7 +137,7 @@ func (l *lane) count(s *stream, n int, end bool) error {
 	if !l.fromDown() {
 		l.m.window.connection -= int64(n)
 	}
-	l.progress()
+	l.progress(n)
 	return nil
 }
 
@@ -156,11 +159,20 @@ type waiting struct {
 	since  time.Time
 }
 
-// awaitHead begins to wait for the head of a response, if that is limited.
+// awaitHead begins to wait for the head of a response, if that is limited. Behind one that waits for long, those that
+// have been answered would pile up: when there is no room they go first.
 func (m *multiplex) awaitHead(s *stream) {
-	if m.engine.config.RequestTimeout > 0 && !s.begun {
-		m.waiting = append(m.waiting, waiting{s.id, m.now()})
+	if m.engine.config.RequestTimeout <= 0 || s.begun {
+		return
 	}
+	if len(m.waiting) == cap(m.waiting) {
+		m.waiting = slices.DeleteFunc(m.waiting, func(w waiting) bool {
+			s := m.streams.find(w.stream)
+			return s == nil || s.begun
+		})
+		m.waiting = slices.Grow(m.waiting, len(m.waiting)+16) // so that it is not done too often
+	}
+	m.waiting = append(m.waiting, waiting{s.id, m.now()})
 }
 
 // longestWait returns the request that waits longest, nil for none.

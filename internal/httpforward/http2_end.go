@@ -42,12 +42,14 @@ func (m *multiplex) breachOfDownstream(s *stream, breach *http2.Error) error {
 	return m.reject(s, breach.Code, flow.BadFraming, breach)
 }
 
-// breachOfUpstream resets a stream upstream, and answers for it downstream if that is still possible.
+// breachOfUpstream resets a stream upstream, and answers for it downstream if that is still possible. s is nil for a
+// closed one: upstream can make us say that without end.
 func (m *multiplex) breachOfUpstream(s *stream, breach *http2.Error) error {
 	m.resetUpstream(breach.Stream, breach.Code)
-	if s != nil {
-		m.abandon(s, &replyBadResponse, flow.BadResponse, breach)
+	if s == nil {
+		return m.toDown.idleFrame()
 	}
+	m.abandon(s, &replyBadResponse, flow.BadResponse, breach)
 	return nil
 }
 

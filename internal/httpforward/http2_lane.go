@@ -8,14 +8,16 @@ import (
 )
 
 const (
-	laneTurn     = 1 << 20  // bytes that a lane may read before others get their turn
-	maxCredit    = 16 << 10 // bytes of credit of ours that may wait for a side before we stop to read from it
-	keptScratch  = 4 << 10  // the scratch memory that an idle connection keeps
+	laneTurn     = 1 << 20   // bytes that a lane may read before others get their turn
+	maxCredit    = 16 << 10  // bytes of credit of ours that may wait for a side before we stop to read from it
+	maxOut       = 256 << 10 // bytes that frames may come to before the next ones have to wait until they are written
+	keptScratch  = 4 << 10   // the scratch memory that an idle connection keeps
 	keptFragment = 16 << 10
 )
 
-// lane carries the frames of one direction. It reads, deals with all frames that are there, and reads no more until all
-// that came of them is written. So it holds one buffer at most, and what waits stays in the sender's kernel.
+// lane carries the frames of one direction. It reads, deals with the frames that are there, and reads no more until all
+// that came of them is written. So it holds one buffer at most and what became of it, and what waits stays in the sender's
+// kernel.
 type lane struct {
 	m        *multiplex
 	other    *lane // the way back
@@ -32,6 +34,7 @@ type lane struct {
 	written  uint64      // bytes that dst took
 	bulk     bool        // the last read left more behind
 	long     bool        // the turn ended with more to read
+	crowded  bool        // in has more to deal with, once out is written
 
 	srcErr, dstErr error // io.EOF of src is its orderly end
 
@@ -71,7 +74,7 @@ func (l *lane) init(m *multiplex, other *lane) {
 	l.frameLimit = http2.MinFrameSize
 	l.decoder = http2.NewDecoder(m.engine.config.MaxHeadBytes, m.engine.config.MaxHeadFields)
 	l.encoder = http2.NewEncoder()
-	l.idleFrames = newBudget(idleBurst, idleRate, m.requests)
+	l.idleFrames = newBudget(idleBurst, idleRate, idleMost, m.requests)
 }
 
 // fromDown tells the direction.
@@ -87,6 +90,12 @@ func (l *lane) pump() (moved bool) {
 		waits := l.out.Len()
 		done := l.flush()
 		moved = moved || l.out.Len() < waits
+		if done && l.crowded {
+			moved = true
+			left -= maxOut
+			l.parse()
+			continue
+		}
 		if !done || !l.mayRead() {
 			return moved
 		}
@@ -204,9 +213,15 @@ func (l *lane) needs() int { return http2.HeaderLength + max(http2.MinFrameSize,
 // blockLimit bounds a header block as it is on the wire, with padding and priority.
 func (l *lane) blockLimit() int { return l.m.engine.config.MaxHeadBytes + 262 }
 
-// parse deals with all that is in the buffer.
+// parse deals with all that is in the buffer. Header blocks may grow when they are encoded anew, a reference to a large
+// field above all: then parse stops early, and crowded says so.
 func (l *lane) parse() {
+	l.crowded = false
 	for l.in != nil && l.m.over == goesOn {
+		if l.out.Len() > maxOut {
+			l.crowded = true
+			break
+		}
 		progress, err := l.step(l.in.Bytes()[l.parsed:])
 		if err != nil && !l.m.breach(l, err) {
 			return
@@ -370,10 +385,12 @@ func (l *lane) idleFrame() error {
 	return http2.ConnectionError(http2.EnhanceYourCalm, "flood of frames that carry nothing")
 }
 
-// progress counts a frame that carries something. What comes back because of it may be frames that carry nothing.
-func (l *lane) progress() {
-	l.idleFrames.earn(idleBonus)
-	l.other.idleFrames.earn(idleBonus)
+// progress counts a frame that carries something, with so many bytes of data. What comes back because of it may be frames
+// that carry nothing: credit, for each piece in which the data is consumed.
+func (l *lane) progress(data int) {
+	bonus := idleBonus + data/idleBonusBytes
+	l.idleFrames.earn(bonus)
+	l.other.idleFrames.earn(bonus)
 }
 
 // headers begins a header block.
@@ -416,7 +433,7 @@ func (l *lane) message(stream uint32, end bool, encoded []byte, broken error) er
 	if err != nil {
 		return err
 	}
-	l.progress()
+	l.progress(0)
 	if l.fromDown() {
 		return l.m.fromDownstream(stream, end, fields, whole, broken)
 	}
