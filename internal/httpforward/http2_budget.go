@@ -14,7 +14,7 @@ const (
 	idleRate  = 100  // of them in a second, in the long run
 	idleBonus = 8    // and so many for each frame that carries something: its answer may be such frames
 
-	resetBurst = 1000 // streams that are reset before their response (CVE-2023-44487), by either side's doing
+	resetBurst = 1000 // streams that are reset before their response by downstream's doing (CVE-2023-44487)
 	resetRate  = 50
 )
 
