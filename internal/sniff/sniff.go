@@ -62,8 +62,8 @@ func (s *Sniffer) First(w *tcp.Waiter, delay time.Duration) (Protocol, error) {
 
 // Both waits until downstream has said something that is decided, or upstream speaks or closes first: then the
 // connection is opaque. Nothing is read from up, which was dialled and not read since: the kernel is not asked whether
-// something came, as it tells of a reset only once, and that is for the relay to hear. It waits as long as it takes, or until nothing has happened for idle
-// when that is more than zero; the error is tcp.ErrDeadline then.
+// something came, as it tells of a reset only once, and that is for the relay to hear. It waits as long as it takes, or
+// until nothing has happened for idle when that is more than zero; the error is tcp.ErrDeadline then.
 func (s *Sniffer) Both(w *tcp.Waiter, up *tcp.Conn, idle time.Duration) (Protocol, error) {
 	for {
 		if up.Readable() {
