@@ -8,9 +8,6 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
-	"time"
-
-	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
 // refused is the body of the answer to a request whose upstream refuses the connection. People's alerts know it.
@@ -19,7 +16,7 @@ const refused = "upstream connect error or disconnect/reset before headers. rese
 
 func TestARequestToNobodyIsAnswered503(t *testing.T) {
 	t.Parallel()
-	s := newStage(t)
+	s := newStage(t, patientWithClients...)
 	s.eachDirection(t, func(t *testing.T, w way) {
 		for _, http2 := range []bool{false, true} {
 			response := w.askNobody(t, http2, "/nobody", "text/plain")
@@ -44,7 +41,7 @@ func TestASilentClientOfNobodyIsReset(t *testing.T) {
 // gRPC's clients understand trailers and not HTTP's statuses.
 func TestAGRPCCallToNobodyIsUnavailable(t *testing.T) {
 	t.Parallel()
-	newStage(t).eachDirection(t, func(t *testing.T, w way) {
+	newStage(t, patientWithClients...).eachDirection(t, func(t *testing.T, w way) {
 		for _, http2 := range []bool{false, true} {
 			response := w.askNobody(t, http2, "/a.B/C", "application/grpc")
 			text(t, response)
@@ -56,21 +53,18 @@ func TestAGRPCCallToNobodyIsUnavailable(t *testing.T) {
 	})
 }
 
-// askNobody posts to a port on which nobody listens. A client that is held up between its dial and its first byte is a
-// silent one to the agent, and reset; it tries again.
+// patientWithClients keeps a client that is held up between its dial and its first byte from being a silent one.
+var patientWithClients = []string{"--detection-delay", "10s"}
+
+// askNobody posts to a port on which nobody listens.
 func (w way) askNobody(t testing.TB, http2 bool, path, contentType string) *http.Response {
 	t.Helper()
-	client := w.client(t, http2)
-	for deadline := time.Now().Add(nettest.Patience); ; {
-		response, err := client.Post("http://"+netip.AddrPortFrom(w.address, 9).String()+path, contentType, nil)
-		if err == nil {
-			t.Cleanup(func() { response.Body.Close() })
-			return response
-		}
-		if !isReset(err) || time.Now().After(deadline) {
-			t.Fatalf("HTTP/2 %v: %v", http2, err)
-		}
+	response, err := w.client(t, http2).Post("http://"+netip.AddrPortFrom(w.address, 9).String()+path, contentType, nil)
+	if err != nil {
+		t.Fatalf("HTTP/2 %v: %v", http2, err)
 	}
+	t.Cleanup(func() { response.Body.Close() })
+	return response
 }
 
 // hostile are requests whose end two readers could see in different places, or that no reader should guess about.

@@ -54,7 +54,7 @@ type Record struct {
 	OriginalDestination netip.AddrPort // invalid when it could not be read
 	UpstreamLocal       netip.AddrPort // our end of the upstream connection; invalid when there is none
 	Received            atomic.Uint64  // bytes from downstream that upstream's socket took; of a request, its body's
-	Sent                atomic.Uint64  // bytes from upstream that downstream's socket took; of a response, its body's
+	Sent                atomic.Uint64  // bytes that downstream's socket took; of a response, its body's
 
 	TLS  Hello   // of a TLS connection
 	HTTP Request // of a request

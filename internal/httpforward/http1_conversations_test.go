@@ -253,7 +253,7 @@ var conversations = []conversation{
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 101 Switching Protocols$Upgrade: x$Connection: Upgrade$$
 		<< HTTP/1.1 502 Bad Gateway$`,
-		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE"}}},
+		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
 	{"CONNECT", `
 		> CONNECT b.example:443 HTTP/1.1$Host: b.example:443$$
 		>> CONNECT b.example:443 HTTP/1.1$Host: b.example:443$$
@@ -339,14 +339,14 @@ var conversations = []conversation{
 		>> GET / HTTP/1.1$Host: a$$
 		upstream closes
 		<< HTTP/1.1 503 Service Unavailable$`,
-		[]told{{reason: flow.UpstreamClosed, status: 503, flags: "UC"}}},
+		[]told{{reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
 	{"upstream closes in the middle of a head", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-
 		upstream closes
 		<< HTTP/1.1 503 Service Unavailable$`,
-		[]told{{reason: flow.UpstreamClosed, status: 503, flags: "UC"}}},
+		[]told{{reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
 	{"upstream closes in the middle of a body", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -399,7 +399,7 @@ var conversations = []conversation{
 		>> POST /2 HTTP/1.1$Host: a$Content-Length: 4$$body
 		upstream closes
 		<< HTTP/1.1 503 Service Unavailable$`,
-		[]told{done(200, 0, 0), {reason: flow.UpstreamClosed, status: 503, flags: "UC", received: 4}}},
+		[]told{done(200, 0, 0), {reason: flow.UpstreamClosed, status: 503, flags: "UC", received: 4, sent: 95}}},
 	{"what could not be sent again does not go out on a connection that others have used", `
 		> POST /1 HTTP/1.1$Host: a$Content-Length: 0$$
 		>> POST /1 HTTP/1.1$Host: a$Content-Length: 0$$
@@ -495,7 +495,7 @@ var conversations = []conversation{
 		>> GET /2 HTTP/1.1$Host: a$$
 		upstream closes
 		<< HTTP/1.1 503 Service Unavailable$`,
-		[]told{done(200, 0, 0), {reason: flow.UpstreamClosed, status: 503, flags: "UC"}}},
+		[]told{done(200, 0, 0), {reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
 	{"NTLM: the connection stays with its downstream, and dies with it", `
 		> GET / HTTP/1.1$Host: a$Authorization: NTLM abc$$
 		>> GET / HTTP/1.1$Host: a$Authorization: NTLM abc$$
@@ -521,27 +521,27 @@ var conversations = []conversation{
 	{"a malformed request is answered and not forwarded", `
 		> GET / HTTP/1.1$Host: a$Content-Length: 1$Transfer-Encoding: chunked$$0$$
 		<< HTTP/1.1 400 Bad Request$`,
-		[]told{{reason: flow.BadFraming, status: 400, flags: "DPE"}}},
+		[]told{{reason: flow.BadFraming, status: 400, flags: "DPE", sent: 11}}},
 	{"a bad chunk, behind a good one", `
 		> POST / HTTP/1.1$Host: a$Transfer-Encoding: chunked$$3$abc$
 		>> POST / HTTP/1.1$Host: a$Transfer-Encoding: chunked$$3$abc$
 		> zz$
 		<< HTTP/1.1 400 Bad Request$
 		upstream is reset`,
-		[]told{{reason: flow.BadFraming, status: 400, flags: "DPE", received: 3}}},
+		[]told{{reason: flow.BadFraming, status: 400, flags: "DPE", received: 3, sent: 11}}},
 	{"a malformed response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 1$Content-Length: 2$$xx
 		<< HTTP/1.1 502 Bad Gateway$
 		upstream is reset`,
-		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE"}}},
+		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
 	{"a response that is no HTTP", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< ICY 200 OK$$
 		<< HTTP/1.1 502 Bad Gateway$`,
-		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE"}}},
+		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
 	{"a bad chunk in a response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -556,7 +556,7 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$3$abc$-1$
 		<< HTTP/1.1 502 Bad Gateway$
 		upstream is reset`,
-		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE"}}},
+		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
 	{"more than a response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -569,7 +569,7 @@ var conversations = []conversation{
 		upstream listens no more
 		> GET / HTTP/1.1$Host: a$$
 		<< HTTP/1.1 503 Service Unavailable$`,
-		[]told{{reason: flow.UpstreamRefused, status: 503, flags: "UF"}}},
+		[]told{{reason: flow.UpstreamRefused, status: 503, flags: "UF", sent: 167}}},
 	{"while the end is announced, answers close", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -628,7 +628,7 @@ func TestARequestHasItsTime(t *testing.T) {
 		>> GET / HTTP/1.1$Host: a$$
 		<< HTTP/1.1 504 Gateway Timeout$
 		upstream is reset`,
-		[]told{{reason: flow.RequestTimeout, status: 504, flags: "UT"}},
+		[]told{{reason: flow.RequestTimeout, status: 504, flags: "UT", sent: 24}},
 	}.play(t, func(c *Config) { c.RequestTimeout = 50 * time.Millisecond })
 }
 
@@ -637,7 +637,7 @@ func TestAHeadHasItsTime(t *testing.T) {
 	conversation{"", `
 		> GET / HTTP/1.1$Host: 
 		<< HTTP/1.1 408 Request Timeout$`,
-		[]told{{reason: flow.HeadTimeout, status: 408}},
+		[]told{{reason: flow.HeadTimeout, status: 408, sent: 22}},
 	}.play(t, func(c *Config) { c.HeadTimeout = 50 * time.Millisecond })
 }
 

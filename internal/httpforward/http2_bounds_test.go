@@ -92,10 +92,8 @@ func TestFloodsEndAConnection(t *testing.T) {
 			if got := goodbye(); !strings.HasPrefix(got, "GOAWAY ENHANCE_YOUR_CALM") {
 				t.Errorf("the client was told %q", got)
 			}
-			if strings.HasPrefix(c.before, "POST") && !strings.Contains(c.before, "RST") {
-				if got := r.records.await(t, 0); got.reason != flow.Overload {
-					t.Errorf("the record is %+v", got)
-				}
+			if got := r.records.await(t, strings.Count(c.before, "RST")); got.reason != flow.Overload || got.flags != "DPE" {
+				t.Errorf("the record is %+v", got)
 			}
 		})
 	}
@@ -516,10 +514,13 @@ func TestHTTP2Limits(t *testing.T) {
 		client.hears("HEADERS 3 end :status=504 server=pillion content-length=0")
 	})
 	t.Run("a header block takes too long", func(t *testing.T) {
-		_, client, _ := meet(t, func(c *Config) { c.HeadTimeout = 50 * time.Millisecond })
+		r, client, _ := meet(t, func(c *Config) { c.HeadTimeout = 50 * time.Millisecond })
 		client.says("RAW 000010 01 04 00000001 8286")
 		client.hears("GOAWAY 0 ENHANCE_YOUR_CALM")
 		client.hears("the end")
+		if got := r.records.await(t, 0); got.reason != flow.HeadTimeout || got.details != "request_header_timeout" || got.method != "" {
+			t.Errorf("the record of what was no request yet is %+v", got)
+		}
 	})
 	t.Run("nothing moves", func(t *testing.T) {
 		r, client, server := meet(t, func(c *Config) { c.IdleTimeout = 50 * time.Millisecond })

@@ -18,7 +18,7 @@ const (
 	idleBonusBytes = 512
 	idleMost       = 64 << 10 // may be saved up so: a window may be full before its receiver begins to read
 
-	resetBurst = 1000 // streams that are reset before their response (CVE-2023-44487), by either side's doing
+	resetBurst = 1000 // streams that are reset before their response by downstream's doing (CVE-2023-44487)
 	resetRate  = 50
 )
 

@@ -98,10 +98,16 @@ func (m *multiplex) fail(l *lane, err error) {
 	m.leave(code, text, reason, err)
 }
 
-// leave ends the connection by our own decision: streams are given up, downstream is told, and upstream is cut.
+// leave ends the connection by our own decision: streams are given up, downstream is told, and upstream is cut. When
+// downstream is at fault and has no stream whose record could tell, what would have been a request has one.
 func (m *multiplex) leave(code http2.Code, text string, reason flow.Reason, err error) {
 	open := m.streams.active > 0
 	m.closeAll(reason, err)
+	if !open && code != http2.NoError {
+		s := m.takeStream(0)
+		s.blame(reason, err)
+		s.close(m, nil)
+	}
 	m.sayGoAway(code, text)
 	if m.up != nil && open {
 		m.up.Reset()
@@ -311,17 +317,24 @@ func (m *multiplex) requestsLate() {
 // closeAll closes the records of all open streams.
 func (m *multiplex) closeAll(reason flow.Reason, err error) {
 	for _, s := range m.streams.open {
-		r := &s.record.HTTP
-		switch reason {
-		case flow.DownstreamLeft:
-			r.Flags, r.Details = "DC", "downstream_remote_disconnect"
-		case flow.BadFraming, flow.Overload:
-			r.Flags, r.Details = "DPE", "http2.violation.of.messaging.rule"
-		case flow.BadResponse:
-			r.Flags, r.Details = "UPE", replyBadResponse.details
-		}
-		s.reason, s.err = reason, err
+		s.blame(reason, err)
 		m.streams.remove(s)
 		s.close(m, nil)
 	}
+}
+
+// blame says why a stream ends with its connection.
+func (s *stream) blame(reason flow.Reason, err error) {
+	r := &s.record.HTTP
+	switch reason {
+	case flow.DownstreamLeft:
+		r.Flags, r.Details = "DC", "downstream_remote_disconnect"
+	case flow.BadFraming, flow.Overload:
+		r.Flags, r.Details = "DPE", "http2.violation.of.messaging.rule"
+	case flow.BadResponse:
+		r.Flags, r.Details = "UPE", replyBadResponse.details
+	case flow.HeadTimeout:
+		r.Details = replyHeadTimeout.details
+	}
+	s.reason, s.err = reason, err
 }

@@ -101,7 +101,8 @@ func (m *message) done() bool { return m.taken() && m.out.Len() == 0 && m.bulk.H
 // taken reports whether all of the body was taken from src.
 func (m *message) taken() bool { return m.ended || m.body.Done() }
 
-// delivered is how many bytes of payload dst has taken. Chunk framing that waits for a full dst counts as payload that does.
+// delivered is how many bytes of payload dst has taken. Chunk framing that waits for a full dst counts as payload that
+// does.
 func (m *message) delivered() uint64 {
 	waiting := m.bulk.Held() + min(m.out.Len(), m.ready)
 	return uint64(max(m.body.Bytes()-int64(waiting), 0))

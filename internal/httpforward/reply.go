@@ -85,6 +85,7 @@ func (x *exchange) refuse(r reply, err error) ending {
 	for deadline := time.Now().Add(lingerTime); m.out.Len() > 0; {
 		if m.put() == 0 && (m.dstErr != nil || x.s.w.Wait(deadline, x.s.Down, nil) != nil) {
 			end = cut
+			x.record.Sent.Store(0)
 			break
 		}
 	}
@@ -125,6 +126,7 @@ func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 	dst = append(dst, "\r\n\r\n"...)
 	if string(to.Method) != http.MethodHead {
 		dst = append(dst, body...)
+		x.record.Sent.Store(uint64(len(body)))
 	}
 	return dst
 }
