@@ -18,7 +18,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	switch {
 	case id&1 == 0:
 		return http2.ConnectionError(http2.ProtocolError, "a request on a stream of the server's")
-	case id <= m.streams.last && m.streams.wasReset(id):
+	case id <= m.streams.last && m.wasReset(id):
 		return nil
 	case id <= m.streams.last:
 		return http2.ConnectionError(http2.StreamClosed, "header block on a closed stream")
