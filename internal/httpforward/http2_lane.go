@@ -437,7 +437,6 @@ func (l *lane) message(stream uint32, end bool, encoded []byte, broken error) er
 	if err != nil {
 		return err
 	}
-	l.progress(0)
 	if l.fromDown() {
 		return l.m.fromDownstream(stream, end, fields, whole, broken)
 	}
