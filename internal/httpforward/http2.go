@@ -119,10 +119,10 @@ func (m *multiplex) begin() {
 	m.clock = time.Time{}
 }
 
-// run moves frames and waits, in turn.
+// run moves frames and waits, in turn. Upstream is heard first: if it has ended, no more requests are read for it.
 func (m *multiplex) run() {
 	for m.over == goesOn {
-		up, down := m.toUp.pump(), m.toDown.pump()
+		down, up := m.toDown.pump(), m.toUp.pump()
 		m.judge()
 		if up || down {
 			m.clock, m.lastMove = time.Time{}, time.Time{}

@@ -100,6 +100,7 @@ func TestFloodsEndAConnection(t *testing.T) {
 	for _, c := range []struct{ name, frame string }{
 		{"by upstream, of breaches on a closed stream", "WINDOW 1 0"},
 		{"by upstream, of empty data on a closed stream", "DATA 1"},
+		{"by upstream, of header blocks on a closed stream", "HEADERS 1 end :status=200"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -116,18 +117,23 @@ func TestFloodsEndAConnection(t *testing.T) {
 			}
 		})
 	}
-	t.Run("empty data on a stream that was refused", func(t *testing.T) {
-		t.Parallel()
-		_, client, server := meet(t)
-		server.quietly()
-		client.says("HEADERS 1 :method=POST")
-		client.hears("RST 1 PROTOCOL_ERROR")
-		goodbye := client.quietly()
-		client.conn.Write(bytes.Repeat(raw("DATA 1"), 10*idleBurst))
-		if got := goodbye(); !strings.HasPrefix(got, "GOAWAY ENHANCE_YOUR_CALM") {
-			t.Errorf("the client was told %q", got)
-		}
-	})
+	for _, c := range []struct{ name, frame string }{
+		{"empty data on a stream that was refused", "DATA 1"},
+		{"header blocks on a stream that was refused", "HEADERS 1 end a=b"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			_, client, server := meet(t)
+			server.quietly()
+			client.says("HEADERS 1 :method=POST")
+			client.hears("RST 1 PROTOCOL_ERROR")
+			goodbye := client.quietly()
+			client.conn.Write(bytes.Repeat(raw(c.frame), 10*idleBurst))
+			if got := goodbye(); !strings.HasPrefix(got, "GOAWAY ENHANCE_YOUR_CALM") {
+				t.Errorf("the client was told %q", got)
+			}
+		})
+	}
 	t.Run("extensions", func(t *testing.T) {
 		t.Parallel()
 		_, client, server := meet(t)

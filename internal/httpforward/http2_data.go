@@ -63,7 +63,7 @@ func (l *lane) receiver(id uint32) (*stream, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case s == nil && (!l.fromDown() || l.m.streams.wasReset(id)):
+	case s == nil && (!l.fromDown() || l.m.wasReset(id)):
 		return nil, nil // it has crossed with the end of the stream
 	case s == nil, l.body(s).ended:
 		return nil, http2.StreamError(id, http2.StreamClosed, "data behind the end")

@@ -1,8 +1,10 @@
 package httpforward
 
 import (
+	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -41,5 +43,34 @@ func TestAReceiverThatGivesCreditBackInSmallPiecesIsNoFlood(t *testing.T) {
 	}
 	if got := r.records.await(t, 0); got.reason != flow.Completed {
 		t.Errorf("the record is %+v", got)
+	}
+}
+
+// An upstream that goes away while many requests are being sent resets them all at once, more than we remember one by one.
+func TestRequestsThatCrossAGoodbyeAreNoBreach(t *testing.T) {
+	_, client, server := meet(t)
+	const last = 2*2*resetBurst + 1
+	for id := 1; id <= last; id += 2 {
+		client.says(fmt.Sprintf("POST %d", id))
+		server.hears(fmt.Sprintf("POST %d", id))
+	}
+	server.says("GOAWAY 1 NO_ERROR")
+	client.hears("GOAWAY 1 NO_ERROR")
+	for id := 3; id <= last; id += 2 {
+		client.next() // resets, in any order
+	}
+	for id := 3; id <= last; id += 2 {
+		client.says(fmt.Sprintf("DATA %d x", id))
+		client.says(fmt.Sprintf("HEADERS %d end trailer=1", id))
+	}
+	client.says("DATA 1 end x")
+	server.hears("DATA 1 end x")
+	server.says("HEADERS 1 end :status=200")
+	heard := client.next()
+	for strings.HasPrefix(heard, "WINDOW 0 ") {
+		heard = client.next()
+	}
+	if heard != "HEADERS 1 end :status=200" {
+		t.Fatalf("heard %q", heard)
 	}
 }

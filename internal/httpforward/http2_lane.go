@@ -158,8 +158,12 @@ func (l *lane) settle() {
 
 // mayRead reports whether a read is worth trying, and may be tried: a side that makes us give credit back and does not
 // take it is not listened to. What else waits for a side is no reason to stop: it may not read before it is heard. When
-// upstream refuses to be written to, it may have said why.
+// upstream refuses to be written to, it may have said why. When upstream has ended, what downstream still sends is not read:
+// as long as we do not know a request, it may be sent again elsewhere.
 func (l *lane) mayRead() bool {
+	if l.fromDown() && l.other.srcErr != nil {
+		return false
+	}
 	return l.src != nil && l.srcErr == nil && l.other.credit < maxCredit && l.m.over == goesOn &&
 		(l.src.Readable() || l.other.dstErr != nil)
 }
@@ -433,7 +437,6 @@ func (l *lane) message(stream uint32, end bool, encoded []byte, broken error) er
 	if err != nil {
 		return err
 	}
-	l.progress(0)
 	if l.fromDown() {
 		return l.m.fromDownstream(stream, end, fields, whole, broken)
 	}

@@ -18,8 +18,8 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	switch {
 	case id&1 == 0:
 		return http2.ConnectionError(http2.ProtocolError, "a request on a stream of the server's")
-	case id <= m.streams.last && m.streams.wasReset(id):
-		return nil
+	case id <= m.streams.last && m.wasReset(id):
+		return m.toUp.idleFrame()
 	case id <= m.streams.last:
 		return http2.ConnectionError(http2.StreamClosed, "header block on a closed stream")
 	}
@@ -125,6 +125,7 @@ func (l *lane) beginBlock() []byte {
 }
 
 func (l *lane) endBlock(block []byte, stream uint32, end bool) {
+	l.progress(0)
 	l.insert(http2.AppendHeaders(block, len(l.scratch), stream, end))
 }
 
@@ -154,8 +155,10 @@ func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, w
 func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whole bool) error {
 	s, err := m.toDown.find(id)
 	switch {
-	case err != nil || s == nil:
-		return err // it has crossed with a reset
+	case err != nil:
+		return err
+	case s == nil: // it has crossed with a reset
+		return m.toDown.idleFrame()
 	case s.response.ended:
 		return http2.StreamError(id, http2.StreamClosed, "header block behind the end")
 	case !whole:

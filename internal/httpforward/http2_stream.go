@@ -116,8 +116,11 @@ func (t *streams) noteReset(id uint32) {
 }
 
 // wasReset reports whether downstream may still send on a closed stream in good faith.
-func (t *streams) wasReset(id uint32) bool {
-	for _, known := range t.reset {
+func (m *multiplex) wasReset(id uint32) bool {
+	if id > m.goneAway {
+		return true
+	}
+	for _, known := range m.streams.reset {
 		if known == id {
 			return true
 		}

@@ -1,0 +1,74 @@
+package httpforward
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
+
+// A request that comes when upstream has closed already was not seen by it, and downstream may send it again elsewhere.
+// It learns that from the GOAWAY, whose last stream is an older one.
+func TestARequestThatComesBehindUpstreamsEndMayBeSentAgain(t *testing.T) {
+	o := newOrigin(t)
+	r := newRig(t, o.address, true, plain)
+	listener, err := r.poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	conn, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
+	client := newSpeaker(t, conn.(*net.TCPConn))
+	w := tcp.NewWaiter(t.Context())
+
+	down, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	send(t, conn, http2.ClientPreface)
+	client.says("SETTINGS")
+	read := tcp.TakeBuffer()
+	for read.Len() < len(http2.ClientPreface)+9 {
+		if _, err := read.Fill(down); err == tcp.ErrAgain {
+			err = w.Wait(time.Time{}, down, nil)
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	up, err := r.engine.config.Dialer.Dial(w, netip.Addr{}, o.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client.says("GET 1")
+	o.accept().Close()
+	for !down.Readable() || !up.Readable() {
+		if err := w.Wait(time.Time{}, down, up); err != nil {
+			t.Fatal(err)
+		}
+	}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		defer w.Close()
+		r.engine.ServeHTTP2(w, Connection{
+			Down: down, Read: read, Early: up, Target: upstream.Target{Address: o.address},
+			Downstream: down.RemoteAddr(), OriginalDestination: o.address,
+		})
+	}()
+	defer func() { conn.Close(); <-served }()
+	client.hears("SETTINGS 3=4096 6=65536")
+	client.hears("SETTINGS ack")
+	client.hears("GOAWAY 0 NO_ERROR")
+	client.hears("the end")
+}
