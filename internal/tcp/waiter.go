@@ -3,7 +3,6 @@ package tcp
 import (
 	"context"
 	"errors"
-	"sync"
 	"time"
 )
 
@@ -25,23 +24,14 @@ type Waiter struct {
 // Poller.WakeAll, which whoever ends ctx calls after it: that a context wakes each of its connections by itself costs
 // every connection more than this costs all of them together.
 func NewWaiter(ctx context.Context) *Waiter {
-	w := waiters.Get().(*Waiter)
-	w.ctx = ctx
-	return w
+	return &Waiter{ctx: ctx, token: make(chan struct{}, 1)}
 }
 
-// waiters keeps them from one connection to the next. One that is woken late, for a connection of its last owner, ends a
-// wait for nothing, which every owner expects.
-var waiters = sync.Pool{New: func() any { return &Waiter{token: make(chan struct{}, 1)} }}
-
-// Close gives the waiter back. Nobody may use it after that.
+// Close releases the waiter. Nobody may use it after that.
 func (w *Waiter) Close() {
 	if w.timer != nil {
 		w.timer.Stop()
 	}
-	w.happened()
-	w.ctx, w.round = nil, 0
-	waiters.Put(w)
 }
 
 // Canceled reports whether the context has ended, for whoever is too busy to wait.
@@ -96,9 +86,6 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 	case c.waiter.Load() != w:
 		c.waiter.Store(w)
 		missed = true
-	}
-	if err == nil && !c.watchesWrites && c.ready.Load()&writable == 0 {
-		err = c.poller.watchWrites(c)
 	}
 	// The connection is in the table now. A round that began before it was there is seen here, a later one sees it there.
 	if round := c.poller.rounds.Load(); round != w.round {
