@@ -469,5 +469,5 @@ func (x *exchange) tunnel() ending {
 		UpRead:           up,
 	})
 	s.up = nil
-	return x.close(flow.Reason(end), err, shut)
+	return x.close(flow.Reason(end), err, gone)
 }

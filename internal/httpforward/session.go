@@ -34,6 +34,7 @@ const (
 	next   ending = iota // another request
 	shut                 // close in order
 	linger               // close in order, after reading what is still on its way
+	gone                 // nothing: it was a tunnel, which has closed both connections
 	cut                  // reset: the response is not complete
 )
 
@@ -114,6 +115,9 @@ func (s *session) end(how ending) {
 		} else {
 			s.engine.config.Pool.Give(s.Target, s.up)
 		}
+	}
+	if how == gone {
+		return
 	}
 	unread := s.Read != nil || how == shut && s.Down.Readable() // what downstream sent behind its last request
 	if s.Read != nil {

@@ -177,12 +177,14 @@ func (c *Conn) CloseWrite() error {
 	return os.NewSyscallError("shutdown", shutdown(c.fd))
 }
 
-// Close closes the connection in order. Bytes that were written still go out. Closing twice does nothing.
+// Close closes the connection in order. Bytes that were written still go out. Closing twice does nothing. What is asked
+// of a closed connection fails with EBADF: its descriptor may be another connection's by then.
 func (c *Conn) Close() {
 	if c.closed {
 		return
 	}
 	c.closed = true
+	defer func() { c.fd = -1 }()
 	if c.watched {
 		c.poller.conns.set(c.fd, nil)
 	}

@@ -389,3 +389,25 @@ func TestAPollerThatNobodyWatchesIsAnError(t *testing.T) {
 		t.Errorf("the descriptor is still open: %v", err)
 	}
 }
+
+// The kernel gives a descriptor that was closed to the next connection. Nothing may reach that one by way of the old one.
+func TestAClosedConnectionTouchesNobodyElses(t *testing.T) {
+	poller := newPoller(t)
+	_, old := connected(t, poller, "127.0.0.1:0")
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	old.Close()
+	if _, err := old.Read(make([]byte, 1)); !errors.Is(err, unix.EBADF) {
+		t.Errorf("Read: %v", err)
+	}
+	if _, err := old.Write([]byte("x")); !errors.Is(err, unix.EBADF) {
+		t.Errorf("Write: %v", err)
+	}
+	if err := old.CloseWrite(); !errors.Is(err, unix.EBADF) {
+		t.Errorf("CloseWrite: %v", err)
+	}
+	if err := w.Wait(time.Now().Add(patience), old, nil); !errors.Is(err, unix.EBADF) {
+		t.Errorf("Wait: %v", err)
+	}
+	old.Reset()
+}

@@ -3,7 +3,10 @@ package tcp
 import (
 	"context"
 	"errors"
+	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The ends of a wait that no connection caused.
@@ -81,6 +84,8 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 // or nobody: then this wait is over at once.
 func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 	switch {
+	case c.closed:
+		return false, os.NewSyscallError("epoll_ctl", unix.EBADF)
 	case !c.watched:
 		err = c.poller.watch(c, w)
 	case c.waiter.Load() != w:
