@@ -245,7 +245,8 @@ func TestAWaitSeesEitherConnection(t *testing.T) {
 	defer w.Close()
 	buf := make([]byte, 10)
 	for _, c := range []struct{ far, near *Conn }{{farA, a}, {farB, b}, {farA, a}} {
-		time.AfterFunc(5*time.Millisecond, func() { c.far.Write([]byte("x")) })
+		written := make(chan struct{})
+		time.AfterFunc(5*time.Millisecond, func() { c.far.Write([]byte("x")); close(written) })
 		for {
 			n, err := c.near.Read(buf)
 			if err == nil && n == 1 {
@@ -258,6 +259,7 @@ func TestAWaitSeesEitherConnection(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		<-written // far is this goroutine's again
 	}
 }
 
