@@ -15,6 +15,7 @@ import (
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/inbound"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/listener"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
@@ -27,7 +28,7 @@ import (
 type Agent struct {
 	config Config
 	log    *slog.Logger
-	flows  *flowLog
+	flows  *flow.Table
 
 	poller        *tcp.Poller
 	addresses     *localaddr.Set
@@ -49,7 +50,7 @@ func New(config Config) (*Agent, error) {
 	if err := config.Validate(); err != nil {
 		return nil, err
 	}
-	a := &Agent{config: config, log: config.Log, flows: &flowLog{log: config.Log}}
+	a := &Agent{config: config, log: config.Log, flows: flow.NewTable(&flowLog{log: config.Log})}
 	if err := a.build(); err != nil {
 		a.close()
 		return nil, err

@@ -40,7 +40,7 @@ func (l *flowLog) Closed(r *flow.Record) {
 	}
 	if l.log.Enabled(context.Background(), slog.LevelDebug) {
 		what := "connection closed"
-		if r.Protocol >= flow.HTTP10 {
+		if r.IsRequest() {
 			what = "request"
 		}
 		l.log.LogAttrs(context.Background(), slog.LevelDebug, what, attributes(r)...)
@@ -81,11 +81,14 @@ func attributes(r *flow.Record) []slog.Attr {
 		slog.Duration("duration", r.Duration.Round(time.Microsecond)),
 		slog.String("reason", string(r.Reason)),
 	}
+	if flags := r.Flags(); flags != "" || r.IsRequest() {
+		attrs = append(attrs, slog.String("flags", flags))
+	}
 	if r.Protocol == flow.TLS {
 		attrs = append(attrs, slog.String("server_name", r.TLS.ServerName), slog.String("alpn", strings.Join(r.TLS.ALPN, ",")))
 	}
-	if r.Protocol >= flow.HTTP10 {
-		attrs = append(attrs, requestAttributes(&r.HTTP)...)
+	if r.IsRequest() {
+		attrs = append(attrs, requestAttributes(r)...)
 	}
 	if r.Err != nil {
 		attrs = append(attrs, slog.String("error", r.Err.Error()))
@@ -93,18 +96,17 @@ func attributes(r *flow.Record) []slog.Attr {
 	return attrs
 }
 
-func requestAttributes(r *flow.Request) []slog.Attr {
+func requestAttributes(r *flow.Record) []slog.Attr {
 	attrs := []slog.Attr{
-		slog.String("method", string(r.Method)),
-		slog.String("path", string(r.Path)),
-		slog.String("authority", string(r.Authority)),
-		slog.String("request_id", string(r.ID)),
-		slog.Int("status", r.Status),
-		slog.String("flags", r.Flags),
-		slog.String("details", r.Details),
+		slog.String("method", string(r.HTTP.Method)),
+		slog.String("path", string(r.HTTP.Path)),
+		slog.String("authority", string(r.HTTP.Authority)),
+		slog.String("request_id", string(r.HTTP.ID)),
+		slog.Int("status", r.HTTP.Status),
+		slog.String("details", r.Details()),
 	}
-	if r.GRPCStatus != nil {
-		attrs = append(attrs, slog.String("grpc_status", string(r.GRPCStatus)))
+	if r.HTTP.GRPCStatus != nil {
+		attrs = append(attrs, slog.String("grpc_status", string(r.HTTP.GRPCStatus)))
 	}
 	return attrs
 }

@@ -29,7 +29,7 @@ type Config struct {
 	ConnectTimeout   time.Duration // for the dial; zero or less leaves it to the kernel
 	IdleTimeout      time.Duration // ends a connection in which nothing moves; zero or less: never
 	HalfCloseTimeout time.Duration // the same once one side has closed; zero or less: never
-	Flows            flow.Sink     // takes the record of each connection, or of each request in it
+	Flows            *flow.Table   // has each connection while it is open, and takes the records of what has ended
 
 	OpaquePorts    capture.Ports // destination ports at which nobody looks at the bytes
 	DetectionDelay time.Duration // how long downstream may say nothing before the upstream is dialled all the same
@@ -89,6 +89,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		p.refuse(record, down, reason, nil)
 		return
 	}
+	p.config.Flows.List(record)
 
 	// Whoever speaks first decides. When downstream says nothing, the upstream is dialled all the same: it may be the one
 	// that speaks first.
@@ -109,15 +110,14 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	}
 
 	if protocol == sniff.HTTP1 || protocol == sniff.HTTP2 {
+		p.config.Flows.Carry(record, protocol.Flow(), flow.Hello{})
 		p.http.Serve(w, protocol == sniff.HTTP2, httpforward.Connection{
-			Down: down, Read: sniffer.Read, Early: sniffer.Up,
-			Downstream: record.Downstream, OriginalDestination: dst, Target: to,
+			Down: down, Read: sniffer.Read, Early: sniffer.Up, Record: record, Target: to,
 		})
-		return // each request has a record of its own
+		p.config.Flows.Leave(record) // each request had a record of its own
+		return
 	}
-	if protocol == sniff.TLS {
-		record.Protocol, record.TLS = flow.TLS, sniffer.Hello
-	}
+	p.config.Flows.Carry(record, protocol.Flow(), sniffer.Hello)
 	end, err := relay.Run(w, down, sniffer.Up, relay.Options{
 		IdleTimeout:      p.config.IdleTimeout,
 		HalfCloseTimeout: p.config.HalfCloseTimeout,
@@ -135,8 +135,10 @@ func (p *Proxy) looksInto(dst netip.AddrPort) bool {
 
 // dial opens the upstream connection of an opaque connection, or of one that has not spoken yet.
 func (p *Proxy) dial(w *tcp.Waiter, record *flow.Record, to upstream.Target) (*tcp.Conn, flow.Reason, error) {
+	record.Upstream = to.Address
 	up, err := p.dialer.Dial(w, to.Source, to.Address)
 	if err != nil {
+		record.TransportFailure = upstream.TransportFailure(err)
 		return nil, upstream.Reason(err), err
 	}
 	record.UpstreamLocal = up.LocalAddr()

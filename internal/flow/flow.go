@@ -1,8 +1,8 @@
 // Package flow is the record of one connection, or of one HTTP request: who, where, what, how much, and why it ended.
 //
-// A connection in which requests are seen has a record for each of them, and none of its own. Whoever owns the
-// connection or the request opens its record and closes it exactly once, whatever happens. Logs and metrics only read
-// it.
+// Whoever owns the connection or the request opens its record and closes it exactly once, whatever happens. Logs and
+// metrics only read it. A connection in which requests are seen has a record for each of them, which is told; its own
+// stands in the Table while it is open and then leaves untold.
 package flow
 
 import (
@@ -45,25 +45,45 @@ func (p Protocol) String() string {
 }
 
 // Record tells of one connection or request. The goroutine that owns it writes the plain fields before it hands the
-// record on; Received and Sent move while it is open and may be read from anywhere.
+// record on; the counters move while it is open and may be read from anywhere.
 type Record struct {
 	Direction           Direction
 	Protocol            Protocol
 	Opened              time.Time
 	Downstream          netip.AddrPort // who connected
 	OriginalDestination netip.AddrPort // invalid when it could not be read
+	Upstream            netip.AddrPort // where a connection was made, or tried; invalid when that was not come to
 	UpstreamLocal       netip.AddrPort // our end of the upstream connection; invalid when there is none
+	TransportFailure    string         // why there is none, in Envoy's words; empty for no failure
 	Received            atomic.Uint64  // bytes from downstream that upstream's socket took; of a request, its body's
 	Sent                atomic.Uint64  // bytes that downstream's socket took; of a response, its body's
+	Requests            atomic.Uint64  // of a connection: requests that have ended
 
 	TLS  Hello   // of a TLS connection
 	HTTP Request // of a request
+
+	// Of a request: the connection on which it came, which counts the bytes of all of them. nil for a connection.
+	Connection *Record
+
+	// Of a connection: what sinks keep with it, each in its own place. Only the owner's goroutine and Each write here.
+	Bound [boundPlaces]any
 
 	// Set by Close.
 	Duration time.Duration
 	Reason   Reason
 	Err      error // what went wrong, nil for an ordinary end
+
+	// Of the table.
+	listed, carried bool
+	next, previous  *Record
 }
+
+// The places in Record.Bound.
+const (
+	BoundMetrics = iota
+	BoundLive
+	boundPlaces
+)
 
 // Hello is what a TLS client says in the clear before the rest is secret.
 type Hello struct {
@@ -72,21 +92,51 @@ type Hello struct {
 }
 
 // Request is what is seen of a request and its response. The byte slices belong to the engine: they are valid until
-// Sink.Closed returns.
+// Sink.Closed returns. Those of fields are nil when the message has no such field, and its first one otherwise.
 type Request struct {
 	Method, Path, Authority, ID []byte
+	UserAgent, ForwardedFor     []byte        // as downstream sent them
+	Fields, ResponseFields      [][]byte      // what Fields names, in its order
 	Status                      int           // of the response that downstream got; 0 when it got none
-	GRPCStatus                  []byte        // as it stood in the response's fields; nil when it did not
-	Flags                       string        // Envoy's response flags, such as "UF"; empty for none
-	Details                     string        // Envoy's response_code_details, such as "via_upstream"
+	GRPC                        bool          // by the request's content-type
+	GRPCStatus                  []byte        // as it stood in the response's fields or trailers
+	Messages, ResponseMessages  uint64        // of gRPC, over HTTP/2
+	Flags                       string        // Envoy's response flags, where the engine knows more than the reason says
+	Details                     string        // Envoy's response_code_details, likewise
 	Upgraded                    bool          // the connection went on as a relay
-	ServiceTime                 time.Duration // from the end of dialling to the head of the response
+	ServiceTime                 time.Duration // from the end of dialling to the head of the response; with Status from upstream
 }
 
-// Sink takes records that are closed. Closed is called once for each record, from the goroutine that owned the
-// connection; it must not block and must not keep the record after it returns.
-type Sink interface {
-	Closed(*Record)
+// Fields names the fields, in lower case, whose values records carry beside those that a Request always has.
+type Fields struct{ Request, Response []string }
+
+// IsRequest reports whether the record tells of a request, and not of a connection.
+func (r *Record) IsRequest() bool { return r.Connection != nil }
+
+// Carried reports, inside Table.Each, whether the protocol is known and bytes move.
+func (r *Record) Carried() bool { return r.carried }
+
+// Flags returns Envoy's response flags, such as "UF,URX"; empty for none. They are there when the record is closed.
+func (r *Record) Flags() string {
+	if r.HTTP.Flags != "" {
+		return r.HTTP.Flags
+	}
+	e := explanations[r.Reason]
+	switch {
+	case e == nil:
+		return "" // it has not ended
+	case r.IsRequest():
+		return e.RequestFlags
+	}
+	return e.Flags
+}
+
+// Details returns Envoy's response_code_details, such as "via_upstream"; empty for a connection, which has none.
+func (r *Record) Details() string {
+	if e := explanations[r.Reason]; r.HTTP.Details == "" && r.IsRequest() && e != nil {
+		return e.Details
+	}
+	return r.HTTP.Details
 }
 
 // Open begins a record now.
@@ -102,5 +152,8 @@ func (r *Record) Close(sink Sink, reason Reason, err error) {
 	}
 	r.Duration = time.Since(r.Opened)
 	r.Reason, r.Err = reason, err
+	if c := r.Connection; c != nil {
+		c.Requests.Add(1)
+	}
 	sink.Closed(r)
 }

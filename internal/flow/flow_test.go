@@ -6,7 +6,9 @@ import (
 	"go/parser"
 	"go/token"
 	"net/netip"
+	"slices"
 	"strconv"
+	"strings"
 	"testing"
 )
 
@@ -44,6 +46,11 @@ func TestEveryReasonIsExplained(t *testing.T) {
 		if len(e.Text) < 10 || e.Text[len(e.Text)-1] != '.' {
 			t.Errorf("%s: %q is no sentence", e.Reason, e.Text)
 		}
+		for _, flag := range strings.Split(e.Flags+","+e.RequestFlags, ",") {
+			if flag != "" && !slices.Contains(envoyFlags, flag) {
+				t.Errorf("%s: Envoy has no flag %q", e.Reason, flag)
+			}
+		}
 		explained[e.Reason] = true
 	}
 	for _, reason := range declared {
@@ -55,6 +62,9 @@ func TestEveryReasonIsExplained(t *testing.T) {
 		t.Errorf("%d reasons are declared and %d explained", len(declared), len(explained))
 	}
 }
+
+// envoyFlags are the response flags that dashboards and alerts may know.
+var envoyFlags = strings.Fields("LH UH UT LR UR UF UC UO NR DI FI RL UAEX RLSE DC URX SI IH DPE UMSDR RFCF NFCF DT UPE NC OM DF DO DR UDO")
 
 func declaredReasons(t *testing.T) []Reason {
 	t.Helper()

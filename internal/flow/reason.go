@@ -49,38 +49,79 @@ const (
 	DrainDeadline    Reason = "drain_deadline"     // shutdown waited for it as long as it may
 )
 
-// Explanations gives each reason its sentence, in the order in which documents list them.
-var Explanations = []struct {
-	Reason Reason
-	Text   string
-}{
-	{Closed, "Both sides closed; every byte was delivered."},
-	{DownstreamReset, "Downstream reset the connection or vanished; upstream was reset."},
-	{UpstreamReset, "Upstream reset the connection or vanished; downstream was reset."},
-	{UpstreamRefused, "Nothing listens at the upstream address, or a firewall rejects."},
-	{UpstreamTimeout, "Upstream did not answer within `--connect-timeout`."},
-	{UpstreamUnreachable, "There is no route to upstream, or the dial failed in another way."},
-	{Completed, "The response to a request was delivered to its end."},
-	{DownstreamLeft, "Downstream closed or cancelled before the response was complete; so was the request upstream."},
-	{UpstreamClosed, "Upstream closed before the head of the response; downstream was answered 503."},
-	{ResponseIncomplete, "Upstream closed in the middle of the response; downstream was cut off as well."},
-	{BadFraming, "The request is malformed; it was answered 400, or its HTTP/2 stream reset, and not forwarded."},
-	{BadResponse, "The response is malformed; downstream was answered 502."},
-	{HeadTooLarge, "The head of the request is over `--max-head-bytes` or `--max-head-fields`; it was answered 431."},
-	{HeadTimeout, "The head of the request was not complete within `--request-head-timeout`; it was answered 408, or the HTTP/2 connection ended."},
-	{RequestTimeout, "There was no response within `--request-timeout`; downstream was answered 504."},
-	{Overload, "An HTTP/2 peer opened too many streams, or flooded the connection with what leads to nothing; it was told so, and refused or cut."},
-	{Loop, "The destination is one of pillion's own ports at one of the workload's own addresses."},
-	{ForeignAddress, "An inbound connection is for an address that is not the workload's own."},
-	{NoOriginalDestination, "No rule redirected the connection here, or connection tracking forgot it."},
-	{IPv6SourceMissing, "An inbound IPv6 connection, but `lo` lacks `::6`; run `pillion init`."},
-	{MaxConnections, "`--max-connections` is reached."},
-	{NoDescriptors, "The process may open or watch no further connection; raise its `nofile` limit, `fs.epoll.max_user_watches`, or its memory."},
-	{IdleTimeout, "Nothing moved for `--idle-timeout`; both sides were reset."},
-	{HalfCloseTimeout, "One side had closed and nothing moved for `--half-close-timeout`; both sides were reset."},
-	{Drained, "Nobody had spoken when the agent drained; both sides were closed in order."},
-	{DrainDeadline, "Shutdown waited for `--drain-timeout`; both sides were reset."},
+// Explanation is what documents and Istio's words say of a reason.
+type Explanation struct {
+	Reason       Reason
+	Flags        string // Envoy's response flags for a connection that ends so; empty for none, or when none does
+	RequestFlags string // the same for a request
+	Details      string // Envoy's response_code_details for a request
+	Text         string
 }
+
+// Explanations has each reason, in the order in which documents list them. Where an engine knows more than the reason
+// says, such as whether the response had begun, its own words stand in the record.
+var Explanations = []Explanation{
+	{Closed, "", "", "via_upstream",
+		"Both sides closed; every byte was delivered."},
+	{DownstreamReset, "DR", "DC", "downstream_remote_disconnect",
+		"Downstream reset the connection or vanished; upstream was reset."},
+	{UpstreamReset, "UC", "UR", "upstream_reset_before_response_started{remote_reset}",
+		"Upstream reset the connection or vanished; downstream was reset."},
+	{UpstreamRefused, "UF,URX", "UF", "upstream_reset_before_response_started{remote_connection_failure}",
+		"Nothing listens at the upstream address, or a firewall rejects."},
+	{UpstreamTimeout, "UF,URX", "UF", "upstream_reset_before_response_started{connection_timeout}",
+		"Upstream did not answer within `--connect-timeout`."},
+	{UpstreamUnreachable, "UF,URX", "UF", "upstream_reset_before_response_started{remote_connection_failure}",
+		"There is no route to upstream, or the dial failed in another way."},
+	{Completed, "", "", "via_upstream",
+		"The response to a request was delivered to its end."},
+	{DownstreamLeft, "", "DC", "downstream_remote_disconnect",
+		"Downstream closed or cancelled before the response was complete; so was the request upstream."},
+	{UpstreamClosed, "", "UC", "upstream_reset_before_response_started{connection_termination}",
+		"Upstream closed before the head of the response; downstream was answered 503."},
+	{ResponseIncomplete, "", "UC", "upstream_reset_after_response_started{connection_termination}",
+		"Upstream closed in the middle of the response; downstream was cut off as well."},
+	{BadFraming, "", "DPE", "http1.codec_error",
+		"The request is malformed; it was answered 400, or its HTTP/2 stream reset, and not forwarded."},
+	{BadResponse, "", "UPE", "upstream_reset_before_response_started{protocol_error}",
+		"The response is malformed; downstream was answered 502."},
+	{HeadTooLarge, "", "DPE", "http1.headers_too_large",
+		"The head of the request is over `--max-head-bytes` or `--max-head-fields`; it was answered 431."},
+	{HeadTimeout, "", "", "request_header_timeout",
+		"The head of the request was not complete within `--request-head-timeout`; it was answered 408, or the HTTP/2 connection ended."},
+	{RequestTimeout, "", "UT", "response_timeout",
+		"There was no response within `--request-timeout`; downstream was answered 504."},
+	{Overload, "", "DPE", "http2.violation.of.messaging.rule",
+		"An HTTP/2 peer opened too many streams, or flooded the connection with what leads to nothing; it was told so, and refused or cut."},
+	{Loop, "UH", "UH", "no_healthy_upstream",
+		"The destination is one of pillion's own ports at one of the workload's own addresses."},
+	{ForeignAddress, "NR", "NR", "filter_chain_not_found",
+		"An inbound connection is for an address that is not the workload's own."},
+	{NoOriginalDestination, "NR", "NR", "filter_chain_not_found",
+		"No rule redirected the connection here, or connection tracking forgot it."},
+	{IPv6SourceMissing, "NR", "NR", "filter_chain_not_found",
+		"An inbound IPv6 connection, but `lo` lacks `::6`; run `pillion init`."},
+	{MaxConnections, "OM", "OM", "overload",
+		"`--max-connections` is reached."},
+	{NoDescriptors, "OM", "OM", "overload",
+		"The process may open or watch no further connection; raise its `nofile` limit, `fs.epoll.max_user_watches`, or its memory."},
+	{IdleTimeout, "SI", "SI", "stream_idle_timeout",
+		"Nothing moved for `--idle-timeout`; both sides were reset."},
+	{HalfCloseTimeout, "SI", "SI", "stream_idle_timeout",
+		"One side had closed and nothing moved for `--half-close-timeout`; both sides were reset."},
+	{Drained, "", "", "",
+		"Nobody had spoken when the agent drained; both sides were closed in order."},
+	{DrainDeadline, "LR", "LR", "upstream_reset_after_response_started{local_reset}",
+		"Shutdown waited for `--drain-timeout`; both sides were reset."},
+}
+
+var explanations = func() map[Reason]*Explanation {
+	m := make(map[Reason]*Explanation, len(Explanations))
+	for i := range Explanations {
+		m[Explanations[i].Reason] = &Explanations[i]
+	}
+	return m
+}()
 
 // ByPolicy reports whether the agent refused the flow by name, as opposed to what the two sides did.
 func (r Reason) ByPolicy() bool {

@@ -115,6 +115,17 @@ func Lists(list []byte, word string) bool {
 	return false
 }
 
+// Value returns the value of the first field of the given name, which is in lower case, dropped or not; nil when there is
+// none. b is what h was parsed from.
+func (h *Head) Value(b []byte, name string) []byte {
+	for i := range h.Fields {
+		if f := &h.Fields[i]; same(f.Name.In(b), name) {
+			return f.Value.In(b)
+		}
+	}
+	return nil
+}
+
 // AppendLines appends the start line and the kept fields to dst and returns it. Each line has its own bytes and ends with
 // CRLF. The empty line is left to the caller, who may have fields to add. b is what h was parsed from.
 func (h *Head) AppendLines(dst, b []byte) []byte {

@@ -3,6 +3,7 @@ package httpforward
 import (
 	"bytes"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -18,8 +19,7 @@ type exchange struct {
 	requestHead, responseHead http1.Head
 	request, response         message
 
-	started        bool // the head of the request is good, and built
-	grpc           bool
+	started        bool          // the head of the request is good, and built
 	options        http1.Options // what the request says of its connection
 	upgrade        bool          // the request asks for another protocol, and upstream was told so
 	answered       bool          // the head of the final response is built
@@ -39,8 +39,9 @@ func takeExchange(s *session) *exchange {
 	x.s = s
 	x.record.Direction = s.engine.config.Direction
 	x.record.Protocol = flow.HTTP11
-	x.record.Downstream = s.Downstream
-	x.record.OriginalDestination = s.OriginalDestination
+	x.record.Connection = s.Record
+	x.record.Downstream = s.Record.Downstream
+	x.record.OriginalDestination = s.Record.OriginalDestination
 	return x
 }
 
@@ -62,7 +63,12 @@ func (x *exchange) release() {
 	x.requestHead.Reset()
 	x.responseHead.Reset()
 	clear(x.names)
+	clear(x.record.HTTP.Fields)
+	clear(x.record.HTTP.ResponseFields)
 	*x = exchange{
+		record: flow.Record{HTTP: flow.Request{
+			Fields: x.record.HTTP.Fields[:0], ResponseFields: x.record.HTTP.ResponseFields[:0],
+		}},
 		names:       x.names[:0],
 		requestHead: x.requestHead, responseHead: x.responseHead,
 		request: x.request, response: x.response,
@@ -80,41 +86,64 @@ func (x *exchange) note(b []byte) {
 	if h.Minor == 0 {
 		x.record.Protocol = flow.HTTP10
 	}
-	host, id := h.Find(http1.Host), h.Find(http1.XRequestID)
-	need := int(h.Method.End-h.Method.Start) + int(h.Target.End-h.Target.Start) + uuidLength
-	for _, i := range [...]int{host, id} {
-		if i >= 0 {
-			need += int(h.Fields[i].Value.End - h.Fields[i].Value.Start)
-		}
-	}
-	if cap(x.names) < need {
-		x.names = make([]byte, 0, need)
+	if x.names == nil {
+		x.names = make([]byte, 0, namesSize)
 	}
 	to.Method = x.copyName(h.Method.In(b))
 	to.Path = x.copyName(h.Target.In(b))
-	if host >= 0 {
-		to.Authority = x.copyName(h.Fields[host].Value.In(b))
-	}
+	to.Authority = x.copyField(h, b, http1.Host)
+	to.ID = x.copyField(h, b, http1.XRequestID)
+	to.UserAgent = x.copyField(h, b, http1.UserAgent)
+	to.ForwardedFor = x.copyField(h, b, http1.XForwardedFor)
 	if i := h.Find(http1.ContentType); i >= 0 {
-		x.grpc = bytes.HasPrefix(h.Fields[i].Value.In(b), []byte("application/grpc"))
+		to.GRPC = bytes.HasPrefix(h.Fields[i].Value.In(b), []byte("application/grpc"))
 	}
-	if id >= 0 {
-		to.ID = x.copyName(h.Fields[id].Value.In(b))
-	}
+	to.Fields = x.copyFields(to.Fields, h, b, x.s.engine.config.Note.Request)
 }
 
-// copyName appends to names, which has room.
+// namesSize is the memory that an exchange begins with for what its record tells. It grows with what comes.
+const namesSize = 512
+
+// copyName appends to names.
 func (x *exchange) copyName(p []byte) []byte {
 	start := len(x.names)
 	x.names = append(x.names, p...)
-	return x.names[start:]
+	return x.names[start:len(x.names):len(x.names)]
+}
+
+// copyField copies the value of the first field of a kind.
+func (x *exchange) copyField(h *http1.Head, b []byte, k http1.Known) []byte {
+	if i := h.Find(k); i >= 0 {
+		return x.copyName(h.Fields[i].Value.In(b))
+	}
+	return nil
+}
+
+// copyFields appends the value of the first field of each name, and nil for a name that no field has.
+func (x *exchange) copyFields(dst [][]byte, h *http1.Head, b []byte, names []string) [][]byte {
+	for _, name := range names {
+		value := h.Value(b, name)
+		if value != nil {
+			value = x.copyName(value)
+		}
+		dst = append(dst, value)
+	}
+	return dst
 }
 
 // count brings the record's counters up to date, while the exchange is under way.
 func (x *exchange) count() {
-	x.record.Received.Store(x.request.delivered())
+	advance(&x.record.Received, &x.s.Record.Received, x.request.delivered())
 	if x.answered {
-		x.record.Sent.Store(x.response.delivered())
+		advance(&x.record.Sent, &x.s.Record.Sent, x.response.delivered())
+	}
+}
+
+// advance sets a request's counter, and adds to that of its connection.
+func advance(counter, connection *atomic.Uint64, now uint64) {
+	if before := counter.Load(); now != before {
+		counter.Store(now)
+		connection.Add(now - before)
 	}
 }
 

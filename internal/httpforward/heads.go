@@ -40,7 +40,7 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	if fields.ForwardedFor == ForwardedForAppend ||
 		fields.ForwardedFor == ForwardedForSetIfAbsent && !h.Has(http1.XForwardedFor) {
 		dst = append(dst, "x-forwarded-for: "...)
-		dst = appendAddress(dst, x.s.Downstream.Addr())
+		dst = appendAddress(dst, x.s.Record.Downstream.Addr())
 		dst = append(dst, "\r\n"...)
 	}
 	return append(dst, "\r\n"...)

@@ -12,6 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // run carries one request and its response, and says how the connection goes on. It closes the record.
@@ -130,7 +131,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 // send gives the request its way upstream.
 func (x *exchange) send() {
 	s := x.s
-	x.record.UpstreamLocal = s.upLocal
+	x.record.Upstream, x.record.UpstreamLocal = s.Target.Address, s.upLocal
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}
@@ -225,6 +226,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	x.record.HTTP.Status = h.Status
 	x.record.HTTP.Details = "via_upstream"
 	x.record.HTTP.ServiceTime = time.Since(x.sentAt)
+	x.record.HTTP.ResponseFields = x.copyFields(x.record.HTTP.ResponseFields, h, b, x.s.engine.config.Note.Response)
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
 	m.start(m.in, framing, limits) // a tunnel has no body: what follows the head is not HTTP
@@ -263,6 +265,7 @@ func (x *exchange) judge() (ending, bool) {
 	case request.bad != nil:
 		return x.close(flow.BadFraming, request.bad, cut), true
 	case x.answered && response.bad != nil:
+		x.record.HTTP.Details = brokenDetails("protocol_error")
 		return x.close(flow.BadResponse, response.bad, cut), true
 	case x.answered && response.srcErr != nil:
 		return x.truncated(response.srcErr), true
@@ -360,6 +363,7 @@ func (x *exchange) last() bool { return x.s.ended && x.request.held() == x.reque
 // truncated ends an exchange whose response stops in its middle. Downstream sees what it would see without us: the same
 // kind of end.
 func (x *exchange) truncated(err error) ending {
+	x.record.HTTP.Details = brokenDetails("connection_termination")
 	if err == io.EOF {
 		return x.close(flow.ResponseIncomplete, io.ErrUnexpectedEOF, shut)
 	}
@@ -451,23 +455,29 @@ func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrCanceled) {
 		return x.close(flow.DrainDeadline, err, cut)
 	}
+	x.record.Upstream, x.record.TransportFailure = x.s.Target.Address, upstream.TransportFailure(err)
 	return x.refuse(dialReply(err), err)
 }
 
-// tunnel carries what follows an upgrade or CONNECT, to the end of the connection.
+// tunnel carries what follows an upgrade or CONNECT, to the end of the connection. It counts in the connection's record,
+// which others can see while it lasts.
 func (x *exchange) tunnel() ending {
 	s, config := x.s, &x.s.engine.config
 	down, up := s.Read, x.response.in
 	s.Read, x.request.in, x.response.in = nil, nil, nil
 	x.record.HTTP.Upgraded = true
+	received, sent := &s.Record.Received, &s.Record.Sent
+	receivedBefore, sentBefore := received.Load(), sent.Load()
 	end, err := relay.Run(s.w, s.Down, s.up, relay.Options{
 		IdleTimeout:      config.IdleTimeout,
 		HalfCloseTimeout: config.HalfCloseTimeout,
-		FromDown:         &x.record.Received,
-		FromUp:           &x.record.Sent,
+		FromDown:         received,
+		FromUp:           sent,
 		DownRead:         down,
 		UpRead:           up,
 	})
 	s.up = nil
+	x.record.Received.Add(received.Load() - receivedBefore)
+	x.record.Sent.Add(sent.Load() - sentBefore)
 	return x.close(flow.Reason(end), err, gone)
 }

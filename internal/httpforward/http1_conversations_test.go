@@ -81,7 +81,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Connection: close$$some
 		upstream resets
 		client is reset`,
-		[]told{{reason: flow.ResponseIncomplete, status: 200, sent: 4}}},
+		[]told{{reason: flow.ResponseIncomplete, status: 200, flags: "UC", sent: 4}}},
 	{"HEAD, 204 and 304 have no body, whatever they say", `
 		> HEAD / HTTP/1.1$Host: a$$
 		>> HEAD / HTTP/1.1$Host: a$$
@@ -354,7 +354,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 10$$part
 		upstream closes
 		client reads the end`,
-		[]told{{reason: flow.ResponseIncomplete, status: 200, sent: 4}}},
+		[]told{{reason: flow.ResponseIncomplete, status: 200, flags: "UC", sent: 4}}},
 	{"upstream closes while nothing is asked: so does downstream", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -549,7 +549,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$3$abc$
 		< -1$
 		client is reset`,
-		[]told{{reason: flow.BadResponse, status: 200, sent: 3}}},
+		[]told{{reason: flow.BadResponse, status: 200, flags: "UPE", sent: 3}}},
 	{"a bad chunk right behind the head of a response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$

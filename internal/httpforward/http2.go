@@ -274,10 +274,11 @@ func (m *multiplex) opaque() {
 	up := m.toDown.in
 	m.toDown.in = nil
 	config := &m.engine.config
-	record := flow.Open(config.Direction, m.Downstream)
+	record := flow.Open(config.Direction, m.Record.Downstream)
 	record.Opened = m.opened
 	record.Received.Store(m.toUp.written)
-	record.OriginalDestination, record.UpstreamLocal = m.OriginalDestination, m.upLocal
+	record.OriginalDestination = m.Record.OriginalDestination
+	record.Upstream, record.UpstreamLocal = m.Target.Address, m.upLocal
 	end, err := relay.Run(m.w, m.Down, m.up, relay.Options{
 		IdleTimeout:      config.IdleTimeout,
 		HalfCloseTimeout: config.HalfCloseTimeout,

@@ -49,7 +49,7 @@ func (l *lane) data(h http2.Header, b []byte) (bool, error) {
 		return true, nil
 	}
 	l.parsed += size
-	if err := l.count(s, size, end); err != nil {
+	if err := l.count(s, payload[:size], end); err != nil {
 		return true, err
 	}
 	l.out.Append(b[:http2.HeaderLength+size])
@@ -112,7 +112,7 @@ func (l *lane) carry(b []byte) error {
 
 // piece sends data on as a frame of its own.
 func (l *lane) piece(s *stream, data []byte, end bool) error {
-	if err := l.count(s, len(data), end); err != nil {
+	if err := l.count(s, data, end); err != nil {
 		return err
 	}
 	h := http2.Header{Length: len(data), Type: http2.Data, Stream: s.id}
@@ -127,14 +127,20 @@ func (l *lane) piece(s *stream, data []byte, end bool) error {
 
 // count takes note of data that is about to go on. It is an error when it does not agree with what the head declared;
 // then the data does not go on.
-func (l *lane) count(s *stream, n int, end bool) error {
-	body := l.body(s)
+func (l *lane) count(s *stream, data []byte, end bool) error {
+	body, n := l.body(s), len(data)
 	if !body.take(n) || end && !body.whole() {
 		body.got -= int64(n)
 		l.owed += n
 		return http2.StreamError(s.id, http2.ProtocolError, "body of another length than declared")
 	}
-	if !l.fromDown() {
+	if s.record.HTTP.GRPC {
+		body.messages.scan(data)
+	}
+	if l.fromDown() {
+		l.m.Record.Received.Add(uint64(n))
+	} else {
+		l.m.Record.Sent.Add(uint64(n))
 		l.m.window.connection -= int64(n)
 	}
 	l.progress(n)
@@ -223,7 +229,7 @@ func (l *lane) resetStream(h http2.Header, b []byte) error {
 func resetDetails(s *stream, code http2.Code) string {
 	switch {
 	case s.begun:
-		return "upstream_reset_after_response_started{remote_reset}"
+		return brokenDetails("remote_reset")
 	case code == http2.RefusedStream:
 		return "upstream_reset_before_response_started{remote_refused_stream_reset}"
 	}

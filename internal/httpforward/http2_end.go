@@ -65,9 +65,9 @@ func (m *multiplex) abandon(s *stream, r *reply, begun flow.Reason, err error) {
 		return
 	}
 	s.record.HTTP.Flags = r.flags
-	s.record.HTTP.Details = "upstream_reset_after_response_started{connection_termination}"
+	s.record.HTTP.Details = brokenDetails("connection_termination")
 	if begun == flow.BadResponse {
-		s.record.HTTP.Details = "upstream_reset_after_response_started{protocol_error}"
+		s.record.HTTP.Details = brokenDetails("protocol_error")
 	}
 	m.resetDownstream(s.id, http2.InternalError)
 	m.finish(s, begun, err)

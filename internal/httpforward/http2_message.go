@@ -8,6 +8,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // fromDownstream deals with a decoded header block from downstream: a request, or what follows its body.
@@ -46,6 +47,10 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.malformed(s, http2.ErrMessage)
 	case m.lost != nil:
 		m.answered = true
+		s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
+		if !m.upLocal.IsValid() {
+			s.record.TransportFailure = upstream.TransportFailure(m.lostErr)
+		}
 		return m.answer(s, m.lost, m.lostErr)
 	case m.streams.active > maxStreams:
 		return m.tooMany(s)
@@ -59,38 +64,49 @@ type seen struct{ id, forwardedFor, forwardedProto bool }
 
 // note copies what the record tells of a request.
 func (m *multiplex) note(s *stream, request *http2.Request, fields []http2.Field) (has seen) {
-	authority, id := request.Authority, ""
+	authority, id, agent, forwardedFor := request.Authority, "", "", ""
 	for i := range fields {
 		switch f := &fields[i]; f.Name {
 		case "x-request-id":
 			id, has.id = f.Value, true
 		case "x-forwarded-for":
-			has.forwardedFor = true
+			if !has.forwardedFor {
+				forwardedFor, has.forwardedFor = f.Value, true
+			}
 		case "x-forwarded-proto":
 			has.forwardedProto = true
 		case "content-type":
-			s.grpc = strings.HasPrefix(f.Value, "application/grpc")
+			s.record.HTTP.GRPC = strings.HasPrefix(f.Value, "application/grpc")
+		case "user-agent":
+			agent = f.Value
 		case "host":
 			if authority == "" {
 				authority = f.Value
 			}
 		}
 	}
-	need := len(request.Method) + len(request.Path) + len(authority) + max(len(id), uuidLength)
-	if cap(s.names) < need {
-		s.names = make([]byte, 0, need)
+	if s.names == nil {
+		s.names = make([]byte, 0, namesSize)
 	}
 	to := &s.record.HTTP
 	to.Method, to.Path, to.Authority = s.name(request.Method), s.name(request.Path), s.name(authority)
 	if has.id {
 		to.ID = s.name(id)
 	}
+	if agent != "" {
+		to.UserAgent = s.name(agent)
+	}
+	if has.forwardedFor {
+		to.ForwardedFor = s.name(forwardedFor)
+	}
+	to.Fields = s.nameFields(to.Fields, fields, m.engine.config.Note.Request)
 	return has
 }
 
 // forwardRequest sends a request upstream, with the fields that are added.
 func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
 	l, add := &m.toUp, &m.engine.config.Fields
+	s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
 	block := l.beginBlock()
 	for i := range fields {
 		block = l.encoder.AppendField(block, fields[i])
@@ -106,7 +122,7 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 	}
 	if add.ForwardedFor == ForwardedForAppend || add.ForwardedFor == ForwardedForSetIfAbsent && !has.forwardedFor {
 		if m.from == "" {
-			m.from = string(appendAddress(nil, m.Downstream.Addr()))
+			m.from = string(appendAddress(nil, m.Record.Downstream.Addr()))
 		}
 		block = l.encoder.AppendField(block, http2.Field{Name: "x-forwarded-for", Value: m.from})
 	}
@@ -195,6 +211,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	s.begun = true
 	r := &s.record.HTTP
 	r.Status, r.Details, r.ServiceTime = response.Status, "via_upstream", m.now().Sub(s.sentAt)
+	r.ResponseFields = s.nameFields(r.ResponseFields, fields, m.engine.config.Note.Response)
 	l, timed := &m.toDown, m.engine.config.Fields.ServiceTime
 	block := l.beginBlock()
 	for i := range fields {
@@ -288,12 +305,12 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 	l := &m.toDown
 	to := &s.record.HTTP
 	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
-	if s.grpc {
+	if s.record.HTTP.GRPC {
 		to.Status = http.StatusOK
 	}
 	text := r.body
 	size := int64(len(text))
-	if s.grpc || s.head || m.lost == nil || m.window.stream < size || m.window.connection < size {
+	if s.record.HTTP.GRPC || s.head || m.lost == nil || m.window.stream < size || m.window.connection < size {
 		text = ""
 	}
 	block := l.beginBlock()
@@ -301,7 +318,7 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 	add(":status", strconv.Itoa(to.Status))
 	add("server", "pillion")
 	add("date", m.now().UTC().Format(http.TimeFormat))
-	if s.grpc {
+	if s.record.HTTP.GRPC {
 		to.GRPCStatus = s.name(r.grpcStatus())
 		add("content-type", "application/grpc")
 		add("grpc-status", r.grpcStatus())

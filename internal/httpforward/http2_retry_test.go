@@ -62,8 +62,7 @@ func TestARequestThatComesBehindUpstreamsEndMayBeSentAgain(t *testing.T) {
 		defer close(served)
 		defer w.Close()
 		r.engine.ServeHTTP2(w, Connection{
-			Down: down, Read: read, Early: up, Target: upstream.Target{Address: o.address},
-			Downstream: down.RemoteAddr(), OriginalDestination: o.address,
+			Down: down, Read: read, Early: up, Target: upstream.Target{Address: o.address}, Record: recordOf(down, o.address),
 		})
 	}()
 	defer func() { conn.Close(); <-served }()

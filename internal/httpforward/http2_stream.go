@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
 // stream is one request and its response. Streams are pooled, with the memory that they need.
@@ -18,7 +19,6 @@ type stream struct {
 	begun  bool      // the head of the final response has gone downstream
 	tunnel bool      // a success makes the stream a tunnel
 	head   bool      // the response has no body, whatever it declares
-	grpc   bool      // the response has to be one of gRPC
 	sentAt time.Time // when the request went upstream
 
 	reason flow.Reason // how the record closes
@@ -30,6 +30,7 @@ type body struct {
 	declared int64 // content-length; -1: none
 	got      int64
 	ended    bool
+	messages grpcMessages // counted when the request is one of gRPC
 }
 
 // take counts n bytes, and reports whether they are no more than was declared.
@@ -49,7 +50,8 @@ func (m *multiplex) takeStream(id uint32) *stream {
 	r := &s.record
 	r.Direction, r.Protocol = m.engine.config.Direction, flow.HTTP2
 	r.Opened = m.requests
-	r.Downstream, r.OriginalDestination, r.UpstreamLocal = m.Downstream, m.OriginalDestination, m.upLocal
+	r.Connection = m.Record
+	r.Downstream, r.OriginalDestination = m.Record.Downstream, m.Record.OriginalDestination
 	return s
 }
 
@@ -63,8 +65,14 @@ func (s *stream) close(m *multiplex, undelivered error) {
 	}
 	r.Received.Store(uint64(s.request.got))
 	r.Sent.Store(uint64(s.response.got))
+	r.HTTP.Messages, r.HTTP.ResponseMessages = s.request.messages.count, s.response.messages.count
 	r.Close(m.engine.config.Flows, s.reason, s.err)
-	*s = stream{names: s.names[:0]}
+	clear(r.HTTP.Fields)
+	clear(r.HTTP.ResponseFields)
+	*s = stream{
+		record: flow.Record{HTTP: flow.Request{Fields: r.HTTP.Fields[:0], ResponseFields: r.HTTP.ResponseFields[:0]}},
+		names:  s.names[:0],
+	}
 	streamPool.Put(s)
 }
 
@@ -73,6 +81,21 @@ func (s *stream) name(text string) []byte {
 	start := len(s.names)
 	s.names = append(s.names, text...)
 	return s.names[start:len(s.names):len(s.names)]
+}
+
+// nameFields appends the value of the first field of each name, and nil for a name that no field has.
+func (s *stream) nameFields(dst [][]byte, fields []http2.Field, names []string) [][]byte {
+	for _, name := range names {
+		var value []byte
+		for i := range fields {
+			if fields[i].Name == name {
+				value = s.name(fields[i].Value)
+				break
+			}
+		}
+		dst = append(dst, value)
+	}
+	return dst
 }
 
 // streams is the table of a connection's open streams. It is also where a stream's upstream is known: there is one for

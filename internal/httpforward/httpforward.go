@@ -8,7 +8,6 @@ package httpforward
 
 import (
 	"errors"
-	"net/netip"
 	"sync/atomic"
 	"time"
 
@@ -23,6 +22,7 @@ type Config struct {
 	Dialer    upstream.Dialer
 	Pool      *upstream.Pool // of idle HTTP/1 connections
 	Flows     flow.Sink      // takes each request's record
+	Note      flow.Fields    // of which fields records carry the values
 
 	MaxHeadBytes  int // of a request or response head, a header list, or trailers
 	MaxHeadFields int
@@ -44,9 +44,8 @@ type Connection struct {
 	// request.
 	Early *tcp.Conn
 
-	Downstream          netip.AddrPort
-	OriginalDestination netip.AddrPort
-	Target              upstream.Target
+	Record *flow.Record // the connection's: who and where. The room closes it; the engine counts in it
+	Target upstream.Target
 }
 
 // Engine forwards the HTTP of one direction. Make it with New.

@@ -58,7 +58,7 @@ func (r *records) Closed(record *flow.Record) {
 	h := &record.HTTP
 	r.closed = append(r.closed, told{
 		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus),
-		h.Status, h.Flags, h.Details, record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
+		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
 	})
 	select {
 	case r.news <- struct{}{}:
@@ -160,10 +160,14 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 			return
 		}
 	}
-	r.engine.Serve(w, http2, Connection{
-		Down: down, Read: read, Target: to,
-		Downstream: down.RemoteAddr(), OriginalDestination: to.Address,
-	})
+	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Target: to, Record: recordOf(down, to.Address)})
+}
+
+// recordOf is the record of a connection that goes where it was going.
+func recordOf(down *tcp.Conn, dst netip.AddrPort) *flow.Record {
+	record := flow.Open(flow.Inbound, down.RemoteAddr())
+	record.OriginalDestination = dst
+	return record
 }
 
 // dial opens a connection to the engine, with a deadline.

@@ -5,10 +5,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -48,6 +45,9 @@ func resetReply(status int, reason flow.Reason, flags, reset, transport string) 
 	return reply{status, body, reason, flags, details}
 }
 
+// brokenDetails is what Envoy says of a response that upstream does not bring to its end.
+func brokenDetails(reset string) string { return "upstream_reset_after_response_started{" + reset + "}" }
+
 // dialReply is the answer when upstream cannot be reached.
 func dialReply(err error) reply {
 	reason := upstream.Reason(err)
@@ -57,13 +57,7 @@ func dialReply(err error) reply {
 	case reason == flow.NoDescriptors:
 		return resetReply(503, reason, "UF", "local connection failure", "")
 	}
-	transport := ""
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
-		first, size := utf8.DecodeRuneInString(errno.Error())
-		transport = "delayed connect error: " + string(unicode.ToUpper(first)) + errno.Error()[size:]
-	}
-	return resetReply(503, reason, "UF", "remote connection failure", transport)
+	return resetReply(503, reason, "UF", "remote connection failure", upstream.TransportFailure(err))
 }
 
 // refuse answers a request in upstream's place and closes its record. The connection goes on when the whole request has
@@ -97,7 +91,7 @@ func (x *exchange) refuse(r reply, err error) ending {
 func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 	to := &x.record.HTTP
 	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
-	if x.grpc {
+	if to.GRPC {
 		to.Status = http.StatusOK
 	}
 	dst = append(dst, "HTTP/1.1 "...)
@@ -107,7 +101,7 @@ func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 	dst = append(dst, "\r\nserver: pillion\r\ndate: "...)
 	dst = time.Now().UTC().AppendFormat(dst, http.TimeFormat)
 	body := r.body
-	if x.grpc {
+	if to.GRPC {
 		dst = append(dst, "\r\ncontent-type: application/grpc\r\ngrpc-status: "...)
 		dst = append(dst, r.grpcStatus()...)
 		dst = append(dst, "\r\ngrpc-message: "...)

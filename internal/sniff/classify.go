@@ -1,6 +1,10 @@
 package sniff
 
-import "bytes"
+import (
+	"bytes"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
 
 // Protocol is what the first bytes of a connection are.
 type Protocol uint8
@@ -13,6 +17,11 @@ const (
 	TLS                       // a whole ClientHello
 	Opaque                    // something else
 )
+
+// Flow is the protocol as a connection's record has it. Which HTTP/1.x it is, each request says itself.
+func (p Protocol) Flow() flow.Protocol {
+	return [...]flow.Protocol{HTTP1: flow.HTTP11, HTTP2: flow.HTTP2, TLS: flow.TLS, Undecided: flow.Opaque, Opaque: flow.Opaque}[p]
+}
 
 // preface is how an HTTP/2 client begins (RFC 9113 §3.4).
 const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

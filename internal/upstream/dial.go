@@ -4,7 +4,10 @@ package upstream
 import (
 	"errors"
 	"net/netip"
+	"syscall"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -43,4 +46,15 @@ func Reason(err error) flow.Reason {
 	default:
 		return flow.UpstreamUnreachable
 	}
+}
+
+// TransportFailure is what Envoy says of a dial error, such as "delayed connect error: Connection refused". It is empty
+// when time ran out or there was no room for a socket, which Envoy tells in other ways.
+func TransportFailure(err error) string {
+	var errno syscall.Errno
+	if Reason(err) == flow.NoDescriptors || !errors.As(err, &errno) {
+		return ""
+	}
+	first, size := utf8.DecodeRuneInString(errno.Error())
+	return "delayed connect error: " + string(unicode.ToUpper(first)) + errno.Error()[size:]
 }

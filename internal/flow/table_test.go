@@ -1,0 +1,155 @@
+package flow
+
+import (
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+)
+
+var downstream = netip.MustParseAddrPort("198.51.100.2:4711")
+
+// told notes what a sink is told of.
+type told struct {
+	table          *Table
+	opened, closed []*Record
+	listed         []int // how many connections were listed when a record was closed
+}
+
+func (s *told) Opened(r *Record) { s.opened = append(s.opened, r) }
+func (s *told) Closed(r *Record) {
+	s.closed = append(s.closed, r)
+	s.listed = append(s.listed, s.table.Open())
+}
+
+func list(t *Table) (records []*Record) {
+	t.Each(func(r *Record) bool { records = append(records, r); return true })
+	return records
+}
+
+func TestATableHasWhatIsOpenAndTellsWhatEnds(t *testing.T) {
+	var sink told
+	var plain lastRecord
+	table := NewTable(&plain, &sink)
+	sink.table = table
+	a, b, c := Open(Inbound, downstream), Open(Outbound, downstream), Open(Outbound, downstream)
+	for _, r := range []*Record{a, b, c} {
+		table.List(r)
+	}
+	if got := list(table); !slices.Equal(got, []*Record{c, b, a}) || table.Open() != 3 {
+		t.Errorf("listed: %v", got)
+	}
+	if len(sink.opened) != 0 || a.Carried() {
+		t.Error("a connection counts as carried before its protocol is known")
+	}
+	table.Carry(b, TLS, Hello{ServerName: "a.example"})
+	if !slices.Equal(sink.opened, []*Record{b}) || b.Protocol != TLS || b.TLS.ServerName != "a.example" || !b.Carried() {
+		t.Errorf("opened %v, %+v", sink.opened, b)
+	}
+	b.Close(table, Closed, nil) // from the middle
+	table.Leave(c)              // from the front, untold
+	table.Leave(c)
+	if got := list(table); !slices.Equal(got, []*Record{a}) {
+		t.Errorf("listed: %v", got)
+	}
+	never := Open(Inbound, downstream) // refused before it was listed
+	never.Close(table, NoOriginalDestination, nil)
+	a.Close(table, UpstreamRefused, nil)
+	if table.Open() != 0 || len(list(table)) != 0 {
+		t.Errorf("still listed: %v", list(table))
+	}
+	want := []*Record{b, never, a}
+	if !slices.Equal(sink.closed, want) || !slices.Equal(plain.closed, want) || !slices.Equal(sink.listed, []int{2, 1, 0}) {
+		t.Errorf("told of %v with %v listed; want %v", sink.closed, sink.listed, want)
+	}
+}
+
+func TestEachEndsWhenItIsTold(t *testing.T) {
+	table := NewTable()
+	for range 3 {
+		table.List(Open(Inbound, downstream))
+	}
+	n := 0
+	table.Each(func(*Record) bool { n++; return n < 2 })
+	if n != 2 {
+		t.Errorf("%d calls", n)
+	}
+}
+
+// Under the race detector: owners open, carry and end connections while others look.
+func TestATableIsForManyGoroutines(t *testing.T) {
+	table := NewTable()
+	var owners, watchers sync.WaitGroup
+	done := make(chan struct{})
+	watchers.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			table.Each(func(r *Record) bool {
+				if r.Carried() && r.Protocol != TLS {
+					t.Error("carried before its protocol was there")
+				}
+				return r.Downstream.IsValid() && r.Received.Load() < 1<<40
+			})
+		}
+	})
+	for range 4 {
+		owners.Go(func() {
+			for i := range 500 {
+				r := Open(Inbound, downstream)
+				table.List(r)
+				r.UpstreamLocal = downstream
+				table.Carry(r, TLS, Hello{ServerName: "a.example"})
+				r.Received.Add(7)
+				if i%2 == 0 {
+					table.Leave(r)
+				} else {
+					r.Close(table, Closed, nil)
+				}
+			}
+		})
+	}
+	owners.Wait()
+	close(done)
+	watchers.Wait()
+	if table.Open() != 0 {
+		t.Errorf("%d are left", table.Open())
+	}
+}
+
+// What Istio's words for an end are depends on whether a connection or a request ended, and on what the engine knows.
+func TestFlagsAndDetails(t *testing.T) {
+	for _, c := range []struct {
+		reason                 Reason
+		request                bool
+		flags, details         string // of the engine
+		wantFlags, wantDetails string
+	}{
+		{reason: UpstreamRefused, wantFlags: "UF,URX"},
+		{reason: UpstreamRefused, request: true, wantFlags: "UF", wantDetails: "upstream_reset_before_response_started{remote_connection_failure}"},
+		{reason: UpstreamRefused, request: true, flags: "UF", details: "x", wantFlags: "UF", wantDetails: "x"},
+		{reason: Completed, request: true, details: "via_upstream", wantDetails: "via_upstream"},
+		{reason: DrainDeadline, request: true, details: "via_upstream", wantFlags: "LR", wantDetails: "via_upstream"},
+		{reason: Loop, wantFlags: "UH"},
+		{reason: Closed},
+	} {
+		r := Open(Outbound, downstream)
+		if c.request {
+			r.Connection = Open(Outbound, downstream)
+		}
+		if r.Flags() != "" || r.Details() != "" {
+			t.Errorf("%s: %q, %q before the end", c.reason, r.Flags(), r.Details())
+		}
+		r.HTTP.Flags, r.HTTP.Details = c.flags, c.details
+		r.Close(NewTable(), c.reason, nil)
+		if r.Flags() != c.wantFlags || r.Details() != c.wantDetails {
+			t.Errorf("%+v: %q, %q", c, r.Flags(), r.Details())
+		}
+		if c.request && r.Connection.Requests.Load() != 1 {
+			t.Errorf("%s: the connection counts %d requests", c.reason, r.Connection.Requests.Load())
+		}
+	}
+}
