@@ -36,12 +36,13 @@ type Conn struct {
 	remote netip.AddrPort
 	local  netip.AddrPort // invalid until it was asked for
 
-	ready   atomic.Uint32          // events, set by the poller
-	waiter  atomic.Pointer[Waiter] // who is woken by events; nil: nobody
-	watched bool                   // in the epoll set, which the first wait brings
-	serial  uint32                 // set with watched
-	shut    bool                   // CloseWrite was called
-	closed  bool
+	ready         atomic.Uint32          // events, set by the poller
+	waiter        atomic.Pointer[Waiter] // who is woken by events; nil: nobody
+	watched       bool                   // in the epoll set, which the first wait brings
+	serial        uint32                 // set with watched
+	watchesWrites bool                   // room in the send buffer is an event
+	shut          bool                   // CloseWrite was called
+	closed        bool
 }
 
 // newConn takes fd over. ready is what it is assumed to be ready for until a try shows otherwise.

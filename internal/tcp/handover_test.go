@@ -199,7 +199,7 @@ func TestWakeAllEndsEveryWait(t *testing.T) {
 	}
 }
 
-// Who looked before the change waits after it, if only just: that wait is over at once.
+// Who looked before the change waits after it, if only just: that wait is over at once, and only that one.
 func TestAWaitThatBeginsAfterWakeAllEndsAtOnce(t *testing.T) {
 	poller := newPoller(t)
 	_, silent := connected(t, poller, "127.0.0.1:0")
@@ -210,5 +210,44 @@ func TestAWaitThatBeginsAfterWakeAllEndsAtOnce(t *testing.T) {
 		if err := w.Wait(time.Now().Add(patience), silent, nil); err != nil {
 			t.Errorf("the first wait ends with %v", err)
 		}
+		for w.happened() { // the round woke it, too, once the connection was watched
+		}
+		if err := w.Wait(time.Now().Add(time.Millisecond), silent, nil); err != ErrDeadline {
+			t.Errorf("the second wait ends with %v", err)
+		}
 	}
+}
+
+// A connection begins without an event: it can be written to, but that is news only to who has found it full.
+func TestAConnectionBeginsInSilence(t *testing.T) {
+	poller := newPoller(t)
+	far, near := connected(t, poller, "127.0.0.1:0")
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	if err := w.Wait(time.Now().Add(20*time.Millisecond), near, nil); err != ErrDeadline {
+		t.Errorf("the first wait ends with %v", err)
+	}
+	chunk := make([]byte, 1<<20)
+	for { // until it is full
+		if _, err := near.Write(chunk); err == ErrAgain {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	drained := make(chan struct{})
+	go func() {
+		defer close(drained)
+		io.Copy(io.Discard, far)
+	}()
+	for {
+		if err := w.Wait(time.Now().Add(patience), near, nil); err != nil {
+			t.Fatalf("a full connection's wait ends with %v", err)
+		}
+		if _, err := near.Write(chunk); err == nil {
+			break
+		}
+	}
+	near.Close()
+	<-drained
 }

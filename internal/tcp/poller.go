@@ -132,20 +132,32 @@ func (p *Poller) watch(c *Conn, w *Waiter) error {
 	c.serial, c.watched = p.serial.Add(1), true
 	c.waiter.Store(w)
 	p.conns.set(c.fd, c)
+	c.watchesWrites = c.ready.Load()&writable == 0
 	event := c.interest()
 	if err := epollControl(p.epfd, unix.EPOLL_CTL_ADD, c.fd, &event); err != nil {
 		p.conns.set(c.fd, nil)
 		c.waiter.Store(nil)
-		c.watched = false
+		c.watched, c.watchesWrites = false, false
 		return os.NewSyscallError("epoll_ctl", err)
 	}
 	return nil
 }
 
+// watchWrites makes room in c's send buffer an event, too. Most connections never fill it; were it watched from the
+// start, each connection would begin with an event that says nothing.
+func (p *Poller) watchWrites(c *Conn) error {
+	c.watchesWrites = true
+	event := c.interest()
+	return os.NewSyscallError("epoll_ctl", epollControl(p.epfd, unix.EPOLL_CTL_MOD, c.fd, &event))
+}
+
 // interest is what the kernel is told to watch. The serial tells events of this connection from late ones of another
 // that had the same descriptor.
 func (c *Conn) interest() unix.EpollEvent {
-	events := uint32(readable | writable | urgent | gone | unix.EPOLLET)
+	events := uint32(readable | urgent | gone | unix.EPOLLET)
+	if c.watchesWrites {
+		events |= writable
+	}
 	return unix.EpollEvent{Events: events, Fd: int32(c.fd), Pad: int32(c.serial)}
 }
 

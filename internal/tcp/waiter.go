@@ -92,6 +92,9 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 		c.waiter.Store(w)
 		missed = true
 	}
+	if err == nil && !c.watchesWrites && c.ready.Load()&writable == 0 {
+		err = c.poller.watchWrites(c)
+	}
 	// The connection is in the table now. A round that began before it was there is seen here, a later one sees it there.
 	if round := c.poller.rounds.Load(); round != w.round {
 		w.round = round
