@@ -22,6 +22,8 @@ var arrows = []struct {
 	{"inbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
+	{"healthz", []string{"internal/capture", "internal/http2", "internal/sockopt"},
+		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
 	{"internal/sniff", []string{"internal/flow", "internal/tcp"}, "what is read stays in a buffer, and what was seen goes into the record"},
 	{"internal/httpforward", []string{"internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
