@@ -24,6 +24,7 @@ var arrows = []struct {
 	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
 	{"healthz", []string{"internal/capture", "internal/http2", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
+	{"internal/status", []string{"healthz", "internal/capture"}, "a handler may need more time than its server gives, and loopback is not always local"},
 	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
 	{"internal/sniff", []string{"internal/flow", "internal/tcp"}, "what is read stays in a buffer, and what was seen goes into the record"},
 	{"internal/httpforward", []string{"internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
