@@ -1,7 +1,8 @@
-// Package healthz answers whether the agent is alive and ready.
+// Package healthz answers whether the agent is alive and ready, and asks the workload the same for the kubelet.
 //
 // Readiness is a set of named gates. Each is asked anew for each answer, and an answer of 503 names those that are
-// closed and why.
+// closed and why. The workload's own probes are sent to the agent by whoever injected it: Probers run them, and what
+// the kubelet hears is what it would have heard itself.
 package healthz
 
 import (

@@ -26,6 +26,15 @@ func NewServer(handler http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
+// Extend gives the request that w answers d from now, in place of the server's own limits. Without it a handler has no
+// longer than ReadTimeout: package net/http reads on behind a request, to notice that its client leaves, and takes the
+// end of that time for a client that left.
+func Extend(w http.ResponseWriter, d time.Duration) {
+	answer, end := http.NewResponseController(w), time.Now().Add(d)
+	_ = answer.SetReadDeadline(end) // fails for a writer without a connection, which has no limits either
+	_ = answer.SetWriteDeadline(end)
+}
+
 // Bound keeps at most maxConnections of a listener's connections open. The newest is always served, at the cost of the
 // oldest: strangers who hold many must not keep the kubelet out.
 func Bound(listener net.Listener) net.Listener { return &boundListener{Listener: listener} }

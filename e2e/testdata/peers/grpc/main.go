@@ -1,6 +1,7 @@
 // Command grpc is gRPC's own interoperability test, both sides of it: `grpc serve ADDRESS` answers, and
 // `grpc call ADDRESS` makes the calls over one connection and prints "ok NAME" after each case. It ends with a code
-// other than 0 at the first case that fails.
+// other than 0 at the first case that fails. The server's health is there too: it is serving, and so is service "up",
+// while service "down" is not.
 package main
 
 import (
@@ -14,6 +15,8 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/interop"
 	pb "google.golang.org/grpc/interop/grpc_testing"
 )
@@ -40,6 +43,10 @@ func serve(address string) {
 	}
 	server := grpc.NewServer(grpc.MaxRecvMsgSize(largeMessage + 1<<10))
 	pb.RegisterTestServiceServer(server, interop.NewTestServer())
+	healthServer := health.NewServer() // the empty name, the server as a whole, is serving from the start
+	healthServer.SetServingStatus("up", healthpb.HealthCheckResponse_SERVING)
+	healthServer.SetServingStatus("down", healthpb.HealthCheckResponse_NOT_SERVING)
+	healthpb.RegisterHealthServer(server, healthServer)
 	log.Fatal(server.Serve(listener))
 }
 
