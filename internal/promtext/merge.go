@@ -123,9 +123,17 @@ func (m *merger) add(part int, f Family) {
 
 // add takes s, unless it is there already or belongs to a histogram or summary that another part has begun.
 func (f *merged) add(part int, s Sample) bool {
-	labels, within := f.group(&s)
-	of := key(labels)
-	series := s.Name + "\xff" + within + "\xff" + of
+	own := ownLabel[f.Type]
+	if f.Type == StateSet {
+		own = f.Name
+	}
+	of := key(s.Labels, own)
+	series := of + s.Name
+	if i := slices.IndexFunc(s.Labels, func(l Label) bool { return l.Name == own }); i >= 0 && f.Type != StateSet {
+		series += "\xff" + canonical(s.Labels[i].Value)
+	} else if i >= 0 {
+		series += "\xff" + s.Labels[i].Value
+	}
 	if f.seen[series] {
 		return false
 	}
@@ -143,17 +151,19 @@ func (f *merged) add(part int, s Sample) bool {
 	return true
 }
 
-// key is the same for the same labels in any order. An empty value is the same as no label. No UTF-8 has the byte 0xff.
-func key(labels []Label) string {
-	sorted := slices.SortedFunc(slices.Values(labels), func(a, b Label) int { return strings.Compare(a.Name, b.Name) })
-	var b strings.Builder
+// key is the same for the same labels in any order, all but the one named without. An empty value is the same as no
+// label. No UTF-8 has the byte 0xff.
+func key(labels []Label, without string) string {
+	sorted := append(make([]Label, 0, 32), labels...) // on the stack, mostly
+	slices.SortFunc(sorted, func(a, b Label) int { return strings.Compare(a.Name, b.Name) })
+	text := make([]byte, 0, 512)
 	for _, label := range sorted {
-		if label.Value != "" {
-			b.WriteString(label.Name)
-			b.WriteByte(0xff)
-			b.WriteString(label.Value)
-			b.WriteByte(0xff)
+		if label.Value != "" && label.Name != without {
+			text = append(text, label.Name...)
+			text = append(text, 0xff)
+			text = append(text, label.Value...)
+			text = append(text, 0xff)
 		}
 	}
-	return b.String()
+	return string(text)
 }

@@ -77,6 +77,7 @@ type parser struct {
 	order    []*family
 	owners   map[string]*family // by the name of a sample
 	samples  int
+	scratch  []Label // where the labels of one sample are gathered
 	ended    bool
 }
 
@@ -247,10 +248,12 @@ func (p *parser) sample(line string) error {
 
 // labels reads from the opening brace to behind the closing one.
 func (p *parser) labels(text string) (labels []Label, rest string, err error) {
+	labels = p.scratch[:0]
 	for rest = text[1:]; ; {
 		rest = strings.TrimLeft(rest, " \t")
 		if strings.HasPrefix(rest, "}") {
-			return labels, rest[1:], nil
+			p.scratch = labels
+			return slices.Clone(labels), rest[1:], nil
 		}
 		name := cutName(rest, false)
 		if name == "" || name == "__name__" {

@@ -76,23 +76,7 @@ type Exemplar struct {
 	Timestamp string // in seconds as it stood, or empty
 }
 
-// group are the labels without the one that tells the samples of one histogram or summary apart, and that one's value.
-func (f *Family) group(s *Sample) (labels []Label, within string) {
-	own := ownLabel[f.Type]
-	if f.Type == StateSet {
-		own = f.Name
-	}
-	i := slices.IndexFunc(s.Labels, func(l Label) bool { return l.Name == own })
-	if own == "" || i < 0 {
-		return s.Labels, ""
-	}
-	if within = s.Labels[i].Value; f.Type != StateSet {
-		within = canonical(within)
-	}
-	return slices.Concat(s.Labels[:i], s.Labels[i+1:]), within
-}
-
-// ownLabel is the label by which a type tells its samples apart. A state set has its own name for that.
+// ownLabel is the label by which a type tells its samples apart, with a number. A state set has its own name for that.
 var ownLabel = map[Type]string{Histogram: "le", GaugeHistogram: "le", Summary: "quantile"}
 
 // suffixes are what a family's name may be followed by in the names of its samples. For counters and infos the name is
