@@ -32,6 +32,7 @@ var arrows = []struct {
 	{"internal/relay", []string{"internal/tcp"}, "the relay waits for two connections at once"},
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
+	{"internal/scrape", []string{"internal/promtext"}, "what is scraped is parsed, merged and written"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 

@@ -1,0 +1,72 @@
+package promtext
+
+import (
+	"fmt"
+	"mime"
+	"strconv"
+	"strings"
+)
+
+const (
+	textType        = "text/plain"
+	openMetricsType = "application/openmetrics-text"
+)
+
+// ContentType is the value of the header field that an exposition in the format goes with.
+func (f Format) ContentType() string {
+	if f == OpenMetrics {
+		return openMetricsType + "; version=1.0.0; charset=utf-8"
+	}
+	return textType + "; version=0.0.4; charset=utf-8"
+}
+
+// FormatOf tells which format a Content-Type announces. An exposition without one is text, as it was for long.
+func FormatOf(contentType string) (Format, error) {
+	if contentType == "" {
+		return Text, nil
+	}
+	media, params, err := mime.ParseMediaType(contentType)
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("Content-Type %.80q: %w", contentType, err)
+	case media == textType:
+		return Text, nil
+	case media == openMetricsType && (params["version"] == "" || params["version"] == "0.0.1" || params["version"] == "1.0.0"):
+		return OpenMetrics, nil
+	}
+	return 0, fmt.Errorf("Content-Type %.80q is neither %s nor %s version 1.0.0", contentType, textType, openMetricsType)
+}
+
+// Negotiate chooses the format for an Accept header. OpenMetrics must be asked for by name, in version 1.0.0 or none, with
+// no lower q than text has; all else gets text, also who wants neither.
+func Negotiate(accept string) Format {
+	var text, open, wild float64
+	named := false
+	for clause := range strings.SplitSeq(accept, ",") {
+		media, params, err := mime.ParseMediaType(clause)
+		if err != nil {
+			continue
+		}
+		q := 1.0
+		if params["q"] != "" {
+			if q, err = strconv.ParseFloat(params["q"], 64); err != nil || !(q >= 0 && q <= 1) {
+				continue
+			}
+		}
+		switch version := params["version"]; {
+		case media == openMetricsType && (version == "" || version == "1.0.0"):
+			open = max(open, q)
+		case media == textType && (version == "" || version == "0.0.4"):
+			named, text = true, max(text, q)
+		case media == "text/*" || media == "*/*":
+			wild = max(wild, q)
+		}
+	}
+	if !named {
+		text = wild
+	}
+	if open > 0 && open >= text {
+		return OpenMetrics
+	}
+	return Text
+}

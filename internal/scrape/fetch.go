@@ -1,0 +1,111 @@
+package scrape
+
+import (
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/promtext"
+)
+
+// localhost stands in requests for the workload's loopback address, whichever it listens on.
+const localhost = "localhost"
+
+// newClient makes one connection for each request, so that none is left open on the workload between two scrapes. It
+// follows redirects within the target's host and port.
+func newClient(dial func(ctx context.Context, network, addr string) (net.Conn, error)) *http.Client {
+	return &http.Client{
+		Transport: &http.Transport{
+			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				host, port, err := net.SplitHostPort(addr)
+				if err != nil || host != localhost {
+					return dial(ctx, network, addr)
+				}
+				conn, err := dial(ctx, network, net.JoinHostPort("127.0.0.1", port))
+				if errors.Is(err, syscall.ECONNREFUSED) {
+					return dial(ctx, network, net.JoinHostPort("::1", port))
+				}
+				return conn, err
+			},
+			DisableKeepAlives:      true,
+			DisableCompression:     true, // unzipped here, within bounds
+			MaxResponseHeaderBytes: 64 << 10,
+		},
+		CheckRedirect: func(next *http.Request, via []*http.Request) error {
+			if next.URL.Scheme != "http" || next.URL.Host != via[0].URL.Host {
+				return fmt.Errorf("redirected to another host, %.80q; give the port and path where the metrics are", next.URL.Host)
+			}
+			if len(via) > 3 {
+				return errors.New("redirected more than three times")
+			}
+			return nil
+		},
+	}
+}
+
+// fetch gets and parses one target's exposition. Of the scraper's request it passes on who asks, and for how long.
+func (h *handler) fetch(ctx context.Context, target Target, scraper http.Header, format promtext.Format) ([]promtext.Family, error) {
+	host := h.Host
+	if host == "" {
+		host = localhost
+	}
+	url := "http://" + net.JoinHostPort(host, strconv.Itoa(int(target.Port))) + target.Path
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	request.Header.Set("User-Agent", "pillion")
+	if agent := scraper.Get("User-Agent"); agent != "" {
+		request.Header.Set("User-Agent", agent)
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		request.Header.Set(timeoutField, strconv.FormatFloat(time.Until(deadline).Seconds(), 'f', 3, 64))
+	}
+	request.Header.Set("Accept-Encoding", "gzip")
+	// What needs no conversion comes first.
+	request.Header.Set("Accept", "text/plain;version=0.0.4,application/openmetrics-text;version=1.0.0;q=0.5")
+	if format == promtext.OpenMetrics {
+		request.Header.Set("Accept", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5")
+	}
+	response, err := h.client.Do(request)
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s answers %.80s", url, response.Status)
+	}
+	is, err := promtext.FormatOf(response.Header.Get("Content-Type"))
+	if err != nil {
+		return nil, fmt.Errorf("%s answers with %w", url, err)
+	}
+	body, err := decoded(response)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", url, err)
+	}
+	families, err := promtext.Parse(body, is, promtext.Limits{Bytes: maxBytes, Samples: maxSamples})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", url, err)
+	}
+	return families, nil
+}
+
+// decoded is the response's body without gzip. promtext bounds what comes out, and this what goes in.
+func decoded(response *http.Response) (io.Reader, error) {
+	switch coding := response.Header.Get("Content-Encoding"); strings.ToLower(coding) {
+	case "", "identity":
+		return response.Body, nil
+	case "gzip":
+		return gzip.NewReader(io.LimitReader(response.Body, maxBytes))
+	default:
+		return nil, fmt.Errorf("Content-Encoding %.40q was not asked for", coding)
+	}
+}

@@ -1,0 +1,90 @@
+package scrape
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Variable is the environment variable in which the injector hands on the workload's annotations for Prometheus.
+const Variable = "ISTIO_PROMETHEUS_ANNOTATIONS"
+
+// maxTargets bounds what one scrape fetches at the same time, each up to maxBytes.
+const maxTargets = 16
+
+// Target is one place where the workload serves metrics. Path begins with a slash, and may have a query.
+type Target struct {
+	Port uint16
+	Path string
+}
+
+// ParseTargets reads the value of Variable: JSON with "scrape", "port" and "path", or with "targets", a list of ports and
+// paths that takes their place. A port is 80 and a path /metrics when they are missing. There are no targets when the
+// value is empty or scrape is "false". A port in own would let the agent scrape itself without end, and is an error.
+func ParseTargets(value string, own ...uint16) ([]Target, error) {
+	if value == "" {
+		return nil, nil
+	}
+	type target struct {
+		Port port   `json:"port"`
+		Path string `json:"path"`
+	}
+	var config struct {
+		target
+		Scrape  string   `json:"scrape"`
+		Targets []target `json:"targets"`
+	}
+	if err := json.Unmarshal([]byte(value), &config); err != nil {
+		return nil, fmt.Errorf("%s is not the JSON that it should be: %w", Variable, err)
+	}
+	if config.Scrape == "false" {
+		return nil, nil
+	}
+	wanted := config.Targets
+	if len(wanted) == 0 {
+		wanted = []target{config.target}
+	}
+	if len(wanted) > maxTargets {
+		return nil, fmt.Errorf("%s: %d targets are more than %d", Variable, len(wanted), maxTargets)
+	}
+	var targets []Target
+	for _, w := range wanted {
+		t := Target{80, "/metrics"}
+		if w.Port != "" {
+			number, err := strconv.ParseUint(string(w.Port), 10, 16)
+			if err != nil || number == 0 {
+				return nil, fmt.Errorf("%s: port %q is none; give a number from 1 to 65535", Variable, string(w.Port))
+			}
+			t.Port = uint16(number)
+		}
+		if slices.Contains(own, t.Port) {
+			return nil, fmt.Errorf("%s: port %d is the agent's own, which would scrape itself without end; give the port on which the workload serves its metrics", Variable, t.Port)
+		}
+		if w.Path != "" {
+			t.Path = "/" + strings.TrimPrefix(w.Path, "/")
+			if _, err := url.ParseRequestURI(t.Path); err != nil {
+				return nil, fmt.Errorf("%s: path %q is none: %w", Variable, w.Path, err)
+			}
+		}
+		if !slices.Contains(targets, t) {
+			targets = append(targets, t)
+		}
+	}
+	return targets, nil
+}
+
+// port takes a string or a number.
+type port string
+
+func (p *port) UnmarshalJSON(text []byte) error {
+	if text[0] == '"' {
+		return json.Unmarshal(text, (*string)(p))
+	}
+	var number json.Number
+	err := json.Unmarshal(text, &number)
+	*p = port(number)
+	return err
+}
