@@ -46,7 +46,9 @@ func resetReply(status int, reason flow.Reason, flags, reset, transport string) 
 }
 
 // brokenDetails is what Envoy says of a response that upstream does not bring to its end.
-func brokenDetails(reset string) string { return "upstream_reset_after_response_started{" + reset + "}" }
+func brokenDetails(reset string) string {
+	return "upstream_reset_after_response_started{" + reset + "}"
+}
 
 // dialReply is the answer when upstream cannot be reached.
 func dialReply(err error) reply {
