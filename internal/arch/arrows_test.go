@@ -23,6 +23,7 @@ var arrows = []struct {
 	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
 	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
+	{"internal/metrics", []string{"internal/flow", "internal/podinfo"}, "records are counted, under the names of this workload"},
 	{"internal/sniff", []string{"internal/flow", "internal/tcp"}, "what is read stays in a buffer, and what was seen goes into the record"},
 	{"internal/httpforward", []string{"internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
 		"an engine is made of a codec, upstream connections and records; what stops being HTTP becomes a relay"},
