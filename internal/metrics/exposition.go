@@ -53,7 +53,7 @@ type Gate struct {
 }
 
 // Handler serves GET and HEAD of Path, as text or OpenMetrics, compressed if that is wanted. Other paths are 404 and other
-// methods 405.
+// methods 405. Few answers are written at a time, so the server must bound how long a reader may take for one.
 func (m *Metrics) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET "+Path, promhttp.HandlerFor(prometheus.GathererFunc(m.gather), promhttp.HandlerOpts{

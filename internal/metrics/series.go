@@ -17,7 +17,7 @@ import (
 //
 // Anybody can write anything into a Host field. So only the host of a request that upstream answered below 400 gets a
 // place among maxServices: whoever tries names that nobody serves takes no place from those that are served. All others
-// are counted under the host "unknown".
+// are counted under the host "unknown". Where upstream answers every name, the first ones have the places.
 //
 // Only upstream can make many status codes, but what a downstream asks of it may decide that. When there are maxSets
 // combinations, each of which is 67 lines of exposition, further ones are counted under the host "unknown", no flags, the
