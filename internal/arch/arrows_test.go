@@ -26,6 +26,7 @@ var arrows = []struct {
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/status", []string{"healthz", "internal/capture"}, "a handler may need more time than its server gives, and loopback is not always local"},
 	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
+	{"internal/metrics", []string{"internal/flow", "internal/podinfo"}, "records are counted, under the names of this workload"},
 	{"internal/sniff", []string{"internal/flow", "internal/tcp"}, "what is read stays in a buffer, and what was seen goes into the record"},
 	{"internal/httpforward", []string{"internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
 		"an engine is made of a codec, upstream connections and records; what stops being HTTP becomes a relay"},

@@ -1,0 +1,311 @@
+package metrics
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"net/http"
+	"regexp"
+	"runtime"
+	"runtime/metrics"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// Path is where Prometheus, and whoever merges metrics, asks for Envoy's.
+const Path = "/stats/prometheus"
+
+// maxScrapes is how many answers are written at a time; one more is answered 503.
+const maxScrapes = 4
+
+var runtimeMetrics = regexp.MustCompile(`^/(memory/classes/(total|heap/objects|heap/stacks|heap/released):bytes|gc/heap/goal:bytes|cpu/classes/gc/total:cpu-seconds)$`)
+
+// Sources are numbers that other rooms keep, asked for at each scrape from its goroutine. What is nil is not shown.
+type Sources struct {
+	Upstream  func(flow.Direction) Upstream
+	AccessLog func() (written, dropped uint64) // lines
+	Backoffs  func() uint64                    // pauses of accept loops that found no descriptor
+	Buffers   func() (bytes, pipes int)        // lent out to connections
+	Gates     func() []Gate                    // of readiness
+	Draining  func() bool
+}
+
+// Upstream is what is counted of a direction's upstream connections.
+type Upstream struct {
+	Active            int    // open now, carrying something or in the pool
+	Connected, Failed uint64 // dials
+	Reused, Missed    uint64 // requests that found a connection in the pool, or looked in vain
+	Retried           uint64 // requests that were sent once more
+}
+
+// Gate is one thing that readiness waits for.
+type Gate struct {
+	Name string
+	Open bool
+}
+
+// Handler serves GET and HEAD of Path, as text or OpenMetrics, compressed if that is wanted. Other paths are 404 and other
+// methods 405. Few answers are written at a time, so the server must bound how long a reader may take for one.
+func (m *Metrics) Handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET "+Path, promhttp.HandlerFor(prometheus.GathererFunc(m.gather), promhttp.HandlerOpts{
+		ErrorHandling:       promhttp.ContinueOnError, // the rest is true all the same
+		OfferedCompressions: []promhttp.Compression{promhttp.Identity, promhttp.Gzip},
+		MaxRequestsInFlight: maxScrapes,
+		EnableOpenMetrics:   true,
+	}))
+	return mux
+}
+
+// Write writes everything, in the text format or in OpenMetrics with its end mark.
+func (m *Metrics) Write(w io.Writer, openMetrics bool) error {
+	format := expfmt.NewFormat(expfmt.TypeTextPlain)
+	if openMetrics {
+		format = expfmt.NewFormat(expfmt.TypeOpenMetrics)
+	}
+	families, err := m.gather()
+	if len(families) == 0 && err != nil {
+		return err
+	}
+	encoder := expfmt.NewEncoder(w, format)
+	for _, family := range families {
+		if err := encoder.Encode(family); err != nil {
+			return fmt.Errorf("writing metrics: %w", err)
+		}
+	}
+	if closer, ok := encoder.(expfmt.Closer); ok {
+		return closer.Close()
+	}
+	return nil
+}
+
+// gather makes all families, sorted by name. An error is of client_golang's collectors; what they did gather is there.
+func (m *Metrics) gather() ([]*dto.MetricFamily, error) {
+	var f families
+	open := m.lookAtOpen()
+	m.istio(&f)
+	m.envoy(&f, open)
+	m.own(&f, open)
+	m.fromSources(&f)
+	f = slices.DeleteFunc(f, func(family *dto.MetricFamily) bool { return len(family.Metric) == 0 })
+	of, err := m.runtime.Gather()
+	f = append(f, of...)
+	slices.SortFunc(f, func(a, b *dto.MetricFamily) int { return cmp.Compare(a.GetName(), b.GetName()) })
+	return f, err
+}
+
+// lookAtOpen counts open connections, and brings their byte counters up to date.
+func (m *Metrics) lookAtOpen() (open [2][len(protocols)]int) {
+	if m.table == nil {
+		return open
+	}
+	m.table.Each(func(r *flow.Record) bool {
+		protocol := undecided
+		if r.Carried() {
+			protocol = protocolOf(r)
+		}
+		open[r.Direction][protocol]++
+		progress(r)
+		return true
+	})
+	return open
+}
+
+// families are those gathered so far.
+type families []*dto.MetricFamily
+
+func (f *families) counter(name, help string) *family {
+	return f.add(name, help, dto.MetricType_COUNTER)
+}
+func (f *families) gauge(name, help string) *family { return f.add(name, help, dto.MetricType_GAUGE) }
+func (f *families) histogram(name, help string) *family {
+	return f.add(name, help, dto.MetricType_HISTOGRAM)
+}
+
+func (f *families) add(name, help string, kind dto.MetricType) *family {
+	family := &family{Name: &name, Help: &help, Type: &kind}
+	*f = append(*f, (*dto.MetricFamily)(family))
+	return family
+}
+
+// family has one metric for each set of labels. Sets of labels may be shared: nobody changes them.
+type family dto.MetricFamily
+
+func (f *family) counts(n uint64, labels ...*dto.LabelPair) {
+	f.Metric = append(f.Metric, &dto.Metric{Label: labels, Counter: &dto.Counter{Value: new(float64(n))}})
+}
+
+func (f *family) is(value float64, labels ...*dto.LabelPair) {
+	f.Metric = append(f.Metric, &dto.Metric{Label: labels, Gauge: &dto.Gauge{Value: &value}})
+}
+
+func (f *family) observed(h *dto.Histogram, labels []*dto.LabelPair) {
+	f.Metric = append(f.Metric, &dto.Metric{Label: labels, Histogram: h})
+}
+
+func (m *Metrics) istio(f *families) {
+	f.gauge("istio_build", "Version of the proxy.").is(1, label("component", "proxy"), label("tag", m.version))
+	total := f.counter("istio_requests_total", "Requests that have ended.")
+	duration := f.histogram("istio_request_duration_milliseconds", "Duration of requests, to the last byte of the response.")
+	received := f.histogram("istio_request_bytes", "Sizes of the bodies of requests.")
+	sent := f.histogram("istio_response_bytes", "Sizes of the bodies of responses.")
+	requestMessages := f.counter("istio_request_messages_total", "gRPC messages of requests.")
+	responseMessages := f.counter("istio_response_messages_total", "gRPC messages of responses.")
+	opened := f.counter("istio_tcp_connections_opened_total", "Opaque connections that were opened.")
+	closed := f.counter("istio_tcp_connections_closed_total", "Opaque connections that were closed.")
+	sentBytes := f.counter("istio_tcp_sent_bytes_total", "Bytes to downstream on opaque connections.")
+	receivedBytes := f.counter("istio_tcp_received_bytes_total", "Bytes from downstream on opaque connections.")
+	for i := range m.directions {
+		d := &m.directions[i]
+		sets, services := d.requests()
+		for _, s := range sets {
+			h := s.duration.expose(float64(time.Millisecond))
+			total.counts(h.GetSampleCount(), s.labels...)
+			duration.observed(h, s.labels)
+			received.observed(s.received.expose(1), s.labels)
+			sent.observed(s.sent.expose(1), s.labels)
+		}
+		for _, s := range services {
+			if s.grpc.Load() {
+				requestMessages.counts(s.requestMessages.Load(), s.labels...)
+				responseMessages.counts(s.responseMessages.Load(), s.labels...)
+			}
+		}
+		for _, s := range d.tcp {
+			if s.opened.Load()+s.closed.Load() > 0 {
+				opened.counts(s.opened.Load(), s.labels...)
+				closed.counts(s.closed.Load(), s.labels...)
+				sentBytes.counts(s.sent.Load(), s.labels...)
+				receivedBytes.counts(s.received.Load(), s.labels...)
+			}
+		}
+	}
+}
+
+// requests returns the sets of requests, and the services that they went to, in the order in which they were first seen.
+func (d *direction) requests() (sets []*requestSet, services []*service) {
+	d.mu.RLock()
+	sets = d.inTurn[:len(d.inTurn):len(d.inTurn)]
+	d.mu.RUnlock()
+	seen := make(map[*service]bool)
+	for _, s := range sets {
+		if !seen[s.service] {
+			seen[s.service] = true
+			services = append(services, s.service)
+		}
+	}
+	return sets, services
+}
+
+// envoy shows what is true of us as well, with the names, types and labels that Envoy's have under Istio.
+func (m *Metrics) envoy(f *families, open [2][len(protocols)]int) {
+	live := 1.0
+	if m.sources.Draining != nil && m.sources.Draining() {
+		live = 0
+	}
+	f.gauge("envoy_server_live", "1 when the agent does not drain.").is(live)
+	f.gauge("envoy_server_uptime", "Seconds since the agent started.").is(float64(int64(time.Since(m.started).Seconds())))
+	f.gauge("envoy_server_concurrency", "Threads that run at once.").is(float64(runtime.GOMAXPROCS(0)))
+	memory := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/total:bytes"},
+		{Name: "/memory/classes/heap/released:bytes"}}
+	metrics.Read(memory)
+	f.gauge("envoy_server_memory_allocated", "Bytes that are allocated.").is(float64(memory[0].Value.Uint64()))
+	f.gauge("envoy_server_memory_heap_size", "Bytes that are kept from the system.").
+		is(float64(memory[1].Value.Uint64() - memory[2].Value.Uint64()))
+	active := f.gauge("envoy_http_downstream_cx_active", "Open HTTP connections from downstream.")
+	total := f.counter("envoy_http_downstream_cx_total", "HTTP connections from downstream.")
+	requests := f.counter("envoy_cluster_upstream_rq_total", "Requests that had an upstream connection.")
+	classes := f.counter("envoy_cluster_upstream_rq", "Responses to requests that had an upstream connection, by class of status.")
+	for i := range m.directions {
+		d := &m.directions[i]
+		prefix := label("http_conn_manager_prefix", flow.Direction(i).String())
+		active.is(float64(open[i][http1]+open[i][http2]), prefix)
+		total.counts(d.connections[http1].Load()+d.connections[http2].Load(), prefix)
+		n := uint64(0)
+		for class := range d.upstream {
+			of := d.upstream[class].Load()
+			if n += of; class > 0 {
+				classes.counts(of, label("response_code_class", strconv.Itoa(class)+"xx"), label("cluster_name", d.cluster))
+			}
+		}
+		requests.counts(n, label("cluster_name", d.cluster))
+	}
+}
+
+func (m *Metrics) own(f *families, open [2][len(protocols)]int) {
+	flows := f.counter("pillion_flows_total", "Requests, and connections without requests, that have ended, by reason.")
+	connections := f.counter("pillion_connections_total", "Connections by what they were found to speak.")
+	opened := f.gauge("pillion_open_connections", "Connections that are open.")
+	unnamed := f.counter("pillion_metrics_unnamed_requests_total", "Requests counted under the host unknown, as theirs has no place.")
+	folded := f.counter("pillion_metrics_folded_requests_total", "Requests counted with fewer labels, as there are too many combinations.")
+	for i := range m.directions {
+		d := &m.directions[i]
+		direction := label("direction", flow.Direction(i).String())
+		for _, e := range flow.Explanations {
+			flows.counts(d.end(e.Reason).flows.Load(), direction, label("reason", string(e.Reason)))
+		}
+		for protocol, name := range protocols {
+			if protocol != undecided {
+				connections.counts(d.connections[protocol].Load(), direction, label("protocol", name))
+			}
+			if m.table != nil {
+				opened.is(float64(open[i][protocol]), direction, label("protocol", name))
+			}
+		}
+		unnamed.counts(d.unnamed.Load(), direction)
+		folded.counts(d.folded.Load(), direction)
+	}
+}
+
+func (m *Metrics) fromSources(f *families) {
+	s := &m.sources
+	if s.Upstream != nil {
+		active := f.gauge("envoy_cluster_upstream_cx_active", "Open upstream connections.")
+		total := f.counter("envoy_cluster_upstream_cx_total", "Upstream connections.")
+		failed := f.counter("envoy_cluster_upstream_cx_connect_fail", "Upstream connections that could not be made.")
+		retries := f.counter("envoy_cluster_upstream_rq_retry", "Requests that were sent once more.")
+		reused := f.counter("pillion_pool_reused_total", "Requests for which the pool had a connection.")
+		missed := f.counter("pillion_pool_missed_total", "Requests for which the pool had none.")
+		for i := range m.directions {
+			n := s.Upstream(flow.Direction(i))
+			cluster, direction := label("cluster_name", m.directions[i].cluster), label("direction", flow.Direction(i).String())
+			active.is(float64(n.Active), cluster)
+			total.counts(n.Connected+n.Failed, cluster)
+			failed.counts(n.Failed, cluster)
+			retries.counts(n.Retried, cluster)
+			reused.counts(n.Reused, direction)
+			missed.counts(n.Missed, direction)
+		}
+	}
+	if s.AccessLog != nil {
+		written, dropped := s.AccessLog()
+		f.counter("pillion_access_log_written_total", "Lines of the access log that were written.").counts(written)
+		f.counter("pillion_access_log_dropped_total", "Lines of the access log that found its queue full.").counts(dropped)
+	}
+	if s.Backoffs != nil {
+		f.counter("pillion_accept_backoffs_total", "Pauses of accept loops.").counts(s.Backoffs())
+	}
+	if s.Buffers != nil {
+		bytes, pipes := s.Buffers()
+		f.gauge("pillion_buffer_bytes", "Bytes of buffers that connections hold.").is(float64(bytes))
+		f.gauge("pillion_pipes", "Pipes that connections hold.").is(float64(pipes))
+	}
+	if s.Gates != nil {
+		gates := f.gauge("pillion_gate_open", "1 for a gate of readiness that is open.")
+		for _, gate := range s.Gates() {
+			open := 0.0
+			if gate.Open {
+				open = 1
+			}
+			gates.is(open, label("gate", gate.Name))
+		}
+	}
+}

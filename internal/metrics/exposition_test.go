@@ -1,0 +1,296 @@
+package metrics
+
+import (
+	"compress/gzip"
+	"flag"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	dto "github.com/prometheus/client_model/go"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+// everything is a Metrics that has seen some of each kind, and asks all sources.
+func everything() *Metrics {
+	m := New(pod, "1.2.3")
+	table := flow.NewTable(m)
+	m.Watch(table, Sources{
+		Upstream: func(d flow.Direction) Upstream {
+			return Upstream{Active: 1 + int(d), Connected: 20, Failed: 3, Reused: 40, Missed: 5, Retried: 6}
+		},
+		AccessLog: func() (uint64, uint64) { return 100, 7 },
+		Backoffs:  func() uint64 { return 8 },
+		Buffers:   func() (int, int) { return 32768, 2 },
+		Gates:     func() []Gate { return []Gate{{"listeners", true}, {"addresses", false}} },
+		Draining:  func() bool { return true },
+	})
+	in, out := connection(table, flow.Inbound, flow.HTTP11), connection(table, flow.Outbound, flow.HTTP2)
+	r := request(in, "reviews:9080", 200)
+	r.Duration = 12500 * time.Microsecond
+	r.Received.Store(3)
+	r.Sent.Store(700)
+	m.Closed(r)
+	r = call(out, "ratings.prod.svc.cluster.local:9080", "14")
+	r.Duration = 2 * time.Hour
+	r.HTTP.Messages, r.HTTP.ResponseMessages = 5, 6
+	m.Closed(r)
+	tcp := connection(table, flow.Outbound, flow.Opaque)
+	tcp.Received.Store(11)
+	tcp.Sent.Store(22)
+	tcp.Close(table, flow.DownstreamReset, nil)
+	connection(table, flow.Outbound, flow.TLS).Received.Store(100)
+	flow.Open(flow.Outbound, peer).Close(table, flow.Loop, nil)
+	return m
+}
+
+// The golden file leaves out what the runtime says, most buckets, reasons that did not come up, and what the labels of all
+// Istio's metrics are, but for requests and opened connections.
+func TestGolden(t *testing.T) {
+	const golden = "testdata/exposition.golden"
+	out := regexp.MustCompile(`^(# (HELP|TYPE) )?(go_|process_|envoy_server_(uptime|memory|concurrency))|_bucket{.*le="([1-9][0-9]*)"|^pillion_flows_total.* 0\n`)
+	shared := regexp.MustCompile(`source_workload=.*destination_cluster="[^"]*"`)
+	var got strings.Builder
+	for line := range strings.Lines(text(t, everything())) {
+		if out.MatchString(line) {
+			continue
+		}
+		if !strings.HasPrefix(line, "istio_requests_total{") && !strings.HasPrefix(line, "istio_tcp_connections_opened_total{") {
+			line = shared.ReplaceAllString(line, "...")
+		}
+		got.WriteString(line)
+	}
+	if *update {
+		if err := os.WriteFile(golden, []byte(got.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.String() != string(want) {
+		t.Errorf("differs from %s; go test ./internal/metrics -update writes it. Now:\n%s", golden, &got)
+	}
+}
+
+// istioLabels are the labels of Istio's metrics, in Istio's order.
+const istioLabels = "reporter source_workload source_canonical_service source_canonical_revision source_workload_namespace " +
+	"source_principal source_app source_version source_cluster destination_workload destination_workload_namespace " +
+	"destination_principal destination_app destination_version destination_service destination_canonical_service " +
+	"destination_canonical_revision destination_service_name destination_service_namespace destination_cluster"
+
+const ofRequests = istioLabels + " request_protocol response_code grpc_response_status response_flags connection_security_policy"
+const ofTCP = istioLabels + " request_protocol response_flags connection_security_policy"
+
+func TestLabelsAreIstiosInIstiosOrder(t *testing.T) {
+	families := exposition(t, everything())
+	for name, labels := range map[string]string{
+		"istio_requests_total": ofRequests, "istio_request_duration_milliseconds": ofRequests, "istio_request_bytes": ofRequests,
+		"istio_response_bytes": ofRequests, "istio_request_messages_total": istioLabels, "istio_response_messages_total": istioLabels,
+		"istio_tcp_connections_opened_total": ofTCP, "istio_tcp_connections_closed_total": ofTCP,
+		"istio_tcp_sent_bytes_total": ofTCP, "istio_tcp_received_bytes_total": ofTCP, "istio_build": "component tag",
+	} {
+		if families[name] == nil {
+			t.Errorf("no %s", name)
+		}
+		for _, metric := range families[name].GetMetric() {
+			var got []string
+			for _, l := range metric.Label {
+				got = append(got, l.GetName())
+			}
+			if strings.Join(got, " ") != labels {
+				t.Errorf("%s has %v", name, got)
+			}
+		}
+	}
+}
+
+// What the panels of Istio's dashboards and Kiali's graph ask for: a metric, the labels that they select by, with a value
+// that a panel could ask for, and the labels that they group by.
+func TestDashboardsFindWhatTheyAskFor(t *testing.T) {
+	const edge = "source_cluster source_workload_namespace source_workload source_canonical_service source_canonical_revision " +
+		"destination_cluster destination_service_namespace destination_service destination_service_name " +
+		"destination_workload_namespace destination_workload destination_canonical_service destination_canonical_revision"
+	families := exposition(t, everything())
+	for _, q := range []struct{ panel, metric, where, by string }{
+		{"mesh: global request volume", "istio_requests_total", "reporter=destination", ""},
+		{"mesh: success rate", "istio_requests_total", "reporter=destination response_code=200", ""},
+		{"mesh: HTTP workloads", "istio_requests_total", "reporter=destination request_protocol=http", "destination_workload destination_workload_namespace destination_service"},
+		{"mesh: gRPC workloads", "istio_requests_total", "reporter=source request_protocol=grpc", "destination_workload destination_workload_namespace destination_service"},
+		{"mesh: latency", "istio_request_duration_milliseconds", "reporter=destination", "le destination_workload destination_workload_namespace"},
+		{"mesh: TCP sent", "istio_tcp_sent_bytes_total", "reporter=source", "destination_workload destination_workload_namespace destination_service"},
+		{"mesh: TCP received", "istio_tcp_received_bytes_total", "reporter=source", "destination_workload destination_workload_namespace destination_service"},
+		{"mesh: versions", "istio_build", "component=proxy", "component tag"},
+		{"service: client requests", "istio_requests_total", "reporter=source destination_service=ratings.prod.svc.cluster.local:9080", ""},
+		{"service: client latency", "istio_request_duration_milliseconds", "reporter=source connection_security_policy=unknown", "le"},
+		{"service: incoming by source", "istio_requests_total", "reporter=destination connection_security_policy=none destination_service=reviews:9080",
+			"source_workload source_workload_namespace response_code"},
+		{"service: request size", "istio_request_bytes", "reporter=destination connection_security_policy=none", "source_workload source_workload_namespace le"},
+		{"service: response size", "istio_response_bytes", "reporter=destination connection_security_policy=none", "source_workload source_workload_namespace le"},
+		{"workload: incoming", "istio_requests_total", "reporter=destination destination_workload=reviews-v1 destination_workload_namespace=shop", "source_workload source_workload_namespace response_code"},
+		{"workload: outgoing", "istio_requests_total", "reporter=source source_workload=reviews-v1 source_workload_namespace=shop", "destination_service response_code"},
+		{"workload: outgoing TCP", "istio_tcp_sent_bytes_total", "reporter=source source_workload=reviews-v1 connection_security_policy=unknown", "destination_service"},
+		{"performance: connections", "envoy_cluster_upstream_cx_active", "cluster_name=PassthroughCluster", ""},
+		{"Kiali: edges in", "istio_requests_total", "reporter=destination destination_workload_namespace=shop", edge + " request_protocol response_code grpc_response_status response_flags"},
+		{"Kiali: edges out", "istio_requests_total", "reporter=source source_workload_namespace=shop destination_service_namespace=prod", edge + " request_protocol response_code grpc_response_status response_flags"},
+		{"Kiali: TCP edges", "istio_tcp_sent_bytes_total", "reporter=source source_workload_namespace=shop", edge + " response_flags"},
+		{"Kiali: messages", "istio_request_messages_total", "reporter=source source_workload_namespace=shop", edge},
+		{"Kiali: messages back", "istio_response_messages_total", "reporter=source source_workload_namespace=shop", edge},
+		{"Kiali: health", "istio_requests_total", "reporter=destination destination_canonical_service=reviews", "source_workload response_code grpc_response_status request_protocol"},
+		{"Kiali: TCP opened", "istio_tcp_connections_opened_total", "reporter=source source_app=reviews source_version=v1.2", ""},
+		{"Kiali: TCP closed", "istio_tcp_connections_closed_total", "reporter=source source_principal=unknown", ""},
+	} {
+		found := slices.ContainsFunc(families[q.metric].GetMetric(), func(metric *dto.Metric) bool {
+			for _, by := range strings.Fields(q.by) {
+				if by == "le" && metric.Histogram == nil ||
+					by != "le" && !slices.ContainsFunc(metric.Label, func(l *dto.LabelPair) bool { return l.GetName() == by }) {
+					return false
+				}
+			}
+			return matches(metric, strings.Fields(q.where))
+		})
+		if !found {
+			t.Errorf("%s: no %s with %s by (%s)", q.panel, q.metric, q.where, q.by)
+		}
+	}
+}
+
+func TestNamesAreClean(t *testing.T) {
+	problems, err := promlint.New(strings.NewReader(text(t, everything()))).Lint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Others named these, and whoever asks for them knows them so.
+	given := []string{"istio_request_duration_milliseconds", "envoy_cluster_upstream_cx_connect_fail", "envoy_cluster_upstream_rq",
+		"envoy_cluster_upstream_rq_retry"}
+	for _, p := range problems {
+		if !slices.Contains(given, p.Metric) {
+			t.Errorf("%s: %s", p.Metric, p.Text)
+		}
+	}
+	if len(problems) != len(given) {
+		t.Errorf("%d problems: %v", len(problems), problems)
+	}
+}
+
+func TestOpenMetrics(t *testing.T) {
+	var text strings.Builder
+	if err := everything().Write(&text, true); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"# TYPE istio_requests counter\n", "# TYPE istio_request_bytes histogram\n", `le="0.5"} 0`, "\n# EOF\n"} {
+		if !strings.Contains(text.String(), want) {
+			t.Errorf("no %q", want)
+		}
+	}
+}
+
+func TestWithoutSourcesTheirNumbersAreNotThere(t *testing.T) {
+	families := exposition(t, New(pod, "v"))
+	for _, name := range []string{"pillion_open_connections", "pillion_pool_reused_total", "pillion_gate_open", "pillion_pipes",
+		"pillion_access_log_written_total", "pillion_accept_backoffs_total", "envoy_cluster_upstream_cx_active"} {
+		if families[name] != nil {
+			t.Errorf("%s is there", name)
+		}
+	}
+	for _, name := range []string{"pillion_flows_total", "pillion_connections_total", "istio_build", "envoy_server_live",
+		"go_goroutines", "process_resident_memory_bytes", "process_open_fds", "process_max_fds"} {
+		if families[name] == nil {
+			t.Errorf("%s is not there", name)
+		}
+	}
+}
+
+func TestHandler(t *testing.T) {
+	handler := everything().Handler()
+	for _, c := range []struct {
+		method, path, accept, encoding string
+		code                           int
+		kind, begins                   string
+	}{
+		{"GET", Path, "", "", 200, "text/plain; version=0.0.4; charset=utf-8", "# HELP envoy_"},
+		{"GET", Path + "?usedonly", "*/*", "", 200, "text/plain; version=0.0.4; charset=utf-8", "# HELP envoy_"},
+		{"GET", Path, "application/openmetrics-text; version=1.0.0", "", 200, "application/openmetrics-text; version=1.0.0; charset=utf-8", "# HELP envoy_"},
+		{"GET", Path, "", "gzip", 200, "text/plain; version=0.0.4; charset=utf-8", "# HELP envoy_"},
+		{"HEAD", Path, "", "", 200, "text/plain; version=0.0.4; charset=utf-8", ""},
+		{"POST", Path, "", "", 405, "", ""},
+		{"GET", "/metrics", "", "", 404, "", ""},
+		{"GET", "/", "", "", 404, "", ""},
+		{"GET", Path + "/x", "", "", 404, "", ""},
+	} {
+		r := httptest.NewRequest(c.method, c.path, nil)
+		r.Header.Set("Accept", c.accept)
+		r.Header.Set("Accept-Encoding", c.encoding)
+		answer := httptest.NewRecorder()
+		handler.ServeHTTP(answer, r)
+		if answer.Code != c.code {
+			t.Errorf("%s %s: %d, want %d", c.method, c.path, answer.Code, c.code)
+		}
+		if c.code != http.StatusOK {
+			continue
+		}
+		kind, _, _ := strings.Cut(answer.Header().Get("Content-Type"), "; escaping")
+		if kind != c.kind || answer.Header().Get("Content-Encoding") != c.encoding {
+			t.Errorf("%s %q: %v", c.method, c.accept, answer.Header())
+		}
+		var body io.Reader = answer.Body
+		if c.encoding == "gzip" {
+			var err error
+			if body, err = gzip.NewReader(body); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if text, err := io.ReadAll(body); err != nil || !strings.HasPrefix(string(text), c.begins) {
+			t.Errorf("%s %q: %.100q, %v", c.method, c.accept, text, err)
+		}
+	}
+}
+
+// held is a reader that takes its answer when it is told to.
+type held struct {
+	*httptest.ResponseRecorder
+	begun, go_ chan struct{}
+}
+
+func (h *held) Write(b []byte) (int, error) {
+	select {
+	case h.begun <- struct{}{}:
+	default:
+	}
+	<-h.go_
+	return h.ResponseRecorder.Write(b)
+}
+
+func TestSlowReadersAreFew(t *testing.T) {
+	handler := everything().Handler()
+	release := make(chan struct{})
+	done := make(chan struct{}, maxScrapes)
+	for range maxScrapes {
+		h := &held{httptest.NewRecorder(), make(chan struct{}, 1), release}
+		go func() {
+			handler.ServeHTTP(h, httptest.NewRequest("GET", Path, nil))
+			done <- struct{}{}
+		}()
+		<-h.begun
+	}
+	answer := httptest.NewRecorder()
+	handler.ServeHTTP(answer, httptest.NewRequest("GET", Path, nil))
+	if answer.Code != http.StatusServiceUnavailable {
+		t.Errorf("one more is answered %d", answer.Code)
+	}
+	close(release)
+	for range maxScrapes {
+		<-done
+	}
+}

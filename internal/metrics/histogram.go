@@ -1,0 +1,62 @@
+package metrics
+
+import (
+	"math"
+	"sync/atomic"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+)
+
+// buckets are the upper bounds of Istio's histograms, in milliseconds and in bytes.
+var buckets = [...]float64{0.5, 1, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000, 600000,
+	1800000, 3600000}
+
+// limits are buckets in whole numbers of what is observed.
+type limits [len(buckets)]uint64
+
+var durationLimits, byteLimits = func() (duration, size limits) {
+	for i, bound := range buckets {
+		duration[i] = uint64(bound * float64(time.Millisecond))
+		size[i] = uint64(bound) // half a byte is none
+	}
+	return duration, size
+}()
+
+// histogram counts whole numbers: nanoseconds or bytes.
+type histogram struct {
+	counts [len(buckets) + 1]atomic.Uint64
+	sum    atomic.Uint64
+}
+
+func (h *histogram) observe(value uint64, limits *limits) {
+	i := 0
+	for i < len(limits) && value > limits[i] {
+		i++
+	}
+	h.counts[i].Add(1)
+	h.sum.Add(value)
+}
+
+func (h *histogram) count() (n uint64) {
+	for i := range h.counts {
+		n += h.counts[i].Load()
+	}
+	return n
+}
+
+// expose shows the histogram in the unit of buckets, of which unit is one.
+func (h *histogram) expose(unit float64) *dto.Histogram {
+	out := &dto.Histogram{Bucket: make([]*dto.Bucket, len(h.counts)), SampleSum: new(float64(h.sum.Load()) / unit)}
+	var n uint64
+	for i := range h.counts {
+		n += h.counts[i].Load()
+		bound := math.Inf(1)
+		if i < len(buckets) {
+			bound = buckets[i]
+		}
+		out.Bucket[i] = &dto.Bucket{CumulativeCount: new(n), UpperBound: &bound}
+	}
+	out.SampleCount = &n
+	return out
+}

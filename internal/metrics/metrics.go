@@ -1,0 +1,207 @@
+// Package metrics counts what happened, and shows it as Prometheus reads it.
+//
+// It is a flow.Opener: all its numbers about traffic come from records. They are Istio's standard metrics, name for name
+// and label for label, so that Istio's dashboards and Kiali read them unchanged; a few of Envoy's, as far as they are true
+// of us; and pillion's own. The numbers are atomics of this package, because a request must cost next to nothing and
+// Istio's labels are many; client_golang gathers the runtime's and the process's, and writes the formats.
+//
+// The number of series is bounded, whatever anybody sends: see maxServices and maxSets.
+//
+// What differs from Istio: bytes of requests and responses are those of their bodies, durations have fractions of a
+// millisecond, and peers are unknown, since nobody tells us who they are.
+package metrics
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/podinfo"
+)
+
+// Metrics counts. It is safe for use from anywhere.
+type Metrics struct {
+	version    string
+	started    time.Time
+	directions [2]direction
+	runtime    *prometheus.Registry // of client_golang's collectors only
+
+	table   *flow.Table
+	sources Sources
+}
+
+// New makes the metrics of this workload. version is the agent's, which istio_build shows.
+func New(pod podinfo.Pod, version string) *Metrics {
+	m := &Metrics{version: version, started: time.Now(), runtime: prometheus.NewRegistry()}
+	for i := range m.directions {
+		m.directions[i].init(flow.Direction(i), &pod)
+	}
+	m.runtime.MustRegister(
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		// Without MemStats, and with few of the runtime's metrics: they are asked for at each scrape.
+		collectors.NewGoCollector(collectors.WithGoCollectorMemStatsMetricsDisabled(),
+			collectors.WithGoCollectorRuntimeMetrics(collectors.GoRuntimeMetricsRule{Matcher: runtimeMetrics})),
+	)
+	return m
+}
+
+// Watch says where open connections stand and who keeps the numbers that records do not tell. Call it before anything is
+// scraped, or leave it.
+func (m *Metrics) Watch(table *flow.Table, sources Sources) { m.table, m.sources = table, sources }
+
+// What a connection speaks, as the label says it.
+const (
+	opaque = iota
+	tls
+	http1
+	http2
+	undecided
+)
+
+var protocols = [...]string{"opaque", "tls", "http1", "http2", "undecided"}
+
+func protocolOf(r *flow.Record) int {
+	switch r.Protocol {
+	case flow.TLS:
+		return tls
+	case flow.HTTP10, flow.HTTP11:
+		return http1
+	case flow.HTTP2:
+		return http2
+	}
+	return opaque
+}
+
+// carried is what an opaque connection is bound to while it is open. It is touched by the owner before the connection is
+// carried, inside Table.Each, and by the owner after the table let go of it; the table's lock orders these.
+type carried struct {
+	*tcpSet
+	receivedTold, sentTold uint64
+}
+
+// tell adds what has moved since it was last told.
+func (c *carried) tell(r *flow.Record) {
+	received, sent := r.Received.Load(), r.Sent.Load()
+	c.received.Add(received - c.receivedTold)
+	c.sent.Add(sent - c.sentTold)
+	c.receivedTold, c.sentTold = received, sent
+}
+
+// Opened counts a connection that begins to be carried.
+func (m *Metrics) Opened(r *flow.Record) {
+	d := &m.directions[r.Direction]
+	protocol := protocolOf(r)
+	d.connections[protocol].Add(1)
+	if protocol == http1 || protocol == http2 {
+		r.Bound[flow.BoundMetrics] = new(lastRequest)
+		return
+	}
+	set := d.end(flow.Closed).tcp
+	set.opened.Add(1)
+	r.Bound[flow.BoundMetrics] = &carried{tcpSet: set}
+}
+
+// Progress brings the byte counters of open connections up to date. A scrape does so by itself.
+func (m *Metrics) Progress(table *flow.Table) {
+	table.Each(func(r *flow.Record) bool {
+		progress(r)
+		return true
+	})
+}
+
+func progress(r *flow.Record) {
+	if !r.Carried() {
+		return
+	}
+	if c, ok := r.Bound[flow.BoundMetrics].(*carried); ok {
+		c.tell(r)
+	}
+}
+
+// Closed counts a request or a connection that has ended.
+func (m *Metrics) Closed(r *flow.Record) {
+	d := &m.directions[r.Direction]
+	if r.IsRequest() {
+		d.request(r)
+	} else {
+		d.connection(r)
+	}
+}
+
+// connection counts as Istio does: what comes to a destination that is refused, or cannot be reached, was opened and closed
+// with its flags. What no filter chain would have taken is not counted by Istio. A connection that was carried has its bytes
+// under no flags, because they are told while it is open.
+func (d *direction) connection(r *flow.Record) {
+	end := d.end(r.Reason)
+	end.flows.Add(1)
+	if r.Reason.ByPolicy() && r.Reason != flow.Loop {
+		return
+	}
+	c, ok := r.Bound[flow.BoundMetrics].(*carried)
+	if !ok {
+		end.tcp.opened.Add(1)
+		c = &carried{tcpSet: end.tcp}
+	}
+	c.tell(r)
+	end.tcp.closed.Add(1)
+}
+
+// lastRequest is what a connection remembers of its last request, since most are like the one before. The owner's goroutine
+// alone touches it.
+type lastRequest struct {
+	host, grpcStatus, flags string
+	reason                  flow.Reason
+	status                  int
+	grpc                    bool
+	set                     *requestSet // nil: there was none, or it had no place of its own
+	end                     *end
+}
+
+func (l *lastRequest) like(r *flow.Record) bool {
+	h := &r.HTTP
+	return l.set != nil && h.Status == l.status && h.GRPC == l.grpc && r.Reason == l.reason && h.Flags == l.flags &&
+		string(h.Authority) == l.host && string(h.GRPCStatus) == l.grpcStatus
+}
+
+func (d *direction) request(r *flow.Record) {
+	last, ok := r.Connection.Bound[flow.BoundMetrics].(*lastRequest)
+	if !ok { // the connection was never said to be carried
+		last = new(lastRequest)
+		r.Connection.Bound[flow.BoundMetrics] = last
+	}
+	set, end := last.set, last.end
+	if !last.like(r) {
+		var named bool
+		set, named = d.requestSet(r)
+		end = d.end(r.Reason)
+		*last = lastRequest{
+			host: set.service.host, grpcStatus: grpcStatuses[set.grpcStatus], flags: r.HTTP.Flags,
+			reason: r.Reason, status: r.HTTP.Status, grpc: r.HTTP.GRPC, end: end,
+		}
+		if named {
+			last.set = set
+		}
+	}
+	end.flows.Add(1)
+	set.duration.observe(uint64(max(r.Duration, 0)), &durationLimits)
+	set.received.observe(r.Received.Load(), &byteLimits)
+	set.sent.observe(r.Sent.Load(), &byteLimits)
+	if r.HTTP.GRPC {
+		set.service.requestMessages.Add(r.HTTP.Messages)
+		set.service.responseMessages.Add(r.HTTP.ResponseMessages)
+		set.service.grpc.Store(true)
+	}
+	if r.UpstreamLocal.IsValid() {
+		d.upstream[statusClass(r.HTTP.Status)].Add(1)
+	}
+}
+
+// statusClass is 1 to 5, or 0 for no status that there is.
+func statusClass(status int) int {
+	if status < 100 || status > 599 {
+		return 0
+	}
+	return status / 100
+}

@@ -1,0 +1,555 @@
+package metrics
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/podinfo"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+var (
+	peer = netip.MustParseAddrPort("198.51.100.2:4711")
+	own  = netip.MustParseAddrPort("198.51.100.7:8080")
+	pod  = podinfo.Pod{Name: "reviews-v1-6d4b75cb6d-hswz6", Namespace: "shop", IP: "198.51.100.7", ServiceAccount: "reader",
+		Workload: "reviews-v1", App: "reviews", Version: "v1.2", CanonicalService: "reviews", CanonicalRevision: "v1",
+		Cluster: "Kubernetes", Mesh: "cluster.local"}
+)
+
+// connection is a carried connection in a table.
+func connection(table *flow.Table, direction flow.Direction, protocol flow.Protocol) *flow.Record {
+	r := flow.Open(direction, peer)
+	r.OriginalDestination = own
+	table.List(r)
+	table.Carry(r, protocol, flow.Hello{})
+	return r
+}
+
+// request is a request on c that is answered with a status, ready for Closed.
+func request(c *flow.Record, host string, status int) *flow.Record {
+	r := flow.Open(c.Direction, peer)
+	r.Connection, r.Protocol, r.Reason = c, c.Protocol, flow.Completed
+	r.UpstreamLocal = own
+	r.HTTP.Authority, r.HTTP.Status = []byte(host), status
+	return r
+}
+
+// call is the same of gRPC.
+func call(c *flow.Record, host, status string) *flow.Record {
+	r := request(c, host, 200)
+	r.HTTP.GRPC, r.HTTP.GRPCStatus = true, []byte(status)
+	return r
+}
+
+// text is what m says now. A series that is there twice fails the test.
+func text(t *testing.T, m *Metrics) string {
+	t.Helper()
+	var text strings.Builder
+	if err := m.Write(&text, false); err != nil {
+		t.Fatal(err)
+	}
+	seen := make(map[string]bool)
+	for line := range strings.Lines(text.String()) {
+		series := line[:strings.LastIndexByte(line, ' ')]
+		if !strings.HasPrefix(line, "#") && seen[series] {
+			t.Errorf("twice: %s", series)
+		}
+		seen[series] = true
+	}
+	return text.String()
+}
+
+// exposition is the same, parsed.
+func exposition(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
+	t.Helper()
+	parser := expfmt.NewTextParser(model.LegacyValidation)
+	families, err := parser.TextToMetricFamilies(strings.NewReader(text(t, m)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return families
+}
+
+// gathered is the same without the way through text, which takes its time where there is much.
+func gathered(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
+	t.Helper()
+	all, err := m.gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	families := make(map[string]*dto.MetricFamily)
+	for _, family := range all {
+		families[family.GetName()] = family
+	}
+	return families
+}
+
+// value sums the samples of a metric whose labels have these values: of a histogram, its count.
+func value(t *testing.T, m *Metrics, name string, labels ...string) (sum float64) {
+	t.Helper()
+	for _, metric := range gathered(t, m)[name].GetMetric() {
+		if matches(metric, labels) {
+			sum += metric.GetCounter().GetValue() + metric.GetGauge().GetValue() + float64(metric.GetHistogram().GetSampleCount())
+		}
+	}
+	return sum
+}
+
+func matches(metric *dto.Metric, labels []string) bool {
+	for _, want := range labels {
+		if !slices.ContainsFunc(metric.Label, func(l *dto.LabelPair) bool { return l.GetName()+"="+l.GetValue() == want }) {
+			return false
+		}
+	}
+	return true
+}
+
+// Under the race detector: connections move bytes and end while two others bring the counters up to date and a third reads.
+// Each byte, and each end, is counted once.
+func TestSumsAreExact(t *testing.T) {
+	const owners, connections, moves, size = 4, 50, 40, 7
+	m := New(pod, "v")
+	table := flow.NewTable(m)
+	m.Watch(table, Sources{})
+	var working, watching sync.WaitGroup
+	done := make(chan struct{})
+	for i := range 3 {
+		watching.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				if i == 0 {
+					m.Write(new(strings.Builder), true)
+				} else {
+					m.Progress(table)
+				}
+				runtime.Gosched()
+			}
+		})
+	}
+	for range owners {
+		working.Go(func() {
+			for i := range connections {
+				c := connection(table, flow.Outbound, flow.Opaque)
+				keptAlive := connection(table, flow.Inbound, flow.HTTP11)
+				for range moves {
+					c.Received.Add(size)
+					c.Sent.Add(2 * size)
+					r := request(keptAlive, fmt.Sprintf("host%d", i), 200)
+					r.Received.Add(size)
+					m.Closed(r)
+				}
+				table.Leave(keptAlive)
+				c.Close(table, flow.DownstreamReset, nil)
+			}
+		})
+	}
+	working.Wait()
+	close(done)
+	watching.Wait()
+	for _, c := range []struct {
+		metric string
+		want   float64
+	}{
+		{"istio_tcp_received_bytes_total", owners * connections * moves * size},
+		{"istio_tcp_sent_bytes_total", owners * connections * moves * size * 2},
+		{"istio_tcp_connections_opened_total", owners * connections},
+		{"istio_tcp_connections_closed_total", owners * connections},
+		{"istio_requests_total", owners * connections * moves},
+		{"istio_request_duration_milliseconds", owners * connections * moves},
+	} {
+		if got := value(t, m, c.metric); got != c.want {
+			t.Errorf("%s is %v, want %v", c.metric, got, c.want)
+		}
+	}
+	var sum float64
+	for _, metric := range gathered(t, m)["istio_request_bytes"].Metric {
+		sum += metric.Histogram.GetSampleSum()
+	}
+	if want := float64(owners * connections * moves * size); sum != want {
+		t.Errorf("the sum of istio_request_bytes is %v, want %v", sum, want)
+	}
+	if got := value(t, m, "pillion_open_connections"); got != 0 {
+		t.Errorf("%v connections are open", got)
+	}
+}
+
+func TestBytesOfOpenConnectionsMove(t *testing.T) {
+	m := New(pod, "v")
+	table := flow.NewTable(m)
+	m.Watch(table, Sources{})
+	table.List(flow.Open(flow.Inbound, peer))
+	c := connection(table, flow.Inbound, flow.TLS)
+	for i := range uint64(3) {
+		c.Received.Add(10)
+		c.Sent.Add(100)
+		m.Progress(table)
+		if received := m.directions[flow.Inbound].end(flow.Closed).tcp.received.Load(); received != 10*(i+1) {
+			t.Errorf("received %d after %d moves", received, i+1)
+		}
+	}
+	if got := value(t, m, "istio_tcp_sent_bytes_total", "reporter=destination", "response_flags=-"); got != 300 {
+		t.Errorf("sent %v", got)
+	}
+	for protocol, want := range map[string]float64{"tls": 1, "undecided": 1, "http1": 0} {
+		if got := value(t, m, "pillion_open_connections", "direction=inbound", "protocol="+protocol); got != want {
+			t.Errorf("%v open connections of %s, want %v", got, protocol, want)
+		}
+	}
+	if got := value(t, m, "istio_tcp_connections_closed_total"); got != 0 {
+		t.Errorf("%v are closed", got)
+	}
+}
+
+// What never came to be carried is closed without having been opened.
+func TestConnectionsThatCameToNothing(t *testing.T) {
+	for _, c := range []struct {
+		direction   flow.Direction
+		reason      flow.Reason
+		name, flags string // of the series; no name for none
+	}{
+		{flow.Outbound, flow.UpstreamRefused, "PassthroughCluster", "UF,URX"},
+		{flow.Inbound, flow.UpstreamTimeout, "InboundPassthroughCluster", "UF,URX"},
+		{flow.Outbound, flow.Loop, "BlackHoleCluster", "UH"},
+		{flow.Inbound, flow.Loop, "BlackHoleCluster", "UH"},
+		{flow.Outbound, flow.Drained, "PassthroughCluster", "-"},
+		{flow.Inbound, flow.ForeignAddress, "", ""},
+		{flow.Outbound, flow.NoOriginalDestination, "", ""},
+		{flow.Outbound, flow.MaxConnections, "", ""},
+	} {
+		m := New(pod, "v")
+		flow.Open(c.direction, peer).Close(flow.NewTable(m), c.reason, nil)
+		want := 0.0
+		if c.name != "" {
+			want = 1
+		}
+		for _, metric := range []string{"istio_tcp_connections_opened_total", "istio_tcp_connections_closed_total"} {
+			got := value(t, m, metric, "destination_service_name="+c.name, "response_flags="+c.flags, "request_protocol=tcp",
+				"destination_service=unknown")
+			if all := value(t, m, metric); got != want || all != want {
+				t.Errorf("%s, %s: %s is %v, and %v in all; want %v", c.direction, c.reason, metric, got, all, want)
+			}
+		}
+		if got := value(t, m, "pillion_flows_total", "direction="+c.direction.String(), "reason="+string(c.reason)); got != 1 {
+			t.Errorf("%s, %s: counted %v", c.direction, c.reason, got)
+		}
+	}
+}
+
+func TestEachReasonIsCounted(t *testing.T) {
+	m := New(pod, "v")
+	table := flow.NewTable(m)
+	for _, e := range flow.Explanations {
+		flow.Open(flow.Inbound, peer).Close(table, e.Reason, nil)
+		m.Closed(&flow.Record{Direction: flow.Outbound, Reason: e.Reason, Connection: flow.Open(flow.Outbound, peer)})
+	}
+	for _, e := range flow.Explanations {
+		for _, direction := range []string{"inbound", "outbound"} {
+			if got := value(t, m, "pillion_flows_total", "direction="+direction, "reason="+string(e.Reason)); got != 1 {
+				t.Errorf("%s, %s: counted %v", direction, e.Reason, got)
+			}
+		}
+		flags := e.RequestFlags
+		if got := value(t, m, "istio_requests_total", "response_flags="+orDash(flags), "response_code=0"); got < 1 {
+			t.Errorf("%s: no request with flags %q", e.Reason, flags)
+		}
+	}
+}
+
+func TestRequestsByLabel(t *testing.T) {
+	m := New(pod, "v")
+	table := flow.NewTable(m)
+	out, in := connection(table, flow.Outbound, flow.HTTP2), connection(table, flow.Inbound, flow.HTTP11)
+	engine := request(out, "a.example", 503)
+	engine.HTTP.Flags, engine.Reason, engine.UpstreamLocal = "UO", flow.Overload, netip.AddrPort{}
+	for _, r := range []*flow.Record{
+		request(out, "a.example", 200), request(out, "A.Example", 204), request(out, "a.example", 200), request(out, "a.example", 999),
+		call(out, "a.example", "0"), call(out, "a.example", "16"), call(out, "a.example", "17"), call(out, "a.example", "ok"),
+		call(out, "a.example", ""), engine,
+		request(in, "", 200), request(in, "new.example", 404), request(in, "new.example", 200), request(in, "new.example", 404),
+	} {
+		m.Closed(r)
+	}
+	for _, c := range []struct {
+		want   float64
+		labels string
+	}{
+		{10, "reporter=source"},
+		{4, "reporter=destination"},
+		{2, "request_protocol=http response_code=200 grpc_response_status= destination_service=a.example connection_security_policy=unknown"},
+		{1, "request_protocol=http response_code=204 destination_service=a.example"},
+		{1, "request_protocol=http response_code=0 destination_service=a.example"},
+		{1, "request_protocol=grpc response_code=200 grpc_response_status=0"},
+		{1, "request_protocol=grpc response_code=200 grpc_response_status=16"},
+		{2, "request_protocol=grpc response_code=200 grpc_response_status=unknown"},
+		{1, "request_protocol=grpc response_code=200 grpc_response_status="},
+		{1, "response_code=503 response_flags=UO"},
+		{1, "response_code=200 destination_service=unknown destination_service_name=InboundPassthroughCluster connection_security_policy=none"},
+		{1, "response_code=404 destination_service=unknown"},
+		{1, "response_code=404 destination_service=new.example"},
+	} {
+		if got := value(t, m, "istio_requests_total", strings.Fields(c.labels)...); got != c.want {
+			t.Errorf("%s: %v requests, want %v", c.labels, got, c.want)
+		}
+	}
+	if got := value(t, m, "pillion_metrics_unnamed_requests_total"); got != 1 {
+		t.Errorf("%v unnamed requests", got)
+	}
+	if got := value(t, m, "envoy_cluster_upstream_rq_total", "cluster_name=PassthroughCluster"); got != 9 {
+		t.Errorf("%v upstream requests", got)
+	}
+	if got := value(t, m, "envoy_cluster_upstream_rq", "cluster_name=PassthroughCluster", "response_code_class=2xx"); got != 8 {
+		t.Errorf("%v upstream responses 2xx", got)
+	}
+}
+
+func TestWhatAHostIsTheNameOf(t *testing.T) {
+	d := &New(pod, "v").directions[flow.Outbound]
+	in := &New(pod, "v").directions[flow.Inbound]
+	const none, unknown = "PassthroughCluster", "unknown"
+	for _, c := range []struct{ host, name, namespace string }{
+		{"ratings.prod.svc.cluster.local:9080", "ratings", "prod"},
+		{"ratings.prod.svc.cluster.local.", "ratings", "prod"},
+		{"ratings.prod.svc", "ratings", "prod"},
+		{"ratings", "ratings", "shop"},
+		{"ratings:9080", "ratings", "shop"},
+		{"ratings.shop", "ratings", "shop"},
+		{"ratings.prod", none, unknown}, // or a top-level domain
+		{"www.example.com", none, unknown},
+		{"203.0.113.7:80", none, unknown},
+		{"[2001:db8::7]:80", none, unknown},
+		{".a", none, unknown},
+		{"", none, unknown},
+	} {
+		s := d.newService(c.host)
+		metric := &dto.Metric{Label: s.labels}
+		if !matches(metric, []string{"destination_service_name=" + c.name, "destination_service_namespace=" + c.namespace,
+			"destination_service=" + cmpOr(c.host, unknown)}) {
+			t.Errorf("%q: %v", c.host, s.labels)
+		}
+		if inbound := (&dto.Metric{Label: in.newService(c.host).labels}); !matches(inbound, []string{"destination_service_namespace=shop"}) {
+			t.Errorf("inbound %q: %v", c.host, inbound)
+		}
+	}
+}
+
+func cmpOr(a, b string) string {
+	if a == "" {
+		return b
+	}
+	return a
+}
+
+func TestValidHosts(t *testing.T) {
+	for _, host := range []string{"a", "a.example", "A.Example:80", "x_y-z.example.", "203.0.113.7", "203.0.113.7:65535",
+		"[2001:db8::7]", "[::ffff:203.0.113.7]:8080", strings.Repeat("a", 253) + ":65535"} {
+		if !validHost([]byte(host)) {
+			t.Errorf("%q is refused", host)
+		}
+	}
+	for _, host := range []string{"", ":80", "a:", "a:0", "a:65536", "a:b", "a:-1", "a b", "a/b", `a"b`, "a\nb", "a\x00", "é.example",
+		"a@b", "2001:db8::7", "[]:80", "[", "[a", "a]", "[g::]", "[::1]x", "[fe80::1%eth0]", "a,b", strings.Repeat("a", 260)} {
+		if validHost([]byte(host)) {
+			t.Errorf("%q is taken", host)
+		}
+	}
+}
+
+// A stranger sends whatever there is, and upstream answers with whatever there is.
+func TestSeriesAreBounded(t *testing.T) {
+	m := New(pod, "v")
+	table := flow.NewTable(m)
+	in := connection(table, flow.Inbound, flow.HTTP11)
+	m.Closed(request(in, "served.example", 200))
+	for i := range 50_000 { // names that nobody serves, before the others come
+		m.Closed(request(in, fmt.Sprintf("junk%d.example", i), 400+i%200))
+	}
+	if n := len(m.directions[flow.Inbound].services); n != 1 {
+		t.Fatalf("%d hosts have a place", n)
+	}
+	before := heap()
+	var sent float64
+	for i := range 100_000 { // a server that answers every name
+		r := request(in, fmt.Sprintf("host%d.example", i), i%700)
+		if i%3 == 0 {
+			r.HTTP.GRPC, r.HTTP.GRPCStatus = true, strconv.AppendInt(nil, int64(i%50), 10)
+		}
+		r.Reason = flow.Explanations[i%len(flow.Explanations)].Reason
+		m.Closed(r)
+		sent++
+	}
+	m.Closed(request(in, "served.example", 200))
+	if grown := heap() - before; grown > 2<<20 {
+		t.Errorf("100,000 hosts hold %d bytes", grown)
+	}
+	d := &m.directions[flow.Inbound]
+	if len(d.services) > maxServices || len(d.sets) > maxSets+6*4 {
+		t.Errorf("%d hosts and %d sets", len(d.services), len(d.sets))
+	}
+	series := strings.Count(text(t, m), "\nistio_")
+	if most := 67*(maxSets+6*4) + 2*maxServices + 10; series > most {
+		t.Errorf("%d series, more than %d", series, most)
+	}
+	if got := value(t, m, "istio_requests_total"); got != sent+50_002 {
+		t.Errorf("%v requests are counted, want %v", got, sent+50_002)
+	}
+	if got := value(t, m, "istio_requests_total", "destination_service=served.example"); got != 2 {
+		t.Errorf("%v requests to the host that was there first", got)
+	}
+	for _, name := range []string{"pillion_metrics_unnamed_requests_total", "pillion_metrics_folded_requests_total"} {
+		if value(t, m, name, "direction=inbound") == 0 {
+			t.Errorf("%s is 0", name)
+		}
+	}
+}
+
+func heap() int64 {
+	runtime.GC()
+	var stats runtime.MemStats
+	runtime.ReadMemStats(&stats)
+	return int64(stats.HeapAlloc)
+}
+
+// Folded requests keep what rates of errors are made of.
+func TestFoldedRequestsKeepTheirClass(t *testing.T) {
+	m := New(pod, "v")
+	in := connection(flow.NewTable(m), flow.Inbound, flow.HTTP2)
+	for i := range maxSets {
+		m.Closed(request(in, fmt.Sprintf("host%d", i%4), 200+i/4))
+	}
+	for _, r := range []*flow.Record{request(in, "host0", 404), request(in, "host0", 503), call(in, "host0", "13"),
+		call(in, "host0", "0"), call(in, "host0", ""), request(in, "host0", 200)} {
+		m.Closed(r)
+	}
+	for _, c := range []struct {
+		want   float64
+		labels string
+	}{
+		{1, "response_code=400 request_protocol=http"},
+		{1, "response_code=500 request_protocol=http"},
+		{1, "response_code=200 grpc_response_status=2"},
+		{1, "response_code=200 grpc_response_status=0"},
+		{1, "response_code=200 request_protocol=grpc grpc_response_status="},
+	} {
+		if got := value(t, m, "istio_requests_total", append(strings.Fields(c.labels), "destination_service=unknown")...); got != c.want {
+			t.Errorf("%s: %v requests, want %v", c.labels, got, c.want)
+		}
+	}
+	if got := value(t, m, "istio_requests_total", "destination_service=host0", "response_code=200"); got != 2 {
+		t.Errorf("%v requests where there was a place", got)
+	}
+}
+
+func TestHistogramsAreThoseOfPrometheus(t *testing.T) {
+	for _, unit := range []float64{1, float64(time.Millisecond)} {
+		var ours histogram
+		theirs := prometheus.NewHistogram(prometheus.HistogramOpts{Name: "x", Buckets: buckets[:]})
+		limits := &byteLimits
+		if unit != 1 {
+			limits = &durationLimits
+		}
+		for _, bound := range buckets {
+			for _, off := range []float64{-1, 0, 1} {
+				value := uint64(max(0, bound*unit+off))
+				ours.observe(value, limits)
+				theirs.Observe(float64(value) / unit)
+			}
+		}
+		ours.observe(1<<62, limits)
+		theirs.Observe(float64(1<<62) / unit)
+		var want dto.Metric
+		if err := theirs.Write(&want); err != nil {
+			t.Fatal(err)
+		}
+		got := ours.expose(unit)
+		if got.GetSampleCount() != want.Histogram.GetSampleCount() || got.GetSampleSum()/want.Histogram.GetSampleSum()-1 > 1e-9 {
+			t.Errorf("count and sum: %v", got)
+		}
+		for i, bucket := range want.Histogram.Bucket {
+			if got.Bucket[i].GetCumulativeCount() != bucket.GetCumulativeCount() || got.Bucket[i].GetUpperBound() != bucket.GetUpperBound() {
+				t.Errorf("unit %v: bucket %v, want %v", unit, got.Bucket[i], bucket)
+			}
+		}
+	}
+}
+
+// A request like the last one, and one that has been seen before, cost no allocation; nor does one without a place.
+func TestAnEndAllocatesNothing(t *testing.T) {
+	m := New(pod, "v")
+	table := flow.NewTable(m)
+	in := connection(table, flow.Inbound, flow.HTTP11)
+	ok, created := request(in, "reviews.shop.svc.cluster.local:9080", 200), request(in, "Reviews", 201)
+	odd, rpc := request(in, "no such host", 404), call(in, "reviews", "16")
+	never := request(flow.Open(flow.Outbound, peer), "a.example", 200)
+	tcp := connection(table, flow.Outbound, flow.TLS)
+	tcp.Reason = flow.DownstreamReset
+	for name, records := range map[string][]*flow.Record{
+		"the same": {ok}, "in turn": {ok, created, odd, rpc}, "not carried": {never}, "a connection": {tcp},
+	} {
+		if n := testing.AllocsPerRun(100, func() {
+			for _, r := range records {
+				m.Closed(r)
+			}
+		}); n != 0 {
+			t.Errorf("%s: %v allocations", name, n)
+		}
+	}
+	if n := testing.AllocsPerRun(100, func() { m.Progress(table) }); n != 0 {
+		t.Errorf("progress: %v allocations", n)
+	}
+}
+
+func BenchmarkClosed(b *testing.B) {
+	m := New(pod, "v")
+	in := connection(flow.NewTable(m), flow.Inbound, flow.HTTP11)
+	ok, other := request(in, "reviews.shop.svc.cluster.local:9080", 200), request(in, "ratings", 404)
+	for _, c := range []struct {
+		name    string
+		records []*flow.Record
+	}{{"same", []*flow.Record{ok, ok}}, {"other", []*flow.Record{ok, other}}} {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				m.Closed(c.records[i%2])
+			}
+		})
+	}
+}
+
+// Whatever stands in a Host field, what becomes a label is plain.
+func FuzzHosts(f *testing.F) {
+	for _, host := range []string{"reviews.shop.svc.cluster.local:9080", "[2001:db8::7]:80", "a:b:c", ".", "[]", "A\xffb", "-.svc"} {
+		f.Add([]byte(host))
+	}
+	m := New(pod, "v")
+	in := connection(flow.NewTable(m), flow.Inbound, flow.HTTP11)
+	plain := regexp.MustCompile(`^[a-z0-9._:\[\]-]*$`)
+	f.Fuzz(func(t *testing.T, host []byte) {
+		d := &m.directions[flow.Inbound]
+		d.services = make(map[string]*service)
+		s, named := d.service(request(in, string(host), 200))
+		if named != (len(host) == 0 || s != d.unknown) || !plain.MatchString(s.host) || len(s.host) > maxHost {
+			t.Errorf("%q becomes %q, %v", host, s.host, named)
+		}
+	})
+}
