@@ -149,8 +149,8 @@ func (g *group) hasStatus(status int) bool {
 // failed reports whether r is what people call an error.
 func failed(r *flow.Record) bool {
 	switch r.Reason {
-	case "", flow.Closed, flow.Completed, flow.Drained:
-		return r.HTTP.Status >= 500 || r.Flags() != ""
+	case "", flow.Closed, flow.Completed, flow.Drained: // which have no flags of their own
+		return r.HTTP.Status >= 500 || r.HTTP.Flags != ""
 	}
 	return true
 }

@@ -17,8 +17,8 @@ import (
 var update = flag.Bool("update", false, "write the golden files")
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asChild) != "" {
-		if err := logToStandardOutput(); err != nil {
+	if what := os.Getenv(asChild); what != "" {
+		if err := child(what); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}

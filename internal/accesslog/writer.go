@@ -330,9 +330,9 @@ func (l *Log) Dropped() uint64 {
 // Written is how many lines were written.
 func (l *Log) Written() uint64 { return l.writer.written.Load() }
 
-// Close writes what waits, and closes the sink. Lines that come later are dropped. When ctx ends first it gives up, and
-// the error says how many lines are lost; a write to standard output that is stuck, which cannot be interrupted without
-// changing what others share, then keeps its goroutine.
+// Close writes what waits, and closes the sink. Lines that come later are dropped. It gives up when ctx ends, or when
+// a write fails, and the error says how many lines are lost. A write to standard output that is stuck cannot be
+// interrupted without changing what others share; it then keeps its goroutine.
 func (l *Log) Close(ctx context.Context) error {
 	w := l.writer
 	w.mu.Lock()
