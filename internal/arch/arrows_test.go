@@ -34,6 +34,7 @@ var arrows = []struct {
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
 	{"internal/scrape", []string{"internal/promtext"}, "what is scraped is parsed, merged and written"},
+	{"internal/accesslog", []string{"internal/flow"}, "a line tells what a record has"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 

@@ -1,0 +1,96 @@
+package accesslog
+
+import (
+	"strconv"
+	"unicode/utf8"
+)
+
+// style is how a value stands in the line.
+type style uint8
+
+const (
+	bare       style = iota // in text, between spaces: visible ASCII, and no quotation mark
+	quoted                  // in text, between quotation marks
+	jsonString              // inside a JSON string
+	jsonValue               // as a whole JSON value
+)
+
+// Bounds. A value that is longer ends in cutMark; the last ones of a line that is full may be nothing else. A format
+// leaves room for short values and for its own text, so a line is never cut.
+const (
+	maxValue = 8 << 10
+	maxLine  = 32 << 10
+	maxShort = 80 // what an operator needs whose value nobody can make long, such as an address with its zone
+	cutMark  = "..."
+)
+
+type text interface{ ~string | ~[]byte }
+
+// special marks the bytes that do not stand for themselves: control characters, DEL, quotation marks, backslashes, all of
+// UTF-8 beyond ASCII; and the space in a bare value.
+var special = func() (t [4][256]bool) {
+	for s := range t {
+		for b := range 256 {
+			t[s][b] = b < ' ' || b == '"' || b == '\\' || b >= 0x7f || style(s) == bare && b == ' '
+		}
+	}
+	return t
+}()
+
+// appendText appends a stranger's text so that it cannot end its field, its line or its JSON string, and is no command to
+// a terminal. room is how many bytes it may take.
+//
+// In text, what is special becomes \xNN; so does a quotation mark, and not \", so that whoever looks only for quotation
+// marks splits the line rightly too. Visible UTF-8 stands for itself between quotation marks. In JSON the escapes are
+// JSON's, and bytes that are no UTF-8 become \ufffd.
+func appendText[T text](dst []byte, value T, s style, room int) []byte {
+	unusual := &special[s]
+	n := 0
+	for n < len(value) && !unusual[value[n]] {
+		n++
+	}
+	if n == len(value) && n <= room {
+		return append(dst, value...)
+	}
+	end := len(dst) + max(room-len(cutMark), 0)
+	for i := 0; i < len(value); {
+		before, size := len(dst), 1
+		if b := value[i]; !unusual[b] {
+			dst = append(dst, b)
+		} else {
+			dst, size = appendSpecial(dst, string(value[i:min(i+utf8.UTFMax, len(value))]), s)
+		}
+		if len(dst) > end {
+			return append(dst[:before], cutMark...)
+		}
+		i += size
+	}
+	return dst
+}
+
+// appendSpecial appends the first character of value, and returns how many bytes of value that was.
+func appendSpecial(dst []byte, value string, s style) ([]byte, int) {
+	r, size := utf8.DecodeRuneInString(value)
+	valid := r != utf8.RuneError || size > 1
+	inJSON := s == jsonString || s == jsonValue
+	switch {
+	case r == '\\' || inJSON && r == '"':
+		return append(dst, '\\', byte(r)), size
+	case r == '\n':
+		return append(dst, `\n`...), size
+	case r == '\r':
+		return append(dst, `\r`...), size
+	case r == '\t':
+		return append(dst, `\t`...), size
+	case r >= 0x80 && valid && s != bare && (strconv.IsPrint(r) || inJSON && r > 0xffff):
+		return append(dst, value[:size]...), size
+	case inJSON:
+		return append(dst, '\\', 'u', hex[r>>12&15], hex[r>>8&15], hex[r>>4&15], hex[r&15]), size
+	}
+	for i := range size {
+		dst = append(dst, '\\', 'x', hex[value[i]>>4], hex[value[i]&15])
+	}
+	return dst, size
+}
+
+const hex = "0123456789abcdef"

@@ -1,0 +1,128 @@
+package accesslog
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+func TestFilters(t *testing.T) {
+	ended := func(direction flow.Direction, reason flow.Reason, status int, flags string, took time.Duration) *flow.Record {
+		r := request(direction, reason)
+		r.HTTP.Status, r.HTTP.Flags, r.Duration = status, flags, took
+		return r
+	}
+	var (
+		fine       = ended(flow.Inbound, flow.Completed, 200, "", time.Millisecond)
+		slow       = ended(flow.Outbound, flow.Completed, 200, "", time.Second)
+		notFound   = ended(flow.Inbound, flow.Completed, 404, "", time.Millisecond)
+		broken     = ended(flow.Inbound, flow.Completed, 500, "", time.Millisecond)
+		malformed  = ended(flow.Inbound, flow.BadFraming, 400, "DPE", time.Millisecond)
+		tcp        = connection(flow.Outbound, flow.Opaque, flow.Closed)
+		headLate   = ended(flow.Inbound, flow.HeadTimeout, 408, "", time.Millisecond)
+		refused    = connection(flow.Outbound, flow.Opaque, flow.UpstreamRefused)
+		drained    = connection(flow.Inbound, flow.Opaque, flow.Drained)
+		stillOpen  = connection(flow.Inbound, flow.TLS, "")
+		everything = []*flow.Record{fine, slow, notFound, broken, malformed, tcp, headLate, refused, drained, stillOpen}
+	)
+	for _, c := range []struct {
+		filter string
+		taken  []*flow.Record
+	}{
+		{"", everything},
+		{" ", everything},
+		{"sample=100%", everything},
+		{"errors", []*flow.Record{broken, malformed, headLate, refused}},
+		{"status=404", []*flow.Record{notFound}},
+		{"status=5xx|400-404", []*flow.Record{notFound, broken, malformed}},
+		{"status=0", []*flow.Record{tcp, refused, drained, stillOpen}},
+		{"slower=250ms", []*flow.Record{slow}},
+		{"slower=231ms,direction=inbound", []*flow.Record{drained, stillOpen}},
+		{"direction=outbound", []*flow.Record{slow, tcp, refused}},
+		{"errors, direction=outbound", []*flow.Record{refused}},
+		{"errors; slower=250ms", []*flow.Record{slow, broken, malformed, headLate, refused}},
+		{"errors;sample=0.0000000001%", []*flow.Record{broken, malformed, headLate, refused}},
+	} {
+		f, err := ParseFilter(c.filter)
+		if err != nil {
+			t.Errorf("%s: %v", c.filter, err)
+			continue
+		}
+		taken := 0
+		for i, r := range everything {
+			if got := f.takes(r, r.Duration); got {
+				if taken == len(c.taken) || c.taken[taken] != r {
+					t.Errorf("%s: record %d is taken", c.filter, i)
+				}
+				taken++
+			}
+		}
+		if taken != len(c.taken) {
+			t.Errorf("%s: %d records are taken, want %d", c.filter, taken, len(c.taken))
+		}
+	}
+}
+
+func TestASampleIsAShare(t *testing.T) {
+	f, err := ParseFilter("errors;sample=10%")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, taken := request(flow.Inbound, flow.Completed), 0
+	for range 100_000 {
+		if f.takes(r, 0) {
+			taken++
+		}
+	}
+	if taken < 9_000 || taken > 11_000 { // ten standard deviations
+		t.Errorf("%d of 100000", taken)
+	}
+}
+
+func TestWrongFiltersAreExplained(t *testing.T) {
+	for text, want := range map[string]string{
+		"error":               `access log filter: term "error": terms are errors, status=5xx`,
+		"errors;":             `term ""`,
+		"errors=1":            "errors takes no value",
+		"status=":             `"" is no status; write status=404`,
+		"status=6x":           `"6x" is no status`,
+		"status=500-400":      `"500-400" is no status`,
+		"status=1000":         `"1000" is no status`,
+		"status=5xx-6xx":      `"5xx-6xx" is no status`,
+		"slower=5":            `"5" is no duration; write slower=250ms`,
+		"slower=-5s":          `"-5s" is no duration`,
+		"direction=in":        `"in" is no direction`,
+		"sample=10":           `"10" is no share; write sample=10%`,
+		"sample=0%":           "is no share",
+		"sample=101%":         "is no share",
+		"sample=NaN%":         "is no share",
+		"status=4xx,status=5": `"status=4xx,status=5" has status twice; separate alternatives by a semicolon`,
+	} {
+		if _, err := ParseFilter(text); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v; want %s", text, err, want)
+		}
+	}
+}
+
+func FuzzParsersTakeAnything(f *testing.F) {
+	f.Add(Default)
+	f.Add(DefaultJSON)
+	f.Add(`{"a":["%START_TIME(%s)%",{"b":"%REQ(A?B):3%"}]}`)
+	f.Add("errors;status=4xx|500-599,slower=1s;sample=1%,direction=inbound")
+	f.Fuzz(func(t *testing.T, text string) {
+		r := request(flow.Inbound, flow.Completed)
+		if filter, err := ParseFilter(text); err == nil {
+			filter.takes(r, 0)
+		}
+		if format, err := ParseFormat(text); err == nil {
+			if line := lineOf(format, r); strings.Contains(line, "\n") || len(line) > maxLine {
+				t.Errorf("%q", line)
+			}
+		}
+		if format, err := ParseJSONFormat(text); err == nil {
+			checkJSON(t, lineOf(format, r))
+		}
+	})
+}

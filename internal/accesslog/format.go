@@ -1,0 +1,489 @@
+package accesslog
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// Default is Istio's default format.
+const Default = `[%START_TIME%] "%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%" %RESPONSE_CODE% ` +
+	`%RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %CONNECTION_TERMINATION_DETAILS% "%UPSTREAM_TRANSPORT_FAILURE_REASON%" ` +
+	`%BYTES_RECEIVED% %BYTES_SENT% %DURATION% %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% "%REQ(X-FORWARDED-FOR)%" ` +
+	`"%REQ(USER-AGENT)%" "%REQ(X-REQUEST-ID)%" "%REQ(:AUTHORITY)%" "%UPSTREAM_HOST%" %UPSTREAM_CLUSTER_RAW% ` +
+	`%UPSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS% %REQUESTED_SERVER_NAME% %ROUTE_NAME%`
+
+// DefaultJSON has what Default has, under Istio's keys.
+const DefaultJSON = `{"start_time":"%START_TIME%","method":"%REQ(:METHOD)%","path":"%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%",` +
+	`"protocol":"%PROTOCOL%","response_code":"%RESPONSE_CODE%","response_flags":"%RESPONSE_FLAGS%",` +
+	`"response_code_details":"%RESPONSE_CODE_DETAILS%","connection_termination_details":"%CONNECTION_TERMINATION_DETAILS%",` +
+	`"upstream_transport_failure_reason":"%UPSTREAM_TRANSPORT_FAILURE_REASON%","bytes_received":"%BYTES_RECEIVED%",` +
+	`"bytes_sent":"%BYTES_SENT%","duration":"%DURATION%","upstream_service_time":"%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%",` +
+	`"x_forwarded_for":"%REQ(X-FORWARDED-FOR)%","user_agent":"%REQ(USER-AGENT)%","request_id":"%REQ(X-REQUEST-ID)%",` +
+	`"authority":"%REQ(:AUTHORITY)%","upstream_host":"%UPSTREAM_HOST%","upstream_cluster":"%UPSTREAM_CLUSTER_RAW%",` +
+	`"upstream_local_address":"%UPSTREAM_LOCAL_ADDRESS%","downstream_local_address":"%DOWNSTREAM_LOCAL_ADDRESS%",` +
+	`"downstream_remote_address":"%DOWNSTREAM_REMOTE_ADDRESS%","requested_server_name":"%REQUESTED_SERVER_NAME%",` +
+	`"route_name":"%ROUTE_NAME%"}`
+
+// Format is a compiled format. Make it with ParseFormat or ParseJSONFormat; it is not changed afterwards.
+type Format struct {
+	pieces []piece
+	fields flow.Fields
+}
+
+// piece is a constant text and the operator that follows it.
+type piece struct {
+	text   string
+	does   verb
+	number bool // its value is a JSON number
+	style  style
+
+	from    []source // verbField: the first that the record has
+	max     int      // verbField: bytes of it that are taken; -1 for all
+	address address  // verbAddress
+	part    part     // verbAddress
+	layout  string   // verbStartTime; empty for the default
+	own     string   // verbOwn
+
+	reserve int // bytes of the line that are kept for what follows
+}
+
+// verb is what an operator does.
+type verb uint8
+
+const (
+	verbNothing verb = iota // the text ends the line
+	verbStartTime
+	verbField
+	verbServiceTime
+	verbProtocol
+	verbStatus
+	verbFlags
+	verbDetails
+	verbMissing // what Envoy knows and we never do
+	verbTransportFailure
+	verbReceived
+	verbSent
+	verbDuration
+	verbCluster
+	verbAddress
+	verbServerName
+	verbRoute
+	verbGRPCName
+	verbGRPCNumber
+	verbDirection
+	verbReason
+	verbOwn // the same in every line
+)
+
+// source is where the value of a field is found.
+type source uint8
+
+const (
+	fromMethod source = iota
+	fromPath
+	fromAuthority
+	fromUserAgent
+	fromForwardedFor
+	fromID
+	fromRequest  source = 16                      // and the index in Record.HTTP.Fields
+	fromResponse        = fromRequest + maxFields // and the index in Record.HTTP.ResponseFields
+	maxFields           = 64                      // of each kind
+)
+
+// always are the request fields that every record has.
+var always = map[string]source{
+	":method": fromMethod, ":path": fromPath, ":authority": fromAuthority, "host": fromAuthority,
+	"user-agent": fromUserAgent, "x-forwarded-for": fromForwardedFor, "x-request-id": fromID,
+}
+
+// address is one of a record's addresses, and part what of it is told.
+type (
+	address uint8
+	part    uint8
+)
+
+const (
+	upstreamRemote address = iota
+	upstreamLocal
+	downstreamLocal
+	downstreamRemote // by x-forwarded-for when there is one
+	downstreamDirect
+)
+
+const (
+	whole part = iota
+	withoutPort
+	onlyPort
+)
+
+// argument is what an operator takes in parentheses.
+type argument uint8
+
+const (
+	takesNone argument = iota
+	takesRequestField
+	takesResponseField
+	takesLayout // or nothing
+)
+
+// operator is a row of the table of what formats may say.
+type operator struct {
+	name  string
+	takes argument
+	piece
+}
+
+var operators = func() []operator {
+	all := []operator{
+		{"START_TIME", takesLayout, piece{does: verbStartTime}},
+		{"REQ", takesRequestField, piece{does: verbField}},
+		{"RESP", takesResponseField, piece{does: verbField}},
+		{"PROTOCOL", takesNone, piece{does: verbProtocol}},
+		{"RESPONSE_CODE", takesNone, piece{does: verbStatus, number: true}},
+		{"RESPONSE_FLAGS", takesNone, piece{does: verbFlags}},
+		{"RESPONSE_CODE_DETAILS", takesNone, piece{does: verbDetails}},
+		{"CONNECTION_TERMINATION_DETAILS", takesNone, piece{does: verbMissing}},
+		{"UPSTREAM_TRANSPORT_FAILURE_REASON", takesNone, piece{does: verbTransportFailure}},
+		{"BYTES_RECEIVED", takesNone, piece{does: verbReceived, number: true}},
+		{"BYTES_SENT", takesNone, piece{does: verbSent, number: true}},
+		{"DURATION", takesNone, piece{does: verbDuration, number: true}},
+		{"UPSTREAM_HOST", takesNone, piece{does: verbAddress, address: upstreamRemote}},
+		{"UPSTREAM_CLUSTER", takesNone, piece{does: verbCluster}},
+		{"UPSTREAM_CLUSTER_RAW", takesNone, piece{does: verbCluster}},
+		{"REQUESTED_SERVER_NAME", takesNone, piece{does: verbServerName}},
+		{"ROUTE_NAME", takesNone, piece{does: verbRoute}},
+		{"GRPC_STATUS", takesNone, piece{does: verbGRPCName}},
+		{"GRPC_STATUS_NUMBER", takesNone, piece{does: verbGRPCNumber, number: true}},
+		{"HOSTNAME", takesNone, piece{does: verbOwn}},
+		{"TRAFFIC_DIRECTION", takesNone, piece{does: verbDirection}},
+		{"PILLION_REASON", takesNone, piece{does: verbReason}},
+	}
+	for _, a := range []struct {
+		name string
+		address
+	}{
+		{"UPSTREAM_REMOTE", upstreamRemote}, {"UPSTREAM_LOCAL", upstreamLocal}, {"DOWNSTREAM_LOCAL", downstreamLocal},
+		{"DOWNSTREAM_REMOTE", downstreamRemote}, {"DOWNSTREAM_DIRECT_REMOTE", downstreamDirect},
+	} {
+		all = append(all,
+			operator{a.name + "_ADDRESS", takesNone, piece{does: verbAddress, address: a.address}},
+			operator{a.name + "_ADDRESS_WITHOUT_PORT", takesNone, piece{does: verbAddress, address: a.address, part: withoutPort}},
+			operator{a.name + "_PORT", takesNone, piece{does: verbAddress, address: a.address, part: onlyPort, number: true}})
+	}
+	return all
+}()
+
+// ParseFormat compiles a text with Envoy's operators, such as %RESPONSE_CODE%; an empty one is Default. A newline at its
+// end, also one written as \n, is left out, as each line has one of its own. An error names the operator, the column
+// where it begins, and the nearest one that is known.
+func ParseFormat(text string) (*Format, error) {
+	if text == "" {
+		text = Default
+	}
+	text = strings.TrimSuffix(strings.TrimSuffix(text, "\n"), `\n`)
+	if i := strings.IndexFunc(text, func(r rune) bool { return r < ' ' || r == 0x7f || r == utf8.RuneError }); i >= 0 {
+		return nil, fmt.Errorf("access log format: control character or broken UTF-8 at column %d: a record is one line of UTF-8", column(text, i))
+	}
+	var c compiler
+	if err := c.template(text, bare); err != nil {
+		return nil, fmt.Errorf("access log format: %w", err)
+	}
+	return c.finish()
+}
+
+// ParseJSONFormat compiles a JSON object whose strings have Envoy's operators; an empty text is DefaultJSON. A string that
+// is one operator and nothing else becomes a number if the operator has one, and null if the record has no value.
+func ParseJSONFormat(text string) (*Format, error) {
+	if text == "" {
+		text = DefaultJSON
+	}
+	d := json.NewDecoder(strings.NewReader(text))
+	d.UseNumber()
+	if !strings.HasPrefix(strings.TrimSpace(text), "{") {
+		return nil, errors.New(`access log format: JSON lines need an object, such as {"status":"%RESPONSE_CODE%"}`)
+	}
+	var c compiler
+	if err := c.json(d, ""); err != nil {
+		return nil, fmt.Errorf("access log format: %w", err)
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return nil, errors.New("access log format: something follows the JSON object")
+	}
+	return c.finish()
+}
+
+// Fields are what the records that it is given must carry, in this order: the engines note them.
+func (f *Format) Fields() flow.Fields { return f.fields }
+
+// compiler gathers a format's pieces.
+type compiler struct {
+	Format
+	text []byte // constant, since the last piece
+}
+
+// template compiles a text. Its style is bare for lines of text, in which quotation marks change it, or jsonString.
+func (c *compiler) template(text string, s style) error {
+	for i := 0; i < len(text); {
+		literal := text[i:]
+		if next := strings.IndexByte(literal, '%'); next >= 0 {
+			literal = literal[:next]
+		}
+		i += len(literal)
+		if s == jsonString {
+			c.text = appendText(c.text, literal, s, maxLine)
+		} else {
+			c.text = append(c.text, literal...)
+			if strings.Count(literal, `"`)%2 == 1 {
+				s ^= bare ^ quoted
+			}
+		}
+		switch {
+		case i == len(text):
+		case strings.HasPrefix(text[i:], "%%"):
+			c.text = append(c.text, '%')
+			i += 2
+		default:
+			end, err := c.operator(text, i, s)
+			if err != nil {
+				return err
+			}
+			i = end
+		}
+	}
+	return nil
+}
+
+// json compiles one JSON value. Keys and order stay as they are.
+func (c *compiler) json(d *json.Decoder, key string) error {
+	token, err := d.Token()
+	if err != nil {
+		return fmt.Errorf("reading JSON: %w", err)
+	}
+	switch token := token.(type) {
+	case string:
+		if loneOperator(token) {
+			_, err = c.operator(token, 0, jsonValue)
+		} else {
+			c.text = append(c.text, '"')
+			err = c.template(token, jsonString)
+			c.text = append(c.text, '"')
+		}
+		if err != nil {
+			return fmt.Errorf("value of %q: %w", key, err)
+		}
+		return nil
+	case json.Delim:
+		return c.jsonGroup(d, token, key)
+	}
+	constant, err := json.Marshal(token)
+	c.text = append(c.text, constant...)
+	return err
+}
+
+// jsonGroup compiles what follows the opening delimiter of an object or an array.
+func (c *compiler) jsonGroup(d *json.Decoder, open json.Delim, key string) error {
+	c.text = append(c.text, byte(open))
+	for first := true; d.More(); first = false {
+		if !first {
+			c.text = append(c.text, ',')
+		}
+		if open == '{' {
+			token, err := d.Token()
+			if err != nil {
+				return fmt.Errorf("reading JSON: %w", err)
+			}
+			key = token.(string) // the decoder takes nothing else there
+			c.text = append(appendText(append(c.text, '"'), key, jsonString, maxLine), `":`...)
+		}
+		if err := c.json(d, key); err != nil {
+			return err
+		}
+	}
+	end, err := d.Token()
+	if err != nil {
+		return fmt.Errorf("reading JSON: %w", err)
+	}
+	c.text = append(c.text, byte(end.(json.Delim)))
+	return nil
+}
+
+// loneOperator reports whether text is one operator. A wrong one counts, and is found wrong when it is compiled.
+func loneOperator(text string) bool {
+	if len(text) < 3 || text[0] != '%' || text[1] == '%' {
+		return false
+	}
+	_, _, _, end, err := split(text, 0)
+	return err == nil && end == len(text)
+}
+
+// split takes the operator that begins at text[start] apart: %name(argument):max%. max is -1 when there is none.
+func split(text string, start int) (name string, arg *string, max, end int, err error) {
+	end, max = start+1, -1
+	for end < len(text) && (text[end] >= 'A' && text[end] <= 'Z' || text[end] == '_' || text[end] >= '0' && text[end] <= '9') {
+		end++
+	}
+	name = text[start+1 : end]
+	if strings.HasPrefix(text[end:], "(") {
+		inner, _, closed := strings.Cut(text[end+1:], ")")
+		if !closed {
+			return name, nil, 0, 0, fmt.Errorf("operator %%%s( at column %d has no closing parenthesis", name, column(text, start))
+		}
+		arg = &inner
+		end += len(inner) + 2
+	}
+	if strings.HasPrefix(text[end:], ":") {
+		digits, _, _ := strings.Cut(text[end+1:], "%")
+		if max, err = strconv.Atoi(digits); err != nil || max < 1 {
+			return name, nil, 0, 0, fmt.Errorf("operator %%%s at column %d: %q is no length; write a number after the colon", name, column(text, start), digits)
+		}
+		end += 1 + len(digits)
+	}
+	if !strings.HasPrefix(text[end:], "%") {
+		return name, nil, 0, 0, fmt.Errorf("operator %%%s at column %d has no %% at its end; write %%%% for a percent sign", name, column(text, start))
+	}
+	return name, arg, max, end + 1, nil
+}
+
+// operator compiles the operator that begins at text[start], and returns where the text goes on.
+func (c *compiler) operator(text string, start int, s style) (int, error) {
+	name, arg, max, end, err := split(text, start)
+	if err != nil {
+		return 0, err
+	}
+	i := slices.IndexFunc(operators, func(o operator) bool { return o.name == name })
+	if i < 0 {
+		return 0, fmt.Errorf("unknown operator %%%s%% at column %d; the nearest known one is %%%s%%", name, column(text, start), nearest(name))
+	}
+	p := operators[i].piece
+	switch takes := operators[i].takes; {
+	case max >= 0 && takes != takesRequestField && takes != takesResponseField:
+		err = errors.New("takes no length")
+	case takes == takesNone && arg != nil:
+		err = errors.New("takes no argument")
+	case takes == takesLayout && arg != nil:
+		p.layout = *arg
+		err = checkLayout(*arg)
+	case takes == takesRequestField || takes == takesResponseField:
+		if arg == nil {
+			arg = new(string)
+		}
+		err = c.field(&p, *arg, takes == takesResponseField)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("operator %%%s%% at column %d: %w", name, column(text, start), err)
+	}
+	if p.does == verbOwn {
+		if p.own, err = os.Hostname(); err != nil {
+			return 0, fmt.Errorf("operator %%HOSTNAME%%: %w", err)
+		}
+	}
+	p.text, p.style, p.max = string(c.text), s, max
+	c.text = c.text[:0]
+	c.pieces = append(c.pieces, p)
+	return end, nil
+}
+
+// field compiles the argument of %REQ% and %RESP%: the name of a field, and after a question mark that of another one
+// which stands in for it.
+func (c *compiler) field(p *piece, arg string, response bool) error {
+	names := strings.Split(strings.ToLower(arg), "?")
+	if len(names) > 2 {
+		return fmt.Errorf("%q names more than one alternative", arg)
+	}
+	for _, name := range names {
+		if name == "" || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`"(),/;<=>?@[\]{}`, r) }) {
+			return fmt.Errorf("%q is no name of a field; write, as an example, %%REQ(X-TENANT)%%", name)
+		}
+		place, have := always[name]
+		switch {
+		case response && (name == ":status" || name == "x-envoy-upstream-service-time"):
+			if len(names) > 1 {
+				return fmt.Errorf("%s has no alternative", name)
+			}
+			p.does, p.number = verbServiceTime, true
+			if name == ":status" {
+				p.does = verbStatus
+			}
+			return nil
+		case !response && have:
+			p.from = append(p.from, place)
+			continue
+		case strings.Contains(name, ":"):
+			return fmt.Errorf("there is no field %q; requests have :method, :path and :authority, responses :status", name)
+		}
+		list, base := &c.fields.Request, fromRequest
+		if response {
+			list, base = &c.fields.Response, fromResponse
+		}
+		i := slices.Index(*list, name)
+		if i < 0 {
+			if i = len(*list); i == maxFields {
+				return fmt.Errorf("more than %d different fields", maxFields)
+			}
+			*list = append(*list, name)
+		}
+		p.from = append(p.from, base+source(i))
+	}
+	return nil
+}
+
+// finish closes the format, and works out what of a line must be kept for the pieces that follow, so that the bound of a
+// line cuts values and never a format.
+func (c *compiler) finish() (*Format, error) {
+	c.pieces = append(c.pieces, piece{text: string(c.text)})
+	reserve := 1 // the newline
+	for i := len(c.pieces) - 1; i >= 0; i-- {
+		p := &c.pieces[i]
+		p.reserve = reserve
+		reserve += len(p.text) + maxShort + 10*len(p.layout)
+	}
+	if reserve > maxLine/2 {
+		return nil, fmt.Errorf("access log format: a line may need %d bytes without the values of fields, and %d is the most; use fewer operators and less text", reserve, maxLine/2)
+	}
+	return &c.Format, nil
+}
+
+// column is the place of text[i] as an editor counts it, from 1.
+func column(text string, i int) int { return utf8.RuneCountInString(text[:i]) + 1 }
+
+// nearest is the known operator that takes the fewest changes.
+func nearest(name string) string {
+	name = name[:min(len(name), 64)]
+	best, least := "", 1<<30
+	for _, o := range operators {
+		if d := distance(name, o.name); d < least {
+			best, least = o.name, d
+		}
+	}
+	return best
+}
+
+// distance is Levenshtein's.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			change := diagonal
+			if a[i] != b[j] {
+				change++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(change, row[j]+1, diagonal+1)
+		}
+	}
+	return row[len(b)]
+}

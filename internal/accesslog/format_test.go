@@ -1,0 +1,303 @@
+package accesslog
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+func TestStoriesAreToldInIstiosWords(t *testing.T) {
+	for name, f := range map[string]*Format{
+		"text": mustParse(t, ParseFormat, ""),
+		"json": mustParse(t, ParseJSONFormat, ""),
+	} {
+		var got strings.Builder
+		for _, s := range stories {
+			fmt.Fprintf(&got, "# %s\n%s\n", s.name, lineOf(f, s.Record))
+		}
+		file := filepath.Join("testdata", name+".golden")
+		if *update {
+			if err := os.WriteFile(file, []byte(got.String()), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.String() != string(want) {
+			t.Errorf("%s: lines changed; if that is meant, run the test with -update\ngot:\n%s\nwant:\n%s", name, &got, want)
+		}
+	}
+}
+
+func TestOperators(t *testing.T) {
+	inbound, outbound := request(flow.Inbound, flow.Completed), request(flow.Outbound, flow.Completed)
+	inbound.HTTP.ForwardedFor = []byte("2001:db8::1")
+	inbound.HTTP.Fields = [][]byte{[]byte("blue green"), nil, []byte("grün")}
+	inbound.HTTP.ResponseFields = [][]byte{[]byte("text/html")}
+	inbound.HTTP.GRPCStatus = []byte("16")
+	tcp := connection(flow.Outbound, flow.Opaque, flow.UpstreamTimeout)
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		format string
+		record *flow.Record
+		want   string
+	}{
+		{"100%% %RESPONSE_CODE%", inbound, "100% 200"},
+		{"%START_TIME%", inbound, "2026-03-01T11:30:45.053Z"},
+		{"%START_TIME(%Y-%m-%dT%H:%M:%S.%3fZ)%", inbound, "2026-03-01T11:30:45.053Z"},
+		{"%START_TIME(%s.%6f %f %1f %9f)%", inbound, "1772364645.053999 053999999 0 053999999"},
+		{"%START_TIME(%d/%b/%Y:%T %z %% %F %R %a %A %B %j %Z %y %e %I %p)%", inbound, "01/Mar/2026:11:30:45 +0000 % 2026-03-01 11:30 Sun Sunday March 060 UTC 26  1 11 AM"},
+		{"%REQ(:method)% %REQ(Host)% %REQ(:AUTHORITY)%", inbound, "GET www.example:30293 www.example:30293"},
+		{`%REQ(X-TENANT)% "%REQ(X-TENANT)%" %REQ(X-TENANT):4%`, inbound, `blue\x20green "blue green" blue`},
+		{`%REQ(X-TENANT)% %REQ(X-NONE)% %REQ(X-NONE?X-COLOUR)% "%REQ(X-COLOUR):3%" "%REQ(X-COLOUR):4%"`, inbound, `blue\x20green - gr\xc3\xbcn "gr" "grü"`},
+		{"%RESP(CONTENT-TYPE)% %RESP(:STATUS)% %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%", inbound, "text/html 200 1"},
+		{"%RESP(CONTENT-TYPE)%", outbound, "-"},
+		{"%UPSTREAM_REMOTE_ADDRESS% %UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %UPSTREAM_REMOTE_PORT%", outbound, "203.0.113.7:5432 203.0.113.7 5432"},
+		{"%UPSTREAM_LOCAL_ADDRESS% %UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %UPSTREAM_LOCAL_PORT%", inbound, "127.0.0.6:40339 127.0.0.6 40339"},
+		{"%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_LOCAL_PORT%", inbound, "198.51.100.2:80 198.51.100.2 80"},
+		{"%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%", inbound, "[2001:db8::1]:0 2001:db8::1 0"},
+		{"%DOWNSTREAM_DIRECT_REMOTE_ADDRESS% %DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_DIRECT_REMOTE_PORT%", inbound, "198.51.100.1:61751 198.51.100.1 61751"},
+		{"%UPSTREAM_CLUSTER% %UPSTREAM_CLUSTER_RAW% %UPSTREAM_HOST%", inbound, "inbound|80|| inbound|80|| 198.51.100.2:80"},
+		{"%GRPC_STATUS% %GRPC_STATUS_NUMBER%", inbound, "Unauthenticated 16"},
+		{"%GRPC_STATUS% %GRPC_STATUS_NUMBER%", outbound, "- -"},
+		{"%HOSTNAME% %TRAFFIC_DIRECTION%", inbound, host + " INBOUND"},
+		{"%TRAFFIC_DIRECTION% %PILLION_REASON%", outbound, "OUTBOUND completed"},
+		{"%TRAFFIC_DIRECTION% %PILLION_REASON% %RESPONSE_FLAGS%", tcp, "OUTBOUND upstream_timeout UF,URX"},
+		{"%PROTOCOL% %ROUTE_NAME% %GRPC_STATUS%", tcp, "- - -"},
+		{"a line\n", inbound, "a line"},
+		{`a line\n`, inbound, "a line"},
+	} {
+		if got := lineOf(mustParse(t, ParseFormat, c.format), c.record); got != c.want {
+			t.Errorf("%s: %s; want %s", c.format, got, c.want)
+		}
+	}
+}
+
+func TestJSONFormats(t *testing.T) {
+	r := request(flow.Inbound, flow.Completed)
+	r.HTTP.Fields = [][]byte{[]byte("a\"b\xff\u2028"), nil}
+	for _, c := range []struct{ format, want string }{
+		{`{"z":"%RESPONSE_CODE%", "a":"%REQ(X)%","none":"%REQ(Y)%"}`, `{"z":200,"a":"a\"b\ufffd\u2028","none":null}`},
+		{`{"text":"took %DURATION% ms, \"%REQ(X)%\" and %REQ(Y)%, 5%%"}`, `{"text":"took 1 ms, \"a\"b\ufffd\u2028\" and -, 5%"}`},
+		{`{"n":1.50,"yes":true,"no":null,"in":{"a":["%RESPONSE_FLAGS%","x",[]],"é\n":{}}}`, `{"n":1.50,"yes":true,"no":null,"in":{"a":["-","x",[]],"é\n":{}}}`},
+		{`{"port":"%DOWNSTREAM_LOCAL_PORT%","g":"%GRPC_STATUS_NUMBER%","t":"%START_TIME(%s)%"}`, `{"port":80,"g":null,"t":"1772364645"}`},
+	} {
+		if got := lineOf(mustParse(t, ParseJSONFormat, c.format), r); got != c.want || !json.Valid([]byte(got)) {
+			t.Errorf("%s: %s; want %s", c.format, got, c.want)
+		}
+	}
+}
+
+func TestWrongFormatsAreExplained(t *testing.T) {
+	for _, c := range []struct {
+		parse        func(string) (*Format, error)
+		format, want string
+	}{
+		{ParseFormat, "é %RESPONSE_CODES%", "access log format: unknown operator %RESPONSE_CODES% at column 3; the nearest known one is %RESPONSE_CODE%"},
+		{ParseFormat, "%bytes%", "operator % at column 1 has no % at its end"},
+		{ParseFormat, "5% of it", "operator % at column 2 has no % at its end; write %% for a percent sign"},
+		{ParseFormat, "%PROTOCOL", "operator %PROTOCOL at column 1 has no % at its end"},
+		{ParseFormat, "%REQ%", `operator %REQ% at column 1: "" is no name of a field`},
+		{ParseFormat, "%REQ(A?B?C)%", `"A?B?C" names more than one alternative`},
+		{ParseFormat, "%REQ(A B)%", `"a b" is no name of a field`},
+		{ParseFormat, "%REQ(A", "operator %REQ( at column 1 has no closing parenthesis"},
+		{ParseFormat, "%REQ(A):x%", `operator %REQ at column 1: "x" is no length`},
+		{ParseFormat, "%REQ(A):0%", `"0" is no length`},
+		{ParseFormat, "%REQ(:SCHEME)%", `there is no field ":scheme"`},
+		{ParseFormat, "%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME?X)%", "x-envoy-upstream-service-time has no alternative"},
+		{ParseFormat, "%PROTOCOL(X)%", "operator %PROTOCOL% at column 1: takes no argument"},
+		{ParseFormat, "%PROTOCOL:5%", "takes no length"},
+		{ParseFormat, "%START_TIME()%", "the time format is empty"},
+		{ParseFormat, "%START_TIME(%Q)%", "unknown conversion %Q"},
+		{ParseFormat, "%START_TIME(%3)%", "unknown conversion %3"},
+		{ParseFormat, "%START_TIME(ü)%", "more than plain ASCII"},
+		{ParseFormat, "a\nb", "control character or broken UTF-8 at column 2"},
+		{ParseFormat, "\xff", "control character or broken UTF-8 at column 1"},
+		{ParseFormat, strings.Repeat("%PROTOCOL%", 1000), "16384 is the most"},
+		{ParseJSONFormat, "%PROTOCOL%", "JSON lines need an object"},
+		{ParseJSONFormat, `{"a":"%PROTOCOLS%"}`, `access log format: value of "a": unknown operator %PROTOCOLS% at column 1; the nearest known one is %PROTOCOL%`},
+		{ParseJSONFormat, `{"a":{"b":["x%PROTOCOL"]}}`, `value of "b": operator %PROTOCOL at column 2 has no`},
+		{ParseJSONFormat, `{"a":"b"`, "reading JSON"},
+		{ParseJSONFormat, `{"a":"b"} {}`, "something follows the JSON object"},
+	} {
+		f, err := c.parse(c.format)
+		if err == nil || !strings.Contains(err.Error(), c.want) || f != nil {
+			t.Errorf("%.60s: %v; want %s", c.format, err, c.want)
+		}
+	}
+	var many strings.Builder
+	for i := range maxFields + 1 {
+		fmt.Fprintf(&many, "%%REQ(X-%d)%%", i)
+	}
+	if _, err := ParseFormat(many.String()); err == nil || !strings.Contains(err.Error(), "more than 64 different fields") {
+		t.Error(err)
+	}
+}
+
+func TestAFormatNamesTheFieldsThatItNeeds(t *testing.T) {
+	f := mustParse(t, ParseFormat, "%REQ(B?a)% %REQ(A)% %REQ(User-Agent?X-Request-Id)% %RESP(Server)% %RESP(X-Envoy-Upstream-Service-Time)% %REQ(x-forwarded-for)%")
+	if want := (flow.Fields{Request: []string{"b", "a"}, Response: []string{"server"}}); !reflect.DeepEqual(f.Fields(), want) {
+		t.Errorf("%+v; want %+v", f.Fields(), want)
+	}
+	for _, f := range []*Format{mustParse(t, ParseFormat, ""), mustParse(t, ParseJSONFormat, "")} {
+		if want := (flow.Fields{Request: []string{"x-envoy-original-path"}}); !reflect.DeepEqual(f.Fields(), want) {
+			t.Errorf("default: %+v", f.Fields())
+		}
+	}
+}
+
+func TestAddressesThatAreForwarded(t *testing.T) {
+	for text, want := range map[string]string{
+		"192.0.2.1": "192.0.2.1", "0.0.0.0": "0.0.0.0", "255.255.255.255": "255.255.255.255", "2001:DB8::1": "2001:db8::1",
+		"::ffff:192.0.2.1": "::ffff:192.0.2.1", "fe80::1%eth0": "", "256.0.0.1": "", "01.2.3.4": "", "1.2.3": "", "1.2.3.4.5": "",
+		"1.2.3.": "", ".1.2.3": "", "1..2.3": "", "": "", "unknown": "", "192.0.2.1:80": "", "[::1]": "", "9999999999999.1.1.1": "",
+	} {
+		got := parseIP([]byte(text))
+		if got.IsValid() != (want != "") || want != "" && got.String() != want {
+			t.Errorf("%q: %v; want %q", text, got, want)
+		}
+		if a, err := netip.ParseAddr(text); got.IsValid() && (err != nil || a != got) {
+			t.Errorf("%q: %v, and netip has %v, %v", text, got, a, err)
+		}
+	}
+}
+
+// split22 splits as people do who know nothing of escapes: at the spaces outside of quotation marks.
+func split22(line string) []string {
+	inside := false
+	return strings.FieldsFunc(line, func(r rune) bool {
+		if r == '"' {
+			inside = !inside
+		}
+		return !inside && unicode.IsSpace(r)
+	})
+}
+
+// FuzzNobodyForgesALine lets a stranger choose everything that a stranger chooses.
+func FuzzNobodyForgesALine(f *testing.F) {
+	text, object := mustParse(f, ParseFormat, ""), mustParse(f, ParseJSONFormat, "")
+	custom := mustParse(f, ParseFormat, `%REQ(:PATH)% %REQ(USER-AGENT):7% "%REQ(X-ENVOY-ORIGINAL-PATH)%" %GRPC_STATUS%`)
+	for _, s := range stories {
+		h := &s.HTTP
+		f.Add(h.Method, h.Path, h.Authority, h.UserAgent, h.ForwardedFor, h.ID, h.GRPCStatus, s.TLS.ServerName, uint16(1), s.IsRequest())
+	}
+	f.Add([]byte("\""), []byte(" "), []byte("\\\""), []byte("\u2028\u0085"), []byte("fe80::1%\" \n"), []byte{}, []byte("99999999999999999999"), "\" ", uint16(9000), true)
+	f.Fuzz(func(t *testing.T, method, path, authority, agent, forwarded, id, status []byte, name string, times uint16, isRequest bool) {
+		r := request(flow.Inbound, flow.Completed)
+		many := func(b []byte) []byte { return bytes.Repeat(b, 1+int(times)%(1+40000/(len(b)+1))) }
+		r.HTTP.Method, r.HTTP.Path, r.HTTP.Authority, r.HTTP.UserAgent = many(method), many(path), many(authority), many(agent)
+		r.HTTP.ForwardedFor, r.HTTP.ID, r.HTTP.GRPCStatus = many(forwarded), many(id), status
+		r.HTTP.Fields = [][]byte{path}
+		r.TLS.ServerName = name
+		if !isRequest {
+			r.Connection = nil
+		}
+		for _, c := range []struct {
+			*Format
+			fields int
+		}{{text, 22}, {custom, 4}, {object, 0}} {
+			got := lineOf(c.Format, r)
+			if len(got) >= maxLine {
+				t.Errorf("%d bytes", len(got))
+			}
+			if strings.ContainsFunc(got, func(r rune) bool { return unicode.IsControl(r) || r == 0x2028 || r == 0x2029 }) || !utf8.ValidString(got) {
+				t.Errorf("more than one line, or no UTF-8: %q", got)
+			}
+			if c.fields > 0 && len(split22(got)) != c.fields {
+				t.Errorf("%d fields, want %d: %s", len(split22(got)), c.fields, got)
+			}
+			if c.fields == 0 {
+				told := make(map[string]any)
+				if err := json.Unmarshal([]byte(got), &told); err != nil || len(told) != 24 {
+					t.Errorf("%d keys, %v: %s", len(told), err, got)
+				}
+				if s, _ := told["authority"].(string); utf8.Valid(r.HTTP.Authority) && len(r.HTTP.Authority) < 1000 && s != string(r.HTTP.Authority) {
+					t.Errorf("%q was told as %q", r.HTTP.Authority, s)
+				}
+			}
+		}
+	})
+}
+
+func TestLongValuesAreCutAndTheLineKeepsItsShape(t *testing.T) {
+	for _, unit := range []string{"a", "\xff", "é", "\"", "\u2028", "🐿"} {
+		long := []byte(strings.Repeat(unit, 20000))
+		r := request(flow.Inbound, flow.Completed)
+		r.HTTP.Method, r.HTTP.Path, r.HTTP.Authority, r.HTTP.UserAgent, r.HTTP.ID = long, long, long, long, long
+		r.HTTP.ForwardedFor, r.HTTP.Fields, r.TLS.ServerName = long, [][]byte{long}, string(long)
+		line := lineOf(mustParse(t, ParseFormat, ""), r)
+		fields := split22(line)
+		if len(fields) != 22 || len(line) > maxLine || !strings.HasSuffix(line, " default") {
+			t.Fatalf("%q: %d fields in %d bytes, ending in %s", unit, len(fields), len(line), line[len(line)-20:])
+		}
+		for _, i := range []int{11, 12, 13, 14, 20} {
+			if !strings.HasSuffix(strings.Trim(fields[i], `"`), "...") {
+				t.Errorf("%q: field %d is not cut: %.40s", unit, i+1, fields[i])
+			}
+		}
+		if line = lineOf(mustParse(t, ParseJSONFormat, ""), r); !json.Valid([]byte(line)) || len(line) > maxLine {
+			t.Errorf("%q: no JSON, or long: %d bytes", unit, len(line))
+		}
+	}
+	r := request(flow.Inbound, flow.Completed)
+	r.HTTP.Path = bytes.Repeat([]byte("/a"), maxValue/2)
+	if !strings.Contains(lineOf(mustParse(t, ParseFormat, ""), r), string(r.HTTP.Path)+" HTTP/1.1") {
+		t.Error("a value of 8 KiB is cut")
+	}
+}
+
+func TestEachOperatorHasAStory(t *testing.T) {
+	source, err := os.ReadFile("format_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := Default + string(source)
+	for _, o := range operators {
+		if !strings.Contains(told, "%"+o.name+"%") && !strings.Contains(told, "%"+o.name+"(") {
+			t.Errorf("%%%s%% is in no test", o.name)
+		}
+	}
+	names := make([]string, len(operators))
+	for i, o := range operators {
+		names[i] = o.name
+	}
+	if slices.Sort(names); len(slices.Compact(names)) != len(operators) {
+		t.Error("an operator stands twice in the table")
+	}
+}
+
+func TestSecondsChange(t *testing.T) {
+	f := mustParse(t, ParseFormat, "%START_TIME%")
+	var l line
+	for _, offset := range []time.Duration{0, time.Millisecond, time.Second, 0, -time.Hour} {
+		r := &flow.Record{Opened: opened.Add(offset)}
+		f.build(&l, r, 0)
+		if got, want := strings.TrimSpace(string(l.buf)), r.Opened.UTC().Truncate(time.Millisecond).Format("2006-01-02T15:04:05.000Z"); got != want {
+			t.Errorf("%s; want %s", got, want)
+		}
+	}
+}
+
+func checkJSON(t *testing.T, line string) {
+	t.Helper()
+	if !json.Valid([]byte(line)) || strings.Contains(line, "\n") || len(line) > maxLine {
+		t.Errorf("no JSON line: %q", line)
+	}
+}

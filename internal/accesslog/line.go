@@ -1,0 +1,295 @@
+package accesslog
+
+import (
+	"bytes"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// line is the memory in which a line is built. It remembers the last second's text, as records come in bursts.
+type line struct {
+	buf    []byte
+	second int64
+	stamp  []byte
+}
+
+// build writes r's line, with its newline, into l.buf. lasted is how long the record has been open.
+func (f *Format) build(l *line, r *flow.Record, lasted time.Duration) {
+	dst := l.buf[:0]
+	for i := range f.pieces {
+		p := &f.pieces[i]
+		dst = append(dst, p.text...)
+		if p.does == verbNothing {
+			continue
+		}
+		start := len(dst)
+		marked := p.style == jsonValue && !p.number
+		if marked {
+			dst = append(dst, '"')
+		}
+		value, ok := p.value(dst, l, r, lasted)
+		switch {
+		case !ok && p.style == jsonValue:
+			dst = append(dst[:start], "null"...)
+		case !ok:
+			dst = append(dst[:start], '-')
+		case marked:
+			dst = append(value, '"')
+		default:
+			dst = value
+		}
+	}
+	l.buf = append(dst, '\n')
+}
+
+// value appends what the operator stands for, and reports whether the record has it.
+func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration) ([]byte, bool) {
+	h := &r.HTTP
+	switch p.does {
+	case verbStartTime:
+		if p.layout == "" {
+			return l.appendStart(dst, r.Opened), true
+		}
+		return appendTime(dst, r.Opened.UTC(), p.layout), true
+	case verbField:
+		for _, from := range p.from {
+			if value := from.of(h); value != nil {
+				return addText(p, dst, cut(value, p.max))
+			}
+		}
+		return dst, false
+	case verbServiceTime:
+		// An answer of our own may have taken the place of upstream's head.
+		if h.ServiceTime <= 0 || strings.HasPrefix(h.Details, "upstream_reset_before_response_started") {
+			return dst, false
+		}
+		return strconv.AppendInt(dst, h.ServiceTime.Milliseconds(), 10), true
+	case verbProtocol:
+		if r.Protocol < flow.HTTP10 {
+			return dst, false
+		}
+		return append(dst, r.Protocol.String()...), true
+	case verbStatus:
+		return strconv.AppendInt(dst, int64(h.Status), 10), true
+	case verbFlags:
+		if flags := r.Flags(); flags != "" {
+			return addText(p, dst, flags)
+		}
+		return append(dst, '-'), true // in JSON too: it is Envoy's word for none
+	case verbDetails:
+		return orMissing(p, dst, r.Details())
+	case verbTransportFailure:
+		start := len(dst)
+		dst, ok := orMissing(p, dst, r.TransportFailure)
+		for i := start; i < len(dst); i++ {
+			if dst[i] == ' ' {
+				dst[i] = '_'
+			}
+		}
+		return dst, ok
+	case verbReceived:
+		return strconv.AppendUint(dst, r.Received.Load(), 10), true
+	case verbSent:
+		return strconv.AppendUint(dst, r.Sent.Load(), 10), true
+	case verbDuration:
+		return strconv.AppendInt(dst, lasted.Milliseconds(), 10), true
+	case verbCluster:
+		return appendCluster(dst, r)
+	case verbAddress:
+		return p.appendAddress(dst, r)
+	case verbServerName:
+		return orMissing(p, dst, r.TLS.ServerName)
+	case verbRoute:
+		switch {
+		case !understood(r):
+			return dst, false
+		case r.Direction == flow.Inbound:
+			return append(dst, "default"...), true
+		}
+		return append(dst, "allow_any"...), true
+	case verbGRPCName, verbGRPCNumber:
+		return appendGRPCStatus(dst, h.GRPCStatus, p.does == verbGRPCName)
+	case verbDirection:
+		if r.Direction == flow.Inbound {
+			return append(dst, "INBOUND"...), true
+		}
+		return append(dst, "OUTBOUND"...), true
+	case verbReason:
+		return append(dst, r.Reason...), r.Reason != ""
+	case verbOwn:
+		return orMissing(p, dst, p.own)
+	}
+	return dst, false // verbMissing
+}
+
+// of returns the field's value; nil when the message had none.
+func (s source) of(h *flow.Request) []byte {
+	switch s {
+	case fromMethod:
+		return h.Method
+	case fromPath:
+		return h.Path
+	case fromAuthority:
+		return h.Authority
+	case fromUserAgent:
+		return h.UserAgent
+	case fromForwardedFor:
+		return h.ForwardedFor
+	case fromID:
+		return h.ID
+	}
+	fields, i := h.Fields, int(s-fromRequest)
+	if s >= fromResponse {
+		fields, i = h.ResponseFields, int(s-fromResponse)
+	}
+	if i >= len(fields) {
+		return nil // a request that ended before its fields, or its response's, were noted
+	}
+	return fields[i]
+}
+
+// cut returns at most max bytes of value, and no broken rune at the end of them.
+func cut(value []byte, max int) []byte {
+	if max < 0 || len(value) <= max {
+		return value
+	}
+	for back := 0; back < 3 && max > 0 && value[max]&0xc0 == 0x80; back++ {
+		max--
+	}
+	return value[:max]
+}
+
+// orMissing is addText for what is missing when it is empty.
+func orMissing(p *piece, dst []byte, value string) ([]byte, bool) {
+	if value == "" {
+		return dst, false
+	}
+	return addText(p, dst, value)
+}
+
+// addText appends a value as the piece's style wants it, in the room that the line has for it. An empty one would make a
+// bare field vanish.
+func addText[T text](p *piece, dst []byte, value T) ([]byte, bool) {
+	room := min(maxValue, maxLine-p.reserve-len(dst))
+	return appendText(dst, value, p.style, room), len(value) > 0 || p.style != bare
+}
+
+// understood reports whether a request's head could be read.
+func understood(r *flow.Record) bool { return r.IsRequest() && r.HTTP.Method != nil }
+
+// appendCluster says where Istio's configuration of a workload without routes sends the record. A request that could not be
+// read, and a connection that was refused before there was a place to send it, went nowhere.
+func appendCluster(dst []byte, r *flow.Record) ([]byte, bool) {
+	switch {
+	case r.Reason == flow.Loop:
+		return append(dst, "BlackHoleCluster"...), true
+	case r.Reason == flow.ForeignAddress, r.Reason == flow.NoOriginalDestination, r.Reason == flow.MaxConnections,
+		!r.OriginalDestination.IsValid(), r.IsRequest() && !understood(r):
+		return dst, false
+	case r.Direction == flow.Outbound:
+		return append(dst, "PassthroughCluster"...), true
+	}
+	dst = append(dst, "inbound|"...)
+	dst = strconv.AppendUint(dst, uint64(r.OriginalDestination.Port()), 10)
+	return append(dst, "||"...), true
+}
+
+func (p *piece) appendAddress(dst []byte, r *flow.Record) ([]byte, bool) {
+	var a netip.AddrPort
+	switch p.address {
+	case upstreamRemote:
+		if a = r.Upstream; r.Reason == flow.Loop {
+			return dst, false
+		}
+	case upstreamLocal:
+		a = r.UpstreamLocal
+	case downstreamLocal:
+		a = r.OriginalDestination
+	case downstreamRemote:
+		a = r.Downstream
+		if last := r.HTTP.ForwardedFor; last != nil {
+			last = bytes.TrimSpace(last[bytes.LastIndexByte(last, ',')+1:])
+			if forwarded := parseIP(last); forwarded.IsValid() {
+				a = netip.AddrPortFrom(forwarded, 0)
+			}
+		}
+	case downstreamDirect:
+		a = r.Downstream
+	}
+	switch {
+	case !a.IsValid():
+		return dst, false
+	case p.part == withoutPort:
+		return a.Addr().AppendTo(dst), true
+	case p.part == onlyPort:
+		return strconv.AppendUint(dst, uint64(a.Port()), 10), true
+	}
+	return a.AppendTo(dst), true
+}
+
+// parseIP parses an address. What a stranger writes after a % is no address of ours. netip's parser keeps its argument in
+// its error, so it costs an allocation; what is most common goes without.
+func parseIP(text []byte) netip.Addr {
+	if a, ok := parseIPv4(text); ok {
+		return a
+	}
+	if len(text) > len("ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255") || bytes.IndexByte(text, ':') < 0 {
+		return netip.Addr{}
+	}
+	a, err := netip.ParseAddr(string(text))
+	if err != nil || a.Zone() != "" {
+		return netip.Addr{}
+	}
+	return a
+}
+
+func parseIPv4(text []byte) (netip.Addr, bool) {
+	var octets [4]byte
+	at, value, digits := 0, 0, 0
+	for _, b := range text {
+		switch {
+		case b == '.' && digits > 0 && at < 3:
+			octets[at] = byte(value)
+			at, value, digits = at+1, 0, 0
+		case b >= '0' && b <= '9' && (digits == 0 || value > 0): // no leading zero
+			value = value*10 + int(b-'0')
+			if digits++; value > 255 {
+				return netip.Addr{}, false
+			}
+		default:
+			return netip.Addr{}, false
+		}
+	}
+	octets[at] = byte(value)
+	return netip.AddrFrom4(octets), at == 3 && digits > 0
+}
+
+// grpcNames are the names of gRPC's status codes as Envoy writes them.
+var grpcNames = [...]string{
+	"OK", "Canceled", "Unknown", "InvalidArgument", "DeadlineExceeded", "NotFound", "AlreadyExists", "PermissionDenied",
+	"ResourceExhausted", "FailedPrecondition", "Aborted", "OutOfRange", "Unimplemented", "Internal", "Unavailable", "DataLoss",
+	"Unauthenticated",
+}
+
+// appendGRPCStatus tells a status by its name if it has one and that is wanted, and by its number otherwise. What is no
+// short number is missing.
+func appendGRPCStatus(dst, status []byte, byName bool) ([]byte, bool) {
+	number := 0
+	for _, b := range status {
+		if b < '0' || b > '9' {
+			return dst, false
+		}
+		number = number*10 + int(b-'0')
+	}
+	switch {
+	case len(status) == 0 || len(status) > 9:
+		return dst, false
+	case byName && number < len(grpcNames):
+		return append(dst, grpcNames[number]...), true
+	}
+	return strconv.AppendInt(dst, int64(number), 10), true
+}
