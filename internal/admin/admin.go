@@ -36,7 +36,7 @@ type Config struct {
 	Options   Options
 	Listeners []Listener
 	Carrying  Carrying
-	Flows     *flow.Table
+	Flows     *flow.Table // required
 
 	Ready   func() (state string, ok bool) // LIVE and true, else PRE_INITIALIZING, INITIALIZING or DRAINING; required
 	Unready func() []string                // what readiness waits for; nil is nothing

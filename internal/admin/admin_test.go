@@ -505,6 +505,7 @@ func TestEveryJSONIsEnvoysMessage(t *testing.T) {
 			}
 		}
 		add("/config_dump", "envoy.admin.v3.ConfigDump")
+		add("/config_dump?resource=static_listeners", "envoy.admin.v3.ConfigDump")
 		add("/config_dump?resource=static_route_configs", "envoy.admin.v3.ConfigDump")
 		add("/config_dump?include_eds&resource=static_endpoint_configs", "envoy.admin.v3.ConfigDump")
 		add("/config_dump?resource=static_clusters&name_regex=.*Hole.*", "envoy.admin.v3.ConfigDump")
