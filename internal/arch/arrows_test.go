@@ -35,6 +35,7 @@ var arrows = []struct {
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
 	{"internal/scrape", []string{"internal/promtext"}, "what is scraped is parsed, merged and written"},
 	{"internal/accesslog", []string{"internal/flow"}, "a line tells what a record has"},
+	{"internal/admin", []string{"internal/flow"}, "what is open is read from the table; all else that it shows comes in as values"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 

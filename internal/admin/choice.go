@@ -1,0 +1,161 @@
+package admin
+
+import (
+	"fmt"
+	"net/url"
+	"regexp"
+	"strings"
+)
+
+// maxPattern bounds regular expressions, which Go's regexp runs in linear time, and masks.
+const maxPattern = 1 << 10
+
+// choice is the part of a dump that a query asks for.
+type choice struct {
+	resource string         // the items of this list alone; empty is all
+	mask     fields         // what is kept of a message; nil is all
+	name     *regexp.Regexp // of resources; nil is all
+}
+
+// fields is a set of field paths, as a tree. A leaf keeps all below it.
+type fields map[string]fields
+
+func parseChoice(query url.Values) (choice, error) {
+	c := choice{resource: query.Get("resource")}
+	if c.resource != "" && !fieldName.MatchString(c.resource) {
+		return c, fmt.Errorf("resource=%.50q is not the name of a list: use one such as static_listeners", c.resource)
+	}
+	if text := query.Get("mask"); text != "" {
+		var err error
+		if c.mask, err = parseMask(text); err != nil {
+			return c, err
+		}
+	}
+	if text := query.Get("name_regex"); text != "" {
+		pattern, err := parsePattern("name_regex", "^(?:"+text+")$")
+		if err != nil {
+			return c, err
+		}
+		c.name = pattern
+	}
+	return c, nil
+}
+
+func parsePattern(parameter, text string) (*regexp.Regexp, error) {
+	if len(text) > maxPattern {
+		return nil, fmt.Errorf("%s=%.50q... is longer than %d bytes: use a shorter one", parameter, text, maxPattern)
+	}
+	pattern, err := regexp.Compile(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w: use RE2 syntax", parameter, err)
+	}
+	return pattern, nil
+}
+
+var fieldName = regexp.MustCompile(`^[a-z][a-z0-9_]*$`)
+
+func parseMask(text string) (fields, error) {
+	if len(text) > maxPattern {
+		return nil, fmt.Errorf("mask=%.50q... is longer than %d bytes: use a shorter one", text, maxPattern)
+	}
+	mask := fields{}
+	for path := range strings.SplitSeq(text, ",") {
+		at := mask
+		names := strings.Split(path, ".")
+		for i, name := range names {
+			if !fieldName.MatchString(name) {
+				return nil, fmt.Errorf("mask=%.50q: %.50q is not a path of fields: use one such as listener.name", text, path)
+			}
+			below, there := at[name]
+			if there && len(below) == 0 {
+				break // all of it is kept already
+			}
+			if !there || i == len(names)-1 {
+				below = fields{}
+				at[name] = below
+			}
+			at = below
+		}
+	}
+	return mask, nil
+}
+
+// choose takes what is asked for out of the configs. found is false when no config has a list of the resource's name.
+func (c choice) choose(configs []object) (chosen []object, found bool) {
+	chosen = []object{}
+	for _, config := range configs {
+		for key, value := range config {
+			items, ok := value.([]object)
+			if !ok {
+				continue
+			}
+			items = c.named(items)
+			config[key] = items
+			if key == c.resource {
+				found = true
+				for _, item := range items {
+					chosen = append(chosen, c.mask.of(typed(itemType[key], item)).(object))
+				}
+			}
+		}
+		if c.resource == "" {
+			chosen = append(chosen, c.mask.of(config).(object))
+		}
+	}
+	return chosen, found || c.resource == ""
+}
+
+// itemType is what the items of a config's lists are.
+var itemType = map[string]string{
+	"static_clusters":         "envoy.admin.v3.ClustersConfigDump.StaticCluster",
+	"static_listeners":        "envoy.admin.v3.ListenersConfigDump.StaticListener",
+	"static_route_configs":    "envoy.admin.v3.RoutesConfigDump.StaticRouteConfig",
+	"static_endpoint_configs": "envoy.admin.v3.EndpointsConfigDump.StaticEndpointConfig",
+}
+
+// named keeps the items whose resource has a name that matches.
+func (c choice) named(items []object) []object {
+	if c.name == nil {
+		return items
+	}
+	kept := []object{}
+	for _, item := range items {
+		for _, value := range item {
+			resource, _ := value.(object)
+			name, ok := resource["name"].(string)
+			if !ok {
+				name, ok = resource["cluster_name"].(string)
+			}
+			if ok && c.name.MatchString(name) {
+				kept = append(kept, item)
+			}
+		}
+	}
+	return kept
+}
+
+// of returns what the mask keeps of a message, or of each of a list. What a message is stays.
+func (f fields) of(value any) any {
+	if len(f) == 0 {
+		return value
+	}
+	switch value := value.(type) {
+	case []object:
+		kept := []object{}
+		for _, item := range value {
+			kept = append(kept, f.of(item).(object))
+		}
+		return kept
+	case object:
+		kept := object{}
+		for key, inner := range value {
+			if below, ok := f[key]; ok {
+				kept[key] = below.of(inner)
+			} else if key == "@type" {
+				kept[key] = inner
+			}
+		}
+		return kept
+	}
+	return value
+}

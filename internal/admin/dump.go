@@ -1,0 +1,293 @@
+package admin
+
+import (
+	"net/http"
+	"net/netip"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// The clusters, by the names that Istio gives them.
+const (
+	passthrough        = "PassthroughCluster"
+	inboundPassthrough = "InboundPassthroughCluster"
+	blackHole          = "BlackHoleCluster"
+)
+
+// clusterOf names the cluster that a direction's connections are carried by.
+func clusterOf(d flow.Direction) string {
+	if d == flow.Inbound {
+		return inboundPassthrough
+	}
+	return passthrough
+}
+
+// typed is a protobuf Any: a message that says what it is.
+func typed(name string, message object) object {
+	message["@type"] = "type.googleapis.com/" + name
+	return message
+}
+
+func socketAddress(a netip.AddrPort) object {
+	return object{"socket_address": object{"address": a.Addr().String(), "port_value": a.Port()}}
+}
+
+func (h *handler) configDump(w http.ResponseWriter, r *http.Request) {
+	query := r.URL.Query()
+	choice, err := parseChoice(query)
+	if err != nil {
+		refuse(w, "%v", err)
+		return
+	}
+	configs := []object{h.bootstrapDump(), h.clustersDump()}
+	if query.Has("include_eds") {
+		configs = append(configs, h.endpointsDump())
+	}
+	configs = append(configs,
+		h.listenersDump(),
+		typed("envoy.admin.v3.ScopedRoutesConfigDump", object{}),
+		h.routesDump(),
+		typed("envoy.admin.v3.SecretsConfigDump", object{}),
+	)
+	configs, found := choice.choose(configs)
+	if !found {
+		answer(w, http.StatusNotFound, choice.resource+" not found in config dump\n")
+		return
+	}
+	answerJSON(w, object{"configs": configs})
+}
+
+func (h *handler) bootstrapDump() object {
+	return typed("envoy.admin.v3.BootstrapConfigDump", object{
+		"bootstrap":    object{"node": h.node(), "admin": object{"address": socketAddress(h.Address)}},
+		"last_updated": h.updated(),
+	})
+}
+
+// updated is when the configuration came to be: it is what the agent was started with.
+func (h *handler) updated() string { return h.Started.UTC().Format(time.RFC3339Nano) }
+
+func (h *handler) clustersDump() object {
+	inbound := h.originalDestinationCluster(inboundPassthrough)
+	if sources := h.Carrying.InboundSources; len(sources) > 0 {
+		bind := object{"source_address": socketAddress(netip.AddrPortFrom(sources[0], 0))["socket_address"]}
+		var extra []object
+		for _, source := range sources[1:] {
+			extra = append(extra, object{"address": socketAddress(netip.AddrPortFrom(source, 0))["socket_address"]})
+		}
+		if extra != nil {
+			bind["extra_source_addresses"] = extra
+		}
+		inbound["upstream_bind_config"] = bind
+	}
+	clusters := []object{}
+	for _, cluster := range []object{
+		{"name": blackHole, "type": "STATIC"}, // it has no endpoint: what is sent there is refused
+		inbound,
+		h.originalDestinationCluster(passthrough),
+	} {
+		clusters = append(clusters, object{"cluster": typed("envoy.config.cluster.v3.Cluster", cluster), "last_updated": h.updated()})
+	}
+	return typed("envoy.admin.v3.ClustersConfigDump", object{"static_clusters": clusters})
+}
+
+func (h *handler) originalDestinationCluster(name string) object {
+	protocols := object{"use_downstream_protocol_config": object{"http_protocol_options": object{}, "http2_protocol_options": object{}}}
+	cluster := object{
+		"name": name, "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED",
+		"typed_extension_protocol_options": object{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": typed(
+			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions", protocols)},
+	}
+	if d := h.Carrying.UpstreamIdleTimeout; d > 0 {
+		protocols["common_http_protocol_options"] = object{"idle_timeout": duration(d)}
+	}
+	if d := h.Carrying.ConnectTimeout; d > 0 { // zero leaves it to the kernel, which Envoy cannot say
+		cluster["connect_timeout"] = duration(d)
+	}
+	return cluster
+}
+
+func (h *handler) listenersDump() object {
+	listeners := []object{}
+	for _, l := range h.Listeners {
+		listener := object{"name": l.Name}
+		for i, address := range l.Addresses {
+			if i == 0 {
+				listener["address"] = socketAddress(address)
+			} else {
+				others, _ := listener["additional_addresses"].([]object)
+				listener["additional_addresses"] = append(others, object{"address": socketAddress(address)})
+			}
+		}
+		switch l.Name {
+		case VirtualOutbound:
+			h.carries(listener, flow.Outbound)
+		case VirtualInbound:
+			h.carries(listener, flow.Inbound)
+		default:
+			listener["filter_chains"] = []object{{"filters": []object{connectionManager(l.Name, serves(l))}}}
+		}
+		listeners = append(listeners, object{"listener": typed("envoy.config.listener.v3.Listener", listener), "last_updated": h.updated()})
+	}
+	return typed("envoy.admin.v3.ListenersConfigDump", object{"static_listeners": listeners})
+}
+
+// carries adds what a direction's listener does: the policy first, then what detection finds. A connection inbound that
+// is for another's address has no chain, and is closed.
+func (h *handler) carries(listener object, d flow.Direction) {
+	name, all, cluster, own := VirtualOutbound, VirtualOutbound+"-catchall-tcp", passthrough, []object{}
+	listener["traffic_direction"] = "OUTBOUND"
+	listener["use_original_dst"] = true
+	match := func(fields object) object { return fields }
+	for _, address := range h.Carrying.OwnAddresses() {
+		own = append(own, object{"address_prefix": address.String(), "prefix_len": address.BitLen()})
+	}
+	if d == flow.Inbound {
+		name, all, cluster = VirtualInbound, VirtualInbound, inboundPassthrough
+		listener["traffic_direction"] = "INBOUND"
+		match = func(fields object) object { fields["prefix_ranges"] = own; return fields }
+	}
+	var chains []object
+	for _, port := range h.Carrying.OwnPorts {
+		chains = append(chains, object{
+			"name":               name + "-blackhole",
+			"filter_chain_match": object{"destination_port": port, "prefix_ranges": own},
+			"filters":            []object{h.relay(blackHole)},
+		})
+	}
+	manager := connectionManager(cluster, h.route(d))
+	config := manager["typed_config"].(object)
+	config["request_headers_timeout"] = duration(h.Carrying.RequestHeadTimeout)
+	config["stream_idle_timeout"] = duration(h.Carrying.IdleTimeout)
+	config["http_protocol_options"] = object{"accept_http_10": true}
+	config["upgrade_configs"] = []object{{"upgrade_type": "websocket"}}
+	if kib := h.Carrying.MaxHeadBytes >> 10; kib > 0 {
+		config["max_request_headers_kb"] = kib
+	}
+	if fields := h.Carrying.MaxHeadFields; fields > 0 {
+		config["common_http_protocol_options"] = object{"max_headers_count": fields}
+	}
+	chains = append(chains, object{
+		"name": name + "-catchall-http",
+		"filter_chain_match": match(object{
+			"transport_protocol": "raw_buffer", "application_protocols": []string{"http/1.0", "http/1.1", "h2c"},
+		}),
+		"filters": []object{manager},
+	}, object{"name": all, "filter_chain_match": match(object{}), "filters": []object{h.relay(cluster)}})
+	listener["filter_chains"] = chains
+	listener["listener_filters"] = []object{
+		h.listenerFilter("original_dst", "OriginalDst"),
+		h.listenerFilter("tls_inspector", "TlsInspector"),
+		h.listenerFilter("http_inspector", "HttpInspector"),
+	}
+}
+
+// listenerFilter is a step before the protocol is known. Those that look at bytes are off for opaque ports.
+func (h *handler) listenerFilter(name, message string) object {
+	filter := object{
+		"name":         "envoy.filters.listener." + name,
+		"typed_config": typed("envoy.extensions.filters.listener."+name+".v3."+message, object{}),
+	}
+	rules := []object{}
+	for _, ports := range h.Carrying.OpaquePorts { // the end of Envoy's range is outside of it
+		rules = append(rules, object{"destination_port_range": object{"start": ports[0], "end": int(ports[1]) + 1}})
+	}
+	switch {
+	case name == "original_dst" || len(rules) == 0:
+	case len(rules) == 1:
+		filter["filter_disabled"] = rules[0]
+	default:
+		filter["filter_disabled"] = object{"or_match": object{"rules": rules}}
+	}
+	return filter
+}
+
+func (h *handler) relay(cluster string) object {
+	return object{
+		"name": "envoy.filters.network.tcp_proxy",
+		"typed_config": typed("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy", object{
+			"stat_prefix": cluster, "cluster": cluster, "idle_timeout": duration(h.Carrying.IdleTimeout),
+		}),
+	}
+}
+
+func connectionManager(prefix string, routes object) object {
+	return object{
+		"name": "envoy.filters.network.http_connection_manager",
+		"typed_config": typed("envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager", object{
+			"stat_prefix":  prefix,
+			"route_config": routes,
+			"http_filters": []object{{
+				"name":         "envoy.filters.http.router",
+				"typed_config": typed("envoy.extensions.filters.http.router.v3.Router", object{}),
+			}},
+			"server_header_transformation": "PASS_THROUGH",
+		}),
+	}
+}
+
+// route is a direction's only route.
+func (h *handler) route(d flow.Direction) object {
+	name, host, route := VirtualOutbound, "allow_any", "allow_any"
+	if d == flow.Inbound {
+		name, host, route = VirtualInbound, "inbound|http|0", "default"
+	}
+	return routeConfig(name, host, []object{{
+		"name":  route,
+		"match": object{"prefix": "/"},
+		"route": object{"cluster": clusterOf(d), "timeout": duration(h.Carrying.RequestTimeout)},
+	}})
+}
+
+// serves are the routes of a listener whose paths the agent answers itself.
+func serves(l Listener) object {
+	routes := []object{}
+	for _, path := range l.Serves {
+		routes = append(routes, object{"match": object{"path": path}, "non_forwarding_action": object{}})
+	}
+	return routeConfig(l.Name, l.Name, routes)
+}
+
+func routeConfig(name, host string, routes []object) object {
+	return object{"name": name, "virtual_hosts": []object{{"name": host, "domains": []string{"*"}, "routes": routes}}}
+}
+
+func (h *handler) routesDump() object {
+	routes := []object{}
+	add := func(config object) {
+		routes = append(routes, object{"route_config": typed("envoy.config.route.v3.RouteConfiguration", config), "last_updated": h.updated()})
+	}
+	for _, l := range h.Listeners {
+		switch l.Name {
+		case VirtualOutbound:
+			add(h.route(flow.Outbound))
+		case VirtualInbound:
+			add(h.route(flow.Inbound))
+		default:
+			add(serves(l))
+		}
+	}
+	return typed("envoy.admin.v3.RoutesConfigDump", object{"static_route_configs": routes})
+}
+
+func (h *handler) endpointsDump() object {
+	endpoints := []object{}
+	hosts := h.hosts()
+	for _, cluster := range []string{inboundPassthrough, passthrough} {
+		assigned := []object{}
+		for _, host := range hosts {
+			if host.cluster == cluster {
+				assigned = append(assigned, object{"endpoint": object{"address": socketAddress(host.address)}, "health_status": "HEALTHY"})
+			}
+		}
+		assignment := object{"cluster_name": cluster}
+		if len(assigned) > 0 {
+			assignment["endpoints"] = []object{{"lb_endpoints": assigned}}
+		}
+		endpoints = append(endpoints, object{
+			"endpoint_config": typed("envoy.config.endpoint.v3.ClusterLoadAssignment", assignment),
+		})
+	}
+	return typed("envoy.admin.v3.EndpointsConfigDump", object{"static_endpoint_configs": endpoints})
+}

@@ -1,0 +1,218 @@
+package admin
+
+import (
+	"fmt"
+	"net/http"
+	"net/http/pprof"
+	"runtime/metrics"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// object is a protobuf message as JSON has it, with the fields' own names, as Envoy prints them. Keys come out sorted.
+type object map[string]any
+
+func (h *handler) ready(w http.ResponseWriter, _ *http.Request) {
+	code := http.StatusOK
+	state, ok := h.Ready()
+	if !ok {
+		code = http.StatusServiceUnavailable
+	}
+	answer(w, code, state+"\n")
+}
+
+func (h *handler) serverInfo(w http.ResponseWriter, _ *http.Request) {
+	state, _ := h.Ready()
+	uptime := duration(time.Since(h.Started).Truncate(time.Second))
+	answerJSON(w, object{
+		"version":              h.Version,
+		"state":                state,
+		"uptime_current_epoch": uptime,
+		"uptime_all_epochs":    uptime,
+		"hot_restart_version":  "disabled",
+		"command_line_options": object{
+			"concurrency":         h.Options.Concurrency,
+			"log_level":           h.Options.LogLevel,
+			"drain_time":          duration(h.Options.DrainTime),
+			"drain_strategy":      "Immediate", // of responses; connections without one end by themselves
+			"disable_hot_restart": true,
+			"mode":                "Serve",
+			"service_cluster":     h.Node.Cluster,
+			"service_node":        h.Node.ID,
+		},
+		"node": h.node(),
+	})
+}
+
+func (h *handler) node() object {
+	metadata := h.Node.Metadata
+	if metadata == nil {
+		metadata = map[string]any{}
+	}
+	return object{
+		"id": h.Node.ID, "cluster": h.Node.Cluster, "metadata": metadata,
+		"user_agent_name": "pillion", "user_agent_version": h.Version,
+	}
+}
+
+func (h *handler) certs(w http.ResponseWriter, _ *http.Request) {
+	answerJSON(w, object{"certificates": []object{}})
+}
+
+func (h *handler) initDump(w http.ResponseWriter, _ *http.Request) {
+	dumps := []object{}
+	if h.Unready != nil {
+		if targets := h.Unready(); len(targets) > 0 {
+			dumps = append(dumps, object{"name": "readiness", "target_names": targets})
+		}
+	}
+	answerJSON(w, object{"unready_targets_dumps": dumps})
+}
+
+// memory fills Envoy's words with the Go runtime's. Reading them stops nobody, as runtime.ReadMemStats would.
+func (h *handler) memory(w http.ResponseWriter, _ *http.Request) {
+	names := []string{"objects:bytes", "unused:bytes", "free:bytes", "released:bytes"}
+	samples := make([]metrics.Sample, len(names), len(names)+1)
+	for i, name := range names {
+		samples[i].Name = "/memory/classes/heap/" + name
+	}
+	samples = append(samples, metrics.Sample{Name: "/memory/classes/total:bytes"})
+	metrics.Read(samples)
+	value := func(i int) uint64 { return samples[i].Value.Uint64() }
+	answerJSON(w, object{ // 64-bit numbers are strings in JSON
+		"allocated":            strconv.FormatUint(value(0), 10),
+		"heap_size":            strconv.FormatUint(value(0)+value(1)+value(2), 10),
+		"pageheap_free":        strconv.FormatUint(value(2), 10),
+		"pageheap_unmapped":    strconv.FormatUint(value(3), 10),
+		"total_physical_bytes": strconv.FormatUint(value(4)-value(3), 10),
+	})
+}
+
+func (h *handler) drain(w http.ResponseWriter, r *http.Request) {
+	query := r.URL.Query()
+	order := DrainOrder{InboundOnly: query.Has("inboundonly"), Graceful: query.Has("graceful"), SkipExit: query.Has("skip_exit")}
+	if order.SkipExit && !order.Graceful {
+		refuse(w, "skip_exit requires graceful")
+		return
+	}
+	if h.Drain == nil {
+		notTaken(w)
+		return
+	}
+	h.Drain(order)
+	answer(w, http.StatusOK, "OK\n")
+}
+
+func (h *handler) healthcheck(w http.ResponseWriter, r *http.Request) {
+	if h.Health == nil {
+		notTaken(w)
+		return
+	}
+	h.Health(strings.HasSuffix(r.URL.Path, "/ok"))
+	answer(w, http.StatusOK, "OK\n")
+}
+
+func (h *handler) resetCounters(w http.ResponseWriter, _ *http.Request) { obey(w, h.ResetCounters) }
+
+func (h *handler) reopenLogs(w http.ResponseWriter, _ *http.Request) { obey(w, h.ReopenLogs) }
+
+func obey(w http.ResponseWriter, order func()) {
+	if order == nil {
+		notTaken(w)
+		return
+	}
+	order()
+	answer(w, http.StatusOK, "OK\n")
+}
+
+func notTaken(w http.ResponseWriter) {
+	answer(w, http.StatusNotImplemented, "this agent does not take this order\n")
+}
+
+// quit answers first: the process may be gone at once.
+func (h *handler) quit(w http.ResponseWriter, _ *http.Request) {
+	if h.Quit == nil {
+		notTaken(w)
+		return
+	}
+	answer(w, http.StatusOK, "OK\n")
+	_ = http.NewResponseController(w).Flush() // who does not take it has gone
+	h.Quit()
+}
+
+// maxProfile bounds the seconds of a profile, each of which holds a request's slot.
+const maxProfile = 300
+
+func (h *handler) profile(w http.ResponseWriter, r *http.Request) {
+	which := strings.TrimPrefix(r.URL.Path, "/debug/pprof/")
+	if which == "symbol" { // its body is no form
+		pprof.Symbol(w, r)
+		return
+	}
+	if text := r.FormValue("seconds"); text != "" {
+		if seconds, err := strconv.ParseFloat(text, 64); err != nil || !(seconds >= 0 && seconds <= maxProfile) {
+			refuse(w, "seconds=%.50q: use a number up to %d", text, maxProfile)
+			return
+		}
+	}
+	switch which {
+	case "cmdline":
+		pprof.Cmdline(w, r)
+	case "profile":
+		pprof.Profile(w, r)
+	case "trace":
+		pprof.Trace(w, r)
+	default:
+		pprof.Index(w, r)
+	}
+}
+
+// duration is a protobuf duration.
+func duration(d time.Duration) string {
+	return strconv.FormatFloat(d.Seconds(), 'f', -1, 64) + "s"
+}
+
+// wantsJSON reads format=, of which a path has two. It answers when the value is neither.
+func wantsJSON(w http.ResponseWriter, r *http.Request) (wants, ok bool) {
+	switch format := r.URL.Query().Get("format"); format {
+	case "", "text":
+		return false, true
+	case "json":
+		return true, true
+	default:
+		refuse(w, "format=%.50q: use text or json", format)
+		return false, false
+	}
+}
+
+func (h *handler) listeners(w http.ResponseWriter, r *http.Request) {
+	asJSON, ok := wantsJSON(w, r)
+	if !ok {
+		return
+	}
+	if !asJSON {
+		var b strings.Builder
+		for _, l := range h.Listeners {
+			for _, address := range l.Addresses {
+				fmt.Fprintf(&b, "%s::%s\n", l.Name, address)
+			}
+		}
+		answer(w, http.StatusOK, b.String())
+		return
+	}
+	statuses := []object{}
+	for _, l := range h.Listeners {
+		status := object{"name": l.Name}
+		for i, address := range l.Addresses {
+			if i == 0 {
+				status["local_address"] = socketAddress(address)
+			} else {
+				others, _ := status["additional_local_addresses"].([]object)
+				status["additional_local_addresses"] = append(others, socketAddress(address))
+			}
+		}
+		statuses = append(statuses, status)
+	}
+	answerJSON(w, object{"listener_statuses": statuses})
+}
