@@ -3,12 +3,14 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -39,6 +41,12 @@ func TestThePageShowsWhatHappensInARealBrowser(t *testing.T) {
 		status, _ := strconv.Atoi(r.FormValue("status"))
 		stage.request(stage.inbound, "GET", "shop.example", r.FormValue("path"), status, 3*time.Millisecond)
 	})
+	control.HandleFunc("/steady", func(http.ResponseWriter, *http.Request) {
+		if os.Getenv(pictures) != "" {
+			stage.steady(55 * time.Second)
+		}
+	})
+	control.HandleFunc("/shut", func(http.ResponseWriter, *http.Request) { stage.shut.Store(!stage.shut.Load()) })
 	control.HandleFunc("/cut", func(http.ResponseWriter, *http.Request) { page.CloseClientConnections() })
 	controls := httptest.NewServer(control)
 	defer controls.Close()
@@ -56,10 +64,11 @@ func TestThePageShowsWhatHappensInARealBrowser(t *testing.T) {
 
 // pageStage makes the records of a pod that sells things.
 type pageStage struct {
-	view              *live.View
-	table             *flow.Table
-	inbound, outbound *flow.Record
-	made              int
+	view                    *live.View
+	table                   *flow.Table
+	inbound, outbound, grpc *flow.Record
+	made                    int
+	shut                    atomic.Bool
 }
 
 func newPageStage() *pageStage {
@@ -70,7 +79,7 @@ func newPageStage() *pageStage {
 
 func (s *pageStage) gates() []live.Gate {
 	gates := []live.Gate{{Name: "inbound", Open: true}, {Name: "outbound", Open: true}, {Name: "addresses", Open: true}}
-	if s.made > 1000 {
+	if s.shut.Load() {
 		gates[2] = live.Gate{Name: "addresses", Why: "not listed yet"}
 	}
 	return gates
@@ -113,6 +122,7 @@ func (s *pageStage) busy() {
 	}
 	s.inbound = inbound[0]
 	grpc := s.connect(flow.Outbound, "10.42.0.9:51100", "10.96.12.40:9090", flow.HTTP2, flow.Hello{}, 3*time.Hour)
+	s.grpc = grpc
 	plain := s.connect(flow.Outbound, "10.42.0.9:51102", "10.96.3.3:80", flow.HTTP11, flow.Hello{}, 40*time.Second)
 	s.outbound = plain
 	database := s.connect(flow.Outbound, "10.42.0.9:51200", "10.96.44.2:5432", flow.Opaque, flow.Hello{}, 26*time.Hour)
@@ -143,6 +153,30 @@ func (s *pageStage) busy() {
 			short.Received.Store(1800)
 			short.Sent.Store(5400)
 			short.Close(s.table, flow.Closed, nil)
+		}
+	}
+}
+
+// steady goes on making requests, for pictures that are worth a look.
+func (s *pageStage) steady(long time.Duration) {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for i := range int(long / (20 * time.Millisecond)) {
+		<-tick.C
+		wave := 3 + 2*math.Sin(float64(i)/110) + math.Sin(float64(i)/37)
+		for j := range int(wave) {
+			took := time.Duration(3+(i*7+j*5)%19) * time.Millisecond
+			s.request(s.inbound, "GET", "shop.example", fmt.Sprintf("/products/%d", 40+(i*13+j)%60), 200, took)
+			if j%2 == 0 {
+				s.request(s.grpc, "POST", "inventory:9090", "/inventory.v1.Stock/Reserve", 200, took/4)
+			}
+		}
+		if i%5 == 0 {
+			s.request(s.outbound, "GET", "prices.internal", fmt.Sprintf("/v2/prices?sku=%d", 1000+i), 200, 9*time.Millisecond)
+			s.connect(flow.Inbound, fmt.Sprintf("10.42.3.110:%d", 20000+i), "10.42.0.9:8080", flow.Opaque, flow.Hello{}, 0).Close(s.table, flow.Closed, nil)
+		}
+		if i%150 == 40 {
+			s.request(s.inbound, "POST", "shop.example", "/checkout", 503, 240*time.Millisecond)
 		}
 	}
 }

@@ -58,6 +58,6 @@ func newRoot() *cobra.Command {
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newInit(), newCleanup(), newAgent(), newWait())
+	root.AddCommand(newInit(), newCleanup(), newAgent(), newWait(), newTap(), newTop(), newStatus(), newBundle())
 	return root
 }

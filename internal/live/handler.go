@@ -130,6 +130,12 @@ func newStream(w http.ResponseWriter, contentType string) *stream {
 	return &stream{w, http.NewResponseController(w)}
 }
 
+// Write may have to send before flush does.
+func (s *stream) Write(text []byte) (int, error) {
+	s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
+	return s.ResponseWriter.Write(text)
+}
+
 // flush sends what was written; false when the reader has gone.
 func (s *stream) flush() bool {
 	s.control.SetWriteDeadline(time.Now().Add(writeTimeout))

@@ -18,20 +18,20 @@ const (
 // Snapshot is the state at one moment, in JSON. The names are stable. Rates are per second, the mean of the last ten
 // seconds; latencies are of requests in the last half to whole minute, within 6.25 %; all else counts from the start.
 type Snapshot struct {
-	Version         string        `json:"version"`
-	Time            time.Time     `json:"time"`
-	Started         time.Time     `json:"started"`
-	UptimeSeconds   float64       `json:"uptimeSeconds"`
-	Ready           bool          `json:"ready"` // every gate is open
-	Gates           []Gate        `json:"gates"`
-	Inbound         Totals        `json:"inbound"`
-	Outbound        Totals        `json:"outbound"`
-	Reasons         []Reason      `json:"reasons"`      // why flows failed, the most frequent of late first
-	Destinations    []Destination `json:"destinations"` // the busiest first; "other" stands for those over the bound
-	Peers           []Destination `json:"peers"`        // who calls the workload, likewise
-	Open            int           `json:"open"`         // connections that are open
-	Connections     []Connection  `json:"connections"`  // the youngest 500 of them, the oldest first
-	RecordsFollowed int           `json:"recordsFollowed"`
+	Version       string        `json:"version"`
+	Time          time.Time     `json:"time"`
+	Started       time.Time     `json:"started"`
+	UptimeSeconds float64       `json:"uptimeSeconds"`
+	Ready         bool          `json:"ready"` // every gate is open
+	Gates         []Gate        `json:"gates"`
+	Inbound       Totals        `json:"inbound"`
+	Outbound      Totals        `json:"outbound"`
+	Reasons       []Reason      `json:"reasons"`      // why flows failed, the most frequent of late first
+	Destinations  []Destination `json:"destinations"` // the busiest first; "other" stands for those over the bound
+	Peers         []Destination `json:"peers"`        // who calls the workload, likewise
+	Open          int           `json:"open"`         // connections that are open
+	Connections   []Connection  `json:"connections"`  // the youngest 500 of them, the oldest first
+	Followers     int           `json:"followers"`    // who hear of each record: pages and taps
 }
 
 // Gate is one thing that readiness waits for.
@@ -100,15 +100,15 @@ type Connection struct {
 func (v *View) snapshot(sources *Sources) *Snapshot {
 	now := time.Now()
 	s := &Snapshot{
-		Version:         v.version,
-		Time:            now.Round(0),
-		Started:         v.started.Round(0),
-		UptimeSeconds:   now.Sub(v.started).Seconds(),
-		Gates:           []Gate{},
-		Destinations:    []Destination{},
-		Peers:           []Destination{},
-		Connections:     []Connection{},
-		RecordsFollowed: len(v.following.list()),
+		Version:       v.version,
+		Time:          now.Round(0),
+		Started:       v.started.Round(0),
+		UptimeSeconds: now.Sub(v.started).Seconds(),
+		Gates:         []Gate{},
+		Destinations:  []Destination{},
+		Peers:         []Destination{},
+		Connections:   []Connection{},
+		Followers:     len(v.following.list()),
 	}
 	if sources.Gates != nil {
 		s.Gates = append(s.Gates, sources.Gates()...)

@@ -3,7 +3,8 @@
 // Usage: node page.mjs CHROMIUM PAGE CONTROL PICTURES
 //
 // PAGE is the page's address. Asking CONTROL makes traffic: /busy some of all kinds, /request?path=…&status=… one request,
-// /cut ends every connection to the page's server. Pictures of the page go into the directory PICTURES.
+// /steady as much of it as a
+// good picture needs, /shut shuts or opens a gate, /cut ends every connection to the page's server. Pictures of the page go into the directory PICTURES.
 import assert from 'node:assert/strict';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -84,10 +85,21 @@ try {
   await page.locator('#pause').click();
   await page.getByText('/while/paused').waitFor();
 
+  // Readiness has gates, and names those that are shut.
+  await page.getByText('ready', { exact: true }).waitFor();
+  await make('/shut');
+  await page.getByText('not ready: addresses').waitFor();
+  await make('/shut');
+  await page.getByText('ready', { exact: true }).waitFor();
+
+  await make('/steady');
+
   // Both colour schemes, a wide and a narrow window.
   const ground = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
   const light = await ground();
   await picture('light');
+  await page.setViewportSize({ width: 1280, height: 1060 });
+  await page.evaluate(() => scrollTo(0, 0));
   await page.screenshot({ path: join(pictures, 'page.png') });
   await page.emulateMedia({ colorScheme: 'dark' });
   assert.notEqual(await ground(), light, 'dark is as light');
