@@ -25,7 +25,7 @@ const pictures = "PILLION_PICTURES"
 func TestThePageShowsWhatHappensInARealBrowser(t *testing.T) {
 	const script = "testdata/peers/page"
 	if _, err := os.Stat(script + "/node_modules"); err != nil {
-		t.Fatalf("%v: make modules-page fetches what the browser is driven with", err)
+		t.Fatalf("%v: make e2e fetches what the browser is driven with", err)
 	}
 	chromium, err := exec.LookPath("chromium")
 	if err != nil {
@@ -67,6 +67,7 @@ type pageStage struct {
 	view                    *live.View
 	table                   *flow.Table
 	inbound, outbound, grpc *flow.Record
+	callers                 []*flow.Record
 	made                    int
 	shut                    atomic.Bool
 }
@@ -120,7 +121,7 @@ func (s *pageStage) busy() {
 		c := s.connect(flow.Inbound, fmt.Sprintf("10.42.%d.%d:4%d112", i, 17+31*i, i), "10.42.0.9:8080", flow.HTTP11, flow.Hello{}, time.Duration(i*i*97)*time.Second)
 		inbound = append(inbound, c)
 	}
-	s.inbound = inbound[0]
+	s.inbound, s.callers = inbound[0], inbound
 	grpc := s.connect(flow.Outbound, "10.42.0.9:51100", "10.96.12.40:9090", flow.HTTP2, flow.Hello{}, 3*time.Hour)
 	s.grpc = grpc
 	plain := s.connect(flow.Outbound, "10.42.0.9:51102", "10.96.3.3:80", flow.HTTP11, flow.Hello{}, 40*time.Second)
@@ -166,14 +167,18 @@ func (s *pageStage) steady(long time.Duration) {
 		wave := 3 + 2*math.Sin(float64(i)/110) + math.Sin(float64(i)/37)
 		for j := range int(wave) {
 			took := time.Duration(3+(i*7+j*5)%19) * time.Millisecond
-			s.request(s.inbound, "GET", "shop.example", fmt.Sprintf("/products/%d", 40+(i*13+j)%60), 200, took)
+			caller := s.callers[[...]int{0, 1, 0, 2, 0, 1, 3, 4, 0, 1}[(i+j)%10]]
+			s.request(caller, "GET", "shop.example", fmt.Sprintf("/products/%d", 40+(i*13+j)%60), 200, took)
 			if j%2 == 0 {
 				s.request(s.grpc, "POST", "inventory:9090", "/inventory.v1.Stock/Reserve", 200, took/4)
 			}
 		}
 		if i%5 == 0 {
 			s.request(s.outbound, "GET", "prices.internal", fmt.Sprintf("/v2/prices?sku=%d", 1000+i), 200, 9*time.Millisecond)
-			s.connect(flow.Inbound, fmt.Sprintf("10.42.3.110:%d", 20000+i), "10.42.0.9:8080", flow.Opaque, flow.Hello{}, 0).Close(s.table, flow.Closed, nil)
+		}
+		if i%int(3+3*wave) == 0 {
+			s.connect(flow.Outbound, fmt.Sprintf("10.42.0.9:%d", 20000+i), "203.0.113.80:443", flow.TLS, flow.Hello{ServerName: "api.payments.example"}, 0).Close(s.table, flow.Closed, nil)
+			s.connect(flow.Inbound, fmt.Sprintf("10.42.1.48:%d", 20000+i), "10.42.0.9:9000", flow.Opaque, flow.Hello{}, 0).Close(s.table, flow.Closed, nil)
 		}
 		if i%150 == 40 {
 			s.request(s.inbound, "POST", "shop.example", "/checkout", 503, 240*time.Millisecond)

@@ -23,8 +23,8 @@ type following struct {
 // it does not get, but is told how many they were.
 type follower struct {
 	filter    Filter
-	queue     chan Record
-	perSecond uint32 // 0 for no bound
+	queue     chan *Record // nobody changes them
+	perSecond uint32       // 0 for no bound
 	missed    atomic.Uint64
 
 	mu     sync.Mutex
@@ -42,7 +42,7 @@ func (f *following) join(filter Filter, perSecond uint32) (*follower, error) {
 	if len(all) >= maxFollowers {
 		return nil, errTooMany
 	}
-	joined := &follower{filter: filter, queue: make(chan Record, queueLength), perSecond: perSecond}
+	joined := &follower{filter: filter, queue: make(chan *Record, queueLength), perSecond: perSecond}
 	all = append(slices.Clone(all), joined)
 	f.all.Store(&all)
 	return joined, nil
@@ -86,7 +86,7 @@ func (f *following) tell(e *entry, second uint32) {
 			record = &made
 		}
 		select {
-		case one.queue <- *record:
+		case one.queue <- record:
 		default:
 			one.missed.Add(1)
 		}

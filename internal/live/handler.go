@@ -176,7 +176,7 @@ func (v *View) serveTap(w http.ResponseWriter, r *http.Request) {
 		select {
 		case record := <-follower.queue:
 			for more := true; more; { // what has come meanwhile goes out with it
-				encoder.Encode(Tapped{Record: &record})
+				encoder.Encode(Tapped{Record: record})
 				if left--; left == 0 {
 					s.flush()
 					return

@@ -66,7 +66,7 @@ type binding struct {
 
 // Opened counts a connection. An opaque one is its destination's from now on; one of requests, with its first request.
 func (v *View) Opened(r *flow.Record) {
-	second := v.second(r.Opened)
+	second := v.second(time.Now()) // detection or dialling may have taken long
 	b := v.arrive(r, second)
 	if r.Protocol == flow.Opaque || r.Protocol == flow.TLS {
 		b.destination = v.byAddress(r)

@@ -121,6 +121,11 @@ func TestRequestsAreCountedByTheHostThatTheyAreFor(t *testing.T) {
 	if s.Outbound.RequestsPerSecond != 1.4 { // seven in five seconds
 		t.Errorf("%v requests per second, want 1.4", s.Outbound.RequestsPerSecond)
 	}
+	ended(table, c, func(r *flow.Record) { r.HTTP.GRPC, r.HTTP.GRPCStatus = true, []byte("5") })  // not found: the caller's
+	ended(table, c, func(r *flow.Record) { r.HTTP.GRPC, r.HTTP.GRPCStatus = true, []byte("14") }) // unavailable
+	if s := look(v, table); len(s.Reasons) != 2 || s.Reasons[1].Reason != "grpc_status" && s.Reasons[0].Reason != "grpc_status" {
+		t.Errorf("reasons %+v", s.Reasons)
+	}
 	if len(s.Reasons) != 1 || s.Reasons[0].Reason != "status_5xx" || s.Reasons[0].Count != 1 || s.Reasons[0].Recent != 1 {
 		t.Errorf("reasons %+v", s.Reasons)
 	}

@@ -42,7 +42,8 @@ type Gate struct {
 }
 
 // Counts is what happened in a direction, at a destination or with a peer. A flow is a request, or a connection in which
-// no requests are seen; it is an error when it ended otherwise than in order, or with a status of 5xx.
+// no requests are seen; it is an error when it ended otherwise than in order, or with a status of 5xx or
+// a gRPC status that stands for one.
 type Counts struct {
 	Requests             uint64  `json:"requests"`
 	Connections          uint64  `json:"connections"`
@@ -75,7 +76,7 @@ type Destination struct {
 	Counts
 }
 
-// Reason is why flows failed: a flow.Reason, or status_5xx for a response that says so.
+// Reason is why flows failed: a flow.Reason, or status_5xx or grpc_status for a response that says so.
 type Reason struct {
 	Reason string `json:"reason"`
 	Text   string `json:"text"`
@@ -200,8 +201,10 @@ func (s *sums) failures() []Reason {
 		if s.reasons[i] == 0 {
 			continue
 		}
-		text := "Upstream answered with a status of 5xx."
-		if i < len(flow.Explanations) {
+		var text string
+		if said := i - len(flow.Explanations); said >= 0 {
+			text = saidFailures[said].Text
+		} else {
 			text = flow.Explanations[i].Text
 		}
 		list = append(list, Reason{name, text, s.reasons[i], s.recent[i]})

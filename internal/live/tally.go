@@ -160,12 +160,16 @@ func (t *tally) add(e *end) {
 	t.mu.Unlock()
 }
 
-// Failures by name: flow's reasons, and after them the one of a response that says it failed.
+// Failures by name: flow's reasons, and after them those of a response that came in order and says that it failed.
 const (
 	maxReasons = 32
 	noFailure  = -1
-	status5xx  = "status_5xx"
 )
+
+var saidFailures = []Reason{
+	{Reason: "status_5xx", Text: "Upstream answered with a status of 5xx."},
+	{Reason: "grpc_status", Text: "Upstream answered with a gRPC status for which HTTP has one of 5xx."},
+}
 
 var reasonNames, reasonIndex = func() (names []string, index map[flow.Reason]int) {
 	index = make(map[flow.Reason]int)
@@ -173,19 +177,33 @@ var reasonNames, reasonIndex = func() (names []string, index map[flow.Reason]int
 		names = append(names, string(e.Reason))
 		index[e.Reason] = i
 	}
-	return append(names, status5xx), index
+	for _, said := range saidFailures {
+		names = append(names, said.Reason)
+	}
+	return names, index
 }()
 
-// failure says what was wrong with a record: it ended otherwise than in order, or with a response of 5xx.
+// failure says what was wrong with a record: it ended otherwise than in order, or with a response that says it failed.
 func failure(r *flow.Record) int {
-	switch r.Reason {
-	case flow.Completed, flow.Closed, flow.Drained:
-		if r.HTTP.Status < 500 {
-			return noFailure
-		}
-		return len(reasonNames) - 1
+	switch {
+	case r.Reason != flow.Completed && r.Reason != flow.Closed && r.Reason != flow.Drained:
+		return reasonIndex[r.Reason]
+	case r.HTTP.Status >= 500:
+		return len(flow.Explanations)
+	case r.HTTP.GRPC && grpcFailed(r.HTTP.GRPCStatus):
+		return len(flow.Explanations) + 1
 	}
-	return reasonIndex[r.Reason]
+	return noFailure
+}
+
+// grpcFailed tells statuses that are the server's fault from those that are the caller's, as gRPC's mapping to HTTP does:
+// unknown, deadline exceeded, unimplemented, internal, unavailable, data loss.
+func grpcFailed(status []byte) bool {
+	switch string(status) {
+	case "2", "4", "12", "13", "14", "15":
+		return true
+	}
+	return false
 }
 
 // Latencies are counted in buckets that grow with them: eight for each doubling, so that the middle of a bucket is at
