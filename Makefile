@@ -17,6 +17,9 @@ REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 # Other people's clients and servers for the e2e tests: a module of its own.
 PEERS := e2e/testdata/peers
 
+# What drives a browser, as npm installs it from the lock file. npm writes this file last.
+BROWSER := $(PEERS)/page/node_modules/.package-lock.json
+
 # The packages whose tests make network namespaces, e2e aside.
 IN_NAMESPACES = git grep -l --untracked -E 'pillion/internal/nettest"|^package nettest' -- '*_test.go' ':!e2e' | xargs -n1 dirname | sort -u | sed 's|^|./|'
 
@@ -32,12 +35,12 @@ build: ## build bin/pillion: static, without symbols, with its version
 
 .PHONY: clean
 clean: ## remove what build and the tests leave in this directory
-	rm -rf bin
+	rm -rf bin $(PEERS)/page/node_modules
 	find . -name '*.test' -o -name '*.prof' -o -name '*.out' | xargs -r rm -f
 
 ##@ Test
 .PHONY: test
-test: tools-test modules lint ## install what the tests need and run everything: lint, unit, namespace and e2e tests
+test: tools-test modules $(BROWSER) lint ## install what the tests need and run everything: lint, unit, namespace and e2e tests
 	$(TEST) -timeout 12m ./... | $(REPORT)
 
 .PHONY: test-unit
@@ -49,7 +52,7 @@ test-netns: tools-test modules ## tests that make network namespaces, without e2
 	$(TEST) -timeout 5m $$($(IN_NAMESPACES)) | $(REPORT)
 
 .PHONY: e2e
-e2e: tools-test modules ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
+e2e: tools-test modules $(BROWSER) ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
 	$(TEST) -timeout 12m -run '$(RUN)' ./e2e/... | $(REPORT)
 
 .PHONY: fuzz
@@ -75,6 +78,9 @@ lint: ## formatting, vet, module files, shell syntax
 modules:
 	@$(GO) mod download
 	@cd $(PEERS) && $(GO) mod download
+
+$(BROWSER): $(PEERS)/page/package-lock.json
+	@cd $(PEERS)/page && npm ci --no-audit --no-fund --loglevel error >/dev/null
 
 # tools-demo, tools-test and tools-bench are silent when nothing is missing.
 .PHONY: tools-demo tools-test tools-bench

@@ -1,7 +1,7 @@
 // Command pillion is a sidecar that captures and carries a workload's network traffic.
 //
 // This package is the front door: it turns flags and environment into the configuration of the rooms behind it, and
-// their errors into exit codes. It decides nothing else.
+// their errors into exit codes, and prints what a running agent says of itself. It decides nothing else.
 package main
 
 import (
@@ -58,6 +58,7 @@ func newRoot() *cobra.Command {
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newInit(), newCleanup(), newAgent(), newWait(), newRequest())
+	root.AddCommand(newInit(), newCleanup(), newAgent(), newWait(),
+		newStatus(), newTop(), newTap(), newRequest(), newBundle())
 	return root
 }

@@ -14,7 +14,7 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward"},
+	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward", "internal/live"},
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow",
 		"internal/httpforward", "internal/listener", "internal/localaddr", "internal/tcp", "internal/upstream"},
@@ -36,6 +36,7 @@ var arrows = []struct {
 	{"internal/scrape", []string{"internal/promtext"}, "what is scraped is parsed, merged and written"},
 	{"internal/accesslog", []string{"internal/flow"}, "a line tells what a record has"},
 	{"internal/admin", []string{"internal/flow"}, "what is open is read from the table; all else that it shows comes in as values"},
+	{"internal/live", []string{"internal/flow"}, "what is shown is made of records"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 

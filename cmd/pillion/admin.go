@@ -1,0 +1,110 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/pflag"
+)
+
+// adminOptions say which agent the commands that only look ask.
+type adminOptions struct{ address string }
+
+func (o *adminOptions) bind(flags *pflag.FlagSet) {
+	o.address = "127.0.0.1:15000"
+	parsed(flags, &o.address, parseAdmin, "admin", "", o.address, "address", "where the agent's admin server listens")
+	twin(flags, "admin", "PILLION_ADMIN")
+}
+
+func parseAdmin(text string) (string, error) {
+	host, port, err := net.SplitHostPort(text)
+	if err != nil || host == "" || port == "" {
+		return "", errors.New("not an address: use one with a port, such as 127.0.0.1:15000")
+	}
+	return text, nil
+}
+
+// Bounds of an answer that ends.
+const (
+	adminTimeout = 10 * time.Second
+	adminBytes   = 16 << 20
+)
+
+// adminClient asks directly: what is on this machine is behind no proxy.
+var adminClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, ResponseHeaderTimeout: adminTimeout}}
+
+// open asks for a path and returns the body of the answer, which the caller closes.
+func (o *adminOptions) open(ctx context.Context, path, query string) (io.ReadCloser, error) {
+	where := url.URL{Scheme: "http", Host: o.address, Path: path, RawQuery: query}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, where.String(), nil)
+	if err != nil {
+		return nil, fmt.Errorf("asking %s: %w", &where, err)
+	}
+	response, err := adminClient.Do(request)
+	if err != nil {
+		return nil, explainAdmin(&where, err)
+	}
+	if response.StatusCode != http.StatusOK {
+		defer response.Body.Close()
+		text, _ := io.ReadAll(io.LimitReader(response.Body, 500))
+		return nil, fmt.Errorf("%s answered %s: %s", &where, response.Status, strings.TrimSpace(string(text)))
+	}
+	return response.Body, nil
+}
+
+// explainAdmin says what to do when nothing answers.
+func explainAdmin(where *url.URL, err error) error {
+	cause := err
+	if unwrapped := errors.Unwrap(err); unwrapped != nil {
+		cause = unwrapped // without the address once more
+	}
+	if errors.Is(err, context.Canceled) {
+		return cause
+	}
+	remedy := "is --admin right?"
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		remedy = "is \"pillion agent\" running here? From outside its pod, " +
+			"first run \"kubectl port-forward POD 15000\"; for another address use --admin"
+	}
+	return fmt.Errorf("asking %s: %w: %s", where, cause, remedy)
+}
+
+// read asks for a path and returns the whole answer.
+func (o *adminOptions) read(ctx context.Context, path, query string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+	defer cancel()
+	body, err := o.open(ctx, path, query)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	text, err := io.ReadAll(io.LimitReader(body, adminBytes+1))
+	if err != nil {
+		return nil, fmt.Errorf("reading the answer of http://%s%s: %w", o.address, path, err)
+	}
+	if len(text) > adminBytes {
+		return nil, fmt.Errorf("reading the answer of http://%s%s: it is longer than %d MiB", o.address, path, adminBytes>>20)
+	}
+	return text, nil
+}
+
+// readJSON asks for a path whose answer is JSON.
+func (o *adminOptions) readJSON(ctx context.Context, path string, into any) error {
+	text, err := o.read(ctx, path, "")
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(text, into); err != nil {
+		return fmt.Errorf("reading the answer of http://%s%s: %w; is this pillion's admin server?", o.address, path, err)
+	}
+	return nil
+}

@@ -1,0 +1,205 @@
+package main
+
+import (
+	"archive/tar"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/iptables"
+)
+
+// newBundle is `pillion bundle`.
+func newBundle() *cobra.Command {
+	var admin adminOptions
+	file := ""
+	cmd := &cobra.Command{
+		Use:   "bundle",
+		Short: "Write what a support case needs into one file",
+		Long: `Write what a support case needs into one .tar.gz: the rules, the agent's configuration and gates, its metrics, what it
+carries now and the last hundred records, its goroutines, and versions.
+
+There is nothing secret in it. Paths of requests are without their queries, there are no values of header fields but
+the host, and environment variables are without their values, but for the agent's own and a few known ones. It does name
+hosts, paths and addresses: look into it before you give it away.
+
+A part that cannot be had becomes NAME.error, which says why; then the exit status is 1. Rules can be read only with the
+capabilities of "pillion init"; without them a note says so.
+
+On a read-only root: kubectl exec POD -c pillion -- pillion bundle -f - > bundle.tar.gz`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := applyEnvironment(cmd.Flags()); err != nil {
+				return err
+			}
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
+			defer stop()
+			ctx, cancel := context.WithTimeout(ctx, bundleTimeout)
+			defer cancel()
+			if file == "-" {
+				return writeBundle(ctx, &admin, cmd.OutOrStdout())
+			}
+			if file == "" {
+				file = "pillion-bundle-" + time.Now().UTC().Format("20060102T150405Z") + ".tar.gz"
+			}
+			// It is for its owner's eyes, and takes no other file's place.
+			out, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+			if err != nil {
+				return fmt.Errorf("making the bundle: %w: name another with --file, or - for standard output", err)
+			}
+			err = writeBundle(ctx, &admin, out)
+			if closed := out.Close(); err == nil {
+				err = closed
+			}
+			fmt.Fprintln(cmd.ErrOrStderr(), "wrote", file)
+			return err
+		},
+	}
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	flags.StringVarP(&file, "file", "f", "", "where to write it; - for standard output (default pillion-bundle-TIME.tar.gz)")
+	admin.bind(flags)
+	return cmd
+}
+
+const bundleTimeout = time.Minute // for all parts together; each also has adminTimeout
+
+// part is one file of a bundle.
+type part struct {
+	name string
+	get  func(context.Context, *adminOptions) ([]byte, error)
+}
+
+// bundleParts are in the order in which somebody who helps will want them.
+var bundleParts = []part{
+	{"version.txt", versions},
+	{"live.json", fromAdmin("/live")},
+	{"records.json", recordsWithoutSecrets},
+	{"gates.json", fromAdmin("/init_dump")},
+	{"rules.txt", installedRules},
+	{"environment.txt", environmentNames},
+	{"server_info.json", fromAdmin("/server_info")},
+	{"config_dump.json", fromAdmin("/config_dump")},
+	{"metrics.txt", fromAdmin("/stats/prometheus")},
+	{"goroutines.txt", fromAdmin("/debug/pprof/goroutine?debug=2")},
+}
+
+// errNote is a part that is not there for a reason that is no failure.
+type errNote struct{ error }
+
+// writeBundle writes all parts that can be had. The error names those that could not.
+func writeBundle(ctx context.Context, admin *adminOptions, to io.Writer) error {
+	zipped := gzip.NewWriter(to)
+	archive := tar.NewWriter(zipped)
+	now := time.Now()
+	add := func(name string, content []byte) error {
+		header := &tar.Header{Name: "pillion-bundle/" + name, Mode: 0o600, Size: int64(len(content)), ModTime: now, Typeflag: tar.TypeReg}
+		if err := archive.WriteHeader(header); err != nil {
+			return err
+		}
+		_, err := archive.Write(content)
+		return err
+	}
+	var failed []string
+	for _, part := range bundleParts {
+		partly, cancel := context.WithTimeout(ctx, adminTimeout)
+		content, err := part.get(partly, admin)
+		cancel()
+		name := part.name
+		switch {
+		case errors.As(err, new(errNote)):
+			name, content = part.name+".note", []byte(err.Error()+"\n")
+		case err != nil:
+			failed = append(failed, part.name)
+			name, content = part.name+".error", []byte(err.Error()+"\n")
+		}
+		if err := add(name, content); err != nil {
+			return fmt.Errorf("writing the bundle: %w", err)
+		}
+	}
+	if err := errors.Join(archive.Close(), zipped.Close()); err != nil {
+		return fmt.Errorf("writing the bundle: %w", err)
+	}
+	if len(failed) > 0 {
+		return fmt.Errorf("the bundle lacks %s; the .error files in it say why", strings.Join(failed, ", "))
+	}
+	return nil
+}
+
+func fromAdmin(path string) func(context.Context, *adminOptions) ([]byte, error) {
+	path, query, _ := strings.Cut(path, "?")
+	return func(ctx context.Context, admin *adminOptions) ([]byte, error) {
+		return admin.read(ctx, path, query)
+	}
+}
+
+func versions(context.Context, *adminOptions) ([]byte, error) {
+	kernel, err := os.ReadFile("/proc/version")
+	return fmt.Appendf(nil, "pillion %s\n%s %s/%s\n%s", version, runtime.Version(), runtime.GOOS, runtime.GOARCH, kernel), err
+}
+
+// recordsWithoutSecrets are the last records without what users' requests may carry in confidence.
+func recordsWithoutSecrets(ctx context.Context, admin *adminOptions) ([]byte, error) {
+	var answer live.Records
+	if err := admin.readJSON(ctx, "/live/records", &answer); err != nil {
+		return nil, err
+	}
+	for i := range answer.Records {
+		r := &answer.Records[i]
+		r.Path, _, _ = strings.Cut(r.Path, "?")
+		r.UserAgent, r.RequestID = "", ""
+	}
+	return json.MarshalIndent(answer, "", "  ")
+}
+
+// installedRules are what a cleanup would remove: everything of ours that is there. Looking changes nothing.
+func installedRules(ctx context.Context, _ *adminOptions) ([]byte, error) {
+	plan, err := iptables.PlanCleanup(ctx)
+	if errors.As(err, new(iptables.MissingCapabilityError)) {
+		return nil, errNote{err}
+	}
+	if err != nil {
+		return nil, err
+	}
+	text := "# each rule of pillion's in this network namespace, as \"pillion cleanup\" would remove it\n" + plan.String()
+	for _, warning := range plan.Warnings {
+		text += "# " + warning + "\n"
+	}
+	return []byte(text), nil
+}
+
+// shownVariables have values that are nobody's secret, beside those of the agent's flags.
+var shownVariables = []string{
+	"GODEBUG", "GOGC", "GOMAXPROCS", "GOMEMLIMIT", "HOST_IP", "INSTANCE_IP", "NODE_NAME", "POD_NAME", "POD_NAMESPACE",
+	"SERVICE_ACCOUNT", "TRUST_DOMAIN",
+}
+
+// environmentNames lists the environment. A value may be a password, so only those that cannot be one are shown.
+func environmentNames(context.Context, *adminOptions) ([]byte, error) {
+	shown := slices.Clone(shownVariables)
+	newAgent().Flags().VisitAll(func(flag *pflag.Flag) { shown = append(shown, flag.Annotations[environmentAnnotation]...) })
+	var lines []string
+	for _, variable := range os.Environ() {
+		name, value, _ := strings.Cut(variable, "=")
+		if slices.Contains(shown, name) {
+			name += "=" + value
+		}
+		lines = append(lines, name+"\n")
+	}
+	slices.Sort(lines)
+	return []byte(strings.Join(lines, "")), nil
+}

@@ -1,0 +1,135 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/pillion-proxy/pillion/internal/live"
+)
+
+// newTop is `pillion top`.
+func newTop() *cobra.Command {
+	var admin adminOptions
+	form, interval, once := outputText, time.Second, false
+	cmd := &cobra.Command{
+		Use:   "top",
+		Short: "Show the busiest destinations",
+		Long: `Show where a running agent's traffic goes: for each destination the requests and connections that end each second (the
+mean of ten), the share that succeeded since the start, the latency of requests in the last half to whole minute, and
+the bytes since the start.
+
+On a terminal the table is made anew at each interval, until it is interrupted. Elsewhere it is printed once.`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := applyEnvironment(cmd.Flags()); err != nil {
+				return err
+			}
+			if interval < 100*time.Millisecond {
+				return fmt.Errorf("--interval %v: too short to read; use 100ms or more", interval)
+			}
+			out := cmd.OutOrStdout()
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
+			defer stop()
+			if once || form == outputJSON || !isTerminal(out) {
+				return showTop(ctx, &admin, out, form, 0)
+			}
+			tick := time.NewTicker(interval)
+			defer tick.Stop()
+			for {
+				if err := showTop(ctx, &admin, out, form, topRows); err != nil {
+					if ctx.Err() != nil {
+						return nil
+					}
+					return err
+				}
+				select {
+				case <-tick.C:
+				case <-ctx.Done():
+					return nil
+				}
+			}
+		},
+	}
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	durationFlag(flags, &interval, "interval", "time from one table to the next")
+	parsedSwitch(flags, &once, "once", "", "print one table and end")
+	parsed(flags, &form, parseOutput, "output", "o", string(form), "form", "form of the result: text or json, which is printed once")
+	admin.bind(flags)
+	return cmd
+}
+
+// topRows is how much of a table that is made anew fits on most terminals.
+const topRows = 20
+
+// showTop prints the table; with rows, over the last one.
+func showTop(ctx context.Context, admin *adminOptions, out io.Writer, form output, rows int) error {
+	var s live.Snapshot
+	if err := admin.readJSON(ctx, "/live", &s); err != nil {
+		return err
+	}
+	if form == outputJSON {
+		return printJSON(out, s.Destinations)
+	}
+	text := topTable(&s, newPainter(out), rows)
+	if rows > 0 {
+		text = "\x1b[H\x1b[J" + text // from the upper left corner on
+	}
+	_, err := io.WriteString(out, text)
+	return ignoreClosed(err)
+}
+
+// topTable is the table for a person; rows is how many destinations there is room for, 0 for all.
+func topTable(s *live.Snapshot, paint painter, rows int) string {
+	var text strings.Builder
+	fmt.Fprintf(&text, "pillion %s, up %s: in %s/s, out %s/s, %d open\n", s.Version, showAge(s.UptimeSeconds),
+		showRate(s.Inbound.FlowsPerSecond), showRate(s.Outbound.FlowsPerSecond), s.Open)
+	if len(s.Destinations) == 0 {
+		text.WriteString("no traffic yet\n")
+		return text.String()
+	}
+	width := len("DESTINATION")
+	for _, d := range s.Destinations {
+		width = min(48, max(width, len(d.Name)))
+	}
+	line := func(direction, name, rate, success, p50, p95, p99, bytes string) string {
+		return fmt.Sprintf("%s %s %s %s %s %s %s %s", pad(direction, 8), pad(printable(name), width), pad(rate, -8), success, pad(p50, -8), pad(p95, -8), pad(p99, -8), pad(bytes, -7))
+	}
+	fmt.Fprintln(&text, paint.paint(bold, line("", "DESTINATION", "PER S", pad("SUCCESS", -8), "P50", "P95", "P99", "BYTES")))
+	for i, d := range s.Destinations {
+		if rows > 0 && i == rows {
+			fmt.Fprintf(&text, "and %d more\n", len(s.Destinations)-rows)
+			break
+		}
+		colour := ""
+		if d.Errors > 0 {
+			colour = red
+		}
+		fmt.Fprintln(&text, line(d.Direction, d.Name, showRate(d.FlowsPerSecond), paint.paint(colour, pad(showSuccess(d.Flows, d.Errors), -8)),
+			showMS(d.P50MS), showMS(d.P95MS), showMS(d.P99MS), showBytes(float64(d.Bytes))))
+	}
+	return text.String()
+}
+
+func printJSON(out io.Writer, value any) error {
+	encoder := json.NewEncoder(out)
+	encoder.SetIndent("", "  ")
+	return ignoreClosed(encoder.Encode(value))
+}
+
+// ignoreClosed forgives a reader who has seen enough, such as head.
+func ignoreClosed(err error) error {
+	if errors.Is(err, syscall.EPIPE) {
+		return nil
+	}
+	return err
+}

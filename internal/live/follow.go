@@ -1,0 +1,110 @@
+package live
+
+import (
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// The bounds of those who follow.
+const (
+	maxFollowers = 16
+	queueLength  = 1024 // records that wait for a follower who is slow
+)
+
+// following is who wants to hear of each record. Traffic reads one pointer when that is nobody.
+type following struct {
+	all atomic.Pointer[[]*follower] // never changed, only replaced
+	mu  sync.Mutex                  // held by those who replace it
+}
+
+// follower gets the records that its filter lets through, by its queue. What finds the queue full, or is over its rate,
+// it does not get, but is told how many they were.
+type follower struct {
+	filter    Filter
+	queue     chan *Record // nobody changes them
+	perSecond uint32       // 0 for no bound
+	missed    atomic.Uint64
+
+	mu     sync.Mutex
+	second uint32
+	got    uint32 // in that second
+}
+
+var errTooMany = errors.New("sixteen are following already: end one of them, such as another page or another \"pillion tap\"")
+
+// join adds a follower, until leave.
+func (f *following) join(filter Filter, perSecond uint32) (*follower, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	all := f.list()
+	if len(all) >= maxFollowers {
+		return nil, errTooMany
+	}
+	joined := &follower{filter: filter, queue: make(chan *Record, queueLength), perSecond: perSecond}
+	all = append(slices.Clone(all), joined)
+	f.all.Store(&all)
+	return joined, nil
+}
+
+func (f *following) leave(who *follower) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	all := slices.DeleteFunc(slices.Clone(f.list()), func(one *follower) bool { return one == who })
+	if len(all) == 0 {
+		f.all.Store(nil)
+		return
+	}
+	f.all.Store(&all)
+}
+
+func (f *following) list() []*follower {
+	if all := f.all.Load(); all != nil {
+		return *all
+	}
+	return nil
+}
+
+// tell passes a record on. It never waits, and makes the copy that followers get only when one of them takes it.
+func (f *following) tell(e *entry, second uint32) {
+	all := f.all.Load()
+	if all == nil {
+		return
+	}
+	var record *Record
+	for _, one := range *all {
+		if !one.filter.matches(e) {
+			continue
+		}
+		if !one.admits(second) {
+			one.missed.Add(1)
+			continue
+		}
+		if record == nil {
+			made := e.record()
+			record = &made
+		}
+		select {
+		case one.queue <- record:
+		default:
+			one.missed.Add(1)
+		}
+	}
+}
+
+func (f *follower) admits(second uint32) bool {
+	if len(f.queue) == cap(f.queue) {
+		return false
+	}
+	if f.perSecond == 0 {
+		return true
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.second != second {
+		f.second, f.got = second, 0
+	}
+	f.got++
+	return f.got <= f.perSecond
+}

@@ -1,0 +1,176 @@
+package live
+
+import (
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// Record is one connection or request that has ended, in JSON. The names are stable. What does not apply is left out.
+type Record struct {
+	Number      uint64    `json:"number"`    // counts all records of this agent, from 1
+	Time        time.Time `json:"time"`      // when it ended
+	Direction   string    `json:"direction"` // inbound or outbound
+	Protocol    string    `json:"protocol"`  // opaque, TLS, HTTP/1.0, HTTP/1.1 or HTTP/2
+	Request     bool      `json:"request"`   // it tells of a request, and not of a connection
+	Downstream  string    `json:"downstream,omitempty"`
+	Destination string    `json:"destination,omitempty"` // the original destination
+	Upstream    string    `json:"upstream,omitempty"`    // where a connection was made, or tried
+	Method      string    `json:"method,omitempty"`
+	Path        string    `json:"path,omitempty"` // with its query
+	Authority   string    `json:"authority,omitempty"`
+	Status      int       `json:"status,omitempty"`     // that downstream got
+	GRPCStatus  string    `json:"grpcStatus,omitempty"` // as it was sent
+	Flags       string    `json:"flags,omitempty"`      // Envoy's response flags
+	Details     string    `json:"details,omitempty"`    // Envoy's response_code_details
+	Reason      string    `json:"reason"`               // a flow.Reason
+	Failed      bool      `json:"failed,omitempty"`     // it counts as an error
+	Failure     string    `json:"failure,omitempty"`    // why there is no upstream connection
+	DurationMS  float64   `json:"durationMs"`           // from the beginning to the end
+	ServiceMS   float64   `json:"serviceMs,omitempty"`  // until the head of upstream's response
+	Received    uint64    `json:"received"`             // bytes from downstream; of a request, its body's
+	Sent        uint64    `json:"sent"`                 // bytes to downstream; of a response, its body's
+	RequestID   string    `json:"requestId,omitempty"`
+	UserAgent   string    `json:"userAgent,omitempty"`
+	SNI         string    `json:"sni,omitempty"` // of a TLS connection
+}
+
+// entry is a copy of a flow.Record in memory that is used again.
+type entry struct {
+	mu     sync.Mutex
+	number uint64 // 0 when there is none
+
+	closed                            time.Time
+	direction                         flow.Direction
+	protocol                          flow.Protocol
+	request, failed                   bool
+	downstream, destination, upstream netip.AddrPort
+	status                            int
+	flags, details, failure, sni      string
+	reason                            flow.Reason
+	duration, service                 time.Duration
+	received, sent                    uint64
+
+	text [words]span
+	used int
+	room [textBytes]byte
+}
+
+// span is a part of an entry's room.
+type span struct{ from, to uint16 }
+
+// The values that are copied byte by byte, and how many bytes of each.
+const (
+	method = iota
+	path
+	authority
+	requestID
+	userAgent
+	grpcStatus
+	words
+)
+
+var longest = [words]int{method: 24, path: 256, authority: maxHost, requestID: 64, userAgent: 128, grpcStatus: 8}
+
+const (
+	cutMark   = "…" // ends a value that was too long
+	textBytes = 24 + 256 + maxHost + 64 + 128 + 8 + words*len(cutMark)
+)
+
+// fill copies a record; its byte slices are somebody else's a moment later.
+func (e *entry) fill(r *flow.Record) {
+	connection := r
+	if r.IsRequest() {
+		connection = r.Connection
+	}
+	h := &r.HTTP
+	e.closed = r.Opened.Add(r.Duration)
+	e.direction, e.protocol = r.Direction, r.Protocol
+	e.request, e.failed = r.IsRequest(), failure(r) != noFailure
+	e.downstream, e.destination, e.upstream = r.Downstream, r.OriginalDestination, r.Upstream
+	if !e.destination.IsValid() {
+		e.destination = connection.OriginalDestination
+	}
+	e.status, e.flags, e.details = h.Status, r.Flags(), r.Details()
+	e.reason, e.failure, e.sni = r.Reason, r.TransportFailure, connection.TLS.ServerName
+	e.duration, e.service = r.Duration, h.ServiceTime
+	e.received, e.sent = r.Received.Load(), r.Sent.Load()
+	e.used = 0
+	e.put(method, h.Method)
+	e.put(path, h.Path)
+	e.put(authority, h.Authority)
+	e.put(requestID, h.ID)
+	e.put(userAgent, h.UserAgent)
+	e.put(grpcStatus, h.GRPCStatus)
+}
+
+func (e *entry) put(word int, value []byte) {
+	from := e.used
+	if limit := longest[word]; len(value) > limit {
+		e.used += copy(e.room[e.used:], value[:limit])
+		e.used += copy(e.room[e.used:], cutMark)
+	} else {
+		e.used += copy(e.room[e.used:], value)
+	}
+	e.text[word] = span{uint16(from), uint16(e.used)}
+}
+
+func (e *entry) get(word int) []byte { return e.room[e.text[word].from:e.text[word].to] }
+
+// record makes what is shown of an entry, which shares nothing with it.
+func (e *entry) record() Record {
+	return Record{
+		Number:      e.number,
+		Time:        e.closed.Round(0),
+		Direction:   e.direction.String(),
+		Protocol:    e.protocol.String(),
+		Request:     e.request,
+		Downstream:  show(e.downstream),
+		Destination: show(e.destination),
+		Upstream:    show(e.upstream),
+		Method:      string(e.get(method)),
+		Path:        string(e.get(path)),
+		Authority:   string(e.get(authority)),
+		Status:      e.status,
+		GRPCStatus:  string(e.get(grpcStatus)),
+		Flags:       e.flags,
+		Details:     e.details,
+		Reason:      string(e.reason),
+		Failed:      e.failed,
+		Failure:     e.failure,
+		DurationMS:  milliseconds(e.duration),
+		ServiceMS:   milliseconds(e.service),
+		Received:    e.received,
+		Sent:        e.sent,
+		RequestID:   string(e.get(requestID)),
+		UserAgent:   string(e.get(userAgent)),
+		SNI:         e.sni,
+	}
+}
+
+// records returns the last records that a filter lets through, the oldest first.
+func (l *ring) records(filter *Filter) []Record {
+	list := []Record{}
+	newest := l.next.Load()
+	for number := max(lastRecords, newest) - lastRecords + 1; number <= newest; number++ {
+		e := &l.entries[number%lastRecords]
+		e.mu.Lock()
+		if e.number == number && filter.matches(e) { // else a younger one took its place
+			list = append(list, e.record())
+		}
+		e.mu.Unlock()
+	}
+	return list
+}
+
+func show(a netip.AddrPort) string {
+	if !a.IsValid() {
+		return ""
+	}
+	return unmap(a).String()
+}
+
+// milliseconds has a microsecond's precision.
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

@@ -1,0 +1,293 @@
+package live
+
+import (
+	"math/bits"
+	"sync"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// book has a tally for each name, as long as there is room; what comes later shares one. Tallies are never taken out, so
+// that a connection may keep a pointer.
+type book struct {
+	limit int
+	mu    sync.RWMutex
+	named map[string]*tally
+	other *tally // nil until it is needed
+}
+
+// otherName stands for all that found no room.
+const otherName = "other"
+
+func (b *book) find(name []byte) *tally {
+	b.mu.RLock()
+	t := b.named[string(name)]
+	b.mu.RUnlock()
+	if t != nil {
+		return t
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if t = b.named[string(name)]; t != nil {
+		return t
+	}
+	if len(b.named) >= b.limit {
+		if b.other == nil {
+			b.other = &tally{name: otherName}
+		}
+		return b.other
+	}
+	if b.named == nil {
+		b.named = make(map[string]*tally)
+	}
+	t = &tally{name: string(name)}
+	b.named[t.name] = t
+	return t
+}
+
+// all returns the tallies that exist, in no order.
+func (b *book) all() []*tally {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	list := make([]*tally, 0, len(b.named)+1)
+	for _, t := range b.named {
+		list = append(list, t)
+	}
+	if b.other != nil {
+		list = append(list, b.other)
+	}
+	return list
+}
+
+// tally counts what happened under one name: since the beginning, by second for a minute, and latencies and reasons in
+// half minutes. It takes 5 KiB.
+type tally struct {
+	name string
+
+	mu      sync.Mutex
+	total   counts
+	reasons [maxReasons]uint64
+	seconds [64]slot // by second; more than a minute, so that the one that is not over does not matter
+	halves  [2]half  // by half minute: this one and the one before
+}
+
+type counts struct {
+	requests, connections, flows, errors, bytes uint64
+}
+
+func (c *counts) add(more counts) {
+	c.requests += more.requests
+	c.connections += more.connections
+	c.flows += more.flows
+	c.errors += more.errors
+	c.bytes += more.bytes
+}
+
+// slot is a second's share. It is of that second only when the number fits: nobody clears those that are over.
+type slot struct {
+	second                               uint32
+	requests, connections, flows, errors uint32
+	bytes                                uint64
+}
+
+func (s slot) counts() counts {
+	return counts{uint64(s.requests), uint64(s.connections), uint64(s.flows), uint64(s.errors), s.bytes}
+}
+
+// half is half a minute's share, of that number only.
+type half struct {
+	number  uint32
+	latency [buckets]uint32
+	reasons [maxReasons]uint32
+}
+
+const halfMinute = 30 // seconds
+
+// end is what a tally is told of a record that closed.
+type end struct {
+	second         uint32
+	reason         int // an index of reasonNames; noFailure for an ordinary end
+	request, timed bool
+	duration       time.Duration
+	bytes          uint64
+}
+
+func (t *tally) slot(second uint32) *slot {
+	s := &t.seconds[second%uint32(len(t.seconds))]
+	if s.second != second {
+		*s = slot{second: second}
+	}
+	return s
+}
+
+func (t *tally) half(second uint32) *half {
+	number := second / halfMinute
+	h := &t.halves[number%uint32(len(t.halves))]
+	if h.number != number {
+		*h = half{number: number}
+	}
+	return h
+}
+
+func (t *tally) opened(second uint32) {
+	t.mu.Lock()
+	t.total.connections++
+	t.slot(second).connections++
+	t.mu.Unlock()
+}
+
+func (t *tally) add(e *end) {
+	t.mu.Lock()
+	s := t.slot(e.second)
+	t.total.flows++
+	s.flows++
+	t.total.bytes += e.bytes
+	s.bytes += e.bytes
+	if e.request {
+		t.total.requests++
+		s.requests++
+	}
+	if e.timed {
+		t.half(e.second).latency[bucket(e.duration)]++
+	}
+	if e.reason != noFailure {
+		t.total.errors++
+		s.errors++
+		t.reasons[e.reason]++
+		t.half(e.second).reasons[e.reason]++
+	}
+	t.mu.Unlock()
+}
+
+// Failures by name: flow's reasons, and after them those of a response that came in order and says that it failed.
+const (
+	maxReasons = 32
+	noFailure  = -1
+)
+
+var saidFailures = []Reason{
+	{Reason: "status_5xx", Text: "Upstream answered with a status of 5xx."},
+	{Reason: "grpc_status", Text: "Upstream answered with a gRPC status for which HTTP has one of 5xx."},
+}
+
+var reasonNames, reasonIndex = func() (names []string, index map[flow.Reason]int) {
+	index = make(map[flow.Reason]int)
+	for i, e := range flow.Explanations {
+		names = append(names, string(e.Reason))
+		index[e.Reason] = i
+	}
+	for _, said := range saidFailures {
+		names = append(names, said.Reason)
+	}
+	return names, index
+}()
+
+// failure says what was wrong with a record: it ended otherwise than in order, or with a response that says it failed.
+func failure(r *flow.Record) int {
+	switch {
+	case r.Reason != flow.Completed && r.Reason != flow.Closed && r.Reason != flow.Drained:
+		return reasonIndex[r.Reason]
+	case r.HTTP.Status >= 500:
+		return len(flow.Explanations)
+	case r.HTTP.GRPC && grpcFailed(r.HTTP.GRPCStatus):
+		return len(flow.Explanations) + 1
+	}
+	return noFailure
+}
+
+// grpcFailed tells statuses that are the server's fault from those that are the caller's, as gRPC's mapping to HTTP does:
+// unknown, deadline exceeded, unimplemented, internal, unavailable, data loss.
+func grpcFailed(status []byte) bool {
+	switch string(status) {
+	case "2", "4", "12", "13", "14", "15":
+		return true
+	}
+	return false
+}
+
+// Latencies are counted in buckets that grow with them: eight for each doubling, so that the middle of a bucket is at
+// most 6.25 % from any value in it. The unit is 1.024 µs, which a shift makes; the last bucket also has what is longer
+// than 73 minutes.
+const (
+	perDoubling = 8
+	buckets     = 30 * perDoubling
+)
+
+func bucket(d time.Duration) int {
+	n := uint64(max(0, d)) >> 10
+	if n < perDoubling {
+		return int(n)
+	}
+	doublings := bits.Len64(n) - bits.Len64(perDoubling)
+	return min(buckets-1, doublings*perDoubling+int(n>>doublings))
+}
+
+// middle is the value that stands for a bucket.
+func middle(bucket int) time.Duration {
+	if bucket < perDoubling {
+		return time.Duration(bucket)<<10 + 1<<9
+	}
+	doublings := bucket/perDoubling - 1
+	low := uint64(perDoubling+bucket%perDoubling) << doublings
+	return time.Duration(low<<10 + 1<<(doublings+9))
+}
+
+// sums is what a snapshot adds up of one or many tallies.
+type sums struct {
+	total   counts
+	reasons [maxReasons]uint64
+	seconds [minute]counts // whole ones, the oldest first
+	recent  [maxReasons]uint64
+	latency [buckets]uint64
+}
+
+const minute = 60
+
+// read adds the tally as it stands in second now, which is not over.
+func (s *sums) read(t *tally, now uint32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s.total.add(t.total)
+	for i := range s.seconds {
+		if second := int64(now) - minute + int64(i); second >= 0 {
+			if slot := t.seconds[second%int64(len(t.seconds))]; int64(slot.second) == second {
+				s.seconds[i].add(slot.counts())
+			}
+		}
+	}
+	for i := range t.reasons {
+		s.reasons[i] += t.reasons[i]
+	}
+	for i := range t.halves {
+		h := &t.halves[i]
+		if age := now/halfMinute - h.number; age > 1 {
+			continue
+		}
+		for i, n := range h.latency {
+			s.latency[i] += uint64(n)
+		}
+		for i, n := range h.reasons {
+			s.recent[i] += uint64(n)
+		}
+	}
+}
+
+// percentile is the latency that a share of the requests stayed under; 0 when there was none.
+func (s *sums) percentile(share float64) time.Duration {
+	var count uint64
+	for _, n := range s.latency {
+		count += n
+	}
+	if count == 0 {
+		return 0
+	}
+	rank := uint64(share * float64(count-1))
+	for i, n := range s.latency {
+		if rank < n {
+			return middle(i)
+		}
+		rank -= n
+	}
+	return middle(buckets - 1)
+}
