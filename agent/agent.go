@@ -6,11 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/inbound"
@@ -26,9 +27,10 @@ import (
 
 // Agent carries a workload's traffic. Make it with New, and Run it once.
 type Agent struct {
-	config Config
-	log    *slog.Logger
-	flows  *flow.Table
+	config  Config
+	log     *slog.Logger
+	started time.Time
+	telling telling
 
 	poller        *tcp.Poller
 	addresses     *localaddr.Set
@@ -37,11 +39,19 @@ type Agent struct {
 	inboundProxy      *inbound.Proxy
 	outboundProxy     *outbound.Proxy
 	inbound, outbound *listener.Server
-	pools             []*upstream.Pool
-	health            *http.Server
-	healthListeners   []net.Listener
-	healthLoops       sync.WaitGroup
-	draining          atomic.Bool
+	pools             [2]*upstream.Pool // by direction
+
+	probers     *healthz.Probers
+	servers     []*server // in the order in which they are closed
+	serverLoops sync.WaitGroup
+
+	announcing   sync.Once
+	announced    time.Time // set by announcing
+	draining     atomic.Bool
+	failedByHand atomic.Bool
+	over         context.Context // ends when the agent was told to quit, or has ended
+	quitting     context.CancelFunc
+	orders       sync.WaitGroup // what is still done about them
 }
 
 // New builds the parts and binds all ports, in the network namespace that it is called in. Nothing is served before
@@ -50,7 +60,8 @@ func New(config Config) (*Agent, error) {
 	if err := config.Validate(); err != nil {
 		return nil, err
 	}
-	a := &Agent{config: config, log: config.Log, flows: flow.NewTable(&flowLog{log: config.Log})}
+	a := &Agent{config: config, log: config.Log, started: time.Now()}
+	a.over, a.quitting = context.WithCancel(context.Background())
 	if err := a.build(); err != nil {
 		a.close()
 		return nil, err
@@ -73,6 +84,9 @@ func (a *Agent) build() error {
 		return err
 	}
 	a.addresses = addresses
+	if err := a.tell(); err != nil {
+		return err
+	}
 
 	a.inboundProxy, err = inbound.New(inbound.Config{
 		Poller:           poller,
@@ -81,12 +95,12 @@ func (a *Agent) build() error {
 		ConnectTimeout:   a.config.ConnectTimeout,
 		IdleTimeout:      a.config.IdleTimeout,
 		HalfCloseTimeout: a.config.HalfCloseTimeout,
-		Flows:            a.flows,
+		Flows:            a.telling.table,
 		OpaquePorts:      a.config.OpaquePorts,
 		DetectionDelay:   a.config.DetectionDelay,
 		DetectionHold:    a.config.DetectionHold,
 		ProxyProtocol:    a.config.InboundProxyProtocol,
-		HTTP:             a.forwarding(a.config.InboundFields),
+		HTTP:             a.forwarding(flow.Inbound, a.config.InboundFields),
 	})
 	if err != nil {
 		return err
@@ -98,11 +112,11 @@ func (a *Agent) build() error {
 		ConnectTimeout:   a.config.ConnectTimeout,
 		IdleTimeout:      a.config.IdleTimeout,
 		HalfCloseTimeout: a.config.HalfCloseTimeout,
-		Flows:            a.flows,
+		Flows:            a.telling.table,
 		OpaquePorts:      a.config.OpaquePorts,
 		DetectionDelay:   a.config.DetectionDelay,
 		DetectionHold:    a.config.DetectionHold,
-		HTTP:             a.forwarding(a.config.OutboundFields),
+		HTTP:             a.forwarding(flow.Outbound, a.config.OutboundFields),
 	})
 	if err != nil {
 		return err
@@ -110,21 +124,22 @@ func (a *Agent) build() error {
 	limit := listener.NewLimit(a.config.MaxConnections)
 	a.inbound = &listener.Server{Name: "inbound", Handler: a.inboundProxy, Limit: limit, Log: a.log}
 	a.outbound = &listener.Server{Name: "outbound", Handler: a.outboundProxy, Limit: limit, Log: a.log}
-	a.health = healthz.NewServer(healthz.NewHandler(
-		healthz.Gate{Name: "drain", Open: a.notDraining},
-		healthz.Gate{Name: "outbound", Open: a.outbound.Accepting},
-		healthz.Gate{Name: "inbound", Open: a.inbound.Accepting},
-		healthz.Gate{Name: "addresses", Open: addresses.Current},
-	), a.log)
-	return a.bind()
+	if err := a.serve(); err != nil {
+		return err
+	}
+	if err := a.bind(); err != nil {
+		return err
+	}
+	a.telling.watch(a)
+	return nil
 }
 
 // forwarding is how HTTP is forwarded in one direction. The pool is that direction's alone.
-func (a *Agent) forwarding(fields httpforward.Fields) httpforward.Config {
-	pool := upstream.NewPool(a.config.UpstreamIdleTimeout)
-	a.pools = append(a.pools, pool)
+func (a *Agent) forwarding(direction flow.Direction, fields httpforward.Fields) httpforward.Config {
+	a.pools[direction] = upstream.NewPool(a.config.UpstreamIdleTimeout)
 	return httpforward.Config{
-		Pool:           pool,
+		Pool:           a.pools[direction],
+		Note:           a.noted(),
 		MaxHeadBytes:   a.config.MaxHeadBytes,
 		MaxHeadFields:  a.config.MaxHeadFields,
 		HeadTimeout:    a.config.RequestHeadTimeout,
@@ -136,25 +151,30 @@ func (a *Agent) forwarding(fields httpforward.Fields) httpforward.Config {
 // ownPorts are the ports that no connection may be carried to at this workload's own addresses.
 func (a *Agent) ownPorts() []uint16 {
 	spec := capture.Spec{OutboundPort: a.config.OutboundPort, InboundPort: a.config.InboundPort}
-	return append(spec.OwnPorts(), a.config.ReadinessPort)
+	ports := spec.OwnPorts()
+	for _, port := range []uint16{a.config.ReadinessPort, a.config.StatusPort, a.config.MetricsPort, a.config.AdminPort} {
+		if port != 0 && !slices.Contains(ports, port) {
+			ports = append(ports, port)
+		}
+	}
+	return ports
 }
 
 // bind opens the listeners of both families.
-//
-// Outbound is bound to loopback alone: nat OUTPUT redirects to 127.0.0.1 and ::1, and open to the network it would be
-// an open relay. Inbound must be bound to all addresses: nat PREROUTING redirects to the receiving interface's.
 func (a *Agent) bind() error {
-	loopback := []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
-	all := []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
 	var err error
 	if a.outbound.Listeners, err = listen(a, "--outbound-port", loopback, a.config.OutboundPort, a.poller.Listen); err != nil {
 		return err
 	}
-	if a.inbound.Listeners, err = listen(a, "--inbound-port", all, a.config.InboundPort, a.poller.Listen); err != nil {
+	if a.inbound.Listeners, err = listen(a, "--inbound-port", allAddresses, a.config.InboundPort, a.poller.Listen); err != nil {
 		return err
 	}
-	a.healthListeners, err = listen(a, "--readiness-port", all, a.config.ReadinessPort, listenHealth)
-	return err
+	for _, s := range a.servers {
+		if s.listeners, err = listen(a, s.flag, s.addresses, s.port, listenHTTP); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // listen binds port at each address, by open. A workload without IPv6 is served without.
@@ -176,8 +196,8 @@ func listen[L any](
 	return listeners, nil
 }
 
-// listenHealth binds one address for its own family alone.
-func listenHealth(address netip.AddrPort) (net.Listener, error) {
+// listenHTTP binds one address for its own family alone.
+func listenHTTP(address netip.AddrPort) (net.Listener, error) {
 	network := "tcp4"
 	if address.Addr().Is6() {
 		network = "tcp6"
@@ -195,37 +215,31 @@ func noIPv6(err error) bool {
 }
 
 // Run serves until drain ends, then shuts down as shutdown.go says. When force ends too, it cuts whatever is left. It
-// returns nil when every connection had its time, and ErrForced when some were cut.
+// returns nil when every connection had its time, or when the agent was told over its own ports to quit at once, and
+// ErrForced when some were cut.
 func (a *Agent) Run(drain, force context.Context) error {
 	defer a.close()
 	a.inbound.Start()
 	a.outbound.Start()
-	for _, ln := range a.healthListeners {
-		a.healthLoops.Add(1)
-		go a.serveHealth(ln)
+	for _, s := range a.servers {
+		a.start(s)
 	}
 	a.log.Info("carrying traffic", "outbound_port", a.config.OutboundPort, "inbound_port", a.config.InboundPort,
 		"readiness_port", a.config.ReadinessPort)
 
-	<-drain.Done()
+	select {
+	case <-drain.Done():
+	case <-a.over.Done():
+	}
+	force, stop := context.WithCancel(force)
+	defer stop()
+	defer context.AfterFunc(a.over, stop)()
 	err := a.shutdown(force)
-	a.healthLoops.Wait()
+	a.serverLoops.Wait()
+	if a.over.Err() != nil {
+		return nil
+	}
 	return err
-}
-
-func (a *Agent) serveHealth(ln net.Listener) {
-	defer a.healthLoops.Done()
-	if err := a.health.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-		a.log.Error("readiness is not served any more", "address", ln.Addr().String(), "error", err)
-	}
-}
-
-// notDraining is the gate that shutdown closes first.
-func (a *Agent) notDraining() error {
-	if a.draining.Load() {
-		return errors.New("shutting down")
-	}
-	return nil
 }
 
 // close gives back what New opened. Closing what shutdown closed already does nothing.
@@ -237,15 +251,25 @@ func (a *Agent) close() {
 			}
 		}
 	}
-	for _, ln := range a.healthListeners {
-		ln.Close()
+	for _, s := range a.servers {
+		for _, ln := range s.listeners {
+			ln.Close()
+		}
+	}
+	a.quitting()
+	a.orders.Wait()
+	_ = a.telling.close() // shutdown has told what is wrong with it
+	if a.probers != nil {
+		a.probers.Close()
 	}
 	if a.addresses != nil {
 		a.stopAddresses()
 		a.addresses.Wait()
 	}
 	for _, pool := range a.pools {
-		pool.Close()
+		if pool != nil {
+			pool.Close()
+		}
 	}
 	if a.poller != nil {
 		a.poller.Close()

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
 // Config is what an agent needs. Validate says what is wrong with it.
@@ -16,6 +18,9 @@ type Config struct {
 	OutboundPort  uint16 // where rules redirect what the workload opens
 	InboundPort   uint16 // where rules redirect what others open
 	ReadinessPort uint16 // /healthz
+	StatusPort    uint16 // probes, merged metrics, orders of the pod; zero: not served
+	MetricsPort   uint16 // the agent's own metrics; zero: not served
+	AdminPort     uint16 // Envoy's admin paths and the live page, on loopback; zero: not served, and nothing is kept for it
 
 	ConnectTimeout   time.Duration // for a dial upstream; zero leaves it to the kernel
 	IdleTimeout      time.Duration // ends connections in which nothing moves; zero: never
@@ -38,7 +43,19 @@ type Config struct {
 	DrainDelay   time.Duration // from the announcement to the closing of the listeners
 	DrainTimeout time.Duration // from the announcement to the cutting of what is left
 
-	Log *slog.Logger
+	AccessLog        AccessLog
+	AppProbers       string // the value of ISTIO_KUBE_APP_PROBERS
+	ProbeLocalhost   bool   // probes go to localhost, in place of the pod's address
+	ProbeHTTP2       bool   // HTTPS probes may use HTTP/2
+	ProbeKeepAlive   bool   // HTTP probes keep their connection
+	ScrapeTargets    string // the value of ISTIO_PROMETHEUS_ANNOTATIONS
+	MetricsLocalOnly bool   // merged metrics are for this pod's processes alone
+	Profiling        bool   // /debug/pprof/ on the status port, for this pod's processes alone
+
+	Version  string
+	Pod      podinfo.Pod
+	Log      *slog.Logger
+	LogLevel *slog.LevelVar // of Log, which orders may change
 }
 
 // What a limit of heads may be. A connection may make the agent keep so much.
@@ -54,6 +71,9 @@ func Default() Config {
 		OutboundPort:        15001,
 		InboundPort:         15006,
 		ReadinessPort:       15021,
+		StatusPort:          15020,
+		MetricsPort:         15090,
+		AdminPort:           15000,
 		ConnectTimeout:      10 * time.Second,
 		HalfCloseTimeout:    5 * time.Minute,
 		DetectionDelay:      5 * time.Millisecond,
@@ -68,8 +88,15 @@ func Default() Config {
 		OutboundFields: httpforward.Fields{ForwardedProto: true, RequestID: true, ServiceTime: true},
 		DrainDelay:     5 * time.Second,
 		DrainTimeout:   20 * time.Second,
+		AccessLog:      AccessLog{Path: "/dev/stdout", Encoding: "text"},
+		Profiling:      true,
+		Pod:            podinfo.Nobody(),
+		LogLevel:       new(slog.LevelVar),
 	}
 }
+
+// mayBeOff are the ports that 0 turns off.
+var mayBeOff = []string{"--status-port", "--metrics-port", "--admin-port"}
 
 // Validate returns the first thing that is wrong, named by its flag.
 func (c Config) Validate() error {
@@ -79,7 +106,11 @@ func (c Config) Validate() error {
 		port uint16
 	}{
 		{"--outbound-port", c.OutboundPort}, {"--inbound-port", c.InboundPort}, {"--readiness-port", c.ReadinessPort},
+		{"--status-port", c.StatusPort}, {"--metrics-port", c.MetricsPort}, {"--admin-port", c.AdminPort},
 	} {
+		if p.port == 0 && slices.Contains(mayBeOff, p.flag) {
+			continue
+		}
 		if p.port == 0 {
 			return fmt.Errorf("%s: port 0 is not a port; use 1 to 65535", p.flag)
 		}
@@ -114,8 +145,11 @@ func (c Config) Validate() error {
 	if c.MaxHeadFields < 1 || c.MaxHeadFields > maxHeadFields {
 		return fmt.Errorf("--max-head-fields: %d is out of range; use 1 to %d", c.MaxHeadFields, maxHeadFields)
 	}
-	if c.Log == nil {
-		return errors.New("agent: Config.Log is required")
+	if err := c.AccessLog.validate(); err != nil {
+		return err
+	}
+	if c.Log == nil || c.LogLevel == nil {
+		return errors.New("agent: Config.Log and Config.LogLevel are required")
 	}
 	return nil
 }

@@ -13,7 +13,8 @@ import (
 var ErrForced = errors.New("cut connections that were still open")
 
 // shutdown is the order in which things stop. Inbound drains before outbound: the workload may have to call out to
-// finish what it was asked. Readiness is served to the end, so that the drain can be watched.
+// finish what it was asked. The agent's own ports are served to the end, readiness longest, so that the drain can be
+// watched.
 func (a *Agent) shutdown(force context.Context) error {
 	deadline, cancel := context.WithTimeout(force, a.config.DrainTimeout)
 	defer cancel()
@@ -21,14 +22,19 @@ func (a *Agent) shutdown(force context.Context) error {
 	defer stopTelling()
 
 	for _, step := range []func(context.Context){
-		a.announce,
+		a.announceInTime,
 		a.drainInbound,
 		a.drainOutbound,
 	} {
 		step(deadline)
 	}
 	cut := a.cutRest()
-	a.health.Close()
+	if err := a.telling.close(); err != nil {
+		a.log.Error("the end of the access log is lost", "error", err)
+	}
+	for _, s := range a.servers {
+		s.http.Close()
+	}
 
 	if cut > 0 {
 		cause := "the drain timeout passed"
@@ -41,14 +47,11 @@ func (a *Agent) shutdown(force context.Context) error {
 	return nil
 }
 
-// announce turns readiness off and goes on serving, so that load balancers learn of it before a connection is refused.
-// Inbound HTTP/1 answers close their connections from now on.
-func (a *Agent) announce(deadline context.Context) {
-	a.draining.Store(true)
-	a.inboundProxy.Announce()
-	a.log.Info("draining", "delay", a.config.DrainDelay, "timeout", a.config.DrainTimeout)
+// announceInTime announces the end and goes on serving for the rest of the delay.
+func (a *Agent) announceInTime(deadline context.Context) {
+	a.announce()
 	select {
-	case <-time.After(a.config.DrainDelay):
+	case <-time.After(a.config.DrainDelay - time.Since(a.announced)):
 	case <-deadline.Done():
 	}
 }

@@ -24,7 +24,7 @@ type Gate struct {
 func NewHandler(gates ...Gate) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz/ready", func(w http.ResponseWriter, _ *http.Request) {
-		closed := closedGates(gates)
+		closed := Closed(gates)
 		if len(closed) == 0 {
 			io.WriteString(w, "ready\n")
 			return
@@ -37,8 +37,8 @@ func NewHandler(gates ...Gate) http.Handler {
 	return mux
 }
 
-// closedGates returns a line for each gate that is closed.
-func closedGates(gates []Gate) []string {
+// Closed returns a line for each gate that is closed: its name and why.
+func Closed(gates []Gate) []string {
 	var closed []string
 	for _, gate := range gates {
 		if err := gate.Open(); err != nil {

@@ -61,6 +61,9 @@ func New(config Config) (*Proxy, error) {
 		policy: policy{config.OwnPorts, config.OwnAddresses},
 		dialer: upstream.Dialer{Poller: config.Poller, Timeout: config.ConnectTimeout},
 	}
+	if config.HTTP.Pool != nil { // else the engine says what is missing
+		p.dialer.Stats = &config.HTTP.Pool.Stats
+	}
 	forwarding := config.HTTP
 	forwarding.Direction, forwarding.Dialer, forwarding.Flows = flow.Outbound, p.dialer, config.Flows
 	forwarding.IdleTimeout, forwarding.HalfCloseTimeout = config.IdleTimeout, config.HalfCloseTimeout

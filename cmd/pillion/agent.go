@@ -5,12 +5,14 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
 	"github.com/pillion-proxy/pillion/agent"
+	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
 // newAgent is `pillion agent`.
@@ -22,9 +24,13 @@ func newAgent() *cobra.Command {
 		Short: "Carry the traffic that the rules redirect",
 		Long: `Carry the traffic that the rules of "pillion init" redirect, in and out.
 
-Run it beside the workload, as the user that the rules leave alone (1337). It needs no capability and writes no file.
-SIGTERM begins a shutdown that lets connections finish; a second one ends it at once. The exit status is 0 when every
-connection had its time, and 1 when some were cut.
+Run it beside the workload, as the user that the rules leave alone (1337). It needs no capability, and writes no file
+but the access log, if that is told to be one. SIGTERM begins a shutdown that lets connections finish; a second one ends
+it at once. The exit status is 0 when every connection had its time, and 1 when some were cut. SIGHUP opens the access
+log anew.
+
+Who the workload is, its probes and its metrics are taken from the variables of Istio's injector, such as POD_NAME,
+INSTANCE_IP, ISTIO_KUBE_APP_PROBERS and ISTIO_PROMETHEUS_ANNOTATIONS.
 
 Each flag can be given by the environment variable in brackets instead.`,
 		Args: noArguments,
@@ -32,7 +38,9 @@ Each flag can be given by the environment variable in brackets instead.`,
 			if err := applyEnvironment(cmd.Flags()); err != nil {
 				return err
 			}
-			config.Log = newLogger(level, format)
+			config.Log = newLogger(config.LogLevel, level, format)
+			config.Version = version
+			readPod(&config)
 			return runAgent(config)
 		},
 	}
@@ -41,6 +49,9 @@ Each flag can be given by the environment variable in brackets instead.`,
 	portFlag(flags, &config.OutboundPort, "outbound-port", "where the rules redirect what the workload opens; bound to loopback")
 	portFlag(flags, &config.InboundPort, "inbound-port", "where the rules redirect what others open to the workload")
 	portFlag(flags, &config.ReadinessPort, "readiness-port", "serves /healthz/ready and /healthz/live")
+	optionalPortFlag(flags, &config.StatusPort, "status-port", "serves the workload's probes and metrics, and orders of its pod; 0 for none")
+	optionalPortFlag(flags, &config.MetricsPort, "metrics-port", "serves the agent's own metrics; 0 for none")
+	optionalPortFlag(flags, &config.AdminPort, "admin-port", "serves Envoy's admin paths and the live page, on loopback; 0 for none")
 	durationFlag(flags, &config.ConnectTimeout, "connect-timeout", "how long a dial upstream may take; 0s leaves it to the kernel")
 	durationFlag(flags, &config.IdleTimeout, "idle-timeout", "end a connection in which nothing moves for so long; 0s never")
 	durationFlag(flags, &config.HalfCloseTimeout, "half-close-timeout", "the same once one side has closed; 0s never")
@@ -60,6 +71,13 @@ Each flag can be given by the environment variable in brackets instead.`,
 	countFlag(flags, &config.MaxConnections, "max-connections", "inbound and outbound together; 0 for no limit but the descriptors")
 	durationFlag(flags, &config.DrainDelay, "drain-delay", "on shutdown, go on accepting for so long after readiness turned off")
 	durationFlag(flags, &config.DrainTimeout, "drain-timeout", "on shutdown, cut what is left so long after readiness turned off")
+	textFlag(flags, &config.AccessLog.Path, "access-log", "path|off", "where a line is written for each connection and request; /dev/stdout is standard output")
+	choiceFlag(flags, &config.AccessLog.Encoding, "access-log-encoding", "form of the lines", "text", "json")
+	textFlag(flags, &config.AccessLog.Format, "access-log-format", "format", "what a line says, in Envoy's operators; with json, an object of them. Empty: as Istio has it")
+	textFlag(flags, &config.AccessLog.Filter, "access-log-filter", "filter", "which lines are written, such as \"errors; status=4xx,slower=250ms; sample=1%\"")
+	parsedSwitch(flags, &config.AccessLog.TCPStart, "access-log-tcp-start", "", "write a line when an opaque connection begins, too")
+	durationFlag(flags, &config.AccessLog.Interval, "access-log-interval", "write a line so often for opaque connections that stay open; 0s never")
+	switchFlag(flags, "profiling", "serve /debug/pprof/ to processes of the pod, at the status port", &config.Profiling)
 	choiceFlag(flags, &level, "log-level", "least level that is logged; debug tells of each connection and request", "debug", "info", "warn", "error")
 	choiceFlag(flags, &format, "log-format", "form of the log on standard error", "text", "json")
 	for _, name := range flagNames(flags) {
@@ -70,6 +88,11 @@ Each flag can be given by the environment variable in brackets instead.`,
 
 // runAgent runs an agent until the signals end it.
 func runAgent(config agent.Config) error {
+	hangUps := make(chan os.Signal, 1)
+	signal.Notify(hangUps, syscall.SIGHUP)
+	defer close(hangUps)
+	defer signal.Stop(hangUps)
+
 	// The second signal is waited for from the start: one that comes while the first is handled must not be lost.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
@@ -89,16 +112,39 @@ func runAgent(config agent.Config) error {
 		config.Log.Warn("ending at once", "signal", (<-signals).String())
 		startForce()
 	}()
+	go func() {
+		for range hangUps {
+			a.ReopenLogs()
+		}
+	}()
 	return a.Run(drain, force)
 }
 
-func newLogger(level, format string) *slog.Logger {
-	var options slog.HandlerOptions
-	var parsed slog.Level
-	if err := parsed.UnmarshalText([]byte(level)); err != nil {
+// readPod takes what Istio's injector says of the workload. What cannot be read of the labels is told and done without.
+func readPod(config *agent.Config) {
+	pod, err := podinfo.Read(os.Getenv, podinfo.LabelsFile)
+	if err != nil {
+		config.Log.Warn("the pod's labels are incomplete", "error", err)
+	}
+	config.Pod = pod
+	config.AppProbers = os.Getenv("ISTIO_KUBE_APP_PROBERS")
+	config.ScrapeTargets = os.Getenv("ISTIO_PROMETHEUS_ANNOTATIONS")
+	for variable, target := range map[string]*bool{
+		"REWRITE_PROBE_LEGACY_LOCALHOST_DESTINATION": &config.ProbeLocalhost,
+		"ENABLE_PROBE_KEEPALIVE_CONNECTIONS":         &config.ProbeKeepAlive,
+		"ISTIO_ENABLE_HTTP2_PROBING":                 &config.ProbeHTTP2,
+		"METRICS_LOCALHOST_ACCESS_ONLY":              &config.MetricsLocalOnly,
+	} {
+		*target, _ = strconv.ParseBool(os.Getenv(variable)) // what is neither is off, as for pilot-agent
+	}
+}
+
+// newLogger logs from level on, which adjustable can change later.
+func newLogger(adjustable *slog.LevelVar, level, format string) *slog.Logger {
+	if err := adjustable.UnmarshalText([]byte(level)); err != nil {
 		panic(err) // the flag admits no other words
 	}
-	options.Level = parsed
+	options := slog.HandlerOptions{Level: adjustable}
 	if format == "json" {
 		return slog.New(slog.NewJSONHandler(os.Stderr, &options))
 	}

@@ -20,6 +20,21 @@ func portFlag(flags *pflag.FlagSet, target *uint16, name, usage string) {
 	parsed(flags, target, capture.ParsePort, name, "", strconv.Itoa(int(*target)), "port", usage)
 }
 
+// optionalPortFlag takes 0 for no port.
+func optionalPortFlag(flags *pflag.FlagSet, target *uint16, name, usage string) {
+	parse := func(text string) (uint16, error) {
+		if text == "0" {
+			return 0, nil
+		}
+		return capture.ParsePort(text)
+	}
+	parsed(flags, target, parse, name, "", strconv.Itoa(int(*target)), "port", usage)
+}
+
+func textFlag(flags *pflag.FlagSet, target *string, name, kind, usage string) {
+	parsed(flags, target, func(text string) (string, error) { return text, nil }, name, "", *target, kind, usage)
+}
+
 func durationFlag(flags *pflag.FlagSet, target *time.Duration, name, usage string) {
 	parsed(flags, target, parseDuration, name, "", target.String(), "duration", usage)
 }

@@ -14,10 +14,11 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward", "internal/live"},
+	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward", "internal/live", "internal/podinfo"},
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow",
-		"internal/httpforward", "internal/listener", "internal/localaddr", "internal/tcp", "internal/upstream"},
+		"internal/accesslog", "internal/admin", "internal/httpforward", "internal/listener", "internal/live", "internal/localaddr",
+		"internal/metrics", "internal/podinfo", "internal/scrape", "internal/status", "internal/tcp", "internal/upstream"},
 		"the housekeeper builds every part and knows the order in which they stop"},
 	{"inbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},

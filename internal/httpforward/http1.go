@@ -394,6 +394,7 @@ func idempotent(method []byte) bool {
 // nobody again.
 func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
+	x.s.engine.config.Pool.Stats.Retried.Add(1)
 	x.response.srcErr = nil
 	if err := x.s.dial(); err != nil {
 		return x.noUpstream(err), true

@@ -69,6 +69,7 @@ type Server struct {
 	openConns, openLoops sync.WaitGroup
 	active               atomic.Int64 // connections
 	accepting            atomic.Int32 // loops
+	backOffs             atomic.Uint64
 
 	outageMu    sync.Mutex
 	outage      *time.Timer // ends the outage; nil when there is none
@@ -128,6 +129,9 @@ func (s *Server) waitConns(done chan<- struct{}) {
 // Active is the number of connections that are open now.
 func (s *Server) Active() int { return int(s.active.Load()) }
 
+// BackOffs is how often accepting has failed and rested.
+func (s *Server) BackOffs() uint64 { return s.backOffs.Load() }
+
 // Accepting returns nil when every listener accepts, and has done so without failure for a while; else why not.
 func (s *Server) Accepting() error {
 	s.outageMu.Lock()
@@ -157,6 +161,7 @@ func (s *Server) acceptLoop(ln *tcp.Listener) {
 		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, os.ErrClosed):
 			return
 		default:
+			s.backOffs.Add(1)
 			s.failed(fmt.Errorf("accepting on %v: %w", ln.Addr(), err))
 			backOff = min(max(minBackOff, 2*backOff), maxBackOff)
 			select {

@@ -9,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -65,6 +67,11 @@ func (s *Set) Contains(address netip.Addr) bool {
 	}
 	_, ok := (*s.current.Load())[address]
 	return ok
+}
+
+// All lists the addresses, in their order. Of 127.0.0.0/8 it has those that are assigned.
+func (s *Set) All() []netip.Addr {
+	return slices.SortedFunc(maps.Keys(*s.current.Load()), netip.Addr.Compare)
 }
 
 // Current returns nil while the set follows the kernel, else why it does not.

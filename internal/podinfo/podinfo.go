@@ -143,3 +143,11 @@ func parseLabels(r io.Reader) (map[string]string, error) {
 	}
 	return labels, errors.Join(broken, lines.Err())
 }
+
+// Nobody is a pod of which nothing is known.
+func Nobody() Pod {
+	return Pod{
+		Name: Unknown, Namespace: Unknown, IP: Unknown, ServiceAccount: Unknown, Workload: Unknown, App: Unknown,
+		Version: Unknown, CanonicalService: Unknown, CanonicalRevision: Latest, Cluster: Unknown, Mesh: Unknown,
+	}
+}

@@ -53,7 +53,7 @@ type Config struct {
 }
 
 // NewHandler serves merged expositions on whatever path it is put. The answer is OpenMetrics or text, as asked for, and
-// gzip when asked for. Methods other than GET and HEAD are 405, scrapes above four at a time 503.
+// gzip when asked for. Methods other than GET and HEAD are 405, more than two at a time 503.
 func NewHandler(config Config) http.Handler {
 	if config.Dial == nil {
 		config.Dial = new(net.Dialer).DialContext

@@ -43,6 +43,7 @@ type Conn struct {
 	watchesWrites bool                   // room in the send buffer is an event
 	shut          bool                   // CloseWrite was called
 	closed        bool
+	open          *atomic.Int64 // has one for this connection while it is open; nil: nobody counts
 }
 
 // newConn takes fd over. ready is what it is assumed to be ready for until a try shows otherwise.
@@ -166,6 +167,12 @@ func (c *Conn) Quiet() bool {
 	return err == ErrAgain
 }
 
+// CountIn adds one to n now, and takes it away when the connection is closed.
+func (c *Conn) CountIn(n *atomic.Int64) {
+	n.Add(1)
+	c.open = n
+}
+
 // Rest says that nobody waits for the connection until somebody does again: events wake nobody.
 func (c *Conn) Rest() { c.waiter.Store(nil) }
 
@@ -188,6 +195,9 @@ func (c *Conn) Close() {
 	defer func() { c.fd = -1 }()
 	if c.watched {
 		c.poller.conns.set(c.fd, nil)
+	}
+	if c.open != nil {
+		c.open.Add(-1)
 	}
 	closeSocket(c.fd) // which takes it out of the epoll set, too
 }

@@ -4,6 +4,7 @@ package upstream
 import (
 	"errors"
 	"net/netip"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode"
@@ -19,6 +20,15 @@ import (
 type Dialer struct {
 	Poller  *tcp.Poller
 	Timeout time.Duration // for one dial; zero or less leaves it to the kernel
+	Stats   *Stats        // counts the dials and what they brought; nil: nobody does
+}
+
+// Stats counts the upstream connections of one direction. The zero value is ready to use.
+type Stats struct {
+	Active            atomic.Int64  // connections that are open, in the pool or out of it
+	Connected, Failed atomic.Uint64 // dials
+	Reused, Missed    atomic.Uint64 // requests that found a connection in the pool, or looked in vain
+	Retried           atomic.Uint64 // requests that were sent once more
 }
 
 // Dial connects to remote, waiting with w. A valid local is the source address; its port is the kernel's choice. The
@@ -28,7 +38,16 @@ func (d Dialer) Dial(w *tcp.Waiter, local netip.Addr, remote netip.AddrPort) (*t
 	if d.Timeout > 0 {
 		deadline = time.Now().Add(d.Timeout)
 	}
-	return d.Poller.Dial(w, local, remote, deadline)
+	up, err := d.Poller.Dial(w, local, remote, deadline)
+	switch {
+	case d.Stats == nil:
+	case err != nil:
+		d.Stats.Failed.Add(1)
+	default:
+		d.Stats.Connected.Add(1)
+		up.CountIn(&d.Stats.Active)
+	}
+	return up, err
 }
 
 // Reason names what a dial error means for the flow.

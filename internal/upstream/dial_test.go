@@ -61,7 +61,7 @@ func TestReason(t *testing.T) {
 				if c.want == flow.UpstreamTimeout {
 					timeout = 100 * time.Millisecond
 				}
-				conn, err := Dialer{poller, timeout}.Dial(waiter, c.source, c.remote)
+				conn, err := Dialer{Poller: poller, Timeout: timeout}.Dial(waiter, c.source, c.remote)
 				if err == nil {
 					conn.Close()
 				}

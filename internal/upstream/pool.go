@@ -24,6 +24,8 @@ const (
 // Pool keeps upstream connections that are between two requests, for whoever has the next one for the same target. The
 // one that was used last is taken first. Make it with NewPool.
 type Pool struct {
+	Stats Stats // of the direction that the pool belongs to
+
 	idleLife time.Duration
 
 	mu     sync.Mutex
@@ -49,7 +51,12 @@ func NewPool(idleLife time.Duration) *Pool {
 func (p *Pool) Take(target Target) *tcp.Conn {
 	for {
 		last := p.last(target)
-		if last.conn == nil || time.Since(last.since) < p.idleLife && last.conn.Quiet() {
+		if last.conn == nil {
+			p.Stats.Missed.Add(1)
+			return nil
+		}
+		if time.Since(last.since) < p.idleLife && last.conn.Quiet() {
+			p.Stats.Reused.Add(1)
 			return last.conn
 		}
 		last.conn.Close()

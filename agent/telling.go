@@ -1,0 +1,183 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/accesslog"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/metrics"
+)
+
+// AccessLog says which lines are written, and where. The texts mean what the flags say.
+type AccessLog struct {
+	Path     string // "off": no log
+	Encoding string // text or json
+	Format   string // empty: Istio's
+	Filter   string // empty: everything
+	TCPStart bool
+	Interval time.Duration // zero: never
+}
+
+// off reports whether there is no log.
+func (c AccessLog) off() bool { return c.Path == "off" }
+
+func (c AccessLog) validate() error {
+	if _, err := c.format(); err != nil {
+		return fmt.Errorf("--access-log-format: %w", err)
+	}
+	if _, err := accesslog.ParseFilter(c.Filter); err != nil {
+		return fmt.Errorf("--access-log-filter: %w", err)
+	}
+	if c.Interval < 0 {
+		return fmt.Errorf("--access-log-interval: %v is negative; use 0s or more", c.Interval)
+	}
+	return nil
+}
+
+// telling is what becomes of records. What is off is nil.
+type telling struct {
+	table   *flow.Table
+	access  *accesslog.Log
+	metrics *metrics.Metrics
+	live    *live.View
+
+	stop func() // ends the ticker
+}
+
+// tell makes the parts that tell of traffic, and opens the access log.
+func (a *Agent) tell() error {
+	t := &a.telling
+	sinks := []flow.Sink{&flowLog{log: a.log}}
+	if !a.config.AccessLog.off() {
+		log, err := a.config.AccessLog.open(a.config)
+		if err != nil {
+			return err
+		}
+		t.access = log
+		sinks = append(sinks, log)
+	}
+	if a.config.MetricsPort != 0 || a.config.StatusPort != 0 || a.config.AdminPort != 0 {
+		t.metrics = metrics.New(a.config.Pod, a.config.Version)
+		sinks = append(sinks, t.metrics)
+	}
+	if a.config.AdminPort != 0 {
+		t.live = live.New(live.Config{Version: a.config.Version})
+		sinks = append(sinks, t.live)
+	}
+	t.table = flow.NewTable(sinks...)
+	return nil
+}
+
+// format compiles the format of the encoding.
+func (c AccessLog) format() (*accesslog.Format, error) {
+	if c.Encoding == "json" {
+		return accesslog.ParseJSONFormat(c.Format)
+	}
+	return accesslog.ParseFormat(c.Format)
+}
+
+func (c AccessLog) open(config Config) (*accesslog.Log, error) {
+	format, err := c.format()
+	if err != nil {
+		return nil, err
+	}
+	filter, err := accesslog.ParseFilter(c.Filter)
+	if err != nil {
+		return nil, err
+	}
+	log, err := accesslog.New(accesslog.Config{
+		Path: c.Path, Format: format, Filter: filter, TCPStart: c.TCPStart, Interval: c.Interval, Logger: config.Log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("--access-log %s: %w", c.Path, err)
+	}
+	return log, nil
+}
+
+// noted are the fields that the access log wants of messages.
+func (a *Agent) noted() flow.Fields {
+	if a.config.AccessLog.off() {
+		return flow.Fields{}
+	}
+	format, err := a.config.AccessLog.format()
+	if err != nil {
+		return flow.Fields{} // Validate has refused it
+	}
+	return format.Fields()
+}
+
+// watch gives the metrics what other parts count, and begins to tell of open connections where that is wanted.
+func (t *telling) watch(a *Agent) {
+	if t.metrics != nil {
+		sources := metrics.Sources{
+			Upstream: a.upstreamStats,
+			Backoffs: func() uint64 { return a.inbound.BackOffs() + a.outbound.BackOffs() },
+			Gates:    a.gateStates,
+			Draining: a.draining.Load,
+		}
+		if t.access != nil {
+			sources.AccessLog = func() (written, dropped uint64) { return t.access.Written(), t.access.Dropped() }
+		}
+		t.metrics.Watch(t.table, sources)
+	}
+	if t.access == nil || a.config.AccessLog.Interval == 0 {
+		return
+	}
+	done, ended := make(chan struct{}), make(chan struct{})
+	go t.repeat(min(a.config.AccessLog.Interval, time.Second), done, ended)
+	t.stop = func() {
+		close(done)
+		<-ended
+	}
+}
+
+// repeat lets the access log tell of connections that are open for long.
+func (t *telling) repeat(every time.Duration, done <-chan struct{}, ended chan<- struct{}) {
+	defer close(ended)
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-done:
+			return
+		case <-ticker.C:
+			t.access.Progress(t.table)
+		}
+	}
+}
+
+// flushTime bounds how long the end of the agent waits for a disk.
+const flushTime = 2 * time.Second
+
+// close writes what the access log still has, and ends the streams of those who look on.
+func (t *telling) close() error {
+	if t.stop != nil {
+		t.stop()
+		t.stop = nil
+	}
+	if t.live != nil {
+		t.live.Close()
+	}
+	if t.access == nil {
+		return nil
+	}
+	log := t.access
+	t.access = nil
+	ctx, cancel := context.WithTimeout(context.Background(), flushTime)
+	defer cancel()
+	return log.Close(ctx)
+}
+
+// upstreamStats is what the metrics say of a direction's upstream connections.
+func (a *Agent) upstreamStats(direction flow.Direction) metrics.Upstream {
+	s := &a.pools[direction].Stats
+	return metrics.Upstream{
+		Active:    int(s.Active.Load()),
+		Connected: s.Connected.Load(), Failed: s.Failed.Load(),
+		Reused: s.Reused.Load(), Missed: s.Missed.Load(),
+		Retried: s.Retried.Load(),
+	}
+}
