@@ -33,5 +33,18 @@ func TestREADMENamesEveryFlagWithItsDefaultAndEveryReason(t *testing.T) {
 		if row := "| `" + string(e.Reason) + "` | " + e.Text + " |"; !strings.Contains(readme, row) {
 			t.Errorf("README lacks the row %s", row)
 		}
+		if e.Flags == "" && e.RequestFlags == "" && e.Details == "" {
+			continue
+		}
+		row := "| `" + string(e.Reason) + "` |"
+		for _, cell := range []string{e.Flags, e.RequestFlags, e.Details} {
+			if cell != "" {
+				cell = "`" + cell + "` "
+			}
+			row += " " + cell + "|"
+		}
+		if !strings.Contains(readme, row) {
+			t.Errorf("README lacks the row %s", row)
+		}
 	}
 }

@@ -28,6 +28,7 @@ type kit struct {
 	http    []contender
 	http1   []contender // small requests, where a relay is the least that a proxy can cost
 	latency []contender
+	telling []contender // the same agent, telling of what it sees and not
 }
 
 // contender is a proxy under test: what to run, as proxyUser, so that it captures on 15006 and answers on 15021. With
@@ -45,9 +46,10 @@ const (
 	nameReverseProxy  = "ReverseProxy"
 	namePlain         = "io.Copy"
 	nameDirect        = "direct"
+	nameSilent        = "silent pillion" // without access log, metrics, status and admin
 )
 
-var columns = []string{namePillion, nameHAProxy, nameHAProxySplice, nameReverseProxy, namePlain, nameDirect}
+var columns = []string{namePillion, nameHAProxy, nameHAProxySplice, nameReverseProxy, namePlain, nameDirect, nameSilent}
 
 var (
 	//go:embed testdata/haproxy-tcp.cfg
@@ -86,6 +88,9 @@ func newKit(t testing.TB, haproxyNeeded bool) *kit {
 	k.bulk = slices.Concat(k.opaque, splicing)
 	k.http = append([]contender{pillion, reverseProxy}, http...)
 	k.http1 = slices.Concat(k.http, []contender{relay})
+	silent := contender{nameSilent, append(slices.Clone(pillion.command),
+		"--access-log", "off", "--status-port", "0", "--metrics-port", "0", "--admin-port", "0")}
+	k.telling = []contender{pillion, silent}
 	k.latency = slices.Concat(k.http, []contender{{name: nameDirect}})
 	return k
 }

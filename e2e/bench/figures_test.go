@@ -51,6 +51,7 @@ var figures = []struct {
 	{"messages", measureMessages},
 	{"idle", measureIdle},
 	{"http1", measureHTTP1},
+	{"telling", measureTelling},
 	{"http2", measureHTTP2},
 	{"http-connections", measureHTTPConnections},
 	{"http-bulk", measureHTTPBulk},

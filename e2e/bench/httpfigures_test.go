@@ -23,6 +23,17 @@ func measureHTTP1(t testing.TB, k *kit, s sizes) (rows []*row) {
 	return rows
 }
 
+// measureTelling compares with an agent that keeps to itself what it sees.
+func measureTelling(t testing.TB, k *kit, s sizes) []*row {
+	const most = 0.08 // of the whole
+	r := &row{title: "CPU per HTTP/1.1 request, telling of it", unit: "µs", promises: []promise{{1 / (1 - most), nameSilent}}}
+	turns{"telling", k.telling, s.connectionRounds}.take(t, k, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
+		cpu := cpuOf(t, p, w.startLoad(t, "http1", s.requests, 32))
+		r.add(c.name, microseconds(cpu)/float64(s.requests))
+	})
+	return []*row{r}
+}
+
 func measureHTTP2(t testing.TB, k *kit, s sizes) []*row {
 	const connections = 8
 	r := &row{title: fmt.Sprintf("CPU per HTTP/2 request, %d × %d streams", connections, streamsEach), unit: "µs",
