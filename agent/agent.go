@@ -224,6 +224,9 @@ func (a *Agent) Run(drain, force context.Context) error {
 	for _, s := range a.servers {
 		a.start(s)
 	}
+	if err := unmapStart(); err != nil {
+		a.log.Debug("the memory of the start is kept", "error", err)
+	}
 	a.log.Info("carrying traffic", "outbound_port", a.config.OutboundPort, "inbound_port", a.config.InboundPort,
 		"readiness_port", a.config.ReadinessPort)
 

@@ -114,6 +114,7 @@ var rawCalls = map[string]string{
 	"internal/sockopt":   "original destinations and the other socket options",
 	"internal/tcp":       "connections that never block, and the epoll set that watches them",
 	"internal/relay":     "the pipes that splice needs",
+	"agent":              "unmapping the program's pages after the start",
 	"internal/localaddr": "netlink groups that announce addresses",
 	"internal/nettest":   "namespaces and links for tests",
 	"iptables":           "asking the kernel which flavour holds rules, and which capabilities this process has",
