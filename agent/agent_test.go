@@ -246,3 +246,30 @@ func TestRefusalsAreLoggedOnceASecondForEachReason(t *testing.T) {
 		}
 	})
 }
+
+// The last scrape is the one that has the whole drain: it comes when the access log is closed already, or being closed.
+func TestThePortsAnswerWhileAndAfterTheAccessLogIsClosed(t *testing.T) {
+	nettest.RequireRoot(t)
+	config, _ := testConfig()
+	config.AccessLog.Path = t.TempDir() + "/access.log"
+	a, err := newIn(t, nettest.New(t, "late"), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.close()
+	closed := make(chan error, 1)
+	go func() { closed <- a.telling.close() }()
+	for last := false; !last; {
+		select {
+		case err := <-closed:
+			if last = true; err != nil {
+				t.Error(err)
+			}
+		default:
+		}
+		if err := a.writeMetrics(io.Discard); err != nil {
+			t.Error(err)
+		}
+		a.ReopenLogs()
+	}
+}

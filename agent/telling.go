@@ -37,14 +37,16 @@ func (c AccessLog) validate() error {
 	return nil
 }
 
-// telling is what becomes of records. What is off is nil.
+// telling is what becomes of records. What is off is nil. Its parts stay as they are when it is closed: the agent's ports
+// are served on, and what they show must be there.
 type telling struct {
 	table   *flow.Table
 	access  *accesslog.Log
 	metrics *metrics.Metrics
 	live    *live.View
 
-	stop func() // ends the ticker
+	stop   func() // ends the ticker
+	closed bool
 }
 
 // tell makes the parts that tell of traffic, and opens the access log.
@@ -152,11 +154,14 @@ func (t *telling) repeat(every time.Duration, done <-chan struct{}, ended chan<-
 // flushTime bounds how long the end of the agent waits for a disk.
 const flushTime = 2 * time.Second
 
-// close writes what the access log still has, and ends the streams of those who look on.
+// close writes what the access log still has, and ends the streams of those who look on. The second call does nothing.
 func (t *telling) close() error {
+	if t.closed {
+		return nil
+	}
+	t.closed = true
 	if t.stop != nil {
 		t.stop()
-		t.stop = nil
 	}
 	if t.live != nil {
 		t.live.Close()
@@ -164,11 +169,9 @@ func (t *telling) close() error {
 	if t.access == nil {
 		return nil
 	}
-	log := t.access
-	t.access = nil
 	ctx, cancel := context.WithTimeout(context.Background(), flushTime)
 	defer cancel()
-	return log.Close(ctx)
+	return t.access.Close(ctx)
 }
 
 // upstreamStats is what the metrics say of a direction's upstream connections.
