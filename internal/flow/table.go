@@ -65,12 +65,12 @@ func (t *Table) Carry(r *Record, protocol Protocol, hello Hello) {
 
 // Leave takes a connection of requests out. It has no end of its own that sinks are told: each request had one.
 func (t *Table) Leave(r *Record) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if !r.listed {
+	if !r.listed { // which is the owner's; requests never are, and need no lock
 		return
 	}
 	r.listed = false
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	if r.next != nil {
 		r.next.previous = r.previous
 	}

@@ -153,3 +153,18 @@ func TestFlagsAndDetails(t *testing.T) {
 		}
 	}
 }
+
+// Whoever looks at ten thousand connections holds up none of their requests.
+func TestARequestEndsWhileSomebodyLooks(t *testing.T) {
+	var sink lastRecord
+	table := NewTable(&sink)
+	connection := Open(Inbound, downstream)
+	table.List(connection)
+	table.Each(func(*Record) bool {
+		request := Open(Inbound, downstream)
+		request.Connection = connection
+		request.Close(table, Completed, nil) // would wait for ever
+		return true
+	})
+	table.Leave(connection)
+}
