@@ -26,13 +26,11 @@ func NewServer(handler http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
-// Extend gives the request that w answers d from now, in place of the server's own limits. Without it a handler has no
-// longer than ReadTimeout: package net/http reads on behind a request, to notice that its client leaves, and takes the
-// end of that time for a client that left.
+// Extend gives the answer d from now to be written, in place of the server's WriteTimeout. A request without a body has no
+// other limit: package net/http ends ReadTimeout when it has been read.
 func Extend(w http.ResponseWriter, d time.Duration) {
-	answer, end := http.NewResponseController(w), time.Now().Add(d)
-	_ = answer.SetReadDeadline(end) // fails for a writer without a connection, which has no limits either
-	_ = answer.SetWriteDeadline(end)
+	// It fails for a writer without a connection, which has no limit either.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(d))
 }
 
 // Bound keeps at most maxConnections of a listener's connections open. The newest is always served, at the cost of the
