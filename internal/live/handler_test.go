@@ -18,13 +18,18 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
+// shortTime is what the server of a test gives requests that move no limits.
+const shortTime = 300 * time.Millisecond
+
 // serve serves a view as the admin server does.
 func serve(t *testing.T, sources Sources) (*View, *flow.Table, *httptest.Server) {
 	t.Helper()
 	v := New(Config{Version: "v1"})
 	table := flow.NewTable(v)
 	sources.Table = table
-	server := httptest.NewServer(v.Handler(sources))
+	server := httptest.NewUnstartedServer(v.Handler(sources))
+	server.Config.ReadTimeout, server.Config.WriteTimeout = shortTime, shortTime
+	server.Start()
 	t.Cleanup(server.Close)
 	t.Cleanup(v.Close)
 	return v, table, server
@@ -433,4 +438,22 @@ func FuzzFilter(f *testing.F) {
 			filter.matches(e)
 		}
 	})
+}
+
+func TestAStreamOutlivesTheTimeLimitsOfItsServer(t *testing.T) {
+	v, table, server := serve(t, Sources{})
+	tap := follow(t, v, server.URL+"/live/tap")
+	events := follow(t, v, server.URL+"/live/events")
+	for snapshots := 0; snapshots < 2; { // the first comes at once, and the other after a second
+		if !events.Scan() {
+			t.Fatalf("the events end after %d snapshots: %v", snapshots, events.Err())
+		}
+		if events.Text() == "event: snapshot" {
+			snapshots++
+		}
+	}
+	ended(table, open(table, flow.Inbound, flow.HTTP11), nil)
+	if !tap.Scan() || !strings.Contains(tap.Text(), "example.test") {
+		t.Errorf("the tap ends, or says %q: %v", tap.Text(), tap.Err())
+	}
 }

@@ -19,6 +19,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/scrape"
@@ -445,5 +446,26 @@ func TestParseTargets(t *testing.T) {
 		if !slices.Equal(got, c.want) || (err == nil) != (c.err == "") || err != nil && !strings.HasPrefix(err.Error(), c.err) {
 			t.Errorf("%s: %v %v, want %v %s", c.value, got, err, c.want, c.err)
 		}
+	}
+}
+
+// The agent's servers have limits for short answers. A workload may take as long as the scraper waits.
+func TestASlowWorkloadIsWaitedForLongerThanTheServersLimits(t *testing.T) {
+	const limit = 100 * time.Millisecond
+	target := workload(t, "/metrics", func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-time.After(3 * limit):
+			io.WriteString(w, "slow 1\n")
+		case <-r.Context().Done():
+		}
+	})
+	server := httptest.NewUnstartedServer(scrape.NewHandler(scrape.Config{
+		Own: own, Targets: []scrape.Target{target}, Log: slog.New(slog.DiscardHandler),
+	}))
+	server.Config.ReadTimeout, server.Config.WriteTimeout = limit, limit
+	server.Start()
+	defer server.Close()
+	if body, _ := (agent{Server: server}).get(t); !strings.Contains(body, "\nslow 1\n") {
+		t.Errorf("the answer is %q", body)
 	}
 }
