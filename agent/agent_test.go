@@ -31,16 +31,17 @@ func TestValidateNamesTheFlag(t *testing.T) {
 		t.Errorf("the default is not valid: %v", err)
 	}
 	for want, change := range map[string]func(*Config){
-		"--outbound-port":      func(c *Config) { c.OutboundPort = 0 },
-		"--inbound-port":       func(c *Config) { c.InboundPort = c.OutboundPort },
-		"--readiness-port":     func(c *Config) { c.ReadinessPort = c.InboundPort },
-		"--connect-timeout":    func(c *Config) { c.ConnectTimeout = -1 },
-		"--idle-timeout":       func(c *Config) { c.IdleTimeout = -1 },
-		"--half-close-timeout": func(c *Config) { c.HalfCloseTimeout = -1 },
-		"--drain-delay":        func(c *Config) { c.DrainDelay = c.DrainTimeout + 1 },
-		"--drain-timeout":      func(c *Config) { c.DrainTimeout = -1 },
-		"--max-connections":    func(c *Config) { c.MaxConnections = -1 },
-		"Config.Log":           func(c *Config) { c.Log = nil },
+		"--outbound-port":       func(c *Config) { c.OutboundPort = 0 },
+		"--inbound-port":        func(c *Config) { c.InboundPort = c.OutboundPort },
+		"--readiness-port":      func(c *Config) { c.ReadinessPort = c.InboundPort },
+		"--connect-timeout":     func(c *Config) { c.ConnectTimeout = -1 },
+		"--idle-timeout":        func(c *Config) { c.IdleTimeout = -1 },
+		"--half-close-timeout":  func(c *Config) { c.HalfCloseTimeout = -1 },
+		"--drain-delay":         func(c *Config) { c.DrainDelay = c.DrainTimeout + 1 },
+		"--drain-timeout":       func(c *Config) { c.DrainTimeout = -1 },
+		"--max-connections":     func(c *Config) { c.MaxConnections = -1 },
+		"--access-log-interval": func(c *Config) { c.AccessLog.Interval = time.Nanosecond },
+		"Config.Log":            func(c *Config) { c.Log = nil },
 	} {
 		config := valid
 		change(&config)

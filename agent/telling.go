@@ -21,6 +21,9 @@ type AccessLog struct {
 	Interval time.Duration // zero: never
 }
 
+// minInterval bounds how often all open connections are looked at, and what is written of those at rest.
+const minInterval = 10 * time.Millisecond
+
 // off reports whether there is no log.
 func (c AccessLog) off() bool { return c.Path == "off" }
 
@@ -31,8 +34,8 @@ func (c AccessLog) validate() error {
 	if _, err := accesslog.ParseFilter(c.Filter); err != nil {
 		return fmt.Errorf("--access-log-filter: %w", err)
 	}
-	if c.Interval < 0 {
-		return fmt.Errorf("--access-log-interval: %v is negative; use 0s or more", c.Interval)
+	if c.Interval != 0 && c.Interval < minInterval {
+		return fmt.Errorf("--access-log-interval: %v is too short; use %v or more, or 0s for never", c.Interval, minInterval)
 	}
 	return nil
 }
