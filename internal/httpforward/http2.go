@@ -279,6 +279,7 @@ func (m *multiplex) opaque() {
 	record.Received.Store(m.toUp.written)
 	record.OriginalDestination = m.Record.OriginalDestination
 	record.Upstream, record.UpstreamLocal = m.Target.Address, m.upLocal
+	record.Bound[flow.BoundLive] = m.Record.Bound[flow.BoundLive] // it is counted as a connection already
 	end, err := relay.Run(m.w, m.Down, m.up, relay.Options{
 		IdleTimeout:      config.IdleTimeout,
 		HalfCloseTimeout: config.HalfCloseTimeout,

@@ -548,7 +548,7 @@ func (c conversation) playFrames(t *testing.T, configure ...func(*Config)) {
 	for i, want := range c.want {
 		got := s.rig.records.await(t, i)
 		if got.reason != want.reason || got.status != want.status || got.flags != want.flags ||
-			got.received != want.received || got.sent != want.sent {
+			got.received != want.received || got.sent != want.sent || got.unbound {
 			t.Errorf("record %d is %+v, want %+v", i, got, want)
 		}
 	}

@@ -50,6 +50,7 @@ type told struct {
 	reason                            flow.Reason
 	err                               error
 	upgraded                          bool
+	unbound                           bool // a sink does not find what it bound when the connection began to be carried
 }
 
 func (r *records) Closed(record *flow.Record) {
@@ -59,6 +60,7 @@ func (r *records) Closed(record *flow.Record) {
 	r.closed = append(r.closed, told{
 		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus),
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
+		record.Bound[flow.BoundLive] == nil && (record.Connection == nil || record.Connection.Bound[flow.BoundLive] == nil),
 	})
 	select {
 	case r.news <- struct{}{}:
@@ -167,6 +169,7 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 func recordOf(down *tcp.Conn, dst netip.AddrPort) *flow.Record {
 	record := flow.Open(flow.Inbound, down.RemoteAddr())
 	record.OriginalDestination = dst
+	record.Bound[flow.BoundLive] = "a sink's"
 	return record
 }
 
