@@ -1,7 +1,6 @@
 package httpforward
 
 import (
-	"bytes"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -96,7 +95,7 @@ func (x *exchange) note(b []byte) {
 	to.UserAgent = x.copyField(h, b, http1.UserAgent)
 	to.ForwardedFor = x.copyField(h, b, http1.XForwardedFor)
 	if i := h.Find(http1.ContentType); i >= 0 {
-		to.GRPC = bytes.HasPrefix(h.Fields[i].Value.In(b), []byte("application/grpc"))
+		to.GRPC = isGRPC(h.Fields[i].Value.In(b))
 	}
 	to.Fields = x.copyFields(to.Fields, h, b, x.s.engine.config.Note.Request)
 }

@@ -2,6 +2,16 @@ package httpforward
 
 import "encoding/binary"
 
+// isGRPC reports whether a content-type is gRPC's, alone or with the encoding of its messages, such as
+// application/grpc+proto. gRPC-Web, which is application/grpc-web, is another protocol: its status is in its body.
+func isGRPC[T string | []byte](contentType T) bool {
+	const name = "application/grpc"
+	if len(contentType) < len(name) || string(contentType[:len(name)]) != name {
+		return false
+	}
+	return len(contentType) == len(name) || contentType[len(name)] == '+' || contentType[len(name)] == ';'
+}
+
 // grpcMessages counts the messages of gRPC in one direction of a stream. Each begins with a byte of flags and its length
 // in four (gRPC over HTTP/2, Length-Prefixed-Message). It counts when that is there, and goes on wherever a frame ends.
 type grpcMessages struct {

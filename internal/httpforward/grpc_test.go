@@ -22,3 +22,14 @@ func TestGRPCMessagesAreCountedInAnyPieces(t *testing.T) {
 		}
 	}
 }
+
+func TestGRPCIsKnownByItsContentType(t *testing.T) {
+	for contentType, want := range map[string]bool{
+		"application/grpc": true, "application/grpc+proto": true, "application/grpc;charset=utf-8": true,
+		"application/grpc-web": false, "application/grpc-web+proto": false, "application/grpcx": false, "application/json": false, "": false,
+	} {
+		if isGRPC(contentType) != want {
+			t.Errorf("%q: %v", contentType, !want)
+		}
+	}
+}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"net/http"
 	"strconv"
-	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
@@ -76,7 +75,7 @@ func (m *multiplex) note(s *stream, request *http2.Request, fields []http2.Field
 		case "x-forwarded-proto":
 			has.forwardedProto = true
 		case "content-type":
-			s.record.HTTP.GRPC = strings.HasPrefix(f.Value, "application/grpc")
+			s.record.HTTP.GRPC = isGRPC(f.Value)
 		case "user-agent":
 			agent = f.Value
 		case "host":
