@@ -1,10 +1,9 @@
 package admin
 
 import (
-	"net"
 	"net/http"
-	"net/netip"
-	"strings"
+
+	"github.com/pillion-proxy/pillion/healthz"
 )
 
 const (
@@ -19,28 +18,14 @@ const (
 // later resolves to 127.0.0.1, so that what it asks counts as its own site's. The first kind of request carries the
 // page's origin and the second kind the page's name as Host; tools carry neither.
 func (h *handler) refuses(r *http.Request) string {
-	if from, err := netip.ParseAddrPort(r.RemoteAddr); err != nil || !from.Addr().Unmap().IsLoopback() {
+	if !healthz.FromHere(r) {
 		return "Only requests from localhost are allowed"
 	}
-	if !loopbackHost(r.Host) {
+	if !healthz.MeansHere(r.Host) {
 		return "the Host is neither localhost nor a loopback address: ask by such a name"
 	}
 	if h.foreign.Check(r) != nil { // which lets GET and HEAD pass; neither changes anything
 		return "a page of another site asks for this: ask from this site, or with a tool"
 	}
 	return ""
-}
-
-// loopbackHost reports whether a Host names this machine's loopback, with any port. HTTP/1.0 may have none.
-func loopbackHost(host string) bool {
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
-	} else if inner, ok := strings.CutPrefix(host, "["); ok {
-		host = strings.TrimSuffix(inner, "]")
-	}
-	if host == "" || strings.EqualFold(host, "localhost") {
-		return true
-	}
-	address, err := netip.ParseAddr(host)
-	return err == nil && address.Unmap().IsLoopback()
 }

@@ -25,7 +25,7 @@ var arrows = []struct {
 	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
 	{"healthz", []string{"internal/capture", "internal/http2", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
-	{"internal/status", []string{"healthz", "internal/capture"}, "a handler may need more time than its server gives, and loopback is not always local"},
+	{"internal/status", []string{"healthz"}, "a handler may need more time than its server gives, and loopback is not always local"},
 	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
 	{"internal/metrics", []string{"internal/flow", "internal/podinfo"}, "records are counted, under the names of this workload"},
 	{"internal/sniff", []string{"internal/flow", "internal/tcp"}, "what is read stays in a buffer, and what was seen goes into the record"},
@@ -36,8 +36,9 @@ var arrows = []struct {
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
 	{"internal/scrape", []string{"internal/promtext"}, "what is scraped is parsed, merged and written"},
 	{"internal/accesslog", []string{"internal/flow"}, "a line tells what a record has"},
-	{"internal/admin", []string{"internal/flow"}, "what is open is read from the table; all else that it shows comes in as values"},
-	{"internal/live", []string{"internal/flow"}, "what is shown is made of records"},
+	{"internal/admin", []string{"healthz", "internal/flow"},
+		"what is open is read from the table; who is here is one question; all else that it shows comes in as values"},
+	{"internal/live", []string{"healthz", "internal/flow"}, "what is shown is made of records, and for who is here"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 

@@ -4,12 +4,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"net/netip"
-	"net/url"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -90,7 +89,7 @@ func local(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		site := r.Header.Get("Sec-Fetch-Site")
 		foreign := site != "" && site != "none" && site != "same-origin" && r.URL.Path != "/"
-		if foreign || !isLoopback(r.Host) {
+		if foreign || !healthz.MeansHere(r.Host) {
 			http.Error(w, "Refused: live data is for this machine only. Ask for localhost or a loopback address, for example by\n"+
 				"kubectl port-forward POD 15000, and from no other site's page.", http.StatusForbidden)
 			return
@@ -101,17 +100,6 @@ func local(next http.Handler) http.Handler {
 		header.Set("Cross-Origin-Resource-Policy", "same-origin")
 		next.ServeHTTP(w, r)
 	})
-}
-
-// isLoopback reports whether a Host field names this machine, with any port.
-func isLoopback(host string) bool {
-	u := url.URL{Host: host}
-	name := u.Hostname()
-	if strings.EqualFold(name, "localhost") {
-		return true
-	}
-	address, err := netip.ParseAddr(name)
-	return err == nil && address.Unmap().IsLoopback()
 }
 
 func serveJSON(w http.ResponseWriter, value any) {

@@ -9,16 +9,12 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/http/pprof"
-	"net/netip"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/healthz"
-	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
 // Config is what the handler answers from. All of it must be set, but for the last two.
@@ -117,10 +113,10 @@ func (c Config) order(obey func()) http.Handler {
 	})
 }
 
-// localOnly refuses who is not a process of this pod, and who is one without knowing it, see fromHere and byItself.
+// localOnly refuses who is not a process of this pod, and who is one without knowing it, see healthz.FromHere and byItself.
 func (c Config) localOnly(handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !fromHere(r) || !byItself(r) {
+		if !healthz.FromHere(r) || !byItself(r) {
 			c.Log.Debug("refused on the status port", "path", r.URL.Path, "from", r.RemoteAddr, "host", r.Host)
 			http.Error(w, "Only requests from localhost are allowed", http.StatusForbidden)
 			return
@@ -129,33 +125,14 @@ func (c Config) localOnly(handler http.Handler) http.Handler {
 	})
 }
 
-// fromHere reports whether the connection comes from loopback. Its address is honest, as the rules redirect nobody to
-// this port. But should ours be behind them after all, on another port than they know, then strangers would come from
-// the address that inbound dials from; nobody else has a reason to use it.
-func fromHere(r *http.Request) bool {
-	from, err := netip.ParseAddrPort(r.RemoteAddr)
-	address := from.Addr().Unmap()
-	return err == nil && address.IsLoopback() && address != capture.InboundSource4
-}
-
 var otherSites = http.NewCrossOriginProtection()
 
 // byItself refuses a browser that somebody else's page made ask: a port-forward puts this port on a laptop's loopback,
 // where any page may send it a POST. A browser says which page it was, in Origin or Sec-Fetch-Site. It believes the page
-// to be ours if its name has come to mean 127.0.0.1 meanwhile (DNS rebinding), but then Host has that name. Programs
-// other than browsers say none of this, and those of HTTP/1.0 may do without Host.
+// to be ours if its name has come to mean 127.0.0.1 meanwhile, but then Host has that name. Programs other than browsers
+// say none of this.
 func byItself(r *http.Request) bool {
-	return otherSites.Check(r) == nil && (r.Host == "" || meansHere(r.Host))
-}
-
-// meansHere reports whether a Host names loopback, without asking anybody.
-func meansHere(host string) bool {
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
-	}
-	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
-	address, err := netip.ParseAddr(host)
-	return strings.EqualFold(host, "localhost") || err == nil && address.Unmap().IsLoopback()
+	return otherSites.Check(r) == nil && healthz.MeansHere(r.Host)
 }
 
 // profile gives a profile the time that it takes, which must be bounded.
