@@ -118,7 +118,7 @@ func (r *Record) Carried() bool { return r.carried }
 
 // Flags returns Envoy's response flags, such as "UF,URX"; empty for none. They are there when the record is closed.
 func (r *Record) Flags() string {
-	if r.HTTP.Flags != "" {
+	if r.HTTP.Flags != "" || r.Reason == Completed { // which has none, and is what nearly all are
 		return r.HTTP.Flags
 	}
 	e := explanations[r.Reason]
@@ -133,10 +133,13 @@ func (r *Record) Flags() string {
 
 // Details returns Envoy's response_code_details, such as "via_upstream"; empty for a connection, which has none.
 func (r *Record) Details() string {
-	if e := explanations[r.Reason]; r.HTTP.Details == "" && r.IsRequest() && e != nil {
+	if r.HTTP.Details != "" || !r.IsRequest() {
+		return r.HTTP.Details
+	}
+	if e := explanations[r.Reason]; e != nil {
 		return e.Details
 	}
-	return r.HTTP.Details
+	return ""
 }
 
 // Open begins a record now.

@@ -1,0 +1,121 @@
+package agent
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"sync"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/live"
+)
+
+// newTelling tells of traffic as the default agent does, but into a file.
+func newTelling(t testing.TB) *telling {
+	t.Helper()
+	config, _ := testConfig()
+	config.Log = slog.New(slog.DiscardHandler)
+	config.AccessLog.Path = t.TempDir() + "/access.log"
+	a := &Agent{config: config, log: config.Log}
+	if err := a.tell(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := a.telling.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return &a.telling
+}
+
+// beginCarried is a connection that the table has.
+func beginCarried(table *flow.Table, direction flow.Direction, protocol flow.Protocol) *flow.Record {
+	c := flow.Open(direction, netip.MustParseAddrPort("198.51.100.2:4711"))
+	c.OriginalDestination = netip.MustParseAddrPort("192.0.2.7:8080")
+	table.List(c)
+	table.Carry(c, protocol, flow.Hello{})
+	return c
+}
+
+var (
+	method, path, authority = []byte("GET"), []byte("/catalogue/items?page=2"), []byte("catalogue.shop.svc:8080")
+	requestID               = []byte("3f7b6f0e-0000-4000-8000-000000000000")
+	agentName               = []byte("curl/7.88.1")
+)
+
+// request fills r as one that ended in order, in memory that is used again, as the engines do.
+func request(r *flow.Record, c *flow.Record) {
+	*r = flow.Record{
+		Direction: c.Direction, Protocol: c.Protocol, Opened: c.Opened, Connection: c,
+		Downstream: c.Downstream, OriginalDestination: c.OriginalDestination,
+		Upstream: c.OriginalDestination, UpstreamLocal: netip.AddrPortFrom(c.OriginalDestination.Addr(), 40001),
+	}
+	r.HTTP = flow.Request{Method: method, Path: path, Authority: authority, ID: requestID, UserAgent: agentName,
+		Status: 200, Details: "via_upstream", ServiceTime: 1_000_000}
+	r.Sent.Store(615)
+}
+
+// The budget of all that tells of a request is a microsecond.
+func BenchmarkARequestIsTold(b *testing.B) {
+	t := newTelling(b)
+	c := beginCarried(t.table, flow.Inbound, flow.HTTP11)
+	defer t.table.Leave(c)
+	r := new(flow.Record)
+	b.ReportAllocs()
+	for b.Loop() {
+		request(r, c)
+		r.Close(t.table, flow.Completed, nil)
+	}
+}
+
+// For the race detector: connections come and go while everybody looks.
+func TestEverybodyLooksWhileTrafficFlows(t *testing.T) {
+	told := newTelling(t)
+	looking := told.live.Handler(live.Sources{Table: told.table})
+	ctx, stop := context.WithCancel(t.Context())
+	var looks, traffic sync.WaitGroup
+	repeat := func(look func()) {
+		looks.Go(func() {
+			for ctx.Err() == nil {
+				look()
+			}
+		})
+	}
+	ask := func(path string) {
+		looking.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(ctx, http.MethodGet, "http://localhost"+path, nil))
+	}
+	repeat(func() { _ = told.metrics.Write(io.Discard, false) })
+	repeat(func() { ask("/live") })
+	repeat(func() { ask("/live/records") })
+	repeat(func() { ask("/live/tap?n=3") })
+	repeat(func() { told.access.Reopen() })
+	for i := range 4 {
+		traffic.Go(func() {
+			r := new(flow.Record)
+			for range 300 {
+				c := beginCarried(told.table, flow.Direction(i%2), flow.HTTP2)
+				for range 3 {
+					request(r, c)
+					r.Close(told.table, flow.Completed, nil)
+				}
+				told.table.Leave(c)
+				c = beginCarried(told.table, flow.Direction(i%2), flow.Opaque)
+				c.Received.Add(100)
+				c.Close(told.table, flow.Closed, nil)
+			}
+		})
+	}
+	traffic.Wait()
+	stop()
+	looks.Wait()
+	if open := told.table.Open(); open != 0 {
+		t.Errorf("%d connections are still listed", open)
+	}
+	if told, lost := told.access.Written(), told.access.Dropped(); lost > 0 {
+		t.Errorf("%d lines are lost, of %d", lost, told+lost)
+	}
+}
