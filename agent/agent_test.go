@@ -16,6 +16,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/admin"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -95,6 +96,7 @@ func TestAPortThatIsTakenIsNamedAndNothingIsLeft(t *testing.T) {
 	for _, c := range []struct{ flag, address string }{
 		{"--outbound-port", "127.0.0.1:15001"}, {"--outbound-port", "[::1]:15001"},
 		{"--inbound-port", "0.0.0.0:15006"}, {"--inbound-port", "[::]:15006"}, {"--readiness-port", "0.0.0.0:15021"},
+		{"--admin-port", "[::1]:15000"}, {"--metrics-port", "[::]:15090"}, {"--status-port", "0.0.0.0:15020"},
 	} {
 		ns := nettest.New(t, "taken")
 		ns.Listen(t, "tcp", c.address)
@@ -272,5 +274,49 @@ func TestThePortsAnswerWhileAndAfterTheAccessLogIsClosed(t *testing.T) {
 			t.Error(err)
 		}
 		a.ReopenLogs()
+	}
+}
+
+func TestWhatTheInjectorSaysWrongIsNamedAndNothingIsLeft(t *testing.T) {
+	for want, change := range map[string]func(*Config){
+		"ISTIO_KUBE_APP_PROBERS":       func(c *Config) { c.AppProbers = "{" },
+		"INSTANCE_IP":                  func(c *Config) { c.AppProbers = `{"/app-health/a/livez":{"tcpSocket":{"port":1}}}` },
+		"ISTIO_PROMETHEUS_ANNOTATIONS": func(c *Config) { c.ScrapeTargets = `{"scrape":"true","port":"15021"}` },
+		"--access-log":                 func(c *Config) { c.AccessLog.Path = t.TempDir() },
+	} {
+		config, _ := testConfig()
+		change(&config)
+		if _, err := New(config); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("want an error that names %s, got %v", want, err)
+		}
+	}
+}
+
+func TestAnOrderToQuitEndsARunAtOnceAlsoInADrain(t *testing.T) {
+	nettest.RequireRoot(t)
+	for _, draining := range []bool{false, true} {
+		config, _ := testConfig()
+		config.DrainDelay, config.DrainTimeout = time.Hour, time.Hour
+		a, err := newIn(t, nettest.New(t, "quit"), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		drain, startDrain := context.WithCancel(t.Context())
+		result := make(chan error, 1)
+		go func() { result <- a.Run(drain, context.Background()) }()
+		if draining {
+			startDrain()
+			nettest.Eventually(t, "the drain to begin", a.draining.Load)
+		}
+		var orders sync.WaitGroup
+		for range 3 { // whoever orders it may do so more than once
+			orders.Go(a.quit)
+		}
+		a.drainListeners(admin.DrainOrder{Graceful: true})
+		if err := <-result; err != nil {
+			t.Errorf("draining %v: Run returns %v", draining, err)
+		}
+		orders.Wait()
+		startDrain()
 	}
 }
