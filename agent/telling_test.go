@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
@@ -19,7 +20,7 @@ func newTelling(t testing.TB) *telling {
 	t.Helper()
 	config, _ := testConfig()
 	config.Log = slog.New(slog.DiscardHandler)
-	config.AccessLog.Path = t.TempDir() + "/access.log"
+	config.AccessLog.Path, config.AccessLog.Interval = t.TempDir()+"/access.log", time.Nanosecond
 	a := &Agent{config: config, log: config.Log}
 	if err := a.tell(); err != nil {
 		t.Fatal(err)
@@ -93,6 +94,7 @@ func TestEverybodyLooksWhileTrafficFlows(t *testing.T) {
 	repeat(func() { ask("/live/records") })
 	repeat(func() { ask("/live/tap?n=3") })
 	repeat(func() { told.access.Reopen() })
+	repeat(func() { told.access.Progress(told.table) })
 	for i := range 4 {
 		traffic.Go(func() {
 			r := new(flow.Record)

@@ -153,6 +153,9 @@ func (r *Record) Close(sink Sink, reason Reason, err error) {
 	if r.Reason != "" {
 		panic("flow: record closed twice, first as " + string(r.Reason) + ", then as " + string(reason))
 	}
+	if table, ok := sink.(*Table); ok {
+		table.Leave(r) // whoever looks at the open ones must not see an end that is being written
+	}
 	r.Duration = time.Since(r.Opened)
 	r.Reason, r.Err = reason, err
 	if c := r.Connection; c != nil {
