@@ -41,7 +41,7 @@ type Config struct {
 	OutboundFields      httpforward.Fields
 
 	DrainDelay   time.Duration // from the announcement to the closing of the listeners
-	DrainTimeout time.Duration // from the announcement to the cutting of what is left
+	DrainTimeout time.Duration // from the beginning of the shutdown to the cutting of what is left
 
 	AccessLog        AccessLog
 	AppProbers       string // the value of ISTIO_KUBE_APP_PROBERS
