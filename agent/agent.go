@@ -51,6 +51,7 @@ type Agent struct {
 	failedByHand atomic.Bool
 	over         context.Context // ends when the agent was told to quit, or has ended
 	quitting     context.CancelFunc
+	obeying      sync.Mutex     // while an order is begun, or all are ended
 	orders       sync.WaitGroup // what is still done about them
 }
 
@@ -259,8 +260,7 @@ func (a *Agent) close() {
 			ln.Close()
 		}
 	}
-	a.quitting()
-	a.orders.Wait()
+	a.endOrders()
 	_ = a.telling.close() // shutdown has told what is wrong with it
 	if a.probers != nil {
 		a.probers.Close()

@@ -30,7 +30,7 @@ func (a *Agent) drainListeners(order admin.DrainOrder) {
 	if order.Graceful && order.SkipExit {
 		return
 	}
-	a.orders.Go(func() {
+	a.obey(func() {
 		if order.Graceful {
 			select {
 			case <-time.After(a.config.DrainDelay):
@@ -43,6 +43,24 @@ func (a *Agent) drainListeners(order admin.DrainOrder) {
 			a.outbound.Stop()
 		}
 	})
+}
+
+// obey does what takes longer than an answer may, unless the agent has ended: orders come in until its ports are closed,
+// and a little after.
+func (a *Agent) obey(order func()) {
+	a.obeying.Lock()
+	defer a.obeying.Unlock()
+	if a.over.Err() == nil {
+		a.orders.Go(order)
+	}
+}
+
+// endOrders ends those that are under way, and waits for them. There are no others after it.
+func (a *Agent) endOrders() {
+	a.obeying.Lock()
+	a.quitting()
+	a.obeying.Unlock()
+	a.orders.Wait()
 }
 
 // quit ends the agent at once, as one that has done its work: jobs end their sidecar so.
