@@ -320,3 +320,11 @@ func TestAnOrderToQuitEndsARunAtOnceAlsoInADrain(t *testing.T) {
 		startDrain()
 	}
 }
+
+func TestTheStateIsDrainingAfterHealthcheckFail(t *testing.T) {
+	a := new(Agent)
+	a.failedByHand.Store(true)
+	if state, ok := a.state(); state != "DRAINING" || ok {
+		t.Errorf("%s, %v; want what Envoy says", state, ok)
+	}
+}

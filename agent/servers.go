@@ -180,7 +180,7 @@ func (a *Agent) adminHandler() http.Handler {
 // state is what Envoy calls it.
 func (a *Agent) state() (string, bool) {
 	switch {
-	case a.draining.Load():
+	case a.draining.Load(), a.failedByHand.Load():
 		return "DRAINING", false
 	case len(healthz.Closed(a.gates())) > 0:
 		return "INITIALIZING", false
