@@ -41,8 +41,8 @@ func TestDiallingPillionsOwnPortsNeverLoops(t *testing.T) {
 					for _, port := range ownPorts {
 						dst := netip.AddrPortFrom(address, port).String()
 						ended, answer := dialAs(t, from.namespace, from.uid, dst)
-						if port == capture.ReadinessPort {
-							continue // served, wherever it is asked from
+						if servedAt(netip.AddrPortFrom(address, port)) {
+							continue
 						}
 						if !ended || answer != "" {
 							t.Errorf("%s to %s: ended: %v, answered %q; want it refused", from.name, dst, ended, answer)
@@ -63,6 +63,18 @@ func TestDiallingPillionsOwnPortsNeverLoops(t *testing.T) {
 			converse2(s.outbound())
 		})
 	}
+}
+
+// servedAt reports whether the agent itself may answer at one of the pod's addresses: readiness, status and metrics at all
+// of them, and admin on loopback.
+func servedAt(address netip.AddrPort) bool {
+	switch address.Port() {
+	case capture.ReadinessPort, capture.StatusPort, capture.MetricsPort:
+		return true
+	case capture.AdminPort:
+		return address.Addr() == netip.AddrFrom4([4]byte{127, 0, 0, 1}) || address.Addr() == netip.IPv6Loopback()
+	}
+	return false
 }
 
 // dialAs connects as a user and reads until the end. It reports whether the connection ended by itself, and what came.
