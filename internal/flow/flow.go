@@ -144,11 +144,15 @@ func Open(direction Direction, downstream netip.AddrPort) *Record {
 	return &Record{Direction: direction, Opened: time.Now(), Downstream: downstream}
 }
 
-// Close ends the record and hands it to sink. A second call is a mistake of the caller and panics: one connection must
+// Close ends the record and hands it to sink; a Table first takes it out, so that nobody who looks at what is open sees it
+// half closed. A second call is a mistake of the caller and panics: one connection must
 // never be counted twice.
 func (r *Record) Close(sink Sink, reason Reason, err error) {
 	if r.Reason != "" {
 		panic("flow: record closed twice, first as " + string(r.Reason) + ", then as " + string(reason))
+	}
+	if table, ok := sink.(*Table); ok {
+		table.Leave(r)
 	}
 	r.Duration = time.Since(r.Opened)
 	r.Reason, r.Err = reason, err

@@ -83,9 +83,8 @@ func (t *Table) Leave(r *Record) {
 	t.count--
 }
 
-// Closed takes the record out if it is listed, and tells the sinks.
+// Closed tells the sinks. Record.Close has taken the record out.
 func (t *Table) Closed(r *Record) {
-	t.Leave(r)
 	for _, sink := range t.sinks {
 		sink.Closed(r)
 	}
@@ -99,8 +98,8 @@ func (t *Table) Open() int {
 }
 
 // Each calls f for each listed connection, the youngest first, until f returns false. f may read what List names, and the
-// counters; when the connection is Carried, all but what Close sets. It must be quick, as nobody opens or closes a
-// connection meanwhile, and must not keep the record.
+// counters; when the connection is Carried, all of it: what Close sets is not set yet. It must be quick, as nobody opens or
+// closes a connection meanwhile, and must not keep the record.
 func (t *Table) Each(f func(*Record) bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
