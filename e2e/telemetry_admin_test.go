@@ -186,14 +186,14 @@ func TestTheLogLevelIsChangedByOrder(t *testing.T) {
 func TestReadinessIsTurnedByOrder(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
-	for _, port := range []string{"15021", "15020"} {
+	for _, port := range []uint16{capture.ReadinessPort, capture.StatusPort} {
 		for _, c := range []struct {
 			order string
 			want  int
 		}{{"fail", 503}, {"ok", 200}} {
 			s.order(t, "/healthcheck/"+c.order)
-			if status, body := get(t, s.peer, "http://198.51.100.2:"+port+"/healthz/ready"); status != c.want {
-				t.Errorf("after %s, port %s says %d %s", c.order, port, status, body)
+			if status, body := get(t, s.peer, podURL(port, "/healthz/ready")); status != c.want {
+				t.Errorf("after %s, port %d says %d %s", c.order, port, status, body)
 			}
 			if status, _ := s.admin(t, "GET", "/ready"); status != c.want {
 				t.Errorf("after %s, /ready says %d", c.order, status)
