@@ -17,7 +17,8 @@ import (
 // agent is a `pillion agent` that runs in a pod.
 type agent struct {
 	*nettest.Process
-	log *logBook
+	log    *logBook
+	access *logBook // standard output, where the access log goes by default
 }
 
 // unprivileged are the words before a command that run it as it would in a container that asks for nothing: its own
@@ -40,14 +41,14 @@ func startAgent(t testing.TB, pod *nettest.Namespace, flags ...string) *agent {
 // launchAgent starts an agent by way of wrapper, a command that executes its last arguments, and does not wait for it.
 func launchAgent(t testing.TB, pod *nettest.Namespace, wrapper []string, flags ...string) *agent {
 	t.Helper()
-	a := &agent{log: &logBook{}}
+	a := &agent{log: &logBook{}, access: &logBook{}}
 	// Registered before the start, so that it runs after the agent has been ended.
 	t.Cleanup(func() { a.log.checkHealth(t) })
 	words := append(append([]string{}, wrapper...), unprivileged(agentUID)...)
 	words = append(words, pillion, "agent", "--log-level", "debug")
 	words = append(words, flags...)
 	cmd := pod.Command(0, 0, words[0], words[1:]...)
-	cmd.Stderr = a.log
+	cmd.Stderr, cmd.Stdout = a.log, a.access
 	cmd.Env = append(os.Environ(), "GORACE=halt_on_error=0")
 	a.Process = pod.Start(t, cmd)
 	return a

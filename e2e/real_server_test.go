@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -62,11 +63,17 @@ func TestTheWorkloadTalksToItselfDirectly(t *testing.T) {
 // startNginx runs nginx on port 8080 of both families as the workload's user, and returns the name of its access log.
 func startNginx(t *testing.T, ns *nettest.Namespace) (accessLog string) {
 	t.Helper()
-	program := requireProgram(t, "nginx")
 	dir := userDir(t, workloadUID)
+	runNginx(t, ns, dir, 8080, fmt.Sprintf(`location / { return 200 "hello from %s\n"; }`, ns.Name))
+	return filepath.Join(dir, "access.log")
+}
+
+// runNginx runs nginx as the workload's user, with what it needs in dir and a server that has the given directives.
+func runNginx(t *testing.T, ns *nettest.Namespace, dir string, port int, directives string) {
+	t.Helper()
+	program := requireProgram(t, "nginx")
 	config := filepath.Join(dir, "nginx.conf")
-	accessLog = filepath.Join(dir, "access.log")
-	writeFile(t, config, strings.NewReplacer("DIR", dir, "NAME", ns.Name).Replace(`
+	writeFile(t, config, strings.NewReplacer("DIR", dir, "PORT", strconv.Itoa(port), "SERVES", directives).Replace(`
 		daemon off;
 		worker_processes 1;
 		pid DIR/nginx.pid;
@@ -77,13 +84,12 @@ func startNginx(t *testing.T, ns *nettest.Namespace) (accessLog string) {
 			log_format who '$remote_addr $uri';
 			access_log DIR/access.log who;
 			server {
-				listen 8080;
-				listen [::]:8080;
-				location / { return 200 "hello from NAME\n"; }
+				listen PORT;
+				listen [::]:PORT;
+				SERVES
 			}
 		}
 	`))
 	ns.Start(t, ns.Command(workloadUID, workloadUID, program, "-c", config))
-	awaitListener(t, ns, 8080)
-	return accessLog
+	awaitListener(t, ns, port)
 }

@@ -49,6 +49,29 @@ func newStageIn(t testing.TB, flavour string, flags ...string) *stage {
 	return s
 }
 
+// injected is what Istio's injector puts into the agent's environment.
+var injected = []string{
+	"POD_NAME=reviews-v1-6d4b75cb6d-hswz6", "POD_NAMESPACE=shop", "SERVICE_ACCOUNT=reader", "INSTANCE_IP=" + nettest.PodIP4.String(),
+	"ISTIO_META_WORKLOAD_NAME=reviews-v1", "ISTIO_META_CLUSTER_ID=Kubernetes",
+}
+
+// newInjectedStage sets a stage whose agent finds itself where the injector puts it: with its variables, those in env, as
+// NAME=value, and the pod's labels in their file.
+func newInjectedStage(t testing.TB, env []string, flags ...string) *stage {
+	t.Helper()
+	nettest.RequireRoot(t)
+	const labels = `app="reviews"\nversion="v1.2"\nservice.istio.io/canonical-name="reviews"\nservice.istio.io/canonical-revision="v1"\n`
+	s := &stage{}
+	s.pod, s.peer = nettest.PodAndPeer(t)
+	initPod(t, s.pod, nft)
+	wrapper := append(append([]string{"env"}, injected...), env...)
+	wrapper = append(wrapper, "unshare", "--mount", "--propagation", "private", "sh", "-c",
+		"mount -t tmpfs tmpfs /etc && mkdir -p /etc/istio/pod && printf '"+labels+"' > /etc/istio/pod/labels && exec \"$@\"", "sh")
+	s.agent = launchAgent(t, s.pod, wrapper, flags...)
+	awaitReady(t, s.pod, s.agent)
+	return s
+}
+
 // initPod runs `pillion init` as an injector does, and returns what it says.
 func initPod(t testing.TB, pod *nettest.Namespace, flavour string) string {
 	t.Helper()

@@ -147,7 +147,8 @@ func Open(direction Direction, downstream netip.AddrPort) *Record {
 	return &Record{Direction: direction, Opened: time.Now(), Downstream: downstream}
 }
 
-// Close ends the record and hands it to sink. A second call is a mistake of the caller and panics: one connection must
+// Close ends the record and hands it to sink; a Table first takes it out, so that nobody who looks at what is open sees it
+// half closed. A second call is a mistake of the caller and panics: one connection must
 // never be counted twice.
 func (r *Record) Close(sink Sink, reason Reason, err error) {
 	if r.Reason != "" {

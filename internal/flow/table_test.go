@@ -1,7 +1,9 @@
 package flow
 
 import (
+	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -92,6 +94,9 @@ func TestATableIsForManyGoroutines(t *testing.T) {
 				if r.Carried() && r.Protocol != TLS {
 					t.Error("carried before its protocol was there")
 				}
+				if r.Carried() && (r.Flags() != "" || r.Reason != "" || r.Duration != 0 || r.Err != nil) {
+					t.Error("half closed")
+				}
 				return r.Downstream.IsValid() && r.Received.Load() < 1<<40
 			})
 		}
@@ -104,10 +109,11 @@ func TestATableIsForManyGoroutines(t *testing.T) {
 				r.UpstreamLocal = downstream
 				table.Carry(r, TLS, Hello{ServerName: "a.example"})
 				r.Received.Add(7)
+				runtime.Gosched() // so that it is looked at
 				if i%2 == 0 {
 					table.Leave(r)
 				} else {
-					r.Close(table, Closed, nil)
+					r.Close(table, UpstreamReset, net.ErrClosed)
 				}
 			}
 		})

@@ -116,52 +116,32 @@ func TestLabelsAreIstiosInIstiosOrder(t *testing.T) {
 	}
 }
 
-// What the panels of Istio's dashboards and Kiali's graph ask for: a metric, the labels that they select by, with a value
-// that a panel could ask for, and the labels that they group by.
+// What the panels of Istio's dashboards and Kiali's graph ask for is there. The list says how it is to be read; e2e asks for
+// the same of an agent that carries traffic.
 func TestDashboardsFindWhatTheyAskFor(t *testing.T) {
-	const edge = "source_cluster source_workload_namespace source_workload source_canonical_service source_canonical_revision " +
-		"destination_cluster destination_service_namespace destination_service destination_service_name " +
-		"destination_workload_namespace destination_workload destination_canonical_service destination_canonical_revision"
+	const list = "testdata/dashboards.txt"
+	text, err := os.ReadFile(list)
+	if err != nil {
+		t.Fatal(err)
+	}
 	families := exposition(t, everything())
-	for _, q := range []struct{ panel, metric, where, by string }{
-		{"mesh: global request volume", "istio_requests_total", "reporter=destination", ""},
-		{"mesh: success rate", "istio_requests_total", "reporter=destination response_code=200", ""},
-		{"mesh: HTTP workloads", "istio_requests_total", "reporter=destination request_protocol=http", "destination_workload destination_workload_namespace destination_service"},
-		{"mesh: gRPC workloads", "istio_requests_total", "reporter=source request_protocol=grpc", "destination_workload destination_workload_namespace destination_service"},
-		{"mesh: latency", "istio_request_duration_milliseconds", "reporter=destination", "le destination_workload destination_workload_namespace"},
-		{"mesh: TCP sent", "istio_tcp_sent_bytes_total", "reporter=source", "destination_workload destination_workload_namespace destination_service"},
-		{"mesh: TCP received", "istio_tcp_received_bytes_total", "reporter=source", "destination_workload destination_workload_namespace destination_service"},
-		{"mesh: versions", "istio_build", "component=proxy", "component tag"},
-		{"service: client requests", "istio_requests_total", "reporter=source destination_service=ratings.prod.svc.cluster.local:9080", ""},
-		{"service: client latency", "istio_request_duration_milliseconds", "reporter=source connection_security_policy=unknown", "le"},
-		{"service: incoming by source", "istio_requests_total", "reporter=destination connection_security_policy=none destination_service=reviews:9080",
-			"source_workload source_workload_namespace response_code"},
-		{"service: request size", "istio_request_bytes", "reporter=destination connection_security_policy=none", "source_workload source_workload_namespace le"},
-		{"service: response size", "istio_response_bytes", "reporter=destination connection_security_policy=none", "source_workload source_workload_namespace le"},
-		{"workload: incoming", "istio_requests_total", "reporter=destination destination_workload=reviews-v1 destination_workload_namespace=shop", "source_workload source_workload_namespace response_code"},
-		{"workload: outgoing", "istio_requests_total", "reporter=source source_workload=reviews-v1 source_workload_namespace=shop", "destination_service response_code"},
-		{"workload: outgoing TCP", "istio_tcp_sent_bytes_total", "reporter=source source_workload=reviews-v1 connection_security_policy=unknown", "destination_service"},
-		{"performance: connections", "envoy_cluster_upstream_cx_active", "cluster_name=PassthroughCluster", ""},
-		{"Kiali: edges in", "istio_requests_total", "reporter=destination destination_workload_namespace=shop", edge + " request_protocol response_code grpc_response_status response_flags"},
-		{"Kiali: edges out", "istio_requests_total", "reporter=source source_workload_namespace=shop destination_service_namespace=prod", edge + " request_protocol response_code grpc_response_status response_flags"},
-		{"Kiali: TCP edges", "istio_tcp_sent_bytes_total", "reporter=source source_workload_namespace=shop", edge + " response_flags"},
-		{"Kiali: messages", "istio_request_messages_total", "reporter=source source_workload_namespace=shop", edge},
-		{"Kiali: messages back", "istio_response_messages_total", "reporter=source source_workload_namespace=shop", edge},
-		{"Kiali: health", "istio_requests_total", "reporter=destination destination_canonical_service=reviews", "source_workload response_code grpc_response_status request_protocol"},
-		{"Kiali: TCP opened", "istio_tcp_connections_opened_total", "reporter=source source_app=reviews source_version=v1.2", ""},
-		{"Kiali: TCP closed", "istio_tcp_connections_closed_total", "reporter=source source_principal=unknown", ""},
-	} {
-		found := slices.ContainsFunc(families[q.metric].GetMetric(), func(metric *dto.Metric) bool {
-			for _, by := range strings.Fields(q.by) {
+	for line := range strings.Lines(string(text)) {
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		q := strings.Split(strings.TrimSuffix(line, "\n"), ";")
+		panel, metric, where, by := q[0], strings.TrimSpace(q[1]), strings.Fields(q[2]), strings.Fields(q[3])
+		found := slices.ContainsFunc(families[metric].GetMetric(), func(metric *dto.Metric) bool {
+			for _, by := range by {
 				if by == "le" && metric.Histogram == nil ||
 					by != "le" && !slices.ContainsFunc(metric.Label, func(l *dto.LabelPair) bool { return l.GetName() == by }) {
 					return false
 				}
 			}
-			return matches(metric, strings.Fields(q.where))
+			return matches(metric, where)
 		})
 		if !found {
-			t.Errorf("%s: no %s with %s by (%s)", q.panel, q.metric, q.where, q.by)
+			t.Errorf("%s: no %s with %s by %s", panel, metric, where, by)
 		}
 	}
 }

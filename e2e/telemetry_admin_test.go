@@ -1,0 +1,386 @@
+package e2e
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// admin asks the admin port from within the pod.
+func (s *stage) admin(t testing.TB, method, path string) (status int, body string) {
+	t.Helper()
+	return send(t, s.pod, method, "http://127.0.0.1:15000"+path, nil)
+}
+
+// order gives an order to the admin port, which has to be taken.
+func (s *stage) order(t testing.TB, path string) (body string) {
+	t.Helper()
+	status, body := s.admin(t, "POST", path)
+	if status != 200 {
+		t.Errorf("POST %s: %d %s", path, status, body)
+	}
+	return body
+}
+
+// busy makes requests in both directions, one of which fails, and leaves a connection open in each.
+func (s *stage) busy(t *testing.T) {
+	t.Helper()
+	for _, w := range []way{s.inbound(), s.outbound()} {
+		for _, http2 := range []bool{false, true} {
+			d := newDialogue(t, w, http2, func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == "/broken" {
+					w.WriteHeader(500)
+				}
+			})
+			for _, path := range []string{"/things/7?token=hunter-query", "/broken"} {
+				request := d.request(t, "GET", path, nil)
+				request.Host = "shop.example"
+				request.Header.Set("Authorization", "Bearer hunter-header")
+				request.Header.Set("Cookie", "session=hunter-cookie")
+				request.Header.Set("User-Agent", "hunter-agent/1")
+				text(t, d.do(t, request))
+			}
+		}
+		downstream, upstream := w.connect(t)
+		converse(t, downstream, upstream)
+	}
+	tryConnection(s.peer, podURL(9, "")[len("http://"):])
+}
+
+// What istioctl and Kiali read are Envoy's own messages; they take nothing else.
+func TestAdminSpeaksEnvoysMessages(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	program := peer(t, "envoyjson")
+	s := newInjectedStage(t, nil)
+	s.busy(t)
+	var given bytes.Buffer
+	encoder := json.NewEncoder(&given)
+	for path, message := range map[string]string{
+		"/config_dump":                                               "ConfigDump",
+		"/config_dump?include_eds=true":                              "ConfigDump",
+		"/config_dump?resource=static_listeners":                     "ConfigDump",
+		"/config_dump?resource=static_clusters&name_regex=.*Cluster": "ConfigDump",
+		"/config_dump?include_eds&resource=static_endpoint_configs":  "ConfigDump",
+		"/clusters?format=json":                                      "Clusters",
+		"/listeners?format=json":                                     "Listeners",
+		"/server_info":                                               "ServerInfo",
+		"/certs":                                                     "Certificates",
+		"/memory":                                                    "Memory",
+		"/init_dump":                                                 "UnreadyTargetsDumps",
+	} {
+		status, body := s.admin(t, "GET", path)
+		if status != 200 {
+			t.Errorf("%s: %d %s", path, status, body)
+		}
+		encoder.Encode(map[string]string{"name": path, "type": "envoy.admin.v3." + message, "body": body})
+	}
+	judge := exec.Command(program)
+	judge.Stdin = &given
+	if out, err := judge.CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("envoyjson: %v\n%s", err, out)
+	}
+	// What the messages say is true of this agent.
+	for path, says := range map[string][]string{
+		"/server_info":                  {`"sidecar~198.51.100.2~reviews-v1-6d4b75cb6d-hswz6.shop~shop.svc.cluster.local"`, `"LIVE"`},
+		"/config_dump?include_eds=true": {"PassthroughCluster", "virtualInbound", "virtualOutbound", "15006", "198.51.100.2"},
+		"/clusters":                     {"PassthroughCluster::", nettest.Elsewhere4.String()},
+		"/listeners":                    {"virtualInbound::0.0.0.0:15006\n", "virtualOutbound::127.0.0.1:15001\n", "15021", "15020", "15090"},
+		"/stats?filter=istio_requests":  {"istio_requests_total"},
+		"/stats/prometheus":             {`istio_requests_total{reporter="destination"`},
+		"/ready":                        {"LIVE\n"},
+		"/help":                         {"/config_dump"},
+	} {
+		_, body := s.admin(t, "GET", path)
+		for _, want := range says {
+			if !strings.Contains(body, want) {
+				t.Errorf("%s has no %s:\n%.3000s", path, want, body)
+			}
+		}
+	}
+	if status, page := send(t, s.pod, "GET", "http://127.0.0.1:15000/", map[string]string{"Accept": "text/html,*/*;q=0.8"}); status != 200 ||
+		!strings.HasPrefix(strings.ToLower(page), "<!doctype html>") {
+		t.Errorf("a browser gets %d %.200s", status, page)
+	}
+	if _, body := s.admin(t, "GET", "/stats?format=json"); !json.Valid([]byte(body)) {
+		t.Errorf("/stats?format=json is no JSON: %.500s", body)
+	}
+}
+
+// The admin port changes the agent: it is for the pod alone, and for orders that are meant.
+func TestAdminIsForThePodAloneAndChangesByPostOnly(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	for _, own := range []netip.Addr{nettest.PodIP4, nettest.PodIP6} {
+		for _, from := range []*nettest.Namespace{s.peer, s.pod} {
+			if err := tryConnection(from, netip.AddrPortFrom(own, capture.AdminPort).String()); !isReset(err) && !isRefused(err) {
+				t.Errorf("%s reaches %v:15000: %v", from.Name, own, err)
+			}
+		}
+	}
+	for _, path := range []string{
+		"/logging?level=error", "/healthcheck/fail", "/drain_listeners", "/quitquitquit", "/reset_counters", "/reopen_logs",
+	} {
+		if status, body := s.admin(t, "GET", path); status != 405 || body != "Method GET not allowed, POST required." {
+			t.Errorf("GET %s: %d %q, want 405", path, status, body)
+		}
+		for name, value := range map[string]string{"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site", "Host": "evil.example:15000"} {
+			if status, _ := send(t, s.pod, "POST", "http://127.0.0.1:15000"+path, map[string]string{name: value}); status != 403 {
+				t.Errorf("POST %s with %s: %s is answered %d, want 403", path, name, value, status)
+			}
+		}
+	}
+	if status, body := s.admin(t, "GET", "/no/such"); status != 404 || !strings.HasPrefix(body, "invalid path. admin commands are:\n") {
+		t.Errorf("%d %q", status, body)
+	}
+	if status, body := s.admin(t, "POST", "/drain_listeners?skip_exit"); status != 400 || body != "skip_exit requires graceful\n" {
+		t.Errorf("%d %q", status, body)
+	}
+	if status, _ := s.admin(t, "GET", "/ready"); status != 200 {
+		t.Errorf("it is not ready after all that it refused: %d", status)
+	}
+}
+
+func TestTheLogLevelIsChangedByOrder(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--log-level", "info")
+	d := newDialogue(t, s.inbound(), false, func(http.ResponseWriter, *http.Request) {})
+	requests := func(path string) []string { return s.agent.log.lines("msg=request", path) }
+	one := func(path string) {
+		text(t, d.do(t, d.request(t, "GET", path, nil)))
+		s.agent.access.await(t, path) // its record is closed
+	}
+	one("/before")
+	if body := s.order(t, "/logging?level=debug"); body != "active loggers:\n  pillion: debug\n" {
+		t.Errorf("%q", body)
+	}
+	one("/debug")
+	if body := s.order(t, "/logging?paths=pillion:warning"); body != "active loggers:\n  pillion: warning\n" {
+		t.Errorf("%q", body)
+	}
+	one("/after")
+	if len(requests("/before")) != 0 || len(requests("/debug")) != 1 || len(requests("/after")) != 0 {
+		t.Errorf("the log is\n%s", s.agent.log)
+	}
+	for _, bad := range []string{"level=loud", "envoy=debug", "level=info&paths=pillion:info"} {
+		if status, body := s.admin(t, "POST", "/logging?"+bad); status != 400 {
+			t.Errorf("%s: %d %s", bad, status, body)
+		}
+	}
+}
+
+func TestReadinessIsTurnedByOrder(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	for _, port := range []uint16{capture.ReadinessPort, capture.StatusPort} {
+		for _, c := range []struct {
+			order string
+			want  int
+		}{{"fail", 503}, {"ok", 200}} {
+			s.order(t, "/healthcheck/"+c.order)
+			if status, body := get(t, s.peer, podURL(port, "/healthz/ready")); status != c.want {
+				t.Errorf("after %s, port %d says %d %s", c.order, port, status, body)
+			}
+			if status, _ := s.admin(t, "GET", "/ready"); status != c.want {
+				t.Errorf("after %s, /ready says %d", c.order, status)
+			}
+		}
+	}
+	downstream, upstream := s.inbound().connect(t)
+	converse(t, downstream, upstream)
+}
+
+// Envoy's order to drain: with skip_exit it announces and goes on accepting; without grace it stops listening at once.
+func TestListenersAreDrainedByOrder(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	s.order(t, "/drain_listeners?inboundonly&graceful&skip_exit")
+	if status, _ := ask(t, s, "/healthz/ready"); status != 503 {
+		t.Errorf("readiness says %d", status)
+	}
+	if status, body := s.admin(t, "GET", "/ready"); status != 503 || body != "DRAINING\n" {
+		t.Errorf("/ready says %d %q", status, body)
+	}
+	var kept [][2]net.Conn
+	for _, w := range s.ways() {
+		downstream, upstream := w.connect(t)
+		converse(t, downstream, upstream)
+		kept = append(kept, [2]net.Conn{downstream, upstream})
+	}
+	s.order(t, "/drain_listeners?inboundonly")
+	nettest.Eventually(t, "inbound is refused", func() bool {
+		return isRefused(tryConnection(s.peer, netip.AddrPortFrom(nettest.PodIP4, 9).String()))
+	})
+	downstream, upstream := s.outbound().connect(t)
+	converse(t, downstream, upstream)
+	for _, ends := range kept { // connections that were open stay so
+		converse(t, ends[0], ends[1])
+	}
+}
+
+// The commands that look at an agent, beside one that has traffic.
+func TestCommandsLookAtTheAgent(t *testing.T) {
+	t.Parallel()
+	s := newInjectedStage(t, nil)
+	s.busy(t)
+	run := func(args ...string) string {
+		t.Helper()
+		stdout, stderr, code := execute(t, s.pod, nil, args...)
+		if code != 0 || stderr != "" {
+			t.Errorf("pillion %q: exit code %d: %s", args, code, stderr)
+		}
+		return stdout
+	}
+	wants := func(out string, parts ...string) {
+		t.Helper()
+		for _, part := range parts {
+			if !regexp.MustCompile("(?m)" + part).MatchString(out) {
+				t.Errorf("no %s in\n%s", part, out)
+			}
+		}
+	}
+	nettest.Eventually(t, "the records are there", func() bool { return strings.Count(run("request", "GET", "live/records"), `"number"`) >= 9 })
+
+	var info struct{ State string }
+	if err := json.Unmarshal([]byte(run("request", "GET", "server_info")), &info); err != nil || info.State != "LIVE" {
+		t.Errorf("server_info: %q, %v", info.State, err)
+	}
+	run("request", "POST", "logging?level=info")
+	wants(run("status"), `^ready +yes$`, `^connections +\d+ open`, `^errors .* 5 since the start$`, `upstream_refused`)
+	wants(run("top", "--once"), `^ +DESTINATION +PER S +SUCCESS`, `^inbound +shop\.example .* 50\.?0? ?%`, `^outbound +shop\.example `, `^outbound +203\.0\.113\.7`)
+	var destinations []struct {
+		Direction, Name string
+		Flows, Errors   int
+	}
+	if err := json.Unmarshal([]byte(run("top", "-o", "json")), &destinations); err != nil || len(destinations) == 0 {
+		t.Errorf("top: %v", err)
+	}
+	for _, d := range destinations {
+		if d.Name == "shop.example" && (d.Flows != 4 || d.Errors != 2) {
+			t.Errorf("%+v, want 4 flows of which 2 failed", d)
+		}
+	}
+
+	// tap: three of the records that fit, then it ends. It follows what happens from now on.
+	var out bytes.Buffer
+	tap := s.pod.Command(workloadUID, workloadUID, pillion, "tap", "-n", "3", "-o", "json", "--direction", "inbound", "--path", "/tapped")
+	tap.Stdout = &out
+	tapping := s.pod.Start(t, tap)
+	nettest.Eventually(t, "somebody follows", func() bool {
+		_, live := s.admin(t, "GET", "/live")
+		return strings.Contains(live, `"followers":1`)
+	})
+	d := newDialogue(t, s.inbound(), false, func(http.ResponseWriter, *http.Request) {})
+	for _, path := range []string{"/other", "/tapped/1", "/tapped/2", "/other", "/tapped/3", "/tapped/4"} {
+		text(t, d.do(t, d.request(t, "GET", path, nil)))
+	}
+	if code, err := tapping.Wait(nettest.Patience); err != nil || code != 0 {
+		t.Fatalf("tap: exit code %d, %v", code, err)
+	}
+	var paths []string
+	for line := range strings.Lines(out.String()) {
+		var record struct {
+			Path, Direction, Upstream string
+			Status                    int
+		}
+		if err := json.Unmarshal([]byte(line), &record); err != nil || record.Status != 200 || record.Direction != "inbound" {
+			t.Errorf("%s: %v", line, err)
+		}
+		paths = append(paths, record.Path)
+	}
+	if !slices.Equal(paths, []string{"/tapped/1", "/tapped/2", "/tapped/3"}) {
+		t.Errorf("tapped %q", paths)
+	}
+
+	for _, args := range [][]string{{"request", "GET", "server_info"}, {"status"}, {"top"}, {"tap"}} {
+		if _, stderr, code := execute(t, s.peer, nil, args...); code != 1 || !strings.Contains(stderr, "refused") {
+			t.Errorf("pillion %q where there is no agent: exit code %d: %s", args, code, stderr)
+		}
+	}
+}
+
+// A bundle is given to strangers: it has what they need, and nothing that users or operators keep secret.
+func TestTheBundleHasEverythingButSecrets(t *testing.T) {
+	t.Parallel()
+	secret := []string{"DATABASE_PASSWORD=hunter-variable", "PILLION_LOG_LEVEL=info"}
+	s := newInjectedStage(t, secret)
+	s.busy(t)
+	stdout, stderr, code := execute(t, s.pod, append(secret, pathWith(t, nft)), "bundle", "-f", "-")
+	if code != 0 {
+		t.Fatalf("exit code %d: %s", code, stderr)
+	}
+	parts := unpack(t, stdout)
+	for name, says := range map[string][]string{
+		"version.txt":      {"pillion ", "Linux version"},
+		"live.json":        {`"uptimeSeconds"`, "shop.example"},
+		"records.json":     {`"/things/7"`, `"shop.example"`},
+		"gates.json":       {"unready_targets_dumps"},
+		"rules.txt":        {"15001", "15006"},
+		"environment.txt":  {"DATABASE_PASSWORD\n", "PILLION_LOG_LEVEL=info\n"},
+		"server_info.json": {"reviews-v1"},
+		"config_dump.json": {"virtualInbound"},
+		"metrics.txt":      {"istio_requests_total"},
+		"goroutines.txt":   {"goroutine "},
+	} {
+		for _, want := range says {
+			if !strings.Contains(parts[name], want) {
+				t.Errorf("%s has no %q: %.1000s", name, want, parts[name])
+			}
+		}
+	}
+	if len(parts) != 10 {
+		t.Errorf("%d parts, want 10", len(parts))
+	}
+	for name, content := range parts {
+		if at := strings.Index(content, "hunter"); at >= 0 {
+			t.Errorf("%s tells a secret: %s", name, content[max(0, at-100):min(len(content), at+100)])
+		}
+	}
+	// In the agent's own container nobody may read rules. A note stands in their place, and that is no failure.
+	var out bytes.Buffer
+	bundle := s.pod.Command(agentUID, agentUID, pillion, "bundle", "-f", "-")
+	bundle.Stdout = &out
+	if _, err := s.pod.Run(bundle); err != nil {
+		t.Fatal(err)
+	}
+	if parts := unpack(t, out.String()); len(parts) != 10 || !strings.Contains(parts["rules.txt.note"], "NET_ADMIN") {
+		t.Errorf("%d parts; the note is %q", len(parts), parts["rules.txt.note"])
+	}
+}
+
+// unpack returns the parts of a bundle by their names.
+func unpack(t *testing.T, bundle string) map[string]string {
+	t.Helper()
+	unzipped, err := gzip.NewReader(strings.NewReader(bundle))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts := make(map[string]string)
+	for archive := tar.NewReader(unzipped); ; {
+		header, err := archive.Next()
+		if errors.Is(err, io.EOF) {
+			return parts
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		content, err := io.ReadAll(archive)
+		if err != nil {
+			t.Fatal(err)
+		}
+		parts[strings.TrimPrefix(header.Name, "pillion-bundle/")] = string(content)
+	}
+}

@@ -1,0 +1,264 @@
+package e2e
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// send sends a request from inside the namespace, as method and URL, with fields of its own. Host among them is the host.
+func send(t testing.TB, from *nettest.Namespace, method, url string, fields map[string]string) (status int, body string) {
+	t.Helper()
+	request, err := http.NewRequestWithContext(t.Context(), method, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, value := range fields {
+		request.Header.Set(name, value)
+	}
+	request.Host = fields["Host"]
+	client := way{from: from}.client(t, false)
+	client.Transport.(*http.Transport).DisableKeepAlives = true
+	response, err := client.Do(request)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, url, err)
+	}
+	return response.StatusCode, text(t, response)
+}
+
+// probers are as the injector writes them.
+const probers = `ISTIO_KUBE_APP_PROBERS={
+	"/app-health/app/readyz":    {"httpGet":{"path":"/ready?deep=1","port":8080,"scheme":"HTTP","httpHeaders":[{"name":"X-Probe","value":"yes"}]},"timeoutSeconds":5},
+	"/app-health/app/livez":     {"httpGet":{"path":"/sick","port":8080},"timeoutSeconds":5},
+	"/app-health/app/startupz":  {"httpGet":{"path":"/moved","port":8080},"timeoutSeconds":5},
+	"/app-lifecycle/app/prestopz": {"httpGet":{"path":"/elsewhere","port":8080},"timeoutSeconds":5},
+	"/app-health/slow/readyz":   {"httpGet":{"path":"/slow","port":8080},"timeoutSeconds":1},
+	"/app-health/dead/readyz":   {"httpGet":{"path":"/","port":9},"timeoutSeconds":5},
+	"/app-health/db/livez":      {"tcpSocket":{"port":5432},"timeoutSeconds":5},
+	"/app-health/db/readyz":     {"tcpSocket":{"port":9},"timeoutSeconds":5},
+	"/app-health/rpc/livez":     {"grpc":{"port":50051,"service":""},"timeoutSeconds":5},
+	"/app-health/rpc/readyz":    {"grpc":{"port":50051,"service":"up"},"timeoutSeconds":5},
+	"/app-health/rpc/startupz":  {"grpc":{"port":50051,"service":"down"},"timeoutSeconds":5},
+	"/app-health/none/startupz": {"grpc":{"port":50051,"service":"no.such"},"timeoutSeconds":5},
+	"/app-health/dead/livez":    {"grpc":{"port":9},"timeoutSeconds":5}}`
+
+// The kubelet asks the status port, and the workload is asked as it would be by the kubelet: from an address that the rules
+// let pass, and for what the pod's own probe says. This holds in both families.
+func TestTheKubeletsProbesReachTheWorkload(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	program := peer(t, "grpc")
+	for _, family := range []struct{ own, source netip.Addr }{
+		{nettest.PodIP4, capture.InboundSource4}, {nettest.PodIP6, capture.InboundSource6},
+	} {
+		t.Run(family.own.String(), func(t *testing.T) {
+			t.Parallel()
+			s := newInjectedStage(t, []string{probers, "INSTANCE_IP=" + family.own.String()})
+			w := way{name: "probe", from: s.peer, to: s.pod, address: family.own, seenAs: family.source}
+			listener := s.pod.Listen(t, "tcp", netip.AddrPortFrom(family.own, 8080).String())
+			d := &dialogue{way: w, connections: new(atomic.Int64)}
+			d.serve(t, listener, func(w http.ResponseWriter, r *http.Request) { // which checks who the workload sees
+				switch r.URL.Path {
+				case "/sick":
+					http.Error(w, "the database is gone", http.StatusServiceUnavailable)
+				case "/moved":
+					http.Redirect(w, r, "/ready?from=moved", http.StatusFound)
+				case "/elsewhere":
+					http.Redirect(w, r, "http://other.example/", http.StatusMovedPermanently)
+				case "/slow":
+					<-r.Context().Done()
+				default:
+					fmt.Fprintf(w, "%s %s host=%s probe=%s agent=%s", r.Method, r.URL, r.Host, r.Header.Get("X-Probe"), r.UserAgent())
+				}
+			})
+			database := s.pod.Listen(t, "tcp", netip.AddrPortFrom(family.own, 5432).String())
+			seen := make(chan string, 10)
+			go func() {
+				for conn, err := database.Accept(); err == nil; conn, err = database.Accept() {
+					seen <- conn.RemoteAddr().String()
+					conn.Close()
+				}
+			}()
+			w.startPeer(t, 50051, program, "serve", "ADDRESS")
+
+			status := netip.AddrPortFrom(family.own, capture.StatusPort).String()
+			itself := netip.AddrPortFrom(family.own, 8080).String()
+			for _, c := range []struct {
+				path   string
+				fields map[string]string
+				status int
+				says   string // exactly, or with … at the end what it contains
+			}{
+				{"/app-health/app/readyz", map[string]string{"X-Probe": "yes", "User-Agent": "kube-probe/1.31"}, 200,
+					"GET /ready?deep=1 host=" + itself + " probe=yes agent=kube-probe/1.31"},
+				{"/app-health/app/readyz", map[string]string{"Host": "shop.example", "User-Agent": "k"}, 200, "GET /ready?deep=1 host=shop.example probe= agent=k"},
+				{"/app-health/app/livez", nil, 503, "the database is gone\n"},
+				{"/app-health/app/startupz", map[string]string{"User-Agent": "k"}, 200, "GET /ready?from=moved host=" + itself + " probe= agent=k"},
+				{"/app-lifecycle/app/prestopz", nil, 200, "other.example…"},
+				{"/app-health/slow/readyz", nil, 500, "no answer within 1s…"},
+				{"/app-health/dead/readyz", nil, 500, "connection refused…"},
+				{"/app-health/db/livez", nil, 200, ""},
+				{"/app-health/db/readyz", nil, 500, "connection refused…"},
+				{"/app-health/rpc/livez", nil, 200, ""},
+				{"/app-health/rpc/readyz", nil, 200, ""},
+				{"/app-health/rpc/startupz", nil, 500, "NOT_SERVING…"},
+				{"/app-health/none/startupz", nil, 500, "no.such…"},
+				{"/app-health/dead/livez", nil, 500, "connection refused…"},
+				{"/app-health/app/preztopz", nil, 400, "app prober config does not exists for /app-health/app/preztopz\n"},
+			} {
+				code, body := send(t, s.peer, "GET", "http://"+status+c.path, c.fields)
+				part, contains := strings.CutSuffix(c.says, "…")
+				if code != c.status || contains && !strings.Contains(body, part) || !contains && body != c.says {
+					t.Errorf("%s: %d %q, want %d %q", c.path, code, body, c.status, c.says)
+				}
+				if code == 500 && (!strings.HasPrefix(body, c.path+" (") || strings.Count(body, "\n") != 1) {
+					t.Errorf("%s: the reason is not one line that begins with the path: %q", c.path, body)
+				}
+			}
+			if from, err := netip.ParseAddrPort(<-seen); err != nil || from.Addr() != family.source {
+				t.Errorf("a TCP probe comes from %v", from)
+			}
+			if lines := s.agent.access.lines(itself); len(lines) > 0 {
+				t.Errorf("a probe went through the agent's own listeners:\n%s", lines)
+			}
+		})
+	}
+}
+
+func TestBadVariablesOfTheInjectorAreRefusedByName(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	pod, _ := nettest.PodAndPeer(t)
+	const probes, metrics = "ISTIO_KUBE_APP_PROBERS", "ISTIO_PROMETHEUS_ANNOTATIONS"
+	for _, c := range []struct {
+		variable, value string
+		says            []string
+	}{
+		{probes, `{`, []string{"JSON object"}},
+		{probes, `{"/app-health/app/healthz":{"tcpSocket":{"port":1}}}`, []string{`"/app-health/app/healthz"`, "livez, readyz or startupz"}},
+		{probes, `{"/app-health/app/livez":{"tcpSocket":{"port":"http"}}}`, []string{`"/app-health/app/livez"`, `"http"`, "number"}},
+		{probes, `{"/app-health/app/livez":{}}`, []string{`"/app-health/app/livez"`, "exactly one"}},
+		{metrics, `{"port":"15020"}`, []string{"15020", "agent's own"}},
+		{metrics, `port=8080`, []string{"JSON"}},
+		{metrics, `{"port":"http"}`, []string{`"http"`, "1 to 65535"}},
+	} {
+		_, stderr, code := execute(t, pod, []string{"INSTANCE_IP=" + nettest.PodIP4.String(), c.variable + "=" + c.value}, "agent")
+		last := stderr[strings.LastIndexByte(strings.TrimSuffix(stderr, "\n"), '\n')+1:]
+		for _, want := range append(c.says, c.variable) {
+			if code != 1 || !strings.Contains(last, want) {
+				t.Errorf("%s=%s: exit code %d, want 1 and %q in: %s", c.variable, c.value, code, want, stderr)
+			}
+		}
+	}
+}
+
+// A job whose work is done ends its sidecar, and nobody else does.
+func TestQuittingEndsTheAgentAtOnceAndIsForThePodAlone(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	for _, path := range []string{"/quitquitquit", "/drain"} {
+		for url, from := range map[string]*nettest.Namespace{
+			podURL(capture.StatusPort, path):                                    s.peer,
+			"http://[" + nettest.PodIP6.String() + "]:15020" + path:             s.peer,
+			podURL(capture.StatusPort, path) + "?by=the+pod+at+its+own+address": s.pod,
+		} {
+			if status, body := send(t, from, "POST", url, map[string]string{"Host": "localhost:15020"}); status != 403 || body != "Only requests from localhost are allowed\n" {
+				t.Errorf("%s from %s: %d %q, want 403", url, from.Name, status, body)
+			}
+		}
+		if status, body := send(t, s.pod, "GET", "http://127.0.0.1:15020"+path, nil); status != 405 || body != "Method Not Allowed\n" {
+			t.Errorf("GET %s: %d %q, want 405", path, status, body)
+		}
+		if status, _ := send(t, s.pod, "POST", "http://127.0.0.1:15020"+path, map[string]string{"Host": "evil.example"}); status != 403 {
+			t.Errorf("%s by a name that came to mean 127.0.0.1: %d, want 403", path, status)
+		}
+	}
+	if status, _ := ask(t, s, "/healthz/ready"); status != 200 {
+		t.Fatalf("readiness says %d", status)
+	}
+	downstream, upstream := s.inbound().connect(t)
+	converse(t, downstream, upstream)
+	began := time.Now()
+	stdout, stderr, code := execute(t, s.pod, nil, "request", "--debug-port", "15020", "POST", "quitquitquit")
+	if stdout != "OK\n" || code != 0 {
+		t.Errorf("pillion request: %d %q %s", code, stdout, stderr)
+	}
+	if code := s.agent.ends(t, nettest.Patience); code != 0 {
+		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+	}
+	if took := time.Since(began); took > 4*time.Second { // and not the delay of 5 s
+		t.Errorf("it took %v", took)
+	}
+	if _, err := downstream.Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("downstream sees %v, want a reset", err)
+	}
+	s.agent.access.await(t, " "+downstream.LocalAddr().String()+" ") // the log was written to its end
+}
+
+// A native sidecar is told to drain by the hook that runs before it is stopped. From then on nobody new is sent here, but
+// whoever comes is served; the signal that follows has nothing to wait for.
+func TestDrainingByOrderLeavesNothingForTheSignal(t *testing.T) {
+	t.Parallel()
+	const delay = 3 * time.Second
+	s := newStage(t, "--drain-delay", delay.String())
+	d := newDialogue(t, s.inbound(), false, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "served") })
+	began := time.Now()
+	if status, body := send(t, s.pod, "POST", "http://127.0.0.1:15020/drain", nil); status != 200 || body != "OK" {
+		t.Fatalf("%d %q", status, body)
+	}
+	nettest.Eventually(t, "readiness says 503", func() bool { status, _ := ask(t, s, "/healthz/ready"); return status == 503 })
+	if status, _ := send(t, s.peer, "GET", podURL(capture.StatusPort, "/healthz/ready"), nil); status != 503 {
+		t.Errorf("readiness at the status port says %d", status)
+	}
+	if took := time.Since(began); took > delay/2 {
+		t.Errorf("readiness turned off after %v", took)
+	}
+	served := 0
+	for time.Since(began) < delay {
+		response := d.do(t, d.request(t, "GET", "/", nil))
+		if text(t, response) != "served" || !response.Close {
+			t.Errorf("%d, and the connection stays: %v", response.StatusCode, !response.Close)
+		}
+		served++
+		<-time.After(50 * time.Millisecond)
+	}
+	if served < 5 {
+		t.Errorf("%d requests were served", served)
+	}
+	if status, _ := ask(t, s, "/healthz/live"); status != 200 {
+		t.Errorf("liveness says %d", status)
+	}
+	d.client.CloseIdleConnections()
+	began = time.Now()
+	s.agent.Signal(syscall.SIGTERM)
+	if code := s.agent.ends(t, nettest.Patience); code != 0 {
+		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+	}
+	if took := time.Since(began); took > delay-time.Second {
+		t.Errorf("the signal waited for %v once more", took)
+	}
+}
+
+func TestProfilesAreForThePodAlone(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	for _, path := range []string{"/debug/pprof/", "/debug/pprof/goroutine?debug=1", "/debug/pprof/cmdline", "/debug/pprof/profile?seconds=1"} {
+		if status, body := send(t, s.pod, "GET", "http://127.0.0.1:15020"+path, nil); status != 200 || body == "" {
+			t.Errorf("%s from loopback: %d and %d bytes", path, status, len(body))
+		}
+		for _, host := range []string{"", "localhost:15020"} {
+			if status, body := send(t, s.peer, "GET", podURL(capture.StatusPort, path), map[string]string{"Host": host}); status != 403 {
+				t.Errorf("%s from the peer: %d %.100q, want 403", path, status, body)
+			}
+		}
+	}
+}
