@@ -147,3 +147,25 @@ func TestAClientThatIsSilentAtFirstMaySpeakAnything(t *testing.T) {
 		halfClose(t, opaque.downstream, opaque.upstream)
 	})
 }
+
+// A server of HTTP/2 speaks as soon as it is connected to, and a client that was slow is still seen as HTTP/2.
+func TestAServerOfHTTP2MaySpeakBeforeItsClient(t *testing.T) {
+	t.Parallel()
+	const (
+		settings = "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64" // with a limit of 100 streams
+		opening  = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+		request  = "\x00\x00\x06\x01\x05\x00\x00\x00\x01\x82\x86\x84\x41\x01a" // GET http://a/ on stream 1
+		answer   = "\x00\x00\x01\x01\x05\x00\x00\x00\x01\x88"                   // 200
+	)
+	s := newStage(t)
+	s.everyWay(t, func(t *testing.T, w way) {
+		t.Parallel()
+		downstream, upstream := w.connect(t)
+		writes(t, upstream, settings)
+		<-time.After(50 * time.Millisecond)
+		writes(t, downstream, opening+request)
+		reads(t, upstream, opening[:len(opening)-9])
+		writes(t, upstream, answer)
+		s.requestRecord(t, "downstream="+downstream.LocalAddr().String(), "protocol=HTTP/2", "path=/", "status=200", "reason=completed")
+	})
+}

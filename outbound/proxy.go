@@ -113,7 +113,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if protocol == sniff.HTTP1 || protocol == sniff.HTTP2 {
 		p.config.Flows.Carry(record, protocol.Flow(), flow.Hello{})
 		p.http.Serve(w, protocol == sniff.HTTP2, httpforward.Connection{
-			Down: down, Read: sniffer.Read, Early: sniffer.Up, Record: record, Target: to,
+			Down: down, Read: sniffer.Read, Early: sniffer.Up, EarlyRead: sniffer.UpRead, Record: record, Target: to,
 		})
 		p.config.Flows.Leave(record) // each request had a record of its own
 		return
@@ -125,6 +125,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		FromDown:         &record.Received,
 		FromUp:           &record.Sent,
 		DownRead:         sniffer.Read,
+		UpRead:           sniffer.UpRead,
 	})
 	record.Close(p.config.Flows, flow.Reason(end), err)
 }

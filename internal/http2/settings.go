@@ -55,3 +55,15 @@ func (s Setting) Check() error {
 	}
 	return nil
 }
+
+// BeginsLikeServer reports whether b is, or may become, the header of a Settings frame that is no acknowledgement. A
+// server says it before anything else (RFC 9113 §3.4), and may say it before its client has spoken.
+func BeginsLikeServer(b []byte) bool {
+	want := [HeaderLength]byte{3: byte(Settings)}
+	for i, c := range b[:min(len(b), len(want))] {
+		if c != want[i] && i != 1 && i != 2 || i == 1 && c > MinFrameSize>>8 {
+			return false
+		}
+	}
+	return true
+}

@@ -78,7 +78,7 @@ func (e *Engine) ServeHTTP2(w *tcp.Waiter, c Connection) {
 	m.toUp.init(m, &m.toDown)
 	m.toDown.init(m, &m.toUp)
 	m.toUp.src, m.toDown.dst = c.Down, c.Down
-	m.toUp.in = c.Read
+	m.toUp.in, m.toDown.in = c.Read, c.EarlyRead
 	m.connect()
 	m.begin()
 	m.run()
@@ -116,6 +116,9 @@ func (m *multiplex) begin() {
 	l.out.Append(l.in.Bytes()[:len(http2.Preface)])
 	l.parsed = len(http2.Preface)
 	l.parse()
+	if m.toDown.in != nil && m.over == goesOn {
+		m.toDown.parse()
+	}
 	m.clock = time.Time{}
 }
 

@@ -302,21 +302,10 @@ func (l *lane) step(b []byte) (bool, error) {
 
 // checkBeginning judges upstream's first bytes. One that does not speak HTTP/2 answers with something else.
 func (l *lane) checkBeginning(b []byte) error {
-	if l.settled || l.fromDown() || looksLikeSettings(b) {
+	if l.settled || l.fromDown() || http2.BeginsLikeServer(b) {
 		return nil
 	}
 	return errNotHTTP2
-}
-
-// looksLikeSettings reports whether b is, or may become, the header of a Settings frame that is no acknowledgement.
-func looksLikeSettings(b []byte) bool {
-	want := [http2.HeaderLength]byte{3: byte(http2.Settings)}
-	for i, c := range b[:min(len(b), len(want))] {
-		if c != want[i] && i != 1 && i != 2 || i == 1 && c > http2.MinFrameSize>>8 {
-			return false
-		}
-	}
-	return true
 }
 
 // check judges a header where it stands.

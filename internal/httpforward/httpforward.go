@@ -40,9 +40,10 @@ type Connection struct {
 	Down *tcp.Conn
 	Read *tcp.Buffer // what was read from Down; never nil, and not empty
 
-	// An upstream connection that was made before downstream spoke, and has said nothing; nil: none. It serves the first
-	// request.
-	Early *tcp.Conn
+	// An upstream connection that was made before downstream spoke; nil: none. It serves the first request. EarlyRead is
+	// what was read from it: nil but for HTTP/2, whose servers may speak first.
+	Early     *tcp.Conn
+	EarlyRead *tcp.Buffer
 
 	Record *flow.Record // the connection's: who and where. The room closes it; the engine counts in it
 	Target upstream.Target

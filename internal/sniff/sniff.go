@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
@@ -26,9 +27,10 @@ type Sniffer struct {
 	Draining func() bool   // ends the wait for a connection on which nobody has spoken; nil: never
 
 	// Read is what was read from Down, nil when nothing was, and Up the upstream connection, nil as long as none was
-	// dialled. Both are the caller's once sniffing is over.
-	Read *tcp.Buffer
-	Up   *tcp.Conn
+	// dialled, with what was read from it in UpRead. They are the caller's once sniffing is over.
+	Read   *tcp.Buffer
+	Up     *tcp.Conn
+	UpRead *tcp.Buffer
 
 	Hello flow.Hello // of a TLS connection
 
@@ -60,6 +62,7 @@ func (s *Sniffer) Detect(w *tcp.Waiter, look bool, dial func() (*tcp.Conn, flow.
 		reason = Reason(err)
 	}
 	s.Read.Release()
+	s.UpRead.Release()
 	switch {
 	case s.Up == nil:
 	case err == ErrDraining:
@@ -100,20 +103,31 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 }
 
 // Both waits until downstream has said something that is decided, or Up speaks or closes first: then the connection is
-// opaque. Nothing is read from Up, which was dialled and not read since; nor is the kernel asked whether something came,
-// as it tells of a reset only once, and that is for the relay to hear. It waits as long as it takes, but for Idle, whose
-// error is tcp.ErrDeadline, and for ErrDraining.
+// opaque. The kernel is not asked whether something came from Up, as it tells of a reset only once, and that is for the
+// relay to hear. It waits as long as it takes, but for Idle, whose error is tcp.ErrDeadline, and for ErrDraining.
+//
+// A server of HTTP/2 may speak before a client that is slow. What looks like it is held, as long as an undecided
+// beginning is, until the client has said whether it is one: no client of HTTP/2 waits for the server (RFC 9113 §3.4).
 func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
+	var greeted time.Time // when Up said what such a server says; zero: it has said nothing
 	for {
-		if s.Up.Readable() {
-			return Opaque, nil
+		if greeted.IsZero() && s.Up.Readable() {
+			if !s.greeted() {
+				return Opaque, nil
+			}
+			greeted = time.Now()
 		}
 		protocol, err := s.look()
+		if err == nil && protocol != Undecided && protocol != HTTP2 && !greeted.IsZero() {
+			return Opaque, nil // what Up has said is no answer to that
+		}
 		if protocol != Undecided || err != nil {
 			return protocol, err
 		}
 		var deadline time.Time
 		switch {
+		case !greeted.IsZero():
+			deadline = greeted.Add(s.Hold)
 		case s.Read != nil:
 			deadline = s.began.Add(s.Hold)
 		case s.Draining != nil && s.Draining():
@@ -122,13 +136,28 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 			deadline = time.Now().Add(s.Idle)
 		}
 		err = w.Wait(deadline, s.Down, s.Up)
-		if errors.Is(err, tcp.ErrDeadline) && s.Read != nil {
+		if errors.Is(err, tcp.ErrDeadline) && (s.Read != nil || !greeted.IsZero()) {
 			return Opaque, nil
 		}
 		if err != nil {
 			return Undecided, err
 		}
 	}
+}
+
+// greeted reads from Up, and reports whether it may be a server of HTTP/2 that has spoken. One that has ended is not read
+// from.
+func (s *Sniffer) greeted() bool {
+	if s.Up.Ended() {
+		return false
+	}
+	s.UpRead = tcp.TakeBuffer()
+	if n, _ := s.UpRead.Fill(s.Up); n == 0 {
+		s.UpRead.Release()
+		s.UpRead = nil
+		return false
+	}
+	return http2.BeginsLikeServer(s.UpRead.Bytes())
 }
 
 // look reads what there is and judges it. Without bytes no buffer is held.

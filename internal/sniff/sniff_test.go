@@ -50,6 +50,7 @@ func newRig(t *testing.T) *rig {
 		cancel()
 		r.w.Close()
 		r.Read.Release()
+		r.UpRead.Release()
 	})
 	return r
 }
@@ -273,11 +274,62 @@ func TestUpstreamThatSpeaksFirstIsLeftToSpeak(t *testing.T) {
 	if r.Read != nil {
 		t.Error("a buffer is held for nothing")
 	}
-	p := make([]byte, 100)
-	if n, err := r.Up.Read(p); err != nil || string(p[:n]) != "220 ready\r\n" {
-		t.Errorf("of upstream's bytes are left %q, %v", p[:n], err)
+	if got := string(r.UpRead.Bytes()); got != "220 ready\r\n" {
+		t.Errorf("upstream's bytes are %q", got)
 	}
 	r.wantAll(t, "")
+}
+
+const (
+	settings = "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64" // with a limit of 100 streams
+	opening  = preface + "\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+)
+
+// A server of HTTP/2 speaks before a slow client. The client decides, and nothing that was said is lost.
+func TestAServerOfHTTP2ThatSpeaksFirstDecidesNothing(t *testing.T) {
+	for _, c := range []struct {
+		name, server, client string
+		want                 Protocol
+	}{
+		{"HTTP/2", settings, opening, HTTP2},
+		{"HTTP/2, the server's frame in pieces", settings[:4], opening, HTTP2},
+		{"HTTP/1", settings, "GET / HTTP/1.1\r\n", Opaque},
+		{"something else", settings, "\x01\x02", Opaque},
+		{"not what a server says: another frame", "\x00\x00\x06\x00" + settings[4:], "", Opaque},
+		{"not what a server says: an acknowledgement", settings[:4] + "\x01" + settings[5:], "", Opaque},
+		{"not what a server says: a long frame", "\x01" + settings[1:], "", Opaque},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newRig(t)
+			say(t, r.server, c.server)
+			nettest.Eventually(t, "the server's bytes", func() bool {
+				r.w.Wait(time.Now().Add(time.Millisecond), r.Down, r.Up)
+				return r.Up.Readable()
+			})
+			if c.client != "" {
+				time.AfterFunc(blink, func() { say(t, r.client, c.client) })
+			}
+			protocol, err := r.Both(r.w)
+			r.want(t, protocol, err, c.want)
+			if got := string(r.UpRead.Bytes()); got != c.server {
+				t.Errorf("of the server's bytes are left %q", got)
+			}
+			r.wantAll(t, c.client)
+		})
+	}
+}
+
+// A client that is silent all the same gets what the server said.
+func TestAServersGreetingIsHeldForSoLong(t *testing.T) {
+	r := newRig(t)
+	r.Hold = blink
+	say(t, r.server, settings)
+	began := time.Now()
+	protocol, err := r.Both(r.w)
+	r.want(t, protocol, err, Opaque)
+	if time.Since(began) < blink || string(r.UpRead.Bytes()) != settings {
+		t.Errorf("%q after %v", r.UpRead.Bytes(), time.Since(began))
+	}
 }
 
 func TestUpstreamThatEndsMakesItOpaque(t *testing.T) {

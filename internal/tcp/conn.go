@@ -75,6 +75,10 @@ func (c *Conn) Readable() bool { return c.ready.Load()&(readable|gone|failed|hun
 // Writable reports whether a write is worth trying.
 func (c *Conn) Writable() bool { return c.ready.Load()&(writable|failed|hungUp) != 0 }
 
+// Ended reports, by what the poller knows, whether the peer sends nothing behind what it has sent: it has closed, or the
+// connection is dead.
+func (c *Conn) Ended() bool { return c.ready.Load()&(gone|failed|hungUp) != 0 }
+
 // Urgent reports whether the peer has ever sent urgent data. SpliceTo stops in front of it, and cannot tell that from an
 // empty connection or its end: read such a connection instead.
 func (c *Conn) Urgent() bool { return c.ready.Load()&urgent != 0 }

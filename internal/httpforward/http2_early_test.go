@@ -1,0 +1,75 @@
+package httpforward
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
+
+// A server spoke before its client, and what it said was read while the client was waited for. It is said to the client
+// once, in order, and the streams go on from there.
+func TestWhatAServerSaidBeforeItsClientIsNotLost(t *testing.T) {
+	o := newOrigin(t)
+	r := newRig(t, o.address, true, plain)
+	listener, err := r.poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	conn, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
+	client := newSpeaker(t, conn.(*net.TCPConn))
+	w := tcp.NewWaiter(t.Context())
+	down, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	up, err := r.engine.config.Dialer.Dial(w, netip.Addr{}, o.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := newSpeaker(t, o.accept())
+	server.says("SETTINGS 3=100")
+	send(t, conn, http2.ClientPreface)
+	client.says("SETTINGS")
+	fill := func(from *tcp.Conn, least int) *tcp.Buffer {
+		buffer := tcp.TakeBuffer()
+		for buffer.Len() < least {
+			if _, err := buffer.Fill(from); err == tcp.ErrAgain {
+				err = w.Wait(time.Now().Add(nettest.Patience), from, nil)
+			} else if err != nil {
+				t.Fatal(err)
+			}
+		}
+		return buffer
+	}
+	const header, setting = 9, 6
+	early, read := fill(up, header+setting), fill(down, len(http2.ClientPreface)+header)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		defer w.Close()
+		r.engine.ServeHTTP2(w, Connection{
+			Down: down, Read: read, Early: up, EarlyRead: early,
+			Target: upstream.Target{Address: o.address}, Record: recordOf(down, o.address),
+		})
+	}()
+	defer func() { conn.Close(); server.conn.Close(); <-served }()
+	client.hears("SETTINGS 3=100 6=65536")
+	expect(t, server.conn, http2.ClientPreface)
+	server.hears("SETTINGS 2=0 6=65536")
+	client.says("GET 1")
+	server.hears("HEADERS 1 end " + getFields)
+	server.says("HEADERS 1 end :status=200")
+	client.hears("HEADERS 1 end :status=200")
+}
