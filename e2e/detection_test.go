@@ -155,7 +155,7 @@ func TestAServerOfHTTP2MaySpeakBeforeItsClient(t *testing.T) {
 		settings = "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64" // with a limit of 100 streams
 		opening  = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 		request  = "\x00\x00\x06\x01\x05\x00\x00\x00\x01\x82\x86\x84\x41\x01a" // GET http://a/ on stream 1
-		answer   = "\x00\x00\x01\x01\x05\x00\x00\x00\x01\x88"                   // 200
+		answer   = "\x00\x00\x01\x01\x05\x00\x00\x00\x01\x88"                  // 200
 	)
 	s := newStage(t)
 	s.everyWay(t, func(t *testing.T, w way) {
