@@ -179,9 +179,9 @@ func TestGoResolverGetsWhatItAsksFor(t *testing.T) {
 		case name == "nowhere.example.":
 			coded(dns.RcodeNameError)(w, r)
 		case r.Question[0].Qtype == dns.TypeA:
-			fixed(name + " 5 A 192.0.2.1")(w, r)
+			fixed(name+" 5 A 192.0.2.1")(w, r)
 		default:
-			fixed(name + " 5 AAAA 2001:db8::1")(w, r)
+			fixed(name+" 5 AAAA 2001:db8::1")(w, r)
 		}
 	})
 	r := serve(t, addrs(server), func(c *Config) { c.CacheSize = DefaultCacheSize })
