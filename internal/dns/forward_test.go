@@ -244,8 +244,9 @@ func TestTheNextServerIsAskedWhenOneCannotTell(t *testing.T) {
 		{"an answer", standing(t, fixed("example. 60 A 192.0.2.7")), false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel() // most of the time is spent waiting
 			second := standing(t, fixed("example. 60 A 192.0.2.2"))
-			r := serve(t, addrs(c.first, second), func(c *Config) { c.Timeout = 200 * time.Millisecond })
+			r := serve(t, addrs(c.first, second), soon)
 			m := r.ask(t, "udp", question("example.", dns.TypeA))
 			moved := len(m.Answer) == 1 && m.Answer[0].(*dns.A).A.String() == "192.0.2.2"
 			if moved != c.moves {
@@ -256,6 +257,9 @@ func TestTheNextServerIsAskedWhenOneCannotTell(t *testing.T) {
 			case c.name == "truncated, and no TCP":
 				if !m.Truncated {
 					t.Errorf("alone, and there is no TC:\n%v", m)
+				}
+				if alone.upstreams[0].dead.Load() != 0 {
+					t.Error("it answers over UDP, and is taken for dead")
 				}
 				if m := alone.ask(t, "tcp", question("example.", dns.TypeA)); m.Rcode != dns.RcodeServerFailure {
 					t.Errorf("alone, over TCP:\n%v", m)
@@ -279,9 +283,22 @@ func TestOneLostPacketFailsNoLookup(t *testing.T) {
 		}
 		return [][]byte{address(query)}
 	})
-	r := serve(t, addrs(server), func(c *Config) { c.Timeout = 300 * time.Millisecond })
+	r := serve(t, addrs(server), soon)
 	if m := r.ask(t, "udp", question("example.", dns.TypeA)); len(m.Answer) != 1 {
 		t.Errorf("the answer is\n%v", m)
+	}
+}
+
+func TestAServerThatHasSpokenIsNotAskedAgain(t *testing.T) {
+	var refused, silent atomic.Int32
+	r := serve(t, addrs(
+		standing(t, counting(&refused, coded(dns.RcodeRefused))),
+		packets(t, func([]byte) [][]byte { silent.Add(1); return nil })), soon)
+	if m := r.ask(t, "udp", question("example.", dns.TypeA)); m.Rcode != dns.RcodeRefused {
+		t.Errorf("the answer is\n%v", m)
+	}
+	if refused.Load() != 1 || silent.Load() != rounds {
+		t.Errorf("the server that refuses was asked %d times, the silent one %d times", refused.Load(), silent.Load())
 	}
 }
 
@@ -369,6 +386,18 @@ func TestAServerFromBeforeEDNSIsAskedWithoutIt(t *testing.T) {
 	}
 }
 
+func TestAnAnswerThatEDNSLosesIsFoundWithoutIt(t *testing.T) {
+	server := standing(t, func(w dns.ResponseWriter, r *dns.Msg) {
+		if r.IsEdns0() == nil { // else a fragment gets lost
+			big(3000)(w, r)
+		}
+	})
+	r := serve(t, addrs(server), soon)
+	if m := r.ask(t, "tcp", question("example.", dns.TypeTXT)); len(m.Answer) < 10 {
+		t.Errorf("the answer is\n%v", m)
+	}
+}
+
 func TestADeadServerIsAskedLastForAWhile(t *testing.T) {
 	var asked atomic.Int32
 	dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
@@ -416,8 +445,11 @@ func TestMalformedQueriesAreAnsweredFORMERR(t *testing.T) {
 		{"bytes behind the end", append(slices.Clone(good), 0)},
 		{"a name that points at itself", append(slices.Clone(good[:12]), 0xc0, 12, 0, 1, 0, 1)},
 		{"a name without end", append(slices.Clone(good[:12]), bytes.Repeat([]byte("\x07example"), 40)...)},
+		{"a name of 257 bytes", slices.Concat(good[:12], bytes.Repeat([]byte("\x07example"), 32), []byte{0, 0, 1, 0, 1})},
 		{"an unknown kind of label", with(12, 0x40)},
 		{"two OPTs", pack(t, twoOPTs)},
+		{"a record that points at itself", slices.Concat(with(11, 1), []byte{0xc0, byte(len(good)), 0, 1, 0, 1, 0, 0, 0, 0, 0, 0})},
+		{"an OPT that has a name", slices.Concat(with(11, 1), []byte{0xc0, 12, 0, 41, 4, 0, 0, 0, 0, 0, 0, 0})},
 		{"far too long", append(slices.Clone(good), make([]byte, maxQuery)...)},
 	} {
 		before := r.Stats.Malformed.Load()

@@ -58,8 +58,8 @@ func prepare(t testing.TB, upstreams []netip.AddrPort, change ...func(*Config)) 
 	return &resolver{s, udp.LocalAddr().String()}
 }
 
-// soon is a Timeout for servers that do not answer.
-func soon(c *Config) { c.Timeout = 50 * time.Millisecond }
+// soon is a Timeout for servers that do not answer, and long enough for those that do.
+func soon(c *Config) { c.Timeout = 400 * time.Millisecond }
 
 // sockets are bound to one port of loopback.
 func sockets(t testing.TB) (*net.UDPConn, *net.TCPListener) {

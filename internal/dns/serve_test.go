@@ -249,12 +249,14 @@ func TestANewConnectionTakesThePlaceOfTheOldestIdleOne(t *testing.T) {
 	for range maxConns {
 		open()
 	}
-	// The oldest is busy, and the next one was used a moment ago. So it is the third that goes.
+	// The first is the oldest then, but busy; the second was used last of all. So it is the third that goes.
 	if _, err := conns[0].Write(framed(pack(t, question("slow.", dns.TypeA)))); err != nil {
 		t.Fatal(err)
 	}
 	<-h.come
-	use(conns[1])
+	for _, conn := range append(conns[2:maxConns:maxConns], conns[1]) {
+		use(conn)
+	}
 	nettest.Eventually(t, "all but the slow query are done", func() bool { return r.Stats.InFlight.Load() == 1 })
 	open()
 	if _, err := conns[2].Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {

@@ -39,12 +39,12 @@ func (s *Server) ask(q *query) reply {
 	defer cancel()
 	var last reply
 	said := make(map[*upstream]bool)
-	for range rounds {
+	for round := range rounds {
 		for _, u := range s.inOrder() {
 			if said[u] || ctx.Err() != nil {
 				continue
 			}
-			raw, err := s.try(ctx, u, q)
+			raw, err := s.try(ctx, u, q, round == 0)
 			if raw != nil {
 				last = reply{raw: s.adapt(q, raw), upstream: u.addr}
 			}
@@ -99,10 +99,12 @@ func (s *Server) worked(u *upstream) {
 }
 
 // try asks one upstream, over UDP and, where that is not enough, over TCP. When UDP gave a truncated answer and TCP none,
-// it returns both the answer and the error.
-func (s *Server) try(ctx context.Context, u *upstream, q *query) ([]byte, error) {
+// it returns both the answer and the error. With extend, a query without EDNS gets an OPT, so that a large answer needs
+// no TCP. It must not be lost by that, where fragments or queries with an OPT do not arrive: without extend, it goes as
+// downstream sent it.
+func (s *Server) try(ctx context.Context, u *upstream, q *query, extend bool) ([]byte, error) {
 	wire := bytes.Clone(q.raw)
-	added := !q.edns() && q.joinKey != "" // what goes alone goes as it is
+	added := extend && !q.edns() && q.joinKey != "" // what goes alone goes as it is
 	if added {
 		wire = appendOPT(wire, make([]byte, 4))
 	}
