@@ -59,7 +59,7 @@ func prepare(t testing.TB, upstreams []netip.AddrPort, change ...func(*Config)) 
 }
 
 // soon is a Timeout for servers that do not answer, and long enough for those that do.
-func soon(c *Config) { c.Timeout = 400 * time.Millisecond }
+func soon(c *Config) { c.Timeout = 200 * time.Millisecond }
 
 // sockets are bound to one port of loopback.
 func sockets(t testing.TB) (*net.UDPConn, *net.TCPListener) {
