@@ -1,0 +1,266 @@
+package dns
+
+import (
+	"encoding/binary"
+	"errors"
+	"iter"
+
+	"github.com/miekg/dns"
+)
+
+const (
+	headerSize  = 12
+	optSize     = 11 // an OPT record without options
+	maxMessage  = 1<<16 - 1
+	ednsSize    = 4096  // the UDP payload that we take
+	plainSize   = 512   // what a UDP downstream without EDNS takes (RFC 1035 §4.2.1)
+	maxPacket   = 65487 // a UDP payload over IPv6 that loopback carries in one piece
+	maxNameSize = 255
+)
+
+// Bits of the header's bytes 2 and 3 (RFC 1035 §4.1.1, RFC 4035 §3).
+const (
+	bitQR = 1 << 7
+	bitTC = 1 << 1
+	bitRD = 1 << 0
+	bitRA = 1 << 7
+	bitCD = 1 << 4
+)
+
+// Sections of records, in wire order.
+const (
+	answerSection = iota
+	authoritySection
+	additionalSection
+)
+
+// message is one whole message, whose records are known to be where their lengths say. What is in their data is not
+// looked at: it is for the one who asked.
+type message struct {
+	raw      []byte
+	question []byte // name, type and class, within raw; empty when there is none
+	opt      record // zero when there is none
+	extra    bool   // there are records beside the OPT
+}
+
+// record is where a record lies in the message.
+type record struct {
+	section           int
+	start, fixed, end int // of its name, of its type, and after its data
+	kind              uint16
+}
+
+var errMalformed = errors.New("malformed message")
+
+// parse walks through raw, which has one question or none. Bytes after the last record are not part of the message. When
+// it fails, what it returns has the header, if there is one, and the question, if that could be read.
+func parse(raw []byte) (message, error) {
+	m := message{raw: raw}
+	if len(raw) < headerSize || len(raw) > maxMessage {
+		return m, errMalformed
+	}
+	offset := headerSize
+	switch binary.BigEndian.Uint16(raw[4:]) {
+	case 0:
+	case 1:
+		end, compressed := skipName(raw, offset)
+		if end < 0 || compressed || end+4 > len(raw) {
+			return m, errMalformed
+		}
+		offset = end + 4
+		m.question = raw[headerSize:offset]
+	default: // RFC 9619
+		return m, errMalformed
+	}
+	for section := range 3 {
+		for range m.count(section) {
+			r, ok := recordAt(raw, offset, section)
+			if !ok {
+				return m, errMalformed
+			}
+			offset = r.end
+			if r.kind != dns.TypeOPT || section != additionalSection {
+				m.extra = true
+				continue
+			}
+			// One, at the root (RFC 6891 §6.1.1, §6.1.2).
+			if m.opt.end != 0 || raw[r.start] != 0 {
+				return m, errMalformed
+			}
+			m.opt = r
+		}
+	}
+	m.raw = raw[:offset]
+	return m, nil
+}
+
+// records walks through the records again, which cannot fail.
+func (m *message) records() iter.Seq[record] {
+	return func(yield func(record) bool) {
+		offset := headerSize + len(m.question)
+		for section := range 3 {
+			for range m.count(section) {
+				r, _ := recordAt(m.raw, offset, section)
+				if offset = r.end; !yield(r) {
+					return
+				}
+			}
+		}
+	}
+}
+
+func recordAt(raw []byte, offset, section int) (record, bool) {
+	fixed, _ := skipName(raw, offset)
+	if fixed < 0 || fixed+10 > len(raw) {
+		return record{}, false
+	}
+	end := fixed + 10 + int(binary.BigEndian.Uint16(raw[fixed+8:]))
+	return record{section, offset, fixed, end, binary.BigEndian.Uint16(raw[fixed:])}, end <= len(raw)
+}
+
+// skipName returns the offset behind the name at offset, or -1 when there is none. A pointer must point back to before
+// the name, but not into the header.
+func skipName(raw []byte, offset int) (end int, compressed bool) {
+	for at := offset; at < len(raw) && at-offset < maxNameSize; {
+		length := int(raw[at])
+		switch {
+		case length == 0:
+			return at + 1, false
+		case length < 64:
+			at += 1 + length
+		case length < 192 || at+2 > len(raw):
+			return -1, false
+		default:
+			target := int(binary.BigEndian.Uint16(raw[at:]) & 0x3fff)
+			if target < headerSize || target >= offset {
+				return -1, false
+			}
+			return at + 2, true
+		}
+	}
+	return -1, false
+}
+
+func (m *message) count(section int) int {
+	return int(binary.BigEndian.Uint16(m.raw[6+2*section:]))
+}
+
+func (m *message) id() uint16      { return binary.BigEndian.Uint16(m.raw) }
+func (m *message) response() bool  { return m.raw[2]&bitQR != 0 }
+func (m *message) truncated() bool { return m.raw[2]&bitTC != 0 }
+func (m *message) opcode() int     { return int(m.raw[2] >> 3 & 0xf) }
+func (m *message) rcode() int      { return int(m.raw[3] & 0xf) }
+func (m *message) edns() bool      { return m.opt.end != 0 }
+
+// name is the question's, in wire format.
+func (m *message) name() []byte { return m.question[:len(m.question)-4] }
+
+func (m *message) kind() uint16 { return binary.BigEndian.Uint16(m.question[len(m.question)-4:]) }
+
+func (m *message) ttl(r record) []byte  { return m.raw[r.fixed+4 : r.fixed+8] }
+func (m *message) data(r record) []byte { return m.raw[r.fixed+10 : r.end] }
+
+// udpSize is what the sender of m takes over UDP. Less than 512 means 512 (RFC 6891 §6.2.3).
+func (m *message) udpSize() int {
+	if !m.edns() {
+		return plainSize
+	}
+	return max(plainSize, int(binary.BigEndian.Uint16(m.raw[m.opt.fixed+2:])))
+}
+
+// appendOPT appends an OPT without options to a whole message.
+func appendOPT(raw []byte, ttl []byte) []byte {
+	binary.BigEndian.PutUint16(raw[10:], binary.BigEndian.Uint16(raw[10:])+1)
+	raw = append(raw, 0, 0, byte(dns.TypeOPT), ednsSize>>8, ednsSize&0xff)
+	raw = append(raw, ttl...)
+	return append(raw, 0, 0)
+}
+
+// cutOPT returns m without its OPT, in the same memory. What follows the OPT goes with it, because names in it may be
+// pointers that would not fit any more: the OPT is the last by custom, and additional records are a courtesy.
+func (m *message) cutOPT() []byte {
+	before := 0
+	for r := range m.records() {
+		if r.section == additionalSection && r.start < m.opt.start {
+			before++
+		}
+	}
+	binary.BigEndian.PutUint16(m.raw[10:], uint16(before))
+	return m.raw[:m.opt.start]
+}
+
+// fit returns a copy of m that is at most limit bytes long, with room left for a prefix of two bytes in front. When not
+// all records fit, the first ones stay, the OPT stays, and TC is set. Names point backwards only, so what comes first
+// needs nothing of what comes later.
+func (m *message) fit(limit int) (prefixed []byte, cut bool) {
+	prefixed = make([]byte, 2, 2+min(len(m.raw), limit))
+	if len(m.raw) <= limit {
+		return append(prefixed, m.raw...), false
+	}
+	var opt []byte
+	if m.edns() {
+		opt = m.raw[m.opt.start:m.opt.end]
+		if headerSize+len(m.question)+len(opt) > limit {
+			// The options alone are too much. The record itself must stay (RFC 6891 §7).
+			opt = append(append([]byte(nil), opt[:optSize-2]...), 0, 0)
+		}
+	}
+	end := headerSize + len(m.question)
+	var counts [3]uint16
+	for r := range m.records() {
+		if r.start == m.opt.start {
+			break // what follows was a courtesy
+		}
+		if r.end+len(opt) > limit {
+			break
+		}
+		counts[r.section]++
+		end = r.end
+	}
+	prefixed = append(append(prefixed, m.raw[:end]...), opt...)
+	if opt != nil {
+		counts[additionalSection]++
+	}
+	out := prefixed[2:]
+	out[2] |= bitTC
+	for section, n := range counts {
+		binary.BigEndian.PutUint16(out[6+2*section:], n)
+	}
+	return prefixed, true
+}
+
+// failure is an answer of our own to query, without records. A query that could not be parsed has no question to repeat.
+func failure(query *message, rcode int) []byte {
+	raw := make([]byte, headerSize, headerSize+len(query.question)+optSize)
+	copy(raw, query.raw[:2])
+	raw[2] = bitQR | query.raw[2]&(0xf<<3|bitRD)
+	raw[3] = bitRA | query.raw[3]&bitCD | byte(rcode)
+	if len(query.question) > 0 {
+		raw[5] = 1
+		raw = append(raw, query.question...)
+	}
+	if query.edns() {
+		raw = appendOPT(raw, []byte{0, 0, query.ttl(query.opt)[2] & 0x80, 0}) // DO as asked (RFC 3225 §3)
+	}
+	return raw
+}
+
+// sameName compares what two names or questions spell, whatever the case. Lengths of labels are below the letters.
+func sameName(a, b []byte) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if lower(a[i]) != lower(b[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+func lower(b byte) byte {
+	if 'A' <= b && b <= 'Z' {
+		return b + 'a' - 'A'
+	}
+	return b
+}
