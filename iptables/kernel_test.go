@@ -77,7 +77,7 @@ func (w *world) listen(t *testing.T, p Packet) {
 	if p.Out == "eth0" {
 		where = w.peer
 	}
-	w.open(t, where, p.Dst.Port(), leftAlone)
+	w.open(t, where, p.Dst.Port(), untouched)
 }
 
 func (w *world) open(t *testing.T, where *nettest.Namespace, port uint16, says Verdict) {

@@ -105,7 +105,8 @@ func everything(t *testing.T, ns *nettest.Namespace) string {
 				${x}tables-legacy-save | grep -v '^#' | sed 's/\[.*\]//'
 			fi
 		done
-		ip -o addr show dev lo`)
+		ip -o addr show dev lo
+		for family in -4 -6; do ip $family rule; ip $family route show table 133; ip $family route show table 200; done 2>/dev/null; true`)
 	out, err := ns.Run(look)
 	if err != nil {
 		t.Fatal(err)
@@ -116,7 +117,7 @@ func everything(t *testing.T, ns *nettest.Namespace) string {
 // rulesIn reads a table the way people do.
 func rulesIn(t *testing.T, ns *nettest.Namespace, family Family, flavour Flavour) Ruleset {
 	t.Helper()
-	return Parse(family, ns.MustRun(t, programName(family, flavour)+"-save", "-t", "nat"))
+	return Parse(family, ns.MustRun(t, programName(family, flavour)+"-save"))
 }
 
 func programName(family Family, flavour Flavour) string {
@@ -397,7 +398,7 @@ func TestOurRulesInTheOtherFlavourAreTakenAway(t *testing.T) {
 		}
 	}
 	mustInit(t, pod, captureAll)
-	if rest := rulesIn(t, pod, IPv4, Legacy).Own().Chains; len(rest) > 0 {
+	if rest := rulesIn(t, pod, IPv4, Legacy).Own().Tables; len(rest) > 0 {
 		t.Errorf("legacy still holds %v", rest)
 	}
 	if changes := Diff(Rules(captureAll, IPv4), rulesIn(t, pod, IPv4, NFT)); len(changes) > 0 {

@@ -41,9 +41,9 @@ changed and otherwise does nothing. Lists are separated by commas; a port range 
 type initOptions struct {
 	changeOptions
 	spec capture.Spec
-	uids []uint32 // nil: DefaultProxyID
-	gids []uint32 // nil: the same as uids
-	mode string   // checked, and then of one kind only
+	uids []capture.IDRange // nil: DefaultProxyID
+	gids []capture.IDRange // nil: the same as uids
+	mode string            // checked, and then of one kind only
 }
 
 func (o *initOptions) bind(flags *pflag.FlagSet) {
@@ -101,9 +101,7 @@ func (o *initOptions) run(ctx context.Context, stdout, stderr io.Writer) error {
 		o.spec.ProxyGIDs = o.gids
 	}
 	if err := o.spec.Validate(); err != nil {
-		// Each flag was valid by itself; what can still be wrong is that ports collide.
-		return fmt.Errorf("--envoy-port %d, --inbound-capture-port %d, --inbound-tunnel-port %d: %w",
-			o.spec.OutboundPort, o.spec.InboundPort, o.spec.TunnelPort, err)
+		return err
 	}
 	if o.spec.Inbound.None() && o.spec.Outbound.None() && len(o.spec.OutboundPorts) == 0 {
 		log.Warn("nothing will be captured: -b '*' captures inbound, -i '*' outbound connections")
@@ -113,7 +111,7 @@ func (o *initOptions) run(ctx context.Context, stdout, stderr io.Writer) error {
 	})
 }
 
-func parseUsers(text string) ([]uint32, error) {
+func parseUsers(text string) ([]capture.IDRange, error) {
 	return capture.ParseIDs(text, func(name string) (string, error) {
 		found, err := user.Lookup(name)
 		if err != nil {
@@ -123,7 +121,7 @@ func parseUsers(text string) ([]uint32, error) {
 	})
 }
 
-func parseGroups(text string) ([]uint32, error) {
+func parseGroups(text string) ([]capture.IDRange, error) {
 	return capture.ParseIDs(text, func(name string) (string, error) {
 		found, err := user.LookupGroup(name)
 		if err != nil {
