@@ -285,7 +285,9 @@ func (p *policy) inbound() {
 	}
 	if redirect {
 		for _, name := range p.InterfacesExcluded {
-			rules = append(rules, leftAlone("inbound", Match{In: name}))
+			if !slices.Contains(p.VirtualInterfaces, name) {
+				rules = append(rules, leftAlone("inbound", Match{In: name}))
+			}
 		}
 		rules = append(rules, p.tunnel())
 		rules = append(rules, p.inboundPorts(chainInboundRedirect)...)
