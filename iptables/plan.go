@@ -26,6 +26,7 @@ type Plan struct {
 	Unread error
 
 	cleanup bool
+	forced  Flavour
 	ipv6    ipv6
 }
 
@@ -56,9 +57,10 @@ func (p *Plan) Unchanged() bool {
 	return len(p.Steps) == 0 && len(p.Routes) == 0 && p.Address == AddressKept
 }
 
-// PlanInit compares what is there with the rules for spec, which must be valid.
-func PlanInit(ctx context.Context, spec capture.Spec) (*Plan, error) {
-	plan := &Plan{}
+// PlanInit compares what is there with the rules for spec, which must be valid. The rules go to the forced flavour, or if
+// that is empty to the one that suits what is there.
+func PlanInit(ctx context.Context, spec capture.Spec, forced Flavour) (*Plan, error) {
+	plan := &Plan{forced: forced}
 	s, err := plan.look(ctx)
 	if err != nil {
 		return nil, err
@@ -143,6 +145,10 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 // order: in between both are there and say the same.
 func (p *Plan) addFamily(s survey, want Ruleset) error {
 	chosen, err := s.choose(want)
+	if p.forced != "" {
+		chosen = s.store(want.Family, p.forced)
+		err = chosen.usable(want)
+	}
 	if err != nil {
 		return err
 	}

@@ -71,7 +71,7 @@ func breakProgram(t *testing.T, dir, name, script string) {
 
 // initIn plans and commits in the namespace, and returns the plan that was committed.
 func initIn(ns *nettest.Namespace, spec capture.Spec) (*Plan, error) {
-	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec) })
+	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec, "") })
 }
 
 func cleanupIn(ns *nettest.Namespace) (*Plan, error) { return commitIn(ns, PlanCleanup) }
@@ -547,7 +547,7 @@ func TestPlanningChangesNothing(t *testing.T) {
 		pod := nettest.New(t, "pod")
 		before := everything(t, pod)
 		pod.Do(t, func() error {
-			plan, err := PlanInit(context.Background(), captureAll)
+			plan, err := PlanInit(context.Background(), captureAll, "")
 			if err == nil && (plan.Unchanged() || plan.String() == "") {
 				t.Error("the plan says nothing")
 			}
@@ -656,7 +656,7 @@ func TestACancelledInitTakesBackWhatItDid(t *testing.T) {
 		cancel()
 	}()
 	err := pod.Try(func() error {
-		plan, err := PlanInit(ctx, captureAll)
+		plan, err := PlanInit(ctx, captureAll, "")
 		if err != nil {
 			return err
 		}

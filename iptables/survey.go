@@ -201,18 +201,22 @@ func (s survey) choose(want Ruleset) (store, error) {
 	case nft.usable(want) != nil && legacy.missing == nil:
 		chosen = legacy
 	case nft.missing != nil:
-		return nft, fmt.Errorf("%w for %s: %w; %w", errNoFlavour, want.Family, nft.missing, legacy.missing)
+		return nft, fmt.Errorf("%w of any flavour for %s: %w; %w", errNoFlavour, want.Family, nft.missing, legacy.missing)
 	}
 	return chosen, chosen.usable(want)
 }
 
 // errNoFlavour means that there is nothing to make rules with.
-var errNoFlavour = errors.New("no iptables of any flavour")
+var errNoFlavour = errors.New("no iptables")
 
 // usable tells why a store that holds our rules, or shall hold the wanted ones, cannot be worked on.
 func (t store) usable(want Ruleset) error {
-	if t.missing != nil {
+	switch {
+	case t.missing == nil:
+	case t.ours:
 		return fmt.Errorf("%s holds %s rules of an earlier run, but there is no program to change them: %w", t.flavour, t.family, t.missing)
+	default:
+		return fmt.Errorf("%w for %s: %w", errNoFlavour, t.family, t.missing)
 	}
 	for _, name := range t.opaque {
 		ours := slices.ContainsFunc(t.chains, func(c nftChain) bool {
