@@ -131,8 +131,9 @@ func (o *initOptions) bindTolerated(flags *pflag.FlagSet) {
 	twin(flags, "reconcile", "RECONCILE")
 	parsedSwitch(flags, &o.withoutEffect, "force-apply", "", "every run makes what is missing")
 	twin(flags, "force-apply", "FORCE_APPLY")
-	for _, name := range []string{"log_target", "log_stacktrace_level", "log_caller", "vklog"} {
-		parsed(flags, new(string), asItIs, name, "", "", "text", "the log goes to standard error")
+	parsed(flags, new(string), asItIs, "log_target", "", "", "path", "the log goes to standard error")
+	for _, name := range []string{"log_stacktrace_level", "log_caller", "vklog"} {
+		parsed(flags, new(string), asItIs, name, "", "", "text", "the log has neither stacks nor callers")
 	}
 }
 
