@@ -181,8 +181,10 @@ func (p *policy) arriving() {
 		return
 	}
 	var rules []Rule
-	for _, name := range p.InterfacesExcluded {
-		rules = append(rules, leftAlone("arriving", Match{In: name}))
+	if tproxy || !p.Compat { // istio-iptables drops on excluded interfaces, too
+		for _, name := range p.InterfacesExcluded {
+			rules = append(rules, leftAlone("arriving", Match{In: name}))
+		}
 	}
 	everything := Match{Protocol: TCP}
 	if p.DropInvalid {
