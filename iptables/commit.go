@@ -61,6 +61,9 @@ func (p *Plan) install(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := p.changeRoutes(Add); err != nil {
+		return err
+	}
 	done := make([]Step, 0, len(p.Steps))
 	for _, step := range p.Steps {
 		err := step.before.program.apply(ctx, step.Input)
@@ -76,7 +79,44 @@ func (p *Plan) install(ctx context.Context) error {
 		}
 	}
 	p.Steps = done
-	return p.readBack(ctx)
+	if err := p.readBack(ctx); err != nil {
+		return err
+	}
+	if err := p.changeRoutes(Remove); err != nil {
+		return err
+	}
+	if p.Address == AddressRemoved {
+		if err := removeSourceAddress(); err != nil {
+			return err
+		}
+	}
+	for _, step := range p.Steps {
+		if step.Flavour == NFT {
+			if err := removeEmptyNFT(step.Family, step.emptied(), nil); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// emptied are the tables in which there was a part of ours and is none any more.
+func (s Step) emptied() []TableName {
+	own := s.before.rules.Own()
+	return slices.DeleteFunc(slices.Clone(TableNames), func(name TableName) bool {
+		return len(own.Chains(name)) == 0 || len(s.want.Chains(name)) > 0
+	})
+}
+
+// changeRoutes makes one kind of the planned changes. Routes are there before a rule needs them, and go after it.
+func (p *Plan) changeRoutes(action RouteAction) error {
+	var failed []error
+	for _, change := range p.Routes {
+		if change.Action == action {
+			failed = append(failed, change.apply())
+		}
+	}
+	return cmp.Or(failed...)
 }
 
 // readBack lists every table that was changed, at the same time, and compares.
@@ -84,7 +124,7 @@ func (p *Plan) readBack(ctx context.Context) error {
 	listings := make([]*process, 0, len(p.Steps))
 	var failed []error
 	for _, step := range p.Steps {
-		listing, err := start(ctx, "", step.before.program.save, "-t", natTable)
+		listing, err := start(ctx, "", step.before.program.save)
 		if err != nil {
 			failed = append(failed, err)
 			break
@@ -106,14 +146,10 @@ func (p *Plan) readBack(ctx context.Context) error {
 
 // compare holds a listing against what the step wanted.
 func (s Step) compare(listing string) error {
-	rules, err := s.before.interpret(listing)
-	if err != nil {
-		return err
-	}
-	if changes := Diff(s.want, rules); len(changes) > 0 {
+	if changes := Diff(s.want, Parse(s.Family, listing)); len(changes) > 0 {
 		first := changes[0]
-		return fmt.Errorf("%s would still be needed, the first: %s in %s: %s%s",
-			count(len(changes)), first.Kind, first.Chain, first.Rule, first.Found)
+		return fmt.Errorf("%s would still be needed, the first: %s in %s of the %s table: %s%s",
+			count(len(changes)), first.Kind, first.Chain, first.Table, first.Rule, first.Found)
 	}
 	return nil
 }
@@ -132,16 +168,22 @@ func (p *Plan) undo(ctx context.Context) error {
 	}
 	var failed []error
 	for _, step := range slices.Backward(p.Steps) {
-		failed = append(failed, step.undo(ctx, now.table(step.Family, step.Flavour)))
+		failed = append(failed, step.undo(ctx, now.store(step.Family, step.Flavour)))
 	}
-	if p.Address == AddressAdded {
+	for _, change := range slices.Backward(p.Routes) {
+		failed = append(failed, change.undo(now.routing))
+	}
+	switch p.Address {
+	case AddressAdded:
 		failed = append(failed, removeSourceAddress())
+	case AddressRemoved:
+		failed = append(failed, addSourceAddress())
 	}
 	return cmp.Or(failed...)
 }
 
-// undo brings one table from what it is now to what it was before, and makes sure of it.
-func (s Step) undo(ctx context.Context, now table) error {
+// undo brings one store from what it is now to what it was before, and makes sure of it.
+func (s Step) undo(ctx context.Context, now store) error {
 	if now.unread != nil {
 		return now.unread
 	}
@@ -150,7 +192,7 @@ func (s Step) undo(ctx context.Context, now table) error {
 		if err := s.before.program.apply(ctx, input); err != nil {
 			return err
 		}
-		listing, err := run(ctx, "", s.before.program.save, "-t", natTable)
+		listing, err := run(ctx, "", s.before.program.save)
 		if err != nil {
 			return err
 		}
@@ -159,58 +201,61 @@ func (s Step) undo(ctx context.Context, now table) error {
 		}
 	}
 	if s.Flavour == NFT {
-		return removeEmptyNFT(s.Family, s.before.chains)
+		return removeEmptyNFT(s.Family, TableNames, s.before.chains)
 	}
 	return nil
 }
 
-// remove is a cleanup: rules first, then the address that they let pass, then the empty tables.
+// remove is a cleanup: rules first, then the routes and the address that they need, then the empty tables.
 func (p *Plan) remove(ctx context.Context) error {
 	var failed []error
 	for _, step := range p.Steps {
 		failed = append(failed, step.before.program.apply(ctx, step.Input))
 	}
-	failed = append(failed, p.readBack(ctx))
+	failed = append(failed, p.readBack(ctx), p.changeRoutes(Remove))
 	if p.Address == AddressRemoved {
 		failed = append(failed, removeSourceAddress())
 	}
 	for _, step := range p.Steps {
 		if step.Flavour == NFT {
-			failed = append(failed, removeEmptyNFT(step.Family, nil))
+			failed = append(failed, removeEmptyNFT(step.Family, TableNames, nil))
 		}
 	}
 	return cmp.Or(failed...)
 }
 
-// removeEmptyNFT removes the base chains of the nat table that are not among keep and that nobody uses, and the table
-// when nothing is left in it. iptables makes them with its first rule and leaves them behind with the last; it makes
-// them again whenever they are needed, so nobody misses them. Chains that bear other names, rules, references or another
-// policy are somebody's, and so is a table that was there before.
-func removeEmptyNFT(family Family, keep []string) error {
+// removeEmptyNFT removes the base chains of the tables that are not among keep and that nobody uses, and each table when
+// nothing is left in it. iptables makes them with its first rule and leaves them behind with the last; it makes them again
+// whenever they are needed, so nobody misses them. Chains that bear other names, rules, references or another policy are
+// somebody's, and so is a table that was there before.
+func removeEmptyNFT(family Family, tables []TableName, keep []nftChain) error {
 	chains, err := nftChains()
 	if err != nil {
 		return err
 	}
-	var empty []string
-	inUse := false
-	for _, c := range chains {
-		if c.family != family || c.table != natTable {
-			continue
+	var failed []error
+	for _, table := range tables {
+		var empty []string
+		inUse := false
+		for _, c := range chains {
+			if c.family != family || TableName(c.table) != table {
+				continue
+			}
+			kept := slices.ContainsFunc(keep, func(k nftChain) bool { return k.table == c.table && k.name == c.name })
+			if c.untouched && slices.Contains(baseChains, c.name) && !kept {
+				empty = append(empty, c.name)
+			} else {
+				inUse = true
+			}
 		}
-		if c.untouched && slices.Contains(natChains, c.name) && !slices.Contains(keep, c.name) {
-			empty = append(empty, c.name)
-		} else {
-			inUse = true
+		if len(empty) > 0 {
+			if err := removeNFT(family, table, empty, !inUse); !errors.Is(err, unix.EBUSY) {
+				failed = append(failed, err)
+			}
 		}
 	}
-	if len(empty) == 0 {
-		return nil
-	}
-	if err := removeNFT(family, empty, !inUse); err != nil && !errors.Is(err, unix.EBUSY) {
-		return err
-	}
-	return nil
+	return cmp.Or(failed...)
 }
 
-// natChains are the base chains of the nat table as iptables names them.
-var natChains = []string{chainPrerouting, "INPUT", chainBuiltOutput, "POSTROUTING"}
+// baseChains are the base chains of tables as iptables names them.
+var baseChains = []string{chainPrerouting, "INPUT", "FORWARD", chainBuiltOutput, "POSTROUTING"}

@@ -20,6 +20,7 @@ const (
 // Change is one difference, in one rule, or in a whole chain when there is no rule.
 type Change struct {
 	Kind  ChangeKind `json:"kind"`
+	Table TableName  `json:"table"`
 	Chain string     `json:"chain"`
 	// ID and Why are those of the wanted rule.
 	ID  string `json:"id,omitempty"`
@@ -36,26 +37,44 @@ type Change struct {
 func Diff(want, have Ruleset) []Change {
 	have = have.Own()
 	var changes []Change
-	for _, w := range want.Chains {
-		h := have.find(w.Name)
-		if h == nil {
-			h = &Chain{Name: w.Name}
-			if w.own() && len(w.Rules) == 0 {
-				changes = append(changes, Change{Kind: Missing, Chain: w.Name})
+	for _, at := range places(want, have) {
+		w, h := want.find(at), have.find(at)
+		var found []Change
+		switch own := strings.HasPrefix(at.Chain, ownPrefix); {
+		case w == nil:
+			found = diffChain(Chain{Name: at.Chain}, *h)
+			if own {
+				found = append(found, Change{Kind: Extra})
 			}
+		case h == nil:
+			found = diffChain(*w, Chain{Name: at.Chain})
+			if own && len(w.Rules) == 0 {
+				found = append(found, Change{Kind: Missing})
+			}
+		default:
+			found = diffChain(*w, *h)
 		}
-		changes = append(changes, diffChain(w, *h)...)
-	}
-	for _, h := range have.Chains {
-		if want.find(h.Name) != nil {
-			continue
+		for i := range found {
+			found[i].Table, found[i].Chain = at.Table, at.Chain
 		}
-		changes = append(changes, diffChain(Chain{Name: h.Name}, h)...)
-		if h.own() {
-			changes = append(changes, Change{Kind: Extra, Chain: h.Name})
-		}
+		changes = append(changes, found...)
 	}
 	return changes
+}
+
+// places are the chains of all the rulesets, table by table, each once.
+func places(rulesets ...Ruleset) []Place {
+	var all []Place
+	for _, table := range TableNames {
+		for _, rs := range rulesets {
+			for _, c := range rs.Chains(table) {
+				if at := (Place{table, c.Name}); !slices.Contains(all, at) {
+					all = append(all, at)
+				}
+			}
+		}
+	}
+	return all
 }
 
 func diffChain(want, have Chain) []Change {
@@ -66,7 +85,7 @@ func diffChain(want, have Chain) []Change {
 	var changes []Change
 	rest := slices.Clone(haveLines)
 	for i, line := range wantLines {
-		change := Change{Chain: want.Name, ID: want.Rules[i].ID, Why: want.Rules[i].Why, Rule: line}
+		change := Change{ID: want.Rules[i].ID, Why: want.Rules[i].Why, Rule: line}
 		if at := slices.Index(rest, line); at >= 0 {
 			rest = slices.Delete(rest, at, at+1)
 			continue
@@ -83,7 +102,7 @@ func diffChain(want, have Chain) []Change {
 		if slices.Contains(wantLines, line) {
 			kind = Duplicate
 		}
-		changes = append(changes, Change{Kind: kind, Chain: want.Name, Found: line})
+		changes = append(changes, Change{Kind: kind, Found: line})
 	}
 	if len(changes) == 0 {
 		changes = reordered(want, haveLines)
@@ -102,15 +121,15 @@ func reordered(want Chain, have []string) []Change {
 	for i, r := range want.Rules {
 		if line := r.line(want.Name); line != have[i] {
 			changes = append(changes, Change{
-				Kind: Reordered, Chain: want.Name, ID: r.ID, Why: r.Why, Rule: line, Found: have[i],
+				Kind: Reordered, ID: r.ID, Why: r.Why, Rule: line, Found: have[i],
 			})
 		}
 	}
 	return changes
 }
 
-// restoreInput is what `iptables-restore --noflush` needs to turn our part of have into want, in one atomic commit, and
-// nothing when they are the same.
+// restoreInput is what `iptables-restore --noflush` needs to turn our part of have into want, in one atomic commit for each
+// table, and nothing when they are the same.
 //
 // Declaring a chain of ours empties it, so chains that differ are filled anew and the others are not mentioned. A rule
 // in somebody else's chain has no such mercy: it is appended again on every run, and deleting one that is not there
@@ -118,17 +137,43 @@ func reordered(want Chain, have []string) []Change {
 // chains they lead to are full.
 func restoreInput(want, have Ruleset) string {
 	have = have.Own()
+	var input strings.Builder
+	for _, table := range commitOrder(want) {
+		input.WriteString(restoreTable(table, want, have))
+	}
+	return input.String()
+}
+
+// commitOrder is the order in which tables are committed, so that in between no connection escapes that is captured
+// before and after: what begins to capture inbound connections comes before what ceases to. Both at once are harmless, as
+// the port is the same. Zones come first, before there is anything to be told apart, or last when they go.
+func commitOrder(want Ruleset) []TableName {
+	order := []TableName{Raw, NAT, Mangle}
+	for _, c := range want.Chains(Mangle) {
+		if c.Name == chainTPROXY {
+			order = []TableName{Raw, Mangle, NAT}
+		}
+	}
+	if len(want.Chains(Raw)) == 0 {
+		order = append(order[1:], Raw)
+	}
+	return order
+}
+
+func restoreTable(table TableName, want, have Ruleset) string {
 	var declare, remove, fill, jump, drop []string
-	for _, name := range chainNames(want, have) {
-		w, h := want.chain(name), have.chain(name)
-		wantLines, haveLines := w.lines(), h.lines()
-		wanted, there := want.find(name) != nil, have.find(name) != nil
-		switch own := (Chain{Name: name}).own(); {
+	for _, at := range places(want, have) {
+		if at.Table != table {
+			continue
+		}
+		wantLines, haveLines := want.chain(at).lines(), have.chain(at).lines()
+		wanted, there := want.find(at) != nil, have.find(at) != nil
+		switch own := strings.HasPrefix(at.Chain, ownPrefix); {
 		case own && (!slices.Equal(wantLines, haveLines) || wanted != there):
-			declare = append(declare, ":"+name+" - [0:0]")
+			declare = append(declare, ":"+at.Chain+" - [0:0]")
 			fill = append(fill, wantLines...)
 			if !wanted {
-				drop = append(drop, "-X "+name)
+				drop = append(drop, "-X "+at.Chain)
 			}
 		case !own:
 			for _, line := range without(haveLines, wantLines) {
@@ -141,19 +186,7 @@ func restoreInput(want, have Ruleset) string {
 	if len(lines) == 0 {
 		return ""
 	}
-	return "*nat\n" + strings.Join(lines, "\n") + "\nCOMMIT\n"
-}
-
-func chainNames(rulesets ...Ruleset) []string {
-	var names []string
-	for _, rs := range rulesets {
-		for _, c := range rs.Chains {
-			if !slices.Contains(names, c.Name) {
-				names = append(names, c.Name)
-			}
-		}
-	}
-	return names
+	return "*" + string(table) + "\n" + strings.Join(lines, "\n") + "\nCOMMIT\n"
 }
 
 // without is what is left of lines when each of others has taken one equal line away.

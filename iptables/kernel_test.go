@@ -2,16 +2,24 @@ package iptables
 
 import (
 	"bufio"
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -23,18 +31,11 @@ func TestTheKernelSaysWhatTheTracerSays(t *testing.T) {
 	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
 		for _, sc := range scenarios {
 			t.Run(sc.name, func(t *testing.T) {
-				pod, peer := nettest.PodAndPeer(t)
-				for _, a := range families {
-					peer.AddAddress(t, "lo", netip.PrefixFrom(a.excluded, a.excluded.BitLen()))
-				}
-				peer.AddAddress(t, "eth0", netip.PrefixFrom(linkLocalPeer, 64))
-				pod.AddAddress(t, "eth0", netip.PrefixFrom(linkLocalPod, 64))
-				mustInit(t, pod, sc.spec)
-				world := newWorld(t, pod, peer)
+				world := newWorld(t)
+				mustInit(t, world.pod, sc.spec)
 				for _, a := range families {
 					for _, s := range sc.allStories(a) {
-						if onRealInterface(s.packet) {
-							world.listen(t, s.packet)
+						if canBeDialled(s.packet) {
 							if got := world.dial(t, s.packet); got != s.want.String() {
 								t.Errorf("%s, %s: the kernel: %s, want: %v", a.family, s.name, got, s.want)
 							}
@@ -46,63 +47,132 @@ func TestTheKernelSaysWhatTheTracerSays(t *testing.T) {
 	})
 }
 
-// onRealInterface leaves the stories about interfaces that the pod does not have to the tracer.
-func onRealInterface(p Packet) bool {
-	for _, name := range []string{p.In, p.Out} {
-		if name != "" && name != "eth0" && name != loopback {
-			return false
+// canBeDialled leaves to the tracer the stories about interfaces that the pod does not have, those that begin in the
+// middle of a connection, and link-local addresses that nobody can reach.
+func canBeDialled(p Packet) bool {
+	lost := p.Dst.Addr().IsLinkLocalUnicast() && p.Dst.Addr().Zone() == ""
+	return !lost && p.State == "" && slices.Contains([]string{"", "eth0", "vm0"}, p.In) && slices.Contains([]string{"", "eth0", loopback}, p.Out)
+}
+
+// world is a pod, its peer and a virtual machine in the pod, with somebody at every door, who says which door it is, and
+// with diallers under all the users and groups of the stories.
+type world struct {
+	pod, peer, vm *nettest.Namespace
+	doors         map[string]bool
+	diallers      map[string]*dialler
+}
+
+func newWorld(t *testing.T) *world {
+	pod, peer := nettest.PodAndPeer(t)
+	vm := nettest.New(t, "vm")
+	w := &world{pod: pod, peer: peer, vm: vm, doors: make(map[string]bool), diallers: make(map[string]*dialler)}
+	for _, a := range families {
+		peer.AddAddress(t, "lo", netip.PrefixFrom(a.excluded, a.excluded.BitLen()))
+	}
+	peer.AddAddress(t, "eth0", netip.PrefixFrom(linkLocalPeer, 64))
+	pod.AddAddress(t, "eth0", netip.PrefixFrom(linkLocalPod, 64))
+	pod.MustRun(t, "/sbin/ip", "link", "add", "vm0", "type", "veth", "peer", "name", "eth0", "netns", vm.Path())
+	for _, ends := range []struct {
+		ns     *nettest.Namespace
+		link   string
+		v4, v6 string
+	}{{pod, "vm0", "192.0.2.1/24", "2001:db8:3::1/64"}, {vm, "eth0", "192.0.2.2/24", "2001:db8:3::2/64"}} {
+		ends.ns.AddAddress(t, ends.link, netip.MustParsePrefix(ends.v4))
+		ends.ns.AddAddress(t, ends.link, netip.MustParsePrefix(ends.v6))
+		ends.ns.MustRun(t, "/sbin/ip", "link", "set", ends.link, "up")
+	}
+	vm.AddDefaultRoute(t, netip.MustParseAddr("192.0.2.1"))
+	vm.AddDefaultRoute(t, netip.MustParseAddr("2001:db8:3::1"))
+	// What a virtual machine says to others is passed on, and its answers come back the same way.
+	pod.Do(t, func() error {
+		return errors.Join(os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0),
+			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0))
+	})
+	peer.MustRun(t, "/sbin/ip", "route", "add", "192.0.2.0/24", "via", nettest.PodIP4.String())
+	peer.MustRun(t, "/sbin/ip", "route", "add", "2001:db8:3::/64", "via", nettest.PodIP6.String())
+	w.open(t, pod, TCP, fmt.Sprintf(":%d", capture.OutboundPort), outbound)
+	w.open(t, pod, TCP, fmt.Sprintf(":%d", capture.InboundPort), inbound)
+	// The agent's answers are put into their zone by their user, so that they are not this test's own.
+	for _, address := range []string{"127.0.0.1", "[::1]"} {
+		server := helper(pod, agent, agent, serveEnvironment, fmt.Sprintf("%s:%d", address, capture.DNSPort))
+		ready, err := server.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		pod.Start(t, server)
+		if _, err := bufio.NewReader(ready).ReadString('\n'); err != nil {
+			t.Fatal(err)
 		}
 	}
-	return true
-}
-
-// world is a pod and its peer with somebody at every door, who says which door it is, and with diallers under all the
-// users and groups of the stories.
-type world struct {
-	pod, peer *nettest.Namespace
-	doors     map[string]bool
-	diallers  map[string]*dialler
-}
-
-func newWorld(t *testing.T, pod, peer *nettest.Namespace) *world {
-	w := &world{pod: pod, peer: peer, doors: make(map[string]bool), diallers: make(map[string]*dialler)}
-	w.open(t, pod, capture.OutboundPort, outbound)
-	w.open(t, pod, capture.InboundPort, inbound)
 	return w
 }
 
-// listen opens the door to which the packet goes if it is left alone.
-func (w *world) listen(t *testing.T, p Packet) {
-	where := w.pod
-	if p.Out == "eth0" {
-		where = w.peer
-	}
-	w.open(t, where, p.Dst.Port(), leftAlone)
-}
-
-func (w *world) open(t *testing.T, where *nettest.Namespace, port uint16, says Verdict) {
-	key := fmt.Sprint(where.Name, port)
+// open opens a door. The agent's inbound one is transparent, so that TPROXY can lead to it.
+func (w *world) open(t *testing.T, where *nettest.Namespace, protocol Protocol, address string, says Verdict) {
+	key := fmt.Sprint(where.Name, protocol, address)
 	if w.doors[key] {
 		return
 	}
 	w.doors[key] = true
-	listener := where.Listen(t, "tcp", fmt.Sprintf(":%d", port))
+	var door io.Closer
 	var answering sync.WaitGroup
-	answering.Go(func() { answer(listener, says.String()+"\n") })
+	where.Do(t, func() error {
+		var config net.ListenConfig
+		config.SetMultipathTCP(false)
+		if says == inbound {
+			config.Control = transparent
+		}
+		if protocol == UDP {
+			packets, err := config.ListenPacket(context.Background(), "udp", address)
+			door = packets
+			answering.Go(func() { answerPackets(packets, says) })
+			return err
+		}
+		listener, err := config.Listen(context.Background(), "tcp", address)
+		door = listener
+		answering.Go(func() { answer(listener, says) })
+		return err
+	})
 	t.Cleanup(func() {
-		listener.Close()
+		door.Close()
 		answering.Wait()
 	})
 }
 
-func answer(listener net.Listener, says string) {
+// transparent lets a socket have addresses that are not the machine's.
+func transparent(_, _ string, c syscall.RawConn) (err error) {
+	controlErr := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+		if errors.Is(err, unix.ENOPROTOOPT) || err == nil {
+			unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
+		}
+	})
+	return cmp.Or(controlErr, err)
+}
+
+func answer(listener net.Listener, says Verdict) {
 	for {
 		conn, err := listener.Accept()
 		if err != nil {
 			return
 		}
-		io.WriteString(conn, says)
+		verdict := says
+		if local := conn.LocalAddr().(*net.TCPAddr); says == inbound && local.Port != capture.InboundPort {
+			verdict = given
+		}
+		io.WriteString(conn, verdict.String())
 		conn.Close()
+	}
+}
+
+func answerPackets(packets net.PacketConn, says Verdict) {
+	question := make([]byte, 512)
+	for {
+		_, from, err := packets.ReadFrom(question)
+		if err != nil {
+			return
+		}
+		packets.WriteTo([]byte(says.String()), from)
 	}
 }
 
@@ -110,33 +180,55 @@ func answer(listener net.Listener, says string) {
 func (w *world) dial(t *testing.T, p Packet) string {
 	t.Helper()
 	where, uid, gid := w.pod, p.UID, p.GID
-	if p.In != "" {
+	switch p.In {
+	case "eth0":
 		where, uid, gid = w.peer, 0, 0
+	case "vm0":
+		where, uid, gid = w.vm, 0, 0
 	}
+	// The door to which the packet goes if it is left alone.
+	behind := w.peer
+	if p.Out == loopback || slices.Contains([]netip.Addr{nettest.PodIP4, nettest.PodIP6, linkLocalPod}, p.Dst.Addr().WithZone("")) {
+		behind = w.pod
+	}
+	protocol, address := TCP, fmt.Sprintf(":%d", p.Dst.Port())
+	if p.Protocol == UDP {
+		protocol, address = UDP, p.Dst.String() // so that it answers from there
+	}
+	w.open(t, behind, protocol, address, untouched)
 	key := fmt.Sprint(where.Name, uid, gid)
 	if w.diallers[key] == nil {
 		w.diallers[key] = startDialler(t, where, uid, gid)
 	}
-	src := ""
-	if p.Src.IsValid() {
+	src := "-"
+	if p.Src.IsValid() && p.In == "" {
 		src = netip.AddrPortFrom(p.Src, 0).String()
 	}
-	return w.diallers[key].dial(t, src, p.Dst.String())
+	return w.diallers[key].dial(t, fmt.Sprintf("%s %s %s %d", protocol, src, p.Dst, p.Mark))
 }
 
-// dialler is this test's own program, run again under another user, in dialForOthers.
+// helper is this test's own program, run again under another user to do something else.
+func helper(ns *nettest.Namespace, uid, gid uint32, environment, value string) *exec.Cmd {
+	// By this name other users reach it, too: it lies in a directory that they cannot enter.
+	cmd := ns.Command(uid, gid, "/proc/self/exe")
+	cmd.Env = append(os.Environ(), environment+"="+value)
+	return cmd
+}
+
+const (
+	dialEnvironment  = "PILLION_TEST_DIAL"
+	serveEnvironment = "PILLION_TEST_SERVE"
+)
+
+// dialler dials for others.
 type dialler struct {
 	requests io.Writer
 	answers  *bufio.Reader
 }
 
-const dialEnvironment = "PILLION_TEST_DIAL"
-
 func startDialler(t *testing.T, ns *nettest.Namespace, uid, gid uint32) *dialler {
 	t.Helper()
-	// By this name other users reach it, too: it lies in a directory that they cannot enter.
-	cmd := ns.Command(uid, gid, "/proc/self/exe")
-	cmd.Env = append(os.Environ(), dialEnvironment+"=1")
+	cmd := helper(ns, uid, gid, dialEnvironment, "1")
 	requests, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -149,9 +241,9 @@ func startDialler(t *testing.T, ns *nettest.Namespace, uid, gid uint32) *dialler
 	return &dialler{requests, bufio.NewReader(answers)}
 }
 
-func (d *dialler) dial(t *testing.T, src, dst string) string {
+func (d *dialler) dial(t *testing.T, request string) string {
 	t.Helper()
-	if _, err := fmt.Fprintf(d.requests, "%s %s\n", src, dst); err != nil {
+	if _, err := fmt.Fprintln(d.requests, request); err != nil {
 		t.Fatal(err)
 	}
 	answer, err := d.answers.ReadString('\n')
@@ -161,32 +253,60 @@ func (d *dialler) dial(t *testing.T, src, dst string) string {
 	return strings.TrimSpace(answer)
 }
 
-// dialForOthers reads "source destination" lines, dials, and prints the line that the other side says.
+// dialForOthers reads "protocol source destination mark" lines, dials, and prints the line that the other side says.
 func dialForOthers() {
 	lines := bufio.NewScanner(os.Stdin)
 	for lines.Scan() {
-		src, dst, _ := strings.Cut(lines.Text(), " ")
-		fmt.Println(dialOnce(src, dst))
+		words := strings.Fields(lines.Text())
+		mark, _ := strconv.Atoi(words[3])
+		fmt.Println(dialOnce(words[0], words[1], words[2], mark))
 	}
 	os.Exit(0)
 }
 
-func dialOnce(src, dst string) string {
+func dialOnce(network, src, dst string, mark int) string {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	var from net.Dialer
-	if src != "" {
+	if src != "-" {
 		from.LocalAddr = net.TCPAddrFromAddrPort(netip.MustParseAddrPort(src))
 	}
-	conn, err := from.DialContext(ctx, "tcp", dst)
+	if mark != 0 {
+		from.Control = func(network, address string, c syscall.RawConn) error {
+			if err := transparent(network, address, c); err != nil {
+				return err
+			}
+			return c.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, mark) })
+		}
+	}
+	conn, err := from.DialContext(ctx, network, dst)
 	if err != nil {
 		return err.Error()
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(5 * time.Second))
-	said, err := io.ReadAll(conn)
+	said := make([]byte, 512)
+	if network == string(UDP) {
+		conn.Write([]byte("?"))
+	}
+	n, err := conn.Read(said)
 	if err != nil {
 		return err.Error()
 	}
-	return strings.TrimSpace(string(said))
+	return string(said[:n])
+}
+
+// serveForOthers is the agent's door for DNS.
+func serveForOthers(address string) {
+	packets, err := net.ListenPacket("udp", address)
+	if err != nil {
+		os.Exit(1)
+	}
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		os.Exit(1)
+	}
+	fmt.Println("ready")
+	go answerPackets(packets, dns)
+	answer(listener, dns)
 }

@@ -90,19 +90,19 @@ func bigEndian(value []byte) uint32 {
 	return binary.BigEndian.Uint32(value)
 }
 
-// removeNFT removes base chains of a family's nat table, and the table itself when table is set, in one transaction.
+// removeNFT removes base chains of a family's table, and the table itself when table is set, in one transaction.
 // Without recursion the kernel refuses to remove what somebody uses, and then nothing happens at all: a rule that a
 // stranger adds at this moment is safe.
-func removeNFT(family Family, chains []string, table bool) error {
+func removeNFT(family Family, name TableName, chains []string, table bool) error {
 	var removals []*nl.NetlinkRequest
 	for _, chain := range chains {
 		removals = append(removals, nftRemoval(unix.NFT_MSG_DELCHAIN, family,
-			nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(natTable)),
+			nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(string(name))),
 			nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(chain))))
 	}
 	if table {
 		removals = append(removals, nftRemoval(unix.NFT_MSG_DELTABLE, family,
-			nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(natTable))))
+			nl.NewRtAttr(unix.NFTA_TABLE_NAME, nl.ZeroTerminated(string(name)))))
 	}
 	if err := nftTransaction(removals); err != nil {
 		return fmt.Errorf("removing empty chains from nftables: %w", err)

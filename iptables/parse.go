@@ -9,22 +9,22 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
-// Parse reads the nat table from what iptables-save printed. It takes anybody's output: a rule that is not one of ours
-// to the letter is kept verbatim as a foreign one, tables other than nat and lines that make no sense are skipped.
-// Rendering what Parse returned gives the same text back, but for comments and counters.
+// Parse reads our three tables from what iptables-save printed. It takes anybody's output: a rule that is not one of ours
+// to the letter is kept verbatim as a foreign one, other tables and lines that make no sense are skipped. Rendering what
+// Parse returned gives the same text back, but for comments, counters and the order of tables.
 func Parse(family Family, text string) Ruleset {
 	rs := Ruleset{Family: family}
-	inNat := true
+	var table TableName
 	for line := range strings.Lines(text) {
 		line = withoutCounters(strings.TrimRight(line, "\r\n"))
 		switch {
 		case strings.HasPrefix(line, "*"):
-			inNat = line == "*nat"
-		case !inNat:
+			table = TableName(line[1:])
+		case !slices.Contains(TableNames, table):
 		case strings.HasPrefix(line, ":"):
-			rs.parseChain(line[1:])
+			rs.parseChain(table, line[1:])
 		case strings.HasPrefix(line, "-A "):
-			rs.parseRule(line)
+			rs.parseRule(table, line)
 		}
 	}
 	return rs
@@ -41,24 +41,24 @@ func withoutCounters(line string) string {
 }
 
 // parseChain reads "NAME POLICY [packets:bytes]".
-func (rs *Ruleset) parseChain(line string) {
+func (rs *Ruleset) parseChain(table TableName, line string) {
 	fields := strings.Fields(line)
-	if len(fields) < 2 || rs.find(fields[0]) != nil {
+	if len(fields) < 2 || rs.find(Place{table, fields[0]}) != nil {
 		return
 	}
 	c := Chain{Name: fields[0]}
 	if fields[1] != noPolicy {
 		c.Policy = fields[1]
 	}
-	rs.Chains = append(rs.Chains, c)
+	rs.addChain(table, c)
 }
 
-func (rs *Ruleset) parseRule(line string) {
+func (rs *Ruleset) parseRule(table TableName, line string) {
 	words := splitWords(line)
 	if len(words) < 2 {
 		return
 	}
-	c := rs.find(words[1])
+	c := rs.find(Place{table, words[1]})
 	if c == nil {
 		return
 	}
@@ -69,67 +69,138 @@ func (rs *Ruleset) parseRule(line string) {
 	c.Rules = append(c.Rules, rule)
 }
 
-func (rs *Ruleset) find(chain string) *Chain {
-	i := slices.IndexFunc(rs.Chains, func(c Chain) bool { return c.Name == chain })
-	if i < 0 {
-		return nil
-	}
-	return &rs.Chains[i]
-}
-
 // understand reads the words of a rule behind "-A CHAIN". It need not be strict: the caller compares the rendered rule
 // with what was read.
 func understand(words []string) (rule Rule, ok bool) {
-	m := &rule.Match
-	not := false
+	not, module := false, ""
 	for len(words) > 0 {
-		if words[0] == "!" {
-			not, words = true, words[1:]
+		option := words[0]
+		words = words[1:]
+		switch option {
+		case "!":
+			not = true
+			continue
+		case "--save-mark":
+			rule.Target = SaveMark{}
+			continue
+		case "--restore-mark":
+			rule.Target = RestoreMark{}
 			continue
 		}
-		if len(words) < 2 {
+		if len(words) == 0 {
 			return rule, false
 		}
-		option, value := words[0], words[1]
-		words = words[2:]
-		ok := true
+		value := words[0]
+		words = words[1:]
 		switch option {
-		case "-s":
-			m.Src, ok = readPrefix(value)
-		case "-d":
-			m.Dst, ok = readPrefix(value)
-			m.NotDst = not
-		case "-i":
-			m.In = value
-		case "-o":
-			m.Out = value
-		case "-p":
-			m.TCP = value == "tcp"
 		case "-m":
-		case "--dport":
-			m.DstPorts, ok = readPorts(value)
-			m.NotDstPorts = not
-		case "--uid-owner":
-			m.Owner, ok = readOwner(UID, value)
-		case "--gid-owner":
-			m.Owner, ok = readOwner(GID, value)
-		case "--comment":
-			rule.ID, ok = strings.CutPrefix(value, commentPrefix)
+			module = value
 		case "-j":
 			rule.Target = readTarget(value)
-			ok = rule.Target != nil
-		case "--to-ports":
-			ports, isPort := readPorts(value)
-			rule.Target, ok = Redirect(ports.First), isPort
 		default:
-			ok = false
-		}
-		if !ok {
-			return rule, false
+			if !rule.readOption(module, option, value, not) {
+				return rule, false
+			}
 		}
 		not = false
 	}
 	return rule, rule.Target != nil
+}
+
+// readOption reads an option of a match module or a target, or of no module.
+func (r *Rule) readOption(module, option, value string, not bool) (ok bool) {
+	m := &r.Match
+	ok = true
+	switch option {
+	case "-s":
+		m.Src, ok = readPrefix(value)
+	case "-d":
+		m.Dst, ok = readPrefix(value)
+		m.NotDst = not
+	case "-i":
+		m.In = value
+	case "-o":
+		m.Out = value
+	case "-p":
+		m.Protocol = Protocol(value)
+		ok = m.Protocol == TCP || m.Protocol == UDP
+	case "--sport":
+		m.SrcPorts, ok = readPorts(value)
+	case "--dport":
+		m.DstPorts, ok = readPorts(value)
+		m.NotDstPorts = not
+	case "--uid-owner":
+		m.Owner, ok = readOwner(UID, value)
+	case "--gid-owner":
+		m.Owner, ok = readOwner(GID, value)
+	case "--mark":
+		if module == "connmark" {
+			m.ConnMark, ok = readMark(value)
+		} else {
+			m.Mark, ok = readMark(value)
+			m.NotMark = not
+		}
+	case "--ctstate":
+		m.State = State(value)
+		ok = m.State == Invalid || m.State == Established
+	case "--comment":
+		r.ID, ok = strings.CutPrefix(value, commentPrefix)
+	default:
+		ok = r.readTargetOption(option, value)
+	}
+	return ok
+}
+
+// readTargetOption reads what stands behind the name of a target.
+func (r *Rule) readTargetOption(option, value string) (ok bool) {
+	var number uint64
+	var err error
+	switch option {
+	case "--to-ports":
+		ports, isPort := readPorts(value)
+		r.Target = Redirect(ports.First)
+		return isPort
+	case "--set-xmark":
+		mark, isMark := readMark(strings.TrimSuffix(value, wholeMark))
+		if _, isConn := r.Target.(SetConnMark); isConn {
+			r.Target = SetConnMark(mark)
+		} else {
+			r.Target = SetMark(mark)
+		}
+		return isMark
+	case "--nfmask", "--ctmask": // always the same; the comparison sees to it
+		return true
+	case "--zone":
+		number, err = strconv.ParseUint(value, 10, 16)
+		r.Target = Zone(number)
+		return err == nil
+	}
+	t, isTPROXY := r.Target.(ToSocket)
+	switch {
+	case !isTPROXY:
+		return false
+	case option == "--on-port":
+		number, err = strconv.ParseUint(value, 10, 16)
+		t.To = netip.AddrPortFrom(t.To.Addr(), uint16(number))
+	case option == "--on-ip":
+		var address netip.Addr
+		address, err = netip.ParseAddr(value)
+		t.To = netip.AddrPortFrom(address, t.To.Port())
+	case option == "--tproxy-mark":
+		mark, isMark := readMark(strings.TrimSuffix(value, wholeMark))
+		t.Mark, ok = mark, isMark
+		r.Target = t
+		return ok
+	default:
+		return false
+	}
+	r.Target = t
+	return err == nil
+}
+
+func readMark(text string) (uint32, bool) {
+	mark, err := strconv.ParseUint(text, 0, 32)
+	return uint32(mark), err == nil
 }
 
 func readPrefix(text string) (netip.Prefix, bool) {
@@ -138,6 +209,9 @@ func readPrefix(text string) (netip.Prefix, bool) {
 }
 
 func readPorts(text string) (capture.PortRange, bool) {
+	if strings.Trim(text, "0123456789:") != "" { // names and other spellings are not the kernel's
+		return capture.PortRange{}, false
+	}
 	list, err := capture.ParsePortList(text)
 	if err != nil || len(list) != 1 {
 		return capture.PortRange{}, false
@@ -146,21 +220,22 @@ func readPorts(text string) (capture.PortRange, bool) {
 }
 
 func readOwner(kind OwnerKind, text string) (Owner, bool) {
-	id, err := strconv.ParseUint(text, 10, 32)
-	return Owner{kind, uint32(id)}, err == nil
+	list, err := capture.ParseIDs(text, func(string) (string, error) { return "", strconv.ErrSyntax })
+	if err != nil || len(list) != 1 {
+		return Owner{}, false
+	}
+	return Owner{kind, list[0]}, true
 }
 
-// readTarget knows the targets that our rules have; where REDIRECT goes stands in the option behind it.
+// readTarget knows the targets that our rules have; what they do in detail stands in the options behind it.
 func readTarget(name string) Target {
-	switch {
-	case name == "RETURN":
-		return Return{}
-	case name == "REDIRECT":
-		return Redirect(0)
-	case strings.HasPrefix(name, ownPrefix):
+	if strings.HasPrefix(name, ownPrefix) {
 		return Jump(name)
 	}
-	return nil
+	return map[string]Target{
+		"RETURN": Return{}, "ACCEPT": Accept{}, "DROP": Drop{}, "REDIRECT": Redirect(0), "TPROXY": ToSocket{},
+		"MARK": SetMark(0), "CONNMARK": SetConnMark(0), "CT": Zone(0),
+	}[name]
 }
 
 // splitWords splits a line of iptables-save at blanks. A quoted word may hold blanks, and a backslash takes the next

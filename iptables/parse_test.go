@@ -25,13 +25,17 @@ func saves(t testing.TB) map[string]string {
 	return texts
 }
 
-func TestParseKeepsEveryRuleOfTheNatTableToTheLetter(t *testing.T) {
+func TestParseKeepsEveryRuleOfOurTablesToTheLetter(t *testing.T) {
 	for name, text := range saves(t) {
 		t.Run(name, func(t *testing.T) {
 			rendered := Parse(IPv4, text).String()
-			_, nat, _ := strings.Cut(text, "*nat\n")
-			nat, _, _ = strings.Cut(nat, "COMMIT\n")
-			for line := range strings.Lines(nat) {
+			var tables string
+			for _, name := range TableNames {
+				_, table, _ := strings.Cut(text, "*"+string(name)+"\n")
+				table, _, _ = strings.Cut(table, "COMMIT\n")
+				tables += table
+			}
+			for line := range strings.Lines(tables) {
 				if strings.HasPrefix(line, ":") {
 					line, _, _ = strings.Cut(line, " [")
 				} else {
@@ -41,7 +45,7 @@ func TestParseKeepsEveryRuleOfTheNatTableToTheLetter(t *testing.T) {
 					t.Errorf("lost: %s", line)
 				}
 			}
-			if got, want := strings.Count(rendered, "-A "), strings.Count(nat, "-A "); got != want {
+			if got, want := strings.Count(rendered, "-A "), strings.Count(tables, "-A "); got != want {
 				t.Errorf("%d rules, want %d", got, want)
 			}
 		})
@@ -51,12 +55,10 @@ func TestParseKeepsEveryRuleOfTheNatTableToTheLetter(t *testing.T) {
 func TestParseUnderstandsOursAndNothingElse(t *testing.T) {
 	for name, text := range saves(t) {
 		ours := strings.HasPrefix(name, "pillion")
-		for _, c := range Parse(IPv4, text).Chains {
-			for _, r := range c.Rules {
-				simple := strings.HasSuffix(r.line(c.Name), "-j REDIRECT --to-ports 8080")
-				if understood := r.Foreign == ""; understood != ours && !simple {
-					t.Errorf("%s: %q understood: %t", name, r.line(c.Name), understood)
-				}
+		for at, r := range Parse(IPv4, text).All() {
+			simple := strings.HasSuffix(r.line(at.Chain), "-j REDIRECT --to-ports 8080")
+			if understood := r.Foreign == ""; understood != ours && !simple {
+				t.Errorf("%s: %q understood: %t", name, r.line(at.Chain), understood)
 			}
 		}
 	}
@@ -75,21 +77,34 @@ func TestParseTakesWhatMakesNoSense(t *testing.T) {
 func TestARuleThatIsAlmostOursIsNotOurs(t *testing.T) {
 	for _, rule := range []string{
 		`! -s 10.0.0.0/8 -j RETURN`,
-		`-p udp -m udp --dport 53 -j RETURN`,
+		`-p udplite -j RETURN`,
 		`-p tcp -m multiport --dports 80 -j RETURN`,
-		`-p tcp -m tcp --sport 80 -j RETURN`,
+		`-p tcp -m tcp ! --sport 80 -j RETURN`,
+		`-p tcp -m tcp --dport 80 --sport 80 -j RETURN`,
+		`-p tcp -m tcp --dport ssh -j RETURN`,
+		`-p tcp -m tcp --dport 80-90 -j RETURN`,
+		`-m conntrack --ctstate NEW -j RETURN`,
+		`-m connmark ! --mark 0x1 -j RETURN`,
+		`-m mark --mark 0x1/0xff -j RETURN`,
+		`-j MARK --set-xmark 0x1/0xff`,
+		`-j CONNMARK --save-mark --nfmask 0xff --ctmask 0xff`,
+		`-j CONNMARK --save-mark --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff`,
+		`-j CT --notrack`,
+		`-j CT --zone 1 --zone 2`,
+		`-p tcp -j TPROXY --on-port 1 --on-ip 0.0.0.0 --tproxy-mark 0x0/0x0`,
 		`-m owner ! --uid-owner 1337 -j RETURN`,
-		`-m owner --uid-owner 1-2 -j RETURN`,
+		`-m owner --uid-owner root -j RETURN`,
+		`-m owner --uid-owner 1 --gid-owner 1 -j RETURN`,
 		`-p tcp -m comment --comment "somebody's" -j REDIRECT --to-ports 15001`,
 		`-p tcp -j REDIRECT --to-ports 1-2`,
 		`-p tcp -j REDIRECT --to-ports 15001 --random`,
 		`-p tcp -g PILLION_REDIRECT`,
-		`-j ACCEPT`,
+		`-j SNAT --to-source 10.0.0.1`,
 		`-m comment --comment "pillion:outbound/all" -m mark --mark 0x1 -j RETURN`,
 	} {
 		line := "-A OUTPUT " + rule
 		rs := Parse(IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\n"+line+"\nCOMMIT\n")
-		if got := rs.Chains[0].Rules; len(got) != 1 || got[0].Foreign != line {
+		if got := rs.Tables[0].Chains[0].Rules; len(got) != 1 || got[0].Foreign != line {
 			t.Errorf("%s: read as %+v", rule, got)
 		}
 	}

@@ -1,9 +1,11 @@
 package iptables
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 )
@@ -11,9 +13,11 @@ import (
 // Plan is what would change in the network namespace of the calling thread, and how. Making a plan changes nothing.
 // Plans are made and committed on the same thread: every program and every socket is started from it.
 type Plan struct {
-	// Steps are the tables that change, in the order of their commits. A plan without steps and without a change of the
-	// address changes nothing.
+	// Steps are the changes of rules, in the order of their commits. A plan without steps, and without a change of the
+	// address and of the routes, changes nothing.
 	Steps []Step
+	// Routes are the changes of policy routing.
+	Routes []RouteChange
 	// Address says what happens to capture.InboundSource6 on the loopback.
 	Address AddressChange
 	// Warnings are what the caller should tell the user.
@@ -22,6 +26,7 @@ type Plan struct {
 	Unread error
 
 	cleanup bool
+	forced  Flavour
 	ipv6    ipv6
 }
 
@@ -35,7 +40,7 @@ const (
 	AddressRemoved AddressChange = "remove"
 )
 
-// Step is one table's share of a plan.
+// Step is the share that one family's rules of one flavour have in a plan. Each table is committed whole or not at all.
 type Step struct {
 	Family  Family
 	Flavour Flavour
@@ -44,15 +49,18 @@ type Step struct {
 	Input string
 
 	want   Ruleset
-	before table
+	before store
 }
 
 // Unchanged tells whether everything is already as it should be.
-func (p *Plan) Unchanged() bool { return len(p.Steps) == 0 && p.Address == AddressKept }
+func (p *Plan) Unchanged() bool {
+	return len(p.Steps) == 0 && len(p.Routes) == 0 && p.Address == AddressKept
+}
 
-// PlanInit compares what is there with the rules for spec, which must be valid.
-func PlanInit(ctx context.Context, spec capture.Spec) (*Plan, error) {
-	plan := &Plan{}
+// PlanInit compares what is there with the rules for spec, which must be valid. The rules go to the forced flavour, or if
+// that is empty to the one that suits what is there.
+func PlanInit(ctx context.Context, spec capture.Spec, forced Flavour) (*Plan, error) {
+	plan := &Plan{forced: forced}
 	s, err := plan.look(ctx)
 	if err != nil {
 		return nil, err
@@ -60,18 +68,31 @@ func PlanInit(ctx context.Context, spec capture.Spec) (*Plan, error) {
 	if err := plan.addFamily(s, Rules(spec, IPv4)); err != nil {
 		return nil, err
 	}
-	if !s.ipv6.enabled {
-		return plan, plan.addRemoval(s, IPv6, "")
-	}
-	if err := plan.addFamily(s, Rules(spec, IPv6)); err != nil {
-		if s.ipv6.global || !errors.Is(err, errNoFlavour) {
+	families := []Family{IPv4}
+	if s.ipv6.wanted(spec.IPv6) {
+		err := plan.addFamily(s, Rules(spec, IPv6))
+		switch {
+		case err == nil:
+			families = Families
+			if !s.ipv6.source {
+				plan.Address = AddressAdded
+			}
+		case s.ipv6.global || !errors.Is(err, errNoFlavour):
+			return nil, err
+		default:
+			if err := plan.giveUpIPv6(err); err != nil {
+				return nil, err
+			}
+		}
+	} else {
+		if err := plan.addRemoval(s, IPv6, ""); err != nil {
 			return nil, err
 		}
-		return plan, plan.giveUpIPv6(err)
+		if s.ipv6.ours {
+			plan.Address = AddressRemoved
+		}
 	}
-	if !s.ipv6.source {
-		plan.Address = AddressAdded
-	}
+	plan.Routes = diffRoutes(routesFor(spec, families), s.routing)
 	return plan, nil
 }
 
@@ -93,6 +114,7 @@ func PlanCleanup(ctx context.Context) (*Plan, error) {
 	if s.ipv6.ours {
 		plan.Address = AddressRemoved
 	}
+	plan.Routes = diffRoutes(nil, s.routing)
 	return plan, nil
 }
 
@@ -105,11 +127,13 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 	}
 	if errors.As(err, new(MissingCapabilityError)) {
 		p.Unread = err
-		s = survey{tables: tablesUnread(ctx)}
-		s.ipv6, err = readIPv6()
+		s = survey{stores: storesUnread(ctx)}
+		if s.ipv6, err = readIPv6(); err == nil {
+			s.routing, err = readRoutes()
+		}
 	}
 	p.ipv6 = s.ipv6
-	for _, t := range s.tables {
+	for _, t := range s.stores {
 		if t.hidden {
 			p.Warnings = append(p.Warnings, fmt.Sprintf("%s has legacy tables that were not looked into: %v", t.family, t.missing))
 		}
@@ -120,7 +144,11 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 // addFamily plans the wanted rules of a family in one flavour, and the removal of what is ours in the other, in this
 // order: in between both are there and say the same.
 func (p *Plan) addFamily(s survey, want Ruleset) error {
-	chosen, err := s.choose(want.Family)
+	chosen, err := s.choose(want)
+	if p.forced != "" {
+		chosen = s.store(want.Family, p.forced)
+		err = chosen.usable(want)
+	}
 	if err != nil {
 		return err
 	}
@@ -130,18 +158,19 @@ func (p *Plan) addFamily(s survey, want Ruleset) error {
 
 // addRemoval plans the removal of what is ours in every flavour but one. "" spares none.
 func (p *Plan) addRemoval(s survey, family Family, spared Flavour) error {
-	for _, t := range s.tables {
+	for _, t := range s.stores {
 		if t.family == family && t.flavour != spared && t.ours {
-			if err := t.usable(); err != nil {
+			nothing := Ruleset{Family: family}
+			if err := t.usable(nothing); err != nil {
 				return err
 			}
-			p.addStep(t, Ruleset{Family: family})
+			p.addStep(t, nothing)
 		}
 	}
 	return nil
 }
 
-func (p *Plan) addStep(t table, want Ruleset) {
+func (p *Plan) addStep(t store, want Ruleset) {
 	input := restoreInput(want, t.rules)
 	if input == "" {
 		return
@@ -154,9 +183,17 @@ func (p *Plan) addStep(t table, want Ruleset) {
 // giveUpIPv6 leaves IPv6 alone for the reason err, in a pod that has no address at which it could be reached.
 func (p *Plan) giveUpIPv6(err error) error {
 	p.Warnings = append(p.Warnings, fmt.Sprintf("IPv6 is left alone: %v; the pod has no global IPv6 address", err))
-	if p.Address != AddressAdded {
-		return nil
+	var failed []error
+	p.Routes = slices.DeleteFunc(p.Routes, func(c RouteChange) bool {
+		given := c.Route.Family == IPv6 && c.Action == Add
+		if given {
+			failed = append(failed, removeRoute(c.Route))
+		}
+		return given
+	})
+	if p.Address == AddressAdded {
+		p.Address = AddressKept
+		failed = append(failed, removeSourceAddress())
 	}
-	p.Address = AddressKept
-	return removeSourceAddress()
+	return cmp.Or(failed...)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +21,9 @@ import (
 func TestMain(m *testing.M) {
 	if os.Getenv(dialEnvironment) != "" {
 		dialForOthers()
+	}
+	if address := os.Getenv(serveEnvironment); address != "" {
+		serveForOthers(address)
 	}
 	os.Exit(nettest.Main(m))
 }
@@ -68,7 +72,7 @@ func breakProgram(t *testing.T, dir, name, script string) {
 
 // initIn plans and commits in the namespace, and returns the plan that was committed.
 func initIn(ns *nettest.Namespace, spec capture.Spec) (*Plan, error) {
-	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec) })
+	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec, "") })
 }
 
 func cleanupIn(ns *nettest.Namespace) (*Plan, error) { return commitIn(ns, PlanCleanup) }
@@ -98,14 +102,15 @@ func everything(t *testing.T, ns *nettest.Namespace) string {
 	t.Helper()
 	look := ns.Command(0, 0, "/bin/sh", "-c", `
 		PATH=/usr/sbin:/usr/bin:/sbin:/bin
-		nft list ruleset | sed 's/packets [0-9]* bytes [0-9]*//'
+		nft list ruleset 2>/dev/null | sed 's/packets [0-9]* bytes [0-9]*//'
 		for x in ip ip6; do
 			if [ -s /proc/net/${x}_tables_names ]; then
 				echo "legacy $x: $(cat /proc/net/${x}_tables_names)"
 				${x}tables-legacy-save | grep -v '^#' | sed 's/\[.*\]//'
 			fi
 		done
-		ip -o addr show dev lo`)
+		ip -o addr show dev lo
+		for family in -4 -6; do ip $family rule; ip $family route show table 133; ip $family route show table 200; done 2>/dev/null; true`)
 	out, err := ns.Run(look)
 	if err != nil {
 		t.Fatal(err)
@@ -116,7 +121,7 @@ func everything(t *testing.T, ns *nettest.Namespace) string {
 // rulesIn reads a table the way people do.
 func rulesIn(t *testing.T, ns *nettest.Namespace, family Family, flavour Flavour) Ruleset {
 	t.Helper()
-	return Parse(family, ns.MustRun(t, programName(family, flavour)+"-save", "-t", "nat"))
+	return Parse(family, ns.MustRun(t, programName(family, flavour)+"-save"))
 }
 
 func programName(family Family, flavour Flavour) string {
@@ -397,7 +402,7 @@ func TestOurRulesInTheOtherFlavourAreTakenAway(t *testing.T) {
 		}
 	}
 	mustInit(t, pod, captureAll)
-	if rest := rulesIn(t, pod, IPv4, Legacy).Own().Chains; len(rest) > 0 {
+	if rest := rulesIn(t, pod, IPv4, Legacy).Own().Tables; len(rest) > 0 {
 		t.Errorf("legacy still holds %v", rest)
 	}
 	if changes := Diff(Rules(captureAll, IPv4), rulesIn(t, pod, IPv4, NFT)); len(changes) > 0 {
@@ -543,7 +548,7 @@ func TestPlanningChangesNothing(t *testing.T) {
 		pod := nettest.New(t, "pod")
 		before := everything(t, pod)
 		pod.Do(t, func() error {
-			plan, err := PlanInit(context.Background(), captureAll)
+			plan, err := PlanInit(context.Background(), captureAll, "")
 			if err == nil && (plan.Unchanged() || plan.String() == "") {
 				t.Error("the plan says nothing")
 			}
@@ -580,6 +585,100 @@ func TestAPodWithoutIPv6GetsIPv4Alone(t *testing.T) {
 	plan := mustInit(t, pod, captureAll)
 	if len(plan.Steps) != 1 || plan.Steps[0].Family != IPv4 || plan.Address != AddressKept || len(plan.Warnings) > 0 {
 		t.Errorf("plan: %v, warnings %q", plan, plan.Warnings)
+	}
+}
+
+// istio-iptables makes rules for IPv6 only when the first global address is of IPv6. The address that a run puts on the
+// loopback must not change that for the next one, as it does there.
+func TestIPv6WhenItComesFirst(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT)
+	spec := captureAll
+	spec.IPv6 = capture.IPv6WhenFirst
+	for name, test := range map[string]struct {
+		addresses []string
+		families  int
+	}{
+		"no address":   {nil, 1},
+		"IPv4":         {[]string{"198.51.100.2/24"}, 1},
+		"IPv6":         {[]string{"2001:db8:1::2/64"}, 2},
+		"both":         {[]string{"2001:db8:1::2/64", "198.51.100.2/24"}, 1},
+		"link-local":   {[]string{"169.254.0.1/16", "fe80::2/64"}, 1},
+		"IPv6 at last": {[]string{"169.254.0.1/16", "fd00::2/64"}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pod, peer := nettest.New(t, "pod"), nettest.New(t, "peer")
+			nettest.Join(t, pod, peer)
+			for _, address := range test.addresses {
+				pod.AddAddress(t, "eth0", netip.MustParsePrefix(address))
+			}
+			if plan := mustInit(t, pod, spec); len(plan.Steps) != test.families {
+				t.Errorf("rules in %d families, want %d", len(plan.Steps), test.families)
+			}
+			if plan := mustInit(t, pod, spec); !plan.Unchanged() {
+				t.Errorf("a second run would change %v", plan)
+			}
+			mustInit(t, pod, captureAll)
+			if plan := mustInit(t, pod, spec); plan.Unchanged() != (test.families == 2) {
+				t.Errorf("after rules for both families: %v", plan)
+			}
+			if strings.Contains(everything(t, pod), "::6/128") != (test.families == 2) {
+				t.Error("::6 is there without rules, or not there with them")
+			}
+		})
+	}
+}
+
+// Each table is a commit of its own. When a later one fails the earlier ones are taken back.
+func TestAFailureBetweenTwoTablesTakesTheFirstBack(t *testing.T) {
+	nettest.RequireRoot(t)
+	for _, flavour := range []Flavour{NFT, Legacy} {
+		dir := usePrograms(t, false, flavour)
+		pod, _ := nettest.PodAndPeer(t)
+		strangers(t, pod, flavour)
+		for _, table := range TableNames { // a legacy one cannot be unmade
+			if flavour == Legacy {
+				pod.MustRun(t, programName(IPv4, flavour)+"-save", "-t", string(table))
+				pod.MustRun(t, programName(IPv6, flavour)+"-save", "-t", string(table))
+			}
+		}
+		before := everything(t, pod)
+		real := programName(IPv6, flavour) + "-restore"
+		breakProgram(t, dir, filepath.Base(real), fmt.Sprintf(
+			`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; /bin/sed 's/--to-ports 15001/--to-ports nowhere/' | %[2]s "$@"`, dir, real))
+		if _, err := initIn(pod, tproxyAll); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+			t.Errorf("%s: got error %v", flavour, err)
+		}
+		if after := everything(t, pod); after != before {
+			t.Errorf("%s: before:\n%s\nafter:\n%s", flavour, before, after)
+		}
+	}
+}
+
+func TestAForcedFlavourIsTakenWhateverIsThere(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT, Legacy)
+	pod := nettest.New(t, "pod")
+	for _, flavour := range []Flavour{NFT, Legacy, NFT} {
+		plan, err := commitIn(pod, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, captureAll, flavour) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		if plan.Steps[0].Flavour != flavour {
+			t.Errorf("%s went to %s", flavour, plan.Steps[0].Flavour)
+		}
+		other := map[Flavour]Flavour{NFT: Legacy, Legacy: NFT}[flavour]
+		if rest := rulesIn(t, pod, IPv4, other).Own(); len(rest.Tables) > 0 {
+			t.Errorf("%s still holds %v", other, rest)
+		}
+	}
+	usePrograms(t, false, Legacy)
+	err := pod.Try(func() error {
+		_, err := PlanInit(context.Background(), captureAll, NFT)
+		return err
+	})
+	if !errors.Is(err, errNoProgram) {
+		t.Errorf("without the program: got error %v", err)
 	}
 }
 
@@ -652,7 +751,7 @@ func TestACancelledInitTakesBackWhatItDid(t *testing.T) {
 		cancel()
 	}()
 	err := pod.Try(func() error {
-		plan, err := PlanInit(ctx, captureAll)
+		plan, err := PlanInit(ctx, captureAll, "")
 		if err != nil {
 			return err
 		}

@@ -3,6 +3,7 @@ package iptables
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -19,10 +20,13 @@ func (p *Plan) Summary() string {
 	var parts []string
 	for _, step := range p.Steps {
 		what := "rules installed in"
-		if len(step.want.Chains) == 0 {
+		if len(step.want.Tables) == 0 {
 			what = "rules removed from"
 		}
 		parts = append(parts, fmt.Sprintf("%s %s %s (%s)", step.Family, what, step.Flavour, count(len(step.Changes))))
+	}
+	if len(p.Routes) > 0 {
+		parts = append(parts, fmt.Sprintf("policy routing (%s)", count(len(p.Routes))))
 	}
 	switch p.Address {
 	case AddressAdded:
@@ -40,6 +44,26 @@ func count(changes int) string {
 	return fmt.Sprintf("%d changes", changes)
 }
 
+// Script is what is carried out, for a shell: what iptables-restore and ip are given, in this order.
+func (p *Plan) Script() string {
+	var text strings.Builder
+	if p.Address != AddressKept {
+		fmt.Fprintf(&text, "ip address %s %s/128 dev %s\n", p.Address, capture.InboundSource6, loopback)
+	}
+	for _, c := range p.Routes {
+		object := "rule"
+		if c.Route.Mark == 0 {
+			object = "route"
+		}
+		fmt.Fprintf(&text, "ip -%d %s %s %s protocol %d\n", c.Route.Family, object, c.Action, c.Route, routeProtocol)
+	}
+	for _, step := range p.Steps {
+		name := map[Family]string{IPv4: "iptables", IPv6: "ip6tables"}[step.Family]
+		fmt.Fprintf(&text, "%s-%s-restore --noflush <<END\n%sEND\n", name, step.Flavour, step.Input)
+	}
+	return text.String()
+}
+
 // String is what would change, for people: each rule with its reason. It is empty for a cleanup that finds nothing.
 func (p *Plan) String() string {
 	var text strings.Builder
@@ -55,10 +79,19 @@ func (p *Plan) String() string {
 	if p.Address != AddressKept {
 		fmt.Fprintf(&text, "%s %s/128 on %s\n    the agent dials the workload from here over IPv6\n", p.Address, capture.InboundSource6, loopback)
 	}
+	for _, change := range p.Routes {
+		fmt.Fprintf(&text, "%s %s: %s\n    packets with the mark of TPROXY are delivered here, whatever their destination\n", change.Action, change.Route.Family, change.Route)
+	}
 	for _, step := range p.Steps {
-		fmt.Fprintf(&text, "%s, %s, nat table: %s\n", step.Family, step.Flavour, count(len(step.Changes)))
-		for _, change := range step.Changes {
-			change.describe(&text)
+		for _, table := range TableNames {
+			changes := slices.DeleteFunc(slices.Clone(step.Changes), func(c Change) bool { return c.Table != table })
+			if len(changes) == 0 {
+				continue
+			}
+			fmt.Fprintf(&text, "%s, %s, %s table: %s\n", step.Family, step.Flavour, table, count(len(changes)))
+			for _, change := range changes {
+				change.describe(&text)
+			}
 		}
 	}
 	return text.String()
@@ -88,15 +121,25 @@ func (p *Plan) MarshalJSON() ([]byte, error) {
 		Changes []Change `json:"changes"`
 		Input   string   `json:"input"`
 	}
+	type route struct {
+		Action RouteAction `json:"action"`
+		Family string      `json:"family"`
+		Mark   uint32      `json:"mark,omitempty"`
+		Table  uint32      `json:"table"`
+	}
 	report := struct {
 		Changed  bool          `json:"changed"`
 		Address  AddressChange `json:"address,omitempty"`
+		Routes   []route       `json:"routes,omitempty"`
 		Steps    []step        `json:"steps"`
 		Warnings []string      `json:"warnings,omitempty"`
 		Unread   string        `json:"unread,omitempty"`
 	}{Changed: !p.Unchanged(), Address: p.Address, Steps: []step{}, Warnings: p.Warnings}
 	for _, s := range p.Steps {
 		report.Steps = append(report.Steps, step{s.Family.String(), s.Flavour, s.Changes, s.Input})
+	}
+	for _, c := range p.Routes {
+		report.Routes = append(report.Routes, route{c.Action, c.Route.Family.String(), c.Route.Mark, c.Route.Table})
 	}
 	if p.Unread != nil {
 		report.Unread = p.Unread.Error()

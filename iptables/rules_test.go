@@ -19,20 +19,17 @@ func TestStoriesEndAsToldAndMeetEveryRule(t *testing.T) {
 		rules := Rules(sc.spec, a.family)
 		met := make(map[string]bool)
 		for _, s := range sc.allStories(a) {
-			verdict, path := rules.Trace(s.packet)
-			if verdict != s.want {
-				t.Errorf("%s: %v, want %v; rules on the way: %s", s.name, verdict, s.want, strings.Join(path, " → "))
+			walk := rules.Trace(s.packet)
+			if walk.Verdict != s.want {
+				t.Errorf("%s: %v, want %v; rules on the way: %s", s.name, walk.Verdict, s.want, strings.Join(walk.Path, " → "))
 			}
-			for _, id := range path {
+			for _, id := range walk.Path {
 				met[id] = true
 			}
 		}
-		for _, c := range rules.Chains {
-			for _, r := range c.Rules {
-				if !met[r.ID] {
-					t.Errorf("no story meets rule %s", r.ID)
-				}
-				delete(met, r.ID)
+		for at, r := range rules.All() {
+			if !met[r.ID] {
+				t.Errorf("no story meets rule %s in %v", r.ID, at)
 			}
 		}
 	})
@@ -41,13 +38,11 @@ func TestStoriesEndAsToldAndMeetEveryRule(t *testing.T) {
 func TestEveryRuleHasAnIDOfItsOwnAndAReason(t *testing.T) {
 	forEach(t, func(t *testing.T, sc scenario, a addresses) {
 		seen := make(map[string]bool)
-		for _, c := range Rules(sc.spec, a.family).Chains {
-			for _, r := range c.Rules {
-				if r.ID == "" || r.Why == "" || seen[r.ID] {
-					t.Errorf("rule %+v: it needs a reason and an ID of its own", r)
-				}
-				seen[r.ID] = true
+		for _, r := range Rules(sc.spec, a.family).All() {
+			if r.ID == "" || r.Why == "" || seen[r.ID] {
+				t.Errorf("rule %+v: it needs a reason and an ID of its own", r)
 			}
+			seen[r.ID] = true
 		}
 	})
 }
@@ -84,13 +79,15 @@ func TestRoundTrip(t *testing.T) {
 
 func withoutReasons(rs Ruleset) Ruleset {
 	bare := Ruleset{Family: rs.Family}
-	for _, c := range rs.Chains {
-		copied := Chain{Name: c.Name, Policy: c.Policy}
-		for _, r := range c.Rules {
-			r.Why = ""
-			copied.Rules = append(copied.Rules, r)
+	for _, table := range rs.Tables {
+		for _, c := range table.Chains {
+			copied := Chain{Name: c.Name, Policy: c.Policy}
+			for _, r := range c.Rules {
+				r.Why = ""
+				copied.Rules = append(copied.Rules, r)
+			}
+			bare.addChain(table.Name, copied)
 		}
-		bare.Chains = append(bare.Chains, copied)
 	}
 	return bare
 }
@@ -111,7 +108,7 @@ func TestNetworksAreSpelledAsTheKernelSpellsThem(t *testing.T) {
 		if strings.Contains(given, "::") {
 			family = IPv6
 		}
-		output := Rules(spec, family).chain(chainOutput)
+		output := Rules(spec, family).chain(Place{NAT, chainOutput})
 		line := output.lines()[len(output.Rules)-1]
 		if rest := strings.TrimPrefix(line, "-A PILLION_OUTPUT "); !strings.HasPrefix(rest, want+`-m comment --comment "pillion:outbound/network/`) {
 			t.Errorf("%s: got %s", given, line)

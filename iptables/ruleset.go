@@ -3,14 +3,16 @@
 // Rules are data. Rules turns a capture.Spec into a Ruleset, the policy in order, each rule with a stable ID and the
 // reason for it. A Ruleset renders as iptables-save text in the kernel's own spelling and is parsed back from it, so
 // that what is there is compared with what is wanted line by line, whole chains in order. Trace walks a packet through
-// it. Only host.go runs programs, and only host.go and nft.go change the machine.
+// it. Only host.go runs programs, and only host.go, nft.go and route.go change the machine.
 //
 // Own chains, whose names begin with PILLION_, and the rules that jump to them are ours. Everything else belongs to
 // other people and is never touched.
 package iptables
 
 import (
+	"iter"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -38,23 +40,48 @@ func (f Family) String() string {
 // owns tells whether addresses of the prefix belong to the family.
 func (f Family) owns(prefix netip.Prefix) bool { return prefix.Addr().Is4() == (f == IPv4) }
 
-// The chains of ours, and the built-in ones from which one rule each jumps to them.
+// TableName is a table of iptables. For each hook the kernel asks the tables in a fixed order.
+type TableName string
+
+// The tables in which we have rules.
+const (
+	Raw    TableName = "raw"    // before connection tracking: which of its zones a packet belongs to
+	Mangle TableName = "mangle" // before routing: marks, TPROXY, drops
+	NAT    TableName = "nat"    // address translation, for the first packet of a connection only
+)
+
+// TableNames are the tables in the order in which a packet meets them.
+var TableNames = []TableName{Raw, Mangle, NAT}
+
+// The chains of ours. A table has those that it needs; one rule each jumps to them from the built-in ones.
 const (
 	ownPrefix = "PILLION_"
 
-	chainInbound         = ownPrefix + "INBOUND"     // what of the incoming connections is captured
-	chainInboundRedirect = ownPrefix + "IN_REDIRECT" // to the agent's inbound port
-	chainOutput          = ownPrefix + "OUTPUT"      // what of the outgoing connections is captured
-	chainRedirect        = ownPrefix + "REDIRECT"    // to the agent's outbound port
+	chainArriving        = ownPrefix + "PREROUTING"  // mangle: what arrives, of any kind
+	chainInbound         = ownPrefix + "INBOUND"     // what of the incoming connections is captured; raw: zones of answers
+	chainInboundRedirect = ownPrefix + "IN_REDIRECT" // nat: to the agent's inbound port
+	chainTPROXY          = ownPrefix + "TPROXY"      // mangle: to the agent's inbound port, as they are
+	chainDivert          = ownPrefix + "DIVERT"      // mangle: what belongs to a connection that the agent has
+	chainOutput          = ownPrefix + "OUTPUT"      // what of the outgoing traffic is captured; raw: zones of queries
+	chainCaptured        = ownPrefix + "GROUPS"      // nat: the same for the groups that are captured, if not all are
+	chainDNSCaptured     = ownPrefix + "DNS"         // raw: the zone of queries that are captured
+	chainDNSPassed       = ownPrefix + "DNS_PASSED"  // raw: the zone of those that are not
+	chainRedirect        = ownPrefix + "REDIRECT"    // nat: to the agent's outbound port
 
 	chainPrerouting  = "PREROUTING"
 	chainBuiltOutput = "OUTPUT"
 )
 
-// Ruleset is the nat table of one family: all of it when it was read from the machine, our part of it when it is made
-// by Rules.
+// Ruleset is the tables of one family: all that is in them when they were read from the machine, our part of it when it
+// is made by Rules. Tables stand in the order of TableNames, and those in which there is nothing are left out.
 type Ruleset struct {
 	Family Family
+	Tables []Table
+}
+
+// Table is a table's chains.
+type Table struct {
+	Name   TableName
 	Chains []Chain
 }
 
@@ -69,8 +96,8 @@ type Chain struct {
 
 // Rule is one rule of ours, or, when Foreign is set, one that we did not write and do not interpret.
 type Rule struct {
-	// ID names the rule for people and programs, such as outbound/self/uid/1337. The kernel keeps it as a comment, with
-	// "pillion:" in front.
+	// ID names the rule for people and programs, such as outbound/self/uid/1337. No two rules of a ruleset have the same.
+	// The kernel keeps it as a comment, with "pillion:" in front.
 	ID string
 	// Why is the reason for the rule, one sentence. It is not kept by the kernel.
 	Why    string
@@ -80,25 +107,48 @@ type Rule struct {
 	Foreign string
 }
 
-// Match says which packets a rule is for: those that satisfy every field that is set. Connections are TCP or not
-// captured, so there is no other protocol.
+// Match says which packets a rule is for: those that satisfy every field that is set.
 type Match struct {
-	In, Out     string // interface; a trailing + stands for any ending
 	Src, Dst    netip.Prefix
-	NotDst      bool // Dst is what the destination must not be in
-	TCP         bool
-	DstPorts    capture.PortRange // needs TCP
+	NotDst      bool   // Dst is what the destination must not be in
+	In, Out     string // interface; a trailing + stands for any ending
+	Protocol    Protocol
+	SrcPorts    capture.PortRange // needs Protocol
+	DstPorts    capture.PortRange // needs Protocol
 	NotDstPorts bool              // DstPorts are what the port must not be
 	Owner       Owner
+	Mark        uint32 // the packet's mark; zero matches every packet
+	NotMark     bool   // Mark is what the mark must not be
+	State       State
+	ConnMark    uint32 // the connection's mark; zero matches every connection
 }
 
-// Owner is the user or the group whose process sent a packet. The zero value matches everybody.
+// Protocol is a transport protocol, spelled as iptables spells it. The zero value matches all of them.
+type Protocol string
+
+// The protocols that we capture.
+const (
+	TCP Protocol = "tcp"
+	UDP Protocol = "udp"
+)
+
+// State is what connection tracking says of a packet, spelled as iptables spells it. The zero value matches every one;
+// on a Packet it is the first of a connection.
+type State string
+
+// The states that rules ask for.
+const (
+	Invalid     State = "INVALID"             // it belongs to no connection and begins none
+	Established State = "RELATED,ESTABLISHED" // it belongs to a connection in which both sides have spoken, or to one about it
+)
+
+// Owner is the users or the groups whose process sent a packet. The zero value matches everybody.
 type Owner struct {
 	Kind OwnerKind
-	ID   uint32
+	IDs  capture.IDRange
 }
 
-// OwnerKind says what Owner.ID is.
+// OwnerKind says what Owner.IDs are.
 type OwnerKind string
 
 // The kinds of owner, spelled as the owner match spells them.
@@ -108,41 +158,124 @@ const (
 	GID     OwnerKind = "gid"
 )
 
-// Target is what happens to a packet that matches: Return, Jump or Redirect.
+// Target is what happens to a packet that matches: one of the types below. SetMark, SetConnMark, SaveMark, RestoreMark
+// and Zone let the packet go on to the next rule.
 type Target interface{ render() string }
 
 // Return ends the chain and goes on behind the rule that jumped to it. In our chains that means: not captured.
 type Return struct{}
 
+// Accept ends the table for this hook.
+type Accept struct{}
+
+// Drop makes the packet vanish.
+type Drop struct{}
+
 // Jump goes on in our chain of that name, and comes back at its end.
 type Jump string
 
 // Redirect sends the connection to this port of the local machine: of 127.0.0.1 or ::1 when it was opened here, else of
-// the address of the interface on which it came in.
+// the address of the interface on which it came in. It needs a protocol.
 type Redirect uint16
 
-// chain returns the chain of that name, an empty one if there is none.
-func (rs Ruleset) chain(name string) Chain {
-	for _, c := range rs.Chains {
-		if c.Name == name {
-			return c
+// ToSocket is the target TPROXY: the packet goes, as it is, to the transparent socket that has its connection, or else
+// to the one that listens at To, whose unspecified address stands for any. It gets the mark by which routing delivers it
+// locally, and ends the table.
+type ToSocket struct {
+	To   netip.AddrPort
+	Mark uint32
+}
+
+// SetMark marks the packet.
+type SetMark uint32
+
+// SetConnMark marks the connection.
+type SetConnMark uint32
+
+// SaveMark gives the packet's mark to the connection.
+type SaveMark struct{}
+
+// RestoreMark gives the connection's mark to the packet.
+type RestoreMark struct{}
+
+// Zone puts the packet into this zone of connection tracking, unless it is in one already.
+type Zone uint16
+
+// Chains are the chains of a table, none if the ruleset has no such table.
+func (rs Ruleset) Chains(table TableName) []Chain {
+	for _, t := range rs.Tables {
+		if t.Name == table {
+			return t.Chains
 		}
 	}
-	return Chain{}
+	return nil
+}
+
+// All walks over every rule, with its table and chain, in the order in which they are written.
+func (rs Ruleset) All() iter.Seq2[Place, Rule] {
+	return func(yield func(Place, Rule) bool) {
+		for _, t := range rs.Tables {
+			for _, c := range t.Chains {
+				for _, r := range c.Rules {
+					if !yield(Place{t.Name, c.Name}, r) {
+						return
+					}
+				}
+			}
+		}
+	}
+}
+
+// Place is where a rule stands.
+type Place struct {
+	Table TableName
+	Chain string
+}
+
+// find returns the chain, or nil if there is none. A pointer into the ruleset is good until a chain is added to it.
+func (rs Ruleset) find(at Place) *Chain {
+	chains := rs.Chains(at.Table)
+	for i := range chains {
+		if chains[i].Name == at.Chain {
+			return &chains[i]
+		}
+	}
+	return nil
+}
+
+// chain returns the chain, an empty one if there is none.
+func (rs Ruleset) chain(at Place) Chain {
+	if c := rs.find(at); c != nil {
+		return *c
+	}
+	return Chain{Name: at.Chain}
+}
+
+// addChain adds a chain to its table, and the table to the others in its place.
+func (rs *Ruleset) addChain(table TableName, c Chain) {
+	order := func(t Table, name TableName) int {
+		return slices.Index(TableNames, t.Name) - slices.Index(TableNames, name)
+	}
+	i, found := slices.BinarySearchFunc(rs.Tables, table, order)
+	if !found {
+		rs.Tables = slices.Insert(rs.Tables, i, Table{Name: table})
+	}
+	rs.Tables[i].Chains = append(rs.Tables[i].Chains, c)
 }
 
 // Own is our part of a ruleset: our chains, and of the other chains the rules that jump to ours. Chains without such a
 // rule are left out.
 func (rs Ruleset) Own() Ruleset {
 	own := Ruleset{Family: rs.Family}
-	for _, c := range rs.Chains {
-		if !c.own() {
-			c.Rules = jumpsToOwn(c.Rules)
-			if len(c.Rules) == 0 {
-				continue
+	for _, t := range rs.Tables {
+		for _, c := range t.Chains {
+			if !c.own() {
+				c.Rules = jumpsToOwn(c.Rules)
+			}
+			if c.own() || len(c.Rules) > 0 {
+				own.addChain(t.Name, c)
 			}
 		}
-		own.Chains = append(own.Chains, c)
 	}
 	return own
 }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -18,12 +20,13 @@ import (
 
 // survey is what the network namespace of the calling thread holds. Making one changes nothing, not even an empty table.
 type survey struct {
-	tables []table
-	ipv6   ipv6
+	stores  []store
+	ipv6    ipv6
+	routing []installed
 }
 
-// table is the nat table of one family in one flavour.
-type table struct {
+// store is where one family's rules are kept in one flavour.
+type store struct {
 	family  Family
 	flavour Flavour
 
@@ -31,41 +34,45 @@ type table struct {
 	missing error // why there is no program, or no kernel that it could talk to
 
 	rules    Ruleset
-	unread   error    // why the rules could not be listed
-	hidden   bool     // there are tables, but no program to look into them
-	ours     bool     // it holds a part of ours
-	occupied bool     // this flavour holds rules of other people's
-	chains   []string // the chains that nftables has; legacy always has its own
+	unread   error       // why the rules could not be listed
+	opaque   []TableName // tables that hold what iptables cannot show
+	hidden   bool        // there are tables, but no program to look into them
+	ours     bool        // it holds a part of ours
+	occupied bool        // this flavour holds rules of other people's
+	chains   []nftChain  // the chains that nftables has in our tables; legacy always has its own
 }
 
-// tablesUnread are the four tables before anything is known of their content.
-func tablesUnread(ctx context.Context) []table {
-	var tables []table
+// storesUnread are the four stores before anything is known of their content.
+func storesUnread(ctx context.Context) []store {
+	var stores []store
 	for _, family := range Families {
 		for _, flavour := range []Flavour{NFT, Legacy} {
-			t := table{family: family, flavour: flavour, rules: Ruleset{Family: family}}
+			t := store{family: family, flavour: flavour, rules: Ruleset{Family: family}}
 			t.program, t.missing = findProgram(ctx, family, flavour)
-			tables = append(tables, t)
+			stores = append(stores, t)
 		}
 	}
-	return tables
+	return stores
 }
 
 // look reads what is there. The kernel is asked first, and a program is run only for a table that exists: merely listing
 // a legacy table would make it.
 func look(ctx context.Context) (survey, error) {
-	s := survey{tables: tablesUnread(ctx)}
+	s := survey{stores: storesUnread(ctx)}
 	var err error
 	if s.ipv6, err = readIPv6(); err != nil {
+		return s, err
+	}
+	if s.routing, err = readRoutes(); err != nil {
 		return s, err
 	}
 	chains, nftErr := nftChains()
 	if nftErr != nil && !errors.Is(nftErr, errNoKernelSupport) {
 		return s, nftErr
 	}
-	listings := make([]*process, len(s.tables))
-	for i := range s.tables {
-		t := &s.tables[i]
+	listings := make([]*process, len(s.stores))
+	for i := range s.stores {
+		t := &s.stores[i]
 		if t.flavour == NFT {
 			t.setChains(chains)
 			t.missing = cmp.Or(t.missing, nftErr)
@@ -74,7 +81,7 @@ func look(ctx context.Context) (survey, error) {
 	}
 	for i, listing := range listings {
 		if listing != nil {
-			s.tables[i].read(listing)
+			s.stores[i].read(listing)
 		}
 	}
 	return s, s.blindSpot()
@@ -83,7 +90,7 @@ func look(ctx context.Context) (survey, error) {
 // blindSpot is why legacy tables that exist could not be read. What is ours in nftables is known from the kernel, so
 // that a table of nftables that no program can read matters only when we have to work on it.
 func (s survey) blindSpot() error {
-	for _, t := range s.tables {
+	for _, t := range s.stores {
 		if t.flavour == Legacy && t.unread != nil {
 			return t.unread
 		}
@@ -91,24 +98,24 @@ func (s survey) blindSpot() error {
 	return nil
 }
 
-func (t *table) setChains(chains []nftChain) {
+func (t *store) setChains(chains []nftChain) {
 	for _, c := range chains {
-		if c.family == t.family && c.table == natTable {
-			t.chains = append(t.chains, c.name)
+		if c.family == t.family && slices.Contains(TableNames, TableName(c.table)) {
+			t.chains = append(t.chains, c)
 			t.ours = t.ours || strings.HasPrefix(c.name, ownPrefix)
 		}
 	}
 }
 
 // list starts the program that lists a table, if the table exists and there is a program.
-func (t *table) list(ctx context.Context) (*process, error) {
+func (t *store) list(ctx context.Context) (*process, error) {
 	if t.flavour == NFT {
 		if len(t.chains) == 0 || t.missing != nil {
 			return nil, nil
 		}
-		return start(ctx, "", t.program.save, "-t", natTable)
+		return start(ctx, "", t.program.save)
 	}
-	// The legacy flavour is somebody's if any of its tables is; without -t all that exist are listed.
+	// The legacy flavour is somebody's if any of its tables is; all that exist are listed.
 	exists, err := legacyTablesExist(t.family)
 	t.hidden = exists && t.missing != nil
 	if !exists || t.hidden || err != nil {
@@ -120,30 +127,31 @@ func (t *table) list(ctx context.Context) (*process, error) {
 	return start(ctx, "", t.program.save)
 }
 
-func (t *table) read(listing *process) {
+func (t *store) read(listing *process) {
 	text, err := listing.wait()
-	if err == nil {
-		t.rules, err = t.interpret(text)
-	}
 	if err != nil {
 		t.unread = fmt.Errorf("listing %s rules: %w", t.family, err)
 		return
 	}
-	t.ours = len(t.rules.Own().Chains) > 0
+	t.rules = Parse(t.family, text)
+	t.opaque = t.notShown(t.rules)
+	t.ours = t.ours || len(t.rules.Own().Tables) > 0
 	t.occupied = occupied(text)
 }
 
-// interpret parses a listing. Where somebody has used nft on a table of iptables, iptables-nft-save shows nothing of it,
-// and calls that a success.
-func (t *table) interpret(text string) (Ruleset, error) {
-	rules := Parse(t.family, text)
-	if t.flavour == NFT && len(rules.Chains) == 0 {
-		return rules, errIncompatible
+// notShown are the tables that a listing leaves out though they have chains. Where somebody has used nft on a table of
+// iptables, iptables-nft-save shows nothing of it, and calls that a success.
+func (t *store) notShown(listed Ruleset) []TableName {
+	var missing []TableName
+	for _, c := range t.chains {
+		if name := TableName(c.table); len(listed.Chains(name)) == 0 && !slices.Contains(missing, name) {
+			missing = append(missing, name)
+		}
 	}
-	return rules, nil
+	return missing
 }
 
-var errIncompatible = errors.New("the nat table of nftables holds rules that were made with nft and that iptables cannot show; make them in a table of another name")
+var errIncompatible = errors.New("a table of nftables holds rules that were made with nft and that iptables cannot show; make them in a table of another name")
 
 // occupied tells whether the output of iptables-save holds a rule, a chain or a policy that is not ours.
 func occupied(text string) bool {
@@ -176,35 +184,47 @@ func legacyTablesExist(family Family) (bool, error) {
 	return len(names) > 0, nil
 }
 
-func (s survey) table(family Family, flavour Flavour) table {
-	i := slices.IndexFunc(s.tables, func(t table) bool { return t.family == family && t.flavour == flavour })
-	return s.tables[i]
+func (s survey) store(family Family, flavour Flavour) store {
+	i := slices.IndexFunc(s.stores, func(t store) bool { return t.family == family && t.flavour == flavour })
+	return s.stores[i]
 }
 
-// choose picks the table for our rules: the one that holds them already, so that a second run finds what the first one
+// choose picks the store for our rules: the one that holds them already, so that a second run finds what the first one
 // made; else the flavour that other people use here; else nft if it can be used.
-func (s survey) choose(family Family) (table, error) {
-	nft, legacy := s.table(family, NFT), s.table(family, Legacy)
+func (s survey) choose(want Ruleset) (store, error) {
+	nft, legacy := s.store(want.Family, NFT), s.store(want.Family, Legacy)
 	chosen := nft
 	switch {
 	case nft.ours && !legacy.ours:
 	case legacy.ours && !nft.ours, legacy.occupied:
 		chosen = legacy
-	case nft.usable() != nil && legacy.missing == nil:
+	case nft.usable(want) != nil && legacy.missing == nil:
 		chosen = legacy
 	case nft.missing != nil:
-		return nft, fmt.Errorf("%w for %s: %w; %w", errNoFlavour, family, nft.missing, legacy.missing)
+		return nft, fmt.Errorf("%w of any flavour for %s: %w; %w", errNoFlavour, want.Family, nft.missing, legacy.missing)
 	}
-	return chosen, chosen.usable()
+	return chosen, chosen.usable(want)
 }
 
 // errNoFlavour means that there is nothing to make rules with.
-var errNoFlavour = errors.New("no iptables of any flavour")
+var errNoFlavour = errors.New("no iptables")
 
-// usable tells why a table that holds our rules, or shall hold them, cannot be worked on.
-func (t table) usable() error {
-	if t.missing != nil {
+// usable tells why a store that holds our rules, or shall hold the wanted ones, cannot be worked on.
+func (t store) usable(want Ruleset) error {
+	switch {
+	case t.missing == nil:
+	case t.ours:
 		return fmt.Errorf("%s holds %s rules of an earlier run, but there is no program to change them: %w", t.flavour, t.family, t.missing)
+	default:
+		return fmt.Errorf("%w for %s: %w", errNoFlavour, t.family, t.missing)
+	}
+	for _, name := range t.opaque {
+		ours := slices.ContainsFunc(t.chains, func(c nftChain) bool {
+			return TableName(c.table) == name && strings.HasPrefix(c.name, ownPrefix)
+		})
+		if ours || len(want.Chains(name)) > 0 {
+			return fmt.Errorf("the %s %s table: %w", t.family, name, errIncompatible)
+		}
 	}
 	return t.unread
 }
@@ -212,6 +232,7 @@ func (t table) usable() error {
 // ipv6 is what the namespace has of IPv6.
 type ipv6 struct {
 	enabled bool // loopback can have addresses
+	first   bool // the first global address is one of IPv6
 	global  bool // the pod has an address that others may reach it at
 	source  bool // capture.InboundSource6 is on the loopback
 	ours    bool // and it was us who put it there
@@ -235,10 +256,34 @@ func readIPv6() (ipv6, error) {
 			state.enabled = false
 		}
 	}
+	if state.first, err = firstIsIPv6(); err != nil {
+		return state, err
+	}
 	for line := range strings.Lines(string(addresses)) {
 		state.addAddress(strings.Fields(line))
 	}
 	return state, nil
+}
+
+// firstIsIPv6 judges as istio-iptables does, but passes over the address that an earlier run put on the loopback.
+func firstIsIPv6() (bool, error) {
+	addresses, err := net.InterfaceAddrs()
+	if err != nil {
+		return false, fmt.Errorf("listing addresses: %w", err)
+	}
+	for _, a := range addresses {
+		prefix, err := netip.ParsePrefix(a.String())
+		address := prefix.Addr().Unmap()
+		if err == nil && !address.IsLoopback() && !address.IsLinkLocalUnicast() && address != capture.InboundSource6 {
+			return address.Is6(), nil
+		}
+	}
+	return false, nil
+}
+
+// wanted tells whether there shall be rules for IPv6.
+func (state ipv6) wanted(choice capture.IPv6Choice) bool {
+	return state.enabled && (choice == capture.IPv6Wherever || state.first)
 }
 
 // addAddress takes a line of if_inet6: address, interface number, prefix length, scope and flags, all in hexadecimal,

@@ -10,27 +10,28 @@ func TestChoiceOfTheFlavour(t *testing.T) {
 	gone := errors.New("not there")
 	for _, test := range []struct {
 		name        string
-		nft, legacy table
+		nft, legacy store
 		want        Flavour
 		err         string
 	}{
-		{"nothing is there yet", table{}, table{}, NFT, ""},
-		{"ours are in nft", table{ours: true}, table{occupied: true}, NFT, ""},
-		{"ours are in legacy", table{occupied: true}, table{ours: true}, Legacy, ""},
-		{"ours are in both", table{ours: true}, table{ours: true}, NFT, ""},
-		{"ours are in both, others in legacy", table{ours: true}, table{ours: true, occupied: true}, Legacy, ""},
-		{"others are in legacy", table{}, table{occupied: true}, Legacy, ""},
-		{"others are in nft", table{occupied: true}, table{}, NFT, ""},
-		{"no nft, as under gVisor", table{missing: errNoKernelSupport}, table{}, Legacy, ""},
-		{"nft that iptables cannot show", table{unread: errIncompatible}, table{}, Legacy, ""},
-		{"the same without legacy", table{unread: errIncompatible}, table{missing: gone}, "", errIncompatible.Error()},
-		{"no legacy", table{}, table{missing: gone}, NFT, ""},
-		{"neither", table{missing: gone}, table{missing: gone}, "", "no iptables of any flavour for ipv4: not there; not there"},
-		{"ours are out of reach", table{ours: true, missing: gone}, table{}, "", "nft holds ipv4 rules of an earlier run"},
+		{"nothing is there yet", store{}, store{}, NFT, ""},
+		{"ours are in nft", store{ours: true}, store{occupied: true}, NFT, ""},
+		{"ours are in legacy", store{occupied: true}, store{ours: true}, Legacy, ""},
+		{"ours are in both", store{ours: true}, store{ours: true}, NFT, ""},
+		{"ours are in both, others in legacy", store{ours: true}, store{ours: true, occupied: true}, Legacy, ""},
+		{"others are in legacy", store{}, store{occupied: true}, Legacy, ""},
+		{"others are in nft", store{occupied: true}, store{}, NFT, ""},
+		{"no nft, as under gVisor", store{missing: errNoKernelSupport}, store{}, Legacy, ""},
+		{"nft that iptables cannot show", store{opaque: []TableName{NAT}}, store{}, Legacy, ""},
+		{"the same without legacy", store{opaque: []TableName{NAT}}, store{missing: gone}, "", "the ipv4 nat table: " + errIncompatible.Error()},
+		{"the same in a table that we do not need", store{opaque: []TableName{Raw, Mangle}}, store{}, NFT, ""},
+		{"no legacy", store{}, store{missing: gone}, NFT, ""},
+		{"neither", store{missing: gone}, store{missing: gone}, "", "no iptables of any flavour for ipv4: not there; not there"},
+		{"ours are out of reach", store{ours: true, missing: gone}, store{}, "", "nft holds ipv4 rules of an earlier run"},
 	} {
 		test.nft.family, test.nft.flavour = IPv4, NFT
 		test.legacy.family, test.legacy.flavour = IPv4, Legacy
-		got, err := survey{tables: []table{test.nft, test.legacy}}.choose(IPv4)
+		got, err := survey{stores: []store{test.nft, test.legacy}}.choose(Rules(captureAll, IPv4))
 		if test.err != "" {
 			if err == nil || !strings.HasPrefix(err.Error(), test.err) {
 				t.Errorf("%s: got error %v, want %q", test.name, err, test.err)

@@ -7,76 +7,172 @@ import (
 	"strings"
 )
 
-// Packet is the first packet of a TCP connection, as the nat table sees it. Only it is looked up there; the rest of the
-// connection follows its verdict.
+// Packet is a packet as the rules see it. The zero values of Protocol and State make it the first of a TCP connection.
 type Packet struct {
 	// In is the interface on which the packet came in. It is empty for a packet that a local process sends, which goes
-	// through OUTPUT; others go through PREROUTING.
+	// through OUTPUT, and then, if Out is the loopback, comes in there; others go through PREROUTING.
 	In string
 	// Out is the interface to which a local process's packet is routed.
-	Out string
+	Out      string
+	Protocol Protocol // TCP when empty
 	// UID and GID are those of the sending process's socket, when it is local.
 	UID, GID uint32
 	Src      netip.Addr
+	SrcPort  uint16
 	Dst      netip.AddrPort
+	// Mark is what the socket gave the packet, ConnMark what an earlier packet left on the connection.
+	Mark, ConnMark uint32
+	State          State
 }
+
+// Action is what the rules do with a packet.
+type Action string
+
+// The actions.
+const (
+	LeftAlone  Action = ""                // it goes where it was going
+	Redirected Action = "redirected"      // it goes to the agent, and its destination is changed
+	Given      Action = "given by TPROXY" // it goes to the agent as it is
+	Dropped    Action = "dropped"
+)
 
 // Verdict is what the rules do with a packet. The zero value leaves it alone.
 type Verdict struct {
-	// Redirect is the port of the agent to which the packet goes instead, or zero.
-	Redirect uint16
+	Action Action
+	// Port is the port of the agent to which the packet goes, or zero.
+	Port uint16
 }
 
 func (v Verdict) String() string {
-	if v.Redirect == 0 {
+	switch {
+	case v == Verdict{}:
 		return "left alone"
+	case v.Port == 0:
+		return string(v.Action)
 	}
-	return fmt.Sprintf("redirected to %d", v.Redirect)
+	return fmt.Sprintf("%s to %d", v.Action, v.Port)
 }
 
-// Trace walks a packet through our rules, in order, and returns the verdict and the IDs of the rules that matched on the
-// way. Foreign rules are passed over.
-func (rs Ruleset) Trace(p Packet) (Verdict, []string) {
-	walk := walk{rules: rs, packet: p}
-	hook := chainBuiltOutput
-	if p.In != "" {
-		hook = chainPrerouting
+// Walk is a packet's way through the rules, and what it left there.
+type Walk struct {
+	Verdict Verdict
+	// Path are the IDs of the rules that matched, in order.
+	Path []string
+	// Mark and ConnMark are the marks of the packet and of its connection at the end.
+	Mark, ConnMark uint32
+	// Zone is the packet's zone of connection tracking.
+	Zone uint16
+}
+
+// Trace walks a packet through our rules, table by table as the kernel does it. Foreign rules are passed over.
+//
+// Address translation is looked up for the first packet of a connection only; the rest of the connection follows its
+// verdict, which is not repeated here.
+func (rs Ruleset) Trace(p Packet) Walk {
+	if p.Protocol == "" {
+		p.Protocol = TCP
 	}
-	walk.through(hook)
-	return walk.verdict, walk.path
+	w := walk{rules: rs, packet: p}
+	w.Mark, w.ConnMark = p.Mark, p.ConnMark
+	if p.In != "" {
+		w.hook(chainPrerouting, TableNames...)
+		return w.Walk
+	}
+	w.hook(chainBuiltOutput, TableNames...)
+	if w.Verdict.Action == Dropped || p.Out != loopback && w.Verdict.Action != Redirected {
+		return w.Walk
+	}
+	// What stays here comes in on the loopback, without an owner. Its connection and its zone are known by then, and so is
+	// its translation.
+	if w.Verdict.Action == Redirected {
+		w.packet.Dst = netip.AddrPortFrom(factsOf(rs.Family).localhost.Addr(), w.Verdict.Port)
+	}
+	w.packet.In, w.packet.Out, w.zoned = loopback, "", true
+	w.hook(chainPrerouting, Raw, Mangle)
+	return w.Walk
 }
 
 type walk struct {
-	rules   Ruleset
-	packet  Packet
-	verdict Verdict
-	path    []string
-	inside  []string // the chains that the walk will come back to
+	Walk
+	rules  Ruleset
+	packet Packet
+	zoned  bool // the zone is chosen
+	table  TableName
+	inside []string // the chains that the walk will come back to
 }
 
-// through walks one chain and tells whether the packet's fate is sealed. Coming to a chain from within itself ends the
-// walk: the kernel refuses loops, but text can hold them.
+// hook walks the tables that have rules there, until one of them seals the packet's fate.
+func (w *walk) hook(chain string, tables ...TableName) {
+	for _, w.table = range tables {
+		w.packet.Mark, w.packet.ConnMark = w.Mark, w.ConnMark
+		if w.table == NAT && w.packet.State != "" {
+			continue
+		}
+		w.through(chain)
+		if w.Verdict.Action == Dropped {
+			return
+		}
+	}
+}
+
+// through walks one chain and tells whether the table is done with the packet. Coming to a chain from within itself ends
+// the walk: the kernel refuses loops, but text can hold them.
 func (w *walk) through(chain string) (ended bool) {
 	if slices.Contains(w.inside, chain) {
 		return true
 	}
 	w.inside = append(w.inside, chain)
 	defer func() { w.inside = w.inside[:len(w.inside)-1] }()
-	for _, r := range w.rules.chain(chain).Rules {
+	for _, r := range w.rules.chain(Place{w.table, chain}).Rules {
 		if r.Foreign != "" || !r.Match.matches(w.packet) {
 			continue
 		}
-		w.path = append(w.path, r.ID)
+		w.Path = append(w.Path, r.ID)
 		switch target := r.Target.(type) {
 		case Return:
 			return false
-		case Redirect:
-			w.verdict.Redirect = uint16(target)
-			return true
 		case Jump:
 			if w.through(string(target)) {
 				return true
 			}
+		default:
+			if w.apply(target) {
+				return true
+			}
+			w.packet.Mark, w.packet.ConnMark = w.Mark, w.ConnMark
+		}
+	}
+	return false
+}
+
+// apply does what a target that is not about chains does, and tells whether the table is done with the packet.
+func (w *walk) apply(target Target) (ended bool) {
+	switch target := target.(type) {
+	case Redirect:
+		// A socket that TPROXY has chosen already keeps the packet, whatever its address is changed to.
+		if w.Verdict.Action != Given {
+			w.Verdict = Verdict{Redirected, uint16(target)}
+		}
+		return true
+	case ToSocket:
+		w.Verdict, w.Mark = Verdict{Given, target.To.Port()}, target.Mark
+		return true
+	case Drop:
+		w.Verdict = Verdict{Action: Dropped}
+		return true
+	case Accept:
+		return true
+	case SetMark:
+		w.Mark = uint32(target)
+	case SetConnMark:
+		w.ConnMark = uint32(target)
+	case SaveMark:
+		w.ConnMark = w.Mark
+	case RestoreMark:
+		w.Mark = w.ConnMark
+	case Zone:
+		if !w.zoned {
+			w.Zone, w.zoned = uint16(target), true
 		}
 	}
 	return false
@@ -85,9 +181,14 @@ func (w *walk) through(chain string) (ended bool) {
 func (m Match) matches(p Packet) bool {
 	return (m.In == "" || onInterface(m.In, p.In)) &&
 		(m.Out == "" || onInterface(m.Out, p.Out)) &&
+		(m.Protocol == "" || m.Protocol == p.Protocol) &&
 		(!m.Src.IsValid() || m.Src.Contains(p.Src)) &&
 		(!m.Dst.IsValid() || m.Dst.Contains(p.Dst.Addr().WithZone("")) != m.NotDst) &&
+		(m.SrcPorts.First == 0 || m.SrcPorts.Contains(p.SrcPort)) &&
 		(m.DstPorts.First == 0 || m.DstPorts.Contains(p.Dst.Port()) != m.NotDstPorts) &&
+		(m.Mark == 0 || (m.Mark == p.Mark) != m.NotMark) &&
+		(m.ConnMark == 0 || m.ConnMark == p.ConnMark) &&
+		(m.State == "" || m.State == p.State) &&
 		m.Owner.matches(p)
 }
 
@@ -103,9 +204,9 @@ func onInterface(pattern, name string) bool {
 func (o Owner) matches(p Packet) bool {
 	switch o.Kind {
 	case UID:
-		return p.In == "" && o.ID == p.UID
+		return p.In == "" && o.IDs.Contains(p.UID)
 	case GID:
-		return p.In == "" && o.ID == p.GID
+		return p.In == "" && o.IDs.Contains(p.GID)
 	}
 	return true
 }

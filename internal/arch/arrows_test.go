@@ -14,7 +14,7 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward", "internal/live", "internal/podinfo"},
+	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward", "internal/live", "internal/netns", "internal/podinfo"},
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow",
 		"internal/accesslog", "internal/admin", "internal/httpforward", "internal/listener", "internal/live", "internal/localaddr",
@@ -22,7 +22,7 @@ var arrows = []struct {
 		"the housekeeper builds every part and knows the order in which they stop"},
 	{"inbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
-	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
+	{"iptables", []string{"internal/capture", "internal/sockopt"}, "rules are data about what is captured; a probe asks where its connection was going"},
 	{"healthz", []string{"internal/capture", "internal/http2", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/status", []string{"healthz"}, "a handler may need more time than its server gives, and loopback is not always local"},

@@ -2,6 +2,7 @@ package capture
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -51,9 +52,33 @@ type Prefixes struct {
 // None tells whether no network is chosen.
 func (p Prefixes) None() bool { return !p.All && len(p.List) == 0 }
 
-// ParsePort reads one port, which cannot be 0.
+// IDRange is the users or groups from First to Last, both included; they are equal for a single one.
+type IDRange struct{ First, Last uint32 }
+
+// String is the spelling of iptables: 1337 or 1337-1340.
+func (r IDRange) String() string {
+	if r.First == r.Last {
+		return strconv.FormatUint(uint64(r.First), 10)
+	}
+	return fmt.Sprintf("%d-%d", r.First, r.Last)
+}
+
+// Contains tells whether id is one of the range.
+func (r IDRange) Contains(id uint32) bool { return r.First <= id && id <= r.Last }
+
+// Groups is a choice of groups: all of them or a list. The zero value chooses none.
+type Groups struct {
+	All  bool
+	List []IDRange
+}
+
+// ParsePort reads one port, which cannot be 0. It is a number, or a service that the system knows.
 func ParsePort(text string) (uint16, error) {
 	port, err := strconv.ParseUint(text, 10, 16)
+	if err != nil && text != "" && !strings.ContainsAny(text[:1], "+-0123456789") {
+		named, lookupErr := net.LookupPort("tcp", text)
+		port, err = uint64(named), lookupErr
+	}
 	if err != nil || port == 0 {
 		return 0, fmt.Errorf("%q is not a port: use a number from 1 to 65535", text)
 	}
@@ -69,13 +94,16 @@ func ParsePorts(text string) (Ports, error) {
 	return Ports{List: list}, err
 }
 
-// ParsePortList reads ports and ranges such as 80,8000:9000. Empty items and repetitions are dropped.
+// ParsePortList reads ports and ranges such as 80,ssh,8000:9000,8000-9000. Empty items and repetitions are dropped.
 func ParsePortList(text string) ([]PortRange, error) { return parseList(text, parsePortRange) }
 
 func parsePortRange(item string) (PortRange, error) {
+	if port, err := ParsePort(item); err == nil { // the name of a service may hold a dash
+		return PortRange{port, port}, nil
+	}
 	first, last, isRange := strings.Cut(item, ":")
 	if !isRange {
-		last = first
+		first, last, _ = strings.Cut(item, "-")
 	}
 	low, errLow := ParsePort(first)
 	high, errHigh := ParsePort(last)
@@ -109,25 +137,85 @@ func parsePrefix(item string) (netip.Prefix, error) {
 	return prefix.Masked(), nil
 }
 
-// ParseIDs reads users or groups: numbers, and names that lookup turns into numbers. Empty items and repetitions are
-// dropped.
-func ParseIDs(text string, lookup func(name string) (string, error)) ([]uint32, error) {
-	return parseList(text, func(item string) (uint32, error) {
-		number := item
-		if strings.Trim(item, "0123456789") != "" {
+// ParseIDs reads users or groups: numbers, ranges such as 1337-1340, and names that lookup turns into numbers. Empty items
+// and repetitions are dropped.
+func ParseIDs(text string, lookup func(name string) (string, error)) ([]IDRange, error) {
+	return parseList(text, func(item string) (IDRange, error) {
+		first, last, isRange := strings.Cut(item, "-")
+		switch {
+		case strings.Trim(item, "0123456789-") != "" || first == "" || isRange && last == "":
 			found, err := lookup(item)
 			if err != nil {
-				return 0, fmt.Errorf("%q is neither a number nor a known name: use a number such as %d", item, DefaultProxyID)
+				return IDRange{}, fmt.Errorf("%q is neither a number nor a known name: use a number such as %d, or a range such as 1337-1340", item, DefaultProxyID)
 			}
-			number = found
+			first, last = found, found
+		case !isRange:
+			last = first
 		}
-		id, err := strconv.ParseUint(number, 10, 32)
-		if err != nil || id == noID {
-			return 0, fmt.Errorf("%q is not a user or group: use a number from 0 to %d", item, uint32(noID-1))
+		low, errLow := strconv.ParseUint(first, 10, 32)
+		high, errHigh := strconv.ParseUint(last, 10, 32)
+		if errLow != nil || errHigh != nil || high == noID {
+			return IDRange{}, fmt.Errorf("%q is not a user or group: use a number from 0 to %d", item, uint32(noID-1))
 		}
-		return uint32(id), nil
+		if high < low {
+			return IDRange{}, fmt.Errorf("%q is an empty range: write the lower number first", item)
+		}
+		return IDRange{uint32(low), uint32(high)}, nil
 	})
 }
+
+// ParseGroups reads "*", or a list as ParseIDs does.
+func ParseGroups(text string, lookup func(name string) (string, error)) (Groups, error) {
+	if strings.TrimSpace(text) == All {
+		return Groups{All: true}, nil
+	}
+	list, err := ParseIDs(text, lookup)
+	return Groups{List: list}, err
+}
+
+// ParseNumber reads a mark or the number of a routing table, decimal or, with 0x in front, hexadecimal.
+func ParseNumber(text string) (uint32, error) {
+	digits, hexadecimal := strings.CutPrefix(strings.ToLower(text), "0x")
+	base := 10
+	if hexadecimal {
+		base = 16
+	}
+	number, err := strconv.ParseUint(digits, base, 32)
+	if err != nil {
+		return 0, fmt.Errorf("%q is not a number: use a decimal one such as 1337 or a hexadecimal one such as 0x539, of 32 bits", text)
+	}
+	return uint32(number), nil
+}
+
+// ParseLocalhost4 reads the IPv4 loopback network in which the workload means itself.
+func ParseLocalhost4(text string) (netip.Prefix, error) {
+	prefix, err := netip.ParsePrefix(text)
+	if err != nil || !prefix.Addr().Is4() || !prefix.Addr().IsLoopback() || prefix.Bits() < 8 {
+		return netip.Prefix{}, fmt.Errorf("%q is not an IPv4 loopback network: use one in 127.0.0.0/8, such as 127.0.0.1/32", text)
+	}
+	return prefix.Masked(), nil
+}
+
+// ParseNameservers finds the servers in the text of a resolv.conf(5). Lines that it cannot read are skipped, as resolvers
+// do.
+func ParseNameservers(text string) []netip.Addr {
+	var servers []netip.Addr
+	for line := range strings.Lines(text) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 || fields[0] != "nameserver" {
+			continue
+		}
+		server, err := netip.ParseAddr(fields[1])
+		server = server.Unmap().WithZone("")
+		if err == nil && !slices.Contains(servers, server) && len(servers) < maxNameservers {
+			servers = append(servers, server)
+		}
+	}
+	return servers
+}
+
+// maxNameservers bounds the rules that a resolv.conf can ask for. Resolvers themselves look at three.
+const maxNameservers = 64
 
 // ParseInterfaces reads interface names such as eth1,tun+.
 func ParseInterfaces(text string) ([]string, error) { return parseList(text, ParseInterface) }

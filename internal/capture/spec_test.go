@@ -34,17 +34,27 @@ func TestValidateNamesWhatIsWrong(t *testing.T) {
 		change func(*Spec)
 		want   string
 	}{
-		{"no outbound port", func(s *Spec) { s.OutboundPort = 0 }, "outbound port is 0"},
-		{"no inbound port", func(s *Spec) { s.InboundPort = 0 }, "inbound port is 0"},
-		{"no tunnel port", func(s *Spec) { s.TunnelPort = 0 }, "tunnel port is 0"},
-		{"one port for both directions", func(s *Spec) { s.OutboundPort = 15006 }, "outbound port and the inbound port are both 15006"},
-		{"a port that the agent needs", func(s *Spec) { s.InboundPort = 15021 }, "readiness port and the inbound port are both 15021"},
-		{"nobody is left alone", func(s *Spec) { s.ProxyUIDs, s.ProxyGIDs = nil, nil }, "no proxy user and no proxy group"},
-		{"an impossible user", func(s *Spec) { s.ProxyUIDs = []uint32{1<<32 - 1} }, "4294967295 is not a user"},
-		{"a range backwards", func(s *Spec) { s.Inbound.List = []PortRange{{90, 80}} }, "90:80"},
-		{"a range from 0", func(s *Spec) { s.OutboundPorts = []PortRange{{0, 80}} }, "0:80"},
-		{"a network that is not set", func(s *Spec) { s.OutboundExcluded = make([]netip.Prefix, 1) }, "not set"},
-		{"an interface with a blank", func(s *Spec) { s.InterfacesExcluded = []string{"eth0 -j"} }, `"eth0 -j" is not an interface`},
+		{"no outbound port", func(s *Spec) { s.OutboundPort = 0 }, "-p 0: the outbound port is one from 1"},
+		{"no inbound port", func(s *Spec) { s.InboundPort = 0 }, "-z 0: the inbound port is one from 1"},
+		{"no tunnel port", func(s *Spec) { s.TunnelPort = 0 }, "-e 0: the tunnel port is one from 1"},
+		{"one port for both directions", func(s *Spec) { s.OutboundPort = 15006 }, "-z 15006: the outbound port and the inbound port are the same"},
+		{"a port that the agent needs", func(s *Spec) { s.InboundPort = 15021 }, "-z 15021: the readiness port and the inbound port are the same"},
+		{"nobody is left alone", func(s *Spec) { s.ProxyUIDs, s.ProxyGIDs = nil, nil }, "-u and -g name no user and no group"},
+		{"an impossible user", func(s *Spec) { s.ProxyUIDs = []IDRange{{1, 1<<32 - 1}} }, "-u 1-4294967295: a user or group"},
+		{"a range backwards", func(s *Spec) { s.Inbound.List = []PortRange{{90, 80}} }, "-b 90:80: a range"},
+		{"a range from 0", func(s *Spec) { s.OutboundPorts = []PortRange{{0, 80}} }, "-q 0:80: a range"},
+		{"a network that is not set", func(s *Spec) { s.OutboundExcluded = make([]netip.Prefix, 1) }, "-x: a network is not set"},
+		{"an interface with a blank", func(s *Spec) { s.InterfacesExcluded = []string{"eth0 -j"} }, `-c: "eth0 -j" is not an interface`},
+		{"a virtual interface without a name", func(s *Spec) { s.VirtualInterfaces = []string{"+"} }, `-k: "+" is not an interface`},
+		{"a group backwards", func(s *Spec) { s.OwnerGroupsExcluded = []IDRange{{9, 8}} }, "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE 9-8"},
+		{"too many groups", func(s *Spec) { s.OwnerGroups = Groups{List: make([]IDRange, 65)} }, "ISTIO_OUTBOUND_OWNER_GROUPS lists 65 groups: at most 64"},
+		{"too many groups left alone", func(s *Spec) { s.OwnerGroupsExcluded = make([]IDRange, 65) }, "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE lists 65 groups"},
+		{"a loopback network that is none", func(s *Spec) { s.Localhost4 = netip.MustParsePrefix("10.0.0.0/8") }, `ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR: "10.0.0.0/8" is not`},
+		{"a server that is not set", func(s *Spec) { s.DNSServers = make([]netip.Addr, 1) }, "a DNS server is not set"},
+		{"no mode", func(s *Spec) { s.Mode = "" }, `-m "" is not a mode: use REDIRECT or TPROXY`},
+		{"mark 0", func(s *Spec) { s.Mode, s.TPROXYMark = TPROXY, 0 }, "-t 0: use a mark that is neither 0 nor 1338"},
+		{"the mark that the rules need", func(s *Spec) { s.Mode, s.TPROXYMark = TPROXY, 1338 }, "-t 1338: use a mark"},
+		{"the main table", func(s *Spec) { s.Mode, s.TPROXYTable = TPROXY, 254 }, "-r 254: use a routing table of its own"},
 	} {
 		spec := Default()
 		test.change(&spec)
@@ -59,5 +69,28 @@ func TestALoneGroupIsEnough(t *testing.T) {
 	spec.ProxyUIDs = nil
 	if err := spec.Validate(); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestExactly64GroupsArePossible(t *testing.T) {
+	spec := Default()
+	spec.OwnerGroups = Groups{List: make([]IDRange, MaxOwnerGroups)}
+	if err := spec.Validate(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestDNSIsCapturedWhereThereIsAServerAndPort53IsNotExcluded(t *testing.T) {
+	server := []netip.Addr{netip.MustParseAddr("10.0.0.53")}
+	for want, specs := range map[bool][]Spec{
+		true: {{RedirectDNS: true, DNSServers: server}, {RedirectDNS: true, CaptureAllDNS: true}},
+		false: {{DNSServers: server, CaptureAllDNS: true}, {RedirectDNS: true},
+			{RedirectDNS: true, CaptureAllDNS: true, OutboundPortsExcluded: []PortRange{{50, 60}}}},
+	} {
+		for _, spec := range specs {
+			if spec.CapturesDNS() != want {
+				t.Errorf("%+v captures DNS: %t", spec, !want)
+			}
+		}
 	}
 }
