@@ -16,6 +16,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -39,6 +40,8 @@ func TestValidateNamesTheFlag(t *testing.T) {
 		"--half-close-timeout": func(c *Config) { c.HalfCloseTimeout = -1 },
 		"--drain-delay":        func(c *Config) { c.DrainDelay = c.DrainTimeout + 1 },
 		"--drain-timeout":      func(c *Config) { c.DrainTimeout = -1 },
+		"--interception-mode":  func(c *Config) { c.Mode = "tproxy" },
+		"--tproxy-mark":        func(c *Config) { c.Mode, c.TPROXYMark = capture.TPROXY, capture.LoopMark },
 		"--max-connections":    func(c *Config) { c.MaxConnections = -1 },
 		"Config.Log":           func(c *Config) { c.Log = nil },
 	} {

@@ -103,3 +103,11 @@ func parseCount(text string) (int, error) {
 	}
 	return int(n), nil
 }
+
+func parseMark(text string) (uint32, error) {
+	mark, err := strconv.ParseUint(text, 0, 32)
+	if err != nil || mark == 0 {
+		return 0, fmt.Errorf("not a mark: use a number from 1 to %d", uint32(1<<32-1))
+	}
+	return uint32(mark), nil
+}
