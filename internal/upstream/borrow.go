@@ -17,8 +17,8 @@ import (
 //
 // The address is the client's, and the port cannot be. Between the client's address and port and the workload's there is
 // a connection already, the downstream one, which ends here as the new one would. A network namespace has one socket for
-// each pair of ends: the SYN of a second one reaches the first, whose answer resets both. So the port is another, of which
-// the same must be true: no connection that the client has, or opens while ours lasts. The first is known here. The
+// each pair of ends: the SYN of a second one reaches the first, and what comes of that resets it. So the port is another,
+// which must not be that of any connection that the client has, or opens while ours lasts. The first is known here. The
 // second is made unlikely by ports that clients are not given: Linux, Windows and macOS take theirs from 32768 upwards.
 type Borrower struct {
 	mark uint32
