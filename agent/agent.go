@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -39,6 +40,8 @@ type Agent struct {
 	inboundProxy      *inbound.Proxy
 	outboundProxy     *outbound.Proxy
 	inbound, outbound *listener.Server
+	closing           sync.Once         // of the door
+	door              *listener.Server  // where inbound was, when it is closed; nil before that
 	pools             [2]*upstream.Pool // by direction
 
 	probers     *healthz.Probers
@@ -61,6 +64,9 @@ func New(config Config) (*Agent, error) {
 	if err := config.Validate(); err != nil {
 		return nil, err
 	}
+	if err := mayBorrow(config.Mode, os.Geteuid()); err != nil {
+		return nil, err
+	}
 	a := &Agent{config: config, log: config.Log, started: time.Now()}
 	a.over, a.quitting = context.WithCancel(context.Background())
 	if err := a.build(); err != nil {
@@ -68,6 +74,24 @@ func New(config Config) (*Agent, error) {
 		return nil, err
 	}
 	return a, nil
+}
+
+// mayBorrow refuses the user whose connections TPROXY rules, Istio's at least, send to the agent: those to the workload
+// from its client's address would come back.
+func mayBorrow(mode capture.Mode, user int) error {
+	if mode == capture.TPROXY && user == capture.DefaultProxyID {
+		return fmt.Errorf("--interception-mode %s: as user %d the agent's connections to the workload would come back to itself;"+
+			" run it as user 0 and group %d, with the capability NET_ADMIN, as Istio's injector does", mode, user, capture.DefaultProxyID)
+	}
+	return nil
+}
+
+// tproxyMark is zero in the mode that needs none.
+func (a *Agent) tproxyMark() uint32 {
+	if a.config.Mode == capture.TPROXY {
+		return a.config.TPROXYMark
+	}
+	return 0
 }
 
 // build makes the parts in the order in which they need each other.
@@ -96,6 +120,7 @@ func (a *Agent) build() error {
 		ConnectTimeout:   a.config.ConnectTimeout,
 		IdleTimeout:      a.config.IdleTimeout,
 		HalfCloseTimeout: a.config.HalfCloseTimeout,
+		TPROXYMark:       a.tproxyMark(),
 		Flows:            a.telling.table,
 		OpaquePorts:      a.config.OpaquePorts,
 		DetectionDelay:   a.config.DetectionDelay,
@@ -167,7 +192,7 @@ func (a *Agent) bind() error {
 	if a.outbound.Listeners, err = listen(a, "--outbound-port", loopback, a.config.OutboundPort, a.poller.Listen); err != nil {
 		return err
 	}
-	if a.inbound.Listeners, err = listen(a, "--inbound-port", allAddresses, a.config.InboundPort, a.poller.Listen); err != nil {
+	if a.inbound.Listeners, err = listen(a, "--inbound-port", allAddresses, a.config.InboundPort, a.listenInbound); err != nil {
 		return err
 	}
 	for _, s := range a.servers {
@@ -176,6 +201,19 @@ func (a *Agent) bind() error {
 		}
 	}
 	return nil
+}
+
+// listenInbound binds one address for what the rules of the mode bring.
+func (a *Agent) listenInbound(address netip.AddrPort) (*tcp.Listener, error) {
+	if a.config.Mode != capture.TPROXY {
+		return a.poller.Listen(address)
+	}
+	listener, err := a.poller.ListenTransparent(address)
+	if errors.Is(err, syscall.EPERM) {
+		return nil, fmt.Errorf("--interception-mode %s needs the capability NET_ADMIN: add it to the agent's securityContext,"+
+			" or use %s for init and agent: %w", capture.TPROXY, capture.Redirect, err)
+	}
+	return listener, err
 }
 
 // listen binds port at each address, by open. A workload without IPv6 is served without.

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/admin"
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -42,6 +43,8 @@ func TestValidateNamesTheFlag(t *testing.T) {
 		"--drain-timeout":       func(c *Config) { c.DrainTimeout = -1 },
 		"--max-connections":     func(c *Config) { c.MaxConnections = -1 },
 		"--access-log-interval": func(c *Config) { c.AccessLog.Interval = time.Nanosecond },
+		"--interception-mode":   func(c *Config) { c.Mode = "tproxy" },
+		"--tproxy-mark":         func(c *Config) { c.Mode, c.TPROXYMark = capture.TPROXY, capture.LoopMark },
 		"Config.Log":            func(c *Config) { c.Log = nil },
 	} {
 		config := valid

@@ -22,6 +22,9 @@ type Config struct {
 	MetricsPort   uint16 // the agent's own metrics; zero: not served
 	AdminPort     uint16 // Envoy's admin paths and the live page, on loopback; zero: not served, and nothing is kept for it
 
+	Mode       capture.Mode // how inbound connections come
+	TPROXYMark uint32       // with capture.TPROXY, of what is sent from a client's address; the rules know it
+
 	ConnectTimeout   time.Duration // for a dial upstream; zero leaves it to the kernel
 	IdleTimeout      time.Duration // ends connections in which nothing moves; zero: never
 	HalfCloseTimeout time.Duration // the same once one side has closed; zero: never
@@ -74,6 +77,8 @@ func Default() Config {
 		StatusPort:          15020,
 		MetricsPort:         15090,
 		AdminPort:           15000,
+		Mode:                capture.Redirect,
+		TPROXYMark:          1337,
 		ConnectTimeout:      10 * time.Second,
 		HalfCloseTimeout:    5 * time.Minute,
 		DetectionDelay:      5 * time.Millisecond,
@@ -144,6 +149,12 @@ func (c Config) Validate() error {
 	}
 	if c.MaxHeadFields < 1 || c.MaxHeadFields > maxHeadFields {
 		return fmt.Errorf("--max-head-fields: %d is out of range; use 1 to %d", c.MaxHeadFields, maxHeadFields)
+	}
+	if c.Mode != capture.Redirect && c.Mode != capture.TPROXY {
+		return fmt.Errorf("--interception-mode: %q is not a mode; use %s or %s", c.Mode, capture.Redirect, capture.TPROXY)
+	}
+	if c.Mode == capture.TPROXY && (c.TPROXYMark == 0 || c.TPROXYMark == capture.LoopMark) {
+		return fmt.Errorf("--tproxy-mark: %d cannot be the mark; use that of the rules, which is neither 0 nor %d", c.TPROXYMark, capture.LoopMark)
 	}
 	if err := c.AccessLog.validate(); err != nil {
 		return err

@@ -38,7 +38,7 @@ func (a *Agent) drainListeners(order admin.DrainOrder) {
 				return
 			}
 		}
-		a.inbound.Stop()
+		a.stopInbound()
 		if !order.InboundOnly {
 			a.outbound.Stop()
 		}

@@ -155,7 +155,7 @@ func (a *Agent) adminHandler() http.Handler {
 		Listeners: listeners,
 		Carrying: admin.Carrying{
 			OwnPorts: a.ownPorts(), OwnAddresses: a.addresses.All, OpaquePorts: ranges(a.config.OpaquePorts),
-			InboundSources: []netip.Addr{capture.InboundSource4, capture.InboundSource6},
+			InboundSources: []netip.Addr{capture.InboundSource4, capture.InboundSource6}, TPROXYMark: a.tproxyMark(),
 			ConnectTimeout: a.config.ConnectTimeout, IdleTimeout: a.config.IdleTimeout,
 			RequestTimeout: a.config.RequestTimeout, RequestHeadTimeout: a.config.RequestHeadTimeout,
 			UpstreamIdleTimeout: a.config.UpstreamIdleTimeout,

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/listener"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // ErrForced says that shutdown cut connections that were still open.
@@ -29,6 +31,7 @@ func (a *Agent) shutdown(force context.Context) error {
 		step(deadline)
 	}
 	cut := a.cutRest()
+	a.openDoor()
 	if err := a.telling.close(); err != nil {
 		a.log.Error("the end of the access log is lost", "error", err)
 	}
@@ -57,11 +60,46 @@ func (a *Agent) announceInTime(deadline context.Context) {
 }
 
 func (a *Agent) drainInbound(deadline context.Context) {
-	a.inbound.Stop()
+	a.stopInbound()
 	a.inboundProxy.Drain()
 	a.poller.WakeAll()
 	_ = a.inbound.Wait(deadline) // what is left then is cut by cutRest
 }
+
+// stopInbound closes the inbound listeners.
+func (a *Agent) stopInbound() {
+	a.inbound.Stop()
+	if a.config.Mode == capture.TPROXY {
+		a.closing.Do(a.closeDoor)
+	}
+}
+
+// closeDoor resets whoever comes from now on. With REDIRECT the kernel refuses them by itself, and they turn elsewhere at
+// once. TPROXY drops what has no listener, and they would wait until the pod is gone.
+func (a *Agent) closeDoor() {
+	door := &listener.Server{Name: "inbound, closed", Handler: closedDoor{}, Limit: new(listener.Limit), Log: a.log}
+	var err error
+	door.Listeners, err = listen(a, "--inbound-port", allAddresses, a.config.InboundPort, a.listenInbound)
+	if err != nil {
+		a.log.Warn("new inbound connections will hang, and not be reset", "error", err)
+	}
+	door.Start()
+	a.door = door
+}
+
+// openDoor leaves the rest to the kernel.
+func (a *Agent) openDoor() {
+	if a.door != nil {
+		a.door.Stop()
+		a.door.Abort()
+	}
+}
+
+// closedDoor resets each connection.
+type closedDoor struct{}
+
+func (closedDoor) ServeConn(_ context.Context, down *tcp.Conn) { down.Reset() }
+func (closedDoor) Refuse(down *tcp.Conn)                       { down.Reset() }
 
 func (a *Agent) drainOutbound(deadline context.Context) {
 	a.outbound.Stop()

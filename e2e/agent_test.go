@@ -41,11 +41,16 @@ func startAgent(t testing.TB, pod *nettest.Namespace, flags ...string) *agent {
 // launchAgent starts an agent by way of wrapper, a command that executes its last arguments, and does not wait for it.
 func launchAgent(t testing.TB, pod *nettest.Namespace, wrapper []string, flags ...string) *agent {
 	t.Helper()
+	return launchAgentBy(t, pod, append(append([]string{}, wrapper...), unprivileged(agentUID)...), flags...)
+}
+
+// launchAgentBy is launchAgent with all the words before the agent's own.
+func launchAgentBy(t testing.TB, pod *nettest.Namespace, wrapper []string, flags ...string) *agent {
+	t.Helper()
 	a := &agent{log: &logBook{}, access: &logBook{}}
 	// Registered before the start, so that it runs after the agent has been ended.
 	t.Cleanup(func() { a.log.checkHealth(t) })
-	words := append(append([]string{}, wrapper...), unprivileged(agentUID)...)
-	words = append(words, pillion, "agent", "--log-level", "debug")
+	words := append(append([]string{}, wrapper...), pillion, "agent", "--log-level", "debug")
 	words = append(words, flags...)
 	cmd := pod.Command(0, 0, words[0], words[1:]...)
 	cmd.Stderr, cmd.Stdout = a.log, a.access

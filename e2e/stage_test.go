@@ -31,6 +31,7 @@ var initArguments = []string{
 type stage struct {
 	pod, peer *nettest.Namespace
 	agent     *agent
+	tproxy    bool // the workload sees its clients' own addresses
 }
 
 // newStage sets a stage with the rules in nftables and an agent with the given flags.
@@ -106,9 +107,13 @@ type way struct {
 }
 
 func (s *stage) ways() []way {
+	seen4, seen6 := capture.InboundSource4, capture.InboundSource6
+	if s.tproxy {
+		seen4, seen6 = nettest.PeerIP4, nettest.PeerIP6
+	}
 	return []way{
-		{"inbound IPv4", s.peer, s.pod, nettest.PodIP4, capture.InboundSource4},
-		{"inbound IPv6", s.peer, s.pod, nettest.PodIP6, capture.InboundSource6},
+		{"inbound IPv4", s.peer, s.pod, nettest.PodIP4, seen4},
+		{"inbound IPv6", s.peer, s.pod, nettest.PodIP6, seen6},
 		{"outbound IPv4", s.pod, s.peer, nettest.Elsewhere4, nettest.PodIP4},
 		{"outbound IPv6", s.pod, s.peer, nettest.Elsewhere6, nettest.PodIP6},
 	}

@@ -38,9 +38,37 @@ func TestPolicy(t *testing.T) {
 		{"127.0.0.1:15006", with, flow.Loop},
 		{"[2001:db8::2]:15006", without, flow.Loop},
 	} {
-		reason, ok := policy{ports, c.addresses}.allows(netip.MustParseAddrPort(c.dst))
+		reason, ok := policy{ports, c.addresses}.allows(target(netip.MustParseAddrPort(c.dst)))
 		if reason != c.want || ok != (c.want == "") {
 			t.Errorf("%s: %q, %v; want %q", c.dst, reason, ok, c.want)
+		}
+	}
+}
+
+// A client's own address is borrowed wherever the kernel lets it be, and then ::6 is not needed.
+func TestSource(t *testing.T) {
+	own4, own6 := netip.MustParseAddr("198.51.100.2"), netip.MustParseAddr("2001:db8::2")
+	p := policy{capture.Default().OwnPorts(), localaddr.Of(own4, own6)} // without ::6
+	for _, c := range []struct {
+		dst, client, source string
+		borrowed            bool
+		refused             flow.Reason
+	}{
+		{"198.51.100.2:80", "203.0.113.7", "203.0.113.7", true, ""},
+		{"[2001:db8::2]:80", "2001:db8:2::7", "2001:db8:2::7", true, ""},
+		{"198.51.100.2:80", "198.51.100.2", "198.51.100.2", true, ""},
+		{"127.0.0.1:80", "203.0.113.7", "127.0.0.6", false, ""},
+		{"[2001:db8::2]:80", "fe80::1%2", "::6", false, flow.IPv6SourceMissing},
+		{"203.0.113.9:80", "203.0.113.7", "203.0.113.7", true, flow.ForeignAddress},
+		{"198.51.100.2:15006", "203.0.113.7", "203.0.113.7", true, flow.Loop},
+	} {
+		dst := netip.MustParseAddrPort(c.dst)
+		to := borrow(target(dst), netip.MustParseAddr(c.client))
+		if to.Address != dst || to.Source.String() != c.source || to.Borrowed != c.borrowed {
+			t.Errorf("%s from %s: dialled as %+v", c.dst, c.client, to)
+		}
+		if reason, _ := p.allows(to); reason != c.refused {
+			t.Errorf("%s from %s: %q, want %q", c.dst, c.client, reason, c.refused)
 		}
 	}
 }

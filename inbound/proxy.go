@@ -1,8 +1,8 @@
 // Package inbound carries the connections that others open to this workload.
 //
-// A connection arrives because a rule redirected it. Its original destination must be one of the workload's own
-// addresses; the workload is dialled there, from a loopback address that the rules let pass. Everything else is refused
-// by name.
+// A connection arrives because a rule redirected it, or by TPROXY gave it to us as it is. Its original destination must be
+// one of the workload's own addresses; the workload is dialled there, from a loopback address that the rules let pass, or
+// from the client's own. Everything else is refused by name.
 package inbound
 
 import (
@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -29,6 +30,7 @@ type Config struct {
 	ConnectTimeout   time.Duration // for the dial; zero or less leaves it to the kernel
 	IdleTimeout      time.Duration // ends a connection in which nothing moves; zero or less: never
 	HalfCloseTimeout time.Duration // the same once one side has closed; zero or less: never
+	TPROXYMark       uint32        // what is sent from a client's address has it; zero: listeners are not transparent
 	Flows            *flow.Table   // has each connection while it is open, and takes the records of what has ended
 
 	OpaquePorts    capture.Ports // destination ports at which nobody looks at the bytes
@@ -63,6 +65,9 @@ func New(config Config) (*Proxy, error) {
 		policy: policy{config.OwnPorts, config.OwnAddresses},
 		dialer: upstream.Dialer{Poller: config.Poller, Timeout: config.ConnectTimeout},
 	}
+	if config.TPROXYMark != 0 {
+		p.dialer.Borrow = upstream.NewBorrower(config.TPROXYMark)
+	}
 	if config.HTTP.Pool != nil { // else the engine says what is missing
 		p.dialer.Stats = &config.HTTP.Pool.Stats
 	}
@@ -82,13 +87,18 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
 
-	dst, err := down.OriginalDst()
+	dst, given, err := p.originalDestination(down)
 	if err != nil {
 		p.refuse(record, down, flow.NoOriginalDestination, err)
 		return
 	}
 	record.OriginalDestination = dst
-	if reason, ok := p.policy.allows(dst); !ok {
+	to := target(dst)
+	if given {
+		defer p.dialer.Borrow.Serve(down.RemoteAddr(), dst)()
+		to = borrow(to, down.RemoteAddr().Addr())
+	}
+	if reason, ok := p.policy.allows(to); !ok {
 		p.refuse(record, down, reason, nil)
 		return
 	}
@@ -96,7 +106,6 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 
 	// Whoever speaks first decides. When downstream says nothing, the upstream is dialled all the same: it may be the one
 	// that speaks first.
-	to := upstream.Target{Source: source(dst), Address: target(dst)}
 	sniffer := sniff.Sniffer{
 		Down:     down,
 		Delay:    p.config.DetectionDelay,
@@ -132,6 +141,21 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	record.Close(p.config.Flows, flow.Reason(end), err)
 }
 
+// originalDestination is where a connection was going, and whether it was given to us as it is, with both of its ends.
+//
+// While a pod changes its mode, and from some rules of Istio for ever, a transparent listener has redirected connections,
+// too. Those go to a port of ours, and connection tracking knows more. What is given to us has its original destination
+// for an end. One of our ports may be that as well; then connection tracking says the same.
+func (p *Proxy) originalDestination(down *tcp.Conn) (dst netip.AddrPort, given bool, err error) {
+	if p.dialer.Borrow != nil {
+		if local := down.LocalAddr(); local.IsValid() && !slices.Contains(p.config.OwnPorts, local.Port()) {
+			return local, true, nil
+		}
+	}
+	dst, err = down.OriginalDst()
+	return dst, false, err
+}
+
 // looksInto reports whether the protocol of a connection to dst is detected.
 func (p *Proxy) looksInto(dst netip.AddrPort) bool {
 	return !p.config.OpaquePorts.Contains(dst.Port()) && !p.config.ProxyProtocol.Contains(dst.Port())
@@ -140,7 +164,7 @@ func (p *Proxy) looksInto(dst netip.AddrPort) bool {
 // dial opens the upstream connection of an opaque connection, or of one that has not spoken yet.
 func (p *Proxy) dial(w *tcp.Waiter, record *flow.Record, to upstream.Target) (*tcp.Conn, flow.Reason, error) {
 	record.Upstream = to.Address
-	up, err := p.dialer.Dial(w, to.Source, to.Address)
+	up, err := p.dialer.Dial(w, to)
 	if err != nil {
 		record.TransportFailure = upstream.TransportFailure(err)
 		return nil, upstream.Reason(err), err

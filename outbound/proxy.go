@@ -138,7 +138,7 @@ func (p *Proxy) looksInto(dst netip.AddrPort) bool {
 // dial opens the upstream connection of an opaque connection, or of one that has not spoken yet.
 func (p *Proxy) dial(w *tcp.Waiter, record *flow.Record, to upstream.Target) (*tcp.Conn, flow.Reason, error) {
 	record.Upstream = to.Address
-	up, err := p.dialer.Dial(w, to.Source, to.Address)
+	up, err := p.dialer.Dial(w, to)
 	if err != nil {
 		record.TransportFailure = upstream.TransportFailure(err)
 		return nil, upstream.Reason(err), err

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -12,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/pillion-proxy/pillion/agent"
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
@@ -25,7 +27,8 @@ func newAgent() *cobra.Command {
 		Long: `Carry the traffic that the rules of "pillion init" redirect, in and out.
 
 Run it beside the workload, as the user that the rules leave alone (1337). It needs no capability, and writes no file
-but the access log, if that is told to be one. SIGTERM begins a shutdown that lets connections finish; a second one ends
+but the access log, if that is told to be one. With --interception-mode TPROXY the workload sees its clients' own
+addresses; that needs user 0, group 1337 and the capability NET_ADMIN. SIGTERM begins a shutdown that lets connections finish; a second one ends
 it at once. The exit status is 0 when every connection had its time, and 1 when some were cut. SIGHUP opens the access
 log anew.
 
@@ -52,6 +55,14 @@ Each flag can be given by the environment variable in brackets instead.`,
 	optionalPortFlag(flags, &config.StatusPort, "status-port", "serves the workload's probes and metrics, and orders of its pod; 0 for none")
 	optionalPortFlag(flags, &config.MetricsPort, "metrics-port", "serves the agent's own metrics; 0 for none")
 	optionalPortFlag(flags, &config.AdminPort, "admin-port", "serves Envoy's admin paths and the live page, on loopback; 0 for none")
+	mode := func(text string) (capture.Mode, error) {
+		if m := capture.Mode(text); m == capture.Redirect || m == capture.TPROXY {
+			return m, nil
+		}
+		return "", fmt.Errorf("use one of %s, %s, as for init", capture.Redirect, capture.TPROXY)
+	}
+	parsed(flags, &config.Mode, mode, "interception-mode", "", string(config.Mode), "REDIRECT|TPROXY", "how the rules bring what others open; with TPROXY the workload sees their addresses")
+	parsed(flags, &config.TPROXYMark, capture.ParseNumber, "tproxy-mark", "", "1337", "mark", "with TPROXY, the mark that the rules know")
 	durationFlag(flags, &config.ConnectTimeout, "connect-timeout", "how long a dial upstream may take; 0s leaves it to the kernel")
 	durationFlag(flags, &config.IdleTimeout, "idle-timeout", "end a connection in which nothing moves for so long; 0s never")
 	durationFlag(flags, &config.HalfCloseTimeout, "half-close-timeout", "the same once one side has closed; 0s never")
@@ -81,7 +92,11 @@ Each flag can be given by the environment variable in brackets instead.`,
 	choiceFlag(flags, &level, "log-level", "least level that is logged; debug tells of each connection and request", "debug", "info", "warn", "error")
 	choiceFlag(flags, &format, "log-format", "form of the log on standard error", "text", "json")
 	for _, name := range flagNames(flags) {
-		twin(flags, name, "PILLION_"+strings.ToUpper(strings.ReplaceAll(name, "-", "_")))
+		variables := []string{"PILLION_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))}
+		if name == "interception-mode" {
+			variables = append(variables, "ISTIO_META_INTERCEPTION_MODE") // which an injector sets
+		}
+		twin(flags, name, variables...)
 	}
 	return cmd
 }

@@ -81,7 +81,8 @@ type Carrying struct {
 	OwnPorts       []uint16            // refused at OwnAddresses
 	OwnAddresses   func() []netip.Addr // required
 	OpaquePorts    [][2]uint16         // the first and last of ranges whose bytes nobody looks at
-	InboundSources []netip.Addr        // from which the workload is dialled
+	InboundSources []netip.Addr        // from which the workload is dialled, unless it is from its clients' own
+	TPROXYMark     uint32              // of what is sent from clients' addresses; zero: inbound listeners are not transparent
 
 	ConnectTimeout, IdleTimeout, RequestTimeout, RequestHeadTimeout, UpstreamIdleTimeout time.Duration
 

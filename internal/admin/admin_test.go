@@ -481,6 +481,21 @@ func TestGoldens(t *testing.T) {
 	}
 }
 
+func TestWithTPROXYTheInboundListenerIsTransparent(t *testing.T) {
+	var told told
+	config := sample(&told)
+	config.Carrying.TPROXYMark = 77
+	dump := ask(NewHandler(config), "GET", "/config_dump").Body.String()
+	for part, want := range map[string]int{
+		`"transparent": true`: 1, `"name": "envoy.filters.listener.original_src"`: 1, `"mark": 77`: 1,
+		"upstream_bind_config": 0, // the source is no address of ours
+	} {
+		if got := strings.Count(dump, part); got != want {
+			t.Errorf("%s is there %d times, want %d", part, got, want)
+		}
+	}
+}
+
 // What reads these answers are Envoy's own messages, with unknown fields as errors. They live in a module of their own.
 func TestEveryJSONIsEnvoysMessage(t *testing.T) {
 	var told told
@@ -488,7 +503,7 @@ func TestEveryJSONIsEnvoysMessage(t *testing.T) {
 	bare := Config{ // what an agent has that nobody told anything
 		Started: time.Now(), Address: full.Address, Flows: flow.NewTable(), Ready: full.Ready, Log: full.Log,
 		Listeners: []Listener{{Name: VirtualInbound, Addresses: addressPorts("0.0.0.0:15006")}, {Name: "status", Addresses: addressPorts("[::]:15020")}},
-		Carrying:  Carrying{OwnAddresses: func() []netip.Addr { return nil }, OpaquePorts: [][2]uint16{{1, 65535}}},
+		Carrying:  Carrying{OwnAddresses: func() []netip.Addr { return nil }, OpaquePorts: [][2]uint16{{1, 65535}}, TPROXYMark: 1337},
 	}
 	var given bytes.Buffer
 	encoder := json.NewEncoder(&given)

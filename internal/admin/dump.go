@@ -70,7 +70,7 @@ func (h *handler) updated() string { return h.Started.UTC().Format(time.RFC3339N
 
 func (h *handler) clustersDump() object {
 	inbound := h.originalDestinationCluster(inboundPassthrough)
-	if sources := h.Carrying.InboundSources; len(sources) > 0 {
+	if sources := h.Carrying.InboundSources; len(sources) > 0 && h.Carrying.TPROXYMark == 0 {
 		bind := object{"source_address": socketAddress(netip.AddrPortFrom(sources[0], 0))["socket_address"]}
 		var extra []object
 		for _, source := range sources[1:] {
@@ -181,6 +181,12 @@ func (h *handler) carries(listener object, d flow.Direction) {
 		h.listenerFilter("tls_inspector", "TlsInspector"),
 		h.listenerFilter("http_inspector", "HttpInspector"),
 	}
+	if mark := h.Carrying.TPROXYMark; d == flow.Inbound && mark != 0 {
+		listener["transparent"] = true
+		filter := h.listenerFilter("original_src", "OriginalSrc")
+		filter["typed_config"].(object)["mark"] = mark
+		listener["listener_filters"] = append([]object{filter}, listener["listener_filters"].([]object)...)
+	}
 }
 
 // listenerFilter is a step before the protocol is known. Those that look at bytes are off for opaque ports.
@@ -194,7 +200,7 @@ func (h *handler) listenerFilter(name, message string) object {
 		rules = append(rules, object{"destination_port_range": object{"start": ports[0], "end": int(ports[1]) + 1}})
 	}
 	switch {
-	case name == "original_dst" || len(rules) == 0:
+	case name == "original_dst" || name == "original_src" || len(rules) == 0:
 	case len(rules) == 1:
 		filter["filter_disabled"] = rules[0]
 	default:

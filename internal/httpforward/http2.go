@@ -88,7 +88,7 @@ func (e *Engine) ServeHTTP2(w *tcp.Waiter, c Connection) {
 // connect finds the upstream connection.
 func (m *multiplex) connect() {
 	if m.up == nil {
-		up, err := m.engine.config.Dialer.Dial(m.w, m.Target.Source, m.Target.Address)
+		up, err := m.engine.config.Dialer.Dial(m.w, m.Target)
 		if errors.Is(err, tcp.ErrCanceled) {
 			m.over = isCut
 			return

@@ -34,7 +34,7 @@ func TestWhatAServerSaidBeforeItsClientIsNotLost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	up, err := r.engine.config.Dialer.Dial(w, netip.Addr{}, o.address)
+	up, err := r.engine.config.Dialer.Dial(w, upstream.Target{Address: o.address})
 	if err != nil {
 		t.Fatal(err)
 	}

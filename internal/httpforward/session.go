@@ -169,7 +169,7 @@ func (s *session) connect(now time.Time, repeatable bool) error {
 
 // dial makes a fresh upstream connection.
 func (s *session) dial() error {
-	up, err := s.engine.config.Dialer.Dial(s.w, s.Target.Source, s.Target.Address)
+	up, err := s.engine.config.Dialer.Dial(s.w, s.Target)
 	if err != nil {
 		return err
 	}

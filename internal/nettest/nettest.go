@@ -157,6 +157,22 @@ func (ns *Namespace) AddDefaultRoute(t testing.TB, gateway netip.Addr) {
 	})
 }
 
+// DeliverMarked delivers here whatever has a mark, wherever it goes.
+func (ns *Namespace) DeliverMarked(t testing.TB, mark uint32) {
+	t.Helper()
+	for _, family := range []string{"-4", "-6"} {
+		ns.MustRun(t, "ip", family, "rule", "add", "fwmark", fmt.Sprint(mark), "lookup", "133")
+		ns.MustRun(t, "ip", family, "route", "add", "local", "default", "dev", "lo", "table", "133")
+	}
+}
+
+// AnswerMarked gives accepted connections the mark of their SYN. With DeliverMarked, a socket that has another host's
+// address and marks what it sends gets its answers without any rule.
+func (ns *Namespace) AnswerMarked(t testing.TB) {
+	t.Helper()
+	ns.Do(t, func() error { return os.WriteFile("/proc/sys/net/ipv4/tcp_fwmark_accept", []byte("1"), 0) })
+}
+
 // Do runs fn on a thread inside the namespace and fails the test when it fails.
 func (ns *Namespace) Do(t testing.TB, fn func() error) {
 	t.Helper()

@@ -101,6 +101,27 @@ func setInt(fd, level, name, value int) error {
 	return nil
 }
 
+// SetTransparent lets a socket have an address that is not this host's, of the family that it has (IP_TRANSPARENT,
+// IPV6_TRANSPARENT). TPROXY rules give packets to such listeners alone, and what these accept is such a socket, too. A
+// socket that connects is bound to the address of another host before. The error is EPERM without the capability
+// NET_ADMIN.
+func SetTransparent(fd int, ipv6 bool) error {
+	if ipv6 {
+		return setInt(fd, unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, 1)
+	}
+	return setInt(fd, unix.IPPROTO_IP, unix.IP_TRANSPARENT, 1)
+}
+
+// SetMark puts a mark on what the socket sends, for rules and routing to see (SO_MARK). The error is EPERM without the
+// capability NET_ADMIN.
+func SetMark(fd int, mark uint32) error {
+	return setInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(mark))
+}
+
+// SetReuseAddress lets a socket be bound to an address and port that other sockets are bound to, if they allow it, too;
+// connections are told apart by their other end.
+func SetReuseAddress(fd int) error { return setInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) }
+
 // SetReset makes the coming close send RST instead of FIN (SO_LINGER with a zero time).
 func SetReset(fd int) error {
 	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})

@@ -16,14 +16,33 @@ import (
 // the source address; its port is the kernel's choice. The errors are the kernel's, ErrDeadline and ErrCanceled; a
 // connection to itself is refused.
 func (p *Poller) Dial(w *Waiter, local netip.Addr, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
-	c, err := p.dial(w, local, remote, deadline)
+	return p.dial(w, origin{address: netip.AddrPortFrom(local, 0)}, remote, deadline)
+}
+
+// DialAs is Dial from an address and port that need not be this host's. What it sends has a mark, by which rules and
+// routing let it pass and bring the answers back. The error is EADDRINUSE when another socket keeps the port for itself,
+// EADDRNOTAVAIL when there is a connection between the two addresses and ports already, and EPERM without the capability
+// NET_ADMIN.
+func (p *Poller) DialAs(w *Waiter, local netip.AddrPort, mark uint32, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
+	return p.dial(w, origin{local, true, mark}, remote, deadline)
+}
+
+// origin is our end of a connection that is dialled. An invalid address leaves it to the kernel.
+type origin struct {
+	address  netip.AddrPort // port zero: the kernel's choice
+	borrowed bool           // it is another host's
+	mark     uint32         // of what is sent from a borrowed one
+}
+
+func (p *Poller) dial(w *Waiter, from origin, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
+	c, err := p.open(w, from, remote, deadline)
 	if err != nil {
 		return nil, fmt.Errorf("connecting to %v: %w", remote, err)
 	}
 	return c, nil
 }
 
-func (p *Poller) dial(w *Waiter, local netip.Addr, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
+func (p *Poller) open(w *Waiter, from origin, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
 	family := unix.AF_INET
 	if remote.Addr().Is6() {
 		family = unix.AF_INET6
@@ -37,22 +56,23 @@ func (p *Poller) dial(w *Waiter, local netip.Addr, remote netip.AddrPort, deadli
 		return nil, os.NewSyscallError("socket", err)
 	}
 	c := newConn(p, fd, remote, writable)
-	if err := c.connect(w, local, destination, deadline); err != nil {
+	if err := c.connect(w, from, destination, deadline); err != nil {
 		c.Close()
 		return nil, err
 	}
 	return c, nil
 }
 
-func (c *Conn) connect(w *Waiter, local netip.Addr, destination *socketAddress, deadline time.Time) error {
+func (c *Conn) connect(w *Waiter, from origin, destination *socketAddress, deadline time.Time) error {
 	if err := sockopt.SetConn(c.fd); err != nil {
 		return os.NewSyscallError("setsockopt", err)
 	}
+	local := from.address.Addr()
 	if local.IsValid() {
-		if err := sockopt.SetBindNoPort(c.fd); err != nil {
+		if err := from.setOptions(c.fd); err != nil {
 			return os.NewSyscallError("setsockopt", err)
 		}
-		source, err := newSocketAddress(netip.AddrPortFrom(local, 0))
+		source, err := newSocketAddress(from.address)
 		if err != nil {
 			return err
 		}
@@ -83,6 +103,20 @@ func (c *Conn) connect(w *Waiter, local netip.Addr, destination *socketAddress, 
 			return err
 		}
 	}
+}
+
+// setOptions prepares a socket for being bound.
+func (o origin) setOptions(fd int) error {
+	if !o.borrowed {
+		return sockopt.SetBindNoPort(fd)
+	}
+	if err := sockopt.SetTransparent(fd, o.address.Addr().Is6()); err != nil {
+		return err
+	}
+	if err := sockopt.SetMark(fd, o.mark); err != nil {
+		return err
+	}
+	return sockopt.SetReuseAddress(fd)
 }
 
 // connectedToItself reports whether both ends of the connection are this one socket. That is what becomes of a dial to

@@ -28,11 +28,30 @@ type Listener struct {
 // Multipath TCP is off: the listener would speak a protocol that the workload does not offer, and its connections have
 // no original destination.
 func (p *Poller) Listen(address netip.AddrPort) (*Listener, error) {
+	return p.listen(address, sockopt.ListenControl)
+}
+
+// ListenTransparent is Listen for what TPROXY rules give: LocalAddr of an accepted connection is where it was going, if no
+// rule redirected it. The error is EPERM without the capability NET_ADMIN.
+func (p *Poller) ListenTransparent(address netip.AddrPort) (*Listener, error) {
+	return p.listen(address, func(network, bound string, raw syscall.RawConn) error {
+		var sysErr error
+		if err := raw.Control(func(fd uintptr) { sysErr = sockopt.SetTransparent(int(fd), address.Addr().Is6()) }); err != nil {
+			return err
+		}
+		if sysErr != nil {
+			return os.NewSyscallError("setsockopt", sysErr)
+		}
+		return sockopt.ListenControl(network, bound, raw)
+	})
+}
+
+func (p *Poller) listen(address netip.AddrPort, control func(string, string, syscall.RawConn) error) (*Listener, error) {
 	network := "tcp4"
 	if address.Addr().Is6() {
 		network = "tcp6"
 	}
-	config := net.ListenConfig{Control: sockopt.ListenControl}
+	config := net.ListenConfig{Control: control}
 	config.SetMultipathTCP(false)
 	listener, err := config.Listen(context.Background(), network, address.String())
 	if err != nil {

@@ -147,6 +147,101 @@ func TestNobodyConnectsToItself(t *testing.T) {
 	}
 }
 
+// TestDialAsHasAnotherHostsAddress dials from addresses that nobody here has.
+func TestDialAsHasAnotherHostsAddress(t *testing.T) {
+	nettest.RequireRoot(t)
+	const mark = 77
+	pod, _ := nettest.PodAndPeer(t)
+	pod.DeliverMarked(t, mark)
+	pod.AnswerMarked(t)
+	poller, waiter := newPoller(t), NewWaiter(t.Context())
+	defer waiter.Close()
+	for _, c := range []struct{ here, client netip.Addr }{
+		{nettest.PodIP4, netip.MustParseAddr("203.0.113.50")}, {nettest.PodIP6, netip.MustParseAddr("2001:db8:9::50")},
+	} {
+		listener := listenIn(t, pod, poller, netip.AddrPortFrom(c.here, 0).String())
+		dial := func(port uint16) (conn *Conn, err error) {
+			pod.Do(t, func() error {
+				conn, err = poller.DialAs(waiter, netip.AddrPortFrom(c.client, port), mark, listener.Addr(), time.Now().Add(patience))
+				return nil
+			})
+			return conn, err
+		}
+		client := netip.AddrPortFrom(c.client, 20000)
+		conn, err := dial(client.Port())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		accepted, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer accepted.Close()
+		if conn.LocalAddr() != client || accepted.RemoteAddr() != client {
+			t.Errorf("dialled as %v, it is %v, and seen as %v", client, conn.LocalAddr(), accepted.RemoteAddr())
+		}
+		if _, err := dial(client.Port()); !errors.Is(err, unix.EADDRNOTAVAIL) {
+			t.Errorf("the same connection once more: %v, want EADDRNOTAVAIL", err)
+		}
+		another, err := dial(20001)
+		if err != nil {
+			t.Fatalf("the first connection keeps the address: %v", err)
+		}
+		defer another.Close()
+		everywhere := listenIn(t, pod, poller, netip.AddrPortFrom(unspecified(c.here), 0).String())
+		if _, err := dial(everywhere.Addr().Port()); !errors.Is(err, unix.EADDRINUSE) {
+			t.Errorf("from the port of a listener: %v, want EADDRINUSE", err)
+		}
+	}
+}
+
+func unspecified(like netip.Addr) netip.Addr {
+	if like.Is4() {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+// TestATransparentListenerIsGivenConnectionsAsTheyAre has TPROXY rules and a redirecting one in front of one listener.
+func TestATransparentListenerIsGivenConnectionsAsTheyAre(t *testing.T) {
+	nettest.RequireRoot(t)
+	const mark = 77
+	pod, peer := nettest.PodAndPeer(t)
+	pod.DeliverMarked(t, mark)
+	for _, program := range []string{"iptables", "ip6tables"} {
+		pod.MustRun(t, program, "-t", "mangle", "-A", "PREROUTING", "-p", "tcp", "--dport", "80", "-j", "TPROXY", "--on-port", "15006", "--tproxy-mark", fmt.Sprint(mark))
+		pod.MustRun(t, program, "-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "81", "-j", "REDIRECT", "--to-ports", "15006")
+	}
+	for _, here := range []netip.Addr{nettest.PodIP4, nettest.PodIP6} {
+		var listener *Listener
+		pod.Do(t, func() (err error) {
+			listener, err = newPoller(t).ListenTransparent(netip.AddrPortFrom(unspecified(here), 15006))
+			return err
+		})
+		defer listener.Close()
+		for port, localPort := range map[uint16]uint16{80: 80, 81: 15006} {
+			dialled := netip.AddrPortFrom(here, port)
+			conn, err := peer.Dial("tcp", dialled.String(), patience)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			accepted, err := listener.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer accepted.Close()
+			if got, want := accepted.LocalAddr(), netip.AddrPortFrom(here, localPort); got != want {
+				t.Errorf("dialled at %v: our end is %v, want %v", dialled, got, want)
+			}
+			if got, err := accepted.OriginalDst(); err != nil || got != dialled {
+				t.Errorf("OriginalDst = %v, %v; want %v", got, err, dialled)
+			}
+		}
+	}
+}
+
 func option(t *testing.T, conn *Conn, level, name int) int {
 	t.Helper()
 	value, err := unix.GetsockoptInt(conn.fd, level, name)

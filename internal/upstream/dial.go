@@ -3,7 +3,6 @@ package upstream
 
 import (
 	"errors"
-	"net/netip"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -21,6 +20,7 @@ type Dialer struct {
 	Poller  *tcp.Poller
 	Timeout time.Duration // for one dial; zero or less leaves it to the kernel
 	Stats   *Stats        // counts the dials and what they brought; nil: nobody does
+	Borrow  *Borrower     // for targets with a borrowed source; nil: there are none
 }
 
 // Stats counts the upstream connections of one direction. The zero value is ready to use.
@@ -31,14 +31,20 @@ type Stats struct {
 	Retried           atomic.Uint64 // requests that were sent once more
 }
 
-// Dial connects to remote, waiting with w. A valid local is the source address; its port is the kernel's choice. The
-// error is for Reason to judge.
-func (d Dialer) Dial(w *tcp.Waiter, local netip.Addr, remote netip.AddrPort) (*tcp.Conn, error) {
+// Dial connects to target, waiting with w. The port of its source is the kernel's choice, or the Borrower's. The error is
+// for Reason to judge.
+func (d Dialer) Dial(w *tcp.Waiter, target Target) (*tcp.Conn, error) {
 	var deadline time.Time
 	if d.Timeout > 0 {
 		deadline = time.Now().Add(d.Timeout)
 	}
-	up, err := d.Poller.Dial(w, local, remote, deadline)
+	var up *tcp.Conn
+	var err error
+	if target.Borrowed {
+		up, err = d.Borrow.dial(d.Poller, w, target, deadline)
+	} else {
+		up, err = d.Poller.Dial(w, target.Source, target.Address, deadline)
+	}
 	switch {
 	case d.Stats == nil:
 	case err != nil:

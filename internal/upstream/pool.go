@@ -9,10 +9,12 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// Target is where a connection leads, and from which address. An invalid Source leaves that to the kernel.
+// Target is where a connection leads, and from which address. An invalid Source leaves that to the kernel. Connections to
+// the same Target are as good as each other: a request may take any of them.
 type Target struct {
-	Source  netip.Addr
-	Address netip.AddrPort
+	Source   netip.Addr
+	Borrowed bool // Source is the client's, and needs a Borrower
+	Address  netip.AddrPort
 }
 
 // maxIdle bounds the connections that a Pool keeps, for one target and for all.

@@ -118,6 +118,7 @@ func TestTargetsAreToldApart(t *testing.T) {
 		{Address: address("[fe80::1%2]:80")},
 		{Source: netip.MustParseAddr("127.0.0.6"), Address: address("203.0.113.1:80")},
 		{Source: netip.MustParseAddr("127.0.0.7"), Address: address("203.0.113.1:80")},
+		{Source: netip.MustParseAddr("127.0.0.7"), Borrowed: true, Address: address("203.0.113.1:80")},
 	}
 	conns := make(map[Target]*tcp.Conn)
 	for _, target := range targets {
@@ -337,7 +338,7 @@ func TestAPoolIsShared(t *testing.T) {
 				conn := pool.Take(s.target())
 				if conn == nil {
 					var err error
-					if conn, err = (Dialer{Poller: s.poller}).Dial(w, netip.Addr{}, s.listener.Addr()); err != nil {
+					if conn, err = (Dialer{Poller: s.poller}).Dial(w, s.target()); err != nil {
 						t.Error(err)
 						return
 					}
