@@ -120,10 +120,13 @@ func TestDashboardsFindTheTraffic(t *testing.T) {
 	out.runPeer(t, program, "call", out.startPeer(t, 50051, program, "serve", "ADDRESS"))
 
 	var f families
-	nettest.Eventually(t, "all is counted", func() bool {
+	if !nettest.Within(nettest.Patience, func() bool {
 		f = s.scrape(t)
 		return sample(f, "istio_requests_total") >= 16 && sample(f, "istio_tcp_connections_closed_total") >= 2
-	})
+	}) {
+		t.Fatalf("%v requests and %v connections are counted; the access log is\n%s", sample(f, "istio_requests_total"),
+			sample(f, "istio_tcp_connections_closed_total"), s.agent.access)
+	}
 	list, err := os.ReadFile("../internal/metrics/testdata/dashboards.txt")
 	if err != nil {
 		t.Fatal(err)
