@@ -143,14 +143,10 @@ func TestTheAccessLogHasALineForEachConnection(t *testing.T) {
 			}
 		})
 		t.Run("refused", func(t *testing.T) {
-			to := netip.AddrPortFrom(w.address, 9)
-			downstream, err := w.from.Dial("tcp", to.String(), nettest.Patience)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer downstream.Close()
-			line := lineOf(downstream)
-			connectionLine(t, line, "UF,URX", refusedBy, "0", "0", to.String(), clusters[w.name](9), "-", to.String(), downstream.LocalAddr().String(), "-")
+			to := netip.AddrPortFrom(w.address, 9).String()
+			tryConnection(w.from, to) // which may be over before its port is known
+			line := s.agent.access.await(t, to, "UF,URX")
+			connectionLine(t, line, "UF,URX", refusedBy, "0", "0", to, clusters[w.name](9), "-", to, remoteOf(t, line, w), "-")
 		})
 		t.Run("TLS", func(t *testing.T) {
 			listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
@@ -167,14 +163,23 @@ func TestTheAccessLogHasALineForEachConnection(t *testing.T) {
 	})
 	t.Run("loop", func(t *testing.T) {
 		to := netip.AddrPortFrom(nettest.PodIP4, capture.OutboundPort).String()
-		tryConnection(s.peer, to) // which may be over before its port is known
+		tryConnection(s.peer, to)
 		line := s.agent.access.await(t, to)
-		remote := accessFields(line)[19]
-		if !strings.HasPrefix(remote, nettest.PeerIP4.String()+":") {
-			t.Errorf("downstream is %s", remote)
-		}
-		connectionLine(t, line, "UH", "-", "0", "0", "-", "BlackHoleCluster", "-", to, remote, "-")
+		connectionLine(t, line, "UH", "-", "0", "0", "-", "BlackHoleCluster", "-", to, remoteOf(t, line, s.inbound()), "-")
 	})
+}
+
+// remoteOf is the field of who connected, which is somebody at the way's beginning.
+func remoteOf(t *testing.T, line string, w way) string {
+	t.Helper()
+	remote, want := accessFields(line)[19], nettest.PeerIP4
+	if w.to.Name != "pod" {
+		want = nettest.PodIP4
+	}
+	if !strings.HasPrefix(remote, want.String()+":") {
+		t.Errorf("downstream is %s, want %v: %s", remote, want, line)
+	}
+	return remote
 }
 
 // A real openssl says a server's name.
