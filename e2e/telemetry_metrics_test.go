@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -103,7 +104,7 @@ func TestDashboardsFindTheTraffic(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	program := peer(t, "grpc")
-	s := newInjectedStage(t, nil)
+	s := newInjectedStage(t, nil, patientWithClients...)
 	for _, c := range []struct {
 		way
 		host string
@@ -112,8 +113,8 @@ func TestDashboardsFindTheTraffic(t *testing.T) {
 		request := d.request(t, "POST", "/", strings.NewReader("question"))
 		request.Host = c.host
 		text(t, d.do(t, request))
-		downstream, upstream := c.connect(t)
-		converse(t, downstream, upstream)
+		downstream, upstream := c.ask(t, "speaks first")
+		reads(t, upstream, "speaks first")
 		halfClose(t, downstream, upstream)
 	}
 	out := s.outbound()
@@ -320,6 +321,7 @@ func TestAStrangerCannotMakeTheMetricsGrow(t *testing.T) {
 		defer downstream.Close()
 		r := bufio.NewReader(downstream)
 		for ; from < to; from += burst {
+			downstream.SetDeadline(time.Now().Add(nettest.Patience))
 			var requests strings.Builder
 			for serial := range burst {
 				fmt.Fprintf(&requests, "GET / HTTP/1.1\r\nHost: host%d.example\r\n\r\n", from+serial)
