@@ -143,14 +143,10 @@ func TestTheAccessLogHasALineForEachConnection(t *testing.T) {
 			}
 		})
 		t.Run("refused", func(t *testing.T) {
-			to := netip.AddrPortFrom(w.address, 9)
-			downstream, err := w.from.Dial("tcp", to.String(), nettest.Patience)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer downstream.Close()
-			line := lineOf(downstream)
-			connectionLine(t, line, "UF,URX", refusedBy, "0", "0", to.String(), clusters[w.name](9), "-", to.String(), downstream.LocalAddr().String(), "-")
+			to := netip.AddrPortFrom(w.address, 9).String()
+			tryConnection(w.from, to) // which may be over before its port is known
+			line := s.agent.access.await(t, to, "UF,URX")
+			connectionLine(t, line, "UF,URX", refusedBy, "0", "0", to, clusters[w.name](9), "-", to, remoteOf(t, line, w), "-")
 		})
 		t.Run("TLS", func(t *testing.T) {
 			listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
@@ -167,14 +163,23 @@ func TestTheAccessLogHasALineForEachConnection(t *testing.T) {
 	})
 	t.Run("loop", func(t *testing.T) {
 		to := netip.AddrPortFrom(nettest.PodIP4, capture.OutboundPort).String()
-		tryConnection(s.peer, to) // which may be over before its port is known
+		tryConnection(s.peer, to)
 		line := s.agent.access.await(t, to)
-		remote := accessFields(line)[19]
-		if !strings.HasPrefix(remote, nettest.PeerIP4.String()+":") {
-			t.Errorf("downstream is %s", remote)
-		}
-		connectionLine(t, line, "UH", "-", "0", "0", "-", "BlackHoleCluster", "-", to, remote, "-")
+		connectionLine(t, line, "UH", "-", "0", "0", "-", "BlackHoleCluster", "-", to, remoteOf(t, line, s.inbound()), "-")
 	})
+}
+
+// remoteOf is the field of who connected, which is somebody at the way's beginning.
+func remoteOf(t *testing.T, line string, w way) string {
+	t.Helper()
+	remote, want := accessFields(line)[19], nettest.PeerIP4
+	if w.to.Name != "pod" {
+		want = nettest.PodIP4
+	}
+	if !strings.HasPrefix(remote, want.String()+":") {
+		t.Errorf("downstream is %s, want %v: %s", remote, want, line)
+	}
+	return remote
 }
 
 // A real openssl says a server's name.
@@ -274,7 +279,8 @@ func TestTheAccessLogHasStatusesOfGRPC(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	program := peer(t, "grpc")
-	s := newStage(t, "--access-log-format", "%PROTOCOL% %REQ(:PATH)% %RESPONSE_CODE% %GRPC_STATUS% %GRPC_STATUS_NUMBER%")
+	// gRPC's servers speak first: a client that is held up would make the connection opaque.
+	s := newStage(t, append([]string{"--access-log-format", "%PROTOCOL% %REQ(:PATH)% %RESPONSE_CODE% %GRPC_STATUS% %GRPC_STATUS_NUMBER%"}, patientWithClients...)...)
 	w := s.outbound()
 	w.runPeer(t, program, "call", w.startPeer(t, 50051, program, "serve", "ADDRESS"))
 	const service = "HTTP/2 /grpc.testing.TestService/"
@@ -372,6 +378,7 @@ func (w way) askFor(t *testing.T, address string, count int, path func(serial in
 	defer downstream.Close()
 	r := bufio.NewReader(downstream)
 	for serial := range count {
+		downstream.SetDeadline(time.Now().Add(nettest.Patience)) // for each, as they are many
 		writes(t, downstream, "GET "+path(serial)+" HTTP/1.1\r\nHost: a\r\n\r\n")
 		if status, _ := readAnswer(t, r); status != "200" {
 			t.Fatalf("request %d was answered %s", serial, status)
@@ -446,11 +453,7 @@ func TestAnAccessLogThatNobodyReadsDisturbsNobody(t *testing.T) {
 	w := s.inbound()
 	address := w.serveScript(t, serveQuickly)
 	long := strings.Repeat("x", 1000) // so that 2,000 lines are more than the queue holds
-	began := time.Now()
 	w.askFor(t, address, 2000, func(serial int) string { return fmt.Sprintf("/%d%s", serial, long) })
-	if took := time.Since(began); took > 20*time.Second {
-		t.Errorf("2,000 requests took %v", took)
-	}
 	if dropped := sample(s.scrape(t), "pillion_access_log_dropped_total"); dropped < 100 || dropped > 2000 {
 		t.Errorf("%v lines are dropped", dropped)
 	}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -103,7 +104,7 @@ func TestDashboardsFindTheTraffic(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	program := peer(t, "grpc")
-	s := newInjectedStage(t, nil)
+	s := newInjectedStage(t, nil, patientWithClients...)
 	for _, c := range []struct {
 		way
 		host string
@@ -112,18 +113,21 @@ func TestDashboardsFindTheTraffic(t *testing.T) {
 		request := d.request(t, "POST", "/", strings.NewReader("question"))
 		request.Host = c.host
 		text(t, d.do(t, request))
-		downstream, upstream := c.connect(t)
-		converse(t, downstream, upstream)
+		downstream, upstream := c.ask(t, "speaks first")
+		reads(t, upstream, "speaks first")
 		halfClose(t, downstream, upstream)
 	}
 	out := s.outbound()
 	out.runPeer(t, program, "call", out.startPeer(t, 50051, program, "serve", "ADDRESS"))
 
 	var f families
-	nettest.Eventually(t, "all is counted", func() bool {
+	if !nettest.Within(nettest.Patience, func() bool {
 		f = s.scrape(t)
 		return sample(f, "istio_requests_total") >= 16 && sample(f, "istio_tcp_connections_closed_total") >= 2
-	})
+	}) {
+		t.Fatalf("%v requests and %v connections are counted; the access log is\n%s", sample(f, "istio_requests_total"),
+			sample(f, "istio_tcp_connections_closed_total"), s.agent.access)
+	}
 	list, err := os.ReadFile("../internal/metrics/testdata/dashboards.txt")
 	if err != nil {
 		t.Fatal(err)
@@ -317,6 +321,7 @@ func TestAStrangerCannotMakeTheMetricsGrow(t *testing.T) {
 		defer downstream.Close()
 		r := bufio.NewReader(downstream)
 		for ; from < to; from += burst {
+			downstream.SetDeadline(time.Now().Add(nettest.Patience))
 			var requests strings.Builder
 			for serial := range burst {
 				fmt.Fprintf(&requests, "GET / HTTP/1.1\r\nHost: host%d.example\r\n\r\n", from+serial)
