@@ -17,6 +17,7 @@ import (
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/inbound"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/listener"
@@ -44,6 +45,7 @@ type Agent struct {
 	door              *listener.Server  // where inbound was, when it is closed; nil before that
 	pools             [2]*upstream.Pool // by direction
 
+	resolver    *dns.Server // nil: DNS is not captured
 	probers     *healthz.Probers
 	servers     []*server // in the order in which they are closed
 	serverLoops sync.WaitGroup
@@ -156,6 +158,9 @@ func (a *Agent) build() error {
 	if err := a.bind(); err != nil {
 		return err
 	}
+	if err := a.resolve(); err != nil {
+		return err
+	}
 	a.telling.watch(a)
 	return nil
 }
@@ -260,6 +265,9 @@ func (a *Agent) Run(drain, force context.Context) error {
 	defer a.close()
 	a.inbound.Start()
 	a.outbound.Start()
+	if a.resolver != nil {
+		a.resolver.Start()
+	}
 	for _, s := range a.servers {
 		a.start(s)
 	}
@@ -302,6 +310,9 @@ func (a *Agent) close() {
 	_ = a.telling.close() // shutdown has told what is wrong with it
 	if a.probers != nil {
 		a.probers.Close()
+	}
+	if a.resolver != nil {
+		_ = a.resolver.Shutdown(a.over) // which has ended: what shutdown has not let finish is cut
 	}
 	if a.addresses != nil {
 		a.stopAddresses()

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"slices"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
@@ -42,6 +44,10 @@ type Config struct {
 	UpstreamIdleTimeout time.Duration // closes idle HTTP/1 connections to upstreams; zero keeps none
 	InboundFields       httpforward.Fields
 	OutboundFields      httpforward.Fields
+
+	DNSCapture   bool             // serve the workload's DNS queries, which rules redirect to port 15053
+	DNSServers   []netip.AddrPort // who answers them; none: those of /etc/resolv.conf
+	DNSCacheSize int              // answers that are kept; zero keeps none
 
 	DrainDelay   time.Duration // from the announcement to the closing of the listeners
 	DrainTimeout time.Duration // from the beginning of the shutdown to the cutting of what is left
@@ -91,6 +97,7 @@ func Default() Config {
 			ForwardedFor: httpforward.ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true,
 		},
 		OutboundFields: httpforward.Fields{ForwardedProto: true, RequestID: true, ServiceTime: true},
+		DNSCacheSize:   dns.DefaultCacheSize,
 		DrainDelay:     5 * time.Second,
 		DrainTimeout:   20 * time.Second,
 		AccessLog:      AccessLog{Path: "/dev/stdout", Encoding: "text"},

@@ -27,6 +27,7 @@ func (a *Agent) shutdown(force context.Context) error {
 		a.announceInTime,
 		a.drainInbound,
 		a.drainOutbound,
+		a.drainResolver,
 	} {
 		step(deadline)
 	}
@@ -106,6 +107,13 @@ func (a *Agent) drainOutbound(deadline context.Context) {
 	a.outboundProxy.Drain()
 	a.poller.WakeAll()
 	_ = a.outbound.Wait(deadline)
+}
+
+// drainResolver lets queries finish. Connections need names, so they come first.
+func (a *Agent) drainResolver(deadline context.Context) {
+	if a.resolver != nil {
+		_ = a.resolver.Shutdown(deadline) // what is left then is answered SERVFAIL
+	}
 }
 
 // cutRest ends the connections that are left and returns how many there were.

@@ -126,6 +126,9 @@ func (t *telling) watch(a *Agent) {
 		if t.access != nil {
 			sources.AccessLog = func() (written, dropped uint64) { return t.access.Written(), t.access.Dropped() }
 		}
+		if a.resolver != nil {
+			sources.DNS = &a.resolver.Stats
+		}
 		t.metrics.Watch(t.table, sources)
 	}
 	if t.access == nil || a.config.AccessLog.Interval == 0 {

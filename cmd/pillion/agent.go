@@ -82,6 +82,9 @@ Each flag can be given by the environment variable in brackets instead.`,
 	countFlag(flags, &config.MaxConnections, "max-connections", "inbound and outbound together; 0 for no limit but the descriptors")
 	durationFlag(flags, &config.DrainDelay, "drain-delay", "on shutdown, go on accepting for so long after readiness turned off")
 	durationFlag(flags, &config.DrainTimeout, "drain-timeout", "on shutdown, cut what is left so long after readiness turned off")
+	parsedSwitch(flags, &config.DNSCapture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns sends to port 15053")
+	parsed(flags, &config.DNSServers, parseServers, "dns-servers", "", "", "addresses", "who is asked, separated by commas; none: the servers of "+agent.ResolvConf)
+	countFlag(flags, &config.DNSCacheSize, "dns-cache-size", "DNS answers that are kept, as long as they live; 0 for none")
 	textFlag(flags, &config.AccessLog.Path, "access-log", "path|off", "where a line is written for each connection and request; /dev/stdout is standard output")
 	choiceFlag(flags, &config.AccessLog.Encoding, "access-log-encoding", "form of the lines", "text", "json")
 	textFlag(flags, &config.AccessLog.Format, "access-log-format", "format", "what a line says, in Envoy's operators; with json, an object of them. Empty: as Istio has it")
@@ -93,12 +96,18 @@ Each flag can be given by the environment variable in brackets instead.`,
 	choiceFlag(flags, &format, "log-format", "form of the log on standard error", "text", "json")
 	for _, name := range flagNames(flags) {
 		variables := []string{"PILLION_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))}
-		if name == "interception-mode" {
-			variables = append(variables, "ISTIO_META_INTERCEPTION_MODE") // which an injector sets
+		if injected := injectedVariables[name]; injected != "" {
+			variables = append(variables, injected)
 		}
 		twin(flags, name, variables...)
 	}
 	return cmd
+}
+
+// injectedVariables are set by Istio's injector, and mean what a flag means.
+var injectedVariables = map[string]string{
+	"interception-mode": "ISTIO_META_INTERCEPTION_MODE",
+	"dns-capture":       "ISTIO_META_DNS_CAPTURE",
 }
 
 // runAgent runs an agent until the signals end it.

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -102,4 +103,21 @@ func parseCount(text string) (int, error) {
 		return 0, fmt.Errorf("not a count: use a whole number from 0 to %d", 1<<31-1)
 	}
 	return int(n), nil
+}
+
+// parseServers reads DNS servers, whose port may be left out.
+func parseServers(text string) (servers []netip.AddrPort, err error) {
+	for item := range strings.SplitSeq(text, ",") {
+		server, err := netip.ParseAddrPort(item)
+		if err != nil {
+			const domain = 53
+			address, err := netip.ParseAddr(item)
+			if err != nil {
+				return nil, fmt.Errorf("%q is not a server: use an address such as 198.51.100.53 or 198.51.100.53:5353", item)
+			}
+			server = netip.AddrPortFrom(address, domain)
+		}
+		servers = append(servers, server)
+	}
+	return servers, nil
 }

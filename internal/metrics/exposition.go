@@ -17,6 +17,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 
+	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -36,6 +37,7 @@ type Sources struct {
 	Buffers   func() (bytes, pipes int)        // lent out to connections
 	Gates     func() []Gate                    // of readiness
 	Draining  func() bool
+	DNS       *dns.Stats // of the resolver; nil: there is none
 }
 
 // Upstream is what is counted of a direction's upstream connections.
@@ -289,6 +291,9 @@ func (m *Metrics) fromSources(f *families) {
 		written, dropped := s.AccessLog()
 		f.counter("pillion_access_log_written_total", "Lines of the access log that were written.").counts(written)
 		f.counter("pillion_access_log_dropped_total", "Lines of the access log that found its queue full.").counts(dropped)
+	}
+	if s.DNS != nil {
+		f.resolver(s.DNS)
 	}
 	if s.Backoffs != nil {
 		f.counter("pillion_accept_backoffs_total", "Pauses of accept loops.").counts(s.Backoffs())

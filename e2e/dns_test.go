@@ -1,0 +1,188 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// nameServer is a real server of DNS at the peer's end, on port 53 of its addresses.
+type nameServer struct {
+	queries chan string // "transport name" of each query
+}
+
+func startNameServer(t *testing.T, ns *nettest.Namespace, addresses ...netip.Addr) *nameServer {
+	t.Helper()
+	s := &nameServer{queries: make(chan string, 1000)}
+	for _, address := range addresses {
+		at := netip.AddrPortFrom(address, 53).String()
+		listener := ns.Listen(t, "tcp", at)
+		var packets net.PacketConn
+		ns.Do(t, func() (err error) {
+			packets, err = net.ListenPacket("udp", at)
+			return err
+		})
+		for _, server := range []*dns.Server{{Listener: listener, Handler: s}, {PacketConn: packets, Handler: s}} {
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				server.ActivateAndServe()
+			}()
+			t.Cleanup(func() {
+				server.Shutdown()
+				<-done
+			})
+		}
+	}
+	return s
+}
+
+// ServeDNS knows web.example, many.example, which has 200 addresses, and silent.example, to which it says nothing.
+func (s *nameServer) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
+	name := query.Question[0].Name
+	s.queries <- w.LocalAddr().Network() + " " + name
+	reply := new(dns.Msg).SetReply(query)
+	address := func(i int) {
+		reply.Answer = append(reply.Answer, &dns.A{
+			Hdr: dns.RR_Header{Name: name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 60}, A: net.IPv4(203, 0, 113, byte(i)),
+		})
+	}
+	size := dns.MinMsgSize
+	if opt := query.IsEdns0(); opt != nil {
+		size = int(opt.UDPSize())
+		reply.SetEdns0(4096, false)
+	}
+	switch name {
+	case "web.example.":
+		address(80)
+	case "many.example.":
+		for i := range 200 {
+			address(i)
+		}
+	case "silent.example.":
+		return
+	default:
+		reply.Rcode = dns.RcodeNameError
+	}
+	if w.LocalAddr().Network() == "udp" {
+		reply.Truncate(size)
+	}
+	w.WriteMsg(reply)
+}
+
+// newDNSStage sets a stage whose DNS is captured, and whose resolv.conf names servers.
+func newDNSStage(t *testing.T, servers ...netip.Addr) *stage {
+	t.Helper()
+	nettest.RequireRoot(t)
+	dir := t.TempDir()
+	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "resolv.conf")
+	text := ""
+	for _, server := range servers {
+		text += "nameserver " + server.String() + "\n"
+	}
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	mounted := []string{"unshare", "--mount", "--propagation", "private", "sh", "-c",
+		fmt.Sprintf("mount --bind %s /etc/resolv.conf && exec \"$@\"", file), "sh"}
+	s := &stage{}
+	s.pod, s.peer = nettest.PodAndPeer(t)
+	words := append(append(mounted[1:len(mounted):len(mounted)], pillion), append(initArguments, "--redirect-dns")...)
+	if out, err := s.pod.Run(s.pod.Command(0, 0, mounted[0], words...)); err != nil {
+		t.Fatalf("pillion init: %v\n%s", err, out)
+	}
+	s.agent = launchAgent(t, s.pod, mounted, "--dns-capture")
+	awaitReady(t, s.pod, s.agent)
+	return s
+}
+
+// ask sends a query from the pod to a server.
+func (s *stage) ask(t *testing.T, network string, server netip.Addr, name string, size uint16) *dns.Msg {
+	t.Helper()
+	conn, err := s.pod.Dial(network, netip.AddrPortFrom(server, 53).String(), nettest.Patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	query := new(dns.Msg).SetQuestion(name, dns.TypeA)
+	if size > 0 {
+		query.SetEdns0(size, false)
+	}
+	client := &dns.Client{Net: network, Timeout: nettest.Patience, UDPSize: size}
+	reply, _, err := client.ExchangeWithConn(query, &dns.Conn{Conn: conn, UDPSize: size})
+	if err != nil {
+		t.Fatalf("%s over %s: %v", name, network, err)
+	}
+	return reply
+}
+
+func TestCapturedDNSIsAnswered(t *testing.T) {
+	t.Parallel()
+	servers := []netip.Addr{nettest.PeerIP4, nettest.PeerIP6}
+	s := newDNSStage(t, servers...)
+	upstream := startNameServer(t, s.peer, servers...)
+	for _, server := range servers {
+		for _, c := range []struct {
+			network, name string
+			size          uint16
+			rcode, n      int
+			truncated     bool
+		}{
+			{network: "udp", name: "web.example.", n: 1},
+			{network: "tcp", name: "web.example.", n: 1},
+			{network: "udp", name: "none.example.", rcode: dns.RcodeNameError},
+			{network: "udp", name: "many.example.", size: 4096, n: 200},
+			{network: "tcp", name: "many.example.", n: 200},
+			{network: "udp", name: "many.example.", truncated: true},
+		} {
+			reply := s.ask(t, c.network, server, c.name, c.size)
+			if reply.Rcode != c.rcode || reply.Truncated != c.truncated || !c.truncated && len(reply.Answer) != c.n {
+				t.Errorf("%s over %s from %v: %d answers, %s, truncated: %v", c.name, c.network, server, len(reply.Answer),
+					dns.RcodeToString[reply.Rcode], reply.Truncated)
+			}
+		}
+	}
+	// The second server's answers came from the cache: the agent was asked, and not the server that was dialled.
+	asked := map[string]int{}
+	for len(upstream.queries) > 0 {
+		asked[strings.Fields(<-upstream.queries)[1]]++
+	}
+	if asked["web.example."] != 1 {
+		t.Errorf("the upstream was asked %v", asked)
+	}
+	s.agent.log.await(t, "msg=query", "name=web.example.", "rcode=NOERROR", "cached=true")
+	// What is no DNS is still carried.
+	for _, w := range s.ways() {
+		downstream, upstream := w.connect(t)
+		converse(t, downstream, upstream)
+	}
+}
+
+// Upstreams that are silent, or not there, are told truthfully, and in time.
+func TestAnUpstreamThatDoesNotAnswerIsSERVFAIL(t *testing.T) {
+	t.Parallel()
+	s := newDNSStage(t, nettest.PeerIP4)
+	if reply := s.ask(t, "udp", nettest.PeerIP4, "web.example.", 0); reply.Rcode != dns.RcodeServerFailure {
+		t.Errorf("without a server: %s", dns.RcodeToString[reply.Rcode])
+	}
+	startNameServer(t, s.peer, nettest.PeerIP4)
+	began := time.Now()
+	if reply := s.ask(t, "udp", nettest.PeerIP4, "silent.example.", 0); reply.Rcode != dns.RcodeServerFailure {
+		t.Errorf("of a silent server: %s", dns.RcodeToString[reply.Rcode])
+	}
+	if took := time.Since(began); took > nettest.Patience {
+		t.Errorf("SERVFAIL took %v", took)
+	}
+}
