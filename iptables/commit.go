@@ -43,6 +43,9 @@ func (p *Plan) verifyPrograms() error {
 		if err := missingCapability(step.Flavour == Legacy); err != nil {
 			return err
 		}
+		if step.Flavour == Native {
+			continue
+		}
 		file, err := filepath.EvalSymlinks(step.before.program.main)
 		if err == nil && slices.Contains(verified, file) {
 			continue
@@ -65,8 +68,8 @@ func (p *Plan) install(ctx context.Context) error {
 		return err
 	}
 	done := make([]Step, 0, len(p.Steps))
-	for _, step := range p.Steps {
-		err := step.before.program.apply(ctx, step.Input)
+	for i, step := range p.Steps {
+		err := p.apply(ctx, i)
 		switch {
 		case err == nil:
 			done = append(done, step)
@@ -91,6 +94,24 @@ func (p *Plan) install(ctx context.Context) error {
 	return nil
 }
 
+// apply carries out a step. The first of those that are about our table of nftables carries out both.
+func (p *Plan) apply(ctx context.Context, i int) error {
+	step := p.Steps[i]
+	if step.Flavour != Native {
+		return step.before.program.apply(ctx, step.Input)
+	}
+	if i > 0 && p.Steps[i-1].Flavour == Native {
+		return nil
+	}
+	wanted := p.table.rulesets
+	for _, s := range p.Steps {
+		if s.Flavour == Native {
+			wanted[slices.Index(Families, s.Family)] = s.want
+		}
+	}
+	return planNFTables(wanted, p.table).apply()
+}
+
 // changeRoutes makes one kind of the planned changes. Routes are there before a rule needs them, and go after it.
 func (p *Plan) changeRoutes(action RouteAction) error {
 	var failed []error
@@ -104,21 +125,21 @@ func (p *Plan) changeRoutes(action RouteAction) error {
 
 // readBack lists every table that was changed, at the same time, and compares.
 func (p *Plan) readBack(ctx context.Context) error {
-	listings := make([]*process, 0, len(p.Steps))
+	readers := make([]func() (Ruleset, error), 0, len(p.Steps))
 	var failed []error
 	for _, step := range p.Steps {
-		listing, err := start(ctx, "", step.before.program.save)
+		reader, err := step.startReading(ctx)
 		if err != nil {
 			failed = append(failed, err)
 			break
 		}
-		listings = append(listings, listing)
+		readers = append(readers, reader)
 	}
-	for i, listing := range listings {
+	for i, read := range readers {
 		step := p.Steps[i]
-		text, err := listing.wait()
+		have, err := read()
 		if err == nil {
-			err = step.compare(text)
+			err = step.compare(have)
 		}
 		if err != nil {
 			failed = append(failed, fmt.Errorf("reading %s rules back: %w", step.Family, err))
@@ -127,9 +148,24 @@ func (p *Plan) readBack(ctx context.Context) error {
 	return cmp.Or(failed...)
 }
 
-// compare holds a listing against what the step wanted.
-func (s Step) compare(listing string) error {
-	if changes := Diff(s.want, Parse(s.Family, listing)); len(changes) > 0 {
+// startReading starts to read a store as it is now. The function that it returns must be called.
+func (s Step) startReading(ctx context.Context) (func() (Ruleset, error), error) {
+	if s.Flavour == Native {
+		return func() (Ruleset, error) {
+			table, err := readNFTablesNow()
+			return table.ruleset(s.Family), err
+		}, nil
+	}
+	listing, err := start(ctx, "", s.before.program.save)
+	return func() (Ruleset, error) {
+		text, err := listing.wait()
+		return Parse(s.Family, text), err
+	}, err
+}
+
+// compare holds what is there against what the step wanted.
+func (s Step) compare(have Ruleset) error {
+	if changes := Diff(s.want, have); len(changes) > 0 {
 		first := changes[0]
 		return fmt.Errorf("%s would still be needed, the first: %s in %s of the %s table: %s%s",
 			count(len(changes)), first.Kind, first.Chain, first.Table, first.Rule, first.Found)
@@ -151,7 +187,7 @@ func (p *Plan) undo(ctx context.Context) error {
 	}
 	var failed []error
 	for _, step := range slices.Backward(p.Steps) {
-		failed = append(failed, step.undo(ctx, now.store(step.Family, step.Flavour)))
+		failed = append(failed, step.undo(ctx, now, p.table))
 	}
 	for _, change := range slices.Backward(p.Routes) {
 		failed = append(failed, change.undo(now.routing))
@@ -165,21 +201,32 @@ func (p *Plan) undo(ctx context.Context) error {
 	return cmp.Or(failed...)
 }
 
-// undo brings one store from what it is now to what it was before, and makes sure of it.
-func (s Step) undo(ctx context.Context, now store) error {
-	if now.unread != nil {
-		return now.unread
+// undo brings one store from what it is now to what it was before, and makes sure of it. Our table of nftables is one
+// store for both families.
+func (s Step) undo(ctx context.Context, now survey, table nftState) error {
+	have := now.store(s.Family, s.Flavour)
+	if have.unread != nil {
+		return have.unread
 	}
 	s.want = s.before.rules.Own()
-	if input := restoreInput(s.want, now.rules); input != "" {
-		if err := s.before.program.apply(ctx, input); err != nil {
-			return err
+	if len(Diff(s.want, have.rules)) > 0 {
+		var err error
+		if s.Flavour == Native {
+			err = planNFTables(table.rulesets, now.table).apply()
+		} else {
+			err = s.before.program.apply(ctx, restoreInput(s.want, have.rules))
 		}
-		listing, err := run(ctx, "", s.before.program.save)
 		if err != nil {
 			return err
 		}
-		if err := s.compare(listing); err != nil {
+		read, err := s.startReading(ctx)
+		if err != nil {
+			return err
+		}
+		if have.rules, err = read(); err != nil {
+			return err
+		}
+		if err := s.compare(have.rules); err != nil {
 			return err
 		}
 	}
@@ -192,8 +239,8 @@ func (s Step) undo(ctx context.Context, now store) error {
 // remove is a cleanup: rules first, then the routes and the address that they need, then the empty tables.
 func (p *Plan) remove(ctx context.Context) error {
 	var failed []error
-	for _, step := range p.Steps {
-		failed = append(failed, step.before.program.apply(ctx, step.Input))
+	for i := range p.Steps {
+		failed = append(failed, p.apply(ctx, i))
 	}
 	failed = append(failed, p.readBack(ctx), p.changeRoutes(Remove))
 	if p.Address == AddressRemoved {

@@ -23,15 +23,36 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
-// Flavour is one of the two places in the kernel in which iptables keeps its rules. Both are consulted for every packet,
-// so rules left in one while we look only at the other would stay active.
+// Flavour is one of the places in the kernel in which our rules can be: the two in which iptables keeps its own, and our
+// table of nftables. All are consulted for every packet, so rules left in one while we look only at another would stay
+// active.
 type Flavour string
 
 // The flavours.
 const (
 	NFT    Flavour = "nft"
 	Legacy Flavour = "legacy"
+	Native Flavour = "nftables" // without a program
 )
+
+// Backend is the caller's choice of where new rules are made. Wherever else ours are, they are taken away.
+type Backend string
+
+// The backends.
+const (
+	// Auto is where our rules are already; else IPTables, if its programs are there and the tables that they keep can be
+	// used; else NFTables.
+	Auto           Backend = "auto"
+	IPTables       Backend = "iptables" // in the flavour that holds our rules or other people's, else in nft
+	IPTablesNFT    Backend = "iptables-nft"
+	IPTablesLegacy Backend = "iptables-legacy"
+	NFTables       Backend = "nftables"
+)
+
+// flavour is the only one that the backend allows, if there is one.
+func (b Backend) flavour() Flavour {
+	return map[Backend]Flavour{IPTablesNFT: NFT, IPTablesLegacy: Legacy, NFTables: Native}[b]
+}
 
 const (
 	programTimeout = 30 * time.Second

@@ -27,6 +27,8 @@ type Plan struct {
 
 	cleanup bool
 	ipv6    ipv6
+	backend Backend
+	table   nftState // our table of nftables as it was
 }
 
 // AddressChange says what happens to the agent's source address.
@@ -44,7 +46,7 @@ type Step struct {
 	Family  Family
 	Flavour Flavour
 	Changes []Change
-	// Input is what iptables-restore is given.
+	// Input is what iptables-restore is given. nftables gets no text: there it is all rules that are wanted.
 	Input string
 
 	want   Ruleset
@@ -57,8 +59,8 @@ func (p *Plan) Unchanged() bool {
 }
 
 // PlanInit compares what is there with the rules for spec, which must be valid.
-func PlanInit(ctx context.Context, spec capture.Spec) (*Plan, error) {
-	plan := &Plan{}
+func PlanInit(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, error) {
+	plan := &Plan{backend: backend}
 	s, err := plan.look(ctx)
 	if err != nil {
 		return nil, err
@@ -91,6 +93,7 @@ func PlanInit(ctx context.Context, spec capture.Spec) (*Plan, error) {
 		}
 	}
 	plan.Routes = diffRoutes(routesFor(spec, families), s.routing)
+	plan.order()
 	return plan, nil
 }
 
@@ -113,7 +116,24 @@ func PlanCleanup(ctx context.Context) (*Plan, error) {
 		plan.Address = AddressRemoved
 	}
 	plan.Routes = diffRoutes(nil, s.routing)
+	plan.order()
 	return plan, nil
+}
+
+// order puts what is new before what goes, so that there is no moment without rules when they move from one flavour to
+// another. Both at once are harmless: they say the same. Our table of nftables changes once for both families, so that
+// its place is in between.
+func (p *Plan) order() {
+	rank := func(s Step) int {
+		switch {
+		case s.Flavour == Native:
+			return 1
+		case len(s.want.Tables) == 0:
+			return 2
+		}
+		return 0
+	}
+	slices.SortStableFunc(p.Steps, func(a, b Step) int { return rank(a) - rank(b) })
 }
 
 // look makes a survey. Without the right to make one, a plan can still be shown.
@@ -130,7 +150,7 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 			s.routing, err = readRoutes()
 		}
 	}
-	p.ipv6 = s.ipv6
+	p.ipv6, p.table = s.ipv6, s.table
 	for _, t := range s.stores {
 		if t.hidden {
 			p.Warnings = append(p.Warnings, fmt.Sprintf("%s has legacy tables that were not looked into: %v", t.family, t.missing))
@@ -139,10 +159,9 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 	return s, err
 }
 
-// addFamily plans the wanted rules of a family in one flavour, and the removal of what is ours in the other, in this
-// order: in between both are there and say the same.
+// addFamily plans the wanted rules of a family in one flavour, and the removal of what is ours in the others.
 func (p *Plan) addFamily(s survey, want Ruleset) error {
-	chosen, err := s.choose(want)
+	chosen, err := s.choose(want, p.backend)
 	if err != nil {
 		return err
 	}
@@ -165,13 +184,16 @@ func (p *Plan) addRemoval(s survey, family Family, spared Flavour) error {
 }
 
 func (p *Plan) addStep(t store, want Ruleset) {
-	input := restoreInput(want, t.rules)
-	if input == "" {
-		return
+	step := Step{Family: t.family, Flavour: t.flavour, Changes: Diff(want, t.rules), Input: restoreInput(want, t.rules), want: want, before: t}
+	changed := step.Input != ""
+	if t.flavour == Native {
+		// A base chain that nobody needs any more is no difference between rules, but the last rule takes the table along.
+		changed = len(step.Changes) > 0 || t.ours && len(want.Tables) == 0
+		step.Input = want.String()
 	}
-	p.Steps = append(p.Steps, Step{
-		Family: t.family, Flavour: t.flavour, Changes: Diff(want, t.rules), Input: input, want: want, before: t,
-	})
+	if changed {
+		p.Steps = append(p.Steps, step)
+	}
 }
 
 // giveUpIPv6 leaves IPv6 alone for the reason err, in a pod that has no address at which it could be reached.

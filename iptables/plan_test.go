@@ -37,6 +37,9 @@ func usePrograms(t *testing.T, plain bool, flavours ...Flavour) string {
 	t.Setenv("PATH", machinePath)
 	dir := t.TempDir()
 	for _, flavour := range flavours {
+		if flavour == Native {
+			continue // it has none
+		}
 		for _, name := range []string{"iptables", "ip6tables"} {
 			for _, suffix := range []string{"", "-save", "-restore"} {
 				real, err := exec.LookPath(name + "-" + string(flavour) + suffix)
@@ -71,7 +74,7 @@ func breakProgram(t *testing.T, dir, name, script string) {
 
 // initIn plans and commits in the namespace, and returns the plan that was committed.
 func initIn(ns *nettest.Namespace, spec capture.Spec) (*Plan, error) {
-	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec) })
+	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec, Auto) })
 }
 
 func cleanupIn(ns *nettest.Namespace) (*Plan, error) { return commitIn(ns, PlanCleanup) }
@@ -120,6 +123,14 @@ func everything(t *testing.T, ns *nettest.Namespace) string {
 // rulesIn reads a table the way people do.
 func rulesIn(t *testing.T, ns *nettest.Namespace, family Family, flavour Flavour) Ruleset {
 	t.Helper()
+	if flavour == Native {
+		var table nftState
+		ns.Do(t, func() (err error) {
+			table, err = readNFTablesNow()
+			return err
+		})
+		return table.ruleset(family)
+	}
 	return Parse(family, ns.MustRun(t, programName(family, flavour)+"-save"))
 }
 
@@ -132,7 +143,7 @@ func programName(family Family, flavour Flavour) string {
 
 func forEachFlavour(t *testing.T, test func(t *testing.T, flavour Flavour)) {
 	nettest.RequireRoot(t)
-	for _, flavour := range []Flavour{NFT, Legacy} {
+	for _, flavour := range []Flavour{NFT, Legacy, Native} {
 		t.Run(string(flavour), func(t *testing.T) {
 			usePrograms(t, false, flavour)
 			test(t, flavour)
@@ -493,8 +504,8 @@ func TestAFailureInAFreshNamespaceLeavesItFresh(t *testing.T) {
 	}
 }
 
-// nftRule makes a rule in iptables' own table with nft, in a way that iptables cannot show: it then shows nothing at all.
-func nftRule(t *testing.T, ns *nettest.Namespace) {
+// ruleMadeWithNFT makes a rule in iptables' own table with nft, in a way that iptables cannot show: it then shows nothing at all.
+func ruleMadeWithNFT(t *testing.T, ns *nettest.Namespace) {
 	t.Helper()
 	ns.MustRun(t, "/usr/sbin/iptables-nft", "-t", "nat", "-A", "OUTPUT", "-d", "203.0.113.9/32", "-j", "ACCEPT")
 	ns.MustRun(t, "/usr/sbin/nft", "add", "rule", "ip", "nat", "OUTPUT", "ct", "state", "new", "counter", "accept")
@@ -504,7 +515,7 @@ func TestATableThatIPTablesCannotShowIsLeftAlone(t *testing.T) {
 	nettest.RequireRoot(t)
 	usePrograms(t, false, NFT)
 	pod := nettest.New(t, "pod")
-	nftRule(t, pod)
+	ruleMadeWithNFT(t, pod)
 	before := everything(t, pod)
 	if _, err := initIn(pod, captureAll); !errors.Is(err, errIncompatible) {
 		t.Errorf("got error %v", err)
@@ -527,7 +538,7 @@ func TestOurRulesInATableThatIPTablesCannotShowAreAnError(t *testing.T) {
 	usePrograms(t, false, NFT, Legacy)
 	pod := nettest.New(t, "pod")
 	mustInit(t, pod, captureAll)
-	nftRule(t, pod)
+	ruleMadeWithNFT(t, pod)
 	before := everything(t, pod)
 	if _, err := initIn(pod, captureAll); !errors.Is(err, errIncompatible) {
 		t.Errorf("init: got error %v", err)
@@ -547,7 +558,7 @@ func TestPlanningChangesNothing(t *testing.T) {
 		pod := nettest.New(t, "pod")
 		before := everything(t, pod)
 		pod.Do(t, func() error {
-			plan, err := PlanInit(context.Background(), captureAll)
+			plan, err := PlanInit(context.Background(), captureAll, Auto)
 			if err == nil && (plan.Unchanged() || plan.String() == "") {
 				t.Error("the plan says nothing")
 			}
@@ -656,7 +667,7 @@ func TestACancelledInitTakesBackWhatItDid(t *testing.T) {
 		cancel()
 	}()
 	err := pod.Try(func() error {
-		plan, err := PlanInit(ctx, captureAll)
+		plan, err := PlanInit(ctx, captureAll, Auto)
 		if err != nil {
 			return err
 		}

@@ -40,6 +40,7 @@ changed and otherwise does nothing. Lists are separated by commas; a port range 
 // initOptions is what the command line and the environment of `pillion init` say.
 type initOptions struct {
 	changeOptions
+	backendOptions
 	spec capture.Spec
 	uids []capture.IDRange // nil: DefaultProxyID
 	gids []capture.IDRange // nil: the same as uids
@@ -74,6 +75,7 @@ func (o *initOptions) bind(flags *pflag.FlagSet) {
 		"outbound ports left alone at every address")
 	parsed(flags, &s.InterfacesExcluded, capture.ParseInterfaces, "istio-exclude-interfaces", "c", "", "list",
 		"interfaces left alone in both directions")
+	o.backendOptions.bind(flags)
 	o.changeOptions.bind(flags, "print what would change, with reasons, and change nothing")
 
 	// istio-iptables has no variable for --envoy-port.
@@ -103,11 +105,15 @@ func (o *initOptions) run(ctx context.Context, stdout, stderr io.Writer) error {
 	if err := o.spec.Validate(); err != nil {
 		return err
 	}
+	backend, err := o.backendOptions.choose()
+	if err != nil {
+		return err
+	}
 	if o.spec.Inbound.None() && o.spec.Outbound.None() && len(o.spec.OutboundPorts) == 0 {
 		log.Warn("nothing will be captured: -b '*' captures inbound, -i '*' outbound connections")
 	}
 	return o.carryOut(ctx, stdout, log, func(ctx context.Context) (*iptables.Plan, error) {
-		return iptables.PlanInit(ctx, o.spec)
+		return iptables.PlanInit(ctx, o.spec, backend)
 	})
 }
 
