@@ -89,7 +89,16 @@ func (p *Plan) install(ctx context.Context) error {
 		return err
 	}
 	if p.Address == AddressRemoved {
-		return removeSourceAddress()
+		if err := removeSourceAddress(); err != nil {
+			return err
+		}
+	}
+	for _, step := range p.Steps {
+		if step.Flavour == NFT {
+			if err := removeEmptyNFT(step.Family, step.emptied(), nil); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
@@ -103,13 +112,15 @@ func (p *Plan) apply(ctx context.Context, i int) error {
 	if i > 0 && p.Steps[i-1].Flavour == Native {
 		return nil
 	}
-	wanted := p.table.rulesets
-	for _, s := range p.Steps {
-		if s.Flavour == Native {
-			wanted[slices.Index(Families, s.Family)] = s.want
-		}
-	}
-	return planNFTables(wanted, p.table).apply()
+	return planNFTables(p.wantedNFTables(), p.table).apply()
+}
+
+// emptied are the tables in which there was a part of ours and is none any more.
+func (s Step) emptied() []TableName {
+	own := s.before.rules.Own()
+	return slices.DeleteFunc(slices.Clone(TableNames), func(name TableName) bool {
+		return len(own.Chains(name)) == 0 || len(s.want.Chains(name)) > 0
+	})
 }
 
 // changeRoutes makes one kind of the planned changes. Routes are there before a rule needs them, and go after it.
@@ -231,7 +242,7 @@ func (s Step) undo(ctx context.Context, now survey, table nftState) error {
 		}
 	}
 	if s.Flavour == NFT {
-		return removeEmptyNFT(s.Family, s.before.chains)
+		return removeEmptyNFT(s.Family, TableNames, s.before.chains)
 	}
 	return nil
 }
@@ -248,23 +259,23 @@ func (p *Plan) remove(ctx context.Context) error {
 	}
 	for _, step := range p.Steps {
 		if step.Flavour == NFT {
-			failed = append(failed, removeEmptyNFT(step.Family, nil))
+			failed = append(failed, removeEmptyNFT(step.Family, TableNames, nil))
 		}
 	}
 	return cmp.Or(failed...)
 }
 
-// removeEmptyNFT removes the base chains of our tables that are not among keep and that nobody uses, and each table when
+// removeEmptyNFT removes the base chains of the tables that are not among keep and that nobody uses, and each table when
 // nothing is left in it. iptables makes them with its first rule and leaves them behind with the last; it makes them again
 // whenever they are needed, so nobody misses them. Chains that bear other names, rules, references or another policy are
 // somebody's, and so is a table that was there before.
-func removeEmptyNFT(family Family, keep []nftChain) error {
+func removeEmptyNFT(family Family, tables []TableName, keep []nftChain) error {
 	chains, err := nftChains()
 	if err != nil {
 		return err
 	}
 	var failed []error
-	for _, table := range TableNames {
+	for _, table := range tables {
 		var empty []string
 		inUse := false
 		for _, c := range chains {

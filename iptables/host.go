@@ -42,7 +42,7 @@ type Backend string
 const (
 	// Auto is where our rules are already; else IPTables, if its programs are there and the tables that they keep can be
 	// used; else NFTables.
-	Auto           Backend = "auto"
+	Auto           Backend = ""
 	IPTables       Backend = "iptables" // in the flavour that holds our rules or other people's, else in nft
 	IPTablesNFT    Backend = "iptables-nft"
 	IPTablesLegacy Backend = "iptables-legacy"

@@ -46,7 +46,8 @@ type Step struct {
 	Family  Family
 	Flavour Flavour
 	Changes []Change
-	// Input is what iptables-restore is given. nftables gets no text: there it is all rules that are wanted.
+	// Input is what iptables-restore is given, or what nft could be given to the same effect. Our table of nftables is one
+	// for both families: the first step has it all.
 	Input string
 
 	want   Ruleset
@@ -58,7 +59,7 @@ func (p *Plan) Unchanged() bool {
 	return len(p.Steps) == 0 && len(p.Routes) == 0 && p.Address == AddressKept
 }
 
-// PlanInit compares what is there with the rules for spec, which must be valid.
+// PlanInit compares what is there with the rules for spec, which must be valid. The backend says where they go.
 func PlanInit(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, error) {
 	plan := &Plan{backend: backend}
 	s, err := plan.look(ctx)
@@ -134,6 +135,20 @@ func (p *Plan) order() {
 		return 0
 	}
 	slices.SortStableFunc(p.Steps, func(a, b Step) int { return rank(a) - rank(b) })
+	if i := slices.IndexFunc(p.Steps, func(s Step) bool { return s.Flavour == Native }); i >= 0 {
+		p.Steps[i].Input = nftScript(p.wantedNFTables())
+	}
+}
+
+// wantedNFTables is what our table of nftables shall hold.
+func (p *Plan) wantedNFTables() [2]Ruleset {
+	wanted := p.table.rulesets
+	for _, s := range p.Steps {
+		if s.Flavour == Native {
+			wanted[slices.Index(Families, s.Family)] = s.want
+		}
+	}
+	return wanted
 }
 
 // look makes a survey. Without the right to make one, a plan can still be shown.
@@ -189,7 +204,7 @@ func (p *Plan) addStep(t store, want Ruleset) {
 	if t.flavour == Native {
 		// A base chain that nobody needs any more is no difference between rules, but the last rule takes the table along.
 		changed = len(step.Changes) > 0 || t.ours && len(want.Tables) == 0
-		step.Input = want.String()
+		step.Input = ""
 	}
 	if changed {
 		p.Steps = append(p.Steps, step)

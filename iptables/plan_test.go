@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -74,7 +76,11 @@ func breakProgram(t *testing.T, dir, name, script string) {
 
 // initIn plans and commits in the namespace, and returns the plan that was committed.
 func initIn(ns *nettest.Namespace, spec capture.Spec) (*Plan, error) {
-	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec, Auto) })
+	return initBy(ns, spec, Auto)
+}
+
+func initBy(ns *nettest.Namespace, spec capture.Spec, backend Backend) (*Plan, error) {
+	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec, backend) })
 }
 
 func cleanupIn(ns *nettest.Namespace) (*Plan, error) { return commitIn(ns, PlanCleanup) }
@@ -517,19 +523,25 @@ func TestATableThatIPTablesCannotShowIsLeftAlone(t *testing.T) {
 	pod := nettest.New(t, "pod")
 	ruleMadeWithNFT(t, pod)
 	before := everything(t, pod)
-	if _, err := initIn(pod, captureAll); !errors.Is(err, errIncompatible) {
+	if _, err := initBy(pod, captureAll, IPTables); !errors.Is(err, errIncompatible) {
 		t.Errorf("got error %v", err)
 	}
 	if after := everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
-
-	usePrograms(t, false, NFT, Legacy)
-	if plan := mustInit(t, pod, captureAll); plan.Steps[0].Flavour != Legacy || plan.Steps[1].Flavour != NFT {
-		t.Errorf("with legacy at hand: %v", plan.Summary())
-	}
-	if _, err := cleanupIn(pod); err != nil {
-		t.Error(err)
+	for _, test := range []struct {
+		programs []Flavour
+		want     Flavour
+	}{{[]Flavour{NFT}, Native}, {[]Flavour{NFT, Legacy}, Legacy}} {
+		usePrograms(t, false, test.programs...)
+		steps := mustInit(t, pod, captureAll).Steps
+		if !slices.ContainsFunc(steps, func(s Step) bool { return s.Family == IPv4 && s.Flavour == test.want }) ||
+			!slices.ContainsFunc(steps, func(s Step) bool { return s.Family == IPv6 && s.Flavour == NFT }) {
+			t.Errorf("with %v at hand: %v", test.programs, steps)
+		}
+		if _, err := cleanupIn(pod); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
@@ -558,7 +570,7 @@ func TestPlanningChangesNothing(t *testing.T) {
 		pod := nettest.New(t, "pod")
 		before := everything(t, pod)
 		pod.Do(t, func() error {
-			plan, err := PlanInit(context.Background(), captureAll, Auto)
+			plan, err := PlanInit(context.Background(), captureAll, "")
 			if err == nil && (plan.Unchanged() || plan.String() == "") {
 				t.Error("the plan says nothing")
 			}
@@ -595,6 +607,104 @@ func TestAPodWithoutIPv6GetsIPv4Alone(t *testing.T) {
 	plan := mustInit(t, pod, captureAll)
 	if len(plan.Steps) != 1 || plan.Steps[0].Family != IPv4 || plan.Address != AddressKept || len(plan.Warnings) > 0 {
 		t.Errorf("plan: %v, warnings %q", plan, plan.Warnings)
+	}
+}
+
+// istio-iptables makes rules for IPv6 only when the first global address is of IPv6. The address that a run puts on the
+// loopback must not change that for the next one, as it does there.
+func TestIPv6WhenItComesFirst(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT)
+	spec := captureAll
+	spec.IPv6 = capture.IPv6WhenFirst
+	for name, test := range map[string]struct {
+		addresses []string
+		families  int
+	}{
+		"no address":   {nil, 1},
+		"IPv4":         {[]string{"198.51.100.2/24"}, 1},
+		"IPv6":         {[]string{"2001:db8:1::2/64"}, 2},
+		"both":         {[]string{"2001:db8:1::2/64", "198.51.100.2/24"}, 1},
+		"link-local":   {[]string{"169.254.0.1/16", "fe80::2/64"}, 1},
+		"IPv6 at last": {[]string{"169.254.0.1/16", "fd00::2/64"}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pod, peer := nettest.New(t, "pod"), nettest.New(t, "peer")
+			nettest.Join(t, pod, peer)
+			for _, address := range test.addresses {
+				pod.AddAddress(t, "eth0", netip.MustParsePrefix(address))
+			}
+			if plan := mustInit(t, pod, spec); len(plan.Steps) != test.families {
+				t.Errorf("rules in %d families, want %d", len(plan.Steps), test.families)
+			}
+			if plan := mustInit(t, pod, spec); !plan.Unchanged() {
+				t.Errorf("a second run would change %v", plan)
+			}
+			mustInit(t, pod, captureAll)
+			if plan := mustInit(t, pod, spec); plan.Unchanged() != (test.families == 2) {
+				t.Errorf("after rules for both families: %v", plan)
+			}
+			if strings.Contains(everything(t, pod), "::6/128") != (test.families == 2) {
+				t.Error("::6 is there without rules, or not there with them")
+			}
+		})
+	}
+}
+
+// Each table is a commit of its own. When a later one fails the earlier ones are taken back.
+func TestAFailureBetweenTwoTablesTakesTheFirstBack(t *testing.T) {
+	nettest.RequireRoot(t)
+	for _, flavour := range []Flavour{NFT, Legacy} {
+		dir := usePrograms(t, false, flavour)
+		pod, _ := nettest.PodAndPeer(t)
+		strangers(t, pod, flavour)
+		for _, table := range TableNames { // a legacy one cannot be unmade
+			if flavour == Legacy {
+				pod.MustRun(t, programName(IPv4, flavour)+"-save", "-t", string(table))
+				pod.MustRun(t, programName(IPv6, flavour)+"-save", "-t", string(table))
+			}
+		}
+		before := everything(t, pod)
+		real := programName(IPv6, flavour) + "-restore"
+		breakProgram(t, dir, filepath.Base(real), fmt.Sprintf(
+			`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; /bin/sed 's/--to-ports 15001/--to-ports nowhere/' | %[2]s "$@"`, dir, real))
+		if _, err := initIn(pod, tproxyAll); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+			t.Errorf("%s: got error %v", flavour, err)
+		}
+		if after := everything(t, pod); after != before {
+			t.Errorf("%s: before:\n%s\nafter:\n%s", flavour, before, after)
+		}
+	}
+}
+
+func TestAForcedFlavourIsTakenWhateverIsThere(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT, Legacy)
+	pod := nettest.New(t, "pod")
+	flavours := map[Backend]Flavour{IPTables: NFT, IPTablesNFT: NFT, IPTablesLegacy: Legacy, NFTables: Native}
+	for _, backend := range []Backend{IPTablesNFT, IPTablesLegacy, NFTables, IPTablesLegacy, IPTablesNFT, NFTables, IPTables} {
+		if _, err := initBy(pod, captureAll, backend); err != nil {
+			t.Fatal(err)
+		}
+		for _, family := range Families {
+			for _, flavour := range []Flavour{NFT, Legacy, Native} {
+				var want Ruleset
+				if flavour == flavours[backend] {
+					want = Rules(captureAll, family)
+				}
+				if changes := Diff(want, rulesIn(t, pod, family, flavour)); len(changes) > 0 {
+					t.Errorf("%s by %s: %s differs: %v", family, backend, flavour, changes)
+				}
+			}
+		}
+	}
+	usePrograms(t, false, Legacy)
+	err := pod.Try(func() error {
+		_, err := PlanInit(context.Background(), captureAll, IPTablesNFT)
+		return err
+	})
+	if !errors.Is(err, errNoProgram) {
+		t.Errorf("without the program: got error %v", err)
 	}
 }
 
@@ -667,7 +777,7 @@ func TestACancelledInitTakesBackWhatItDid(t *testing.T) {
 		cancel()
 	}()
 	err := pod.Try(func() error {
-		plan, err := PlanInit(ctx, captureAll, Auto)
+		plan, err := PlanInit(ctx, captureAll, "")
 		if err != nil {
 			return err
 		}

@@ -72,15 +72,30 @@ func (p *policy) dnsServers() []netip.Prefix {
 	return servers
 }
 
-// chain adds a chain to a table, unless there is nothing to put into it.
+// chain adds a chain to a table, without rules that could never match, unless there is nothing to put into it.
 func (p *policy) chain(table TableName, name string, rules ...Rule) {
-	c := Chain{Name: name, Rules: rules}
+	c := Chain{Name: name}
 	if !c.own() {
 		c.Policy = policyAccept
 	}
-	if len(rules) > 0 {
+	for _, r := range rules {
+		dead := slices.ContainsFunc(c.Rules, func(earlier Rule) bool { return earlier.final() && earlier.Match == r.Match })
+		if !dead {
+			c.Rules = append(c.Rules, r)
+		}
+	}
+	if len(c.Rules) > 0 {
 		p.addChain(table, c)
 	}
+}
+
+// final tells whether no packet that matches goes on to the next rule of the chain.
+func (r Rule) final() bool {
+	switch r.Target.(type) {
+	case Return, Accept, Drop, Redirect, ToSocket:
+		return true
+	}
+	return false
 }
 
 // The zones of connection tracking for DNS over UDP. What the workload asks the agent and what the agent asks a server
@@ -219,13 +234,13 @@ func (p *policy) inboundTPROXY() {
 		rules = append(rules, Rule{ID: "inbound/localhost", Match: Match{Dst: p.localhost}, Target: Return{},
 			Why: "what was redirected already is on its way to the agent"})
 	}
-	p.chain(Mangle, chainTPROXY, append(rules,
+	p.chainIfUsed(Mangle, chainTPROXY, append(rules,
 		Rule{ID: "inbound/connection", Match: Match{Protocol: TCP}, Target: SetConnMark(capture.LoopMark),
 			Why: "the connection remembers that it was given to the agent"},
 		Rule{ID: "inbound/tproxy", Match: Match{Protocol: TCP},
 			Target: ToSocket{netip.AddrPortFrom(p.anywhere, p.InboundPort), p.TPROXYMark},
 			Why:    "captured inbound connections go to the agent as they are"})...)
-	p.chain(Mangle, chainDivert,
+	p.chainIfUsed(Mangle, chainDivert,
 		Rule{ID: "inbound/divert/mark", Target: SetMark(p.TPROXYMark), Why: "by this mark the packet is delivered here, whatever its destination"},
 		Rule{ID: "inbound/divert", Target: Accept{}, Why: "its socket is found without further rules"})
 }

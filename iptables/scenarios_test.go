@@ -250,8 +250,13 @@ var scenarios = []scenario{
 		s.Mode, s.Compat, s.TPROXYMark, s.TPROXYTable = capture.TPROXY, true, 0x7b, 200
 		s.Inbound.All, s.Outbound.List = true, networks("203.0.113.0/24,2001:db8:2::/64")
 		s.RedirectDNS, s.DNSServers = true, []netip.Addr{nettest.Elsewhere4, nettest.Elsewhere6}
+		s.InterfacesExcluded = []string{"vm0"}
 	}), func(a addresses) []story {
 		return append(dnsStories(a),
+			story{"what passes through the pod, both ways", fromVM(a, a.elsewhere, 80), untouched},
+			story{"workload through the excluded interface", through("vm0", sends(workload, workload, a.elsewhere, 80)), untouched},
+			story{"workload asks through the excluded interface", udp(through("vm0", sends(workload, workload, a.elsewhere, 53))), untouched},
+			story{"an answer through the excluded interface", udp(through("vm0", answerFrom(a.elsewhere, a))), untouched},
 			story{"peer to the workload", arrives(a, 8080), given},
 			story{"peer to a tunnel", arrives(a, 15008), given},
 			story{"more from that peer", established(capture.LoopMark, arrives(a, 8080)), untouched},

@@ -212,9 +212,6 @@ func (s survey) choose(want Ruleset, backend Backend) (store, error) {
 	nft, legacy, native := s.store(want.Family, NFT), s.store(want.Family, Legacy), s.store(want.Family, Native)
 	if flavour := backend.flavour(); flavour != "" {
 		forced := s.store(want.Family, flavour)
-		if forced.missing != nil {
-			return forced, fmt.Errorf("%w for %s: %w", errNoFlavour, want.Family, forced.missing)
-		}
 		return forced, forced.usable(want)
 	}
 	if backend == Auto && native.ours {
@@ -239,18 +236,24 @@ func chooseIPTables(nft, legacy store, want Ruleset) (store, error) {
 	case nft.usable(want) != nil && legacy.missing == nil:
 		chosen = legacy
 	case nft.missing != nil:
-		return nft, fmt.Errorf("%w for %s: %w; %w", errNoFlavour, want.Family, nft.missing, legacy.missing)
+		return nft, fmt.Errorf("%w of any flavour for %s: %w; %w", errNoFlavour, want.Family, nft.missing, legacy.missing)
 	}
 	return chosen, chosen.usable(want)
 }
 
 // errNoFlavour means that there is nothing to make rules with.
-var errNoFlavour = errors.New("no iptables of any flavour")
+var errNoFlavour = errors.New("no iptables")
 
 // usable tells why a store that holds our rules, or shall hold the wanted ones, cannot be worked on.
 func (t store) usable(want Ruleset) error {
-	if t.missing != nil {
+	switch {
+	case t.missing == nil:
+	case t.flavour == Native:
+		return fmt.Errorf("%s rules: %w", t.family, t.missing)
+	case t.ours:
 		return fmt.Errorf("%s holds %s rules of an earlier run, but there is no program to change them: %w", t.flavour, t.family, t.missing)
+	default:
+		return fmt.Errorf("%w for %s: %w", errNoFlavour, t.family, t.missing)
 	}
 	for _, name := range t.opaque {
 		ours := slices.ContainsFunc(t.chains, func(c nftChain) bool {

@@ -31,7 +31,8 @@ func TestChoiceOfTheFlavour(t *testing.T) {
 	} {
 		test.nft.family, test.nft.flavour = IPv4, NFT
 		test.legacy.family, test.legacy.flavour = IPv4, Legacy
-		got, err := survey{stores: []store{test.nft, test.legacy}}.choose(Rules(captureAll, IPv4), IPTables)
+		native := store{family: IPv4, flavour: Native, missing: errNoKernelSupport}
+		got, err := survey{stores: []store{test.nft, test.legacy, native}}.choose(Rules(captureAll, IPv4), IPTables)
 		if test.err != "" {
 			if err == nil || !strings.HasPrefix(err.Error(), test.err) {
 				t.Errorf("%s: got error %v, want %q", test.name, err, test.err)

@@ -16,8 +16,7 @@ type backendOptions struct {
 }
 
 func (o *backendOptions) bind(flags *pflag.FlagSet) {
-	o.backend, o.forced = iptables.Auto, iptables.Auto
-	parsed(flags, &o.backend, parseBackend, "backend", "", string(iptables.Auto), "name",
+	parsed(flags, &o.backend, parseBackend, "backend", "", "auto", "name",
 		"what makes the rules: iptables (iptables-nft, iptables-legacy), nftables, which needs no program, or auto: where they are already, else iptables if it is there, else nftables")
 	parsedSwitch(flags, &o.native, "native-nftables", "", "the same as --backend nftables; --force-iptables-binary has no effect then")
 	parsed(flags, &o.forced, parseForced, "force-iptables-binary", "", "", "name",
@@ -42,8 +41,11 @@ func (o *backendOptions) choose() (iptables.Backend, error) {
 }
 
 func parseBackend(text string) (iptables.Backend, error) {
+	if text == "auto" {
+		return iptables.Auto, nil
+	}
 	switch b := iptables.Backend(text); b {
-	case iptables.Auto, iptables.IPTables, iptables.IPTablesNFT, iptables.IPTablesLegacy, iptables.NFTables:
+	case iptables.IPTables, iptables.IPTablesNFT, iptables.IPTablesLegacy, iptables.NFTables:
 		return b, nil
 	}
 	return "", fmt.Errorf("%q is not a back end: use auto, iptables, iptables-nft, iptables-legacy or nftables", text)

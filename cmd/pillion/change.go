@@ -6,27 +6,55 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"os/signal"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/pflag"
 
+	"github.com/pillion-proxy/pillion/internal/netns"
 	"github.com/pillion-proxy/pillion/iptables"
 )
 
 // changeOptions are what init and cleanup have in common: how to treat a plan.
 type changeOptions struct {
-	dryRun bool
-	output output
-	log    logOptions
+	dryRun    bool
+	output    output
+	log       logOptions
+	namespace string
+	cniMode   bool
 }
 
 func (o *changeOptions) bind(flags *pflag.FlagSet, dryRun string) {
 	parsedSwitch(flags, &o.dryRun, "dry-run", "n", dryRun)
+	twin(flags, "dry-run", "DRY_RUN")
 	o.output = outputText
 	parsed(flags, &o.output, parseOutput, "output", "", string(outputText), "form", "form of the result: text or json")
 	o.log.bind(flags)
+	parsed(flags, &o.namespace, asItIs, "network-namespace", "", "", "path", "work in this network namespace, such as /proc/4711/ns/net")
+	twin(flags, "network-namespace", "NETWORK_NAMESPACE")
+	parsedSwitch(flags, &o.cniMode, "cni-mode", "", "with --network-namespace: let the legacy programs lock the pod instead of the machine")
+	twin(flags, "cni-mode", "CNI_MODE")
+}
+
+// inNamespace runs fn in the network namespace that was asked for.
+func (o *changeOptions) inNamespace(fn func() error) error {
+	if o.namespace == "" {
+		return fn()
+	}
+	namespace, err := netns.Open(o.namespace)
+	if err != nil {
+		return fmt.Errorf("--network-namespace: %w", err)
+	}
+	defer namespace.Close()
+	if o.cniMode {
+		// The lock of the legacy programs is the whole machine's. This one is the pod's.
+		if err := os.Setenv("XTABLES_LOCKFILE", o.namespace); err != nil {
+			return fmt.Errorf("--cni-mode: %w", err)
+		}
+	}
+	return namespace.Do(fn)
 }
 
 // carryOut makes a plan and commits it, or only shows it, and reports what happened.
@@ -45,6 +73,11 @@ func (o *changeOptions) carryOut(ctx context.Context, stdout io.Writer, log *slo
 		return err
 	}
 	text := plan.String()
+	if path := os.Getenv("DRY_RUN_FILE_PATH"); o.dryRun && path != "" {
+		if err := os.WriteFile(path, []byte(plan.Script()), 0o644); err != nil {
+			return fmt.Errorf("environment variable DRY_RUN_FILE_PATH: %w", err)
+		}
+	}
 	if !o.dryRun {
 		if err := plan.Commit(ctx); err != nil {
 			return err

@@ -2,147 +2,177 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"os/user"
+	"log/slog"
+	"os"
+	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/iptables"
 )
 
-// newInit is `pillion init`. It takes the flags of istio-iptables, so that an injector can call it unchanged.
+// newInit is `pillion init`: istio-iptables' flags, better defaults.
 func newInit() *cobra.Command {
-	options := initOptions{spec: capture.Default()}
+	options := newInitOptions(false)
 	cmd := &cobra.Command{
-		Use:     "init",
-		Aliases: []string{"istio-iptables"},
-		Short:   "Install the rules that redirect this network namespace's TCP connections to the agent",
-		Long: `Install the rules that redirect this network namespace's TCP connections to the agent.
+		Use:   "init",
+		Short: "Install the rules that redirect this network namespace's connections to the agent",
+		Long: `Install the rules that redirect this network namespace's connections to the agent.
 
 Run it before the workload starts, as root with CAP_NET_ADMIN and CAP_NET_RAW. Running it again repairs what has been
-changed and otherwise does nothing. Lists are separated by commas; a port range is written 8000:9000.`,
+changed and otherwise does nothing. Lists are separated by commas; ranges are written 8000:9000 for ports and 1337-1340
+for users and groups; names of services, users and groups are looked up. The variables in brackets say the same as the
+flags and are weaker.`,
 		Args: noArguments,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := applyEnvironment(cmd.Flags()); err != nil {
-				return err
-			}
-			return options.run(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
-		},
+		RunE: options.run,
 	}
-	options.bind(cmd.Flags())
+	options.bind(cmd)
 	return cmd
 }
 
-// initOptions is what the command line and the environment of `pillion init` say.
+// newIstioIPTables is `pillion istio-iptables`: the same flags with istio-iptables' own defaults and verdicts.
+func newIstioIPTables() *cobra.Command {
+	options := newInitOptions(true)
+	cmd := &cobra.Command{
+		Use:   "istio-iptables",
+		Short: "The same as init, with the defaults and the verdicts of istio-iptables",
+		Long: `The same as init, with the defaults and the verdicts of istio-iptables, so that an injector can call it unchanged.
+
+IPv6 has rules only when the first global address is of IPv6, or with --dual-stack; packets that belong to nothing are
+dropped only with --drop-invalid; every mode but TPROXY is REDIRECT, which captures the tunnel port, too; with DNS capture,
+TCP to port 53 over the loopback is judged like any other destination.`,
+		Args: cobra.ArbitraryArgs,
+		RunE: options.run,
+	}
+	options.bind(cmd)
+	return cmd
+}
+
+// initOptions is what the command line and the environment say.
 type initOptions struct {
 	changeOptions
 	backendOptions
 	spec capture.Spec
-	uids []capture.IDRange // nil: DefaultProxyID
+	uids []capture.IDRange // nil: who $ENVOY_USER is
 	gids []capture.IDRange // nil: the same as uids
-	mode string            // checked, and then of one kind only
+
+	warnings      []string // about flags, which are read before there is a log
+	dualStack     bool
+	cleanupOnly   bool
+	skipRules     bool
+	validate      bool
+	probePort     uint16
+	probeTimeout  time.Duration
+	withoutEffect bool // flags that are taken and say nothing: rules converge on every run
 }
 
-func (o *initOptions) bind(flags *pflag.FlagSet) {
-	s := &o.spec
-	parsed(flags, &s.OutboundPort, capture.ParsePort, "envoy-port", "p", fmt.Sprint(s.OutboundPort), "port",
-		"port of the agent to which captured outbound connections go")
-	parsed(flags, &s.InboundPort, capture.ParsePort, "inbound-capture-port", "z", fmt.Sprint(s.InboundPort), "port",
-		"port of the agent to which captured inbound connections go")
-	parsed(flags, &s.TunnelPort, capture.ParsePort, "inbound-tunnel-port", "e", fmt.Sprint(s.TunnelPort), "port",
-		"inbound port of tunnels, never captured")
-	parsed(flags, &o.uids, parseUsers, "proxy-uid", "u", "", "list",
-		fmt.Sprintf("users, by number or name, whose connections are not captured; empty is %d", capture.DefaultProxyID))
-	parsed(flags, &o.gids, parseGroups, "proxy-gid", "g", "", "list",
-		"groups, by number or name, whose connections are not captured; empty is the numbers of the users")
-	parsed(flags, &o.mode, parseMode, "istio-inbound-interception-mode", "m", "", "mode",
-		"how inbound connections are captured: REDIRECT, which is also what empty means")
-	parsed(flags, &s.Inbound, capture.ParsePorts, "istio-inbound-ports", "b", "", "ports",
-		"inbound ports to capture, * for all; empty is none")
-	parsed(flags, &s.InboundExcluded, capture.ParsePortList, "istio-local-exclude-ports", "d", "", "ports",
-		"inbound ports left alone when all are captured")
-	parsed(flags, &s.Outbound, capture.ParsePrefixes, "istio-service-cidr", "i", "", "networks",
-		"outbound networks to capture, * for all; empty is none")
-	parsed(flags, &s.OutboundExcluded, capture.ParsePrefixList, "istio-service-exclude-cidr", "x", "", "networks",
-		"outbound networks left alone")
-	parsed(flags, &s.OutboundPorts, capture.ParsePortList, "istio-outbound-ports", "q", "", "ports",
-		"outbound ports captured at every address that is not left alone")
-	parsed(flags, &s.OutboundPortsExcluded, capture.ParsePortList, "istio-local-outbound-ports-exclude", "o", "", "ports",
-		"outbound ports left alone at every address")
-	parsed(flags, &s.InterfacesExcluded, capture.ParseInterfaces, "istio-exclude-interfaces", "c", "", "list",
-		"interfaces left alone in both directions")
-	o.backendOptions.bind(flags)
-	o.changeOptions.bind(flags, "print what would change, with reasons, and change nothing")
-
-	// istio-iptables has no variable for --envoy-port.
-	twin(flags, "inbound-capture-port", "INBOUND_CAPTURE_PORT")
-	twin(flags, "inbound-tunnel-port", "INBOUND_TUNNEL_PORT")
-	twin(flags, "proxy-uid", "PROXY_UID")
-	twin(flags, "proxy-gid", "PROXY_GID")
-	twin(flags, "istio-inbound-interception-mode", "ISTIO_INBOUND_INTERCEPTION_MODE")
-	twin(flags, "istio-inbound-ports", "ISTIO_INBOUND_PORTS")
-	twin(flags, "istio-local-exclude-ports", "ISTIO_LOCAL_EXCLUDE_PORTS")
-	twin(flags, "istio-service-cidr", "ISTIO_SERVICE_CIDR")
-	twin(flags, "istio-service-exclude-cidr", "ISTIO_SERVICE_EXCLUDE_CIDR")
-	twin(flags, "istio-outbound-ports", "ISTIO_OUTBOUND_PORTS")
-	twin(flags, "istio-local-outbound-ports-exclude", "ISTIO_LOCAL_OUTBOUND_PORTS_EXCLUDE")
-	twin(flags, "istio-exclude-interfaces", "ISTIO_EXCLUDE_INTERFACES")
-	twin(flags, "dry-run", "DRY_RUN")
-}
-
-func (o *initOptions) run(ctx context.Context, stdout, stderr io.Writer) error {
-	log := o.log.logger(stderr)
-	if len(o.uids) > 0 {
-		o.spec.ProxyUIDs, o.spec.ProxyGIDs = o.uids, o.uids
+func newInitOptions(compat bool) *initOptions {
+	o := &initOptions{spec: capture.Default(), probePort: 15002, probeTimeout: 5 * time.Second}
+	o.spec.Compat = compat
+	if !compat {
+		o.spec.DropInvalid = true
 	}
-	if len(o.gids) > 0 {
-		o.spec.ProxyGIDs = o.gids
+	return o
+}
+
+func (o *initOptions) run(cmd *cobra.Command, _ []string) error {
+	ctx, stdout := cmd.Context(), cmd.OutOrStdout()
+	if err := applyEnvironment(cmd.Flags()); err != nil {
+		return err
+	}
+	log := o.log.logger(cmd.ErrOrStderr())
+	if err := o.complete(log); err != nil {
+		return err
 	}
 	if err := o.spec.Validate(); err != nil {
 		return err
 	}
+	return o.inNamespace(func() error { return o.here(ctx, stdout, log) })
+}
+
+// complete turns what was said into a spec.
+func (o *initOptions) complete(log *slog.Logger) error {
+	s := &o.spec
+	if err := o.readEnvironmentAlone(); err != nil {
+		return err
+	}
+	s.ProxyUIDs = o.uids
+	if len(o.uids) == 0 {
+		s.ProxyUIDs = proxyUser()
+	}
+	if s.ProxyGIDs = o.gids; len(o.gids) == 0 {
+		s.ProxyGIDs = s.ProxyUIDs
+	}
+	for _, warning := range o.warnings {
+		log.Warn(warning)
+	}
+	if s.Compat && !o.dualStack {
+		s.IPv6 = capture.IPv6WhenFirst
+	}
+	if s.RedirectDNS && !s.CaptureAllDNS {
+		text, err := os.ReadFile(resolvConf)
+		if s.DNSServers = capture.ParseNameservers(string(text)); len(s.DNSServers) == 0 {
+			log.Warn(fmt.Sprintf("DNS is not captured: %s names no server; --capture-all-dns needs none", resolvConf), "error", err)
+		}
+	}
+	return nil
+}
+
+const resolvConf = "/etc/resolv.conf"
+
+// here does what was asked for in the network namespace of the calling thread.
+func (o *initOptions) here(ctx context.Context, stdout io.Writer, log *slog.Logger) error {
 	backend, err := o.backendOptions.choose()
 	if err != nil {
 		return err
 	}
-	if o.spec.Inbound.None() && o.spec.Outbound.None() && len(o.spec.OutboundPorts) == 0 {
+	makePlan := func(ctx context.Context) (*iptables.Plan, error) { return iptables.PlanInit(ctx, o.spec, backend) }
+	switch s := o.spec; {
+	case o.cleanupOnly:
+		makePlan = iptables.PlanCleanup
+	case s.Inbound.None() && s.Outbound.None() && len(s.OutboundPorts) == 0 && !s.CapturesDNS():
 		log.Warn("nothing will be captured: -b '*' captures inbound, -i '*' outbound connections")
 	}
-	return o.carryOut(ctx, stdout, log, func(ctx context.Context) (*iptables.Plan, error) {
-		return iptables.PlanInit(ctx, o.spec, backend)
-	})
-}
-
-func parseUsers(text string) ([]capture.IDRange, error) {
-	return capture.ParseIDs(text, func(name string) (string, error) {
-		found, err := user.Lookup(name)
-		if err != nil {
-			return "", err
+	if !o.skipRules {
+		if err := o.carryOut(ctx, stdout, log, makePlan); err != nil {
+			return err
 		}
-		return found.Uid, nil
-	})
-}
-
-func parseGroups(text string) ([]capture.IDRange, error) {
-	return capture.ParseIDs(text, func(name string) (string, error) {
-		found, err := user.LookupGroup(name)
-		if err != nil {
-			return "", err
-		}
-		return found.Gid, nil
-	})
-}
-
-func parseMode(text string) (string, error) {
-	switch text {
-	case "", "REDIRECT":
-		return text, nil
-	case "TPROXY":
-		return "", errors.New("TPROXY is not supported yet: use REDIRECT")
 	}
-	return "", fmt.Errorf("%q is not a mode: use REDIRECT", text)
+	if !o.validate || o.cleanupOnly || o.dryRun {
+		return nil
+	}
+	if err := o.validateRules(ctx, makePlan); err != nil {
+		return validationError{err}
+	}
+	return nil
 }
+
+// validateRules makes sure that the rules are there: by a connection when this process is the agent's user, and else by
+// looking at each of them.
+func (o *initOptions) validateRules(ctx context.Context, makePlan func(context.Context) (*iptables.Plan, error)) error {
+	ctx, cancel := context.WithTimeout(ctx, o.probeTimeout)
+	defer cancel()
+	if iptables.MayProbe(o.spec) {
+		return iptables.Probe(ctx, o.spec, o.probePort)
+	}
+	plan, err := makePlan(ctx)
+	if err != nil {
+		return err
+	}
+	if plan.Unread != nil {
+		return fmt.Errorf("this process is neither the agent's user nor allowed to read the rules: %w", plan.Unread)
+	}
+	if !plan.Unchanged() {
+		return fmt.Errorf("the rules are not in place: %s would be needed", plan.Summary())
+	}
+	return nil
+}
+
+// validationError says that the rules are not at work.
+type validationError struct{ err error }
+
+func (e validationError) Error() string { return "validation failed: " + e.err.Error() }
+func (e validationError) Unwrap() error { return e.err }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -92,7 +94,7 @@ func here(t *testing.T, ns *nettest.Namespace, args ...string) outcome {
 // state is what init could change. Looking changes nothing.
 func state(t *testing.T, ns *nettest.Namespace) string {
 	t.Helper()
-	return ns.MustRun(t, "sh", "-c", "nft list ruleset; cat /proc/net/ip_tables_names /proc/net/ip6_tables_names; ip -o addr show dev lo")
+	return ns.MustRun(t, "sh", "-c", "nft list ruleset 2>/dev/null; ip rule; cat /proc/net/ip_tables_names /proc/net/ip6_tables_names; ip -o addr show dev lo")
 }
 
 func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
@@ -120,8 +122,7 @@ func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
 		{args: "init -z 15021", code: 1, want: `-z 15021: the readiness port and the inbound port are the same; use different ones`},
 		{args: "init -u nobody-of-that-name", code: 1, want: `invalid argument "nobody-of-that-name" for "-u, --proxy-uid" flag: "nobody-of-that-name" is neither a number nor a known name: use a number such as 1337, or a range such as 1337-1340`},
 		{args: "init -g 4294967295", code: 1, want: `invalid argument "4294967295" for "-g, --proxy-gid" flag: "4294967295" is not a user or group: use a number from 0 to 4294967294`},
-		{args: "init -m tproxy", code: 1, want: `invalid argument "tproxy" for "-m, --istio-inbound-interception-mode" flag: "tproxy" is not a mode: use REDIRECT`},
-		{args: "init -m TPROXY", code: 1, want: `invalid argument "TPROXY" for "-m, --istio-inbound-interception-mode" flag: TPROXY is not supported yet: use REDIRECT`},
+		{args: "init -m tproxy", code: 1, want: `invalid argument "tproxy" for "-m, --istio-inbound-interception-mode" flag: "tproxy" is not a mode: use REDIRECT or TPROXY`},
 		{args: "init -b 80x", code: 1, want: `invalid argument "80x" for "-b, --istio-inbound-ports" flag: "80x"` + notPorts},
 		{args: "init -b *,8080", code: 1, want: `invalid argument "*,8080" for "-b, --istio-inbound-ports" flag: "*,8080"` + starAlone},
 		{args: "init -d 8000-90000", code: 1, want: `invalid argument "8000-90000" for "-d, --istio-local-exclude-ports" flag: "8000-90000"` + notPorts},
@@ -135,9 +136,22 @@ func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
 		{args: "init --log_output_level=loud", code: 1, want: `invalid argument "loud" for "--log_output_level" flag: "loud" is not a log level: use debug, info, warn, error, fatal or none`},
 		{args: "init", environment: "ISTIO_INBOUND_PORTS=80x", code: 1, want: `environment variable ISTIO_INBOUND_PORTS="80x" (for --istio-inbound-ports): invalid argument "80x" for "-b, --istio-inbound-ports" flag: "80x"` + notPorts},
 		{args: "init", environment: "DRY_RUN=maybe", code: 1, want: `environment variable DRY_RUN="maybe" (for --dry-run): invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is neither on nor off: use true or false`},
-		{args: "init -k eth0", code: 255, want: `unknown shorthand flag: 'k' in -k`},
-		{args: "init --redirect-dns", code: 255, want: `unknown flag: --redirect-dns`},
-		{args: "istio-iptables --run-validation", code: 255, want: `unknown flag: --run-validation`},
+		{args: "init -k eth/0", code: 1, want: `invalid argument "eth/0" for "-k, --kube-virt-interfaces" flag: "eth/0" is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
+		{args: "init --force-iptables-binary=nftables", code: 1, want: `invalid argument "nftables" for "--force-iptables-binary" flag: "nftables" is not a flavour of iptables: use legacy or nft`},
+		{args: "init --backend=nft", code: 1, want: `invalid argument "nft" for "--backend" flag: "nft" is not a back end: use auto, iptables, iptables-nft, iptables-legacy or nftables`},
+		{args: "init --backend=iptables --native-nftables", code: 1, want: `--backend iptables and --native-nftables, which means nftables, contradict each other: use one of them`},
+		{args: "init --backend=nftables --force-iptables-binary=legacy", code: 1, want: `--backend nftables and --force-iptables-binary, which means iptables-legacy, contradict each other: use one of them`},
+		{args: "init --network-namespace=/nowhere", code: 1, want: `--network-namespace: opening network namespace /nowhere: no such file or directory`},
+		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS=nobody-of-that-name", code: 1, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS="nobody-of-that-name": "nobody-of-that-name" is neither a number nor a known name: use a number such as 1337, or a range such as 1337-1340`},
+		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE=*", code: 1, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE="*": "*"` + starAlone},
+		{args: "istio-iptables", environment: "ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR=10.0.0.0/8", code: 1, want: `environment variable ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR="10.0.0.0/8": "10.0.0.0/8" is not an IPv4 loopback network: use one in 127.0.0.0/8, such as 127.0.0.1/32`},
+		{args: "istio-iptables", environment: "PROBE_TIMEOUT=5", code: 1, want: `environment variable PROBE_TIMEOUT="5" (for --probe-timeout): invalid argument "5" for "--probe-timeout" flag: not a time span: use a number with a unit, such as 500ms, 10s or 5m`},
+		{args: "istio-iptables", environment: "REDIRECT_DNS=maybe", code: 1, want: `environment variable REDIRECT_DNS="maybe" (for --redirect-dns): invalid argument "maybe" for "--redirect-dns" flag: "maybe" is neither on nor off: use true or false`},
+		{args: "istio-iptables --dual-stack=maybe", code: 255, want: `invalid argument "maybe" for "--dual-stack" flag: "maybe" is neither on nor off: use true or false`},
+		{args: "istio-iptables --iptables-probe-port=70000", code: 255, want: `invalid argument "70000" for "--iptables-probe-port" flag: "70000"` + notAPort},
+		{args: "istio-iptables --probe-timeout=5", code: 255, want: `invalid argument "5" for "--probe-timeout" flag: not a time span: use a number with a unit, such as 500ms, 10s or 5m`},
+		{args: "istio-iptables --log_output_level=loud", code: 255, want: `invalid argument "loud" for "--log_output_level" flag: "loud" is not a log level: use debug, info, warn, error, fatal or none`},
+		{args: "istio-iptables --restore-format", code: 255, want: `unknown flag: --restore-format`},
 		{args: "init -b", code: 255, want: `flag needs an argument: 'b' in -b`},
 		{args: "init 8080", code: 255, want: `unexpected argument "8080": every value belongs to a flag`},
 		{args: "cleanup -p 15001", code: 255, want: `unknown shorthand flag: 'p' in -p`},
@@ -174,11 +188,12 @@ func TestInitByTheInjectorsArgumentsAndCleanup(t *testing.T) {
 		t.Helper()
 		return pillion(t, ns, nil, nil, append([]string{command}, injectorArguments...)...)
 	}
-	expect("first run", run("istio-iptables"), "ipv4 rules installed in nft (16 changes), ipv6 rules installed in nft (18 changes), ::6 added to lo\n")
+	expect("first run", run("istio-iptables"), "ipv4 rules installed in nft (16 changes)\n")
+	expect("first run of init", run("init"), "ipv4 rules installed in nft (2 changes), ipv6 rules installed in nft (20 changes), ::6 added to lo\n")
 	expect("second run", run("init"), "nothing to change: the rules are in place\n")
 	ns.MustRun(t, "iptables-nft", "-t", "nat", "-F", "PILLION_IN_REDIRECT")
 	expect("repair", run("init"), "ipv4 rules installed in nft (1 change)\n")
-	expect("cleanup", pillion(t, ns, nil, nil, "cleanup"), "ipv4 rules removed from nft (20 changes), ipv6 rules removed from nft (22 changes), ::6 removed from lo\n")
+	expect("cleanup", pillion(t, ns, nil, nil, "cleanup"), "ipv4 rules removed from nft (23 changes), ipv6 rules removed from nft (25 changes), ::6 removed from lo\n")
 	expect("cleanup of nothing", pillion(t, ns, nil, nil, "cleanup"), "")
 	if after := state(t, ns); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
@@ -265,7 +280,7 @@ func TestJSONTellsProgramsWhatHappened(t *testing.T) {
 		}
 		if run.changed {
 			step := report.Plan.Steps[1]
-			if step.Family != "ipv6" || step.Flavour != "nft" || step.Changes[0].Chain == "" || !strings.HasPrefix(step.Input, "*nat\n") {
+			if step.Family != "ipv6" || step.Flavour != "nft" || step.Changes[0].Chain == "" || !strings.Contains(step.Input, "*nat\n") {
 				t.Errorf("%v: second step: %+v", run.args, step)
 			}
 		}
@@ -339,4 +354,170 @@ func TestCapturingNothingIsWarnedOf(t *testing.T) {
 	if got := pillion(t, ns, nil, nil, "init", "--dry-run", "--log_output_level=default:error"); got.stderr != "" {
 		t.Errorf("level error: got %+v", got)
 	}
+}
+
+func TestEverythingThatTheEnvironmentAloneCanSay(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	environment := []string{
+		"KUBE_VIRT_INTERFACES=vm0", "ISTIO_INBOUND_INTERCEPTION_MODE=TPROXY", "ISTIO_INBOUND_PORTS=8080", "ISTIO_INBOUND_TPROXY_MARK=0x7b",
+		"ISTIO_INBOUND_TPROXY_ROUTE_TABLE=200", "ISTIO_SERVICE_CIDR=*", "ISTIO_META_DNS_CAPTURE=true", "REDIRECT_DNS=false", "CAPTURE_ALL_DNS=true",
+		"INVALID_DROP=true", "DROP_INVALID=false", "ISTIO_DUAL_STACK=true", "FORCE_IPTABLES_BINARY=legacy", "ISTIO_OUTBOUND_OWNER_GROUPS=2000-2010",
+		"ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR=127.0.0.0/8", "ENVOY_USER=root", "DRY_RUN=true",
+	}
+	got := pillion(t, ns, environment, nil, "istio-iptables", "ignored")
+	for _, want := range []string{
+		"-i vm0", "--on-port 15006 --on-ip 0.0.0.0 --tproxy-mark 0x7b", "--dport 8080", "fwmark 0x7b lookup 200", "--to-ports 15053", "--ctstate INVALID",
+		"ipv6, legacy, nat table", "--gid-owner 2000-2010", "! -d 127.0.0.0/8", "--uid-owner 0", "--gid-owner 0",
+	} {
+		if !strings.Contains(got.stdout, want) {
+			t.Errorf("no %q", want)
+		}
+	}
+	if got.code != 0 || got.stderr != "" {
+		t.Errorf("got %+v", got)
+	}
+	got = pillion(t, ns, []string{"ISTIO_OUTBOUND_OWNER_GROUPS="}, nil, "init", "-n", "-i", "*")
+	if got.code != 0 || strings.Contains(got.stdout, "PILLION_REDIRECT") {
+		t.Errorf("a set but empty list of groups is nobody: got %+v", got)
+	}
+}
+
+func TestServersOfNamesAreThoseOfResolvConf(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	file := filepath.Join(t.TempDir(), "resolv.conf")
+	asResolvConf := []string{"unshare", "-m", "sh", "-c", `mount --bind ` + file + ` /etc/resolv.conf && exec "$@"`, "sh"}
+	for text, want := range map[string]struct{ stdout, stderr string }{
+		"nameserver 10.0.0.53\nnameserver 2001:db8::53\n": {`-d 2001:db8::53/128 -p udp -m udp --dport 53 -m comment --comment "pillion:dns/udp/2001:db8::53/128" -j REDIRECT --to-ports 15053`, ""},
+		"search example.com\n":                            {"outbound/all", "DNS is not captured: /etc/resolv.conf names no server"},
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		got := pillion(t, ns, nil, asResolvConf, "init", "-n", "-i", "*", "--redirect-dns")
+		if got.code != 0 || !strings.Contains(got.stdout, want.stdout) || !strings.Contains(got.stderr, want.stderr) || (want.stderr == "") != (got.stderr == "") {
+			t.Errorf("%q: got %+v", text, got)
+		}
+	}
+}
+
+// istio-iptables' ways that injectors and scripts rely on.
+func TestTheWaysOfIstioIPTables(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	before := state(t, ns)
+	arguments := func(more ...string) []string {
+		return append(append([]string{"istio-iptables"}, injectorArguments...), more...)
+	}
+	commands := filepath.Join(t.TempDir(), "commands")
+	got := pillion(t, ns, []string{"DRY_RUN_FILE_PATH=" + commands}, nil, arguments("--dry-run", "-m", "TPROXY")...)
+	text, err := os.ReadFile(commands)
+	if err != nil || got.code != 0 {
+		t.Fatalf("%v: %+v", err, got)
+	}
+	for _, want := range []string{"ip -4 rule add fwmark 0x539 lookup 133 protocol 80\n", "ip -4 route add local default dev lo table 133 protocol 80\n", "iptables-nft-restore --noflush <<END\n*mangle\n", "COMMIT\nEND\n"} {
+		if !strings.Contains(string(text), want) {
+			t.Errorf("no %q in:\n%s", want, text)
+		}
+	}
+	if got := pillion(t, ns, nil, nil, arguments("--skip-rule-apply")...); got != (outcome{0, "", ""}) {
+		t.Errorf("--skip-rule-apply: got %+v", got)
+	}
+	if after := state(t, ns); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+	got = pillion(t, ns, nil, nil, arguments("-m", "tproxy", "--reconcile", "--force-apply", "--log_target=stdout", "--log_target=/x", "--vklog=9", "what", "ever")...)
+	if got.code != 0 || !strings.Contains(got.stderr, `-m \"tproxy\" is not a mode: REDIRECT is meant`) || !strings.Contains(got.stdout, "16 changes") {
+		t.Errorf("got %+v", got)
+	}
+	if got := pillion(t, ns, nil, nil, arguments("--cleanup-only")...); got.code != 0 || got.stdout != "ipv4 rules removed from nft (20 changes)\n" {
+		t.Errorf("--cleanup-only: got %+v", got)
+	}
+	if after := state(t, ns); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+func TestANetworkNamespaceIsEntered(t *testing.T) {
+	nettest.RequireRoot(t)
+	here, there := nettest.New(t, "here"), nettest.New(t, "there")
+	before, beforeThere := state(t, here), state(t, there)
+	for _, flavour := range []string{"nft", "legacy"} {
+		got := pillion(t, here, nil, nil, "init", "-i", "*", "--network-namespace", there.Path(), "--cni-mode", "--force-iptables-binary", flavour)
+		if got.code != 0 || !strings.Contains(got.stdout, "installed in "+flavour) {
+			t.Errorf("%s: got %+v", flavour, got)
+		}
+	}
+	if after := state(t, here); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+	if got := pillion(t, here, nil, nil, "cleanup", "--network-namespace", there.Path()); got.code != 0 || got.stdout == "" {
+		t.Errorf("cleanup: got %+v", got)
+	}
+	if after := state(t, there); !strings.HasPrefix(after, strings.SplitAfter(beforeThere, "\n")[0]) || strings.Contains(after, "::6") {
+		t.Errorf("there is still:\n%s", after)
+	}
+}
+
+// The injector runs the validation without any right, as the agent's user; as root it looks at the rules.
+func TestValidationTellsWhetherTheRulesAreAtWork(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	arguments := append([]string{"istio-iptables", "--run-validation", "--skip-rule-apply", "--dual-stack", "--probe-timeout=20s"}, injectorArguments...)
+	asAgent := []string{"setpriv", "--reuid", "1337", "--regid", "1337", "--clear-groups"}
+	asNobody := []string{"setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"}
+	expect := func(what string, wrapper []string, more []string, code int, says string) {
+		t.Helper()
+		got := pillionAs(t, ns, wrapper, append(arguments, more...)...)
+		if got.code != code || !strings.Contains(got.stderr, says) {
+			t.Errorf("%s: got %+v, want %d, %q", what, got, code, says)
+		}
+	}
+	quick := []string{"--probe-timeout=100ms"}
+	expect("agent without rules", asAgent, quick, 126, "validation failed: probing the ipv4 rules: no connection to 127.0.0.6:15002 came to port 15001 or 15006")
+	expect("root without rules", nil, nil, 126, "validation failed: the rules are not in place: ipv4 rules installed in nft")
+	expect("somebody without rights", asNobody, nil, 126, "validation failed: this process is neither the agent's user nor allowed to read the rules")
+	if got := pillion(t, ns, nil, nil, append([]string{"istio-iptables", "--dual-stack"}, injectorArguments...)...); got.code != 0 {
+		t.Fatalf("got %+v", got)
+	}
+	expect("agent", asAgent, nil, 0, "")
+	expect("root", nil, nil, 0, "")
+	ns.MustRun(t, "ip6tables-nft", "-t", "nat", "-F", "PILLION_IN_REDIRECT")
+	expect("agent without IPv6", asAgent, quick, 126, "probing the ipv6 rules: no connection to [::6]:15002")
+}
+
+// pillionAs is pillion run by a wrapper that changes its user, to whom this program is not accessible by its path.
+func pillionAs(t *testing.T, ns *nettest.Namespace, wrapper []string, args ...string) outcome {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(publicDir(t), "pillion")
+	content, err := os.ReadFile(self)
+	if err == nil {
+		err = os.WriteFile(program, content, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := append(append(slices.Clone(wrapper), program), args...)
+	cmd := ns.Command(0, 0, words[0], words[1:]...)
+	cmd.Env = append(os.Environ(), asPillion+"=1", "GORACE=atexit_sleep_ms=0")
+	return finish(t, ns, cmd)
+}
+
+// publicDir is a directory of this test that everybody may enter.
+func publicDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "pillion-test-")
+	if err == nil {
+		err = os.Chmod(dir, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
 }

@@ -12,11 +12,13 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// Exit codes. An unknown flag is 255 because istio-iptables says so and injectors' authors rely on it.
+// Exit codes. An unknown flag is 255 and a failed validation 126 because istio-iptables says so and injectors' authors rely
+// on it.
 const (
-	exitOK      = 0
-	exitFailure = 1
-	exitUsage   = 255
+	exitOK         = 0
+	exitFailure    = 1
+	exitValidation = 126
+	exitUsage      = 255
 )
 
 // version is stamped by the build.
@@ -42,8 +44,11 @@ func run(args []string) int {
 		return exitOK
 	}
 	fmt.Fprintln(os.Stderr, "pillion: error:", err)
-	if errors.As(err, new(usageError)) {
+	switch {
+	case errors.As(err, new(usageError)):
 		return exitUsage
+	case errors.As(err, new(validationError)):
+		return exitValidation
 	}
 	return exitFailure
 }
@@ -58,6 +63,6 @@ func newRoot() *cobra.Command {
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newInit(), newCleanup(), newAgent(), newWait())
+	root.AddCommand(newInit(), newIstioIPTables(), newCleanup(), newAgent(), newWait())
 	return root
 }

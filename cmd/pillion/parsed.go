@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 
 	"github.com/spf13/cobra"
@@ -15,9 +16,9 @@ func parsed[T any](flags *pflag.FlagSet, into *T, parse func(string) (T, error),
 	return flags.VarPF(&parsedValue[T]{into: into, parse: parse, text: text, kind: kind}, name, short, usage)
 }
 
-// parsedSwitch adds a flag that is off, and on when it stands alone.
+// parsedSwitch adds a flag that is what into holds, mostly off, and on when it stands alone.
 func parsedSwitch(flags *pflag.FlagSet, into *bool, name, short, usage string) {
-	parsed(flags, into, parseSwitch, name, short, "false", "bool", usage).NoOptDefVal = "true"
+	parsed(flags, into, parseSwitch, name, short, strconv.FormatBool(*into), "bool", usage).NoOptDefVal = "true"
 }
 
 func parseSwitch(text string) (bool, error) {
@@ -46,12 +47,18 @@ func (v *parsedValue[T]) Set(text string) error {
 	return err
 }
 
-// flagError tells a bad value, which is a failure like any other, from a command line that makes no sense.
-func flagError(_ *cobra.Command, err error) error {
-	if errors.As(err, new(*pflag.InvalidValueError)) {
-		return err
+// flagError tells a bad value, which is a failure like any other, from a command line that makes no sense. istio-iptables
+// draws the line elsewhere: what it parses itself belongs to the command line's form.
+func flagError(cmd *cobra.Command, err error) error {
+	var invalid *pflag.InvalidValueError
+	if !errors.As(err, &invalid) {
+		return usageError{err}
 	}
-	return usageError{err}
+	formal := []string{"bool", "uint16", "duration", "level"}
+	if cmd.Name() == "istio-iptables" && slices.Contains(formal, invalid.GetFlag().Value.Type()) {
+		return usageError{err}
+	}
+	return err
 }
 
 func noArguments(_ *cobra.Command, args []string) error {

@@ -14,14 +14,14 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward"},
+	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward", "internal/netns"},
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow",
 		"internal/httpforward", "internal/listener", "internal/localaddr", "internal/tcp", "internal/upstream"},
 		"the housekeeper builds every part and knows the order in which they stop"},
 	{"inbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
-	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
+	{"iptables", []string{"internal/capture", "internal/sockopt"}, "rules are data about what is captured; a probe asks where its connection was going"},
 	{"healthz", []string{"internal/capture", "internal/http2", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/status", []string{"healthz", "internal/capture"}, "a handler may need more time than its server gives, and loopback is not always local"},

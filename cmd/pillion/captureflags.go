@@ -1,0 +1,238 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/user"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+)
+
+// bind adds the flags of istio-iptables, by what they are about, and the environment variables that say the same.
+func (o *initOptions) bind(cmd *cobra.Command) {
+	var help flagGroups
+	for _, group := range []struct {
+		title string
+		bind  func(*pflag.FlagSet)
+	}{
+		{"The agent", o.bindAgent}, {"Inbound connections", o.bindInbound}, {"Outbound connections", o.bindOutbound},
+		{"DNS", o.bindDNS}, {"How it is done", o.bindChange}, {"Validation", o.bindValidation}, {"Taken, but without effect", o.bindTolerated},
+	} {
+		flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+		flags.SortFlags = false
+		group.bind(flags)
+		help = append(help, flagGroup{group.title, flags})
+		cmd.Flags().AddFlagSet(flags)
+	}
+	cmd.SetUsageFunc(help.usage)
+}
+
+func (o *initOptions) bindAgent(flags *pflag.FlagSet) {
+	s := &o.spec
+	// istio-iptables has no variable for --envoy-port.
+	parsed(flags, &s.OutboundPort, capture.ParsePort, "envoy-port", "p", fmt.Sprint(s.OutboundPort), "port",
+		"port of the agent to which captured outbound connections go")
+	parsed(flags, &s.InboundPort, capture.ParsePort, "inbound-capture-port", "z", fmt.Sprint(s.InboundPort), "port",
+		"port of the agent to which captured inbound connections go")
+	twin(flags, "inbound-capture-port", "INBOUND_CAPTURE_PORT")
+	parsed(flags, &o.uids, parseUsers, "proxy-uid", "u", "", "list",
+		fmt.Sprintf("users whose connections are not captured; empty is $ENVOY_USER (istio-proxy), or %d if there is no such user", capture.DefaultProxyID))
+	twin(flags, "proxy-uid", "PROXY_UID")
+	parsed(flags, &o.gids, parseGroups, "proxy-gid", "g", "", "list",
+		"groups whose connections are not captured; empty is the numbers of the users")
+	twin(flags, "proxy-gid", "PROXY_GID")
+}
+
+func (o *initOptions) bindInbound(flags *pflag.FlagSet) {
+	s := &o.spec
+	parsed(flags, &s.Mode, o.parseMode, "istio-inbound-interception-mode", "m", "", "mode",
+		"how inbound connections are captured: REDIRECT, which is also what empty means, or TPROXY")
+	twin(flags, "istio-inbound-interception-mode", "ISTIO_INBOUND_INTERCEPTION_MODE")
+	parsed(flags, &s.Inbound, capture.ParsePorts, "istio-inbound-ports", "b", "", "ports",
+		"inbound ports to capture, * for all; empty is none")
+	twin(flags, "istio-inbound-ports", "ISTIO_INBOUND_PORTS")
+	parsed(flags, &s.InboundExcluded, capture.ParsePortList, "istio-local-exclude-ports", "d", "", "ports",
+		"inbound ports left alone when all are captured")
+	twin(flags, "istio-local-exclude-ports", "ISTIO_LOCAL_EXCLUDE_PORTS")
+	parsed(flags, &s.TunnelPort, capture.ParsePort, "inbound-tunnel-port", "e", fmt.Sprint(s.TunnelPort), "port",
+		"inbound port of tunnels, not captured")
+	twin(flags, "inbound-tunnel-port", "INBOUND_TUNNEL_PORT")
+	parsedSwitch(flags, &s.DropInvalid, "drop-invalid", "", "drop packets that belong to no connection and begin none")
+	twin(flags, "drop-invalid", "INVALID_DROP", "DROP_INVALID")
+	parsed(flags, &s.TPROXYMark, capture.ParseNumber, "istio-inbound-tproxy-mark", "t", fmt.Sprint(s.TPROXYMark), "number",
+		"mark of packets that TPROXY gives to the agent; decimal or 0x…")
+	twin(flags, "istio-inbound-tproxy-mark", "ISTIO_INBOUND_TPROXY_MARK")
+	parsed(flags, &s.TPROXYTable, capture.ParseNumber, "istio-inbound-tproxy-route-table", "r", fmt.Sprint(s.TPROXYTable), "number",
+		"routing table for them; decimal or 0x…")
+	twin(flags, "istio-inbound-tproxy-route-table", "ISTIO_INBOUND_TPROXY_ROUTE_TABLE")
+}
+
+func (o *initOptions) bindOutbound(flags *pflag.FlagSet) {
+	s := &o.spec
+	parsed(flags, &s.Outbound, capture.ParsePrefixes, "istio-service-cidr", "i", "", "networks",
+		"outbound networks to capture, * for all; empty is none")
+	twin(flags, "istio-service-cidr", "ISTIO_SERVICE_CIDR")
+	parsed(flags, &s.OutboundExcluded, capture.ParsePrefixList, "istio-service-exclude-cidr", "x", "", "networks",
+		"outbound networks left alone")
+	twin(flags, "istio-service-exclude-cidr", "ISTIO_SERVICE_EXCLUDE_CIDR")
+	parsed(flags, &s.OutboundPorts, capture.ParsePortList, "istio-outbound-ports", "q", "", "ports",
+		"outbound ports captured at every address that is not left alone")
+	twin(flags, "istio-outbound-ports", "ISTIO_OUTBOUND_PORTS")
+	parsed(flags, &s.OutboundPortsExcluded, capture.ParsePortList, "istio-local-outbound-ports-exclude", "o", "", "ports",
+		"outbound ports left alone at every address; 53 switches DNS capture off")
+	twin(flags, "istio-local-outbound-ports-exclude", "ISTIO_LOCAL_OUTBOUND_PORTS_EXCLUDE")
+	parsed(flags, &s.InterfacesExcluded, capture.ParseInterfaces, "istio-exclude-interfaces", "c", "", "list",
+		"interfaces left alone in both directions")
+	twin(flags, "istio-exclude-interfaces", "ISTIO_EXCLUDE_INTERFACES")
+	parsed(flags, &s.VirtualInterfaces, capture.ParseInterfaces, "kube-virt-interfaces", "k", "", "list",
+		"interfaces of virtual machines: what arrives on them is outbound")
+	twin(flags, "kube-virt-interfaces", "KUBE_VIRT_INTERFACES")
+}
+
+func (o *initOptions) bindDNS(flags *pflag.FlagSet) {
+	parsedSwitch(flags, &o.spec.RedirectDNS, "redirect-dns", "",
+		fmt.Sprintf("capture queries to the servers of %s, to port %d", resolvConf, capture.DNSPort))
+	twin(flags, "redirect-dns", "ISTIO_META_DNS_CAPTURE", "REDIRECT_DNS")
+	parsedSwitch(flags, &o.spec.CaptureAllDNS, "capture-all-dns", "", "with --redirect-dns: capture queries to any server")
+	twin(flags, "capture-all-dns", "CAPTURE_ALL_DNS")
+}
+
+func (o *initOptions) bindChange(flags *pflag.FlagSet) {
+	o.changeOptions.bind(flags, "print what would change, with reasons, and change nothing; $DRY_RUN_FILE_PATH names a file for the commands")
+	parsedSwitch(flags, &o.dualStack, "dual-stack", "", "rules for IPv6, too, whichever address comes first; init has them anyway")
+	twin(flags, "dual-stack", "ISTIO_DUAL_STACK", "DUAL_STACK")
+	o.backendOptions.bind(flags)
+	parsedSwitch(flags, &o.cleanupOnly, "cleanup-only", "", "take away all that was made, whatever the arguments were, and make nothing")
+	twin(flags, "cleanup-only", "CLEANUP_ONLY")
+	parsedSwitch(flags, &o.skipRules, "skip-rule-apply", "", "make no rules")
+	twin(flags, "skip-rule-apply", "SKIP_RULE_APPLY")
+}
+
+func (o *initOptions) bindValidation(flags *pflag.FlagSet) {
+	parsedSwitch(flags, &o.validate, "run-validation", "",
+		"make sure that the rules are at work: as the agent's user by a connection, else by looking; exit status 126 if not")
+	twin(flags, "run-validation", "RUN_VALIDATION")
+	parsed(flags, &o.probePort, capture.ParsePort, "iptables-probe-port", "", fmt.Sprint(o.probePort), "uint16", "port that the connection is for")
+	twin(flags, "iptables-probe-port", "IPTABLES_PROBE_PORT")
+	parsed(flags, &o.probeTimeout, parseDuration, "probe-timeout", "", o.probeTimeout.String(), "duration", "how long it may take")
+	twin(flags, "probe-timeout", "PROBE_TIMEOUT")
+}
+
+func (o *initOptions) bindTolerated(flags *pflag.FlagSet) {
+	parsedSwitch(flags, &o.withoutEffect, "reconcile", "", "every run repairs what differs")
+	twin(flags, "reconcile", "RECONCILE")
+	parsedSwitch(flags, &o.withoutEffect, "force-apply", "", "every run makes what is missing")
+	twin(flags, "force-apply", "FORCE_APPLY")
+	parsed(flags, new(string), asItIs, "log_target", "", "", "path", "the log goes to standard error")
+	for _, name := range []string{"log_stacktrace_level", "log_caller", "vklog"} {
+		parsed(flags, new(string), asItIs, name, "", "", "text", "the log has neither stacks nor callers")
+	}
+}
+
+// readEnvironmentAlone reads what istio-iptables has no flags for. The first bad value ends it with an error that names
+// the variable.
+func (o *initOptions) readEnvironmentAlone() error {
+	s := &o.spec
+	variables := []struct {
+		name string
+		read func(text string) error
+	}{
+		{"ISTIO_OUTBOUND_OWNER_GROUPS", func(text string) (err error) {
+			s.OwnerGroups, err = capture.ParseGroups(text, lookUpGroup)
+			return err
+		}},
+		{"ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE", func(text string) (err error) {
+			s.OwnerGroupsExcluded, err = parseGroups(text)
+			return err
+		}},
+		{"ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR", func(text string) (err error) {
+			if text != "" {
+				s.Localhost4, err = capture.ParseLocalhost4(text)
+			}
+			return err
+		}},
+	}
+	for _, v := range variables {
+		text, set := os.LookupEnv(v.name)
+		if !set {
+			continue // empty is something else for the first: nobody
+		}
+		if err := v.read(text); err != nil {
+			return fmt.Errorf("environment variable %s=%q: %w", v.name, text, err)
+		}
+	}
+	return nil
+}
+
+// proxyUser is the user of the agent when nobody names one.
+func proxyUser() []capture.IDRange {
+	name := os.Getenv("ENVOY_USER")
+	if name == "" {
+		name = "istio-proxy"
+	}
+	if found, err := user.Lookup(name); err == nil {
+		if ids, err := parseUsers(found.Uid); err == nil {
+			return ids
+		}
+	}
+	return []capture.IDRange{{First: capture.DefaultProxyID, Last: capture.DefaultProxyID}}
+}
+
+// parseMode takes every word for REDIRECT where istio-iptables does.
+func (o *initOptions) parseMode(text string) (capture.Mode, error) {
+	switch mode := capture.Mode(text); {
+	case mode == capture.TPROXY, mode == capture.Redirect:
+		return mode, nil
+	case text == "":
+		return capture.Redirect, nil
+	case o.spec.Compat:
+		o.warnings = append(o.warnings, fmt.Sprintf("-m %q is not a mode: REDIRECT is meant", text))
+		return capture.Redirect, nil
+	}
+	return "", fmt.Errorf("%q is not a mode: use REDIRECT or TPROXY", text)
+}
+
+func parseUsers(text string) ([]capture.IDRange, error) {
+	return capture.ParseIDs(text, func(name string) (string, error) {
+		found, err := user.Lookup(name)
+		if err != nil {
+			return "", err
+		}
+		return found.Uid, nil
+	})
+}
+
+func parseGroups(text string) ([]capture.IDRange, error) { return capture.ParseIDs(text, lookUpGroup) }
+
+func lookUpGroup(name string) (string, error) {
+	found, err := user.LookupGroup(name)
+	if err != nil {
+		return "", err
+	}
+	return found.Gid, nil
+}
+
+func asItIs(text string) (string, error) { return text, nil }
+
+// flagGroups are the flags of a command by what they are about.
+type flagGroups []flagGroup
+
+type flagGroup struct {
+	title string
+	flags *pflag.FlagSet
+}
+
+// usage prints the flags group by group.
+func (groups flagGroups) usage(cmd *cobra.Command) error {
+	var text strings.Builder
+	fmt.Fprintf(&text, "Usage:\n  %s\n", cmd.UseLine())
+	for _, g := range groups {
+		fmt.Fprintf(&text, "\n%s:\n%s", g.title, g.flags.FlagUsages())
+	}
+	_, err := cmd.OutOrStderr().Write([]byte(text.String()))
+	return err
+}

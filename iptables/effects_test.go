@@ -1,0 +1,136 @@
+package iptables
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// What the rules do beside verdicts, in the kernel.
+
+func TestAQueryAndItsAnswerAreOneConnectionInOneZone(t *testing.T) {
+	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+		world := newWorld(t)
+		mustInit(t, world.pod, specOf(func(s *capture.Spec) {
+			s.Outbound.All, s.RedirectDNS = true, true
+			s.DNSServers = []netip.Addr{nettest.Elsewhere4, nettest.Elsewhere6}
+			s.OwnerGroupsExcluded = ids("2001")
+		}))
+		for _, a := range families {
+			world.dial(t, udp(sends(workload, workload, a.elsewhere, 53)))
+			world.dial(t, udp(sends(workload, 2001, a.elsewhere, 53)))
+			world.dial(t, udp(sends(agent, agent, a.elsewhere, 53)))
+			var zones []int
+			world.pod.Do(t, func() error {
+				flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(a.family.number()))
+				for _, f := range flows {
+					if f.Forward.Protocol == unix.IPPROTO_UDP {
+						zones = append(zones, int(f.Zone))
+					}
+				}
+				return err
+			})
+			slices.Sort(zones)
+			if want := []int{1, 1, 2}; !slices.Equal(zones, want) {
+				t.Errorf("%s: connections in zones %v, want %v", a.family, zones, want)
+			}
+		}
+	})
+}
+
+func TestSixtyFourGroupsAreInstalled(t *testing.T) {
+	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+		mustInit(t, nettest.New(t, "pod"), specOf(func(s *capture.Spec) {
+			s.Outbound.All, s.RedirectDNS, s.CaptureAllDNS = true, true, true
+			for i := range uint32(capture.MaxOwnerGroups) {
+				s.OwnerGroups.All = false
+				s.OwnerGroups.List = append(s.OwnerGroups.List, capture.IDRange{First: 2000 + 2*i, Last: 2000 + 2*i})
+			}
+		}))
+	})
+}
+
+// An answer to a question that nobody has asked is what a kernel resets. Dropped, it makes no sound.
+func TestWhatBelongsToNothingIsAnsweredUnlessItIsDropped(t *testing.T) {
+	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+		for _, drop := range []bool{false, true} {
+			pod, peer := nettest.PodAndPeer(t)
+			mustInit(t, pod, specOf(func(s *capture.Spec) { s.Outbound.All, s.DropInvalid = true, drop }))
+			var raw int
+			peer.Do(t, func() (err error) {
+				raw, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+				return err
+			})
+			defer unix.Close(raw)
+			timeout := unix.NsecToTimeval(nettest.Patience.Nanoseconds())
+			if err := unix.SetsockoptTimeval(raw, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
+				t.Fatal(err)
+			}
+			// Behind the strange segment goes an ordinary one, to a closed port, whose reset ends the wait.
+			for _, segment := range [][]byte{tcpSegment(4001, 80, synAck), tcpSegment(4002, 80, syn)} {
+				if err := unix.Sendto(raw, segment, 0, &unix.SockaddrInet4{Addr: nettest.PodIP4.As4()}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			resets := make(map[uint16]bool)
+			for !resets[4002] {
+				port, err := readReset(raw)
+				if err != nil {
+					t.Fatal(err)
+				}
+				resets[port] = true
+			}
+			if resets[4001] == drop {
+				t.Errorf("dropping is %t, and it was answered: %t", drop, resets[4001])
+			}
+		}
+	})
+}
+
+// Flags of a TCP header.
+const (
+	syn    = 2
+	rst    = 4
+	synAck = 18
+)
+
+// tcpSegment is a segment without payload from the peer to the pod.
+func tcpSegment(from, to uint16, flags byte) []byte {
+	segment := make([]byte, 20)
+	binary.BigEndian.PutUint16(segment[0:], from)
+	binary.BigEndian.PutUint16(segment[2:], to)
+	segment[12], segment[13] = 5<<4, flags
+	binary.BigEndian.PutUint16(segment[14:], 1000) // window
+	pseudo := slices.Concat(nettest.PeerIP4.AsSlice(), nettest.PodIP4.AsSlice(), []byte{0, unix.IPPROTO_TCP, 0, 20}, segment)
+	var sum uint32
+	for i := 0; i < len(pseudo); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(pseudo[i:]))
+	}
+	for sum > 0xffff {
+		sum = sum&0xffff + sum>>16
+	}
+	binary.BigEndian.PutUint16(segment[16:], ^uint16(sum))
+	return segment
+}
+
+// readReset returns the port to which the next reset goes.
+func readReset(raw int) (uint16, error) {
+	packet := make([]byte, 2048)
+	for {
+		n, err := unix.Read(raw, packet)
+		if err != nil {
+			return 0, fmt.Errorf("waiting for a reset: %w", err)
+		}
+		if header := int(packet[0]&15) * 4; n >= header+20 && packet[header+13]&rst != 0 {
+			return binary.BigEndian.Uint16(packet[header+2:]), nil
+		}
+	}
+}
