@@ -65,7 +65,7 @@ func (p *policy) dnsServers() []netip.Prefix {
 	}
 	var servers []netip.Prefix
 	for _, server := range p.DNSServers {
-		if prefix := netip.PrefixFrom(server, server.BitLen()); p.Family.owns(prefix) {
+		if prefix := netip.PrefixFrom(server, server.BitLen()); p.Family.owns(prefix) && !linkLocal.Contains(server) {
 			servers = append(servers, prefix)
 		}
 	}
@@ -122,6 +122,11 @@ func (p *policy) zones() {
 	for _, name := range p.InterfacesExcluded {
 		arriving = append(arriving, leftAlone("zone/arriving", Match{In: name}))
 		leaving = append(leaving, leftAlone("zone/leaving", Match{Out: name}))
+	}
+	leaving = append(leaving, p.linkLocal("zone/leaving/link-local", p.CaptureAllDNS)...)
+	for _, r := range p.linkLocal("zone/arriving/link-local", p.CaptureAllDNS) {
+		r.Match = Match{Src: linkLocal}
+		arriving = append(arriving, r)
 	}
 	for _, server := range p.servers {
 		from, to := Match{Protocol: UDP, SrcPorts: single(dnsPort), Src: server}, Match{Protocol: UDP, DstPorts: single(dnsPort), Dst: server}
@@ -456,7 +461,7 @@ func (p *policy) self() []Rule {
 
 // outboundCaptured decides about everybody else.
 func (p *policy) outboundCaptured() []Rule {
-	var rules []Rule
+	rules := p.linkLocal("outbound/link-local", true)
 	for _, server := range p.servers {
 		for _, protocol := range []Protocol{TCP, UDP} {
 			rules = append(rules, Rule{
@@ -467,7 +472,6 @@ func (p *policy) outboundCaptured() []Rule {
 		}
 	}
 	rules = append(rules, p.loopback()...)
-	rules = append(rules, p.linkLocal("outbound/link-local", true)...)
 	for _, prefix := range p.OutboundExcluded {
 		if p.Family.owns(prefix) {
 			rules = append(rules, Rule{

@@ -48,7 +48,9 @@ func (sc scenario) allStories(a addresses) []story {
 			story{"a neighbour to the pod's link-local address", fromNeighbour, untouched},
 			story{"a neighbour on another interface to it", through("eth1", fromNeighbour), untouched},
 			story{"workload to a neighbour's link-local address", neighbour, untouched},
-			story{"workload to a neighbour on another interface", through("eth1", neighbour), untouched})
+			story{"workload to a neighbour on another interface", through("eth1", neighbour), untouched},
+			story{"workload asks a neighbour", udp(through("eth1", sends(workload, workload, linkLocalPeer, 53))), untouched},
+			story{"a neighbour answers", udp(answerFrom(linkLocalPeer, a)), untouched})
 	}
 	return stories
 }
@@ -60,7 +62,7 @@ var (
 	inbound   = Verdict{Redirected, capture.InboundPort}
 	outbound  = Verdict{Redirected, capture.OutboundPort}
 	dns       = Verdict{Redirected, capture.DNSPort}
-	given     = Verdict{Intercept, capture.InboundPort}
+	given     = Verdict{Given, capture.InboundPort}
 	dropped   = Verdict{Action: Dropped}
 )
 

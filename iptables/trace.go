@@ -32,7 +32,7 @@ type Action string
 const (
 	LeftAlone  Action = ""                // it goes where it was going
 	Redirected Action = "redirected"      // it goes to the agent, and its destination is changed
-	Intercept  Action = "given by TPROXY" // it goes to the agent as it is
+	Given  Action = "given by TPROXY" // it goes to the agent as it is
 	Dropped    Action = "dropped"
 )
 
@@ -150,12 +150,12 @@ func (w *walk) apply(target Target) (ended bool) {
 	switch target := target.(type) {
 	case Redirect:
 		// A socket that TPROXY has chosen already keeps the packet, whatever its address is changed to.
-		if w.Verdict.Action != Intercept {
+		if w.Verdict.Action != Given {
 			w.Verdict = Verdict{Redirected, uint16(target)}
 		}
 		return true
 	case ToSocket:
-		w.Verdict, w.Mark = Verdict{Intercept, target.To.Port()}, target.Mark
+		w.Verdict, w.Mark = Verdict{Given, target.To.Port()}, target.Mark
 		return true
 	case Drop:
 		w.Verdict = Verdict{Action: Dropped}

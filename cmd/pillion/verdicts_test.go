@@ -162,7 +162,7 @@ func readVerdict(t *testing.T, text string) iptables.Verdict {
 		"out":   {Action: iptables.Redirected, Port: capture.OutboundPort},
 		"in":    {Action: iptables.Redirected, Port: capture.InboundPort},
 		"dns":   {Action: iptables.Redirected, Port: capture.DNSPort},
-		"given": {Action: iptables.Intercept, Port: capture.InboundPort},
+		"given": {Action: iptables.Given, Port: capture.InboundPort},
 	}
 	name, port, moved := strings.Cut(text, "@")
 	verdict, known := verdicts[name]

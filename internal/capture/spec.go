@@ -140,33 +140,30 @@ func (s Spec) Validate() error {
 	if err := s.validatePorts(); err != nil {
 		return err
 	}
-	for flag, ranges := range map[string][]PortRange{
-		"-b": s.Inbound.List, "-d": s.InboundExcluded, "-q": s.OutboundPorts, "-o": s.OutboundPortsExcluded,
+	for _, ports := range []named[PortRange]{
+		{"-b", s.Inbound.List}, {"-d", s.InboundExcluded}, {"-q", s.OutboundPorts}, {"-o", s.OutboundPortsExcluded},
 	} {
-		for _, r := range ranges {
+		for _, r := range ports.list {
 			if r.First == 0 || r.Last < r.First {
-				return fmt.Errorf("%s %s: a range goes from a port that is not 0 upwards", flag, r)
+				return fmt.Errorf("%s %s: a range goes from a port that is not 0 upwards", ports.flag, r)
 			}
 		}
-	}
-	if len(s.ProxyUIDs)+len(s.ProxyGIDs) == 0 {
-		return errors.New("-u and -g name no user and no group: the agent's own connections would be captured; name one")
 	}
 	if err := s.validateIDs(); err != nil {
 		return err
 	}
-	for flag, prefixes := range map[string][]netip.Prefix{"-i": s.Outbound.List, "-x": s.OutboundExcluded} {
-		if slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return !p.IsValid() }) {
-			return fmt.Errorf("%s: a network is not set", flag)
+	for _, networks := range []named[netip.Prefix]{{"-i", s.Outbound.List}, {"-x", s.OutboundExcluded}} {
+		if slices.ContainsFunc(networks.list, func(p netip.Prefix) bool { return !p.IsValid() }) {
+			return fmt.Errorf("%s: a network is not set", networks.flag)
 		}
 	}
 	if _, err := ParseLocalhost4(s.Localhost4.String()); err != nil {
-		return fmt.Errorf("ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR: %w", err)
+		return fmt.Errorf("%s: %w", localhostVariable, err)
 	}
-	for flag, names := range map[string][]string{"-c": s.InterfacesExcluded, "-k": s.VirtualInterfaces} {
-		for _, name := range names {
+	for _, interfaces := range []named[string]{{"-c", s.InterfacesExcluded}, {"-k", s.VirtualInterfaces}} {
+		for _, name := range interfaces.list {
 			if _, err := ParseInterface(name); err != nil {
-				return fmt.Errorf("%s: %w", flag, err)
+				return fmt.Errorf("%s: %w", interfaces.flag, err)
 			}
 		}
 	}
@@ -176,23 +173,35 @@ func (s Spec) Validate() error {
 	return s.validateMode()
 }
 
+// named is a list and the flag or variable that it comes from.
+type named[T any] struct {
+	flag string
+	list []T
+}
+
+// The variables of istio-iptables that have no flag.
+const (
+	groupsVariable         = "ISTIO_OUTBOUND_OWNER_GROUPS"
+	groupsExcludedVariable = "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE"
+	localhostVariable      = "ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR"
+)
+
 func (s Spec) validateIDs() error {
-	for flag, ids := range map[string][]IDRange{
-		"-u": s.ProxyUIDs, "-g": s.ProxyGIDs,
-		"ISTIO_OUTBOUND_OWNER_GROUPS": s.OwnerGroups.List, "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE": s.OwnerGroupsExcluded,
-	} {
-		for _, r := range ids {
+	if len(s.ProxyUIDs)+len(s.ProxyGIDs) == 0 {
+		return errors.New("-u and -g name no user and no group: the agent's own connections would be captured; name one")
+	}
+	groups := []named[IDRange]{{groupsVariable, s.OwnerGroups.List}, {groupsExcludedVariable, s.OwnerGroupsExcluded}}
+	for _, ids := range append([]named[IDRange]{{"-u", s.ProxyUIDs}, {"-g", s.ProxyGIDs}}, groups...) {
+		for _, r := range ids.list {
 			if r.Last == noID || r.Last < r.First {
-				return fmt.Errorf("%s %s: a user or group is a number from 0 to %d, a range goes upwards", flag, r, uint32(noID-1))
+				return fmt.Errorf("%s %s: a user or group is a number from 0 to %d, a range goes upwards", ids.flag, r, uint32(noID-1))
 			}
 		}
 	}
-	for variable, groups := range map[string][]IDRange{
-		"ISTIO_OUTBOUND_OWNER_GROUPS": s.OwnerGroups.List, "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE": s.OwnerGroupsExcluded,
-	} {
-		if len(groups) > MaxOwnerGroups {
+	for _, ids := range groups {
+		if len(ids.list) > MaxOwnerGroups {
 			return fmt.Errorf("%s lists %d groups: at most %d are possible; write neighbours as a range such as 2000-2010",
-				variable, len(groups), MaxOwnerGroups)
+				ids.flag, len(ids.list), MaxOwnerGroups)
 		}
 	}
 	return nil
