@@ -198,7 +198,11 @@ func (p *Plan) undo(ctx context.Context) error {
 	}
 	var failed []error
 	for _, step := range slices.Backward(p.Steps) {
-		failed = append(failed, step.undo(ctx, now, p.table))
+		if step.Flavour == Native {
+			failed = append(failed, step.undoNFTables(p.table))
+		} else {
+			failed = append(failed, step.undo(ctx, now.store(step.Family, step.Flavour)))
+		}
 	}
 	for _, change := range slices.Backward(p.Routes) {
 		failed = append(failed, change.undo(now.routing))
@@ -212,32 +216,25 @@ func (p *Plan) undo(ctx context.Context) error {
 	return cmp.Or(failed...)
 }
 
-// undo brings one store from what it is now to what it was before, and makes sure of it. Our table of nftables is one
-// store for both families.
-func (s Step) undo(ctx context.Context, now survey, table nftState) error {
-	have := now.store(s.Family, s.Flavour)
-	if have.unread != nil {
-		return have.unread
+// undo brings one store from what it is now to what it was before, and makes sure of it.
+func (s Step) undo(ctx context.Context, now store) error {
+	if now.unread != nil {
+		return now.unread
 	}
 	s.want = s.before.rules.Own()
-	if len(Diff(s.want, have.rules)) > 0 {
-		var err error
-		if s.Flavour == Native {
-			err = planNFTables(table.rulesets, now.table).apply()
-		} else {
-			err = s.before.program.apply(ctx, restoreInput(s.want, have.rules))
-		}
-		if err != nil {
+	if input := restoreInput(s.want, now.rules); input != "" {
+		if err := s.before.program.apply(ctx, input); err != nil {
 			return err
 		}
 		read, err := s.startReading(ctx)
 		if err != nil {
 			return err
 		}
-		if have.rules, err = read(); err != nil {
+		rules, err := read()
+		if err != nil {
 			return err
 		}
-		if err := s.compare(have.rules); err != nil {
+		if err := s.compare(rules); err != nil {
 			return err
 		}
 	}
@@ -245,6 +242,24 @@ func (s Step) undo(ctx context.Context, now survey, table nftState) error {
 		return removeEmptyNFT(s.Family, TableNames, s.before.chains)
 	}
 	return nil
+}
+
+// undoNFTables is undo for our table of nftables. The first of two steps undoes it for both families.
+func (s Step) undoNFTables(before nftState) error {
+	s.want = before.ruleset(s.Family)
+	now, err := readNFTablesNow()
+	if err != nil {
+		return err
+	}
+	if len(Diff(s.want, now.ruleset(s.Family))) > 0 {
+		if err := planNFTables(before.rulesets, now).apply(); err != nil {
+			return err
+		}
+		if now, err = readNFTablesNow(); err != nil {
+			return err
+		}
+	}
+	return s.compare(now.ruleset(s.Family))
 }
 
 // remove is a cleanup: rules first, then the routes and the address that they need, then the empty tables.
