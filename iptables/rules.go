@@ -98,195 +98,14 @@ func (r Rule) final() bool {
 	return false
 }
 
-// The zones of connection tracking for DNS over UDP. What the workload asks the agent and what the agent asks a server
-// can have the same addresses and ports once the former is redirected; in zones of their own they cannot meet.
-const (
-	upstreamZone = Zone(1) // queries that go to a server as they are, and its answers
-	captureZone  = Zone(2) // queries that go to the agent, and its answers
-)
-
-func (p *policy) zones() {
-	if len(p.servers) == 0 {
-		return
-	}
-	queries := Match{Protocol: UDP, DstPorts: single(dnsPort)}
-	p.chain(Raw, chainPrerouting, Rule{
-		ID: "zone/arriving/jump", Match: Match{Protocol: UDP}, Target: Jump(chainInbound),
-		Why: "the zone of an arriving answer is chosen by our chain",
-	})
-	p.chain(Raw, chainBuiltOutput, Rule{
-		ID: "zone/leaving/jump", Match: Match{Protocol: UDP}, Target: Jump(chainOutput),
-		Why: "the zone of a query is chosen by our chain",
-	})
-	var arriving, leaving, captured, passed []Rule
-	for _, name := range p.InterfacesExcluded {
-		arriving = append(arriving, leftAlone("zone/arriving", Match{In: name}))
-		leaving = append(leaving, leftAlone("zone/leaving", Match{Out: name}))
-	}
-	leaving = append(leaving, p.linkLocal("zone/leaving/link-local", p.CaptureAllDNS)...)
-	for _, r := range p.linkLocal("zone/arriving/link-local", p.CaptureAllDNS) {
-		r.Match = Match{Src: linkLocal}
-		arriving = append(arriving, r)
-	}
-	for _, server := range p.servers {
-		from, to := Match{Protocol: UDP, SrcPorts: single(dnsPort), Src: server}, Match{Protocol: UDP, DstPorts: single(dnsPort), Dst: server}
-		arriving = append(arriving, Rule{
-			ID: "zone/answer" + suffix(server), Match: from, Target: upstreamZone,
-			Why: "a server's answer belongs to a query that was not captured: the agent's, or that of somebody who is left alone",
-		})
-		captured = append(captured, Rule{
-			ID: "zone/captured" + suffix(server), Match: to, Target: captureZone,
-			Why: "a captured query is kept apart from the one that the agent sends on",
-		})
-		passed = append(passed, Rule{
-			ID: "zone/passed" + suffix(server), Match: to, Target: upstreamZone,
-			Why: "a query that is not captured is in the zone of its answer",
-		})
-	}
-	for _, owner := range p.owners {
-		query, answer := queries, Match{Protocol: UDP, SrcPorts: single(capture.DNSPort), Owner: owner}
-		query.Owner = owner
-		leaving = append(leaving,
-			Rule{ID: "zone/agent-query/" + owner.String(), Match: query, Target: Jump(chainDNSPassed),
-				Why: "the agent's own queries are not captured"},
-			Rule{ID: "zone/agent-answer/" + owner.String(), Match: answer, Target: captureZone,
-				Why: "the agent's answers belong to the queries that were captured"})
-	}
-	ask := func(owner Owner, target string) Rule {
-		query := queries
-		query.Owner = owner
-		return Rule{ID: "zone/query/" + owner.String(), Match: query, Target: Jump(target), Why: "queries are captured, or not, by group"}
-	}
-	if p.OwnerGroups.All {
-		for _, ids := range p.OwnerGroupsExcluded {
-			leaving = append(leaving, ask(Owner{GID, ids}, chainDNSPassed))
-		}
-		leaving = append(leaving, Rule{ID: "zone/query", Match: queries, Target: Jump(chainDNSCaptured), Why: "all other queries are captured"})
-	} else {
-		for _, ids := range p.OwnerGroups.List {
-			leaving = append(leaving, ask(Owner{GID, ids}, chainDNSCaptured))
-		}
-		leaving = append(leaving, Rule{ID: "zone/query", Match: queries, Target: Jump(chainDNSPassed), Why: "no other query is captured"})
-	}
-	p.chain(Raw, chainInbound, arriving...)
-	p.chain(Raw, chainOutput, leaving...)
-	p.chainIfUsed(Raw, chainDNSCaptured, captured...)
-	p.chainIfUsed(Raw, chainDNSPassed, passed...)
-}
-
-// arriving is what the mangle table does with what comes in.
-func (p *policy) arriving() {
-	tproxy := p.CapturesInboundByTPROXY()
-	if !tproxy && !p.DropInvalid {
-		return
-	}
-	var rules []Rule
-	for _, name := range p.InterfacesExcluded {
-		rules = append(rules, leftAlone("arriving", Match{In: name}))
-	}
-	everything := Match{Protocol: TCP}
-	if p.DropInvalid {
-		everything = Match{}
-		rules = append(rules, Rule{
-			ID: "arriving/invalid", Match: Match{State: Invalid}, Target: Drop{},
-			Why: "what connection tracking cannot place would not be redirected, and the kernel would answer it with a reset",
-		})
-	}
-	if tproxy {
-		for _, name := range p.VirtualInterfaces {
-			rules = append(rules, Rule{
-				ID: "arriving/virtual/" + name, Match: Match{In: name}, Target: Return{},
-				Why: "what a virtual machine opens is outbound, which is the nat table's business",
-			})
-		}
-		rules = append(rules,
-			Rule{ID: "arriving/original-source/save", Match: Match{Protocol: TCP, Mark: p.TPROXYMark}, Target: SaveMark{},
-				Why: "the workload's answers to an address that the agent borrowed must find the agent, so the connection remembers the mark"},
-			Rule{ID: "arriving/original-source", Match: Match{Protocol: TCP, Mark: p.TPROXYMark}, Target: Return{},
-				Why: "what the agent sends to the workload from its client's address is not captured again"},
-			Rule{ID: "arriving/inbound", Match: Match{Protocol: TCP}, Target: Jump(chainInbound),
-				Why: "incoming TCP is judged by our chain"})
-	}
-	p.chain(Mangle, chainPrerouting, Rule{
-		ID: "arriving/jump", Match: everything, Target: Jump(chainArriving), Why: "what arrives is judged by our chain",
-	})
-	p.chain(Mangle, chainArriving, rules...)
-	if tproxy {
-		p.inboundTPROXY()
-	}
-}
-
-// inboundTPROXY gives connections to the agent without changing them.
-func (p *policy) inboundTPROXY() {
-	rules := []Rule{
-		{ID: "inbound/to-workload", Match: Match{In: loopback, Src: p.inboundSource}, Target: Return{},
-			Why: "what the agent forwards to the workload must arrive there and not come back"},
-		{ID: "inbound/loopback", Match: Match{In: loopback, Mark: capture.LoopMark, NotMark: true}, Target: Return{},
-			Why: "processes of the workload talk to each other directly"},
-	}
-	if !p.Compat {
-		rules = append(rules, p.tunnel())
-	}
-	p.chain(Mangle, chainInbound, append(rules, p.inboundPorts(chainTPROXY)...)...)
-	known := Match{State: Established, ConnMark: capture.LoopMark}
-	rules = []Rule{
-		{ID: "inbound/known", Match: known, Target: Jump(chainDivert),
-			Why: "a connection that was given to the agent stays with it"},
-		{ID: "inbound/earlier", Match: Match{State: Established}, Target: Return{},
-			Why: "every other connection under way stays where it is: it began before the rules, or here, or only passes through"},
-	}
-	if p.Compat {
-		rules = append(rules, Rule{ID: "inbound/localhost", Match: Match{Dst: p.localhost}, Target: Return{},
-			Why: "what was redirected already is on its way to the agent"})
-	}
-	p.chainIfUsed(Mangle, chainTPROXY, append(rules,
-		Rule{ID: "inbound/connection", Match: Match{Protocol: TCP}, Target: SetConnMark(capture.LoopMark),
-			Why: "the connection remembers that it was given to the agent"},
-		Rule{ID: "inbound/tproxy", Match: Match{Protocol: TCP},
-			Target: ToSocket{netip.AddrPortFrom(p.anywhere, p.InboundPort), p.TPROXYMark},
-			Why:    "captured inbound connections go to the agent as they are"})...)
-	p.chainIfUsed(Mangle, chainDivert,
-		Rule{ID: "inbound/divert/mark", Target: SetMark(p.TPROXYMark), Why: "by this mark the packet is delivered here, whatever its destination"},
-		Rule{ID: "inbound/divert", Target: Accept{}, Why: "its socket is found without further rules"})
-}
-
-// leaving is what the mangle table does with what local processes send: marks for TPROXY.
-func (p *policy) leaving() {
-	if !p.CapturesInboundByTPROXY() {
-		return
-	}
-	p.chain(Mangle, chainBuiltOutput, Rule{
-		ID: "leaving/jump", Match: Match{Protocol: TCP}, Target: Jump(chainOutput), Why: "outgoing TCP is marked by our chain",
-	})
-	var rules []Rule
-	for _, name := range p.InterfacesExcluded {
-		rules = append(rules, leftAlone("leaving", Match{Out: name}))
-	}
-	rules = append(rules, Rule{
-		ID: "leaving/original-source", Match: Match{Out: loopback, Mark: p.TPROXYMark}, Target: Return{},
-		Why: "what the agent sends to the workload from its client's address keeps its mark",
-	})
-	for _, owner := range p.owners {
-		self := Match{Dst: p.localhost, NotDst: true, Out: loopback, Protocol: TCP, Owner: owner}
-		if p.CapturesDNS() {
-			self.DstPorts, self.NotDstPorts = single(dnsPort), true
-		}
-		rules = append(rules, Rule{ID: "leaving/self/" + owner.String(), Match: self, Target: SetMark(capture.LoopMark),
-			Why: "by this mark a call of the workload's own service is told from what the workload says to itself"})
-	}
-	p.chain(Mangle, chainOutput, append(rules, Rule{
-		ID: "leaving/answer", Match: Match{Protocol: TCP, ConnMark: p.TPROXYMark}, Target: RestoreMark{},
-		Why: "the workload's answers to an address that the agent borrowed are routed to the agent",
-	})...)
-}
-
 // inbound is what the nat table does with connections that come in.
 func (p *policy) inbound() {
 	redirect := p.Mode == capture.Redirect && !p.Inbound.None()
-	if !redirect && len(p.VirtualInterfaces) == 0 {
+	virtual := len(p.VirtualInterfaces) > 0 && len(p.capturedNetworks()) > 0
+	if !redirect && !virtual {
 		return
 	}
-	rules := p.linkLocal("virtual/link-local", len(p.VirtualInterfaces) > 0 && !redirect)
+	rules := p.linkLocal("virtual/link-local", virtual && !redirect)
 	rules = append(rules, p.linkLocal("inbound/link-local", redirect)...)
 	for _, name := range p.VirtualInterfaces {
 		for _, network := range p.capturedNetworks() {
@@ -311,9 +130,6 @@ func (p *policy) inbound() {
 		}
 		rules = append(rules, p.tunnel())
 		rules = append(rules, p.inboundPorts(chainInboundRedirect)...)
-	}
-	if len(rules) == 0 {
-		return
 	}
 	p.chain(NAT, chainPrerouting, Rule{
 		ID: "inbound/jump", Match: Match{Protocol: TCP}, Target: Jump(chainInbound),

@@ -32,7 +32,7 @@ type Action string
 const (
 	LeftAlone  Action = ""                // it goes where it was going
 	Redirected Action = "redirected"      // it goes to the agent, and its destination is changed
-	Given  Action = "given by TPROXY" // it goes to the agent as it is
+	Given      Action = "given by TPROXY" // it goes to the agent as it is
 	Dropped    Action = "dropped"
 )
 

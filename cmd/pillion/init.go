@@ -25,7 +25,8 @@ func newInit() *cobra.Command {
 Run it before the workload starts, as root with CAP_NET_ADMIN and CAP_NET_RAW. Running it again repairs what has been
 changed and otherwise does nothing. Lists are separated by commas; ranges are written 8000:9000 for ports and 1337-1340
 for users and groups; names of services, users and groups are looked up. The variables in brackets say the same as the
-flags and are weaker.`,
+flags and are weaker.
+` + variablesAlone,
 		Args: noArguments,
 		RunE: options.run,
 	}
@@ -42,14 +43,21 @@ func newIstioIPTables() *cobra.Command {
 		Long: `The same as init, with the defaults and the verdicts of istio-iptables, so that an injector can call it unchanged.
 
 IPv6 has rules only when the first global address is of IPv6, or with --dual-stack; packets that belong to nothing are
-dropped only with --drop-invalid; every mode but TPROXY is REDIRECT, which captures the tunnel port, too; with DNS capture,
-TCP to port 53 over the loopback is judged like any other destination.`,
+dropped only with --drop-invalid; every mode but TPROXY is REDIRECT; TPROXY captures the tunnel port, too; with DNS capture,
+TCP to port 53 over the loopback is judged like any other destination.
+` + variablesAlone,
 		Args: cobra.ArbitraryArgs,
 		RunE: options.run,
 	}
 	options.bind(cmd)
 	return cmd
 }
+
+// variablesAlone tells of what has no flag.
+const variablesAlone = `
+$ISTIO_OUTBOUND_OWNER_GROUPS lists the groups whose outbound connections are captured (* for all, as when it is not set;
+empty is nobody), $ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE those that are left alone when all are captured, and
+$ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR is the network in which the workload means itself (127.0.0.1/32).`
 
 // initOptions is what the command line and the environment say.
 type initOptions struct {
@@ -114,8 +122,12 @@ func (o *initOptions) complete(log *slog.Logger) error {
 	}
 	if s.RedirectDNS && !s.CaptureAllDNS {
 		text, err := os.ReadFile(resolvConf)
-		if s.DNSServers = capture.ParseNameservers(string(text)); len(s.DNSServers) == 0 {
-			log.Warn(fmt.Sprintf("DNS is not captured: %s names no server; --capture-all-dns needs none", resolvConf), "error", err)
+		s.DNSServers = capture.ParseNameservers(string(text))
+		switch {
+		case err != nil:
+			log.Warn(fmt.Sprintf("DNS is not captured: %v; --capture-all-dns needs no servers", err))
+		case len(s.DNSServers) == 0:
+			log.Warn(fmt.Sprintf("DNS is not captured: %s names no server; --capture-all-dns needs none", resolvConf))
 		}
 	}
 	return nil

@@ -31,7 +31,8 @@ type Spec struct {
 	// Mode is how inbound connections are captured.
 	Mode Mode
 	// Compat asks for the verdicts of istio-iptables also where they are debatable: in TPROXY mode the tunnel port is
-	// captured, and with DNS capture TCP to port 53 over the loopback is judged like any other destination. What it gets
+	// captured, and the agent's users reach their own workload by redirection; with DNS capture TCP to port 53 over the
+	// loopback is judged like any other destination; and DropInvalid takes no notice of InterfacesExcluded. What it gets
 	// plainly wrong is right either way.
 	Compat bool
 	// IPv6 says when there are rules for IPv6.
