@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -137,8 +138,16 @@ func (p *Plan) changeRoutes(action RouteAction) error {
 // readBack lists every table that was changed, at the same time, and compares.
 func (p *Plan) readBack(ctx context.Context) error {
 	readers := make([]func() (Ruleset, error), 0, len(p.Steps))
+	readTable := sync.OnceValues(readNFTablesNow) // for both families
 	var failed []error
 	for _, step := range p.Steps {
+		if step.Flavour == Native {
+			readers = append(readers, func() (Ruleset, error) {
+				table, err := readTable()
+				return table.ruleset(step.Family), err
+			})
+			continue
+		}
 		reader, err := step.startReading(ctx)
 		if err != nil {
 			failed = append(failed, err)
@@ -159,14 +168,8 @@ func (p *Plan) readBack(ctx context.Context) error {
 	return cmp.Or(failed...)
 }
 
-// startReading starts to read a store as it is now. The function that it returns must be called.
+// startReading starts the program that lists a store. The function that it returns must be called.
 func (s Step) startReading(ctx context.Context) (func() (Ruleset, error), error) {
-	if s.Flavour == Native {
-		return func() (Ruleset, error) {
-			table, err := readNFTablesNow()
-			return table.ruleset(s.Family), err
-		}, nil
-	}
 	listing, err := start(ctx, "", s.before.program.save)
 	return func() (Ruleset, error) {
 		text, err := listing.wait()

@@ -20,7 +20,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-func bothRulesets(spec capture.Spec) [2]Ruleset { return [2]Ruleset{Rules(spec, IPv4), Rules(spec, IPv6)} }
+func bothRulesets(spec capture.Spec) [2]Ruleset {
+	return [2]Ruleset{Rules(spec, IPv4), Rules(spec, IPv6)}
+}
 
 // What is written in nftables is read back as the same, rule by rule and for any spec.
 func TestRoundTripThroughExpressions(t *testing.T) {
@@ -303,39 +305,47 @@ func TestRulesInTwoPlacesSayWhatEachSays(t *testing.T) {
 // While rules move, or are replaced, no connection escapes that is captured before and after.
 func TestNothingEscapesWhileRulesMove(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT, Legacy)
-	world := newWorld(t)
 	backends := []Backend{NFTables, IPTablesNFT, NFTables, IPTablesLegacy}
-	specs := []capture.Spec{captureAll, scenarios[0].spec}
-	if _, err := initBy(world.pod, captureAll, NFTables); err != nil {
-		t.Fatal(err)
-	}
-	moved := make(chan error, 1)
-	go func() {
-		for i := range 24 {
-			if _, err := initBy(world.pod, specs[i/2%2], backends[i/4%4]); err != nil {
-				moved <- err
-				return
-			}
-		}
-		moved <- nil
-	}()
-	for dials := 0; ; dials++ {
-		for _, a := range families {
-			p := sends(workload, workload, a.elsewhere, 8080)
-			if got := world.dial(t, p); got != outbound.String() {
-				t.Fatalf("dial %d, %s: %s", dials, a.family, got)
-			}
-		}
-		select {
-		case err := <-moved:
-			if err != nil {
+	for mode, incoming := range map[capture.Mode]Verdict{capture.Redirect: inbound, capture.TPROXY: given} {
+		t.Run(fmt.Sprint(mode), func(t *testing.T) {
+			usePrograms(t, false, NFT, Legacy)
+			world := newWorld(t)
+			spec := captureAll
+			spec.Mode = mode
+			other := spec
+			other.OutboundExcluded = networks("192.0.2.99/32,2001:db8:99::/64")
+			if _, err := initBy(world.pod, spec, IPTablesLegacy); err != nil {
 				t.Fatal(err)
 			}
-			t.Logf("%d dials", dials)
-			return
-		default:
-		}
+			moved := make(chan error, 1)
+			go func() {
+				for i := range 16 {
+					if _, err := initBy(world.pod, []capture.Spec{other, spec}[i/2%2], backends[i/2%4]); err != nil {
+						moved <- err
+						return
+					}
+				}
+				moved <- nil
+			}()
+			for dials := 0; ; dials++ {
+				for _, a := range families {
+					for _, s := range []story{{"out", sends(workload, workload, a.elsewhere, 8080), outbound}, {"in", arrives(a, 8080), incoming}} {
+						if got := world.dial(t, s.packet); got != s.want.String() {
+							t.Fatalf("dial %d, %s %s: %s", dials, a.family, s.name, got)
+						}
+					}
+				}
+				select {
+				case err := <-moved:
+					if err != nil {
+						t.Fatal(err)
+					}
+					t.Logf("%d rounds", dials)
+					return
+				default:
+				}
+			}
+		})
 	}
 }
 
@@ -370,7 +380,9 @@ func TestAFailedMoveLeavesTheOldRules(t *testing.T) {
 }
 
 func TestARefusalOfTheKernelNamesTheRuleAndWhatIsMissing(t *testing.T) {
-	rule := func(r Rule) nftSubject { return nftSubject{id: r.ID, rule: encode(IPv4, Place{NAT, chainOutput}, r)[0]} }
+	rule := func(r Rule) nftSubject {
+		return nftSubject{id: r.ID, rule: encode(IPv4, Place{NAT, chainOutput}, r)[0]}
+	}
 	for _, test := range []struct {
 		subject nftSubject
 		err     error
