@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -39,7 +38,6 @@ func (p *Plan) Commit(ctx context.Context) error {
 
 // verifyPrograms runs each program once, before anything is touched.
 func (p *Plan) verifyPrograms() error {
-	var verified []string
 	for _, step := range p.Steps {
 		if err := missingCapability(step.Flavour == Legacy); err != nil {
 			return err
@@ -47,14 +45,9 @@ func (p *Plan) verifyPrograms() error {
 		if step.Flavour == Native {
 			continue
 		}
-		file, err := filepath.EvalSymlinks(step.before.program.main)
-		if err == nil && slices.Contains(verified, file) {
-			continue
-		}
-		if err := step.before.program.verify(); err != nil {
+		if err := p.verify(step.before.program); err != nil {
 			return err
 		}
-		verified = append(verified, file)
 	}
 	return nil
 }

@@ -128,6 +128,21 @@ func (p program) verify() error {
 	return nil
 }
 
+// verifier verifies each program once, however many names and callers it has.
+func verifier() func(program) error {
+	verified := make(map[string]error)
+	return func(p program) error {
+		file, err := filepath.EvalSymlinks(p.main)
+		if err != nil {
+			file = p.main
+		}
+		if _, known := verified[file]; !known {
+			verified[file] = p.verify()
+		}
+		return verified[file]
+	}
+}
+
 // apply commits input, which iptables-restore does whole or not at all.
 func (p program) apply(ctx context.Context, input string) error {
 	_, err := run(ctx, input, p.restore, "--noflush", "--wait="+strconv.Itoa(lockSeconds))

@@ -29,6 +29,7 @@ type Plan struct {
 	ipv6    ipv6
 	backend Backend
 	table   nftState // our table of nftables as it was
+	verify  func(program) error
 }
 
 // AddressChange says what happens to the agent's source address.
@@ -165,7 +166,8 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 			s.routing, err = readRoutes()
 		}
 	}
-	p.ipv6, p.table = s.ipv6, s.table
+	s.verify = verifier()
+	p.ipv6, p.table, p.verify = s.ipv6, s.table, s.verify
 	for _, t := range s.stores {
 		if t.hidden {
 			p.Warnings = append(p.Warnings, fmt.Sprintf("%s has legacy tables that were not looked into: %v", t.family, t.missing))

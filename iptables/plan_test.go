@@ -412,11 +412,14 @@ func TestAProgramThatIsTooOldIsRefusedBeforeAnythingIsTouched(t *testing.T) {
 	pod := nettest.New(t, "pod")
 	before := everything(t, pod)
 	breakProgram(t, dir, "iptables-nft", "echo 'iptables v1.6.1'")
-	if _, err := initIn(pod, captureAll); err == nil || !strings.Contains(err.Error(), "is version 1.6.1: 1.6.2 or later is needed") {
+	if _, err := initBy(pod, captureAll, IPTables); err == nil || !strings.Contains(err.Error(), "is version 1.6.1: 1.6.2 or later is needed") {
 		t.Errorf("got error %v", err)
 	}
 	if after := everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+	if steps := mustInit(t, pod, captureAll).Steps; !slices.ContainsFunc(steps, func(s Step) bool { return s.Family == IPv4 && s.Flavour == Native }) {
+		t.Errorf("where nftables may be chosen: %v", steps)
 	}
 }
 

@@ -24,6 +24,7 @@ type survey struct {
 	ipv6    ipv6
 	routing []installed
 	table   nftState // our own of nftables
+	verify  func(program) error
 }
 
 // store is where one family's rules are kept in one flavour.
@@ -218,11 +219,16 @@ func (s survey) choose(want Ruleset, backend Backend) (store, error) {
 		return native, native.usable(want)
 	}
 	chosen, err := chooseIPTables(nft, legacy, want)
-	outOfReach := (nft.ours || legacy.ours) && !errors.Is(err, errIncompatible)
-	if err != nil && backend == Auto && native.usable(want) == nil && !outOfReach {
+	if backend != Auto || nft.ours || legacy.ours || native.usable(want) != nil {
+		return chosen, err
+	}
+	if err == nil {
+		err = s.verify(chosen.program)
+	}
+	if err != nil {
 		return native, nil
 	}
-	return chosen, err
+	return chosen, nil
 }
 
 // chooseIPTables picks the flavour that holds our rules already, so that a second run finds what the first one made;
