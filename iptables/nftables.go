@@ -164,11 +164,15 @@ func readNFTRule(message []byte) (nftRule, error) {
 
 // nftComment finds the comment in what somebody's program left with a rule: a list of type, length and value.
 func nftComment(data []byte) string {
-	for len(data) >= 2 && len(data) >= 2+int(data[1]) {
-		if userdata.Type(data[0]) == userdata.TypeComment {
-			return unix.ByteSliceToString(data[2 : 2+data[1]])
+	for len(data) >= 2 {
+		kind, end := userdata.Type(data[0]), 2+int(data[1])
+		if end > len(data) {
+			break
 		}
-		data = data[2+data[1]:]
+		if kind == userdata.TypeComment {
+			return unix.ByteSliceToString(data[2:end])
+		}
+		data = data[end:]
 	}
 	return ""
 }

@@ -60,6 +60,59 @@ func TestRoundTripThroughExpressions(t *testing.T) {
 	}
 }
 
+// Whatever a single byte of a rule is changed to, and whichever expression is missing or there twice, it is not taken for
+// the rule that it was.
+func TestARuleOfNFTablesThatIsAlmostOursIsNotOurs(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 4))
+	forEach(t, func(t *testing.T, sc scenario, a addresses) {
+		for at, r := range Rules(sc.spec, a.family).All() {
+			r.Why = ""
+			check := func(what string, change func(*nftRule)) {
+				rules := encode(a.family, at, r)
+				change(&rules[0])
+				of := a.family
+				if !strings.HasPrefix(at.Chain, ownPrefix) {
+					of = 0
+				}
+				if got := decode(of, at, rules)[a.family]; len(got) > 0 && reflect.DeepEqual(got[0], r) {
+					t.Errorf("%s, %s: it still counts as %+v", r.ID, what, r)
+				}
+			}
+			check("another comment", func(rule *nftRule) { rule.comment += "x" })
+			for i, e := range encode(a.family, at, r)[0].expressions {
+				check(e.name+" missing", func(rule *nftRule) { rule.expressions = slices.Delete(rule.expressions, i, i+1) })
+				check(e.name+" twice", func(rule *nftRule) { rule.expressions = slices.Insert(rule.expressions, i, e) })
+				for attribute := range e.attributes {
+					check(fmt.Sprintf("attribute %d of %s changed", attribute, e.name), func(rule *nftRule) {
+						if e.name == "counter" {
+							rule.comment = "" // its numbers may be any
+							return
+						}
+						value := rule.expressions[i].attributes[attribute]
+						value[random.IntN(len(value))] ^= byte(1 + random.IntN(255))
+					})
+					check(fmt.Sprintf("attribute %d of %s missing", attribute, e.name), func(rule *nftRule) {
+						if delete(rule.expressions[i].attributes, attribute); e.name == "counter" {
+							rule.comment = ""
+						}
+					})
+				}
+			}
+		}
+	})
+}
+
+func TestCommentsOfStrangersAreReadWithinTheirBounds(t *testing.T) {
+	for _, test := range []struct{ data, want string }{
+		{"", ""}, {"\x00", ""}, {"\x00\x05abcd\x00", "abcd"}, {"\x00\x05abcd", ""}, {"\x07\x01x\x00\x02y\x00", "y"},
+		{"\x00\xff" + strings.Repeat("z", 255), strings.Repeat("z", 255)}, {"\x07\xff", ""}, {"\x00\x00", ""}, {"\x07\xfe" + strings.Repeat("z", 254) + "\x00", ""},
+	} {
+		if got := nftComment([]byte(test.data)); got != test.want {
+			t.Errorf("%q: got %q, want %q", test.data, got, test.want)
+		}
+	}
+}
+
 func TestChainsHaveNamesOfTheirOwn(t *testing.T) {
 	for name, want := range map[string]Place{
 		"nat_output": {NAT, chainBuiltOutput}, "mangle_prerouting": {Mangle, chainPrerouting},

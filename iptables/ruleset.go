@@ -6,10 +6,10 @@
 // it. Only host.go runs programs, and only host.go, nft.go and route.go change the machine.
 //
 // The same Ruleset is kept by iptables, in one of its two flavours, or by us in nftables, which needs no program: nftrule.go
-// turns rules into expressions and back, nftables.go reads and writes our table.
+// turns rules into expressions and back, nftrender.go into the text of nft, nftables.go reads and writes our table.
 //
-// Own chains, whose names begin with PILLION_, and the rules that jump to them are ours. Everything else belongs to
-// other people and is never touched.
+// Own chains, whose names begin with PILLION_, and the rules that jump to them are ours, and so is all of the table
+// inet pillion of nftables. Everything else belongs to other people and is never touched.
 package iptables
 
 import (
