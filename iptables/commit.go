@@ -31,6 +31,9 @@ func (p *Plan) Commit(ctx context.Context) error {
 		if undoErr := p.undo(ctx); undoErr != nil {
 			return fmt.Errorf("%w; and taking it back failed: %w; run pillion cleanup", err, undoErr)
 		}
+		if p.backend == Auto && len(p.Steps) > 0 && p.Steps[0].Flavour != Native && errors.Is(err, errNoKernelSupport) {
+			err = fmt.Errorf("%w; nftables may do: --backend nftables", err)
+		}
 		return fmt.Errorf("%w; everything is as it was", err)
 	}
 	return nil

@@ -431,6 +431,23 @@ func TestAFailedMoveLeavesTheOldRules(t *testing.T) {
 	}
 }
 
+// Whether the kernel has what iptables needs is known when it is asked for, and not before.
+func TestWhereIPTablesFindsNoSupportNFTablesAreRecommended(t *testing.T) {
+	nettest.RequireRoot(t)
+	dir := usePrograms(t, false, Legacy)
+	pod, _ := nettest.PodAndPeer(t)
+	breakProgram(t, dir, "iptables-legacy-restore", `echo "iptables v1.8.9 (legacy): can't initialize iptables table: Table does not exist (do you need to insmod?)" >&2; exit 3`)
+	for backend, hint := range map[Backend]bool{Auto: true, IPTables: false} {
+		_, err := initBy(pod, captureAll, backend)
+		if !errors.Is(err, errNoKernelSupport) || strings.Contains(err.Error(), "--backend nftables") != hint {
+			t.Errorf("%q: got error %v", backend, err)
+		}
+	}
+	if _, err := initBy(pod, captureAll, NFTables); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestARefusalOfTheKernelNamesTheRuleAndWhatIsMissing(t *testing.T) {
 	rule := func(r Rule) nftSubject {
 		return nftSubject{id: r.ID, rule: encode(IPv4, Place{NAT, chainOutput}, r)[0]}
