@@ -72,14 +72,14 @@ func TestInitTwiceChangesNothingAndCleanupLeavesWhatWasThere(t *testing.T) {
 func TestCleanupLeavesAnEmptyNamespaceEmpty(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
-	for _, flavour := range []string{nft, legacy} {
+	for _, flavour := range []string{nft, legacy, native} {
 		t.Run(flavour, func(t *testing.T) {
 			pod, peer := nettest.PodAndPeer(t)
 			initPod(t, pod, flavour)
 			if _, stderr, code := execute(t, pod, nil, "cleanup"); code != 0 {
 				t.Fatalf("cleanup: exit code %d\n%s", code, stderr)
 			}
-			if ruleset := pod.MustRun(t, "nft", "list", "ruleset"); flavour == nft && ruleset != "" {
+			if ruleset := pod.MustRun(t, "nft", "list", "ruleset"); flavour != legacy && ruleset != "" {
 				t.Errorf("nftables holds\n%s", ruleset)
 			}
 			if flavour == legacy {

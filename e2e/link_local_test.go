@@ -16,7 +16,7 @@ import (
 // such connections alone, so that they arrive.
 func TestLinkLocalAddressesAreReachedDirectly(t *testing.T) {
 	t.Parallel()
-	for _, flavour := range []string{nft, legacy} {
+	for _, flavour := range []string{nft, legacy, native} {
 		s := newStageIn(t, flavour)
 		converseByLinkLocal(t, way{name: "inbound " + flavour, from: s.peer, to: s.pod, address: netip.MustParseAddr("fe80::2")})
 		converseByLinkLocal(t, way{name: "outbound " + flavour, from: s.pod, to: s.peer, address: netip.MustParseAddr("fe80::99")})

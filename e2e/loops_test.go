@@ -21,7 +21,7 @@ var ownPorts = []uint16{
 
 func TestDiallingPillionsOwnPortsNeverLoops(t *testing.T) {
 	t.Parallel()
-	for _, flavour := range []string{nft, legacy} {
+	for _, flavour := range []string{nft, legacy, native} {
 		t.Run(flavour, func(t *testing.T) {
 			s := newStageIn(t, flavour)
 			local := []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.2"), netip.IPv6Loopback()}

@@ -9,7 +9,7 @@ import (
 // The rules stay when the agent dies. Whoever takes its place finds the ports free and carries on.
 func TestAnAgentThatIsStartedAnewUnderTheSameRulesCarriesOn(t *testing.T) {
 	t.Parallel()
-	for _, flavour := range []string{nft, legacy} {
+	for _, flavour := range []string{nft, legacy, native} {
 		t.Run(flavour, func(t *testing.T) {
 			s := newStageIn(t, flavour)
 			for range 3 {

@@ -20,7 +20,7 @@ const greetingLimit = 100 * time.Millisecond
 // A real sshd speaks first, in both directions, both families and both flavours of iptables.
 func TestASilentClientIsGreetedByAServerThatSpeaksFirst(t *testing.T) {
 	t.Parallel()
-	for _, flavour := range []string{nft, legacy} {
+	for _, flavour := range []string{nft, legacy, native} {
 		s := newStageIn(t, flavour)
 		startSSHD(t, s.pod)
 		startSSHD(t, s.peer)

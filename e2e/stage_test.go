@@ -15,10 +15,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// The two flavours of iptables.
+// What makes the rules: the two flavours of iptables, or pillion itself.
 const (
 	nft    = "nft"
 	legacy = "legacy"
+	native = "nftables" // no program
 )
 
 // initArguments are what an Istio injector passes to its init container.
@@ -83,10 +84,13 @@ func initPod(t testing.TB, pod *nettest.Namespace, flavour string) string {
 	return stdout + stderr
 }
 
-// pathWith is a PATH on which there is only one flavour of iptables.
+// pathWith is a PATH on which there is only one flavour of iptables, or none.
 func pathWith(t testing.TB, flavour string) string {
 	t.Helper()
 	dir := t.TempDir()
+	if flavour == native {
+		return "PATH=" + dir
+	}
 	program := requireProgram(t, "xtables-"+flavour+"-multi")
 	for _, family := range []string{"iptables", "ip6tables"} {
 		for _, verb := range []string{"", "-save", "-restore"} {

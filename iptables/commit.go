@@ -5,8 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -31,6 +31,9 @@ func (p *Plan) Commit(ctx context.Context) error {
 		if undoErr := p.undo(ctx); undoErr != nil {
 			return fmt.Errorf("%w; and taking it back failed: %w; run pillion cleanup", err, undoErr)
 		}
+		if p.backend == Auto && len(p.Steps) > 0 && p.Steps[0].Flavour != Native && errors.Is(err, errNoKernelSupport) {
+			err = fmt.Errorf("%w; nftables may do: --backend nftables", err)
+		}
 		return fmt.Errorf("%w; everything is as it was", err)
 	}
 	return nil
@@ -38,19 +41,16 @@ func (p *Plan) Commit(ctx context.Context) error {
 
 // verifyPrograms runs each program once, before anything is touched.
 func (p *Plan) verifyPrograms() error {
-	var verified []string
 	for _, step := range p.Steps {
 		if err := missingCapability(step.Flavour == Legacy); err != nil {
 			return err
 		}
-		file, err := filepath.EvalSymlinks(step.before.program.main)
-		if err == nil && slices.Contains(verified, file) {
+		if step.Flavour == Native {
 			continue
 		}
-		if err := step.before.program.verify(); err != nil {
+		if err := p.verify(step.before.program); err != nil {
 			return err
 		}
-		verified = append(verified, file)
 	}
 	return nil
 }
@@ -65,8 +65,8 @@ func (p *Plan) install(ctx context.Context) error {
 		return err
 	}
 	done := make([]Step, 0, len(p.Steps))
-	for _, step := range p.Steps {
-		err := step.before.program.apply(ctx, step.Input)
+	for i, step := range p.Steps {
+		err := p.apply(ctx, i)
 		switch {
 		case err == nil:
 			done = append(done, step)
@@ -100,6 +100,18 @@ func (p *Plan) install(ctx context.Context) error {
 	return nil
 }
 
+// apply carries out a step. The first of those that are about our table of nftables carries out both.
+func (p *Plan) apply(ctx context.Context, i int) error {
+	step := p.Steps[i]
+	if step.Flavour != Native {
+		return step.before.program.apply(ctx, step.Input)
+	}
+	if i > 0 && p.Steps[i-1].Flavour == Native {
+		return nil
+	}
+	return planNFTables(p.wantedNFTables(), p.table).apply()
+}
+
 // emptied are the tables in which there was a part of ours and is none any more.
 func (s Step) emptied() []TableName {
 	own := s.before.rules.Own()
@@ -121,21 +133,29 @@ func (p *Plan) changeRoutes(action RouteAction) error {
 
 // readBack lists every table that was changed, at the same time, and compares.
 func (p *Plan) readBack(ctx context.Context) error {
-	listings := make([]*process, 0, len(p.Steps))
+	readers := make([]func() (Ruleset, error), 0, len(p.Steps))
+	readTable := sync.OnceValues(readNFTablesNow) // for both families
 	var failed []error
 	for _, step := range p.Steps {
-		listing, err := start(ctx, "", step.before.program.save)
+		if step.Flavour == Native {
+			readers = append(readers, func() (Ruleset, error) {
+				table, err := readTable()
+				return table.ruleset(step.Family), err
+			})
+			continue
+		}
+		reader, err := step.startReading(ctx)
 		if err != nil {
 			failed = append(failed, err)
 			break
 		}
-		listings = append(listings, listing)
+		readers = append(readers, reader)
 	}
-	for i, listing := range listings {
+	for i, read := range readers {
 		step := p.Steps[i]
-		text, err := listing.wait()
+		have, err := read()
 		if err == nil {
-			err = step.compare(text)
+			err = step.compare(have)
 		}
 		if err != nil {
 			failed = append(failed, fmt.Errorf("reading %s rules back: %w", step.Family, err))
@@ -144,9 +164,18 @@ func (p *Plan) readBack(ctx context.Context) error {
 	return cmp.Or(failed...)
 }
 
-// compare holds a listing against what the step wanted.
-func (s Step) compare(listing string) error {
-	if changes := Diff(s.want, Parse(s.Family, listing)); len(changes) > 0 {
+// startReading starts the program that lists a store. The function that it returns must be called.
+func (s Step) startReading(ctx context.Context) (func() (Ruleset, error), error) {
+	listing, err := start(ctx, "", s.before.program.save)
+	return func() (Ruleset, error) {
+		text, err := listing.wait()
+		return Parse(s.Family, text), err
+	}, err
+}
+
+// compare holds what is there against what the step wanted.
+func (s Step) compare(have Ruleset) error {
+	if changes := Diff(s.want, have); len(changes) > 0 {
 		first := changes[0]
 		return fmt.Errorf("%s would still be needed, the first: %s in %s of the %s table: %s%s",
 			count(len(changes)), first.Kind, first.Chain, first.Table, first.Rule, first.Found)
@@ -168,7 +197,11 @@ func (p *Plan) undo(ctx context.Context) error {
 	}
 	var failed []error
 	for _, step := range slices.Backward(p.Steps) {
-		failed = append(failed, step.undo(ctx, now.store(step.Family, step.Flavour)))
+		if step.Flavour == Native {
+			failed = append(failed, step.undoNFTables(p.table))
+		} else {
+			failed = append(failed, step.undo(ctx, now.store(step.Family, step.Flavour)))
+		}
 	}
 	for _, change := range slices.Backward(p.Routes) {
 		failed = append(failed, change.undo(now.routing))
@@ -192,11 +225,15 @@ func (s Step) undo(ctx context.Context, now store) error {
 		if err := s.before.program.apply(ctx, input); err != nil {
 			return err
 		}
-		listing, err := run(ctx, "", s.before.program.save)
+		read, err := s.startReading(ctx)
 		if err != nil {
 			return err
 		}
-		if err := s.compare(listing); err != nil {
+		rules, err := read()
+		if err != nil {
+			return err
+		}
+		if err := s.compare(rules); err != nil {
 			return err
 		}
 	}
@@ -206,11 +243,29 @@ func (s Step) undo(ctx context.Context, now store) error {
 	return nil
 }
 
+// undoNFTables is undo for our table of nftables. The first of two steps undoes it for both families.
+func (s Step) undoNFTables(before nftState) error {
+	s.want = before.ruleset(s.Family)
+	now, err := readNFTablesNow()
+	if err != nil {
+		return err
+	}
+	if len(Diff(s.want, now.ruleset(s.Family))) > 0 {
+		if err := planNFTables(before.rulesets, now).apply(); err != nil {
+			return err
+		}
+		if now, err = readNFTablesNow(); err != nil {
+			return err
+		}
+	}
+	return s.compare(now.ruleset(s.Family))
+}
+
 // remove is a cleanup: rules first, then the routes and the address that they need, then the empty tables.
 func (p *Plan) remove(ctx context.Context) error {
 	var failed []error
-	for _, step := range p.Steps {
-		failed = append(failed, step.before.program.apply(ctx, step.Input))
+	for i := range p.Steps {
+		failed = append(failed, p.apply(ctx, i))
 	}
 	failed = append(failed, p.readBack(ctx), p.changeRoutes(Remove))
 	if p.Address == AddressRemoved {

@@ -23,15 +23,36 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
-// Flavour is one of the two places in the kernel in which iptables keeps its rules. Both are consulted for every packet,
-// so rules left in one while we look only at the other would stay active.
+// Flavour is one of the places in the kernel in which our rules can be: the two in which iptables keeps its own, and our
+// table of nftables. All are consulted for every packet, so rules left in one while we look only at another would stay
+// active.
 type Flavour string
 
 // The flavours.
 const (
 	NFT    Flavour = "nft"
 	Legacy Flavour = "legacy"
+	Native Flavour = "nftables" // without a program
 )
+
+// Backend is the caller's choice of where new rules are made. Wherever else ours are, they are taken away.
+type Backend string
+
+// The backends.
+const (
+	// Auto is where our rules are already; else IPTables, if its programs are there and the tables that they keep can be
+	// used; else NFTables.
+	Auto           Backend = ""
+	IPTables       Backend = "iptables" // in the flavour that holds our rules or other people's, else in nft
+	IPTablesNFT    Backend = "iptables-nft"
+	IPTablesLegacy Backend = "iptables-legacy"
+	NFTables       Backend = "nftables"
+)
+
+// flavour is the only one that the backend allows, if there is one.
+func (b Backend) flavour() Flavour {
+	return map[Backend]Flavour{IPTablesNFT: NFT, IPTablesLegacy: Legacy, NFTables: Native}[b]
+}
 
 const (
 	programTimeout = 30 * time.Second
@@ -105,6 +126,21 @@ func (p program) verify() error {
 		return fmt.Errorf("%s is version %d.%d.%d: 1.6.2 or later is needed, whose restore can wait for the lock", p.main, v1, v2, v3)
 	}
 	return nil
+}
+
+// verifier verifies each program once, however many names and callers it has.
+func verifier() func(program) error {
+	verified := make(map[string]error)
+	return func(p program) error {
+		file, err := filepath.EvalSymlinks(p.main)
+		if err != nil {
+			file = p.main
+		}
+		if _, known := verified[file]; !known {
+			verified[file] = p.verify()
+		}
+		return verified[file]
+	}
 }
 
 // apply commits input, which iptables-restore does whole or not at all.

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -11,11 +12,20 @@ import (
 
 // nftChain is a chain of nftables, as far as we look at it.
 type nftChain struct {
-	family      Family
+	family      Family // zero for those of other families, such as inet
+	protocol    uint8  // the family's number
 	table, name string
 	// base tells a chain that the kernel calls by itself. untouched is a base chain without a rule, with the policy that
 	// it was born with.
 	base, untouched bool
+	hook            nftHook
+}
+
+// nftHook says when the kernel calls a base chain, and what it does with a packet that no rule ended.
+type nftHook struct {
+	kind           string // nat, filter or route
+	number, policy uint32
+	priority       int32
 }
 
 // nftChains asks the kernel for the chains of both families. That costs one message and changes nothing, whereas asking
@@ -38,9 +48,7 @@ func nftChains() ([]nftChain, error) {
 		if err != nil {
 			return nil, fmt.Errorf("listing nftables chains: %w", err)
 		}
-		if chain.family != 0 {
-			chains = append(chains, chain)
-		}
+		chains = append(chains, chain)
 	}
 	return chains, nil
 }
@@ -51,7 +59,8 @@ func readNFTChain(message []byte) (nftChain, error) {
 	if len(message) < nl.SizeofNfgenmsg {
 		return chain, fmt.Errorf("a message of %d bytes is too short", len(message))
 	}
-	switch message[0] {
+	chain.protocol = message[0]
+	switch chain.protocol {
 	case unix.NFPROTO_IPV4:
 		chain.family = IPv4
 	case unix.NFPROTO_IPV6:
@@ -61,7 +70,7 @@ func readNFTChain(message []byte) (nftChain, error) {
 	if err != nil {
 		return chain, err
 	}
-	var users, policy uint32
+	var users uint32
 	for _, attribute := range attributes {
 		switch attribute.Attr.Type & nl.NLA_TYPE_MASK {
 		case unix.NFTA_CHAIN_TABLE:
@@ -70,14 +79,32 @@ func readNFTChain(message []byte) (nftChain, error) {
 			chain.name = unix.ByteSliceToString(attribute.Value)
 		case unix.NFTA_CHAIN_HOOK:
 			chain.base = true
+			if err := chain.hook.read(attribute.Value); err != nil {
+				return chain, err
+			}
 		case unix.NFTA_CHAIN_USE:
 			users = bigEndian(attribute.Value)
 		case unix.NFTA_CHAIN_POLICY:
-			policy = bigEndian(attribute.Value)
+			chain.hook.policy = bigEndian(attribute.Value)
+		case unix.NFTA_CHAIN_TYPE:
+			chain.hook.kind = unix.ByteSliceToString(attribute.Value)
 		}
 	}
-	chain.untouched = chain.base && users == 0 && policy == nfAccept
+	chain.untouched = chain.base && users == 0 && chain.hook.policy == nfAccept
 	return chain, nil
+}
+
+func (h *nftHook) read(message []byte) error {
+	attributes, err := nl.ParseRouteAttr(message)
+	for _, attribute := range attributes {
+		switch attribute.Attr.Type & nl.NLA_TYPE_MASK {
+		case unix.NFTA_HOOK_HOOKNUM:
+			h.number = bigEndian(attribute.Value)
+		case unix.NFTA_HOOK_PRIORITY:
+			h.priority = int32(bigEndian(attribute.Value))
+		}
+	}
+	return err
 }
 
 // nfAccept is NF_ACCEPT of linux/netfilter.h.
@@ -111,11 +138,11 @@ func removeNFT(family Family, name TableName, chains []string, table bool) error
 }
 
 func nftRemoval(message int, family Family, attributes ...*nl.RtAttr) *nl.NetlinkRequest {
-	protocol := uint8(unix.NFPROTO_IPV4)
-	if family == IPv6 {
-		protocol = unix.NFPROTO_IPV6
-	}
-	request := nl.NewNetlinkRequest(nftMessage(message), unix.NLM_F_NONREC|unix.NLM_F_ACK)
+	return nftRequest(message, unix.NLM_F_NONREC, nfProtocol(family), attributes...)
+}
+
+func nftRequest(message, flags int, protocol uint8, attributes ...*nl.RtAttr) *nl.NetlinkRequest {
+	request := nl.NewNetlinkRequest(nftMessage(message), flags)
 	request.AddData(&nl.Nfgenmsg{NfgenFamily: protocol, Version: nl.NFNETLINK_V0})
 	for _, attribute := range attributes {
 		request.AddData(attribute)
@@ -123,9 +150,25 @@ func nftRemoval(message int, family Family, attributes ...*nl.RtAttr) *nl.Netlin
 	return request
 }
 
-// nftTransaction sends the requests as one batch, which the kernel carries out whole or not at all, and waits for the
-// answer to each. The netlink package sends single messages only.
+// nftError is the kernel's refusal of a transaction.
+type nftError struct {
+	request int // the first that it refused, or -1 for the whole
+	errno   unix.Errno
+}
+
+func (e nftError) Error() string { return e.errno.Error() }
+func (e nftError) Unwrap() error { return e.errno }
+
+// nftTransaction sends the requests as one batch, which the kernel carries out whole or not at all. The netlink package
+// sends single messages only.
+//
+// The last request alone asks for an answer: thousands of answers would not fit into the socket. A refusal is answered
+// always, and before the last request is.
 func nftTransaction(requests []*nl.NetlinkRequest) error {
+	if len(requests) == 0 {
+		return nil
+	}
+	requests[len(requests)-1].Flags |= unix.NLM_F_ACK
 	batch := nftBracket(unix.NFNL_MSG_BATCH_BEGIN)
 	for _, request := range requests {
 		batch = append(batch, request.Serialize()...)
@@ -140,25 +183,33 @@ func nftTransaction(requests []*nl.NetlinkRequest) error {
 	if err := socket.SetReceiveTimeout(&nl.SocketTimeoutTv); err != nil {
 		return err
 	}
+	if err := unix.SetsockoptInt(socket.GetFd(), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, len(batch)+1<<16); err != nil {
+		return fmt.Errorf("making room for a transaction of %d bytes: %w", len(batch), err)
+	}
 	if err := unix.Sendto(socket.GetFd(), batch, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
 	}
-	for answers := 0; answers < len(requests); {
+	for {
 		messages, _, err := socket.Receive()
 		if err != nil {
 			return err
 		}
 		for _, message := range messages {
-			if message.Header.Type != unix.NLMSG_ERROR || len(message.Data) < 4 {
+			// The answer is the error and the header of the request that it is about.
+			if message.Header.Type != unix.NLMSG_ERROR || len(message.Data) < 4+unix.SizeofNlMsghdr {
 				continue
 			}
-			if errno := int32(nl.NativeEndian().Uint32(message.Data)); errno != 0 {
-				return unix.Errno(-errno)
+			errno := int32(nl.NativeEndian().Uint32(message.Data))
+			if errno == 0 {
+				return nil
 			}
-			answers++
+			sequence := nl.NativeEndian().Uint32(message.Data[4+8:])
+			return nftError{
+				request: slices.IndexFunc(requests, func(r *nl.NetlinkRequest) bool { return r.Seq == sequence }),
+				errno:   unix.Errno(-errno),
+			}
 		}
 	}
-	return nil
 }
 
 // nftBracket opens or closes a batch for nftables.

@@ -26,8 +26,10 @@ type Plan struct {
 	Unread error
 
 	cleanup bool
-	forced  Flavour
 	ipv6    ipv6
+	backend Backend
+	table   nftState // our table of nftables as it was
+	verify  func(program) error
 }
 
 // AddressChange says what happens to the agent's source address.
@@ -45,7 +47,8 @@ type Step struct {
 	Family  Family
 	Flavour Flavour
 	Changes []Change
-	// Input is what iptables-restore is given.
+	// Input is what iptables-restore is given, or what nft could be given to the same effect. Our table of nftables is one
+	// for both families: the first step has it all.
 	Input string
 
 	want   Ruleset
@@ -57,10 +60,9 @@ func (p *Plan) Unchanged() bool {
 	return len(p.Steps) == 0 && len(p.Routes) == 0 && p.Address == AddressKept
 }
 
-// PlanInit compares what is there with the rules for spec, which must be valid. The rules go to the forced flavour, or if
-// that is empty to the one that suits what is there.
-func PlanInit(ctx context.Context, spec capture.Spec, forced Flavour) (*Plan, error) {
-	plan := &Plan{forced: forced}
+// PlanInit compares what is there with the rules for spec, which must be valid. The backend says where they go.
+func PlanInit(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, error) {
+	plan := &Plan{backend: backend}
 	s, err := plan.look(ctx)
 	if err != nil {
 		return nil, err
@@ -93,6 +95,7 @@ func PlanInit(ctx context.Context, spec capture.Spec, forced Flavour) (*Plan, er
 		}
 	}
 	plan.Routes = diffRoutes(routesFor(spec, families), s.routing)
+	plan.order()
 	return plan, nil
 }
 
@@ -115,7 +118,38 @@ func PlanCleanup(ctx context.Context) (*Plan, error) {
 		plan.Address = AddressRemoved
 	}
 	plan.Routes = diffRoutes(nil, s.routing)
+	plan.order()
 	return plan, nil
+}
+
+// order puts what is new before what goes, so that there is no moment without rules when they move from one flavour to
+// another. Both at once are harmless: they say the same. Our table of nftables changes once for both families, so that
+// its place is in between.
+func (p *Plan) order() {
+	rank := func(s Step) int {
+		switch {
+		case s.Flavour == Native:
+			return 1
+		case len(s.want.Tables) == 0:
+			return 2
+		}
+		return 0
+	}
+	slices.SortStableFunc(p.Steps, func(a, b Step) int { return rank(a) - rank(b) })
+	if i := slices.IndexFunc(p.Steps, func(s Step) bool { return s.Flavour == Native }); i >= 0 {
+		p.Steps[i].Input = nftScript(p.wantedNFTables())
+	}
+}
+
+// wantedNFTables is what our table of nftables shall hold.
+func (p *Plan) wantedNFTables() [2]Ruleset {
+	wanted := p.table.rulesets
+	for _, s := range p.Steps {
+		if s.Flavour == Native {
+			wanted[slices.Index(Families, s.Family)] = s.want
+		}
+	}
+	return wanted
 }
 
 // look makes a survey. Without the right to make one, a plan can still be shown.
@@ -132,7 +166,8 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 			s.routing, err = readRoutes()
 		}
 	}
-	p.ipv6 = s.ipv6
+	s.verify = verifier()
+	p.ipv6, p.table, p.verify = s.ipv6, s.table, s.verify
 	for _, t := range s.stores {
 		if t.hidden {
 			p.Warnings = append(p.Warnings, fmt.Sprintf("%s has legacy tables that were not looked into: %v", t.family, t.missing))
@@ -141,14 +176,9 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 	return s, err
 }
 
-// addFamily plans the wanted rules of a family in one flavour, and the removal of what is ours in the other, in this
-// order: in between both are there and say the same.
+// addFamily plans the wanted rules of a family in one flavour, and the removal of what is ours in the others.
 func (p *Plan) addFamily(s survey, want Ruleset) error {
-	chosen, err := s.choose(want)
-	if p.forced != "" {
-		chosen = s.store(want.Family, p.forced)
-		err = chosen.usable(want)
-	}
+	chosen, err := s.choose(want, p.backend)
 	if err != nil {
 		return err
 	}
@@ -171,13 +201,16 @@ func (p *Plan) addRemoval(s survey, family Family, spared Flavour) error {
 }
 
 func (p *Plan) addStep(t store, want Ruleset) {
-	input := restoreInput(want, t.rules)
-	if input == "" {
-		return
+	step := Step{Family: t.family, Flavour: t.flavour, Changes: Diff(want, t.rules), Input: restoreInput(want, t.rules), want: want, before: t}
+	changed := step.Input != ""
+	if t.flavour == Native {
+		// A base chain that nobody needs any more is no difference between rules, but the last rule takes the table along.
+		changed = len(step.Changes) > 0 || t.ours && len(want.Tables) == 0
+		step.Input = ""
 	}
-	p.Steps = append(p.Steps, Step{
-		Family: t.family, Flavour: t.flavour, Changes: Diff(want, t.rules), Input: input, want: want, before: t,
-	})
+	if changed {
+		p.Steps = append(p.Steps, step)
+	}
 }
 
 // giveUpIPv6 leaves IPv6 alone for the reason err, in a pod that has no address at which it could be reached.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -38,6 +39,9 @@ func usePrograms(t *testing.T, plain bool, flavours ...Flavour) string {
 	t.Setenv("PATH", machinePath)
 	dir := t.TempDir()
 	for _, flavour := range flavours {
+		if flavour == Native {
+			continue // it has none
+		}
 		for _, name := range []string{"iptables", "ip6tables"} {
 			for _, suffix := range []string{"", "-save", "-restore"} {
 				real, err := exec.LookPath(name + "-" + string(flavour) + suffix)
@@ -72,7 +76,11 @@ func breakProgram(t *testing.T, dir, name, script string) {
 
 // initIn plans and commits in the namespace, and returns the plan that was committed.
 func initIn(ns *nettest.Namespace, spec capture.Spec) (*Plan, error) {
-	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec, "") })
+	return initBy(ns, spec, Auto)
+}
+
+func initBy(ns *nettest.Namespace, spec capture.Spec, backend Backend) (*Plan, error) {
+	return commitIn(ns, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, spec, backend) })
 }
 
 func cleanupIn(ns *nettest.Namespace) (*Plan, error) { return commitIn(ns, PlanCleanup) }
@@ -121,6 +129,14 @@ func everything(t *testing.T, ns *nettest.Namespace) string {
 // rulesIn reads a table the way people do.
 func rulesIn(t *testing.T, ns *nettest.Namespace, family Family, flavour Flavour) Ruleset {
 	t.Helper()
+	if flavour == Native {
+		var table nftState
+		ns.Do(t, func() (err error) {
+			table, err = readNFTablesNow()
+			return err
+		})
+		return table.ruleset(family)
+	}
 	return Parse(family, ns.MustRun(t, programName(family, flavour)+"-save"))
 }
 
@@ -132,8 +148,17 @@ func programName(family Family, flavour Flavour) string {
 }
 
 func forEachFlavour(t *testing.T, test func(t *testing.T, flavour Flavour)) {
+	forEachOf(t, []Flavour{NFT, Legacy, Native}, test)
+}
+
+// forEachProgram leaves out the flavour that has none, in tests that use the program to meddle, or break it.
+func forEachProgram(t *testing.T, test func(t *testing.T, flavour Flavour)) {
+	forEachOf(t, []Flavour{NFT, Legacy}, test)
+}
+
+func forEachOf(t *testing.T, flavours []Flavour, test func(t *testing.T, flavour Flavour)) {
 	nettest.RequireRoot(t)
-	for _, flavour := range []Flavour{NFT, Legacy} {
+	for _, flavour := range flavours {
 		t.Run(string(flavour), func(t *testing.T) {
 			usePrograms(t, false, flavour)
 			test(t, flavour)
@@ -186,7 +211,7 @@ func TestANewSpecReplacesTheOldRules(t *testing.T) {
 }
 
 func TestWhatWasMeddledWithIsRepaired(t *testing.T) {
-	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+	forEachProgram(t, func(t *testing.T, flavour Flavour) {
 		for _, m := range meddling {
 			t.Run(m.name, func(t *testing.T) {
 				pod := nettest.New(t, "pod")
@@ -229,6 +254,12 @@ func TestWhatWasMeddledWithIsRepaired(t *testing.T) {
 func strangers(t *testing.T, ns *nettest.Namespace, flavours ...Flavour) {
 	t.Helper()
 	for _, flavour := range flavours {
+		if flavour == Native {
+			ns.MustRun(t, "/usr/sbin/nft", "add table inet theirs; add chain inet theirs nat_output { type nat hook output priority -100; }; "+
+				"add rule inet theirs nat_output ip daddr 203.0.113.9 accept comment \"pillion:outbound/all\"")
+			strangers(t, ns, NFT)
+			continue
+		}
 		for family, network := range map[Family]string{IPv4: "203.0.113.9/32", IPv6: "2001:db8:2::9/128"} {
 			program := programName(family, flavour)
 			ns.MustRun(t, program, "-t", "nat", "-N", "THEIRS")
@@ -381,11 +412,14 @@ func TestAProgramThatIsTooOldIsRefusedBeforeAnythingIsTouched(t *testing.T) {
 	pod := nettest.New(t, "pod")
 	before := everything(t, pod)
 	breakProgram(t, dir, "iptables-nft", "echo 'iptables v1.6.1'")
-	if _, err := initIn(pod, captureAll); err == nil || !strings.Contains(err.Error(), "is version 1.6.1: 1.6.2 or later is needed") {
+	if _, err := initBy(pod, captureAll, IPTables); err == nil || !strings.Contains(err.Error(), "is version 1.6.1: 1.6.2 or later is needed") {
 		t.Errorf("got error %v", err)
 	}
 	if after := everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+	if steps := mustInit(t, pod, captureAll).Steps; !slices.ContainsFunc(steps, func(s Step) bool { return s.Family == IPv4 && s.Flavour == Native }) {
+		t.Errorf("where nftables may be chosen: %v", steps)
 	}
 }
 
@@ -494,8 +528,8 @@ func TestAFailureInAFreshNamespaceLeavesItFresh(t *testing.T) {
 	}
 }
 
-// nftRule makes a rule in iptables' own table with nft, in a way that iptables cannot show: it then shows nothing at all.
-func nftRule(t *testing.T, ns *nettest.Namespace) {
+// ruleMadeWithNFT makes a rule in iptables' own table with nft, in a way that iptables cannot show: it then shows nothing at all.
+func ruleMadeWithNFT(t *testing.T, ns *nettest.Namespace) {
 	t.Helper()
 	ns.MustRun(t, "/usr/sbin/iptables-nft", "-t", "nat", "-A", "OUTPUT", "-d", "203.0.113.9/32", "-j", "ACCEPT")
 	ns.MustRun(t, "/usr/sbin/nft", "add", "rule", "ip", "nat", "OUTPUT", "ct", "state", "new", "counter", "accept")
@@ -505,21 +539,27 @@ func TestATableThatIPTablesCannotShowIsLeftAlone(t *testing.T) {
 	nettest.RequireRoot(t)
 	usePrograms(t, false, NFT)
 	pod := nettest.New(t, "pod")
-	nftRule(t, pod)
+	ruleMadeWithNFT(t, pod)
 	before := everything(t, pod)
-	if _, err := initIn(pod, captureAll); !errors.Is(err, errIncompatible) {
+	if _, err := initBy(pod, captureAll, IPTables); !errors.Is(err, errIncompatible) {
 		t.Errorf("got error %v", err)
 	}
 	if after := everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
-
-	usePrograms(t, false, NFT, Legacy)
-	if plan := mustInit(t, pod, captureAll); plan.Steps[0].Flavour != Legacy || plan.Steps[1].Flavour != NFT {
-		t.Errorf("with legacy at hand: %v", plan.Summary())
-	}
-	if _, err := cleanupIn(pod); err != nil {
-		t.Error(err)
+	for _, test := range []struct {
+		programs []Flavour
+		want     Flavour
+	}{{[]Flavour{NFT}, Native}, {[]Flavour{NFT, Legacy}, Legacy}} {
+		usePrograms(t, false, test.programs...)
+		steps := mustInit(t, pod, captureAll).Steps
+		if !slices.ContainsFunc(steps, func(s Step) bool { return s.Family == IPv4 && s.Flavour == test.want }) ||
+			!slices.ContainsFunc(steps, func(s Step) bool { return s.Family == IPv6 && s.Flavour == NFT }) {
+			t.Errorf("with %v at hand: %v", test.programs, steps)
+		}
+		if _, err := cleanupIn(pod); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
@@ -528,7 +568,7 @@ func TestOurRulesInATableThatIPTablesCannotShowAreAnError(t *testing.T) {
 	usePrograms(t, false, NFT, Legacy)
 	pod := nettest.New(t, "pod")
 	mustInit(t, pod, captureAll)
-	nftRule(t, pod)
+	ruleMadeWithNFT(t, pod)
 	before := everything(t, pod)
 	if _, err := initIn(pod, captureAll); !errors.Is(err, errIncompatible) {
 		t.Errorf("init: got error %v", err)
@@ -659,22 +699,26 @@ func TestAForcedFlavourIsTakenWhateverIsThere(t *testing.T) {
 	nettest.RequireRoot(t)
 	usePrograms(t, false, NFT, Legacy)
 	pod := nettest.New(t, "pod")
-	for _, flavour := range []Flavour{NFT, Legacy, NFT} {
-		plan, err := commitIn(pod, func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, captureAll, flavour) })
-		if err != nil {
+	flavours := map[Backend]Flavour{IPTables: NFT, IPTablesNFT: NFT, IPTablesLegacy: Legacy, NFTables: Native}
+	for _, backend := range []Backend{IPTablesNFT, IPTablesLegacy, NFTables, IPTablesLegacy, IPTablesNFT, NFTables, IPTables} {
+		if _, err := initBy(pod, captureAll, backend); err != nil {
 			t.Fatal(err)
 		}
-		if plan.Steps[0].Flavour != flavour {
-			t.Errorf("%s went to %s", flavour, plan.Steps[0].Flavour)
-		}
-		other := map[Flavour]Flavour{NFT: Legacy, Legacy: NFT}[flavour]
-		if rest := rulesIn(t, pod, IPv4, other).Own(); len(rest.Tables) > 0 {
-			t.Errorf("%s still holds %v", other, rest)
+		for _, family := range Families {
+			for _, flavour := range []Flavour{NFT, Legacy, Native} {
+				var want Ruleset
+				if flavour == flavours[backend] {
+					want = Rules(captureAll, family)
+				}
+				if changes := Diff(want, rulesIn(t, pod, family, flavour)); len(changes) > 0 {
+					t.Errorf("%s by %s: %s differs: %v", family, backend, flavour, changes)
+				}
+			}
 		}
 	}
 	usePrograms(t, false, Legacy)
 	err := pod.Try(func() error {
-		_, err := PlanInit(context.Background(), captureAll, NFT)
+		_, err := PlanInit(context.Background(), captureAll, IPTablesNFT)
 		return err
 	})
 	if !errors.Is(err, errNoProgram) {
@@ -694,7 +738,10 @@ func TestMissingSupportForIPv6MattersOnlyToAPodThatUsesIt(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			breaks(t, usePrograms(t, false, NFT))
 			alone := nettest.New(t, "without a global address")
-			plan := mustInit(t, alone, captureAll)
+			plan, err := initBy(alone, captureAll, IPTables)
+			if err != nil {
+				t.Fatal(err)
+			}
 			if len(plan.Steps) != 1 || len(plan.Warnings) != 1 || plan.Address != AddressKept {
 				t.Errorf("plan: %v, warnings %q", plan, plan.Warnings)
 			}
@@ -703,7 +750,7 @@ func TestMissingSupportForIPv6MattersOnlyToAPodThatUsesIt(t *testing.T) {
 			}
 			pod, _ := nettest.PodAndPeer(t)
 			before := everything(t, pod)
-			if _, err := initIn(pod, captureAll); err == nil {
+			if _, err := initBy(pod, captureAll, IPTables); err == nil {
 				t.Error("init succeeded in a pod with an IPv6 address")
 			}
 			if after := everything(t, pod); after != before {

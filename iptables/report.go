@@ -44,7 +44,7 @@ func count(changes int) string {
 	return fmt.Sprintf("%d changes", changes)
 }
 
-// Script is what is carried out, for a shell: what iptables-restore and ip are given, in this order.
+// Script is what is carried out, for a shell: what iptables-restore, nft and ip are given, in this order.
 func (p *Plan) Script() string {
 	var text strings.Builder
 	if p.Address != AddressKept {
@@ -58,6 +58,12 @@ func (p *Plan) Script() string {
 		fmt.Fprintf(&text, "ip -%d %s %s %s protocol %d\n", c.Route.Family, object, c.Action, c.Route, routeProtocol)
 	}
 	for _, step := range p.Steps {
+		if step.Flavour == Native {
+			if step.Input != "" {
+				fmt.Fprintf(&text, "nft -f - <<END\n%sEND\n", step.Input)
+			}
+			continue
+		}
 		name := map[Family]string{IPv4: "iptables", IPv6: "ip6tables"}[step.Family]
 		fmt.Fprintf(&text, "%s-%s-restore --noflush <<END\n%sEND\n", name, step.Flavour, step.Input)
 	}

@@ -137,7 +137,7 @@ func TestATableOfSomebodyElseIsRefused(t *testing.T) {
 
 // A change of the mode changes both tables and the routes, in both families.
 func TestAFailedChangeOfTheModeLeavesTheOldOne(t *testing.T) {
-	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+	forEachProgram(t, func(t *testing.T, flavour Flavour) {
 		for name, specs := range map[string][2]capture.Spec{
 			"to TPROXY": {captureAll, tproxyAll}, "to REDIRECT": {tproxyAll, captureAll},
 		} {

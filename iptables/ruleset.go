@@ -5,8 +5,11 @@
 // that what is there is compared with what is wanted line by line, whole chains in order. Trace walks a packet through
 // it. Only host.go runs programs, and only host.go, nft.go and route.go change the machine.
 //
-// Own chains, whose names begin with PILLION_, and the rules that jump to them are ours. Everything else belongs to
-// other people and is never touched.
+// The same Ruleset is kept by iptables, in one of its two flavours, or by us in nftables, which needs no program: nftrule.go
+// turns rules into expressions and back, nftrender.go into the text of nft, nftables.go reads and writes our table.
+//
+// Own chains, whose names begin with PILLION_, and the rules that jump to them are ours, and so is all of the table
+// inet pillion of nftables. Everything else belongs to other people and is never touched.
 package iptables
 
 import (
@@ -77,6 +80,8 @@ const (
 type Ruleset struct {
 	Family Family
 	Tables []Table
+	// Whole means that no part of it can be other people's: it was read from a table of our own.
+	Whole bool
 }
 
 // Table is a table's chains.
@@ -266,6 +271,9 @@ func (rs *Ruleset) addChain(table TableName, c Chain) {
 // Own is our part of a ruleset: our chains, and of the other chains the rules that jump to ours. Chains without such a
 // rule are left out.
 func (rs Ruleset) Own() Ruleset {
+	if rs.Whole {
+		return rs
+	}
 	own := Ruleset{Family: rs.Family}
 	for _, t := range rs.Tables {
 		for _, c := range t.Chains {

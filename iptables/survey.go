@@ -23,6 +23,8 @@ type survey struct {
 	stores  []store
 	ipv6    ipv6
 	routing []installed
+	table   nftState // our own of nftables
+	verify  func(program) error
 }
 
 // store is where one family's rules are kept in one flavour.
@@ -42,7 +44,7 @@ type store struct {
 	chains   []nftChain  // the chains that nftables has in our tables; legacy always has its own
 }
 
-// storesUnread are the four stores before anything is known of their content.
+// storesUnread are the stores before anything is known of their content.
 func storesUnread(ctx context.Context) []store {
 	var stores []store
 	for _, family := range Families {
@@ -51,6 +53,7 @@ func storesUnread(ctx context.Context) []store {
 			t.program, t.missing = findProgram(ctx, family, flavour)
 			stores = append(stores, t)
 		}
+		stores = append(stores, store{family: family, flavour: Native, rules: Ruleset{Family: family, Whole: true}})
 	}
 	return stores
 }
@@ -70,12 +73,20 @@ func look(ctx context.Context) (survey, error) {
 	if nftErr != nil && !errors.Is(nftErr, errNoKernelSupport) {
 		return s, nftErr
 	}
+	if s.table, err = readNFTables(chains); err != nil {
+		return s, err
+	}
 	listings := make([]*process, len(s.stores))
 	for i := range s.stores {
 		t := &s.stores[i]
-		if t.flavour == NFT {
+		switch t.flavour {
+		case NFT:
 			t.setChains(chains)
 			t.missing = cmp.Or(t.missing, nftErr)
+		case Native:
+			t.missing = nftErr
+			t.setTable(s.table)
+			continue
 		}
 		listings[i], t.unread = t.list(ctx)
 	}
@@ -104,6 +115,14 @@ func (t *store) setChains(chains []nftChain) {
 			t.chains = append(t.chains, c)
 			t.ours = t.ours || strings.HasPrefix(c.name, ownPrefix)
 		}
+	}
+}
+
+// setTable takes the family's share of our table. A table that is asleep is ours, too, and everything is missing from it.
+func (t *store) setTable(table nftState) {
+	if len(table.chains) > 0 {
+		t.rules = table.ruleset(t.family)
+		t.ours = table.dormant || len(Diff(Ruleset{}, t.rules)) > 0
 	}
 }
 
@@ -189,10 +208,32 @@ func (s survey) store(family Family, flavour Flavour) store {
 	return s.stores[i]
 }
 
-// choose picks the store for our rules: the one that holds them already, so that a second run finds what the first one
-// made; else the flavour that other people use here; else nft if it can be used.
-func (s survey) choose(want Ruleset) (store, error) {
-	nft, legacy := s.store(want.Family, NFT), s.store(want.Family, Legacy)
+// choose picks the store for our rules.
+func (s survey) choose(want Ruleset, backend Backend) (store, error) {
+	nft, legacy, native := s.store(want.Family, NFT), s.store(want.Family, Legacy), s.store(want.Family, Native)
+	if flavour := backend.flavour(); flavour != "" {
+		forced := s.store(want.Family, flavour)
+		return forced, forced.usable(want)
+	}
+	if backend == Auto && native.ours {
+		return native, native.usable(want)
+	}
+	chosen, err := chooseIPTables(nft, legacy, want)
+	if backend != Auto || nft.ours || legacy.ours || native.usable(want) != nil {
+		return chosen, err
+	}
+	if err == nil {
+		err = s.verify(chosen.program)
+	}
+	if err != nil {
+		return native, nil
+	}
+	return chosen, nil
+}
+
+// chooseIPTables picks the flavour that holds our rules already, so that a second run finds what the first one made;
+// else that which other people use here; else nft if it can be used.
+func chooseIPTables(nft, legacy store, want Ruleset) (store, error) {
 	chosen := nft
 	switch {
 	case nft.ours && !legacy.ours:
@@ -213,6 +254,8 @@ var errNoFlavour = errors.New("no iptables")
 func (t store) usable(want Ruleset) error {
 	switch {
 	case t.missing == nil:
+	case t.flavour == Native:
+		return fmt.Errorf("%s rules: %w", t.family, t.missing)
 	case t.ours:
 		return fmt.Errorf("%s holds %s rules of an earlier run, but there is no program to change them: %w", t.flavour, t.family, t.missing)
 	default:

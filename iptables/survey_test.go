@@ -31,13 +31,45 @@ func TestChoiceOfTheFlavour(t *testing.T) {
 	} {
 		test.nft.family, test.nft.flavour = IPv4, NFT
 		test.legacy.family, test.legacy.flavour = IPv4, Legacy
-		got, err := survey{stores: []store{test.nft, test.legacy}}.choose(Rules(captureAll, IPv4))
+		native := store{family: IPv4, flavour: Native, missing: errNoKernelSupport}
+		got, err := survey{stores: []store{test.nft, test.legacy, native}}.choose(Rules(captureAll, IPv4), IPTables)
 		if test.err != "" {
 			if err == nil || !strings.HasPrefix(err.Error(), test.err) {
 				t.Errorf("%s: got error %v, want %q", test.name, err, test.err)
 			}
 		} else if err != nil || got.flavour != test.want {
 			t.Errorf("%s: got %s, error %v, want %s", test.name, got.flavour, err, test.want)
+		}
+	}
+}
+
+func TestNFTablesAreChosenWhenIPTablesCannotBeUsed(t *testing.T) {
+	gone, broken := errors.New("not there"), errors.New("broken")
+	works := func(program) error { return nil }
+	for _, test := range []struct {
+		name                string
+		nft, legacy, native store
+		verify              func(program) error
+		want                Flavour
+		err                 error
+	}{
+		{"iptables is there", store{}, store{}, store{}, works, NFT, nil},
+		{"it is not", store{missing: gone}, store{missing: gone}, store{}, works, Native, nil},
+		{"it does not work", store{}, store{}, store{}, func(program) error { return broken }, Native, nil},
+		{"it does not work, but there is no choice", store{}, store{}, store{missing: gone}, func(program) error { return broken }, NFT, nil},
+		{"it cannot show a table", store{opaque: []TableName{NAT}}, store{missing: gone}, store{}, works, Native, nil},
+		{"ours are in nftables", store{}, store{occupied: true}, store{ours: true}, works, Native, nil},
+		{"ours are in both, after a move that was cut off", store{ours: true}, store{}, store{ours: true}, works, Native, nil},
+		{"ours are out of reach", store{ours: true, missing: gone}, store{}, store{}, works, NFT, gone},
+		{"nothing at all", store{missing: gone}, store{missing: gone}, store{missing: gone}, works, NFT, errNoFlavour},
+	} {
+		test.nft.family, test.nft.flavour = IPv4, NFT
+		test.legacy.family, test.legacy.flavour = IPv4, Legacy
+		test.native.family, test.native.flavour = IPv4, Native
+		s := survey{stores: []store{test.nft, test.legacy, test.native}, verify: test.verify}
+		got, err := s.choose(Rules(captureAll, IPv4), Auto)
+		if !errors.Is(err, test.err) || got.flavour != test.want {
+			t.Errorf("%s: got %s, error %v, want %s, %v", test.name, got.flavour, err, test.want, test.err)
 		}
 	}
 }

@@ -34,6 +34,8 @@ func (p *policy) arriving() {
 			})
 		}
 		rules = append(rules,
+			Rule{ID: "arriving/given", Match: Match{Protocol: TCP, Mark: p.TPROXYMark, ConnMark: capture.LoopMark}, Target: Return{},
+				Why: "while our rules move, the same stand in two places, and the others have given the packet to the agent already"},
 			Rule{ID: "arriving/original-source/save", Match: Match{Protocol: TCP, Mark: p.TPROXYMark}, Target: SaveMark{},
 				Why: "the workload's answers to an address that the agent borrowed must find the agent, so the connection remembers the mark"},
 			Rule{ID: "arriving/original-source", Match: Match{Protocol: TCP, Mark: p.TPROXYMark}, Target: Return{},

@@ -10,7 +10,6 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
-	"github.com/pillion-proxy/pillion/iptables"
 )
 
 // bind adds the flags of istio-iptables, by what they are about, and the environment variables that say the same.
@@ -106,14 +105,11 @@ func (o *initOptions) bindChange(flags *pflag.FlagSet) {
 	o.changeOptions.bind(flags, "print what would change, with reasons, and change nothing; $DRY_RUN_FILE_PATH names a file for the commands")
 	parsedSwitch(flags, &o.dualStack, "dual-stack", "", "rules for IPv6, too, whichever address comes first; init has them anyway")
 	twin(flags, "dual-stack", "ISTIO_DUAL_STACK", "DUAL_STACK")
-	parsed(flags, &o.forced, parseFlavour, "force-iptables-binary", "", "", "flavour", "legacy or nft; empty chooses by what is there")
-	twin(flags, "force-iptables-binary", "FORCE_IPTABLES_BINARY")
+	o.backendOptions.bind(flags)
 	parsedSwitch(flags, &o.cleanupOnly, "cleanup-only", "", "take away all that was made, whatever the arguments were, and make nothing")
 	twin(flags, "cleanup-only", "CLEANUP_ONLY")
 	parsedSwitch(flags, &o.skipRules, "skip-rule-apply", "", "make no rules")
 	twin(flags, "skip-rule-apply", "SKIP_RULE_APPLY")
-	parsedSwitch(flags, &o.native, "native-nftables", "", "not supported yet")
-	twin(flags, "native-nftables", "NATIVE_NFTABLES")
 }
 
 func (o *initOptions) bindValidation(flags *pflag.FlagSet) {
@@ -218,14 +214,6 @@ func lookUpGroup(name string) (string, error) {
 		return "", err
 	}
 	return found.Gid, nil
-}
-
-func parseFlavour(text string) (iptables.Flavour, error) {
-	switch f := iptables.Flavour(text); f {
-	case "", iptables.NFT, iptables.Legacy:
-		return f, nil
-	}
-	return "", fmt.Errorf("%q is not a flavour of iptables: use legacy or nft", text)
 }
 
 func asItIs(text string) (string, error) { return text, nil }

@@ -12,7 +12,7 @@ func newCleanup() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Take away all that init has made in this network namespace",
-		Long: `Take away all that init has made in this network namespace, in whichever flavour of iptables it is, whatever the
+		Long: `Take away all that init has made in this network namespace, in whichever flavour of iptables or in nftables, whatever the
 arguments were: the rules, the policy routing of TPROXY, ::6 on the loopback, and in nftables the built-in chains of the
 raw, mangle and nat tables, and the tables, where nobody has anything in them. Rules of other people stay as they are.
 There being nothing to take away is a success.`,

@@ -62,19 +62,18 @@ $ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR is the network in which the workload means it
 // initOptions is what the command line and the environment say.
 type initOptions struct {
 	changeOptions
+	backendOptions
 	spec capture.Spec
 	uids []capture.IDRange // nil: who $ENVOY_USER is
 	gids []capture.IDRange // nil: the same as uids
 
 	warnings      []string // about flags, which are read before there is a log
 	dualStack     bool
-	forced        iptables.Flavour
 	cleanupOnly   bool
 	skipRules     bool
 	validate      bool
 	probePort     uint16
 	probeTimeout  time.Duration
-	native        bool
 	withoutEffect bool // flags that are taken and say nothing: rules converge on every run
 }
 
@@ -104,9 +103,6 @@ func (o *initOptions) run(cmd *cobra.Command, _ []string) error {
 
 // complete turns what was said into a spec.
 func (o *initOptions) complete(log *slog.Logger) error {
-	if o.native {
-		return fmt.Errorf("--native-nftables is not supported yet: leave it out; iptables of the nft flavour is used where it can be")
-	}
 	s := &o.spec
 	if err := o.readEnvironmentAlone(); err != nil {
 		return err
@@ -141,7 +137,11 @@ const resolvConf = "/etc/resolv.conf"
 
 // here does what was asked for in the network namespace of the calling thread.
 func (o *initOptions) here(ctx context.Context, stdout io.Writer, log *slog.Logger) error {
-	makePlan := func(ctx context.Context) (*iptables.Plan, error) { return iptables.PlanInit(ctx, o.spec, o.forced) }
+	backend, err := o.backendOptions.choose()
+	if err != nil {
+		return err
+	}
+	makePlan := func(ctx context.Context) (*iptables.Plan, error) { return iptables.PlanInit(ctx, o.spec, backend) }
 	switch s := o.spec; {
 	case o.cleanupOnly:
 		makePlan = iptables.PlanCleanup

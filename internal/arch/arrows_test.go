@@ -119,7 +119,7 @@ var rawCalls = map[string]string{
 	"agent":              "unmapping the program's pages after the start",
 	"internal/localaddr": "netlink groups that announce addresses",
 	"internal/nettest":   "namespaces and links for tests",
-	"iptables":           "asking the kernel which flavour holds rules, and which capabilities this process has",
+	"iptables":           "rules in nftables, asking the kernel who holds rules, and which capabilities this process has",
 }
 
 // unsafeRooms hand memory to the kernel themselves.
