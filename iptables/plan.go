@@ -28,6 +28,7 @@ type Plan struct {
 	cleanup bool
 	forced  Flavour
 	ipv6    ipv6
+	stores  []store
 }
 
 // AddressChange says what happens to the agent's source address.
@@ -132,12 +133,8 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 			s.routing, err = readRoutes()
 		}
 	}
-	p.ipv6 = s.ipv6
-	for _, t := range s.stores {
-		if t.hidden {
-			p.Warnings = append(p.Warnings, fmt.Sprintf("%s has legacy tables that were not looked into: %v", t.family, t.missing))
-		}
-	}
+	p.ipv6, p.stores = s.ipv6, s.stores
+	p.Warnings = append(p.Warnings, s.hidden()...)
 	return s, err
 }
 
