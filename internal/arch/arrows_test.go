@@ -21,7 +21,7 @@ var arrows = []struct {
 		"the housekeeper builds every part and knows the order in which they stop"},
 	{"inbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
-	{"iptables", []string{"internal/capture", "internal/sockopt"}, "rules are data about what is captured; a probe asks where its connection was going"},
+	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
 	{"healthz", []string{"internal/capture", "internal/http2", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/status", []string{"healthz", "internal/capture"}, "a handler may need more time than its server gives, and loopback is not always local"},
@@ -111,7 +111,7 @@ var rawCalls = map[string]string{
 	"internal/relay":     "the pipes that splice needs",
 	"internal/localaddr": "netlink groups that announce addresses",
 	"internal/nettest":   "namespaces and links for tests",
-	"iptables":           "asking the kernel which flavour holds rules, and which capabilities this process has",
+	"iptables":           "asking the kernel which flavour holds rules, and which capabilities this process has; sockets of other users that prove them",
 }
 
 // unsafeRooms hand memory to the kernel themselves.
