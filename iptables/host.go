@@ -199,32 +199,14 @@ func (p *process) wait() (string, error) {
 	if complaint := complaint(p.stderr.String()); complaint != "" {
 		message += ": " + complaint
 	}
-	if line := offendingLine(p.input, p.stderr.String()); line != "" {
+	line := offendingLine(p.input, p.stderr.String())
+	if line != "" {
 		message += " (in: " + line + ")"
 	}
-	if noKernelSupport.MatchString(p.stderr.String()) {
-		return "", fmt.Errorf("%s: %w", message, errNoKernelSupport)
+	if why := diagnose(p.stderr.String(), line); why != nil {
+		return "", fmt.Errorf("%s: %w", message, why)
 	}
 	return "", errors.New(message)
-}
-
-// errNoKernelSupport means that the kernel lacks what a table needs, as opposed to a rule that is wrong.
-var errNoKernelSupport = errors.New("the kernel does not support it; is a module missing?")
-
-// noKernelSupport is how the programs say it: legacy of a table that it cannot have, nft of a table or base chain.
-var noKernelSupport = regexp.MustCompile(
-	`do you need to insmod|Table does not exist|(TABLE|CHAIN)_ADD failed \((Operation not supported|No such file or directory|Invalid argument)\)|Failed to initialize nft: Protocol not supported|Could not fetch rule set generation id: Invalid argument`)
-
-// complaint is what a program wrote to stderr, as one line, without the advice to read its manual.
-func complaint(stderr string) string {
-	var lines []string
-	for line := range strings.Lines(stderr) {
-		line = strings.TrimSpace(line)
-		if line != "" && !strings.HasPrefix(line, "Try `") && !strings.HasPrefix(line, "Error occurred at line") {
-			lines = append(lines, line)
-		}
-	}
-	return strings.Join(lines, "; ")
 }
 
 var lineNumber = regexp.MustCompile(`line:? (\d+)`)

@@ -39,6 +39,9 @@ func TestTheKernelSaysWhatTheTracerSays(t *testing.T) {
 							if got := world.dial(t, s.packet); got != s.want.String() {
 								t.Errorf("%s, %s: the kernel: %s, want: %v", a.family, s.name, got, s.want)
 							}
+							if said := world.explained(t, s.packet); said != s.want.String() {
+								t.Errorf("%s, %s: explained as %s, want: %v", a.family, s.name, said, s.want)
+							}
 						}
 					}
 				}

@@ -11,33 +11,38 @@ import (
 
 // Parse reads our three tables from what iptables-save printed. It takes anybody's output: a rule that is not one of ours
 // to the letter is kept verbatim as a foreign one, other tables and lines that make no sense are skipped. Rendering what
-// Parse returned gives the same text back, but for comments, counters and the order of tables.
+// Parse returned gives the same text back, but for comments, counters and the order of tables. Counters of rules are
+// kept where there are any, as with -c.
 func Parse(family Family, text string) Ruleset {
 	rs := Ruleset{Family: family}
 	var table TableName
 	for line := range strings.Lines(text) {
-		line = withoutCounters(strings.TrimRight(line, "\r\n"))
+		line = strings.TrimRight(line, "\r\n")
 		switch {
 		case strings.HasPrefix(line, "*"):
 			table = TableName(line[1:])
 		case !slices.Contains(TableNames, table):
 		case strings.HasPrefix(line, ":"):
 			rs.parseChain(table, line[1:])
-		case strings.HasPrefix(line, "-A "):
+		case strings.HasPrefix(line, "-A "), strings.HasPrefix(line, "["):
 			rs.parseRule(table, line)
 		}
 	}
 	return rs
 }
 
-// withoutCounters takes away the "[packets:bytes] " that iptables-save -c puts in front of a rule.
-func withoutCounters(line string) string {
-	if strings.HasPrefix(line, "[") {
-		if _, rule, found := strings.Cut(line, "] "); found {
-			return rule
+// splitCounters takes off the "[packets:bytes] " that iptables-save -c puts in front of a rule.
+func splitCounters(line string) (Counters, string) {
+	var counters Counters
+	if inside, ok := strings.CutPrefix(line, "["); ok {
+		if numbers, rule, found := strings.Cut(inside, "] "); found {
+			packets, bytes, _ := strings.Cut(numbers, ":")
+			counters.Packets, _ = strconv.ParseUint(packets, 10, 64)
+			counters.Bytes, _ = strconv.ParseUint(bytes, 10, 64)
+			return counters, rule
 		}
 	}
-	return line
+	return counters, line
 }
 
 // parseChain reads "NAME POLICY [packets:bytes]".
@@ -54,8 +59,9 @@ func (rs *Ruleset) parseChain(table TableName, line string) {
 }
 
 func (rs *Ruleset) parseRule(table TableName, line string) {
+	counters, line := splitCounters(line)
 	words := splitWords(line)
-	if len(words) < 2 {
+	if len(words) < 2 || words[0] != "-A" {
 		return
 	}
 	c := rs.find(Place{table, words[1]})
@@ -66,6 +72,7 @@ func (rs *Ruleset) parseRule(table TableName, line string) {
 	if !ok || rule.line(c.Name) != line {
 		rule = Rule{Foreign: line}
 	}
+	rule.Counters = counters
 	c.Rules = append(c.Rules, rule)
 }
 

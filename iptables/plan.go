@@ -30,6 +30,7 @@ type Plan struct {
 	backend Backend
 	table   nftState // our table of nftables as it was
 	verify  func(program) error
+	stores  []store
 }
 
 // AddressChange says what happens to the agent's source address.
@@ -167,12 +168,8 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 		}
 	}
 	s.verify = verifier()
-	p.ipv6, p.table, p.verify = s.ipv6, s.table, s.verify
-	for _, t := range s.stores {
-		if t.hidden {
-			p.Warnings = append(p.Warnings, fmt.Sprintf("%s has legacy tables that were not looked into: %v", t.family, t.missing))
-		}
-	}
+	p.ipv6, p.table, p.verify, p.stores = s.ipv6, s.table, s.verify, s.stores
+	p.Warnings = append(p.Warnings, s.hidden()...)
 	return s, err
 }
 

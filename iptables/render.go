@@ -9,6 +9,7 @@ import (
 const (
 	commentPrefix = "pillion:"
 	policyAccept  = "ACCEPT"
+	policyDrop    = "DROP"
 	noPolicy      = "-" // how iptables-save spells the policy of a chain that somebody made
 )
 

@@ -40,8 +40,16 @@ func (f Family) String() string {
 	return "ipv4"
 }
 
+// familyOf is the family of an address.
+func familyOf(address netip.Addr) Family {
+	if address.Is4() {
+		return IPv4
+	}
+	return IPv6
+}
+
 // owns tells whether addresses of the prefix belong to the family.
-func (f Family) owns(prefix netip.Prefix) bool { return prefix.Addr().Is4() == (f == IPv4) }
+func (f Family) owns(prefix netip.Prefix) bool { return familyOf(prefix.Addr()) == f }
 
 // TableName is a table of iptables. For each hook the kernel asks the tables in a fixed order.
 type TableName string
@@ -108,9 +116,14 @@ type Rule struct {
 	Why    string
 	Match  Match
 	Target Target
-	// Foreign is the rule's text as iptables-save gave it. The other fields are zero then.
+	// Foreign is the rule's text as iptables-save gave it. All others but Counters are zero then.
 	Foreign string
+	// Counters are what the kernel counted at the rule, zero when nobody asked.
+	Counters Counters
 }
+
+// Counters are the packets and bytes that matched a rule.
+type Counters struct{ Packets, Bytes uint64 }
 
 // Match says which packets a rule is for: those that satisfy every field that is set.
 type Match struct {

@@ -132,7 +132,7 @@ func (t *store) list(ctx context.Context) (*process, error) {
 		if len(t.chains) == 0 || t.missing != nil {
 			return nil, nil
 		}
-		return start(ctx, "", t.program.save)
+		return start(ctx, "", t.program.save, "-c")
 	}
 	// The legacy flavour is somebody's if any of its tables is; all that exist are listed.
 	exists, err := legacyTablesExist(t.family)
@@ -143,7 +143,7 @@ func (t *store) list(ctx context.Context) (*process, error) {
 	if err := missingCapability(true); err != nil {
 		return nil, err
 	}
-	return start(ctx, "", t.program.save)
+	return start(ctx, "", t.program.save, "-c")
 }
 
 func (t *store) read(listing *process) {
@@ -175,6 +175,7 @@ var errIncompatible = errors.New("a table of nftables holds rules that were made
 // occupied tells whether the output of iptables-save holds a rule, a chain or a policy that is not ours.
 func occupied(text string) bool {
 	for line := range strings.Lines(text) {
+		_, line = splitCounters(line)
 		fields := strings.Fields(line)
 		switch {
 		case strings.Contains(line, ownPrefix):
@@ -349,15 +350,9 @@ func (state *ipv6) addAddress(fields []string) {
 
 // missingCapability names what this process would need and does not have. legacy needs a raw socket, nft does not.
 func missingCapability(legacy bool) error {
-	status, err := os.ReadFile("/proc/thread-self/status")
+	effective, err := effectiveCapabilities()
 	if err != nil {
-		return fmt.Errorf("reading capabilities: %w", err)
-	}
-	var effective uint64
-	for line := range strings.Lines(string(status)) {
-		if mask, ok := strings.CutPrefix(line, "CapEff:"); ok {
-			effective, _ = strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
-		}
+		return err
 	}
 	needed := []capability{{unix.CAP_NET_ADMIN, "NET_ADMIN"}}
 	if legacy {
@@ -369,6 +364,21 @@ func missingCapability(legacy bool) error {
 		}
 	}
 	return nil
+}
+
+// effectiveCapabilities are those of the calling thread, as bits.
+func effectiveCapabilities() (uint64, error) {
+	status, err := os.ReadFile("/proc/thread-self/status")
+	if err != nil {
+		return 0, fmt.Errorf("reading capabilities: %w", err)
+	}
+	var effective uint64
+	for line := range strings.Lines(string(status)) {
+		if mask, ok := strings.CutPrefix(line, "CapEff:"); ok {
+			effective, _ = strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
+		}
+	}
+	return effective, nil
 }
 
 type capability struct {

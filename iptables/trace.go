@@ -58,21 +58,38 @@ type Walk struct {
 	Verdict Verdict
 	// Path are the IDs of the rules that matched, in order.
 	Path []string
+	// Met are the rules that matched, in order, and among them those that may have: foreign ones.
+	Met []Met
 	// Mark and ConnMark are the marks of the packet and of its connection at the end.
 	Mark, ConnMark uint32
 	// Zone is the packet's zone of connection tracking.
 	Zone uint16
 }
 
-// Trace walks a packet through our rules, table by table as the kernel does it. Foreign rules are passed over.
+// Met is a rule that a packet met, and where it stands.
+type Met struct {
+	Flavour Flavour
+	Place
+	Rule Rule
+}
+
+// Unknown tells that nobody here can say whether the rule matches or what it does: it is foreign.
+func (m Met) Unknown() bool { return m.Rule.Foreign != "" }
+
+// Trace walks a packet through the rules.
+func (rs Ruleset) Trace(p Packet) Walk { return Trace(p, Held{Rules: rs}) }
+
+// Trace walks a packet through the rules of its family that all flavours hold, table by table as the kernel does it.
+// Foreign rules are met and passed over. Of two flavours the kernel asks the one first whose table was made first, which
+// nobody can see; here it is the one that is named first.
 //
 // Address translation is looked up for the first packet of a connection only; the rest of the connection follows its
 // verdict, which is not repeated here.
-func (rs Ruleset) Trace(p Packet) Walk {
+func Trace(p Packet, held ...Held) Walk {
 	if p.Protocol == "" {
 		p.Protocol = TCP
 	}
-	w := walk{rules: rs, packet: p}
+	w := walk{held: held, packet: p}
 	w.Mark, w.ConnMark = p.Mark, p.ConnMark
 	if p.In != "" {
 		w.hook(chainPrerouting, TableNames...)
@@ -85,7 +102,7 @@ func (rs Ruleset) Trace(p Packet) Walk {
 	// What stays here comes in on the loopback, without an owner. Its connection and its zone are known by then, and so is
 	// its translation.
 	if w.Verdict.Action == Redirected {
-		w.packet.Dst = netip.AddrPortFrom(factsOf(rs.Family).localhost.Addr(), w.Verdict.Port)
+		w.packet.Dst = netip.AddrPortFrom(factsOf(familyOf(p.Dst.Addr())).localhost.Addr(), w.Verdict.Port)
 	}
 	w.packet.In, w.packet.Out, w.zoned = loopback, "", true
 	w.hook(chainPrerouting, Raw, Mangle)
@@ -94,23 +111,29 @@ func (rs Ruleset) Trace(p Packet) Walk {
 
 type walk struct {
 	Walk
-	rules  Ruleset
+	held   []Held
 	packet Packet
 	zoned  bool // the zone is chosen
 	table  TableName
+	at     Held     // the table's owner
 	inside []string // the chains that the walk will come back to
 }
 
 // hook walks the tables that have rules there, until one of them seals the packet's fate.
 func (w *walk) hook(chain string, tables ...TableName) {
 	for _, w.table = range tables {
-		w.packet.Mark, w.packet.ConnMark = w.Mark, w.ConnMark
-		if w.table == NAT && w.packet.State != "" {
-			continue
-		}
-		w.through(chain)
-		if w.Verdict.Action == Dropped {
-			return
+		for _, w.at = range w.held {
+			w.packet.Mark, w.packet.ConnMark = w.Mark, w.ConnMark
+			if w.at.Rules.Family != familyOf(w.packet.Dst.Addr()) || w.table == NAT && (w.packet.State != "" || w.Verdict.Action == Redirected) {
+				continue
+			}
+			ended := w.through(chain)
+			if !ended && w.at.Rules.chain(Place{w.table, chain}).Policy == policyDrop {
+				w.Verdict = Verdict{Action: Dropped}
+			}
+			if w.Verdict.Action == Dropped {
+				return
+			}
 		}
 	}
 }
@@ -123,8 +146,13 @@ func (w *walk) through(chain string) (ended bool) {
 	}
 	w.inside = append(w.inside, chain)
 	defer func() { w.inside = w.inside[:len(w.inside)-1] }()
-	for _, r := range w.rules.chain(Place{w.table, chain}).Rules {
-		if r.Foreign != "" || !r.Match.matches(w.packet) {
+	at := Place{w.table, chain}
+	for _, r := range w.at.Rules.chain(at).Rules {
+		if r.Foreign == "" && !r.Match.matches(w.packet) {
+			continue
+		}
+		w.Met = append(w.Met, Met{w.at.Flavour, at, r})
+		if r.Foreign != "" {
 			continue
 		}
 		w.Path = append(w.Path, r.ID)

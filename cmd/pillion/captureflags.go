@@ -14,14 +14,27 @@ import (
 
 // bind adds the flags of istio-iptables, by what they are about, and the environment variables that say the same.
 func (o *initOptions) bind(cmd *cobra.Command) {
-	var help flagGroups
-	for _, group := range []struct {
-		title string
-		bind  func(*pflag.FlagSet)
-	}{
-		{"The agent", o.bindAgent}, {"Inbound connections", o.bindInbound}, {"Outbound connections", o.bindOutbound},
-		{"DNS", o.bindDNS}, {"How it is done", o.bindChange}, {"Validation", o.bindValidation}, {"Taken, but without effect", o.bindTolerated},
-	} {
+	bindGroups(cmd, append(o.captureGroups(),
+		flagBinding{"How it is done", o.bindChange}, flagBinding{"Validation", o.bindValidation},
+		flagBinding{"Taken, but without effect", o.bindTolerated})...)
+}
+
+// captureGroups are the flags that say what is captured.
+func (o *initOptions) captureGroups() []flagBinding {
+	return []flagBinding{
+		{"The agent", o.bindAgent}, {"Inbound connections", o.bindInbound}, {"Outbound connections", o.bindOutbound}, {"DNS", o.bindDNS},
+	}
+}
+
+// flagBinding adds flags that are about one thing.
+type flagBinding struct {
+	title string
+	bind  func(*pflag.FlagSet)
+}
+
+// bindGroups adds flags to a command, whose help then shows them group by group.
+func bindGroups(cmd *cobra.Command, groups ...flagBinding) (help flagGroups) {
+	for _, group := range groups {
 		flags := pflag.NewFlagSet("", pflag.ContinueOnError)
 		flags.SortFlags = false
 		group.bind(flags)
@@ -29,6 +42,7 @@ func (o *initOptions) bind(cmd *cobra.Command) {
 		cmd.Flags().AddFlagSet(flags)
 	}
 	cmd.SetUsageFunc(help.usage)
+	return help
 }
 
 func (o *initOptions) bindAgent(flags *pflag.FlagSet) {
@@ -103,8 +117,7 @@ func (o *initOptions) bindDNS(flags *pflag.FlagSet) {
 
 func (o *initOptions) bindChange(flags *pflag.FlagSet) {
 	o.changeOptions.bind(flags, "print what would change, with reasons, and change nothing; $DRY_RUN_FILE_PATH names a file for the commands")
-	parsedSwitch(flags, &o.dualStack, "dual-stack", "", "rules for IPv6, too, whichever address comes first; init has them anyway")
-	twin(flags, "dual-stack", "ISTIO_DUAL_STACK", "DUAL_STACK")
+	o.bindDualStack(flags)
 	o.backendOptions.bind(flags)
 	parsedSwitch(flags, &o.cleanupOnly, "cleanup-only", "", "take away all that was made, whatever the arguments were, and make nothing")
 	twin(flags, "cleanup-only", "CLEANUP_ONLY")
@@ -112,13 +125,18 @@ func (o *initOptions) bindChange(flags *pflag.FlagSet) {
 	twin(flags, "skip-rule-apply", "SKIP_RULE_APPLY")
 }
 
+func (o *initOptions) bindDualStack(flags *pflag.FlagSet) {
+	parsedSwitch(flags, &o.dualStack, "dual-stack", "", "rules for IPv6, too, whichever address comes first; init has them anyway")
+	twin(flags, "dual-stack", "ISTIO_DUAL_STACK", "DUAL_STACK")
+}
+
 func (o *initOptions) bindValidation(flags *pflag.FlagSet) {
 	parsedSwitch(flags, &o.validate, "run-validation", "",
-		"make sure that the rules are at work: as the agent's user by a connection, else by looking; exit status 126 if not")
+		"make sure by connections that inbound, outbound and DNS are captured as asked for; exit status 126 if not")
 	twin(flags, "run-validation", "RUN_VALIDATION")
-	parsed(flags, &o.probePort, capture.ParsePort, "iptables-probe-port", "", fmt.Sprint(o.probePort), "uint16", "port that the connection is for")
+	parsed(flags, &o.probePort, capture.ParsePort, "iptables-probe-port", "", fmt.Sprint(o.probePort), "uint16", "port that the connections are for, where any will do")
 	twin(flags, "iptables-probe-port", "IPTABLES_PROBE_PORT")
-	parsed(flags, &o.probeTimeout, parseDuration, "probe-timeout", "", o.probeTimeout.String(), "duration", "how long it may take")
+	parsed(flags, &o.probeTimeout, parseDuration, "probe-timeout", "", o.probeTimeout.String(), "duration", "how long to go on trying")
 	twin(flags, "probe-timeout", "PROBE_TIMEOUT")
 }
 

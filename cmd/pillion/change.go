@@ -29,6 +29,11 @@ type changeOptions struct {
 func (o *changeOptions) bind(flags *pflag.FlagSet, dryRun string) {
 	parsedSwitch(flags, &o.dryRun, "dry-run", "n", dryRun)
 	twin(flags, "dry-run", "DRY_RUN")
+	o.bindView(flags)
+}
+
+// bindView adds flags about where to look and in which form to tell.
+func (o *changeOptions) bindView(flags *pflag.FlagSet) {
 	o.output = outputText
 	parsed(flags, &o.output, parseOutput, "output", "", string(outputText), "form", "form of the result: text or json")
 	o.log.bind(flags)
@@ -91,15 +96,19 @@ func (o *changeOptions) carryOut(ctx context.Context, stdout io.Writer, log *slo
 		log.Warn(warning)
 	}
 	if o.output == outputJSON {
-		encoder := json.NewEncoder(stdout)
-		encoder.SetIndent("", "  ")
-		return encoder.Encode(struct {
+		return writeJSON(stdout, struct {
 			DryRun bool           `json:"dryRun"`
 			Plan   *iptables.Plan `json:"plan"`
 		}{o.dryRun, plan})
 	}
 	_, err = io.WriteString(stdout, text)
 	return err
+}
+
+func writeJSON(to io.Writer, value any) error {
+	encoder := json.NewEncoder(to)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(value)
 }
 
 // output is the form of what a command prints.

@@ -156,29 +156,14 @@ func (o *initOptions) here(ctx context.Context, stdout io.Writer, log *slog.Logg
 	if !o.validate || o.cleanupOnly || o.dryRun {
 		return nil
 	}
-	if err := o.validateRules(ctx, makePlan); err != nil {
-		return validationError{err}
-	}
-	return nil
-}
-
-// validateRules makes sure that the rules are there: by a connection when this process is the agent's user, and else by
-// looking at each of them.
-func (o *initOptions) validateRules(ctx context.Context, makePlan func(context.Context) (*iptables.Plan, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, o.probeTimeout)
 	defer cancel()
-	if iptables.MayProbe(o.spec) {
-		return iptables.Probe(ctx, o.spec, o.probePort)
+	unproven, err := iptables.Validate(ctx, o.spec, o.probePort)
+	for _, what := range unproven {
+		log.Info(what)
 	}
-	plan, err := makePlan(ctx)
 	if err != nil {
-		return err
-	}
-	if plan.Unread != nil {
-		return fmt.Errorf("this process is neither the agent's user nor allowed to read the rules: %w", plan.Unread)
-	}
-	if !plan.Unchanged() {
-		return fmt.Errorf("the rules are not in place: %s would be needed", plan.Summary())
+		return validationError{err}
 	}
 	return nil
 }

@@ -460,33 +460,6 @@ func TestANetworkNamespaceIsEntered(t *testing.T) {
 	}
 }
 
-// The injector runs the validation without any right, as the agent's user; as root it looks at the rules.
-func TestValidationTellsWhetherTheRulesAreAtWork(t *testing.T) {
-	nettest.RequireRoot(t)
-	ns := nettest.New(t, "pod")
-	arguments := append([]string{"istio-iptables", "--run-validation", "--skip-rule-apply", "--dual-stack", "--probe-timeout=20s"}, injectorArguments...)
-	asAgent := []string{"setpriv", "--reuid", "1337", "--regid", "1337", "--clear-groups"}
-	asNobody := []string{"setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"}
-	expect := func(what string, wrapper []string, more []string, code int, says string) {
-		t.Helper()
-		got := pillionAs(t, ns, wrapper, append(arguments, more...)...)
-		if got.code != code || !strings.Contains(got.stderr, says) {
-			t.Errorf("%s: got %+v, want %d, %q", what, got, code, says)
-		}
-	}
-	quick := []string{"--probe-timeout=100ms"}
-	expect("agent without rules", asAgent, quick, 126, "validation failed: probing the ipv4 rules: no connection to 127.0.0.6:15002 came to port 15001 or 15006")
-	expect("root without rules", nil, nil, 126, "validation failed: the rules are not in place: ipv4 rules installed in nft")
-	expect("somebody without rights", asNobody, nil, 126, "validation failed: this process is neither the agent's user nor allowed to read the rules")
-	if got := pillion(t, ns, nil, nil, append([]string{"istio-iptables", "--dual-stack"}, injectorArguments...)...); got.code != 0 {
-		t.Fatalf("got %+v", got)
-	}
-	expect("agent", asAgent, nil, 0, "")
-	expect("root", nil, nil, 0, "")
-	ns.MustRun(t, "ip6tables-nft", "-t", "nat", "-F", "PILLION_IN_REDIRECT")
-	expect("agent without IPv6", asAgent, quick, 126, "probing the ipv6 rules: no connection to [::6]:15002")
-}
-
 // pillionAs is pillion run by a wrapper that changes its user, to whom this program is not accessible by its path.
 func pillionAs(t *testing.T, ns *nettest.Namespace, wrapper []string, args ...string) outcome {
 	t.Helper()

@@ -17,6 +17,7 @@ import (
 const (
 	exitOK         = 0
 	exitFailure    = 1
+	exitUnknown    = 2 // `rules check` could not compare; 1 says that there is a difference
 	exitValidation = 126
 	exitUsage      = 255
 )
@@ -43,12 +44,17 @@ func run(args []string) int {
 	if err == nil {
 		return exitOK
 	}
+	if errors.Is(err, errDifferent) { // it has been told already
+		return exitFailure
+	}
 	fmt.Fprintln(os.Stderr, "pillion: error:", err)
 	switch {
 	case errors.As(err, new(usageError)):
 		return exitUsage
 	case errors.As(err, new(validationError)):
 		return exitValidation
+	case errors.As(err, new(unknownError)):
+		return exitUnknown
 	}
 	return exitFailure
 }
@@ -63,7 +69,7 @@ func newRoot() *cobra.Command {
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newInit(), newIstioIPTables(), newCleanup(), newAgent(), newWait(),
+	root.AddCommand(newInit(), newIstioIPTables(), newCleanup(), newRules(), newAgent(), newWait(),
 		newStatus(), newTop(), newTap(), newRequest(), newBundle())
 	return root
 }

@@ -22,7 +22,7 @@ var arrows = []struct {
 		"the housekeeper builds every part and knows the order in which they stop"},
 	{"inbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
 	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
-	{"iptables", []string{"internal/capture", "internal/sockopt"}, "rules are data about what is captured; a probe asks where its connection was going"},
+	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
 	{"healthz", []string{"internal/capture", "internal/http2", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/status", []string{"healthz"}, "a handler may need more time than its server gives, and loopback is not always local"},
@@ -119,7 +119,7 @@ var rawCalls = map[string]string{
 	"agent":              "unmapping the program's pages after the start",
 	"internal/localaddr": "netlink groups that announce addresses",
 	"internal/nettest":   "namespaces and links for tests",
-	"iptables":           "rules in nftables, asking the kernel who holds rules, and which capabilities this process has",
+	"iptables":           "rules in nftables, asking the kernel who holds rules, and which capabilities this process has; sockets of other users that prove them",
 }
 
 // unsafeRooms hand memory to the kernel themselves.

@@ -1,0 +1,268 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/iptables"
+)
+
+// newRules is `pillion rules`, whose commands look and change nothing.
+func newRules() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "rules",
+		Short: "Look at the rules: which there are, whether they are right, what they do with a packet",
+		Args:  noArguments,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(newRulesShow(), newRulesCheck(), newRulesExplain())
+	return cmd
+}
+
+// viewOptions are what the commands about rules have in common: init's flags, and whose rules are meant.
+type viewOptions struct {
+	*initOptions
+	planned bool
+	like    string
+	view    *pflag.FlagSet // where to look, and how it is told
+	capture flagGroups     // any of which says that rules are planned
+}
+
+func newViewOptions() *viewOptions {
+	return &viewOptions{initOptions: newInitOptions(false), like: "init"}
+}
+
+// bind adds init's flags behind those of the command itself.
+func (o *viewOptions) bind(cmd *cobra.Command, title string, own func(*pflag.FlagSet)) {
+	view := flagBinding{title, func(flags *pflag.FlagSet) {
+		own(flags)
+		o.bindView(flags)
+	}}
+	like := flagBinding{"Whose flags these are", func(flags *pflag.FlagSet) {
+		choiceFlag(flags, &o.like, "like", "the command whose defaults and verdicts they have", "init", "istio-iptables")
+		o.bindDualStack(flags)
+	}}
+	groups := bindGroups(cmd, append([]flagBinding{view, like}, o.captureGroups()...)...)
+	o.view, o.capture = groups[0].flags, groups[1:]
+}
+
+// look does something in the network namespace that was asked for.
+func (o *viewOptions) look(fn func() error) error {
+	if err := applyEnvironment(o.view); err != nil {
+		return err
+	}
+	return o.inNamespace(fn)
+}
+
+func (o *viewOptions) bindPlanned(flags *pflag.FlagSet) {
+	parsedSwitch(flags, &o.planned, "planned", "", "the rules that init would make by the flags below and the environment, not those in force; any of these flags says the same")
+}
+
+// readSpec turns flags and environment into a spec.
+func (o *viewOptions) readSpec(flags *pflag.FlagSet, log *slog.Logger) error {
+	if err := applyEnvironment(flags); err != nil {
+		return err
+	}
+	if o.like == "istio-iptables" {
+		o.spec.Compat = true
+		if !flags.Changed("drop-invalid") {
+			o.spec.DropInvalid = false
+		}
+	}
+	if err := o.complete(log); err != nil {
+		return err
+	}
+	return o.spec.Validate()
+}
+
+// rules are those that are meant: what is planned if any flag of init says so, else what is in force.
+func (o *viewOptions) rules(cmd *cobra.Command, log *slog.Logger) ([]iptables.Held, error) {
+	for _, group := range o.capture {
+		group.flags.VisitAll(func(flag *pflag.Flag) { o.planned = o.planned || flag.Changed })
+	}
+	if o.planned {
+		if err := o.readSpec(cmd.Flags(), log); err != nil {
+			return nil, err
+		}
+		return iptables.Planned(o.spec)
+	}
+	live, err := iptables.Look(cmd.Context())
+	for _, warning := range live.Warnings {
+		log.Warn(warning)
+	}
+	return live.Held, err
+}
+
+// tell writes a result in the form that was asked for.
+func (o *viewOptions) tell(to io.Writer, value any, text string) error {
+	if o.output == outputJSON {
+		return writeJSON(to, value)
+	}
+	_, err := io.WriteString(to, newPainter(to).decorate(text))
+	return err
+}
+
+func newRulesShow() *cobra.Command {
+	o := newViewOptions()
+	cmd := &cobra.Command{
+		Use:   "show",
+		Short: "Show the rules that are in force, or would be, with their reasons",
+		Long: `Show the rules that are in force in this network namespace: those of every flavour, in both families, in the tables in
+which ours can be, in the order in which packets come to them, with the reasons of ours and what the kernel has counted.
+With any of init's flags, or with --planned, show the rules that init would make.`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.look(func() error {
+				held, err := o.rules(cmd, o.log.logger(cmd.ErrOrStderr()))
+				if err != nil {
+					return err
+				}
+				text := iptables.ShowText(held)
+				if text == "" {
+					text = "there are no rules\n"
+				}
+				return o.tell(cmd.OutOrStdout(), struct {
+					Planned bool             `json:"planned"`
+					Rules   []iptables.Shown `json:"rules"`
+				}{o.planned, iptables.Show(held)}, text)
+			})
+		},
+	}
+	o.bind(cmd, "What is shown, and how", o.bindPlanned)
+	return cmd
+}
+
+// errDifferent ends a check that has told what is different.
+var errDifferent = errors.New("the rules are not as the flags want them")
+
+// unknownError says that a check could not compare.
+type unknownError struct{ err error }
+
+func (e unknownError) Error() string { return e.err.Error() }
+func (e unknownError) Unwrap() error { return e.err }
+
+func newRulesCheck() *cobra.Command {
+	o := newViewOptions()
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Compare the rules that are in force with what init would make by the same flags",
+		Long: `Compare the rules that are in force in this network namespace with what init would make by the same flags and the same
+environment, and name each difference, one in a line, with what it means for traffic. Rules of other people that stand
+before our jump and may decide about a packet are warned of. Exit status: 0 if there is no difference, 1 if there is one,
+2 if that could not be found out.`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			err := o.look(func() error {
+				if err := o.readSpec(cmd.Flags(), o.log.logger(cmd.ErrOrStderr())); err != nil {
+					return err
+				}
+				backend, err := o.backendOptions.choose()
+				if err != nil {
+					return err
+				}
+				found, err := iptables.Check(cmd.Context(), o.spec, backend)
+				if err != nil {
+					return err
+				}
+				if err := o.tell(cmd.OutOrStdout(), found, found.String()); err != nil || found.Equal {
+					return err
+				}
+				return errDifferent
+			})
+			if err == nil || errors.Is(err, errDifferent) {
+				return err
+			}
+			return unknownError{err}
+		},
+	}
+	o.bind(cmd, "Where, and how it is told", o.backendOptions.bind)
+	return cmd
+}
+
+func newRulesExplain() *cobra.Command {
+	o := newViewOptions()
+	var question iptables.Question
+	ids := [2]string{}
+	cmd := &cobra.Command{
+		Use:   "explain",
+		Short: "Walk a packet through the rules and say what becomes of it",
+		Long: `Walk a packet through the rules that are in force in this network namespace, or with any of init's flags or --planned
+through those that init would make, and print each rule that it meets, with its reason, and what becomes of it. The tables
+raw, mangle and nat are looked at, not filter. Nothing is sent.
+
+    pillion rules explain --uid 1000 --dst 198.51.100.7:443
+    pillion rules explain --from 203.0.113.9 --dst :8080`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if question.From.IsValid() == (ids[0] != "") {
+				return errors.New("say either who sends the packet (--uid) or where it comes from (--from)")
+			}
+			if question.Dst.Port() == 0 {
+				return errors.New("say where the packet goes: --dst 198.51.100.7:443")
+			}
+			if ids[0] != "" && ids[1] == "" {
+				question.GID = question.UID
+			}
+			return o.look(func() error {
+				held, err := o.rules(cmd, o.log.logger(cmd.ErrOrStderr()))
+				if err != nil {
+					return err
+				}
+				packet, err := question.Packet()
+				if err != nil {
+					return err
+				}
+				explanation := iptables.Explain(packet, held)
+				return o.tell(cmd.OutOrStdout(), explanation, explanation.String())
+			})
+		},
+	}
+	o.bind(cmd, "The packet, and how it is told", func(flags *pflag.FlagSet) {
+		id := func(into *uint32, text *string) func(string) (uint32, error) {
+			return func(given string) (uint32, error) {
+				number, err := strconv.ParseUint(given, 10, 32)
+				if err != nil {
+					return 0, fmt.Errorf("%q is not a user or group: use a number such as 1000", given)
+				}
+				*into, *text = uint32(number), given
+				return *into, nil
+			}
+		}
+		parsed(flags, new(uint32), id(&question.UID, &ids[0]), "uid", "", "", "number", "user of the local process that sends it")
+		parsed(flags, new(uint32), id(&question.GID, &ids[1]), "gid", "", "", "number", "group of that process; without it, the number of the user")
+		parsed(flags, &question.From, iptables.ParseAddress, "from", "", "", "address", "another host that sends it")
+		parsed(flags, &question.Dst, iptables.ParseDestination, "dst", "", "", "address:port", "where it goes; with --from, :port means the pod's own address")
+		parsed(flags, &question.Src, iptables.ParseAddress, "src", "", "", "address", "source address of a local process; without it, the kernel's choice")
+		parsed(flags, &question.Interface, capture.ParseInterface, "iface", "", "", "name", "where it comes in or goes out; without it, by the routes")
+		parsed(flags, &question.Protocol, iptables.ParseProtocol, "proto", "", "tcp", "tcp|udp", "its protocol")
+		parsed(flags, &question.Mark, capture.ParseNumber, "mark", "", "0", "number", "its mark; decimal or 0x…")
+		parsed(flags, &question.State, iptables.ParseState, "state", "", "new", "new|established|invalid", "what connection tracking says of it")
+		o.bindPlanned(flags)
+	})
+	return cmd
+}
+
+// decorate makes headings bold and remarks faint.
+func (p painter) decorate(text string) string {
+	var pretty strings.Builder
+	for line := range strings.Lines(text) {
+		body := strings.TrimSuffix(line, "\n")
+		switch {
+		case strings.HasPrefix(strings.TrimSpace(body), "#"):
+			pretty.WriteString(p.paint(faint, body) + "\n")
+		case !strings.HasPrefix(body, " "):
+			pretty.WriteString(p.paint(bold, body) + "\n")
+		default:
+			pretty.WriteString(line)
+		}
+	}
+	return pretty.String()
+}
