@@ -33,6 +33,13 @@ demo: tools-demo build ## show real traffic captured and carried, in namespaces 
 build: ## build bin/pillion: static, without symbols, with its version
 	$(BUILD) -o bin/pillion ./cmd/pillion
 
+# arm64 as well: GOARCH=arm64 make image. The time of the last commit is the time of everything in an image.
+.PHONY: image image-iptables
+image: tools-image build ## bin/image.tar: the binary and nothing else, as an OCI image
+image-iptables: tools-image build ## bin/image-iptables.tar: the same with this machine's iptables programs
+image image-iptables:
+	@VERSION=$(VERSION) EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) ARCH=$$($(GO) env GOARCH) scripts/image $@ bin/pillion bin/$@.tar
+
 .PHONY: clean
 clean: ## remove what build and the tests leave in this directory
 	rm -rf bin $(PEERS)/page/node_modules
@@ -68,6 +75,7 @@ lint: ## formatting, vet, module files, shell syntax
 	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "gofmt would change: $$unformatted"; exit 1; fi
 	$(GO) vet ./...
+	CGO_ENABLED=0 GOARCH=arm64 $(GO) build ./...
 	$(GO) mod tidy -diff
 	cd $(PEERS) && $(GO) vet ./... && $(GO) mod tidy -diff
 	@for script in .ci/run $$(find scripts -maxdepth 1 -type f); do bash -n "$$script"; done
@@ -82,9 +90,9 @@ modules:
 $(BROWSER): $(PEERS)/page/package-lock.json
 	@cd $(PEERS)/page && npm ci --no-audit --no-fund --loglevel error >/dev/null
 
-# tools-demo, tools-test and tools-bench are silent when nothing is missing.
-.PHONY: tools-demo tools-test tools-bench
-tools-demo tools-test tools-bench: tools-%:
+# They are silent when nothing is missing.
+.PHONY: tools-demo tools-image tools-test tools-bench
+tools-demo tools-image tools-test tools-bench: tools-%:
 	@scripts/install-tools $*
 
 .PHONY: help
