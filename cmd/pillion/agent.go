@@ -9,8 +9,10 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/agent"
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -19,8 +21,7 @@ import (
 
 // newAgent is `pillion agent`.
 func newAgent() *cobra.Command {
-	config := agent.Default()
-	level, format := "info", "text"
+	o := newAgentOptions()
 	cmd := &cobra.Command{
 		Use:   "agent",
 		Short: "Carry the traffic that the rules redirect",
@@ -41,13 +42,27 @@ Each flag can be given by the environment variable in brackets instead.`,
 			if err := applyEnvironment(cmd.Flags()); err != nil {
 				return err
 			}
-			config.Log = newLogger(config.LogLevel, level, format)
-			config.Version = version
-			readPod(&config)
-			return runAgent(config)
+			return o.run(cmd.Flags())
 		},
 	}
-	flags := cmd.Flags()
+	o.bind(cmd.Flags())
+	return cmd
+}
+
+// agentOptions are what the flags of an agent say.
+type agentOptions struct {
+	config        agent.Config
+	level, format string        // of the log
+	grace         time.Duration // of the pod; zero: not known
+}
+
+func newAgentOptions() *agentOptions {
+	return &agentOptions{config: agent.Default(), level: "info", format: "text"}
+}
+
+// bind adds the flags and their twins.
+func (o *agentOptions) bind(flags *pflag.FlagSet) {
+	config := &o.config
 	flags.SortFlags = false
 	portFlag(flags, &config.OutboundPort, "outbound-port", "where the rules redirect what the workload opens; bound to loopback")
 	portFlag(flags, &config.InboundPort, "inbound-port", "where the rules redirect what others open to the workload")
@@ -82,6 +97,7 @@ Each flag can be given by the environment variable in brackets instead.`,
 	countFlag(flags, &config.MaxConnections, "max-connections", "inbound and outbound together; 0 for no limit but the descriptors")
 	durationFlag(flags, &config.DrainDelay, "drain-delay", "on shutdown, go on accepting for so long after readiness turned off")
 	durationFlag(flags, &config.DrainTimeout, "drain-timeout", "on shutdown, cut what is left so long after readiness turned off")
+	parsed(flags, &o.grace, parseGrace, "termination-grace-period", "", "0s", "duration", "of the pod, as 30 or 30s: the drain timeout, if none is given, is this without a margin, and never more; 0s: not known")
 	parsedSwitch(flags, &config.DNSCapture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns sends to port 15053")
 	parsed(flags, &config.DNSServers, parseServers, "dns-servers", "", "", "addresses", "who is asked, separated by commas; none: the servers of "+agent.ResolvConf)
 	countFlag(flags, &config.DNSCacheSize, "dns-cache-size", "DNS answers that are kept, as long as they live; 0 for none")
@@ -92,8 +108,8 @@ Each flag can be given by the environment variable in brackets instead.`,
 	parsedSwitch(flags, &config.AccessLog.TCPStart, "access-log-tcp-start", "", "write a line when an opaque connection begins, too")
 	durationFlag(flags, &config.AccessLog.Interval, "access-log-interval", "write a line so often for opaque connections that stay open; 0s never")
 	switchFlag(flags, "profiling", "serve /debug/pprof/ to processes of the pod, at the status port", &config.Profiling)
-	choiceFlag(flags, &level, "log-level", "least level that is logged; debug tells of each connection and request", "debug", "info", "warn", "error")
-	choiceFlag(flags, &format, "log-format", "form of the log on standard error", "text", "json")
+	choiceFlag(flags, &o.level, "log-level", "least level that is logged; debug tells of each connection and request", "debug", "info", "warn", "error")
+	choiceFlag(flags, &o.format, "log-format", "form of the log on standard error", "text", "json")
 	for _, name := range flagNames(flags) {
 		variables := []string{"PILLION_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))}
 		if injected := injectedVariables[name]; injected != "" {
@@ -101,13 +117,52 @@ Each flag can be given by the environment variable in brackets instead.`,
 		}
 		twin(flags, name, variables...)
 	}
-	return cmd
 }
+
+const interceptionVariable = "ISTIO_META_INTERCEPTION_MODE"
 
 // injectedVariables are set by Istio's injector, and mean what a flag means.
 var injectedVariables = map[string]string{
-	"interception-mode": "ISTIO_META_INTERCEPTION_MODE",
-	"dns-capture":       "ISTIO_META_DNS_CAPTURE",
+	"interception-mode":        interceptionVariable,
+	"dns-capture":              "ISTIO_META_DNS_CAPTURE",
+	"readiness-port":           "ENVOY_STATUS_PORT",
+	"metrics-port":             "ENVOY_PROMETHEUS_PORT",
+	"termination-grace-period": "TERMINATION_GRACE_PERIOD",
+}
+
+// run runs the agent that the flags describe. They must have been set, also from the environment.
+func (o *agentOptions) run(flags *pflag.FlagSet) error {
+	o.config.Log = newLogger(o.config.LogLevel, o.level, o.format)
+	o.config.Version = version
+	o.fitDrain(flags)
+	readPod(&o.config)
+	if err := limitMemory("/sys/fs/cgroup", os.Getenv("GOMEMLIMIT")); err != nil {
+		o.config.Log.Warn("the container's memory limit is not heeded", "error", err)
+	}
+	return runAgent(o.config)
+}
+
+// drainMargin is what is left of a grace period when the drain is over: for the kubelet, and to write logs out.
+const drainMargin = 5 * time.Second
+
+// fitDrain fits the drain into the grace period, at whose end the kubelet kills. A timeout that nobody gave is all of it
+// but the margin, so that nothing is cut early.
+func (o *agentOptions) fitDrain(flags *pflag.FlagSet) {
+	if o.grace == 0 {
+		return
+	}
+	limit := o.grace - min(drainMargin, o.grace/4)
+	if !flags.Changed("drain-timeout") || o.config.DrainTimeout > limit {
+		o.config.DrainTimeout = limit
+	}
+	if !flags.Changed("drain-delay") {
+		limit /= 2
+	}
+	if o.config.DrainDelay > limit {
+		o.config.Log.Warn("the drain delay is shortened, as the pod would be killed within it: raise its grace period",
+			"drain_delay", o.config.DrainDelay, "shortened_to", limit, "termination_grace_period", o.grace)
+		o.config.DrainDelay = limit
+	}
 }
 
 // runAgent runs an agent until the signals end it.

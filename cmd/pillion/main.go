@@ -69,7 +69,7 @@ func newRoot() *cobra.Command {
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newInit(), newIstioIPTables(), newCleanup(), newRules(), newAgent(), newWait(),
-		newStatus(), newTop(), newTap(), newRequest(), newBundle())
+	root.AddCommand(newInit(), newIstioIPTables(), newCleanup(), newRules(), newAgent(), newProxy(), newWait(),
+		newStatus(), newTop(), newTap(), newRequest(), newBundle(), newVersion())
 	return root
 }

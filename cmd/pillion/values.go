@@ -97,6 +97,14 @@ func parseDuration(text string) (time.Duration, error) {
 	return d, nil
 }
 
+// parseGrace takes a number without a unit for seconds, as it stands in a pod.
+func parseGrace(text string) (time.Duration, error) {
+	if seconds, err := strconv.ParseUint(text, 10, 31); err == nil {
+		return time.Duration(seconds) * time.Second, nil
+	}
+	return parseDuration(text)
+}
+
 func parseCount(text string) (int, error) {
 	n, err := strconv.ParseUint(text, 10, 31)
 	if err != nil {

@@ -15,8 +15,11 @@ import (
 	"strings"
 )
 
-// LabelsFile is where the injector mounts the pod's labels.
-const LabelsFile = "/etc/istio/pod/labels"
+// LabelsFile and AnnotationsFile are where the injector mounts the pod's.
+const (
+	LabelsFile      = "/etc/istio/pod/labels"
+	AnnotationsFile = "/etc/istio/pod/annotations"
+)
 
 // Unknown stands for what is not known, and Latest for a revision that is not.
 const (
@@ -24,7 +27,7 @@ const (
 	Latest  = "latest"
 )
 
-// maxLabels is how much of the labels is read. A pod has a few; the API server takes no object larger than 1.5 MiB.
+// maxLabels is how much of the labels, or of the annotations, is read. A pod has a few; the API server takes no object larger than 1.5 MiB.
 const maxLabels = 1 << 20
 
 // Pod is the workload's pod, in the terms of Istio's telemetry. No field is empty, and all are valid UTF-8.
@@ -39,7 +42,7 @@ type Pod struct {
 // Read asks getenv for the injector's variables, and the file of labels, which is in the downward API's format. That there
 // is no file is no error. When the file is broken, the error says how, and the pod is what could be read all the same.
 func Read(getenv func(string) string, labelsFile string) (Pod, error) {
-	labels, err := readLabels(labelsFile)
+	labels, err := readPairs("labels", labelsFile)
 	env := func(name string) string { return strings.ToValidUTF8(getenv(name), "\uFFFD") }
 	pod := Pod{
 		Name:           first(env("POD_NAME"), Unknown),
@@ -105,17 +108,21 @@ func random(s string) bool { return s != "" && strings.Trim(s, "bcdfghjklmnpqrst
 
 func number(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 
-func readLabels(name string) (map[string]string, error) {
+// Annotations reads the file of annotations, which is in the downward API's format, with the same understanding for one
+// that is missing or broken.
+func Annotations(file string) (map[string]string, error) { return readPairs("annotations", file) }
+
+func readPairs(what, name string) (map[string]string, error) {
 	file, err := os.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	} else if err != nil {
-		return nil, fmt.Errorf("reading the pod's labels: %w", err)
+		return nil, fmt.Errorf("reading the pod's %s: %w", what, err)
 	}
 	defer file.Close()
 	labels, err := parseLabels(file)
 	if err != nil {
-		return labels, fmt.Errorf("reading the pod's labels from %s: %w", name, err)
+		return labels, fmt.Errorf("reading the pod's %s from %s: %w", what, name, err)
 	}
 	return labels, nil
 }
