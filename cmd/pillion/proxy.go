@@ -22,7 +22,7 @@ import (
 
 // newProxy is `pillion proxy`, with the arguments and the variables of pilot-agent's.
 func newProxy() *cobra.Command {
-	p := proxyOptions{agentOptions: newAgentOptions(), meshConfig: "./etc/istio/config/mesh"}
+	p := newProxyOptions()
 	cmd := &cobra.Command{
 		Use:   "proxy [sidecar]",
 		Short: "Run the agent as Istio's injector starts a sidecar",
@@ -47,7 +47,10 @@ pass, and what has no effect is named once in the log.`,
 			if role := flags.Args(); len(role) > 0 && role[0] != "sidecar" {
 				return fmt.Errorf("%q is not what this is: only proxy sidecar is, and gateways and waypoints need Envoy", role[0])
 			}
-			return p.run(flags)
+			if err := p.settle(flags); err != nil {
+				return err
+			}
+			return p.agentOptions.run(flags)
 		},
 	}
 	p.bind(cmd.Flags())
@@ -58,11 +61,20 @@ pass, and what has no effect is named once in the log.`,
 type proxyOptions struct {
 	*agentOptions
 	concurrency int
-	meshConfig  string
+	meshConfig  string // a file
+	annotations string // a file
 	istioLevel  string // of log_output_level
 	json        bool
 	unknown     []string // flags that nobody knows
 	idle        []string // keys of the configuration that have no effect
+}
+
+func newProxyOptions() *proxyOptions {
+	return &proxyOptions{
+		agentOptions: newAgentOptions(),
+		meshConfig:   "./etc/istio/config/mesh",
+		annotations:  podinfo.AnnotationsFile,
+	}
 }
 
 func (p *proxyOptions) bind(flags *pflag.FlagSet) {
@@ -95,7 +107,8 @@ func unknownFlags(flags *pflag.FlagSet, args []string) (unknown []string) {
 	return unknown
 }
 
-func (p *proxyOptions) run(flags *pflag.FlagSet) error {
+// settle sets what the command line left alone, and the cores that are used.
+func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
 	// A pod without rules: then there is nothing to carry, in any mode.
 	if os.Getenv(interceptionVariable) == "NONE" {
 		os.Unsetenv(interceptionVariable)
@@ -112,9 +125,9 @@ func (p *proxyOptions) run(flags *pflag.FlagSet) error {
 			return err
 		}
 	}
-	// Who sets Istio's time to live longer than ours wants that time, and then some for connections.
-	if whole := p.config.DrainDelay + drainAfterDelay; p.config.DrainDelay > p.config.DrainTimeout {
-		p.config.DrainTimeout = whole
+	// Who lengthens the time in which Istio's sidecar lives on wants that time, and then some for connections.
+	if p.config.DrainDelay > p.config.DrainTimeout {
+		p.config.DrainTimeout = p.config.DrainDelay + drainAfterDelay
 	}
 	log := newLogger(p.config.LogLevel, p.level, p.format)
 	if broken != nil {
@@ -125,7 +138,7 @@ func (p *proxyOptions) run(flags *pflag.FlagSet) error {
 	}
 	log.Info("running in the place of Istio's sidecar", "cores", runtime.GOMAXPROCS(0),
 		"without_effect", append(slices.Sorted(slices.Values(p.idle)), p.unknown...))
-	return p.agentOptions.run(flags)
+	return nil
 }
 
 // drainAfterDelay is what the defaults leave connections, once the delay is over.
@@ -140,7 +153,7 @@ type said struct {
 // readIstio reads Istio's configuration, each key from the strongest that says it. broken says what is wrong with the
 // file of annotations, which is done without.
 func (p *proxyOptions) readIstio() (config map[string]said, broken, err error) {
-	annotations, broken := podinfo.Annotations(podinfo.AnnotationsFile)
+	annotations, broken := podinfo.Annotations(p.annotations)
 	mesh, err := readBounded(p.meshConfig)
 	if err != nil {
 		return nil, broken, fmt.Errorf("--meshConfig: %w", err)
