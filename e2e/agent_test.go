@@ -47,11 +47,16 @@ func launchAgent(t testing.TB, pod *nettest.Namespace, wrapper []string, flags .
 // launchAgentBy is launchAgent with all the words before the agent's own.
 func launchAgentBy(t testing.TB, pod *nettest.Namespace, wrapper []string, flags ...string) *agent {
 	t.Helper()
+	words := append(append([]string{}, wrapper...), pillion, "agent", "--log-level", "debug")
+	return launchCommand(t, pod, append(words, flags...))
+}
+
+// launchCommand starts an agent by a whole command line.
+func launchCommand(t testing.TB, pod *nettest.Namespace, words []string) *agent {
+	t.Helper()
 	a := &agent{log: &logBook{}, access: &logBook{}}
 	// Registered before the start, so that it runs after the agent has been ended.
 	t.Cleanup(func() { a.log.checkHealth(t) })
-	words := append(append([]string{}, wrapper...), pillion, "agent", "--log-level", "debug")
-	words = append(words, flags...)
 	cmd := pod.Command(0, 0, words[0], words[1:]...)
 	cmd.Stderr, cmd.Stdout = a.log, a.access
 	cmd.Env = append(os.Environ(), "GORACE=halt_on_error=0")
