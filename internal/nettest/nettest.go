@@ -74,6 +74,17 @@ func New(t testing.TB, name string) *Namespace {
 	return ns
 }
 
+// Open refers to a namespace that others made, by its path.
+func Open(t testing.TB, name, path string) *Namespace {
+	t.Helper()
+	handle, err := netns.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { handle.Close() })
+	return &Namespace{Name: name, handle: handle}
+}
+
 // PodAndPeer makes two namespaces joined by a veth pair, both eth0: the pod at PodIP4 and PodIP6 with its default routes
 // through the peer, and the peer at PeerIP4 and PeerIP6, which also answers for Elsewhere4 and Elsewhere6.
 func PodAndPeer(t testing.TB) (pod, peer *Namespace) {

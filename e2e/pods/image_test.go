@@ -1,0 +1,172 @@
+package pods
+
+import (
+	"archive/tar"
+	"compress/gzip"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// archive is an image in a file, as the registry would have it.
+type archive map[string][]byte
+
+func openArchive(t *testing.T, name string) archive {
+	t.Helper()
+	file, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	a := archive{}
+	for reader := tar.NewReader(file); ; {
+		header, err := reader.Next()
+		if errors.Is(err, io.EOF) {
+			return a
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if a[header.Name], err = io.ReadAll(reader); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// descriptor is how a part of an image names another.
+type descriptor struct{ Digest string }
+
+func (a archive) decode(t *testing.T, d descriptor, into any) {
+	t.Helper()
+	if err := json.Unmarshal(a[d.blob()], into); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (d descriptor) blob() string { return "blobs/" + strings.ReplaceAll(d.Digest, ":", "/") }
+
+// settings are what a runtime reads of an image.
+type settings struct {
+	Architecture string
+	Config       struct {
+		User       string
+		Entrypoint []string
+		Cmd        []string
+		Env        []string
+		Labels     map[string]string
+	}
+}
+
+// contents returns the settings and what is in the layers.
+func (a archive) contents(t *testing.T) (set settings, files map[string]*tar.Header) {
+	t.Helper()
+	var index struct{ Manifests []descriptor }
+	var manifest struct {
+		Config descriptor
+		Layers []descriptor
+	}
+	if err := json.Unmarshal(a["index.json"], &index); err != nil {
+		t.Fatal(err)
+	}
+	a.decode(t, index.Manifests[0], &manifest)
+	a.decode(t, manifest.Config, &set)
+	files = map[string]*tar.Header{}
+	for _, layer := range manifest.Layers {
+		plain, err := gzip.NewReader(strings.NewReader(string(a[layer.blob()])))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for reader := tar.NewReader(plain); ; {
+			header, err := reader.Next()
+			if errors.Is(err, io.EOF) {
+				break
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			files[strings.TrimSuffix(header.Name, "/")] = header
+		}
+	}
+	return set, files
+}
+
+func TestTheSameBinaryGivesTheSameImage(t *testing.T) {
+	for _, target := range []string{"image", "image-iptables"} {
+		name := filepath.Join(t.TempDir(), "archive")
+		first, second := buildImage(t, target, name), buildImage(t, target, name)
+		if first != second || !strings.Contains(first, "sha256:") {
+			t.Errorf("two builds differ:\n%s%s", first, second)
+		}
+	}
+}
+
+func TestTheImageHasTheBinaryAndNothingElse(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "archive")
+	buildImage(t, "image", name)
+	set, files := openArchive(t, name).contents(t)
+	var names []string
+	size := int64(0)
+	for name, header := range files {
+		size += header.Size
+		if header.Typeflag != tar.TypeDir {
+			names = append(names, name)
+		}
+		if header.Uid != 0 || header.Gid != 0 || header.ModTime.Unix() != 1700000000 {
+			t.Errorf("%s: user %d, group %d, time %v", name, header.Uid, header.Gid, header.ModTime)
+		}
+		if want := map[string]int64{"etc/passwd": 0o644, "usr/local/bin/pilot-agent": 0o755, "etc": 0o755}[name]; want != 0 && header.Mode&0o777 != want {
+			t.Errorf("%s has mode %o, want %o", name, header.Mode, want)
+		}
+	}
+	slices.Sort(names)
+	if want := []string{"etc/group", "etc/passwd", "usr/local/bin/pillion", "usr/local/bin/pilot-agent"}; !slices.Equal(names, want) {
+		t.Errorf("it has %v, want %v", names, want)
+	}
+	if link := files["usr/local/bin/pillion"]; link.Typeflag != tar.TypeSymlink || link.Linkname != "pilot-agent" {
+		t.Errorf("pillion is no link to pilot-agent: %+v", link)
+	}
+	checkSettings(t, set, size)
+}
+
+func TestTheImageWithIPTablesHasBothFlavoursInLessThan20MB(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "archive")
+	buildImage(t, "image-iptables", name)
+	set, files := openArchive(t, name).contents(t)
+	size := int64(0)
+	for _, header := range files {
+		size += header.Size
+	}
+	checkSettings(t, set, size)
+	for _, want := range []string{"usr/sbin/xtables-nft-multi", "usr/sbin/xtables-legacy-multi", "usr/sbin/iptables", "usr/sbin/ip6tables-legacy-restore", "usr/sbin/iptables-nft-save"} {
+		if files[want] == nil {
+			t.Errorf("it has no %s", want)
+		}
+	}
+	for name := range files {
+		if slices.Contains([]string{"sh", "bash", "dash", "busybox"}, filepath.Base(name)) {
+			t.Errorf("there is a shell: %s", name)
+		}
+	}
+}
+
+func checkSettings(t *testing.T, set settings, size int64) {
+	t.Helper()
+	c := set.Config
+	if size > 20e6 {
+		t.Errorf("it has %d bytes", size)
+	}
+	if c.User != "1337:1337" || !slices.Equal(c.Entrypoint, []string{"/usr/local/bin/pilot-agent"}) || len(c.Cmd) > 0 {
+		t.Errorf("it runs %v %v as %s", c.Entrypoint, c.Cmd, c.User)
+	}
+	if c.Labels["org.opencontainers.image.version"] != "test" || c.Labels["org.opencontainers.image.title"] != "pillion" {
+		t.Errorf("its labels are %v", c.Labels)
+	}
+	for label := range c.Labels {
+		if !strings.HasPrefix(label, "org.opencontainers.image.") {
+			t.Errorf("there is a label %s, which the build tool put there", label)
+		}
+	}
+}

@@ -1,0 +1,64 @@
+package pods
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// The names of images on the node.
+const (
+	image         = "localhost/pillion:test"
+	imageIPTables = "localhost/pillion:test-iptables"
+	imageWorkload = "localhost/workload:test"
+)
+
+// built is where the binary and the images are.
+var built string
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	flag.Parse()
+	dir, err := os.MkdirTemp("", "pillion-pods-")
+	if err == nil {
+		defer os.RemoveAll(dir)
+		built = dir
+		err = build("../../cmd/pillion", "pillion")
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return nettest.Main(m)
+}
+
+// build makes a static binary, as it ships.
+func build(source, name string) error {
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-ldflags", "-s -w -X main.version=test", "-o", filepath.Join(built, name), source)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("building %s: %w\n%s", source, err, out)
+	}
+	return nil
+}
+
+// buildImage makes an image of the binary, and returns what is said of it.
+func buildImage(t *testing.T, target, archive string) string {
+	t.Helper()
+	cmd := exec.Command("../../scripts/image", target, filepath.Join(built, "pillion"), archive)
+	cmd.Env = append(os.Environ(), "VERSION=test", "EPOCH=1700000000")
+	var complaints bytes.Buffer
+	cmd.Stderr = &complaints
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("scripts/image %s: %v\n%s%s", target, err, out, &complaints)
+	}
+	return string(out)
+}

@@ -1,0 +1,99 @@
+// Command workload is what the tests of pods run beside the sidecar: servers and clients that need no library.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"syscall"
+	"time"
+)
+
+func main() {
+	if err := run(os.Args[1], os.Args[2:]); err != nil {
+		fmt.Fprintln(os.Stderr, "workload:", err)
+		os.Exit(1)
+	}
+}
+
+func run(what string, arguments []string) error {
+	switch {
+	case what == "echo" && len(arguments) == 1:
+		return echo(arguments[0])
+	case what == "try" && len(arguments) == 3:
+		return try(arguments[0], arguments[1], arguments[2])
+	case what == "job" && len(arguments) == 1:
+		return job(arguments[0])
+	}
+	return fmt.Errorf("unknown: %s %q", what, arguments)
+}
+
+// echo sends back what comes.
+func echo(address string) error {
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		return err
+	}
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer conn.Close()
+			io.Copy(conn, conn)
+		}()
+	}
+}
+
+// try connects to target and tells report what came of it, under a name.
+func try(report, name, target string) error {
+	outcome := "connected"
+	conn, err := net.DialTimeout("tcp", target, 5*time.Second)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		outcome = "refused"
+	} else if err != nil {
+		outcome = err.Error()
+	} else {
+		conn.Close()
+	}
+	told, err := net.DialTimeout("tcp", report, 5*time.Second)
+	if err != nil {
+		return err
+	}
+	defer told.Close()
+	_, err = fmt.Fprintf(told, "%s: %s\n", name, outcome)
+	return err
+}
+
+// job waits for its sidecar, does its work, which is one request, and lets the sidecar end.
+func job(url string) error {
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		response, err := http.Get("http://127.0.0.1:15021/healthz/ready")
+		if err == nil {
+			response.Body.Close()
+			if response.StatusCode == http.StatusOK {
+				break
+			}
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the sidecar does not become ready: %v", err)
+		}
+	}
+	response, err := http.Get(url)
+	if err != nil {
+		return err
+	}
+	response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: %s", url, response.Status)
+	}
+	response, err = http.Post("http://127.0.0.1:15020/quitquitquit", "", nil)
+	if err != nil {
+		return err
+	}
+	return response.Body.Close()
+}
