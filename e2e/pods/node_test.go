@@ -225,7 +225,7 @@ type pod struct {
 func (n *node) play(t testing.TB, text, name string, replacements ...string) *pod {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), name+".yaml")
-	text = strings.NewReplacer(append([]string{"NAME", name}, replacements...)...).Replace(text)
+	text = strings.NewReplacer(append([]string{"THIS-POD", name}, replacements...)...).Replace(text)
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,188 @@
+package pods
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+const (
+	loadEach = 3     // clients of each kind
+	wanted   = 10000 // requests in all, at least
+	lasting  = 300   // messages of a long connection after its pod was taken out of the endpoints
+)
+
+// load are clients of all kinds that never pause, and what became of what they asked. They connect to whoever is the
+// endpoint at that time, as a service leads them, and again whenever they are told to close.
+type load struct {
+	from     *nettest.Namespace
+	endpoint atomic.Pointer[pod]
+	clients  sync.WaitGroup
+	stopped  atomic.Bool
+
+	done   [3]atomic.Int64 // HTTP/1, h2c, TCP
+	onOld  atomic.Int64    // long connections to a pod that is no endpoint any more
+	mu     sync.Mutex
+	failed []error
+}
+
+func (l *load) fail(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.failed) < 10 {
+		l.failed = append(l.failed, err)
+	}
+}
+
+func (l *load) total() (sum int64) {
+	for i := range l.done {
+		sum += l.done[i].Load()
+	}
+	return sum
+}
+
+func (l *load) start(t *testing.T) {
+	for range loadEach {
+		for i, port := range []int{8080, 8081} {
+			c := client(t, i == 1, func() (net.Conn, error) {
+				return l.from.Dial("tcp", l.endpoint.Load().at(port), nettest.Patience)
+			})
+			l.clients.Go(func() { l.ask(c, i) })
+		}
+		l.clients.Go(l.speak)
+	}
+}
+
+// ask sends one request after the other. A GET may be sent again by the transport, which does so only if a connection
+// that was used before closes without a byte of an answer; so every failure that it returns is one.
+func (l *load) ask(c *http.Client, kind int) {
+	for !l.stopped.Load() {
+		if err := get(c); err != nil {
+			l.fail(fmt.Errorf("kind %d: %w", kind, err))
+		}
+		l.done[kind].Add(1)
+	}
+}
+
+// speak has conversations that nobody but itself may end.
+func (l *load) speak() {
+	for !l.stopped.Load() {
+		if err := l.converse(l.endpoint.Load()); err != nil {
+			l.fail(fmt.Errorf("a long connection: %w", err))
+		}
+	}
+}
+
+func (l *load) converse(to *pod) error {
+	conn, err := l.from.Dial("tcp", to.at(7000), nettest.Patience)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	reader := bufio.NewReader(conn)
+	for rest := lasting; rest > 0; {
+		if err := echoOnce(conn, reader); err != nil {
+			return err
+		}
+		l.done[2].Add(1)
+		if l.endpoint.Load() != to || l.stopped.Load() {
+			if rest == lasting {
+				l.onOld.Add(1)
+			}
+			rest--
+		}
+	}
+	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+		return err
+	}
+	if _, err := reader.ReadByte(); !errors.Is(err, io.EOF) {
+		return fmt.Errorf("it ends with %v", err)
+	}
+	return nil
+}
+
+func (l *load) stop() {
+	l.stopped.Store(true)
+	l.clients.Wait()
+}
+
+// stopUnderLoad stops one of two pods as a kubelet does, while a third sends them load through sidecars on both sides.
+// The endpoints follow readiness a second later. In classic order the agent is told to end while the workload still
+// runs, as its own preStop hook has it; in native order the agent's preStop hook comes first, then the workload ends,
+// and after that the agent.
+func stopUnderLoad(t *testing.T, n *node, native bool) {
+	name := map[bool]string{false: "classic", true: "native"}[native]
+	var pods []*pod
+	for _, role := range []string{"caller", "old", "new"} {
+		pods = append(pods, n.playFile(t, "web.yaml", name+"-"+role))
+	}
+	for _, p := range pods {
+		p.awaitReady(t)
+	}
+	caller, old, next := pods[0], pods[1], pods[2]
+	l := &load{from: caller.Namespace}
+	l.endpoint.Store(old)
+	l.start(t)
+	defer l.stop()
+	nettest.Eventually(t, "load of each kind", func() bool {
+		return !slices.ContainsFunc(l.done[:], func(n atomic.Int64) bool { return n.Load() < 500 })
+	})
+
+	if native {
+		old.exec(t, "pilot-agent", "request", "--debug-port=15020", "POST", "drain")
+	} else {
+		old.signal(t, "istio-proxy", "TERM")
+	}
+	moved := make(chan struct{})
+	go func() {
+		defer close(moved)
+		l.follow(t, n, old, next)
+	}()
+	<-moved
+	if native {
+		for container, signal := range map[string]string{"nginx": "QUIT"} {
+			old.signal(t, container, signal)
+			old.ends(t, container)
+		}
+		old.signal(t, "istio-proxy", "TERM")
+	}
+	if code := old.ends(t, "istio-proxy"); code != "0" {
+		t.Errorf("the agent ends with %s", code)
+	}
+	if l.onOld.Load() != loadEach {
+		t.Errorf("%d long connections outlived the announcement, want %d", l.onOld.Load(), loadEach)
+	}
+	nettest.Eventually(t, "10,000 requests", func() bool { return l.total() >= wanted })
+	l.stop()
+	t.Logf("%d by HTTP/1, %d by h2c, %d over long connections, failed: %d", l.done[0].Load(), l.done[1].Load(), l.done[2].Load(), len(l.failed))
+	for _, err := range l.failed {
+		t.Error(err)
+	}
+}
+
+// follow takes a pod out of the endpoints a second after it is not ready any more, as everybody has to hear of it.
+func (l *load) follow(t *testing.T, n *node, old, next *pod) {
+	c := client(t, false, dialer(n.Namespace, old.at(15021)))
+	if !nettest.Within(nettest.Patience, func() bool {
+		response, err := c.Get("http://old.example/healthz/ready")
+		if err != nil {
+			return false
+		}
+		response.Body.Close()
+		return response.StatusCode == http.StatusServiceUnavailable
+	}) {
+		t.Error("readiness does not turn off")
+	}
+	<-time.After(time.Second)
+	l.endpoint.Store(next)
+}

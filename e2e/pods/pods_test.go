@@ -1,0 +1,329 @@
+package pods
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// TestPods has one node for all, as it takes seconds to make one.
+func TestPods(t *testing.T) {
+	n := newNode(t)
+	for name, test := range map[string]func(*testing.T, *node){
+		"two pods talk through both sidecars":                     talk,
+		"a workload that restarts is reached again":               restartWorkload,
+		"without its agent a pod is closed, and with it open":     restartAgent,
+		"init containers are refused, and a job ends its sidecar": beEarlyAndEnd,
+		"rules are made by the programs in the image":             useIPTables,
+		"the pod of README serves":                                playREADME,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, n)
+		})
+	}
+	for _, order := range []string{"classic", "native"} {
+		t.Run("nothing fails while a pod stops, in "+order+" order", func(t *testing.T) {
+			t.Parallel()
+			stopUnderLoad(t, n, order == "native")
+		})
+	}
+}
+
+// client asks by HTTP from inside a namespace. Each connection goes where dial leads.
+func client(t testing.TB, http2 bool, dial func() (net.Conn, error)) *http.Client {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(!http2)
+	protocols.SetUnencryptedHTTP2(http2)
+	transport := &http.Transport{
+		Protocols: protocols, MaxIdleConnsPerHost: 1,
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return dial() },
+	}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport, Timeout: nettest.Patience}
+}
+
+// get asks once, and returns an error for all but nginx's answer.
+func get(c *http.Client) error {
+	response, err := c.Get("http://web.example/")
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	if text, err := io.ReadAll(response.Body); err != nil || response.StatusCode != http.StatusOK || string(text) != "served\n" {
+		return fmt.Errorf("%s: %q and %v", response.Status, text, err)
+	}
+	return nil
+}
+
+// echoOnce sends a line and waits for it.
+func echoOnce(conn net.Conn, reader *bufio.Reader) error {
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
+	if _, err := io.WriteString(conn, "a line\n"); err != nil {
+		return err
+	}
+	if line, err := reader.ReadString('\n'); err != nil || line != "a line\n" {
+		return fmt.Errorf("the echo is %q and %v", line, err)
+	}
+	return nil
+}
+
+// The three ways in which a pod is spoken to, from a namespace.
+func reach(t *testing.T, from *nettest.Namespace, to *pod) {
+	t.Helper()
+	for name, err := range map[string]error{
+		"HTTP/1": get(client(t, false, dialer(from, to.at(8080)))),
+		"h2c":    get(client(t, true, dialer(from, to.at(8081)))),
+		"TCP":    echo(from, to),
+	} {
+		if err != nil {
+			t.Errorf("%s from %s: %v", name, from.Name, err)
+		}
+	}
+}
+
+func echo(from *nettest.Namespace, to *pod) error {
+	conn, err := from.Dial("tcp", to.at(7000), nettest.Patience)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return echoOnce(conn, bufio.NewReader(conn))
+}
+
+func talk(t *testing.T, n *node) {
+	web, caller := n.playFile(t, "web.yaml", "talk-web"), n.playFile(t, "web.yaml", "talk-caller")
+	web.awaitReady(t)
+	caller.awaitReady(t)
+	reach(t, caller.Namespace, web)
+	for p, cluster := range map[*pod]string{caller: "PassthroughCluster", web: "inbound|8080||"} {
+		nettest.Eventually(t, p.name+" tells of the request", func() bool {
+			return strings.Contains(n.podman(t, "logs", p.container("istio-proxy")), cluster)
+		})
+	}
+	checkConfinement(t, web)
+}
+
+// checkConfinement looks at the agent's process: it has nothing but its user.
+func checkConfinement(t *testing.T, p *pod) {
+	t.Helper()
+	proc := filepath.Join(p.node.root, "proc", p.node.podman(t, "inspect", p.container("istio-proxy"), "--format", "{{.State.Pid}}"))
+	status, err := os.ReadFile(filepath.Join(proc, "status"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"Uid:\t1337\t1337", "Gid:\t1337\t1337", "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n", "NoNewPrivs:\t1\n"} {
+		if !strings.Contains(string(status), want) {
+			t.Errorf("/proc/PID/status has no %q:\n%s", want, status)
+		}
+	}
+	mounts, err := os.ReadFile(filepath.Join(proc, "mounts"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if f := strings.Fields(line); f[1] == "/" && !strings.HasPrefix(f[3], "ro,") {
+			t.Errorf("its root can be written: %s", line)
+		}
+	}
+}
+
+func restartWorkload(t *testing.T, n *node) {
+	p := n.playFile(t, "web.yaml", "restart-workload")
+	p.awaitReady(t)
+	c := client(t, false, dialer(n.Namespace, p.at(8080)))
+	if err := get(c); err != nil {
+		t.Error(err)
+	}
+	p.signal(t, "nginx", "KILL")
+	p.ends(t, "nginx")
+	if err := get(c); err == nil || !strings.Contains(err.Error(), "503") {
+		t.Errorf("without a workload: %v, want 503", err)
+	}
+	n.podman(t, "start", p.container("nginx"))
+	nettest.Eventually(t, "the workload is reached again", func() bool { return get(c) == nil })
+}
+
+func restartAgent(t *testing.T, n *node) {
+	p := n.playFile(t, "web.yaml", "restart-agent")
+	p.awaitReady(t)
+	best := time.Hour
+	for range 3 {
+		reach(t, n.Namespace, p)
+		p.signal(t, "istio-proxy", "KILL")
+		p.ends(t, "istio-proxy")
+		// Inbound and outbound, nothing slips past.
+		for from, address := range map[*nettest.Namespace]string{n.Namespace: p.at(8080), p.Namespace: netip.AddrPortFrom(gateway, 9).String()} {
+			if conn, err := from.Dial("tcp", address, nettest.Patience); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("without an agent, from %s to %s: %v, %v, want it refused", from.Name, address, conn, err)
+			}
+		}
+		started := make(chan struct{})
+		go func() {
+			defer close(started)
+			n.podman(t, "start", p.container("istio-proxy"))
+		}()
+		best = min(best, n.timeToReady(t, p))
+		<-started
+	}
+	t.Logf("ready %v after its start", best)
+	if best > 50*time.Millisecond {
+		t.Errorf("the agent needs %v to be ready again", best)
+	}
+	reach(t, n.Namespace, p)
+}
+
+// timeToReady is the time between the first look that sees a pod's agent and the first that finds it ready. podman and
+// runc, which take ten times as long before that, are not in it.
+func (n *node) timeToReady(t *testing.T, p *pod) time.Duration {
+	ticker := time.NewTicker(time.Millisecond)
+	defer ticker.Stop()
+	var seen time.Time
+	c := client(t, false, dialer(p.Namespace, "127.0.0.1:15021"))
+	for deadline := time.Now().Add(nettest.Patience); time.Now().Before(deadline); <-ticker.C {
+		if seen.IsZero() {
+			if n.runsAgent(p) {
+				seen = time.Now()
+			}
+			continue
+		}
+		if response, err := c.Get("http://127.0.0.1:15021/healthz/ready"); err == nil {
+			response.Body.Close()
+			if response.StatusCode == http.StatusOK {
+				return time.Since(seen)
+			}
+		}
+	}
+	t.Error("the agent does not become ready again")
+	return time.Hour
+}
+
+// runsAgent looks for the agent among the processes of a pod.
+func (n *node) runsAgent(p *pod) bool {
+	names, _ := filepath.Glob(filepath.Join(n.root, "proc/[0-9]*/cmdline"))
+	return slices.ContainsFunc(names, func(name string) bool {
+		words, _ := os.ReadFile(name)
+		if !strings.HasPrefix(string(words), "/usr/local/bin/pilot-agent\x00proxy") {
+			return false
+		}
+		variables, _ := os.ReadFile(filepath.Join(filepath.Dir(name), "environ"))
+		return slices.Contains(strings.Split(string(variables), "\x00"), "POD_NAME="+p.name)
+	})
+}
+
+// A pod whose init containers come before the agent, and whose main container lets the sidecar end.
+func beEarlyAndEnd(t *testing.T, n *node) {
+	web := n.Listen(t, "tcp", netip.AddrPortFrom(gateway, 0).String())
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {})}
+	go server.Serve(web)
+	t.Cleanup(func() { server.Close() })
+	elsewhere := n.Listen(t, "tcp", netip.AddrPortFrom(netip.MustParseAddr(outside), 0).String())
+	reports := n.Listen(t, "tcp", netip.AddrPortFrom(gateway, 0).String())
+	_, port, _ := net.SplitHostPort(reports.Addr().String())
+	told := make(chan string, 8)
+	go collect(reports, told)
+
+	p := n.playFile(t, "early.yaml", "early", "TARGET", web.Addr().String(), "RANGE", elsewhere.Addr().String(),
+		"REPORT_PORT", port, "REPORT", reports.Addr().String())
+	for _, want := range []string{"captured: refused", "user: connected", "port: connected", "range: connected"} {
+		if got := <-told; got != want {
+			t.Errorf("an init container found %q, want %q", got, want)
+		}
+	}
+	for _, container := range []string{"main", "istio-proxy"} {
+		if code := p.ends(t, container); code != "0" {
+			t.Errorf("%s ends with %s", container, code)
+		}
+	}
+}
+
+// collect takes a line from each connection that has one, until the listener is closed.
+func collect(listener net.Listener, lines chan<- string) {
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		conn.SetDeadline(time.Now().Add(nettest.Patience))
+		if line, err := bufio.NewReader(conn).ReadString('\n'); err == nil {
+			lines <- strings.TrimSpace(line)
+		}
+		conn.Close()
+	}
+}
+
+// useIPTables has the programs in the larger image make the rules, those of the other flavour than the machine's first.
+func useIPTables(t *testing.T, n *node) {
+	for backend, program := range map[string]string{"iptables-legacy": "iptables-legacy-save", "iptables-nft": "iptables-nft-save"} {
+		p := n.playFile(t, "web.yaml", "by-"+backend, "args: [istio-iptables,", "args: [istio-iptables, --backend, "+backend+",",
+			"name: init\n    image: "+image, "name: init\n    image: "+imageIPTables)
+		p.awaitReady(t)
+		reach(t, n.Namespace, p)
+		if rules := p.MustRun(t, program, "-t", "nat"); !strings.Contains(rules, "-A PILLION_INBOUND") {
+			t.Errorf("%s made none:\n%s", backend, rules)
+		}
+	}
+}
+
+// playREADME plays the pod that README shows, with our images. podman knows no native sidecar, so its place is among the
+// containers.
+func playREADME(t *testing.T, n *node) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(readme), "## In Kubernetes\n")
+	_, block, _ := strings.Cut(section, "```yaml\n")
+	block, _, found := strings.Cut(block, "```\n")
+	if !found {
+		t.Fatal("README's section \"In Kubernetes\" has no YAML")
+	}
+	var manifest map[string]any
+	if err := yaml.Unmarshal([]byte(block), &manifest); err != nil {
+		t.Fatal(err)
+	}
+	spec := manifest["spec"].(map[string]any)
+	inits, containers := spec["initContainers"].([]any), spec["containers"].([]any)
+	sidecar := inits[len(inits)-1].(map[string]any)
+	if sidecar["restartPolicy"] != "Always" || sidecar["startupProbe"] == nil {
+		t.Errorf("the last init container is no native sidecar with a startup probe: %v", sidecar)
+	}
+	delete(sidecar, "restartPolicy")
+	spec["initContainers"], spec["containers"] = inits[:len(inits)-1], append([]any{sidecar}, containers...)
+	spec["restartPolicy"] = "Never"
+	manifest["metadata"] = map[string]any{"name": "readme"}
+	text, err := yaml.Marshal(manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := n.play(t, string(text), "readme", "image: pillion\n", "image: "+image+"\n", "image: nginx\n", "image: "+imageWorkload+"\n")
+	p.awaitReady(t)
+	if err := get(client(t, false, dialer(n.Namespace, p.at(8080)))); err != nil {
+		t.Error(err)
+	}
+	for _, h := range []string{"postStart", "preStop"} {
+		if hook, has := sidecar["lifecycle"].(map[string]any)[h]; has {
+			var words []string
+			for _, word := range hook.(map[string]any)["exec"].(map[string]any)["command"].([]any) {
+				words = append(words, word.(string))
+			}
+			p.exec(t, words...)
+		}
+	}
+}
