@@ -19,7 +19,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// serveHTTP2 starts a real server of cleartext HTTP/2.
+// serveHTTP2 starts a real server of cleartext HTTP/2, and of HTTP/1.
 func serveHTTP2(t testing.TB, handler http.HandlerFunc) netip.AddrPort {
 	t.Helper()
 	listener, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -28,6 +28,7 @@ func serveHTTP2(t testing.TB, handler http.HandlerFunc) netip.AddrPort {
 	}
 	server := &http.Server{Handler: handler, Protocols: new(http.Protocols)}
 	server.Protocols.SetUnencryptedHTTP2(true)
+	server.Protocols.SetHTTP1(true)
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
@@ -78,6 +79,32 @@ func TestHTTP2RequestsAndResponsesPass(t *testing.T) {
 		}
 		if got != want || len(got.id) != uuidLength {
 			t.Errorf("the record is %+v, want %+v", got, want)
+		}
+	}
+}
+
+// The last hop of several lines is the last line's.
+func TestForwardedForInSeveralLinesIsToldAsOneList(t *testing.T) {
+	for _, two := range []bool{false, true} {
+		r := newRig(t, serveHTTP2(t, func(http.ResponseWriter, *http.Request) {}), two)
+		client := http2Client(t)
+		protocols := client.Transport.(*http.Transport).Protocols
+		protocols.SetUnencryptedHTTP2(two)
+		protocols.SetHTTP1(!two)
+		for i, lines := range [][]string{{"203.0.113.9"}, {"203.0.113.9, 198.51.100.1", "192.0.2.1", "192.0.2.2"}, nil} {
+			request, err := http.NewRequest("GET", "http://"+r.address, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			request.Header["X-Forwarded-For"] = lines
+			response, err := client.Do(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+			if got, want := r.records.await(t, i).forwardedFor, strings.Join(lines, ","); got != want {
+				t.Errorf("HTTP/2 %v: told %q, want %q", two, got, want)
+			}
 		}
 	}
 }

@@ -30,7 +30,7 @@ type rig struct {
 	address string // where the engine is reached
 	cancel  func() // cuts what is open, as the end of a drain does
 	records records
-	open    atomic.Int32 // connections that the engine has
+	open    atomic.Int32                // connections that the engine has
 }
 
 // records keeps what the engine told.
@@ -44,6 +44,7 @@ type records struct {
 type told struct {
 	protocol                          flow.Protocol
 	method, path, authority, id, grpc string
+	forwardedFor                      string
 	status                            int
 	flags, details                    string
 	received, sent                    uint64
@@ -58,7 +59,7 @@ func (r *records) Closed(record *flow.Record) {
 	defer r.mu.Unlock()
 	h := &record.HTTP
 	r.closed = append(r.closed, told{
-		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus),
+		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus), string(h.ForwardedFor),
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
 		record.Bound[flow.BoundLive] == nil && (record.Connection == nil || record.Connection.Bound[flow.BoundLive] == nil),
 	})
