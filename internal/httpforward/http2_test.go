@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
@@ -106,6 +107,35 @@ func TestForwardedForInSeveralLinesIsToldAsOneList(t *testing.T) {
 				t.Errorf("HTTP/2 %v: told %q, want %q", two, got, want)
 			}
 		}
+	}
+}
+
+// What upstream and downstream say to each other, whoever looks at the connection sees.
+func TestTheBytesOfARelayInPlaceOfHTTP2ShowWhileItIsOpen(t *testing.T) {
+	o := newOrigin(t)
+	r := newRig(t, o.address, true)
+	conn := r.dial(t)
+	client := newSpeaker(t, conn)
+	send(t, conn, http2.Preface)
+	client.says("SETTINGS")
+	server := o.accept()
+	const settings = 9 + 2*6 // ours are longer than the client's
+	if _, err := io.CopyN(io.Discard, server, int64(len(http2.Preface)+settings)); err != nil {
+		t.Fatal(err)
+	}
+	send(t, server, "not HTTP/2 at all")
+	expect(t, conn, "not HTTP/2 at all")
+	send(t, conn, "nor is this")
+	expect(t, server, "nor is this")
+	record := r.last.Load()
+	want := uint64(len(http2.Preface) + settings + len("nor is this"))
+	nettest.Eventually(t, "the bytes to be counted", func() bool {
+		return record.Received.Load() == want && record.Sent.Load() == uint64(len("not HTTP/2 at all"))
+	})
+	server.Close()
+	conn.Close()
+	if got := r.records.await(t, 0); got.received != want || got.sent != uint64(len("not HTTP/2 at all")) {
+		t.Errorf("the record is %+v, want %d received", got, want)
 	}
 }
 

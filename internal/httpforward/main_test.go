@@ -30,6 +30,7 @@ type rig struct {
 	address string // where the engine is reached
 	cancel  func() // cuts what is open, as the end of a drain does
 	records records
+	last    atomic.Pointer[flow.Record] // of the connection that was served last
 	open    atomic.Int32                // connections that the engine has
 }
 
@@ -163,7 +164,9 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 			return
 		}
 	}
-	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Target: to, Record: recordOf(down, to.Address)})
+	record := recordOf(down, to.Address)
+	r.last.Store(record)
+	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Target: to, Record: record})
 }
 
 // recordOf is the record of a connection that goes where it was going.
