@@ -82,6 +82,7 @@ type Record struct {
 const (
 	BoundMetrics = iota
 	BoundLive
+	BoundAccessLog
 	boundPlaces
 )
 
