@@ -38,6 +38,7 @@ var arrows = []struct {
 	{"internal/accesslog", []string{"internal/flow"}, "a line tells what a record has"},
 	{"internal/admin", []string{"internal/flow"}, "what is open is read from the table; all else that it shows comes in as values"},
 	{"internal/live", []string{"internal/flow"}, "what is shown is made of records"},
+	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
 	{"internal/inject", []string{"healthz", "internal/capture", "internal/podinfo", "internal/scrape"},
 		"what is written for init and agent is checked by the code with which they read it"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
