@@ -17,6 +17,9 @@ REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 # Other people's clients and servers for the e2e tests: a module of its own.
 PEERS := e2e/testdata/peers
 
+# Kubernetes' own types and decoder, for the tests of what is injected: likewise.
+KUBERNETES := e2e/testdata/kubernetes
+
 # What drives a browser, as npm installs it from the lock file. npm writes this file last.
 BROWSER := $(PEERS)/page/node_modules/.package-lock.json
 
@@ -30,8 +33,8 @@ demo: tools-demo build ## show real traffic captured and carried, in namespaces 
 
 ##@ Build
 .PHONY: build
-build: ## build bin/pillion: static, without symbols, with its version
-	$(BUILD) -o bin/pillion ./cmd/pillion
+build: ## build bin/pillion and bin/pillionctl: static, without symbols, with their version
+	$(BUILD) -o bin/ ./cmd/...
 
 .PHONY: clean
 clean: ## remove what build and the tests leave in this directory
@@ -70,6 +73,7 @@ lint: ## formatting, vet, module files, shell syntax
 	$(GO) vet ./...
 	$(GO) mod tidy -diff
 	cd $(PEERS) && $(GO) vet ./... && $(GO) mod tidy -diff
+	cd $(KUBERNETES) && $(GO) vet ./... && $(GO) mod tidy -diff
 	@for script in .ci/run $$(find scripts -maxdepth 1 -type f); do bash -n "$$script"; done
 
 ##@ Other
@@ -78,6 +82,7 @@ lint: ## formatting, vet, module files, shell syntax
 modules:
 	@$(GO) mod download
 	@cd $(PEERS) && $(GO) mod download
+	@cd $(KUBERNETES) && $(GO) mod download
 
 $(BROWSER): $(PEERS)/page/package-lock.json
 	@cd $(PEERS)/page && npm ci --no-audit --no-fund --loglevel error >/dev/null
