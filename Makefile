@@ -17,6 +17,9 @@ REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 # Other people's clients and servers for the e2e tests: a module of its own.
 PEERS := e2e/testdata/peers
 
+# Kubernetes' own types and decoder, for the tests of what is injected: likewise.
+KUBERNETES := e2e/testdata/kubernetes
+
 # What drives a browser, as npm installs it from the lock file. npm writes this file last.
 BROWSER := $(PEERS)/page/node_modules/.package-lock.json
 
@@ -30,8 +33,8 @@ demo: tools-demo build ## show real traffic captured and carried, in namespaces 
 
 ##@ Build
 .PHONY: build
-build: ## build bin/pillion: static, without symbols, with its version
-	$(BUILD) -o bin/pillion ./cmd/pillion
+build: ## build bin/pillion and bin/pillionctl: static, without symbols, with their version
+	$(BUILD) -o bin/ ./cmd/...
 
 # arm64 as well: GOARCH=arm64 make image. The time of the last commit is the time of everything in an image.
 .PHONY: image image-iptables
@@ -78,6 +81,7 @@ lint: ## formatting, vet, module files, shell syntax
 	CGO_ENABLED=0 GOARCH=arm64 $(GO) build ./...
 	$(GO) mod tidy -diff
 	cd $(PEERS) && $(GO) vet ./... && $(GO) mod tidy -diff
+	cd $(KUBERNETES) && $(GO) vet ./... && $(GO) mod tidy -diff
 	@for script in .ci/run $$(find scripts -maxdepth 1 -type f); do bash -n "$$script"; done
 
 ##@ Other
@@ -86,6 +90,7 @@ lint: ## formatting, vet, module files, shell syntax
 modules:
 	@$(GO) mod download
 	@cd $(PEERS) && $(GO) mod download
+	@cd $(KUBERNETES) && $(GO) mod download
 
 $(BROWSER): $(PEERS)/page/package-lock.json
 	@cd $(PEERS)/page && npm ci --no-audit --no-fund --loglevel error >/dev/null

@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -128,6 +130,48 @@ func TestANamespaceWithoutIPv6IsServedWithout(t *testing.T) {
 	if !strings.Contains(log.String(), "no IPv6") {
 		t.Errorf("nothing said of IPv6:\n%s", log)
 	}
+	// The switch takes the addresses away, but :: can be bound all the same.
+	want := []string{"virtualOutbound::127.0.0.1:15001", "virtualInbound::0.0.0.0:15006", "virtualInbound::[::]:15006",
+		"readiness::0.0.0.0:15021", "readiness::[::]:15021", "status::0.0.0.0:15020", "status::[::]:15020",
+		"metrics::0.0.0.0:15090", "metrics::[::]:15090"}
+	if listeners := strings.Fields(get(t, ns, "127.0.0.1:15000", "/listeners")); !slices.Equal(listeners, want) {
+		t.Errorf("listeners %v, want %v", listeners, want)
+	}
+}
+
+func TestWhatIsBoundIsShown(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "shown")
+	config, _ := testConfig()
+	config.StatusPort = 0
+	a, err := newIn(t, ns, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, ns, a)
+	want := []string{"virtualOutbound::127.0.0.1:15001", "virtualOutbound::[::1]:15001", "virtualInbound::0.0.0.0:15006",
+		"virtualInbound::[::]:15006", "readiness::0.0.0.0:15021", "readiness::[::]:15021", "metrics::0.0.0.0:15090", "metrics::[::]:15090"}
+	if listeners := strings.Fields(get(t, ns, "[::1]:15000", "/listeners")); !slices.Equal(listeners, want) {
+		t.Errorf("listeners %v, want %v", listeners, want)
+	}
+}
+
+// get returns the body of an answer of the agent in the namespace.
+func get(t *testing.T, ns *nettest.Namespace, address, path string) string {
+	t.Helper()
+	conn, err := ns.Dial("tcp", address, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
+	fmt.Fprintf(conn, "GET %s HTTP/1.0\r\nHost: localhost\r\n\r\n", path)
+	answer, err := io.ReadAll(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, body, _ := strings.Cut(string(answer), "\r\n\r\n")
+	return body
 }
 
 // run runs the agent until the returned function, and waits until it is ready.

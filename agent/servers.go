@@ -13,6 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/admin"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/listener"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
@@ -126,25 +127,6 @@ func (a *Agent) liveGates() (gates []live.Gate) {
 
 // adminHandler shows this agent in Envoy's words.
 func (a *Agent) adminHandler() http.Handler {
-	address := func(addresses []netip.Addr, port uint16) (bound []netip.AddrPort) {
-		for _, ip := range addresses {
-			bound = append(bound, netip.AddrPortFrom(ip, port))
-		}
-		return bound
-	}
-	listeners := []admin.Listener{
-		{Name: admin.VirtualOutbound, Addresses: address(loopback, a.config.OutboundPort)},
-		{Name: admin.VirtualInbound, Addresses: address(allAddresses, a.config.InboundPort)},
-		{Name: "readiness", Addresses: address(allAddresses, a.config.ReadinessPort), Serves: []string{"/healthz/ready", "/healthz/live"}},
-	}
-	if a.config.StatusPort != 0 {
-		listeners = append(listeners, admin.Listener{Name: "status", Addresses: address(allAddresses, a.config.StatusPort),
-			Serves: []string{"/healthz/ready", "/stats/prometheus", "/metrics", "/app-health/", "/app-lifecycle/"}})
-	}
-	if a.config.MetricsPort != 0 {
-		listeners = append(listeners, admin.Listener{Name: "metrics", Addresses: address(allAddresses, a.config.MetricsPort),
-			Serves: []string{metrics.Path}})
-	}
 	looking := a.telling.live.Handler(live.Sources{Table: a.telling.table, Gates: a.liveGates})
 	return admin.NewHandler(admin.Config{
 		Version:   a.config.Version,
@@ -152,7 +134,7 @@ func (a *Agent) adminHandler() http.Handler {
 		Address:   netip.AddrPortFrom(loopback[0], a.config.AdminPort),
 		Node:      node(a.config.Pod),
 		Options:   admin.Options{Concurrency: runtime.GOMAXPROCS(0), LogLevel: a.logLevel().String(), DrainTime: a.config.DrainTimeout},
-		Listeners: listeners,
+		Listeners: a.listeners,
 		Carrying: admin.Carrying{
 			OwnPorts: a.ownPorts(), OwnAddresses: a.addresses.All, OpaquePorts: ranges(a.config.OpaquePorts),
 			InboundSources: []netip.Addr{capture.InboundSource4, capture.InboundSource6}, TPROXYMark: a.tproxyMark(),
@@ -175,6 +157,37 @@ func (a *Agent) adminHandler() http.Handler {
 		Live:        looking,
 		Log:         a.log,
 	})
+}
+
+// serves are the paths of the ports that are not the admin's own, by the names of their servers.
+var serves = map[string][]string{
+	"readiness": {"/healthz/ready", "/healthz/live"},
+	"status":    {"/healthz/ready", "/stats/prometheus", "/metrics", "/app-health/", "/app-lifecycle/"},
+	"metrics":   {metrics.Path},
+}
+
+// listeners are what is bound, which is less without IPv6.
+func (a *Agent) listeners() []admin.Listener {
+	carrying := func(name string, s *listener.Server) admin.Listener {
+		l := admin.Listener{Name: name}
+		for _, ln := range s.Listeners {
+			l.Addresses = append(l.Addresses, ln.Addr())
+		}
+		return l
+	}
+	list := []admin.Listener{carrying(admin.VirtualOutbound, a.outbound), carrying(admin.VirtualInbound, a.inbound)}
+	for _, s := range slices.Backward(a.servers) {
+		if serves[s.name] == nil {
+			continue
+		}
+		l := admin.Listener{Name: s.name, Serves: serves[s.name]}
+		for _, ln := range s.listeners {
+			at := ln.Addr().(*net.TCPAddr).AddrPort()
+			l.Addresses = append(l.Addresses, netip.AddrPortFrom(at.Addr().Unmap(), at.Port()))
+		}
+		list = append(list, l)
+	}
+	return list
 }
 
 // state is what Envoy calls it.

@@ -135,12 +135,16 @@ func (t *telling) watch(a *Agent) {
 		return
 	}
 	done, ended := make(chan struct{}), make(chan struct{})
-	go t.repeat(min(a.config.AccessLog.Interval, time.Second), done, ended)
+	go t.repeat(lookEvery(a.config.AccessLog.Interval), done, ended)
 	t.stop = func() {
 		close(done)
 		<-ended
 	}
 }
+
+// lookEvery is how often all open connections are looked at, for each to have a line in every interval: one comes 4 % of
+// that late at most, or minInterval.
+func lookEvery(interval time.Duration) time.Duration { return max(interval/25, minInterval) }
 
 // repeat lets the access log tell of connections that are open for long.
 func (t *telling) repeat(every time.Duration, done <-chan struct{}, ended chan<- struct{}) {

@@ -73,6 +73,16 @@ func BenchmarkARequestIsTold(b *testing.B) {
 	}
 }
 
+// A line is hardly late, and a long interval costs little.
+func TestOpenConnectionsAreLookedAtAsOftenAsTheIntervalNeeds(t *testing.T) {
+	for interval := minInterval; interval < 1000*time.Hour; interval = interval*3/2 + 1 {
+		every := lookEvery(interval)
+		if every > max(interval/20, minInterval) || every < interval/50 || every < minInterval {
+			t.Errorf("with an interval of %v, looked at every %v", interval, every)
+		}
+	}
+}
+
 // For the race detector: connections come and go while everybody looks.
 func TestEverybodyLooksWhileTrafficFlows(t *testing.T) {
 	told := newTelling(t)

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -24,7 +25,7 @@ import (
 
 // The bounds of a probe. Whoever reaches the status port can ask for one.
 const (
-	maxProbes    = 32               // at the same time
+	maxProbes    = 32               // at the same time, see crowd
 	maxProbeTime = 10 * time.Minute // whatever timeoutSeconds says
 	maxBody      = 10 << 10         // of what the workload answers
 	maxReason    = 500              // of what we answer when it does not
@@ -53,7 +54,7 @@ type ProbeConfig struct {
 type Probers struct {
 	byPath  map[string]prober
 	http    *http.Client
-	running chan struct{} // has an element for each running probe
+	running crowd
 }
 
 // prober is one probe.
@@ -94,9 +95,8 @@ func ParseProbers(text string, config ProbeConfig) (*Probers, error) {
 	}
 	config = config.complete()
 	p := &Probers{
-		byPath:  make(map[string]prober, len(recorded)),
-		http:    newProbeClient(config),
-		running: make(chan struct{}, maxProbes),
+		byPath: make(map[string]prober, len(recorded)),
+		http:   newProbeClient(config),
 	}
 	for _, path := range slices.Sorted(maps.Keys(recorded)) {
 		if !proberPath.MatchString(path) {
@@ -240,18 +240,16 @@ func (p *Probers) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "app prober config does not exists for "+r.URL.Path, http.StatusBadRequest)
 		return
 	}
-	select {
-	case p.running <- struct{}{}:
-		defer func() { <-p.running }()
-	default:
-		http.Error(w, fmt.Sprintf("%s (%s): %d probes are running, which is as many as may", r.URL.Path, prober.target, maxProbes),
-			http.StatusServiceUnavailable)
-		return
-	}
 	Extend(w, prober.timeout+5*time.Second)
 	ctx, cancel := context.WithTimeout(r.Context(), prober.timeout)
 	defer cancel()
+	ctx, leave := p.running.join(ctx, r.RemoteAddr)
+	defer leave()
 	answer, err := prober.probe.run(ctx, r)
+	if err != nil && context.Cause(ctx) == errCrowded {
+		http.Error(w, fmt.Sprintf("%s (%s): %v", r.URL.Path, prober.target, errCrowded), http.StatusServiceUnavailable)
+		return
+	}
 	if err != nil {
 		http.Error(w, fmt.Sprintf("%s (%s): %s", r.URL.Path, prober.target, prober.reason(ctx, err)), http.StatusInternalServerError)
 		return
@@ -260,6 +258,51 @@ func (p *Probers) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(answer.status)
 	w.Write(answer.body)
+}
+
+// crowd is the running probes. One more may always run. When they are too many, the address that asked for the most loses
+// its oldest: a stranger who holds many slow ones is in nobody's way but his own. To share one run among callers would not
+// do that, as the workload hears their fields, and a stranger can have others each time.
+type crowd struct {
+	mu      sync.Mutex
+	running []*running // the oldest first
+}
+
+type running struct {
+	by  netip.Addr
+	end context.CancelCauseFunc
+}
+
+var errCrowded = fmt.Errorf("%d probes are running, which is as many as may, and most for the same address as this one, their oldest", maxProbes)
+
+// join adds a probe that remote asks for. It ends with errCrowded when it has to make room, and is to leave in any case.
+func (c *crowd) join(ctx context.Context, remote string) (_ context.Context, leave func()) {
+	from, _ := netip.ParseAddrPort(remote) // what is none is an address like any other
+	ctx, end := context.WithCancelCause(ctx)
+	joined := &running{from.Addr(), end}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.running = append(c.running, joined); len(c.running) > maxProbes {
+		c.makeRoom()
+	}
+	return ctx, func() {
+		end(nil)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.running = slices.DeleteFunc(c.running, func(r *running) bool { return r == joined })
+	}
+}
+
+// makeRoom ends one probe; c.mu is held. It leaves at once, as its workload may take a moment to be let go.
+func (c *crowd) makeRoom() {
+	most, asked := 0, make(map[netip.Addr]int)
+	for _, r := range c.running {
+		asked[r.by]++
+		most = max(most, asked[r.by])
+	}
+	oldest := slices.IndexFunc(c.running, func(r *running) bool { return asked[r.by] == most })
+	c.running[oldest].end(errCrowded)
+	c.running = slices.Delete(c.running, oldest, oldest+1)
 }
 
 // reason is one line about an error, which may quote what the workload sent.

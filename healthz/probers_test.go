@@ -407,32 +407,56 @@ func TestAProbeEndsWithItsClient(t *testing.T) {
 	}
 }
 
-func TestThereAreOnlySoManyProbesAtOnce(t *testing.T) {
+// A stranger who holds as many probes as may run takes room from himself alone.
+func TestThereAreOnlySoManyProbesAtOnceAndTheKubeletsAreAmongThem(t *testing.T) {
 	const most = 32
-	arrived, leave := make(chan struct{}, most), make(chan struct{})
-	port := workload(t, func(http.ResponseWriter, *http.Request) {
-		arrived <- struct{}{}
-		<-leave
+	arrived, leave := make(chan struct{}, 2*most), make(chan struct{})
+	port := workload(t, func(_ http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/slow" {
+			arrived <- struct{}{}
+			<-leave
+		}
 	})
-	a := newAsks(t, healthz.ProbeConfig{}, map[string]string{"livez": `{"httpGet": {"port": ` + port + `}, "timeoutSeconds": 60}`})
-	var crowd sync.WaitGroup
-	for range most {
-		crowd.Go(func() {
-			if status, body := a.get("livez"); status != 200 {
-				t.Errorf("one of the crowd: %d %q", status, body)
+	kubelet := newAsks(t, healthz.ProbeConfig{}, map[string]string{
+		"livez":  `{"httpGet": {"path": "/slow", "port": ` + port + `}, "timeoutSeconds": 60}`,
+		"readyz": `{"httpGet": {"port": ` + port + `}, "timeoutSeconds": 60}`,
+	})
+	elsewhere := &http.Transport{DialContext: (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}).DialContext}
+	t.Cleanup(elsewhere.CloseIdleConnections)
+	stranger := &asks{t, kubelet.url, &http.Client{Transport: elsewhere}}
+	var all sync.WaitGroup
+	all.Go(func() { // the oldest of all
+		if status, body := kubelet.get("livez"); status != 200 {
+			t.Errorf("the kubelet's: %d %q", status, body)
+		}
+	})
+	<-arrived
+	var refused atomic.Int32
+	for range most { // one more than there is room for
+		all.Go(func() {
+			switch status, body := stranger.get("livez"); {
+			case status == 503 && strings.Contains(body, "32 probes are running"):
+				refused.Add(1)
+			case status != 200:
+				t.Errorf("the stranger's: %d %q", status, body)
 			}
 		})
 	}
 	for range most {
 		<-arrived
 	}
-	if status, body := a.get("livez"); status != 503 || !strings.Contains(body, "32 probes are running") {
-		t.Errorf("one more: %d %q", status, body)
+	nettest.Eventually(t, "the stranger to lose one", func() bool { return refused.Load() == 1 })
+	if status, body := kubelet.get("readyz"); status != 200 {
+		t.Errorf("the kubelet's among the stranger's: %d %q", status, body)
+	}
+	nettest.Eventually(t, "the stranger to lose another", func() bool { return refused.Load() == 2 })
+	if status, body := stranger.get("readyz"); status != 200 { // there is room again
+		t.Errorf("one more of the stranger's: %d %q", status, body)
 	}
 	close(leave)
-	crowd.Wait()
-	if status, _ := a.get("livez"); status != 200 {
-		t.Errorf("after the crowd: %d", status)
+	all.Wait()
+	if n := refused.Load(); n != 2 {
+		t.Errorf("the stranger lost %d, want 2", n)
 	}
 }
 

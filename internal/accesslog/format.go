@@ -37,6 +37,7 @@ const DefaultJSON = `{"start_time":"%START_TIME%","method":"%REQ(:METHOD)%","pat
 type Format struct {
 	pieces []piece
 	fields flow.Fields
+	steady struct{ first, end int } // the pieces of steadyText
 }
 
 // piece is a constant text and the operator that follows it.
@@ -449,7 +450,23 @@ func (c *compiler) finish() (*Format, error) {
 	if reserve > maxLine/2 {
 		return nil, fmt.Errorf("access log format: a line may need %d bytes without the values of fields, and %d is the most; use fewer operators and less text", reserve, maxLine/2)
 	}
+	c.findSteady()
 	return &c.Format, nil
+}
+
+// findSteady finds the longest run of pieces whose values hang on nothing but what steadyOf looks at.
+func (f *Format) findSteady() {
+	first := 0
+	for i := range f.pieces {
+		switch f.pieces[i].does {
+		case verbNothing, verbMissing, verbCluster, verbAddress, verbServerName, verbRoute, verbDirection:
+			if i+1-first > f.steady.end-f.steady.first {
+				f.steady.first, f.steady.end = first, i+1
+			}
+		default:
+			first = i + 1
+		}
+	}
 }
 
 // column is the place of text[i] as an editor counts it, from 1.

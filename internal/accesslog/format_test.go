@@ -43,6 +43,54 @@ func TestStoriesAreToldInIstiosWords(t *testing.T) {
 	}
 }
 
+// What a connection keeps for its next request must be true of that one.
+func TestRequestsOfOneConnectionAreToldAsIfEachHadItsOwn(t *testing.T) {
+	changes := []func(*flow.Record){
+		func(*flow.Record) {},
+		func(*flow.Record) {},
+		func(r *flow.Record) { r.Upstream = far },
+		func(r *flow.Record) { r.UpstreamLocal = netip.AddrPortFrom(local.Addr(), 9) },
+		func(r *flow.Record) { r.OriginalDestination = far },
+		func(r *flow.Record) { r.OriginalDestination = netip.AddrPort{} },
+		func(r *flow.Record) { r.Downstream = local },
+		func(r *flow.Record) { r.HTTP.ForwardedFor = []byte("203.0.113.9") },
+		func(r *flow.Record) { r.Reason = flow.Loop },
+		func(r *flow.Record) { r.HTTP.Method = nil },
+		func(r *flow.Record) { r.TLS.ServerName = "a.example" },
+		func(r *flow.Record) { r.HTTP.Status, r.HTTP.Path = 404, []byte("/other") },
+	}
+	for name, f := range map[string]*Format{
+		"text":       mustParse(t, ParseFormat, ""),
+		"json":       mustParse(t, ParseJSONFormat, ""),
+		"first":      mustParse(t, ParseFormat, "%UPSTREAM_HOST% %TRAFFIC_DIRECTION% %REQ(:PATH)% %UPSTREAM_REMOTE_PORT%"),
+		"only":       mustParse(t, ParseFormat, "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"),
+		"none":       mustParse(t, ParseFormat, "%RESPONSE_CODE%"),
+		"only words": mustParse(t, ParseFormat, "a request"),
+	} {
+		for _, direction := range []flow.Direction{flow.Inbound, flow.Outbound} {
+			shared := connection(direction, flow.HTTP11, "")
+			for i := range changes {
+				for j := range changes { // each after each other
+					for _, change := range []int{i, j} {
+						alone, together := request(direction, flow.Completed), request(direction, flow.Completed)
+						together.Connection = shared
+						changes[change](alone)
+						changes[change](together)
+						if got, want := lineOf(f, together), lineOf(f, alone); got != want {
+							t.Errorf("%s, change %d:\n%s\nwant\n%s", name, change, got, want)
+						}
+					}
+				}
+			}
+		}
+	}
+	f, r := mustParse(t, ParseFormat, ""), request(flow.Inbound, flow.Completed)
+	lineOf(f, r)
+	if kept := f.steadyOf(r); !strings.HasPrefix(string(kept.text), `" "198.51.100.2:80" inbound|80|| `) || !strings.HasSuffix(string(kept.text), " - default") {
+		t.Errorf("kept is %q", kept.text)
+	}
+}
+
 func TestOperators(t *testing.T) {
 	inbound, outbound := request(flow.Inbound, flow.Completed), request(flow.Outbound, flow.Completed)
 	inbound.HTTP.ForwardedFor = []byte("2001:db8::1")

@@ -20,8 +20,49 @@ type line struct {
 // build writes r's line, with its newline, into l.buf. lasted is how long the record has been open.
 func (f *Format) build(l *line, r *flow.Record, lasted time.Duration) {
 	dst := l.buf[:0]
-	for i := range f.pieces {
-		p := &f.pieces[i]
+	if s := f.steadyOf(r); s == nil {
+		dst = appendPieces(dst, f.pieces, l, r, lasted)
+	} else {
+		dst = appendPieces(dst, f.pieces[:f.steady.first], l, r, lasted)
+		if len(s.text) == 0 {
+			made := appendPieces(dst, f.pieces[f.steady.first:f.steady.end], l, r, lasted)
+			s.text = append(s.text, made[len(dst):]...)
+		}
+		dst = append(dst, s.text...)
+		dst = appendPieces(dst, f.pieces[f.steady.end:], l, r, lasted)
+	}
+	l.buf = append(dst, '\n')
+}
+
+// steadyText is the part of a line that nearly all requests of a connection have in common, as its addresses take more
+// time than all the rest. The connection keeps it.
+type steadyText struct {
+	by                                       *Format
+	upstream, local, destination, downstream netip.AddrPort
+	text                                     []byte // empty: to be made
+}
+
+// steadyOf returns the text of the request's connection; nil when the record is no request, or one that has more to say.
+func (f *Format) steadyOf(r *flow.Record) *steadyText {
+	if r.Connection == nil || r.Reason != flow.Completed || !understood(r) || r.HTTP.ForwardedFor != nil || r.TLS.ServerName != "" {
+		return nil
+	}
+	s, _ := r.Connection.Bound[flow.BoundAccessLog].(*steadyText)
+	switch {
+	case s == nil:
+		s = new(steadyText)
+		r.Connection.Bound[flow.BoundAccessLog] = s
+	case s.by == f && s.upstream == r.Upstream && s.local == r.UpstreamLocal &&
+		s.destination == r.OriginalDestination && s.downstream == r.Downstream:
+		return s
+	}
+	*s = steadyText{f, r.Upstream, r.UpstreamLocal, r.OriginalDestination, r.Downstream, s.text[:0]}
+	return s
+}
+
+func appendPieces(dst []byte, pieces []piece, l *line, r *flow.Record, lasted time.Duration) []byte {
+	for i := range pieces {
+		p := &pieces[i]
 		dst = append(dst, p.text...)
 		if p.does == verbNothing {
 			continue
@@ -43,7 +84,7 @@ func (f *Format) build(l *line, r *flow.Record, lasted time.Duration) {
 			dst = value
 		}
 	}
-	l.buf = append(dst, '\n')
+	return dst
 }
 
 // value appends what the operator stands for, and reports whether the record has it.

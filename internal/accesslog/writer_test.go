@@ -230,6 +230,7 @@ func TestReopenFreesALogThatIsStuckInTheMiddleOfALine(t *testing.T) {
 	path := fifo(t)
 	l := begin(t, Config{Path: path, QueueBytes: 256 << 10})
 	calls := fill(l)
+	nettest.Eventually(t, "the sink to be full", func() bool { return l.Written() > 0 }) // a chunk, and a line in part
 	if err := os.Rename(path, path+".old"); err != nil {
 		t.Fatal(err)
 	}

@@ -34,7 +34,7 @@ type Config struct {
 	Address   netip.AddrPort // where this server is bound
 	Node      Node
 	Options   Options
-	Listeners []Listener
+	Listeners func() []Listener // as they were bound; required
 	Carrying  Carrying
 	Flows     *flow.Table // required
 

@@ -116,10 +116,12 @@ func sample(t *told) Config {
 		Node: Node{ID: "sidecar~192.0.2.2~app-1.shop~shop.svc.cluster.local", Cluster: "app.shop",
 			Metadata: map[string]any{"NAMESPACE": "shop", "ISTIO_VERSION": "1.2.3", "LABELS": map[string]string{"app": "<app>"}}},
 		Options: Options{Concurrency: 2, LogLevel: "info", DrainTime: 20 * time.Second},
-		Listeners: []Listener{
-			{Name: VirtualOutbound, Addresses: addressPorts("127.0.0.1:15001", "[::1]:15001")},
-			{Name: VirtualInbound, Addresses: addressPorts("0.0.0.0:15006", "[::]:15006")},
-			{Name: "readiness", Addresses: addressPorts("0.0.0.0:15021"), Serves: []string{"/healthz/ready", "/healthz/live"}},
+		Listeners: func() []Listener {
+			return []Listener{
+				{Name: VirtualOutbound, Addresses: addressPorts("127.0.0.1:15001", "[::1]:15001")},
+				{Name: VirtualInbound, Addresses: addressPorts("0.0.0.0:15006", "[::]:15006")},
+				{Name: "readiness", Addresses: addressPorts("0.0.0.0:15021"), Serves: []string{"/healthz/ready", "/healthz/live"}},
+			}
 		},
 		Carrying: Carrying{
 			OwnPorts: []uint16{15001, 15006},
@@ -502,8 +504,10 @@ func TestEveryJSONIsEnvoysMessage(t *testing.T) {
 	full := sample(&told)
 	bare := Config{ // what an agent has that nobody told anything
 		Started: time.Now(), Address: full.Address, Flows: flow.NewTable(), Ready: full.Ready, Log: full.Log,
-		Listeners: []Listener{{Name: VirtualInbound, Addresses: addressPorts("0.0.0.0:15006")}, {Name: "status", Addresses: addressPorts("[::]:15020")}},
-		Carrying:  Carrying{OwnAddresses: func() []netip.Addr { return nil }, OpaquePorts: [][2]uint16{{1, 65535}}, TPROXYMark: 1337},
+		Listeners: func() []Listener {
+			return []Listener{{Name: VirtualInbound, Addresses: addressPorts("0.0.0.0:15006")}, {Name: "status", Addresses: addressPorts("[::]:15020")}}
+		},
+		Carrying: Carrying{OwnAddresses: func() []netip.Addr { return nil }, OpaquePorts: [][2]uint16{{1, 65535}}, TPROXYMark: 1337},
 	}
 	var given bytes.Buffer
 	encoder := json.NewEncoder(&given)

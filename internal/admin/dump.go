@@ -110,7 +110,7 @@ func (h *handler) originalDestinationCluster(name string) object {
 
 func (h *handler) listenersDump() object {
 	listeners := []object{}
-	for _, l := range h.Listeners {
+	for _, l := range h.Listeners() {
 		listener := object{"name": l.Name}
 		for i, address := range l.Addresses {
 			if i == 0 {
@@ -264,7 +264,7 @@ func (h *handler) routesDump() object {
 	add := func(config object) {
 		routes = append(routes, object{"route_config": typed("envoy.config.route.v3.RouteConfiguration", config), "last_updated": h.updated()})
 	}
-	for _, l := range h.Listeners {
+	for _, l := range h.Listeners() {
 		switch l.Name {
 		case VirtualOutbound:
 			add(h.route(flow.Outbound))

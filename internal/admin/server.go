@@ -193,7 +193,7 @@ func (h *handler) listeners(w http.ResponseWriter, r *http.Request) {
 	}
 	if !asJSON {
 		var b strings.Builder
-		for _, l := range h.Listeners {
+		for _, l := range h.Listeners() {
 			for _, address := range l.Addresses {
 				fmt.Fprintf(&b, "%s::%s\n", l.Name, address)
 			}
@@ -202,7 +202,7 @@ func (h *handler) listeners(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	statuses := []object{}
-	for _, l := range h.Listeners {
+	for _, l := range h.Listeners() {
 		status := object{"name": l.Name}
 		for i, address := range l.Addresses {
 			if i == 0 {

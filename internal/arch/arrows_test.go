@@ -40,6 +40,9 @@ var arrows = []struct {
 	{"internal/admin", []string{"healthz", "internal/flow"},
 		"what is open is read from the table; who is here is one question; all else that it shows comes in as values"},
 	{"internal/live", []string{"healthz", "internal/flow"}, "what is shown is made of records, and for who is here"},
+	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
+	{"internal/inject", []string{"healthz", "internal/capture", "internal/podinfo", "internal/scrape"},
+		"what is written for init and agent is checked by the code with which they read it"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 
@@ -107,6 +110,19 @@ func TestOnlyTestsUseTheTestRooms(t *testing.T) {
 			if imported == module+"internal/nettest" && !testOnly(r.path()) {
 				t.Errorf("%s imports internal/nettest outside its tests: what runs in a pod stays lean", r.path())
 			}
+		}
+	}
+}
+
+// A sidecar runs in every pod, and what only its operator needs would be there a thousand times.
+func TestTheSidecarHasNothingOfTheInjector(t *testing.T) {
+	out, err := command("go", "list", "-deps", "./cmd/pillion")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path := range strings.Lines(out) {
+		if path = strings.TrimSpace(path); path == module+"internal/inject" || strings.Contains(path, "yaml") {
+			t.Errorf("cmd/pillion is built with %s", path)
 		}
 	}
 }

@@ -82,6 +82,7 @@ type Record struct {
 const (
 	BoundMetrics = iota
 	BoundLive
+	BoundAccessLog
 	boundPlaces
 )
 
@@ -95,7 +96,7 @@ type Hello struct {
 // Sink.Closed returns. Those of fields are nil when the message has no such field, and its first one otherwise.
 type Request struct {
 	Method, Path, Authority, ID []byte
-	UserAgent, ForwardedFor     []byte        // as downstream sent them
+	UserAgent, ForwardedFor     []byte        // as downstream sent them; several lines of the second, joined by commas
 	Fields, ResponseFields      [][]byte      // what Fields names, in its order
 	Status                      int           // of the response that downstream got; 0 when it got none
 	GRPC                        bool          // by the request's content-type

@@ -93,7 +93,7 @@ func (x *exchange) note(b []byte) {
 	to.Authority = x.copyField(h, b, http1.Host)
 	to.ID = x.copyField(h, b, http1.XRequestID)
 	to.UserAgent = x.copyField(h, b, http1.UserAgent)
-	to.ForwardedFor = x.copyField(h, b, http1.XForwardedFor)
+	to.ForwardedFor = x.copyJoined(h, b, http1.XForwardedFor)
 	if i := h.Find(http1.ContentType); i >= 0 {
 		to.GRPC = isGRPC(h.Fields[i].Value.In(b))
 	}
@@ -116,6 +116,22 @@ func (x *exchange) copyField(h *http1.Head, b []byte, k http1.Known) []byte {
 		return x.copyName(h.Fields[i].Value.In(b))
 	}
 	return nil
+}
+
+// copyJoined copies the values of all fields of a kind as one list (RFC 9110 §5.3).
+func (x *exchange) copyJoined(h *http1.Head, b []byte, k http1.Known) []byte {
+	first := h.Find(k)
+	if first < 0 {
+		return nil
+	}
+	start := len(x.names)
+	x.names = append(x.names, h.Fields[first].Value.In(b)...)
+	for _, f := range h.Fields[first+1:] {
+		if f.Known == k && !f.Dropped {
+			x.names = append(append(x.names, ','), f.Value.In(b)...)
+		}
+	}
+	return x.names[start:len(x.names):len(x.names)]
 }
 
 // copyFields appends the value of the first field of each name, and nil for a name that no field has.

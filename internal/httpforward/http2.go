@@ -279,18 +279,21 @@ func (m *multiplex) opaque() {
 	config := &m.engine.config
 	record := flow.Open(config.Direction, m.Record.Downstream)
 	record.Opened = m.opened
-	record.Received.Store(m.toUp.written)
 	record.OriginalDestination = m.Record.OriginalDestination
 	record.Upstream, record.UpstreamLocal = m.Target.Address, m.upLocal
 	record.Bound[flow.BoundLive] = m.Record.Bound[flow.BoundLive] // it is counted as a connection already
+	received, sent := &m.Record.Received, &m.Record.Sent          // which those see who look at open connections
+	received.Store(m.toUp.written)
 	end, err := relay.Run(m.w, m.Down, m.up, relay.Options{
 		IdleTimeout:      config.IdleTimeout,
 		HalfCloseTimeout: config.HalfCloseTimeout,
-		FromDown:         &record.Received,
-		FromUp:           &record.Sent,
+		FromDown:         received,
+		FromUp:           sent,
 		DownRead:         down,
 		UpRead:           up,
 	})
+	record.Received.Store(received.Load())
+	record.Sent.Store(sent.Load())
 	record.Close(config.Flows, flow.Reason(end), err)
 }
 

@@ -63,14 +63,14 @@ type seen struct{ id, forwardedFor, forwardedProto bool }
 
 // note copies what the record tells of a request.
 func (m *multiplex) note(s *stream, request *http2.Request, fields []http2.Field) (has seen) {
-	authority, id, agent, forwardedFor := request.Authority, "", "", ""
+	authority, id, agent, forwardedFor := request.Authority, "", "", 0
 	for i := range fields {
 		switch f := &fields[i]; f.Name {
 		case "x-request-id":
 			id, has.id = f.Value, true
 		case "x-forwarded-for":
 			if !has.forwardedFor {
-				forwardedFor, has.forwardedFor = f.Value, true
+				forwardedFor, has.forwardedFor = i, true
 			}
 		case "x-forwarded-proto":
 			has.forwardedProto = true
@@ -96,7 +96,7 @@ func (m *multiplex) note(s *stream, request *http2.Request, fields []http2.Field
 		to.UserAgent = s.name(agent)
 	}
 	if has.forwardedFor {
-		to.ForwardedFor = s.name(forwardedFor)
+		to.ForwardedFor = s.nameJoined(fields[forwardedFor:])
 	}
 	to.Fields = s.nameFields(to.Fields, fields, m.engine.config.Note.Request)
 	return has

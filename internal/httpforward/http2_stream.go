@@ -83,6 +83,18 @@ func (s *stream) name(text string) []byte {
 	return s.names[start:len(s.names):len(s.names)]
 }
 
+// nameJoined copies the values of all fields with the name of the first as one list (RFC 9110 §5.3).
+func (s *stream) nameJoined(fields []http2.Field) []byte {
+	start := len(s.names)
+	s.names = append(s.names, fields[0].Value...)
+	for i := 1; i < len(fields); i++ {
+		if fields[i].Name == fields[0].Name {
+			s.names = append(append(s.names, ','), fields[i].Value...)
+		}
+	}
+	return s.names[start:len(s.names):len(s.names)]
+}
+
 // nameFields appends the value of the first field of each name, and nil for a name that no field has.
 func (s *stream) nameFields(dst [][]byte, fields []http2.Field, names []string) [][]byte {
 	for _, name := range names {

@@ -16,10 +16,11 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// serveHTTP2 starts a real server of cleartext HTTP/2.
+// serveHTTP2 starts a real server of cleartext HTTP/2, and of HTTP/1.
 func serveHTTP2(t testing.TB, handler http.HandlerFunc) netip.AddrPort {
 	t.Helper()
 	listener, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -28,6 +29,7 @@ func serveHTTP2(t testing.TB, handler http.HandlerFunc) netip.AddrPort {
 	}
 	server := &http.Server{Handler: handler, Protocols: new(http.Protocols)}
 	server.Protocols.SetUnencryptedHTTP2(true)
+	server.Protocols.SetHTTP1(true)
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
@@ -79,6 +81,61 @@ func TestHTTP2RequestsAndResponsesPass(t *testing.T) {
 		if got != want || len(got.id) != uuidLength {
 			t.Errorf("the record is %+v, want %+v", got, want)
 		}
+	}
+}
+
+// The last hop of several lines is the last line's.
+func TestForwardedForInSeveralLinesIsToldAsOneList(t *testing.T) {
+	for _, two := range []bool{false, true} {
+		r := newRig(t, serveHTTP2(t, func(http.ResponseWriter, *http.Request) {}), two)
+		client := http2Client(t)
+		protocols := client.Transport.(*http.Transport).Protocols
+		protocols.SetUnencryptedHTTP2(two)
+		protocols.SetHTTP1(!two)
+		for i, lines := range [][]string{{"203.0.113.9"}, {"203.0.113.9, 198.51.100.1", "192.0.2.1", "192.0.2.2"}, nil} {
+			request, err := http.NewRequest("GET", "http://"+r.address, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			request.Header["X-Forwarded-For"] = lines
+			response, err := client.Do(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+			if got, want := r.records.await(t, i).forwardedFor, strings.Join(lines, ","); got != want {
+				t.Errorf("HTTP/2 %v: told %q, want %q", two, got, want)
+			}
+		}
+	}
+}
+
+// What upstream and downstream say to each other, whoever looks at the connection sees.
+func TestTheBytesOfARelayInPlaceOfHTTP2ShowWhileItIsOpen(t *testing.T) {
+	o := newOrigin(t)
+	r := newRig(t, o.address, true)
+	conn := r.dial(t)
+	client := newSpeaker(t, conn)
+	send(t, conn, http2.Preface)
+	client.says("SETTINGS")
+	server := o.accept()
+	const settings = 9 + 2*6 // ours are longer than the client's
+	if _, err := io.CopyN(io.Discard, server, int64(len(http2.Preface)+settings)); err != nil {
+		t.Fatal(err)
+	}
+	send(t, server, "not HTTP/2 at all")
+	expect(t, conn, "not HTTP/2 at all")
+	send(t, conn, "nor is this")
+	expect(t, server, "nor is this")
+	record := r.last.Load()
+	want := uint64(len(http2.Preface) + settings + len("nor is this"))
+	nettest.Eventually(t, "the bytes to be counted", func() bool {
+		return record.Received.Load() == want && record.Sent.Load() == uint64(len("not HTTP/2 at all"))
+	})
+	server.Close()
+	conn.Close()
+	if got := r.records.await(t, 0); got.received != want || got.sent != uint64(len("not HTTP/2 at all")) {
+		t.Errorf("the record is %+v, want %d received", got, want)
 	}
 }
 

@@ -30,7 +30,8 @@ type rig struct {
 	address string // where the engine is reached
 	cancel  func() // cuts what is open, as the end of a drain does
 	records records
-	open    atomic.Int32 // connections that the engine has
+	last    atomic.Pointer[flow.Record] // of the connection that was served last
+	open    atomic.Int32                // connections that the engine has
 }
 
 // records keeps what the engine told.
@@ -44,6 +45,7 @@ type records struct {
 type told struct {
 	protocol                          flow.Protocol
 	method, path, authority, id, grpc string
+	forwardedFor                      string
 	status                            int
 	flags, details                    string
 	received, sent                    uint64
@@ -58,7 +60,7 @@ func (r *records) Closed(record *flow.Record) {
 	defer r.mu.Unlock()
 	h := &record.HTTP
 	r.closed = append(r.closed, told{
-		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus),
+		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus), string(h.ForwardedFor),
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
 		record.Bound[flow.BoundLive] == nil && (record.Connection == nil || record.Connection.Bound[flow.BoundLive] == nil),
 	})
@@ -162,7 +164,9 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 			return
 		}
 	}
-	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Target: to, Record: recordOf(down, to.Address)})
+	record := recordOf(down, to.Address)
+	r.last.Store(record)
+	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Target: to, Record: record})
 }
 
 // recordOf is the record of a connection that goes where it was going.

@@ -146,7 +146,7 @@ func (v *View) byAddress(r *flow.Record) *tally {
 		address = r.Connection.OriginalDestination
 	}
 	if !address.IsValid() {
-		return v.destinations[r.Direction].find([]byte("unknown"))
+		return v.destinations[r.Direction].find([]byte(unknownName))
 	}
 	var buffer [64]byte
 	return v.destinations[r.Direction].find(unmap(address).AppendTo(buffer[:0]))

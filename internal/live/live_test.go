@@ -147,7 +147,7 @@ func TestConnectionsAreCountedOnceWhateverBecomesOfThem(t *testing.T) {
 	if s.Inbound.Connections != 4 || s.Inbound.Flows != 4 || s.Inbound.Requests != 2 || s.Inbound.Errors != 1 || s.Open != 1 {
 		t.Errorf("inbound %+v, %d open", s.Inbound, s.Open)
 	}
-	if d := find(t, s.Destinations, "unknown"); d.Connections != 1 || d.Errors != 1 {
+	if d := find(t, s.Destinations, unknownName); d.Connections != 1 || d.Errors != 1 {
 		t.Errorf("unknown: %+v", d)
 	}
 	if p := find(t, s.Peers, "198.51.100.2"); p.Connections != 4 || p.Requests != 2 {
@@ -169,6 +169,27 @@ func TestNamesOverTheBoundShareOne(t *testing.T) {
 	}
 	if d := find(t, s.Destinations, "example.test"); d.Direction != "outbound" || len(s.Destinations) != maxDestinations+2 {
 		t.Errorf("%d destinations, outbound %+v", len(s.Destinations), d)
+	}
+}
+
+func TestHostsOfTheseNamesAreNotTheCollectiveOnes(t *testing.T) {
+	v := New(Config{})
+	table := flow.NewTable(v)
+	orphan := flow.Open(flow.Inbound, client) // its destination is unknown
+	ended(table, orphan, func(r *flow.Record) { r.HTTP.Authority = nil })
+	c := open(table, flow.Inbound, flow.HTTP11)
+	hosts := []string{"other", "unknown", "(other)", "(unknown)"} // the last two are no hosts, and count by their address
+	for _, host := range hosts {
+		ended(table, orphan, func(r *flow.Record) { r.HTTP.Authority = []byte(host) })
+	}
+	for i := range maxDestinations {
+		ended(table, c, func(r *flow.Record) { r.HTTP.Authority = fmt.Appendf(nil, "h%d.test", i) })
+	}
+	s := look(v, table)
+	for name, requests := range map[string]uint64{"other": 1, "unknown": 1, otherName: 3, unknownName: 3} {
+		if d := find(t, s.Destinations, name); d.Requests != requests {
+			t.Errorf("%s has %d requests, want %d", name, d.Requests, requests)
+		}
 	}
 }
 

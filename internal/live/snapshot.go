@@ -27,7 +27,7 @@ type Snapshot struct {
 	Inbound       Totals        `json:"inbound"`
 	Outbound      Totals        `json:"outbound"`
 	Reasons       []Reason      `json:"reasons"`      // why flows failed, the most frequent of late first
-	Destinations  []Destination `json:"destinations"` // the busiest first; "other" stands for those over the bound
+	Destinations  []Destination `json:"destinations"` // the busiest first; "(other)" stands for those over the bound
 	Peers         []Destination `json:"peers"`        // who calls the workload, likewise
 	Open          int           `json:"open"`         // connections that are open
 	Connections   []Connection  `json:"connections"`  // the youngest 500 of them, the oldest first

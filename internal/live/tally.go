@@ -17,8 +17,11 @@ type book struct {
 	other *tally // nil until it is needed
 }
 
-// otherName stands for all that found no room.
-const otherName = "other"
+// What has no name of its own stands under these, which no host can have: see hostName.
+const (
+	otherName   = "(other)"   // all that found no room
+	unknownName = "(unknown)" // what has neither a host nor an original destination
+)
 
 func (b *book) find(name []byte) *tally {
 	b.mu.RLock()

@@ -87,11 +87,11 @@ func (h *handler) fetch(ctx context.Context, target Target, scraper http.Header,
 	if err != nil {
 		return nil, fmt.Errorf("%s answers with %w", url, err)
 	}
-	body, err := decoded(response)
+	body, err := decoded(response, h.limits.Bytes)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", url, err)
 	}
-	families, err := promtext.Parse(body, is, promtext.Limits{Bytes: maxBytes, Samples: maxSamples})
+	families, err := promtext.Parse(body, is, h.limits)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", url, err)
 	}
@@ -99,12 +99,12 @@ func (h *handler) fetch(ctx context.Context, target Target, scraper http.Header,
 }
 
 // decoded is the response's body without gzip. promtext bounds what comes out, and this what goes in.
-func decoded(response *http.Response) (io.Reader, error) {
+func decoded(response *http.Response, limit int) (io.Reader, error) {
 	switch coding := response.Header.Get("Content-Encoding"); strings.ToLower(coding) {
 	case "", "identity":
 		return response.Body, nil
 	case "gzip":
-		return gzip.NewReader(io.LimitReader(response.Body, maxBytes))
+		return gzip.NewReader(io.LimitReader(response.Body, int64(limit)))
 	default:
 		return nil, fmt.Errorf("Content-Encoding %.40q was not asked for", coding)
 	}

@@ -1,8 +1,8 @@
 // Package scrape answers Prometheus with the agent's own exposition and the workload's as one.
 //
 // A part that fails never fails the scrape: the answer says so in pillion_scrape_target_up, and the log once for each
-// change. Everything is bounded: the scrapes at a time, and the bytes and the time of each part. What the workload says
-// can never take the place of what the agent says. How the parts become one is told in package promtext.
+// change. Everything is bounded: the scrapes at a time, the bytes and samples of all parts of one, and its time. What the
+// workload says can never take the place of what the agent says. How the parts become one is told in package promtext.
 package scrape
 
 import (
@@ -24,8 +24,8 @@ import (
 
 const (
 	maxScrapes = 2
-	maxBytes   = 10 << 20 // of one target's exposition, as it comes and as it is without gzip
-	maxSamples = 100_000  // of one target: parsed, they take about 90 MB
+	maxBytes   = 10 << 20 // of all targets' expositions in one scrape, as they come and as they are without gzip
+	maxSamples = 100_000  // of all targets in one scrape: parsed, they take about 90 MB
 
 	standardTimeout = 10 * time.Second
 	maxTimeout      = time.Minute
@@ -60,14 +60,23 @@ func NewHandler(config Config) http.Handler {
 	}
 	return &handler{
 		Config: config,
+		limits: shareOf(len(config.Targets)),
 		slots:  make(chan struct{}, maxScrapes),
 		failed: make(map[Target]bool),
 		client: newClient(config.Dial),
 	}
 }
 
+// shareOf are the limits of each of so many targets. The parts are equal, so that a target's fate does not hang on which
+// of the others was faster.
+func shareOf(targets int) promtext.Limits {
+	n := max(1, targets)
+	return promtext.Limits{Bytes: maxBytes / n, Samples: maxSamples / n}
+}
+
 type handler struct {
 	Config
+	limits promtext.Limits // of one target
 	slots  chan struct{}
 	client *http.Client
 

@@ -200,12 +200,12 @@ func TestAPartThatFailsNeverFailsTheScrape(t *testing.T) {
 		"a page":   {serves("text/html", "<html>"), "neither text/plain nor application/openmetrics-text"},
 		"protobuf": {serves("application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily", "\x0a\x01a"), "application/vnd.google.protobuf"},
 		"cut off":  {serves("application/openmetrics-text", "a 1\n"), "does not end in # EOF"},
-		"huge":     {func(w http.ResponseWriter, _ *http.Request) { w.Write(bytes.Repeat([]byte("#\n"), 6<<20)) }, "longer than 10485760 bytes"},
+		"huge":     {func(w http.ResponseWriter, _ *http.Request) { w.Write(bytes.Repeat([]byte("#\n"), 6<<20)) }, "longer than 5242880 bytes"},
 		"huge zipped": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Encoding", "gzip")
 			w.Header().Set("Content-Type", "text/plain")
 			w.Write(zipped(12 << 20))
-		}, "longer than 10485760 bytes"},
+		}, "longer than 5242880 bytes"},
 		"zip cut off": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Encoding", "gzip")
 			w.Header().Set("Content-Type", "text/plain")
@@ -262,6 +262,43 @@ func TestAPartThatFailsNeverFailsTheScrape(t *testing.T) {
 			t.Errorf("answer:\n%s\nlog: %s", body, agent.log)
 		}
 	})
+}
+
+// However many targets there are, a scrape's memory has one bound.
+func TestTargetsShareTheLimitsOfAScrape(t *testing.T) {
+	samples := func(n int) string { return strings.Repeat("a 1\n", n) }
+	bytes := func(n int) string { return strings.Repeat("#\n", n/2) }
+	for _, c := range []struct {
+		name    string
+		targets int
+		most    string
+		more    string
+		says    string
+	}{
+		{"samples of one", 1, samples(100_000), samples(100_001), "one sample more than 100000"},
+		{"samples of four", 4, samples(25_000), samples(25_001), "one sample more than 25000"},
+		{"bytes of four", 4, bytes(10 << 20 / 4), bytes(10<<20/4 + 2), "longer than 2621440 bytes"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var targets []scrape.Target
+			var ups []any
+			for range c.targets - 1 {
+				target := workload(t, "/", serves("", c.most))
+				targets, ups = append(targets, target), append(ups, target, 1)
+			}
+			beyond := workload(t, "/", serves("", c.more))
+			agent := start(t, scrape.Config{Targets: append(targets, beyond)})
+			body, _ := agent.get(t)
+			for _, up := range strings.SplitAfter(report(0, append(ups, beyond, 0)...), "\n") {
+				if strings.HasPrefix(up, "pillion_scrape_target_up") && !strings.Contains(body, up) {
+					t.Errorf("the answer lacks %s", up)
+				}
+			}
+			if !strings.Contains(agent.log.String(), c.says) {
+				t.Errorf("logged %swant %s", agent.log, c.says)
+			}
+		})
+	}
 }
 
 func TestAChangeIsLoggedOnce(t *testing.T) {

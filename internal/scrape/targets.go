@@ -12,7 +12,7 @@ import (
 // Variable is the environment variable in which the injector hands on the workload's annotations for Prometheus.
 const Variable = "ISTIO_PROMETHEUS_ANNOTATIONS"
 
-// maxTargets bounds what one scrape fetches at the same time, each up to maxBytes.
+// maxTargets bounds what one scrape fetches at the same time. They share maxBytes and maxSamples.
 const maxTargets = 16
 
 // Target is one place where the workload serves metrics. Path begins with a slash, and may have a query.

@@ -1,0 +1,107 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spf13/pflag"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+const (
+	pod     = "apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\nspec:\n  containers:\n  - name: app\n    image: app\n"
+	badPod  = "apiVersion: v1\nkind: Pod\nmetadata:\n  name: bad\n  annotations: {pillion.dev/log-level: loud}\nspec:\n  containers:\n  - name: app\n"
+	service = "kind: Service # kept"
+)
+
+// ran is what a run has left.
+type ran struct {
+	code           int
+	stdout, stderr string
+}
+
+func runWith(stdin string, args ...string) ran {
+	var stdout, stderr bytes.Buffer
+	code := run(args, strings.NewReader(stdin), &stdout, &stderr)
+	return ran{code, stdout.String(), stderr.String()}
+}
+
+func file(t *testing.T, name, content string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestFilesBecomeOneStreamAndBack(t *testing.T) {
+	first, second := file(t, "service.yaml", service), file(t, "pod.yaml", pod)
+	in := runWith(pod, "inject", "-f", first, "-f", second, "-f", "-")
+	if in.code != 0 || in.stderr != "" || strings.Count(in.stdout, "name: pillion-init") != 2 || !strings.HasPrefix(in.stdout, service+"\n---\n") {
+		t.Fatalf("%+v", in)
+	}
+	out := runWith(in.stdout, "uninject", "-f", "-")
+	if want := service + "\n---\n" + pod + "---\n" + pod; out.stdout != want || out.code != 0 {
+		t.Errorf("%+v", out)
+	}
+}
+
+func TestOneBadObjectIsNamedAndNothingIsWritten(t *testing.T) {
+	good, bad := file(t, "good.yaml", pod), file(t, "bad.yaml", badPod)
+	to := filepath.Join(t.TempDir(), "out.yaml")
+	got := runWith("", "inject", "-f", good, "-f", bad, "-o", to)
+	if _, err := os.Stat(to); err == nil || got.code != 1 || got.stdout != "" ||
+		got.stderr != `pillionctl: error: Pod bad (document 1 of `+bad+`): annotation pillion.dev/log-level: "loud" is not a level: use debug, info, warn or error`+"\n" {
+		t.Errorf("%v %+v", err, got)
+	}
+	got = runWith("", "inject", "-f", good, "-o", to)
+	if text, err := os.ReadFile(to); err != nil || got.code != 0 || !strings.Contains(string(text), "istio-proxy") {
+		t.Errorf("%v %+v", err, got)
+	}
+}
+
+func TestTheCommandLineIsChecked(t *testing.T) {
+	for _, c := range []struct {
+		args string
+		code int
+		want string
+	}{
+		{"inject", 255, "no input: name a file by -f, or - for standard input"},
+		{"inject -f x y", 255, `pillionctl inject takes no arguments, and "y" is one`},
+		{"inject --nonsense", 255, "unknown flag: --nonsense"},
+		{"inject -f /nonexistent", 1, "-f /nonexistent: open /nonexistent: no such file"},
+		{"inject -f - --image=", 1, `--image: "" is not an image`},
+		{"inject -f - --image-pull-policy=Often", 1, `--image-pull-policy "Often": use Always, IfNotPresent or Never`},
+		{"inject -f - --sidecar-name=A_b", 1, `--sidecar-name "A_b": use`},
+		{"inject -f - --namespace=A_b", 1, `--namespace "A_b" is not a namespace`},
+		{"webhook --log-level=loud", 1, `--log-level "loud": use debug, info, warn or error`},
+		{"webhook --listen=nowhere", 1, `--listen nowhere: `},
+		{"webhook --listen=127.0.0.1:0 --tls-cert=/nonexistent", 1, "--tls-cert /nonexistent"},
+	} {
+		got := runWith("", strings.Fields(c.args)...)
+		if got.code != c.code || !strings.Contains(got.stderr, "pillionctl: error: "+c.want) {
+			t.Errorf("%s: %+v", c.args, got)
+		}
+	}
+}
+
+func TestTheDocumentNamesEveryFlag(t *testing.T) {
+	text, err := os.ReadFile("../../docs/inject.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, cmd := range newRoot().Commands() {
+		cmd.Flags().VisitAll(func(flag *pflag.Flag) {
+			if !strings.Contains(string(text), "`--"+flag.Name+"`") {
+				t.Errorf("docs/inject.md does not name %s --%s", cmd.Name(), flag.Name)
+			}
+		})
+	}
+}

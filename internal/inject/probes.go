@@ -1,0 +1,130 @@
+package inject
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"strconv"
+
+	"github.com/pillion-proxy/pillion/healthz"
+)
+
+// proberNames are the fields of a container that hold handlers, and the names under which the agent's status port has
+// them. The kubelet asks the agent, as a captured port answers whether the workload is well or not.
+var proberNames = []struct{ field, below, path string }{
+	{"livenessProbe", "", "/app-health/%s/livez"},
+	{"readinessProbe", "", "/app-health/%s/readyz"},
+	{"startupProbe", "", "/app-health/%s/startupz"},
+	{"lifecycle", "postStart", "/app-lifecycle/%s/poststartz"},
+	{"lifecycle", "preStop", "/app-lifecycle/%s/prestopz"},
+}
+
+// rewriteProbes sends the workload's probes to the status port, and returns them as the agent reads them, or "".
+func (p *pod) rewriteProbes(s *settings) (string, error) {
+	var probers object
+	for _, list := range []string{"containers", "initContainers"} {
+		containers, err := p.containers(list)
+		if err != nil {
+			return "", err
+		}
+		for i, c := range containers {
+			// What runs before a classic sidecar cannot be probed through it.
+			if list == "initContainers" && (text(c, "restartPolicy") != "Always" || !s.native) {
+				continue
+			}
+			for _, n := range proberNames {
+				path := []string{"spec", list, strconv.Itoa(i), n.field}
+				at := []string{"spec", list, text(c, "name"), n.field}
+				if n.below != "" {
+					path, at = append(path, n.below), append(at, n.below)
+				}
+				prober, err := p.rewriteProbe(s, c, path, at, fmt.Sprintf(n.path, text(c, "name")))
+				if err != nil {
+					return "", err
+				}
+				if prober != nil {
+					probers = append(probers, member{fmt.Sprintf(n.path, text(c, "name")), prober})
+				}
+			}
+		}
+	}
+	if probers == nil {
+		return "", nil
+	}
+	recorded := oneLine(probers)
+	// The agent does not start with probes that it cannot read.
+	if _, err := healthz.ParseProbers(recorded, healthz.ProbeConfig{Address: netip.IPv6Loopback(), StatusPort: s.statusPort}); err != nil {
+		return "", err
+	}
+	return recorded, nil
+}
+
+// rewriteProbe changes one. It returns what to record, or nil when there is nothing to change.
+func (p *pod) rewriteProbe(s *settings, container map[string]any, path, at []string, to string) (any, error) {
+	holder, _ := get(container, path[3:]...).(map[string]any)
+	for _, handler := range []string{"httpGet", "tcpSocket", "grpc"} {
+		action, has := holder[handler].(map[string]any)
+		if !has {
+			continue
+		}
+		where := pointer(at...)
+		port, err := portOf(container, action["port"])
+		switch {
+		case err != nil:
+			p.warn("%s is left as it is: %v", where, err)
+			return nil, nil
+		case text(action, "host") != "":
+			p.warn("%s is left as it is: it asks the host %s and not the pod", where, text(action, "host"))
+			return nil, nil
+		case port == int(s.statusPort):
+			return nil, nil
+		}
+		ask := object{{"path", to}, {"port", int(s.statusPort)}}
+		asked := object{}
+		for _, field := range []string{"path", "port", "scheme", "httpHeaders", "service"} {
+			value, has := action[field]
+			switch {
+			case !has || value == nil:
+				continue
+			case field == "port":
+				value = port
+			case field == "httpHeaders" && !empty(value):
+				ask = append(ask, member{field, value}) // the agent passes on what the kubelet sends
+			}
+			asked = append(asked, member{field, value})
+		}
+		timeout := holder["timeoutSeconds"]
+		if path[3] == "lifecycle" {
+			timeout = 0 // the kubelet gives a hook what is left of the grace period
+		} else if timeout == nil {
+			timeout = 1
+		}
+		if err := p.replace(path, at, handler, member{"httpGet", ask}); err != nil {
+			return nil, err
+		}
+		return object{{handler, asked}, {"timeoutSeconds", timeout}}, nil
+	}
+	return nil, nil
+}
+
+// portOf is the number of a probe's port. A name is that of one of the container's ports.
+func portOf(container map[string]any, port any) (int, error) {
+	if number, ok := port.(json.Number); ok {
+		n, err := strconv.ParseUint(string(number), 10, 16)
+		if err != nil || n == 0 {
+			return 0, fmt.Errorf("%s is not a port", number)
+		}
+		return int(n), nil
+	}
+	name, ok := port.(string)
+	if !ok {
+		return 0, fmt.Errorf("it has no port")
+	}
+	declared, _ := container["ports"].([]any)
+	for _, d := range declared {
+		if text(d, "name") == name {
+			return portOf(container, get(d, "containerPort"))
+		}
+	}
+	return 0, fmt.Errorf("the container has no port of the name %q", name)
+}
