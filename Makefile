@@ -65,6 +65,10 @@ test-netns: tools-test modules ## tests that make network namespaces, without e2
 e2e: tools-test modules $(BROWSER) ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
 	$(TEST) -timeout 12m -run '$(RUN)' ./e2e/... | $(REPORT)
 
+.PHONY: test-pods
+test-pods: tools-test modules ## the images, and real pods of them, by podman (RUN=pattern chooses)
+	$(TEST) -timeout 5m -run '$(RUN)' ./e2e/pods | $(REPORT)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (10s)
 	FUZZTIME=$(FUZZTIME) scripts/fuzz

@@ -194,9 +194,9 @@ func TestWhatHasNoEffectIsNamedOnce(t *testing.T) {
 	m := readManifest(t, "native")
 	sidecar := &m.Spec.InitContainers[1]
 	sidecar.Args = append(sidecar.Args, "--novel=1")
-	s := setInjectedStage(t, m, "ISTIO_NOVELTY=1")
+	s := setInjectedStage(t, m, "XDS_HEADER_NOVEL=1")
 	line := s.agent.log.await(t, "running in the place of Istio's sidecar")
-	if !strings.Contains(line, `without_effect="[discoveryAddress tracing --novel]"`) {
+	if !strings.Contains(line, `without_effect="[discoveryAddress tracing --novel CA_ADDR PILOT_CERT_PROVIDER XDS_HEADER_NOVEL]"`) {
 		t.Errorf("it says: %s", line)
 	}
 }

@@ -137,8 +137,23 @@ func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
 		return err
 	}
 	log.Info("running in the place of Istio's sidecar", "cores", runtime.GOMAXPROCS(0),
-		"without_effect", append(slices.Sorted(slices.Values(p.idle)), p.unknown...))
+		"without_effect", slices.Concat(slices.Sorted(slices.Values(p.idle)), p.unknown, idleVariables(os.Environ())))
 	return nil
+}
+
+// idleVariables names what Istio's agent would heed and this one does not. Metadata, which nobody asks for, is not told of.
+func idleVariables(environment []string) (names []string) {
+	known := strings.Fields(`CA_ADDR CA_PROVIDER CA_ROOT_CA DISABLE_ENVOY DNS_PROXY_ADDR ENVOY_SECURE_METRICS_PORT
+		ENVOY_SECURE_MERGED_METRICS_PORT FILE_MOUNTED_CERTS ISTIO_BOOTSTRAP_OVERRIDE JWT_POLICY OUTPUT_CERTS PILOT_CERT_PROVIDER
+		PROV_CERT SECRET_TTL XDS_ROOT_CA`)
+	for _, variable := range environment {
+		name, _, _ := strings.Cut(variable, "=")
+		if slices.Contains(known, name) || strings.HasPrefix(name, "XDS_HEADER_") || strings.HasPrefix(name, "CA_HEADER_") {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // drainAfterDelay is what the defaults leave connections, once the delay is over.

@@ -141,6 +141,13 @@ func TestIstiosBadWordsAreRefusedWithTheirPlace(t *testing.T) {
 	}
 }
 
+func TestVariablesWithoutEffectAreNamed(t *testing.T) {
+	got := idleVariables([]string{"XDS_HEADER_A=1", "PATH=/", "CA_ADDR=", "ISTIO_META_MESH_ID=m", "POD_NAME=p", "ISTIOD_SERVICE_PORT=1"})
+	if !slices.Equal(got, []string{"CA_ADDR", "XDS_HEADER_A"}) {
+		t.Errorf("got %v", got)
+	}
+}
+
 func TestProcessorsAreRoundedUp(t *testing.T) {
 	for text, want := range map[string]int{"0": 0, "1": 1, "0.1": 1, "1.5": 2, "2": 2, "500m": 1, "6500m": 7, "2000m": 2} {
 		if got, err := parseCPU(text); err != nil || got != want {

@@ -95,17 +95,16 @@ func (a archive) contents(t *testing.T) (set settings, files map[string]*tar.Hea
 
 func TestTheSameBinaryGivesTheSameImage(t *testing.T) {
 	for _, target := range []string{"image", "image-iptables"} {
-		name := filepath.Join(t.TempDir(), "archive")
-		first, second := buildImage(t, target, name), buildImage(t, target, name)
-		if first != second || !strings.Contains(first, "sha256:") {
-			t.Errorf("two builds differ:\n%s%s", first, second)
+		_, first := theImage(t, target)
+		second, err := buildImage(target)
+		if err != nil || first != second || !strings.Contains(first, "sha256:") {
+			t.Errorf("two builds differ (%v):\n%s%s", err, first, second)
 		}
 	}
 }
 
 func TestTheImageHasTheBinaryAndNothingElse(t *testing.T) {
-	name := filepath.Join(t.TempDir(), "archive")
-	buildImage(t, "image", name)
+	name, _ := theImage(t, "image")
 	set, files := openArchive(t, name).contents(t)
 	var names []string
 	size := int64(0)
@@ -132,8 +131,7 @@ func TestTheImageHasTheBinaryAndNothingElse(t *testing.T) {
 }
 
 func TestTheImageWithIPTablesHasBothFlavoursInLessThan20MB(t *testing.T) {
-	name := filepath.Join(t.TempDir(), "archive")
-	buildImage(t, "image-iptables", name)
+	name, _ := theImage(t, "image-iptables")
 	set, files := openArchive(t, name).contents(t)
 	size := int64(0)
 	for _, header := range files {

@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"sync"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -49,16 +51,33 @@ func build(source, name string) error {
 	return nil
 }
 
-// buildImage makes an image of the binary, and returns what is said of it.
-func buildImage(t *testing.T, target, archive string) string {
+// built images: what is said of each, and where it is.
+var images = map[string]func() (said string, err error){
+	"image":          sync.OnceValues(func() (string, error) { return buildImage("image") }),
+	"image-iptables": sync.OnceValues(func() (string, error) { return buildImage("image-iptables") }),
+}
+
+// theImage returns the archive of a target, and what was said when it was built.
+func theImage(t *testing.T, target string) (archive, said string) {
 	t.Helper()
-	cmd := exec.Command("../../scripts/image", target, filepath.Join(built, "pillion"), archive)
-	cmd.Env = append(os.Environ(), "VERSION=test", "EPOCH=1700000000")
+	said, err := images[target]()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return archiveOf(target), said
+}
+
+func archiveOf(target string) string { return filepath.Join(built, target+".tar") }
+
+// buildImage makes an image of the binary, and returns what is said of it.
+func buildImage(target string) (said string, err error) {
+	cmd := exec.Command("../../scripts/image", target, filepath.Join(built, "pillion"), archiveOf(target))
+	cmd.Env = append(os.Environ(), "VERSION=test", "EPOCH=1700000000", "ARCH="+runtime.GOARCH)
 	var complaints bytes.Buffer
 	cmd.Stderr = &complaints
 	out, err := cmd.Output()
 	if err != nil {
-		t.Fatalf("scripts/image %s: %v\n%s%s", target, err, out, &complaints)
+		return "", fmt.Errorf("scripts/image %s: %w\n%s%s", target, err, out, &complaints)
 	}
-	return string(out)
+	return string(out), nil
 }

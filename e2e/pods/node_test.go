@@ -30,12 +30,16 @@ type node struct {
 }
 
 const (
-	network    = "198.51.100.0/24" // of the pods; the node is its first address
-	outside    = "203.0.113.7"     // of the node, too: another network
+	network    = "198.51.100.0/25" // of the pods
 	podNetwork = "pods"
 )
 
-var gateway = netip.MustParseAddr("198.51.100.1")
+// Addresses of the node at which its tests serve: one that pods' rules capture, and one in 203.0.113.0/24, which some
+// leave alone.
+var (
+	serving = netip.MustParseAddr("198.51.100.200")
+	outside = netip.MustParseAddr("203.0.113.7")
+)
 
 // setUpNode gives podman directories of its own, and stays as the process that adopts and buries what others leave. It
 // ends with this process, by its standard input, and all others of the node end with it.
@@ -71,7 +75,9 @@ func newNode(t *testing.T) *node {
 	}
 	n := &node{Namespace: nettest.New(t, "node")}
 	t.Cleanup(n.removeGroups)
-	n.AddAddress(t, "lo", netip.MustParsePrefix(outside+"/32"))
+	for _, address := range []netip.Addr{serving, outside} {
+		n.AddAddress(t, "lo", netip.PrefixFrom(address, 32))
+	}
 	cmd := n.Command(0, 0, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private",
 		"sh", "-c", setUpNode, "sh", etc)
 	stdin, err := cmd.StdinPipe()
@@ -92,8 +98,7 @@ func newNode(t *testing.T) *node {
 
 	n.podman(t, "network", "create", "--subnet", network, podNetwork)
 	for target, tag := range map[string]string{"image": image, "image-iptables": imageIPTables} {
-		name := filepath.Join(built, target+".tar")
-		buildImage(t, target, name)
+		name, _ := theImage(t, target)
 		if out := n.podman(t, "load", "--quiet", "--input", name); !strings.Contains(out, tag) {
 			t.Fatalf("%s is not %s: %s", target, tag, out)
 		}
@@ -229,8 +234,11 @@ func (n *node) play(t testing.TB, text, name string, replacements ...string) *po
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := n.tryPodman("kube", "play", "--network", podNetwork, file); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	out, failed := n.tryPodman("kube", "play", "--network", podNetwork, file)
+	ids := strings.Fields(n.podman(t, "pod", "inspect", name, "--format", "{{.ID}} {{.InfraContainerID}}"))
+	n.remember(ids[0])
+	if failed != nil {
+		t.Fatalf("%v\n%s", failed, out)
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -239,8 +247,6 @@ func (n *node) play(t testing.TB, text, name string, replacements ...string) *po
 		}
 		n.tryPodman("pod", "rm", "--force", "--time", "0", name)
 	})
-	ids := strings.Fields(n.podman(t, "pod", "inspect", name, "--format", "{{.ID}} {{.InfraContainerID}}"))
-	n.remember(ids[0])
 	state := strings.Fields(n.podman(t, "inspect", ids[1], "--format", "{{.State.Pid}} {{.NetworkSettings.Networks."+podNetwork+".IPAddress}}"))
 	p := &pod{node: n, name: name}
 	p.Namespace = nettest.Open(t, name, filepath.Join(n.root, "proc", state[0], "ns/net"))
