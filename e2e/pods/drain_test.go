@@ -125,9 +125,6 @@ func stopUnderLoad(t *testing.T, n *node, native bool) {
 	for _, role := range []string{"caller", "old", "new"} {
 		pods = append(pods, n.playFile(t, "web.yaml", name+"-"+role))
 	}
-	for _, p := range pods {
-		p.awaitReady(t)
-	}
 	caller, old, next := pods[0], pods[1], pods[2]
 	l := &load{from: caller.Namespace}
 	l.endpoint.Store(old)

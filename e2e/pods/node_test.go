@@ -218,16 +218,16 @@ func (n *node) removeGroups() {
 	}
 }
 
-// pod is one that runs.
+// pod is one that was started.
 type pod struct {
-	*nettest.Namespace
-	node    *node
-	name    string
-	address netip.Addr
+	*nettest.Namespace // nil unless it was played to go on
+	node               *node
+	name               string
+	address            netip.Addr
 }
 
-// play starts a pod of a manifest, whose words in replacements are replaced.
-func (n *node) play(t testing.TB, text, name string, replacements ...string) *pod {
+// start starts a pod of a manifest, whose words in replacements are replaced. It may end by itself at any time.
+func (n *node) start(t testing.TB, text, name string, replacements ...string) *pod {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), name+".yaml")
 	text = strings.NewReplacer(append([]string{"THIS-POD", name}, replacements...)...).Replace(text)
@@ -235,8 +235,7 @@ func (n *node) play(t testing.TB, text, name string, replacements ...string) *po
 		t.Fatal(err)
 	}
 	out, failed := n.tryPodman("kube", "play", "--network", podNetwork, file)
-	ids := strings.Fields(n.podman(t, "pod", "inspect", name, "--format", "{{.ID}} {{.InfraContainerID}}"))
-	n.remember(ids[0])
+	n.remember(n.podman(t, "pod", "inspect", name, "--format", "{{.ID}}"))
 	if failed != nil {
 		t.Fatalf("%v\n%s", failed, out)
 	}
@@ -247,11 +246,7 @@ func (n *node) play(t testing.TB, text, name string, replacements ...string) *po
 		}
 		n.tryPodman("pod", "rm", "--force", "--time", "0", name)
 	})
-	state := strings.Fields(n.podman(t, "inspect", ids[1], "--format", "{{.State.Pid}} {{.NetworkSettings.Networks."+podNetwork+".IPAddress}}"))
-	p := &pod{node: n, name: name}
-	p.Namespace = nettest.Open(t, name, filepath.Join(n.root, "proc", state[0], "ns/net"))
-	p.address = netip.MustParseAddr(state[1])
-	return p
+	return &pod{node: n, name: name}
 }
 
 func (n *node) remember(id string) {
@@ -260,14 +255,31 @@ func (n *node) remember(id string) {
 	n.ids = append(n.ids, id)
 }
 
+// play starts a pod that does not end by itself, and waits until its agent is ready.
+func (n *node) play(t testing.TB, text, name string, replacements ...string) *pod {
+	t.Helper()
+	p := n.start(t, text, name, replacements...)
+	infra := n.podman(t, "pod", "inspect", name, "--format", "{{.InfraContainerID}}")
+	state := strings.Fields(n.podman(t, "inspect", infra, "--format", "{{.State.Pid}} {{.NetworkSettings.Networks."+podNetwork+".IPAddress}}"))
+	p.Namespace = nettest.Open(t, name, filepath.Join(n.root, "proc", state[0], "ns/net"))
+	p.address = netip.MustParseAddr(state[1])
+	p.exec(t, "pilot-agent", "wait", "--timeoutSeconds", "20", "--periodMillis", "20")
+	return p
+}
+
 // playFile is play for a manifest in testdata.
 func (n *node) playFile(t testing.TB, file, name string, replacements ...string) *pod {
+	t.Helper()
+	return n.play(t, manifest(t, file), name, replacements...)
+}
+
+func manifest(t testing.TB, file string) string {
 	t.Helper()
 	text, err := os.ReadFile("testdata/" + file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return n.play(t, string(text), name, replacements...)
+	return string(text)
 }
 
 // at is an address of the pod.
@@ -280,11 +292,6 @@ func (p *pod) container(name string) string { return p.name + "-" + name }
 func (p *pod) exec(t testing.TB, words ...string) string {
 	t.Helper()
 	return p.node.podman(t, append([]string{"exec", p.container("istio-proxy")}, words...)...)
-}
-
-func (p *pod) awaitReady(t testing.TB) {
-	t.Helper()
-	p.exec(t, "pilot-agent", "wait", "--timeoutSeconds", "20", "--periodMillis", "20")
 }
 
 // signal sends a signal to a container.

@@ -109,8 +109,6 @@ func echo(from *nettest.Namespace, to *pod) error {
 
 func talk(t *testing.T, n *node) {
 	web, caller := n.playFile(t, "web.yaml", "talk-web"), n.playFile(t, "web.yaml", "talk-caller")
-	web.awaitReady(t)
-	caller.awaitReady(t)
 	reach(t, caller.Namespace, web)
 	for p, cluster := range map[*pod]string{caller: "PassthroughCluster", web: "inbound|8080||"} {
 		nettest.Eventually(t, p.name+" tells of the request", func() bool {
@@ -146,7 +144,6 @@ func checkConfinement(t *testing.T, p *pod) {
 
 func restartWorkload(t *testing.T, n *node) {
 	p := n.playFile(t, "web.yaml", "restart-workload")
-	p.awaitReady(t)
 	c := client(t, false, dialer(n.Namespace, p.at(8080)))
 	if err := get(c); err != nil {
 		t.Error(err)
@@ -163,7 +160,6 @@ func restartWorkload(t *testing.T, n *node) {
 
 func restartAgent(t *testing.T, n *node) {
 	p := n.playFile(t, "web.yaml", "restart-agent")
-	p.awaitReady(t)
 	best := time.Hour
 	for range 3 {
 		reach(t, n.Namespace, p)
@@ -190,24 +186,25 @@ func restartAgent(t *testing.T, n *node) {
 	reach(t, n.Namespace, p)
 }
 
-// timeToReady is the time between the first look that sees a pod's agent and the first that finds it ready. podman and
+// timeToReady is the time from the last look that does not see a pod's agent to the first that finds it ready. podman and
 // runc, which take ten times as long before that, are not in it.
 func (n *node) timeToReady(t *testing.T, p *pod) time.Duration {
 	ticker := time.NewTicker(time.Millisecond)
 	defer ticker.Stop()
-	var seen time.Time
+	absent, seen := time.Now(), false
 	c := client(t, false, dialer(p.Namespace, "127.0.0.1:15021"))
 	for deadline := time.Now().Add(nettest.Patience); time.Now().Before(deadline); <-ticker.C {
-		if seen.IsZero() {
-			if n.runsAgent(p) {
-				seen = time.Now()
+		if !seen {
+			look := time.Now()
+			if seen = n.runsAgent(p); !seen {
+				absent = look
 			}
 			continue
 		}
 		if response, err := c.Get("http://127.0.0.1:15021/healthz/ready"); err == nil {
 			response.Body.Close()
 			if response.StatusCode == http.StatusOK {
-				return time.Since(seen)
+				return time.Since(absent)
 			}
 		}
 	}
@@ -240,7 +237,7 @@ func beEarlyAndEnd(t *testing.T, n *node) {
 	told := make(chan string, 8)
 	go collect(reports, told)
 
-	p := n.playFile(t, "early.yaml", "early", "TARGET", web.Addr().String(), "RANGE", elsewhere.Addr().String(),
+	p := n.start(t, manifest(t, "early.yaml"), "early", "TARGET", web.Addr().String(), "RANGE", elsewhere.Addr().String(),
 		"REPORT_PORT", port, "REPORT", reports.Addr().String())
 	for _, want := range []string{"captured: refused", "user: connected", "port: connected", "range: connected"} {
 		if got := <-told; got != want {
@@ -275,7 +272,6 @@ func useIPTables(t *testing.T, n *node) {
 		p := n.playFile(t, "web.yaml", "by-"+backend, "args: [istio-iptables,", "args: [istio-iptables, --backend, "+backend+",",
 			"name: init\n    image: "+image, "name: init\n    image: "+imageIPTables,
 			"runAsGroup: 0\n      readOnlyRootFilesystem: true", "runAsGroup: 0\n      readOnlyRootFilesystem: false") // for the lock in /run
-		p.awaitReady(t)
 		reach(t, n.Namespace, p)
 		if rules := p.MustRun(t, program, "-t", "nat"); !strings.Contains(rules, "-A PILLION_INBOUND") {
 			t.Errorf("%s made none:\n%s", backend, rules)
@@ -296,11 +292,11 @@ func playREADME(t *testing.T, n *node) {
 	if !found {
 		t.Fatal("README's section \"In Kubernetes\" has no YAML")
 	}
-	var manifest map[string]any
-	if err := yaml.Unmarshal([]byte(block), &manifest); err != nil {
+	var object map[string]any
+	if err := yaml.Unmarshal([]byte(block), &object); err != nil {
 		t.Fatal(err)
 	}
-	spec := manifest["spec"].(map[string]any)
+	spec := object["spec"].(map[string]any)
 	inits, containers := spec["initContainers"].([]any), spec["containers"].([]any)
 	sidecar := inits[len(inits)-1].(map[string]any)
 	if sidecar["restartPolicy"] != "Always" || sidecar["startupProbe"] == nil {
@@ -309,13 +305,12 @@ func playREADME(t *testing.T, n *node) {
 	delete(sidecar, "restartPolicy")
 	spec["initContainers"], spec["containers"] = inits[:len(inits)-1], append([]any{sidecar}, containers...)
 	spec["restartPolicy"] = "Never"
-	manifest["metadata"] = map[string]any{"name": "readme"}
-	text, err := yaml.Marshal(manifest)
+	object["metadata"] = map[string]any{"name": "readme"}
+	text, err := yaml.Marshal(object)
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := n.play(t, string(text), "readme", "image: pillion\n", "image: "+image+"\n", "image: nginx\n", "image: "+imageWorkload+"\n")
-	p.awaitReady(t)
 	if err := get(client(t, false, dialer(n.Namespace, p.at(8080)))); err != nil {
 		t.Error(err)
 	}
