@@ -29,8 +29,9 @@ type load struct {
 	clients  sync.WaitGroup
 	stopped  atomic.Bool
 
-	done   [3]atomic.Int64 // HTTP/1, h2c, TCP
-	onOld  atomic.Int64    // long connections to a pod that is no endpoint any more
+	asked  [2 * loadEach]atomic.Int64 // by each client of HTTP
+	done   [3]atomic.Int64            // HTTP/1, h2c, TCP
+	onOld  atomic.Int64               // long connections to a pod that is no endpoint any more
 	mu     sync.Mutex
 	failed []error
 }
@@ -51,25 +52,25 @@ func (l *load) total() (sum int64) {
 }
 
 func (l *load) start(t *testing.T) {
-	for range loadEach {
+	for each := range loadEach {
 		for i, port := range []int{8080, 8081} {
 			c := client(t, i == 1, func() (net.Conn, error) {
 				return l.from.Dial("tcp", l.endpoint.Load().at(port), nettest.Patience)
 			})
-			l.clients.Go(func() { l.ask(c, i) })
+			l.clients.Go(func() { l.ask(c, i, &l.asked[2*each+i]) })
 		}
 		l.clients.Go(l.speak)
 	}
 }
 
-// ask sends one request after the other. A GET may be sent again by the transport, which does so only if a connection
-// that was used before closes without a byte of an answer; so every failure that it returns is one.
-func (l *load) ask(c *http.Client, kind int) {
+// ask sends one request after the other. It posts, so that nothing that fails is sent again unseen.
+func (l *load) ask(c *http.Client, kind int, asked *atomic.Int64) {
 	for !l.stopped.Load() {
-		if err := get(c); err != nil {
+		if err := post(c); err != nil {
 			l.fail(fmt.Errorf("kind %d: %w", kind, err))
 		}
 		l.done[kind].Add(1)
+		asked.Add(1)
 	}
 }
 
@@ -174,4 +175,17 @@ func (l *load) follow(t *testing.T, n *node, old, next *pod) {
 	}
 	<-time.After(time.Second)
 	l.endpoint.Store(next)
+	// Whoever was on the way to the old one has been answered when each has asked twice more.
+	var before [2 * loadEach]int64
+	for i := range l.asked {
+		before[i] = l.asked[i].Load()
+	}
+	nettest.Eventually(t, "everybody has heard", func() bool {
+		for i := range l.asked {
+			if l.asked[i].Load() < before[i]+2 {
+				return false
+			}
+		}
+		return true
+	})
 }

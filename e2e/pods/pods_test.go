@@ -60,8 +60,12 @@ func client(t testing.TB, http2 bool, dial func() (net.Conn, error)) *http.Clien
 }
 
 // get asks once, and returns an error for all but nginx's answer.
-func get(c *http.Client) error {
-	response, err := c.Get("http://web.example/")
+func get(c *http.Client) error { return answered(c.Get("http://web.example/")) }
+
+// post does the same with what no transport and no proxy may send again.
+func post(c *http.Client) error { return answered(c.Post("http://web.example/", "", nil)) }
+
+func answered(response *http.Response, err error) error {
 	if err != nil {
 		return err
 	}
