@@ -89,6 +89,10 @@ func newNode(t *testing.T) *node {
 		t.Fatal(err)
 	}
 	holder := n.Start(t, cmd)
+	t.Cleanup(func() { // so that it is waited for by its parent, before that is killed
+		stdin.Close()
+		holder.Wait(nettest.Patience)
+	})
 	fmt.Fprintln(stdin, "ready")
 	if _, err := stdout.Read(make([]byte, 6)); err != nil { // it comes back when all else is done
 		t.Fatalf("the node does not start: %v", err)
