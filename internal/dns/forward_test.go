@@ -63,7 +63,7 @@ func TestQueriesReachUpstreamAsTheyWereSent(t *testing.T) {
 			want := slices.Clone(sent[2:])
 			if c.added {
 				want[9]++ // additional records
-				want = append(want, 0, 0, 41, 4096>>8, 0, 0, 0, 0, 0, 0, 0)
+				want = append(want, 0, 0, 41, 1232>>8, 1232&0xff, 0, 0, 0, 0, 0, 0)
 			}
 			if received := (<-got)[2:]; !bytes.Equal(received, want) {
 				t.Errorf("upstream received\n% x, want\n% x", received, want)
@@ -388,7 +388,7 @@ func TestAServerFromBeforeEDNSIsAskedWithoutIt(t *testing.T) {
 
 func TestAnAnswerThatEDNSLosesIsFoundWithoutIt(t *testing.T) {
 	server := standing(t, func(w dns.ResponseWriter, r *dns.Msg) {
-		if r.IsEdns0() == nil { // else a fragment gets lost
+		if r.IsEdns0() == nil { // else it gets lost
 			big(3000)(w, r)
 		}
 	})

@@ -22,8 +22,10 @@ const (
 	// maxStrays is how many packets with a wrong ID or question are borne while waiting for the right one. More of them
 	// look like somebody who guesses, and TCP does not listen to guesses.
 	maxStrays = 16
-	// maxUDPQuery is the longest query that goes over UDP.
-	maxUDPQuery = 1232
+	// wholePacket is what every path carries in one packet, the headers beside it: the longest query that goes over UDP,
+	// and the longest answer that we ask for. A longer one comes over TCP, as fragments get lost, and an ID and a port that
+	// nobody can guess protect the first of them only: others can be forged into an answer (RFC 9715).
+	wholePacket = 1232
 )
 
 // upstream is a server that is asked.
@@ -99,14 +101,14 @@ func (s *Server) worked(u *upstream) {
 }
 
 // try asks one upstream, over UDP and, where that is not enough, over TCP. When UDP gave a truncated answer and TCP none,
-// it returns both the answer and the error. With extend, a query without EDNS gets an OPT, so that a large answer needs
-// no TCP. It must not be lost by that, where fragments or queries with an OPT do not arrive: without extend, it goes as
-// downstream sent it.
+// it returns both the answer and the error. With extend, a query without EDNS gets an OPT, so that most large answers need
+// no TCP. It must not be lost by that, where queries with an OPT or their answers do not arrive: without extend, it goes
+// as downstream sent it.
 func (s *Server) try(ctx context.Context, u *upstream, q *query, extend bool) ([]byte, error) {
 	wire := bytes.Clone(q.raw)
 	added := extend && !q.edns() && q.joinKey != "" // what goes alone goes as it is
 	if added {
-		wire = appendOPT(wire, make([]byte, 4))
+		wire = appendOPT(wire, wholePacket, make([]byte, 4))
 	}
 	raw, err := s.exchange(ctx, u, wire)
 	if err == nil && added && raw[3]&0xf == dns.RcodeFormatError {
@@ -119,7 +121,7 @@ func (s *Server) try(ctx context.Context, u *upstream, q *query, extend bool) ([
 // exchange sends wire, whose ID it chooses, and returns the answer, well-formed and to this question.
 func (s *Server) exchange(ctx context.Context, u *upstream, wire []byte) ([]byte, error) {
 	var truncated []byte
-	if len(wire) <= maxUDPQuery {
+	if len(wire) <= wholePacket {
 		raw, err := s.over(ctx, "udp", u, wire, exchangeUDP)
 		if err != nil && !errors.Is(err, errStrays) {
 			return nil, err
@@ -170,7 +172,7 @@ func exchangeUDP(s *Server, conn net.Conn, wire []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	buf := make([]byte, max(ednsSize, query.udpSize()))
+	buf := make([]byte, max(ednsSize, query.udpSize())) // some servers send more than they may
 	for range maxStrays {
 		n, err := conn.Read(buf)
 		if err != nil {
