@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -415,6 +417,27 @@ func TestADeadServerIsAskedLastForAWhile(t *testing.T) {
 		if got := asked.Load(); got != c.want {
 			t.Errorf("after query %d, the dead server was asked %d times, want %d", i, got, c.want)
 		}
+	}
+}
+
+// Who asks while one query tries whether the server answers again does not wait for that.
+func TestOneQueryFindsOutWhetherADeadServerAnswersAgain(t *testing.T) {
+	var asked atomic.Int32
+	dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
+	alive := standing(t, fixed())
+	r := prepare(t, addrs(dead, alive), soon)
+	now := &clock{at: time.Now()}
+	r.now = now.now
+	r.Start()
+	r.ask(t, "udp", question("first.example.", dns.TypeA))
+	now.add(deadTime)
+	var all sync.WaitGroup
+	for i := range 20 {
+		all.Go(func() { r.ask(t, "udp", question(fmt.Sprintf("%d.example.", i), dns.TypeA)) })
+	}
+	all.Wait()
+	if got := asked.Load(); got != 2 {
+		t.Errorf("the dead server was asked %d times, want once more than the first time", got)
 	}
 }
 

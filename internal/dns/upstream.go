@@ -73,16 +73,18 @@ func (s *Server) ask(q *query) reply {
 	return last
 }
 
-// inOrder lists the upstreams, those last that did not answer a short time ago.
+// inOrder lists the upstreams, those last that did not answer a short time ago. When that time is over, one query finds out
+// whether they do again, and no other waits for that.
 func (s *Server) inOrder() []*upstream {
 	now := s.now().UnixNano()
 	order := make([]*upstream, 0, len(s.upstreams))
 	var dead []*upstream
 	for _, u := range s.upstreams {
-		if u.dead.Load() > now {
-			dead = append(dead, u)
-		} else {
+		until := u.dead.Load()
+		if until == 0 || until <= now && u.dead.CompareAndSwap(until, now+int64(deadTime)) {
 			order = append(order, u)
+		} else {
+			dead = append(dead, u)
 		}
 	}
 	return append(order, dead...)
