@@ -114,7 +114,10 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 	var greeted time.Time // when Up said what such a server says; zero: it has said nothing
 	for {
-		if greeted.IsZero() && s.Up.Readable() {
+		switch {
+		case !greeted.IsZero() && s.Up.Ended():
+			return Opaque, nil // it serves nobody any more, and what it said is to arrive now
+		case greeted.IsZero() && s.Up.Readable():
 			held, err := s.greeted()
 			if err != nil {
 				return Undecided, err

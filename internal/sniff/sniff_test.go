@@ -332,6 +332,19 @@ func TestAServersGreetingIsHeldForSoLong(t *testing.T) {
 	}
 }
 
+// Such as one that says GOAWAY behind its settings: nobody has to wait for that.
+func TestAServerThatGreetsAndEndsIsNotHeld(t *testing.T) {
+	r := newRig(t) // which holds for long
+	say(t, r.server, settings)
+	time.AfterFunc(blink, func() { r.server.CloseWrite() })
+	began := time.Now()
+	protocol, err := r.Both(r.w)
+	r.want(t, protocol, err, Opaque)
+	if took := time.Since(began); took >= r.Hold || string(r.UpRead.Bytes()) != settings {
+		t.Errorf("%q after %v", r.UpRead.Bytes(), took)
+	}
+}
+
 // The kernel tells of a reset once, and the poller may come later.
 func TestAResetThatIsReadIsNotTakenForAnEnd(t *testing.T) {
 	r := newRig(t)
