@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
@@ -438,6 +439,32 @@ func TestOneQueryFindsOutWhetherADeadServerAnswersAgain(t *testing.T) {
 	all.Wait()
 	if got := asked.Load(); got != 2 {
 		t.Errorf("the dead server was asked %d times, want once more than the first time", got)
+	}
+}
+
+func TestAServerThatIsSilentNowAndThenDoesNotFillTheLog(t *testing.T) {
+	server := packets(t, func(query []byte) [][]byte {
+		if m, _ := parse(query); m.name()[0] == 1 { // a name whose first label is one letter
+			return nil
+		}
+		return [][]byte{address(query)}
+	})
+	var log bytes.Buffer
+	now := &clock{at: time.Now()}
+	r := prepare(t, addrs(server), func(c *Config) {
+		c.Timeout = 100 * time.Millisecond
+		c.Log = slog.New(slog.NewTextHandler(&log, nil))
+	})
+	r.now = now.now
+	r.Start()
+	for _, want := range []int{1, 1, 2} { // of each of the two lines
+		for _, name := range []string{"a.example.", "some.example.", "b.example.", "more.example."} {
+			r.ask(t, "udp", question(name, dns.TypeA))
+		}
+		if silent, again := strings.Count(log.String(), "does not answer"), strings.Count(log.String(), "answers again"); silent != want || again != want {
+			t.Errorf("the log tells %d times of silence and %d times of its end, want %d:\n%s", silent, again, want, &log)
+		}
+		now.add(tellTime / 2)
 	}
 }
 

@@ -19,6 +19,9 @@ import (
 const (
 	// deadTime is how long an upstream that did not answer is asked after all others.
 	deadTime = 10 * time.Second
+	// tellTime is how often at most the log says of an upstream that it does not answer. One that says nothing to some
+	// names only would be told of with each of them.
+	tellTime = time.Minute
 	// maxStrays is how many packets with a wrong ID or question are borne while waiting for the right one. More of them
 	// look like somebody who guesses, and TCP does not listen to guesses.
 	maxStrays = 16
@@ -32,6 +35,9 @@ const (
 type upstream struct {
 	addr netip.AddrPort
 	dead atomic.Int64 // until when, in Unix nanoseconds; zero while it answers
+
+	told   atomic.Int64 // when the log last said that it does not answer, in Unix nanoseconds
+	silent atomic.Bool  // that is the last that the log said of it
 }
 
 // ask asks the upstreams one after the other, as a stub resolver does: the next one when there is no answer, or one that
@@ -91,13 +97,17 @@ func (s *Server) inOrder() []*upstream {
 }
 
 func (s *Server) failed(u *upstream, err error) {
-	if u.dead.Swap(s.now().Add(deadTime).UnixNano()) == 0 {
-		s.Log.Warn("dns: an upstream server does not answer, asking others first", "upstream", u.addr.String(), "error", err)
+	now := s.now()
+	u.dead.Store(now.Add(deadTime).UnixNano())
+	told := u.told.Load()
+	if now.UnixNano()-told >= int64(tellTime) && !u.silent.Load() && u.told.CompareAndSwap(told, now.UnixNano()) {
+		u.silent.Store(true)
+		s.Log.Warn("dns: an upstream server does not answer; others are asked first, if there are any", "upstream", u.addr.String(), "error", err)
 	}
 }
 
 func (s *Server) worked(u *upstream) {
-	if u.dead.Load() != 0 && u.dead.Swap(0) != 0 {
+	if u.dead.Load() != 0 && u.dead.Swap(0) != 0 && u.silent.Swap(false) {
 		s.Log.Info("dns: an upstream server answers again", "upstream", u.addr.String())
 	}
 }
