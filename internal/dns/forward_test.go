@@ -8,10 +8,12 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -418,6 +420,27 @@ func TestADeadServerIsAskedLastForAWhile(t *testing.T) {
 		if got := asked.Load(); got != c.want {
 			t.Errorf("after query %d, the dead server was asked %d times, want %d", i, got, c.want)
 		}
+	}
+}
+
+// That this process may open no socket says nothing of the server.
+func TestAServerIsNotBlamedForWhatWeLack(t *testing.T) {
+	alive := standing(t, fixed())
+	r := prepare(t, addrs(alive), soon, func(c *Config) {
+		dial := new(net.Dialer).DialContext
+		var lacks atomic.Bool
+		lacks.Store(true)
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if lacks.Swap(false) {
+				return nil, os.NewSyscallError("socket", syscall.EMFILE)
+			}
+			return dial(ctx, network, address)
+		}
+	})
+	r.Start()
+	r.ask(t, "udp", question("example.", dns.TypeA))
+	if until := r.upstreams[0].dead.Load(); until != 0 {
+		t.Error("the server counts as one that does not answer")
 	}
 }
 

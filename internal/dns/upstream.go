@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
@@ -58,7 +59,7 @@ func (s *Server) ask(q *query) reply {
 			}
 			if err != nil {
 				s.Stats.UpstreamFailures.Add(1)
-				if raw == nil && s.queries.Err() == nil {
+				if raw == nil && s.queries.Err() == nil && !ours(err) {
 					s.failed(u, err)
 				}
 				continue
@@ -105,6 +106,9 @@ func (s *Server) failed(u *upstream, err error) {
 		s.Log.Warn("dns: an upstream server does not answer; others are asked first, if there are any", "upstream", u.addr.String(), "error", err)
 	}
 }
+
+// ours reports whether a try failed because this process may open nothing more. That says nothing of the server.
+func ours(err error) bool { return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) }
 
 func (s *Server) worked(u *upstream) {
 	if u.dead.Load() != 0 && u.dead.Swap(0) != 0 && u.silent.Swap(false) {
