@@ -246,22 +246,28 @@ func measureStart(t testing.TB, k *kit, s sizes) []*row {
 }
 
 func measureInit(t testing.TB, k *kit, s sizes) []*row {
-	r := &row{title: "pillion init", unit: "ms", promises: []promise{{atMost: 30}}}
+	programs := &row{title: "pillion init, with iptables", unit: "ms", promises: []promise{{atMost: 30}}}
+	native := &row{title: "pillion init, with nftables and no program", unit: "ms", promises: []promise{{atMost: 15}}}
+	rows := map[string]*row{"iptables": programs, "nftables": native}
 	for range s.inits {
-		inScope(t, func(t testing.TB) {
-			pod, _ := nettest.PodAndPeer(t)
-			cmd := pod.Command(0, 0, k.pillion, initArguments...)
-			begin := time.Now()
-			out, err := pod.Run(cmd)
-			took := time.Since(begin)
-			if err != nil {
-				t.Fatalf("%v\n%s", err, out)
-			}
-			r.add(namePillion, milliseconds(took))
-		})
+		for backend, r := range rows {
+			inScope(t, func(t testing.TB) {
+				pod, _ := nettest.PodAndPeer(t)
+				cmd := pod.Command(0, 0, k.pillion, append(slices.Clone(initArguments), "--backend", backend)...)
+				begin := time.Now()
+				out, err := pod.Run(cmd)
+				took := time.Since(begin)
+				if err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+				r.add(namePillion, milliseconds(took))
+			})
+		}
 	}
-	fmt.Fprintf(progress, "pillion init: %.1f\n", r.samples[namePillion])
-	return []*row{r}
+	for _, r := range rows {
+		fmt.Fprintf(progress, "%s: %.1f\n", r.title, r.samples[namePillion])
+	}
+	return []*row{programs, native}
 }
 
 func microseconds(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
