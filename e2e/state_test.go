@@ -108,6 +108,7 @@ func (c *talk) ask() (seen netip.AddrPort, err error) {
 // serveTalks answers along the way: to lines at port 9000, to HTTP at port 8080. Each answer tells who asked.
 func serveTalks(t *testing.T, w way) {
 	serveEach(t, w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 9000).String()), func(conn net.Conn) {
+		conn.SetDeadline(time.Time{}) // whoever asks sees to it
 		for questions := bufio.NewReader(conn); ; {
 			question, err := questions.ReadString('\n')
 			if err != nil {
@@ -117,6 +118,7 @@ func serveTalks(t *testing.T, w way) {
 		}
 	})
 	serveEach(t, w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 8080).String()), func(conn net.Conn) {
+		conn.SetDeadline(time.Time{})
 		for requests := bufio.NewReader(conn); ; {
 			request, err := http.ReadRequest(requests)
 			if err != nil {
