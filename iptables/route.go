@@ -69,6 +69,17 @@ func routesFor(spec capture.Spec, families []Family) []Route {
 	return routes
 }
 
+// routesOf are those that lead from the mark to where it is delivered, as they are there.
+func routesOf(mark uint32, families []Family, have []installed) []Route {
+	var routes []Route
+	for _, h := range have {
+		if mark != 0 && h.Mark == mark && slices.Contains(families, h.Family) {
+			routes = append(routes, Route{Family: h.Family, Table: h.Table}, h.Route)
+		}
+	}
+	return routes
+}
+
 // diffRoutes are the changes that turn what is there into what is wanted. A second copy of something is removed.
 func diffRoutes(want []Route, have []installed) []RouteChange {
 	var changes []RouteChange

@@ -27,8 +27,14 @@ func factsOf(family Family) facts {
 // or a group from ever being looked at: here every user and group of the agent has had its say before the rest of the
 // loopback traffic is let go. Its TPROXY took every connection under way for one of the agent's: here they are marked.
 // Its zones for DNS took no notice of who is left alone. The spec must be valid.
-func Rules(spec capture.Spec, family Family) Ruleset {
-	p := policy{Spec: spec, facts: factsOf(family), Ruleset: Ruleset{Family: family}}
+func Rules(spec capture.Spec, family Family) Ruleset { return rulesWith(spec, family, 0) }
+
+// rulesWith are Rules, and where TPROXY is not wanted what its connections under way need, by their mark. 0 is for none.
+func rulesWith(spec capture.Spec, family Family, underWay uint32) Ruleset {
+	p := policy{Spec: spec, facts: factsOf(family), Ruleset: Ruleset{Family: family}, mark: underWay}
+	if spec.CapturesInboundByTPROXY() {
+		p.mark = spec.TPROXYMark
+	}
 	if family == IPv4 {
 		p.localhost = spec.Localhost4
 	}
@@ -54,6 +60,7 @@ type policy struct {
 	capture.Spec
 	facts
 	Ruleset
+	mark    uint32         // of what the agent sends to the workload from its client's address; 0 when it does not
 	owners  []Owner        // the agent
 	servers []netip.Prefix // where DNS is captured, in this family
 }
@@ -261,9 +268,10 @@ func (p *policy) self() []Rule {
 			Out: loopback, Dst: p.localhost, NotDst: true,
 			Protocol: TCP, DstPorts: single(p.TunnelPort), NotDstPorts: true, Owner: owner,
 		}
-		if p.Mode == capture.TPROXY {
-			call.Mark, call.NotMark = p.TPROXYMark, true // not from its client's address
+		if call.Mark = p.mark; p.Mode == capture.TPROXY {
+			call.Mark = p.TPROXYMark
 		}
+		call.NotMark = call.Mark != 0 // what has it comes from its client's address
 		calls = append(calls, Rule{
 			ID: "outbound/self/" + owner.String(), Match: call, Target: Jump(chainInboundRedirect),
 			Why: "a workload that calls its own service reaches itself through the agent's inbound side, like any other caller",
