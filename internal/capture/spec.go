@@ -32,8 +32,9 @@ type Spec struct {
 	Mode Mode
 	// Compat asks for the verdicts of istio-iptables also where they are debatable: in TPROXY mode the tunnel port is
 	// captured, and the agent's users reach their own workload by redirection; with DNS capture TCP to port 53 over the
-	// loopback is judged like any other destination; and DropInvalid takes no notice of InterfacesExcluded. What it gets
-	// plainly wrong is right either way.
+	// loopback is judged like any other destination, and such queries of the agent like its other calls, but for users in
+	// REDIRECT mode; and DropInvalid takes no notice of InterfacesExcluded in REDIRECT mode. What it gets plainly wrong is
+	// right either way.
 	Compat bool
 	// IPv6 says when there are rules for IPv6.
 	IPv6 IPv6Choice
