@@ -432,20 +432,50 @@ func TestAFailedMoveLeavesTheOldRules(t *testing.T) {
 }
 
 // Whether the kernel has what iptables needs is known when it is asked for, and not before.
-func TestWhereIPTablesFindsNoSupportNFTablesAreRecommended(t *testing.T) {
+func TestWhereIPTablesFindsNoSupportNFTablesTakeItsPlace(t *testing.T) {
 	nettest.RequireRoot(t)
-	dir := usePrograms(t, false, Legacy)
-	pod, _ := nettest.PodAndPeer(t)
-	breakProgram(t, dir, "iptables-legacy-restore", `echo "iptables v1.8.9 (legacy): can't initialize iptables table: Table does not exist (do you need to insmod?)" >&2; exit 3`)
-	for backend, hint := range map[Backend]bool{Auto: true, IPTables: false} {
-		_, err := initBy(pod, captureAll, backend)
-		if !errors.Is(err, errNoKernelSupport) || strings.Contains(err.Error(), "--backend nftables") != hint {
-			t.Errorf("%q: got error %v", backend, err)
+	for _, complaint := range []string{
+		"iptables v1.8.9 (legacy): can't initialize iptables table: Table does not exist (do you need to insmod?)",
+		"iptables-restore: line 9 failed: No chain/target/match by that name",
+		"iptables-restore v1.8.9 (legacy): Couldn't load match `owner':No such file or directory",
+	} {
+		pod, _ := nettest.PodAndPeer(t)
+		usePrograms(t, false)
+		if _, err := initIn(pod, captureAll); err != nil {
+			t.Fatal(err)
+		}
+		want := everything(t, pod)
+		if _, err := cleanupIn(pod); err != nil {
+			t.Fatal(err)
+		}
+		// IPv4 is made, and taken back when IPv6 fails.
+		breakProgram(t, usePrograms(t, false, Legacy), "ip6tables-legacy-restore", fmt.Sprintf(`echo "%s" >&2; exit 3`, strings.ReplaceAll(complaint, "`", "\\`")))
+		if _, err := initBy(pod, captureAll, IPTables); err == nil || !strings.HasSuffix(err.Error(), "; everything is as it was") {
+			t.Errorf("iptables was asked for: got error %v", err)
+		}
+		plan, err := initIn(pod, captureAll)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(plan.Steps) != 2 || plan.Steps[0].Flavour != Native || len(plan.Warnings) != 1 || !strings.Contains(plan.Warnings[0], "because iptables cannot be used: changing ipv6 rules") {
+			t.Errorf("plan: %v, warnings %q", plan.Summary(), plan.Warnings)
+		}
+		if after := withoutLegacy(everything(t, pod)); after != want {
+			t.Errorf("got:\n%s\nwant:\n%s", after, want)
+		}
+		if plan := mustInit(t, pod, captureAll); !plan.Unchanged() {
+			t.Errorf("a second run would do %v", plan)
 		}
 	}
-	if _, err := initBy(pod, captureAll, NFTables); err != nil {
-		t.Error(err)
+}
+
+// withoutLegacy leaves out the empty legacy tables that the kernel cannot unmake.
+func withoutLegacy(state string) string {
+	before, rest, found := strings.Cut(state, "legacy ip:")
+	if !found || strings.Contains(rest, ownPrefix) {
+		return state
 	}
+	return before + rest[strings.Index(rest, "1: lo"):]
 }
 
 func TestARefusalOfTheKernelNamesTheRuleAndWhatIsMissing(t *testing.T) {

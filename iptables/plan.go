@@ -26,6 +26,7 @@ type Plan struct {
 	Unread error
 
 	cleanup bool
+	spec    capture.Spec
 	ipv6    ipv6
 	backend Backend
 	table   nftState // our table of nftables as it was
@@ -63,7 +64,7 @@ func (p *Plan) Unchanged() bool {
 
 // PlanInit compares what is there with the rules for spec, which must be valid. The backend says where they go.
 func PlanInit(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, error) {
-	plan := &Plan{backend: backend}
+	plan := &Plan{spec: spec, backend: backend}
 	s, err := plan.look(ctx)
 	if err != nil {
 		return nil, err
