@@ -73,7 +73,11 @@ func PlanInit(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, e
 		return nil, err
 	}
 	families := []Family{IPv4}
-	if s.ipv6.wanted(spec.IPv6) {
+	wanted, err := s.ipv6.wanted(spec.IPv6)
+	if err != nil {
+		return nil, err
+	}
+	if wanted {
 		err := plan.addFamily(s, Rules(spec, IPv6))
 		switch {
 		case err == nil:

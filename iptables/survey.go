@@ -276,7 +276,6 @@ func (t store) usable(want Ruleset) error {
 // ipv6 is what the namespace has of IPv6.
 type ipv6 struct {
 	enabled bool // loopback can have addresses
-	first   bool // the first global address is one of IPv6
 	global  bool // the pod has an address that others may reach it at
 	source  bool // capture.InboundSource6 is on the loopback
 	ours    bool // and it was us who put it there
@@ -300,9 +299,6 @@ func readIPv6() (ipv6, error) {
 			state.enabled = false
 		}
 	}
-	if state.first, err = firstIsIPv6(); err != nil {
-		return state, err
-	}
 	for line := range strings.Lines(string(addresses)) {
 		state.addAddress(strings.Fields(line))
 	}
@@ -325,9 +321,12 @@ func firstIsIPv6() (bool, error) {
 	return false, nil
 }
 
-// wanted tells whether there shall be rules for IPv6.
-func (state ipv6) wanted(choice capture.IPv6Choice) bool {
-	return state.enabled && (choice == capture.IPv6Wherever || state.first)
+// wanted tells whether there shall be rules for IPv6. Addresses are asked for only where they matter.
+func (state ipv6) wanted(choice capture.IPv6Choice) (bool, error) {
+	if !state.enabled || choice == capture.IPv6Wherever {
+		return state.enabled, nil
+	}
+	return firstIsIPv6()
 }
 
 // addAddress takes a line of if_inet6: address, interface number, prefix length, scope and flags, all in hexadecimal,
