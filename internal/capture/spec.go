@@ -134,7 +134,7 @@ func (s Spec) OwnPorts() []uint16 {
 // to the agent. It cannot be TPROXYMark.
 const LoopMark = 1338
 
-// MaxOwnerGroups is how many groups OwnerGroups and OwnerGroupsExcluded may list, as in istio-iptables.
+// MaxOwnerGroups is how many groups OwnerGroups may list, as in istio-iptables, which has no limit for those left alone.
 const MaxOwnerGroups = 64
 
 // Validate finds what the parsers and types cannot rule out. Its errors name the flag, the value and the remedy.
@@ -192,19 +192,18 @@ func (s Spec) validateIDs() error {
 	if len(s.ProxyUIDs)+len(s.ProxyGIDs) == 0 {
 		return errors.New("-u and -g name no user and no group: the agent's own connections would be captured; name one")
 	}
-	groups := []named[IDRange]{{groupsVariable, s.OwnerGroups.List}, {groupsExcludedVariable, s.OwnerGroupsExcluded}}
-	for _, ids := range append([]named[IDRange]{{"-u", s.ProxyUIDs}, {"-g", s.ProxyGIDs}}, groups...) {
+	for _, ids := range []named[IDRange]{
+		{"-u", s.ProxyUIDs}, {"-g", s.ProxyGIDs}, {groupsVariable, s.OwnerGroups.List}, {groupsExcludedVariable, s.OwnerGroupsExcluded},
+	} {
 		for _, r := range ids.list {
 			if r.Last == noID || r.Last < r.First {
 				return fmt.Errorf("%s %s: a user or group is a number from 0 to %d, a range goes upwards", ids.flag, r, uint32(noID-1))
 			}
 		}
 	}
-	for _, ids := range groups {
-		if len(ids.list) > MaxOwnerGroups {
-			return fmt.Errorf("%s lists %d groups: at most %d are possible; write neighbours as a range such as 2000-2010",
-				ids.flag, len(ids.list), MaxOwnerGroups)
-		}
+	if listed := len(s.OwnerGroups.List); listed > MaxOwnerGroups {
+		return fmt.Errorf("%s lists %d groups: at most %d are possible; write neighbours as a range such as 2000-2010",
+			groupsVariable, listed, MaxOwnerGroups)
 	}
 	return nil
 }
