@@ -78,10 +78,11 @@ func (p *policy) chain(table TableName, name string, rules ...Rule) {
 	if !c.own() {
 		c.Policy = policyAccept
 	}
+	ended := make(map[Match]bool)
 	for _, r := range rules {
-		dead := slices.ContainsFunc(c.Rules, func(earlier Rule) bool { return earlier.final() && earlier.Match == r.Match })
-		if !dead {
+		if !ended[r.Match] {
 			c.Rules = append(c.Rules, r)
+			ended[r.Match] = r.final()
 		}
 	}
 	if len(c.Rules) > 0 {
