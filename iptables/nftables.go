@@ -125,7 +125,9 @@ func nftDormant() (bool, error) {
 // nftRules lists the rules of our table, by chain.
 func nftRules() (map[string][]nftRule, error) {
 	request := nftRequest(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFPROTO_INET, nftName(unix.NFTA_RULE_TABLE, nftTable))
-	messages, err := request.Execute(unix.NETLINK_NETFILTER, uint16(nftMessage(unix.NFT_MSG_NEWRULE)))
+	messages, err := whole(func() ([][]byte, error) {
+		return request.Execute(unix.NETLINK_NETFILTER, uint16(nftMessage(unix.NFT_MSG_NEWRULE)))
+	})
 	if err != nil {
 		return nil, fmt.Errorf("listing nftables rules: %w", err)
 	}

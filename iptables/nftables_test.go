@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -525,5 +526,49 @@ func TestTheRefusedRequestIsFound(t *testing.T) {
 	}
 	if strings.Contains(everything(t, pod), nftTable) {
 		t.Error("something was made")
+	}
+}
+
+// A change by somebody else while the kernel lists chains makes the list useless, and it is asked for again.
+func TestAListThatAChangeInterruptsIsAskedForAgain(t *testing.T) {
+	nettest.RequireRoot(t)
+	pod := nettest.New(t, "pod")
+	table := func(name string) *nl.NetlinkRequest {
+		return nftRequest(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, unix.NFPROTO_IPV4, nftName(unix.NFTA_TABLE_NAME, name))
+	}
+	const others = 2000 // more than one answer of the kernel holds
+	requests := []*nl.NetlinkRequest{table("many")}
+	for i := range others {
+		requests = append(requests, nftRequest(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, unix.NFPROTO_IPV4,
+			nftName(unix.NFTA_CHAIN_TABLE, "many"), nftName(unix.NFTA_CHAIN_NAME, fmt.Sprint("chain", i))))
+	}
+	pod.Do(t, func() error { return nftTransaction(requests) })
+	done, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		ended <- pod.Try(func() error {
+			for {
+				select {
+				case <-done:
+					return nil
+				default:
+				}
+				if err := nftTransaction([]*nl.NetlinkRequest{table("restless"),
+					nftRequest(unix.NFT_MSG_DELTABLE, 0, unix.NFPROTO_IPV4, nftName(unix.NFTA_TABLE_NAME, "restless"))}); err != nil {
+					return err
+				}
+			}
+		})
+	}()
+	pod.Do(t, func() error {
+		for range 30 {
+			if found, err := nftChains(); err != nil || len(found) != others {
+				t.Errorf("%d chains: %v", len(found), err)
+			}
+		}
+		return nil
+	})
+	close(done)
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }
