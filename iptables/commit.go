@@ -23,7 +23,7 @@ func (p *Plan) Commit(ctx context.Context) error {
 		return nil
 	}
 	if err := p.verifyPrograms(); err != nil {
-		return err
+		return p.fallBack(ctx, err)
 	}
 	if p.cleanup {
 		return p.remove(ctx)
@@ -32,16 +32,17 @@ func (p *Plan) Commit(ctx context.Context) error {
 		if undoErr := p.undo(ctx); undoErr != nil {
 			return fmt.Errorf("%w; and taking it back failed: %w; run pillion cleanup", err, undoErr)
 		}
-		if p.backend == Auto && lacksSomething(err) {
-			return p.fallBack(ctx, err)
-		}
-		return fmt.Errorf("%w; everything is as it was", err)
+		return p.fallBack(ctx, fmt.Errorf("%w; everything is as it was", err))
 	}
 	return nil
 }
 
-// fallBack makes the rules in nftables after iptables has failed for the given reason.
+// fallBack makes the rules in nftables after iptables has failed for the given reason, if that is of any use and nobody
+// has said otherwise.
 func (p *Plan) fallBack(ctx context.Context, reason error) error {
+	if p.cleanup || p.backend != Auto || !lacksSomething(reason) {
+		return reason
+	}
 	next, err := PlanInit(ctx, p.spec, NFTables)
 	if err == nil {
 		err = next.Commit(ctx)

@@ -55,9 +55,11 @@ func (e missingModulesError) Error() string {
 	return fmt.Sprintf("the kernel lacks a part of this rule: load the modules %s on the node", string(e))
 }
 
-// lacksSomething tells that this iptables and this kernel do not have what the rules need.
+// lacksSomething tells that iptables cannot be used here, for reasons that need not concern nftables.
 func lacksSomething(err error) bool {
-	return errors.Is(err, errNoKernelSupport) || errors.Is(err, errNoExtension) || errors.As(err, new(missingModulesError))
+	lacks := func(target error) bool { return errors.Is(err, target) }
+	return slices.ContainsFunc([]error{errNoKernelSupport, errNoExtension, errLockFile, needsNETRAW}, lacks) ||
+		errors.As(err, new(missingModulesError))
 }
 
 // diagnose says what the failure of a program comes down to, in which the line of its input at which it stopped may tell

@@ -445,6 +445,7 @@ func TestWhereIPTablesFindsNoSupportNFTablesTakeItsPlace(t *testing.T) {
 		"iptables v1.8.9 (legacy): can't initialize iptables table: Table does not exist (do you need to insmod?)",
 		"iptables-restore: line 9 failed: No chain/target/match by that name",
 		"iptables-restore v1.8.9 (legacy): Couldn't load match `owner':No such file or directory",
+		"Fatal: can't open lock file /run/xtables.lock: Read-only file system",
 	} {
 		pod, _ := nettest.PodAndPeer(t)
 		usePrograms(t, false)

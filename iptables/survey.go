@@ -355,11 +355,11 @@ func missingCapability(legacy bool) error {
 	}
 	needed := []capability{{unix.CAP_NET_ADMIN, "NET_ADMIN"}}
 	if legacy {
-		needed = append(needed, capability{unix.CAP_NET_RAW, "NET_RAW"})
+		needed = append(needed, capability{unix.CAP_NET_RAW, needsNETRAW})
 	}
 	for _, c := range needed {
 		if effective&(1<<c.bit) == 0 {
-			return MissingCapabilityError(c.name)
+			return c.name
 		}
 	}
 	return nil
@@ -382,8 +382,10 @@ func effectiveCapabilities() (uint64, error) {
 
 type capability struct {
 	bit  int
-	name string
+	name MissingCapabilityError
 }
+
+const needsNETRAW = MissingCapabilityError("NET_RAW")
 
 // MissingCapabilityError is the name of a capability that this process needs to read or change rules, without CAP_.
 type MissingCapabilityError string

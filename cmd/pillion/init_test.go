@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"os"
@@ -313,6 +314,24 @@ func TestAMissingCapabilityIsNamed(t *testing.T) {
 	// The legacy flavour needs a raw socket, and only it.
 	if got := pillion(t, ns, nil, without("net_raw"), "init", "-i", "*"); got.code != 0 {
 		t.Errorf("nft without CAP_NET_RAW: got %+v", got)
+	}
+	fresh := nettest.New(t, "fresh")
+	got = pillion(t, fresh, nil, without("net_raw"), "init", "-i", "*", "--backend", "iptables-legacy")
+	if got.code != 1 || got.stderr != "pillion: error: capability CAP_NET_RAW "+missing+"\n" {
+		t.Errorf("legacy, as asked for, without CAP_NET_RAW: got %+v", got)
+	}
+	legacyAlone := t.TempDir()
+	for _, name := range []string{"iptables", "ip6tables"} {
+		for _, what := range []string{"-legacy", "-legacy-save", "-legacy-restore"} {
+			path, err := exec.LookPath(name + what)
+			if err := cmp.Or(err, os.Symlink(path, filepath.Join(legacyAlone, name+what))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	got = pillion(t, fresh, []string{"PATH=" + legacyAlone}, without("net_raw"), "init", "-i", "*")
+	if got.code != 0 || !strings.Contains(got.stdout, "rules installed in nftables") || !strings.Contains(got.stderr, "because iptables cannot be used: capability CAP_NET_RAW is missing") {
+		t.Errorf("legacy, which nobody asked for, without CAP_NET_RAW: got %+v", got)
 	}
 	ns.MustRun(t, "iptables-legacy-save", "-t", "nat")
 	got = pillion(t, ns, nil, without("net_raw"), "init", "-i", "*")
