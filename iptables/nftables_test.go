@@ -408,6 +408,21 @@ func TestNothingEscapesWhileRulesMove(t *testing.T) {
 	}
 }
 
+// A family that gets rules later gets them where the other one's are.
+func TestBothFamiliesShareOurTable(t *testing.T) {
+	nettest.RequireRoot(t)
+	usePrograms(t, false, NFT)
+	pod, _ := nettest.PodAndPeer(t)
+	spec := captureAll
+	spec.IPv6 = capture.IPv6WhenFirst
+	if plan, err := initBy(pod, spec, NFTables); err != nil || len(plan.Steps) != 1 {
+		t.Fatal(plan, err)
+	}
+	if plan := mustInit(t, pod, captureAll); len(plan.Steps) != 1 || plan.Steps[0].Flavour != Native {
+		t.Errorf("got %v", plan.Summary())
+	}
+}
+
 func TestAFailedMoveLeavesTheOldRules(t *testing.T) {
 	nettest.RequireRoot(t)
 	dir := usePrograms(t, false, NFT)

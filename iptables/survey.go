@@ -216,7 +216,8 @@ func (s survey) choose(want Ruleset, backend Backend) (store, error) {
 		forced := s.store(want.Family, flavour)
 		return forced, forced.usable(want)
 	}
-	if backend == Auto && native.ours {
+	// The table is one for both families.
+	if backend == Auto && slices.ContainsFunc(s.stores, func(t store) bool { return t.flavour == Native && t.ours }) {
 		return native, native.usable(want)
 	}
 	chosen, err := chooseIPTables(nft, legacy, want)
