@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,9 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/spf13/pflag"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
@@ -512,4 +516,31 @@ func publicDir(t *testing.T) string {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return dir
+}
+
+// Without -g istio-iptables hands the words of -u on to the group match, which looks them up as groups.
+func TestTheAgentsGroupsFollowItsUsers(t *testing.T) {
+	user, namesake, named := []capture.IDRange{{First: 5, Last: 5}}, []capture.IDRange{{First: 60, Last: 60}}, []capture.IDRange{{First: 7, Last: 7}}
+	for _, test := range []struct {
+		compat          bool
+		gids, namesakes []capture.IDRange
+		want            []capture.IDRange
+	}{
+		{true, nil, namesake, namesake},
+		{true, nil, nil, user},
+		{true, named, namesake, named},
+		{false, nil, namesake, user},
+	} {
+		o := newInitOptions(test.compat)
+		o.uids, o.gids, o.namesakes = user, test.gids, test.namesakes
+		if err := o.complete(slog.New(slog.DiscardHandler)); err != nil || !slices.Equal(o.spec.ProxyGIDs, test.want) {
+			t.Errorf("%+v: got %v, error %v", test, o.spec.ProxyGIDs, err)
+		}
+	}
+	o := newInitOptions(true)
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	o.bindAgent(flags)
+	if err := flags.Parse([]string{"-u", "root,1337"}); err != nil || !slices.Equal(o.namesakes, []capture.IDRange{{}, {First: 1337, Last: 1337}}) {
+		t.Errorf("got %v, error %v", o.namesakes, err)
+	}
 }
