@@ -231,10 +231,10 @@ func planNFTables(wanted [2]Ruleset, have nftState) nftChange {
 				change.add(nftSubject{}, unix.NFT_MSG_DELCHAIN, 0, nftName(unix.NFTA_CHAIN_TABLE, nftTable), nftName(unix.NFTA_CHAIN_NAME, c.name))
 			}
 		}
-	case len(have.chains) > 0:
+	case len(chains) > 0 || len(have.chains) > 0:
+		// One without chains may be there, and asleep. It is made first so that it can be removed.
+		change.add(nftSubject{}, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, table)
 		change.add(nftSubject{}, unix.NFT_MSG_DELTABLE, 0, table)
-		fallthrough
-	default:
 		if len(chains) > 0 {
 			change.add(nftSubject{}, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, table)
 		}

@@ -208,6 +208,7 @@ var meddlingWithNFT = []struct{ name, commands, want string }{
 	{"a chain that is called elsewhere", "delete table inet pillion; add table inet pillion; add chain inet pillion nat_output { type nat hook output priority 5; }", "everything"},
 	{"a table put to sleep", "add table inet pillion { flags dormant; }", "everything"},
 	{"the table gone", "delete table inet pillion", "everything"},
+	{"a table that is empty and asleep", "delete table inet pillion; add table inet pillion { flags dormant; }", "everything"},
 }
 
 func TestOurTableIsRepairedWhateverHappensToIt(t *testing.T) {
