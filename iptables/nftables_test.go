@@ -53,7 +53,7 @@ func TestRoundTripThroughExpressions(t *testing.T) {
 	}
 	forEach(t, func(t *testing.T, sc scenario, a addresses) { check(t, Rules(sc.spec, a.family)) })
 	random := rand.New(rand.NewPCG(1, 2))
-	for range 300 {
+	for range 120 {
 		spec := randomSpec(random)
 		for _, family := range Families {
 			check(t, Rules(spec, family))
