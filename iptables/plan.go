@@ -26,6 +26,7 @@ type Plan struct {
 	Unread error
 
 	cleanup bool
+	spec    capture.Spec
 	ipv6    ipv6
 	backend Backend
 	table   nftState // our table of nftables as it was
@@ -69,7 +70,7 @@ func PlanInit(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, e
 
 // planInit asks underWay for the mark of TPROXY's connections under way.
 func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay func(*Plan, survey) uint32) (*Plan, error) {
-	plan := &Plan{backend: backend}
+	plan := &Plan{spec: spec, backend: backend}
 	s, err := plan.look(ctx)
 	if err != nil {
 		return nil, err
@@ -82,7 +83,11 @@ func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay 
 		return nil, err
 	}
 	families := []Family{IPv4}
-	if s.ipv6.wanted(spec.IPv6) {
+	wanted, err := s.ipv6.wanted(spec.IPv6)
+	if err != nil {
+		return nil, err
+	}
+	if wanted {
 		err := plan.addFamily(s, rulesWith(spec, IPv6, mark))
 		switch {
 		case err == nil:

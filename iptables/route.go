@@ -102,7 +102,7 @@ func diffRoutes(want []Route, have []installed) []RouteChange {
 func readRoutes() ([]installed, error) {
 	var found []installed
 	for _, family := range Families {
-		rules, err := netlink.RuleList(family.number())
+		rules, err := whole(func() ([]netlink.Rule, error) { return netlink.RuleList(family.number()) })
 		if err != nil && !noRouting(err) {
 			return nil, fmt.Errorf("listing %s routing rules: %w", family, err)
 		}
@@ -114,7 +114,9 @@ func readRoutes() ([]installed, error) {
 			}
 		}
 		all := &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Type: unix.RTN_LOCAL, LinkIndex: loopbackIndex}
-		routes, err := netlink.RouteListFiltered(family.number(), all, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE|netlink.RT_FILTER_OIF)
+		routes, err := whole(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family.number(), all, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE|netlink.RT_FILTER_OIF)
+		})
 		if err != nil && !noRouting(err) {
 			return nil, fmt.Errorf("listing %s routes: %w", family, err)
 		}

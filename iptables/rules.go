@@ -85,10 +85,11 @@ func (p *policy) chain(table TableName, name string, rules ...Rule) {
 	if !c.own() {
 		c.Policy = policyAccept
 	}
+	ended := make(map[Match]bool)
 	for _, r := range rules {
-		dead := slices.ContainsFunc(c.Rules, func(earlier Rule) bool { return earlier.final() && earlier.Match == r.Match })
-		if !dead {
+		if !ended[r.Match] {
 			c.Rules = append(c.Rules, r)
+			ended[r.Match] = r.final()
 		}
 	}
 	if len(c.Rules) > 0 {
@@ -249,27 +250,33 @@ func (p *policy) outboundAlone() []Rule {
 }
 
 // self are the rules for a workload that calls its own service through the agent. In TPROXY mode the mangle table has
-// them; istio-iptables redirects users, though not groups, all the same.
+// them; istio-iptables redirects users all the same, and those groups to which its rules ever come. It has no exception
+// for queries of groups.
 func (p *policy) self() []Rule {
-	owners := p.owners
-	if p.Mode == capture.TPROXY {
-		owners = nil
-		if p.Compat {
-			owners = p.owners[:len(p.ProxyUIDs)]
-		}
-	}
 	var queries, calls []Rule
-	for _, owner := range owners {
-		queries = append(queries, Rule{
-			ID: "outbound/agent-query/" + owner.String(), Match: Match{Out: loopback, Protocol: TCP, DstPorts: single(dnsPort), Owner: owner}, Target: Return{},
-			Why: "the agent's own query to a local server of names is not a call of the workload's service",
-		})
+	for i, owner := range p.owners {
+		user := i < len(p.ProxyUIDs)
 		call := Match{
 			Out: loopback, Dst: p.localhost, NotDst: true,
 			Protocol: TCP, DstPorts: single(p.TunnelPort), NotDstPorts: true, Owner: owner,
 		}
 		if call.Mark = p.mark; p.Mode == capture.TPROXY {
 			call.Mark = p.TPROXYMark
+			switch {
+			case !p.Compat:
+				continue
+			case user, p.capturesLoopback():
+			case p.CapturesDNS():
+				call.DstPorts, call.NotDstPorts = single(dnsPort), false
+			default:
+				continue
+			}
+		}
+		if p.CapturesDNS() && (user || !p.Compat) {
+			queries = append(queries, Rule{
+				ID: "outbound/agent-query/" + owner.String(), Match: Match{Out: loopback, Protocol: TCP, DstPorts: single(dnsPort), Owner: owner}, Target: Return{},
+				Why: "the agent's own query to a local server of names is not a call of the workload's service",
+			})
 		}
 		call.NotMark = call.Mark != 0 // what has it comes from its client's address
 		calls = append(calls, Rule{
@@ -277,11 +284,11 @@ func (p *policy) self() []Rule {
 			Why: "a workload that calls its own service reaches itself through the agent's inbound side, like any other caller",
 		})
 	}
-	if !p.CapturesDNS() {
-		return calls
-	}
 	return append(queries, calls...)
 }
+
+// capturesLoopback tells whether loopback addresses are judged like any other.
+func (p *policy) capturesLoopback() bool { return slices.ContainsFunc(p.Outbound.List, isLoopback) }
 
 // outboundCaptured decides about everybody else.
 func (p *policy) outboundCaptured() []Rule {
@@ -333,7 +340,7 @@ func (p *policy) loopback() []Rule {
 		ID: "outbound/localhost", Match: Match{Dst: p.localhost}, Target: Return{},
 		Why: "localhost stays local, even where other loopback addresses are captured",
 	}
-	if slices.ContainsFunc(p.Outbound.List, isLoopback) {
+	if p.capturesLoopback() {
 		return []Rule{localhost}
 	}
 	rule := Rule{

@@ -13,7 +13,7 @@ func (p *policy) arriving() {
 		return
 	}
 	var rules []Rule
-	if tproxy || !p.Compat { // istio-iptables drops on excluded interfaces, too
+	if p.Mode == capture.TPROXY || !p.Compat { // istio-iptables drops on excluded interfaces, too
 		for _, name := range p.InterfacesExcluded {
 			rules = append(rules, leftAlone("arriving", Match{In: name}))
 		}
@@ -117,7 +117,7 @@ func (p *policy) leaving() {
 	})
 	for _, owner := range p.owners {
 		self := Match{Dst: p.localhost, NotDst: true, Out: loopback, Protocol: TCP, Owner: owner}
-		if p.CapturesDNS() {
+		if p.CapturesDNS() && !p.Compat { // istio-iptables takes its queries for calls
 			self.DstPorts, self.NotDstPorts = single(dnsPort), true
 		}
 		rules = append(rules, Rule{ID: "leaving/self/" + owner.String(), Match: self, Target: SetMark(capture.LoopMark),
