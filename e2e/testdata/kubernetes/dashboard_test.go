@@ -2,7 +2,6 @@ package kubernetes
 
 import (
 	"encoding/json"
-	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -38,12 +37,8 @@ var targetLabels = []string{"namespace", "pod"}
 // names are the labels of each metric of the agent: of a histogram's series, too.
 func names(t *testing.T) map[string][]string {
 	t.Helper()
-	text, err := os.ReadFile(root + "/internal/metrics/testdata/names.golden")
-	if err != nil {
-		t.Fatal(err)
-	}
 	all := make(map[string][]string)
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(read(t, "internal/metrics/testdata/names.golden")) {
 		words := strings.Fields(line)
 		name, kind, labels := words[0], words[1], append(words[2:], targetLabels...)
 		if kind != "histogram" {
@@ -55,15 +50,16 @@ func names(t *testing.T) map[string][]string {
 	return all
 }
 
+func ours(t *testing.T) (d dashboard) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(read(t, "deploy/grafana/pillion.json")), &d); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
 func TestTheDashboardAsksForWhatThereIs(t *testing.T) {
-	text, err := os.ReadFile(root + "/deploy/grafana/pillion.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var d dashboard
-	if err := json.Unmarshal(text, &d); err != nil {
-		t.Fatal(err)
-	}
+	d := ours(t)
 	if d.UID != "pillion" || d.SchemaVersion < 38 { // Grafana 10's
 		t.Errorf("uid %q, schema %d", d.UID, d.SchemaVersion)
 	}
@@ -190,4 +186,31 @@ func ask(t *testing.T, what, text, grouped string, variables []string, known map
 		return nil
 	})
 	return by
+}
+
+// Prometheus knows pods, and people know workloads: the name of one is found in that of the other, and the other way.
+func TestPodsAreFoundByTheirWorkload(t *testing.T) {
+	definitions, regexes := map[string]string{}, map[string]string{}
+	for _, v := range ours(t).Templating.List {
+		definitions[v.Name], regexes[v.Name] = v.Definition, strings.Trim(v.Regex, "/")
+	}
+	workloadOf := regexp.MustCompile(regexes["workload"])
+	_, podsOf, _ := strings.Cut(definitions["pod"], `pod=~"`)
+	podsOf, _, _ = strings.Cut(podsOf, `"`)
+	of := map[string]string{
+		"web-6d4b75cb6d-hswz6": "web", "web-admin-6d4b75cb6d-hswz6": "web-admin", "web-7df8c6-x7k2p": "web", "db-0": "db", "db-12": "db",
+		"node-agent-x7k2p": "node-agent", "one": "one", "alone-here": "alone-here",
+	}
+	for pod, want := range of {
+		m := workloadOf.FindStringSubmatch(pod)
+		if m == nil || m[1] != want {
+			t.Fatalf("the workload of %s is %v, and not %s", pod, m, want)
+		}
+		for other, workload := range of {
+			found := regexp.MustCompile("^(?:" + strings.Replace(podsOf, "$workload", want, 1) + ")$").MatchString(other)
+			if found != (workload == want) {
+				t.Errorf("%s is a pod of %s: %v", other, want, found)
+			}
+		}
+	}
 }
