@@ -75,13 +75,17 @@ func checkout(t *testing.T, kustomization string) string {
 
 // render is what helm makes of the chart, by the templates' names. version is Kubernetes', such as v1.34.0.
 func render(v values, version string) (map[string]string, error) {
+	return renderIn("pillion-system", v, version)
+}
+
+func renderIn(namespace string, v values, version string) (map[string]string, error) {
 	c, err := loader.Load(chart)
 	if err != nil {
 		return nil, err
 	}
 	capabilities := chartutil.DefaultCapabilities.Copy()
 	capabilities.KubeVersion.Version = version
-	release := chartutil.ReleaseOptions{Name: "pillion", Namespace: "pillion-system", IsInstall: true}
+	release := chartutil.ReleaseOptions{Name: "pillion", Namespace: namespace, IsInstall: true}
 	all, err := chartutil.ToRenderValues(c, v, release, capabilities)
 	if err != nil {
 		return nil, err
@@ -207,6 +211,23 @@ func TestValuesComeWhereTheyBelong(t *testing.T) {
 			if !strings.Contains(string(text), want) {
 				t.Errorf("%s has no %q:\n%s", name, want, text)
 			}
+		}
+	}
+}
+
+func TestTheNamespaceIsTheReleases(t *testing.T) {
+	files, err := renderIn("mesh", values{"tls": values{"certManager": true}, "podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}}, "v1.34.0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range files {
+		if strings.Contains(text, "pillion-system") {
+			t.Errorf("%s is for another namespace:\n%s", name, text)
+		}
+	}
+	for _, want := range []string{"kube-node-lease, mesh]", "inject-ca-from: mesh/pillion-webhook", "namespace: mesh\n      path: /inject"} {
+		if !strings.Contains(files["pillion/templates/webhook.yaml"], want) {
+			t.Errorf("there is no %q", want)
 		}
 	}
 }
