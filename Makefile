@@ -17,8 +17,10 @@ REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 # Other people's clients and servers for the e2e tests: a module of its own.
 PEERS := e2e/testdata/peers
 
-# Kubernetes' own types and decoder, for the tests of what is injected: likewise.
+# Kubernetes' own types and decoder, and kustomize, helm and Prometheus' parser, for the tests of what is injected and of
+# what is in deploy: likewise. Tests of injection build it without cgo, and so what has been compiled serves all.
 KUBERNETES := e2e/testdata/kubernetes
+IN_KUBERNETES := cd $(KUBERNETES) && CGO_ENABLED=0
 
 # What drives a browser, as npm installs it from the lock file. npm writes this file last.
 BROWSER := $(PEERS)/page/node_modules/.package-lock.json
@@ -50,7 +52,7 @@ clean: ## remove what build and the tests leave in this directory
 
 ##@ Test
 .PHONY: test
-test: tools-test modules $(BROWSER) lint ## install what the tests need and run everything: lint, unit, namespace and e2e tests
+test: tools-test modules $(BROWSER) lint manifests ## install what the tests need and run everything: lint, manifests, unit, namespace and e2e tests
 	$(TEST) -timeout 12m ./... | $(REPORT)
 
 .PHONY: test-unit
@@ -69,6 +71,10 @@ e2e: tools-test modules $(BROWSER) ## the built binary under real rules, one fil
 test-pods: tools-test modules ## the images, and real pods of them, by podman (RUN=pattern chooses)
 	$(TEST) -timeout 5m -run '$(RUN)' ./e2e/pods | $(REPORT)
 
+.PHONY: manifests
+manifests: modules ## what is in deploy, as kustomize, helm, Kubernetes and Prometheus read it
+	($(IN_KUBERNETES) $(GO) test -vet=off -buildvcs=false -count=1 -json ./...) | $(REPORT)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (10s)
 	FUZZTIME=$(FUZZTIME) scripts/fuzz
@@ -85,7 +91,7 @@ lint: ## formatting, vet, module files, shell syntax
 	CGO_ENABLED=0 GOARCH=arm64 $(GO) build ./...
 	$(GO) mod tidy -diff
 	cd $(PEERS) && $(GO) vet ./... && $(GO) mod tidy -diff
-	cd $(KUBERNETES) && $(GO) vet ./... && $(GO) mod tidy -diff
+	$(IN_KUBERNETES) $(GO) vet ./... && $(GO) mod tidy -diff
 	@for script in .ci/run $$(find scripts -maxdepth 1 -type f); do bash -n "$$script"; done
 
 ##@ Other

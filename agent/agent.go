@@ -54,6 +54,7 @@ type Agent struct {
 	announced    time.Time // set by announcing
 	draining     atomic.Bool
 	failedByHand atomic.Bool
+	leaving      atomic.Bool     // a graceful order to stop listening is under way
 	over         context.Context // ends when the agent was told to quit, or has ended
 	quitting     context.CancelFunc
 	obeying      sync.Mutex     // while an order is begun, or all are ended

@@ -12,31 +12,38 @@ import (
 
 // unmapStart lets the kernel unmap the pages of the program file. The start touches nearly all of them, the runtime's
 // check of its own tables more than anything else, and the life after it a third: 12.8 MB resident become 7.8. What is
-// needed again comes back from the page cache by itself, some microseconds for each 64 KiB. Only clean pages of the file
-// that nobody may write are unmapped, so nothing can be lost.
+// needed again comes back from the page cache by itself, some microseconds for each 64 KiB. Nothing can be lost: only
+// mappings that nobody may write are unmapped, and of those the ones all of whose pages are still the file's. What a
+// loader has relocated, in a program that is position-independent, and what a debugger has put in is nowhere else.
 func unmapStart() error {
 	program, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return fmt.Errorf("finding the program file: %w", err)
 	}
-	file, err := os.Open("/proc/self/maps")
+	file, err := os.Open("/proc/self/smaps")
 	if err != nil {
 		return fmt.Errorf("listing what is mapped: %w", err)
 	}
 	defer file.Close()
 	var failed error
+	var start, end uintptr
+	ours, written := false, false
 	lines := bufio.NewScanner(file)
 	for lines.Scan() {
-		var start, end uintptr
-		var access string
-		if _, err := fmt.Sscanf(lines.Text(), "%x-%x %s", &start, &end, &access); err != nil {
-			continue
-		}
-		if access[1] == 'w' || !strings.HasSuffix(lines.Text(), " "+program) {
-			continue
-		}
-		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, start, end-start, unix.MADV_DONTNEED); errno != 0 {
-			failed = fmt.Errorf("unmapping the program's pages: %w", errno)
+		line := lines.Text()
+		name, value, _ := strings.Cut(line, ":")
+		switch {
+		case strings.Contains(name, "-"): // a mapping begins
+			var access string
+			_, err := fmt.Sscanf(line, "%x-%x %s", &start, &end, &access)
+			ours = err == nil && access[1] != 'w' && strings.HasSuffix(line, " "+program)
+			written = false
+		case name == "Anonymous", name == "Swap":
+			written = written || strings.TrimSpace(value) != "0 kB"
+		case name == "VmFlags" && ours && !written: // it ends
+			if _, _, errno := unix.Syscall(unix.SYS_MADVISE, start, end-start, unix.MADV_DONTNEED); errno != 0 {
+				failed = fmt.Errorf("unmapping the program's pages: %w", errno)
+			}
 		}
 	}
 	return errors.Join(failed, lines.Err())

@@ -5,6 +5,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // programPages is how much of the program file is resident, in KiB.
@@ -42,5 +44,29 @@ func TestWhatOnlyTheStartNeededIsNotResident(t *testing.T) {
 	}
 	if after := programPages(t); after > before*3/4 {
 		t.Errorf("%d KiB of the program are resident, %d before", after, before)
+	}
+}
+
+// A loader relocates pages of a position-independent program, and makes them read-only only then.
+func TestPagesOfTheProgramThatWereWrittenAreKept(t *testing.T) {
+	program, err := os.Open("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer program.Close()
+	page, err := unix.Mmap(int(program.Fd()), 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(page)
+	page[0]++ // of the ELF header, which begins with 0x7f
+	if err := unix.Mprotect(page, unix.PROT_READ); err != nil {
+		t.Fatal(err)
+	}
+	if err := unmapStart(); err != nil {
+		t.Fatal(err)
+	}
+	if page[0] != 0x80 {
+		t.Errorf("the page has %#x, as in the file; 0x80 was written", page[0])
 	}
 }

@@ -27,7 +27,7 @@ func (a *Agent) drainListeners(order admin.DrainOrder) {
 	if order.Graceful {
 		a.announce()
 	}
-	if order.Graceful && order.SkipExit {
+	if order.Graceful && order.SkipExit || order.Graceful && !a.leaving.CompareAndSwap(false, true) {
 		return
 	}
 	a.obey(func() {

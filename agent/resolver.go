@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/dns"
@@ -18,12 +19,9 @@ func (a *Agent) resolve() error {
 	if !a.config.DNSCapture {
 		return nil
 	}
-	servers := a.config.DNSServers
-	if len(servers) == 0 {
-		var err error
-		if servers, err = dns.ReadResolvConf(ResolvConf); err != nil {
-			return fmt.Errorf("--dns-capture: %w", err)
-		}
+	servers, err := a.nameServers(ResolvConf)
+	if err != nil {
+		return fmt.Errorf("--dns-capture: %w", err)
 	}
 	resolver, err := dns.New(dns.Config{
 		Upstreams: servers,
@@ -36,6 +34,18 @@ func (a *Agent) resolve() error {
 	}
 	a.resolver = resolver
 	return nil
+}
+
+// nameServers are those of the configuration, or else those that the file at path names.
+func (a *Agent) nameServers(path string) ([]netip.AddrPort, error) {
+	if len(a.config.DNSServers) > 0 {
+		return a.config.DNSServers, nil
+	}
+	servers, err := dns.ReadResolvConf(path)
+	if err == nil && len(servers) == 0 {
+		err = fmt.Errorf("%s names no server; name those to ask with --dns-servers", path)
+	}
+	return servers, err
 }
 
 // resolved tells of a query, as flowLog tells of a connection.

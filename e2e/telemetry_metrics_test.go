@@ -343,7 +343,13 @@ func TestAStrangerCannotMakeTheMetricsGrow(t *testing.T) {
 	before := s.agent.resident(t)
 	flood(2000, 20_000)
 	grown := s.agent.resident(t) - before
-	lines, f := series()
+	// The last requests are told of a moment after their answers.
+	var lines int
+	var f families
+	nettest.Eventually(t, "all requests to be counted", func() bool {
+		lines, f = series()
+		return sample(f, "istio_requests_total") >= 20_000
+	})
 	if lines != linesBefore || lines > 10_000 {
 		t.Errorf("%d lines of Istio's metrics after 2,000 hosts, and %d after 20,000", linesBefore, lines)
 	}

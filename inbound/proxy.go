@@ -151,6 +151,9 @@ func (p *Proxy) originalDestination(down *tcp.Conn) (dst netip.AddrPort, given b
 		if local := down.LocalAddr(); local.IsValid() && !slices.Contains(p.config.OwnPorts, local.Port()) {
 			return local, true, nil
 		}
+		if err := down.ClearTransparent(); err != nil {
+			return dst, false, err
+		}
 	}
 	dst, err = down.OriginalDst()
 	return dst, false, err

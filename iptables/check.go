@@ -28,9 +28,10 @@ type Findings struct {
 }
 
 // Check compares what there is in the network namespace of the calling thread with what init makes for spec, which must
-// be valid, in the back end that is asked for. It changes nothing.
+// be valid, in the back end that is asked for. What init has left for connections under way is no difference, not even
+// when they have ended since. It changes nothing.
 func Check(ctx context.Context, spec capture.Spec, backend Backend) (Findings, error) {
-	plan, err := PlanInit(ctx, spec, backend)
+	plan, err := planInit(ctx, spec, backend, (*Plan).leftUnderWay)
 	if err == nil {
 		err = plan.Unread
 	}

@@ -13,7 +13,8 @@ import (
 )
 
 // Commit carries the plan out and reads it back: it succeeds only when what is there is what was wanted. A failed init
-// takes back what it has done; a failed cleanup goes on and takes away what it can.
+// takes back what it has done; a failed cleanup goes on and takes away what it can. Where the back end was ours to choose
+// and iptables turns out to lack something, nftables take its place, and the plan is then the one that was carried out.
 func (p *Plan) Commit(ctx context.Context) error {
 	if p.Unread != nil {
 		return p.Unread
@@ -22,7 +23,7 @@ func (p *Plan) Commit(ctx context.Context) error {
 		return nil
 	}
 	if err := p.verifyPrograms(); err != nil {
-		return err
+		return p.fallBack(ctx, err)
 	}
 	if p.cleanup {
 		return p.remove(ctx)
@@ -31,11 +32,26 @@ func (p *Plan) Commit(ctx context.Context) error {
 		if undoErr := p.undo(ctx); undoErr != nil {
 			return fmt.Errorf("%w; and taking it back failed: %w; run pillion cleanup", err, undoErr)
 		}
-		if p.backend == Auto && len(p.Steps) > 0 && p.Steps[0].Flavour != Native && errors.Is(err, errNoKernelSupport) {
-			err = fmt.Errorf("%w; nftables may do: --backend nftables", err)
-		}
-		return fmt.Errorf("%w; everything is as it was", err)
+		return p.fallBack(ctx, fmt.Errorf("%w; everything is as it was", err))
 	}
+	return nil
+}
+
+// fallBack makes the rules in nftables after iptables has failed for the given reason, if that is of any use and nobody
+// has said otherwise.
+func (p *Plan) fallBack(ctx context.Context, reason error) error {
+	if p.cleanup || p.backend != Auto || !lacksSomething(reason) {
+		return reason
+	}
+	next, err := PlanInit(ctx, p.spec, NFTables)
+	if err == nil {
+		err = next.Commit(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("%w; nor can nftables be used: %w", reason, err)
+	}
+	next.Warnings = append(next.Warnings, fmt.Sprintf("the rules were made in nftables, because iptables cannot be used: %v", reason))
+	*p = *next
 	return nil
 }
 

@@ -48,6 +48,20 @@ var diagnoses = []struct {
 	{regexp.MustCompile(`is incompatible, use 'nft' tool`), errIncompatible},
 }
 
+// missingModulesError are those of the kernel's modules that a rule needs, at least one of which is missing.
+type missingModulesError string
+
+func (e missingModulesError) Error() string {
+	return fmt.Sprintf("the kernel lacks a part of this rule: load the modules %s on the node", string(e))
+}
+
+// lacksSomething tells that iptables cannot be used here, for reasons that need not concern nftables.
+func lacksSomething(err error) bool {
+	lacks := func(target error) bool { return errors.Is(err, target) }
+	return slices.ContainsFunc([]error{errNoKernelSupport, errNoExtension, errLockFile, needsNETRAW}, lacks) ||
+		errors.As(err, new(missingModulesError))
+}
+
 // diagnose says what the failure of a program comes down to, in which the line of its input at which it stopped may tell
 // which part of the kernel is missing; nil if nobody knows.
 func diagnose(stderr, line string) error {
@@ -59,7 +73,7 @@ func diagnose(stderr, line string) error {
 	refused := regexp.MustCompile(`RULE_\w+ failed \((No such file or directory|Operation not supported|Protocol not supported)\)|` +
 		`No chain/target/match by that name|missing kernel module`)
 	if modules := modulesFor(line); refused.MatchString(stderr) && len(modules) > 0 {
-		return fmt.Errorf("the kernel lacks a part of this rule: load the modules %s on the node", strings.Join(modules, ", "))
+		return missingModulesError(strings.Join(modules, ", "))
 	}
 	return nil
 }

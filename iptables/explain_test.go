@@ -194,17 +194,15 @@ func (w *world) explained(t *testing.T, p Packet) string {
 		q.Interface = p.In + p.Out
 	}
 	var said Explanation
-	w.pod.Do(t, func() error {
-		live, err := Look(context.Background())
-		if err != nil {
-			return err
+	w.pod.Do(t, func() (err error) {
+		if w.live.Held == nil {
+			if w.live, err = Look(context.Background()); err != nil {
+				return err
+			}
 		}
 		packet, err := q.Packet()
-		if err != nil {
-			return err
-		}
-		said = Explain(packet, live.Held)
-		return nil
+		said = Explain(packet, w.live.Held)
+		return err
 	})
 	if said.Uncertain {
 		t.Errorf("%s: unknown rules in our own namespace", said.Packet)

@@ -63,6 +63,7 @@ type world struct {
 	pod, peer, vm *nettest.Namespace
 	doors         map[string]bool
 	diallers      map[string]*dialler
+	live          Live // once somebody has asked
 }
 
 func newWorld(t *testing.T) *world {

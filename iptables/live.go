@@ -54,8 +54,12 @@ func Planned(spec capture.Spec) ([]Held, error) {
 	if err != nil {
 		return nil, err
 	}
+	wanted, err := state.wanted(spec.IPv6)
+	if err != nil {
+		return nil, err
+	}
 	planned := []Held{{Rules: Rules(spec, IPv4)}}
-	if state.wanted(spec.IPv6) {
+	if wanted {
 		planned = append(planned, Held{Rules: Rules(spec, IPv6)})
 	}
 	return planned, nil

@@ -33,7 +33,9 @@ type nftHook struct {
 func nftChains() ([]nftChain, error) {
 	request := nl.NewNetlinkRequest(nftMessage(unix.NFT_MSG_GETCHAIN), unix.NLM_F_DUMP)
 	request.AddData(&nl.Nfgenmsg{NfgenFamily: unix.NFPROTO_UNSPEC, Version: nl.NFNETLINK_V0})
-	messages, err := request.Execute(unix.NETLINK_NETFILTER, uint16(nftMessage(unix.NFT_MSG_NEWCHAIN)))
+	messages, err := whole(func() ([][]byte, error) {
+		return request.Execute(unix.NETLINK_NETFILTER, uint16(nftMessage(unix.NFT_MSG_NEWCHAIN)))
+	})
 	switch {
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT):
 		return nil, fmt.Errorf("nftables: %w", errNoKernelSupport)
@@ -51,6 +53,17 @@ func nftChains() ([]nftChain, error) {
 		chains = append(chains, chain)
 	}
 	return chains, nil
+}
+
+// whole asks the kernel for a list until no change by somebody else has interrupted it, but not for ever.
+func whole[T any](list func() (T, error)) (listed T, err error) {
+	const tries = 100
+	for range tries {
+		if listed, err = list(); !errors.Is(err, nl.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return listed, err
 }
 
 // readNFTChain reads a nfgenmsg header and the attributes behind it. Numbers are in network order.

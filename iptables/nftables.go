@@ -125,7 +125,9 @@ func nftDormant() (bool, error) {
 // nftRules lists the rules of our table, by chain.
 func nftRules() (map[string][]nftRule, error) {
 	request := nftRequest(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFPROTO_INET, nftName(unix.NFTA_RULE_TABLE, nftTable))
-	messages, err := request.Execute(unix.NETLINK_NETFILTER, uint16(nftMessage(unix.NFT_MSG_NEWRULE)))
+	messages, err := whole(func() ([][]byte, error) {
+		return request.Execute(unix.NETLINK_NETFILTER, uint16(nftMessage(unix.NFT_MSG_NEWRULE)))
+	})
 	if err != nil {
 		return nil, fmt.Errorf("listing nftables rules: %w", err)
 	}
@@ -229,10 +231,10 @@ func planNFTables(wanted [2]Ruleset, have nftState) nftChange {
 				change.add(nftSubject{}, unix.NFT_MSG_DELCHAIN, 0, nftName(unix.NFTA_CHAIN_TABLE, nftTable), nftName(unix.NFTA_CHAIN_NAME, c.name))
 			}
 		}
-	case len(have.chains) > 0:
+	case len(chains) > 0 || len(have.chains) > 0:
+		// One without chains may be there, and asleep. It is made first so that it can be removed.
+		change.add(nftSubject{}, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, table)
 		change.add(nftSubject{}, unix.NFT_MSG_DELTABLE, 0, table)
-		fallthrough
-	default:
 		if len(chains) > 0 {
 			change.add(nftSubject{}, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, table)
 		}

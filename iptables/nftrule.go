@@ -114,10 +114,13 @@ func (m Match) encode(family Family, own bool) []expr.Any {
 		if !address.prefix.IsValid() {
 			continue
 		}
-		value := address.prefix.Masked().Addr().AsSlice()
-		size := uint32(len(value))
-		all = append(all, &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: address.offset, Len: size})
-		if !address.prefix.IsSingleIP() {
+		// Of an address no more is loaded than counts, if that is whole bytes: so does nft.
+		value, bits := address.prefix.Masked().Addr().AsSlice(), address.prefix.Bits()
+		if bits%8 == 0 {
+			value = value[:bits/8]
+		}
+		all = append(all, &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: address.offset, Len: uint32(len(value))})
+		if bits%8 != 0 {
 			all = append(all, masked(mask(address.prefix)))
 		}
 		all = append(all, compare(address.not, value))
@@ -356,11 +359,15 @@ func (m *Match) readCondition(loaded expression, bits []byte, not bool, first, l
 			}
 			return true
 		}
-		prefix, ok := prefixOf(first, bits)
-		if prefix.Addr().Is4() && offset == addressOffset(IPv4) || prefix.Addr().Is6() && offset == addressOffset(IPv6) {
-			m.Src = prefix
-		} else {
-			m.Dst, m.NotDst = prefix, not
+		for _, family := range Families {
+			size := uint32(factsOf(family).anywhere.BitLen() / 8)
+			switch offset {
+			case addressOffset(family):
+				m.Src, ok = prefixOf(first, bits, size)
+			case addressOffset(family) + size:
+				m.Dst, ok = prefixOf(first, bits, size)
+				m.NotDst = not
+			}
 		}
 		return ok
 	case "meta":
@@ -465,9 +472,12 @@ func (r *Rule) readVerdict(table TableName, verdict []byte) (ok bool) {
 
 const nftaTPROXYFamily = 1 // NFTA_TPROXY_FAMILY of linux/netfilter/nf_tables.h
 
-func prefixOf(value, bits []byte) (netip.Prefix, bool) {
-	address, ok := netip.AddrFromSlice(value)
-	ones := address.BitLen()
+// prefixOf reads the beginning of an address of that many bytes, of which some bits count.
+func prefixOf(value, bits []byte, size uint32) (netip.Prefix, bool) {
+	ones := 8 * len(value)
+	whole := make([]byte, size)
+	copy(whole, value)
+	address, ok := netip.AddrFromSlice(whole)
 	if bits != nil {
 		ones = 0
 		for _, b := range bits {

@@ -26,6 +26,7 @@ type Plan struct {
 	Unread error
 
 	cleanup bool
+	spec    capture.Spec
 	ipv6    ipv6
 	backend Backend
 	table   nftState // our table of nftables as it was
@@ -61,19 +62,33 @@ func (p *Plan) Unchanged() bool {
 	return len(p.Steps) == 0 && len(p.Routes) == 0 && p.Address == AddressKept
 }
 
-// PlanInit compares what is there with the rules for spec, which must be valid. The backend says where they go.
+// PlanInit compares what is there with the rules for spec, which must be valid. The backend says where they go. What
+// TPROXY needs stays while its connections are under way, though spec may not want it.
 func PlanInit(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, error) {
-	plan := &Plan{backend: backend}
+	return planInit(ctx, spec, backend, (*Plan).underWay)
+}
+
+// planInit asks underWay for the mark of TPROXY's connections under way.
+func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay func(*Plan, survey) uint32) (*Plan, error) {
+	plan := &Plan{spec: spec, backend: backend}
 	s, err := plan.look(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := plan.addFamily(s, Rules(spec, IPv4)); err != nil {
+	var mark uint32
+	if !spec.CapturesInboundByTPROXY() {
+		mark = underWay(plan, s)
+	}
+	if err := plan.addFamily(s, rulesWith(spec, IPv4, mark)); err != nil {
 		return nil, err
 	}
 	families := []Family{IPv4}
-	if s.ipv6.wanted(spec.IPv6) {
-		err := plan.addFamily(s, Rules(spec, IPv6))
+	wanted, err := s.ipv6.wanted(spec.IPv6)
+	if err != nil {
+		return nil, err
+	}
+	if wanted {
+		err := plan.addFamily(s, rulesWith(spec, IPv6, mark))
 		switch {
 		case err == nil:
 			families = Families
@@ -95,7 +110,7 @@ func PlanInit(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, e
 			plan.Address = AddressRemoved
 		}
 	}
-	plan.Routes = diffRoutes(routesFor(spec, families), s.routing)
+	plan.Routes = diffRoutes(append(routesFor(spec, families), routesOf(mark, families, s.routing)...), s.routing)
 	plan.order()
 	return plan, nil
 }

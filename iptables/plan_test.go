@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -848,5 +849,60 @@ func TestTheLockIsHeldUntilItIsReleased(t *testing.T) {
 	release()
 	if err := <-second; err != nil {
 		t.Error(err)
+	}
+}
+
+// The script that a dry run writes is what is carried out: when somebody has run it there is nothing left to do. Only of
+// ranges nft makes something else, in some versions, which says the same.
+func TestTheScriptLeavesNothingToDo(t *testing.T) {
+	nettest.RequireRoot(t)
+	aRange := regexp.MustCompile(`(port|owner) \d+[:-]\d+ `)
+	for _, backend := range []Backend{IPTablesNFT, IPTablesLegacy, NFTables} {
+		usePrograms(t, false, NFT, Legacy)
+		pod, _ := nettest.PodAndPeer(t)
+		before := withoutLegacy(everything(t, pod))
+		run := func(plan func(context.Context) (*Plan, error)) {
+			var script string
+			pod.Do(t, func() error {
+				planned, err := plan(context.Background())
+				if err == nil {
+					script = planned.Script()
+				}
+				return err
+			})
+			cmd := pod.Command(0, 0, "/bin/sh", "-e", "-c", script)
+			cmd.Env = []string{"PATH=" + machinePath}
+			if out, err := pod.Run(cmd); err != nil {
+				t.Fatalf("%v: %s\n%s", err, out, script)
+			}
+		}
+		for _, sc := range scenarios {
+			toInit := func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, sc.spec, backend) }
+			run(toInit)
+			pod.Do(t, func() error {
+				plan, err := toInit(context.Background())
+				if err != nil {
+					return err
+				}
+				for _, step := range plan.Steps {
+					step.Changes = slices.DeleteFunc(step.Changes, func(c Change) bool { return backend == NFTables && aRange.MatchString(c.Rule) })
+					if len(step.Changes) > 0 {
+						t.Errorf("%s, %s: %v", backend, sc.name, step.Changes)
+					}
+				}
+				if len(plan.Routes) > 0 || plan.Address != AddressKept {
+					t.Errorf("%s, %s: %v", backend, sc.name, plan)
+				}
+				return nil
+			})
+		}
+		run(PlanCleanup)
+		if _, err := cleanupIn(pod); err != nil {
+			t.Fatal(err)
+		}
+		// The script does not look for the empty chains that iptables-nft leaves.
+		if after := withoutLegacy(everything(t, pod)); backend != IPTablesNFT && after != before {
+			t.Errorf("before:\n%s\nafter:\n%s", before, after)
+		}
 	}
 }

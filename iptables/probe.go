@@ -36,10 +36,14 @@ func Validate(ctx context.Context, spec capture.Spec, port uint16) (unproven []s
 	if err != nil {
 		return nil, err
 	}
+	wanted, err := state.wanted(spec.IPv6)
+	if err != nil {
+		return nil, err
+	}
 	_, err = Look(ctx)
 	v.readable = !errors.As(err, new(MissingCapabilityError))
 	v.plan(IPv4)
-	if state.wanted(spec.IPv6) {
+	if wanted {
 		if !state.source {
 			v.pending = append(v.pending, &proof{name: "inbound ipv6", err: fmt.Errorf("%s is missing on %s", capture.InboundSource6, loopback)})
 		}

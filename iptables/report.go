@@ -44,19 +44,13 @@ func count(changes int) string {
 	return fmt.Sprintf("%d changes", changes)
 }
 
-// Script is what is carried out, for a shell: what iptables-restore, nft and ip are given, in this order.
+// Script is what is carried out, for a shell: what ip, iptables-restore and nft are given, in this order.
 func (p *Plan) Script() string {
 	var text strings.Builder
-	if p.Address != AddressKept {
-		fmt.Fprintf(&text, "ip address %s %s/128 dev %s\n", p.Address, capture.InboundSource6, loopback)
+	if p.Address == AddressAdded {
+		fmt.Fprintf(&text, "ip address add %s/128 dev %s nodad preferred_lft 0\n", capture.InboundSource6, loopback)
 	}
-	for _, c := range p.Routes {
-		object := "rule"
-		if c.Route.Mark == 0 {
-			object = "route"
-		}
-		fmt.Fprintf(&text, "ip -%d %s %s %s protocol %d\n", c.Route.Family, object, c.Action, c.Route, routeProtocol)
-	}
+	p.routeScript(&text, Add, "add")
 	for _, step := range p.Steps {
 		if step.Flavour == Native {
 			if step.Input != "" {
@@ -67,7 +61,23 @@ func (p *Plan) Script() string {
 		name := map[Family]string{IPv4: "iptables", IPv6: "ip6tables"}[step.Family]
 		fmt.Fprintf(&text, "%s-%s-restore --noflush <<END\n%sEND\n", name, step.Flavour, step.Input)
 	}
+	p.routeScript(&text, Remove, "del")
+	if p.Address == AddressRemoved {
+		fmt.Fprintf(&text, "ip address del %s/128 dev %s\n", capture.InboundSource6, loopback)
+	}
 	return text.String()
+}
+
+func (p *Plan) routeScript(text *strings.Builder, action RouteAction, verb string) {
+	for _, c := range p.Routes {
+		object := "rule"
+		if c.Route.Mark == 0 {
+			object = "route"
+		}
+		if c.Action == action {
+			fmt.Fprintf(text, "ip -%d %s %s %s protocol %d\n", c.Route.Family, object, verb, c.Route, routeProtocol)
+		}
+	}
 }
 
 // String is what would change, for people: each rule with its reason. It is empty for a cleanup that finds nothing.

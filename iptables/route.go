@@ -69,6 +69,17 @@ func routesFor(spec capture.Spec, families []Family) []Route {
 	return routes
 }
 
+// routesOf are those that lead from the mark to where it is delivered, as they are there.
+func routesOf(mark uint32, families []Family, have []installed) []Route {
+	var routes []Route
+	for _, h := range have {
+		if mark != 0 && h.Mark == mark && slices.Contains(families, h.Family) {
+			routes = append(routes, Route{Family: h.Family, Table: h.Table}, h.Route)
+		}
+	}
+	return routes
+}
+
 // diffRoutes are the changes that turn what is there into what is wanted. A second copy of something is removed.
 func diffRoutes(want []Route, have []installed) []RouteChange {
 	var changes []RouteChange
@@ -91,7 +102,7 @@ func diffRoutes(want []Route, have []installed) []RouteChange {
 func readRoutes() ([]installed, error) {
 	var found []installed
 	for _, family := range Families {
-		rules, err := netlink.RuleList(family.number())
+		rules, err := whole(func() ([]netlink.Rule, error) { return netlink.RuleList(family.number()) })
 		if err != nil && !noRouting(err) {
 			return nil, fmt.Errorf("listing %s routing rules: %w", family, err)
 		}
@@ -103,7 +114,9 @@ func readRoutes() ([]installed, error) {
 			}
 		}
 		all := &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Type: unix.RTN_LOCAL, LinkIndex: loopbackIndex}
-		routes, err := netlink.RouteListFiltered(family.number(), all, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE|netlink.RT_FILTER_OIF)
+		routes, err := whole(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family.number(), all, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE|netlink.RT_FILTER_OIF)
+		})
 		if err != nil && !noRouting(err) {
 			return nil, fmt.Errorf("listing %s routes: %w", family, err)
 		}

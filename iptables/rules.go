@@ -27,8 +27,14 @@ func factsOf(family Family) facts {
 // or a group from ever being looked at: here every user and group of the agent has had its say before the rest of the
 // loopback traffic is let go. Its TPROXY took every connection under way for one of the agent's: here they are marked.
 // Its zones for DNS took no notice of who is left alone. The spec must be valid.
-func Rules(spec capture.Spec, family Family) Ruleset {
-	p := policy{Spec: spec, facts: factsOf(family), Ruleset: Ruleset{Family: family}}
+func Rules(spec capture.Spec, family Family) Ruleset { return rulesWith(spec, family, 0) }
+
+// rulesWith are Rules, and where TPROXY is not wanted what its connections under way need, by their mark. 0 is for none.
+func rulesWith(spec capture.Spec, family Family, underWay uint32) Ruleset {
+	p := policy{Spec: spec, facts: factsOf(family), Ruleset: Ruleset{Family: family}, mark: underWay}
+	if spec.CapturesInboundByTPROXY() {
+		p.mark = spec.TPROXYMark
+	}
 	if family == IPv4 {
 		p.localhost = spec.Localhost4
 	}
@@ -54,6 +60,7 @@ type policy struct {
 	capture.Spec
 	facts
 	Ruleset
+	mark    uint32         // of what the agent sends to the workload from its client's address; 0 when it does not
 	owners  []Owner        // the agent
 	servers []netip.Prefix // where DNS is captured, in this family
 }
@@ -78,10 +85,11 @@ func (p *policy) chain(table TableName, name string, rules ...Rule) {
 	if !c.own() {
 		c.Policy = policyAccept
 	}
+	ended := make(map[Match]bool)
 	for _, r := range rules {
-		dead := slices.ContainsFunc(c.Rules, func(earlier Rule) bool { return earlier.final() && earlier.Match == r.Match })
-		if !dead {
+		if !ended[r.Match] {
 			c.Rules = append(c.Rules, r)
+			ended[r.Match] = r.final()
 		}
 	}
 	if len(c.Rules) > 0 {
@@ -242,38 +250,45 @@ func (p *policy) outboundAlone() []Rule {
 }
 
 // self are the rules for a workload that calls its own service through the agent. In TPROXY mode the mangle table has
-// them; istio-iptables redirects users, though not groups, all the same.
+// them; istio-iptables redirects users all the same, and those groups to which its rules ever come. It has no exception
+// for queries of groups.
 func (p *policy) self() []Rule {
-	owners := p.owners
-	if p.Mode == capture.TPROXY {
-		owners = nil
-		if p.Compat {
-			owners = p.owners[:len(p.ProxyUIDs)]
-		}
-	}
 	var queries, calls []Rule
-	for _, owner := range owners {
-		queries = append(queries, Rule{
-			ID: "outbound/agent-query/" + owner.String(), Match: Match{Out: loopback, Protocol: TCP, DstPorts: single(dnsPort), Owner: owner}, Target: Return{},
-			Why: "the agent's own query to a local server of names is not a call of the workload's service",
-		})
+	for i, owner := range p.owners {
+		user := i < len(p.ProxyUIDs)
 		call := Match{
 			Out: loopback, Dst: p.localhost, NotDst: true,
 			Protocol: TCP, DstPorts: single(p.TunnelPort), NotDstPorts: true, Owner: owner,
 		}
-		if p.Mode == capture.TPROXY {
-			call.Mark, call.NotMark = p.TPROXYMark, true // not from its client's address
+		if call.Mark = p.mark; p.Mode == capture.TPROXY {
+			call.Mark = p.TPROXYMark
+			switch {
+			case !p.Compat:
+				continue
+			case user, p.capturesLoopback():
+			case p.CapturesDNS():
+				call.DstPorts, call.NotDstPorts = single(dnsPort), false
+			default:
+				continue
+			}
 		}
+		if p.CapturesDNS() && (user || !p.Compat) {
+			queries = append(queries, Rule{
+				ID: "outbound/agent-query/" + owner.String(), Match: Match{Out: loopback, Protocol: TCP, DstPorts: single(dnsPort), Owner: owner}, Target: Return{},
+				Why: "the agent's own query to a local server of names is not a call of the workload's service",
+			})
+		}
+		call.NotMark = call.Mark != 0 // what has it comes from its client's address
 		calls = append(calls, Rule{
 			ID: "outbound/self/" + owner.String(), Match: call, Target: Jump(chainInboundRedirect),
 			Why: "a workload that calls its own service reaches itself through the agent's inbound side, like any other caller",
 		})
 	}
-	if !p.CapturesDNS() {
-		return calls
-	}
 	return append(queries, calls...)
 }
+
+// capturesLoopback tells whether loopback addresses are judged like any other.
+func (p *policy) capturesLoopback() bool { return slices.ContainsFunc(p.Outbound.List, isLoopback) }
 
 // outboundCaptured decides about everybody else.
 func (p *policy) outboundCaptured() []Rule {
@@ -325,7 +340,7 @@ func (p *policy) loopback() []Rule {
 		ID: "outbound/localhost", Match: Match{Dst: p.localhost}, Target: Return{},
 		Why: "localhost stays local, even where other loopback addresses are captured",
 	}
-	if slices.ContainsFunc(p.Outbound.List, isLoopback) {
+	if p.capturesLoopback() {
 		return []Rule{localhost}
 	}
 	rule := Rule{

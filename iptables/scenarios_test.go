@@ -275,7 +275,8 @@ var scenarios = []scenario{
 			story{"workload answers that address", established(0x7b, sends(workload, workload, a.peer, 40000)), untouched},
 			story{"workload to a name server at its own address", toItself(workload, workload, a.pod, 53), untouched},
 			story{"workload to a name server at localhost", toItself(workload, workload, a.localhost, 53), untouched},
-			story{"agent to a local name server", toItself(agent, 2000, a.pod, 53), untouched})
+			story{"agent to a local name server", toItself(0, agent, a.pod, 53), inbound},
+			story{"agent under another group to a local name server", toItself(agent, 2000, a.pod, 53), given})
 	}},
 	{"tproxy-lists", specOf(func(s *capture.Spec) {
 		s.Mode, s.Inbound.List = capture.TPROXY, ports("8080,53")
@@ -362,7 +363,7 @@ var scenarios = []scenario{
 			{"agent asks a server", udp(sends(agent, 2000, a.elsewhere, 53)), untouched},
 			{"agent under another user asks a server", udp(sends(2000, agent, a.elsewhere, 53)), untouched},
 			{"agent asks a local server by TCP", toItself(agent, 2000, a.pod, 53), untouched},
-			{"agent under another user, too", toItself(2000, agent, a.pod, 53), untouched},
+			{"agent under another user, for which istio-iptables forgot to make an exception", toItself(2000, agent, a.pod, 53), inbound},
 			{"a server answers", udp(answerFrom(a.elsewhere, a)), untouched},
 			{"agent answers", udp(agentAnswers(agent, 2000, a)), untouched},
 			{"agent under another user answers", udp(agentAnswers(2000, agent, a)), untouched},

@@ -216,7 +216,8 @@ func (s survey) choose(want Ruleset, backend Backend) (store, error) {
 		forced := s.store(want.Family, flavour)
 		return forced, forced.usable(want)
 	}
-	if backend == Auto && native.ours {
+	// The table is one for both families.
+	if backend == Auto && slices.ContainsFunc(s.stores, func(t store) bool { return t.flavour == Native && t.ours }) {
 		return native, native.usable(want)
 	}
 	chosen, err := chooseIPTables(nft, legacy, want)
@@ -276,7 +277,6 @@ func (t store) usable(want Ruleset) error {
 // ipv6 is what the namespace has of IPv6.
 type ipv6 struct {
 	enabled bool // loopback can have addresses
-	first   bool // the first global address is one of IPv6
 	global  bool // the pod has an address that others may reach it at
 	source  bool // capture.InboundSource6 is on the loopback
 	ours    bool // and it was us who put it there
@@ -300,9 +300,6 @@ func readIPv6() (ipv6, error) {
 			state.enabled = false
 		}
 	}
-	if state.first, err = firstIsIPv6(); err != nil {
-		return state, err
-	}
 	for line := range strings.Lines(string(addresses)) {
 		state.addAddress(strings.Fields(line))
 	}
@@ -325,9 +322,12 @@ func firstIsIPv6() (bool, error) {
 	return false, nil
 }
 
-// wanted tells whether there shall be rules for IPv6.
-func (state ipv6) wanted(choice capture.IPv6Choice) bool {
-	return state.enabled && (choice == capture.IPv6Wherever || state.first)
+// wanted tells whether there shall be rules for IPv6. Addresses are asked for only where they matter.
+func (state ipv6) wanted(choice capture.IPv6Choice) (bool, error) {
+	if !state.enabled || choice == capture.IPv6Wherever {
+		return state.enabled, nil
+	}
+	return firstIsIPv6()
 }
 
 // addAddress takes a line of if_inet6: address, interface number, prefix length, scope and flags, all in hexadecimal,
@@ -356,11 +356,11 @@ func missingCapability(legacy bool) error {
 	}
 	needed := []capability{{unix.CAP_NET_ADMIN, "NET_ADMIN"}}
 	if legacy {
-		needed = append(needed, capability{unix.CAP_NET_RAW, "NET_RAW"})
+		needed = append(needed, capability{unix.CAP_NET_RAW, needsNETRAW})
 	}
 	for _, c := range needed {
 		if effective&(1<<c.bit) == 0 {
-			return MissingCapabilityError(c.name)
+			return c.name
 		}
 	}
 	return nil
@@ -383,8 +383,10 @@ func effectiveCapabilities() (uint64, error) {
 
 type capability struct {
 	bit  int
-	name string
+	name MissingCapabilityError
 }
+
+const needsNETRAW = MissingCapabilityError("NET_RAW")
 
 // MissingCapabilityError is the name of a capability that this process needs to read or change rules, without CAP_.
 type MissingCapabilityError string

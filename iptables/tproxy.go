@@ -9,11 +9,11 @@ import (
 // arriving is what the mangle table does with what comes in.
 func (p *policy) arriving() {
 	tproxy := p.CapturesInboundByTPROXY()
-	if !tproxy && !p.DropInvalid {
+	if p.mark == 0 && !p.DropInvalid {
 		return
 	}
 	var rules []Rule
-	if tproxy || !p.Compat { // istio-iptables drops on excluded interfaces, too
+	if p.Mode == capture.TPROXY || !p.Compat { // istio-iptables drops on excluded interfaces, too
 		for _, name := range p.InterfacesExcluded {
 			rules = append(rules, leftAlone("arriving", Match{In: name}))
 		}
@@ -33,12 +33,17 @@ func (p *policy) arriving() {
 				Why: "what a virtual machine opens is outbound, which is the nat table's business",
 			})
 		}
+	}
+	if p.mark != 0 {
 		rules = append(rules,
-			Rule{ID: "arriving/given", Match: Match{Protocol: TCP, Mark: p.TPROXYMark, ConnMark: capture.LoopMark}, Target: Return{},
+			Rule{ID: "arriving/given", Match: Match{Protocol: TCP, Mark: p.mark, ConnMark: capture.LoopMark}, Target: Return{},
 				Why: "while our rules move, the same stand in two places, and the others have given the packet to the agent already"},
-			Rule{ID: "arriving/original-source/save", Match: Match{Protocol: TCP, Mark: p.TPROXYMark}, Target: SaveMark{},
-				Why: "the workload's answers to an address that the agent borrowed must find the agent, so the connection remembers the mark"},
-			Rule{ID: "arriving/original-source", Match: Match{Protocol: TCP, Mark: p.TPROXYMark}, Target: Return{},
+			Rule{ID: "arriving/original-source/save", Match: Match{Protocol: TCP, Mark: p.mark}, Target: SaveMark{},
+				Why: "the workload's answers to an address that the agent borrowed must find the agent, so the connection remembers the mark"})
+	}
+	if tproxy {
+		rules = append(rules,
+			Rule{ID: "arriving/original-source", Match: Match{Protocol: TCP, Mark: p.mark}, Target: Return{},
 				Why: "what the agent sends to the workload from its client's address is not captured again"},
 			Rule{ID: "arriving/inbound", Match: Match{Protocol: TCP}, Target: Jump(chainInbound),
 				Why: "incoming TCP is judged by our chain"})
@@ -88,30 +93,35 @@ func (p *policy) inboundTPROXY() {
 
 // leaving is what the mangle table does with what local processes send: marks for TPROXY.
 func (p *policy) leaving() {
-	if !p.CapturesInboundByTPROXY() {
+	if p.mark == 0 {
 		return
 	}
 	p.chain(Mangle, chainBuiltOutput, Rule{
 		ID: "leaving/jump", Match: Match{Protocol: TCP}, Target: Jump(chainOutput), Why: "outgoing TCP is marked by our chain",
 	})
+	answer := Rule{
+		ID: "leaving/answer", Match: Match{Protocol: TCP, ConnMark: p.mark}, Target: RestoreMark{},
+		Why: "the workload's answers to an address that the agent borrowed are routed to the agent",
+	}
+	if !p.CapturesInboundByTPROXY() {
+		p.chain(Mangle, chainOutput, answer)
+		return
+	}
 	var rules []Rule
 	for _, name := range p.InterfacesExcluded {
 		rules = append(rules, leftAlone("leaving", Match{Out: name}))
 	}
 	rules = append(rules, Rule{
-		ID: "leaving/original-source", Match: Match{Out: loopback, Mark: p.TPROXYMark}, Target: Return{},
+		ID: "leaving/original-source", Match: Match{Out: loopback, Mark: p.mark}, Target: Return{},
 		Why: "what the agent sends to the workload from its client's address keeps its mark",
 	})
 	for _, owner := range p.owners {
 		self := Match{Dst: p.localhost, NotDst: true, Out: loopback, Protocol: TCP, Owner: owner}
-		if p.CapturesDNS() {
+		if p.CapturesDNS() && !p.Compat { // istio-iptables takes its queries for calls
 			self.DstPorts, self.NotDstPorts = single(dnsPort), true
 		}
 		rules = append(rules, Rule{ID: "leaving/self/" + owner.String(), Match: self, Target: SetMark(capture.LoopMark),
 			Why: "by this mark a call of the workload's own service is told from what the workload says to itself"})
 	}
-	p.chain(Mangle, chainOutput, append(rules, Rule{
-		ID: "leaving/answer", Match: Match{Protocol: TCP, ConnMark: p.TPROXYMark}, Target: RestoreMark{},
-		Why: "the workload's answers to an address that the agent borrowed are routed to the agent",
-	})...)
+	p.chain(Mangle, chainOutput, append(rules, answer)...)
 }

@@ -53,7 +53,11 @@ func (o *initOptions) bindAgent(flags *pflag.FlagSet) {
 	parsed(flags, &s.InboundPort, capture.ParsePort, "inbound-capture-port", "z", fmt.Sprint(s.InboundPort), "port",
 		"port of the agent to which captured inbound connections go")
 	twin(flags, "inbound-capture-port", "INBOUND_CAPTURE_PORT")
-	parsed(flags, &o.uids, parseUsers, "proxy-uid", "u", "", "list",
+	users := func(text string) ([]capture.IDRange, error) {
+		o.namesakes, _ = parseGroups(text)
+		return parseUsers(text)
+	}
+	parsed(flags, &o.uids, users, "proxy-uid", "u", "", "list",
 		fmt.Sprintf("users whose connections are not captured; empty is $ENVOY_USER (istio-proxy), or %d if there is no such user", capture.DefaultProxyID))
 	twin(flags, "proxy-uid", "PROXY_UID")
 	parsed(flags, &o.gids, parseGroups, "proxy-gid", "g", "", "list",

@@ -67,6 +67,9 @@ type initOptions struct {
 	uids []capture.IDRange // nil: who $ENVOY_USER is
 	gids []capture.IDRange // nil: the same as uids
 
+	// namesakes are the groups that bear the names of the users, which istio-iptables means, if there are such.
+	namesakes []capture.IDRange
+
 	warnings      []string // about flags, which are read before there is a log
 	dualStack     bool
 	cleanupOnly   bool
@@ -111,7 +114,11 @@ func (o *initOptions) complete(log *slog.Logger) error {
 	if len(o.uids) == 0 {
 		s.ProxyUIDs = proxyUser()
 	}
-	if s.ProxyGIDs = o.gids; len(o.gids) == 0 {
+	switch s.ProxyGIDs = o.gids; {
+	case len(o.gids) > 0:
+	case s.Compat && len(o.namesakes) > 0:
+		s.ProxyGIDs = o.namesakes
+	default:
 		s.ProxyGIDs = s.ProxyUIDs
 	}
 	for _, warning := range o.warnings {

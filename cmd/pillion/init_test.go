@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +14,9 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/spf13/pflag"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
@@ -314,6 +319,24 @@ func TestAMissingCapabilityIsNamed(t *testing.T) {
 	if got := pillion(t, ns, nil, without("net_raw"), "init", "-i", "*"); got.code != 0 {
 		t.Errorf("nft without CAP_NET_RAW: got %+v", got)
 	}
+	fresh := nettest.New(t, "fresh")
+	got = pillion(t, fresh, nil, without("net_raw"), "init", "-i", "*", "--backend", "iptables-legacy")
+	if got.code != 1 || got.stderr != "pillion: error: capability CAP_NET_RAW "+missing+"\n" {
+		t.Errorf("legacy, as asked for, without CAP_NET_RAW: got %+v", got)
+	}
+	legacyAlone := t.TempDir()
+	for _, name := range []string{"iptables", "ip6tables"} {
+		for _, what := range []string{"-legacy", "-legacy-save", "-legacy-restore"} {
+			path, err := exec.LookPath(name + what)
+			if err := cmp.Or(err, os.Symlink(path, filepath.Join(legacyAlone, name+what))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	got = pillion(t, fresh, []string{"PATH=" + legacyAlone}, without("net_raw"), "init", "-i", "*")
+	if got.code != 0 || !strings.Contains(got.stdout, "rules installed in nftables") || !strings.Contains(got.stderr, "because iptables cannot be used: capability CAP_NET_RAW is missing") {
+		t.Errorf("legacy, which nobody asked for, without CAP_NET_RAW: got %+v", got)
+	}
 	ns.MustRun(t, "iptables-legacy-save", "-t", "nat")
 	got = pillion(t, ns, nil, without("net_raw"), "init", "-i", "*")
 	if got.code != 1 || got.stderr != "pillion: error: capability CAP_NET_RAW "+missing+"\n" {
@@ -493,4 +516,31 @@ func publicDir(t *testing.T) string {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return dir
+}
+
+// Without -g istio-iptables hands the words of -u on to the group match, which looks them up as groups.
+func TestTheAgentsGroupsFollowItsUsers(t *testing.T) {
+	user, namesake, named := []capture.IDRange{{First: 5, Last: 5}}, []capture.IDRange{{First: 60, Last: 60}}, []capture.IDRange{{First: 7, Last: 7}}
+	for _, test := range []struct {
+		compat          bool
+		gids, namesakes []capture.IDRange
+		want            []capture.IDRange
+	}{
+		{true, nil, namesake, namesake},
+		{true, nil, nil, user},
+		{true, named, namesake, named},
+		{false, nil, namesake, user},
+	} {
+		o := newInitOptions(test.compat)
+		o.uids, o.gids, o.namesakes = user, test.gids, test.namesakes
+		if err := o.complete(slog.New(slog.DiscardHandler)); err != nil || !slices.Equal(o.spec.ProxyGIDs, test.want) {
+			t.Errorf("%+v: got %v, error %v", test, o.spec.ProxyGIDs, err)
+		}
+	}
+	o := newInitOptions(true)
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	o.bindAgent(flags)
+	if err := flags.Parse([]string{"-u", "root,1337"}); err != nil || !slices.Equal(o.namesakes, []capture.IDRange{{}, {First: 1337, Last: 1337}}) {
+		t.Errorf("got %v, error %v", o.namesakes, err)
+	}
 }

@@ -22,7 +22,7 @@ func newWebhook() *cobra.Command {
 		Short: "Serve the admission webhook that injects pods as they are created",
 		Long: `Serve the admission webhook that injects pods as they are created: /inject for the API server and /healthz for probes,
 both by TLS. Certificate and key are read anew when their files change. A pod that cannot be injected as its annotations
-ask is refused, with the reason. deploy/webhook.yaml has all that a cluster needs.`,
+ask is refused, with the reason. deploy/kustomize and deploy/helm have all that a cluster needs.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := options.Validate(); err != nil {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -246,22 +247,53 @@ func measureStart(t testing.TB, k *kit, s sizes) []*row {
 }
 
 func measureInit(t testing.TB, k *kit, s sizes) []*row {
-	r := &row{title: "pillion init", unit: "ms", promises: []promise{{atMost: 30}}}
+	programs := &row{title: "pillion init, with iptables", unit: "ms", promises: []promise{{atMost: 30}}}
+	native := &row{title: "pillion init, with nftables and no program", unit: "ms", promises: []promise{{atMost: 15}}}
+	rows := map[string]*row{"iptables": programs, "nftables": native}
 	for range s.inits {
-		inScope(t, func(t testing.TB) {
-			pod, _ := nettest.PodAndPeer(t)
-			cmd := pod.Command(0, 0, k.pillion, initArguments...)
-			begin := time.Now()
-			out, err := pod.Run(cmd)
-			took := time.Since(begin)
-			if err != nil {
-				t.Fatalf("%v\n%s", err, out)
-			}
-			r.add(namePillion, milliseconds(took))
-		})
+		for backend, r := range rows {
+			inScope(t, func(t testing.TB) {
+				pod, _ := nettest.PodAndPeer(t)
+				cmd := pod.Command(0, 0, k.pillion, append(slices.Clone(initArguments), "--backend", backend)...)
+				begin := time.Now()
+				out, err := pod.Run(cmd)
+				took := time.Since(begin)
+				if err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+				r.add(namePillion, milliseconds(took))
+			})
+		}
 	}
-	fmt.Fprintf(progress, "pillion init: %.1f\n", r.samples[namePillion])
-	return []*row{r}
+	for _, r := range rows {
+		fmt.Fprintf(progress, "%s: %.1f\n", r.title, r.samples[namePillion])
+	}
+	startedBy := func(backend string, most float64) *row {
+		r := &row{title: "programs that init starts, with " + backend, promises: []promise{{atMost: most}}}
+		inScope(t, func(t testing.TB) { r.add(namePillion, programsStarted(t, k, backend)) })
+		return r
+	}
+	measured := []*row{programs, native}
+	if _, err := exec.LookPath("strace"); err == nil {
+		measured = append(measured, startedBy("iptables", 8), startedBy("nftables", 0))
+	}
+	return measured
+}
+
+// programsStarted counts what init executes besides itself, and whatever that executes.
+func programsStarted(t testing.TB, k *kit, backend string) float64 {
+	t.Helper()
+	pod, _ := nettest.PodAndPeer(t)
+	path := filepath.Join(t.TempDir(), "trace")
+	words := append([]string{"-qq", "-f", "-e", "trace=execve", "-o", path, k.pillion}, initArguments...)
+	if out, err := pod.Run(pod.Command(0, 0, "strace", append(words, "--backend", backend)...)); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	trace, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return float64(strings.Count(string(trace), " = 0\n") - 1)
 }
 
 func microseconds(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }

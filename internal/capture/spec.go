@@ -32,8 +32,9 @@ type Spec struct {
 	Mode Mode
 	// Compat asks for the verdicts of istio-iptables also where they are debatable: in TPROXY mode the tunnel port is
 	// captured, and the agent's users reach their own workload by redirection; with DNS capture TCP to port 53 over the
-	// loopback is judged like any other destination; and DropInvalid takes no notice of InterfacesExcluded. What it gets
-	// plainly wrong is right either way.
+	// loopback is judged like any other destination, and such queries of the agent like its other calls, but for users in
+	// REDIRECT mode; and DropInvalid takes no notice of InterfacesExcluded in REDIRECT mode. What it gets plainly wrong is
+	// right either way.
 	Compat bool
 	// IPv6 says when there are rules for IPv6.
 	IPv6 IPv6Choice
@@ -133,7 +134,7 @@ func (s Spec) OwnPorts() []uint16 {
 // to the agent. It cannot be TPROXYMark.
 const LoopMark = 1338
 
-// MaxOwnerGroups is how many groups OwnerGroups and OwnerGroupsExcluded may list, as in istio-iptables.
+// MaxOwnerGroups is how many groups OwnerGroups may list, as in istio-iptables, which has no limit for those left alone.
 const MaxOwnerGroups = 64
 
 // Validate finds what the parsers and types cannot rule out. Its errors name the flag, the value and the remedy.
@@ -191,19 +192,18 @@ func (s Spec) validateIDs() error {
 	if len(s.ProxyUIDs)+len(s.ProxyGIDs) == 0 {
 		return errors.New("-u and -g name no user and no group: the agent's own connections would be captured; name one")
 	}
-	groups := []named[IDRange]{{groupsVariable, s.OwnerGroups.List}, {groupsExcludedVariable, s.OwnerGroupsExcluded}}
-	for _, ids := range append([]named[IDRange]{{"-u", s.ProxyUIDs}, {"-g", s.ProxyGIDs}}, groups...) {
+	for _, ids := range []named[IDRange]{
+		{"-u", s.ProxyUIDs}, {"-g", s.ProxyGIDs}, {groupsVariable, s.OwnerGroups.List}, {groupsExcludedVariable, s.OwnerGroupsExcluded},
+	} {
 		for _, r := range ids.list {
 			if r.Last == noID || r.Last < r.First {
 				return fmt.Errorf("%s %s: a user or group is a number from 0 to %d, a range goes upwards", ids.flag, r, uint32(noID-1))
 			}
 		}
 	}
-	for _, ids := range groups {
-		if len(ids.list) > MaxOwnerGroups {
-			return fmt.Errorf("%s lists %d groups: at most %d are possible; write neighbours as a range such as 2000-2010",
-				ids.flag, len(ids.list), MaxOwnerGroups)
-		}
+	if listed := len(s.OwnerGroups.List); listed > MaxOwnerGroups {
+		return fmt.Errorf("%s lists %d groups: at most %d are possible; write neighbours as a range such as 2000-2010",
+			groupsVariable, listed, MaxOwnerGroups)
 	}
 	return nil
 }

@@ -4,11 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -63,7 +68,7 @@ func TestQueriesReachUpstreamAsTheyWereSent(t *testing.T) {
 			want := slices.Clone(sent[2:])
 			if c.added {
 				want[9]++ // additional records
-				want = append(want, 0, 0, 41, 4096>>8, 0, 0, 0, 0, 0, 0, 0)
+				want = append(want, 0, 0, 41, 1232>>8, 1232&0xff, 0, 0, 0, 0, 0, 0)
 			}
 			if received := (<-got)[2:]; !bytes.Equal(received, want) {
 				t.Errorf("upstream received\n% x, want\n% x", received, want)
@@ -388,7 +393,7 @@ func TestAServerFromBeforeEDNSIsAskedWithoutIt(t *testing.T) {
 
 func TestAnAnswerThatEDNSLosesIsFoundWithoutIt(t *testing.T) {
 	server := standing(t, func(w dns.ResponseWriter, r *dns.Msg) {
-		if r.IsEdns0() == nil { // else a fragment gets lost
+		if r.IsEdns0() == nil { // else it gets lost
 			big(3000)(w, r)
 		}
 	})
@@ -415,6 +420,74 @@ func TestADeadServerIsAskedLastForAWhile(t *testing.T) {
 		if got := asked.Load(); got != c.want {
 			t.Errorf("after query %d, the dead server was asked %d times, want %d", i, got, c.want)
 		}
+	}
+}
+
+// That this process may open no socket says nothing of the server.
+func TestAServerIsNotBlamedForWhatWeLack(t *testing.T) {
+	alive := standing(t, fixed())
+	r := prepare(t, addrs(alive), soon, func(c *Config) {
+		dial := new(net.Dialer).DialContext
+		var lacks atomic.Bool
+		lacks.Store(true)
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if lacks.Swap(false) {
+				return nil, os.NewSyscallError("socket", syscall.EMFILE)
+			}
+			return dial(ctx, network, address)
+		}
+	})
+	r.Start()
+	r.ask(t, "udp", question("example.", dns.TypeA))
+	if until := r.upstreams[0].dead.Load(); until != 0 {
+		t.Error("the server counts as one that does not answer")
+	}
+}
+
+// Who asks while one query tries whether the server answers again does not wait for that.
+func TestOneQueryFindsOutWhetherADeadServerAnswersAgain(t *testing.T) {
+	var asked atomic.Int32
+	dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
+	alive := standing(t, fixed())
+	r := prepare(t, addrs(dead, alive), soon)
+	now := &clock{at: time.Now()}
+	r.now = now.now
+	r.Start()
+	r.ask(t, "udp", question("first.example.", dns.TypeA))
+	now.add(deadTime)
+	var all sync.WaitGroup
+	for i := range 20 {
+		all.Go(func() { r.ask(t, "udp", question(fmt.Sprintf("%d.example.", i), dns.TypeA)) })
+	}
+	all.Wait()
+	if got := asked.Load(); got != 2 {
+		t.Errorf("the dead server was asked %d times, want once more than the first time", got)
+	}
+}
+
+func TestAServerThatIsSilentNowAndThenDoesNotFillTheLog(t *testing.T) {
+	server := packets(t, func(query []byte) [][]byte {
+		if m, _ := parse(query); m.name()[0] == 1 { // a name whose first label is one letter
+			return nil
+		}
+		return [][]byte{address(query)}
+	})
+	var log bytes.Buffer
+	now := &clock{at: time.Now()}
+	r := prepare(t, addrs(server), func(c *Config) {
+		c.Timeout = 100 * time.Millisecond
+		c.Log = slog.New(slog.NewTextHandler(&log, nil))
+	})
+	r.now = now.now
+	r.Start()
+	for _, want := range []int{1, 1, 2} { // of each of the two lines
+		for _, name := range []string{"a.example.", "some.example.", "b.example.", "more.example."} {
+			r.ask(t, "udp", question(name, dns.TypeA))
+		}
+		if silent, again := strings.Count(log.String(), "does not answer"), strings.Count(log.String(), "answers again"); silent != want || again != want {
+			t.Errorf("the log tells %d times of silence and %d times of its end, want %d:\n%s", silent, again, want, &log)
+		}
+		now.add(tellTime / 2)
 	}
 }
 

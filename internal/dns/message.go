@@ -12,7 +12,7 @@ const (
 	headerSize  = 12
 	optSize     = 11 // an OPT record without options
 	maxMessage  = 1<<16 - 1
-	ednsSize    = 4096  // the UDP payload that we take
+	ednsSize    = 4096  // the UDP payload that we take from downstreams, who are on this host
 	plainSize   = 512   // what a UDP downstream without EDNS takes (RFC 1035 §4.2.1)
 	maxPacket   = 65487 // a UDP payload over IPv6 that loopback carries in one piece
 	maxNameSize = 255
@@ -169,9 +169,10 @@ func (m *message) udpSize() int {
 }
 
 // appendOPT appends an OPT without options to a whole message.
-func appendOPT(raw []byte, ttl []byte) []byte {
+func appendOPT(raw []byte, size uint16, ttl []byte) []byte {
 	binary.BigEndian.PutUint16(raw[10:], binary.BigEndian.Uint16(raw[10:])+1)
-	raw = append(raw, 0, 0, byte(dns.TypeOPT), ednsSize>>8, ednsSize&0xff)
+	raw = append(raw, 0, 0, byte(dns.TypeOPT))
+	raw = binary.BigEndian.AppendUint16(raw, size)
 	raw = append(raw, ttl...)
 	return append(raw, 0, 0)
 }
@@ -240,7 +241,7 @@ func failure(query *message, rcode int) []byte {
 		raw = append(raw, query.question...)
 	}
 	if query.edns() {
-		raw = appendOPT(raw, []byte{0, 0, query.ttl(query.opt)[2] & 0x80, 0}) // DO as asked (RFC 3225 §3)
+		raw = appendOPT(raw, ednsSize, []byte{0, 0, query.ttl(query.opt)[2] & 0x80, 0}) // DO as asked (RFC 3225 §3)
 	}
 	return raw
 }

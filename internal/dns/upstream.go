@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
@@ -19,17 +20,25 @@ import (
 const (
 	// deadTime is how long an upstream that did not answer is asked after all others.
 	deadTime = 10 * time.Second
+	// tellTime is how often at most the log says of an upstream that it does not answer. One that says nothing to some
+	// names only would be told of with each of them.
+	tellTime = time.Minute
 	// maxStrays is how many packets with a wrong ID or question are borne while waiting for the right one. More of them
 	// look like somebody who guesses, and TCP does not listen to guesses.
 	maxStrays = 16
-	// maxUDPQuery is the longest query that goes over UDP.
-	maxUDPQuery = 1232
+	// wholePacket is what every path carries in one packet, the headers beside it: the longest query that goes over UDP,
+	// and the longest answer that we ask for. A longer one comes over TCP, as fragments get lost, and an ID and a port that
+	// nobody can guess protect the first of them only: others can be forged into an answer (RFC 9715).
+	wholePacket = 1232
 )
 
 // upstream is a server that is asked.
 type upstream struct {
 	addr netip.AddrPort
 	dead atomic.Int64 // until when, in Unix nanoseconds; zero while it answers
+
+	told   atomic.Int64 // when the log last said that it does not answer, in Unix nanoseconds
+	silent atomic.Bool  // that is the last that the log said of it
 }
 
 // ask asks the upstreams one after the other, as a stub resolver does: the next one when there is no answer, or one that
@@ -50,7 +59,7 @@ func (s *Server) ask(q *query) reply {
 			}
 			if err != nil {
 				s.Stats.UpstreamFailures.Add(1)
-				if raw == nil && s.queries.Err() == nil {
+				if raw == nil && s.queries.Err() == nil && !ours(err) {
 					s.failed(u, err)
 				}
 				continue
@@ -71,42 +80,51 @@ func (s *Server) ask(q *query) reply {
 	return last
 }
 
-// inOrder lists the upstreams, those last that did not answer a short time ago.
+// inOrder lists the upstreams, those last that did not answer a short time ago. When that time is over, one query finds out
+// whether they do again, and no other waits for that.
 func (s *Server) inOrder() []*upstream {
 	now := s.now().UnixNano()
 	order := make([]*upstream, 0, len(s.upstreams))
 	var dead []*upstream
 	for _, u := range s.upstreams {
-		if u.dead.Load() > now {
-			dead = append(dead, u)
-		} else {
+		until := u.dead.Load()
+		if until == 0 || until <= now && u.dead.CompareAndSwap(until, now+int64(deadTime)) {
 			order = append(order, u)
+		} else {
+			dead = append(dead, u)
 		}
 	}
 	return append(order, dead...)
 }
 
 func (s *Server) failed(u *upstream, err error) {
-	if u.dead.Swap(s.now().Add(deadTime).UnixNano()) == 0 {
-		s.Log.Warn("dns: an upstream server does not answer, asking others first", "upstream", u.addr.String(), "error", err)
+	now := s.now()
+	u.dead.Store(now.Add(deadTime).UnixNano())
+	told := u.told.Load()
+	if now.UnixNano()-told >= int64(tellTime) && !u.silent.Load() && u.told.CompareAndSwap(told, now.UnixNano()) {
+		u.silent.Store(true)
+		s.Log.Warn("dns: an upstream server does not answer; others are asked first, if there are any", "upstream", u.addr.String(), "error", err)
 	}
 }
 
+// ours reports whether a try failed because this process may open nothing more. That says nothing of the server.
+func ours(err error) bool { return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) }
+
 func (s *Server) worked(u *upstream) {
-	if u.dead.Load() != 0 && u.dead.Swap(0) != 0 {
+	if u.dead.Load() != 0 && u.dead.Swap(0) != 0 && u.silent.Swap(false) {
 		s.Log.Info("dns: an upstream server answers again", "upstream", u.addr.String())
 	}
 }
 
 // try asks one upstream, over UDP and, where that is not enough, over TCP. When UDP gave a truncated answer and TCP none,
-// it returns both the answer and the error. With extend, a query without EDNS gets an OPT, so that a large answer needs
-// no TCP. It must not be lost by that, where fragments or queries with an OPT do not arrive: without extend, it goes as
-// downstream sent it.
+// it returns both the answer and the error. With extend, a query without EDNS gets an OPT, so that most large answers need
+// no TCP. It must not be lost by that, where queries with an OPT or their answers do not arrive: without extend, it goes
+// as downstream sent it.
 func (s *Server) try(ctx context.Context, u *upstream, q *query, extend bool) ([]byte, error) {
 	wire := bytes.Clone(q.raw)
 	added := extend && !q.edns() && q.joinKey != "" // what goes alone goes as it is
 	if added {
-		wire = appendOPT(wire, make([]byte, 4))
+		wire = appendOPT(wire, wholePacket, make([]byte, 4))
 	}
 	raw, err := s.exchange(ctx, u, wire)
 	if err == nil && added && raw[3]&0xf == dns.RcodeFormatError {
@@ -119,7 +137,7 @@ func (s *Server) try(ctx context.Context, u *upstream, q *query, extend bool) ([
 // exchange sends wire, whose ID it chooses, and returns the answer, well-formed and to this question.
 func (s *Server) exchange(ctx context.Context, u *upstream, wire []byte) ([]byte, error) {
 	var truncated []byte
-	if len(wire) <= maxUDPQuery {
+	if len(wire) <= wholePacket {
 		raw, err := s.over(ctx, "udp", u, wire, exchangeUDP)
 		if err != nil && !errors.Is(err, errStrays) {
 			return nil, err
@@ -170,7 +188,7 @@ func exchangeUDP(s *Server, conn net.Conn, wire []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	buf := make([]byte, max(ednsSize, query.udpSize()))
+	buf := make([]byte, max(ednsSize, query.udpSize())) // some servers send more than they may
 	for range maxStrays {
 		n, err := conn.Read(buf)
 		if err != nil {

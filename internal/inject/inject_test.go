@@ -364,11 +364,31 @@ func TestKubernetesReadsWhatIsWritten(t *testing.T) {
 		out, _ := injected(t, name, text)
 		decodes(t, strict, name, out)
 	}
-	manifest, err := os.ReadFile("../../deploy/webhook.yaml")
+}
+
+func TestTheExamplesOfDeployAreWhatInjectWrites(t *testing.T) {
+	const overlays = "../../deploy/kustomize/overlays/"
+	text, err := os.ReadFile(overlays + "example/nginx.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
-	decodes(t, strict, "deploy/webhook.yaml", manifest)
+	for golden, options := range map[string]Options{
+		overlays + "example/injected.yaml":         {Image: "pillion"},
+		overlays + "example-classic/injected.yaml": {Image: "pillion", Classic: true},
+	} {
+		got, err := Inject(text, "nginx.yaml", options, func(w string) { t.Error(w) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		if *update {
+			if err := os.WriteFile(golden, got, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if want, err := os.ReadFile(golden); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s is not what inject writes (%v); -update writes it. Now:\n%s", golden, err, got)
+		}
+	}
 }
 
 func FuzzInject(f *testing.F) {

@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	dto "github.com/prometheus/client_model/go"
 
+	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -25,7 +26,14 @@ var update = flag.Bool("update", false, "write the golden files")
 func everything() *Metrics {
 	m := New(pod, "1.2.3")
 	table := flow.NewTable(m)
+	resolver := new(dns.Stats)
+	resolver.UDPQueries.Store(50)
+	resolver.Answers[0].Store(40)
+	resolver.Answers[9].Store(1)
+	resolver.UpstreamQueries.Store(30)
+	resolver.UpstreamTCP.Store(4)
 	m.Watch(table, Sources{
+		DNS: resolver,
 		Upstream: func(d flow.Direction) Upstream {
 			return Upstream{Active: 1 + int(d), Connected: 20, Failed: 3, Reused: 40, Missed: 5, Retried: 6}
 		},

@@ -8,6 +8,7 @@ package sniff
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"time"
 
@@ -36,6 +37,8 @@ type Sniffer struct {
 
 	began time.Time // when the first byte was there; not asked for what is decided at once
 }
+
+var errUpstream = errors.New("upstream was lost before anybody had spoken")
 
 // ErrDraining ends the wait for a connection on which nobody has spoken, when the agent drains.
 var ErrDraining = errors.New("nobody had spoken when the agent drained")
@@ -111,8 +114,15 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 	var greeted time.Time // when Up said what such a server says; zero: it has said nothing
 	for {
-		if greeted.IsZero() && s.Up.Readable() {
-			if !s.greeted() {
+		switch {
+		case !greeted.IsZero() && s.Up.Ended():
+			return Opaque, nil // it serves nobody any more, and what it said is to arrive now
+		case greeted.IsZero() && s.Up.Readable():
+			held, err := s.greeted()
+			if err != nil {
+				return Undecided, err
+			}
+			if !held {
 				return Opaque, nil
 			}
 			greeted = time.Now()
@@ -146,18 +156,22 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 }
 
 // greeted reads from Up, and reports whether it may be a server of HTTP/2 that has spoken. One that has ended is not read
-// from.
-func (s *Sniffer) greeted() bool {
+// from, as far as the poller knows. A reset that it does not know yet is the error: nobody will hear of it again.
+func (s *Sniffer) greeted() (bool, error) {
 	if s.Up.Ended() {
-		return false
+		return false, nil
 	}
 	s.UpRead = tcp.TakeBuffer()
-	if n, _ := s.UpRead.Fill(s.Up); n == 0 {
-		s.UpRead.Release()
-		s.UpRead = nil
-		return false
+	n, err := s.UpRead.Fill(s.Up)
+	if n > 0 {
+		return http2.BeginsLikeServer(s.UpRead.Bytes()), nil
 	}
-	return http2.BeginsLikeServer(s.UpRead.Bytes())
+	s.UpRead.Release()
+	s.UpRead = nil
+	if err == tcp.ErrAgain || err == io.EOF {
+		return false, nil
+	}
+	return false, fmt.Errorf("%w: %w", errUpstream, err)
 }
 
 // look reads what there is and judges it. Without bytes no buffer is held.
@@ -206,6 +220,8 @@ func Reason(err error) flow.Reason {
 		return flow.IdleTimeout
 	case errors.Is(err, tcp.ErrCanceled):
 		return flow.DrainDeadline
+	case errors.Is(err, errUpstream):
+		return flow.UpstreamReset
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM):
 		return flow.NoDescriptors // the wait failed, not the connection
 	}

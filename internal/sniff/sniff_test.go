@@ -332,6 +332,40 @@ func TestAServersGreetingIsHeldForSoLong(t *testing.T) {
 	}
 }
 
+// Such as one that says GOAWAY behind its settings: nobody has to wait for that.
+func TestAServerThatGreetsAndEndsIsNotHeld(t *testing.T) {
+	r := newRig(t) // which holds for long
+	say(t, r.server, settings)
+	time.AfterFunc(blink, func() { r.server.CloseWrite() })
+	began := time.Now()
+	protocol, err := r.Both(r.w)
+	r.want(t, protocol, err, Opaque)
+	if took := time.Since(began); took >= r.Hold || string(r.UpRead.Bytes()) != settings {
+		t.Errorf("%q after %v", r.UpRead.Bytes(), took)
+	}
+}
+
+// The kernel tells of a reset once, and the poller may come later.
+func TestAResetThatIsReadIsNotTakenForAnEnd(t *testing.T) {
+	r := newRig(t)
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer poller.Close()
+	server, up := accepted(t, poller) // which is tried before anybody waits for it
+	if err := server.SetLinger(0); err != nil {
+		t.Fatal(err)
+	}
+	server.Close()
+	r.Up.Close()
+	r.Up = up
+	protocol, err := r.Both(r.w)
+	if !errors.Is(err, syscall.ECONNRESET) || Reason(err) != flow.UpstreamReset {
+		t.Errorf("%s, %v", protocolName(protocol), err)
+	}
+}
+
 func TestUpstreamThatEndsMakesItOpaque(t *testing.T) {
 	for name, end := range map[string]func(*net.TCPConn){
 		"half": func(c *net.TCPConn) { c.CloseWrite() }, "whole": func(c *net.TCPConn) { c.Close() }, "reset": reset,

@@ -103,17 +103,22 @@ func setInt(fd, level, name, value int) error {
 
 // SetTransparent lets a socket have an address that is not this host's, of the family that it has (IP_TRANSPARENT,
 // IPV6_TRANSPARENT). TPROXY rules give packets to such listeners alone, and what these accept is such a socket, too. A
-// socket that connects is bound to the address of another host before. The error is EPERM without the capability
-// NET_ADMIN.
-func SetTransparent(fd int, ipv6 bool) error {
+// socket that connects is bound to the address of another host before. The error is EPERM with neither of the capabilities
+// NET_ADMIN and NET_RAW.
+func SetTransparent(fd int, ipv6 bool) error { return setTransparent(fd, ipv6, 1) }
+
+// ClearTransparent takes back what a socket has from SetTransparent, or inherited from its listener.
+func ClearTransparent(fd int, ipv6 bool) error { return setTransparent(fd, ipv6, 0) }
+
+func setTransparent(fd int, ipv6 bool, value int) error {
 	if ipv6 {
-		return setInt(fd, unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, 1)
+		return setInt(fd, unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, value)
 	}
-	return setInt(fd, unix.IPPROTO_IP, unix.IP_TRANSPARENT, 1)
+	return setInt(fd, unix.IPPROTO_IP, unix.IP_TRANSPARENT, value)
 }
 
 // SetMark puts a mark on what the socket sends, for rules and routing to see (SO_MARK). The error is EPERM without the
-// capability NET_ADMIN.
+// capability NET_ADMIN; since Linux 5.17, NET_RAW does as well.
 func SetMark(fd int, mark uint32) error {
 	return setInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(mark))
 }

@@ -69,6 +69,14 @@ func (c *Conn) OriginalDst() (netip.AddrPort, error) {
 	return sockopt.OriginalDst(c.fd, c.remote.Addr())
 }
 
+// ClearTransparent makes a connection that a transparent listener has accepted an ordinary one. A redirected one must be:
+// when its client opens another connection from the same port, to another redirected port, the kernel gives that a port
+// of its own to tell them apart. But it has looked for the socket before that, by then has found ours, and lets it have
+// the other one's packets if it is transparent.
+func (c *Conn) ClearTransparent() error {
+	return os.NewSyscallError("setsockopt", sockopt.ClearTransparent(c.fd, c.remote.Addr().Is6()))
+}
+
 // Readable reports whether a read is worth trying.
 func (c *Conn) Readable() bool { return c.ready.Load()&(readable|gone|failed|hungUp) != 0 }
 

@@ -22,7 +22,7 @@ func (p *Poller) Dial(w *Waiter, local netip.Addr, remote netip.AddrPort, deadli
 // DialAs is Dial from an address and port that need not be this host's. What it sends has a mark, by which rules and
 // routing let it pass and bring the answers back. The error is EADDRINUSE when another socket keeps the port for itself,
 // EADDRNOTAVAIL when there is a connection between the two addresses and ports already, and EPERM without the capability
-// NET_ADMIN.
+// NET_ADMIN; since Linux 5.17, NET_RAW does as well.
 func (p *Poller) DialAs(w *Waiter, local netip.AddrPort, mark uint32, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
 	return p.dial(w, origin{local, true, mark}, remote, deadline)
 }

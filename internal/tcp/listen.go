@@ -32,7 +32,7 @@ func (p *Poller) Listen(address netip.AddrPort) (*Listener, error) {
 }
 
 // ListenTransparent is Listen for what TPROXY rules give: LocalAddr of an accepted connection is where it was going, if no
-// rule redirected it. The error is EPERM without the capability NET_ADMIN.
+// rule redirected it. The error is EPERM with neither of the capabilities NET_ADMIN and NET_RAW.
 func (p *Poller) ListenTransparent(address netip.AddrPort) (*Listener, error) {
 	return p.listen(address, func(network, bound string, raw syscall.RawConn) error {
 		var sysErr error

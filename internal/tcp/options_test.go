@@ -3,8 +3,10 @@ package tcp
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -234,6 +236,52 @@ func TestATransparentListenerIsGivenConnectionsAsTheyAre(t *testing.T) {
 			defer accepted.Close()
 			if got, want := accepted.LocalAddr(), netip.AddrPortFrom(here, localPort); got != want {
 				t.Errorf("dialled at %v: our end is %v, want %v", dialled, got, want)
+			}
+			if got, err := accepted.OriginalDst(); err != nil || got != dialled {
+				t.Errorf("OriginalDst = %v, %v; want %v", got, err, dialled)
+			}
+		}
+	}
+}
+
+// TestRedirectedConnectionsFromOnePortDoNotMeet opens both from the same port of the client, to two ports of the pod. The
+// rule sends both to one listener.
+func TestRedirectedConnectionsFromOnePortDoNotMeet(t *testing.T) {
+	nettest.RequireRoot(t)
+	pod, peer := nettest.PodAndPeer(t)
+	for _, program := range []string{"iptables", "ip6tables"} {
+		pod.MustRun(t, program, "-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "81:82", "-j", "REDIRECT", "--to-ports", "15006")
+	}
+	for client, here := range map[netip.Addr]netip.Addr{nettest.PeerIP4: nettest.PodIP4, nettest.PeerIP6: nettest.PodIP6} {
+		var listener *Listener
+		pod.Do(t, func() (err error) {
+			listener, err = newPoller(t).ListenTransparent(netip.AddrPortFrom(unspecified(here), 15006))
+			return err
+		})
+		defer listener.Close()
+		dialer := net.Dialer{
+			LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(client, 40_000)), Timeout: patience,
+			Control: func(_, _ string, raw syscall.RawConn) (err error) {
+				controlErr := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+				return errors.Join(controlErr, err)
+			},
+		}
+		for port := uint16(81); port <= 82; port++ {
+			dialled := netip.AddrPortFrom(here, port)
+			peer.Do(t, func() error {
+				conn, err := dialer.Dial("tcp", dialled.String())
+				if err == nil {
+					t.Cleanup(func() { conn.Close() })
+				}
+				return err
+			})
+			accepted, err := listener.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer accepted.Close()
+			if err := accepted.ClearTransparent(); err != nil {
+				t.Fatal(err)
 			}
 			if got, err := accepted.OriginalDst(); err != nil || got != dialled {
 				t.Errorf("OriginalDst = %v, %v; want %v", got, err, dialled)

@@ -24,7 +24,7 @@ type Borrower struct {
 	mark uint32
 
 	mu     sync.Mutex
-	served map[ends]struct{}
+	served map[ends]struct{} // only those that a dial could meet
 }
 
 // ends are both ends of a connection.
@@ -41,8 +41,12 @@ func NewBorrower(mark uint32) *Borrower {
 	return &Borrower{mark: mark, served: make(map[ends]struct{})}
 }
 
-// Serve says that there is a connection from client to workload, until the returned function is called.
+// Serve says that there is a connection from client to workload, until the returned function is called. Of most clients
+// nothing has to be remembered: their ports are never drawn.
 func (b *Borrower) Serve(client, workload netip.AddrPort) (done func()) {
+	if client.Port() < firstPort || client.Port() >= firstPort+portCount {
+		return func() {}
+	}
 	e := ends{client, workload}
 	b.mu.Lock()
 	defer b.mu.Unlock()

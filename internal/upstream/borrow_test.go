@@ -76,6 +76,28 @@ func TestABorrowedAddressNeverMeetsItsClientsOwnConnection(t *testing.T) {
 	}
 }
 
+func TestClientsWhosePortsAreNeverDrawnCostNothing(t *testing.T) {
+	borrower := NewBorrower(1)
+	workload := netip.MustParseAddrPort("192.0.2.1:80")
+	for _, port := range []uint16{firstPort - 1, firstPort + portCount} {
+		client := netip.AddrPortFrom(netip.MustParseAddr("203.0.113.50"), port)
+		if n := testing.AllocsPerRun(100, func() { borrower.Serve(client, workload)() }); n != 0 {
+			t.Errorf("a connection from port %d costs %v allocations", port, n)
+		}
+	}
+	for _, port := range []uint16{firstPort, firstPort + portCount - 1} {
+		client := netip.AddrPortFrom(netip.MustParseAddr("203.0.113.50"), port)
+		done := borrower.Serve(client, workload)
+		if !borrower.serves(ends{client, workload}) {
+			t.Errorf("a connection from port %d is not known", port)
+		}
+		done()
+		if borrower.serves(ends{client, workload}) {
+			t.Errorf("a connection from port %d is not forgotten", port)
+		}
+	}
+}
+
 // TestAPortThatServedIsFreeAtOnce makes more connections than there would be ports if each rested a minute in TIME_WAIT.
 func TestAPortThatServedIsFreeAtOnce(t *testing.T) {
 	nettest.RequireRoot(t)

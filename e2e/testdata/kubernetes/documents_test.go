@@ -1,0 +1,105 @@
+package kubernetes
+
+import (
+	"maps"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"helm.sh/helm/v3/pkg/strvals"
+	"sigs.k8s.io/yaml"
+
+	"github.com/pillion-proxy/pillion/e2e/testdata/kubernetes/decode"
+)
+
+// shown are the YAML texts of a document.
+func shown(t *testing.T, document string) (texts []string) {
+	t.Helper()
+	for _, m := range regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllStringSubmatch(read(t, document), -1) {
+		texts = append(texts, m[1])
+	}
+	if len(texts) == 0 {
+		t.Fatalf("%s shows none", document)
+	}
+	return texts
+}
+
+func read(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(root + "/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func TestManifestsThatAreShownCanBeRead(t *testing.T) {
+	for _, text := range shown(t, "README.md") {
+		typed, err := decode.Stream(strings.NewReader("apiVersion: v1\nkind: Pod\nmetadata: {name: shown}\n" + text))
+		if err != nil || len(typed) != 1 {
+			t.Errorf("%v\n%s", err, text)
+		}
+	}
+	for _, text := range shown(t, "docs/kubernetes.md") {
+		built := build(t, checkout(t, text))
+		all := objects(t, built)
+		for _, want := range []string{"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n", "inject-ca-from: "} {
+			if !strings.Contains(string(built), want) {
+				t.Errorf("there is no %q in what it makes", want)
+			}
+		}
+		for _, want := range []string{"PodMonitor", "ConfigMap", "Certificate", "Deployment", "Namespace"} {
+			if !slices.ContainsFunc(slices.Collect(maps.Keys(all)), func(name string) bool { return strings.HasPrefix(name, want+" ") }) {
+				t.Errorf("it makes no %s", want)
+			}
+		}
+	}
+}
+
+func TestCommandsThatAreShownInstallTheChart(t *testing.T) {
+	commands := regexp.MustCompile(`(?m)^    helm install pillion deploy/helm/pillion -n pillion-system --create-namespace (.*)$`).FindAllStringSubmatch(read(t, "docs/kubernetes.md"), -1)
+	if len(commands) == 0 {
+		t.Fatal("there are none")
+	}
+	for _, command := range commands {
+		v := values{}
+		for setting := range strings.SplitSeq(command[1], "--set ") {
+			if err := strvals.ParseInto(strings.TrimSpace(setting), v); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if text := string(rendered(t, v)); !strings.Contains(text, `"registry.example/pillionctl:1"`) || !strings.Contains(text, `"--image=registry.example/pillion:1"`) {
+			t.Errorf("%v makes\n%s", v, text)
+		}
+	}
+}
+
+func TestEachValueIsInTheTable(t *testing.T) {
+	var all values
+	if err := yaml.UnmarshalStrict([]byte(read(t, "deploy/helm/pillion/values.yaml")), &all); err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for name, value := range all {
+		if parts, ok := value.(values); ok && slices.Contains([]string{"tls", "podMonitor", "dashboard"}, name) {
+			for part := range parts {
+				want = append(want, name+"."+part)
+			}
+		} else {
+			want = append(want, name)
+		}
+	}
+	var got []string
+	_, table, _ := strings.Cut(read(t, "docs/kubernetes.md"), "| Value | Default | Meaning |\n")
+	table, _, _ = strings.Cut(table, "\n\n")
+	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]*)`").FindAllStringSubmatch(table, -1) {
+		got = append(got, row[1])
+	}
+	slices.Sort(want)
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		t.Errorf("the table has\n%v\nand the chart\n%v", got, want)
+	}
+}

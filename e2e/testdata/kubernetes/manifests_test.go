@@ -1,0 +1,396 @@
+// Package kubernetes holds what is in deploy, and what the documents show, against the programs that read it: kustomize,
+// helm, Kubernetes' own decoder, and Prometheus' parser.
+package kubernetes
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"helm.sh/helm/v3/pkg/chart/loader"
+	"helm.sh/helm/v3/pkg/chartutil"
+	"helm.sh/helm/v3/pkg/engine"
+	"helm.sh/helm/v3/pkg/lint"
+	"helm.sh/helm/v3/pkg/lint/support"
+	admissionregistration "k8s.io/api/admissionregistration/v1"
+	apps "k8s.io/api/apps/v1"
+	core "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime"
+	"sigs.k8s.io/kustomize/api/krusty"
+	"sigs.k8s.io/kustomize/kyaml/filesys"
+	"sigs.k8s.io/yaml"
+
+	"github.com/pillion-proxy/pillion/e2e/testdata/kubernetes/decode"
+)
+
+const (
+	root  = "../../.."
+	chart = root + "/deploy/helm/pillion"
+)
+
+// values are those of a chart.
+type values = map[string]any
+
+// object is a manifest without its types.
+type object map[string]any
+
+func (o object) name() string {
+	metadata := o["metadata"].(values)
+	return fmt.Sprint(o["kind"], " ", metadata["namespace"], "/", metadata["name"])
+}
+
+// build is what kustomize makes of a directory.
+func build(t *testing.T, directory string) []byte {
+	t.Helper()
+	resources, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), directory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := resources.AsYaml()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// checkout is a directory with a kustomization, and deploy of this repository below pillion.
+func checkout(t *testing.T, kustomization string) string {
+	t.Helper()
+	directory := t.TempDir()
+	if err := os.CopyFS(directory+"/pillion/deploy", os.DirFS(root+"/deploy")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(directory+"/kustomization.yaml", []byte(kustomization), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return directory
+}
+
+// render is what helm makes of the chart, by the templates' names. version is Kubernetes', such as v1.34.0.
+func render(v values, version string) (map[string]string, error) {
+	return renderIn("pillion-system", v, version)
+}
+
+func renderIn(namespace string, v values, version string) (map[string]string, error) {
+	c, err := loader.Load(chart)
+	if err != nil {
+		return nil, err
+	}
+	capabilities := chartutil.DefaultCapabilities.Copy()
+	capabilities.KubeVersion.Version = version
+	release := chartutil.ReleaseOptions{Name: "pillion", Namespace: namespace, IsInstall: true}
+	all, err := chartutil.ToRenderValues(c, v, release, capabilities)
+	if err != nil {
+		return nil, err
+	}
+	return engine.Render(c, all)
+}
+
+// rendered is the same as one stream of manifests.
+func rendered(t *testing.T, v values) []byte {
+	t.Helper()
+	files, err := render(v, "v1.34.0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text bytes.Buffer
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if strings.HasSuffix(name, ".yaml") {
+			fmt.Fprintf(&text, "---\n%s\n", files[name])
+		}
+	}
+	return text.Bytes()
+}
+
+// objects are those of a stream, which Kubernetes must be able to read, without the labels that a chart puts on them.
+func objects(t *testing.T, text []byte) map[string]object {
+	t.Helper()
+	typed, err := decode.Stream(bytes.NewReader(text))
+	if err != nil {
+		t.Errorf("%v\n%s", err, text)
+	}
+	all, strangers := make(map[string]object), 0
+	for document := range strings.SplitSeq("\n"+string(text), "\n---\n") {
+		var o object
+		if err := yaml.UnmarshalStrict([]byte(document), &o); err != nil {
+			t.Fatalf("%v\n%s", err, document)
+		}
+		if o == nil {
+			continue
+		}
+		if o["apiVersion"] == "cert-manager.io/v1" || strings.HasPrefix(fmt.Sprint(o["apiVersion"]), "kustomize.config.k8s.io/") {
+			strangers++
+		}
+		if metadata, ok := o["metadata"].(values); ok {
+			if labels, ok := metadata["labels"].(values); ok {
+				delete(labels, "app.kubernetes.io/managed-by")
+				delete(labels, "helm.sh/chart")
+				if len(labels) == 0 {
+					delete(metadata, "labels")
+				}
+			}
+			if all[o.name()] != nil {
+				t.Errorf("%s is there twice", o.name())
+			}
+			all[o.name()] = o
+		}
+	}
+	if err == nil && len(typed)+strangers < len(all) {
+		t.Errorf("of %d objects %d have a known kind", len(all), len(typed))
+	}
+	return all
+}
+
+func TestHelmAndKustomizeMakeTheSame(t *testing.T) {
+	for name, c := range map[string]struct {
+		values        values
+		kustomization string
+	}{
+		"default": {nil, "resources: [pillion/deploy/kustomize/base]"},
+		"classic": {values{"classic": true}, "resources: [pillion/deploy/kustomize/overlays/classic]"},
+		"everything": {values{"tls": values{"certManager": true}, "podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}},
+			"resources: [pillion/deploy/kustomize/base]\ncomponents:\n- pillion/deploy/kustomize/components/cert-manager\n" +
+				"- pillion/deploy/kustomize/components/podmonitor\n- pillion/deploy/grafana"},
+	} {
+		want, got := objects(t, build(t, checkout(t, c.kustomization))), objects(t, rendered(t, c.values))
+		// helm makes that itself, by --create-namespace.
+		delete(want, "Namespace <nil>/pillion-system")
+		if len(want) < 5 {
+			t.Errorf("%s: kustomize makes %d objects", name, len(want))
+		}
+		for _, key := range slices.Sorted(maps.Keys(want)) {
+			if !reflect.DeepEqual(got[key], want[key]) {
+				w, _ := yaml.Marshal(want[key])
+				g, _ := yaml.Marshal(got[key])
+				t.Errorf("%s: %s is with kustomize\n%s\nand with helm\n%s", name, key, w, g)
+			}
+			delete(got, key)
+		}
+		for key := range got {
+			t.Errorf("%s: %s is helm's alone", name, key)
+		}
+	}
+}
+
+func TestHelmLikesTheChart(t *testing.T) {
+	for _, message := range lint.All(chart, values{"podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}}, "pillion-system", true).Messages {
+		if message.Severity > support.InfoSev {
+			t.Error(message)
+		}
+	}
+}
+
+func TestValuesComeWhereTheyBelong(t *testing.T) {
+	certificate := "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"
+	all := objects(t, rendered(t, values{
+		"image": "registry.example/pillionctl:1", "sidecarImage": "registry.example/pillion:1", "pullPolicy": "Always", "replicas": 1,
+		"failurePolicy": "Ignore", "tls": values{"authority": certificate},
+		"namespaceSelector": values{"matchLabels": nil, "matchExpressions": []any{values{"key": "team", "operator": "Exists"}}},
+		"resources":         values{"limits": values{"memory": "1Gi"}},
+		"podMonitor":        values{"enabled": true, "labels": values{"release": "prometheus"}},
+	}))
+	if all["PodDisruptionBudget pillion-system/pillion-webhook"] != nil {
+		t.Error("one replica has a budget: its node could not be drained")
+	}
+	for name, want := range map[string][]string{
+		"Deployment pillion-system/pillion-webhook": {"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n",
+			"imagePullPolicy: Always\n", "- --image-pull-policy=Always\n", "replicas: 1\n", "memory: 1Gi\n", "memory: 32Mi\n"},
+		"MutatingWebhookConfiguration <nil>/pillion": {"failurePolicy: Ignore\n", "caBundle: LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0tCkFBPT0K",
+			"namespaceSelector:\n    matchExpressions:\n    - key: team\n      operator: Exists\n    - key: kubernetes.io/metadata.name\n      operator: NotIn\n"},
+		"PodMonitor pillion-system/pillion": {"release: prometheus\n"},
+	} {
+		text, _ := yaml.Marshal(all[name])
+		for _, want := range want {
+			if !strings.Contains(string(text), want) {
+				t.Errorf("%s has no %q:\n%s", name, want, text)
+			}
+		}
+	}
+}
+
+func TestTheNamespaceIsTheReleases(t *testing.T) {
+	files, err := renderIn("mesh", values{"tls": values{"certManager": true}, "podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}}, "v1.34.0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range files {
+		if strings.Contains(text, "pillion-system") {
+			t.Errorf("%s is for another namespace:\n%s", name, text)
+		}
+	}
+	for _, want := range []string{"kube-node-lease, mesh]", "inject-ca-from: mesh/pillion-webhook", "namespace: mesh\n      path: /inject"} {
+		if !strings.Contains(files["pillion/templates/webhook.yaml"], want) {
+			t.Errorf("there is no %q", want)
+		}
+	}
+}
+
+func TestBadValuesAreNamed(t *testing.T) {
+	for _, c := range []struct {
+		values  values
+		version string
+		want    string
+	}{
+		{values{"failurePolicy": "fail"}, "v1.34.0", "failurePolicy"},
+		{values{"pullPolicy": "Sometimes"}, "v1.34.0", "pullPolicy"},
+		{values{"replicas": 0}, "v1.34.0", "replicas"},
+		{values{"replicas": "two"}, "v1.34.0", "replicas"},
+		{values{"image": ""}, "v1.34.0", "image"},
+		{values{"sidecarImage": "a b"}, "v1.34.0", "sidecarImage"},
+		{values{"classic": "yes"}, "v1.34.0", "classic"},
+		{values{"clasic": true}, "v1.34.0", "clasic"},
+		{values{"tls": values{"authority": "LS0t"}}, "v1.34.0", "authority"},
+		{values{"podMonitor": true}, "v1.34.0", "podMonitor"},
+		{values{"namespaceSelector": values{"matchExpressions": []any{values{"key": "a", "operator": "Is"}}}}, "v1.34.0", "operator"},
+		{values{"resources": values{"request": values{}}}, "v1.34.0", "request"},
+		{nil, "v1.29.3", "Kubernetes v1.29.3 is older than 1.30: use --set classic=true"},
+	} {
+		if _, err := render(c.values, c.version); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%v: %v, and not %q", c.values, err, c.want)
+		}
+	}
+	if _, err := render(values{"classic": true}, "v1.29.3"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestNotesSayWhatIsMissing(t *testing.T) {
+	const untrusted = "API servers do not trust it yet"
+	for _, c := range []struct {
+		values    values
+		want, not string
+	}{
+		{nil, "such namespaces get no new pods", "uncaptured"},
+		{values{"failurePolicy": "Ignore"}, "pods there run uncaptured", "no new pods"},
+		{values{"tls": values{"certManager": true}}, "cert-manager writes", untrusted},
+		{values{"tls": values{"authority": "-----BEGIN CERTIFICATE-----"}}, "kubectl create secret tls", untrusted},
+	} {
+		files, err := render(c.values, "v1.34.0")
+		if notes := files["pillion/templates/NOTES.txt"]; err != nil || !strings.Contains(notes, c.want) || strings.Contains(notes, c.not) {
+			t.Errorf("%v: %v\n%s", c.values, err, notes)
+		}
+	}
+}
+
+// overlays are what all directories with a Kustomization make, by their names.
+func overlays(t *testing.T) map[string][]runtime.Object {
+	t.Helper()
+	all := make(map[string][]runtime.Object)
+	for _, pattern := range []string{"base", "overlays/*"} {
+		directories, err := filepath.Glob(root + "/deploy/kustomize/" + pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, directory := range directories {
+			typed, err := decode.Stream(bytes.NewReader(build(t, directory)))
+			if err != nil {
+				t.Errorf("%s: %v", directory, err)
+			}
+			all[filepath.Base(directory)] = typed
+		}
+	}
+	if len(all) != 4 {
+		t.Fatalf("%d overlays", len(all))
+	}
+	return all
+}
+
+func TestContainersMayDoNoMoreThanTheyMust(t *testing.T) {
+	for overlay, objects := range overlays(t) {
+		for _, o := range objects {
+			d, ok := o.(*apps.Deployment)
+			if !ok {
+				continue
+			}
+			pod, seen := d.Spec.Template.Spec, map[string]core.Container{}
+			if pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken {
+				t.Errorf("%s: a token that nobody needs", overlay)
+			}
+			for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
+				seen[c.Name] = c
+				s, what := c.SecurityContext, overlay+": "+c.Name
+				if s == nil || s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation || s.ReadOnlyRootFilesystem == nil ||
+					!*s.ReadOnlyRootFilesystem || s.Privileged != nil && *s.Privileged {
+					t.Fatalf("%s: %+v", what, s)
+				}
+				seccomp := s.SeccompProfile
+				if seccomp == nil {
+					seccomp = pod.SecurityContext.SeccompProfile
+				}
+				if seccomp.Type != core.SeccompProfileTypeRuntimeDefault {
+					t.Errorf("%s: seccomp is %v", what, seccomp)
+				}
+				var want []core.Capability
+				if c.Name == "pillion-init" {
+					want = []core.Capability{"NET_ADMIN", "NET_RAW"}
+				} else if nonRoot := s.RunAsNonRoot; nonRoot == nil || !*nonRoot {
+					if pod.SecurityContext == nil || pod.SecurityContext.RunAsNonRoot == nil || !*pod.SecurityContext.RunAsNonRoot {
+						t.Errorf("%s may be root", what)
+					}
+				}
+				if !slices.Equal(s.Capabilities.Add, want) || !slices.Equal(s.Capabilities.Drop, []core.Capability{"ALL"}) {
+					t.Errorf("%s: capabilities %+v", what, s.Capabilities)
+				}
+				if c.Resources.Requests.Cpu().IsZero() || c.Resources.Requests.Memory().IsZero() || c.Resources.Limits.Memory().IsZero() {
+					t.Errorf("%s: resources %+v", what, c.Resources)
+				}
+			}
+			if d.Name != "nginx" {
+				continue
+			}
+			agent := seen["istio-proxy"]
+			if *agent.SecurityContext.RunAsUser != 1337 || agent.StartupProbe.HTTPGet.Port.IntValue() != 15021 || agent.ReadinessProbe.HTTPGet.Port.IntValue() != 15021 {
+				t.Errorf("%s: %+v", overlay, agent)
+			}
+			if native := agent.RestartPolicy != nil; native != (overlay == "example") {
+				t.Errorf("%s: a native sidecar: %v", overlay, native)
+			}
+			// It begins with 9 MB, and an idle connection takes 6 KiB: so there is room for a thousand.
+			if got := agent.Resources.Requests.Memory().Value(); got < 9e6+1000*6<<10 || got > 4*9e6 {
+				t.Errorf("%s: the sidecar requests %d bytes of memory", overlay, got)
+			}
+			if d.Spec.Template.Annotations["prometheus.io/port"] != "15020" {
+				t.Errorf("%s: %v", overlay, d.Spec.Template.Annotations)
+			}
+		}
+	}
+}
+
+func TestServicesAndWebhooksFindWhatTheyName(t *testing.T) {
+	for overlay, objects := range overlays(t) {
+		services := make(map[string]*core.Service)
+		for _, o := range objects {
+			if s, ok := o.(*core.Service); ok {
+				services[s.Namespace+"/"+s.Name] = s
+				found := slices.ContainsFunc(objects, func(o runtime.Object) bool {
+					d, ok := o.(*apps.Deployment)
+					return ok && labels.SelectorFromSet(s.Spec.Selector).Matches(labels.Set(d.Spec.Template.Labels)) &&
+						slices.ContainsFunc(d.Spec.Template.Spec.Containers, func(c core.Container) bool {
+							return slices.ContainsFunc(c.Ports, func(p core.ContainerPort) bool { return p.Name == s.Spec.Ports[0].TargetPort.String() })
+						})
+				})
+				if !found {
+					t.Errorf("%s: service %s selects nothing", overlay, s.Name)
+				}
+			}
+		}
+		for _, o := range objects {
+			if w, ok := o.(*admissionregistration.MutatingWebhookConfiguration); ok {
+				to := w.Webhooks[0].ClientConfig.Service
+				if s := services[to.Namespace+"/"+to.Name]; s == nil || s.Spec.Ports[0].Port != *to.Port {
+					t.Errorf("%s: the webhook names the service %v", overlay, to)
+				}
+			}
+		}
+		if len(services) == 0 {
+			t.Errorf("%s has no service", overlay)
+		}
+	}
+}
