@@ -39,11 +39,13 @@ build: ## build bin/pillion and bin/pillionctl: static, without symbols, with th
 	$(BUILD) -o bin/ ./cmd/...
 
 # arm64 as well: GOARCH=arm64 make image. The time of the last commit is the time of everything in an image.
-.PHONY: image image-iptables
+.PHONY: image image-iptables image-pillionctl
 image: tools-image build ## bin/image.tar: the binary and nothing else, as an OCI image
 image-iptables: tools-image build ## bin/image-iptables.tar: the same with this machine's iptables programs
-image image-iptables:
-	@VERSION=$(VERSION) EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) ARCH=$$($(GO) env GOARCH) scripts/image $@ bin/pillion bin/$@.tar
+image-pillionctl: tools-image build ## bin/image-pillionctl.tar: the webhook's
+image image-iptables image-pillionctl:
+	@VERSION=$(VERSION) EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) ARCH=$$($(GO) env GOARCH) \
+		scripts/image $@ bin/$(if $(filter %ctl,$@),pillionctl,pillion) bin/$@.tar
 
 .PHONY: clean
 clean: ## remove what build and the tests leave in this directory

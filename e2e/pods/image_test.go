@@ -94,7 +94,7 @@ func (a archive) contents(t *testing.T) (set settings, files map[string]*tar.Hea
 }
 
 func TestTheSameBinaryGivesTheSameImage(t *testing.T) {
-	for _, target := range []string{"image", "image-iptables"} {
+	for _, target := range []string{"image", "image-iptables", "image-pillionctl"} {
 		_, first := theImage(t, target)
 		second, err := buildImage(target)
 		if err != nil || first != second || !strings.Contains(first, "sha256:") {
@@ -147,6 +147,20 @@ func TestTheImageWithIPTablesHasBothFlavoursInLessThan20MB(t *testing.T) {
 		if slices.Contains([]string{"sh", "bash", "dash", "busybox"}, filepath.Base(name)) {
 			t.Errorf("there is a shell: %s", name)
 		}
+	}
+}
+
+func TestTheWebhooksImageHasItsProgramAlone(t *testing.T) {
+	name, _ := theImage(t, "image-pillionctl")
+	set, files := openArchive(t, name).contents(t)
+	program := files["usr/local/bin/pillionctl"]
+	for name, header := range files {
+		if header.Typeflag != tar.TypeDir && header != program {
+			t.Errorf("it has %s", name)
+		}
+	}
+	if program == nil || program.Size > 20e6 || set.Config.User != "65532:65532" || !slices.Equal(set.Config.Entrypoint, []string{"/usr/local/bin/pillionctl"}) {
+		t.Errorf("%+v: %+v", program, set.Config)
 	}
 }
 

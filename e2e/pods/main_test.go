@@ -55,6 +55,12 @@ func build(source, name string) error {
 var images = map[string]func() (said string, err error){
 	"image":          sync.OnceValues(func() (string, error) { return buildImage("image") }),
 	"image-iptables": sync.OnceValues(func() (string, error) { return buildImage("image-iptables") }),
+	"image-pillionctl": sync.OnceValues(func() (string, error) {
+		if err := build("../../cmd/pillionctl", "pillionctl"); err != nil {
+			return "", err
+		}
+		return buildImage("image-pillionctl")
+	}),
 }
 
 // theImage returns the archive of a target, and what was said when it was built.
@@ -71,7 +77,11 @@ func archiveOf(target string) string { return filepath.Join(built, target+".tar"
 
 // buildImage makes an image of the binary, and returns what is said of it.
 func buildImage(target string) (said string, err error) {
-	cmd := exec.Command("../../scripts/image", target, filepath.Join(built, "pillion"), archiveOf(target))
+	program := "pillion"
+	if target == "image-pillionctl" {
+		program = "pillionctl"
+	}
+	cmd := exec.Command("../../scripts/image", target, filepath.Join(built, program), archiveOf(target))
 	cmd.Env = append(os.Environ(), "VERSION=test", "EPOCH=1700000000", "ARCH="+runtime.GOARCH)
 	var complaints bytes.Buffer
 	cmd.Stderr = &complaints
