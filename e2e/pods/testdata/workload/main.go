@@ -52,7 +52,7 @@ func echo(address string) error {
 // try connects to target and tells report what came of it, under a name.
 func try(report, name, target string) error {
 	outcome := "connected"
-	conn, err := net.DialTimeout("tcp", target, 5*time.Second)
+	conn, err := dial(target)
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		outcome = "refused"
 	} else if err != nil {
@@ -60,13 +60,24 @@ func try(report, name, target string) error {
 	} else {
 		conn.Close()
 	}
-	told, err := net.DialTimeout("tcp", report, 5*time.Second)
+	told, err := dial(report)
 	if err != nil {
 		return err
 	}
 	defer told.Close()
 	_, err = fmt.Fprintf(told, "%s: %s\n", name, outcome)
 	return err
+}
+
+// dial tries again while nothing answers: a pod's network may need a moment, on a node that starts and ends others.
+func dial(address string) (conn net.Conn, err error) {
+	for range 10 {
+		conn, err = net.DialTimeout("tcp", address, 2*time.Second)
+		if slow := net.Error(nil); !errors.As(err, &slow) || !slow.Timeout() {
+			break
+		}
+	}
+	return conn, err
 }
 
 // job waits for its sidecar, does its work, which is one request, and lets the sidecar end.
