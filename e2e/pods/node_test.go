@@ -108,7 +108,35 @@ func newNode(t *testing.T) *node {
 		}
 	}
 	n.podman(t, "build", "--quiet", "--network=none", "--pull=never", "--tag", imageWorkload, workloadFiles(t))
+	n.start(t, anchor, "anchor")
+	n.pinBridge(t)
 	return n
+}
+
+// anchor is a pod that stays, and so does the bridge to which all pods are connected.
+const anchor = `apiVersion: v1
+kind: Pod
+metadata: {name: THIS-POD}
+spec:
+  containers:
+  - name: echo
+    image: localhost/workload:test
+    command: [/workload, echo, ":9000"]
+    securityContext: {runAsUser: 1000, runAsGroup: 1000}
+`
+
+// pinBridge makes the bridge's hardware address its own. Without that it has the lowest of its ports' and changes when a
+// pod goes, and those that stay talk to the old one until they ask again.
+func (n *node) pinBridge(t *testing.T) {
+	t.Helper()
+	for line := range strings.Lines(n.MustRun(t, "ip", "-o", "link", "show", "type", "bridge")) {
+		words := strings.Fields(line)
+		name := strings.TrimSuffix(words[1], ":")
+		address := words[slices.Index(words, "link/ether")+1]
+		n.MustRun(t, "ip", "link", "set", "dev", name, "address", address)
+		return
+	}
+	t.Fatal("there is no bridge")
 }
 
 // requireWholeRoot is nettest.RequireRoot for more than a user namespace has: containers want control groups.

@@ -241,6 +241,16 @@ func TestANewConnectionTakesThePlaceOfTheOldestIdleOne(t *testing.T) {
 			t.Fatal(err)
 		}
 		receive(t, conn)
+		nettest.Eventually(t, "the server to wait for the next query", func() bool {
+			r.connsMu.Lock()
+			defer r.connsMu.Unlock()
+			for c := range r.conns {
+				if c.RemoteAddr().String() == conn.LocalAddr().String() {
+					return len(c.slots) == 0 && c.used.Equal(now.now())
+				}
+			}
+			return false
+		})
 	}
 	open := func() {
 		conns = append(conns, dial(t, r))
