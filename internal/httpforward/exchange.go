@@ -18,6 +18,11 @@ type exchange struct {
 	requestHead, responseHead http1.Head
 	request, response         message
 
+	progress
+}
+
+// progress is how far an exchange has come.
+type progress struct {
 	started        bool          // the head of the request is good, and built
 	options        http1.Options // what the request says of its connection
 	upgrade        bool          // the request asks for another protocol, and upstream was told so
@@ -64,14 +69,12 @@ func (x *exchange) release() {
 	clear(x.names)
 	clear(x.record.HTTP.Fields)
 	clear(x.record.HTTP.ResponseFields)
-	*x = exchange{
-		record: flow.Record{HTTP: flow.Request{
-			Fields: x.record.HTTP.Fields[:0], ResponseFields: x.record.HTTP.ResponseFields[:0],
-		}},
-		names:       x.names[:0],
-		requestHead: x.requestHead, responseHead: x.responseHead,
-		request: x.request, response: x.response,
-	}
+	// Each by itself: a new exchange would first be made on the stack, which would double for it, and stay so for as long
+	// as the connection is idle.
+	fields, responseFields := x.record.HTTP.Fields[:0], x.record.HTTP.ResponseFields[:0]
+	x.record = flow.Record{}
+	x.record.HTTP.Fields, x.record.HTTP.ResponseFields = fields, responseFields
+	x.s, x.names, x.progress = nil, x.names[:0], progress{}
 	exchanges.Put(x)
 }
 
