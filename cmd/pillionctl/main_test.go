@@ -105,3 +105,23 @@ func TestTheDocumentNamesEveryFlag(t *testing.T) {
 		})
 	}
 }
+
+// README shows how to inject: its command works as it stands.
+func TestTheCommandOfREADMEWorks(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, command, found := strings.Cut(string(readme), "    bin/pillionctl ")
+	if !found {
+		t.Fatal("README shows none")
+	}
+	command, _, _ = strings.Cut(command, "\n")
+	to := filepath.Join(t.TempDir(), "nginx.yaml")
+	t.Chdir("../..")
+	got := runWith("", strings.Fields(strings.Replace(command, "-o nginx.yaml", "-o "+to, 1))...)
+	made, err := os.ReadFile(to)
+	if err != nil || got.code != 0 || strings.Count(string(made), `image: "registry.example/pillion:1"`) != 2 {
+		t.Errorf("%+v, %v\n%s", got, err, made)
+	}
+}
