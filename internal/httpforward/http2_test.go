@@ -311,8 +311,8 @@ func TestARealHTTP2ClientIsToldThatUpstreamCannotBeReached(t *testing.T) {
 	if response.StatusCode != 200 || response.Header.Get("grpc-status") != "14" || response.Header.Get("grpc-message") == "" {
 		t.Errorf("%s, %v", response.Status, response.Header)
 	}
-	n := 3
-	for r.records.await(t, n).method != "POST" { // a request that the client sent again has a record, too
+	n := 0
+	for r.records.await(t, n).method != "POST" { // each came on a connection of its own, whose record may be late
 		n++
 	}
 	if got := r.records.await(t, n); got.reason != flow.UpstreamRefused || got.flags != "UF" || got.grpc != "14" {
