@@ -107,6 +107,15 @@ func say(t *testing.T, conn *net.TCPConn, pieces ...string) {
 	}
 }
 
+// awaitUpstream waits until the server's first bytes have arrived.
+func (r *rig) awaitUpstream(t *testing.T) {
+	t.Helper()
+	nettest.Eventually(t, "the server's bytes", func() bool {
+		r.w.Wait(time.Now().Add(time.Millisecond), r.Down, r.Up)
+		return r.Up.Readable()
+	})
+}
+
 // want compares the verdict.
 func (r *rig) want(t *testing.T, got Protocol, err error, want Protocol) {
 	t.Helper()
@@ -303,10 +312,7 @@ func TestAServerOfHTTP2ThatSpeaksFirstDecidesNothing(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t)
 			say(t, r.server, c.server)
-			nettest.Eventually(t, "the server's bytes", func() bool {
-				r.w.Wait(time.Now().Add(time.Millisecond), r.Down, r.Up)
-				return r.Up.Readable()
-			})
+			r.awaitUpstream(t)
 			if c.client != "" {
 				nettest.OnceBlocked(t, waiting, func() { say(t, r.client, c.client) })
 			}
@@ -338,6 +344,7 @@ func TestAServerThatGreetsAndEndsIsNotHeld(t *testing.T) {
 	r := newRig(t)
 	r.Hold = time.Hour
 	say(t, r.server, settings)
+	r.awaitUpstream(t)
 	nettest.OnceBlocked(t, waiting, func() { r.server.CloseWrite() })
 	protocol, err := r.Both(r.w)
 	r.want(t, protocol, err, Opaque)
