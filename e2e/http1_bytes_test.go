@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"net"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -289,21 +291,53 @@ func bodyOf(message string) string {
 	return body
 }
 
-// readMessage reads a head, and behind it as many bytes as the body should have: one by one, so that nothing of what
-// follows is lost.
-func readMessage(t testing.TB, conn net.Conn, body string) string {
+// readMessage reads a head and as many bytes after it as the body should have. It takes nothing of what follows: the head
+// is read up to a terminator that peek has seen. Its deadline is for each read, so that it bounds silence and not the
+// time of a large head.
+func readMessage(t testing.TB, conn *net.TCPConn, body string) string {
 	t.Helper()
+	end := []byte("\r\n\r\n")
 	var head []byte
-	for one := make([]byte, 1); !bytes.HasSuffix(head, []byte("\r\n\r\n")); head = append(head, one...) {
-		if _, err := io.ReadFull(conn, one); err != nil {
-			t.Fatalf("in the head, behind %q: %v", tail(head), err)
+	for !bytes.HasSuffix(head, end) {
+		seen := peek(t, conn, head)
+		take := len(seen)
+		// The terminator may begin in what was taken before.
+		before := head[max(0, len(head)-len(end)+1):]
+		if at := bytes.Index(append(bytes.Clone(before), seen...), end); at >= 0 {
+			take = at + len(end) - len(before)
+		}
+		head = append(head, seen[:take]...)
+		if _, err := io.ReadFull(conn, make([]byte, take)); err != nil {
+			t.Fatalf("reading the head, after %q: %v", tail(head), err)
 		}
 	}
 	got := make([]byte, len(body))
+	conn.SetReadDeadline(time.Now().Add(nettest.Patience))
 	if n, err := io.ReadFull(conn, got); err != nil {
-		t.Fatalf("in the body, behind %q: %v", tail(got[:n]), err)
+		t.Fatalf("reading the body, after %q: %v", tail(got[:n]), err)
 	}
 	return string(head) + string(got)
+}
+
+// peek waits for bytes and returns them without taking them from the socket (MSG_PEEK). before is for the message of a
+// failure.
+func peek(t testing.TB, conn *net.TCPConn, before []byte) []byte {
+	t.Helper()
+	conn.SetReadDeadline(time.Now().Add(nettest.Patience))
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := make([]byte, 64<<10)
+	n, failure := 0, error(nil)
+	err = raw.Read(func(fd uintptr) bool {
+		n, _, failure = syscall.Recvfrom(int(fd), seen, syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		return failure != syscall.EAGAIN && failure != syscall.EINTR
+	})
+	if err = cmp.Or(err, failure); err != nil || n == 0 {
+		t.Fatalf("reading the head, after %q: %v, %d bytes", tail(before), err, n)
+	}
+	return seen[:n]
 }
 
 func tail(text []byte) []byte { return text[max(0, len(text)-200):] }
@@ -336,6 +370,7 @@ func (w way) serveScript(t testing.TB, answer func(conn net.Conn, r *bufio.Reade
 	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
 	serveEach(t, listener, func(conn net.Conn) {
 		for r := bufio.NewReader(conn); ; {
+			conn.SetDeadline(time.Now().Add(nettest.Patience)) // for each request: a connection may carry thousands
 			if err := answer(conn, r); err != nil {
 				return
 			}

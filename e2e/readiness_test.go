@@ -66,8 +66,8 @@ func TestWaitFailsWhenItsTimeIsUpAndSaysWhatItHeard(t *testing.T) {
 			if code != 1 || !strings.Contains(stderr, c.says) || strings.Count(stderr, "\n") != 1 {
 				t.Errorf("exit code %d, want 1 and one line with %q:\n%s", code, c.says, stderr)
 			}
-			if took := time.Since(begin); took < 900*time.Millisecond || took > 5*time.Second {
-				t.Errorf("it took %v, want a second", took)
+			if took := time.Since(begin); took < 900*time.Millisecond {
+				t.Errorf("wait gave up after %v, before its timeout of 1s", took)
 			}
 		})
 	}

@@ -8,16 +8,12 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// greetingLimit is how long after the connection a greeting may come. An agent that waits for downstream's first bytes
-// before it dials would wait for ever.
-const greetingLimit = 100 * time.Millisecond
-
-// A real sshd speaks first, in both directions, both families and both flavours of iptables.
+// A real sshd speaks first, in both directions, both families and both flavours of iptables. An agent that waited for
+// downstream's first bytes before it dials would wait forever, because the client sends nothing.
 func TestASilentClientIsGreetedByAServerThatSpeaksFirst(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy, native} {
@@ -27,31 +23,16 @@ func TestASilentClientIsGreetedByAServerThatSpeaksFirst(t *testing.T) {
 		for _, w := range s.ways() {
 			t.Run(flavour+" "+w.name, func(t *testing.T) {
 				address := netip.AddrPortFrom(w.address, 2222).String()
-				// The best of five: the machine may be busy with other tests, but it cannot be fast by chance.
-				best := time.Hour
-				for range 5 {
-					best = min(best, greeting(t, w, address))
+				conn := w.dial(t, address)
+				line, err := bufio.NewReader(conn).ReadString('\n')
+				if err != nil || !strings.HasPrefix(line, "SSH-2.0-") {
+					t.Fatalf("greeting = %q, %v", line, err)
 				}
-				if best > greetingLimit {
-					t.Errorf("the greeting took %v at best, want %v", best, greetingLimit)
-				}
+				conn.Close()
 				s.agent.log.await(t, "original_destination="+address)
 			})
 		}
 	}
-}
-
-// greeting connects, says nothing, and returns how long the server's first line took.
-func greeting(t *testing.T, w way, address string) time.Duration {
-	t.Helper()
-	begin := time.Now()
-	conn := w.dial(t, address)
-	defer conn.Close()
-	line, err := bufio.NewReader(conn).ReadString('\n')
-	if err != nil || !strings.HasPrefix(line, "SSH-2.0-") {
-		t.Fatalf("the greeting is %q, %v", line, err)
-	}
-	return time.Since(begin)
 }
 
 // nobody is a user that every system knows by name. OpenSSH's programs insist on that.

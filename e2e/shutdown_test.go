@@ -29,19 +29,18 @@ func TestReadinessTurnsOffWhileConnectionsAreStillAccepted(t *testing.T) {
 		downstream.Close()
 		upstream.Close()
 	})
-	if code := s.agent.ends(t, 15*time.Second); code != 0 {
+	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
 }
 
 func TestATransferUnderWayFinishesAndNewConnectionsAreRefused(t *testing.T) {
 	t.Parallel()
-	s := newStage(t, "--drain-delay", "200ms", "--drain-timeout", "30s")
+	s := newStage(t, "--drain-delay", "200ms", "--drain-timeout", "1h")
 	const size = 64 << 20
 	w := s.inbound()
 	downstream, upstream := w.connect(t)
 	converse(t, downstream, upstream)
-	begin := time.Now()
 	s.agent.Signal(syscall.SIGTERM)
 	nettest.Eventually(t, "new connections are refused", func() bool {
 		return isRefused(tryConnection(w.from, netip.AddrPortFrom(w.address, 9).String()))
@@ -61,9 +60,6 @@ func TestATransferUnderWayFinishesAndNewConnectionsAreRefused(t *testing.T) {
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
 	}
-	if took := time.Since(begin); took > 25*time.Second {
-		t.Errorf("the drained agent ended after %v: it waited for the deadline", took)
-	}
 }
 
 func TestConnectionsThatOutstayTheDrainTimeoutAreCut(t *testing.T) {
@@ -80,16 +76,17 @@ func TestConnectionsThatOutstayTheDrainTimeoutAreCut(t *testing.T) {
 	if code := s.agent.ends(t, nettest.Patience); code != 1 {
 		t.Errorf("exit code %d, want 1", code)
 	}
-	if took := time.Since(begin); took < 2900*time.Millisecond || took > 10*time.Second {
-		t.Errorf("it took %v, want the drain timeout of 3s", took)
+	took := time.Since(begin)
+	if took < 2900*time.Millisecond {
+		t.Errorf("the agent cut connections after %v, before the drain timeout of 3s", took)
 	}
 	for i, end := range ends {
 		if _, err := end.Read(make([]byte, 1)); !isReset(err) {
 			t.Errorf("end %d sees %v, want a reset", i, err)
 		}
 	}
-	if lines := s.agent.log.lines("msg=draining", "inbound_left=2", "outbound_left=2"); len(lines) < 2 || len(lines) > 4 {
-		t.Errorf("%d progress lines in 3 s, want one a second:\n%s", len(lines), s.agent.log)
+	if lines := s.agent.log.lines("msg=draining", "inbound_left=2", "outbound_left=2"); len(lines) == 0 || len(lines) > 1+int(took.Seconds()) {
+		t.Errorf("%d progress lines in %v, want one a second:\n%s", len(lines), took, s.agent.log)
 	}
 	if got := len(s.agent.log.lines("reason=drain_deadline")); got != 4 {
 		t.Errorf("%d connections were logged as cut, want 4", got)
@@ -98,18 +95,14 @@ func TestConnectionsThatOutstayTheDrainTimeoutAreCut(t *testing.T) {
 
 func TestASecondSignalEndsTheAgentAtOnce(t *testing.T) {
 	t.Parallel()
-	s := newStage(t) // which would wait for 20 s
+	s := newStage(t, "--drain-timeout", "1h") // the agent ends only because of the second signal
 	downstream, upstream := s.inbound().connect(t)
 	converse(t, downstream, upstream)
 	s.agent.Signal(syscall.SIGTERM)
 	s.agent.log.await(t, "msg=draining")
-	begin := time.Now()
 	s.agent.Signal(syscall.SIGINT)
-	if code := s.agent.ends(t, 4*time.Second); code != 1 {
+	if code := s.agent.ends(t, nettest.Patience); code != 1 {
 		t.Errorf("exit code %d, want 1", code)
-	}
-	if took := time.Since(begin); took > 3*time.Second {
-		t.Errorf("it took %v", took)
 	}
 	if _, err := downstream.Read(make([]byte, 1)); !isReset(err) {
 		t.Errorf("downstream sees %v, want a reset", err)
@@ -149,8 +142,8 @@ func TestAnAgentWithoutConnectionsEndsRightAfterTheDelay(t *testing.T) {
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
-	if took := time.Since(begin); took < 500*time.Millisecond || took > 5*time.Second {
-		t.Errorf("it took %v, want the delay of 500ms and little more", took)
+	if took := time.Since(begin); took < 500*time.Millisecond {
+		t.Errorf("the agent ended after %v, before the delay of 500ms", took)
 	}
 }
 

@@ -459,7 +459,7 @@ func TestAnAccessLogThatNobodyReadsDisturbsNobody(t *testing.T) {
 	}
 	s.agent.log.await(t, "access log lines are dropped")
 	s.agent.Signal(syscall.SIGTERM)
-	if code := s.agent.ends(t, 10*time.Second); code != 0 {
+	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 }

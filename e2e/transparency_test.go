@@ -200,8 +200,8 @@ func TestAnUpstreamThatDoesNotAnswerBecomesAReset(t *testing.T) {
 			if err := tryConnection(w.from, netip.AddrPortFrom(w.address, 9).String()); !isReset(err) {
 				t.Errorf("downstream sees %v, want a reset", err)
 			}
-			if took := time.Since(begin); took < 900*time.Millisecond || took > 5*time.Second {
-				t.Errorf("it took %v, want the connect timeout of 1s", took)
+			if took := time.Since(begin); took < 900*time.Millisecond {
+				t.Errorf("the reset came after %v, before the connect timeout of 1s", took)
 			}
 			s.agent.log.await(t, "original_destination="+netip.AddrPortFrom(w.address, 9).String(), "reason=upstream_timeout")
 		})
@@ -350,7 +350,7 @@ func serveEach(t testing.TB, listener net.Listener, serve func(net.Conn)) {
 			running.Go(func() {
 				defer conn.Close()
 				defer context.AfterFunc(t.Context(), func() { conn.Close() })() // the agent may keep it for a while
-				conn.SetDeadline(time.Now().Add(time.Minute))
+				conn.SetDeadline(time.Now().Add(nettest.Patience))
 				serve(conn)
 			})
 		}

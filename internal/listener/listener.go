@@ -70,6 +70,7 @@ type Server struct {
 	active               atomic.Int64 // connections
 	accepting            atomic.Int32 // loops
 	backOffs             atomic.Uint64
+	firstBackOff         atomic.Int64 // nanoseconds, if more than minBackOff; a test sets it
 
 	outageMu    sync.Mutex
 	outage      *time.Timer // ends the outage; nil when there is none
@@ -163,7 +164,7 @@ func (s *Server) acceptLoop(ln *tcp.Listener) {
 		default:
 			s.backOffs.Add(1)
 			s.failed(fmt.Errorf("accepting on %v: %w", ln.Addr(), err))
-			backOff = min(max(minBackOff, 2*backOff), maxBackOff)
+			backOff = max(time.Duration(s.firstBackOff.Load()), min(max(minBackOff, 2*backOff), maxBackOff))
 			select {
 			case <-s.loops.Done():
 				return

@@ -5,8 +5,9 @@ import (
 	"time"
 )
 
-// Patience is how long a test waits for what should happen at once, on a machine that is busy with other tests.
-const Patience = 20 * time.Second
+// Patience bounds the wait for an event that must happen. It only guards against a hang: a test that passes never waits
+// that long, however busy the machine is, and no test concludes anything from how much of it was used.
+const Patience = time.Minute
 
 // Eventually waits until condition holds, and fails the test when it does not in time. It is for what announces itself
 // in no other way, such as a line in a log or a number in /proc.

@@ -23,6 +23,7 @@ func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 const (
 	patience = nettest.Patience
 	blink    = 20 * time.Millisecond // where time has to pass
+	waiting  = "tcp.(*Waiter).Wait"
 )
 
 // rig is a connection that is sniffed, and one to an upstream.
@@ -268,7 +269,7 @@ func TestWithoutAHoldABeginningIsOpaque(t *testing.T) {
 
 func TestUpstreamThatSpeaksFirstIsLeftToSpeak(t *testing.T) {
 	r := newRig(t)
-	time.AfterFunc(blink, func() { say(t, r.server, "220 ready\r\n") })
+	nettest.OnceBlocked(t, waiting, func() { say(t, r.server, "220 ready\r\n") })
 	protocol, err := r.Both(r.w)
 	r.want(t, protocol, err, Opaque)
 	if r.Read != nil {
@@ -307,7 +308,7 @@ func TestAServerOfHTTP2ThatSpeaksFirstDecidesNothing(t *testing.T) {
 				return r.Up.Readable()
 			})
 			if c.client != "" {
-				time.AfterFunc(blink, func() { say(t, r.client, c.client) })
+				nettest.OnceBlocked(t, waiting, func() { say(t, r.client, c.client) })
 			}
 			protocol, err := r.Both(r.w)
 			r.want(t, protocol, err, c.want)
@@ -334,14 +335,14 @@ func TestAServersGreetingIsHeldForSoLong(t *testing.T) {
 
 // Such as one that says GOAWAY behind its settings: nobody has to wait for that.
 func TestAServerThatGreetsAndEndsIsNotHeld(t *testing.T) {
-	r := newRig(t) // which holds for long
+	r := newRig(t)
+	r.Hold = time.Hour
 	say(t, r.server, settings)
-	time.AfterFunc(blink, func() { r.server.CloseWrite() })
-	began := time.Now()
+	nettest.OnceBlocked(t, waiting, func() { r.server.CloseWrite() })
 	protocol, err := r.Both(r.w)
 	r.want(t, protocol, err, Opaque)
-	if took := time.Since(began); took >= r.Hold || string(r.UpRead.Bytes()) != settings {
-		t.Errorf("%q after %v", r.UpRead.Bytes(), took)
+	if string(r.UpRead.Bytes()) != settings {
+		t.Errorf("upstream's bytes are %q, want %q", r.UpRead.Bytes(), settings)
 	}
 }
 
@@ -372,7 +373,7 @@ func TestUpstreamThatEndsMakesItOpaque(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t)
-			time.AfterFunc(blink, func() { end(r.server) })
+			nettest.OnceBlocked(t, waiting, func() { end(r.server) })
 			protocol, err := r.Both(r.w)
 			r.want(t, protocol, err, Opaque)
 			_, err = r.Up.Read(make([]byte, 1))
@@ -393,7 +394,7 @@ func TestUpstreamThatSpeaksIntoABeginning(t *testing.T) {
 		r.want(t, protocol, err, Undecided)
 		return r.Read != nil
 	})
-	time.AfterFunc(blink, func() { say(t, r.server, "hello") })
+	nettest.OnceBlocked(t, waiting, func() { say(t, r.server, "hello") })
 	protocol, err := r.Both(r.w)
 	r.want(t, protocol, err, Opaque)
 	r.wantAll(t, "GET")
@@ -424,7 +425,7 @@ func TestAResetIsAnError(t *testing.T) {
 	for _, sent := range []string{"", "GET"} {
 		phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
 			say(t, r.client, sent)
-			time.AfterFunc(blink, func() { reset(r.client) })
+			nettest.OnceBlocked(t, waiting, func() { reset(r.client) })
 			protocol, err := look()
 			if !errors.Is(err, syscall.ECONNRESET) || Reason(err) != flow.DownstreamReset {
 				t.Errorf("after %q: %s, %v", sent, protocolName(protocol), err)
@@ -437,7 +438,7 @@ func TestTheContextEndsIt(t *testing.T) {
 	for _, sent := range []string{"", "GET"} {
 		phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
 			say(t, r.client, sent)
-			time.AfterFunc(blink, r.cancel)
+			nettest.OnceBlocked(t, waiting, r.cancel)
 			protocol, err := look()
 			if err != tcp.ErrCanceled || Reason(err) != flow.DrainDeadline {
 				t.Errorf("after %q: %s, %v", sent, protocolName(protocol), err)
@@ -473,7 +474,7 @@ func TestADrainEndsTheSilence(t *testing.T) {
 	r := newRig(t)
 	var draining atomic.Bool
 	r.Draining = draining.Load
-	time.AfterFunc(blink, func() { draining.Store(true); r.wakeAll() })
+	nettest.OnceBlocked(t, waiting, func() { draining.Store(true); r.wakeAll() })
 	if protocol, err := r.Both(r.w); protocol != Undecided || err != ErrDraining {
 		t.Errorf("in silence: %v, %v", protocol, err)
 	}
@@ -485,7 +486,7 @@ func TestADrainEndsTheSilence(t *testing.T) {
 	draining.Store(false)
 	r.Draining = draining.Load
 	say(t, r.client, "GET /")
-	time.AfterFunc(blink, func() {
+	nettest.OnceBlocked(t, waiting, func() {
 		draining.Store(true)
 		r.wakeAll()
 		say(t, r.client, " HTTP/1.1\r\n")

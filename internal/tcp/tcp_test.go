@@ -228,7 +228,7 @@ func TestWaitEndsAtTheDeadlineAndWithTheContext(t *testing.T) {
 	if err := w.Wait(time.Now().Add(-time.Second), silent, nil); err != ErrDeadline {
 		t.Errorf("Wait with a past deadline = %v", err)
 	}
-	time.AfterFunc(10*time.Millisecond, func() { cancel(); poller.WakeAll() })
+	nettest.OnceBlocked(t, "tcp.(*Waiter).Wait", func() { cancel(); poller.WakeAll() })
 	if err := w.Wait(time.Time{}, silent, nil); err != ErrCanceled {
 		t.Errorf("Wait = %v after the context ended", err)
 	}
@@ -246,7 +246,7 @@ func TestAWaitSeesEitherConnection(t *testing.T) {
 	buf := make([]byte, 10)
 	for _, c := range []struct{ far, near *Conn }{{farA, a}, {farB, b}, {farA, a}} {
 		written := make(chan struct{})
-		time.AfterFunc(5*time.Millisecond, func() { c.far.Write([]byte("x")); close(written) })
+		nettest.OnceBlocked(t, "tcp.(*Waiter).Wait", func() { c.far.Write([]byte("x")); close(written) })
 		for {
 			n, err := c.near.Read(buf)
 			if err == nil && n == 1 {
@@ -345,12 +345,12 @@ func TestAcceptEndsWithDeadlineAndClose(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	time.AfterFunc(10*time.Millisecond, func() { listener.SetDeadline(time.Now()) })
+	nettest.OnceBlocked(t, "tcp.(*Listener).Accept", func() { listener.SetDeadline(time.Now()) })
 	if _, err := listener.Accept(); err != os.ErrDeadlineExceeded {
 		t.Errorf("Accept after the deadline: %v", err)
 	}
 	listener.SetDeadline(time.Time{})
-	time.AfterFunc(10*time.Millisecond, func() { listener.Close() })
+	nettest.OnceBlocked(t, "tcp.(*Listener).Accept", func() { listener.Close() })
 	if _, err := listener.Accept(); err != os.ErrClosed {
 		t.Errorf("Accept after Close: %v", err)
 	}

@@ -78,8 +78,8 @@ func TestReason(t *testing.T) {
 	}
 	t.Run("cancelled while it waits", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		time.AfterFunc(50*time.Millisecond, func() { cancel(); poller.WakeAll() })
 		pod.Do(t, func() error {
+			nettest.OnceBlocked(t, "tcp.(*Waiter).Wait", func() { cancel(); poller.WakeAll() })
 			canceled := tcp.NewWaiter(ctx)
 			defer canceled.Close()
 			_, err := Dialer{Poller: poller}.Dial(canceled, Target{Address: netip.AddrPortFrom(silent, 9)})
