@@ -45,7 +45,7 @@ var arrows = []struct {
 		"what is open is read from the table; who is here is one question; all else that it shows comes in as values"},
 	{"internal/live", []string{"healthz", "internal/flow"}, "what is shown is made of records, and for who is here"},
 	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
-	{"internal/inject", []string{"healthz", "internal/capture", "internal/podinfo", "internal/scrape"},
+	{"internal/inject", []string{"healthz", "internal/capture", "internal/podinfo", "internal/scrape", "internal/yamledit"},
 		"what is written for init and agent is checked by the code with which they read it"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
