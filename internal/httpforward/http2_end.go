@@ -184,7 +184,7 @@ func (l *lane) goAway(b []byte) error {
 	for id, s := range m.streams.open {
 		if id > m.goneAway {
 			m.resetDownstream(id, http2.RefusedStream)
-			s.record.HTTP.Flags, s.record.HTTP.Details = "UR", resetDetails(s, http2.RefusedStream)
+			s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagUpstreamRemoteReset, resetDetails(s, http2.RefusedStream)
 			m.finish(s, flow.UpstreamReset, nil)
 		}
 	}
