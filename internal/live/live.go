@@ -58,6 +58,9 @@ func New(config Config) *View {
 // server.RegisterOnShutdown(view.Close).
 func (v *View) Close() { v.endOnce.Do(func() { close(v.ended) }) }
 
+// place is where a connection keeps its *binding.
+var place = flow.NewPlace()
+
 // binding is what a View keeps with a connection: where its flows are counted.
 type binding struct {
 	destination *tally // nil until the first request has said which
@@ -72,7 +75,7 @@ func (v *View) Opened(r *flow.Record) {
 		b.destination = v.byAddress(r)
 		b.destination.opened(second)
 	}
-	r.Bound[flow.BoundLive] = b
+	place.Set(r, b)
 }
 
 // arrive counts a connection that nobody has counted yet.
@@ -116,10 +119,10 @@ func (v *View) bound(r *flow.Record, second uint32) *binding {
 	if r.IsRequest() {
 		connection = r.Connection
 	}
-	b, _ := connection.Bound[flow.BoundLive].(*binding)
+	b, _ := place.Get(connection).(*binding)
 	if b == nil { // it was refused, or never came to be carried
 		b = v.arrive(connection, second)
-		connection.Bound[flow.BoundLive] = b
+		place.Set(connection, b)
 	}
 	if b.destination != nil && (!r.IsRequest() || b.destination.name == string(r.HTTP.Authority)) {
 		return b
