@@ -177,3 +177,26 @@ func TestAnHTTP2RequestForAnotherUpstreamIsMisdirected(t *testing.T) {
 		t.Errorf("upstream served %d requests, want 2", n)
 	}
 }
+
+// A connection that was authenticated cannot be replaced by another: the request has to fail, so that its client starts
+// the authentication again.
+func TestARequestOnAnAuthenticatedConnectionIsNotSentAgain(t *testing.T) {
+	home := newOrigin(t)
+	r := newRig(t, home.address, false, plain)
+	client := r.dial(t)
+	bound := "GET /home HTTP/1.1\r\nHost: a\r\nAuthorization: NTLM abc\r\n\r\n"
+	send(t, client, bound)
+	server := home.accept()
+	expect(t, server, bound)
+	send(t, server, ok("home"))
+	expect(t, client, ok("home"))
+	send(t, client, getHome)
+	expect(t, server, getHome)
+	server.Close()
+	if got := r.records.await(t, 1); got.status != 503 || got.flags != "UC" || got.reason != flow.UpstreamClosed {
+		t.Errorf("record %+v, want a 503 for a closed upstream", got)
+	}
+	if n := r.pool.Stats.Retried.Load(); n != 0 {
+		t.Errorf("sent again %d times, want 0", n)
+	}
+}
