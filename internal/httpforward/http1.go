@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/relay"
@@ -226,7 +227,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	}
 	x.upgraded = framing.Kind == http1.Tunnel
 	x.record.HTTP.Status = h.Status
-	x.record.HTTP.Details = "via_upstream"
+	x.record.HTTP.Details = envoy.DetailsViaUpstream
 	x.record.HTTP.ServiceTime = time.Since(x.sentAt)
 	x.record.HTTP.ResponseFields = x.copyFields(x.record.HTTP.ResponseFields, h, b, x.s.engine.config.Note.Response)
 	x.appendResponseHead(b, framing)
@@ -267,7 +268,7 @@ func (x *exchange) judge() (ending, bool) {
 	case request.bad != nil:
 		return x.close(flow.BadFraming, request.bad, cut), true
 	case x.answered && response.bad != nil:
-		x.record.HTTP.Details = brokenDetails("protocol_error")
+		x.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByProtocolError)
 		return x.close(flow.BadResponse, response.bad, cut), true
 	case x.answered && response.srcErr != nil:
 		return x.truncated(response.srcErr), true
@@ -328,7 +329,7 @@ func (x *exchange) downstreamGone() error {
 
 // left ends an exchange that downstream has left: upstream learns it at once.
 func (x *exchange) left(err error) ending {
-	x.record.HTTP.Flags, x.record.HTTP.Details = "DC", "downstream_remote_disconnect"
+	x.record.HTTP.Flags, x.record.HTTP.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
 	if err == io.EOF {
 		return x.close(flow.DownstreamLeft, io.ErrUnexpectedEOF, shut)
 	}
@@ -365,7 +366,7 @@ func (x *exchange) last() bool { return x.s.ended && x.request.held() == x.reque
 // truncated ends an exchange whose response stops in its middle. Downstream sees what it would see without us: the same
 // kind of end.
 func (x *exchange) truncated(err error) ending {
-	x.record.HTTP.Details = brokenDetails("connection_termination")
+	x.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByTermination)
 	if err == io.EOF {
 		return x.close(flow.ResponseIncomplete, io.ErrUnexpectedEOF, shut)
 	}
