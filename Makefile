@@ -10,6 +10,11 @@ export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
 FUZZTIME ?= 10s
+
+# The largest share, in percent, of comment lines and of document lines that may use a phrase which scripts/prose lists.
+PROSE_COMMENTS  ?= 24
+PROSE_DOCUMENTS ?= 24
+
 BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 TEST     := CGO_ENABLED=1 scripts/with-namespaces $(GO) test -buildvcs=false -race -count=1 -json
 REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
@@ -86,7 +91,7 @@ bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain 
 	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
 
 .PHONY: lint
-lint: ## formatting, vet, module files, shell syntax
+lint: ## formatting, vet, module files, shell syntax, plain English
 	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "gofmt would change: $$unformatted"; exit 1; fi
 	$(GO) vet ./...
@@ -95,6 +100,7 @@ lint: ## formatting, vet, module files, shell syntax
 	cd $(PEERS) && $(GO) vet ./... && $(GO) mod tidy -diff
 	$(IN_KUBERNETES) $(GO) vet ./... && $(GO) mod tidy -diff
 	@for script in .ci/run $$(find scripts -maxdepth 1 -type f); do bash -n "$$script"; done
+	$(GO) run -buildvcs=false ./scripts/prose -comments $(PROSE_COMMENTS) -documents $(PROSE_DOCUMENTS)
 
 ##@ Other
 # Before anything goes where there is no network.
