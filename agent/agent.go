@@ -22,6 +22,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/listener"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
+	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 	"github.com/pillion-proxy/pillion/outbound"
@@ -117,35 +118,24 @@ func (a *Agent) build() error {
 	}
 
 	a.inboundProxy, err = inbound.New(inbound.Config{
-		Poller:           poller,
-		OwnPorts:         a.ownPorts(),
-		OwnAddresses:     addresses,
-		ConnectTimeout:   a.config.ConnectTimeout,
-		IdleTimeout:      a.config.IdleTimeout,
-		HalfCloseTimeout: a.config.HalfCloseTimeout,
-		TPROXYMark:       a.tproxyMark(),
-		Flows:            a.telling.table,
-		OpaquePorts:      a.config.OpaquePorts,
-		DetectionDelay:   a.config.DetectionDelay,
-		DetectionHold:    a.config.DetectionHold,
-		ProxyProtocol:    a.config.InboundProxyProtocol,
-		HTTP:             a.forwarding(flow.Inbound, a.config.InboundFields),
+		Poller:       poller,
+		OwnPorts:     a.ownPorts(),
+		OwnAddresses: addresses,
+		TPROXYMark:   a.tproxyMark(),
+		Flows:        a.telling.table,
+		Settings:     a.settings(a.config.InboundProxyProtocol),
+		HTTP:         a.forwarding(flow.Inbound, a.config.InboundFields),
 	})
 	if err != nil {
 		return err
 	}
 	a.outboundProxy, err = outbound.New(outbound.Config{
-		Poller:           poller,
-		OwnPorts:         a.ownPorts(),
-		OwnAddresses:     addresses,
-		ConnectTimeout:   a.config.ConnectTimeout,
-		IdleTimeout:      a.config.IdleTimeout,
-		HalfCloseTimeout: a.config.HalfCloseTimeout,
-		Flows:            a.telling.table,
-		OpaquePorts:      a.config.OpaquePorts,
-		DetectionDelay:   a.config.DetectionDelay,
-		DetectionHold:    a.config.DetectionHold,
-		HTTP:             a.forwarding(flow.Outbound, a.config.OutboundFields),
+		Poller:       poller,
+		OwnPorts:     a.ownPorts(),
+		OwnAddresses: addresses,
+		Flows:        a.telling.table,
+		Settings:     a.settings(capture.Ports{}),
+		HTTP:         a.forwarding(flow.Outbound, a.config.OutboundFields),
 	})
 	if err != nil {
 		return err
@@ -164,6 +154,19 @@ func (a *Agent) build() error {
 	}
 	a.telling.watch(a)
 	return nil
+}
+
+// settings is what connections of either direction are carried by.
+func (a *Agent) settings(proxyProtocol capture.Ports) serve.Settings {
+	return serve.Settings{
+		ConnectTimeout:   a.config.ConnectTimeout,
+		IdleTimeout:      a.config.IdleTimeout,
+		HalfCloseTimeout: a.config.HalfCloseTimeout,
+		DetectionDelay:   a.config.DetectionDelay,
+		DetectionHold:    a.config.DetectionHold,
+		OpaquePorts:      a.config.OpaquePorts,
+		ProxyProtocol:    proxyProtocol,
+	}
 }
 
 // forwarding is how HTTP is forwarded in one direction. The pool is that direction's alone.

@@ -14,18 +14,18 @@ type policy struct {
 	ownAddresses Addresses
 }
 
-// allows returns the reason for which nothing is carried to a target, and whether there is none.
+// allows reports whether connections to a target are served, and otherwise the reason why not.
 func (p policy) allows(to upstream.Target) (flow.Reason, bool) {
 	dst := to.Address
 	switch {
 	case !p.ownAddresses.Contains(dst.Addr()):
-		// Somebody routes through the pod, which TPROXY rules give us like everything else, or connection tracking gave us a
-		// stranger's entry. The workload is not there.
+		// The workload is not at this address. Either a host routes through the pod and the TPROXY rules captured its
+		// packets, or connection tracking returned the entry of another connection.
 		return flow.ForeignAddress, false
 	case slices.Contains(p.ownPorts, dst.Port()):
 		return flow.Loop, false
 	case to.Source == capture.InboundSource6 && !p.ownAddresses.Contains(to.Source):
-		// Dialled from any other address, the connection would come back to us.
+		// A connection from any other address would be redirected back to the agent.
 		return flow.IPv6SourceMissing, false
 	}
 	return "", true

@@ -13,8 +13,8 @@ type policy struct {
 	ownAddresses Addresses
 }
 
-// allows returns the reason for which dst is refused, and whether it is not. The agent's ports at other hosts are
-// nobody's loop: Prometheus in a pod scrapes 15090 of every other pod.
+// allows reports whether dst is served, and otherwise the reason why not. The agent's ports on other hosts are served:
+// Prometheus in a pod scrapes port 15090 of every other pod.
 func (p policy) allows(dst netip.AddrPort) (flow.Reason, bool) {
 	if slices.Contains(p.ownPorts, dst.Port()) && p.ownAddresses.Contains(dst.Addr()) {
 		return flow.Loop, false

@@ -1,10 +1,11 @@
 package outbound
 
-import "net/netip"
+import (
+	"net/netip"
 
-// target is where the connection goes: the original destination.
-func target(dst netip.AddrPort) netip.AddrPort { return dst }
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
 
-// source leaves our end of the upstream connection to the kernel, as it would be without us. The rules let it pass
-// because of the agent's user.
-func source() netip.Addr { return netip.Addr{} }
+// target is the original destination. The source address and port are the kernel's choice, as they would be without the
+// agent; the rules let the connection pass because of the agent's user.
+func target(dst netip.AddrPort) upstream.Target { return upstream.Target{Address: dst} }

@@ -18,10 +18,14 @@ var arrows = []struct {
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow",
 		"internal/accesslog", "internal/admin", "internal/dns", "internal/httpforward", "internal/listener", "internal/live", "internal/localaddr",
-		"internal/metrics", "internal/podinfo", "internal/scrape", "internal/status", "internal/tcp", "internal/upstream"},
+		"internal/metrics", "internal/podinfo", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream"},
 		"the housekeeper builds every part and knows the order in which they stop"},
-	{"inbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
-	{"outbound", proxyRooms, "a direction orders steps that it shares with the other; the directions never import each other"},
+	{"inbound", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
+		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
+	{"outbound", []string{"internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
+		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
+	{"internal/serve", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/relay", "internal/sniff", "internal/tcp", "internal/upstream"},
+		"the steps of a connection: detect its protocol, dial, hand it to an engine or the relay, close its record"},
 	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
 	{"healthz", []string{"internal/capture", "internal/http2", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
@@ -44,11 +48,6 @@ var arrows = []struct {
 	{"internal/inject", []string{"healthz", "internal/capture", "internal/podinfo", "internal/scrape"},
 		"what is written for init and agent is checked by the code with which they read it"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
-}
-
-// proxyRooms are the steps that a direction's walk is made of.
-var proxyRooms = []string{
-	"internal/capture", "internal/flow", "internal/httpforward", "internal/relay", "internal/sniff", "internal/tcp", "internal/upstream",
 }
 
 func TestImportsFollowTheArrows(t *testing.T) {

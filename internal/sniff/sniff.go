@@ -1,9 +1,12 @@
 // Package sniff decides from the first bytes of a connection which protocol it speaks: HTTP/1, HTTP/2, TLS, or something
 // that stays opaque.
 //
-// The bytes are read into a buffer that goes on with the connection; none is lost. Nothing waits long: a downstream that
-// says nothing does not keep the upstream from being dialled, and a beginning that could still become anything is held
-// for a bounded time. No list of ports is needed, and no timer decides that something is HTTP.
+// The bytes are read into a buffer that travels with the connection, so none is lost. No wait is long: a silent downstream
+// does not keep the upstream from being dialled, and first bytes that do not decide are held for a bounded time. Detection
+// needs no list of ports, and no timer decides that a connection is HTTP.
+//
+// Detection has three steps, and the caller may put others between them. First reads downstream's first bytes. Then the
+// caller dials the upstream, unless the protocol is HTTP. Both watches both sides if downstream was silent.
 package sniff
 
 import (
@@ -19,68 +22,37 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// Sniffer looks at what downstream says first. The fields down to Draining are set before the first call.
+// Sniffer detects the protocol of one connection. The caller sets the fields down to Draining before the first call, and
+// Up before Both.
 type Sniffer struct {
 	Down     *tcp.Conn
-	Delay    time.Duration // how long Down may say nothing before the upstream is dialled; zero: no time
-	Hold     time.Duration // how long a beginning that is not decided is held, from its first byte; zero: no time
-	Idle     time.Duration // how long both sides may say nothing; zero or less: for ever
-	Draining func() bool   // ends the wait for a connection on which nobody has spoken; nil: never
+	Delay    time.Duration // how long First waits for a silent Down; zero: not at all
+	Hold     time.Duration // how long to hold bytes that do not decide, from the first one; zero: not at all
+	Idle     time.Duration // how long Both waits while both sides are silent; zero or less: forever
+	Draining func() bool   // ends Both while both sides are silent; nil: never
 
-	// Read is what was read from Down, nil when nothing was, and Up the upstream connection, nil as long as none was
-	// dialled, with what was read from it in UpRead. They are the caller's once sniffing is over.
-	Read   *tcp.Buffer
-	Up     *tcp.Conn
-	UpRead *tcp.Buffer
+	// The upstream connection; nil before the dial.
+	Up *tcp.Conn
+
+	// What was read from Down and from Up; nil: nothing. The buffers are the caller's when detection has ended.
+	Read, UpRead *tcp.Buffer
 
 	Hello flow.Hello // of a TLS connection
 
-	began time.Time // when the first byte was there; not asked for what is decided at once
+	began   time.Time // when Down's first bytes did not decide; zero: they did, or there are none
+	greeted time.Time // when Up sent what an HTTP/2 server may send first; zero: it has not
 }
 
-var errUpstream = errors.New("upstream was lost before anybody had spoken")
+var errUpstream = errors.New("upstream was lost before either side had sent anything")
 
-// ErrDraining ends the wait for a connection on which nobody has spoken, when the agent drains.
-var ErrDraining = errors.New("nobody had spoken when the agent drained")
+// ErrDraining is Both's error when the agent drains while both sides are silent.
+var ErrDraining = errors.New("neither side had sent anything when the agent drained")
 
-// Detect decides what the connection speaks, and dials the upstream unless that is HTTP, whose engine finds its own. A
-// connection that is not looked into is opaque. When it fails it gives back what it holds, but for Down, and says what
-// the failure means for the flow.
-func (s *Sniffer) Detect(w *tcp.Waiter, look bool, dial func() (*tcp.Conn, flow.Reason, error)) (Protocol, flow.Reason, error) {
-	protocol, err := Opaque, error(nil)
-	if look {
-		protocol, err = s.First(w)
-	}
-	reason := flow.Reason("")
-	if err == nil && protocol != HTTP1 && protocol != HTTP2 {
-		s.Up, reason, err = dial()
-	}
-	if err == nil && protocol == Undecided {
-		protocol, err = s.Both(w)
-	}
-	if err == nil {
-		return protocol, "", nil
-	}
-	if reason == "" {
-		reason = Reason(err)
-	}
-	s.Read.Release()
-	s.UpRead.Release()
-	switch {
-	case s.Up == nil:
-	case err == ErrDraining:
-		s.Up.Close()
-	default:
-		s.Up.Reset()
-	}
-	return Undecided, reason, err
-}
-
-// First waits up to Delay for downstream to speak, and then until what it says is decided. The protocol is Undecided when
-// it said nothing: then it is time to dial the upstream, and to look at both sides. The errors are those of reading from
-// Down and of waiting.
+// First waits up to Delay for downstream's first bytes, and then until they decide. The protocol is Undecided if
+// downstream was silent: the caller dials the upstream then and calls Both. The errors are those of reading from Down and
+// of waiting.
 func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
-	var silence time.Time // ends it
+	var silence time.Time // when it has lasted too long
 	for {
 		protocol, err := s.look()
 		if protocol != Undecided || err != nil {
@@ -105,39 +77,37 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 	}
 }
 
-// Both waits until downstream has said something that is decided, or Up speaks or closes first: then the connection is
-// opaque. The kernel is not asked whether something came from Up, as it tells of a reset only once, and that is for the
-// relay to hear. It waits as long as it takes, but for Idle, whose error is tcp.ErrDeadline, and for ErrDraining.
+// Both waits until downstream's bytes decide, or until Up sends something or closes first: the connection is opaque then.
+// It waits as long as that takes, limited by Idle (the error is tcp.ErrDeadline) and by Draining (ErrDraining). It does
+// not read from Up to find out whether it has closed: the kernel reports a reset only once, and the relay must see it.
 //
-// A server of HTTP/2 may speak before a client that is slow. What looks like it is held, as long as an undecided
-// beginning is, until the client has said whether it is one: no client of HTTP/2 waits for the server (RFC 9113 §3.4).
+// An HTTP/2 server may send its settings before a slow client sends anything. They are held, as long as undecided bytes
+// are, until the client's bytes show whether it speaks HTTP/2: an HTTP/2 client never waits for the server (RFC 9113
+// §3.4).
 func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
-	var greeted time.Time // when Up said what such a server says; zero: it has said nothing
 	for {
 		switch {
-		case !greeted.IsZero() && s.Up.Ended():
-			return Opaque, nil // it serves nobody any more, and what it said is to arrive now
-		case greeted.IsZero() && s.Up.Readable():
-			held, err := s.greeted()
-			if err != nil {
+		case !s.greeted.IsZero() && s.Up.Ended():
+			return Opaque, nil // it will serve no request, and the client is to receive its greeting now
+		case s.greeted.IsZero() && s.Up.Readable():
+			if err := s.greet(); err != nil {
 				return Undecided, err
 			}
-			if !held {
+			if s.greeted.IsZero() {
 				return Opaque, nil
 			}
-			greeted = time.Now()
 		}
 		protocol, err := s.look()
-		if err == nil && protocol != Undecided && protocol != HTTP2 && !greeted.IsZero() {
-			return Opaque, nil // what Up has said is no answer to that
+		if err == nil && protocol != Undecided && protocol != HTTP2 && !s.greeted.IsZero() {
+			return Opaque, nil // the greeting is not a response to that
 		}
 		if protocol != Undecided || err != nil {
 			return protocol, err
 		}
 		var deadline time.Time
 		switch {
-		case !greeted.IsZero():
-			deadline = greeted.Add(s.Hold)
+		case !s.greeted.IsZero():
+			deadline = s.greeted.Add(s.Hold)
 		case s.Read != nil:
 			deadline = s.began.Add(s.Hold)
 		case s.Draining != nil && s.Draining():
@@ -146,7 +116,7 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 			deadline = time.Now().Add(s.Idle)
 		}
 		err = w.Wait(deadline, s.Down, s.Up)
-		if errors.Is(err, tcp.ErrDeadline) && (s.Read != nil || !greeted.IsZero()) {
+		if errors.Is(err, tcp.ErrDeadline) && (s.Read != nil || !s.greeted.IsZero()) {
 			return Opaque, nil
 		}
 		if err != nil {
@@ -155,26 +125,45 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 	}
 }
 
-// greeted reads from Up, and reports whether it may be a server of HTTP/2 that has spoken. One that has ended is not read
-// from, as far as the poller knows. A reset that it does not know yet is the error: nobody will hear of it again.
-func (s *Sniffer) greeted() (bool, error) {
+// greet reads from Up, and sets greeted if the bytes may be an HTTP/2 server's first ones. It does not read from a
+// connection that the poller reports as ended. A reset that the poller has not reported yet is returned as an error: the
+// kernel will not report it again.
+func (s *Sniffer) greet() error {
 	if s.Up.Ended() {
-		return false, nil
+		return nil
 	}
 	s.UpRead = tcp.TakeBuffer()
 	n, err := s.UpRead.Fill(s.Up)
 	if n > 0 {
-		return http2.BeginsLikeServer(s.UpRead.Bytes()), nil
+		if http2.BeginsLikeServer(s.UpRead.Bytes()) {
+			s.greeted = time.Now()
+		}
+		return nil
 	}
 	s.UpRead.Release()
 	s.UpRead = nil
 	if err == tcp.ErrAgain || err == io.EOF {
-		return false, nil
+		return nil
 	}
-	return false, fmt.Errorf("%w: %w", errUpstream, err)
+	return fmt.Errorf("%w: %w", errUpstream, err)
 }
 
-// look reads what there is and judges it. Without bytes no buffer is held.
+// Abandon gives back everything that a failed detection holds except Down, which the caller ends. When the agent drains,
+// Up is closed in order; otherwise it is reset.
+func (s *Sniffer) Abandon(err error) {
+	s.Read.Release()
+	s.UpRead.Release()
+	switch {
+	case s.Up == nil:
+	case errors.Is(err, ErrDraining):
+		s.Up.Close()
+	default:
+		s.Up.Reset()
+	}
+	s.Read, s.UpRead, s.Up = nil, nil, nil
+}
+
+// look reads from Down what is there, and classifies it. It holds a buffer only if bytes were read.
 func (s *Sniffer) look() (Protocol, error) {
 	for s.Down.Readable() {
 		if s.Read == nil {
@@ -189,7 +178,7 @@ func (s *Sniffer) look() (Protocol, error) {
 		case err == tcp.ErrAgain:
 			return Undecided, nil
 		case err == io.EOF:
-			return Opaque, nil // whatever came, no more comes; and a half-close is the relay's to pass on
+			return Opaque, nil // no more bytes can decide; the relay passes the half-close on
 		case err != nil:
 			return Undecided, err
 		}
@@ -200,6 +189,7 @@ func (s *Sniffer) look() (Protocol, error) {
 	return Undecided, nil
 }
 
+// judge classifies what was read. It reads the clock only if the bytes do not decide.
 func (s *Sniffer) judge() Protocol {
 	protocol := Classify(s.Read.Bytes())
 	if protocol == Undecided && s.began.IsZero() {
@@ -211,7 +201,7 @@ func (s *Sniffer) judge() Protocol {
 	return protocol
 }
 
-// Reason names what an error of First or Both means for the flow.
+// Reason maps an error of First or Both to the reason with which the connection ends.
 func Reason(err error) flow.Reason {
 	switch {
 	case errors.Is(err, ErrDraining):

@@ -3,6 +3,7 @@ package sniff
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -96,6 +97,16 @@ func dialled(t *testing.T, poller *tcp.Poller, w *tcp.Waiter) (*net.TCPConn, *tc
 	}
 	t.Cleanup(func() { conn.Close() })
 	return conn, near
+}
+
+// await waits until something has happened to one of the connections.
+func (r *rig) await(t *testing.T, what string, happened func() bool) {
+	t.Helper()
+	for !happened() {
+		if err := r.w.Wait(time.Now().Add(patience), r.Down, r.Up); err != nil {
+			t.Fatalf("waiting for %s: %v", what, err)
+		}
+	}
 }
 
 // say sends the pieces one by one.
@@ -303,10 +314,7 @@ func TestAServerOfHTTP2ThatSpeaksFirstDecidesNothing(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t)
 			say(t, r.server, c.server)
-			nettest.Eventually(t, "the server's bytes", func() bool {
-				r.w.Wait(time.Now().Add(time.Millisecond), r.Down, r.Up)
-				return r.Up.Readable()
-			})
+			r.await(t, "the server's bytes", r.Up.Readable)
 			if c.client != "" {
 				nettest.OnceBlocked(t, waiting, func() { say(t, r.client, c.client) })
 			}
@@ -333,16 +341,20 @@ func TestAServersGreetingIsHeldForSoLong(t *testing.T) {
 	}
 }
 
-// Such as one that says GOAWAY behind its settings: nobody has to wait for that.
+// A server may send GOAWAY behind its settings and close. Holding its greeting any longer would serve no purpose.
 func TestAServerThatGreetsAndEndsIsNotHeld(t *testing.T) {
 	r := newRig(t)
-	r.Hold = time.Hour
+	r.Hold = time.Hour // the test would not end
 	say(t, r.server, settings)
-	nettest.OnceBlocked(t, waiting, func() { r.server.CloseWrite() })
+	r.await(t, "the greeting", r.Up.Readable)
+	if err := r.greet(); err != nil || r.greeted.IsZero() {
+		t.Fatalf("the greeting is not held: %v", err)
+	}
+	r.server.CloseWrite()
 	protocol, err := r.Both(r.w)
 	r.want(t, protocol, err, Opaque)
-	if string(r.UpRead.Bytes()) != settings {
-		t.Errorf("upstream's bytes are %q, want %q", r.UpRead.Bytes(), settings)
+	if got := string(r.UpRead.Bytes()); got != settings {
+		t.Errorf("upstream's bytes are %q", got)
 	}
 }
 
@@ -496,21 +508,37 @@ func TestADrainEndsTheSilence(t *testing.T) {
 	}
 }
 
-func TestDetectGivesBackWhatItHoldsWhenItFails(t *testing.T) {
-	refused := errors.New("nobody there")
+// A failed detection gives back what it holds. Upstream sees an orderly end when the agent drains, and a reset otherwise.
+func TestAnAbandonedDetectionHoldsNothing(t *testing.T) {
+	for _, c := range []struct {
+		err, seen error
+	}{
+		{ErrDraining, io.EOF},
+		{fmt.Errorf("while draining: %w", ErrDraining), io.EOF},
+		{tcp.ErrDeadline, syscall.ECONNRESET},
+		{tcp.ErrCanceled, syscall.ECONNRESET},
+	} {
+		t.Run(c.err.Error(), func(t *testing.T) {
+			r := newRig(t)
+			r.Read, r.UpRead = tcp.TakeBuffer(), tcp.TakeBuffer()
+			r.Abandon(c.err)
+			if r.Read != nil || r.UpRead != nil || r.Up != nil {
+				t.Errorf("it still holds %v, %v, %v", r.Read, r.UpRead, r.Up)
+			}
+			if _, err := r.server.Read(make([]byte, 1)); !errors.Is(err, c.seen) {
+				t.Errorf("upstream sees %v, want %v", err, c.seen)
+			}
+			if !r.Down.Quiet() {
+				t.Error("downstream was ended")
+			}
+		})
+	}
+}
+
+// Before the dial there is no upstream to give back.
+func TestADetectionIsAbandonedBeforeTheDial(t *testing.T) {
 	r := newRig(t)
-	up := r.Up
+	r.Up.Close()
 	r.Up = nil
-	protocol, reason, err := r.Detect(r.w, true, func() (*tcp.Conn, flow.Reason, error) { return nil, flow.UpstreamRefused, refused })
-	if protocol != Undecided || reason != flow.UpstreamRefused || err != refused {
-		t.Errorf("a dial that fails: %v, %s, %v", protocol, reason, err)
-	}
-	r.Draining = func() bool { return true }
-	protocol, reason, err = r.Detect(r.w, true, func() (*tcp.Conn, flow.Reason, error) { return up, "", nil })
-	if protocol != Undecided || reason != flow.Drained || err != ErrDraining {
-		t.Errorf("a drain: %v, %s, %v", protocol, reason, err)
-	}
-	if _, err := r.server.Read(make([]byte, 1)); err != io.EOF {
-		t.Errorf("upstream sees %v, want an orderly end", err)
-	}
+	r.Abandon(tcp.ErrCanceled)
 }

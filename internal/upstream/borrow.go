@@ -43,7 +43,7 @@ func NewBorrower(mark uint32) *Borrower {
 
 // Serve says that there is a connection from client to workload, until the returned function is called. Of most clients
 // nothing has to be remembered: their ports are never drawn.
-func (b *Borrower) Serve(client, workload netip.AddrPort) (done func()) {
+func (b *Borrower) Reserve(client, workload netip.AddrPort) (done func()) {
 	if client.Port() < firstPort || client.Port() >= firstPort+portCount {
 		return func() {}
 	}

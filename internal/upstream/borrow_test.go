@@ -46,7 +46,7 @@ func TestABorrowedAddressNeverMeetsItsClientsOwnConnection(t *testing.T) {
 		}
 		serve := func(first uint16) (done []func()) {
 			for port := first; port < firstPort+portCount; port += 2 {
-				done = append(done, borrower.Serve(netip.AddrPortFrom(c.client, port), target.Address))
+				done = append(done, borrower.Reserve(netip.AddrPortFrom(c.client, port), target.Address))
 			}
 			return done
 		}
@@ -81,13 +81,13 @@ func TestClientsWhosePortsAreNeverDrawnCostNothing(t *testing.T) {
 	workload := netip.MustParseAddrPort("192.0.2.1:80")
 	for _, port := range []uint16{firstPort - 1, firstPort + portCount} {
 		client := netip.AddrPortFrom(netip.MustParseAddr("203.0.113.50"), port)
-		if n := testing.AllocsPerRun(100, func() { borrower.Serve(client, workload)() }); n != 0 {
+		if n := testing.AllocsPerRun(100, func() { borrower.Reserve(client, workload)() }); n != 0 {
 			t.Errorf("a connection from port %d costs %v allocations", port, n)
 		}
 	}
 	for _, port := range []uint16{firstPort, firstPort + portCount - 1} {
 		client := netip.AddrPortFrom(netip.MustParseAddr("203.0.113.50"), port)
-		done := borrower.Serve(client, workload)
+		done := borrower.Reserve(client, workload)
 		if !borrower.serves(ends{client, workload}) {
 			t.Errorf("a connection from port %d is not known", port)
 		}

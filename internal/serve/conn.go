@@ -1,0 +1,149 @@
+package serve
+
+import (
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/relay"
+	"github.com/pillion-proxy/pillion/internal/sniff"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
+
+// Conn is one connection on its walk. It belongs to the goroutine that opened it.
+//
+// A step that returns false has ended the connection: it is closed or reset, everything read from it is released, and its
+// record is closed with the reason. The walk returns then.
+type Conn struct {
+	Down     *tcp.Conn
+	Record   *flow.Record
+	Settings *Settings // the role's when the connection was opened
+
+	role     *Role
+	w        *tcp.Waiter
+	protocol sniff.Protocol
+	sniffer  sniff.Sniffer
+}
+
+// Close releases what the walk holds once the connection has ended.
+func (c *Conn) Close() { c.w.Close() }
+
+// Refuse ends a connection that goes no further. It sends a reset, because an orderly close would look like an empty
+// response. The exception is a drain before either side sent anything: closing is in order then.
+func (c *Conn) Refuse(reason flow.Reason, err error) {
+	if reason == flow.Drained {
+		c.Down.Close()
+	} else {
+		c.Down.Reset()
+	}
+	c.Record.Close(c.role.flows, reason, err)
+}
+
+// List makes the connection visible in the table of open connections. Its record must name the original destination by
+// then.
+func (c *Conn) List() { c.role.flows.List(c.Record) }
+
+// ReadFirst reads first bytes until they decide the protocol, or until downstream has been silent for the detection
+// delay. A connection whose protocol is not to be detected is opaque, and nothing is read from it.
+func (c *Conn) ReadFirst(detect bool) bool {
+	c.sniffer = sniff.Sniffer{
+		Down:     c.Down,
+		Delay:    c.Settings.DetectionDelay,
+		Hold:     c.Settings.DetectionHold,
+		Idle:     c.Settings.IdleTimeout,
+		Draining: c.role.engine.Draining,
+	}
+	if !detect {
+		c.protocol = sniff.Opaque
+		return true
+	}
+	var err error
+	if c.protocol, err = c.sniffer.First(c.w); err != nil {
+		return c.abandon(sniff.Reason(err), err)
+	}
+	return true
+}
+
+// HTTP reports whether the protocol is HTTP. The HTTP engine finds an upstream for each request, so such a connection
+// needs no Dial.
+func (c *Conn) HTTP() bool { return c.protocol == sniff.HTTP1 || c.protocol == sniff.HTTP2 }
+
+// Dial opens the upstream connection of an opaque connection, or of one whose protocol is undecided because downstream
+// has been silent.
+func (c *Conn) Dial(to upstream.Target) bool {
+	c.Record.Upstream = to.Address
+	dialer := c.role.dialer
+	dialer.Timeout = c.Settings.ConnectTimeout
+	up, err := dialer.Dial(c.w, to)
+	if err != nil {
+		c.Record.TransportFailure = upstream.TransportFailure(err)
+		return c.abandon(upstream.Reason(err), err)
+	}
+	c.Record.UpstreamLocal = up.LocalAddr()
+	c.sniffer.Up = up
+	return true
+}
+
+// SendProxyHeader sends a PROXY protocol header on the fresh upstream connection.
+func (c *Conn) SendProxyHeader() bool {
+	if err := upstream.WriteProxyHeader(c.sniffer.Up, c.Record.Downstream, c.Record.OriginalDestination); err != nil {
+		return c.abandon(flow.UpstreamReset, err)
+	}
+	return true
+}
+
+// WatchBoth decides the protocol of a connection whose downstream was silent: whichever side sends first decides. It does
+// nothing when the protocol is decided.
+func (c *Conn) WatchBoth() bool {
+	if c.protocol != sniff.Undecided {
+		return true
+	}
+	var err error
+	if c.protocol, err = c.sniffer.Both(c.w); err != nil {
+		return c.abandon(sniff.Reason(err), err)
+	}
+	return true
+}
+
+// abandon ends a connection whose detection or dial failed.
+func (c *Conn) abandon(reason flow.Reason, err error) bool {
+	c.sniffer.Abandon(err)
+	c.Refuse(reason, err)
+	return false
+}
+
+// Carry carries the connection to its end: HTTP by the engine, everything else by the relay.
+func (c *Conn) Carry(to upstream.Target) {
+	if c.HTTP() {
+		c.forward(to)
+	} else {
+		c.relay()
+	}
+}
+
+// forward has the engine serve the connection's requests. Each has a record of its own, so the connection's is not
+// reported.
+func (c *Conn) forward(to upstream.Target) {
+	c.role.flows.Carry(c.Record, c.protocol.Flow(), flow.Hello{})
+	c.role.engine.Serve(c.w, c.protocol == sniff.HTTP2, httpforward.Connection{
+		Down:      c.Down,
+		Read:      c.sniffer.Read,
+		Early:     c.sniffer.Up,
+		EarlyRead: c.sniffer.UpRead,
+		Record:    c.Record,
+		Target:    to,
+	})
+	c.role.flows.Leave(c.Record)
+}
+
+func (c *Conn) relay() {
+	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.sniffer.Hello)
+	end, err := relay.Run(c.w, c.Down, c.sniffer.Up, relay.Options{
+		IdleTimeout:      c.Settings.IdleTimeout,
+		HalfCloseTimeout: c.Settings.HalfCloseTimeout,
+		FromDown:         &c.Record.Received,
+		FromUp:           &c.Record.Sent,
+		DownRead:         c.sniffer.Read,
+		UpRead:           c.sniffer.UpRead,
+	})
+	c.Record.Close(c.role.flows, flow.Reason(end), err)
+}

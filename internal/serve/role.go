@@ -1,0 +1,114 @@
+// Package serve holds the steps of a connection that every role shares: the agent's two directions today, a gateway
+// later. A role orders the steps in a walk of its own, its ServeConn, which can be read from top to bottom; what a step
+// does is written here once.
+//
+// A walk opens a Conn and then either refuses it or detects its protocol and carries it:
+//
+//	Open → (Refuse | List → ReadFirst → Dial → WatchBoth → Carry) → Close
+//
+// The policies of a role, its choice of a target and everything that differs between roles stay in the role.
+package serve
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
+
+// Config is what a Role needs. All fields without a stated zero are required.
+type Config struct {
+	Direction flow.Direction
+	Poller    *tcp.Poller        // for upstream connections
+	Flows     *flow.Table        // lists open connections and takes their records when they end
+	Borrower  *upstream.Borrower // dials from clients' addresses; nil: targets with a borrowed source never occur
+	Settings  Settings           // until the first Apply
+
+	// The pool, and the limits on what a peer may send. NewRole sets the fields that Config has itself.
+	HTTP httpforward.Config
+}
+
+// Settings is what may change while connections are open. A value is never modified: Apply replaces it, and a connection
+// uses the one that it began with until it ends.
+type Settings struct {
+	ConnectTimeout   time.Duration // for the dial; zero or less leaves it to the kernel
+	IdleTimeout      time.Duration // ends a connection in which nothing moves; zero or less: never
+	HalfCloseTimeout time.Duration // the same once one side has closed; zero or less: never
+
+	DetectionDelay time.Duration // how long downstream may be silent before the upstream is dialled
+	DetectionHold  time.Duration // how long to hold first bytes that do not decide the protocol
+	OpaquePorts    capture.Ports // destination ports whose protocol is not detected
+	ProxyProtocol  capture.Ports // inbound: destination ports that get a PROXY protocol header; not detected either
+}
+
+// Detects reports whether the protocol of connections to port is detected.
+func (s *Settings) Detects(port uint16) bool {
+	return !s.OpaquePorts.Contains(port) && !s.ProxyProtocol.Contains(port)
+}
+
+// Role is the state that the connections of one role share. Make it with NewRole.
+type Role struct {
+	direction flow.Direction
+	flows     *flow.Table
+	dialer    upstream.Dialer
+	engine    *httpforward.Engine
+	settings  atomic.Pointer[Settings]
+}
+
+// NewRole checks the configuration.
+func NewRole(config Config) (*Role, error) {
+	if config.Poller == nil || config.Flows == nil {
+		return nil, errors.New("Poller and Flows are required")
+	}
+	r := &Role{
+		direction: config.Direction,
+		flows:     config.Flows,
+		dialer:    upstream.Dialer{Poller: config.Poller, Timeout: config.Settings.ConnectTimeout, Borrow: config.Borrower},
+	}
+	if config.HTTP.Pool != nil { // otherwise httpforward.New reports that it is missing
+		r.dialer.Stats = &config.HTTP.Pool.Stats
+	}
+	forwarding := config.HTTP
+	forwarding.Direction, forwarding.Dialer, forwarding.Flows = config.Direction, r.dialer, config.Flows
+	forwarding.IdleTimeout, forwarding.HalfCloseTimeout = config.Settings.IdleTimeout, config.Settings.HalfCloseTimeout
+	var err error
+	if r.engine, err = httpforward.New(forwarding); err != nil {
+		return nil, err
+	}
+	r.settings.Store(&config.Settings)
+	return r, nil
+}
+
+// Apply replaces the settings for connections that are opened from now on.
+func (r *Role) Apply(settings Settings) { r.settings.Store(&settings) }
+
+// Announce makes responses to HTTP/1 requests close their connections; see httpforward.Engine.
+func (r *Role) Announce() { r.engine.Announce() }
+
+// Drain ends connections that carry no request; see httpforward.Engine. Wake the poller after it.
+func (r *Role) Drain() { r.engine.Drain() }
+
+// Refuse resets a connection that exceeds the limit.
+func (r *Role) Refuse(down *tcp.Conn) {
+	record := flow.Open(r.direction, down.RemoteAddr())
+	down.Reset()
+	record.Close(r.flows, flow.MaxConnections, nil)
+}
+
+// Open begins the walk of a connection, which the returned Conn owns from then on. When ctx ends, the connection is cut.
+// The caller must close the Conn.
+func (r *Role) Open(ctx context.Context, down *tcp.Conn) Conn {
+	return Conn{
+		Down:     down,
+		Record:   flow.Open(r.direction, down.RemoteAddr()),
+		Settings: r.settings.Load(),
+		role:     r,
+		w:        tcp.NewWaiter(ctx),
+	}
+}
