@@ -110,7 +110,7 @@ func (x *exchange) malformed(err error) *reply {
 	return &replyBadRequest
 }
 
-// acceptRequest decides the framing of the request and builds its head.
+// acceptRequest decides the framing of the request, has it routed, and builds its head.
 func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	b := x.s.Read.Bytes()
 	x.note(b)
@@ -118,6 +118,8 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if err != nil {
 		return x.malformed(err)
 	}
+	x.routed.view(&x.record)
+	x.s.route(x.s.Router.Route(&x.routed))
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.head[:0], b)
 	x.s.Read.Discard(x.requestHead.Length)
@@ -132,7 +134,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 // send gives the request its way upstream.
 func (x *exchange) send() {
 	s := x.s
-	x.record.Upstream, x.record.UpstreamLocal = s.Target.Address, s.upLocal
+	x.record.Upstream, x.record.UpstreamLocal = s.decision.Target.Address, s.upLocal
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}
@@ -457,7 +459,7 @@ func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrCanceled) {
 		return x.close(flow.DrainDeadline, err, cut)
 	}
-	x.record.Upstream, x.record.TransportFailure = x.s.Target.Address, upstream.TransportFailure(err)
+	x.record.Upstream, x.record.TransportFailure = x.s.decision.Target.Address, upstream.TransportFailure(err)
 	return x.refuse(dialReply(err), err)
 }
 

@@ -55,6 +55,10 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	case m.streams.active > maxStreams:
 		return m.tooMany(s)
 	}
+	m.routed.view(&s.record)
+	if decision := m.Router.Route(&m.routed); decision.Target != m.Target {
+		return m.answer(s, &replyMisdirected, errMisdirected)
+	}
 	m.forwardRequest(s, end, fields, seen)
 	return nil
 }
@@ -251,6 +255,13 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 	m.toDown.ends(s, true)
 	return nil
 }
+
+// replyMisdirected answers a request that the router sends to another upstream than the connection's. The stream cannot go
+// there, since its number and windows are those of this upstream connection, and must not go to this one (RFC 9110
+// §15.5.20: the client may repeat it on another connection).
+var replyMisdirected = reply{421, "Misdirected Request", flow.UpstreamUnreachable, "NR", "misdirected_request"}
+
+var errMisdirected = errors.New("the request is routed to another upstream than its HTTP/2 connection")
 
 // replyHeaderListTooLarge is replyHeadTooLarge for HTTP/2.
 var replyHeaderListTooLarge = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2TooManyFields}
