@@ -58,7 +58,7 @@ type Gate struct {
 // methods 405. Few answers are written at a time, so the server must bound how long a reader may take for one.
 func (m *Metrics) Handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET "+Path, promhttp.HandlerFor(prometheus.GathererFunc(m.gather), promhttp.HandlerOpts{
+	mux.Handle("GET "+Path, promhttp.HandlerFor(prometheus.GathererFunc(m.Gather), promhttp.HandlerOpts{
 		ErrorHandling:       promhttp.ContinueOnError, // the rest is true all the same
 		OfferedCompressions: []promhttp.Compression{promhttp.Identity, promhttp.Gzip},
 		MaxRequestsInFlight: maxScrapes,
@@ -73,7 +73,7 @@ func (m *Metrics) Write(w io.Writer, openMetrics bool) error {
 	if openMetrics {
 		format = expfmt.NewFormat(expfmt.TypeOpenMetrics)
 	}
-	families, err := m.gather()
+	families, err := m.Gather()
 	if len(families) == 0 && err != nil {
 		return err
 	}
@@ -89,8 +89,9 @@ func (m *Metrics) Write(w io.Writer, openMetrics bool) error {
 	return nil
 }
 
-// gather makes all families, sorted by name. An error is of client_golang's collectors; what they did gather is there.
-func (m *Metrics) gather() ([]*dto.MetricFamily, error) {
+// Gather returns all families, sorted by name. An error comes from client_golang's collectors; what they could gather is
+// returned with it.
+func (m *Metrics) Gather() ([]*dto.MetricFamily, error) {
 	var f families
 	open := m.lookAtOpen()
 	m.istio(&f)
