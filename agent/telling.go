@@ -69,7 +69,7 @@ func (a *Agent) tell() error {
 		sinks = append(sinks, t.metrics)
 	}
 	if a.config.AdminPort != 0 {
-		t.live = live.New(live.Config{Version: a.config.Version})
+		t.live = live.New(live.Config{Version: a.config.Version, SettingName: a.config.SettingName})
 		sinks = append(sinks, t.live)
 	}
 	t.table = flow.NewTable(sinks...)

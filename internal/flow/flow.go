@@ -59,6 +59,7 @@ func (p Protocol) String() string {
 type Record struct {
 	Direction           Direction
 	Protocol            Protocol
+	listed, carried     bool // of the table; here, where they take no memory
 	Opened              time.Time
 	Downstream          netip.AddrPort // who connected
 	OriginalDestination netip.AddrPort // invalid when it could not be read
@@ -86,9 +87,7 @@ type Record struct {
 	Reason   Reason
 	Err      error // what went wrong, nil for an ordinary end
 
-	// Of the table.
-	listed, carried bool
-	next, previous  *Record
+	next, previous *Record // of the table
 }
 
 // Hello is what a TLS client says in the clear before the rest is secret.
@@ -105,11 +104,11 @@ type Request struct {
 	Fields, ResponseFields      [][]byte      // what Fields names, in its order
 	Status                      int           // of the response that downstream got; 0 when it got none
 	GRPC                        bool          // by the request's content-type
+	Upgraded                    bool          // the connection went on as a relay
 	GRPCStatus                  []byte        // as it stood in the response's fields or trailers
 	Messages, ResponseMessages  uint64        // of gRPC, over HTTP/2
 	Flags                       string        // Envoy's response flags, where the engine knows more than the reason says
 	Details                     string        // Envoy's response_code_details, likewise
-	Upgraded                    bool          // the connection went on as a relay
 	ServiceTime                 time.Duration // from the end of dialling to the head of the response; with Status from upstream
 }
 

@@ -27,12 +27,16 @@ const (
 // Config is what a View is made with.
 type Config struct {
 	Version string // of the program
+
+	// SettingName spells a setting for people, such as --connect-timeout for ConnectTimeout. nil: as it is.
+	SettingName func(setting string) string
 }
 
 // View is the present. Make it with New and hand it to flow.NewTable; it is safe for use from anywhere.
 type View struct {
 	version string
 	started time.Time
+	setting func(string) string
 
 	destinations [2]book  // by direction
 	peers        book     // who calls the workload, by address
@@ -46,7 +50,7 @@ type View struct {
 
 // New makes a view in which nothing has happened.
 func New(config Config) *View {
-	v := &View{version: config.Version, started: time.Now(), ended: make(chan struct{})}
+	v := &View{version: config.Version, setting: config.SettingName, started: time.Now(), ended: make(chan struct{})}
 	for i := range v.destinations {
 		v.destinations[i].limit = maxDestinations
 	}

@@ -126,7 +126,7 @@ func (v *View) snapshot(sources *Sources) *Snapshot {
 	}
 	byRate(s.Destinations)
 	byRate(s.Peers)
-	s.Reasons = all.failures()
+	s.Reasons = all.failures(v.setting)
 	s.addConnections(sources.Table, now)
 	return s
 }
@@ -193,7 +193,8 @@ func (s *sums) counts(second uint32) Counts {
 	}
 }
 
-func (s *sums) failures() []Reason {
+// failures lists the reasons of failures, the most frequent of the last minute first.
+func (s *sums) failures(setting func(string) string) []Reason {
 	list := []Reason{}
 	for i, n := range s.reasons {
 		if n == 0 {
@@ -207,7 +208,7 @@ func (s *sums) failures() []Reason {
 		if said := i - len(flow.Explanations); said >= 0 {
 			text = saidFailures[said].Text
 		} else {
-			text = flow.Explanations[i].Text
+			text = flow.Explanations[i].Render(setting)
 		}
 		list = append(list, Reason{reasonNames[i], text, n, recent})
 	}
