@@ -9,6 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/metrics"
+	"github.com/pillion-proxy/pillion/internal/relay"
 )
 
 // AccessLog says which lines are written, and where. The texts mean what the flags say.
@@ -122,6 +123,7 @@ func (t *telling) watch(a *Agent) {
 			Backoffs: func() uint64 { return a.inbound.BackOffs() + a.outbound.BackOffs() },
 			Gates:    a.gateStates,
 			Draining: a.draining.Load,
+			Pipes:    relay.Pipes,
 		}
 		if t.access != nil {
 			sources.AccessLog = func() (written, dropped uint64) { return t.access.Written(), t.access.Dropped() }

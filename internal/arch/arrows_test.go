@@ -18,7 +18,7 @@ var arrows = []struct {
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow",
 		"internal/accesslog", "internal/admin", "internal/dns", "internal/httpforward", "internal/listener", "internal/live", "internal/localaddr",
-		"internal/metrics", "internal/podinfo", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream"},
+		"internal/metrics", "internal/podinfo", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream"},
 		"the housekeeper builds every part and knows the order in which they stop"},
 	{"inbound", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},

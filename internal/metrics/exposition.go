@@ -34,7 +34,7 @@ type Sources struct {
 	Upstream  func(flow.Direction) Upstream
 	AccessLog func() (written, dropped uint64) // lines
 	Backoffs  func() uint64                    // pauses of accept loops that found no descriptor
-	Buffers   func() (bytes, pipes int)        // lent out to connections
+	Pipes     func() int                       // that relays hold, in use or for the next connection
 	Gates     func() []Gate                    // of readiness
 	Draining  func() bool
 	DNS       *dns.Stats // of the resolver; nil: there is none
@@ -299,10 +299,8 @@ func (m *Metrics) fromSources(f *families) {
 	if s.Backoffs != nil {
 		f.counter("pillion_accept_backoffs_total", "Pauses of accept loops.").counts(s.Backoffs())
 	}
-	if s.Buffers != nil {
-		bytes, pipes := s.Buffers()
-		f.gauge("pillion_buffer_bytes", "Bytes of buffers that connections hold.").is(float64(bytes))
-		f.gauge("pillion_pipes", "Pipes that connections hold.").is(float64(pipes))
+	if s.Pipes != nil {
+		f.gauge("pillion_pipes", "Open pipes of relays, in use or kept for reuse.").is(float64(s.Pipes()))
 	}
 	if s.Gates != nil {
 		gates := f.gauge("pillion_gate_open", "1 for a gate of readiness that is open.")
