@@ -37,7 +37,7 @@ func encode(dst []byte, kind byte, payload []byte) []byte {
 }
 
 // encodeAll makes records of data.
-func encodeAll(p []byte) (out []byte) {
+func encodeAll(p []byte, record int) (out []byte) {
 	for len(p) > 0 {
 		n := min(len(p), record)
 		out = encode(out, data, p[:n])
@@ -113,7 +113,7 @@ func Under(c *tcp.Conn, read *tcp.Buffer) {
 func (l *Layer) Read(p []byte) (int, error) { return l.decoder.read(p, l.socket.Read) }
 
 func (l *Layer) Write(p []byte) (int, error) {
-	if _, err := l.socket.Write(encodeAll(p)); err != nil {
+	if _, err := l.socket.Write(encodeAll(p, record)); err != nil {
 		return 0, err
 	}
 	return len(p), nil
@@ -129,7 +129,8 @@ func (l *Layer) Buffered() bool { return len(l.pending) > 0 || l.closed || l.who
 // Peer is the far end of a connection with the toy layer.
 type Peer struct {
 	*net.TCPConn
-	Piece int // bytes that one system call writes; 0: any number
+	Piece  int // bytes that one system call writes; 0: any number
+	Record int // bytes of data in its largest record, at most 65535; 0: 1000
 
 	mu sync.Mutex // writes
 	decoder
@@ -149,17 +150,27 @@ func (p *Peer) Read(b []byte) (int, error) {
 
 // Write encodes.
 func (p *Peer) Write(b []byte) (int, error) {
-	if err := p.raw(encodeAll(b)); err != nil {
+	size := record
+	if p.Record > 0 {
+		size = p.Record
+	}
+	if err := p.raw(encodeAll(b, size)); err != nil {
 		return 0, err
 	}
 	return len(b), nil
 }
 
+// ReadFrom keeps io.Copy from writing to the socket.
+func (p *Peer) ReadFrom(r io.Reader) (int64, error) { return io.Copy(struct{ io.Writer }{p}, r) }
+
+// WriteTo keeps io.Copy from reading from the socket.
+func (p *Peer) WriteTo(w io.Writer) (int64, error) { return io.Copy(w, struct{ io.Reader }{p}) }
+
 // Records is the number of records of data that were decoded.
 func (p *Peer) Records() int { return p.records }
 
 // Encode returns the records that carry b.
-func Encode(b []byte) []byte { return encodeAll(b) }
+func Encode(b []byte) []byte { return encodeAll(b, record) }
 
 // Ticket writes a record without data.
 func (p *Peer) Ticket() error { return p.raw(encode(nil, ticket, []byte("resume with this"))) }
