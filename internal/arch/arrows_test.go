@@ -18,35 +18,39 @@ var arrows = []struct {
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow",
 		"internal/accesslog", "internal/admin", "internal/dns", "internal/httpforward", "internal/listener", "internal/live", "internal/localaddr",
-		"internal/metrics", "internal/podinfo", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream"},
+		"internal/metrics", "internal/podinfo", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream"},
 		"the housekeeper builds every part and knows the order in which they stop"},
-	{"inbound", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
+	{"inbound", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
-	{"outbound", []string{"internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
+	{"outbound", []string{"internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
-	{"internal/serve", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/relay", "internal/sniff", "internal/tcp", "internal/upstream"},
+	{"internal/serve", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/relay", "internal/sniff", "internal/tcp", "internal/upstream"},
 		"the steps of a connection: detect its protocol, dial, hand it to an engine or the relay, close its record"},
 	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
-	{"healthz", []string{"internal/capture", "internal/http2", "internal/sockopt"},
+	{"healthz", []string{"internal/capture", "internal/envoy", "internal/http2", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/status", []string{"healthz"}, "a handler may need more time than its server gives, and loopback is not always local"},
 	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
-	{"internal/metrics", []string{"internal/dns", "internal/flow", "internal/podinfo"}, "records are counted, under the names of this workload; the resolver counts itself"},
+	{"internal/metrics", []string{"internal/dns", "internal/envoy", "internal/flow", "internal/podinfo"}, "records are counted, under the names of this workload; the resolver counts itself"},
 	{"internal/sniff", []string{"internal/flow", "internal/http2", "internal/tcp"},
 		"what is read stays in a buffer, and what was seen goes into the record; how a server of HTTP/2 begins is http2's to know"},
-	{"internal/httpforward", []string{"internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
-		"an engine is made of a codec, upstream connections and records; what stops being HTTP becomes a relay"},
+	{"internal/httpforward", []string{"internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
+		"an engine is made of a codec, upstream connections and records; what stops being HTTP becomes a relay; its answers use Envoy's words"},
+	{"internal/flow", []string{"internal/envoy"}, "each reason has its response flags and details"},
 	{"internal/relay", []string{"internal/tcp"}, "the relay waits for two connections at once"},
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
 	{"internal/scrape", []string{"internal/promtext"}, "what is scraped is parsed, merged and written"},
-	{"internal/accesslog", []string{"internal/flow"}, "a line tells what a record has"},
-	{"internal/admin", []string{"healthz", "internal/flow"},
+	{"internal/accesslog", []string{"internal/envoy", "internal/flow"}, "a line tells what a record has"},
+	{"internal/admin", []string{"healthz", "internal/envoy", "internal/flow"},
 		"what is open is read from the table; who is here is one question; all else that it shows comes in as values"},
-	{"internal/live", []string{"healthz", "internal/flow"}, "what is shown is made of records, and for who is here"},
+	{"internal/live", []string{"healthz", "internal/envoy", "internal/flow"}, "what is shown is made of records, and for who is here"},
 	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
 	{"internal/inject", []string{"healthz", "internal/capture", "internal/podinfo", "internal/scrape", "internal/yamledit"},
 		"what is written for init and agent is checked by the code with which they read it"},
+	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/localaddr", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
+		"a role is tested in namespaces, made of real parts"},
+	{"internal/tcp/layertest", []string{"internal/tcp"}, "a toy layer stands under real connections"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 
@@ -103,11 +107,16 @@ func TestEveryArrowHasAReasonAndPointsAtARoom(t *testing.T) {
 	}
 }
 
+// testRoom names the rooms that only tests import. They count as test code.
+func testRoom(path string) bool {
+	return path == "internal/nettest" || path == "internal/serve/servetest" || path == "internal/tcp/layertest"
+}
+
 func TestOnlyTestsUseTheTestRooms(t *testing.T) {
 	for _, r := range rooms(t) {
 		for _, imported := range r.Imports {
-			if imported == module+"internal/nettest" && !testOnly(r.path()) {
-				t.Errorf("%s imports internal/nettest outside its tests: what runs in a pod stays lean", r.path())
+			if test := strings.TrimPrefix(imported, module); testRoom(test) && !testRoom(r.path()) && !testOnly(r.path()) {
+				t.Errorf("%s imports %s outside its tests: what runs in a pod stays lean", r.path(), test)
 			}
 		}
 	}

@@ -1,5 +1,11 @@
 package flow
 
+import (
+	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/envoy"
+)
+
 // Reason is why a flow ended. The set is closed: a new way to end gets a new Reason here, and a row in README.
 type Reason string
 
@@ -13,7 +19,7 @@ const (
 // Upstream could not be reached. Downstream is reset, or its request answered 503.
 const (
 	UpstreamRefused     Reason = "upstream_refused"     // nothing listens there, or a firewall rejects
-	UpstreamTimeout     Reason = "upstream_timeout"     // no answer within --connect-timeout
+	UpstreamTimeout     Reason = "upstream_timeout"     // no answer within the connect timeout
 	UpstreamUnreachable Reason = "upstream_unreachable" // no route, or the dial failed in another way
 )
 
@@ -27,7 +33,7 @@ const (
 	BadResponse        Reason = "bad_response"        // the response is malformed
 	HeadTooLarge       Reason = "head_too_large"      // the head of the request is over a limit
 	HeadTimeout        Reason = "head_timeout"        // downstream did not finish the head of its request
-	RequestTimeout     Reason = "request_timeout"     // no response within --request-timeout
+	RequestTimeout     Reason = "request_timeout"     // no response within the request timeout
 	Overload           Reason = "overload"            // an HTTP/2 peer opens too many streams, or floods the connection
 )
 
@@ -37,15 +43,15 @@ const (
 	ForeignAddress        Reason = "foreign_address"         // inbound, for an address that is not this workload's
 	NoOriginalDestination Reason = "no_original_destination" // not redirected by a rule, or connection tracking forgot it
 	IPv6SourceMissing     Reason = "ipv6_source_missing"     // inbound IPv6, and lo lacks ::6 to dial the workload from
-	MaxConnections        Reason = "max_connections"         // --max-connections is reached
+	MaxConnections        Reason = "max_connections"         // the limit of connections is reached
 	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
 )
 
 // Ended by the agent. Both sides are reset, but for Drained.
 const (
 	Drained          Reason = "drained"            // nobody had spoken when the agent drained; both sides are closed in order
-	IdleTimeout      Reason = "idle_timeout"       // nothing moved for --idle-timeout
-	HalfCloseTimeout Reason = "half_close_timeout" // one side closed, and nothing moved for --half-close-timeout
+	IdleTimeout      Reason = "idle_timeout"       // nothing moved for the idle timeout
+	HalfCloseTimeout Reason = "half_close_timeout" // one side closed, and nothing moved for the half-close timeout
 	DrainDeadline    Reason = "drain_deadline"     // shutdown waited for it as long as it may
 )
 
@@ -55,64 +61,83 @@ type Explanation struct {
 	Flags        string // Envoy's response flags for a connection that ends so; empty for none, or when none does
 	RequestFlags string // the same for a request
 	Details      string // Envoy's response_code_details for a request
-	Text         string
+	Text         string // settings stand in braces, by the names of the agent's configuration: see Render
+}
+
+// Render returns Text with each setting as name spells it for the reader, such as --connect-timeout for ConnectTimeout.
+// A nil name leaves the names as they are.
+func (e *Explanation) Render(name func(setting string) string) string {
+	var b strings.Builder
+	for rest := e.Text; ; {
+		before, after, found := strings.Cut(rest, "{")
+		b.WriteString(before)
+		if !found {
+			return b.String()
+		}
+		setting, behind, _ := strings.Cut(after, "}")
+		if name != nil {
+			setting = name(setting)
+		}
+		b.WriteString(setting)
+		rest = behind
+	}
 }
 
 // Explanations has each reason, in the order in which documents list them. Where an engine knows more than the reason
 // says, such as whether the response had begun, its own words stand in the record.
 var Explanations = []Explanation{
-	{Closed, "", "", "via_upstream",
+	{Closed, "", "", envoy.DetailsViaUpstream,
 		"Both sides closed; every byte was delivered."},
-	{DownstreamReset, "DR", "DC", "downstream_remote_disconnect",
+	{DownstreamReset, envoy.FlagDownstreamRemoteReset, envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft,
 		"Downstream reset the connection or vanished; upstream was reset."},
-	{UpstreamReset, "UC", "UR", "upstream_reset_before_response_started{remote_reset}",
+	{UpstreamReset, envoy.FlagUpstreamConnectionTermination, envoy.FlagUpstreamRemoteReset, envoy.ResetBeforeResponse(envoy.ResetByRemote),
 		"Upstream reset the connection or vanished; downstream was reset."},
-	{UpstreamRefused, "UF,URX", "UF", "upstream_reset_before_response_started{remote_connection_failure}",
+	{UpstreamRefused, envoy.FlagsConnectFailed, envoy.FlagUpstreamConnectionFailure, envoy.ResetBeforeResponse(envoy.ResetByRemoteConnectFailure),
 		"Nothing listens at the upstream address, or a firewall rejects."},
-	{UpstreamTimeout, "UF,URX", "UF", "upstream_reset_before_response_started{connection_timeout}",
-		"Upstream did not answer within `--connect-timeout`."},
-	{UpstreamUnreachable, "UF,URX", "UF", "upstream_reset_before_response_started{remote_connection_failure}",
+	{UpstreamTimeout, envoy.FlagsConnectFailed, envoy.FlagUpstreamConnectionFailure, envoy.ResetBeforeResponse(envoy.ResetByConnectTimeout),
+		"Upstream did not answer within `{ConnectTimeout}`."},
+	{UpstreamUnreachable, envoy.FlagsConnectFailed, envoy.FlagUpstreamConnectionFailure, envoy.ResetBeforeResponse(envoy.ResetByRemoteConnectFailure),
 		"There is no route to upstream, or the dial failed in another way."},
-	{Completed, "", "", "via_upstream",
+	{Completed, "", "", envoy.DetailsViaUpstream,
 		"The response to a request was delivered to its end."},
-	{DownstreamLeft, "", "DC", "downstream_remote_disconnect",
+	{DownstreamLeft, "", envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft,
 		"Downstream closed or cancelled before the response was complete; so was the request upstream."},
-	{UpstreamClosed, "", "UC", "upstream_reset_before_response_started{connection_termination}",
+	{UpstreamClosed, "", envoy.FlagUpstreamConnectionTermination, envoy.ResetBeforeResponse(envoy.ResetByTermination),
 		"Upstream closed before the head of the response; downstream was answered 503."},
-	{ResponseIncomplete, "", "UC", "upstream_reset_after_response_started{connection_termination}",
+	{ResponseIncomplete, "", envoy.FlagUpstreamConnectionTermination, envoy.ResetAfterResponse(envoy.ResetByTermination),
 		"Upstream closed in the middle of the response; downstream was cut off as well."},
-	{BadFraming, "", "DPE", "http1.codec_error",
+	{BadFraming, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP1CodecError,
 		"The request is malformed; it was answered 400, or its HTTP/2 stream reset, and not forwarded."},
-	{BadResponse, "", "UPE", "upstream_reset_before_response_started{protocol_error}",
+	{BadResponse, "", envoy.FlagUpstreamProtocolError, envoy.ResetBeforeResponse(envoy.ResetByProtocolError),
 		"The response is malformed; downstream was answered 502."},
-	{HeadTooLarge, "", "DPE", "http1.headers_too_large",
-		"The head of the request is over `--max-head-bytes` or `--max-head-fields`; it was answered 431."},
-	{HeadTimeout, "", "", "request_header_timeout",
-		"The head of the request was not complete within `--request-head-timeout`; it was answered 408, or the HTTP/2 connection ended."},
-	{RequestTimeout, "", "UT", "response_timeout",
-		"There was no response within `--request-timeout`; downstream was answered 504."},
-	{Overload, "", "DPE", "http2.violation.of.messaging.rule",
+	{HeadTooLarge, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP1HeadTooLarge,
+		"The head of the request is over `{MaxHeadBytes}` or `{MaxHeadFields}`; it was answered 431."},
+	{HeadTimeout, "", "", envoy.DetailsHeadTimeout,
+		"The head of the request was not complete within `{RequestHeadTimeout}`; it was answered 408, or the HTTP/2 connection ended."},
+	{RequestTimeout, "", envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout,
+		"There was no response within `{RequestTimeout}`; downstream was answered 504."},
+	{Overload, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation,
 		"An HTTP/2 peer opened too many streams, or flooded the connection with what leads to nothing; it was told so, and refused or cut."},
-	{Loop, "UH", "", "",
+	{Loop, envoy.FlagNoHealthyUpstream, "", "",
 		"The destination is one of pillion's own ports at one of the workload's own addresses."},
-	{ForeignAddress, "NR", "", "",
+	{ForeignAddress, envoy.FlagNoRouteFound, "", "",
 		"An inbound connection is for an address that is not the workload's own."},
-	{NoOriginalDestination, "NR", "", "",
+	{NoOriginalDestination, envoy.FlagNoRouteFound, "", "",
 		"No rule redirected the connection here, or connection tracking forgot it."},
-	{IPv6SourceMissing, "NR", "", "",
+	{IPv6SourceMissing, envoy.FlagNoRouteFound, "", "",
 		"An inbound IPv6 connection, but `lo` lacks `::6`; run `pillion init`."},
-	{MaxConnections, "OM", "", "",
-		"`--max-connections` is reached."},
-	{NoDescriptors, "OM", "OM", "overload",
+	{MaxConnections, envoy.FlagOverloadManager, "", "",
+		"`{MaxConnections}` is reached."},
+	{NoDescriptors, envoy.FlagOverloadManager, envoy.FlagOverloadManager, envoy.DetailsOverload,
 		"The process may open or watch no further connection; raise its `nofile` limit, `fs.epoll.max_user_watches`, or its memory."},
-	{IdleTimeout, "SI", "SI", "stream_idle_timeout",
-		"Nothing moved for `--idle-timeout`; both sides were reset."},
-	{HalfCloseTimeout, "SI", "SI", "stream_idle_timeout",
-		"One side had closed and nothing moved for `--half-close-timeout`; both sides were reset."},
+	{IdleTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
+		"Nothing moved for `{IdleTimeout}`; both sides were reset."},
+	{HalfCloseTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
+		"One side had closed and nothing moved for `{HalfCloseTimeout}`; both sides were reset."},
 	{Drained, "", "", "",
 		"Nobody had spoken when the agent drained; both sides were closed in order."},
-	{DrainDeadline, "LR", "LR", "upstream_reset_after_response_started{local_reset}",
-		"Shutdown waited for `--drain-timeout`; both sides were reset."},
+	{DrainDeadline, envoy.FlagLocalReset, envoy.FlagLocalReset, envoy.ResetAfterResponse(envoy.ResetByLocal),
+		"Shutdown waited for `{DrainTimeout}`; both sides were reset."},
 }
 
 var explanations = func() map[Reason]*Explanation {

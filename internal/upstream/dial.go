@@ -21,6 +21,9 @@ type Dialer struct {
 	Timeout time.Duration // for one dial; zero or less leaves it to the kernel
 	Stats   *Stats        // counts the dials and what they brought; nil: nobody does
 	Borrow  *Borrower     // for targets with a borrowed source; nil: there are none
+
+	// Layer puts a record layer under a fresh connection to a target. Its error is the dial's. nil: connections are bare.
+	Layer func(*tcp.Waiter, *tcp.Conn, Target) error
 }
 
 // Stats counts the upstream connections of one direction. The zero value is ready to use.
@@ -45,13 +48,19 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (*tcp.Conn, error) {
 	} else {
 		up, err = d.Poller.Dial(w, target.Source, target.Address, deadline)
 	}
+	if err == nil && d.Layer != nil {
+		if err = d.Layer(w, up, target); err != nil {
+			up.Reset()
+			up = nil
+		}
+	}
 	switch {
 	case d.Stats == nil:
 	case err != nil:
 		d.Stats.Failed.Add(1)
 	default:
 		d.Stats.Connected.Add(1)
-		up.CountIn(&d.Stats.Active)
+		up.Track(&d.Stats.Active)
 	}
 	return up, err
 }
