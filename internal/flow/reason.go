@@ -2,7 +2,7 @@ package flow
 
 import "github.com/pillion-proxy/pillion/internal/envoy"
 
-// Reason is why a flow ended. The set is closed: a new way to end gets a new Reason here, and a row in README.
+// Reason is why a flow ended. The set is closed: a new way to end gets a new Reason here, and a row in docs/reasons.md.
 type Reason string
 
 // The ordinary ends.
