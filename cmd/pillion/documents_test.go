@@ -16,7 +16,7 @@ func TestAgentDocumentHasEveryFlagWithItsDefault(t *testing.T) {
 	newAgent().Flags().VisitAll(func(flag *pflag.Flag) {
 		normal := strings.TrimSuffix(flag.DefValue, "0s")
 		if flag.DefValue == "" {
-			normal = "none"
+			normal = "unset"
 		}
 		_, row, found := strings.Cut(text, "| `--"+flag.Name+"` | ")
 		row, _, _ = strings.Cut(row, "\n")
