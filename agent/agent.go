@@ -9,10 +9,10 @@ import (
 	"sync"
 	"time"
 
-	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
+	"github.com/pillion-proxy/pillion/internal/probe"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
@@ -31,7 +31,7 @@ type Agent struct {
 	doors     sync.Mutex         // guards trafficListener.door
 
 	resolver    *dns.Server // nil: DNS is not captured
-	probers     *healthz.Probers
+	probers     *probe.Probers
 	servers     []*server // in the order of shutdown
 	serverLoops sync.WaitGroup
 

@@ -326,8 +326,8 @@ func TestThePortsAnswerWhileAndAfterTheAccessLogIsClosed(t *testing.T) {
 
 func TestWhatTheInjectorSaysWrongIsNamedAndNothingIsLeft(t *testing.T) {
 	for want, change := range map[string]func(*Config){
-		"ISTIO_KUBE_APP_PROBERS":       func(c *Config) { c.Workload.Probers = "{" },
-		"INSTANCE_IP":                  func(c *Config) { c.Workload.Probers = `{"/app-health/a/livez":{"tcpSocket":{"port":1}}}` },
+		"Workload.Probers":             func(c *Config) { c.Workload.Probers = "{" },
+		"Workload.Pod.IP":              func(c *Config) { c.Workload.Probers = `{"/app-health/a/livez":{"tcpSocket":{"port":1}}}` },
 		"ISTIO_PROMETHEUS_ANNOTATIONS": func(c *Config) { c.Workload.ScrapeTargets = `{"scrape":"true","port":"15021"}` },
 		"AccessLog.Path":               func(c *Config) { c.AccessLog.Path = t.TempDir() },
 	} {

@@ -93,7 +93,7 @@ type Status struct {
 // Workload describes the workload, as the injector does.
 type Workload struct {
 	Pod            podinfo.Pod
-	Probers        string // its probes as JSON, see healthz.ParseProbers
+	Probers        string // its probes as JSON, see probe.Parse
 	ProbeLocalhost bool   // send probes to localhost, not to the pod's address
 	ProbeHTTP2     bool   // HTTPS probes may use HTTP/2
 	ProbeKeepAlive bool   // HTTP probes keep their connection

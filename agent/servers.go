@@ -15,7 +15,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/metrics"
+	"github.com/pillion-proxy/pillion/internal/ownport"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
+	"github.com/pillion-proxy/pillion/internal/probe"
 	"github.com/pillion-proxy/pillion/internal/scrape"
 	"github.com/pillion-proxy/pillion/internal/status"
 )
@@ -38,19 +40,22 @@ func (a *Agent) serve() error {
 	add := func(name, field string, port uint16, addresses []netip.Addr, handler http.Handler) {
 		if port != 0 {
 			a.servers = append(a.servers, &server{
-				name: name, field: field, port: port, addresses: addresses, http: healthz.NewServer(handler, a.log),
+				name: name, field: field, port: port, addresses: addresses, http: ownport.NewServer(handler, a.log),
 			})
 		}
 	}
-	probers, err := healthz.ParseProbers(a.config.Workload.Probers, healthz.ProbeConfig{
+	probers, err := probe.Parse(a.config.Workload.Probers, probe.Config{
 		Address:    parseAddress(a.config.Workload.Pod.IP),
 		Localhost:  a.config.Workload.ProbeLocalhost,
 		StatusPort: a.config.Ports.Status,
 		HTTP2:      a.config.Workload.ProbeHTTP2,
 		KeepAlive:  a.config.Workload.ProbeKeepAlive,
 	})
+	if errors.Is(err, probe.ErrNoAddress) {
+		return &FieldError{Field: "Workload.Pod.IP", Err: err}
+	}
 	if err != nil {
-		return err
+		return &FieldError{Field: "Workload.Probers", Err: err}
 	}
 	a.probers = probers
 	targets, err := scrape.ParseTargets(a.config.Workload.ScrapeTargets, a.ownPorts()...)
@@ -241,5 +246,5 @@ func listenHTTP(address netip.AddrPort) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	return healthz.Bound(listener), nil
+	return ownport.Bound(listener), nil
 }
