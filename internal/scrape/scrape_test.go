@@ -215,8 +215,12 @@ func TestAPartThatFailsNeverFailsTheScrape(t *testing.T) {
 			w.Header().Set("Content-Encoding", "br")
 			w.Header().Set("Content-Type", "text/plain")
 		}, "was not asked for"},
-		"elsewhere":     {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://203.0.113.7/metrics", http.StatusFound) }, "redirected to another host"},
-		"https":         {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "https://"+r.Host+"/", http.StatusFound) }, "redirected to another host"},
+		"elsewhere": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://203.0.113.7/metrics", http.StatusFound)
+		}, "redirected to another host"},
+		"https": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "https://"+r.Host+"/", http.StatusFound)
+		}, "redirected to another host"},
 		"in circles":    {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/", http.StatusFound) }, "redirected more than three times"},
 		"hangs at once": {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "context deadline exceeded"},
 		"hangs midway": {func(w http.ResponseWriter, r *http.Request) {
