@@ -10,6 +10,9 @@ export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
 FUZZTIME ?= 10s
+N        ?= 20
+SEED     ?= 1
+PACKAGES ?= ./internal/...
 
 # The largest share, in percent, of comment lines and of document lines that may use a phrase which scripts/prose lists.
 PROSE_COMMENTS  ?= 24
@@ -92,6 +95,10 @@ manifests: modules ## what is in deploy, as kustomize, helm, Kubernetes and Prom
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (10s)
 	FUZZTIME=$(FUZZTIME) scripts/fuzz
+
+.PHONY: mutate
+mutate: modules ## N mutants of PACKAGES, chosen by SEED: lists those that no test notices
+	$(GO) run -buildvcs=false ./scripts/mutate -n $(N) -seed $(SEED) $(PACKAGES)
 
 .PHONY: bench
 bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 6 minutes
