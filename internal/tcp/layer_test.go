@@ -296,8 +296,7 @@ func TestCloseSendsWhatIsUnsentAndTheCloseMessage(t *testing.T) {
 		t.Run("a connection "+name, func(t *testing.T) {
 			r := newLayerRig(t)
 			if watched {
-				r.peer.Write([]byte("x"))
-				r.read(t, make([]byte, 1))
+				r.w.Wait(time.Now(), r.conn, nil)
 			}
 			sent := r.fill(t, random(64<<20))
 			r.conn.Close()
@@ -365,6 +364,9 @@ func TestBytesReadBeforeTheLayerAreDecodedFirst(t *testing.T) {
 	}
 	read.Append(raw)
 	layertest.Under(conn, read)
+	if !conn.Readable() {
+		t.Error("a connection with input in its layer is not readable")
+	}
 	peer.CloseWrite()
 	got, err := (&layerRig{conn: conn, w: w}).readAll(t, 4)
 	if string(got) != "firstsecond" || err != io.EOF {
