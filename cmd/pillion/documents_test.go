@@ -30,7 +30,13 @@ func TestREADMENamesEveryFlagWithItsDefaultAndEveryReason(t *testing.T) {
 		}
 	})
 	for _, e := range flow.Explanations {
-		if row := "| `" + string(e.Reason) + "` | " + e.Text + " |"; !strings.Contains(readme, row) {
+		e.Render(func(setting string) string {
+			if flag := settingFlag(setting); newAgent().Flags().Lookup(flag[len("--"):]) == nil {
+				t.Errorf("%s names %s, but there is no %s", e.Reason, setting, flag)
+			}
+			return ""
+		})
+		if row := "| `" + string(e.Reason) + "` | " + e.Render(settingFlag) + " |"; !strings.Contains(readme, row) {
 			t.Errorf("README lacks the row %s", row)
 		}
 		if e.Flags == "" && e.RequestFlags == "" && e.Details == "" {

@@ -46,6 +46,13 @@ type pipePool struct {
 // pipes is shared by all relays, because its limits are the process's.
 var pipes pipePool
 
+// Pipes returns the number of open pipes, in use or kept for reuse.
+func Pipes() int {
+	pipes.mu.Lock()
+	defer pipes.mu.Unlock()
+	return pipes.open
+}
+
 // take returns an empty pipe, or nil if there are too many or the kernel refuses another.
 func (pool *pipePool) take() *pipe {
 	pool.mu.Lock()
