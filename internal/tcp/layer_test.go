@@ -350,11 +350,9 @@ func TestBytesReadBeforeTheLayerAreDecodedFirst(t *testing.T) {
 	peer.Write([]byte("first"))
 	peer.Write([]byte("second"))
 	read := tcp.TakeBuffer()
-	raw := make([]byte, 11) // the first record, and a part of the second
 	conn.SetLayer(nil, func(s *tcp.Socket) tcp.Layer { return rawLayer{s} })
-	for n := 0; n < len(raw); {
-		m, err := conn.Read(raw[n:])
-		n += m
+	for read.Len() < len(layertest.Encode([]byte("first")))+len(layertest.Encode([]byte("second"))) {
+		_, err := read.Fill(conn)
 		if err == tcp.ErrAgain {
 			err = w.Wait(time.Now().Add(nettest.Patience), conn, nil)
 		}
@@ -362,7 +360,6 @@ func TestBytesReadBeforeTheLayerAreDecodedFirst(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	read.Append(raw)
 	layertest.Under(conn, read)
 	if !conn.Readable() {
 		t.Error("a connection with input in its layer is not readable")
