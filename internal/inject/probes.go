@@ -6,7 +6,7 @@ import (
 	"net/netip"
 	"strconv"
 
-	"github.com/pillion-proxy/pillion/healthz"
+	"github.com/pillion-proxy/pillion/internal/probe"
 	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
@@ -54,7 +54,7 @@ func (p *pod) rewriteProbes(s *settings) (string, error) {
 	}
 	recorded := yamledit.JSON(probers)
 	// The agent does not start with probes that it cannot read.
-	if _, err := healthz.ParseProbers(recorded, healthz.ProbeConfig{Address: netip.IPv6Loopback(), StatusPort: s.statusPort}); err != nil {
+	if _, err := probe.Parse(recorded, probe.Config{Address: netip.IPv6Loopback(), StatusPort: s.statusPort}); err != nil {
 		return "", err
 	}
 	return recorded, nil
