@@ -468,10 +468,14 @@ func (d *Document) end(n *yaml.Node, flow bool, column int) int {
 	return d.plainEnd(at, column)
 }
 
-// pastProperties skips anchors and tags.
+// pastProperties returns the offset after anchors and tags. It panics if no value follows.
 func (d *Document) pastProperties(at int) int {
 	for d.text[at] == '&' || d.text[at] == '!' {
-		at += strings.IndexAny(d.text[at:], " \t\r\n")
+		length := strings.IndexAny(d.text[at:], " \t\r\n")
+		if length < 0 {
+			panic("the text ends in a tag or an anchor")
+		}
+		at += length
 		for strings.IndexByte(" \t\r\n", d.text[at]) >= 0 {
 			at++
 		}

@@ -81,6 +81,7 @@ func TestStylesThatCannotBeEditedAreErrors(t *testing.T) {
 		"through an alias":          {"a: &x\n  b: 1\nc: *x\n", set("c", "d", 1), "anchors"},
 		"an explicit key":           {"? a\n: {b: 1}\n? c\n: d\n", remove(RemoveMember, "", "c"), "anchors"},
 		"no such place":             {"a: 1\n", set("b", "c", 1), "anchors"},
+		"a tag at the end":          {"a: 1\nb: !x", set("", "c", 1), "ends in a tag"},
 		"a scalar":                  {"a: 1\n", set("a", "c", 1), "anchors"},
 		"no such member":            {"a: 1\n", remove(RemoveMember, "", "b"), "anchors"},
 		"a block scalar at the end": {"a: |\n  x", set("", "b", 1), "end the text with a line break"},
