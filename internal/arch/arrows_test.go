@@ -50,6 +50,7 @@ var arrows = []struct {
 		"what is written for init and agent is checked by the code with which they read it"},
 	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/localaddr", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a role is tested in namespaces, made of real parts"},
+	{"internal/tcp/layertest", []string{"internal/tcp"}, "a toy layer stands under real connections"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tcp/layertest"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -32,6 +33,7 @@ type rig struct {
 	records records
 	last    atomic.Pointer[flow.Record] // of the connection that was served last
 	open    atomic.Int32                // connections that the engine has
+	layered bool                        // downstream connections have a record layer
 	early   bool                        // dial the origin before the engine begins, for HTTP/1
 	router  Router                      // of all connections; nil: everything goes to the origin
 }
@@ -156,6 +158,9 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream.Target) {
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
+	if r.layered {
+		layertest.Under(down, nil)
+	}
 	read := tcp.TakeBuffer()
 	for {
 		if _, err := read.Fill(down); err == nil && (!http2 || read.Len() >= 24) {
