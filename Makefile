@@ -38,6 +38,10 @@ IN_NAMESPACES = git grep -l --untracked -E 'pillion/internal/nettest"|^package n
 demo: tools-demo build ## show real traffic captured and carried, in namespaces that vanish afterwards
 	scripts/demo bin/pillion
 
+.PHONY: try
+try: tools-try build ## run CMD, a shell by default, in a namespace where pillion captures and logs its traffic
+	@scripts/try bin/pillion $(or $(CMD),$${SHELL:-bash})
+
 ##@ Build
 .PHONY: build
 build: ## build bin/pillion and bin/pillionctl: static, without symbols, with their version
@@ -114,8 +118,8 @@ $(BROWSER): $(PEERS)/page/package-lock.json
 	@cd $(PEERS)/page && npm ci --no-audit --no-fund --loglevel error >/dev/null
 
 # They are silent when nothing is missing.
-.PHONY: tools-demo tools-image tools-test tools-bench
-tools-demo tools-image tools-test tools-bench: tools-%:
+.PHONY: tools-demo tools-try tools-image tools-test tools-bench
+tools-demo tools-try tools-image tools-test tools-bench: tools-%:
 	@scripts/install-tools $*
 
 .PHONY: help

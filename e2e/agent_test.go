@@ -66,7 +66,7 @@ func launchCommand(t testing.TB, pod *nettest.Namespace, words []string) *agent 
 
 func awaitReady(t testing.TB, pod *nettest.Namespace, a *agent) {
 	t.Helper()
-	out, err := pod.Run(pod.Command(agentUID, agentUID, pillion, "wait", "--timeoutSeconds", "20", "--periodMillis", "20"))
+	out, err := pod.Run(pod.Command(agentUID, agentUID, pillion, "wait", "--timeoutSeconds", "120", "--periodMillis", "20"))
 	if err != nil {
 		t.Fatalf("the agent does not become ready: %v\n%s\nits log:\n%s", err, out, a.log)
 	}

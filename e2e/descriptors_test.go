@@ -54,10 +54,13 @@ func runOutOfDescriptors(t *testing.T, limit string) {
 	s.agent.log.await(t, `msg="cannot accept, trying again until it works"`, "too many open files", "remedy=")
 	nettest.Eventually(t, "readiness turns off", func() bool { return probe(t, prober) == 503 })
 	converse(t, downstream, upstream) // those that are open are not disturbed
+	for range 20 {                    // while the crowd goes on pushing
+		converse(t, downstream, upstream)
+	}
 	select {
 	case <-s.agent.Exited():
 		t.Fatal("the agent ended")
-	case <-time.After(time.Second): // the crowd goes on pushing
+	default:
 	}
 	release()
 
@@ -76,7 +79,7 @@ func runOutOfDescriptors(t *testing.T, limit string) {
 // crowd keeps n clients at address, each of which comes back when it is turned away, until release is called.
 func crowd(t *testing.T, from *nettest.Namespace, address string, n int) (release func()) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), nettest.Patience)
 	var clients sync.WaitGroup
 	for range n {
 		clients.Go(func() {

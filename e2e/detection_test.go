@@ -4,8 +4,10 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
-	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
 // Protocols in which the server speaks first, on ports that are famous for something else too: no port decides anything.
@@ -35,8 +37,8 @@ func TestAServerThatSpeaksFirstIsHeardOnAnyPort(t *testing.T) {
 	})
 }
 
-// A beginning that could still become HTTP, or TLS, and then silence: it reaches the server all the same, which may be
-// the one to answer it.
+// The client sends a beginning that could still become HTTP or TLS, and then nothing. The server receives it all the same:
+// it may be the side that has to answer.
 func TestABeginningIsNotHeldForLong(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
@@ -118,17 +120,19 @@ func TestABeginningThatEndsArrivesWithItsEnd(t *testing.T) {
 	})
 }
 
-// A connection that is opened ahead of need is neither closed nor taken for something that it is not.
+// A connection that is opened ahead of need is neither closed nor classified before its client speaks, also when the
+// client is silent for longer than a beginning is held. The probe is a connection opened later: when its beginning is
+// released, that time has passed for the others too.
 func TestAClientThatIsSilentAtFirstMaySpeakAnything(t *testing.T) {
 	t.Parallel()
-	const silence = 3 * time.Second
 	newStage(t).everyWay(t, func(t *testing.T, w way) {
 		t.Parallel()
 		type pair struct{ downstream, upstream *net.TCPConn }
 		var http, opaque pair
 		http.downstream, http.upstream = w.connect(t)
 		opaque.downstream, opaque.upstream = w.connect(t)
-		<-time.After(silence)
+		_, probe := w.ask(t, "G")
+		reads(t, probe, "G")
 		x := exchanges[0]
 		for range 2 {
 			writes(t, http.downstream, x.request)
@@ -155,10 +159,22 @@ func TestAServerOfHTTP2MaySpeakBeforeItsClient(t *testing.T) {
 		t.Parallel()
 		downstream, upstream := w.connect(t)
 		writes(t, upstream, settings)
-		<-time.After(50 * time.Millisecond)
+		s.awaitTaken(t, w, upstream)
 		writes(t, downstream, opening+request)
 		reads(t, upstream, opening[:len(opening)-9])
 		writes(t, upstream, answer)
 		s.requestRecord(t, "downstream="+downstream.LocalAddr().String(), "protocol=HTTP/2", "path=/", "status=200", "reason=completed")
+	})
+}
+
+// awaitTaken waits until the agent has read from its socket all that upstream has sent.
+func (s *stage) awaitTaken(t *testing.T, w way, upstream net.Conn) {
+	t.Helper()
+	own, agents := upstream.LocalAddr().String(), upstream.RemoteAddr().String()
+	nettest.Eventually(t, "the agent has read what upstream sent", func() bool {
+		sender := strings.Fields(w.to.MustRun(t, "ss", "-Htn", "src", own, "dst", agents))
+		receiver := strings.Fields(s.pod.MustRun(t, "ss", "-Htn", "src", agents, "dst", own))
+		// The columns are State, Recv-Q and Send-Q.
+		return len(sender) > 2 && sender[2] == "0" && len(receiver) > 2 && receiver[1] == "0"
 	})
 }

@@ -30,13 +30,17 @@ func TestWaitSucceedsOnceTheAgentIsReady(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
-	cmd := pod.Command(agentUID, agentUID, pillion, "wait", "--timeoutSeconds", "30", "--periodMillis", "20")
+	notYet := pod.Listen(t, "tcp", "127.0.0.1:15021")
+	cmd := pod.Command(agentUID, agentUID, pillion, "wait", "--timeoutSeconds", "120", "--periodMillis", "20")
 	waiting := pod.Start(t, cmd)
-	select {
-	case <-waiting.Exited():
-		t.Fatal("wait ended before there was an agent")
-	case <-time.After(300 * time.Millisecond):
+	for range 3 { // each failed attempt is followed by another
+		conn, err := notYet.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
 	}
+	notYet.Close()
 	launchAgent(t, pod, nil)
 	if code, err := waiting.Wait(nettest.Patience); err != nil || code != 0 {
 		t.Errorf("wait: exit code %d, %v", code, err)

@@ -17,7 +17,7 @@ import (
 func TestASilentClientIsGreetedByAServerThatSpeaksFirst(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy, native} {
-		s := newStageIn(t, flavour)
+		s := newStageIn(t, flavour, "--detection-hold", "1h")
 		startSSHD(t, s.pod)
 		startSSHD(t, s.peer)
 		for _, w := range s.ways() {

@@ -163,7 +163,7 @@ func TestBadVariablesOfTheInjectorAreRefusedByName(t *testing.T) {
 // A job whose work is done ends its sidecar, and nobody else does.
 func TestQuittingEndsTheAgentAtOnceAndIsForThePodAlone(t *testing.T) {
 	t.Parallel()
-	s := newStage(t, "--drain-delay", "1h", "--drain-timeout", "2h") // neither of which may be waited for
+	s := newStage(t, endless...)
 	for _, path := range []string{"/quitquitquit", "/drain"} {
 		for url, from := range map[string]*nettest.Namespace{
 			podURL(capture.StatusPort, path):                                    s.peer,
@@ -204,7 +204,7 @@ func TestQuittingEndsTheAgentAtOnceAndIsForThePodAlone(t *testing.T) {
 func TestDrainingByOrderKeepsServingAndEndsInOrder(t *testing.T) {
 	t.Parallel()
 	const requests = 20
-	s := newStage(t, "--drain-delay", "1h", "--drain-timeout", "2h") // so that what happens here happens during the delay
+	s := newStage(t, endless...) // so that what happens here happens during the delay
 	d := newDialogue(t, s.inbound(), false, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "served") })
 	if status, body := send(t, s.pod, "POST", "http://127.0.0.1:15020/drain", nil); status != 200 || body != "OK" {
 		t.Fatalf("%d %q", status, body)

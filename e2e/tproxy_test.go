@@ -15,7 +15,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -337,7 +336,7 @@ func TestAnAgentThatMayNotBorrowAddressesEndsAtOnce(t *testing.T) {
 			cmd.Env = append(os.Environ(), c.variable+"=TPROXY")
 			cmd.Stderr = &complaint
 			p := pod.Start(t, cmd)
-			code, err := p.Wait(10 * time.Second)
+			code, err := p.Wait(nettest.Patience)
 			if err != nil || code != 1 {
 				t.Fatalf("exit code %d, %v, want 1", code, err)
 			}

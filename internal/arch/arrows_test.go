@@ -35,8 +35,9 @@ var arrows = []struct {
 	{"internal/metrics", []string{"internal/dns", "internal/flow", "internal/podinfo"}, "records are counted, under the names of this workload; the resolver counts itself"},
 	{"internal/sniff", []string{"internal/flow", "internal/http2", "internal/tcp"},
 		"what is read stays in a buffer, and what was seen goes into the record; how a server of HTTP/2 begins is http2's to know"},
-	{"internal/httpforward", []string{"internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
-		"an engine is made of a codec, upstream connections and records; what stops being HTTP becomes a relay"},
+	{"internal/httpforward", []string{"internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
+		"an engine is made of a codec, upstream connections and records; what stops being HTTP becomes a relay; its answers use Envoy's words"},
+	{"internal/flow", []string{"internal/envoy"}, "each reason has its response flags and details"},
 	{"internal/relay", []string{"internal/tcp"}, "the relay waits for two connections at once"},
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
@@ -48,6 +49,8 @@ var arrows = []struct {
 	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
 	{"internal/inject", []string{"internal/capture", "internal/podinfo", "internal/probe", "internal/scrape"},
 		"what is written for init and agent is checked by the code with which they read it"},
+	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/localaddr", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
+		"a role is tested in namespaces, made of real parts"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 
@@ -104,11 +107,16 @@ func TestEveryArrowHasAReasonAndPointsAtARoom(t *testing.T) {
 	}
 }
 
+// testRoom names the rooms that only tests import. They count as test code.
+func testRoom(path string) bool {
+	return path == "internal/nettest" || path == "internal/serve/servetest" || path == "internal/tcp/layertest"
+}
+
 func TestOnlyTestsUseTheTestRooms(t *testing.T) {
 	for _, r := range rooms(t) {
 		for _, imported := range r.Imports {
-			if imported == module+"internal/nettest" && !testOnly(r.path()) {
-				t.Errorf("%s imports internal/nettest outside its tests: what runs in a pod stays lean", r.path())
+			if test := strings.TrimPrefix(imported, module); testRoom(test) && !testRoom(r.path()) && !testOnly(r.path()) {
+				t.Errorf("%s imports %s outside its tests: what runs in a pod stays lean", r.path(), test)
 			}
 		}
 	}

@@ -86,12 +86,7 @@ var sleepers = map[string]string{
 
 	"e2e/bench/contenders_test.go awaitReady":                                                       "looks for a condition until a deadline",
 	"e2e/bench/world_test.go await":                                                                 "looks for a condition until a deadline",
-	"e2e/descriptors_test.go runOutOfDescriptors":                                                   "the shortage has to last",
-	"e2e/detection_test.go TestAClientThatIsSilentAtFirstMaySpeakAnything":                          "the silence is tested",
-	"e2e/detection_test.go TestAServerOfHTTP2MaySpeakBeforeItsClient":                               "the silence is tested",
 	"e2e/keepalive_test.go TestGetsNeverFailAtServersThatCloseIdleConnections":                      "requests come around the time of the close",
-	"e2e/loops_test.go assertQuiet":                                                                 "an agent at rest uses no CPU for an interval",
-	"e2e/readiness_test.go TestWaitSucceedsOnceTheAgentIsReady":                                     "the absence of an agent has to last",
 	"e2e/transparency_test.go TestAHalfClosedConnectionIsAnsweredAfterSeventySecondsOfSilence":      "the silence is tested",
 	"e2e/pods/drain_test.go follow":                                                                 "endpoints follow readiness with a delay",
 	"internal/probe/probe_test.go TestAProbeMayTakeLongerThanOtherAnswersOfThePort":                 "the workload's delay is tested",
@@ -163,6 +158,114 @@ func pauses(file *ast.File) []pause {
 		})
 	}
 	return found
+}
+
+// judges are the functions of tests that may fail because something took long, and why.
+var judges = map[string]string{
+	"internal/dns/serve_test.go TestShutdownDoesNotWaitForADownstreamThatReadsNothing": "the write deadline of 5s is what must not be waited for",
+}
+
+// Time is judged by make bench, as a ratio: a test that fails because something took longer than a constant fails on a
+// slow machine. A lower bound is fine, since a timer does not fire early.
+func TestNoTestFailsBecauseTheMachineIsSlow(t *testing.T) {
+	for _, r := range rooms(t) {
+		if r.path() == "e2e/bench" {
+			continue
+		}
+		_, tests := r.files()
+		for _, name := range tests {
+			for _, function := range upperBounds(parse(t, name)) {
+				place := r.path() + "/" + filepath.Base(name) + " " + function
+				if judges[place] == "" {
+					t.Errorf("%s compares an elapsed time with an upper bound: show the order of events, or use testing/synctest", place)
+				}
+			}
+		}
+	}
+}
+
+// upperBounds returns the functions that ask whether an elapsed time is more than something. An elapsed time is a call of
+// time.Since, or a variable that was assigned from one. Comparisons in a synctest bubble do not count.
+func upperBounds(file *ast.File) (functions []string) {
+	for _, declaration := range file.Decls {
+		function, ok := declaration.(*ast.FuncDecl)
+		if !ok {
+			continue
+		}
+		elapsed := make(map[string]bool)
+		found := false
+		ast.Inspect(function, func(node ast.Node) bool {
+			switch n := node.(type) {
+			case *ast.CallExpr:
+				pkg, name := qualified(n.Fun)
+				return pkg != "synctest" || name != "Test"
+			case *ast.AssignStmt:
+				for i, value := range n.Rhs {
+					if len(n.Lhs) != len(n.Rhs) {
+						break
+					}
+					if name, ok := n.Lhs[i].(*ast.Ident); ok && isSince(value) {
+						elapsed[name.Name] = true
+					}
+				}
+			case *ast.IfStmt:
+				if n.Init != nil {
+					if assign, ok := n.Init.(*ast.AssignStmt); ok && len(assign.Lhs) == 1 && isSince(assign.Rhs[0]) {
+						elapsed[assign.Lhs[0].(*ast.Ident).Name] = true
+					}
+				}
+				found = found || isUpperBound(n.Cond, elapsed)
+			}
+			return true
+		})
+		if found {
+			functions = append(functions, function.Name.Name)
+		}
+	}
+	return functions
+}
+
+// isUpperBound reports whether a part of condition compares an elapsed time with something smaller. elapsed names the
+// variables that hold one.
+func isUpperBound(condition ast.Expr, elapsed map[string]bool) (found bool) {
+	is := func(e ast.Expr) bool {
+		ident, ok := e.(*ast.Ident)
+		return isSince(e) || ok && elapsed[ident.Name]
+	}
+	ast.Inspect(condition, func(node ast.Node) bool {
+		if n, ok := node.(*ast.BinaryExpr); ok {
+			more := n.Op == token.GTR || n.Op == token.GEQ
+			less := n.Op == token.LSS || n.Op == token.LEQ
+			found = found || more && is(n.X) || less && is(n.Y)
+		}
+		return true
+	})
+	return found
+}
+
+// isSince reports whether e is a call of time.Since.
+func isSince(e ast.Expr) bool {
+	call, ok := e.(*ast.CallExpr)
+	if !ok {
+		return false
+	}
+	pkg, name := qualified(call.Fun)
+	return pkg == "time" && name == "Since"
+}
+
+func TestUpperBoundsAreFound(t *testing.T) {
+	file, err := parser.ParseFile(token.NewFileSet(), "x_test.go", `package x
+func TestA(t *testing.T) { if took := time.Since(began); took < second || took > hour { t.Error(took) } }
+func TestB(t *testing.T) { if time.Since(began) >= limit { t.Error() } }
+func TestC(t *testing.T) { if limit < time.Since(began) { t.Error() } }
+func TestD(t *testing.T) { if time.Since(began) < limit { t.Error("early") } }
+func TestE(t *testing.T) { synctest.Test(t, func(t *testing.T) { if time.Since(began) > limit { t.Error() } }) }`, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := upperBounds(file), []string{"TestA", "TestB", "TestC"}; !slices.Equal(got, want) {
+		t.Errorf("upperBounds = %v, want %v", got, want)
+	}
 }
 
 // qualified returns the two parts of an expression such as time.Sleep; the first is empty for a plain name.

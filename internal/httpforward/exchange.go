@@ -13,7 +13,8 @@ import (
 type exchange struct {
 	s      *session
 	record flow.Record
-	names  []byte // what the slices in record point into
+	names  []byte  // what the slices in record point into
+	routed Request // what the router sees; here so that it is not allocated
 
 	requestHead, responseHead http1.Head
 	request, response         message
@@ -74,6 +75,7 @@ func (x *exchange) release() {
 	fields, responseFields := x.record.HTTP.Fields[:0], x.record.HTTP.ResponseFields[:0]
 	x.record = flow.Record{}
 	x.record.HTTP.Fields, x.record.HTTP.ResponseFields = fields, responseFields
+	x.routed = Request{}
 	x.s, x.names, x.progress = nil, x.names[:0], progress{}
 	exchanges.Put(x)
 }

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/relay"
@@ -109,7 +110,7 @@ func (x *exchange) malformed(err error) *reply {
 	return &replyBadRequest
 }
 
-// acceptRequest decides the framing of the request and builds its head.
+// acceptRequest decides the framing of the request, has it routed, and builds its head.
 func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	b := x.s.Read.Bytes()
 	x.note(b)
@@ -117,6 +118,8 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if err != nil {
 		return x.malformed(err)
 	}
+	x.routed.view(&x.record)
+	x.s.route(x.s.Router.Route(&x.routed))
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.head[:0], b)
 	x.s.Read.Discard(x.requestHead.Length)
@@ -131,7 +134,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 // send gives the request its way upstream.
 func (x *exchange) send() {
 	s := x.s
-	x.record.Upstream, x.record.UpstreamLocal = s.Target.Address, s.upLocal
+	x.record.Upstream, x.record.UpstreamLocal = s.decision.Target.Address, s.upLocal
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}
@@ -224,7 +227,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	}
 	x.upgraded = framing.Kind == http1.Tunnel
 	x.record.HTTP.Status = h.Status
-	x.record.HTTP.Details = "via_upstream"
+	x.record.HTTP.Details = envoy.DetailsViaUpstream
 	x.record.HTTP.ServiceTime = time.Since(x.sentAt)
 	x.record.HTTP.ResponseFields = x.copyFields(x.record.HTTP.ResponseFields, h, b, x.s.engine.config.Note.Response)
 	x.appendResponseHead(b, framing)
@@ -265,7 +268,7 @@ func (x *exchange) judge() (ending, bool) {
 	case request.bad != nil:
 		return x.close(flow.BadFraming, request.bad, cut), true
 	case x.answered && response.bad != nil:
-		x.record.HTTP.Details = brokenDetails("protocol_error")
+		x.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByProtocolError)
 		return x.close(flow.BadResponse, response.bad, cut), true
 	case x.answered && response.srcErr != nil:
 		return x.truncated(response.srcErr), true
@@ -326,7 +329,7 @@ func (x *exchange) downstreamGone() error {
 
 // left ends an exchange that downstream has left: upstream learns it at once.
 func (x *exchange) left(err error) ending {
-	x.record.HTTP.Flags, x.record.HTTP.Details = "DC", "downstream_remote_disconnect"
+	x.record.HTTP.Flags, x.record.HTTP.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
 	if err == io.EOF {
 		return x.close(flow.DownstreamLeft, io.ErrUnexpectedEOF, shut)
 	}
@@ -363,7 +366,7 @@ func (x *exchange) last() bool { return x.s.ended && x.request.held() == x.reque
 // truncated ends an exchange whose response stops in its middle. Downstream sees what it would see without us: the same
 // kind of end.
 func (x *exchange) truncated(err error) ending {
-	x.record.HTTP.Details = brokenDetails("connection_termination")
+	x.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByTermination)
 	if err == io.EOF {
 		return x.close(flow.ResponseIncomplete, io.ErrUnexpectedEOF, shut)
 	}
@@ -456,7 +459,7 @@ func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrCanceled) {
 		return x.close(flow.DrainDeadline, err, cut)
 	}
-	x.record.Upstream, x.record.TransportFailure = x.s.Target.Address, upstream.TransportFailure(err)
+	x.record.Upstream, x.record.TransportFailure = x.s.decision.Target.Address, upstream.TransportFailure(err)
 	return x.refuse(dialReply(err), err)
 }
 

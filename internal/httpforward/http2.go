@@ -35,6 +35,8 @@ type multiplex struct {
 	requests time.Time // when the requests that are read now were there
 	clock    time.Time // the same moment or a little later; zero: not asked
 
+	routed Request // what the router sees; here so that it is not allocated
+
 	resets budget // of streams that came to nothing by downstream's doing
 
 	lost     *reply // upstream is gone, and this is the answer to requests; nil: it is there
@@ -67,6 +69,7 @@ const (
 
 // ServeHTTP2 serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
 func (e *Engine) ServeHTTP2(w *tcp.Waiter, c Connection) {
+	c.Router = c.router()
 	m := &multiplex{
 		engine: e, w: w, Connection: c, up: c.Early,
 		goneAway: http2.MaxStream,

@@ -4,6 +4,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 )
@@ -213,10 +214,10 @@ func (l *lane) resetStream(h http2.Header, b []byte) error {
 	case s.response.ended: // what is left of the request is not wanted, or not sent
 		m.finish(s, flow.Completed, nil)
 	case !l.fromDown():
-		r.Flags, r.Details = "UR", resetDetails(s, code)
+		r.Flags, r.Details = envoy.FlagUpstreamRemoteReset, resetDetails(s, code)
 		m.finish(s, flow.UpstreamReset, why)
 	default:
-		r.Flags, r.Details = "DC", "downstream_remote_disconnect"
+		r.Flags, r.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
 		begun := s.begun
 		m.finish(s, flow.DownstreamLeft, why)
 		if !begun && !m.resets.spend(m.now) {
@@ -229,9 +230,9 @@ func (l *lane) resetStream(h http2.Header, b []byte) error {
 func resetDetails(s *stream, code http2.Code) string {
 	switch {
 	case s.begun:
-		return brokenDetails("remote_reset")
+		return envoy.ResetAfterResponse(envoy.ResetByRemote)
 	case code == http2.RefusedStream:
-		return "upstream_reset_before_response_started{remote_refused_stream_reset}"
+		return envoy.ResetBeforeResponse(envoy.ResetByRemoteRefusingToStream)
 	}
-	return "upstream_reset_before_response_started{remote_reset}"
+	return envoy.ResetBeforeResponse(envoy.ResetByRemote)
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 )
@@ -38,7 +39,7 @@ func (m *multiplex) breachOfDownstream(s *stream, breach *http2.Error) error {
 		return m.countReset()
 	}
 	m.resetUpstream(breach.Stream, http2.Cancel)
-	s.record.HTTP.Flags, s.record.HTTP.Details = "DPE", "http2.violation.of.messaging.rule"
+	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation
 	return m.reject(s, breach.Code, flow.BadFraming, breach)
 }
 
@@ -65,9 +66,9 @@ func (m *multiplex) abandon(s *stream, r *reply, begun flow.Reason, err error) {
 		return
 	}
 	s.record.HTTP.Flags = r.flags
-	s.record.HTTP.Details = brokenDetails("connection_termination")
+	s.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByTermination)
 	if begun == flow.BadResponse {
-		s.record.HTTP.Details = brokenDetails("protocol_error")
+		s.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByProtocolError)
 	}
 	m.resetDownstream(s.id, http2.InternalError)
 	m.finish(s, begun, err)
@@ -183,7 +184,7 @@ func (l *lane) goAway(b []byte) error {
 	for id, s := range m.streams.open {
 		if id > m.goneAway {
 			m.resetDownstream(id, http2.RefusedStream)
-			s.record.HTTP.Flags, s.record.HTTP.Details = "UR", resetDetails(s, http2.RefusedStream)
+			s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagUpstreamRemoteReset, resetDetails(s, http2.RefusedStream)
 			m.finish(s, flow.UpstreamReset, nil)
 		}
 	}
@@ -328,11 +329,11 @@ func (s *stream) blame(reason flow.Reason, err error) {
 	r := &s.record.HTTP
 	switch reason {
 	case flow.DownstreamLeft:
-		r.Flags, r.Details = "DC", "downstream_remote_disconnect"
+		r.Flags, r.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
 	case flow.BadFraming, flow.Overload:
-		r.Flags, r.Details = "DPE", "http2.violation.of.messaging.rule"
+		r.Flags, r.Details = envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation
 	case flow.BadResponse:
-		r.Flags, r.Details = "UPE", replyBadResponse.details
+		r.Flags, r.Details = envoy.FlagUpstreamProtocolError, replyBadResponse.details
 	case flow.HeadTimeout:
 		r.Details = replyHeadTimeout.details
 	}

@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"strconv"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -53,6 +54,10 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.answer(s, m.lost, m.lostErr)
 	case m.streams.active > maxStreams:
 		return m.tooMany(s)
+	}
+	m.routed.view(&s.record)
+	if decision := m.Router.Route(&m.routed); decision.Target != m.Target {
+		return m.answer(s, &replyMisdirected, errMisdirected)
 	}
 	m.forwardRequest(s, end, fields, seen)
 	return nil
@@ -209,7 +214,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	}
 	s.begun = true
 	r := &s.record.HTTP
-	r.Status, r.Details, r.ServiceTime = response.Status, "via_upstream", m.now().Sub(s.sentAt)
+	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, m.engine.config.Note.Response)
 	l, timed := &m.toDown, m.engine.config.Fields.ServiceTime
 	block := l.beginBlock()
@@ -250,22 +255,29 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 	return nil
 }
 
+// replyMisdirected answers a request that the router sends to another upstream than the connection's. The stream cannot go
+// there, since its number and windows are those of this upstream connection, and must not go to this one (RFC 9110
+// §15.5.20: the client may repeat it on another connection).
+var replyMisdirected = reply{421, "Misdirected Request", flow.UpstreamUnreachable, "NR", "misdirected_request"}
+
+var errMisdirected = errors.New("the request is routed to another upstream than its HTTP/2 connection")
+
 // replyHeaderListTooLarge is replyHeadTooLarge for HTTP/2.
-var replyHeaderListTooLarge = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, "DPE", "http2.too_many_headers"}
+var replyHeaderListTooLarge = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2TooManyFields}
 
 // malformed refuses a request that is against the rules.
 func (m *multiplex) malformed(s *stream, err error) error {
-	details := "http2.violation.of.messaging.rule"
+	details := envoy.DetailsHTTP2Violation
 	if errors.Is(err, http2.ErrField) {
-		details = "http2.invalid.header.field"
+		details = envoy.DetailsHTTP2InvalidField
 	}
-	s.record.HTTP.Flags, s.record.HTTP.Details = "DPE", details
+	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagDownstreamProtocolError, details
 	return m.reject(s, http2.ProtocolError, flow.BadFraming, err)
 }
 
 // tooMany refuses a stream beyond the number that downstream was told. It may send the request again.
 func (m *multiplex) tooMany(s *stream) error {
-	s.record.HTTP.Flags, s.record.HTTP.Details = "UO", "overload"
+	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagUpstreamOverflow, envoy.DetailsOverload
 	return m.reject(s, http2.RefusedStream, flow.Overload, nil)
 }
 

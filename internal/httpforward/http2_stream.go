@@ -4,6 +4,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 )
@@ -61,7 +62,7 @@ func (s *stream) close(m *multiplex, undelivered error) {
 	r := &s.record
 	if undelivered != nil && s.reason == flow.Completed {
 		s.reason, s.err = flow.DownstreamLeft, undelivered
-		r.HTTP.Flags, r.HTTP.Details = "DC", "downstream_remote_disconnect"
+		r.HTTP.Flags, r.HTTP.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
 	}
 	r.Received.Store(uint64(s.request.got))
 	r.Sent.Store(uint64(s.response.got))

@@ -2,7 +2,8 @@
 // brings the responses back.
 //
 // There is one engine for HTTP/1 and one for HTTP/2, each one goroutine for a downstream connection and whatever is
-// upstream of it. Everything that HTTP does not oblige a proxy to change keeps its bytes. Each request has a flow.Record
+// upstream of it. The upstream of each request is chosen by a Router (router.go): its Decision names the target, and
+// session.connect (HTTP/1) finds a connection to it. Everything that HTTP does not oblige a proxy to change keeps its bytes. Each request has a flow.Record
 // of its own, closed exactly once.
 package httpforward
 
@@ -46,7 +47,12 @@ type Connection struct {
 	EarlyRead *tcp.Buffer
 
 	Record *flow.Record // the connection's: who and where. The room closes it; the engine counts in it
+
+	// Target is where the connection itself leads: the upstream of Early, and of all streams of an HTTP/2 connection, whose
+	// upstream connection is made before the first request.
 	Target upstream.Target
+
+	Router Router // chooses the upstream of each request; nil: Target for all
 }
 
 // Engine forwards the HTTP of one direction. Make it with New.

@@ -32,6 +32,8 @@ type rig struct {
 	records records
 	last    atomic.Pointer[flow.Record] // of the connection that was served last
 	open    atomic.Int32                // connections that the engine has
+	early   bool                        // dial the origin before the engine begins, for HTTP/1
+	router  Router                      // of all connections; nil: everything goes to the origin
 }
 
 // records keeps what the engine told.
@@ -166,7 +168,14 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	}
 	record := recordOf(down, to.Address)
 	r.last.Store(record)
-	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Target: to, Record: record})
+	var up *tcp.Conn
+	if r.early {
+		var err error
+		if up, err = r.engine.config.Dialer.Dial(w, to); err != nil {
+			panic(err)
+		}
+	}
+	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: r.router, Record: record})
 }
 
 // recordOf is the record of a connection that goes where it was going.

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -24,13 +25,13 @@ type reply struct {
 
 // The replies that do not depend on anything.
 var (
-	replyBadRequest     = reply{400, "Bad Request", flow.BadFraming, "DPE", "http1.codec_error"}
-	replyHeadTimeout    = reply{408, "request header timeout", flow.HeadTimeout, "", "request_header_timeout"}
-	replyHeadTooLarge   = reply{431, "Request Header Fields Too Large", flow.HeadTooLarge, "DPE", "http1.headers_too_large"}
-	replyTooManyFields  = reply{431, "Request Header Fields Too Large", flow.HeadTooLarge, "DPE", "http1.too_many_headers"}
-	replyBadResponse    = resetReply(502, flow.BadResponse, "UPE", "protocol error", "")
-	replyUpstreamClosed = resetReply(503, flow.UpstreamClosed, "UC", "connection termination", "")
-	replyRequestTimeout = reply{504, "upstream request timeout", flow.RequestTimeout, "UT", "response_timeout"}
+	replyBadRequest     = reply{400, "Bad Request", flow.BadFraming, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP1CodecError}
+	replyHeadTimeout    = reply{408, "request header timeout", flow.HeadTimeout, "", envoy.DetailsHeadTimeout}
+	replyHeadTooLarge   = reply{431, "Request Header Fields Too Large", flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP1HeadTooLarge}
+	replyTooManyFields  = reply{431, "Request Header Fields Too Large", flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP1TooManyFields}
+	replyBadResponse    = resetReply(502, flow.BadResponse, envoy.FlagUpstreamProtocolError, envoy.ResetByProtocolError, "")
+	replyUpstreamClosed = resetReply(503, flow.UpstreamClosed, envoy.FlagUpstreamConnectionTermination, envoy.ResetByTermination, "")
+	replyRequestTimeout = reply{504, "upstream request timeout", flow.RequestTimeout, envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout}
 )
 
 // resetReply is what Envoy answers when upstream gives no response. transport may be empty.
@@ -41,13 +42,7 @@ func resetReply(status int, reason flow.Reason, flags, reset, transport string) 
 		body += ", transport failure reason: " + transport
 		details += "|" + transport
 	}
-	details = "upstream_reset_before_response_started{" + strings.ReplaceAll(details, " ", "_") + "}"
-	return reply{status, body, reason, flags, details}
-}
-
-// brokenDetails is what Envoy says of a response that upstream does not bring to its end.
-func brokenDetails(reset string) string {
-	return "upstream_reset_after_response_started{" + reset + "}"
+	return reply{status, body, reason, flags, envoy.ResetBeforeResponse(details)}
 }
 
 // dialReply is the answer when upstream cannot be reached.
@@ -55,11 +50,11 @@ func dialReply(err error) reply {
 	reason := upstream.Reason(err)
 	switch {
 	case reason == flow.UpstreamTimeout && errors.Is(err, tcp.ErrDeadline):
-		return resetReply(503, reason, "UF", "connection timeout", "")
+		return resetReply(503, reason, envoy.FlagUpstreamConnectionFailure, envoy.ResetByConnectTimeout, "")
 	case reason == flow.NoDescriptors:
-		return resetReply(503, reason, "UF", "local connection failure", "")
+		return resetReply(503, reason, envoy.FlagUpstreamConnectionFailure, envoy.ResetByLocalConnectFailure, "")
 	}
-	return resetReply(503, reason, "UF", "remote connection failure", upstream.TransportFailure(err))
+	return resetReply(503, reason, envoy.FlagUpstreamConnectionFailure, envoy.ResetByRemoteConnectFailure, upstream.TransportFailure(err))
 }
 
 // refuse answers a request in upstream's place and closes its record. The connection goes on when the whole request has
@@ -133,12 +128,4 @@ func (r reply) grpcMessage() string { return strings.ReplaceAll(r.body, "%", "%2
 
 // grpcStatus is the gRPC status that stands for the reply's HTTP status, by gRPC's own table for proxies that do not
 // speak it (HTTP to gRPC status code mapping).
-func (r reply) grpcStatus() string {
-	switch r.status {
-	case 400, 431:
-		return "13" // INTERNAL
-	case 502, 503, 504:
-		return "14" // UNAVAILABLE
-	}
-	return "2" // UNKNOWN
-}
+func (r reply) grpcStatus() string { return envoy.GRPCCodeOf(r.status).Number() }

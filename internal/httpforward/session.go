@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // idleCheck is how long an upstream connection must have been idle to be asked, before it is used, whether it was closed.
@@ -20,9 +21,12 @@ type session struct {
 
 	up      *tcp.Conn // kept from one request to the next; nil: none
 	upLocal netip.AddrPort
-	used    bool      // up may be closed by its server at any time: it has served before, or has lain idle
-	lastUse time.Time // of up; zero: it has served no request
-	bound   bool      // up is authenticated for this downstream (NTLM, Negotiate): nobody else may have it
+	target  upstream.Target // of up
+	used    bool            // up may be closed by its server at any time: it has served before, or has lain idle
+	lastUse time.Time       // of up; zero: it has served no request
+	bound   bool            // up is authenticated for this downstream (NTLM, Negotiate) and must not serve another
+
+	decision Decision // for the current request
 
 	ended bool // downstream has closed its half
 }
@@ -40,9 +44,10 @@ const (
 
 // ServeHTTP1 serves the HTTP/1 requests of a connection until it ends.
 func (e *Engine) ServeHTTP1(w *tcp.Waiter, c Connection) {
+	c.Router = c.router()
 	s := session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil}
 	if s.up != nil {
-		s.upLocal = s.up.LocalAddr()
+		s.upLocal, s.target = s.up.LocalAddr(), c.Target
 	}
 	how := next
 	for how == next && s.awaitRequest() {
@@ -110,11 +115,7 @@ func (s *session) releaseRead() {
 // end gives upstream to whoever has the next request for it, and closes downstream, in order unless it is to be cut.
 func (s *session) end(how ending) {
 	if s.up != nil {
-		if s.bound || s.lastUse.IsZero() {
-			s.up.Close()
-		} else {
-			s.engine.config.Pool.Give(s.Target, s.up)
-		}
+		s.giveUpstream()
 	}
 	if how == gone {
 		return
@@ -132,6 +133,28 @@ func (s *session) end(how ending) {
 	s.Down.Close()
 }
 
+// giveUpstream gives upstream to the pool, under the target it is connected to. A connection that belongs to this
+// downstream, or that has not served a request, is closed.
+func (s *session) giveUpstream() {
+	if s.bound || s.lastUse.IsZero() {
+		s.up.Close()
+	} else {
+		s.engine.config.Pool.Give(s.target, s.up)
+	}
+	s.up = nil
+}
+
+// route takes the decision for the next request. A connection to another target than the decided one is given back, and
+// with it goes the authentication that it may carry: the next connection has none. It must run before the next request's
+// own fields are read for such an authentication.
+func (s *session) route(decision Decision) {
+	if s.up != nil && s.target != decision.Target {
+		s.giveUpstream()
+		s.bound = false
+	}
+	s.decision = decision
+}
+
 // closeUpstream closes upstream in order: it is of no use to anybody.
 func (s *session) closeUpstream() {
 	s.up.Close()
@@ -146,7 +169,7 @@ func (s *session) dropUpstream() {
 	}
 }
 
-// connect finds an upstream connection: the one of the last request, one from the pool, or a fresh one. What comes from
+// connect finds an upstream connection to the decided target: the one of the last request, one from the pool, or a fresh one. What comes from
 // the pool may be closed by its server at this moment, so it is for requests that can be sent again. Others would be lost
 // where they would not be without us: their downstream does not know that the connection is an old one.
 func (s *session) connect(now time.Time, repeatable bool) error {
@@ -157,11 +180,11 @@ func (s *session) connect(now time.Time, repeatable bool) error {
 		return nil
 	}
 	if repeatable {
-		s.up = s.engine.config.Pool.Take(s.Target)
+		s.up = s.engine.config.Pool.Take(s.decision.Target)
 	}
 	if s.up != nil {
 		s.used, s.lastUse = true, now
-		s.upLocal = s.up.LocalAddr()
+		s.upLocal, s.target = s.up.LocalAddr(), s.decision.Target
 		return nil
 	}
 	return s.dial()
@@ -169,10 +192,11 @@ func (s *session) connect(now time.Time, repeatable bool) error {
 
 // dial makes a fresh upstream connection.
 func (s *session) dial() error {
-	up, err := s.engine.config.Dialer.Dial(s.w, s.Target)
+	up, err := s.engine.config.Dialer.Dial(s.w, s.decision.Target)
 	if err != nil {
 		return err
 	}
 	s.up, s.used, s.lastUse, s.upLocal = up, false, time.Time{}, up.LocalAddr()
+	s.target = s.decision.Target
 	return nil
 }

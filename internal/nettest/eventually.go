@@ -9,12 +9,12 @@ import (
 // that long, however busy the machine is, and no test concludes anything from how much of it was used.
 const Patience = time.Minute
 
-// Eventually waits until condition holds, and fails the test when it does not in time. It is for what announces itself
-// in no other way, such as a line in a log or a number in /proc.
+// Eventually waits until condition holds, and fails the test after Patience. It is for state that cannot be waited for in
+// another way, such as a line in a log or a number in /proc.
 func Eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	if !Within(Patience, condition) {
-		t.Fatalf("%s: still not so after %v", what, Patience)
+		t.Fatalf("%s: not so within %v", what, Patience)
 	}
 }
 

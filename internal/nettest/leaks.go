@@ -24,10 +24,10 @@ func Main(m *testing.M) int {
 	return 0
 }
 
-// settle gives what is still closing two seconds, then names what is left.
+// settle waits until what is still closing has closed, and names what is left after half a minute.
 func settle(before map[string]string) string {
 	var left string
-	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		if left = leftovers(before); left == "" || time.Now().After(deadline) {
 			return left
 		}

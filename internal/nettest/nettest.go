@@ -233,8 +233,8 @@ func (ns *Namespace) Command(uid, gid uint32, name string, args ...string) *exec
 	return cmd
 }
 
-// Run runs cmd inside the namespace to its end and returns what it wrote to stdout and stderr together. It is ended
-// after a minute.
+// Run runs cmd inside the namespace to its end and returns what it wrote to stdout and stderr together. It is killed
+// after Patience.
 func (ns *Namespace) Run(cmd *exec.Cmd) (string, error) {
 	var out bytes.Buffer
 	if cmd.Stdout == nil {
@@ -246,7 +246,7 @@ func (ns *Namespace) Run(cmd *exec.Cmd) (string, error) {
 	if err := ns.handle.Do(cmd.Start); err != nil {
 		return "", err
 	}
-	overdue := time.AfterFunc(time.Minute, func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+	overdue := time.AfterFunc(Patience, func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
 	defer overdue.Stop()
 	err := cmd.Wait()
 	if err != nil {

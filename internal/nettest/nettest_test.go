@@ -5,7 +5,6 @@ import (
 	"net/netip"
 	"os"
 	"testing"
-	"time"
 )
 
 func TestMain(m *testing.M) { os.Exit(Main(m)) }
@@ -29,7 +28,7 @@ func TestPodAndPeerReachEachOther(t *testing.T) {
 					conn.Close()
 				}
 			}()
-			conn, err := c.from.Dial("tcp", listener.Addr().String(), 5*time.Second)
+			conn, err := c.from.Dial("tcp", listener.Addr().String(), Patience)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -49,18 +49,21 @@ func (m *Mover) Hold(read *tcp.Buffer) {
 }
 
 // Expect says that so many bytes are to come, so that bulk is known before it is met.
-func (m *Mover) Expect(n int64) { m.splicing = n >= bulk && !m.noSplice }
+func (m *Mover) Expect(n int64) { m.splicing = n >= bulk }
+
+// maySplice reports whether bytes can move past this process: both connections must be bare.
+func (m *Mover) maySplice() bool { return !m.noSplice && m.Src.Bare() && m.Dst.Bare() }
 
 // Take reads up to limit bytes from Src, while the mover holds nothing. The errors are those of tcp.Conn.Read.
 func (m *Mover) Take(limit int64) (int, error) {
-	if m.splicing {
+	if m.splicing && m.maySplice() {
 		if n, err := m.takePipe(limit); n > 0 || err != nil {
 			return n, err
 		}
 	}
 	m.buf = tcp.TakeBuffer()
 	n, err := m.buf.FillAtMost(m.Src, int(min(limit, bulk)))
-	m.splicing = n >= bulk && !m.noSplice
+	m.splicing = n >= bulk
 	if n == 0 {
 		m.Release()
 	}

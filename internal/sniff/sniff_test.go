@@ -237,7 +237,7 @@ func TestABeginningIsHeldForSoLong(t *testing.T) {
 		began := time.Now()
 		protocol, err := look()
 		r.want(t, protocol, err, Opaque)
-		if waited := time.Since(began); waited < blink || waited > patience/2 {
+		if waited := time.Since(began); waited < blink {
 			t.Errorf("after %v, want %v", waited, blink)
 		}
 		r.wantAll(t, "GE")

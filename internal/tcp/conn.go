@@ -43,7 +43,8 @@ type Conn struct {
 	watchesWrites bool                   // room in the send buffer is an event
 	shut          bool                   // CloseWrite was called
 	closed        bool
-	open          *atomic.Int64 // has one for this connection while it is open; nil: nobody counts
+	open          *atomic.Int64 // counts this connection while it is open; nil: it is not tracked
+	layer         *layered      // nil: the connection is bare
 }
 
 // newConn takes fd over. ready is what it is assumed to be ready for until a try shows otherwise.
@@ -102,18 +103,28 @@ func (c *Conn) Failed() error {
 	if ready&failed == 0 && (ready&hungUp == 0 || c.shut) {
 		return nil
 	}
+	if c.layer != nil && c.layer.writeErr != nil {
+		return c.layer.writeErr // a flush has taken it
+	}
 	if code, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
 		return os.NewSyscallError("read", syscall.Errno(code))
 	}
 	return errVanished
 }
 
-// Read takes what is there. It returns ErrAgain when nothing is, and io.EOF at the end. An empty p takes nothing and
-// tells nothing.
+// Read returns bytes that have arrived. It returns ErrAgain if there are none, and io.EOF at the end. An empty p reads
+// nothing and reports nothing.
 func (c *Conn) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil // the kernel's 0 would be taken for the end
 	}
+	if c.layer != nil {
+		return c.layer.read(c, p)
+	}
+	return c.readSocket(p)
+}
+
+func (c *Conn) readSocket(p []byte) (int, error) {
 	n, err := c.try(readable, "read", func() (int, error) { return read(c.fd, p) })
 	// A read that leaves room has taken everything, and whatever comes later is a new event: the try that would only
 	// return ErrAgain is spared. Urgent data is the exception, as a read stops in front of it.
@@ -123,8 +134,16 @@ func (c *Conn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write gives what the socket takes, which may be less than p. It returns ErrAgain when it takes nothing.
+// Write gives the socket as much of p as it takes, and returns how much that is. It returns ErrAgain if that is nothing. A
+// Layer takes bytes that the socket has not taken; they are sent by later writes, by Wait and by Close.
 func (c *Conn) Write(p []byte) (int, error) {
+	if c.layer != nil {
+		return c.layer.write(c, p)
+	}
+	return c.writeSocket(p)
+}
+
+func (c *Conn) writeSocket(p []byte) (int, error) {
 	n, err := c.try(writable, "write", func() (int, error) { return write(c.fd, p) })
 	if n > 0 {
 		c.ready.Or(writable)
@@ -132,9 +151,15 @@ func (c *Conn) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// SpliceTo moves up to n bytes from the connection into an empty pipe, with results like Read's. ErrAgain and io.EOF may
-// be wrong where there is urgent data.
+// errLayered refuses to splice past a Layer, which would put unencoded bytes on the wire.
+var errLayered = os.NewSyscallError("splice", unix.EINVAL)
+
+// SpliceTo moves up to n bytes from a bare connection into an empty pipe, with results like Read's. ErrAgain and io.EOF
+// may be wrong where there is urgent data.
 func (c *Conn) SpliceTo(pipe, n int) (int, error) {
+	if c.layer != nil {
+		return 0, errLayered
+	}
 	n, err := c.try(readable, "splice", func() (int, error) { return splice(c.fd, pipe, n) })
 	if n > 0 {
 		c.ready.Or(readable)
@@ -142,8 +167,11 @@ func (c *Conn) SpliceTo(pipe, n int) (int, error) {
 	return n, err
 }
 
-// SpliceFrom moves up to n bytes, which it holds, from a pipe to the connection, with results like Write's.
+// SpliceFrom moves up to n bytes, which the pipe holds, to a bare connection, with results like Write's.
 func (c *Conn) SpliceFrom(pipe, n int) (int, error) {
+	if c.layer != nil {
+		return 0, errLayered
+	}
 	n, err := c.try(writable, "splice", func() (int, error) { return splice(pipe, c.fd, n) })
 	if n > 0 {
 		c.ready.Or(writable)
@@ -172,24 +200,30 @@ func (c *Conn) try(event uint32, name string, call func() (int, error)) (int, er
 	}
 }
 
-// Quiet reports whether the connection is open and its peer has sent nothing that was not read. It asks the kernel, which
-// knows before the poller does.
+// Quiet reports whether the connection is open, its peer has sent nothing that was not read, and nothing is unsent. It
+// asks the kernel, which is ahead of the poller.
 func (c *Conn) Quiet() bool {
+	if c.layer != nil {
+		return c.layer.quiet(c)
+	}
 	_, err := peek(c.fd)
 	return err == ErrAgain
 }
 
-// CountIn adds one to n now, and takes it away when the connection is closed.
-func (c *Conn) CountIn(n *atomic.Int64) {
+// Track increments n, and decrements it when the connection is closed.
+func (c *Conn) Track(n *atomic.Int64) {
 	n.Add(1)
 	c.open = n
 }
 
-// Rest says that nobody waits for the connection until somebody does again: events wake nobody.
+// Rest stops events from waking the last waiter. The next wait, of any waiter, ends that.
 func (c *Conn) Rest() { c.waiter.Store(nil) }
 
-// CloseWrite tells the peer that no more bytes come. Telling it twice does nothing.
+// CloseWrite closes the sending half: the peer reads the end. Calling it twice does nothing.
 func (c *Conn) CloseWrite() error {
+	if c.layer != nil {
+		return c.layer.closeWrite(c)
+	}
 	if c.shut {
 		return nil
 	}
@@ -197,21 +231,16 @@ func (c *Conn) CloseWrite() error {
 	return os.NewSyscallError("shutdown", shutdown(c.fd))
 }
 
-// Close closes the connection in order. Bytes that were written still go out. Closing twice does nothing. What is asked
-// of a closed connection fails with EBADF: its descriptor may be another connection's by then.
+// Close closes the connection in order. Bytes that were written still go out. Closing twice does nothing. All calls on a
+// closed connection fail with EBADF: its descriptor may belong to another connection by then.
 func (c *Conn) Close() {
-	if c.closed {
-		return
+	switch {
+	case c.closed:
+	case c.layer != nil:
+		c.closeLayered()
+	default:
+		c.finish()
 	}
-	c.closed = true
-	defer func() { c.fd = -1 }()
-	if c.watched {
-		c.poller.conns.set(c.fd, nil)
-	}
-	if c.open != nil {
-		c.open.Add(-1)
-	}
-	closeSocket(c.fd) // which takes it out of the epoll set, too
 }
 
 // Reset closes the connection with RST, so that the peer learns that it did not end well. Bytes that were written and
@@ -219,6 +248,23 @@ func (c *Conn) Close() {
 func (c *Conn) Reset() {
 	if !c.closed {
 		_ = sockopt.SetReset(c.fd) // cannot fail on an open TCP socket
-		c.Close()
+		c.finish()
+	}
+}
+
+// finish closes the descriptor, which takes it out of the epoll set, too.
+func (c *Conn) finish() {
+	c.closed = true
+	if c.watched {
+		c.poller.conns.set(c.fd, nil)
+	}
+	if c.open != nil {
+		c.open.Add(-1)
+	}
+	closeSocket(c.fd)
+	c.fd = -1
+	if c.layer != nil {
+		c.layer.release()
+		c.layer = nil
 	}
 }

@@ -10,6 +10,7 @@
 package tcp
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"sync"
@@ -28,6 +29,10 @@ type Poller struct {
 	rounds atomic.Uint32 // of WakeAll
 	conns  table
 	ports  portRange // of the network namespace in which the poller was made
+
+	life      context.Context // ends with the poller
+	end       context.CancelFunc
+	lingering sync.WaitGroup // of closed connections that still send
 }
 
 // NewPoller opens an epoll set, one descriptor, and starts the goroutine that reads it. Close ends both. It is for
@@ -61,12 +66,16 @@ func pollerOf(epfd int) (*Poller, error) {
 		p.file.Close()
 		return nil, err
 	}
+	p.life, p.end = context.WithCancel(context.Background())
 	go p.run(raw.Read)
 	return p, nil
 }
 
-// Close ends the poller. All its connections must have been closed.
+// Close ends the poller. All its connections must have been closed. Those with a Layer that still send are reset.
 func (p *Poller) Close() error {
+	p.end()
+	p.WakeAll()
+	p.lingering.Wait()
 	err := p.file.Close()
 	<-p.done
 	return err
@@ -141,6 +150,13 @@ func (p *Poller) watch(c *Conn, w *Waiter) error {
 		return os.NewSyscallError("epoll_ctl", err)
 	}
 	return nil
+}
+
+// forget takes c out of the epoll set, so that its descriptor can be watched as another connection.
+func (p *Poller) forget(c *Conn) {
+	p.conns.set(c.fd, nil)
+	event := c.interest()
+	_ = epollControl(p.epfd, unix.EPOLL_CTL_DEL, c.fd, &event) // cannot fail for a descriptor that is watched
 }
 
 // watchWrites makes room in c's send buffer an event, too. Most connections never fill it; were it watched from the

@@ -45,6 +45,15 @@ func (v *Vector) AppendTo(dst []byte) []byte {
 	return dst
 }
 
+// copyTo copies as much as fits of what is not written yet to dst, and returns that part of dst.
+func (v *Vector) copyTo(dst []byte) []byte {
+	n := 0
+	for _, piece := range v.pieces[v.next:] {
+		n += copy(dst[n:], unsafe.Slice(piece.Base, piece.Len))
+	}
+	return dst[:n]
+}
+
 // Reset forgets what is left.
 func (v *Vector) Reset() {
 	clear(v.pieces) // the memory may go
@@ -73,6 +82,9 @@ func (v *Vector) took(n int) {
 func (c *Conn) WriteVector(v *Vector) (int, error) {
 	if v.bytes == 0 {
 		return 0, nil
+	}
+	if c.layer != nil {
+		return c.layer.writeVector(c, v)
 	}
 	pieces := v.pieces[v.next:]
 	pieces = pieces[:min(len(pieces), maxPieces)]

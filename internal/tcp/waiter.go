@@ -92,6 +92,9 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 		c.waiter.Store(w)
 		missed = true
 	}
+	if err == nil && c.layer != nil {
+		missed = c.layer.flushWaiting(c) || missed
+	}
 	if err == nil && !c.watchesWrites && c.ready.Load()&writable == 0 {
 		err = c.poller.watchWrites(c)
 	}

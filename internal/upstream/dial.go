@@ -51,7 +51,7 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (*tcp.Conn, error) {
 		d.Stats.Failed.Add(1)
 	default:
 		d.Stats.Connected.Add(1)
-		up.CountIn(&d.Stats.Active)
+		up.Track(&d.Stats.Active)
 	}
 	return up, err
 }

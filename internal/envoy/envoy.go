@@ -1,0 +1,73 @@
+// Package envoy is the vocabulary that users of Istio search and alert for: response flags, response code details, the
+// names of clusters and routes, and gRPC's status codes. Each word is defined here and nowhere else; a test in this
+// package holds the rest of the tree to that. It imports no other room.
+package envoy
+
+import "strings"
+
+// Response flags (%RESPONSE_FLAGS%), by their long names in Envoy's source/common/stream_info/utility.h. Several are
+// joined by commas, as in "UF,URX".
+const (
+	FlagDownstreamConnectionTermination = "DC"
+	FlagDownstreamProtocolError         = "DPE"
+	FlagDownstreamRemoteReset           = "DR"
+	FlagLocalReset                      = "LR"
+	FlagNoHealthyUpstream               = "UH"
+	FlagNoRouteFound                    = "NR"
+	FlagOverloadManager                 = "OM"
+	FlagStreamIdleTimeout               = "SI"
+	FlagUpstreamConnectionFailure       = "UF"
+	FlagUpstreamConnectionTermination   = "UC"
+	FlagUpstreamOverflow                = "UO"
+	FlagUpstreamProtocolError           = "UPE"
+	FlagUpstreamRemoteReset             = "UR"
+	FlagUpstreamRequestTimeout          = "UT"
+	FlagUpstreamRetryLimitExceeded      = "URX"
+
+	// FlagsConnectFailed are those of Envoy's TCP proxy when every attempt to connect has failed.
+	FlagsConnectFailed = FlagUpstreamConnectionFailure + "," + FlagUpstreamRetryLimitExceeded
+)
+
+// Response code details (%RESPONSE_CODE_DETAILS%), except those of a reset: see ResetBeforeResponse.
+const (
+	DetailsViaUpstream        = "via_upstream"
+	DetailsDownstreamLeft     = "downstream_remote_disconnect"
+	DetailsHeadTimeout        = "request_header_timeout"
+	DetailsIdleTimeout        = "stream_idle_timeout"
+	DetailsOverload           = "overload"
+	DetailsResponseTimeout    = "response_timeout"
+	DetailsHTTP1CodecError    = "http1.codec_error"
+	DetailsHTTP1HeadTooLarge  = "http1.headers_too_large"
+	DetailsHTTP1TooManyFields = "http1.too_many_headers"
+	DetailsHTTP2InvalidField  = "http2.invalid.header.field"
+	DetailsHTTP2TooManyFields = "http2.too_many_headers"
+	DetailsHTTP2Violation     = "http2.violation.of.messaging.rule"
+)
+
+// Reset reasons, spelled as in the body of a reply.
+const (
+	ResetByTermination            = "connection termination"
+	ResetByConnectTimeout         = "connection timeout"
+	ResetByLocalConnectFailure    = "local connection failure"
+	ResetByRemoteConnectFailure   = "remote connection failure"
+	ResetByLocal                  = "local reset"
+	ResetByProtocolError          = "protocol error"
+	ResetByRemote                 = "remote reset"
+	ResetByRemoteRefusingToStream = "remote refused stream reset"
+)
+
+const (
+	resetBefore = "upstream_reset_before_response_started{"
+	resetAfter  = "upstream_reset_after_response_started{"
+)
+
+// ResetBeforeResponse returns the details of an upstream that failed before the head of its response.
+func ResetBeforeResponse(reset string) string { return resetBefore + underscored(reset) + "}" }
+
+// ResetAfterResponse returns the details of an upstream that failed after the head of its response.
+func ResetAfterResponse(reset string) string { return resetAfter + underscored(reset) + "}" }
+
+// IsResetBeforeResponse reports whether details came from ResetBeforeResponse.
+func IsResetBeforeResponse(details string) bool { return strings.HasPrefix(details, resetBefore) }
+
+func underscored(reset string) string { return strings.ReplaceAll(reset, " ", "_") }
