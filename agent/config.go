@@ -26,6 +26,9 @@ type Config struct {
 	Status       Status
 	Workload     Workload
 
+	// SettingName spells a field of Config for people, such as --connect-timeout for ConnectTimeout. nil: as it is.
+	SettingName func(field string) string
+
 	Version  string
 	Log      *slog.Logger
 	LogLevel *slog.LevelVar // of Log; the admin server can change it
