@@ -61,6 +61,9 @@ type Config struct {
 	MetricsLocalOnly bool   // merged metrics are for this pod's processes alone
 	Profiling        bool   // /debug/pprof/ on the status port, for this pod's processes alone
 
+	// SettingName spells a field of Config for people, such as --connect-timeout for ConnectTimeout. nil: as it is.
+	SettingName func(field string) string
+
 	Version  string
 	Pod      podinfo.Pod
 	Log      *slog.Logger

@@ -146,7 +146,7 @@ func (a *Agent) adminHandler() http.Handler {
 		Flows:       a.telling.table,
 		Ready:       a.state,
 		Unready:     func() []string { return healthz.Closed(a.gates()) },
-		Metrics:     a.writeMetrics,
+		Metrics:     a.telling.metrics,
 		LogLevel:    a.logLevel,
 		SetLogLevel: a.config.LogLevel.Set,
 		Drain:       a.drainListeners,

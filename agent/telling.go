@@ -9,6 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/metrics"
+	"github.com/pillion-proxy/pillion/internal/relay"
 )
 
 // AccessLog says which lines are written, and where. The texts mean what the flags say.
@@ -69,7 +70,7 @@ func (a *Agent) tell() error {
 		sinks = append(sinks, t.metrics)
 	}
 	if a.config.AdminPort != 0 {
-		t.live = live.New(live.Config{Version: a.config.Version})
+		t.live = live.New(live.Config{Version: a.config.Version, SettingName: a.config.SettingName})
 		sinks = append(sinks, t.live)
 	}
 	t.table = flow.NewTable(sinks...)
@@ -122,6 +123,7 @@ func (t *telling) watch(a *Agent) {
 			Backoffs: func() uint64 { return a.inbound.BackOffs() + a.outbound.BackOffs() },
 			Gates:    a.gateStates,
 			Draining: a.draining.Load,
+			Pipes:    relay.Pipes,
 		}
 		if t.access != nil {
 			sources.AccessLog = func() (written, dropped uint64) { return t.access.Written(), t.access.Dropped() }

@@ -133,7 +133,7 @@ var injectedVariables = map[string]string{
 // run runs the agent that the flags describe. They must have been set, also from the environment.
 func (o *agentOptions) run(flags *pflag.FlagSet) error {
 	o.config.Log = newLogger(o.config.LogLevel, o.level, o.format)
-	o.config.Version = version
+	o.config.Version, o.config.SettingName = version, settingFlag
 	o.fitDrain(flags)
 	readPod(&o.config)
 	if err := limitMemory("/sys/fs/cgroup", os.Getenv("GOMEMLIMIT")); err != nil {

@@ -46,6 +46,13 @@ type pipePool struct {
 // pipes is shared by all relays: the limits that it keeps are the process's.
 var pipes pipePool
 
+// Pipes returns the number of open pipes, in use or kept for reuse.
+func Pipes() int {
+	pipes.mu.Lock()
+	defer pipes.mu.Unlock()
+	return pipes.open
+}
+
 // take returns an empty pipe, or nil when there are too many or the kernel gives none.
 func (pool *pipePool) take() *pipe {
 	pool.mu.Lock()

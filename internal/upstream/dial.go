@@ -21,6 +21,9 @@ type Dialer struct {
 	Timeout time.Duration // for one dial; zero or less leaves it to the kernel
 	Stats   *Stats        // counts the dials and what they brought; nil: nobody does
 	Borrow  *Borrower     // for targets with a borrowed source; nil: there are none
+
+	// Layer puts a record layer under a fresh connection to a target. Its error is the dial's. nil: connections are bare.
+	Layer func(*tcp.Waiter, *tcp.Conn, Target) error
 }
 
 // Stats counts the upstream connections of one direction. The zero value is ready to use.
@@ -44,6 +47,12 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (*tcp.Conn, error) {
 		up, err = d.Borrow.dial(d.Poller, w, target, deadline)
 	} else {
 		up, err = d.Poller.Dial(w, target.Source, target.Address, deadline)
+	}
+	if err == nil && d.Layer != nil {
+		if err = d.Layer(w, up, target); err != nil {
+			up.Reset()
+			up = nil
+		}
 	}
 	switch {
 	case d.Stats == nil:
