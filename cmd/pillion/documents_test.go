@@ -34,13 +34,13 @@ func TestReasonsDocumentHasTheTablesOfReasons(t *testing.T) {
 	const document = "../../docs/reasons.md"
 	meanings, flags := "| Reason | Meaning |\n|---|---|\n", "| Reason | Connection | Request | `response_code_details` |\n|---|---|---|---|\n"
 	for _, e := range flow.Explanations {
-		e.Render(func(setting string) string {
-			if flag := settingFlag(setting); newAgent().Flags().Lookup(flag[len("--"):]) == nil {
+		meanings += "| `" + string(e.Reason) + "` | " + e.Render(func(setting string) string {
+			flag := settingFlag(setting)
+			if newAgent().Flags().Lookup(flag[len("--"):]) == nil {
 				t.Errorf("%s names %s, but there is no %s", e.Reason, setting, flag)
 			}
-			return ""
-		})
-		meanings += "| `" + string(e.Reason) + "` | " + e.Render(settingFlag) + " |\n"
+			return flag
+		}) + " |\n"
 		if e.Flags == "" && e.RequestFlags == "" && e.Details == "" {
 			continue
 		}
