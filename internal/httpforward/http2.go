@@ -284,8 +284,9 @@ func (m *multiplex) opaque() {
 	record.Opened = m.opened
 	record.OriginalDestination = m.Record.OriginalDestination
 	record.Upstream, record.UpstreamLocal = m.Target.Address, m.upLocal
-	record.Bound[flow.BoundLive] = m.Record.Bound[flow.BoundLive] // it is counted as a connection already
-	received, sent := &m.Record.Received, &m.Record.Sent          // which those see who look at open connections
+	record.Cluster, record.Peer = m.Record.Cluster, m.Record.Peer
+	record.Continue(m.Record)                            // sinks have counted the connection
+	received, sent := &m.Record.Received, &m.Record.Sent // the counters of the open connection in the table
 	received.Store(m.toUp.written)
 	end, err := relay.Run(m.w, m.Down, m.up, relay.Options{
 		IdleTimeout:      config.IdleTimeout,

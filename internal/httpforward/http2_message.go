@@ -92,6 +92,7 @@ func (m *multiplex) note(s *stream, request *http2.Request, fields []http2.Field
 	if s.names == nil {
 		s.names = make([]byte, 0, namesSize)
 	}
+	s.record.Cluster, s.record.Route, s.record.Peer = m.Record.Cluster, m.Record.Route, m.Record.Peer
 	to := &s.record.HTTP
 	to.Method, to.Path, to.Authority = s.name(request.Method), s.name(request.Path), s.name(authority)
 	if has.id {
