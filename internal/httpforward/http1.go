@@ -141,8 +141,8 @@ func (x *exchange) send() {
 	if s.used {
 		x.sentAt = x.record.Opened
 	} else {
-		x.sentAt = time.Now() // after a dial
-		x.request.stopRetaining()    // a new connection is not closed for having been idle
+		x.sentAt = time.Now()     // after a dial
+		x.request.stopRetaining() // a new connection is not closed for having been idle
 	}
 }
 

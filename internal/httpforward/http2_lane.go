@@ -16,7 +16,7 @@ const (
 )
 
 // lane carries the frames of one direction. It reads, deals with the frames that are there, and reads no more until all
-// that came of them is written. So it holds one buffer at most and what became of it, and what waits stays in the sender's
+// that came of them is written. So it holds one buffer at most and what became of it, and what waits notDraining in the sender's
 // kernel.
 type lane struct {
 	m        *multiplex
@@ -74,7 +74,7 @@ func (l *lane) init(m *multiplex, other *lane) {
 	l.frameLimit = http2.MinFrameSize
 	l.decoder = http2.NewDecoder(m.engine.config.MaxHeadBytes, m.engine.config.MaxHeadFields)
 	l.encoder = http2.NewEncoder()
-	l.idleFrames = newBudget(idleBurst, idleRate, idleMost, m.requests)
+	l.idleFrames = newBudget(idleBurst, idleRate, idleMax, m.requests)
 }
 
 // fromDown tells the direction.
@@ -164,7 +164,7 @@ func (l *lane) mayRead() bool {
 	if l.fromDown() && l.other.srcErr != nil {
 		return false
 	}
-	return l.src != nil && l.srcErr == nil && l.other.credit < maxCredit && l.m.over == goesOn &&
+	return l.src != nil && l.srcErr == nil && l.other.credit < maxCredit && l.m.over == running &&
 		(l.src.Readable() || l.other.dstErr != nil)
 }
 
@@ -221,13 +221,13 @@ func (l *lane) blockLimit() int { return l.m.engine.config.MaxHeadBytes + 262 }
 // field above all: then parse stops early, and crowded says so.
 func (l *lane) parse() {
 	l.crowded = false
-	for l.in != nil && l.m.over == goesOn {
+	for l.in != nil && l.m.over == running {
 		if l.out.Len() > maxOut {
 			l.crowded = true
 			break
 		}
 		progress, err := l.step(l.in.Bytes()[l.parsed:])
-		if err != nil && !l.m.breach(l, err) {
+		if err != nil && !l.m.handleError(l, err) {
 			return
 		}
 		if !progress {
@@ -266,7 +266,7 @@ func (l *lane) step(b []byte) (bool, error) {
 		if len(b) == 0 {
 			return false, nil
 		}
-		return true, l.carry(b)
+		return true, l.continueFrame(b)
 	}
 	if len(b) < http2.HeaderLength {
 		return false, l.checkBeginning(b)
@@ -354,7 +354,7 @@ func (l *lane) frame(h http2.Header, b []byte) error {
 	return l.idleFrame()
 }
 
-// insert puts frames of our own into the lane: scratch with them appended. What out points at stays where it is, even if
+// insert puts frames of our own into the lane: scratch with them appended. What out points at notDraining where it is, even if
 // scratch has moved. A server speaks of its settings first: until then the frames are held in scratch.
 func (l *lane) insert(scratch []byte) {
 	was := len(l.scratch)

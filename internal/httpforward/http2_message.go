@@ -25,7 +25,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return http2.ConnectionError(http2.StreamClosed, "header block on a closed stream")
 	}
 	m.streams.last = id
-	if id > m.goneAway {
+	if id > m.lastServed {
 		return m.refuse(id)
 	}
 	request, err := http2.ParseRequest(fields)
@@ -167,7 +167,7 @@ func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, w
 		return http2.StreamError(s.id, http2.ProtocolError, "malformed trailers")
 	}
 	m.toUp.pass(s, true, fields)
-	m.toUp.ends(s, true)
+	m.toUp.endMessage(s, true)
 	return nil
 }
 
@@ -234,7 +234,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 		block = l.encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
 	}
 	l.endBlock(block, s.id, end)
-	l.ends(s, end)
+	l.endMessage(s, end)
 	return nil
 }
 
@@ -251,7 +251,7 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 		}
 	}
 	m.toDown.pass(s, true, fields)
-	m.toDown.ends(s, true)
+	m.toDown.endMessage(s, true)
 	return nil
 }
 

@@ -153,7 +153,7 @@ func (t *streams) noteReset(id uint32) {
 
 // wasReset reports whether downstream may still send on a closed stream in good faith.
 func (m *multiplex) wasReset(id uint32) bool {
-	if id > m.goneAway {
+	if id > m.lastServed {
 		return true
 	}
 	for _, known := range m.streams.reset {
