@@ -1,9 +1,11 @@
 package inbound
 
 import (
+	"net/netip"
 	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -29,4 +31,15 @@ func (p policy) allows(to upstream.Target) (flow.Reason, bool) {
 		return flow.IPv6SourceMissing, false
 	}
 	return "", true
+}
+
+// cluster returns the name of where a connection goes, given the reason for which it is refused, if it is.
+func cluster(dst netip.AddrPort, refused flow.Reason) string {
+	switch refused {
+	case flow.Loop:
+		return envoy.BlackHoleCluster
+	case flow.ForeignAddress:
+		return ""
+	}
+	return envoy.InboundCluster(dst.Port())
 }

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
 	"github.com/pillion-proxy/pillion/internal/relay"
@@ -69,6 +70,14 @@ func TestSource(t *testing.T) {
 		}
 		if reason, _ := p.allows(to); reason != c.refused {
 			t.Errorf("%s from %s: %q, want %q", c.dst, c.client, reason, c.refused)
+		}
+		want := map[flow.Reason]string{flow.Loop: envoy.BlackHoleCluster, flow.ForeignAddress: ""}
+		named, refused := want[c.refused]
+		if !refused {
+			named = envoy.InboundCluster(dst.Port())
+		}
+		if got := cluster(dst, c.refused); got != named {
+			t.Errorf("%s, refused as %q: cluster %q, want %q", c.dst, c.refused, got, named)
 		}
 	}
 }

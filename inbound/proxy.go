@@ -82,7 +82,8 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		defer p.borrower.Reserve(down.RemoteAddr(), dst)()
 		to = borrow(to, down.RemoteAddr().Addr())
 	}
-	if reason, ok := p.policy.allows(to); !ok {
+	reason, ok := p.policy.allows(to)
+	if c.Record.Cluster = cluster(dst, reason); !ok {
 		c.Refuse(reason, nil)
 		return
 	}

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -20,4 +21,12 @@ func (p policy) allows(dst netip.AddrPort) (flow.Reason, bool) {
 		return flow.Loop, false
 	}
 	return "", true
+}
+
+// cluster returns the name of where a connection goes, given the reason for which it is refused, if it is.
+func cluster(refused flow.Reason) string {
+	if refused == flow.Loop {
+		return envoy.BlackHoleCluster
+	}
+	return envoy.PassthroughCluster
 }

@@ -66,7 +66,8 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		return
 	}
 	c.Record.OriginalDestination = dst
-	if reason, ok := p.policy.allows(dst); !ok {
+	reason, ok := p.policy.allows(dst)
+	if c.Record.Cluster = cluster(reason); !ok {
 		c.Refuse(reason, nil)
 		return
 	}

@@ -4,9 +4,9 @@ import (
 	"bytes"
 	"net/netip"
 	"strconv"
-	"strings"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -34,11 +34,15 @@ func (f *Format) build(l *line, r *flow.Record, lasted time.Duration) {
 	l.buf = append(dst, '\n')
 }
 
+// place is where a connection keeps its *steadyText.
+var place = flow.NewPlace()
+
 // steadyText is the part of a line that nearly all requests of a connection have in common, as its addresses take more
 // time than all the rest. The connection keeps it.
 type steadyText struct {
 	by                                       *Format
 	upstream, local, destination, downstream netip.AddrPort
+	cluster, route                           string
 	text                                     []byte // empty: to be made
 }
 
@@ -47,16 +51,16 @@ func (f *Format) steadyOf(r *flow.Record) *steadyText {
 	if r.Connection == nil || r.Reason != flow.Completed || !understood(r) || r.HTTP.ForwardedFor != nil || r.TLS.ServerName != "" {
 		return nil
 	}
-	s, _ := r.Connection.Bound[flow.BoundAccessLog].(*steadyText)
+	s, _ := place.Get(r.Connection).(*steadyText)
 	switch {
 	case s == nil:
 		s = new(steadyText)
-		r.Connection.Bound[flow.BoundAccessLog] = s
+		place.Set(r.Connection, s)
 	case s.by == f && s.upstream == r.Upstream && s.local == r.UpstreamLocal &&
-		s.destination == r.OriginalDestination && s.downstream == r.Downstream:
+		s.destination == r.OriginalDestination && s.downstream == r.Downstream && s.cluster == r.Cluster && s.route == r.Route:
 		return s
 	}
-	*s = steadyText{f, r.Upstream, r.UpstreamLocal, r.OriginalDestination, r.Downstream, s.text[:0]}
+	*s = steadyText{f, r.Upstream, r.UpstreamLocal, r.OriginalDestination, r.Downstream, r.Cluster, r.Route, s.text[:0]}
 	return s
 }
 
@@ -105,7 +109,7 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 		return dst, false
 	case verbServiceTime:
 		// An answer of our own may have taken the place of upstream's head.
-		if h.ServiceTime <= 0 || strings.HasPrefix(h.Details, "upstream_reset_before_response_started") {
+		if h.ServiceTime <= 0 || envoy.IsResetBeforeResponse(h.Details) {
 			return dst, false
 		}
 		return strconv.AppendInt(dst, h.ServiceTime.Milliseconds(), 10), true
@@ -139,19 +143,13 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 	case verbDuration:
 		return strconv.AppendInt(dst, lasted.Milliseconds(), 10), true
 	case verbCluster:
-		return appendCluster(dst, r)
+		return orMissing(p, dst, r.Cluster)
 	case verbAddress:
 		return p.appendAddress(dst, r)
 	case verbServerName:
 		return orMissing(p, dst, r.TLS.ServerName)
 	case verbRoute:
-		switch {
-		case !understood(r):
-			return dst, false
-		case r.Direction == flow.Inbound:
-			return append(dst, "default"...), true
-		}
-		return append(dst, "allow_any"...), true
+		return orMissing(p, dst, r.Route)
 	case verbGRPCName, verbGRPCNumber:
 		return appendGRPCStatus(dst, h.GRPCStatus, p.does == verbGRPCName)
 	case verbDirection:
@@ -221,23 +219,6 @@ func addText[T text](p *piece, dst []byte, value T) ([]byte, bool) {
 
 // understood reports whether a request's head could be read.
 func understood(r *flow.Record) bool { return r.IsRequest() && r.HTTP.Method != nil }
-
-// appendCluster says where Istio's configuration of a workload without routes sends the record. A request that could not be
-// read, and a connection that was refused before there was a place to send it, went nowhere.
-func appendCluster(dst []byte, r *flow.Record) ([]byte, bool) {
-	switch {
-	case r.Reason == flow.Loop:
-		return append(dst, "BlackHoleCluster"...), true
-	case r.Reason == flow.ForeignAddress, r.Reason == flow.NoOriginalDestination, r.Reason == flow.MaxConnections,
-		!r.OriginalDestination.IsValid(), r.IsRequest() && !understood(r):
-		return dst, false
-	case r.Direction == flow.Outbound:
-		return append(dst, "PassthroughCluster"...), true
-	}
-	dst = append(dst, "inbound|"...)
-	dst = strconv.AppendUint(dst, uint64(r.OriginalDestination.Port()), 10)
-	return append(dst, "||"...), true
-}
 
 func (p *piece) appendAddress(dst []byte, r *flow.Record) ([]byte, bool) {
 	var a netip.AddrPort
@@ -309,13 +290,6 @@ func parseIPv4(text []byte) (netip.Addr, bool) {
 	return netip.AddrFrom4(octets), at == 3 && digits > 0
 }
 
-// grpcNames are the names of gRPC's status codes as Envoy writes them.
-var grpcNames = [...]string{
-	"OK", "Canceled", "Unknown", "InvalidArgument", "DeadlineExceeded", "NotFound", "AlreadyExists", "PermissionDenied",
-	"ResourceExhausted", "FailedPrecondition", "Aborted", "OutOfRange", "Unimplemented", "Internal", "Unavailable", "DataLoss",
-	"Unauthenticated",
-}
-
 // appendGRPCStatus tells a status by its name if it has one and that is wanted, and by its number otherwise. What is no
 // short number is missing.
 func appendGRPCStatus(dst, status []byte, byName bool) ([]byte, bool) {
@@ -329,8 +303,8 @@ func appendGRPCStatus(dst, status []byte, byName bool) ([]byte, bool) {
 	switch {
 	case len(status) == 0 || len(status) > 9:
 		return dst, false
-	case byName && number < len(grpcNames):
-		return append(dst, grpcNames[number]...), true
+	case byName && number < envoy.GRPCCodes:
+		return append(dst, envoy.GRPCCode(number).EnvoyName()...), true
 	}
 	return strconv.AppendInt(dst, int64(number), 10), true
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -39,9 +40,10 @@ var (
 // connection is a record of a connection, as it ended.
 func connection(direction flow.Direction, protocol flow.Protocol, reason flow.Reason) *flow.Record {
 	r := &flow.Record{Direction: direction, Protocol: protocol, Opened: opened, Downstream: peer, OriginalDestination: pod,
-		Upstream: pod, UpstreamLocal: bound, Reason: reason, Duration: 231*time.Millisecond + 999*time.Microsecond}
+		Upstream: pod, UpstreamLocal: bound, Cluster: envoy.InboundCluster(pod.Port()), Reason: reason, Duration: 231*time.Millisecond + 999*time.Microsecond}
 	if direction == flow.Outbound {
 		r.Downstream, r.OriginalDestination, r.Upstream, r.UpstreamLocal = local, far, far, netip.AddrPortFrom(local.Addr(), 50123)
+		r.Cluster = envoy.PassthroughCluster
 	}
 	r.Received.Store(839)
 	r.Sent.Store(2504306)
@@ -52,6 +54,9 @@ func connection(direction flow.Direction, protocol flow.Protocol, reason flow.Re
 func request(direction flow.Direction, reason flow.Reason) *flow.Record {
 	r := connection(direction, flow.HTTP11, reason)
 	r.Connection = connection(direction, flow.HTTP11, "")
+	if r.Route = envoy.RouteInbound; direction == flow.Outbound {
+		r.Route = envoy.RouteOutbound
+	}
 	r.Received.Store(0)
 	r.Sent.Store(615)
 	r.Duration = 1500 * time.Microsecond
@@ -107,18 +112,21 @@ var stories = []struct {
 	})},
 	{"loop", story(connection(flow.Outbound, flow.Opaque, flow.Loop), func(r *flow.Record) {
 		r.OriginalDestination = netip.MustParseAddrPort("198.51.100.2:15001")
+		r.Cluster = envoy.BlackHoleCluster
 		r.UpstreamLocal = netip.AddrPort{}
 		r.Received.Store(0)
 		r.Sent.Store(0)
 	})},
 	{"not redirected", story(connection(flow.Inbound, flow.Opaque, flow.NoOriginalDestination), func(r *flow.Record) {
 		r.OriginalDestination, r.Upstream, r.UpstreamLocal = netip.AddrPort{}, netip.AddrPort{}, netip.AddrPort{}
+		r.Cluster = ""
 	})},
 	{"downstream left", story(request(flow.Inbound, flow.DownstreamLeft), func(r *flow.Record) {
 		r.HTTP.Status, r.HTTP.ServiceTime, r.HTTP.Details = 0, 0, ""
 	})},
 	{"malformed", story(request(flow.Inbound, flow.BadFraming), func(r *flow.Record) {
 		r.Upstream, r.UpstreamLocal = netip.AddrPort{}, netip.AddrPort{}
+		r.Cluster, r.Route = "", ""
 		r.HTTP = flow.Request{Status: 400, Flags: "DPE", Details: "http1.codec_error"}
 	})},
 	{"tunnel", story(request(flow.Outbound, flow.Closed), func(r *flow.Record) {

@@ -17,6 +17,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -40,7 +42,7 @@ type Config struct {
 
 	Ready   func() (state string, ok bool) // LIVE and true, else PRE_INITIALIZING, INITIALIZING or DRAINING; required
 	Unready func() []string                // what readiness waits for; nil is nothing
-	Metrics func(w io.Writer) error        // writes the Prometheus text format; required
+	Metrics prometheus.Gatherer            // required
 
 	LogLevel      func() slog.Level // required
 	SetLogLevel   func(slog.Level)

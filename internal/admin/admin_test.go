@@ -2,6 +2,7 @@ package admin
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"flag"
 	"io"
@@ -17,6 +18,11 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -48,12 +54,21 @@ istio_request_duration_milliseconds_count{reporter="destination"} 100
 istio_request_duration_milliseconds_bucket{reporter="source",le="+Inf"} 0
 istio_request_duration_milliseconds_sum{reporter="source"} 0
 istio_request_duration_milliseconds_count{reporter="source"} 0
+# TYPE go_threads gauge
 go_threads 0.5
-not a sample
+# TYPE go_gc_duration_seconds summary
+go_gc_duration_seconds{quantile="0"} 0.25
+go_gc_duration_seconds{quantile="1"} 0.5
+go_gc_duration_seconds_sum 3
+go_gc_duration_seconds_count 8
 `
 
 const statsText = `cluster.BlackHoleCluster.upstream_cx_total: 0
 cluster.PassthroughCluster.upstream_cx_total: 12
+go_gc_duration_seconds.quantile.0: 0.25
+go_gc_duration_seconds.quantile.1: 0.5
+go_gc_duration_seconds_count: 8
+go_gc_duration_seconds_sum: 3
 go_threads: 0.5
 istio_requests_total.reporter.destination.source_app.a"b: 1500000
 listener.0.0.0.0_15006.downstream_cx_active.worker.a} b: 3
@@ -62,6 +77,19 @@ server.state: 0
 istio_request_duration_milliseconds.reporter.destination: P0(nan,0) P25(nan,0.5) P50(nan,1) P75(nan,3) P90(nan,4.2) P95(nan,4.6) P99(nan,4.92) P99.5(nan,4.96) P99.9(nan,4.992) P100(nan,5)
 istio_request_duration_milliseconds.reporter.source: No recorded values
 `
+
+// gathered is a gatherer of the families in text, in their order.
+func gathered(text string) prometheus.Gatherer {
+	parser := expfmt.NewTextParser(model.LegacyValidation)
+	byName, err := parser.TextToMetricFamilies(strings.NewReader(text))
+	var families []*dto.MetricFamily
+	for _, family := range byName {
+		families = append(families, family)
+	}
+	at := func(f *dto.MetricFamily) int { return strings.Index(text, "# TYPE "+f.GetName()+" ") }
+	slices.SortFunc(families, func(a, b *dto.MetricFamily) int { return cmp.Compare(at(a), at(b)) })
+	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return families, err })
+}
 
 // told is what the handler ordered.
 type told struct {
@@ -136,7 +164,7 @@ func sample(t *told) Config {
 		Flows:         flows,
 		Ready:         func() (string, bool) { return "LIVE", true },
 		Unready:       func() []string { return []string{"addresses"} },
-		Metrics:       func(w io.Writer) error { _, err := io.WriteString(w, metricsText); return err },
+		Metrics:       gathered(metricsText),
 		LogLevel:      t.level.Level,
 		SetLogLevel:   t.level.Set,
 		Drain:         func(o DrainOrder) { t.say(strings.TrimSuffix("drain"+flags(o), " ")) },
@@ -234,6 +262,7 @@ func TestPaths(t *testing.T) {
 		{"GET", "/stats/prometheus", 200, metricsText, ""},
 		{"GET", "/stats/prometheus?filter=server.state", 200, "# HELP envoy_server_state State\n# TYPE envoy_server_state gauge\nenvoy_server_state 0\n", ""},
 		{"GET", "/stats/prometheus?usedonly&filter=upstream_cx", 200, "# TYPE envoy_cluster_upstream_cx_total counter\nenvoy_cluster_upstream_cx_total{cluster_name=\"PassthroughCluster\"} 12\n", ""},
+		{"GET", "/stats/prometheus?filter=gc_duration_seconds_sum", 200, "# TYPE go_gc_duration_seconds summary\ngo_gc_duration_seconds_sum 3\n", ""},
 		{"GET", "/stats/prometheus?filter=[", 400, any, ""},
 
 		{"POST", "/logging", 200, loggers("info"), ""},
@@ -306,7 +335,7 @@ func TestWhatTheAgentDoesNotTakeIsSaidSo(t *testing.T) {
 	config.SetLogLevel, config.Drain, config.Quit, config.Health, config.ResetCounters, config.ReopenLogs = nil, nil, nil, nil, nil, nil
 	config.Page, config.Live, config.Unready = nil, nil, nil
 	config.Ready = func() (string, bool) { return "DRAINING", false }
-	config.Metrics = func(io.Writer) error { return io.ErrShortWrite }
+	config.Metrics = prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return nil, io.ErrUnexpectedEOF })
 	handler := NewHandler(config)
 	for target, want := range map[string]int{
 		"/logging": 200, "/logging?level=debug": 501, "/drain_listeners": 501, "/quitquitquit": 501, "/healthcheck/fail": 501,
@@ -402,11 +431,11 @@ func TestRequestsBeyondTheLimitAreTurnedAway(t *testing.T) {
 	var told told
 	config := sample(&told)
 	entered, leave := make(chan struct{}), make(chan struct{})
-	config.Metrics = func(io.Writer) error {
+	config.Metrics = prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
 		entered <- struct{}{}
 		<-leave
-		return nil
-	}
+		return nil, nil
+	})
 	handler := NewHandler(config)
 	var asking sync.WaitGroup
 	for range maxRequests {
@@ -669,7 +698,8 @@ func FuzzMetrics(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		for _, family := range parseFamilies(text) {
+		families, _ := gathered(text).Gather()
+		for _, family := range statsOf(families) {
 			for _, s := range family.stats {
 				if n := number(s.value) + s.quantiles(); n == "" || strings.Contains(s.name, "\n") {
 					t.Errorf("%q", s.name)

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -38,7 +39,7 @@ func (h *handler) hosts() []host {
 	})
 	hosts := make([]host, 0, len(open))
 	for k, n := range open {
-		hosts = append(hosts, host{clusterOf(k.direction), k.address, n})
+		hosts = append(hosts, host{k.direction.Passthrough(), k.address, n})
 	}
 	slices.SortFunc(hosts, func(a, b host) int {
 		return cmp.Or(strings.Compare(a.cluster, b.cluster), a.address.Compare(b.address))
@@ -54,7 +55,7 @@ func (h *handler) clusters(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	hosts := h.hosts()
-	names := []string{blackHole, inboundPassthrough, passthrough}
+	names := []string{envoy.BlackHoleCluster, envoy.InboundPassthroughCluster, envoy.PassthroughCluster}
 	if !asJSON {
 		answer(w, http.StatusOK, clustersText(names, hosts))
 		return

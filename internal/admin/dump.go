@@ -5,23 +5,9 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
-
-// The clusters, by the names that Istio gives them.
-const (
-	passthrough        = "PassthroughCluster"
-	inboundPassthrough = "InboundPassthroughCluster"
-	blackHole          = "BlackHoleCluster"
-)
-
-// clusterOf names the cluster that a direction's connections are carried by.
-func clusterOf(d flow.Direction) string {
-	if d == flow.Inbound {
-		return inboundPassthrough
-	}
-	return passthrough
-}
 
 // typed is a protobuf Any: a message that says what it is.
 func typed(name string, message object) object {
@@ -69,7 +55,7 @@ func (h *handler) bootstrapDump() object {
 func (h *handler) updated() string { return h.Started.UTC().Format(time.RFC3339Nano) }
 
 func (h *handler) clustersDump() object {
-	inbound := h.originalDestinationCluster(inboundPassthrough)
+	inbound := h.originalDestinationCluster(envoy.InboundPassthroughCluster)
 	if sources := h.Carrying.InboundSources; len(sources) > 0 && h.Carrying.TPROXYMark == 0 {
 		bind := object{"source_address": socketAddress(netip.AddrPortFrom(sources[0], 0))["socket_address"]}
 		var extra []object
@@ -83,9 +69,9 @@ func (h *handler) clustersDump() object {
 	}
 	clusters := []object{}
 	for _, cluster := range []object{
-		{"name": blackHole, "type": "STATIC"}, // it has no endpoint: what is sent there is refused
+		{"name": envoy.BlackHoleCluster, "type": "STATIC"}, // it has no endpoint: what is sent there is refused
 		inbound,
-		h.originalDestinationCluster(passthrough),
+		h.originalDestinationCluster(envoy.PassthroughCluster),
 	} {
 		clusters = append(clusters, object{"cluster": typed("envoy.config.cluster.v3.Cluster", cluster), "last_updated": h.updated()})
 	}
@@ -136,7 +122,7 @@ func (h *handler) listenersDump() object {
 // carries adds what a direction's listener does: the policy first, then what detection finds. A connection inbound that
 // is for another's address has no chain, and is closed.
 func (h *handler) carries(listener object, d flow.Direction) {
-	name, all, cluster, own := VirtualOutbound, VirtualOutbound+"-catchall-tcp", passthrough, []object{}
+	name, all, cluster, own := VirtualOutbound, VirtualOutbound+"-catchall-tcp", envoy.PassthroughCluster, []object{}
 	listener["traffic_direction"] = "OUTBOUND"
 	listener["use_original_dst"] = true
 	match := func(fields object) object { return fields }
@@ -144,7 +130,7 @@ func (h *handler) carries(listener object, d flow.Direction) {
 		own = append(own, object{"address_prefix": address.String(), "prefix_len": address.BitLen()})
 	}
 	if d == flow.Inbound {
-		name, all, cluster = VirtualInbound, VirtualInbound, inboundPassthrough
+		name, all, cluster = VirtualInbound, VirtualInbound, envoy.InboundPassthroughCluster
 		listener["traffic_direction"] = "INBOUND"
 		match = func(fields object) object { fields["prefix_ranges"] = own; return fields }
 	}
@@ -153,7 +139,7 @@ func (h *handler) carries(listener object, d flow.Direction) {
 		chains = append(chains, object{
 			"name":               name + "-blackhole",
 			"filter_chain_match": object{"destination_port": port, "prefix_ranges": own},
-			"filters":            []object{h.relay(blackHole)},
+			"filters":            []object{h.relay(envoy.BlackHoleCluster)},
 		})
 	}
 	manager := connectionManager(cluster, h.route(d))
@@ -235,14 +221,14 @@ func connectionManager(prefix string, routes object) object {
 
 // route is a direction's only route.
 func (h *handler) route(d flow.Direction) object {
-	name, host, route := VirtualOutbound, "allow_any", "allow_any"
+	name, host, route := VirtualOutbound, envoy.VirtualHostOutbound, envoy.RouteOutbound
 	if d == flow.Inbound {
-		name, host, route = VirtualInbound, "inbound|http|0", "default"
+		name, host, route = VirtualInbound, envoy.VirtualHostInbound, envoy.RouteInbound
 	}
 	return routeConfig(name, host, []object{{
 		"name":  route,
 		"match": object{"prefix": "/"},
-		"route": object{"cluster": clusterOf(d), "timeout": duration(h.Carrying.RequestTimeout)},
+		"route": object{"cluster": d.Passthrough(), "timeout": duration(h.Carrying.RequestTimeout)},
 	}})
 }
 
@@ -280,7 +266,7 @@ func (h *handler) routesDump() object {
 func (h *handler) endpointsDump() object {
 	endpoints := []object{}
 	hosts := h.hosts()
-	for _, cluster := range []string{inboundPassthrough, passthrough} {
+	for _, cluster := range []string{envoy.InboundPassthroughCluster, envoy.PassthroughCluster} {
 		assigned := []object{}
 		for _, host := range hosts {
 			if host.cluster == cluster {

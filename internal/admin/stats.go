@@ -11,21 +11,26 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
 )
 
-// family is a metric of the Prometheus text format, with the lines that it is made of.
+// family is a gathered metric family, with the stats that it is shown as.
 type family struct {
-	name, kind string // counter, gauge, histogram; all others count as gauges
-	head       []string
-	stats      []stat
+	gathered *dto.MetricFamily
+	kind     string // counter, gauge, histogram; all others count as gauges
+	stats    []stat
 }
 
-// stat is one of a family's values.
+// stat is one value of a family.
 type stat struct {
 	name    string // Envoy's, with dots
 	value   float64
 	buckets []bucket // of a histogram, whose value is the number of observations
-	lines   []string
+
+	metric      *dto.Metric
+	first, last int // lines of the metric's text: first and the one behind the last; last 0: all
 }
 
 type bucket struct{ bound, count float64 }
@@ -75,12 +80,12 @@ func (h *handler) stats(w http.ResponseWriter, r *http.Request) {
 		refuse(w, "format=%.50q: use text, json or prometheus", format)
 		return
 	}
-	text, selection, ok := h.asked(w, query)
+	gathered, selection, ok := h.asked(w, query)
 	if !ok {
 		return
 	}
 	var plain, histograms []stat
-	for _, f := range parseFamilies(text) {
+	for _, f := range statsOf(gathered) {
 		for _, t := range f.stats {
 			switch {
 			case !selection.takes(f, t):
@@ -108,128 +113,129 @@ func (h *handler) stats(w http.ResponseWriter, r *http.Request) {
 	answer(w, http.StatusOK, b.String())
 }
 
-// prometheus writes the metrics as they are, or the lines that are asked for.
+// prometheus writes the metrics as they are, or the lines that the query asks for.
 func (h *handler) prometheus(w http.ResponseWriter, r *http.Request) {
-	text, selection, ok := h.asked(w, r.URL.Query())
+	gathered, selection, ok := h.asked(w, r.URL.Query())
 	if !ok {
 		return
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	if selection.isAll() {
-		io.WriteString(w, text)
+		for _, f := range gathered {
+			if _, err := expfmt.MetricFamilyToText(w, f); err != nil {
+				return // the client has left
+			}
+		}
 		return
 	}
-	for _, f := range parseFamilies(text) {
-		head := f.head
+	for _, f := range statsOf(gathered) {
+		needsHead := true
 		for _, t := range f.stats {
 			if selection.takes(f, t) {
-				io.WriteString(w, strings.Join(head, "")+strings.Join(t.lines, ""))
-				head = nil
+				head, lines := f.text(t)
+				if needsHead {
+					io.WriteString(w, head)
+				}
+				io.WriteString(w, lines)
+				needsHead = false
 			}
 		}
 	}
 }
 
-// asked reads the metrics and what the query asks of them. When it cannot, it answers.
-func (h *handler) asked(w http.ResponseWriter, query url.Values) (string, selection, bool) {
+// text returns the comments above a family and the lines of one of its stats.
+func (f *family) text(t stat) (head, lines string) {
+	var b strings.Builder
+	alone := &dto.MetricFamily{Name: f.gathered.Name, Help: f.gathered.Help, Type: f.gathered.Type, Metric: []*dto.Metric{t.metric}}
+	if _, err := expfmt.MetricFamilyToText(&b, alone); err != nil {
+		return "", ""
+	}
+	n := 0
+	for line := range strings.Lines(b.String()) {
+		if strings.HasPrefix(line, "#") {
+			head += line
+			continue
+		}
+		if t.last == 0 || t.first <= n && n < t.last {
+			lines += line
+		}
+		n++
+	}
+	return head, lines
+}
+
+// asked gathers the metrics and reads what the query asks of them. If either fails, it answers.
+func (h *handler) asked(w http.ResponseWriter, query url.Values) ([]*dto.MetricFamily, selection, bool) {
 	selection, err := parseSelection(query)
 	if err != nil {
 		refuse(w, "%v", err)
-		return "", selection, false
+		return nil, selection, false
 	}
-	var text strings.Builder
-	if err := h.Metrics(&text); err != nil {
-		answer(w, http.StatusInternalServerError, fmt.Sprintf("writing metrics: %v\n", err))
-		return "", selection, false
+	gathered, err := h.Metrics.Gather()
+	if err != nil && len(gathered) == 0 {
+		answer(w, http.StatusInternalServerError, fmt.Sprintf("gathering metrics: %v\n", err))
+		return nil, selection, false
 	}
-	return text.String(), selection, true
+	return gathered, selection, true
 }
 
-// parseFamilies reads the agent's own metrics, which are well-formed. Lines that it does not understand it leaves out.
-func parseFamilies(text string) []family {
-	var families []family
-	for line := range strings.Lines(text) {
-		words := strings.Fields(line)
-		if len(words) == 0 {
-			continue
+// statsOf names the values of gathered families as Envoy would.
+func statsOf(gathered []*dto.MetricFamily) []family {
+	families := make([]family, 0, len(gathered))
+	for _, of := range gathered {
+		f := family{gathered: of, kind: "gauge"}
+		switch of.GetType() {
+		case dto.MetricType_COUNTER:
+			f.kind = "counter"
+		case dto.MetricType_HISTOGRAM:
+			f.kind = "histogram"
 		}
-		if words[0] == "#" {
-			if len(words) < 3 || words[1] != "HELP" && words[1] != "TYPE" {
-				continue
-			}
-			if n := len(families); n == 0 || families[n-1].name != words[2] {
-				families = append(families, family{name: words[2], kind: "gauge"})
-			}
-			f := &families[len(families)-1]
-			f.head = append(f.head, line)
-			if len(words) > 3 && words[1] == "TYPE" && (words[3] == "counter" || words[3] == "histogram") {
-				f.kind = words[3]
-			}
-			continue
+		for _, m := range of.Metric {
+			f.add(m)
 		}
-		name, labels, value, ok := parseSample(line)
-		if !ok {
-			continue
-		}
-		if n := len(families); n == 0 || !families[n-1].has(name) {
-			families = append(families, family{name: name, kind: "gauge"})
-		}
-		families[len(families)-1].add(name, labels, value, line)
+		families = append(families, f)
 	}
 	return families
 }
 
-// has reports whether a sample of this name belongs to the family.
-func (f *family) has(name string) bool {
-	suffix, ok := strings.CutPrefix(name, f.name)
-	return ok && (suffix == "" || suffix == "_bucket" || suffix == "_sum" || suffix == "_count")
-}
-
-func (f *family) add(name string, labels []label, value float64, line string) {
-	if f.kind != "histogram" {
-		f.stats = append(f.stats, stat{name: dotted(name, labels), value: value, lines: []string{line}})
-		return
+// add adds the stats of one metric. A summary is shown line by line, since Envoy has nothing like it.
+func (f *family) add(m *dto.Metric) {
+	name := f.gathered.GetName()
+	labels := make([]label, 0, len(m.Label))
+	for _, pair := range m.Label {
+		labels = append(labels, label{pair.GetName(), strings.ReplaceAll(pair.GetValue(), "\n", " ")}) // a stat is one line
 	}
-	var bound float64
-	others := slices.DeleteFunc(slices.Clone(labels), func(l label) bool {
-		if l.name == "le" {
-			bound, _ = strconv.ParseFloat(l.value, 64)
+	t := stat{name: dotted(name, labels), metric: m}
+	switch {
+	case m.Histogram != nil:
+		t.value = float64(m.Histogram.GetSampleCount())
+		for _, b := range m.Histogram.Bucket {
+			t.buckets = append(t.buckets, bucket{b.GetUpperBound(), float64(b.GetCumulativeCount())})
 		}
-		return l.name == "le"
-	})
-	dots := dotted(f.name, others)
-	if n := len(f.stats); n == 0 || f.stats[n-1].name != dots {
-		f.stats = append(f.stats, stat{name: dots})
+	case m.Summary != nil:
+		line := 0
+		add := func(name string, value float64, labels []label) {
+			f.stats = append(f.stats, stat{name: dotted(name, labels), value: value, metric: m, first: line, last: line + 1})
+			line++
+		}
+		for _, q := range m.Summary.Quantile {
+			share := strconv.FormatFloat(q.GetQuantile(), 'g', -1, 64)
+			add(name, q.GetValue(), append(slices.Clone(labels), label{"quantile", share}))
+		}
+		add(name+"_sum", m.Summary.GetSampleSum(), labels)
+		add(name+"_count", float64(m.Summary.GetSampleCount()), labels)
+		return
+	case m.Counter != nil:
+		t.value = m.Counter.GetValue()
+	case m.Gauge != nil:
+		t.value = m.Gauge.GetValue()
+	default:
+		t.value = m.Untyped.GetValue()
 	}
-	t := &f.stats[len(f.stats)-1]
-	t.lines = append(t.lines, line)
-	switch strings.TrimPrefix(name, f.name) {
-	case "_bucket":
-		t.buckets = append(t.buckets, bucket{bound, value})
-	case "_count":
-		t.value = value
-	}
+	f.stats = append(f.stats, t)
 }
 
 type label struct{ name, value string }
-
-var (
-	sampleLine = regexp.MustCompile(`^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?[ \t]+([^ \t\n]+)`)
-	labelPair  = regexp.MustCompile(`([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"`)
-	unescaped  = strings.NewReplacer(`\\`, `\`, `\"`, `"`, `\n`, " ") // a stat is one line
-)
-
-func parseSample(line string) (name string, labels []label, value float64, ok bool) {
-	m := sampleLine.FindStringSubmatch(line)
-	if m == nil {
-		return "", nil, 0, false
-	}
-	value, err := strconv.ParseFloat(m[3], 64)
-	for _, pair := range labelPair.FindAllStringSubmatch(m[2], -1) {
-		labels = append(labels, label{pair[1], unescaped.Replace(pair[2])})
-	}
-	return m[1], labels, value, err == nil
-}
 
 // scopes are how Envoy's Prometheus names came from its dotted ones, the more specific first. The value of the label, if
 // there is one, stood behind the scope.

@@ -9,6 +9,8 @@ import (
 	"net/netip"
 	"sync/atomic"
 	"time"
+
+	"github.com/pillion-proxy/pillion/internal/envoy"
 )
 
 // Direction is the way in which a connection was opened, seen from the workload.
@@ -25,6 +27,14 @@ func (d Direction) String() string {
 		return "inbound"
 	}
 	return "outbound"
+}
+
+// Passthrough returns the cluster that stands for everything the direction carries to its original destination.
+func (d Direction) Passthrough() string {
+	if d == Inbound {
+		return envoy.InboundPassthroughCluster
+	}
+	return envoy.PassthroughCluster
 }
 
 // Protocol is what was seen in the bytes.
@@ -49,12 +59,16 @@ func (p Protocol) String() string {
 type Record struct {
 	Direction           Direction
 	Protocol            Protocol
+	listed, carried     bool // of the table; here, where they take no memory
 	Opened              time.Time
 	Downstream          netip.AddrPort // who connected
 	OriginalDestination netip.AddrPort // invalid when it could not be read
 	Upstream            netip.AddrPort // where a connection was made, or tried; invalid when that was not come to
 	UpstreamLocal       netip.AddrPort // our end of the upstream connection; invalid when there is none
 	TransportFailure    string         // why there is none, in Envoy's words; empty for no failure
+	Cluster             string         // where it was sent, by Envoy's name; empty if nowhere. See package envoy
+	Route               string         // the route that chose Cluster: a request's, or all of a connection's requests'
+	Peer                string         // identity that TLS verified of the other side; empty: not authenticated
 	Received            atomic.Uint64  // bytes from downstream that upstream's socket took; of a request, its body's
 	Sent                atomic.Uint64  // bytes that downstream's socket took; of a response, its body's
 	Requests            atomic.Uint64  // of a connection: requests that have ended
@@ -65,26 +79,16 @@ type Record struct {
 	// Of a request: the connection on which it came, which counts the bytes of all of them. nil for a connection.
 	Connection *Record
 
-	// Of a connection: what sinks keep with it, each in its own place. Only the owner's goroutine and Each write here.
-	Bound [boundPlaces]any
+	// Of a connection: what sinks keep with it. See Place.
+	bound [maxPlaces]any
 
 	// Set by Close.
 	Duration time.Duration
 	Reason   Reason
 	Err      error // what went wrong, nil for an ordinary end
 
-	// Of the table.
-	listed, carried bool
-	next, previous  *Record
+	next, previous *Record // of the table
 }
-
-// The places in Record.Bound.
-const (
-	BoundMetrics = iota
-	BoundLive
-	BoundAccessLog
-	boundPlaces
-)
 
 // Hello is what a TLS client says in the clear before the rest is secret.
 type Hello struct {
@@ -100,11 +104,11 @@ type Request struct {
 	Fields, ResponseFields      [][]byte      // what Fields names, in its order
 	Status                      int           // of the response that downstream got; 0 when it got none
 	GRPC                        bool          // by the request's content-type
+	Upgraded                    bool          // the connection went on as a relay
 	GRPCStatus                  []byte        // as it stood in the response's fields or trailers
 	Messages, ResponseMessages  uint64        // of gRPC, over HTTP/2
 	Flags                       string        // Envoy's response flags, where the engine knows more than the reason says
 	Details                     string        // Envoy's response_code_details, likewise
-	Upgraded                    bool          // the connection went on as a relay
 	ServiceTime                 time.Duration // from the end of dialling to the head of the response; with Status from upstream
 }
 

@@ -89,3 +89,18 @@ func declaredReasons(t *testing.T) []Reason {
 	})
 	return reasons
 }
+
+func TestTextsNameSettingsAndNoFlags(t *testing.T) {
+	e := Explanation{Text: "Nothing moved for `{IdleTimeout}` or {A}."}
+	if got, want := e.Render(strings.ToLower), "Nothing moved for `idletimeout` or a."; got != want {
+		t.Errorf("rendered as %q, want %q", got, want)
+	}
+	if got, want := e.Render(nil), "Nothing moved for `IdleTimeout` or A."; got != want {
+		t.Errorf("rendered without names as %q, want %q", got, want)
+	}
+	for _, e := range Explanations {
+		if strings.Contains(e.Text, "--") {
+			t.Errorf("%s: %q names a flag", e.Reason, e.Text)
+		}
+	}
+}

@@ -1,8 +1,12 @@
 package flow
 
-import "github.com/pillion-proxy/pillion/internal/envoy"
+import (
+	"strings"
 
-// Reason is why a flow ended. The set is closed: a new way to end gets a new Reason here, and a row in README.
+	"github.com/pillion-proxy/pillion/internal/envoy"
+)
+
+// Reason is why a flow ended. The set is closed: a new way to end gets a new Reason here, and a row in docs/reasons.md.
 type Reason string
 
 // The ordinary ends.
@@ -15,7 +19,7 @@ const (
 // Upstream could not be reached. Downstream is reset, or its request answered 503.
 const (
 	UpstreamRefused     Reason = "upstream_refused"     // nothing listens there, or a firewall rejects
-	UpstreamTimeout     Reason = "upstream_timeout"     // no answer within --connect-timeout
+	UpstreamTimeout     Reason = "upstream_timeout"     // no answer within the connect timeout
 	UpstreamUnreachable Reason = "upstream_unreachable" // no route, or the dial failed in another way
 )
 
@@ -29,7 +33,7 @@ const (
 	BadResponse        Reason = "bad_response"        // the response is malformed
 	HeadTooLarge       Reason = "head_too_large"      // the head of the request is over a limit
 	HeadTimeout        Reason = "head_timeout"        // downstream did not finish the head of its request
-	RequestTimeout     Reason = "request_timeout"     // no response within --request-timeout
+	RequestTimeout     Reason = "request_timeout"     // no response within the request timeout
 	Overload           Reason = "overload"            // an HTTP/2 peer opens too many streams, or floods the connection
 )
 
@@ -39,15 +43,15 @@ const (
 	ForeignAddress        Reason = "foreign_address"         // inbound, for an address that is not this workload's
 	NoOriginalDestination Reason = "no_original_destination" // not redirected by a rule, or connection tracking forgot it
 	IPv6SourceMissing     Reason = "ipv6_source_missing"     // inbound IPv6, and lo lacks ::6 to dial the workload from
-	MaxConnections        Reason = "max_connections"         // --max-connections is reached
+	MaxConnections        Reason = "max_connections"         // the limit of connections is reached
 	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
 )
 
 // Ended by the agent. Both sides are reset, but for Drained.
 const (
 	Drained          Reason = "drained"            // nobody had spoken when the agent drained; both sides are closed in order
-	IdleTimeout      Reason = "idle_timeout"       // nothing moved for --idle-timeout
-	HalfCloseTimeout Reason = "half_close_timeout" // one side closed, and nothing moved for --half-close-timeout
+	IdleTimeout      Reason = "idle_timeout"       // nothing moved for the idle timeout
+	HalfCloseTimeout Reason = "half_close_timeout" // one side closed, and nothing moved for the half-close timeout
 	DrainDeadline    Reason = "drain_deadline"     // shutdown waited for it as long as it may
 )
 
@@ -57,7 +61,26 @@ type Explanation struct {
 	Flags        string // Envoy's response flags for a connection that ends so; empty for none, or when none does
 	RequestFlags string // the same for a request
 	Details      string // Envoy's response_code_details for a request
-	Text         string
+	Text         string // settings stand in braces, by the names of the agent's configuration: see Render
+}
+
+// Render returns Text with each setting as name spells it for the reader, such as --connect-timeout for ConnectTimeout.
+// A nil name leaves the names as they are.
+func (e *Explanation) Render(name func(setting string) string) string {
+	var b strings.Builder
+	for rest := e.Text; ; {
+		before, after, found := strings.Cut(rest, "{")
+		b.WriteString(before)
+		if !found {
+			return b.String()
+		}
+		setting, behind, _ := strings.Cut(after, "}")
+		if name != nil {
+			setting = name(setting)
+		}
+		b.WriteString(setting)
+		rest = behind
+	}
 }
 
 // Explanations has each reason, in the order in which documents list them. Where an engine knows more than the reason
@@ -72,7 +95,7 @@ var Explanations = []Explanation{
 	{UpstreamRefused, envoy.FlagsConnectFailed, envoy.FlagUpstreamConnectionFailure, envoy.ResetBeforeResponse(envoy.ResetByRemoteConnectFailure),
 		"Nothing listens at the upstream address, or a firewall rejects."},
 	{UpstreamTimeout, envoy.FlagsConnectFailed, envoy.FlagUpstreamConnectionFailure, envoy.ResetBeforeResponse(envoy.ResetByConnectTimeout),
-		"Upstream did not answer within `--connect-timeout`."},
+		"Upstream did not answer within `{ConnectTimeout}`."},
 	{UpstreamUnreachable, envoy.FlagsConnectFailed, envoy.FlagUpstreamConnectionFailure, envoy.ResetBeforeResponse(envoy.ResetByRemoteConnectFailure),
 		"There is no route to upstream, or the dial failed in another way."},
 	{Completed, "", "", envoy.DetailsViaUpstream,
@@ -88,13 +111,13 @@ var Explanations = []Explanation{
 	{BadResponse, "", envoy.FlagUpstreamProtocolError, envoy.ResetBeforeResponse(envoy.ResetByProtocolError),
 		"The response is malformed; downstream was answered 502."},
 	{HeadTooLarge, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP1HeadTooLarge,
-		"The head of the request is over `--max-head-bytes` or `--max-head-fields`; it was answered 431."},
+		"The head of the request is over `{MaxHeadBytes}` or `{MaxHeadFields}`; it was answered 431."},
 	{HeadTimeout, "", "", envoy.DetailsHeadTimeout,
-		"The head of the request was not complete within `--request-head-timeout`; it was answered 408, or the HTTP/2 connection ended."},
+		"The head of the request was not complete within `{RequestHeadTimeout}`; it was answered 408, or the HTTP/2 connection ended."},
 	{RequestTimeout, "", envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout,
-		"There was no response within `--request-timeout`; downstream was answered 504."},
+		"There was no response within `{RequestTimeout}`; downstream was answered 504."},
 	{Overload, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation,
-		"An HTTP/2 peer opened too many streams, or flooded the connection with what leads to nothing; it was told so, and refused or cut."},
+		"An HTTP/2 peer opened too many streams, or flooded the connection with frames without effect; it was refused or disconnected."},
 	{Loop, envoy.FlagNoHealthyUpstream, "", "",
 		"The destination is one of pillion's own ports at one of the workload's own addresses."},
 	{ForeignAddress, envoy.FlagNoRouteFound, "", "",
@@ -104,17 +127,17 @@ var Explanations = []Explanation{
 	{IPv6SourceMissing, envoy.FlagNoRouteFound, "", "",
 		"An inbound IPv6 connection, but `lo` lacks `::6`; run `pillion init`."},
 	{MaxConnections, envoy.FlagOverloadManager, "", "",
-		"`--max-connections` is reached."},
+		"`{MaxConnections}` is reached."},
 	{NoDescriptors, envoy.FlagOverloadManager, envoy.FlagOverloadManager, envoy.DetailsOverload,
 		"The process may open or watch no further connection; raise its `nofile` limit, `fs.epoll.max_user_watches`, or its memory."},
 	{IdleTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
-		"Nothing moved for `--idle-timeout`; both sides were reset."},
+		"Nothing moved for `{IdleTimeout}`; both sides were reset."},
 	{HalfCloseTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
-		"One side had closed and nothing moved for `--half-close-timeout`; both sides were reset."},
+		"One side had closed and nothing moved for `{HalfCloseTimeout}`; both sides were reset."},
 	{Drained, "", "", "",
-		"Nobody had spoken when the agent drained; both sides were closed in order."},
+		"Neither side had sent anything when the agent drained; both were closed in order."},
 	{DrainDeadline, envoy.FlagLocalReset, envoy.FlagLocalReset, envoy.ResetAfterResponse(envoy.ResetByLocal),
-		"Shutdown waited for `--drain-timeout`; both sides were reset."},
+		"Shutdown waited for `{DrainTimeout}`; both sides were reset."},
 }
 
 var explanations = func() map[Reason]*Explanation {

@@ -174,3 +174,26 @@ func TestARequestEndsWhileSomebodyLooks(t *testing.T) {
 	})
 	table.Leave(connection)
 }
+
+func TestEachPlaceIsOneSinksAlone(t *testing.T) {
+	a, b := NewPlace(), NewPlace()
+	r := Open(Inbound, downstream)
+	a.Set(r, "a")
+	b.Set(r, "b")
+	if a.Get(r) != "a" || b.Get(r) != "b" {
+		t.Errorf("got %v and %v", a.Get(r), b.Get(r))
+	}
+	next := Open(Inbound, downstream)
+	next.Continue(r)
+	if a.Get(next) != "a" || b.Get(next) != "b" {
+		t.Errorf("the record that continues has %v and %v", a.Get(next), b.Get(next))
+	}
+	defer func() {
+		if recover() == nil {
+			t.Errorf("more than %d places were given out", maxPlaces)
+		}
+	}()
+	for range maxPlaces {
+		NewPlace()
+	}
+}

@@ -93,6 +93,7 @@ func (x *exchange) recordRequest(b []byte) {
 	if x.names == nil {
 		x.names = make([]byte, 0, namesSize)
 	}
+	x.record.Cluster, x.record.Route, x.record.Peer = x.s.Record.Cluster, x.s.Record.Route, x.s.Record.Peer
 	to.Method = x.copyName(h.Method.In(b))
 	to.Path = x.copyName(h.Target.In(b))
 	to.Authority = x.copyField(h, b, http1.Host)

@@ -133,7 +133,7 @@ func (m *multiplex) run() {
 		m.judge()
 		if up || down {
 			m.clock, m.lastMove = time.Time{}, time.Time{}
-			if m.toUp.long || m.toDown.long {
+			if m.toUp.yielded || m.toDown.yielded {
 				runtime.Gosched() // let other connections run
 			}
 			continue
@@ -237,7 +237,7 @@ func (m *multiplex) end() {
 	if !m.toDown.idle() && m.toDown.dstErr == nil {
 		m.toDown.dstErr = errUndelivered
 	}
-	m.toDown.settle()
+	m.toDown.closeEnded()
 	switch {
 	case m.over == isClosed:
 	case m.over == isReset:
@@ -285,8 +285,9 @@ func (m *multiplex) relayOpaque() {
 	record.Opened = m.opened
 	record.OriginalDestination = m.Record.OriginalDestination
 	record.Upstream, record.UpstreamLocal = m.Target.Address, m.upLocal
-	record.Bound[flow.BoundLive] = m.Record.Bound[flow.BoundLive] // already counted as a connection
-	received, sent := &m.Record.Received, &m.Record.Sent          // visible in the table of open connections
+	record.Cluster, record.Peer = m.Record.Cluster, m.Record.Peer
+	record.Continue(m.Record)                            // sinks have counted the connection
+	received, sent := &m.Record.Received, &m.Record.Sent // the counters of the open connection in the table
 	received.Store(m.toUp.written)
 	end, err := relay.Run(m.w, m.Down, m.up, relay.Options{
 		IdleTimeout:      config.IdleTimeout,

@@ -57,7 +57,7 @@ func (m *multiplex) upstreamError(s *stream, violation *http2.Error) error {
 // abandon ends a stream that will get no more frames from upstream.
 func (m *multiplex) abandon(s *stream, r *reply, begun flow.Reason, err error) {
 	if !s.begun {
-		_ = m.answer(s, r, err) // it is an error for requests alone
+		_ = m.answer(s, r, err) // fails only for a rejected request
 		return
 	}
 	if s.response.ended {
@@ -127,8 +127,8 @@ func (m *multiplex) sendGoAway(code http2.Code, text string) {
 
 // ensureSettings sends the first SETTINGS frame in place of upstream, if upstream has sent none.
 func (m *multiplex) ensureSettings() {
-	if l := &m.toDown; !l.settled {
-		l.say(wishes{})
+	if l := &m.toDown; !l.settingsSent {
+		l.sendSettings(settings{})
 	}
 }
 
@@ -209,7 +209,7 @@ const drainGrace = time.Second
 func (m *multiplex) drain() {
 	switch {
 	case m.drainPhase == notDraining:
-		if m.engine.state.Load() != draining || !m.toDown.settled {
+		if m.engine.state.Load() != draining || !m.toDown.settingsSent {
 			return
 		}
 		if m.lastServed == http2.MaxStream {
@@ -312,7 +312,7 @@ func (m *multiplex) requestsTimedOut() {
 			return
 		}
 		m.resetUpstream(s.id, http2.Cancel)
-		_ = m.answer(s, &replyRequestTimeout, nil) // it is an error for requests alone
+		_ = m.answer(s, &replyRequestTimeout, nil) // fails only for a rejected request
 	}
 }
 

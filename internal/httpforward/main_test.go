@@ -17,6 +17,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tcp/layertest"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -32,6 +33,7 @@ type rig struct {
 	records records
 	last    atomic.Pointer[flow.Record] // of the connection that was served last
 	open    atomic.Int32                // connections that the engine has
+	layered bool                        // downstream connections have a record layer
 	early   bool                        // dial the origin before the engine begins, for HTTP/1
 	router  Router                      // of all connections; nil: everything goes to the origin
 }
@@ -64,7 +66,7 @@ func (r *records) Closed(record *flow.Record) {
 	r.closed = append(r.closed, told{
 		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus), string(h.ForwardedFor),
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
-		record.Bound[flow.BoundLive] == nil && (record.Connection == nil || record.Connection.Bound[flow.BoundLive] == nil),
+		place.Get(record) == nil && (record.Connection == nil || place.Get(record.Connection) == nil),
 	})
 	select {
 	case r.news <- struct{}{}:
@@ -156,6 +158,9 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream.Target) {
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
+	if r.layered {
+		layertest.Under(down, nil)
+	}
 	read := tcp.TakeBuffer()
 	for {
 		if _, err := read.Fill(down); err == nil && (!http2 || read.Len() >= 24) {
@@ -178,11 +183,14 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: r.router, Record: record})
 }
 
+// place is where the sink of these tests keeps a value with each connection.
+var place = flow.NewPlace()
+
 // recordOf is the record of a connection that goes where it was going.
 func recordOf(down *tcp.Conn, dst netip.AddrPort) *flow.Record {
 	record := flow.Open(flow.Inbound, down.RemoteAddr())
 	record.OriginalDestination = dst
-	record.Bound[flow.BoundLive] = "a sink's"
+	place.Set(record, "a sink's")
 	return record
 }
 

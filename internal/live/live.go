@@ -27,12 +27,16 @@ const (
 // Config is what a View is made with.
 type Config struct {
 	Version string // of the program
+
+	// SettingName spells a setting for people, such as --connect-timeout for ConnectTimeout. nil: as it is.
+	SettingName func(setting string) string
 }
 
 // View is the present. Make it with New and hand it to flow.NewTable; it is safe for use from anywhere.
 type View struct {
 	version string
 	started time.Time
+	setting func(string) string
 
 	destinations [2]book  // by direction
 	peers        book     // who calls the workload, by address
@@ -46,7 +50,7 @@ type View struct {
 
 // New makes a view in which nothing has happened.
 func New(config Config) *View {
-	v := &View{version: config.Version, started: time.Now(), ended: make(chan struct{})}
+	v := &View{version: config.Version, setting: config.SettingName, started: time.Now(), ended: make(chan struct{})}
 	for i := range v.destinations {
 		v.destinations[i].limit = maxDestinations
 	}
@@ -57,6 +61,9 @@ func New(config Config) *View {
 // Close ends every stream that the handlers serve. An http.Server that is shut down waits for them:
 // server.RegisterOnShutdown(view.Close).
 func (v *View) Close() { v.endOnce.Do(func() { close(v.ended) }) }
+
+// place is where a connection keeps its *binding.
+var place = flow.NewPlace()
 
 // binding is what a View keeps with a connection: where its flows are counted.
 type binding struct {
@@ -72,7 +79,7 @@ func (v *View) Opened(r *flow.Record) {
 		b.destination = v.byAddress(r)
 		b.destination.opened(second)
 	}
-	r.Bound[flow.BoundLive] = b
+	place.Set(r, b)
 }
 
 // arrive counts a connection that nobody has counted yet.
@@ -116,10 +123,10 @@ func (v *View) bound(r *flow.Record, second uint32) *binding {
 	if r.IsRequest() {
 		connection = r.Connection
 	}
-	b, _ := connection.Bound[flow.BoundLive].(*binding)
+	b, _ := place.Get(connection).(*binding)
 	if b == nil { // it was refused, or never came to be carried
 		b = v.arrive(connection, second)
-		connection.Bound[flow.BoundLive] = b
+		place.Set(connection, b)
 	}
 	if b.destination != nil && (!r.IsRequest() || b.destination.name == string(r.HTTP.Authority)) {
 		return b

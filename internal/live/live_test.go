@@ -239,8 +239,20 @@ func TestOldSecondsAndHalfMinutesDoNotCount(t *testing.T) {
 	}
 }
 
-func TestEveryReasonHasAPlace(t *testing.T) {
-	if len(reasonNames) > maxReasons {
-		t.Fatalf("%d reasons, and room for %d", len(reasonNames), maxReasons)
+func TestEachReasonIsCountedUnderItsName(t *testing.T) {
+	for _, e := range flow.Explanations {
+		v := New(Config{})
+		table := flow.NewTable(v)
+		flow.Open(flow.Outbound, netip.MustParseAddrPort("198.51.100.2:4711")).Close(table, e.Reason, nil)
+		got := look(v, table).Reasons
+		if e.Reason == flow.Completed || e.Reason == flow.Closed || e.Reason == flow.Drained {
+			if len(got) != 0 {
+				t.Errorf("%s counts as a failure: %+v", e.Reason, got)
+			}
+			continue
+		}
+		if len(got) != 1 || got[0].Reason != string(e.Reason) || got[0].Count != 1 || got[0].Recent != 1 {
+			t.Errorf("%s is shown as %+v", e.Reason, got)
+		}
 	}
 }

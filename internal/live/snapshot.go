@@ -126,7 +126,7 @@ func (v *View) snapshot(sources *Sources) *Snapshot {
 	}
 	byRate(s.Destinations)
 	byRate(s.Peers)
-	s.Reasons = all.failures()
+	s.Reasons = all.failures(v.setting)
 	s.addConnections(sources.Table, now)
 	return s
 }
@@ -165,10 +165,8 @@ func (s *sums) add(more *sums) {
 	for i := range s.latency {
 		s.latency[i] += more.latency[i]
 	}
-	for i := range s.reasons {
-		s.reasons[i] += more.reasons[i]
-		s.recent[i] += more.recent[i]
-	}
+	s.reasons = addReasons(s.reasons, more.reasons)
+	s.recent = addReasons(s.recent, more.recent)
 }
 
 func (s *sums) counts(second uint32) Counts {
@@ -195,19 +193,24 @@ func (s *sums) counts(second uint32) Counts {
 	}
 }
 
-func (s *sums) failures() []Reason {
+// failures lists the reasons of failures, the most frequent of the last minute first.
+func (s *sums) failures(setting func(string) string) []Reason {
 	list := []Reason{}
-	for i, name := range reasonNames {
-		if s.reasons[i] == 0 {
+	for i, n := range s.reasons {
+		if n == 0 {
 			continue
+		}
+		recent := uint64(0)
+		if s.recent != nil {
+			recent = s.recent[i]
 		}
 		var text string
 		if said := i - len(flow.Explanations); said >= 0 {
 			text = saidFailures[said].Text
 		} else {
-			text = flow.Explanations[i].Text
+			text = flow.Explanations[i].Render(setting)
 		}
-		list = append(list, Reason{name, text, s.reasons[i], s.recent[i]})
+		list = append(list, Reason{reasonNames[i], text, n, recent})
 	}
 	slices.SortStableFunc(list, func(a, b Reason) int {
 		return cmp.Or(cmp.Compare(b.Recent, a.Recent), cmp.Compare(b.Count, a.Count))

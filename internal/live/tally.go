@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -70,7 +71,7 @@ type tally struct {
 
 	mu      sync.Mutex
 	total   counts
-	reasons [maxReasons]uint64
+	reasons []uint64 // by index of reasonNames; nil until the first failure
 	seconds [64]slot // by second; more than a minute, so that the one that is not over does not matter
 	halves  [2]half  // by half minute: this one and the one before
 }
@@ -102,7 +103,7 @@ func (s slot) counts() counts {
 type half struct {
 	number  uint32
 	latency [buckets]uint32
-	reasons [maxReasons]uint32
+	reasons []uint32 // likewise
 }
 
 const halfMinute = 30 // seconds
@@ -128,7 +129,8 @@ func (t *tally) half(second uint32) *half {
 	number := second / halfMinute
 	h := &t.halves[number%uint32(len(t.halves))]
 	if h.number != number {
-		*h = half{number: number}
+		clear(h.reasons)
+		*h = half{number: number, reasons: h.reasons}
 	}
 	return h
 }
@@ -157,17 +159,21 @@ func (t *tally) add(e *end) {
 	if e.reason != noFailure {
 		t.total.errors++
 		s.errors++
+		h := t.half(e.second)
+		if t.reasons == nil {
+			t.reasons = make([]uint64, len(reasonNames))
+		}
+		if h.reasons == nil {
+			h.reasons = make([]uint32, len(reasonNames))
+		}
 		t.reasons[e.reason]++
-		t.half(e.second).reasons[e.reason]++
+		h.reasons[e.reason]++
 	}
 	t.mu.Unlock()
 }
 
 // Failures by name: flow's reasons, and after them those of a response that came in order and says that it failed.
-const (
-	maxReasons = 32
-	noFailure  = -1
-)
+const noFailure = -1
 
 var saidFailures = []Reason{
 	{Reason: "status_5xx", Text: "Upstream answered with a status of 5xx."},
@@ -199,14 +205,10 @@ func failure(r *flow.Record) int {
 	return noFailure
 }
 
-// grpcFailed tells statuses that are the server's fault from those that are the caller's, as gRPC's mapping to HTTP does:
-// unknown, deadline exceeded, unimplemented, internal, unavailable, data loss.
+// grpcFailed reports whether a status is the server's fault rather than the caller's: whether HTTP has a 5xx for it.
 func grpcFailed(status []byte) bool {
-	switch string(status) {
-	case "2", "4", "12", "13", "14", "15":
-		return true
-	}
-	return false
+	code, ok := envoy.ParseGRPCCode(status)
+	return ok && code.HTTPStatus() >= 500
 }
 
 // Latencies are counted in buckets that grow with them: eight for each doubling, so that the middle of a bucket is at
@@ -239,9 +241,9 @@ func middle(bucket int) time.Duration {
 // sums is what a snapshot adds up of one or many tallies.
 type sums struct {
 	total   counts
-	reasons [maxReasons]uint64
+	reasons []uint64       // by index of reasonNames; nil when nothing failed
 	seconds [minute]counts // whole ones, the oldest first
-	recent  [maxReasons]uint64
+	recent  []uint64       // likewise
 	latency [buckets]uint64
 }
 
@@ -259,9 +261,7 @@ func (s *sums) read(t *tally, now uint32) {
 			}
 		}
 	}
-	for i := range t.reasons {
-		s.reasons[i] += t.reasons[i]
-	}
+	s.reasons = addReasons(s.reasons, t.reasons)
 	for i := range t.halves {
 		h := &t.halves[i]
 		if age := now/halfMinute - h.number; age > 1 {
@@ -270,10 +270,19 @@ func (s *sums) read(t *tally, now uint32) {
 		for i, n := range h.latency {
 			s.latency[i] += uint64(n)
 		}
-		for i, n := range h.reasons {
-			s.recent[i] += uint64(n)
-		}
+		s.recent = addReasons(s.recent, h.reasons)
 	}
+}
+
+// addReasons adds counts of reasons to sum, which may be nil as long as it has none.
+func addReasons[N uint32 | uint64](sum []uint64, more []N) []uint64 {
+	if sum == nil && more != nil {
+		sum = make([]uint64, len(more))
+	}
+	for i, n := range more {
+		sum[i] += uint64(n)
+	}
+	return sum
 }
 
 // percentile is the latency that a share of the requests stayed under; 0 when there was none.

@@ -34,7 +34,7 @@ type Sources struct {
 	Upstream  func(flow.Direction) Upstream
 	AccessLog func() (written, dropped uint64) // lines
 	Backoffs  func() uint64                    // pauses of accept loops that found no descriptor
-	Buffers   func() (bytes, pipes int)        // lent out to connections
+	Pipes     func() int                       // that relays hold, in use or for the next connection
 	Gates     func() []Gate                    // of readiness
 	Draining  func() bool
 	DNS       *dns.Stats // of the resolver; nil: there is none
@@ -58,7 +58,7 @@ type Gate struct {
 // methods 405. Few answers are written at a time, so the server must bound how long a reader may take for one.
 func (m *Metrics) Handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET "+Path, promhttp.HandlerFor(prometheus.GathererFunc(m.gather), promhttp.HandlerOpts{
+	mux.Handle("GET "+Path, promhttp.HandlerFor(prometheus.GathererFunc(m.Gather), promhttp.HandlerOpts{
 		ErrorHandling:       promhttp.ContinueOnError, // the rest is true all the same
 		OfferedCompressions: []promhttp.Compression{promhttp.Identity, promhttp.Gzip},
 		MaxRequestsInFlight: maxScrapes,
@@ -73,7 +73,7 @@ func (m *Metrics) Write(w io.Writer, openMetrics bool) error {
 	if openMetrics {
 		format = expfmt.NewFormat(expfmt.TypeOpenMetrics)
 	}
-	families, err := m.gather()
+	families, err := m.Gather()
 	if len(families) == 0 && err != nil {
 		return err
 	}
@@ -89,8 +89,9 @@ func (m *Metrics) Write(w io.Writer, openMetrics bool) error {
 	return nil
 }
 
-// gather makes all families, sorted by name. An error is of client_golang's collectors; what they did gather is there.
-func (m *Metrics) gather() ([]*dto.MetricFamily, error) {
+// Gather returns all families, sorted by name. An error comes from client_golang's collectors; what they could gather is
+// returned with it.
+func (m *Metrics) Gather() ([]*dto.MetricFamily, error) {
 	var f families
 	open := m.lookAtOpen()
 	m.istio(&f)
@@ -298,10 +299,8 @@ func (m *Metrics) fromSources(f *families) {
 	if s.Backoffs != nil {
 		f.counter("pillion_accept_backoffs_total", "Pauses of accept loops.").counts(s.Backoffs())
 	}
-	if s.Buffers != nil {
-		bytes, pipes := s.Buffers()
-		f.gauge("pillion_buffer_bytes", "Bytes of buffers that connections hold.").is(float64(bytes))
-		f.gauge("pillion_pipes", "Pipes that connections hold.").is(float64(pipes))
+	if s.Pipes != nil {
+		f.gauge("pillion_pipes", "Open pipes of relays, in use or kept for reuse.").is(float64(s.Pipes()))
 	}
 	if s.Gates != nil {
 		gates := f.gauge("pillion_gate_open", "1 for a gate of readiness that is open.")

@@ -39,7 +39,7 @@ func everything() *Metrics {
 		},
 		AccessLog: func() (uint64, uint64) { return 100, 7 },
 		Backoffs:  func() uint64 { return 8 },
-		Buffers:   func() (int, int) { return 32768, 2 },
+		Pipes:     func() int { return 2 },
 		Gates:     func() []Gate { return []Gate{{"listeners", true}, {"addresses", false}} },
 		Draining:  func() bool { return true },
 	})

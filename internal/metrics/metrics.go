@@ -51,6 +51,9 @@ func New(pod podinfo.Pod, version string) *Metrics {
 // scraped, or leave it.
 func (m *Metrics) Watch(table *flow.Table, sources Sources) { m.table, m.sources = table, sources }
 
+// place is where a connection keeps its *carried or *lastRequest.
+var place = flow.NewPlace()
+
 // What a connection speaks, as the label says it.
 const (
 	opaque = iota
@@ -95,12 +98,12 @@ func (m *Metrics) Opened(r *flow.Record) {
 	protocol := protocolOf(r)
 	d.connections[protocol].Add(1)
 	if protocol == http1 || protocol == http2 {
-		r.Bound[flow.BoundMetrics] = new(lastRequest)
+		place.Set(r, new(lastRequest))
 		return
 	}
 	set := d.end(flow.Closed).tcp
 	set.opened.Add(1)
-	r.Bound[flow.BoundMetrics] = &carried{tcpSet: set}
+	place.Set(r, &carried{tcpSet: set})
 }
 
 // Progress brings the byte counters of open connections up to date. A scrape does so by itself.
@@ -115,7 +118,7 @@ func progress(r *flow.Record) {
 	if !r.Carried() {
 		return
 	}
-	if c, ok := r.Bound[flow.BoundMetrics].(*carried); ok {
+	if c, ok := place.Get(r).(*carried); ok {
 		c.tell(r)
 	}
 }
@@ -139,7 +142,7 @@ func (d *direction) connection(r *flow.Record) {
 	if r.Reason.ByPolicy() && r.Reason != flow.Loop {
 		return
 	}
-	c, ok := r.Bound[flow.BoundMetrics].(*carried)
+	c, ok := place.Get(r).(*carried)
 	if !ok {
 		end.tcp.opened.Add(1)
 		c = &carried{tcpSet: end.tcp}
@@ -166,10 +169,10 @@ func (l *lastRequest) like(r *flow.Record) bool {
 }
 
 func (d *direction) request(r *flow.Record) {
-	last, ok := r.Connection.Bound[flow.BoundMetrics].(*lastRequest)
+	last, ok := place.Get(r.Connection).(*lastRequest)
 	if !ok { // the connection was never said to be carried
 		last = new(lastRequest)
-		r.Connection.Bound[flow.BoundMetrics] = last
+		place.Set(r.Connection, last)
 	}
 	set, end := last.set, last.end
 	if !last.like(r) {

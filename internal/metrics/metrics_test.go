@@ -90,7 +90,7 @@ func exposition(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
 // gathered is the same without the way through text, which takes its time where there is much.
 func gathered(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
 	t.Helper()
-	all, err := m.gather()
+	all, err := m.Gather()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,7 +16,7 @@ func TestNames(t *testing.T) {
 	const golden = "testdata/names.golden"
 	m := everything()
 	m.sources.DNS = new(dns.Stats)
-	families, err := m.gather()
+	families, err := m.Gather()
 	if err != nil {
 		t.Fatal(err)
 	}

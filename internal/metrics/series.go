@@ -9,6 +9,7 @@ import (
 
 	dto "github.com/prometheus/client_model/go"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
@@ -84,15 +85,15 @@ type tcpSet struct {
 }
 
 func (d *direction) init(direction flow.Direction, pod *podinfo.Pod) {
-	d.reporter, d.security, d.cluster = "destination", "none", "InboundPassthroughCluster"
+	d.reporter, d.security, d.cluster = "destination", "none", direction.Passthrough()
 	if direction == flow.Outbound {
-		d.reporter, d.security, d.cluster = "source", podinfo.Unknown, "PassthroughCluster"
+		d.reporter, d.security = "source", podinfo.Unknown
 	}
 	d.pod = pod
 	d.services = make(map[string]*service)
 	d.sets = make(map[setKey]*requestSet)
 	d.unknown = d.newService("")
-	loop := d.serviceLabels(podinfo.Unknown, "BlackHoleCluster", podinfo.Unknown)
+	loop := d.serviceLabels(podinfo.Unknown, envoy.BlackHoleCluster, podinfo.Unknown)
 	d.ends = make(map[flow.Reason]*end)
 	sets := make(map[string]*tcpSet)
 	for _, e := range flow.Explanations {
@@ -147,8 +148,8 @@ func (d *direction) requestSet(r *flow.Record) (set *requestSet, named bool) {
 	if len(d.sets) >= maxSets {
 		d.folded.Add(1)
 		key.service, key.status, key.flags, named = d.unknown, statusClass(key.status)*100, "-", false
-		if key.grpcStatus != 0 && key.grpcStatus < noGRPCStatus {
-			key.grpcStatus = 2 // UNKNOWN
+		if key.grpcStatus != int(envoy.GRPCOK) && key.grpcStatus < noGRPCStatus {
+			key.grpcStatus = int(envoy.GRPCUnknown)
 		}
 		if set = d.sets[key]; set != nil {
 			return set, false
@@ -324,16 +325,16 @@ func validHost(host []byte) bool {
 	return len(name) > 0
 }
 
-// The places in grpcStatuses. Statuses of gRPC are 0 to 16.
+// Indices into grpcStatuses after the codes of gRPC.
 const (
-	oddGRPCStatus = 17 + iota
+	oddGRPCStatus = envoy.GRPCCodes + iota
 	noGRPCStatus
 	notGRPC
 )
 
 var grpcStatuses = func() (text [notGRPC + 1]string) {
-	for i := range 17 {
-		text[i] = strconv.Itoa(i)
+	for i := range envoy.GRPCCodes {
+		text[i] = envoy.GRPCCode(i).Number()
 	}
 	text[oddGRPCStatus] = podinfo.Unknown
 	return text
@@ -343,10 +344,8 @@ func grpcStatus(text []byte) int {
 	if len(text) == 0 {
 		return noGRPCStatus
 	}
-	for i := range 17 {
-		if string(text) == grpcStatuses[i] {
-			return i
-		}
+	if code, ok := envoy.ParseGRPCCode(text); ok {
+		return int(code)
 	}
 	return oddGRPCStatus
 }

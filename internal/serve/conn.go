@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/relay"
@@ -123,6 +124,7 @@ func (c *Conn) Carry(to upstream.Target) {
 // forward has the engine serve the connection's requests. Each has a record of its own, so the connection's is not
 // reported.
 func (c *Conn) forward(to upstream.Target) {
+	c.Record.Route = routes[c.role.direction]
 	c.role.flows.Carry(c.Record, c.protocol.Flow(), flow.Hello{})
 	c.role.engine.Serve(c.w, c.protocol == sniff.HTTP2, httpforward.Connection{
 		Down:      c.Down,
@@ -134,6 +136,9 @@ func (c *Conn) forward(to upstream.Target) {
 	})
 	c.role.flows.Leave(c.Record)
 }
+
+// routes are the names of the one route that each direction has.
+var routes = [...]string{flow.Inbound: envoy.RouteInbound, flow.Outbound: envoy.RouteOutbound}
 
 func (c *Conn) relay() {
 	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.sniffer.Hello)

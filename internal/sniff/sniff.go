@@ -90,10 +90,11 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 		case !s.greeted.IsZero() && s.Up.Ended():
 			return Opaque, nil // it will serve no request, and the client is to receive its greeting now
 		case s.greeted.IsZero() && s.Up.Readable():
-			if err := s.greet(); err != nil {
+			spoke, err := s.greet()
+			if err != nil {
 				return Undecided, err
 			}
-			if s.greeted.IsZero() {
+			if spoke && s.greeted.IsZero() {
 				return Opaque, nil
 			}
 		}
@@ -125,12 +126,13 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 	}
 }
 
-// greet reads from Up, and sets greeted if the bytes may be an HTTP/2 server's first ones. It does not read from a
-// connection that the poller reports as ended. A reset that the poller has not reported yet is returned as an error: the
-// kernel will not report it again.
-func (s *Sniffer) greet() error {
+// greet reads from Up. It reports whether Up has sent something or ended, and sets greeted if the bytes may be an HTTP/2
+// server's first ones. Records without data, under a tcp.Layer, are neither. greet does not read from a connection that
+// the poller reports as ended. A reset that the poller has not reported yet is returned as an error: the kernel will not
+// report it again.
+func (s *Sniffer) greet() (spoke bool, err error) {
 	if s.Up.Ended() {
-		return nil
+		return true, nil
 	}
 	s.UpRead = tcp.TakeBuffer()
 	n, err := s.UpRead.Fill(s.Up)
@@ -138,14 +140,17 @@ func (s *Sniffer) greet() error {
 		if http2.BeginsLikeServer(s.UpRead.Bytes()) {
 			s.greeted = time.Now()
 		}
-		return nil
+		return true, nil
 	}
 	s.UpRead.Release()
 	s.UpRead = nil
-	if err == tcp.ErrAgain || err == io.EOF {
-		return nil
+	switch err {
+	case tcp.ErrAgain:
+		return false, nil
+	case io.EOF:
+		return true, nil
 	}
-	return fmt.Errorf("%w: %w", errUpstream, err)
+	return false, fmt.Errorf("%w: %w", errUpstream, err)
 }
 
 // Abandon gives back everything that a failed detection holds except Down, which the caller ends. When the agent drains,

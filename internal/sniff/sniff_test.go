@@ -347,7 +347,7 @@ func TestAServerThatGreetsAndEndsIsNotHeld(t *testing.T) {
 	r.Hold = time.Hour // the test would not end
 	say(t, r.server, settings)
 	r.await(t, "the greeting", r.Up.Readable)
-	if err := r.greet(); err != nil || r.greeted.IsZero() {
+	if _, err := r.greet(); err != nil || r.greeted.IsZero() {
 		t.Fatalf("the greeting is not held: %v", err)
 	}
 	r.server.CloseWrite()

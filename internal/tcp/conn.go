@@ -79,7 +79,9 @@ func (c *Conn) ClearTransparent() error {
 }
 
 // Readable reports whether a read is worth trying.
-func (c *Conn) Readable() bool { return c.ready.Load()&(readable|gone|failed|hungUp) != 0 }
+func (c *Conn) Readable() bool {
+	return c.ready.Load()&(readable|gone|failed|hungUp) != 0 || c.layer != nil && c.layer.more
+}
 
 // Writable reports whether a write is worth trying.
 func (c *Conn) Writable() bool { return c.ready.Load()&(writable|failed|hungUp) != 0 }
@@ -119,7 +121,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 		return 0, nil // the kernel's 0 would be taken for the end
 	}
 	if c.layer != nil {
-		return c.layer.read(c, p)
+		return c.layer.read(p)
 	}
 	return c.readSocket(p)
 }
@@ -204,7 +206,7 @@ func (c *Conn) try(event uint32, name string, call func() (int, error)) (int, er
 // asks the kernel, which is ahead of the poller.
 func (c *Conn) Quiet() bool {
 	if c.layer != nil {
-		return c.layer.quiet(c)
+		return c.layer.quiet()
 	}
 	_, err := peek(c.fd)
 	return err == ErrAgain

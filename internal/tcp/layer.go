@@ -47,6 +47,7 @@ type layered struct {
 	ahead  *Buffer // raw input that was read before the layer was set; nil: none left
 	unsent *Buffer // encoded output that the socket has not taken; nil: none
 
+	more     bool  // a read is worth trying whatever the socket has
 	peeked   bool  // Quiet has decoded a byte that was not read
 	peek     byte  // this one
 	finished bool  // the socket has returned io.EOF
@@ -59,9 +60,8 @@ type layered struct {
 // SetLayer puts a layer under the connection. Raw bytes that were read before are decoded first; their buffer is the
 // connection's from now on. nil stands for none.
 func (c *Conn) SetLayer(read *Buffer, layer func(*Socket) Layer) {
-	c.layer = &layered{ahead: read}
+	c.layer = &layered{ahead: read, more: true}
 	c.layer.Layer = layer(&Socket{c})
-	c.ready.Or(readable)
 }
 
 // Bare reports whether there is no layer: the bytes on the socket are the connection's own. Only such a connection can be
@@ -110,9 +110,10 @@ func (s *Socket) Write(p []byte) (int, error) {
 }
 
 // read decodes. While the layer may have more, the connection stays readable, as it would with bytes in the kernel.
-func (l *layered) read(c *Conn, p []byte) (int, error) {
+func (l *layered) read(p []byte) (int, error) {
 	if l.peeked {
 		p[0], l.peeked = l.peek, false
+		l.more = l.readErr != nil || l.Buffered()
 		return 1, nil
 	}
 	if l.readErr != nil {
@@ -130,9 +131,7 @@ func (l *layered) read(c *Conn, p []byte) (int, error) {
 	if n > 0 {
 		err = nil
 	}
-	if l.readErr != nil || l.ahead != nil || n > 0 && l.Buffered() {
-		c.ready.Or(readable)
-	}
+	l.more = l.readErr != nil || l.ahead != nil || n > 0 && l.Buffered()
 	return n, err
 }
 
@@ -210,15 +209,14 @@ func (l *layered) closeWrite(c *Conn) error {
 
 // quiet is Conn.Quiet. Bytes on the socket may be records without data, such as session tickets, or a close message, so
 // it decodes them.
-func (l *layered) quiet(c *Conn) bool {
+func (l *layered) quiet() bool {
 	if l.peeked || l.readErr != nil || l.writeErr != nil || l.unsent != nil {
 		return false
 	}
 	var p [1]byte
-	n, err := l.read(c, p[:])
+	n, err := l.read(p[:])
 	if n == 1 {
-		l.peeked, l.peek = true, p[0]
-		c.ready.Or(readable)
+		l.peeked, l.peek, l.more = true, p[0], true
 	}
 	return n == 0 && err == ErrAgain
 }

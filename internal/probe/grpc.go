@@ -1,4 +1,4 @@
-package healthz
+package probe
 
 import (
 	"bufio"
@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
@@ -274,13 +275,6 @@ func (r *grpcReply) headers(h http2.Header, payload []byte) error {
 	return nil
 }
 
-// grpcCodes are the names of gRPC's status codes.
-var grpcCodes = []string{
-	"OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
-	"PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
-	"INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
-}
-
 // healthNames are the names of HealthCheckResponse.ServingStatus.
 var healthNames = []string{"UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN"}
 
@@ -294,12 +288,12 @@ func (r *grpcReply) verdict() error {
 	if !strings.HasPrefix(r.contentType, "application/grpc") {
 		return fmt.Errorf("the server answers with content type %q: it is none of gRPC", r.contentType)
 	}
-	if r.grpcStatus != "0" {
+	if r.grpcStatus != envoy.GRPCOK.Number() {
 		message := r.grpcMessage
 		if plain, err := url.PathUnescape(message); err == nil {
 			message = plain
 		}
-		return fmt.Errorf("gRPC status %s: %q", name(grpcCodes, r.grpcStatus), message)
+		return fmt.Errorf("gRPC status %s: %q", codeName(r.grpcStatus), message)
 	}
 	if len(r.message) < grpcPrefix || int64(len(r.message)-grpcPrefix) != int64(binary.BigEndian.Uint32(r.message[1:])) {
 		return errors.New("the reply is not one whole message")
@@ -315,6 +309,14 @@ func (r *grpcReply) verdict() error {
 		return fmt.Errorf("health status %s", name(healthNames, strconv.FormatUint(status, 10)))
 	}
 	return nil
+}
+
+// codeName returns the name of a gRPC status code.
+func codeName(number string) string {
+	if n, err := strconv.ParseUint(number, 10, 8); err == nil && n < uint64(envoy.GRPCCodes) {
+		return envoy.GRPCCode(n).String()
+	}
+	return fmt.Sprintf("%q", number)
 }
 
 // name looks up a number, which stands for itself when it has no name.

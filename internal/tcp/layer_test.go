@@ -1,0 +1,453 @@
+package tcp_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tcp/layertest"
+)
+
+type layerRig struct {
+	peer *layertest.Peer
+	conn *tcp.Conn
+	w    *tcp.Waiter
+}
+
+func newLayerRig(t *testing.T) *layerRig {
+	t.Helper()
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { poller.Close() })
+	r := &layerRig{w: tcp.NewWaiter(t.Context())}
+	t.Cleanup(r.w.Close)
+	r.peer, r.conn = layertest.Accept(t, poller)
+	return r
+}
+
+// read reads once, and waits for that if it must.
+func (r *layerRig) read(t *testing.T, p []byte) (int, error) {
+	t.Helper()
+	for {
+		n, err := r.conn.Read(p)
+		if err != tcp.ErrAgain {
+			return n, err
+		}
+		if err := r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// readAll reads to the end.
+func (r *layerRig) readAll(t *testing.T, size int) ([]byte, error) {
+	t.Helper()
+	var all []byte
+	for p := make([]byte, size); ; {
+		n, err := r.read(t, p)
+		all = append(all, p[:n]...)
+		if err != nil {
+			return all, err
+		}
+	}
+}
+
+// arrive waits until the raw bytes are there, without reading.
+func (r *layerRig) arrive(t *testing.T) {
+	t.Helper()
+	for r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil) == nil && !r.conn.Readable() {
+	}
+}
+
+func random(n int) []byte {
+	b := make([]byte, n)
+	rand.NewChaCha8([32]byte{1}).Read(b)
+	return b
+}
+
+// fill writes until the socket is full, and returns what was taken.
+func (r *layerRig) fill(t *testing.T, p []byte) []byte {
+	t.Helper()
+	taken := 0
+	for {
+		n, err := r.conn.Write(p[taken:])
+		taken += n
+		if err == tcp.ErrAgain {
+			return p[:taken]
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestRecordsThatArriveInPiecesAreDecoded(t *testing.T) {
+	for _, size := range []int{1, 7, 999, 1 << 20} { // of the reader's memory: smaller and larger than a record
+		for _, piece := range []int{0, 1, 2, 777} {
+			r := newLayerRig(t)
+			r.peer.Piece = piece
+			want := random(5000)
+			go func() { r.peer.Write(want); r.peer.CloseWrite() }()
+			if got, err := r.readAll(t, size); err != io.EOF || !bytes.Equal(got, want) {
+				t.Errorf("by %d in pieces of %d: %d bytes, %v", size, piece, len(got), err)
+			}
+		}
+	}
+}
+
+// A read of one record leaves room, and others are decoded already or wait in the layer: no event will come for them.
+func TestAReadThatLeavesRoomLeavesALayeredConnectionReadable(t *testing.T) {
+	r := newLayerRig(t)
+	r.peer.Write(random(2000)) // two records
+	p := make([]byte, 1500)
+	if n, err := r.read(t, p); n != 1000 || err != nil || !r.conn.Readable() {
+		t.Fatalf("read %d bytes, %v; readable: %v", n, err, r.conn.Readable())
+	}
+	if n, err := r.conn.Read(p[:400]); n != 400 || err != nil || !r.conn.Readable() {
+		t.Fatalf("read %d bytes, %v; readable: %v", n, err, r.conn.Readable())
+	}
+	if n, err := r.conn.Read(p); n != 600 || err != nil || r.conn.Readable() {
+		t.Fatalf("read %d bytes, %v; readable: %v", n, err, r.conn.Readable())
+	}
+}
+
+func TestATicketIsNoData(t *testing.T) {
+	r := newLayerRig(t)
+	r.peer.Ticket()
+	r.arrive(t)
+	if n, err := r.conn.Read(make([]byte, 10)); n != 0 || err != tcp.ErrAgain {
+		t.Errorf("read %d bytes, %v", n, err)
+	}
+}
+
+func TestALayeredConnectionIsQuietUntilDataOrTheCloseMessageComes(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		send  func(*layertest.Peer) error
+		quiet bool
+		then  string
+		err   error
+	}{
+		{"nothing", func(*layertest.Peer) error { return nil }, true, "", tcp.ErrAgain},
+		{"a ticket", (*layertest.Peer).Ticket, true, "", tcp.ErrAgain},
+		{"data", func(p *layertest.Peer) error { _, err := p.Write([]byte("data")); return err }, false, "data", tcp.ErrAgain},
+		{"a ticket and data", func(p *layertest.Peer) error { p.Ticket(); _, err := p.Write([]byte("data")); return err }, false, "data", tcp.ErrAgain},
+		{"the close message", (*layertest.Peer).CloseMessage, false, "", io.EOF},
+		{"a ticket and the close message", func(p *layertest.Peer) error { p.Ticket(); return p.CloseMessage() }, false, "", io.EOF},
+		{"truncation", (*layertest.Peer).Truncate, false, "", io.ErrUnexpectedEOF},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newLayerRig(t)
+			if err := c.send(r.peer); err != nil {
+				t.Fatal(err)
+			}
+			if c.name != "nothing" {
+				for r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil) == nil && r.conn.Quiet() && !c.quiet {
+				}
+			}
+			for range 2 { // it stays as it is
+				if got := r.conn.Quiet(); got != c.quiet {
+					t.Errorf("quiet: %v", got)
+				}
+			}
+			if !c.quiet && !r.conn.Readable() {
+				t.Error("what ended the quiet is not readable")
+			}
+			var got []byte
+			p := make([]byte, 10)
+			for {
+				n, err := r.conn.Read(p)
+				got = append(got, p[:n]...)
+				if err != nil {
+					if err != c.err || string(got) != c.then {
+						t.Errorf("then read %q, %v; want %q, %v", got, err, c.then, c.err)
+					}
+					return
+				}
+			}
+		})
+	}
+}
+
+// FIN without a close message may come from anybody on the way, so it is an error and not an end.
+func TestFINWithoutTheCloseMessageIsTruncation(t *testing.T) {
+	for name, end := range map[string]struct {
+		do   func(*layertest.Peer)
+		want error
+	}{
+		"close message and FIN": {func(p *layertest.Peer) { p.CloseWrite() }, io.EOF},
+		"close message":         {func(p *layertest.Peer) { p.CloseMessage() }, io.EOF},
+		"FIN":                   {func(p *layertest.Peer) { p.Truncate() }, io.ErrUnexpectedEOF},
+		"FIN in a record": {func(p *layertest.Peer) {
+			p.TCPConn.Write(layertest.Encode([]byte("cut"))[:4])
+			p.Truncate()
+		}, io.ErrUnexpectedEOF},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newLayerRig(t)
+			r.peer.Write([]byte("last words"))
+			end.do(r.peer)
+			got, err := r.readAll(t, 100)
+			if string(got) != "last words" || err != end.want {
+				t.Errorf("read %q, %v; want %v", got, err, end.want)
+			}
+			if n, err := r.conn.Read(make([]byte, 10)); n != 0 || err != end.want || !r.conn.Readable() {
+				t.Errorf("again: %d, %v; readable: %v", n, err, r.conn.Readable())
+			}
+		})
+	}
+}
+
+// Whoever owns the connection does not know what is unsent: it waits, for whatever reason.
+func TestWaitSendsWhatIsUnsent(t *testing.T) {
+	r := newLayerRig(t)
+	sent := r.fill(t, random(64<<20))
+	if n, err := r.conn.Write([]byte("x")); n != 0 || err != tcp.ErrAgain {
+		t.Fatalf("a full connection takes %d bytes, %v", n, err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		got := make([]byte, len(sent))
+		if n, err := io.ReadFull(r.peer, got); err != nil || !bytes.Equal(got, sent) {
+			t.Errorf("%d of %d bytes arrived, %v", n, len(sent), err)
+		}
+		r.peer.Write([]byte("all is here"))
+	}()
+	if n, err := r.read(t, make([]byte, 100)); n != 11 || err != nil { // which waits
+		t.Errorf("read %d bytes, %v", n, err)
+	}
+	<-done
+}
+
+// The next write finishes the record that was begun: nothing else may stand in it.
+func TestARecordThatWasBegunIsFinishedFirst(t *testing.T) {
+	r := newLayerRig(t)
+	want := random(8 << 20)
+	got := make(chan []byte, 1)
+	go func() {
+		all, err := io.ReadAll(r.peer)
+		if err != nil {
+			t.Errorf("the peer reads %v", err)
+		}
+		got <- all
+	}()
+	random := rand.New(rand.NewPCG(1, 2))
+	for rest := want; len(rest) > 0; {
+		n, err := r.conn.Write(rest[:min(len(rest), 1+random.IntN(100_000))])
+		rest = rest[n:]
+		if err == tcp.ErrAgain && random.IntN(2) == 0 { // else it tries again at once
+			err = r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil)
+		}
+		if err != nil && err != tcp.ErrAgain {
+			t.Fatal(err)
+		}
+	}
+	r.conn.Close()
+	if all := <-got; !bytes.Equal(all, want) {
+		t.Errorf("%d of %d bytes arrived as they were", len(all), len(want))
+	}
+}
+
+// A half-close is the close message, then FIN, behind everything that was written.
+func TestAHalfCloseFollowsWhatIsUnsent(t *testing.T) {
+	r := newLayerRig(t)
+	sent := r.fill(t, random(64<<20))
+	for range 2 {
+		if err := r.conn.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n, err := r.conn.Write([]byte("x")); n != 0 || err == nil {
+		t.Errorf("a closed half takes %d bytes, %v", n, err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		got, err := io.ReadAll(r.peer)
+		if err != nil || !bytes.Equal(got, sent) {
+			t.Errorf("%d of %d bytes arrived, %v", len(got), len(sent), err)
+		}
+		if n, err := r.peer.TCPConn.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+			t.Errorf("behind the close message: %d, %v", n, err)
+		}
+		r.peer.Write([]byte("still open"))
+	}()
+	if n, err := r.read(t, make([]byte, 100)); n != 10 || err != nil {
+		t.Errorf("the other half: %d, %v", n, err)
+	}
+	<-done
+	if n, err := r.conn.Write([]byte("x")); n != 0 || !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("a closed half takes %d bytes, %v", n, err)
+	}
+}
+
+// Close returns at once and must not lose what the socket has not taken.
+func TestCloseSendsWhatIsUnsentAndTheCloseMessage(t *testing.T) {
+	for name, watched := range map[string]bool{"that was waited for": true, "that was never waited for": false} {
+		t.Run("a connection "+name, func(t *testing.T) {
+			r := newLayerRig(t)
+			if watched {
+				r.w.Wait(time.Now(), r.conn, nil)
+			}
+			sent := r.fill(t, random(64<<20))
+			r.conn.Close()
+			r.conn.Close()
+			if _, err := r.conn.Write([]byte("x")); !errors.Is(err, syscall.EBADF) {
+				t.Errorf("a closed connection: %v", err)
+			}
+			got, err := io.ReadAll(r.peer)
+			if err != nil || !bytes.Equal(got, sent) {
+				t.Errorf("%d of %d bytes arrived, %v", len(got), len(sent), err)
+			}
+		})
+	}
+}
+
+// What was cut must not look complete.
+func TestAResetSendsNoCloseMessage(t *testing.T) {
+	r := newLayerRig(t)
+	r.conn.Write([]byte("half"))
+	r.conn.Reset()
+	if _, err := io.ReadAll(r.peer); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the peer reads %v", err)
+	}
+}
+
+func TestThePollersEndResetsWhatStillSends(t *testing.T) {
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, conn := layertest.Accept(t, poller)
+	r := &layerRig{peer: peer, conn: conn}
+	r.fill(t, random(64<<20))
+	conn.Close()
+	poller.Close()
+	if _, err := io.ReadAll(peer); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the peer reads %v", err)
+	}
+}
+
+// Detection has read the first raw bytes before it is known that there are records.
+func TestBytesReadBeforeTheLayerAreDecodedFirst(t *testing.T) {
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer poller.Close()
+	w := tcp.NewWaiter(t.Context())
+	defer w.Close()
+	peer, conn := layertest.Accept(t, poller)
+	peer.Write([]byte("first"))
+	peer.Write([]byte("second"))
+	read := tcp.TakeBuffer()
+	conn.SetLayer(nil, func(s *tcp.Socket) tcp.Layer { return rawLayer{s} })
+	for read.Len() < len(layertest.Encode([]byte("first")))+len(layertest.Encode([]byte("second"))) {
+		_, err := read.Fill(conn)
+		if err == tcp.ErrAgain {
+			err = w.Wait(time.Now().Add(nettest.Patience), conn, nil)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	layertest.Under(conn, read)
+	if !conn.Readable() {
+		t.Error("a connection with input in its layer is not readable")
+	}
+	peer.CloseWrite()
+	got, err := (&layerRig{conn: conn, w: w}).readAll(t, 4)
+	if string(got) != "firstsecond" || err != io.EOF {
+		t.Errorf("read %q, %v", got, err)
+	}
+}
+
+// rawLayer has no records.
+type rawLayer struct{ *tcp.Socket }
+
+func (rawLayer) CloseWrite() error { return nil }
+func (rawLayer) Buffered() bool    { return false }
+
+func TestPiecesShareARecord(t *testing.T) {
+	r := newLayerRig(t)
+	var v tcp.Vector
+	memory := random(100)
+	var want []byte
+	for i := 0; i < 100; i += 10 {
+		v.Append(memory[i : i+5])
+		want = append(want, memory[i:i+5]...)
+	}
+	if n, err := r.conn.WriteVector(&v); n != 50 || err != nil || v.Len() != 0 {
+		t.Fatalf("%d bytes were taken, %v, %d are left", n, err, v.Len())
+	}
+	got := make([]byte, 50)
+	if _, err := io.ReadFull(r.peer, got); err != nil || !bytes.Equal(got, want) || r.peer.Records() != 1 {
+		t.Errorf("%v, in %d records", err, r.peer.Records())
+	}
+}
+
+func TestAVectorIsTakenAsFarAsItIsEncoded(t *testing.T) {
+	r := newLayerRig(t)
+	want := random(1 << 20)
+	var v tcp.Vector
+	v.Append(want[:700_000])
+	v.Append(bytes.Clone(want[700_000:]))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		got := make([]byte, len(want))
+		if n, err := io.ReadFull(r.peer, got); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%d bytes, %v", n, err)
+		}
+	}()
+	for v.Len() > 0 {
+		_, err := r.conn.WriteVector(&v)
+		if err == tcp.ErrAgain {
+			err = r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.conn.Close()
+	<-done
+}
+
+// A pipe would put bytes on the wire that no layer has encoded.
+func TestALayeredConnectionIsNotSpliced(t *testing.T) {
+	r := newLayerRig(t)
+	if r.conn.Bare() {
+		t.Error("a connection with a layer is bare")
+	}
+	if n, err := r.conn.SpliceTo(-1, 10); n != 0 || !errors.Is(err, syscall.EINVAL) {
+		t.Errorf("SpliceTo = %d, %v", n, err)
+	}
+	if n, err := r.conn.SpliceFrom(-1, 10); n != 0 || !errors.Is(err, syscall.EINVAL) {
+		t.Errorf("SpliceFrom = %d, %v", n, err)
+	}
+}
+
+// A flush by Wait may be what consumes the socket's error. The owner learns it all the same.
+func TestAFailureOfAFlushIsReported(t *testing.T) {
+	r := newLayerRig(t)
+	r.fill(t, random(64<<20))
+	r.peer.SetLinger(0)
+	r.peer.TCPConn.Close()
+	for r.conn.Failed() == nil {
+		if err := r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n, err := r.conn.Write([]byte("x")); n != 0 || err == nil || err == tcp.ErrAgain {
+		t.Errorf("Write = %d, %v", n, err)
+	}
+}

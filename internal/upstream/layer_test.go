@@ -1,0 +1,86 @@
+package upstream
+
+import (
+	"errors"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tcp/layertest"
+)
+
+// A server of TLS 1.3 sends session tickets after the handshake, or later. They do not end a connection's use.
+func TestAPooledConnectionUnderALayer(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		send   func(*layertest.Peer) error
+		usable bool
+	}{
+		{"nothing", func(*layertest.Peer) error { return nil }, true},
+		{"a ticket", (*layertest.Peer).Ticket, true},
+		{"the close message", (*layertest.Peer).CloseMessage, false},
+		{"a ticket, then the close message", func(p *layertest.Peer) error { p.Ticket(); return p.CloseMessage() }, false},
+		{"FIN", (*layertest.Peer).Truncate, false},
+		{"data", func(p *layertest.Peer) error {
+			_, err := io.WriteString(p, "HTTP/1.1 408 Request Timeout\r\n\r\n")
+			return err
+		}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := newServer(t)
+			pool := s.newPool(t, longLife)
+			peer, conn := layertest.Accept(t, s.poller)
+			if err := c.send(peer); err != nil {
+				t.Fatal(err)
+			}
+			if c.name != "nothing" { // the bytes must be there when the pool looks
+				for s.w.Wait(time.Now().Add(nettest.Patience), conn, nil) == nil && !conn.Readable() {
+				}
+			}
+			if !c.usable {
+				nettest.Eventually(t, "the end of its use", func() bool { return !conn.Quiet() })
+			}
+			pool.Give(s.target(), conn)
+			got := pool.Take(s.target())
+			if (got != nil) != c.usable {
+				t.Errorf("taken: %v", got != nil)
+			}
+			if got == nil {
+				if err := readEnd(peer); err != io.EOF {
+					t.Errorf("the server reads %v", err)
+				}
+				return
+			}
+			io.WriteString(struct{ io.Writer }{got}, "question")
+			if p := make([]byte, 8); true {
+				if _, err := io.ReadFull(peer, p); err != nil || string(p) != "question" {
+					t.Errorf("the server reads %q, %v", p, err)
+				}
+			}
+		})
+	}
+}
+
+func readEnd(peer *layertest.Peer) error {
+	_, err := peer.Read(make([]byte, 1))
+	return err
+}
+
+func TestALayerThatFailsIsADialThatFailed(t *testing.T) {
+	s := newServer(t)
+	refused := errors.New("handshake failed")
+	var stats Stats
+	dialer := Dialer{Poller: s.poller, Stats: &stats, Layer: func(*tcp.Waiter, *tcp.Conn, Target) error { return refused }}
+	up, err := dialer.Dial(s.w, s.target())
+	if up != nil || err != refused || stats.Failed.Load() != 1 || stats.Connected.Load() != 0 || stats.Active.Load() != 0 {
+		t.Errorf("Dial = %v, %v; counted %d failures", up, err, stats.Failed.Load())
+	}
+	far, err := s.listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	s.wantClosed(t, far)
+}
