@@ -17,7 +17,7 @@ const (
 	Tunnel                        // the message ends with its head, and the bytes after it are not HTTP/1
 )
 
-// Framing says how the end of a body is found.
+// Framing describes how the end of a body is determined.
 type Framing struct {
 	Kind   FramingKind
 	Length int64 // of a Sized body, in bytes

@@ -11,10 +11,11 @@ import (
 
 // exchange is one request and its response. Exchanges are pooled together with their memory.
 type exchange struct {
-	s      *session
-	record flow.Record
-	names  []byte  // backing memory of the slices in record
-	routed Request // the router's argument; a field, so that it is not allocated
+	s        *session
+	settings *Settings // for this request
+	record   flow.Record
+	names    []byte  // backing memory of the slices in record
+	routed   Request // the router's argument; a field, so that it is not allocated
 
 	requestHead, responseHead http1.Head
 	request, response         message
@@ -26,7 +27,7 @@ type exchange struct {
 type progress struct {
 	started        bool          // the request head is valid and the upstream head is built
 	options        http1.Options // connection options of the request
-	upgrade        bool          // the request asks for another protocol, and the upstream head says so
+	upgrade        bool          // the request asks for another protocol, and the upstream head repeats that
 	answered       bool          // the head of the final response is built
 	upgraded       bool          // the final response switches protocols
 	closing        bool          // the response announces the close, or downstream expects it
@@ -41,7 +42,7 @@ var exchanges = sync.Pool{New: func() any { return new(exchange) }}
 
 func takeExchange(s *session) *exchange {
 	x := exchanges.Get().(*exchange)
-	x.s = s
+	x.s, x.settings = s, s.engine.settings.Load()
 	x.record.Direction = s.engine.config.Direction
 	x.record.Protocol = flow.HTTP11
 	x.record.Connection = s.Record
@@ -70,18 +71,14 @@ func (x *exchange) release() {
 	clear(x.names)
 	clear(x.record.HTTP.Fields)
 	clear(x.record.HTTP.ResponseFields)
-	// Reset field by field: a composite literal of an exchange would be built on the stack first. That doubles the
-	// stack, which then stays large while the connection is idle.
+	// Reset field by field: a composite literal of an exchange would be built on the stack first and double the stack.
+	// It then stays large while the connection is idle.
 	fields, responseFields := x.record.HTTP.Fields[:0], x.record.HTTP.ResponseFields[:0]
 	x.record = flow.Record{}
 	x.record.HTTP.Fields, x.record.HTTP.ResponseFields = fields, responseFields
 	x.routed = Request{}
-	x.s, x.names, x.progress = nil, x.names[:0], progress{}
+	x.s, x.settings, x.names, x.progress = nil, nil, x.names[:0], progress{}
 	exchanges.Put(x)
-}
-
-func (e *Engine) limits() http1.Limits {
-	return http1.Limits{Head: e.config.MaxHeadBytes, Fields: e.config.MaxHeadFields}
 }
 
 // recordRequest copies the recorded parts of the request head.
@@ -103,7 +100,7 @@ func (x *exchange) recordRequest(b []byte) {
 	if i := h.Find(http1.ContentType); i >= 0 {
 		to.GRPC = isGRPC(h.Fields[i].Value.In(b))
 	}
-	to.Fields = x.copyFields(to.Fields, h, b, x.s.engine.config.Note.Request)
+	to.Fields = x.copyFields(to.Fields, h, b, x.settings.Note.Request)
 }
 
 // namesSize is the initial capacity of an exchange's names.

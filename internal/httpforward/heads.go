@@ -9,7 +9,7 @@ import (
 
 // appendRequestHead appends the request head for upstream.
 func (x *exchange) appendRequestHead(dst, b []byte) []byte {
-	h, fields := &x.requestHead, &x.s.engine.config.Fields
+	h, fields := &x.requestHead, &x.settings.Fields
 	x.options = h.DropHopByHop(b)
 	x.s.bound = x.s.bound || boundToConnection(h, b, http1.Authorization) || boundToConnection(h, b, http1.ProxyAuthorization)
 	// An upgrade to h2c is not forwarded: the request is served as HTTP/1.1 (RFC 9113 §3.1 deprecates the upgrade).
@@ -57,7 +57,7 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	if h.Status == 101 {
 		keep(h, http1.Upgrade)
 	}
-	if s.engine.config.Fields.ServiceTime {
+	if x.settings.Fields.ServiceTime {
 		drop(h, http1.UpstreamServiceTime) // an agent between here and the server set it; our time includes that agent's
 	}
 	dst := h.AppendLines(x.response.head[:0], b)
@@ -70,7 +70,7 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	case x.requestHead.Minor == 0 || h.Minor == 0:
 		dst = append(dst, "Connection: keep-alive\r\n"...)
 	}
-	if s.engine.config.Fields.ServiceTime {
+	if x.settings.Fields.ServiceTime {
 		dst = append(dst, "x-envoy-upstream-service-time: "...)
 		dst = strconv.AppendInt(dst, x.record.HTTP.ServiceTime.Milliseconds(), 10)
 		dst = append(dst, "\r\n"...)
@@ -101,7 +101,7 @@ func persists(minor int, options http1.Options) bool {
 }
 
 // boundToConnection reports whether a field begins an authentication of the connection rather than of the request:
-// NTLM, or Negotiate, which may be NTLM (RFC 4559 §6).
+// NTLM, or Negotiate (it may carry NTLM, RFC 4559 §6).
 func boundToConnection(h *http1.Head, b []byte, k http1.Known) bool {
 	if !h.Has(k) {
 		return false

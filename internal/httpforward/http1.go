@@ -66,7 +66,7 @@ func (x *exchange) releaseIdleBuffers() {
 // an error if downstream is gone.
 func (x *exchange) readHead() (*reply, error) {
 	s := x.s
-	limits := s.engine.limits()
+	limits := x.settings.limits()
 	var deadline time.Time
 	for {
 		done, err := x.requestHead.ParseRequest(s.Read.Bytes(), limits)
@@ -86,7 +86,7 @@ func (x *exchange) readHead() (*reply, error) {
 			return nil, err
 		}
 		if deadline.IsZero() {
-			deadline = after(s.engine.config.HeadTimeout)
+			deadline = after(x.settings.HeadTimeout)
 		}
 		switch err := s.w.Wait(deadline, s.Down, s.up); {
 		case errors.Is(err, tcp.ErrDeadline):
@@ -119,7 +119,9 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 		return x.malformed(err)
 	}
 	x.routed.view(&x.record)
-	x.s.route(x.s.Router.Route(&x.routed))
+	decision := x.s.Router.Route(&x.routed)
+	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
+	x.s.route(decision)
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.head[:0], b)
 	x.s.Read.Discard(x.requestHead.Length)
@@ -127,6 +129,10 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	x.request.start(x.s.Read, framing, limits)
 	if x.request.bad != nil {
 		return x.malformed(x.request.bad)
+	}
+	if decision.noRoute() {
+		x.failure = errNoRoute
+		return &replyNoRoute
 	}
 	return nil
 }
@@ -171,7 +177,7 @@ func (x *exchange) receive() (longTurn bool) {
 
 // parseResponse reads the head of an interim or final response. It reports false if the head is incomplete.
 func (x *exchange) parseResponse() bool {
-	m, limits := &x.response, x.s.engine.limits()
+	m, limits := &x.response, x.settings.limits()
 	if m.held() > 0 {
 		done, err := x.responseHead.ParseResponse(m.in.Bytes(), limits)
 		if err == nil && done {
@@ -230,7 +236,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	x.record.HTTP.Status = h.Status
 	x.record.HTTP.Details = envoy.DetailsViaUpstream
 	x.record.HTTP.ServiceTime = time.Since(x.sentAt)
-	x.record.HTTP.ResponseFields = x.copyFields(x.record.HTTP.ResponseFields, h, b, x.s.engine.config.Note.Response)
+	x.record.HTTP.ResponseFields = x.copyFields(x.record.HTTP.ResponseFields, h, b, x.settings.Note.Response)
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
 	m.start(m.in, framing, limits) // a tunnel has no body: the bytes after the head are not HTTP
@@ -418,7 +424,7 @@ func (x *exchange) deadline() time.Time {
 	if x.allSent.IsZero() {
 		x.allSent = time.Now()
 	}
-	return x.allSent.Add(x.s.engine.config.RequestTimeout)
+	return x.allSent.Add(x.settings.RequestTimeout)
 }
 
 // timedOut ends an exchange at its deadline.
@@ -432,13 +438,13 @@ func (x *exchange) timedOut(err error) ending {
 
 // thinking reports whether upstream has the whole request, and RequestTimeout limits the time to its response head.
 func (x *exchange) thinking() bool {
-	return !x.answered && x.s.engine.config.RequestTimeout > 0 && x.request.done()
+	return !x.answered && x.settings.RequestTimeout > 0 && x.request.done()
 }
 
 // limit returns how long the exchange may be idle (zero or less: no limit), and the reason with which it ends after
 // that.
 func (x *exchange) limit() (time.Duration, flow.Reason) {
-	idle, halfClosed := x.s.engine.config.IdleTimeout, x.s.engine.config.HalfCloseTimeout
+	idle, halfClosed := x.settings.IdleTimeout, x.settings.HalfCloseTimeout
 	if x.s.ended && halfClosed > 0 && (idle <= 0 || halfClosed < idle) {
 		return halfClosed, flow.HalfCloseTimeout
 	}
@@ -468,7 +474,7 @@ func (x *exchange) noUpstream(err error) ending {
 // tunnel relays both ways after an upgrade or CONNECT, until the connection ends. It counts in the connection's record,
 // where the bytes are visible while the tunnel is open.
 func (x *exchange) tunnel() ending {
-	s, config := x.s, &x.s.engine.config
+	s, config := x.s, x.settings
 	down, up := s.Read, x.response.in
 	s.Read, x.request.in, x.response.in = nil, nil, nil
 	x.record.HTTP.Upgraded = true

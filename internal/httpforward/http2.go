@@ -20,8 +20,9 @@ import (
 // only delays its own streams. Only header blocks are re-encoded, because each connection has its own HPACK tables.
 // Only whole frames are written (a partial DATA frame is split), so our own frames can be inserted anywhere.
 type multiplex struct {
-	engine *Engine
-	w      *tcp.Waiter
+	engine   *Engine
+	settings *Settings // for this connection
+	w        *tcp.Waiter
 	Connection
 
 	up      *tcp.Conn // nil after it was closed
@@ -31,30 +32,41 @@ type multiplex struct {
 	streams      streams
 	window       downWindow
 
+	times
+	lostUpstream
+	drainState
+
+	routed Request // the router's argument; a field, so that it is not allocated
+	resets budget  // for streams that downstream resets or that break the protocol
+
+	downEnded bool      // downstream has half-closed
+	waiting   []waiting // requests waiting for a response head, oldest first; only with a RequestTimeout
+	from      string    // downstream's address for x-forwarded-for; empty until first used
+
+	over outcome
+}
+
+// times are the points in time that a multiplex keeps.
+type times struct {
 	opened   time.Time
 	requests time.Time // when the requests read last arrived
 	clock    time.Time // cached time of this round; zero: read the clock
+	lastMove time.Time // when bytes moved last, or the watch began; kept only while an idle limit applies
+}
 
-	routed Request // the router's argument; a field, so that it is not allocated
-
-	resets budget // for streams that downstream resets or that break the protocol
-
-	lost     *reply // upstream is gone, and requests get this reply; nil: it is there
+// lostUpstream describes an upstream that is gone.
+type lostUpstream struct {
+	lost     *reply // the reply to requests; nil while upstream is there
 	lostErr  error
+	lostAt   time.Time
 	answered bool // a request got that reply
+}
 
-	lastServed    uint32 // last stream ID announced in GOAWAY; http2.MaxStream if none was sent
+// drainState is the state of the connection's own end: which streams are still served.
+type drainState struct {
+	lastServed    uint32 // last stream ID announced in GOAWAY; http2.MaxStream before the first one
 	drainPhase    drainPhase
-	finalGoAwayAt time.Time // when the final GOAWAY is sent
-
-	downEnded bool      // downstream has half-closed
-	lastMove  time.Time // when bytes moved last, or the watch began; kept only while an idle limit applies
-	lostAt    time.Time
-	waiting   []waiting // requests waiting for a response head, oldest first; only with a RequestTimeout
-
-	from string // downstream's address for x-forwarded-for; empty until first used
-
-	over outcome
+	finalGoAwayAt time.Time
 }
 
 // outcome is how a multiplex ends.
@@ -70,11 +82,8 @@ const (
 // ServeHTTP2 serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
 func (e *Engine) ServeHTTP2(w *tcp.Waiter, c Connection) {
 	c.Router = c.router()
-	m := &multiplex{
-		engine: e, w: w, Connection: c, up: c.Early,
-		lastServed: http2.MaxStream,
-		opened:     time.Now(),
-	}
+	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, Connection: c, up: c.Early}
+	m.opened, m.lastServed = time.Now(), http2.MaxStream
 	m.requests = m.opened
 	m.resets = newBudget(resetBurst, resetRate, resetBurst, m.requests)
 	m.window = downWindow{connection: http2.FirstWindow, stream: http2.FirstWindow}
@@ -290,8 +299,8 @@ func (m *multiplex) relayOpaque() {
 	received, sent := &m.Record.Received, &m.Record.Sent // the counters of the open connection in the table
 	received.Store(m.toUp.written)
 	end, err := relay.Run(m.w, m.Down, m.up, relay.Options{
-		IdleTimeout:      config.IdleTimeout,
-		HalfCloseTimeout: config.HalfCloseTimeout,
+		IdleTimeout:      m.settings.IdleTimeout,
+		HalfCloseTimeout: m.settings.HalfCloseTimeout,
 		FromDown:         received,
 		FromUp:           sent,
 		DownRead:         down,

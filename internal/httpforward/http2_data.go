@@ -168,7 +168,7 @@ type waiting struct {
 // awaitHead starts the RequestTimeout of a stream. Answered requests can accumulate behind an old one: they are removed
 // when the list is full.
 func (m *multiplex) awaitHead(s *stream) {
-	if m.engine.config.RequestTimeout <= 0 || s.begun {
+	if m.settings.RequestTimeout <= 0 || s.begun {
 		return
 	}
 	if len(m.waiting) == cap(m.waiting) {
@@ -181,7 +181,7 @@ func (m *multiplex) awaitHead(s *stream) {
 	m.waiting = append(m.waiting, waiting{s.id, m.now()})
 }
 
-// longestWait returns the request that has waited longest, nil if there is none.
+// longestWait returns the request that has waited longest, or nil.
 func (m *multiplex) longestWait() (*stream, time.Time) {
 	for len(m.waiting) > 0 {
 		if s := m.streams.find(m.waiting[0].stream); s != nil && !s.begun {

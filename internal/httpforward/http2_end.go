@@ -125,10 +125,10 @@ func (m *multiplex) sendGoAway(code http2.Code, text string) {
 	m.toDown.insert(http2.AppendGoAway(m.toDown.scratch, m.lastServed, code, text))
 }
 
-// ensureSettings sends the first SETTINGS frame in place of upstream, if upstream has sent none.
+// ensureSettings sends the first SETTINGS frame in place of upstream, unless upstream has sent its own.
 func (m *multiplex) ensureSettings() {
 	if l := &m.toDown; !l.settingsSent {
-		l.sendSettings(settings{})
+		l.sendSettings(settingsFrame{})
 	}
 }
 
@@ -243,7 +243,7 @@ const lostTime = 5 * time.Second
 // deadline returns when the next wait has to end, and for which limit. A zero time means no deadline. In that common
 // case the clock is not read.
 func (m *multiplex) deadline() (at time.Time, why limit) {
-	config := &m.engine.config
+	config := m.settings
 	sooner := func(limit limit, from time.Time, after time.Duration) {
 		if t := from.Add(after); why == noLimit || t.Before(at) {
 			at, why = t, limit
@@ -276,7 +276,7 @@ func (m *multiplex) deadline() (at time.Time, why limit) {
 
 // quietLimit returns how long the connection may be idle.
 func (m *multiplex) quietLimit() (limit, time.Duration) {
-	config := &m.engine.config
+	config := m.settings
 	if idle, half := config.IdleTimeout, config.HalfCloseTimeout; m.downEnded && half > 0 && (idle <= 0 || half < idle) {
 		return halfCloseLimit, half
 	}
@@ -308,7 +308,7 @@ func (m *multiplex) timedOut(why limit) {
 func (m *multiplex) requestsTimedOut() {
 	for {
 		s, since := m.longestWait()
-		if s == nil || m.now().Sub(since) < m.engine.config.RequestTimeout {
+		if s == nil || m.now().Sub(since) < m.settings.RequestTimeout {
 			return
 		}
 		m.resetUpstream(s.id, http2.Cancel)

@@ -23,32 +23,50 @@ type lane struct {
 	other    *lane // the opposite direction
 	src, dst *tcp.Conn
 
-	in       *tcp.Buffer // nil if no read bytes are unhandled
-	large    bool        // in is a large buffer
-	parsed   int         // handled bytes of in; out may point at them
-	out      tcp.Vector  // whole frames, pieces of in and of scratch
-	scratch  []byte      // frames and headers generated here
-	outgrown [][]byte    // earlier arrays of scratch, before it grew; out may point at them
-	ended    []*stream   // streams whose records close when out is written
-	credit   int         // bytes of out that are WINDOW_UPDATEs of our own
-	written  uint64      // bytes that dst accepted
-	bulk     bool        // the last read left bytes in the socket
-	yielded  bool        // the turn ended while more could be read
-	outFull  bool        // in has unhandled frames, because out is full
+	laneInput
+	laneOutput
+	frameState
+	laneTables
 
+	idleFrames     budget
 	srcErr, dstErr error // io.EOF from src is an orderly close
+}
 
+// laneInput is the input of a lane.
+type laneInput struct {
+	in      *tcp.Buffer // nil if no read bytes are unhandled
+	large   bool        // in is a large buffer
+	parsed  int         // handled bytes of in; out may point at them
+	bulk    bool        // the last read left bytes in the socket
+	yielded bool        // the turn ended while more could be read
+	outFull bool        // in has unhandled frames, because out is full
+}
+
+// laneOutput is the output of a lane.
+type laneOutput struct {
+	out      tcp.Vector // whole frames, pieces of in and of scratch
+	scratch  []byte     // frames and headers generated here
+	outgrown [][]byte   // earlier arrays of scratch, before it grew; out may point at them
+	ended    []*stream  // streams whose records close when out is written
+	credit   int        // bytes of out that are WINDOW_UPDATEs of our own
+	written  uint64     // bytes that dst accepted
+}
+
+// frameState is the position of a lane in its frames.
+type frameState struct {
 	settingsSent bool      // src's first SETTINGS frame was forwarded, or sent in its place
 	frameLimit   int       // the largest frame size that dst has announced
 	rest         rest      // rest of a frame whose beginning was handled
 	block        block     // an incomplete header block
 	began        time.Time // see headSince
 	owed         int       // connection-level credit to return to src, for data that is not forwarded
-	idleFrames   budget
+}
 
+// laneTables are the HPACK tables of a lane.
+type laneTables struct {
 	decoder *http2.Decoder // of src's header blocks
 	encoder *http2.Encoder // of header blocks for dst
-	unacked []tableSize    // src's SETTINGS frames that dst has not acknowledged
+	unacked []tableSize    // of src's SETTINGS frames that dst has not acknowledged
 }
 
 // rest is the part of a frame that has not arrived.
@@ -72,7 +90,7 @@ type block struct {
 func (l *lane) init(m *multiplex, other *lane) {
 	l.m, l.other = m, other
 	l.frameLimit = http2.MinFrameSize
-	l.decoder = http2.NewDecoder(m.engine.config.MaxHeadBytes, m.engine.config.MaxHeadFields)
+	l.decoder = http2.NewDecoder(m.settings.MaxHeadBytes, m.settings.MaxHeadFields)
 	l.encoder = http2.NewEncoder()
 	l.idleFrames = newBudget(idleBurst, idleRate, idleMax, m.requests)
 }
@@ -216,7 +234,7 @@ func (l *lane) makeRoom() {
 func (l *lane) needs() int { return http2.HeaderLength + max(http2.MinFrameSize, l.blockLimit()) }
 
 // blockLimit limits an encoded header block, with padding and priority.
-func (l *lane) blockLimit() int { return l.m.engine.config.MaxHeadBytes + 262 }
+func (l *lane) blockLimit() int { return l.m.settings.MaxHeadBytes + 262 }
 
 // parse handles the frames in the buffer. A header block may grow when it is re-encoded, most of all a reference to a
 // large table entry: parse stops when out is full, and sets outFull.

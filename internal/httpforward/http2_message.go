@@ -56,7 +56,12 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.tooMany(s)
 	}
 	m.routed.view(&s.record)
-	if decision := m.Router.Route(&m.routed); decision.Target != m.Target {
+	decision := m.Router.Route(&m.routed)
+	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
+	switch {
+	case decision.noRoute():
+		return m.answer(s, &replyNoRoute, errNoRoute)
+	case decision.Target != m.Target:
 		return m.answer(s, &replyMisdirected, errMisdirected)
 	}
 	m.forwardRequest(s, end, fields, seen)
@@ -104,13 +109,13 @@ func (m *multiplex) recordRequest(s *stream, request *http2.Request, fields []ht
 	if has.forwardedFor {
 		to.ForwardedFor = s.nameJoined(fields[forwardedFor:])
 	}
-	to.Fields = s.nameFields(to.Fields, fields, m.engine.config.Note.Request)
+	to.Fields = s.nameFields(to.Fields, fields, s.settings.Note.Request)
 	return has
 }
 
 // forwardRequest sends a request upstream, with the added fields.
 func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
-	l, add := &m.toUp, &m.engine.config.Fields
+	l, add := &m.toUp, &s.settings.Fields
 	s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
 	block := l.beginBlock()
 	for i := range fields {
@@ -216,8 +221,8 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	s.begun = true
 	r := &s.record.HTTP
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
-	r.ResponseFields = s.nameFields(r.ResponseFields, fields, m.engine.config.Note.Response)
-	l, timed := &m.toDown, m.engine.config.Fields.ServiceTime
+	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
+	l, timed := &m.toDown, s.settings.Fields.ServiceTime
 	block := l.beginBlock()
 	for i := range fields {
 		switch fields[i].Name {
@@ -259,7 +264,7 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 // replyMisdirected answers a request that the router sends to another upstream than the connection's. The stream cannot
 // be carried there, because its number and windows belong to this upstream connection, and must not be carried here
 // (RFC 9110 §15.5.20: the client may repeat it on another connection).
-var replyMisdirected = reply{421, "Misdirected Request", flow.UpstreamUnreachable, "NR", "misdirected_request"}
+var replyMisdirected = reply{421, "Misdirected Request", flow.UpstreamUnreachable, envoy.FlagNoRouteFound, envoy.DetailsMisdirected}
 
 var errMisdirected = errors.New("the request is routed to another upstream than its HTTP/2 connection")
 

@@ -2,21 +2,21 @@ package httpforward
 
 import "github.com/pillion-proxy/pillion/internal/http2"
 
-// settings holds one SETTINGS frame; the last value of a repeated parameter wins (RFC 9113 §6.5.3).
-type settings struct {
+// settingsFrame holds one SETTINGS frame; the last value of a repeated parameter wins (RFC 9113 §6.5.3).
+type settingsFrame struct {
 	present uint16 // the parameters present, as bits
 	values  [http2.EnableConnectProtocol + 1]uint32
 }
 
-func (w *settings) set(id http2.SettingID, value uint32) {
+func (w *settingsFrame) set(id http2.SettingID, value uint32) {
 	w.present |= 1 << id
 	w.values[id] = value
 }
 
-func (w *settings) has(id http2.SettingID) bool { return w.present>>id&1 != 0 }
+func (w *settingsFrame) has(id http2.SettingID) bool { return w.present>>id&1 != 0 }
 
 // atMost sets a parameter to value, unless it is already lower.
-func (w *settings) atMost(id http2.SettingID, value uint32) {
+func (w *settingsFrame) atMost(id http2.SettingID, value uint32) {
 	if !w.has(id) || w.values[id] > value {
 		w.set(id, value)
 	}
@@ -48,7 +48,7 @@ func (l *lane) settings(h http2.Header, payload []byte) error {
 	if len(l.unacked) == maxUnacked {
 		return http2.ConnectionError(http2.EnhanceYourCalm, "too many SETTINGS frames")
 	}
-	var w settings
+	var w settingsFrame
 	var table tableSize
 	for len(payload) > 0 {
 		var s http2.Setting
@@ -78,7 +78,7 @@ func (l *lane) settings(h http2.Header, payload []byte) error {
 }
 
 // apply applies the parameters that affect this proxy.
-func (l *lane) apply(w *settings) error {
+func (l *lane) apply(w *settingsFrame) error {
 	if !l.fromDown() && w.has(http2.EnablePush) && w.values[http2.EnablePush] != 0 {
 		return http2.ConnectionError(http2.ProtocolError, "a server cannot be pushed to")
 	}
@@ -94,7 +94,7 @@ func (l *lane) apply(w *settings) error {
 
 // sendSettings sends an edited SETTINGS frame. The first one always contains our own limits, and frames that were held
 // follow it.
-func (l *lane) sendSettings(w settings) {
+func (l *lane) sendSettings(w settingsFrame) {
 	first, down := !l.settingsSent, l.fromDown()
 	if w.has(http2.HeaderTableSize) {
 		w.atMost(http2.HeaderTableSize, maxTable)
@@ -106,7 +106,7 @@ func (l *lane) sendSettings(w settings) {
 		w.atMost(http2.MaxConcurrentStreams, maxStreams)
 	}
 	if first || w.has(http2.MaxHeaderListSize) {
-		w.atMost(http2.MaxHeaderListSize, uint32(l.m.engine.config.MaxHeadBytes))
+		w.atMost(http2.MaxHeaderListSize, uint32(l.m.settings.MaxHeadBytes))
 	}
 	held := len(l.scratch)
 	scratch := http2.Header{Type: http2.Settings}.Append(l.scratch)

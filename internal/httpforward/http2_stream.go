@@ -11,9 +11,10 @@ import (
 
 // stream is one request and its response. Streams are pooled together with their memory.
 type stream struct {
-	id     uint32
-	record flow.Record
-	names  []byte // backing memory of the slices in record
+	id       uint32
+	settings *Settings // for this request: Note and Fields
+	record   flow.Record
+	names    []byte // backing memory of the slices in record
 
 	request, response body
 
@@ -47,7 +48,7 @@ var streamPool = sync.Pool{New: func() any { return new(stream) }}
 
 func (m *multiplex) takeStream(id uint32) *stream {
 	s := streamPool.Get().(*stream)
-	s.id = id
+	s.id, s.settings = id, m.engine.settings.Load()
 	r := &s.record
 	r.Direction, r.Protocol = m.engine.config.Direction, flow.HTTP2
 	r.Opened = m.requests

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -23,17 +24,36 @@ type Config struct {
 	Dialer    upstream.Dialer
 	Pool      *upstream.Pool // of idle HTTP/1 connections
 	Flows     flow.Sink      // takes each request's record
-	Note      flow.Fields    // fields whose values are recorded
+	Settings                 // until the first Apply
+}
 
+// Settings is what may change while connections are open. A value is never modified: Apply replaces it. HTTP/1 reads it
+// once for each request, when the first byte of the request has arrived, and before each wait for a request. HTTP/2 reads
+// Note and Fields once for each request. It reads the others once for each connection, because the limits are announced
+// to the peer and the timeouts cover all streams.
+type Settings struct {
 	MaxHeadBytes  int // of a request or response head, a header list, or trailers
 	MaxHeadFields int
 
 	HeadTimeout      time.Duration // for the head of a request from its first byte; zero or less: no limit
 	RequestTimeout   time.Duration // from the end of the request to the head of its response; zero or less: no limit
-	IdleTimeout      time.Duration // ends a connection in which nothing moves; zero or less: never
+	IdleTimeout      time.Duration // ends a connection on which no byte moves; zero or less: never
 	HalfCloseTimeout time.Duration // the same once downstream has half-closed; zero or less: never
 
-	Fields Fields
+	Note   flow.Fields // fields whose values are recorded
+	Fields Fields      // fields that are added to messages
+}
+
+func (s *Settings) check() error {
+	if s.MaxHeadBytes <= 0 || s.MaxHeadFields <= 0 {
+		return errors.New("httpforward: the limits of heads are required")
+	}
+	return nil
+}
+
+// limits returns the limits of a head.
+func (s *Settings) limits() http1.Limits {
+	return http1.Limits{Head: s.MaxHeadBytes, Fields: s.MaxHeadFields}
 }
 
 // Connection is what the caller hands to an engine. The engine owns all of it, except that the caller closes Record.
@@ -41,7 +61,7 @@ type Connection struct {
 	Down *tcp.Conn
 	Read *tcp.Buffer // bytes already read from Down; never nil, and not empty
 
-	// An upstream connection opened before downstream sent anything; nil if there is none. It serves the first request.
+	// An upstream connection opened before downstream sent anything; or nil. It serves the first request.
 	// EarlyRead holds the bytes read from it; nil except for HTTP/2, whose servers may send first.
 	Early     *tcp.Conn
 	EarlyRead *tcp.Buffer
@@ -57,11 +77,12 @@ type Connection struct {
 
 // Engine forwards the HTTP of one direction. Make it with New.
 type Engine struct {
-	config Config
-	state  atomic.Int32 // one of the states below
+	config   Config // without Settings
+	settings atomic.Pointer[Settings]
+	state    atomic.Int32 // one of the states below
 }
 
-// The states, in their order. A connection checks the state when it is woken, so whoever sets it must wake the poller.
+// The states, in their order. A connection checks the state when it is woken, so the poller must be woken after a change.
 const (
 	serving   int32 = iota
 	announced       // HTTP/1 responses carry Connection: close
@@ -70,12 +91,28 @@ const (
 
 // New checks the configuration.
 func New(config Config) (*Engine, error) {
-	if config.Dialer.Poller == nil || config.Pool == nil || config.Flows == nil ||
-		config.MaxHeadBytes <= 0 || config.MaxHeadFields <= 0 {
-		return nil, errors.New("httpforward: Dialer, Pool, Flows and the limits of heads are required")
+	if config.Dialer.Poller == nil || config.Pool == nil || config.Flows == nil {
+		return nil, errors.New("httpforward: Dialer, Pool and Flows are required")
 	}
-	return &Engine{config: config}, nil
+	e := &Engine{config: config}
+	e.config.Settings = Settings{}
+	if err := e.Apply(config.Settings); err != nil {
+		return nil, err
+	}
+	return e, nil
 }
+
+// Apply replaces the settings. See Settings for which requests and connections use them. Invalid settings change nothing.
+func (e *Engine) Apply(settings Settings) error {
+	if err := settings.check(); err != nil {
+		return err
+	}
+	e.settings.Store(&settings)
+	return nil
+}
+
+// Settings returns the current settings.
+func (e *Engine) Settings() Settings { return *e.settings.Load() }
 
 // Announce prepares for a drain: from now on responses to HTTP/1 requests close their connection, so that clients
 // reconnect elsewhere without losing a request.

@@ -23,7 +23,7 @@ const smallBody = 2 << 10
 // unchanged. Body bytes are forwarded only after they were parsed, or when the framing makes parsing unnecessary.
 type message struct {
 	src, dst *tcp.Conn
-	in       *tcp.Buffer // bytes read from src: the next of the body and those after it; nil if there are no such bytes
+	in       *tcp.Buffer // bytes read from src: the next of the body and those after it; may be nil
 	head     []byte      // as it goes to dst
 	ready    int         // bytes at the front of in that are or were in out
 	out      tcp.Vector  // parts of head and in that dst has not accepted yet

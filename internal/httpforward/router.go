@@ -1,6 +1,9 @@
 package httpforward
 
 import (
+	"errors"
+
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -32,7 +35,7 @@ type Decision struct {
 	// 421.
 	Target upstream.Target
 
-	// Names of the upstream and of the rule that decided, for the request's record, which does not have them yet.
+	// Cluster and Route are Envoy's names of the upstream and of the rule that chose it, for the request's record.
 	Cluster, Route string
 }
 
@@ -46,7 +49,7 @@ func (c *Connection) router() Router {
 	if c.Router != nil {
 		return c.Router
 	}
-	return &constant{Decision{Target: c.Target}}
+	return &constant{Decision{Target: c.Target, Cluster: c.Record.Cluster, Route: c.Record.Route}}
 }
 
 // view sets r to the request that record describes.
@@ -59,3 +62,11 @@ func (r *Request) view(record *flow.Record) {
 		Authority:  record.HTTP.Authority,
 	}
 }
+
+// noRoute reports whether the decision names no upstream.
+func (d *Decision) noRoute() bool { return !d.Target.Address.IsValid() }
+
+// replyNoRoute is Envoy's reply to a request for which it has no route.
+var replyNoRoute = reply{404, "", flow.UpstreamUnreachable, envoy.FlagNoRouteFound, envoy.DetailsRouteNotFound}
+
+var errNoRoute = errors.New("the router returned no upstream for the request")

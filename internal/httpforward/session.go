@@ -10,7 +10,7 @@ import (
 )
 
 // idleCheck is how long an upstream connection must have been idle to be checked for a close before it is used. After a
-// shorter pause the poller's state is enough, which saves a busy connection a system call per request.
+// shorter pause the poller's state is enough. That saves a busy connection a system call per request.
 const idleCheck = 20 * time.Millisecond
 
 // session is one HTTP/1 downstream connection with its upstream. Between two requests it holds no buffer.
@@ -89,7 +89,7 @@ func (s *session) awaitRequest() bool {
 		if s.engine.state.Load() == draining {
 			return false
 		}
-		if s.w.Wait(after(s.engine.config.IdleTimeout), s.Down, s.up) != nil {
+		if s.w.Wait(after(s.engine.settings.Load().IdleTimeout), s.Down, s.up) != nil {
 			return false
 		}
 	}

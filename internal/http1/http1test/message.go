@@ -8,7 +8,7 @@ import "strings"
 type Message struct {
 	Name  string // the promise, unique in its table
 	Bytes string // the input; the message begins at the first byte
-	Head  string // the head that goes on, with its empty line; empty when it is the one that came
+	Head  string // the forwarded head, with its empty line; if empty, the head of Bytes
 	Rest  string // the bytes after the message
 
 	// Want is the name of the error, as the codec spells it; or the framing and the number of payload bytes: "no body",
