@@ -12,6 +12,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/iptables"
+	"github.com/pillion-proxy/pillion/iptables/validate"
 )
 
 // newInit is `pillion init`: istio-iptables' flags, better defaults.
@@ -165,7 +166,7 @@ func (o *initOptions) here(ctx context.Context, stdout io.Writer, log *slog.Logg
 	}
 	ctx, cancel := context.WithTimeout(ctx, o.probeTimeout)
 	defer cancel()
-	unproven, err := iptables.Validate(ctx, o.spec, o.probePort)
+	unproven, err := validate.Capture(ctx, o.spec, o.probePort)
 	for _, what := range unproven {
 		log.Info(what)
 	}
