@@ -100,9 +100,10 @@ func (o *initOptions) run(cmd *cobra.Command, _ []string) error {
 		return err
 	}
 	if err := o.spec.Validate(); err != nil {
-		return err
+		return nameSettings(cmd.Flags(), err)
 	}
-	return o.inNamespace(func() error { return o.here(ctx, stdout, log) })
+	err := o.inNamespace(func() error { return o.here(ctx, stdout, log) })
+	return nameSettings(cmd.Flags(), err)
 }
 
 // complete turns what was said into a spec.

@@ -83,7 +83,7 @@ func (o *viewOptions) readSpec(flags *pflag.FlagSet, log *slog.Logger) error {
 	if err := o.complete(log); err != nil {
 		return err
 	}
-	return o.spec.Validate()
+	return nameSettings(flags, o.spec.Validate())
 }
 
 // rules are those that are meant: what is planned if any flag of init says so, else what is in force.

@@ -178,22 +178,25 @@ func (c RouteChange) Apply() error {
 	}
 	if c.Route.Mark != 0 {
 		if err := netlink.RuleAdd(c.Route.rule()); err != nil {
-			return fmt.Errorf("adding %s rule %s: %w", c.Route.Family, c.Route, explainRouting(err))
+			return fmt.Errorf("adding %s rule %s: %w", c.Route.Family, c.Route, c.Route.explain(err))
 		}
 		return nil
 	}
 	if err := netlink.RouteAdd(c.Route.route()); err != nil {
-		return fmt.Errorf("adding %s route %s: %w", c.Route.Family, c.Route, explainRouting(err))
+		return fmt.Errorf("adding %s route %s: %w", c.Route.Family, c.Route, c.Route.explain(err))
 	}
 	return nil
 }
 
-func explainRouting(err error) error {
+// explain adds the remedy to an error of netlink, and the field of the Spec that has to change.
+func (r Route) explain(err error) error {
 	switch {
 	case errors.Is(err, unix.EEXIST):
-		return fmt.Errorf("%w: the table belongs to somebody else; choose another with -r", err)
+		return &capture.FieldError{Field: "TPROXYTable", Value: fmt.Sprint(r.Table),
+			Err: fmt.Errorf("%w: this routing table is in use by somebody else; use another one", err)}
 	case noRouting(err):
-		return fmt.Errorf("%w: the kernel has no policy routing, which TPROXY needs; use -m REDIRECT", err)
+		return &capture.FieldError{Field: "Mode", Value: string(capture.TPROXY),
+			Err: fmt.Errorf("%w: the kernel lacks policy routing; use %s", err, capture.Redirect)}
 	}
 	return err
 }

@@ -326,7 +326,7 @@ func (s subject) explain(err error) error {
 		return kernel.MissingCapabilityError("NET_ADMIN")
 	case !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EPROTONOSUPPORT) && !errors.Is(err, unix.EAFNOSUPPORT):
 	case s.hook.kind != "":
-		return fmt.Errorf("a chain of type %s in family inet: %w: %w; load nft_chain_nat and nf_tables_inet on the node, or use --backend iptables", s.hook.kind, err, kernel.ErrNoKernelSupport)
+		return fmt.Errorf("a chain of type %s in family inet: %w: %w; load nft_chain_nat and nf_tables_inet on the node, or use iptables", s.hook.kind, err, kernel.ErrNoKernelSupport)
 	case s.id != "":
 		var needs string
 		for _, feature := range features {
@@ -334,7 +334,7 @@ func (s subject) explain(err error) error {
 				needs = cmp.Or(needs, feature.module)
 			}
 		}
-		return fmt.Errorf("rule %s: %w: %w; load %s on the node, or use --backend iptables", s.id, err, kernel.ErrNoKernelSupport, cmp.Or(needs, "nf_tables"))
+		return fmt.Errorf("rule %s: %w: %w; load %s on the node, or use iptables", s.id, err, kernel.ErrNoKernelSupport, cmp.Or(needs, "nf_tables"))
 	}
 	if s.id != "" {
 		return fmt.Errorf("rule %s: %w", s.id, err)

@@ -41,7 +41,7 @@ func TestARefusalOfTheKernelNamesTheRuleAndWhatIsMissing(t *testing.T) {
 		err     error
 		want    string
 	}{
-		{rule(ruleset.Rule{ID: "a", Target: ruleset.Redirect(1)}), unix.ENOENT, "rule a: no such file or directory: " + kernel.ErrNoKernelSupport.Error() + "; load nft_redir on the node, or use --backend iptables"},
+		{rule(ruleset.Rule{ID: "a", Target: ruleset.Redirect(1)}), unix.ENOENT, "rule a: no such file or directory: " + kernel.ErrNoKernelSupport.Error() + "; load nft_redir on the node, or use iptables"},
 		{rule(ruleset.Rule{ID: "a", Target: ruleset.ToSocket{}}), unix.EOPNOTSUPP, "load nft_tproxy on the node"},
 		{rule(ruleset.Rule{ID: "a", Target: ruleset.Zone(1)}), unix.EOPNOTSUPP, "load nft_ct, with marks and zones of connection tracking on the node"},
 		{rule(ruleset.Rule{ID: "a", Target: ruleset.Return{}}), unix.ENOENT, "load nf_tables on the node"},
