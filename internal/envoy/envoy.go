@@ -35,6 +35,7 @@ const (
 	DetailsHeadTimeout        = "request_header_timeout"
 	DetailsIdleTimeout        = "stream_idle_timeout"
 	DetailsOverload           = "overload"
+	DetailsMisdirected        = "misdirected_request"
 	DetailsResponseTimeout    = "response_timeout"
 	DetailsHTTP1CodecError    = "http1.codec_error"
 	DetailsHTTP1HeadTooLarge  = "http1.headers_too_large"

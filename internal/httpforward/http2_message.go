@@ -259,7 +259,7 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 // replyMisdirected answers a request that the router sends to another upstream than the connection's. The stream cannot go
 // there, since its number and windows are those of this upstream connection, and must not go to this one (RFC 9110
 // §15.5.20: the client may repeat it on another connection).
-var replyMisdirected = reply{421, "Misdirected Request", flow.UpstreamUnreachable, "NR", "misdirected_request"}
+var replyMisdirected = reply{421, "Misdirected Request", flow.UpstreamUnreachable, envoy.FlagNoRouteFound, envoy.DetailsMisdirected}
 
 var errMisdirected = errors.New("the request is routed to another upstream than its HTTP/2 connection")
 
