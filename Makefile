@@ -10,6 +10,9 @@ export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
 FUZZTIME ?= 10s
+N        ?= 20
+SEED     ?= 1
+PACKAGES ?= ./internal/...
 
 # The largest share, in percent, of comment lines and of document lines that may use a phrase which scripts/prose lists.
 PROSE_COMMENTS  ?= 24
@@ -26,6 +29,9 @@ PEERS := e2e/testdata/peers
 # what is in deploy: likewise. Tests of injection build it without cgo, and so what has been compiled serves all.
 KUBERNETES := e2e/testdata/kubernetes
 IN_KUBERNETES := cd $(KUBERNETES) && CGO_ENABLED=0
+
+# staticcheck and govulncheck: a module of their own, too.
+TOOLS := scripts/tools
 
 # What drives a browser, as npm installs it from the lock file. npm writes this file last.
 BROWSER := $(PEERS)/page/node_modules/.package-lock.json
@@ -90,6 +96,10 @@ manifests: modules ## what is in deploy, as kustomize, helm, Kubernetes and Prom
 fuzz: ## every fuzz target for FUZZTIME (10s)
 	FUZZTIME=$(FUZZTIME) scripts/fuzz
 
+.PHONY: mutate
+mutate: modules ## N mutants of PACKAGES, chosen by SEED: lists those that no test notices
+	$(GO) run -buildvcs=false ./scripts/mutate -n $(N) -seed $(SEED) $(PACKAGES)
+
 .PHONY: bench
 bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 6 minutes
 	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
@@ -103,8 +113,23 @@ lint: ## formatting, vet, module files, shell syntax, plain English
 	$(GO) mod tidy -diff
 	cd $(PEERS) && $(GO) vet ./... && $(GO) mod tidy -diff
 	$(IN_KUBERNETES) $(GO) vet ./... && $(GO) mod tidy -diff
+	cd $(TOOLS) && $(GO) mod tidy -diff
 	@for script in .ci/run $$(find scripts -maxdepth 1 -type f); do bash -n "$$script"; done
 	$(GO) run -buildvcs=false ./scripts/prose -comments $(PROSE_COMMENTS) -documents $(PROSE_DOCUMENTS)
+
+.PHONY: staticcheck
+staticcheck: modules ## staticcheck, in every module
+	$(GO) tool -modfile=$(TOOLS)/go.mod staticcheck ./...
+	cd $(PEERS) && $(GO) tool -modfile=$(CURDIR)/$(TOOLS)/go.mod staticcheck ./...
+	$(IN_KUBERNETES) $(GO) tool -modfile=$(CURDIR)/$(TOOLS)/go.mod staticcheck ./...
+
+.PHONY: vulncheck
+vulncheck: modules ## known vulnerabilities in the code that the programs call
+	scripts/vulncheck
+
+.PHONY: test-arm64
+test-arm64: tools-arm64 modules ## unit tests for arm64, by qemu-user
+	scripts/test-arm64
 
 ##@ Other
 # Before anything goes where there is no network.
@@ -113,13 +138,14 @@ modules:
 	@$(GO) mod download
 	@cd $(PEERS) && $(GO) mod download
 	@cd $(KUBERNETES) && $(GO) mod download
+	@cd $(TOOLS) && $(GO) mod download
 
 $(BROWSER): $(PEERS)/page/package-lock.json
 	@cd $(PEERS)/page && npm ci --no-audit --no-fund --loglevel error >/dev/null
 
 # They are silent when nothing is missing.
-.PHONY: tools-demo tools-try tools-image tools-test tools-bench
-tools-demo tools-try tools-image tools-test tools-bench: tools-%:
+.PHONY: tools-demo tools-try tools-image tools-test tools-bench tools-arm64
+tools-demo tools-try tools-image tools-test tools-bench tools-arm64: tools-%:
 	@scripts/install-tools $*
 
 .PHONY: help

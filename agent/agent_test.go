@@ -28,26 +28,26 @@ func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
 const patience = 10 * time.Second
 
-func TestValidateNamesTheFlag(t *testing.T) {
+func TestValidateNamesTheField(t *testing.T) {
 	valid := Default()
 	valid.Log = slog.New(slog.DiscardHandler)
 	if err := valid.Validate(); err != nil {
 		t.Errorf("the default is not valid: %v", err)
 	}
 	for want, change := range map[string]func(*Config){
-		"--outbound-port":       func(c *Config) { c.OutboundPort = 0 },
-		"--inbound-port":        func(c *Config) { c.InboundPort = c.OutboundPort },
-		"--readiness-port":      func(c *Config) { c.ReadinessPort = c.InboundPort },
-		"--connect-timeout":     func(c *Config) { c.ConnectTimeout = -1 },
-		"--idle-timeout":        func(c *Config) { c.IdleTimeout = -1 },
-		"--half-close-timeout":  func(c *Config) { c.HalfCloseTimeout = -1 },
-		"--drain-delay":         func(c *Config) { c.DrainDelay = c.DrainTimeout + 1 },
-		"--drain-timeout":       func(c *Config) { c.DrainTimeout = -1 },
-		"--max-connections":     func(c *Config) { c.MaxConnections = -1 },
-		"--access-log-interval": func(c *Config) { c.AccessLog.Interval = time.Nanosecond },
-		"--interception-mode":   func(c *Config) { c.Mode = "tproxy" },
-		"--tproxy-mark":         func(c *Config) { c.Mode, c.TPROXYMark = capture.TPROXY, capture.LoopMark },
-		"Config.Log":            func(c *Config) { c.Log = nil },
+		"Ports.Outbound":               func(c *Config) { c.Ports.Outbound = 0 },
+		"Ports.Inbound":                func(c *Config) { c.Ports.Inbound = c.Ports.Outbound },
+		"Ports.Readiness":              func(c *Config) { c.Ports.Readiness = c.Ports.Inbound },
+		"Connections.ConnectTimeout":   func(c *Config) { c.Connections.ConnectTimeout = -1 },
+		"Connections.IdleTimeout":      func(c *Config) { c.Connections.IdleTimeout = -1 },
+		"Connections.HalfCloseTimeout": func(c *Config) { c.Connections.HalfCloseTimeout = -1 },
+		"Drain.Delay":                  func(c *Config) { c.Drain.Delay = c.Drain.Timeout + 1 },
+		"Drain.Timeout":                func(c *Config) { c.Drain.Timeout = -1 },
+		"Connections.Max":              func(c *Config) { c.Connections.Max = -1 },
+		"AccessLog.Interval":           func(c *Config) { c.AccessLog.Interval = time.Nanosecond },
+		"Interception.Mode":            func(c *Config) { c.Interception.Mode = "tproxy" },
+		"Interception.TPROXYMark":      func(c *Config) { c.Interception.Mode, c.Interception.TPROXYMark = capture.TPROXY, capture.LoopMark },
+		"Config.Log":                   func(c *Config) { c.Log = nil },
 	} {
 		config := valid
 		change(&config)
@@ -81,7 +81,7 @@ func (s *syncBuffer) String() string {
 func testConfig() (Config, *syncBuffer) {
 	log := &syncBuffer{}
 	config := Default()
-	config.DrainDelay = 0
+	config.Drain.Delay = 0
 	config.Log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	return config, log
 }
@@ -98,17 +98,17 @@ func newIn(t *testing.T, ns *nettest.Namespace, config Config) (*Agent, error) {
 
 func TestAPortThatIsTakenIsNamedAndNothingIsLeft(t *testing.T) {
 	nettest.RequireRoot(t)
-	for _, c := range []struct{ flag, address string }{
-		{"--outbound-port", "127.0.0.1:15001"}, {"--outbound-port", "[::1]:15001"},
-		{"--inbound-port", "0.0.0.0:15006"}, {"--inbound-port", "[::]:15006"}, {"--readiness-port", "0.0.0.0:15021"},
-		{"--admin-port", "[::1]:15000"}, {"--metrics-port", "[::]:15090"}, {"--status-port", "0.0.0.0:15020"},
+	for _, c := range []struct{ field, address string }{
+		{"Ports.Outbound", "127.0.0.1:15001"}, {"Ports.Outbound", "[::1]:15001"},
+		{"Ports.Inbound", "0.0.0.0:15006"}, {"Ports.Inbound", "[::]:15006"}, {"Ports.Readiness", "0.0.0.0:15021"},
+		{"Ports.Admin", "[::1]:15000"}, {"Ports.Metrics", "[::]:15090"}, {"Ports.Status", "0.0.0.0:15020"},
 	} {
 		ns := nettest.New(t, "taken")
 		ns.Listen(t, "tcp", c.address)
 		config, _ := testConfig()
 		_, err := newIn(t, ns, config)
-		if err == nil || !strings.Contains(err.Error(), c.flag) || !strings.Contains(err.Error(), "in use") {
-			t.Errorf("with %s taken: %v; want an error that names %s", c.address, err, c.flag)
+		if err == nil || !strings.Contains(err.Error(), c.field) || !strings.Contains(err.Error(), "in use") {
+			t.Errorf("with %s taken: %v; want an error that names %s", c.address, err, c.field)
 		}
 		// What New opened first must be free again, or this would name an earlier flag.
 		if _, again := newIn(t, ns, config); again == nil || again.Error() != err.Error() {
@@ -143,7 +143,7 @@ func TestWhatIsBoundIsShown(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "shown")
 	config, _ := testConfig()
-	config.StatusPort = 0
+	config.Ports.Status = 0
 	a, err := newIn(t, ns, config)
 	if err != nil {
 		t.Fatal(err)
@@ -251,7 +251,7 @@ func TestTheDrainGateClosesFirst(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "drain")
 	config, _ := testConfig()
-	config.DrainDelay = patience // ended by force
+	config.Drain.Delay = patience // ended by force
 	a, err := newIn(t, ns, config)
 	if err != nil {
 		t.Fatal(err)
@@ -326,10 +326,10 @@ func TestThePortsAnswerWhileAndAfterTheAccessLogIsClosed(t *testing.T) {
 
 func TestWhatTheInjectorSaysWrongIsNamedAndNothingIsLeft(t *testing.T) {
 	for want, change := range map[string]func(*Config){
-		"ISTIO_KUBE_APP_PROBERS":       func(c *Config) { c.AppProbers = "{" },
-		"INSTANCE_IP":                  func(c *Config) { c.AppProbers = `{"/app-health/a/livez":{"tcpSocket":{"port":1}}}` },
-		"ISTIO_PROMETHEUS_ANNOTATIONS": func(c *Config) { c.ScrapeTargets = `{"scrape":"true","port":"15021"}` },
-		"--access-log":                 func(c *Config) { c.AccessLog.Path = t.TempDir() },
+		"Workload.Probers":             func(c *Config) { c.Workload.Probers = "{" },
+		"Workload.Pod.IP":              func(c *Config) { c.Workload.Probers = `{"/app-health/a/livez":{"tcpSocket":{"port":1}}}` },
+		"ISTIO_PROMETHEUS_ANNOTATIONS": func(c *Config) { c.Workload.ScrapeTargets = `{"scrape":"true","port":"15021"}` },
+		"AccessLog.Path":               func(c *Config) { c.AccessLog.Path = t.TempDir() },
 	} {
 		config, _ := testConfig()
 		change(&config)
@@ -343,7 +343,7 @@ func TestAnOrderToQuitEndsARunAtOnceAlsoInADrain(t *testing.T) {
 	nettest.RequireRoot(t)
 	for _, draining := range []bool{false, true} {
 		config, _ := testConfig()
-		config.DrainDelay, config.DrainTimeout = time.Hour, time.Hour
+		config.Drain.Delay, config.Drain.Timeout = time.Hour, time.Hour
 		a, err := newIn(t, nettest.New(t, "quit"), config)
 		if err != nil {
 			t.Fatal(err)

@@ -1,4 +1,4 @@
-// Package agent is the housekeeper: it builds every part, binds the ports, starts, drains and stops.
+// Package agent is the housekeeper: it builds all parts, binds the ports, starts, drains and stops.
 package agent
 
 import (
@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -15,162 +14,251 @@ import (
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
-// Config is what an agent needs. Validate says what is wrong with it.
+// Config configures an agent. Start from Default.
 type Config struct {
-	OutboundPort  uint16 // where rules redirect what the workload opens
-	InboundPort   uint16 // where rules redirect what others open
-	ReadinessPort uint16 // /healthz
-	StatusPort    uint16 // probes, merged metrics, orders of the pod; zero: not served
-	MetricsPort   uint16 // the agent's own metrics; zero: not served
-	AdminPort     uint16 // Envoy's admin paths and the live page, on loopback; zero: not served, and nothing is kept for it
-
-	Mode       capture.Mode // how inbound connections come
-	TPROXYMark uint32       // with capture.TPROXY, of what is sent from a client's address; the rules know it
-
-	ConnectTimeout   time.Duration // for a dial upstream; zero leaves it to the kernel
-	IdleTimeout      time.Duration // ends connections in which nothing moves; zero: never
-	HalfCloseTimeout time.Duration // the same once one side has closed; zero: never
-	MaxConnections   int           // inbound and outbound together; zero: as many as there are descriptors
-
-	OpaquePorts          capture.Ports // destination ports whose bytes nobody looks at
-	DetectionDelay       time.Duration // how long a connection may be silent before its upstream is dialled
-	DetectionHold        time.Duration // how long a beginning that could become anything is held
-	InboundProxyProtocol capture.Ports // inbound ports whose workload wants a PROXY protocol header
-
-	MaxHeadBytes        int           // of the head of an HTTP message
-	MaxHeadFields       int           // in the head of an HTTP message
-	RequestHeadTimeout  time.Duration // for the head of a request; zero: for ever
-	RequestTimeout      time.Duration // for the response; zero: for ever
-	UpstreamIdleTimeout time.Duration // closes idle HTTP/1 connections to upstreams; zero keeps none
-	InboundFields       httpforward.Fields
-	OutboundFields      httpforward.Fields
-
-	DNSCapture   bool             // serve the workload's DNS queries, which rules redirect to port 15053
-	DNSServers   []netip.AddrPort // who answers them; none: those of /etc/resolv.conf
-	DNSCacheSize int              // answers that are kept; zero keeps none
-
-	DrainDelay   time.Duration // from the announcement to the closing of the listeners
-	DrainTimeout time.Duration // from the beginning of the shutdown to the cutting of what is left
-
-	AccessLog        AccessLog
-	AppProbers       string // the value of ISTIO_KUBE_APP_PROBERS
-	ProbeLocalhost   bool   // probes go to localhost, in place of the pod's address
-	ProbeHTTP2       bool   // HTTPS probes may use HTTP/2
-	ProbeKeepAlive   bool   // HTTP probes keep their connection
-	ScrapeTargets    string // the value of ISTIO_PROMETHEUS_ANNOTATIONS
-	MetricsLocalOnly bool   // merged metrics are for this pod's processes alone
-	Profiling        bool   // /debug/pprof/ on the status port, for this pod's processes alone
+	Ports        Ports
+	Interception Interception
+	Connections  Connections
+	HTTP         HTTP
+	DNS          DNS
+	Drain        Drain
+	AccessLog    AccessLog
+	Status       Status
+	Workload     Workload
 
 	// SettingName spells a field of Config for people, such as --connect-timeout for ConnectTimeout. nil: as it is.
 	SettingName func(field string) string
 
 	Version  string
-	Pod      podinfo.Pod
 	Log      *slog.Logger
-	LogLevel *slog.LevelVar // of Log, which orders may change
+	LogLevel *slog.LevelVar // of Log; the admin server can change it
 }
 
-// What a limit of heads may be. A connection may make the agent keep so much.
+// Ports are where the agent listens. Status, Metrics and Admin are optional: zero turns them off.
+type Ports struct {
+	Outbound  uint16 // rules redirect the workload's own connections here
+	Inbound   uint16 // rules bring connections to the workload here
+	Readiness uint16 // /healthz
+	Status    uint16 // probes, merged metrics, orders of the pod
+	Metrics   uint16 // the agent's own metrics
+	Admin     uint16 // Envoy's admin paths and the live page, on loopback; zero also keeps no records for it
+}
+
+// Interception is how rules bring inbound connections.
+type Interception struct {
+	Mode       capture.Mode
+	TPROXYMark uint32 // with capture.TPROXY: mark of packets that are sent from a client's address; must be the rules' mark
+}
+
+// Connections applies to connections of every protocol.
+type Connections struct {
+	ConnectTimeout   time.Duration // for a dial upstream; zero leaves it to the kernel
+	IdleTimeout      time.Duration // closes connections without traffic; zero: never
+	HalfCloseTimeout time.Duration // the same once one side has closed; zero: never
+	Max              int           // inbound and outbound together; zero: limited by file descriptors only
+
+	OpaquePorts          capture.Ports // destination ports whose protocol is not detected
+	DetectionDelay       time.Duration // silence before the upstream is dialled
+	DetectionHold        time.Duration // how long an ambiguous beginning is held
+	InboundProxyProtocol capture.Ports // inbound ports whose workload expects a PROXY protocol header
+}
+
+// HTTP applies to forwarded HTTP messages.
+type HTTP struct {
+	MaxHeadBytes        int
+	MaxHeadFields       int
+	RequestHeadTimeout  time.Duration // for the head of a request; zero: no limit
+	RequestTimeout      time.Duration // from the whole request to the head of its response; zero: no limit
+	UpstreamIdleTimeout time.Duration // closes idle HTTP/1 connections to upstreams; zero keeps none
+	InboundFields       httpforward.Fields
+	OutboundFields      httpforward.Fields
+}
+
+// DNS configures the resolver.
+type DNS struct {
+	Capture   bool             // serve the workload's queries, which rules redirect to port 15053
+	Servers   []netip.AddrPort // upstreams; none: those of ResolvConf
+	CacheSize int              // in answers; zero: no cache
+}
+
+// Drain is how a shutdown lets connections finish. Both times count from the announcement.
+type Drain struct {
+	Delay   time.Duration // until the listeners close
+	Timeout time.Duration // until the remaining connections are cut
+}
+
+// Status configures the status port.
+type Status struct {
+	MetricsLocalOnly bool // merged metrics are served to processes of this pod only
+	Profiling        bool // serve /debug/pprof/ to processes of this pod
+}
+
+// Workload describes the workload, as the injector does.
+type Workload struct {
+	Pod            podinfo.Pod
+	Probers        string // its probes as JSON, see probe.Parse
+	ProbeLocalhost bool   // send probes to localhost, not to the pod's address
+	ProbeHTTP2     bool   // HTTPS probes may use HTTP/2
+	ProbeKeepAlive bool   // HTTP probes keep their connection
+	ScrapeTargets  string // where its metrics are served, as JSON, see scrape.ParseTargets
+}
+
+// FieldError reports an invalid or unusable value of a Config. Lower rooms know fields; the caller knows by which flag or
+// variable a field was set.
+type FieldError struct {
+	Field string // its path in Config, such as "Ports.Outbound"
+	Value string // empty when Err has it
+	Other string // path of the field that this one conflicts with, if any; Err ends where its name belongs
+	Err   error
+}
+
+func (e *FieldError) Error() string { return e.Text(func(field string) string { return field }) }
+
+func (e *FieldError) Unwrap() error { return e.Err }
+
+// Text is the error with fields named by name.
+func (e *FieldError) Text(name func(field string) string) string {
+	text := name(e.Field)
+	if e.Value != "" {
+		text += " " + e.Value
+	}
+	text += ": " + e.Err.Error()
+	if e.Other != "" {
+		text += " " + name(e.Other)
+	}
+	return text
+}
+
+func invalid(field, format string, values ...any) error {
+	return &FieldError{Field: field, Err: fmt.Errorf(format, values...)}
+}
+
+// Bounds of HTTP.MaxHeadBytes and HTTP.MaxHeadFields. One connection can make the agent keep that much.
 const (
 	minHeadBytes  = 1 << 10
 	maxHeadBytes  = 8 << 20
 	maxHeadFields = 100_000
 )
 
-// Default is the configuration of an agent that nobody has told anything, but for its logger.
+// Default is the default configuration, without its logger.
 func Default() Config {
 	return Config{
-		OutboundPort:        15001,
-		InboundPort:         15006,
-		ReadinessPort:       15021,
-		StatusPort:          15020,
-		MetricsPort:         15090,
-		AdminPort:           15000,
-		Mode:                capture.Redirect,
-		TPROXYMark:          1337,
-		ConnectTimeout:      10 * time.Second,
-		HalfCloseTimeout:    5 * time.Minute,
-		DetectionDelay:      5 * time.Millisecond,
-		DetectionHold:       time.Second,
-		MaxHeadBytes:        256 << 10,
-		MaxHeadFields:       1000,
-		RequestHeadTimeout:  time.Minute,
-		UpstreamIdleTimeout: 3 * time.Second,
-		InboundFields: httpforward.Fields{
-			ForwardedFor: httpforward.ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true,
+		Ports:        Ports{Outbound: 15001, Inbound: 15006, Readiness: 15021, Status: 15020, Metrics: 15090, Admin: 15000},
+		Interception: Interception{Mode: capture.Redirect, TPROXYMark: 1337},
+		Connections: Connections{
+			ConnectTimeout:   10 * time.Second,
+			HalfCloseTimeout: 5 * time.Minute,
+			DetectionDelay:   5 * time.Millisecond,
+			DetectionHold:    time.Second,
 		},
-		OutboundFields: httpforward.Fields{ForwardedProto: true, RequestID: true, ServiceTime: true},
-		DNSCacheSize:   dns.DefaultCacheSize,
-		DrainDelay:     5 * time.Second,
-		DrainTimeout:   20 * time.Second,
-		AccessLog:      AccessLog{Path: "/dev/stdout", Encoding: "text"},
-		Profiling:      true,
-		Pod:            podinfo.Nobody(),
-		LogLevel:       new(slog.LevelVar),
+		HTTP: HTTP{
+			MaxHeadBytes:        256 << 10,
+			MaxHeadFields:       1000,
+			RequestHeadTimeout:  time.Minute,
+			UpstreamIdleTimeout: 3 * time.Second,
+			InboundFields: httpforward.Fields{
+				ForwardedFor: httpforward.ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true,
+			},
+			OutboundFields: httpforward.Fields{ForwardedProto: true, RequestID: true, ServiceTime: true},
+		},
+		DNS:       DNS{CacheSize: dns.DefaultCacheSize},
+		Drain:     Drain{Delay: 5 * time.Second, Timeout: 20 * time.Second},
+		AccessLog: AccessLog{Path: "/dev/stdout", Encoding: "text"},
+		Status:    Status{Profiling: true},
+		Workload:  Workload{Pod: podinfo.Nobody()},
+		LogLevel:  new(slog.LevelVar),
 	}
 }
 
-// mayBeOff are the ports that 0 turns off.
-var mayBeOff = []string{"--status-port", "--metrics-port", "--admin-port"}
-
-// Validate returns the first thing that is wrong, named by its flag.
+// Validate returns the first invalid value as a FieldError.
 func (c Config) Validate() error {
-	ports := map[uint16]string{}
-	for _, p := range []struct {
-		flag string
-		port uint16
-	}{
-		{"--outbound-port", c.OutboundPort}, {"--inbound-port", c.InboundPort}, {"--readiness-port", c.ReadinessPort},
-		{"--status-port", c.StatusPort}, {"--metrics-port", c.MetricsPort}, {"--admin-port", c.AdminPort},
+	for _, validate := range []func() error{
+		c.validatePorts, c.validateDurations, c.validateLimits, c.Interception.validate, c.AccessLog.validate,
 	} {
-		if p.port == 0 && slices.Contains(mayBeOff, p.flag) {
-			continue
+		if err := validate(); err != nil {
+			return err
 		}
-		if p.port == 0 {
-			return fmt.Errorf("%s: port 0 is not a port; use 1 to 65535", p.flag)
-		}
-		if other, taken := ports[p.port]; taken {
-			return fmt.Errorf("%s: port %d is %s's already; give each its own", p.flag, p.port, other)
-		}
-		ports[p.port] = p.flag
-	}
-	for _, d := range []struct {
-		flag     string
-		duration time.Duration
-	}{
-		{"--connect-timeout", c.ConnectTimeout}, {"--idle-timeout", c.IdleTimeout},
-		{"--half-close-timeout", c.HalfCloseTimeout},
-		{"--detection-delay", c.DetectionDelay}, {"--detection-hold", c.DetectionHold},
-		{"--request-head-timeout", c.RequestHeadTimeout}, {"--request-timeout", c.RequestTimeout},
-		{"--upstream-idle-timeout", c.UpstreamIdleTimeout}, {"--drain-delay", c.DrainDelay}, {"--drain-timeout", c.DrainTimeout},
-	} {
-		if d.duration < 0 {
-			return fmt.Errorf("%s: %v is negative; use 0s or more", d.flag, d.duration)
-		}
-	}
-	if c.DrainDelay > c.DrainTimeout {
-		return fmt.Errorf("--drain-delay: %v is longer than --drain-timeout (%v), which counts from the same moment", c.DrainDelay, c.DrainTimeout)
-	}
-	if c.MaxConnections < 0 {
-		return fmt.Errorf("--max-connections: %d is negative; use 0 for no limit", c.MaxConnections)
-	}
-	if c.MaxHeadBytes < minHeadBytes || c.MaxHeadBytes > maxHeadBytes {
-		return fmt.Errorf("--max-head-bytes: %d is out of range; use %d to %d", c.MaxHeadBytes, minHeadBytes, maxHeadBytes)
-	}
-	if c.MaxHeadFields < 1 || c.MaxHeadFields > maxHeadFields {
-		return fmt.Errorf("--max-head-fields: %d is out of range; use 1 to %d", c.MaxHeadFields, maxHeadFields)
-	}
-	if c.Mode != capture.Redirect && c.Mode != capture.TPROXY {
-		return fmt.Errorf("--interception-mode: %q is not a mode; use %s or %s", c.Mode, capture.Redirect, capture.TPROXY)
-	}
-	if c.Mode == capture.TPROXY && (c.TPROXYMark == 0 || c.TPROXYMark == capture.LoopMark) {
-		return fmt.Errorf("--tproxy-mark: %d cannot be the mark; use that of the rules, which is neither 0 nor %d", c.TPROXYMark, capture.LoopMark)
-	}
-	if err := c.AccessLog.validate(); err != nil {
-		return err
 	}
 	if c.Log == nil || c.LogLevel == nil {
 		return errors.New("agent: Config.Log and Config.LogLevel are required")
+	}
+	return nil
+}
+
+func (c Config) validatePorts() error {
+	taken := map[uint16]string{}
+	for _, p := range []struct {
+		field    string
+		port     uint16
+		optional bool
+	}{
+		{"Ports.Outbound", c.Ports.Outbound, false},
+		{"Ports.Inbound", c.Ports.Inbound, false},
+		{"Ports.Readiness", c.Ports.Readiness, false},
+		{"Ports.Status", c.Ports.Status, true},
+		{"Ports.Metrics", c.Ports.Metrics, true},
+		{"Ports.Admin", c.Ports.Admin, true},
+	} {
+		if p.port == 0 && p.optional {
+			continue
+		}
+		if p.port == 0 {
+			return invalid(p.field, "0 is not a port; use 1 to 65535")
+		}
+		if other := taken[p.port]; other != "" {
+			return &FieldError{Field: p.field, Value: fmt.Sprint(p.port), Other: other, Err: errors.New("this port is already used by")}
+		}
+		taken[p.port] = p.field
+	}
+	return nil
+}
+
+func (c Config) validateDurations() error {
+	for _, d := range []struct {
+		field    string
+		duration time.Duration
+	}{
+		{"Connections.ConnectTimeout", c.Connections.ConnectTimeout},
+		{"Connections.IdleTimeout", c.Connections.IdleTimeout},
+		{"Connections.HalfCloseTimeout", c.Connections.HalfCloseTimeout},
+		{"Connections.DetectionDelay", c.Connections.DetectionDelay},
+		{"Connections.DetectionHold", c.Connections.DetectionHold},
+		{"HTTP.RequestHeadTimeout", c.HTTP.RequestHeadTimeout},
+		{"HTTP.RequestTimeout", c.HTTP.RequestTimeout},
+		{"HTTP.UpstreamIdleTimeout", c.HTTP.UpstreamIdleTimeout},
+		{"Drain.Delay", c.Drain.Delay},
+		{"Drain.Timeout", c.Drain.Timeout},
+	} {
+		if d.duration < 0 {
+			return invalid(d.field, "%v is negative; use 0s or more", d.duration)
+		}
+	}
+	if c.Drain.Delay > c.Drain.Timeout {
+		return &FieldError{Field: "Drain.Delay", Value: c.Drain.Delay.String(), Other: "Drain.Timeout",
+			Err: fmt.Errorf("must not be longer than %v, the value of", c.Drain.Timeout)}
+	}
+	return nil
+}
+
+func (c Config) validateLimits() error {
+	if c.Connections.Max < 0 {
+		return invalid("Connections.Max", "%d is negative; use 0 for no limit", c.Connections.Max)
+	}
+	if n := c.HTTP.MaxHeadBytes; n < minHeadBytes || n > maxHeadBytes {
+		return invalid("HTTP.MaxHeadBytes", "%d is out of range; use %d to %d", n, minHeadBytes, maxHeadBytes)
+	}
+	if n := c.HTTP.MaxHeadFields; n < 1 || n > maxHeadFields {
+		return invalid("HTTP.MaxHeadFields", "%d is out of range; use 1 to %d", n, maxHeadFields)
+	}
+	return nil
+}
+
+func (i Interception) validate() error {
+	if i.Mode != capture.Redirect && i.Mode != capture.TPROXY {
+		return invalid("Interception.Mode", "%q is not a mode; use %s or %s", i.Mode, capture.Redirect, capture.TPROXY)
+	}
+	if i.Mode == capture.TPROXY && (i.TPROXYMark == 0 || i.TPROXYMark == capture.LoopMark) {
+		return invalid("Interception.TPROXYMark", "%d is reserved; use the rules' mark, which is neither 0 nor %d", i.TPROXYMark, capture.LoopMark)
 	}
 	return nil
 }

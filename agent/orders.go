@@ -1,82 +1,103 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"log/slog"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/admin"
+	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// What can be ordered over the agent's own ports, and by signals. All of it may be called from anywhere, at any time.
+// orders is the state of what can be ordered over the agent's own ports and by signals. An order may come at any time, from
+// any goroutine, and more than once.
+type orders struct {
+	announcing   sync.Once
+	announced    time.Time // set by announcing
+	draining     atomic.Bool
+	failedByHand atomic.Bool     // by /healthcheck/fail
+	stopping     atomic.Bool     // a graceful order to stop listening is in progress
+	over         context.Context // ends on quit, or when the agent has ended
+	quitting     context.CancelFunc
+	obeying      sync.Mutex     // held while an order begins, and while over ends
+	running      sync.WaitGroup // orders in progress
+}
 
-// announce turns readiness off and makes answers to inbound HTTP/1 requests close their connections, while everything is
-// still accepted: load balancers learn of it before a connection is refused. The delay of a later shutdown counts from
-// the first announcement.
+// announce turns readiness off and makes responses to inbound HTTP/1 requests close their connections. Connections are still
+// accepted, so that load balancers notice before one is refused. The delay of a later shutdown counts from the first
+// announcement.
 func (a *Agent) announce() {
 	a.announcing.Do(func() {
 		a.announced = time.Now()
 		a.draining.Store(true)
-		a.inboundProxy.Announce()
-		a.log.Info("draining", "delay", a.config.DrainDelay, "timeout", a.config.DrainTimeout)
+		for _, l := range a.listeners {
+			if l.direction == flow.Inbound {
+				l.role.Announce()
+			}
+		}
+		a.log.Info("draining", "delay", a.config.Drain.Delay, "timeout", a.config.Drain.Timeout)
 	})
 }
 
-// drainListeners does what Envoy's /drain_listeners does.
+// drainListeners implements Envoy's /drain_listeners. A graceful order waits for the drain delay, once for all such orders.
 func (a *Agent) drainListeners(order admin.DrainOrder) {
 	if order.Graceful {
 		a.announce()
 	}
-	if order.Graceful && order.SkipExit || order.Graceful && !a.leaving.CompareAndSwap(false, true) {
+	if order.Graceful && order.SkipExit || order.Graceful && !a.stopping.CompareAndSwap(false, true) {
 		return
 	}
 	a.obey(func() {
 		if order.Graceful {
 			select {
-			case <-time.After(a.config.DrainDelay):
+			case <-time.After(a.config.Drain.Delay):
 			case <-a.over.Done():
 				return
 			}
 		}
-		a.stopInbound()
-		if !order.InboundOnly {
-			a.outbound.Stop()
+		for _, l := range a.listeners {
+			if l.direction == flow.Inbound || !order.InboundOnly {
+				a.stopListener(l)
+			}
 		}
 	})
 }
 
-// obey does what takes longer than an answer may, unless the agent has ended: orders come in until its ports are closed,
-// and a little after.
+// obey runs an order in the background, for what takes longer than an answer may. It does nothing after endOrders: handlers
+// can run until the ports are closed, and a little longer.
 func (a *Agent) obey(order func()) {
 	a.obeying.Lock()
 	defer a.obeying.Unlock()
 	if a.over.Err() == nil {
-		a.orders.Go(order)
+		a.running.Go(order)
 	}
 }
 
-// endOrders ends those that are under way, and waits for them. There are no others after it.
+// endOrders cancels the orders in progress and waits for them. Later orders do nothing.
 func (a *Agent) endOrders() {
 	a.obeying.Lock()
 	a.quitting()
 	a.obeying.Unlock()
-	a.orders.Wait()
+	a.running.Wait()
 }
 
-// quit ends the agent at once, as one that has done its work: jobs end their sidecar so.
+// quit ends the agent at once and as a success. Jobs end their sidecar with it.
 func (a *Agent) quit() {
-	a.log.Info("told to quit")
+	a.log.Info("quit requested")
 	a.quitting()
 }
 
-// ReopenLogs opens the access log anew, after its file was moved away.
+// ReopenLogs reopens the access log, for use after its file was moved away.
 func (a *Agent) ReopenLogs() {
 	if log := a.telling.access; log != nil {
 		log.Reopen()
 	}
 }
 
-// notDraining is the gate that shutdown closes first.
+// notDraining is the first gate that shutdown closes.
 func (a *Agent) notDraining() error {
 	if a.draining.Load() {
 		return errors.New("shutting down")
@@ -87,7 +108,7 @@ func (a *Agent) notDraining() error {
 // notFailedByHand is the gate of /healthcheck/fail.
 func (a *Agent) notFailedByHand() error {
 	if a.failedByHand.Load() {
-		return errors.New("failed by order; POST /healthcheck/ok ends that")
+		return errors.New("failed by POST /healthcheck/fail; POST /healthcheck/ok ends that")
 	}
 	return nil
 }

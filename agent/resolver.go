@@ -10,45 +10,45 @@ import (
 	"github.com/pillion-proxy/pillion/internal/dns"
 )
 
-// ResolvConf is where the workload's own name servers stand, and the agent's too: a pod's containers share them.
+// ResolvConf lists the workload's name servers. The containers of a pod share the list.
 const ResolvConf = "/etc/resolv.conf"
 
-// resolve makes the resolver, when DNS is captured, and binds its port. It is bound to loopback: an answer from another
-// address would miss its entry in connection tracking.
+// resolve makes the resolver and binds its port, if DNS is captured. The port is bound on loopback, because an answer from
+// another address would miss its connection tracking entry.
 func (a *Agent) resolve() error {
-	if !a.config.DNSCapture {
+	if !a.config.DNS.Capture {
 		return nil
 	}
 	servers, err := a.nameServers(ResolvConf)
 	if err != nil {
-		return fmt.Errorf("--dns-capture: %w", err)
+		return &FieldError{Field: "DNS.Servers", Err: err}
 	}
 	resolver, err := dns.New(dns.Config{
 		Upstreams: servers,
-		CacheSize: a.config.DNSCacheSize,
+		CacheSize: a.config.DNS.CacheSize,
 		Sink:      a.resolved,
 		Log:       a.log,
 	})
 	if err != nil {
-		return fmt.Errorf("--dns-capture: %w", err)
+		return &FieldError{Field: "DNS.Capture", Err: err}
 	}
 	a.resolver = resolver
 	return nil
 }
 
-// nameServers are those of the configuration, or else those that the file at path names.
+// nameServers returns the configured servers, or else those in the file at path.
 func (a *Agent) nameServers(path string) ([]netip.AddrPort, error) {
-	if len(a.config.DNSServers) > 0 {
-		return a.config.DNSServers, nil
+	if len(a.config.DNS.Servers) > 0 {
+		return a.config.DNS.Servers, nil
 	}
 	servers, err := dns.ReadResolvConf(path)
 	if err == nil && len(servers) == 0 {
-		err = fmt.Errorf("%s names no server; name those to ask with --dns-servers", path)
+		err = fmt.Errorf("%s names no server; set the servers to ask", path)
 	}
 	return servers, err
 }
 
-// resolved tells of a query, as flowLog tells of a connection.
+// resolved logs a query at debug level, as flowLog logs connections.
 func (a *Agent) resolved(q dns.Query) {
 	if !a.log.Enabled(context.Background(), slog.LevelDebug) {
 		return

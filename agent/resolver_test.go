@@ -19,12 +19,12 @@ func TestNameServersAreThoseOfTheFlagOrOfTheFile(t *testing.T) {
 	}{
 		{"the file's", "nameserver 192.0.2.53\n", nil, "[192.0.2.53:53]"},
 		{"the flag's", "nameserver 192.0.2.53\n", given, "[198.51.100.53:5353]"},
-		{"a file without any", "search example\n", nil, here + " names no server; name those to ask with --dns-servers"},
+		{"a file without any", "search example\n", nil, here + " names no server; set the servers to ask"},
 	} {
 		if err := os.WriteFile(here, []byte(c.text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		a := &Agent{config: Config{DNSServers: c.given}}
+		a := &Agent{config: Config{DNS: DNS{Servers: c.given}}}
 		servers, err := a.nameServers(here)
 		got := fmt.Sprint(servers)
 		if err != nil {

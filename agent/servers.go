@@ -13,82 +13,80 @@ import (
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/admin"
 	"github.com/pillion-proxy/pillion/internal/capture"
-	"github.com/pillion-proxy/pillion/internal/listener"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/metrics"
+	"github.com/pillion-proxy/pillion/internal/ownport"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
+	"github.com/pillion-proxy/pillion/internal/probe"
 	"github.com/pillion-proxy/pillion/internal/scrape"
 	"github.com/pillion-proxy/pillion/internal/status"
 )
 
-// server is one of the ports at which the agent itself answers.
+// server is one of the ports where the agent itself answers.
 type server struct {
 	name      string // for logs
-	flag      string
+	field     string // of Config, for errors
 	port      uint16
 	addresses []netip.Addr
 	http      *http.Server
 	listeners []net.Listener
 }
 
-// The two ways to bind. An agent's orders are taken from its own pod alone, and outbound open to the network would be an
-// open relay; inbound has to be bound to all addresses, as nat PREROUTING redirects to the receiving interface's.
-var (
-	loopback     = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
-	allAddresses = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
-)
-
-// serve makes the servers that are on. Readiness is the last to be closed, so that a drain can be watched.
+// serve makes the servers whose port is not zero, in the order of shutdown. Readiness closes last, so that a drain can be
+// observed.
 func (a *Agent) serve() error {
 	gates := a.gates()
 	ready := healthz.NewHandler(gates...)
-	add := func(name, flag string, port uint16, addresses []netip.Addr, handler http.Handler) {
+	add := func(name, field string, port uint16, addresses []netip.Addr, handler http.Handler) {
 		if port != 0 {
 			a.servers = append(a.servers, &server{
-				name: name, flag: flag, port: port, addresses: addresses, http: healthz.NewServer(handler, a.log),
+				name: name, field: field, port: port, addresses: addresses, http: ownport.NewServer(handler, a.log),
 			})
 		}
 	}
-	probers, err := healthz.ParseProbers(a.config.AppProbers, healthz.ProbeConfig{
-		Address:    parseAddress(a.config.Pod.IP),
-		Localhost:  a.config.ProbeLocalhost,
-		StatusPort: a.config.StatusPort,
-		HTTP2:      a.config.ProbeHTTP2,
-		KeepAlive:  a.config.ProbeKeepAlive,
+	probers, err := probe.Parse(a.config.Workload.Probers, probe.Config{
+		Address:    parseAddress(a.config.Workload.Pod.IP),
+		Localhost:  a.config.Workload.ProbeLocalhost,
+		StatusPort: a.config.Ports.Status,
+		HTTP2:      a.config.Workload.ProbeHTTP2,
+		KeepAlive:  a.config.Workload.ProbeKeepAlive,
 	})
+	if errors.Is(err, probe.ErrNoAddress) {
+		return &FieldError{Field: "Workload.Pod.IP", Err: err}
+	}
 	if err != nil {
-		return err
+		return &FieldError{Field: "Workload.Probers", Err: err}
 	}
 	a.probers = probers
-	targets, err := scrape.ParseTargets(a.config.ScrapeTargets, a.ownPorts()...)
+	targets, err := scrape.ParseTargets(a.config.Workload.ScrapeTargets, a.ownPorts()...)
 	if err != nil {
 		return err
 	}
 	if a.telling.live != nil {
-		add("admin", "--admin-port", a.config.AdminPort, loopback, a.adminHandler())
+		add("admin", "Ports.Admin", a.config.Ports.Admin, loopback, a.adminHandler())
 	}
 	if a.telling.metrics != nil {
-		add("metrics", "--metrics-port", a.config.MetricsPort, allAddresses, a.telling.metrics.Handler())
-		add("status", "--status-port", a.config.StatusPort, allAddresses, status.NewHandler(status.Config{
+		add("metrics", "Ports.Metrics", a.config.Ports.Metrics, allAddresses, a.telling.metrics.Handler())
+		add("status", "Ports.Status", a.config.Ports.Status, allAddresses, status.NewHandler(status.Config{
 			Ready:   ready,
 			Probers: probers,
 			Metrics: scrape.NewHandler(scrape.Config{Own: a.writeMetrics, Targets: targets, Log: a.log}),
 			Quit:    a.quit, Drain: a.announce,
 			Log:              a.log,
-			MetricsLocalOnly: a.config.MetricsLocalOnly,
-			Profiling:        a.config.Profiling,
+			MetricsLocalOnly: a.config.Status.MetricsLocalOnly,
+			Profiling:        a.config.Status.Profiling,
 		}))
 	}
-	add("readiness", "--readiness-port", a.config.ReadinessPort, allAddresses, ready)
+	add("readiness", "Ports.Readiness", a.config.Ports.Readiness, allAddresses, ready)
 	return nil
 }
 
-// start serves until close.
+// start serves until s.http is closed.
 func (a *Agent) start(s *server) {
 	for _, ln := range s.listeners {
 		a.serverLoops.Go(func() {
 			if err := s.http.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-				a.log.Error("not served any more", "server", s.name, "address", ln.Addr().String(), "error", err)
+				a.log.Error("HTTP server stopped", "server", s.name, "address", ln.Addr().String(), "error", err)
 			}
 		})
 	}
@@ -96,15 +94,16 @@ func (a *Agent) start(s *server) {
 
 func (a *Agent) writeMetrics(w io.Writer) error { return a.telling.metrics.Write(w, false) }
 
-// gates are what readiness waits for.
+// gates are the conditions of readiness.
 func (a *Agent) gates() []healthz.Gate {
-	return []healthz.Gate{
+	gates := []healthz.Gate{
 		{Name: "drain", Open: a.notDraining},
 		{Name: "healthcheck", Open: a.notFailedByHand},
-		{Name: "outbound", Open: a.outbound.Accepting},
-		{Name: "inbound", Open: a.inbound.Accepting},
-		{Name: "addresses", Open: a.addresses.Current},
 	}
+	for _, l := range slices.Backward(a.listeners) {
+		gates = append(gates, healthz.Gate{Name: l.name, Open: l.server.Accepting})
+	}
+	return append(gates, healthz.Gate{Name: "addresses", Open: a.addresses.Current})
 }
 
 func (a *Agent) gateStates() (states []metrics.Gate) {
@@ -125,23 +124,23 @@ func (a *Agent) liveGates() (gates []live.Gate) {
 	return gates
 }
 
-// adminHandler shows this agent in Envoy's words.
+// adminHandler is the admin server's handler.
 func (a *Agent) adminHandler() http.Handler {
 	looking := a.telling.live.Handler(live.Sources{Table: a.telling.table, Gates: a.liveGates})
 	return admin.NewHandler(admin.Config{
 		Version:   a.config.Version,
 		Started:   a.started,
-		Address:   netip.AddrPortFrom(loopback[0], a.config.AdminPort),
-		Node:      node(a.config.Pod),
-		Options:   admin.Options{Concurrency: runtime.GOMAXPROCS(0), LogLevel: a.logLevel().String(), DrainTime: a.config.DrainTimeout},
-		Listeners: a.listeners,
+		Address:   netip.AddrPortFrom(loopback[0], a.config.Ports.Admin),
+		Node:      node(a.config.Workload.Pod),
+		Options:   admin.Options{Concurrency: runtime.GOMAXPROCS(0), LogLevel: a.logLevel().String(), DrainTime: a.config.Drain.Timeout},
+		Listeners: a.bound,
 		Carrying: admin.Carrying{
-			OwnPorts: a.ownPorts(), OwnAddresses: a.addresses.All, OpaquePorts: ranges(a.config.OpaquePorts),
+			OwnPorts: a.ownPorts(), OwnAddresses: a.addresses.All, OpaquePorts: ranges(a.config.Connections.OpaquePorts),
 			InboundSources: []netip.Addr{capture.InboundSource4, capture.InboundSource6}, TPROXYMark: a.tproxyMark(),
-			ConnectTimeout: a.config.ConnectTimeout, IdleTimeout: a.config.IdleTimeout,
-			RequestTimeout: a.config.RequestTimeout, RequestHeadTimeout: a.config.RequestHeadTimeout,
-			UpstreamIdleTimeout: a.config.UpstreamIdleTimeout,
-			MaxHeadBytes:        a.config.MaxHeadBytes, MaxHeadFields: a.config.MaxHeadFields,
+			ConnectTimeout: a.config.Connections.ConnectTimeout, IdleTimeout: a.config.Connections.IdleTimeout,
+			RequestTimeout: a.config.HTTP.RequestTimeout, RequestHeadTimeout: a.config.HTTP.RequestHeadTimeout,
+			UpstreamIdleTimeout: a.config.HTTP.UpstreamIdleTimeout,
+			MaxHeadBytes:        a.config.HTTP.MaxHeadBytes, MaxHeadFields: a.config.HTTP.MaxHeadFields,
 		},
 		Flows:       a.telling.table,
 		Ready:       a.state,
@@ -159,23 +158,22 @@ func (a *Agent) adminHandler() http.Handler {
 	})
 }
 
-// serves are the paths of the ports that are not the admin's own, by the names of their servers.
+// serves are the paths of each server but the admin server, by its name.
 var serves = map[string][]string{
 	"readiness": {"/healthz/ready", "/healthz/live"},
 	"status":    {"/healthz/ready", "/stats/prometheus", "/metrics", "/app-health/", "/app-lifecycle/"},
 	"metrics":   {metrics.Path},
 }
 
-// listeners are what is bound, which is less without IPv6.
-func (a *Agent) listeners() []admin.Listener {
-	carrying := func(name string, s *listener.Server) admin.Listener {
-		l := admin.Listener{Name: name}
-		for _, ln := range s.Listeners {
+// bound lists the addresses of all listeners. There are fewer of them without IPv6.
+func (a *Agent) bound() (list []admin.Listener) {
+	for _, carrying := range slices.Backward(a.listeners) {
+		l := admin.Listener{Name: carrying.shown}
+		for _, ln := range carrying.server.Listeners {
 			l.Addresses = append(l.Addresses, ln.Addr())
 		}
-		return l
+		list = append(list, l)
 	}
-	list := []admin.Listener{carrying(admin.VirtualOutbound, a.outbound), carrying(admin.VirtualInbound, a.inbound)}
 	for _, s := range slices.Backward(a.servers) {
 		if serves[s.name] == nil {
 			continue
@@ -190,7 +188,7 @@ func (a *Agent) listeners() []admin.Listener {
 	return list
 }
 
-// state is what Envoy calls it.
+// state returns Envoy's name of the agent's state, and whether the agent is ready.
 func (a *Agent) state() (string, bool) {
 	switch {
 	case a.draining.Load(), a.failedByHand.Load():
@@ -201,7 +199,7 @@ func (a *Agent) state() (string, bool) {
 	return "LIVE", true
 }
 
-// node names the agent as pilot-agent does. What is not known is left out.
+// node names the agent as pilot-agent does. Unknown parts are left out.
 func node(pod podinfo.Pod) admin.Node {
 	known := func(parts ...string) string {
 		return strings.Join(slices.DeleteFunc(parts, func(part string) bool { return part == podinfo.Unknown }), ".")
@@ -232,8 +230,21 @@ func ranges(ports capture.Ports) (list [][2]uint16) {
 	return list
 }
 
-// parseAddress is invalid for what is no address.
+// parseAddress returns the zero Addr if text is not an address.
 func parseAddress(text string) netip.Addr {
 	address, _ := netip.ParseAddr(text)
 	return address
+}
+
+// listenHTTP binds an address for its own family only, so that the other family can be bound, or be missing, by itself.
+func listenHTTP(address netip.AddrPort) (net.Listener, error) {
+	network := "tcp4"
+	if address.Addr().Is6() {
+		network = "tcp6"
+	}
+	listener, err := net.Listen(network, address.String())
+	if err != nil {
+		return nil, err
+	}
+	return ownport.Bound(listener), nil
 }

@@ -4,37 +4,31 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
-
-	"github.com/pillion-proxy/pillion/internal/capture"
-	"github.com/pillion-proxy/pillion/internal/listener"
-	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// ErrForced says that shutdown cut connections that were still open.
+// ErrForced reports that shutdown cut connections that were still open.
 var ErrForced = errors.New("cut connections that were still open")
 
-// shutdown is the order in which things stop. Inbound drains before outbound: the workload may have to call out to
-// finish what it was asked. The agent's own ports are served to the end, readiness longest, so that the drain can be
-// watched.
+// shutdown stops the parts in order. Listeners drain one after the other, in the order of their list. The agent's own ports
+// are served to the end, readiness longest, so that the drain can be observed. When force ends, the remaining connections
+// are cut at once.
 func (a *Agent) shutdown(force context.Context) error {
-	deadline, cancel := context.WithTimeout(force, a.config.DrainTimeout)
+	deadline, cancel := context.WithTimeout(force, a.config.Drain.Timeout)
 	defer cancel()
-	stopTelling := a.tellProgress()
-	defer stopTelling()
+	stopProgress := a.logProgress()
+	defer stopProgress()
 
-	for _, step := range []func(context.Context){
-		a.announceInTime,
-		a.drainInbound,
-		a.drainOutbound,
-		a.drainResolver,
-	} {
-		step(deadline)
+	a.announceInTime(deadline)
+	for _, l := range a.listeners {
+		a.drain(deadline, l)
 	}
+	a.drainResolver(deadline)
 	cut := a.cutRest()
-	a.openDoor()
+	a.closeDoors()
 	if err := a.telling.close(); err != nil {
-		a.log.Error("the end of the access log is lost", "error", err)
+		a.log.Error("flushing the access log failed", "error", err)
 	}
 	for _, s := range a.servers {
 		s.http.Close()
@@ -51,83 +45,43 @@ func (a *Agent) shutdown(force context.Context) error {
 	return nil
 }
 
-// announceInTime announces the end and goes on serving for the rest of the delay.
+// announceInTime announces the end and serves on for the rest of the delay.
 func (a *Agent) announceInTime(deadline context.Context) {
 	a.announce()
 	select {
-	case <-time.After(a.config.DrainDelay - time.Since(a.announced)):
+	case <-time.After(a.config.Drain.Delay - time.Since(a.announced)):
 	case <-deadline.Done():
 	}
 }
 
-func (a *Agent) drainInbound(deadline context.Context) {
-	a.stopInbound()
-	a.inboundProxy.Drain()
+// drain stops l and waits for its connections. Those that carry no request end at once: Drain marks them, and WakeAll wakes
+// their goroutines to see the mark.
+func (a *Agent) drain(deadline context.Context, l *trafficListener) {
+	a.stopListener(l)
+	l.role.Drain()
 	a.poller.WakeAll()
-	_ = a.inbound.Wait(deadline) // what is left then is cut by cutRest
+	_ = l.server.Wait(deadline) // cutRest cuts the connections that are left
 }
 
-// stopInbound closes the inbound listeners.
-func (a *Agent) stopInbound() {
-	a.inbound.Stop()
-	if a.config.Mode == capture.TPROXY {
-		a.closing.Do(a.closeDoor)
-	}
-}
-
-// closeDoor resets whoever comes from now on. With REDIRECT the kernel refuses them by itself, and they turn elsewhere at
-// once. TPROXY drops what has no listener, and they would wait until the pod is gone.
-func (a *Agent) closeDoor() {
-	door := &listener.Server{Name: "inbound, closed", Handler: closedDoor{}, Limit: new(listener.Limit), Log: a.log}
-	var err error
-	door.Listeners, err = listen(a, "--inbound-port", allAddresses, a.config.InboundPort, a.listenInbound)
-	if err != nil {
-		a.log.Warn("new inbound connections will hang, and not be reset", "error", err)
-	}
-	door.Start()
-	a.door = door
-}
-
-// openDoor leaves the rest to the kernel.
-func (a *Agent) openDoor() {
-	if a.door != nil {
-		a.door.Stop()
-		a.door.Abort()
-	}
-}
-
-// closedDoor resets each connection.
-type closedDoor struct{}
-
-func (closedDoor) ServeConn(_ context.Context, down *tcp.Conn) { down.Reset() }
-func (closedDoor) Refuse(down *tcp.Conn)                       { down.Reset() }
-
-func (a *Agent) drainOutbound(deadline context.Context) {
-	a.outbound.Stop()
-	a.outboundProxy.Drain()
-	a.poller.WakeAll()
-	_ = a.outbound.Wait(deadline)
-}
-
-// drainResolver lets queries finish. Connections need names, so they come first.
+// drainResolver waits for queries in progress. It comes after the listeners, because connections need names until the end.
 func (a *Agent) drainResolver(deadline context.Context) {
 	if a.resolver != nil {
-		_ = a.resolver.Shutdown(deadline) // what is left then is answered SERVFAIL
+		_ = a.resolver.Shutdown(deadline) // queries that are left are answered SERVFAIL
 	}
 }
 
-// cutRest ends the connections that are left and returns how many there were.
+// cutRest cuts the remaining connections and returns their number.
 func (a *Agent) cutRest() int {
 	cut := 0
-	for _, server := range []*listener.Server{a.inbound, a.outbound} {
-		cut += server.Active()
-		server.Abort()
+	for _, l := range a.listeners {
+		cut += l.server.Active()
+		l.server.Abort()
 	}
 	return cut
 }
 
-// tellProgress logs once a second how many connections are left, until the function that it returns is called.
-func (a *Agent) tellProgress() (stop func()) {
+// logProgress logs once a second how many connections are left, until stop is called.
+func (a *Agent) logProgress() (stop func()) {
 	done, ended := make(chan struct{}), make(chan struct{})
 	go a.progressLoop(done, ended)
 	return func() {
@@ -146,8 +100,12 @@ func (a *Agent) progressLoop(done <-chan struct{}, ended chan<- struct{}) {
 		case <-done:
 			return
 		case <-ticker.C:
-			a.log.Info("draining", "inbound_left", a.inbound.Active(), "outbound_left", a.outbound.Active(),
-				"elapsed", time.Since(started).Round(time.Second))
+			var left []slog.Attr
+			for _, l := range a.listeners {
+				left = append(left, slog.Int(l.name+"_left", l.server.Active()))
+			}
+			left = append(left, slog.Duration("elapsed", time.Since(started).Round(time.Second)))
+			a.log.LogAttrs(context.Background(), slog.LevelInfo, "draining", left...)
 		}
 	}
 }

@@ -12,7 +12,7 @@ func TestTheDrainDelayCountsFromTheFirstAnnouncement(t *testing.T) {
 	const delay = 5 * time.Second
 	for _, c := range []struct{ passed, want time.Duration }{{0, delay}, {2 * time.Second, 3 * time.Second}, {delay, 0}, {time.Hour, 0}} {
 		synctest.Test(t, func(t *testing.T) {
-			a := &Agent{config: Config{DrainDelay: delay}}
+			a := &Agent{config: Config{Drain: Drain{Delay: delay}}}
 			a.announcing.Do(func() { a.announced = time.Now() })
 			time.Sleep(c.passed)
 			signalled := time.Now()
@@ -26,7 +26,7 @@ func TestTheDrainDelayCountsFromTheFirstAnnouncement(t *testing.T) {
 
 func TestTheDrainTimeoutEndsTheDrainDelay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := &Agent{config: Config{DrainDelay: time.Hour}}
+		a := &Agent{config: Config{Drain: Drain{Delay: time.Hour}}}
 		a.announcing.Do(func() { a.announced = time.Now() })
 		deadline, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/accesslog"
@@ -12,7 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/relay"
 )
 
-// AccessLog says which lines are written, and where. The texts mean what the flags say.
+// AccessLog configures the access log.
 type AccessLog struct {
 	Path     string // "off": no log
 	Encoding string // text or json
@@ -22,27 +21,27 @@ type AccessLog struct {
 	Interval time.Duration // zero: never
 }
 
-// minInterval bounds how often all open connections are looked at, and what is written of those at rest.
+// minInterval bounds how often the open connections are scanned, and how much is written about idle ones.
 const minInterval = 10 * time.Millisecond
 
-// off reports whether there is no log.
+// off reports whether no log is written.
 func (c AccessLog) off() bool { return c.Path == "off" }
 
 func (c AccessLog) validate() error {
 	if _, err := c.format(); err != nil {
-		return fmt.Errorf("--access-log-format: %w", err)
+		return &FieldError{Field: "AccessLog.Format", Err: err}
 	}
 	if _, err := accesslog.ParseFilter(c.Filter); err != nil {
-		return fmt.Errorf("--access-log-filter: %w", err)
+		return &FieldError{Field: "AccessLog.Filter", Err: err}
 	}
 	if c.Interval != 0 && c.Interval < minInterval {
-		return fmt.Errorf("--access-log-interval: %v is too short; use %v or more, or 0s for never", c.Interval, minInterval)
+		return invalid("AccessLog.Interval", "%v is too short; use %v or more, or 0s for never", c.Interval, minInterval)
 	}
 	return nil
 }
 
-// telling is what becomes of records. What is off is nil. Its parts stay as they are when it is closed: the agent's ports
-// are served on, and what they show must be there.
+// telling holds the sinks of flow records. A sink that is turned off is nil. close does not clear them: the agent's ports
+// outlive the access log and still read them.
 type telling struct {
 	table   *flow.Table
 	access  *accesslog.Log
@@ -53,7 +52,7 @@ type telling struct {
 	closed bool
 }
 
-// tell makes the parts that tell of traffic, and opens the access log.
+// tell makes the sinks and opens the access log.
 func (a *Agent) tell() error {
 	t := &a.telling
 	sinks := []flow.Sink{&flowLog{log: a.log}}
@@ -65,11 +64,11 @@ func (a *Agent) tell() error {
 		t.access = log
 		sinks = append(sinks, log)
 	}
-	if a.config.MetricsPort != 0 || a.config.StatusPort != 0 || a.config.AdminPort != 0 {
-		t.metrics = metrics.New(a.config.Pod, a.config.Version)
+	if a.config.Ports.Metrics != 0 || a.config.Ports.Status != 0 || a.config.Ports.Admin != 0 {
+		t.metrics = metrics.New(a.config.Workload.Pod, a.config.Version)
 		sinks = append(sinks, t.metrics)
 	}
-	if a.config.AdminPort != 0 {
+	if a.config.Ports.Admin != 0 {
 		t.live = live.New(live.Config{Version: a.config.Version, SettingName: a.config.SettingName})
 		sinks = append(sinks, t.live)
 	}
@@ -77,7 +76,7 @@ func (a *Agent) tell() error {
 	return nil
 }
 
-// format compiles the format of the encoding.
+// format compiles Format for the encoding.
 func (c AccessLog) format() (*accesslog.Format, error) {
 	if c.Encoding == "json" {
 		return accesslog.ParseJSONFormat(c.Format)
@@ -98,12 +97,12 @@ func (c AccessLog) open(config Config) (*accesslog.Log, error) {
 		Path: c.Path, Format: format, Filter: filter, TCPStart: c.TCPStart, Interval: c.Interval, Logger: config.Log,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("--access-log %s: %w", c.Path, err)
+		return nil, &FieldError{Field: "AccessLog.Path", Value: c.Path, Err: err}
 	}
 	return log, nil
 }
 
-// noted are the fields that the access log wants of messages.
+// noted are the message fields that the access log prints. Engines copy no others.
 func (a *Agent) noted() flow.Fields {
 	if a.config.AccessLog.off() {
 		return flow.Fields{}
@@ -115,12 +114,13 @@ func (a *Agent) noted() flow.Fields {
 	return format.Fields()
 }
 
-// watch gives the metrics what other parts count, and begins to tell of open connections where that is wanted.
+// watch connects the metrics to the counters of other parts, and starts the scans of open connections if an interval is
+// configured.
 func (t *telling) watch(a *Agent) {
 	if t.metrics != nil {
 		sources := metrics.Sources{
 			Upstream: a.upstreamStats,
-			Backoffs: func() uint64 { return a.inbound.BackOffs() + a.outbound.BackOffs() },
+			Backoffs: a.backOffs,
 			Gates:    a.gateStates,
 			Draining: a.draining.Load,
 			Pipes:    relay.Pipes,
@@ -144,11 +144,11 @@ func (t *telling) watch(a *Agent) {
 	}
 }
 
-// lookEvery is how often all open connections are looked at, for each to have a line in every interval: one comes 4 % of
-// that late at most, or minInterval.
+// lookEvery is the time between scans of the open connections. Each connection gets a line in every interval, late by at
+// most 4 % of it or minInterval.
 func lookEvery(interval time.Duration) time.Duration { return max(interval/25, minInterval) }
 
-// repeat lets the access log tell of connections that are open for long.
+// repeat scans the open connections, so that the access log can report long-lived ones.
 func (t *telling) repeat(every time.Duration, done <-chan struct{}, ended chan<- struct{}) {
 	defer close(ended)
 	ticker := time.NewTicker(every)
@@ -163,10 +163,10 @@ func (t *telling) repeat(every time.Duration, done <-chan struct{}, ended chan<-
 	}
 }
 
-// flushTime bounds how long the end of the agent waits for a disk.
+// flushTime bounds how long shutdown waits for a slow disk.
 const flushTime = 2 * time.Second
 
-// close writes what the access log still has, and ends the streams of those who look on. The second call does nothing.
+// close flushes the access log and ends the streams of live viewers. A second call does nothing.
 func (t *telling) close() error {
 	if t.closed {
 		return nil
@@ -186,13 +186,26 @@ func (t *telling) close() error {
 	return t.access.Close(ctx)
 }
 
-// upstreamStats is what the metrics say of a direction's upstream connections.
+// upstreamStats sums the upstream connections of a direction's listeners.
 func (a *Agent) upstreamStats(direction flow.Direction) metrics.Upstream {
-	s := &a.pools[direction].Stats
-	return metrics.Upstream{
-		Active:    int(s.Active.Load()),
-		Connected: s.Connected.Load(), Failed: s.Failed.Load(),
-		Reused: s.Reused.Load(), Missed: s.Missed.Load(),
-		Retried: s.Retried.Load(),
+	var sum metrics.Upstream
+	for _, l := range a.listeners {
+		if l.direction == direction {
+			s := &l.pool.Stats
+			sum.Active += int(s.Active.Load())
+			sum.Connected += s.Connected.Load()
+			sum.Failed += s.Failed.Load()
+			sum.Reused += s.Reused.Load()
+			sum.Missed += s.Missed.Load()
+			sum.Retried += s.Retried.Load()
+		}
 	}
+	return sum
+}
+
+func (a *Agent) backOffs() (sum uint64) {
+	for _, l := range a.listeners {
+		sum += l.server.BackOffs()
+	}
+	return sum
 }

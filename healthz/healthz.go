@@ -1,8 +1,7 @@
-// Package healthz answers whether the agent is alive and ready, and asks the workload the same for the kubelet.
+// Package healthz reports whether the agent is alive and ready, and waits for readiness.
 //
-// Readiness is a set of named gates. Each is asked anew for each answer, and an answer of 503 names those that are
-// closed and why. The workload's own probes are sent to the agent by whoever injected it: Probers run them, and what
-// the kubelet hears is what it would have heard itself.
+// Readiness is a set of named gates. They are evaluated for each response, and a 503 lists the closed gates with the
+// reasons. There is no cached state that could be stale.
 package healthz
 
 import (
@@ -12,15 +11,15 @@ import (
 	"strings"
 )
 
-// Gate is one thing that readiness waits for. Open returns nil when it is there, else why not. It is called from any
-// goroutine and must answer at once.
+// Gate is one condition of readiness. Open returns nil if the condition holds, otherwise the reason. It is called from any
+// goroutine and must not block.
 type Gate struct {
 	Name string
 	Open func() error
 }
 
-// NewHandler serves /healthz/ready, which is 200 when every gate is open and 503 otherwise, and /healthz/live, which is
-// 200 as long as anything answers. Other paths are 404, other methods than GET and HEAD are 405.
+// NewHandler serves /healthz/ready, with 200 if all gates are open and 503 otherwise, and /healthz/live, always with 200.
+// Other paths are 404. Methods other than GET and HEAD are 405.
 func NewHandler(gates ...Gate) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz/ready", func(w http.ResponseWriter, _ *http.Request) {
@@ -37,7 +36,7 @@ func NewHandler(gates ...Gate) http.Handler {
 	return mux
 }
 
-// Closed returns a line for each gate that is closed: its name and why.
+// Closed returns a line for each closed gate: its name and the reason.
 func Closed(gates []Gate) []string {
 	var closed []string
 	for _, gate := range gates {

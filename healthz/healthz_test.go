@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -125,35 +123,5 @@ func TestWaitGivesEachRequestItsOwnTime(t *testing.T) {
 	defer close(hang)
 	if err := healthz.Wait(t.Context(), server.URL, 50*time.Millisecond, time.Millisecond); err != nil {
 		t.Fatal(err)
-	}
-}
-
-func TestACrowdOfStrangersDoesNotKeepAProbeOut(t *testing.T) {
-	listener, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := healthz.NewServer(healthz.NewHandler(), slog.New(slog.DiscardHandler))
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(healthz.Bound(listener)) }()
-	defer func() {
-		server.Close()
-		<-served
-	}()
-	var crowd []net.Conn
-	for range 300 { // they say nothing
-		conn, err := net.Dial("tcp4", listener.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		crowd = append(crowd, conn)
-	}
-	if err := healthz.Wait(t.Context(), "http://"+listener.Addr().String()+"/healthz/ready", time.Second, time.Millisecond); err != nil {
-		t.Errorf("a probe behind a crowd: %v", err)
-	}
-	crowd[0].SetReadDeadline(time.Now().Add(3 * time.Second)) // before its own time is up
-	if _, err := crowd[0].Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("the oldest of the crowd is still there: %v", err)
 	}
 }

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Wait asks url every period until it answers 200, and then returns nil. A single request may take requestTimeout. When
-// ctx ends first, the error tells what the last answer was.
+// Wait requests url every period until it answers 200, and then returns nil. One request may take requestTimeout. If ctx ends
+// first, the error has the last answer.
 func Wait(ctx context.Context, url string, requestTimeout, period time.Duration) error {
 	client := &http.Client{
 		Timeout:   requestTimeout,
@@ -24,7 +24,7 @@ func Wait(ctx context.Context, url string, requestTimeout, period time.Duration)
 		if answer == nil {
 			return nil
 		}
-		if last == nil || ctx.Err() == nil { // a request that the end of ctx cut says nothing
+		if last == nil || ctx.Err() == nil { // an error because ctx ended is not an answer
 			last = answer
 		}
 		select {
@@ -35,7 +35,7 @@ func Wait(ctx context.Context, url string, requestTimeout, period time.Duration)
 	}
 }
 
-// ask returns nil for an answer of 200, else what came instead.
+// ask returns nil if the answer is 200, otherwise the answer as an error.
 func ask(ctx context.Context, client *http.Client, url string) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {

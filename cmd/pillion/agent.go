@@ -64,50 +64,50 @@ func newAgentOptions() *agentOptions {
 func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	config := &o.config
 	flags.SortFlags = false
-	portFlag(flags, &config.OutboundPort, "outbound-port", "where the rules redirect what the workload opens; bound to loopback")
-	portFlag(flags, &config.InboundPort, "inbound-port", "where the rules redirect what others open to the workload")
-	portFlag(flags, &config.ReadinessPort, "readiness-port", "serves /healthz/ready and /healthz/live")
-	optionalPortFlag(flags, &config.StatusPort, "status-port", "serves the workload's probes and metrics, and orders of its pod; 0 for none")
-	optionalPortFlag(flags, &config.MetricsPort, "metrics-port", "serves the agent's own metrics; 0 for none")
-	optionalPortFlag(flags, &config.AdminPort, "admin-port", "serves Envoy's admin paths and the live page, on loopback; 0 for none")
+	portFlag(flags, &config.Ports.Outbound, "outbound-port", "where the rules redirect what the workload opens; bound to loopback")
+	portFlag(flags, &config.Ports.Inbound, "inbound-port", "where the rules redirect what others open to the workload")
+	portFlag(flags, &config.Ports.Readiness, "readiness-port", "serves /healthz/ready and /healthz/live")
+	optionalPortFlag(flags, &config.Ports.Status, "status-port", "serves the workload's probes and metrics, and orders of its pod; 0 for none")
+	optionalPortFlag(flags, &config.Ports.Metrics, "metrics-port", "serves the agent's own metrics; 0 for none")
+	optionalPortFlag(flags, &config.Ports.Admin, "admin-port", "serves Envoy's admin paths and the live page, on loopback; 0 for none")
 	mode := func(text string) (capture.Mode, error) {
 		if m := capture.Mode(text); m == capture.Redirect || m == capture.TPROXY {
 			return m, nil
 		}
 		return "", fmt.Errorf("use one of %s, %s, as for init", capture.Redirect, capture.TPROXY)
 	}
-	parsed(flags, &config.Mode, mode, "interception-mode", "", string(config.Mode), "REDIRECT|TPROXY", "how the rules bring what others open; with TPROXY the workload sees their addresses")
-	parsed(flags, &config.TPROXYMark, capture.ParseNumber, "tproxy-mark", "", "1337", "mark", "with TPROXY, the mark that the rules know")
-	durationFlag(flags, &config.ConnectTimeout, "connect-timeout", "how long a dial upstream may take; 0s leaves it to the kernel")
-	durationFlag(flags, &config.IdleTimeout, "idle-timeout", "end a connection in which nothing moves for so long; 0s never")
-	durationFlag(flags, &config.HalfCloseTimeout, "half-close-timeout", "the same once one side has closed; 0s never")
-	portsFlag(flags, &config.OpaquePorts, "opaque-ports", "destination ports whose bytes nobody looks at, such as 3306,5000:5010; * for all")
-	durationFlag(flags, &config.DetectionDelay, "detection-delay", "dial upstream when downstream has said nothing for so long")
-	durationFlag(flags, &config.DetectionHold, "detection-hold", "hold a beginning that could still be HTTP or TLS at most so long")
-	portsFlag(flags, &config.InboundProxyProtocol, "inbound-proxy-protocol-ports", "inbound ports whose workload gets a PROXY protocol v2 header; they are opaque")
-	countFlag(flags, &config.MaxHeadBytes, "max-head-bytes", "answer 431 to a request whose head is larger, and 502 in place of such a response")
-	countFlag(flags, &config.MaxHeadFields, "max-head-fields", "the same for the number of fields")
-	durationFlag(flags, &config.RequestHeadTimeout, "request-head-timeout", "answer 408 when the head of a request takes longer; 0s never")
-	durationFlag(flags, &config.RequestTimeout, "request-timeout", "answer 504 when the response to a whole request takes longer to begin; 0s never")
-	durationFlag(flags, &config.UpstreamIdleTimeout, "upstream-idle-timeout", "close HTTP/1 connections to upstreams that have been idle so long; 0s keeps none")
-	parsed(flags, &config.InboundFields.ForwardedFor, parseForwardedFor, "x-forwarded-for", "", "set-if-absent", "set-if-absent|append|off", "what inbound requests get, with the address of the peer")
-	switchFlag(flags, "x-forwarded-proto", "set x-forwarded-proto in requests that have none", &config.InboundFields.ForwardedProto, &config.OutboundFields.ForwardedProto)
-	switchFlag(flags, "x-request-id", "set x-request-id in requests that have none", &config.InboundFields.RequestID, &config.OutboundFields.RequestID)
-	switchFlag(flags, "x-envoy-upstream-service-time", "set x-envoy-upstream-service-time in responses", &config.InboundFields.ServiceTime, &config.OutboundFields.ServiceTime)
-	countFlag(flags, &config.MaxConnections, "max-connections", "inbound and outbound together; 0 for no limit but the descriptors")
-	durationFlag(flags, &config.DrainDelay, "drain-delay", "on shutdown, go on accepting for so long after readiness turned off")
-	durationFlag(flags, &config.DrainTimeout, "drain-timeout", "on shutdown, cut what is left so long after readiness turned off")
+	parsed(flags, &config.Interception.Mode, mode, "interception-mode", "", string(config.Interception.Mode), "REDIRECT|TPROXY", "how the rules bring what others open; with TPROXY the workload sees their addresses")
+	parsed(flags, &config.Interception.TPROXYMark, capture.ParseNumber, "tproxy-mark", "", "1337", "mark", "with TPROXY, the mark that the rules know")
+	durationFlag(flags, &config.Connections.ConnectTimeout, "connect-timeout", "how long a dial upstream may take; 0s leaves it to the kernel")
+	durationFlag(flags, &config.Connections.IdleTimeout, "idle-timeout", "end a connection in which nothing moves for so long; 0s never")
+	durationFlag(flags, &config.Connections.HalfCloseTimeout, "half-close-timeout", "the same once one side has closed; 0s never")
+	portsFlag(flags, &config.Connections.OpaquePorts, "opaque-ports", "destination ports whose bytes nobody looks at, such as 3306,5000:5010; * for all")
+	durationFlag(flags, &config.Connections.DetectionDelay, "detection-delay", "dial upstream when downstream has said nothing for so long")
+	durationFlag(flags, &config.Connections.DetectionHold, "detection-hold", "hold a beginning that could still be HTTP or TLS at most so long")
+	portsFlag(flags, &config.Connections.InboundProxyProtocol, "inbound-proxy-protocol-ports", "inbound ports whose workload gets a PROXY protocol v2 header; they are opaque")
+	countFlag(flags, &config.HTTP.MaxHeadBytes, "max-head-bytes", "answer 431 to a request whose head is larger, and 502 in place of such a response")
+	countFlag(flags, &config.HTTP.MaxHeadFields, "max-head-fields", "the same for the number of fields")
+	durationFlag(flags, &config.HTTP.RequestHeadTimeout, "request-head-timeout", "answer 408 when the head of a request takes longer; 0s never")
+	durationFlag(flags, &config.HTTP.RequestTimeout, "request-timeout", "answer 504 when the response to a whole request takes longer to begin; 0s never")
+	durationFlag(flags, &config.HTTP.UpstreamIdleTimeout, "upstream-idle-timeout", "close HTTP/1 connections to upstreams that have been idle so long; 0s keeps none")
+	parsed(flags, &config.HTTP.InboundFields.ForwardedFor, parseForwardedFor, "x-forwarded-for", "", "set-if-absent", "set-if-absent|append|off", "what inbound requests get, with the address of the peer")
+	switchFlag(flags, "x-forwarded-proto", "set x-forwarded-proto in requests that have none", &config.HTTP.InboundFields.ForwardedProto, &config.HTTP.OutboundFields.ForwardedProto)
+	switchFlag(flags, "x-request-id", "set x-request-id in requests that have none", &config.HTTP.InboundFields.RequestID, &config.HTTP.OutboundFields.RequestID)
+	switchFlag(flags, "x-envoy-upstream-service-time", "set x-envoy-upstream-service-time in responses", &config.HTTP.InboundFields.ServiceTime, &config.HTTP.OutboundFields.ServiceTime)
+	countFlag(flags, &config.Connections.Max, "max-connections", "inbound and outbound together; 0 for no limit but the descriptors")
+	durationFlag(flags, &config.Drain.Delay, "drain-delay", "on shutdown, go on accepting for so long after readiness turned off")
+	durationFlag(flags, &config.Drain.Timeout, "drain-timeout", "on shutdown, cut what is left so long after readiness turned off")
 	parsed(flags, &o.grace, parseGrace, "termination-grace-period", "", "0s", "duration", "of the pod, as 30 or 30s: the drain timeout, if none is given, is this without a margin, and never more; 0s: not known")
-	parsedSwitch(flags, &config.DNSCapture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns sends to port 15053")
-	parsed(flags, &config.DNSServers, parseServers, "dns-servers", "", "", "addresses", "who is asked, separated by commas; none: the servers of "+agent.ResolvConf)
-	countFlag(flags, &config.DNSCacheSize, "dns-cache-size", "DNS answers that are kept, as long as they live; 0 for none")
+	parsedSwitch(flags, &config.DNS.Capture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns sends to port 15053")
+	parsed(flags, &config.DNS.Servers, parseServers, "dns-servers", "", "", "addresses", "who is asked, separated by commas; none: the servers of "+agent.ResolvConf)
+	countFlag(flags, &config.DNS.CacheSize, "dns-cache-size", "DNS answers that are kept, as long as they live; 0 for none")
 	textFlag(flags, &config.AccessLog.Path, "access-log", "path|off", "where a line is written for each connection and request; /dev/stdout is standard output")
 	choiceFlag(flags, &config.AccessLog.Encoding, "access-log-encoding", "form of the lines", "text", "json")
 	textFlag(flags, &config.AccessLog.Format, "access-log-format", "format", "what a line says, in Envoy's operators; with json, an object of them. Empty: as Istio has it")
 	textFlag(flags, &config.AccessLog.Filter, "access-log-filter", "filter", "which lines are written, such as \"errors; status=4xx,slower=250ms; sample=1%\"")
 	parsedSwitch(flags, &config.AccessLog.TCPStart, "access-log-tcp-start", "", "write a line when an opaque connection begins, too")
 	durationFlag(flags, &config.AccessLog.Interval, "access-log-interval", "write a line so often for opaque connections that stay open; 0s never")
-	switchFlag(flags, "profiling", "serve /debug/pprof/ to processes of the pod, at the status port", &config.Profiling)
+	switchFlag(flags, "profiling", "serve /debug/pprof/ to processes of the pod, at the status port", &config.Status.Profiling)
 	choiceFlag(flags, &o.level, "log-level", "least level that is logged; debug tells of each connection and request", "debug", "info", "warn", "error")
 	choiceFlag(flags, &o.format, "log-format", "form of the log on standard error", "text", "json")
 	for _, name := range flagNames(flags) {
@@ -152,16 +152,16 @@ func (o *agentOptions) fitDrain(flags *pflag.FlagSet) {
 		return
 	}
 	limit := o.grace - min(drainMargin, o.grace/4)
-	if !flags.Changed("drain-timeout") || o.config.DrainTimeout > limit {
-		o.config.DrainTimeout = limit
+	if !flags.Changed("drain-timeout") || o.config.Drain.Timeout > limit {
+		o.config.Drain.Timeout = limit
 	}
 	if !flags.Changed("drain-delay") {
 		limit /= 2
 	}
-	if o.config.DrainDelay > limit {
+	if o.config.Drain.Delay > limit {
 		o.config.Log.Warn("the drain delay is shortened, as the pod would be killed within it: raise its grace period",
-			"drain_delay", o.config.DrainDelay, "shortened_to", limit, "termination_grace_period", o.grace)
-		o.config.DrainDelay = limit
+			"drain_delay", o.config.Drain.Delay, "shortened_to", limit, "termination_grace_period", o.grace)
+		o.config.Drain.Delay = limit
 	}
 }
 
@@ -179,7 +179,7 @@ func runAgent(config agent.Config) error {
 
 	a, err := agent.New(config)
 	if err != nil {
-		return err
+		return flagNamed(err)
 	}
 	drain, startDrain := context.WithCancel(context.Background())
 	force, startForce := context.WithCancel(context.Background())
@@ -205,14 +205,14 @@ func readPod(config *agent.Config) {
 	if err != nil {
 		config.Log.Warn("the pod's labels are incomplete", "error", err)
 	}
-	config.Pod = pod
-	config.AppProbers = os.Getenv("ISTIO_KUBE_APP_PROBERS")
-	config.ScrapeTargets = os.Getenv("ISTIO_PROMETHEUS_ANNOTATIONS")
+	config.Workload.Pod = pod
+	config.Workload.Probers = os.Getenv("ISTIO_KUBE_APP_PROBERS")
+	config.Workload.ScrapeTargets = os.Getenv("ISTIO_PROMETHEUS_ANNOTATIONS")
 	for variable, target := range map[string]*bool{
-		"REWRITE_PROBE_LEGACY_LOCALHOST_DESTINATION": &config.ProbeLocalhost,
-		"ENABLE_PROBE_KEEPALIVE_CONNECTIONS":         &config.ProbeKeepAlive,
-		"ISTIO_ENABLE_HTTP2_PROBING":                 &config.ProbeHTTP2,
-		"METRICS_LOCALHOST_ACCESS_ONLY":              &config.MetricsLocalOnly,
+		"REWRITE_PROBE_LEGACY_LOCALHOST_DESTINATION": &config.Workload.ProbeLocalhost,
+		"ENABLE_PROBE_KEEPALIVE_CONNECTIONS":         &config.Workload.ProbeKeepAlive,
+		"ISTIO_ENABLE_HTTP2_PROBING":                 &config.Workload.ProbeHTTP2,
+		"METRICS_LOCALHOST_ACCESS_ONLY":              &config.Status.MetricsLocalOnly,
 	} {
 		*target, _ = strconv.ParseBool(os.Getenv(variable)) // what is neither is off, as for pilot-agent
 	}

@@ -10,47 +10,87 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// README is read before the program is run: what it says of flags and reasons has to be what is built.
-func TestREADMENamesEveryFlagWithItsDefaultAndEveryReason(t *testing.T) {
-	text, err := os.ReadFile("../../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	readme := string(text)
+func TestAgentDocumentHasEveryFlagWithItsDefault(t *testing.T) {
+	const document = "../../docs/agent.md"
+	text := read(t, document)
 	newAgent().Flags().VisitAll(func(flag *pflag.Flag) {
 		normal := strings.TrimSuffix(flag.DefValue, "0s")
-		if flag.Name == "help" {
-			return
+		if flag.DefValue == "" {
+			normal = "unset"
 		}
-		if normal == "" && flag.DefValue == "" {
-			normal = "none"
+		_, row, found := strings.Cut(text, "| `--"+flag.Name+"` | ")
+		row, _, _ = strings.Cut(row, "\n")
+		if !found || !strings.HasPrefix(row, flag.DefValue+" |") && !strings.HasPrefix(row, normal+" |") {
+			t.Errorf("%s has no row for --%s with its default %q", document, flag.Name, flag.DefValue)
 		}
-		if !strings.Contains(readme, "| `--"+flag.Name+"` | "+flag.DefValue+" |") && !strings.Contains(readme, "| `--"+flag.Name+"` | "+normal+" |") {
-			t.Errorf("README has no row for --%s with its default %s", flag.Name, flag.DefValue)
+		if variable := injectedVariables[flag.Name]; variable != "" && !strings.Contains(row, "`"+variable+"`") {
+			t.Errorf("%s: the row of --%s lacks the variable %s", document, flag.Name, variable)
 		}
 	})
+}
+
+// The tables of reasons are generated from flow.Explanations: go test ./cmd/pillion -run Reasons -update
+func TestReasonsDocumentHasTheTablesOfReasons(t *testing.T) {
+	const document = "../../docs/reasons.md"
+	meanings, flags := "| Reason | Meaning |\n|---|---|\n", "| Reason | Connection | Request | `response_code_details` |\n|---|---|---|---|\n"
 	for _, e := range flow.Explanations {
-		e.Render(func(setting string) string {
-			if flag := settingFlag(setting); newAgent().Flags().Lookup(flag[len("--"):]) == nil {
+		meanings += "| `" + string(e.Reason) + "` | " + e.Render(func(setting string) string {
+			flag := settingFlag(setting)
+			if newAgent().Flags().Lookup(flag[len("--"):]) == nil {
 				t.Errorf("%s names %s, but there is no %s", e.Reason, setting, flag)
 			}
-			return ""
-		})
-		if row := "| `" + string(e.Reason) + "` | " + e.Render(settingFlag) + " |"; !strings.Contains(readme, row) {
-			t.Errorf("README lacks the row %s", row)
-		}
+			return flag
+		}) + " |\n"
 		if e.Flags == "" && e.RequestFlags == "" && e.Details == "" {
 			continue
 		}
-		row := "| `" + string(e.Reason) + "` |"
+		flags += "| `" + string(e.Reason) + "` |"
 		for _, cell := range []string{e.Flags, e.RequestFlags, e.Details} {
 			if cell != "" {
 				cell = "`" + cell + "` "
 			}
-			row += " " + cell + "|"
+			flags += " " + cell + "|"
 		}
-		if !strings.Contains(readme, row) {
-			t.Errorf("README lacks the row %s", row)
+		flags += "\n"
+	}
+	for _, table := range []string{meanings, flags} {
+		text := read(t, document)
+		head, _, _ := strings.Cut(table, "\n")
+		before, rest, found := strings.Cut(text, head+"\n")
+		rows := strings.SplitAfter(rest, "\n")
+		n := 0
+		for n < len(rows) && strings.HasPrefix(rows[n], "|") {
+			n++
+		}
+		if found && head+"\n"+strings.Join(rows[:n], "") == table {
+			continue
+		}
+		if !*update || !found {
+			t.Errorf("%s needs the table\n%s\ngo test ./cmd/pillion -run Reasons -update writes it", document, table)
+			continue
+		}
+		if err := os.WriteFile(document, []byte(before+table+strings.Join(rows[n:], "")), 0o644); err != nil {
+			t.Fatal(err)
 		}
 	}
+}
+
+// An operator who sees a closed gate or a reason finds in the document what to do.
+func TestTroubleshootingKnowsEveryReason(t *testing.T) {
+	const document = "../../docs/troubleshooting.md"
+	text := read(t, document)
+	for _, e := range flow.Explanations {
+		if !strings.Contains(text, "| `"+string(e.Reason)+"`") && !strings.Contains(text, ", `"+string(e.Reason)+"`") {
+			t.Errorf("%s has no row for %s", document, e.Reason)
+		}
+	}
+}
+
+func read(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
 }

@@ -126,8 +126,8 @@ func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
 		}
 	}
 	// Who lengthens the time in which Istio's sidecar lives on wants that time, and then some for connections.
-	if p.config.DrainDelay > p.config.DrainTimeout {
-		p.config.DrainTimeout = p.config.DrainDelay + drainAfterDelay
+	if p.config.Drain.Delay > p.config.Drain.Timeout {
+		p.config.Drain.Timeout = p.config.Drain.Delay + drainAfterDelay
 	}
 	log := newLogger(p.config.LogLevel, p.level, p.format)
 	if broken != nil {

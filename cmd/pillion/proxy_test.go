@@ -47,7 +47,7 @@ func settled(t *testing.T, args []string, env map[string]string, annotations, me
 
 func TestIstiosWordsBecomeTheAgentsConfiguration(t *testing.T) {
 	drain := func(delay, timeout time.Duration) func(p *proxyOptions) bool {
-		return func(p *proxyOptions) bool { return p.config.DrainDelay == delay && p.config.DrainTimeout == timeout }
+		return func(p *proxyOptions) bool { return p.config.Drain.Delay == delay && p.config.Drain.Timeout == timeout }
 	}
 	one := func(*proxyOptions) bool { return runtime.GOMAXPROCS(0) == 1 }
 	for name, c := range map[string]struct {
@@ -57,27 +57,27 @@ func TestIstiosWordsBecomeTheAgentsConfiguration(t *testing.T) {
 		holds             func(p *proxyOptions) bool
 	}{
 		"nothing is said": {holds: func(p *proxyOptions) bool {
-			return p.config.StatusPort == 15020 && p.config.Mode == capture.Redirect && drain(5*time.Second, 20*time.Second)(p)
+			return p.config.Ports.Status == 15020 && p.config.Interception.Mode == capture.Redirect && drain(5*time.Second, 20*time.Second)(p)
 		}},
 		"ports": {env: map[string]string{"PROXY_CONFIG": `{"statusPort":15120,"proxyAdminPort":15100}`, "ENVOY_STATUS_PORT": "15121", "ENVOY_PROMETHEUS_PORT": "15190"},
 			holds: func(p *proxyOptions) bool {
 				c := p.config
-				return c.StatusPort == 15120 && c.AdminPort == 15100 && c.ReadinessPort == 15121 && c.MetricsPort == 15190
+				return c.Ports.Status == 15120 && c.Ports.Admin == 15100 && c.Ports.Readiness == 15121 && c.Ports.Metrics == 15190
 			}},
 		"the annotation is stronger than the variable, that than the mesh": {
 			env: map[string]string{"PROXY_CONFIG": `{"statusPort":2,"proxyAdminPort":22}`}, annotations: `proxy.istio.io/config="statusPort: 3\n"`,
 			mesh: "defaultConfig:\n  statusPort: 1\n  proxyAdminPort: 11\n  terminationDrainDuration: 7s\nstatusPort: 9\n",
 			holds: func(p *proxyOptions) bool {
-				return p.config.StatusPort == 3 && p.config.AdminPort == 22 && drain(7*time.Second, 20*time.Second)(p)
+				return p.config.Ports.Status == 3 && p.config.Ports.Admin == 22 && drain(7*time.Second, 20*time.Second)(p)
 			}},
 		"the status port's own annotation is stronger still": {
-			annotations: "proxy.istio.io/config=\"statusPort: 3\"\nstatus.sidecar.istio.io/port=\"4\"\n", holds: func(p *proxyOptions) bool { return p.config.StatusPort == 4 }},
+			annotations: "proxy.istio.io/config=\"statusPort: 3\"\nstatus.sidecar.istio.io/port=\"4\"\n", holds: func(p *proxyOptions) bool { return p.config.Ports.Status == 4 }},
 		"our own words are strongest": {args: []string{"--status-port", "5"}, env: map[string]string{"PROXY_CONFIG": "statusPort: 2\nproxyAdminPort: 22", "PILLION_ADMIN_PORT": "6"},
-			holds: func(p *proxyOptions) bool { return p.config.StatusPort == 5 && p.config.AdminPort == 6 }},
+			holds: func(p *proxyOptions) bool { return p.config.Ports.Status == 5 && p.config.Ports.Admin == 6 }},
 		"the injector's mode is stronger than the configuration's": {env: map[string]string{"PROXY_CONFIG": "interceptionMode: REDIRECT", "ISTIO_META_INTERCEPTION_MODE": "TPROXY"},
-			holds: func(p *proxyOptions) bool { return p.config.Mode == capture.TPROXY }},
-		"the configuration's mode": {env: map[string]string{"PROXY_CONFIG": "interceptionMode: TPROXY"}, holds: func(p *proxyOptions) bool { return p.config.Mode == capture.TPROXY }},
-		"no mode":                  {env: map[string]string{"PROXY_CONFIG": "interceptionMode: NONE", "ISTIO_META_INTERCEPTION_MODE": "NONE"}, holds: func(p *proxyOptions) bool { return p.config.Mode == capture.Redirect }},
+			holds: func(p *proxyOptions) bool { return p.config.Interception.Mode == capture.TPROXY }},
+		"the configuration's mode": {env: map[string]string{"PROXY_CONFIG": "interceptionMode: TPROXY"}, holds: func(p *proxyOptions) bool { return p.config.Interception.Mode == capture.TPROXY }},
+		"no mode":                  {env: map[string]string{"PROXY_CONFIG": "interceptionMode: NONE", "ISTIO_META_INTERCEPTION_MODE": "NONE"}, holds: func(p *proxyOptions) bool { return p.config.Interception.Mode == capture.Redirect }},
 
 		"drain":                         {env: map[string]string{"PROXY_CONFIG": "drainDuration: 45s\nterminationDrainDuration: 8s"}, holds: drain(8*time.Second, 45*time.Second)},
 		"a long life":                   {env: map[string]string{"PROXY_CONFIG": "terminationDrainDuration: 60s"}, holds: drain(time.Minute, 75*time.Second)},
@@ -94,16 +94,16 @@ func TestIstiosWordsBecomeTheAgentsConfiguration(t *testing.T) {
 
 		"the log":                {args: []string{"--log_output_level=default:warn,ads:debug", "--log_as_json"}, holds: func(p *proxyOptions) bool { return p.level == "warn" && p.format == "json" }},
 		"our own level":          {args: []string{"--log_output_level=debug", "--log-level", "error"}, holds: func(p *proxyOptions) bool { return p.level == "error" }},
-		"profiling stands alone": {args: []string{"--profiling", "sidecar"}, holds: func(p *proxyOptions) bool { return p.config.Profiling }},
+		"profiling stands alone": {args: []string{"--profiling", "sidecar"}, holds: func(p *proxyOptions) bool { return p.config.Status.Profiling }},
 		"what nobody knows": {args: []string{"sidecar", "--novel", "x", "--other=y", "-q", "--domain", "d", "--status-port=7"}, holds: func(p *proxyOptions) bool {
-			return p.config.StatusPort == 7 && slices.Equal(p.unknown, []string{"--novel", "--other", "-q"})
+			return p.config.Ports.Status == 7 && slices.Equal(p.unknown, []string{"--novel", "--other", "-q"})
 		}},
 		"what has no effect": {env: map[string]string{"PROXY_CONFIG": `{"discoveryAddress":"x:1","tracing":{"a":1,"b":2},"concurrency":1}`}, holds: func(p *proxyOptions) bool {
 			slices.Sort(p.idle)
 			return slices.Equal(p.idle, []string{"discoveryAddress", "tracing"})
 		}},
 		"the injector's whole":    {args: strings.Fields("sidecar --domain shop.svc.cluster.local --proxyLogLevel=warning --proxyComponentLogLevel=misc:error --log_output_level=default:info"), env: map[string]string{"PROXY_CONFIG": "{\"discoveryAddress\":\"127.0.0.1:15010\",\"holdApplicationUntilProxyStarts\":true}\n", "ISTIO_CPU_LIMIT": "2"}, holds: func(p *proxyOptions) bool { return len(p.unknown) == 0 && p.level == "info" }},
-		"broken annotations pass": {annotations: "what\n", holds: func(p *proxyOptions) bool { return p.config.StatusPort == 15020 }},
+		"broken annotations pass": {annotations: "what\n", holds: func(p *proxyOptions) bool { return p.config.Ports.Status == 15020 }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, err := settled(t, c.args, c.env, c.annotations, c.mesh)

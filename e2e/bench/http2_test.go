@@ -260,7 +260,7 @@ func (c *http2Client) readable() error {
 }
 
 func (c *http2Client) serveAnswer(f frame) error {
-	content := f.payload
+	var content []byte
 	var err error
 	switch f.kind {
 	case frameSettings:

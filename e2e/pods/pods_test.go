@@ -30,7 +30,7 @@ func TestPods(t *testing.T) {
 		"without its agent a pod is closed, and with it open":     restartAgent,
 		"init containers are refused, and a job ends its sidecar": beEarlyAndEnd,
 		"rules are made by the programs in the image":             useIPTables,
-		"the pod of README serves":                                playREADME,
+		"the pod of the document serves":                          playDocument,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -252,18 +252,18 @@ func useIPTables(t *testing.T, n *node) {
 	}
 }
 
-// playREADME plays the pod that README shows, with our images. podman knows no native sidecar, so its place is among the
-// containers.
-func playREADME(t *testing.T, n *node) {
-	readme, err := os.ReadFile("../../README.md")
+// playDocument plays the pod that docs/inject.md shows, with our images. podman has no native sidecars, so the agent moves
+// to the containers.
+func playDocument(t *testing.T, n *node) {
+	document, err := os.ReadFile("../../docs/inject.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, _ := strings.Cut(string(readme), "## In Kubernetes\n")
+	_, section, _ := strings.Cut(string(document), "## An injected pod\n")
 	_, block, _ := strings.Cut(section, "```yaml\n")
 	block, _, found := strings.Cut(block, "```\n")
 	if !found {
-		t.Fatal("README's section \"In Kubernetes\" has no YAML")
+		t.Fatal("docs/inject.md shows no pod")
 	}
 	var object map[string]any
 	if err := yaml.Unmarshal([]byte(block), &object); err != nil {
@@ -278,12 +278,12 @@ func playREADME(t *testing.T, n *node) {
 	delete(sidecar, "restartPolicy")
 	spec["initContainers"], spec["containers"] = inits[:len(inits)-1], append([]any{sidecar}, containers...)
 	spec["restartPolicy"] = "Never"
-	object["metadata"] = map[string]any{"name": "readme"}
+	object["metadata"] = map[string]any{"name": "document"}
 	text, err := yaml.Marshal(object)
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := n.play(t, string(text), "readme", "image: pillion\n", "image: "+image+"\n", "image: nginx\n", "image: "+imageWorkload+"\n")
+	p := n.play(t, string(text), "document", "image: pillion\n", "image: "+image+"\n", "image: nginx\n", "image: "+imageWorkload+"\n")
 	if err := get(client(t, false, dialer(n.Namespace, p.at(8080)))); err != nil {
 		t.Error(err)
 	}

@@ -3,7 +3,7 @@ package admin
 import (
 	"net/http"
 
-	"github.com/pillion-proxy/pillion/healthz"
+	"github.com/pillion-proxy/pillion/internal/ownport"
 )
 
 const (
@@ -18,10 +18,10 @@ const (
 // later resolves to 127.0.0.1, so that what it asks counts as its own site's. The first kind of request carries the
 // page's origin and the second kind the page's name as Host; tools carry neither.
 func (h *handler) refuses(r *http.Request) string {
-	if !healthz.FromHere(r) {
+	if !ownport.FromLoopback(r) {
 		return "Only requests from localhost are allowed"
 	}
-	if !healthz.MeansHere(r.Host) {
+	if !ownport.NamesLoopback(r.Host) {
 		return "the Host is neither localhost nor a loopback address: ask by such a name"
 	}
 	if h.foreign.Check(r) != nil { // which lets GET and HEAD pass; neither changes anything

@@ -89,7 +89,7 @@ var sleepers = map[string]string{
 	"e2e/keepalive_test.go TestGetsNeverFailAtServersThatCloseIdleConnections":                      "requests come around the time of the close",
 	"e2e/transparency_test.go TestAHalfClosedConnectionIsAnsweredAfterSeventySecondsOfSilence":      "the silence is tested",
 	"e2e/pods/drain_test.go follow":                                                                 "endpoints follow readiness with a delay",
-	"healthz/probers_test.go TestAProbeMayTakeLongerThanOtherAnswersOfThePort":                      "the workload's delay is tested",
+	"internal/probe/probe_test.go TestAProbeMayTakeLongerThanOtherAnswersOfThePort":                 "the workload's delay is tested",
 	"internal/scrape/scrape_test.go TestASlowWorkloadIsWaitedForLongerThanTheServersLimits":         "the workload's delay is tested",
 	"internal/relay/random_test.go speak":                                                           "peers that pause now and then",
 	"internal/relay/relay_test.go TestIdleTimeoutEndsAConnectionInWhichNothingMoves":                "a time-out of real sockets",

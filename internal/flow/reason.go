@@ -6,7 +6,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 )
 
-// Reason is why a flow ended. The set is closed: a new Reason needs a constant, a row in Explanations and one in README.
+// Reason is why a flow ended. The set is closed: a new Reason needs a constant, a row in Explanations and one in
+// docs/reasons.md.
 type Reason string
 
 // Ordinary ends of a connection.
@@ -117,7 +118,7 @@ var Explanations = []Explanation{
 	{RequestTimeout, "", envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout,
 		"There was no response within `{RequestTimeout}`; downstream was answered 504."},
 	{Overload, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation,
-		"An HTTP/2 peer opened too many streams, or flooded the connection with what leads to nothing; it was told so, and refused or cut."},
+		"An HTTP/2 peer opened too many streams, or flooded the connection with frames without effect; it was refused or disconnected."},
 	{Loop, envoy.FlagNoHealthyUpstream, "", "",
 		"The destination is one of pillion's own ports at one of the workload's own addresses."},
 	{ForeignAddress, envoy.FlagNoRouteFound, "", "",
@@ -135,7 +136,7 @@ var Explanations = []Explanation{
 	{HalfCloseTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
 		"One side had closed and nothing moved for `{HalfCloseTimeout}`; both sides were reset."},
 	{Drained, "", "", "",
-		"Nobody had spoken when the agent drained; both sides were closed in order."},
+		"Neither side had sent anything when the agent drained; both were closed in order."},
 	{DrainDeadline, envoy.FlagLocalReset, envoy.FlagLocalReset, envoy.ResetAfterResponse(envoy.ResetByLocal),
 		"Shutdown waited for `{DrainTimeout}`; both sides were reset."},
 }

@@ -12,8 +12,6 @@ func done(status int, received, sent uint64) told {
 	return told{reason: flow.Completed, status: status, received: received, sent: sent}
 }
 
-const unavailable = "upstream connect error or disconnect/reset before headers. reset reason: connection termination"
-
 var conversations = []conversation{
 	{"keep-alive", `
 		> GET /1 HTTP/1.1$Host: a$$

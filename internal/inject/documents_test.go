@@ -23,7 +23,7 @@ func TestTheDocumentHasEveryAnnotation(t *testing.T) {
 
 // What the injection sets in the environment of the agent has to be a flag of it, or nobody would heed it.
 func TestTheAgentHasTheFlagsThatAreSet(t *testing.T) {
-	text, err := os.ReadFile("../../README.md")
+	text, err := os.ReadFile("../../docs/agent.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,7 +31,7 @@ func TestTheAgentHasTheFlagsThatAreSet(t *testing.T) {
 		flag, ours := strings.CutPrefix(name, "PILLION_")
 		flag = "| `--" + strings.ReplaceAll(strings.ToLower(flag), "_", "-") + "` |"
 		if ours && !strings.Contains(string(text), flag) {
-			t.Errorf("README, whose flags are the agent's, has no row %s for %s", flag, name)
+			t.Errorf("docs/agent.md has no row %s for %s", flag, name)
 		}
 	}
 }

@@ -501,7 +501,7 @@ func split(stream []byte) []string {
 	var documents []string
 	begin := 0
 	for at := 0; at < len(stream); {
-		end := at + 1
+		var end int
 		if i := bytes.IndexByte(stream[at:], '\n'); i >= 0 {
 			end = at + i + 1
 		} else {

@@ -6,7 +6,7 @@ import (
 	"net/netip"
 	"strconv"
 
-	"github.com/pillion-proxy/pillion/healthz"
+	"github.com/pillion-proxy/pillion/internal/probe"
 )
 
 // proberNames are the fields of a container that hold handlers, and the names under which the agent's status port has
@@ -53,7 +53,7 @@ func (p *pod) rewriteProbes(s *settings) (string, error) {
 	}
 	recorded := oneLine(probers)
 	// The agent does not start with probes that it cannot read.
-	if _, err := healthz.ParseProbers(recorded, healthz.ProbeConfig{Address: netip.IPv6Loopback(), StatusPort: s.statusPort}); err != nil {
+	if _, err := probe.Parse(recorded, probe.Config{Address: netip.IPv6Loopback(), StatusPort: s.statusPort}); err != nil {
 		return "", err
 	}
 	return recorded, nil

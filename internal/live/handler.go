@@ -8,8 +8,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/ownport"
 )
 
 // Sources are shown by the handlers in addition to the View. They are read at each request.
@@ -89,7 +89,7 @@ func local(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		site := r.Header.Get("Sec-Fetch-Site")
 		foreign := site != "" && site != "none" && site != "same-origin" && r.URL.Path != "/"
-		if foreign || !healthz.MeansHere(r.Host) {
+		if foreign || !ownport.NamesLoopback(r.Host) {
 			http.Error(w, "Refused: live data is for this machine only. Ask for localhost or a loopback address, for example by\n"+
 				"kubectl port-forward POD 15000, and from no other site's page.", http.StatusForbidden)
 			return

@@ -38,13 +38,6 @@ func (h *histogram) observe(value uint64, limits *limits) {
 	h.sum.Add(value)
 }
 
-func (h *histogram) count() (n uint64) {
-	for i := range h.counts {
-		n += h.counts[i].Load()
-	}
-	return n
-}
-
 // expose shows the histogram in the unit of buckets, of which unit is one.
 func (h *histogram) expose(unit float64) *dto.Histogram {
 	out := &dto.Histogram{Bucket: make([]*dto.Bucket, len(h.counts)), SampleSum: new(float64(h.sum.Load()) / unit)}

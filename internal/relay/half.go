@@ -7,7 +7,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// turn is how many bytes a half may move before others get theirs.
+// turn bounds the bytes that a half moves before other connections run.
 const turn = 1 << 20
 
 // half carries one direction of a relay to its end.
@@ -16,19 +16,19 @@ type half struct {
 	src, dst *side
 }
 
-// progress is what a call of move brought.
+// progress is the result of a call of move.
 type progress uint8
 
 const (
 	nothing  progress = iota
-	some              // and now one of the sides has to be waited for
-	longTurn          // and there may be more
+	some              // bytes moved, and one of the sides must be waited for
+	longTurn          // bytes moved, and there may be more
 )
 
-// finished reports whether everything that src sent is delivered.
+// finished reports whether src has ended and all its bytes are delivered.
 func (h *half) finished() bool { return h.src.drained && h.Held() == 0 }
 
-// move moves bytes until src has none, dst takes none, or the turn is over.
+// move moves bytes until src has no more, dst takes no more, or the turn is over.
 func (h *half) move() progress {
 	made := nothing
 	for left := turn; left > 0; made = some {
@@ -56,7 +56,7 @@ func (h *half) move() progress {
 	return longTurn
 }
 
-// take reports whether anything happened: bytes came, or src is at its end.
+// take reports whether bytes were read or src has ended.
 func (h *half) take() bool {
 	_, err := h.Take(math.MaxInt64)
 	switch {
@@ -67,8 +67,8 @@ func (h *half) take() bool {
 	case err != io.EOF:
 		h.src.err = err
 	case h.src.err == nil && !h.dst.drained:
-		// A dead side reads like one at its end when a write has taken the error: that is not passed on as one. Nor is
-		// the second end of two, as the close of both sides follows.
+		// When a write has consumed a dead side's error, reading returns EOF; that is not passed on as a half-close. Neither
+		// is the second of two ends, because the close of both sides follows.
 		if err := h.dst.CloseWrite(); err != nil {
 			h.dst.err = err
 		}

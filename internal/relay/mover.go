@@ -10,18 +10,18 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// bulk is the line between messages and bulk. A read that brings so much has found bulk, and the next turn goes by
-// splice; a splice that moves less has seen its end, and the next turn copies. A message is cheaper to copy than to send
-// through a pipe.
+// bulk separates messages from bulk. After a read that returns this much, the next turn splices; after a splice that moves
+// less, the next turn copies. A message is cheaper to copy than to move through a pipe.
 const bulk = tcp.BufferSize
 
-// Mover moves bytes from one connection to another: messages by copying, bulk by splice(2), past this process.
+// Mover moves bytes from one connection to another. It copies messages, and moves bulk by splice(2), without copying it to
+// this process.
 //
-// It holds a buffer or a pipe only from the system call that fills it to the one that empties it: over a wait only when
+// It holds a buffer or a pipe only from the system call that fills it to the one that empties it, and over a wait only if
 // Dst is full. Release gives them back.
 type Mover struct {
 	Src, Dst *tcp.Conn
-	Moved    *atomic.Uint64 // bytes that Dst's socket took; nil: nobody asks
+	Moved    *atomic.Uint64 // bytes that Dst took; nil: not counted
 
 	buf      *tcp.Buffer
 	pipe     *pipe
@@ -30,7 +30,7 @@ type Mover struct {
 	noSplice bool // this kernel cannot splice sockets
 }
 
-// Held is how many bytes were taken from Src and not put into Dst.
+// Held returns the number of bytes that were taken from Src and not put into Dst.
 func (m *Mover) Held() int {
 	if m.buf != nil {
 		return m.buf.Len()
@@ -38,8 +38,8 @@ func (m *Mover) Held() int {
 	return m.piped
 }
 
-// Hold gives the mover bytes that were read from Src before, in a buffer that is the mover's from now on. It must hold
-// nothing else.
+// Hold gives the mover bytes that were read from Src before. The mover owns the buffer from now on. It must be empty when
+// Hold is called.
 func (m *Mover) Hold(read *tcp.Buffer) {
 	if read != nil && read.Len() == 0 {
 		read.Release()
@@ -48,13 +48,13 @@ func (m *Mover) Hold(read *tcp.Buffer) {
 	m.buf = read
 }
 
-// Expect says that so many bytes are to come, so that bulk is known before it is met.
+// Expect announces that n bytes are to come, so that bulk is spliced from its first byte.
 func (m *Mover) Expect(n int64) { m.splicing = n >= bulk }
 
 // maySplice reports whether bytes can move past this process: both connections must be bare.
 func (m *Mover) maySplice() bool { return !m.noSplice && m.Src.Bare() && m.Dst.Bare() }
 
-// Take reads up to limit bytes from Src, while the mover holds nothing. The errors are those of tcp.Conn.Read.
+// Take reads up to limit bytes from Src. The mover must be empty. The errors are those of tcp.Conn.Read.
 func (m *Mover) Take(limit int64) (int, error) {
 	if m.splicing && m.maySplice() {
 		if n, err := m.takePipe(limit); n > 0 || err != nil {
@@ -70,9 +70,9 @@ func (m *Mover) Take(limit int64) (int, error) {
 	return n, err
 }
 
-// takePipe fills a pipe from Src. When it moves nothing, a read has to find out why: there is nothing, or the end, or
-// urgent data, or no pipe to be had. An error of the connection is told: the kernel tells it once, and a read after it
-// would see an orderly end.
+// takePipe fills a pipe from Src. If it moves no bytes, the caller must read to find out why: there are no bytes, the
+// connection has ended, there is urgent data, or no pipe was available. It returns an error of the connection, because the
+// kernel reports it only once: a later read would see an orderly end.
 func (m *Mover) takePipe(limit int64) (int, error) {
 	if m.pipe = pipes.take(); m.pipe == nil {
 		return 0, nil
@@ -94,7 +94,7 @@ func (m *Mover) takePipe(limit int64) (int, error) {
 	return 0, err
 }
 
-// Put gives Dst what it takes of what the mover holds. The errors are those of tcp.Conn.Write.
+// Put writes held bytes to Dst, as many as it takes. The errors are those of tcp.Conn.Write.
 func (m *Mover) Put() (int, error) {
 	var n int
 	var err error
@@ -117,7 +117,7 @@ func (m *Mover) Put() (int, error) {
 	return n, nil
 }
 
-// Release gives back what the mover holds. Bytes that are still in it are lost.
+// Release gives back the buffer and the pipe. Bytes that they still hold are lost.
 func (m *Mover) Release() {
 	if m.buf != nil {
 		m.buf.Release()

@@ -53,9 +53,10 @@ func newMoverRig(t testing.TB) *moverRig {
 func (r *moverRig) carry(t testing.TB, left int64) {
 	t.Helper()
 	for left > 0 || r.Held() > 0 {
-		n, err := 0, tcp.ErrAgain
+		var n int
+		var err error
 		if r.Held() > 0 {
-			n, err = r.Put()
+			_, err = r.Put()
 		} else if n, err = r.Take(left); int64(n) > left || n != r.Held() {
 			t.Fatalf("Take(%d) = %d, and %d are held", left, n, r.Held())
 		} else {

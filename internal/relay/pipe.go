@@ -12,18 +12,18 @@ const (
 	// fs.pipe-user-pages-soft (64 MiB by default): later pipes get two pages, which is slower than copying.
 	pipeSize = 256 << 10
 
-	// maxPipes keeps this process at half of that limit. Flows beyond it copy. Other agents of the same user on the same
-	// host have their share of the limit, too, so the kernel may refuse earlier.
+	// maxPipes keeps this process at half of that limit. Further flows copy. Agents of the same user on the same host share
+	// the limit, so the kernel may refuse earlier.
 	maxPipes = 128
 
-	// refusalRest is how long no pipe is asked for after the kernel refused one. Asking costs more than the copy.
+	// refusalRest is how long to wait after the kernel refused a pipe before asking again. Asking costs more than copying.
 	refusalRest = time.Second
 
-	// pipeRest is how long an unused pipe is kept.
+	// pipeRest is how long to keep an unused pipe.
 	pipeRest = time.Second
 )
 
-// pipe is a kernel buffer. At rest, and whenever a half takes it, it is empty.
+// pipe is a kernel buffer. It is empty while it is in the pool.
 type pipe struct{ r, w int }
 
 func (p *pipe) close() {
@@ -31,19 +31,19 @@ func (p *pipe) close() {
 	_ = unix.Close(p.w)
 }
 
-// pipePool hands pipes out. Unused ones are closed after a while, so that idle relays cost no descriptors. The zero
-// value is ready to use.
+// pipePool keeps pipes, and closes unused ones after pipeRest, so that idle relays hold no descriptors. The zero value is
+// ready to use.
 type pipePool struct {
 	mu    sync.Mutex
-	idle  []*pipe // the last one was used last
+	idle  []*pipe // in the order of last use
 	fresh int     // of idle, the ones at the end that were used since the last sweep began
 	open  int     // pipes that exist, idle or in use
 	sweep *time.Timer
 
-	refused time.Time // when the kernel refused a pipe last
+	refused time.Time // when the kernel last refused a pipe
 }
 
-// pipes is shared by all relays: the limits that it keeps are the process's.
+// pipes is shared by all relays, because its limits are the process's.
 var pipes pipePool
 
 // Pipes returns the number of open pipes, in use or kept for reuse.
@@ -53,7 +53,7 @@ func Pipes() int {
 	return pipes.open
 }
 
-// take returns an empty pipe, or nil when there are too many or the kernel gives none.
+// take returns an empty pipe, or nil if there are too many or the kernel refuses another.
 func (pool *pipePool) take() *pipe {
 	pool.mu.Lock()
 	defer pool.mu.Unlock()
@@ -91,7 +91,7 @@ func (pool *pipePool) give(p *pipe, empty bool) {
 	}
 }
 
-// closeUnused closes the pipes that rested since the last sweep, and comes again as long as there are others.
+// closeUnused closes the pipes that were not used since the last sweep, and runs again while others are left.
 func (pool *pipePool) closeUnused() {
 	pool.mu.Lock()
 	defer pool.mu.Unlock()
@@ -109,7 +109,7 @@ func (pool *pipePool) closeUnused() {
 	pool.sweep.Reset(pipeRest)
 }
 
-// newPipe makes a pipe of pipeSize, or none: a smaller one is not worth its system calls.
+// newPipe makes a pipe of pipeSize. It returns nil if the kernel refuses that; a smaller pipe is not worth its system calls.
 func newPipe() *pipe {
 	var fds [2]int
 	if unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK) != nil {

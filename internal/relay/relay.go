@@ -1,8 +1,8 @@
-// Package relay carries bytes both ways between two TCP connections and keeps TCP's own signals true.
+// Package relay carries bytes both ways between two TCP connections and preserves TCP's own signals.
 //
-// What one side does, the other sees: a half-close passes as a half-close, a reset as a reset, and back pressure as a
-// closed window. While there is bulk, bytes move by splice(2) and never enter this process. A connection in which
-// nothing is in flight holds no pipe and no buffer, only its two descriptors and one parked goroutine.
+// Each side sees what the other does: a half-close passes as a half-close, a reset as a reset, and back pressure as a
+// closed window. Bulk moves by splice(2) and is not copied to this process. An idle connection holds no pipe and no
+// buffer, only its two descriptors and one parked goroutine.
 package relay
 
 import (
@@ -14,38 +14,38 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// End is how a relay ended. The words are those of flow.Reason, so that a room converts one into the other.
+// End is how a relay ended. The values are those of flow.Reason, so that a caller can convert one into the other.
 type End string
 
 // The ends of a relay.
 const (
-	Closed           End = "closed"             // both sides closed, and every byte was delivered
+	Closed           End = "closed"             // both sides closed, and all bytes were delivered
 	DownReset        End = "downstream_reset"   // down was reset, or vanished
 	UpReset          End = "upstream_reset"     // up was reset, or vanished
 	IdleTimeout      End = "idle_timeout"       // nothing moved for Options.IdleTimeout
 	HalfCloseTimeout End = "half_close_timeout" // one side had closed, and nothing moved for Options.HalfCloseTimeout
 	Canceled         End = "drain_deadline"     // the waiter was canceled; only the deadline of a drain does that
-	Unwatched        End = "no_descriptors"     // the kernel watches no further connection for this user
+	Unwatched        End = "no_descriptors"     // the kernel's limit of watched descriptors is reached
 )
 
-// grace is how long bytes of a side that was reset may wait for the other side to take them. Without the relay they
-// would be in that side's kernel already.
+// grace is how long to keep delivering buffered bytes after their sender was reset. Without the relay they would be in
+// the receiver's kernel already.
 const grace = time.Second
 
 // Options bound a relay and say where it counts. The zero value relays without any limit and counts nowhere.
 type Options struct {
-	IdleTimeout      time.Duration  // end when nothing moves for so long; zero or less: never
+	IdleTimeout      time.Duration  // ends a relay in which nothing moves for this long; zero or less: never
 	HalfCloseTimeout time.Duration  // the same, once one side has closed; zero or less: never
 	FromDown         *atomic.Uint64 // bytes that up's socket took; nil: not counted
 	FromUp           *atomic.Uint64 // bytes that down's socket took; nil: not counted
 
-	// What the caller has read from a side, to be delivered first; nil: nothing. Run gives the buffers back.
+	// Bytes that the caller has read from a side, delivered first; nil: none. Run releases the buffers.
 	DownRead, UpRead *tcp.Buffer
 }
 
 // Run relays until both sides have closed, one of them is reset, a time-out passes or w is canceled. It owns both
-// connections from the call on and has closed them when it returns: with FIN when it returns Closed, else with RST. The
-// error says what failed; it is nil for Closed and for the ends that Run itself decided.
+// connections, and has closed them when it returns: with FIN if it returns Closed, otherwise with RST. The error is the
+// failure of a connection; it is nil for Closed and for the ends that Run itself decided.
 func Run(w *tcp.Waiter, down, up *tcp.Conn, options Options) (End, error) {
 	r := relay{down: side{Conn: down}, up: side{Conn: up}, options: options}
 	r.fromDown = half{src: &r.down, dst: &r.up, Mover: Mover{Src: down, Dst: up, Moved: options.FromDown}}
@@ -70,8 +70,8 @@ type relay struct {
 	down, up         side
 	fromDown, fromUp half
 	options          Options
-	watched          End       // the limit that is watched
-	lastMove         time.Time // when bytes moved last, or the watch began; kept only while there is one
+	watched          End       // the limit in force
+	lastMove         time.Time // when bytes last moved, or the limit came into force; zero without a limit
 }
 
 // side is one of the two connections.
@@ -89,7 +89,7 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 			return how, err
 		}
 		if (down == longTurn || up == longTurn) && !w.Canceled() {
-			runtime.Gosched() // others wait
+			runtime.Gosched() // other connections may be waiting
 			continue
 		}
 		how, deadline := r.deadline(down != nothing || up != nothing)
@@ -104,10 +104,10 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 	}
 }
 
-// over returns how the relay ended, or nothing while it goes on.
+// over returns how the relay ended, or "" while it continues.
 //
-// A dead side ends it, but only when what that side sent before is delivered, or cannot be. That a side died is learnt
-// from the poller, too: nobody reads from a side that has closed its half, or while its bytes wait for the other.
+// A dead side ends it once the bytes that it sent before are delivered, or cannot be. The poller reports dead sides as
+// well, because the relay does not read from a side that has closed its half, or while bytes of it are held.
 func (r *relay) over() (End, error) {
 	finished := true
 	for _, h := range [...]*half{&r.fromDown, &r.fromUp} {
@@ -132,7 +132,7 @@ func (r *relay) reset(dead *side) End {
 	return UpReset
 }
 
-// failure is the error of the side that is dead, nil when none is.
+// failure returns the error of the dead side, or nil.
 func (r *relay) failure() error {
 	if r.down.err != nil {
 		return r.down.err
@@ -140,8 +140,8 @@ func (r *relay) failure() error {
 	return r.up.err
 }
 
-// deadline returns when the coming wait has to end, and how the relay ends then. A zero time is no deadline, and the
-// ordinary case, in which nobody asks for the time.
+// deadline returns when the next wait must end, and how the relay ends then. A zero time is no deadline. That is the
+// ordinary case, and the clock is not read in it.
 func (r *relay) deadline(moved bool) (End, time.Time) {
 	how, limit := r.limit()
 	if limit <= 0 {
@@ -154,7 +154,7 @@ func (r *relay) deadline(moved bool) (End, time.Time) {
 	return how, r.lastMove.Add(limit)
 }
 
-// limit returns how long nothing may move now, and how the relay ends when it does not.
+// limit returns how long the relay may stay without movement, and how it ends after that.
 func (r *relay) limit() (End, time.Duration) {
 	idle, halfClosed := r.options.IdleTimeout, r.options.HalfCloseTimeout
 	switch {

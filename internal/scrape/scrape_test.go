@@ -215,9 +215,13 @@ func TestAPartThatFailsNeverFailsTheScrape(t *testing.T) {
 			w.Header().Set("Content-Encoding", "br")
 			w.Header().Set("Content-Type", "text/plain")
 		}, "was not asked for"},
-		"elsewhere":     {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://203.0.113.7/metrics", 302) }, "redirected to another host"},
-		"https":         {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "https://"+r.Host+"/", 302) }, "redirected to another host"},
-		"in circles":    {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/", 302) }, "redirected more than three times"},
+		"elsewhere": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://203.0.113.7/metrics", http.StatusFound)
+		}, "redirected to another host"},
+		"https": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "https://"+r.Host+"/", http.StatusFound)
+		}, "redirected to another host"},
+		"in circles":    {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/", http.StatusFound) }, "redirected more than three times"},
 		"hangs at once": {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "context deadline exceeded"},
 		"hangs midway": {func(w http.ResponseWriter, r *http.Request) {
 			io.WriteString(w, "# x\n")
@@ -357,7 +361,7 @@ func TestTheWorkloadHearsWhoAsksAndForHowLong(t *testing.T) {
 func TestWhereTheWorkloadIsDialled(t *testing.T) {
 	target := workload(t, "/", func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/" {
-			http.Redirect(w, r, "/there", 302)
+			http.Redirect(w, r, "/there", http.StatusFound)
 		}
 	})
 	port := strconv.Itoa(int(target.Port))

@@ -64,7 +64,7 @@ type Role struct {
 // NewRole checks the configuration.
 func NewRole(config Config) (*Role, error) {
 	if config.Poller == nil || config.Flows == nil {
-		return nil, errors.New("Poller and Flows are required")
+		return nil, errors.New("a poller and a flow table are required")
 	}
 	r := &Role{
 		direction: config.Direction,

@@ -14,7 +14,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/pillion-proxy/pillion/healthz"
+	"github.com/pillion-proxy/pillion/internal/ownport"
 )
 
 // Config is what the handler answers from. All of it must be set, but for the last two.
@@ -23,7 +23,7 @@ type Config struct {
 	Ready http.Handler
 	// Probers answers /app-health/ and /app-lifecycle/.
 	Probers http.Handler
-	// Metrics answers /stats/prometheus and /metrics. If it may take longer than a few seconds it calls healthz.Extend.
+	// Metrics answers /stats/prometheus and /metrics. If it may take longer than a few seconds it calls ownport.Extend.
 	Metrics http.Handler
 	// Quit ends the agent, and Drain begins the drain of inbound. Both are called after the answer has gone out, perhaps
 	// from several goroutines and more than once, and must return at once.
@@ -42,7 +42,7 @@ const (
 )
 
 // NewHandler serves the paths, codes and bodies of the status port that Istio's agent has. It is to be served by
-// healthz.NewServer.
+// ownport.NewServer.
 func NewHandler(config Config) http.Handler {
 	metrics := config.Metrics
 	if config.MetricsLocalOnly {
@@ -113,10 +113,10 @@ func (c Config) order(obey func()) http.Handler {
 	})
 }
 
-// localOnly refuses who is not a process of this pod, and who is one without knowing it, see healthz.FromHere and byItself.
+// localOnly refuses who is not a process of this pod, and who is one without knowing it, see ownport.FromLoopback and byItself.
 func (c Config) localOnly(handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !healthz.FromHere(r) || !byItself(r) {
+		if !ownport.FromLoopback(r) || !byItself(r) {
 			c.Log.Debug("refused on the status port", "path", r.URL.Path, "from", r.RemoteAddr, "host", r.Host)
 			http.Error(w, "Only requests from localhost are allowed", http.StatusForbidden)
 			return
@@ -132,7 +132,7 @@ var otherSites = http.NewCrossOriginProtection()
 // to be ours if its name has come to mean 127.0.0.1 meanwhile, but then Host has that name. Programs other than browsers
 // say none of this.
 func byItself(r *http.Request) bool {
-	return otherSites.Check(r) == nil && healthz.MeansHere(r.Host)
+	return otherSites.Check(r) == nil && ownport.NamesLoopback(r.Host)
 }
 
 // profile gives a profile the time that it takes, which must be bounded.
@@ -143,7 +143,7 @@ func profile(handler http.Handler) http.Handler {
 			http.Error(w, fmt.Sprintf("seconds=%s: must be %v at most", asked, maxProfile.Seconds()), http.StatusBadRequest)
 			return
 		}
-		healthz.Extend(w, maxProfile+10*time.Second)
+		ownport.Extend(w, maxProfile+10*time.Second)
 		handler.ServeHTTP(w, r)
 	})
 }

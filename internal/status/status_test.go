@@ -16,6 +16,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/ownport"
 	"github.com/pillion-proxy/pillion/internal/status"
 )
 
@@ -231,10 +232,10 @@ func serve(t *testing.T, p http.Handler) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := healthz.NewServer(p, slog.New(slog.DiscardHandler))
+	server := ownport.NewServer(p, slog.New(slog.DiscardHandler))
 	server.ReadTimeout, server.WriteTimeout = 100*time.Millisecond, 100*time.Millisecond
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(healthz.Bound(listener)) }()
+	go func() { served <- server.Serve(ownport.Bound(listener)) }()
 	t.Cleanup(func() {
 		server.Close()
 		<-served

@@ -296,8 +296,7 @@ func TestCloseSendsWhatIsUnsentAndTheCloseMessage(t *testing.T) {
 		t.Run("a connection "+name, func(t *testing.T) {
 			r := newLayerRig(t)
 			if watched {
-				r.peer.Write([]byte("x"))
-				r.read(t, make([]byte, 1))
+				r.w.Wait(time.Now(), r.conn, nil)
 			}
 			sent := r.fill(t, random(64<<20))
 			r.conn.Close()
@@ -351,11 +350,9 @@ func TestBytesReadBeforeTheLayerAreDecodedFirst(t *testing.T) {
 	peer.Write([]byte("first"))
 	peer.Write([]byte("second"))
 	read := tcp.TakeBuffer()
-	raw := make([]byte, 11) // the first record, and a part of the second
 	conn.SetLayer(nil, func(s *tcp.Socket) tcp.Layer { return rawLayer{s} })
-	for n := 0; n < len(raw); {
-		m, err := conn.Read(raw[n:])
-		n += m
+	for read.Len() < len(layertest.Encode([]byte("first")))+len(layertest.Encode([]byte("second"))) {
+		_, err := read.Fill(conn)
 		if err == tcp.ErrAgain {
 			err = w.Wait(time.Now().Add(nettest.Patience), conn, nil)
 		}
@@ -363,8 +360,10 @@ func TestBytesReadBeforeTheLayerAreDecodedFirst(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	read.Append(raw)
 	layertest.Under(conn, read)
+	if !conn.Readable() {
+		t.Error("a connection with input in its layer is not readable")
+	}
 	peer.CloseWrite()
 	got, err := (&layerRig{conn: conn, w: w}).readAll(t, 4)
 	if string(got) != "firstsecond" || err != io.EOF {

@@ -88,11 +88,11 @@ func TestClientsWhosePortsAreNeverDrawnCostNothing(t *testing.T) {
 	for _, port := range []uint16{firstPort, firstPort + portCount - 1} {
 		client := netip.AddrPortFrom(netip.MustParseAddr("203.0.113.50"), port)
 		done := borrower.Reserve(client, workload)
-		if !borrower.serves(ends{client, workload}) {
+		if !borrower.reserved(ends{client, workload}) {
 			t.Errorf("a connection from port %d is not known", port)
 		}
 		done()
-		if borrower.serves(ends{client, workload}) {
+		if borrower.reserved(ends{client, workload}) {
 			t.Errorf("a connection from port %d is not forgotten", port)
 		}
 	}

@@ -19,8 +19,8 @@ import (
 type Dialer struct {
 	Poller  *tcp.Poller
 	Timeout time.Duration // for one dial; zero or less leaves it to the kernel
-	Stats   *Stats        // counts the dials and what they brought; nil: nobody does
-	Borrow  *Borrower     // for targets with a borrowed source; nil: there are none
+	Stats   *Stats        // counts dials and their results; nil: not counted
+	Borrow  *Borrower     // for targets with a borrowed source; nil: such targets never occur
 
 	// Layer puts a record layer under a fresh connection to a target. Its error is the dial's. nil: connections are bare.
 	Layer func(*tcp.Waiter, *tcp.Conn, Target) error
@@ -28,14 +28,14 @@ type Dialer struct {
 
 // Stats counts the upstream connections of one direction. The zero value is ready to use.
 type Stats struct {
-	Active            atomic.Int64  // connections that are open, in the pool or out of it
+	Active            atomic.Int64  // open connections, in the pool or in use
 	Connected, Failed atomic.Uint64 // dials
-	Reused, Missed    atomic.Uint64 // requests that found a connection in the pool, or looked in vain
-	Retried           atomic.Uint64 // requests that were sent once more
+	Reused, Missed    atomic.Uint64 // requests that found a connection in the pool, and that did not
+	Retried           atomic.Uint64 // requests that were sent again
 }
 
-// Dial connects to target, waiting with w. The port of its source is the kernel's choice, or the Borrower's. The error is
-// for Reason to judge.
+// Dial connects to target, waiting with w. The kernel chooses the source port, or the Borrower does. Reason maps the
+// error.
 func (d Dialer) Dial(w *tcp.Waiter, target Target) (*tcp.Conn, error) {
 	var deadline time.Time
 	if d.Timeout > 0 {
@@ -65,7 +65,7 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (*tcp.Conn, error) {
 	return up, err
 }
 
-// Reason names what a dial error means for the flow.
+// Reason maps a dial error to the reason with which the flow ends.
 func Reason(err error) flow.Reason {
 	switch {
 	case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET):
@@ -82,8 +82,8 @@ func Reason(err error) flow.Reason {
 	}
 }
 
-// TransportFailure is what Envoy says of a dial error, such as "delayed connect error: Connection refused". It is empty
-// when time ran out or there was no room for a socket, which Envoy tells in other ways.
+// TransportFailure is Envoy's text for a dial error, such as "delayed connect error: Connection refused". It is empty
+// for a timeout and for a lack of descriptors, which Envoy reports in other ways.
 func TransportFailure(err error) string {
 	var errno syscall.Errno
 	if Reason(err) == flow.NoDescriptors || !errors.As(err, &errno) {

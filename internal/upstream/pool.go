@@ -9,11 +9,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// Target is where a connection leads, and from which address. An invalid Source leaves that to the kernel. Connections to
-// the same Target are as good as each other: a request may take any of them.
+// Target is the address of an upstream, and the source address from which it is dialled. With an invalid Source the
+// kernel chooses. Connections with equal Targets are interchangeable.
 type Target struct {
 	Source   netip.Addr
-	Borrowed bool // Source is the client's, and needs a Borrower
+	Borrowed bool // Source is the client's address, and needs a Borrower
 	Address  netip.AddrPort
 }
 
@@ -23,15 +23,15 @@ const (
 	maxIdle          = 1024
 )
 
-// Pool keeps upstream connections that are between two requests, for whoever has the next one for the same target. The
-// one that was used last is taken first. Make it with NewPool.
+// Pool keeps upstream connections between two requests. The most recently used connection to a target is taken first.
+// Make it with NewPool.
 type Pool struct {
 	Stats Stats // of the direction that the pool belongs to
 
 	idleLife time.Duration
 
 	mu     sync.Mutex
-	idle   map[Target][]resting // in the order in which they were given
+	idle   map[Target][]resting // in the order in which Give received them
 	count  int
 	sweep  *time.Timer // nil while nothing is idle
 	closed bool
@@ -42,14 +42,14 @@ type resting struct {
 	since time.Time
 }
 
-// NewPool makes a pool that gives out no connection that has rested for idleLife, and closes it half as long after that
-// at the latest. It should be shorter than any server's own limit, so that it is rarely the server that closes. Zero or
-// less keeps none.
+// NewPool makes a pool that does not return a connection that was idle for idleLife, and closes it at most half as long
+// after that. idleLife should be shorter than the servers' own limits, so that a server rarely closes first. With zero or
+// less the pool keeps no connection.
 func NewPool(idleLife time.Duration) *Pool {
 	return &Pool{idleLife: idleLife, idle: make(map[Target][]resting)}
 }
 
-// Take returns a connection to target that was open a moment ago, or nil. The caller owns it.
+// Take returns a connection to target that was open when Take looked, or nil. The caller owns it.
 func (p *Pool) Take(target Target) *tcp.Conn {
 	for {
 		last := p.last(target)
@@ -65,7 +65,7 @@ func (p *Pool) Take(target Target) *tcp.Conn {
 	}
 }
 
-// last takes the connection that was given last, or none, out of the pool.
+// last removes the connection that Give received last; its conn is nil if there is none.
 func (p *Pool) last(target Target) resting {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -79,8 +79,7 @@ func (p *Pool) last(target Target) resting {
 	return last
 }
 
-// Give hands over a connection on which no request is under way and which is fit for the next. The pool closes it when
-// it has no room.
+// Give hands over a connection that has no request in progress and can carry another. A full pool closes it.
 func (p *Pool) Give(target Target, conn *tcp.Conn) {
 	conn.Rest()
 	if !p.put(target, conn) {
@@ -108,7 +107,7 @@ func (p *Pool) keep(target Target, list []resting) {
 	p.idle[target] = list
 }
 
-// closeUnused closes what has rested too long, and comes again as long as there is more.
+// closeUnused closes connections that were idle for too long, and runs again while others are left.
 func (p *Pool) closeUnused() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -120,7 +119,7 @@ func (p *Pool) closeUnused() {
 	p.sweep = nil
 }
 
-// closeBefore closes what has rested since the given time or longer, with the lock held.
+// closeBefore closes connections that became idle at limit or before, with the lock held.
 func (p *Pool) closeBefore(limit time.Time) {
 	for target, list := range p.idle {
 		if len(list) == 0 {
@@ -132,11 +131,11 @@ func (p *Pool) closeBefore(limit time.Time) {
 			list[old].conn.Close()
 			old++
 		}
-		p.keep(target, slices.Delete(list, 0, old)) // which forgets them, too
+		p.keep(target, slices.Delete(list, 0, old)) // Delete clears the freed elements
 	}
 }
 
-// Close closes all connections. What is given later is closed at once.
+// Close closes all connections, and those that Give receives later.
 func (p *Pool) Close() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -147,7 +146,7 @@ func (p *Pool) Close() {
 	p.closeBefore(time.Now())
 }
 
-// Idle is the number of connections that the pool keeps now.
+// Idle returns the number of connections in the pool.
 func (p *Pool) Idle() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()

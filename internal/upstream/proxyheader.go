@@ -11,14 +11,14 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// WriteProxyHeader tells a workload, as the first bytes of a fresh connection, who connected and to where: a PROXY
-// protocol header, version 2.
+// WriteProxyHeader sends a PROXY protocol header, version 2, with the client's address and the original destination, as the
+// first bytes of a fresh connection.
 func WriteProxyHeader(up *tcp.Conn, downstream, destination netip.AddrPort) error {
 	header, err := proxyproto.HeaderProxyFromAddrs(2, net.TCPAddrFromAddrPort(downstream), net.TCPAddrFromAddrPort(destination)).Format()
 	if err != nil {
 		return fmt.Errorf("writing a PROXY protocol header: %w", err)
 	}
-	// At most 52 bytes, which the empty send buffer of a fresh connection always takes at once.
+	// It is at most 52 bytes, which the empty send buffer of a fresh connection always takes.
 	if n, err := up.Write(header); err != nil {
 		return fmt.Errorf("writing a PROXY protocol header: %w", err)
 	} else if n < len(header) {

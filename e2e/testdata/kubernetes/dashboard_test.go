@@ -7,7 +7,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql/parser"
 )
 
@@ -163,7 +162,7 @@ func ask(t *testing.T, what, text, grouped string, variables []string, known map
 			}
 			asked[node.Name] = true
 			for _, m := range node.LabelMatchers {
-				if m.Name != labels.MetricName && !slices.Contains(has, m.Name) {
+				if m.Name != "__name__" && !slices.Contains(has, m.Name) {
 					t.Errorf("%s: %s has no label %s", what, node.Name, m.Name)
 				}
 			}

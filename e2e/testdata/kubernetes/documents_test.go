@@ -36,7 +36,7 @@ func read(t *testing.T, name string) string {
 }
 
 func TestManifestsThatAreShownCanBeRead(t *testing.T) {
-	for _, text := range shown(t, "README.md") {
+	for _, text := range shown(t, "docs/inject.md") {
 		typed, err := decode.Stream(strings.NewReader(text))
 		if err != nil || len(typed) != 1 {
 			t.Errorf("%v\n%s", err, text)

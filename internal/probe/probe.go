@@ -1,4 +1,9 @@
-package healthz
+// Package probe runs the workload's own probes for the kubelet.
+//
+// The injector redirects a pod's probes to the agent and records the originals. Without that, a probe would be carried by the
+// agent like other traffic, and a TCP probe would succeed whenever the agent accepts. A probe is sent from the address that
+// the rules let pass, so it meets the workload itself, and the kubelet receives the workload's answer.
+package probe
 
 import (
 	"context"
@@ -20,57 +25,59 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/ownport"
 	"github.com/pillion-proxy/pillion/internal/sockopt"
 )
 
-// The bounds of a probe. Whoever reaches the status port can ask for one.
+// The bounds of a probe. Any client that reaches the status port can request one.
 const (
-	maxProbes    = 32               // at the same time, see crowd
-	maxProbeTime = 10 * time.Minute // whatever timeoutSeconds says
-	maxBody      = 10 << 10         // of what the workload answers
-	maxReason    = 500              // of what we answer when it does not
+	maxProbes    = 32               // at the same time, see runningProbes
+	maxProbeTime = 10 * time.Minute // also when timeoutSeconds is larger
+	maxBody      = 10 << 10         // of the workload's answer
+	maxReason    = 500              // of our answer when the probe failed
 	maxService   = 1 << 10          // of the name of a gRPC service
 )
 
-// ProbeConfig says how probes reach the workload.
-type ProbeConfig struct {
-	// Address is the workload's own, to which probes connect. It is needed when there are probes, but for Localhost.
+// ErrNoAddress reports probes without an address to send them to.
+var ErrNoAddress = errors.New("there are probes, but the workload's address is unknown")
+
+// Config configures how probes reach the workload.
+type Config struct {
+	// Address is the workload's address, to which probes connect. Required if there are probes, unless Localhost is set.
 	Address netip.Addr
 	// Localhost makes probes connect to 127.0.0.1, or to ::1 when Address is an IPv6 address.
 	Localhost bool
-	// StatusPort is the port that probes come in by. In a Host field it is replaced by the probed port.
+	// StatusPort is the port where the kubelet sends probes. In a Host field it is replaced by the probed port.
 	StatusPort uint16
 	// HTTP2 lets an HTTPS probe use HTTP/2 when the workload chooses it.
 	HTTP2 bool
 	// KeepAlive leaves the connection of an HTTP probe open for the next one.
 	KeepAlive bool
-	// Dial opens a connection. Nil dials from the address that the rules let pass, so that a probe meets the workload
-	// and not the agent.
+	// Dial opens a connection. Nil dials from the source address that the rules do not redirect.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
-// Probers are the workload's own probes, by the path under which the kubelet asks for them. It is an http.Handler for
-// all methods, and for any number of goroutines.
+// Probers are the workload's own probes, by the path that the kubelet requests. It is an http.Handler for all methods.
 type Probers struct {
 	byPath  map[string]prober
 	http    *http.Client
-	running crowd
+	running runningProbes
 }
 
 // prober is one probe.
 type prober struct {
-	target  string // for people
+	target  string // for messages
 	timeout time.Duration
 	probe   probe
 }
 
-// probe asks the workload once. It returns when ctx ends. from is the kubelet's request. An error means that the
-// workload gave no answer, or not the one that it should.
+// probe sends one probe. It returns when ctx ends. from is the kubelet's request. An error means that the workload gave no
+// answer or a wrong one.
 type probe interface {
 	run(ctx context.Context, from *http.Request) (answer, error)
 }
 
-// answer is what the kubelet is told.
+// answer is the response to the kubelet.
 type answer struct {
 	status int
 	body   []byte
@@ -78,20 +85,20 @@ type answer struct {
 
 var proberPath = regexp.MustCompile(`^/(app-health|app-lifecycle)/[^/]+/(livez|readyz|startupz|prestopz|poststartz)$`)
 
-// ParseProbers reads the probes that an injector recorded: the value of ISTIO_KUBE_APP_PROBERS, a JSON object whose
-// names are paths and whose values are probes as Kubernetes writes them. An empty text has none. Ports must be numbers.
+// Parse reads the probes that an injector recorded: a JSON object whose names are paths and whose values are probes as
+// Kubernetes writes them. An empty text means no probes. Ports must be numbers.
 //
-// The time limit is timeoutSeconds, and ten minutes at most. Zero is no other limit for HTTP and TCP, and an immediate
-// end for gRPC.
-func ParseProbers(text string, config ProbeConfig) (*Probers, error) {
+// The time limit is timeoutSeconds, and at most ten minutes. With timeoutSeconds 0 an HTTP or TCP probe has the ten minutes,
+// and a gRPC probe fails at once, as with Istio's agent.
+func Parse(text string, config Config) (*Probers, error) {
 	var recorded map[string]json.RawMessage
 	if text != "" {
 		if err := json.Unmarshal([]byte(text), &recorded); err != nil {
-			return nil, fmt.Errorf("ISTIO_KUBE_APP_PROBERS: %w: it must be a JSON object of probes by their paths, as the injector writes it", err)
+			return nil, fmt.Errorf("%w: must be a JSON object of probes by path, as the injector writes it", err)
 		}
 	}
 	if len(recorded) > 0 && !config.Address.IsValid() && !config.Localhost {
-		return nil, errors.New("ISTIO_KUBE_APP_PROBERS has probes, and the workload's address is not known: set INSTANCE_IP")
+		return nil, ErrNoAddress
 	}
 	config = config.complete()
 	p := &Probers{
@@ -100,20 +107,20 @@ func ParseProbers(text string, config ProbeConfig) (*Probers, error) {
 	}
 	for _, path := range slices.Sorted(maps.Keys(recorded)) {
 		if !proberPath.MatchString(path) {
-			return nil, fmt.Errorf("ISTIO_KUBE_APP_PROBERS: %q: the path must be /app-health/CONTAINER/ and livez, readyz or startupz, "+
+			return nil, fmt.Errorf("%q: the path must be /app-health/CONTAINER/ and livez, readyz or startupz, "+
 				"or /app-lifecycle/CONTAINER/ and prestopz or poststartz", path)
 		}
 		prober, err := p.parse(recorded[path], config)
 		if err != nil {
-			return nil, fmt.Errorf("ISTIO_KUBE_APP_PROBERS: %q: %w", path, err)
+			return nil, fmt.Errorf("%q: %w", path, err)
 		}
 		p.byPath[path] = prober
 	}
 	return p, nil
 }
 
-// complete fills in what is left open. Address is where to connect to from now on.
-func (c ProbeConfig) complete() ProbeConfig {
+// complete fills in defaults. From now on Address is the address to connect to.
+func (c Config) complete() Config {
 	c.Address = c.Address.Unmap()
 	source := capture.InboundSource4
 	if c.Address.Is6() {
@@ -133,8 +140,8 @@ func (c ProbeConfig) complete() ProbeConfig {
 	return c
 }
 
-// bindNoPort shares the source's ports with the connections that inbound opens: were they all in use, there would be
-// none left for a probe.
+// bindNoPort lets probes share source ports with inbound's connections. Otherwise a probe could not find a free port when
+// inbound uses all of them.
 func bindNoPort(_, _ string, raw syscall.RawConn) error {
 	var optionErr error
 	if err := raw.Control(func(fd uintptr) { optionErr = sockopt.SetBindNoPort(int(fd)) }); err != nil {
@@ -143,8 +150,8 @@ func bindNoPort(_, _ string, raw syscall.RawConn) error {
 	return optionErr
 }
 
-// parse reads one probe. Fields that it does not know it leaves alone: Kubernetes has more than matter here.
-func (p *Probers) parse(text json.RawMessage, config ProbeConfig) (prober, error) {
+// parse reads one probe. Unknown fields are ignored: Kubernetes has more fields than matter here.
+func (p *Probers) parse(text json.RawMessage, config Config) (prober, error) {
 	var recorded struct { // the names are for errors: package json reads them in any case
 		HTTPGet *struct {
 			Path   string    `json:"path"`
@@ -231,23 +238,23 @@ func (p probePort) at(address netip.Addr) (string, error) {
 	return netip.AddrPortFrom(address, uint16(p)).String(), nil
 }
 
-// ServeHTTP runs the probe of the request's path. It answers what the workload answers, but for redirects, see
-// httpProbe. When the workload does not answer as it should the status is 500 and the body says why in one line. Nothing
-// but status and body comes from the workload: this port is ours, and its body is plain text to a browser.
+// ServeHTTP runs the probe of the request's path and returns the workload's answer; for redirects see httpProbe. If the probe
+// fails, the status is 500 and the body is one line with the reason. Only status and body are taken from the workload, and
+// the body is sent as plain text: a browser must not take it for a page of this port.
 func (p *Probers) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	prober, known := p.byPath[r.URL.Path]
 	if !known {
 		http.Error(w, "app prober config does not exists for "+r.URL.Path, http.StatusBadRequest)
 		return
 	}
-	Extend(w, prober.timeout+5*time.Second)
+	ownport.Extend(w, prober.timeout+5*time.Second)
 	ctx, cancel := context.WithTimeout(r.Context(), prober.timeout)
 	defer cancel()
 	ctx, leave := p.running.join(ctx, r.RemoteAddr)
 	defer leave()
 	answer, err := prober.probe.run(ctx, r)
-	if err != nil && context.Cause(ctx) == errCrowded {
-		http.Error(w, fmt.Sprintf("%s (%s): %v", r.URL.Path, prober.target, errCrowded), http.StatusServiceUnavailable)
+	if err != nil && context.Cause(ctx) == errEvicted {
+		http.Error(w, fmt.Sprintf("%s (%s): %v", r.URL.Path, prober.target, errEvicted), http.StatusServiceUnavailable)
 		return
 	}
 	if err != nil {
@@ -260,10 +267,10 @@ func (p *Probers) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(answer.body)
 }
 
-// crowd is the running probes. One more may always run. When they are too many, the address that asked for the most loses
-// its oldest: a stranger who holds many slow ones is in nobody's way but his own. To share one run among callers would not
-// do that, as the workload hears their fields, and a stranger can have others each time.
-type crowd struct {
+// runningProbes bounds the probes that run at the same time. A new probe is always admitted. When there are too many, the
+// oldest probe of the address with the most probes is evicted, so that a client with many slow probes hurts only itself.
+// Runs are not shared between callers, because the workload sees the caller's header fields.
+type runningProbes struct {
 	mu      sync.Mutex
 	running []*running // the oldest first
 }
@@ -273,17 +280,18 @@ type running struct {
 	end context.CancelCauseFunc
 }
 
-var errCrowded = fmt.Errorf("%d probes are running, which is as many as may, and most for the same address as this one, their oldest", maxProbes)
+var errEvicted = fmt.Errorf("evicted: %d probes are running, the limit, and this one is the oldest of the address with the most", maxProbes)
 
-// join adds a probe that remote asks for. It ends with errCrowded when it has to make room, and is to leave in any case.
-func (c *crowd) join(ctx context.Context, remote string) (_ context.Context, leave func()) {
-	from, _ := netip.ParseAddrPort(remote) // what is none is an address like any other
+// join admits a probe that remote requests. The context's cause is errEvicted if the probe is evicted. The caller must call
+// leave.
+func (c *runningProbes) join(ctx context.Context, remote string) (_ context.Context, leave func()) {
+	from, _ := netip.ParseAddrPort(remote) // an invalid address counts as one address
 	ctx, end := context.WithCancelCause(ctx)
 	joined := &running{from.Addr(), end}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.running = append(c.running, joined); len(c.running) > maxProbes {
-		c.makeRoom()
+		c.evict()
 	}
 	return ctx, func() {
 		end(nil)
@@ -293,23 +301,23 @@ func (c *crowd) join(ctx context.Context, remote string) (_ context.Context, lea
 	}
 }
 
-// makeRoom ends one probe; c.mu is held. It leaves at once, as its workload may take a moment to be let go.
-func (c *crowd) makeRoom() {
+// evict ends one probe; c.mu is held. It is removed at once, because its run may take a moment to return.
+func (c *runningProbes) evict() {
 	most, asked := 0, make(map[netip.Addr]int)
 	for _, r := range c.running {
 		asked[r.by]++
 		most = max(most, asked[r.by])
 	}
 	oldest := slices.IndexFunc(c.running, func(r *running) bool { return asked[r.by] == most })
-	c.running[oldest].end(errCrowded)
+	c.running[oldest].end(errEvicted)
 	c.running = slices.Delete(c.running, oldest, oldest+1)
 }
 
-// reason is one line about an error, which may quote what the workload sent.
+// reason describes an error in one line, which may quote the workload.
 func (p prober) reason(ctx context.Context, err error) string {
 	switch {
 	case p.timeout == 0:
-		return "timeoutSeconds is 0, so that the time is up at once: set it to 1 or more"
+		return "timeoutSeconds is 0, so the time is up at once: set it to 1 or more"
 	case ctx.Err() != nil, errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
 		return fmt.Sprintf("no answer within %v", p.timeout)
 	}
@@ -317,10 +325,10 @@ func (p prober) reason(ctx context.Context, err error) string {
 	return strings.ToValidUTF8(line[:min(len(line), maxReason)], "")
 }
 
-// Close closes the connections that are kept for further probes.
+// Close closes the connections that KeepAlive left open.
 func (p *Probers) Close() { p.http.CloseIdleConnections() }
 
-// tcpProbe is content with a connection.
+// tcpProbe succeeds when a connection is established.
 type tcpProbe struct {
 	address string
 	dial    func(ctx context.Context, network, address string) (net.Conn, error)

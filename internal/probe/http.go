@@ -1,4 +1,4 @@
-package healthz
+package probe
 
 import (
 	"context"
@@ -39,7 +39,7 @@ type dialerKey struct{}
 
 // newProbeClient makes the client that all HTTP probes share. It does not verify certificates, as the kubelet does not:
 // they are rarely made out to an address.
-func newProbeClient(config ProbeConfig) *http.Client {
+func newProbeClient(config Config) *http.Client {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(config.HTTP2)

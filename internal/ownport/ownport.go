@@ -1,4 +1,6 @@
-package healthz
+// Package ownport holds what the servers of the agent's own ports share: bounds on what a client can make them keep, and the
+// guard that tells processes of this pod from the network and from web pages.
+package ownport
 
 import (
 	"log/slog"
@@ -9,12 +11,12 @@ import (
 	"time"
 )
 
-// maxConnections bounds who can ask at the same time. The kubelet asks on one connection after the other; everybody else
-// who can reach the port must not be able to use up the agent's descriptors.
+// maxConnections bounds the connections of one listener. The kubelet uses one at a time. Other clients that can reach the
+// port must not be able to use up the agent's descriptors.
 const maxConnections = 100
 
-// NewServer serves handler with bounds on what a stranger can make it keep: bytes, time and, with Bound, connections. Its
-// own troubles with clients are logged at debug level.
+// NewServer serves handler with bounds on what a client can make it keep: bytes, time and, with Bound, connections. Errors of
+// client connections are logged at debug level.
 func NewServer(handler http.Handler, log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler:        handler,
@@ -26,15 +28,15 @@ func NewServer(handler http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
-// Extend gives the answer d from now to be written, in place of the server's WriteTimeout. A request without a body has no
-// other limit: package net/http ends ReadTimeout when it has been read.
+// Extend allows d from now for writing the response, in place of the server's WriteTimeout. A request without a body has no
+// other time limit: net/http ends ReadTimeout when the request has been read.
 func Extend(w http.ResponseWriter, d time.Duration) {
-	// It fails for a writer without a connection, which has no limit either.
+	// It fails for a writer without a connection. Such a writer has no limit.
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(d))
 }
 
-// Bound keeps at most maxConnections of a listener's connections open. The newest is always served, at the cost of the
-// oldest: strangers who hold many must not keep the kubelet out.
+// Bound keeps at most maxConnections of a listener's connections open. A new connection evicts the oldest, so that clients
+// that hold many connections cannot keep the kubelet out.
 func Bound(listener net.Listener) net.Listener { return &boundListener{Listener: listener} }
 
 type boundListener struct {
@@ -52,7 +54,7 @@ func (l *boundListener) Accept() (net.Conn, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.open) == maxConnections {
-		l.open[0].Conn.Close() // its server notices, and calls Close
+		l.open[0].Conn.Close() // its server sees an error and calls boundConn.Close
 		l.open = slices.Delete(l.open, 0, 1)
 	}
 	l.open = append(l.open, conn)

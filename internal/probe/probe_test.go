@@ -1,4 +1,4 @@
-package healthz_test
+package probe_test
 
 import (
 	"context"
@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -19,9 +20,12 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/ownport"
+	"github.com/pillion-proxy/pillion/internal/probe"
 )
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
 var loopback = netip.MustParseAddr("127.0.0.1")
 
@@ -55,27 +59,27 @@ func TestProbersThatCannotWorkAreRefusedWithAReason(t *testing.T) {
 		{get(`, "scheme": "FTP"`), `scheme "FTP": must be HTTP or HTTPS`},
 		{`{"` + path + `": {"grpc": {"port": 80, "service": "` + strings.Repeat("x", 1025) + `"}}}`, "1025 bytes: must be 1024 at most"},
 	} {
-		_, err := healthz.ParseProbers(c.text, healthz.ProbeConfig{Address: loopback})
-		if err == nil || !strings.Contains(err.Error(), c.want) || !strings.HasPrefix(err.Error(), "ISTIO_KUBE_APP_PROBERS") {
+		_, err := probe.Parse(c.text, probe.Config{Address: loopback})
+		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%.200s:\n%v\nwant %s", c.text, err, c.want)
 		}
 	}
-	if _, err := healthz.ParseProbers(tcp("80"), healthz.ProbeConfig{}); err == nil || !strings.Contains(err.Error(), "set INSTANCE_IP") {
+	if _, err := probe.Parse(tcp("80"), probe.Config{}); !errors.Is(err, probe.ErrNoAddress) {
 		t.Errorf("without an address: %v", err)
 	}
 	for _, text := range []string{"", "{}", "null"} {
-		if _, err := healthz.ParseProbers(text, healthz.ProbeConfig{}); err != nil {
+		if _, err := probe.Parse(text, probe.Config{}); err != nil {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
 }
 
-func FuzzParseProbers(f *testing.F) {
+func FuzzParse(f *testing.F) {
 	f.Add(`{"/app-health/app/livez": {"tcpSocket": {"port": 80}}}`)
 	f.Add(`{"/app-lifecycle/app/prestopz": {"httpGet": {"port": 80, "path": "/%zz?a b", "scheme": "https"}}}`)
 	f.Add(`{"/app-health/app/startupz": {"grpc": {"port": 80, "service": null}, "timeoutSeconds": 1}}`)
 	f.Fuzz(func(t *testing.T, text string) {
-		probers, err := healthz.ParseProbers(text, healthz.ProbeConfig{Address: loopback, Dial: noDial})
+		probers, err := probe.Parse(text, probe.Config{Address: loopback, Dial: noDial})
 		if (err == nil) != (probers != nil) {
 			t.Errorf("%v and %v", probers, err)
 		}
@@ -107,7 +111,7 @@ type asks struct {
 }
 
 // newAsks serves probers; each is what stands in JSON under the path of its name.
-func newAsks(t *testing.T, config healthz.ProbeConfig, probers map[string]string) *asks {
+func newAsks(t *testing.T, config probe.Config, probers map[string]string) *asks {
 	t.Helper()
 	recorded := make(map[string]json.RawMessage)
 	for name, prober := range probers {
@@ -120,12 +124,12 @@ func newAsks(t *testing.T, config healthz.ProbeConfig, probers map[string]string
 	if !config.Address.IsValid() {
 		config.Address = loopback
 	}
-	handler, err := healthz.ParseProbers(string(text), config)
+	handler, err := probe.Parse(string(text), config)
 	if err != nil {
 		t.Fatal(err)
 	}
 	server := httptest.NewUnstartedServer(handler)
-	server.Config = healthz.NewServer(handler, slog.New(slog.DiscardHandler))
+	server.Config = ownport.NewServer(handler, slog.New(slog.DiscardHandler))
 	server.Config.ReadTimeout, server.Config.WriteTimeout = 100*time.Millisecond, 100*time.Millisecond
 	server.Start()
 	t.Cleanup(func() {
@@ -226,7 +230,7 @@ func closedPort(t *testing.T) string {
 }
 
 func TestAnUnknownProbeIsSaidToBeOne(t *testing.T) {
-	a := newAsks(t, healthz.ProbeConfig{}, nil)
+	a := newAsks(t, probe.Config{}, nil)
 	if status, body := a.get("livez"); status != 400 || body != "app prober config does not exists for /app-health/app/livez\n" {
 		t.Errorf("%d %q", status, body)
 	}
@@ -243,7 +247,7 @@ func TestTheWorkloadHearsWhatTheKubeletSaid(t *testing.T) {
 		from.Store(r.RemoteAddr)
 		requests <- heard{r.Method, r.Host, r.RequestURI, r.Header}
 	})
-	a := newAsks(t, healthz.ProbeConfig{StatusPort: 15020}, map[string]string{
+	a := newAsks(t, probe.Config{StatusPort: 15020}, map[string]string{
 		"livez":  `{"httpGet": {"port": ` + port + `, "path": "/ready?x=1&y=%20#z", "httpHeaders": [{"name": "Not", "value": "again"}]}, "timeoutSeconds": 5}`,
 		"readyz": `{"httpGet": {"port": ` + port + `, "path": "no%zz/slash"}, "timeoutSeconds": 5}`,
 	})
@@ -308,7 +312,7 @@ func TestTheKubeletHearsStatusAndBodyAlone(t *testing.T) {
 		{"status=200&long", 200, long[:10<<10]},
 		{"status=500&long", 500, long[:10<<10]},
 	} {
-		a := newAsks(t, healthz.ProbeConfig{}, map[string]string{
+		a := newAsks(t, probe.Config{}, map[string]string{
 			"livez": `{"httpGet": {"port": ` + port + `, "path": "/?` + c.query + `"}, "timeoutSeconds": 5}`,
 		})
 		status, body, header := a.do("GET", "livez", "", nil)
@@ -354,7 +358,7 @@ func TestAProbeThatGetsNoAnswerSaysWhy(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			a := newAsks(t, healthz.ProbeConfig{}, map[string]string{"livez": c.prober})
+			a := newAsks(t, probe.Config{}, map[string]string{"livez": c.prober})
 			a.fails("livez", c.want...)
 			if _, body := a.get("livez"); len(body) > 700 {
 				t.Errorf("a reason of %d bytes", len(body))
@@ -372,7 +376,7 @@ func TestAProbeMayTakeLongerThanOtherAnswersOfThePort(t *testing.T) {
 		}
 	})
 	for _, limit := range []string{"0", "5"} {
-		a := newAsks(t, healthz.ProbeConfig{}, map[string]string{
+		a := newAsks(t, probe.Config{}, map[string]string{
 			"livez": `{"httpGet": {"port": ` + port + `}, "timeoutSeconds": ` + limit + `}`,
 		})
 		if status, body := a.get("livez"); status != 200 || body != "at last" {
@@ -385,7 +389,7 @@ func TestAProbeEndsWithItsClient(t *testing.T) {
 	for name, handler := range map[string]string{"HTTP": "httpGet", "TCP": "tcpSocket", "gRPC": "grpc"} {
 		t.Run(name, func(t *testing.T) {
 			dialled, ended := make(chan struct{}), make(chan struct{})
-			a := newAsks(t, healthz.ProbeConfig{Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			a := newAsks(t, probe.Config{Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				close(dialled)
 				<-ctx.Done() // a workload that accepts nothing
 				close(ended)
@@ -417,7 +421,7 @@ func TestThereAreOnlySoManyProbesAtOnceAndTheKubeletsAreAmongThem(t *testing.T) 
 			<-leave
 		}
 	})
-	kubelet := newAsks(t, healthz.ProbeConfig{}, map[string]string{
+	kubelet := newAsks(t, probe.Config{}, map[string]string{
 		"livez":  `{"httpGet": {"path": "/slow", "port": ` + port + `}, "timeoutSeconds": 60}`,
 		"readyz": `{"httpGet": {"port": ` + port + `}, "timeoutSeconds": 60}`,
 	})
@@ -486,7 +490,7 @@ func TestRedirectsAreFollowedToTheSameHostOnly(t *testing.T) {
 	for path, want := range map[string]int{
 		"/down?1": 200, "/down?10": 200, "/down?11": 500, "/missing": 418, "/away": 200, "/strange": 500,
 	} {
-		a := newAsks(t, healthz.ProbeConfig{}, map[string]string{
+		a := newAsks(t, probe.Config{}, map[string]string{
 			"livez": `{"httpGet": {"port": ` + port + `, "path": "` + path + `"}, "timeoutSeconds": 5}`,
 		})
 		status, body, header := a.do("GET", "livez", "", nil)
@@ -509,7 +513,7 @@ func TestHTTPSIsNotVerifiedAndHTTP2IsOptional(t *testing.T) {
 			http2 bool
 			want  string
 		}{{false, "HTTP/1.1"}, {true, "HTTP/2.0"}} {
-			a := newAsks(t, healthz.ProbeConfig{HTTP2: c.http2, KeepAlive: keepAlive}, map[string]string{
+			a := newAsks(t, probe.Config{HTTP2: c.http2, KeepAlive: keepAlive}, map[string]string{
 				"livez": `{"httpGet": {"port": ` + portOf(server.Listener.Addr()) + `, "scheme": "HTTPS"}, "timeoutSeconds": 5}`,
 			})
 			for range 2 {
@@ -531,7 +535,7 @@ func TestConnectionsAreKeptOnlyWhenAskedFor(t *testing.T) {
 			}
 		}
 		server.Start()
-		a := newAsks(t, healthz.ProbeConfig{KeepAlive: keep}, map[string]string{
+		a := newAsks(t, probe.Config{KeepAlive: keep}, map[string]string{
 			"livez": `{"httpGet": {"port": ` + portOf(server.Listener.Addr()) + `}, "timeoutSeconds": 5}`,
 		})
 		for range 3 {
@@ -548,7 +552,7 @@ func TestConnectionsAreKeptOnlyWhenAskedFor(t *testing.T) {
 }
 
 func TestATCPProbeIsContentWithAConnection(t *testing.T) {
-	a := newAsks(t, healthz.ProbeConfig{}, map[string]string{"livez": `{"tcpSocket": {"port": ` + speaker(t, "") + `}}`})
+	a := newAsks(t, probe.Config{}, map[string]string{"livez": `{"tcpSocket": {"port": ` + speaker(t, "") + `}}`})
 	if status, body := a.get("livez"); status != 200 || body != "" {
 		t.Errorf("%d %q", status, body)
 	}
@@ -568,11 +572,11 @@ func TestProbesGoToTheWorkloadsAddress(t *testing.T) {
 		{"", true, "127.0.0.1:80"},
 	} {
 		for handler, scheme := range map[string]string{"httpGet": "http", "tcpSocket": "tcp", "grpc": "grpc"} {
-			config := healthz.ProbeConfig{Localhost: c.localhost, Dial: noDial}
+			config := probe.Config{Localhost: c.localhost, Dial: noDial}
 			if c.address != "" {
 				config.Address = netip.MustParseAddr(c.address)
 			}
-			probers, err := healthz.ParseProbers(`{"/app-lifecycle/app/prestopz": {"`+handler+`": {"port": 80}, "timeoutSeconds": 1}}`, config)
+			probers, err := probe.Parse(`{"/app-lifecycle/app/prestopz": {"`+handler+`": {"port": 80}, "timeoutSeconds": 1}}`, config)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -645,7 +649,7 @@ func TestAGRPCProbeIsContentWithServing(t *testing.T) {
 		}, "more than"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			a := newAsks(t, healthz.ProbeConfig{}, map[string]string{"livez": `{"grpc": {"port": ` + healthServer(t, c.check) + `}, "timeoutSeconds": 5}`})
+			a := newAsks(t, probe.Config{}, map[string]string{"livez": `{"grpc": {"port": ` + healthServer(t, c.check) + `}, "timeoutSeconds": 5}`})
 			if c.want != "" {
 				a.fails("livez", c.want)
 			} else if status, body := a.get("livez"); status != 200 || body != "" {
@@ -653,7 +657,7 @@ func TestAGRPCProbeIsContentWithServing(t *testing.T) {
 			}
 		})
 	}
-	a := newAsks(t, healthz.ProbeConfig{}, map[string]string{
+	a := newAsks(t, probe.Config{}, map[string]string{
 		"livez":  `{"grpc": {"port": ` + workload(t, http.NotFound) + `}, "timeoutSeconds": 5}`,
 		"readyz": `{"grpc": {"port": ` + speaker(t, "220 mail\r\n") + `}, "timeoutSeconds": 5}`,
 	})
@@ -688,7 +692,7 @@ func TestTheGRPCServerHearsAnOrdinaryCall(t *testing.T) {
 			heard <- err
 			sends("\x00\x00\x00\x00\x02\x08\x01", "0")(w, r)
 		})
-		a := newAsks(t, healthz.ProbeConfig{}, map[string]string{"livez": `{"grpc": {"port": ` + port + `, "service": "` + service + `"}, "timeoutSeconds": 5}`})
+		a := newAsks(t, probe.Config{}, map[string]string{"livez": `{"grpc": {"port": ` + port + `, "service": "` + service + `"}, "timeoutSeconds": 5}`})
 		if status, body, _ := a.do("GET", "livez", "", http.Header{"User-Agent": {"kube-probe/1.34"}}); status != 200 {
 			t.Fatalf("%d %q", status, body)
 		}

@@ -1,4 +1,4 @@
-package healthz
+package probe
 
 import (
 	"bufio"
