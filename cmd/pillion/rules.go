@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/terminal"
 	"github.com/pillion-proxy/pillion/iptables"
 )
 
@@ -106,7 +107,7 @@ func (o *viewOptions) tell(to io.Writer, value any, text string) error {
 	if o.output == outputJSON {
 		return writeJSON(to, value)
 	}
-	_, err := io.WriteString(to, newPainter(to).decorate(text))
+	_, err := io.WriteString(to, decorate(text, terminal.NewPainter(to)))
 	return err
 }
 
@@ -251,15 +252,15 @@ raw, mangle and nat are looked at, not filter. Nothing is sent.
 }
 
 // decorate makes headings bold and remarks faint.
-func (p painter) decorate(text string) string {
+func decorate(text string, paint terminal.Painter) string {
 	var pretty strings.Builder
 	for line := range strings.Lines(text) {
 		body := strings.TrimSuffix(line, "\n")
 		switch {
 		case strings.HasPrefix(strings.TrimSpace(body), "#"):
-			pretty.WriteString(p.paint(faint, body) + "\n")
+			pretty.WriteString(paint.Paint(terminal.Faint, body) + "\n")
 		case !strings.HasPrefix(body, " "):
-			pretty.WriteString(p.paint(bold, body) + "\n")
+			pretty.WriteString(paint.Paint(terminal.Bold, body) + "\n")
 		default:
 			pretty.WriteString(line)
 		}

@@ -14,7 +14,7 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward", "internal/live", "internal/netns", "internal/podinfo", "internal/proxyconfig"},
+	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward", "internal/live", "internal/netns", "internal/podinfo", "internal/proxyconfig", "internal/terminal"},
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
 		"internal/accesslog", "internal/admin", "internal/dns", "internal/httpforward", "internal/listener", "internal/live", "internal/localaddr",
@@ -45,9 +45,10 @@ var arrows = []struct {
 	{"internal/accesslog", []string{"internal/envoy", "internal/flow"}, "a line tells what a record has"},
 	{"internal/admin", []string{"internal/envoy", "internal/flow", "internal/ownport"},
 		"what is open is read from the table; who is here is one question; all else that it shows comes in as values"},
+	{"internal/terminal", []string{"internal/live"}, "what the terminal shows are values of the live view"},
 	{"internal/live", []string{"internal/envoy", "internal/flow", "internal/ownport"}, "what is shown is made of records, and for who is here"},
 	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
-	{"internal/inject", []string{"internal/capture", "internal/podinfo", "internal/probe", "internal/scrape"},
+	{"internal/inject", []string{"internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
 		"what is written for init and agent is checked by the code with which they read it"},
 	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/localaddr", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a role is tested in namespaces, made of real parts"},

@@ -1,4 +1,11 @@
-package inject
+// Package yamledit changes YAML and JSON documents in their text: every byte outside an edit stays as it is, and comments,
+// order, quotes, indentation and line breaks with it.
+//
+// A document is parsed into nodes, whose positions give the byte range of each change; new text is written in the style of
+// its place. The result is parsed again and must equal the changes applied to the tree, else the edit fails. So a mistake
+// here, or a style that is not understood, is an error and never a different document. The editor is ours because yaml.v3
+// writes a node tree anew: it loses blank lines, moves comments, and changes quotes and indentation.
+package yamledit
 
 import (
 	"bytes"
@@ -12,20 +19,22 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// document is one YAML document and where its parts stand. The parser tells where a node begins; where it ends is found
-// here, so that changes are made in the text itself and all other bytes stay what they are.
-type document struct {
+// Document is one parsed YAML document and the positions of its parts. The parser reports where a node begins; where it
+// ends is found here.
+type Document struct {
 	text      string
-	lines     []int // where each line begins
+	lines     []int // offset of each line
 	lineBreak string
-	root      *yaml.Node // nil when there is nothing but comments
+	marks     map[int][]int // offsets of every markEvery-th character of a long line, see offset
+	steps     int           // characters scanned to find positions; a test keeps them linear
+	root      *yaml.Node    // nil if the document has only comments
 	tree      any
-	removed   map[*yaml.Node]bool // the nodes that a change takes away
+	removed   map[*yaml.Node]bool // the nodes that an edit removes
 }
 
-// parse reads one document.
-func parse(text string) (*document, error) {
-	d := &document{text: text, lines: []int{0}, lineBreak: "\n", removed: make(map[*yaml.Node]bool)}
+// Parse reads one document.
+func Parse(text string) (*Document, error) {
+	d := &Document{text: text, lines: []int{0}, lineBreak: "\n", removed: make(map[*yaml.Node]bool)}
 	for i := 0; i < len(text); {
 		n := breakAt(text[i:])
 		if n == 0 {
@@ -47,11 +56,40 @@ func parse(text string) (*document, error) {
 	}
 	var err error
 	d.root = n.Content[0]
-	d.tree, err = plain(d.root)
+	d.tree, err = treeOf(d.root)
 	return d, err
 }
 
-// breakAt is the length of the line break with which s begins. YAML 1.1, which the parser reads, knows five.
+// Tree returns the document's content. Do not modify it before Edit.
+func (d *Document) Tree() any { return d.tree }
+
+// Source returns the text of the member key of the mapping at path. Decoding it gives the same member.
+func (d *Document) Source(path []string, key string) (s Source, err error) {
+	defer func() {
+		if failed := recover(); failed != nil {
+			err = fmt.Errorf("%s: %w (%v)", dotted(path, key), errStyle, failed)
+		}
+	}()
+	p, err := d.find(path)
+	if err != nil {
+		return Source{}, fmt.Errorf("%s: %w", dotted(path), err)
+	}
+	at := memberIndex(p.node, key)
+	if at < 0 {
+		return Source{}, fmt.Errorf("%s: %w", dotted(path, key), errStyle)
+	}
+	s = d.source(p, p.node.Content[at])
+	if _, _, err := s.Decode(); err != nil {
+		return Source{}, fmt.Errorf("%s: %w", dotted(path, key), errStyle)
+	}
+	return s, nil
+}
+
+func dotted(path []string, keys ...string) string {
+	return strings.Join(append(slices.Clone(path), keys...), ".")
+}
+
+// breakAt returns the length of the line break at the start of s, or 0. YAML 1.1 has five line breaks.
 func breakAt(s string) int {
 	switch {
 	case strings.HasPrefix(s, "\r\n"):
@@ -66,30 +104,30 @@ func breakAt(s string) int {
 	return 0
 }
 
-// errStyle is for YAML that means what we think but is written in a way that we do not edit.
-var errStyle = errors.New("it is written with anchors, tags or explicit keys where something has to change: " +
-	"write it without them, as kubectl create --dry-run=client -o yaml does")
+// errStyle reports YAML in a style that cannot be edited in place.
+var errStyle = errors.New("the text to change uses anchors, tags or explicit keys: " +
+	"rewrite it without them, as kubectl create --dry-run=client -o yaml does")
 
-// errLastLine is for a text whose last value is a block scalar without a line break, which it gets when something follows.
-var errLastLine = errors.New("its last value would be another one if something followed it: end the text with a line break")
+// errLastLine reports a text that ends in a block scalar without a line break. Text added after it would add a line break
+// to the scalar.
+var errLastLine = errors.New("adding text would change the last value, a block scalar without a line break: end the text with a line break")
 
-// edit returns the text with the changes done. It has checked that the new text says what the changed tree does, and
-// nothing else. The document is of no use afterwards.
-func (d *document) edit(changes []change) (result string, err error) {
+// Edit returns the text with the changes applied. Before it returns, it parses the new text and compares the result with
+// the changes applied to the tree. It consumes the document.
+func (d *Document) Edit(changes []Change) (result string, err error) {
 	defer func() {
-		// What is looked at in the text are the parser's positions; were one of them not what it should be, then that is
-		// a reason to leave the document alone.
+		// Offsets come from the parser's positions. If one of them is wrong, leave the document alone.
 		if failed := recover(); failed != nil {
 			result, err = "", fmt.Errorf("%w (%v)", errStyle, failed)
 		}
 	}()
 	var places []place
 	for _, c := range changes {
-		p, err := d.find(c.path)
+		p, err := d.find(c.Path)
 		if err != nil {
 			return "", err
 		}
-		if n := p.child(c); c.kind == removeMember || c.kind == removeItem {
+		if n := p.child(c); c.Kind == RemoveMember || c.Kind == RemoveItem {
 			d.removed[n] = true
 		}
 		places = append(places, p)
@@ -100,10 +138,10 @@ func (d *document) edit(changes []change) (result string, err error) {
 		if err != nil {
 			return "", err
 		}
-		s.depth = len(c.path)
+		s.depth = len(c.Path)
 		splices = append(splices, s)
 	}
-	// Where a mapping ends, its own mapping may end too: what goes into the inner one comes first.
+	// A nested mapping may end where its holder ends: text for the inner one comes first.
 	slices.SortStableFunc(splices, func(a, b splice) int {
 		return cmp.Or(cmp.Compare(a.from, b.from), cmp.Compare(a.to, b.to), cmp.Compare(b.depth, a.depth))
 	})
@@ -117,12 +155,12 @@ func (d *document) edit(changes []change) (result string, err error) {
 	b.WriteString(d.text[at:])
 	result = b.String()
 
-	d.root, d.removed, places = nil, nil, nil // a new document takes their room
-	fresh, err := parse(result)
+	d.root, d.removed, places = nil, nil, nil // free them before the result is parsed
+	fresh, err := Parse(result)
 	if err != nil {
 		return "", fmt.Errorf("%w (%v)", errStyle, err)
 	}
-	want, err := apply(d.tree, changes)
+	want, err := Apply(d.tree, changes)
 	if err != nil {
 		return "", err
 	}
@@ -135,7 +173,7 @@ func (d *document) edit(changes []change) (result string, err error) {
 	return result, nil
 }
 
-// splice puts text in place of the bytes between from and to.
+// splice replaces the bytes from from to to by text.
 type splice struct {
 	from, to int
 	text     string
@@ -145,12 +183,12 @@ type splice struct {
 // place is a mapping or a list in the text.
 type place struct {
 	node *yaml.Node
-	key  *yaml.Node // whose value the node is, if it is a member's
-	flow bool       // it stands in flow style: {a: b} or JSON
+	key  *yaml.Node // the key whose value the node is, or nil
+	flow bool       // in flow style, {a: b} or JSON
 }
 
-// find follows path from the root. It does not follow aliases, as a change there would be one in other places too.
-func (d *document) find(path []string) (place, error) {
+// find follows path from the root. It does not follow aliases: a change there would apply in other places too.
+func (d *Document) find(path []string) (place, error) {
 	p := place{node: d.root, flow: d.root.Style&yaml.FlowStyle != 0}
 	for _, key := range path {
 		at := -1
@@ -177,7 +215,7 @@ func (d *document) find(path []string) (place, error) {
 	return p, nil
 }
 
-// memberIndex is where the key stands in a mapping's Content, or -1.
+// memberIndex returns the index of key in a mapping's Content, or -1.
 func memberIndex(n *yaml.Node, key string) int {
 	for i := 0; i < len(n.Content); i += 2 {
 		if n.Content[i].Kind == yaml.ScalarNode && n.Content[i].Value == key {
@@ -187,37 +225,37 @@ func memberIndex(n *yaml.Node, key string) int {
 	return -1
 }
 
-// child is the key of the member, or the item, that a change is about, or nil when there is none yet.
-func (p place) child(c change) *yaml.Node {
-	switch c.kind {
-	case setMember, removeMember:
-		if c.old != "" {
-			if i := memberIndex(p.node, c.old); i >= 0 {
+// child returns the node of the member's key or of the item that a change affects, or nil if it does not exist yet.
+func (p place) child(c Change) *yaml.Node {
+	switch c.Kind {
+	case SetMember, RemoveMember:
+		if c.Old != "" {
+			if i := memberIndex(p.node, c.Old); i >= 0 {
 				return p.node.Content[i]
 			}
 		}
-		if i := memberIndex(p.node, c.key); i >= 0 {
+		if i := memberIndex(p.node, c.Key); i >= 0 {
 			return p.node.Content[i]
 		}
-	case removeItem:
-		return p.node.Content[index(c.key)]
+	case RemoveItem:
+		return p.node.Content[index(c.Key)]
 	}
 	return nil
 }
 
-// column is where the mapping's keys or the list's dashes stand in block style.
-func (d *document) column(n *yaml.Node) int {
+// column returns the column of a block mapping's keys or of a block list's dashes, from 0.
+func (d *Document) column(n *yaml.Node) int {
 	if n.Kind == yaml.SequenceNode {
 		return n.Column - 1
 	}
 	return n.Content[0].Column - 1
 }
 
-// splice makes a change where it belongs.
-func (d *document) splice(p place, c change) (splice, error) {
+// splice returns the replacement of text that makes a change.
+func (d *Document) splice(p place, c Change) (splice, error) {
 	child := p.child(c)
 	switch {
-	case c.kind == removeMember || c.kind == removeItem:
+	case c.Kind == RemoveMember || c.Kind == RemoveItem:
 		if child == nil {
 			return splice{}, errStyle
 		}
@@ -225,20 +263,20 @@ func (d *document) splice(p place, c change) (splice, error) {
 			return d.removeFlow(p, child), nil
 		}
 		return d.removeBlock(p, child)
-	case c.kind == setMember && child != nil:
-		w := d.written(p, child)
+	case c.Kind == SetMember && child != nil:
+		s := d.source(p, child)
 		from := d.offset(child)
-		return splice{from: from, to: from + len(w.Text), text: d.render(p, c, w.Column)}, nil
-	case len(p.node.Content) == 0: // whoever makes changes replaces an empty mapping or list
+		return splice{from: from, to: from + len(s.Text), text: d.render(p, c, s.Column)}, nil
+	case len(p.node.Content) == 0: // callers replace empty mappings and lists as a whole
 		return splice{}, errStyle
-	case p.flow && c.kind == addFront:
+	case p.flow && c.Kind == AddFront:
 		at := d.offset(p.node.Content[0])
 		return splice{from: at, to: at, text: d.render(p, c, -1) + ", "}, nil
 	case p.flow:
 		at := d.end(p.node.Content[len(p.node.Content)-1], true, 0)
 		return splice{from: at, to: at, text: ", " + d.render(p, c, -1)}, nil
-	case c.kind == addFront:
-		// Behind the line of the key, so that comments above the first item stay with it.
+	case c.Kind == AddFront:
+		// After the line of the key, so that comments above the first item stay with it.
 		first := d.offset(p.node)
 		if p.key == nil || d.text[first] != '-' || !d.leads(first) || p.node.Line <= p.key.Line {
 			return splice{}, errStyle
@@ -254,14 +292,14 @@ func (d *document) splice(p place, c change) (splice, error) {
 	}
 }
 
-// render writes what a change adds, in the style of its place: for flow style column is -1.
-func (d *document) render(p place, c change, column int) string {
-	var value any = c.values
-	if c.kind == setMember {
-		if c.was != nil && c.was.Column == column {
-			return c.was.Text
+// render returns the text that a change adds, in the style of its place. In flow style column is -1.
+func (d *Document) render(p place, c Change, column int) string {
+	var value any = c.Values
+	if c.Kind == SetMember {
+		if c.Was != nil && c.Was.Column == column {
+			return c.Was.Text
 		}
-		value = object{{c.key, c.values[0]}}
+		value = Object{{c.Key, c.Values[0]}}
 	}
 	var b strings.Builder
 	if column < 0 {
@@ -272,18 +310,18 @@ func (d *document) render(p place, c change, column int) string {
 	return b.String()
 }
 
-// written is the member whose key this is, as it stands.
-func (d *document) written(p place, key *yaml.Node) written {
+// source returns the text of the member with this key.
+func (d *Document) source(p place, key *yaml.Node) Source {
 	value := p.node.Content[slices.Index(p.node.Content, key)+1]
 	column := -1
 	if !p.flow {
 		column = d.column(p.node)
 	}
-	return written{d.text[d.offset(key):d.end(value, p.flow, column)], column}
+	return Source{d.text[d.offset(key):d.end(value, p.flow, column)], column}
 }
 
-// removeBlock takes whole lines away, with the line break before them: so text without one at its end keeps none.
-func (d *document) removeBlock(p place, child *yaml.Node) (splice, error) {
+// removeBlock removes whole lines with the line break before them, so that a text without a final line break keeps none.
+func (d *Document) removeBlock(p place, child *yaml.Node) (splice, error) {
 	from, last := d.offset(child), child
 	if p.node.Kind == yaml.MappingNode {
 		last = p.node.Content[slices.Index(p.node.Content, child)+1]
@@ -303,8 +341,8 @@ func (d *document) removeBlock(p place, child *yaml.Node) (splice, error) {
 	return splice{from: d.lineEnd(d.lines[line-1]), to: to}, nil
 }
 
-// removeFlow takes away an item and the comma behind it, or before it when it stands behind one that stays.
-func (d *document) removeFlow(p place, child *yaml.Node) splice {
+// removeFlow removes an item with the comma after it, or with the comma before it if an earlier item stays.
+func (d *Document) removeFlow(p place, child *yaml.Node) splice {
 	step := 1
 	if p.node.Kind == yaml.MappingNode {
 		step = 2
@@ -321,18 +359,55 @@ func (d *document) removeFlow(p place, child *yaml.Node) splice {
 	return splice{from: d.end(all[at-1], true, 0), to: d.end(all[at+step-1], true, 0)}
 }
 
-// offset is where a node begins. The parser counts lines from 1, and characters from 1.
-func (d *document) offset(n *yaml.Node) int {
-	at := d.lines[n.Line-1]
-	for range n.Column - 1 {
+// markEvery is the distance in characters between the marks of a long line.
+const markEvery = 256
+
+// offset returns where a node begins. The parser counts lines and characters from 1. A document may be one long line of
+// JSON, so the line's marks are used in place of decoding it from its start each time.
+func (d *Document) offset(n *yaml.Node) int {
+	at, characters := d.lines[n.Line-1], n.Column-1
+	if characters >= markEvery {
+		at = d.marksOf(n.Line - 1)[characters/markEvery]
+		characters %= markEvery
+	}
+	for range characters {
 		_, size := utf8.DecodeRuneInString(d.text[at:])
 		at += size
 	}
+	d.steps += characters
 	return at
 }
 
-// line is the index of the line in which a byte stands.
-func (d *document) line(at int) int {
+// marksOf returns the offsets of the characters 0, markEvery, 2·markEvery, … of a line.
+func (d *Document) marksOf(line int) []int {
+	if marks, has := d.marks[line]; has {
+		return marks
+	}
+	if d.marks == nil {
+		d.marks = make(map[int][]int)
+	}
+	var marks []int
+	from, to := d.lines[line], len(d.text)
+	if line+1 < len(d.lines) {
+		to = d.lines[line+1]
+	}
+	count := 0
+	for at := range d.text[from:to] {
+		if count%markEvery == 0 {
+			marks = append(marks, from+at)
+		}
+		count++
+	}
+	if count%markEvery == 0 { // a node without text may begin at the line's end
+		marks = append(marks, to)
+	}
+	d.steps += count
+	d.marks[line] = marks
+	return marks
+}
+
+// line returns the index of the line that contains a byte.
+func (d *Document) line(at int) int {
 	i, found := slices.BinarySearch(d.lines, at)
 	if !found {
 		i--
@@ -340,23 +415,31 @@ func (d *document) line(at int) int {
 	return i
 }
 
-// lineEnd is where the line of a byte ends, without its line break.
-func (d *document) lineEnd(at int) int {
-	for at < len(d.text) && breakAt(d.text[at:]) == 0 {
-		at++
+// lineEnd returns where the line of a byte ends, without its line break.
+func (d *Document) lineEnd(at int) int {
+	next := d.line(at) + 1
+	if next == len(d.lines) {
+		return len(d.text)
 	}
-	return at
+	end := d.lines[next]
+	if _, size := utf8.DecodeLastRuneInString(d.text[:end]); size > 0 {
+		end -= size
+	}
+	if strings.HasSuffix(d.text[:end+1], "\r\n") {
+		end--
+	}
+	return max(at, end)
 }
 
-func (d *document) newLine(column int) string { return d.lineBreak + strings.Repeat(" ", column) }
+func (d *Document) newLine(column int) string { return d.lineBreak + strings.Repeat(" ", column) }
 
-// leads reports whether nothing but blanks stands before a byte in its line.
-func (d *document) leads(at int) bool {
+// leads reports whether a byte has only spaces before it in its line.
+func (d *Document) leads(at int) bool {
 	return strings.Trim(d.text[d.lines[d.line(at)]:at], " ") == ""
 }
 
-// end is where a node ends: behind its last byte. Column is that of the mapping or list that it stands in.
-func (d *document) end(n *yaml.Node, flow bool, column int) int {
+// end returns the offset after a node's last byte. Column is that of the mapping or list that holds the node.
+func (d *Document) end(n *yaml.Node, flow bool, column int) int {
 	at := d.offset(n)
 	switch {
 	case n.Kind == yaml.AliasNode:
@@ -371,7 +454,9 @@ func (d *document) end(n *yaml.Node, flow bool, column int) int {
 	}
 	switch {
 	case n.Kind != yaml.ScalarNode:
-		return d.flowEnd(at)
+		end := d.flowEnd(at)
+		d.steps += end - at
+		return end
 	case n.Style&(yaml.DoubleQuotedStyle|yaml.SingleQuotedStyle) != 0:
 		return d.quotedEnd(at)
 	case n.Style&(yaml.LiteralStyle|yaml.FoldedStyle) != 0:
@@ -384,7 +469,7 @@ func (d *document) end(n *yaml.Node, flow bool, column int) int {
 }
 
 // pastProperties skips anchors and tags.
-func (d *document) pastProperties(at int) int {
+func (d *Document) pastProperties(at int) int {
 	for d.text[at] == '&' || d.text[at] == '!' {
 		at += strings.IndexAny(d.text[at:], " \t\r\n")
 		for strings.IndexByte(" \t\r\n", d.text[at]) >= 0 {
@@ -394,8 +479,8 @@ func (d *document) pastProperties(at int) int {
 	return at
 }
 
-// quotedEnd is where the quoted scalar ends that begins at a quote.
-func (d *document) quotedEnd(at int) int {
+// quotedEnd returns the end of the quoted scalar whose quote is at at.
+func (d *Document) quotedEnd(at int) int {
 	quote := d.text[at]
 	for at++; ; at++ {
 		switch {
@@ -409,8 +494,8 @@ func (d *document) quotedEnd(at int) int {
 	}
 }
 
-// flowEnd is where the flow mapping or list ends that begins at a bracket.
-func (d *document) flowEnd(at int) int {
+// flowEnd returns the end of the flow mapping or list whose bracket is at at.
+func (d *Document) flowEnd(at int) int {
 	depth := 0
 	for {
 		switch c := d.text[at]; c {
@@ -434,8 +519,8 @@ func (d *document) flowEnd(at int) int {
 	}
 }
 
-// plainFlowEnd is where a plain scalar in flow style ends.
-func (d *document) plainFlowEnd(at int) int {
+// plainFlowEnd returns the end of a plain scalar in flow style.
+func (d *Document) plainFlowEnd(at int) int {
 	end := at
 	for ; at < len(d.text); at++ {
 		c, next := d.text[at], byte(' ')
@@ -455,8 +540,8 @@ func (d *document) plainFlowEnd(at int) int {
 	return end
 }
 
-// plainEnd is where a plain scalar in block style ends: before a comment, or with the lines that go on with it.
-func (d *document) plainEnd(at, column int) int {
+// plainEnd returns the end of a plain scalar in block style: before a comment, or after its continuation lines.
+func (d *Document) plainEnd(at, column int) int {
 	line := d.text[at:d.lineEnd(at)]
 	if comment := strings.Index(line, " #"); comment >= 0 {
 		return at + len(strings.TrimRight(line[:comment], " \t"))
@@ -467,9 +552,9 @@ func (d *document) plainEnd(at, column int) int {
 	return d.deeper(at+len(strings.TrimRight(line, " \t")), column, false, false)
 }
 
-// deeper is where those lines end, below that of at, that stand deeper than column. Blank lines at their end are not
-// among them, but when all is kept. In a block scalar a # begins no comment.
-func (d *document) deeper(at, column int, blockScalar, keep bool) int {
+// deeper returns the end of the lines after at that are indented deeper than column. Trailing blank lines are excluded
+// unless keep is set. In a block scalar a # does not begin a comment.
+func (d *Document) deeper(at, column int, blockScalar, keep bool) int {
 	end := at
 	for i := d.line(at) + 1; i < len(d.lines); i++ {
 		from := d.lines[i]
@@ -495,9 +580,9 @@ func (d *document) deeper(at, column int, blockScalar, keep bool) int {
 	return end
 }
 
-// split cuts a stream into its documents. Together they are the stream. A line of --- begins a document wherever it
-// stands, and ... ends one.
-func split(stream []byte) []string {
+// Split cuts a stream into documents whose concatenation is the stream. A line of --- begins a document and a line of ...
+// ends one, also inside a scalar.
+func Split(stream []byte) []string {
 	var documents []string
 	begin := 0
 	for at := 0; at < len(stream); {

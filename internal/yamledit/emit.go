@@ -1,4 +1,4 @@
-package inject
+package yamledit
 
 import (
 	"encoding/json"
@@ -10,20 +10,20 @@ import (
 	"unicode/utf16"
 )
 
-// block writes a value as YAML in block style, as it stands behind "key:" or "-" at a column. What it writes begins on
-// this line and has no line break at its end. Lists in mappings are not indented, as kubectl has it.
+// block writes a value as YAML in block style, as it appears after "key:" or "-" at a column. The text starts on the
+// current line and has no line break at its end. Lists in mappings are not indented, like kubectl's output.
 func block(b *strings.Builder, v any, column int, lineBreak string) {
 	newLine := lineBreak + strings.Repeat(" ", column)
 	switch v := v.(type) {
-	case object:
+	case Object:
 		for i, m := range v {
 			if i > 0 {
 				b.WriteString(newLine)
 			}
-			blockMember(b, m.key, m.value, column, lineBreak)
+			blockMember(b, m.Key, m.Value, column, lineBreak)
 		}
 	case map[string]any:
-		for i, key := range sortedKeys(v) {
+		for i, key := range SortedKeys(v) {
 			if i > 0 {
 				b.WriteString(newLine)
 			}
@@ -35,8 +35,8 @@ func block(b *strings.Builder, v any, column int, lineBreak string) {
 				b.WriteString(newLine)
 			}
 			b.WriteString("- ")
-			if empty(item) {
-				b.WriteString(oneLine(item))
+			if Empty(item) {
+				b.WriteString(JSON(item))
 				continue
 			}
 			block(b, item, column+2, lineBreak)
@@ -51,13 +51,13 @@ func block(b *strings.Builder, v any, column int, lineBreak string) {
 func blockMember(b *strings.Builder, key string, value any, column int, lineBreak string) {
 	b.WriteString(word(key) + ":")
 	switch value := value.(type) {
-	case object, map[string]any, []any, []string:
-		if empty(value) {
-			b.WriteString(" " + oneLine(value))
+	case Object, map[string]any, []any, []string:
+		if Empty(value) {
+			b.WriteString(" " + JSON(value))
 			return
 		}
 		switch value.(type) {
-		case object, map[string]any:
+		case Object, map[string]any:
 			column += 2
 		}
 		b.WriteString(lineBreak + strings.Repeat(" ", column))
@@ -67,7 +67,7 @@ func blockMember(b *strings.Builder, key string, value any, column int, lineBrea
 	}
 }
 
-// flow writes a value in flow style, which is JSON with blanks, in one line.
+// flow writes a value in flow style on one line. It is JSON with spaces.
 func flow(b *strings.Builder, v any) {
 	list := func(open, end string, n int, item func(int)) {
 		b.WriteString(open)
@@ -80,43 +80,29 @@ func flow(b *strings.Builder, v any) {
 		b.WriteString(end)
 	}
 	switch v := v.(type) {
-	case object:
-		list("{", "}", len(v), func(i int) { flowMember(b, v[i].key, v[i].value) })
+	case Object:
+		list("{", "}", len(v), func(i int) { flowMember(b, v[i].Key, v[i].Value) })
 	case map[string]any:
-		keys := sortedKeys(v)
+		keys := SortedKeys(v)
 		list("{", "}", len(keys), func(i int) { flowMember(b, keys[i], v[keys[i]]) })
 	case []any:
 		list("[", "]", len(v), func(i int) { flow(b, v[i]) })
 	case []string:
 		flow(b, normal(v))
 	default:
-		b.WriteString(oneLine(v))
+		b.WriteString(JSON(v))
 	}
 }
 
 func flowMember(b *strings.Builder, key string, value any) {
-	b.WriteString(oneLine(key) + ": ")
+	b.WriteString(JSON(key) + ": ")
 	flow(b, value)
 }
 
-func empty(v any) bool {
-	switch v := v.(type) {
-	case object:
-		return len(v) == 0
-	case map[string]any:
-		return len(v) == 0
-	case []any:
-		return len(v) == 0
-	case []string:
-		return len(v) == 0
-	}
-	return false
-}
-
-// obvious is what every reader takes for a string without quotes, but for the words below.
+// obvious matches text that every YAML reader takes for a string without quotes, except the words in quote.
 var obvious = regexp.MustCompile(`^([A-Za-z/][A-Za-z0-9._/-]*|[0-9]+(m|s|Ki|Mi|Gi))$`)
 
-// word is a scalar in one line.
+// word returns a scalar on one line.
 func word(v any) string {
 	switch v := v.(type) {
 	case string:
@@ -132,9 +118,10 @@ func word(v any) string {
 	case other:
 		return "!<tag:yaml.org,2002:" + strings.TrimPrefix(v.Tag, "!!") + "> " + quote(v.Value)
 	}
-	panic(fmt.Sprintf("a tree with a %T", v))
+	panic(fmt.Sprintf("not a tree: %T", v))
 }
 
+// quote returns s as a YAML scalar on one line, with quotes where a reader needs them.
 func quote(s string) string {
 	switch strings.ToLower(s) {
 	case "true", "false", "yes", "no", "on", "off", "y", "n", "null":
@@ -147,17 +134,17 @@ func quote(s string) string {
 	if printable && strings.ContainsAny(s, `"\`) {
 		return "'" + strings.ReplaceAll(s, "'", "''") + "'"
 	}
-	return oneLine(s)
+	return JSON(s)
 }
 
-// escaped takes what is JSON already. Its escapes are YAML's, but YAML wants more of them.
+// escaped escapes the characters of a JSON text that YAML requires escaped and JSON does not.
 func escaped(s string) string {
 	var b strings.Builder
 	for _, r := range s {
 		switch {
 		case unicode.IsPrint(r):
 			b.WriteRune(r)
-		case r > 0xFFFF: // as JSON has it, in two halves
+		case r > 0xFFFF: // a surrogate pair, as in JSON
 			high, low := utf16.EncodeRune(r)
 			fmt.Fprintf(&b, `\u%04X\u%04X`, high, low)
 		default:

@@ -1,4 +1,8 @@
-package main
+// Package terminal renders what a running agent reports as text: a table, lines in columns, one screen.
+//
+// The functions are pure: values in, text out. Text from traffic is made printable first, because a terminal would obey
+// control characters in it.
+package terminal
 
 import (
 	"fmt"
@@ -9,15 +13,16 @@ import (
 	"unicode"
 )
 
-// painter colours text on a terminal, and leaves it as it is elsewhere.
-type painter bool
+// Painter colours text, if it is true.
+type Painter bool
 
-// newPainter paints when out is a terminal and nobody has said that they want no colour (no-color.org).
-func newPainter(out io.Writer) painter {
-	return painter(isTerminal(out) && os.Getenv("NO_COLOR") == "")
+// NewPainter paints if out is a terminal and NO_COLOR is not set (no-color.org).
+func NewPainter(out io.Writer) Painter {
+	return Painter(IsTerminal(out) && os.Getenv("NO_COLOR") == "")
 }
 
-func isTerminal(out io.Writer) bool {
+// IsTerminal reports whether out is a terminal that understands control sequences.
+func IsTerminal(out io.Writer) bool {
 	file, ok := out.(*os.File)
 	if !ok || os.Getenv("TERM") == "dumb" {
 		return false
@@ -26,27 +31,28 @@ func isTerminal(out io.Writer) bool {
 	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
 		return false
 	}
-	null, err := os.Stat(os.DevNull) // the other character device that output goes to
+	null, err := os.Stat(os.DevNull) // also a character device
 	return err == nil && !os.SameFile(info, null)
 }
 
-// The colours, as a terminal names them.
+// The colours, as SGR parameters.
 const (
-	red    = "31"
-	green  = "32"
-	yellow = "33"
-	faint  = "2"
-	bold   = "1"
+	Red    = "31"
+	Green  = "32"
+	Yellow = "33"
+	Faint  = "2"
+	Bold   = "1"
 )
 
-func (p painter) paint(colour, text string) string {
+// Paint returns text in a colour. An empty colour leaves text as it is.
+func (p Painter) Paint(colour, text string) string {
 	if !p || text == "" || colour == "" {
 		return text
 	}
 	return "\x1b[" + colour + "m" + text + "\x1b[0m"
 }
 
-// printable is text from traffic with nothing in it that a terminal would obey.
+// printable replaces what is not printable. Text from traffic must not control the terminal.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
@@ -56,16 +62,16 @@ func printable(text string) string {
 	}, text)
 }
 
-// pad gives text a width, on the left when width is negative; cut text ends in "…".
+// pad fills or cuts text to a width in characters. A negative width aligns right. Cut text ends in "…".
 func pad(text string, width int) string {
 	runes := []rune(text)
-	left := width < 0
+	right := width < 0
 	width = max(width, -width)
 	if len(runes) > width {
 		return string(runes[:width-1]) + "…"
 	}
 	space := strings.Repeat(" ", width-len(runes))
-	if left {
+	if right {
 		return space + text
 	}
 	return text + space
@@ -103,14 +109,14 @@ func showRate(n float64) string {
 	return fmt.Sprintf("%.1f", n)
 }
 
-// showSuccess is the share of flows that were no error.
+// showSuccess is the share of flows without an error.
 func showSuccess(flows, errors uint64) string {
 	if flows == 0 {
 		return "-"
 	}
 	share := 100 * float64(flows-min(errors, flows)) / float64(flows)
 	if errors > 0 {
-		share = min(share, 99.9) // 100 is for none
+		share = min(share, 99.9) // 100.0% means no error at all
 	}
 	return fmt.Sprintf("%.1f%%", share)
 }
