@@ -165,3 +165,24 @@ func FuzzBlocks(f *testing.F) {
 		ParseResponse(fields)
 	})
 }
+
+// An encoder signals a table that shrank and grew again in two updates, of which the first empties the table.
+func TestAnEncoderSignalsEachChangeOfItsTable(t *testing.T) {
+	for _, c := range []struct {
+		smallest, now uint32
+		want          string
+	}{
+		{100, 200, "\x20\x3f\xa9\x01"},
+		{0, 4096, "\x20\x3f\xe1\x1f"},
+		{100, 100, "\x3f\x45"},
+		{0, 0, "\x20"},
+		{4096, 1 << 20, ""},
+	} {
+		encoder := NewEncoder()
+		encoder.SetTableSize(c.smallest, c.now)
+		block := encoder.AppendField(nil, Field{Name: ":method", Value: "GET"}) // indexed: one byte, 0x82
+		if got := strings.TrimSuffix(string(block), "\x82"); got != c.want {
+			t.Errorf("%d, then %d: the block begins with %x, want %x", c.smallest, c.now, got, c.want)
+		}
+	}
+}

@@ -242,7 +242,7 @@ func rawFrame(kind, flags byte, stream uint32, payload string) string {
 	return string([]byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags, byte(stream >> 24), byte(stream >> 16), byte(stream >> 8), byte(stream)}) + payload
 }
 
-// Each breach ends the connection with the code that RFC 9113 names, and upstream sees nothing of it.
+// Each violation ends the connection with the code that RFC 9113 names, and upstream sees nothing of it.
 func TestBreachesEndAConnection(t *testing.T) {
 	const (
 		data, headers, priority, rst, settings, push, ping, goaway, window, continuation = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9
@@ -434,7 +434,7 @@ func TestTablesFollowTheSettings(t *testing.T) {
 	}
 }
 
-// What nobody reads stays with its sender: we hold a buffer of it.
+// What nobody reads notDraining with its sender: we hold a buffer of it.
 func TestASideThatDoesNotReadStopsTheOther(t *testing.T) {
 	for _, c := range []struct {
 		name   string

@@ -147,7 +147,7 @@ var frameConversations = []conversation{
 		<< HEADERS 1 end :status=200
 	`, []told{{reason: flow.Completed, status: 200}}},
 
-	{"padding stays between neighbours, and what it took is given back", met + `
+	{"padding notDraining between neighbours, and what it took is given back", met + `
 		> POST 1
 		>> POST 1
 		> RAW 000008 00 08 00000001 04 414243 00000000

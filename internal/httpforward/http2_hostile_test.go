@@ -157,9 +157,9 @@ func wantGoodFrames(t *testing.T, s *speaker, requests bool) {
 	last := uint32(0)
 	for {
 		frame, err := s.framer.ReadFrame()
-		var breach http2.ConnectionError
+		var violation http2.ConnectionError
 		var bad http2.StreamError
-		if errors.As(err, &breach) || errors.As(err, &bad) {
+		if errors.As(err, &violation) || errors.As(err, &bad) {
 			t.Fatalf("the other side sees %v: %v", err, s.framer.ErrorDetail())
 		}
 		if err != nil {

@@ -49,7 +49,7 @@ func TestHeaderBlocksThatGrowAreNotHeldInMemory(t *testing.T) {
 }
 
 func TestRequestsThatWereAnsweredAreNotWaitedForInMemory(t *testing.T) {
-	m := &multiplex{engine: &Engine{config: Config{RequestTimeout: time.Hour}}}
+	m := &multiplex{settings: &Settings{RequestTimeout: time.Hour}}
 	slow := &stream{id: 1}
 	m.streams.add(slow)
 	m.awaitHead(slow)

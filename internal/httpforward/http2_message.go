@@ -11,7 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// fromDownstream deals with a decoded header block from downstream: a request, or what follows its body.
+// fromDownstream handles a decoded header block from downstream: a request head or trailers.
 func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, whole bool, broken error) error {
 	if s := m.streams.find(id); s != nil {
 		return m.requestTrailers(s, end, fields, whole)
@@ -25,7 +25,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return http2.ConnectionError(http2.StreamClosed, "header block on a closed stream")
 	}
 	m.streams.last = id
-	if id > m.goneAway {
+	if id > m.lastServed {
 		return m.refuse(id)
 	}
 	request, err := http2.ParseRequest(fields)
@@ -36,7 +36,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	s.request = body{declared: request.ContentLength, ended: end}
 	s.response = body{declared: -1}
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
-	seen := m.note(s, &request, fields)
+	seen := m.recordRequest(s, &request, fields)
 	m.streams.add(s)
 	switch {
 	case !whole:
@@ -56,18 +56,23 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.tooMany(s)
 	}
 	m.routed.view(&s.record)
-	if decision := m.Router.Route(&m.routed); decision.Target != m.Target {
+	decision := m.Router.Route(&m.routed)
+	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
+	switch {
+	case decision.noRoute():
+		return m.answer(s, &replyNoRoute, errNoRoute)
+	case decision.Target != m.Target:
 		return m.answer(s, &replyMisdirected, errMisdirected)
 	}
 	m.forwardRequest(s, end, fields, seen)
 	return nil
 }
 
-// seen is which of the fields that we may add a request has.
+// seen lists which of the fields that we may add a request already has.
 type seen struct{ id, forwardedFor, forwardedProto bool }
 
-// note copies what the record tells of a request.
-func (m *multiplex) note(s *stream, request *http2.Request, fields []http2.Field) (has seen) {
+// recordRequest copies the recorded parts of a request.
+func (m *multiplex) recordRequest(s *stream, request *http2.Request, fields []http2.Field) (has seen) {
 	authority, id, agent, forwardedFor := request.Authority, "", "", 0
 	for i := range fields {
 		switch f := &fields[i]; f.Name {
@@ -104,13 +109,13 @@ func (m *multiplex) note(s *stream, request *http2.Request, fields []http2.Field
 	if has.forwardedFor {
 		to.ForwardedFor = s.nameJoined(fields[forwardedFor:])
 	}
-	to.Fields = s.nameFields(to.Fields, fields, m.engine.config.Note.Request)
+	to.Fields = s.nameFields(to.Fields, fields, s.settings.Note.Request)
 	return has
 }
 
-// forwardRequest sends a request upstream, with the fields that are added.
+// forwardRequest sends a request upstream, with the added fields.
 func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
-	l, add := &m.toUp, &m.engine.config.Fields
+	l, add := &m.toUp, &s.settings.Fields
 	s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
 	block := l.beginBlock()
 	for i := range fields {
@@ -138,8 +143,8 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 	}
 }
 
-// beginBlock returns scratch with room for a frame's header. The caller appends a header block and hands it to endBlock;
-// nothing else may use the lane meanwhile.
+// beginBlock returns scratch with room for a frame header. The caller appends a header block and passes it to endBlock;
+// the lane must not be used in between.
 func (l *lane) beginBlock() []byte {
 	var room [http2.HeaderLength]byte
 	return append(l.scratch, room[:]...)
@@ -150,8 +155,8 @@ func (l *lane) endBlock(block []byte, stream uint32, end bool) {
 	l.insert(http2.AppendHeaders(block, len(l.scratch), stream, end))
 }
 
-// pass encodes fields anew and sends them on.
-func (l *lane) pass(s *stream, end bool, fields []http2.Field) {
+// forwardBlock re-encodes fields and sends them.
+func (l *lane) forwardBlock(s *stream, end bool, fields []http2.Field) {
 	block := l.beginBlock()
 	for i := range fields {
 		block = l.encoder.AppendField(block, fields[i])
@@ -159,7 +164,7 @@ func (l *lane) pass(s *stream, end bool, fields []http2.Field) {
 	l.endBlock(block, s.id, end)
 }
 
-// requestTrailers deals with a header block behind the head of a request.
+// requestTrailers handles a header block after the head of a request.
 func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, whole bool) error {
 	switch {
 	case s.request.ended:
@@ -167,18 +172,18 @@ func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, w
 	case !end || !whole || !s.request.whole() || http2.CheckTrailers(fields) != nil:
 		return http2.StreamError(s.id, http2.ProtocolError, "malformed trailers")
 	}
-	m.toUp.pass(s, true, fields)
-	m.toUp.ends(s, true)
+	m.toUp.forwardBlock(s, true, fields)
+	m.toUp.endMessage(s, true)
 	return nil
 }
 
-// fromUpstream deals with a decoded header block from upstream.
+// fromUpstream handles a decoded header block from upstream.
 func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whole bool) error {
 	s, err := m.toDown.find(id)
 	switch {
 	case err != nil:
 		return err
-	case s == nil: // it has crossed with a reset
+	case s == nil: // crossed with a reset
 		return m.toDown.idleFrame()
 	case s.response.ended:
 		return http2.StreamError(id, http2.StreamClosed, "header block behind the end")
@@ -194,7 +199,7 @@ func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whol
 	case response.Interim() && end:
 		return http2.StreamError(id, http2.ProtocolError, "interim response that is the last")
 	case response.Interim():
-		m.toDown.pass(s, false, fields)
+		m.toDown.forwardBlock(s, false, fields)
 		return nil
 	}
 	return m.forwardResponse(s, end, fields, response)
@@ -216,8 +221,8 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	s.begun = true
 	r := &s.record.HTTP
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
-	r.ResponseFields = s.nameFields(r.ResponseFields, fields, m.engine.config.Note.Response)
-	l, timed := &m.toDown, m.engine.config.Fields.ServiceTime
+	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
+	l, timed := &m.toDown, s.settings.Fields.ServiceTime
 	block := l.beginBlock()
 	for i := range fields {
 		switch fields[i].Name {
@@ -225,7 +230,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 			r.GRPCStatus = s.name(fields[i].Value)
 		case serviceTimeField:
 			if timed {
-				continue // another agent's on the way here; ours includes its time
+				continue // an agent between here and the server set it; our time includes that agent's
 			}
 		}
 		block = l.encoder.AppendField(block, fields[i])
@@ -235,13 +240,13 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 		block = l.encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
 	}
 	l.endBlock(block, s.id, end)
-	l.ends(s, end)
+	l.endMessage(s, end)
 	return nil
 }
 
 const serviceTimeField = "x-envoy-upstream-service-time"
 
-// responseTrailers sends what follows the body of a response.
+// responseTrailers forwards the trailers of a response.
 func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) error {
 	if !end || !s.response.whole() || http2.CheckTrailers(fields) != nil {
 		return http2.StreamError(s.id, http2.ProtocolError, "malformed trailers")
@@ -251,14 +256,14 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 			s.record.HTTP.GRPCStatus = s.name(fields[i].Value)
 		}
 	}
-	m.toDown.pass(s, true, fields)
-	m.toDown.ends(s, true)
+	m.toDown.forwardBlock(s, true, fields)
+	m.toDown.endMessage(s, true)
 	return nil
 }
 
-// replyMisdirected answers a request that the router sends to another upstream than the connection's. The stream cannot go
-// there, since its number and windows are those of this upstream connection, and must not go to this one (RFC 9110
-// §15.5.20: the client may repeat it on another connection).
+// replyMisdirected answers a request that the router sends to another upstream than the connection's. The stream cannot
+// be carried there, because its number and windows belong to this upstream connection, and must not be carried here
+// (RFC 9110 §15.5.20: the client may repeat it on another connection).
 var replyMisdirected = reply{421, "Misdirected Request", flow.UpstreamUnreachable, envoy.FlagNoRouteFound, envoy.DetailsMisdirected}
 
 var errMisdirected = errors.New("the request is routed to another upstream than its HTTP/2 connection")
@@ -266,7 +271,7 @@ var errMisdirected = errors.New("the request is routed to another upstream than 
 // replyHeaderListTooLarge is replyHeadTooLarge for HTTP/2.
 var replyHeaderListTooLarge = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2TooManyFields}
 
-// malformed refuses a request that is against the rules.
+// malformed resets a malformed request.
 func (m *multiplex) malformed(s *stream, err error) error {
 	details := envoy.DetailsHTTP2Violation
 	if errors.Is(err, http2.ErrField) {
@@ -276,13 +281,13 @@ func (m *multiplex) malformed(s *stream, err error) error {
 	return m.reject(s, http2.ProtocolError, flow.BadFraming, err)
 }
 
-// tooMany refuses a stream beyond the number that downstream was told. It may send the request again.
+// tooMany resets a stream that exceeds the announced limit. The client may send the request again.
 func (m *multiplex) tooMany(s *stream) error {
 	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagUpstreamOverflow, envoy.DetailsOverload
 	return m.reject(s, http2.RefusedStream, flow.Overload, nil)
 }
 
-// reject resets a stream that upstream has not seen.
+// reject resets a stream that was not forwarded to upstream.
 func (m *multiplex) reject(s *stream, code http2.Code, reason flow.Reason, err error) error {
 	id := s.id
 	m.resetDownstream(id, code)
@@ -290,8 +295,8 @@ func (m *multiplex) reject(s *stream, code http2.Code, reason flow.Reason, err e
 	return m.countReset()
 }
 
-// refuse resets a stream that comes after the last one that is served. Its client sends the request elsewhere, and it is
-// counted there.
+// refuse resets a stream above the last one that is served. It has no record: the client sends the request on another
+// connection, and it is recorded there.
 func (m *multiplex) refuse(id uint32) error {
 	m.resetDownstream(id, http2.RefusedStream)
 	return m.countReset()
@@ -302,7 +307,7 @@ func (m *multiplex) resetDownstream(id uint32, code http2.Code) {
 	m.toDown.insert(http2.AppendResetStream(m.toDown.scratch, id, code))
 }
 
-// countReset counts a stream that came to nothing by downstream's doing.
+// countReset counts a stream that failed because of downstream.
 func (m *multiplex) countReset() error {
 	if m.resets.spend(m.now) {
 		return nil
@@ -310,9 +315,9 @@ func (m *multiplex) countReset() error {
 	return http2.ConnectionError(http2.EnhanceYourCalm, "too many bad requests")
 }
 
-// answer answers a request in upstream's place, and closes its stream. gRPC does not look at the status of HTTP, so it is
-// told in its own way, as trailers without a body. While upstream is there the answer has no body either: upstream keeps
-// the account of how much downstream takes.
+// answer sends a reply in place of upstream, and closes the stream. gRPC clients ignore the HTTP status, so they get
+// the status in trailers without a body. While upstream is connected the reply has no body either: upstream accounts
+// for downstream's flow-control windows.
 func (m *multiplex) answer(s *stream, r *reply, err error) error {
 	l := &m.toDown
 	to := &s.record.HTTP
@@ -348,7 +353,7 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 		l.insert(append(http2.Header{Length: len(text), Type: http2.Data, Flags: http2.EndStream, Stream: s.id}.Append(l.scratch), text...))
 	}
 	if !s.request.ended {
-		m.resetDownstream(s.id, http2.NoError) // the rest of the request is not wanted (RFC 9113 §8.1)
+		m.resetDownstream(s.id, http2.NoError) // stop the rest of the request (RFC 9113 §8.1)
 	}
 	m.finish(s, r.reason, err)
 	if r.reason == flow.HeadTooLarge {

@@ -56,6 +56,7 @@ type told struct {
 	reason                            flow.Reason
 	err                               error
 	upgraded                          bool
+	cluster, route                    string
 	unbound                           bool // a sink does not find what it bound when the connection began to be carried
 }
 
@@ -66,6 +67,7 @@ func (r *records) Closed(record *flow.Record) {
 	r.closed = append(r.closed, told{
 		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus), string(h.ForwardedFor),
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
+		record.Cluster, record.Route,
 		place.Get(record) == nil && (record.Connection == nil || place.Get(record.Connection) == nil),
 	})
 	select {
@@ -110,12 +112,12 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	pool := upstream.NewPool(time.Hour)
 	r := &rig{poller: poller, pool: pool, records: records{news: make(chan struct{}, 1)}}
 	config := Config{
-		Direction:    flow.Inbound,
-		Dialer:       upstream.Dialer{Poller: poller, Timeout: nettest.Patience},
-		Pool:         r.pool,
-		Flows:        &r.records,
-		MaxHeadBytes: 64 << 10, MaxHeadFields: 100,
-		Fields: Fields{ForwardedFor: ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true},
+		Direction: flow.Inbound,
+		Dialer:    upstream.Dialer{Poller: poller, Timeout: nettest.Patience},
+		Pool:      r.pool,
+		Flows:     &r.records,
+		Settings: Settings{MaxHeadBytes: 64 << 10, MaxHeadFields: 100,
+			Fields: Fields{ForwardedFor: ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true}},
 	}
 	for _, change := range configure {
 		change(&config)

@@ -1,8 +1,10 @@
 package httpforward
 
 import (
+	"bufio"
 	"bytes"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -22,9 +24,9 @@ func (p *byPath) Route(r *Request) Decision {
 		return Decision{} // the tests below notice it: nothing is reached
 	}
 	if bytes.HasPrefix(r.Path, p.prefix) {
-		return Decision{Target: p.other}
+		return Decision{Target: p.other, Cluster: "other", Route: "by path"}
 	}
-	return Decision{Target: p.home}
+	return Decision{Target: p.home, Cluster: "home", Route: "default"}
 }
 
 func newByPath(home, other *origin) *byPath {
@@ -155,9 +157,9 @@ func TestAnHTTP2RequestForAnotherUpstreamIsMisdirected(t *testing.T) {
 		path   string
 		record told
 	}{
-		{"/home", told{status: 200, details: "via_upstream", reason: flow.Completed}},
-		{"/other", told{status: 421, flags: "NR", details: "misdirected_request", reason: flow.UpstreamUnreachable}},
-		{"/home", told{status: 200, details: "via_upstream", reason: flow.Completed}},
+		{"/home", told{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
+		{"/other", told{cluster: "other", status: 421, flags: "NR", details: "misdirected_request", reason: flow.UpstreamUnreachable}},
+		{"/home", told{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
 	} {
 		response, err := client.Post("http://"+r.address+want.path, "text/plain", strings.NewReader("hello"))
 		if err != nil {
@@ -169,7 +171,7 @@ func TestAnHTTP2RequestForAnotherUpstreamIsMisdirected(t *testing.T) {
 		}
 		got := r.records.await(t, i)
 		if got.path != want.path || got.status != want.record.status || got.flags != want.record.flags ||
-			got.details != want.record.details || got.reason != want.record.reason {
+			got.details != want.record.details || got.reason != want.record.reason || got.cluster != want.record.cluster {
 			t.Errorf("%s: record %+v, want %+v", want.path, got, want.record)
 		}
 	}
@@ -198,5 +200,67 @@ func TestARequestOnAnAuthenticatedConnectionIsNotSentAgain(t *testing.T) {
 	}
 	if n := r.pool.Stats.Retried.Load(); n != 0 {
 		t.Errorf("sent again %d times, want 0", n)
+	}
+}
+
+// A decision without an upstream must not fall back to the connection's own target.
+func TestARequestWithoutARouteIsNotForwarded(t *testing.T) {
+	home := newOrigin(t)
+	r := newRig(t, home.address, false, plain)
+	r.router = newByPath(home, &origin{})
+	client := r.dial(t)
+	reader := bufio.NewReader(client)
+	for i := range 2 {
+		send(t, client, getOther)
+		if got := head(t, reader); !strings.HasPrefix(got, "HTTP/1.1 404 Not Found\r\n") {
+			t.Errorf("the client received %q, want a 404", got)
+		}
+		want := told{status: 404, flags: "NR", details: "route_not_found", reason: flow.UpstreamUnreachable, cluster: "other"}
+		if got := r.records.await(t, i); got.status != want.status || got.flags != want.flags ||
+			got.details != want.details || got.reason != want.reason || got.cluster != want.cluster {
+			t.Errorf("record %+v, want %+v", got, want)
+		}
+	}
+	send(t, client, getHome) // on the same connection
+	server := home.accept()
+	expect(t, server, getHome)
+	send(t, server, ok("home"))
+	expect(t, reader, ok("home"))
+	if got := r.records.await(t, 2); got.cluster != "home" || got.route != "default" {
+		t.Errorf("record %+v, want the names of the decision", got)
+	}
+}
+
+func TestAnHTTP2RequestWithoutARouteIsNotForwarded(t *testing.T) {
+	home := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/home" {
+			t.Errorf("upstream received %s", r.URL.Path)
+		}
+	})
+	r := newRig(t, home, true, plain)
+	r.router = &byPath{[]byte("/other"), upstream.Target{}, upstream.Target{Address: home}}
+	client := http2Client(t)
+	for i, want := range []struct {
+		path, flags, details string
+		status               int
+	}{{"/other", "NR", "route_not_found", 404}, {"/home", "", "via_upstream", 200}} {
+		response, err := client.Get("http://" + r.address + want.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if got := r.records.await(t, i); response.StatusCode != want.status || got.status != want.status ||
+			got.flags != want.flags || got.details != want.details {
+			t.Errorf("%s: status %d, record %+v, want %+v", want.path, response.StatusCode, got, want)
+		}
+	}
+}
+
+// Without a Router, the names of a request are those of its connection.
+func TestARequestHasTheNamesOfItsConnection(t *testing.T) {
+	record := flow.Record{Cluster: "PassthroughCluster", Route: "allow_any"}
+	c := Connection{Record: &record, Target: upstream.Target{Address: netip.MustParseAddrPort("192.0.2.1:80")}}
+	if got, want := c.router().Route(nil), (Decision{c.Target, "PassthroughCluster", "allow_any"}); got != want {
+		t.Errorf("the decision is %+v, want %+v", got, want)
 	}
 }

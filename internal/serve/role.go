@@ -45,6 +45,9 @@ type Settings struct {
 	DetectionHold  time.Duration // how long to hold first bytes that do not decide the protocol
 	OpaquePorts    capture.Ports // destination ports whose protocol is not detected
 	ProxyProtocol  capture.Ports // inbound: destination ports that get a PROXY protocol header; not detected either
+
+	// HTTP is the HTTP engine's, except for IdleTimeout and HalfCloseTimeout, which are those above. nil: unchanged.
+	HTTP *httpforward.Settings
 }
 
 // Detects reports whether the protocol of connections to port is detected.
@@ -85,8 +88,20 @@ func NewRole(config Config) (*Role, error) {
 	return r, nil
 }
 
-// Apply replaces the settings for connections that are opened from now on.
-func (r *Role) Apply(settings Settings) { r.settings.Store(&settings) }
+// Apply replaces the settings for connections that are opened from now on. Those of HTTP also apply to later requests of
+// open connections; see httpforward.Settings. Invalid settings change nothing. Calls must not be concurrent.
+func (r *Role) Apply(settings Settings) error {
+	http := r.engine.Settings()
+	if settings.HTTP != nil {
+		http = *settings.HTTP
+	}
+	http.IdleTimeout, http.HalfCloseTimeout = settings.IdleTimeout, settings.HalfCloseTimeout
+	if err := r.engine.Apply(http); err != nil {
+		return err
+	}
+	r.settings.Store(&settings)
+	return nil
+}
 
 // Announce makes responses to HTTP/1 requests close their connections; see httpforward.Engine.
 func (r *Role) Announce() { r.engine.Announce() }
