@@ -171,7 +171,7 @@ var unsafeRooms = map[string]string{
 	"internal/tcp":     "system calls past the scheduler",
 }
 
-// The names of errors (unix.ECONNREFUSED) are no calls; everybody may use them.
+// The names of errors (unix.ECONNREFUSED) are not calls; every room may use them.
 func TestRawSystemCallsStayInTheRoomsThatOwnThem(t *testing.T) {
 	for _, r := range rooms(t) {
 		if slices.Contains(r.Imports, "unsafe") && unsafeRooms[r.path()] == "" {
