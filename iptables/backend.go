@@ -4,21 +4,21 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// Backend is the caller's choice of where new rules are made. Wherever else ours are, they are taken away.
+// Backend selects where new rules are installed. Rules of ours in other places are removed.
 type Backend string
 
 // The backends.
 const (
-	// Auto is where our rules are already; else IPTables, if its programs are there and the tables that they keep can be
-	// used; else NFTables.
+	// Auto keeps rules where they are. Otherwise it selects IPTables if its programs exist and can use the tables they
+	// keep, and NFTables if not.
 	Auto           Backend = ""
-	IPTables       Backend = "iptables" // in the flavour that holds our rules or other people's, else in nft
+	IPTables       Backend = "iptables" // the flavour that holds our rules, else the one that holds rules of others, else nft
 	IPTablesNFT    Backend = "iptables-nft"
 	IPTablesLegacy Backend = "iptables-legacy"
 	NFTables       Backend = "nftables"
 )
 
-// flavour is the only one that the backend allows, if there is one.
+// flavour returns the only flavour that the backend allows, or "" if it leaves a choice.
 func (b Backend) flavour() ruleset.Flavour {
 	return map[Backend]ruleset.Flavour{IPTablesNFT: ruleset.NFT, IPTablesLegacy: ruleset.Legacy, NFTables: ruleset.Native}[b]
 }

@@ -15,9 +15,9 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/xtables"
 )
 
-// Commit carries the plan out and reads it back: it succeeds only when what is there is what was wanted. A failed init
-// takes back what it has done; a failed cleanup goes on and takes away what it can. Where the back end was ours to choose
-// and iptables turns out to lack something, nftables take its place, and the plan is then the one that was carried out.
+// Commit carries the plan out and reads the namespace back. It succeeds only if the namespace then holds what was
+// planned. A failed init restores the former state; a failed cleanup continues and removes what it can. If the backend
+// is Auto and iptables lacks something, Commit uses nftables instead, and p becomes the plan that was carried out.
 func (p *Plan) Commit(ctx context.Context) error {
 	if p.Unread != nil {
 		return p.Unread
@@ -40,8 +40,8 @@ func (p *Plan) Commit(ctx context.Context) error {
 	return nil
 }
 
-// fallBack makes the rules in nftables after iptables has failed for the given reason, if that is of any use and nobody
-// has said otherwise.
+// fallBack installs the rules in nftables after iptables failed for reason. It returns reason if the backend is fixed,
+// or if nftables would not help.
 func (p *Plan) fallBack(ctx context.Context, reason error) error {
 	if p.cleanup || p.backend != Auto || !xtables.Lacks(reason) {
 		return reason
@@ -58,7 +58,7 @@ func (p *Plan) fallBack(ctx context.Context, reason error) error {
 	return nil
 }
 
-// verifyPrograms runs each program once, before anything is touched.
+// verifyPrograms runs each program once, before any change, so that a missing or old program changes nothing.
 func (p *Plan) verifyPrograms() error {
 	for _, step := range p.Steps {
 		if err := kernel.MissingCapability(step.Flavour == ruleset.Legacy); err != nil {
@@ -119,7 +119,7 @@ func (p *Plan) install(ctx context.Context) error {
 	return nil
 }
 
-// apply carries out a step. The first of those that are about our table of nftables carries out both.
+// apply carries out a step. The first nftables step changes the table for both families; the second has no work left.
 func (p *Plan) apply(ctx context.Context, i int) error {
 	step := p.Steps[i]
 	if step.Flavour != ruleset.Native {
@@ -131,7 +131,7 @@ func (p *Plan) apply(ctx context.Context, i int) error {
 	return nft.Transition(p.wantedNFTables(), p.table).Apply()
 }
 
-// emptied are the tables in which there was a part of ours and is none any more.
+// emptied returns the tables in which we had rules before the step and have no rules after it.
 func (s Step) emptied() []ruleset.TableName {
 	own := s.before.rules.Own()
 	return slices.DeleteFunc(slices.Clone(ruleset.TableNames), func(name ruleset.TableName) bool {
@@ -139,7 +139,8 @@ func (s Step) emptied() []ruleset.TableName {
 	})
 }
 
-// changeRoutes makes one kind of the planned changes. Routes are there before a rule needs them, and go after it.
+// changeRoutes applies the planned route changes of one kind. Routes are added before the rules that need them, and
+// removed after them.
 func (p *Plan) changeRoutes(action kernel.RouteAction) error {
 	var failed []error
 	for _, change := range p.Routes {
@@ -150,7 +151,7 @@ func (p *Plan) changeRoutes(action kernel.RouteAction) error {
 	return cmp.Or(failed...)
 }
 
-// readBack lists every table that was changed, at the same time, and compares.
+// readBack lists every changed table and compares it with what was planned. The programs run concurrently.
 func (p *Plan) readBack(ctx context.Context) error {
 	readers := make([]func() (ruleset.Ruleset, error), 0, len(p.Steps))
 	readTable := sync.OnceValues(nft.ReadNow) // for both families
@@ -183,7 +184,7 @@ func (p *Plan) readBack(ctx context.Context) error {
 	return cmp.Or(failed...)
 }
 
-// startReading starts the program that lists a store. The function that it returns must be called.
+// startReading starts the program that lists a store. The caller must call the returned function to wait for it.
 func (s Step) startReading(ctx context.Context) (func() (ruleset.Ruleset, error), error) {
 	listing, err := xtables.Start(ctx, "", s.before.program.Save)
 	return func() (ruleset.Ruleset, error) {
@@ -192,7 +193,7 @@ func (s Step) startReading(ctx context.Context) (func() (ruleset.Ruleset, error)
 	}, err
 }
 
-// compare holds what is there against what the step wanted.
+// compare returns an error if have differs from what the step wants.
 func (s Step) compare(have ruleset.Ruleset) error {
 	if changes := ruleset.Diff(s.want, have); len(changes) > 0 {
 		first := changes[0]
@@ -202,11 +203,11 @@ func (s Step) compare(have ruleset.Ruleset) error {
 	return nil
 }
 
-// undoTimeout is for taking back, which happens even when the caller's own time is over.
+// undoTimeout limits undo. It is independent of the caller's context, since undo must also run after that has ended.
 const undoTimeout = 30 * time.Second
 
-// undo brings every table of the plan from whatever it is now to what it was before. Only an empty legacy table stays:
-// the kernel has no way to unmake it.
+// undo restores every table of the plan, whatever its state is now. An empty legacy table remains, because the kernel
+// cannot remove one.
 func (p *Plan) undo(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
@@ -234,7 +235,7 @@ func (p *Plan) undo(ctx context.Context) error {
 	return cmp.Or(failed...)
 }
 
-// undo brings one store from what it is now to what it was before, and makes sure of it.
+// undo restores one store and verifies the result.
 func (s Step) undo(ctx context.Context, now store) error {
 	if now.unread != nil {
 		return now.unread
@@ -262,7 +263,7 @@ func (s Step) undo(ctx context.Context, now store) error {
 	return nil
 }
 
-// undoNFTables is undo for our table of nftables. The first of two steps undoes it for both families.
+// undoNFTables restores our nftables table. The first of two steps restores it for both families.
 func (s Step) undoNFTables(before nft.Table) error {
 	s.want = before.Of(s.Family)
 	now, err := nft.ReadNow()
@@ -280,7 +281,7 @@ func (s Step) undoNFTables(before nft.Table) error {
 	return s.compare(now.Of(s.Family))
 }
 
-// remove is a cleanup: rules first, then the routes and the address that they need, then the empty tables.
+// remove is a cleanup: first the rules, then the routes and the address that they need, then empty tables.
 func (p *Plan) remove(ctx context.Context) error {
 	var failed []error
 	for i := range p.Steps {

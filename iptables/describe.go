@@ -11,7 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// Summary is the plan in one line. It is empty for a cleanup that finds nothing.
+// Summary returns the plan in one line, or "" for a cleanup that finds nothing to remove.
 func (p *Plan) Summary() string {
 	if p.Unchanged() {
 		if p.cleanup {
@@ -46,7 +46,8 @@ func count(changes int) string {
 	return fmt.Sprintf("%d changes", changes)
 }
 
-// Script is what is carried out, for a shell: what ip, iptables-restore and nft are given, in this order.
+// Script returns the plan as a shell script: the commands and input for ip, iptables-restore and nft, in the order of
+// Commit.
 func (p *Plan) Script() string {
 	var text strings.Builder
 	if p.Address == AddressAdded {
@@ -82,7 +83,7 @@ func (p *Plan) routeScript(text *strings.Builder, action kernel.RouteAction, ver
 	}
 }
 
-// String is what would change, for people: each rule with its reason. It is empty for a cleanup that finds nothing.
+// String returns the changes for people, each rule with its reason, or "" for a cleanup that finds nothing to remove.
 func (p *Plan) String() string {
 	var text strings.Builder
 	if p.Unread != nil {
@@ -131,7 +132,7 @@ func describeChange(c ruleset.Change, text *strings.Builder) {
 	}
 }
 
-// MarshalJSON is the plan for programs.
+// MarshalJSON returns the plan for programs.
 func (p *Plan) MarshalJSON() ([]byte, error) {
 	type step struct {
 		Family  string           `json:"family"`

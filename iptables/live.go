@@ -11,15 +11,16 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/xtables"
 )
 
-// Live is what there is in the network namespace of the calling thread: in our tables, everybody's rules.
+// Live holds the rules in the network namespace of the calling thread: those of every origin, in the tables that we
+// use.
 type Live struct {
-	// Held are the families and flavours that have any rule.
+	// Held has one entry for each family and flavour with at least one rule.
 	Held []ruleset.Held
-	// Warnings say what could not be looked into.
+	// Warnings name what could not be read.
 	Warnings []string
 }
 
-// Look reads the rules in force, with their counters and reasons. It changes nothing.
+// Look reads the rules in force, with counters and reasons. It changes nothing.
 func Look(ctx context.Context) (Live, error) {
 	if err := kernel.MissingCapability(false); err != nil {
 		return Live{}, err
@@ -44,7 +45,8 @@ func Look(ctx context.Context) (Live, error) {
 	return live, nil
 }
 
-// Planned are the rules for spec, in the families that would get them in the network namespace of the calling thread.
+// Planned returns the rules for spec, in the families that init would choose in the network namespace of the calling
+// thread.
 func Planned(spec capture.Spec) ([]ruleset.Held, error) {
 	state, err := kernel.ReadIPv6()
 	if err != nil {
@@ -61,7 +63,7 @@ func Planned(spec capture.Spec) ([]ruleset.Held, error) {
 	return planned, nil
 }
 
-// hidden warns of legacy tables for which there is no program.
+// hidden returns a warning for each family with legacy tables but no program to read them.
 func (s survey) hidden() []string {
 	var warnings []string
 	for _, t := range s.stores {

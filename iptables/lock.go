@@ -10,14 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockName is an abstract socket: its name is known in one network namespace only, needs no file, and is free again as
-// soon as its holder is gone.
+// lockName is an abstract Unix socket. Its name is local to the network namespace, needs no file, and is released by
+// the kernel when the holder exits.
 const lockName = "@pillion/rules"
 
 const lockTimeout = 30 * time.Second
 
-// Lock keeps other runs of pillion from changing the rules of this network namespace until release is called. Two runs
-// at once would make their plans against a state that the other is about to change. It waits for its turn.
+// Lock prevents other runs of pillion from changing the rules of this network namespace until release is called.
+// Otherwise two concurrent runs would plan from a state that the other is about to change. It waits up to lockTimeout
+// for its turn.
 func Lock(ctx context.Context) (release func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
 	defer cancel()
@@ -35,12 +36,12 @@ func Lock(ctx context.Context) (release func(), err error) {
 	}
 }
 
-// awaitRelease returns when the holder of the lock closes it. Nobody accepts the connection; that it is waiting is
-// enough for it to be reset.
+// awaitRelease returns when the holder of the lock closes it. The holder never accepts, so our connection waits in its
+// queue and is reset when the socket closes.
 func awaitRelease(ctx context.Context) error {
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", lockName)
 	if errors.Is(err, unix.ECONNREFUSED) {
-		return nil // just released
+		return nil // released between Listen and Dial
 	}
 	if err != nil {
 		return err

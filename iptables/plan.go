@@ -27,31 +27,30 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/xtables"
 )
 
-// Plan is what would change in the network namespace of the calling thread, and how. Making a plan changes nothing.
-// Plans are made and committed on the same thread: every program and every socket is started from it.
+// Plan is the difference between the network namespace of the calling thread and the wanted state. Planning changes
+// nothing. Plan and commit on the same thread, because programs and sockets inherit its namespace.
 type Plan struct {
-	// Steps are the changes of rules, in the order of their commits. A plan without steps, and without a change of the
-	// address and of the routes, changes nothing.
+	// Steps are the rule changes in commit order. A plan without steps, route changes and an address change does nothing.
 	Steps []Step
 	// Routes are the changes of policy routing.
 	Routes []kernel.RouteChange
-	// Address says what happens to capture.InboundSource6 on the loopback.
+	// Address is the change of capture.InboundSource6 on the loopback.
 	Address AddressChange
-	// Warnings are what the caller should tell the user.
+	// Warnings are for the user.
 	Warnings []string
-	// Unread is why the live state could not be read. The plan is made as if there was nothing, and cannot be committed.
+	// Unread is why the live state could not be read. The plan then assumes an empty namespace and cannot be committed.
 	Unread error
 
 	cleanup bool
 	spec    capture.Spec
 	ipv6    kernel.IPv6State
 	backend Backend
-	table   nft.Table // our table of nftables as it was
+	table   nft.Table // our nftables table before the plan
 	verify  func(xtables.Program) error
 	stores  []store
 }
 
-// AddressChange says what happens to the agent's source address.
+// AddressChange is a change of the agent's source address.
 type AddressChange string
 
 // The changes of the address.
@@ -61,26 +60,27 @@ const (
 	AddressRemoved AddressChange = "remove"
 )
 
-// Step is the share that one family's rules of one flavour have in a plan. Each table is committed whole or not at all.
+// Step changes the rules of one family in one flavour. Each of its tables is committed as a whole or not at all.
 type Step struct {
 	Family  ruleset.Family
 	Flavour ruleset.Flavour
 	Changes []ruleset.Change
-	// Input is what iptables-restore is given, or what nft could be given to the same effect. Our table of nftables is one
-	// for both families: the first step has it all.
+	// Input is the input for iptables-restore, or an equivalent nft script. Our nftables table serves both families, so
+	// the first of its steps has the whole script.
 	Input string
 
 	want   ruleset.Ruleset
 	before store
 }
 
-// Unchanged tells whether everything is already as it should be.
+// Unchanged reports whether the namespace is already in the wanted state.
 func (p *Plan) Unchanged() bool {
 	return len(p.Steps) == 0 && len(p.Routes) == 0 && p.Address == AddressKept
 }
 
-// PlanInit compares what is there with the rules for spec, which must be valid. The backend says where they go. What
-// TPROXY needs stays while its connections are under way, though spec may not want it.
+// PlanInit compares the namespace with the rules for a valid spec. backend selects where the rules go. While
+// connections that an earlier TPROXY captured are open, the rules and routes they need stay, even if spec does not use
+// TPROXY.
 func PlanInit(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, error) {
 	return planInit(ctx, spec, backend, (*Plan).underWay)
 }
@@ -100,7 +100,7 @@ func (p *Plan) Live() []ruleset.Held {
 	return held
 }
 
-// planInit asks underWay for the mark of TPROXY's connections under way.
+// planInit calls underWay for the mark of open TPROXY connections.
 func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay func(*Plan, survey) uint32) (*Plan, error) {
 	plan := &Plan{spec: spec, backend: backend}
 	s, err := plan.look(ctx)
@@ -147,7 +147,7 @@ func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay 
 	return plan, nil
 }
 
-// PlanCleanup finds everything that PlanInit ever made, in whichever flavour.
+// PlanCleanup plans the removal of everything that PlanInit has ever installed, in every flavour.
 func PlanCleanup(ctx context.Context) (*Plan, error) {
 	plan := &Plan{cleanup: true}
 	s, err := plan.look(ctx)
@@ -170,9 +170,9 @@ func PlanCleanup(ctx context.Context) (*Plan, error) {
 	return plan, nil
 }
 
-// order puts what is new before what goes, so that there is no moment without rules when they move from one flavour to
-// another. Both at once are harmless: they say the same. Our table of nftables changes once for both families, so that
-// its place is in between.
+// order puts installations before removals, so that rules that move between flavours are never absent. Having both for
+// a moment is harmless: their verdicts are the same. The step of our nftables table changes both families at once and
+// goes in between.
 func (p *Plan) order() {
 	rank := func(s Step) int {
 		switch {
@@ -189,7 +189,7 @@ func (p *Plan) order() {
 	}
 }
 
-// wantedNFTables is what our table of nftables shall hold.
+// wantedNFTables returns the wanted content of our nftables table.
 func (p *Plan) wantedNFTables() [2]ruleset.Ruleset {
 	wanted := p.table.Rulesets
 	for _, s := range p.Steps {
@@ -200,7 +200,7 @@ func (p *Plan) wantedNFTables() [2]ruleset.Ruleset {
 	return wanted
 }
 
-// look makes a survey. Without the right to make one, a plan can still be shown.
+// look makes a survey. Without the capability for it, the plan can still be shown, but not committed.
 func (p *Plan) look(ctx context.Context) (survey, error) {
 	var s survey
 	err := kernel.MissingCapability(false)
@@ -220,7 +220,7 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 	return s, err
 }
 
-// addFamily plans the wanted rules of a family in one flavour, and the removal of what is ours in the others.
+// addFamily plans a family's rules in one flavour and the removal of ours from the others.
 func (p *Plan) addFamily(s survey, want ruleset.Ruleset) error {
 	chosen, err := s.choose(want, p.backend)
 	if err != nil {
@@ -230,7 +230,7 @@ func (p *Plan) addFamily(s survey, want ruleset.Ruleset) error {
 	return p.addRemoval(s, want.Family, chosen.flavour)
 }
 
-// addRemoval plans the removal of what is ours in every flavour but one. "" spares none.
+// addRemoval plans the removal of our rules from every flavour except spared ("": from all).
 func (p *Plan) addRemoval(s survey, family ruleset.Family, spared ruleset.Flavour) error {
 	for _, t := range s.stores {
 		if t.family == family && t.flavour != spared && t.ours {
@@ -248,7 +248,7 @@ func (p *Plan) addStep(t store, want ruleset.Ruleset) {
 	step := Step{Family: t.family, Flavour: t.flavour, Changes: ruleset.Diff(want, t.rules), Input: xtables.RestoreInput(want, t.rules), want: want, before: t}
 	changed := step.Input != ""
 	if t.flavour == ruleset.Native {
-		// A base chain that nobody needs any more is no difference between rules, but the last rule takes the table along.
+		// An unused base chain is not a difference; removing the last rule removes the table.
 		changed = len(step.Changes) > 0 || t.ours && len(want.Tables) == 0
 		step.Input = ""
 	}
@@ -257,7 +257,7 @@ func (p *Plan) addStep(t store, want ruleset.Ruleset) {
 	}
 }
 
-// giveUpIPv6 leaves IPv6 alone for the reason err, in a pod that has no address at which it could be reached.
+// giveUpIPv6 drops IPv6 from the plan for the reason err. The pod has no IPv6 address at which others could reach it.
 func (p *Plan) giveUpIPv6(err error) error {
 	p.Warnings = append(p.Warnings, fmt.Sprintf("IPv6 is left alone: %v; the pod has no global IPv6 address", err))
 	var failed []error

@@ -14,33 +14,34 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/xtables"
 )
 
-// survey is what the network namespace of the calling thread holds. Making one changes nothing, not even an empty table.
+// survey is the state of the network namespace of the calling thread. Making one changes nothing: not even an empty
+// table is created.
 type survey struct {
 	stores  []store
 	ipv6    kernel.IPv6State
 	routing []kernel.Installed
-	table   nft.Table // our own of nftables
+	table   nft.Table // ours in nftables
 	verify  func(xtables.Program) error
 }
 
-// store is where one family's rules are kept in one flavour.
+// store is the place for the rules of one family in one flavour.
 type store struct {
 	family  ruleset.Family
 	flavour ruleset.Flavour
 
 	program xtables.Program
-	missing error // why there is no program, or no kernel that it could talk to
+	missing error // why there is no program, or no kernel support
 
 	rules    ruleset.Ruleset
 	unread   error               // why the rules could not be listed
-	opaque   []ruleset.TableName // tables that hold what iptables cannot show
-	hidden   bool                // there are tables, but no program to look into them
-	ours     bool                // it holds a part of ours
-	occupied bool                // this flavour holds rules of other people's
-	chains   []nft.Chain         // the chains that nftables has in our tables; legacy always has its own
+	opaque   []ruleset.TableName // tables with rules that iptables cannot show
+	hidden   bool                // there are tables, but no program to read them
+	ours     bool                // it holds rules of ours
+	occupied bool                // it holds rules that are not ours
+	chains   []nft.Chain         // nftables chains in the tables that we use; empty for legacy
 }
 
-// storesUnread are the stores before anything is known of their content.
+// storesUnread returns the stores with their programs, before their content is read.
 func storesUnread(ctx context.Context) []store {
 	var stores []store
 	for _, family := range ruleset.Families {
@@ -54,8 +55,8 @@ func storesUnread(ctx context.Context) []store {
 	return stores
 }
 
-// look reads what is there. The kernel is asked first, and a program is run only for a table that exists: merely listing
-// a legacy table would make it.
+// look reads the namespace. The kernel is asked first, and a program runs only for a table that exists: listing a
+// legacy table would create it.
 func look(ctx context.Context) (survey, error) {
 	s := survey{stores: storesUnread(ctx)}
 	var err error
@@ -94,8 +95,8 @@ func look(ctx context.Context) (survey, error) {
 	return s, s.blindSpot()
 }
 
-// blindSpot is why legacy tables that exist could not be read. What is ours in nftables is known from the kernel, so
-// that a table of nftables that no program can read matters only when we have to work on it.
+// blindSpot returns why existing legacy tables could not be read. Our chains in nftables are known from the kernel, so
+// an nftables table that no program can read matters only if we have to change it.
 func (s survey) blindSpot() error {
 	for _, t := range s.stores {
 		if t.flavour == ruleset.Legacy && t.unread != nil {
@@ -114,7 +115,7 @@ func (t *store) setChains(chains []nft.Chain) {
 	}
 }
 
-// setTable takes the family's share of our table. A table that is asleep is ours, too, and everything is missing from it.
+// setTable takes the family's part of our table. A dormant table is ours as well; all its rules count as missing.
 func (t *store) setTable(table nft.Table) {
 	if len(table.Chains) > 0 {
 		t.rules = table.Of(t.family)
@@ -122,7 +123,7 @@ func (t *store) setTable(table nft.Table) {
 	}
 }
 
-// list starts the program that lists a table, if the table exists and there is a program.
+// list starts the program that lists the store, if there is a program and a table.
 func (t *store) list(ctx context.Context) (*xtables.Process, error) {
 	if t.flavour == ruleset.NFT {
 		if len(t.chains) == 0 || t.missing != nil {
@@ -130,7 +131,7 @@ func (t *store) list(ctx context.Context) (*xtables.Process, error) {
 		}
 		return xtables.Start(ctx, "", t.program.Save, "-c")
 	}
-	// The legacy flavour is somebody's if any of its tables is; all that exist are listed.
+	// All existing tables are listed: rules of others in any of them make the flavour occupied.
 	exists, err := xtables.LegacyTablesExist(t.family)
 	t.hidden = exists && t.missing != nil
 	if !exists || t.hidden || err != nil {
@@ -154,8 +155,8 @@ func (t *store) read(listing *xtables.Process) {
 	t.occupied = xtables.Occupied(text)
 }
 
-// notShown are the tables that a listing leaves out though they have chains. Where somebody has used nft on a table of
-// iptables, iptables-nft-save shows nothing of it, and calls that a success.
+// notShown returns the tables that have chains but are missing from a listing. If rules in a table of iptables were
+// made with nft, iptables-nft-save omits the table and still reports success.
 func (t *store) notShown(listed ruleset.Ruleset) []ruleset.TableName {
 	var missing []ruleset.TableName
 	for _, c := range t.chains {
@@ -178,7 +179,7 @@ func (s survey) choose(want ruleset.Ruleset, backend Backend) (store, error) {
 		forced := s.store(want.Family, flavour)
 		return forced, forced.usable(want)
 	}
-	// The table is one for both families.
+	// Our nftables table serves both families: if one family has rules there, the other uses it as well.
 	if backend == Auto && slices.ContainsFunc(s.stores, func(t store) bool { return t.flavour == ruleset.Native && t.ours }) {
 		return native, native.usable(want)
 	}
@@ -195,8 +196,8 @@ func (s survey) choose(want ruleset.Ruleset, backend Backend) (store, error) {
 	return chosen, nil
 }
 
-// chooseIPTables picks the flavour that holds our rules already, so that a second run finds what the first one made;
-// else that which other people use here; else nft if it can be used.
+// chooseIPTables picks the flavour that holds our rules, so that a second run finds those of the first; else the
+// flavour that others use; else nft if it is usable.
 func chooseIPTables(nft, legacy store, want ruleset.Ruleset) (store, error) {
 	chosen := nft
 	switch {
@@ -211,10 +212,10 @@ func chooseIPTables(nft, legacy store, want ruleset.Ruleset) (store, error) {
 	return chosen, chosen.usable(want)
 }
 
-// errNoFlavour means that there is nothing to make rules with.
+// errNoFlavour means that neither flavour of iptables has a program and kernel support.
 var errNoFlavour = errors.New("no iptables")
 
-// usable tells why a store that holds our rules, or shall hold the wanted ones, cannot be worked on.
+// usable returns why the store cannot be changed, if it holds our rules or is to hold the wanted ones.
 func (t store) usable(want ruleset.Ruleset) error {
 	switch {
 	case t.missing == nil:

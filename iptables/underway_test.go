@@ -59,7 +59,7 @@ func TestWhatTPROXYNeedsStaysWhileItsConnectionsAreUnderWay(t *testing.T) {
 						t.Errorf("a check before init does not tell of what it would do without connections:\n%s", found)
 					}
 					plan := mustInit(t, pod, spec)
-					if warnings := strings.Join(plan.Warnings, "\n"); !strings.Contains(warnings, "connections under way (1 tracked)") {
+					if warnings := strings.Join(plan.Warnings, "\n"); !strings.Contains(warnings, "open connections (1 tracked)") {
 						t.Errorf("mark %d: the warnings are %q", mark, warnings)
 					}
 					if routes := routing(t, pod); routes != wanted {

@@ -9,7 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MissingCapability names what this process would need and does not have. legacy needs a raw socket, nft does not.
+// MissingCapability returns a MissingCapabilityError if the calling thread lacks a capability. With legacy it also
+// requires NET_RAW, for the raw socket of legacy iptables.
 func MissingCapability(legacy bool) error {
 	effective, err := EffectiveCapabilities()
 	if err != nil {
@@ -27,7 +28,7 @@ func MissingCapability(legacy bool) error {
 	return nil
 }
 
-// EffectiveCapabilities are those of the calling thread, as bits.
+// EffectiveCapabilities returns the calling thread's effective capabilities as bits.
 func EffectiveCapabilities() (uint64, error) {
 	status, err := os.ReadFile("/proc/thread-self/status")
 	if err != nil {
@@ -47,9 +48,10 @@ type capability struct {
 	name MissingCapabilityError
 }
 
+// NeedsNetRaw is the error for a missing NET_RAW.
 const NeedsNetRaw = MissingCapabilityError("NET_RAW")
 
-// MissingCapabilityError is the name of a capability that this process needs to read or change rules, without CAP_.
+// MissingCapabilityError names a capability that reading or changing rules requires, without the prefix CAP_.
 type MissingCapabilityError string
 
 func (e MissingCapabilityError) Error() string {

@@ -18,10 +18,11 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// The agent's source address towards an IPv6 workload. IPv4 has 127.0.0.6 by itself, as part of 127.0.0.0/8.
+// sourceAddress is the agent's source address towards an IPv6 workload. IPv4 needs no such address: 127.0.0.6 is in
+// 127.0.0.0/8.
 //
-// The address is deprecated from the start: the kernel then does not choose it as the source of other connections, bind
-// works all the same, and cleanup knows by it that the address is ours and not somebody else's.
+// The address is deprecated from the start (its preferred lifetime is 0). The kernel then never selects it as a source
+// by itself, bind(2) still accepts it, and cleanup recognises the address as ours.
 func sourceAddress() *netlink.Addr {
 	return &netlink.Addr{
 		IPNet:     &net.IPNet{IP: capture.InboundSource6.AsSlice(), Mask: net.CIDRMask(128, 128)},
@@ -31,9 +32,10 @@ func sourceAddress() *netlink.Addr {
 	}
 }
 
-// LoopbackIndex is the loopback's in every namespace: it is the first interface to be made.
+// LoopbackIndex is the index of the loopback in every namespace: it is the first interface created.
 const LoopbackIndex = 1
 
+// AddSourceAddress adds the source address to the loopback.
 func AddSourceAddress() error {
 	if err := netlink.AddrAdd(nil, sourceAddress()); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("adding %s to %s: %w", capture.InboundSource6, ruleset.Loopback, err)
@@ -41,6 +43,7 @@ func AddSourceAddress() error {
 	return nil
 }
 
+// RemoveSourceAddress removes the source address from the loopback.
 func RemoveSourceAddress() error {
 	if err := netlink.AddrDel(nil, sourceAddress()); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 		return fmt.Errorf("removing %s from %s: %w", capture.InboundSource6, ruleset.Loopback, err)
@@ -51,13 +54,13 @@ func RemoveSourceAddress() error {
 // IPv6State is the state of IPv6 in a namespace.
 type IPv6State struct {
 	enabled bool // loopback can have addresses
-	Global  bool // the pod has an address that others may reach it at
+	Global  bool // the pod has an address at which others can reach it
 	Source  bool // capture.InboundSource6 is on the loopback
-	Ours    bool // and it was us who put it there
+	Ours    bool // Source was added by us
 }
 
-// ReadIPv6 reads /proc, whose files show the namespace of the calling thread. There is no file when the kernel has no
-// IPv6 or it is switched off at boot.
+// ReadIPv6 reads /proc/thread-self, so it reports the namespace of the calling thread. The file is missing if the
+// kernel has no IPv6 or has it disabled at boot.
 func ReadIPv6() (IPv6State, error) {
 	var state IPv6State
 	addresses, err := os.ReadFile("/proc/thread-self/net/if_inet6")
@@ -80,7 +83,8 @@ func ReadIPv6() (IPv6State, error) {
 	return state, nil
 }
 
-// firstIsIPv6 judges as istio-iptables does, but passes over the address that an earlier run put on the loopback.
+// firstIsIPv6 reports whether the first global address is IPv6, as istio-iptables decides. It skips the address that an
+// earlier run has added to the loopback.
 func firstIsIPv6() (bool, error) {
 	addresses, err := net.InterfaceAddrs()
 	if err != nil {
@@ -96,7 +100,7 @@ func firstIsIPv6() (bool, error) {
 	return false, nil
 }
 
-// Wanted tells whether there shall be rules for IPv6. Addresses are asked for only where they matter.
+// Wanted reports whether IPv6 gets rules. It lists addresses only if the choice depends on them.
 func (state IPv6State) Wanted(choice capture.IPv6Choice) (bool, error) {
 	if !state.enabled || choice == capture.IPv6Wherever {
 		return state.enabled, nil
@@ -104,7 +108,7 @@ func (state IPv6State) Wanted(choice capture.IPv6Choice) (bool, error) {
 	return firstIsIPv6()
 }
 
-// addAddress takes a line of if_inet6: address, interface number, prefix length, scope and flags, all in hexadecimal,
+// addAddress reads a line of if_inet6: address, interface index, prefix length, scope and flags, all in hexadecimal,
 // and the interface's name.
 func (state *IPv6State) addAddress(fields []string) {
 	if len(fields) != 6 {

@@ -15,7 +15,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// RouteTo is the interface by which the address is reached, and the source address that the kernel chooses.
+// RouteTo returns the interface that leads to address and the source address that the kernel selects.
 func RouteTo(address, src netip.Addr, mark uint32) (link string, own netip.Addr, err error) {
 	options := &netlink.RouteGetOptions{Mark: mark}
 	if src.IsValid() {
@@ -39,16 +39,16 @@ func RouteTo(address, src netip.Addr, mark uint32) (link string, own netip.Addr,
 	return found.Name, own.Unmap(), nil
 }
 
-// Route is a piece of the policy routing that TPROXY needs: packets with the mark are looked up in the table, whose only
-// route delivers them here, whatever their destination.
+// Route is a part of the policy routing for TPROXY. A rule sends packets with the mark to a table of its own. The only
+// route in that table delivers them locally, whatever their destination.
 type Route struct {
 	Family ruleset.Family
-	// Mark leads to the table; zero for the route in it.
+	// Mark selects the table. It is zero for the route in the table.
 	Mark  uint32
 	Table uint32
 }
 
-// String is the words that ip(8) takes behind "rule add" and "route add".
+// String returns the arguments of ip(8) after "rule add" or "route add".
 func (r Route) String() string {
 	if r.Mark != 0 {
 		return fmt.Sprintf("fwmark %#x lookup %d", r.Mark, r.Table)
@@ -56,7 +56,7 @@ func (r Route) String() string {
 	return fmt.Sprintf("local default dev %s table %d", ruleset.Loopback, r.Table)
 }
 
-// RouteAction says what happens to a Route.
+// RouteAction is what happens to a Route.
 type RouteAction string
 
 // The actions.
@@ -72,18 +72,19 @@ type RouteChange struct {
 	found  Installed // what is removed
 }
 
-// Installed is a Route as it was found. One that is not ours serves as well as ours, and stays.
+// Installed is a Route as it was found. A route that is not ours serves as well as ours, and stays.
 type Installed struct {
 	Route
 	Ours     bool
 	Priority int
 }
 
-// RouteProtocol is by what our rules and routes are known as ours, whatever arguments they were made with. It is none of
-// the numbers of rtnetlink.h or of iproute2's rt_protos.
+// RouteProtocol identifies our rules and routes (rtm_protocol), whatever arguments they were made with. Neither
+// rtnetlink.h nor rt_protos of iproute2 uses this number.
 const RouteProtocol = 80
 
-// RoutesFor are the routes that spec needs, in the order in which they are made: the route before what leads to it.
+// RoutesFor returns the routes that spec needs, in the order in which they are added: the route before the rule that
+// leads to it.
 func RoutesFor(spec capture.Spec, families []ruleset.Family) []Route {
 	if !spec.CapturesInboundByTPROXY() {
 		return nil
@@ -106,7 +107,7 @@ func RoutesByMark(mark uint32, families []ruleset.Family, have []Installed) []Ro
 	return routes
 }
 
-// DiffRoutes are the changes that turn what is there into what is wanted. A second copy of something is removed.
+// DiffRoutes returns the changes that turn have into want. Duplicates of ours are removed.
 func DiffRoutes(want []Route, have []Installed) []RouteChange {
 	var changes []RouteChange
 	for _, r := range want {
@@ -123,8 +124,8 @@ func DiffRoutes(want []Route, have []Installed) []RouteChange {
 	return changes
 }
 
-// ReadRoutes lists the rules that have a mark, and the local default routes, in the namespace of the calling thread. A
-// rule comes before the route that it leads to. It needs no capability.
+// ReadRoutes lists the rules that have a mark, and the local default routes. A rule comes before the route that it
+// leads to. It needs no capability.
 func ReadRoutes() ([]Installed, error) {
 	var found []Installed
 	for _, family := range ruleset.Families {
@@ -160,7 +161,7 @@ func maskBits(network *net.IPNet) int {
 	return ones
 }
 
-// noRouting tells that the kernel has no such family or no policy routing.
+// noRouting reports whether the kernel lacks the family or policy routing.
 func noRouting(err error) bool {
 	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
 }
@@ -172,6 +173,7 @@ func FamilyNumber(f ruleset.Family) int {
 	return netlink.FAMILY_V4
 }
 
+// Apply carries the change out.
 func (c RouteChange) Apply() error {
 	if c.Action == Remove {
 		return c.found.remove()
@@ -201,7 +203,7 @@ func (r Route) explain(err error) error {
 	return err
 }
 
-// Undo takes the change back, given what is there now.
+// Undo reverts the change, given what is installed now.
 func (c RouteChange) Undo(now []Installed) error {
 	at := slices.IndexFunc(now, func(h Installed) bool { return h.Ours && h.Route == c.Route })
 	switch {
@@ -213,7 +215,7 @@ func (c RouteChange) Undo(now []Installed) error {
 	return nil
 }
 
-// RemoveRoute removes what is ours of the route, if it is there.
+// RemoveRoute removes our copy of the route, if there is one.
 func RemoveRoute(r Route) error {
 	now, err := ReadRoutes()
 	return cmp.Or(err, RouteChange{Action: Add, Route: r}.Undo(now))

@@ -23,10 +23,10 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// RemoveEmpty removes the base chains of the tables that are not among keep and that nobody uses, and each table when
-// nothing is left in it. iptables makes them with its first rule and leaves them behind with the last; it makes them again
-// whenever they are needed, so nobody misses them. Chains that bear other names, rules, references or another policy are
-// somebody's, and so is a table that was there before.
+// RemoveEmpty removes the unused base chains of tables, except those in keep, and each table that is then empty.
+// iptables creates base chains with its first rule, leaves them behind with its last one, and creates them again when
+// needed. Chains with other names, rules, references or another policy belong to somebody, and so does a table that
+// existed before.
 func RemoveEmpty(family ruleset.Family, tables []ruleset.TableName, keep []Chain) error {
 	chains, err := Chains()
 	if err != nil {
@@ -56,26 +56,25 @@ func RemoveEmpty(family ruleset.Family, tables []ruleset.TableName, keep []Chain
 	return cmp.Or(failed...)
 }
 
-// Chain is a chain of nftables, as far as we look at it.
+// Chain is an nftables chain, as far as we read it.
 type Chain struct {
 	Family      ruleset.Family // zero for those of other families, such as inet
 	protocol    uint8          // the family's number
 	Table, Name string
-	// base tells a chain that the kernel calls by itself. untouched is a base chain without a rule, with the policy that
-	// it was born with.
+	// base chains are called by the kernel. An untouched base chain has no rule and its initial policy.
 	base, untouched bool
 	hook            hook
 }
 
-// nftHook says when the kernel calls a base chain, and what it does with a packet that no rule ended.
+// hook defines when the kernel calls a base chain and what it does with a packet that reaches the end.
 type hook struct {
 	kind           string // nat, filter or route
 	number, policy uint32
 	priority       int32
 }
 
-// Chains asks the kernel for the chains of both families. That costs one message and changes nothing, whereas asking
-// a program costs a process for each family and, in some versions, makes tables.
+// Chains lists the chains of all tables by one netlink message. It changes nothing. A program would cost a process for
+// each family and, in some versions, create tables.
 func Chains() ([]Chain, error) {
 	request := nl.NewNetlinkRequest(messageType(unix.NFT_MSG_GETCHAIN), unix.NLM_F_DUMP)
 	request.AddData(&nl.Nfgenmsg{NfgenFamily: unix.NFPROTO_UNSPEC, Version: nl.NFNETLINK_V0})
@@ -101,7 +100,7 @@ func Chains() ([]Chain, error) {
 	return chains, nil
 }
 
-// readNFTChain reads a nfgenmsg header and the attributes behind it. Numbers are in network order.
+// readChain reads an nfgenmsg header and its attributes. Numbers are in network byte order.
 func readChain(message []byte) (Chain, error) {
 	var chain Chain
 	if len(message) < nl.SizeofNfgenmsg {
@@ -165,9 +164,9 @@ func bigEndian(value []byte) uint32 {
 	return binary.BigEndian.Uint32(value)
 }
 
-// removeNFT removes base chains of a family's table, and the table itself when table is set, in one transaction.
-// Without recursion the kernel refuses to remove what somebody uses, and then nothing happens at all: a rule that a
-// stranger adds at this moment is safe.
+// remove removes base chains of a family's table, and the table itself if table is set, in one transaction.
+// NLM_F_NONREC makes the kernel refuse to remove a chain in use and then to change nothing, so a rule that somebody
+// adds at this moment is safe.
 func remove(family ruleset.Family, name ruleset.TableName, chains []string, table bool) error {
 	var removals []*nl.NetlinkRequest
 	for _, chain := range chains {
@@ -198,9 +197,9 @@ func newRequest(message, flags int, protocol uint8, attributes ...*nl.RtAttr) *n
 	return request
 }
 
-// nftError is the kernel's refusal of a transaction.
+// refusal is the kernel's refusal of a transaction.
 type refusal struct {
-	request int // the first that it refused, or -1 for the whole
+	request int // index of the first refused request, or -1 for the batch
 	errno   unix.Errno
 }
 
@@ -208,11 +207,11 @@ func (e refusal) Error() string { return e.errno.Error() }
 
 func (e refusal) Unwrap() error { return e.errno }
 
-// nftTransaction sends the requests as one batch, which the kernel carries out whole or not at all. The netlink package
-// sends single messages only.
+// transact sends the requests as one batch: the kernel applies it whole or not at all. The netlink package sends single
+// messages only.
 //
-// The last request alone asks for an answer: thousands of answers would not fit into the socket. A refusal is answered
-// always, and before the last request is.
+// Only the last request asks for an acknowledgement: thousands would overflow the receive buffer. The kernel always
+// reports a refusal, before the acknowledgement of the last request.
 func transact(requests []*nl.NetlinkRequest) error {
 	if len(requests) == 0 {
 		return nil
@@ -244,7 +243,7 @@ func transact(requests []*nl.NetlinkRequest) error {
 			return err
 		}
 		for _, message := range messages {
-			// The answer is the error and the header of the request that it is about.
+			// An answer has the error and the header of the request.
 			if message.Header.Type != unix.NLMSG_ERROR || len(message.Data) < 4+unix.SizeofNlMsghdr {
 				continue
 			}
@@ -261,7 +260,7 @@ func transact(requests []*nl.NetlinkRequest) error {
 	}
 }
 
-// nftBracket opens or closes a batch for nftables.
+// bracket begins or ends a batch for nftables.
 func bracket(message int) []byte {
 	request := nl.NewNetlinkRequest(message, 0)
 	request.AddData(&nl.Nfgenmsg{
@@ -270,5 +269,5 @@ func bracket(message int) []byte {
 	return request.Serialize()
 }
 
-// nftMessage is the number of an nftables message among those of netfilter.
+// messageType returns the netfilter message type of an nftables message.
 func messageType(message int) int { return unix.NFNL_SUBSYS_NFTABLES<<8 | message }

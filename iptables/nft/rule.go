@@ -25,7 +25,7 @@ import (
 // Expressions are built with package expr. It is of no use for reading: it passes over expressions that it does not know,
 // so that a rule with one more condition would look like ours, and it cannot read three kinds of those that we write.
 
-// nftRule is a rule as the kernel keeps it.
+// kernelRule is a rule as the kernel keeps it.
 type kernelRule struct {
 	chain       string
 	comment     string
@@ -33,11 +33,11 @@ type kernelRule struct {
 	handle      uint64
 }
 
-// expression is the attributes of an expression, by their type. Where the kernel wraps a value, it is unwrapped.
+// expression holds the attributes of an expression by type. Values that the kernel wraps are unwrapped.
 type expression struct {
 	name       string
 	attributes map[uint16][]byte
-	message    []byte // all of it, as it is sent
+	message    []byte // as sent to the kernel
 }
 
 func (e expression) number(attribute uint16) uint32 { return bigEndian(e.attributes[attribute]) }
@@ -52,7 +52,8 @@ func (r kernelRule) equal(other kernelRule) bool {
 
 // The chains of iptables that we use, in one table of family inet: the base chains are for both families, ours for one.
 
-// nftChainName is what a chain is called in nftables, such as nat_output or ipv6_nat_in_redirect.
+// chainName returns the nftables name of a chain, such as nat_output or ipv6_nat_in_redirect. Base chains serve both
+// families; our other chains serve one.
 func chainName(family ruleset.Family, at ruleset.Place) string {
 	if name, own := strings.CutPrefix(at.Chain, ruleset.OwnPrefix); own {
 		return fmt.Sprintf("%s_%s_%s", family, at.Table, strings.ToLower(name))
@@ -60,7 +61,7 @@ func chainName(family ruleset.Family, at ruleset.Place) string {
 	return fmt.Sprintf("%s_%s", at.Table, strings.ToLower(at.Chain))
 }
 
-// nftPlace is the chain that bears the name in nftables. A base chain has no family.
+// placeOf is the inverse of chainName. The family of a base chain is 0.
 func placeOf(name string) (family ruleset.Family, at ruleset.Place, ok bool) {
 	table, chain, _ := strings.Cut(strings.ToUpper(name), "_")
 	for _, f := range ruleset.Families {
@@ -75,11 +76,11 @@ func placeOf(name string) (family ruleset.Family, at ruleset.Place, ok bool) {
 	return family, at, known && slices.Contains(ruleset.TableNames, at.Table) && chainName(family, at) == name
 }
 
-// register is where values are loaded; one is enough.
+// register is the only register that our rules use.
 const register = 1
 
-// encode is the rule in nftables. It is one rule there, but for TPROXY: if no socket listens, that of nftables lets the
-// packet go on, so that it would reach the workload, where that of iptables drops it. A second rule does that.
+// encode translates a rule to nftables. TPROXY needs two rules there: without a listening socket, the nftables target
+// lets the packet continue to the workload, where the iptables target drops it. The second rule drops it.
 func encode(family ruleset.Family, at ruleset.Place, r ruleset.Rule) []kernelRule {
 	conditions := encodeMatch(r.Match, family, strings.HasPrefix(at.Chain, ruleset.OwnPrefix))
 	rules := [][]expr.Any{slices.Concat(conditions, []expr.Any{&expr.Counter{}}, encodeTarget(family, at.Table, r.Target))}
@@ -97,7 +98,8 @@ func encode(family ruleset.Family, at ruleset.Place, r ruleset.Rule) []kernelRul
 	return list
 }
 
-// encode is the conditions. Our own chains are for one family, so that only the network header needs to be asked for.
+// encodeMatch returns the conditions. Our own chains serve one family, so only an access to the network header needs a
+// test for it.
 func encodeMatch(m ruleset.Match, family ruleset.Family, own bool) []expr.Any {
 	var all []expr.Any
 	add := func(load expr.Any, not bool, value []byte) {
@@ -115,7 +117,7 @@ func encodeMatch(m ruleset.Match, family ruleset.Family, own bool) []expr.Any {
 		if !address.prefix.IsValid() {
 			continue
 		}
-		// Of an address no more is loaded than counts, if that is whole bytes: so does nft.
+		// A prefix of whole bytes loads only these bytes, as nft does.
 		value, bits := address.prefix.Masked().Addr().AsSlice(), address.prefix.Bits()
 		if bits%8 == 0 {
 			value = value[:bits/8]
@@ -173,7 +175,7 @@ func compare(not bool, value []byte) expr.Any {
 	return &expr.Cmp{Op: operator(not), Register: register, Data: value}
 }
 
-// within compares with a range, in network order.
+// within compares with a range in network byte order.
 func within(not bool, first, last []byte) expr.Any {
 	if bytes.Equal(first, last) {
 		return compare(not, first)
@@ -192,7 +194,7 @@ func masked(bits []byte) expr.Any {
 	return &expr.Bitwise{SourceRegister: register, DestRegister: register, Len: uint32(len(bits)), Mask: bits, Xor: make([]byte, len(bits))}
 }
 
-// native is a number as the kernel has it in a register: in the machine's order.
+// native returns a number in host byte order, as registers hold it.
 func native(number uint32) []byte { return binaryutil.NativeEndian.PutUint32(number) }
 
 func nfProtocol(family ruleset.Family) byte {
@@ -202,7 +204,7 @@ func nfProtocol(family ruleset.Family) byte {
 	return unix.NFPROTO_IPV4
 }
 
-// addressOffset is where the source address stands in the header. The destination comes right behind it.
+// addressOffset is the offset of the source address in the network header. The destination follows it.
 func addressOffset(family ruleset.Family) uint32 {
 	if family == ruleset.IPv6 {
 		return 8
@@ -216,7 +218,7 @@ func mask(prefix netip.Prefix) []byte {
 	return netip.PrefixFrom(ones, prefix.Bits()).Masked().Addr().AsSlice()
 }
 
-// interfaceName is compared with as many bytes as it has: all, or those before the wildcard.
+// interfaceName returns the bytes to compare: the whole name, or the part before the wildcard.
 func interfaceName(name string) []byte {
 	if stem, wildcard := strings.CutSuffix(name, "+"); wildcard {
 		return []byte(stem)
@@ -267,8 +269,8 @@ func encodeTarget(family ruleset.Family, table ruleset.TableName, target ruleset
 	panic(fmt.Sprintf("no such target: %T", target))
 }
 
-// decode reads the rules of a chain. family is that of the chain, or zero for a base chain, whose rules say it; what
-// does not is counted to IPv4.
+// decode reads the rules of a chain. family is that of the chain, or 0 for a base chain. Rules in a base chain contain
+// their family; a rule without one counts as IPv4.
 func decode(family ruleset.Family, at ruleset.Place, rules []kernelRule) map[ruleset.Family][]ruleset.Rule {
 	found := make(map[ruleset.Family][]ruleset.Rule)
 	for len(rules) > 0 {
@@ -292,7 +294,8 @@ func decode(family ruleset.Family, at ruleset.Place, rules []kernelRule) map[rul
 	return found
 }
 
-// describe is for people, who find the rule by its handle. It ends like a rule of iptables, so that its ID is seen.
+// describe describes a foreign rule for people, who find it by its handle. The text ends like a rule of iptables, so
+// that its ID is found.
 func (r kernelRule) describe(at ruleset.Place) string {
 	text := fmt.Sprintf("-A %s [a rule of nftables, handle %d:", at.Chain, r.handle)
 	for _, e := range r.expressions {
@@ -305,15 +308,15 @@ func (r kernelRule) describe(at ruleset.Place) string {
 	return text
 }
 
-// understand reads a rule. It need not be strict: the caller encodes what it returns, and compares.
+// understand reads a rule loosely. The caller encodes the result and compares.
 func (r kernelRule) understand(table ruleset.TableName) (family ruleset.Family, rule ruleset.Rule, ok bool) {
 	var id string
 	if id, ok = strings.CutPrefix(r.comment, ruleset.CommentPrefix); !ok {
 		return 0, rule, false
 	}
 	rule.ID = id
-	var loaded expression // what the register holds, and
-	var bits []byte       // which bits of it count
+	var loaded expression // the content of the register
+	var bits []byte       // the bits of it that are compared
 	for _, e := range r.expressions {
 		switch e.name {
 		case "counter", "byteorder":
@@ -346,7 +349,7 @@ func (r kernelRule) understand(table ruleset.TableName) (family ruleset.Family, 
 	return family, rule, rule.Target != nil
 }
 
-// readCondition reads a comparison of what is loaded with a range of values, or with one that is both its ends.
+// readCondition reads a comparison of the loaded value with a range, or with one value in first and last.
 func readCondition(m *ruleset.Match, loaded expression, bits []byte, not bool, first, last []byte) (ok bool) {
 	ports := capture.PortRange{First: uint16(bigEndianOf(first)), Last: uint16(bigEndianOf(last))}
 	switch loaded.name {
@@ -409,7 +412,7 @@ func readCondition(m *ruleset.Match, loaded expression, bits []byte, not bool, f
 	return true
 }
 
-// readAction reads what a rule does. loaded is the value that it takes.
+// readAction reads an action. loaded is its operand.
 func readAction(r *ruleset.Rule, table ruleset.TableName, loaded, e expression) (ok bool) {
 	value := loaded.attributes[unix.NFTA_IMMEDIATE_DATA]
 	switch e.name {
@@ -447,7 +450,7 @@ func readAction(r *ruleset.Rule, table ruleset.TableName, loaded, e expression) 
 	return true
 }
 
-// readVerdict reads a code, and the name of a chain where there is one.
+// readVerdict reads a verdict code, and the chain of a jump.
 func readVerdict(r *ruleset.Rule, table ruleset.TableName, verdict []byte) (ok bool) {
 	if len(verdict) < 4 {
 		return false
@@ -473,7 +476,8 @@ func readVerdict(r *ruleset.Rule, table ruleset.TableName, verdict []byte) (ok b
 
 const nftaTPROXYFamily = 1 // NFTA_TPROXY_FAMILY of linux/netfilter/nf_tables.h
 
-// prefixOf reads the beginning of an address of that many bytes, of which some bits count.
+// prefixOf reads a prefix from the first bytes of an address of size bytes. bits is the mask, or nil if all bytes
+// count.
 func prefixOf(value, bits []byte, size uint32) (netip.Prefix, bool) {
 	ones := 8 * len(value)
 	whole := make([]byte, size)
@@ -491,7 +495,7 @@ func prefixOf(value, bits []byte, size uint32) (netip.Prefix, bool) {
 	return prefix, ok && prefix.IsValid()
 }
 
-// idsOf reads one number in the machine's order, or two in that of the network, which is needed to compare ranges.
+// idsOf reads one number in host byte order, or a range in network byte order (range comparisons require it).
 func idsOf(first, last []byte) capture.IDRange {
 	if bytes.Equal(first, last) {
 		return capture.IDRange{First: nativeOf(first), Last: nativeOf(first)}
@@ -506,7 +510,7 @@ func nameOf(value []byte) string {
 	return unix.ByteSliceToString(value)
 }
 
-// bigEndianOf reads a number of any length up to four bytes.
+// bigEndianOf reads a number of up to four bytes.
 func bigEndianOf(value []byte) uint32 {
 	var number uint32
 	for _, b := range value[:min(len(value), 4)] {
@@ -522,11 +526,11 @@ func nativeOf(value []byte) uint32 {
 	return binary.NativeEndian.Uint32(value)
 }
 
-// flatten turns an expression of ours into the form in which we compare.
+// flatten turns an expression of ours into the form that equal compares.
 func flatten(e expr.Any) expression {
 	message, err := expr.Marshal(unix.NFPROTO_INET, e)
 	if err != nil {
-		panic(err) // it has no other cause than a mistake of this file
+		panic(err) // a bug in this file
 	}
 	flat, err := readExpression(message)
 	if err != nil {
@@ -535,7 +539,7 @@ func flatten(e expr.Any) expression {
 	return flat
 }
 
-// readExpression reads the name and the attributes of an expression.
+// readExpression reads the name and attributes of an expression.
 func readExpression(message []byte) (expression, error) {
 	e := expression{message: message, attributes: make(map[uint16][]byte)}
 	outer, err := nl.ParseRouteAttr(message)
@@ -560,14 +564,14 @@ func readExpression(message []byte) (expression, error) {
 		}
 	}
 	if e.name == "bitwise" && e.number(nftaBitwiseOp) == 0 {
-		delete(e.attributes, nftaBitwiseOp) // older kernels know one operation only, and do not tell
+		delete(e.attributes, nftaBitwiseOp) // older kernels have one operation and omit the attribute
 	}
 	return e, nil
 }
 
 const nftaBitwiseOp = 6 // NFTA_BITWISE_OP of linux/netfilter/nf_tables.h
 
-// wrapped are the attributes whose value stands in an attribute of its own.
+// wrapped lists the attributes whose value is in a nested attribute.
 var wrapped = map[string][]uint16{
 	"cmp":       {unix.NFTA_CMP_DATA},
 	"range":     {unix.NFTA_RANGE_FROM_DATA, unix.NFTA_RANGE_TO_DATA},
@@ -575,7 +579,7 @@ var wrapped = map[string][]uint16{
 	"immediate": {unix.NFTA_IMMEDIATE_DATA},
 }
 
-// unwrap returns the bytes of a value, or of a verdict: its code and the chain behind it.
+// unwrap returns the bytes of a value. Those of a verdict are its code and the chain.
 func (e expression) unwrap(kind uint16, value []byte) ([]byte, error) {
 	if !slices.Contains(wrapped[e.name], kind) {
 		return value, nil

@@ -8,8 +8,8 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// Script is what nft would be given to make our table with these rules, atomically, whatever is there. It is spelled as
-// nft itself lists a table, but for the numbers of counters.
+// Script returns an nft script that replaces our table with these rules, atomically and whatever the table holds. Its
+// spelling is that of nft list, except for the values of counters.
 func Script(wanted [2]ruleset.Ruleset) string {
 	text := fmt.Sprintf("table inet %s\ndelete table inet %s\n", TableName, TableName)
 	if len(wantedChains(wanted)) == 0 {
@@ -47,7 +47,7 @@ func (c Chain) place() ruleset.Place {
 	return at
 }
 
-// priority is the name of a priority, where nft has one for the hook.
+// priority returns the name of the priority, if nft has one for the hook.
 func (c Chain) priority() string {
 	switch at := c.place(); {
 	case at.Table != ruleset.NAT:
@@ -58,7 +58,7 @@ func (c Chain) priority() string {
 	return fmt.Sprint(c.hook.priority)
 }
 
-// nftLines is the rule as encode makes it.
+// ruleLines returns the lines for the rules that encode makes.
 func ruleLines(r ruleset.Rule, family ruleset.Family, at ruleset.Place) []string {
 	line := func(target string) string {
 		words := append(matchWords(r.Match, family, strings.HasPrefix(at.Chain, ruleset.OwnPrefix)), "counter", target)
@@ -138,12 +138,12 @@ func targetWords(family ruleset.Family, table ruleset.TableName, target ruleset.
 	case ruleset.Zone:
 		return fmt.Sprintf("ct zone set %d", uint16(target))
 	}
-	return strings.ToLower(target.Render()) // verdicts
+	return strings.ToLower(target.Render()) // a verdict
 }
 
 func markWord(mark uint32) string { return fmt.Sprintf("0x%08x", mark) }
 
-// nftRange spells a range of ports or of users with a dash.
+// rangeWord writes a range with a dash.
 func rangeWord(numbers fmt.Stringer) string { return strings.ReplaceAll(numbers.String(), ":", "-") }
 
 func networkWord(prefix netip.Prefix) string {

@@ -17,7 +17,7 @@ import (
 // TableName is the name of our table. All of it is ours.
 const TableName = "pillion"
 
-// nftHooks are when our base chains are called: where iptables has its tables.
+// hooks are those of our base chains: where iptables has its tables.
 var hooks = map[ruleset.Place]hook{
 	{Table: ruleset.Raw, Chain: ruleset.ChainPrerouting}:     {"filter", unix.NF_INET_PRE_ROUTING, nfAccept, -300},
 	{Table: ruleset.Raw, Chain: ruleset.ChainBuiltOutput}:    {"filter", unix.NF_INET_LOCAL_OUT, nfAccept, -300},
@@ -29,8 +29,8 @@ var hooks = map[ruleset.Place]hook{
 
 // Table is the content of our table.
 type Table struct {
-	Chains   []Chain            // none if there is no table
-	Dormant  bool               // nothing in it acts
+	Chains   []Chain            // empty if there is no table
+	Dormant  bool               // the kernel skips its rules
 	Rulesets [2]ruleset.Ruleset // in the order of Families
 }
 
@@ -73,7 +73,7 @@ func (s Table) Of(family ruleset.Family) ruleset.Ruleset {
 	return s.Rulesets[slices.Index(ruleset.Families, family)]
 }
 
-// addChain reads a chain into the rulesets.
+// addChain adds a chain with its rules to the rulesets.
 func (s *Table) addChain(c Chain, rules []kernelRule) {
 	family, at, ok := placeOf(c.Name)
 	if !ok {
@@ -95,7 +95,7 @@ func (s *Table) addChain(c Chain, rules []kernelRule) {
 	}
 }
 
-// isOurs tells whether the chain is called when one of ours of that name is.
+// isOurs reports whether the kernel calls the chain as it calls ours of that name.
 func (c Chain) isOurs() bool {
 	family, at, ok := placeOf(c.Name)
 	hook, base := hooks[at]
@@ -109,7 +109,7 @@ func (c Chain) describe() string {
 	return fmt.Sprintf("%s, type %s, hook %d, priority %d, policy %d", c.Name, c.hook.kind, c.hook.number, c.hook.priority, c.hook.policy)
 }
 
-// nftDormant tells whether somebody has put our table to sleep.
+// readDormant reports whether our table has the flag dormant: the kernel then skips its chains.
 func readDormant() (bool, error) {
 	request := newRequest(unix.NFT_MSG_GETTABLE, 0, unix.NFPROTO_INET, nameAttribute(unix.NFTA_TABLE_NAME, TableName))
 	messages, err := request.Execute(unix.NETLINK_NETFILTER, uint16(messageType(unix.NFT_MSG_NEWTABLE)))
@@ -127,7 +127,7 @@ func readDormant() (bool, error) {
 	return dormant, nil
 }
 
-// nftRules lists the rules of our table, by chain.
+// readRules lists the rules of our table by chain.
 func readRules() (map[string][]kernelRule, error) {
 	request := newRequest(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFPROTO_INET, nameAttribute(unix.NFTA_RULE_TABLE, TableName))
 	messages, err := kernel.Whole(func() ([][]byte, error) {
@@ -169,7 +169,8 @@ func readRule(message []byte) (kernelRule, error) {
 	return rule, err
 }
 
-// nftComment finds the comment in what somebody's program left with a rule: a list of type, length and value.
+// commentOf returns the comment in the user data of a rule: a list of type, length and value. Other programs may have
+// written it, so lengths are checked.
 func commentOf(data []byte) string {
 	for len(data) >= 2 {
 		kind, end := userdata.Type(data[0]), 2+int(data[1])
@@ -184,7 +185,7 @@ func commentOf(data []byte) string {
 	return ""
 }
 
-// nftAttributes are the attributes behind a message's header, by type.
+// attributesOf returns the attributes of a message by type.
 func attributesOf(message []byte) (map[uint16][]byte, error) {
 	if len(message) < nl.SizeofNfgenmsg {
 		return nil, fmt.Errorf("a message of %d bytes is too short", len(message))
@@ -201,13 +202,13 @@ func nameAttribute(attribute int, name string) *nl.RtAttr {
 	return nl.NewRtAttr(attribute, nl.ZeroTerminated(name))
 }
 
-// Change is a transaction that makes our table what it should be, and what each of its requests is for.
+// Change is a transaction on our table, with the subject of each request.
 type Change struct {
 	requests []*nl.NetlinkRequest
 	subjects []subject
 }
 
-// nftSubject is a chain or a rule, for the one that has to explain an error.
+// subject is the chain or rule of a request, for error messages.
 type subject struct {
 	hook hook
 	id   string
@@ -252,7 +253,7 @@ func Transition(wanted [2]ruleset.Ruleset, have Table) Change {
 	for _, rs := range wanted {
 		for at, r := range rs.All() {
 			if r.Foreign != "" {
-				continue // a stranger's rule in our table cannot be made again
+				continue // a foreign rule in our table cannot be recreated
 			}
 			for _, rule := range encode(rs.Family, at, r) {
 				change.addRule(r, rule)
@@ -262,7 +263,7 @@ func Transition(wanted [2]ruleset.Ruleset, have Table) Change {
 	return change
 }
 
-// nftWantedChains are the chains of both families.
+// wantedChains returns the chains of both families.
 func wantedChains(wanted [2]ruleset.Ruleset) []Chain {
 	var chains []Chain
 	for _, rs := range wanted {
@@ -302,6 +303,7 @@ func (c *Change) addRule(r ruleset.Rule, rule kernelRule) {
 		nl.NewRtAttr(unix.NFTA_RULE_USERDATA, userdata.AppendString(nil, userdata.TypeComment, rule.comment)))
 }
 
+// Apply carries the transaction out. An error names the refused chain or rule.
 func (c Change) Apply() error {
 	err := transact(c.requests)
 	if err == nil {
@@ -314,12 +316,12 @@ func (c Change) Apply() error {
 	return fmt.Errorf("changing nftables rules: %w", subject{}.explain(err))
 }
 
-// nftFeatures are the modules of the kernel that give expressions, those that are missing most first.
+// features are the kernel modules of expressions, beginning with the one that is missing most often.
 var features = []struct{ expression, module string }{
 	{"tproxy", "nft_tproxy"}, {"redir", "nft_redir"}, {"ct", "nft_ct, with marks and zones of connection tracking"}, {"range", "nf_tables"},
 }
 
-// explain says what the kernel lacks.
+// explain adds what the kernel lacks.
 func (s subject) explain(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM):

@@ -14,17 +14,17 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// Rules is the policy: what spec captures in one family, as rules in the order in which they are tried. It follows
-// istio-iptables verdict for verdict, but for what that gets plainly wrong. Its "not this user" rules kept a second user
-// or a group from ever being looked at: here every user and group of the agent has had its say before the rest of the
-// loopback traffic is let go. Its TPROXY took every connection under way for one of the agent's: here they are marked.
-// Its zones for DNS took no notice of who is left alone. The spec must be valid.
+// Rules returns the rules for what a valid spec captures in one family, in the order in which the kernel tries them.
+// Verdicts are those of istio-iptables, except for its bugs: with several users or groups only the first was checked,
+// where here every user and group of the agent is checked before the remaining loopback traffic passes; TPROXY claimed
+// every established connection, where here captured ones are marked; the conntrack zones for DNS ignored excluded
+// groups.
 func Rules(spec capture.Spec, family ruleset.Family) ruleset.Ruleset {
 	return RulesWithMark(spec, family, 0)
 }
 
-// RulesWithMark returns Rules and, if spec does not use TPROXY, the rules that open connections of an earlier TPROXY still
-// need. mark is the mark of those connections, 0 if there are none.
+// RulesWithMark returns Rules and, if spec does not use TPROXY, also the rules that open connections of an earlier
+// TPROXY need. mark is the mark of those connections, or 0.
 func RulesWithMark(spec capture.Spec, family ruleset.Family, underWay uint32) ruleset.Ruleset {
 	p := policy{Spec: spec, Addresses: ruleset.AddressesOf(family), Ruleset: ruleset.Ruleset{Family: family}, mark: underWay}
 	if spec.CapturesInboundByTPROXY() {
@@ -50,17 +50,17 @@ func RulesWithMark(spec capture.Spec, family ruleset.Family, underWay uint32) ru
 	return p.Ruleset
 }
 
-// policy is a ruleset in the making.
+// policy is a ruleset under construction.
 type policy struct {
 	capture.Spec
 	ruleset.Addresses
 	ruleset.Ruleset
-	mark    uint32          // of what the agent sends to the workload from its client's address; 0 when it does not
+	mark    uint32          // of packets that the agent sends from its client's address; 0 if it does not
 	owners  []ruleset.Owner // the agent
-	servers []netip.Prefix  // where DNS is captured, in this family
+	servers []netip.Prefix  // where DNS is captured in this family
 }
 
-// dnsServers are the networks of this family in which DNS is captured. One that is not valid stands for all addresses.
+// dnsServers returns the networks of this family in which DNS is captured. An invalid prefix stands for all addresses.
 func (p *policy) dnsServers() []netip.Prefix {
 	if p.CaptureAllDNS {
 		return []netip.Prefix{{}}
@@ -74,7 +74,7 @@ func (p *policy) dnsServers() []netip.Prefix {
 	return servers
 }
 
-// chain adds a chain to a table, without rules that could never match, unless there is nothing to put into it.
+// chain adds a chain without its unreachable rules. An empty chain is not added.
 func (p *policy) chain(table ruleset.TableName, name string, rules ...ruleset.Rule) {
 	c := ruleset.Chain{Name: name}
 	if !c.Own() {
@@ -92,7 +92,7 @@ func (p *policy) chain(table ruleset.TableName, name string, rules ...ruleset.Ru
 	}
 }
 
-// inbound is what the nat table does with connections that come in.
+// inbound builds the nat rules for incoming connections.
 func (p *policy) inbound() {
 	redirect := p.Mode == capture.Redirect && !p.Inbound.None()
 	virtual := len(p.VirtualInterfaces) > 0 && len(p.capturedNetworks()) > 0
@@ -137,7 +137,7 @@ func (p *policy) tunnel() ruleset.Rule {
 		Why: "tunnels have a listener of their own, which must get them whole"}
 }
 
-// inboundPorts send to the chain what comes to captured ports.
+// inboundPorts sends connections to captured ports to the chain target.
 func (p *policy) inboundPorts(target string) []ruleset.Rule {
 	var rules []ruleset.Rule
 	if p.CapturesInboundByTPROXY() {
@@ -162,7 +162,7 @@ func (p *policy) inboundPorts(target string) []ruleset.Rule {
 	})
 }
 
-// outbound is what the nat table does with what local processes send.
+// outbound builds the nat rules for packets of local processes.
 func (p *policy) outbound() {
 	rules, groups := p.outboundAlone(), p.outboundCaptured()
 	if p.OwnerGroups.All {
@@ -199,7 +199,7 @@ func (p *policy) outbound() {
 	})
 }
 
-// chainIfUsed adds a chain to which some rule jumps.
+// chainIfUsed adds a chain if a rule jumps to it.
 func (p *policy) chainIfUsed(table ruleset.TableName, name string, rules ...ruleset.Rule) {
 	for at, r := range p.All() {
 		if at.Table == table && r.Target == ruleset.Jump(name) {
@@ -209,7 +209,7 @@ func (p *policy) chainIfUsed(table ruleset.TableName, name string, rules ...rule
 	}
 }
 
-// outboundAlone are the exceptions that come before everything else, the agent's own connections among them.
+// outboundAlone returns the exceptions that precede all other rules, among them the agent's own connections.
 func (p *policy) outboundAlone() []ruleset.Rule {
 	var rules []ruleset.Rule
 	for _, name := range p.InterfacesExcluded {
@@ -235,9 +235,9 @@ func (p *policy) outboundAlone() []ruleset.Rule {
 	return rules
 }
 
-// self are the rules for a workload that calls its own service through the agent. In TPROXY mode the mangle table has
-// them; istio-iptables redirects users all the same, and those groups to which its rules ever come. It has no exception
-// for queries of groups.
+// self returns the rules for a workload that calls its own service through the agent. In TPROXY mode the mangle table
+// has them. istio-iptables redirects users even then, and groups only where its earlier rules let them pass; it has no
+// exception for the queries of groups.
 func (p *policy) self() []ruleset.Rule {
 	var queries, calls []ruleset.Rule
 	for i, owner := range p.owners {
@@ -264,7 +264,7 @@ func (p *policy) self() []ruleset.Rule {
 				Why: "the agent's own query to a local server of names is not a call of the workload's service",
 			})
 		}
-		call.NotMark = call.Mark != 0 // what has it comes from its client's address
+		call.NotMark = call.Mark != 0 // marked packets come from a client's address
 		calls = append(calls, ruleset.Rule{
 			ID: "outbound/self/" + owner.String(), Match: call, Target: ruleset.Jump(ruleset.ChainInboundRedirect),
 			Why: "a workload that calls its own service reaches itself through the agent's inbound side, like any other caller",
@@ -273,10 +273,10 @@ func (p *policy) self() []ruleset.Rule {
 	return append(queries, calls...)
 }
 
-// capturesLoopback tells whether loopback addresses are judged like any other.
+// capturesLoopback reports whether loopback addresses are captured like others.
 func (p *policy) capturesLoopback() bool { return slices.ContainsFunc(p.Outbound.List, isLoopback) }
 
-// outboundCaptured decides about everybody else.
+// outboundCaptured decides for all other processes.
 func (p *policy) outboundCaptured() []ruleset.Rule {
 	rules := p.linkLocal("outbound/link-local", true)
 	for _, server := range p.servers {
@@ -312,7 +312,7 @@ func (p *policy) outboundCaptured() []ruleset.Rule {
 	return rules
 }
 
-// capturedNetworks are the outbound destinations of this family. One that is not valid stands for all addresses.
+// capturedNetworks returns the captured destinations of this family. An invalid prefix stands for all addresses.
 func (p *policy) capturedNetworks() []netip.Prefix {
 	if p.Outbound.All {
 		return []netip.Prefix{{}}
@@ -320,7 +320,7 @@ func (p *policy) capturedNetworks() []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(p.Outbound.List), func(prefix netip.Prefix) bool { return !p.Family.Owns(prefix) })
 }
 
-// loopback lets go what the workload says to itself.
+// loopback returns the exceptions for traffic within the pod.
 func (p *policy) loopback() []ruleset.Rule {
 	localhost := ruleset.Rule{
 		ID: "outbound/localhost", Match: ruleset.Match{Dst: p.Localhost}, Target: ruleset.Return{},
@@ -340,7 +340,7 @@ func (p *policy) loopback() []ruleset.Rule {
 	return []ruleset.Rule{rule}
 }
 
-// linkLocal leaves link-local destinations alone in IPv6, where IPv4 has none.
+// linkLocal returns an exception for link-local destinations of IPv6. IPv4 has no such exception.
 func (p *policy) linkLocal(id string, wanted bool) []ruleset.Rule {
 	if p.Family != ruleset.IPv6 || !wanted {
 		return nil
@@ -355,7 +355,7 @@ func isLoopback(prefix netip.Prefix) bool { return prefix.Addr().IsLoopback() }
 
 func single(port uint16) capture.PortRange { return capture.PortRange{First: port, Last: port} }
 
-// suffix is the last part of the ID of a rule for a network; a rule for all networks has none.
+// suffix returns the last part of the ID of a rule for a network, or "" for all networks.
 func suffix(network netip.Prefix) string {
 	if !network.IsValid() {
 		return ""
@@ -363,7 +363,7 @@ func suffix(network netip.Prefix) string {
 	return "/" + network.String()
 }
 
-// leftAlone is the rule for an interface that is excluded.
+// leftAlone returns the rule for an excluded interface.
 func leftAlone(where string, interfaces ruleset.Match) ruleset.Rule {
 	return ruleset.Rule{
 		ID: where + "/interface/" + interfaces.In + interfaces.Out, Match: interfaces, Target: ruleset.Return{}, Why: "this interface is left alone",
@@ -374,7 +374,8 @@ func toPorts(ports capture.PortRange) ruleset.Match {
 	return ruleset.Match{Protocol: ruleset.TCP, DstPorts: ports}
 }
 
-// toNetwork matches everything for all addresses and for a mask of 0: the kernel does not keep such a condition.
+// toNetwork returns an empty Match for all addresses and for a mask of 0, since the kernel does not keep such a
+// condition.
 func toNetwork(prefix netip.Prefix) ruleset.Match {
 	if prefix.Bits() <= 0 {
 		return ruleset.Match{}

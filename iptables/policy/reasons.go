@@ -9,7 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// WithReasons is the ruleset with the reasons of our rules. The kernel keeps a rule's ID, not why it is there.
+// WithReasons returns the ruleset with the reasons of our rules. The kernel keeps the ID of a rule, but not its reason.
 func WithReasons(rs ruleset.Ruleset) ruleset.Ruleset {
 	told := ruleset.Ruleset{Family: rs.Family}
 	for _, t := range rs.Tables {
@@ -25,8 +25,8 @@ func WithReasons(rs ruleset.Ruleset) ruleset.Ruleset {
 	return told
 }
 
-// reason finds a rule's reason by its ID and target. The end of an ID may name a port, a user or a network, so what is
-// not known in full is looked up without its last words.
+// reasonOf finds a rule's reason by its ID and target. An ID may end in a port, user or network, so an unknown ID is
+// looked up again without its last parts.
 func reasonOf(r ruleset.Rule) string {
 	if r.ID == "" {
 		return ""
@@ -44,8 +44,8 @@ func reasonOf(r ruleset.Rule) string {
 	}
 }
 
-// reasons are those of all rules that there can be, by ID and target, and by every beginning of an ID that has one
-// reason only. They come from specs that together need every rule.
+// reasons are those of all possible rules, by ID and target, and by every prefix of an ID that has only one reason.
+// They come from specimens, so no second table of reasons exists. Built on first use: init does not need them.
 var reasons = sync.OnceValue(func() map[[2]string]string {
 	whole, beginnings := make(map[[2]string]string), make(map[[2]string]string)
 	for _, spec := range specimens() {
@@ -70,7 +70,7 @@ var reasons = sync.OnceValue(func() map[[2]string]string {
 	return beginnings
 })
 
-// specimens are specs that together need every rule that there can be.
+// specimens returns specs that together need every possible rule.
 func specimens() []capture.Spec {
 	id := []capture.IDRange{{}}
 	all := capture.Default()

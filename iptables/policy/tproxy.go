@@ -7,7 +7,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// arriving is what the mangle table does with what comes in.
+// arriving builds the mangle rules for incoming packets.
 func (p *policy) arriving() {
 	tproxy := p.CapturesInboundByTPROXY()
 	if p.mark == 0 && !p.DropInvalid {
@@ -58,7 +58,7 @@ func (p *policy) arriving() {
 	}
 }
 
-// inboundTPROXY gives connections to the agent without changing them.
+// inboundTPROXY passes connections to the agent with both addresses unchanged.
 func (p *policy) inboundTPROXY() {
 	rules := []ruleset.Rule{
 		{ID: "inbound/to-workload", Match: ruleset.Match{In: ruleset.Loopback, Src: p.InboundSource}, Target: ruleset.Return{},
@@ -92,7 +92,7 @@ func (p *policy) inboundTPROXY() {
 		ruleset.Rule{ID: "inbound/divert", Target: ruleset.Accept{}, Why: "its socket is found without further rules"})
 }
 
-// leaving is what the mangle table does with what local processes send: marks for TPROXY.
+// leaving builds the mangle rules for packets of local processes: marks for TPROXY.
 func (p *policy) leaving() {
 	if p.mark == 0 {
 		return

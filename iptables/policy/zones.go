@@ -5,11 +5,11 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// The zones of connection tracking for DNS over UDP. What the workload asks the agent and what the agent asks a server
-// can have the same addresses and ports once the former is redirected; in zones of their own they cannot meet.
+// Conntrack zones for DNS over UDP. A redirected query of the workload and the agent's own query to the same server can
+// have the same addresses and ports. In separate zones they do not collide.
 const (
-	upstreamZone = ruleset.Zone(1) // queries that go to a server as they are, and its answers
-	captureZone  = ruleset.Zone(2) // queries that go to the agent, and its answers
+	upstreamZone = ruleset.Zone(1) // queries that go to a server directly, and their answers
+	captureZone  = ruleset.Zone(2) // queries that go to the agent, and their answers
 )
 
 func (p *policy) zones() {

@@ -13,26 +13,26 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// Difference is one way in which the namespace is not as it should be.
+// Difference is one way in which the namespace differs from the wanted state.
 type Difference struct {
 	Family  string          `json:"family"`
 	Flavour ruleset.Flavour `json:"flavour,omitempty"`
 	ruleset.Change
-	// Means is what it means for traffic.
+	// Means is the difference's effect on traffic.
 	Means string `json:"means"`
 }
 
-// Findings are what a check has found.
+// Findings are the result of a check.
 type Findings struct {
 	Equal       bool         `json:"equal"`
 	Differences []Difference `json:"differences"`
-	// Warnings are what is no difference, but may have the same effect: other people's rules that come before ours.
+	// Warnings name rules of others that precede ours and may have the effect of a difference.
 	Warnings []string `json:"warnings"`
 }
 
-// Check compares what there is in the network namespace of the calling thread with what init makes for spec, which must
-// be valid, in the back end that is asked for. What init has left for connections under way is no difference, not even
-// when they have ended since. It changes nothing.
+// Check compares the network namespace of the calling thread with the rules that init would install for a valid spec in
+// that backend. Rules that init keeps for open connections are not differences, even after those connections have
+// ended. Check changes nothing.
 func Check(ctx context.Context, spec capture.Spec, backend iptables.Backend) (Findings, error) {
 	plan, err := iptables.PlanCheck(ctx, spec, backend)
 	if err == nil {
@@ -59,7 +59,7 @@ func Check(ctx context.Context, spec capture.Spec, backend iptables.Backend) (Fi
 	return found, nil
 }
 
-// String is one line for each difference and warning.
+// String returns one line for each difference and warning.
 func (f Findings) String() string {
 	var text strings.Builder
 	for _, d := range f.Differences {
@@ -94,10 +94,10 @@ func (d Difference) String() string {
 	return strings.TrimSuffix(strings.TrimSuffix(line, ", "), ": ") + ": " + d.Means
 }
 
-// ownComment is how a rule of ours bears its ID.
+// ownComment matches the comment with the ID of a rule of ours.
 var ownComment = regexp.MustCompile(`-m comment --comment "` + ruleset.CommentPrefix + `[^"]*" `)
 
-// means is what a difference means for traffic.
+// meaning is the effect of a difference on traffic.
 func meaning(c ruleset.Change) string {
 	wanted, found := effectOf(c, c.Rule), effectOf(c, c.Found)
 	switch {
@@ -120,7 +120,7 @@ func meaning(c ruleset.Change) string {
 // effect is what a rule does to traffic, and what is lost without it.
 type effect struct{ does, lost string }
 
-// lostJump is what is lost with the jump from a built-in chain.
+// lostJump is what is lost without the jump from a built-in chain.
 var lostJump = map[ruleset.Place]string{
 	{Table: ruleset.NAT, Chain: ruleset.ChainBuiltOutput}:    "no outbound connection is captured",
 	{Table: ruleset.NAT, Chain: ruleset.ChainPrerouting}:     "no inbound connection is captured",
@@ -130,7 +130,7 @@ var lostJump = map[ruleset.Place]string{
 	{Table: ruleset.Raw, Chain: ruleset.ChainBuiltOutput}:    "captured DNS queries are not kept apart from others",
 }
 
-// captureEffect is that of jumps and targets that lead to the agent.
+// captureEffect is the effect of jumps and targets that lead to the agent.
 func captureEffect(direction string) effect {
 	return effect{"what it matches is captured " + direction, "what it matches is not captured " + direction}
 }
@@ -189,7 +189,7 @@ func addressDifference(a iptables.AddressChange) Difference {
 	return d
 }
 
-// ahead warns of other people's rules that stand before our jump and may decide about a packet.
+// ahead warns of rules of others that precede our jump and may decide about a packet.
 func ahead(h ruleset.Held) []string {
 	var warnings []string
 	for _, table := range h.Rules.Tables {
@@ -209,7 +209,7 @@ func ahead(h ruleset.Held) []string {
 	return warnings
 }
 
-// fate is what becomes of a packet that the rule matches, if our rules may not see it.
+// fate is what happens to a matching packet that our rules may then not see.
 func fate(r ruleset.Rule, chain string) string {
 	words := ruleset.SplitWords(r.Line(chain))
 	at := slices.IndexFunc(words, func(word string) bool { return word == "-j" || word == "-g" })
@@ -228,7 +228,7 @@ func fate(r ruleset.Rule, chain string) string {
 	}
 }
 
-// ends and goesOn are targets of iptables, by whether the next rule is tried.
+// ends and goesOn are targets of iptables: after those in goesOn the next rule is tried.
 var (
 	ends = []string{"ACCEPT", "RETURN", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "REDIRECT", "TPROXY", "QUEUE", "NFQUEUE"}
 

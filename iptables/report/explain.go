@@ -12,24 +12,25 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/trace"
 )
 
-// Question is a packet as people describe it. What they leave out is asked of the routing table.
+// Question is a packet as people describe it. The routing table supplies what is missing.
 type Question struct {
-	// From is the sender, if the packet comes in. Without it the packet is sent by a local process.
+	// From is the sender of an incoming packet. Without it, a local process sends the packet.
 	From netip.Addr
 	// UID and GID are those of the local process.
 	UID, GID uint32
-	// Src is the source address of a local process's packet; the kernel's choice when it is not valid.
+	// Src is the source address of a local process's packet. If it is invalid, the kernel's choice is used.
 	Src netip.Addr
-	// Dst is the destination. Its address may be left out if From is set: it is the one by which From is answered.
+	// Dst is the destination. With From, its address may be left out: it is then the local address from which From would
+	// be answered.
 	Dst netip.AddrPort
-	// Interface is where the packet comes in or goes out; when empty, the one that leads to From or to Dst.
+	// Interface is where the packet arrives or leaves. If it is empty, it is the one that leads to From or Dst.
 	Interface string
 	Protocol  ruleset.Protocol // TCP when empty
 	Mark      uint32
 	State     ruleset.State
 }
 
-// Packet is the packet that the question is about. It asks the routing table of the calling thread's namespace.
+// Packet returns the packet of the question. It reads the routing table of the calling thread's namespace.
 func (q Question) Packet() (trace.Packet, error) {
 	p := trace.Packet{Protocol: q.Protocol, UID: q.UID, GID: q.GID, Src: q.Src, Dst: q.Dst, Mark: q.Mark, State: q.State}
 	if p.Protocol == "" {
@@ -75,15 +76,15 @@ func (q Question) Packet() (trace.Packet, error) {
 	return p, nil
 }
 
-// Explanation is a packet's way through the rules, for people and for programs.
+// Explanation is a packet's path through the rules, for people and programs.
 type Explanation struct {
 	Packet string `json:"packet"`
-	// Met are the rules that matched, in order, and those of which nobody here knows whether they match.
+	// Met lists the rules that matched, in order, and the foreign rules on the way.
 	Met     []Shown      `json:"met"`
 	Action  trace.Action `json:"action,omitempty"`
 	Port    uint16       `json:"port,omitempty"`
 	Verdict string       `json:"verdict"`
-	// Uncertain tells that an unknown rule may decide otherwise.
+	// Uncertain means that a foreign rule on the way may change the verdict.
 	Uncertain bool `json:"uncertain"`
 }
 
@@ -99,7 +100,7 @@ func Explain(p trace.Packet, held []ruleset.Held) Explanation {
 	return e
 }
 
-// String tells the way, in the manner of ShowText, and the verdict in its last line.
+// String returns the path in the format of ShowText, and the verdict in its last line.
 func (e Explanation) String() string {
 	var text strings.Builder
 	text.WriteString(e.Packet + "\n")
@@ -117,7 +118,7 @@ func (e Explanation) String() string {
 	return text.String() + "\n"
 }
 
-// ParseState reads what connection tracking says of a packet.
+// ParseState reads the conntrack state of a packet: new, established or invalid.
 func ParseState(text string) (ruleset.State, error) {
 	switch text {
 	case "new":
@@ -139,7 +140,7 @@ func ParseProtocol(text string) (ruleset.Protocol, error) {
 	return "", fmt.Errorf("%q is not a protocol: use tcp or udp", text)
 }
 
-// ParseDestination reads address and port, or a port alone behind a colon.
+// ParseDestination reads an address and port, or a port alone after a colon.
 func ParseDestination(text string) (netip.AddrPort, error) {
 	if port, alone := strings.CutPrefix(text, ":"); alone && !strings.Contains(port, ":") {
 		number, err := capture.ParsePort(port)

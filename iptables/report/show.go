@@ -17,14 +17,14 @@ type Shown struct {
 	Flavour ruleset.Flavour   `json:"flavour,omitempty"`
 	Table   ruleset.TableName `json:"table"`
 	Chain   string            `json:"chain"`
-	// ID and Why are those of a rule of ours.
+	// ID and Why are set for rules of ours.
 	ID  string `json:"id,omitempty"`
 	Why string `json:"why,omitempty"`
-	// Rule is the matches and the target as iptables spells them.
+	// Rule is the matches and the target in the spelling of iptables.
 	Rule    string `json:"rule"`
 	Packets uint64 `json:"packets"`
 	Bytes   uint64 `json:"bytes"`
-	// Unknown tells that the rule is not ours and not interpreted.
+	// Unknown means that the rule is not ours and not interpreted.
 	Unknown bool `json:"unknown,omitempty"`
 }
 
@@ -35,7 +35,7 @@ func newShown(r ruleset.Rule, held ruleset.Held, at ruleset.Place) Shown {
 	}
 }
 
-// Show lists rules in the order in which packets come to them.
+// Show lists rules in the order in which packets reach them.
 func Show(held []ruleset.Held) []Shown {
 	shown := []Shown{}
 	for _, h := range held {
@@ -50,7 +50,7 @@ func Show(held []ruleset.Held) []Shown {
 	return shown
 }
 
-// ShowText is Show for people. A line without indentation is a heading; one that begins with "#" is a remark.
+// ShowText is Show for people. A line without indentation is a heading; a line that begins with "#" is a remark.
 func ShowText(held []ruleset.Held) string {
 	var text strings.Builder
 	heading := ""
@@ -68,7 +68,7 @@ func ShowText(held []ruleset.Held) string {
 	return text.String()
 }
 
-// place is where the rule stands, but for its chain.
+// place is the rule's family, flavour and table.
 func (s Shown) place() string {
 	if s.Flavour == "" {
 		return fmt.Sprintf("%s %s", s.Family, s.Table)
@@ -76,7 +76,7 @@ func (s Shown) place() string {
 	return fmt.Sprintf("%s %s %s", s.Family, s.Flavour, s.Table)
 }
 
-// remark says whose rule it is and what for.
+// remark is the ID and reason of a rule of ours, or states that it is not ours.
 func (s Shown) remark() string {
 	switch {
 	case s.Why != "":

@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// ChangeKind says how what is there differs from what is wanted.
+// ChangeKind is how an installed rule differs from the wanted one.
 type ChangeKind string
 
 // The kinds of difference.
@@ -13,11 +13,11 @@ const (
 	Missing   ChangeKind = "missing"   // wanted, not there
 	Extra     ChangeKind = "extra"     // there, not wanted
 	Duplicate ChangeKind = "duplicate" // there more than once
-	Tampered  ChangeKind = "tampered"  // there under its ID, but with another content
+	Tampered  ChangeKind = "tampered"  // there under its ID with another content
 	Reordered ChangeKind = "reordered" // there, but not where it has to be
 )
 
-// Change is one difference, in one rule, or in a whole chain when there is no rule.
+// Change is one difference: of a rule, or of a whole chain if Rule and Found are empty.
 type Change struct {
 	Kind  ChangeKind `json:"kind"`
 	Table TableName  `json:"table"`
@@ -27,13 +27,12 @@ type Change struct {
 	Why string `json:"why,omitempty"`
 	// Rule is the wanted rule, empty for an extra or duplicate one.
 	Rule string `json:"rule,omitempty"`
-	// Found is the rule that is there, when it is not the wanted one.
+	// Found is the installed rule, if it is not the wanted one.
 	Found string `json:"found,omitempty"`
 }
 
-// Diff compares our part of have with want, whole chains in order. Rules and chains of other people are not looked at,
-// and neither is where among them our jumps stand: what they decide before us is theirs to decide. It returns nothing
-// when the two are the same.
+// Diff compares our part of have with want, chain by chain and in order. It ignores foreign rules and the position of
+// our jumps among them: decisions of others that precede ours are theirs. Equal rulesets have no changes.
 func Diff(want, have Ruleset) []Change {
 	have = have.Own()
 	var changes []Change
@@ -62,7 +61,7 @@ func Diff(want, have Ruleset) []Change {
 	return changes
 }
 
-// Places are the chains of all the rulesets, table by table, each once.
+// Places returns the chains of all the rulesets, each once, table by table.
 func Places(rulesets ...Ruleset) []Place {
 	var all []Place
 	for _, table := range TableNames {
@@ -110,12 +109,12 @@ func diffChain(want, have Chain) []Change {
 	return changes
 }
 
-// sameID tells whether a rule that is there carries the ID of a wanted one as its comment.
+// sameID reports whether an installed rule has the ID of a wanted one as its comment.
 func sameID(line, id string) bool {
 	return id != "" && strings.Contains(line, `--comment "`+CommentPrefix+id+`"`)
 }
 
-// reordered names the rules that stand in another's place. Both sides hold the same rules.
+// reordered returns the rules that are in another's place. Both sides have the same rules.
 func reordered(want Chain, have []string) []Change {
 	var changes []Change
 	for i, r := range want.Rules {

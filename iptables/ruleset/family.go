@@ -6,7 +6,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
-// Discard is a network to which nobody answers: for documentation (RFC 5737), for discarding (RFC 6666).
+// Discard is a network without hosts: for documentation (RFC 5737), for discarding (RFC 6666).
 func Discard(family Family) netip.Prefix {
 	if family == IPv6 {
 		return netip.MustParsePrefix("100::1/128")
@@ -16,11 +16,12 @@ func Discard(family Family) netip.Prefix {
 
 // Addresses are the fixed addresses of a family.
 type Addresses struct {
-	Localhost     netip.Prefix // loopback traffic that is meant for the workload
-	InboundSource netip.Prefix // the agent dials the workload from here
+	Localhost     netip.Prefix // loopback traffic for the workload itself
+	InboundSource netip.Prefix // source of the agent's connections to the workload
 	Anywhere      netip.Addr
 }
 
+// AddressesOf returns the fixed addresses of a family.
 func AddressesOf(family Family) Addresses {
 	if family == IPv6 {
 		return Addresses{netip.MustParsePrefix("::1/128"), netip.PrefixFrom(capture.InboundSource6, 128), netip.IPv6Unspecified()}
@@ -33,7 +34,7 @@ const (
 	DNSPort  = 53
 )
 
-// Family is an address family. The two have rules of their own.
+// Family is an address family. Each family has its own rules.
 type Family int
 
 // The families, by the version number of their protocol.
@@ -42,7 +43,7 @@ const (
 	IPv6 Family = 6
 )
 
-// Families are both, in the order in which they are worked on.
+// Families are both families, in processing order.
 var Families = []Family{IPv4, IPv6}
 
 func (f Family) String() string {
@@ -52,7 +53,7 @@ func (f Family) String() string {
 	return "ipv4"
 }
 
-// FamilyOf is the family of an address.
+// FamilyOf returns the family of an address.
 func FamilyOf(address netip.Addr) Family {
 	if address.Is4() {
 		return IPv4
@@ -60,5 +61,5 @@ func FamilyOf(address netip.Addr) Family {
 	return IPv6
 }
 
-// Owns tells whether addresses of the prefix belong to the family.
+// Owns reports whether the prefix is of the family.
 func (f Family) Owns(prefix netip.Prefix) bool { return FamilyOf(prefix.Addr()) == f }

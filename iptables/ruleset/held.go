@@ -5,9 +5,8 @@ import (
 	"strings"
 )
 
-// Flavour is one of the places in the kernel in which our rules can be: the two in which iptables keeps its own, and our
-// table of nftables. All are consulted for every packet, so rules left in one while we look only at another would stay
-// active.
+// Flavour is one of the places in the kernel for our rules: the two of iptables, and our nftables table. The kernel
+// consults all of them for every packet, so rules that are left in one stay active while we look at another.
 type Flavour string
 
 // The flavours.
@@ -17,14 +16,14 @@ const (
 	Native Flavour = "nftables" // without a program
 )
 
-// Held is the rules of one family that one flavour holds. The flavour is empty for rules that are only planned.
+// Held is one family's rules in one flavour. The flavour is empty for rules that are only planned.
 type Held struct {
 	Flavour Flavour
 	Rules   Ruleset
 }
 
-// InOrder are the chains of a table that have rules, as packets come to them: each built-in chain, and behind it those to
-// which its rules jump. What nothing of ours jumps to comes last.
+// InOrder returns the chains of a table that have rules, in the order in which packets reach them: each built-in chain,
+// followed by the chains to which its rules jump. Chains that our rules do not reach come last.
 func (rs Ruleset) InOrder(table TableName) []Chain {
 	var order []Chain
 	var visit func(name string)
@@ -49,7 +48,7 @@ func (rs Ruleset) InOrder(table TableName) []Chain {
 	return order
 }
 
-// Body is the rule's line without the chain and the comment.
+// Body returns the rule's line without the chain and the comment.
 func (r Rule) Body(chain string) string {
 	r.ID = ""
 	return strings.TrimPrefix(r.Line(chain), "-A "+chain+" ")

@@ -9,10 +9,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
-// Parse reads our three tables from what iptables-save printed. It takes anybody's output: a rule that is not one of ours
-// to the letter is kept verbatim as a foreign one, other tables and lines that make no sense are skipped. Rendering what
-// Parse returned gives the same text back, but for comments, counters and the order of tables. Counters of rules are
-// kept where there are any, as with -c.
+// Parse reads our three tables from any output of iptables-save. A rule that is not exactly one of ours is kept
+// verbatim as a foreign rule; other tables and malformed lines are skipped. Rendering the result returns the same text
+// except comments, counters and the order of tables. The counters that -c adds are kept with their rules.
 func Parse(family Family, text string) Ruleset {
 	rs := Ruleset{Family: family}
 	var table TableName
@@ -31,7 +30,7 @@ func Parse(family Family, text string) Ruleset {
 	return rs
 }
 
-// SplitCounters takes off the "[packets:bytes] " that iptables-save -c puts in front of a rule.
+// SplitCounters removes the "[packets:bytes] " that iptables-save -c puts in front of a rule.
 func SplitCounters(line string) (Counters, string) {
 	var counters Counters
 	if inside, ok := strings.CutPrefix(line, "["); ok {
@@ -83,8 +82,8 @@ func Interpret(line string) (rule Rule, ok bool) {
 	return understand(words[min(2, len(words)):])
 }
 
-// understand reads the words of a rule behind "-A CHAIN". It need not be strict: the caller compares the rendered rule
-// with what was read.
+// understand reads the words of a rule after "-A CHAIN". It need not be strict, since the caller renders the result and
+// compares.
 func understand(words []string) (rule Rule, ok bool) {
 	not, module := false, ""
 	for len(words) > 0 {
@@ -165,7 +164,7 @@ func (r *Rule) readOption(module, option, value string, not bool) (ok bool) {
 	return ok
 }
 
-// readTargetOption reads what stands behind the name of a target.
+// readTargetOption reads an option after the name of a target.
 func (r *Rule) readTargetOption(option, value string) (ok bool) {
 	var number uint64
 	var err error
@@ -182,7 +181,7 @@ func (r *Rule) readTargetOption(option, value string) (ok bool) {
 			r.Target = SetMark(mark)
 		}
 		return isMark
-	case "--nfmask", "--ctmask": // always the same; the comparison sees to it
+	case "--nfmask", "--ctmask": // constant; the comparison checks it
 		return true
 	case "--zone":
 		number, err = strconv.ParseUint(value, 10, 16)
@@ -223,7 +222,7 @@ func readPrefix(text string) (netip.Prefix, bool) {
 }
 
 func readPorts(text string) (capture.PortRange, bool) {
-	if strings.Trim(text, "0123456789:") != "" { // names and other spellings are not the kernel's
+	if strings.Trim(text, "0123456789:") != "" { // the kernel prints numbers only
 		return capture.PortRange{}, false
 	}
 	list, err := capture.ParsePortList(text)
@@ -241,7 +240,7 @@ func readOwner(kind OwnerKind, text string) (Owner, bool) {
 	return Owner{kind, list[0]}, true
 }
 
-// readTarget knows the targets that our rules have; what they do in detail stands in the options behind it.
+// readTarget returns the target of that name. Its options follow.
 func readTarget(name string) Target {
 	if strings.HasPrefix(name, OwnPrefix) {
 		return Jump(name)
@@ -252,8 +251,8 @@ func readTarget(name string) Target {
 	}[name]
 }
 
-// SplitWords splits a line of iptables-save at blanks. A quoted word may hold blanks, and a backslash takes the next
-// letter as it is.
+// SplitWords splits a line of iptables-save at blanks. A quoted word may contain blanks; a backslash in it escapes the
+// next byte.
 func SplitWords(line string) []string {
 	var words []string
 	var word strings.Builder

@@ -10,10 +10,10 @@ const (
 	CommentPrefix = "pillion:"
 	PolicyAccept  = "ACCEPT"
 	PolicyDrop    = "DROP"
-	noPolicy      = "-" // how iptables-save spells the policy of a chain that somebody made
+	noPolicy      = "-" // how iptables-save prints the policy of a user-defined chain
 )
 
-// String is the ruleset as iptables-save prints it, without its comments and counters.
+// String returns the ruleset as iptables-save prints it, without comments and counters.
 func (rs Ruleset) String() string {
 	var text strings.Builder
 	for _, t := range rs.Tables {
@@ -43,9 +43,9 @@ func (c Chain) Lines() []string {
 	return lines
 }
 
-// Line is the rule in the kernel's own spelling and order, for which nft and legacy agree: addresses, interfaces,
-// protocol, then the match modules in the order in which they were written, then the target. Comments are quoted
-// because they hold a colon.
+// Line returns the rule in the kernel's own spelling and order (nft and legacy agree on it): addresses, interfaces,
+// protocol, the match modules in the order in which they were written, and the target. Comments are quoted because they
+// contain a colon.
 func (r Rule) Line(chain string) string {
 	if r.Foreign != "" {
 		return r.Foreign
@@ -131,14 +131,14 @@ func (RestoreMark) Render() string { return "CONNMARK --restore-mark" + bothMark
 
 func (t Zone) Render() string { return fmt.Sprintf("CT --zone %d", uint16(t)) }
 
-// The masks with which the kernel shows that all bits of a mark count.
+// The masks that the kernel prints if all bits of a mark count.
 const (
 	wholeMark = "/0xffffffff"
 	bothMarks = " --nfmask 0xffffffff --ctmask 0xffffffff"
 )
 
-// Spell writes a prefix as inet_ntop(3) does. It differs from Go only in the long-dead IPv4-compatible addresses, such
-// as ::192.0.2.1, whose last half it writes in the IPv4 way.
+// Spell writes a prefix like inet_ntop(3). Go differs only for the obsolete IPv4-compatible addresses such as
+// ::192.0.2.1, whose last half inet_ntop writes as IPv4.
 func Spell(prefix netip.Prefix) string {
 	bytes := prefix.Addr().As16()
 	compatible := netip.PrefixFrom(netip.IPv6Unspecified(), 96).Contains(prefix.Addr())

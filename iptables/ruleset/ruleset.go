@@ -22,7 +22,7 @@ import (
 // BaseChains are the base chains of tables as iptables names them.
 var BaseChains = []string{ChainPrerouting, "INPUT", "FORWARD", ChainBuiltOutput, "POSTROUTING"}
 
-// Final tells whether no packet that matches goes on to the next rule of the chain.
+// Final reports whether no matching packet continues with the next rule of the chain.
 func (r Rule) Final() bool {
 	switch r.Target.(type) {
 	case Return, Accept, Drop, Redirect, ToSocket:
@@ -34,12 +34,12 @@ func (r Rule) Final() bool {
 // String is kind and number, such as uid/1337.
 func (o Owner) String() string { return fmt.Sprintf("%s/%s", o.Kind, o.IDs) }
 
-// TableName is a table of iptables. For each hook the kernel asks the tables in a fixed order.
+// TableName is a table of iptables. The kernel calls the tables of a hook in a fixed order.
 type TableName string
 
 // The tables in which we have rules.
 const (
-	Raw    TableName = "raw"    // before connection tracking: which of its zones a packet belongs to
+	Raw    TableName = "raw"    // before conntrack: zones
 	Mangle TableName = "mangle" // before routing: marks, TPROXY, drops
 	NAT    TableName = "nat"    // address translation, for the first packet of a connection only
 )
@@ -47,31 +47,31 @@ const (
 // TableNames are the tables in the order in which a packet meets them.
 var TableNames = []TableName{Raw, Mangle, NAT}
 
-// The chains of ours. A table has those that it needs; one rule each jumps to them from the built-in ones.
+// Our chains. A table has only those that it needs, and one jump to them from a built-in chain.
 const (
 	OwnPrefix = "PILLION_"
 
-	ChainArriving        = OwnPrefix + "PREROUTING"  // mangle: what arrives, of any kind
-	ChainInbound         = OwnPrefix + "INBOUND"     // what of the incoming connections is captured; raw: zones of answers
+	ChainArriving        = OwnPrefix + "PREROUTING"  // mangle: all incoming packets
+	ChainInbound         = OwnPrefix + "INBOUND"     // selects captured inbound connections; raw: zones of answers
 	ChainInboundRedirect = OwnPrefix + "IN_REDIRECT" // nat: to the agent's inbound port
-	ChainTPROXY          = OwnPrefix + "TPROXY"      // mangle: to the agent's inbound port, as they are
-	ChainDivert          = OwnPrefix + "DIVERT"      // mangle: what belongs to a connection that the agent has
-	ChainOutput          = OwnPrefix + "OUTPUT"      // what of the outgoing traffic is captured; raw: zones of queries
-	ChainCaptured        = OwnPrefix + "GROUPS"      // nat: the same for the groups that are captured, if not all are
-	ChainDNSCaptured     = OwnPrefix + "DNS"         // raw: the zone of queries that are captured
-	ChainDNSPassed       = OwnPrefix + "DNS_PASSED"  // raw: the zone of those that are not
+	ChainTPROXY          = OwnPrefix + "TPROXY"      // mangle: to the agent's inbound port, addresses unchanged
+	ChainDivert          = OwnPrefix + "DIVERT"      // mangle: packets of connections that the agent has
+	ChainOutput          = OwnPrefix + "OUTPUT"      // selects captured outbound traffic; raw: zones of queries
+	ChainCaptured        = OwnPrefix + "GROUPS"      // nat: the same for captured groups, if a list is captured
+	ChainDNSCaptured     = OwnPrefix + "DNS"         // raw: the zone of captured queries
+	ChainDNSPassed       = OwnPrefix + "DNS_PASSED"  // raw: the zone of other queries
 	ChainRedirect        = OwnPrefix + "REDIRECT"    // nat: to the agent's outbound port
 
 	ChainPrerouting  = "PREROUTING"
 	ChainBuiltOutput = "OUTPUT"
 )
 
-// Ruleset is the tables of one family: all that is in them when they were read from the machine, our part of it when it
-// is made by Rules. Tables stand in the order of TableNames, and those in which there is nothing are left out.
+// Ruleset holds the tables of one family: everything in them if they were read from the machine, our part if
+// policy.Rules made them. Tables are in the order of TableNames; empty tables are left out.
 type Ruleset struct {
 	Family Family
 	Tables []Table
-	// Whole means that no part of it can be other people's: it was read from a table of our own.
+	// Whole means that the tables were read from our own nftables table and contain only rules of ours.
 	Whole bool
 }
 
@@ -84,47 +84,47 @@ type Table struct {
 // Chain is a named list of rules, tried in order.
 type Chain struct {
 	Name string
-	// Policy is what a built-in chain does with a packet that no rule ended, such as ACCEPT. It is empty for a chain
-	// that somebody made.
+	// Policy is what a built-in chain does with a packet that reaches its end, such as ACCEPT. It is empty for a
+	// user-defined chain.
 	Policy string
 	Rules  []Rule
 }
 
-// Rule is one rule of ours, or, when Foreign is set, one that we did not write and do not interpret.
+// Rule is a rule of ours or, if Foreign is set, a rule that we did not write and do not interpret.
 type Rule struct {
-	// ID names the rule for people and programs, such as outbound/self/uid/1337. No two rules of a ruleset have the same.
-	// The kernel keeps it as a comment, with "pillion:" in front.
+	// ID identifies the rule for people and programs, such as outbound/self/uid/1337. It is unique in a ruleset. The
+	// kernel keeps it as a comment with the prefix "pillion:".
 	ID string
-	// Why is the reason for the rule, one sentence. It is not kept by the kernel.
+	// Why is the reason for the rule in one sentence. The kernel does not keep it.
 	Why    string
 	Match  Match
 	Target Target
-	// Foreign is the rule's text as iptables-save gave it. All others but Counters are zero then.
+	// Foreign is the rule's text from iptables-save. All other fields except Counters are then zero.
 	Foreign string
-	// Counters are what the kernel counted at the rule, zero when nobody asked.
+	// Counters are the kernel's. They are zero if they were not read.
 	Counters Counters
 }
 
 // Counters are the packets and bytes that matched a rule.
 type Counters struct{ Packets, Bytes uint64 }
 
-// Match says which packets a rule is for: those that satisfy every field that is set.
+// Match selects packets: those that satisfy every field that is set.
 type Match struct {
 	Src, Dst    netip.Prefix
-	NotDst      bool   // Dst is what the destination must not be in
+	NotDst      bool   // inverts Dst
 	In, Out     string // interface; a trailing + stands for any ending
 	Protocol    Protocol
 	SrcPorts    capture.PortRange // needs Protocol
 	DstPorts    capture.PortRange // needs Protocol
-	NotDstPorts bool              // DstPorts are what the port must not be
+	NotDstPorts bool              // inverts DstPorts
 	Owner       Owner
 	Mark        uint32 // the packet's mark; zero matches every packet
-	NotMark     bool   // Mark is what the mark must not be
+	NotMark     bool   // inverts Mark
 	State       State
 	ConnMark    uint32 // the connection's mark; zero matches every connection
 }
 
-// Protocol is a transport protocol, spelled as iptables spells it. The zero value matches all of them.
+// Protocol is a transport protocol in the spelling of iptables. The zero value matches every protocol.
 type Protocol string
 
 // The protocols that we capture.
@@ -133,23 +133,23 @@ const (
 	UDP Protocol = "udp"
 )
 
-// State is what connection tracking says of a packet, spelled as iptables spells it. The zero value matches every one;
-// on a Packet it is the first of a connection.
+// State is a packet's conntrack state in the spelling of iptables. The zero value matches every state; in a
+// trace.Packet it is the first packet of a connection.
 type State string
 
 // The states that rules ask for.
 const (
-	Invalid     State = "INVALID"             // it belongs to no connection and begins none
-	Established State = "RELATED,ESTABLISHED" // it belongs to a connection in which both sides have spoken, or to one about it
+	Invalid     State = "INVALID"             // neither in a connection nor the first packet of one
+	Established State = "RELATED,ESTABLISHED" // in a connection with packets in both directions, or related to one
 )
 
-// Owner is the users or the groups whose process sent a packet. The zero value matches everybody.
+// Owner matches the user or group of the process that sent a packet. The zero value matches every packet.
 type Owner struct {
 	Kind OwnerKind
 	IDs  capture.IDRange
 }
 
-// OwnerKind says what Owner.IDs are.
+// OwnerKind is what Owner.IDs are.
 type OwnerKind string
 
 // The kinds of owner, spelled as the owner match spells them.
@@ -159,29 +159,29 @@ const (
 	GID     OwnerKind = "gid"
 )
 
-// Target is what happens to a packet that matches: one of the types below. SetMark, SetConnMark, SaveMark, RestoreMark
-// and Zone let the packet go on to the next rule.
+// Target is what happens to a matching packet: one of the types below. After SetMark, SetConnMark, SaveMark,
+// RestoreMark and Zone the packet continues with the next rule.
 type Target interface{ Render() string }
 
-// Return ends the chain and goes on behind the rule that jumped to it. In our chains that means: not captured.
+// Return ends the chain and continues after the rule that jumped to it. In our chains this means: not captured.
 type Return struct{}
 
 // Accept ends the table for this hook.
 type Accept struct{}
 
-// Drop makes the packet vanish.
+// Drop discards the packet.
 type Drop struct{}
 
-// Jump goes on in our chain of that name, and comes back at its end.
+// Jump continues in our chain of that name and returns at its end.
 type Jump string
 
-// Redirect sends the connection to this port of the local machine: of 127.0.0.1 or ::1 when it was opened here, else of
-// the address of the interface on which it came in. It needs a protocol.
+// Redirect sends the connection to this port of the local machine. The new address is 127.0.0.1 or ::1 for a local
+// connection, and otherwise that of the interface on which it arrived. A match of the protocol is required.
 type Redirect uint16
 
-// ToSocket is the target TPROXY: the packet goes, as it is, to the transparent socket that has its connection, or else
-// to the one that listens at To, whose unspecified address stands for any. It gets the mark by which routing delivers it
-// locally, and ends the table.
+// ToSocket is the target TPROXY. The packet goes unchanged to the transparent socket that has its connection, or else
+// to the one that listens at To; an unspecified address in To stands for any address. Mark makes routing deliver the
+// packet locally. The table ends.
 type ToSocket struct {
 	To   netip.AddrPort
 	Mark uint32
@@ -193,16 +193,16 @@ type SetMark uint32
 // SetConnMark marks the connection.
 type SetConnMark uint32
 
-// SaveMark gives the packet's mark to the connection.
+// SaveMark copies the packet's mark to the connection.
 type SaveMark struct{}
 
-// RestoreMark gives the connection's mark to the packet.
+// RestoreMark copies the connection's mark to the packet.
 type RestoreMark struct{}
 
-// Zone puts the packet into this zone of connection tracking, unless it is in one already.
+// Zone puts the packet into a conntrack zone unless it has one already.
 type Zone uint16
 
-// Chains are the chains of a table, none if the ruleset has no such table.
+// Chains returns the chains of a table, or nil if the ruleset has no such table.
 func (rs Ruleset) Chains(table TableName) []Chain {
 	for _, t := range rs.Tables {
 		if t.Name == table {
@@ -212,7 +212,7 @@ func (rs Ruleset) Chains(table TableName) []Chain {
 	return nil
 }
 
-// All walks over every rule, with its table and chain, in the order in which they are written.
+// All iterates over every rule with its table and chain, in the order in which they are written.
 func (rs Ruleset) All() iter.Seq2[Place, Rule] {
 	return func(yield func(Place, Rule) bool) {
 		for _, t := range rs.Tables {
@@ -227,13 +227,13 @@ func (rs Ruleset) All() iter.Seq2[Place, Rule] {
 	}
 }
 
-// Place is where a rule stands.
+// Place is the table and chain of a rule.
 type Place struct {
 	Table TableName
 	Chain string
 }
 
-// Find returns the chain, or nil if there is none. A pointer into the ruleset is good until a chain is added to it.
+// Find returns the chain, or nil. The pointer is valid until a chain is added to the ruleset.
 func (rs Ruleset) Find(at Place) *Chain {
 	chains := rs.Chains(at.Table)
 	for i := range chains {
@@ -244,7 +244,7 @@ func (rs Ruleset) Find(at Place) *Chain {
 	return nil
 }
 
-// Chain returns the chain, an empty one if there is none.
+// Chain returns the chain, or an empty one.
 func (rs Ruleset) Chain(at Place) Chain {
 	if c := rs.Find(at); c != nil {
 		return *c
@@ -252,7 +252,7 @@ func (rs Ruleset) Chain(at Place) Chain {
 	return Chain{Name: at.Chain}
 }
 
-// AddChain adds a chain to its table, and the table to the others in its place.
+// AddChain adds a chain to its table, and the table in its place.
 func (rs *Ruleset) AddChain(table TableName, c Chain) {
 	order := func(t Table, name TableName) int {
 		return slices.Index(TableNames, t.Name) - slices.Index(TableNames, name)
@@ -264,8 +264,8 @@ func (rs *Ruleset) AddChain(table TableName, c Chain) {
 	rs.Tables[i].Chains = append(rs.Tables[i].Chains, c)
 }
 
-// Own is our part of a ruleset: our chains, and of the other chains the rules that jump to ours. Chains without such a
-// rule are left out.
+// Own returns our part of a ruleset: our chains, and from other chains the rules that jump to ours. Chains without such
+// a rule are left out.
 func (rs Ruleset) Own() Ruleset {
 	if rs.Whole {
 		return rs
@@ -284,6 +284,7 @@ func (rs Ruleset) Own() Ruleset {
 	return own
 }
 
+// Own reports whether the chain is one of ours.
 func (c Chain) Own() bool { return strings.HasPrefix(c.Name, OwnPrefix) }
 
 func jumpsToOwn(rules []Rule) []Rule {
@@ -296,8 +297,8 @@ func jumpsToOwn(rules []Rule) []Rule {
 	return jumps
 }
 
-// JumpsToOwn knows a jump to us even in a rule that we do not understand otherwise: such a rule would keep the kernel
-// from removing our chain, and nobody but us has a reason to write one.
+// JumpsToOwn also recognises a jump to our chains in a foreign rule: such a rule would make the kernel refuse to remove
+// our chain, and other programs have no reason to write one.
 func (r Rule) JumpsToOwn() bool {
 	if r.Foreign == "" {
 		_, jumps := r.Target.(Jump)

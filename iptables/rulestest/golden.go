@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// Golden compares with the file of that name, or writes it.
+// Golden compares got with testdata/name, or writes the file with -update.
 func Golden(t *testing.T, name, got string) {
 	t.Helper()
 	file := filepath.Join("testdata", name)

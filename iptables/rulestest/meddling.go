@@ -6,9 +6,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
-// edit changes the text of a ruleset as a meddler would.
+// edit changes the text of a ruleset.
 type edit func(text string) string
 
+// Swap returns an edit that replaces old by new.
 func Swap(old, new string) edit {
 	return func(text string) string {
 		if !strings.Contains(text, old) {
@@ -25,11 +26,11 @@ const (
 	StrangeLine = `-A OUTPUT -d 203.0.113.9/32 -j ACCEPT`
 )
 
-// CaptureAll has no exceptions, so that its rules fit into the eye.
+// CaptureAll has no exceptions, so its rules are few.
 var CaptureAll = SpecOf(func(s *capture.Spec) { s.Inbound.All, s.Outbound.All = true, true })
 
-// Meddling is what can happen to installed rules, what Diff calls it, and what a plan does about it. The namespace tests
-// do the same to the kernel.
+// Meddling lists changes that can happen to installed rules, with what Diff reports and what a plan does. Namespace
+// tests make the same changes in the kernel.
 var Meddling = []struct {
 	Name string
 	Edit func(text string) string

@@ -13,15 +13,15 @@ import (
 // MachinePath is where the machine has its programs.
 var MachinePath = os.Getenv("PATH")
 
-// UsePrograms sets PATH to a directory with the programs of these flavours only, under the names that tell the flavour
-// or under the plain ones, and returns the directory.
+// UsePrograms sets PATH to a directory with only the programs of these flavours, under their full names or under the
+// plain ones, and returns the directory.
 func UsePrograms(t *testing.T, plain bool, flavours ...ruleset.Flavour) string {
 	t.Helper()
 	t.Setenv("PATH", MachinePath)
 	dir := t.TempDir()
 	for _, flavour := range flavours {
 		if flavour == ruleset.Native {
-			continue // it has none
+			continue // without a program
 		}
 		for _, name := range []string{"iptables", "ip6tables"} {
 			for _, suffix := range []string{"", "-save", "-restore"} {
@@ -50,7 +50,7 @@ func ForEachFlavour(t *testing.T, test func(t *testing.T, flavour ruleset.Flavou
 	forEachOf(t, []ruleset.Flavour{ruleset.NFT, ruleset.Legacy, ruleset.Native}, test)
 }
 
-// ForEachProgram leaves out the flavour that has none, in tests that use the program to meddle, or break it.
+// ForEachProgram omits the flavour without a program, for tests that use the program to meddle or that break it.
 func ForEachProgram(t *testing.T, test func(t *testing.T, flavour ruleset.Flavour)) {
 	forEachOf(t, []ruleset.Flavour{ruleset.NFT, ruleset.Legacy}, test)
 }

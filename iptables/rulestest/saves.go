@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// Saves are outputs of real iptables-save, of both flavours and families, with rules of many people in them.
+// Saves returns the files in dir: outputs of real iptables-save, of both flavours and families, with rules of many
+// origins.
 func Saves(t testing.TB, dir string) map[string]string {
 	files, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil || len(files) == 0 {

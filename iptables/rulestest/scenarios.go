@@ -15,7 +15,7 @@ import (
 
 var TPROXYAll = SpecOf(func(s *capture.Spec) { s.Mode, s.Inbound.All, s.Outbound.All = capture.TPROXY, true, true })
 
-// Addresses are a family's, for stories that are the same in both.
+// Addresses are those of one family, for stories that apply to both.
 type Addresses struct {
 	Family                                                        ruleset.Family
 	Pod, Peer, Elsewhere, Excluded, Localhost, Own, vm, linkLocal netip.Addr
@@ -28,22 +28,22 @@ var Families = []Addresses{
 		netip.MustParseAddr("::1"), capture.InboundSource6, netip.MustParseAddr("2001:db8:3::2"), linkLocalPeer},
 }
 
-// Story is what somebody does and what the rules should make of it. The table is judged twice: by the tracer, and by the
-// kernel, which dials for real.
+// Story is a packet and the expected verdict. Stories are judged twice: by the tracer, and by the kernel with real
+// connections.
 type Story struct {
 	Name   string
 	Packet trace.Packet
 	Want   trace.Verdict
 }
 
-// Scenario is a spec, by the command line that asks for it, and the stories that together meet each of its rules.
+// Scenario is a spec, named by the command line that asks for it, and stories that together meet each of its rules.
 type Scenario struct {
 	Name    string
 	Spec    capture.Spec
 	Stories func(Addresses) []Story
 }
 
-// AllStories are the scenario's own and those that every scenario shares.
+// AllStories returns the scenario's own stories and those that all scenarios share.
 func (sc Scenario) AllStories(a Addresses) []Story {
 	stories := sc.Stories(a)
 	if a.Family == ruleset.IPv6 {

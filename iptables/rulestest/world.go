@@ -27,8 +27,8 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/trace"
 )
 
-// CanBeDialled leaves to the tracer the stories about interfaces that the pod does not have, those that begin in the
-// middle of a connection, and link-local addresses that nobody can reach.
+// CanBeDialled excludes stories that only the tracer can judge: about interfaces that the pod lacks, about packets in
+// the middle of a connection, and about link-local addresses without a host.
 func CanBeDialled(p trace.Packet) bool {
 	lost := p.Dst.Addr().IsLinkLocalUnicast() && p.Dst.Addr().Zone() == ""
 	return !lost && p.State == "" && slices.Contains([]string{"", "eth0", "vm0"}, p.In) && slices.Contains([]string{"", "eth0", ruleset.Loopback}, p.Out)
@@ -63,7 +63,7 @@ func NewWorld(t *testing.T) *world {
 	}
 	vm.AddDefaultRoute(t, netip.MustParseAddr("192.0.2.1"))
 	vm.AddDefaultRoute(t, netip.MustParseAddr("2001:db8:3::1"))
-	// What a virtual machine says to others is passed on, and its answers come back the same way.
+	// The pod forwards the packets of the virtual machine, and the answers to it.
 	pod.Do(t, func() error {
 		return errors.Join(os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0),
 			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0))
@@ -72,7 +72,7 @@ func NewWorld(t *testing.T) *world {
 	peer.MustRun(t, "/sbin/ip", "route", "add", "2001:db8:3::/64", "via", nettest.PodIP6.String())
 	w.open(t, pod, ruleset.TCP, fmt.Sprintf(":%d", capture.OutboundPort), Outbound)
 	w.open(t, pod, ruleset.TCP, fmt.Sprintf(":%d", capture.InboundPort), Inbound)
-	// The agent's answers are put into their zone by their user, so that they are not this test's own.
+	// Rules select the zone of the agent's answers by its user, so another process sends them.
 	for _, address := range []string{"127.0.0.1", "[::1]"} {
 		server := helper(pod, Agent, Agent, serveEnvironment, fmt.Sprintf("%s:%d", address, capture.DNSPort))
 		ready, err := server.StdoutPipe()
@@ -119,7 +119,7 @@ func (w *world) open(t *testing.T, where *nettest.Namespace, protocol ruleset.Pr
 	})
 }
 
-// transparent lets a socket have addresses that are not the machine's.
+// transparent allows a socket to have foreign addresses.
 func transparent(_, _ string, c syscall.RawConn) (err error) {
 	controlErr := c.Control(func(fd uintptr) {
 		err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1)
@@ -166,14 +166,14 @@ func (w *world) Dial(t *testing.T, p trace.Packet) string {
 	case "vm0":
 		where, uid, gid = w.vm, 0, 0
 	}
-	// The door to which the packet goes if it is left alone.
+	// The listener that the packet reaches if it is not captured.
 	behind := w.peer
 	if p.Out == ruleset.Loopback || slices.Contains([]netip.Addr{nettest.PodIP4, nettest.PodIP6, linkLocalPod}, p.Dst.Addr().WithZone("")) {
 		behind = w.Pod
 	}
 	protocol, address := ruleset.TCP, fmt.Sprintf(":%d", p.Dst.Port())
 	if p.Protocol == ruleset.UDP {
-		protocol, address = ruleset.UDP, p.Dst.String() // so that it answers from there
+		protocol, address = ruleset.UDP, p.Dst.String() // so that the answer has this source
 	}
 	w.open(t, behind, protocol, address, Untouched)
 	key := fmt.Sprint(where.Name, uid, gid)
@@ -187,7 +187,7 @@ func (w *world) Dial(t *testing.T, p trace.Packet) string {
 	return w.diallers[key].dial(t, fmt.Sprintf("%s %s %s %d", protocol, src, p.Dst, p.Mark))
 }
 
-// helper is this test's own program, run again under another user to do something else.
+// helper is the test's own program, started again as another user for another purpose.
 func helper(ns *nettest.Namespace, uid, gid uint32, environment, value string) *exec.Cmd {
 	// By this name other users reach it, too: it lies in a directory that they cannot enter.
 	cmd := ns.Command(uid, gid, "/proc/self/exe")
@@ -211,7 +211,7 @@ func Main(m *testing.M) int {
 	return nettest.Main(m)
 }
 
-// dialler dials for others.
+// dialler is a process that dials as its user.
 type dialler struct {
 	requests io.Writer
 	answers  *bufio.Reader
@@ -244,7 +244,7 @@ func (d *dialler) dial(t *testing.T, request string) string {
 	return strings.TrimSpace(answer)
 }
 
-// dialForOthers reads "protocol source destination mark" lines, dials, and prints the line that the other side says.
+// dialForOthers reads lines "protocol source destination mark", dials, and prints the answer.
 func dialForOthers() {
 	lines := bufio.NewScanner(os.Stdin)
 	for lines.Scan() {
@@ -287,7 +287,7 @@ func dialOnce(network, src, dst string, mark int) string {
 	return string(said[:n])
 }
 
-// serveForOthers is the agent's door for DNS.
+// serveForOthers is the agent's DNS listener.
 func serveForOthers(address string) {
 	packets, err := net.ListenPacket("udp", address)
 	if err != nil {
@@ -302,8 +302,8 @@ func serveForOthers(address string) {
 	answer(listener, Dns)
 }
 
-// Everything is all that init could have changed: both flavours, both families, the loopback's addresses. It looks in a
-// way that changes nothing, and with the machine's own programs.
+// Everything returns all that init could have changed: both flavours, both families, the loopback's addresses, and
+// routes. It changes nothing itself, and uses the machine's own programs.
 func Everything(t *testing.T, ns *nettest.Namespace) string {
 	t.Helper()
 	look := ns.Command(0, 0, "/bin/sh", "-c", `

@@ -14,10 +14,10 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// Packet is a packet as the rules see it. The zero values of Protocol and State make it the first of a TCP connection.
+// Packet is a packet as the rules see it. With a zero State it is the first packet of a connection.
 type Packet struct {
-	// In is the interface on which the packet came in. It is empty for a packet that a local process sends, which goes
-	// through OUTPUT, and then, if Out is the loopback, comes in there; others go through PREROUTING.
+	// In is the interface on which the packet arrives; the packet then passes PREROUTING. It is empty for a packet of a
+	// local process. That one passes OUTPUT and, if Out is the loopback, arrives there.
 	In string
 	// Out is the interface to which a local process's packet is routed.
 	Out      string
@@ -27,7 +27,7 @@ type Packet struct {
 	Src      netip.Addr
 	SrcPort  uint16
 	Dst      netip.AddrPort
-	// Mark is what the socket gave the packet, ConnMark what an earlier packet left on the connection.
+	// Mark is the mark of the socket (SO_MARK), ConnMark the mark that an earlier packet has left on the connection.
 	Mark, ConnMark uint32
 	State          ruleset.State
 }
@@ -37,16 +37,16 @@ type Action string
 
 // The actions.
 const (
-	LeftAlone  Action = ""                // it goes where it was going
-	Redirected Action = "redirected"      // it goes to the agent, and its destination is changed
-	Given      Action = "given by TPROXY" // it goes to the agent as it is
+	LeftAlone  Action = ""                // it goes to its destination
+	Redirected Action = "redirected"      // it goes to the agent by a changed destination
+	Given      Action = "given by TPROXY" // it goes to the agent unchanged
 	Dropped    Action = "dropped"
 )
 
-// Verdict is what the rules do with a packet. The zero value leaves it alone.
+// Verdict is what the rules do with a packet. The zero Verdict leaves it alone.
 type Verdict struct {
 	Action Action
-	// Port is the port of the agent to which the packet goes, or zero.
+	// Port is the agent's port to which the packet goes, or zero.
 	Port uint16
 }
 
@@ -60,38 +60,38 @@ func (v Verdict) String() string {
 	return fmt.Sprintf("%s to %d", v.Action, v.Port)
 }
 
-// Walk is a packet's way through the rules, and what it left there.
+// Walk is a packet's path through the rules and its effects.
 type Walk struct {
 	Verdict Verdict
-	// Path are the IDs of the rules that matched, in order.
+	// Path lists the IDs of the rules that matched, in order.
 	Path []string
-	// Met are the rules that matched, in order, and among them those that may have: foreign ones.
+	// Met lists the rules that matched, in order, and the foreign rules on the way: those may have matched as well.
 	Met []Met
 	// Mark and ConnMark are the marks of the packet and of its connection at the end.
 	Mark, ConnMark uint32
-	// Zone is the packet's zone of connection tracking.
+	// Zone is the packet's conntrack zone.
 	Zone uint16
 }
 
-// Met is a rule that a packet met, and where it stands.
+// Met is a rule that a packet met, and its place.
 type Met struct {
 	Flavour ruleset.Flavour
 	ruleset.Place
 	Rule ruleset.Rule
 }
 
-// Unknown tells that nobody here can say whether the rule matches or what it does: it is foreign.
+// Unknown reports whether the rule is foreign: it is not known whether it matches or what it does.
 func (m Met) Unknown() bool { return m.Rule.Foreign != "" }
 
 // Of walks a packet through the rules of one ruleset.
 func Of(rs ruleset.Ruleset, p Packet) Walk { return Trace(p, ruleset.Held{Rules: rs}) }
 
-// Trace walks a packet through the rules of its family that all flavours hold, table by table as the kernel does it.
-// Foreign rules are met and passed over. Of two flavours the kernel asks the one first whose table was made first, which
-// nobody can see; here it is the one that is named first.
+// Trace walks a packet through the rules of its family in all flavours, table by table like the kernel. Foreign rules
+// are recorded and skipped. If two flavours have the same table, the kernel calls the one that was created first. This
+// order is not visible; here it is the order of held.
 //
-// Address translation is looked up for the first packet of a connection only; the rest of the connection follows its
-// verdict, which is not repeated here.
+// The nat table applies only to the first packet of a connection. The others follow its verdict, and Trace does not
+// repeat it for them.
 func Trace(p Packet, held ...ruleset.Held) Walk {
 	if p.Protocol == "" {
 		p.Protocol = ruleset.TCP
@@ -106,8 +106,8 @@ func Trace(p Packet, held ...ruleset.Held) Walk {
 	if w.Verdict.Action == Dropped || p.Out != ruleset.Loopback && w.Verdict.Action != Redirected {
 		return w.Walk
 	}
-	// What stays here comes in on the loopback, without an owner. Its connection and its zone are known by then, and so is
-	// its translation.
+	// A packet that stays on this machine arrives on the loopback, without an owner. Its zone and its translation are decided
+	// already.
 	if w.Verdict.Action == Redirected {
 		w.packet.Dst = netip.AddrPortFrom(ruleset.AddressesOf(ruleset.FamilyOf(p.Dst.Addr())).Localhost.Addr(), w.Verdict.Port)
 	}
@@ -123,10 +123,10 @@ type walk struct {
 	zoned  bool // the zone is chosen
 	table  ruleset.TableName
 	at     ruleset.Held // the table's owner
-	inside []string     // the chains that the walk will come back to
+	inside []string     // the chains to which the walk returns
 }
 
-// hook walks the tables that have rules there, until one of them seals the packet's fate.
+// hook walks the tables with rules at the hook until one decides the packet's fate.
 func (w *walk) hook(chain string, tables ...ruleset.TableName) {
 	for _, w.table = range tables {
 		for _, w.at = range w.held {
@@ -145,8 +145,8 @@ func (w *walk) hook(chain string, tables ...ruleset.TableName) {
 	}
 }
 
-// through walks one chain and tells whether the table is done with the packet. Coming to a chain from within itself ends
-// the walk: the kernel refuses loops, but text can hold them.
+// through walks one chain and reports whether the table is done with the packet. A chain that is entered from within
+// itself ends the walk: the kernel refuses such loops, but text can contain them.
 func (w *walk) through(chain string) (ended bool) {
 	if slices.Contains(w.inside, chain) {
 		return true
@@ -180,11 +180,11 @@ func (w *walk) through(chain string) (ended bool) {
 	return false
 }
 
-// apply does what a target that is not about chains does, and tells whether the table is done with the packet.
+// apply performs a target other than Return and Jump, and reports whether the table is done with the packet.
 func (w *walk) apply(target ruleset.Target) (ended bool) {
 	switch target := target.(type) {
 	case ruleset.Redirect:
-		// A socket that TPROXY has chosen already keeps the packet, whatever its address is changed to.
+		// A socket that TPROXY has assigned keeps the packet, even if nat changes its destination.
 		if w.Verdict.Action != Given {
 			w.Verdict = Verdict{Redirected, uint16(target)}
 		}
@@ -227,7 +227,7 @@ func matches(m ruleset.Match, p Packet) bool {
 		ownerMatches(m.Owner, p)
 }
 
-// onInterface tells whether name is what pattern means.
+// onInterface reports whether name matches pattern.
 func onInterface(pattern, name string) bool {
 	if stem, wildcard := strings.CutSuffix(pattern, "+"); wildcard {
 		return strings.HasPrefix(name, stem)
@@ -235,7 +235,7 @@ func onInterface(pattern, name string) bool {
 	return pattern == name
 }
 
-// matches is false for a packet that no local process sent: it has no owner.
+// ownerMatches returns false for a packet that no local process has sent, because it has no owner.
 func ownerMatches(o ruleset.Owner, p Packet) bool {
 	switch o.Kind {
 	case ruleset.UID:

@@ -31,7 +31,7 @@ func (p Packet) String() string {
 	return strings.Join(words, " ")
 }
 
-// InWords is the verdict, and the reason for it.
+// InWords returns the verdict and the reason for it.
 func (w Walk) InWords(p Packet) string {
 	var last, spared ruleset.Rule
 	for _, m := range w.Met {
@@ -55,7 +55,7 @@ func (w Walk) InWords(p Packet) string {
 	case Given:
 		return fmt.Sprintf("captured: goes, as it is, to the agent's inbound port %d", w.Verdict.Port)
 	case Redirected:
-		for _, m := range w.Met { // what comes behind it on the loopback does not change it
+		for _, m := range w.Met { // later rules on the loopback do not change it
 			if _, ok := m.Rule.Target.(ruleset.Redirect); ok {
 				last = m.Rule
 			}

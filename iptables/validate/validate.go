@@ -25,14 +25,15 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/trace"
 )
 
-// Capture proves by connections, in the network namespace of the calling thread, that the rules for spec are at work:
-// inbound, outbound and DNS, in each family, as far as spec captures them. It dials what has to be redirected to the
-// agent's ports, at which it listens meanwhile, and tries until everything has arrived there or there is no time for
-// another attempt before ctx is done. The error names what did not. unproven is what this process cannot try, and why.
+// Capture verifies by connections, in the network namespace of the calling thread, that the rules for spec are in
+// effect: inbound, outbound and DNS, in each family, as far as spec captures them. It listens at the agent's ports,
+// opens connections that must be redirected there, and retries until all of them have arrived or too little time is
+// left before ctx ends. The error names those that did not arrive. unproven lists what this process cannot try, with
+// the reason.
 //
-// A user who is captured has to dial outbound, and the agent inbound, so a process that may change its user does so for
-// the sockets. Who may read the rules dials only what they redirect, and so no packet leaves the namespace. For others a
-// packet that is not captured dies at the first router: its time to live is 1.
+// The outbound probe must run as a captured user and the inbound probe as the agent's user, so a process that may
+// change its user does that for its sockets. With permission to read the rules, it dials only what they redirect, and
+// no packet leaves the namespace. Without it, an uncaptured probe packet is dropped at the first router: its TTL is 1.
 func Capture(ctx context.Context, spec capture.Spec, port uint16) (unproven []string, err error) {
 	v := validation{spec: spec, port: port}
 	if v.capabilities, err = kernel.EffectiveCapabilities(); err != nil {
@@ -63,7 +64,7 @@ func Capture(ctx context.Context, spec capture.Spec, port uint16) (unproven []st
 	for {
 		err := v.attempt(ctx)
 		deadline, limited := ctx.Deadline()
-		if err == nil || limited && time.Until(deadline) < probeInterval { // too little for another attempt
+		if err == nil || limited && time.Until(deadline) < probeInterval { // too little time for another attempt
 			return v.unproven(), err
 		}
 		select {
@@ -79,26 +80,28 @@ const (
 	leastShare    = probeInterval / 2
 )
 
+// validation is one run of Capture.
 type validation struct {
 	spec         capture.Spec
 	port         uint16
 	capabilities uint64
-	readable     bool // the rules in force
+	readable     bool // the rules in force can be read
 	pending      []*proof
 	untried      []*proof
 }
 
-// proof is a connection that has to come to the agent.
+// proof is a connection that has to arrive at the agent.
 type proof struct {
 	name   string
 	packet trace.Packet
 	want   trace.Verdict
-	// obstacle is why this process cannot open the connection; the rules are looked at then.
+	// obstacle is why this process cannot open the connection. The rules in force are traced instead, if they are
+	// readable.
 	obstacle string
 	err      error
 }
 
-// plan finds the connections that prove a family's rules.
+// plan finds connections that prove a family's rules.
 func (v *validation) plan(family ruleset.Family) {
 	f, s := ruleset.AddressesOf(family), v.spec
 	rules := policy.Rules(s, family)
@@ -152,7 +155,7 @@ func first(ids []capture.IDRange) uint32 {
 	return ids[0].First
 }
 
-// prove finds a connection that the rules treat as wanted, if possible one that this process can open.
+// prove finds a connection for which the rules have the verdict want, preferably one that this process can open.
 func (v *validation) prove(what string, rules ruleset.Ruleset, protocol ruleset.Protocol, want trace.Verdict, users []identity, to []netip.Addr, ports []uint16) {
 	p := &proof{name: what + " " + rules.Family.String(), want: want, obstacle: "the rules capture nothing to which there is a route"}
 	users = append([]identity{self()}, users...)
@@ -184,7 +187,7 @@ func (v *validation) prove(what string, rules ruleset.Ruleset, protocol ruleset.
 	}
 }
 
-// unproven tells what was not tried, together what has the same obstacle.
+// unproven lists what was not tried. Proofs with the same obstacle share a line.
 func (v *validation) unproven() []string {
 	var told []string
 	for _, p := range v.untried {
@@ -198,10 +201,10 @@ func (v *validation) unproven() []string {
 	return told
 }
 
-// self is who this process is.
+// self returns this process's user and group.
 func self() identity { return identity{uint32(os.Geteuid()), uint32(os.Getegid())} }
 
-// obstacle is why this process cannot open a connection as that user, or cannot receive it.
+// obstacle returns why this process cannot open a connection as user, or cannot receive it.
 func (v *validation) obstacle(user identity, want trace.Verdict) string {
 	switch {
 	case user != self() && !v.has(unix.CAP_SETUID, unix.CAP_SETGID):
@@ -216,12 +219,12 @@ func (v *validation) has(bits ...int) bool {
 	return !slices.ContainsFunc(bits, func(bit int) bool { return v.capabilities&(1<<bit) == 0 })
 }
 
-// attempt tries what is not proven yet, one after the other: sockets have to be made on the calling thread.
+// attempt tries the pending proofs one after the other: sockets must be created on the calling thread.
 func (v *validation) attempt(ctx context.Context) error {
 	var live iptables.Live
 	if v.readable {
 		var err error
-		if live, err = iptables.Look(context.WithoutCancel(ctx)); err != nil { // which has a limit of its own
+		if live, err = iptables.Look(context.WithoutCancel(ctx)); err != nil { // the programs have their own time limit
 			return err
 		}
 	}
@@ -248,7 +251,7 @@ func (v *validation) attempt(ctx context.Context) error {
 	return fmt.Errorf("not captured: %s", strings.Join(failures, "; "))
 }
 
-// look walks the connection through the rules in force.
+// look traces the connection through the rules in force.
 func (p *proof) look(live iptables.Live) error {
 	walk := trace.Trace(p.packet, live.Held...)
 	if walk.Verdict == p.want {
@@ -257,8 +260,8 @@ func (p *proof) look(live iptables.Live) error {
 	return fmt.Errorf("by the rules in force, what user %d sends to %s is %s", p.packet.UID, p.packet.Dst, walk.InWords(p.packet))
 }
 
-// try opens the connection and waits for it at the agent's port, for its share of the time that is left for so many: one
-// that is not captured casts no blame on others. For the same reason the share has a lower bound.
+// try opens the connection and waits for it at the agent's port. The time limit is remaining/left, so that one failure
+// does not starve the others, and at least leastShare.
 func (p *proof) try(ctx context.Context, left int) error {
 	share := probeInterval
 	if deadline, ok := ctx.Deadline(); ok {
@@ -303,7 +306,7 @@ func (p *proof) try(ctx context.Context, left int) error {
 	return nil
 }
 
-// listen opens the agent's door. arrived waits until somebody with the given address is there.
+// listen listens at the agent's port. arrived waits for a connection or packet from the given address.
 func (p *proof) listen(ctx context.Context, config net.ListenConfig, at string) (arrived func(from string) error, closer func() error, err error) {
 	deadline, _ := ctx.Deadline()
 	config.SetMultipathTCP(false)
@@ -340,8 +343,8 @@ func (p *proof) listen(ctx context.Context, config net.ListenConfig, at string) 
 	}, listener.Close, nil
 }
 
-// as runs fn on a thread whose new sockets belong to this user and group. That is what the rules ask for; nothing else of
-// the process changes.
+// as runs fn on a thread whose new sockets belong to this user and group. The rules match the owner of the socket;
+// setfsuid(2) changes only this thread.
 func as(uid, gid uint32, fn func() error) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -358,12 +361,12 @@ func as(uid, gid uint32, fn func() error) error {
 	return fn()
 }
 
-// beside lets the probe listen where the agent listens already.
+// beside lets the probe listen where the agent already listens.
 func beside(_, _ string, c syscall.RawConn) error {
 	return set(c, option{unix.SOL_SOCKET, unix.SO_REUSEADDR}, option{unix.SOL_SOCKET, unix.SO_REUSEPORT})
 }
 
-// transparently is beside for a socket to which TPROXY gives connections.
+// transparently is beside for a socket that receives connections from TPROXY.
 func transparently(network, _ string, c syscall.RawConn) error {
 	level := option{unix.SOL_IP, unix.IP_TRANSPARENT}
 	if strings.HasSuffix(network, "6") {
@@ -372,7 +375,7 @@ func transparently(network, _ string, c syscall.RawConn) error {
 	return set(c, option{unix.SOL_SOCKET, unix.SO_REUSEADDR}, option{unix.SOL_SOCKET, unix.SO_REUSEPORT}, level)
 }
 
-// nearby lets packets come as far as the next router at most.
+// nearby limits packets to the first router.
 func nearby(network, _ string, c syscall.RawConn) error {
 	if strings.HasSuffix(network, "6") {
 		return set(c, option{unix.SOL_IPV6, unix.IPV6_UNICAST_HOPS})

@@ -11,7 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// complaint is what a program wrote to stderr, as one line, without the advice to read its manual.
+// complaint returns a program's stderr as one line, without the advice to read the manual.
 func complaint(stderr string) string {
 	var lines []string
 	for line := range strings.Lines(stderr) {
@@ -32,7 +32,7 @@ var (
 	errNoExtension  = errors.New("this iptables lacks an extension: install its whole package, in which /usr/lib/…/xtables belongs to it")
 )
 
-// diagnoses are tried in this order on what a program wrote to stderr.
+// diagnoses match the stderr of programs. The first match wins.
 var diagnoses = []struct {
 	says *regexp.Regexp
 	is   error
@@ -48,7 +48,7 @@ var diagnoses = []struct {
 	{regexp.MustCompile(`is incompatible, use 'nft' tool`), ErrIncompatible},
 }
 
-// missingModulesError are those of the kernel's modules that a rule needs, at least one of which is missing.
+// missingModulesError lists the kernel modules of a rule's matches and target. At least one of them is missing.
 type missingModulesError string
 
 func (e missingModulesError) Error() string {
@@ -62,8 +62,8 @@ func Lacks(err error) bool {
 		errors.As(err, new(missingModulesError))
 }
 
-// diagnose says what the failure of a program comes down to, in which the line of its input at which it stopped may tell
-// which part of the kernel is missing; nil if nobody knows.
+// diagnose returns the cause of a program's failure, or nil if it is unknown. line is the line of input at which the
+// program stopped; its matches and target show which module may be missing.
 func diagnose(stderr, line string) error {
 	for _, d := range diagnoses {
 		if d.says.MatchString(stderr) {
@@ -78,7 +78,7 @@ func diagnose(stderr, line string) error {
 	return nil
 }
 
-// modulesFor are the kernel's modules for the matches and the target of a rule.
+// modulesFor returns the kernel modules of a rule's matches and target.
 func modulesFor(line string) []string {
 	var modules []string
 	words := ruleset.SplitWords(line)

@@ -1,8 +1,8 @@
 // Package xtables runs the iptables programs: it finds and verifies them, lists rules, and commits changes by
 // iptables-restore --noflush.
 //
-// A table is committed as a whole or not at all. A chain of ours is declared, which empties it, and filled again; the rules
-// that jump to ours stand in chains of other people and are deleted and appended one by one. Errors name the failed line
+// A table is committed as a whole or not at all. Declaring a chain of ours empties it, so it is filled again. Rules that
+// jump to ours are in built-in chains, among rules of others, and are deleted and appended one by one. Errors name the failed line
 // of the input and, where the program's message is known, the cause with its remedy.
 //
 // github.com/coreos/go-iptables runs a program once and parses its version. It neither lists nor commits: it would start a
@@ -32,11 +32,11 @@ import (
 
 const (
 	programTimeout = 30 * time.Second
-	lockSeconds    = 5        // how long a program may wait for another one that holds the tables
-	outputLimit    = 32 << 20 // a table larger than that is not a pod's
+	lockSeconds    = 5        // how long a program waits for the xtables lock
+	outputLimit    = 32 << 20 // larger tables are not expected in a pod
 )
 
-// Program is the iptables of one family and flavour. Its three names are usually one file.
+// Program is the iptables of one family and flavour. Its three names are usually links to one file.
 type Program struct {
 	family              ruleset.Family
 	flavour             ruleset.Flavour
@@ -67,8 +67,8 @@ func Find(ctx context.Context, family ruleset.Family, flavour ruleset.Flavour) (
 	return Program{}, fmt.Errorf("%s (with -save and -restore): %w", full, ErrNoProgram)
 }
 
-// flavourOf tells what the plain iptables is: by the name of the file that it is a link to, which costs nothing, or else
-// by what it says of itself. A version without a flavour is from before there were two.
+// flavourOf returns the flavour of a plain iptables. The name of the link target shows it without running the program;
+// otherwise its version shows it. A version without a flavour predates nft.
 func flavourOf(ctx context.Context, path string) ruleset.Flavour {
 	if file, err := filepath.EvalSymlinks(path); err == nil {
 		switch filepath.Base(file) {
@@ -88,7 +88,7 @@ func flavourOf(ctx context.Context, path string) ruleset.Flavour {
 	return ruleset.Legacy
 }
 
-// verify makes sure that the program runs at all and knows the options that we give it.
+// verify returns an error if the program does not run or is too old for the options that we use.
 func (p Program) verify() error {
 	protocol := goiptables.ProtocolIPv4
 	if p.family == ruleset.IPv6 {
@@ -120,7 +120,7 @@ func NewVerifier() func(Program) error {
 	}
 }
 
-// Apply commits input, which iptables-restore does whole or not at all.
+// Apply commits input by iptables-restore, each table as a whole or not at all.
 func (p Program) Apply(ctx context.Context, input string) error {
 	_, err := run(ctx, input, p.restore, "--noflush", "--wait="+strconv.Itoa(lockSeconds))
 	if err != nil {
@@ -129,7 +129,7 @@ func (p Program) Apply(ctx context.Context, input string) error {
 	return nil
 }
 
-// run runs a program to its end and returns what it printed.
+// run runs a program and returns its output.
 func run(ctx context.Context, input, name string, args ...string) (string, error) {
 	p, err := Start(ctx, input, name, args...)
 	if err != nil {
@@ -138,7 +138,7 @@ func run(ctx context.Context, input, name string, args ...string) (string, error
 	return p.Wait()
 }
 
-// Process is a program that runs.
+// Process is a running program.
 type Process struct {
 	name           string
 	input          string
@@ -147,14 +147,14 @@ type Process struct {
 	cancel         context.CancelFunc
 }
 
-// Start starts a program on the calling thread, and so in its network namespace. wait must be called.
+// Start starts a program on the calling thread, and so in its network namespace. The caller must call Wait.
 func Start(ctx context.Context, input, name string, args ...string) (*Process, error) {
 	ctx, cancel := context.WithTimeout(ctx, programTimeout)
 	p := &Process{name: filepath.Base(name), input: input, cancel: cancel, cmd: exec.CommandContext(ctx, name, args...)}
 	p.cmd.Env = append(os.Environ(), "LC_ALL=C")
 	p.cmd.Stdin = strings.NewReader(input)
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
-	p.cmd.WaitDelay = time.Second // for what the program left behind with our pipes open
+	p.cmd.WaitDelay = time.Second // if a child of the program keeps our pipes open
 	if err := p.cmd.Start(); err != nil {
 		cancel()
 		return nil, fmt.Errorf("starting %s: %w", name, err)
@@ -162,7 +162,7 @@ func Start(ctx context.Context, input, name string, args ...string) (*Process, e
 	return p, nil
 }
 
-// Wait returns what the program printed. An error says what it complained of and in which line of its input.
+// Wait returns the program's output. An error contains its message and the failed line of its input.
 func (p *Process) Wait() (string, error) {
 	defer p.cancel()
 	err := p.cmd.Wait()
@@ -201,8 +201,8 @@ func offendingLine(input, stderr string) string {
 	return lines[number-1]
 }
 
-// limitedBuffer takes so much and no more. The program that writes on then ends by SIGPIPE. The buffer is not embedded:
-// io.Copy would find its ReadFrom, which knows no limit.
+// limitedBuffer accepts outputLimit bytes. A program that writes more is ended by SIGPIPE. The buffer is not embedded,
+// because io.Copy would then use its ReadFrom, without the limit.
 type limitedBuffer struct {
 	buffer bytes.Buffer
 	full   bool
@@ -219,8 +219,8 @@ func (b *limitedBuffer) Write(p []byte) (int, error) {
 
 var errTooMuchOutput = fmt.Errorf("more than %d MiB of output", outputLimit>>20)
 
-// LegacyTablesExist tells whether the namespace has any legacy table of the family. They come into being when a program
-// first asks for them, and stay.
+// LegacyTablesExist reports whether the namespace has a legacy table of the family. A table is created when a program
+// first uses it, and stays.
 func LegacyTablesExist(family ruleset.Family) (bool, error) {
 	path := "/proc/thread-self/net/ip_tables_names"
 	if family == ruleset.IPv6 {

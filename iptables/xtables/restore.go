@@ -7,13 +7,13 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// RestoreInput is what `iptables-restore --noflush` needs to turn our part of have into want, in one atomic commit for each
-// table, and nothing when they are the same.
+// RestoreInput returns the input for `iptables-restore --noflush` that turns our part of have into want, with one
+// atomic commit for each table, or "" if they are equal.
 //
-// Declaring a chain of ours empties it, so chains that differ are filled anew and the others are not mentioned. A rule
-// in somebody else's chain has no such mercy: it is appended again on every run, and deleting one that is not there
-// ends the whole commit. So jumps are deleted exactly as they stand and appended only where they are missing, after the
-// chains they lead to are full.
+// Declaring a chain of ours empties it, so chains that differ are filled again and equal ones are not mentioned. Rules
+// in built-in chains are different: an append repeats on every run, and deleting a missing rule fails the whole commit.
+// So jumps are deleted exactly as they were listed, and appended only where they are missing, after the chains they
+// lead to are filled.
 func RestoreInput(want, have ruleset.Ruleset) string {
 	have = have.Own()
 	var input strings.Builder
@@ -23,9 +23,10 @@ func RestoreInput(want, have ruleset.Ruleset) string {
 	return input.String()
 }
 
-// commitOrder is the order in which tables are committed, so that in between no connection escapes that is captured
-// before and after: what begins to capture inbound connections comes before what ceases to. Both at once are harmless, as
-// the port is the same. Zones come first, before there is anything to be told apart, or last when they go.
+// commitOrder returns the order in which tables are committed. A connection that is captured before and after must be
+// captured in between: the table that begins to capture inbound connections comes before the table that ceases to.
+// Having both for a moment is harmless, since the port is the same. Zones are installed first, before queries need
+// them, and removed last.
 func commitOrder(want ruleset.Ruleset) []ruleset.TableName {
 	order := []ruleset.TableName{ruleset.Raw, ruleset.NAT, ruleset.Mangle}
 	for _, c := range want.Chains(ruleset.Mangle) {
@@ -68,7 +69,7 @@ func restoreTable(table ruleset.TableName, want, have ruleset.Ruleset) string {
 	return "*" + string(table) + "\n" + strings.Join(lines, "\n") + "\nCOMMIT\n"
 }
 
-// without is what is left of lines when each of others has taken one equal line away.
+// without returns lines after each of others has removed one equal line.
 func without(lines, others []string) []string {
 	rest := slices.Clone(lines)
 	for _, other := range others {
@@ -79,7 +80,7 @@ func without(lines, others []string) []string {
 	return rest
 }
 
-// Occupied tells whether the output of iptables-save holds a rule, a chain or a policy that is not ours.
+// Occupied reports whether the output of iptables-save has a rule, chain or policy that is not ours.
 func Occupied(text string) bool {
 	for line := range strings.Lines(text) {
 		_, line = ruleset.SplitCounters(line)
