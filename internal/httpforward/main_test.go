@@ -33,9 +33,14 @@ type rig struct {
 	records records
 	last    atomic.Pointer[flow.Record] // of the connection that was served last
 	open    atomic.Int32                // connections that the engine has
-	layered bool                        // downstream connections have a record layer
-	early   bool                        // dial the origin before the engine begins, for HTTP/1
-	router  Router                      // of all connections; nil: everything goes to the origin
+	options atomic.Pointer[options]     // of connections that are accepted from now on
+}
+
+// options is how a rig serves a connection.
+type options struct {
+	layered bool   // downstream connections have a record layer
+	early   bool   // dial the origin before the engine begins, for HTTP/1
+	router  Router // nil: everything goes to the origin
 }
 
 // records keeps what the engine told.
@@ -111,6 +116,7 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	// What is in the pool by mistake stays there, to be found.
 	pool := upstream.NewPool(time.Hour)
 	r := &rig{poller: poller, pool: pool, records: records{news: make(chan struct{}, 1)}}
+	r.options.Store(new(options))
 	config := Config{
 		Direction: flow.Inbound,
 		Dialer:    upstream.Dialer{Poller: poller, Timeout: nettest.Patience},
@@ -160,7 +166,8 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream.Target) {
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
-	if r.layered {
+	o := r.options.Load()
+	if o.layered {
 		layertest.Under(down, nil)
 	}
 	read := tcp.TakeBuffer()
@@ -176,13 +183,13 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	record := recordOf(down, to.Address)
 	r.last.Store(record)
 	var up *tcp.Conn
-	if r.early {
+	if o.early {
 		var err error
 		if up, err = r.engine.config.Dialer.Dial(w, to); err != nil {
 			panic(err)
 		}
 	}
-	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: r.router, Record: record})
+	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: o.router, Record: record})
 }
 
 // place is where the sink of these tests keeps a value with each connection.
