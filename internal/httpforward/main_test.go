@@ -38,15 +38,15 @@ type rig struct {
 	router  Router                      // of all connections; nil: everything goes to the origin
 }
 
-// records keeps what the engine told.
+// records collects the records that the engine has closed.
 type records struct {
 	mu     sync.Mutex
-	closed []told
+	closed []recorded
 	news   chan struct{}
 }
 
-// told is a copy of a record.
-type told struct {
+// recorded is a copy of a record.
+type recorded struct {
 	protocol                          flow.Protocol
 	method, path, authority, id, grpc string
 	forwardedFor                      string
@@ -64,7 +64,7 @@ func (r *records) Closed(record *flow.Record) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := &record.HTTP
-	r.closed = append(r.closed, told{
+	r.closed = append(r.closed, recorded{
 		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus), string(h.ForwardedFor),
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
 		record.Cluster, record.Route,
@@ -77,7 +77,7 @@ func (r *records) Closed(record *flow.Record) {
 }
 
 // await returns the n-th record, once it is there.
-func (r *records) await(t testing.TB, n int) told {
+func (r *records) await(t testing.TB, n int) recorded {
 	t.Helper()
 	deadline := time.After(nettest.Patience)
 	for {
@@ -108,7 +108,7 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What is in the pool by mistake stays there, to be found.
+	// Connections that are in the pool by mistake stay there and can be detected.
 	pool := upstream.NewPool(time.Hour)
 	r := &rig{poller: poller, pool: pool, records: records{news: make(chan struct{}, 1)}}
 	config := Config{

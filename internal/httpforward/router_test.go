@@ -21,7 +21,7 @@ type byPath struct {
 
 func (p *byPath) Route(r *Request) Decision {
 	if r.Connection == nil || len(r.Method) == 0 || len(r.Authority) == 0 {
-		return Decision{} // the tests below notice it: nothing is reached
+		return Decision{} // the tests below fail: the request is not forwarded
 	}
 	if bytes.HasPrefix(r.Path, p.prefix) {
 		return Decision{Target: p.other, Cluster: "other", Route: "by path"}
@@ -155,11 +155,11 @@ func TestAnHTTP2RequestForAnotherUpstreamIsMisdirected(t *testing.T) {
 	client := http2Client(t)
 	for i, want := range []struct {
 		path   string
-		record told
+		record recorded
 	}{
-		{"/home", told{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
-		{"/other", told{cluster: "other", status: 421, flags: "NR", details: "misdirected_request", reason: flow.UpstreamUnreachable}},
-		{"/home", told{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
+		{"/home", recorded{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
+		{"/other", recorded{cluster: "other", status: 421, flags: "NR", details: "misdirected_request", reason: flow.UpstreamUnreachable}},
+		{"/home", recorded{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
 	} {
 		response, err := client.Post("http://"+r.address+want.path, "text/plain", strings.NewReader("hello"))
 		if err != nil {
@@ -215,7 +215,7 @@ func TestARequestWithoutARouteIsNotForwarded(t *testing.T) {
 		if got := head(t, reader); !strings.HasPrefix(got, "HTTP/1.1 404 Not Found\r\n") {
 			t.Errorf("the client received %q, want a 404", got)
 		}
-		want := told{status: 404, flags: "NR", details: "route_not_found", reason: flow.UpstreamUnreachable, cluster: "other"}
+		want := recorded{status: 404, flags: "NR", details: "route_not_found", reason: flow.UpstreamUnreachable, cluster: "other"}
 		if got := r.records.await(t, i); got.status != want.status || got.flags != want.flags ||
 			got.details != want.details || got.reason != want.reason || got.cluster != want.cluster {
 			t.Errorf("record %+v, want %+v", got, want)

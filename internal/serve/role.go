@@ -46,7 +46,7 @@ type Settings struct {
 	OpaquePorts    capture.Ports // destination ports whose protocol is not detected
 	ProxyProtocol  capture.Ports // inbound: destination ports that get a PROXY protocol header; not detected either
 
-	// HTTP is the HTTP engine's, except for IdleTimeout and HalfCloseTimeout, which are those above. nil: unchanged.
+	// HTTP replaces the HTTP engine's settings, with the IdleTimeout and HalfCloseTimeout above. nil: unchanged.
 	HTTP *httpforward.Settings
 }
 
