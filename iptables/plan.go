@@ -1,3 +1,15 @@
+// Package iptables installs, repairs and removes the rules that redirect a workload's traffic to the agent.
+//
+// A run surveys the network namespace (survey.go), plans the difference (plan.go) and commits it (commit.go). Look reads
+// the rules in force. Surveys and plans change nothing. A commit reads everything back and succeeds only if the namespace
+// holds what was planned; a failed init restores the former state.
+//
+// The parts have packages of their own. Below this one: ruleset (rules as data), policy (which rules a spec needs), trace
+// (a packet's path), xtables and nft (the two back ends) and kernel (addresses, routes, capabilities). Above it: report
+// (show, check, explain) and validate (prove the rules by connections).
+//
+// Every function works in the network namespace of the calling thread and must stay on that thread: programs and sockets
+// inherit its namespace.
 package iptables
 
 import (
@@ -8,6 +20,11 @@ import (
 	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/iptables/kernel"
+	"github.com/pillion-proxy/pillion/iptables/nft"
+	"github.com/pillion-proxy/pillion/iptables/policy"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/pillion-proxy/pillion/iptables/xtables"
 )
 
 // Plan is what would change in the network namespace of the calling thread, and how. Making a plan changes nothing.
@@ -17,7 +34,7 @@ type Plan struct {
 	// address and of the routes, changes nothing.
 	Steps []Step
 	// Routes are the changes of policy routing.
-	Routes []RouteChange
+	Routes []kernel.RouteChange
 	// Address says what happens to capture.InboundSource6 on the loopback.
 	Address AddressChange
 	// Warnings are what the caller should tell the user.
@@ -27,10 +44,10 @@ type Plan struct {
 
 	cleanup bool
 	spec    capture.Spec
-	ipv6    ipv6
+	ipv6    kernel.IPv6State
 	backend Backend
-	table   nftState // our table of nftables as it was
-	verify  func(program) error
+	table   nft.Table // our table of nftables as it was
+	verify  func(xtables.Program) error
 	stores  []store
 }
 
@@ -46,14 +63,14 @@ const (
 
 // Step is the share that one family's rules of one flavour have in a plan. Each table is committed whole or not at all.
 type Step struct {
-	Family  Family
-	Flavour Flavour
-	Changes []Change
+	Family  ruleset.Family
+	Flavour ruleset.Flavour
+	Changes []ruleset.Change
 	// Input is what iptables-restore is given, or what nft could be given to the same effect. Our table of nftables is one
 	// for both families: the first step has it all.
 	Input string
 
-	want   Ruleset
+	want   ruleset.Ruleset
 	before store
 }
 
@@ -68,6 +85,21 @@ func PlanInit(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, e
 	return planInit(ctx, spec, backend, (*Plan).underWay)
 }
 
+// PlanCheck is PlanInit for a comparison: rules that an earlier init left for connections in progress are wanted, even if
+// those connections have ended since.
+func PlanCheck(ctx context.Context, spec capture.Spec, backend Backend) (*Plan, error) {
+	return planInit(ctx, spec, backend, (*Plan).leftUnderWay)
+}
+
+// Live returns the rules that each flavour held in each family when the plan was made.
+func (p *Plan) Live() []ruleset.Held {
+	held := make([]ruleset.Held, 0, len(p.stores))
+	for _, t := range p.stores {
+		held = append(held, ruleset.Held{Flavour: t.flavour, Rules: t.rules})
+	}
+	return held
+}
+
 // planInit asks underWay for the mark of TPROXY's connections under way.
 func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay func(*Plan, survey) uint32) (*Plan, error) {
 	plan := &Plan{spec: spec, backend: backend}
@@ -79,23 +111,23 @@ func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay 
 	if !spec.CapturesInboundByTPROXY() {
 		mark = underWay(plan, s)
 	}
-	if err := plan.addFamily(s, rulesWith(spec, IPv4, mark)); err != nil {
+	if err := plan.addFamily(s, policy.RulesWithMark(spec, ruleset.IPv4, mark)); err != nil {
 		return nil, err
 	}
-	families := []Family{IPv4}
-	wanted, err := s.ipv6.wanted(spec.IPv6)
+	families := []ruleset.Family{ruleset.IPv4}
+	wanted, err := s.ipv6.Wanted(spec.IPv6)
 	if err != nil {
 		return nil, err
 	}
 	if wanted {
-		err := plan.addFamily(s, rulesWith(spec, IPv6, mark))
+		err := plan.addFamily(s, policy.RulesWithMark(spec, ruleset.IPv6, mark))
 		switch {
 		case err == nil:
-			families = Families
-			if !s.ipv6.source {
+			families = ruleset.Families
+			if !s.ipv6.Source {
 				plan.Address = AddressAdded
 			}
-		case s.ipv6.global || !errors.Is(err, errNoFlavour):
+		case s.ipv6.Global || !errors.Is(err, errNoFlavour):
 			return nil, err
 		default:
 			if err := plan.giveUpIPv6(err); err != nil {
@@ -103,14 +135,14 @@ func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay 
 			}
 		}
 	} else {
-		if err := plan.addRemoval(s, IPv6, ""); err != nil {
+		if err := plan.addRemoval(s, ruleset.IPv6, ""); err != nil {
 			return nil, err
 		}
-		if s.ipv6.ours {
+		if s.ipv6.Ours {
 			plan.Address = AddressRemoved
 		}
 	}
-	plan.Routes = diffRoutes(append(routesFor(spec, families), routesOf(mark, families, s.routing)...), s.routing)
+	plan.Routes = kernel.DiffRoutes(append(kernel.RoutesFor(spec, families), kernel.RoutesByMark(mark, families, s.routing)...), s.routing)
 	plan.order()
 	return plan, nil
 }
@@ -125,15 +157,15 @@ func PlanCleanup(ctx context.Context) (*Plan, error) {
 	if plan.Unread != nil {
 		return nil, plan.Unread
 	}
-	for _, family := range Families {
+	for _, family := range ruleset.Families {
 		if err := plan.addRemoval(s, family, ""); err != nil {
 			return nil, err
 		}
 	}
-	if s.ipv6.ours {
+	if s.ipv6.Ours {
 		plan.Address = AddressRemoved
 	}
-	plan.Routes = diffRoutes(nil, s.routing)
+	plan.Routes = kernel.DiffRoutes(nil, s.routing)
 	plan.order()
 	return plan, nil
 }
@@ -144,7 +176,7 @@ func PlanCleanup(ctx context.Context) (*Plan, error) {
 func (p *Plan) order() {
 	rank := func(s Step) int {
 		switch {
-		case s.Flavour == Native:
+		case s.Flavour == ruleset.Native:
 			return 1
 		case len(s.want.Tables) == 0:
 			return 2
@@ -152,17 +184,17 @@ func (p *Plan) order() {
 		return 0
 	}
 	slices.SortStableFunc(p.Steps, func(a, b Step) int { return rank(a) - rank(b) })
-	if i := slices.IndexFunc(p.Steps, func(s Step) bool { return s.Flavour == Native }); i >= 0 {
-		p.Steps[i].Input = nftScript(p.wantedNFTables())
+	if i := slices.IndexFunc(p.Steps, func(s Step) bool { return s.Flavour == ruleset.Native }); i >= 0 {
+		p.Steps[i].Input = nft.Script(p.wantedNFTables())
 	}
 }
 
 // wantedNFTables is what our table of nftables shall hold.
-func (p *Plan) wantedNFTables() [2]Ruleset {
-	wanted := p.table.rulesets
+func (p *Plan) wantedNFTables() [2]ruleset.Ruleset {
+	wanted := p.table.Rulesets
 	for _, s := range p.Steps {
-		if s.Flavour == Native {
-			wanted[slices.Index(Families, s.Family)] = s.want
+		if s.Flavour == ruleset.Native {
+			wanted[slices.Index(ruleset.Families, s.Family)] = s.want
 		}
 	}
 	return wanted
@@ -171,25 +203,25 @@ func (p *Plan) wantedNFTables() [2]Ruleset {
 // look makes a survey. Without the right to make one, a plan can still be shown.
 func (p *Plan) look(ctx context.Context) (survey, error) {
 	var s survey
-	err := missingCapability(false)
+	err := kernel.MissingCapability(false)
 	if err == nil {
 		s, err = look(ctx)
 	}
-	if errors.As(err, new(MissingCapabilityError)) {
+	if errors.As(err, new(kernel.MissingCapabilityError)) {
 		p.Unread = err
 		s = survey{stores: storesUnread(ctx)}
-		if s.ipv6, err = readIPv6(); err == nil {
-			s.routing, err = readRoutes()
+		if s.ipv6, err = kernel.ReadIPv6(); err == nil {
+			s.routing, err = kernel.ReadRoutes()
 		}
 	}
-	s.verify = verifier()
+	s.verify = xtables.NewVerifier()
 	p.ipv6, p.table, p.verify, p.stores = s.ipv6, s.table, s.verify, s.stores
 	p.Warnings = append(p.Warnings, s.hidden()...)
 	return s, err
 }
 
 // addFamily plans the wanted rules of a family in one flavour, and the removal of what is ours in the others.
-func (p *Plan) addFamily(s survey, want Ruleset) error {
+func (p *Plan) addFamily(s survey, want ruleset.Ruleset) error {
 	chosen, err := s.choose(want, p.backend)
 	if err != nil {
 		return err
@@ -199,10 +231,10 @@ func (p *Plan) addFamily(s survey, want Ruleset) error {
 }
 
 // addRemoval plans the removal of what is ours in every flavour but one. "" spares none.
-func (p *Plan) addRemoval(s survey, family Family, spared Flavour) error {
+func (p *Plan) addRemoval(s survey, family ruleset.Family, spared ruleset.Flavour) error {
 	for _, t := range s.stores {
 		if t.family == family && t.flavour != spared && t.ours {
-			nothing := Ruleset{Family: family}
+			nothing := ruleset.Ruleset{Family: family}
 			if err := t.usable(nothing); err != nil {
 				return err
 			}
@@ -212,10 +244,10 @@ func (p *Plan) addRemoval(s survey, family Family, spared Flavour) error {
 	return nil
 }
 
-func (p *Plan) addStep(t store, want Ruleset) {
-	step := Step{Family: t.family, Flavour: t.flavour, Changes: Diff(want, t.rules), Input: restoreInput(want, t.rules), want: want, before: t}
+func (p *Plan) addStep(t store, want ruleset.Ruleset) {
+	step := Step{Family: t.family, Flavour: t.flavour, Changes: ruleset.Diff(want, t.rules), Input: xtables.RestoreInput(want, t.rules), want: want, before: t}
 	changed := step.Input != ""
-	if t.flavour == Native {
+	if t.flavour == ruleset.Native {
 		// A base chain that nobody needs any more is no difference between rules, but the last rule takes the table along.
 		changed = len(step.Changes) > 0 || t.ours && len(want.Tables) == 0
 		step.Input = ""
@@ -229,16 +261,16 @@ func (p *Plan) addStep(t store, want Ruleset) {
 func (p *Plan) giveUpIPv6(err error) error {
 	p.Warnings = append(p.Warnings, fmt.Sprintf("IPv6 is left alone: %v; the pod has no global IPv6 address", err))
 	var failed []error
-	p.Routes = slices.DeleteFunc(p.Routes, func(c RouteChange) bool {
-		given := c.Route.Family == IPv6 && c.Action == Add
+	p.Routes = slices.DeleteFunc(p.Routes, func(c kernel.RouteChange) bool {
+		given := c.Route.Family == ruleset.IPv6 && c.Action == kernel.Add
 		if given {
-			failed = append(failed, removeRoute(c.Route))
+			failed = append(failed, kernel.RemoveRoute(c.Route))
 		}
 		return given
 	})
 	if p.Address == AddressAdded {
 		p.Address = AddressKept
-		failed = append(failed, removeSourceAddress())
+		failed = append(failed, kernel.RemoveSourceAddress())
 	}
 	return cmp.Or(failed...)
 }

@@ -2,12 +2,9 @@ package iptables
 
 import (
 	"fmt"
-	"slices"
-
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/iptables/kernel"
 )
 
 // borrowing tells by which mark our rules that are there know what the agent sends from its clients' addresses, 0 if they
@@ -33,7 +30,7 @@ func (p *Plan) underWay(s survey) uint32 {
 	if mark == 0 {
 		return 0
 	}
-	connections, err := countMarked(mark, capture.LoopMark)
+	connections, err := kernel.CountTCP(mark, capture.LoopMark)
 	switch {
 	case err != nil:
 		p.Warnings = append(p.Warnings, fmt.Sprintf("what TPROXY needs stays until cleanup: whether its connections have ended cannot be found out: %v", err))
@@ -53,22 +50,4 @@ func (p *Plan) leftUnderWay(s survey) uint32 {
 		return 0
 	}
 	return mark
-}
-
-// countMarked counts the connections of TCP that connection tracking knows with one of the marks and that have not ended.
-func countMarked(marks ...uint32) (n int, err error) {
-	for _, family := range Families {
-		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(family.number()))
-		if err != nil {
-			return 0, fmt.Errorf("listing tracked connections: %w", err)
-		}
-		for _, f := range flows {
-			tcp, ok := f.ProtoInfo.(*netlink.ProtoInfoTCP)
-			ended := ok && (tcp.State == nl.TCP_CONNTRACK_TIME_WAIT || tcp.State == nl.TCP_CONNTRACK_CLOSE)
-			if slices.Contains(marks, f.Mark) && !ended {
-				n++
-			}
-		}
-	}
-	return n, nil
 }

@@ -41,7 +41,6 @@ const (
 	DetailsHTTP1TooManyFields = "http1.too_many_headers"
 	DetailsHTTP2InvalidField  = "http2.invalid.header.field"
 	DetailsHTTP2TooManyFields = "http2.too_many_headers"
-	DetailsMisdirected        = "misdirected_request" // not Envoy's: a request for another upstream than its HTTP/2 connection's
 	DetailsRouteNotFound      = "route_not_found"
 	DetailsHTTP2Violation     = "http2.violation.of.messaging.rule"
 )

@@ -11,9 +11,8 @@ import (
 	"strings"
 	"time"
 
-	"go.yaml.in/yaml/v3"
-
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
 // The annotations of our own that are more than a setting.
@@ -105,7 +104,7 @@ func parseAnnotations(s *settings, all map[string]any) error {
 			failed = append(failed, fmt.Errorf("annotation %s: %w", a.Name, err))
 		}
 	}
-	for _, name := range sortedKeys(all) {
+	for _, name := range yamledit.SortedKeys(all) {
 		domain, _, _ := strings.Cut(name, "/")
 		switch {
 		case slices.ContainsFunc(Annotations, func(a Annotation) bool { return a.Name == name }):
@@ -243,22 +242,15 @@ var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
 // parseProxyConfig heeds what has a counterpart here. The rest is about a control plane and Envoy.
 func parseProxyConfig(s *settings, text string) error {
-	var n yaml.Node
-	if err := yaml.Unmarshal([]byte(text), &n); err != nil {
-		return fmt.Errorf("it is no YAML: %w", err)
-	}
-	if n.Kind == 0 {
-		return nil
-	}
-	tree, err := plain(&n)
+	tree, err := yamledit.Decode(text)
 	if err != nil {
-		return err
+		return fmt.Errorf("not valid YAML: %w", err)
 	}
 	config, ok := tree.(map[string]any)
 	if !ok && tree != nil {
 		return fmt.Errorf("%.100q is no mapping: use lines such as holdApplicationUntilProxyStarts: true", text)
 	}
-	for _, key := range sortedKeys(config) {
+	for _, key := range yamledit.SortedKeys(config) {
 		value, isKnown := config[key], true
 		var err error
 		switch key {
@@ -293,7 +285,7 @@ func parseMetadata(s *settings, value any) error {
 	if !ok {
 		return errors.New("it is no mapping of variables to values")
 	}
-	for _, name := range sortedKeys(variables) {
+	for _, name := range yamledit.SortedKeys(variables) {
 		if !variableName.MatchString(name) || slices.Contains(ownVariables, name) {
 			return fmt.Errorf("%q cannot be set: use the name of a variable that the injection does not set itself", name)
 		}

@@ -18,6 +18,13 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/scrape"
+	"github.com/pillion-proxy/pillion/internal/yamledit"
+)
+
+// The names of what yamledit adds to a tree.
+type (
+	object = yamledit.Object
+	member = yamledit.Member
 )
 
 // Options are what is the same for all pods. Image must be set.
@@ -79,7 +86,7 @@ func Read(from io.Reader, name string) ([]byte, error) {
 // is called with what people should know. When an object cannot be injected the error names all such, and there is no
 // text.
 func Inject(text []byte, name string, options Options, warn func(string)) ([]byte, error) {
-	return each(text, name, warn, func(o *found) ([]change, error) { return o.inject(options) })
+	return each(text, name, warn, func(o *found) ([]yamledit.Change, error) { return o.inject(options) })
 }
 
 // Uninject takes the sidecars out again. A text that Inject made becomes what it was, byte for byte.
@@ -90,7 +97,7 @@ func Uninject(text []byte, name string, warn func(string)) ([]byte, error) {
 const byteOrderMark = "\uFEFF"
 
 // each has changes made to each object.
-func each(text []byte, name string, warn func(string), decide func(*found) ([]change, error)) ([]byte, error) {
+func each(text []byte, name string, warn func(string), decide func(*found) ([]yamledit.Change, error)) ([]byte, error) {
 	if !utf8.Valid(text) {
 		return nil, fmt.Errorf("%s is no UTF-8: convert it", name)
 	}
@@ -102,7 +109,7 @@ func each(text []byte, name string, warn func(string), decide func(*found) ([]ch
 		stream = stream[len(byteOrderMark):]
 	}
 	line := 1
-	for i, document := range split([]byte(stream)) {
+	for i, document := range yamledit.Split([]byte(stream)) {
 		in := fmt.Sprintf("(document %d of %s)", i+1, name)
 		if i > 0 {
 			in = fmt.Sprintf("(document %d of %s, from line %d)", i+1, name, line)
@@ -120,18 +127,18 @@ func each(text []byte, name string, warn func(string), decide func(*found) ([]ch
 	return []byte(out.String()), nil
 }
 
-func one(text string, warn func(string), where func(string) string, decide func(*found) ([]change, error)) (string, error) {
+func one(text string, warn func(string), where func(string) string, decide func(*found) ([]yamledit.Change, error)) (string, error) {
 	if says := strings.TrimLeft(text, " \t\r\n"); says == "" || says[0] == '%' {
 		return text, nil // directives are of the document behind them
 	}
-	d, err := parse(text)
+	d, err := yamledit.Parse(text)
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", where(""), err)
 	}
-	var changes []change
+	var changes []yamledit.Change
 	var failed []error
-	for _, o := range objects(d.tree, nil) {
-		o.record = func(path []string, key string) (written, error) { return d.record(path, key) }
+	for _, o := range objects(d.Tree(), nil) {
+		o.record = d.Source
 		o.warn = func(format string, arguments ...any) {
 			warn(where(o.String()) + ": " + fmt.Sprintf(format, arguments...))
 		}
@@ -144,33 +151,11 @@ func one(text string, warn func(string), where func(string) string, decide func(
 	if err := errors.Join(failed...); err != nil || len(changes) == 0 {
 		return text, err
 	}
-	edited, err := d.edit(changes)
+	edited, err := d.Edit(changes)
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", where(""), err)
 	}
 	return edited, nil
-}
-
-// record is written for a member at a path. What comes back from it must be what there is.
-func (d *document) record(path []string, key string) (w written, err error) {
-	defer func() {
-		if failed := recover(); failed != nil {
-			err = fmt.Errorf("%s: %w (%v)", strings.Join(append(path, key), "."), errStyle, failed)
-		}
-	}()
-	p, err := d.find(path)
-	if err != nil {
-		return written{}, fmt.Errorf("%s: %w", strings.Join(path, "."), err)
-	}
-	at := memberIndex(p.node, key)
-	if at < 0 {
-		return written{}, fmt.Errorf("%s: %w", strings.Join(append(path, key), "."), errStyle)
-	}
-	w = d.written(p, p.node.Content[at])
-	if _, _, err := w.parse(); err != nil {
-		return written{}, fmt.Errorf("%s: %w", strings.Join(append(path, key), "."), errStyle)
-	}
-	return w, nil
 }
 
 // found is an object that has a pod or a template of pods.
@@ -179,7 +164,7 @@ type found struct {
 	tree     any
 	path     []string // from the document to the object
 	template []string // from the object to the pod
-	record   func(path []string, key string) (written, error)
+	record   func(path []string, key string) (yamledit.Source, error)
 	warn     func(format string, arguments ...any)
 }
 
@@ -201,14 +186,14 @@ const maxNested = 8 // lists in lists
 
 // objects finds those of the kinds that matter.
 func objects(tree any, path []string) []*found {
-	kind := text(tree, "kind")
-	group, _, hasGroup := strings.Cut(text(tree, "apiVersion"), "/")
+	kind := yamledit.Text(tree, "kind")
+	group, _, hasGroup := strings.Cut(yamledit.Text(tree, "apiVersion"), "/")
 	if !hasGroup {
 		group = ""
 	}
 	if kind == "List" && group == "" && len(path) <= 2*maxNested {
 		var all []*found
-		items, _ := get(tree, "items").([]any)
+		items, _ := yamledit.Get(tree, "items").([]any)
 		for i, item := range items {
 			all = append(all, objects(item, append(slices.Clone(path), "items", strconv.Itoa(i)))...)
 		}
@@ -224,11 +209,11 @@ func objects(tree any, path []string) []*found {
 
 // String names the object for people.
 func (o *found) String() string {
-	name := text(o.tree, "metadata", "name")
+	name := yamledit.Text(o.tree, "metadata", "name")
 	if name == "" {
-		name = text(o.tree, "metadata", "generateName") + "…"
+		name = yamledit.Text(o.tree, "metadata", "generateName") + "…"
 	}
-	if namespace := text(o.tree, "metadata", "namespace"); namespace != "" {
+	if namespace := yamledit.Text(o.tree, "metadata", "namespace"); namespace != "" {
 		name = namespace + "/" + name
 	}
 	return o.kind + " " + name
@@ -236,7 +221,7 @@ func (o *found) String() string {
 
 // pod is the object's.
 func (o *found) pod() (*pod, error) {
-	tree, ok := get(o.tree, o.template...).(map[string]any)
+	tree, ok := yamledit.Get(o.tree, o.template...).(map[string]any)
 	if !ok {
 		return nil, fmt.Errorf("it has no %s", strings.Join(o.template, "."))
 	}
@@ -244,12 +229,12 @@ func (o *found) pod() (*pod, error) {
 }
 
 // uninject makes the changes that undo an injection, if there was one.
-func (o *found) uninject() ([]change, error) {
+func (o *found) uninject() ([]yamledit.Change, error) {
 	p, err := o.pod()
 	if err != nil {
 		return nil, err
 	}
-	if _, injected := get(p.tree, "metadata", "annotations", statusAnnotation).(string); !injected {
+	if _, injected := yamledit.Get(p.tree, "metadata", "annotations", statusAnnotation).(string); !injected {
 		return nil, nil
 	}
 	err = p.undo()
@@ -260,7 +245,7 @@ func (o *found) uninject() ([]change, error) {
 var closed = []string{"kube-system", "kube-public", "kube-node-lease"}
 
 // inject makes the changes that put pillion into the object's pods; none if they are left alone.
-func (o *found) inject(options Options) ([]change, error) {
+func (o *found) inject(options Options) ([]yamledit.Change, error) {
 	p, err := o.pod()
 	if err != nil {
 		return nil, err
@@ -336,9 +321,9 @@ func (p *pod) leaveAlone(annotations map[string]any, options Options) (bool, err
 	switch {
 	case slices.Contains(closed, p.names.namespace):
 		why = "the namespace " + p.names.namespace + " is the cluster's own"
-	case get(p.tree, "spec", "hostNetwork") == true:
+	case yamledit.Get(p.tree, "spec", "hostNetwork") == true:
 		why = "its network is the node's (hostNetwork)"
-	case text(p.tree, "spec", "os", "name") == "windows":
+	case yamledit.Text(p.tree, "spec", "os", "name") == "windows":
 		why = "it is for Windows"
 	}
 	for _, list := range []string{"containers", "initContainers"} {
@@ -394,7 +379,7 @@ func (p *pod) settings(annotations, spec map[string]any, options Options) (*sett
 	if len(s.unheeded) > 0 {
 		p.warn("not heeded: %s", strings.Join(s.unheeded, ", "))
 	}
-	contexts := []any{get(spec, "securityContext")}
+	contexts := []any{yamledit.Get(spec, "securityContext")}
 	for _, list := range []string{"containers", "initContainers"} {
 		containers, err := p.containers(list)
 		if err != nil {
@@ -402,14 +387,14 @@ func (p *pod) settings(annotations, spec map[string]any, options Options) (*sett
 		}
 		for _, c := range containers {
 			// An init container that goes past the sidecar does so on purpose.
-			if list == "containers" || text(c, "restartPolicy") == "Always" {
+			if list == "containers" || yamledit.Text(c, "restartPolicy") == "Always" {
 				contexts = append(contexts, c["securityContext"])
 			}
 		}
 	}
 	for _, context := range contexts {
 		for _, id := range []string{"runAsUser", "runAsGroup"} {
-			if fmt.Sprint(get(context, id)) == strconv.Itoa(capture.DefaultProxyID) {
+			if fmt.Sprint(yamledit.Get(context, id)) == strconv.Itoa(capture.DefaultProxyID) {
 				return nil, fmt.Errorf("securityContext.%s is %d, the sidecar's own: the rules would let the workload's traffic pass uncaptured; use another number",
 					id, capture.DefaultProxyID)
 			}
@@ -421,7 +406,7 @@ func (p *pod) settings(annotations, spec map[string]any, options Options) (*sett
 // moveMetrics has Prometheus scrape the agent, which scrapes the workload, and returns what tells the agent how. A pod
 // that says it is not to be scraped is not.
 func (p *pod) moveMetrics(s *settings, annotations map[string]any) (string, error) {
-	if !s.mergeMetrics || text(annotations, "prometheus.io/scrape") == "false" {
+	if !s.mergeMetrics || yamledit.Text(annotations, "prometheus.io/scrape") == "false" {
 		return "", nil
 	}
 	at := []string{"metadata", "annotations"}
@@ -429,20 +414,20 @@ func (p *pod) moveMetrics(s *settings, annotations map[string]any) (string, erro
 	for _, m := range []member{
 		{"scrape", "true"}, {"path", "/stats/prometheus"}, {"port", strconv.Itoa(int(s.statusPort))},
 	} {
-		key := "prometheus.io/" + m.key
+		key := "prometheus.io/" + m.Key
 		value, has := annotations[key]
 		if !has {
-			fresh = append(fresh, member{key, m.value})
+			fresh = append(fresh, member{key, m.Value})
 			continue
 		}
 		if _, isText := value.(string); !isText {
 			return "", fmt.Errorf("annotation %s: it is no string: put quotes around the value", key)
 		}
-		asked = append(asked, member{m.key, value})
-		if value == m.value {
+		asked = append(asked, member{m.Key, value})
+		if value == m.Value {
 			continue
 		}
-		if err := p.replace(at, at, key, member{key, m.value}); err != nil {
+		if err := p.replace(at, at, key, member{key, m.Value}); err != nil {
 			return "", err
 		}
 	}
@@ -450,8 +435,8 @@ func (p *pod) moveMetrics(s *settings, annotations map[string]any) (string, erro
 	if asked == nil {
 		return "", nil
 	}
-	recorded := oneLine(asked)
-	if text(annotations, "prometheus.io/port") == strconv.Itoa(int(s.statusPort)) {
+	recorded := yamledit.JSON(asked)
+	if yamledit.Text(annotations, "prometheus.io/port") == strconv.Itoa(int(s.statusPort)) {
 		return "", nil // it has been for the agent all along
 	}
 	// The agent does not start with targets that it cannot read, or that are its own.
@@ -468,22 +453,22 @@ func (p *pod) place(s *settings, options Options, sidecar object) error {
 	lists := func() error {
 		if s.native {
 			// In front of all: what comes behind them has a network, which the rules have made the agent's.
-			return p.addItems("initContainers", addFront, init, sidecar)
+			return p.addItems("initContainers", yamledit.AddFront, init, sidecar)
 		}
 		// Behind all: there is no agent yet while init containers run.
-		if err := p.addItems("initContainers", addBack, init); err != nil {
+		if err := p.addItems("initContainers", yamledit.AddBack, init); err != nil {
 			return err
 		}
-		where := addFront
+		where := yamledit.AddFront
 		if !s.hold {
-			where = addBack
+			where = yamledit.AddBack
 		}
 		return p.addItems("containers", where, sidecar)
 	}
 	if err := lists(); err != nil {
 		return err
 	}
-	if err := p.addItems("volumes", addBack, labelsVolume()); err != nil {
+	if err := p.addItems("volumes", yamledit.AddBack, labelsVolume()); err != nil {
 		return err
 	}
 	return p.writeAnnotations()
@@ -493,11 +478,11 @@ func (p *pod) place(s *settings, options Options, sidecar object) error {
 func (p *pod) writeAnnotations() error {
 	at := []string{"metadata", "annotations"}
 	for _, m := range p.annotations {
-		p.status.Added = append(p.status.Added, pointer(append(slices.Clone(at), m.key)...))
+		p.status.Added = append(p.status.Added, yamledit.Pointer(append(slices.Clone(at), m.Key)...))
 	}
 	p.status.Version = statusVersion
 	write := func() error {
-		return p.put(at, append(slices.Clone(p.annotations), member{statusAnnotation, oneLine(p.status)}))
+		return p.put(at, append(slices.Clone(p.annotations), member{statusAnnotation, yamledit.JSON(p.status)}))
 	}
 	// That a mapping is made for them is part of the status. So the first time is to learn that, and does not count.
 	mark := len(p.changes)

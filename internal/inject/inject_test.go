@@ -16,6 +16,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -117,25 +118,43 @@ func restyled(t testing.TB, text []byte) map[string][]byte {
 		all["with comments"] = []byte(strings.Join(commented, ""))
 	}
 	// As other programs would write it: everything in order of keys, in JSON or in block style.
-	if d, err := parse(string(text)); err == nil && d.tree != nil && len(split(text)) == 1 {
-		if tree, ok := d.tree.(map[string]any); ok {
-			all["JSON"] = []byte(oneLine(tree))
-			var b strings.Builder
-			block(&b, tree, 0, "\n")
-			all["block style"] = []byte(b.String() + "\n")
+	if d, err := yamledit.Parse(string(text)); err == nil && d.Tree() != nil && len(yamledit.Split(text)) == 1 {
+		if tree, ok := d.Tree().(map[string]any); ok {
+			all["JSON"] = []byte(yamledit.JSON(tree))
 			for _, indent := range []int{2, 4} {
-				var out bytes.Buffer
-				encoder := yaml.NewEncoder(&out)
-				encoder.SetIndent(indent)
-				if err := encoder.Encode(d.root); err != nil {
-					t.Fatal(err)
-				}
-				encoder.Close()
-				all[fmt.Sprintf("indented by %d", indent)] = out.Bytes()
+				all[fmt.Sprintf("indented by %d", indent)] = encoded(t, yamledit.JSON(tree), indent)
+				all[fmt.Sprintf("in its order, indented by %d", indent)] = encoded(t, string(text), indent)
 			}
 		}
 	}
 	return all
+}
+
+// encoded returns a document as yaml.v3 writes it in block style.
+func encoded(t testing.TB, text string, indent int) []byte {
+	t.Helper()
+	var n yaml.Node
+	if err := yaml.Unmarshal([]byte(text), &n); err != nil {
+		t.Fatal(err)
+	}
+	if text[0] == '{' {
+		inBlockStyle(&n)
+	}
+	var out bytes.Buffer
+	encoder := yaml.NewEncoder(&out)
+	encoder.SetIndent(indent)
+	if err := encoder.Encode(n.Content[0]); err != nil {
+		t.Fatal(err)
+	}
+	encoder.Close()
+	return out.Bytes()
+}
+
+func inBlockStyle(n *yaml.Node) {
+	n.Style &^= yaml.FlowStyle
+	for _, child := range n.Content {
+		inBlockStyle(child)
+	}
 }
 
 func TestUninjectionGivesEveryByteBackAndASecondInjectionChangesNothing(t *testing.T) {
@@ -201,23 +220,21 @@ func TestLinesThatNeedNotChangeStayInTheirOrder(t *testing.T) {
 // What has been through an API server comes back in another form.
 func TestUninjectionWorksOnWhatOthersHaveRewritten(t *testing.T) {
 	for name, text := range inputs(t) {
-		if len(split(text)) > 1 {
+		if len(yamledit.Split(text)) > 1 {
 			continue
 		}
-		before, err := parse(strings.TrimPrefix(string(text), byteOrderMark))
+		before, err := yamledit.Parse(strings.TrimPrefix(string(text), byteOrderMark))
 		if err != nil {
 			t.Fatal(err)
 		}
 		out, _ := injected(t, name, text)
-		after, err := parse(strings.TrimPrefix(string(out), byteOrderMark))
+		after, err := yamledit.Parse(strings.TrimPrefix(string(out), byteOrderMark))
 		if err != nil {
 			t.Fatal(err)
 		}
-		var b strings.Builder
-		block(&b, after.tree, 0, "\n")
-		for _, form := range []string{oneLine(after.tree), b.String()} {
-			back, err := parse(string(uninjected(t, name, []byte(form))))
-			if err != nil || !reflect.DeepEqual(back.tree, before.tree) {
+		for _, form := range []string{yamledit.JSON(after.Tree()), string(encoded(t, yamledit.JSON(after.Tree()), 2))} {
+			back, err := yamledit.Parse(string(uninjected(t, name, []byte(form))))
+			if err != nil || !reflect.DeepEqual(back.Tree(), before.Tree()) {
 				t.Errorf("%s: %v\n%s", name, err, uninjected(t, name, []byte(form)))
 			}
 		}
@@ -269,7 +286,7 @@ func TestWhatCannotBeInjectedIsSaidWithItsRemedyAndNothingIsWritten(t *testing.T
 		{pod(`sidecar.istio.io/proxyCPU: lots`, app), `"lots" is not a quantity: use one such as 100m or 64Mi`},
 		{pod(`sidecar.istio.io/proxyCPU: "2", sidecar.istio.io/proxyCPULimit: "1"`, app), `"2" is more than the limit of 1`},
 		{pod(`status.sidecar.istio.io/port: "15021"`, app), `the sidecar has another use for port 15021`},
-		{pod(`proxy.istio.io/config: "a: ["`, app), `annotation proxy.istio.io/config: it is no YAML`},
+		{pod(`proxy.istio.io/config: "a: ["`, app), `annotation proxy.istio.io/config: not valid YAML`},
 		{pod(`proxy.istio.io/config: "concurrency: many"`, app), `concurrency: many is not a count`},
 		{pod(`proxy.istio.io/config: "terminationDrainDuration: 60s"`, app), `1m0s is longer than terminationGracePeriodSeconds (30s)`},
 		{pod(`proxy.istio.io/config: "proxyMetadata: {POD_NAME: x}"`, app), `"POD_NAME" cannot be set`},
@@ -290,11 +307,11 @@ func TestWhatCannotBeInjectedIsSaidWithItsRemedyAndNothingIsWritten(t *testing.T
 		{pod(``, app+`, terminationGracePeriodSeconds: -1`), `terminationGracePeriodSeconds: -1 is no number of seconds`},
 		{pod(``, `containers: [{name: a, readinessProbe: {httpGet: {port: 80, scheme: FTP}}}]`), `scheme "FTP": must be HTTP or HTTPS`},
 		{"apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d, namespace: ns}\n", `Deployment ns/d (document 1 of in.yaml): it has no spec.template`},
-		{"kind: Pod\nkind: Pod\n", `(document 1 of in.yaml): line 3: key "kind" stands twice: take one out`},
+		{"kind: Pod\nkind: Pod\n", `(document 1 of in.yaml): line 3: duplicate key "kind": remove one`},
 		{"a: [\n", `(document 1 of in.yaml): yaml: line`},
 		{"{{ template }}\n", `(document 1 of in.yaml): `},
 		{"\xff\xfe", `in.yaml is no UTF-8: convert it`},
-		{"apiVersion: v1\nkind: Pod\nspec: &s {" + app + "}\ncopy: *s\n", `it is written with anchors`},
+		{"apiVersion: v1\nkind: Pod\nspec: &s {" + app + "}\ncopy: *s\n", `uses anchors`},
 		{"a: &a [x,x,x,x,x,x,x,x,x]\n" + bomb(), `aliases stand for more than 100000 values`},
 		{"a: &a [*a]\n", `aliases stand for more than 100000 values`},
 	} {
@@ -322,7 +339,7 @@ func TestStatusThatNobodyWroteIsRefused(t *testing.T) {
 		`{"version":1,"replaced":[{"path":"/metadata/annotations","was":"a: 1","column":1000000000}]}`,
 		`{"version":1,"replaced":[{"path":"/metadata/annotations","was":"a: 1\nb: 2","column":0}]}`,
 	} {
-		text := "apiVersion: v1\nkind: Pod\nmetadata:\n  annotations:\n    pillion.dev/status: " + quote(status) + "\nspec: {}\n"
+		text := "apiVersion: v1\nkind: Pod\nmetadata:\n  annotations:\n    pillion.dev/status: " + yamledit.JSON(status) + "\nspec: {}\n"
 		if out, err := Uninject([]byte(text), "x", func(string) {}); err == nil || !strings.Contains(err.Error(), statusAnnotation) {
 			t.Errorf("%s: %v\n%s", status, err, out)
 		}

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
 // pod is a pod or a template of pods, in whatever object it stands.
@@ -13,12 +15,12 @@ type pod struct {
 	path    []string
 	tree    map[string]any // the pod's own part of the object
 	names   names
-	changes []change
+	changes []yamledit.Change
 	status  status
 	// annotations are new ones, which are written with the status.
 	annotations object
 	// record tells how the member of a mapping is written. Paths are from the root of the document.
-	record func(path []string, key string) (written, error)
+	record func(path []string, key string) (yamledit.Source, error)
 	warn   func(format string, arguments ...any)
 }
 
@@ -39,7 +41,7 @@ type status struct {
 	Replaced       []replaced `json:"replaced,omitempty"` // members that were others
 }
 
-// replaced is a member as it has been written, see written.
+// replaced is a member as it was written, see yamledit.Source.
 type replaced struct {
 	Path   string `json:"path"`
 	Was    string `json:"was"`
@@ -53,7 +55,7 @@ const maxItems = 1000
 
 // mapping is the mapping at keys; null and nothing are an empty one.
 func (p *pod) mapping(keys ...string) (map[string]any, error) {
-	switch v := get(p.tree, keys...).(type) {
+	switch v := yamledit.Get(p.tree, keys...).(type) {
 	case map[string]any:
 		return v, nil
 	case nil:
@@ -65,7 +67,7 @@ func (p *pod) mapping(keys ...string) (map[string]any, error) {
 // items are those of a list of named things.
 func (p *pod) items(keys ...string) ([]map[string]any, error) {
 	where := strings.Join(keys, ".")
-	v := get(p.tree, keys...)
+	v := yamledit.Get(p.tree, keys...)
 	list, isList := v.([]any)
 	if !isList && v != nil {
 		return nil, fmt.Errorf("%s is no list", where)
@@ -76,7 +78,7 @@ func (p *pod) items(keys ...string) ([]map[string]any, error) {
 	items := make([]map[string]any, len(list))
 	for i := range list {
 		item, _ := list[i].(map[string]any)
-		if text(item, "name") == "" {
+		if yamledit.Text(item, "name") == "" {
 			return nil, fmt.Errorf("%s[%d] has no name", where, i)
 		}
 		if slices.ContainsFunc(items[:i], func(other map[string]any) bool { return other["name"] == item["name"] }) {
@@ -101,15 +103,15 @@ func (p *pod) replace(path, at []string, old string, m member) error {
 	if err != nil {
 		return err
 	}
-	p.status.Replaced = append(p.status.Replaced, replaced{pointer(append(slices.Clone(at), m.key)...), was.Text, was.Column})
-	p.changes = append(p.changes, change{path: full, kind: setMember, key: m.key, old: old, values: []any{m.value}})
+	p.status.Replaced = append(p.status.Replaced, replaced{yamledit.Pointer(append(slices.Clone(at), m.Key)...), was.Text, was.Column})
+	p.changes = append(p.changes, yamledit.Change{Path: full, Kind: yamledit.SetMember, Key: m.Key, Old: old, Values: []any{m.Value}})
 	return nil
 }
 
 // add puts members into a mapping, which it makes when it is not there or empty.
 func (p *pod) add(path []string, members object) error {
 	for _, m := range members {
-		p.status.Added = append(p.status.Added, pointer(append(slices.Clone(path), m.key)...))
+		p.status.Added = append(p.status.Added, yamledit.Pointer(append(slices.Clone(path), m.Key)...))
 	}
 	return p.put(path, members)
 }
@@ -120,7 +122,7 @@ func (p *pod) put(path []string, members object) error {
 		return err
 	} else if len(there) > 0 {
 		for _, m := range members {
-			p.changes = append(p.changes, change{path: slices.Concat(p.path, path), kind: setMember, key: m.key, values: []any{m.value}})
+			p.changes = append(p.changes, yamledit.Change{Path: slices.Concat(p.path, path), Kind: yamledit.SetMember, Key: m.Key, Values: []any{m.Value}})
 		}
 		return nil
 	}
@@ -141,14 +143,14 @@ func (p *pod) fill(path []string, value any) error {
 }
 
 // addItems puts items into a list of the pod's spec, which it makes when it is not there or empty.
-func (p *pod) addItems(list string, where kind, items ...any) error {
+func (p *pod) addItems(list string, where yamledit.Kind, items ...any) error {
 	there, err := p.items("spec", list)
 	if err != nil {
 		return err
 	}
 	record := map[string]*[]string{"initContainers": &p.status.InitContainers, "containers": &p.status.Containers, "volumes": &p.status.Volumes}[list]
 	for _, item := range items {
-		name := item.(object)[0].value.(string)
+		name := item.(object)[0].Value.(string)
 		if named(there, name) >= 0 {
 			return fmt.Errorf("spec.%s has %q already: give it another name", list, name)
 		}
@@ -157,13 +159,13 @@ func (p *pod) addItems(list string, where kind, items ...any) error {
 	if len(there) == 0 {
 		return p.fill([]string{"spec", list}, items)
 	}
-	p.changes = append(p.changes, change{path: slices.Concat(p.path, []string{"spec", list}), kind: where, values: items})
+	p.changes = append(p.changes, yamledit.Change{Path: slices.Concat(p.path, []string{"spec", list}), Kind: where, Values: items})
 	return nil
 }
 
 // undo makes the changes that take back what the status says. Whatever somebody else has changed since is left alone.
 func (p *pod) undo() error {
-	annotation, isText := get(p.tree, "metadata", "annotations", statusAnnotation).(string)
+	annotation, isText := yamledit.Get(p.tree, "metadata", "annotations", statusAnnotation).(string)
 	if !isText {
 		return fmt.Errorf("annotation %s is no string", statusAnnotation)
 	}
@@ -179,7 +181,7 @@ func (p *pod) undo() error {
 		return fmt.Errorf("annotation %s: it names more than a pod can have", statusAnnotation)
 	}
 	for _, r := range p.status.Replaced {
-		if at := unpointer(r.Path); len(at) > 3 && at[0] == "spec" {
+		if at := yamledit.ParsePointer(r.Path); len(at) > 3 && at[0] == "spec" {
 			if err := p.undoProbe(at, r); err != nil {
 				return err
 			}
@@ -206,7 +208,7 @@ func (p *pod) undoProbe(at []string, r replaced) error {
 		return err
 	}
 	i := named(containers, at[2])
-	if i < 0 || !strings.HasPrefix(text(containers[i], append(slices.Clone(at[3:]), "path")...), "/app-") {
+	if i < 0 || !strings.HasPrefix(yamledit.Text(containers[i], append(slices.Clone(at[3:]), "path")...), "/app-") {
 		p.warn("%s is not as it was injected, and is left alone", r.Path)
 		return nil
 	}
@@ -216,21 +218,21 @@ func (p *pod) undoProbe(at []string, r replaced) error {
 }
 
 func (p *pod) bringBack(path []string, now string, r replaced) error {
-	was := written{r.Was, r.Column}
+	was := yamledit.Source{Text: r.Was, Column: r.Column}
 	if was.Column > len(r.Was)+1<<16 { // it becomes blanks
 		return fmt.Errorf("annotation %s: column %d", statusAnnotation, r.Column)
 	}
-	key, value, err := was.parse()
+	key, value, err := was.Decode()
 	if err != nil {
 		return fmt.Errorf("annotation %s: what %s was: %w", statusAnnotation, r.Path, err)
 	}
-	p.changes = append(p.changes, change{path: slices.Concat(p.path, path), kind: setMember, key: key, old: now, values: []any{value}, was: &was})
+	p.changes = append(p.changes, yamledit.Change{Path: slices.Concat(p.path, path), Kind: yamledit.SetMember, Key: key, Old: now, Values: []any{value}, Was: &was})
 	return nil
 }
 
 // wasAt finds what stood at a pointer, if there was something.
 func (p *pod) wasAt(keys ...string) (replaced, bool) {
-	i := slices.IndexFunc(p.status.Replaced, func(r replaced) bool { return r.Path == pointer(keys...) })
+	i := slices.IndexFunc(p.status.Replaced, func(r replaced) bool { return r.Path == yamledit.Pointer(keys...) })
 	if i < 0 {
 		return replaced{}, false
 	}
@@ -244,10 +246,10 @@ func (p *pod) undoAnnotations() error {
 		return err
 	}
 	foreign, ours := false, []string{statusAnnotation}
-	for _, name := range sortedKeys(annotations) {
+	for _, name := range yamledit.SortedKeys(annotations) {
 		switch {
 		case name == statusAnnotation:
-		case slices.Contains(p.status.Added, pointer("metadata", "annotations", name)):
+		case slices.Contains(p.status.Added, yamledit.Pointer("metadata", "annotations", name)):
 			ours = append(ours, name)
 		default:
 			foreign = true
@@ -264,7 +266,7 @@ func (p *pod) undoAnnotations() error {
 			return err
 		}
 	}
-	for _, name := range sortedKeys(annotations) {
+	for _, name := range yamledit.SortedKeys(annotations) {
 		if r, was := p.wasAt("metadata", "annotations", name); was {
 			if err := p.bringBack(at, name, r); err != nil {
 				return err
@@ -275,7 +277,7 @@ func (p *pod) undoAnnotations() error {
 		return p.setEmpty(at, map[string]any{})
 	}
 	for _, name := range ours {
-		p.changes = append(p.changes, change{path: slices.Concat(p.path, at), kind: removeMember, key: name})
+		p.changes = append(p.changes, yamledit.Change{Path: slices.Concat(p.path, at), Kind: yamledit.RemoveMember, Key: name})
 	}
 	return nil
 }
@@ -286,8 +288,8 @@ func (p *pod) takeBack(at []string) (done bool, err error) {
 	if r, was := p.wasAt(at...); was {
 		return true, p.bringBack(above, key, r)
 	}
-	if slices.Contains(p.status.Added, pointer(at...)) {
-		p.changes = append(p.changes, change{path: slices.Concat(p.path, above), kind: removeMember, key: key})
+	if slices.Contains(p.status.Added, yamledit.Pointer(at...)) {
+		p.changes = append(p.changes, yamledit.Change{Path: slices.Concat(p.path, above), Kind: yamledit.RemoveMember, Key: key})
 		return true, nil
 	}
 	return false, nil
@@ -296,7 +298,7 @@ func (p *pod) takeBack(at []string) (done bool, err error) {
 // setEmpty is for a mapping or list of which all that was not ours has gone since.
 func (p *pod) setEmpty(at []string, value any) error {
 	above, key := at[:len(at)-1], at[len(at)-1]
-	p.changes = append(p.changes, change{path: slices.Concat(p.path, above), kind: setMember, key: key, values: []any{value}})
+	p.changes = append(p.changes, yamledit.Change{Path: slices.Concat(p.path, above), Kind: yamledit.SetMember, Key: key, Values: []any{value}})
 	return nil
 }
 
@@ -306,7 +308,7 @@ func (p *pod) undoList(key string, ours []string) error {
 	if err != nil || len(items) == 0 || len(ours) == 0 {
 		return err
 	}
-	foreign := slices.ContainsFunc(items, func(item map[string]any) bool { return !slices.Contains(ours, text(item, "name")) })
+	foreign := slices.ContainsFunc(items, func(item map[string]any) bool { return !slices.Contains(ours, yamledit.Text(item, "name")) })
 	if !foreign {
 		if done, err := p.takeBack(at); done || err != nil {
 			return err
@@ -314,8 +316,8 @@ func (p *pod) undoList(key string, ours []string) error {
 		return p.setEmpty(at, []any{})
 	}
 	for i, item := range slices.Backward(items) {
-		if slices.Contains(ours, text(item, "name")) {
-			p.changes = append(p.changes, change{path: slices.Concat(p.path, at), kind: removeItem, key: strconv.Itoa(i)})
+		if slices.Contains(ours, yamledit.Text(item, "name")) {
+			p.changes = append(p.changes, yamledit.Change{Path: slices.Concat(p.path, at), Kind: yamledit.RemoveItem, Key: strconv.Itoa(i)})
 		}
 	}
 	return nil

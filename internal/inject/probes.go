@@ -7,6 +7,7 @@ import (
 	"strconv"
 
 	"github.com/pillion-proxy/pillion/internal/probe"
+	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
 // proberNames are the fields of a container that hold handlers, and the names under which the agent's status port has
@@ -29,21 +30,21 @@ func (p *pod) rewriteProbes(s *settings) (string, error) {
 		}
 		for i, c := range containers {
 			// What runs before a classic sidecar cannot be probed through it.
-			if list == "initContainers" && (text(c, "restartPolicy") != "Always" || !s.native) {
+			if list == "initContainers" && (yamledit.Text(c, "restartPolicy") != "Always" || !s.native) {
 				continue
 			}
 			for _, n := range proberNames {
 				path := []string{"spec", list, strconv.Itoa(i), n.field}
-				at := []string{"spec", list, text(c, "name"), n.field}
+				at := []string{"spec", list, yamledit.Text(c, "name"), n.field}
 				if n.below != "" {
 					path, at = append(path, n.below), append(at, n.below)
 				}
-				prober, err := p.rewriteProbe(s, c, path, at, fmt.Sprintf(n.path, text(c, "name")))
+				prober, err := p.rewriteProbe(s, c, path, at, fmt.Sprintf(n.path, yamledit.Text(c, "name")))
 				if err != nil {
 					return "", err
 				}
 				if prober != nil {
-					probers = append(probers, member{fmt.Sprintf(n.path, text(c, "name")), prober})
+					probers = append(probers, member{fmt.Sprintf(n.path, yamledit.Text(c, "name")), prober})
 				}
 			}
 		}
@@ -51,7 +52,7 @@ func (p *pod) rewriteProbes(s *settings) (string, error) {
 	if probers == nil {
 		return "", nil
 	}
-	recorded := oneLine(probers)
+	recorded := yamledit.JSON(probers)
 	// The agent does not start with probes that it cannot read.
 	if _, err := probe.Parse(recorded, probe.Config{Address: netip.IPv6Loopback(), StatusPort: s.statusPort}); err != nil {
 		return "", err
@@ -61,20 +62,20 @@ func (p *pod) rewriteProbes(s *settings) (string, error) {
 
 // rewriteProbe changes one. It returns what to record, or nil when there is nothing to change.
 func (p *pod) rewriteProbe(s *settings, container map[string]any, path, at []string, to string) (any, error) {
-	holder, _ := get(container, path[3:]...).(map[string]any)
+	holder, _ := yamledit.Get(container, path[3:]...).(map[string]any)
 	for _, handler := range []string{"httpGet", "tcpSocket", "grpc"} {
 		action, has := holder[handler].(map[string]any)
 		if !has {
 			continue
 		}
-		where := pointer(at...)
+		where := yamledit.Pointer(at...)
 		port, err := portOf(container, action["port"])
 		switch {
 		case err != nil:
 			p.warn("%s is left as it is: %v", where, err)
 			return nil, nil
-		case text(action, "host") != "":
-			p.warn("%s is left as it is: it asks the host %s and not the pod", where, text(action, "host"))
+		case yamledit.Text(action, "host") != "":
+			p.warn("%s is left as it is: it asks the host %s and not the pod", where, yamledit.Text(action, "host"))
 			return nil, nil
 		case port == int(s.statusPort):
 			return nil, nil
@@ -88,7 +89,7 @@ func (p *pod) rewriteProbe(s *settings, container map[string]any, path, at []str
 				continue
 			case field == "port":
 				value = port
-			case field == "httpHeaders" && !empty(value):
+			case field == "httpHeaders" && !yamledit.Empty(value):
 				ask = append(ask, member{field, value}) // the agent passes on what the kubelet sends
 			}
 			asked = append(asked, member{field, value})
@@ -122,8 +123,8 @@ func portOf(container map[string]any, port any) (int, error) {
 	}
 	declared, _ := container["ports"].([]any)
 	for _, d := range declared {
-		if text(d, "name") == name {
-			return portOf(container, get(d, "containerPort"))
+		if yamledit.Text(d, "name") == name {
+			return portOf(container, yamledit.Get(d, "containerPort"))
 		}
 	}
 	return 0, fmt.Errorf("the container has no port of the name %q", name)

@@ -7,6 +7,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
+	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
 // Names in the pod. istioctl, Kiali and dashboards know a sidecar by the name of its container, and the volume is where
@@ -100,11 +101,11 @@ func (s *settings) container(name, policy string, args []string, environment []a
 func (s *settings) environment(own object) []any {
 	var list []any
 	for _, v := range append(append(object{}, own...), s.metadata...) {
-		switch value := v.value.(type) {
+		switch value := v.Value.(type) {
 		case object:
-			list = append(list, object{{"name", v.key}, {"valueFrom", value}})
+			list = append(list, object{{"name", v.Key}, {"valueFrom", value}})
 		default:
-			list = append(list, object{{"name", v.key}, {"value", value}})
+			list = append(list, object{{"name", v.Key}, {"value", value}})
 		}
 	}
 	return list
@@ -116,7 +117,7 @@ func (s *settings) agentEnvironment(p *pod, probers, prometheus string) object {
 	labels, _ := p.mapping("metadata", "labels")
 	label := func(names ...string) string {
 		for _, name := range names {
-			if value := text(labels, name); value != "" {
+			if value := yamledit.Text(labels, name); value != "" {
 				return value
 			}
 		}
@@ -151,9 +152,9 @@ func (s *settings) agentEnvironment(p *pod, probers, prometheus string) object {
 		{"PILLION_ACCESS_LOG", s.log},
 		{"GOMAXPROCS", concurrency},
 	} {
-		if v.value != "" {
+		if v.Value != "" {
 			// Kubernetes expands $(NAME) in values, and $$ is how it writes a $.
-			env = append(env, member{v.key, strings.ReplaceAll(v.value.(string), "$", "$$")})
+			env = append(env, member{v.Key, strings.ReplaceAll(v.Value.(string), "$", "$$")})
 		}
 	}
 	return env

@@ -12,11 +12,14 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/net/netutil"
+
+	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
 // The bounds of the webhook, whoever asks.
@@ -237,23 +240,24 @@ func (r *request) answer(options Options, log *slog.Logger) (answer *response) {
 	if r.Operation != "CREATE" {
 		return answer
 	}
-	tree, err := parseJSON(r.Object)
+	tree, err := yamledit.DecodeJSON(r.Object)
 	if err != nil {
 		return &response{Status: &refusal{"pillion: the object is no JSON", "BadRequest", http.StatusBadRequest}}
 	}
-	var changes []change
+	var changes []yamledit.Change
 	for _, o := range objects(tree, nil) {
-		o.record = func(path []string, key string) (written, error) {
+		o.record = func(path []string, key string) (yamledit.Source, error) {
 			holder := tree
 			for _, k := range path {
 				if list, isList := holder.([]any); isList {
-					holder = list[index(k)]
+					i, _ := strconv.Atoi(k)
+					holder = list[i]
 					continue
 				}
-				holder = get(holder, k)
+				holder = yamledit.Get(holder, k)
 			}
-			text := oneLine(object{{key, get(holder, key)}})
-			return written{text[1 : len(text)-1], -1}, nil
+			text := yamledit.JSON(object{{key, yamledit.Get(holder, key)}})
+			return yamledit.Source{Text: text[1 : len(text)-1], Column: -1}, nil
 		}
 		o.warn = func(format string, arguments ...any) {
 			warning := "pillion: " + fmt.Sprintf(format, arguments...)
@@ -268,7 +272,7 @@ func (r *request) answer(options Options, log *slog.Logger) (answer *response) {
 		changes = append(changes, changed...)
 	}
 	if len(changes) > 0 {
-		answer.PatchType, answer.Patch = "JSONPatch", []byte(oneLine(patch(changes)))
+		answer.PatchType, answer.Patch = "JSONPatch", []byte(yamledit.JSON(yamledit.Patch(changes)))
 	}
 	return answer
 }

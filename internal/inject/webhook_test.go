@@ -22,9 +22,12 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
 // ask wraps an object into an AdmissionReview.
@@ -52,18 +55,18 @@ func reviewed(t testing.TB, body []byte) *response {
 // patched does what an API server does with a JSON Patch.
 func patched(t testing.TB, object string, steps []byte) any {
 	t.Helper()
-	tree, err := parseJSON([]byte(object))
+	tree, err := yamledit.DecodeJSON([]byte(object))
 	if err != nil {
 		t.Fatal(err)
 	}
-	var list []patchStep
+	var list []yamledit.PatchStep
 	decoder := json.NewDecoder(bytes.NewReader(steps))
 	decoder.UseNumber()
 	if err := decoder.Decode(&list); err != nil {
 		t.Fatal(err)
 	}
 	for _, step := range list {
-		at := unpointer(step.Path)
+		at := yamledit.ParsePointer(step.Path)
 		if tree, err = do(tree, at, step); err != nil {
 			t.Fatalf("%s %s: %v", step.Op, step.Path, err)
 		}
@@ -71,7 +74,7 @@ func patched(t testing.TB, object string, steps []byte) any {
 	return tree
 }
 
-func do(tree any, at []string, step patchStep) (any, error) {
+func do(tree any, at []string, step yamledit.PatchStep) (any, error) {
 	last := len(at) == 1
 	switch v := tree.(type) {
 	case map[string]any:
@@ -91,7 +94,10 @@ func do(tree any, at []string, step patchStep) (any, error) {
 	case []any:
 		i := len(v)
 		if at[0] != "-" {
-			i = index(at[0])
+			var err error
+			if i, err = strconv.Atoi(at[0]); err != nil {
+				return nil, err
+			}
 		}
 		switch {
 		case !last && i < len(v):
@@ -109,7 +115,7 @@ func do(tree any, at []string, step patchStep) (any, error) {
 func withoutStatus(t testing.TB, tree any) any {
 	t.Helper()
 	for _, o := range objects(tree, nil) {
-		annotations, _ := get(get(o.tree, o.template...), "metadata", "annotations").(map[string]any)
+		annotations, _ := yamledit.Get(yamledit.Get(o.tree, o.template...), "metadata", "annotations").(map[string]any)
 		delete(annotations, statusAnnotation)
 	}
 	return tree
@@ -121,12 +127,12 @@ func TestTheWebhooksPatchMakesWhatAnInjectionMakes(t *testing.T) {
 		if strings.HasPrefix(name, "classic") {
 			continue
 		}
-		for _, part := range split([]byte(strings.TrimPrefix(string(text), byteOrderMark))) {
-			d, err := parse(part)
-			if err != nil || d.tree == nil {
+		for _, part := range yamledit.Split([]byte(strings.TrimPrefix(string(text), byteOrderMark))) {
+			d, err := yamledit.Parse(part)
+			if err != nil || d.Tree() == nil {
 				continue
 			}
-			object := oneLine(d.tree)
+			object := yamledit.JSON(d.Tree())
 			answer := reviewed(t, ask(object))
 			if !answer.Allowed || answer.UID != "u-1" {
 				t.Fatalf("%s: %+v", name, answer)
@@ -143,18 +149,18 @@ func TestTheWebhooksPatchMakesWhatAnInjectionMakes(t *testing.T) {
 				continue
 			}
 			patches++
-			want, err := parse(string(out))
+			want, err := yamledit.Parse(string(out))
 			if err != nil {
 				t.Fatal(err)
 			}
 			got := patched(t, object, answer.Patch)
-			if back, err := Uninject([]byte(oneLine(got)), name, func(string) {}); err != nil {
+			if back, err := Uninject([]byte(yamledit.JSON(got)), name, func(string) {}); err != nil {
 				t.Errorf("%s: %v", name, err)
-			} else if tree, err := parse(string(back)); err != nil || !reflect.DeepEqual(tree.tree, d.tree) {
+			} else if tree, err := yamledit.Parse(string(back)); err != nil || !reflect.DeepEqual(tree.Tree(), d.Tree()) {
 				t.Errorf("%s: after the webhook, uninjection makes\n%s\n%v", name, back, err)
 			}
-			if !reflect.DeepEqual(withoutStatus(t, got), withoutStatus(t, want.tree)) {
-				t.Errorf("%s: the patch %s makes\n%s\nand not\n%s", name, answer.Patch, oneLine(got), oneLine(want.tree))
+			if !reflect.DeepEqual(withoutStatus(t, got), withoutStatus(t, want.Tree())) {
+				t.Errorf("%s: the patch %s makes\n%s\nand not\n%s", name, answer.Patch, yamledit.JSON(got), yamledit.JSON(want.Tree()))
 			}
 		}
 	}
@@ -188,8 +194,8 @@ func TestTheWebhookRefusesWhatItCannotInject(t *testing.T) {
 
 func FuzzReview(f *testing.F) {
 	for _, text := range inputs(f) {
-		if d, err := parse(strings.TrimPrefix(string(text), byteOrderMark)); err == nil {
-			f.Add(ask(oneLine(d.tree)))
+		if d, err := yamledit.Parse(strings.TrimPrefix(string(text), byteOrderMark)); err == nil {
+			f.Add(ask(yamledit.JSON(d.Tree())))
 		}
 	}
 	f.Add([]byte(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"operation":"CREATE"}}`))

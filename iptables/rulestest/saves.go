@@ -1,0 +1,24 @@
+package rulestest
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// Saves are outputs of real iptables-save, of both flavours and families, with rules of many people in them.
+func Saves(t testing.TB, dir string) map[string]string {
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no saves: %v", err)
+	}
+	texts := make(map[string]string)
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		texts[filepath.Base(file)] = string(text)
+	}
+	return texts
+}
