@@ -34,8 +34,9 @@ type Config struct {
 	HTTP httpforward.Config
 }
 
-// Settings is what may change while connections are open. A value is never modified: Apply replaces it, and a connection
-// uses the one that it began with until it ends.
+// Settings is what may change while connections are open. A value is never modified: Apply replaces it. A connection uses
+// the value that it began with until it ends; only the HTTP engine also applies a new value to later requests of an open
+// connection (see httpforward.Settings).
 type Settings struct {
 	ConnectTimeout   time.Duration // for the dial; zero or less leaves it to the kernel
 	IdleTimeout      time.Duration // ends a connection in which nothing moves; zero or less: never
