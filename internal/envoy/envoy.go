@@ -34,6 +34,7 @@ const (
 	DetailsDownstreamLeft     = "downstream_remote_disconnect"
 	DetailsHeadTimeout        = "request_header_timeout"
 	DetailsIdleTimeout        = "stream_idle_timeout"
+	DetailsMisdirected        = "misdirected_request"
 	DetailsOverload           = "overload"
 	DetailsResponseTimeout    = "response_timeout"
 	DetailsHTTP1CodecError    = "http1.codec_error"
