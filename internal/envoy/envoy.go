@@ -43,7 +43,6 @@ const (
 	DetailsHTTP2InvalidField  = "http2.invalid.header.field"
 	DetailsHTTP2TooManyFields = "http2.too_many_headers"
 	DetailsRouteNotFound      = "route_not_found"
-	DetailsMisdirected        = "misdirected_request" // not in Envoy: a request for another upstream than its HTTP/2 connection has
 	DetailsHTTP2Violation     = "http2.violation.of.messaging.rule"
 )
 
