@@ -39,7 +39,7 @@ func newLayeredRig(t *testing.T, origin netip.AddrPort, http2, down, up bool) *r
 			}
 		}
 	})
-	r.layered = down
+	r.set(func() { r.layered = down })
 	return r
 }
 

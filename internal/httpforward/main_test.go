@@ -31,6 +31,7 @@ type rig struct {
 	address string // where the engine is reached
 	cancel  func() // cuts what is open, as the end of a drain does
 	records records
+	mu      sync.Mutex                  // for layered, early and router
 	last    atomic.Pointer[flow.Record] // of the connection that was served last
 	open    atomic.Int32                // connections that the engine has
 	layered bool                        // downstream connections have a record layer
@@ -156,11 +157,21 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	return r
 }
 
+// set changes how later connections are served.
+func (r *rig) set(change func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	change()
+}
+
 // serve does what a room does before it hands a connection to its engine.
 func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream.Target) {
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
-	if r.layered {
+	r.mu.Lock()
+	layered, early, router := r.layered, r.early, r.router
+	r.mu.Unlock()
+	if layered {
 		layertest.Under(down, nil)
 	}
 	read := tcp.TakeBuffer()
@@ -176,13 +187,13 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	record := recordOf(down, to.Address)
 	r.last.Store(record)
 	var up *tcp.Conn
-	if r.early {
+	if early {
 		var err error
 		if up, err = r.engine.config.Dialer.Dial(w, to); err != nil {
 			panic(err)
 		}
 	}
-	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: r.router, Record: record})
+	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: router, Record: record})
 }
 
 // place is where the sink of these tests keeps a value with each connection.

@@ -39,7 +39,7 @@ func TestEachRequestGoesToTheTargetThatTheRouterChose(t *testing.T) {
 	for _, pipelined := range []bool{false, true} {
 		home, other := newOrigin(t), newOrigin(t)
 		r := newRig(t, home.address, false, plain)
-		r.router = newByPath(home, other)
+		r.set(func() { r.router = newByPath(home, other) })
 		client := r.dial(t)
 		if pipelined {
 			send(t, client, getHome+getOther+getOther+getHome)
@@ -85,7 +85,7 @@ func TestEachRequestGoesToTheTargetThatTheRouterChose(t *testing.T) {
 func TestAConnectionWithNTLMIsClosedWhenARequestGoesElsewhere(t *testing.T) {
 	home, other := newOrigin(t), newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.router = newByPath(home, other)
+	r.set(func() { r.router = newByPath(home, other) })
 	client := r.dial(t)
 	bound := "GET /home HTTP/1.1\r\nHost: a\r\nAuthorization: NTLM abc\r\n\r\n"
 	send(t, client, bound)
@@ -110,7 +110,7 @@ func TestAConnectionWithNTLMIsClosedWhenARequestGoesElsewhere(t *testing.T) {
 func TestARequestIsSentAgainToTheTargetOfItsOwnDecision(t *testing.T) {
 	home, other := newOrigin(t), newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.router = newByPath(home, other)
+	r.set(func() { r.router = newByPath(home, other) })
 	client := r.dial(t)
 	send(t, client, getOther)
 	first := other.accept()
@@ -130,8 +130,8 @@ func TestARequestIsSentAgainToTheTargetOfItsOwnDecision(t *testing.T) {
 func TestAnEarlyConnectionServesNoRequestForAnotherTarget(t *testing.T) {
 	home, other := newOrigin(t), newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.router = newByPath(home, other)
-	r.early = true
+	r.set(func() { r.router = newByPath(home, other) })
+	r.set(func() { r.early = true })
 	client := r.dial(t)
 	send(t, client, getOther)
 	early, atOther := home.accept(), other.accept()
@@ -151,7 +151,9 @@ func TestAnHTTP2RequestForAnotherUpstreamIsMisdirected(t *testing.T) {
 	})
 	other := newOrigin(t)
 	r := newRig(t, home, true, plain)
-	r.router = &byPath{[]byte("/other"), upstream.Target{Address: other.address}, upstream.Target{Address: home}}
+	r.set(func() {
+		r.router = &byPath{[]byte("/other"), upstream.Target{Address: other.address}, upstream.Target{Address: home}}
+	})
 	client := http2Client(t)
 	for i, want := range []struct {
 		path   string
@@ -207,7 +209,7 @@ func TestARequestOnAnAuthenticatedConnectionIsNotSentAgain(t *testing.T) {
 func TestARequestWithoutARouteIsNotForwarded(t *testing.T) {
 	home := newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.router = newByPath(home, &origin{})
+	r.set(func() { r.router = newByPath(home, &origin{}) })
 	client := r.dial(t)
 	reader := bufio.NewReader(client)
 	for i := range 2 {
@@ -238,7 +240,7 @@ func TestAnHTTP2RequestWithoutARouteIsNotForwarded(t *testing.T) {
 		}
 	})
 	r := newRig(t, home, true, plain)
-	r.router = &byPath{[]byte("/other"), upstream.Target{}, upstream.Target{Address: home}}
+	r.set(func() { r.router = &byPath{[]byte("/other"), upstream.Target{}, upstream.Target{Address: home}} })
 	client := http2Client(t)
 	for i, want := range []struct {
 		path, flags, details string
