@@ -103,31 +103,8 @@ type Workload struct {
 	ScrapeTargets  string // where its metrics are served, as JSON, see scrape.ParseTargets
 }
 
-// FieldError reports an invalid or unusable value of a Config. Lower rooms know fields; the caller knows by which flag or
-// variable a field was set.
-type FieldError struct {
-	Field string // its path in Config, such as "Ports.Outbound"
-	Value string // empty when Err has it
-	Other string // path of the field that this one conflicts with, if any; Err ends where its name belongs
-	Err   error
-}
-
-func (e *FieldError) Error() string { return e.Text(func(field string) string { return field }) }
-
-func (e *FieldError) Unwrap() error { return e.Err }
-
-// Text is the error with fields named by name.
-func (e *FieldError) Text(name func(field string) string) string {
-	text := name(e.Field)
-	if e.Value != "" {
-		text += " " + e.Value
-	}
-	text += ": " + e.Err.Error()
-	if e.Other != "" {
-		text += " " + name(e.Other)
-	}
-	return text
-}
+// FieldError reports an invalid or unusable value of a Config.
+type FieldError = capture.FieldError
 
 func invalid(field, format string, values ...any) error {
 	return &FieldError{Field: field, Err: fmt.Errorf(format, values...)}

@@ -117,13 +117,15 @@ func (a *Agent) settings(proxyProtocol capture.Ports) serve.Settings {
 func (a *Agent) forwarding(pool *upstream.Pool, fields httpforward.Fields) httpforward.Config {
 	c := a.config.HTTP
 	return httpforward.Config{
-		Pool:           pool,
-		Note:           a.noted(),
-		MaxHeadBytes:   c.MaxHeadBytes,
-		MaxHeadFields:  c.MaxHeadFields,
-		HeadTimeout:    c.RequestHeadTimeout,
-		RequestTimeout: c.RequestTimeout,
-		Fields:         fields,
+		Pool: pool,
+		Settings: httpforward.Settings{
+			MaxHeadBytes:   c.MaxHeadBytes,
+			MaxHeadFields:  c.MaxHeadFields,
+			HeadTimeout:    c.RequestHeadTimeout,
+			RequestTimeout: c.RequestTimeout,
+			Note:           a.noted(),
+			Fields:         fields,
+		},
 	}
 }
 

@@ -11,8 +11,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// strangers are rules that somebody else has put where init works.
-var strangers = [][]string{
+// foreignRules are rules that another program has put where init works.
+var foreignRules = [][]string{
 	{"-t", "nat", "-N", "SOMEBODY"},
 	{"-t", "nat", "-A", "SOMEBODY", "-p", "tcp", "-m", "tcp", "--dport", "4242", "-j", "ACCEPT"},
 	{"-t", "nat", "-A", "OUTPUT", "-m", "comment", "--comment", "somebody's own", "-j", "SOMEBODY"},
@@ -28,7 +28,7 @@ func TestInitTwiceChangesNothingAndCleanupLeavesWhatWasThere(t *testing.T) {
 			pod, peer := nettest.PodAndPeer(t)
 			for _, family := range []string{"iptables", "ip6tables"} {
 				program := requireProgram(t, family+"-"+flavour)
-				for _, rule := range strangers {
+				for _, rule := range foreignRules {
 					pod.MustRun(t, program, rule...)
 				}
 			}
@@ -147,7 +147,7 @@ func savedRules(t *testing.T, ns *nettest.Namespace, flavour string) string {
 	return text.String()
 }
 
-// emptyTable tells a table that does nothing. A legacy one cannot be unmade.
+// emptyTable matches a table without effect. A legacy table cannot be removed.
 func emptyTable(text string) bool {
 	for line := range strings.Lines(text) {
 		if strings.HasPrefix(line, "-A") || strings.HasPrefix(line, ":") && !strings.Contains(line, " ACCEPT ") {

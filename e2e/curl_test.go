@@ -12,7 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// version is one version of HTTP in the clear: how curl is told, where nginx speaks it, and with which one it answers.
+// version is one version of HTTP in the clear: the option of curl, the port of nginx, and the version of the answer.
 type version struct {
 	flag   string
 	port   uint16
@@ -101,7 +101,7 @@ func curl(t *testing.T, w way, args ...string) string {
 }
 
 // serveFiles runs nginx as the workload's user, on port 8080 with HTTP/1 and on 8081 with HTTP/2, and returns the
-// directory of its files: small, large, and part of the large one. Whatever is uploaded is stored there.
+// directory of its files: small, large, and part of the large one. Uploads are stored there.
 func serveFiles(t *testing.T, ns *nettest.Namespace, large []byte) (tree string) {
 	t.Helper()
 	program := requireProgram(t, "nginx")

@@ -14,11 +14,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// An agent that runs out of descriptors says so once, names it to whoever asks for readiness, and carries on by itself
+// An agent that runs out of descriptors logs it once, names it in its readiness, and recovers by itself
 // when there is room again.
 //
 // A connection needs two descriptors. Whether the last one that is free goes to an accepted connection that then finds
-// none for its upstream depends on the limit being even or odd.
+// no descriptor for its upstream depends on the limit being even or odd.
 func TestAnAgentWithoutDescriptorsRecoversByItself(t *testing.T) {
 	t.Parallel()
 	for _, limit := range []string{"60", "61"} {
@@ -40,7 +40,7 @@ func runOutOfDescriptors(t *testing.T, limit string) {
 	downstream, upstream := w.connect(t)
 	converse(t, downstream, upstream)
 
-	// A prober with a connection of its own can still ask, when nobody else gets through.
+	// A prober that is already connected can still ask when new connections are not accepted.
 	prober := w.dial(t, netip.AddrPortFrom(nettest.PodIP4, 15021).String())
 	if status := probe(t, prober); status != 200 {
 		t.Fatalf("readiness says %d before anything happened", status)

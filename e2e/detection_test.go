@@ -57,7 +57,7 @@ func TestABeginningIsNotHeldForLong(t *testing.T) {
 	})
 }
 
-// lookAlikes begin like it, or end like it, and are none. They pass byte for byte, in both directions.
+// lookAlikes begin or end like HTTP or TLS and are other protocols. They pass byte for byte, in both directions.
 var lookAlikes = []struct{ name, question, answer string }{
 	{"SIP", "INVITE sip:bob@b.example SIP/2.0\r\nVia: SIP/2.0/TCP a\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
 		"SIP/2.0 200 OK\r\nConnection: close\r\n\r\n"},
@@ -99,7 +99,7 @@ func TestWhatLooksLikeHTTPAndIsNotKeepsItsBytes(t *testing.T) {
 	})
 }
 
-// What is said and ended at once arrives with its end, whatever it could have become.
+// A client that sends a beginning and closes its half is carried with its end, whatever the beginning could have become.
 func TestABeginningThatEndsArrivesWithItsEnd(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {

@@ -43,7 +43,7 @@ func (s *stage) everyDialogue(t *testing.T, handler http.HandlerFunc, test func(
 	}
 }
 
-// newDialogue starts the server, which is gone when the test ends, and makes the client.
+// newDialogue starts the server and makes the client. The server is closed when the test ends.
 func newDialogue(t *testing.T, w way, http2 bool, handler http.HandlerFunc) *dialogue {
 	t.Helper()
 	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())

@@ -45,7 +45,7 @@ func startNameServer(t *testing.T, ns *nettest.Namespace, addresses ...netip.Add
 	return s
 }
 
-// ServeDNS knows web.example, many.example, which has 200 addresses, and silent.example, to which it says nothing.
+// ServeDNS answers for web.example and for many.example (200 addresses), and does not answer for silent.example.
 func (s *nameServer) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 	name := query.Question[0].Name
 	s.queries <- w.LocalAddr().Network() + " " + name
@@ -162,14 +162,14 @@ func TestCapturedDNSIsAnswered(t *testing.T) {
 		t.Errorf("the upstream was asked %v", asked)
 	}
 	s.agent.log.await(t, "msg=query", "name=web.example.", "rcode=NOERROR", "cached=true")
-	// What is no DNS is still carried.
+	// Other connections are still carried.
 	for _, w := range s.ways() {
 		downstream, upstream := w.connect(t)
 		converse(t, downstream, upstream)
 	}
 }
 
-// Upstreams that are silent, or not there, are told truthfully, and in time.
+// A name server that does not answer or does not exist is reported as SERVFAIL.
 func TestAnUpstreamThatDoesNotAnswerIsSERVFAIL(t *testing.T) {
 	t.Parallel()
 	s := newDNSStage(t, nettest.PeerIP4)

@@ -14,7 +14,7 @@ var (
 	milliseconds = regexp.MustCompile(`^[0-9]+$`)
 )
 
-// requestFields are the fields of requests that the agent may add, in the order in which tellFields tells them.
+// requestFields are the fields of requests that the agent may add, in the order in which tellFields writes them.
 var requestFields = []string{"X-Request-Id", "X-Forwarded-Proto", "X-Forwarded-For"}
 
 // tellFields answers with the fields that the server got, one a line, and has fields of its own.
@@ -29,7 +29,7 @@ func tellFields(w http.ResponseWriter, r *http.Request) {
 func TestFieldsAreAddedWhereThereAreNone(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyDialogue(t, tellFields, func(t *testing.T, d *dialogue) {
-		forwardedFor := "" // outbound the workload is the client, and says itself who it speaks for
+		forwardedFor := "" // outbound the workload is the client, and sets the field itself if it forwards for another
 		if d.to.Name == "pod" {
 			forwardedFor = nettest.PeerIP4.String()
 		}
@@ -118,7 +118,8 @@ func TestFieldsOfOneHopAreNotPassedOn(t *testing.T) {
 	})
 }
 
-// Who names Host, a length or an identity in Connection would have it taken away, and be somebody else behind us.
+// A client that names Host, a length or an identity in Connection does not get that field removed: upstream would read
+// another request.
 func TestConnectionCannotTakeAwayWhatOthersRelyOn(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {

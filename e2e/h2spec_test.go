@@ -16,7 +16,7 @@ import (
 // laxer are tests of h2spec that fail through the agent although they pass at the server itself, and why that is right.
 var laxer = map[string]string{}
 
-// What h2spec finds at an HTTP/2 server, it finds through the agent: nothing that the server gets right goes wrong on
+// h2spec finds the same through the agent as at the server itself: a case that the server passes does not fail on
 // the way.
 func TestH2specFindsNoFaultThatTheServerDoesNotHave(t *testing.T) {
 	t.Parallel()
@@ -41,7 +41,7 @@ func TestH2specFindsNoFaultThatTheServerDoesNotHave(t *testing.T) {
 	})
 }
 
-// serveHTTP2 runs a server at the way's end that speaks HTTP/2 in the clear and nothing else.
+// serveHTTP2 runs a server at the way's end that speaks only HTTP/2 in the clear.
 func serveHTTP2(t *testing.T, w way) (port uint16) {
 	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
 	server := &http.Server{

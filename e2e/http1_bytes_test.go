@@ -19,7 +19,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// exchange is a request and its answer as bytes. Both pass unchanged, but for the fields that the agent adds.
+// exchange is a request and its answer as bytes. Both pass unchanged, except for the fields that the agent adds.
 type exchange struct {
 	name            string
 	request, answer string
@@ -260,7 +260,7 @@ func TestPipelinedRequestsAreAnsweredInOrder(t *testing.T) {
 	})
 }
 
-// ask connects along the way and says text at once, as clients do, and returns both ends as connect does.
+// ask connects along the way and sends text at once, as clients do, and returns both ends as connect does.
 func (w way) ask(t testing.TB, text string) (downstream, upstream *net.TCPConn) {
 	t.Helper()
 	return w.begin(t, func(conn *net.TCPConn) { conn.Write([]byte(text)) })
@@ -291,7 +291,7 @@ func bodyOf(message string) string {
 	return body
 }
 
-// readMessage reads a head and as many bytes after it as the body should have. It takes nothing of what follows: the head
+// readMessage reads a head and as many bytes after it as the body should have. It leaves what follows in the socket: the head
 // is read up to a terminator that peek has seen. Its deadline is for each read, so that it bounds silence and not the
 // time of a large head.
 func readMessage(t testing.TB, conn *net.TCPConn, body string) string {
@@ -345,7 +345,7 @@ func tail(text []byte) []byte { return text[max(0, len(text)-200):] }
 // added are the fields that the agent adds to messages that do not have them. Connection speaks of one hop only.
 var added = []string{"x-request-id", "x-forwarded-proto", "x-forwarded-for", "x-envoy-upstream-service-time", "connection"}
 
-// sameMessage fails the test unless got is want, but for fields that the agent adds.
+// sameMessage fails the test unless got is want, apart from fields that the agent adds.
 func sameMessage(t testing.TB, what, got, want string) {
 	t.Helper()
 	head, body, _ := strings.Cut(got, "\r\n\r\n")
@@ -392,7 +392,7 @@ func readHead(r *bufio.Reader) (first string, fields textproto.MIMEHeader, err e
 	return first, fields, err
 }
 
-// length is the number that Content-Length says, 0 without one.
+// length is the value of Content-Length, 0 without one.
 func length(fields textproto.MIMEHeader) int64 {
 	n, _ := strconv.ParseInt(fields.Get("Content-Length"), 10, 64)
 	return n

@@ -12,7 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// Who asks while the agent drains is answered, and told not to ask here again; idle connections close by themselves.
+// Requests that arrive during the drain are answered with Connection: close. Idle connections are closed.
 func TestKeepAliveEndsWithTheDrain(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--drain-delay", "0s", "--drain-timeout", "60s")
@@ -44,7 +44,7 @@ func TestKeepAliveEndsWithTheDrain(t *testing.T) {
 	}
 }
 
-// A browser opens connections that it may never use: nobody waits for those.
+// A browser opens connections that it may never use. The drain does not wait for those.
 func TestAConnectionOnWhichNobodySpeaksDoesNotHoldTheDrain(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--drain-delay", "0s", "--drain-timeout", "60s")
@@ -61,7 +61,7 @@ func TestAConnectionOnWhichNobodySpeaksDoesNotHoldTheDrain(t *testing.T) {
 	s.agent.log.await(t, "reason=drained")
 }
 
-// A stream that is under way when the drain begins is carried to its end, in both versions.
+// An exchange in progress when the drain begins is carried to its end, in both versions.
 func TestAnAnswerUnderWayFinishesDuringTheDrain(t *testing.T) {
 	t.Parallel()
 	for _, http2 := range []bool{false, true} {

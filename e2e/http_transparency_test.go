@@ -109,7 +109,7 @@ func echo(w http.ResponseWriter, r *http.Request) {
 func TestRequestsOneAfterTheOtherUseOneConnection(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyDialogue(t, echo, func(t *testing.T, d *dialogue) {
-		var opened int64 // by the client, which gives a connection up when its own goroutines are slow on a busy machine
+		var opened int64 // by the client; it gives a connection up when its own goroutines are slow on a busy machine
 		trace := &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) {
 			if !got.Reused {
 				opened++
@@ -176,7 +176,7 @@ func TestTrailersPassBothWays(t *testing.T) {
 	})
 }
 
-// What has no body by definition is followed by the next answer, and not by the end of the connection.
+// An answer that has no body by definition is followed by the next answer, not by the end of the connection.
 func TestAnswersWithoutBodiesAreNotWaitedFor(t *testing.T) {
 	t.Parallel()
 	handler := func(w http.ResponseWriter, r *http.Request) {
@@ -224,7 +224,7 @@ func TestAClientThatAsksBeforeItSendsIsToldToGoOn(t *testing.T) {
 		if r.ProtoMajor == 1 && r.Header.Get("Expect") != "100-continue" {
 			t.Errorf("Expect is %q", r.Header.Get("Expect"))
 		}
-		echo(w, r) // whose first read says 100
+		echo(w, r) // whose first read sends 100 Continue
 	}
 	newStage(t).everyDialogue(t, handler, func(t *testing.T, d *dialogue) {
 		var told bool
@@ -293,7 +293,7 @@ func TestEarlyHintsPass(t *testing.T) {
 	})
 }
 
-// Nobody waits for more before what is there is passed on: each side speaks only when it has heard the other.
+// Bytes are passed on without waiting for more: each side sends only after it has received from the other.
 func TestAPieceOfABodyIsPassedOnWhenItComes(t *testing.T) {
 	t.Parallel()
 	heard := make(chan string, 1) // so that a handler ends when the test has failed

@@ -11,8 +11,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// initEnvironment is for runs of init that are judged by their end: the race detector sleeps for a second there unless
-// told otherwise.
+// initEnvironment is for runs of init that are judged by their end: the race detector sleeps for a second there by
+// default.
 const initEnvironment = "GORACE=atexit_sleep_ms=0"
 
 // countedPath is a PATH with one flavour of iptables, in which each program writes its name into a file before it runs.
@@ -71,7 +71,7 @@ func TestInitStartsFewPrograms(t *testing.T) {
 	}
 }
 
-// The proof is by connections, whoever asks for it, and needs no agent.
+// The proof is by connections, for init and for check alike, and needs no agent.
 func TestInitProvesThatTheRulesAreAtWork(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)

@@ -9,8 +9,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// What is wrong with the input is one line on stderr that names the flag or variable and the value. An unknown flag is
-// told apart by its exit status.
+// Invalid input is reported by one line on stderr that names the flag or variable and the value. An unknown flag has
+// an exit status of its own.
 func TestBadInputIsOneClearLineAndTouchesNothing(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)

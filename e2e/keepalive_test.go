@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Servers that close connections which they have said they keep, just when the next request comes. It got no answer and
+// Servers that close a kept-alive connection just when the next request comes. The request got no answer and
 // is safe; it is sent again, and the client never learns of it.
 func TestARequestThatMeetsAClosingServerIsSentAgain(t *testing.T) {
 	t.Parallel()
@@ -64,8 +64,8 @@ func TestARequestThatMeetsAClosingServerIsSentAgain(t *testing.T) {
 	})
 }
 
-// Servers that close connections which they have said they keep, right away or while nobody asks. The client sees that as
-// it would without us, and a client that knows how to ask again never fails.
+// Servers that close a kept-alive connection right away or while it is idle. The client sees that as
+// it would without us, and a client that repeats requests never fails.
 func TestGetsNeverFailAtServersThatCloseIdleConnections(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -100,7 +100,7 @@ func answerOne(conn net.Conn, r *bufio.Reader) bool {
 	return err == nil
 }
 
-// What is not safe to do twice is not done twice: a POST that reached a server which then closes is answered 503.
+// A request that is not idempotent is not repeated: a POST that reached a server which then closes is answered 503.
 func TestARequestThatMayHaveBeenServedIsNotSentAgain(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
@@ -135,7 +135,7 @@ func TestARequestThatMayHaveBeenServedIsNotSentAgain(t *testing.T) {
 	})
 }
 
-// NTLM and Negotiate authenticate the connection, not the request: whoever else used it would be somebody else.
+// NTLM and Negotiate authenticate the connection, not the request: another client on it would act under the first one's identity.
 func TestAConnectionThatIsLoggedInIsNotShared(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {

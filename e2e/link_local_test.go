@@ -12,7 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// A link-local address means nothing without an interface, which connection tracking does not remember. The rules leave
+// A link-local address needs an interface, and connection tracking does not remember it. The rules leave
 // such connections alone, so that they arrive.
 func TestLinkLocalAddressesAreReachedDirectly(t *testing.T) {
 	t.Parallel()
@@ -29,7 +29,7 @@ func converseByLinkLocal(t *testing.T, w way) {
 	w.to.AddAddress(t, "eth0", netip.PrefixFrom(w.address, 64))
 	listener := w.to.Listen(t, "tcp6", "[::]:0").(*net.TCPListener)
 	port := listener.Addr().(*net.TCPAddr).AddrPort().Port()
-	// By its number: package net remembers what number a name has, and knows nothing of namespaces.
+	// By its number: package net caches the number of a name, across namespaces.
 	var number int
 	w.from.Do(t, func() error {
 		eth0, err := netlink.LinkByName("eth0")

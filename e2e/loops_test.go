@@ -88,7 +88,7 @@ func dialAs(t *testing.T, ns *nettest.Namespace, uid int, address string) (ended
 	return cmd.ProcessState.ExitCode() != 124, out.String() // 124 is timeout's own
 }
 
-// assertQuiet fails the test unless the agent, which has no work, soon uses less than a fifth of one processor for half a
+// assertQuiet fails the test unless an agent without work soon uses less than a fifth of one processor for half a
 // second. A loop that spins uses all that it gets.
 func assertQuiet(t *testing.T, a *agent) {
 	t.Helper()

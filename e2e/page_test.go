@@ -21,7 +21,7 @@ import (
 // pictures is where the pictures of the page stay when it is set; docs/page.png is one of them.
 const pictures = "PILLION_PICTURES"
 
-// A browser looks at the page as a person does. What it looks for is in testdata/peers/page.
+// A browser opens the page as a person does. testdata/peers/page lists what it must find.
 func TestThePageShowsWhatHappensInARealBrowser(t *testing.T) {
 	const script = "testdata/peers/page"
 	if _, err := os.Stat(script + "/node_modules"); err != nil {

@@ -10,7 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// With REDIRECT the workload sees 127.0.0.6. One that understands the PROXY protocol can be told who it really is.
+// With REDIRECT the workload sees 127.0.0.6. One that understands the PROXY protocol receives the client's own address.
 func TestAWorkloadLearnsItsClientByThePROXYProtocol(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--inbound-proxy-protocol-ports", "9000:9005,8081")

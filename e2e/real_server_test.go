@@ -38,7 +38,7 @@ func TestCurlReachesNginxAndNginxSeesWhoItShould(t *testing.T) {
 	}
 }
 
-// The workload's own traffic over loopback, to localhost and to its own address, is none of the agent's business.
+// The workload's own traffic over loopback, to localhost and to its own address, does not pass through the agent.
 func TestTheWorkloadTalksToItselfDirectly(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)

@@ -28,7 +28,7 @@ func TestARequestToNobodyIsAnswered503(t *testing.T) {
 	})
 }
 
-// A client that has not spoken is no client of HTTP yet.
+// A client that has not sent a byte is not answered in HTTP.
 func TestASilentClientOfNobodyIsReset(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyWay(t, func(t *testing.T, w way) {
@@ -56,7 +56,7 @@ func TestAGRPCCallToNobodyIsUnavailable(t *testing.T) {
 // patientWithClients keeps a client that is held up between its dial and its first byte from being a silent one.
 var patientWithClients = []string{"--detection-delay", "10s"}
 
-// askNobody posts to a port on which nobody listens.
+// askNobody posts to a port without a listener.
 func (w way) askNobody(t testing.TB, http2 bool, path, contentType string) *http.Response {
 	t.Helper()
 	response, err := w.client(t, http2).Post("http://"+netip.AddrPortFrom(w.address, 9).String()+path, contentType, nil)

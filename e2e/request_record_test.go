@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// requestRecord waits for the record of a request that holds all of parts, and returns it. Whoever changes how records
-// of requests look changes it here.
+// requestRecord waits for the record of a request that holds all of parts, and returns it. The form of
+// request records is known here only.
 func (s *stage) requestRecord(t testing.TB, parts ...string) string {
 	t.Helper()
 	return s.agent.log.await(t, append([]string{"msg=request"}, parts...)...)

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// The rules stay when the agent dies. Whoever takes its place finds the ports free and carries on.
+// The rules stay when the agent dies. Its replacement finds the ports free and carries new connections.
 func TestAnAgentThatIsStartedAnewUnderTheSameRulesCarriesOn(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy, native} {

@@ -35,7 +35,7 @@ func TestASilentClientIsGreetedByAServerThatSpeaksFirst(t *testing.T) {
 	}
 }
 
-// nobody is a user that every system knows by name. OpenSSH's programs insist on that.
+// nobody is a user that has a name on every system, as OpenSSH's programs require.
 const nobody = 65534
 
 // startSSHD runs sshd on port 2222 as an ordinary user, with a key of its own.
@@ -75,7 +75,7 @@ func writeFile(t *testing.T, name, text string) {
 }
 
 // awaitListener waits until somebody listens on port inside the namespace. It looks instead of connecting, so that the
-// server under test sees nobody.
+// server under test sees no connection.
 func awaitListener(t testing.TB, ns *nettest.Namespace, port int) {
 	t.Helper()
 	nettest.Eventually(t, fmt.Sprintf("somebody listens on port %d in %s", port, ns.Name), func() bool {

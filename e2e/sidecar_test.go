@@ -134,7 +134,7 @@ func setInjectedStage(t *testing.T, m manifest, env ...string) *stage {
 	return s
 }
 
-// What an injector of Istio has made works as it stands, with the image's name changed.
+// A pod written by Istio's injector works unchanged except for the image's name.
 func TestAnInjectedPodWorksAsItStands(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"redirect", "native", "tproxy"} {
@@ -188,7 +188,7 @@ func TestAnInjectedPodWorksAsItStands(t *testing.T) {
 	}
 }
 
-// What has no effect here is named once, and stops nothing.
+// Settings without effect are logged once, and do not stop the agent.
 func TestWhatHasNoEffectIsNamedOnce(t *testing.T) {
 	t.Parallel()
 	m := readManifest(t, "native")

@@ -15,7 +15,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// What makes the rules: the two flavours of iptables, or pillion itself.
+// Programs that write the rules: the two flavours of iptables, or pillion itself.
 const (
 	nft    = "nft"
 	legacy = "legacy"
@@ -74,7 +74,7 @@ func newInjectedStage(t testing.TB, env []string, flags ...string) *stage {
 	return s
 }
 
-// initPod runs `pillion init` as an injector does, and returns what it says.
+// initPod runs `pillion init` as an injector does, and returns its output.
 func initPod(t testing.TB, pod *nettest.Namespace, flavour string) string {
 	t.Helper()
 	stdout, stderr, code := execute(t, pod, []string{pathWith(t, flavour)}, initArguments...)
@@ -84,7 +84,7 @@ func initPod(t testing.TB, pod *nettest.Namespace, flavour string) string {
 	return stdout + stderr
 }
 
-// pathWith is a PATH on which there is only one flavour of iptables, or none.
+// pathWith is a PATH with one flavour of iptables only, or without iptables.
 func pathWith(t testing.TB, flavour string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -182,7 +182,7 @@ func (w way) dial(t testing.TB, address string) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// prepare takes keep-alive away, which would do the agent's work, and bounds every wait.
+// prepare turns keep-alive off, since it would do the agent's work, and sets a deadline as a guard against hanging.
 func prepare(t testing.TB, conn *net.TCPConn) {
 	t.Cleanup(func() { conn.Close() })
 	conn.SetKeepAlive(false)

@@ -105,10 +105,10 @@ func (c *talk) ask() (seen netip.AddrPort, err error) {
 	return netip.ParseAddrPort(strings.TrimSpace(address))
 }
 
-// serveTalks answers along the way: to lines at port 9000, to HTTP at port 8080. Each answer tells who asked.
+// serveTalks answers along the way: to lines at port 9000, to HTTP at port 8080. Each answer holds the address of the client.
 func serveTalks(t *testing.T, w way) {
 	serveEach(t, w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 9000).String()), func(conn net.Conn) {
-		conn.SetDeadline(time.Time{}) // whoever asks sees to it
+		conn.SetDeadline(time.Time{}) // the client has a deadline
 		for questions := bufio.NewReader(conn); ; {
 			question, err := questions.ReadString('\n')
 			if err != nil {
@@ -131,7 +131,7 @@ func serveTalks(t *testing.T, w way) {
 }
 
 // work opens connections along the way, and asks on these and all that it has kept, until stop is closed. It keeps two of
-// each arrangement, those of the first two to the end, others for the next six. Nothing may be lost, and nothing may go
+// each arrangement, those of the first two to the end, others for the next six. No byte may be lost, and no connection may go
 // past the agent.
 func (p *workingPod) work(t *testing.T, w way, rounds *atomic.Int64, stop <-chan struct{}) {
 	var kept []*talk
@@ -191,7 +191,7 @@ func (p *workingPod) work(t *testing.T, w way, rounds *atomic.Int64, stop <-chan
 	}
 }
 
-// No connection notices that init is run anew with other arguments: neither those that are open nor new ones, whether
+// No connection notices that init runs again with other arguments: neither those that are open nor new ones, whether
 // the rules move to another place or inbound connections come in another manner. Only when the last connection that came
 // by TPROXY has ended do its marks and routes go.
 func TestTrafficStaysCapturedAndFlowsOnWhileInitRunsAgainAndAgain(t *testing.T) {

@@ -21,7 +21,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// What stands in a field of the access log that no test can know.
+// Patterns for fields of the access log whose value varies.
 const (
 	aTime     = `\[\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\]`
 	aNumber   = `\d+`
@@ -69,7 +69,7 @@ func connectionLine(t *testing.T, line, flags, failure, received, sent, upstream
 }
 
 // The two lines that Istio writes for a request through a gateway to a real nginx: the one of the sidecar before nginx, and
-// the client's one, which says PassthroughCluster, as nobody tells us of clusters.
+// the client's. The latter has PassthroughCluster, because there is no control plane that names clusters.
 func TestTheAccessLogHasIstiosLines(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
@@ -118,7 +118,7 @@ func TestTheAccessLogHasIstiosLines(t *testing.T) {
 	}
 }
 
-// Connections in which nobody speaks HTTP have a line when they end.
+// A connection that is not HTTP has a line when it ends.
 func TestTheAccessLogHasALineForEachConnection(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -169,7 +169,7 @@ func TestTheAccessLogHasALineForEachConnection(t *testing.T) {
 	})
 }
 
-// remoteOf is the field of who connected, which is somebody at the way's beginning.
+// remoteOf returns the downstream address of a line. It must be one of the way's beginning.
 func remoteOf(t *testing.T, line string, w way) string {
 	t.Helper()
 	remote, want := accessFields(line)[19], nettest.PeerIP4
@@ -182,7 +182,7 @@ func remoteOf(t *testing.T, line string, w way) string {
 	return remote
 }
 
-// A real openssl says a server's name.
+// A real openssl sends a server name.
 func TestTheAccessLogNamesWhatOpenSSLAsksFor(t *testing.T) {
 	t.Parallel()
 	program := requireProgram(t, "openssl")
@@ -202,7 +202,7 @@ func TestTheAccessLogNamesWhatOpenSSLAsksFor(t *testing.T) {
 	}
 }
 
-// How requests end that nobody answered, or that became something else.
+// Ends of requests that got no answer, or that were upgraded.
 func TestTheAccessLogSaysHowARequestEnded(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, patientWithClients...)
@@ -260,7 +260,7 @@ func TestTheAccessLogSaysHowARequestEnded(t *testing.T) {
 			}
 		})
 		t.Run("malformed", func(t *testing.T) {
-			// What cannot be read has no path in its line, so that it is found by the client's port.
+			// The line of a malformed request has no path; the client's port identifies it.
 			downstream := w.dial(t, netip.AddrPortFrom(w.address, 9).String())
 			writes(t, downstream, "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
 			if status, _ := readAnswer(t, bufio.NewReader(downstream)); status != "400" {
@@ -274,7 +274,7 @@ func TestTheAccessLogSaysHowARequestEnded(t *testing.T) {
 	})
 }
 
-// gRPC's own interoperability test is told with the statuses of its trailers.
+// The lines of gRPC's own interoperability test have the statuses of its trailers.
 func TestTheAccessLogHasStatusesOfGRPC(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
@@ -362,7 +362,7 @@ func TestTheAccessLogTellsFieldsOfBothMessages(t *testing.T) {
 	})
 }
 
-// serveQuickly answers every request with 200 and says nothing else.
+// serveQuickly answers every request with 200 and an empty body.
 func serveQuickly(conn net.Conn, r *bufio.Reader) error {
 	_, err := readRequest(r)
 	if err == nil {
@@ -439,7 +439,7 @@ func TestNoLineIsLostOrDoubledWhenTheAccessLogIsRotated(t *testing.T) {
 	}
 }
 
-// Nobody reads the log. Requests pass all the same, what is dropped is counted and told, and the agent ends in time.
+// The log has no reader. Requests still pass, dropped lines are counted and reported, and the agent ends.
 func TestAnAccessLogThatNobodyReadsDisturbsNobody(t *testing.T) {
 	t.Parallel()
 	name := filepath.Join(userDir(t, agentUID), "fifo")
@@ -484,7 +484,7 @@ func TestTheAccessLogFilterChoosesLines(t *testing.T) {
 	}
 }
 
-// A connection that stays open for days is told of when it begins, and from time to time.
+// A connection that stays open for days has a line when it begins, and one at each interval.
 func TestTheAccessLogTellsOfConnectionsThatStayOpen(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--access-log-tcp-start", "--access-log-interval", "500ms",
@@ -501,7 +501,7 @@ func TestTheAccessLogTellsOfConnectionsThatStayOpen(t *testing.T) {
 	})
 }
 
-// What strangers write into a request cannot make a field, a line, or a command to a terminal.
+// Text in a request cannot make a field, a line, or a command to a terminal.
 func TestAStrangerCannotWriteTheAccessLog(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)

@@ -26,7 +26,7 @@ func (s *stage) admin(t testing.TB, method, path string) (status int, body strin
 	return send(t, s.pod, method, "http://127.0.0.1:15000"+path, nil)
 }
 
-// order gives an order to the admin port, which has to be taken.
+// order sends an order to the admin port. It must be accepted.
 func (s *stage) order(t testing.TB, path string) (body string) {
 	t.Helper()
 	status, body := s.admin(t, "POST", path)
@@ -61,7 +61,7 @@ func (s *stage) busy(t *testing.T) {
 	tryConnection(s.peer, podURL(9, "")[len("http://"):])
 }
 
-// What istioctl and Kiali read are Envoy's own messages; they take nothing else.
+// istioctl and Kiali parse Envoy's own messages, and reject others.
 func TestAdminSpeaksEnvoysMessages(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
@@ -94,7 +94,7 @@ func TestAdminSpeaksEnvoysMessages(t *testing.T) {
 	if out, err := judge.CombinedOutput(); err != nil || len(out) > 0 {
 		t.Errorf("envoyjson: %v\n%s", err, out)
 	}
-	// What the messages say is true of this agent.
+	// The messages describe this agent.
 	for path, says := range map[string][]string{
 		"/server_info":                  {`"sidecar~198.51.100.2~reviews-v1-6d4b75cb6d-hswz6.shop~shop.svc.cluster.local"`, `"LIVE"`},
 		"/config_dump?include_eds=true": {"PassthroughCluster", "virtualInbound", "virtualOutbound", "15006", "198.51.100.2"},
@@ -313,7 +313,7 @@ func TestCommandsLookAtTheAgent(t *testing.T) {
 	}
 }
 
-// A bundle is given to strangers: it has what they need, and nothing that users or operators keep secret.
+// A bundle is sent to people outside: it has what they need, and no secret of users or operators.
 func TestTheBundleHasEverythingButSecrets(t *testing.T) {
 	t.Parallel()
 	secret := []string{"DATABASE_PASSWORD=hunter-variable", "PILLION_LOG_LEVEL=info"}
@@ -350,7 +350,7 @@ func TestTheBundleHasEverythingButSecrets(t *testing.T) {
 			t.Errorf("%s tells a secret: %s", name, content[max(0, at-100):min(len(content), at+100)])
 		}
 	}
-	// In the agent's own container nobody may read rules. A note stands in their place, and that is no failure.
+	// The agent's own container may not read rules. A note takes their place, and the bundle succeeds.
 	var out bytes.Buffer
 	bundle := s.pod.Command(agentUID, agentUID, pillion, "bundle", "-f", "-")
 	bundle.Stdout = &out

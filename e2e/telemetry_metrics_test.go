@@ -89,7 +89,7 @@ func sample(f families, name string, labels ...string) (sum float64) {
 	return sum
 }
 
-// hasLabels reports whether a metric has labels, which are written as name=value.
+// hasLabels reports whether a metric has labels, written as name=value.
 func hasLabels(metric *dto.Metric, want []string) bool {
 	for _, label := range want {
 		if !slices.ContainsFunc(metric.Label, func(l *dto.LabelPair) bool { return l.GetName()+"="+l.GetValue() == label }) {
@@ -308,8 +308,8 @@ func TestMetricsOfTheWorkloadAreMergedWithOurs(t *testing.T) {
 	}
 }
 
-// Whoever sends another Host with each request makes neither the exposition nor the agent grow. 20,000 are twice a hundred
-// times what has a place, which is as good as more.
+// A client that sends another Host with each request makes neither the exposition nor the agent grow. 20,000 are twice a hundred
+// times the limit; more would show the same.
 func TestAStrangerCannotMakeTheMetricsGrow(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--log-level", "info", "--access-log", "off")
@@ -343,7 +343,7 @@ func TestAStrangerCannotMakeTheMetricsGrow(t *testing.T) {
 	before := s.agent.resident(t)
 	flood(2000, 20_000)
 	grown := s.agent.resident(t) - before
-	// The last requests are told of a moment after their answers.
+	// The last requests are counted a moment after their answers.
 	var lines int
 	var f families
 	nettest.Eventually(t, "all requests to be counted", func() bool {

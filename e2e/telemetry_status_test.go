@@ -51,7 +51,7 @@ const probers = `ISTIO_KUBE_APP_PROBERS={
 	"/app-health/dead/livez":    {"grpc":{"port":9},"timeoutSeconds":5}}`
 
 // The kubelet asks the status port, and the workload is asked as it would be by the kubelet: from an address that the rules
-// let pass, and for what the pod's own probe says. This holds in both families.
+// let pass, and for the result of the pod's own probe. This holds in both families.
 func TestTheKubeletsProbesReachTheWorkload(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
@@ -160,7 +160,7 @@ func TestBadVariablesOfTheInjectorAreRefusedByName(t *testing.T) {
 	}
 }
 
-// A job whose work is done ends its sidecar, and nobody else does.
+// A job whose work is done ends its sidecar. Clients outside the pod cannot.
 func TestQuittingEndsTheAgentAtOnceAndIsForThePodAlone(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, endless...)
@@ -199,8 +199,8 @@ func TestQuittingEndsTheAgentAtOnceAndIsForThePodAlone(t *testing.T) {
 	s.agent.access.await(t, " "+downstream.LocalAddr().String()+" ") // the log was written to its end
 }
 
-// A native sidecar is told to drain by the hook that runs before it is stopped. From then on nobody new is sent here, but
-// whoever comes is served; the signal that follows has nothing to wait for.
+// The hook that runs before a native sidecar is stopped orders it to drain. From then on endpoints are removed;
+// requests that still arrive are served, and the signal that follows waits only for the rest of the delay.
 func TestDrainingByOrderKeepsServingAndEndsInOrder(t *testing.T) {
 	t.Parallel()
 	const requests = 20

@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// TLS is carried as it is: both sides agree on what they would have agreed on without us. What the client says in the
-// clear, the server's name and the protocols, is in the record.
+// TLS is carried as it is: both sides agree on what they would have agreed on without us. The server name and
+// the protocols that the client sends in the clear are in the record.
 func TestTLSPassesAndItsNameIsTold(t *testing.T) {
 	t.Parallel()
 	certificate := selfSigned(t, "some.example")

@@ -156,7 +156,7 @@ func TestWithTPROXYTwoHundredConnectionsOfOneClientKeepApart(t *testing.T) {
 	}
 }
 
-// A connection that the pool keeps carries the address of a client, and nobody else may use it.
+// A connection that the pool keeps carries the address of its client, and no other client may use it.
 func TestWithTPROXYAnUpstreamConnectionServesOneClientAddress(t *testing.T) {
 	t.Parallel()
 	s := newTPROXYStage(t, "--upstream-idle-timeout", "1m")
@@ -198,7 +198,7 @@ func TestWithTPROXYAnUpstreamConnectionServesOneClientAddress(t *testing.T) {
 	}
 }
 
-// What the agent's group dials at the pod's own address is a call of the workload's own service, and comes in like any
+// A connection of the agent's group to the pod's own address is a call of the workload's own service, and comes in like any
 // other.
 func TestWithTPROXYACallOfTheOwnServiceComesInFromThePodsOwnAddress(t *testing.T) {
 	t.Parallel()
@@ -313,7 +313,7 @@ func TestWithTPROXYTheAgentHasOneCapabilityAndShowsItsMode(t *testing.T) {
 	}
 }
 
-// An agent that cannot do what it is told says so, and does not begin.
+// An agent that cannot provide the requested mode reports the reason and does not start.
 func TestAnAgentThatMayNotBorrowAddressesEndsAtOnce(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)

@@ -78,7 +78,7 @@ func TestHalfCloseByUpstreamPassesAndTheAnswerComesBack(t *testing.T) {
 	})
 }
 
-// halfClose says something on one side and closes that half. The other side must see the end, and may still answer.
+// halfClose sends words on one side and closes that half. The other side must see the end, and may still answer.
 func halfClose(t *testing.T, near, far *net.TCPConn) {
 	t.Helper()
 	writes(t, near, "last words")
@@ -94,7 +94,7 @@ func halfClose(t *testing.T, near, far *net.TCPConn) {
 }
 
 // Connection tracking forgets a half-closed flow after a minute of silence, and its redirection with it. Only the
-// agent's keep-alive holds it: the test's own sockets have none.
+// agent's keep-alive holds it: the test's own sockets have keep-alive off.
 func TestAHalfClosedConnectionIsAnsweredAfterSeventySecondsOfSilence(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
@@ -187,7 +187,7 @@ func TestARefusedUpstreamBecomesAReset(t *testing.T) {
 	})
 }
 
-// The upstream's host takes the connection attempt and says nothing.
+// The upstream's host receives the connection attempt and does not answer.
 func TestAnUpstreamThatDoesNotAnswerBecomesAReset(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--connect-timeout", "1s")
@@ -290,7 +290,7 @@ func TestAGibibyteEachWayArrivesWhole(t *testing.T) {
 	}
 }
 
-// onlyReader hides everything else of a connection from io.Copy, which would splice past the hash.
+// onlyReader hides the other methods of a connection from io.Copy, so that it does not splice past the hash.
 type onlyReader struct{ io.Reader }
 
 // sendBulk writes n bytes that do not repeat, hashes them, and closes its half.
@@ -358,7 +358,7 @@ func serveEach(t testing.TB, listener net.Listener, serve func(net.Conn)) {
 	})
 }
 
-// askEcho sends bytes that only this connection has and checks that they come back, and nothing else.
+// askEcho sends bytes that only this connection has and checks that exactly these come back.
 func askEcho(from *nettest.Namespace, address string, serial int) error {
 	conn, err := from.Dial("tcp", address, time.Minute)
 	if err != nil {
@@ -403,7 +403,7 @@ func TestAStalledReceiverLosesNothingAndCostsLittle(t *testing.T) {
 		t.Run(w.name, func(t *testing.T) {
 			downstream, upstream := w.connect(t)
 			before := s.agent.resident(t)
-			// Nobody reads at the other end, so that this fills every buffer in between and then waits.
+			// The other end does not read, so this fills every buffer in between and then waits.
 			sent := sha256.New()
 			sum := func(n int, block []byte) { sent.Write(block[:n]) }
 			block := make([]byte, 1<<16)

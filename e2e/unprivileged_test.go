@@ -8,7 +8,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// The agent is the part that is exposed to strangers. It runs with nothing: no root, no capability, no way to get one,
+// The agent is the part that is exposed to untrusted clients. It runs without privileges: no root, no capability, no way to get one,
 // and a file system that it cannot write to.
 func TestTheAgentNeedsNoPrivilegeAndNoWritableFile(t *testing.T) {
 	t.Parallel()

@@ -119,7 +119,7 @@ func TestAConnectTunnelThatIsRefusedLeavesTheConnectionOpen(t *testing.T) {
 	})
 }
 
-// value is the value of a field in the head of a message, "" when it has none.
+// value is the value of a field in the head of a message, "" without the field.
 func value(message, name string) string {
 	head, _, _ := strings.Cut(message, "\r\n\r\n")
 	for _, line := range strings.Split(head, "\r\n")[1:] {

@@ -9,12 +9,15 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/pillion-proxy/pillion/iptables/kernel"
+	"github.com/pillion-proxy/pillion/iptables/nft"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/pillion-proxy/pillion/iptables/xtables"
 )
 
-// Commit carries the plan out and reads it back: it succeeds only when what is there is what was wanted. A failed init
-// takes back what it has done; a failed cleanup goes on and takes away what it can. Where the back end was ours to choose
-// and iptables turns out to lack something, nftables take its place, and the plan is then the one that was carried out.
+// Commit carries the plan out and reads the namespace back. It succeeds only if the namespace then holds what was
+// planned. A failed init restores the former state; a failed cleanup continues and removes what it can. If the backend
+// is Auto and iptables lacks something, Commit uses nftables instead, and p becomes the plan that was carried out.
 func (p *Plan) Commit(ctx context.Context) error {
 	if p.Unread != nil {
 		return p.Unread
@@ -37,10 +40,10 @@ func (p *Plan) Commit(ctx context.Context) error {
 	return nil
 }
 
-// fallBack makes the rules in nftables after iptables has failed for the given reason, if that is of any use and nobody
-// has said otherwise.
+// fallBack installs the rules in nftables after iptables failed for reason. It returns reason if the backend is fixed,
+// or if nftables would not help.
 func (p *Plan) fallBack(ctx context.Context, reason error) error {
-	if p.cleanup || p.backend != Auto || !lacksSomething(reason) {
+	if p.cleanup || p.backend != Auto || !xtables.Lacks(reason) {
 		return reason
 	}
 	next, err := PlanInit(ctx, p.spec, NFTables)
@@ -55,13 +58,13 @@ func (p *Plan) fallBack(ctx context.Context, reason error) error {
 	return nil
 }
 
-// verifyPrograms runs each program once, before anything is touched.
+// verifyPrograms runs each program once, before any change, so that a missing or old program changes nothing.
 func (p *Plan) verifyPrograms() error {
 	for _, step := range p.Steps {
-		if err := missingCapability(step.Flavour == Legacy); err != nil {
+		if err := kernel.MissingCapability(step.Flavour == ruleset.Legacy); err != nil {
 			return err
 		}
-		if step.Flavour == Native {
+		if step.Flavour == ruleset.Native {
 			continue
 		}
 		if err := p.verify(step.before.program); err != nil {
@@ -73,11 +76,11 @@ func (p *Plan) verifyPrograms() error {
 
 func (p *Plan) install(ctx context.Context) error {
 	if p.Address == AddressAdded {
-		if err := addSourceAddress(); err != nil {
+		if err := kernel.AddSourceAddress(); err != nil {
 			return err
 		}
 	}
-	if err := p.changeRoutes(Add); err != nil {
+	if err := p.changeRoutes(kernel.Add); err != nil {
 		return err
 	}
 	done := make([]Step, 0, len(p.Steps))
@@ -86,7 +89,7 @@ func (p *Plan) install(ctx context.Context) error {
 		switch {
 		case err == nil:
 			done = append(done, step)
-		case step.Family != IPv6 || p.ipv6.global || !errors.Is(err, errNoKernelSupport):
+		case step.Family != ruleset.IPv6 || p.ipv6.Global || !errors.Is(err, kernel.ErrNoKernelSupport):
 			return err
 		default:
 			if err := p.giveUpIPv6(err); err != nil {
@@ -98,17 +101,17 @@ func (p *Plan) install(ctx context.Context) error {
 	if err := p.readBack(ctx); err != nil {
 		return err
 	}
-	if err := p.changeRoutes(Remove); err != nil {
+	if err := p.changeRoutes(kernel.Remove); err != nil {
 		return err
 	}
 	if p.Address == AddressRemoved {
-		if err := removeSourceAddress(); err != nil {
+		if err := kernel.RemoveSourceAddress(); err != nil {
 			return err
 		}
 	}
 	for _, step := range p.Steps {
-		if step.Flavour == NFT {
-			if err := removeEmptyNFT(step.Family, step.emptied(), nil); err != nil {
+		if step.Flavour == ruleset.NFT {
+			if err := nft.RemoveEmpty(step.Family, step.emptied(), nil); err != nil {
 				return err
 			}
 		}
@@ -116,47 +119,48 @@ func (p *Plan) install(ctx context.Context) error {
 	return nil
 }
 
-// apply carries out a step. The first of those that are about our table of nftables carries out both.
+// apply carries out a step. The first nftables step changes the table for both families; the second has no work left.
 func (p *Plan) apply(ctx context.Context, i int) error {
 	step := p.Steps[i]
-	if step.Flavour != Native {
-		return step.before.program.apply(ctx, step.Input)
+	if step.Flavour != ruleset.Native {
+		return step.before.program.Apply(ctx, step.Input)
 	}
-	if i > 0 && p.Steps[i-1].Flavour == Native {
+	if i > 0 && p.Steps[i-1].Flavour == ruleset.Native {
 		return nil
 	}
-	return planNFTables(p.wantedNFTables(), p.table).apply()
+	return nft.Transition(p.wantedNFTables(), p.table).Apply()
 }
 
-// emptied are the tables in which there was a part of ours and is none any more.
-func (s Step) emptied() []TableName {
+// emptied returns the tables in which we had rules before the step and have no rules after it.
+func (s Step) emptied() []ruleset.TableName {
 	own := s.before.rules.Own()
-	return slices.DeleteFunc(slices.Clone(TableNames), func(name TableName) bool {
+	return slices.DeleteFunc(slices.Clone(ruleset.TableNames), func(name ruleset.TableName) bool {
 		return len(own.Chains(name)) == 0 || len(s.want.Chains(name)) > 0
 	})
 }
 
-// changeRoutes makes one kind of the planned changes. Routes are there before a rule needs them, and go after it.
-func (p *Plan) changeRoutes(action RouteAction) error {
+// changeRoutes applies the planned route changes of one kind. Routes are added before the rules that need them, and
+// removed after them.
+func (p *Plan) changeRoutes(action kernel.RouteAction) error {
 	var failed []error
 	for _, change := range p.Routes {
 		if change.Action == action {
-			failed = append(failed, change.apply())
+			failed = append(failed, change.Apply())
 		}
 	}
 	return cmp.Or(failed...)
 }
 
-// readBack lists every table that was changed, at the same time, and compares.
+// readBack lists every changed table and compares it with what was planned. The programs run concurrently.
 func (p *Plan) readBack(ctx context.Context) error {
-	readers := make([]func() (Ruleset, error), 0, len(p.Steps))
-	readTable := sync.OnceValues(readNFTablesNow) // for both families
+	readers := make([]func() (ruleset.Ruleset, error), 0, len(p.Steps))
+	readTable := sync.OnceValues(nft.ReadNow) // for both families
 	var failed []error
 	for _, step := range p.Steps {
-		if step.Flavour == Native {
-			readers = append(readers, func() (Ruleset, error) {
+		if step.Flavour == ruleset.Native {
+			readers = append(readers, func() (ruleset.Ruleset, error) {
 				table, err := readTable()
-				return table.ruleset(step.Family), err
+				return table.Of(step.Family), err
 			})
 			continue
 		}
@@ -180,18 +184,18 @@ func (p *Plan) readBack(ctx context.Context) error {
 	return cmp.Or(failed...)
 }
 
-// startReading starts the program that lists a store. The function that it returns must be called.
-func (s Step) startReading(ctx context.Context) (func() (Ruleset, error), error) {
-	listing, err := start(ctx, "", s.before.program.save)
-	return func() (Ruleset, error) {
-		text, err := listing.wait()
-		return Parse(s.Family, text), err
+// startReading starts the program that lists a store. The caller must call the returned function to wait for it.
+func (s Step) startReading(ctx context.Context) (func() (ruleset.Ruleset, error), error) {
+	listing, err := xtables.Start(ctx, "", s.before.program.Save)
+	return func() (ruleset.Ruleset, error) {
+		text, err := listing.Wait()
+		return ruleset.Parse(s.Family, text), err
 	}, err
 }
 
-// compare holds what is there against what the step wanted.
-func (s Step) compare(have Ruleset) error {
-	if changes := Diff(s.want, have); len(changes) > 0 {
+// compare returns an error if have differs from what the step wants.
+func (s Step) compare(have ruleset.Ruleset) error {
+	if changes := ruleset.Diff(s.want, have); len(changes) > 0 {
 		first := changes[0]
 		return fmt.Errorf("%s would still be needed, the first: %s in %s of the %s table: %s%s",
 			count(len(changes)), first.Kind, first.Chain, first.Table, first.Rule, first.Found)
@@ -199,11 +203,11 @@ func (s Step) compare(have Ruleset) error {
 	return nil
 }
 
-// undoTimeout is for taking back, which happens even when the caller's own time is over.
+// undoTimeout limits undo. It is independent of the caller's context, since undo must also run after that has ended.
 const undoTimeout = 30 * time.Second
 
-// undo brings every table of the plan from whatever it is now to what it was before. Only an empty legacy table stays:
-// the kernel has no way to unmake it.
+// undo restores every table of the plan, whatever its state is now. An empty legacy table remains, because the kernel
+// cannot remove one.
 func (p *Plan) undo(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
@@ -213,32 +217,32 @@ func (p *Plan) undo(ctx context.Context) error {
 	}
 	var failed []error
 	for _, step := range slices.Backward(p.Steps) {
-		if step.Flavour == Native {
+		if step.Flavour == ruleset.Native {
 			failed = append(failed, step.undoNFTables(p.table))
 		} else {
 			failed = append(failed, step.undo(ctx, now.store(step.Family, step.Flavour)))
 		}
 	}
 	for _, change := range slices.Backward(p.Routes) {
-		failed = append(failed, change.undo(now.routing))
+		failed = append(failed, change.Undo(now.routing))
 	}
 	switch p.Address {
 	case AddressAdded:
-		failed = append(failed, removeSourceAddress())
+		failed = append(failed, kernel.RemoveSourceAddress())
 	case AddressRemoved:
-		failed = append(failed, addSourceAddress())
+		failed = append(failed, kernel.AddSourceAddress())
 	}
 	return cmp.Or(failed...)
 }
 
-// undo brings one store from what it is now to what it was before, and makes sure of it.
+// undo restores one store and verifies the result.
 func (s Step) undo(ctx context.Context, now store) error {
 	if now.unread != nil {
 		return now.unread
 	}
 	s.want = s.before.rules.Own()
-	if input := restoreInput(s.want, now.rules); input != "" {
-		if err := s.before.program.apply(ctx, input); err != nil {
+	if input := xtables.RestoreInput(s.want, now.rules); input != "" {
+		if err := s.before.program.Apply(ctx, input); err != nil {
 			return err
 		}
 		read, err := s.startReading(ctx)
@@ -253,80 +257,44 @@ func (s Step) undo(ctx context.Context, now store) error {
 			return err
 		}
 	}
-	if s.Flavour == NFT {
-		return removeEmptyNFT(s.Family, TableNames, s.before.chains)
+	if s.Flavour == ruleset.NFT {
+		return nft.RemoveEmpty(s.Family, ruleset.TableNames, s.before.chains)
 	}
 	return nil
 }
 
-// undoNFTables is undo for our table of nftables. The first of two steps undoes it for both families.
-func (s Step) undoNFTables(before nftState) error {
-	s.want = before.ruleset(s.Family)
-	now, err := readNFTablesNow()
+// undoNFTables restores our nftables table. The first of two steps restores it for both families.
+func (s Step) undoNFTables(before nft.Table) error {
+	s.want = before.Of(s.Family)
+	now, err := nft.ReadNow()
 	if err != nil {
 		return err
 	}
-	if len(Diff(s.want, now.ruleset(s.Family))) > 0 {
-		if err := planNFTables(before.rulesets, now).apply(); err != nil {
+	if len(ruleset.Diff(s.want, now.Of(s.Family))) > 0 {
+		if err := nft.Transition(before.Rulesets, now).Apply(); err != nil {
 			return err
 		}
-		if now, err = readNFTablesNow(); err != nil {
+		if now, err = nft.ReadNow(); err != nil {
 			return err
 		}
 	}
-	return s.compare(now.ruleset(s.Family))
+	return s.compare(now.Of(s.Family))
 }
 
-// remove is a cleanup: rules first, then the routes and the address that they need, then the empty tables.
+// remove is a cleanup: first the rules, then the routes and the address that they need, then empty tables.
 func (p *Plan) remove(ctx context.Context) error {
 	var failed []error
 	for i := range p.Steps {
 		failed = append(failed, p.apply(ctx, i))
 	}
-	failed = append(failed, p.readBack(ctx), p.changeRoutes(Remove))
+	failed = append(failed, p.readBack(ctx), p.changeRoutes(kernel.Remove))
 	if p.Address == AddressRemoved {
-		failed = append(failed, removeSourceAddress())
+		failed = append(failed, kernel.RemoveSourceAddress())
 	}
 	for _, step := range p.Steps {
-		if step.Flavour == NFT {
-			failed = append(failed, removeEmptyNFT(step.Family, TableNames, nil))
+		if step.Flavour == ruleset.NFT {
+			failed = append(failed, nft.RemoveEmpty(step.Family, ruleset.TableNames, nil))
 		}
 	}
 	return cmp.Or(failed...)
 }
-
-// removeEmptyNFT removes the base chains of the tables that are not among keep and that nobody uses, and each table when
-// nothing is left in it. iptables makes them with its first rule and leaves them behind with the last; it makes them again
-// whenever they are needed, so nobody misses them. Chains that bear other names, rules, references or another policy are
-// somebody's, and so is a table that was there before.
-func removeEmptyNFT(family Family, tables []TableName, keep []nftChain) error {
-	chains, err := nftChains()
-	if err != nil {
-		return err
-	}
-	var failed []error
-	for _, table := range tables {
-		var empty []string
-		inUse := false
-		for _, c := range chains {
-			if c.family != family || TableName(c.table) != table {
-				continue
-			}
-			kept := slices.ContainsFunc(keep, func(k nftChain) bool { return k.table == c.table && k.name == c.name })
-			if c.untouched && slices.Contains(baseChains, c.name) && !kept {
-				empty = append(empty, c.name)
-			} else {
-				inUse = true
-			}
-		}
-		if len(empty) > 0 {
-			if err := removeNFT(family, table, empty, !inUse); !errors.Is(err, unix.EBUSY) {
-				failed = append(failed, err)
-			}
-		}
-	}
-	return cmp.Or(failed...)
-}
-
-// baseChains are the base chains of tables as iptables names them.
-var baseChains = []string{chainPrerouting, "INPUT", "FORWARD", chainBuiltOutput, "POSTROUTING"}

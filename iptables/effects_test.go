@@ -12,25 +12,28 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/iptables/kernel"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/pillion-proxy/pillion/iptables/rulestest"
 )
 
 // What the rules do beside verdicts, in the kernel.
 
 func TestAQueryAndItsAnswerAreOneConnectionInOneZone(t *testing.T) {
-	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
-		world := newWorld(t)
-		mustInit(t, world.pod, specOf(func(s *capture.Spec) {
+	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
+		world := rulestest.NewWorld(t)
+		mustInit(t, world.Pod, rulestest.SpecOf(func(s *capture.Spec) {
 			s.Outbound.All, s.RedirectDNS = true, true
 			s.DNSServers = []netip.Addr{nettest.Elsewhere4, nettest.Elsewhere6}
-			s.OwnerGroupsExcluded = ids("2001")
+			s.OwnerGroupsExcluded = rulestest.IDs("2001")
 		}))
-		for _, a := range families {
-			world.dial(t, udp(sends(workload, workload, a.elsewhere, 53)))
-			world.dial(t, udp(sends(workload, 2001, a.elsewhere, 53)))
-			world.dial(t, udp(sends(agent, agent, a.elsewhere, 53)))
+		for _, a := range rulestest.Families {
+			world.Dial(t, rulestest.UDP(rulestest.Sends(rulestest.Workload, rulestest.Workload, a.Elsewhere, 53)))
+			world.Dial(t, rulestest.UDP(rulestest.Sends(rulestest.Workload, 2001, a.Elsewhere, 53)))
+			world.Dial(t, rulestest.UDP(rulestest.Sends(rulestest.Agent, rulestest.Agent, a.Elsewhere, 53)))
 			var zones []int
-			world.pod.Do(t, func() error {
-				flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(a.family.number()))
+			world.Pod.Do(t, func() error {
+				flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(kernel.FamilyNumber(a.Family)))
 				for _, f := range flows {
 					if f.Forward.Protocol == unix.IPPROTO_UDP {
 						zones = append(zones, int(f.Zone))
@@ -40,15 +43,15 @@ func TestAQueryAndItsAnswerAreOneConnectionInOneZone(t *testing.T) {
 			})
 			slices.Sort(zones)
 			if want := []int{1, 1, 2}; !slices.Equal(zones, want) {
-				t.Errorf("%s: connections in zones %v, want %v", a.family, zones, want)
+				t.Errorf("%s: connections in zones %v, want %v", a.Family, zones, want)
 			}
 		}
 	})
 }
 
 func TestSixtyFourGroupsAreInstalled(t *testing.T) {
-	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
-		mustInit(t, nettest.New(t, "pod"), specOf(func(s *capture.Spec) {
+	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
+		mustInit(t, nettest.New(t, "pod"), rulestest.SpecOf(func(s *capture.Spec) {
 			s.Outbound.All, s.RedirectDNS, s.CaptureAllDNS = true, true, true
 			for i := range uint32(capture.MaxOwnerGroups) {
 				s.OwnerGroups.All = false
@@ -60,10 +63,10 @@ func TestSixtyFourGroupsAreInstalled(t *testing.T) {
 
 // An answer to a question that nobody has asked is what a kernel resets. Dropped, it makes no sound.
 func TestWhatBelongsToNothingIsAnsweredUnlessItIsDropped(t *testing.T) {
-	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
 		for _, drop := range []bool{false, true} {
 			pod, peer := nettest.PodAndPeer(t)
-			mustInit(t, pod, specOf(func(s *capture.Spec) { s.Outbound.All, s.DropInvalid = true, drop }))
+			mustInit(t, pod, rulestest.SpecOf(func(s *capture.Spec) { s.Outbound.All, s.DropInvalid = true, drop }))
 			var raw int
 			peer.Do(t, func() (err error) {
 				raw, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)

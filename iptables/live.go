@@ -3,29 +3,26 @@ package iptables
 import (
 	"context"
 	"fmt"
-	"slices"
-	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/iptables/kernel"
+	"github.com/pillion-proxy/pillion/iptables/policy"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/pillion-proxy/pillion/iptables/xtables"
 )
 
-// Held is the rules of one family that one flavour holds. The flavour is empty for rules that are only planned.
-type Held struct {
-	Flavour Flavour
-	Rules   Ruleset
-}
-
-// Live is what there is in the network namespace of the calling thread: in our tables, everybody's rules.
+// Live holds the rules in the network namespace of the calling thread: those of every origin, in the tables that we
+// use.
 type Live struct {
-	// Held are the families and flavours that have any rule.
-	Held []Held
-	// Warnings say what could not be looked into.
+	// Held has one entry for each family and flavour with at least one rule.
+	Held []ruleset.Held
+	// Warnings name what could not be read.
 	Warnings []string
 }
 
-// Look reads the rules in force, with their counters and reasons. It changes nothing.
+// Look reads the rules in force, with counters and reasons. It changes nothing.
 func Look(ctx context.Context) (Live, error) {
-	if err := missingCapability(false); err != nil {
+	if err := kernel.MissingCapability(false); err != nil {
 		return Live{}, err
 	}
 	s, err := look(ctx)
@@ -38,34 +35,35 @@ func Look(ctx context.Context) (Live, error) {
 			return Live{}, t.unread
 		}
 		for _, name := range t.opaque {
-			live.Warnings = append(live.Warnings, fmt.Sprintf("the %s %s table was not looked into: %v", t.family, name, errIncompatible))
+			live.Warnings = append(live.Warnings, fmt.Sprintf("the %s %s table was not looked into: %v", t.family, name, xtables.ErrIncompatible))
 		}
 		for range t.rules.All() {
-			live.Held = append(live.Held, Held{t.flavour, t.rules.withReasons()})
+			live.Held = append(live.Held, ruleset.Held{Flavour: t.flavour, Rules: policy.WithReasons(t.rules)})
 			break
 		}
 	}
 	return live, nil
 }
 
-// Planned are the rules for spec, in the families that would get them in the network namespace of the calling thread.
-func Planned(spec capture.Spec) ([]Held, error) {
-	state, err := readIPv6()
+// Planned returns the rules for spec, in the families that init would choose in the network namespace of the calling
+// thread.
+func Planned(spec capture.Spec) ([]ruleset.Held, error) {
+	state, err := kernel.ReadIPv6()
 	if err != nil {
 		return nil, err
 	}
-	wanted, err := state.wanted(spec.IPv6)
+	wanted, err := state.Wanted(spec.IPv6)
 	if err != nil {
 		return nil, err
 	}
-	planned := []Held{{Rules: Rules(spec, IPv4)}}
+	planned := []ruleset.Held{{Rules: policy.Rules(spec, ruleset.IPv4)}}
 	if wanted {
-		planned = append(planned, Held{Rules: Rules(spec, IPv6)})
+		planned = append(planned, ruleset.Held{Rules: policy.Rules(spec, ruleset.IPv6)})
 	}
 	return planned, nil
 }
 
-// hidden warns of legacy tables for which there is no program.
+// hidden returns a warning for each family with legacy tables but no program to read them.
 func (s survey) hidden() []string {
 	var warnings []string
 	for _, t := range s.stores {
@@ -74,36 +72,4 @@ func (s survey) hidden() []string {
 		}
 	}
 	return warnings
-}
-
-// inOrder are the chains of a table that have rules, as packets come to them: each built-in chain, and behind it those to
-// which its rules jump. What nothing of ours jumps to comes last.
-func (rs Ruleset) inOrder(table TableName) []Chain {
-	var order []Chain
-	var visit func(name string)
-	visit = func(name string) {
-		c := rs.chain(Place{table, name})
-		if len(c.Rules) == 0 || slices.ContainsFunc(order, func(seen Chain) bool { return seen.Name == name }) {
-			return
-		}
-		order = append(order, c)
-		for _, r := range c.Rules {
-			if next, ok := r.Target.(Jump); ok {
-				visit(string(next))
-			}
-		}
-	}
-	for _, name := range baseChains {
-		visit(name)
-	}
-	for _, c := range rs.Chains(table) {
-		visit(c.Name)
-	}
-	return order
-}
-
-// body is the rule's line without the chain and the comment.
-func (r Rule) body(chain string) string {
-	r.ID = ""
-	return strings.TrimPrefix(r.line(chain), "-A "+chain+" ")
 }

@@ -18,53 +18,15 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/iptables/kernel"
+	"github.com/pillion-proxy/pillion/iptables/nft"
+	"github.com/pillion-proxy/pillion/iptables/policy"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/pillion-proxy/pillion/iptables/rulestest"
+	"github.com/pillion-proxy/pillion/iptables/xtables"
 )
 
-func TestMain(m *testing.M) {
-	if os.Getenv(dialEnvironment) != "" {
-		dialForOthers()
-	}
-	if address := os.Getenv(serveEnvironment); address != "" {
-		serveForOthers(address)
-	}
-	os.Exit(nettest.Main(m))
-}
-
-// machinePath is where the machine has its programs.
-var machinePath = os.Getenv("PATH")
-
-// usePrograms sets PATH to a directory with the programs of these flavours only, under the names that tell the flavour
-// or under the plain ones, and returns the directory.
-func usePrograms(t *testing.T, plain bool, flavours ...Flavour) string {
-	t.Helper()
-	t.Setenv("PATH", machinePath)
-	dir := t.TempDir()
-	for _, flavour := range flavours {
-		if flavour == Native {
-			continue // it has none
-		}
-		for _, name := range []string{"iptables", "ip6tables"} {
-			for _, suffix := range []string{"", "-save", "-restore"} {
-				real, err := exec.LookPath(name + "-" + string(flavour) + suffix)
-				if err != nil {
-					t.Fatal(err)
-				}
-				if real, err = filepath.EvalSymlinks(real); err != nil {
-					t.Fatal(err)
-				}
-				link := name + "-" + string(flavour) + suffix
-				if plain {
-					link = name + suffix
-				}
-				if err := os.Symlink(real, filepath.Join(dir, link)); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-	}
-	t.Setenv("PATH", dir)
-	return dir
-}
+func TestMain(m *testing.M) { os.Exit(rulestest.Main(m)) }
 
 // breakProgram puts a script in the place of a program.
 func breakProgram(t *testing.T, dir, name, script string) {
@@ -105,91 +67,50 @@ func mustInit(t *testing.T, ns *nettest.Namespace, spec capture.Spec) *Plan {
 	return plan
 }
 
-// everything is all that init could have changed: both flavours, both families, the loopback's addresses. It looks in a
-// way that changes nothing, and with the machine's own programs.
-func everything(t *testing.T, ns *nettest.Namespace) string {
-	t.Helper()
-	look := ns.Command(0, 0, "/bin/sh", "-c", `
-		PATH=/usr/sbin:/usr/bin:/sbin:/bin
-		nft list ruleset 2>/dev/null | sed 's/packets [0-9]* bytes [0-9]*//'
-		for x in ip ip6; do
-			if [ -s /proc/net/${x}_tables_names ]; then
-				echo "legacy $x: $(cat /proc/net/${x}_tables_names)"
-				${x}tables-legacy-save | grep -v '^#' | sed 's/\[.*\]//'
-			fi
-		done
-		ip -o addr show dev lo
-		for family in -4 -6; do ip $family rule; ip $family route show table 133; ip $family route show table 200; done 2>/dev/null; true`)
-	out, err := ns.Run(look)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return out
-}
-
 // rulesIn reads a table the way people do.
-func rulesIn(t *testing.T, ns *nettest.Namespace, family Family, flavour Flavour) Ruleset {
+func rulesIn(t *testing.T, ns *nettest.Namespace, family ruleset.Family, flavour ruleset.Flavour) ruleset.Ruleset {
 	t.Helper()
-	if flavour == Native {
-		var table nftState
+	if flavour == ruleset.Native {
+		var table nft.Table
 		ns.Do(t, func() (err error) {
-			table, err = readNFTablesNow()
+			table, err = nft.ReadNow()
 			return err
 		})
-		return table.ruleset(family)
+		return table.Of(family)
 	}
-	return Parse(family, ns.MustRun(t, programName(family, flavour)+"-save"))
+	return ruleset.Parse(family, ns.MustRun(t, programName(family, flavour)+"-save"))
 }
 
-func programName(family Family, flavour Flavour) string {
-	if family == IPv6 {
+func programName(family ruleset.Family, flavour ruleset.Flavour) string {
+	if family == ruleset.IPv6 {
 		return "/usr/sbin/ip6tables-" + string(flavour)
 	}
 	return "/usr/sbin/iptables-" + string(flavour)
 }
 
-func forEachFlavour(t *testing.T, test func(t *testing.T, flavour Flavour)) {
-	forEachOf(t, []Flavour{NFT, Legacy, Native}, test)
-}
-
-// forEachProgram leaves out the flavour that has none, in tests that use the program to meddle, or break it.
-func forEachProgram(t *testing.T, test func(t *testing.T, flavour Flavour)) {
-	forEachOf(t, []Flavour{NFT, Legacy}, test)
-}
-
-func forEachOf(t *testing.T, flavours []Flavour, test func(t *testing.T, flavour Flavour)) {
-	nettest.RequireRoot(t)
-	for _, flavour := range flavours {
-		t.Run(string(flavour), func(t *testing.T) {
-			usePrograms(t, false, flavour)
-			test(t, flavour)
-		})
-	}
-}
-
 func TestInitInstallsWhatIsWantedAndASecondRunChangesNothing(t *testing.T) {
-	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
-		for _, sc := range scenarios {
-			t.Run(sc.name, func(t *testing.T) {
-				dir := usePrograms(t, false, flavour)
+	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
+		for _, sc := range rulestest.Scenarios {
+			t.Run(sc.Name, func(t *testing.T) {
+				dir := rulestest.UsePrograms(t, false, flavour)
 				pod := nettest.New(t, "pod")
-				plan := mustInit(t, pod, sc.spec)
+				plan := mustInit(t, pod, sc.Spec)
 				if len(plan.Steps) != 2 || plan.Address != AddressAdded {
 					t.Errorf("the first run did %d steps, address %q", len(plan.Steps), plan.Address)
 				}
-				for _, family := range Families {
-					if changes := Diff(Rules(sc.spec, family), rulesIn(t, pod, family, flavour)); len(changes) > 0 {
+				for _, family := range ruleset.Families {
+					if changes := ruleset.Diff(policy.Rules(sc.Spec, family), rulesIn(t, pod, family, flavour)); len(changes) > 0 {
 						t.Errorf("%s: %v", family, changes)
 					}
 				}
-				before := everything(t, pod)
-				for _, family := range Families {
+				before := rulestest.Everything(t, pod)
+				for _, family := range ruleset.Families {
 					breakProgram(t, dir, filepath.Base(programName(family, flavour))+"-restore", "exit 9")
 				}
-				if plan := mustInit(t, pod, sc.spec); !plan.Unchanged() {
+				if plan := mustInit(t, pod, sc.Spec); !plan.Unchanged() {
 					t.Errorf("the second run would change %v", plan)
 				}
-				if after := everything(t, pod); after != before {
+				if after := rulestest.Everything(t, pod); after != before {
 					t.Errorf("the second run changed something\nbefore:\n%s\nafter:\n%s", before, after)
 				}
 			})
@@ -198,13 +119,13 @@ func TestInitInstallsWhatIsWantedAndASecondRunChangesNothing(t *testing.T) {
 }
 
 func TestANewSpecReplacesTheOldRules(t *testing.T) {
-	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
 		pod := nettest.New(t, "pod")
-		for _, sc := range scenarios {
-			mustInit(t, pod, sc.spec)
-			for _, family := range Families {
-				if changes := Diff(Rules(sc.spec, family), rulesIn(t, pod, family, flavour)); len(changes) > 0 {
-					t.Errorf("%s, %s: %v", sc.name, family, changes)
+		for _, sc := range rulestest.Scenarios {
+			mustInit(t, pod, sc.Spec)
+			for _, family := range ruleset.Families {
+				if changes := ruleset.Diff(policy.Rules(sc.Spec, family), rulesIn(t, pod, family, flavour)); len(changes) > 0 {
+					t.Errorf("%s, %s: %v", sc.Name, family, changes)
 				}
 			}
 		}
@@ -212,14 +133,14 @@ func TestANewSpecReplacesTheOldRules(t *testing.T) {
 }
 
 func TestWhatWasMeddledWithIsRepaired(t *testing.T) {
-	forEachProgram(t, func(t *testing.T, flavour Flavour) {
-		for _, m := range meddling {
-			t.Run(m.name, func(t *testing.T) {
+	rulestest.ForEachProgram(t, func(t *testing.T, flavour ruleset.Flavour) {
+		for _, m := range rulestest.Meddling {
+			t.Run(m.Name, func(t *testing.T) {
 				pod := nettest.New(t, "pod")
-				mustInit(t, pod, captureAll)
-				for _, family := range Families {
-					text := m.edit(Rules(captureAll, family).String())
-					if family == IPv6 {
+				mustInit(t, pod, rulestest.CaptureAll)
+				for _, family := range ruleset.Families {
+					text := m.Edit(policy.Rules(rulestest.CaptureAll, family).String())
+					if family == ruleset.IPv6 {
 						text = strings.ReplaceAll(text, "203.0.113.9/32", "2001:db8:2::9/128")
 					}
 					restore := pod.Command(0, 0, programName(family, flavour)+"-restore")
@@ -228,21 +149,21 @@ func TestWhatWasMeddledWithIsRepaired(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				plan := mustInit(t, pod, captureAll)
-				if got, want := len(plan.Steps) > 0, len(m.want) > 0; got != want {
+				plan := mustInit(t, pod, rulestest.CaptureAll)
+				if got, want := len(plan.Steps) > 0, len(m.Want) > 0; got != want {
 					t.Errorf("a change was planned: %t, want %t", got, want)
 				}
 				for _, step := range plan.Steps {
-					if len(step.Changes) != len(m.want) {
-						t.Errorf("%s: changes %v, want %v", step.Family, step.Changes, m.want)
+					if len(step.Changes) != len(m.Want) {
+						t.Errorf("%s: changes %v, want %v", step.Family, step.Changes, m.Want)
 					}
 				}
-				for _, family := range Families {
+				for _, family := range ruleset.Families {
 					rules := rulesIn(t, pod, family, flavour)
-					if changes := Diff(Rules(captureAll, family), rules); len(changes) > 0 {
+					if changes := ruleset.Diff(policy.Rules(rulestest.CaptureAll, family), rules); len(changes) > 0 {
 						t.Errorf("%s is not mended: %v", family, changes)
 					}
-					if strings.Contains(m.name, "stranger's rule") && !strings.Contains(rules.String(), "-j ACCEPT") {
+					if strings.Contains(m.Name, "stranger's rule") && !strings.Contains(rules.String(), "-j ACCEPT") {
 						t.Errorf("%s: the stranger's rule is gone", family)
 					}
 				}
@@ -252,16 +173,16 @@ func TestWhatWasMeddledWithIsRepaired(t *testing.T) {
 }
 
 // strangers sets up rules of other people in every flavour of the list.
-func strangers(t *testing.T, ns *nettest.Namespace, flavours ...Flavour) {
+func strangers(t *testing.T, ns *nettest.Namespace, flavours ...ruleset.Flavour) {
 	t.Helper()
 	for _, flavour := range flavours {
-		if flavour == Native {
+		if flavour == ruleset.Native {
 			ns.MustRun(t, "/usr/sbin/nft", "add table inet theirs; add chain inet theirs nat_output { type nat hook output priority -100; }; "+
 				"add rule inet theirs nat_output ip daddr 203.0.113.9 accept comment \"pillion:outbound/all\"")
-			strangers(t, ns, NFT)
+			strangers(t, ns, ruleset.NFT)
 			continue
 		}
-		for family, network := range map[Family]string{IPv4: "203.0.113.9/32", IPv6: "2001:db8:2::9/128"} {
+		for family, network := range map[ruleset.Family]string{ruleset.IPv4: "203.0.113.9/32", ruleset.IPv6: "2001:db8:2::9/128"} {
 			program := programName(family, flavour)
 			ns.MustRun(t, program, "-t", "nat", "-N", "THEIRS")
 			ns.MustRun(t, program, "-t", "nat", "-A", "OUTPUT", "-d", network, "-j", "THEIRS")
@@ -272,18 +193,18 @@ func strangers(t *testing.T, ns *nettest.Namespace, flavours ...Flavour) {
 }
 
 func TestCleanupLeavesOtherPeoplesRulesByteForByte(t *testing.T) {
-	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
+	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
 		pod := nettest.New(t, "pod")
 		strangers(t, pod, flavour)
-		before := everything(t, pod)
-		mustInit(t, pod, scenarios[1].spec)
-		if everything(t, pod) == before {
+		before := rulestest.Everything(t, pod)
+		mustInit(t, pod, rulestest.Scenarios[1].Spec)
+		if rulestest.Everything(t, pod) == before {
 			t.Fatal("init changed nothing")
 		}
 		if _, err := cleanupIn(pod); err != nil {
 			t.Fatal(err)
 		}
-		if after := everything(t, pod); after != before {
+		if after := rulestest.Everything(t, pod); after != before {
 			t.Errorf("before:\n%s\nafter:\n%s", before, after)
 		}
 		plan, err := cleanupIn(pod)
@@ -296,17 +217,17 @@ func TestCleanupLeavesOtherPeoplesRulesByteForByte(t *testing.T) {
 // In nftables nothing stays behind, not even the empty tables that iptables leaves. A legacy table cannot be unmade.
 func TestCleanupOfAFreshNamespaceLeavesItFresh(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT, Legacy)
+	rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 	pod := nettest.New(t, "pod")
-	before := everything(t, pod)
+	before := rulestest.Everything(t, pod)
 	if plan, err := cleanupIn(pod); err != nil || !plan.Unchanged() || plan.Summary() != "" || plan.String() != "" {
 		t.Errorf("cleanup of nothing: %q, %v", plan, err)
 	}
-	mustInit(t, pod, captureAll)
+	mustInit(t, pod, rulestest.CaptureAll)
 	if _, err := cleanupIn(pod); err != nil {
 		t.Fatal(err)
 	}
-	if after := everything(t, pod); after != before {
+	if after := rulestest.Everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 }
@@ -315,18 +236,18 @@ func TestCleanupFindsBothFlavoursAndKeepsAnAddressThatIsNotOurs(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod := nettest.New(t, "pod")
 	pod.MustRun(t, "ip", "addr", "add", "::6/128", "dev", "lo", "nodad")
-	strangers(t, pod, NFT, Legacy)
-	before := everything(t, pod)
-	for _, flavour := range []Flavour{NFT, Legacy} {
-		for _, family := range Families {
+	strangers(t, pod, ruleset.NFT, ruleset.Legacy)
+	before := rulestest.Everything(t, pod)
+	for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy} {
+		for _, family := range ruleset.Families {
 			restore := pod.Command(0, 0, programName(family, flavour)+"-restore", "--noflush")
-			restore.Stdin = strings.NewReader(restoreInput(Rules(captureAll, family), Ruleset{}))
+			restore.Stdin = strings.NewReader(xtables.RestoreInput(policy.Rules(rulestest.CaptureAll, family), ruleset.Ruleset{}))
 			if _, err := pod.Run(restore); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	usePrograms(t, false, NFT, Legacy)
+	rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 	plan, err := cleanupIn(pod)
 	if err != nil {
 		t.Fatal(err)
@@ -334,7 +255,7 @@ func TestCleanupFindsBothFlavoursAndKeepsAnAddressThatIsNotOurs(t *testing.T) {
 	if len(plan.Steps) != 4 || plan.Address != AddressKept {
 		t.Errorf("plan: %v", plan)
 	}
-	if after := everything(t, pod); after != before {
+	if after := rulestest.Everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 }
@@ -344,41 +265,41 @@ func TestTheFlavourThatHoldsOurRulesIsKept(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		prepare func(t *testing.T, pod *nettest.Namespace)
-		want    Flavour
+		want    ruleset.Flavour
 	}{
-		{"a fresh namespace gets nft", func(*testing.T, *nettest.Namespace) {}, NFT},
+		{"a fresh namespace gets nft", func(*testing.T, *nettest.Namespace) {}, ruleset.NFT},
 		{"an empty legacy table, such as a probe leaves, changes nothing", func(t *testing.T, pod *nettest.Namespace) {
 			pod.MustRun(t, "/usr/sbin/iptables-legacy-save", "-t", "nat")
 			pod.MustRun(t, "/usr/sbin/ip6tables-legacy-save", "-t", "nat")
-		}, NFT},
-		{"other people use legacy", func(t *testing.T, pod *nettest.Namespace) { strangers(t, pod, Legacy) }, Legacy},
-		{"other people use both", func(t *testing.T, pod *nettest.Namespace) { strangers(t, pod, NFT, Legacy) }, Legacy},
+		}, ruleset.NFT},
+		{"other people use legacy", func(t *testing.T, pod *nettest.Namespace) { strangers(t, pod, ruleset.Legacy) }, ruleset.Legacy},
+		{"other people use both", func(t *testing.T, pod *nettest.Namespace) { strangers(t, pod, ruleset.NFT, ruleset.Legacy) }, ruleset.Legacy},
 		{"ours are in nft, and then other people use legacy", func(t *testing.T, pod *nettest.Namespace) {
-			mustInit(t, pod, captureAll)
-			strangers(t, pod, Legacy)
-		}, NFT},
+			mustInit(t, pod, rulestest.CaptureAll)
+			strangers(t, pod, ruleset.Legacy)
+		}, ruleset.NFT},
 		{"ours are in legacy, where nobody else is", func(t *testing.T, pod *nettest.Namespace) {
 			path := os.Getenv("PATH")
-			usePrograms(t, false, Legacy)
-			mustInit(t, pod, captureAll)
+			rulestest.UsePrograms(t, false, ruleset.Legacy)
+			mustInit(t, pod, rulestest.CaptureAll)
 			t.Setenv("PATH", path)
-		}, Legacy},
-		{"only legacy is there, under its plain name", func(t *testing.T, _ *nettest.Namespace) { usePrograms(t, true, Legacy) }, Legacy},
-		{"only nft is there, under its plain name", func(t *testing.T, _ *nettest.Namespace) { usePrograms(t, true, NFT) }, NFT},
+		}, ruleset.Legacy},
+		{"only legacy is there, under its plain name", func(t *testing.T, _ *nettest.Namespace) { rulestest.UsePrograms(t, true, ruleset.Legacy) }, ruleset.Legacy},
+		{"only nft is there, under its plain name", func(t *testing.T, _ *nettest.Namespace) { rulestest.UsePrograms(t, true, ruleset.NFT) }, ruleset.NFT},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			usePrograms(t, false, NFT, Legacy)
+			rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 			pod := nettest.New(t, "pod")
 			test.prepare(t, pod)
 			for run := range 2 {
-				for _, step := range mustInit(t, pod, scenarios[0].spec).Steps {
+				for _, step := range mustInit(t, pod, rulestest.Scenarios[0].Spec).Steps {
 					if step.Flavour != test.want {
 						t.Errorf("run %d: %s went to %s, want %s", run+1, step.Family, step.Flavour, test.want)
 					}
 				}
 			}
-			for _, family := range Families {
-				if changes := Diff(Rules(scenarios[0].spec, family), rulesIn(t, pod, family, test.want)); len(changes) > 0 {
+			for _, family := range ruleset.Families {
+				if changes := ruleset.Diff(policy.Rules(rulestest.Scenarios[0].Spec, family), rulesIn(t, pod, family, test.want)); len(changes) > 0 {
 					t.Errorf("%s: %v", family, changes)
 				}
 			}
@@ -389,9 +310,9 @@ func TestTheFlavourThatHoldsOurRulesIsKept(t *testing.T) {
 // Some images have a script in the place of the link. It is asked what it is.
 func TestAScriptUnderThePlainNameIsAskedForItsFlavour(t *testing.T) {
 	nettest.RequireRoot(t)
-	for _, flavour := range []Flavour{NFT, Legacy} {
+	for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy} {
 		dir := t.TempDir()
-		for _, family := range Families {
+		for _, family := range ruleset.Families {
 			real := programName(family, flavour)
 			plain := strings.TrimSuffix(filepath.Base(real), "-"+string(flavour))
 			for _, suffix := range []string{"", "-save", "-restore"} {
@@ -399,7 +320,7 @@ func TestAScriptUnderThePlainNameIsAskedForItsFlavour(t *testing.T) {
 			}
 		}
 		t.Setenv("PATH", dir)
-		for _, step := range mustInit(t, nettest.New(t, "pod"), captureAll).Steps {
+		for _, step := range mustInit(t, nettest.New(t, "pod"), rulestest.CaptureAll).Steps {
 			if step.Flavour != flavour {
 				t.Errorf("%s went to %s, want %s", step.Family, step.Flavour, flavour)
 			}
@@ -409,17 +330,17 @@ func TestAScriptUnderThePlainNameIsAskedForItsFlavour(t *testing.T) {
 
 func TestAProgramThatIsTooOldIsRefusedBeforeAnythingIsTouched(t *testing.T) {
 	nettest.RequireRoot(t)
-	dir := usePrograms(t, false, NFT)
+	dir := rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod := nettest.New(t, "pod")
-	before := everything(t, pod)
+	before := rulestest.Everything(t, pod)
 	breakProgram(t, dir, "iptables-nft", "echo 'iptables v1.6.1'")
-	if _, err := initBy(pod, captureAll, IPTables); err == nil || !strings.Contains(err.Error(), "is version 1.6.1: 1.6.2 or later is needed") {
+	if _, err := initBy(pod, rulestest.CaptureAll, IPTables); err == nil || !strings.Contains(err.Error(), "is version 1.6.1: 1.6.2 or later is needed") {
 		t.Errorf("got error %v", err)
 	}
-	if after := everything(t, pod); after != before {
+	if after := rulestest.Everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
-	if steps := mustInit(t, pod, captureAll).Steps; !slices.ContainsFunc(steps, func(s Step) bool { return s.Family == IPv4 && s.Flavour == Native }) {
+	if steps := mustInit(t, pod, rulestest.CaptureAll).Steps; !slices.ContainsFunc(steps, func(s Step) bool { return s.Family == ruleset.IPv4 && s.Flavour == ruleset.Native }) {
 		t.Errorf("where nftables may be chosen: %v", steps)
 	}
 }
@@ -427,49 +348,49 @@ func TestAProgramThatIsTooOldIsRefusedBeforeAnythingIsTouched(t *testing.T) {
 // Rules in both flavours would both act. One is kept, the other cleaned, whoever made it so.
 func TestOurRulesInTheOtherFlavourAreTakenAway(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT, Legacy)
+	rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 	pod := nettest.New(t, "pod")
-	for _, flavour := range []Flavour{NFT, Legacy} {
-		restore := pod.Command(0, 0, programName(IPv4, flavour)+"-restore", "--noflush")
-		restore.Stdin = strings.NewReader(restoreInput(Rules(captureAll, IPv4), Ruleset{}))
+	for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy} {
+		restore := pod.Command(0, 0, programName(ruleset.IPv4, flavour)+"-restore", "--noflush")
+		restore.Stdin = strings.NewReader(xtables.RestoreInput(policy.Rules(rulestest.CaptureAll, ruleset.IPv4), ruleset.Ruleset{}))
 		if _, err := pod.Run(restore); err != nil {
 			t.Fatal(err)
 		}
 	}
-	mustInit(t, pod, captureAll)
-	if rest := rulesIn(t, pod, IPv4, Legacy).Own().Tables; len(rest) > 0 {
+	mustInit(t, pod, rulestest.CaptureAll)
+	if rest := rulesIn(t, pod, ruleset.IPv4, ruleset.Legacy).Own().Tables; len(rest) > 0 {
 		t.Errorf("legacy still holds %v", rest)
 	}
-	if changes := Diff(Rules(captureAll, IPv4), rulesIn(t, pod, IPv4, NFT)); len(changes) > 0 {
+	if changes := ruleset.Diff(policy.Rules(rulestest.CaptureAll, ruleset.IPv4), rulesIn(t, pod, ruleset.IPv4, ruleset.NFT)); len(changes) > 0 {
 		t.Errorf("nft: %v", changes)
 	}
 }
 
 func TestRulesThatNoProgramCanReachAreAnError(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT, Legacy)
+	rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 	pod := nettest.New(t, "pod")
-	mustInit(t, pod, captureAll)
-	before := everything(t, pod)
-	usePrograms(t, false, Legacy)
+	mustInit(t, pod, rulestest.CaptureAll)
+	before := rulestest.Everything(t, pod)
+	rulestest.UsePrograms(t, false, ruleset.Legacy)
 	for name, commit := range map[string]func() (*Plan, error){
-		"init":    func() (*Plan, error) { return initIn(pod, scenarios[0].spec) },
+		"init":    func() (*Plan, error) { return initIn(pod, rulestest.Scenarios[0].Spec) },
 		"cleanup": func() (*Plan, error) { return cleanupIn(pod) },
 	} {
 		_, err := commit()
-		if err == nil || !errors.Is(err, errNoProgram) || !strings.Contains(err.Error(), "iptables-nft") {
+		if err == nil || !errors.Is(err, xtables.ErrNoProgram) || !strings.Contains(err.Error(), "iptables-nft") {
 			t.Errorf("%s: got error %v, want one that names the program", name, err)
 		}
 	}
-	if after := everything(t, pod); after != before {
+	if after := rulestest.Everything(t, pod); after != before {
 		t.Error("something was changed")
 	}
 }
 
 func TestAFailureHalfWayTakesEverythingBack(t *testing.T) {
 	nettest.RequireRoot(t)
-	for _, flavour := range []Flavour{NFT, Legacy} {
-		name6 := filepath.Base(programName(IPv6, flavour))
+	for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy} {
+		name6 := filepath.Base(programName(ruleset.IPv6, flavour))
 		for _, test := range []struct {
 			name   string
 			breaks func(t *testing.T, dir string)
@@ -482,7 +403,7 @@ func TestAFailureHalfWayTakesEverythingBack(t *testing.T) {
 				breakProgram(t, dir, name6+"-restore", "while read line; do :; done")
 			}, "reading ipv6 rules back: 15 changes would still be needed"},
 			{"IPv6 is committed by half", func(t *testing.T, dir string) {
-				real := programName(IPv6, flavour) + "-restore"
+				real := programName(ruleset.IPv6, flavour) + "-restore"
 				// Only the first run, which installs, is sabotaged.
 				breakProgram(t, dir, name6+"-restore", fmt.Sprintf(
 					`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; /bin/sed '/inbound.all/d' | %[2]s "$@"`, dir, real))
@@ -490,22 +411,22 @@ func TestAFailureHalfWayTakesEverythingBack(t *testing.T) {
 		} {
 			for _, earlier := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/%s/over earlier rules %t", flavour, test.name, earlier), func(t *testing.T) {
-					dir := usePrograms(t, false, flavour)
+					dir := rulestest.UsePrograms(t, false, flavour)
 					pod, _ := nettest.PodAndPeer(t)
 					strangers(t, pod, flavour)
 					if earlier {
-						mustInit(t, pod, scenarios[1].spec)
+						mustInit(t, pod, rulestest.Scenarios[1].Spec)
 					}
-					before := everything(t, pod)
+					before := rulestest.Everything(t, pod)
 					test.breaks(t, dir)
-					_, err := initIn(pod, captureAll)
+					_, err := initIn(pod, rulestest.CaptureAll)
 					if err == nil || !earlier && !strings.Contains(err.Error(), test.want) {
 						t.Errorf("got error %v, want %q", err, test.want)
 					}
 					if strings.Contains(err.Error(), "taking it back failed") {
 						t.Error(err)
 					}
-					if after := everything(t, pod); after != before {
+					if after := rulestest.Everything(t, pod); after != before {
 						t.Errorf("before:\n%s\nafter:\n%s", before, after)
 					}
 				})
@@ -517,14 +438,14 @@ func TestAFailureHalfWayTakesEverythingBack(t *testing.T) {
 // A fresh namespace is fresh again after a failure: the tables that the commit made are gone.
 func TestAFailureInAFreshNamespaceLeavesItFresh(t *testing.T) {
 	nettest.RequireRoot(t)
-	dir := usePrograms(t, false, NFT, Legacy)
+	dir := rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 	pod, _ := nettest.PodAndPeer(t)
-	before := everything(t, pod)
+	before := rulestest.Everything(t, pod)
 	breakProgram(t, dir, "ip6tables-nft-restore", "exit 1")
-	if _, err := initIn(pod, captureAll); err == nil {
+	if _, err := initIn(pod, rulestest.CaptureAll); err == nil {
 		t.Fatal("init succeeded")
 	}
-	if after := everything(t, pod); after != before {
+	if after := rulestest.Everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 }
@@ -538,24 +459,24 @@ func ruleMadeWithNFT(t *testing.T, ns *nettest.Namespace) {
 
 func TestATableThatIPTablesCannotShowIsLeftAlone(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT)
+	rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod := nettest.New(t, "pod")
 	ruleMadeWithNFT(t, pod)
-	before := everything(t, pod)
-	if _, err := initBy(pod, captureAll, IPTables); !errors.Is(err, errIncompatible) {
+	before := rulestest.Everything(t, pod)
+	if _, err := initBy(pod, rulestest.CaptureAll, IPTables); !errors.Is(err, xtables.ErrIncompatible) {
 		t.Errorf("got error %v", err)
 	}
-	if after := everything(t, pod); after != before {
+	if after := rulestest.Everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 	for _, test := range []struct {
-		programs []Flavour
-		want     Flavour
-	}{{[]Flavour{NFT}, Native}, {[]Flavour{NFT, Legacy}, Legacy}} {
-		usePrograms(t, false, test.programs...)
-		steps := mustInit(t, pod, captureAll).Steps
-		if !slices.ContainsFunc(steps, func(s Step) bool { return s.Family == IPv4 && s.Flavour == test.want }) ||
-			!slices.ContainsFunc(steps, func(s Step) bool { return s.Family == IPv6 && s.Flavour == NFT }) {
+		programs []ruleset.Flavour
+		want     ruleset.Flavour
+	}{{[]ruleset.Flavour{ruleset.NFT}, ruleset.Native}, {[]ruleset.Flavour{ruleset.NFT, ruleset.Legacy}, ruleset.Legacy}} {
+		rulestest.UsePrograms(t, false, test.programs...)
+		steps := mustInit(t, pod, rulestest.CaptureAll).Steps
+		if !slices.ContainsFunc(steps, func(s Step) bool { return s.Family == ruleset.IPv4 && s.Flavour == test.want }) ||
+			!slices.ContainsFunc(steps, func(s Step) bool { return s.Family == ruleset.IPv6 && s.Flavour == ruleset.NFT }) {
 			t.Errorf("with %v at hand: %v", test.programs, steps)
 		}
 		if _, err := cleanupIn(pod); err != nil {
@@ -566,36 +487,36 @@ func TestATableThatIPTablesCannotShowIsLeftAlone(t *testing.T) {
 
 func TestOurRulesInATableThatIPTablesCannotShowAreAnError(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT, Legacy)
+	rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 	pod := nettest.New(t, "pod")
-	mustInit(t, pod, captureAll)
+	mustInit(t, pod, rulestest.CaptureAll)
 	ruleMadeWithNFT(t, pod)
-	before := everything(t, pod)
-	if _, err := initIn(pod, captureAll); !errors.Is(err, errIncompatible) {
+	before := rulestest.Everything(t, pod)
+	if _, err := initIn(pod, rulestest.CaptureAll); !errors.Is(err, xtables.ErrIncompatible) {
 		t.Errorf("init: got error %v", err)
 	}
-	if _, err := cleanupIn(pod); !errors.Is(err, errIncompatible) {
+	if _, err := cleanupIn(pod); !errors.Is(err, xtables.ErrIncompatible) {
 		t.Errorf("cleanup: got error %v", err)
 	}
-	if after := everything(t, pod); after != before {
+	if after := rulestest.Everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 }
 
 func TestPlanningChangesNothing(t *testing.T) {
 	nettest.RequireRoot(t)
-	for _, flavours := range [][]Flavour{{NFT}, {Legacy}, {NFT, Legacy}} {
-		usePrograms(t, false, flavours...)
+	for _, flavours := range [][]ruleset.Flavour{{ruleset.NFT}, {ruleset.Legacy}, {ruleset.NFT, ruleset.Legacy}} {
+		rulestest.UsePrograms(t, false, flavours...)
 		pod := nettest.New(t, "pod")
-		before := everything(t, pod)
+		before := rulestest.Everything(t, pod)
 		pod.Do(t, func() error {
-			plan, err := PlanInit(context.Background(), captureAll, "")
+			plan, err := PlanInit(context.Background(), rulestest.CaptureAll, "")
 			if err == nil && (plan.Unchanged() || plan.String() == "") {
 				t.Error("the plan says nothing")
 			}
 			return err
 		})
-		if after := everything(t, pod); after != before {
+		if after := rulestest.Everything(t, pod); after != before {
 			t.Errorf("%v: before:\n%s\nafter:\n%s", flavours, before, after)
 		}
 	}
@@ -604,7 +525,7 @@ func TestPlanningChangesNothing(t *testing.T) {
 // Rules of an earlier run could be in tables that there is no program to look into. Nobody should think that they were.
 func TestTablesThatNobodyLookedIntoAreNamed(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT)
+	rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod := nettest.New(t, "pod")
 	pod.MustRun(t, "/usr/sbin/iptables-legacy-save", "-t", "nat")
 	plan, err := cleanupIn(pod)
@@ -618,13 +539,13 @@ func TestTablesThatNobodyLookedIntoAreNamed(t *testing.T) {
 
 func TestAPodWithoutIPv6GetsIPv4Alone(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT)
+	rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod := nettest.New(t, "pod")
 	pod.Do(t, func() error {
 		return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0)
 	})
-	plan := mustInit(t, pod, captureAll)
-	if len(plan.Steps) != 1 || plan.Steps[0].Family != IPv4 || plan.Address != AddressKept || len(plan.Warnings) > 0 {
+	plan := mustInit(t, pod, rulestest.CaptureAll)
+	if len(plan.Steps) != 1 || plan.Steps[0].Family != ruleset.IPv4 || plan.Address != AddressKept || len(plan.Warnings) > 0 {
 		t.Errorf("plan: %v, warnings %q", plan, plan.Warnings)
 	}
 }
@@ -633,8 +554,8 @@ func TestAPodWithoutIPv6GetsIPv4Alone(t *testing.T) {
 // loopback must not change that for the next one, as it does there.
 func TestIPv6WhenItComesFirst(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT)
-	spec := captureAll
+	rulestest.UsePrograms(t, false, ruleset.NFT)
+	spec := rulestest.CaptureAll
 	spec.IPv6 = capture.IPv6WhenFirst
 	for name, test := range map[string]struct {
 		addresses []string
@@ -659,11 +580,11 @@ func TestIPv6WhenItComesFirst(t *testing.T) {
 			if plan := mustInit(t, pod, spec); !plan.Unchanged() {
 				t.Errorf("a second run would change %v", plan)
 			}
-			mustInit(t, pod, captureAll)
+			mustInit(t, pod, rulestest.CaptureAll)
 			if plan := mustInit(t, pod, spec); plan.Unchanged() != (test.families == 2) {
 				t.Errorf("after rules for both families: %v", plan)
 			}
-			if strings.Contains(everything(t, pod), "::6/128") != (test.families == 2) {
+			if strings.Contains(rulestest.Everything(t, pod), "::6/128") != (test.families == 2) {
 				t.Error("::6 is there without rules, or not there with them")
 			}
 		})
@@ -673,24 +594,24 @@ func TestIPv6WhenItComesFirst(t *testing.T) {
 // Each table is a commit of its own. When a later one fails the earlier ones are taken back.
 func TestAFailureBetweenTwoTablesTakesTheFirstBack(t *testing.T) {
 	nettest.RequireRoot(t)
-	for _, flavour := range []Flavour{NFT, Legacy} {
-		dir := usePrograms(t, false, flavour)
+	for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy} {
+		dir := rulestest.UsePrograms(t, false, flavour)
 		pod, _ := nettest.PodAndPeer(t)
 		strangers(t, pod, flavour)
-		for _, table := range TableNames { // a legacy one cannot be unmade
-			if flavour == Legacy {
-				pod.MustRun(t, programName(IPv4, flavour)+"-save", "-t", string(table))
-				pod.MustRun(t, programName(IPv6, flavour)+"-save", "-t", string(table))
+		for _, table := range ruleset.TableNames { // a legacy one cannot be unmade
+			if flavour == ruleset.Legacy {
+				pod.MustRun(t, programName(ruleset.IPv4, flavour)+"-save", "-t", string(table))
+				pod.MustRun(t, programName(ruleset.IPv6, flavour)+"-save", "-t", string(table))
 			}
 		}
-		before := everything(t, pod)
-		real := programName(IPv6, flavour) + "-restore"
+		before := rulestest.Everything(t, pod)
+		real := programName(ruleset.IPv6, flavour) + "-restore"
 		breakProgram(t, dir, filepath.Base(real), fmt.Sprintf(
 			`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; /bin/sed 's/--to-ports 15001/--to-ports nowhere/' | %[2]s "$@"`, dir, real))
-		if _, err := initIn(pod, tproxyAll); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+		if _, err := initIn(pod, rulestest.TPROXYAll); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
 			t.Errorf("%s: got error %v", flavour, err)
 		}
-		if after := everything(t, pod); after != before {
+		if after := rulestest.Everything(t, pod); after != before {
 			t.Errorf("%s: before:\n%s\nafter:\n%s", flavour, before, after)
 		}
 	}
@@ -698,31 +619,31 @@ func TestAFailureBetweenTwoTablesTakesTheFirstBack(t *testing.T) {
 
 func TestAForcedFlavourIsTakenWhateverIsThere(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT, Legacy)
+	rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 	pod := nettest.New(t, "pod")
-	flavours := map[Backend]Flavour{IPTables: NFT, IPTablesNFT: NFT, IPTablesLegacy: Legacy, NFTables: Native}
+	flavours := map[Backend]ruleset.Flavour{IPTables: ruleset.NFT, IPTablesNFT: ruleset.NFT, IPTablesLegacy: ruleset.Legacy, NFTables: ruleset.Native}
 	for _, backend := range []Backend{IPTablesNFT, IPTablesLegacy, NFTables, IPTablesLegacy, IPTablesNFT, NFTables, IPTables} {
-		if _, err := initBy(pod, captureAll, backend); err != nil {
+		if _, err := initBy(pod, rulestest.CaptureAll, backend); err != nil {
 			t.Fatal(err)
 		}
-		for _, family := range Families {
-			for _, flavour := range []Flavour{NFT, Legacy, Native} {
-				var want Ruleset
+		for _, family := range ruleset.Families {
+			for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy, ruleset.Native} {
+				var want ruleset.Ruleset
 				if flavour == flavours[backend] {
-					want = Rules(captureAll, family)
+					want = policy.Rules(rulestest.CaptureAll, family)
 				}
-				if changes := Diff(want, rulesIn(t, pod, family, flavour)); len(changes) > 0 {
+				if changes := ruleset.Diff(want, rulesIn(t, pod, family, flavour)); len(changes) > 0 {
 					t.Errorf("%s by %s: %s differs: %v", family, backend, flavour, changes)
 				}
 			}
 		}
 	}
-	usePrograms(t, false, Legacy)
+	rulestest.UsePrograms(t, false, ruleset.Legacy)
 	err := pod.Try(func() error {
-		_, err := PlanInit(context.Background(), captureAll, IPTablesNFT)
+		_, err := PlanInit(context.Background(), rulestest.CaptureAll, IPTablesNFT)
 		return err
 	})
-	if !errors.Is(err, errNoProgram) {
+	if !errors.Is(err, xtables.ErrNoProgram) {
 		t.Errorf("without the program: got error %v", err)
 	}
 }
@@ -737,24 +658,24 @@ func TestMissingSupportForIPv6MattersOnlyToAPodThatUsesIt(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			breaks(t, usePrograms(t, false, NFT))
+			breaks(t, rulestest.UsePrograms(t, false, ruleset.NFT))
 			alone := nettest.New(t, "without a global address")
-			plan, err := initBy(alone, captureAll, IPTables)
+			plan, err := initBy(alone, rulestest.CaptureAll, IPTables)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if len(plan.Steps) != 1 || len(plan.Warnings) != 1 || plan.Address != AddressKept {
 				t.Errorf("plan: %v, warnings %q", plan, plan.Warnings)
 			}
-			if strings.Contains(everything(t, alone), "::6") {
+			if strings.Contains(rulestest.Everything(t, alone), "::6") {
 				t.Error("::6 is there for no use")
 			}
 			pod, _ := nettest.PodAndPeer(t)
-			before := everything(t, pod)
-			if _, err := initBy(pod, captureAll, IPTables); err == nil {
+			before := rulestest.Everything(t, pod)
+			if _, err := initBy(pod, rulestest.CaptureAll, IPTables); err == nil {
 				t.Error("init succeeded in a pod with an IPv6 address")
 			}
-			if after := everything(t, pod); after != before {
+			if after := rulestest.Everything(t, pod); after != before {
 				t.Errorf("before:\n%s\nafter:\n%s", before, after)
 			}
 		})
@@ -763,13 +684,13 @@ func TestMissingSupportForIPv6MattersOnlyToAPodThatUsesIt(t *testing.T) {
 
 func TestTheSourceAddressIsNeverChosenByItself(t *testing.T) {
 	nettest.RequireRoot(t)
-	usePrograms(t, false, NFT)
+	rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod := nettest.New(t, "pod")
-	mustInit(t, pod, captureAll)
+	mustInit(t, pod, rulestest.CaptureAll)
 	pod.Do(t, func() error {
-		link, err := netlink.LinkByIndex(loopbackIndex)
-		if err != nil || link.Attrs().Name != loopback {
-			return fmt.Errorf("interface %d is %v: %w", loopbackIndex, link, err)
+		link, err := netlink.LinkByIndex(kernel.LoopbackIndex)
+		if err != nil || link.Attrs().Name != ruleset.Loopback {
+			return fmt.Errorf("interface %d is %v: %w", kernel.LoopbackIndex, link, err)
 		}
 		addresses, err := netlink.AddrList(link, netlink.FAMILY_V6)
 		for _, a := range addresses {
@@ -783,9 +704,9 @@ func TestTheSourceAddressIsNeverChosenByItself(t *testing.T) {
 
 func TestACancelledInitTakesBackWhatItDid(t *testing.T) {
 	nettest.RequireRoot(t)
-	dir := usePrograms(t, false, NFT)
+	dir := rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod, _ := nettest.PodAndPeer(t)
-	before := everything(t, pod)
+	before := rulestest.Everything(t, pod)
 	started := filepath.Join(dir, "started")
 	if out, err := exec.Command("/usr/bin/mkfifo", started).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -799,7 +720,7 @@ func TestACancelledInitTakesBackWhatItDid(t *testing.T) {
 		cancel()
 	}()
 	err := pod.Try(func() error {
-		plan, err := PlanInit(ctx, captureAll, "")
+		plan, err := PlanInit(ctx, rulestest.CaptureAll, "")
 		if err != nil {
 			return err
 		}
@@ -809,7 +730,7 @@ func TestACancelledInitTakesBackWhatItDid(t *testing.T) {
 	if err == nil || strings.Contains(err.Error(), "taking it back failed") {
 		t.Errorf("got error %v", err)
 	}
-	if after := everything(t, pod); after != before {
+	if after := rulestest.Everything(t, pod); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 }
@@ -858,9 +779,9 @@ func TestTheScriptLeavesNothingToDo(t *testing.T) {
 	nettest.RequireRoot(t)
 	aRange := regexp.MustCompile(`(port|owner) \d+[:-]\d+ `)
 	for _, backend := range []Backend{IPTablesNFT, IPTablesLegacy, NFTables} {
-		usePrograms(t, false, NFT, Legacy)
+		rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 		pod, _ := nettest.PodAndPeer(t)
-		before := withoutLegacy(everything(t, pod))
+		before := withoutLegacy(rulestest.Everything(t, pod))
 		run := func(plan func(context.Context) (*Plan, error)) {
 			var script string
 			pod.Do(t, func() error {
@@ -871,13 +792,13 @@ func TestTheScriptLeavesNothingToDo(t *testing.T) {
 				return err
 			})
 			cmd := pod.Command(0, 0, "/bin/sh", "-e", "-c", script)
-			cmd.Env = []string{"PATH=" + machinePath}
+			cmd.Env = []string{"PATH=" + rulestest.MachinePath}
 			if out, err := pod.Run(cmd); err != nil {
 				t.Fatalf("%v: %s\n%s", err, out, script)
 			}
 		}
-		for _, sc := range scenarios {
-			toInit := func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, sc.spec, backend) }
+		for _, sc := range rulestest.Scenarios {
+			toInit := func(ctx context.Context) (*Plan, error) { return PlanInit(ctx, sc.Spec, backend) }
 			run(toInit)
 			pod.Do(t, func() error {
 				plan, err := toInit(context.Background())
@@ -885,13 +806,13 @@ func TestTheScriptLeavesNothingToDo(t *testing.T) {
 					return err
 				}
 				for _, step := range plan.Steps {
-					step.Changes = slices.DeleteFunc(step.Changes, func(c Change) bool { return backend == NFTables && aRange.MatchString(c.Rule) })
+					step.Changes = slices.DeleteFunc(step.Changes, func(c ruleset.Change) bool { return backend == NFTables && aRange.MatchString(c.Rule) })
 					if len(step.Changes) > 0 {
-						t.Errorf("%s, %s: %v", backend, sc.name, step.Changes)
+						t.Errorf("%s, %s: %v", backend, sc.Name, step.Changes)
 					}
 				}
 				if len(plan.Routes) > 0 || plan.Address != AddressKept {
-					t.Errorf("%s, %s: %v", backend, sc.name, plan)
+					t.Errorf("%s, %s: %v", backend, sc.Name, plan)
 				}
 				return nil
 			})
@@ -901,7 +822,7 @@ func TestTheScriptLeavesNothingToDo(t *testing.T) {
 			t.Fatal(err)
 		}
 		// The script does not look for the empty chains that iptables-nft leaves.
-		if after := withoutLegacy(everything(t, pod)); backend != IPTablesNFT && after != before {
+		if after := withoutLegacy(rulestest.Everything(t, pod)); backend != IPTablesNFT && after != before {
 			t.Errorf("before:\n%s\nafter:\n%s", before, after)
 		}
 	}

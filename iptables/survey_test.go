@@ -4,6 +4,12 @@ import (
 	"errors"
 	"strings"
 	"testing"
+
+	"github.com/pillion-proxy/pillion/iptables/kernel"
+	"github.com/pillion-proxy/pillion/iptables/policy"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/pillion-proxy/pillion/iptables/rulestest"
+	"github.com/pillion-proxy/pillion/iptables/xtables"
 )
 
 func TestChoiceOfTheFlavour(t *testing.T) {
@@ -11,28 +17,28 @@ func TestChoiceOfTheFlavour(t *testing.T) {
 	for _, test := range []struct {
 		name        string
 		nft, legacy store
-		want        Flavour
+		want        ruleset.Flavour
 		err         string
 	}{
-		{"nothing is there yet", store{}, store{}, NFT, ""},
-		{"ours are in nft", store{ours: true}, store{occupied: true}, NFT, ""},
-		{"ours are in legacy", store{occupied: true}, store{ours: true}, Legacy, ""},
-		{"ours are in both", store{ours: true}, store{ours: true}, NFT, ""},
-		{"ours are in both, others in legacy", store{ours: true}, store{ours: true, occupied: true}, Legacy, ""},
-		{"others are in legacy", store{}, store{occupied: true}, Legacy, ""},
-		{"others are in nft", store{occupied: true}, store{}, NFT, ""},
-		{"no nft, as under gVisor", store{missing: errNoKernelSupport}, store{}, Legacy, ""},
-		{"nft that iptables cannot show", store{opaque: []TableName{NAT}}, store{}, Legacy, ""},
-		{"the same without legacy", store{opaque: []TableName{NAT}}, store{missing: gone}, "", "the ipv4 nat table: " + errIncompatible.Error()},
-		{"the same in a table that we do not need", store{opaque: []TableName{Raw, Mangle}}, store{}, NFT, ""},
-		{"no legacy", store{}, store{missing: gone}, NFT, ""},
+		{"nothing is there yet", store{}, store{}, ruleset.NFT, ""},
+		{"ours are in nft", store{ours: true}, store{occupied: true}, ruleset.NFT, ""},
+		{"ours are in legacy", store{occupied: true}, store{ours: true}, ruleset.Legacy, ""},
+		{"ours are in both", store{ours: true}, store{ours: true}, ruleset.NFT, ""},
+		{"ours are in both, others in legacy", store{ours: true}, store{ours: true, occupied: true}, ruleset.Legacy, ""},
+		{"others are in legacy", store{}, store{occupied: true}, ruleset.Legacy, ""},
+		{"others are in nft", store{occupied: true}, store{}, ruleset.NFT, ""},
+		{"no nft, as under gVisor", store{missing: kernel.ErrNoKernelSupport}, store{}, ruleset.Legacy, ""},
+		{"nft that iptables cannot show", store{opaque: []ruleset.TableName{ruleset.NAT}}, store{}, ruleset.Legacy, ""},
+		{"the same without legacy", store{opaque: []ruleset.TableName{ruleset.NAT}}, store{missing: gone}, "", "the ipv4 nat table: " + xtables.ErrIncompatible.Error()},
+		{"the same in a table that we do not need", store{opaque: []ruleset.TableName{ruleset.Raw, ruleset.Mangle}}, store{}, ruleset.NFT, ""},
+		{"no legacy", store{}, store{missing: gone}, ruleset.NFT, ""},
 		{"neither", store{missing: gone}, store{missing: gone}, "", "no iptables of any flavour for ipv4: not there; not there"},
 		{"ours are out of reach", store{ours: true, missing: gone}, store{}, "", "nft holds ipv4 rules of an earlier run"},
 	} {
-		test.nft.family, test.nft.flavour = IPv4, NFT
-		test.legacy.family, test.legacy.flavour = IPv4, Legacy
-		native := store{family: IPv4, flavour: Native, missing: errNoKernelSupport}
-		got, err := survey{stores: []store{test.nft, test.legacy, native}}.choose(Rules(captureAll, IPv4), IPTables)
+		test.nft.family, test.nft.flavour = ruleset.IPv4, ruleset.NFT
+		test.legacy.family, test.legacy.flavour = ruleset.IPv4, ruleset.Legacy
+		native := store{family: ruleset.IPv4, flavour: ruleset.Native, missing: kernel.ErrNoKernelSupport}
+		got, err := survey{stores: []store{test.nft, test.legacy, native}}.choose(policy.Rules(rulestest.CaptureAll, ruleset.IPv4), IPTables)
 		if test.err != "" {
 			if err == nil || !strings.HasPrefix(err.Error(), test.err) {
 				t.Errorf("%s: got error %v, want %q", test.name, err, test.err)
@@ -45,66 +51,31 @@ func TestChoiceOfTheFlavour(t *testing.T) {
 
 func TestNFTablesAreChosenWhenIPTablesCannotBeUsed(t *testing.T) {
 	gone, broken := errors.New("not there"), errors.New("broken")
-	works := func(program) error { return nil }
+	works := func(xtables.Program) error { return nil }
 	for _, test := range []struct {
 		name                string
 		nft, legacy, native store
-		verify              func(program) error
-		want                Flavour
+		verify              func(xtables.Program) error
+		want                ruleset.Flavour
 		err                 error
 	}{
-		{"iptables is there", store{}, store{}, store{}, works, NFT, nil},
-		{"it is not", store{missing: gone}, store{missing: gone}, store{}, works, Native, nil},
-		{"it does not work", store{}, store{}, store{}, func(program) error { return broken }, Native, nil},
-		{"it does not work, but there is no choice", store{}, store{}, store{missing: gone}, func(program) error { return broken }, NFT, nil},
-		{"it cannot show a table", store{opaque: []TableName{NAT}}, store{missing: gone}, store{}, works, Native, nil},
-		{"ours are in nftables", store{}, store{occupied: true}, store{ours: true}, works, Native, nil},
-		{"ours are in both, after a move that was cut off", store{ours: true}, store{}, store{ours: true}, works, Native, nil},
-		{"ours are out of reach", store{ours: true, missing: gone}, store{}, store{}, works, NFT, gone},
-		{"nothing at all", store{missing: gone}, store{missing: gone}, store{missing: gone}, works, NFT, errNoFlavour},
+		{"iptables is there", store{}, store{}, store{}, works, ruleset.NFT, nil},
+		{"it is not", store{missing: gone}, store{missing: gone}, store{}, works, ruleset.Native, nil},
+		{"it does not work", store{}, store{}, store{}, func(xtables.Program) error { return broken }, ruleset.Native, nil},
+		{"it does not work, but there is no choice", store{}, store{}, store{missing: gone}, func(xtables.Program) error { return broken }, ruleset.NFT, nil},
+		{"it cannot show a table", store{opaque: []ruleset.TableName{ruleset.NAT}}, store{missing: gone}, store{}, works, ruleset.Native, nil},
+		{"ours are in nftables", store{}, store{occupied: true}, store{ours: true}, works, ruleset.Native, nil},
+		{"ours are in both, after a move that was cut off", store{ours: true}, store{}, store{ours: true}, works, ruleset.Native, nil},
+		{"ours are out of reach", store{ours: true, missing: gone}, store{}, store{}, works, ruleset.NFT, gone},
+		{"nothing at all", store{missing: gone}, store{missing: gone}, store{missing: gone}, works, ruleset.NFT, errNoFlavour},
 	} {
-		test.nft.family, test.nft.flavour = IPv4, NFT
-		test.legacy.family, test.legacy.flavour = IPv4, Legacy
-		test.native.family, test.native.flavour = IPv4, Native
+		test.nft.family, test.nft.flavour = ruleset.IPv4, ruleset.NFT
+		test.legacy.family, test.legacy.flavour = ruleset.IPv4, ruleset.Legacy
+		test.native.family, test.native.flavour = ruleset.IPv4, ruleset.Native
 		s := survey{stores: []store{test.nft, test.legacy, test.native}, verify: test.verify}
-		got, err := s.choose(Rules(captureAll, IPv4), Auto)
+		got, err := s.choose(policy.Rules(rulestest.CaptureAll, ruleset.IPv4), Auto)
 		if !errors.Is(err, test.err) || got.flavour != test.want {
 			t.Errorf("%s: got %s, error %v, want %s, %v", test.name, got.flavour, err, test.want, test.err)
-		}
-	}
-}
-
-func TestOtherPeoplesRulesAreToldFromOurs(t *testing.T) {
-	const tables = "*nat\n:PREROUTING ACCEPT [0:0]\n:PILLION_OUTPUT - [0:0]\n-A OUTPUT -j PILLION_OUTPUT\n-A PILLION_OUTPUT -j RETURN\nCOMMIT\n"
-	for text, want := range map[string]bool{
-		"":     false,
-		tables: false,
-		tables + "*filter\n:INPUT ACCEPT [3:4]\nCOMMIT\n": false,
-		tables + "*filter\n:INPUT DROP [0:0]\nCOMMIT\n":   true,
-		tables + "*filter\n:THEIRS - [0:0]\nCOMMIT\n":     true,
-		tables + "*filter\n-A INPUT -j DROP\nCOMMIT\n":    true,
-	} {
-		if occupied(text) != want {
-			t.Errorf("occupied is %t for:\n%s", !want, text)
-		}
-	}
-}
-
-func TestAddressesAreReadFromTheKernelsTable(t *testing.T) {
-	for line, want := range map[string]ipv6{
-		"00000000000000000000000000000001 01 80 10 80       lo": {},
-		"00000000000000000000000000000006 01 80 80 a2       lo": {source: true, ours: true},
-		"00000000000000000000000000000006 01 80 80 82       lo": {source: true},
-		"20010db8000100000000000000000002 02 40 00 82     eth0": {global: true},
-		"fd000000000000000000000000000002 02 40 00 82     eth0": {global: true},
-		"fe80000000000000a8bbccfffeddeeff 02 40 20 80     eth0": {},
-		"00000000000000000000000000000006 02 80 80 82     eth0": {},
-		"garbage": {},
-	} {
-		var got ipv6
-		got.addAddress(strings.Fields(line))
-		if got != want {
-			t.Errorf("%s: got %+v, want %+v", line, got, want)
 		}
 	}
 }

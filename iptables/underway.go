@@ -2,16 +2,13 @@ package iptables
 
 import (
 	"fmt"
-	"slices"
-
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/iptables/kernel"
 )
 
-// borrowing tells by which mark our rules that are there know what the agent sends from its clients' addresses, 0 if they
-// do not, and whether TPROXY still gives it connections.
+// borrowing returns the mark by which the installed rules recognise what the agent sends from its clients' addresses,
+// or 0, and whether TPROXY still captures new connections.
 func (s survey) borrowing() (mark uint32, goesOn bool) {
 	for _, t := range s.stores {
 		for _, r := range t.rules.All() {
@@ -26,49 +23,31 @@ func (s survey) borrowing() (mark uint32, goesOn bool) {
 	return mark, goesOn
 }
 
-// underWay is the mark that connections under way need, which came by TPROXY: without it the workload's answers would go
-// to the client past the agent, and be reset. It is 0 when there are none.
+// underWay returns the mark of open connections that TPROXY has captured, or 0 if there are no such connections.
+// Without its rules and routes, the workload's answers would bypass the agent, go to the client and be reset.
 func (p *Plan) underWay(s survey) uint32 {
 	mark, _ := s.borrowing()
 	if mark == 0 {
 		return 0
 	}
-	connections, err := countMarked(mark, capture.LoopMark)
+	connections, err := kernel.CountTCP(mark, capture.LoopMark)
 	switch {
 	case err != nil:
-		p.Warnings = append(p.Warnings, fmt.Sprintf("what TPROXY needs stays until cleanup: whether its connections have ended cannot be found out: %v", err))
+		p.Warnings = append(p.Warnings, fmt.Sprintf("TPROXY rules and routes stay until cleanup: cannot count open connections: %v", err))
 	case connections == 0:
 		return 0
 	default:
 		p.Warnings = append(p.Warnings, fmt.Sprintf(
-			"what TPROXY needs stays for its connections under way (%d tracked); init takes it away when they have ended, cleanup at once", connections))
+			"TPROXY rules and routes stay for open connections (%d tracked); init removes them when those have ended, cleanup at once", connections))
 	}
 	return mark
 }
 
-// leftUnderWay is the mark for which an earlier init has left what connections under way needed.
+// leftUnderWay returns the mark for which an earlier init kept the rules of open connections, or 0.
 func (p *Plan) leftUnderWay(s survey) uint32 {
 	mark, goesOn := s.borrowing()
 	if goesOn {
 		return 0
 	}
 	return mark
-}
-
-// countMarked counts the connections of TCP that connection tracking knows with one of the marks and that have not ended.
-func countMarked(marks ...uint32) (n int, err error) {
-	for _, family := range Families {
-		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(family.number()))
-		if err != nil {
-			return 0, fmt.Errorf("listing tracked connections: %w", err)
-		}
-		for _, f := range flows {
-			tcp, ok := f.ProtoInfo.(*netlink.ProtoInfoTCP)
-			ended := ok && (tcp.State == nl.TCP_CONNTRACK_TIME_WAIT || tcp.State == nl.TCP_CONNTRACK_CLOSE)
-			if slices.Contains(marks, f.Mark) && !ended {
-				n++
-			}
-		}
-	}
-	return n, nil
 }

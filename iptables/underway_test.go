@@ -12,6 +12,10 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/iptables/policy"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/pillion-proxy/pillion/iptables/rulestest"
+	"github.com/pillion-proxy/pillion/iptables/trace"
 )
 
 // track makes connection tracking know a connection of TCP with the mark, in the state.
@@ -28,34 +32,34 @@ func track(t *testing.T, ns *nettest.Namespace, port uint16, mark uint32, state 
 }
 
 func TestWhatTPROXYNeedsStaysWhileItsConnectionsAreUnderWay(t *testing.T) {
-	forEachFlavour(t, func(t *testing.T, flavour Flavour) {
-		for _, spec := range []capture.Spec{captureAll, specOf(func(s *capture.Spec) { s.Mode, s.Outbound.All = capture.TPROXY, true })} {
+	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
+		for _, spec := range []capture.Spec{rulestest.CaptureAll, rulestest.SpecOf(func(s *capture.Spec) { s.Mode, s.Outbound.All = capture.TPROXY, true })} {
 			t.Run(string(spec.Mode), func(t *testing.T) {
 				pod := nettest.New(t, "pod")
-				check := func() (found Findings) {
+				check := func() (found *Plan) {
 					t.Helper()
 					pod.Do(t, func() (err error) {
-						found, err = Check(t.Context(), spec, Auto)
+						found, err = PlanCheck(t.Context(), spec, Auto)
 						return err
 					})
 					return found
 				}
-				mustInit(t, pod, tproxyAll)
+				mustInit(t, pod, rulestest.TPROXYAll)
 				track(t, pod, 1, 0, nl.TCP_CONNTRACK_ESTABLISHED)
-				track(t, pod, 2, tproxyAll.TPROXYMark, nl.TCP_CONNTRACK_TIME_WAIT)
+				track(t, pod, 2, rulestest.TPROXYAll.TPROXYMark, nl.TCP_CONNTRACK_TIME_WAIT)
 				mustInit(t, pod, spec)
 				if routes := routing(t, pod); routes != "" {
 					t.Errorf("no connection of TPROXY is under way, and there is still\n%s", routes)
 				}
-				for _, mark := range []uint32{tproxyAll.TPROXYMark, capture.LoopMark} {
-					mustInit(t, pod, tproxyAll)
+				for _, mark := range []uint32{rulestest.TPROXYAll.TPROXYMark, capture.LoopMark} {
+					mustInit(t, pod, rulestest.TPROXYAll)
 					wanted := routing(t, pod)
 					track(t, pod, 3, mark, nl.TCP_CONNTRACK_ESTABLISHED)
-					if found := check(); found.Equal || !strings.Contains(found.String(), "CONNMARK --restore-mark") {
+					if found := check(); found.Unchanged() || !strings.Contains(found.String(), "CONNMARK --restore-mark") {
 						t.Errorf("a check before init does not tell of what it would do without connections:\n%s", found)
 					}
 					plan := mustInit(t, pod, spec)
-					if warnings := strings.Join(plan.Warnings, "\n"); !strings.Contains(warnings, "connections under way (1 tracked)") {
+					if warnings := strings.Join(plan.Warnings, "\n"); !strings.Contains(warnings, "open connections (1 tracked)") {
 						t.Errorf("mark %d: the warnings are %q", mark, warnings)
 					}
 					if routes := routing(t, pod); routes != wanted {
@@ -65,15 +69,15 @@ func TestWhatTPROXYNeedsStaysWhileItsConnectionsAreUnderWay(t *testing.T) {
 						t.Errorf("mark %d: a second run changes %v", mark, plan)
 					}
 					pod.Do(t, func() error { return netlink.ConntrackTableFlush(netlink.ConntrackTable) })
-					if found := check(); !found.Equal {
+					if found := check(); !found.Unchanged() {
 						t.Errorf("mark %d: for a check there is a difference when they have ended:\n%s", mark, found)
 					}
 					mustInit(t, pod, spec)
 					if routes := routing(t, pod); routes != "" {
 						t.Errorf("mark %d: the connections have ended, and there is still\n%s", mark, routes)
 					}
-					for _, family := range Families {
-						if changes := Diff(Rules(spec, family), rulesIn(t, pod, family, flavour)); len(changes) > 0 {
+					for _, family := range ruleset.Families {
+						if changes := ruleset.Diff(policy.Rules(spec, family), rulesIn(t, pod, family, flavour)); len(changes) > 0 {
 							t.Errorf("mark %d: %v", mark, changes)
 						}
 					}
@@ -86,32 +90,32 @@ func TestWhatTPROXYNeedsStaysWhileItsConnectionsAreUnderWay(t *testing.T) {
 // The agent may still open connections for those that it was given, and knows them by their mark alone.
 func TestConnectionsUnderWayFindTheirWay(t *testing.T) {
 	mark := capture.Default().TPROXYMark
-	for _, a := range families {
-		rules := rulesWith(captureAll, a.family, mark)
-		ask := func(p Packet) Walk {
+	for _, a := range rulestest.Families {
+		rules := policy.RulesWithMark(rulestest.CaptureAll, a.Family, mark)
+		ask := func(p trace.Packet) trace.Walk {
 			t.Helper()
-			w := rules.Trace(p)
-			if slices.ContainsFunc(w.Met, Met.Unknown) {
+			w := trace.Of(rules, p)
+			if slices.ContainsFunc(w.Met, trace.Met.Unknown) {
 				t.Fatalf("%v met a rule that is not ours", p)
 			}
 			return w
 		}
-		workload := netip.AddrPortFrom(a.own, 8080)
-		dial := Packet{Out: loopback, UID: 0, GID: 1337, Src: a.elsewhere, Dst: workload, Mark: mark}
-		if w := ask(dial); w.Verdict.Action != LeftAlone || w.ConnMark != mark {
-			t.Errorf("%s: what the agent opens from a client's address: %v, connection mark %d", a.family, w.Verdict, w.ConnMark)
+		workload := netip.AddrPortFrom(a.Own, 8080)
+		dial := trace.Packet{Out: ruleset.Loopback, UID: 0, GID: 1337, Src: a.Elsewhere, Dst: workload, Mark: mark}
+		if w := ask(dial); w.Verdict.Action != trace.LeftAlone || w.ConnMark != mark {
+			t.Errorf("%s: what the agent opens from a client's address: %v, connection mark %d", a.Family, w.Verdict, w.ConnMark)
 		}
 		dial.Mark = 0
-		if w := ask(dial); w.Verdict != inbound {
-			t.Errorf("%s: a call of the own service: %v", a.family, w.Verdict)
+		if w := ask(dial); w.Verdict != rulestest.Inbound {
+			t.Errorf("%s: a call of the own service: %v", a.Family, w.Verdict)
 		}
-		answer := Packet{Out: "eth0", UID: 1000, GID: 1000, Src: a.own, Dst: netip.AddrPortFrom(a.elsewhere, 20000), ConnMark: mark, State: Established}
+		answer := trace.Packet{Out: "eth0", UID: 1000, GID: 1000, Src: a.Own, Dst: netip.AddrPortFrom(a.Elsewhere, 20000), ConnMark: mark, State: ruleset.Established}
 		if w := ask(answer); w.Mark != mark {
-			t.Errorf("%s: the answer has mark %d", a.family, w.Mark)
+			t.Errorf("%s: the answer has mark %d", a.Family, w.Mark)
 		}
-		given := Packet{In: "eth0", Src: a.elsewhere, Dst: workload, Mark: mark, ConnMark: capture.LoopMark, State: Established}
+		given := trace.Packet{In: "eth0", Src: a.Elsewhere, Dst: workload, Mark: mark, ConnMark: capture.LoopMark, State: ruleset.Established}
 		if w := ask(given); w.ConnMark != capture.LoopMark {
-			t.Errorf("%s: a connection that was given to the agent by rules elsewhere gets mark %d", a.family, w.ConnMark)
+			t.Errorf("%s: a connection that was given to the agent by rules elsewhere gets mark %d", a.Family, w.ConnMark)
 		}
 	}
 }

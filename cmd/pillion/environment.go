@@ -8,7 +8,10 @@ import (
 	"github.com/spf13/pflag"
 )
 
-const environmentAnnotation = "pillion.dev/environment"
+const (
+	environmentAnnotation = "pillion.dev/environment" // the variables that can set a flag
+	setByAnnotation       = "pillion.dev/set-by"      // the variable that has set it
+)
 
 // twin names the environment variables that set flag name when the command line does not, the strongest first, and
 // adds them to the flag's help. It panics on a flag that does not exist: that is a mistake of this package.
@@ -39,7 +42,9 @@ func applyEnvironment(flags *pflag.FlagSet) error {
 			}
 			if err := flags.Set(flag.Name, value); err != nil {
 				failed = fmt.Errorf("environment variable %s=%q (for --%s): %w", variable, value, flag.Name, err)
+				return
 			}
+			flag.Annotations[setByAnnotation] = []string{variable}
 			return
 		}
 	})

@@ -12,6 +12,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/iptables"
+	"github.com/pillion-proxy/pillion/iptables/validate"
 )
 
 // newInit is `pillion init`: istio-iptables' flags, better defaults.
@@ -99,9 +100,10 @@ func (o *initOptions) run(cmd *cobra.Command, _ []string) error {
 		return err
 	}
 	if err := o.spec.Validate(); err != nil {
-		return err
+		return nameSettings(cmd.Flags(), err)
 	}
-	return o.inNamespace(func() error { return o.here(ctx, stdout, log) })
+	err := o.inNamespace(func() error { return o.here(ctx, stdout, log) })
+	return nameSettings(cmd.Flags(), err)
 }
 
 // complete turns what was said into a spec.
@@ -165,7 +167,7 @@ func (o *initOptions) here(ctx context.Context, stdout io.Writer, log *slog.Logg
 	}
 	ctx, cancel := context.WithTimeout(ctx, o.probeTimeout)
 	defer cancel()
-	unproven, err := iptables.Validate(ctx, o.spec, o.probePort)
+	unproven, err := validate.Capture(ctx, o.spec, o.probePort)
 	for _, what := range unproven {
 		log.Info(what)
 	}

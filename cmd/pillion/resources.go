@@ -11,8 +11,9 @@ import (
 	"strings"
 )
 
-// limitMemory makes the collector work harder before the container's limit ends the process. root is where the kernel
-// shows the container's own control group, of either version. The runtime heeds GOMEMLIMIT, whose value is limit, itself.
+// limitMemory sets the runtime's soft memory limit below the container's limit, so that the garbage collector works harder
+// before the kernel kills the process. root is the mount point of the container's control group, version 1 or 2. If limit,
+// the value of GOMEMLIMIT, is set, the runtime has applied it already.
 func limitMemory(root, limit string) error {
 	if limit != "" {
 		return nil
@@ -21,12 +22,12 @@ func limitMemory(root, limit string) error {
 	if err != nil || bytes == 0 {
 		return err
 	}
-	// A tenth is left for what the runtime does not count: the program's own pages, sockets and pipes.
+	// A tenth remains for memory that the runtime does not count: the program's own pages, sockets and pipes.
 	debug.SetMemoryLimit(bytes - bytes/10)
 	return nil
 }
 
-// memoryLimit is zero when there is none.
+// memoryLimit returns the container's limit in bytes, or zero if there is none.
 func memoryLimit(root string) (int64, error) {
 	for _, name := range []string{"memory.max", "memory/memory.limit_in_bytes"} {
 		text, err := os.ReadFile(filepath.Join(root, name))
@@ -43,7 +44,7 @@ func memoryLimit(root string) (int64, error) {
 		if err != nil {
 			return 0, fmt.Errorf("reading the memory limit from %s: %w", name, err)
 		}
-		const none = 1 << 60 // version 1 says the largest number of pages for it
+		const none = 1 << 60 // version 1 reports no limit as the largest number of pages
 		if limit >= none {
 			return 0, nil
 		}

@@ -12,7 +12,10 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/terminal"
 	"github.com/pillion-proxy/pillion/iptables"
+	"github.com/pillion-proxy/pillion/iptables/report"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
 // newRules is `pillion rules`, whose commands look and change nothing.
@@ -80,11 +83,11 @@ func (o *viewOptions) readSpec(flags *pflag.FlagSet, log *slog.Logger) error {
 	if err := o.complete(log); err != nil {
 		return err
 	}
-	return o.spec.Validate()
+	return nameSettings(flags, o.spec.Validate())
 }
 
 // rules are those that are meant: what is planned if any flag of init says so, else what is in force.
-func (o *viewOptions) rules(cmd *cobra.Command, log *slog.Logger) ([]iptables.Held, error) {
+func (o *viewOptions) rules(cmd *cobra.Command, log *slog.Logger) ([]ruleset.Held, error) {
 	for _, group := range o.capture {
 		group.flags.VisitAll(func(flag *pflag.Flag) { o.planned = o.planned || flag.Changed })
 	}
@@ -106,7 +109,7 @@ func (o *viewOptions) tell(to io.Writer, value any, text string) error {
 	if o.output == outputJSON {
 		return writeJSON(to, value)
 	}
-	_, err := io.WriteString(to, newPainter(to).decorate(text))
+	_, err := io.WriteString(to, decorate(text, terminal.NewPainter(to)))
 	return err
 }
 
@@ -125,14 +128,14 @@ With any of init's flags, or with --planned, show the rules that init would make
 				if err != nil {
 					return err
 				}
-				text := iptables.ShowText(held)
+				text := report.ShowText(held)
 				if text == "" {
 					text = "there are no rules\n"
 				}
 				return o.tell(cmd.OutOrStdout(), struct {
-					Planned bool             `json:"planned"`
-					Rules   []iptables.Shown `json:"rules"`
-				}{o.planned, iptables.Show(held)}, text)
+					Planned bool           `json:"planned"`
+					Rules   []report.Shown `json:"rules"`
+				}{o.planned, report.Show(held)}, text)
 			})
 		},
 	}
@@ -168,7 +171,7 @@ before our jump and may decide about a packet are warned of. Exit status: 0 if t
 				if err != nil {
 					return err
 				}
-				found, err := iptables.Check(cmd.Context(), o.spec, backend)
+				found, err := report.Check(cmd.Context(), o.spec, backend)
 				if err != nil {
 					return err
 				}
@@ -189,7 +192,7 @@ before our jump and may decide about a packet are warned of. Exit status: 0 if t
 
 func newRulesExplain() *cobra.Command {
 	o := newViewOptions()
-	var question iptables.Question
+	var question report.Question
 	ids := [2]string{}
 	cmd := &cobra.Command{
 		Use:   "explain",
@@ -220,7 +223,7 @@ raw, mangle and nat are looked at, not filter. Nothing is sent.
 				if err != nil {
 					return err
 				}
-				explanation := iptables.Explain(packet, held)
+				explanation := report.Explain(packet, held)
 				return o.tell(cmd.OutOrStdout(), explanation, explanation.String())
 			})
 		},
@@ -238,28 +241,28 @@ raw, mangle and nat are looked at, not filter. Nothing is sent.
 		}
 		parsed(flags, new(uint32), id(&question.UID, &ids[0]), "uid", "", "", "number", "user of the local process that sends it")
 		parsed(flags, new(uint32), id(&question.GID, &ids[1]), "gid", "", "", "number", "group of that process; without it, the number of the user")
-		parsed(flags, &question.From, iptables.ParseAddress, "from", "", "", "address", "another host that sends it")
-		parsed(flags, &question.Dst, iptables.ParseDestination, "dst", "", "", "address:port", "where it goes; with --from, :port means the pod's own address")
-		parsed(flags, &question.Src, iptables.ParseAddress, "src", "", "", "address", "source address of a local process; without it, the kernel's choice")
+		parsed(flags, &question.From, report.ParseAddress, "from", "", "", "address", "another host that sends it")
+		parsed(flags, &question.Dst, report.ParseDestination, "dst", "", "", "address:port", "where it goes; with --from, :port means the pod's own address")
+		parsed(flags, &question.Src, report.ParseAddress, "src", "", "", "address", "source address of a local process; without it, the kernel's choice")
 		parsed(flags, &question.Interface, capture.ParseInterface, "iface", "", "", "name", "where it comes in or goes out; without it, by the routes")
-		parsed(flags, &question.Protocol, iptables.ParseProtocol, "proto", "", "tcp", "tcp|udp", "its protocol")
+		parsed(flags, &question.Protocol, report.ParseProtocol, "proto", "", "tcp", "tcp|udp", "its protocol")
 		parsed(flags, &question.Mark, capture.ParseNumber, "mark", "", "0", "number", "its mark; decimal or 0x…")
-		parsed(flags, &question.State, iptables.ParseState, "state", "", "new", "new|established|invalid", "what connection tracking says of it")
+		parsed(flags, &question.State, report.ParseState, "state", "", "new", "new|established|invalid", "what connection tracking says of it")
 		o.bindPlanned(flags)
 	})
 	return cmd
 }
 
 // decorate makes headings bold and remarks faint.
-func (p painter) decorate(text string) string {
+func decorate(text string, paint terminal.Painter) string {
 	var pretty strings.Builder
 	for line := range strings.Lines(text) {
 		body := strings.TrimSuffix(line, "\n")
 		switch {
 		case strings.HasPrefix(strings.TrimSpace(body), "#"):
-			pretty.WriteString(p.paint(faint, body) + "\n")
+			pretty.WriteString(paint.Paint(terminal.Faint, body) + "\n")
 		case !strings.HasPrefix(body, " "):
-			pretty.WriteString(p.paint(bold, body) + "\n")
+			pretty.WriteString(paint.Paint(terminal.Bold, body) + "\n")
 		default:
 			pretty.WriteString(line)
 		}

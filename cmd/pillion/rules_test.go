@@ -146,7 +146,7 @@ func TestABadQuestionEndsWithOneLine(t *testing.T) {
 
 func TestATerminalGetsHeadingsAndRemarksSetOff(t *testing.T) {
 	const text = "ipv4 nat OUTPUT\n    -j RETURN\n      # not ours\n"
-	if got := painter(true).decorate(text); got != "\x1b[1mipv4 nat OUTPUT\x1b[0m\n    -j RETURN\n\x1b[2m      # not ours\x1b[0m\n" {
+	if got := decorate(text, true); got != "\x1b[1mipv4 nat OUTPUT\x1b[0m\n    -j RETURN\n\x1b[2m      # not ours\x1b[0m\n" {
 		t.Errorf("got %q", got)
 	}
 }

@@ -11,12 +11,12 @@ import (
 	"net/url"
 	"os/signal"
 	"strconv"
-	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
 	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/terminal"
 )
 
 // newTap is `pillion tap`.
@@ -89,7 +89,7 @@ const longestTapLine = 64 << 10
 
 // followTap prints lines of the tap until it ends.
 func followTap(body io.Reader, out, complaints io.Writer, form output) error {
-	paint, aligned := newPainter(out), isTerminal(out)
+	paint, aligned := terminal.NewPainter(out), terminal.IsTerminal(out)
 	scanner := bufio.NewScanner(body)
 	scanner.Buffer(nil, longestTapLine)
 	for scanner.Scan() {
@@ -108,7 +108,7 @@ func followTap(body io.Reader, out, complaints io.Writer, form output) error {
 		case form == outputJSON:
 			_, err = fmt.Fprintf(out, "%s\n", line)
 		default:
-			_, err = fmt.Fprintln(out, tapLine(tapped.Record, paint, aligned))
+			_, err = fmt.Fprintln(out, terminal.Record(tapped.Record, paint, aligned))
 		}
 		if err != nil {
 			return err
@@ -118,49 +118,4 @@ func followTap(body io.Reader, out, complaints io.Writer, form output) error {
 		return fmt.Errorf("following the agent: %w", err)
 	}
 	return nil
-}
-
-// tapLine is a record for a person: in columns on a terminal, with single blanks elsewhere.
-func tapLine(r *live.Record, paint painter, aligned bool) string {
-	column := func(text string, width int) string {
-		if aligned {
-			return pad(printable(text), width)
-		}
-		return printable(text)
-	}
-	status, colour := "-", ""
-	if r.Status != 0 {
-		status = strconv.Itoa(r.Status)
-	}
-	switch {
-	case r.Failed:
-		colour = red
-	case r.Status >= 400:
-		colour = yellow
-	case r.Status != 0:
-		colour = green
-	}
-	what := r.Protocol
-	if r.Request {
-		what = r.Method + " " + r.Path
-	} else if r.SNI != "" {
-		what += " " + r.SNI
-	}
-	host := r.Authority
-	if host == "" {
-		host = r.Destination
-	}
-	words := []string{
-		paint.paint(faint, r.Time.Local().Format("15:04:05.000")),
-		column(r.Direction, 8),
-		paint.paint(colour, column(status, 3)),
-		column(showMS(r.DurationMS), -7),
-		column(showBytes(float64(r.Received+r.Sent)), -6),
-		column(host, 28),
-		printable(what),
-	}
-	if r.Failed {
-		words = append(words, paint.paint(colour, strings.TrimSpace(r.Reason+" "+r.Flags)))
-	}
-	return strings.Join(words, " ")
 }

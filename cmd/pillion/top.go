@@ -7,13 +7,13 @@ import (
 	"fmt"
 	"io"
 	"os/signal"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/terminal"
 )
 
 // newTop is `pillion top`.
@@ -39,7 +39,7 @@ On a terminal the table is made anew at each interval, until it is interrupted. 
 			out := cmd.OutOrStdout()
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
-			if once || form == outputJSON || !isTerminal(out) {
+			if once || form == outputJSON || !terminal.IsTerminal(out) {
 				return showTop(ctx, &admin, out, form, 0)
 			}
 			tick := time.NewTicker(interval)
@@ -80,44 +80,12 @@ func showTop(ctx context.Context, admin *adminOptions, out io.Writer, form outpu
 	if form == outputJSON {
 		return printJSON(out, s.Destinations)
 	}
-	text := topTable(&s, newPainter(out), rows)
+	text := terminal.Top(&s, terminal.NewPainter(out), rows)
 	if rows > 0 {
 		text = "\x1b[H\x1b[J" + text // from the upper left corner on
 	}
 	_, err := io.WriteString(out, text)
 	return ignoreClosed(err)
-}
-
-// topTable is the table for a person; rows is how many destinations there is room for, 0 for all.
-func topTable(s *live.Snapshot, paint painter, rows int) string {
-	var text strings.Builder
-	fmt.Fprintf(&text, "pillion %s, up %s: in %s/s, out %s/s, %d open\n", s.Version, showAge(s.UptimeSeconds),
-		showRate(s.Inbound.FlowsPerSecond), showRate(s.Outbound.FlowsPerSecond), s.Open)
-	if len(s.Destinations) == 0 {
-		text.WriteString("no traffic yet\n")
-		return text.String()
-	}
-	width := len("DESTINATION")
-	for _, d := range s.Destinations {
-		width = min(48, max(width, len(d.Name)))
-	}
-	line := func(direction, name, rate, success, p50, p95, p99, bytes string) string {
-		return fmt.Sprintf("%s %s %s %s %s %s %s %s", pad(direction, 8), pad(printable(name), width), pad(rate, -8), success, pad(p50, -8), pad(p95, -8), pad(p99, -8), pad(bytes, -7))
-	}
-	fmt.Fprintln(&text, paint.paint(bold, line("", "DESTINATION", "PER S", pad("SUCCESS", -8), "P50", "P95", "P99", "BYTES")))
-	for i, d := range s.Destinations {
-		if rows > 0 && i == rows {
-			fmt.Fprintf(&text, "and %d more\n", len(s.Destinations)-rows)
-			break
-		}
-		colour := ""
-		if d.Errors > 0 {
-			colour = red
-		}
-		fmt.Fprintln(&text, line(d.Direction, d.Name, showRate(d.FlowsPerSecond), paint.paint(colour, pad(showSuccess(d.Flows, d.Errors), -8)),
-			showMS(d.P50MS), showMS(d.P95MS), showMS(d.P99MS), showBytes(float64(d.Bytes))))
-	}
-	return text.String()
 }
 
 func printJSON(out io.Writer, value any) error {

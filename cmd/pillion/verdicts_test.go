@@ -13,7 +13,9 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
-	"github.com/pillion-proxy/pillion/iptables"
+	"github.com/pillion-proxy/pillion/iptables/policy"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/pillion-proxy/pillion/iptables/trace"
 )
 
 // The table of testdata/verdicts: flags and environment on one side, what becomes of whose connections on the other.
@@ -32,8 +34,8 @@ func TestFlagsMeanTheseVerdicts(t *testing.T) {
 		command, flows, _ := strings.Cut(line, " | ")
 		t.Run(command, func(t *testing.T) {
 			spec := specOf(t, strings.TrimSuffix(command, " "))
-			for _, family := range iptables.Families {
-				rules := iptables.Rules(spec, family)
+			for _, family := range ruleset.Families {
+				rules := policy.Rules(spec, family)
 				for flow := range strings.FieldsSeq(flows) {
 					if only, rest, found := strings.Cut(flow, ":"); found && len(only) == 1 {
 						if only != strconv.Itoa(int(family)) {
@@ -42,7 +44,7 @@ func TestFlagsMeanTheseVerdicts(t *testing.T) {
 						flow = rest
 					}
 					packet, want := readFlow(t, spec, family, flow)
-					if walk := rules.Trace(packet); walk.Verdict != want {
+					if walk := trace.Of(rules, packet); walk.Verdict != want {
 						t.Errorf("%s, %s: %v, want %v; rules on the way: %s", family, flow, walk.Verdict, want, strings.Join(walk.Path, " → "))
 					}
 				}
@@ -105,14 +107,14 @@ func addressPair(v4, v6 string) [2]netip.Addr {
 }
 
 // readFlow reads who>where:port[/udp][@interface]=verdict[@port].
-func readFlow(t *testing.T, spec capture.Spec, family iptables.Family, flow string) (iptables.Packet, iptables.Verdict) {
+func readFlow(t *testing.T, spec capture.Spec, family ruleset.Family, flow string) (trace.Packet, trace.Verdict) {
 	t.Helper()
 	at := func(place string) netip.Addr {
 		pair, known := places[place]
 		if !known {
 			t.Fatalf("%s: nobody knows where %q is", flow, place)
 		}
-		if family == iptables.IPv6 {
+		if family == ruleset.IPv6 {
 			return pair[1]
 		}
 		return pair[0]
@@ -126,9 +128,9 @@ func readFlow(t *testing.T, spec capture.Spec, family iptables.Family, flow stri
 	if err != nil {
 		t.Fatalf("%s: %v", flow, err)
 	}
-	p := iptables.Packet{Dst: netip.AddrPortFrom(at(where), uint16(port)), Out: "eth0"}
+	p := trace.Packet{Dst: netip.AddrPortFrom(at(where), uint16(port)), Out: "eth0"}
 	if overUDP {
-		p.Protocol = iptables.UDP
+		p.Protocol = ruleset.UDP
 	}
 	if where == "pod" || where == "lo" || where == "lo2" {
 		p.Out = "lo"
@@ -155,14 +157,14 @@ func readFlow(t *testing.T, spec capture.Spec, family iptables.Family, flow stri
 	return p, readVerdict(t, outcome)
 }
 
-func readVerdict(t *testing.T, text string) iptables.Verdict {
+func readVerdict(t *testing.T, text string) trace.Verdict {
 	t.Helper()
-	verdicts := map[string]iptables.Verdict{
+	verdicts := map[string]trace.Verdict{
 		"-":     {},
-		"out":   {Action: iptables.Redirected, Port: capture.OutboundPort},
-		"in":    {Action: iptables.Redirected, Port: capture.InboundPort},
-		"dns":   {Action: iptables.Redirected, Port: capture.DNSPort},
-		"given": {Action: iptables.Given, Port: capture.InboundPort},
+		"out":   {Action: trace.Redirected, Port: capture.OutboundPort},
+		"in":    {Action: trace.Redirected, Port: capture.InboundPort},
+		"dns":   {Action: trace.Redirected, Port: capture.DNSPort},
+		"given": {Action: trace.Given, Port: capture.InboundPort},
 	}
 	name, port, moved := strings.Cut(text, "@")
 	verdict, known := verdicts[name]

@@ -9,7 +9,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// buildInfo is what pilot-agent says of itself, under its names.
+// buildInfo has the fields of pilot-agent's version output.
 type buildInfo struct {
 	Version       string `json:"version"`
 	GitRevision   string `json:"revision"`
@@ -18,7 +18,7 @@ type buildInfo struct {
 	GitTag        string `json:"tag"`
 }
 
-// newVersion is `pillion version`, with the flags and the forms of pilot-agent's.
+// newVersion is `pillion version`, with the flags and output formats of pilot-agent.
 func newVersion() *cobra.Command {
 	var short bool
 	output := ""
@@ -49,18 +49,18 @@ func newVersion() *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
-	parsedSwitch(flags, &short, "short", "s", "the version alone")
+	parsedSwitch(flags, &short, "short", "s", "print the version only")
 	parse := func(text string) (string, error) {
 		if text != "json" && text != "yaml" {
-			return "", fmt.Errorf("%q is no form: use json or yaml", text)
+			return "", fmt.Errorf("unknown output format %q: use json or yaml", text)
 		}
 		return text, nil
 	}
-	parsed(flags, &output, parse, "output", "o", "", "json|yaml", "in another form")
+	parsed(flags, &output, parse, "output", "o", "", "json|yaml", "output format")
 	return cmd
 }
 
-// ownBuild tells what is known. Builds are stamped with a version and nothing of the repository.
+// ownBuild describes this build. Builds are stamped with a version only; the revision comes from the Go toolchain, if known.
 func ownBuild() buildInfo {
 	info := buildInfo{Version: version, GitRevision: "unknown", GolangVersion: runtime.Version(), BuildStatus: "Clean", GitTag: version}
 	if build, ok := debug.ReadBuildInfo(); ok {

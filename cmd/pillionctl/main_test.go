@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"flag"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +12,8 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
+
+var update = flag.Bool("update", false, "write the documents")
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
@@ -123,5 +126,33 @@ func TestTheCommandOfREADMEWorks(t *testing.T) {
 	made, err := os.ReadFile(to)
 	if err != nil || got.code != 0 || strings.Count(string(made), `image: "registry.example/pillion:1"`) != 2 {
 		t.Errorf("%+v, %v\n%s", got, err, made)
+	}
+}
+
+// The injected pod that the document shows is the output of inject: go test ./cmd/pillionctl -run Document -update
+func TestTheDocumentShowsTheOutputOfInject(t *testing.T) {
+	const document = "../../docs/inject.md"
+	text, err := os.ReadFile(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts := strings.Split(string(text), "```")
+	if len(parts) != 5 {
+		t.Fatalf("%s has %d fenced blocks, want the pod and the injected pod", document, len(parts)/2)
+	}
+	got := runWith(strings.TrimPrefix(parts[1], "yaml\n"), "inject", "-f", "-")
+	if got.code != 0 {
+		t.Fatalf("%+v", got)
+	}
+	if want := "yaml\n" + got.stdout; parts[3] != want {
+		if *update {
+			parts[3] = want
+			err = os.WriteFile(document, []byte(strings.Join(parts, "```")), 0o644)
+		} else {
+			t.Errorf("%s shows another pod; go test ./cmd/pillionctl -run Document -update writes\n%s", document, want)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }

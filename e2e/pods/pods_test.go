@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -252,18 +253,28 @@ func useIPTables(t *testing.T, n *node) {
 	}
 }
 
-// playDocument plays the pod that docs/inject.md shows, with our images. podman has no native sidecars, so the agent moves
+// withoutDownwardAPI removes the volumes and variables that only a kubelet can fill.
+func withoutDownwardAPI(spec, sidecar map[string]any) {
+	of := func(name string) func(any) bool {
+		return func(item any) bool { return item.(map[string]any)[name] != nil }
+	}
+	spec["volumes"] = slices.DeleteFunc(spec["volumes"].([]any), of("downwardAPI"))
+	sidecar["env"] = slices.DeleteFunc(sidecar["env"].([]any), of("valueFrom"))
+	delete(sidecar, "volumeMounts")
+}
+
+// playDocument plays the injected pod of docs/inject.md with our images. podman has no native sidecars, so the agent moves
 // to the containers.
 func playDocument(t *testing.T, n *node) {
 	document, err := os.ReadFile("../../docs/inject.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, _ := strings.Cut(string(document), "## An injected pod\n")
+	_, section, _ := strings.Cut(string(document), "\nbecomes\n")
 	_, block, _ := strings.Cut(section, "```yaml\n")
 	block, _, found := strings.Cut(block, "```\n")
 	if !found {
-		t.Fatal("docs/inject.md shows no pod")
+		t.Fatal("docs/inject.md shows no injected pod")
 	}
 	var object map[string]any
 	if err := yaml.Unmarshal([]byte(block), &object); err != nil {
@@ -276,6 +287,7 @@ func playDocument(t *testing.T, n *node) {
 		t.Errorf("the last init container is no native sidecar with a startup probe: %v", sidecar)
 	}
 	delete(sidecar, "restartPolicy")
+	withoutDownwardAPI(spec, sidecar)
 	spec["initContainers"], spec["containers"] = inits[:len(inits)-1], append([]any{sidecar}, containers...)
 	spec["restartPolicy"] = "Never"
 	object["metadata"] = map[string]any{"name": "document"}

@@ -16,7 +16,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// Config says what is logged, and where to.
+// Config selects the records, their format and the sink.
 type Config struct {
 	// Path is a file or a FIFO, or /dev/stdout or /dev/stderr, which mean this process's own descriptors. A file is made
 	// with mode 0640 when there is none, and appended to. A FIFO need not have a reader yet.
@@ -26,7 +26,7 @@ type Config struct {
 	Filter Filter
 
 	TCPStart   bool          // a line also when an opaque or TLS connection begins to be carried
-	Interval   time.Duration // how often Progress tells of an open connection; 0 for never
+	Interval   time.Duration // how often an open connection is logged; 0: never
 	QueueBytes int           // the memory for lines that wait; 0 for 1 MiB, and never less than 128 KiB
 
 	Logger *slog.Logger // nil for none

@@ -10,7 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// line is the memory in which a line is built. It remembers the last second's text, as records come in bursts.
+// line is the memory for building a line. It caches the text of the last second, because records come in bursts.
 type line struct {
 	buf    []byte
 	second int64
@@ -37,16 +37,17 @@ func (f *Format) build(l *line, r *flow.Record, lasted time.Duration) {
 // place is where a connection keeps its *steadyText.
 var place = flow.NewPlace()
 
-// steadyText is the part of a line that nearly all requests of a connection have in common, as its addresses take more
-// time than all the rest. The connection keeps it.
+// steadyText is the part of a line that nearly all requests of a connection share. Formatting its addresses would take
+// longer than the rest of the line. It is kept with the connection.
 type steadyText struct {
 	by                                       *Format
 	upstream, local, destination, downstream netip.AddrPort
 	cluster, route                           string
-	text                                     []byte // empty: to be made
+	text                                     []byte // empty: not built yet
 }
 
-// steadyOf returns the text of the request's connection; nil when the record is no request, or one that has more to say.
+// steadyOf returns the text of the request's connection, or nil if the record is not a request or its line differs in that
+// part.
 func (f *Format) steadyOf(r *flow.Record) *steadyText {
 	if r.Connection == nil || r.Reason != flow.Completed || !understood(r) || r.HTTP.ForwardedFor != nil || r.TLS.ServerName != "" {
 		return nil
@@ -91,7 +92,7 @@ func appendPieces(dst []byte, pieces []piece, l *line, r *flow.Record, lasted ti
 	return dst
 }
 
-// value appends what the operator stands for, and reports whether the record has it.
+// value appends the value of the operator, and reports whether the record has one.
 func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration) ([]byte, bool) {
 	h := &r.HTTP
 	switch p.does {
@@ -108,7 +109,7 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 		}
 		return dst, false
 	case verbServiceTime:
-		// An answer of our own may have taken the place of upstream's head.
+		// A local reply may have replaced the head from upstream.
 		if h.ServiceTime <= 0 || envoy.IsResetBeforeResponse(h.Details) {
 			return dst, false
 		}
@@ -124,7 +125,7 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 		if flags := r.Flags(); flags != "" {
 			return addText(p, dst, flags)
 		}
-		return append(dst, '-'), true // in JSON too: it is Envoy's word for none
+		return append(dst, '-'), true // also in JSON: Envoy's value without flags
 	case verbDetails:
 		return orMissing(p, dst, r.Details())
 	case verbTransportFailure:
@@ -165,7 +166,7 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 	return dst, false // verbMissing
 }
 
-// of returns the field's value; nil when the message had none.
+// of returns the value of the field, or nil if the message lacks it.
 func (s source) of(h *flow.Request) []byte {
 	switch s {
 	case fromMethod:
@@ -186,12 +187,12 @@ func (s source) of(h *flow.Request) []byte {
 		fields, i = h.ResponseFields, int(s-fromResponse)
 	}
 	if i >= len(fields) {
-		return nil // a request that ended before its fields, or its response's, were noted
+		return nil // the request ended before these fields were recorded
 	}
 	return fields[i]
 }
 
-// cut returns at most max bytes of value, and no broken rune at the end of them.
+// cut returns at most max bytes of value, and does not split a rune.
 func cut(value []byte, max int) []byte {
 	if max < 0 || len(value) <= max {
 		return value
@@ -202,7 +203,7 @@ func cut(value []byte, max int) []byte {
 	return value[:max]
 }
 
-// orMissing is addText for what is missing when it is empty.
+// orMissing is addText, except that an empty value counts as missing.
 func orMissing(p *piece, dst []byte, value string) ([]byte, bool) {
 	if value == "" {
 		return dst, false
@@ -210,14 +211,14 @@ func orMissing(p *piece, dst []byte, value string) ([]byte, bool) {
 	return addText(p, dst, value)
 }
 
-// addText appends a value as the piece's style wants it, in the room that the line has for it. An empty one would make a
-// bare field vanish.
+// addText appends a value in the style of the piece, cut to the space left in the line. An empty value counts as missing in
+// the bare style, where the field would vanish.
 func addText[T text](p *piece, dst []byte, value T) ([]byte, bool) {
 	room := min(maxValue, maxLine-p.reserve-len(dst))
 	return appendText(dst, value, p.style, room), len(value) > 0 || p.style != bare
 }
 
-// understood reports whether a request's head could be read.
+// understood reports whether the head of a request could be parsed.
 func understood(r *flow.Record) bool { return r.IsRequest() && r.HTTP.Method != nil }
 
 func (p *piece) appendAddress(dst []byte, r *flow.Record) ([]byte, bool) {
@@ -253,8 +254,8 @@ func (p *piece) appendAddress(dst []byte, r *flow.Record) ([]byte, bool) {
 	return a.AppendTo(dst), true
 }
 
-// parseIP parses an address. What a stranger writes after a % is no address of ours. netip's parser keeps its argument in
-// its error, so it costs an allocation; what is most common goes without.
+// parseIP parses an address. A zone in client-supplied text is rejected. netip's parser keeps its argument in its error,
+// which costs an allocation; IPv4, the common case, avoids it.
 func parseIP(text []byte) netip.Addr {
 	if a, ok := parseIPv4(text); ok {
 		return a
@@ -290,8 +291,8 @@ func parseIPv4(text []byte) (netip.Addr, bool) {
 	return netip.AddrFrom4(octets), at == 3 && digits > 0
 }
 
-// appendGRPCStatus tells a status by its name if it has one and that is wanted, and by its number otherwise. What is no
-// short number is missing.
+// appendGRPCStatus appends the name of a status if byName is set and it has one, and otherwise its number. Text that is not
+// a number of at most nine digits counts as missing.
 func appendGRPCStatus(dst, status []byte, byName bool) ([]byte, bool) {
 	number := 0
 	for _, b := range status {

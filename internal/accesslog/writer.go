@@ -31,12 +31,12 @@ type writer struct {
 	closing chan struct{}
 	done    chan struct{}
 	written atomic.Uint64
-	warning sync.WaitGroup // the goroutine that says that lines are dropped
+	warning sync.WaitGroup // the goroutine that logs dropped lines
 
 	mu      sync.Mutex
 	file    *os.File
 	next    *os.File // takes the place of file before the next write
-	open    []byte   // the chunk that is filled; nil for none
+	open    []byte   // the chunk being filled, or nil
 	full    [][]byte // chunks that wait, the oldest first
 	free    [][]byte
 	held    int  // chunks in open, full and the writer's hand
@@ -115,7 +115,7 @@ func (w *writer) put(line []byte) {
 	w.arm()
 }
 
-// drop counts a lost line. The first one is told from a goroutine of its own, as the writer may be stuck, and the
+// drop counts a lost line. The first one is logged from a goroutine of its own, as the writer may be stuck, and the
 // logger's sink may be the very one that is.
 func (w *writer) drop() {
 	w.dropped++
@@ -235,7 +235,7 @@ func (w *writer) write(chunk []byte) {
 	}
 }
 
-// failed tells the first of the errors that follow each other.
+// failed logs the first of consecutive errors.
 func (w *writer) failed(err error) {
 	w.mu.Lock()
 	first := !w.trouble
@@ -303,7 +303,7 @@ func (l *Log) Reopen() {
 	w := l.writer
 	file, err := openSink(w.path)
 	if err != nil {
-		w.log.Error("opening the access log anew failed; the old file stays in use", "path", w.path, "error", err)
+		w.log.Error("reopening the access log failed, keeping the old file", "path", w.path, "error", err)
 		return
 	}
 	w.mu.Lock()

@@ -1,10 +1,10 @@
-// Package admin is the server on loopback that shows what the agent is and does, and takes orders: Envoy's admin paths
-// and JSON, so that istioctl, Kiali and people's scripts can read it.
+// Package admin is the server on loopback that shows the state of the agent and accepts commands. Paths and JSON are those
+// of Envoy's admin interface, so that istioctl, Kiali and scripts can read them.
 //
-// What it tells is true of this agent. Envoy's words are used where they fit, and what they cannot say is left out. Each
-// JSON answer that Envoy has a protobuf message for parses as that message, strictly.
+// Every answer is true of this agent. Envoy's fields are used where they fit; state without such a field is left out. A
+// JSON answer for which Envoy has a protobuf message parses strictly as that message.
 //
-// It changes nothing by itself: all it shows and orders comes in as values and functions of Config.
+// It keeps no state: everything that it shows or changes is a value or a function in Config.
 package admin
 
 import (
@@ -58,13 +58,13 @@ type Config struct {
 	Log *slog.Logger // of orders; required
 }
 
-// Node is who the agent is, as the injector says.
+// Node identifies the agent, as the injector set it.
 type Node struct {
 	ID, Cluster string
 	Metadata    map[string]any // encodable as JSON
 }
 
-// Options are those of the command line that Envoy has a name for.
+// Options are the command-line options that Envoy has as well.
 type Options struct {
 	Concurrency int
 	LogLevel    string
@@ -91,7 +91,7 @@ type Carrying struct {
 	MaxHeadBytes, MaxHeadFields int
 }
 
-// DrainOrder is what /drain_listeners asks for.
+// DrainOrder holds the parameters of /drain_listeners.
 type DrainOrder struct {
 	InboundOnly bool
 	Graceful    bool // announce and go on accepting, else stop listening at once

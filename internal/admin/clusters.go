@@ -16,7 +16,7 @@ import (
 // maxHosts bounds an answer that counts per destination.
 const maxHosts = 4096
 
-// host is a destination that open connections are carried to. It is healthy in Envoy's sense: nobody found it not to be.
+// host is a destination of open connections. It is healthy in Envoy's sense, because there are no health checks.
 type host struct {
 	cluster string
 	address netip.AddrPort
@@ -47,8 +47,8 @@ func (h *handler) hosts() []host {
 	return hosts
 }
 
-// clusters prints what Envoy prints of hosts, as far as it is known here. cx_active counts connections of downstream;
-// that is the number upstream but for HTTP/1, whose connections upstream wait in a pool between two requests.
+// clusters prints the fields that Envoy prints of hosts, as far as the agent has them. cx_active counts downstream
+// connections. Upstream has as many, except with HTTP/1, whose idle connections wait in a pool.
 func (h *handler) clusters(w http.ResponseWriter, r *http.Request) {
 	asJSON, ok := wantsJSON(w, r)
 	if !ok {

@@ -9,7 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// typed is a protobuf Any: a message that says what it is.
+// typed returns a protobuf Any: a message with its type.
 func typed(name string, message object) object {
 	message["@type"] = "type.googleapis.com/" + name
 	return message
@@ -51,7 +51,7 @@ func (h *handler) bootstrapDump() object {
 	})
 }
 
-// updated is when the configuration came to be: it is what the agent was started with.
+// updated is the time of the configuration, which never changes after the start.
 func (h *handler) updated() string { return h.Started.UTC().Format(time.RFC3339Nano) }
 
 func (h *handler) clustersDump() object {
@@ -69,7 +69,7 @@ func (h *handler) clustersDump() object {
 	}
 	clusters := []object{}
 	for _, cluster := range []object{
-		{"name": envoy.BlackHoleCluster, "type": "STATIC"}, // it has no endpoint: what is sent there is refused
+		{"name": envoy.BlackHoleCluster, "type": "STATIC"}, // without endpoints, so connections to it are refused
 		inbound,
 		h.originalDestinationCluster(envoy.PassthroughCluster),
 	} {
@@ -88,7 +88,7 @@ func (h *handler) originalDestinationCluster(name string) object {
 	if d := h.Carrying.UpstreamIdleTimeout; d > 0 {
 		protocols["common_http_protocol_options"] = object{"idle_timeout": duration(d)}
 	}
-	if d := h.Carrying.ConnectTimeout; d > 0 { // zero leaves it to the kernel, which Envoy cannot say
+	if d := h.Carrying.ConnectTimeout; d > 0 { // zero: the kernel's, for which Envoy has no value
 		cluster["connect_timeout"] = duration(d)
 	}
 	return cluster
@@ -119,8 +119,8 @@ func (h *handler) listenersDump() object {
 	return typed("envoy.admin.v3.ListenersConfigDump", object{"static_listeners": listeners})
 }
 
-// carries adds what a direction's listener does: the policy first, then what detection finds. A connection inbound that
-// is for another's address has no chain, and is closed.
+// carries adds the filter chains of a direction: first the policy, then one chain per detected protocol. An inbound
+// connection to an address that is not the workload's matches no chain and is closed.
 func (h *handler) carries(listener object, d flow.Direction) {
 	name, all, cluster, own := VirtualOutbound, VirtualOutbound+"-catchall-tcp", envoy.PassthroughCluster, []object{}
 	listener["traffic_direction"] = "OUTBOUND"

@@ -11,7 +11,7 @@ const (
 	maxBody     = 64 << 10 // of a request
 )
 
-// refuses returns why the request is not answered, or nothing.
+// refuses returns the reason why the request is refused, or an empty string.
 //
 // Loopback keeps strangers' connections out, but not a browser on this machine, such as that of somebody who forwards
 // the port from a cluster. A page from anywhere can make it POST to 127.0.0.1, and can be served under a name that

@@ -42,7 +42,7 @@ type selection struct {
 	usedOnly bool
 }
 
-// kinds are Envoy's types by ours. Text readouts we have none.
+// kinds maps Envoy's types to those of families. The agent has no text readouts.
 var kinds = map[string]string{"": "", "All": "", "Counters": "counter", "Gauges": "gauge", "Histograms": "histogram", "TextReadouts": "text"}
 
 func parseSelection(query url.Values) (s selection, err error) {
@@ -61,8 +61,8 @@ func parseSelection(query url.Values) (s selection, err error) {
 
 func (s selection) isAll() bool { return s == selection{} }
 
-// takes reports whether a stat is asked for. Whether a gauge that is 0 was ever set is not known; Envoy shows the state
-// LIVE, which is 0, as used.
+// takes reports whether the query selects a stat. A gauge counts as used, since its value may have been set to 0; Envoy
+// shows the state LIVE, which is 0, as used.
 func (s selection) takes(f family, t stat) bool {
 	return (s.kind == "" || s.kind == f.kind) && (s.filter == nil || s.filter.MatchString(t.name)) &&
 		(!s.usedOnly || t.value != 0 || f.kind == "gauge")
@@ -283,7 +283,7 @@ func number(v float64) string {
 // quantilesShown are Envoy's.
 var quantilesShown = []float64{0, 25, 50, 75, 90, 95, 99, 99.5, 99.9, 100}
 
-// quantiles prints a histogram. Envoy's first number is of the last few seconds, of which we know nothing.
+// quantiles prints a histogram. Envoy's first number covers the last few seconds, which are not counted separately here.
 func (t stat) quantiles() string {
 	if t.value == 0 {
 		return "No recorded values"

@@ -14,7 +14,8 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "healthz", "internal/capture", "internal/httpforward", "internal/live", "internal/netns", "internal/podinfo", "internal/proxyconfig"},
+	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/ruleset", "iptables/validate", "healthz",
+		"internal/capture", "internal/httpforward", "internal/live", "internal/netns", "internal/podinfo", "internal/proxyconfig", "internal/terminal"},
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
 		"internal/accesslog", "internal/admin", "internal/dns", "internal/httpforward", "internal/listener", "internal/live", "internal/localaddr",
@@ -26,7 +27,20 @@ var arrows = []struct {
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
 	{"internal/serve", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/relay", "internal/sniff", "internal/tcp", "internal/upstream"},
 		"the steps of a connection: detect its protocol, dial, hand it to an engine or the relay, close its record"},
-	{"iptables", []string{"internal/capture"}, "rules are data about what is captured"},
+	{"iptables", []string{"internal/capture", "iptables/kernel", "iptables/nft", "iptables/policy", "iptables/ruleset", "iptables/xtables"},
+		"a plan is the difference between the policy's rules and the installed ones, carried out by a back end"},
+	{"iptables/report", []string{"internal/capture", "iptables", "iptables/kernel", "iptables/ruleset", "iptables/trace"},
+		"a report describes rules, plans and a packet's path"},
+	{"iptables/validate", []string{"internal/capture", "iptables", "iptables/kernel", "iptables/policy", "iptables/ruleset", "iptables/trace"},
+		"the connections that must be captured are found by tracing the policy's rules"},
+	{"iptables/policy", []string{"internal/capture", "iptables/ruleset"}, "rules follow from what is captured"},
+	{"iptables/trace", []string{"iptables/ruleset"}, "a packet walks through rules"},
+	{"iptables/xtables", []string{"iptables/kernel", "iptables/ruleset"}, "rules become the input of a program; its errors have causes in the kernel"},
+	{"iptables/nft", []string{"internal/capture", "iptables/kernel", "iptables/ruleset"}, "rules become expressions; refusals have causes in the kernel"},
+	{"iptables/kernel", []string{"internal/capture", "iptables/ruleset"}, "addresses and routes belong to a family, and follow from what is captured"},
+	{"iptables/ruleset", []string{"internal/capture"}, "a rule matches ranges of ports, users and groups"},
+	{"iptables/rulestest", []string{"internal/capture", "internal/nettest", "iptables/ruleset", "iptables/trace"},
+		"the packages of the rules share scenarios and namespaces in their tests"},
 	{"internal/ownport", []string{"internal/capture"}, "the source address of connections that inbound dials is not local"},
 	{"internal/probe", []string{"internal/capture", "internal/envoy", "internal/http2", "internal/ownport", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
@@ -45,6 +59,7 @@ var arrows = []struct {
 	{"internal/accesslog", []string{"internal/envoy", "internal/flow"}, "a line tells what a record has"},
 	{"internal/admin", []string{"internal/envoy", "internal/flow", "internal/ownport"},
 		"what is open is read from the table; who is here is one question; all else that it shows comes in as values"},
+	{"internal/terminal", []string{"internal/live"}, "what the terminal shows are values of the live view"},
 	{"internal/live", []string{"internal/envoy", "internal/flow", "internal/ownport"}, "what is shown is made of records, and for who is here"},
 	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
 	{"internal/inject", []string{"internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
@@ -110,7 +125,7 @@ func TestEveryArrowHasAReasonAndPointsAtARoom(t *testing.T) {
 
 // testRoom names the rooms that only tests import. They count as test code.
 func testRoom(path string) bool {
-	return path == "internal/nettest" || path == "internal/serve/servetest" || path == "internal/tcp/layertest"
+	return path == "internal/nettest" || path == "iptables/rulestest" || path == "internal/serve/servetest" || path == "internal/tcp/layertest"
 }
 
 func TestOnlyTestsUseTheTestRooms(t *testing.T) {
@@ -144,7 +159,10 @@ var rawCalls = map[string]string{
 	"agent":              "unmapping the program's pages after the start",
 	"internal/localaddr": "netlink groups that announce addresses",
 	"internal/nettest":   "namespaces and links for tests",
-	"iptables":           "rules in nftables, asking the kernel who holds rules, and which capabilities this process has; sockets of other users that prove them",
+	"iptables/nft":       "nftables by netlink",
+	"iptables/kernel":    "capabilities, and the constants of addresses and routes",
+	"iptables/validate":  "sockets of other users that prove the rules",
+	"iptables/rulestest": "sockets with addresses that are not the machine's",
 }
 
 // unsafeRooms hand memory to the kernel themselves.
@@ -153,7 +171,7 @@ var unsafeRooms = map[string]string{
 	"internal/tcp":     "system calls past the scheduler",
 }
 
-// The names of errors (unix.ECONNREFUSED) are no calls; everybody may use them.
+// The names of errors (unix.ECONNREFUSED) are not calls; every room may use them.
 func TestRawSystemCallsStayInTheRoomsThatOwnThem(t *testing.T) {
 	for _, r := range rooms(t) {
 		if slices.Contains(r.Imports, "unsafe") && unsafeRooms[r.path()] == "" {

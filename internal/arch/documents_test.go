@@ -47,7 +47,7 @@ var (
 // anchors are the names that GitHub gives to a document's headings.
 func anchors(text string) (names []string) {
 	for _, m := range heading.FindAllStringSubmatch(fence.ReplaceAllString(text, ""), -1) {
-		name := strings.ToLower(regexp.MustCompile("[^\\pL\\pN _-]").ReplaceAllString(m[1], ""))
+		name := strings.ToLower(regexp.MustCompile(`[^\pL\pN _-]`).ReplaceAllString(m[1], ""))
 		names = append(names, strings.ReplaceAll(name, " ", "-"))
 	}
 	return names

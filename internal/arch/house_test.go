@@ -14,7 +14,7 @@ import (
 
 const module = "github.com/pillion-proxy/pillion/"
 
-// room is what `go list` tells about one of the module's packages.
+// room is the output of `go list` for one of the module's packages.
 type room struct {
 	ImportPath   string
 	Dir          string

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// moduleFile is what `go mod edit -json` tells about go.mod.
+// moduleFile is the output of `go mod edit -json` for go.mod.
 type moduleFile struct {
 	Require []struct {
 		Path     string

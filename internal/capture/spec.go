@@ -137,73 +137,95 @@ const LoopMark = 1338
 // MaxOwnerGroups is how many groups OwnerGroups may list, as in istio-iptables, which has no limit for those left alone.
 const MaxOwnerGroups = 64
 
-// Validate finds what the parsers and types cannot rule out. Its errors name the flag, the value and the remedy.
+// FieldError reports an invalid or unusable value in a configuration. It names the field; the caller knows by which flag,
+// variable or annotation the field was set.
+type FieldError struct {
+	Field string // its path in the configuration, such as "OutboundPort" in a Spec
+	Value string // empty when Err has it
+	Other string // path of the field that this one conflicts with, if any; Err ends where its name belongs
+	Err   error
+}
+
+func (e *FieldError) Error() string { return e.Text(func(field string) string { return field }) }
+
+func (e *FieldError) Unwrap() error { return e.Err }
+
+// Text is the error with fields named by name.
+func (e *FieldError) Text(name func(field string) string) string {
+	text := name(e.Field)
+	if e.Value != "" {
+		text += " " + e.Value
+	}
+	text += ": " + e.Err.Error()
+	if e.Other != "" {
+		text += " " + name(e.Other)
+	}
+	return text
+}
+
+// Validate finds what the parsers and types cannot rule out. Its errors are FieldErrors with the remedy.
 func (s Spec) Validate() error {
 	if err := s.validatePorts(); err != nil {
 		return err
 	}
 	for _, ports := range []named[PortRange]{
-		{"-b", s.Inbound.List}, {"-d", s.InboundExcluded}, {"-q", s.OutboundPorts}, {"-o", s.OutboundPortsExcluded},
+		{"Inbound", s.Inbound.List}, {"InboundExcluded", s.InboundExcluded},
+		{"OutboundPorts", s.OutboundPorts}, {"OutboundPortsExcluded", s.OutboundPortsExcluded},
 	} {
 		for _, r := range ports.list {
 			if r.First == 0 || r.Last < r.First {
-				return fmt.Errorf("%s %s: a range goes from a port that is not 0 upwards", ports.flag, r)
+				return &FieldError{Field: ports.field, Value: r.String(), Err: errors.New("a port range must begin at 1 or above and must not descend")}
 			}
 		}
 	}
 	if err := s.validateIDs(); err != nil {
 		return err
 	}
-	for _, networks := range []named[netip.Prefix]{{"-i", s.Outbound.List}, {"-x", s.OutboundExcluded}} {
+	for _, networks := range []named[netip.Prefix]{{"Outbound", s.Outbound.List}, {"OutboundExcluded", s.OutboundExcluded}} {
 		if slices.ContainsFunc(networks.list, func(p netip.Prefix) bool { return !p.IsValid() }) {
-			return fmt.Errorf("%s: a network is not set", networks.flag)
+			return &FieldError{Field: networks.field, Err: errors.New("a network is not set")}
 		}
 	}
 	if _, err := ParseLocalhost4(s.Localhost4.String()); err != nil {
-		return fmt.Errorf("%s: %w", localhostVariable, err)
+		return &FieldError{Field: "Localhost4", Err: err}
 	}
-	for _, interfaces := range []named[string]{{"-c", s.InterfacesExcluded}, {"-k", s.VirtualInterfaces}} {
+	for _, interfaces := range []named[string]{{"InterfacesExcluded", s.InterfacesExcluded}, {"VirtualInterfaces", s.VirtualInterfaces}} {
 		for _, name := range interfaces.list {
 			if _, err := ParseInterface(name); err != nil {
-				return fmt.Errorf("%s: %w", interfaces.flag, err)
+				return &FieldError{Field: interfaces.field, Err: err}
 			}
 		}
 	}
 	if slices.ContainsFunc(s.DNSServers, func(a netip.Addr) bool { return !a.IsValid() }) {
-		return errors.New("a DNS server is not set")
+		return &FieldError{Field: "DNSServers", Err: errors.New("a DNS server is not set")}
 	}
 	return s.validateMode()
 }
 
-// named is a list and the flag or variable that it comes from.
+// named is a list and its field.
 type named[T any] struct {
-	flag string
-	list []T
+	field string
+	list  []T
 }
-
-// The variables of istio-iptables that have no flag.
-const (
-	groupsVariable         = "ISTIO_OUTBOUND_OWNER_GROUPS"
-	groupsExcludedVariable = "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE"
-	localhostVariable      = "ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR"
-)
 
 func (s Spec) validateIDs() error {
 	if len(s.ProxyUIDs)+len(s.ProxyGIDs) == 0 {
-		return errors.New("-u and -g name no user and no group: the agent's own connections would be captured; name one")
+		return &FieldError{Field: "ProxyUIDs", Other: "ProxyGIDs",
+			Err: errors.New("name a user or a group, or the agent's own connections would be captured; a group is named by")}
 	}
 	for _, ids := range []named[IDRange]{
-		{"-u", s.ProxyUIDs}, {"-g", s.ProxyGIDs}, {groupsVariable, s.OwnerGroups.List}, {groupsExcludedVariable, s.OwnerGroupsExcluded},
+		{"ProxyUIDs", s.ProxyUIDs}, {"ProxyGIDs", s.ProxyGIDs}, {"OwnerGroups", s.OwnerGroups.List}, {"OwnerGroupsExcluded", s.OwnerGroupsExcluded},
 	} {
 		for _, r := range ids.list {
 			if r.Last == noID || r.Last < r.First {
-				return fmt.Errorf("%s %s: a user or group is a number from 0 to %d, a range goes upwards", ids.flag, r, uint32(noID-1))
+				return &FieldError{Field: ids.field, Value: r.String(),
+					Err: fmt.Errorf("a user or group is a number from 0 to %d, and a range must not descend", uint32(noID-1))}
 			}
 		}
 	}
 	if listed := len(s.OwnerGroups.List); listed > MaxOwnerGroups {
-		return fmt.Errorf("%s lists %d groups: at most %d are possible; write neighbours as a range such as 2000-2010",
-			groupsVariable, listed, MaxOwnerGroups)
+		return &FieldError{Field: "OwnerGroups",
+			Err: fmt.Errorf("lists %d groups; at most %d are possible; write neighbours as a range such as 2000-2010", listed, MaxOwnerGroups)}
 	}
 	return nil
 }
@@ -214,32 +236,35 @@ func (s Spec) validateMode() error {
 		return nil
 	case TPROXY:
 	default:
-		return fmt.Errorf("-m %q is not a mode: use %s or %s", s.Mode, Redirect, TPROXY)
+		return &FieldError{Field: "Mode", Err: fmt.Errorf("%q is not a mode; use %s or %s", s.Mode, Redirect, TPROXY)}
 	}
 	if s.TPROXYMark == 0 || s.TPROXYMark == LoopMark {
-		return fmt.Errorf("-t %d: use a mark that is neither 0 nor %d, which the rules need themselves", s.TPROXYMark, LoopMark)
+		return &FieldError{Field: "TPROXYMark", Value: fmt.Sprint(s.TPROXYMark),
+			Err: fmt.Errorf("use a mark other than 0 and %d; the rules use %[1]d themselves", LoopMark)}
 	}
 	if s.TPROXYTable == 0 || 253 <= s.TPROXYTable && s.TPROXYTable <= 255 {
-		return fmt.Errorf("-r %d: use a routing table of its own; 0 and 253 to 255 are the kernel's", s.TPROXYTable)
+		return &FieldError{Field: "TPROXYTable", Value: fmt.Sprint(s.TPROXYTable),
+			Err: errors.New("use a separate routing table; 0 and 253 to 255 belong to the kernel")}
 	}
 	return nil
 }
 
-// validatePorts refuses two listeners on one port: the second could not bind, and captured traffic would end in the
-// wrong one.
+// validatePorts refuses two listeners on one port: the second could not bind, and captured traffic would go to the wrong
+// one.
 func (s Spec) validatePorts() error {
 	taken := map[uint16]string{
-		AdminPort: "admin", StatusPort: "status", ReadinessPort: "readiness", DNSPort: "DNS", MetricsPort: "metrics",
+		AdminPort: "the admin port", StatusPort: "the status port", ReadinessPort: "the readiness port", DNSPort: "the DNS port",
+		MetricsPort: "the metrics port",
 	}
 	for _, p := range []struct {
-		port       uint16
-		name, flag string
-	}{{s.OutboundPort, "outbound", "-p"}, {s.InboundPort, "inbound", "-z"}, {s.TunnelPort, "tunnel", "-e"}} {
+		port        uint16
+		field, name string
+	}{{s.OutboundPort, "OutboundPort", "the outbound port"}, {s.InboundPort, "InboundPort", "the inbound port"}, {s.TunnelPort, "TunnelPort", "the tunnel port"}} {
 		if p.port == 0 {
-			return fmt.Errorf("%s 0: the %s port is one from 1 to 65535", p.flag, p.name)
+			return &FieldError{Field: p.field, Value: "0", Err: errors.New("use a port from 1 to 65535")}
 		}
 		if other, ok := taken[p.port]; ok {
-			return fmt.Errorf("%s %d: the %s port and the %s port are the same; use different ones", p.flag, p.port, other, p.name)
+			return &FieldError{Field: p.field, Value: fmt.Sprint(p.port), Err: fmt.Errorf("this is %s already; use another port", other)}
 		}
 		taken[p.port] = p.name
 	}

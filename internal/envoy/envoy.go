@@ -34,6 +34,7 @@ const (
 	DetailsDownstreamLeft     = "downstream_remote_disconnect"
 	DetailsHeadTimeout        = "request_header_timeout"
 	DetailsIdleTimeout        = "stream_idle_timeout"
+	DetailsMisdirected        = "misdirected_request"
 	DetailsOverload           = "overload"
 	DetailsResponseTimeout    = "response_timeout"
 	DetailsHTTP1CodecError    = "http1.codec_error"
@@ -41,6 +42,7 @@ const (
 	DetailsHTTP1TooManyFields = "http1.too_many_headers"
 	DetailsHTTP2InvalidField  = "http2.invalid.header.field"
 	DetailsHTTP2TooManyFields = "http2.too_many_headers"
+	DetailsRouteNotFound      = "route_not_found"
 	DetailsHTTP2Violation     = "http2.violation.of.messaging.rule"
 )
 

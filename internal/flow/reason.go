@@ -6,12 +6,13 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 )
 
-// Reason is why a flow ended. The set is closed: a new way to end gets a new Reason here, and a row in docs/reasons.md.
+// Reason is why a flow ended. The set is closed: a new Reason needs a constant, a row in Explanations and one in
+// docs/reasons.md.
 type Reason string
 
-// The ordinary ends.
+// Ordinary ends of a connection.
 const (
-	Closed          Reason = "closed"           // both sides closed, every byte was delivered
+	Closed          Reason = "closed"           // both sides closed, and every byte was delivered
 	DownstreamReset Reason = "downstream_reset" // downstream reset the connection, or vanished
 	UpstreamReset   Reason = "upstream_reset"   // upstream reset the connection, or vanished
 )
@@ -23,7 +24,7 @@ const (
 	UpstreamUnreachable Reason = "upstream_unreachable" // no route, or the dial failed in another way
 )
 
-// How a request ends.
+// Ends of a request.
 const (
 	Completed          Reason = "completed"           // the response was delivered to its end
 	DownstreamLeft     Reason = "downstream_left"     // downstream closed before the response was complete
@@ -37,7 +38,7 @@ const (
 	Overload           Reason = "overload"            // an HTTP/2 peer opens too many streams, or floods the connection
 )
 
-// Refused by name: the agent will not carry the connection. Downstream is reset.
+// Refused by the agent. Downstream is reset.
 const (
 	Loop                  Reason = "loop"                    // the destination is one of our own ports at an own address
 	ForeignAddress        Reason = "foreign_address"         // inbound, for an address that is not this workload's
@@ -47,18 +48,18 @@ const (
 	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
 )
 
-// Ended by the agent. Both sides are reset, but for Drained.
+// Ended by the agent. Both sides are reset, except for Drained.
 const (
-	Drained          Reason = "drained"            // nobody had spoken when the agent drained; both sides are closed in order
+	Drained          Reason = "drained"            // neither side had sent anything when the agent drained; both sides are closed in order
 	IdleTimeout      Reason = "idle_timeout"       // nothing moved for the idle timeout
 	HalfCloseTimeout Reason = "half_close_timeout" // one side closed, and nothing moved for the half-close timeout
-	DrainDeadline    Reason = "drain_deadline"     // shutdown waited for it as long as it may
+	DrainDeadline    Reason = "drain_deadline"     // still open at the end of the drain timeout
 )
 
-// Explanation is what documents and Istio's words say of a reason.
+// Explanation is the row of a reason: its description and its names in Istio's vocabulary.
 type Explanation struct {
 	Reason       Reason
-	Flags        string // Envoy's response flags for a connection that ends so; empty for none, or when none does
+	Flags        string // Envoy's response flags for a connection; empty: no flags, or connections never end for this reason
 	RequestFlags string // the same for a request
 	Details      string // Envoy's response_code_details for a request
 	Text         string // settings stand in braces, by the names of the agent's configuration: see Render
@@ -83,8 +84,8 @@ func (e *Explanation) Render(name func(setting string) string) string {
 	}
 }
 
-// Explanations has each reason, in the order in which documents list them. Where an engine knows more than the reason
-// says, such as whether the response had begun, its own words stand in the record.
+// Explanations has each reason, in the order of the documents. If an engine knows more, such as whether the response had
+// begun, the flags and details in the record take precedence.
 var Explanations = []Explanation{
 	{Closed, "", "", envoy.DetailsViaUpstream,
 		"Both sides closed; every byte was delivered."},
@@ -148,7 +149,7 @@ var explanations = func() map[Reason]*Explanation {
 	return m
 }()
 
-// ByPolicy reports whether the agent refused the flow by name, as opposed to what the two sides did.
+// ByPolicy reports whether the agent refused the flow, as opposed to an end that the two sides caused.
 func (r Reason) ByPolicy() bool {
 	switch r {
 	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors:

@@ -2,8 +2,8 @@ package flow
 
 import "sync"
 
-// Table is where the agent's open connections stand, and from where its sinks are told. Make it with NewTable; it is safe
-// for use from anywhere. It is a Sink itself, which passes on what it is told.
+// Table lists the open connections and passes each closed record to the sinks. Make it with NewTable. It is safe for
+// concurrent use.
 type Table struct {
 	sinks   []Sink
 	openers []Opener
@@ -13,21 +13,21 @@ type Table struct {
 	count int
 }
 
-// Sink takes records that are closed. Closed is called once for each record, from the goroutine that owned the
-// connection; it must not block and must not keep the record after it returns.
+// Sink receives closed records. Closed is called once for each record, from the goroutine that owned the connection. It
+// must not block, and must not keep the record after it returns.
 type Sink interface {
 	Closed(*Record)
 }
 
-// Opener is a Sink that is also told when a connection begins to be carried: its protocol is known, and an opaque one has
-// its upstream. It is called from the goroutine that owns the connection, and may keep in Bound what it will want at the
-// end.
+// Opener is a Sink that is also notified when a connection begins to be carried. The protocol is known by then, and an
+// opaque connection has its upstream. Opened is called from the goroutine that owns the connection. It may keep a value
+// with the connection, in a Place.
 type Opener interface {
 	Sink
 	Opened(*Record)
 }
 
-// NewTable makes a table whose sinks are told in the order given.
+// NewTable returns a table that calls the sinks in the given order.
 func NewTable(sinks ...Sink) *Table {
 	t := &Table{sinks: sinks}
 	for _, sink := range sinks {
@@ -38,8 +38,8 @@ func NewTable(sinks ...Sink) *Table {
 	return t
 }
 
-// List shows a connection to Each, from now until it is closed or leaves. Its owner has set Direction, Opened,
-// Downstream and OriginalDestination, and does not change them any more.
+// List makes a connection visible to Each until it is closed or leaves. Its owner has set Direction, Opened, Downstream
+// and OriginalDestination, and must not change them afterwards.
 func (t *Table) List(r *Record) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -51,10 +51,10 @@ func (t *Table) List(r *Record) {
 	t.count++
 }
 
-// Carry says what a listed connection speaks: it begins to be carried. From here on its owner changes no plain field
-// until it is closed.
+// Carry sets the protocol of a listed connection, which begins to be carried. Its owner must not change plain fields
+// from here until Close.
 func (t *Table) Carry(r *Record, protocol Protocol, hello Hello) {
-	r.Protocol, r.TLS = protocol, hello // nobody reads them before the connection is carried
+	r.Protocol, r.TLS = protocol, hello // not read before carried is set
 	for _, opener := range t.openers {
 		opener.Opened(r)
 	}
@@ -63,9 +63,9 @@ func (t *Table) Carry(r *Record, protocol Protocol, hello Hello) {
 	r.carried = true
 }
 
-// Leave takes a connection of requests out. It has no end of its own that sinks are told: each request had one.
+// Leave removes a connection of requests. Sinks do not receive its record: each request had its own.
 func (t *Table) Leave(r *Record) {
-	if !r.listed { // which is the owner's; requests never are, and need no lock
+	if !r.listed { // only the owner writes listed; requests are never listed and need no lock
 		return
 	}
 	r.listed = false
@@ -83,23 +83,23 @@ func (t *Table) Leave(r *Record) {
 	t.count--
 }
 
-// Closed tells the sinks. Record.Close has taken the record out.
+// Closed passes the record to the sinks. Record.Close has removed it from the table.
 func (t *Table) Closed(r *Record) {
 	for _, sink := range t.sinks {
 		sink.Closed(r)
 	}
 }
 
-// Open is how many connections are listed.
+// Open returns the number of listed connections.
 func (t *Table) Open() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.count
 }
 
-// Each calls f for each listed connection, the youngest first, until f returns false. f may read what List names, and the
-// counters; when the connection is Carried, all of it, and what Close sets is zero. It must be quick, as nobody opens or
-// closes a connection meanwhile, and must not keep the record.
+// Each calls f for each listed connection, the youngest first, until f returns false. f may read the fields that List
+// names and the counters, and every field if the connection is Carried; the fields that Close sets are zero. f must be
+// quick, because no connection can be opened or closed meanwhile, and must not keep the record.
 func (t *Table) Each(f func(*Record) bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

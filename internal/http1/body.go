@@ -6,39 +6,39 @@ import (
 	"math"
 )
 
-// The longest lines of chunk framing, with their CRLF. A line is forwarded when it is whole, so that a reader's buffer
-// has to hold one.
+// The longest lines of chunk framing, with CRLF. A line is forwarded once it is complete, so a reader's buffer must be
+// able to hold one.
 const (
 	maxChunkLine   = 4 << 10
 	maxTrailerLine = 8 << 10
 )
 
-// Body finds the end of a body without holding any of it. A body goes past it in one of two ways, in turns as the
-// caller likes: Scan looks at bytes and says how many belong to the body, and Skip counts payload that nobody needs to
-// look at. The zero value is a body that is done.
+// Body finds the end of a body without storing any of it. The caller can mix two ways of passing the body: Scan parses
+// bytes and returns how many belong to the body, and Skip counts payload that need not be parsed. The zero value is a
+// body that has ended.
 //
-// Chunk framing is forwarded byte for byte, so it is held to the letter of RFC 9112 §7.1: every line ends with CRLF, a
-// size is 1 to 16 hexadecimal digits with nothing around them but an extension, before whose semicolon there may be white
-// space. (nginx and HAProxy read such an extension likewise, net/http refuses it; nobody finds another size.)
+// Chunk framing is forwarded byte for byte, so RFC 9112 §7.1 is enforced strictly: every line ends with CRLF, and a
+// size is 1 to 16 hexadecimal digits, followed by nothing but an extension, before whose semicolon white space is
+// allowed. (nginx and HAProxy accept such an extension, net/http rejects it; no implementation reads a different size.)
 type Body struct {
 	kind   FramingKind
 	state  bodyState
-	left   int64 // bytes of payload until the state changes
+	left   int64 // payload bytes until the state changes
 	bytes  int64
-	limits Limits // what the trailers may still have
+	limits Limits // remaining limits for trailers
 }
 
 type bodyState uint8
 
 const (
 	bodyDone  bodyState = iota
-	bodyBytes           // payload: all of it, or that of a chunk
+	bodyBytes           // payload of the body or of a chunk
 	chunkLine           // a chunk size and its extensions
-	chunkEnd            // the CRLF behind the bytes of a chunk
+	chunkEnd            // the CRLF after the bytes of a chunk
 	trailers            // trailer fields, and the empty line
 )
 
-// Start begins a body that ends as f says. The limits are for its trailers.
+// Start begins a body with framing f. The limits apply to its trailers.
 func (x *Body) Start(f Framing, limits Limits) {
 	*x = Body{kind: f.Kind, limits: Limits{Head: limits.head(), Fields: limits.fields()}}
 	switch {
@@ -51,10 +51,10 @@ func (x *Body) Start(f Framing, limits Limits) {
 	}
 }
 
-// Scan takes the coming bytes of the connection. The first n are of the body and good: they may be forwarded as they
-// are. n is less than len(p) when the body ends there, when p ends within a line of chunk framing, which then has to be
-// at the beginning of the next p, and more of it, or with an error, which is an Error about the byte at n or after it. A
-// buffer of 8 KiB holds every line.
+// Scan parses the next bytes of the connection. The first n belong to the body and are valid: they may be forwarded
+// unchanged. n is less than len(p) if the body ends there, if p ends within a line of chunk framing, or on an error. An
+// incomplete line must be at the beginning of the next p, followed by more bytes; a buffer of 8 KiB holds every line.
+// The error is an Error about the byte at n or a later one.
 func (x *Body) Scan(p []byte) (n int, err error) {
 	for n < len(p) && x.state != bodyDone {
 		if x.state == bodyBytes {
@@ -72,14 +72,14 @@ func (x *Body) Scan(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// Done reports whether the body has ended. One that ends with the connection never does.
+// Done reports whether the body has ended. A body that ends with the connection never does.
 func (x *Body) Done() bool { return x.state == bodyDone }
 
-// Payload is how many of the coming bytes are payload for certain, so that they may be moved without Scan: what is left
-// of a sized body or of a chunk, math.MaxInt64 when the body ends with the connection, else 0.
+// Payload returns how many of the next bytes are certainly payload, so that they may be moved without Scan: the rest of
+// a sized body or of a chunk, math.MaxInt64 if the body ends with the connection, otherwise 0.
 func (x *Body) Payload() int64 { return x.left }
 
-// Skip says that n bytes, at most Payload, went past.
+// Skip records that n bytes, at most Payload, were forwarded without Scan.
 func (x *Body) Skip(n int64) {
 	x.bytes += n
 	if x.kind == UntilClose {
@@ -95,10 +95,10 @@ func (x *Body) Skip(n int64) {
 	}
 }
 
-// Bytes is how many bytes of payload went past, without chunk framing.
+// Bytes returns the number of payload bytes so far, without chunk framing.
 func (x *Body) Bytes() int64 { return x.bytes }
 
-// End says what the close of the connection means here: nil is a proper end.
+// End returns nil if the body may end with the connection here, and io.ErrUnexpectedEOF otherwise.
 func (x *Body) End() error {
 	if x.state == bodyDone || x.kind == UntilClose {
 		return nil
@@ -106,7 +106,7 @@ func (x *Body) End() error {
 	return io.ErrUnexpectedEOF
 }
 
-// line takes one line of chunk framing. It returns 0 when p does not hold all of it.
+// line parses one line of chunk framing. It returns 0 if p does not hold the whole line.
 func (x *Body) line(p []byte) (int, error) {
 	switch x.state {
 	case chunkEnd:
@@ -145,7 +145,7 @@ func (x *Body) chunkLine(p []byte) (int, error) {
 	return n, nil
 }
 
-// chunkSize reads `1*16HEXDIG [ BWS ";" extensions ]`.
+// chunkSize parses `1*16HEXDIG [ BWS ";" extensions ]`.
 func chunkSize(line []byte) (int64, error) {
 	var size uint64
 	digits := 0
@@ -177,8 +177,8 @@ func hexadecimal(c byte) int {
 	return -1
 }
 
-// trailer takes a trailer field, or the empty line. Fields that frame or route have no business there (RFC 9110 §6.5.1),
-// and are poison for who adds trailers to the head.
+// trailer parses a trailer field, or the empty line. Fields for framing or routing are not allowed in trailers (RFC
+// 9110 §6.5.1), and are dangerous to recipients that merge trailers into the head.
 func (x *Body) trailer(p []byte) (int, error) {
 	line, n, err := wholeLine(p, min(maxTrailerLine, x.limits.Head), ErrTrailersTooLarge)
 	if n == 0 || err != nil {
@@ -204,8 +204,8 @@ func (x *Body) trailer(p []byte) (int, error) {
 	return n, nil
 }
 
-// wholeLine returns the first line of p without its CRLF, and its length with it. The length is 0 when p does not hold
-// all of it. tooLong is for a line that is longer than limit.
+// wholeLine returns the first line of p without its CRLF, and its length with CRLF. The length is 0 if p does not hold
+// the whole line. tooLong is the error for a line longer than limit.
 func wholeLine(p []byte, limit int, tooLong Error) (line []byte, n int, err error) {
 	n = bytes.IndexByte(p[:min(len(p), limit)], '\n') + 1
 	switch {

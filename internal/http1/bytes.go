@@ -1,15 +1,15 @@
 package http1
 
-// class is a set of bytes that may stand in one place of a head.
+// class is a set of bytes that are allowed in one part of a head.
 type class uint8
 
 const (
 	token      class = 1 << iota // methods and field names (RFC 9110 §5.6.2)
-	targetByte                   // request targets: neither space nor control, but bytes beyond ASCII, which exist
+	targetByte                   // request targets: no space or control characters, but bytes beyond ASCII, because clients send them
 	hostByte                     // Host: uri-host and port (RFC 3986 §3.2.2)
 )
 
-// classes gives for each byte the classes that it is in.
+// classes maps each byte to its classes.
 var classes = func() (of [256]class) {
 	const (
 		alphanumeric = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -48,7 +48,7 @@ func run(p []byte, c class) int {
 func digit(c byte) bool { return '0' <= c && c <= '9' }
 func blank(c byte) bool { return c == ' ' || c == '\t' }
 
-// trim returns where the bytes of p from offset start on begin and end without the white space around them.
+// trim returns the bounds of p[start:] without surrounding white space.
 func trim(p []byte, start int) (from, to int) {
 	for to = len(p); to > start && blank(p[to-1]); to-- {
 	}
@@ -57,8 +57,9 @@ func trim(p []byte, start int) (from, to int) {
 	return from, to
 }
 
-// same reports whether p is lower, a word of small letters, digits and hyphens, in any case of ASCII. Bit 5 is what makes
-// a letter small. It makes digits and hyphens of control characters, too, and those are not the same.
+// same reports whether p equals lower, a word of lower-case letters, digits and hyphens, ignoring ASCII case. Setting
+// bit 5 converts a letter to lower case. It also converts control characters to digits and hyphens, so only letters are
+// compared that way.
 func same(p []byte, lower string) bool {
 	if len(p) != len(lower) {
 		return false

@@ -2,31 +2,31 @@ package http1
 
 import "bytes"
 
-// Options is what a message says about the connection that it came on.
+// Options holds the connection options of a message.
 type Options struct {
 	Close     bool // Connection: close
-	KeepAlive bool // Connection: keep-alive, which means something in HTTP/1.0
+	KeepAlive bool // only significant in HTTP/1.0
 	Upgrade   bool // Connection: upgrade, and there is an Upgrade field
 	Trailers  bool // TE: trailers
 
-	// UpgradeValue is the first Upgrade field's value. To forward an upgrade, make the fields of kind Upgrade kept again
-	// and add a Connection field of your own.
+	// UpgradeValue is the value of the first Upgrade field. To forward an upgrade, clear Dropped of the Upgrade fields
+	// and add a Connection field.
 	UpgradeValue Span
 }
 
-// For one connection: these are dropped, whether Connection names them or not (RFC 9110 §7.6.1, RFC 9113 §3.1).
-// Transfer-Encoding is not among them, as chunks are forwarded byte for byte.
+// Hop-by-hop fields: dropped whether Connection names them or not (RFC 9110 §7.6.1, RFC 9113 §3.1). Transfer-Encoding
+// is not among them, because chunks are forwarded byte for byte.
 const hopByHop uint64 = 1<<Connection | 1<<KeepAlive | 1<<ProxyConnection | 1<<TE | 1<<Upgrade | 1<<HTTP2Settings
 
-// maxNamed is how many names in Connection are looked up among the fields. No honest message has more, and a dishonest
-// one shall not make that work quadratic.
+// maxNamed limits how many names in Connection are looked up among the fields. Ordinary messages name fewer; the limit
+// keeps the work of a malicious one from becoming quadratic.
 const maxNamed = 64
 
-// DropHopByHop marks the fields that are not forwarded, and returns what they said.
+// DropHopByHop marks the fields that are not forwarded, and returns the connection options.
 //
-// Those that Connection names are dropped, too, but for the fields that framing, routing or identity depend on: an
-// attacker names those to have X-Forwarded-For or Authorization vanish on the way to who trusts it. They are all the
-// other known fields and the families x-forwarded-, x-envoy- and x-b3-.
+// Fields named by Connection are dropped as well, except those that framing, routing or identity depend on: naming
+// X-Forwarded-For or Authorization is an attack that removes the field before it reaches a recipient that trusts it.
+// The exceptions are all other known fields, and the families x-forwarded-, x-envoy- and x-b3-.
 func (h *Head) DropHopByHop(b []byte) Options {
 	var o Options
 	if h.known&hopByHop == 0 {
@@ -54,7 +54,7 @@ func (h *Head) DropHopByHop(b []byte) Options {
 	return o
 }
 
-// dropNamed goes through the value of a Connection field. named is how many fields were looked up so far.
+// dropNamed handles the value of a Connection field. named is the number of fields looked up so far.
 func (h *Head) dropNamed(b, value []byte, named int, o *Options) int {
 	for len(value) > 0 {
 		var option []byte
@@ -74,7 +74,7 @@ func (h *Head) dropNamed(b, value []byte, named int, o *Options) int {
 	return named
 }
 
-// protected reports whether the name belongs to a family of which no member is dropped for being named.
+// protected reports whether the name belongs to a family whose members are not dropped when Connection names them.
 func protected(name []byte) bool {
 	for _, family := range [...]string{"x-forwarded-", "x-envoy-", "x-b3-"} {
 		if len(name) >= len(family) && same(name[:len(family)], family) {
@@ -92,7 +92,7 @@ func (h *Head) dropName(b, name []byte) {
 	}
 }
 
-// element cuts the first element off a comma-separated list.
+// element splits off the first element of a comma-separated list.
 func element(list []byte) (first, rest []byte) {
 	if i := bytes.IndexByte(list, ','); i >= 0 {
 		first, rest = list[:i], list[i+1:]
@@ -103,8 +103,8 @@ func element(list []byte) (first, rest []byte) {
 	return first[from:to], rest
 }
 
-// Lists reports whether a comma-separated list has the word, in any case. The word has nothing but small letters, digits
-// and hyphens.
+// Lists reports whether a comma-separated list contains the word, ignoring case. The word must consist of lower-case
+// letters, digits and hyphens.
 func Lists(list []byte, word string) bool {
 	for len(list) > 0 {
 		var first []byte
@@ -115,8 +115,8 @@ func Lists(list []byte, word string) bool {
 	return false
 }
 
-// Value returns the value of the first field of the given name, which is in lower case, dropped or not; nil when there is
-// none. b is what h was parsed from.
+// Value returns the value of the first field with the given lower-case name, dropped or not, or nil if there is no such
+// field. b is the buffer that h was parsed from.
 func (h *Head) Value(b []byte, name string) []byte {
 	for i := range h.Fields {
 		if f := &h.Fields[i]; same(f.Name.In(b), name) {
@@ -126,14 +126,14 @@ func (h *Head) Value(b []byte, name string) []byte {
 	return nil
 }
 
-// AppendLines appends the start line and the kept fields to dst and returns it. Each line has its own bytes and ends with
-// CRLF. The empty line is left to the caller, who may have fields to add. b is what h was parsed from.
+// AppendLines appends the start line and the kept fields to dst. Each line keeps its bytes and ends with CRLF. The
+// empty line is left to the caller, who may add fields. b is the buffer that h was parsed from.
 func (h *Head) AppendLines(dst, b []byte) []byte {
 	if h.bareLF {
 		return h.appendEach(dst, b)
 	}
 	const crlf = 2
-	from, to := h.Line.Start, h.Line.End+crlf // the lines from here to there are kept and not yet copied
+	from, to := h.Line.Start, h.Line.End+crlf // the range of kept lines not yet copied
 	for i := range h.Fields {
 		f := &h.Fields[i]
 		if f.Dropped {
@@ -145,7 +145,7 @@ func (h *Head) AppendLines(dst, b []byte) []byte {
 	return append(dst, b[from:to]...)
 }
 
-// appendEach is AppendLines for lines that do not all end with CRLF.
+// appendEach is AppendLines for a head with bare LFs.
 func (h *Head) appendEach(dst, b []byte) []byte {
 	dst = append(append(dst, h.Line.In(b)...), "\r\n"...)
 	for i := range h.Fields {

@@ -5,7 +5,7 @@ import (
 	"math"
 )
 
-// FramingKind is how the end of a body is found.
+// FramingKind is how the end of a body is determined.
 type FramingKind uint8
 
 // The kinds of framing.
@@ -14,25 +14,26 @@ const (
 	Sized                         // after Length bytes
 	Chunked                       // with the last chunk and the trailers
 	UntilClose                    // with the connection; responses only
-	Tunnel                        // the message ends with its head, and what follows on the connection is not HTTP/1
+	Tunnel                        // the message ends with its head, and the bytes after it are not HTTP/1
 )
 
-// Framing says how the end of a body is found.
+// Framing describes how the end of a body is determined.
 type Framing struct {
 	Kind   FramingKind
 	Length int64 // of a Sized body, in bytes
 }
 
-// RequestFraming says how the body of a request ends (RFC 9112 §6.3). h is complete, and b is what it was parsed from.
+// RequestFraming returns the framing of a request's body (RFC 9112 §6.3). h is complete, and b is the buffer it was
+// parsed from.
 func (h *Head) RequestFraming(b []byte) (Framing, error) {
 	return h.framing(b, NoBody)
 }
 
-// ResponseFraming says how the body of a response ends; method is that of its request.
+// ResponseFraming returns the framing of a response's body; method is the request's.
 //
-// Answers to HEAD, 1xx, 204 and 304 have no body whatever their fields say, but fields that contradict each other are an
-// error all the same: their next reader may be less sure. In an answer that turns a CONNECT into a tunnel the fields mean
-// nothing (RFC 9110 §9.3.6).
+// Responses to HEAD, and those with status 1xx, 204 or 304, have no body regardless of their fields. Contradictory
+// fields are an error even there, because the next recipient may interpret them differently. In a response that turns
+// CONNECT into a tunnel the fields have no meaning (RFC 9110 §9.3.6).
 func (h *Head) ResponseFraming(b, method []byte) (Framing, error) {
 	if h.Status/100 == 2 && string(method) == "CONNECT" {
 		return Framing{Kind: Tunnel}, nil
@@ -49,10 +50,10 @@ func (h *Head) ResponseFraming(b, method []byte) (Framing, error) {
 	return f, nil
 }
 
-// framing is where every body's end is decided; otherwise is for a message whose fields do not say. This is what an
-// attacker wants us and the next hop to disagree about, so there is one spelling of each framing, and never both. Equal
-// Content-Length lines are the exception, as they have one meaning: the first is kept and the others are dropped, so
-// that it is one that goes on. A list of lengths in one line is refused.
+// framing determines the end of every body; otherwise is the framing of a message without framing fields. Request
+// smuggling needs two recipients that disagree here, so only one spelling of each framing is accepted, and never both.
+// Repeated equal Content-Length lines are the exception, because they have only one meaning: the first is kept and the
+// others are dropped. A list of lengths in one line is rejected.
 func (h *Head) framing(b []byte, otherwise FramingKind) (Framing, error) {
 	length, coding := h.Find(ContentLength), h.Find(TransferEncoding)
 	switch {
@@ -93,7 +94,7 @@ func (h *Head) sized(b []byte, length int) (Framing, error) {
 	return Framing{Kind: Sized, Length: n}, nil
 }
 
-// decimal reads digits and nothing else.
+// decimal parses a number that consists only of digits.
 func decimal(p []byte) (int64, bool) {
 	var n int64
 	for _, c := range p {

@@ -1,14 +1,14 @@
-// Package http1 is the wire format of HTTP/1: where a head ends and what it says, how its body is framed, which fields
-// are not forwarded, and where the body ends (RFC 9112).
+// Package http1 implements the wire format of HTTP/1 (RFC 9112): parsing a head, the framing of its body, the
+// hop-by-hop fields that are not forwarded, and finding the end of a body.
 //
-// It knows no socket and has no policy. A Head holds offsets into the caller's buffer and copies nothing, so that a
-// message is forwarded with its own bytes: their case, their order and the white space within values stay. What is
-// accepted is read in one way only. Whatever two recipients could read differently is an Error, because a request that
-// we end here and the next hop ends there carries another one inside (RFC 9112 §11.2).
+// It does no I/O and has no policy. A Head holds offsets into the caller's buffer and copies nothing, so a message is
+// forwarded with its own bytes: case, order and white space within values are preserved. Every accepted message has
+// only one interpretation. A message that two recipients could interpret differently is an Error: if we ended a request
+// at one byte and the next hop at another, the difference would be a smuggled request (RFC 9112 §11.2).
 //
-// Laxer than the grammar in three places, for programs that exist: up to four empty lines before a request are skipped,
-// a line of a head may end with LF alone, which is forwarded as CRLF, and control characters other than NUL, CR and LF
-// pass in field values, where nothing that is decided here takes them for white space (RFC 9110 §5.5).
+// The parser is laxer than the grammar in three places, for existing programs: up to four empty lines before a request
+// are skipped; a line of a head may end with a bare LF, and is forwarded with CRLF; and control characters other than
+// NUL, CR and LF are allowed in field values, where this package never treats them as white space (RFC 9110 §5.5).
 package http1
 
 import "bytes"
@@ -19,7 +19,7 @@ type Limits struct {
 	Fields int // field lines; zero or less: DefaultFields
 }
 
-// The limits that a zero Limits has.
+// The limits of a zero Limits.
 const (
 	DefaultHead   = 64 << 10
 	DefaultFields = 256
@@ -45,25 +45,25 @@ type Span struct{ Start, End uint32 }
 // In returns the bytes of s in b.
 func (s Span) In(b []byte) []byte { return b[s.Start:s.End] }
 
-// Empty reports whether there are no bytes in s.
+// Empty reports whether s contains no bytes.
 func (s Span) Empty() bool { return s.Start == s.End }
 
 // Field is one field line.
 type Field struct {
 	Line    Span  // without its line end
 	Name    Span  // a token
-	Value   Span  // without white space around it
-	Known   Known // which of the names that the proxy deals with, in any case
+	Value   Span  // without surrounding white space
+	Known   Known // which known name it is, ignoring case
 	Dropped bool  // AppendLines leaves it out
 }
 
-// Head is the start line and the fields of one message, as offsets into the buffer that it was parsed from: they are
-// true for as long as the message begins at the buffer's first byte. The zero value is ready to parse. Nothing in it
-// but Dropped is for the caller to change.
+// Head is the start line and the fields of one message, as offsets into the buffer that it was parsed from. They are
+// valid while the message begins at the buffer's first byte. The zero value is ready to parse. Callers may change
+// Dropped only.
 type Head struct {
 	Line   Span // the start line, without its line end
 	Method Span // of a request
-	Target Span // of a request; what form it has is not looked at
+	Target Span // of a request, in any form
 	Status int  // of a response, 100 to 999
 	Reason Span // of a response; may be empty
 	Minor  int  // the x of HTTP/1.x
@@ -71,33 +71,33 @@ type Head struct {
 	Length int // bytes up to the end of the empty line, skipped empty lines included; 0 until the head is complete
 
 	next    int    // where the next line begins
-	seen    int    // up to where there is no further LF
+	seen    int    // no LF before this offset except those parsed
 	skipped int    // empty lines before a request
-	begun   bool   // there is a start line
+	begun   bool   // the start line was parsed
 	crlfs   int    // lines that end with CRLF
-	bareLF  bool   // some line ends with LF alone
+	bareLF  bool   // some line ends with a bare LF
 	known   uint64 // a bit for each Known among Fields
 }
 
-// Reset makes h ready for another head. It keeps the memory of Fields.
+// Reset prepares h for another head. It keeps the memory of Fields.
 func (h *Head) Reset() { *h = Head{Fields: h.Fields[:0]} }
 
-// ParseRequest continues the parse of the request that b begins with. b holds everything that it held at the call
-// before, at the same offsets; its memory may be another. When it returns false and no error, it wants a b that is
-// longer. However the bytes come in, each is looked at once, and the result is the same.
+// ParseRequest continues parsing the request at the beginning of b. b must hold all bytes of the previous call at the
+// same offsets, possibly in other memory. If it returns false without an error, it needs more bytes. Each byte is
+// examined once, and the result does not depend on how the bytes were split.
 //
-// The error is an Error. The head is of no use after one, except that Method and Target are there once the request line
-// was good.
+// The error is an Error. The head is unusable after an error, except that Method and Target are set if the request line
+// was valid.
 func (h *Head) ParseRequest(b []byte, limits Limits) (done bool, err error) {
 	return h.parse(b, limits, true)
 }
 
-// ParseResponse is ParseRequest for a response. Of an interim response (1xx), too, it parses the one head.
+// ParseResponse is ParseRequest for a response. An interim response (1xx) counts as a head of its own.
 func (h *Head) ParseResponse(b []byte, limits Limits) (done bool, err error) {
 	return h.parse(b, limits, false)
 }
 
-// parse takes line after line, until the empty one.
+// parse parses lines up to the empty one.
 func (h *Head) parse(b []byte, limits Limits, request bool) (done bool, err error) {
 	limit := limits.head()
 	for h.Length == 0 && err == nil {
@@ -133,10 +133,10 @@ func (h *Head) parse(b []byte, limits Limits, request bool) (done bool, err erro
 	return err == nil, err
 }
 
-// maxSkipped is how many empty lines may come before a request: RFC 9112 §2.2 asks for one at least.
+// maxSkipped is how many empty lines may precede a request: RFC 9112 §2.2 asks for at least one.
 const maxSkipped = 4
 
-// requestLine takes `method SP request-target SP HTTP/1.x` (RFC 9112 §3): single spaces, nothing around them.
+// requestLine parses `method SP request-target SP HTTP/1.x` (RFC 9112 §3), with single spaces.
 func (h *Head) requestLine(b []byte, start, end int) error {
 	line := b[start:end]
 	method := run(line, token)
@@ -159,8 +159,8 @@ func (h *Head) requestLine(b []byte, start, end int) error {
 	return nil
 }
 
-// statusLine takes `HTTP/1.x SP 3DIGIT [SP reason]` (RFC 9112 §4). Some servers leave out the second space with an empty
-// reason.
+// statusLine parses `HTTP/1.x SP 3DIGIT [SP reason]` (RFC 9112 §4). Some servers omit the second space together with
+// the reason.
 func (h *Head) statusLine(b []byte, start, end int) error {
 	const status = len("HTTP/1.x ")
 	line := b[start:end]
@@ -183,7 +183,7 @@ func (h *Head) statusLine(b []byte, start, end int) error {
 	return nil
 }
 
-// minor returns the x of HTTP/1.x, which is one digit.
+// minor returns the digit x of HTTP/1.x.
 func minor(version []byte) (int, bool) {
 	if len(version) != len("HTTP/1.x") || string(version[:7]) != "HTTP/1." || !digit(version[7]) {
 		return 0, false
@@ -191,7 +191,7 @@ func minor(version []byte) (int, bool) {
 	return int(version[7] - '0'), true
 }
 
-// field takes `name: value` (RFC 9112 §5).
+// field parses `name: value` (RFC 9112 §5).
 func (h *Head) field(b []byte, start, end int, limits Limits) error {
 	line := b[start:end]
 	name := run(line, token)
@@ -213,7 +213,7 @@ func (h *Head) field(b []byte, start, end int, limits Limits) error {
 	return nil
 }
 
-// fieldError says what is wrong with a field line that does not begin with a token and a colon.
+// fieldError returns the error of a field line that does not begin with a token and a colon.
 func fieldError(line []byte) error {
 	name, _, colon := bytes.Cut(line, []byte{':'})
 	switch {
@@ -231,8 +231,8 @@ func fieldError(line []byte) error {
 	return ErrBadFieldName
 }
 
-// finish looks at the head as a whole, once the empty line is there. When there are as many CRs as lines that end with
-// CRLF, none is anywhere else.
+// finish validates the complete head. If the number of CRs equals the number of lines that end with CRLF, there is no
+// CR elsewhere.
 func (h *Head) finish(b []byte, request bool) error {
 	head := b[:h.next]
 	switch {
@@ -252,8 +252,8 @@ func (h *Head) finish(b []byte, request bool) error {
 
 var cr = []byte{'\r'}
 
-// checkHost holds a request to RFC 9112 §3.2: one Host, which may be missing only in HTTP/1.0, and which is a host. It
-// may be empty, as for a target that has no authority.
+// checkHost enforces RFC 9112 §3.2: exactly one Host, optional only in HTTP/1.0, with a valid value. The value may be
+// empty, as for a target without authority.
 func (h *Head) checkHost(b []byte) error {
 	i := h.Find(Host)
 	switch {
@@ -270,7 +270,7 @@ func (h *Head) checkHost(b []byte) error {
 	return nil
 }
 
-// Find returns the index of the first kept field of kind k, -1 when there is none.
+// Find returns the index of the first kept field of kind k, or -1.
 func (h *Head) Find(k Known) int {
 	if h.known&(1<<k) == 0 {
 		return -1
@@ -281,7 +281,7 @@ func (h *Head) Find(k Known) int {
 // Has reports whether a field of kind k is kept.
 func (h *Head) Has(k Known) bool { return h.Find(k) >= 0 }
 
-// after returns the index of the first kept field of kind k behind field i, -1 when there is none.
+// after returns the index of the first kept field of kind k after field i, or -1.
 func (h *Head) after(i int, k Known) int {
 	for i++; i < len(h.Fields); i++ {
 		if h.Fields[i].Known == k && !h.Fields[i].Dropped {

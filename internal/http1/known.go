@@ -1,13 +1,13 @@
 package http1
 
-// Known is one of the field names that the proxy deals with.
+// Known is a field name that the proxy treats specially.
 type Known uint8
 
-// The known names. The zero value is every other name.
+// The known names. The zero value stands for every other name.
 const (
 	Unknown Known = iota
 
-	// For this connection only.
+	// Hop-by-hop.
 	Connection
 	KeepAlive
 	ProxyConnection
@@ -21,7 +21,7 @@ const (
 	Trailer
 	Expect
 
-	// Where it goes, and how it came.
+	// Routing.
 	Host
 	Forwarded
 	Via
@@ -32,7 +32,7 @@ const (
 	XForwardedClientCert
 	XRealIP
 
-	// Who asks.
+	// Identity.
 	Authorization
 	ProxyAuthorization
 	WWWAuthenticate
@@ -41,14 +41,14 @@ const (
 	SetCookie
 	Origin
 
-	// What belongs together.
+	// Correlation.
 	XRequestID
 	Traceparent
 	Tracestate
 	B3
 	UpstreamServiceTime
 
-	// What it is.
+	// Content and origin.
 	ContentType
 	ContentEncoding
 	CacheControl
@@ -59,7 +59,8 @@ const (
 	knownCount
 )
 
-// knownNames are the names in small letters. Tests hold that none is missing and that all fit the bits of Head.known.
+// knownNames holds the names in lower case. Tests verify that it is complete and that all kinds fit the bits of
+// Head.known.
 var knownNames = [knownCount]string{
 	Connection:           "connection",
 	KeepAlive:            "keep-alive",
@@ -100,10 +101,10 @@ var knownNames = [knownCount]string{
 	Server:               "server",
 }
 
-// String is the name in small letters, empty for Unknown.
+// String returns the name in lower case, empty for Unknown.
 func (k Known) String() string { return knownNames[k] }
 
-// knownOfLength are the known names by their length, as few names share one.
+// knownOfLength groups the known names by length, because few names share one.
 var knownOfLength = func() (of [32][]Known) {
 	for k := Unknown + 1; k < knownCount; k++ {
 		n := len(knownNames[k])
@@ -112,7 +113,7 @@ var knownOfLength = func() (of [32][]Known) {
 	return of
 }()
 
-// knownName returns which known name the token is, in any case.
+// knownName returns the kind of a field name, ignoring case.
 func knownName(name []byte) Known {
 	if len(name) >= len(knownOfLength) {
 		return Unknown

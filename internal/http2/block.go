@@ -2,14 +2,14 @@ package http2
 
 import "golang.org/x/net/http2/hpack"
 
-// Field is a field, or a pseudo-field, of a header block. Sensitive ones are never put into a table.
+// Field is a field or pseudo-field of a header block. Sensitive fields are never added to a table.
 type Field = hpack.HeaderField
 
-// fieldOverhead is what each field counts beyond its bytes (RFC 9113 §6.5.2).
+// fieldOverhead is added to the size of each field (RFC 9113 §6.5.2).
 const fieldOverhead = 32
 
-// Decoder decodes the header blocks of one side of a connection. All of them have to be decoded, in their order, or the
-// table would differ from the sender's. Make it with NewDecoder.
+// Decoder decodes the header blocks from one side of a connection. Every block must be decoded, in order, because each
+// one changes the table. Make it with NewDecoder.
 type Decoder struct {
 	hpack     *hpack.Decoder
 	maxBytes  int
@@ -20,25 +20,25 @@ type Decoder struct {
 	over   bool
 }
 
-// NewDecoder makes a decoder that keeps no more than so many bytes, counted as MAX_HEADER_LIST_SIZE is, and so many
-// fields of one block.
+// NewDecoder returns a decoder that keeps at most maxBytes, counted as for MAX_HEADER_LIST_SIZE, and maxFields fields
+// of a block.
 func NewDecoder(maxBytes, maxFields int) *Decoder {
 	d := &Decoder{maxBytes: maxBytes, maxFields: maxFields}
 	d.hpack = hpack.NewDecoder(FirstTable, d.add)
 	return d
 }
 
-// SetTableSize says what the sender may raise its table to.
+// SetTableSize sets the limit up to which the sender may raise its table size.
 func (d *Decoder) SetTableSize(n uint32) { d.hpack.SetAllowedMaxDynamicTableSize(n) }
 
-// Decode decodes a whole block. Its fields are valid until the next call. whole is false when the block is over a limit:
-// then the fields are the first ones. An error is one of the connection.
+// Decode decodes a complete block. The fields are valid until the next call. If the block exceeds a limit, whole is
+// false and fields holds the first ones. An error is a connection error.
 func (d *Decoder) Decode(block []byte) (fields []Field, whole bool, err error) {
-	clear(d.fields) // the strings may go
+	clear(d.fields) // release the strings
 	d.fields, d.size, d.over = d.fields[:0], 0, false
 	d.hpack.SetEmitEnabled(true)
-	// Two changes of the table's size may stand at the beginning (RFC 7541 §4.2). Package hpack takes the second only of
-	// a table that is empty, unless it begins a block.
+	// A block may begin with two changes of the table size (RFC 7541 §4.2). Package hpack accepts a change only at the
+	// beginning of a block, or while the table is empty, so the first one is decoded as a block of its own.
 	if n := sizeUpdate(block); n > 0 && sizeUpdate(block[n:]) > 0 {
 		if err := d.write(block[:n]); err != nil {
 			return nil, false, err
@@ -62,7 +62,7 @@ func (d *Decoder) write(block []byte) error {
 	return nil
 }
 
-// sizeUpdate is the length of the change of the table's size that block begins with (RFC 7541 §6.3), 0 for none.
+// sizeUpdate returns the length of the table size update at the beginning of block (RFC 7541 §6.3), or 0.
 func sizeUpdate(block []byte) int {
 	const prefix = 1<<5 - 1
 	if len(block) == 0 || block[0]>>5 != 1 {
@@ -79,7 +79,7 @@ func sizeUpdate(block []byte) int {
 	return 0
 }
 
-// add takes a field from hpack. Once a limit is passed hpack is told to spare what only the fields need.
+// add receives a field from hpack. Once a limit is exceeded, hpack only maintains its table.
 func (d *Decoder) add(f Field) {
 	d.size += len(f.Name) + len(f.Value) + fieldOverhead
 	if d.size > d.maxBytes || len(d.fields) == d.maxFields {
@@ -96,22 +96,22 @@ type Encoder struct {
 	dst   []byte
 }
 
-// NewEncoder makes an encoder.
+// NewEncoder returns an encoder with a table of FirstTable bytes.
 func NewEncoder() *Encoder {
 	e := new(Encoder)
 	e.hpack = hpack.NewEncoder(e)
 	return e
 }
 
-// SetTableSize says that the receiver's table has shrunk to smallest and is n now. No more than FirstTable is used: what
-// repeats fits.
+// SetTableSize records that the receiver lowered its table size to smallest and then set it to n. The encoder uses at
+// most FirstTable: that is enough for repeated fields.
 func (e *Encoder) SetTableSize(smallest, n uint32) {
 	was := e.hpack.MaxDynamicTableSize()
 	if smallest >= FirstTable && was == FirstTable {
-		return // nothing changes
+		return // the encoder's limit is unaffected
 	}
 	if min(smallest, was) < n {
-		// There are decoders that take two changes at once only when the first empties the table.
+		// Some decoders accept two changes in one block only if the first empties the table.
 		e.hpack.SetMaxDynamicTableSize(0)
 	}
 	e.hpack.SetMaxDynamicTableSize(n)
@@ -120,27 +120,26 @@ func (e *Encoder) SetTableSize(smallest, n uint32) {
 // AppendField appends one field of a block to dst.
 func (e *Encoder) AppendField(dst []byte, f Field) []byte {
 	e.dst = dst
-	_ = e.hpack.WriteField(f) // fails only if Write does
+	_ = e.hpack.WriteField(f) // fails only if Write fails
 	dst, e.dst = e.dst, nil
 	return dst
 }
 
-// Write is for package hpack.
+// Write implements io.Writer for package hpack.
 func (e *Encoder) Write(p []byte) (int, error) {
 	e.dst = append(e.dst, p...)
 	return len(p), nil
 }
 
-// AppendLiteral appends a field that will not come again, and so has no business in a table (RFC 7541 §6.2.2). It must
-// not be the first of its block: a change of the table's size comes with AppendField.
+// AppendLiteral appends a field that will not repeat, without adding it to the table (RFC 7541 §6.2.2). It must not be
+// the first field of a block, because only AppendField emits a pending table size update.
 func AppendLiteral(dst []byte, name string, value []byte) []byte {
 	dst = append(dst, 0)
 	dst = append(appendLength(dst, len(name)), name...)
 	return append(appendLength(dst, len(value)), value...)
 }
 
-// appendLength appends an integer with a prefix of 7 bits (RFC 7541 §5.1), the length of a string that is not Huffman
-// coded.
+// appendLength appends the length of a string without Huffman coding: an integer with a 7-bit prefix (RFC 7541 §5.1).
 func appendLength(dst []byte, n int) []byte {
 	const prefix = 1<<7 - 1
 	if n < prefix {
@@ -153,8 +152,8 @@ func appendLength(dst []byte, n int) []byte {
 	return append(dst, byte(n))
 }
 
-// AppendHeaders appends the frames that carry a header block, which stands in dst behind HeaderLength bytes of room:
-// dst[start:] is the room and the block. No frame is larger than MinFrameSize, which every receiver takes.
+// AppendHeaders turns a header block into frames. dst[start:] is HeaderLength bytes of room, followed by the block.
+// Every receiver accepts the frames, because they are at most MinFrameSize long.
 func AppendHeaders(dst []byte, start int, stream uint32, end bool) []byte {
 	flags := Flags(0)
 	if end {

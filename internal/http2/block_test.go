@@ -73,7 +73,7 @@ func TestBrokenBlocksAreErrorsOfTheConnection(t *testing.T) {
 	}
 }
 
-// A table of the sender's is no larger than allowed, and the encoder says when its own changes.
+// The sender's table stays within the allowed size, and the encoder signals changes of its own.
 func TestTableSizes(t *testing.T) {
 	encoder, decoder := NewEncoder(), NewDecoder(1<<20, 100)
 	for _, c := range []struct{ smallest, now uint32 }{{0, 0}, {0, 4096}, {100, 200}, {1 << 20, 1 << 20}, {0, 1 << 20}} {
@@ -138,7 +138,7 @@ func TestTwoChangesOfATableMayBeginABlock(t *testing.T) {
 	}
 }
 
-// FuzzBlocks decodes anything, and encodes again what it was.
+// FuzzBlocks decodes arbitrary bytes, and encodes the result again.
 func FuzzBlocks(f *testing.F) {
 	encoder := NewEncoder()
 	var block []byte
@@ -164,4 +164,25 @@ func FuzzBlocks(f *testing.F) {
 		ParseRequest(fields)
 		ParseResponse(fields)
 	})
+}
+
+// An encoder signals a table that shrank and grew again in two updates. The first one empties the table.
+func TestAnEncoderSignalsEachChangeOfItsTable(t *testing.T) {
+	for _, c := range []struct {
+		smallest, now uint32
+		want          string
+	}{
+		{100, 200, "\x20\x3f\xa9\x01"},
+		{0, 4096, "\x20\x3f\xe1\x1f"},
+		{100, 100, "\x3f\x45"},
+		{0, 0, "\x20"},
+		{4096, 1 << 20, ""},
+	} {
+		encoder := NewEncoder()
+		encoder.SetTableSize(c.smallest, c.now)
+		block := encoder.AppendField(nil, Field{Name: ":method", Value: "GET"}) // indexed: one byte, 0x82
+		if got := strings.TrimSuffix(string(block), "\x82"); got != c.want {
+			t.Errorf("%d, then %d: the block begins with %x, want %x", c.smallest, c.now, got, c.want)
+		}
+	}
 }

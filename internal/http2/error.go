@@ -5,7 +5,7 @@ import "fmt"
 // Code is an error code (RFC 9113 §7).
 type Code uint32
 
-// The codes that the proxy says itself. Others pass through it.
+// The codes that the proxy sends itself. Others are forwarded.
 const (
 	NoError           Code = 0x0
 	ProtocolError     Code = 0x1
@@ -20,7 +20,7 @@ const (
 	connectionsStream      = 0
 )
 
-// Error is a breach of the protocol. It ends a stream, or, when Stream is zero, the connection.
+// Error is a protocol error. It ends a stream or, if Stream is zero, the connection.
 type Error struct {
 	Stream uint32
 	Code   Code
@@ -34,10 +34,10 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("HTTP/2: stream %d: %s (code %d)", e.Stream, e.Text, e.Code)
 }
 
-// StreamError makes an error of a stream.
+// StreamError returns an error of a stream.
 func StreamError(stream uint32, code Code, text string) error { return &Error{stream, code, text} }
 
-// ConnectionError makes an error of the connection.
+// ConnectionError returns an error of the connection.
 func ConnectionError(code Code, text string) error { return &Error{connectionsStream, code, text} }
 
 func connectionError(code Code, text string) error { return ConnectionError(code, text) }

@@ -1,28 +1,28 @@
-// Package http2 is the wire format of HTTP/2 (RFC 9113): frames, settings, header blocks, and what a well-formed message
-// is.
+// Package http2 implements the wire format of HTTP/2 (RFC 9113): frames, settings, header blocks, and the validity of
+// messages.
 //
-// Frames are read in place, from whatever buffer their bytes are in, and written by appending to the caller's. The
-// package keeps no connection, and no state but the two tables of HPACK (RFC 7541).
+// Frames are read in place, from the caller's buffer, and written by appending to a slice. The package does no I/O; its
+// only state are the two HPACK tables (RFC 7541).
 package http2
 
 import "encoding/binary"
 
-// Preface is what a client says first (RFC 9113 §3.4).
+// Preface is the first thing a client sends (RFC 9113 §3.4).
 const Preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 // The sizes of frames.
 const (
-	HeaderLength = 9                 // of each frame's header
-	MinFrameSize = 1 << 14           // what every receiver takes, and the first value of MAX_FRAME_SIZE
-	MaxFrameSize = 1<<24 - 1         // what MAX_FRAME_SIZE may be raised to
+	HeaderLength = 9                 // length of a frame header
+	MinFrameSize = 1 << 14           // accepted by every receiver; initial value of MAX_FRAME_SIZE
+	MaxFrameSize = 1<<24 - 1         // maximum of MAX_FRAME_SIZE
 	MaxStream    = 1<<31 - 1         // the highest stream number
 	MaxWindow    = 1<<31 - 1         // the largest flow-control window
-	FirstWindow  = 1<<16 - 1         // what a window is before anything is said about it
-	FirstTable   = 4 << 10           // what a header table holds before anything is said about it
-	padding      = 1                 // the byte that says how much padding there is
-	priority     = 5                 // the fields of a priority
-	reserved     = uint32(1) << 31   // a bit that is to be ignored
-	flagsOfBlock = Padded | Priority // flags that put something around a header block
+	FirstWindow  = 1<<16 - 1         // initial window
+	FirstTable   = 4 << 10           // initial size of a header table
+	padding      = 1                 // length of the Pad Length field
+	priority     = 5                 // length of the priority fields
+	reserved     = uint32(1) << 31   // a bit that receivers ignore
+	flagsOfBlock = Padded | Priority // flags that add bytes around a header block
 )
 
 // FrameType is a frame's type.
@@ -42,12 +42,12 @@ const (
 	Continuation
 )
 
-// Flags are a frame's flags. What a bit means depends on the type.
+// Flags are a frame's flags. The meaning of a bit depends on the type.
 type Flags uint8
 
 // The flags.
 const (
-	EndStream  Flags = 0x1  // of Data and Headers: the sender's last frame on this stream but for what belongs to it
+	EndStream  Flags = 0x1  // of Data and Headers: the message ends; only Continuation may follow
 	Ack        Flags = 0x1  // of Settings and Ping
 	EndHeaders Flags = 0x4  // of Headers and Continuation: the header block is complete
 	Padded     Flags = 0x8  // of Data and Headers
@@ -62,7 +62,7 @@ type Header struct {
 	Stream uint32
 }
 
-// ParseHeader reads the HeaderLength bytes that b begins with.
+// ParseHeader parses the first HeaderLength bytes of b.
 func ParseHeader(b []byte) Header {
 	_ = b[HeaderLength-1]
 	return Header{
@@ -91,9 +91,9 @@ func (h Header) Append(dst []byte) []byte {
 // Has reports whether a flag is set.
 func (h Header) Has(flag Flags) bool { return h.Flags&flag != 0 }
 
-// Check judges a header by itself: whether a frame of its type may have this length, and belong to a stream or to the
-// connection. limit is the largest payload that the receiver takes. Wrong headers are errors of the connection: some
-// could be errors of the stream alone (RFC 9113 §5.4.2 allows either), but whoever sends them is broken.
+// Check validates a header by itself: whether a frame of its type may have this length, and whether it belongs to a
+// stream or to the connection. limit is the largest payload that the receiver accepts. All errors are connection
+// errors; RFC 9113 §5.4.2 would allow stream errors for some, but such a peer is broken.
 func (h Header) Check(limit int) error {
 	if h.Length > limit {
 		return connectionError(FrameSizeError, "frame larger than MAX_FRAME_SIZE")
@@ -101,15 +101,15 @@ func (h Header) Check(limit int) error {
 	switch h.Type {
 	case Data, Headers, PriorityFrame, ResetStream, PushPromise, Continuation:
 		if h.Stream == 0 {
-			return connectionError(ProtocolError, "frame of a stream without a stream")
+			return connectionError(ProtocolError, "stream frame without a stream ID")
 		}
 	case Settings, Ping, GoAway:
 		if h.Stream != 0 {
-			return connectionError(ProtocolError, "frame of the connection with a stream")
+			return connectionError(ProtocolError, "connection frame with a stream ID")
 		}
 	}
 	if !h.lengthFits() {
-		return connectionError(FrameSizeError, "frame of a wrong size")
+		return connectionError(FrameSizeError, "wrong frame size")
 	}
 	return nil
 }
@@ -130,8 +130,8 @@ func (h Header) lengthFits() bool {
 	return true
 }
 
-// Padding returns how many bytes of a payload stand in front of its content, and how many behind it. first is the first
-// byte of the payload, which is looked at when the frame is padded.
+// Padding returns how many bytes of a payload precede and follow its content. first is the first byte of the payload;
+// it is used only if the frame is padded.
 func (h Header) Padding(first byte) (before, behind int, err error) {
 	if !h.Has(Padded) {
 		return 0, 0, nil
@@ -140,13 +140,13 @@ func (h Header) Padding(first byte) (before, behind int, err error) {
 		return 0, 0, connectionError(FrameSizeError, "padded frame without padding")
 	}
 	if int(first) >= h.Length {
-		return 0, 0, connectionError(ProtocolError, "more padding than frame")
+		return 0, 0, connectionError(ProtocolError, "padding longer than the frame")
 	}
 	return padding, int(first), nil
 }
 
-// Fragment returns the piece of a header block that a Headers frame carries: its payload without padding and priority.
-// A stream that depends on itself is an error of that stream.
+// Fragment returns the header block fragment of a HEADERS frame: its payload without padding and priority. A stream
+// that depends on itself is a stream error.
 func (h Header) Fragment(payload []byte) ([]byte, error) {
 	if h.Flags&flagsOfBlock == 0 {
 		return payload, nil
@@ -172,32 +172,32 @@ func (h Header) Fragment(payload []byte) ([]byte, error) {
 	return content[priority:], err
 }
 
-// DependsOnItself looks at the priority that b begins with. Priorities are obsolete and not otherwise regarded
-// (RFC 9113 §5.3.2).
+// DependsOnItself checks the priority at the beginning of b. Priorities are obsolete and otherwise ignored (RFC 9113
+// §5.3.2).
 func DependsOnItself(stream uint32, b []byte) bool { return Uint31(b) == stream }
 
-// Uint31 reads a number of 31 bits: a stream, or a window's increment.
+// Uint31 reads a 31-bit number: a stream ID, or a window increment.
 func Uint31(b []byte) uint32 { return binary.BigEndian.Uint32(b) &^ reserved }
 
-// Uint32 reads a number of 32 bits: an error code.
+// Uint32 reads a 32-bit number: an error code.
 func Uint32(b []byte) uint32 { return binary.BigEndian.Uint32(b) }
 
-// PutUint32 is the reverse of Uint32.
+// PutUint32 writes a 32-bit number.
 func PutUint32(b []byte, n uint32) { binary.BigEndian.PutUint32(b, n) }
 
-// AppendResetStream appends a frame that ends a stream.
+// AppendResetStream appends a RST_STREAM frame.
 func AppendResetStream(dst []byte, stream uint32, code Code) []byte {
 	dst = Header{Length: 4, Type: ResetStream, Stream: stream}.Append(dst)
 	return binary.BigEndian.AppendUint32(dst, uint32(code))
 }
 
-// AppendWindowUpdate appends a frame that lets the receiver send n more bytes, on a stream, or, with zero, on all.
+// AppendWindowUpdate appends a WINDOW_UPDATE of n bytes for a stream, or with zero for the connection.
 func AppendWindowUpdate(dst []byte, stream uint32, n int) []byte {
 	dst = Header{Length: 4, Type: WindowUpdate, Stream: stream}.Append(dst)
 	return binary.BigEndian.AppendUint32(dst, uint32(n))
 }
 
-// AppendGoAway appends a frame that ends the connection for streams above last. The text is for people.
+// AppendGoAway appends a GOAWAY frame. Streams above last are not served. The text is for people.
 func AppendGoAway(dst []byte, last uint32, code Code, text string) []byte {
 	dst = Header{Length: 8 + len(text), Type: GoAway}.Append(dst)
 	dst = binary.BigEndian.AppendUint32(dst, last)

@@ -6,27 +6,26 @@ import (
 	"strings"
 )
 
-// The two ways in which a message is malformed (RFC 9113 §8.1.1).
+// The two kinds of malformed message (RFC 9113 §8.1.1).
 var (
 	ErrField   = errors.New("HTTP/2: invalid field")
-	ErrMessage = errors.New("HTTP/2: message against the rules")
+	ErrMessage = errors.New("HTTP/2: malformed message")
 )
 
-// Request is what the pseudo-fields of a request say, and the field that frames it.
+// Request holds the pseudo-fields of a request, and its declared length.
 type Request struct {
 	Method, Scheme, Authority, Path string
 	Protocol                        string // of an extended CONNECT (RFC 8441)
-	ContentLength                   int64  // -1: not said
+	ContentLength                   int64  // -1: not declared
 }
 
-// Tunnel reports whether a successful response makes the stream a tunnel.
+// Tunnel reports whether a successful response turns the stream into a tunnel.
 func (r *Request) Tunnel() bool { return r.Method == "CONNECT" }
 
-// ParseRequest judges the fields of a request. The errors wrap nothing: ErrField and ErrMessage. What was read until then
-// is returned with them.
+// ParseRequest validates the fields of a request. The error is ErrField or ErrMessage. The values parsed before it are
+// returned as well.
 //
-// Blanks around a value are let pass, although RFC 9113 §8.2.1 forbids them: they do no harm, and there are clients that
-// send them.
+// White space around a value is accepted although RFC 9113 §8.2.1 forbids it: it is harmless, and some clients send it.
 func ParseRequest(fields []Field) (Request, error) {
 	r := Request{ContentLength: -1}
 	for i := range fields {
@@ -47,7 +46,7 @@ func ParseRequest(fields []Field) (Request, error) {
 	return r, r.check()
 }
 
-// pseudo returns where a pseudo-field of a request belongs, nil for an unknown one.
+// pseudo returns the field of r for a pseudo-field, or nil if its name is unknown.
 func (r *Request) pseudo(name string) *string {
 	switch name {
 	case ":method":
@@ -64,7 +63,7 @@ func (r *Request) pseudo(name string) *string {
 	return nil
 }
 
-// check knows which pseudo-fields belong together (RFC 9113 §8.3.1 and §8.5, RFC 8441 §4).
+// check validates the combination of pseudo-fields (RFC 9113 §8.3.1 and §8.5, RFC 8441 §4).
 func (r *Request) check() error {
 	switch {
 	case !token(r.Method):
@@ -79,36 +78,36 @@ func (r *Request) check() error {
 	return nil
 }
 
-// Response is what a response says of itself.
+// Response holds the status and the declared length of a response.
 type Response struct {
 	Status        int
-	ContentLength int64 // -1: not said
+	ContentLength int64 // -1: not declared
 }
 
 // Interim reports whether another response follows (RFC 9110 §15.2).
 func (r *Response) Interim() bool { return r.Status < 200 }
 
-// ParseResponse judges the fields of a response. The errors are those of ParseRequest.
+// ParseResponse validates the fields of a response. The errors are those of ParseRequest.
 func ParseResponse(fields []Field) (Response, error) {
 	r := Response{ContentLength: -1}
 	if len(fields) == 0 || fields[0].Name != ":status" || len(fields[0].Value) != 3 {
 		return r, ErrMessage
 	}
 	status, err := strconv.ParseUint(fields[0].Value, 10, 16)
-	if err != nil || status < 100 || status == 101 { // there is no switching of protocols (RFC 9113 §8.6)
+	if err != nil || status < 100 || status == 101 { // HTTP/2 cannot switch protocols (RFC 9113 §8.6)
 		return r, ErrMessage
 	}
 	r.Status = int(status)
 	return r, checkFields(fields[1:], &r.ContentLength)
 }
 
-// CheckTrailers judges the fields that follow a body. The errors are those of ParseRequest.
+// CheckTrailers validates trailer fields. The errors are those of ParseRequest.
 func CheckTrailers(fields []Field) error {
 	var length int64 = -1
 	return checkFields(fields, &length)
 }
 
-// checkFields judges fields other than pseudo-fields (RFC 9113 §8.2), and reads the length that they declare.
+// checkFields validates fields other than pseudo-fields (RFC 9113 §8.2), and parses the declared length.
 func checkFields(fields []Field, length *int64) error {
 	for i := range fields {
 		f := &fields[i]
@@ -125,7 +124,7 @@ func checkFields(fields []Field, length *int64) error {
 	return nil
 }
 
-// checkMeaning refuses what would be for one connection only, and reads the length of a body.
+// checkMeaning rejects connection-specific fields, and parses the declared length.
 func checkMeaning(f *Field, length *int64) error {
 	switch f.Name {
 	case "connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade":
@@ -144,10 +143,10 @@ func checkMeaning(f *Field, length *int64) error {
 	return nil
 }
 
-// classes of bytes.
+// Classes of bytes.
 const (
-	inName  = 1 << iota // may stand in a field's name: a token without capitals
-	inToken             // may stand in a token (RFC 9110 §5.6.2)
+	inName  = 1 << iota // allowed in a field name: a token without upper-case letters
+	inToken             // allowed in a token (RFC 9110 §5.6.2)
 )
 
 var class = func() (class [256]byte) {
@@ -175,7 +174,8 @@ func all(s string, of byte) bool {
 	return s != ""
 }
 
-// visible refuses what could end a request line or its parts, were the request turned into HTTP/1 behind us.
+// visible rejects bytes that would end a request line or one of its parts if the next hop turned the request into
+// HTTP/1.
 func visible(s string) bool {
 	for i := range len(s) {
 		if s[i] <= ' ' || s[i] == 0x7f {

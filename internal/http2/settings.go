@@ -2,7 +2,7 @@ package http2
 
 import "encoding/binary"
 
-// SettingID names a setting.
+// SettingID identifies a setting.
 type SettingID uint16
 
 // The settings of RFC 9113 §6.5.2, and that of RFC 8441. Others are extensions.
@@ -16,7 +16,7 @@ const (
 	EnableConnectProtocol SettingID = 0x8
 )
 
-// Known tells the settings above from extensions.
+// Known reports whether the setting is one of the above rather than an extension.
 func (id SettingID) Known() bool {
 	return HeaderTableSize <= id && id <= MaxHeaderListSize || id == EnableConnectProtocol
 }
@@ -30,8 +30,8 @@ type Setting struct {
 	Value uint32
 }
 
-// NextSetting reads the setting that payload begins with, and returns the rest. The payload must not be empty, and its
-// length a whole number of settings, as Header.Check sees to.
+// NextSetting parses the setting at the beginning of payload, and returns the rest. The payload must not be empty, and
+// its length must be a multiple of settingLength; Header.Check ensures that.
 func NextSetting(payload []byte) (Setting, []byte) {
 	s := Setting{SettingID(binary.BigEndian.Uint16(payload)), binary.BigEndian.Uint32(payload[2:])}
 	return s, payload[settingLength:]
@@ -43,7 +43,7 @@ func (s Setting) Append(dst []byte) []byte {
 	return binary.BigEndian.AppendUint32(dst, s.Value)
 }
 
-// Check judges the value.
+// Check validates the value.
 func (s Setting) Check() error {
 	switch {
 	case s.ID == EnablePush && s.Value > 1, s.ID == EnableConnectProtocol && s.Value > 1:
@@ -56,8 +56,8 @@ func (s Setting) Check() error {
 	return nil
 }
 
-// BeginsLikeServer reports whether b is, or may become, the header of a Settings frame that is no acknowledgement. A
-// server says it before anything else (RFC 9113 §3.4), and may say it before its client has spoken.
+// BeginsLikeServer reports whether b is, or may become, the header of a SETTINGS frame without ACK. A server sends it
+// before any other frame (RFC 9113 §3.4), possibly before its client has sent anything.
 func BeginsLikeServer(b []byte) bool {
 	want := [HeaderLength]byte{3: byte(Settings)}
 	for i, c := range b[:min(len(b), len(want))] {

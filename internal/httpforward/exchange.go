@@ -9,12 +9,13 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http1"
 )
 
-// exchange is one request and its response. Exchanges are pooled, with the memory that they need.
+// exchange is one request and its response. Exchanges are pooled together with their memory.
 type exchange struct {
-	s      *session
-	record flow.Record
-	names  []byte  // what the slices in record point into
-	routed Request // what the router sees; here so that it is not allocated
+	s        *session
+	settings *Settings // for this request
+	record   flow.Record
+	names    []byte  // backing memory of the slices in record
+	routed   Request // the router's argument; a field, so that it is not allocated
 
 	requestHead, responseHead http1.Head
 	request, response         message
@@ -22,18 +23,18 @@ type exchange struct {
 	progress
 }
 
-// progress is how far an exchange has come.
+// progress is the state of an exchange.
 type progress struct {
-	started        bool          // the head of the request is good, and built
-	options        http1.Options // what the request says of its connection
-	upgrade        bool          // the request asks for another protocol, and upstream was told so
+	started        bool          // the request head is valid and the upstream head is built
+	options        http1.Options // connection options of the request
+	upgrade        bool          // the request asks for another protocol, and the upstream head repeats that
 	answered       bool          // the head of the final response is built
-	upgraded       bool          // and it switches protocols
-	closing        bool          // downstream was told that the connection closes, or knows it
+	upgraded       bool          // the final response switches protocols
+	closing        bool          // the response announces the close, or downstream expects it
 	upstreamCloses bool
-	redialled      bool // since the connections were tried last
+	redialled      bool // since the last round of reads and writes
 	sentAt         time.Time
-	allSent        time.Time // when the whole request was upstream; kept only while there is a limit from then on
+	allSent        time.Time // when the last byte of the request was sent; kept only while RequestTimeout applies
 	failure        error     // why the request is malformed
 }
 
@@ -41,7 +42,7 @@ var exchanges = sync.Pool{New: func() any { return new(exchange) }}
 
 func takeExchange(s *session) *exchange {
 	x := exchanges.Get().(*exchange)
-	x.s = s
+	x.s, x.settings = s, s.engine.settings.Load()
 	x.record.Direction = s.engine.config.Direction
 	x.record.Protocol = flow.HTTP11
 	x.record.Connection = s.Record
@@ -50,12 +51,12 @@ func takeExchange(s *session) *exchange {
 	return x
 }
 
-// release gives the exchange back. What downstream sent after its request stays with the session.
+// release returns the exchange to the pool. Bytes that downstream sent after its request stay with the session.
 func (x *exchange) release() {
 	s := x.s
 	x.request.out.Reset()
 	if s.Read != nil {
-		x.request.sent()
+		x.request.discardSent()
 	}
 	if s.Read != nil && s.Read.Len() == 0 {
 		s.releaseRead()
@@ -70,22 +71,18 @@ func (x *exchange) release() {
 	clear(x.names)
 	clear(x.record.HTTP.Fields)
 	clear(x.record.HTTP.ResponseFields)
-	// Each by itself: a new exchange would first be made on the stack, which would double for it, and stay so for as long
-	// as the connection is idle.
+	// Reset field by field: a composite literal of an exchange would be built on the stack first and double the stack.
+	// It then stays large while the connection is idle.
 	fields, responseFields := x.record.HTTP.Fields[:0], x.record.HTTP.ResponseFields[:0]
 	x.record = flow.Record{}
 	x.record.HTTP.Fields, x.record.HTTP.ResponseFields = fields, responseFields
 	x.routed = Request{}
-	x.s, x.names, x.progress = nil, x.names[:0], progress{}
+	x.s, x.settings, x.names, x.progress = nil, nil, x.names[:0], progress{}
 	exchanges.Put(x)
 }
 
-func (e *Engine) limits() http1.Limits {
-	return http1.Limits{Head: e.config.MaxHeadBytes, Fields: e.config.MaxHeadFields}
-}
-
-// note copies what the record tells of the request.
-func (x *exchange) note(b []byte) {
+// recordRequest copies the recorded parts of the request head.
+func (x *exchange) recordRequest(b []byte) {
 	h, to := &x.requestHead, &x.record.HTTP
 	if h.Minor == 0 {
 		x.record.Protocol = flow.HTTP10
@@ -103,20 +100,20 @@ func (x *exchange) note(b []byte) {
 	if i := h.Find(http1.ContentType); i >= 0 {
 		to.GRPC = isGRPC(h.Fields[i].Value.In(b))
 	}
-	to.Fields = x.copyFields(to.Fields, h, b, x.s.engine.config.Note.Request)
+	to.Fields = x.copyFields(to.Fields, h, b, x.settings.Note.Request)
 }
 
-// namesSize is the memory that an exchange begins with for what its record tells. It grows with what comes.
+// namesSize is the initial capacity of an exchange's names.
 const namesSize = 512
 
-// copyName appends to names.
+// copyName copies p into names.
 func (x *exchange) copyName(p []byte) []byte {
 	start := len(x.names)
 	x.names = append(x.names, p...)
 	return x.names[start:len(x.names):len(x.names)]
 }
 
-// copyField copies the value of the first field of a kind.
+// copyField copies the value of the first field of kind k.
 func (x *exchange) copyField(h *http1.Head, b []byte, k http1.Known) []byte {
 	if i := h.Find(k); i >= 0 {
 		return x.copyName(h.Fields[i].Value.In(b))
@@ -124,7 +121,7 @@ func (x *exchange) copyField(h *http1.Head, b []byte, k http1.Known) []byte {
 	return nil
 }
 
-// copyJoined copies the values of all fields of a kind as one list (RFC 9110 §5.3).
+// copyJoined copies the values of all fields of kind k as one list (RFC 9110 §5.3).
 func (x *exchange) copyJoined(h *http1.Head, b []byte, k http1.Known) []byte {
 	first := h.Find(k)
 	if first < 0 {
@@ -140,7 +137,7 @@ func (x *exchange) copyJoined(h *http1.Head, b []byte, k http1.Known) []byte {
 	return x.names[start:len(x.names):len(x.names)]
 }
 
-// copyFields appends the value of the first field of each name, and nil for a name that no field has.
+// copyFields appends the value of the first field of each name, or nil if there is no such field.
 func (x *exchange) copyFields(dst [][]byte, h *http1.Head, b []byte, names []string) [][]byte {
 	for _, name := range names {
 		value := h.Value(b, name)
@@ -152,7 +149,7 @@ func (x *exchange) copyFields(dst [][]byte, h *http1.Head, b []byte, names []str
 	return dst
 }
 
-// count brings the record's counters up to date, while the exchange is under way.
+// count updates the counters of the record and its connection.
 func (x *exchange) count() {
 	advance(&x.record.Received, &x.s.Record.Received, x.request.delivered())
 	if x.answered {
@@ -160,7 +157,7 @@ func (x *exchange) count() {
 	}
 }
 
-// advance sets a request's counter, and adds to that of its connection.
+// advance sets a request's counter, and adds the difference to its connection's counter.
 func advance(counter, connection *atomic.Uint64, now uint64) {
 	if before := counter.Load(); now != before {
 		counter.Store(now)
@@ -168,7 +165,7 @@ func advance(counter, connection *atomic.Uint64, now uint64) {
 	}
 }
 
-// close ends the exchange and closes its record. Unless the connection goes on in order, upstream is dropped.
+// close closes the record. It resets upstream unless the exchange completed and the connection is not cut.
 func (x *exchange) close(reason flow.Reason, err error, end ending) ending {
 	if end == cut || reason != flow.Completed {
 		x.s.dropUpstream()

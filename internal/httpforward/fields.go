@@ -6,29 +6,29 @@ import (
 	"net/netip"
 )
 
-// ForwardedFor says what happens to x-forwarded-for.
+// ForwardedFor is the policy for x-forwarded-for.
 type ForwardedFor uint8
 
 // The choices.
 const (
-	ForwardedForOff         ForwardedFor = iota // leave it as it is
-	ForwardedForSetIfAbsent                     // downstream's address when the request has none
-	ForwardedForAppend                          // downstream's address behind what is there
+	ForwardedForOff         ForwardedFor = iota // leave the field unchanged
+	ForwardedForSetIfAbsent                     // add downstream's address if the field is absent
+	ForwardedForAppend                          // append downstream's address
 )
 
-// Fields says which fields are added to messages.
+// Fields selects the fields that are added to messages.
 type Fields struct {
 	ForwardedFor   ForwardedFor
-	ForwardedProto bool // x-forwarded-proto: http, when the request has none
-	RequestID      bool // x-request-id: a version 4 UUID, when the request has none
+	ForwardedProto bool // x-forwarded-proto: http, if absent
+	RequestID      bool // x-request-id: a version 4 UUID, if absent
 	ServiceTime    bool // x-envoy-upstream-service-time on responses, in milliseconds
 }
 
 // uuidLength is the length of a UUID's text.
 const uuidLength = 36
 
-// appendUUID appends a version 4 UUID (RFC 9562 §5.4). It names requests and guards nothing, so a generator that is not
-// cryptographic but seeded by the system is enough.
+// appendUUID appends a version 4 UUID (RFC 9562 §5.4). It identifies requests and protects nothing, so a
+// non-cryptographic generator seeded by the system is enough.
 func appendUUID(dst []byte) []byte {
 	high, low := rand.Uint64(), rand.Uint64()
 	high = high&^0xf000 | 0x4000
@@ -48,7 +48,7 @@ func appendUUID(dst []byte) []byte {
 	return append(dst, text[:]...)
 }
 
-// appendAddress appends an address as x-forwarded-for has it: without port, zone and brackets.
+// appendAddress appends an address in the form of x-forwarded-for: without port, zone and brackets.
 func appendAddress(dst []byte, address netip.Addr) []byte {
 	return address.WithZone("").AppendTo(dst)
 }

@@ -2,8 +2,8 @@ package httpforward
 
 import "encoding/binary"
 
-// isGRPC reports whether a content-type is gRPC's, alone or with the encoding of its messages, such as
-// application/grpc+proto. gRPC-Web, which is application/grpc-web, is another protocol: its status is in its body.
+// isGRPC reports whether a content-type is gRPC's, alone or with a message encoding such as application/grpc+proto.
+// gRPC-Web (application/grpc-web) is a different protocol: its status is in the body.
 func isGRPC[T string | []byte](contentType T) bool {
 	const name = "application/grpc"
 	if len(contentType) < len(name) || string(contentType[:len(name)]) != name {
@@ -12,16 +12,17 @@ func isGRPC[T string | []byte](contentType T) bool {
 	return len(contentType) == len(name) || contentType[len(name)] == '+' || contentType[len(name)] == ';'
 }
 
-// grpcMessages counts the messages of gRPC in one direction of a stream. Each begins with a byte of flags and its length
-// in four (gRPC over HTTP/2, Length-Prefixed-Message). It counts when that is there, and goes on wherever a frame ends.
+// grpcMessages counts the gRPC messages in one direction of a stream. Each message begins with a flags byte and a
+// four-byte length (gRPC over HTTP/2, Length-Prefixed-Message). A message is counted once this prefix is complete,
+// independent of DATA frame boundaries.
 type grpcMessages struct {
 	count  uint64
-	left   uint32 // of the message that is under way
+	left   uint32 // bytes left of the current message
 	prefix [5]byte
-	have   uint8 // bytes of the next prefix
+	have   uint8 // bytes of the next prefix that have arrived
 }
 
-// scan looks at the next bytes of the body.
+// scan counts the messages that begin in the next bytes p of the body.
 func (g *grpcMessages) scan(p []byte) {
 	for len(p) > 0 {
 		if g.left > 0 {

@@ -7,12 +7,12 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http1"
 )
 
-// appendRequestHead builds the head that goes upstream.
+// appendRequestHead appends the request head for upstream.
 func (x *exchange) appendRequestHead(dst, b []byte) []byte {
-	h, fields := &x.requestHead, &x.s.engine.config.Fields
+	h, fields := &x.requestHead, &x.settings.Fields
 	x.options = h.DropHopByHop(b)
 	x.s.bound = x.s.bound || boundToConnection(h, b, http1.Authorization) || boundToConnection(h, b, http1.ProxyAuthorization)
-	// HTTP/2 is not upgraded to: the request is served as HTTP/1.1 (RFC 9113 §3.1 has abolished it).
+	// An upgrade to h2c is not forwarded: the request is served as HTTP/1.1 (RFC 9113 §3.1 deprecates the upgrade).
 	if x.upgrade = x.options.Upgrade && h.Minor > 0 && !upgradesTo(h, b, "h2c"); x.upgrade {
 		keep(h, http1.Upgrade)
 	}
@@ -46,7 +46,7 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	return append(dst, "\r\n"...)
 }
 
-// appendResponseHead builds the head that goes downstream, and decides whether the connection goes on after it.
+// appendResponseHead builds the response head for downstream, and decides whether the connection persists.
 func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	h, s := &x.responseHead, x.s
 	options := h.DropHopByHop(b)
@@ -57,8 +57,8 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	if h.Status == 101 {
 		keep(h, http1.Upgrade)
 	}
-	if s.engine.config.Fields.ServiceTime {
-		drop(h, http1.UpstreamServiceTime) // another agent's on the way here; ours includes its time
+	if x.settings.Fields.ServiceTime {
+		drop(h, http1.UpstreamServiceTime) // an agent between here and the server set it; our time includes that agent's
 	}
 	dst := h.AppendLines(x.response.head[:0], b)
 	switch {
@@ -70,7 +70,7 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	case x.requestHead.Minor == 0 || h.Minor == 0:
 		dst = append(dst, "Connection: keep-alive\r\n"...)
 	}
-	if s.engine.config.Fields.ServiceTime {
+	if x.settings.Fields.ServiceTime {
 		dst = append(dst, "x-envoy-upstream-service-time: "...)
 		dst = strconv.AppendInt(dst, x.record.HTTP.ServiceTime.Milliseconds(), 10)
 		dst = append(dst, "\r\n"...)
@@ -78,7 +78,7 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	x.response.head = append(dst, "\r\n"...)
 }
 
-// keep and drop decide about all fields of a kind.
+// keep and drop mark all fields of a kind.
 func keep(h *http1.Head, k http1.Known) { setDropped(h, k, false) }
 func drop(h *http1.Head, k http1.Known) { setDropped(h, k, true) }
 
@@ -90,18 +90,18 @@ func setDropped(h *http1.Head, k http1.Known, dropped bool) {
 	}
 }
 
-// downstreamCloses reports whether the connection ends after this request, whatever upstream says.
+// downstreamCloses reports whether the connection ends after this request regardless of the response.
 func (x *exchange) downstreamCloses() bool {
 	return !persists(x.requestHead.Minor, x.options) || x.s.engine.state.Load() != serving
 }
 
-// persists reports whether a connection goes on after a message (RFC 9112 §9.3).
+// persists reports whether a connection persists after a message (RFC 9112 §9.3).
 func persists(minor int, options http1.Options) bool {
 	return !options.Close && (minor > 0 || options.KeepAlive)
 }
 
-// boundToConnection reports whether a field begins an authentication that belongs to the connection and not to the
-// request: NTLM, and Negotiate, which may be NTLM (RFC 4559 §6).
+// boundToConnection reports whether a field begins an authentication of the connection rather than of the request:
+// NTLM, or Negotiate (it may carry NTLM, RFC 4559 §6).
 func boundToConnection(h *http1.Head, b []byte, k http1.Known) bool {
 	if !h.Has(k) {
 		return false
@@ -121,7 +121,7 @@ func boundToConnection(h *http1.Head, b []byte, k http1.Known) bool {
 	return false
 }
 
-// upgradesTo reports whether an Upgrade field, kept or not, names the protocol.
+// upgradesTo reports whether an Upgrade field, dropped or not, names the protocol.
 func upgradesTo(h *http1.Head, b []byte, protocol string) bool {
 	for i := range h.Fields {
 		if h.Fields[i].Known == http1.Upgrade && http1.Lists(h.Fields[i].Value.In(b), protocol) {

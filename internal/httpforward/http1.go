@@ -16,7 +16,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// run carries one request and its response, and says how the connection goes on. It closes the record.
+// run forwards one request and its response, closes the record, and returns how the connection continues.
 func (x *exchange) run() ending {
 	x.record.Opened = time.Now()
 	if answer, err := x.readHead(); err != nil {
@@ -36,22 +36,22 @@ func (x *exchange) run() ending {
 		}
 		if (long || x.redialled) && !x.s.w.Canceled() {
 			x.redialled = false
-			runtime.Gosched() // others wait
+			runtime.Gosched() // let other connections run
 			continue
 		}
-		x.rest()
+		x.releaseIdleBuffers()
 		switch err := x.s.w.Wait(x.deadline(), x.s.Down, x.s.up); {
 		case err == nil:
 		case errors.Is(err, tcp.ErrDeadline):
-			return x.late(err)
+			return x.timedOut(err)
 		default:
 			return x.stopped(err)
 		}
 	}
 }
 
-// rest gives back the buffers that are empty: a response, or the wait for it, may be silent for long.
-func (x *exchange) rest() {
+// releaseIdleBuffers releases empty buffers before a wait, because a response may be silent for a long time.
+func (x *exchange) releaseIdleBuffers() {
 	if in := x.response.in; in != nil && in.Len() == 0 {
 		in.Release()
 		x.response.in = nil
@@ -62,11 +62,11 @@ func (x *exchange) rest() {
 	}
 }
 
-// readHead reads the head of the request and builds the one that goes upstream. It returns a reply when the request is
-// not served, and an error when downstream is gone.
+// readHead reads the request head and builds the one for upstream. It returns a reply if the request is rejected, and
+// an error if downstream is gone.
 func (x *exchange) readHead() (*reply, error) {
 	s := x.s
-	limits := s.engine.limits()
+	limits := x.settings.limits()
 	var deadline time.Time
 	for {
 		done, err := x.requestHead.ParseRequest(s.Read.Bytes(), limits)
@@ -80,13 +80,13 @@ func (x *exchange) readHead() (*reply, error) {
 		switch {
 		case err == nil:
 			continue
-		case err == tcp.ErrFull && s.Read.Grow(limits.Head+1): // one more, so that too much is noticed
+		case err == tcp.ErrFull && s.Read.Grow(limits.Head+1): // one byte more, to detect a head that exceeds the limit
 			continue
 		case err != tcp.ErrAgain:
 			return nil, err
 		}
 		if deadline.IsZero() {
-			deadline = after(s.engine.config.HeadTimeout)
+			deadline = after(x.settings.HeadTimeout)
 		}
 		switch err := s.w.Wait(deadline, s.Down, s.up); {
 		case errors.Is(err, tcp.ErrDeadline):
@@ -98,7 +98,7 @@ func (x *exchange) readHead() (*reply, error) {
 	return x.acceptRequest(limits), nil
 }
 
-// malformed chooses the reply for a request that cannot be read.
+// malformed returns the reply to a request that cannot be parsed.
 func (x *exchange) malformed(err error) *reply {
 	x.failure = err
 	switch {
@@ -110,16 +110,18 @@ func (x *exchange) malformed(err error) *reply {
 	return &replyBadRequest
 }
 
-// acceptRequest decides the framing of the request, has it routed, and builds its head.
+// acceptRequest determines the framing of the request, routes it, and builds its head.
 func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	b := x.s.Read.Bytes()
-	x.note(b)
+	x.recordRequest(b)
 	framing, err := x.requestHead.RequestFraming(b)
 	if err != nil {
 		return x.malformed(err)
 	}
 	x.routed.view(&x.record)
-	x.s.route(x.s.Router.Route(&x.routed))
+	decision := x.s.Router.Route(&x.routed)
+	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
+	x.s.route(decision)
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.head[:0], b)
 	x.s.Read.Discard(x.requestHead.Length)
@@ -128,10 +130,14 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if x.request.bad != nil {
 		return x.malformed(x.request.bad)
 	}
+	if decision.noRoute() {
+		x.failure = errNoRoute
+		return &replyNoRoute
+	}
 	return nil
 }
 
-// send gives the request its way upstream.
+// send connects the request and the response to the upstream connection.
 func (x *exchange) send() {
 	s := x.s
 	x.record.Upstream, x.record.UpstreamLocal = s.decision.Target.Address, s.upLocal
@@ -141,19 +147,19 @@ func (x *exchange) send() {
 	if s.used {
 		x.sentAt = x.record.Opened
 	} else {
-		x.sentAt = time.Now() // a dial came between
-		x.request.settle()    // a fresh connection is not closed for having been idle
+		x.sentAt = time.Now()     // after a dial
+		x.request.stopRetaining() // a new connection is not closed for having been idle
 	}
 }
 
-// receive reads the response, as far as it has come, and passes it on. It reports whether there is more to do at once.
+// receive reads the response and forwards it. It reports whether there is more to do without waiting.
 func (x *exchange) receive() (longTurn bool) {
 	m := &x.response
 	for left := turn; !x.answered; {
 		if left <= 0 {
 			return true
 		}
-		if m.out.Len() > 0 { // an interim response
+		if m.out.Len() > 0 { // of an interim response
 			n := m.put()
 			if n == 0 {
 				return false
@@ -169,9 +175,9 @@ func (x *exchange) receive() (longTurn bool) {
 	return m.move()
 }
 
-// parseResponse reads the head of a response, interim or final. It reports false when it is not complete.
+// parseResponse reads the head of an interim or final response. It reports false if the head is incomplete.
 func (x *exchange) parseResponse() bool {
-	m, limits := &x.response, x.s.engine.limits()
+	m, limits := &x.response, x.settings.limits()
 	if m.held() > 0 {
 		done, err := x.responseHead.ParseResponse(m.in.Bytes(), limits)
 		if err == nil && done {
@@ -181,7 +187,7 @@ func (x *exchange) parseResponse() bool {
 			return err == nil
 		}
 	}
-	// After a failed write there may be an answer that explains it, or the end.
+	// After a failed write, upstream may have sent a response that explains it, or closed.
 	if !m.src.Readable() && x.request.dstErr == nil {
 		return false
 	}
@@ -206,14 +212,15 @@ func (x *exchange) parseResponse() bool {
 	return err == nil
 }
 
-// errNotAsked refuses a response that switches protocols although the request did not ask for it.
+// errNotAsked rejects a response that switches protocols although the request did not ask for it.
 var errNotAsked = errors.New("upstream switched protocols unasked")
 
-// acceptResponse looks at a complete head. A final one decides the framing of the body, and how the connection goes on.
+// acceptResponse handles a complete response head. A final head determines the framing of the body and whether the
+// connection persists.
 func (x *exchange) acceptResponse(limits http1.Limits) error {
 	m, h := &x.response, &x.responseHead
 	b := m.in.Bytes()
-	x.request.settle()
+	x.request.stopRetaining()
 	framing, err := h.ResponseFraming(b, x.record.HTTP.Method)
 	if err != nil {
 		return err
@@ -229,15 +236,15 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	x.record.HTTP.Status = h.Status
 	x.record.HTTP.Details = envoy.DetailsViaUpstream
 	x.record.HTTP.ServiceTime = time.Since(x.sentAt)
-	x.record.HTTP.ResponseFields = x.copyFields(x.record.HTTP.ResponseFields, h, b, x.s.engine.config.Note.Response)
+	x.record.HTTP.ResponseFields = x.copyFields(x.record.HTTP.ResponseFields, h, b, x.settings.Note.Response)
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
-	m.start(m.in, framing, limits) // a tunnel has no body: what follows the head is not HTTP
+	m.start(m.in, framing, limits) // a tunnel has no body: the bytes after the head are not HTTP
 	x.answered = m.bad == nil
 	return m.bad
 }
 
-// interim passes a 1xx response on. HTTP/1.0 does not know them (RFC 9110 §15.2).
+// interim forwards a 1xx response. HTTP/1.0 does not have them (RFC 9110 §15.2), so they are dropped there.
 func (x *exchange) interim(b []byte) {
 	m, h := &x.response, &x.responseHead
 	if x.requestHead.Minor > 0 {
@@ -249,7 +256,7 @@ func (x *exchange) interim(b []byte) {
 	h.Reset()
 }
 
-// judge decides whether the exchange is over, and how the connection goes on then.
+// judge decides whether the exchange is over, and how the connection continues.
 func (x *exchange) judge() (ending, bool) {
 	request, response := &x.request, &x.response
 	x.count()
@@ -260,7 +267,7 @@ func (x *exchange) judge() (ending, bool) {
 		x.readAhead()
 	}
 	if err := x.downstreamGone(); err != nil {
-		return x.left(err), true
+		return x.downstreamLeft(err), true
 	}
 	switch {
 	case request.bad != nil && !x.answered:
@@ -277,7 +284,7 @@ func (x *exchange) judge() (ending, bool) {
 	case response.bad != nil:
 		return x.refuse(replyBadResponse, response.bad), true
 	case response.srcErr != nil && x.last():
-		return x.left(response.srcErr), true
+		return x.downstreamLeft(response.srcErr), true
 	case response.srcErr != nil && x.mayRepeat():
 		return x.repeat()
 	case response.srcErr != nil:
@@ -286,9 +293,9 @@ func (x *exchange) judge() (ending, bool) {
 	return 0, false
 }
 
-// answerDone ends an exchange whose response is delivered. A request whose body is still on its way goes on, as long as
-// downstream lives and upstream takes it. While upstream is full nobody reads from downstream, so its death is learnt
-// from the poller.
+// answerDone ends an exchange whose response is delivered. An unfinished request continues as long as downstream is
+// alive and upstream accepts it. While upstream accepts no bytes, downstream is not read, so its failure is taken from
+// the poller.
 func (x *exchange) answerDone() (ending, bool) {
 	request, s := &x.request, x.s
 	dead := !request.done() && s.Down.Failed() != nil
@@ -316,7 +323,7 @@ func (x *exchange) answerDone() (ending, bool) {
 	return end, true
 }
 
-// downstreamGone returns why nobody waits for the response any more.
+// downstreamGone returns why downstream cannot receive the response, nil if it can.
 func (x *exchange) downstreamGone() error {
 	if err := x.s.Down.Failed(); err != nil {
 		return err
@@ -327,8 +334,8 @@ func (x *exchange) downstreamGone() error {
 	return x.request.srcErr
 }
 
-// left ends an exchange that downstream has left: upstream learns it at once.
-func (x *exchange) left(err error) ending {
+// downstreamLeft ends an exchange whose downstream has left, and with it the upstream connection.
+func (x *exchange) downstreamLeft(err error) ending {
 	x.record.HTTP.Flags, x.record.HTTP.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
 	if err == io.EOF {
 		return x.close(flow.DownstreamLeft, io.ErrUnexpectedEOF, shut)
@@ -336,8 +343,8 @@ func (x *exchange) left(err error) ending {
 	return x.close(flow.DownstreamLeft, err, cut)
 }
 
-// readAhead reads what downstream sends before its response is complete: the next requests, as far as there is room, or
-// the end of its half. Behind the last request upstream is told that end, as it would be without us.
+// readAhead reads what downstream sends before its response is complete: further requests, as far as there is room, or
+// its half-close. The half-close is forwarded to upstream only after the last request.
 func (x *exchange) readAhead() {
 	s := x.s
 	for !s.ended && s.Down.Readable() {
@@ -360,11 +367,11 @@ func (x *exchange) readAhead() {
 	}
 }
 
-// last reports whether downstream has closed its half behind this request, all of which was taken.
+// last reports whether downstream has half-closed after this request, with no further bytes.
 func (x *exchange) last() bool { return x.s.ended && x.request.held() == x.request.ready }
 
-// truncated ends an exchange whose response stops in its middle. Downstream sees what it would see without us: the same
-// kind of end.
+// truncated ends an exchange whose response stops early. Downstream sees the same kind of end as on a direct
+// connection.
 func (x *exchange) truncated(err error) ending {
 	x.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByTermination)
 	if err == io.EOF {
@@ -373,9 +380,9 @@ func (x *exchange) truncated(err error) ending {
 	return x.close(flow.ResponseIncomplete, err, cut)
 }
 
-// mayRepeat reports whether a request that got no byte of a response may be sent again: its upstream connection was not
-// fresh, so that it may have been closed before the request came, all that went out is still held, and either it does no
-// harm twice or nothing of it went out (RFC 9110 §9.2.2).
+// mayRepeat reports whether a request that got no byte of a response may be sent again: its upstream connection was
+// reused, so it may have been closed before the request arrived; everything sent is retained; and the method is
+// idempotent or no byte was sent (RFC 9110 §9.2.2).
 func (x *exchange) mayRepeat() bool {
 	s := x.s
 	if !s.used || s.bound || x.last() || x.response.held() > 0 || !x.request.retain {
@@ -384,7 +391,7 @@ func (x *exchange) mayRepeat() bool {
 	return idempotent(x.record.HTTP.Method) || x.request.untouched()
 }
 
-// idempotent knows the methods of RFC 9110 §9.2.2.
+// idempotent reports whether the method is idempotent by RFC 9110 §9.2.2.
 func idempotent(method []byte) bool {
 	switch string(method) {
 	case "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE":
@@ -393,8 +400,8 @@ func idempotent(method []byte) bool {
 	return false
 }
 
-// repeat sends the request again, on a fresh connection. What happened during the dial has woken the dial, and wakes
-// nobody again.
+// repeat sends the request again, on a new connection. The dial consumes wake-ups of downstream, so the caller must try
+// all connections again before it waits.
 func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
 	x.s.engine.config.Pool.Stats.Retried.Add(1)
@@ -402,13 +409,13 @@ func (x *exchange) repeat() (ending, bool) {
 	if err := x.s.dial(); err != nil {
 		return x.noUpstream(err), true
 	}
-	x.request.again(x.s.up)
+	x.request.resend(x.s.up)
 	x.send()
 	x.redialled = true
 	return 0, false
 }
 
-// deadline is when the exchange is given up, should nothing happen until then.
+// deadline returns when the exchange is given up if no byte moves until then.
 func (x *exchange) deadline() time.Time {
 	if !x.thinking() {
 		limit, _ := x.limit()
@@ -417,11 +424,11 @@ func (x *exchange) deadline() time.Time {
 	if x.allSent.IsZero() {
 		x.allSent = time.Now()
 	}
-	return x.allSent.Add(x.s.engine.config.RequestTimeout)
+	return x.allSent.Add(x.settings.RequestTimeout)
 }
 
-// late ends an exchange at its deadline.
-func (x *exchange) late(err error) ending {
+// timedOut ends an exchange at its deadline.
+func (x *exchange) timedOut(err error) ending {
 	if x.thinking() {
 		return x.refuse(replyRequestTimeout, err)
 	}
@@ -429,21 +436,22 @@ func (x *exchange) late(err error) ending {
 	return x.close(reason, nil, cut)
 }
 
-// thinking reports whether upstream has the whole request, and a limit for the head of its response.
+// thinking reports whether upstream has the whole request, and RequestTimeout limits the time to its response head.
 func (x *exchange) thinking() bool {
-	return !x.answered && x.s.engine.config.RequestTimeout > 0 && x.request.done()
+	return !x.answered && x.settings.RequestTimeout > 0 && x.request.done()
 }
 
-// limit is how long nothing may move now, zero or less for ever, and how the exchange ends when nothing does.
+// limit returns how long the exchange may be idle (zero or less: no limit), and the reason with which it ends after
+// that.
 func (x *exchange) limit() (time.Duration, flow.Reason) {
-	idle, halfClosed := x.s.engine.config.IdleTimeout, x.s.engine.config.HalfCloseTimeout
+	idle, halfClosed := x.settings.IdleTimeout, x.settings.HalfCloseTimeout
 	if x.s.ended && halfClosed > 0 && (idle <= 0 || halfClosed < idle) {
 		return halfClosed, flow.HalfCloseTimeout
 	}
 	return idle, flow.IdleTimeout
 }
 
-// stopped ends an exchange after an error of reading its head, or of a wait.
+// stopped ends an exchange after an error while reading its head or waiting.
 func (x *exchange) stopped(err error) ending {
 	switch {
 	case errors.Is(err, tcp.ErrCanceled):
@@ -451,10 +459,10 @@ func (x *exchange) stopped(err error) ending {
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM):
 		return x.close(flow.NoDescriptors, err, cut) // the wait failed, not the connection
 	}
-	return x.left(err)
+	return x.downstreamLeft(err)
 }
 
-// noUpstream answers a request for which there is no upstream connection.
+// noUpstream replies to a request whose dial failed.
 func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrCanceled) {
 		return x.close(flow.DrainDeadline, err, cut)
@@ -463,10 +471,10 @@ func (x *exchange) noUpstream(err error) ending {
 	return x.refuse(dialReply(err), err)
 }
 
-// tunnel carries what follows an upgrade or CONNECT, to the end of the connection. It counts in the connection's record,
-// which others can see while it lasts.
+// tunnel relays both ways after an upgrade or CONNECT, until the connection ends. It counts in the connection's record,
+// where the bytes are visible while the tunnel is open.
 func (x *exchange) tunnel() ending {
-	s, config := x.s, &x.s.engine.config
+	s, config := x.s, x.settings
 	down, up := s.Read, x.response.in
 	s.Read, x.request.in, x.response.in = nil, nil, nil
 	x.record.HTTP.Upgraded = true

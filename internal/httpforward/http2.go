@@ -13,70 +13,80 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// multiplex is one HTTP/2 downstream connection and the upstream one that carries its streams under the same numbers.
+// multiplex is one HTTP/2 downstream connection and the upstream connection that carries its streams under the same
+// numbers.
 //
-// So nearly all frames go on as they are: flow control, pings and settings have their effect from end to end, and a slow
-// reader holds back nobody but itself. Header blocks alone are decoded and encoded anew, as each connection has its own
-// tables. What goes out on either lane is always whole frames: a DATA frame of which a part is here goes on as a smaller
-// one. So a frame of our own may be put in anywhere.
+// Most frames are therefore forwarded unchanged: flow control, pings and settings work end to end, and a slow reader
+// only delays its own streams. Only header blocks are re-encoded, because each connection has its own HPACK tables.
+// Only whole frames are written (a partial DATA frame is split), so our own frames can be inserted anywhere.
 type multiplex struct {
-	engine *Engine
-	w      *tcp.Waiter
+	engine   *Engine
+	settings *Settings // for this connection
+	w        *tcp.Waiter
 	Connection
 
-	up      *tcp.Conn // nil once it is lost
+	up      *tcp.Conn // nil after it was closed
 	upLocal netip.AddrPort
 
 	toUp, toDown lane
 	streams      streams
 	window       downWindow
 
-	opened   time.Time
-	requests time.Time // when the requests that are read now were there
-	clock    time.Time // the same moment or a little later; zero: not asked
+	times
+	lostUpstream
+	drainState
 
-	routed Request // what the router sees; here so that it is not allocated
+	routed Request // the router's argument; a field, so that it is not allocated
+	resets budget  // for streams that downstream resets or that break the protocol
 
-	resets budget // of streams that came to nothing by downstream's doing
+	downEnded bool      // downstream has half-closed
+	waiting   []waiting // requests waiting for a response head, oldest first; only with a RequestTimeout
+	from      string    // downstream's address for x-forwarded-for; empty until first used
 
-	lost     *reply // upstream is gone, and this is the answer to requests; nil: it is there
-	lostErr  error
-	answered bool // a request was given that answer
-
-	goneAway uint32 // the last stream that downstream was told is served; http2.MaxStream: no end was told
-	leaving  leaving
-	leaveAt  time.Time // when the last stream is told
-
-	downEnded bool      // downstream has closed its half
-	lastMove  time.Time // when something moved last, or the watch began; kept only while there is a limit
-	lostAt    time.Time
-	waiting   []waiting // requests that wait for the head of a response, oldest first; only if that is limited
-
-	from string // downstream's address, as x-forwarded-for has it; empty: not asked yet
-
-	over parting
+	over outcome
 }
 
-// parting is how a multiplex ends.
-type parting uint8
+// times are the points in time that a multiplex keeps.
+type times struct {
+	opened   time.Time
+	requests time.Time // when the requests read last arrived
+	clock    time.Time // cached time of this round; zero: read the clock
+	lastMove time.Time // when bytes moved last, or the watch began; kept only while an idle limit applies
+}
+
+// lostUpstream describes an upstream that is gone.
+type lostUpstream struct {
+	lost     *reply // the reply to requests; nil while upstream is there
+	lostErr  error
+	lostAt   time.Time
+	answered bool // a request got that reply
+}
+
+// drainState is the state of the connection's own end: which streams are still served.
+type drainState struct {
+	drainRequested bool   // this connection is to end; the engine's drain requests it of every connection
+	lastServed     uint32 // last stream ID announced in GOAWAY; http2.MaxStream before the first one
+	drainPhase     drainPhase
+	finalGoAwayAt  time.Time
+}
+
+// outcome is how a multiplex ends.
+type outcome uint8
 
 const (
-	goesOn parting = iota
-	parts          // in order: what is written arrives
-	isCut          // by a reset of both sides
-	isGone         // all is closed by now
+	running       outcome = iota
+	closesInOrder         // close after flushing
+	isReset               // reset both sides
+	isClosed              // both sides are already closed
 )
 
 // ServeHTTP2 serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
 func (e *Engine) ServeHTTP2(w *tcp.Waiter, c Connection) {
 	c.Router = c.router()
-	m := &multiplex{
-		engine: e, w: w, Connection: c, up: c.Early,
-		goneAway: http2.MaxStream,
-		opened:   time.Now(),
-	}
+	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, Connection: c, up: c.Early}
+	m.opened, m.lastServed = time.Now(), http2.MaxStream
 	m.requests = m.opened
-	m.resets = newBudget(resetBurst, resetRate, resetBurst, m.requests)
+	m.resets = newResetBudget(m.requests)
 	m.window = downWindow{connection: http2.FirstWindow, stream: http2.FirstWindow}
 	m.toUp.init(m, &m.toDown)
 	m.toDown.init(m, &m.toUp)
@@ -88,12 +98,12 @@ func (e *Engine) ServeHTTP2(w *tcp.Waiter, c Connection) {
 	m.end()
 }
 
-// connect finds the upstream connection.
+// connect opens the upstream connection, unless it was opened early.
 func (m *multiplex) connect() {
 	if m.up == nil {
 		up, err := m.engine.config.Dialer.Dial(m.w, m.Target)
 		if errors.Is(err, tcp.ErrCanceled) {
-			m.over = isCut
+			m.over = isReset
 			return
 		}
 		if err != nil {
@@ -106,10 +116,10 @@ func (m *multiplex) connect() {
 	m.toUp.dst, m.toDown.src = m.up, m.up
 }
 
-// begin passes the preface on, and deals with what was read behind it.
+// begin forwards the preface, and parses the frames read after it.
 func (m *multiplex) begin() {
 	l := &m.toUp
-	if m.over != goesOn {
+	if m.over != running {
 		return
 	}
 	if b := l.in.Bytes(); len(b) < len(http2.Preface) || string(b[:len(http2.Preface)]) != http2.Preface {
@@ -119,25 +129,26 @@ func (m *multiplex) begin() {
 	l.out.Append(l.in.Bytes()[:len(http2.Preface)])
 	l.parsed = len(http2.Preface)
 	l.parse()
-	if m.toDown.in != nil && m.over == goesOn {
+	if m.toDown.in != nil && m.over == running {
 		m.toDown.parse()
 	}
 	m.clock = time.Time{}
 }
 
-// run moves frames and waits, in turn. Upstream is heard first: if it has ended, no more requests are read for it.
+// run alternates between forwarding frames and waiting. It reads upstream first, so that no more requests are read once
+// upstream has ended.
 func (m *multiplex) run() {
-	for m.over == goesOn {
+	for m.over == running {
 		down, up := m.toDown.pump(), m.toUp.pump()
 		m.judge()
 		if up || down {
 			m.clock, m.lastMove = time.Time{}, time.Time{}
-			if m.toUp.long || m.toDown.long {
-				runtime.Gosched() // others wait
+			if m.toUp.yielded || m.toDown.yielded {
+				runtime.Gosched() // let other connections run
 			}
 			continue
 		}
-		if m.over != goesOn {
+		if m.over != running {
 			return
 		}
 		deadline, limit := m.deadline()
@@ -146,18 +157,18 @@ func (m *multiplex) run() {
 		switch {
 		case err == nil:
 		case errors.Is(err, tcp.ErrDeadline):
-			m.late(limit)
+			m.timedOut(limit)
 		case errors.Is(err, tcp.ErrCanceled):
 			m.closeAll(flow.DrainDeadline, nil)
-			m.over = isCut
+			m.over = isReset
 		default:
 			m.closeAll(flow.NoDescriptors, err)
-			m.over = isCut
+			m.over = isReset
 		}
 	}
 }
 
-// now is the time, asked once for what is done in one go.
+// now returns the time, read once per round.
 func (m *multiplex) now() time.Time {
 	if m.clock.IsZero() {
 		m.clock = time.Now()
@@ -165,9 +176,9 @@ func (m *multiplex) now() time.Time {
 	return m.clock
 }
 
-// judge looks at what has become of the two connections.
+// judge acts on the state of the two connections.
 func (m *multiplex) judge() {
-	if m.over != goesOn {
+	if m.over != running {
 		return
 	}
 	if m.toDown.dstErr == nil {
@@ -183,7 +194,7 @@ func (m *multiplex) judge() {
 	case m.lost != nil:
 		m.finishLost()
 	case m.downEnded && m.streams.active == 0 && m.toDown.idle():
-		m.over = parts
+		m.over = closesInOrder
 	case m.toDown.srcErr != nil && m.toDown.idle():
 		m.upstreamGone(m.toDown.srcErr)
 	default:
@@ -191,55 +202,55 @@ func (m *multiplex) judge() {
 	}
 }
 
-// downstreamGone ends everything: nobody waits for an answer any more. Upstream learns it at once.
+// downstreamGone ends both connections at once, because no response can be delivered.
 func (m *multiplex) downstreamGone(err error) {
 	m.toDown.dstErr = err
 	if m.up != nil && m.streams.active == 0 {
 		m.up.Close()
-		m.loseUpstream()
+		m.detachUpstream()
 	}
 	m.closeAll(flow.DownstreamLeft, err)
-	m.over = isCut
+	m.over = isReset
 }
 
-// downstreamEnded passes the end of downstream's half on. Responses may still come. What we ourselves have to tell
-// upstream from here on is dropped: that it cannot be written is no failure of upstream's.
+// downstreamEnded forwards downstream's half-close. Responses may still arrive. Frames of our own for upstream are
+// dropped from here on, so that failing to write them does not count as a failure of upstream.
 func (m *multiplex) downstreamEnded() {
 	m.downEnded = true
 	if m.up == nil || m.streams.active == 0 {
-		m.over = parts
+		m.over = closesInOrder
 		return
 	}
-	_ = m.up.CloseWrite() // fails if upstream is gone, which is noticed elsewhere
+	_ = m.up.CloseWrite() // fails if upstream is gone; judge notices that
 	m.toUp.dst = nil
 }
 
-// upstreamGone ends the connection from the far side.
+// upstreamGone ends the connection after upstream has closed or failed.
 func (m *multiplex) upstreamGone(err error) {
 	if m.downEnded && m.streams.active == 0 {
-		m.over = parts
+		m.over = closesInOrder
 		return
 	}
-	if m.downEnded { // upstream takes that for the end of everything, as most do
+	if m.downEnded { // most servers treat the half-close as the end of the connection
 		m.closeAll(flow.DownstreamLeft, nil)
-		m.over = parts
+		m.over = closesInOrder
 		return
 	}
 	m.upstreamLost(&replyUpstreamClosed, flow.ResponseIncomplete, err)
 }
 
-// end closes both connections, and gives everything back.
+// end closes both connections, and releases all memory.
 func (m *multiplex) end() {
-	if m.over == parts {
-		m.part()
+	if m.over == closesInOrder {
+		m.closeInOrder()
 	}
 	if !m.toDown.idle() && m.toDown.dstErr == nil {
 		m.toDown.dstErr = errUndelivered
 	}
-	m.toDown.settle()
+	m.toDown.closeEnded()
 	switch {
-	case m.over == isGone:
-	case m.over == isCut:
+	case m.over == isClosed:
+	case m.over == isReset:
 		m.Down.Reset()
 		if m.up != nil {
 			m.up.Reset()
@@ -254,8 +265,8 @@ func (m *multiplex) end() {
 	m.toDown.release()
 }
 
-// part delivers what is written, says that nothing more comes, and reads until downstream closes as well.
-func (m *multiplex) part() {
+// closeInOrder flushes the output, shuts down our half, and discards input until downstream closes.
+func (m *multiplex) closeInOrder() {
 	deadline := time.Now().Add(lingerTime)
 	for !m.toDown.flush() {
 		if m.toDown.dstErr != nil || m.w.Wait(deadline, m.Down, nil) != nil {
@@ -267,10 +278,10 @@ func (m *multiplex) part() {
 	}
 }
 
-// opaque goes on as a relay, when upstream does not speak HTTP/2: what it says reaches downstream byte for byte, as it
-// would without us. Requests that were seen have come to nothing.
-func (m *multiplex) opaque() {
-	m.over = isGone
+// relayOpaque continues as a relay if upstream does not speak HTTP/2: its bytes reach downstream unchanged, as on a
+// direct connection. The requests forwarded so far have failed.
+func (m *multiplex) relayOpaque() {
+	m.over = isClosed
 	m.closeAll(flow.BadResponse, errNotHTTP2)
 	down := tcp.TakeBuffer()
 	down.Append(m.toUp.out.AppendTo(nil))
@@ -289,8 +300,8 @@ func (m *multiplex) opaque() {
 	received, sent := &m.Record.Received, &m.Record.Sent // the counters of the open connection in the table
 	received.Store(m.toUp.written)
 	end, err := relay.Run(m.w, m.Down, m.up, relay.Options{
-		IdleTimeout:      config.IdleTimeout,
-		HalfCloseTimeout: config.HalfCloseTimeout,
+		IdleTimeout:      m.settings.IdleTimeout,
+		HalfCloseTimeout: m.settings.HalfCloseTimeout,
 		FromDown:         received,
 		FromUp:           sent,
 		DownRead:         down,

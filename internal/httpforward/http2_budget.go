@@ -2,52 +2,59 @@ package httpforward
 
 import "time"
 
-// What one connection may do that leads to nothing. Each number is far above what well-behaved peers need, and far below
-// what hurts.
+// Limits on what one connection may do without effect. Each is far above what well-behaved peers need, and far below
+// what does harm.
 const (
-	maxStreams       = 4096 // open at once; downstream is told
-	maxUnacked       = 32   // Settings frames on their way
+	maxStreams       = 4096 // open at once; announced to downstream
+	maxUnacked       = 32   // unacknowledged SETTINGS frames
 	maxContinuations = 32   // in one header block; a block of 60 KiB needs 3
 	maxTable         = 64 << 10
 
-	idleBurst = 2000 // frames that carry nothing: pings, settings, priorities, empty data, updates of windows
-	idleRate  = 100  // of them in a second, in the long run
-	idleBonus = 8    // and so many for each frame that carries something: its answer may be such frames
+	idleBurst = 2000 // frames without effect: pings, settings, priorities, empty data, window updates
+	idleRate  = 100  // per second, in the long run
+	idleBonus = 8    // added per frame with effect: the response may be frames without effect
 
-	// One more for so many bytes of data. Go's readers give credit for each 4 KiB, on the stream and on the connection.
+	// One token is added per this many bytes of data. Go's readers send a WINDOW_UPDATE for each 4 KiB, on the stream
+	// and on the connection.
 	idleBonusBytes = 512
-	idleMost       = 64 << 10 // may be saved up so: a window may be full before its receiver begins to read
+	idleMax        = 64 << 10 // upper bound of the tokens earned: a window may be full before its receiver begins to read
 
-	resetBurst = 1000 // streams that are reset before their response by downstream's doing (CVE-2023-44487)
+	resetBurst = 1000 // streams that downstream resets before their response (CVE-2023-44487)
 	resetRate  = 50
 )
 
-// budget is a bucket of tokens.
+// budget is a token bucket.
 type budget struct {
-	left, burst, rate int       // time fills it up to burst, with rate tokens a second
-	most              int       // what can be earned in it
-	filled            time.Time // when it was last filled
+	left, burst, rate int       // refilled up to burst, with rate tokens per second
+	limit             int       // upper bound for earn
+	filled            time.Time // when it was last refilled
 }
 
-// newBudget makes one with a burst in it.
-func newBudget(burst, rate, most int, now time.Time) budget {
-	return budget{left: burst, burst: burst, rate: rate, most: most, filled: now}
+// newBudget returns a budget with burst tokens.
+func newBudget(burst, rate, limit int, now time.Time) budget {
+	return budget{left: burst, burst: burst, rate: rate, limit: limit, filled: now}
 }
 
-// spend takes a token, and reports whether there was one. The clock is asked only when it looks as if there were none.
+// newIdleBudget returns the budget of one sender's frames without effect.
+func newIdleBudget(now time.Time) budget { return newBudget(idleBurst, idleRate, idleMax, now) }
+
+// newResetBudget returns the budget of the streams that downstream may open in vain.
+func newResetBudget(now time.Time) budget { return newBudget(resetBurst, resetRate, resetBurst, now) }
+
+// spend takes a token, and reports whether one was left. It reads the clock only when the bucket looks empty.
 func (b *budget) spend(clock func() time.Time) bool {
 	if b.left == 0 {
 		now := clock()
-		passed := min(now.Sub(b.filled), time.Hour) // the product stays small
+		passed := min(now.Sub(b.filled), time.Hour) // avoids an overflow of the product
 		b.left = min(int(passed*time.Duration(b.rate)/time.Second), b.burst)
 		if b.left == 0 {
 			return false
 		}
-		b.filled = now // what is beyond the burst is not saved for another one
+		b.filled = now // tokens beyond the burst are lost
 	}
 	b.left--
 	return true
 }
 
-// earn adds tokens.
-func (b *budget) earn(n int) { b.left = min(b.left+n, b.most) }
+// earn adds n tokens.
+func (b *budget) earn(n int) { b.left = min(b.left+n, b.limit) }

@@ -9,8 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
-// data begins a DATA frame. One that is here as a whole and has no padding, which is the ordinary one, goes on as it
-// stands.
+// data begins a DATA frame. In the common case, a complete frame without padding, it is forwarded in place.
 func (l *lane) data(h http2.Header, b []byte) (bool, error) {
 	payload := b[http2.HeaderLength:]
 	var first byte
@@ -36,7 +35,7 @@ func (l *lane) data(h http2.Header, b []byte) (bool, error) {
 		return true, err
 	}
 	if before > 0 {
-		l.keepPadding(h, before+behind)
+		l.returnPadding(h, before+behind)
 	}
 	switch {
 	case size == 0 && !end:
@@ -44,28 +43,28 @@ func (l *lane) data(h http2.Header, b []byte) (bool, error) {
 		return true, l.idleFrame()
 	case size == 0:
 		l.rest = rest{behind: behind}
-		return true, l.piece(s, nil, true)
+		return true, l.sendData(s, nil, true)
 	case len(payload) < h.Length || before > 0:
 		l.rest = rest{data: size, behind: behind, stream: h.Stream, end: end}
 		return true, nil
 	}
 	l.parsed += size
-	if err := l.count(s, payload[:size], end); err != nil {
+	if err := l.countData(s, payload[:size], end); err != nil {
 		return true, err
 	}
 	l.out.Append(b[:http2.HeaderLength+size])
-	l.ends(s, end)
+	l.endMessage(s, end)
 	return true, nil
 }
 
-// receiver returns the stream that data is for. It is nil when nobody takes the data: then it is thrown away.
+// receiver returns the stream of a DATA frame, nil if its data is to be discarded.
 func (l *lane) receiver(id uint32) (*stream, error) {
 	s, err := l.find(id)
 	switch {
 	case err != nil:
 		return nil, err
 	case s == nil && (!l.fromDown() || l.m.wasReset(id)):
-		return nil, nil // it has crossed with the end of the stream
+		return nil, nil // crossed with the end of the stream
 	case s == nil, l.body(s).ended:
 		return nil, http2.StreamError(id, http2.StreamClosed, "data behind the end")
 	case !l.fromDown() && !s.begun:
@@ -74,7 +73,7 @@ func (l *lane) receiver(id uint32) (*stream, error) {
 	return s, nil
 }
 
-// body is the one of a stream that this lane carries.
+// body returns the body that this lane carries.
 func (l *lane) body(s *stream) *body {
 	if l.fromDown() {
 		return &s.request
@@ -82,16 +81,16 @@ func (l *lane) body(s *stream) *body {
 	return &s.response
 }
 
-// keepPadding gives the sender back what padding takes of its windows. Padding stays between neighbours.
-func (l *lane) keepPadding(h http2.Header, n int) {
+// returnPadding returns the flow-control credit that padding used. Padding is not forwarded.
+func (l *lane) returnPadding(h http2.Header, n int) {
 	l.owed += n
 	if !h.Has(http2.EndStream) {
 		l.giveBack(h.Stream, n)
 	}
 }
 
-// carry goes on with a frame of which a part was dealt with. b is not empty.
-func (l *lane) carry(b []byte) error {
+// continueFrame handles the next bytes of a frame whose beginning was parsed. b is not empty.
+func (l *lane) continueFrame(b []byte) error {
 	r := &l.rest
 	if r.data == 0 {
 		n := min(len(b), r.behind)
@@ -100,7 +99,7 @@ func (l *lane) carry(b []byte) error {
 		return nil
 	}
 	s := l.m.streams.find(r.stream)
-	if s == nil { // it has ended in the middle of the frame
+	if s == nil { // the stream ended in the middle of the frame
 		l.owed += r.data
 		*r = rest{behind: r.data + r.behind}
 		return nil
@@ -108,12 +107,12 @@ func (l *lane) carry(b []byte) error {
 	n := min(len(b), r.data)
 	r.data -= n
 	l.parsed += n
-	return l.piece(s, b[:n], r.data == 0 && r.end)
+	return l.sendData(s, b[:n], r.data == 0 && r.end)
 }
 
-// piece sends data on as a frame of its own.
-func (l *lane) piece(s *stream, data []byte, end bool) error {
-	if err := l.count(s, data, end); err != nil {
+// sendData forwards data as a frame of its own.
+func (l *lane) sendData(s *stream, data []byte, end bool) error {
+	if err := l.countData(s, data, end); err != nil {
 		return err
 	}
 	h := http2.Header{Length: len(data), Type: http2.Data, Stream: s.id}
@@ -122,18 +121,18 @@ func (l *lane) piece(s *stream, data []byte, end bool) error {
 	}
 	l.insert(h.Append(l.scratch))
 	l.out.Append(data)
-	l.ends(s, end)
+	l.endMessage(s, end)
 	return nil
 }
 
-// count takes note of data that is about to go on. It is an error when it does not agree with what the head declared;
-// then the data does not go on.
-func (l *lane) count(s *stream, data []byte, end bool) error {
+// countData counts data about to be forwarded. If it disagrees with the declared length, the data is not forwarded and
+// an error is returned.
+func (l *lane) countData(s *stream, data []byte, end bool) error {
 	body, n := l.body(s), len(data)
 	if !body.take(n) || end && !body.whole() {
 		body.got -= int64(n)
 		l.owed += n
-		return http2.StreamError(s.id, http2.ProtocolError, "body of another length than declared")
+		return errBodyLength(s.id)
 	}
 	if s.record.HTTP.GRPC {
 		body.messages.scan(data)
@@ -148,8 +147,8 @@ func (l *lane) count(s *stream, data []byte, end bool) error {
 	return nil
 }
 
-// ends takes note of the end of a message.
-func (l *lane) ends(s *stream, end bool) {
+// endMessage records the end of a message.
+func (l *lane) endMessage(s *stream, end bool) {
 	if !end {
 		return
 	}
@@ -160,16 +159,16 @@ func (l *lane) ends(s *stream, end bool) {
 	l.m.completed(s)
 }
 
-// waiting is a request that is complete and waits for its response since the given time.
+// waiting is a complete request that has been waiting for its response head since the given time.
 type waiting struct {
 	stream uint32
 	since  time.Time
 }
 
-// awaitHead begins to wait for the head of a response, if that is limited. Behind one that waits for long, those that
-// have been answered would pile up: when there is no room they go first.
+// awaitHead starts the RequestTimeout of a stream. Answered requests can accumulate behind an old one: they are removed
+// when the list is full.
 func (m *multiplex) awaitHead(s *stream) {
-	if m.engine.config.RequestTimeout <= 0 || s.begun {
+	if m.settings.RequestTimeout <= 0 || s.begun {
 		return
 	}
 	if len(m.waiting) == cap(m.waiting) {
@@ -177,12 +176,12 @@ func (m *multiplex) awaitHead(s *stream) {
 			s := m.streams.find(w.stream)
 			return s == nil || s.begun
 		})
-		m.waiting = slices.Grow(m.waiting, len(m.waiting)+16) // so that it is not done too often
+		m.waiting = slices.Grow(m.waiting, len(m.waiting)+16) // amortises the removal
 	}
 	m.waiting = append(m.waiting, waiting{s.id, m.now()})
 }
 
-// longestWait returns the request that waits longest, nil for none.
+// longestWait returns the request that has waited longest, or nil.
 func (m *multiplex) longestWait() (*stream, time.Time) {
 	for len(m.waiting) > 0 {
 		if s := m.streams.find(m.waiting[0].stream); s != nil && !s.begun {
@@ -193,14 +192,14 @@ func (m *multiplex) longestWait() (*stream, time.Time) {
 	return nil, time.Time{}
 }
 
-// resetStream passes the reset of a stream on.
+// resetStream forwards the reset of a stream.
 func (l *lane) resetStream(h http2.Header, b []byte) error {
 	s, err := l.find(h.Stream)
 	if err != nil {
 		return err
 	}
 	if s == nil {
-		return l.idleFrame() // resets have crossed
+		return l.idleFrame() // resets crossed
 	}
 	m := l.m
 	l.out.Append(b)
@@ -211,7 +210,7 @@ func (l *lane) resetStream(h http2.Header, b []byte) error {
 		m.streams.noteReset(h.Stream)
 	}
 	switch {
-	case s.response.ended: // what is left of the request is not wanted, or not sent
+	case s.response.ended: // the rest of the request is not wanted, or not sent
 		m.finish(s, flow.Completed, nil)
 	case !l.fromDown():
 		r.Flags, r.Details = envoy.FlagUpstreamRemoteReset, resetDetails(s, code)

@@ -9,55 +9,55 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
-// breach deals with an error that parsing src of l has brought. It reports whether the connection goes on.
-func (m *multiplex) breach(l *lane, err error) bool {
+// handleError handles an error from parsing l's source. It reports whether the connection continues.
+func (m *multiplex) handleError(l *lane, err error) bool {
 	if err == errNotHTTP2 {
-		m.opaque()
+		m.relayOpaque()
 		return false
 	}
-	var breach *http2.Error
-	if !errors.As(err, &breach) || breach.Stream == 0 || breach.Stream > m.streams.last {
+	var violation *http2.Error
+	if !errors.As(err, &violation) || violation.Stream == 0 || violation.Stream > m.streams.last {
 		m.fail(l, err)
 		return false
 	}
-	s := m.streams.find(breach.Stream)
+	s := m.streams.find(violation.Stream)
 	if l.fromDown() {
-		err = m.breachOfDownstream(s, breach)
+		err = m.downstreamError(s, violation)
 	} else {
-		err = m.breachOfUpstream(s, breach)
+		err = m.upstreamError(s, violation)
 	}
 	if err != nil {
 		m.fail(l, err)
 	}
-	return m.over == goesOn
+	return m.over == running
 }
 
-// breachOfDownstream resets a stream on both sides. s is nil for a closed one.
-func (m *multiplex) breachOfDownstream(s *stream, breach *http2.Error) error {
+// downstreamError resets a stream on both sides. s is nil for a closed stream.
+func (m *multiplex) downstreamError(s *stream, violation *http2.Error) error {
 	if s == nil {
-		m.resetDownstream(breach.Stream, breach.Code)
+		m.resetDownstream(violation.Stream, violation.Code)
 		return m.countReset()
 	}
-	m.resetUpstream(breach.Stream, http2.Cancel)
+	m.resetUpstream(violation.Stream, http2.Cancel)
 	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation
-	return m.reject(s, breach.Code, flow.BadFraming, breach)
+	return m.reject(s, violation.Code, flow.BadFraming, violation)
 }
 
-// breachOfUpstream resets a stream upstream, and answers for it downstream if that is still possible. s is nil for a
-// closed one: upstream can make us say that without end.
-func (m *multiplex) breachOfUpstream(s *stream, breach *http2.Error) error {
-	m.resetUpstream(breach.Stream, breach.Code)
+// upstreamError resets a stream upstream, and answers downstream if that is still possible. s is nil for a closed
+// stream; that case counts as a frame without effect, because upstream can provoke it without limit.
+func (m *multiplex) upstreamError(s *stream, violation *http2.Error) error {
+	m.resetUpstream(violation.Stream, violation.Code)
 	if s == nil {
 		return m.toDown.idleFrame()
 	}
-	m.abandon(s, &replyBadResponse, flow.BadResponse, breach)
+	m.abandon(s, &replyBadResponse, flow.BadResponse, violation)
 	return nil
 }
 
-// abandon ends a stream for which nothing more comes from upstream.
+// abandon ends a stream that will get no more frames from upstream.
 func (m *multiplex) abandon(s *stream, r *reply, begun flow.Reason, err error) {
 	if !s.begun {
-		_ = m.answer(s, r, err) // it is an error for requests alone
+		_ = m.answer(s, r, err) // fails only for a rejected request
 		return
 	}
 	if s.response.ended {
@@ -78,13 +78,13 @@ func (m *multiplex) resetUpstream(id uint32, code http2.Code) {
 	m.toUp.insert(http2.AppendResetStream(m.toUp.scratch, id, code))
 }
 
-// fail ends the connection for a breach by src of l, which is told.
+// fail ends the connection because of an error by src of l, and reports the error to it.
 func (m *multiplex) fail(l *lane, err error) {
 	code := http2.ProtocolError
 	text := ""
-	var breach *http2.Error
-	if errors.As(err, &breach) {
-		code, text = breach.Code, breach.Text
+	var violation *http2.Error
+	if errors.As(err, &violation) {
+		code, text = violation.Code, violation.Text
 	}
 	if !l.fromDown() {
 		m.toUp.insert(http2.AppendGoAway(m.toUp.scratch, 0, code, text))
@@ -96,59 +96,60 @@ func (m *multiplex) fail(l *lane, err error) {
 	if code == http2.EnhanceYourCalm {
 		reason = flow.Overload
 	}
-	m.leave(code, text, reason, err)
+	m.terminate(code, text, reason, err)
 }
 
-// leave ends the connection by our own decision: streams are given up, downstream is told, and upstream is cut. When
-// downstream is at fault and has no stream whose record could tell, what would have been a request has one.
-func (m *multiplex) leave(code http2.Code, text string, reason flow.Reason, err error) {
+// terminate ends the connection on our own decision: it closes all streams, sends GOAWAY downstream, and resets
+// upstream. If downstream is at fault and has no open stream whose record could carry the reason, a record is opened
+// for it.
+func (m *multiplex) terminate(code http2.Code, text string, reason flow.Reason, err error) {
 	open := m.streams.active > 0
 	m.closeAll(reason, err)
 	if !open && code != http2.NoError {
-		s := m.takeStream(0)
-		s.blame(reason, err)
-		s.close(m, nil)
+		s := takeStream(m.engine, m.Record, 0, m.requests)
+		s.setFailure(reason, err)
+		s.close(m.engine.config.Flows, nil)
 	}
-	m.sayGoAway(code, text)
+	m.sendGoAway(code, text)
 	if m.up != nil && open {
 		m.up.Reset()
-		m.loseUpstream()
+		m.detachUpstream()
 	}
-	m.over = parts
+	m.over = closesInOrder
 }
 
-// sayGoAway tells downstream which streams were served. A server speaks of its settings first.
-func (m *multiplex) sayGoAway(code http2.Code, text string) {
-	m.introduce()
-	m.goneAway = min(m.goneAway, m.streams.last)
-	m.toDown.insert(http2.AppendGoAway(m.toDown.scratch, m.goneAway, code, text))
+// sendGoAway announces to downstream the last stream that is served. A server's SETTINGS come first.
+func (m *multiplex) sendGoAway(code http2.Code, text string) {
+	m.ensureSettings()
+	m.lastServed = min(m.lastServed, m.streams.last)
+	m.toDown.insert(http2.AppendGoAway(m.toDown.scratch, m.lastServed, code, text))
 }
 
-// introduce sends the first Settings frame in upstream's place, if it has sent none.
-func (m *multiplex) introduce() {
-	if l := &m.toDown; !l.settled {
-		l.say(wishes{})
+// ensureSettings sends the first SETTINGS frame in place of upstream, unless upstream has sent its own.
+func (m *multiplex) ensureSettings() {
+	if l := &m.toDown; !l.settingsSent {
+		l.sendSettings(settingsFrame{})
 	}
 }
 
-func (m *multiplex) loseUpstream() {
+func (m *multiplex) detachUpstream() {
 	m.up, m.toUp.dst, m.toDown.src = nil, nil, nil
 }
 
-// unreachable makes the connection one on which all requests are told that upstream cannot be reached.
+// unreachable records a failed dial: all requests get the reply for err.
 func (m *multiplex) unreachable(err error) {
 	r := dialReply(err)
 	m.lost, m.lostErr, m.lostAt = &r, err, m.now()
-	m.introduce()
+	m.ensureSettings()
 }
 
-// upstreamLost ends the connection when upstream has: requests without a response are answered, others are cut off, and
-// downstream goes elsewhere with the next ones.
+// upstreamLost ends the connection after upstream has ended: requests without a response are answered, others are
+// reset, and GOAWAY makes downstream reconnect.
 func (m *multiplex) upstreamLost(r *reply, begun flow.Reason, err error) {
 	m.up.Close()
-	m.loseUpstream()
+	m.detachUpstream()
 	m.lost, m.lostErr = r, err
-	m.introduce()
+	m.ensureSettings()
 	for range m.toUp.unacked {
 		m.toDown.insert(appendSettingsAck(m.toDown.scratch))
 	}
@@ -156,33 +157,33 @@ func (m *multiplex) upstreamLost(r *reply, begun flow.Reason, err error) {
 	for _, s := range m.streams.open {
 		m.abandon(s, r, begun, err)
 	}
-	if m.goneAway == http2.MaxStream {
-		m.sayGoAway(http2.NoError, "")
+	if m.lastServed == http2.MaxStream {
+		m.sendGoAway(http2.NoError, "")
 	}
-	m.over = parts
+	m.over = closesInOrder
 }
 
-// finishLost ends a connection on which requests were told that upstream cannot be reached, so that the next ones come
-// on another, for which upstream is dialled again.
+// finishLost ends a connection without upstream once a request was answered, so that downstream reconnects and upstream
+// is dialled again.
 func (m *multiplex) finishLost() {
 	if m.answered && !m.toUp.block.open {
-		m.sayGoAway(http2.NoError, "")
-		m.over = parts
+		m.sendGoAway(http2.NoError, "")
+		m.over = closesInOrder
 	}
 }
 
-// goAway passes on that no more streams are served. Those that upstream does not serve are ended.
+// goAway forwards GOAWAY. It ends the streams that upstream does not serve.
 func (l *lane) goAway(b []byte) error {
 	if l.fromDown() {
-		l.out.Append(b) // it speaks of pushes, and of errors
+		l.out.Append(b) // about pushes and errors only
 		return l.idleFrame()
 	}
 	m := l.m
-	m.goneAway = min(m.goneAway, http2.Uint31(b[http2.HeaderLength:]))
-	http2.PutUint32(b[http2.HeaderLength:], m.goneAway) // what downstream was told before may not be exceeded
+	m.lastServed = min(m.lastServed, http2.Uint31(b[http2.HeaderLength:]))
+	http2.PutUint32(b[http2.HeaderLength:], m.lastServed) // the announced stream ID must not increase
 	l.out.Append(b)
 	for id, s := range m.streams.open {
-		if id > m.goneAway {
+		if id > m.lastServed {
 			m.resetDownstream(id, http2.RefusedStream)
 			s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagUpstreamRemoteReset, resetDetails(s, http2.RefusedStream)
 			m.finish(s, flow.UpstreamReset, nil)
@@ -191,58 +192,59 @@ func (l *lane) goAway(b []byte) error {
 	return l.idleFrame()
 }
 
-// leaving is how far the end by a drain has come.
-type leaving uint8
+// drainPhase is the progress of a drain.
+type drainPhase uint8
 
 const (
-	stays leaving = iota
-	endAnnounced
-	endTold
+	notDraining drainPhase = iota
+	goAwayAnnounced
+	goAwayFinal
 )
 
-// leaveGrace is how long new streams are served after the end was announced: those that were on their way.
-const leaveGrace = time.Second
+// drainGrace is how long new streams are still served after the first GOAWAY, because they may be in flight.
+const drainGrace = time.Second
 
-// drain ends the connection when the engine drains: first downstream is asked to send no more requests, then told which
-// was the last, and when all are answered the connection ends.
+// drain ends this connection when that is requested: a first GOAWAY asks downstream to open no more streams, a second
+// one announces the last stream that is served, and the connection closes when all streams have ended (RFC 9113 §6.8).
 func (m *multiplex) drain() {
 	switch {
-	case m.leaving == stays:
-		if m.engine.state.Load() != draining || !m.toDown.settled {
+	case m.drainPhase == notDraining:
+		m.drainRequested = m.drainRequested || m.engine.Draining()
+		if !m.drainRequested || !m.toDown.settingsSent {
 			return
 		}
-		if m.goneAway == http2.MaxStream {
+		if m.lastServed == http2.MaxStream {
 			m.toDown.insert(http2.AppendGoAway(m.toDown.scratch, http2.MaxStream, http2.NoError, ""))
 			m.toDown.flush()
 		}
-		m.leaving, m.leaveAt = endAnnounced, m.now().Add(leaveGrace)
-	case m.leaving == endAnnounced && !m.now().Before(m.leaveAt):
-		m.late(leaveLimit)
-	case m.leaving == endTold && m.streams.active == 0 && m.toDown.idle():
-		m.over = parts
+		m.drainPhase, m.finalGoAwayAt = goAwayAnnounced, m.now().Add(drainGrace)
+	case m.drainPhase == goAwayAnnounced && !m.now().Before(m.finalGoAwayAt):
+		m.timedOut(drainLimit)
+	case m.drainPhase == goAwayFinal && m.streams.active == 0 && m.toDown.idle():
+		m.over = closesInOrder
 	}
 }
 
-// limit is a limit of time.
+// limit is a kind of timeout.
 type limit uint8
 
 const (
 	noLimit limit = iota
 	idleLimit
 	halfCloseLimit
-	leaveLimit
+	drainLimit
 	requestLimit
 	headLimit
 	lostLimit
 )
 
-// lostTime is how long a connection without an upstream waits for a request to answer.
+// lostTime is how long a connection without upstream waits for a request to answer.
 const lostTime = 5 * time.Second
 
-// deadline returns when the coming wait has to end, and why. A zero time is no deadline, and the ordinary case, in which
-// nobody asks for the time.
+// deadline returns when the next wait has to end, and for which limit. A zero time means no deadline. In that common
+// case the clock is not read.
 func (m *multiplex) deadline() (at time.Time, why limit) {
-	config := &m.engine.config
+	config := m.settings
 	sooner := func(limit limit, from time.Time, after time.Duration) {
 		if t := from.Add(after); why == noLimit || t.Before(at) {
 			at, why = t, limit
@@ -254,8 +256,8 @@ func (m *multiplex) deadline() (at time.Time, why limit) {
 		}
 		sooner(limit, m.lastMove, after)
 	}
-	if m.leaving == endAnnounced {
-		sooner(leaveLimit, m.leaveAt, 0)
+	if m.drainPhase == goAwayAnnounced {
+		sooner(drainLimit, m.finalGoAwayAt, 0)
 	}
 	if len(m.waiting) > 0 {
 		if s, since := m.longestWait(); s != nil {
@@ -273,69 +275,53 @@ func (m *multiplex) deadline() (at time.Time, why limit) {
 	return at, why
 }
 
-// quietLimit is how long nothing may move.
+// quietLimit returns how long the connection may be idle.
 func (m *multiplex) quietLimit() (limit, time.Duration) {
-	config := &m.engine.config
+	config := m.settings
 	if idle, half := config.IdleTimeout, config.HalfCloseTimeout; m.downEnded && half > 0 && (idle <= 0 || half < idle) {
 		return halfCloseLimit, half
 	}
 	return idleLimit, config.IdleTimeout
 }
 
-// late does what a limit calls for that has passed.
-func (m *multiplex) late(why limit) {
+// timedOut handles an expired limit.
+func (m *multiplex) timedOut(why limit) {
 	switch why {
 	case idleLimit:
-		m.leave(http2.NoError, "idle", flow.IdleTimeout, nil)
+		m.terminate(http2.NoError, "idle", flow.IdleTimeout, nil)
 	case halfCloseLimit:
-		m.leave(http2.NoError, "half-closed", flow.HalfCloseTimeout, nil)
+		m.terminate(http2.NoError, "half-closed", flow.HalfCloseTimeout, nil)
 	case headLimit:
-		m.leave(http2.EnhanceYourCalm, "header block takes too long", flow.HeadTimeout, nil)
+		m.terminate(http2.EnhanceYourCalm, "header block takes too long", flow.HeadTimeout, nil)
 	case lostLimit:
-		m.leave(http2.NoError, "", flow.UpstreamUnreachable, nil)
-	case leaveLimit:
-		if m.goneAway > m.streams.last { // else upstream has said it
-			m.sayGoAway(http2.NoError, "")
+		m.terminate(http2.NoError, "", flow.UpstreamUnreachable, nil)
+	case drainLimit:
+		if m.lastServed > m.streams.last { // otherwise upstream's GOAWAY was forwarded
+			m.sendGoAway(http2.NoError, "")
 		}
-		m.leaving = endTold
+		m.drainPhase = goAwayFinal
 	case requestLimit:
-		m.requestsLate()
+		m.requestsTimedOut()
 	}
 }
 
-// requestsLate answers the requests that have waited too long for a response.
-func (m *multiplex) requestsLate() {
+// requestsTimedOut answers the requests whose RequestTimeout has passed.
+func (m *multiplex) requestsTimedOut() {
 	for {
 		s, since := m.longestWait()
-		if s == nil || m.now().Sub(since) < m.engine.config.RequestTimeout {
+		if s == nil || m.now().Sub(since) < m.settings.RequestTimeout {
 			return
 		}
 		m.resetUpstream(s.id, http2.Cancel)
-		_ = m.answer(s, &replyRequestTimeout, nil) // it is an error for requests alone
+		_ = m.answer(s, &replyRequestTimeout, nil) // fails only for a rejected request
 	}
 }
 
 // closeAll closes the records of all open streams.
 func (m *multiplex) closeAll(reason flow.Reason, err error) {
 	for _, s := range m.streams.open {
-		s.blame(reason, err)
+		s.setFailure(reason, err)
 		m.streams.remove(s)
-		s.close(m, nil)
+		s.close(m.engine.config.Flows, nil)
 	}
-}
-
-// blame says why a stream ends with its connection.
-func (s *stream) blame(reason flow.Reason, err error) {
-	r := &s.record.HTTP
-	switch reason {
-	case flow.DownstreamLeft:
-		r.Flags, r.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
-	case flow.BadFraming, flow.Overload:
-		r.Flags, r.Details = envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation
-	case flow.BadResponse:
-		r.Flags, r.Details = envoy.FlagUpstreamProtocolError, replyBadResponse.details
-	case flow.HeadTimeout:
-		r.Details = replyHeadTimeout.details
-	}
-	s.reason, s.err = reason, err
 }

@@ -8,89 +8,108 @@ import (
 )
 
 const (
-	laneTurn     = 1 << 20   // bytes that a lane may read before others get their turn
-	maxCredit    = 16 << 10  // bytes of credit of ours that may wait for a side before we stop to read from it
-	maxOut       = 256 << 10 // bytes that frames may come to before the next ones have to wait until they are written
-	keptScratch  = 4 << 10   // the scratch memory that an idle connection keeps
+	laneTurn     = 1 << 20   // bytes a lane may read before the goroutine yields
+	maxCredit    = 16 << 10  // bytes of our WINDOW_UPDATEs that may queue for a peer before we stop reading from it
+	maxOut       = 256 << 10 // output size at which parsing stops until it is written
+	keptScratch  = 4 << 10   // scratch memory that an idle connection keeps
 	keptFragment = 16 << 10
 )
 
-// lane carries the frames of one direction. It reads, deals with the frames that are there, and reads no more until all
-// that came of them is written. So it holds one buffer at most and what became of it, and what waits stays in the sender's
-// kernel.
+// lane forwards the frames of one direction. It reads, handles the frames that arrived, and does not read again until
+// all resulting output is written. So it holds at most one buffer and the output produced from it; everything else
+// stays in the sender's kernel.
 type lane struct {
 	m        *multiplex
-	other    *lane // the way back
+	other    *lane // the opposite direction
 	src, dst *tcp.Conn
 
-	in       *tcp.Buffer // nil while nothing is read that is not dealt with
-	large    bool        // in is a large one
-	parsed   int         // bytes of in that are dealt with; out may point at them
-	out      tcp.Vector  // whole frames, pieces of in and of scratch
-	scratch  []byte      // frames and headers that are not in in
-	outgrown [][]byte    // what scratch was before it grew; out may point at it
-	ended    []*stream   // their records close when out is written
-	credit   int         // bytes of out that give credit back, for what dst has sent to us
-	written  uint64      // bytes that dst took
-	bulk     bool        // the last read left more behind
-	long     bool        // the turn ended with more to read
-	crowded  bool        // in has more to deal with, once out is written
+	laneInput
+	laneOutput
+	frameState
+	laneTables
 
-	srcErr, dstErr error // io.EOF of src is its orderly end
-
-	settled    bool      // src's first Settings frame has come
-	frameLimit int       // the largest frame that dst takes, as far as anybody was told
-	rest       rest      // of a frame whose beginning is dealt with
-	block      block     // a header block that is not complete
-	began      time.Time // see headSince
-	owed       int       // bytes of the connection's window that src gets back, for data that dst never sees
-	idleFrames budget
-
-	decoder *http2.Decoder // of src's header blocks
-	encoder *http2.Encoder // of header blocks for dst
-	unacked []tableSize    // of src's Settings frames that dst has not acknowledged
+	idleFrames     budget
+	srcErr, dstErr error // io.EOF from src is an orderly close
 }
 
-// rest is what is still to come of a frame.
+// laneInput is the input of a lane.
+type laneInput struct {
+	in      *tcp.Buffer // nil if no read bytes are unhandled
+	large   bool        // in is a large buffer
+	parsed  int         // handled bytes of in; out may point at them
+	bulk    bool        // the last read left bytes in the socket
+	yielded bool        // the turn ended while more could be read
+	outFull bool        // in has unhandled frames, because out is full
+}
+
+// laneOutput is the output of a lane.
+type laneOutput struct {
+	out      tcp.Vector // whole frames, pieces of in and of scratch
+	scratch  []byte     // frames and headers generated here
+	outgrown [][]byte   // earlier arrays of scratch, before it grew; out may point at them
+	ended    []*stream  // streams whose records close when out is written
+	credit   int        // bytes of out that are WINDOW_UPDATEs of our own
+	written  uint64     // bytes that dst accepted
+}
+
+// frameState is the position of a lane in its frames.
+type frameState struct {
+	settingsSent bool      // src's first SETTINGS frame was forwarded, or sent in its place
+	frameLimit   int       // the largest frame size that dst has announced
+	rest         rest      // rest of a frame whose beginning was handled
+	block        block     // an incomplete header block
+	began        time.Time // see headSince
+	owed         int       // connection-level credit to return to src, for data that is not forwarded
+}
+
+// laneTables are the HPACK tables of a lane.
+type laneTables struct {
+	decoder *http2.Decoder // of src's header blocks
+	encoder *http2.Encoder // of header blocks for dst
+	unacked []tableSize    // of src's SETTINGS frames that dst has not acknowledged
+}
+
+// rest is the part of a frame that has not arrived.
 type rest struct {
 	data   int    // bytes of data
-	behind int    // bytes that are thrown away after them
-	stream uint32 // whose data it is
+	behind int    // bytes to discard after them
+	stream uint32 // the stream of the data
 	end    bool   // the last byte of data ends the stream
 }
 
-// block collects a header block that comes in several frames.
+// block collects a header block that spans several frames.
 type block struct {
 	open          bool
 	stream        uint32
 	end           bool // the block ends the stream
 	fragments     []byte
 	continuations int
-	err           error // of its stream, found in the first frame
+	err           error // a stream error found in the first frame
 }
 
 func (l *lane) init(m *multiplex, other *lane) {
 	l.m, l.other = m, other
 	l.frameLimit = http2.MinFrameSize
-	l.decoder = http2.NewDecoder(m.engine.config.MaxHeadBytes, m.engine.config.MaxHeadFields)
+	l.decoder = http2.NewDecoder(m.settings.MaxHeadBytes, m.settings.MaxHeadFields)
 	l.encoder = http2.NewEncoder()
-	l.idleFrames = newBudget(idleBurst, idleRate, idleMost, m.requests)
+	l.idleFrames = newIdleBudget(m.requests)
 }
 
-// fromDown tells the direction.
+// fromDown reports whether the lane carries frames from downstream to upstream.
 func (l *lane) fromDown() bool { return l == &l.m.toUp }
 
-// idle reports whether everything that was dealt with is delivered.
+// idle reports whether all output is written.
 func (l *lane) idle() bool { return l.out.Len() == 0 }
 
-// pump moves frames until src has none, dst takes none, or the turn is over. It reports whether anything moved.
+// pump forwards frames until src has no more, dst accepts no more, or the turn ends. It reports whether any bytes
+// moved.
 func (l *lane) pump() (moved bool) {
-	l.long = false
+	l.yielded = false
 	for left := laneTurn; left > 0; {
 		waits := l.out.Len()
 		done := l.flush()
 		moved = moved || l.out.Len() < waits
-		if done && l.crowded {
+		if done && l.outFull {
 			moved = true
 			left -= maxOut
 			l.parse()
@@ -107,11 +126,11 @@ func (l *lane) pump() (moved bool) {
 		left -= n
 		l.parse()
 	}
-	l.long = true
+	l.yielded = true
 	return moved
 }
 
-// flush writes out, and reports whether all of it is written. What nobody can take any more is dropped.
+// flush writes out, and reports whether all of it is written. Output for a peer that is gone is dropped.
 func (l *lane) flush() bool {
 	for l.out.Len() > 0 && l.dst != nil && l.dstErr == nil {
 		if !l.dst.Writable() {
@@ -143,32 +162,32 @@ func (l *lane) flush() bool {
 	if l.in == nil && cap(l.scratch) > keptScratch {
 		l.scratch = nil
 	}
-	l.settle()
+	l.closeEnded()
 	return true
 }
 
-// settle closes the records of streams whose last frame is written.
-func (l *lane) settle() {
+// closeEnded closes the records of streams whose last frame is written.
+func (l *lane) closeEnded() {
 	for i, s := range l.ended {
-		s.close(l.m, l.dstErr)
+		s.close(l.m.engine.config.Flows, l.dstErr)
 		l.ended[i] = nil
 	}
 	l.ended = l.ended[:0]
 }
 
-// mayRead reports whether a read is worth trying, and may be tried: a side that makes us give credit back and does not
-// take it is not listened to. What else waits for a side is no reason to stop: it may not read before it is heard. When
-// upstream refuses to be written to, it may have said why. When upstream has ended, what downstream still sends is not read:
-// as long as we do not know a request, it may be sent again elsewhere.
+// mayRead reports whether to try a read. Stop reading from a peer that does not drain the WINDOW_UPDATEs we owe it.
+// Other queued output is not a reason: the peer may be waiting for us to read first. If writing to upstream failed,
+// upstream may have sent the cause, so it is read. Once upstream has ended, downstream is not read any more: a request
+// that we have not read can safely be sent again on another connection.
 func (l *lane) mayRead() bool {
 	if l.fromDown() && l.other.srcErr != nil {
 		return false
 	}
-	return l.src != nil && l.srcErr == nil && l.other.credit < maxCredit && l.m.over == goesOn &&
+	return l.src != nil && l.srcErr == nil && l.other.credit < maxCredit && l.m.over == running &&
 		(l.src.Readable() || l.other.dstErr != nil)
 }
 
-// read reads once, behind the beginning of a frame that may be held.
+// read reads once, after the incomplete frame that the buffer may hold.
 func (l *lane) read() int {
 	l.makeRoom()
 	n, err := l.in.Fill(l.src)
@@ -196,7 +215,7 @@ func (l *lane) read() int {
 	return 0
 }
 
-// makeRoom sees to a buffer, a large one while there is bulk.
+// makeRoom provides a buffer, a large one while a peer sends much.
 func (l *lane) makeRoom() {
 	switch {
 	case l.in == nil && !l.bulk:
@@ -211,23 +230,23 @@ func (l *lane) makeRoom() {
 	}
 }
 
-// needs is the size of the largest frame that has to be in the buffer as a whole.
+// needs returns the size of the largest frame that must fit the buffer as a whole.
 func (l *lane) needs() int { return http2.HeaderLength + max(http2.MinFrameSize, l.blockLimit()) }
 
-// blockLimit bounds a header block as it is on the wire, with padding and priority.
-func (l *lane) blockLimit() int { return l.m.engine.config.MaxHeadBytes + 262 }
+// blockLimit limits an encoded header block, with padding and priority.
+func (l *lane) blockLimit() int { return l.m.settings.MaxHeadBytes + 262 }
 
-// parse deals with all that is in the buffer. Header blocks may grow when they are encoded anew, a reference to a large
-// field above all: then parse stops early, and crowded says so.
+// parse handles the frames in the buffer. A header block may grow when it is re-encoded, most of all a reference to a
+// large table entry: parse stops when out is full, and sets outFull.
 func (l *lane) parse() {
-	l.crowded = false
-	for l.in != nil && l.m.over == goesOn {
+	l.outFull = false
+	for l.in != nil && l.m.over == running {
 		if l.out.Len() > maxOut {
-			l.crowded = true
+			l.outFull = true
 			break
 		}
 		progress, err := l.step(l.in.Bytes()[l.parsed:])
-		if err != nil && !l.m.breach(l, err) {
+		if err != nil && !l.m.handleError(l, err) {
 			return
 		}
 		if !progress {
@@ -240,15 +259,15 @@ func (l *lane) parse() {
 	}
 }
 
-// giveBack gives src credit, for data that dst does not see: on a stream, or, with zero, on the connection.
+// giveBack sends src credit for data that is not forwarded: for a stream, or with zero for the connection.
 func (l *lane) giveBack(stream uint32, n int) {
 	was := len(l.other.scratch)
 	l.other.insert(http2.AppendWindowUpdate(l.other.scratch, stream, n))
 	l.other.credit += len(l.other.scratch) - was
 }
 
-// headSince is since when we wait for the rest of a frame or of a header block; zero while there is none to wait for. The
-// time does not run while dst keeps us from reading.
+// headSince returns since when the rest of a frame or of a header block is missing; zero if no part is missing. Time
+// during which dst keeps us from reading does not count.
 func (l *lane) headSince() time.Time {
 	switch {
 	case !l.idle() || !l.block.open && (l.in == nil || l.in.Len() == l.parsed):
@@ -259,14 +278,14 @@ func (l *lane) headSince() time.Time {
 	return l.began
 }
 
-// step deals with the frame that b begins with, or the rest of one. It reports false when more bytes are needed. After an
-// error of a stream the frame is dealt with.
+// step handles the frame at the beginning of b, or the rest of one. It reports false if more bytes are needed. After a
+// stream error the frame counts as handled.
 func (l *lane) step(b []byte) (bool, error) {
 	if l.rest.data+l.rest.behind > 0 {
 		if len(b) == 0 {
 			return false, nil
 		}
-		return true, l.carry(b)
+		return true, l.continueFrame(b)
 	}
 	if len(b) < http2.HeaderLength {
 		return false, l.checkBeginning(b)
@@ -292,29 +311,29 @@ func (l *lane) step(b []byte) (bool, error) {
 		}
 		l.parsed += whole
 		return true, l.frame(h, b[:whole])
-	case http2.PushPromise: // it was forbidden, and no client may send it
+	case http2.PushPromise: // disabled by our SETTINGS, and never allowed from a client
 		return false, http2.ConnectionError(http2.ProtocolError, "a push")
 	}
-	l.parsed += http2.HeaderLength // an extension, which is between neighbours (RFC 9113 §5.5)
+	l.parsed += http2.HeaderLength // an extension is hop-by-hop (RFC 9113 §5.5)
 	l.rest = rest{behind: h.Length}
 	return true, l.idleFrame()
 }
 
-// checkBeginning judges upstream's first bytes. One that does not speak HTTP/2 answers with something else.
+// checkBeginning checks upstream's first bytes. A server that does not speak HTTP/2 sends something else than SETTINGS.
 func (l *lane) checkBeginning(b []byte) error {
-	if l.settled || l.fromDown() || http2.BeginsLikeServer(b) {
+	if l.settingsSent || l.fromDown() || http2.BeginsLikeServer(b) {
 		return nil
 	}
 	return errNotHTTP2
 }
 
-// check judges a header where it stands.
+// check validates a frame header in the current state.
 func (l *lane) check(h http2.Header) error {
 	if err := h.Check(l.frameLimit); err != nil {
 		return err
 	}
 	switch {
-	case !l.settled && (h.Type != http2.Settings || h.Has(http2.Ack)):
+	case !l.settingsSent && (h.Type != http2.Settings || h.Has(http2.Ack)):
 		return http2.ConnectionError(http2.ProtocolError, "the first frame is not SETTINGS")
 	case l.block.open != (h.Type == http2.Continuation), l.block.open && h.Stream != l.block.stream:
 		return http2.ConnectionError(http2.ProtocolError, "a header block is interrupted")
@@ -328,7 +347,7 @@ func (l *lane) check(h http2.Header) error {
 	return nil
 }
 
-// frame deals with a whole frame.
+// frame handles a complete frame.
 func (l *lane) frame(h http2.Header, b []byte) error {
 	payload := b[http2.HeaderLength:]
 	switch h.Type {
@@ -346,7 +365,7 @@ func (l *lane) frame(h http2.Header, b []byte) error {
 		return l.goAway(b)
 	case http2.Ping:
 		return l.ping(h, b)
-	case http2.PriorityFrame: // obsolete, and between neighbours
+	case http2.PriorityFrame: // obsolete, and hop-by-hop
 		if http2.DependsOnItself(h.Stream, payload) {
 			return http2.StreamError(h.Stream, http2.ProtocolError, "stream depends on itself")
 		}
@@ -354,8 +373,9 @@ func (l *lane) frame(h http2.Header, b []byte) error {
 	return l.idleFrame()
 }
 
-// insert puts frames of our own into the lane: scratch with them appended. What out points at stays where it is, even if
-// scratch has moved. A server speaks of its settings first: until then the frames are held in scratch.
+// insert queues frames of our own: the argument is scratch with the frames appended. Bytes that out points at stay in
+// place, even if scratch has moved. A server's SETTINGS come first: until they are sent, the frames are held in
+// scratch.
 func (l *lane) insert(scratch []byte) {
 	was := len(l.scratch)
 	if cap(scratch) != cap(l.scratch) && was > 0 {
@@ -367,10 +387,10 @@ func (l *lane) insert(scratch []byte) {
 	}
 }
 
-// holds reports whether frames for downstream have to wait for upstream's settings.
-func (l *lane) holds() bool { return !l.settled && !l.fromDown() }
+// holds reports whether frames for downstream must wait for upstream's SETTINGS.
+func (l *lane) holds() bool { return !l.settingsSent && !l.fromDown() }
 
-// idleFrame counts a frame that carries nothing.
+// idleFrame counts a frame without effect.
 func (l *lane) idleFrame() error {
 	if l.idleFrames.spend(l.m.now) {
 		return nil
@@ -378,8 +398,8 @@ func (l *lane) idleFrame() error {
 	return http2.ConnectionError(http2.EnhanceYourCalm, "flood of frames that carry nothing")
 }
 
-// progress counts a frame that carries something, with so many bytes of data. What comes back because of it may be frames
-// that carry nothing: credit, for each piece in which the data is consumed.
+// progress counts a frame with effect and the length of its data. The peer may respond with frames without effect: a
+// WINDOW_UPDATE for each piece of data that it consumes.
 func (l *lane) progress(data int) {
 	bonus := idleBonus + data/idleBonusBytes
 	l.idleFrames.earn(bonus)
@@ -400,7 +420,7 @@ func (l *lane) headers(h http2.Header, payload []byte) error {
 	return nil
 }
 
-// continuation goes on with a header block.
+// continuation adds a CONTINUATION frame to the header block.
 func (l *lane) continuation(h http2.Header, fragment []byte) error {
 	b := &l.block
 	if b.continuations++; b.continuations > maxContinuations {
@@ -419,8 +439,8 @@ func (l *lane) continuation(h http2.Header, fragment []byte) error {
 	return err
 }
 
-// message deals with a complete header block. Before it may be refused it is decoded, as the sender's table must be
-// followed. broken is an error of its stream that was found before.
+// message handles a complete header block. Even a rejected block is decoded first, to keep the HPACK table in step with
+// the sender's. broken is a stream error found earlier.
 func (l *lane) message(stream uint32, end bool, encoded []byte, broken error) error {
 	fields, whole, err := l.decoder.Decode(encoded)
 	if err != nil {
@@ -435,7 +455,7 @@ func (l *lane) message(stream uint32, end bool, encoded []byte, broken error) er
 	return l.m.fromUpstream(stream, end, fields, whole)
 }
 
-// ping passes a ping on, so that it measures the whole way.
+// ping forwards a ping, so that it measures the round trip to the far end.
 func (l *lane) ping(h http2.Header, b []byte) error {
 	if l.m.lost == nil {
 		l.out.Append(b)
@@ -448,7 +468,7 @@ func (l *lane) ping(h http2.Header, b []byte) error {
 	return l.idleFrame()
 }
 
-// windowUpdate passes credit on.
+// windowUpdate forwards credit.
 func (l *lane) windowUpdate(h http2.Header, b []byte) error {
 	n := http2.Uint31(b[http2.HeaderLength:])
 	if n == 0 {
@@ -460,7 +480,7 @@ func (l *lane) windowUpdate(h http2.Header, b []byte) error {
 			return err
 		}
 		if s == nil {
-			return l.idleFrame() // it has crossed with the end of the stream
+			return l.idleFrame() // crossed with the end of the stream
 		}
 	} else if l.fromDown() {
 		l.m.window.connection += int64(n)
@@ -469,7 +489,7 @@ func (l *lane) windowUpdate(h http2.Header, b []byte) error {
 	return l.idleFrame()
 }
 
-// find returns the stream that a frame is for, nil when it is closed. A stream that was never opened is an error.
+// find returns the stream of a frame, nil if the stream is closed. A stream that was never opened is an error.
 func (l *lane) find(id uint32) (*stream, error) {
 	if s := l.m.streams.find(id); s != nil {
 		return s, nil
@@ -480,7 +500,7 @@ func (l *lane) find(id uint32) (*stream, error) {
 	return nil, nil
 }
 
-// release gives back what the lane holds.
+// release releases the buffers.
 func (l *lane) release() {
 	l.out.Reset()
 	l.in.Release()

@@ -11,7 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// fromDownstream deals with a decoded header block from downstream: a request, or what follows its body.
+// fromDownstream handles a decoded header block from downstream: a request head or trailers.
 func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, whole bool, broken error) error {
 	if s := m.streams.find(id); s != nil {
 		return m.requestTrailers(s, end, fields, whole)
@@ -25,18 +25,18 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return http2.ConnectionError(http2.StreamClosed, "header block on a closed stream")
 	}
 	m.streams.last = id
-	if id > m.goneAway {
+	if id > m.lastServed {
 		return m.refuse(id)
 	}
 	request, err := http2.ParseRequest(fields)
 	if err == nil {
 		err = broken
 	}
-	s := m.takeStream(id)
+	s := takeStream(m.engine, m.Record, id, m.requests)
 	s.request = body{declared: request.ContentLength, ended: end}
 	s.response = body{declared: -1}
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
-	seen := m.note(s, &request, fields)
+	seen := s.recordRequest(&request, fields)
 	m.streams.add(s)
 	switch {
 	case !whole:
@@ -56,61 +56,21 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.tooMany(s)
 	}
 	m.routed.view(&s.record)
-	if decision := m.Router.Route(&m.routed); decision.Target != m.Target {
+	decision := m.Router.Route(&m.routed)
+	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
+	switch {
+	case decision.noRoute():
+		return m.answer(s, &replyNoRoute, errNoRoute)
+	case decision.Target != m.Target:
 		return m.answer(s, &replyMisdirected, errMisdirected)
 	}
 	m.forwardRequest(s, end, fields, seen)
 	return nil
 }
 
-// seen is which of the fields that we may add a request has.
-type seen struct{ id, forwardedFor, forwardedProto bool }
-
-// note copies what the record tells of a request.
-func (m *multiplex) note(s *stream, request *http2.Request, fields []http2.Field) (has seen) {
-	authority, id, agent, forwardedFor := request.Authority, "", "", 0
-	for i := range fields {
-		switch f := &fields[i]; f.Name {
-		case "x-request-id":
-			id, has.id = f.Value, true
-		case "x-forwarded-for":
-			if !has.forwardedFor {
-				forwardedFor, has.forwardedFor = i, true
-			}
-		case "x-forwarded-proto":
-			has.forwardedProto = true
-		case "content-type":
-			s.record.HTTP.GRPC = isGRPC(f.Value)
-		case "user-agent":
-			agent = f.Value
-		case "host":
-			if authority == "" {
-				authority = f.Value
-			}
-		}
-	}
-	if s.names == nil {
-		s.names = make([]byte, 0, namesSize)
-	}
-	s.record.Cluster, s.record.Route, s.record.Peer = m.Record.Cluster, m.Record.Route, m.Record.Peer
-	to := &s.record.HTTP
-	to.Method, to.Path, to.Authority = s.name(request.Method), s.name(request.Path), s.name(authority)
-	if has.id {
-		to.ID = s.name(id)
-	}
-	if agent != "" {
-		to.UserAgent = s.name(agent)
-	}
-	if has.forwardedFor {
-		to.ForwardedFor = s.nameJoined(fields[forwardedFor:])
-	}
-	to.Fields = s.nameFields(to.Fields, fields, m.engine.config.Note.Request)
-	return has
-}
-
-// forwardRequest sends a request upstream, with the fields that are added.
+// forwardRequest sends a request upstream, with the added fields.
 func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
-	l, add := &m.toUp, &m.engine.config.Fields
+	l, add := &m.toUp, &s.settings.Fields
 	s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
 	block := l.beginBlock()
 	for i := range fields {
@@ -138,8 +98,8 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 	}
 }
 
-// beginBlock returns scratch with room for a frame's header. The caller appends a header block and hands it to endBlock;
-// nothing else may use the lane meanwhile.
+// beginBlock returns scratch with room for a frame header. The caller appends a header block and passes it to endBlock;
+// the lane must not be used in between.
 func (l *lane) beginBlock() []byte {
 	var room [http2.HeaderLength]byte
 	return append(l.scratch, room[:]...)
@@ -150,8 +110,8 @@ func (l *lane) endBlock(block []byte, stream uint32, end bool) {
 	l.insert(http2.AppendHeaders(block, len(l.scratch), stream, end))
 }
 
-// pass encodes fields anew and sends them on.
-func (l *lane) pass(s *stream, end bool, fields []http2.Field) {
+// forwardBlock re-encodes fields and sends them.
+func (l *lane) forwardBlock(s *stream, end bool, fields []http2.Field) {
 	block := l.beginBlock()
 	for i := range fields {
 		block = l.encoder.AppendField(block, fields[i])
@@ -159,26 +119,29 @@ func (l *lane) pass(s *stream, end bool, fields []http2.Field) {
 	l.endBlock(block, s.id, end)
 }
 
-// requestTrailers deals with a header block behind the head of a request.
+// requestTrailers handles a header block after the head of a request.
 func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, whole bool) error {
 	switch {
 	case s.request.ended:
 		return http2.StreamError(s.id, http2.StreamClosed, "header block behind the end")
-	case !end || !whole || !s.request.whole() || http2.CheckTrailers(fields) != nil:
-		return http2.StreamError(s.id, http2.ProtocolError, "malformed trailers")
+	case !whole:
+		return errTrailers(s.id)
 	}
-	m.toUp.pass(s, true, fields)
-	m.toUp.ends(s, true)
+	if err := s.request.endsWith(s.id, end, fields); err != nil {
+		return err
+	}
+	m.toUp.forwardBlock(s, true, fields)
+	m.toUp.endMessage(s, true)
 	return nil
 }
 
-// fromUpstream deals with a decoded header block from upstream.
+// fromUpstream handles a decoded header block from upstream.
 func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whole bool) error {
 	s, err := m.toDown.find(id)
 	switch {
 	case err != nil:
 		return err
-	case s == nil: // it has crossed with a reset
+	case s == nil: // crossed with a reset
 		return m.toDown.idleFrame()
 	case s.response.ended:
 		return http2.StreamError(id, http2.StreamClosed, "header block behind the end")
@@ -194,7 +157,7 @@ func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whol
 	case response.Interim() && end:
 		return http2.StreamError(id, http2.ProtocolError, "interim response that is the last")
 	case response.Interim():
-		m.toDown.pass(s, false, fields)
+		m.toDown.forwardBlock(s, false, fields)
 		return nil
 	}
 	return m.forwardResponse(s, end, fields, response)
@@ -202,22 +165,13 @@ func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whol
 
 // forwardResponse sends the head of a final response downstream.
 func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, response http2.Response) error {
-	s.response.declared = response.ContentLength
-	switch {
-	case s.tunnel && response.Status < 300:
-		s.response.declared = -1
-		s.record.HTTP.Upgraded = true
-	case s.head, response.Status == http.StatusNoContent, response.Status == http.StatusNotModified:
-		s.response.declared = 0
+	if err := s.beginResponse(&response, end); err != nil {
+		return err
 	}
-	if end && !s.response.whole() {
-		return http2.StreamError(s.id, http2.ProtocolError, "body of another length than declared")
-	}
-	s.begun = true
 	r := &s.record.HTTP
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
-	r.ResponseFields = s.nameFields(r.ResponseFields, fields, m.engine.config.Note.Response)
-	l, timed := &m.toDown, m.engine.config.Fields.ServiceTime
+	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
+	l, timed := &m.toDown, s.settings.Fields.ServiceTime
 	block := l.beginBlock()
 	for i := range fields {
 		switch fields[i].Name {
@@ -225,7 +179,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 			r.GRPCStatus = s.name(fields[i].Value)
 		case serviceTimeField:
 			if timed {
-				continue // another agent's on the way here; ours includes its time
+				continue // an agent between here and the server set it; our time includes that agent's
 			}
 		}
 		block = l.encoder.AppendField(block, fields[i])
@@ -235,38 +189,28 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 		block = l.encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
 	}
 	l.endBlock(block, s.id, end)
-	l.ends(s, end)
+	l.endMessage(s, end)
 	return nil
 }
 
 const serviceTimeField = "x-envoy-upstream-service-time"
 
-// responseTrailers sends what follows the body of a response.
+// responseTrailers forwards the trailers of a response.
 func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) error {
-	if !end || !s.response.whole() || http2.CheckTrailers(fields) != nil {
-		return http2.StreamError(s.id, http2.ProtocolError, "malformed trailers")
+	if err := s.response.endsWith(s.id, end, fields); err != nil {
+		return err
 	}
 	for i := range fields {
 		if fields[i].Name == "grpc-status" {
 			s.record.HTTP.GRPCStatus = s.name(fields[i].Value)
 		}
 	}
-	m.toDown.pass(s, true, fields)
-	m.toDown.ends(s, true)
+	m.toDown.forwardBlock(s, true, fields)
+	m.toDown.endMessage(s, true)
 	return nil
 }
 
-// replyMisdirected answers a request that the router sends to another upstream than the connection's. The stream cannot go
-// there, since its number and windows are those of this upstream connection, and must not go to this one (RFC 9110
-// §15.5.20: the client may repeat it on another connection).
-var replyMisdirected = reply{421, "Misdirected Request", flow.UpstreamUnreachable, "NR", "misdirected_request"}
-
-var errMisdirected = errors.New("the request is routed to another upstream than its HTTP/2 connection")
-
-// replyHeaderListTooLarge is replyHeadTooLarge for HTTP/2.
-var replyHeaderListTooLarge = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2TooManyFields}
-
-// malformed refuses a request that is against the rules.
+// malformed resets a malformed request.
 func (m *multiplex) malformed(s *stream, err error) error {
 	details := envoy.DetailsHTTP2Violation
 	if errors.Is(err, http2.ErrField) {
@@ -276,13 +220,13 @@ func (m *multiplex) malformed(s *stream, err error) error {
 	return m.reject(s, http2.ProtocolError, flow.BadFraming, err)
 }
 
-// tooMany refuses a stream beyond the number that downstream was told. It may send the request again.
+// tooMany resets a stream that exceeds the announced limit. The client may send the request again.
 func (m *multiplex) tooMany(s *stream) error {
 	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagUpstreamOverflow, envoy.DetailsOverload
 	return m.reject(s, http2.RefusedStream, flow.Overload, nil)
 }
 
-// reject resets a stream that upstream has not seen.
+// reject resets a stream that was not forwarded to upstream.
 func (m *multiplex) reject(s *stream, code http2.Code, reason flow.Reason, err error) error {
 	id := s.id
 	m.resetDownstream(id, code)
@@ -290,8 +234,8 @@ func (m *multiplex) reject(s *stream, code http2.Code, reason flow.Reason, err e
 	return m.countReset()
 }
 
-// refuse resets a stream that comes after the last one that is served. Its client sends the request elsewhere, and it is
-// counted there.
+// refuse resets a stream above the last one that is served. It has no record: the client sends the request on another
+// connection, and it is recorded there.
 func (m *multiplex) refuse(id uint32) error {
 	m.resetDownstream(id, http2.RefusedStream)
 	return m.countReset()
@@ -302,7 +246,7 @@ func (m *multiplex) resetDownstream(id uint32, code http2.Code) {
 	m.toDown.insert(http2.AppendResetStream(m.toDown.scratch, id, code))
 }
 
-// countReset counts a stream that came to nothing by downstream's doing.
+// countReset counts a stream that failed because of downstream.
 func (m *multiplex) countReset() error {
 	if m.resets.spend(m.now) {
 		return nil
@@ -310,37 +254,17 @@ func (m *multiplex) countReset() error {
 	return http2.ConnectionError(http2.EnhanceYourCalm, "too many bad requests")
 }
 
-// answer answers a request in upstream's place, and closes its stream. gRPC does not look at the status of HTTP, so it is
-// told in its own way, as trailers without a body. While upstream is there the answer has no body either: upstream keeps
-// the account of how much downstream takes.
+// answer sends a reply in place of upstream, and closes the stream. gRPC clients ignore the HTTP status, so they get
+// the status in trailers without a body. While upstream is connected the reply has no body either: upstream accounts
+// for downstream's flow-control windows.
 func (m *multiplex) answer(s *stream, r *reply, err error) error {
 	l := &m.toDown
-	to := &s.record.HTTP
-	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
-	if s.record.HTTP.GRPC {
-		to.Status = http.StatusOK
-	}
 	text := r.body
 	size := int64(len(text))
 	if s.record.HTTP.GRPC || s.head || m.lost == nil || m.window.stream < size || m.window.connection < size {
 		text = ""
 	}
-	block := l.beginBlock()
-	add := func(name, value string) { block = l.encoder.AppendField(block, http2.Field{Name: name, Value: value}) }
-	add(":status", strconv.Itoa(to.Status))
-	add("server", "pillion")
-	add("date", m.now().UTC().Format(http.TimeFormat))
-	if s.record.HTTP.GRPC {
-		to.GRPCStatus = s.name(r.grpcStatus())
-		add("content-type", "application/grpc")
-		add("grpc-status", r.grpcStatus())
-		add("grpc-message", r.grpcMessage())
-	} else if text != "" || s.head {
-		add("content-type", "text/plain")
-		add("content-length", strconv.FormatInt(size, 10))
-	} else {
-		add("content-length", "0")
-	}
+	block := s.appendReply(l.beginBlock(), l.encoder, r, m.now(), text != "")
 	l.endBlock(block, s.id, text == "")
 	if text != "" {
 		m.window.connection -= size
@@ -348,7 +272,7 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 		l.insert(append(http2.Header{Length: len(text), Type: http2.Data, Flags: http2.EndStream, Stream: s.id}.Append(l.scratch), text...))
 	}
 	if !s.request.ended {
-		m.resetDownstream(s.id, http2.NoError) // the rest of the request is not wanted (RFC 9113 §8.1)
+		m.resetDownstream(s.id, http2.NoError) // stop the rest of the request (RFC 9113 §8.1)
 	}
 	m.finish(s, r.reason, err)
 	if r.reason == flow.HeadTooLarge {

@@ -2,45 +2,45 @@ package httpforward
 
 import "github.com/pillion-proxy/pillion/internal/http2"
 
-// wishes are the settings of one Settings frame. What a frame says twice counts as it is said last.
-type wishes struct {
-	said   uint16 // the settings that are there, as bits
-	values [http2.EnableConnectProtocol + 1]uint32
+// settingsFrame holds one SETTINGS frame; the last value of a repeated parameter wins (RFC 9113 §6.5.3).
+type settingsFrame struct {
+	present uint16 // the parameters present, as bits
+	values  [http2.EnableConnectProtocol + 1]uint32
 }
 
-func (w *wishes) set(id http2.SettingID, value uint32) {
-	w.said |= 1 << id
+func (w *settingsFrame) set(id http2.SettingID, value uint32) {
+	w.present |= 1 << id
 	w.values[id] = value
 }
 
-func (w *wishes) has(id http2.SettingID) bool { return w.said>>id&1 != 0 }
+func (w *settingsFrame) has(id http2.SettingID) bool { return w.present>>id&1 != 0 }
 
-// atMost lowers a setting, or makes it, so that it is no more than value.
-func (w *wishes) atMost(id http2.SettingID, value uint32) {
+// atMost sets a parameter to value, unless it is already lower.
+func (w *settingsFrame) atMost(id http2.SettingID, value uint32) {
 	if !w.has(id) || w.values[id] > value {
 		w.set(id, value)
 	}
 }
 
-// tableSize is what a Settings frame says of the header table: how small it was, and how large it is in the end.
+// tableSize holds the HEADER_TABLE_SIZE values of one SETTINGS frame: the smallest, and the last.
 type tableSize struct {
-	said          bool
+	present       bool
 	smallest, now uint32
 }
 
 func (t *tableSize) note(n uint32) {
-	if !t.said || n < t.smallest {
+	if !t.present || n < t.smallest {
 		t.smallest = n
 	}
-	t.said, t.now = true, n
+	t.present, t.now = true, n
 }
 
-// settings passes a Settings frame on, so that each side hears the other's wishes, but for what concerns us.
+// settings forwards a SETTINGS frame, so that each side receives the other's parameters, except where they concern us.
 func (l *lane) settings(h http2.Header, payload []byte) error {
 	if h.Has(http2.Ack) {
-		return l.acknowledged()
+		return l.ackReceived()
 	}
-	if l.settled {
+	if l.settingsSent {
 		if err := l.idleFrame(); err != nil {
 			return err
 		}
@@ -48,7 +48,7 @@ func (l *lane) settings(h http2.Header, payload []byte) error {
 	if len(l.unacked) == maxUnacked {
 		return http2.ConnectionError(http2.EnhanceYourCalm, "too many SETTINGS frames")
 	}
-	var w wishes
+	var w settingsFrame
 	var table tableSize
 	for len(payload) > 0 {
 		var s http2.Setting
@@ -57,28 +57,28 @@ func (l *lane) settings(h http2.Header, payload []byte) error {
 			return err
 		}
 		if !s.ID.Known() {
-			continue // an extension is between neighbours: what it allows would not get through
+			continue // an extension is hop-by-hop; its frames would not be forwarded
 		}
 		w.set(s.ID, s.Value)
 		if s.ID == http2.HeaderTableSize {
 			table.note(s.Value)
 		}
 	}
-	if err := l.heed(&w); err != nil {
+	if err := l.apply(&w); err != nil {
 		return err
 	}
 	if l.m.lost != nil {
-		l.settled = true
+		l.settingsSent = true
 		l.other.insert(appendSettingsAck(l.other.scratch))
 		return nil
 	}
 	l.unacked = append(l.unacked, table)
-	l.say(w)
+	l.sendSettings(w)
 	return nil
 }
 
-// heed takes note of the settings that concern what we do.
-func (l *lane) heed(w *wishes) error {
+// apply applies the parameters that affect this proxy.
+func (l *lane) apply(w *settingsFrame) error {
 	if !l.fromDown() && w.has(http2.EnablePush) && w.values[http2.EnablePush] != 0 {
 		return http2.ConnectionError(http2.ProtocolError, "a server cannot be pushed to")
 	}
@@ -86,16 +86,16 @@ func (l *lane) heed(w *wishes) error {
 		l.m.window.stream = int64(w.values[http2.InitialWindowSize])
 	}
 	if w.has(http2.MaxFrameSizeSetting) {
-		// A larger value counts for as long as the connection lasts: a smaller one may not have arrived.
+		// Keep the largest value: frames sent before a lower one arrived may still exceed it.
 		l.other.frameLimit = max(l.other.frameLimit, int(w.values[http2.MaxFrameSizeSetting]))
 	}
 	return nil
 }
 
-// say sends a Settings frame on, edited. The first one has what we have to say as well, whether src says it or not, and
-// what was held goes behind it.
-func (l *lane) say(w wishes) {
-	first, down := !l.settled, l.fromDown()
+// sendSettings sends an edited SETTINGS frame. The first one always contains our own limits, and frames that were held
+// follow it.
+func (l *lane) sendSettings(w settingsFrame) {
+	first, down := !l.settingsSent, l.fromDown()
 	if w.has(http2.HeaderTableSize) {
 		w.atMost(http2.HeaderTableSize, maxTable)
 	}
@@ -106,7 +106,7 @@ func (l *lane) say(w wishes) {
 		w.atMost(http2.MaxConcurrentStreams, maxStreams)
 	}
 	if first || w.has(http2.MaxHeaderListSize) {
-		w.atMost(http2.MaxHeaderListSize, uint32(l.m.engine.config.MaxHeadBytes))
+		w.atMost(http2.MaxHeaderListSize, uint32(l.m.settings.MaxHeadBytes))
 	}
 	held := len(l.scratch)
 	scratch := http2.Header{Type: http2.Settings}.Append(l.scratch)
@@ -116,23 +116,23 @@ func (l *lane) say(w wishes) {
 		}
 	}
 	http2.Header{Length: len(scratch) - held - http2.HeaderLength, Type: http2.Settings}.Put(scratch[held:])
-	l.settled = true
+	l.settingsSent = true
 	l.insert(scratch)
 	if first && !down {
 		l.out.Append(scratch[:held])
 	}
 }
 
-// acknowledged passes on that src has heard a Settings frame of dst. From here on src's header blocks, and those for
-// dst, follow it. Later, src might use a table that we do not allow yet; earlier, dst one of which it does not know that
-// it may be used.
-func (l *lane) acknowledged() error {
+// ackReceived forwards src's SETTINGS ACK. From here on header blocks in both directions may use the acknowledged table
+// size: a later change would reject blocks of src that use the new size; an earlier one would send dst blocks for a
+// size it does not allow yet.
+func (l *lane) ackReceived() error {
 	if len(l.other.unacked) == 0 {
 		return l.idleFrame()
 	}
 	table := l.other.unacked[0]
 	l.other.unacked = append(l.other.unacked[:0], l.other.unacked[1:]...)
-	if table.said {
+	if table.present {
 		l.decoder.SetTableSize(min(table.now, maxTable))
 		l.encoder.SetTableSize(table.smallest, table.now)
 	}

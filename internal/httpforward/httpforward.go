@@ -1,10 +1,10 @@
-// Package httpforward forwards HTTP: it reads requests from a downstream connection, sends them to an upstream one, and
-// brings the responses back.
+// Package httpforward forwards HTTP: it reads requests from a downstream connection, sends them to an upstream
+// connection, and returns the responses.
 //
-// There is one engine for HTTP/1 and one for HTTP/2, each one goroutine for a downstream connection and whatever is
-// upstream of it. The upstream of each request is chosen by a Router (router.go): its Decision names the target, and
-// session.connect (HTTP/1) finds a connection to it. Everything that HTTP does not oblige a proxy to change keeps its bytes. Each request has a flow.Record
-// of its own, closed exactly once.
+// There is one engine for HTTP/1 and one for HTTP/2. Each downstream connection, together with its upstream, is served
+// by one goroutine. A Router (router.go) chooses the upstream of each request: its Decision names the target, and
+// session.connect (HTTP/1) finds a connection to it. Every byte is preserved unless HTTP requires a proxy to change it.
+// Each request has its own flow.Record. The record is closed exactly once.
 package httpforward
 
 import (
@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -23,33 +24,52 @@ type Config struct {
 	Dialer    upstream.Dialer
 	Pool      *upstream.Pool // of idle HTTP/1 connections
 	Flows     flow.Sink      // takes each request's record
-	Note      flow.Fields    // of which fields records carry the values
+	Settings                 // until the first Apply
+}
 
+// Settings is what may change while connections are open. A value is never modified: Apply replaces it. HTTP/1 reads it
+// once for each request, when the first byte of the request has arrived, and before each wait for a request. HTTP/2 reads
+// Note and Fields once for each request. It reads the others once for each connection, because the limits are announced
+// to the peer and the timeouts cover all streams.
+type Settings struct {
 	MaxHeadBytes  int // of a request or response head, a header list, or trailers
 	MaxHeadFields int
 
-	HeadTimeout      time.Duration // for the head of a request from its first byte; zero or less: for ever
-	RequestTimeout   time.Duration // from the end of the request to the head of its response; zero or less: for ever
-	IdleTimeout      time.Duration // ends a connection in which nothing moves; zero or less: never
-	HalfCloseTimeout time.Duration // the same once downstream has closed its half; zero or less: never
+	HeadTimeout      time.Duration // for the head of a request from its first byte; zero or less: no limit
+	RequestTimeout   time.Duration // from the end of the request to the head of its response; zero or less: no limit
+	IdleTimeout      time.Duration // ends a connection on which no byte moves; zero or less: never
+	HalfCloseTimeout time.Duration // the same once downstream has half-closed; zero or less: never
 
-	Fields Fields
+	Note   flow.Fields // fields whose values are recorded
+	Fields Fields      // fields that are added to messages
 }
 
-// Connection is what an engine takes over from a room. The engine owns all of it.
+func (s *Settings) check() error {
+	if s.MaxHeadBytes <= 0 || s.MaxHeadFields <= 0 {
+		return errors.New("httpforward: the limits of heads are required")
+	}
+	return nil
+}
+
+// limits returns the limits of a head.
+func (s *Settings) limits() http1.Limits {
+	return http1.Limits{Head: s.MaxHeadBytes, Fields: s.MaxHeadFields}
+}
+
+// Connection is what the caller hands to an engine. The engine owns all of it, except that the caller closes Record.
 type Connection struct {
 	Down *tcp.Conn
-	Read *tcp.Buffer // what was read from Down; never nil, and not empty
+	Read *tcp.Buffer // bytes already read from Down; never nil, and not empty
 
-	// An upstream connection that was made before downstream spoke; nil: none. It serves the first request. EarlyRead is
-	// what was read from it: nil but for HTTP/2, whose servers may speak first.
+	// An upstream connection opened before downstream sent anything; or nil. It serves the first request.
+	// EarlyRead holds the bytes read from it; nil except for HTTP/2, whose servers may send first.
 	Early     *tcp.Conn
 	EarlyRead *tcp.Buffer
 
-	Record *flow.Record // the connection's: who and where. The room closes it; the engine counts in it
+	Record *flow.Record // of the connection. The caller closes it; the engine counts bytes and requests in it
 
-	// Target is where the connection itself leads: the upstream of Early, and of all streams of an HTTP/2 connection, whose
-	// upstream connection is made before the first request.
+	// Target is the upstream of the connection itself: of Early, and of all streams of an HTTP/2 connection, whose
+	// upstream connection is opened before the first request.
 	Target upstream.Target
 
 	Router Router // chooses the upstream of each request; nil: Target for all
@@ -57,38 +77,55 @@ type Connection struct {
 
 // Engine forwards the HTTP of one direction. Make it with New.
 type Engine struct {
-	config Config
-	state  atomic.Int32 // one of the states below
+	config   Config // without Settings
+	settings atomic.Pointer[Settings]
+	state    atomic.Int32 // one of the states below
 }
 
-// The states, in their order. A connection looks at the state when it is woken; the agent wakes all.
+// The states, in their order. A connection checks the state when it is woken, so the poller must be woken after a change.
 const (
 	serving   int32 = iota
-	announced       // HTTP/1 answers say that the connection closes
-	draining        // also, connections without a request close, and HTTP/2 is told to go away
+	announced       // HTTP/1 responses carry Connection: close
+	draining        // also, connections without a request close, and HTTP/2 sends GOAWAY
 )
 
 // New checks the configuration.
 func New(config Config) (*Engine, error) {
-	if config.Dialer.Poller == nil || config.Pool == nil || config.Flows == nil ||
-		config.MaxHeadBytes <= 0 || config.MaxHeadFields <= 0 {
-		return nil, errors.New("httpforward: Dialer, Pool, Flows and the limits of heads are required")
+	if config.Dialer.Poller == nil || config.Pool == nil || config.Flows == nil {
+		return nil, errors.New("httpforward: Dialer, Pool and Flows are required")
 	}
-	return &Engine{config: config}, nil
+	e := &Engine{config: config}
+	e.config.Settings = Settings{}
+	if err := e.Apply(config.Settings); err != nil {
+		return nil, err
+	}
+	return e, nil
 }
 
-// Announce says that the end is near: from now on answers to HTTP/1 requests close their connection, so that their
-// clients go elsewhere without losing a request.
+// Apply replaces the settings. See Settings for which requests and connections use them. Invalid settings change nothing.
+func (e *Engine) Apply(settings Settings) error {
+	if err := settings.check(); err != nil {
+		return err
+	}
+	e.settings.Store(&settings)
+	return nil
+}
+
+// Settings returns the current settings.
+func (e *Engine) Settings() Settings { return *e.settings.Load() }
+
+// Announce prepares for a drain: from now on responses to HTTP/1 requests close their connection, so that clients
+// reconnect elsewhere without losing a request.
 func (e *Engine) Announce() { e.state.CompareAndSwap(serving, announced) }
 
-// Drain ends connections as soon as they have no request: HTTP/1 closes those that wait for one, HTTP/2 says GOAWAY. Wake
-// the poller after it: connections that wait look at the state then.
+// Drain closes each connection as soon as it has no request: HTTP/1 closes connections that wait for one, HTTP/2 sends
+// GOAWAY. Call Poller.WakeAll afterwards, because a waiting connection checks the state only when it is woken.
 func (e *Engine) Drain() { e.state.Store(draining) }
 
 // Draining reports whether Drain was called.
 func (e *Engine) Draining() bool { return e.state.Load() == draining }
 
-// Serve serves the requests of a connection until it ends, by HTTP/2 or HTTP/1.
+// Serve serves the requests of a connection until it ends, as HTTP/2 or HTTP/1.
 func (e *Engine) Serve(w *tcp.Waiter, http2 bool, c Connection) {
 	if http2 {
 		e.ServeHTTP2(w, c)

@@ -6,11 +6,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// lingerTime is how long the rest of what downstream sends is read and thrown away after an answer that ends the
-// connection. Closed at once, the connection would be reset, and the answer destroyed before it is read (RFC 9112 §9.6).
+// lingerTime is how long to read and discard input after a response that ends the connection. Closing with unread input
+// would reset the connection, and could destroy the response before it is read (RFC 9112 §9.6).
 const lingerTime = time.Second
 
-// readOut says that nothing more comes, and reads until downstream closes as well, or until the deadline.
+// readOut shuts down our half, and discards input until downstream closes or the deadline passes.
 func readOut(w *tcp.Waiter, down *tcp.Conn, deadline time.Time) {
 	if down.CloseWrite() != nil {
 		return

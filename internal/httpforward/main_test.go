@@ -31,6 +31,7 @@ type rig struct {
 	address string // where the engine is reached
 	cancel  func() // cuts what is open, as the end of a drain does
 	records records
+	mu      sync.Mutex                  // for layered, early and router
 	last    atomic.Pointer[flow.Record] // of the connection that was served last
 	open    atomic.Int32                // connections that the engine has
 	layered bool                        // downstream connections have a record layer
@@ -38,15 +39,15 @@ type rig struct {
 	router  Router                      // of all connections; nil: everything goes to the origin
 }
 
-// records keeps what the engine told.
+// records collects the records that the engine has closed.
 type records struct {
 	mu     sync.Mutex
-	closed []told
+	closed []recorded
 	news   chan struct{}
 }
 
-// told is a copy of a record.
-type told struct {
+// recorded is a copy of a record.
+type recorded struct {
 	protocol                          flow.Protocol
 	method, path, authority, id, grpc string
 	forwardedFor                      string
@@ -56,6 +57,7 @@ type told struct {
 	reason                            flow.Reason
 	err                               error
 	upgraded                          bool
+	cluster, route                    string
 	unbound                           bool // a sink does not find what it bound when the connection began to be carried
 }
 
@@ -63,9 +65,10 @@ func (r *records) Closed(record *flow.Record) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := &record.HTTP
-	r.closed = append(r.closed, told{
+	r.closed = append(r.closed, recorded{
 		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus), string(h.ForwardedFor),
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
+		record.Cluster, record.Route,
 		place.Get(record) == nil && (record.Connection == nil || place.Get(record.Connection) == nil),
 	})
 	select {
@@ -75,7 +78,7 @@ func (r *records) Closed(record *flow.Record) {
 }
 
 // await returns the n-th record, once it is there.
-func (r *records) await(t testing.TB, n int) told {
+func (r *records) await(t testing.TB, n int) recorded {
 	t.Helper()
 	deadline := time.After(nettest.Patience)
 	for {
@@ -106,16 +109,16 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What is in the pool by mistake stays there, to be found.
+	// Connections that are in the pool by mistake stay there and can be detected.
 	pool := upstream.NewPool(time.Hour)
 	r := &rig{poller: poller, pool: pool, records: records{news: make(chan struct{}, 1)}}
 	config := Config{
-		Direction:    flow.Inbound,
-		Dialer:       upstream.Dialer{Poller: poller, Timeout: nettest.Patience},
-		Pool:         r.pool,
-		Flows:        &r.records,
-		MaxHeadBytes: 64 << 10, MaxHeadFields: 100,
-		Fields: Fields{ForwardedFor: ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true},
+		Direction: flow.Inbound,
+		Dialer:    upstream.Dialer{Poller: poller, Timeout: nettest.Patience},
+		Pool:      r.pool,
+		Flows:     &r.records,
+		Settings: Settings{MaxHeadBytes: 64 << 10, MaxHeadFields: 100,
+			Fields: Fields{ForwardedFor: ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true}},
 	}
 	for _, change := range configure {
 		change(&config)
@@ -154,11 +157,21 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	return r
 }
 
+// set changes how later connections are served.
+func (r *rig) set(change func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	change()
+}
+
 // serve does what a room does before it hands a connection to its engine.
 func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream.Target) {
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
-	if r.layered {
+	r.mu.Lock()
+	layered, early, router := r.layered, r.early, r.router
+	r.mu.Unlock()
+	if layered {
 		layertest.Under(down, nil)
 	}
 	read := tcp.TakeBuffer()
@@ -174,13 +187,13 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	record := recordOf(down, to.Address)
 	r.last.Store(record)
 	var up *tcp.Conn
-	if r.early {
+	if early {
 		var err error
 		if up, err = r.engine.config.Dialer.Dial(w, to); err != nil {
 			panic(err)
 		}
 	}
-	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: r.router, Record: record})
+	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: router, Record: record})
 }
 
 // place is where the sink of these tests keeps a value with each connection.

@@ -9,35 +9,35 @@ import (
 )
 
 const (
-	// turn is how many bytes a message may move before other connections get theirs.
+	// turn is how many bytes a message may move before the goroutine yields to other connections.
 	turn = 1 << 20
 
-	// spliceFrom is how much payload has to be ahead for the body to go by splice. Less is cheaper to copy.
+	// spliceFrom is the smallest remaining payload for which splice is cheaper than copying.
 	spliceFrom = tcp.BufferSize
 )
 
-// smallBody is how many bytes are rather copied behind the head than sent as a second piece of memory.
+// smallBody is the largest buffered body that is copied behind the head instead of being written as a second vector.
 const smallBody = 2 << 10
 
-// message is one HTTP/1 message on its way from src to dst: a head that was written anew, and a body that keeps its
-// bytes. Bytes of the body go on only when they have been looked at, or when the framing says that they need not be.
+// message is one HTTP/1 message on its way from src to dst: a rewritten head, and a body whose bytes are forwarded
+// unchanged. Body bytes are forwarded only after they were parsed, or when the framing makes parsing unnecessary.
 type message struct {
 	src, dst *tcp.Conn
-	in       *tcp.Buffer // read from src: the body's next bytes and what comes after it; nil: nothing
+	in       *tcp.Buffer // bytes read from src: the next of the body and those after it; may be nil
 	head     []byte      // as it goes to dst
-	ready    int         // bytes at the front of in that are in out, or were
-	out      tcp.Vector  // what dst has not taken yet, of head and in
+	ready    int         // bytes at the front of in that are or were in out
+	out      tcp.Vector  // parts of head and in that dst has not accepted yet
 	body     http1.Body
 	bulk     relay.Mover
-	retain   bool // head and in hold all that went out, so that it can be sent again
-	ended    bool // src has closed, and that is the end of the body
+	retain   bool // head and in keep everything sent, so that it can be sent again
+	ended    bool // src has closed, and that ends the body
 
 	srcErr error // reading ended; io.EOF in the middle of a body
 	dstErr error // writing failed
 	bad    error // the body is malformed
 }
 
-// start queues the head, and as much of the body as is in the buffer.
+// start queues the head and the part of the body that is in the buffer.
 func (m *message) start(in *tcp.Buffer, framing http1.Framing, limits http1.Limits) {
 	m.in = in
 	m.body.Start(framing, limits)
@@ -54,8 +54,8 @@ func (m *message) start(in *tcp.Buffer, framing http1.Framing, limits http1.Limi
 	}
 }
 
-// again queues what was retained once more, for another dst.
-func (m *message) again(dst *tcp.Conn) {
+// resend queues a retained message again, for another dst.
+func (m *message) resend(dst *tcp.Conn) {
 	m.dst, m.bulk.Dst, m.dstErr = dst, dst, nil
 	m.out.Reset()
 	m.out.Append(m.head)
@@ -64,18 +64,18 @@ func (m *message) again(dst *tcp.Conn) {
 	}
 }
 
-// settle says that the message will not be sent again.
-func (m *message) settle() {
+// stopRetaining gives up the ability to send the message again.
+func (m *message) stopRetaining() {
 	if m.retain && m.out.Len() == 0 {
-		m.sent()
+		m.discardSent()
 	}
 	m.retain = false
 }
 
-// untouched reports whether dst has taken nothing of a retained message.
+// untouched reports whether dst has accepted no byte of a retained message.
 func (m *message) untouched() bool { return m.out.Len() == len(m.head)+m.ready }
 
-// held is how many bytes are in the buffer.
+// held returns the number of bytes in the buffer.
 func (m *message) held() int {
 	if m.in == nil {
 		return 0
@@ -95,20 +95,19 @@ func (m *message) scan() {
 	m.ready += n
 }
 
-// done reports whether everything has been taken by dst.
+// done reports whether dst has accepted the whole message.
 func (m *message) done() bool { return m.taken() && m.out.Len() == 0 && m.bulk.Held() == 0 }
 
-// taken reports whether all of the body was taken from src.
+// taken reports whether the whole body was read from src.
 func (m *message) taken() bool { return m.ended || m.body.Done() }
 
-// delivered is how many bytes of payload dst has taken. Chunk framing that waits for a full dst counts as payload that
-// does.
+// delivered returns how many bytes of payload dst has accepted. Buffered chunk framing counts as undelivered payload.
 func (m *message) delivered() uint64 {
 	waiting := m.bulk.Held() + min(m.out.Len(), m.ready)
 	return uint64(max(m.body.Bytes()-int64(waiting), 0))
 }
 
-// move moves what can be moved. It reports whether its turn was over before that.
+// move reads and writes until either side blocks. It reports true if its turn ended before that.
 func (m *message) move() (longTurn bool) {
 	for left := turn; left > 0; {
 		switch {
@@ -127,7 +126,7 @@ func (m *message) move() (longTurn bool) {
 	return true
 }
 
-// put writes and returns how many bytes dst took.
+// put writes, and returns how many bytes dst accepted.
 func (m *message) put() int {
 	if !m.dst.Writable() {
 		return 0
@@ -143,13 +142,13 @@ func (m *message) put() int {
 		m.dstErr = err
 	}
 	if m.out.Len() == 0 && !m.retain {
-		m.sent()
+		m.discardSent()
 	}
 	return n
 }
 
-// sent forgets what dst has taken.
-func (m *message) sent() {
+// discardSent releases the bytes that dst has accepted.
+func (m *message) discardSent() {
 	m.head = m.head[:0]
 	if m.ready > 0 {
 		m.in.Discard(m.ready)
@@ -157,14 +156,14 @@ func (m *message) sent() {
 	}
 }
 
-// take reads more of the body. It reports false when there is nothing now.
+// take reads more of the body. It reports false if no more can be read now.
 func (m *message) take() bool {
 	if !m.src.Readable() {
 		return false
 	}
 	ahead := m.body.Payload()
 	if m.retain && (ahead >= spliceFrom || m.held() >= tcp.BufferSize) {
-		m.settle() // it is too large to be held
+		m.stopRetaining() // too large to retain
 	}
 	var err error
 	if m.held() == 0 && ahead >= spliceFrom {
@@ -175,7 +174,7 @@ func (m *message) take() bool {
 		if m.in == nil {
 			m.in = tcp.TakeBuffer()
 		}
-		if _, err = m.in.Fill(m.src); err == nil { // it has room: a buffer holds every line that Scan waits for
+		if _, err = m.in.Fill(m.src); err == nil { // Fill has room, because a buffer holds every line that Scan waits for
 			m.scan()
 		}
 	}
@@ -191,7 +190,7 @@ func (m *message) take() bool {
 	return true
 }
 
-// release gives back what the message holds, but for the buffer that it was started with. The message is as new.
+// release releases what the message holds, except for the buffer that it was started with, and resets it for reuse.
 func (m *message) release() {
 	m.bulk.Release()
 	m.out.Reset()

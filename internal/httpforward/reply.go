@@ -13,8 +13,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// reply is an answer that the agent gives in upstream's place. Bodies, flags and details are Envoy's, word for word:
-// people's alerts and searches know them.
+// reply is a response that the agent generates in place of upstream. Bodies, flags and details are Envoy's, word for
+// word, because alerts and searches depend on them.
 type reply struct {
 	status  int
 	body    string
@@ -23,7 +23,7 @@ type reply struct {
 	details string
 }
 
-// The replies that do not depend on anything.
+// The fixed replies.
 var (
 	replyBadRequest     = reply{400, "Bad Request", flow.BadFraming, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP1CodecError}
 	replyHeadTimeout    = reply{408, "request header timeout", flow.HeadTimeout, "", envoy.DetailsHeadTimeout}
@@ -34,7 +34,7 @@ var (
 	replyRequestTimeout = reply{504, "upstream request timeout", flow.RequestTimeout, envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout}
 )
 
-// resetReply is what Envoy answers when upstream gives no response. transport may be empty.
+// resetReply is Envoy's reply when upstream sends no response. transport may be empty.
 func resetReply(status int, reason flow.Reason, flags, reset, transport string) reply {
 	body := "upstream connect error or disconnect/reset before headers. reset reason: " + reset
 	details := reset
@@ -45,7 +45,7 @@ func resetReply(status int, reason flow.Reason, flags, reset, transport string) 
 	return reply{status, body, reason, flags, envoy.ResetBeforeResponse(details)}
 }
 
-// dialReply is the answer when upstream cannot be reached.
+// dialReply returns the reply to a failed dial.
 func dialReply(err error) reply {
 	reason := upstream.Reason(err)
 	switch {
@@ -57,8 +57,8 @@ func dialReply(err error) reply {
 	return resetReply(503, reason, envoy.FlagUpstreamConnectionFailure, envoy.ResetByRemoteConnectFailure, upstream.TransportFailure(err))
 }
 
-// refuse answers a request in upstream's place and closes its record. The connection goes on when the whole request has
-// come. In the middle of an interim response there is no answer that downstream could read.
+// refuse sends a reply in place of upstream, and closes the record. The connection persists if the whole request has
+// arrived. After a part of an interim response no reply can be sent: downstream could not parse it.
 func (x *exchange) refuse(r reply, err error) ending {
 	if x.response.out.Len() > 0 && x.response.bad == nil {
 		return x.close(r.reason, err, cut)
@@ -83,8 +83,8 @@ func (x *exchange) refuse(r reply, err error) ending {
 	return x.close(r.reason, err, end)
 }
 
-// appendReply builds a whole response, and notes it in the record. gRPC does not look at the status of HTTP, so it is told
-// in its own way, as trailers without a body.
+// appendReply appends a whole response, and records it. gRPC clients ignore the HTTP status, so they get the status in
+// trailers without a body.
 func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 	to := &x.record.HTTP
 	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
@@ -122,10 +122,10 @@ func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 	return dst
 }
 
-// grpcMessage is the body as gRPC has it in a field: what is not plain ASCII is percent-encoded, and so is the percent
-// sign. No body of ours needs it but for that sign.
+// grpcMessage returns the body as the value of grpc-message, where bytes other than printable ASCII, and the percent
+// sign, are percent-encoded. The only such byte in our bodies is the percent sign.
 func (r reply) grpcMessage() string { return strings.ReplaceAll(r.body, "%", "%25") }
 
-// grpcStatus is the gRPC status that stands for the reply's HTTP status, by gRPC's own table for proxies that do not
-// speak it (HTTP to gRPC status code mapping).
+// grpcStatus returns the gRPC status for the reply's HTTP status, from gRPC's table for proxies that do not support it
+// (HTTP to gRPC status code mapping).
 func (r reply) grpcStatus() string { return envoy.GRPCCodeOf(r.status).Number() }

@@ -1,51 +1,55 @@
 package httpforward
 
 import (
+	"errors"
+
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// Router chooses the upstream of each request. It is the one place where that is decided: both engines call it, HTTP/1
-// after the framing of the request is known, HTTP/2 after its header block was accepted. They then dial, or take from the
-// pool, a connection to the Target of the Decision.
+// Router chooses the upstream of each request. It is the only place where that is decided. HTTP/1 calls it once the
+// framing of the request is known, HTTP/2 once the header block is accepted. HTTP/1 then takes a connection to the
+// Decision's Target from the pool or dials one.
 //
-// Route is called on the goroutine of the connection and must not block. Routers that serve several connections are called
-// concurrently. The Request and the bytes it points to belong to the engine: Route may read them until it returns, and must
-// neither change nor keep them. Route must not allocate; a test holds that for both engines.
+// Route runs on the goroutine of the connection and must not block. A Router that serves several connections is called
+// concurrently. The Request and the bytes it points to belong to the engine: Route may read them until it returns, and
+// must neither change nor keep them. Route must not allocate; a test checks that for both engines.
 type Router interface {
 	Route(*Request) Decision
 }
 
-// Request is what a Router knows of a request.
+// Request is the part of a request that a Router sees.
 type Request struct {
 	Connection *flow.Record // of the downstream connection: peers and original destination
 	Protocol   flow.Protocol
 	Method     []byte
 	Path       []byte // the request target as received, with its query
-	Authority  []byte // nil: the request has none
+	Authority  []byte // nil if the request has no authority
 }
 
 // Decision is where a request goes.
 type Decision struct {
-	// Target is the upstream. HTTP/1 requests of one connection may have different targets. The HTTP/2 engine carries all
-	// streams of a connection on one upstream connection: a Target other than Connection.Target is answered with 421.
+	// Target is the upstream. HTTP/1 requests of one connection may have different targets. The HTTP/2 engine carries
+	// all streams of a connection on one upstream connection: a Target other than Connection.Target is answered with
+	// 421.
 	Target upstream.Target
 
-	// Names of the upstream and of the rule that decided, for the request's record, which does not have them yet.
+	// Cluster and Route are Envoy's names of the upstream and of the rule that chose it, for the request's record.
 	Cluster, Route string
 }
 
-// constant is the Router of a connection whose requests all go to one target.
+// constant routes all requests of a connection to one target.
 type constant struct{ decision Decision }
 
 func (c *constant) Route(*Request) Decision { return c.decision }
 
-// router is the connection's Router.
+// router returns the connection's Router.
 func (c *Connection) router() Router {
 	if c.Router != nil {
 		return c.Router
 	}
-	return &constant{Decision{Target: c.Target}}
+	return &constant{Decision{Target: c.Target, Cluster: c.Record.Cluster, Route: c.Record.Route}}
 }
 
 // view sets r to the request that record describes.
@@ -58,3 +62,11 @@ func (r *Request) view(record *flow.Record) {
 		Authority:  record.HTTP.Authority,
 	}
 }
+
+// noRoute reports whether the decision names no upstream.
+func (d *Decision) noRoute() bool { return !d.Target.Address.IsValid() }
+
+// replyNoRoute is Envoy's reply to a request for which it has no route.
+var replyNoRoute = reply{404, "", flow.UpstreamUnreachable, envoy.FlagNoRouteFound, envoy.DetailsRouteNotFound}
+
+var errNoRoute = errors.New("the router returned no upstream for the request")

@@ -1,8 +1,10 @@
 package httpforward
 
 import (
+	"bufio"
 	"bytes"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -19,12 +21,12 @@ type byPath struct {
 
 func (p *byPath) Route(r *Request) Decision {
 	if r.Connection == nil || len(r.Method) == 0 || len(r.Authority) == 0 {
-		return Decision{} // the tests below notice it: nothing is reached
+		return Decision{} // the tests below fail: the request is not forwarded
 	}
 	if bytes.HasPrefix(r.Path, p.prefix) {
-		return Decision{Target: p.other}
+		return Decision{Target: p.other, Cluster: "other", Route: "by path"}
 	}
-	return Decision{Target: p.home}
+	return Decision{Target: p.home, Cluster: "home", Route: "default"}
 }
 
 func newByPath(home, other *origin) *byPath {
@@ -37,7 +39,7 @@ func TestEachRequestGoesToTheTargetThatTheRouterChose(t *testing.T) {
 	for _, pipelined := range []bool{false, true} {
 		home, other := newOrigin(t), newOrigin(t)
 		r := newRig(t, home.address, false, plain)
-		r.router = newByPath(home, other)
+		r.set(func() { r.router = newByPath(home, other) })
 		client := r.dial(t)
 		if pipelined {
 			send(t, client, getHome+getOther+getOther+getHome)
@@ -83,7 +85,7 @@ func TestEachRequestGoesToTheTargetThatTheRouterChose(t *testing.T) {
 func TestAConnectionWithNTLMIsClosedWhenARequestGoesElsewhere(t *testing.T) {
 	home, other := newOrigin(t), newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.router = newByPath(home, other)
+	r.set(func() { r.router = newByPath(home, other) })
 	client := r.dial(t)
 	bound := "GET /home HTTP/1.1\r\nHost: a\r\nAuthorization: NTLM abc\r\n\r\n"
 	send(t, client, bound)
@@ -108,7 +110,7 @@ func TestAConnectionWithNTLMIsClosedWhenARequestGoesElsewhere(t *testing.T) {
 func TestARequestIsSentAgainToTheTargetOfItsOwnDecision(t *testing.T) {
 	home, other := newOrigin(t), newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.router = newByPath(home, other)
+	r.set(func() { r.router = newByPath(home, other) })
 	client := r.dial(t)
 	send(t, client, getOther)
 	first := other.accept()
@@ -128,8 +130,8 @@ func TestARequestIsSentAgainToTheTargetOfItsOwnDecision(t *testing.T) {
 func TestAnEarlyConnectionServesNoRequestForAnotherTarget(t *testing.T) {
 	home, other := newOrigin(t), newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.router = newByPath(home, other)
-	r.early = true
+	r.set(func() { r.router = newByPath(home, other) })
+	r.set(func() { r.early = true })
 	client := r.dial(t)
 	send(t, client, getOther)
 	early, atOther := home.accept(), other.accept()
@@ -149,15 +151,17 @@ func TestAnHTTP2RequestForAnotherUpstreamIsMisdirected(t *testing.T) {
 	})
 	other := newOrigin(t)
 	r := newRig(t, home, true, plain)
-	r.router = &byPath{[]byte("/other"), upstream.Target{Address: other.address}, upstream.Target{Address: home}}
+	r.set(func() {
+		r.router = &byPath{[]byte("/other"), upstream.Target{Address: other.address}, upstream.Target{Address: home}}
+	})
 	client := http2Client(t)
 	for i, want := range []struct {
 		path   string
-		record told
+		record recorded
 	}{
-		{"/home", told{status: 200, details: "via_upstream", reason: flow.Completed}},
-		{"/other", told{status: 421, flags: "NR", details: "misdirected_request", reason: flow.UpstreamUnreachable}},
-		{"/home", told{status: 200, details: "via_upstream", reason: flow.Completed}},
+		{"/home", recorded{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
+		{"/other", recorded{cluster: "other", status: 421, flags: "NR", details: "misdirected_request", reason: flow.UpstreamUnreachable}},
+		{"/home", recorded{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
 	} {
 		response, err := client.Post("http://"+r.address+want.path, "text/plain", strings.NewReader("hello"))
 		if err != nil {
@@ -169,7 +173,7 @@ func TestAnHTTP2RequestForAnotherUpstreamIsMisdirected(t *testing.T) {
 		}
 		got := r.records.await(t, i)
 		if got.path != want.path || got.status != want.record.status || got.flags != want.record.flags ||
-			got.details != want.record.details || got.reason != want.record.reason {
+			got.details != want.record.details || got.reason != want.record.reason || got.cluster != want.record.cluster {
 			t.Errorf("%s: record %+v, want %+v", want.path, got, want.record)
 		}
 	}
@@ -198,5 +202,67 @@ func TestARequestOnAnAuthenticatedConnectionIsNotSentAgain(t *testing.T) {
 	}
 	if n := r.pool.Stats.Retried.Load(); n != 0 {
 		t.Errorf("sent again %d times, want 0", n)
+	}
+}
+
+// A decision without an upstream must not fall back to the connection's own target.
+func TestARequestWithoutARouteIsNotForwarded(t *testing.T) {
+	home := newOrigin(t)
+	r := newRig(t, home.address, false, plain)
+	r.set(func() { r.router = newByPath(home, &origin{}) })
+	client := r.dial(t)
+	reader := bufio.NewReader(client)
+	for i := range 2 {
+		send(t, client, getOther)
+		if got := head(t, reader); !strings.HasPrefix(got, "HTTP/1.1 404 Not Found\r\n") {
+			t.Errorf("the client received %q, want a 404", got)
+		}
+		want := recorded{status: 404, flags: "NR", details: "route_not_found", reason: flow.UpstreamUnreachable, cluster: "other"}
+		if got := r.records.await(t, i); got.status != want.status || got.flags != want.flags ||
+			got.details != want.details || got.reason != want.reason || got.cluster != want.cluster {
+			t.Errorf("record %+v, want %+v", got, want)
+		}
+	}
+	send(t, client, getHome) // on the same connection
+	server := home.accept()
+	expect(t, server, getHome)
+	send(t, server, ok("home"))
+	expect(t, reader, ok("home"))
+	if got := r.records.await(t, 2); got.cluster != "home" || got.route != "default" {
+		t.Errorf("record %+v, want the names of the decision", got)
+	}
+}
+
+func TestAnHTTP2RequestWithoutARouteIsNotForwarded(t *testing.T) {
+	home := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/home" {
+			t.Errorf("upstream received %s", r.URL.Path)
+		}
+	})
+	r := newRig(t, home, true, plain)
+	r.set(func() { r.router = &byPath{[]byte("/other"), upstream.Target{}, upstream.Target{Address: home}} })
+	client := http2Client(t)
+	for i, want := range []struct {
+		path, flags, details string
+		status               int
+	}{{"/other", "NR", "route_not_found", 404}, {"/home", "", "via_upstream", 200}} {
+		response, err := client.Get("http://" + r.address + want.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if got := r.records.await(t, i); response.StatusCode != want.status || got.status != want.status ||
+			got.flags != want.flags || got.details != want.details {
+			t.Errorf("%s: status %d, record %+v, want %+v", want.path, response.StatusCode, got, want)
+		}
+	}
+}
+
+// Without a Router, the names of a request are those of its connection.
+func TestARequestHasTheNamesOfItsConnection(t *testing.T) {
+	record := flow.Record{Cluster: "PassthroughCluster", Route: "allow_any"}
+	c := Connection{Record: &record, Target: upstream.Target{Address: netip.MustParseAddrPort("192.0.2.1:80")}}
+	if got, want := c.router().Route(nil), (Decision{c.Target, "PassthroughCluster", "allow_any"}); got != want {
+		t.Errorf("the decision is %+v, want %+v", got, want)
 	}
 }

@@ -9,37 +9,37 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// idleCheck is how long an upstream connection must have been idle to be asked, before it is used, whether it was closed.
-// A shorter pause leaves that to the poller, and spares a system call of each request of a busy connection.
+// idleCheck is how long an upstream connection must have been idle to be checked for a close before it is used. After a
+// shorter pause the poller's state is enough. That saves a busy connection a system call per request.
 const idleCheck = 20 * time.Millisecond
 
-// session is one HTTP/1 downstream connection and what is upstream of it. Between two requests it holds no buffer.
+// session is one HTTP/1 downstream connection with its upstream. Between two requests it holds no buffer.
 type session struct {
 	engine *Engine
 	w      *tcp.Waiter
 	Connection
 
-	up      *tcp.Conn // kept from one request to the next; nil: none
+	up      *tcp.Conn // kept between requests; nil if there is no connection
 	upLocal netip.AddrPort
 	target  upstream.Target // of up
-	used    bool            // up may be closed by its server at any time: it has served before, or has lain idle
-	lastUse time.Time       // of up; zero: it has served no request
-	bound   bool            // up is authenticated for this downstream (NTLM, Negotiate) and must not serve another
+	used    bool            // the server may close up at any time: it has served a request or has been idle
+	lastUse time.Time       // of up; zero before its first response
+	bound   bool            // up is authenticated for this downstream (NTLM, Negotiate) and must not serve others
 
 	decision Decision // for the current request
 
-	ended bool // downstream has closed its half
+	ended bool // downstream has half-closed
 }
 
-// ending is what comes after a request.
+// ending is how a connection continues after a request.
 type ending uint8
 
 const (
 	next   ending = iota // another request
-	shut                 // close in order
-	linger               // close in order, after reading what is still on its way
-	gone                 // nothing: it was a tunnel, which has closed both connections
-	cut                  // reset: the response is not complete
+	shut                 // close after flushing
+	linger               // close after flushing and discarding input that is still in flight
+	gone                 // a tunnel has closed both connections
+	cut                  // reset, because the response is incomplete
 )
 
 // ServeHTTP1 serves the HTTP/1 requests of a connection until it ends.
@@ -58,10 +58,10 @@ func (e *Engine) ServeHTTP1(w *tcp.Waiter, c Connection) {
 	s.end(how)
 }
 
-// awaitRequest returns true when there are bytes of a request, and false when none comes any more.
+// awaitRequest returns true when the first bytes of a request have arrived, and false when no request will follow.
 //
-// When upstream closes meanwhile, downstream is closed, too, as it would have seen without us. A request that was sent
-// before that is served: it gets another upstream.
+// If upstream closes meanwhile, downstream is closed as well, as it would be on a direct connection. A request sent
+// before that is served on another upstream connection.
 func (s *session) awaitRequest() bool {
 	for {
 		if s.Read != nil && begun(s.Read.Bytes()) {
@@ -89,17 +89,17 @@ func (s *session) awaitRequest() bool {
 		if s.engine.state.Load() == draining {
 			return false
 		}
-		if s.w.Wait(after(s.engine.config.IdleTimeout), s.Down, s.up) != nil {
+		if s.w.Wait(after(s.engine.settings.Load().IdleTimeout), s.Down, s.up) != nil {
 			return false
 		}
 	}
 }
 
-// begun reports whether there is something of a request. Empty lines are nothing: old clients send one behind a body
-// (RFC 9112 §2.2), and may be done then.
+// begun reports whether b holds the beginning of a request. Empty lines do not count: old clients send one after a body
+// (RFC 9112 §2.2) and may send no other request.
 func begun(b []byte) bool { return len(bytes.TrimLeft(b, "\r\n")) > 0 }
 
-// after is the time at which a limit that begins now ends; zero for none.
+// after returns the time at which a limit that starts now expires; the zero time if there is no limit.
 func after(limit time.Duration) time.Time {
 	if limit <= 0 {
 		return time.Time{}
@@ -112,7 +112,7 @@ func (s *session) releaseRead() {
 	s.Read = nil
 }
 
-// end gives upstream to whoever has the next request for it, and closes downstream, in order unless it is to be cut.
+// end returns upstream to the pool, and closes or resets downstream.
 func (s *session) end(how ending) {
 	if s.up != nil {
 		s.giveUpstream()
@@ -120,7 +120,7 @@ func (s *session) end(how ending) {
 	if how == gone {
 		return
 	}
-	unread := s.Read != nil || how == shut && s.Down.Readable() // what downstream sent behind its last request
+	unread := s.Read != nil || how == shut && s.Down.Readable() // input after the last request
 	if s.Read != nil {
 		s.releaseRead()
 	}
@@ -133,8 +133,8 @@ func (s *session) end(how ending) {
 	s.Down.Close()
 }
 
-// giveUpstream gives upstream to the pool, under the target it is connected to. A connection that belongs to this
-// downstream, or that has not served a request, is closed.
+// giveUpstream returns upstream to the pool under the target it is connected to. A connection that is authenticated for
+// this downstream, or that has not served a request, is closed instead.
 func (s *session) giveUpstream() {
 	if s.bound || s.lastUse.IsZero() {
 		s.up.Close()
@@ -144,9 +144,9 @@ func (s *session) giveUpstream() {
 	s.up = nil
 }
 
-// route takes the decision for the next request. A connection to another target than the decided one is given back, and
-// with it goes the authentication that it may carry: the next connection has none. It must run before the next request's
-// own fields are read for such an authentication.
+// route takes the decision for the next request. A connection to another target goes back to the pool, and bound is
+// cleared because the next connection is not authenticated. It must run before appendRequestHead reads the request's
+// own authentication fields.
 func (s *session) route(decision Decision) {
 	if s.up != nil && s.target != decision.Target {
 		s.giveUpstream()
@@ -155,13 +155,13 @@ func (s *session) route(decision Decision) {
 	s.decision = decision
 }
 
-// closeUpstream closes upstream in order: it is of no use to anybody.
+// closeUpstream closes an upstream connection that cannot be used again.
 func (s *session) closeUpstream() {
 	s.up.Close()
 	s.up = nil
 }
 
-// dropUpstream resets upstream, whose state is not known any more.
+// dropUpstream resets upstream, because its state is unknown.
 func (s *session) dropUpstream() {
 	if s.up != nil {
 		s.up.Reset()
@@ -169,9 +169,9 @@ func (s *session) dropUpstream() {
 	}
 }
 
-// connect finds an upstream connection to the decided target: the one of the last request, one from the pool, or a fresh one. What comes from
-// the pool may be closed by its server at this moment, so it is for requests that can be sent again. Others would be lost
-// where they would not be without us: their downstream does not know that the connection is an old one.
+// connect finds an upstream connection to the decided target: that of the last request, one from the pool, or a new
+// one. A pooled connection may be closed by its server at this moment, so it is only used for repeatable requests. A
+// non-repeatable request on a stale pooled connection would fail where a direct connection would not.
 func (s *session) connect(now time.Time, repeatable bool) error {
 	if s.up != nil && (s.up.Readable() || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
@@ -190,7 +190,7 @@ func (s *session) connect(now time.Time, repeatable bool) error {
 	return s.dial()
 }
 
-// dial makes a fresh upstream connection.
+// dial opens a new upstream connection.
 func (s *session) dial() error {
 	up, err := s.engine.config.Dialer.Dial(s.w, s.decision.Target)
 	if err != nil {

@@ -7,23 +7,23 @@ import (
 	"sync/atomic"
 )
 
-// The bounds of those who follow.
+// Bounds of followers.
 const (
 	maxFollowers = 16
-	queueLength  = 1024 // records that wait for a follower who is slow
+	queueLength  = 1024 // records that wait for a slow follower
 )
 
-// following is who wants to hear of each record. Traffic reads one pointer when that is nobody.
+// following is the set of followers. Without followers, a closed record costs the read of one pointer.
 type following struct {
 	all atomic.Pointer[[]*follower] // never changed, only replaced
 	mu  sync.Mutex                  // held by those who replace it
 }
 
-// follower gets the records that its filter lets through, by its queue. What finds the queue full, or is over its rate,
-// it does not get, but is told how many they were.
+// follower receives the records that its filter matches, through its queue. Records that exceed its rate or find the queue
+// full are dropped and counted in missed.
 type follower struct {
 	filter    Filter
-	queue     chan *Record // nobody changes them
+	queue     chan *Record // not modified after they are queued
 	perSecond uint32       // 0 for no bound
 	missed    atomic.Uint64
 
@@ -66,7 +66,7 @@ func (f *following) list() []*follower {
 	return nil
 }
 
-// tell passes a record on. It never waits, and makes the copy that followers get only when one of them takes it.
+// tell passes a record to the followers. It never waits. The copy that they share is made only if one of them accepts it.
 func (f *following) tell(e *entry, second uint32) {
 	all := f.all.Load()
 	if all == nil {

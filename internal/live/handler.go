@@ -12,11 +12,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/ownport"
 )
 
-// Sources is what the handlers show beside the View's own. They are read while somebody looks.
+// Sources are shown by the handlers in addition to the View. They are read at each request.
 type Sources struct {
 	Table *flow.Table   // open connections; nil for none
-	Gates func() []Gate // what readiness waits for; nil for nothing
-	Index func() string // what "/" says to those that are no browser, such as a list of paths; nil for nothing
+	Gates func() []Gate // conditions of readiness; nil: none
+	Index func() string // answer of "/" for clients other than browsers, such as a list of paths; nil: empty
 }
 
 // Bounds of what is streamed.
@@ -104,7 +104,7 @@ func local(next http.Handler) http.Handler {
 
 func serveJSON(w http.ResponseWriter, value any) {
 	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(value) // an error is the reader's, who has gone
+	json.NewEncoder(w).Encode(value) // an error means that the client left
 }
 
 // stream is a response that goes on. Each write has a deadline, so that a reader who takes nothing is not kept.

@@ -32,7 +32,7 @@ type Config struct {
 	SettingName func(setting string) string
 }
 
-// View is the present. Make it with New and hand it to flow.NewTable; it is safe for use from anywhere.
+// View shows current traffic. Make it with New and pass it to flow.NewTable. It is safe for concurrent use.
 type View struct {
 	version string
 	started time.Time
@@ -48,7 +48,7 @@ type View struct {
 	endOnce   sync.Once
 }
 
-// New makes a view in which nothing has happened.
+// New returns an empty view.
 func New(config Config) *View {
 	v := &View{version: config.Version, setting: config.SettingName, started: time.Now(), ended: make(chan struct{})}
 	for i := range v.destinations {
@@ -65,9 +65,9 @@ func (v *View) Close() { v.endOnce.Do(func() { close(v.ended) }) }
 // place is where a connection keeps its *binding.
 var place = flow.NewPlace()
 
-// binding is what a View keeps with a connection: where its flows are counted.
+// binding is kept with a connection: the tallies in which its flows are counted.
 type binding struct {
-	destination *tally // nil until the first request has said which
+	destination *tally // nil until the first request
 	peer        *tally // nil for an outbound connection: that is the workload
 }
 
@@ -82,7 +82,7 @@ func (v *View) Opened(r *flow.Record) {
 	place.Set(r, b)
 }
 
-// arrive counts a connection that nobody has counted yet.
+// arrive counts a connection on first sight.
 func (v *View) arrive(r *flow.Record, second uint32) *binding {
 	v.connections[r.Direction].opened(second)
 	b := &binding{}
@@ -124,7 +124,7 @@ func (v *View) bound(r *flow.Record, second uint32) *binding {
 		connection = r.Connection
 	}
 	b, _ := place.Get(connection).(*binding)
-	if b == nil { // it was refused, or never came to be carried
+	if b == nil { // refused, or closed before it was carried
 		b = v.arrive(connection, second)
 		place.Set(connection, b)
 	}
@@ -159,7 +159,7 @@ func (v *View) byAddress(r *flow.Record) *tally {
 	return v.destinations[r.Direction].find(unmap(address).AppendTo(buffer[:0]))
 }
 
-// hostName appends an authority in lower case to dst; nothing when it does not look like one.
+// hostName appends an authority in lower case to dst; nothing if it does not look like one.
 func hostName(dst, authority []byte) []byte {
 	if len(authority) > maxHost {
 		return nil

@@ -9,8 +9,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// book has a tally for each name, as long as there is room; what comes later shares one. Tallies are never taken out, so
-// that a connection may keep a pointer.
+// book has a tally for each name, up to its limit; later names share one. Tallies are never removed, so that a connection
+// may keep a pointer.
 type book struct {
 	limit int
 	mu    sync.RWMutex
@@ -18,10 +18,10 @@ type book struct {
 	other *tally // nil until it is needed
 }
 
-// What has no name of its own stands under these, which no host can have: see hostName.
+// Names of shared tallies, which cannot be those of a host: see hostName.
 const (
-	otherName   = "(other)"   // all that found no room
-	unknownName = "(unknown)" // what has neither a host nor an original destination
+	otherName   = "(other)"   // names beyond the limit
+	unknownName = "(unknown)" // neither a host nor an original destination
 )
 
 func (b *book) find(name []byte) *tally {
@@ -88,7 +88,7 @@ func (c *counts) add(more counts) {
 	c.bytes += more.bytes
 }
 
-// slot is a second's share. It is of that second only when the number fits: nobody clears those that are over.
+// slot holds the counts of one second. It is valid only if second matches, because old slots are not cleared.
 type slot struct {
 	second                               uint32
 	requests, connections, flows, errors uint32
@@ -99,7 +99,7 @@ func (s slot) counts() counts {
 	return counts{uint64(s.requests), uint64(s.connections), uint64(s.flows), uint64(s.errors), s.bytes}
 }
 
-// half is half a minute's share, of that number only.
+// half holds the counts of the half minute with this number.
 type half struct {
 	number  uint32
 	latency [buckets]uint32
@@ -108,7 +108,7 @@ type half struct {
 
 const halfMinute = 30 // seconds
 
-// end is what a tally is told of a record that closed.
+// end is the part of a closed record that a tally counts.
 type end struct {
 	second         uint32
 	reason         int // an index of reasonNames; noFailure for an ordinary end
@@ -172,7 +172,7 @@ func (t *tally) add(e *end) {
 	t.mu.Unlock()
 }
 
-// Failures by name: flow's reasons, and after them those of a response that came in order and says that it failed.
+// Failures by name: flow's reasons, followed by failures that a complete response reports.
 const noFailure = -1
 
 var saidFailures = []Reason{
@@ -192,7 +192,7 @@ var reasonNames, reasonIndex = func() (names []string, index map[flow.Reason]int
 	return names, index
 }()
 
-// failure says what was wrong with a record: it ended otherwise than in order, or with a response that says it failed.
+// failure returns the index in reasonNames of the failure that a record ended with, or noFailure.
 func failure(r *flow.Record) int {
 	switch {
 	case r.Reason != flow.Completed && r.Reason != flow.Closed && r.Reason != flow.Drained:

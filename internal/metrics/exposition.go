@@ -29,7 +29,7 @@ const maxScrapes = 4
 
 var runtimeMetrics = regexp.MustCompile(`^/(memory/classes/(total|heap/objects|heap/stacks|heap/released):bytes|gc/heap/goal:bytes|cpu/classes/gc/total:cpu-seconds)$`)
 
-// Sources are numbers that other rooms keep, asked for at each scrape from its goroutine. What is nil is not shown.
+// Sources are numbers that other packages keep. They are read at each scrape, on its goroutine; nil sources are omitted.
 type Sources struct {
 	Upstream  func(flow.Direction) Upstream
 	AccessLog func() (written, dropped uint64) // lines
@@ -37,7 +37,7 @@ type Sources struct {
 	Pipes     func() int                       // that relays hold, in use or for the next connection
 	Gates     func() []Gate                    // of readiness
 	Draining  func() bool
-	DNS       *dns.Stats // of the resolver; nil: there is none
+	DNS       *dns.Stats // nil: no resolver
 }
 
 // Upstream is what is counted of a direction's upstream connections.
@@ -48,7 +48,7 @@ type Upstream struct {
 	Retried           uint64 // requests that were sent once more
 }
 
-// Gate is one thing that readiness waits for.
+// Gate is one condition of readiness.
 type Gate struct {
 	Name string
 	Open bool
@@ -59,7 +59,7 @@ type Gate struct {
 func (m *Metrics) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET "+Path, promhttp.HandlerFor(prometheus.GathererFunc(m.Gather), promhttp.HandlerOpts{
-		ErrorHandling:       promhttp.ContinueOnError, // the rest is true all the same
+		ErrorHandling:       promhttp.ContinueOnError, // the other families are still correct
 		OfferedCompressions: []promhttp.Compression{promhttp.Identity, promhttp.Gzip},
 		MaxRequestsInFlight: maxScrapes,
 		EnableOpenMetrics:   true,
@@ -139,7 +139,7 @@ func (f *families) add(name, help string, kind dto.MetricType) *family {
 	return family
 }
 
-// family has one metric for each set of labels. Sets of labels may be shared: nobody changes them.
+// family has one metric for each set of labels. Sets of labels may be shared; they are never modified.
 type family dto.MetricFamily
 
 func (f *family) counts(n uint64, labels ...*dto.LabelPair) {
@@ -156,14 +156,14 @@ func (f *family) observed(h *dto.Histogram, labels []*dto.LabelPair) {
 
 func (m *Metrics) istio(f *families) {
 	f.gauge("istio_build", "Version of the proxy.").is(1, label("component", "proxy"), label("tag", m.version))
-	total := f.counter("istio_requests_total", "Requests that have ended.")
-	duration := f.histogram("istio_request_duration_milliseconds", "Duration of requests, to the last byte of the response.")
-	received := f.histogram("istio_request_bytes", "Sizes of the bodies of requests.")
-	sent := f.histogram("istio_response_bytes", "Sizes of the bodies of responses.")
-	requestMessages := f.counter("istio_request_messages_total", "gRPC messages of requests.")
-	responseMessages := f.counter("istio_response_messages_total", "gRPC messages of responses.")
-	opened := f.counter("istio_tcp_connections_opened_total", "Opaque connections that were opened.")
-	closed := f.counter("istio_tcp_connections_closed_total", "Opaque connections that were closed.")
+	total := f.counter("istio_requests_total", "Ended requests.")
+	duration := f.histogram("istio_request_duration_milliseconds", "Duration of requests, until the last byte of the response.")
+	received := f.histogram("istio_request_bytes", "Sizes of request bodies.")
+	sent := f.histogram("istio_response_bytes", "Sizes of response bodies.")
+	requestMessages := f.counter("istio_request_messages_total", "gRPC messages in requests.")
+	responseMessages := f.counter("istio_response_messages_total", "gRPC messages in responses.")
+	opened := f.counter("istio_tcp_connections_opened_total", "Opaque connections opened.")
+	closed := f.counter("istio_tcp_connections_closed_total", "Opaque connections closed.")
 	sentBytes := f.counter("istio_tcp_sent_bytes_total", "Bytes to downstream on opaque connections.")
 	receivedBytes := f.counter("istio_tcp_received_bytes_total", "Bytes from downstream on opaque connections.")
 	for i := range m.directions {
@@ -208,25 +208,25 @@ func (d *direction) requests() (sets []*requestSet, services []*service) {
 	return sets, services
 }
 
-// envoy shows what is true of us as well, with the names, types and labels that Envoy's have under Istio.
+// envoy adds the metrics of Envoy that apply to the agent, with the names, types and labels that they have under Istio.
 func (m *Metrics) envoy(f *families, open [2][len(protocols)]int) {
 	live := 1.0
 	if m.sources.Draining != nil && m.sources.Draining() {
 		live = 0
 	}
-	f.gauge("envoy_server_live", "1 when the agent does not drain.").is(live)
+	f.gauge("envoy_server_live", "1 unless the agent is draining.").is(live)
 	f.gauge("envoy_server_uptime", "Seconds since the agent started.").is(float64(int64(time.Since(m.started).Seconds())))
-	f.gauge("envoy_server_concurrency", "Threads that run at once.").is(float64(runtime.GOMAXPROCS(0)))
+	f.gauge("envoy_server_concurrency", "Number of worker threads (GOMAXPROCS).").is(float64(runtime.GOMAXPROCS(0)))
 	memory := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/total:bytes"},
 		{Name: "/memory/classes/heap/released:bytes"}}
 	metrics.Read(memory)
-	f.gauge("envoy_server_memory_allocated", "Bytes that are allocated.").is(float64(memory[0].Value.Uint64()))
-	f.gauge("envoy_server_memory_heap_size", "Bytes that are kept from the system.").
+	f.gauge("envoy_server_memory_allocated", "Bytes of allocated heap objects.").is(float64(memory[0].Value.Uint64()))
+	f.gauge("envoy_server_memory_heap_size", "Bytes of memory obtained from the system and not returned.").
 		is(float64(memory[1].Value.Uint64() - memory[2].Value.Uint64()))
 	active := f.gauge("envoy_http_downstream_cx_active", "Open HTTP connections from downstream.")
 	total := f.counter("envoy_http_downstream_cx_total", "HTTP connections from downstream.")
-	requests := f.counter("envoy_cluster_upstream_rq_total", "Requests that had an upstream connection.")
-	classes := f.counter("envoy_cluster_upstream_rq", "Responses to requests that had an upstream connection, by class of status.")
+	requests := f.counter("envoy_cluster_upstream_rq_total", "Requests sent on an upstream connection.")
+	classes := f.counter("envoy_cluster_upstream_rq", "Responses to requests sent on an upstream connection, by status class.")
 	for i := range m.directions {
 		d := &m.directions[i]
 		prefix := label("http_conn_manager_prefix", flow.Direction(i).String())
@@ -244,11 +244,11 @@ func (m *Metrics) envoy(f *families, open [2][len(protocols)]int) {
 }
 
 func (m *Metrics) own(f *families, open [2][len(protocols)]int) {
-	flows := f.counter("pillion_flows_total", "Requests, and connections without requests, that have ended, by reason.")
-	connections := f.counter("pillion_connections_total", "Connections by what they were found to speak.")
-	opened := f.gauge("pillion_open_connections", "Connections that are open.")
-	unnamed := f.counter("pillion_metrics_unnamed_requests_total", "Requests counted under the host unknown, as theirs has no place.")
-	folded := f.counter("pillion_metrics_folded_requests_total", "Requests counted with fewer labels, as there are too many combinations.")
+	flows := f.counter("pillion_flows_total", "Ended requests, and ended connections without requests, by reason.")
+	connections := f.counter("pillion_connections_total", "Connections, by detected protocol.")
+	opened := f.gauge("pillion_open_connections", "Open connections.")
+	unnamed := f.counter("pillion_metrics_unnamed_requests_total", "Requests counted under the host \"unknown\" because the limit of hosts is reached or the host is not served.")
+	folded := f.counter("pillion_metrics_folded_requests_total", "Requests counted with fewer labels because the limit of label combinations is reached.")
 	for i := range m.directions {
 		d := &m.directions[i]
 		direction := label("direction", flow.Direction(i).String())
@@ -272,11 +272,11 @@ func (m *Metrics) fromSources(f *families) {
 	s := &m.sources
 	if s.Upstream != nil {
 		active := f.gauge("envoy_cluster_upstream_cx_active", "Open upstream connections.")
-		total := f.counter("envoy_cluster_upstream_cx_total", "Upstream connections.")
-		failed := f.counter("envoy_cluster_upstream_cx_connect_fail", "Upstream connections that could not be made.")
-		retries := f.counter("envoy_cluster_upstream_rq_retry", "Requests that were sent once more.")
-		reused := f.counter("pillion_pool_reused_total", "Requests for which the pool had a connection.")
-		missed := f.counter("pillion_pool_missed_total", "Requests for which the pool had none.")
+		total := f.counter("envoy_cluster_upstream_cx_total", "Attempts to connect upstream.")
+		failed := f.counter("envoy_cluster_upstream_cx_connect_fail", "Failed attempts to connect upstream.")
+		retries := f.counter("envoy_cluster_upstream_rq_retry", "Requests retried on a fresh upstream connection.")
+		reused := f.counter("pillion_pool_reused_total", "Requests that reused a pooled connection.")
+		missed := f.counter("pillion_pool_missed_total", "Requests that found no pooled connection.")
 		for i := range m.directions {
 			n := s.Upstream(flow.Direction(i))
 			cluster, direction := label("cluster_name", m.directions[i].cluster), label("direction", flow.Direction(i).String())
@@ -290,20 +290,20 @@ func (m *Metrics) fromSources(f *families) {
 	}
 	if s.AccessLog != nil {
 		written, dropped := s.AccessLog()
-		f.counter("pillion_access_log_written_total", "Lines of the access log that were written.").counts(written)
-		f.counter("pillion_access_log_dropped_total", "Lines of the access log that found its queue full.").counts(dropped)
+		f.counter("pillion_access_log_written_total", "Access log lines written.").counts(written)
+		f.counter("pillion_access_log_dropped_total", "Access log lines dropped because the queue was full.").counts(dropped)
 	}
 	if s.DNS != nil {
 		f.resolver(s.DNS)
 	}
 	if s.Backoffs != nil {
-		f.counter("pillion_accept_backoffs_total", "Pauses of accept loops.").counts(s.Backoffs())
+		f.counter("pillion_accept_backoffs_total", "Times an accept loop backed off.").counts(s.Backoffs())
 	}
 	if s.Pipes != nil {
 		f.gauge("pillion_pipes", "Open pipes of relays, in use or kept for reuse.").is(float64(s.Pipes()))
 	}
 	if s.Gates != nil {
-		gates := f.gauge("pillion_gate_open", "1 for a gate of readiness that is open.")
+		gates := f.gauge("pillion_gate_open", "1 if the readiness gate is open.")
 		for _, gate := range s.Gates() {
 			open := 0.0
 			if gate.Open {

@@ -1,4 +1,4 @@
-// Package metrics counts what happened, and shows it as Prometheus reads it.
+// Package metrics counts flows and exposes the counts to Prometheus.
 //
 // It is a flow.Opener: all its numbers about traffic come from records. They are Istio's standard metrics, name for name
 // and label for label, so that Istio's dashboards and Kiali read them unchanged; a few of Envoy's, as far as they are true
@@ -8,7 +8,7 @@
 // The number of series is bounded, whatever anybody sends: see maxServices and maxSets.
 //
 // What differs from Istio: bytes of requests and responses are those of their bodies, durations have fractions of a
-// millisecond, and peers are unknown, since nobody tells us who they are.
+// millisecond, and peers are unknown, because no source identifies them.
 package metrics
 
 import (
@@ -47,14 +47,13 @@ func New(pod podinfo.Pod, version string) *Metrics {
 	return m
 }
 
-// Watch says where open connections stand and who keeps the numbers that records do not tell. Call it before anything is
-// scraped, or leave it.
+// Watch sets the flow table and the sources of numbers that are not in records. Optional; call it before the first scrape.
 func (m *Metrics) Watch(table *flow.Table, sources Sources) { m.table, m.sources = table, sources }
 
 // place is where a connection keeps its *carried or *lastRequest.
 var place = flow.NewPlace()
 
-// What a connection speaks, as the label says it.
+// Protocols of a connection, as values of the label.
 const (
 	opaque = iota
 	tls
@@ -77,14 +76,14 @@ func protocolOf(r *flow.Record) int {
 	return opaque
 }
 
-// carried is what an opaque connection is bound to while it is open. It is touched by the owner before the connection is
-// carried, inside Table.Each, and by the owner after the table let go of it; the table's lock orders these.
+// carried is kept with an opaque connection while it is open. Its owner uses it before the connection is carried and after
+// the table removed it, and Table.Each in between; the lock of the table orders these.
 type carried struct {
 	*tcpSet
 	receivedTold, sentTold uint64
 }
 
-// tell adds what has moved since it was last told.
+// tell adds the bytes moved since the last call.
 func (c *carried) tell(r *flow.Record) {
 	received, sent := r.Received.Load(), r.Sent.Load()
 	c.received.Add(received - c.receivedTold)
@@ -151,8 +150,8 @@ func (d *direction) connection(r *flow.Record) {
 	end.tcp.closed.Add(1)
 }
 
-// lastRequest is what a connection remembers of its last request, since most are like the one before. The owner's goroutine
-// alone touches it.
+// lastRequest caches where the last request of a connection was counted, since most requests resemble the one before.
+// Only the goroutine that owns the connection uses it.
 type lastRequest struct {
 	host, grpcStatus, flags string
 	reason                  flow.Reason
@@ -170,7 +169,7 @@ func (l *lastRequest) like(r *flow.Record) bool {
 
 func (d *direction) request(r *flow.Record) {
 	last, ok := place.Get(r.Connection).(*lastRequest)
-	if !ok { // the connection was never said to be carried
+	if !ok { // the connection was never carried
 		last = new(lastRequest)
 		place.Set(r.Connection, last)
 	}
@@ -201,7 +200,7 @@ func (d *direction) request(r *flow.Record) {
 	}
 }
 
-// statusClass is 1 to 5, or 0 for no status that there is.
+// statusClass returns the first digit of a status, or 0 if it is not a status.
 func statusClass(status int) int {
 	if status < 100 || status > 599 {
 		return 0

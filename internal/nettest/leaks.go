@@ -58,7 +58,7 @@ func leftovers(before map[string]string) string {
 	return strings.Join(left, "\n\n")
 }
 
-// harmless tells the goroutines that belong to the runtime and to package testing from a test's own.
+// harmless reports whether a goroutine belongs to the runtime or to package testing, and not to a test.
 func harmless(stack string) bool {
 	for _, of := range []string{
 		"nettest.leftovers", "testing.Main(", "testing.(*M).", "runtime.goexit0", "os/signal.signal_recv", "os/signal.loop",

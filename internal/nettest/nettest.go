@@ -1,5 +1,5 @@
-// Package nettest gives tests real network namespaces, wired like a pod and its peer, and sees to it that nothing of a
-// test is left behind. Only tests import it.
+// Package nettest gives tests real network namespaces, wired like a pod and its peer, and checks that a test leaves
+// no resources behind. Only tests import it.
 //
 // Namespaces have no name: they vanish with the handle, and a test that is killed leaves nothing. Everything that a
 // helper makes is taken away by t.Cleanup, in reverse order.
@@ -86,7 +86,7 @@ func Open(t testing.TB, name, path string) *Namespace {
 }
 
 // PodAndPeer makes two namespaces joined by a veth pair, both eth0: the pod at PodIP4 and PodIP6 with its default routes
-// through the peer, and the peer at PeerIP4 and PeerIP6, which also answers for Elsewhere4 and Elsewhere6.
+// through the peer, and the peer at PeerIP4 and PeerIP6. The peer also answers for Elsewhere4 and Elsewhere6.
 func PodAndPeer(t testing.TB) (pod, peer *Namespace) {
 	t.Helper()
 	pod, peer = New(t, "pod"), New(t, "peer")
@@ -195,7 +195,7 @@ func (ns *Namespace) Do(t testing.TB, fn func() error) {
 // Try is Do for a failure that the test wants to see.
 func (ns *Namespace) Try(fn func() error) error { return ns.handle.Do(fn) }
 
-// Path names the namespace for programs that are told one, such as nsenter.
+// Path names the namespace for programs that take a path, such as nsenter.
 func (ns *Namespace) Path() string { return ns.handle.Path(os.Getpid()) }
 
 // Listen listens inside the namespace; the listener may be used from any goroutine.

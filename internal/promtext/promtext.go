@@ -1,7 +1,11 @@
-// Package promtext reads and writes what Prometheus scrapes: the text format 0.0.4 and OpenMetrics 1.0.0.
+// Package promtext reads and writes the formats that Prometheus scrapes: the text format 0.0.4 and OpenMetrics 1.0.0.
 //
-// Parse is lenient: it takes what Prometheus itself takes, and more, such as metadata behind samples and families in
-// pieces. Write is strict: one block for each family, and nothing that a reader may refuse. Between them stands Merge,
+// It exists beside github.com/prometheus/common/expfmt because that package has no parser for OpenMetrics text, refuses an
+// exposition as a whole for one bad line or one family in pieces, and converts values to float64, while a merge should
+// pass them on unchanged. The parser of Prometheus itself (model/textparse) is part of the server's module.
+//
+// Parse is lenient: it accepts what Prometheus accepts, and more, such as metadata behind samples and families in
+// pieces. Write is strict: one block for each family, and only what every reader accepts. Between them stands Merge,
 // which makes one exposition out of several, for one of the formats.
 //
 // The rule of the merge: families of the same name and type are joined, in the order of the parts. What comes first

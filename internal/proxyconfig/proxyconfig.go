@@ -91,11 +91,18 @@ type level struct {
 // addYAML adds block mappings.
 func (c Config) addYAML(text string) error {
 	levels := []level{{0, ""}}
-	opened := "" // the path of a key without a value, whose mapping may follow
-	skip := -1   // what is indented deeper belongs to what was stepped over
+	opened := ""      // the path of a key without a value, whose mapping may follow
+	skip := -1        // what is indented deeper belongs to what was stepped over
+	quoted := byte(0) // the quotation mark of a value that did not end with its line
 	n := 0
 	for line := range strings.Lines(text) {
 		n++
+		if quoted != 0 { // readers of YAML continue the value here, also where the line is not indented
+			if opensQuote(quoted, line) {
+				quoted = 0
+			}
+			continue
+		}
 		line = strings.TrimRight(line, " \t\r\n")
 		content := strings.TrimLeft(line, " ")
 		indent := len(line) - len(content)
@@ -139,9 +146,20 @@ func (c Config) addYAML(text string) error {
 		default:
 			c[path] = Value{Unreadable: true}
 			skip = indent
+			if mark := rest[0]; (mark == '\'' || mark == '"') && opensQuote(mark, rest) {
+				quoted = mark
+			}
 		}
 	}
 	return nil
+}
+
+// opensQuote reports whether text leaves a quotation that was closed before it open, or the other way round.
+func opensQuote(mark byte, text string) bool {
+	if mark == '"' {
+		text = strings.NewReplacer(`\\`, "", `\"`, "").Replace(text)
+	}
+	return strings.Count(text, string(mark))%2 == 1
 }
 
 // cutKey cuts "key: value", whose key may be quoted. A comment in the place of the value is none.

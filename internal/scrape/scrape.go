@@ -2,7 +2,7 @@
 //
 // A part that fails never fails the scrape: the answer says so in pillion_scrape_target_up, and the log once for each
 // change. Everything is bounded: the scrapes at a time, the bytes and samples of all parts of one, and its time. What the
-// workload says can never take the place of what the agent says. How the parts become one is told in package promtext.
+// workload says can never take the place of what the agent says. Package promtext describes how the parts are merged.
 package scrape
 
 import (
@@ -33,13 +33,13 @@ const (
 	writeTime       = 10 * time.Second       // for a scraper to read the answer
 )
 
-// timeoutField tells how long a scraper waits, in seconds.
+// timeoutField is the header field with the timeout of the scraper, in seconds.
 const timeoutField = "X-Prometheus-Scrape-Timeout-Seconds"
 
 // ownLimits are for the agent's own exposition, which grows with the traffic and not with a stranger's wish.
 var ownLimits = promtext.Limits{Bytes: 100 << 20, Samples: 1_000_000}
 
-// Config says what is scraped. Own and Log are needed.
+// Config is the configuration of a Handler. Own and Log are required.
 type Config struct {
 	// Own writes the agent's own exposition, in the text format 0.0.4. It is called from several goroutines.
 	Own func(io.Writer) error

@@ -34,8 +34,9 @@ type Config struct {
 	HTTP httpforward.Config
 }
 
-// Settings is what may change while connections are open. A value is never modified: Apply replaces it, and a connection
-// uses the one that it began with until it ends.
+// Settings is what may change while connections are open. A value is never modified: Apply replaces it. A connection uses
+// the value that it began with until it ends; only the HTTP engine also applies a new value to later requests of an open
+// connection (see httpforward.Settings).
 type Settings struct {
 	ConnectTimeout   time.Duration // for the dial; zero or less leaves it to the kernel
 	IdleTimeout      time.Duration // ends a connection in which nothing moves; zero or less: never
@@ -45,6 +46,9 @@ type Settings struct {
 	DetectionHold  time.Duration // how long to hold first bytes that do not decide the protocol
 	OpaquePorts    capture.Ports // destination ports whose protocol is not detected
 	ProxyProtocol  capture.Ports // inbound: destination ports that get a PROXY protocol header; not detected either
+
+	// HTTP replaces the HTTP engine's settings, with the IdleTimeout and HalfCloseTimeout above. nil: unchanged.
+	HTTP *httpforward.Settings
 }
 
 // Detects reports whether the protocol of connections to port is detected.
@@ -85,8 +89,20 @@ func NewRole(config Config) (*Role, error) {
 	return r, nil
 }
 
-// Apply replaces the settings for connections that are opened from now on.
-func (r *Role) Apply(settings Settings) { r.settings.Store(&settings) }
+// Apply replaces the settings for connections that are opened from now on. Those of HTTP also apply to later requests of
+// open connections; see httpforward.Settings. Invalid settings change nothing. Calls must not be concurrent.
+func (r *Role) Apply(settings Settings) error {
+	http := r.engine.Settings()
+	if settings.HTTP != nil {
+		http = *settings.HTTP
+	}
+	http.IdleTimeout, http.HalfCloseTimeout = settings.IdleTimeout, settings.HalfCloseTimeout
+	if err := r.engine.Apply(http); err != nil {
+		return err
+	}
+	r.settings.Store(&settings)
+	return nil
+}
 
 // Announce makes responses to HTTP/1 requests close their connections; see httpforward.Engine.
 func (r *Role) Announce() { r.engine.Announce() }

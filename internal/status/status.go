@@ -1,8 +1,7 @@
-// Package status serves the port by which the pod deals with its sidecar: readiness, the workload's probes, metrics,
-// quitting and draining, profiles.
+// Package status serves the status port: readiness, the workload's probes, metrics, quit and drain, profiles.
 //
-// The port is open to the network, as the kubelet and Prometheus come from there. What changes the agent or shows its
-// inside answers this pod's own processes alone.
+// The port is open to the network, because the kubelet and Prometheus connect from there. Paths that change the agent or
+// show its internals answer processes of this pod only.
 package status
 
 import (
@@ -17,7 +16,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/ownport"
 )
 
-// Config is what the handler answers from. All of it must be set, but for the last two.
+// Config configures the handler. All fields except the last two are required.
 type Config struct {
 	// Ready answers a GET with 200 when the agent is ready, else with a code and the reasons.
 	Ready http.Handler
@@ -25,24 +24,23 @@ type Config struct {
 	Probers http.Handler
 	// Metrics answers /stats/prometheus and /metrics. If it may take longer than a few seconds it calls ownport.Extend.
 	Metrics http.Handler
-	// Quit ends the agent, and Drain begins the drain of inbound. Both are called after the answer has gone out, perhaps
-	// from several goroutines and more than once, and must return at once.
+	// Quit ends the agent, and Drain begins the drain of inbound. Both are called after the response was sent, possibly
+	// more than once and from several goroutines. They must not block.
 	Quit, Drain func()
-	// Log is told who quits and drains, and who may not.
+	// Log receives accepted and refused orders.
 	Log *slog.Logger
-	// MetricsLocalOnly keeps metrics from the network.
+	// MetricsLocalOnly serves metrics to processes of this pod only.
 	MetricsLocalOnly bool
 	// Profiling serves /debug/pprof/.
 	Profiling bool
 }
 
 const (
-	maxBytes   = 64 << 10 // of a request's body: nothing here needs one but pprof's symbols
+	maxBytes   = 64 << 10 // of a request's body; only pprof's symbol lookup has one
 	maxProfile = 2 * time.Minute
 )
 
-// NewHandler serves the paths, codes and bodies of the status port that Istio's agent has. It is to be served by
-// ownport.NewServer.
+// NewHandler serves the status port with the paths, codes and bodies of Istio's agent. Serve it with ownport.NewServer.
 func NewHandler(config Config) http.Handler {
 	metrics := config.Metrics
 	if config.MetricsLocalOnly {
@@ -57,7 +55,7 @@ func NewHandler(config Config) http.Handler {
 	mux.Handle("/quitquitquit", config.localOnly(config.order(config.Quit)))
 	mux.Handle("/drain", config.localOnly(config.order(config.Drain)))
 	if config.Profiling {
-		// Package pprof also registers itself with http.DefaultServeMux, which nothing of ours serves.
+		// Package pprof also registers itself with http.DefaultServeMux. The agent never serves that.
 		for path, handler := range map[string]http.HandlerFunc{
 			"":        pprof.Index, // and the profiles by their names
 			"cmdline": pprof.Cmdline,
@@ -71,7 +69,7 @@ func NewHandler(config Config) http.Handler {
 	return http.MaxBytesHandler(mux, maxBytes)
 }
 
-// ready asks as a GET, whatever was asked with, and says nothing but the code when the answer is yes.
+// ready treats every method as GET, and sends no body with 200.
 func ready(handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		get := r.WithContext(r.Context())
@@ -98,7 +96,7 @@ func (w *silentWhenOK) Write(b []byte) (int, error) {
 	return w.ResponseWriter.Write(b)
 }
 
-// order does what a POST asks for, once its answer has gone out: after it there may be no process to answer.
+// order executes a POST after its response was sent: afterwards the process may not exist any more.
 func (c Config) order(obey func()) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost {
@@ -107,17 +105,17 @@ func (c Config) order(obey func()) http.Handler {
 		}
 		w.Header().Set("Content-Length", "2")
 		io.WriteString(w, "OK")
-		_ = http.NewResponseController(w).Flush() // a client that has left gave the order all the same
-		c.Log.Info("an order on the status port", "path", r.URL.Path, "from", r.RemoteAddr)
+		_ = http.NewResponseController(w).Flush() // the order is valid even if the client has left
+		c.Log.Info("order received on the status port", "path", r.URL.Path, "from", r.RemoteAddr)
 		obey()
 	})
 }
 
-// localOnly refuses who is not a process of this pod, and who is one without knowing it, see ownport.FromLoopback and byItself.
+// localOnly rejects requests from outside the pod, and cross-site requests by a browser inside it or behind a port-forward.
 func (c Config) localOnly(handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !ownport.FromLoopback(r) || !byItself(r) {
-			c.Log.Debug("refused on the status port", "path", r.URL.Path, "from", r.RemoteAddr, "host", r.Host)
+		if !ownport.FromLoopback(r) || !sameSite(r) {
+			c.Log.Debug("request refused on the status port", "path", r.URL.Path, "from", r.RemoteAddr, "host", r.Host)
 			http.Error(w, "Only requests from localhost are allowed", http.StatusForbidden)
 			return
 		}
@@ -127,15 +125,14 @@ func (c Config) localOnly(handler http.Handler) http.Handler {
 
 var otherSites = http.NewCrossOriginProtection()
 
-// byItself refuses a browser that somebody else's page made ask: a port-forward puts this port on a laptop's loopback,
-// where any page may send it a POST. A browser says which page it was, in Origin or Sec-Fetch-Site. It believes the page
-// to be ours if its name has come to mean 127.0.0.1 meanwhile, but then Host has that name. Programs other than browsers
-// say none of this.
-func byItself(r *http.Request) bool {
+// sameSite reports whether a request was not caused by a page of another site. A port-forward puts this port on a laptop's
+// loopback, where any page can send it a POST. A browser names the page in Origin or Sec-Fetch-Site. With DNS rebinding the
+// page counts as this site's own, but then Host has the page's name. Programs other than browsers send neither field.
+func sameSite(r *http.Request) bool {
 	return otherSites.Check(r) == nil && ownport.NamesLoopback(r.Host)
 }
 
-// profile gives a profile the time that it takes, which must be bounded.
+// profile extends the time limit of a profile, and bounds it.
 func profile(handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked := r.FormValue("seconds")

@@ -56,7 +56,7 @@ func (r *report) read(from io.Reader) error {
 	for lines.Scan() {
 		var e event
 		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
-			// What is no event comes from the toolchain itself, such as a download's progress.
+			// A line that is not an event comes from the toolchain, such as a download's progress.
 			fmt.Fprintln(r.out, lines.Text())
 			continue
 		}
@@ -127,7 +127,7 @@ func (r *report) outputOf(key string) string {
 
 // close prints the sum and reports whether all is well.
 func (r *report) close(ci bool) bool {
-	// Tests that never ended, because their package panicked or timed out, said their last words here.
+	// Tests that never ended, because their package panicked or timed out, have their last output here.
 	for key, output := range r.output {
 		if _, test, _ := strings.Cut(key, "\x00"); test != "" {
 			fmt.Fprintf(r.out, "--- NOT ENDED: %s\n%s", test, output)

@@ -2,12 +2,12 @@ package http1test
 
 import "strings"
 
-// The beginnings of most requests: a head that lacks nothing but its empty line.
+// The beginnings of most requests: complete heads except for the empty line.
 const (
 	get   = "GET / HTTP/1.1\r\nHost: a\r\n"
 	post  = "POST /p HTTP/1.1\r\nHost: a\r\n"
 	chunk = post + "Transfer-Encoding: chunked\r\n"
-	next  = "GET /admin HTTP/1.1\r\nHost: a\r\n\r\n" // what an attacker would like to have read as a request
+	next  = "GET /admin HTTP/1.1\r\nHost: a\r\n\r\n" // the request an attacker wants to smuggle
 )
 
 // Requests are the requests of the table.
@@ -354,7 +354,7 @@ var Requests = []Message{
 		Bytes: chunk + "\r\n0\r\n" + strings.Repeat("X: "+strings.Repeat("y", 8<<10-5)+"\r\n", 8) + "\r\n",
 		Want:  "trailers_too_large"},
 
-	// What is not forwarded.
+	// Fields that are not forwarded.
 	{Name: "hop-by-hop fields", Bytes: get + "Connection: keep-alive\r\nKeep-Alive: timeout=5\r\nA: b\r\n" +
 		"Proxy-Connection: keep-alive\r\nTE: trailers\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n\r\n",
 		Want: "no body", Head: get + "A: b\r\n\r\n"},

@@ -3,7 +3,7 @@ package http1test
 const (
 	ok      = "HTTP/1.1 200 OK\r\n"
 	chunked = ok + "Transfer-Encoding: chunked\r\n"
-	answer  = "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nbad" // what an attacker would like to have read as a response
+	answer  = "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nbad" // the response an attacker wants to smuggle
 )
 
 // Responses are the responses of the table.
@@ -116,7 +116,7 @@ var Responses = []Message{
 	{Name: "403 to CONNECT", Method: "CONNECT", Bytes: "HTTP/1.1 403 No\r\nContent-Length: 5\r\n\r\nhello",
 		Want: "sized 5"},
 
-	// What is not forwarded.
+	// Fields that are not forwarded.
 	{Name: "hop-by-hop fields of a response", Bytes: ok +
 		"Connection: X-Hop, close\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\nContent-Length: 0\r\nX-End: 2\r\n\r\n",
 		Want: "sized 0", Head: ok + "Content-Length: 0\r\nX-End: 2\r\n\r\n"},

@@ -33,7 +33,7 @@ import (
 type Role interface {
 	ServeConn(ctx context.Context, down *tcp.Conn)
 	Refuse(down *tcp.Conn)
-	Apply(serve.Settings)
+	Apply(serve.Settings) error
 	Announce()
 	Drain()
 }
@@ -128,7 +128,7 @@ func NewRig(t *testing.T, place Place, settings serve.Settings) *Rig {
 		Poller:    r.poller,
 		Flows:     r.flows,
 		Addresses: localaddr.Of(nettest.PodIP4, nettest.PodIP6),
-		HTTP:      httpforward.Config{Pool: pool, MaxHeadBytes: 64 << 10, MaxHeadFields: 100},
+		HTTP:      httpforward.Config{Pool: pool, Settings: httpforward.Settings{MaxHeadBytes: 64 << 10, MaxHeadFields: 100}},
 		Settings:  settings,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
@@ -472,7 +472,9 @@ func Promises(t *testing.T, place Place) {
 		r.AwaitListed(t, 1)
 		settings := r.Settings
 		settings.OpaquePorts = portList(t, "81")
-		r.Role.Apply(settings)
+		if err := r.Role.Apply(settings); err != nil {
+			t.Fatal(err)
+		}
 		fresh := r.Dial(t, r.At(81))
 		Take(t, conns) // opaque: it was dialled before the client sent anything
 		r.AwaitListed(t, 2)

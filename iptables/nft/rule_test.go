@@ -1,0 +1,116 @@
+package nft
+
+import (
+	"fmt"
+	rand "math/rand/v2"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/iptables/policy"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/pillion-proxy/pillion/iptables/rulestest"
+)
+
+// What is written in nftables is read back as the same, rule by rule and for any spec.
+func TestRoundTripThroughExpressions(t *testing.T) {
+	check := func(t *testing.T, rs ruleset.Ruleset) {
+		t.Helper()
+		for _, table := range rs.Tables {
+			for _, c := range table.Chains {
+				at, of := ruleset.Place{Table: table.Name, Chain: c.Name}, ruleset.Family(0)
+				var encoded []kernelRule
+				for _, r := range c.Rules {
+					encoded = append(encoded, encode(rs.Family, at, r)...)
+				}
+				if c.Own() {
+					of = rs.Family
+				}
+				decoded := decode(of, at, encoded)[rs.Family]
+				if want := rulestest.WithoutReasons(ruleset.Ruleset{Tables: []ruleset.Table{{Name: table.Name, Chains: []ruleset.Chain{c}}}}).Tables[0].Chains[0].Rules; !reflect.DeepEqual(decoded, want) {
+					t.Errorf("%v: got\n%+v\nwant\n%+v", at, decoded, want)
+				}
+				for i, r := range encoded {
+					if len(r.comment) > 128 { // as much as nft shows
+						t.Errorf("%v: the comment of rule %d has %d bytes", at, i, len(r.comment))
+					}
+				}
+			}
+		}
+	}
+	rulestest.ForEach(t, func(t *testing.T, sc rulestest.Scenario, a rulestest.Addresses) {
+		check(t, policy.Rules(sc.Spec, a.Family))
+	})
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 120 {
+		spec := rulestest.RandomSpec(random)
+		for _, family := range ruleset.Families {
+			check(t, policy.Rules(spec, family))
+		}
+	}
+}
+
+// Whatever a single byte of a rule is changed to, and whichever expression is missing or there twice, it is not taken for
+// the rule that it was.
+func TestARuleOfNFTablesThatIsAlmostOursIsNotOurs(t *testing.T) {
+	random := rand.New(rand.NewPCG(3, 4))
+	seen := make(map[string]bool) // scenarios have many rules in common
+	rulestest.ForEach(t, func(t *testing.T, sc rulestest.Scenario, a rulestest.Addresses) {
+		for at, r := range policy.Rules(sc.Spec, a.Family).All() {
+			r.Why = ""
+			if key := fmt.Sprint(a.Family, at, r.Line(at.Chain)); seen[key] {
+				continue
+			} else {
+				seen[key] = true
+			}
+			check := func(what string, change func(*kernelRule)) {
+				rules := encode(a.Family, at, r)
+				change(&rules[0])
+				of := a.Family
+				if !strings.HasPrefix(at.Chain, ruleset.OwnPrefix) {
+					of = 0
+				}
+				if got := decode(of, at, rules)[a.Family]; len(got) > 0 && reflect.DeepEqual(got[0], r) {
+					t.Errorf("%s, %s: it still counts as %+v", r.ID, what, r)
+				}
+			}
+			check("another comment", func(rule *kernelRule) { rule.comment += "x" })
+			for i, e := range encode(a.Family, at, r)[0].expressions {
+				check(e.name+" missing", func(rule *kernelRule) { rule.expressions = slices.Delete(rule.expressions, i, i+1) })
+				check(e.name+" twice", func(rule *kernelRule) { rule.expressions = slices.Insert(rule.expressions, i, e) })
+				for attribute := range e.attributes {
+					check(fmt.Sprintf("attribute %d of %s changed", attribute, e.name), func(rule *kernelRule) {
+						if e.name == "counter" {
+							rule.comment = "" // its numbers may be any
+							return
+						}
+						value := rule.expressions[i].attributes[attribute]
+						value[random.IntN(len(value))] ^= byte(1 + random.IntN(255))
+					})
+					check(fmt.Sprintf("attribute %d of %s missing", attribute, e.name), func(rule *kernelRule) {
+						if delete(rule.expressions[i].attributes, attribute); e.name == "counter" {
+							rule.comment = ""
+						}
+					})
+				}
+			}
+		}
+	})
+}
+
+func TestChainsHaveNamesOfTheirOwn(t *testing.T) {
+	for name, want := range map[string]ruleset.Place{
+		"nat_output": {Table: ruleset.NAT, Chain: ruleset.ChainBuiltOutput}, "mangle_prerouting": {Table: ruleset.Mangle, Chain: ruleset.ChainPrerouting},
+		"ipv4_nat_in_redirect": {Table: ruleset.NAT, Chain: ruleset.ChainInboundRedirect}, "ipv6_raw_dns_passed": {Table: ruleset.Raw, Chain: ruleset.ChainDNSPassed},
+	} {
+		if _, at, ok := placeOf(name); !ok || at != want {
+			t.Errorf("%s: got %v, %t", name, at, ok)
+		}
+	}
+	for _, name := range []string{"", "nat", "nat_", "nat_input", "filter_output", "ipv4", "ipv4_nat", "ipv4_filter_x", "NAT_OUTPUT", "ipv5_nat_x", "theirs"} {
+		if family, at, ok := placeOf(name); ok {
+			t.Errorf("%s is taken for %s %v", name, family, at)
+		}
+	}
+}

@@ -1,0 +1,10 @@
+package policy
+
+import (
+	"os"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/iptables/rulestest"
+)
+
+func TestMain(m *testing.M) { os.Exit(rulestest.Main(m)) }

@@ -1,0 +1,239 @@
+package report
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/iptables"
+	"github.com/pillion-proxy/pillion/iptables/kernel"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+)
+
+// Difference is one way in which the namespace differs from the wanted state.
+type Difference struct {
+	Family  string          `json:"family"`
+	Flavour ruleset.Flavour `json:"flavour,omitempty"`
+	ruleset.Change
+	// Means is the difference's effect on traffic.
+	Means string `json:"means"`
+}
+
+// Findings are the result of a check.
+type Findings struct {
+	Equal       bool         `json:"equal"`
+	Differences []Difference `json:"differences"`
+	// Warnings name rules of others that precede ours and may have the effect of a difference.
+	Warnings []string `json:"warnings"`
+}
+
+// Check compares the network namespace of the calling thread with the rules that init would install for a valid spec in
+// that backend. Rules that init keeps for open connections are not differences, even after those connections have
+// ended. Check changes nothing.
+func Check(ctx context.Context, spec capture.Spec, backend iptables.Backend) (Findings, error) {
+	plan, err := iptables.PlanCheck(ctx, spec, backend)
+	if err == nil {
+		err = plan.Unread
+	}
+	if err != nil {
+		return Findings{}, err
+	}
+	found := Findings{Equal: plan.Unchanged(), Differences: []Difference{}, Warnings: append([]string{}, plan.Warnings...)}
+	for _, step := range plan.Steps {
+		for _, change := range step.Changes {
+			found.Differences = append(found.Differences, Difference{step.Family.String(), step.Flavour, change, meaning(change)})
+		}
+	}
+	for _, change := range plan.Routes {
+		found.Differences = append(found.Differences, routeDifference(change))
+	}
+	if plan.Address != iptables.AddressKept {
+		found.Differences = append(found.Differences, addressDifference(plan.Address))
+	}
+	for _, h := range plan.Live() {
+		found.Warnings = append(found.Warnings, ahead(h)...)
+	}
+	return found, nil
+}
+
+// String returns one line for each difference and warning.
+func (f Findings) String() string {
+	var text strings.Builder
+	for _, d := range f.Differences {
+		text.WriteString(d.String() + "\n")
+	}
+	for _, warning := range f.Warnings {
+		text.WriteString("warning: " + warning + "\n")
+	}
+	if f.Equal {
+		text.WriteString("the rules are as the flags want them\n")
+	}
+	return text.String()
+}
+
+func (d Difference) String() string {
+	what := []string{d.Family, string(d.Flavour), string(d.Table), d.Chain}
+	what = slices.DeleteFunc(what, func(word string) bool { return word == "" })
+	line := fmt.Sprintf("%s: %s: ", d.Kind, strings.Join(what, " "))
+	if d.ID != "" {
+		line += d.ID + ", "
+	}
+	body := func(rule string) string {
+		return ownComment.ReplaceAllString(strings.TrimPrefix(rule, "-A "+d.Chain+" "), "")
+	}
+	switch {
+	case d.Rule == "" && d.Found == "":
+	case d.Kind == ruleset.Tampered, d.Kind == ruleset.Reordered:
+		line += fmt.Sprintf("found %s, ", body(d.Found))
+	default:
+		line += body(d.Rule+d.Found) + ", "
+	}
+	return strings.TrimSuffix(strings.TrimSuffix(line, ", "), ": ") + ": " + d.Means
+}
+
+// ownComment matches the comment with the ID of a rule of ours.
+var ownComment = regexp.MustCompile(`-m comment --comment "` + ruleset.CommentPrefix + `[^"]*" `)
+
+// meaning is the effect of a difference on traffic.
+func meaning(c ruleset.Change) string {
+	wanted, found := effectOf(c, c.Rule), effectOf(c, c.Found)
+	switch {
+	case c.Rule == "" && c.Found == "" && c.Kind == ruleset.Missing:
+		return "what it judged is not judged"
+	case c.Rule == "" && c.Found == "":
+		return "the chain is not needed and does nothing by itself"
+	case c.Kind == ruleset.Missing:
+		return wanted.lost
+	case c.Kind == ruleset.Extra:
+		return found.does
+	case c.Kind == ruleset.Duplicate:
+		return "it is there more than once, and the first one decides"
+	case c.Kind == ruleset.Tampered:
+		return fmt.Sprintf("%s; as it is, %s", wanted.lost, found.does)
+	}
+	return "it stands where another belongs, and the first that matches decides: " + found.does
+}
+
+// effect is what a rule does to traffic, and what is lost without it.
+type effect struct{ does, lost string }
+
+// lostJump is what is lost without the jump from a built-in chain.
+var lostJump = map[ruleset.Place]string{
+	{Table: ruleset.NAT, Chain: ruleset.ChainBuiltOutput}:    "no outbound connection is captured",
+	{Table: ruleset.NAT, Chain: ruleset.ChainPrerouting}:     "no inbound connection is captured",
+	{Table: ruleset.Mangle, Chain: ruleset.ChainPrerouting}:  "what arrives is neither given to the agent nor dropped for being invalid",
+	{Table: ruleset.Mangle, Chain: ruleset.ChainBuiltOutput}: "outgoing packets lack the marks of TPROXY, and answers go past the agent",
+	{Table: ruleset.Raw, Chain: ruleset.ChainPrerouting}:     "answers of name servers are taken for those of the agent",
+	{Table: ruleset.Raw, Chain: ruleset.ChainBuiltOutput}:    "captured DNS queries are not kept apart from others",
+}
+
+// captureEffect is the effect of jumps and targets that lead to the agent.
+func captureEffect(direction string) effect {
+	return effect{"what it matches is captured " + direction, "what it matches is not captured " + direction}
+}
+
+func arrival(port uint16) effect {
+	return effect{fmt.Sprintf("what it matches goes to port %d", port), fmt.Sprintf("what it matches does not come to port %d", port)}
+}
+
+func effectOf(c ruleset.Change, line string) effect {
+	rule, known := ruleset.Interpret(line)
+	if !known {
+		return effect{"nobody here knows what it does", ""}
+	}
+	switch target := rule.Target.(type) {
+	case ruleset.Return, ruleset.Accept:
+		return effect{"what it matches is left alone", "what it matches is no longer left alone"}
+	case ruleset.Drop:
+		return effect{"what it matches is dropped", "what it matches is no longer dropped"}
+	case ruleset.Redirect:
+		return arrival(uint16(target))
+	case ruleset.ToSocket:
+		return arrival(target.To.Port())
+	case ruleset.Jump:
+		if lost := lostJump[ruleset.Place{Table: c.Table, Chain: c.Chain}]; lost != "" {
+			return effect{fmt.Sprintf("what it matches is judged by %s", target), lost}
+		}
+		switch string(target) {
+		case ruleset.ChainRedirect:
+			return captureEffect("outbound")
+		case ruleset.ChainInboundRedirect, ruleset.ChainTPROXY:
+			return captureEffect("inbound")
+		}
+		return effect{fmt.Sprintf("what it matches is judged by %s", target), fmt.Sprintf("what it matches is not judged by %s", target)}
+	case ruleset.Zone:
+		return effect{"what it matches gets another zone of connection tracking", "what it matches is not in its zone of connection tracking"}
+	}
+	return effect{"what it matches gets another mark", "what it matches does not get its mark"}
+}
+
+func routeDifference(c kernel.RouteChange) Difference {
+	d := Difference{Family: c.Route.Family.String(), Change: ruleset.Change{Kind: ruleset.Missing, Rule: c.Route.String()}}
+	d.Means = "what TPROXY has marked is not delivered here: captured inbound connections hang"
+	if c.Action == kernel.Remove {
+		d.Kind, d.Rule, d.Found, d.Means = ruleset.Extra, "", c.Route.String(), "packets that bear such a mark are delivered here, though the flags need none"
+	}
+	return d
+}
+
+func addressDifference(a iptables.AddressChange) Difference {
+	address := fmt.Sprintf("%s on %s", capture.InboundSource6, ruleset.Loopback)
+	d := Difference{Family: ruleset.IPv6.String(), Change: ruleset.Change{Kind: ruleset.Missing, Rule: address}}
+	d.Means = "the agent cannot dial the workload: captured inbound connections are reset"
+	if a == iptables.AddressRemoved {
+		d.Kind, d.Rule, d.Found, d.Means = ruleset.Extra, "", address, "it is left over, and harmless"
+	}
+	return d
+}
+
+// ahead warns of rules of others that precede our jump and may decide about a packet.
+func ahead(h ruleset.Held) []string {
+	var warnings []string
+	for _, table := range h.Rules.Tables {
+		for _, c := range table.Chains {
+			jump := slices.IndexFunc(c.Rules, ruleset.Rule.JumpsToOwn)
+			if c.Own() || jump < 0 {
+				continue
+			}
+			for _, r := range c.Rules[:jump] {
+				if fate := fate(r, c.Name); fate != "" {
+					warnings = append(warnings, fmt.Sprintf("%s %s %s %s: %s stands before our jump: what it matches %s",
+						h.Rules.Family, h.Flavour, table.Name, c.Name, r.Body(c.Name), fate))
+				}
+			}
+		}
+	}
+	return warnings
+}
+
+// fate is what happens to a matching packet that our rules may then not see.
+func fate(r ruleset.Rule, chain string) string {
+	words := ruleset.SplitWords(r.Line(chain))
+	at := slices.IndexFunc(words, func(word string) bool { return word == "-j" || word == "-g" })
+	if at < 0 || at == len(words)-1 {
+		return ""
+	}
+	switch target := words[at+1]; {
+	case slices.Contains(goesOn, target):
+		return ""
+	case target == "DROP", target == "REJECT":
+		return "is refused before our rules see it"
+	case slices.Contains(ends, target):
+		return "is not judged by our rules"
+	default:
+		return "goes to " + target + ", which may keep it from our rules"
+	}
+}
+
+// ends and goesOn are targets of iptables: after those in goesOn the next rule is tried.
+var (
+	ends = []string{"ACCEPT", "RETURN", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "REDIRECT", "TPROXY", "QUEUE", "NFQUEUE"}
+
+	goesOn = []string{
+		"MARK", "CONNMARK", "CT", "NOTRACK", "LOG", "NFLOG", "ULOG", "TRACE", "CLASSIFY", "DSCP", "TOS", "TTL", "HL", "ECN",
+		"SECMARK", "CONNSECMARK", "SET", "TEE", "AUDIT", "CHECKSUM", "TCPMSS", "TCPOPTSTRIP", "IDLETIMER", "LED", "RATEEST",
+	}
+)

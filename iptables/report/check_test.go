@@ -1,0 +1,102 @@
+package report
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/iptables/policy"
+	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/pillion-proxy/pillion/iptables/rulestest"
+)
+
+func TestEveryKindOfMeddlingIsToldInALineWithWhatItMeans(t *testing.T) {
+	want := policy.Rules(rulestest.CaptureAll, ruleset.IPv4)
+	var text strings.Builder
+	for _, m := range rulestest.Meddling {
+		fmt.Fprintf(&text, "%s\n", m.Name)
+		for _, change := range ruleset.Diff(want, ruleset.Parse(ruleset.IPv4, m.Edit(want.String()))) {
+			fmt.Fprintf(&text, "    %s\n", Difference{"ipv4", ruleset.NFT, change, meaning(change)})
+		}
+	}
+	rulestest.Golden(t, "check", text.String())
+}
+
+func TestCheckNamesWhatHasBeenDoneToTheNamespace(t *testing.T) {
+	nettest.RequireRoot(t)
+	rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
+	ns := nettest.New(t, "pod")
+	spec := rulestest.SpecOf(func(s *capture.Spec) {
+		s.Mode, s.Inbound.All, s.Outbound.All, s.DropInvalid = capture.TPROXY, true, true, true
+		s.RedirectDNS, s.DNSServers = true, []netip.Addr{nettest.Elsewhere4}
+	})
+	check := func() Findings {
+		t.Helper()
+		var found Findings
+		ns.Do(t, func() (err error) {
+			found, err = Check(context.Background(), spec, "")
+			return err
+		})
+		return found
+	}
+	if found := check(); found.Equal || !strings.Contains(found.String(), "missing: ipv4 nft nat OUTPUT: outbound/jump, -j PILLION_OUTPUT: no outbound connection is captured\n") {
+		t.Errorf("nothing is there: got\n%s", found)
+	}
+	for _, test := range []struct {
+		name, commands string
+		equal          bool
+		want           string // a beginning of a line for each of these lines
+	}{
+		{"nothing", "", true, "the rules are as the flags want them"},
+		{"a jump removed", "iptables-nft -t mangle -D OUTPUT 1", false,
+			"missing: ipv4 nft mangle OUTPUT: leaving/jump, -p tcp -j PILLION_OUTPUT: outgoing packets lack the marks of TPROXY"},
+		{"two jumps removed", "iptables-nft -t raw -D PREROUTING 1; iptables-nft -t raw -D OUTPUT 1", false,
+			"missing: ipv4 nft raw PREROUTING: zone/arriving/jump, -p udp -j PILLION_INBOUND: answers of name servers\n" +
+				"missing: ipv4 nft raw OUTPUT: zone/leaving/jump, -p udp -j PILLION_OUTPUT: captured DNS queries"},
+		{"the redirection leads elsewhere", "ip6tables-nft -t nat -R PILLION_REDIRECT 1 -p tcp -m comment --comment pillion:outbound/redirect -j REDIRECT --to-ports 9", false,
+			"tampered: ipv6 nft nat PILLION_REDIRECT: outbound/redirect, found -p tcp -j REDIRECT --to-ports 9: what it matches does not come to port 15001; as it is, what it matches goes to port 9"},
+		{"the agent captured", "iptables-nft -t nat -D PILLION_OUTPUT -m owner --uid-owner 1337 -m comment --comment pillion:outbound/agent/uid/1337 -j RETURN", false,
+			"missing: ipv4 nft nat PILLION_OUTPUT: outbound/agent/uid/1337, -m owner --uid-owner 1337 -j RETURN: what it matches is no longer left alone"},
+		{"an exception in our chain", "iptables-nft -t nat -I PILLION_OUTPUT -d 203.0.113.0/24 -j RETURN", false,
+			"extra: ipv4 nft nat PILLION_OUTPUT: -d 203.0.113.0/24 -j RETURN: what it matches is left alone"},
+		{"a rule with a match that we do not know", "iptables-nft -t nat -I PILLION_OUTPUT -m ttl --ttl-eq 7 -j RETURN", false,
+			"extra: ipv4 nft nat PILLION_OUTPUT: -m ttl --ttl-eq 7 -j RETURN: nobody here knows what it does"},
+		{"a mark gone", "iptables-nft -t mangle -D PILLION_DIVERT 1", false,
+			"missing: ipv4 nft mangle PILLION_DIVERT: inbound/divert/mark, -j MARK --set-xmark 0x539/0xffffffff: what it matches does not get its mark"},
+		{"the routing rule gone", "ip rule del fwmark 1337 lookup 133", false,
+			"missing: ipv4: fwmark 0x539 lookup 133: what TPROXY has marked is not delivered here"},
+		{"the route gone", "ip -6 route del local default dev lo table 133", false,
+			"missing: ipv6: local default dev lo table 133: what TPROXY has marked"},
+		{"the source address gone", "ip addr del ::6/128 dev lo", false,
+			"missing: ipv6: ::6 on lo: the agent cannot dial the workload"},
+		{"rules in the other flavour", "iptables-legacy -t nat -N PILLION_OLD; iptables-legacy -t nat -A PILLION_OLD -j RETURN", false,
+			"extra: ipv4 legacy nat PILLION_OLD: -j RETURN: what it matches is left alone\nextra: ipv4 legacy nat PILLION_OLD: the chain is not needed"},
+		{"an exception ahead of our jump", "iptables-nft -t nat -I OUTPUT -p tcp -m tcp --dport 443 -j ACCEPT", true,
+			"warning: ipv4 nft nat OUTPUT: -p tcp -m tcp --dport 443 -j ACCEPT stands before our jump: what it matches is not judged by our rules"},
+		{"a drop ahead of it, with a match that we do not know", "iptables-nft -t mangle -I PREROUTING -m ttl --ttl-eq 7 -j DROP", true,
+			"warning: ipv4 nft mangle PREROUTING: -m ttl --ttl-eq 7 -j DROP stands before our jump: what it matches is refused before our rules see it"},
+		{"a jump ahead of it", "iptables-nft -t nat -N THEIRS; iptables-nft -t nat -I OUTPUT -j THEIRS", true,
+			"warning: ipv4 nft nat OUTPUT: -j THEIRS stands before our jump: what it matches goes to THEIRS, which may keep it"},
+		{"what decides nothing ahead of it", "iptables-nft -t mangle -I OUTPUT -j MARK --set-mark 7", true, "the rules are as the flags want them"},
+		{"an exception behind it", "iptables-nft -t nat -A OUTPUT -j ACCEPT", true, "the rules are as the flags want them"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			mustInstall(t, ns, spec)
+			ns.MustRun(t, "/bin/sh", "-c", "PATH=/usr/sbin:/usr/bin:/sbin:/bin; set -e; "+test.commands)
+			found := check()
+			for line := range strings.SplitSeq(test.want, "\n") {
+				if !strings.Contains("\n"+found.String(), "\n"+line) {
+					t.Errorf("got\n%s\nwant %s", found, line)
+				}
+			}
+			if found.Equal != test.equal || !test.equal && len(found.Differences) != strings.Count(test.want, "\n")+1 {
+				t.Errorf("equal: %t, got\n%s", found.Equal, found)
+			}
+			ns.MustRun(t, "/bin/sh", "-c", "PATH=/usr/sbin:/usr/bin:/sbin:/bin; for t in raw mangle nat; do iptables-nft -t $t -F; iptables-nft -t $t -X; done; iptables-legacy -t nat -F; iptables-legacy -t nat -X; true")
+		})
+	}
+}
