@@ -306,7 +306,7 @@ func TestAFailedMoveLeavesTheOldRules(t *testing.T) {
 	before := rulestest.Everything(t, pod)
 	real := programName(ruleset.IPv4, ruleset.NFT) + "-restore"
 	breakProgram(t, dir, "iptables-nft-restore", fmt.Sprintf(`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; exit 1`, dir, real))
-	if _, err := initBy(pod, rulestest.Scenarios[0].Spec, NFTables); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+	if _, err := initBy(pod, rulestest.Scenarios[0].Spec, NFTables); err == nil || !strings.Contains(err.Error(), "the former state is restored") {
 		t.Errorf("got error %v", err)
 	}
 	if after := rulestest.Everything(t, pod); after != before {
@@ -320,7 +320,7 @@ func TestAFailedMoveLeavesTheOldRules(t *testing.T) {
 	before = rulestest.Everything(t, pod)
 	dir = rulestest.UsePrograms(t, false, ruleset.NFT)
 	breakProgram(t, dir, "ip6tables-nft-restore", "exit 1")
-	if _, err := initBy(pod, rulestest.Scenarios[0].Spec, IPTablesNFT); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+	if _, err := initBy(pod, rulestest.Scenarios[0].Spec, IPTablesNFT); err == nil || !strings.Contains(err.Error(), "the former state is restored") {
 		t.Errorf("got error %v", err)
 	}
 	if after := rulestest.Everything(t, pod); after != before {
@@ -348,14 +348,14 @@ func TestWhereIPTablesFindsNoSupportNFTablesTakeItsPlace(t *testing.T) {
 		}
 		// IPv4 is made, and taken back when IPv6 fails.
 		breakProgram(t, rulestest.UsePrograms(t, false, ruleset.Legacy), "ip6tables-legacy-restore", fmt.Sprintf(`echo "%s" >&2; exit 3`, strings.ReplaceAll(complaint, "`", "\\`")))
-		if _, err := initBy(pod, rulestest.CaptureAll, IPTables); err == nil || !strings.HasSuffix(err.Error(), "; everything is as it was") {
+		if _, err := initBy(pod, rulestest.CaptureAll, IPTables); err == nil || !strings.HasSuffix(err.Error(), "; the former state is restored") {
 			t.Errorf("iptables was asked for: got error %v", err)
 		}
 		plan, err := initIn(pod, rulestest.CaptureAll)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(plan.Steps) != 2 || plan.Steps[0].Flavour != ruleset.Native || len(plan.Warnings) != 1 || !strings.Contains(plan.Warnings[0], "because iptables cannot be used: changing ipv6 rules") {
+		if len(plan.Steps) != 2 || plan.Steps[0].Flavour != ruleset.Native || len(plan.Warnings) != 1 || !strings.Contains(plan.Warnings[0], "because iptables is not usable: changing ipv6 rules") {
 			t.Errorf("plan: %v, warnings %q", plan.Summary(), plan.Warnings)
 		}
 		if after := withoutLegacy(rulestest.Everything(t, pod)); after != want {

@@ -401,13 +401,13 @@ func TestAFailureHalfWayTakesEverythingBack(t *testing.T) {
 			}, "changing ipv6 rules: running " + name6 + "-restore: exit status 1: line 2 failed (in: :PILLION_INBOUND - [0:0])"},
 			{"IPv6 is committed, but is not there when read back", func(t *testing.T, dir string) {
 				breakProgram(t, dir, name6+"-restore", "while read line; do :; done")
-			}, "reading ipv6 rules back: 15 changes would still be needed"},
+			}, "reading ipv6 rules back: the rules differ after the commit (15 changes)"},
 			{"IPv6 is committed by half", func(t *testing.T, dir string) {
 				real := programName(ruleset.IPv6, flavour) + "-restore"
 				// Only the first run, which installs, is sabotaged.
 				breakProgram(t, dir, name6+"-restore", fmt.Sprintf(
 					`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; /bin/sed '/inbound.all/d' | %[2]s "$@"`, dir, real))
-			}, "reading ipv6 rules back: 1 change would still be needed, the first: missing in PILLION_INBOUND"},
+			}, "reading ipv6 rules back: the rules differ after the commit (1 change), first: missing in PILLION_INBOUND"},
 		} {
 			for _, earlier := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/%s/over earlier rules %t", flavour, test.name, earlier), func(t *testing.T) {
@@ -532,7 +532,7 @@ func TestTablesThatNobodyLookedIntoAreNamed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(plan.Warnings) != 1 || !strings.HasPrefix(plan.Warnings[0], "ipv4 has legacy tables that were not looked into: iptables-legacy ") {
+	if len(plan.Warnings) != 1 || !strings.HasPrefix(plan.Warnings[0], "ipv4 has legacy tables that were not read: iptables-legacy ") {
 		t.Errorf("warnings: %q", plan.Warnings)
 	}
 }
@@ -608,7 +608,7 @@ func TestAFailureBetweenTwoTablesTakesTheFirstBack(t *testing.T) {
 		real := programName(ruleset.IPv6, flavour) + "-restore"
 		breakProgram(t, dir, filepath.Base(real), fmt.Sprintf(
 			`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; /bin/sed 's/--to-ports 15001/--to-ports nowhere/' | %[2]s "$@"`, dir, real))
-		if _, err := initIn(pod, rulestest.TPROXYAll); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+		if _, err := initIn(pod, rulestest.TPROXYAll); err == nil || !strings.Contains(err.Error(), "the former state is restored") {
 			t.Errorf("%s: got error %v", flavour, err)
 		}
 		if after := rulestest.Everything(t, pod); after != before {

@@ -100,7 +100,7 @@ func TestAFailedChangeOfTheModeLeavesTheOldOne(t *testing.T) {
 				before := [2]ruleset.Ruleset{rulesIn(t, pod, ruleset.IPv4, flavour), rulesIn(t, pod, ruleset.IPv6, flavour)}
 				routes := withoutPriorities(routing(t, pod))
 				breakProgram(t, dir, filepath.Base(programName(ruleset.IPv6, flavour))+"-restore", "exit 1")
-				if _, err := initIn(pod, specs[1]); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+				if _, err := initIn(pod, specs[1]); err == nil || !strings.Contains(err.Error(), "the former state is restored") {
 					t.Errorf("got error %v", err)
 				}
 				for i, family := range ruleset.Families {

@@ -26,7 +26,7 @@ func RouteTo(address, src netip.Addr, mark uint32) (link string, own netip.Addr,
 		err = unix.ENETUNREACH
 	}
 	if err != nil {
-		return "", own, fmt.Errorf("looking for the route to %s: %w; name the interface and the addresses to do without", address, err)
+		return "", own, fmt.Errorf("looking for the route to %s: %w; to explain without a route, give the interface and the addresses", address, err)
 	}
 	own, _ = netip.AddrFromSlice(routes[0].Src)
 	if routes[0].Type == unix.RTN_LOCAL {

@@ -32,7 +32,7 @@ func TestAProgramsComplaintBecomesOneLineThatNamesTheRule(t *testing.T) {
 			"unable to initialize table 'nat' (in: *nat)", false},
 		{"no module for it",
 			"iptables v1.8.9 (legacy): can't initialize iptables table `nat': Table does not exist (do you need to insmod?)\nPerhaps iptables or your kernel needs to be upgraded.\n",
-			"Table does not exist (do you need to insmod?); Perhaps iptables or your kernel needs to be upgraded.: the kernel does not support it", true},
+			"Table does not exist (do you need to insmod?); Perhaps iptables or your kernel needs to be upgraded.: the kernel lacks support", true},
 		{"silence", "", "exit status 3", false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
