@@ -49,7 +49,7 @@ func TestPayloadIsWhatNeedsNoLook(t *testing.T) {
 	}
 }
 
-// What is before the fault is forwarded, and asking again does not help.
+// Bytes before an error are forwarded, and the error is permanent.
 func TestAFaultStays(t *testing.T) {
 	var x Body
 	x.Start(Framing{Kind: Chunked}, Limits{})

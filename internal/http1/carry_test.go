@@ -6,7 +6,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http1/http1test"
 )
 
-// outcome is what became of a message.
+// outcome is the result of parsing a message.
 type outcome struct {
 	want    string // as in http1test.Message
 	framing Framing
@@ -16,8 +16,8 @@ type outcome struct {
 	rest    string
 }
 
-// wire hands out a message in steps. What came before is elsewhere each time, and spoilt where it was: a parser that
-// looked at a byte twice would find line ends.
+// wire delivers a message in steps. At each step the earlier bytes move to other memory, and their old memory is
+// overwritten: a parser that read a byte twice would find line ends there.
 type wire struct {
 	message string
 	step    func() int // how many bytes come next, at least 1

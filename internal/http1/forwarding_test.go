@@ -58,13 +58,13 @@ func TestADroppedUpgradeCanBeKept(t *testing.T) {
 	}
 }
 
-// Only so many names are looked up, but what comes behind them still counts.
+// Only a limited number of names is looked up, but options after them are still honoured.
 func TestALongConnectionFieldIsNoWorkWithoutEnd(t *testing.T) {
 	names := strings.Repeat("Other,,", maxNamed-1) + "X-Early,"
 	h, b := parseRequest(t, "GET / HTTP/1.1\r\nHost: a\r\nConnection: "+names+"X-Late\r\n"+
 		"Connection: close\r\nX-Early: 1\r\nX-Late: 1\r\n\r\n")
 	if o := h.DropHopByHop(b); !o.Close {
-		t.Error("close was not heard")
+		t.Error("close was not recognised")
 	}
 	if lines := string(h.AppendLines(nil, b)); lines != "GET / HTTP/1.1\r\nHost: a\r\nX-Late: 1\r\n" {
 		t.Errorf("%q", lines)

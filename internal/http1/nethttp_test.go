@@ -17,9 +17,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http1/http1test"
 )
 
-// What is accepted here, net/http accepts and reads likewise: start line, fields, framing, body and what is behind it.
-// Where net/http is the stricter one is said at refusedByNetHTTP and bodyRefusedByNetHTTP. Where it is laxer (lists and
-// sizes in both framings, codings in HTTP/1.0, folded lines, CRs) the tables of http1test have our answer.
+// net/http accepts every message that this package accepts, with the same start line, fields, framing, body and
+// remaining bytes. refusedByNetHTTP and bodyRefusedByNetHTTP list the exceptions where net/http is stricter. Where it
+// is laxer (lists and sizes in both framings, codings in HTTP/1.0, folded lines, CRs), the tables of http1test have the
+// expected result.
 
 func FuzzRequest(f *testing.F) {
 	for _, m := range http1test.Requests {
@@ -61,8 +62,8 @@ func FuzzChunks(f *testing.F) {
 	})
 }
 
-// whole carries a message that comes whole. It also holds that one which comes in pieces is carried likewise, and that
-// what goes on is read like what came.
+// whole parses a message that arrives at once. It also checks that the result is the same if it arrives in pieces, and
+// that the forwarded message parses like the original.
 func whole(t *testing.T, m http1test.Message, response bool, seed uint64) outcome {
 	o := carry(m, response, at(len(m.Bytes)), never)
 	random := rand.New(rand.NewPCG(seed, 1))
@@ -153,7 +154,7 @@ func readResponse(r *bufio.Reader, method string) (reading, error) {
 	return reading{fmt.Sprint(got.Proto, " ", got.StatusCode), got.ContentLength, got.TransferEncoding, got.Body}, nil
 }
 
-// sameFields holds the fields against those of net/textproto, which stands under net/http.
+// sameFields compares the fields with those of net/textproto, the parser of net/http.
 func sameFields(t *testing.T, text string, h *Head) {
 	t.Helper()
 	b := []byte(text)
@@ -176,9 +177,9 @@ func sameFields(t *testing.T, text string, h *Head) {
 	}
 }
 
-// refusedByNetHTTP reports whether a message has what net/http refuses and we carry: a target that is no URI, which is
-// the workload's to judge; control characters in values, which are no danger in what we decide; a Trailer that announces
-// fields which we refuse when they come. The answer that makes a tunnel it leaves to its caller.
+// refusedByNetHTTP reports whether a message contains something that net/http rejects and this package forwards: a
+// target that is not a URI (the workload judges it); control characters in values, harmless for the decisions made
+// here; a Trailer that announces fields rejected later. net/http leaves the response that opens a tunnel to its caller.
 func refusedByNetHTTP(h *Head, b []byte, f Framing) bool {
 	if target := string(h.Target.In(b)); target != "" {
 		if string(h.Method.In(b)) == "CONNECT" && target[0] != '/' {
@@ -196,9 +197,9 @@ func refusedByNetHTTP(h *Head, b []byte, f Framing) bool {
 	return f.Kind == Tunnel && h.Status != 101
 }
 
-// bodyRefusedByNetHTTP reports whether a body has what net/http refuses and we carry: white space before an extension,
-// which RFC 9112 §7.1.1 allows; more extensions than payload, which is for the workload to mind; and control characters
-// in trailers.
+// bodyRefusedByNetHTTP reports whether a body contains something that net/http rejects and this package forwards: white
+// space before an extension, as RFC 9112 §7.1.1 allows; more extensions than payload; and control characters in
+// trailers.
 func bodyRefusedByNetHTTP(body string, err error) bool {
 	return spacedExtension.MatchString(body) || strings.Contains(err.Error(), "too much non-data") ||
 		strings.Contains(err.Error(), "malformed MIME header") && slices.ContainsFunc([]byte(body), control)

@@ -103,8 +103,8 @@ func NewEncoder() *Encoder {
 	return e
 }
 
-// SetTableSize records that the receiver lowered its table size to smallest and then set it to n. The encoder never
-// uses more than FirstTable, which is enough for repeated fields.
+// SetTableSize records that the receiver lowered its table size to smallest and then set it to n. The encoder uses at
+// most FirstTable: that is enough for repeated fields.
 func (e *Encoder) SetTableSize(smallest, n uint32) {
 	was := e.hpack.MaxDynamicTableSize()
 	if smallest >= FirstTable && was == FirstTable {
@@ -152,8 +152,8 @@ func appendLength(dst []byte, n int) []byte {
 	return append(dst, byte(n))
 }
 
-// AppendHeaders turns a header block into frames. dst[start:] is HeaderLength bytes of room, followed by the block. No
-// frame exceeds MinFrameSize, which every receiver accepts.
+// AppendHeaders turns a header block into frames. dst[start:] is HeaderLength bytes of room, followed by the block.
+// Every receiver accepts the frames, because they are at most MinFrameSize long.
 func AppendHeaders(dst []byte, start int, stream uint32, end bool) []byte {
 	flags := Flags(0)
 	if end {

@@ -73,7 +73,7 @@ func TestBrokenBlocksAreErrorsOfTheConnection(t *testing.T) {
 	}
 }
 
-// A table of the sender's is no larger than allowed, and the encoder says when its own changes.
+// The sender's table stays within the allowed size, and the encoder signals changes of its own.
 func TestTableSizes(t *testing.T) {
 	encoder, decoder := NewEncoder(), NewDecoder(1<<20, 100)
 	for _, c := range []struct{ smallest, now uint32 }{{0, 0}, {0, 4096}, {100, 200}, {1 << 20, 1 << 20}, {0, 1 << 20}} {
@@ -138,7 +138,7 @@ func TestTwoChangesOfATableMayBeginABlock(t *testing.T) {
 	}
 }
 
-// FuzzBlocks decodes anything, and encodes again what it was.
+// FuzzBlocks decodes arbitrary bytes, and encodes the result again.
 func FuzzBlocks(f *testing.F) {
 	encoder := NewEncoder()
 	var block []byte
@@ -166,7 +166,7 @@ func FuzzBlocks(f *testing.F) {
 	})
 }
 
-// An encoder signals a table that shrank and grew again in two updates, of which the first empties the table.
+// An encoder signals a table that shrank and grew again in two updates. The first one empties the table.
 func TestAnEncoderSignalsEachChangeOfItsTable(t *testing.T) {
 	for _, c := range []struct {
 		smallest, now uint32

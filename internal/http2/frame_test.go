@@ -153,7 +153,7 @@ func TestSettingsAreJudged(t *testing.T) {
 	}
 }
 
-// FuzzFrames holds our reading of frames against another's: what we let pass, it reads alike.
+// FuzzFrames compares our reading of frames with that of x/net/http2: both must read an accepted frame alike.
 func FuzzFrames(f *testing.F) {
 	for _, seed := range []string{
 		"\x00\x00\x03\x00\x01\x00\x00\x00\x01abc", "\x00\x00\x04\x00\x08\x00\x00\x00\x01\x01ab.",

@@ -21,10 +21,10 @@ import (
 type conversation struct {
 	name   string
 	script string
-	want   []told // what the records say: only reason, status, flags, received and sent are looked at
+	want   []recorded // the expected records: only reason, status, flags, received and sent are looked at
 }
 
-// deeds are the steps that are no text.
+// deeds are the steps that send or read no text.
 var deeds = map[string]func(t *testing.T, s *stage){
 	"client closes its half":      func(t *testing.T, s *stage) { s.client.CloseWrite() },
 	"client closes":               func(t *testing.T, s *stage) { s.client.Close() },
@@ -109,7 +109,7 @@ func (c conversation) play(t *testing.T, configure ...func(*Config)) {
 		default:
 			deed := deeds[line]
 			if deed == nil {
-				t.Fatalf("%q is no deed", line)
+				t.Fatalf("%q is an unknown step", line)
 			}
 			deed(t, s)
 		}

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// speaker is one end of an HTTP/2 connection, which says and hears frames as text:
+// speaker is one end of an HTTP/2 connection that sends and reads frames as text:
 //
 //	SETTINGS 4=100 6=1 · SETTINGS ack · PING 12345678 · PING ack 12345678 · WINDOW 0 10 · RST 1 CANCEL
 //	GOAWAY 1 NO_ERROR · HEADERS 1 end :method=GET te=trailers · DATA 1 end text · PRIORITY 1 · RAW 00000a…
@@ -45,11 +45,11 @@ func newSpeaker(t testing.TB, conn *net.TCPConn) *speaker {
 	return s
 }
 
-// says sends a frame.
-func (s *speaker) says(line string) {
+// sends sends a frame.
+func (s *speaker) sends(line string) {
 	s.t.Helper()
 	if err := s.write(strings.Fields(line)); err != nil {
-		s.t.Fatalf("saying %q: %v", line, err)
+		s.t.Fatalf("sending %q: %v", line, err)
 	}
 }
 
@@ -126,7 +126,7 @@ func (s *speaker) headers(stream uint32, words []string) error {
 	})
 }
 
-// encode encodes fields as a header block, which is valid until the next call.
+// encode encodes fields as a header block. It is valid until the next call.
 func (s *speaker) encode(words []string) []byte {
 	s.block.Reset()
 	for _, word := range words {
@@ -141,8 +141,8 @@ func (s *speaker) encode(words []string) []byte {
 	return s.block.Bytes()
 }
 
-// hears reads a frame and compares it.
-func (s *speaker) hears(want string) {
+// reads reads a frame and compares it.
+func (s *speaker) reads(want string) {
 	s.t.Helper()
 	switch words := strings.Fields(want); words[0] {
 	case "GET":
@@ -151,7 +151,7 @@ func (s *speaker) hears(want string) {
 		want = "HEADERS " + words[1] + " " + postFields
 	}
 	if got := s.next(); got != want {
-		s.t.Fatalf("heard %q, want %q", got, want)
+		s.t.Fatalf("read %q, want %q", got, want)
 	}
 }
 

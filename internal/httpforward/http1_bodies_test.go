@@ -28,8 +28,8 @@ func hashOf(r io.Reader) string {
 	return fmt.Sprintf("%d bytes, %v, %x", n, err, hash.Sum(nil)[:8])
 }
 
-// newServer is net/http's server behind the engine. It answers with the request's body, or with as much as the path asks
-// for, framed as the path says.
+// newServer is net/http's server behind the engine. It returns the request's body, or a body of the size and framing
+// given by the path.
 func newServer(t testing.TB) netip.AddrPort {
 	t.Helper()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -93,7 +93,7 @@ func TestBodiesOfAnySizeArriveWhole(t *testing.T) {
 	}
 }
 
-// Many clients at once, on connections that come and go, with bodies of all sizes: nothing is mixed up.
+// Many clients at once, on short-lived connections, with bodies of all sizes, each receive their own response.
 func TestManyClientsAtOnce(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, newServer(t), false)
@@ -128,7 +128,7 @@ func TestManyClientsAtOnce(t *testing.T) {
 	clients.Wait()
 }
 
-// A server that closes its connections as it likes loses no idempotent request.
+// No idempotent request fails because a server closes idle connections at random.
 func TestNoIdempotentRequestIsLostToKeepAlive(t *testing.T) {
 	t.Parallel()
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "ok") }))

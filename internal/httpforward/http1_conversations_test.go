@@ -8,8 +8,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-func done(status int, received, sent uint64) told {
-	return told{reason: flow.Completed, status: status, received: received, sent: sent}
+func done(status int, received, sent uint64) recorded {
+	return recorded{reason: flow.Completed, status: status, received: received, sent: sent}
 }
 
 var conversations = []conversation{
@@ -29,7 +29,7 @@ var conversations = []conversation{
 		>> GET /3 HTTP/1.1$Host: a$$
 		< HTTP/1.1 204 No Content$$
 		<< HTTP/1.1 204 No Content$$`,
-		[]told{done(200, 0, 2), done(404, 0, 0), done(204, 0, 0)}},
+		[]recorded{done(200, 0, 2), done(404, 0, 0), done(204, 0, 0)}},
 	{"pipelined requests are answered in order", `
 		> GET /1 HTTP/1.1$Host: a$$POST /2 HTTP/1.1$Host: a$Content-Length: 3$$abcGET /3 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
@@ -41,7 +41,7 @@ var conversations = []conversation{
 		>> GET /3 HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 1$$3
 		<< HTTP/1.1 200 OK$Content-Length: 1$$3`,
-		[]told{done(200, 0, 1), done(200, 3, 1), done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1), done(200, 3, 1), done(200, 0, 1)}},
 	{"chunks, extensions and trailers keep their bytes", `
 		> POST / HTTP/1.1$Host: a$Transfer-Encoding: Chunked$Trailer: X-T$$4;ext=1$wiki$0005$pedia$0$X-T: v$$
 		>> POST / HTTP/1.1$Host: a$Transfer-Encoding: Chunked$Trailer: X-T$$4;ext=1$wiki$0005$pedia$0$X-T: v$$
@@ -49,7 +49,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$transfer-encoding: chunked$$3;a="b"$abc$
 		< 0$x-sum: 1$$
 		<< 0$x-sum: 1$$`,
-		[]told{done(200, 9, 3)}},
+		[]recorded{done(200, 9, 3)}},
 	{"a body that comes in pieces", `
 		> PUT / HTTP/1.1$Host: a$Content-Length: 6$$ab
 		>> PUT / HTTP/1.1$Host: a$Content-Length: 6$$ab
@@ -61,7 +61,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 4$$12
 		< 34
 		<< 34`,
-		[]told{done(200, 6, 4)}},
+		[]recorded{done(200, 6, 4)}},
 	{"a response that ends with the connection", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -71,7 +71,7 @@ var conversations = []conversation{
 		<< more
 		upstream closes
 		client reads the end`,
-		[]told{done(200, 0, 8)}},
+		[]recorded{done(200, 0, 8)}},
 	{"a response that should end with the connection, and is reset", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -79,7 +79,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Connection: close$$some
 		upstream resets
 		client is reset`,
-		[]told{{reason: flow.ResponseIncomplete, status: 200, flags: "UC", sent: 4}}},
+		[]recorded{{reason: flow.ResponseIncomplete, status: 200, flags: "UC", sent: 4}}},
 	{"HEAD, 204 and 304 have no body, whatever they say", `
 		> HEAD / HTTP/1.1$Host: a$$
 		>> HEAD / HTTP/1.1$Host: a$$
@@ -97,7 +97,7 @@ var conversations = []conversation{
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 204 No Content$$
 		<< HTTP/1.1 204 No Content$$`,
-		[]told{done(200, 0, 0), done(304, 0, 0), done(200, 0, 0), done(204, 0, 0)}},
+		[]recorded{done(200, 0, 0), done(304, 0, 0), done(200, 0, 0), done(204, 0, 0)}},
 	{"100-continue", `
 		> POST / HTTP/1.1$Host: a$Expect: 100-continue$Content-Length: 4$$
 		>> POST / HTTP/1.1$Host: a$Expect: 100-continue$Content-Length: 4$$
@@ -107,7 +107,7 @@ var conversations = []conversation{
 		>> body
 		< HTTP/1.1 201 Created$Content-Length: 0$$
 		<< HTTP/1.1 201 Created$Content-Length: 0$$`,
-		[]told{done(201, 4, 0)}},
+		[]recorded{done(201, 4, 0)}},
 	{"early hints, twice, and with the response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -115,14 +115,14 @@ var conversations = []conversation{
 		<< HTTP/1.1 103 Early Hints$Link: x$$
 		< HTTP/1.1 103 Early Hints$Link: y$$HTTP/1.1 200 OK$Content-Length: 1$$!
 		<< HTTP/1.1 103 Early Hints$Link: y$$HTTP/1.1 200 OK$Content-Length: 1$$!`,
-		[]told{done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1)}},
 	{"HTTP/1.0 does not get interim responses", `
 		> GET / HTTP/1.0$$
 		>> GET / HTTP/1.0$$
 		< HTTP/1.1 103 Early Hints$Link: x$$HTTP/1.1 200 OK$Content-Length: 1$$!
 		<< HTTP/1.1 200 OK$Content-Length: 1$Connection: close$$!
 		client reads the end`,
-		[]told{done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1)}},
 	{"HTTP/1.0 with keep-alive", `
 		> GET /1 HTTP/1.0$Connection: Keep-Alive$$
 		>> GET /1 HTTP/1.0$Connection: keep-alive$$
@@ -134,7 +134,7 @@ var conversations = []conversation{
 		<< HTTP/1.0 200 OK$Connection: close$$to the end
 		upstream closes
 		client reads the end`,
-		[]told{done(200, 0, 1), done(200, 0, 10)}},
+		[]recorded{done(200, 0, 1), done(200, 0, 10)}},
 	{"an early response while the body is on its way", `
 		> POST / HTTP/1.1$Host: a$Content-Length: 6$$ab
 		>> POST / HTTP/1.1$Host: a$Content-Length: 6$$ab
@@ -146,14 +146,14 @@ var conversations = []conversation{
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 6, 5), done(200, 0, 0)}},
+		[]recorded{done(200, 6, 5), done(200, 0, 0)}},
 	{"an early response that ends the connection", `
 		> POST / HTTP/1.1$Host: a$Content-Length: 6$$ab
 		>> POST / HTTP/1.1$Host: a$Content-Length: 6$$ab
 		< HTTP/1.1 413 Too Large$Content-Length: 2$Connection: close$$no
 		<< HTTP/1.1 413 Too Large$Content-Length: 2$Connection: close$$no
 		client reads the end`,
-		[]told{done(413, 2, 2)}},
+		[]recorded{done(413, 2, 2)}},
 	{"hop-by-hop fields, and those that Connection names", `
 		> GET / HTTP/1.1$Host: a$Connection: keep-alive, X-Mine$X-Mine: 1$X-Other: 2$Keep-Alive: 5$Proxy-Connection: x$TE: gzip$$
 		>> GET / HTTP/1.1$Host: a$X-Other: 2$$
@@ -163,7 +163,7 @@ var conversations = []conversation{
 		>> GET / HTTP/1.1$Host: a$Connection: TE$TE: trailers$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 0, 0), done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
 	{"a request that says close", `
 		> GET / HTTP/1.1$Host: a$Connection: close$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -171,7 +171,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 1$Connection: close$$x
 		client reads the end
 		the pool has a connection`,
-		[]told{done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1)}},
 	{"bytes behind a request that says close do not destroy its answer", `
 		> GET / HTTP/1.1$Host: a$Connection: close$$GET /ignored HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -180,7 +180,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 1$Connection: close$$x
 		client reads the end
 		the pool has a connection`,
-		[]told{done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1)}},
 	{"a response that says close", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -188,7 +188,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 1$Connection: close$$x
 		client reads the end
 		nothing is left in the pool`,
-		[]told{done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1)}},
 	{"absolute form, and OPTIONS *", `
 		> GET http://b.example/x HTTP/1.1$Host: b.example$$
 		>> GET http://b.example/x HTTP/1.1$Host: b.example$$
@@ -198,7 +198,7 @@ var conversations = []conversation{
 		>> OPTIONS * HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 0, 0), done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
 	{"websocket, with bytes right behind the switch, both ways", `
 		> GET /ws HTTP/1.1$Host: a$Upgrade: websocket$Connection: keep-alive, Upgrade$Sec-WebSocket-Key: k$$
 		>> GET /ws HTTP/1.1$Host: a$Upgrade: websocket$Sec-WebSocket-Key: k$Connection: Upgrade$$
@@ -214,7 +214,7 @@ var conversations = []conversation{
 		<< last words
 		upstream closes
 		client reads the end`,
-		[]told{{reason: flow.Closed, status: 101, received: 6, sent: 49}}},
+		[]recorded{{reason: flow.Closed, status: 101, received: 6, sent: 49}}},
 	{"any upgrade", `
 		> GET / HTTP/1.1$Host: a$Upgrade: my-protocol/2$Connection: upgrade$$early bytes
 		>> GET / HTTP/1.1$Host: a$Upgrade: my-protocol/2$Connection: Upgrade$$
@@ -223,7 +223,7 @@ var conversations = []conversation{
 		>> early bytes
 		upstream closes
 		client reads the end`,
-		[]told{{reason: flow.Closed, status: 101, received: 11, sent: 0}}},
+		[]recorded{{reason: flow.Closed, status: 101, received: 11, sent: 0}}},
 	{"an upgrade that upstream does not take", `
 		> GET / HTTP/1.1$Host: a$Upgrade: websocket$Connection: Upgrade$$
 		>> GET / HTTP/1.1$Host: a$Upgrade: websocket$Connection: Upgrade$$
@@ -233,25 +233,25 @@ var conversations = []conversation{
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(400, 0, 0), done(200, 0, 0)}},
+		[]recorded{done(400, 0, 0), done(200, 0, 0)}},
 	{"an upgrade to HTTP/2 is not passed on", `
 		> GET / HTTP/1.1$Host: a$Connection: Upgrade, HTTP2-Settings$Upgrade: h2c$HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0)}},
 	{"nor is one that stands behind another", `
 		> GET / HTTP/1.1$Host: a$Connection: Upgrade$Upgrade: websocket$Upgrade: other, H2C$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0)}},
 	{"upstream switches unasked", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 101 Switching Protocols$Upgrade: x$Connection: Upgrade$$
 		<< HTTP/1.1 502 Bad Gateway$`,
-		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
+		[]recorded{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
 	{"CONNECT", `
 		> CONNECT b.example:443 HTTP/1.1$Host: b.example:443$$
 		>> CONNECT b.example:443 HTTP/1.1$Host: b.example:443$$
@@ -264,13 +264,13 @@ var conversations = []conversation{
 		client closes
 		upstream reads the end
 		upstream closes`,
-		[]told{{reason: flow.Closed, status: 200, received: 6, sent: 6}}},
+		[]recorded{{reason: flow.Closed, status: 200, received: 6, sent: 6}}},
 	{"CONNECT that is refused", `
 		> CONNECT b.example:443 HTTP/1.1$Host: b.example:443$$
 		>> CONNECT b.example:443 HTTP/1.1$Host: b.example:443$$
 		< HTTP/1.1 407 Proxy Authentication Required$Content-Length: 2$$no
 		<< HTTP/1.1 407 Proxy Authentication Required$Content-Length: 2$$no`,
-		[]told{done(407, 0, 2)}},
+		[]recorded{done(407, 0, 2)}},
 	{"downstream closes its half and still gets its response", `
 		> GET / HTTP/1.1$Host: a$$
 		client closes its half
@@ -279,7 +279,7 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 2$$ok
 		<< HTTP/1.1 200 OK$Content-Length: 2$$ok
 		client reads the end`,
-		[]told{done(200, 0, 2)}},
+		[]recorded{done(200, 0, 2)}},
 	{"downstream closes its half behind several requests, and gets each response", `
 		> GET /1 HTTP/1.1$Host: a$$GET /2 HTTP/1.1$Host: a$$
 		client closes its half
@@ -291,7 +291,7 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 1$$2
 		<< HTTP/1.1 200 OK$Content-Length: 1$$2
 		client reads the end`,
-		[]told{done(200, 0, 1), done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1), done(200, 0, 1)}},
 	{"an empty line behind a body is no request", `
 		> POST / HTTP/1.1$Host: a$Content-Length: 1$$a$
 		>> POST / HTTP/1.1$Host: a$Content-Length: 1$$a
@@ -303,14 +303,14 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 0$$
 		the agent drains
 		client reads the end`,
-		[]told{done(200, 1, 0), done(200, 0, 0)}},
+		[]recorded{done(200, 1, 0), done(200, 0, 0)}},
 	{"downstream closes while upstream thinks", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		client closes
 		upstream reads the end
 		upstream closes`,
-		[]told{{reason: flow.DownstreamLeft, flags: "DC"}}},
+		[]recorded{{reason: flow.DownstreamLeft, flags: "DC"}}},
 	{"downstream closes in the middle of an endless response", `
 		> GET /events HTTP/1.1$Host: a$$
 		>> GET /events HTTP/1.1$Host: a$$
@@ -319,32 +319,32 @@ var conversations = []conversation{
 		client closes
 		upstream reads the end
 		< 1$b$`,
-		[]told{{reason: flow.DownstreamLeft, status: 200, flags: "DC", sent: 2}}},
+		[]recorded{{reason: flow.DownstreamLeft, status: 200, flags: "DC", sent: 2}}},
 	{"downstream resets while upstream thinks", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		client resets
 		upstream is reset`,
-		[]told{{reason: flow.DownstreamLeft, flags: "DC"}}},
+		[]recorded{{reason: flow.DownstreamLeft, flags: "DC"}}},
 	{"downstream leaves in the middle of its body", `
 		> POST / HTTP/1.1$Host: a$Content-Length: 10$$abc
 		>> POST / HTTP/1.1$Host: a$Content-Length: 10$$abc
 		client closes
 		upstream is reset`,
-		[]told{{reason: flow.DownstreamLeft, flags: "DC", received: 3}}},
+		[]recorded{{reason: flow.DownstreamLeft, flags: "DC", received: 3}}},
 	{"upstream closes without an answer, on a fresh connection", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		upstream closes
 		<< HTTP/1.1 503 Service Unavailable$`,
-		[]told{{reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
+		[]recorded{{reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
 	{"upstream closes in the middle of a head", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-
 		upstream closes
 		<< HTTP/1.1 503 Service Unavailable$`,
-		[]told{{reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
+		[]recorded{{reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
 	{"upstream closes in the middle of a body", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -352,7 +352,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 10$$part
 		upstream closes
 		client reads the end`,
-		[]told{{reason: flow.ResponseIncomplete, status: 200, flags: "UC", sent: 4}}},
+		[]recorded{{reason: flow.ResponseIncomplete, status: 200, flags: "UC", sent: 4}}},
 	{"upstream closes while nothing is asked: so does downstream", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -361,7 +361,7 @@ var conversations = []conversation{
 		upstream closes
 		client reads the end
 		nothing is left in the pool`,
-		[]told{done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0)}},
 	{"a request meets an upstream that closes: it is sent again", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
@@ -374,7 +374,7 @@ var conversations = []conversation{
 		>> GET /2 HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 0, 0), done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
 	{"a PUT with its whole body is sent again, after a reset", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
@@ -387,7 +387,7 @@ var conversations = []conversation{
 		>> PUT /2 HTTP/1.1$Host: a$Content-Length: 4$$body
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 0, 0), done(200, 4, 0)}},
+		[]recorded{done(200, 0, 0), done(200, 4, 0)}},
 	{"a POST is not sent again", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
@@ -397,7 +397,7 @@ var conversations = []conversation{
 		>> POST /2 HTTP/1.1$Host: a$Content-Length: 4$$body
 		upstream closes
 		<< HTTP/1.1 503 Service Unavailable$`,
-		[]told{done(200, 0, 0), {reason: flow.UpstreamClosed, status: 503, flags: "UC", received: 4, sent: 95}}},
+		[]recorded{done(200, 0, 0), {reason: flow.UpstreamClosed, status: 503, flags: "UC", received: 4, sent: 95}}},
 	{"what could not be sent again does not go out on a connection that others have used", `
 		> POST /1 HTTP/1.1$Host: a$Content-Length: 0$$
 		>> POST /1 HTTP/1.1$Host: a$Content-Length: 0$$
@@ -415,7 +415,7 @@ var conversations = []conversation{
 		>> POST /3 HTTP/1.1$Host: a$Content-Length: 0$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 0, 0), done(200, 0, 0), done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0), done(200, 0, 0), done(200, 0, 0)}},
 	{"a body in pieces is sent again up to where it is, and goes on from there", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
@@ -433,7 +433,7 @@ var conversations = []conversation{
 		>> GET /3 HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 0, 0), done(200, 13, 0), done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0), done(200, 13, 0), done(200, 0, 0)}},
 	{"what is sent again leaves what stands behind it", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
@@ -452,7 +452,7 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$
 		client reads the end`,
-		[]told{done(200, 0, 0), done(200, 2, 0), done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0), done(200, 2, 0), done(200, 0, 0)}},
 	{"requests that come while a response is silent", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
@@ -468,7 +468,7 @@ var conversations = []conversation{
 		>> GET /3 HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 0, 2), done(200, 0, 0), done(200, 0, 0)}},
+		[]recorded{done(200, 0, 2), done(200, 0, 0), done(200, 0, 0)}},
 	{"bytes of a tunnel that come before it", `
 		> GET /ws HTTP/1.1$Host: a$Upgrade: websocket$Connection: Upgrade$$
 		>> GET /ws HTTP/1.1$Host: a$Upgrade: websocket$Connection: Upgrade$$
@@ -480,7 +480,7 @@ var conversations = []conversation{
 		upstream reads the end
 		upstream closes
 		client reads the end`,
-		[]told{{reason: flow.Closed, status: 101, received: 5, sent: 5}}},
+		[]recorded{{reason: flow.Closed, status: 101, received: 5, sent: 5}}},
 	{"a request is sent again once, not for ever", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
@@ -493,7 +493,7 @@ var conversations = []conversation{
 		>> GET /2 HTTP/1.1$Host: a$$
 		upstream closes
 		<< HTTP/1.1 503 Service Unavailable$`,
-		[]told{done(200, 0, 0), {reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
+		[]recorded{done(200, 0, 0), {reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
 	{"NTLM: the connection stays with its downstream, and dies with it", `
 		> GET / HTTP/1.1$Host: a$Authorization: NTLM abc$$
 		>> GET / HTTP/1.1$Host: a$Authorization: NTLM abc$$
@@ -506,7 +506,7 @@ var conversations = []conversation{
 		client closes
 		upstream reads the end
 		nothing is left in the pool`,
-		[]told{done(200, 0, 0), done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
 	{"Negotiate, offered by upstream", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -515,31 +515,31 @@ var conversations = []conversation{
 		client closes
 		upstream reads the end
 		nothing is left in the pool`,
-		[]told{done(401, 0, 0)}},
+		[]recorded{done(401, 0, 0)}},
 	{"a malformed request is answered and not forwarded", `
 		> GET / HTTP/1.1$Host: a$Content-Length: 1$Transfer-Encoding: chunked$$0$$
 		<< HTTP/1.1 400 Bad Request$`,
-		[]told{{reason: flow.BadFraming, status: 400, flags: "DPE", sent: 11}}},
+		[]recorded{{reason: flow.BadFraming, status: 400, flags: "DPE", sent: 11}}},
 	{"a bad chunk, behind a good one", `
 		> POST / HTTP/1.1$Host: a$Transfer-Encoding: chunked$$3$abc$
 		>> POST / HTTP/1.1$Host: a$Transfer-Encoding: chunked$$3$abc$
 		> zz$
 		<< HTTP/1.1 400 Bad Request$
 		upstream is reset`,
-		[]told{{reason: flow.BadFraming, status: 400, flags: "DPE", received: 3, sent: 11}}},
+		[]recorded{{reason: flow.BadFraming, status: 400, flags: "DPE", received: 3, sent: 11}}},
 	{"a malformed response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 1$Content-Length: 2$$xx
 		<< HTTP/1.1 502 Bad Gateway$
 		upstream is reset`,
-		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
+		[]recorded{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
 	{"a response that is no HTTP", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< ICY 200 OK$$
 		<< HTTP/1.1 502 Bad Gateway$`,
-		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
+		[]recorded{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
 	{"a bad chunk in a response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -547,14 +547,14 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$3$abc$
 		< -1$
 		client is reset`,
-		[]told{{reason: flow.BadResponse, status: 200, flags: "UPE", sent: 3}}},
+		[]recorded{{reason: flow.BadResponse, status: 200, flags: "UPE", sent: 3}}},
 	{"a bad chunk right behind the head of a response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$3$abc$-1$
 		<< HTTP/1.1 502 Bad Gateway$
 		upstream is reset`,
-		[]told{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
+		[]recorded{{reason: flow.BadResponse, status: 502, flags: "UPE", sent: 87}}},
 	{"more than a response", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -562,12 +562,12 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 1$$x
 		client closes
 		nothing is left in the pool`,
-		[]told{done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1)}},
 	{"nobody listens upstream", `
 		upstream listens no more
 		> GET / HTTP/1.1$Host: a$$
 		<< HTTP/1.1 503 Service Unavailable$`,
-		[]told{{reason: flow.UpstreamRefused, status: 503, flags: "UF", sent: 167}}},
+		[]recorded{{reason: flow.UpstreamRefused, status: 503, flags: "UF", sent: 167}}},
 	{"while the end is announced, answers close", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -575,7 +575,7 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 1$$x
 		<< HTTP/1.1 200 OK$Content-Length: 1$Connection: close$$x
 		client reads the end`,
-		[]told{done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1)}},
 	{"a connection without a request closes when the agent drains", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -583,7 +583,7 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 1$$x
 		the agent drains
 		client reads the end`,
-		[]told{done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1)}},
 	{"a request under way finishes when the agent drains", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
@@ -591,7 +591,7 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 1$$x
 		<< HTTP/1.1 200 OK$Content-Length: 1$Connection: close$$x
 		client reads the end`,
-		[]told{done(200, 0, 1)}},
+		[]recorded{done(200, 0, 1)}},
 	{"empty lines before a request, and bare line feeds", `
 		> GET / HTTP/1.1\nHost: a\n\n
 		>> GET / HTTP/1.1$Host: a$$
@@ -601,7 +601,7 @@ var conversations = []conversation{
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK\nContent-Length: 0\n\n
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]told{done(200, 0, 0), done(200, 0, 0)}},
+		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
 }
 
 func TestConversations(t *testing.T) {
@@ -613,7 +613,7 @@ func TestConversations(t *testing.T) {
 	}
 }
 
-// within waits for a condition that nobody announces.
+// within polls for a condition that has no event.
 func within(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	nettest.Eventually(t, what, condition)
@@ -626,7 +626,7 @@ func TestARequestHasItsTime(t *testing.T) {
 		>> GET / HTTP/1.1$Host: a$$
 		<< HTTP/1.1 504 Gateway Timeout$
 		upstream is reset`,
-		[]told{{reason: flow.RequestTimeout, status: 504, flags: "UT", sent: 24}},
+		[]recorded{{reason: flow.RequestTimeout, status: 504, flags: "UT", sent: 24}},
 	}.play(t, func(c *Config) { c.RequestTimeout = 50 * time.Millisecond })
 }
 
@@ -635,7 +635,7 @@ func TestAHeadHasItsTime(t *testing.T) {
 	conversation{"", `
 		> GET / HTTP/1.1$Host: 
 		<< HTTP/1.1 408 Request Timeout$`,
-		[]told{{reason: flow.HeadTimeout, status: 408, sent: 22}},
+		[]recorded{{reason: flow.HeadTimeout, status: 408, sent: 22}},
 	}.play(t, func(c *Config) { c.HeadTimeout = 50 * time.Millisecond })
 }
 
@@ -647,6 +647,6 @@ func TestAnIdleConnectionEnds(t *testing.T) {
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$
 		client reads the end`,
-		[]told{done(200, 0, 0)},
+		[]recorded{done(200, 0, 0)},
 	}.play(t, func(c *Config) { c.IdleTimeout = 50 * time.Millisecond })
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// witness is an upstream that answers every request and remembers every byte.
+// witness is an upstream that answers every request and records every byte.
 type witness struct {
 	address netip.AddrPort
 	mu      sync.Mutex
@@ -103,8 +103,8 @@ func (w *witness) text() string {
 // upgradeLine is a hop-by-hop field that the codec drops and the engine sends on.
 var upgradeLine = regexp.MustCompile(`(?i)Upgrade: websocket\r\n`)
 
-// Every request of the table, good, odd and hostile, meets the engine: what is malformed is answered and ends the
-// connection, nothing of it or behind it reaches upstream as a request, and what is not arrives as the table says.
+// The engine handles every request of the table. A malformed one is rejected and ends the connection, and upstream
+// receives no request from it or from the bytes after it. A valid one arrives as the table expects.
 func TestHostileRequests(t *testing.T) {
 	for _, m := range http1test.Requests {
 		t.Run(m.Name, func(t *testing.T) {
@@ -139,7 +139,7 @@ func TestHostileRequests(t *testing.T) {
 					t.Errorf("answered %q, want 400 or 431", answer)
 				}
 				if got := r.records.await(t, 0).reason; got != flow.BadFraming && got != flow.HeadTooLarge {
-					t.Errorf("the record says %s", got)
+					t.Errorf("the record is %s", got)
 				}
 				if strings.Count(up.text(), "HTTP/1.") > 1 || strings.Contains(up.text(), "/admin") {
 					t.Errorf("upstream got %q", up.text())

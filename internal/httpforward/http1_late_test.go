@@ -113,7 +113,7 @@ func TestARequestIsSentAgainAfterADialThatTakesTime(t *testing.T) {
 	expect(t, client, ok("2"))
 }
 
-// fill writes to a connection until nobody has taken anything for a while.
+// fill writes to a connection until its peer has accepted no byte for a while.
 func fill(t *testing.T, conn *net.TCPConn) {
 	t.Helper()
 	block := make([]byte, 1<<20)
@@ -128,7 +128,7 @@ func fill(t *testing.T, conn *net.TCPConn) {
 }
 
 // The response is complete, upstream does not take the rest of the request, and downstream vanishes.
-func TestAResetIsSeenBehindABodyThatNobodyTakes(t *testing.T) {
+func TestAResetIsNoticedWhileUpstreamDoesNotRead(t *testing.T) {
 	t.Parallel()
 	o := newOrigin(t)
 	r := newRig(t, o.address, false, plain)
@@ -141,7 +141,7 @@ func TestAResetIsSeenBehindABodyThatNobodyTakes(t *testing.T) {
 	client.SetLinger(0)
 	client.Close()
 	if got := r.records.await(t, 0); got.reason != flow.Completed || got.status != 200 {
-		t.Errorf("the record says %+v", got)
+		t.Errorf("the record is %+v", got)
 	}
 	if _, err := io.Copy(io.Discard, up); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("upstream reads %v, want a reset", err)
@@ -173,8 +173,8 @@ func TestASlowRequestHasItsTimeToo(t *testing.T) {
 	}
 }
 
-// What the end of a drain cuts says so, wherever it was.
-func TestARequestThatADrainCutsSaysSo(t *testing.T) {
+// A request cut at the end of a drain is recorded as such in every phase.
+func TestARequestCutByADrainIsRecordedAsSuch(t *testing.T) {
 	t.Parallel()
 	for name, sent := range map[string]string{
 		"in its head":                    "GET / HTTP/1.1\r\nHo",
@@ -192,14 +192,14 @@ func TestARequestThatADrainCutsSaysSo(t *testing.T) {
 			nettest.Eventually(t, "the engine has the request", func() bool { return taken(t, client) })
 			r.cancel()
 			if got := r.records.await(t, 0).reason; got != flow.DrainDeadline {
-				t.Errorf("the record says %s", got)
+				t.Errorf("the record is %s", got)
 			}
 		})
 	}
 }
 
-// Downstream does not read its interim responses, and one of them is under way when the time for the response is over.
-// An answer behind a part of it would be a part of it.
+// Downstream does not read its interim responses, and one of them is partly written when the request times out. A reply
+// after that part would become part of the interim response.
 func TestNoAnswerStandsInTheMiddleOfAnInterimResponse(t *testing.T) {
 	t.Parallel()
 	o := newOrigin(t)
@@ -219,11 +219,11 @@ func TestNoAnswerStandsInTheMiddleOfAnInterimResponse(t *testing.T) {
 		t.Errorf("downstream reads %q", got[len(got)-1000:])
 	}
 	if got := r.records.await(t, 0); got.reason != flow.RequestTimeout || got.status != 0 {
-		t.Errorf("the record says %+v", got)
+		t.Errorf("the record is %+v", got)
 	}
 }
 
-// A record counts what the other side's socket took, and not what was read for it.
+// A record counts the bytes that the receiving socket accepted, not the bytes that were read from the sender.
 func TestARecordCountsWhatWasTaken(t *testing.T) {
 	t.Parallel()
 	o := newOrigin(t)
@@ -246,6 +246,6 @@ func TestARecordCountsWhatWasTaken(t *testing.T) {
 	got -= int64(len(head))
 	const twice = 16 << 10 // at most so much is in both sockets' queues, sent and not acknowledged
 	if sent := int64(r.records.await(t, 0).sent); sent > got || sent < got-twice {
-		t.Errorf("the record says %d bytes, and downstream's socket took %d", sent, got)
+		t.Errorf("the record is %d bytes, and downstream's socket took %d", sent, got)
 	}
 }

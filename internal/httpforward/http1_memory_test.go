@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// heap is what the process keeps. What is in a sync.Pool goes at the second collection.
+// heap returns the size of the live heap. Objects in a sync.Pool are freed by the second collection.
 func heap() uint64 {
 	runtime.GC()
 	runtime.GC()

@@ -17,9 +17,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// Clients and an upstream that do what they like, and break off where they like: no message is mixed up with another, and
-// when all have left, nothing of them is left.
-func TestWhateverBothSidesDoNothingIsMixedUpAndNothingIsLeft(t *testing.T) {
+// Clients and an upstream behave at random, and break off at random: messages are never mixed up, and no connection or
+// record remains open at the end.
+func TestRandomPeersNeverMixUpMessagesOrLeakConnections(t *testing.T) {
 	t.Parallel()
 	o := newOrigin(t)
 	r := newRig(t, o.address, false, plain)

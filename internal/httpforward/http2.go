@@ -64,9 +64,10 @@ type lostUpstream struct {
 
 // drainState is the state of the connection's own end: which streams are still served.
 type drainState struct {
-	lastServed    uint32 // last stream ID announced in GOAWAY; http2.MaxStream before the first one
-	drainPhase    drainPhase
-	finalGoAwayAt time.Time
+	drainRequested bool   // this connection is to end; the engine's drain requests it of every connection
+	lastServed     uint32 // last stream ID announced in GOAWAY; http2.MaxStream before the first one
+	drainPhase     drainPhase
+	finalGoAwayAt  time.Time
 }
 
 // outcome is how a multiplex ends.
@@ -85,7 +86,7 @@ func (e *Engine) ServeHTTP2(w *tcp.Waiter, c Connection) {
 	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, Connection: c, up: c.Early}
 	m.opened, m.lastServed = time.Now(), http2.MaxStream
 	m.requests = m.opened
-	m.resets = newBudget(resetBurst, resetRate, resetBurst, m.requests)
+	m.resets = newResetBudget(m.requests)
 	m.window = downWindow{connection: http2.FirstWindow, stream: http2.FirstWindow}
 	m.toUp.init(m, &m.toDown)
 	m.toDown.init(m, &m.toUp)

@@ -23,20 +23,20 @@ func meet(t testing.TB, configure ...func(*Config)) (r *rig, client, server *spe
 	r = newRig(t, o.address, true, append([]func(*Config){plain}, configure...)...)
 	client = newSpeaker(t, r.dial(t))
 	send(t, client.conn, http2.ClientPreface)
-	client.says("SETTINGS")
+	client.sends("SETTINGS")
 	server = newSpeaker(t, o.accept())
 	expect(t, server.conn, http2.ClientPreface)
 	server.next()
-	server.says("SETTINGS")
+	server.sends("SETTINGS")
 	client.next()
-	client.says("SETTINGS ack")
-	server.hears("SETTINGS ack")
-	server.says("SETTINGS ack")
-	client.hears("SETTINGS ack")
+	client.sends("SETTINGS ack")
+	server.reads("SETTINGS ack")
+	server.sends("SETTINGS ack")
+	client.reads("SETTINGS ack")
 	return r, client, server
 }
 
-// quietly reads all that a side is told, so that nobody waits for it, and gives the last GOAWAY.
+// quietly reads all frames sent to a side, so that the engine never waits for it, and returns the last GOAWAY.
 func (s *speaker) quietly() (goodbye func() string) {
 	last := make(chan string, 1)
 	go func() {
@@ -90,7 +90,7 @@ func TestFloodsEndAConnection(t *testing.T) {
 			flood := bytes.Repeat(raw(c.frame), 10*idleBurst)
 			client.conn.Write(flood) // fails when the engine has had enough
 			if got := goodbye(); !strings.HasPrefix(got, "GOAWAY ENHANCE_YOUR_CALM") {
-				t.Errorf("the client was told %q", got)
+				t.Errorf("the client received %q", got)
 			}
 			if got := r.records.await(t, strings.Count(c.before, "RST")); got.reason != flow.Overload || got.flags != "DPE" {
 				t.Errorf("the record is %+v", got)
@@ -105,15 +105,15 @@ func TestFloodsEndAConnection(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			_, client, server := meet(t)
-			client.says("GET 1")
-			server.hears("GET 1")
-			server.says("HEADERS 1 end :status=200")
-			client.hears("HEADERS 1 end :status=200")
+			client.sends("GET 1")
+			server.reads("GET 1")
+			server.sends("HEADERS 1 end :status=200")
+			client.reads("HEADERS 1 end :status=200")
 			client.quietly()
 			goodbye := server.quietly()
 			server.conn.Write(bytes.Repeat(raw(c.frame), 10*idleBurst))
 			if got := goodbye(); !strings.HasPrefix(got, "GOAWAY ENHANCE_YOUR_CALM") {
-				t.Errorf("upstream was told %q", got)
+				t.Errorf("upstream received %q", got)
 			}
 		})
 	}
@@ -125,12 +125,12 @@ func TestFloodsEndAConnection(t *testing.T) {
 			t.Parallel()
 			_, client, server := meet(t)
 			server.quietly()
-			client.says("HEADERS 1 :method=POST")
-			client.hears("RST 1 PROTOCOL_ERROR")
+			client.sends("HEADERS 1 :method=POST")
+			client.reads("RST 1 PROTOCOL_ERROR")
 			goodbye := client.quietly()
 			client.conn.Write(bytes.Repeat(raw(c.frame), 10*idleBurst))
 			if got := goodbye(); !strings.HasPrefix(got, "GOAWAY ENHANCE_YOUR_CALM") {
-				t.Errorf("the client was told %q", got)
+				t.Errorf("the client received %q", got)
 			}
 		})
 	}
@@ -141,7 +141,7 @@ func TestFloodsEndAConnection(t *testing.T) {
 		goodbye := client.quietly()
 		client.conn.Write(bytes.Repeat([]byte{0, 0, 0, 0xfa, 0, 0, 0, 0, 0}, 10*idleBurst))
 		if got := goodbye(); !strings.HasPrefix(got, "GOAWAY ENHANCE_YOUR_CALM") {
-			t.Errorf("the client was told %q", got)
+			t.Errorf("the client received %q", got)
 		}
 	})
 }
@@ -192,12 +192,12 @@ func TestResponsesThatAreLeftInTheMiddleAreNoFlood(t *testing.T) {
 	r, client, server := meet(t)
 	for i := range 2 * resetBurst {
 		id := 2*i + 1
-		client.says(fmt.Sprintf("GET %d", id))
-		server.hears(fmt.Sprintf("GET %d", id))
-		server.says(fmt.Sprintf("HEADERS %d :status=200", id))
-		client.hears(fmt.Sprintf("HEADERS %d :status=200", id))
-		client.says(fmt.Sprintf("RST %d CANCEL", id))
-		server.hears(fmt.Sprintf("RST %d CANCEL", id))
+		client.sends(fmt.Sprintf("GET %d", id))
+		server.reads(fmt.Sprintf("GET %d", id))
+		server.sends(fmt.Sprintf("HEADERS %d :status=200", id))
+		client.reads(fmt.Sprintf("HEADERS %d :status=200", id))
+		client.sends(fmt.Sprintf("RST %d CANCEL", id))
+		server.reads(fmt.Sprintf("RST %d CANCEL", id))
 	}
 	r.records.await(t, 2*resetBurst-1)
 }
@@ -211,27 +211,27 @@ func TestAHeadOverTheLimitIsRefusedAndTheConnectionLives(t *testing.T) {
 	for _, c := range []struct{ name, fields string }{{"too many fields", many}, {"too many bytes", large}} {
 		t.Run(c.name, func(t *testing.T) {
 			r, client, server := meet(t, func(c *Config) { c.MaxHeadBytes = 8 << 10 })
-			client.says("HEADERS 1 " + postFields + c.fields)
-			client.hears("HEADERS 1 end :status=431 server=pillion content-length=0")
-			client.hears("RST 1 NO_ERROR")
-			client.says("DATA 1 end body")
-			client.hears("WINDOW 0 4")
-			// What was refused stands in the table all the same.
-			client.says("HEADERS 3 end " + getFields + " f99=" + strings.TrimPrefix(strings.Fields(c.fields)[99], "f99="))
-			server.hears("HEADERS 3 end " + getFields + " f99=" + strings.TrimPrefix(strings.Fields(c.fields)[99], "f99="))
+			client.sends("HEADERS 1 " + postFields + c.fields)
+			client.reads("HEADERS 1 end :status=431 server=pillion content-length=0")
+			client.reads("RST 1 NO_ERROR")
+			client.sends("DATA 1 end body")
+			client.reads("WINDOW 0 4")
+			// The rejected fields are in the table all the same.
+			client.sends("HEADERS 3 end " + getFields + " f99=" + strings.TrimPrefix(strings.Fields(c.fields)[99], "f99="))
+			server.reads("HEADERS 3 end " + getFields + " f99=" + strings.TrimPrefix(strings.Fields(c.fields)[99], "f99="))
 			if got := r.records.await(t, 0); got.reason != flow.HeadTooLarge || got.status != 431 || got.flags != "DPE" {
 				t.Errorf("the record is %+v", got)
 			}
-			server.says("HEADERS 3 end :status=200" + c.fields)
-			server.hears("RST 3 PROTOCOL_ERROR")
-			client.hears("HEADERS 3 end :status=502 server=pillion content-length=0")
-			client.says("GET 5")
-			server.hears("GET 5")
-			client.says("HEADERS 7 " + postFields)
-			server.hears("HEADERS 7 " + postFields)
-			client.says("HEADERS 7 end" + c.fields)
-			client.hears("RST 7 PROTOCOL_ERROR")
-			server.hears("RST 7 CANCEL")
+			server.sends("HEADERS 3 end :status=200" + c.fields)
+			server.reads("RST 3 PROTOCOL_ERROR")
+			client.reads("HEADERS 3 end :status=502 server=pillion content-length=0")
+			client.sends("GET 5")
+			server.reads("GET 5")
+			client.sends("HEADERS 7 " + postFields)
+			server.reads("HEADERS 7 " + postFields)
+			client.sends("HEADERS 7 end" + c.fields)
+			client.reads("RST 7 PROTOCOL_ERROR")
+			server.reads("RST 7 CANCEL")
 		})
 	}
 }
@@ -242,8 +242,8 @@ func rawFrame(kind, flags byte, stream uint32, payload string) string {
 	return string([]byte{byte(n >> 16), byte(n >> 8), byte(n), kind, flags, byte(stream >> 24), byte(stream >> 16), byte(stream >> 8), byte(stream)}) + payload
 }
 
-// Each violation ends the connection with the code that RFC 9113 names, and upstream sees nothing of it.
-func TestBreachesEndAConnection(t *testing.T) {
+// Each violation ends the connection with the code of RFC 9113, and upstream receives no part of it.
+func TestProtocolErrorsEndAConnection(t *testing.T) {
 	const (
 		data, headers, priority, rst, settings, push, ping, goaway, window, continuation = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9
 		endStream, endHeaders, padded, ack                                               = 1, 4, 8, 1
@@ -298,7 +298,7 @@ func TestBreachesEndAConnection(t *testing.T) {
 			io.WriteString(client.conn, c.bytes)
 			got := goodbye()
 			if !strings.HasPrefix(got, "GOAWAY "+c.code) {
-				t.Errorf("told %q, want %s", got, c.code)
+				t.Errorf("received %q, want %s", got, c.code)
 			}
 		})
 	}
@@ -310,14 +310,14 @@ func TestBreachesEndAConnection(t *testing.T) {
 			o := newOrigin(t)
 			client := newSpeaker(t, newRig(t, o.address, true).dial(t))
 			send(t, client.conn, http2.ClientPreface+c.bytes)
-			client.hears("SETTINGS 3=4096 6=65536")
-			client.hears("GOAWAY 0 PROTOCOL_ERROR")
-			client.hears("the end")
+			client.reads("SETTINGS 3=4096 6=65536")
+			client.reads("GOAWAY 0 PROTOCOL_ERROR")
+			client.reads("the end")
 		})
 	}
 }
 
-// A malformed message ends its stream alone, and upstream does not see it.
+// A malformed message ends only its stream, and upstream does not receive it.
 func TestMalformedRequestsAreReset(t *testing.T) {
 	_, client, server := meet(t)
 	id := uint32(1)
@@ -358,49 +358,49 @@ func TestMalformedRequestsAreReset(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got, want := client.next(), fmt.Sprintf("RST %d PROTOCOL_ERROR", id); got != want {
-			t.Fatalf("%q: heard %q, want %q", fields, got, want)
+			t.Fatalf("%q: read %q, want %q", fields, got, want)
 		}
 		id += 2
 	}
-	client.says(fmt.Sprintf("GET %d", id))
-	server.hears(fmt.Sprintf("GET %d", id))
+	client.sends(fmt.Sprintf("GET %d", id))
+	server.reads(fmt.Sprintf("GET %d", id))
 	id += 2
 	for _, body := range []string{"DATA %d 123456", "DATA %d end 1234", "HEADERS %d end a=b", "HEADERS %d a=b", "HEADERS %d end :path=/", "HEADERS %d end A=b", "WINDOW %d 0"} {
-		client.says(fmt.Sprintf("HEADERS %d %s content-length=5", id, postFields))
-		server.hears(fmt.Sprintf("HEADERS %d %s content-length=5", id, postFields))
-		client.says(fmt.Sprintf(body, id))
-		server.hears(fmt.Sprintf("RST %d CANCEL", id))
+		client.sends(fmt.Sprintf("HEADERS %d %s content-length=5", id, postFields))
+		server.reads(fmt.Sprintf("HEADERS %d %s content-length=5", id, postFields))
+		client.sends(fmt.Sprintf(body, id))
+		server.reads(fmt.Sprintf("RST %d CANCEL", id))
 		got := client.next()
 		if strings.HasPrefix(body, "DATA") {
 			if !strings.HasPrefix(got, "RST") {
-				t.Fatalf("%s: heard %q", body, got)
+				t.Fatalf("%s: read %q", body, got)
 			}
 			got, _ = client.next(), got
 			if !strings.HasPrefix(got, "WINDOW 0 ") {
-				t.Fatalf("%s: heard %q", body, got)
+				t.Fatalf("%s: read %q", body, got)
 			}
 		} else if got != fmt.Sprintf("RST %d PROTOCOL_ERROR", id) {
-			t.Fatalf("%s: heard %q", body, got)
+			t.Fatalf("%s: read %q", body, got)
 		}
 		id += 2
 	}
-	client.says(fmt.Sprintf("GET %d", id))
-	server.hears(fmt.Sprintf("GET %d", id))
-	client.says(fmt.Sprintf("DATA %d more", id))
-	client.hears(fmt.Sprintf("RST %d STREAM_CLOSED", id))
-	client.hears("WINDOW 0 4")
-	server.hears(fmt.Sprintf("RST %d CANCEL", id))
+	client.sends(fmt.Sprintf("GET %d", id))
+	server.reads(fmt.Sprintf("GET %d", id))
+	client.sends(fmt.Sprintf("DATA %d more", id))
+	client.reads(fmt.Sprintf("RST %d STREAM_CLOSED", id))
+	client.reads("WINDOW 0 4")
+	server.reads(fmt.Sprintf("RST %d CANCEL", id))
 }
 
-func TestStreamsBeyondTheNumberThatWasToldAreRefused(t *testing.T) {
+func TestStreamsBeyondTheAnnouncedLimitAreRefused(t *testing.T) {
 	r, client, server := meet(t)
 	go io.Copy(io.Discard, server.conn)
 	go func() {
 		for i := range maxStreams + 1 {
-			client.says(fmt.Sprintf("GET %d", 2*i+1))
+			client.sends(fmt.Sprintf("GET %d", 2*i+1))
 		}
 	}()
-	client.hears(fmt.Sprintf("RST %d REFUSED_STREAM", 2*maxStreams+1))
+	client.reads(fmt.Sprintf("RST %d REFUSED_STREAM", 2*maxStreams+1))
 	if got := r.records.await(t, 0); got.reason != flow.Overload || got.flags != "UO" {
 		t.Errorf("the record is %+v", got)
 	}
@@ -410,20 +410,20 @@ func TestTablesFollowTheSettings(t *testing.T) {
 	_, client, server := meet(t)
 	exchange := func(id int, fields string) {
 		t.Helper()
-		client.says(fmt.Sprintf("HEADERS %d end %s%s", id, getFields, fields))
-		server.hears(fmt.Sprintf("HEADERS %d end %s%s", id, getFields, fields))
-		server.says(fmt.Sprintf("HEADERS %d end :status=200%s", id, fields))
-		client.hears(fmt.Sprintf("HEADERS %d end :status=200%s", id, fields))
+		client.sends(fmt.Sprintf("HEADERS %d end %s%s", id, getFields, fields))
+		server.reads(fmt.Sprintf("HEADERS %d end %s%s", id, getFields, fields))
+		server.sends(fmt.Sprintf("HEADERS %d end :status=200%s", id, fields))
+		client.reads(fmt.Sprintf("HEADERS %d end :status=200%s", id, fields))
 	}
 	exchange(1, " a=b c=d")
 	for i, size := range []uint32{0, 100, 1 << 20, 0, 4096, 50} {
 		// Each side bounds the tables of what it is sent, and a sender follows with its acknowledgement.
 		for _, s := range [][2]*speaker{{client, server}, {server, client}} {
 			teller, told := s[0], s[1]
-			teller.says(fmt.Sprintf("SETTINGS 1=%d", size))
-			told.hears(fmt.Sprintf("SETTINGS 1=%d", min(size, maxTable)))
-			told.says("SETTINGS ack")
-			teller.hears("SETTINGS ack")
+			teller.sends(fmt.Sprintf("SETTINGS 1=%d", size))
+			told.reads(fmt.Sprintf("SETTINGS 1=%d", min(size, maxTable)))
+			told.sends("SETTINGS ack")
+			teller.reads("SETTINGS ack")
 			told.encoder.SetMaxDynamicTableSizeLimit(min(size, maxTable))
 			told.encoder.SetMaxDynamicTableSize(min(size, maxTable))
 			teller.decoder.SetAllowedMaxDynamicTableSize(size)
@@ -434,7 +434,7 @@ func TestTablesFollowTheSettings(t *testing.T) {
 	}
 }
 
-// What nobody reads notDraining with its sender: we hold a buffer of it.
+// If a receiver does not read, data stays with its sender: the engine holds one buffer of it.
 func TestASideThatDoesNotReadStopsTheOther(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -446,10 +446,10 @@ func TestASideThatDoesNotReadStopsTheOther(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			_, client, server := meet(t)
-			client.says("POST 1")
-			server.hears("POST 1")
-			server.says("HEADERS 1 :status=200")
-			client.hears("HEADERS 1 :status=200")
+			client.sends("POST 1")
+			server.reads("POST 1")
+			server.sends("HEADERS 1 :status=200")
+			client.reads("HEADERS 1 :status=200")
 			from, to := c.reader(client, server)
 			frame := []byte(rawFrame(0, 0, 1, strings.Repeat("x", 16384)))
 			sent := 0
@@ -480,11 +480,11 @@ func TestASideThatDoesNotReadStopsTheOther(t *testing.T) {
 	}
 }
 
-// Credit that is given back is written by us. Who does not read it is not read from.
-func TestAPeerThatMakesUsSpeakAndDoesNotListenIsNotHeard(t *testing.T) {
+// The engine itself sends the credit for discarded data. A peer that does not read it is not read from.
+func TestAPeerThatDoesNotReadItsCreditIsNotReadFrom(t *testing.T) {
 	_, client, server := meet(t)
 	go io.Copy(io.Discard, server.conn)
-	client.says("POST 1")
+	client.sends("POST 1")
 	padded := []byte(rawFrame(0, 8, 1, "\x00x")) // of 11 bytes, for which we write 26
 	flood := bytes.Repeat(padded, 10000)
 	client.conn.SetReadBuffer(4096)
@@ -505,35 +505,35 @@ func TestAPeerThatMakesUsSpeakAndDoesNotListenIsNotHeard(t *testing.T) {
 func TestHTTP2Limits(t *testing.T) {
 	t.Run("a request waits too long for its response", func(t *testing.T) {
 		r, client, server := meet(t, func(c *Config) { c.RequestTimeout = 50 * time.Millisecond })
-		client.says("GET 1")
-		server.hears("GET 1")
-		server.hears("RST 1 CANCEL")
-		client.hears("HEADERS 1 end :status=504 server=pillion content-length=0")
+		client.sends("GET 1")
+		server.reads("GET 1")
+		server.reads("RST 1 CANCEL")
+		client.reads("HEADERS 1 end :status=504 server=pillion content-length=0")
 		if got := r.records.await(t, 0); got.reason != flow.RequestTimeout || got.flags != "UT" || got.status != 504 {
 			t.Errorf("the record is %+v", got)
 		}
-		client.says("POST 3") // a request that is not complete has time
-		server.hears("POST 3")
-		client.says("DATA 3 end x")
-		server.hears("DATA 3 end x")
-		server.hears("RST 3 CANCEL")
-		client.hears("HEADERS 3 end :status=504 server=pillion content-length=0")
+		client.sends("POST 3") // a request that is not complete has time
+		server.reads("POST 3")
+		client.sends("DATA 3 end x")
+		server.reads("DATA 3 end x")
+		server.reads("RST 3 CANCEL")
+		client.reads("HEADERS 3 end :status=504 server=pillion content-length=0")
 	})
 	t.Run("a header block takes too long", func(t *testing.T) {
 		r, client, _ := meet(t, func(c *Config) { c.HeadTimeout = 50 * time.Millisecond })
-		client.says("RAW 000010 01 04 00000001 8286")
-		client.hears("GOAWAY 0 ENHANCE_YOUR_CALM")
-		client.hears("the end")
+		client.sends("RAW 000010 01 04 00000001 8286")
+		client.reads("GOAWAY 0 ENHANCE_YOUR_CALM")
+		client.reads("the end")
 		if got := r.records.await(t, 0); got.reason != flow.HeadTimeout || got.details != "request_header_timeout" || got.method != "" {
 			t.Errorf("the record of what was no request yet is %+v", got)
 		}
 	})
 	t.Run("nothing moves", func(t *testing.T) {
 		r, client, server := meet(t, func(c *Config) { c.IdleTimeout = 50 * time.Millisecond })
-		client.says("GET 1")
-		server.hears("GET 1")
-		client.hears("GOAWAY 1 NO_ERROR")
-		client.hears("the end")
+		client.sends("GET 1")
+		server.reads("GET 1")
+		client.reads("GOAWAY 1 NO_ERROR")
+		client.reads("the end")
 		readsReset(t, server.conn, "upstream")
 		if got := r.records.await(t, 0); got.reason != flow.IdleTimeout {
 			t.Errorf("the record is %+v", got)
@@ -541,19 +541,19 @@ func TestHTTP2Limits(t *testing.T) {
 	})
 	t.Run("nothing moves after downstream has closed its half", func(t *testing.T) {
 		r, client, server := meet(t, func(c *Config) { c.HalfCloseTimeout = 50 * time.Millisecond })
-		client.says("GET 1")
-		server.hears("GET 1")
+		client.sends("GET 1")
+		server.reads("GET 1")
 		client.conn.CloseWrite()
-		server.hears("the end")
-		client.hears("GOAWAY 1 NO_ERROR")
+		server.reads("the end")
+		client.reads("GOAWAY 1 NO_ERROR")
 		if got := r.records.await(t, 0); got.reason != flow.HalfCloseTimeout {
 			t.Errorf("the record is %+v", got)
 		}
 	})
 }
 
-// stuff sends large requests in one go until upstream, which does not read, is full. It returns what was not sent, and the
-// last stream.
+// stuff sends large requests until upstream, whose peer does not read, accepts no more. It returns the unsent bytes and
+// the last stream.
 func stuff(client *speaker, patience time.Duration) (rest []byte, last uint32) {
 	client.t.Helper()
 	var requests bytes.Buffer
@@ -576,8 +576,8 @@ func stuff(client *speaker, patience time.Duration) (rest []byte, last uint32) {
 func TestRequestsThatWaitDoNotHoldBackResponses(t *testing.T) {
 	const answer = 16 << 20
 	_, client, server := meet(t)
-	client.says("GET 1")
-	server.hears("GET 1")
+	client.sends("GET 1")
+	server.reads("GET 1")
 	stuff(client, time.Second)
 	answered := make(chan error, 1)
 	go func() {
@@ -587,7 +587,7 @@ func TestRequestsThatWaitDoNotHoldBackResponses(t *testing.T) {
 		}
 		answered <- err
 	}()
-	client.hears("HEADERS 1 :status=200")
+	client.reads("HEADERS 1 :status=200")
 	for got := 0; got < answer; {
 		frame, err := client.framer.ReadFrame()
 		if err != nil {
@@ -600,7 +600,7 @@ func TestRequestsThatWaitDoNotHoldBackResponses(t *testing.T) {
 	}
 }
 
-// The time of a head does not pass while it is upstream that does not take what came before.
+// The header timeout does not run while upstream does not accept earlier frames.
 func TestAHeadThatWaitsForUpstreamIsNotLate(t *testing.T) {
 	_, client, server := meet(t, func(c *Config) { c.HeadTimeout = 100 * time.Millisecond })
 	rest, last := stuff(client, time.Second)

@@ -26,14 +26,20 @@ const (
 // budget is a token bucket.
 type budget struct {
 	left, burst, rate int       // refilled up to burst, with rate tokens per second
-	most              int       // upper bound for earn
+	limit             int       // upper bound for earn
 	filled            time.Time // when it was last refilled
 }
 
 // newBudget returns a budget with burst tokens.
-func newBudget(burst, rate, most int, now time.Time) budget {
-	return budget{left: burst, burst: burst, rate: rate, most: most, filled: now}
+func newBudget(burst, rate, limit int, now time.Time) budget {
+	return budget{left: burst, burst: burst, rate: rate, limit: limit, filled: now}
 }
+
+// newIdleBudget returns the budget of one sender's frames without effect.
+func newIdleBudget(now time.Time) budget { return newBudget(idleBurst, idleRate, idleMax, now) }
+
+// newResetBudget returns the budget of the streams that downstream may open in vain.
+func newResetBudget(now time.Time) budget { return newBudget(resetBurst, resetRate, resetBurst, now) }
 
 // spend takes a token, and reports whether one was left. It reads the clock only when the bucket looks empty.
 func (b *budget) spend(clock func() time.Time) bool {
@@ -51,4 +57,4 @@ func (b *budget) spend(clock func() time.Time) bool {
 }
 
 // earn adds n tokens.
-func (b *budget) earn(n int) { b.left = min(b.left+n, b.most) }
+func (b *budget) earn(n int) { b.left = min(b.left+n, b.limit) }

@@ -9,7 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// met is how two speakers come to know each other through the engine. Whatever they say, the engine adds its limits.
+// met is the beginning of each conversation: both sides send their SETTINGS, and the engine adds its limits.
 const met = `
 	> SETTINGS
 	>> SETTINGS 2=0 6=65536
@@ -30,14 +30,14 @@ var frameConversations = []conversation{
 		<< HEADERS 1 :status=200 content-length=5 a=b
 		< DATA 1 end hello
 		<< DATA 1 end hello
-	`, []told{{reason: flow.Completed, status: 200, sent: 5}}},
+	`, []recorded{{reason: flow.Completed, status: 200, sent: 5}}},
 
 	{"fields keep their order, their values, and that they are secret", met + `
 		> HEADERS 1 end :method=GET :authority=a :scheme=https :path=/?q !authorization=secret b=2 a=1 b=3 cookie=x cookie=y te=trailers
 		>> HEADERS 1 end :method=GET :authority=a :scheme=https :path=/?q !authorization=secret b=2 a=1 b=3 cookie=x cookie=y te=trailers
 		< HEADERS 1 end :status=204 z=1 !set-cookie=secret y=2
 		<< HEADERS 1 end :status=204 z=1 !set-cookie=secret y=2
-	`, []told{{reason: flow.Completed, status: 204}}},
+	`, []recorded{{reason: flow.Completed, status: 204}}},
 
 	{"requests may be sent before upstream has said anything", `
 		> SETTINGS
@@ -50,7 +50,7 @@ var frameConversations = []conversation{
 		<< SETTINGS 3=7 6=65536
 		<< SETTINGS ack
 		<< HEADERS 1 end :status=200
-	`, []told{{reason: flow.Completed, status: 200}}},
+	`, []recorded{{reason: flow.Completed, status: 200}}},
 
 	{"a request that is refused before upstream has said anything is refused after it", `
 		> SETTINGS
@@ -59,7 +59,7 @@ var frameConversations = []conversation{
 		< SETTINGS
 		<< SETTINGS 3=4096 6=65536
 		<< RST 1 PROTOCOL_ERROR
-	`, []told{{reason: flow.BadFraming, flags: "DPE"}}},
+	`, []recorded{{reason: flow.BadFraming, flags: "DPE"}}},
 
 	{"settings pass, lowered to what we bear; extensions do not", `
 		> SETTINGS 1=1000000 2=1 3=10 4=70000 5=20000 6=100 99=1
@@ -87,7 +87,7 @@ var frameConversations = []conversation{
 		<< DATA 1 answer
 		< HEADERS 1 end grpc-status=0
 		<< HEADERS 1 end grpc-status=0
-	`, []told{{reason: flow.Completed, status: 200, received: 4, sent: 6}}},
+	`, []recorded{{reason: flow.Completed, status: 200, received: 4, sent: 6}}},
 
 	{"a response may be complete before its request", met + `
 		> POST 1
@@ -96,7 +96,7 @@ var frameConversations = []conversation{
 		<< HEADERS 1 end :status=403
 		> DATA 1 end more
 		>> DATA 1 end more
-	`, []told{{reason: flow.Completed, status: 403, received: 4}}},
+	`, []recorded{{reason: flow.Completed, status: 403, received: 4}}},
 
 	{"upstream stops a request after its response", met + `
 		> POST 1
@@ -112,7 +112,7 @@ var frameConversations = []conversation{
 		client closes
 		>> the end
 		upstream closes
-	`, []told{{reason: flow.Completed, status: 403}, {reason: flow.DownstreamLeft, flags: "DC"}}},
+	`, []recorded{{reason: flow.Completed, status: 403}, {reason: flow.DownstreamLeft, flags: "DC"}}},
 
 	{"pings, windows and goodbyes pass both ways", met + `
 		> PING 12345678
@@ -135,7 +135,7 @@ var frameConversations = []conversation{
 		<< GOAWAY 1 NO_ERROR
 		< HEADERS 1 end :status=200
 		<< HEADERS 1 end :status=200
-	`, []told{{reason: flow.Completed, status: 200}}},
+	`, []recorded{{reason: flow.Completed, status: 200}}},
 
 	{"priorities and extensions stay between neighbours", met + `
 		> PRIORITY 1
@@ -145,9 +145,9 @@ var frameConversations = []conversation{
 		< RAW 000001 0c 00 00000001 aa
 		< HEADERS 1 end :status=200
 		<< HEADERS 1 end :status=200
-	`, []told{{reason: flow.Completed, status: 200}}},
+	`, []recorded{{reason: flow.Completed, status: 200}}},
 
-	{"padding notDraining between neighbours, and what it took is given back", met + `
+	{"padding is not forwarded, and its credit is returned", met + `
 		> POST 1
 		>> POST 1
 		> RAW 000008 00 08 00000001 04 414243 00000000
@@ -159,7 +159,7 @@ var frameConversations = []conversation{
 		>> DATA 1 end
 		< HEADERS 1 end :status=200
 		<< HEADERS 1 end :status=200
-	`, []told{{reason: flow.Completed, status: 200, received: 3}}},
+	`, []recorded{{reason: flow.Completed, status: 200, received: 3}}},
 
 	{"what is there of a frame goes on at once", met + `
 		> POST 1
@@ -172,7 +172,7 @@ var frameConversations = []conversation{
 		>> DATA 1 end DEF
 		< HEADERS 1 end :status=200
 		<< HEADERS 1 end :status=200
-	`, []told{{reason: flow.Completed, status: 200, received: 6}}},
+	`, []recorded{{reason: flow.Completed, status: 200, received: 6}}},
 
 	{"a frame of ours may come in the middle of another", met + `
 		> POST 1
@@ -187,7 +187,7 @@ var frameConversations = []conversation{
 		<< RST 5 PROTOCOL_ERROR
 		< RAW 4344
 		<< DATA 1 CD
-	`, []told{{reason: flow.BadFraming, flags: "DPE"}}},
+	`, []recorded{{reason: flow.BadFraming, flags: "DPE"}}},
 
 	{"downstream resets a stream", met + `
 		> GET 1
@@ -201,7 +201,7 @@ var frameConversations = []conversation{
 		>> GET 3
 		< HEADERS 3 end :status=200
 		<< HEADERS 3 end :status=200
-	`, []told{{reason: flow.DownstreamLeft, flags: "DC"}, {reason: flow.Completed, status: 200}}},
+	`, []recorded{{reason: flow.DownstreamLeft, flags: "DC"}, {reason: flow.Completed, status: 200}}},
 
 	{"upstream resets a stream", met + `
 		> POST 1
@@ -221,7 +221,7 @@ var frameConversations = []conversation{
 		>> GET 5
 		< HEADERS 5 end :status=200
 		<< HEADERS 5 end :status=200
-	`, []told{{reason: flow.UpstreamReset, flags: "UR"}, {reason: flow.UpstreamReset, flags: "UR", status: 200}, {reason: flow.Completed, status: 200}}},
+	`, []recorded{{reason: flow.UpstreamReset, flags: "UR"}, {reason: flow.UpstreamReset, flags: "UR", status: 200}, {reason: flow.Completed, status: 200}}},
 
 	{"upstream goes away: what it does not serve is refused, the rest goes on", met + `
 		> GET 1
@@ -237,7 +237,7 @@ var frameConversations = []conversation{
 		<< HEADERS 1 end :status=200
 		upstream closes
 		<< the end
-	`, []told{{reason: flow.UpstreamReset, flags: "UR"}, {reason: flow.Completed, status: 200}}},
+	`, []recorded{{reason: flow.UpstreamReset, flags: "UR"}, {reason: flow.Completed, status: 200}}},
 
 	{"upstream closes with requests in all states", met + `
 		> GET 1
@@ -250,7 +250,7 @@ var frameConversations = []conversation{
 		<< RST 1 INTERNAL_ERROR
 		<< GOAWAY 1 NO_ERROR
 		<< the end
-	`, []told{{reason: flow.ResponseIncomplete, flags: "UC", status: 200, sent: 4}}},
+	`, []recorded{{reason: flow.ResponseIncomplete, flags: "UC", status: 200, sent: 4}}},
 
 	{"upstream closes between requests", met + `
 		> GET 1
@@ -260,7 +260,7 @@ var frameConversations = []conversation{
 		upstream closes
 		<< GOAWAY 1 NO_ERROR
 		<< the end
-	`, []told{{reason: flow.Completed, status: 200}}},
+	`, []recorded{{reason: flow.Completed, status: 200}}},
 
 	{"upstream resets before a response", met + `
 		> HEADERS 1 end :method=HEAD :scheme=http :path=/ :authority=a
@@ -269,7 +269,7 @@ var frameConversations = []conversation{
 		<< HEADERS 1 end :status=503 server=pillion content-type=text/plain content-length=95
 		<< GOAWAY 1 NO_ERROR
 		<< the end
-	`, []told{{reason: flow.UpstreamClosed, flags: "UC", status: 503}}},
+	`, []recorded{{reason: flow.UpstreamClosed, flags: "UC", status: 503}}},
 
 	{"upstream closes before a response", met + `
 		> POST 1
@@ -280,7 +280,7 @@ var frameConversations = []conversation{
 		<< RST 1 NO_ERROR
 		<< GOAWAY 1 NO_ERROR
 		<< the end
-	`, []told{{reason: flow.UpstreamClosed, flags: "UC", status: 503, sent: 95}}},
+	`, []recorded{{reason: flow.UpstreamClosed, flags: "UC", status: 503, sent: 95}}},
 
 	{"upstream closes before a response for which downstream has no room", `
 		> SETTINGS 4=10
@@ -293,7 +293,7 @@ var frameConversations = []conversation{
 		<< HEADERS 1 end :status=503 server=pillion content-length=0
 		<< GOAWAY 1 NO_ERROR
 		<< the end
-	`, []told{{reason: flow.UpstreamClosed, flags: "UC", status: 503}}},
+	`, []recorded{{reason: flow.UpstreamClosed, flags: "UC", status: 503}}},
 
 	{"upstream closes before a response of gRPC", met + `
 		> HEADERS 1 end :method=POST :scheme=http :path=/ :authority=a content-type=application/grpc
@@ -302,7 +302,7 @@ var frameConversations = []conversation{
 		<< HEADERS 1 end :status=200 server=pillion content-type=application/grpc grpc-status=14 grpc-message=upstream_connect_error_or_disconnect/reset_before_headers._reset_reason:_connection_termination
 		<< GOAWAY 1 NO_ERROR
 		<< the end
-	`, []told{{reason: flow.UpstreamClosed, flags: "UC", status: 200}}},
+	`, []recorded{{reason: flow.UpstreamClosed, flags: "UC", status: 200}}},
 
 	{"upstream says goodbye at its end, and nothing is added", met + `
 		> GET 1
@@ -312,7 +312,7 @@ var frameConversations = []conversation{
 		<< GOAWAY 0 NO_ERROR
 		<< RST 1 REFUSED_STREAM
 		<< the end
-	`, []told{{reason: flow.UpstreamReset, flags: "UR"}}},
+	`, []recorded{{reason: flow.UpstreamReset, flags: "UR"}}},
 
 	{"downstream closes", met + `
 		> GET 1
@@ -320,7 +320,7 @@ var frameConversations = []conversation{
 		client closes
 		>> the end
 		upstream closes
-	`, []told{{reason: flow.DownstreamLeft, flags: "DC"}}},
+	`, []recorded{{reason: flow.DownstreamLeft, flags: "DC"}}},
 
 	{"downstream closes between requests", met + `
 		> GET 1
@@ -329,7 +329,7 @@ var frameConversations = []conversation{
 		<< HEADERS 1 end :status=200
 		client closes
 		>> the end
-	`, []told{{reason: flow.Completed, status: 200}}},
+	`, []recorded{{reason: flow.Completed, status: 200}}},
 
 	{"downstream closes its half, and the response arrives", met + `
 		> GET 1
@@ -340,7 +340,7 @@ var frameConversations = []conversation{
 		<< HEADERS 1 end :status=200
 		upstream closes
 		<< the end
-	`, []told{{reason: flow.Completed, status: 200}}},
+	`, []recorded{{reason: flow.Completed, status: 200}}},
 
 	{"downstream closes its half, and what we would tell upstream is dropped", met + `
 		> GET 1
@@ -359,14 +359,14 @@ var frameConversations = []conversation{
 		<< DATA 1 end CD
 		<< the end
 		client closes
-	`, []told{{reason: flow.BadResponse, flags: "UPE", status: 502}, {reason: flow.Completed, status: 200, sent: 4}}},
+	`, []recorded{{reason: flow.BadResponse, flags: "UPE", status: 502}, {reason: flow.Completed, status: 200, sent: 4}}},
 
 	{"downstream resets", met + `
 		> GET 1
 		>> GET 1
 		client resets
 		upstream is reset
-	`, []told{{reason: flow.DownstreamLeft, flags: "DC"}}},
+	`, []recorded{{reason: flow.DownstreamLeft, flags: "DC"}}},
 
 	{"upstream speaks something else", `
 		> SETTINGS
@@ -378,7 +378,7 @@ var frameConversations = []conversation{
 		upstream closes
 		<< the end
 		client closes
-	`, []told{{reason: flow.Closed, received: 24 + 21 + 2, sent: 16}}},
+	`, []recorded{{reason: flow.Closed, received: 24 + 21 + 2, sent: 16}}},
 
 	{"upstream speaks something else to a request", `
 		> SETTINGS
@@ -389,7 +389,7 @@ var frameConversations = []conversation{
 		client reads H
 		client closes
 		upstream closes
-	`, []told{{reason: flow.BadResponse, flags: "UPE"}, {reason: flow.Closed, received: 24 + 21 + 15, sent: 1}}},
+	`, []recorded{{reason: flow.BadResponse, flags: "UPE"}, {reason: flow.Closed, received: 24 + 21 + 15, sent: 1}}},
 
 	{"CONNECT makes a tunnel, and so does its extension", met + `
 		> HEADERS 1 :method=CONNECT :authority=a:1
@@ -408,7 +408,7 @@ var frameConversations = []conversation{
 		<< HEADERS 3 :status=200
 		> RST 3 CANCEL
 		>> RST 3 CANCEL
-	`, []told{{reason: flow.Completed, status: 200, received: 2, sent: 4}, {reason: flow.DownstreamLeft, flags: "DC", status: 200}}},
+	`, []recorded{{reason: flow.Completed, status: 200, received: 2, sent: 4}, {reason: flow.DownstreamLeft, flags: "DC", status: 200}}},
 
 	{"HEAD and 304 declare what they do not send", met + `
 		> HEADERS 1 end :method=HEAD :scheme=http :path=/ :authority=a
@@ -419,7 +419,7 @@ var frameConversations = []conversation{
 		>> GET 3
 		< HEADERS 3 end :status=304 content-length=100
 		<< HEADERS 3 end :status=304 content-length=100
-	`, []told{{reason: flow.Completed, status: 200}, {reason: flow.Completed, status: 304}}},
+	`, []recorded{{reason: flow.Completed, status: 200}, {reason: flow.Completed, status: 304}}},
 
 	{"a malformed response is answered for", met + `
 		> GET 1
@@ -450,7 +450,7 @@ var frameConversations = []conversation{
 		>> GET 9
 		< HEADERS 9 end :status=200
 		<< HEADERS 9 end :status=200
-	`, []told{{reason: flow.BadResponse, flags: "UPE", status: 502}, {reason: flow.BadResponse, flags: "UPE", status: 200},
+	`, []recorded{{reason: flow.BadResponse, flags: "UPE", status: 502}, {reason: flow.BadResponse, flags: "UPE", status: 200},
 		{reason: flow.BadResponse, flags: "UPE", status: 502}, {reason: flow.BadResponse, flags: "UPE", status: 502}, {reason: flow.Completed, status: 200}}},
 
 	{"upstream pushes although it may not", met + `
@@ -461,7 +461,7 @@ var frameConversations = []conversation{
 		<< DATA 1 end upstream_connect_error_or_disconnect/reset_before_headers._reset_reason:_protocol_error
 		<< GOAWAY 1 NO_ERROR
 		<< the end
-	`, []told{{reason: flow.BadResponse, flags: "UPE", status: 502, sent: 87}}},
+	`, []recorded{{reason: flow.BadResponse, flags: "UPE", status: 502, sent: 87}}},
 
 	{"the agent drains", met + `
 		> GET 1
@@ -480,7 +480,7 @@ var frameConversations = []conversation{
 		<< the end
 		client closes
 		>> the end
-	`, []told{{reason: flow.Completed, status: 200}, {reason: flow.Completed, status: 200}}},
+	`, []recorded{{reason: flow.Completed, status: 200}, {reason: flow.Completed, status: 200}}},
 
 	{"the agent drains an idle connection", met + `
 		the agent drains
@@ -527,13 +527,13 @@ func (c conversation) playFrames(t *testing.T, configure ...func(*Config)) {
 		read = strings.NewReplacer(`\1`, "\x01", `\2`, "\x02", "$", "\r\n").Replace(read)
 		switch {
 		case verb == ">":
-			client.says(text)
+			client.sends(text)
 		case verb == ">>":
-			upstream().hears(text)
+			upstream().reads(text)
 		case verb == "<":
-			upstream().says(text)
+			upstream().sends(text)
 		case verb == "<<":
-			client.hears(text)
+			client.reads(text)
 		case isRead && verb == "client":
 			expect(t, s.client, read)
 		case isRead && verb == "upstream":

@@ -132,7 +132,7 @@ func (l *lane) countData(s *stream, data []byte, end bool) error {
 	if !body.take(n) || end && !body.whole() {
 		body.got -= int64(n)
 		l.owed += n
-		return http2.StreamError(s.id, http2.ProtocolError, "body of another length than declared")
+		return errBodyLength(s.id)
 	}
 	if s.record.HTTP.GRPC {
 		body.messages.scan(data)

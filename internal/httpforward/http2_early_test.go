@@ -13,9 +13,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// A server spoke before its client, and what it said was read while the client was waited for. It is said to the client
-// once, in order, and the streams go on from there.
-func TestWhatAServerSaidBeforeItsClientIsNotLost(t *testing.T) {
+// The server's first frames were read before the client sent anything. They reach the client once, in order, and
+// streams work afterwards.
+func TestFramesSentBeforeTheClientSpokeAreNotLost(t *testing.T) {
 	o := newOrigin(t)
 	r := newRig(t, o.address, true, plain)
 	listener, err := r.poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
@@ -39,9 +39,9 @@ func TestWhatAServerSaidBeforeItsClientIsNotLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := newSpeaker(t, o.accept())
-	server.says("SETTINGS 3=100")
+	server.sends("SETTINGS 3=100")
 	send(t, conn, http2.ClientPreface)
-	client.says("SETTINGS")
+	client.sends("SETTINGS")
 	fill := func(from *tcp.Conn, least int) *tcp.Buffer {
 		buffer := tcp.TakeBuffer()
 		for buffer.Len() < least {
@@ -65,11 +65,11 @@ func TestWhatAServerSaidBeforeItsClientIsNotLost(t *testing.T) {
 		})
 	}()
 	defer func() { conn.Close(); server.conn.Close(); <-served }()
-	client.hears("SETTINGS 3=100 6=65536")
+	client.reads("SETTINGS 3=100 6=65536")
 	expect(t, server.conn, http2.ClientPreface)
-	server.hears("SETTINGS 2=0 6=65536")
-	client.says("GET 1")
-	server.hears("HEADERS 1 end " + getFields)
-	server.says("HEADERS 1 end :status=200")
-	client.hears("HEADERS 1 end :status=200")
+	server.reads("SETTINGS 2=0 6=65536")
+	client.sends("GET 1")
+	server.reads("HEADERS 1 end " + getFields)
+	server.sends("HEADERS 1 end :status=200")
+	client.reads("HEADERS 1 end :status=200")
 }

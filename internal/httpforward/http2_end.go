@@ -106,9 +106,9 @@ func (m *multiplex) terminate(code http2.Code, text string, reason flow.Reason, 
 	open := m.streams.active > 0
 	m.closeAll(reason, err)
 	if !open && code != http2.NoError {
-		s := m.takeStream(0)
+		s := takeStream(m.engine, m.Record, 0, m.requests)
 		s.setFailure(reason, err)
-		s.close(m, nil)
+		s.close(m.engine.config.Flows, nil)
 	}
 	m.sendGoAway(code, text)
 	if m.up != nil && open {
@@ -204,12 +204,13 @@ const (
 // drainGrace is how long new streams are still served after the first GOAWAY, because they may be in flight.
 const drainGrace = time.Second
 
-// drain ends the connection when the engine drains: a first GOAWAY asks downstream to open no more streams, a second
+// drain ends this connection when that is requested: a first GOAWAY asks downstream to open no more streams, a second
 // one announces the last stream that is served, and the connection closes when all streams have ended (RFC 9113 §6.8).
 func (m *multiplex) drain() {
 	switch {
 	case m.drainPhase == notDraining:
-		if m.engine.state.Load() != draining || !m.toDown.settingsSent {
+		m.drainRequested = m.drainRequested || m.engine.Draining()
+		if !m.drainRequested || !m.toDown.settingsSent {
 			return
 		}
 		if m.lastServed == http2.MaxStream {
@@ -321,22 +322,6 @@ func (m *multiplex) closeAll(reason flow.Reason, err error) {
 	for _, s := range m.streams.open {
 		s.setFailure(reason, err)
 		m.streams.remove(s)
-		s.close(m, nil)
+		s.close(m.engine.config.Flows, nil)
 	}
-}
-
-// setFailure records why a stream ends with its connection.
-func (s *stream) setFailure(reason flow.Reason, err error) {
-	r := &s.record.HTTP
-	switch reason {
-	case flow.DownstreamLeft:
-		r.Flags, r.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
-	case flow.BadFraming, flow.Overload:
-		r.Flags, r.Details = envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation
-	case flow.BadResponse:
-		r.Flags, r.Details = envoy.FlagUpstreamProtocolError, replyBadResponse.details
-	case flow.HeadTimeout:
-		r.Details = replyHeadTimeout.details
-	}
-	s.reason, s.err = reason, err
 }

@@ -46,31 +46,32 @@ func TestAReceiverThatGivesCreditBackInSmallPiecesIsNoFlood(t *testing.T) {
 	}
 }
 
-// An upstream that goes away while many requests are being sent resets them all at once, more than we remember one by one.
-func TestRequestsThatCrossAGoodbyeAreNoBreach(t *testing.T) {
+// An upstream that leaves while many requests are being sent resets them all at once, more than are remembered one by
+// one.
+func TestRequestsThatCrossAGoAwayAreNotAnError(t *testing.T) {
 	_, client, server := meet(t)
 	const last = 2*2*resetBurst + 1
 	for id := 1; id <= last; id += 2 {
-		client.says(fmt.Sprintf("POST %d", id))
-		server.hears(fmt.Sprintf("POST %d", id))
+		client.sends(fmt.Sprintf("POST %d", id))
+		server.reads(fmt.Sprintf("POST %d", id))
 	}
-	server.says("GOAWAY 1 NO_ERROR")
-	client.hears("GOAWAY 1 NO_ERROR")
+	server.sends("GOAWAY 1 NO_ERROR")
+	client.reads("GOAWAY 1 NO_ERROR")
 	for id := 3; id <= last; id += 2 {
 		client.next() // resets, in any order
 	}
 	for id := 3; id <= last; id += 2 {
-		client.says(fmt.Sprintf("DATA %d x", id))
-		client.says(fmt.Sprintf("HEADERS %d end trailer=1", id))
+		client.sends(fmt.Sprintf("DATA %d x", id))
+		client.sends(fmt.Sprintf("HEADERS %d end trailer=1", id))
 	}
-	client.says("DATA 1 end x")
-	server.hears("DATA 1 end x")
-	server.says("HEADERS 1 end :status=200")
+	client.sends("DATA 1 end x")
+	server.reads("DATA 1 end x")
+	server.sends("HEADERS 1 end :status=200")
 	heard := client.next()
 	for strings.HasPrefix(heard, "WINDOW 0 ") {
 		heard = client.next()
 	}
 	if heard != "HEADERS 1 end :status=200" {
-		t.Fatalf("heard %q", heard)
+		t.Fatalf("read %q", heard)
 	}
 }

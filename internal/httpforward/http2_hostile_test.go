@@ -108,8 +108,8 @@ func TestHTTP2FramesMayComeInAnyPieces(t *testing.T) {
 	clients.Wait()
 }
 
-// FuzzHTTP2 lets a peer say anything, after it has begun well. The other side must see nothing but good frames and
-// header blocks, of streams that it knows, and everything must come to an end.
+// FuzzHTTP2 lets a peer send arbitrary bytes after a valid beginning. The other side must receive only valid frames and
+// header blocks, of open streams, and the connection must end.
 func FuzzHTTP2(f *testing.F) {
 	get := rawFrame(1, 5, 1, "\x82\x86\x84\x41\x01a")
 	post := rawFrame(1, 4, 1, "\x83\x86\x84\x41\x01a")
@@ -130,10 +130,10 @@ func FuzzHTTP2(f *testing.F) {
 		from, to := client, server
 		if !fromDown {
 			from, to = server, client
-			client.says("GET 1")
-			server.hears("GET 1")
-			client.says("POST 3")
-			server.hears("POST 3")
+			client.sends("GET 1")
+			server.reads("GET 1")
+			client.sends("POST 3")
+			server.reads("POST 3")
 		}
 		from.conn.Write(hostile)
 		from.conn.CloseWrite()
@@ -184,9 +184,9 @@ func wantGoodFrames(t *testing.T, s *speaker, requests bool) {
 	}
 }
 
-// wantGoodFields checks a header block by RFC 9113 §8.2.1: pseudo-fields come first, names are tokens without capitals, and
-// values have no NUL, CR or LF. The framer's own check is stricter: it rejects every control character, which a recipient
-// may retain (RFC 9110 §5.5) and we pass on, as in HTTP/1.
+// wantGoodFields checks a header block by RFC 9113 §8.2.1: pseudo-fields come first, names are tokens without capitals,
+// and values have no NUL, CR or LF. The framer's own check is stricter: it rejects every control character, although a
+// recipient may retain them (RFC 9110 §5.5) and we forward them, as in HTTP/1.
 func wantGoodFields(t *testing.T, decoder *hpack.Decoder, block []byte) {
 	t.Helper()
 	fields, err := decoder.DecodeFull(block)

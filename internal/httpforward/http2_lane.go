@@ -92,7 +92,7 @@ func (l *lane) init(m *multiplex, other *lane) {
 	l.frameLimit = http2.MinFrameSize
 	l.decoder = http2.NewDecoder(m.settings.MaxHeadBytes, m.settings.MaxHeadFields)
 	l.encoder = http2.NewEncoder()
-	l.idleFrames = newBudget(idleBurst, idleRate, idleMax, m.requests)
+	l.idleFrames = newIdleBudget(m.requests)
 }
 
 // fromDown reports whether the lane carries frames from downstream to upstream.
@@ -169,7 +169,7 @@ func (l *lane) flush() bool {
 // closeEnded closes the records of streams whose last frame is written.
 func (l *lane) closeEnded() {
 	for i, s := range l.ended {
-		s.close(l.m, l.dstErr)
+		s.close(l.m.engine.config.Flows, l.dstErr)
 		l.ended[i] = nil
 	}
 	l.ended = l.ended[:0]

@@ -15,15 +15,15 @@ func inUse() int {
 	return int(stats.HeapAlloc)
 }
 
-// A reference to a table is a few bytes, and may stand for thousands. What they become must not pile up in front of an
-// upstream that does not read.
+// A reference to a table entry is a few bytes long, and can stand for thousands. The re-encoded fields must not
+// accumulate before an upstream that does not read.
 func TestHeaderBlocksThatGrowAreNotHeldInMemory(t *testing.T) {
 	_, client, server := meet(t, func(c *Config) { c.Fields = Fields{ForwardedFor: ForwardedForAppend} })
 	const get = "\x82\x86\x84\x01\x01a"
-	large := strings.Repeat("~", 4000) // a name, which the tables keep
+	large := strings.Repeat("~", 4000) // a name that the tables keep
 	send(t, client.conn, rawFrame(1, 5, 1, get+"\x40\x7f\xa1\x1e"+large+"\x00"))
 	if got := server.next(); !strings.Contains(got, large) {
-		t.Fatalf("heard %.100s", got)
+		t.Fatalf("read %.100s", got)
 	}
 	before := inUse()
 	var bomb strings.Builder

@@ -32,11 +32,11 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	if err == nil {
 		err = broken
 	}
-	s := m.takeStream(id)
+	s := takeStream(m.engine, m.Record, id, m.requests)
 	s.request = body{declared: request.ContentLength, ended: end}
 	s.response = body{declared: -1}
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
-	seen := m.recordRequest(s, &request, fields)
+	seen := s.recordRequest(&request, fields)
 	m.streams.add(s)
 	switch {
 	case !whole:
@@ -66,51 +66,6 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	}
 	m.forwardRequest(s, end, fields, seen)
 	return nil
-}
-
-// seen lists which of the fields that we may add a request already has.
-type seen struct{ id, forwardedFor, forwardedProto bool }
-
-// recordRequest copies the recorded parts of a request.
-func (m *multiplex) recordRequest(s *stream, request *http2.Request, fields []http2.Field) (has seen) {
-	authority, id, agent, forwardedFor := request.Authority, "", "", 0
-	for i := range fields {
-		switch f := &fields[i]; f.Name {
-		case "x-request-id":
-			id, has.id = f.Value, true
-		case "x-forwarded-for":
-			if !has.forwardedFor {
-				forwardedFor, has.forwardedFor = i, true
-			}
-		case "x-forwarded-proto":
-			has.forwardedProto = true
-		case "content-type":
-			s.record.HTTP.GRPC = isGRPC(f.Value)
-		case "user-agent":
-			agent = f.Value
-		case "host":
-			if authority == "" {
-				authority = f.Value
-			}
-		}
-	}
-	if s.names == nil {
-		s.names = make([]byte, 0, namesSize)
-	}
-	s.record.Cluster, s.record.Route, s.record.Peer = m.Record.Cluster, m.Record.Route, m.Record.Peer
-	to := &s.record.HTTP
-	to.Method, to.Path, to.Authority = s.name(request.Method), s.name(request.Path), s.name(authority)
-	if has.id {
-		to.ID = s.name(id)
-	}
-	if agent != "" {
-		to.UserAgent = s.name(agent)
-	}
-	if has.forwardedFor {
-		to.ForwardedFor = s.nameJoined(fields[forwardedFor:])
-	}
-	to.Fields = s.nameFields(to.Fields, fields, s.settings.Note.Request)
-	return has
 }
 
 // forwardRequest sends a request upstream, with the added fields.
@@ -169,8 +124,11 @@ func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, w
 	switch {
 	case s.request.ended:
 		return http2.StreamError(s.id, http2.StreamClosed, "header block behind the end")
-	case !end || !whole || !s.request.whole() || http2.CheckTrailers(fields) != nil:
-		return http2.StreamError(s.id, http2.ProtocolError, "malformed trailers")
+	case !whole:
+		return errTrailers(s.id)
+	}
+	if err := s.request.endsWith(s.id, end, fields); err != nil {
+		return err
 	}
 	m.toUp.forwardBlock(s, true, fields)
 	m.toUp.endMessage(s, true)
@@ -207,18 +165,9 @@ func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whol
 
 // forwardResponse sends the head of a final response downstream.
 func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, response http2.Response) error {
-	s.response.declared = response.ContentLength
-	switch {
-	case s.tunnel && response.Status < 300:
-		s.response.declared = -1
-		s.record.HTTP.Upgraded = true
-	case s.head, response.Status == http.StatusNoContent, response.Status == http.StatusNotModified:
-		s.response.declared = 0
+	if err := s.beginResponse(&response, end); err != nil {
+		return err
 	}
-	if end && !s.response.whole() {
-		return http2.StreamError(s.id, http2.ProtocolError, "body of another length than declared")
-	}
-	s.begun = true
 	r := &s.record.HTTP
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
@@ -248,8 +197,8 @@ const serviceTimeField = "x-envoy-upstream-service-time"
 
 // responseTrailers forwards the trailers of a response.
 func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) error {
-	if !end || !s.response.whole() || http2.CheckTrailers(fields) != nil {
-		return http2.StreamError(s.id, http2.ProtocolError, "malformed trailers")
+	if err := s.response.endsWith(s.id, end, fields); err != nil {
+		return err
 	}
 	for i := range fields {
 		if fields[i].Name == "grpc-status" {
@@ -260,16 +209,6 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 	m.toDown.endMessage(s, true)
 	return nil
 }
-
-// replyMisdirected answers a request that the router sends to another upstream than the connection's. The stream cannot
-// be carried there, because its number and windows belong to this upstream connection, and must not be carried here
-// (RFC 9110 §15.5.20: the client may repeat it on another connection).
-var replyMisdirected = reply{421, "Misdirected Request", flow.UpstreamUnreachable, envoy.FlagNoRouteFound, envoy.DetailsMisdirected}
-
-var errMisdirected = errors.New("the request is routed to another upstream than its HTTP/2 connection")
-
-// replyHeaderListTooLarge is replyHeadTooLarge for HTTP/2.
-var replyHeaderListTooLarge = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2TooManyFields}
 
 // malformed resets a malformed request.
 func (m *multiplex) malformed(s *stream, err error) error {
@@ -320,32 +259,12 @@ func (m *multiplex) countReset() error {
 // for downstream's flow-control windows.
 func (m *multiplex) answer(s *stream, r *reply, err error) error {
 	l := &m.toDown
-	to := &s.record.HTTP
-	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
-	if s.record.HTTP.GRPC {
-		to.Status = http.StatusOK
-	}
 	text := r.body
 	size := int64(len(text))
 	if s.record.HTTP.GRPC || s.head || m.lost == nil || m.window.stream < size || m.window.connection < size {
 		text = ""
 	}
-	block := l.beginBlock()
-	add := func(name, value string) { block = l.encoder.AppendField(block, http2.Field{Name: name, Value: value}) }
-	add(":status", strconv.Itoa(to.Status))
-	add("server", "pillion")
-	add("date", m.now().UTC().Format(http.TimeFormat))
-	if s.record.HTTP.GRPC {
-		to.GRPCStatus = s.name(r.grpcStatus())
-		add("content-type", "application/grpc")
-		add("grpc-status", r.grpcStatus())
-		add("grpc-message", r.grpcMessage())
-	} else if text != "" || s.head {
-		add("content-type", "text/plain")
-		add("content-length", strconv.FormatInt(size, 10))
-	} else {
-		add("content-length", "0")
-	}
+	block := s.appendReply(l.beginBlock(), l.encoder, r, m.now(), text != "")
 	l.endBlock(block, s.id, text == "")
 	if text != "" {
 		m.window.connection -= size

@@ -13,8 +13,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// A request that comes when upstream has closed already was not seen by it, and downstream may send it again elsewhere.
-// It learns that from the GOAWAY, whose last stream is an older one.
+// A request that arrives after upstream has closed was not processed, and downstream may repeat it elsewhere: the
+// GOAWAY names an earlier last stream.
 func TestARequestThatComesBehindUpstreamsEndMayBeSentAgain(t *testing.T) {
 	o := newOrigin(t)
 	r := newRig(t, o.address, true, plain)
@@ -37,7 +37,7 @@ func TestARequestThatComesBehindUpstreamsEndMayBeSentAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	send(t, conn, http2.ClientPreface)
-	client.says("SETTINGS")
+	client.sends("SETTINGS")
 	read := tcp.TakeBuffer()
 	for read.Len() < len(http2.ClientPreface)+9 {
 		if _, err := read.Fill(down); err == tcp.ErrAgain {
@@ -50,7 +50,7 @@ func TestARequestThatComesBehindUpstreamsEndMayBeSentAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	client.says("GET 1")
+	client.sends("GET 1")
 	o.accept().Close()
 	for !down.Readable() || !up.Readable() {
 		if err := w.Wait(time.Time{}, down, up); err != nil {
@@ -66,8 +66,8 @@ func TestARequestThatComesBehindUpstreamsEndMayBeSentAgain(t *testing.T) {
 		})
 	}()
 	defer func() { conn.Close(); <-served }()
-	client.hears("SETTINGS 3=4096 6=65536")
-	client.hears("SETTINGS ack")
-	client.hears("GOAWAY 0 NO_ERROR")
-	client.hears("the end")
+	client.reads("SETTINGS 3=4096 6=65536")
+	client.reads("SETTINGS ack")
+	client.reads("GOAWAY 0 NO_ERROR")
+	client.reads("the end")
 }

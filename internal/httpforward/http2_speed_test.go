@@ -11,7 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
-// atOnce is how many requests are under way at once in the measurements.
+// atOnce is the number of concurrent requests in the measurements.
 const atOnce = 16
 
 // http2SpeedRig answers every request on one connection, atOnce at a time, without allocating. The fields are those of a

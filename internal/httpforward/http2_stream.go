@@ -4,9 +4,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
-	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
 // stream is one request and its response. Streams are pooled together with their memory.
@@ -27,89 +25,19 @@ type stream struct {
 	err    error
 }
 
-// body is the state of a message body.
-type body struct {
-	declared int64 // content-length; -1 if not declared
-	got      int64
-	ended    bool
-	messages grpcMessages // counted for gRPC requests
-}
-
-// take counts n bytes, and reports whether they stay within the declared length.
-func (b *body) take(n int) bool {
-	b.got += int64(n)
-	return b.declared < 0 || b.got <= b.declared
-}
-
-// whole reports whether a body that ends now has the declared length.
-func (b *body) whole() bool { return b.declared < 0 || b.got == b.declared }
-
 var streamPool = sync.Pool{New: func() any { return new(stream) }}
 
-func (m *multiplex) takeStream(id uint32) *stream {
+// takeStream returns a stream with the record of a request that arrived on the connection at opened.
+func takeStream(e *Engine, connection *flow.Record, id uint32, opened time.Time) *stream {
 	s := streamPool.Get().(*stream)
-	s.id, s.settings = id, m.engine.settings.Load()
+	s.id, s.settings = id, e.settings.Load()
 	r := &s.record
-	r.Direction, r.Protocol = m.engine.config.Direction, flow.HTTP2
-	r.Opened = m.requests
-	r.Connection = m.Record
-	r.Downstream, r.OriginalDestination = m.Record.Downstream, m.Record.OriginalDestination
+	r.Direction, r.Protocol = e.config.Direction, flow.HTTP2
+	r.Opened = opened
+	r.Connection = connection
+	r.Cluster, r.Route, r.Peer = connection.Cluster, connection.Route, connection.Peer
+	r.Downstream, r.OriginalDestination = connection.Downstream, connection.OriginalDestination
 	return s
-}
-
-// close closes the record, and returns the stream to the pool. A response whose last frames could not be written counts
-// as not delivered.
-func (s *stream) close(m *multiplex, undelivered error) {
-	r := &s.record
-	if undelivered != nil && s.reason == flow.Completed {
-		s.reason, s.err = flow.DownstreamLeft, undelivered
-		r.HTTP.Flags, r.HTTP.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
-	}
-	r.Received.Store(uint64(s.request.got))
-	r.Sent.Store(uint64(s.response.got))
-	r.HTTP.Messages, r.HTTP.ResponseMessages = s.request.messages.count, s.response.messages.count
-	r.Close(m.engine.config.Flows, s.reason, s.err)
-	clear(r.HTTP.Fields)
-	clear(r.HTTP.ResponseFields)
-	*s = stream{
-		record: flow.Record{HTTP: flow.Request{Fields: r.HTTP.Fields[:0], ResponseFields: r.HTTP.ResponseFields[:0]}},
-		names:  s.names[:0],
-	}
-	streamPool.Put(s)
-}
-
-// name copies text into memory of the stream.
-func (s *stream) name(text string) []byte {
-	start := len(s.names)
-	s.names = append(s.names, text...)
-	return s.names[start:len(s.names):len(s.names)]
-}
-
-// nameJoined copies the values of all fields with the first one's name as one list (RFC 9110 §5.3).
-func (s *stream) nameJoined(fields []http2.Field) []byte {
-	start := len(s.names)
-	s.names = append(s.names, fields[0].Value...)
-	for i := 1; i < len(fields); i++ {
-		if fields[i].Name == fields[0].Name {
-			s.names = append(append(s.names, ','), fields[i].Value...)
-		}
-	}
-	return s.names[start:len(s.names):len(s.names)]
-}
-
-// nameFields appends the value of the first field of each name, or nil if there is no such field.
-func (s *stream) nameFields(dst [][]byte, fields []http2.Field, names []string) [][]byte {
-	for _, name := range names {
-		var value []byte
-		for i := range fields {
-			if fields[i].Name == name {
-				value = s.name(fields[i].Value)
-				break
-			}
-		}
-		dst = append(dst, value)
-	}
-	return dst
 }
 
 // streams is the table of a connection's open streams. All of them have the same upstream connection, under the same

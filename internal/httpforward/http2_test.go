@@ -74,7 +74,7 @@ func TestHTTP2RequestsAndResponsesPass(t *testing.T) {
 			t.Errorf("fields %v, trailers %v", response.Header, response.Trailer)
 		}
 		got := r.records.await(t, i)
-		want := told{
+		want := recorded{
 			protocol: flow.HTTP2, method: "POST", path: "/a?b=c", authority: r.address, id: response.Header.Get("saw-x-request-id"),
 			grpc: "5", status: 200, details: "via_upstream", received: 5, sent: uint64(len(body)), reason: flow.Completed,
 		}
@@ -85,7 +85,7 @@ func TestHTTP2RequestsAndResponsesPass(t *testing.T) {
 }
 
 // The last hop of several lines is the last line's.
-func TestForwardedForInSeveralLinesIsToldAsOneList(t *testing.T) {
+func TestForwardedForInSeveralLinesIsRecordedAsOneList(t *testing.T) {
 	for _, two := range []bool{false, true} {
 		r := newRig(t, serveHTTP2(t, func(http.ResponseWriter, *http.Request) {}), two)
 		client := http2Client(t)
@@ -110,14 +110,14 @@ func TestForwardedForInSeveralLinesIsToldAsOneList(t *testing.T) {
 	}
 }
 
-// What upstream and downstream say to each other, whoever looks at the connection sees.
+// The bytes of a relay are visible in the table of open connections.
 func TestTheBytesOfARelayInPlaceOfHTTP2ShowWhileItIsOpen(t *testing.T) {
 	o := newOrigin(t)
 	r := newRig(t, o.address, true)
 	conn := r.dial(t)
 	client := newSpeaker(t, conn)
 	send(t, conn, http2.Preface)
-	client.says("SETTINGS")
+	client.sends("SETTINGS")
 	server := o.accept()
 	const settings = 9 + 2*6 // ours are longer than the client's
 	if _, err := io.CopyN(io.Discard, server, int64(len(http2.Preface)+settings)); err != nil {
@@ -201,7 +201,7 @@ func TestHTTP2CarriesBulkBothWays(t *testing.T) {
 	}
 }
 
-func TestAnHTTP2StreamThatNobodyReadsHoldsBackNoOther(t *testing.T) {
+func TestAnUnreadHTTP2StreamDoesNotBlockOthers(t *testing.T) {
 	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/large" {
 			io.Copy(w, io.LimitReader(rand.NewChaCha8([32]byte{}), 6<<20)) // more than a stream's window, less than the connection's
@@ -279,19 +279,19 @@ func TestAnHTTP2ClientThatLeavesIsNoticedUpstream(t *testing.T) {
 	select {
 	case <-left:
 	case <-time.After(nettest.Patience):
-		t.Fatal("upstream was not told")
+		t.Fatal("upstream did not notice")
 	}
 	if got := r.records.await(t, 0); got.reason != flow.DownstreamLeft || got.flags != "DC" || got.status != 200 {
 		t.Errorf("the record is %+v", got)
 	}
 }
 
-func TestARealHTTP2ClientIsToldThatUpstreamCannotBeReached(t *testing.T) {
+func TestARealHTTP2ClientGetsAReplyIfUpstreamCannotBeReached(t *testing.T) {
 	nobody := newOrigin(t)
 	nobody.listener.Close()
 	r := newRig(t, nobody.address, true)
 	client := http2Client(t)
-	for range 3 { // each time upstream is tried anew
+	for range 3 { // each time upstream is dialled again
 		response, err := client.Get("http://" + r.address + "/")
 		if err != nil {
 			t.Fatal(err)

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// tally reads until the ping, and counts the data and the credit of the connection that a side is given.
+// tally reads until the ping, and adds up the data and the connection credit that a side receives.
 func (s *speaker) tally(ping string) (data, credit int) {
 	s.t.Helper()
 	for {
@@ -49,8 +49,8 @@ func randomBody(random *rand.Rand, stream uint32) (frames string, size int) {
 	return frames, size
 }
 
-// Every byte of data takes from the window of its connection. It goes on, and then the other side gives it back in its
-// time, or we give it back at once: were a byte lost, the connection would stand still in the end.
+// Every byte of data uses the window of its connection. Either it is forwarded and the other side returns the credit,
+// or the engine returns it at once: if a byte were lost, the connection would stall in the end.
 func TestNoByteOfAWindowIsLost(t *testing.T) {
 	t.Run("downstream's", func(t *testing.T) {
 		_, client, server := meet(t)
@@ -58,21 +58,21 @@ func TestNoByteOfAWindowIsLost(t *testing.T) {
 		total := 0
 		for i := range 300 {
 			id := uint32(2*i + 1)
-			client.says(fmt.Sprintf("HEADERS %d %s", id, [...]string{
+			client.sends(fmt.Sprintf("HEADERS %d %s", id, [...]string{
 				postFields, postFields + " content-length=1000", postFields + " a=b connection=close", ":method=POST",
 			}[random.IntN(4)]))
 			frames, size := randomBody(random, id)
 			send(t, client.conn, frames)
 			if random.IntN(3) == 0 {
-				client.says(fmt.Sprintf("WINDOW %d 0", id)) // for which the stream is reset
+				client.sends(fmt.Sprintf("WINDOW %d 0", id)) // for which the stream is reset
 				more, moreSize := randomBody(random, id)
 				send(t, client.conn, more)
 				size += moreSize
 			}
 			total += size
-			client.says("PING from+end")
+			client.sends("PING from+end")
 			data, _ := server.tally("from+end")
-			server.says("PING ack from+end")
+			server.sends("PING ack from+end")
 			_, credit := client.tally("from+end")
 			if total -= data + credit; total != 0 {
 				t.Fatalf("stream %d: %d bytes are missing", id, total)
@@ -85,22 +85,22 @@ func TestNoByteOfAWindowIsLost(t *testing.T) {
 		total := 0
 		for i := range 300 {
 			id := uint32(2*i + 1)
-			client.says(fmt.Sprintf("GET %d", id))
-			server.hears(fmt.Sprintf("GET %d", id))
-			server.says(fmt.Sprintf("HEADERS %d %s", id, [...]string{
+			client.sends(fmt.Sprintf("GET %d", id))
+			server.reads(fmt.Sprintf("GET %d", id))
+			server.sends(fmt.Sprintf("HEADERS %d %s", id, [...]string{
 				":status=200", ":status=200 content-length=1000", "status=200", ":status=204",
 			}[random.IntN(4)]))
 			frames, size := randomBody(random, id)
 			cut := random.IntN(len(frames))
 			send(t, server.conn, frames[:cut])
 			if random.IntN(3) == 0 {
-				client.says(fmt.Sprintf("RST %d CANCEL", id))
+				client.sends(fmt.Sprintf("RST %d CANCEL", id))
 			}
 			send(t, server.conn, frames[cut:])
 			total += size
-			server.says("PING from+end")
+			server.sends("PING from+end")
 			data, _ := client.tally("from+end")
-			client.says("PING ack from+end")
+			client.sends("PING ack from+end")
 			_, credit := server.tally("from+end")
 			if total -= data + credit; total != 0 {
 				t.Fatalf("stream %d: %d bytes are missing", id, total)

@@ -4,7 +4,7 @@
 // There is one engine for HTTP/1 and one for HTTP/2. Each downstream connection, together with its upstream, is served
 // by one goroutine. A Router (router.go) chooses the upstream of each request: its Decision names the target, and
 // session.connect (HTTP/1) finds a connection to it. Every byte is preserved unless HTTP requires a proxy to change it.
-// Each request has a flow.Record of its own, which is closed exactly once.
+// Each request has its own flow.Record. The record is closed exactly once.
 package httpforward
 
 import (

@@ -39,7 +39,7 @@ func newLayeredRig(t *testing.T, origin netip.AddrPort, http2, down, up bool) *r
 			}
 		}
 	})
-	r.options.Store(&options{layered: down})
+	r.set(func() { r.layered = down })
 	return r
 }
 
@@ -169,7 +169,7 @@ func TestAResponseBehindWhichTheConnectionClosesArrivesWhole(t *testing.T) {
 	}
 }
 
-// Between two requests a ticket is no bytes of a response that was not asked for.
+// A session ticket between two requests does not count as bytes of an unsolicited response.
 func TestAnUpstreamConnectionWithATicketServesTheNextRequest(t *testing.T) {
 	o := newOrigin(t)
 	r := newLayeredRig(t, o.address, false, false, true)

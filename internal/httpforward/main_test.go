@@ -31,27 +31,23 @@ type rig struct {
 	address string // where the engine is reached
 	cancel  func() // cuts what is open, as the end of a drain does
 	records records
+	mu      sync.Mutex                  // for layered, early and router
 	last    atomic.Pointer[flow.Record] // of the connection that was served last
 	open    atomic.Int32                // connections that the engine has
-	options atomic.Pointer[options]     // of connections that are accepted from now on
+	layered bool                        // downstream connections have a record layer
+	early   bool                        // dial the origin before the engine begins, for HTTP/1
+	router  Router                      // of all connections; nil: everything goes to the origin
 }
 
-// options is how a rig serves a connection.
-type options struct {
-	layered bool   // downstream connections have a record layer
-	early   bool   // dial the origin before the engine begins, for HTTP/1
-	router  Router // nil: everything goes to the origin
-}
-
-// records keeps what the engine told.
+// records collects the records that the engine has closed.
 type records struct {
 	mu     sync.Mutex
-	closed []told
+	closed []recorded
 	news   chan struct{}
 }
 
-// told is a copy of a record.
-type told struct {
+// recorded is a copy of a record.
+type recorded struct {
 	protocol                          flow.Protocol
 	method, path, authority, id, grpc string
 	forwardedFor                      string
@@ -69,7 +65,7 @@ func (r *records) Closed(record *flow.Record) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	h := &record.HTTP
-	r.closed = append(r.closed, told{
+	r.closed = append(r.closed, recorded{
 		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus), string(h.ForwardedFor),
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
 		record.Cluster, record.Route,
@@ -82,7 +78,7 @@ func (r *records) Closed(record *flow.Record) {
 }
 
 // await returns the n-th record, once it is there.
-func (r *records) await(t testing.TB, n int) told {
+func (r *records) await(t testing.TB, n int) recorded {
 	t.Helper()
 	deadline := time.After(nettest.Patience)
 	for {
@@ -113,10 +109,9 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What is in the pool by mistake stays there, to be found.
+	// Connections that are in the pool by mistake stay there and can be detected.
 	pool := upstream.NewPool(time.Hour)
 	r := &rig{poller: poller, pool: pool, records: records{news: make(chan struct{}, 1)}}
-	r.options.Store(new(options))
 	config := Config{
 		Direction: flow.Inbound,
 		Dialer:    upstream.Dialer{Poller: poller, Timeout: nettest.Patience},
@@ -162,12 +157,21 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	return r
 }
 
+// set changes how later connections are served.
+func (r *rig) set(change func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	change()
+}
+
 // serve does what a room does before it hands a connection to its engine.
 func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream.Target) {
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
-	o := r.options.Load()
-	if o.layered {
+	r.mu.Lock()
+	layered, early, router := r.layered, r.early, r.router
+	r.mu.Unlock()
+	if layered {
 		layertest.Under(down, nil)
 	}
 	read := tcp.TakeBuffer()
@@ -183,13 +187,13 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	record := recordOf(down, to.Address)
 	r.last.Store(record)
 	var up *tcp.Conn
-	if o.early {
+	if early {
 		var err error
 		if up, err = r.engine.config.Dialer.Dial(w, to); err != nil {
 			panic(err)
 		}
 	}
-	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: o.router, Record: record})
+	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: router, Record: record})
 }
 
 // place is where the sink of these tests keeps a value with each connection.

@@ -30,7 +30,7 @@ type message struct {
 	body     http1.Body
 	bulk     relay.Mover
 	retain   bool // head and in keep everything sent, so that it can be sent again
-	ended    bool // src has closed, which ends the body
+	ended    bool // src has closed, and that ends the body
 
 	srcErr error // reading ended; io.EOF in the middle of a body
 	dstErr error // writing failed

@@ -21,7 +21,7 @@ type byPath struct {
 
 func (p *byPath) Route(r *Request) Decision {
 	if r.Connection == nil || len(r.Method) == 0 || len(r.Authority) == 0 {
-		return Decision{} // the tests below notice it: nothing is reached
+		return Decision{} // the tests below fail: the request is not forwarded
 	}
 	if bytes.HasPrefix(r.Path, p.prefix) {
 		return Decision{Target: p.other, Cluster: "other", Route: "by path"}
@@ -39,7 +39,7 @@ func TestEachRequestGoesToTheTargetThatTheRouterChose(t *testing.T) {
 	for _, pipelined := range []bool{false, true} {
 		home, other := newOrigin(t), newOrigin(t)
 		r := newRig(t, home.address, false, plain)
-		r.options.Store(&options{router: newByPath(home, other)})
+		r.set(func() { r.router = newByPath(home, other) })
 		client := r.dial(t)
 		if pipelined {
 			send(t, client, getHome+getOther+getOther+getHome)
@@ -85,7 +85,7 @@ func TestEachRequestGoesToTheTargetThatTheRouterChose(t *testing.T) {
 func TestAConnectionWithNTLMIsClosedWhenARequestGoesElsewhere(t *testing.T) {
 	home, other := newOrigin(t), newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.options.Store(&options{router: newByPath(home, other)})
+	r.set(func() { r.router = newByPath(home, other) })
 	client := r.dial(t)
 	bound := "GET /home HTTP/1.1\r\nHost: a\r\nAuthorization: NTLM abc\r\n\r\n"
 	send(t, client, bound)
@@ -110,7 +110,7 @@ func TestAConnectionWithNTLMIsClosedWhenARequestGoesElsewhere(t *testing.T) {
 func TestARequestIsSentAgainToTheTargetOfItsOwnDecision(t *testing.T) {
 	home, other := newOrigin(t), newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.options.Store(&options{router: newByPath(home, other)})
+	r.set(func() { r.router = newByPath(home, other) })
 	client := r.dial(t)
 	send(t, client, getOther)
 	first := other.accept()
@@ -130,7 +130,8 @@ func TestARequestIsSentAgainToTheTargetOfItsOwnDecision(t *testing.T) {
 func TestAnEarlyConnectionServesNoRequestForAnotherTarget(t *testing.T) {
 	home, other := newOrigin(t), newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.options.Store(&options{router: newByPath(home, other), early: true})
+	r.set(func() { r.router = newByPath(home, other) })
+	r.set(func() { r.early = true })
 	client := r.dial(t)
 	send(t, client, getOther)
 	early, atOther := home.accept(), other.accept()
@@ -150,15 +151,17 @@ func TestAnHTTP2RequestForAnotherUpstreamIsMisdirected(t *testing.T) {
 	})
 	other := newOrigin(t)
 	r := newRig(t, home, true, plain)
-	r.options.Store(&options{router: &byPath{[]byte("/other"), upstream.Target{Address: other.address}, upstream.Target{Address: home}}})
+	r.set(func() {
+		r.router = &byPath{[]byte("/other"), upstream.Target{Address: other.address}, upstream.Target{Address: home}}
+	})
 	client := http2Client(t)
 	for i, want := range []struct {
 		path   string
-		record told
+		record recorded
 	}{
-		{"/home", told{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
-		{"/other", told{cluster: "other", status: 421, flags: "NR", details: "misdirected_request", reason: flow.UpstreamUnreachable}},
-		{"/home", told{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
+		{"/home", recorded{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
+		{"/other", recorded{cluster: "other", status: 421, flags: "NR", details: "misdirected_request", reason: flow.UpstreamUnreachable}},
+		{"/home", recorded{cluster: "home", status: 200, details: "via_upstream", reason: flow.Completed}},
 	} {
 		response, err := client.Post("http://"+r.address+want.path, "text/plain", strings.NewReader("hello"))
 		if err != nil {
@@ -206,7 +209,7 @@ func TestARequestOnAnAuthenticatedConnectionIsNotSentAgain(t *testing.T) {
 func TestARequestWithoutARouteIsNotForwarded(t *testing.T) {
 	home := newOrigin(t)
 	r := newRig(t, home.address, false, plain)
-	r.options.Store(&options{router: newByPath(home, &origin{})})
+	r.set(func() { r.router = newByPath(home, &origin{}) })
 	client := r.dial(t)
 	reader := bufio.NewReader(client)
 	for i := range 2 {
@@ -214,7 +217,7 @@ func TestARequestWithoutARouteIsNotForwarded(t *testing.T) {
 		if got := head(t, reader); !strings.HasPrefix(got, "HTTP/1.1 404 Not Found\r\n") {
 			t.Errorf("the client received %q, want a 404", got)
 		}
-		want := told{status: 404, flags: "NR", details: "route_not_found", reason: flow.UpstreamUnreachable, cluster: "other"}
+		want := recorded{status: 404, flags: "NR", details: "route_not_found", reason: flow.UpstreamUnreachable, cluster: "other"}
 		if got := r.records.await(t, i); got.status != want.status || got.flags != want.flags ||
 			got.details != want.details || got.reason != want.reason || got.cluster != want.cluster {
 			t.Errorf("record %+v, want %+v", got, want)
@@ -237,7 +240,7 @@ func TestAnHTTP2RequestWithoutARouteIsNotForwarded(t *testing.T) {
 		}
 	})
 	r := newRig(t, home, true, plain)
-	r.options.Store(&options{router: &byPath{[]byte("/other"), upstream.Target{}, upstream.Target{Address: home}}})
+	r.set(func() { r.router = &byPath{[]byte("/other"), upstream.Target{}, upstream.Target{Address: home}} })
 	client := http2Client(t)
 	for i, want := range []struct {
 		path, flags, details string

@@ -34,8 +34,9 @@ type Config struct {
 	HTTP httpforward.Config
 }
 
-// Settings is what may change while connections are open. A value is never modified: Apply replaces it, and a connection
-// uses the one that it began with until it ends.
+// Settings is what may change while connections are open. A value is never modified: Apply replaces it. A connection uses
+// the value that it began with until it ends; only the HTTP engine also applies a new value to later requests of an open
+// connection (see httpforward.Settings).
 type Settings struct {
 	ConnectTimeout   time.Duration // for the dial; zero or less leaves it to the kernel
 	IdleTimeout      time.Duration // ends a connection in which nothing moves; zero or less: never
@@ -46,7 +47,7 @@ type Settings struct {
 	OpaquePorts    capture.Ports // destination ports whose protocol is not detected
 	ProxyProtocol  capture.Ports // inbound: destination ports that get a PROXY protocol header; not detected either
 
-	// HTTP is the HTTP engine's, except for IdleTimeout and HalfCloseTimeout, which are those above. nil: unchanged.
+	// HTTP replaces the HTTP engine's settings, with the IdleTimeout and HalfCloseTimeout above. nil: unchanged.
 	HTTP *httpforward.Settings
 }
 

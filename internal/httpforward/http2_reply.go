@@ -1,0 +1,49 @@
+package httpforward
+
+import (
+	"errors"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/envoy"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http2"
+)
+
+// replyMisdirected answers a request that the router sends to another upstream than the connection's. The stream cannot
+// be carried there, because its number and windows belong to this upstream connection, and must not be carried here
+// (RFC 9110 §15.5.20: the client may repeat it on another connection).
+var replyMisdirected = reply{421, "Misdirected Request", flow.UpstreamUnreachable, envoy.FlagNoRouteFound, envoy.DetailsMisdirected}
+
+var errMisdirected = errors.New("the request is routed to another upstream than its HTTP/2 connection")
+
+// replyHeaderListTooLarge is replyHeadTooLarge for HTTP/2.
+var replyHeaderListTooLarge = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2TooManyFields}
+
+// appendReply records a reply in place of upstream, and appends its header block. gRPC clients ignore the HTTP status, so
+// they get the status in trailers without a body. hasBody is whether the caller sends the reply's body as data.
+func (s *stream) appendReply(block []byte, encoder *http2.Encoder, r *reply, now time.Time, hasBody bool) []byte {
+	to := &s.record.HTTP
+	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
+	if to.GRPC {
+		to.Status = http.StatusOK
+	}
+	add := func(name, value string) { block = encoder.AppendField(block, http2.Field{Name: name, Value: value}) }
+	add(":status", strconv.Itoa(to.Status))
+	add("server", "pillion")
+	add("date", now.UTC().Format(http.TimeFormat))
+	switch {
+	case to.GRPC:
+		to.GRPCStatus = s.name(r.grpcStatus())
+		add("content-type", "application/grpc")
+		add("grpc-status", r.grpcStatus())
+		add("grpc-message", r.grpcMessage())
+	case hasBody || s.head:
+		add("content-type", "text/plain")
+		add("content-length", strconv.Itoa(len(r.body)))
+	default:
+		add("content-length", "0")
+	}
+	return block
+}
