@@ -51,7 +51,7 @@ func pillion(t *testing.T, ns *nettest.Namespace, environment []string, wrapper 
 	}
 	words := append(append(wrapper, self), args...)
 	cmd := ns.Command(0, 0, words[0], words[1:]...)
-	// The race detector sleeps for a second at the end of each program unless told otherwise.
+	// By default the race detector sleeps for a second at the end of each program.
 	cmd.Env = append(append(os.Environ(), asPillion+"=1", "GORACE=atexit_sleep_ms=0"), environment...)
 	return finish(t, ns, cmd)
 }
@@ -67,7 +67,7 @@ func finish(t *testing.T, ns *nettest.Namespace, cmd *exec.Cmd) outcome {
 	return outcome{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
 }
 
-// here runs pillion in this process, which is quicker. It is for runs that end before they change anything.
+// here runs pillion in this process, for speed. Use it for runs that end before they change anything.
 func here(t *testing.T, ns *nettest.Namespace, args ...string) outcome {
 	t.Helper()
 	files := make([]*os.File, 2)
@@ -518,7 +518,7 @@ func publicDir(t *testing.T) string {
 	return dir
 }
 
-// Without -g istio-iptables hands the words of -u on to the group match, which looks them up as groups.
+// Without -g, istio-iptables passes the words of -u to the group match, and that looks them up as groups.
 func TestTheAgentsGroupsFollowItsUsers(t *testing.T) {
 	user, namesake, named := []capture.IDRange{{First: 5, Last: 5}}, []capture.IDRange{{First: 60, Last: 60}}, []capture.IDRange{{First: 7, Last: 7}}
 	for _, test := range []struct {

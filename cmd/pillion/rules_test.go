@@ -34,8 +34,8 @@ func golden(t *testing.T, name, got string) {
 // counted is what differs from run to run.
 var counted = regexp.MustCompile(`("packets"|"bytes"): \d+`)
 
-// What programs read of the commands stays as it is.
-func TestRulesAreToldTheSameWayToPeopleAndPrograms(t *testing.T) {
+// The JSON output is an interface for programs and must not change.
+func TestRulesAreReportedInTextAndJSON(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
 	pod.MustRun(t, "iptables-nft", "-t", "nat", "-A", "OUTPUT", "-m", "ttl", "--ttl-eq", "7", "-j", "ACCEPT")
@@ -151,8 +151,8 @@ func TestATerminalGetsHeadingsAndRemarksSetOff(t *testing.T) {
 	}
 }
 
-// What is missing is named with the remedy, by real programs that lack it.
-func TestWhatIptablesLacksIsNamedWithTheRemedy(t *testing.T) {
+// An error names the missing part and the remedy. The programs are real ones that lack it.
+func TestAMissingPartOfIptablesIsNamedWithTheRemedy(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "pod")
 	shim := func(name, script string) string {

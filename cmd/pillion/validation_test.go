@@ -9,10 +9,10 @@ import (
 
 // The injector runs the validation without any right, as the agent's user, or as root; a container of the workload's may,
 // too.
-func TestValidationTellsWhatIsCapturedAndWhatIsNot(t *testing.T) {
+func TestValidationReportsWhatIsCaptured(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod, peer := nettest.PodAndPeer(t)
-	// Nobody may hear of a packet that is not captured, but the peer's router, from those who cannot read the rules.
+	// Only the peer's router may see uncaptured packets, and only from processes that cannot read the rules.
 	for program, network := range map[string]string{"iptables-nft": "192.0.2.0/24 -m ttl ! --ttl-eq 1", "ip6tables-nft": "100::/64 -m hl ! --hl-eq 1"} {
 		peer.MustRun(t, "sh", "-c", program+" -t raw -A PREROUTING -d "+network)
 	}

@@ -222,8 +222,8 @@ func ParseInterfaces(text string) ([]string, error) { return parseList(text, Par
 // maxInterface is IFNAMSIZ without the terminating zero.
 const maxInterface = 15
 
-// ParseInterface validates one interface name. It is stricter than the kernel, which accepts quotes and Unicode blanks:
-// the name becomes part of the input of iptables-restore and must not add options there.
+// ParseInterface validates one interface name. It is stricter than the kernel, since the kernel accepts quotes and
+// Unicode blanks, and the name becomes part of the input of iptables-restore, where it must not add options.
 func ParseInterface(name string) (string, error) {
 	const allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.@-"
 	stem := strings.TrimSuffix(name, "+")

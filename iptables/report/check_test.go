@@ -14,7 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/rulestest"
 )
 
-func TestEveryKindOfMeddlingIsToldInALineWithWhatItMeans(t *testing.T) {
+func TestCheckReportsEachChangeInOneLineWithItsEffect(t *testing.T) {
 	want := policy.Rules(rulestest.CaptureAll, ruleset.IPv4)
 	var text strings.Builder
 	for _, m := range rulestest.Meddling {
@@ -26,7 +26,7 @@ func TestEveryKindOfMeddlingIsToldInALineWithWhatItMeans(t *testing.T) {
 	rulestest.Golden(t, "check", text.String())
 }
 
-func TestCheckNamesWhatHasBeenDoneToTheNamespace(t *testing.T) {
+func TestCheckNamesChangesOfTheNamespace(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 	ns := nettest.New(t, "pod")

@@ -67,7 +67,7 @@ ipv4 nft nat THEIRS
 	}
 }
 
-func TestVerdictsAreToldInWords(t *testing.T) {
+func TestVerdictsInWords(t *testing.T) {
 	a := rulestest.Families[0]
 	injector := rulestest.SpecOf(func(s *capture.Spec) {
 		s.Inbound.All, s.Outbound.All, s.InboundExcluded = true, true, rulestest.Ports("15021")
@@ -105,8 +105,8 @@ func TestVerdictsAreToldInWords(t *testing.T) {
 	}
 }
 
-// What is in force besides ours has its say, in the order in which the kernel asks.
-func TestOtherPeoplesRulesAreMetOnTheWay(t *testing.T) {
+// Rules of others take part, in the order in which the kernel calls them.
+func TestForeignRulesTakePartInATrace(t *testing.T) {
 	ours := policy.Rules(rulestest.CaptureAll, ruleset.IPv4)
 	packet := rulestest.Sends(rulestest.Workload, rulestest.Workload, nettest.Elsewhere4, 80)
 	const before = "*nat\n:OUTPUT ACCEPT [0:0]\n%s\nCOMMIT\n"
@@ -139,7 +139,7 @@ func TestOtherPeoplesRulesAreMetOnTheWay(t *testing.T) {
 	}
 }
 
-func TestWhatAQuestionLeavesOutIsAskedOfTheRoutes(t *testing.T) {
+func TestRoutesSupplyWhatAQuestionLeavesOut(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
 	address, at := netip.MustParseAddr, netip.MustParseAddrPort
