@@ -33,9 +33,9 @@ func (p *Plan) Commit(ctx context.Context) error {
 	}
 	if err := p.install(ctx); err != nil {
 		if undoErr := p.undo(ctx); undoErr != nil {
-			return fmt.Errorf("%w; and taking it back failed: %w; run pillion cleanup", err, undoErr)
+			return fmt.Errorf("%w; and restoring the former state failed: %w; run pillion cleanup", err, undoErr)
 		}
-		return p.fallBack(ctx, fmt.Errorf("%w; everything is as it was", err))
+		return p.fallBack(ctx, fmt.Errorf("%w; the former state is restored", err))
 	}
 	return nil
 }
@@ -51,9 +51,9 @@ func (p *Plan) fallBack(ctx context.Context, reason error) error {
 		err = next.Commit(ctx)
 	}
 	if err != nil {
-		return fmt.Errorf("%w; nor can nftables be used: %w", reason, err)
+		return fmt.Errorf("%w; and nftables failed: %w", reason, err)
 	}
-	next.Warnings = append(next.Warnings, fmt.Sprintf("the rules were made in nftables, because iptables cannot be used: %v", reason))
+	next.Warnings = append(next.Warnings, fmt.Sprintf("using nftables because iptables is not usable: %v", reason))
 	*p = *next
 	return nil
 }
@@ -197,7 +197,7 @@ func (s Step) startReading(ctx context.Context) (func() (ruleset.Ruleset, error)
 func (s Step) compare(have ruleset.Ruleset) error {
 	if changes := ruleset.Diff(s.want, have); len(changes) > 0 {
 		first := changes[0]
-		return fmt.Errorf("%s would still be needed, the first: %s in %s of the %s table: %s%s",
+		return fmt.Errorf("the rules differ after the commit (%s), first: %s in %s of the %s table: %s%s",
 			count(len(changes)), first.Kind, first.Chain, first.Table, first.Rule, first.Found)
 	}
 	return nil

@@ -17,7 +17,7 @@ func (p *Plan) Summary() string {
 		if p.cleanup {
 			return ""
 		}
-		return "nothing to change: the rules are in place"
+		return "nothing to change: the rules are installed"
 	}
 	var parts []string
 	for _, step := range p.Steps {
@@ -87,7 +87,7 @@ func (p *Plan) routeScript(text *strings.Builder, action kernel.RouteAction, ver
 func (p *Plan) String() string {
 	var text strings.Builder
 	if p.Unread != nil {
-		fmt.Fprintf(&text, "what is there could not be read (%v); this is all that could be needed:\n", p.Unread)
+		fmt.Fprintf(&text, "cannot read the current state (%v); assuming an empty namespace:\n", p.Unread)
 	}
 	if p.Unchanged() {
 		if summary := p.Summary(); summary != "" {
@@ -96,10 +96,10 @@ func (p *Plan) String() string {
 		return text.String()
 	}
 	if p.Address != AddressKept {
-		fmt.Fprintf(&text, "%s %s/128 on %s\n    the agent dials the workload from here over IPv6\n", p.Address, capture.InboundSource6, ruleset.Loopback)
+		fmt.Fprintf(&text, "%s %s/128 on %s\n    source address of the agent's IPv6 connections to the workload\n", p.Address, capture.InboundSource6, ruleset.Loopback)
 	}
 	for _, change := range p.Routes {
-		fmt.Fprintf(&text, "%s %s: %s\n    packets with the mark of TPROXY are delivered here, whatever their destination\n", change.Action, change.Route.Family, change.Route)
+		fmt.Fprintf(&text, "%s %s: %s\n    packets with TPROXY's mark are delivered locally, whatever their destination\n", change.Action, change.Route.Family, change.Route)
 	}
 	for _, step := range p.Steps {
 		for _, table := range ruleset.TableNames {

@@ -12,12 +12,11 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/nettest"
-	"github.com/pillion-proxy/pillion/iptables/kernel"
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 	"github.com/pillion-proxy/pillion/iptables/rulestest"
 )
 
-// What the rules do beside verdicts, in the kernel.
+// Effects of the rules in the kernel besides verdicts.
 
 func TestAQueryAndItsAnswerAreOneConnectionInOneZone(t *testing.T) {
 	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
@@ -33,7 +32,7 @@ func TestAQueryAndItsAnswerAreOneConnectionInOneZone(t *testing.T) {
 			world.Dial(t, rulestest.UDP(rulestest.Sends(rulestest.Agent, rulestest.Agent, a.Elsewhere, 53)))
 			var zones []int
 			world.Pod.Do(t, func() error {
-				flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(kernel.FamilyNumber(a.Family)))
+				flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(map[ruleset.Family]int{ruleset.IPv4: netlink.FAMILY_V4, ruleset.IPv6: netlink.FAMILY_V6}[a.Family]))
 				for _, f := range flows {
 					if f.Forward.Protocol == unix.IPPROTO_UDP {
 						zones = append(zones, int(f.Zone))
@@ -61,8 +60,8 @@ func TestSixtyFourGroupsAreInstalled(t *testing.T) {
 	})
 }
 
-// An answer to a question that nobody has asked is what a kernel resets. Dropped, it makes no sound.
-func TestWhatBelongsToNothingIsAnsweredUnlessItIsDropped(t *testing.T) {
+// The kernel answers an unsolicited SYN+ACK with a reset. A dropped one gets no answer.
+func TestInvalidPacketsAreResetUnlessDropped(t *testing.T) {
 	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
 		for _, drop := range []bool{false, true} {
 			pod, peer := nettest.PodAndPeer(t)

@@ -35,7 +35,7 @@ func Look(ctx context.Context) (Live, error) {
 			return Live{}, t.unread
 		}
 		for _, name := range t.opaque {
-			live.Warnings = append(live.Warnings, fmt.Sprintf("the %s %s table was not looked into: %v", t.family, name, xtables.ErrIncompatible))
+			live.Warnings = append(live.Warnings, fmt.Sprintf("the %s %s table was not read: %v", t.family, name, xtables.ErrIncompatible))
 		}
 		for range t.rules.All() {
 			live.Held = append(live.Held, ruleset.Held{Flavour: t.flavour, Rules: policy.WithReasons(t.rules)})
@@ -68,7 +68,7 @@ func (s survey) hidden() []string {
 	var warnings []string
 	for _, t := range s.stores {
 		if t.hidden {
-			warnings = append(warnings, fmt.Sprintf("%s has legacy tables that were not looked into: %v", t.family, t.missing))
+			warnings = append(warnings, fmt.Sprintf("%s has legacy tables that were not read: %v", t.family, t.missing))
 		}
 	}
 	return warnings

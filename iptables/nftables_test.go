@@ -55,7 +55,7 @@ func TestNFTReadsWhatWeWroteAndMakesTheSameOfTheScript(t *testing.T) {
 	}
 }
 
-// meddlingWithNFT is what can happen to our table, by nft's commands, and what Diff says of it, in both families together.
+// meddlingWithNFT lists changes to our table by nft commands, and what Diff reports for both families together.
 var meddlingWithNFT = []struct{ name, commands, want string }{
 	{"nothing", "", ""},
 	{"a rule tampered with", "flush chain inet pillion ipv4_nat_redirect; add rule inet pillion ipv4_nat_redirect meta l4proto tcp counter redirect to :15009 comment \"pillion:outbound/redirect\"",
@@ -83,7 +83,7 @@ var meddlingWithNFT = []struct{ name, commands, want string }{
 	{"a table that is empty and asleep", "delete table inet pillion; add table inet pillion { flags dormant; }", "everything"},
 }
 
-func TestOurTableIsRepairedWhateverHappensToIt(t *testing.T) {
+func TestOurTableIsRepairedAfterAnyChange(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false)
 	for _, m := range meddlingWithNFT {
@@ -133,11 +133,11 @@ func TestOurTableIsRepairedWhateverHappensToIt(t *testing.T) {
 	}
 }
 
-func TestAHundredTimesInitAndCleanupLeaveNothing(t *testing.T) {
+func TestAHundredInitsAndCleanupsLeaveNoTrace(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false)
 	pod := nettest.New(t, "pod")
-	strangers(t, pod, ruleset.Native)
+	foreignRules(t, pod, ruleset.Native)
 	before := rulestest.Everything(t, pod)
 	for i := range 100 {
 		mustInit(t, pod, rulestest.Scenarios[i%len(rulestest.Scenarios)].Spec)
@@ -172,7 +172,7 @@ func TestManyRulesAreOneTransaction(t *testing.T) {
 }
 
 // Where the listener of TPROXY is gone its connections are dropped, and do not reach the workload past the agent.
-func TestWithoutTheAgentTPROXYLetsNothingThrough(t *testing.T) {
+func TestWithoutTheAgentTPROXYDropsConnections(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false)
 	pod, peer := nettest.PodAndPeer(t)
@@ -210,7 +210,7 @@ func TestWithoutTheAgentTPROXYLetsNothingThrough(t *testing.T) {
 }
 
 // In between, when rules move from one place to another, both are there. They say the same.
-func TestRulesInTwoPlacesSayWhatEachSays(t *testing.T) {
+func TestRulesInTwoPlacesHaveTheVerdictsOfEach(t *testing.T) {
 	nettest.RequireRoot(t)
 	for i, sc := range rulestest.Scenarios {
 		other := []Backend{IPTablesNFT, IPTablesLegacy}[i%2]
@@ -237,7 +237,7 @@ func TestRulesInTwoPlacesSayWhatEachSays(t *testing.T) {
 }
 
 // While rules move, or are replaced, no connection escapes that is captured before and after.
-func TestNothingEscapesWhileRulesMove(t *testing.T) {
+func TestNoConnectionEscapesWhileRulesMove(t *testing.T) {
 	nettest.RequireRoot(t)
 	backends := []Backend{NFTables, IPTablesNFT, NFTables, IPTablesLegacy}
 	for mode, incoming := range map[capture.Mode]trace.Verdict{capture.Redirect: rulestest.Inbound, capture.TPROXY: rulestest.Given} {
@@ -306,7 +306,7 @@ func TestAFailedMoveLeavesTheOldRules(t *testing.T) {
 	before := rulestest.Everything(t, pod)
 	real := programName(ruleset.IPv4, ruleset.NFT) + "-restore"
 	breakProgram(t, dir, "iptables-nft-restore", fmt.Sprintf(`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; exit 1`, dir, real))
-	if _, err := initBy(pod, rulestest.Scenarios[0].Spec, NFTables); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+	if _, err := initBy(pod, rulestest.Scenarios[0].Spec, NFTables); err == nil || !strings.Contains(err.Error(), "the former state is restored") {
 		t.Errorf("got error %v", err)
 	}
 	if after := rulestest.Everything(t, pod); after != before {
@@ -320,7 +320,7 @@ func TestAFailedMoveLeavesTheOldRules(t *testing.T) {
 	before = rulestest.Everything(t, pod)
 	dir = rulestest.UsePrograms(t, false, ruleset.NFT)
 	breakProgram(t, dir, "ip6tables-nft-restore", "exit 1")
-	if _, err := initBy(pod, rulestest.Scenarios[0].Spec, IPTablesNFT); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+	if _, err := initBy(pod, rulestest.Scenarios[0].Spec, IPTablesNFT); err == nil || !strings.Contains(err.Error(), "the former state is restored") {
 		t.Errorf("got error %v", err)
 	}
 	if after := rulestest.Everything(t, pod); after != before {
@@ -329,7 +329,7 @@ func TestAFailedMoveLeavesTheOldRules(t *testing.T) {
 }
 
 // Whether the kernel has what iptables needs is known when it is asked for, and not before.
-func TestWhereIPTablesFindsNoSupportNFTablesTakeItsPlace(t *testing.T) {
+func TestNFTablesReplaceIPTablesWithoutKernelSupport(t *testing.T) {
 	nettest.RequireRoot(t)
 	for _, complaint := range []string{
 		"iptables v1.8.9 (legacy): can't initialize iptables table: Table does not exist (do you need to insmod?)",
@@ -348,14 +348,14 @@ func TestWhereIPTablesFindsNoSupportNFTablesTakeItsPlace(t *testing.T) {
 		}
 		// IPv4 is made, and taken back when IPv6 fails.
 		breakProgram(t, rulestest.UsePrograms(t, false, ruleset.Legacy), "ip6tables-legacy-restore", fmt.Sprintf(`echo "%s" >&2; exit 3`, strings.ReplaceAll(complaint, "`", "\\`")))
-		if _, err := initBy(pod, rulestest.CaptureAll, IPTables); err == nil || !strings.HasSuffix(err.Error(), "; everything is as it was") {
+		if _, err := initBy(pod, rulestest.CaptureAll, IPTables); err == nil || !strings.HasSuffix(err.Error(), "; the former state is restored") {
 			t.Errorf("iptables was asked for: got error %v", err)
 		}
 		plan, err := initIn(pod, rulestest.CaptureAll)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(plan.Steps) != 2 || plan.Steps[0].Flavour != ruleset.Native || len(plan.Warnings) != 1 || !strings.Contains(plan.Warnings[0], "because iptables cannot be used: changing ipv6 rules") {
+		if len(plan.Steps) != 2 || plan.Steps[0].Flavour != ruleset.Native || len(plan.Warnings) != 1 || !strings.Contains(plan.Warnings[0], "because iptables is not usable: changing ipv6 rules") {
 			t.Errorf("plan: %v, warnings %q", plan.Summary(), plan.Warnings)
 		}
 		if after := withoutLegacy(rulestest.Everything(t, pod)); after != want {

@@ -259,7 +259,7 @@ func (p *Plan) addStep(t store, want ruleset.Ruleset) {
 
 // giveUpIPv6 drops IPv6 from the plan for the reason err. The pod has no IPv6 address at which others could reach it.
 func (p *Plan) giveUpIPv6(err error) error {
-	p.Warnings = append(p.Warnings, fmt.Sprintf("IPv6 is left alone: %v; the pod has no global IPv6 address", err))
+	p.Warnings = append(p.Warnings, fmt.Sprintf("skipping IPv6: %v; the pod has no global IPv6 address", err))
 	var failed []error
 	p.Routes = slices.DeleteFunc(p.Routes, func(c kernel.RouteChange) bool {
 		given := c.Route.Family == ruleset.IPv6 && c.Action == kernel.Add

@@ -18,7 +18,6 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/nettest"
-	"github.com/pillion-proxy/pillion/iptables/kernel"
 	"github.com/pillion-proxy/pillion/iptables/nft"
 	"github.com/pillion-proxy/pillion/iptables/policy"
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
@@ -132,7 +131,7 @@ func TestANewSpecReplacesTheOldRules(t *testing.T) {
 	})
 }
 
-func TestWhatWasMeddledWithIsRepaired(t *testing.T) {
+func TestChangedRulesAreRepaired(t *testing.T) {
 	rulestest.ForEachProgram(t, func(t *testing.T, flavour ruleset.Flavour) {
 		for _, m := range rulestest.Meddling {
 			t.Run(m.Name, func(t *testing.T) {
@@ -172,14 +171,14 @@ func TestWhatWasMeddledWithIsRepaired(t *testing.T) {
 	})
 }
 
-// strangers sets up rules of other people in every flavour of the list.
-func strangers(t *testing.T, ns *nettest.Namespace, flavours ...ruleset.Flavour) {
+// foreignRules adds rules of others in every flavour of the list.
+func foreignRules(t *testing.T, ns *nettest.Namespace, flavours ...ruleset.Flavour) {
 	t.Helper()
 	for _, flavour := range flavours {
 		if flavour == ruleset.Native {
 			ns.MustRun(t, "/usr/sbin/nft", "add table inet theirs; add chain inet theirs nat_output { type nat hook output priority -100; }; "+
 				"add rule inet theirs nat_output ip daddr 203.0.113.9 accept comment \"pillion:outbound/all\"")
-			strangers(t, ns, ruleset.NFT)
+			foreignRules(t, ns, ruleset.NFT)
 			continue
 		}
 		for family, network := range map[ruleset.Family]string{ruleset.IPv4: "203.0.113.9/32", ruleset.IPv6: "2001:db8:2::9/128"} {
@@ -192,10 +191,10 @@ func strangers(t *testing.T, ns *nettest.Namespace, flavours ...ruleset.Flavour)
 	}
 }
 
-func TestCleanupLeavesOtherPeoplesRulesByteForByte(t *testing.T) {
+func TestCleanupKeepsForeignRulesByteForByte(t *testing.T) {
 	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
 		pod := nettest.New(t, "pod")
-		strangers(t, pod, flavour)
+		foreignRules(t, pod, flavour)
 		before := rulestest.Everything(t, pod)
 		mustInit(t, pod, rulestest.Scenarios[1].Spec)
 		if rulestest.Everything(t, pod) == before {
@@ -236,7 +235,7 @@ func TestCleanupFindsBothFlavoursAndKeepsAnAddressThatIsNotOurs(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod := nettest.New(t, "pod")
 	pod.MustRun(t, "ip", "addr", "add", "::6/128", "dev", "lo", "nodad")
-	strangers(t, pod, ruleset.NFT, ruleset.Legacy)
+	foreignRules(t, pod, ruleset.NFT, ruleset.Legacy)
 	before := rulestest.Everything(t, pod)
 	for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy} {
 		for _, family := range ruleset.Families {
@@ -272,11 +271,11 @@ func TestTheFlavourThatHoldsOurRulesIsKept(t *testing.T) {
 			pod.MustRun(t, "/usr/sbin/iptables-legacy-save", "-t", "nat")
 			pod.MustRun(t, "/usr/sbin/ip6tables-legacy-save", "-t", "nat")
 		}, ruleset.NFT},
-		{"other people use legacy", func(t *testing.T, pod *nettest.Namespace) { strangers(t, pod, ruleset.Legacy) }, ruleset.Legacy},
-		{"other people use both", func(t *testing.T, pod *nettest.Namespace) { strangers(t, pod, ruleset.NFT, ruleset.Legacy) }, ruleset.Legacy},
+		{"other people use legacy", func(t *testing.T, pod *nettest.Namespace) { foreignRules(t, pod, ruleset.Legacy) }, ruleset.Legacy},
+		{"other people use both", func(t *testing.T, pod *nettest.Namespace) { foreignRules(t, pod, ruleset.NFT, ruleset.Legacy) }, ruleset.Legacy},
 		{"ours are in nft, and then other people use legacy", func(t *testing.T, pod *nettest.Namespace) {
 			mustInit(t, pod, rulestest.CaptureAll)
-			strangers(t, pod, ruleset.Legacy)
+			foreignRules(t, pod, ruleset.Legacy)
 		}, ruleset.NFT},
 		{"ours are in legacy, where nobody else is", func(t *testing.T, pod *nettest.Namespace) {
 			path := os.Getenv("PATH")
@@ -328,7 +327,7 @@ func TestAScriptUnderThePlainNameIsAskedForItsFlavour(t *testing.T) {
 	}
 }
 
-func TestAProgramThatIsTooOldIsRefusedBeforeAnythingIsTouched(t *testing.T) {
+func TestATooOldProgramIsRefusedBeforeAnyChange(t *testing.T) {
 	nettest.RequireRoot(t)
 	dir := rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod := nettest.New(t, "pod")
@@ -345,8 +344,8 @@ func TestAProgramThatIsTooOldIsRefusedBeforeAnythingIsTouched(t *testing.T) {
 	}
 }
 
-// Rules in both flavours would both act. One is kept, the other cleaned, whoever made it so.
-func TestOurRulesInTheOtherFlavourAreTakenAway(t *testing.T) {
+// Rules in both flavours would both act. One copy is kept, the other removed.
+func TestOurRulesInTheOtherFlavourAreRemoved(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 	pod := nettest.New(t, "pod")
@@ -378,7 +377,7 @@ func TestRulesThatNoProgramCanReachAreAnError(t *testing.T) {
 		"cleanup": func() (*Plan, error) { return cleanupIn(pod) },
 	} {
 		_, err := commit()
-		if err == nil || !errors.Is(err, xtables.ErrNoProgram) || !strings.Contains(err.Error(), "iptables-nft") {
+		if err == nil || !strings.Contains(err.Error(), "iptables-nft (with -save and -restore): not found in PATH") {
 			t.Errorf("%s: got error %v, want one that names the program", name, err)
 		}
 	}
@@ -387,7 +386,7 @@ func TestRulesThatNoProgramCanReachAreAnError(t *testing.T) {
 	}
 }
 
-func TestAFailureHalfWayTakesEverythingBack(t *testing.T) {
+func TestAFailureRestoresTheFormerState(t *testing.T) {
 	nettest.RequireRoot(t)
 	for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy} {
 		name6 := filepath.Base(programName(ruleset.IPv6, flavour))
@@ -401,19 +400,19 @@ func TestAFailureHalfWayTakesEverythingBack(t *testing.T) {
 			}, "changing ipv6 rules: running " + name6 + "-restore: exit status 1: line 2 failed (in: :PILLION_INBOUND - [0:0])"},
 			{"IPv6 is committed, but is not there when read back", func(t *testing.T, dir string) {
 				breakProgram(t, dir, name6+"-restore", "while read line; do :; done")
-			}, "reading ipv6 rules back: 15 changes would still be needed"},
+			}, "reading ipv6 rules back: the rules differ after the commit (15 changes)"},
 			{"IPv6 is committed by half", func(t *testing.T, dir string) {
 				real := programName(ruleset.IPv6, flavour) + "-restore"
-				// Only the first run, which installs, is sabotaged.
+				// Only the first run fails: the one that installs.
 				breakProgram(t, dir, name6+"-restore", fmt.Sprintf(
 					`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; /bin/sed '/inbound.all/d' | %[2]s "$@"`, dir, real))
-			}, "reading ipv6 rules back: 1 change would still be needed, the first: missing in PILLION_INBOUND"},
+			}, "reading ipv6 rules back: the rules differ after the commit (1 change), first: missing in PILLION_INBOUND"},
 		} {
 			for _, earlier := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/%s/over earlier rules %t", flavour, test.name, earlier), func(t *testing.T) {
 					dir := rulestest.UsePrograms(t, false, flavour)
 					pod, _ := nettest.PodAndPeer(t)
-					strangers(t, pod, flavour)
+					foreignRules(t, pod, flavour)
 					if earlier {
 						mustInit(t, pod, rulestest.Scenarios[1].Spec)
 					}
@@ -457,7 +456,7 @@ func ruleMadeWithNFT(t *testing.T, ns *nettest.Namespace) {
 	ns.MustRun(t, "/usr/sbin/nft", "add", "rule", "ip", "nat", "OUTPUT", "ct", "state", "new", "counter", "accept")
 }
 
-func TestATableThatIPTablesCannotShowIsLeftAlone(t *testing.T) {
+func TestATableThatIPTablesCannotShowIsUnchanged(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod := nettest.New(t, "pod")
@@ -522,8 +521,8 @@ func TestPlanningChangesNothing(t *testing.T) {
 	}
 }
 
-// Rules of an earlier run could be in tables that there is no program to look into. Nobody should think that they were.
-func TestTablesThatNobodyLookedIntoAreNamed(t *testing.T) {
+// Without a program for existing tables, rules of an earlier run may be in them, and a warning must name the tables.
+func TestUnreadTablesAreNamed(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod := nettest.New(t, "pod")
@@ -532,12 +531,12 @@ func TestTablesThatNobodyLookedIntoAreNamed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(plan.Warnings) != 1 || !strings.HasPrefix(plan.Warnings[0], "ipv4 has legacy tables that were not looked into: iptables-legacy ") {
+	if len(plan.Warnings) != 1 || !strings.HasPrefix(plan.Warnings[0], "ipv4 has legacy tables that were not read: iptables-legacy ") {
 		t.Errorf("warnings: %q", plan.Warnings)
 	}
 }
 
-func TestAPodWithoutIPv6GetsIPv4Alone(t *testing.T) {
+func TestAPodWithoutIPv6GetsOnlyIPv4Rules(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod := nettest.New(t, "pod")
@@ -592,12 +591,12 @@ func TestIPv6WhenItComesFirst(t *testing.T) {
 }
 
 // Each table is a commit of its own. When a later one fails the earlier ones are taken back.
-func TestAFailureBetweenTwoTablesTakesTheFirstBack(t *testing.T) {
+func TestAFailureBetweenTwoTablesRestoresTheFirst(t *testing.T) {
 	nettest.RequireRoot(t)
 	for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy} {
 		dir := rulestest.UsePrograms(t, false, flavour)
 		pod, _ := nettest.PodAndPeer(t)
-		strangers(t, pod, flavour)
+		foreignRules(t, pod, flavour)
 		for _, table := range ruleset.TableNames { // a legacy one cannot be unmade
 			if flavour == ruleset.Legacy {
 				pod.MustRun(t, programName(ruleset.IPv4, flavour)+"-save", "-t", string(table))
@@ -608,7 +607,7 @@ func TestAFailureBetweenTwoTablesTakesTheFirstBack(t *testing.T) {
 		real := programName(ruleset.IPv6, flavour) + "-restore"
 		breakProgram(t, dir, filepath.Base(real), fmt.Sprintf(
 			`if [ -e %[1]s/ran ]; then exec %[2]s "$@"; fi; : > %[1]s/ran; /bin/sed 's/--to-ports 15001/--to-ports nowhere/' | %[2]s "$@"`, dir, real))
-		if _, err := initIn(pod, rulestest.TPROXYAll); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+		if _, err := initIn(pod, rulestest.TPROXYAll); err == nil || !strings.Contains(err.Error(), "the former state is restored") {
 			t.Errorf("%s: got error %v", flavour, err)
 		}
 		if after := rulestest.Everything(t, pod); after != before {
@@ -643,7 +642,7 @@ func TestAForcedFlavourIsTakenWhateverIsThere(t *testing.T) {
 		_, err := PlanInit(context.Background(), rulestest.CaptureAll, IPTablesNFT)
 		return err
 	})
-	if !errors.Is(err, xtables.ErrNoProgram) {
+	if err == nil || !strings.Contains(err.Error(), "not found in PATH") {
 		t.Errorf("without the program: got error %v", err)
 	}
 }
@@ -688,9 +687,9 @@ func TestTheSourceAddressIsNeverChosenByItself(t *testing.T) {
 	pod := nettest.New(t, "pod")
 	mustInit(t, pod, rulestest.CaptureAll)
 	pod.Do(t, func() error {
-		link, err := netlink.LinkByIndex(kernel.LoopbackIndex)
+		link, err := netlink.LinkByIndex(1)
 		if err != nil || link.Attrs().Name != ruleset.Loopback {
-			return fmt.Errorf("interface %d is %v: %w", kernel.LoopbackIndex, link, err)
+			return fmt.Errorf("interface 1, which init takes for the loopback, is %v: %w", link, err)
 		}
 		addresses, err := netlink.AddrList(link, netlink.FAMILY_V6)
 		for _, a := range addresses {
@@ -702,7 +701,7 @@ func TestTheSourceAddressIsNeverChosenByItself(t *testing.T) {
 	})
 }
 
-func TestACancelledInitTakesBackWhatItDid(t *testing.T) {
+func TestACancelledInitRestoresTheFormerState(t *testing.T) {
 	nettest.RequireRoot(t)
 	dir := rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod, _ := nettest.PodAndPeer(t)
@@ -773,8 +772,8 @@ func TestTheLockIsHeldUntilItIsReleased(t *testing.T) {
 	}
 }
 
-// The script that a dry run writes is what is carried out: when somebody has run it there is nothing left to do. Only of
-// ranges nft makes something else, in some versions, which says the same.
+// The script of a dry run has the same effect as init: after it, init has nothing to do. The exception is ranges, which some
+// versions of nft rewrite to an equivalent form.
 func TestTheScriptLeavesNothingToDo(t *testing.T) {
 	nettest.RequireRoot(t)
 	aRange := regexp.MustCompile(`(port|owner) \d+[:-]\d+ `)

@@ -52,7 +52,7 @@ func TestRoutesComeOnceAndGoWithTheMode(t *testing.T) {
 	}
 }
 
-func TestRoutesOfOtherPeopleServeAndStay(t *testing.T) {
+func TestForeignRoutesAreUsedAndKept(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod := nettest.New(t, "pod")
@@ -73,7 +73,7 @@ func TestRoutesOfOtherPeopleServeAndStay(t *testing.T) {
 	}
 }
 
-func TestATableOfSomebodyElseIsRefused(t *testing.T) {
+func TestAForeignRoutingTableIsRefused(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false, ruleset.NFT)
 	pod, _ := nettest.PodAndPeer(t)
@@ -100,7 +100,7 @@ func TestAFailedChangeOfTheModeLeavesTheOldOne(t *testing.T) {
 				before := [2]ruleset.Ruleset{rulesIn(t, pod, ruleset.IPv4, flavour), rulesIn(t, pod, ruleset.IPv6, flavour)}
 				routes := withoutPriorities(routing(t, pod))
 				breakProgram(t, dir, filepath.Base(programName(ruleset.IPv6, flavour))+"-restore", "exit 1")
-				if _, err := initIn(pod, specs[1]); err == nil || !strings.Contains(err.Error(), "everything is as it was") {
+				if _, err := initIn(pod, specs[1]); err == nil || !strings.Contains(err.Error(), "the former state is restored") {
 					t.Errorf("got error %v", err)
 				}
 				for i, family := range ruleset.Families {
@@ -116,7 +116,7 @@ func TestAFailedChangeOfTheModeLeavesTheOldOne(t *testing.T) {
 	})
 }
 
-// withoutPriorities takes away what the kernel chooses anew when a routing rule comes back.
+// withoutPriorities removes priorities: the kernel assigns a new one to a restored routing rule.
 func withoutPriorities(text string) string {
 	var lines []string
 	for line := range strings.Lines(text) {

@@ -222,7 +222,7 @@ func (t store) usable(want ruleset.Ruleset) error {
 	case t.flavour == ruleset.Native:
 		return fmt.Errorf("%s rules: %w", t.family, t.missing)
 	case t.ours:
-		return fmt.Errorf("%s holds %s rules of an earlier run, but there is no program to change them: %w", t.flavour, t.family, t.missing)
+		return fmt.Errorf("%s has %s rules of an earlier run, but there is no program to change them: %w", t.flavour, t.family, t.missing)
 	default:
 		return fmt.Errorf("%w for %s: %w", errNoFlavour, t.family, t.missing)
 	}

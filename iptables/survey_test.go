@@ -33,7 +33,7 @@ func TestChoiceOfTheFlavour(t *testing.T) {
 		{"the same in a table that we do not need", store{opaque: []ruleset.TableName{ruleset.Raw, ruleset.Mangle}}, store{}, ruleset.NFT, ""},
 		{"no legacy", store{}, store{missing: gone}, ruleset.NFT, ""},
 		{"neither", store{missing: gone}, store{missing: gone}, "", "no iptables of any flavour for ipv4: not there; not there"},
-		{"ours are out of reach", store{ours: true, missing: gone}, store{}, "", "nft holds ipv4 rules of an earlier run"},
+		{"ours are out of reach", store{ours: true, missing: gone}, store{}, "", "nft has ipv4 rules of an earlier run"},
 	} {
 		test.nft.family, test.nft.flavour = ruleset.IPv4, ruleset.NFT
 		test.legacy.family, test.legacy.flavour = ruleset.IPv4, ruleset.Legacy

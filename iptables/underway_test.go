@@ -31,7 +31,7 @@ func track(t *testing.T, ns *nettest.Namespace, port uint16, mark uint32, state 
 	})
 }
 
-func TestWhatTPROXYNeedsStaysWhileItsConnectionsAreUnderWay(t *testing.T) {
+func TestTPROXYRulesStayWhileItsConnectionsAreOpen(t *testing.T) {
 	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
 		for _, spec := range []capture.Spec{rulestest.CaptureAll, rulestest.SpecOf(func(s *capture.Spec) { s.Mode, s.Outbound.All = capture.TPROXY, true })} {
 			t.Run(string(spec.Mode), func(t *testing.T) {
@@ -87,8 +87,8 @@ func TestWhatTPROXYNeedsStaysWhileItsConnectionsAreUnderWay(t *testing.T) {
 	})
 }
 
-// The agent may still open connections for those that it was given, and knows them by their mark alone.
-func TestConnectionsUnderWayFindTheirWay(t *testing.T) {
+// The agent may still dial the workload for connections that it has. The rules recognise these dials by their mark alone.
+func TestOpenTPROXYConnectionsStillWork(t *testing.T) {
 	mark := capture.Default().TPROXYMark
 	for _, a := range rulestest.Families {
 		rules := policy.RulesWithMark(rulestest.CaptureAll, a.Family, mark)

@@ -8,7 +8,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables"
 )
 
-// backendOptions say where rules are made: in our words, and in those of istio-iptables.
+// backendOptions select the back end: by our flag, and by those of istio-iptables.
 type backendOptions struct {
 	backend iptables.Backend
 	native  bool
@@ -17,15 +17,15 @@ type backendOptions struct {
 
 func (o *backendOptions) bind(flags *pflag.FlagSet) {
 	parsed(flags, &o.backend, parseBackend, "backend", "", "auto", "name",
-		"what makes the rules: iptables (iptables-nft, iptables-legacy), nftables, which needs no program, or auto: where they are already, else iptables if it is there, else nftables")
-	parsedSwitch(flags, &o.native, "native-nftables", "", "the same as --backend nftables; --force-iptables-binary has no effect then")
+		"back end for the rules: iptables (iptables-nft, iptables-legacy), nftables (needs no program), or auto: where rules of ours are, else iptables if installed, else nftables")
+	parsedSwitch(flags, &o.native, "native-nftables", "", "same as --backend nftables; overrides --force-iptables-binary")
 	parsed(flags, &o.forced, parseForced, "force-iptables-binary", "", "", "name",
-		"legacy or nft: the same as --backend iptables-legacy or iptables-nft")
+		"legacy or nft: same as --backend iptables-legacy or iptables-nft")
 	twin(flags, "native-nftables", "NATIVE_NFTABLES")
 	twin(flags, "force-iptables-binary", "FORCE_IPTABLES_BINARY")
 }
 
-// choose is what all the flags say together.
+// choose combines the flags.
 func (o *backendOptions) choose() (iptables.Backend, error) {
 	alias, name := o.forced, "--force-iptables-binary"
 	if o.native {
@@ -37,7 +37,7 @@ func (o *backendOptions) choose() (iptables.Backend, error) {
 	case alias == iptables.Auto, alias == o.backend:
 		return o.backend, nil
 	}
-	return "", fmt.Errorf("--backend %s and %s, which means %s, contradict each other: use one of them", o.backend, name, alias)
+	return "", fmt.Errorf("--backend %s contradicts %s, which means %s: use one of them", o.backend, name, alias)
 }
 
 func parseBackend(text string) (iptables.Backend, error) {
@@ -48,7 +48,7 @@ func parseBackend(text string) (iptables.Backend, error) {
 	case iptables.IPTables, iptables.IPTablesNFT, iptables.IPTablesLegacy, iptables.NFTables:
 		return b, nil
 	}
-	return "", fmt.Errorf("%q is not a back end: use auto, iptables, iptables-nft, iptables-legacy or nftables", text)
+	return "", fmt.Errorf("unknown back end %q: use auto, iptables, iptables-nft, iptables-legacy or nftables", text)
 }
 
 func parseForced(text string) (iptables.Backend, error) {
@@ -60,5 +60,5 @@ func parseForced(text string) (iptables.Backend, error) {
 	case "legacy":
 		return iptables.IPTablesLegacy, nil
 	}
-	return "", fmt.Errorf("%q is not a flavour of iptables: use legacy or nft", text)
+	return "", fmt.Errorf("unknown flavour of iptables %q: use legacy or nft", text)
 }

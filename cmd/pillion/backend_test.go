@@ -27,8 +27,8 @@ func TestWithoutIPTablesTheRulesGoToNFTables(t *testing.T) {
 		return pillion(t, ns, environment, nil, append(append([]string{"init"}, injectorArguments...), more...)...)
 	}
 	expect("first run", initialise(without), "ipv4 rules installed in nftables (18 changes), ipv6 rules installed in nftables (20 changes), ::6 added to lo\n")
-	expect("second run", initialise(without), "nothing to change: the rules are in place\n")
-	expect("a run with iptables at hand", initialise(nil), "nothing to change: the rules are in place\n")
+	expect("second run", initialise(without), "nothing to change: the rules are installed\n")
+	expect("a run with iptables at hand", initialise(nil), "nothing to change: the rules are installed\n")
 	expect("a move", initialise(nil, "--force-iptables-binary=nft"),
 		"ipv4 rules installed in nft (18 changes), ipv6 rules installed in nft (20 changes), ipv4 rules removed from nftables (23 changes), ipv6 rules removed from nftables (25 changes)\n")
 	expect("a move back", initialise([]string{"NATIVE_NFTABLES=true"}),

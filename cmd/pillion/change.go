@@ -17,7 +17,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables"
 )
 
-// changeOptions are what init and cleanup have in common: how to treat a plan.
+// changeOptions are common to init and cleanup: how to treat a plan.
 type changeOptions struct {
 	dryRun    bool
 	output    output
@@ -32,18 +32,18 @@ func (o *changeOptions) bind(flags *pflag.FlagSet, dryRun string) {
 	o.bindView(flags)
 }
 
-// bindView adds flags about where to look and in which form to tell.
+// bindView adds flags for the namespace, the output and the log.
 func (o *changeOptions) bindView(flags *pflag.FlagSet) {
 	o.output = outputText
-	parsed(flags, &o.output, parseOutput, "output", "", string(outputText), "form", "form of the result: text or json")
+	parsed(flags, &o.output, parseOutput, "output", "", string(outputText), "form", "output format: text or json")
 	o.log.bind(flags)
 	parsed(flags, &o.namespace, asItIs, "network-namespace", "", "", "path", "work in this network namespace, such as /proc/4711/ns/net")
 	twin(flags, "network-namespace", "NETWORK_NAMESPACE")
-	parsedSwitch(flags, &o.cniMode, "cni-mode", "", "with --network-namespace: let the legacy programs lock the pod instead of the machine")
+	parsedSwitch(flags, &o.cniMode, "cni-mode", "", "with --network-namespace: the legacy programs lock the pod instead of the machine")
 	twin(flags, "cni-mode", "CNI_MODE")
 }
 
-// inNamespace runs fn in the network namespace that was asked for.
+// inNamespace runs fn in the selected network namespace.
 func (o *changeOptions) inNamespace(fn func() error) error {
 	if o.namespace == "" {
 		return fn()
@@ -54,7 +54,7 @@ func (o *changeOptions) inNamespace(fn func() error) error {
 	}
 	defer namespace.Close()
 	if o.cniMode {
-		// The lock of the legacy programs is the whole machine's. This one is the pod's.
+		// By default the legacy programs lock the whole machine.
 		if err := os.Setenv("XTABLES_LOCKFILE", o.namespace); err != nil {
 			return fmt.Errorf("--cni-mode: %w", err)
 		}
@@ -62,7 +62,7 @@ func (o *changeOptions) inNamespace(fn func() error) error {
 	return namespace.Do(fn)
 }
 
-// carryOut makes a plan and commits it, or only shows it, and reports what happened.
+// carryOut makes a plan, commits or only prints it, and reports the result.
 func (o *changeOptions) carryOut(ctx context.Context, stdout io.Writer, log *slog.Logger, makePlan func(context.Context) (*iptables.Plan, error)) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -111,7 +111,7 @@ func writeJSON(to io.Writer, value any) error {
 	return encoder.Encode(value)
 }
 
-// output is the form of what a command prints.
+// output is the format of a command's output.
 type output string
 
 const (
@@ -124,10 +124,10 @@ func parseOutput(text string) (output, error) {
 	case outputText, outputJSON:
 		return o, nil
 	}
-	return "", fmt.Errorf("%q is not a form: use text or json", text)
+	return "", fmt.Errorf("unknown output format %q: use text or json", text)
 }
 
-// logOptions are the flags by which injectors set the log.
+// logOptions are the log flags that injectors set.
 type logOptions struct {
 	level slog.Level
 	json  bool
@@ -135,7 +135,7 @@ type logOptions struct {
 
 func (o *logOptions) bind(flags *pflag.FlagSet) {
 	parsed(flags, &o.level, parseLogLevel, "log_output_level", "", "default:info", "level",
-		"least level that is logged: debug, info, warn, error or none, with \"default:\" in front if you like")
+		"minimum log level: debug, info, warn, error or none, optionally with the prefix \"default:\"")
 	parsedSwitch(flags, &o.json, "log_as_json", "", "log JSON instead of text")
 }
 
@@ -147,8 +147,8 @@ func (o *logOptions) logger(to io.Writer) *slog.Logger {
 	return slog.New(slog.NewTextHandler(to, options))
 }
 
-// parseLogLevel reads a list of scope:level. Here is one scope, default, whose name may be left out; the levels of
-// others must exist but have no effect.
+// parseLogLevel reads a list of scope:level. The only scope is default, and its name is optional. Levels of other scopes
+// must be valid and have no effect.
 func parseLogLevel(text string) (slog.Level, error) {
 	levels := map[string]slog.Level{
 		"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,

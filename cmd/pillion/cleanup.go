@@ -6,16 +6,16 @@ import (
 	"github.com/pillion-proxy/pillion/iptables"
 )
 
-// newCleanup is `pillion cleanup`. It needs none of init's arguments: what is ours is found by its name.
+// newCleanup is `pillion cleanup`. It does not need init's arguments: our rules are found by their names.
 func newCleanup() *cobra.Command {
 	var options changeOptions
 	cmd := &cobra.Command{
 		Use:   "cleanup",
-		Short: "Take away all that init has made in this network namespace",
-		Long: `Take away all that init has made in this network namespace, in whichever flavour of iptables or in nftables, whatever the
-arguments were: the rules, the policy routing of TPROXY, ::6 on the loopback, and in nftables the built-in chains of the
-raw, mangle and nat tables, and the tables, where nobody has anything in them. Rules of other people stay as they are.
-There being nothing to take away is a success.`,
+		Short: "Remove everything that init has installed in this network namespace",
+		Long: `Remove everything that init has installed in this network namespace, in either flavour of iptables or in nftables and
+whatever its arguments were: the rules, the policy routing of TPROXY, ::6 on the loopback, and in nftables the built-in
+chains and the tables raw, mangle and nat if they are unused. Rules of others stay unchanged. It is a success if there is
+nothing to remove.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := applyEnvironment(cmd.Flags()); err != nil {

@@ -13,8 +13,8 @@ const (
 	setByAnnotation       = "pillion.dev/set-by"      // the variable that has set it
 )
 
-// twin names the environment variables that set flag name when the command line does not, the strongest first, and
-// adds them to the flag's help. It panics on a flag that does not exist: that is a mistake of this package.
+// twin adds environment variables to a flag and its help, in order of precedence. They apply if the command line does not
+// set the flag. An unknown flag is a bug in this package, and panics.
 func twin(flags *pflag.FlagSet, name string, variables ...string) {
 	flag := flags.Lookup(name)
 	if flag == nil {
@@ -26,9 +26,9 @@ func twin(flags *pflag.FlagSet, name string, variables ...string) {
 	}
 }
 
-// applyEnvironment sets every flag that the command line left alone from the first of its variables that is set. An
-// empty variable counts as not set: manifests often carry empty ones. The first bad value ends it with an error that
-// names the variable.
+// applyEnvironment sets each flag that is not on the command line from the first of its variables that is set. An empty
+// variable counts as unset, since manifests often contain empty ones. The first invalid value is an error that names the
+// variable.
 func applyEnvironment(flags *pflag.FlagSet) error {
 	var failed error
 	flags.VisitAll(func(flag *pflag.Flag) {

@@ -24,9 +24,9 @@ func newInit() *cobra.Command {
 		Long: `Install the rules that redirect this network namespace's connections to the agent.
 
 Run it before the workload starts, as root with CAP_NET_ADMIN and CAP_NET_RAW. Running it again repairs what has been
-changed and otherwise does nothing. Lists are separated by commas; ranges are written 8000:9000 for ports and 1337-1340
-for users and groups; names of services, users and groups are looked up. The variables in brackets say the same as the
-flags and are weaker.
+changed and otherwise does nothing. Separate the items of a list by commas; write ranges as 8000:9000 for ports and
+1337-1340 for users and groups; names of services, users and groups are looked up. A flag overrides the environment
+variables in brackets after it.
 ` + variablesAlone,
 		Args: noArguments,
 		RunE: options.run,
@@ -40,12 +40,12 @@ func newIstioIPTables() *cobra.Command {
 	options := newInitOptions(true)
 	cmd := &cobra.Command{
 		Use:   "istio-iptables",
-		Short: "The same as init, with the defaults and the verdicts of istio-iptables",
-		Long: `The same as init, with the defaults and the verdicts of istio-iptables, so that an injector can call it unchanged.
+		Short: "Like init, with the defaults and verdicts of istio-iptables",
+		Long: `Like init, with the defaults and verdicts of istio-iptables, so that an injector can call it unchanged.
 
-IPv6 has rules only when the first global address is of IPv6, or with --dual-stack; packets that belong to nothing are
-dropped only with --drop-invalid; every mode but TPROXY is REDIRECT; TPROXY captures the tunnel port, too; with DNS capture,
-TCP to port 53 over the loopback is judged like any other destination.
+IPv6 gets rules only if the first global address is IPv6, or with --dual-stack. Packets that conntrack calls INVALID are
+dropped only with --drop-invalid. Every mode except TPROXY means REDIRECT. TPROXY also captures the tunnel port. With DNS
+capture, TCP to port 53 over the loopback is treated like any other destination.
 ` + variablesAlone,
 		Args: cobra.ArbitraryArgs,
 		RunE: options.run,
@@ -54,31 +54,31 @@ TCP to port 53 over the loopback is judged like any other destination.
 	return cmd
 }
 
-// variablesAlone tells of what has no flag.
+// variablesAlone describes the variables that have no flag.
 const variablesAlone = `
-$ISTIO_OUTBOUND_OWNER_GROUPS lists the groups whose outbound connections are captured (* for all, as when it is not set;
-empty is nobody), $ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE those that are left alone when all are captured, and
-$ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR is the network in which the workload means itself (127.0.0.1/32).`
+$ISTIO_OUTBOUND_OWNER_GROUPS lists the groups whose outbound connections are captured (* or unset: all; empty: none).
+$ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE lists excluded groups if all are captured. $ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR is the
+loopback network that is never captured (default 127.0.0.1/32).`
 
-// initOptions is what the command line and the environment say.
+// initOptions are the settings from the command line and the environment.
 type initOptions struct {
 	changeOptions
 	backendOptions
 	spec capture.Spec
-	uids []capture.IDRange // nil: who $ENVOY_USER is
+	uids []capture.IDRange // nil: the user $ENVOY_USER
 	gids []capture.IDRange // nil: the same as uids
 
-	// namesakes are the groups that bear the names of the users, which istio-iptables means, if there are such.
+	// namesakes are groups with the names of the users. istio-iptables uses them as the agent's groups, if they exist.
 	namesakes []capture.IDRange
 
-	warnings      []string // about flags, which are read before there is a log
+	warnings      []string // about flags; they are read before the log exists
 	dualStack     bool
 	cleanupOnly   bool
 	skipRules     bool
 	validate      bool
 	probePort     uint16
 	probeTimeout  time.Duration
-	withoutEffect bool // flags that are taken and say nothing: rules converge on every run
+	withoutEffect bool // accepted and ignored: every run repairs the rules
 }
 
 func newInitOptions(compat bool) *initOptions {
@@ -106,7 +106,7 @@ func (o *initOptions) run(cmd *cobra.Command, _ []string) error {
 	return nameSettings(cmd.Flags(), err)
 }
 
-// complete turns what was said into a spec.
+// complete derives the spec from flags, environment and resolv.conf.
 func (o *initOptions) complete(log *slog.Logger) error {
 	s := &o.spec
 	if err := o.readEnvironmentAlone(); err != nil {
@@ -134,9 +134,9 @@ func (o *initOptions) complete(log *slog.Logger) error {
 		s.DNSServers = capture.ParseNameservers(string(text))
 		switch {
 		case err != nil:
-			log.Warn(fmt.Sprintf("DNS is not captured: %v; --capture-all-dns needs no servers", err))
+			log.Warn(fmt.Sprintf("DNS is not captured: %v; --capture-all-dns works without servers", err))
 		case len(s.DNSServers) == 0:
-			log.Warn(fmt.Sprintf("DNS is not captured: %s names no server; --capture-all-dns needs none", resolvConf))
+			log.Warn(fmt.Sprintf("DNS is not captured: %s has no name server; --capture-all-dns works without", resolvConf))
 		}
 	}
 	return nil
@@ -144,7 +144,7 @@ func (o *initOptions) complete(log *slog.Logger) error {
 
 const resolvConf = "/etc/resolv.conf"
 
-// here does what was asked for in the network namespace of the calling thread.
+// here carries out the options in the network namespace of the calling thread.
 func (o *initOptions) here(ctx context.Context, stdout io.Writer, log *slog.Logger) error {
 	backend, err := o.backendOptions.choose()
 	if err != nil {
@@ -155,7 +155,7 @@ func (o *initOptions) here(ctx context.Context, stdout io.Writer, log *slog.Logg
 	case o.cleanupOnly:
 		makePlan = iptables.PlanCleanup
 	case s.Inbound.None() && s.Outbound.None() && len(s.OutboundPorts) == 0 && !s.CapturesDNS():
-		log.Warn("nothing will be captured: -b '*' captures inbound, -i '*' outbound connections")
+		log.Warn("nothing is captured: use -b '*' for inbound and -i '*' for outbound connections")
 	}
 	if !o.skipRules {
 		if err := o.carryOut(ctx, stdout, log, makePlan); err != nil {
@@ -177,7 +177,7 @@ func (o *initOptions) here(ctx context.Context, stdout io.Writer, log *slog.Logg
 	return nil
 }
 
-// validationError says that the rules are not at work.
+// validationError means that the rules are not in effect.
 type validationError struct{ err error }
 
 func (e validationError) Error() string { return "validation failed: " + e.err.Error() }

@@ -51,7 +51,7 @@ func pillion(t *testing.T, ns *nettest.Namespace, environment []string, wrapper 
 	}
 	words := append(append(wrapper, self), args...)
 	cmd := ns.Command(0, 0, words[0], words[1:]...)
-	// The race detector sleeps for a second at the end of each program unless told otherwise.
+	// By default the race detector sleeps for a second at the end of each program.
 	cmd.Env = append(append(os.Environ(), asPillion+"=1", "GORACE=atexit_sleep_ms=0"), environment...)
 	return finish(t, ns, cmd)
 }
@@ -67,7 +67,7 @@ func finish(t *testing.T, ns *nettest.Namespace, cmd *exec.Cmd) outcome {
 	return outcome{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
 }
 
-// here runs pillion in this process, which is quicker. It is for runs that end before they change anything.
+// here runs pillion in this process, for speed. Use it for runs that end before they change anything.
 func here(t *testing.T, ns *nettest.Namespace, args ...string) outcome {
 	t.Helper()
 	files := make([]*os.File, 2)
@@ -136,31 +136,31 @@ func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
 		{args: "init -i 10.0.0.0", code: 1, want: `invalid argument "10.0.0.0" for "-i, --istio-service-cidr" flag: "10.0.0.0"` + notANet},
 		{args: "init -x *", code: 1, want: `invalid argument "*" for "-x, --istio-service-exclude-cidr" flag: "*"` + starAlone},
 		{args: "init -c eth0!", code: 1, want: `invalid argument "eth0!" for "-c, --istio-exclude-interfaces" flag: "eth0!" is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
-		{args: "init --dry-run=maybe", code: 1, want: `invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is neither on nor off: use true or false`},
-		{args: "init --output yaml", code: 1, want: `invalid argument "yaml" for "--output" flag: "yaml" is not a form: use text or json`},
+		{args: "init --dry-run=maybe", code: 1, want: `invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is not a boolean: use true or false`},
+		{args: "init --output yaml", code: 1, want: `invalid argument "yaml" for "--output" flag: unknown output format "yaml": use text or json`},
 		{args: "init --log_output_level=loud", code: 1, want: `invalid argument "loud" for "--log_output_level" flag: "loud" is not a log level: use debug, info, warn, error, fatal or none`},
 		{args: "init", environment: "ISTIO_INBOUND_PORTS=80x", code: 1, want: `environment variable ISTIO_INBOUND_PORTS="80x" (for --istio-inbound-ports): invalid argument "80x" for "-b, --istio-inbound-ports" flag: "80x"` + notPorts},
-		{args: "init", environment: "DRY_RUN=maybe", code: 1, want: `environment variable DRY_RUN="maybe" (for --dry-run): invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is neither on nor off: use true or false`},
+		{args: "init", environment: "DRY_RUN=maybe", code: 1, want: `environment variable DRY_RUN="maybe" (for --dry-run): invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is not a boolean: use true or false`},
 		{args: "init -k eth/0", code: 1, want: `invalid argument "eth/0" for "-k, --kube-virt-interfaces" flag: "eth/0" is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
-		{args: "init --force-iptables-binary=nftables", code: 1, want: `invalid argument "nftables" for "--force-iptables-binary" flag: "nftables" is not a flavour of iptables: use legacy or nft`},
-		{args: "init --backend=nft", code: 1, want: `invalid argument "nft" for "--backend" flag: "nft" is not a back end: use auto, iptables, iptables-nft, iptables-legacy or nftables`},
-		{args: "init --backend=iptables --native-nftables", code: 1, want: `--backend iptables and --native-nftables, which means nftables, contradict each other: use one of them`},
-		{args: "init --backend=nftables --force-iptables-binary=legacy", code: 1, want: `--backend nftables and --force-iptables-binary, which means iptables-legacy, contradict each other: use one of them`},
+		{args: "init --force-iptables-binary=nftables", code: 1, want: `invalid argument "nftables" for "--force-iptables-binary" flag: unknown flavour of iptables "nftables": use legacy or nft`},
+		{args: "init --backend=nft", code: 1, want: `invalid argument "nft" for "--backend" flag: unknown back end "nft": use auto, iptables, iptables-nft, iptables-legacy or nftables`},
+		{args: "init --backend=iptables --native-nftables", code: 1, want: `--backend iptables contradicts --native-nftables, which means nftables: use one of them`},
+		{args: "init --backend=nftables --force-iptables-binary=legacy", code: 1, want: `--backend nftables contradicts --force-iptables-binary, which means iptables-legacy: use one of them`},
 		{args: "init --network-namespace=/nowhere", code: 1, want: `--network-namespace: opening network namespace /nowhere: no such file or directory`},
 		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS=nobody-of-that-name", code: 1, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS="nobody-of-that-name": "nobody-of-that-name" is neither a number nor a known name: use a number such as 1337, or a range such as 1337-1340`},
 		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE=*", code: 1, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE="*": "*"` + starAlone},
 		{args: "istio-iptables", environment: "ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR=10.0.0.0/8", code: 1, want: `environment variable ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR="10.0.0.0/8": "10.0.0.0/8" is not an IPv4 loopback network: use one in 127.0.0.0/8, such as 127.0.0.1/32`},
 		{args: "istio-iptables", environment: "PROBE_TIMEOUT=5", code: 1, want: `environment variable PROBE_TIMEOUT="5" (for --probe-timeout): invalid argument "5" for "--probe-timeout" flag: not a time span: use a number with a unit, such as 500ms, 10s or 5m`},
-		{args: "istio-iptables", environment: "REDIRECT_DNS=maybe", code: 1, want: `environment variable REDIRECT_DNS="maybe" (for --redirect-dns): invalid argument "maybe" for "--redirect-dns" flag: "maybe" is neither on nor off: use true or false`},
-		{args: "istio-iptables --dual-stack=maybe", code: 255, want: `invalid argument "maybe" for "--dual-stack" flag: "maybe" is neither on nor off: use true or false`},
+		{args: "istio-iptables", environment: "REDIRECT_DNS=maybe", code: 1, want: `environment variable REDIRECT_DNS="maybe" (for --redirect-dns): invalid argument "maybe" for "--redirect-dns" flag: "maybe" is not a boolean: use true or false`},
+		{args: "istio-iptables --dual-stack=maybe", code: 255, want: `invalid argument "maybe" for "--dual-stack" flag: "maybe" is not a boolean: use true or false`},
 		{args: "istio-iptables --iptables-probe-port=70000", code: 255, want: `invalid argument "70000" for "--iptables-probe-port" flag: "70000"` + notAPort},
 		{args: "istio-iptables --probe-timeout=5", code: 255, want: `invalid argument "5" for "--probe-timeout" flag: not a time span: use a number with a unit, such as 500ms, 10s or 5m`},
 		{args: "istio-iptables --log_output_level=loud", code: 255, want: `invalid argument "loud" for "--log_output_level" flag: "loud" is not a log level: use debug, info, warn, error, fatal or none`},
 		{args: "istio-iptables --restore-format", code: 255, want: `unknown flag: --restore-format`},
 		{args: "init -b", code: 255, want: `flag needs an argument: 'b' in -b`},
-		{args: "init 8080", code: 255, want: `unexpected argument "8080": every value belongs to a flag`},
+		{args: "init 8080", code: 255, want: `unexpected argument "8080": values belong to flags`},
 		{args: "cleanup -p 15001", code: 255, want: `unknown shorthand flag: 'p' in -p`},
-		{args: "cleanup all", code: 255, want: `unexpected argument "all": every value belongs to a flag`},
+		{args: "cleanup all", code: 255, want: `unexpected argument "all": values belong to flags`},
 	} {
 		variable, value, _ := strings.Cut(test.environment, "=")
 		if variable != "" {
@@ -195,7 +195,7 @@ func TestInitByTheInjectorsArgumentsAndCleanup(t *testing.T) {
 	}
 	expect("first run", run("istio-iptables"), "ipv4 rules installed in nft (16 changes)\n")
 	expect("first run of init", run("init"), "ipv4 rules installed in nft (2 changes), ipv6 rules installed in nft (20 changes), ::6 added to lo\n")
-	expect("second run", run("init"), "nothing to change: the rules are in place\n")
+	expect("second run", run("init"), "nothing to change: the rules are installed\n")
 	ns.MustRun(t, "iptables-nft", "-t", "nat", "-F", "PILLION_IN_REDIRECT")
 	expect("repair", run("init"), "ipv4 rules installed in nft (1 change)\n")
 	expect("cleanup", pillion(t, ns, nil, nil, "cleanup"), "ipv4 rules removed from nft (23 changes), ipv6 rules removed from nft (25 changes), ::6 removed from lo\n")
@@ -238,7 +238,7 @@ func TestDryRunShowsEachRuleWithItsReasonAndTouchesNothing(t *testing.T) {
 	for _, want := range []string{
 		"add ::6/128 on lo\n", "ipv4, nft, nat table: 16 changes\n", "ipv6, nft, nat table: 18 changes\n",
 		"  missing: + -A PILLION_OUTPUT -o lo -m comment --comment \"pillion:outbound/loopback\" -j RETURN\n" +
-			"      processes of the workload talk to each other directly\n",
+			"      connections between processes of the workload are not captured\n",
 	} {
 		if !strings.Contains(got.stdout, want) {
 			t.Errorf("no %q in:\n%s", want, got.stdout)
@@ -307,7 +307,7 @@ func TestAMissingCapabilityIsNamed(t *testing.T) {
 		}
 	}
 	got := pillion(t, ns, nil, without("net_admin"), "init", "-n", "-i", "*")
-	if got.code != 0 || !strings.HasPrefix(got.stdout, "what is there could not be read (capability CAP_NET_ADMIN "+missing+")") ||
+	if got.code != 0 || !strings.HasPrefix(got.stdout, "cannot read the current state (capability CAP_NET_ADMIN "+missing+")") ||
 		!strings.Contains(got.stdout, "-A PILLION_OUTPUT") {
 		t.Errorf("dry run without rights: got %+v", got)
 	}
@@ -334,7 +334,7 @@ func TestAMissingCapabilityIsNamed(t *testing.T) {
 		}
 	}
 	got = pillion(t, fresh, []string{"PATH=" + legacyAlone}, without("net_raw"), "init", "-i", "*")
-	if got.code != 0 || !strings.Contains(got.stdout, "rules installed in nftables") || !strings.Contains(got.stderr, "because iptables cannot be used: capability CAP_NET_RAW is missing") {
+	if got.code != 0 || !strings.Contains(got.stdout, "rules installed in nftables") || !strings.Contains(got.stderr, "because iptables is not usable: capability CAP_NET_RAW is missing") {
 		t.Errorf("legacy, which nobody asked for, without CAP_NET_RAW: got %+v", got)
 	}
 	ns.MustRun(t, "iptables-legacy-save", "-t", "nat")
@@ -371,7 +371,7 @@ func TestCapturingNothingIsWarnedOf(t *testing.T) {
 	ns := nettest.New(t, "pod")
 	got := pillion(t, ns, nil, nil, "init", "--dry-run", "--log_as_json")
 	var line struct{ Level, Msg string }
-	if err := json.Unmarshal([]byte(got.stderr), &line); err != nil || line.Level != "WARN" || !strings.HasPrefix(line.Msg, "nothing will be captured") {
+	if err := json.Unmarshal([]byte(got.stderr), &line); err != nil || line.Level != "WARN" || !strings.HasPrefix(line.Msg, "nothing is captured") {
 		t.Errorf("%v: %+v", err, got)
 	}
 	if got := pillion(t, ns, nil, nil, "init", "--dry-run", "--log_output_level=default:error"); got.stderr != "" {
@@ -413,7 +413,7 @@ func TestServersOfNamesAreThoseOfResolvConf(t *testing.T) {
 	asResolvConf := []string{"unshare", "-m", "sh", "-c", `mount --bind ` + file + ` /etc/resolv.conf && exec "$@"`, "sh"}
 	for text, want := range map[string]struct{ stdout, stderr string }{
 		"nameserver 10.0.0.53\nnameserver 2001:db8::53\n": {`-d 2001:db8::53/128 -p udp -m udp --dport 53 -m comment --comment "pillion:dns/udp/2001:db8::53/128" -j REDIRECT --to-ports 15053`, ""},
-		"search example.com\n":                            {"outbound/all", "DNS is not captured: /etc/resolv.conf names no server"},
+		"search example.com\n":                            {"outbound/all", "DNS is not captured: /etc/resolv.conf has no name server"},
 	} {
 		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
@@ -451,7 +451,7 @@ func TestTheWaysOfIstioIPTables(t *testing.T) {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 	got = pillion(t, ns, nil, nil, arguments("-m", "tproxy", "--reconcile", "--force-apply", "--log_target=stdout", "--log_target=/x", "--vklog=9", "what", "ever")...)
-	if got.code != 0 || !strings.Contains(got.stderr, `-m \"tproxy\" is not a mode: REDIRECT is meant`) || !strings.Contains(got.stdout, "16 changes") {
+	if got.code != 0 || !strings.Contains(got.stderr, `-m \"tproxy\" is not a mode: using REDIRECT`) || !strings.Contains(got.stdout, "16 changes") {
 		t.Errorf("got %+v", got)
 	}
 	if got := pillion(t, ns, nil, nil, arguments("--cleanup-only")...); got.code != 0 || got.stdout != "ipv4 rules removed from nft (20 changes)\n" {
@@ -518,7 +518,7 @@ func publicDir(t *testing.T) string {
 	return dir
 }
 
-// Without -g istio-iptables hands the words of -u on to the group match, which looks them up as groups.
+// Without -g, istio-iptables passes the words of -u to the group match, and that looks them up as groups.
 func TestTheAgentsGroupsFollowItsUsers(t *testing.T) {
 	user, namesake, named := []capture.IDRange{{First: 5, Last: 5}}, []capture.IDRange{{First: 60, Last: 60}}, []capture.IDRange{{First: 7, Last: 7}}
 	for _, test := range []struct {

@@ -205,7 +205,7 @@ func TestWhenNothingAnswersTheErrorSaysWhatToDo(t *testing.T) {
 		"status --admin 15000":   `invalid argument "15000" for "--admin" flag: not an address: use one with a port, such as 127.0.0.1:15000`,
 		"tap --status 6xx":       `invalid argument "6xx" for "--status" flag: not a status: use one such as 404, or a class such as 5xx`,
 		"tap --direction upward": `invalid argument "upward" for "--direction" flag: not a direction: use inbound or outbound`,
-		"top --output yaml":      `invalid argument "yaml" for "-o, --output" flag: "yaml" is not a form: use text or json`,
+		"top --output yaml":      `invalid argument "yaml" for "-o, --output" flag: unknown output format "yaml": use text or json`,
 	} {
 		if _, _, err := lookAt(t.Context(), strings.Fields(args)...); err == nil || err.Error() != want {
 			t.Errorf("%s: %v, want %s", args, err, want)

@@ -10,13 +10,13 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// parsed adds a flag whose text is turned into a value as soon as it is set, so that a bad one is reported with the
-// flag's or the variable's name. The value that stands for text must be in the place already.
+// parsed adds a flag that is parsed when it is set, so that an error names the flag or variable. *into must already have the
+// value of the default text.
 func parsed[T any](flags *pflag.FlagSet, into *T, parse func(string) (T, error), name, short, text, kind, usage string) *pflag.Flag {
 	return flags.VarPF(&parsedValue[T]{into: into, parse: parse, text: text, kind: kind}, name, short, usage)
 }
 
-// parsedSwitch adds a flag that is what into holds, mostly off, and on when it stands alone.
+// parsedSwitch adds a boolean flag. Its default is *into; without a value it is true.
 func parsedSwitch(flags *pflag.FlagSet, into *bool, name, short, usage string) {
 	parsed(flags, into, parseSwitch, name, short, strconv.FormatBool(*into), "bool", usage).NoOptDefVal = "true"
 }
@@ -24,7 +24,7 @@ func parsedSwitch(flags *pflag.FlagSet, into *bool, name, short, usage string) {
 func parseSwitch(text string) (bool, error) {
 	on, err := strconv.ParseBool(text)
 	if err != nil {
-		return false, fmt.Errorf("%q is neither on nor off: use true or false", text)
+		return false, fmt.Errorf("%q is not a boolean: use true or false", text)
 	}
 	return on, nil
 }
@@ -47,8 +47,8 @@ func (v *parsedValue[T]) Set(text string) error {
 	return err
 }
 
-// flagError tells a bad value, which is a failure like any other, from a command line that makes no sense. istio-iptables
-// draws the line elsewhere: what it parses itself belongs to the command line's form.
+// flagError distinguishes an invalid value (an ordinary failure) from an invalid command line (a usage error).
+// istio-iptables counts the values that it parses itself as usage errors.
 func flagError(cmd *cobra.Command, err error) error {
 	var invalid *pflag.InvalidValueError
 	if !errors.As(err, &invalid) {
@@ -63,7 +63,7 @@ func flagError(cmd *cobra.Command, err error) error {
 
 func noArguments(_ *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return usageError{fmt.Errorf("unexpected argument %q: every value belongs to a flag", args[0])}
+		return usageError{fmt.Errorf("unexpected argument %q: values belong to flags", args[0])}
 	}
 	return nil
 }

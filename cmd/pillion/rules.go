@@ -18,11 +18,11 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// newRules is `pillion rules`, whose commands look and change nothing.
+// newRules is `pillion rules`. Its commands change nothing.
 func newRules() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "rules",
-		Short: "Look at the rules: which there are, whether they are right, what they do with a packet",
+		Short: "Inspect the rules: list them, compare them with the flags, trace a packet",
 		Args:  noArguments,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
@@ -30,13 +30,13 @@ func newRules() *cobra.Command {
 	return cmd
 }
 
-// viewOptions are what the commands about rules have in common: init's flags, and whose rules are meant.
+// viewOptions are common to the commands about rules: init's flags, and which rules are meant.
 type viewOptions struct {
 	*initOptions
 	planned bool
 	like    string
-	view    *pflag.FlagSet // where to look, and how it is told
-	capture flagGroups     // any of which says that rules are planned
+	view    *pflag.FlagSet // where to look, and the output format
+	capture flagGroups     // any of them selects the planned rules
 }
 
 func newViewOptions() *viewOptions {
@@ -50,14 +50,14 @@ func (o *viewOptions) bind(cmd *cobra.Command, title string, own func(*pflag.Fla
 		o.bindView(flags)
 	}}
 	like := flagBinding{"Whose flags these are", func(flags *pflag.FlagSet) {
-		choiceFlag(flags, &o.like, "like", "the command whose defaults and verdicts they have", "init", "istio-iptables")
+		choiceFlag(flags, &o.like, "like", "the command whose defaults and verdicts apply", "init", "istio-iptables")
 		o.bindDualStack(flags)
 	}}
 	groups := bindGroups(cmd, append([]flagBinding{view, like}, o.captureGroups()...)...)
 	o.view, o.capture = groups[0].flags, groups[1:]
 }
 
-// look does something in the network namespace that was asked for.
+// look runs fn in the selected network namespace.
 func (o *viewOptions) look(fn func() error) error {
 	if err := applyEnvironment(o.view); err != nil {
 		return err
@@ -66,10 +66,10 @@ func (o *viewOptions) look(fn func() error) error {
 }
 
 func (o *viewOptions) bindPlanned(flags *pflag.FlagSet) {
-	parsedSwitch(flags, &o.planned, "planned", "", "the rules that init would make by the flags below and the environment, not those in force; any of these flags says the same")
+	parsedSwitch(flags, &o.planned, "planned", "", "use the rules that init would install for the flags below and the environment, not those in force; implied by any of these flags")
 }
 
-// readSpec turns flags and environment into a spec.
+// readSpec derives the spec from flags and environment.
 func (o *viewOptions) readSpec(flags *pflag.FlagSet, log *slog.Logger) error {
 	if err := applyEnvironment(flags); err != nil {
 		return err
@@ -86,7 +86,7 @@ func (o *viewOptions) readSpec(flags *pflag.FlagSet, log *slog.Logger) error {
 	return nameSettings(flags, o.spec.Validate())
 }
 
-// rules are those that are meant: what is planned if any flag of init says so, else what is in force.
+// rules returns the planned rules if a flag of init is set, else those in force.
 func (o *viewOptions) rules(cmd *cobra.Command, log *slog.Logger) ([]ruleset.Held, error) {
 	for _, group := range o.capture {
 		group.flags.VisitAll(func(flag *pflag.Flag) { o.planned = o.planned || flag.Changed })
@@ -104,8 +104,8 @@ func (o *viewOptions) rules(cmd *cobra.Command, log *slog.Logger) ([]ruleset.Hel
 	return live.Held, err
 }
 
-// tell writes a result in the form that was asked for.
-func (o *viewOptions) tell(to io.Writer, value any, text string) error {
+// print writes a result in the selected format.
+func (o *viewOptions) print(to io.Writer, value any, text string) error {
 	if o.output == outputJSON {
 		return writeJSON(to, value)
 	}
@@ -117,10 +117,10 @@ func newRulesShow() *cobra.Command {
 	o := newViewOptions()
 	cmd := &cobra.Command{
 		Use:   "show",
-		Short: "Show the rules that are in force, or would be, with their reasons",
-		Long: `Show the rules that are in force in this network namespace: those of every flavour, in both families, in the tables in
-which ours can be, in the order in which packets come to them, with the reasons of ours and what the kernel has counted.
-With any of init's flags, or with --planned, show the rules that init would make.`,
+		Short: "Show the rules in force, or the planned ones, with their reasons",
+		Long: `Show the rules in force in this network namespace: all flavours and both families, in the tables that init uses, in the
+order in which packets reach them, with the reasons of our rules and the kernel's counters. With any of init's flags, or
+with --planned, show the rules that init would install.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.look(func() error {
@@ -132,21 +132,21 @@ With any of init's flags, or with --planned, show the rules that init would make
 				if text == "" {
 					text = "there are no rules\n"
 				}
-				return o.tell(cmd.OutOrStdout(), struct {
+				return o.print(cmd.OutOrStdout(), struct {
 					Planned bool           `json:"planned"`
 					Rules   []report.Shown `json:"rules"`
 				}{o.planned, report.Show(held)}, text)
 			})
 		},
 	}
-	o.bind(cmd, "What is shown, and how", o.bindPlanned)
+	o.bind(cmd, "What is shown, and the output", o.bindPlanned)
 	return cmd
 }
 
-// errDifferent ends a check that has told what is different.
-var errDifferent = errors.New("the rules are not as the flags want them")
+// errDifferent ends a check that has printed differences.
+var errDifferent = errors.New("the rules do not match the flags")
 
-// unknownError says that a check could not compare.
+// unknownError means that a check could not compare.
 type unknownError struct{ err error }
 
 func (e unknownError) Error() string { return e.err.Error() }
@@ -156,11 +156,11 @@ func newRulesCheck() *cobra.Command {
 	o := newViewOptions()
 	cmd := &cobra.Command{
 		Use:   "check",
-		Short: "Compare the rules that are in force with what init would make by the same flags",
-		Long: `Compare the rules that are in force in this network namespace with what init would make by the same flags and the same
-environment, and name each difference, one in a line, with what it means for traffic. Rules of other people that stand
-before our jump and may decide about a packet are warned of. Exit status: 0 if there is no difference, 1 if there is one,
-2 if that could not be found out.`,
+		Short: "Compare the rules in force with those that init would install for the same flags",
+		Long: `Compare the rules in force in this network namespace with those that init would install for the same flags and
+environment. Print each difference in one line, with its effect on traffic, and a warning for each rule of others that
+precedes our jump and may decide about a packet. Exit status: 0 without a difference, 1 with one, 2 if the comparison
+failed.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			err := o.look(func() error {
@@ -175,7 +175,7 @@ before our jump and may decide about a packet are warned of. Exit status: 0 if t
 				if err != nil {
 					return err
 				}
-				if err := o.tell(cmd.OutOrStdout(), found, found.String()); err != nil || found.Equal {
+				if err := o.print(cmd.OutOrStdout(), found, found.String()); err != nil || found.Equal {
 					return err
 				}
 				return errDifferent
@@ -186,7 +186,7 @@ before our jump and may decide about a packet are warned of. Exit status: 0 if t
 			return unknownError{err}
 		},
 	}
-	o.bind(cmd, "Where, and how it is told", o.backendOptions.bind)
+	o.bind(cmd, "Where, and the output", o.backendOptions.bind)
 	return cmd
 }
 
@@ -196,20 +196,20 @@ func newRulesExplain() *cobra.Command {
 	ids := [2]string{}
 	cmd := &cobra.Command{
 		Use:   "explain",
-		Short: "Walk a packet through the rules and say what becomes of it",
-		Long: `Walk a packet through the rules that are in force in this network namespace, or with any of init's flags or --planned
-through those that init would make, and print each rule that it meets, with its reason, and what becomes of it. The tables
-raw, mangle and nat are looked at, not filter. Nothing is sent.
+		Short: "Trace a packet through the rules and print the verdict",
+		Long: `Trace a packet through the rules in force in this network namespace, or with any of init's flags or --planned through
+those that init would install. Print each rule that the packet meets, with its reason, and the verdict. The tables are raw,
+mangle and nat, not filter. No packet is sent.
 
     pillion rules explain --uid 1000 --dst 198.51.100.7:443
     pillion rules explain --from 203.0.113.9 --dst :8080`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if question.From.IsValid() == (ids[0] != "") {
-				return errors.New("say either who sends the packet (--uid) or where it comes from (--from)")
+				return errors.New("give either the sending user (--uid) or the remote sender (--from)")
 			}
 			if question.Dst.Port() == 0 {
-				return errors.New("say where the packet goes: --dst 198.51.100.7:443")
+				return errors.New("give the destination: --dst 198.51.100.7:443")
 			}
 			if ids[0] != "" && ids[1] == "" {
 				question.GID = question.UID
@@ -224,11 +224,11 @@ raw, mangle and nat are looked at, not filter. Nothing is sent.
 					return err
 				}
 				explanation := report.Explain(packet, held)
-				return o.tell(cmd.OutOrStdout(), explanation, explanation.String())
+				return o.print(cmd.OutOrStdout(), explanation, explanation.String())
 			})
 		},
 	}
-	o.bind(cmd, "The packet, and how it is told", func(flags *pflag.FlagSet) {
+	o.bind(cmd, "The packet, and the output", func(flags *pflag.FlagSet) {
 		id := func(into *uint32, text *string) func(string) (uint32, error) {
 			return func(given string) (uint32, error) {
 				number, err := strconv.ParseUint(given, 10, 32)
@@ -239,15 +239,15 @@ raw, mangle and nat are looked at, not filter. Nothing is sent.
 				return *into, nil
 			}
 		}
-		parsed(flags, new(uint32), id(&question.UID, &ids[0]), "uid", "", "", "number", "user of the local process that sends it")
-		parsed(flags, new(uint32), id(&question.GID, &ids[1]), "gid", "", "", "number", "group of that process; without it, the number of the user")
-		parsed(flags, &question.From, report.ParseAddress, "from", "", "", "address", "another host that sends it")
-		parsed(flags, &question.Dst, report.ParseDestination, "dst", "", "", "address:port", "where it goes; with --from, :port means the pod's own address")
-		parsed(flags, &question.Src, report.ParseAddress, "src", "", "", "address", "source address of a local process; without it, the kernel's choice")
-		parsed(flags, &question.Interface, capture.ParseInterface, "iface", "", "", "name", "where it comes in or goes out; without it, by the routes")
-		parsed(flags, &question.Protocol, report.ParseProtocol, "proto", "", "tcp", "tcp|udp", "its protocol")
-		parsed(flags, &question.Mark, capture.ParseNumber, "mark", "", "0", "number", "its mark; decimal or 0x…")
-		parsed(flags, &question.State, report.ParseState, "state", "", "new", "new|established|invalid", "what connection tracking says of it")
+		parsed(flags, new(uint32), id(&question.UID, &ids[0]), "uid", "", "", "number", "user of the local process that sends the packet")
+		parsed(flags, new(uint32), id(&question.GID, &ids[1]), "gid", "", "", "number", "group of that process (default: the number of the user)")
+		parsed(flags, &question.From, report.ParseAddress, "from", "", "", "address", "remote host that sends the packet")
+		parsed(flags, &question.Dst, report.ParseDestination, "dst", "", "", "address:port", "destination; with --from, :port means the pod's own address")
+		parsed(flags, &question.Src, report.ParseAddress, "src", "", "", "address", "source address of a local process (default: the kernel's choice)")
+		parsed(flags, &question.Interface, capture.ParseInterface, "iface", "", "", "name", "interface on which the packet arrives or leaves (default: by the routes)")
+		parsed(flags, &question.Protocol, report.ParseProtocol, "proto", "", "tcp", "tcp|udp", "protocol")
+		parsed(flags, &question.Mark, capture.ParseNumber, "mark", "", "0", "number", "packet mark; decimal or 0x…")
+		parsed(flags, &question.State, report.ParseState, "state", "", "new", "new|established|invalid", "conntrack state")
 		o.bindPlanned(flags)
 	})
 	return cmd

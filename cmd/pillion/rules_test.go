@@ -34,8 +34,8 @@ func golden(t *testing.T, name, got string) {
 // counted is what differs from run to run.
 var counted = regexp.MustCompile(`("packets"|"bytes"): \d+`)
 
-// What programs read of the commands stays as it is.
-func TestRulesAreToldTheSameWayToPeopleAndPrograms(t *testing.T) {
+// The JSON output is an interface for programs and must not change.
+func TestRulesAreReportedInTextAndJSON(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
 	pod.MustRun(t, "iptables-nft", "-t", "nat", "-A", "OUTPUT", "-m", "ttl", "--ttl-eq", "7", "-j", "ACCEPT")
@@ -97,7 +97,7 @@ func TestACheckServesAsAProbe(t *testing.T) {
 		t.Fatalf("got %+v", got)
 	}
 	check("by the same arguments, but with init's defaults", 1, "missing: ", injectorArguments...)
-	check("by the same arguments", 0, "the rules are as the flags want them\n", append([]string{"--like", "istio-iptables"}, injectorArguments...)...)
+	check("by the same arguments", 0, "the rules match\n", append([]string{"--like", "istio-iptables"}, injectorArguments...)...)
 
 	without := []string{"setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"}
 	for command, code := range map[string]int{"check": 2, "show": 1, "explain --uid 1 --dst 127.0.0.1:80": 1} {
@@ -123,16 +123,16 @@ func TestABadQuestionEndsWithOneLine(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "pod")
 	for args, want := range map[string]string{
-		"explain --dst 198.51.100.7:443":                                    "say either who sends the packet (--uid) or where it comes from (--from)",
-		"explain --uid 0 --from 203.0.113.9 --dst :80":                      "say either who sends the packet (--uid) or where it comes from (--from)",
-		"explain --uid 0":                                                   "say where the packet goes: --dst 198.51.100.7:443",
+		"explain --dst 198.51.100.7:443":                                    "give either the sending user (--uid) or the remote sender (--from)",
+		"explain --uid 0 --from 203.0.113.9 --dst :80":                      "give either the sending user (--uid) or the remote sender (--from)",
+		"explain --uid 0":                                                   "give the destination: --dst 198.51.100.7:443",
 		"explain --uid root --dst :80":                                      `invalid argument "root" for "--uid" flag: "root" is not a user or group: use a number such as 1000`,
 		"explain --uid 0 --dst 198.51.100.7":                                `invalid argument "198.51.100.7" for "--dst" flag: "198.51.100.7" is not a destination: write address and port, such as 198.51.100.7:443 or [2001:db8::7]:443, or a port alone, such as :8080`,
 		"explain --uid 0 --dst :0":                                          `invalid argument ":0" for "--dst" flag: "0" is not a port: use a number from 1 to 65535`,
-		"explain --uid 0 --dst :80 --planned":                               "the destination has no address: write one such as 198.51.100.7:443; only where it is said from where the packet comes can it be left out",
+		"explain --uid 0 --dst :80 --planned":                               "the destination has no address: write one such as 198.51.100.7:443; it is optional only with a sender",
 		"explain --from 203.0.113 --dst :80":                                `invalid argument "203.0.113" for "--from" flag: "203.0.113" is not an address: write one such as 203.0.113.9 or 2001:db8::9`,
-		"explain --from 203.0.113.9 --dst :80 --planned":                    "looking for the route to 203.0.113.9: network is unreachable; name the interface and the addresses to do without",
-		"explain --uid 0 --src 203.0.113.9 --dst [::1]:80 -i * --iface lo0": "203.0.113.9 and ::1 are not of one family",
+		"explain --from 203.0.113.9 --dst :80 --planned":                    "looking for the route to 203.0.113.9: network is unreachable; to explain without a route, give the interface and the addresses",
+		"explain --uid 0 --src 203.0.113.9 --dst [::1]:80 -i * --iface lo0": "203.0.113.9 and ::1 are of different families",
 		"explain --uid 0 --dst :80 --proto sctp":                            `invalid argument "sctp" for "--proto" flag: "sctp" is not a protocol: use tcp or udp`,
 		"explain --uid 0 --dst :80 --state gone":                            `invalid argument "gone" for "--state" flag: "gone" is not a state: use new, established or invalid`,
 		"show --like kuma":                                                  `invalid argument "kuma" for "--like" flag: use one of init, istio-iptables`,
@@ -151,8 +151,8 @@ func TestATerminalGetsHeadingsAndRemarksSetOff(t *testing.T) {
 	}
 }
 
-// What is missing is named with the remedy, by real programs that lack it.
-func TestWhatIptablesLacksIsNamedWithTheRemedy(t *testing.T) {
+// An error names the missing part and the remedy. The programs are real ones that lack it.
+func TestAMissingPartOfIptablesIsNamedWithTheRemedy(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "pod")
 	shim := func(name, script string) string {
@@ -169,12 +169,12 @@ func TestWhatIptablesLacksIsNamedWithTheRemedy(t *testing.T) {
 		wrapper     []string
 		want        string
 	}{
-		{"no place for the lock", nil, readOnlyRun, "the lock file of iptables cannot be made: mount an emptyDir at /run, or name another place by XTABLES_LOCKFILE"},
+		{"no place for the lock", nil, readOnlyRun, "cannot create the lock file of iptables: mount an emptyDir at /run, or set XTABLES_LOCKFILE to another path"},
 		{"an extension that is not installed", []string{shim("iptables-legacy-restore", `exec iptables-legacy -m nosuchmatch -A OUTPUT`)}, nil, "this iptables lacks an extension: install its whole package"},
 		{"a module that is not there", []string{shim("iptables-legacy-restore", `echo "iptables-restore: line $(grep -n owner | head -1 | cut -d: -f1) failed" >&2; echo "Extension owner revision 0 not supported, missing kernel module?" >&2; exit 4`)},
-			nil, "the kernel lacks a part of this rule: load the modules xt_owner, xt_comment on the node"},
+			nil, "the kernel lacks support for this rule: load the modules xt_owner, xt_comment on the node"},
 		{"somebody who holds the lock", []string{shim("iptables-legacy-restore", `echo "Another app is currently holding the xtables lock. Stopped waiting after 5s." >&2; exit 4`)},
-			nil, "somebody else has held the lock of iptables for 5 seconds: try again; everything is as it was"},
+			nil, "another program has held the xtables lock for 5 seconds: try again; the former state is restored"},
 	} {
 		got := pillion(t, ns, test.environment, test.wrapper, "init", "-i", "*", "--force-iptables-binary", "legacy")
 		if got.code != 1 || !strings.Contains(got.stderr, test.want) || strings.Count(got.stderr, "\n") != 1 {

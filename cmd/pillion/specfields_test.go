@@ -81,8 +81,8 @@ func TestAnErrorNamesTheSettingThatWasUsed(t *testing.T) {
 			s.ProxyUIDs, s.ProxyGIDs = nil, nil
 			return s.Validate()
 		}, "-u: name a user or a group, or the agent's own connections would be captured; a group is named by -g"},
-		{"a wrapped error", nil, [2]string{}, func(capture.Spec) error { return fmt.Errorf("adding a route: %w; everything is as it was", table) },
-			"adding a route: -r 133: in use; everything is as it was"},
+		{"a wrapped error", nil, [2]string{}, func(capture.Spec) error { return fmt.Errorf("adding a route: %w; the former state is restored", table) },
+			"adding a route: -r 133: in use; the former state is restored"},
 		{"an unknown field", nil, [2]string{}, func(capture.Spec) error { return &capture.FieldError{Field: "New", Err: errors.New("x")} }, "New: x"},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -9,10 +9,10 @@ import (
 
 // The injector runs the validation without any right, as the agent's user, or as root; a container of the workload's may,
 // too.
-func TestValidationTellsWhatIsCapturedAndWhatIsNot(t *testing.T) {
+func TestValidationReportsWhatIsCaptured(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod, peer := nettest.PodAndPeer(t)
-	// Nobody may hear of a packet that is not captured, but the peer's router, from those who cannot read the rules.
+	// Only the peer's router may see uncaptured packets, and only from processes that cannot read the rules.
 	for program, network := range map[string]string{"iptables-nft": "192.0.2.0/24 -m ttl ! --ttl-eq 1", "ip6tables-nft": "100::/64 -m hl ! --hl-eq 1"} {
 		peer.MustRun(t, "sh", "-c", program+" -t raw -A PREROUTING -d "+network)
 	}
@@ -46,9 +46,9 @@ func TestValidationTellsWhatIsCapturedAndWhatIsNot(t *testing.T) {
 	pod.MustRun(t, "/sbin/ip", "addr", "add", "::6/128", "dev", "lo")
 	expect("agent without rules", asAgent, quick, 126, "pillion: error: validation failed: not captured: inbound ipv4: user 1337: ", "127.0.0.6:15002: connect: connection refused", "; inbound ipv6: user 1337: ")
 	expect("root without rules", root, quick, 126,
-		"not captured: inbound ipv4: by the rules in force, what user 1337 sends to 127.0.0.6:15002 is left alone: no rule captures it; outbound ipv4: by the rules in force, what user 0 sends to 192.0.2.1:15002 is left alone: no rule captures it; DNS over udp ipv4: ",
-		"; DNS over tcp ipv4: ", "; outbound ipv6: by the rules in force, what user 0 sends to [100::1]:15002 is left alone")
-	expect("somebody without rules", asNobody, quick, 126, "outbound ipv4: user 65534: ", "DNS over udp ipv4: what user 65534 sent to 127.0.0.1:53 did not come to port 15053: ", "inbound ipv4, inbound ipv6 not tried: it takes user 1337 and group 1337")
+		"not captured: inbound ipv4: in the rules in force, traffic of user 1337 to 127.0.0.6:15002 is not captured: no rule matches; outbound ipv4: in the rules in force, traffic of user 0 to 192.0.2.1:15002 is not captured: no rule matches; DNS over udp ipv4: ",
+		"; DNS over tcp ipv4: ", "; outbound ipv6: in the rules in force, traffic of user 0 to [100::1]:15002 is not captured")
+	expect("somebody without rules", asNobody, quick, 126, "outbound ipv4: user 65534: ", "DNS over udp ipv4: traffic of user 65534 to 127.0.0.1:53 did not reach port 15053: ", "inbound ipv4, inbound ipv6 not tried: needs user 1337 and group 1337")
 	for program, flag := range map[string]string{"iptables-nft": "ttl", "ip6tables-nft": "hl"} {
 		if counted := peer.MustRun(t, program+"-save", "-c", "-t", "raw"); !strings.Contains(counted, "[0:0] -A PREROUTING") || !strings.Contains(counted, flag) {
 			t.Errorf("packets went on:\n%s", counted)
@@ -56,9 +56,9 @@ func TestValidationTellsWhatIsCapturedAndWhatIsNot(t *testing.T) {
 	}
 
 	install()
-	expect("agent", asAgent, slowly, 0, "outbound ipv4, DNS over udp ipv4, DNS over tcp ipv4, outbound ipv6, DNS over udp ipv6, DNS over tcp ipv6 not tried: it takes user 65534")
+	expect("agent", asAgent, slowly, 0, "outbound ipv4, DNS over udp ipv4, DNS over tcp ipv4, outbound ipv6, DNS over udp ipv6, DNS over tcp ipv6 not tried: needs user 65534")
 	expect("root", root, slowly, 0)
-	expect("root that cannot be somebody else", modestRoot, slowly, 0, "inbound ipv4, inbound ipv6 not tried: it takes user 1337 and group 1337, or CAP_SETUID")
+	expect("root that cannot be somebody else", modestRoot, slowly, 0, "inbound ipv4, inbound ipv6 not tried: needs user 1337 and group 1337, or CAP_SETUID")
 	expect("somebody", asNobody, slowly, 0)
 
 	for _, test := range []struct {
@@ -66,14 +66,14 @@ func TestValidationTellsWhatIsCapturedAndWhatIsNot(t *testing.T) {
 		wrapper []string
 		says    string
 	}{
-		{"iptables-nft -t nat -F PILLION_REDIRECT", root, "not captured: outbound ipv4: by the rules in force, what user 0 sends to 192.0.2.1:15002 is left alone: no rule captures it\n"},
+		{"iptables-nft -t nat -F PILLION_REDIRECT", root, "not captured: outbound ipv4: in the rules in force, traffic of user 0 to 192.0.2.1:15002 is not captured: no rule matches\n"},
 		{"iptables-nft -t nat -I OUTPUT -m ttl --ttl-eq 1 -j ACCEPT", root, "; outbound ipv4: user 0: "},
-		{"ip6tables-nft -t nat -F PILLION_IN_REDIRECT", root, "not captured: inbound ipv6: by the rules in force, what user 1337 sends to [::6]:15002 is left alone"},
-		{"ip6tables-nft -t nat -F PILLION_IN_REDIRECT", modestRoot, "not captured: inbound ipv6: by the rules in force, what user 1337 sends to [::6]:15002 is left alone"},
+		{"ip6tables-nft -t nat -F PILLION_IN_REDIRECT", root, "not captured: inbound ipv6: in the rules in force, traffic of user 1337 to [::6]:15002 is not captured"},
+		{"ip6tables-nft -t nat -F PILLION_IN_REDIRECT", modestRoot, "not captured: inbound ipv6: in the rules in force, traffic of user 1337 to [::6]:15002 is not captured"},
 		{"ip6tables-nft -t nat -F PILLION_IN_REDIRECT", asAgent, "not captured: inbound ipv6: user 1337: "},
 		{"ip addr del ::6/128 dev lo", asAgent, "not captured: inbound ipv6: ::6 is missing on lo"},
 		{"iptables-nft -t nat -D PILLION_OUTPUT -p udp -m udp --dport 53 -m comment --comment pillion:dns/udp -j REDIRECT --to-ports 15053", asNobody,
-			"not captured: DNS over udp ipv4: what user 65534 sent to 127.0.0.1:53 did not come to port 15053"},
+			"not captured: DNS over udp ipv4: traffic of user 65534 to 127.0.0.1:53 did not reach port 15053"},
 	} {
 		pod.MustRun(t, "sh", "-c", test.done)
 		expect(test.done, test.wrapper, quick, 126, test.says)
@@ -85,7 +85,7 @@ func TestValidationTellsWhatIsCapturedAndWhatIsNot(t *testing.T) {
 	if got := pillion(t, pod, nil, nil, "init", "-m", "TPROXY", "-b", "8080", "-u", "1337", "--run-validation"); got.code != 0 {
 		t.Errorf("TPROXY: got %+v", got)
 	}
-	expect("TPROXY as the agent", asAgent, quick, 126, "nothing can be tried: inbound ipv4, inbound ipv6 not tried: it takes CAP_NET_ADMIN to listen for TPROXY")
+	expect("TPROXY as the agent", asAgent, quick, 126, "no connection can be tried: inbound ipv4, inbound ipv6 not tried: needs CAP_NET_ADMIN to listen for TPROXY")
 }
 
 func TestAListenerInTheWayOfTheValidationIsNamed(t *testing.T) {

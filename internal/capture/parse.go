@@ -9,13 +9,13 @@ import (
 	"strings"
 )
 
-// All is how a list says "every port" or "every address". It stands alone.
+// All in a list means every port or every address. It must be the only item.
 const All = "*"
 
-// noID is (uid_t)-1, which no process has.
+// noID is (uid_t)-1. No process has it.
 const noID = 1<<32 - 1
 
-// PortRange is the ports from First to Last, both included; they are equal for a single port.
+// PortRange is the ports from First to Last inclusive. They are equal for a single port.
 type PortRange struct{ First, Last uint16 }
 
 // String is the spelling of iptables: 80 or 8000:9000.
@@ -26,33 +26,33 @@ func (r PortRange) String() string {
 	return fmt.Sprintf("%d:%d", r.First, r.Last)
 }
 
-// Contains tells whether port is one of the range.
+// Contains reports whether port is in the range.
 func (r PortRange) Contains(port uint16) bool { return r.First <= port && port <= r.Last }
 
-// Ports is a choice of ports: all of them or a list. The zero value chooses none.
+// Ports selects all ports or a list. The zero value selects no port.
 type Ports struct {
 	All  bool
 	List []PortRange
 }
 
-// None tells whether no port is chosen.
+// None reports whether no port is selected.
 func (p Ports) None() bool { return !p.All && len(p.List) == 0 }
 
-// Contains tells whether port is chosen.
+// Contains reports whether port is selected.
 func (p Ports) Contains(port uint16) bool {
 	return p.All || slices.ContainsFunc(p.List, func(r PortRange) bool { return r.Contains(port) })
 }
 
-// Prefixes is a choice of networks: all addresses or a list. The zero value chooses none.
+// Prefixes selects all addresses or a list of networks. The zero value selects no network.
 type Prefixes struct {
 	All  bool
 	List []netip.Prefix
 }
 
-// None tells whether no network is chosen.
+// None reports whether no network is selected.
 func (p Prefixes) None() bool { return !p.All && len(p.List) == 0 }
 
-// IDRange is the users or groups from First to Last, both included; they are equal for a single one.
+// IDRange is the users or groups from First to Last inclusive. They are equal for a single one.
 type IDRange struct{ First, Last uint32 }
 
 // String is the spelling of iptables: 1337 or 1337-1340.
@@ -63,16 +63,16 @@ func (r IDRange) String() string {
 	return fmt.Sprintf("%d-%d", r.First, r.Last)
 }
 
-// Contains tells whether id is one of the range.
+// Contains reports whether id is in the range.
 func (r IDRange) Contains(id uint32) bool { return r.First <= id && id <= r.Last }
 
-// Groups is a choice of groups: all of them or a list. The zero value chooses none.
+// Groups selects all groups or a list. The zero value selects no group.
 type Groups struct {
 	All  bool
 	List []IDRange
 }
 
-// ParsePort reads one port, which cannot be 0. It is a number, or a service that the system knows.
+// ParsePort reads a port other than 0: a number, or the name of a service in /etc/services.
 func ParsePort(text string) (uint16, error) {
 	port, err := strconv.ParseUint(text, 10, 16)
 	if err != nil && text != "" && !strings.ContainsAny(text[:1], "+-0123456789") {
@@ -125,8 +125,8 @@ func ParsePrefixes(text string) (Prefixes, error) {
 	return Prefixes{List: list}, err
 }
 
-// ParsePrefixList reads networks of both families such as 10.0.0.0/8,2001:db8::/32. Bits beyond the mask are cleared, as
-// the kernel does. Empty items and repetitions are dropped.
+// ParsePrefixList reads networks of both families such as 10.0.0.0/8,2001:db8::/32. Bits beyond the mask are cleared,
+// as the kernel does. Empty items and repetitions are dropped.
 func ParsePrefixList(text string) ([]netip.Prefix, error) { return parseList(text, parsePrefix) }
 
 func parsePrefix(item string) (netip.Prefix, error) {
@@ -137,8 +137,8 @@ func parsePrefix(item string) (netip.Prefix, error) {
 	return prefix.Masked(), nil
 }
 
-// ParseIDs reads users or groups: numbers, ranges such as 1337-1340, and names that lookup turns into numbers. Empty items
-// and repetitions are dropped.
+// ParseIDs reads users or groups: numbers, ranges such as 1337-1340, and names that lookup resolves. Empty items and
+// repetitions are dropped.
 func ParseIDs(text string, lookup func(name string) (string, error)) ([]IDRange, error) {
 	return parseList(text, func(item string) (IDRange, error) {
 		first, last, isRange := strings.Cut(item, "-")
@@ -187,7 +187,7 @@ func ParseNumber(text string) (uint32, error) {
 	return uint32(number), nil
 }
 
-// ParseLocalhost4 reads the IPv4 loopback network in which the workload means itself.
+// ParseLocalhost4 reads the workload's own IPv4 loopback network.
 func ParseLocalhost4(text string) (netip.Prefix, error) {
 	prefix, err := netip.ParsePrefix(text)
 	if err != nil || !prefix.Addr().Is4() || !prefix.Addr().IsLoopback() || prefix.Bits() < 8 {
@@ -196,8 +196,7 @@ func ParseLocalhost4(text string) (netip.Prefix, error) {
 	return prefix.Masked(), nil
 }
 
-// ParseNameservers finds the servers in the text of a resolv.conf(5). Lines that it cannot read are skipped, as resolvers
-// do.
+// ParseNameservers returns the servers in the text of a resolv.conf(5). Like resolvers, it skips malformed lines.
 func ParseNameservers(text string) []netip.Addr {
 	var servers []netip.Addr
 	for line := range strings.Lines(text) {
@@ -214,7 +213,7 @@ func ParseNameservers(text string) []netip.Addr {
 	return servers
 }
 
-// maxNameservers bounds the rules that a resolv.conf can ask for. Resolvers themselves look at three.
+// maxNameservers limits the rules for a resolv.conf. Resolvers use three servers.
 const maxNameservers = 64
 
 // ParseInterfaces reads interface names such as eth1,tun+.
@@ -223,8 +222,8 @@ func ParseInterfaces(text string) ([]string, error) { return parseList(text, Par
 // maxInterface is IFNAMSIZ without the terminating zero.
 const maxInterface = 15
 
-// ParseInterface checks one interface name. It is stricter than the kernel, which accepts blanks' cousins and quotes: a
-// name is pasted into the input of iptables-restore, and nothing else must get there with it.
+// ParseInterface validates one interface name. It is stricter than the kernel, since the kernel accepts quotes and
+// Unicode blanks, and the name becomes part of the input of iptables-restore, where it must not add options.
 func ParseInterface(name string) (string, error) {
 	const allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.@-"
 	stem := strings.TrimSuffix(name, "+")
@@ -234,7 +233,7 @@ func ParseInterface(name string) (string, error) {
 	return name, nil
 }
 
-// parseList splits text at commas and parses each item without the blanks around it.
+// parseList splits text at commas and parses each item without surrounding blanks.
 func parseList[T comparable](text string, parse func(string) (T, error)) ([]T, error) {
 	var list []T
 	for item := range strings.SplitSeq(text, ",") {

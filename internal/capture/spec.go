@@ -22,88 +22,85 @@ type IPv6Choice string
 // The choices.
 const (
 	IPv6Wherever  IPv6Choice = ""      // wherever the namespace has IPv6
-	IPv6WhenFirst IPv6Choice = "first" // as istio-iptables without --dual-stack: when the first global address is of IPv6
+	IPv6WhenFirst IPv6Choice = "first" // as istio-iptables without --dual-stack: if the first global address is IPv6
 )
 
-// Spec says what is captured and where it goes. It is plain data: the rules are made from it, and the agent finds in it
-// the ports that it must not forward to. The zero Spec is not valid; Default is.
+// Spec defines what is captured and where it goes. It is plain data: policy derives the rules from it, and the agent
+// reads the ports to which it must not forward. The zero Spec is invalid; start from Default.
 type Spec struct {
 	// Mode is how inbound connections are captured.
 	Mode Mode
-	// Compat asks for the verdicts of istio-iptables also where they are debatable: in TPROXY mode the tunnel port is
-	// captured, and the agent's users reach their own workload by redirection; with DNS capture TCP to port 53 over the
-	// loopback is judged like any other destination, and such queries of the agent like its other calls, but for users in
-	// REDIRECT mode; and DropInvalid takes no notice of InterfacesExcluded in REDIRECT mode. What it gets plainly wrong is
-	// right either way.
+	// Compat selects the verdicts of istio-iptables where they are debatable. In TPROXY mode the tunnel port is captured,
+	// and the agent's users reach their own workload by redirection. With DNS capture, TCP to port 53 over the loopback is
+	// treated like any other destination, and the agent's queries there like its other calls, except for users in REDIRECT
+	// mode. In REDIRECT mode DropInvalid ignores InterfacesExcluded. Bugs of istio-iptables are fixed in either case.
 	Compat bool
-	// IPv6 says when there are rules for IPv6.
+	// IPv6 is when there are rules for IPv6.
 	IPv6 IPv6Choice
 
 	// OutboundPort is where connections that the workload opens are redirected. Zero is invalid.
 	OutboundPort uint16
 	// InboundPort is where connections that others open to the workload are redirected. Zero is invalid.
 	InboundPort uint16
-	// TunnelPort is never captured inbound: its listener takes whole tunnels. Zero is invalid.
+	// TunnelPort is never captured inbound: its listener accepts whole tunnels. Zero is invalid.
 	TunnelPort uint16
 
-	// ProxyUIDs are the users whose connections are left alone, so that the agent does not capture itself.
+	// ProxyUIDs are users whose connections are not captured, so that the agent does not capture its own.
 	ProxyUIDs []IDRange
-	// ProxyGIDs are groups left alone in the same way. At least one user or group is needed.
+	// ProxyGIDs are groups with the same effect. At least one user or group is required.
 	ProxyGIDs []IDRange
 
 	// Inbound are the destination ports captured inbound. The zero value captures nothing.
 	Inbound Ports
-	// InboundExcluded are left alone when Inbound is all ports. A list of ports needs no exception from itself, so it is
-	// not consulted then, as in istio-iptables.
+	// InboundExcluded are not captured if Inbound is all ports. As in istio-iptables, a list of ports ignores them.
 	InboundExcluded []PortRange
 
 	// Outbound are the destination networks captured. The zero value captures nothing.
 	Outbound Prefixes
-	// OutboundExcluded are destination networks left alone.
+	// OutboundExcluded are destination networks that are not captured.
 	OutboundExcluded []netip.Prefix
 	// OutboundPorts are destination ports captured at every address that is not excluded.
 	OutboundPorts []PortRange
-	// OutboundPortsExcluded are destination ports left alone whatever the address, DNS included. They come before
-	// everything else.
+	// OutboundPortsExcluded are destination ports that are not captured at any address, including DNS. They precede all
+	// other rules.
 	OutboundPortsExcluded []PortRange
-	// OwnerGroups are the groups whose outbound connections are captured. The zero value captures nobody's.
+	// OwnerGroups are the groups whose outbound connections are captured. The zero value captures no group.
 	OwnerGroups Groups
-	// OwnerGroupsExcluded are left alone when OwnerGroups is all of them, and not consulted otherwise.
+	// OwnerGroupsExcluded are not captured if OwnerGroups is all groups. They are ignored otherwise.
 	OwnerGroupsExcluded []IDRange
-	// Localhost4 are the IPv4 loopback addresses at which the workload means itself. IPv6 has but one, ::1.
+	// Localhost4 are the workload's own IPv4 loopback addresses. IPv6 has only ::1.
 	Localhost4 netip.Prefix
 
-	// InterfacesExcluded are left alone in both directions. A name that ends in + stands for every interface whose name
-	// begins so, as in iptables.
+	// InterfacesExcluded are not captured in either direction. A trailing + is a wildcard, as in iptables.
 	InterfacesExcluded []string
-	// VirtualInterfaces lead to virtual machines inside the pod: what arrives on them is outbound. They win over
+	// VirtualInterfaces lead to virtual machines in the pod: connections that arrive there are outbound. They override
 	// InterfacesExcluded.
 	VirtualInterfaces []string
 
-	// DropInvalid drops what connection tracking cannot make sense of, before the kernel answers it with a reset.
+	// DropInvalid drops packets that conntrack calls INVALID, before the kernel answers them with a reset.
 	DropInvalid bool
 
-	// RedirectDNS captures DNS over UDP and TCP to DNSPort: what is sent to DNSServers, or to any address with
-	// CaptureAllDNS. Without either it captures nothing.
+	// RedirectDNS captures DNS over UDP and TCP and redirects it to DNSPort: queries to DNSServers, or to any address with
+	// CaptureAllDNS. Without either of them it captures nothing.
 	RedirectDNS   bool
 	CaptureAllDNS bool
 	DNSServers    []netip.Addr
 
-	// TPROXYMark is the packet mark that leads to TPROXYTable, whose only route delivers locally.
+	// TPROXYMark is the packet mark that selects TPROXYTable. The only route in that table delivers locally.
 	TPROXYMark  uint32
 	TPROXYTable uint32
 }
 
-// CapturesDNS tells whether there is DNS capture in any family. Excluding port 53 switches it off.
+// CapturesDNS reports whether DNS is captured in any family. Excluding port 53 disables it.
 func (s Spec) CapturesDNS() bool {
 	excluded := slices.ContainsFunc(s.OutboundPortsExcluded, func(r PortRange) bool { return r.Contains(53) })
 	return s.RedirectDNS && (s.CaptureAllDNS || len(s.DNSServers) > 0) && !excluded
 }
 
-// CapturesInboundByTPROXY tells whether marks and policy routing are needed.
+// CapturesInboundByTPROXY reports whether marks and policy routing are needed.
 func (s Spec) CapturesInboundByTPROXY() bool { return s.Mode == TPROXY && !s.Inbound.None() }
 
-// DefaultProxyID is the user and the group of the agent when nobody says otherwise.
+// DefaultProxyID is the agent's default user and group.
 const DefaultProxyID = 1337
 
 // Default is what istio-iptables captures without arguments: nothing, in either direction, with the usual ports.
@@ -122,7 +119,7 @@ func Default() Spec {
 	}
 }
 
-// OwnPorts are the ports at which the agent itself listens, sorted. A connection to one of them at one of this
+// OwnPorts returns the ports at which the agent itself listens, sorted. A connection to one of them at one of this
 // workload's own addresses is a loop; at another host's address it is ordinary traffic.
 func (s Spec) OwnPorts() []uint16 {
 	ports := []uint16{AdminPort, s.OutboundPort, s.InboundPort, StatusPort, ReadinessPort, DNSPort, MetricsPort}
@@ -130,15 +127,15 @@ func (s Spec) OwnPorts() []uint16 {
 	return ports
 }
 
-// LoopMark marks what the agent sends to the workload's own service in TPROXY mode, and the connections that were given
-// to the agent. It cannot be TPROXYMark.
+// LoopMark marks the agent's connections to the workload's own service in TPROXY mode, and the connections that the
+// agent has. It cannot be TPROXYMark.
 const LoopMark = 1338
 
-// MaxOwnerGroups is how many groups OwnerGroups may list, as in istio-iptables, which has no limit for those left alone.
+// MaxOwnerGroups is the maximum length of OwnerGroups.List, as in istio-iptables. Excluded groups have no limit.
 const MaxOwnerGroups = 64
 
-// FieldError reports an invalid or unusable value in a configuration. It names the field; the caller knows by which flag,
-// variable or annotation the field was set.
+// FieldError reports an invalid or unusable value in a configuration. It names the field, because only the caller can
+// map a field to the flag, variable or annotation that set it.
 type FieldError struct {
 	Field string // its path in the configuration, such as "OutboundPort" in a Spec
 	Value string // empty when Err has it
@@ -163,7 +160,7 @@ func (e *FieldError) Text(name func(field string) string) string {
 	return text
 }
 
-// Validate finds what the parsers and types cannot rule out. Its errors are FieldErrors with the remedy.
+// Validate checks what parsers and types do not. Its errors are FieldErrors with the remedy.
 func (s Spec) Validate() error {
 	if err := s.validatePorts(); err != nil {
 		return err

@@ -29,7 +29,7 @@ func TestOwnPortsFollowTheConfiguredOnes(t *testing.T) {
 	}
 }
 
-func TestValidateNamesWhatIsWrong(t *testing.T) {
+func TestValidateNamesTheField(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		change func(*Spec)
@@ -84,7 +84,7 @@ func TestTablesBesideTheKernelsAreValid(t *testing.T) {
 	}
 }
 
-func TestALoneGroupIsEnough(t *testing.T) {
+func TestAGroupWithoutUsersIsValid(t *testing.T) {
 	spec := Default()
 	spec.ProxyUIDs = nil
 	if err := spec.Validate(); err != nil {

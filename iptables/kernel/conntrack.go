@@ -13,7 +13,7 @@ import (
 // CountTCP counts the TCP connections in conntrack that have one of the marks and have not ended.
 func CountTCP(marks ...uint32) (n int, err error) {
 	for _, family := range ruleset.Families {
-		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(FamilyNumber(family)))
+		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(familyNumber(family)))
 		if err != nil {
 			return 0, fmt.Errorf("listing tracked connections: %w", err)
 		}

@@ -28,12 +28,12 @@ func sourceAddress() *netlink.Addr {
 		IPNet:     &net.IPNet{IP: capture.InboundSource6.AsSlice(), Mask: net.CIDRMask(128, 128)},
 		Flags:     unix.IFA_F_NODAD,
 		ValidLft:  math.MaxUint32,
-		LinkIndex: LoopbackIndex,
+		LinkIndex: loopbackIndex,
 	}
 }
 
-// LoopbackIndex is the index of the loopback in every namespace: it is the first interface created.
-const LoopbackIndex = 1
+// loopbackIndex is the index of the loopback in every namespace: it is the first interface created.
+const loopbackIndex = 1
 
 // AddSourceAddress adds the source address to the loopback.
 func AddSourceAddress() error {

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-func TestAddressesAreReadFromTheKernelsTable(t *testing.T) {
+func TestAddressesAreReadFromIfInet6(t *testing.T) {
 	for line, want := range map[string]IPv6State{
 		"00000000000000000000000000000001 01 80 10 80       lo": {},
 		"00000000000000000000000000000006 01 80 80 a2       lo": {Source: true, Ours: true},

@@ -12,7 +12,7 @@ import (
 )
 
 // ErrNoKernelSupport means that the kernel lacks support for a table, as opposed to a wrong rule.
-var ErrNoKernelSupport = errors.New("the kernel does not support it: load the modules nf_tables, nft_chain_nat and nft_compat on the node, or for the legacy flavour iptable_nat and ip6table_nat")
+var ErrNoKernelSupport = errors.New("the kernel lacks support: load the modules nf_tables, nft_chain_nat and nft_compat on the node, or for the legacy flavour iptable_nat and ip6table_nat")
 
 // Whole retries a netlink dump that a concurrent change has interrupted (NLM_F_DUMP_INTR), at most 100 times.
 func Whole[T any](list func() (T, error)) (listed T, err error) {

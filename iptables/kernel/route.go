@@ -26,7 +26,7 @@ func RouteTo(address, src netip.Addr, mark uint32) (link string, own netip.Addr,
 		err = unix.ENETUNREACH
 	}
 	if err != nil {
-		return "", own, fmt.Errorf("looking for the route to %s: %w; name the interface and the addresses to do without", address, err)
+		return "", own, fmt.Errorf("looking for the route to %s: %w; to explain without a route, give the interface and the addresses", address, err)
 	}
 	own, _ = netip.AddrFromSlice(routes[0].Src)
 	if routes[0].Type == unix.RTN_LOCAL {
@@ -129,7 +129,7 @@ func DiffRoutes(want []Route, have []Installed) []RouteChange {
 func ReadRoutes() ([]Installed, error) {
 	var found []Installed
 	for _, family := range ruleset.Families {
-		rules, err := Whole(func() ([]netlink.Rule, error) { return netlink.RuleList(FamilyNumber(family)) })
+		rules, err := Whole(func() ([]netlink.Rule, error) { return netlink.RuleList(familyNumber(family)) })
 		if err != nil && !noRouting(err) {
 			return nil, fmt.Errorf("listing %s routing rules: %w", family, err)
 		}
@@ -140,15 +140,15 @@ func ReadRoutes() ([]Installed, error) {
 				found = append(found, Installed{Route{family, r.Mark, uint32(r.Table)}, r.Protocol == RouteProtocol, r.Priority})
 			}
 		}
-		all := &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Type: unix.RTN_LOCAL, LinkIndex: LoopbackIndex}
+		all := &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Type: unix.RTN_LOCAL, LinkIndex: loopbackIndex}
 		routes, err := Whole(func() ([]netlink.Route, error) {
-			return netlink.RouteListFiltered(FamilyNumber(family), all, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE|netlink.RT_FILTER_OIF)
+			return netlink.RouteListFiltered(familyNumber(family), all, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE|netlink.RT_FILTER_OIF)
 		})
 		if err != nil && !noRouting(err) {
 			return nil, fmt.Errorf("listing %s routes: %w", family, err)
 		}
 		for _, r := range routes {
-			if everywhere := r.Dst == nil || maskBits(r.Dst) == 0; everywhere && r.Type == unix.RTN_LOCAL && r.LinkIndex == LoopbackIndex {
+			if everywhere := r.Dst == nil || maskBits(r.Dst) == 0; everywhere && r.Type == unix.RTN_LOCAL && r.LinkIndex == loopbackIndex {
 				found = append(found, Installed{Route{Family: family, Table: uint32(r.Table)}, r.Protocol == RouteProtocol, r.Priority})
 			}
 		}
@@ -166,7 +166,7 @@ func noRouting(err error) bool {
 	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
 }
 
-func FamilyNumber(f ruleset.Family) int {
+func familyNumber(f ruleset.Family) int {
 	if f == ruleset.IPv6 {
 		return netlink.FAMILY_V6
 	}
@@ -238,14 +238,14 @@ func (i Installed) remove() error {
 
 func (r Route) rule() *netlink.Rule {
 	rule := netlink.NewRule()
-	rule.Family, rule.Mark, rule.Table, rule.Protocol = FamilyNumber(r.Family), r.Mark, int(r.Table), RouteProtocol
+	rule.Family, rule.Mark, rule.Table, rule.Protocol = familyNumber(r.Family), r.Mark, int(r.Table), RouteProtocol
 	return rule
 }
 
 func (r Route) route() *netlink.Route {
 	everywhere := ruleset.AddressesOf(r.Family).Anywhere
 	return &netlink.Route{
-		LinkIndex: LoopbackIndex, Table: int(r.Table), Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Protocol: RouteProtocol,
+		LinkIndex: loopbackIndex, Table: int(r.Table), Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Protocol: RouteProtocol,
 		Dst: &net.IPNet{IP: everywhere.AsSlice(), Mask: net.CIDRMask(0, everywhere.BitLen())},
 	}
 }

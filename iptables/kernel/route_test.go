@@ -31,7 +31,7 @@ func TestRoutesAreNeededByTPROXYOfInboundPortsAlone(t *testing.T) {
 	}
 }
 
-func TestOfRoutesOnlyTheDifferenceIsChanged(t *testing.T) {
+func TestOnlyDifferentRoutesAreChanged(t *testing.T) {
 	rule, other := Route{ruleset.IPv4, 1337, 133}, Route{ruleset.IPv4, 7, 200}
 	ours, theirs := Installed{rule, true, 5}, Installed{rule, false, 6}
 	for _, test := range []struct {

@@ -13,7 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/rulestest"
 )
 
-// What is written in nftables is read back as the same, rule by rule and for any spec.
+// A rule written to nftables is read back unchanged, for any spec.
 func TestRoundTripThroughExpressions(t *testing.T) {
 	check := func(t *testing.T, rs ruleset.Ruleset) {
 		t.Helper()
@@ -51,8 +51,7 @@ func TestRoundTripThroughExpressions(t *testing.T) {
 	}
 }
 
-// Whatever a single byte of a rule is changed to, and whichever expression is missing or there twice, it is not taken for
-// the rule that it was.
+// A rule with one changed byte, or with a missing or duplicate expression, is not read as the original rule.
 func TestARuleOfNFTablesThatIsAlmostOursIsNotOurs(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))
 	seen := make(map[string]bool) // scenarios have many rules in common
@@ -99,7 +98,7 @@ func TestARuleOfNFTablesThatIsAlmostOursIsNotOurs(t *testing.T) {
 	})
 }
 
-func TestChainsHaveNamesOfTheirOwn(t *testing.T) {
+func TestChainNamesAreUnique(t *testing.T) {
 	for name, want := range map[string]ruleset.Place{
 		"nat_output": {Table: ruleset.NAT, Chain: ruleset.ChainBuiltOutput}, "mangle_prerouting": {Table: ruleset.Mangle, Chain: ruleset.ChainPrerouting},
 		"ipv4_nat_in_redirect": {Table: ruleset.NAT, Chain: ruleset.ChainInboundRedirect}, "ipv6_raw_dns_passed": {Table: ruleset.Raw, Chain: ruleset.ChainDNSPassed},

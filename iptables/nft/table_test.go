@@ -21,7 +21,7 @@ func bothRulesets(spec capture.Spec) [2]ruleset.Ruleset {
 	return [2]ruleset.Ruleset{policy.Rules(spec, ruleset.IPv4), policy.Rules(spec, ruleset.IPv6)}
 }
 
-func TestCommentsOfStrangersAreReadWithinTheirBounds(t *testing.T) {
+func TestForeignCommentsAreReadWithinTheirBounds(t *testing.T) {
 	for _, test := range []struct{ data, want string }{
 		{"", ""}, {"\x00", ""}, {"\x00\x05abcd\x00", "abcd"}, {"\x00\x05abcd", ""}, {"\x07\x01x\x00\x02y\x00", "y"},
 		{"\x00\xff" + strings.Repeat("z", 255), strings.Repeat("z", 255)}, {"\x07\xff", ""}, {"\x00\x00", ""}, {"\x07\xfe" + strings.Repeat("z", 254) + "\x00", ""},
@@ -32,7 +32,7 @@ func TestCommentsOfStrangersAreReadWithinTheirBounds(t *testing.T) {
 	}
 }
 
-func TestARefusalOfTheKernelNamesTheRuleAndWhatIsMissing(t *testing.T) {
+func TestARefusalNamesTheRuleAndTheMissingModule(t *testing.T) {
 	rule := func(r ruleset.Rule) subject {
 		return subject{id: r.ID, rule: encode(ruleset.IPv4, ruleset.Place{Table: ruleset.NAT, Chain: ruleset.ChainOutput}, r)[0]}
 	}
@@ -77,7 +77,7 @@ func TestTheRefusedRequestIsFound(t *testing.T) {
 }
 
 // A change by somebody else while the kernel lists chains makes the list useless, and it is asked for again.
-func TestAListThatAChangeInterruptsIsAskedForAgain(t *testing.T) {
+func TestAnInterruptedDumpIsRepeated(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod := nettest.New(t, "pod")
 	table := func(name string) *nl.NetlinkRequest {

@@ -107,12 +107,12 @@ func (p *policy) inbound() {
 			match.In = name
 			rules = append(rules, ruleset.Rule{
 				ID: "virtual/" + name + suffix(network), Match: match, Target: ruleset.Jump(ruleset.ChainRedirect),
-				Why: "what a virtual machine opens goes to the agent like what the workload opens",
+				Why: "connections of a virtual machine are captured like those of the workload",
 			})
 		}
 		if redirect && !p.Outbound.All {
 			rules = append(rules, ruleset.Rule{
-				ID: "virtual/others/" + name, Match: ruleset.Match{In: name}, Target: ruleset.Return{}, Why: "what a virtual machine opens is not inbound",
+				ID: "virtual/others/" + name, Match: ruleset.Match{In: name}, Target: ruleset.Return{}, Why: "connections of a virtual machine are not inbound",
 			})
 		}
 	}
@@ -127,14 +127,14 @@ func (p *policy) inbound() {
 	}
 	p.chain(ruleset.NAT, ruleset.ChainPrerouting, ruleset.Rule{
 		ID: "inbound/jump", Match: ruleset.Match{Protocol: ruleset.TCP}, Target: ruleset.Jump(ruleset.ChainInbound),
-		Why: "incoming TCP is judged by our chain",
+		Why: "our chain decides about incoming TCP",
 	})
 	p.chain(ruleset.NAT, ruleset.ChainInbound, rules...)
 }
 
 func (p *policy) tunnel() ruleset.Rule {
 	return ruleset.Rule{ID: "inbound/tunnel", Match: toPorts(single(p.TunnelPort)), Target: ruleset.Return{},
-		Why: "tunnels have a listener of their own, which must get them whole"}
+		Why: "the tunnel port has its own listener, and redirecting would break tunnels"}
 }
 
 // inboundPorts sends connections to captured ports to the chain target.
@@ -154,7 +154,7 @@ func (p *policy) inboundPorts(target string) []ruleset.Rule {
 	for _, ports := range p.InboundExcluded {
 		rules = append(rules, ruleset.Rule{
 			ID: "inbound/excluded/" + ports.String(), Match: toPorts(ports), Target: ruleset.Return{},
-			Why: "this port is left alone; probes and scrapes of the agent itself would break if they went through it",
+			Why: "this port is excluded; probes and scrapes of the agent itself would break if they were captured",
 		})
 	}
 	return append(rules, ruleset.Rule{
@@ -169,7 +169,7 @@ func (p *policy) outbound() {
 		for _, ids := range p.OwnerGroupsExcluded {
 			owner := ruleset.Owner{Kind: ruleset.GID, IDs: ids}
 			rules = append(rules, ruleset.Rule{
-				ID: "outbound/group-excluded/" + owner.String(), Match: ruleset.Match{Owner: owner}, Target: ruleset.Return{}, Why: "this group is left alone",
+				ID: "outbound/group-excluded/" + owner.String(), Match: ruleset.Match{Owner: owner}, Target: ruleset.Return{}, Why: "this group is excluded",
 			})
 		}
 		rules = append(rules, groups...)
@@ -177,7 +177,7 @@ func (p *policy) outbound() {
 	for _, ids := range p.OwnerGroups.List {
 		owner := ruleset.Owner{Kind: ruleset.GID, IDs: ids}
 		rules = append(rules, ruleset.Rule{
-			ID: "outbound/group/" + owner.String(), Match: ruleset.Match{Owner: owner}, Target: ruleset.Jump(ruleset.ChainCaptured), Why: "this group is captured, and no other that is not named",
+			ID: "outbound/group/" + owner.String(), Match: ruleset.Match{Owner: owner}, Target: ruleset.Jump(ruleset.ChainCaptured), Why: "only listed groups are captured, and this is one",
 		})
 	}
 	jump := ruleset.Match{Protocol: ruleset.TCP}
@@ -185,7 +185,7 @@ func (p *policy) outbound() {
 		jump = ruleset.Match{}
 	}
 	p.chain(ruleset.NAT, ruleset.ChainBuiltOutput, ruleset.Rule{
-		ID: "outbound/jump", Match: jump, Target: ruleset.Jump(ruleset.ChainOutput), Why: "what goes out is judged by our chain",
+		ID: "outbound/jump", Match: jump, Target: ruleset.Jump(ruleset.ChainOutput), Why: "our chain decides about outgoing packets",
 	})
 	p.chain(ruleset.NAT, ruleset.ChainOutput, rules...)
 	p.chainIfUsed(ruleset.NAT, ruleset.ChainCaptured, groups...)
@@ -218,12 +218,12 @@ func (p *policy) outboundAlone() []ruleset.Rule {
 	for _, ports := range p.OutboundPortsExcluded {
 		rules = append(rules, ruleset.Rule{
 			ID: "outbound/port-excluded/" + ports.String(), Match: toPorts(ports), Target: ruleset.Return{},
-			Why: "this port is left alone at every address",
+			Why: "this port is excluded at every address",
 		})
 	}
 	rules = append(rules, ruleset.Rule{
 		ID: "outbound/to-workload", Match: ruleset.Match{Out: ruleset.Loopback, Src: p.InboundSource}, Target: ruleset.Return{},
-		Why: "what the agent forwards to the workload must arrive there and not come back",
+		Why: "connections from the agent to the workload must not return to the agent",
 	})
 	rules = append(rules, p.self()...)
 	for _, owner := range p.owners {
@@ -261,13 +261,13 @@ func (p *policy) self() []ruleset.Rule {
 		if p.CapturesDNS() && (user || !p.Compat) {
 			queries = append(queries, ruleset.Rule{
 				ID: "outbound/agent-query/" + owner.String(), Match: ruleset.Match{Out: ruleset.Loopback, Protocol: ruleset.TCP, DstPorts: single(ruleset.DNSPort), Owner: owner}, Target: ruleset.Return{},
-				Why: "the agent's own query to a local server of names is not a call of the workload's service",
+				Why: "a query of the agent to a local name server is not a call of the workload's own service",
 			})
 		}
 		call.NotMark = call.Mark != 0 // marked packets come from a client's address
 		calls = append(calls, ruleset.Rule{
 			ID: "outbound/self/" + owner.String(), Match: call, Target: ruleset.Jump(ruleset.ChainInboundRedirect),
-			Why: "a workload that calls its own service reaches itself through the agent's inbound side, like any other caller",
+			Why: "a workload that calls its own service passes the agent's inbound side, like any other client",
 		})
 	}
 	return append(queries, calls...)
@@ -284,7 +284,7 @@ func (p *policy) outboundCaptured() []ruleset.Rule {
 			rules = append(rules, ruleset.Rule{
 				ID:     fmt.Sprintf("dns/%s%s", protocol, suffix(server)),
 				Match:  ruleset.Match{Protocol: protocol, DstPorts: single(ruleset.DNSPort), Dst: server},
-				Target: ruleset.Redirect(capture.DNSPort), Why: "queries go to the agent, which answers or asks on",
+				Target: ruleset.Redirect(capture.DNSPort), Why: "queries go to the agent; it answers or forwards them",
 			})
 		}
 	}
@@ -292,7 +292,7 @@ func (p *policy) outboundCaptured() []ruleset.Rule {
 	for _, prefix := range p.OutboundExcluded {
 		if p.Family.Owns(prefix) {
 			rules = append(rules, ruleset.Rule{
-				ID: "outbound/excluded/" + prefix.String(), Match: toNetwork(prefix), Target: ruleset.Return{}, Why: "this network is left alone",
+				ID: "outbound/excluded/" + prefix.String(), Match: toNetwork(prefix), Target: ruleset.Return{}, Why: "this network is excluded",
 			})
 		}
 	}
@@ -324,14 +324,14 @@ func (p *policy) capturedNetworks() []netip.Prefix {
 func (p *policy) loopback() []ruleset.Rule {
 	localhost := ruleset.Rule{
 		ID: "outbound/localhost", Match: ruleset.Match{Dst: p.Localhost}, Target: ruleset.Return{},
-		Why: "localhost stays local, even where other loopback addresses are captured",
+		Why: "localhost is not captured, even if other loopback addresses are",
 	}
 	if p.capturesLoopback() {
 		return []ruleset.Rule{localhost}
 	}
 	rule := ruleset.Rule{
 		ID: "outbound/loopback", Match: ruleset.Match{Out: ruleset.Loopback}, Target: ruleset.Return{},
-		Why: "processes of the workload talk to each other directly",
+		Why: "connections between processes of the workload are not captured",
 	}
 	if p.Compat && p.CapturesDNS() {
 		rule.Match = ruleset.Match{Out: ruleset.Loopback, Protocol: ruleset.TCP, DstPorts: single(ruleset.DNSPort), NotDstPorts: true}
@@ -346,7 +346,7 @@ func (p *policy) linkLocal(id string, wanted bool) []ruleset.Rule {
 		return nil
 	}
 	return []ruleset.Rule{{ID: id, Match: ruleset.Match{Dst: linkLocal}, Target: ruleset.Return{},
-		Why: "a link-local address means nothing without its interface, which connection tracking does not remember"}}
+		Why: "a link-local address needs its interface, and conntrack does not record that"}}
 }
 
 var linkLocal = netip.MustParsePrefix("fe80::/10")
@@ -366,7 +366,7 @@ func suffix(network netip.Prefix) string {
 // leftAlone returns the rule for an excluded interface.
 func leftAlone(where string, interfaces ruleset.Match) ruleset.Rule {
 	return ruleset.Rule{
-		ID: where + "/interface/" + interfaces.In + interfaces.Out, Match: interfaces, Target: ruleset.Return{}, Why: "this interface is left alone",
+		ID: where + "/interface/" + interfaces.In + interfaces.Out, Match: interfaces, Target: ruleset.Return{}, Why: "this interface is excluded",
 	}
 }
 

@@ -12,7 +12,7 @@ import (
 )
 
 // The first judge: every story ends as it should, and every rule is there because some story needs it.
-func TestStoriesEndAsToldAndMeetEveryRule(t *testing.T) {
+func TestStoriesHaveTheirVerdictsAndMeetEveryRule(t *testing.T) {
 	rulestest.ForEach(t, func(t *testing.T, sc rulestest.Scenario, a rulestest.Addresses) {
 		rules := Rules(sc.Spec, a.Family)
 		met := make(map[string]bool)

@@ -44,8 +44,7 @@ func randomPacket(r *rand.Rand, a rulestest.Addresses) trace.Packet {
 	return p
 }
 
-// judge says what becomes of the first packet of a flow, in the order in which a person would ask. It knows nothing of
-// tables and chains.
+// judge returns the verdict for the first packet of a flow, from the spec alone and without tables and chains.
 func judge(s capture.Spec, a rulestest.Addresses, p trace.Packet) trace.Verdict {
 	portIn := func(ranges []capture.PortRange) bool {
 		return slices.ContainsFunc(ranges, func(r capture.PortRange) bool { return r.Contains(p.Dst.Port()) })
@@ -133,10 +132,9 @@ func contains(ranges []capture.IDRange, id uint32) bool {
 	return slices.ContainsFunc(ranges, func(r capture.IDRange) bool { return r.Contains(id) })
 }
 
-// For any spec: verdicts are those of a judge who knows no rules; the agent's connections come back to it in no other way
-// than the inbound one; what is written is read back; every rule has an ID of its own; a plan from any spec to any other
-// leaves exactly what is wanted.
-func TestWhateverTheSpecTheRulesKeepTheirPromises(t *testing.T) {
+// For any spec: verdicts are those of judge; the agent's connections return to it only by the inbound port; rendered rules
+// are parsed back unchanged; IDs are unique; a plan from any spec to any other leaves exactly the wanted rules.
+func TestRulesOfAnySpecKeepTheirPromises(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	met, verdicts := make(map[string]bool), make(map[trace.Verdict]int)
 	var before [2]ruleset.Ruleset
@@ -240,9 +238,9 @@ func checkNothingIsDead(t *testing.T, at ruleset.Place, c ruleset.Chain) {
 	}
 }
 
-// checkTransition carries out a plan on text, table by table, as iptables-restore would. Whatever goes to the
-// same port of the agent before and after has to be captured all the time, but for the agent's calls of its own workload,
-// which move between tables.
+// checkTransition applies a plan to text, table by table, like iptables-restore. A packet that goes to the same port of the
+// agent before and after must be captured at every point in between. The exception is the agent's calls of its own
+// workload: their rules move between tables.
 func checkTransition(t *testing.T, have, want ruleset.Ruleset, draw func() trace.Packet) {
 	t.Helper()
 	result := ruleset.Ruleset{Family: want.Family}

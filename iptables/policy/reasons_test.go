@@ -7,7 +7,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/rulestest"
 )
 
-func TestTheReasonOfEveryRuleIsFoundByWhatTheKernelKeeps(t *testing.T) {
+func TestTheReasonOfEveryRuleIsFoundByItsID(t *testing.T) {
 	rulestest.ForEach(t, func(t *testing.T, sc rulestest.Scenario, a rulestest.Addresses) {
 		want := Rules(sc.Spec, a.Family)
 		got := WithReasons(ruleset.Parse(a.Family, want.String()))

@@ -19,11 +19,11 @@ func (p *policy) zones() {
 	queries := ruleset.Match{Protocol: ruleset.UDP, DstPorts: single(ruleset.DNSPort)}
 	p.chain(ruleset.Raw, ruleset.ChainPrerouting, ruleset.Rule{
 		ID: "zone/arriving/jump", Match: ruleset.Match{Protocol: ruleset.UDP}, Target: ruleset.Jump(ruleset.ChainInbound),
-		Why: "the zone of an arriving answer is chosen by our chain",
+		Why: "our chain selects the conntrack zone of an answer",
 	})
 	p.chain(ruleset.Raw, ruleset.ChainBuiltOutput, ruleset.Rule{
 		ID: "zone/leaving/jump", Match: ruleset.Match{Protocol: ruleset.UDP}, Target: ruleset.Jump(ruleset.ChainOutput),
-		Why: "the zone of a query is chosen by our chain",
+		Why: "our chain selects the conntrack zone of a query",
 	})
 	var arriving, leaving, captured, passed []ruleset.Rule
 	for _, name := range p.InterfacesExcluded {
@@ -39,11 +39,11 @@ func (p *policy) zones() {
 		from, to := ruleset.Match{Protocol: ruleset.UDP, SrcPorts: single(ruleset.DNSPort), Src: server}, ruleset.Match{Protocol: ruleset.UDP, DstPorts: single(ruleset.DNSPort), Dst: server}
 		arriving = append(arriving, ruleset.Rule{
 			ID: "zone/answer" + suffix(server), Match: from, Target: upstreamZone,
-			Why: "a server's answer belongs to a query that was not captured: the agent's, or that of somebody who is left alone",
+			Why: "a server's answer belongs to a query that was not captured: of the agent or of an excluded process",
 		})
 		captured = append(captured, ruleset.Rule{
 			ID: "zone/captured" + suffix(server), Match: to, Target: captureZone,
-			Why: "a captured query is kept apart from the one that the agent sends on",
+			Why: "a captured query and the query that the agent forwards are in different zones",
 		})
 		passed = append(passed, ruleset.Rule{
 			ID: "zone/passed" + suffix(server), Match: to, Target: upstreamZone,
@@ -62,7 +62,7 @@ func (p *policy) zones() {
 	ask := func(owner ruleset.Owner, target string) ruleset.Rule {
 		query := queries
 		query.Owner = owner
-		return ruleset.Rule{ID: "zone/query/" + owner.String(), Match: query, Target: ruleset.Jump(target), Why: "queries are captured, or not, by group"}
+		return ruleset.Rule{ID: "zone/query/" + owner.String(), Match: query, Target: ruleset.Jump(target), Why: "the group decides whether queries are captured"}
 	}
 	if p.OwnerGroups.All {
 		for _, ids := range p.OwnerGroupsExcluded {

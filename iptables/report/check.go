@@ -69,7 +69,7 @@ func (f Findings) String() string {
 		text.WriteString("warning: " + warning + "\n")
 	}
 	if f.Equal {
-		text.WriteString("the rules are as the flags want them\n")
+		text.WriteString("the rules match\n")
 	}
 	return text.String()
 }
@@ -102,19 +102,19 @@ func meaning(c ruleset.Change) string {
 	wanted, found := effectOf(c, c.Rule), effectOf(c, c.Found)
 	switch {
 	case c.Rule == "" && c.Found == "" && c.Kind == ruleset.Missing:
-		return "what it judged is not judged"
+		return "packets for this chain are no longer matched"
 	case c.Rule == "" && c.Found == "":
-		return "the chain is not needed and does nothing by itself"
+		return "the chain is not needed and has no effect by itself"
 	case c.Kind == ruleset.Missing:
 		return wanted.lost
 	case c.Kind == ruleset.Extra:
 		return found.does
 	case c.Kind == ruleset.Duplicate:
-		return "it is there more than once, and the first one decides"
+		return "the rule exists more than once, and the first one decides"
 	case c.Kind == ruleset.Tampered:
-		return fmt.Sprintf("%s; as it is, %s", wanted.lost, found.does)
+		return fmt.Sprintf("%s; instead, %s", wanted.lost, found.does)
 	}
-	return "it stands where another belongs, and the first that matches decides: " + found.does
+	return "it is in the place of another rule, and the first match decides: " + found.does
 }
 
 // effect is what a rule does to traffic, and what is lost without it.
@@ -124,38 +124,38 @@ type effect struct{ does, lost string }
 var lostJump = map[ruleset.Place]string{
 	{Table: ruleset.NAT, Chain: ruleset.ChainBuiltOutput}:    "no outbound connection is captured",
 	{Table: ruleset.NAT, Chain: ruleset.ChainPrerouting}:     "no inbound connection is captured",
-	{Table: ruleset.Mangle, Chain: ruleset.ChainPrerouting}:  "what arrives is neither given to the agent nor dropped for being invalid",
-	{Table: ruleset.Mangle, Chain: ruleset.ChainBuiltOutput}: "outgoing packets lack the marks of TPROXY, and answers go past the agent",
-	{Table: ruleset.Raw, Chain: ruleset.ChainPrerouting}:     "answers of name servers are taken for those of the agent",
-	{Table: ruleset.Raw, Chain: ruleset.ChainBuiltOutput}:    "captured DNS queries are not kept apart from others",
+	{Table: ruleset.Mangle, Chain: ruleset.ChainPrerouting}:  "incoming packets are neither passed to the agent nor dropped as INVALID",
+	{Table: ruleset.Mangle, Chain: ruleset.ChainBuiltOutput}: "outgoing packets lack the marks of TPROXY, and answers bypass the agent",
+	{Table: ruleset.Raw, Chain: ruleset.ChainPrerouting}:     "answers of name servers are mistaken for answers of the agent",
+	{Table: ruleset.Raw, Chain: ruleset.ChainBuiltOutput}:    "captured and other DNS queries share a conntrack zone",
 }
 
 // captureEffect is the effect of jumps and targets that lead to the agent.
 func captureEffect(direction string) effect {
-	return effect{"what it matches is captured " + direction, "what it matches is not captured " + direction}
+	return effect{"matching packets are captured " + direction, "matching packets are not captured " + direction}
 }
 
 func arrival(port uint16) effect {
-	return effect{fmt.Sprintf("what it matches goes to port %d", port), fmt.Sprintf("what it matches does not come to port %d", port)}
+	return effect{fmt.Sprintf("matching packets go to port %d", port), fmt.Sprintf("matching packets do not reach port %d", port)}
 }
 
 func effectOf(c ruleset.Change, line string) effect {
 	rule, known := ruleset.Interpret(line)
 	if !known {
-		return effect{"nobody here knows what it does", ""}
+		return effect{"its effect is not known", ""}
 	}
 	switch target := rule.Target.(type) {
 	case ruleset.Return, ruleset.Accept:
-		return effect{"what it matches is left alone", "what it matches is no longer left alone"}
+		return effect{"matching packets are not captured", "an exception is missing, and matching packets may be captured"}
 	case ruleset.Drop:
-		return effect{"what it matches is dropped", "what it matches is no longer dropped"}
+		return effect{"matching packets are dropped", "matching packets are no longer dropped"}
 	case ruleset.Redirect:
 		return arrival(uint16(target))
 	case ruleset.ToSocket:
 		return arrival(target.To.Port())
 	case ruleset.Jump:
 		if lost := lostJump[ruleset.Place{Table: c.Table, Chain: c.Chain}]; lost != "" {
-			return effect{fmt.Sprintf("what it matches is judged by %s", target), lost}
+			return effect{fmt.Sprintf("matching packets go to chain %s", target), lost}
 		}
 		switch string(target) {
 		case ruleset.ChainRedirect:
@@ -163,18 +163,18 @@ func effectOf(c ruleset.Change, line string) effect {
 		case ruleset.ChainInboundRedirect, ruleset.ChainTPROXY:
 			return captureEffect("inbound")
 		}
-		return effect{fmt.Sprintf("what it matches is judged by %s", target), fmt.Sprintf("what it matches is not judged by %s", target)}
+		return effect{fmt.Sprintf("matching packets go to chain %s", target), fmt.Sprintf("matching packets do not go to chain %s", target)}
 	case ruleset.Zone:
-		return effect{"what it matches gets another zone of connection tracking", "what it matches is not in its zone of connection tracking"}
+		return effect{"matching packets get a different conntrack zone", "matching packets are not in their conntrack zone"}
 	}
-	return effect{"what it matches gets another mark", "what it matches does not get its mark"}
+	return effect{"matching packets get a different mark", "matching packets do not get their mark"}
 }
 
 func routeDifference(c kernel.RouteChange) Difference {
 	d := Difference{Family: c.Route.Family.String(), Change: ruleset.Change{Kind: ruleset.Missing, Rule: c.Route.String()}}
-	d.Means = "what TPROXY has marked is not delivered here: captured inbound connections hang"
+	d.Means = "packets with TPROXY's mark are not delivered locally: captured inbound connections hang"
 	if c.Action == kernel.Remove {
-		d.Kind, d.Rule, d.Found, d.Means = ruleset.Extra, "", c.Route.String(), "packets that bear such a mark are delivered here, though the flags need none"
+		d.Kind, d.Rule, d.Found, d.Means = ruleset.Extra, "", c.Route.String(), "packets with this mark are delivered locally, but TPROXY is not in use"
 	}
 	return d
 }
@@ -184,7 +184,7 @@ func addressDifference(a iptables.AddressChange) Difference {
 	d := Difference{Family: ruleset.IPv6.String(), Change: ruleset.Change{Kind: ruleset.Missing, Rule: address}}
 	d.Means = "the agent cannot dial the workload: captured inbound connections are reset"
 	if a == iptables.AddressRemoved {
-		d.Kind, d.Rule, d.Found, d.Means = ruleset.Extra, "", address, "it is left over, and harmless"
+		d.Kind, d.Rule, d.Found, d.Means = ruleset.Extra, "", address, "left over and harmless"
 	}
 	return d
 }
@@ -200,7 +200,7 @@ func ahead(h ruleset.Held) []string {
 			}
 			for _, r := range c.Rules[:jump] {
 				if fate := fate(r, c.Name); fate != "" {
-					warnings = append(warnings, fmt.Sprintf("%s %s %s %s: %s stands before our jump: what it matches %s",
+					warnings = append(warnings, fmt.Sprintf("%s %s %s %s: %s precedes our jump: %s",
 						h.Rules.Family, h.Flavour, table.Name, c.Name, r.Body(c.Name), fate))
 				}
 			}
@@ -220,11 +220,11 @@ func fate(r ruleset.Rule, chain string) string {
 	case slices.Contains(goesOn, target):
 		return ""
 	case target == "DROP", target == "REJECT":
-		return "is refused before our rules see it"
+		return "matching packets are dropped before our rules see them"
 	case slices.Contains(ends, target):
-		return "is not judged by our rules"
+		return "our rules do not see matching packets"
 	default:
-		return "goes to " + target + ", which may keep it from our rules"
+		return "matching packets go to " + target + ", and may not reach our rules"
 	}
 }
 

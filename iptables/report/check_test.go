@@ -14,7 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/rulestest"
 )
 
-func TestEveryKindOfMeddlingIsToldInALineWithWhatItMeans(t *testing.T) {
+func TestCheckReportsEachChangeInOneLineWithItsEffect(t *testing.T) {
 	want := policy.Rules(rulestest.CaptureAll, ruleset.IPv4)
 	var text strings.Builder
 	for _, m := range rulestest.Meddling {
@@ -26,7 +26,7 @@ func TestEveryKindOfMeddlingIsToldInALineWithWhatItMeans(t *testing.T) {
 	rulestest.Golden(t, "check", text.String())
 }
 
-func TestCheckNamesWhatHasBeenDoneToTheNamespace(t *testing.T) {
+func TestCheckNamesChangesOfTheNamespace(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false, ruleset.NFT, ruleset.Legacy)
 	ns := nettest.New(t, "pod")
@@ -51,38 +51,38 @@ func TestCheckNamesWhatHasBeenDoneToTheNamespace(t *testing.T) {
 		equal          bool
 		want           string // a beginning of a line for each of these lines
 	}{
-		{"nothing", "", true, "the rules are as the flags want them"},
+		{"nothing", "", true, "the rules match"},
 		{"a jump removed", "iptables-nft -t mangle -D OUTPUT 1", false,
 			"missing: ipv4 nft mangle OUTPUT: leaving/jump, -p tcp -j PILLION_OUTPUT: outgoing packets lack the marks of TPROXY"},
 		{"two jumps removed", "iptables-nft -t raw -D PREROUTING 1; iptables-nft -t raw -D OUTPUT 1", false,
 			"missing: ipv4 nft raw PREROUTING: zone/arriving/jump, -p udp -j PILLION_INBOUND: answers of name servers\n" +
-				"missing: ipv4 nft raw OUTPUT: zone/leaving/jump, -p udp -j PILLION_OUTPUT: captured DNS queries"},
+				"missing: ipv4 nft raw OUTPUT: zone/leaving/jump, -p udp -j PILLION_OUTPUT: captured and other DNS queries share"},
 		{"the redirection leads elsewhere", "ip6tables-nft -t nat -R PILLION_REDIRECT 1 -p tcp -m comment --comment pillion:outbound/redirect -j REDIRECT --to-ports 9", false,
-			"tampered: ipv6 nft nat PILLION_REDIRECT: outbound/redirect, found -p tcp -j REDIRECT --to-ports 9: what it matches does not come to port 15001; as it is, what it matches goes to port 9"},
+			"tampered: ipv6 nft nat PILLION_REDIRECT: outbound/redirect, found -p tcp -j REDIRECT --to-ports 9: matching packets do not reach port 15001; instead, matching packets go to port 9"},
 		{"the agent captured", "iptables-nft -t nat -D PILLION_OUTPUT -m owner --uid-owner 1337 -m comment --comment pillion:outbound/agent/uid/1337 -j RETURN", false,
-			"missing: ipv4 nft nat PILLION_OUTPUT: outbound/agent/uid/1337, -m owner --uid-owner 1337 -j RETURN: what it matches is no longer left alone"},
+			"missing: ipv4 nft nat PILLION_OUTPUT: outbound/agent/uid/1337, -m owner --uid-owner 1337 -j RETURN: an exception is missing, and matching packets may be captured"},
 		{"an exception in our chain", "iptables-nft -t nat -I PILLION_OUTPUT -d 203.0.113.0/24 -j RETURN", false,
-			"extra: ipv4 nft nat PILLION_OUTPUT: -d 203.0.113.0/24 -j RETURN: what it matches is left alone"},
+			"extra: ipv4 nft nat PILLION_OUTPUT: -d 203.0.113.0/24 -j RETURN: matching packets are not captured"},
 		{"a rule with a match that we do not know", "iptables-nft -t nat -I PILLION_OUTPUT -m ttl --ttl-eq 7 -j RETURN", false,
-			"extra: ipv4 nft nat PILLION_OUTPUT: -m ttl --ttl-eq 7 -j RETURN: nobody here knows what it does"},
+			"extra: ipv4 nft nat PILLION_OUTPUT: -m ttl --ttl-eq 7 -j RETURN: its effect is not known"},
 		{"a mark gone", "iptables-nft -t mangle -D PILLION_DIVERT 1", false,
-			"missing: ipv4 nft mangle PILLION_DIVERT: inbound/divert/mark, -j MARK --set-xmark 0x539/0xffffffff: what it matches does not get its mark"},
+			"missing: ipv4 nft mangle PILLION_DIVERT: inbound/divert/mark, -j MARK --set-xmark 0x539/0xffffffff: matching packets do not get their mark"},
 		{"the routing rule gone", "ip rule del fwmark 1337 lookup 133", false,
-			"missing: ipv4: fwmark 0x539 lookup 133: what TPROXY has marked is not delivered here"},
+			"missing: ipv4: fwmark 0x539 lookup 133: packets with TPROXY's mark are not delivered locally"},
 		{"the route gone", "ip -6 route del local default dev lo table 133", false,
-			"missing: ipv6: local default dev lo table 133: what TPROXY has marked"},
+			"missing: ipv6: local default dev lo table 133: packets with TPROXY's mark"},
 		{"the source address gone", "ip addr del ::6/128 dev lo", false,
 			"missing: ipv6: ::6 on lo: the agent cannot dial the workload"},
 		{"rules in the other flavour", "iptables-legacy -t nat -N PILLION_OLD; iptables-legacy -t nat -A PILLION_OLD -j RETURN", false,
-			"extra: ipv4 legacy nat PILLION_OLD: -j RETURN: what it matches is left alone\nextra: ipv4 legacy nat PILLION_OLD: the chain is not needed"},
+			"extra: ipv4 legacy nat PILLION_OLD: -j RETURN: matching packets are not captured\nextra: ipv4 legacy nat PILLION_OLD: the chain is not needed"},
 		{"an exception ahead of our jump", "iptables-nft -t nat -I OUTPUT -p tcp -m tcp --dport 443 -j ACCEPT", true,
-			"warning: ipv4 nft nat OUTPUT: -p tcp -m tcp --dport 443 -j ACCEPT stands before our jump: what it matches is not judged by our rules"},
+			"warning: ipv4 nft nat OUTPUT: -p tcp -m tcp --dport 443 -j ACCEPT precedes our jump: our rules do not see matching packets"},
 		{"a drop ahead of it, with a match that we do not know", "iptables-nft -t mangle -I PREROUTING -m ttl --ttl-eq 7 -j DROP", true,
-			"warning: ipv4 nft mangle PREROUTING: -m ttl --ttl-eq 7 -j DROP stands before our jump: what it matches is refused before our rules see it"},
+			"warning: ipv4 nft mangle PREROUTING: -m ttl --ttl-eq 7 -j DROP precedes our jump: matching packets are dropped before our rules see them"},
 		{"a jump ahead of it", "iptables-nft -t nat -N THEIRS; iptables-nft -t nat -I OUTPUT -j THEIRS", true,
-			"warning: ipv4 nft nat OUTPUT: -j THEIRS stands before our jump: what it matches goes to THEIRS, which may keep it"},
-		{"what decides nothing ahead of it", "iptables-nft -t mangle -I OUTPUT -j MARK --set-mark 7", true, "the rules are as the flags want them"},
-		{"an exception behind it", "iptables-nft -t nat -A OUTPUT -j ACCEPT", true, "the rules are as the flags want them"},
+			"warning: ipv4 nft nat OUTPUT: -j THEIRS precedes our jump: matching packets go to THEIRS, and may not reach our rules"},
+		{"what decides nothing ahead of it", "iptables-nft -t mangle -I OUTPUT -j MARK --set-mark 7", true, "the rules match"},
+		{"an exception behind it", "iptables-nft -t nat -A OUTPUT -j ACCEPT", true, "the rules match"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			mustInstall(t, ns, spec)

@@ -44,7 +44,7 @@ func (q Question) Packet() (trace.Packet, error) {
 		p.Out = q.Interface
 	}
 	if !peer.IsValid() {
-		return p, errors.New("the destination has no address: write one such as 198.51.100.7:443; only where it is said from where the packet comes can it be left out")
+		return p, errors.New("the destination has no address: write one such as 198.51.100.7:443; it is optional only with a sender")
 	}
 	if q.Interface == "" || !p.Src.IsValid() || !p.Dst.Addr().IsValid() {
 		link, own, err := kernel.RouteTo(peer, q.Src, q.Mark)
@@ -60,7 +60,7 @@ func (q Question) Packet() (trace.Packet, error) {
 				p.Src = own
 			}
 		case link == ruleset.Loopback && q.Interface == "":
-			return p, fmt.Errorf("%s is an address of this machine: what comes from it is sent by a local process; leave the sender out and say whose it is", q.From)
+			return p, fmt.Errorf("%s is an address of this machine, so a local process is the sender: leave the sender out and give its user", q.From)
 		default:
 			if q.Interface == "" {
 				p.In = link
@@ -71,7 +71,7 @@ func (q Question) Packet() (trace.Packet, error) {
 		}
 	}
 	if p.Src.IsValid() && ruleset.FamilyOf(p.Src) != ruleset.FamilyOf(p.Dst.Addr()) {
-		return p, fmt.Errorf("%s and %s are not of one family", p.Src, p.Dst.Addr())
+		return p, fmt.Errorf("%s and %s are of different families", p.Src, p.Dst.Addr())
 	}
 	return p, nil
 }
@@ -107,13 +107,13 @@ func (e Explanation) String() string {
 	for _, s := range e.Met {
 		remark := s.remark()
 		if s.Unknown {
-			remark = "not ours: whether it matches, and what then, is not known here"
+			remark = "not ours: it is not known whether it matches and what it does"
 		}
 		fmt.Fprintf(&text, "    %s %s: %s\n      # %s\n", s.place(), s.Chain, s.Rule, remark)
 	}
 	text.WriteString(e.Verdict)
 	if e.Uncertain {
-		text.WriteString("; unless a rule on the way that is not known here decides otherwise")
+		text.WriteString("; unless a rule on the way that is not interpreted decides otherwise")
 	}
 	return text.String() + "\n"
 }

@@ -46,10 +46,10 @@ ipv4 nft nat OUTPUT
     -m ttl --ttl-eq 7 -j THEIRS  (1 packets, 60 bytes)
       # not ours
     -p tcp -j PILLION_OUTPUT  (3 packets, 180 bytes)
-      # outbound/jump: what goes out is judged by our chain
+      # outbound/jump: our chain decides about outgoing packets
 ipv4 nft nat PILLION_OUTPUT
     -o lo -j DROP  (0 packets, 0 bytes)
-      # outbound/loopback: bears our name, but we make no such rule
+      # outbound/loopback: has our name, but we make no such rule
     -j PILLION_REDIRECT  (2 packets, 120 bytes)
       # outbound/all: every other address is captured
 ipv4 nft nat PILLION_REDIRECT
@@ -62,12 +62,12 @@ ipv4 nft nat THEIRS
 	if got := ShowText([]ruleset.Held{{Flavour: ruleset.NFT, Rules: live}}); got != want {
 		t.Errorf("got:\n%s\nwant:\n%s", got, want)
 	}
-	if got := ShowText([]ruleset.Held{{Flavour: "", Rules: live}}); strings.Contains(got, "packets") || !strings.HasPrefix(got, "ipv4 raw OUTPUT\n    -j ACCEPT\n      # not ours\n") {
+	if got := ShowText([]ruleset.Held{{Flavour: "", Rules: live}}); strings.Contains(got, " packets, ") || !strings.HasPrefix(got, "ipv4 raw OUTPUT\n    -j ACCEPT\n      # not ours\n") {
 		t.Errorf("planned:\n%s", got)
 	}
 }
 
-func TestVerdictsAreToldInWords(t *testing.T) {
+func TestVerdictsInWords(t *testing.T) {
 	a := rulestest.Families[0]
 	injector := rulestest.SpecOf(func(s *capture.Spec) {
 		s.Inbound.All, s.Outbound.All, s.InboundExcluded = true, true, rulestest.Ports("15021")
@@ -81,22 +81,22 @@ func TestVerdictsAreToldInWords(t *testing.T) {
 		describes, says string
 	}{
 		{injector, rulestest.Sends(rulestest.Workload, 5, a.Elsewhere, 443), "tcp to 203.0.113.7:443 going out on eth0, sent by user 1000, group 5", "captured: goes to the agent's outbound port 15001"},
-		{injector, rulestest.Sends(rulestest.Agent, rulestest.Agent, a.Elsewhere, 443), "tcp to 203.0.113.7:443 going out on eth0, sent by user 1337, group 1337", "left alone: the agent's own connections are not captured again"},
+		{injector, rulestest.Sends(rulestest.Agent, rulestest.Agent, a.Elsewhere, 443), "tcp to 203.0.113.7:443 going out on eth0, sent by user 1337, group 1337", "not captured: the agent's own connections are not captured again"},
 		{injector, rulestest.ToItself(rulestest.Agent, rulestest.Agent, a.Pod, 80), "tcp to 198.51.100.2:80 going out on lo, sent by user 1337, group 1337", "captured: goes to the agent's inbound port 15006"},
 		{injector, rulestest.Arrives(a, 80), "tcp to 198.51.100.2:80 from 198.51.100.1 coming in on eth0", "captured: goes to the agent's inbound port 15006"},
 		{injector, rulestest.Arrives(a, 15021), "tcp to 198.51.100.2:15021 from 198.51.100.1 coming in on eth0",
-			"left alone: this port is left alone; probes and scrapes of the agent itself would break if they went through it"},
-		{injector, rulestest.Established(0, rulestest.Arrives(a, 80)), "tcp to 198.51.100.2:80 from 198.51.100.1 coming in on eth0 of a connection under way",
-			"left alone: address translation is decided by the first packet of a connection, and the others follow it"},
-		{injector, rulestest.UDP(rulestest.Sends(rulestest.Workload, 5, a.Elsewhere, 53)), "udp to 203.0.113.7:53 going out on eth0, sent by user 1000, group 5", "left alone: no rule captures it"},
+			"not captured: this port is excluded; probes and scrapes of the agent itself would break if they were captured"},
+		{injector, rulestest.Established(0, rulestest.Arrives(a, 80)), "tcp to 198.51.100.2:80 from 198.51.100.1 coming in on eth0 of an established connection",
+			"not captured by itself: the first packet of a connection decides about address translation, and the others follow"},
+		{injector, rulestest.UDP(rulestest.Sends(rulestest.Workload, 5, a.Elsewhere, 53)), "udp to 203.0.113.7:53 going out on eth0, sent by user 1000, group 5", "not captured: no rule matches"},
 		{dns, rulestest.UDP(rulestest.Sends(rulestest.Workload, 5, a.Elsewhere, 53)), "udp to 203.0.113.7:53 going out on eth0, sent by user 1000, group 5", "captured: goes to the agent's DNS port 15053"},
-		{tproxy, rulestest.Arrives(a, 80), "tcp to 198.51.100.2:80 from 198.51.100.1 coming in on eth0", "captured: goes, as it is, to the agent's inbound port 15006"},
-		{tproxy, rulestest.Established(capture.LoopMark, rulestest.Arrives(a, 80)), "tcp to 198.51.100.2:80 from 198.51.100.1 coming in on eth0 of a connection under way",
-			"captured: its connection was given to the agent, and it goes there, too"},
-		{tproxy, rulestest.Invalid(rulestest.Arrives(a, 80)), "tcp to 198.51.100.2:80 from 198.51.100.1 coming in on eth0 which belongs to no connection",
-			"dropped: what connection tracking cannot place would not be redirected, and the kernel would answer it with a reset"},
+		{tproxy, rulestest.Arrives(a, 80), "tcp to 198.51.100.2:80 from 198.51.100.1 coming in on eth0", "captured: goes unchanged to the agent's inbound port 15006"},
+		{tproxy, rulestest.Established(capture.LoopMark, rulestest.Arrives(a, 80)), "tcp to 198.51.100.2:80 from 198.51.100.1 coming in on eth0 of an established connection",
+			"captured: the agent has its connection"},
+		{tproxy, rulestest.Invalid(rulestest.Arrives(a, 80)), "tcp to 198.51.100.2:80 from 198.51.100.1 coming in on eth0 in state INVALID",
+			"dropped: packets that conntrack calls INVALID would not be redirected, and the kernel would answer them with a reset"},
 		{tproxy, rulestest.Marked(1337, rulestest.From(a.Peer, rulestest.ToItself(0, rulestest.Agent, a.Pod, 80))), "tcp to 198.51.100.2:80 from 198.51.100.1 going out on lo, sent by user 0, group 1337 with mark 0x539",
-			"left alone: what the agent sends to the workload from its client's address is not captured again"},
+			"not captured: packets that the agent sends to the workload from its client's address are not captured again"},
 	} {
 		e := Explain(test.packet, []ruleset.Held{{Rules: policy.Rules(test.spec, ruleset.IPv4)}})
 		if e.Packet != test.describes || e.Verdict != test.says {
@@ -105,8 +105,8 @@ func TestVerdictsAreToldInWords(t *testing.T) {
 	}
 }
 
-// What is in force besides ours has its say, in the order in which the kernel asks.
-func TestOtherPeoplesRulesAreMetOnTheWay(t *testing.T) {
+// Rules of others take part, in the order in which the kernel calls them.
+func TestForeignRulesTakePartInATrace(t *testing.T) {
 	ours := policy.Rules(rulestest.CaptureAll, ruleset.IPv4)
 	packet := rulestest.Sends(rulestest.Workload, rulestest.Workload, nettest.Elsewhere4, 80)
 	const before = "*nat\n:OUTPUT ACCEPT [0:0]\n%s\nCOMMIT\n"
@@ -117,10 +117,10 @@ func TestOtherPeoplesRulesAreMetOnTheWay(t *testing.T) {
 		uncertain bool
 	}{
 		{"ours alone", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ours}}, "captured: goes to the agent's outbound port 15001", false},
-		{"nothing", nil, "left alone: no rule captures it", false},
-		{"of the other family", []ruleset.Held{{Flavour: ruleset.NFT, Rules: policy.Rules(rulestest.CaptureAll, ruleset.IPv6)}}, "left alone: no rule captures it", false},
+		{"nothing", nil, "not captured: no rule matches", false},
+		{"of the other family", []ruleset.Held{{Flavour: ruleset.NFT, Rules: policy.Rules(rulestest.CaptureAll, ruleset.IPv6)}}, "not captured: no rule matches", false},
 		{"an exception before our jump", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, rulestest.Swap(rulestest.JumpOutLine, "-A OUTPUT -p tcp -m tcp --dport 80 -j ACCEPT\n"+rulestest.JumpOutLine)(ours.String()))}},
-			"left alone: by a rule that is not ours", false},
+			"not captured: by a rule that is not ours", false},
 		{"a match that we do not know", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, rulestest.Swap(rulestest.JumpOutLine, "-A OUTPUT -m ttl --ttl-eq 7 -j ACCEPT\n"+rulestest.JumpOutLine)(ours.String()))}},
 			"captured: goes to the agent's outbound port 15001", true},
 		{"an exception in another flavour", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, fmt.Sprintf(before, "-A OUTPUT -j ACCEPT"))}, {Flavour: ruleset.Legacy, Rules: ours}},
@@ -139,7 +139,7 @@ func TestOtherPeoplesRulesAreMetOnTheWay(t *testing.T) {
 	}
 }
 
-func TestWhatAQuestionLeavesOutIsAskedOfTheRoutes(t *testing.T) {
+func TestRoutesSupplyWhatAQuestionLeavesOut(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
 	address, at := netip.MustParseAddr, netip.MustParseAddrPort
@@ -157,7 +157,7 @@ func TestWhatAQuestionLeavesOutIsAskedOfTheRoutes(t *testing.T) {
 		{Question{From: address("2001:db8::9"), Dst: at("[2001:db8:1::2]:80"), Interface: "tun0"}, trace.Packet{In: "tun0", Src: address("2001:db8::9")}, ""},
 		{Question{Dst: netip.AddrPortFrom(netip.Addr{}, 80)}, trace.Packet{}, "the destination has no address"},
 		{Question{From: nettest.PodIP4, Dst: netip.AddrPortFrom(netip.Addr{}, 80)}, trace.Packet{}, "198.51.100.2 is an address of this machine"},
-		{Question{From: address("203.0.113.9"), Dst: at("[::1]:80")}, trace.Packet{}, "203.0.113.9 and ::1 are not of one family"},
+		{Question{From: address("203.0.113.9"), Dst: at("[::1]:80")}, trace.Packet{}, "203.0.113.9 and ::1 are of different families"},
 	} {
 		var got trace.Packet
 		err := pod.Try(func() (err error) {

@@ -13,7 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/trace"
 )
 
-// explained is what explain says of the story's packet as people would describe it, with the rules that are in force.
+// explained returns the verdict of explain for the story's packet, described as people would, in the rules in force.
 func explained(t *testing.T, pod *nettest.Namespace, live iptables.Live, p trace.Packet) string {
 	t.Helper()
 	q := Question{UID: p.UID, GID: p.GID, Src: p.Src, Dst: p.Dst, Protocol: p.Protocol, Mark: p.Mark, State: p.State}
@@ -47,9 +47,9 @@ func mustInstall(t *testing.T, ns *nettest.Namespace, spec capture.Spec) {
 	})
 }
 
-// The fifth judge: the stories are dialled for real, by processes with the story's user and group, and the kernel has to
-// say what the tracer said.
-func TestTheKernelSaysWhatTheTracerSays(t *testing.T) {
+// The fifth judge: processes with the story's user and group open the stories' connections, and the kernel's verdict must
+// be the tracer's.
+func TestTheKernelAgreesWithTheTracer(t *testing.T) {
 	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
 		for _, sc := range rulestest.Scenarios {
 			t.Run(sc.Name, func(t *testing.T) {

@@ -82,7 +82,7 @@ func (s Shown) remark() string {
 	case s.Why != "":
 		return s.ID + ": " + s.Why
 	case s.ID != "":
-		return s.ID + ": bears our name, but we make no such rule"
+		return s.ID + ": has our name, but we make no such rule"
 	}
 	return "not ours"
 }

@@ -35,7 +35,7 @@ func TestParseKeepsEveryRuleOfOurTablesToTheLetter(t *testing.T) {
 	}
 }
 
-func TestParseUnderstandsOursAndNothingElse(t *testing.T) {
+func TestParseInterpretsOnlyOurRules(t *testing.T) {
 	for name, text := range rulestest.Saves(t, "testdata/saves") {
 		ours := strings.HasPrefix(name, "pillion")
 		for at, r := range ruleset.Parse(ruleset.IPv4, text).All() {
@@ -47,7 +47,7 @@ func TestParseUnderstandsOursAndNothingElse(t *testing.T) {
 	}
 }
 
-func TestParseTakesWhatMakesNoSense(t *testing.T) {
+func TestParseAcceptsMalformedInput(t *testing.T) {
 	for _, text := range []string{
 		"", "\n", "*", ":", ": ", "-A", "-A ", "-A OUTPUT", "*nat\n:OUTPUT", "*nat\n:OUTPUT ACCEPT\n-A OUTPUT", "*nat\n-A NOWHERE -j RETURN",
 		"*nat\n:O - \n-A O -s", "*nat\n:O -\n-A O !", "*nat\n:O -\n-A O ! ! -d 1.2.3.4/32 -j RETURN", "*nat\n:O -\n-A O --comment \"", "COMMIT\nCOMMIT",

@@ -34,18 +34,18 @@ func CanBeDialled(p trace.Packet) bool {
 	return !lost && p.State == "" && slices.Contains([]string{"", "eth0", "vm0"}, p.In) && slices.Contains([]string{"", "eth0", ruleset.Loopback}, p.Out)
 }
 
-// world is a pod, its peer and a virtual machine in the pod, with somebody at every door, who says which door it is, and
-// with diallers under all the users and groups of the stories.
-type world struct {
+// World is a pod, its peer and a virtual machine in the pod, with a listener at every destination that answers with its
+// own name, and diallers for all users and groups of the stories.
+type World struct {
 	Pod, peer, vm *nettest.Namespace
 	doors         map[string]bool
 	diallers      map[string]*dialler
 }
 
-func NewWorld(t *testing.T) *world {
+func NewWorld(t *testing.T) *World {
 	pod, peer := nettest.PodAndPeer(t)
 	vm := nettest.New(t, "vm")
-	w := &world{Pod: pod, peer: peer, vm: vm, doors: make(map[string]bool), diallers: make(map[string]*dialler)}
+	w := &World{Pod: pod, peer: peer, vm: vm, doors: make(map[string]bool), diallers: make(map[string]*dialler)}
 	for _, a := range Families {
 		peer.AddAddress(t, "lo", netip.PrefixFrom(a.Excluded, a.Excluded.BitLen()))
 	}
@@ -87,8 +87,8 @@ func NewWorld(t *testing.T) *world {
 	return w
 }
 
-// open opens a door. The agent's inbound one is transparent, so that TPROXY can lead to it.
-func (w *world) open(t *testing.T, where *nettest.Namespace, protocol ruleset.Protocol, address string, says trace.Verdict) {
+// open starts a listener. The agent's inbound one is transparent, so that TPROXY can lead to it.
+func (w *World) open(t *testing.T, where *nettest.Namespace, protocol ruleset.Protocol, address string, says trace.Verdict) {
 	key := fmt.Sprint(where.Name, protocol, address)
 	if w.doors[key] {
 		return
@@ -156,8 +156,8 @@ func answerPackets(packets net.PacketConn, says trace.Verdict) {
 	}
 }
 
-// Dial opens the connection that the packet begins and returns what the door said at which it ended.
-func (w *world) Dial(t *testing.T, p trace.Packet) string {
+// Dial opens the connection that the packet begins, and returns the answer of the listener that it reached.
+func (w *World) Dial(t *testing.T, p trace.Packet) string {
 	t.Helper()
 	where, uid, gid := w.Pod, p.UID, p.GID
 	switch p.In {

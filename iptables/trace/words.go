@@ -24,9 +24,9 @@ func (p Packet) String() string {
 	}
 	switch p.State {
 	case ruleset.Invalid:
-		words = append(words, "which belongs to no connection")
+		words = append(words, "in state INVALID")
 	case ruleset.Established:
-		words = append(words, "of a connection under way")
+		words = append(words, "of an established connection")
 	}
 	return strings.Join(words, " ")
 }
@@ -53,7 +53,7 @@ func (w Walk) InWords(p Packet) string {
 		}
 		return "dropped: by the policy of a built-in chain"
 	case Given:
-		return fmt.Sprintf("captured: goes, as it is, to the agent's inbound port %d", w.Verdict.Port)
+		return fmt.Sprintf("captured: goes unchanged to the agent's inbound port %d", w.Verdict.Port)
 	case Redirected:
 		for _, m := range w.Met { // later rules on the loopback do not change it
 			if _, ok := m.Rule.Target.(ruleset.Redirect); ok {
@@ -71,13 +71,13 @@ func (w Walk) InWords(p Packet) string {
 	}
 	switch {
 	case spared.Target == ruleset.Accept{} && spared.ID == "inbound/divert":
-		return "captured: its connection was given to the agent, and it goes there, too"
+		return "captured: the agent has its connection"
 	case spared.Target != nil:
-		return "left alone: " + because(spared)
+		return "not captured: " + because(spared)
 	case p.State == ruleset.Established:
-		return "left alone: address translation is decided by the first packet of a connection, and the others follow it"
+		return "not captured by itself: the first packet of a connection decides about address translation, and the others follow"
 	}
-	return "left alone: no rule captures it"
+	return "not captured: no rule matches"
 }
 
 func because(r ruleset.Rule) string {

@@ -57,7 +57,7 @@ func Capture(ctx context.Context, spec capture.Spec, port uint16) (unproven []st
 		v.plan(ruleset.IPv6)
 	}
 	if len(v.pending) == 0 {
-		return nil, fmt.Errorf("nothing can be tried: %s", strings.Join(v.unproven(), "; "))
+		return nil, fmt.Errorf("no connection can be tried: %s", strings.Join(v.unproven(), "; "))
 	}
 	ticker := time.NewTicker(probeInterval)
 	defer ticker.Stop()
@@ -157,7 +157,7 @@ func first(ids []capture.IDRange) uint32 {
 
 // prove finds a connection for which the rules have the verdict want, preferably one that this process can open.
 func (v *validation) prove(what string, rules ruleset.Ruleset, protocol ruleset.Protocol, want trace.Verdict, users []identity, to []netip.Addr, ports []uint16) {
-	p := &proof{name: what + " " + rules.Family.String(), want: want, obstacle: "the rules capture nothing to which there is a route"}
+	p := &proof{name: what + " " + rules.Family.String(), want: want, obstacle: "the rules capture no destination that has a route"}
 	users = append([]identity{self()}, users...)
 	for _, address := range to {
 		link, src, err := kernel.RouteTo(address, netip.Addr{}, 0)
@@ -208,9 +208,9 @@ func self() identity { return identity{uint32(os.Geteuid()), uint32(os.Getegid()
 func (v *validation) obstacle(user identity, want trace.Verdict) string {
 	switch {
 	case user != self() && !v.has(unix.CAP_SETUID, unix.CAP_SETGID):
-		return fmt.Sprintf("it takes user %d and group %d, or CAP_SETUID and CAP_SETGID to become them", user.uid, user.gid)
+		return fmt.Sprintf("needs user %d and group %d, or CAP_SETUID and CAP_SETGID", user.uid, user.gid)
 	case want.Action == trace.Given && !v.has(unix.CAP_NET_ADMIN):
-		return "it takes CAP_NET_ADMIN to listen for TPROXY"
+		return "needs CAP_NET_ADMIN to listen for TPROXY"
 	}
 	return ""
 }
@@ -257,7 +257,7 @@ func (p *proof) look(live iptables.Live) error {
 	if walk.Verdict == p.want {
 		return nil
 	}
-	return fmt.Errorf("by the rules in force, what user %d sends to %s is %s", p.packet.UID, p.packet.Dst, walk.InWords(p.packet))
+	return fmt.Errorf("in the rules in force, traffic of user %d to %s is %s", p.packet.UID, p.packet.Dst, walk.InWords(p.packet))
 }
 
 // try opens the connection and waits for it at the agent's port. The time limit is remaining/left, so that one failure
@@ -301,7 +301,7 @@ func (p *proof) try(ctx context.Context, left int) error {
 		}
 	}
 	if err := arrived(conn.LocalAddr().String()); err != nil {
-		return fmt.Errorf("what user %d sent to %s did not come to port %d: %w", p.packet.UID, p.packet.Dst, p.want.Port, err)
+		return fmt.Errorf("traffic of user %d to %s did not reach port %d: %w", p.packet.UID, p.packet.Dst, p.want.Port, err)
 	}
 	return nil
 }

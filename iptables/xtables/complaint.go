@@ -25,11 +25,11 @@ func complaint(stderr string) string {
 
 // The other causes of a program's failure, with their remedies.
 var (
-	errNotPermitted = errors.New("this process may not change rules: give it the capabilities NET_ADMIN and NET_RAW; if it has them, a policy of seccomp, SELinux or AppArmor forbids it")
-	errLockFile     = errors.New("the lock file of iptables cannot be made: mount an emptyDir at /run, or name another place by XTABLES_LOCKFILE")
-	errLockHeld     = fmt.Errorf("somebody else has held the lock of iptables for %d seconds: try again", lockSeconds)
+	errNotPermitted = errors.New("this process must not change rules: add the capabilities NET_ADMIN and NET_RAW; if it has them, a seccomp, SELinux or AppArmor policy forbids it")
+	errLockFile     = errors.New("cannot create the lock file of iptables: mount an emptyDir at /run, or set XTABLES_LOCKFILE to another path")
+	errLockHeld     = fmt.Errorf("another program has held the xtables lock for %d seconds: try again", lockSeconds)
 	errTooOld       = errors.New("this iptables is too old: 1.6.2 or later is needed")
-	errNoExtension  = errors.New("this iptables lacks an extension: install its whole package, in which /usr/lib/…/xtables belongs to it")
+	errNoExtension  = errors.New("this iptables lacks an extension: install its whole package, including /usr/lib/…/xtables")
 )
 
 // diagnoses match the stderr of programs. The first match wins.
@@ -52,7 +52,7 @@ var diagnoses = []struct {
 type missingModulesError string
 
 func (e missingModulesError) Error() string {
-	return fmt.Sprintf("the kernel lacks a part of this rule: load the modules %s on the node", string(e))
+	return fmt.Sprintf("the kernel lacks support for this rule: load the modules %s on the node", string(e))
 }
 
 // Lacks reports whether err means that iptables lacks something here that nftables may not need.
@@ -93,4 +93,4 @@ func modulesFor(line string) []string {
 	return modules
 }
 
-var ErrIncompatible = errors.New("a table of nftables holds rules that were made with nft and that iptables cannot show; make them in a table of another name")
+var ErrIncompatible = errors.New("an nftables table has rules that were made with nft and that iptables cannot show; move them to a table with another name")

@@ -8,8 +8,8 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/kernel"
 )
 
-// What the programs really print when something is missing, and what it comes down to.
-func TestAComplaintIsPutDownToWhatIsMissing(t *testing.T) {
+// Real messages of programs when something is missing, with the cause.
+func TestTheMessageOfAProgramNamesTheMissingPart(t *testing.T) {
 	const (
 		ownerLine = `-A PILLION_OUTPUT -p tcp -m tcp --dport 80 -m owner --uid-owner 1337 -m comment --comment "pillion:x" -j RETURN`
 		proxyLine = `-A PILLION_TPROXY -p tcp -j TPROXY --on-port 15006`

@@ -43,8 +43,8 @@ type Program struct {
 	main, Save, restore string
 }
 
-// ErrNoProgram means that PATH holds no program of the family and flavour.
-var ErrNoProgram = errors.New("not found in PATH")
+// errNoProgram means that PATH holds no program of the family and flavour.
+var errNoProgram = errors.New("not found in PATH")
 
 // Find looks in PATH for the programs of a family and flavour: first under the name that contains the flavour, such as
 // iptables-nft, then under the plain name if the program behind it has that flavour.
@@ -64,7 +64,7 @@ func Find(ctx context.Context, family ruleset.Family, flavour ruleset.Flavour) (
 			return p, nil
 		}
 	}
-	return Program{}, fmt.Errorf("%s (with -save and -restore): %w", full, ErrNoProgram)
+	return Program{}, fmt.Errorf("%s (with -save and -restore): %w", full, errNoProgram)
 }
 
 // flavourOf returns the flavour of a plain iptables. The name of the link target shows it without running the program;

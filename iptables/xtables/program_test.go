@@ -11,8 +11,8 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/kernel"
 )
 
-// What programs really print when something is wrong, and what is made of it: one line.
-func TestAProgramsComplaintBecomesOneLineThatNamesTheRule(t *testing.T) {
+// Real messages of programs on failure, and the one-line error made of them.
+func TestTheErrorOfAProgramIsOneLineThatNamesTheRule(t *testing.T) {
 	const input = "*nat\n:PILLION_A - [0:0]\n-A PILLION_A -p tcp -m tcp --dport 99999 -j RETURN\nCOMMIT\n"
 	for _, test := range []struct {
 		name, stderr, want string
@@ -32,7 +32,7 @@ func TestAProgramsComplaintBecomesOneLineThatNamesTheRule(t *testing.T) {
 			"unable to initialize table 'nat' (in: *nat)", false},
 		{"no module for it",
 			"iptables v1.8.9 (legacy): can't initialize iptables table `nat': Table does not exist (do you need to insmod?)\nPerhaps iptables or your kernel needs to be upgraded.\n",
-			"Table does not exist (do you need to insmod?); Perhaps iptables or your kernel needs to be upgraded.: the kernel does not support it", true},
+			"Table does not exist (do you need to insmod?); Perhaps iptables or your kernel needs to be upgraded.: the kernel lacks support", true},
 		{"silence", "", "exit status 3", false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -58,13 +58,13 @@ func TestAProgramsComplaintBecomesOneLineThatNamesTheRule(t *testing.T) {
 	}
 }
 
-func TestAProgramThatPrintsWithoutEndIsEnded(t *testing.T) {
+func TestAProgramWithEndlessOutputIsEnded(t *testing.T) {
 	if _, err := run(context.Background(), "", "yes"); !errors.Is(err, errTooMuchOutput) {
 		t.Errorf("got error %v", err)
 	}
 }
 
-func TestProgramsSpeakEnglishWhateverTheLocale(t *testing.T) {
+func TestProgramsRunInTheCLocale(t *testing.T) {
 	t.Setenv("LC_ALL", "de_DE.UTF-8")
 	out, err := run(context.Background(), "", "sh", "-c", "echo $LC_ALL")
 	if err != nil || out != "C\n" {

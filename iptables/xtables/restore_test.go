@@ -12,7 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/trace"
 )
 
-func TestDiffNamesWhatIsWrongAndThePlanMendsThatAlone(t *testing.T) {
+func TestDiffNamesEachDifferenceAndThePlanRepairsOnlyThat(t *testing.T) {
 	want := policy.Rules(rulestest.CaptureAll, ruleset.IPv4)
 	for _, m := range rulestest.Meddling {
 		t.Run(m.Name, func(t *testing.T) {
@@ -48,7 +48,7 @@ func TestAFreshTableGetsItsJumpsLast(t *testing.T) {
 	}
 }
 
-func TestRemovingOursLeavesOthers(t *testing.T) {
+func TestRemovingOurRulesKeepsForeignRules(t *testing.T) {
 	text := rulestest.Swap(rulestest.JumpOutLine, rulestest.StrangeLine+"\n"+rulestest.JumpOutLine)(policy.Rules(rulestest.CaptureAll, ruleset.IPv4).String())
 	input := RestoreInput(ruleset.Ruleset{Family: ruleset.IPv4}, ruleset.Parse(ruleset.IPv4, text))
 	for line := range strings.Lines(input) {
@@ -83,7 +83,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-func TestOtherPeoplesRulesAreToldFromOurs(t *testing.T) {
+func TestForeignRulesAreDistinguishedFromOurs(t *testing.T) {
 	const tables = "*nat\n:PREROUTING ACCEPT [0:0]\n:PILLION_OUTPUT - [0:0]\n-A OUTPUT -j PILLION_OUTPUT\n-A PILLION_OUTPUT -j RETURN\nCOMMIT\n"
 	for text, want := range map[string]bool{
 		"":     false,
