@@ -29,6 +29,10 @@ func TestReadinessTurnsOffWhileConnectionsAreStillAccepted(t *testing.T) {
 		downstream.Close()
 		upstream.Close()
 	})
+	// A signal now would cut connections whose ends the agent has not read yet. It reports what is left once a second.
+	idle := func() int { return len(s.agent.log.lines("msg=draining", "inbound_left=0", "outbound_left=0")) }
+	before := idle()
+	nettest.Eventually(t, "no connection is left", func() bool { return idle() > before })
 	s.agent.Signal(syscall.SIGTERM)
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
