@@ -6,26 +6,26 @@ import (
 	"sync"
 )
 
-// How many bytes a Buffer holds before it is grown.
+// The capacity of a Buffer before Grow or Append.
 const (
 	BufferSize      = 16 << 10
-	LargeBufferSize = 64 << 10 // of one from TakeLargeBuffer
+	LargeBufferSize = 64 << 10 // from TakeLargeBuffer
 )
 
-// ErrFull says that a buffer has no room: discard something, or let it grow.
-var ErrFull = errors.New("the buffer is full")
+// ErrFull means that a Buffer has no room. Discard bytes, or call Grow.
+var ErrFull = errors.New("buffer full")
 
-// Buffer holds bytes that were read from a connection and have not gone on. Buffers are pooled: an idle connection has
-// none. Whoever holds one gives it back with Release, or hands it on together with that duty.
+// Buffer holds bytes that were read from a connection and not yet written to another. Buffers are pooled, so that an idle
+// connection does not occupy one. The holder returns it with Release or passes it on, together with that duty.
 type Buffer struct {
-	bytes      []byte // fixed, or something larger
+	bytes      []byte // fixed, or a larger slice after Grow or Append
 	start, end int
 	fixed      []byte
-	pool       *sync.Pool // where it belongs
+	pool       *sync.Pool // takes the buffer back on Release
 }
 
-// buffers and largeBuffers keep them between uses. The garbage collector empties them, so that a burst does not stay in
-// memory.
+// buffers and largeBuffers keep released buffers. The garbage collector empties them, so that the memory of a burst is
+// returned.
 var buffers, largeBuffers sync.Pool
 
 func init() {
@@ -36,8 +36,8 @@ func init() {
 // TakeBuffer returns an empty buffer.
 func TakeBuffer() *Buffer { return take(&buffers) }
 
-// TakeLargeBuffer returns an empty buffer for bulk that has to be looked at: it takes in one system call what would
-// otherwise need four.
+// TakeLargeBuffer returns an empty buffer for bulk data that cannot be spliced because it must be inspected. One read fills
+// it where a buffer of the ordinary size needs four.
 func TakeLargeBuffer() *Buffer { return take(&largeBuffers) }
 
 func take(pool *sync.Pool) *Buffer {
@@ -46,32 +46,32 @@ func take(pool *sync.Pool) *Buffer {
 	return b
 }
 
-// Release gives the buffer back. Nobody may use it, or what Bytes returned, after that. Releasing nil does nothing.
+// Release returns the buffer to its pool. The buffer and slices from Bytes must not be used afterwards. Releasing nil does
+// nothing.
 func (b *Buffer) Release() {
 	if b != nil {
-		b.bytes = nil // which frees what a large message needed
+		b.bytes = nil // frees memory that Grow or Append allocated
 		b.pool.Put(b)
 	}
 }
 
-// Bytes is what the buffer holds. It is valid until the next call of any other method but Len.
+// Bytes returns the bytes in the buffer. They are valid until the next call of a method other than Len.
 func (b *Buffer) Bytes() []byte { return b.bytes[b.start:b.end] }
 
-// Len is the number of bytes that the buffer holds.
+// Len returns the number of bytes in the buffer.
 func (b *Buffer) Len() int { return b.end - b.start }
 
-// Discard forgets the first n bytes.
+// Discard removes the first n bytes.
 func (b *Buffer) Discard(n int) {
 	if b.start += n; b.start == b.end {
 		b.start, b.end = 0, 0
 	}
 }
 
-// Fill reads once from c, as much as there is room for, behind what the buffer holds. The errors are those of
-// Conn.Read, and ErrFull.
+// Fill reads once from c and appends the bytes, as many as there is room for. The error is ErrFull or that of Conn.Read.
 func (b *Buffer) Fill(c *Conn) (int, error) { return b.FillAtMost(c, len(b.bytes)) }
 
-// FillAtMost is Fill for at most n bytes.
+// FillAtMost is like Fill, but reads at most n bytes.
 func (b *Buffer) FillAtMost(c *Conn, n int) (int, error) {
 	if b.end == len(b.bytes) {
 		if b.start == 0 {
@@ -86,7 +86,7 @@ func (b *Buffer) FillAtMost(c *Conn, n int) (int, error) {
 	return n, err
 }
 
-// Grow doubles the room, up to limit bytes. It reports whether there is more room now.
+// Grow doubles the capacity, up to limit bytes. It reports whether the capacity has increased.
 func (b *Buffer) Grow(limit int) bool {
 	size := min(2*len(b.bytes), limit)
 	if size <= len(b.bytes) {
@@ -98,7 +98,7 @@ func (b *Buffer) Grow(limit int) bool {
 	return true
 }
 
-// Append adds p behind what the buffer holds, growing it as needed.
+// Append appends p to the bytes in the buffer and grows it as needed, without a limit.
 func (b *Buffer) Append(p []byte) {
 	b.bytes = slices.Grow(b.bytes[:b.end], len(p))
 	b.bytes = b.bytes[:cap(b.bytes)]

@@ -12,26 +12,26 @@ import (
 	"github.com/pillion-proxy/pillion/internal/sockopt"
 )
 
-// Dial connects to remote, and waits for that with w until the deadline, which may be zero for none. A valid local is
-// the source address; its port is the kernel's choice. The errors are the kernel's, ErrDeadline and ErrCanceled; a
-// connection to itself is refused.
+// Dial connects to remote and uses w to wait for the connection until the deadline; zero means no deadline. A valid local
+// is the source address; the kernel chooses the port. The error is the kernel's, ErrDeadline or ErrCanceled. A
+// connection that would connect to itself fails with ECONNREFUSED.
 func (p *Poller) Dial(w *Waiter, local netip.Addr, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
 	return p.dial(w, origin{address: netip.AddrPortFrom(local, 0)}, remote, deadline)
 }
 
-// DialAs is Dial from an address and port that need not be this host's. What it sends has a mark, by which rules and
-// routing let it pass and bring the answers back. The error is EADDRINUSE when another socket keeps the port for itself,
-// EADDRNOTAVAIL when there is a connection between the two addresses and ports already, and EPERM without the capability
-// NET_ADMIN; since Linux 5.17, NET_RAW does as well.
+// DialAs is like Dial from an address and port that may belong to another host. Its packets carry a mark, by which rules
+// let them pass and routing delivers the replies. The error is EADDRINUSE if another socket has the port exclusively,
+// EADDRNOTAVAIL if a connection between the two addresses and ports exists, and EPERM without CAP_NET_ADMIN; since
+// Linux 5.17, CAP_NET_RAW suffices.
 func (p *Poller) DialAs(w *Waiter, local netip.AddrPort, mark uint32, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
 	return p.dial(w, origin{local, true, mark}, remote, deadline)
 }
 
-// origin is our end of a connection that is dialled. An invalid address leaves it to the kernel.
+// origin is the local end of a dialled connection. If address is invalid, the kernel chooses it.
 type origin struct {
 	address  netip.AddrPort // port zero: the kernel's choice
-	borrowed bool           // it is another host's
-	mark     uint32         // of what is sent from a borrowed one
+	borrowed bool           // the address may belong to another host
+	mark     uint32         // SO_MARK of a borrowed origin
 }
 
 func (p *Poller) dial(w *Waiter, from origin, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
@@ -80,8 +80,9 @@ func (c *Conn) connect(w *Waiter, from origin, destination *socketAddress, deadl
 			return os.NewSyscallError("bind", err)
 		}
 	}
-	// A connection within this host is made while connect runs, but connect never says so. Asking again does, and spares
-	// the way through the poller. Elsewhere the second answer is EALREADY, and the third comes after an event.
+	// A connection within this host is established before the first connect returns, although it returns EINPROGRESS. A
+	// second call reports that without a wait. For other hosts the second call returns EALREADY, and the third follows an
+	// event.
 	for asked := 0; ; asked++ {
 		switch err := connect(c.fd, destination); err {
 		case nil, unix.EISCONN:
@@ -95,7 +96,7 @@ func (c *Conn) connect(w *Waiter, from origin, destination *socketAddress, deadl
 			if asked == 0 {
 				continue
 			}
-			c.ready.And(^uint32(writable)) // which it is when it is connected
+			c.ready.And(^uint32(writable)) // until the connection is established or has failed
 		default:
 			return os.NewSyscallError("connect", err)
 		}
@@ -105,7 +106,7 @@ func (c *Conn) connect(w *Waiter, from origin, destination *socketAddress, deadl
 	}
 }
 
-// setOptions prepares a socket for being bound.
+// setOptions sets the socket options that must precede bind.
 func (o origin) setOptions(fd int) error {
 	if !o.borrowed {
 		return sockopt.SetBindNoPort(fd)
@@ -119,20 +120,21 @@ func (o origin) setOptions(fd int) error {
 	return sockopt.SetReuseAddress(fd)
 }
 
-// connectedToItself reports whether both ends of the connection are this one socket. That is what becomes of a dial to
-// this host when nothing listens there and the kernel happens to choose the dialled port for our end: its SYN meets
-// itself (RFC 9293 §3.5, simultaneous open). Only where that can be is the kernel asked.
+// connectedToItself reports whether both ends of the connection are this one socket. A dial to a port of this host that
+// has no listener ends like that when the kernel happens to choose the same port as the source: the SYN meets its own
+// socket (RFC 9293 §3.5, simultaneous open). The conditions before LocalAddr save a system call where that is impossible.
 func (c *Conn) connectedToItself(local netip.Addr) bool {
 	return c.poller.ports.contain(c.remote.Port()) && (!local.IsValid() || local == c.remote.Addr()) &&
 		c.LocalAddr() == c.remote
 }
 
-// portRange is where the kernel chooses the ports of our ends from, both ends included.
+// portRange is the inclusive range from which the kernel chooses source ports.
 type portRange struct{ low, high uint16 }
 
 func (r portRange) contain(port uint16) bool { return r.low <= port && port <= r.high }
 
-// localPorts reads the range of this network namespace, for both families. It is every port when it cannot be read.
+// localPorts reads the range of this network namespace. It is the same for both families. If that fails, it returns the range
+// of all ports.
 func localPorts() (r portRange) {
 	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
 	if err == nil {

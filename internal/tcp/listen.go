@@ -15,7 +15,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/sockopt"
 )
 
-// Listener accepts connections for a Poller. Unlike a Conn it blocks, as a net.Listener does.
+// Listener accepts connections for a Poller. Unlike the methods of a Conn, Accept blocks, as that of a net.Listener does.
 type Listener struct {
 	poller *Poller
 	addr   netip.AddrPort
@@ -23,16 +23,16 @@ type Listener struct {
 	raw    syscall.RawConn
 }
 
-// Listen binds address for its own family alone. Accepted connections inherit the options of sockopt.SetConn.
+// Listen binds address for its own family only. Accepted connections inherit the options of sockopt.SetConn.
 //
-// Multipath TCP is off: the listener would speak a protocol that the workload does not offer, and its connections have
-// no original destination.
+// Multipath TCP is off: the listener would offer a protocol that the workload does not, and its connections have no
+// original destination.
 func (p *Poller) Listen(address netip.AddrPort) (*Listener, error) {
 	return p.listen(address, sockopt.ListenControl)
 }
 
-// ListenTransparent is Listen for what TPROXY rules give: LocalAddr of an accepted connection is where it was going, if no
-// rule redirected it. The error is EPERM with neither of the capabilities NET_ADMIN and NET_RAW.
+// ListenTransparent is like Listen, for connections from TPROXY rules. LocalAddr of an accepted connection is its original
+// destination, unless a rule redirected it. The error is EPERM with neither CAP_NET_ADMIN nor CAP_NET_RAW.
 func (p *Poller) ListenTransparent(address netip.AddrPort) (*Listener, error) {
 	return p.listen(address, func(network, bound string, raw syscall.RawConn) error {
 		var sysErr error
@@ -59,7 +59,7 @@ func (p *Poller) listen(address netip.AddrPort, control func(string, string, sys
 	}
 	defer listener.Close()
 	bound := listener.(*net.TCPListener)
-	file, err := bound.File() // the same socket; package net lets nobody but itself accept from its own
+	file, err := bound.File() // the same socket; the RawConn of a net.TCPListener does not support Read
 	if err != nil {
 		return nil, fmt.Errorf("listening on %v: %w", address, err)
 	}
@@ -71,20 +71,20 @@ func (p *Poller) listen(address netip.AddrPort, control func(string, string, sys
 	return &Listener{poller: p, addr: bound.Addr().(*net.TCPAddr).AddrPort(), file: file, raw: raw}, nil
 }
 
-// Addr is the bound address, with the port that the kernel chose for port 0.
+// Addr returns the bound address. Port 0 is replaced by the port that the kernel chose.
 func (l *Listener) Addr() netip.AddrPort { return l.addr }
 
-// WakeAll is the poller's.
+// WakeAll calls WakeAll of the listener's poller.
 func (l *Listener) WakeAll() { l.poller.WakeAll() }
 
-// SetDeadline makes Accept fail with os.ErrDeadlineExceeded from then on.
+// SetDeadline makes Accept fail with os.ErrDeadlineExceeded from t on.
 func (l *Listener) SetDeadline(t time.Time) error { return l.file.SetReadDeadline(t) }
 
-// Close ends listening. Connections in the queue are reset by the kernel.
+// Close closes the listener. The kernel resets connections in its queue.
 func (l *Listener) Close() error { return l.file.Close() }
 
 // Accept waits for a connection. The error is os.ErrDeadlineExceeded after the deadline, os.ErrClosed after Close, and
-// the kernel's otherwise; then another try may succeed.
+// the kernel's otherwise; after an error of the kernel, a later call may succeed.
 func (l *Listener) Accept() (*Conn, error) {
 	var fd int
 	var peer netip.AddrPort
@@ -92,7 +92,7 @@ func (l *Listener) Accept() (*Conn, error) {
 	woken := false
 	waitErr := l.raw.Read(func(listening uintptr) bool {
 		if !woken && !queued(int(listening)) {
-			woken = true // when this runs again
+			woken = true // the next run follows an event
 			return false
 		}
 		fd, peer, err = acceptNext(int(listening))
@@ -109,7 +109,7 @@ func (l *Listener) Accept() (*Conn, error) {
 	return newConn(l.poller, fd, peer, readable|writable), nil
 }
 
-// TryAccept is Accept without waiting, and without a deadline: it returns ErrAgain when the queue is empty.
+// TryAccept is like Accept, but does not wait and ignores the deadline. It returns ErrAgain if the queue is empty.
 func (l *Listener) TryAccept() (*Conn, error) {
 	var fd int
 	var peer netip.AddrPort
@@ -126,7 +126,7 @@ func (l *Listener) TryAccept() (*Conn, error) {
 	return newConn(l.poller, fd, peer, readable|writable), nil
 }
 
-// acceptNext passes over connections that were gone before we took them.
+// acceptNext accepts one connection. It skips connections that were aborted in the queue.
 func acceptNext(listening int) (int, netip.AddrPort, error) {
 	for {
 		fd, peer, err := accept(listening)

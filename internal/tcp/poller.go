@@ -1,12 +1,12 @@
-// Package tcp gives a proxy what package net does not: one goroutine that waits for several sockets at once, and
-// connections that cost no system call more than they must.
+// Package tcp provides non-blocking TCP connections for a proxy. Unlike with package net, one goroutine can wait for
+// several sockets at once, and connections avoid every system call that can be avoided.
 //
-// A Conn never blocks. Its owner, one goroutine, tries to read and write, and when nothing goes on it waits, with its
-// Waiter, for any of its connections. So a proxied connection needs one goroutine for both its sides, sees a reset of
-// either while it waits for the other, and costs 4 KiB of stack where two blocked readers cost twice that.
+// A Conn never blocks. Its owner, one goroutine, tries to read and write. When neither makes progress, it waits with its
+// Waiter for any of its connections. So a proxied connection needs one goroutine for both its sides, detects a reset of
+// either side while it waits for the other, and costs 4 KiB of stack where two blocked readers cost twice that.
 //
-// Underneath is one edge-triggered epoll set for each Poller. The set's own descriptor is watched by Go's runtime, so
-// that no thread is blocked in epoll_wait.
+// Each Poller has one edge-triggered epoll set. Go's runtime watches the descriptor of that set, so that no thread
+// blocks in epoll_wait.
 package tcp
 
 import (
@@ -26,7 +26,7 @@ type Poller struct {
 	file   *os.File // owns epfd
 	done   chan struct{}
 	serial atomic.Uint32
-	rounds atomic.Uint32 // of WakeAll
+	rounds atomic.Uint32 // calls of WakeAll
 	conns  table
 	ports  portRange // of the network namespace in which the poller was made
 
@@ -35,8 +35,8 @@ type Poller struct {
 	lingering sync.WaitGroup // of closed connections that still send
 }
 
-// NewPoller opens an epoll set, one descriptor, and starts the goroutine that reads it. Close ends both. It is for
-// connections of the network namespace in which it is called.
+// NewPoller opens an epoll set (one descriptor) and starts the goroutine that reads it. Close ends both. The
+// connections must belong to the network namespace of the calling thread.
 func NewPoller() (*Poller, error) {
 	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
@@ -49,17 +49,17 @@ func NewPoller() (*Poller, error) {
 	return p, nil
 }
 
-// pollerOf takes epfd over.
+// pollerOf takes ownership of epfd, also when it fails.
 func pollerOf(epfd int) (*Poller, error) {
-	if err := unix.SetNonblock(epfd, true); err != nil { // asks os.NewFile to give it to the runtime's poller
+	if err := unix.SetNonblock(epfd, true); err != nil { // makes os.NewFile register it with the runtime's poller
 		unix.Close(epfd)
 		return nil, err
 	}
 	p := &Poller{epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll"), done: make(chan struct{}), ports: localPorts()}
-	// The runtime does not say that it cannot watch a file, but such a file has no deadlines.
+	// os.NewFile does not report that the runtime cannot watch a file, but such a file does not support deadlines.
 	if err := p.file.SetReadDeadline(time.Time{}); err != nil {
 		p.file.Close()
-		return nil, fmt.Errorf("having it watched: %w", err)
+		return nil, fmt.Errorf("registering it with the runtime: %w", err)
 	}
 	raw, err := p.file.SyscallConn()
 	if err != nil {
@@ -71,7 +71,8 @@ func pollerOf(epfd int) (*Poller, error) {
 	return p, nil
 }
 
-// Close ends the poller. All its connections must have been closed. Those with a Layer that still send are reset.
+// Close ends the poller. All its connections must have been closed. Closed connections with a Layer that are still
+// sending are reset.
 func (p *Poller) Close() error {
 	p.end()
 	p.WakeAll()
@@ -83,8 +84,8 @@ func (p *Poller) Close() error {
 
 // run dispatches events until Close.
 //
-// The whole life is one call of RawConn.Read, whose function never says that it is done. Between two of its runs the
-// runtime remembers an edge that comes in between; separate calls would each begin by forgetting it.
+// It is a single call of RawConn.Read, whose function never returns true. Between two runs of that function the runtime
+// keeps an edge that arrives. Separate calls of Read would lose such an edge, as each begins by clearing it.
 func (p *Poller) run(read func(func(fd uintptr) bool) error) {
 	defer close(p.done)
 	events := make([]unix.EpollEvent, 256)
@@ -104,7 +105,8 @@ func (p *Poller) run(read func(func(fd uintptr) bool) error) {
 	})
 }
 
-// dispatch tells a connection's owner what happened to it.
+// dispatch records an event in its connection and wakes the waiter. The serial rejects a late event of a closed connection
+// that had the same descriptor.
 func (p *Poller) dispatch(event *unix.EpollEvent) {
 	if c := p.conns.get(int(event.Fd)); c != nil && c.serial == uint32(event.Pad) {
 		c.ready.Or(event.Events)
@@ -114,8 +116,8 @@ func (p *Poller) dispatch(event *unix.EpollEvent) {
 	}
 }
 
-// WakeAll ends all waits that are under way, as if something had happened, so that every owner looks at what has changed
-// beside its connections. The next wait of an owner that looked too early ends at once.
+// WakeAll ends all waits in progress, as an event would, so that every owner rechecks state outside its connections, such
+// as a cancelled context. If an owner checked just before the change, its next wait ends at once.
 func (p *Poller) WakeAll() {
 	p.rounds.Add(1)
 	for i := range p.conns.chunks {
@@ -133,7 +135,7 @@ func (p *Poller) WakeAll() {
 	}
 }
 
-// watch makes events of c wake w from now on.
+// watch adds c to the epoll set and directs its events to w.
 func (p *Poller) watch(c *Conn, w *Waiter) error {
 	if c.fd>>10 >= len(p.conns.chunks) {
 		return fmt.Errorf("watching descriptor %d: %w", c.fd, unix.EMFILE)
@@ -152,23 +154,23 @@ func (p *Poller) watch(c *Conn, w *Waiter) error {
 	return nil
 }
 
-// forget takes c out of the epoll set, so that its descriptor can be watched as another connection.
+// forget removes c from the epoll set, so that its descriptor can be watched for another connection.
 func (p *Poller) forget(c *Conn) {
 	p.conns.set(c.fd, nil)
 	event := c.interest()
 	_ = epollControl(p.epfd, unix.EPOLL_CTL_DEL, c.fd, &event) // cannot fail for a descriptor that is watched
 }
 
-// watchWrites makes room in c's send buffer an event, too. Most connections never fill it; were it watched from the
-// start, each connection would begin with an event that says nothing.
+// watchWrites adds EPOLLOUT to the events of c. It is not watched from the start because most connections never fill their
+// send buffer, and each would begin with an event that only reports the empty buffer.
 func (p *Poller) watchWrites(c *Conn) error {
 	c.watchesWrites = true
 	event := c.interest()
 	return os.NewSyscallError("epoll_ctl", epollControl(p.epfd, unix.EPOLL_CTL_MOD, c.fd, &event))
 }
 
-// interest is what the kernel is told to watch. The serial tells events of this connection from late ones of another
-// that had the same descriptor.
+// interest returns the events of c to watch. Its serial distinguishes them from late events of an earlier connection with
+// the same descriptor.
 func (c *Conn) interest() unix.EpollEvent {
 	events := uint32(readable | urgent | gone | unix.EPOLLET)
 	if c.watchesWrites {
@@ -177,8 +179,7 @@ func (c *Conn) interest() unix.EpollEvent {
 	return unix.EpollEvent{Events: events, Fd: int32(c.fd), Pad: int32(c.serial)}
 }
 
-// table finds connections by descriptor, up to a million. It grows by chunks, which never move, so that reading needs
-// no lock.
+// table maps descriptors below 1<<20 to connections. It grows in chunks that never move, so that reading needs no lock.
 type table struct {
 	mu     sync.Mutex // for growing
 	chunks [1 << 10]atomic.Pointer[chunk]

@@ -11,13 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The system calls of a connection's ordinary life. None of them can block, as every socket is non-blocking, so they go
-// past the scheduler (syscall.RawSyscall). An ordinary one tells the scheduler that its thread may be gone for long, and
-// that wakes the runtime's monitor thread, which then polls every 20 µs until the process is idle: a tenth of what a
-// short connection costs. So all of them must go past it, or nothing is won. splice is the exception: it comes with bulk
-// alone, may move 256 KiB, and other goroutines should get on meanwhile.
+// The system calls of an ordinary connection. They cannot block, as every socket is non-blocking, so they bypass the
+// scheduler (syscall.RawSyscall). A call through syscall.Syscall announces to the scheduler that its thread may block.
+// That wakes the runtime's monitor thread. It then polls every 20 µs until the process is idle: a tenth of the cost of
+// a short connection. A single call through the scheduler is enough for that, so all of them must bypass it. splice is the
+// exception: it is used only for bulk data and may move 256 KiB, during which other goroutines should run.
 
-// read and write are recv and send: on a socket they do the same as the calls that they are named for, and less.
+// read and write call recvfrom and sendto. On a socket these have the same effect as read(2) and write(2), with less work
+// in the kernel.
 
 func read(fd int, p []byte) (int, error) {
 	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0, 0)
@@ -34,15 +35,15 @@ func writev(fd int, pieces []syscall.Iovec) (int, error) {
 	return result(n, errno)
 }
 
-// peek reads one byte and leaves it there.
+// peek reads one byte without consuming it.
 func peek(fd int) (int, error) {
 	var p [1]byte
 	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&p)), 1, unix.MSG_PEEK|unix.MSG_DONTWAIT, 0, 0)
 	return result(n, errno)
 }
 
-// splice moves up to n bytes between a socket and a pipe and never waits. The kernel does not say which of the two made
-// it EAGAIN; with the pipe empty in one direction and filled in the other, it is the socket.
+// splice moves up to n bytes between a socket and a pipe and never waits. EAGAIN does not distinguish between the two: it
+// means the socket only if the pipe is empty before a move into it, or filled before a move out of it.
 func splice(from, to, n int) (int, error) {
 	moved, err := unix.Splice(from, nil, to, nil, n, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
 	return int(moved), err
@@ -72,13 +73,13 @@ func accept(fd int) (int, netip.AddrPort, error) {
 	return n, peer.addrPort(), err
 }
 
-// queued reports whether a listener has a connection to accept. It costs much less than an accept that finds none: the
-// kernel makes the new socket and its file before it looks.
+// queued reports whether a listener has a connection to accept. It costs much less than an accept that returns EAGAIN: the
+// kernel allocates the new socket and its file before it looks into the queue.
 func queued(fd int) bool {
 	poll := unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 	var now unix.Timespec
 	n, _, errno := syscall.RawSyscall6(syscall.SYS_PPOLL, uintptr(unsafe.Pointer(&poll)), 1, uintptr(unsafe.Pointer(&now)), 0, 0, 0)
-	return n > 0 || errno != 0 // accept will say what is wrong
+	return n > 0 || errno != 0 // accept reports the error
 }
 
 func getsockname(fd int) (netip.AddrPort, error) {
@@ -118,8 +119,7 @@ func result(n uintptr, errno syscall.Errno) (int, error) {
 	return int(n), nil
 }
 
-// asError returns the errors of the ordinary life as values that exist already; making an interface of a number
-// allocates.
+// asError returns the frequent errors as preallocated values, because converting a syscall.Errno to an interface allocates.
 func asError(errno syscall.Errno) error {
 	switch errno {
 	case 0:
@@ -134,8 +134,8 @@ func asError(errno syscall.Errno) error {
 
 var errInProgress error = unix.EINPROGRESS
 
-// socketAddress is a sockaddr_in or sockaddr_in6 as the kernel lays it out: the family in the machine's byte order, the
-// port in the network's, then the address, for IPv6 behind a flow label and followed by the interface's number.
+// socketAddress is a sockaddr_in or sockaddr_in6 in the kernel's layout: the family in native byte order, the port in
+// network byte order, then the address. For IPv6 a flow label precedes the address, and the interface index follows it.
 type socketAddress struct {
 	bytes  [28]byte
 	length uint32
@@ -158,7 +158,7 @@ func newSocketAddress(address netip.AddrPort) (*socketAddress, error) {
 	if zone := ip.Zone(); zone != "" {
 		index, err := strconv.ParseUint(zone, 10, 32)
 		if err != nil {
-			return nil, &net.AddrError{Err: "the zone is not an interface's number", Addr: address.String()}
+			return nil, &net.AddrError{Err: "zone is not an interface index", Addr: address.String()}
 		}
 		binary.NativeEndian.PutUint32(s.bytes[24:], uint32(index))
 	}
@@ -166,7 +166,7 @@ func newSocketAddress(address netip.AddrPort) (*socketAddress, error) {
 	return &s, nil
 }
 
-// addrPort is invalid for a family that is neither.
+// addrPort returns the zero AddrPort if the family is neither IPv4 nor IPv6.
 func (s *socketAddress) addrPort() netip.AddrPort {
 	port := binary.BigEndian.Uint16(s.bytes[2:])
 	switch binary.NativeEndian.Uint16(s.bytes[:]) {

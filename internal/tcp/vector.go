@@ -5,19 +5,20 @@ import (
 	"unsafe"
 )
 
-// maxPieces is how many pieces one system call takes. The kernel's own limit is 1024.
+// maxPieces bounds the pieces of one writev. The kernel's limit is 1024 (UIO_MAXIOV).
 const maxPieces = 64
 
-// Vector is a list of pieces of memory that go out in order, many with one system call (writev). The zero value is
+// Vector is a list of pieces of memory to write in order, many of them with one system call (writev). The zero value is
 // empty.
 type Vector struct {
 	pieces []syscall.Iovec
-	next   int // the first piece that is not written
-	bytes  int
+	next   int // index of the first unwritten piece
+	bytes  int // unwritten
 }
 
-// Append adds a piece. The caller keeps its memory, as it is, until it is written: a piece that continues the one before
-// it in memory makes that one longer, and then there is no pointer to it in the vector.
+// Append adds a piece. The caller must keep a reference to its memory, and leave it unchanged, until it is written: if the
+// piece directly follows the previous one in memory, that one is extended, and the vector has no pointer to the new piece
+// that would keep it from the garbage collector.
 func (v *Vector) Append(p []byte) {
 	if len(p) == 0 {
 		return
@@ -34,10 +35,10 @@ func (v *Vector) Append(p []byte) {
 	v.pieces = append(v.pieces, syscall.Iovec{Base: base, Len: uint64(len(p))})
 }
 
-// Len is the number of bytes that are not written yet.
+// Len returns the number of unwritten bytes.
 func (v *Vector) Len() int { return v.bytes }
 
-// AppendTo appends what is not written yet to dst.
+// AppendTo appends the unwritten bytes to dst.
 func (v *Vector) AppendTo(dst []byte) []byte {
 	for _, piece := range v.pieces[v.next:] {
 		dst = append(dst, unsafe.Slice(piece.Base, piece.Len)...)
@@ -45,7 +46,7 @@ func (v *Vector) AppendTo(dst []byte) []byte {
 	return dst
 }
 
-// copyTo copies as much as fits of what is not written yet to dst, and returns that part of dst.
+// copyTo copies as many of the unwritten bytes as fit into dst, and returns the part of dst that it has filled.
 func (v *Vector) copyTo(dst []byte) []byte {
 	n := 0
 	for _, piece := range v.pieces[v.next:] {
@@ -54,13 +55,13 @@ func (v *Vector) copyTo(dst []byte) []byte {
 	return dst[:n]
 }
 
-// Reset forgets what is left.
+// Reset removes all pieces.
 func (v *Vector) Reset() {
-	clear(v.pieces) // the memory may go
+	clear(v.pieces) // releases the memory
 	v.pieces, v.next, v.bytes = v.pieces[:0], 0, 0
 }
 
-// took drops the first n bytes.
+// took removes the first n bytes after they have been written.
 func (v *Vector) took(n int) {
 	v.bytes -= n
 	for n > 0 {
@@ -78,7 +79,7 @@ func (v *Vector) took(n int) {
 	}
 }
 
-// WriteVector gives what the socket takes of v and takes it off v. The results are those of Write.
+// WriteVector writes as much of v as the socket takes and removes that from v. The results are those of Write.
 func (c *Conn) WriteVector(v *Vector) (int, error) {
 	if v.bytes == 0 {
 		return 0, nil

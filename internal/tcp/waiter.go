@@ -9,35 +9,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The ends of a wait that no connection caused.
+// Errors of a wait that ended without an event of a connection.
 var (
-	ErrDeadline = errors.New("the time is up")
+	ErrDeadline = errors.New("deadline exceeded")
 	ErrCanceled = errors.New("canceled")
 )
 
-// Waiter is what one goroutine waits with. Make it with NewWaiter, and Close it when its connections are closed.
+// Waiter blocks one goroutine until one of its connections has an event. Make it with NewWaiter, and Close it after its
+// connections.
 type Waiter struct {
 	ctx   context.Context
-	token chan struct{} // holds one token when something happened since the last wait
-	round uint32        // of Poller.WakeAll, up to which the owner has been woken
+	token chan struct{} // holds a token if an event arrived since the last wait
+	round uint32        // last call of Poller.WakeAll that the owner has seen
 	timer *time.Timer   // made by the first wait with a deadline
 }
 
-// NewWaiter makes a waiter whose waits end when ctx has ended. Those that are under way then learn it from
-// Poller.WakeAll, which whoever ends ctx calls after it: that a context wakes each of its connections by itself costs
-// every connection more than this costs all of them together.
+// NewWaiter returns a Waiter whose waits fail once ctx is cancelled. Cancelling ctx does not wake waits in progress: the
+// caller must call Poller.WakeAll afterwards. One WakeAll is cheaper than one context.AfterFunc for each connection.
 func NewWaiter(ctx context.Context) *Waiter {
 	return &Waiter{ctx: ctx, token: make(chan struct{}, 1)}
 }
 
-// Close releases the waiter. Nobody may use it after that.
+// Close releases the waiter. It must not be used afterwards.
 func (w *Waiter) Close() {
 	if w.timer != nil {
 		w.timer.Stop()
 	}
 }
 
-// Canceled reports whether the context has ended, for whoever is too busy to wait.
+// Canceled reports whether the context has been cancelled, for loops that do not reach Wait because they always have work.
 func (w *Waiter) Canceled() bool { return w.ctx.Err() != nil }
 
 func (w *Waiter) wake() {
@@ -47,9 +47,11 @@ func (w *Waiter) wake() {
 	}
 }
 
-// Wait blocks until something may have happened to a connection that this waiter waits for, and then returns nil; the
-// caller tries again. It ends with ErrDeadline at the deadline, never with a zero one, and with ErrCanceled when the
-// context has ended. A connection that is waited for once is waited for until it is closed, rests, or is waited for by
+// Wait blocks until a connection of this waiter may have had an event, and then returns nil; the caller tries its reads
+// and writes again. It returns ErrDeadline at the deadline, unless that is zero, and ErrCanceled once the context is
+// cancelled.
+//
+// a and b, if not nil, become connections of this waiter and remain so in later waits, until Close, Rest, or a Wait of
 // another waiter.
 func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 	missed := false
@@ -80,8 +82,8 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 	return nil
 }
 
-// adopt makes events of c wake w from now on. It reports whether something may have happened that woke another waiter,
-// or nobody: then this wait is over at once.
+// adopt directs the events of c to w. It reports whether an earlier event may have woken another waiter, or no waiter at
+// all: then Wait must return at once.
 func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 	switch {
 	case c.closed:
@@ -98,7 +100,8 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 	if err == nil && !c.watchesWrites && c.ready.Load()&writable == 0 {
 		err = c.poller.watchWrites(c)
 	}
-	// The connection is in the table now. A round that began before it was there is seen here, a later one sees it there.
+	// The connection is in the table now, so a later WakeAll finds it there. The counter shows a WakeAll that has passed
+	// the table before.
 	if round := c.poller.rounds.Load(); round != w.round {
 		w.round = round
 		missed = true
@@ -106,8 +109,8 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 	return missed, err
 }
 
-// waitUntil reports whether something happened. What happened before the deadline counts even when the time is up by now:
-// a process that was held up must not take it for silence.
+// waitUntil reports whether there was an event before the deadline. An event counts even if the deadline has passed since:
+// a process that was descheduled must not mistake its own delay for a silent peer.
 func (w *Waiter) waitUntil(deadline time.Time) bool {
 	left := time.Until(deadline)
 	if left <= 0 {
