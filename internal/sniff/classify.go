@@ -6,32 +6,32 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// Protocol is what the first bytes of a connection are.
+// Protocol is the verdict on the first bytes of a connection.
 type Protocol uint8
 
-// The protocols.
+// The verdicts.
 const (
 	Undecided Protocol = iota // more bytes are needed
-	HTTP1                     // a whole request line of HTTP/1.x
+	HTTP1                     // a complete request line of HTTP/1.x
 	HTTP2                     // the client's connection preface
-	TLS                       // a whole ClientHello
+	TLS                       // a complete ClientHello
 	Opaque                    // something else
 )
 
-// Flow is the protocol as a connection's record has it. Which HTTP/1.x it is, each request says itself.
+// Flow returns the protocol for a connection's record. The minor version of HTTP/1.x is taken from each request.
 func (p Protocol) Flow() flow.Protocol {
 	return [...]flow.Protocol{HTTP1: flow.HTTP11, HTTP2: flow.HTTP2, TLS: flow.TLS, Undecided: flow.Opaque, Opaque: flow.Opaque}[p]
 }
 
-// preface is how an HTTP/2 client begins (RFC 9113 §3.4).
+// preface is the client connection preface of HTTP/2 (RFC 9113 §3.4).
 const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
-// Limit is how many bytes are looked at. What cannot be decided by then is opaque.
+// Limit is the number of bytes that are inspected. A connection that is still undecided at the limit is opaque.
 const Limit = 16 << 10
 
-// Classify judges what a connection begins with. It never errs towards HTTP: a method alone is not enough, as SIP, RTSP
-// and ICY have the same ones, so the whole request line is looked at, with its version. What can no longer become one of
-// the known protocols is opaque at its first wrong byte.
+// Classify determines the protocol from the first bytes of a connection. If in doubt it decides against HTTP: as SIP, RTSP
+// and ICY share its methods, it requires a complete request line with the version. Input is opaque at the first byte that
+// rules out every known protocol.
 func Classify(first []byte) Protocol {
 	if len(first) == 0 {
 		return Undecided
@@ -54,8 +54,8 @@ func Classify(first []byte) Protocol {
 	return protocol
 }
 
-// classifyLine judges a request line: method SP request-target SP HTTP/1.DIGIT (RFC 9112 §3), ended by CRLF, or by LF
-// alone as old clients do.
+// classifyLine checks for a request line: method SP request-target SP HTTP/1.DIGIT (RFC 9112 §3), terminated by CRLF, or
+// by the bare LF of old clients.
 func classifyLine(first []byte) Protocol {
 	line, whole := first, false
 	if end := bytes.IndexByte(first, '\n'); end >= 0 {
@@ -88,7 +88,7 @@ func classifyLine(first []byte) Protocol {
 	return classifyVersion(rest[target+1:], whole)
 }
 
-// version is what a request line ends with, but for one digit and a CR that may still stand there.
+// version is the end of a request line, without the minor version's digit and the optional CR.
 const version = "HTTP/1."
 
 func classifyVersion(text []byte, whole bool) Protocol {
@@ -109,16 +109,16 @@ func classifyVersion(text []byte, whole bool) Protocol {
 	return Opaque
 }
 
-// maxMethod is the length of the longest method that is looked for. The longest one that is registered has 17 letters.
+// maxMethod is the longest accepted length of a method. The longest registered method has 17 letters.
 const maxMethod = 32
 
-// methodByte reports whether c may stand in a method. The grammar allows any token, but every method that is registered,
-// and nearly every other, is made of these; and what may begin a request is held until it is known, so the less the
-// better: most words of other protocols go on at their first letter.
+// methodByte reports whether c is accepted in a method. The grammar allows any token, but all registered methods, and
+// nearly all others, consist of these characters. The set is small on purpose: input that may begin a request is held until
+// it is decided, and this set lets most words of other protocols pass at their first letter.
 func methodByte(c byte) bool { return 'A' <= c && c <= 'Z' || digit(c) || c == '-' || c == '_' }
 
-// targetByte reports whether c may stand in a request target. Bytes above ASCII are not allowed there, and sent all the
-// same.
+// targetByte reports whether c is accepted in a request target. The grammar forbids bytes above ASCII, but clients send
+// them.
 func targetByte(c byte) bool { return c > ' ' && c != 0x7f }
 
 func digit(c byte) bool { return '0' <= c && c <= '9' }

@@ -6,7 +6,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// The parser of the ClientHello is our own: crypto/tls has none that reads a prefix of it and takes no part in the
+// The ClientHello parser is our own because crypto/tls has no parser that reads a prefix of one without taking part in the
 // handshake.
 
 // The TLS constants of a ClientHello (RFC 8446 §4 and §5.1, RFC 6066 §3, RFC 7301 §3.1).
@@ -22,8 +22,8 @@ const (
 	serverNameHost      = 0
 )
 
-// parseHello reads a ClientHello. The protocol is TLS when it is whole and sound, Undecided while bytes are missing, and
-// else Opaque.
+// parseHello parses a ClientHello. The protocol is TLS if it is complete and well-formed, Undecided while bytes are missing,
+// and Opaque otherwise.
 func parseHello(first []byte) (flow.Hello, Protocol) {
 	message, protocol := handshake(first)
 	if protocol != TLS {
@@ -36,8 +36,8 @@ func parseHello(first []byte) (flow.Hello, Protocol) {
 	return hello, TLS
 }
 
-// handshake returns the body of the first handshake message, put together from as many records as it takes, if it is a
-// ClientHello.
+// handshake returns the body of the first handshake message if that is a ClientHello. It joins the records over which the
+// message is spread.
 func handshake(first []byte) ([]byte, Protocol) {
 	var message []byte
 	for {
@@ -48,7 +48,7 @@ func handshake(first []byte) ([]byte, Protocol) {
 		first = first[recordHeader:]
 		part := first[:min(length, len(first))]
 		if message == nil {
-			message = part[:len(part):len(part)] // the ordinary case needs no copy
+			message = part[:len(part):len(part)] // a message in one record is not copied
 		} else {
 			message = append(message, part...)
 		}
@@ -68,7 +68,8 @@ func handshake(first []byte) ([]byte, Protocol) {
 	}
 }
 
-// recordLength judges the record that first begins with by its header. An empty one is not allowed in a handshake.
+// recordLength checks the header of the record at the start of first and returns the record's length. A handshake must not
+// contain an empty record.
 func recordLength(first []byte) (int, Protocol) {
 	header := first[:min(len(first), recordHeader)]
 	length := atLeast(header[min(len(header), 3):], 2)
@@ -83,7 +84,7 @@ func recordLength(first []byte) (int, Protocol) {
 	return length, TLS
 }
 
-// atLeast is the smallest number of n bytes that begins with b.
+// atLeast returns the smallest big-endian number of n bytes that begins with b: a lower bound while bytes are missing.
 func atLeast(b []byte, n int) (number int) {
 	for i := range n {
 		number <<= 8
@@ -94,7 +95,7 @@ func atLeast(b []byte, n int) (number int) {
 	return number
 }
 
-// readHello reads the fields of a ClientHello (RFC 8446 §4.1.2) up to the extensions that we want.
+// readHello parses the body of a ClientHello (RFC 8446 §4.1.2) and extracts the server name and the ALPN protocols.
 func readHello(message []byte) (hello flow.Hello, ok bool) {
 	s := text(message)
 	s.skip(2 + 32) // version and random
@@ -124,8 +125,8 @@ func readHello(message []byte) (hello flow.Hello, ok bool) {
 	return hello, !s.bad() && len(s) == 0
 }
 
-// serverName returns the host name of a server_name extension. One with bytes that no name has is left out: it would
-// only serve to forge a line of a log.
+// serverName returns the host name of a server_name extension. Names with bytes that do not occur in host names are
+// skipped: they could forge a log line.
 func serverName(s text) string {
 	for names := s.vector16(); len(names) > 0; {
 		kind := names.number8()
@@ -162,10 +163,10 @@ func printable(name []byte) bool {
 	return len(name) > 0
 }
 
-// text is a piece of a TLS message that is read from its front. Reading past its end makes it bad, for good.
+// text is a part of a TLS message that is consumed from the front. Reading past its end makes it bad permanently.
 type text []byte
 
-// badText is what a text becomes: nil, as opposed to empty.
+// bad reports whether a read went past the end. A bad text is nil, as opposed to empty.
 func (s *text) bad() bool { return *s == nil }
 
 func (s *text) skip(n int) text {
@@ -192,6 +193,6 @@ func (s *text) number16() int {
 	return 0
 }
 
-// vector8 and vector16 read a length and then so many bytes.
+// vector8 and vector16 read a length of one or two bytes, and then that many bytes.
 func (s *text) vector8() text  { return s.skip(s.number8()) }
 func (s *text) vector16() text { return s.skip(s.number16()) }
