@@ -1,7 +1,7 @@
-// Package listener accepts TCP connections for as long as it is told to, whatever the process runs out of.
+// Package listener accepts TCP connections until it is stopped, also while the process is out of descriptors or memory.
 //
-// An accept that fails never ends the loop: it waits, tells it once, and recovers by itself. Stopping takes what the
-// kernel has already accepted on our behalf, so that no client that got through is reset.
+// A failed accept never ends the loop. The loop logs the outage once, backs off, and recovers without help. Stop serves the
+// connections that the kernel has already established, so that their clients are not reset.
 package listener
 
 import (
@@ -22,27 +22,27 @@ const (
 	minBackOff = 5 * time.Millisecond
 	maxBackOff = time.Second
 
-	// outageEnd is how long nothing must fail for an outage to be over: longer than the longest back-off.
+	// outageEnd is the time without a failure after which an outage is over. It is longer than the longest back-off.
 	outageEnd = 2 * maxBackOff
 
-	// lastCall bounds how long a listener takes connections from its queue after it was told to stop.
+	// lastCall bounds the time for which a listener empties its queue after Stop.
 	lastCall = time.Second
 )
 
-// Handler takes connections. ServeConn owns conn and closes it before it returns; ctx ends when the server aborts.
-// Refuse is given a connection that is over the limit, to close; it is called in the accept loop and must not block.
+// Handler serves connections. ServeConn owns conn and closes it before it returns; ctx is cancelled when the server aborts.
+// Refuse closes a connection that exceeds the limit. It is called by the accept loop and must not block.
 type Handler interface {
 	ServeConn(ctx context.Context, conn *tcp.Conn)
 	Refuse(conn *tcp.Conn)
 }
 
-// Limit bounds the connections of all servers that share it. The zero value has no bound.
+// Limit bounds the number of connections of all servers that share it. The zero value is unlimited.
 type Limit struct {
 	max  int64
 	open atomic.Int64
 }
 
-// NewLimit allows max connections at a time, any number when max is zero.
+// NewLimit returns a Limit of max connections at a time. Zero means unlimited.
 func NewLimit(max int) *Limit { return &Limit{max: int64(max)} }
 
 func (l *Limit) take() bool {
@@ -55,7 +55,7 @@ func (l *Limit) take() bool {
 
 func (l *Limit) give() { l.open.Add(-1) }
 
-// Server accepts from several listeners, one for each family, and counts their connections together.
+// Server accepts from several listeners, one for each address family, and counts their connections together.
 type Server struct {
 	Name      string // for logs
 	Listeners []*tcp.Listener
@@ -63,21 +63,21 @@ type Server struct {
 	Limit     *Limit
 	Log       *slog.Logger
 
-	conns, loops context.Context // end by Abort and by Stop
+	conns, loops context.Context // cancelled by Abort and by Stop
 	abort, stop  context.CancelFunc
 
 	openConns, openLoops sync.WaitGroup
 	active               atomic.Int64 // connections
 	accepting            atomic.Int32 // loops
 	backOffs             atomic.Uint64
-	firstBackOff         atomic.Int64 // nanoseconds, if more than minBackOff; a test sets it
+	firstBackOff         atomic.Int64 // nanoseconds; a lower bound of each back-off, set by a test
 
 	outageMu    sync.Mutex
-	outage      *time.Timer // ends the outage; nil when there is none
+	outage      *time.Timer // ends the outage; nil without an outage
 	outageCause error
 }
 
-// Start begins to accept. It does not block.
+// Start starts the accept loops and returns.
 func (s *Server) Start() {
 	s.conns, s.abort = context.WithCancel(context.Background())
 	s.loops, s.stop = context.WithCancel(context.Background())
@@ -88,8 +88,8 @@ func (s *Server) Start() {
 	}
 }
 
-// Stop takes the connections that wait in the listeners' queues, closes the listeners, and returns when both is done.
-// Connections go on. Stopping twice does nothing.
+// Stop accepts the connections that are left in the listeners' queues, closes the listeners, and returns when both is done.
+// Open connections continue. A second Stop does nothing.
 func (s *Server) Stop() {
 	if s.loops.Err() == nil {
 		s.stop()
@@ -101,7 +101,7 @@ func (s *Server) Stop() {
 	s.endOutage()
 }
 
-// Abort tells every connection to end at once. It returns when all have ended.
+// Abort cancels the context of every connection and returns when all have ended.
 func (s *Server) Abort() {
 	s.abort()
 	for _, ln := range s.Listeners {
@@ -110,7 +110,8 @@ func (s *Server) Abort() {
 	s.openConns.Wait()
 }
 
-// Wait returns when no connection is left, or when ctx ends, with its error. It makes sense after Stop.
+// Wait returns nil when all connections have ended, or the error of ctx when that is done first. Call Stop before, so that
+// no connections are added meanwhile.
 func (s *Server) Wait(ctx context.Context) error {
 	done := make(chan struct{})
 	go s.waitConns(done)
@@ -127,13 +128,13 @@ func (s *Server) waitConns(done chan<- struct{}) {
 	close(done)
 }
 
-// Active is the number of connections that are open now.
+// Active returns the number of open connections.
 func (s *Server) Active() int { return int(s.active.Load()) }
 
-// BackOffs is how often accepting has failed and rested.
+// BackOffs returns how often an accept loop has backed off after an error.
 func (s *Server) BackOffs() uint64 { return s.backOffs.Load() }
 
-// Accepting returns nil when every listener accepts, and has done so without failure for a while; else why not.
+// Accepting returns nil if every accept loop runs and there is no outage. Otherwise it returns the reason.
 func (s *Server) Accepting() error {
 	s.outageMu.Lock()
 	defer s.outageMu.Unlock()
@@ -174,7 +175,7 @@ func (s *Server) acceptLoop(ln *tcp.Listener) {
 	}
 }
 
-// emptyQueue takes the connections that the kernel has accepted on our behalf. Close would reset them.
+// emptyQueue accepts the connections that the kernel has already established. Close would reset them.
 func (s *Server) emptyQueue(ln *tcp.Listener) {
 	for end := time.Now().Add(lastCall); time.Now().Before(end); {
 		conn, err := ln.TryAccept()
@@ -185,8 +186,9 @@ func (s *Server) emptyQueue(ln *tcp.Listener) {
 	}
 }
 
-// failed notes that accept failed. An outage is told once: it is over when nothing has failed for a while, and not as
-// soon as a single connection gets through. Out of descriptors, one often does: each that ends makes room for the next.
+// failed records an accept error and logs the start of an outage. The outage lasts until outageEnd has passed without an
+// error, and not just until the next successful accept: out of descriptors, each connection that ends makes room for one
+// more, and each of those would otherwise be logged as a recovery.
 func (s *Server) failed(err error) {
 	s.outageMu.Lock()
 	defer s.outageMu.Unlock()
@@ -208,7 +210,7 @@ func (s *Server) recovered() {
 	}
 }
 
-// endOutage keeps recovered from being called any more.
+// endOutage cancels the timer that calls recovered.
 func (s *Server) endOutage() {
 	s.outageMu.Lock()
 	defer s.outageMu.Unlock()
@@ -218,7 +220,7 @@ func (s *Server) endOutage() {
 	}
 }
 
-// begin gives conn a goroutine of its own, or refuses it.
+// begin serves conn in a goroutine of its own, or refuses it if the limit is reached.
 func (s *Server) begin(conn *tcp.Conn) {
 	if !s.Limit.take() {
 		s.Handler.Refuse(conn)
@@ -236,7 +238,7 @@ func (s *Server) serveConn(conn *tcp.Conn) {
 	s.Handler.ServeConn(s.conns, conn)
 }
 
-// remedy says what the operator can do about an accept error.
+// remedy returns what the operator can do about an accept error.
 func remedy(err error) string {
 	switch {
 	case errors.Is(err, syscall.EMFILE):
@@ -244,6 +246,6 @@ func remedy(err error) string {
 	case errors.Is(err, syscall.ENFILE):
 		return "raise fs.file-max on this host"
 	default:
-		return "none known; the kernel is short of something"
+		return "unknown; the kernel lacks a resource"
 	}
 }
