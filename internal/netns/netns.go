@@ -1,8 +1,8 @@
 // Package netns runs functions inside a network namespace without ever leaving a thread in the wrong one.
 //
-// A Linux network namespace belongs to a thread, and the Go scheduler moves goroutines between threads. Do is the one
-// safe shape: a goroutine of its own, locked to its thread, and a thread that is thrown away when it cannot be brought
-// back. Sockets made and processes started inside keep the namespace after Do returns.
+// A Linux network namespace belongs to a thread, and the Go scheduler moves goroutines between threads. So Do uses a
+// goroutine of its own that is locked to its thread, and the thread is destroyed if it cannot return to its own namespace.
+// Sockets and processes that were created inside keep the namespace after Do returns.
 package netns
 
 import (
@@ -12,11 +12,11 @@ import (
 	vns "github.com/vishvananda/netns"
 )
 
-// Handle is an open reference to a network namespace. It holds one descriptor, which Close gives back.
+// Handle is an open reference to a network namespace. It holds one descriptor. Close releases it.
 type Handle struct{ fd vns.NsHandle }
 
-// New makes a namespace without a name and without any interface but a loopback that is down. It lives as long as the
-// handle, a process or a socket refers to it, so nothing is left in the file system when the caller dies.
+// New creates a namespace without a name, whose only interface is a loopback that is down. The namespace exists while the
+// handle, a process or a socket refers to it, so a caller that dies leaves no trace in the file system.
 func New() (Handle, error) {
 	h := Handle{fd: vns.None()}
 	err := onOwnThread(func() error {
@@ -25,12 +25,12 @@ func New() (Handle, error) {
 		return err
 	})
 	if err != nil {
-		return h, fmt.Errorf("making a network namespace: %w", err)
+		return h, fmt.Errorf("creating a network namespace: %w", err)
 	}
 	return h, nil
 }
 
-// Open refers to the namespace that path names, such as /run/netns/pod or /proc/4711/ns/net.
+// Open opens the namespace at path, such as /run/netns/pod or /proc/4711/ns/net.
 func Open(path string) (Handle, error) {
 	fd, err := vns.GetFromPath(path)
 	if err != nil {
@@ -39,14 +39,14 @@ func Open(path string) (Handle, error) {
 	return Handle{fd: fd}, nil
 }
 
-// Path is a name of the namespace that other programs of this process's user can open while the handle is open.
+// Path returns a path of the namespace that other processes of the same user can open while process pid has h open.
 func (h Handle) Path(pid int) string { return fmt.Sprintf("/proc/%d/fd/%d", pid, int(h.fd)) }
 
-// Close gives the descriptor back. Sockets and processes inside keep the namespace alive.
+// Close closes the descriptor. Sockets and processes inside keep the namespace alive.
 func (h Handle) Close() error { return h.fd.Close() }
 
-// Do runs fn on a thread inside the namespace and returns its error when it is done. fn must not hand its work to other
-// goroutines: those run outside. What fn makes there (sockets, child processes) stays there.
+// Do runs fn on a thread inside the namespace and returns its error. fn must not delegate work to other goroutines, as
+// those run outside. Sockets and child processes that fn creates stay inside.
 func (h Handle) Do(fn func() error) error {
 	return onOwnThread(func() error {
 		if err := vns.Set(h.fd); err != nil {
@@ -56,10 +56,10 @@ func (h Handle) Do(fn func() error) error {
 	})
 }
 
-// onOwnThread runs fn, which may move its thread to another namespace, and brings the thread back afterwards.
+// onOwnThread runs fn on a thread of its own and restores the thread's namespace afterwards. fn may change that.
 //
-// The goroutine is unlocked only when the thread is back where it was. In every other case, a panic included, it ends
-// while locked, and the runtime destroys the thread with it.
+// The goroutine is unlocked only after the thread is back in its namespace. Otherwise it exits while locked, and the
+// runtime destroys the thread.
 func onOwnThread(fn func() error) error {
 	done := make(chan error, 1)
 	go namespaceThread(fn, done)

@@ -15,15 +15,15 @@ import (
 // at level IPPROTO_IPV6.
 const ip6tSOOriginalDst = 80
 
-// OriginalDst returns where the connection from peer was going before a REDIRECT rule sent it to this socket, as
-// connection tracking remembers it.
+// OriginalDst returns the destination of the connection from peer before a REDIRECT rule sent it to this socket, as
+// recorded by connection tracking.
 //
-// With connection tracking on, a connection that no rule touched has an original destination too: our own listener. So
-// a nil error does not say that a rule was at work; the caller compares the answer with its own ports. The error is
-// ENOENT when connection tracking has no entry, and ENOPROTOOPT when the kernel has none at all.
+// With connection tracking on, an unredirected connection has an original destination too: our own listener. So a nil error
+// does not prove that a rule matched, and the caller must compare the result with its own ports. The error is ENOENT if
+// connection tracking has no entry, and ENOPROTOOPT if the kernel has no connection tracking.
 func OriginalDst(fd int, peer netip.Addr) (netip.AddrPort, error) {
-	// The option exists once for each family and answers only for the family of the packets, which on a dual-stack
-	// socket is the family of the peer's unmapped address.
+	// Each family has its own option, and it must match the family of the packets. On a dual-stack socket that is the
+	// family of the peer's unmapped address.
 	level, name := unix.IPPROTO_IPV6, ip6tSOOriginalDst
 	if peer.Unmap().Is4() {
 		level, name = unix.IPPROTO_IP, unix.SO_ORIGINAL_DST
@@ -43,21 +43,22 @@ func OriginalDst(fd int, peer netip.Addr) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(netip.AddrFrom16(address.Addr), port), nil
 }
 
-// networkOrder reads a port that the kernel wrote in network byte order.
+// networkOrder converts a port from network byte order.
 func networkOrder(port uint16) uint16 {
 	var octets [2]byte
 	binary.NativeEndian.PutUint16(octets[:], port)
 	return binary.BigEndian.Uint16(octets[:])
 }
 
-// keepAliveSeconds is the idle time before the first keep-alive probe and the time between probes.
+// keepAliveSeconds is the idle time before the first keep-alive probe and the interval between probes.
 //
-// Connection tracking forgets a half-closed flow after 60 silent seconds (nf_conntrack_tcp_timeout_close_wait), and its
-// redirection with it. Twenty seconds leave room for two lost probes. The number of probes stays the kernel's.
+// Connection tracking drops a half-closed flow, and its redirection, after 60 seconds without a packet
+// (nf_conntrack_tcp_timeout_close_wait). Twenty seconds allow for two lost probes. The number of probes is the kernel's
+// default.
 const keepAliveSeconds = 20
 
-// ListenControl gives a listening socket, before it is bound, the options of SetConn. Accepted sockets inherit them, so
-// that no connection pays system calls for them. It fits net.ListenConfig.Control.
+// ListenControl sets the options of SetConn on a listening socket before bind. Accepted sockets inherit them without a
+// system call each. Its signature is that of net.ListenConfig.Control.
 func ListenControl(_, _ string, raw syscall.RawConn) error {
 	var sysErr error
 	if err := raw.Control(func(fd uintptr) { sysErr = SetConn(int(fd)) }); err != nil {
@@ -66,8 +67,8 @@ func ListenControl(_, _ string, raw syscall.RawConn) error {
 	return sysErr
 }
 
-// SetConn sets what every connection has: no delay of small segments, since whoever sent them has decided about that
-// already; keep-alive; and urgent data in line, as the byte would otherwise be lost on the way through.
+// SetConn sets the options of every connection: TCP_NODELAY, since the sender's own Nagle setting has already shaped the
+// segments; keep-alive; and SO_OOBINLINE, as the urgent byte would otherwise be lost in the proxy.
 func SetConn(fd int) error {
 	for _, option := range [...]struct{ level, name, value int }{
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
@@ -83,14 +84,13 @@ func SetConn(fd int) error {
 	return nil
 }
 
-// SetBindNoPort lets the kernel choose the port of a bound source address at connect time, when it knows the
-// destination (IP_BIND_ADDRESS_NO_PORT): 127.0.0.6 then has its range of ports for each destination and not once for
-// all.
+// SetBindNoPort defers the choice of the source port from bind to connect (IP_BIND_ADDRESS_NO_PORT). The kernel then has
+// the destination, so that 127.0.0.6 can use its whole port range for each destination instead of once for all.
 func SetBindNoPort(fd int) error {
 	return setInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
 }
 
-// setInt goes past the scheduler, as no option can block and each connection sets several.
+// setInt bypasses the scheduler, as the options set here do not block and each connection sets several.
 func setInt(fd, level, name, value int) error {
 	option := int32(value)
 	_, _, errno := syscall.RawSyscall6(syscall.SYS_SETSOCKOPT, uintptr(fd), uintptr(level), uintptr(name),
@@ -101,13 +101,12 @@ func setInt(fd, level, name, value int) error {
 	return nil
 }
 
-// SetTransparent lets a socket have an address that is not this host's, of the family that it has (IP_TRANSPARENT,
-// IPV6_TRANSPARENT). TPROXY rules give packets to such listeners alone, and what these accept is such a socket, too. A
-// socket that connects is bound to the address of another host before. The error is EPERM with neither of the capabilities
-// NET_ADMIN and NET_RAW.
+// SetTransparent allows a socket to be bound to an address of another host (IP_TRANSPARENT, or IPV6_TRANSPARENT for an
+// IPv6 socket). TPROXY rules deliver packets only to listeners with this option, and accepted sockets inherit it. Before a
+// connect, bind the socket to the foreign address. The error is EPERM with neither CAP_NET_ADMIN nor CAP_NET_RAW.
 func SetTransparent(fd int, ipv6 bool) error { return setTransparent(fd, ipv6, 1) }
 
-// ClearTransparent takes back what a socket has from SetTransparent, or inherited from its listener.
+// ClearTransparent clears the option of SetTransparent, whether it was set or inherited from the listener.
 func ClearTransparent(fd int, ipv6 bool) error { return setTransparent(fd, ipv6, 0) }
 
 func setTransparent(fd int, ipv6 bool, value int) error {
@@ -117,17 +116,17 @@ func setTransparent(fd int, ipv6 bool, value int) error {
 	return setInt(fd, unix.IPPROTO_IP, unix.IP_TRANSPARENT, value)
 }
 
-// SetMark puts a mark on what the socket sends, for rules and routing to see (SO_MARK). The error is EPERM without the
-// capability NET_ADMIN; since Linux 5.17, NET_RAW does as well.
+// SetMark sets the mark of the socket's packets (SO_MARK), by which rules and routing select them. The error is EPERM
+// without CAP_NET_ADMIN; since Linux 5.17, CAP_NET_RAW suffices.
 func SetMark(fd int, mark uint32) error {
 	return setInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(mark))
 }
 
-// SetReuseAddress lets a socket be bound to an address and port that other sockets are bound to, if they allow it, too;
-// connections are told apart by their other end.
+// SetReuseAddress allows a socket to be bound to an address and port that other sockets with this option are bound to
+// (SO_REUSEADDR). The remote end distinguishes their connections.
 func SetReuseAddress(fd int) error { return setInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) }
 
-// SetReset makes the coming close send RST instead of FIN (SO_LINGER with a zero time).
+// SetReset makes close send RST instead of FIN (SO_LINGER with a zero time).
 func SetReset(fd int) error {
 	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 }
