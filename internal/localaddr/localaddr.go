@@ -1,7 +1,7 @@
-// Package localaddr knows the addresses of this network namespace, and keeps them current.
+// Package localaddr maintains the set of addresses of this network namespace.
 //
-// The kernel announces each change by netlink. An announcement is only the reason to list all addresses anew: a lost or
-// reordered one can then never leave a wrong set behind.
+// The kernel announces each change by netlink. An announcement only triggers a new listing of all addresses, so that lost
+// or reordered announcements cannot leave a wrong set.
 package localaddr
 
 import (
@@ -23,14 +23,14 @@ import (
 // Set is the set of addresses at which this workload can be reached.
 type Set struct {
 	current atomic.Pointer[map[netip.Addr]struct{}]
-	stale   atomic.Pointer[error] // why the set does not follow the kernel any more
+	stale   atomic.Pointer[error] // why the set may be out of date; nil while it is current
 	done    chan struct{}         // closed when the watcher has ended
 }
 
-// Watch lists the addresses of the namespace that it is called in and keeps the list current until ctx ends.
+// Watch lists the addresses of the calling thread's network namespace and keeps the set current until ctx is done.
 func Watch(ctx context.Context, log *slog.Logger) (*Set, error) {
-	// Both sockets keep this namespace, whatever thread uses them. The subscription comes before the first listing, so
-	// that no change falls between the two.
+	// A socket stays in the namespace in which it was opened, whichever thread uses it. The subscription precedes the
+	// first listing, so that changes between the two are announced.
 	announcements, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR)
 	if err != nil {
 		return nil, fmt.Errorf("subscribing to address changes: %w", err)
@@ -50,7 +50,7 @@ func Watch(ctx context.Context, log *slog.Logger) (*Set, error) {
 	return s, nil
 }
 
-// Of returns a set that never changes, for tests and for callers that know better.
+// Of returns a constant set, for tests and for callers with addresses from another source.
 func Of(addresses ...netip.Addr) *Set {
 	s := &Set{done: make(chan struct{})}
 	close(s.done)
@@ -58,8 +58,8 @@ func Of(addresses ...netip.Addr) *Set {
 	return s
 }
 
-// Contains reports whether address is one of this workload's own. All of 127.0.0.0/8 is: the kernel takes it for local
-// although only one address of it is assigned. A zone is ignored, and an IPv4-mapped address counts as IPv4.
+// Contains reports whether address is one of this workload's own. All of 127.0.0.0/8 is: the kernel treats it as local
+// although only one address of it is assigned. Zones are ignored, and an IPv4-mapped address counts as IPv4.
 func (s *Set) Contains(address netip.Addr) bool {
 	address = address.Unmap().WithZone("")
 	if address.Is4() && address.IsLoopback() {
@@ -69,12 +69,12 @@ func (s *Set) Contains(address netip.Addr) bool {
 	return ok
 }
 
-// All lists the addresses, in their order. Of 127.0.0.0/8 it has those that are assigned.
+// All returns the addresses, sorted. Of 127.0.0.0/8 it includes only those that are assigned.
 func (s *Set) All() []netip.Addr {
 	return slices.SortedFunc(maps.Keys(*s.current.Load()), netip.Addr.Compare)
 }
 
-// Current returns nil while the set follows the kernel, else why it does not.
+// Current returns nil while the set is current, and otherwise the error of the failed listing.
 func (s *Set) Current() error {
 	if stale := s.stale.Load(); stale != nil {
 		return *stale
@@ -82,10 +82,10 @@ func (s *Set) Current() error {
 	return nil
 }
 
-// Wait returns when the watcher has ended, which it does soon after its context.
+// Wait returns when the watcher has ended. It ends soon after its context.
 func (s *Set) Wait() { <-s.done }
 
-// watch lists anew at each announcement.
+// watch lists the addresses again after each announcement.
 func (s *Set) watch(ctx context.Context, announcements *nl.NetlinkSocket, handle *netlink.Handle, log *slog.Logger) {
 	defer close(s.done)
 	defer handle.Close()
@@ -97,17 +97,17 @@ func (s *Set) watch(ctx context.Context, announcements *nl.NetlinkSocket, handle
 		if ctx.Err() != nil {
 			return
 		}
-		// An error is one more reason to list: announcements were lost (ENOBUFS), or a stranger in the namespace has sent
-		// nonsense to our socket. The pause bounds what the latter can cost.
+		// An error is a reason to list as well: announcements were lost (ENOBUFS), or another process in the namespace has
+		// sent garbage to our socket. The pause bounds the CPU time that such a process can cause.
 		if err != nil {
-			log.Debug("an announcement of address changes was not understood", "error", err)
+			log.Debug("cannot parse a netlink address notification", "error", err)
 			pause(ctx, errorPause)
 		}
 		s.listUntilCurrent(ctx, handle, log)
 	}
 }
 
-// listUntilCurrent lists until that succeeds or ctx ends.
+// listUntilCurrent retries list until it succeeds or ctx is done.
 func (s *Set) listUntilCurrent(ctx context.Context, handle *netlink.Handle, log *slog.Logger) {
 	for ctx.Err() == nil {
 		err := s.list(handle)
@@ -116,7 +116,7 @@ func (s *Set) listUntilCurrent(ctx context.Context, handle *netlink.Handle, log 
 			return
 		}
 		if s.stale.Swap(&err) == nil {
-			log.Error("local addresses may be out of date; trying again until they are listed", "error", err)
+			log.Error("cannot list local addresses, set may be out of date; retrying", "error", err)
 		}
 		pause(ctx, errorPause)
 	}
@@ -131,7 +131,7 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// list takes all addresses from the kernel. The kernel says when a change interrupted it, and then it is done again.
+// list reads all addresses from the kernel. It retries a dump that was interrupted by a change (NLM_F_DUMP_INTR).
 func (s *Set) list(handle *netlink.Handle) error {
 	const tries = 10
 	var known []netlink.Addr
