@@ -9,7 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// arrive sends bytes and waits until the other end can read them all.
+// arrive writes bytes and waits until the other end can read all of them.
 func arrive(t *testing.T, from, to *Conn, sent []byte) {
 	t.Helper()
 	if n, err := from.Write(sent); n != len(sent) || err != nil {
@@ -18,7 +18,7 @@ func arrive(t *testing.T, from, to *Conn, sent []byte) {
 	nettest.Eventually(t, "the bytes to be there", func() bool { return pending(t, to) >= len(sent) })
 }
 
-// numbered are n bytes that tell where they stand.
+// numbered returns n bytes whose values depend on their position.
 func numbered(n int) []byte {
 	b := make([]byte, n)
 	for i := range b {
@@ -33,15 +33,15 @@ func TestBuffer(t *testing.T) {
 	arrive(t, far, near, sent[:2*BufferSize])
 	b := TakeBuffer()
 	defer b.Release()
-	at := 0 // of sent, where the buffer begins
+	at := 0 // offset in sent of the first byte in the buffer
 	step := func(what string, n int, err error, wantN int, wantErr error, wantLen int) {
 		t.Helper()
 		if n != wantN || err != wantErr || b.Len() != wantLen || !bytes.Equal(b.Bytes(), sent[at:at+wantLen]) {
-			t.Fatalf("%s: %d, %v, and %d bytes are held; want %d, %v, %d", what, n, err, b.Len(), wantN, wantErr, wantLen)
+			t.Fatalf("%s: %d, %v, Len %d; want %d, %v, Len %d", what, n, err, b.Len(), wantN, wantErr, wantLen)
 		}
 	}
 	if b.Len() != 0 || len(b.Bytes()) != 0 {
-		t.Fatal("a buffer is not empty when it is taken")
+		t.Fatal("a new buffer is not empty")
 	}
 	n, err := b.FillAtMost(near, 5)
 	step("five bytes", n, err, 5, nil, 5)
@@ -67,39 +67,39 @@ func TestBuffer(t *testing.T) {
 	b.Discard(100)
 	at += 100
 	if b.Grow(BufferSize) || b.Grow(0) {
-		t.Error("a buffer grew to what it was")
+		t.Error("Grow returned true for a limit that is not above the present size")
 	}
 	if !b.Grow(BufferSize + 1) {
-		t.Error("a buffer did not grow to its limit")
+		t.Error("Grow did not reach the limit")
 	}
 	step("after it has grown", 0, nil, 0, nil, BufferSize-110)
 	arrive(t, far, near, sent[2*BufferSize:])
 	n, err = b.Fill(near)
 	step("by what it has grown, and more", n, err, 111, nil, BufferSize+1)
 	if !b.Grow(1<<20) || b.Len() != BufferSize+1 {
-		t.Error("a buffer does not grow twice")
+		t.Error("the second Grow failed")
 	}
 	n, err = b.Fill(near)
 	step("after it has doubled", n, err, BufferSize-111, nil, 2*BufferSize-110)
 }
 
-func TestAGrownBufferComesBackSmall(t *testing.T) {
+func TestReleaseShrinksAGrownBuffer(t *testing.T) {
 	b := TakeBuffer()
 	b.Grow(1 << 20)
 	b.Release()
-	for range 3 { // one of them may be the same
+	for range 3 { // one of them may be the released one
 		b := TakeBuffer()
 		defer b.Release()
 		if len(b.bytes) != BufferSize || b.Len() != 0 {
-			t.Errorf("a buffer has %d bytes of room and holds %d", len(b.bytes), b.Len())
+			t.Errorf("capacity %d, Len %d", len(b.bytes), b.Len())
 		}
 	}
 	var none *Buffer
 	none.Release()
 }
 
-// The end and an error leave what is held alone.
-func TestABufferKeepsWhatItHoldsAtTheEnd(t *testing.T) {
+// EOF and errors leave the buffered bytes untouched.
+func TestBufferKeepsBytesAtEOF(t *testing.T) {
 	far, near := connected(t, newPoller(t), "127.0.0.1:0")
 	arrive(t, far, near, []byte("last words"))
 	far.CloseWrite()
@@ -119,11 +119,11 @@ func TestABufferKeepsWhatItHoldsAtTheEnd(t *testing.T) {
 		}
 	}
 	if string(b.Bytes()) != "last words" {
-		t.Errorf("held at the end: %q", b.Bytes())
+		t.Errorf("Bytes at EOF = %q", b.Bytes())
 	}
 }
 
-func TestReadingNothingIsNotTheEnd(t *testing.T) {
+func TestEmptyReadIsNotEOF(t *testing.T) {
 	far, near := connected(t, newPoller(t), "127.0.0.1:0")
 	b := TakeBuffer()
 	defer b.Release()

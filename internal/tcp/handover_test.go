@@ -10,7 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// exhaust waits until nothing happens to the connection any more, so that the next event is a new one.
+// exhaust waits until the connection has no more events, so that the next event is a new one.
 func exhaust(t *testing.T, w *Waiter, conn *Conn) {
 	t.Helper()
 	for {
@@ -27,8 +27,8 @@ func exhaust(t *testing.T, w *Waiter, conn *Conn) {
 	}
 }
 
-// What happens to a connection at rest is there for the next who waits for it, at once.
-func TestNothingIsLostWhileAConnectionRests(t *testing.T) {
+// An event that arrives while a connection rests ends the next wait at once, whichever waiter that is.
+func TestEventsOfARestingConnectionAreKept(t *testing.T) {
 	for name, c := range map[string]struct {
 		happens func(far *Conn)
 		seen    func(near *Conn) bool
@@ -50,7 +50,7 @@ func TestNothingIsLostWhileAConnectionRests(t *testing.T) {
 					c.happens(far)
 					nettest.Eventually(t, "the event", func() bool { return c.seen(near) })
 					if err := next.Wait(time.Now().Add(patience), near, nil); err != nil {
-						t.Errorf("the first wait ended with %v", err)
+						t.Errorf("first wait: %v", err)
 					}
 				} else {
 					exhaust(t, next, near)
@@ -62,7 +62,7 @@ func TestNothingIsLostWhileAConnectionRests(t *testing.T) {
 					}
 				}
 				if first.happened() {
-					t.Error("who gave it away was woken")
+					t.Error("the previous waiter was woken")
 				}
 			})
 		}
@@ -81,7 +81,7 @@ func TestQuiet(t *testing.T) {
 		"a reset":      {(*Conn).Reset, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			// Nobody waits, so that the kernel alone knows.
+			// Without a wait the poller receives no events, so the result must come from the kernel.
 			far, near := connected(t, newPoller(t), "127.0.0.1:0")
 			if !near.Quiet() {
 				t.Fatal("a new connection is not quiet")
@@ -92,17 +92,17 @@ func TestQuiet(t *testing.T) {
 			}
 			if name == "bytes" {
 				if n, err := near.Read(make([]byte, 10)); n != 1 || err != nil || !near.Quiet() {
-					t.Errorf("after it was asked: read %d, %v, and it is quiet: %v", n, err, near.Quiet())
+					t.Errorf("after Quiet: read %d, %v; Quiet = %v", n, err, near.Quiet())
 				}
 			}
 		})
 	}
 }
 
-// TestConnectionsWanderBetweenGoroutines has many goroutines take a connection out of a common stock, ask something over
-// it, wait for the answer, and put it back, as a pool's users do. An event that wakes the wrong one shows as a wait that
-// ends at its deadline.
-func TestConnectionsWanderBetweenGoroutines(t *testing.T) {
+// TestConnectionsMoveBetweenGoroutines has many goroutines take a connection from a pool, send a request, wait for the
+// answer, and put the connection back. An event that wakes the wrong goroutine makes the right one's wait reach its
+// deadline.
+func TestConnectionsMoveBetweenGoroutines(t *testing.T) {
 	poller := newPoller(t)
 	const conns, users, turns = 4, 12, 150
 	stock := make(chan *Conn, conns)
@@ -112,7 +112,7 @@ func TestConnectionsWanderBetweenGoroutines(t *testing.T) {
 		stock <- dialled
 		echoes.Go(func() {
 			if err := echo(t.Context(), accepted); err != io.EOF {
-				t.Errorf("echo ended with %v", err)
+				t.Errorf("echo: %v", err)
 			}
 		})
 	}
@@ -138,7 +138,7 @@ func TestConnectionsWanderBetweenGoroutines(t *testing.T) {
 	echoes.Wait()
 }
 
-// ask sends a question and waits for as many bytes to come back.
+// ask sends a question and waits for an answer of the same length.
 func ask(w *Waiter, conn *Conn, question []byte) error {
 	answer := make([]byte, len(question))
 	for sent, got := 0, 0; got < len(question); {
@@ -179,7 +179,7 @@ func TestWakeAllEndsEveryWait(t *testing.T) {
 				default:
 				}
 				if err := w.Wait(time.Now().Add(patience), near, nil); err != nil {
-					t.Errorf("a wait ended with %v", err)
+					t.Errorf("Wait: %v", err)
 					return
 				}
 			}
@@ -195,11 +195,11 @@ func TestWakeAllEndsEveryWait(t *testing.T) {
 	poller.WakeAll()
 	ended.Wait()
 	if w.happened() {
-		t.Error("somebody was woken for a connection at rest")
+		t.Error("the waiter of a resting connection was woken")
 	}
 }
 
-// Who looked before the change waits after it, if only just: that wait is over at once, and only that one.
+// An owner may check for a change just before WakeAll and wait just after it. That wait must end at once, and only that one.
 func TestAWaitThatBeginsAfterWakeAllEndsAtOnce(t *testing.T) {
 	poller := newPoller(t)
 	_, silent := connected(t, poller, "127.0.0.1:0")
@@ -208,27 +208,27 @@ func TestAWaitThatBeginsAfterWakeAllEndsAtOnce(t *testing.T) {
 	for range 2 {
 		poller.WakeAll()
 		if err := w.Wait(time.Now().Add(patience), silent, nil); err != nil {
-			t.Errorf("the first wait ends with %v", err)
+			t.Errorf("first wait: %v", err)
 		}
-		for w.happened() { // the round woke it, too, once the connection was watched
+		for w.happened() { // WakeAll has woken the waiter as well if the connection was watched already
 		}
 		if err := w.Wait(time.Now().Add(time.Millisecond), silent, nil); err != ErrDeadline {
-			t.Errorf("the second wait ends with %v", err)
+			t.Errorf("second wait: %v", err)
 		}
 	}
 }
 
-// A connection begins without an event: it can be written to, but that is news only to who has found it full.
-func TestAConnectionBeginsInSilence(t *testing.T) {
+// A new connection has no event. It is writable, but that is an event only after its send buffer was full.
+func TestANewConnectionHasNoEvent(t *testing.T) {
 	poller := newPoller(t)
 	far, near := connected(t, poller, "127.0.0.1:0")
 	w := NewWaiter(t.Context())
 	defer w.Close()
 	if err := w.Wait(time.Now().Add(20*time.Millisecond), near, nil); err != ErrDeadline {
-		t.Errorf("the first wait ends with %v", err)
+		t.Errorf("first wait: %v", err)
 	}
 	chunk := make([]byte, 1<<20)
-	for { // until it is full
+	for { // until the send buffer is full
 		if _, err := near.Write(chunk); err == ErrAgain {
 			break
 		} else if err != nil {
@@ -242,7 +242,7 @@ func TestAConnectionBeginsInSilence(t *testing.T) {
 	}()
 	for {
 		if err := w.Wait(time.Now().Add(patience), near, nil); err != nil {
-			t.Fatalf("a full connection's wait ends with %v", err)
+			t.Fatalf("waiting for room in the send buffer: %v", err)
 		}
 		if _, err := near.Write(chunk); err == nil {
 			break

@@ -33,7 +33,7 @@ func newLayerRig(t *testing.T) *layerRig {
 	return r
 }
 
-// read reads once, and waits for that if it must.
+// read reads once, after a wait if necessary.
 func (r *layerRig) read(t *testing.T, p []byte) (int, error) {
 	t.Helper()
 	for {
@@ -60,7 +60,7 @@ func (r *layerRig) readAll(t *testing.T, size int) ([]byte, error) {
 	}
 }
 
-// arrive waits until the raw bytes are there, without reading.
+// arrive waits until the raw bytes have arrived. It does not read them.
 func (r *layerRig) arrive(t *testing.T) {
 	t.Helper()
 	for r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil) == nil && !r.conn.Readable() {
@@ -73,7 +73,7 @@ func random(n int) []byte {
 	return b
 }
 
-// fill writes until the socket is full, and returns what was taken.
+// fill writes until the socket is full, and returns the bytes that were accepted.
 func (r *layerRig) fill(t *testing.T, p []byte) []byte {
 	t.Helper()
 	taken := 0
@@ -90,7 +90,7 @@ func (r *layerRig) fill(t *testing.T, p []byte) []byte {
 }
 
 func TestRecordsThatArriveInPiecesAreDecoded(t *testing.T) {
-	for _, size := range []int{1, 7, 999, 1 << 20} { // of the reader's memory: smaller and larger than a record
+	for _, size := range []int{1, 7, 999, 1 << 20} { // of the read buffer: smaller and larger than a record
 		for _, piece := range []int{0, 1, 2, 777} {
 			r := newLayerRig(t)
 			r.peer.Piece = piece
@@ -103,8 +103,8 @@ func TestRecordsThatArriveInPiecesAreDecoded(t *testing.T) {
 	}
 }
 
-// A read of one record leaves room, and others are decoded already or wait in the layer: no event will come for them.
-func TestAReadThatLeavesRoomLeavesALayeredConnectionReadable(t *testing.T) {
+// A short read returns one record while the layer holds others. The socket has no event for those.
+func TestALayeredConnectionStaysReadableAfterAShortRead(t *testing.T) {
 	r := newLayerRig(t)
 	r.peer.Write(random(2000)) // two records
 	p := make([]byte, 1500)
@@ -119,7 +119,7 @@ func TestAReadThatLeavesRoomLeavesALayeredConnectionReadable(t *testing.T) {
 	}
 }
 
-func TestATicketIsNoData(t *testing.T) {
+func TestATicketIsNotData(t *testing.T) {
 	r := newLayerRig(t)
 	r.peer.Ticket()
 	r.arrive(t)
@@ -128,7 +128,7 @@ func TestATicketIsNoData(t *testing.T) {
 	}
 }
 
-func TestALayeredConnectionIsQuietUntilDataOrTheCloseMessageComes(t *testing.T) {
+func TestALayeredConnectionIsQuietUntilDataOrTheCloseMessage(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		send  func(*layertest.Peer) error
@@ -153,13 +153,13 @@ func TestALayeredConnectionIsQuietUntilDataOrTheCloseMessageComes(t *testing.T) 
 				for r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil) == nil && r.conn.Quiet() && !c.quiet {
 				}
 			}
-			for range 2 { // it stays as it is
+			for range 2 { // Quiet must not change the state
 				if got := r.conn.Quiet(); got != c.quiet {
 					t.Errorf("quiet: %v", got)
 				}
 			}
 			if !c.quiet && !r.conn.Readable() {
-				t.Error("what ended the quiet is not readable")
+				t.Error("not quiet, but not readable either")
 			}
 			var got []byte
 			p := make([]byte, 10)
@@ -177,7 +177,7 @@ func TestALayeredConnectionIsQuietUntilDataOrTheCloseMessageComes(t *testing.T) 
 	}
 }
 
-// FIN without a close message may come from anybody on the way, so it is an error and not an end.
+// An attacker on the path can send FIN. So FIN without a close message is an error and not EOF.
 func TestFINWithoutTheCloseMessageIsTruncation(t *testing.T) {
 	for name, end := range map[string]struct {
 		do   func(*layertest.Peer)
@@ -206,7 +206,7 @@ func TestFINWithoutTheCloseMessageIsTruncation(t *testing.T) {
 	}
 }
 
-// Whoever owns the connection does not know what is unsent: it waits, for whatever reason.
+// The owner of a connection cannot see its unsent bytes, so every Wait must send them.
 func TestWaitSendsWhatIsUnsent(t *testing.T) {
 	r := newLayerRig(t)
 	sent := r.fill(t, random(64<<20))
@@ -222,14 +222,14 @@ func TestWaitSendsWhatIsUnsent(t *testing.T) {
 		}
 		r.peer.Write([]byte("all is here"))
 	}()
-	if n, err := r.read(t, make([]byte, 100)); n != 11 || err != nil { // which waits
+	if n, err := r.read(t, make([]byte, 100)); n != 11 || err != nil { // read calls Wait
 		t.Errorf("read %d bytes, %v", n, err)
 	}
 	<-done
 }
 
-// The next write finishes the record that was begun: nothing else may stand in it.
-func TestARecordThatWasBegunIsFinishedFirst(t *testing.T) {
+// A later write must finish the partly sent record before its own bytes.
+func TestAPartlySentRecordIsFinishedFirst(t *testing.T) {
 	r := newLayerRig(t)
 	want := random(8 << 20)
 	got := make(chan []byte, 1)
@@ -244,7 +244,7 @@ func TestARecordThatWasBegunIsFinishedFirst(t *testing.T) {
 	for rest := want; len(rest) > 0; {
 		n, err := r.conn.Write(rest[:min(len(rest), 1+random.IntN(100_000))])
 		rest = rest[n:]
-		if err == tcp.ErrAgain && random.IntN(2) == 0 { // else it tries again at once
+		if err == tcp.ErrAgain && random.IntN(2) == 0 { // otherwise retry without a wait
 			err = r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil)
 		}
 		if err != nil && err != tcp.ErrAgain {
@@ -253,12 +253,12 @@ func TestARecordThatWasBegunIsFinishedFirst(t *testing.T) {
 	}
 	r.conn.Close()
 	if all := <-got; !bytes.Equal(all, want) {
-		t.Errorf("%d of %d bytes arrived as they were", len(all), len(want))
+		t.Errorf("%d of %d bytes arrived, or they were changed", len(all), len(want))
 	}
 }
 
-// A half-close is the close message, then FIN, behind everything that was written.
-func TestAHalfCloseFollowsWhatIsUnsent(t *testing.T) {
+// A half-close sends the unsent bytes, then the close message, then FIN.
+func TestAHalfCloseFollowsUnsentBytes(t *testing.T) {
 	r := newLayerRig(t)
 	sent := r.fill(t, random(64<<20))
 	for range 2 {
@@ -277,7 +277,7 @@ func TestAHalfCloseFollowsWhatIsUnsent(t *testing.T) {
 			t.Errorf("%d of %d bytes arrived, %v", len(got), len(sent), err)
 		}
 		if n, err := r.peer.TCPConn.Read(make([]byte, 1)); n != 0 || err != io.EOF {
-			t.Errorf("behind the close message: %d, %v", n, err)
+			t.Errorf("after the close message: %d, %v", n, err)
 		}
 		r.peer.Write([]byte("still open"))
 	}()
@@ -290,8 +290,8 @@ func TestAHalfCloseFollowsWhatIsUnsent(t *testing.T) {
 	}
 }
 
-// Close returns at once and must not lose what the socket has not taken.
-func TestCloseSendsWhatIsUnsentAndTheCloseMessage(t *testing.T) {
+// Close returns at once and must not lose bytes that the socket has not accepted yet.
+func TestCloseSendsUnsentBytesAndTheCloseMessage(t *testing.T) {
 	for name, watched := range map[string]bool{"that was waited for": true, "that was never waited for": false} {
 		t.Run("a connection "+name, func(t *testing.T) {
 			r := newLayerRig(t)
@@ -312,7 +312,7 @@ func TestCloseSendsWhatIsUnsentAndTheCloseMessage(t *testing.T) {
 	}
 }
 
-// What was cut must not look complete.
+// A truncated stream must not look complete.
 func TestAResetSendsNoCloseMessage(t *testing.T) {
 	r := newLayerRig(t)
 	r.conn.Write([]byte("half"))
@@ -322,7 +322,7 @@ func TestAResetSendsNoCloseMessage(t *testing.T) {
 	}
 }
 
-func TestThePollersEndResetsWhatStillSends(t *testing.T) {
+func TestPollerCloseResetsSendingConnections(t *testing.T) {
 	poller, err := tcp.NewPoller()
 	if err != nil {
 		t.Fatal(err)
@@ -337,7 +337,7 @@ func TestThePollersEndResetsWhatStillSends(t *testing.T) {
 	}
 }
 
-// Detection has read the first raw bytes before it is known that there are records.
+// Detection reads the first raw bytes before it can set the layer.
 func TestBytesReadBeforeTheLayerAreDecodedFirst(t *testing.T) {
 	poller, err := tcp.NewPoller()
 	if err != nil {
@@ -362,7 +362,7 @@ func TestBytesReadBeforeTheLayerAreDecodedFirst(t *testing.T) {
 	}
 	layertest.Under(conn, read)
 	if !conn.Readable() {
-		t.Error("a connection with input in its layer is not readable")
+		t.Error("not readable with input in the layer")
 	}
 	peer.CloseWrite()
 	got, err := (&layerRig{conn: conn, w: w}).readAll(t, 4)
@@ -371,7 +371,7 @@ func TestBytesReadBeforeTheLayerAreDecodedFirst(t *testing.T) {
 	}
 }
 
-// rawLayer has no records.
+// rawLayer passes bytes through without records.
 type rawLayer struct{ *tcp.Socket }
 
 func (rawLayer) CloseWrite() error { return nil }
@@ -387,7 +387,7 @@ func TestPiecesShareARecord(t *testing.T) {
 		want = append(want, memory[i:i+5]...)
 	}
 	if n, err := r.conn.WriteVector(&v); n != 50 || err != nil || v.Len() != 0 {
-		t.Fatalf("%d bytes were taken, %v, %d are left", n, err, v.Len())
+		t.Fatalf("WriteVector = %d, %v; %d bytes are left", n, err, v.Len())
 	}
 	got := make([]byte, 50)
 	if _, err := io.ReadFull(r.peer, got); err != nil || !bytes.Equal(got, want) || r.peer.Records() != 1 {
@@ -395,7 +395,7 @@ func TestPiecesShareARecord(t *testing.T) {
 	}
 }
 
-func TestAVectorIsTakenAsFarAsItIsEncoded(t *testing.T) {
+func TestWriteVectorRemovesTheEncodedBytes(t *testing.T) {
 	r := newLayerRig(t)
 	want := random(1 << 20)
 	var v tcp.Vector
@@ -422,11 +422,11 @@ func TestAVectorIsTakenAsFarAsItIsEncoded(t *testing.T) {
 	<-done
 }
 
-// A pipe would put bytes on the wire that no layer has encoded.
+// Splicing would bypass the layer and send unencoded bytes.
 func TestALayeredConnectionIsNotSpliced(t *testing.T) {
 	r := newLayerRig(t)
 	if r.conn.Bare() {
-		t.Error("a connection with a layer is bare")
+		t.Error("Bare returns true with a layer")
 	}
 	if n, err := r.conn.SpliceTo(-1, 10); n != 0 || !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("SpliceTo = %d, %v", n, err)
@@ -436,7 +436,7 @@ func TestALayeredConnectionIsNotSpliced(t *testing.T) {
 	}
 }
 
-// A flush by Wait may be what consumes the socket's error. The owner learns it all the same.
+// A flush in Wait may consume the socket's error. Failed and Write must report it nevertheless.
 func TestAFailureOfAFlushIsReported(t *testing.T) {
 	r := newLayerRig(t)
 	r.fill(t, random(64<<20))

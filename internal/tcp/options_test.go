@@ -15,7 +15,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// TestOriginalDst redirects in a namespace and asks the accepted connections.
+// TestOriginalDst redirects connections in a namespace and compares what the accepted ones return.
 func TestOriginalDst(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod, peer := nettest.PodAndPeer(t)
@@ -75,9 +75,8 @@ func TestOriginalDstWithoutConnectionTrackingIsAnError(t *testing.T) {
 	}
 }
 
-// TestEveryConnectionHasItsOptions reads them back where they matter: on an accepted socket, which inherits them, and
-// on a dialled one.
-func TestEveryConnectionHasItsOptions(t *testing.T) {
+// TestSocketOptions reads the options back from an accepted socket, for which they are inherited, and from a dialled one.
+func TestSocketOptions(t *testing.T) {
 	for _, address := range []string{"127.0.0.1:0", "[::1]:0"} {
 		dialled, accepted := connected(t, newPoller(t), address)
 		for which, conn := range map[string]*Conn{"accepted": accepted, "dialled": dialled} {
@@ -89,15 +88,15 @@ func TestEveryConnectionHasItsOptions(t *testing.T) {
 				t.Errorf("%s, %s: TCP_NODELAY is off", address, which)
 			}
 			if inline := option(t, conn, unix.SOL_SOCKET, unix.SO_OOBINLINE); inline != 1 {
-				t.Errorf("%s, %s: urgent bytes would be lost", address, which)
+				t.Errorf("%s, %s: SO_OOBINLINE is off", address, which)
 			}
 		}
 	}
 }
 
-// TestSourcePortsCountForEachDestination opens more connections from one address than there are ports, to two
-// destinations. Bound the ordinary way, the kernel would reserve a port over all destinations.
-func TestSourcePortsCountForEachDestination(t *testing.T) {
+// TestSourcePortsAreReusedAcrossDestinations opens more connections from one address than there are source ports, to two
+// destinations. With an ordinary bind the kernel would reserve each port for all destinations.
+func TestSourcePortsAreReusedAcrossDestinations(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "ports")
 	ns.Do(t, func() error {
@@ -120,8 +119,8 @@ func TestSourcePortsCountForEachDestination(t *testing.T) {
 	}
 }
 
-// TestNobodyConnectsToItself leaves the kernel one port for our ends, and dials that.
-func TestNobodyConnectsToItself(t *testing.T) {
+// TestDialRefusesASelfConnection limits the source ports to a single one, and dials that port.
+func TestDialRefusesASelfConnection(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "itself")
 	var poller *Poller
@@ -138,9 +137,9 @@ func TestNobodyConnectsToItself(t *testing.T) {
 		remote := netip.MustParseAddrPort(remote)
 		for _, source := range []netip.Addr{{}, remote.Addr()} {
 			ns.Do(t, func() error {
-				for range 3 { // nothing is left that is in the way of the next
+				for range 3 { // each attempt must leave the port free for the next
 					if conn, err := poller.Dial(waiter, source, remote, time.Now().Add(patience)); !errors.Is(err, unix.ECONNREFUSED) {
-						t.Errorf("from %v to %v: %v, %v; want it refused", source, remote, conn, err)
+						t.Errorf("from %v to %v: %v, %v; want ECONNREFUSED", source, remote, conn, err)
 					}
 				}
 				return nil
@@ -149,8 +148,8 @@ func TestNobodyConnectsToItself(t *testing.T) {
 	}
 }
 
-// TestDialAsHasAnotherHostsAddress dials from addresses that nobody here has.
-func TestDialAsHasAnotherHostsAddress(t *testing.T) {
+// TestDialAsUsesAForeignAddress dials from addresses that are not assigned in the namespace.
+func TestDialAsUsesAForeignAddress(t *testing.T) {
 	nettest.RequireRoot(t)
 	const mark = 77
 	pod, _ := nettest.PodAndPeer(t)
@@ -181,19 +180,19 @@ func TestDialAsHasAnotherHostsAddress(t *testing.T) {
 		}
 		defer accepted.Close()
 		if conn.LocalAddr() != client || accepted.RemoteAddr() != client {
-			t.Errorf("dialled as %v, it is %v, and seen as %v", client, conn.LocalAddr(), accepted.RemoteAddr())
+			t.Errorf("dialled as %v: LocalAddr = %v, the listener sees %v", client, conn.LocalAddr(), accepted.RemoteAddr())
 		}
 		if _, err := dial(client.Port()); !errors.Is(err, unix.EADDRNOTAVAIL) {
-			t.Errorf("the same connection once more: %v, want EADDRNOTAVAIL", err)
+			t.Errorf("a second connection with the same addresses: %v, want EADDRNOTAVAIL", err)
 		}
 		another, err := dial(20001)
 		if err != nil {
-			t.Fatalf("the first connection keeps the address: %v", err)
+			t.Fatalf("from another port of the same client address: %v", err)
 		}
 		defer another.Close()
 		everywhere := listenIn(t, pod, poller, netip.AddrPortFrom(unspecified(c.here), 0).String())
 		if _, err := dial(everywhere.Addr().Port()); !errors.Is(err, unix.EADDRINUSE) {
-			t.Errorf("from the port of a listener: %v, want EADDRINUSE", err)
+			t.Errorf("from a listener's port: %v, want EADDRINUSE", err)
 		}
 	}
 }
@@ -205,8 +204,8 @@ func unspecified(like netip.Addr) netip.Addr {
 	return netip.IPv6Unspecified()
 }
 
-// TestATransparentListenerIsGivenConnectionsAsTheyAre has TPROXY rules and a redirecting one in front of one listener.
-func TestATransparentListenerIsGivenConnectionsAsTheyAre(t *testing.T) {
+// TestTransparentListenerKeepsTheDestination sends connections from TPROXY rules and from a REDIRECT rule to one listener.
+func TestTransparentListenerKeepsTheDestination(t *testing.T) {
 	nettest.RequireRoot(t)
 	const mark = 77
 	pod, peer := nettest.PodAndPeer(t)
@@ -235,7 +234,7 @@ func TestATransparentListenerIsGivenConnectionsAsTheyAre(t *testing.T) {
 			}
 			defer accepted.Close()
 			if got, want := accepted.LocalAddr(), netip.AddrPortFrom(here, localPort); got != want {
-				t.Errorf("dialled at %v: our end is %v, want %v", dialled, got, want)
+				t.Errorf("dialled %v: LocalAddr = %v, want %v", dialled, got, want)
 			}
 			if got, err := accepted.OriginalDst(); err != nil || got != dialled {
 				t.Errorf("OriginalDst = %v, %v; want %v", got, err, dialled)
@@ -244,9 +243,9 @@ func TestATransparentListenerIsGivenConnectionsAsTheyAre(t *testing.T) {
 	}
 }
 
-// TestRedirectedConnectionsFromOnePortDoNotMeet opens both from the same port of the client, to two ports of the pod. The
-// rule sends both to one listener.
-func TestRedirectedConnectionsFromOnePortDoNotMeet(t *testing.T) {
+// TestRedirectedConnectionsFromOneClientPort opens two connections from the same client port to two ports of the pod. The
+// rule redirects both to one listener, and each must receive its own packets only.
+func TestRedirectedConnectionsFromOneClientPort(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod, peer := nettest.PodAndPeer(t)
 	for _, program := range []string{"iptables", "ip6tables"} {
@@ -299,7 +298,7 @@ func option(t *testing.T, conn *Conn, level, name int) int {
 	return value
 }
 
-// pending is how many bytes can be read.
+// pending returns the number of bytes that can be read.
 func pending(t *testing.T, conn *Conn) int {
 	t.Helper()
 	n, err := unix.IoctlGetInt(conn.fd, unix.SIOCINQ)

@@ -44,7 +44,7 @@ func listenIn(t testing.TB, ns *nettest.Namespace, poller *Poller, address strin
 	return listener
 }
 
-// connected returns a connection's two ends, both the poller's.
+// connected returns the two ends of a connection, both watched by poller.
 func connected(t testing.TB, poller *Poller, address string) (dialled, accepted *Conn) {
 	t.Helper()
 	listener, err := poller.Listen(netip.MustParseAddrPort(address))
@@ -65,7 +65,7 @@ func connected(t testing.TB, poller *Poller, address string) (dialled, accepted 
 	return dialled, accepted
 }
 
-func TestDialNamesBothEnds(t *testing.T) {
+func TestDialReportsBothAddresses(t *testing.T) {
 	for _, c := range []struct {
 		listen string
 		source netip.Addr
@@ -130,7 +130,7 @@ func TestAConnectionNeverBlocks(t *testing.T) {
 	for total := 0; err == nil; {
 		var n int
 		if n, err = dialled.Write(make([]byte, 1<<20)); total > 1<<30 {
-			t.Fatal("a peer that does not read takes everything")
+			t.Fatal("the peer does not read, and no write returns ErrAgain")
 		}
 		total += n
 	}
@@ -150,7 +150,7 @@ func TestEndsOfAConnection(t *testing.T) {
 			}
 		}
 	}
-	t.Run("in order", func(t *testing.T) {
+	t.Run("orderly", func(t *testing.T) {
 		dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 		dialled.CloseWrite()
 		wait(t, accepted, "the half-close", accepted.Readable)
@@ -158,12 +158,12 @@ func TestEndsOfAConnection(t *testing.T) {
 			t.Errorf("read %d, %v; want EOF", n, err)
 		}
 		if err := accepted.Failed(); err != nil {
-			t.Errorf("a half-closed connection counts as dead: %v", err)
+			t.Errorf("Failed = %v on a half-closed connection", err)
 		}
 		accepted.CloseWrite()
 		wait(t, dialled, "the end", func() bool { return dialled.ready.Load()&hungUp != 0 })
 		if err := dialled.Failed(); err != nil {
-			t.Errorf("a connection that was closed both ways counts as dead: %v", err)
+			t.Errorf("Failed = %v on a connection that was closed both ways", err)
 		}
 	})
 	t.Run("reset", func(t *testing.T) {
@@ -171,7 +171,7 @@ func TestEndsOfAConnection(t *testing.T) {
 		dialled.Reset()
 		wait(t, accepted, "the reset", func() bool { return accepted.Failed() != nil })
 		if err := accepted.Failed(); !errors.Is(err, unix.ECONNRESET) {
-			t.Errorf("Failed = %v once the error is taken", err)
+			t.Errorf("Failed = %v after the socket error was consumed", err)
 		}
 	})
 	t.Run("reset after a half-close", func(t *testing.T) {
@@ -181,7 +181,7 @@ func TestEndsOfAConnection(t *testing.T) {
 		dialled.Reset()
 		wait(t, accepted, "the reset", func() bool { return accepted.Failed() != nil })
 	})
-	t.Run("reset whose error a write has taken", func(t *testing.T) {
+	t.Run("reset whose error a write has consumed", func(t *testing.T) {
 		dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 		if err := waiter.Wait(time.Now().Add(time.Millisecond), accepted, nil); err != nil && err != ErrDeadline {
 			t.Fatal(err)
@@ -199,7 +199,7 @@ func TestCloseTwiceLeavesOthersAlone(t *testing.T) {
 	poller := newPoller(t)
 	first, second := connected(t, poller, "127.0.0.1:0")
 	first.Close()
-	file, err := os.Open("/dev/null") // likely gets first's descriptor
+	file, err := os.Open("/dev/null") // probably reuses first's descriptor
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -218,7 +218,7 @@ func TestWaitEndsAtTheDeadlineAndWithTheContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	w := NewWaiter(ctx)
 	defer w.Close()
-	for range 3 { // the first waits return at once: the events that the connection began with
+	for range 3 { // initial events of the connection may end the first waits
 		w.Wait(time.Now().Add(10*time.Millisecond), silent, nil)
 	}
 	began := time.Now()
@@ -230,10 +230,10 @@ func TestWaitEndsAtTheDeadlineAndWithTheContext(t *testing.T) {
 	}
 	nettest.OnceBlocked(t, "tcp.(*Waiter).Wait", func() { cancel(); poller.WakeAll() })
 	if err := w.Wait(time.Time{}, silent, nil); err != ErrCanceled {
-		t.Errorf("Wait = %v after the context ended", err)
+		t.Errorf("Wait = %v after the context was cancelled", err)
 	}
 	if err := w.Wait(time.Time{}, silent, nil); err != ErrCanceled {
-		t.Errorf("a second Wait = %v after the context ended", err)
+		t.Errorf("second Wait = %v after the context was cancelled", err)
 	}
 }
 
@@ -259,12 +259,11 @@ func TestAWaitSeesEitherConnection(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		<-written // far is this goroutine's again
+		<-written // from here on far belongs to this goroutine
 	}
 }
 
-// TestNoEventIsLost has many connections echo random bytes at once through one poller. An event that is lost shows as
-// a wait that never ends.
+// TestNoEventIsLost echoes random bytes over many connections of one poller at once. A lost event makes a wait hang.
 func TestNoEventIsLost(t *testing.T) {
 	poller := newPoller(t)
 	listener, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
@@ -297,7 +296,7 @@ func TestNoEventIsLost(t *testing.T) {
 				conn.(*net.TCPConn).CloseWrite()
 			}()
 			if got, err := io.ReadAll(conn); err != nil || !bytes.Equal(got, want) {
-				t.Errorf("connection %d: %d bytes came back, %v", i, len(got), err)
+				t.Errorf("connection %d: %d bytes were echoed, %v", i, len(got), err)
 			}
 		}()
 	}
@@ -311,7 +310,7 @@ func TestNoEventIsLost(t *testing.T) {
 			defer servers.Done()
 			defer conn.Close()
 			if err := echo(t.Context(), conn); err != io.EOF {
-				t.Errorf("echo ended with %v", err)
+				t.Errorf("echo: %v", err)
 			}
 		}()
 	}
@@ -356,12 +355,12 @@ func TestAcceptEndsWithDeadlineAndClose(t *testing.T) {
 	}
 }
 
-// A process that was held up finds the deadline passed and an event there. It must not take that for silence.
-func TestWhatHappenedBeforeTheDeadlineCounts(t *testing.T) {
+// A process that was descheduled may find both an event and a deadline in the past. The event must win.
+func TestAnEventBeforeTheDeadlineCounts(t *testing.T) {
 	far, near := connected(t, newPoller(t), "127.0.0.1:0")
 	w := NewWaiter(t.Context())
 	defer w.Close()
-	for w.Wait(time.Now().Add(10*time.Millisecond), near, nil) != ErrDeadline { // the events that it began with
+	for w.Wait(time.Now().Add(10*time.Millisecond), near, nil) != ErrDeadline { // initial events of the connection
 	}
 	near.Read(make([]byte, 1))
 	if _, err := far.Write([]byte("x")); err != nil {
@@ -369,13 +368,13 @@ func TestWhatHappenedBeforeTheDeadlineCounts(t *testing.T) {
 	}
 	nettest.Eventually(t, "the event to be there", func() bool { return near.Readable() && len(w.token) > 0 })
 	if err := w.Wait(time.Now().Add(-time.Second), near, nil); err != nil {
-		t.Errorf("Wait = %v, with an event there", err)
+		t.Errorf("Wait = %v with a pending event", err)
 	}
 }
 
-// A descriptor that the runtime does not watch would leave every wait without an end.
-func TestAPollerThatNobodyWatchesIsAnError(t *testing.T) {
-	file, err := os.Create(filepath.Join(t.TempDir(), "file")) // files are never watched
+// If the runtime did not watch the epoll descriptor, every wait would hang.
+func TestAnUnwatchablePollerIsAnError(t *testing.T) {
+	file, err := os.Create(filepath.Join(t.TempDir(), "file")) // the runtime cannot watch regular files
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -388,12 +387,12 @@ func TestAPollerThatNobodyWatchesIsAnError(t *testing.T) {
 		t.Errorf("pollerOf = %v, %v", poller, err)
 	}
 	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != unix.EBADF {
-		t.Errorf("the descriptor is still open: %v", err)
+		t.Errorf("the descriptor was not closed: %v", err)
 	}
 }
 
-// The kernel gives a descriptor that was closed to the next connection. Nothing may reach that one by way of the old one.
-func TestAClosedConnectionTouchesNobodyElses(t *testing.T) {
+// The kernel reuses a closed descriptor for the next connection. Calls on the closed connection must not reach that one.
+func TestAClosedConnectionDoesNotTouchItsDescriptor(t *testing.T) {
 	poller := newPoller(t)
 	_, old := connected(t, poller, "127.0.0.1:0")
 	w := NewWaiter(t.Context())

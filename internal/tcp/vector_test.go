@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// sendVector writes all of v, reads it at the other end, and wants it to be what is given.
+// sendVector writes all of v, reads it at the other end, and compares it with want.
 func sendVector(t *testing.T, from, to *Conn, v *Vector, want []byte) {
 	t.Helper()
 	w := NewWaiter(t.Context())
@@ -22,7 +22,7 @@ func sendVector(t *testing.T, from, to *Conn, v *Vector, want []byte) {
 			t.Fatal(err)
 		}
 		if v.Len() != left-n {
-			t.Fatalf("%d bytes were left, %d went, %d are left", left, n, v.Len())
+			t.Fatalf("Len was %d, WriteVector = %d, Len is %d", left, n, v.Len())
 		}
 		m, err := to.Read(p)
 		if err != nil && err != ErrAgain {
@@ -36,11 +36,11 @@ func sendVector(t *testing.T, from, to *Conn, v *Vector, want []byte) {
 		}
 	}
 	if !bytes.Equal(got, want) || v.Len() != 0 {
-		t.Errorf("%d bytes came, %d are left, and what came is what was sent: %v", len(got), v.Len(), bytes.Equal(got, want))
+		t.Errorf("%d bytes arrived, %d are left, the arrived bytes are correct: %v", len(got), v.Len(), bytes.Equal(got, want))
 	}
 }
 
-func TestVectorGoesOutInOrder(t *testing.T) {
+func TestVectorIsWrittenInOrder(t *testing.T) {
 	dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 	for _, c := range []struct{ count, size int }{
 		{0, 0}, {1, 1}, {2, 5}, {maxPieces - 1, 3}, {maxPieces, 3}, {maxPieces + 1, 3}, {5 * maxPieces, 7}, {2000, 1}, {100, 100_000}, {3, 4 << 20},
@@ -50,7 +50,7 @@ func TestVectorGoesOutInOrder(t *testing.T) {
 			var want []byte
 			memory := numbered(c.count*(c.size+1) + 1)
 			for i := range c.count {
-				piece := memory[i*(c.size+1):][:c.size] // one byte between a piece and the next
+				piece := memory[i*(c.size+1):][:c.size] // with a gap of one byte between pieces
 				v.Append(piece)
 				v.Append(nil)
 				want = append(want, piece...)
@@ -63,8 +63,8 @@ func TestVectorGoesOutInOrder(t *testing.T) {
 	}
 }
 
-// Pieces are added while others wait for a full socket, and some of them continue the last one.
-func TestVectorThatGrowsWhileItGoes(t *testing.T) {
+// Pieces are appended while others wait for a full socket, and some of them extend the last one.
+func TestVectorGrowsWhileItIsWritten(t *testing.T) {
 	dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 	random := rand.New(rand.NewPCG(1, 2))
 	memory := numbered(8 << 20)
@@ -72,7 +72,7 @@ func TestVectorThatGrowsWhileItGoes(t *testing.T) {
 	var want []byte
 	for rest := memory; len(rest) > 0; {
 		n := min(len(rest), 1+random.IntN(1<<random.IntN(18)))
-		skipped := min(n, random.IntN(3)) // none: the piece continues the one before it
+		skipped := min(n, random.IntN(3)) // 0: the piece extends the previous one
 		v.Append(rest[skipped:n])
 		want = append(want, rest[skipped:n]...)
 		rest = rest[n:]
@@ -85,7 +85,7 @@ func TestVectorThatGrowsWhileItGoes(t *testing.T) {
 	sendVector(t, dialled, accepted, &v, want)
 }
 
-func TestPiecesThatContinueEachOtherAreOne(t *testing.T) {
+func TestAdjacentPiecesAreJoined(t *testing.T) {
 	memory := numbered(100)
 	var v Vector
 	for i := range 10 {
@@ -97,12 +97,12 @@ func TestPiecesThatContinueEachOtherAreOne(t *testing.T) {
 	v.Append(memory[:10])
 	v.Append(memory[20:30])
 	if len(v.pieces) != 3 {
-		t.Errorf("%d pieces; what does not continue must not be joined", len(v.pieces))
+		t.Errorf("%d pieces; pieces with a gap must not be joined", len(v.pieces))
 	}
 }
 
-// A vector that has gone out, or was reset, begins anew, and keeps no memory alive.
-func TestAVectorIsUsedAgain(t *testing.T) {
+// A vector that was written completely, or reset, is empty and holds no references to memory.
+func TestAVectorIsReusable(t *testing.T) {
 	dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 	var v Vector
 	memory := numbered(20)
@@ -113,21 +113,21 @@ func TestAVectorIsUsedAgain(t *testing.T) {
 		if v.Len() != 0 {
 			t.Errorf("%d bytes are left after Reset", v.Len())
 		}
-		v.Append(memory[5:10]) // continues a piece that is gone
+		v.Append(memory[5:10]) // adjacent to a removed piece
 		v.Append(memory[15:])
 		sendVector(t, dialled, accepted, &v, append(bytes.Clone(memory[5:10]), memory[15:]...))
 		for _, piece := range v.pieces[:cap(v.pieces)] {
 			if piece.Base != nil {
-				t.Error("memory that was written is kept alive")
+				t.Error("a reference to written memory is left")
 			}
 		}
 	}
 	if n, err := dialled.WriteVector(&v); n != 0 || err != nil {
-		t.Errorf("writing nothing: %d, %v", n, err)
+		t.Errorf("writing an empty vector: %d, %v", n, err)
 	}
 }
 
-// Two allocations that happen to lie side by side are joined, too: the kernel sees memory only.
+// Pieces of two allocations that happen to be adjacent are joined as well: the kernel reads memory, not allocations.
 func TestPiecesOfNeighbouringAllocations(t *testing.T) {
 	dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 	for range 100 {
@@ -135,7 +135,7 @@ func TestPiecesOfNeighbouringAllocations(t *testing.T) {
 		var v Vector
 		var want []byte
 		for i := range all {
-			all[i] = make([]byte, 1024) // fills its place
+			all[i] = make([]byte, 1024) // 1024 is a size class, so there is no padding
 			all[i][0] = byte(i)
 			v.Append(all[i])
 			want = append(want, all[i]...)
@@ -145,7 +145,7 @@ func TestPiecesOfNeighbouringAllocations(t *testing.T) {
 	}
 }
 
-func TestAVectorAllocatesNothing(t *testing.T) {
+func TestAVectorDoesNotAllocate(t *testing.T) {
 	dialled, accepted := connected(t, newPoller(t), "127.0.0.1:0")
 	memory, p := numbered(100), make([]byte, 1000)
 	var v Vector
