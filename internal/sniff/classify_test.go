@@ -8,14 +8,14 @@ import (
 	"testing"
 )
 
-// beginnings are what connections begin with. The verdict falls at the first byte of decides; a connection that has
-// sent no more than held is undecided.
+// beginnings are the first bytes of connections. A connection is undecided while it has sent no more than held. The first
+// byte of decides determines the verdict.
 var beginnings = []struct {
 	name          string
 	held, decides string
 	want          Protocol
 }{
-	// HTTP/1, which is decided by the end of its request line.
+	// HTTP/1. The end of the request line decides.
 	{"GET", "GET / HTTP/1.1\r", "\nHost: a\r\n\r\n", HTTP1},
 	{"HTTP/1.0", "GET / HTTP/1.0\r", "\n\r\n", HTTP1},
 	{"a minor version to come", "GET / HTTP/1.9\r", "\n", HTTP1},
@@ -27,7 +27,7 @@ var beginnings = []struct {
 	{"CONNECT", "CONNECT example.com:443 HTTP/1.1\r", "\n", HTTP1},
 	{"absolute target", "GET http://example.com/ HTTP/1.1\r", "\n", HTTP1},
 	{"bytes beyond ASCII in the target", "GET /\xc3\xa4\xff HTTP/1.1\r", "\n", HTTP1},
-	{"no method of any registry", "X-Y_9 /a HTTP/1.1\r", "\n", HTTP1},
+	{"an unregistered method", "X-Y_9 /a HTTP/1.1\r", "\n", HTTP1},
 	{"the longest method", strings.Repeat("M", maxMethod) + " / HTTP/1.1\r", "\n", HTTP1},
 	{"PRI of version 1", "PRI * HTTP/1.1\r", "\n\r\n", HTTP1},
 	{"WebSocket", "GET /chat HTTP/1.1\r", "\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", HTTP1},
@@ -36,7 +36,7 @@ var beginnings = []struct {
 	{"SSDP, over TCP", "M-SEARCH * HTTP/1.1\r", "\nHOST: 239.255.255.250:1900\r\n", HTTP1},
 	{"the longest request line", "GET /" + strings.Repeat("a", Limit-len("GET / HTTP/1.1\r\n")) + " HTTP/1.1\r", "\n", HTTP1},
 
-	// HTTP/2, which is decided by the end of its preface.
+	// HTTP/2. The end of the preface decides.
 	{"HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r", "\n\x00\x00\x00\x04\x00\x00\x00\x00\x00", HTTP2},
 	{"HTTP/2 without the second half of its preface", "PRI * HTTP/2.0\r\n\r\n", "\x00\x00\x00\x04", Opaque},
 	{"HTTP/2 with one wrong letter", "PRI * HTTP/2.0\r\n\r\nS", "N\r\n\r\n", Opaque},
@@ -47,7 +47,7 @@ var beginnings = []struct {
 	{"PRI of something else", "PRI / HTTP/", "2.0\r\n\r\nSM\r\n\r\n", Opaque},
 	{"PRI in lower case", "", "pri * HTTP/2.0\r\n\r\nSM\r\n\r\n", Opaque},
 
-	// What looks like HTTP/1 and is not.
+	// Similar to HTTP/1.
 	{"HTTP/0.9", "GET /", "\r\n", Opaque},
 	{"HTTP/0.9 in words", "GET / HTTP/", "0.9\r\n", Opaque},
 	{"a version of two digits", "GET / HTTP/1.1", "1\r\n", Opaque},
@@ -123,7 +123,7 @@ var beginnings = []struct {
 	{"zeros", "", "\x00\x00\x00\x00", Opaque},
 	{"ones", "", "\xff\xff\xff\xff", Opaque},
 
-	// What begins like TLS, and is none.
+	// Similar to TLS.
 	{"SSL 2", "", "\x80\x2e\x01\x00\x02", Opaque},
 	{"a record of SSL 2's version", "\x16", "\x02\x00\x00\x10", Opaque},
 	{"a record of version 4", "\x16", "\x04\x00\x00\x10", Opaque},
@@ -155,8 +155,8 @@ func TestClassify(t *testing.T) {
 	}
 }
 
-// Whatever comes is judged at the limit.
-func TestNothingIsUndecidedAtTheLimit(t *testing.T) {
+// Undecided input becomes opaque at the limit.
+func TestClassifyDecidesAtTheLimit(t *testing.T) {
 	hello := append([]byte{22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc}, make([]byte, Limit)...)
 	records := bytes.Repeat([]byte{22, 3, 1, 0, 1, 0}, Limit)
 	for i, b := range []byte{1, 0, 0x3f, 0xff} {
@@ -180,7 +180,7 @@ func TestNothingIsUndecidedAtTheLimit(t *testing.T) {
 	}
 }
 
-func TestClassifyAllocatesNothingForHTTP(t *testing.T) {
+func TestClassifyDoesNotAllocateForHTTP(t *testing.T) {
 	for _, first := range [][]byte{[]byte("GET /index.html HTTP/1.1\r\nHost: a\r\n\r\n"), []byte("GET /ind"), []byte(preface), []byte("\x00\x00")} {
 		if allocs := testing.AllocsPerRun(100, func() { Classify(first) }); allocs != 0 {
 			t.Errorf("%q: %v allocations", first, allocs)
@@ -207,8 +207,8 @@ func BenchmarkClassify(b *testing.B) {
 	}
 }
 
-// prefixes are the lengths of the prefixes of n bytes, up to all of them. Of the longer ones, which are many, there are
-// only some, but for those around the end.
+// prefixes returns the lengths of the prefixes of n bytes to test, up to n itself. Above 600 it includes only a sample, and
+// all lengths near n.
 func prefixes(n int) (lengths []int) {
 	for length := 0; length <= n; length++ {
 		if length < 600 || length > n-100 || length%97 == 0 {
@@ -218,10 +218,10 @@ func prefixes(n int) (lengths []int) {
 	return lengths
 }
 
-// record puts a handshake message into records of 16 KiB at most.
+// record splits a handshake message into records of at most 16 KiB.
 func record(message []byte) (records []byte) { return recordsOf(maxRecord, message) }
 
-// recordsOf puts a handshake message into records of size bytes.
+// recordsOf splits a handshake message into records of size bytes.
 func recordsOf(size int, message []byte) (records []byte) {
 	for len(message) > 0 {
 		part := message[:min(size, len(message))]
@@ -240,7 +240,7 @@ func protocolName(p Protocol) string {
 	return fmt.Sprintf("protocol %d", p)
 }
 
-// last cuts long beginnings for messages.
+// last shortens long input for failure messages.
 func last(b []byte) []byte {
 	if len(b) > 60 {
 		return b[len(b)-60:]

@@ -14,7 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// TestHelloOfEveryTLSVersion has crypto/tls say hello, and reads it at once, byte by byte, and cut into records.
+// TestHelloOfEveryTLSVersion parses the ClientHello of crypto/tls at once, byte by byte, and split into records.
 func TestHelloOfEveryTLSVersion(t *testing.T) {
 	long := strings.Repeat(strings.Repeat("a", 60)+".", 4) + "example.com"
 	for _, c := range []struct {
@@ -52,7 +52,7 @@ func TestHelloOfEveryTLSVersion(t *testing.T) {
 	}
 }
 
-func TestUnsoundHellos(t *testing.T) {
+func TestMalformedHellos(t *testing.T) {
 	sound := hello("example.com", "h2")
 	with := func(change func(h []byte)) []byte {
 		h := slices.Clone(sound)
@@ -87,7 +87,7 @@ func TestUnsoundHellos(t *testing.T) {
 	}
 }
 
-// FuzzHello holds the parser against crypto/tls: what is a hello there is one here, with the same names.
+// FuzzHello compares the parser with crypto/tls: a ClientHello that crypto/tls accepts must be accepted with the same names.
 func FuzzHello(f *testing.F) {
 	f.Add(helloOf(&tls.Config{ServerName: "example.com", NextProtos: []string{"h2", "http/1.1"}}))
 	f.Add(helloOf(&tls.Config{ServerName: "example.com", MaxVersion: tls.VersionTLS12}))
@@ -96,26 +96,26 @@ func FuzzHello(f *testing.F) {
 	f.Add([]byte{22, 3, 1, 0, 4, 1, 0, 0, 0})
 	f.Fuzz(func(t *testing.T, first []byte) {
 		ours, protocol := parseHello(first)
-		theirs := heardByCryptoTLS(first)
+		theirs := parsedByCryptoTLS(first)
 		if theirs == nil || stricterThanCryptoTLS(first) {
-			return // each is strict where the other is not; what both take must be the same
+			return // only input that both accept must give the same result
 		}
 		if protocol != TLS {
-			t.Fatalf("crypto/tls hears %+v, and this is %s", theirs, protocolName(protocol))
+			t.Fatalf("crypto/tls parsed %+v, the verdict is %s", theirs, protocolName(protocol))
 		}
 		want := flow.Hello{ALPN: slices.DeleteFunc(theirs.SupportedProtos, func(p string) bool { return !printable([]byte(p)) })}
 		if printable([]byte(theirs.ServerName)) {
 			want.ServerName = theirs.ServerName
 		}
 		if !sameHello(ours, want) {
-			t.Fatalf("crypto/tls hears %+v, and we %+v", want, ours)
+			t.Fatalf("crypto/tls parsed %+v, we parsed %+v", want, ours)
 		}
 	})
 }
 
-// stricterThanCryptoTLS reports whether there is something that crypto/tls lets pass and we do not: a record that is
-// empty, of other than version 3, or of the length that only encrypted ones have; a message larger than the limit; or
-// records of other kinds before it.
+// stricterThanCryptoTLS reports whether first contains something that crypto/tls may accept and the parser rejects: an
+// empty record, a record whose major version is not 3, a record of a length allowed only for encrypted ones, a message
+// above the limit, or records of other types before the message.
 func stricterThanCryptoTLS(first []byte) bool {
 	var length int
 	for length < 4 || len(first) > 0 {
@@ -136,27 +136,27 @@ func sameHello(a, b flow.Hello) bool {
 	return a.ServerName == b.ServerName && slices.Equal(a.ALPN, b.ALPN)
 }
 
-// errHeard ends a handshake of which enough was seen.
-var errHeard = errors.New("heard enough")
+// errParsed ends the handshake after the ClientHello.
+var errParsed = errors.New("ClientHello parsed")
 
-// helloOf is what crypto/tls sends first.
+// helloOf returns the first bytes that a client of crypto/tls sends.
 func helloOf(config *tls.Config) []byte {
 	var sent bytes.Buffer
 	_ = tls.Client(stream{Reader: strings.NewReader(""), Writer: &sent}, config).Handshake()
 	return sent.Bytes()
 }
 
-// heardByCryptoTLS is what a server of crypto/tls finds in a hello, or nil when it finds none.
-func heardByCryptoTLS(first []byte) (heard *tls.ClientHelloInfo) {
+// parsedByCryptoTLS returns what a server of crypto/tls parses from first, or nil if it rejects it.
+func parsedByCryptoTLS(first []byte) (parsed *tls.ClientHelloInfo) {
 	config := &tls.Config{MinVersion: tls.VersionTLS10, GetConfigForClient: func(info *tls.ClientHelloInfo) (*tls.Config, error) {
-		heard = info
-		return nil, errHeard
+		parsed = info
+		return nil, errParsed
 	}}
 	_ = tls.Server(stream{Reader: bytes.NewReader(first), Writer: io.Discard}, config).Handshake()
-	return heard
+	return parsed
 }
 
-// stream is a connection of one reader and one writer.
+// stream is a net.Conn made of a reader and a writer.
 type stream struct {
 	net.Conn
 	io.Reader
@@ -167,7 +167,7 @@ func (s stream) Read(p []byte) (int, error)  { return s.Reader.Read(p) }
 func (s stream) Write(p []byte) (int, error) { return s.Writer.Write(p) }
 func (s stream) Close() error                { return nil }
 
-// hello is a ClientHello message with the two extensions that are looked at.
+// hello returns a ClientHello message with the two extensions that the parser reads.
 func hello(name string, protocols ...string) []byte {
 	vector16 := func(b []byte) []byte { return append(binary.BigEndian.AppendUint16(nil, uint16(len(b))), b...) }
 	var list []byte
@@ -181,7 +181,7 @@ func hello(name string, protocols ...string) []byte {
 	return resized(append(message, vector16(extensions)...))
 }
 
-// resized returns a copy of a handshake message with its true length in it.
+// resized returns a copy of a handshake message whose length field matches its length.
 func resized(message []byte) []byte {
 	message = slices.Clone(message)
 	size := len(message) - 4

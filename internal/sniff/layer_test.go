@@ -9,14 +9,14 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp/layertest"
 )
 
-// layered puts a record layer under both sides.
+// layered sets a record layer on both sides.
 func (r *rig) layered() (client, server *layertest.Peer) {
 	layertest.Under(r.Down, nil)
 	layertest.Under(r.Up, nil)
 	return &layertest.Peer{TCPConn: r.client}, &layertest.Peer{TCPConn: r.server}
 }
 
-// Detection inside a record layer sees what the layer decodes.
+// Detection on a connection with a layer inspects the decoded bytes.
 func TestDetectionUnderALayer(t *testing.T) {
 	for text, want := range map[string]Protocol{"GET / HTTP/1.1\r\n": HTTP1, preface: HTTP2, "\x00\x01": Opaque} {
 		for _, piece := range []int{0, 1} {
@@ -44,8 +44,8 @@ func TestDetectionUnderALayer(t *testing.T) {
 	}
 }
 
-// A session ticket makes the socket readable, but the server has said nothing by that.
-func TestATicketIsNoGreeting(t *testing.T) {
+// A session ticket makes the socket readable, but contains no data of the server.
+func TestATicketIsNotAGreeting(t *testing.T) {
 	r := newRig(t)
 	client, server := r.layered()
 	server.Ticket()
@@ -66,6 +66,6 @@ func TestATicketIsNoGreeting(t *testing.T) {
 	protocol, err = r.Both(r.w)
 	r.want(t, protocol, err, Opaque)
 	if got := string(r.UpRead.Bytes()); got != "220 ready\r\n" {
-		t.Errorf("upstream's bytes are %q", got)
+		t.Errorf("read %q from upstream", got)
 	}
 }

@@ -23,11 +23,11 @@ func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
 const (
 	patience = nettest.Patience
-	blink    = 20 * time.Millisecond // where time has to pass
+	blink    = 20 * time.Millisecond // for tests in which time must pass
 	waiting  = "tcp.(*Waiter).Wait"
 )
 
-// rig is a connection that is sniffed, and one to an upstream.
+// rig is a Detection with a connection to downstream and one to upstream.
 type rig struct {
 	client, server *net.TCPConn // the far ends
 	w              *tcp.Waiter
@@ -57,7 +57,7 @@ func newRig(t *testing.T) *rig {
 	return r
 }
 
-// accepted returns the two ends of a connection, of which the second is as an agent's listener gives it.
+// accepted returns the two ends of a connection. The second was accepted, as by the agent's listener.
 func accepted(t *testing.T, poller *tcp.Poller) (*net.TCPConn, *tcp.Conn) {
 	t.Helper()
 	listener, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
@@ -78,7 +78,7 @@ func accepted(t *testing.T, poller *tcp.Poller) (*net.TCPConn, *tcp.Conn) {
 	return conn, near
 }
 
-// dialled returns the two ends of a connection, of which the second has dialled.
+// dialled returns the two ends of a connection. The second has dialled.
 func dialled(t *testing.T, poller *tcp.Poller, w *tcp.Waiter) (*net.TCPConn, *tcp.Conn) {
 	t.Helper()
 	listener, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
@@ -99,7 +99,7 @@ func dialled(t *testing.T, poller *tcp.Poller, w *tcp.Waiter) (*net.TCPConn, *tc
 	return conn, near
 }
 
-// await waits until something has happened to one of the connections.
+// await waits for an event of one of the connections.
 func (r *rig) await(t *testing.T, what string, happened func() bool) {
 	t.Helper()
 	for !happened() {
@@ -109,7 +109,7 @@ func (r *rig) await(t *testing.T, what string, happened func() bool) {
 	}
 }
 
-// say sends the pieces one by one.
+// say writes the pieces one by one.
 func say(t *testing.T, conn *net.TCPConn, pieces ...string) {
 	for _, piece := range pieces {
 		if _, err := io.WriteString(conn, piece); err != nil {
@@ -118,7 +118,7 @@ func say(t *testing.T, conn *net.TCPConn, pieces ...string) {
 	}
 }
 
-// want compares the verdict.
+// want checks the verdict.
 func (r *rig) want(t *testing.T, got Protocol, err error, want Protocol) {
 	t.Helper()
 	if err != nil || got != want {
@@ -126,7 +126,7 @@ func (r *rig) want(t *testing.T, got Protocol, err error, want Protocol) {
 	}
 }
 
-// wantAll checks that what was read and what can still be read is all that downstream sent, and then its end.
+// wantAll checks that the buffered bytes and those still in the socket are all that downstream sent, followed by EOF.
 func (r *rig) wantAll(t *testing.T, sent string) {
 	t.Helper()
 	r.client.CloseWrite()
@@ -148,11 +148,11 @@ func (r *rig) wantAll(t *testing.T, sent string) {
 		}
 	}
 	if string(got) != sent {
-		t.Errorf("%d bytes are left of %d: %q", len(got), len(sent), last(got))
+		t.Errorf("found %d of %d bytes: %q", len(got), len(sent), last(got))
 	}
 }
 
-// phases runs a test once while only downstream is looked at, and once while both sides are.
+// phases runs a test in the phase that waits for downstream only, and in the phase that waits for both sides.
 func phases(t *testing.T, test func(t *testing.T, r *rig, look func() (Protocol, error))) {
 	t.Run("first", func(t *testing.T) {
 		r := newRig(t)
@@ -164,7 +164,7 @@ func phases(t *testing.T, test func(t *testing.T, r *rig, look func() (Protocol,
 	})
 }
 
-func TestWhatDownstreamSaysDecides(t *testing.T) {
+func TestDownstreamDecidesTheProtocol(t *testing.T) {
 	request := "GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 	hello := string(record(hello("example.com", "h2")))
 	for _, c := range []struct {
@@ -195,7 +195,7 @@ func TestWhatDownstreamSaysDecides(t *testing.T) {
 				<-done
 				r.want(t, protocol, err, c.want)
 				if tls := c.want == TLS; (r.Hello.ServerName == "example.com") != tls || (len(r.Hello.ALPN) == 1) != tls {
-					t.Errorf("the hello is %+v", r.Hello)
+					t.Errorf("Hello = %+v", r.Hello)
 				}
 				r.wantAll(t, strings.Join(c.pieces, ""))
 			})
@@ -211,26 +211,26 @@ func pieces(text string, size int) (list []string) {
 	return list
 }
 
-func TestASilentDownstreamKeepsNobodyWaiting(t *testing.T) {
+func TestTheDelayBoundsTheWaitForDownstream(t *testing.T) {
 	r := newRig(t)
 	began := time.Now()
 	r.Delay = blink
 	protocol, err := r.First(r.w)
 	r.want(t, protocol, err, Undecided)
 	if r.Read != nil {
-		t.Error("a buffer is held for nothing")
+		t.Error("an empty buffer is held")
 	}
 	if waited := time.Since(began); waited < blink {
-		t.Errorf("after %v, want %v", waited, blink)
+		t.Errorf("ended after %v, want at least %v", waited, blink)
 	}
-	// Long after that it may still become anything.
+	// The protocol can still be detected afterwards.
 	say(t, r.client, "GET / HTTP/1.1\r\n")
 	protocol, err = r.Both(r.w)
 	r.want(t, protocol, err, HTTP1)
 	r.wantAll(t, "GET / HTTP/1.1\r\n")
 }
 
-func TestABeginningIsHeldForSoLong(t *testing.T) {
+func TestTheHoldBoundsAnUndecidedBeginning(t *testing.T) {
 	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
 		r.Hold = blink
 		say(t, r.client, "GE")
@@ -238,13 +238,13 @@ func TestABeginningIsHeldForSoLong(t *testing.T) {
 		protocol, err := look()
 		r.want(t, protocol, err, Opaque)
 		if waited := time.Since(began); waited < blink {
-			t.Errorf("after %v, want %v", waited, blink)
+			t.Errorf("ended after %v, want at least %v", waited, blink)
 		}
 		r.wantAll(t, "GE")
 	})
 }
 
-// The time of a beginning runs from its first byte, whatever comes after it, and also from one phase to the next.
+// The hold starts at the first byte. Later bytes and the next phase do not restart it.
 func TestDribblingDoesNotProlongTheHold(t *testing.T) {
 	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
 		r.Hold = 5 * blink
@@ -268,7 +268,7 @@ func TestDribblingDoesNotProlongTheHold(t *testing.T) {
 	})
 }
 
-func TestWithoutAHoldABeginningIsOpaque(t *testing.T) {
+func TestAnUndecidedBeginningWithoutAHoldIsOpaque(t *testing.T) {
 	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
 		r.Hold = 0
 		say(t, r.client, "G")
@@ -278,13 +278,13 @@ func TestWithoutAHoldABeginningIsOpaque(t *testing.T) {
 	})
 }
 
-func TestUpstreamThatSpeaksFirstIsLeftToSpeak(t *testing.T) {
+func TestUpstreamThatSendsFirstIsOpaque(t *testing.T) {
 	r := newRig(t)
 	nettest.OnceBlocked(t, waiting, func() { say(t, r.server, "220 ready\r\n") })
 	protocol, err := r.Both(r.w)
 	r.want(t, protocol, err, Opaque)
 	if r.Read != nil {
-		t.Error("a buffer is held for nothing")
+		t.Error("an empty buffer is held")
 	}
 	if got := string(r.UpRead.Bytes()); got != "220 ready\r\n" {
 		t.Errorf("upstream's bytes are %q", got)
@@ -297,8 +297,9 @@ const (
 	opening  = preface + "\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 )
 
-// A server of HTTP/2 speaks before a slow client. The client decides, and nothing that was said is lost.
-func TestAServerOfHTTP2ThatSpeaksFirstDecidesNothing(t *testing.T) {
+// An HTTP/2 server may send its SETTINGS before a slow client sends its preface. The client's bytes decide, and the
+// server's bytes are kept.
+func TestServerSettingsDoNotDecide(t *testing.T) {
 	for _, c := range []struct {
 		name, server, client string
 		want                 Protocol
@@ -321,15 +322,15 @@ func TestAServerOfHTTP2ThatSpeaksFirstDecidesNothing(t *testing.T) {
 			protocol, err := r.Both(r.w)
 			r.want(t, protocol, err, c.want)
 			if got := string(r.UpRead.Bytes()); got != c.server {
-				t.Errorf("of the server's bytes are left %q", got)
+				t.Errorf("%q is left of the server's bytes", got)
 			}
 			r.wantAll(t, c.client)
 		})
 	}
 }
 
-// A client that is silent all the same gets what the server said.
-func TestAServersGreetingIsHeldForSoLong(t *testing.T) {
+// If the client stays silent, the hold ends and the server's greeting is released to it.
+func TestTheHoldBoundsAServersGreeting(t *testing.T) {
 	r := newRig(t)
 	r.Hold = blink
 	say(t, r.server, settings)
@@ -341,14 +342,14 @@ func TestAServersGreetingIsHeldForSoLong(t *testing.T) {
 	}
 }
 
-// A server may send GOAWAY behind its settings and close. Holding its greeting any longer would serve no purpose.
-func TestAServerThatGreetsAndEndsIsNotHeld(t *testing.T) {
+// A server may send GOAWAY after its SETTINGS and close. There is no reason to hold its greeting any longer.
+func TestTheGreetingOfAClosedServerIsNotHeld(t *testing.T) {
 	r := newRig(t)
 	r.Hold = time.Hour // the test would not end
 	say(t, r.server, settings)
 	r.await(t, "the greeting", r.Up.Readable)
 	if _, err := r.greet(); err != nil || r.greeted.IsZero() {
-		t.Fatalf("the greeting is not held: %v", err)
+		t.Fatalf("greeting not held: %v", err)
 	}
 	r.server.CloseWrite()
 	protocol, err := r.Both(r.w)
@@ -358,15 +359,15 @@ func TestAServerThatGreetsAndEndsIsNotHeld(t *testing.T) {
 	}
 }
 
-// The kernel tells of a reset once, and the poller may come later.
-func TestAResetThatIsReadIsNotTakenForAnEnd(t *testing.T) {
+// The kernel reports a reset only once, and the read that consumes it may precede the poller's event.
+func TestAConsumedResetIsNotEOF(t *testing.T) {
 	r := newRig(t)
 	poller, err := tcp.NewPoller()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer poller.Close()
-	server, up := accepted(t, poller) // which is tried before anybody waits for it
+	server, up := accepted(t, poller) // the first read precedes the first wait
 	if err := server.SetLinger(0); err != nil {
 		t.Fatal(err)
 	}
@@ -390,15 +391,15 @@ func TestUpstreamThatEndsMakesItOpaque(t *testing.T) {
 			r.want(t, protocol, err, Opaque)
 			_, err = r.Up.Read(make([]byte, 1))
 			if name == "reset" && !errors.Is(err, syscall.ECONNRESET) || name != "reset" && err != io.EOF {
-				t.Errorf("what is left to hear from upstream is %v", err)
+				t.Errorf("reading from upstream: %v", err)
 			}
 			r.wantAll(t, "")
 		})
 	}
 }
 
-// Upstream speaks while a beginning is held: the beginning is part of the opaque stream.
-func TestUpstreamThatSpeaksIntoABeginning(t *testing.T) {
+// If upstream sends while an undecided beginning is held, the beginning is part of an opaque stream.
+func TestUpstreamThatSendsDuringTheHold(t *testing.T) {
 	r := newRig(t)
 	say(t, r.client, "GET")
 	nettest.Eventually(t, "the beginning to be read", func() bool {
@@ -446,7 +447,7 @@ func TestAResetIsAnError(t *testing.T) {
 	}
 }
 
-func TestTheContextEndsIt(t *testing.T) {
+func TestCancelEndsDetection(t *testing.T) {
 	for _, sent := range []string{"", "GET"} {
 		phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
 			say(t, r.client, sent)
@@ -464,11 +465,11 @@ func TestTwoSilentSidesAreIdle(t *testing.T) {
 	r.Idle = blink
 	protocol, err := r.Both(r.w)
 	if err != tcp.ErrDeadline || Reason(err) != flow.IdleTimeout || r.Read != nil {
-		t.Errorf("%s, %v; a buffer is held: %v", protocolName(protocol), err, r.Read != nil)
+		t.Errorf("%s, %v; buffer held: %v", protocolName(protocol), err, r.Read != nil)
 	}
 }
 
-func TestReasonOfAWaitThatFailed(t *testing.T) {
+func TestReasonOfAFailedWait(t *testing.T) {
 	for _, err := range []error{syscall.ENOSPC, syscall.EMFILE, syscall.ENOMEM} {
 		if got := Reason(os.NewSyscallError("epoll_ctl", err)); got != flow.NoDescriptors {
 			t.Errorf("Reason(%v) = %s", err, got)
@@ -481,14 +482,14 @@ func reset(conn *net.TCPConn) {
 	conn.Close()
 }
 
-// When the agent drains, a connection on which nobody has spoken is not waited for; one that has begun to speak is.
-func TestADrainEndsTheSilence(t *testing.T) {
+// A drain ends detection on a connection without any bytes, but waits for one that has begun.
+func TestADrainEndsDetectionOnASilentConnection(t *testing.T) {
 	r := newRig(t)
 	var draining atomic.Bool
 	r.Draining = draining.Load
 	nettest.OnceBlocked(t, waiting, func() { draining.Store(true); r.wakeAll() })
 	if protocol, err := r.Both(r.w); protocol != Undecided || err != ErrDraining {
-		t.Errorf("in silence: %v, %v", protocol, err)
+		t.Errorf("without any bytes: %v, %v", protocol, err)
 	}
 	if got := Reason(ErrDraining); got != flow.Drained {
 		t.Errorf("the reason is %s", got)
@@ -508,8 +509,8 @@ func TestADrainEndsTheSilence(t *testing.T) {
 	}
 }
 
-// A failed detection gives back what it holds. Upstream sees an orderly end when the agent drains, and a reset otherwise.
-func TestAnAbandonedDetectionHoldsNothing(t *testing.T) {
+// A failed detection releases its buffers and its upstream. Upstream sees EOF when the agent drains, and a reset otherwise.
+func TestAnAbandonedDetectionReleasesEverything(t *testing.T) {
 	for _, c := range []struct {
 		err, seen error
 	}{
@@ -523,19 +524,19 @@ func TestAnAbandonedDetectionHoldsNothing(t *testing.T) {
 			r.Read, r.UpRead = tcp.TakeBuffer(), tcp.TakeBuffer()
 			r.Abandon(c.err)
 			if r.Read != nil || r.UpRead != nil || r.Up != nil {
-				t.Errorf("it still holds %v, %v, %v", r.Read, r.UpRead, r.Up)
+				t.Errorf("still held: %v, %v, %v", r.Read, r.UpRead, r.Up)
 			}
 			if _, err := r.server.Read(make([]byte, 1)); !errors.Is(err, c.seen) {
 				t.Errorf("upstream sees %v, want %v", err, c.seen)
 			}
 			if !r.Down.Quiet() {
-				t.Error("downstream was ended")
+				t.Error("downstream was closed")
 			}
 		})
 	}
 }
 
-// Before the dial there is no upstream to give back.
+// Before the dial there is no upstream to release.
 func TestADetectionIsAbandonedBeforeTheDial(t *testing.T) {
 	r := newRig(t)
 	r.Up.Close()
