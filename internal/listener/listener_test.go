@@ -24,7 +24,7 @@ func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
 const patience = 10 * time.Second
 
-// echo answers each connection until it ends or is aborted.
+// echo echoes the bytes of each connection until it ends or is aborted.
 type echo struct{ refused chan string }
 
 func (e *echo) ServeConn(ctx context.Context, conn *tcp.Conn) {
@@ -51,7 +51,7 @@ func (e *echo) Refuse(conn *tcp.Conn) {
 	conn.Close()
 }
 
-// logBuffer is a log that a test reads while it is written.
+// logBuffer is a log that can be read while it is written.
 type logBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -116,13 +116,13 @@ func wantEcho(t *testing.T, conn net.Conn) {
 	}
 }
 
-func TestStopTakesWhoIsWaitingAndRefusesWhoComesLater(t *testing.T) {
+func TestStopServesTheQueueAndRefusesLaterConnections(t *testing.T) {
 	s, _, _ := start(t, NewLimit(0))
 	open := dial(t, s, 0)
 	wantEcho(t, open)
 	var waiting []net.Conn
 	for range 1000 {
-		waiting = append(waiting, dial(t, s, 1)) // the kernel accepted them; the loop perhaps not yet
+		waiting = append(waiting, dial(t, s, 1)) // established by the kernel, but perhaps not accepted by the loop yet
 	}
 	s.Stop()
 	for _, conn := range append(waiting, open) {
@@ -134,7 +134,7 @@ func TestStopTakesWhoIsWaitingAndRefusesWhoComesLater(t *testing.T) {
 	if err := s.Accepting(); err == nil {
 		t.Error("Accepting returns nil after Stop")
 	}
-	s.Stop() // does nothing
+	s.Stop() // no effect
 }
 
 func TestWaitEndsWithTheLastConnection(t *testing.T) {
@@ -172,7 +172,7 @@ func TestAbortCutsConnections(t *testing.T) {
 	}
 }
 
-func TestLimitIsSharedAndGivenBack(t *testing.T) {
+func TestLimitIsSharedAndReleased(t *testing.T) {
 	limit := NewLimit(2)
 	a, _, _ := start(t, limit)
 	b, handler, _ := start(t, limit)
@@ -193,7 +193,7 @@ func TestLimitIsSharedAndGivenBack(t *testing.T) {
 	wantEcho(t, dial(t, b, 0))
 }
 
-func TestOutOfDescriptorsItWaitsAndRecoversByItself(t *testing.T) {
+func TestAcceptBacksOffWithoutDescriptorsAndRecovers(t *testing.T) {
 	s, _, log := start(t, NewLimit(0))
 	if err := s.Accepting(); err != nil {
 		t.Fatalf("not accepting: %v", err)
@@ -204,7 +204,7 @@ func TestOutOfDescriptorsItWaitsAndRecoversByItself(t *testing.T) {
 	nettest.Eventually(t, "accept to fail", func() bool { return errors.Is(s.Accepting(), syscall.EMFILE) })
 	nettest.Eventually(t, "accept to be tried again", func() bool { return s.BackOffs() >= 4 })
 	if n := strings.Count(log.String(), "cannot accept"); n != 1 {
-		t.Errorf("told %d times, want once:\n%s", n, log)
+		t.Errorf("logged %d times, want once:\n%s", n, log)
 	}
 	if !strings.Contains(log.String(), "nofile") {
 		t.Errorf("no remedy in the log:\n%s", log)
@@ -212,9 +212,9 @@ func TestOutOfDescriptorsItWaitsAndRecoversByItself(t *testing.T) {
 	release()
 	wantEcho(t, conn)
 	nettest.Eventually(t, "Accepting to return nil", func() bool { return s.Accepting() == nil })
-	nettest.Eventually(t, "recovery to be told", func() bool { return strings.Contains(log.String(), "accepting again") })
+	nettest.Eventually(t, "the recovery to be logged", func() bool { return strings.Contains(log.String(), "accepting again") })
 	if n := strings.Count(log.String(), "cannot accept"); n != 1 {
-		t.Errorf("told %d times, want once:\n%s", n, log)
+		t.Errorf("logged %d times, want once:\n%s", n, log)
 	}
 }
 
@@ -233,7 +233,7 @@ func TestStopDoesNotWaitForABackOff(t *testing.T) {
 	}
 }
 
-// dialWithTheLastDescriptor leaves this process none to accept the connection with, until release.
+// dialWithTheLastDescriptor dials with the last free descriptor, so that accept fails until release.
 func dialWithTheLastDescriptor(t *testing.T, s *Server) (conn net.Conn, release func()) {
 	t.Helper()
 	lowerDescriptorLimit(t)
@@ -253,7 +253,7 @@ func dialWithTheLastDescriptor(t *testing.T, s *Server) (conn net.Conn, release 
 	})
 }
 
-// lowerDescriptorLimit leaves this process a few dozen descriptors until the test ends.
+// lowerDescriptorLimit sets the descriptor limit to a few dozen until the test ends.
 func lowerDescriptorLimit(t *testing.T) {
 	t.Helper()
 	var before syscall.Rlimit

@@ -93,10 +93,10 @@ func TestAStormOfChangesIsNotLost(t *testing.T) {
 	nettest.Eventually(t, "the last address", func() bool { return set.Contains(last) && set.Current() == nil })
 }
 
-// Anybody with privileges in the namespace can send to our netlink socket. What is no announcement must not end the watch.
-func TestAStrangersNonsenseDoesNotEndTheWatch(t *testing.T) {
+// Any privileged process in the namespace can send to our netlink socket. A malformed message must not end the watch.
+func TestMalformedMessagesDoNotEndTheWatch(t *testing.T) {
 	nettest.RequireRoot(t)
-	ns := nettest.New(t, "nonsense")
+	ns := nettest.New(t, "malformed")
 	ctx, cancel := context.WithCancel(t.Context())
 	var set *Set
 	ns.Do(t, func() (err error) {
@@ -110,25 +110,25 @@ func TestAStrangersNonsenseDoesNotEndTheWatch(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		stranger, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+		sender, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
 		if err != nil {
 			return err
 		}
-		defer unix.Close(stranger)
+		defer unix.Close(sender)
 		sent := 0
 		for line := range strings.Lines(string(sockets)) {
 			fields := strings.Fields(line)
 			port, err := strconv.ParseUint(fields[2], 10, 32)
-			if err != nil || port == 0 || fields[3] == "00000000" { // ours is the one that has joined groups
+			if err != nil || port == 0 || fields[3] == "00000000" { // the watcher's socket is the one that has joined groups
 				continue
 			}
 			sent++
-			if err := unix.Sendto(stranger, make([]byte, 16), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: uint32(port)}); err != nil {
+			if err := unix.Sendto(sender, make([]byte, 16), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: uint32(port)}); err != nil {
 				return err
 			}
 		}
 		if sent == 0 {
-			return errors.New("found nobody to send nonsense to")
+			return errors.New("found no netlink socket that has joined groups")
 		}
 		return nil
 	})

@@ -15,7 +15,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-// here names the network namespace of the calling thread.
+// here returns the name of the calling thread's network namespace.
 func here(t testing.TB) string {
 	t.Helper()
 	name, err := os.Readlink("/proc/thread-self/ns/net")
@@ -25,7 +25,7 @@ func here(t testing.TB) string {
 	return name
 }
 
-// everyThread fails the test when a thread of this process is not at home.
+// everyThread fails the test if a thread of this process is in another namespace than home.
 func everyThread(t *testing.T, home string) {
 	t.Helper()
 	links, err := filepath.Glob("/proc/self/task/*/ns/net")
@@ -39,7 +39,7 @@ func everyThread(t *testing.T, home string) {
 	}
 }
 
-func TestDoRunsInsideAndBringsEveryThreadBack(t *testing.T) {
+func TestDoRunsInsideAndRestoresTheThread(t *testing.T) {
 	nettest.RequireRoot(t)
 	home := here(t)
 	ns, err := netns.New()
@@ -63,7 +63,7 @@ func TestDoRunsInsideAndBringsEveryThreadBack(t *testing.T) {
 	callers.Wait()
 	first := <-inside
 	if first == home {
-		t.Error("the function ran at home")
+		t.Error("the function ran outside the namespace")
 	}
 	for range cap(inside) - 1 {
 		if name := <-inside; name != first {
@@ -109,6 +109,6 @@ func TestAPathNamesTheNamespace(t *testing.T) {
 		t.Errorf("Path leads to %s, not to %s", b, a)
 	}
 	if _, err := netns.Open("/proc/self/nothing"); err == nil || !strings.Contains(err.Error(), "/proc/self/nothing") {
-		t.Errorf("Open of nothing: %v", err)
+		t.Errorf("Open of a missing path: %v", err)
 	}
 }
