@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-func TestAMessageAllocatesNothing(t *testing.T) {
+func TestAMessageDoesNotAllocate(t *testing.T) {
 	r := newRig(t, Options{})
 	message, answer := make([]byte, 512), make([]byte, 512)
 	exchange := func() {
@@ -18,11 +18,11 @@ func TestAMessageAllocatesNothing(t *testing.T) {
 	}
 	exchange()
 	if allocs := testing.AllocsPerRun(1000, exchange); allocs >= 0.1 { // the collector may empty the buffer pool
-		t.Errorf("%v allocations for a message and its answer, want none", allocs)
+		t.Errorf("%v allocations for a message and its answer, want 0", allocs)
 	}
 }
 
-func TestAMoverAllocatesNothing(t *testing.T) {
+func TestAMoverDoesNotAllocate(t *testing.T) {
 	for name, size := range map[string]int{"by copying": 512, "by splice": 4 * bulk} {
 		t.Run(name, func(t *testing.T) {
 			r := newMoverRig(t)
@@ -35,7 +35,7 @@ func TestAMoverAllocatesNothing(t *testing.T) {
 			}
 			carry()
 			if allocs := testing.AllocsPerRun(500, carry); allocs >= 0.1 { // the collector may empty the buffer pool
-				t.Errorf("%v allocations for %d bytes, want none", allocs, size)
+				t.Errorf("%v allocations for %d bytes, want 0", allocs, size)
 			}
 		})
 	}

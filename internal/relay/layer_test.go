@@ -14,13 +14,13 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp/layertest"
 )
 
-// far is what a test needs of a far end, with a layer or without.
+// far is the far end of a connection, with or without a layer.
 type far interface {
 	net.Conn
 	CloseWrite() error
 }
 
-// layerRig is a rig of which one side or both have a record layer.
+// layerRig is a rig with a record layer on one side or on both.
 type layerRig struct {
 	*rig
 	client, server far
@@ -62,7 +62,7 @@ func newLayerRig(t *testing.T, layeredDown, layeredUp bool) *layerRig {
 	return r
 }
 
-// layers runs a test with a layer under down, under up, and under both.
+// layers runs a test with a layer on down, on up, and on both.
 func layers(t *testing.T, test func(t *testing.T, r *layerRig)) {
 	t.Run("down", func(t *testing.T) { test(t, newLayerRig(t, true, false)) })
 	t.Run("up", func(t *testing.T) { test(t, newLayerRig(t, false, true)) })
@@ -99,7 +99,7 @@ func TestLayeredSidesCarryEveryByteAndTheirHalfCloses(t *testing.T) {
 	}
 }
 
-// One record is more than the relay's buffer, and no event comes for the rest of it.
+// A record may exceed the relay's buffer, and the socket has no event for the rest of it.
 func TestARecordLargerThanTheBufferArrivesWhole(t *testing.T) {
 	layers(t, func(t *testing.T, r *layerRig) {
 		for _, c := range []struct{ from, to far }{{r.client, r.server}, {r.server, r.client}} {
@@ -113,7 +113,7 @@ func TestARecordLargerThanTheBufferArrivesWhole(t *testing.T) {
 	})
 }
 
-// A connection that was cut must not look complete at the other side.
+// A truncated stream must not look complete to the other side.
 func TestATruncatedSideBecomesAReset(t *testing.T) {
 	layers(t, func(t *testing.T, r *layerRig) {
 		near, other, want := r.client, r.server, DownReset
@@ -136,7 +136,7 @@ func TestATruncatedSideBecomesAReset(t *testing.T) {
 	})
 }
 
-func TestATicketPassesNothingOn(t *testing.T) {
+func TestATicketIsNotForwarded(t *testing.T) {
 	layers(t, func(t *testing.T, r *layerRig) {
 		near, other := r.client, r.server
 		if _, layered := near.(*layertest.Peer); !layered {
@@ -152,7 +152,7 @@ func TestATicketPassesNothingOn(t *testing.T) {
 		other.Write([]byte("answer"))
 		other.CloseWrite()
 		if got, err := io.ReadAll(near); string(got) != "answer" || err != nil {
-			t.Errorf("the way back: %q, %v", got, err)
+			t.Errorf("in the other direction: %q, %v", got, err)
 		}
 		r.wantEnd(t, Closed)
 	})

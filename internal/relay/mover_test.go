@@ -49,7 +49,7 @@ func newMoverRig(t testing.TB) *moverRig {
 	return r
 }
 
-// carry moves left bytes, and wants no call to take more than it may.
+// carry moves left bytes and checks that no call takes more than its limit.
 func (r *moverRig) carry(t testing.TB, left int64) {
 	t.Helper()
 	for left > 0 || r.Held() > 0 {
@@ -58,7 +58,7 @@ func (r *moverRig) carry(t testing.TB, left int64) {
 		if r.Held() > 0 {
 			_, err = r.Put()
 		} else if n, err = r.Take(left); int64(n) > left || n != r.Held() {
-			t.Fatalf("Take(%d) = %d, and %d are held", left, n, r.Held())
+			t.Fatalf("Take(%d) = %d, Held = %d", left, n, r.Held())
 		} else {
 			left -= int64(n)
 		}
@@ -71,7 +71,7 @@ func (r *moverRig) carry(t testing.TB, left int64) {
 	}
 }
 
-// pattern are n bytes that tell where they stand.
+// pattern returns n bytes whose values depend on their position.
 func pattern(n int) []byte {
 	b := make([]byte, n)
 	for i := range b {
@@ -80,7 +80,7 @@ func pattern(n int) []byte {
 	return b
 }
 
-// TestTakeStopsAtItsLimit has sized bodies with the next message right behind them, which is not the mover's.
+// TestTakeStopsAtItsLimit sends bodies of a known size, directly followed by the next message. The mover must not take that.
 func TestTakeStopsAtItsLimit(t *testing.T) {
 	for _, size := range []int{1, 5, bulk - 1, bulk, bulk + 1, 2 * bulk, pipeSize - 1, pipeSize, pipeSize + 1, 3*pipeSize + 77, 4 << 20} {
 		for _, expected := range []bool{false, true} {
@@ -102,10 +102,10 @@ func TestTakeStopsAtItsLimit(t *testing.T) {
 					t.Error("the body arrived changed")
 				}
 				if r.moved.Load() != uint64(size) {
-					t.Errorf("%d bytes are counted", r.moved.Load())
+					t.Errorf("counted %d bytes", r.moved.Load())
 				}
 				if r.buf != nil || r.pipe != nil {
-					t.Error("something is held for nothing")
+					t.Error("a buffer or pipe is held after the body")
 				}
 				p := make([]byte, 4)
 				for n := 0; n < len(p); {
@@ -119,7 +119,7 @@ func TestTakeStopsAtItsLimit(t *testing.T) {
 					n += m
 				}
 				if string(p) != "NEXT" {
-					t.Errorf("behind the body is %q", p)
+					t.Errorf("the bytes after the body are %q", p)
 				}
 				r.from.Close() // ends the writer
 			})
@@ -127,8 +127,8 @@ func TestTakeStopsAtItsLimit(t *testing.T) {
 	}
 }
 
-// What src ends with is told as it is, by splice too: an error that splice has taken is not there for a read.
-func TestTheEndOfASourceIsToldAsItIs(t *testing.T) {
+// Take must return the source's own end, also from splice: a socket error that splice has consumed is lost to a later read.
+func TestTakeReturnsTheEndOfTheSource(t *testing.T) {
 	for name, c := range map[string]struct {
 		end  func(*net.TCPConn)
 		want error
@@ -148,10 +148,10 @@ func TestTheEndOfASourceIsToldAsItIs(t *testing.T) {
 					c.end(r.from)
 					err := tcp.ErrAgain
 					for deadline := time.Now().Add(patience); err == tcp.ErrAgain && time.Now().Before(deadline); {
-						_, err = r.Take(math.MaxInt64) // again and again: it must not depend on what the poller knows
+						_, err = r.Take(math.MaxInt64) // the result must not depend on whether the poller has seen the event
 					}
 					if !errors.Is(err, c.want) || r.Held() != 0 || r.buf != nil || r.pipe != nil {
-						t.Errorf("Take = %v, and %d bytes are held; want %v", err, r.Held(), c.want)
+						t.Errorf("Take = %v, Held = %d; want %v", err, r.Held(), c.want)
 					}
 				})
 			}
@@ -159,7 +159,7 @@ func TestTheEndOfASourceIsToldAsItIs(t *testing.T) {
 	}
 }
 
-func TestTakingNothingHoldsNothing(t *testing.T) {
+func TestTakeOfZeroBytesHoldsNoBuffer(t *testing.T) {
 	r := newMoverRig(t)
 	for _, sent := range []string{"", "x"} {
 		send(t, r.from, sent)
@@ -167,7 +167,7 @@ func TestTakingNothingHoldsNothing(t *testing.T) {
 		for _, expected := range []int64{0, 1 << 20} {
 			r.Expect(expected)
 			if n, err := r.Take(0); n != 0 || err != nil || r.buf != nil || r.pipe != nil {
-				t.Errorf("with %q there, Take(0) = %d, %v", sent, n, err)
+				t.Errorf("after %q was sent: Take(0) = %d, %v", sent, n, err)
 			}
 		}
 	}
@@ -175,7 +175,7 @@ func TestTakingNothingHoldsNothing(t *testing.T) {
 	wantRead(t, r.to, "x")
 }
 
-func TestBytesThatWereReadBeforeGoFirst(t *testing.T) {
+func TestBufferedBytesAreMovedFirst(t *testing.T) {
 	r := newMoverRig(t)
 	r.Hold(nil)
 	r.Hold(tcp.TakeBuffer())
@@ -189,7 +189,7 @@ func TestBytesThatWereReadBeforeGoFirst(t *testing.T) {
 		t.Fatal(n, err)
 	}
 	r.Hold(read)
-	r.Expect(1 << 20) // what is held goes first all the same
+	r.Expect(1 << 20) // must not overtake the held bytes
 	if r.Held() != 5 {
 		t.Errorf("%d bytes are held", r.Held())
 	}
@@ -197,11 +197,11 @@ func TestBytesThatWereReadBeforeGoFirst(t *testing.T) {
 	wantRead(t, r.to, "first, second")
 }
 
-// What one mover holds over a wait is nobody else's, and what it has given back it does not touch.
-func TestMoversDoNotShareWhatTheyHold(t *testing.T) {
+// A mover keeps its own bytes during a wait, and does not touch a buffer or pipe that it has released.
+func TestMoversDoNotShareBuffers(t *testing.T) {
 	stuck := newMoverRig(t)
 	full := 0
-	for { // until nothing goes into its destination any more
+	for { // until the destination is full
 		n, err := stuck.Dst.Write(pattern(1 << 20))
 		if err == tcp.ErrAgain {
 			break
@@ -219,7 +219,7 @@ func TestMoversDoNotShareWhatTheyHold(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n, err := stuck.Put(); n != 0 || err != tcp.ErrAgain || stuck.Held() != held {
-		t.Fatalf("Put into a full destination = %d, %v, and %d of %d bytes are held", n, err, stuck.Held(), held)
+		t.Fatalf("Put into a full destination = %d, %v; %d of %d bytes are held", n, err, stuck.Held(), held)
 	}
 	for i := range 20 {
 		other := newMoverRig(t)
@@ -234,7 +234,7 @@ func TestMoversDoNotShareWhatTheyHold(t *testing.T) {
 		if _, err := other.Take(3); err != nil {
 			t.Fatal(err)
 		}
-		other.Release() // its bytes are lost, and only its own
+		other.Release() // must discard its own bytes only
 		other.Release()
 		other.carry(t, int64(len(text)-3))
 		wantRead(t, other.to, text[3:])
@@ -248,6 +248,6 @@ func TestMoversDoNotShareWhatTheyHold(t *testing.T) {
 	}()
 	stuck.carry(t, int64(len(message)-held))
 	if !bytes.Equal(<-got, message) {
-		t.Error("what was held arrived changed")
+		t.Error("the held bytes arrived changed")
 	}
 }

@@ -12,9 +12,8 @@ import (
 	"time"
 )
 
-// TestRandomConversations lets both sides do what TCP allows, in any order and with any timing: send small and large,
-// read slowly, half-close, and in the end close or reset. Whatever they do, each side has to see what it would see
-// without the relay.
+// TestRandomConversations makes both sides use TCP in random ways and with random timing: small and large writes, slow
+// reads, half-closes, and finally a close or a reset. Each side must observe the same as without the relay.
 func TestRandomConversations(t *testing.T) {
 	for seed := range uint64(120) {
 		random := rand.New(rand.NewPCG(seed, 7))
@@ -74,7 +73,7 @@ func newSpeaker(conn *net.TCPConn, random *rand.Rand) *speaker {
 	return s
 }
 
-// speak sends and reads at the same time. A side that resets does so when it has sent everything, whatever it has heard.
+// speak sends and reads at the same time. A side that resets does so after it has sent everything, however much it has read.
 func (s *speaker) speak() {
 	var reading sync.WaitGroup
 	reading.Go(s.listen)
@@ -113,22 +112,22 @@ func (s *speaker) listen() {
 func (s *speaker) wantAll(t *testing.T, seed uint64, other *speaker) {
 	t.Helper()
 	if s.readErr != io.EOF || !bytes.Equal(s.heard.Bytes(), other.says) {
-		t.Errorf("seed %d: heard %d of %d bytes, or others, and then %v", seed, s.heard.Len(), len(other.says), s.readErr)
+		t.Errorf("seed %d: received %d of %d bytes, or changed ones, and then %v; want EOF", seed, s.heard.Len(), len(other.says), s.readErr)
 	}
 }
 
-// wantPrefix is for a side whose other side has reset: bytes under way may be lost, but none are changed, and the end is
-// never an orderly one.
+// wantPrefix checks a side whose peer has reset: bytes in flight may be lost, but must not be changed, and the connection
+// must not end with EOF.
 func (s *speaker) wantPrefix(t *testing.T, seed uint64, other *speaker) {
 	t.Helper()
-	told := false // by whichever call came first: the kernel tells it once, and the next read looks like an end
+	reported := false // by the first call after the reset: the kernel reports it once, and the next read returns EOF
 	for _, errno := range []error{syscall.ECONNRESET, syscall.EPIPE, syscall.ENOTCONN} {
-		told = told || errors.Is(s.readErr, errno) || errors.Is(s.writeErr, errno)
+		reported = reported || errors.Is(s.readErr, errno) || errors.Is(s.writeErr, errno)
 	}
-	if !told {
-		t.Errorf("seed %d: heard %d of %d bytes and then %v and %v, want a reset", seed, s.heard.Len(), len(other.says), s.readErr, s.writeErr)
+	if !reported {
+		t.Errorf("seed %d: received %d of %d bytes and then %v and %v; want a reset", seed, s.heard.Len(), len(other.says), s.readErr, s.writeErr)
 	}
 	if !bytes.HasPrefix(other.says, s.heard.Bytes()) {
-		t.Errorf("seed %d: heard %d bytes that were not said", seed, s.heard.Len())
+		t.Errorf("seed %d: received %d bytes that are not what was sent", seed, s.heard.Len())
 	}
 }

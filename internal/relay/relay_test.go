@@ -24,7 +24,7 @@ func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
 const patience = 10 * time.Second
 
-// rig is a relay between two loopback connections: client speaks to down, server to up.
+// rig is a relay between two loopback connections: client is the peer of down, server that of up.
 type rig struct {
 	client, server *net.TCPConn
 	poller         *tcp.Poller
@@ -87,7 +87,7 @@ func pair(t testing.TB, poller *tcp.Poller) (*net.TCPConn, *tcp.Conn) {
 	return conn, accepted
 }
 
-// wantEnd waits for the relay to end and compares how.
+// wantEnd waits for the relay to end and checks the result.
 func (r *rig) wantEnd(t testing.TB, want End) {
 	t.Helper()
 	select {
@@ -137,7 +137,7 @@ func send(t testing.TB, conn *net.TCPConn, text string) {
 	}
 }
 
-// sides runs a test once from each side: near is the side that acts, far the other one.
+// sides runs a test for each side: near is the side that acts, far the other one.
 func sides(t *testing.T, options Options, test func(t *testing.T, r *rig, near, far *net.TCPConn, nearReset End)) {
 	t.Run("downstream acts", func(t *testing.T) {
 		r := newRig(t, options)
@@ -149,7 +149,7 @@ func sides(t *testing.T, options Options, test func(t *testing.T, r *rig, near, 
 	})
 }
 
-func TestEitherSideMaySpeakFirstAndHalfCloseFirst(t *testing.T) {
+func TestEitherSideMaySendFirstAndHalfCloseFirst(t *testing.T) {
 	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, _ End) {
 		send(t, near, "question")
 		wantRead(t, far, "question")
@@ -173,12 +173,12 @@ func TestResetBecomesReset(t *testing.T) {
 	})
 }
 
-func TestResetIsHeardAfterTheSameSideHalfClosed(t *testing.T) {
+func TestResetIsDetectedAfterTheSameSideHalfClosed(t *testing.T) {
 	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, want End) {
 		near.CloseWrite()
 		wantEOF(t, far)
 		reset(near)
-		// The far side only waits, so nothing but the watch on the near side can tell.
+		// The far side only waits, so the reset can be detected only by watching the near side.
 		r.wantEnd(t, want)
 		if _, err := far.Write([]byte("x")); err == nil {
 			_, err = far.Write([]byte("x"))
@@ -189,7 +189,7 @@ func TestResetIsHeardAfterTheSameSideHalfClosed(t *testing.T) {
 	})
 }
 
-func TestResetIsHeardAfterTheOtherSideHalfClosed(t *testing.T) {
+func TestResetIsDetectedAfterTheOtherSideHalfClosed(t *testing.T) {
 	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, want End) {
 		far.CloseWrite()
 		wantEOF(t, near)
@@ -199,22 +199,22 @@ func TestResetIsHeardAfterTheOtherSideHalfClosed(t *testing.T) {
 	})
 }
 
-func TestResetIsHeardWhileTheOtherSideStalls(t *testing.T) {
+func TestResetIsDetectedWhileTheOtherSideStalls(t *testing.T) {
 	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, want End) {
-		fill(t, near) // far reads nothing, so the relay waits for far's window
+		fill(t, near) // far does not read, so the relay waits for far's window
 		reset(near)
 		r.wantEnd(t, want)
 	})
 }
 
-func TestWhatWasSentBeforeAResetArrives(t *testing.T) {
-	// A server that answers early and closes with the request unread: its answer must get through although the relay
-	// fails to write the request.
+func TestBytesSentBeforeAResetArrive(t *testing.T) {
+	// A server answers early and closes with the request unread. Its answer must arrive although the relay fails to
+	// write the request.
 	for range 10 {
 		r := newRig(t, Options{})
 		fill(t, r.client)
 		send(t, r.server, "413 enough")
-		r.server.Close() // unread data makes it a reset
+		r.server.Close() // a close with unread data sends RST
 		wantRead(t, r.client, "413 enough")
 		wantReset(t, r.client)
 		r.wantEnd(t, UpReset)
@@ -225,7 +225,7 @@ func TestPeerThatClosedIsResetWhenWrittenTo(t *testing.T) {
 	sides(t, Options{}, func(t *testing.T, r *rig, near, far *net.TCPConn, want End) {
 		near.Close()
 		wantEOF(t, far)
-		// A closed peer looks half-closed until bytes reach it. Then it resets, and the writer has to hear of it.
+		// A closed peer looks half-closed until bytes reach it. Then it resets, and the reset must reach the writer.
 		var err error
 		for deadline := time.Now().Add(patience); err == nil && time.Now().Before(deadline); {
 			_, err = far.Write([]byte("still there?"))
@@ -237,7 +237,7 @@ func TestPeerThatClosedIsResetWhenWrittenTo(t *testing.T) {
 	})
 }
 
-// fill writes until the whole path is full.
+// fill writes until all buffers on the path are full.
 func fill(t testing.TB, conn *net.TCPConn) {
 	t.Helper()
 	chunk := make([]byte, 256<<10)
@@ -279,7 +279,7 @@ func TestEveryByteArrivesInOrder(t *testing.T) {
 	}
 }
 
-func TestBothWaysAtOnceWithPausesAndSlowReaders(t *testing.T) {
+func TestBothDirectionsAtOnceWithPausesAndSlowReaders(t *testing.T) {
 	const size = 8 << 20
 	r := newRig(t, Options{})
 	hashes := make(chan [2][sha256.Size]byte, 2)
@@ -329,7 +329,7 @@ func TestCountersMoveWhileTheConnectionIsOpen(t *testing.T) {
 	nettest.Eventually(t, "both counters to move", func() bool { return r.fromDown.Load() == 4 && r.fromUp.Load() == 7 })
 }
 
-func TestBulkGoesBySpliceAndAnIdleConnectionHoldsNoPipe(t *testing.T) {
+func TestBulkIsSplicedAndAnIdleConnectionHoldsNoPipe(t *testing.T) {
 	nettest.Eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
 	before := openPipes(t)
 	r := newRig(t, Options{})
@@ -340,17 +340,17 @@ func TestBulkGoesBySpliceAndAnIdleConnectionHoldsNoPipe(t *testing.T) {
 		t.Fatal(err)
 	}
 	if pipes.count() == 0 {
-		t.Error("8 MiB went without a pipe")
+		t.Error("8 MiB were moved without a pipe")
 	}
 	nettest.Eventually(t, "the pipe to be closed while the connection is open", func() bool { return pipes.count() == 0 })
 	if fds := openPipes(t); fds != before {
-		t.Errorf("%d descriptors of pipes are open, %d were before", fds, before)
+		t.Errorf("%d pipe descriptors are open, want %d as before", fds, before)
 	}
 	send(t, r.client, "and it goes on")
 	wantRead(t, r.server, "and it goes on")
 }
 
-func TestSmallMessagesTakeNoPipe(t *testing.T) {
+func TestSmallMessagesUseNoPipe(t *testing.T) {
 	nettest.Eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
 	r := newRig(t, Options{})
 	message := strings.Repeat("m", 4<<10)
@@ -369,7 +369,7 @@ func TestWithoutPipesBytesAreCopied(t *testing.T) {
 		held = append(held, p)
 	}
 	if len(held) != maxPipes {
-		t.Errorf("%d pipes to be had, want %d", len(held), maxPipes)
+		t.Errorf("%d pipes available, want %d", len(held), maxPipes)
 	}
 	defer func() {
 		for _, p := range held {
@@ -407,11 +407,11 @@ func openPipes(t testing.TB) int {
 	return n
 }
 
-func TestIdleTimeoutEndsAConnectionInWhichNothingMoves(t *testing.T) {
-	const limit = time.Second // a busy machine may take most of it from one move to the next
+func TestIdleTimeoutEndsAnIdleConnection(t *testing.T) {
+	const limit = time.Second // long enough for the pauses of a busy machine
 	r := newRig(t, Options{IdleTimeout: limit})
 	last := time.Now()
-	for range 6 { // the connection lives longer than the limit while something moves
+	for range 6 { // the connection outlives the limit while bytes move
 		time.Sleep(limit / 4)
 		last = time.Now()
 		send(t, r.client, "x")
@@ -425,7 +425,7 @@ func TestIdleTimeoutEndsAConnectionInWhichNothingMoves(t *testing.T) {
 	r.wantEnd(t, IdleTimeout)
 }
 
-func TestHalfCloseTimeoutEndsAHalfClosedConnectionInWhichNothingMoves(t *testing.T) {
+func TestHalfCloseTimeoutEndsAnIdleHalfClosedConnection(t *testing.T) {
 	const limit = time.Second
 	sides(t, Options{HalfCloseTimeout: limit}, func(t *testing.T, r *rig, near, far *net.TCPConn, _ End) {
 		near.CloseWrite()
@@ -455,7 +455,7 @@ func TestCancelCutsBothSides(t *testing.T) {
 }
 
 func TestNoSideIsClosedBeforeItsLastByte(t *testing.T) {
-	// Many short connections, to meet the orders in which the two halves can end.
+	// Many short connections cover the orders in which the two halves can end.
 	for i := range 300 {
 		r := newRig(t, Options{})
 		go func() {
@@ -477,14 +477,14 @@ func TestNoSideIsClosedBeforeItsLastByte(t *testing.T) {
 	}
 }
 
-func TestASideThatStalledForLongHasItsGrace(t *testing.T) {
+func TestGraceStartsAtTheReset(t *testing.T) {
 	r := newRig(t, Options{IdleTimeout: time.Hour})
 	fill(t, r.client)
-	time.Sleep(grace + grace/10) // so long ago did the last byte move
+	time.Sleep(grace + grace/10) // the last byte moves longer ago than the grace
 	began := time.Now()
 	reset(r.client)
 	r.wantEnd(t, DownReset)
 	if took := time.Since(began); took < grace {
-		t.Errorf("the bytes of a side that was reset were given %v, want %v", took, grace)
+		t.Errorf("delivery after the reset was tried for %v, want %v", took, grace)
 	}
 }

@@ -12,7 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// halfRig is one direction of a relay, whose source a test feeds without end.
+// halfRig is one direction of a relay. The test keeps its source filled.
 func halfRig(t *testing.T) (h *half, source, sink *net.TCPConn, w *tcp.Waiter) {
 	t.Helper()
 	poller, err := tcp.NewPoller()
@@ -35,8 +35,8 @@ func halfRig(t *testing.T) (h *half, source, sink *net.TCPConn, w *tcp.Waiter) {
 	return &half{src: &side{Conn: src}, dst: &side{Conn: dst}, Mover: Mover{Src: src, Dst: dst}}, source, sink, w
 }
 
-// A source and a sink that keep up with the relay could hold its goroutine forever: the other direction, and the limits of
-// the connection, would never get their turn.
+// A source and a sink that keep up with the relay could occupy its goroutine forever. The other direction and the timeouts
+// of the connection would starve.
 func TestATurnEndsWhileThereIsMore(t *testing.T) {
 	h, source, sink, w := halfRig(t)
 	var stop atomic.Bool
@@ -60,7 +60,7 @@ func TestATurnEndsWhileThereIsMore(t *testing.T) {
 		before := moved.Load()
 		ended = h.move() == longTurn
 		if n := moved.Load() - before; n > turn+pipeSize {
-			t.Errorf("one turn moved %d bytes, and at most %d may go before others have theirs", n, turn)
+			t.Errorf("one turn moved %d bytes, want at most %d", n, turn)
 		}
 		if !ended {
 			if err := w.Wait(time.Now().Add(patience), h.src.Conn, h.dst.Conn); err != nil {
@@ -76,11 +76,11 @@ func TestATurnEndsWhileThereIsMore(t *testing.T) {
 	<-done
 }
 
-// A dead destination takes nothing, so nothing more is taken from the source either: it would be lost, and the kernel
-// reports the destination's error only once.
-func TestNothingIsTakenForADeadDestination(t *testing.T) {
+// With a dead destination the relay must not read the source: the bytes would be lost, and the kernel reports the
+// destination's error only once.
+func TestADeadDestinationStopsTheSource(t *testing.T) {
 	h, source, _, w := halfRig(t)
-	send(t, source, "for nobody")
+	send(t, source, "ten bytes!")
 	for !h.src.Readable() {
 		if err := w.Wait(time.Now().Add(patience), h.src.Conn, nil); err != nil {
 			t.Fatal(err)
@@ -88,9 +88,9 @@ func TestNothingIsTakenForADeadDestination(t *testing.T) {
 	}
 	h.dst.err = unix.ECONNRESET
 	if got := h.move(); got != nothing || h.Held() != 0 {
-		t.Errorf("move = %v, and %d bytes are held", got, h.Held())
+		t.Errorf("move = %v, Held = %d", got, h.Held())
 	}
 	if n, err := h.src.Read(make([]byte, 100)); n != 10 || err != nil {
-		t.Errorf("of the source's bytes are left %d, %v", n, err)
+		t.Errorf("%d bytes are left in the source, %v", n, err)
 	}
 }

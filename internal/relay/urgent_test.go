@@ -11,13 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Urgent data stops splice, which then looks like an empty connection, or one at its end. The relay must lose nothing
-// over it, whether it waits for more or for the end.
-func TestUrgentDataInTheMiddleOfBulkLosesNothing(t *testing.T) {
+// splice stops in front of urgent data and then returns the same as for an empty connection, or for EOF. The relay must not
+// lose bytes then, whether the sender continues or closes.
+func TestUrgentDataWithinBulkLosesNoBytes(t *testing.T) {
 	for _, closes := range []bool{true, false} {
 		for range 5 {
 			r := newRig(t, Options{})
-			fill(t, r.client) // the relay is full, and splices
+			fill(t, r.client) // now the relay is full and splices
 			sent := make(chan int64, 1)
 			go func() {
 				n, _ := r.client.Write(make([]byte, 1<<20))
@@ -39,13 +39,13 @@ func TestUrgentDataInTheMiddleOfBulkLosesNothing(t *testing.T) {
 			}
 			<-sent
 			if counted := int64(r.fromDown.Load()); before != counted || !endsWithEverything(r, counted) {
-				t.Errorf("closes=%v: %d bytes arrived, %d were counted, and some were lost", closes, before, counted)
+				t.Errorf("closes=%v: %d bytes arrived, %d were counted; some were lost", closes, before, counted)
 			}
 		}
 	}
 }
 
-// endsWithEverything compares with what the client's kernel says was acknowledged: all that it ever sent.
+// endsWithEverything compares arrived with the number of bytes that the client's kernel has sent (TCP_INFO).
 func endsWithEverything(r *rig, arrived int64) bool {
 	raw, err := r.client.SyscallConn()
 	if err != nil {
@@ -60,7 +60,7 @@ func endsWithEverything(r *rig, arrived int64) bool {
 	return sent-arrived <= 1 && sent-arrived >= -1 // a FIN may count as one
 }
 
-// readUntilQuiet reads until the word "after" has come and nothing follows.
+// readUntilQuiet reads until the word "after" has arrived and no bytes follow.
 func readUntilQuiet(t *testing.T, conn *net.TCPConn) (total int64) {
 	t.Helper()
 	buf := make([]byte, 256<<10)
@@ -75,7 +75,7 @@ func readUntilQuiet(t *testing.T, conn *net.TCPConn) (total int64) {
 			return total
 		}
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("nothing more came after %d bytes, the last being %q", total, tail)
+			t.Errorf("no more bytes after %d, the last are %q", total, tail)
 			return total
 		}
 		if err != nil {
