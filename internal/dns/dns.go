@@ -1,12 +1,13 @@
-// Package dns is the agent's resolver: it takes the workload's queries, which the rules redirect to it, to the servers
+// Package dns is the agent's resolver. It sends the workload's queries, which the rules redirect to it, to the servers
 // that the workload would have asked.
 //
-// It does not meddle. A query goes on with its bytes, and so does its answer: only the ID differs, and the OPT record
-// that is added for downstreams without EDNS and taken out of their answers. Names are never completed, rewritten or
-// sorted. Messages are walked, not decoded, so a record of a type that nobody knows yet passes like any other.
+// Messages keep their bytes in both directions, except for the ID and for the OPT record that is added for downstreams
+// without EDNS and removed from their answers. Names are never completed, rewritten or sorted. The walker of messages is
+// our own, because decoding and encoding by github.com/miekg/dns does not promise to preserve a message's bytes. A record
+// of an unknown type passes like any other. That library has the constants and their names, and is the tests' peer.
 //
-// Whoever sends a query gets an answer, SERVFAIL if there is no other. Everything is bounded: bytes, time, queries at a
-// time, connections, and the cache.
+// Every query is answered, with SERVFAIL if there is no other answer. Bytes, time, concurrent queries, connections and
+// the cache are bounded.
 package dns
 
 import (

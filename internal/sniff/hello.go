@@ -6,7 +6,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// The TLS constants that a ClientHello is made of (RFC 8446 §4 and §5.1, RFC 6066 §3, RFC 7301 §3.1).
+// The parser of the ClientHello is our own: crypto/tls has none that reads a prefix of it and takes no part in the
+// handshake.
+
+// The TLS constants of a ClientHello (RFC 8446 §4 and §5.1, RFC 6066 §3, RFC 7301 §3.1).
 const (
 	recordHeader      = 5
 	recordHandshake   = 22
