@@ -115,3 +115,38 @@ func TestDNSIsCapturedWhereThereIsAServerAndPort53IsNotExcluded(t *testing.T) {
 		}
 	}
 }
+
+func TestASingleValueIsAValidRange(t *testing.T) {
+	spec := Default()
+	spec.Inbound.List, spec.OutboundPorts = []PortRange{{80, 80}}, []PortRange{{1, 65535}}
+	spec.OwnerGroupsExcluded = []IDRange{{5, 5}, {0, 1<<32 - 2}}
+	if err := spec.Validate(); err != nil {
+		t.Error(err)
+	}
+}
+
+// Marks and routes are needed only if TPROXY captures something.
+func TestTPROXYNeedsInboundPorts(t *testing.T) {
+	for _, test := range []struct {
+		mode    Mode
+		inbound Ports
+		want    bool
+	}{{TPROXY, Ports{All: true}, true}, {TPROXY, Ports{List: []PortRange{{80, 80}}}, true}, {TPROXY, Ports{}, false}, {Redirect, Ports{All: true}, false}} {
+		if got := (Spec{Mode: test.mode, Inbound: test.inbound}).CapturesInboundByTPROXY(); got != test.want {
+			t.Errorf("%s, %+v: got %t", test.mode, test.inbound, got)
+		}
+	}
+}
+
+func TestNoneIsNeitherAllNorAList(t *testing.T) {
+	for _, test := range []struct {
+		none, want bool
+	}{
+		{Ports{}.None(), true}, {Ports{All: true}.None(), false}, {Ports{List: []PortRange{{80, 80}}}.None(), false},
+		{Prefixes{}.None(), true}, {Prefixes{All: true}.None(), false}, {Prefixes{List: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}.None(), false},
+	} {
+		if test.none != test.want {
+			t.Errorf("got %t, want %t", test.none, test.want)
+		}
+	}
+}

@@ -34,11 +34,15 @@ func InboundCluster(port uint16) string {
 	n := &inboundNames
 	n.RLock()
 	name, ok := n.byPort[port]
+	full := len(n.byPort) >= maxNames
 	n.RUnlock()
 	if ok {
 		return name
 	}
 	name = "inbound|" + strconv.Itoa(int(port)) + "||"
+	if full { // after a scan of ports, others must not wait for a lock in vain
+		return name
+	}
 	n.Lock()
 	defer n.Unlock()
 	if n.byPort == nil {

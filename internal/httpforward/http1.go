@@ -121,7 +121,9 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	x.routed.view(&x.record)
 	decision := x.s.Router.Route(&x.routed)
 	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
-	x.s.route(decision)
+	if !decision.noRoute() { // otherwise the kept connection serves the next request
+		x.s.route(decision)
+	}
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.head[:0], b)
 	x.s.Read.Discard(x.requestHead.Length)

@@ -126,7 +126,10 @@ func (e *Engine) Drain() { e.state.Store(draining) }
 func (e *Engine) Draining() bool { return e.state.Load() == draining }
 
 // Serve serves the requests of a connection until it ends, as HTTP/2 or HTTP/1.
-func (e *Engine) Serve(w *tcp.Waiter, http2 bool, c Connection) {
+//
+// A goroutine's stack does not shrink again while more than a quarter of it is in use, so the frames below which an idle
+// connection waits have to stay small: they pass pointers, and what is large is built in functions that have returned.
+func (e *Engine) Serve(w *tcp.Waiter, http2 bool, c *Connection) {
 	if http2 {
 		e.ServeHTTP2(w, c)
 		return

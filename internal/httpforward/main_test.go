@@ -193,7 +193,7 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 			panic(err)
 		}
 	}
-	r.engine.Serve(w, http2, Connection{Down: down, Read: read, Early: up, Target: to, Router: router, Record: record})
+	r.engine.Serve(w, http2, &Connection{Down: down, Read: read, Early: up, Target: to, Router: router, Record: record})
 }
 
 // place is where the sink of these tests keeps a value with each connection.

@@ -42,16 +42,25 @@ const (
 	cut                  // reset, because the response is incomplete
 )
 
-// ServeHTTP1 serves the HTTP/1 requests of a connection until it ends.
-func (e *Engine) ServeHTTP1(w *tcp.Waiter, c Connection) {
-	c.Router = c.router()
-	s := session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil}
+// newSession begins a session in memory of its own. It is not inlined, because its frame must be gone while the connection
+// is idle: see Serve.
+//
+//go:noinline
+func newSession(e *Engine, w *tcp.Waiter, c *Connection) *session {
+	s := &session{engine: e, w: w, Connection: *c, up: c.Early, used: c.Early != nil}
+	s.Router = c.router()
 	if s.up != nil {
 		s.upLocal, s.target = s.up.LocalAddr(), c.Target
 	}
+	return s
+}
+
+// ServeHTTP1 serves the HTTP/1 requests of a connection until it ends.
+func (e *Engine) ServeHTTP1(w *tcp.Waiter, c *Connection) {
+	s := newSession(e, w, c)
 	how := next
 	for how == next && s.awaitRequest() {
-		x := takeExchange(&s)
+		x := takeExchange(s)
 		how = x.run()
 		x.release()
 	}

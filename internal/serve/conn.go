@@ -126,15 +126,23 @@ func (c *Conn) Carry(to upstream.Target) {
 func (c *Conn) forward(to upstream.Target) {
 	c.Record.Route = routes[c.role.direction]
 	c.role.flows.Carry(c.Record, c.protocol.Flow(), flow.Hello{})
-	c.role.engine.Serve(c.w, c.protocol == sniff.HTTP2, httpforward.Connection{
+	c.role.engine.Serve(c.w, c.protocol == sniff.HTTP2, c.connection(to))
+	c.role.flows.Leave(c.Record)
+}
+
+// connection returns what the engine takes over. It is not inlined, so that the frame of forward stays small while the
+// connection is idle: see httpforward.Engine.Serve.
+//
+//go:noinline
+func (c *Conn) connection(to upstream.Target) *httpforward.Connection {
+	return &httpforward.Connection{
 		Down:      c.Down,
 		Read:      c.sniffer.Read,
 		Early:     c.sniffer.Up,
 		EarlyRead: c.sniffer.UpRead,
 		Record:    c.Record,
 		Target:    to,
-	})
-	c.role.flows.Leave(c.Record)
+	}
 }
 
 // routes are the names of the one route that each direction has.

@@ -2,11 +2,15 @@ package nft
 
 import (
 	"fmt"
-	rand "math/rand/v2"
+	"math/rand/v2"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/iptables/policy"
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
@@ -112,4 +116,53 @@ func TestChainNamesAreUnique(t *testing.T) {
 			t.Errorf("%s is taken for %s %v", name, family, at)
 		}
 	}
+}
+
+// Kernels with one bitwise operation omit the attribute that names it. Their rules equal those that name it.
+func TestTheOnlyBitwiseOperationNeedsNoName(t *testing.T) {
+	message, err := expr.Marshal(unix.NFPROTO_INET, masked([]byte{0xf0}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, operation := range map[string][]byte{"omitted": nil, "boolean": {0, 0, 0, 0}} {
+		data := message
+		if operation != nil {
+			data = withAttribute(t, message, nftaBitwiseOp, operation)
+		}
+		e, err := readExpression(data)
+		if _, has := e.attributes[nftaBitwiseOp]; err != nil || has || !e.equal(flatten(masked([]byte{0xf0}))) {
+			t.Errorf("%s: %v, %v", name, e.attributes, err)
+		}
+	}
+	if e, err := readExpression(withAttribute(t, message, nftaBitwiseOp, []byte{0, 0, 0, 1})); err != nil || e.equal(flatten(masked([]byte{0xf0}))) {
+		t.Errorf("a shift equals a mask: %v, %v", e.attributes, err)
+	}
+}
+
+// withAttribute replaces an attribute of an expression.
+func withAttribute(t *testing.T, message []byte, kind int, value []byte) []byte {
+	t.Helper()
+	outer, err := nl.ParseRouteAttr(message)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var changed []byte
+	for _, a := range outer {
+		attribute := nl.NewRtAttr(int(a.Attr.Type), a.Value)
+		if a.Attr.Type&nl.NLA_TYPE_MASK == unix.NFTA_EXPR_DATA {
+			inner, err := nl.ParseRouteAttr(a.Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var data []byte
+			for _, i := range inner {
+				if int(i.Attr.Type&nl.NLA_TYPE_MASK) != kind {
+					data = append(data, nl.NewRtAttr(int(i.Attr.Type), i.Value).Serialize()...)
+				}
+			}
+			attribute = nl.NewRtAttr(int(a.Attr.Type), append(data, nl.NewRtAttr(kind, value).Serialize()...))
+		}
+		changed = append(changed, attribute.Serialize()...)
+	}
+	return changed
 }

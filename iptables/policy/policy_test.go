@@ -2,6 +2,7 @@ package policy
 
 import (
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -83,5 +84,40 @@ func TestNetworksAreSpelledAsTheKernelSpellsThem(t *testing.T) {
 		if rest := strings.TrimPrefix(line, "-A PILLION_OUTPUT "); !strings.HasPrefix(rest, want+`-m comment --comment "pillion:outbound/network/`) {
 			t.Errorf("%s: got %s", given, line)
 		}
+	}
+}
+
+// In an empty namespace each rule is missing, and nothing else is.
+func TestAnEmptyNamespaceLacksEachRuleOnce(t *testing.T) {
+	want := Rules(rulestest.CaptureAll, ruleset.IPv4)
+	missing := make(map[string]int)
+	for _, c := range ruleset.Diff(want, ruleset.Ruleset{Family: ruleset.IPv4}) {
+		if c.Kind != ruleset.Missing || c.ID == "" {
+			t.Errorf("unexpected change %+v", c)
+		}
+		missing[c.ID]++
+	}
+	for _, r := range want.All() {
+		if missing[r.ID] != 1 {
+			t.Errorf("%s is missing %d times", r.ID, missing[r.ID])
+		}
+	}
+}
+
+// Only a rule with the wanted ID is a changed version of the wanted rule.
+func TestAForeignRuleInPlaceOfOursIsMissingAndExtra(t *testing.T) {
+	want := Rules(rulestest.CaptureAll, ruleset.IPv4)
+	text := want.String()
+	line := `-A PILLION_IN_REDIRECT -p tcp -m comment --comment "pillion:inbound/redirect" -j REDIRECT --to-ports 15006`
+	if !strings.Contains(text, line) {
+		t.Fatal("no such rule")
+	}
+	have := ruleset.Parse(ruleset.IPv4, strings.Replace(text, line, "-A PILLION_IN_REDIRECT -p udp -j RETURN", 1))
+	var kinds []ruleset.ChangeKind
+	for _, c := range ruleset.Diff(want, have) {
+		kinds = append(kinds, c.Kind)
+	}
+	if !slices.Equal(kinds, []ruleset.ChangeKind{ruleset.Missing, ruleset.Extra}) {
+		t.Errorf("got %v", kinds)
 	}
 }

@@ -2,7 +2,7 @@ package policy
 
 import (
 	"fmt"
-	rand "math/rand/v2"
+	"math/rand/v2"
 	"net/netip"
 	"reflect"
 	"slices"

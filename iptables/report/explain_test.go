@@ -187,3 +187,12 @@ func TestRoutesSupplyWhatAQuestionLeavesOut(t *testing.T) {
 		t.Errorf("without a route: %v", err)
 	}
 }
+
+// A rule with our prefix but without a known reason is named by its ID.
+func TestARuleWithoutAReasonIsNamedByItsID(t *testing.T) {
+	rules := ruleset.Parse(ruleset.IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -m comment --comment \"pillion:novel\" -j RETURN\nCOMMIT\n")
+	packet := rulestest.Sends(rulestest.Workload, rulestest.Workload, nettest.Elsewhere4, 80)
+	if got := Explain(packet, []ruleset.Held{{Rules: rules}}).Verdict; got != "not captured: by novel" {
+		t.Errorf("got %q", got)
+	}
+}

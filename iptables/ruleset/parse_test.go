@@ -1,6 +1,7 @@
 package ruleset_test
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -96,4 +97,36 @@ func TestARuleThatIsAlmostOursIsNotOurs(t *testing.T) {
 func bare(line string) string {
 	_, line = ruleset.SplitCounters(line)
 	return line
+}
+
+func TestWordsAreSplitAtBlanksOutsideQuotes(t *testing.T) {
+	for line, want := range map[string][]string{
+		``:                         nil,
+		`  -A  OUTPUT `:            {"-A", "OUTPUT"},
+		`--comment "two words" -j`: {"--comment", "two words", "-j"},
+		`--comment "a \"quoted\" word" -j PILLION_OUTPUT`: {"--comment", `a "quoted" word`, "-j", "PILLION_OUTPUT"},
+		`--comment "a \\" -j RETURN`:                      {"--comment", `a \`, "-j", "RETURN"},
+		`a\ b`:                                            {`a\`, "b"},
+		`--comment "" -j`:                                 {"--comment", "", "-j"},
+	} {
+		if got := ruleset.SplitWords(line); !slices.Equal(got, want) {
+			t.Errorf("%s: got %q, want %q", line, got, want)
+		}
+	}
+}
+
+// A jump to our chain counts as ours behind any comment, and a comment that mentions one does not.
+func TestAJumpToOursIsFoundBehindAQuotedComment(t *testing.T) {
+	for line, want := range map[string]bool{
+		`-A OUTPUT -m comment --comment "x \" y" -j PILLION_OUTPUT`:     true,
+		`-A OUTPUT -m comment --comment "-j PILLION_OUTPUT" -j RETURN`:  false,
+		`-A OUTPUT -m ttl --ttl-eq 7 -g PILLION_OUTPUT`:                 true,
+		`-A OUTPUT -m comment --comment "x\" -j PILLION_A" -j DROP`:     false,
+		`-A OUTPUT -m comment --comment PILLION_OUTPUT -j PILLION_NONE`: true,
+	} {
+		rs := ruleset.Parse(ruleset.IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\n"+line+"\nCOMMIT\n")
+		if got := len(rs.Own().Tables) == 1; got != want {
+			t.Errorf("%s: ours: %t", line, got)
+		}
+	}
 }

@@ -1,7 +1,7 @@
 package rulestest
 
 import (
-	rand "math/rand/v2"
+	"math/rand/v2"
 	"net/netip"
 	"strings"
 

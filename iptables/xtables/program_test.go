@@ -27,6 +27,8 @@ func TestTheErrorOfAProgramIsOneLineThatNamesTheRule(t *testing.T) {
 		{"legacy says the line alone", "iptables-restore: line 3 failed\n",
 			"iptables-restore: line 3 failed (in: -A PILLION_A", false},
 		{"a line that we did not write", "iptables-restore: line 7 failed\n", "iptables-restore: line 7 failed", false},
+		{"line 0", "iptables-restore: line 0 failed\n", "iptables-restore: line 0 failed", false},
+		{"the last line", "iptables-restore: line 4 failed\n", "iptables-restore: line 4 failed (in: COMMIT)", false},
 		{"no table in the kernel",
 			"ip6tables-restore v1.8.9 (legacy): ip6tables-restore: unable to initialize table 'nat'\n\nError occurred at line: 1\n",
 			"unable to initialize table 'nat' (in: *nat)", false},

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/iptables/policy"
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 	"github.com/pillion-proxy/pillion/iptables/rulestest"
@@ -95,6 +96,37 @@ func TestForeignRulesAreDistinguishedFromOurs(t *testing.T) {
 	} {
 		if Occupied(text) != want {
 			t.Errorf("occupied is %t for:\n%s", !want, text)
+		}
+	}
+}
+
+// Zones must exist before queries are captured, and as long as queries are.
+func TestZonesAreCommittedFirstAndRemovedLast(t *testing.T) {
+	dns := rulestest.SpecOf(func(s *capture.Spec) { s.Outbound.All, s.RedirectDNS, s.CaptureAllDNS = true, true, true })
+	none := ruleset.Ruleset{Family: ruleset.IPv4}
+	rules := policy.Rules(dns, ruleset.IPv4)
+	for _, test := range []struct {
+		name       string
+		want, have ruleset.Ruleset
+		first      bool
+	}{{"installation", rules, none, true}, {"removal", none, rules, false}} {
+		input := RestoreInput(test.want, test.have)
+		if first := strings.Index(input, "*raw\n") < strings.Index(input, "*nat\n"); first != test.first {
+			t.Errorf("%s: the raw table comes first: %t\n%s", test.name, first, input)
+		}
+	}
+}
+
+// TPROXY takes over from redirection, and gives way to it, without a moment in which neither captures.
+func TestTheTableThatBeginsToCaptureComesFirst(t *testing.T) {
+	redirect, tproxy := policy.Rules(rulestest.CaptureAll, ruleset.IPv4), policy.Rules(rulestest.TPROXYAll, ruleset.IPv4)
+	for _, test := range []struct {
+		name       string
+		want, have ruleset.Ruleset
+		first      string
+	}{{"to TPROXY", tproxy, redirect, "*mangle\n"}, {"to redirection", redirect, tproxy, "*nat\n"}} {
+		if input := RestoreInput(test.want, test.have); !strings.HasPrefix(input, test.first) {
+			t.Errorf("%s: %q is not the first table:\n%s", test.name, test.first, input)
 		}
 	}
 }
