@@ -229,9 +229,16 @@ func (l *lane) resetStream(h http2.Header, b []byte) error {
 func resetDetails(s *stream, code http2.Code) string {
 	switch {
 	case s.begun:
-		return envoy.ResetAfterResponse(envoy.ResetByRemote)
+		return resetAfter
 	case code == http2.RefusedStream:
-		return envoy.ResetBeforeResponse(envoy.ResetByRemoteRefusingToStream)
+		return refusedBefore
 	}
-	return envoy.ResetBeforeResponse(envoy.ResetByRemote)
+	return resetBefore
 }
+
+// The details of streams that upstream resets. They are built once, because upstream chooses how often it resets.
+var (
+	resetAfter    = envoy.ResetAfterResponse(envoy.ResetByRemote)
+	resetBefore   = envoy.ResetBeforeResponse(envoy.ResetByRemote)
+	refusedBefore = envoy.ResetBeforeResponse(envoy.ResetByRemoteRefusingToStream)
+)

@@ -55,6 +55,9 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 	if s.names == nil {
 		s.names = make([]byte, 0, namesSize)
 	}
+	// A record without a request, such as that of a connection that broke before one, went to no cluster.
+	c := s.record.Connection
+	s.record.Cluster, s.record.Route, s.record.Peer = c.Cluster, c.Route, c.Peer
 	to := &s.record.HTTP
 	to.Method, to.Path, to.Authority = s.name(request.Method), s.name(request.Path), s.name(authority)
 	if has.id {

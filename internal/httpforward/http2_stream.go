@@ -35,7 +35,6 @@ func takeStream(e *Engine, connection *flow.Record, id uint32, opened time.Time)
 	r.Direction, r.Protocol = e.config.Direction, flow.HTTP2
 	r.Opened = opened
 	r.Connection = connection
-	r.Cluster, r.Route, r.Peer = connection.Cluster, connection.Route, connection.Peer
 	r.Downstream, r.OriginalDestination = connection.Downstream, connection.OriginalDestination
 	return s
 }
