@@ -67,6 +67,10 @@ var arrows = []struct {
 	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/localaddr", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a role is tested in namespaces, made of real parts"},
 	{"internal/tcp/layertest", []string{"internal/tcp"}, "a toy layer stands under real connections"},
+	{"internal/xds", []string{"internal/envoy", "internal/wire"}, "discovery messages are read field by field; a rejection is a status of gRPC"},
+	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA is asked by a call, and its status decides whether to ask again"},
+	{"internal/istiod", []string{"internal/grpcwire", "internal/wire"}, "istiod is called over one connection, by a node that is described in protobuf"},
+	{"internal/grpcwire", []string{"internal/envoy"}, "the table of gRPC's codes"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 

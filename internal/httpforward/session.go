@@ -17,7 +17,7 @@ const idleCheck = 20 * time.Millisecond
 type session struct {
 	engine *Engine
 	w      *tcp.Waiter
-	*Connection
+	Connection
 
 	up      *tcp.Conn // kept between requests; nil if there is no connection
 	upLocal netip.AddrPort
@@ -26,7 +26,7 @@ type session struct {
 	lastUse time.Time       // of up; zero before its first response
 	bound   bool            // up is authenticated for this downstream (NTLM, Negotiate) and must not serve others
 
-	wanted upstream.Target // for the current request: what the router decided
+	decision Decision // for the current request
 
 	ended bool // downstream has half-closed
 }
@@ -47,7 +47,8 @@ const (
 //
 //go:noinline
 func newSession(e *Engine, w *tcp.Waiter, c *Connection) *session {
-	s := &session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil}
+	s := &session{engine: e, w: w, Connection: *c, up: c.Early, used: c.Early != nil}
+	s.Router = c.router()
 	if s.up != nil {
 		s.upLocal, s.target = s.up.LocalAddr(), c.Target
 	}
@@ -152,15 +153,15 @@ func (s *session) giveUpstream() {
 	s.up = nil
 }
 
-// turnTo sets the target of the next request. A connection to another target goes back to the pool, and bound is
+// route takes the decision for the next request. A connection to another target goes back to the pool, and bound is
 // cleared because the next connection is not authenticated. It must run before appendRequestHead reads the request's
 // own authentication fields.
-func (s *session) turnTo(target upstream.Target) {
-	if s.up != nil && s.target != target {
+func (s *session) route(decision Decision) {
+	if s.up != nil && s.target != decision.Target {
 		s.giveUpstream()
 		s.bound = false
 	}
-	s.wanted = target
+	s.decision = decision
 }
 
 // closeUpstream closes an upstream connection that cannot be used again.
@@ -188,11 +189,11 @@ func (s *session) connect(now time.Time, repeatable bool) error {
 		return nil
 	}
 	if repeatable {
-		s.up = s.engine.config.Pool.Take(s.wanted)
+		s.up = s.engine.config.Pool.Take(s.decision.Target)
 	}
 	if s.up != nil {
 		s.used, s.lastUse = true, now
-		s.upLocal, s.target = s.up.LocalAddr(), s.wanted
+		s.upLocal, s.target = s.up.LocalAddr(), s.decision.Target
 		return nil
 	}
 	return s.dial()
@@ -200,11 +201,11 @@ func (s *session) connect(now time.Time, repeatable bool) error {
 
 // dial opens a new upstream connection.
 func (s *session) dial() error {
-	up, err := s.engine.config.Dialer.Dial(s.w, s.wanted)
+	up, err := s.engine.config.Dialer.Dial(s.w, s.decision.Target)
 	if err != nil {
 		return err
 	}
 	s.up, s.used, s.lastUse, s.upLocal = up, false, time.Time{}, up.LocalAddr()
-	s.target = s.wanted
+	s.target = s.decision.Target
 	return nil
 }
