@@ -81,7 +81,7 @@ func (f *Files) read() (*Identity, error) {
 	var texts [3][]byte
 	for i, path := range []string{f.Certificate, f.Key, f.Roots} {
 		var err error
-		if texts[i], err = readFile(path); err != nil {
+		if texts[i], err = ReadFile(path); err != nil {
 			return nil, err
 		}
 	}
@@ -113,8 +113,8 @@ func (f *Files) read() (*Identity, error) {
 // signer returns the key of a tls.Certificate. It is always a Signer, because tls.X509KeyPair accepts no other.
 func signer(key any) crypto.Signer { return key.(crypto.Signer) }
 
-// readFile returns the content of a file of at most maxFile bytes.
-func readFile(path string) ([]byte, error) {
+// ReadFile returns the content of a file of at most maxFile bytes.
+func ReadFile(path string) ([]byte, error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return nil, err

@@ -8,7 +8,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -18,6 +17,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/grpcwire"
+	"github.com/pillion-proxy/pillion/internal/identity"
 )
 
 // Where the injector mounts what identifies the workload to istiod, below the root directory.
@@ -90,7 +90,6 @@ const (
 
 	receiveWindow = 1 << 20  // bytes; pushes are long
 	maxMessage    = 64 << 20 // bytes; a push of 1,000 services has 5.5 MB
-	maxFile       = 1 << 20  // bytes of roots or of a token
 )
 
 // Connection is a client with a connection of its own. Close it.
@@ -144,7 +143,7 @@ func (s *Server) token() (string, error) {
 	if s.Token == "" {
 		return "", nil
 	}
-	text, err := readFile(s.Token)
+	text, err := identity.ReadFile(s.Token)
 	if errors.Is(err, os.ErrNotExist) {
 		return "", nil
 	}
@@ -156,27 +155,13 @@ func readRoots(path string) (*x509.CertPool, error) {
 	if path == SystemRoots {
 		return nil, nil
 	}
-	text, err := readFile(path)
+	text, err := identity.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("roots of the control plane: %w", err)
 	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("roots of the control plane: %s has no certificate", path)
-	}
-	return pool, nil
-}
-
-// readFile returns the content of a file of at most maxFile bytes.
-func readFile(path string) ([]byte, error) {
-	file, err := os.Open(path)
+	roots, err := identity.ParseRoots(text)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("roots of the control plane: %s: %w", path, err)
 	}
-	defer file.Close()
-	content, err := io.ReadAll(io.LimitReader(file, maxFile+1))
-	if err == nil && len(content) > maxFile {
-		err = fmt.Errorf("%s has more than %d bytes", path, maxFile)
-	}
-	return content, err
+	return roots.Pool, nil
 }
