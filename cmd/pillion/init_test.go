@@ -311,7 +311,7 @@ func TestJSONTellsProgramsWhatHappened(t *testing.T) {
 func TestAMissingCapabilityIsNamed(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "pod")
-	const missing = "is missing: run as root with capabilities.add: [NET_ADMIN, NET_RAW] in the container's securityContext"
+	const missing = "is missing: set capabilities.add: [NET_ADMIN, NET_RAW] in the container's securityContext"
 	without := func(capability string) []string {
 		return []string{"setpriv", "--bounding-set", "-" + capability, "--inh-caps", "-" + capability}
 	}
