@@ -43,7 +43,7 @@ func TestTheDrainTimeoutEndsTheDrainDelay(t *testing.T) {
 	})
 }
 
-// recordingRole notes what shutdown calls, in order.
+// recordingRole records the calls of shutdown, in order.
 type recordingRole struct {
 	resetting
 	name  string
@@ -53,7 +53,7 @@ type recordingRole struct {
 func (r recordingRole) Announce() { *r.calls = append(*r.calls, r.name+" announced") }
 func (r recordingRole) Drain()    { *r.calls = append(*r.calls, r.name+" drained") }
 
-// A further listener is one more entry of the list, and drains in its place. Only inbound listeners announce.
+// A further listener is one more entry in the list and drains in its place. Only inbound listeners announce.
 func TestShutdownWalksTheListenersInTheirOrder(t *testing.T) {
 	poller, err := tcp.NewPoller()
 	if err != nil {
