@@ -46,6 +46,7 @@ var arrows = []struct {
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/status", []string{"internal/ownport"}, "a handler may need more time than its server gives, and loopback is not always local"},
 	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
+	{"internal/dns", []string{"internal/sockopt"}, "the kernel counts the queries that it drops at a socket"},
 	{"internal/metrics", []string{"internal/dns", "internal/envoy", "internal/flow", "internal/podinfo"}, "records are counted, under the names of this workload; the resolver counts itself"},
 	{"internal/sniff", []string{"internal/flow", "internal/http2", "internal/tcp"},
 		"read bytes stay in a buffer, findings go into the record; http2 recognises a server's first frame"},

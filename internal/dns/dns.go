@@ -93,6 +93,8 @@ type Stats struct {
 	Dropped                atomic.Int64     // packets and frames that are not queries: too short, or responses
 	Malformed              atomic.Int64     // answered FORMERR
 	Overloaded             atomic.Int64     // above MaxInFlight, answered SERVFAIL
+	Loops                  atomic.Int64     // queries of our own that the rules redirected back, answered SERVFAIL
+	ReceiveDrops           atomic.Int64     // packets that the kernel dropped because the receive buffer was full
 	Unanswered             atomic.Int64     // answered SERVFAIL because no upstream answered
 	Truncated              atomic.Int64     // answers that did not fit
 	Cached, Joined         atomic.Int64     // answers without an upstream query of their own
@@ -128,6 +130,9 @@ type Server struct {
 
 	connsMu sync.Mutex
 	conns   map[*conn]struct{}
+
+	drops dropWatch
+	own   ownSockets
 }
 
 // New validates config and binds its addresses.
@@ -159,6 +164,7 @@ func New(config Config) (*Server, error) {
 			return nil, err
 		}
 	}
+	s.watchDrops()
 	s.queries, s.abort = context.WithCancel(context.Background())
 	return s, nil
 }
@@ -255,6 +261,8 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	s.open.Wait()
 	inTime := aborting()
 	s.abort()
+	s.drops.timer.Stop()
+	s.countDrops()
 	s.closeSockets()
 	if !inTime {
 		return ctx.Err()

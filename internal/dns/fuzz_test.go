@@ -36,6 +36,7 @@ func (c *scripted) Write(p []byte) (int, error) {
 
 func (c *scripted) Read(p []byte) (int, error)  { return c.reply.Read(p) }
 func (c *scripted) Close() error                { return nil }
+func (c *scripted) LocalAddr() net.Addr         { return nil }
 func (c *scripted) SetDeadline(time.Time) error { return nil }
 
 // FuzzAnswer sends arbitrary bytes from downstream and upstream. An answer always has its query's ID, is well-formed and

@@ -33,6 +33,7 @@ func (s *Server) serveUDP(socket *net.UDPConn) {
 			return
 		}
 		s.Stats.UDPQueries.Add(1)
+		s.drops.noteQuery()
 		raw := bytes.Clone(buf[:n])
 		if n > maxQuery {
 			raw = raw[:headerSize] // malformed, but its ID can be read
@@ -42,7 +43,12 @@ func (s *Server) serveUDP(socket *net.UDPConn) {
 }
 
 func (s *Server) answerUDP(socket *net.UDPConn, peer netip.AddrPort, raw []byte) {
-	out := s.answer(raw, "udp", maxPacket)
+	var out []byte
+	if s.own.contain(peer) {
+		out = s.refuseLoop(raw)
+	} else {
+		out = s.answer(raw, "udp", maxPacket)
+	}
 	if out == nil {
 		return
 	}

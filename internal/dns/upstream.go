@@ -166,6 +166,7 @@ func (s *Server) over(ctx context.Context, network string, u *upstream, wire []b
 		return nil, err
 	}
 	defer conn.Close()
+	defer s.own.add(conn)()
 	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(past) })()
 	if _, err := rand.Read(wire[:2]); err != nil {
 		return nil, err
