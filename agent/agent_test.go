@@ -156,6 +156,49 @@ func TestBoundAddressesAreListed(t *testing.T) {
 	}
 }
 
+func TestOptionalPortsSetToZeroAreNotServed(t *testing.T) {
+	nettest.RequireRoot(t)
+	optional := []struct {
+		port uint16
+		off  func(*Ports)
+	}{
+		{15020, func(p *Ports) { p.Status = 0 }}, {15090, func(p *Ports) { p.Metrics = 0 }}, {15000, func(p *Ports) { p.Admin = 0 }},
+	}
+	for off := range 1 << len(optional) {
+		ns := nettest.New(t, "optional")
+		config, log := testConfig()
+		config.AccessLog.Path = "off"
+		for i, o := range optional {
+			if off>>i&1 != 0 {
+				o.off(&config.Ports)
+			}
+		}
+		a, err := newIn(t, ns, config)
+		if err != nil {
+			t.Fatalf("%+v: %v", config.Ports, err)
+		}
+		stop := run(t, ns, a)
+		for i, o := range optional {
+			conn, err := ns.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", o.port), patience)
+			if err == nil {
+				conn.Close()
+			}
+			if isOff := off>>i&1 != 0; isOff != errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("%+v: dialling %d: %v", config.Ports, o.port, err)
+			}
+		}
+		// A record passes the sinks that are left: this connection is refused, as no rule redirected it.
+		if conn, err := ns.Dial("tcp", "127.0.0.1:15001", patience); err == nil {
+			conn.Close()
+		}
+		nettest.Eventually(t, "the refusal in the log", func() bool { return strings.Contains(log.String(), "no_original_destination") })
+		a.ReopenLogs()
+		if err := stop(); err != nil {
+			t.Errorf("%+v: Run: %v", config.Ports, err)
+		}
+	}
+}
+
 // get returns the body of the response of the agent in the namespace.
 func get(t *testing.T, ns *nettest.Namespace, address, path string) string {
 	t.Helper()
