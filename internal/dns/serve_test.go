@@ -452,6 +452,8 @@ func TestBadConfigurationIsNamed(t *testing.T) {
 		{"0.0.0.0:15053", func(*Config) {}, "0.0.0.0:15053 is where"},
 		{"127.0.0.53:15053", listen("0.0.0.0:15053"), "127.0.0.53:15053 is where"},
 		{own.String(), bound, own.String() + " is where"},
+		{own.String(), func(c *Config) { c.UDP = []*net.UDPConn{udp} }, own.String() + " is where"},
+		{own.String(), func(c *Config) { c.TCP = []*net.TCPListener{tcp} }, own.String() + " is where"},
 		{server.String(), func(c *Config) { c.Upstreams = nil }, "Upstreams is empty"},
 		{server.String(), func(c *Config) { c.Upstreams[0] = netip.AddrPort{} }, "no address or no port"},
 		{"192.0.2.53:0", func(*Config) {}, "192.0.2.53:0 has no address or no port"},
