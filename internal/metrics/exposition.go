@@ -21,10 +21,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// Path is where Prometheus, and whoever merges metrics, asks for Envoy's.
+// Path is Envoy's path for Prometheus metrics.
 const Path = "/stats/prometheus"
 
-// maxScrapes is how many answers are written at a time; one more is answered 503.
+// maxScrapes is the number of concurrent scrapes. Further ones are answered 503.
 const maxScrapes = 4
 
 var runtimeMetrics = regexp.MustCompile(`^/(memory/classes/(total|heap/objects|heap/stacks|heap/released):bytes|gc/heap/goal:bytes|cpu/classes/gc/total:cpu-seconds)$`)
@@ -33,9 +33,9 @@ var runtimeMetrics = regexp.MustCompile(`^/(memory/classes/(total|heap/objects|h
 type Sources struct {
 	Upstream  func(flow.Direction) Upstream
 	AccessLog func() (written, dropped uint64) // lines
-	Backoffs  func() uint64                    // pauses of accept loops that found no descriptor
-	Pipes     func() int                       // that relays hold, in use or for the next connection
-	Gates     func() []Gate                    // of readiness
+	Backoffs  func() uint64                    // times that accept loops paused for lack of descriptors
+	Pipes     func() int                       // pipes that relays hold, in use or for the next connection
+	Gates     func() []Gate                    // readiness gates
 	Draining  func() bool
 	DNS       *dns.Stats // nil: no resolver
 }

@@ -33,7 +33,7 @@ var (
 		Cluster: "Kubernetes", Mesh: "cluster.local"}
 )
 
-// connection is a carried connection in a table.
+// connection returns a carried connection in a table.
 func connection(table *flow.Table, direction flow.Direction, protocol flow.Protocol) *flow.Record {
 	r := flow.Open(direction, peer)
 	r.OriginalDestination = own
@@ -42,7 +42,7 @@ func connection(table *flow.Table, direction flow.Direction, protocol flow.Proto
 	return r
 }
 
-// request is a request on c that is answered with a status, ready for Closed.
+// request returns a request on c with a response status, ready for Closed.
 func request(c *flow.Record, host string, status int) *flow.Record {
 	r := flow.Open(c.Direction, peer)
 	r.Connection, r.Protocol, r.Reason = c, c.Protocol, flow.Completed
@@ -51,14 +51,14 @@ func request(c *flow.Record, host string, status int) *flow.Record {
 	return r
 }
 
-// call is the same of gRPC.
+// call returns a gRPC request on c, ready for Closed.
 func call(c *flow.Record, host, status string) *flow.Record {
 	r := request(c, host, 200)
 	r.HTTP.GRPC, r.HTTP.GRPCStatus = true, []byte(status)
 	return r
 }
 
-// text is what m says now. A series that is there twice fails the test.
+// text returns the current exposition of m. A duplicate series fails the test.
 func text(t *testing.T, m *Metrics) string {
 	t.Helper()
 	var text strings.Builder
@@ -69,14 +69,14 @@ func text(t *testing.T, m *Metrics) string {
 	for line := range strings.Lines(text.String()) {
 		series := line[:strings.LastIndexByte(line, ' ')]
 		if !strings.HasPrefix(line, "#") && seen[series] {
-			t.Errorf("twice: %s", series)
+			t.Errorf("duplicate series: %s", series)
 		}
 		seen[series] = true
 	}
 	return text.String()
 }
 
-// exposition is the same, parsed.
+// exposition returns the current exposition of m, parsed.
 func exposition(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
 	t.Helper()
 	parser := expfmt.NewTextParser(model.LegacyValidation)
@@ -87,7 +87,7 @@ func exposition(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
 	return families
 }
 
-// gathered is the same without the way through text, which takes its time where there is much.
+// gathered returns the current families of m. It skips the conversion to text, because that is slow for many series.
 func gathered(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
 	t.Helper()
 	all, err := m.Gather()
@@ -101,7 +101,7 @@ func gathered(t *testing.T, m *Metrics) map[string]*dto.MetricFamily {
 	return families
 }
 
-// value sums the samples of a metric whose labels have these values: of a histogram, its count.
+// value returns the sum of the samples of a metric that have these labels. For a histogram, the sample is its count.
 func value(t *testing.T, m *Metrics, name string, labels ...string) (sum float64) {
 	t.Helper()
 	for _, metric := range gathered(t, m)[name].GetMetric() {
@@ -121,8 +121,8 @@ func matches(metric *dto.Metric, labels []string) bool {
 	return true
 }
 
-// Under the race detector: connections move bytes and end while two others bring the counters up to date and a third reads.
-// Each byte, and each end, is counted once.
+// Each byte and each end is counted once, while goroutines move bytes, others update the counters and one scrapes. The race
+// detector watches.
 func TestSumsAreExact(t *testing.T) {
 	const owners, connections, moves, size = 4, 50, 40, 7
 	m := New(pod, "v")
@@ -179,7 +179,7 @@ func TestSumsAreExact(t *testing.T) {
 		{"istio_request_duration_milliseconds", owners * connections * moves},
 	} {
 		if got := value(t, m, c.metric); got != c.want {
-			t.Errorf("%s is %v, want %v", c.metric, got, c.want)
+			t.Errorf("%s = %v, want %v", c.metric, got, c.want)
 		}
 	}
 	var sum float64
@@ -190,11 +190,11 @@ func TestSumsAreExact(t *testing.T) {
 		t.Errorf("the sum of istio_request_bytes is %v, want %v", sum, want)
 	}
 	if got := value(t, m, "pillion_open_connections"); got != 0 {
-		t.Errorf("%v connections are open", got)
+		t.Errorf("%v open connections, want 0", got)
 	}
 }
 
-func TestBytesOfOpenConnectionsMove(t *testing.T) {
+func TestBytesOfOpenConnectionsAreCounted(t *testing.T) {
 	m := New(pod, "v")
 	table := flow.NewTable(m)
 	m.Watch(table, Sources{})
@@ -217,16 +217,16 @@ func TestBytesOfOpenConnectionsMove(t *testing.T) {
 		}
 	}
 	if got := value(t, m, "istio_tcp_connections_closed_total"); got != 0 {
-		t.Errorf("%v are closed", got)
+		t.Errorf("%v closed connections, want 0", got)
 	}
 }
 
-// What never came to be carried is closed without having been opened.
-func TestConnectionsThatCameToNothing(t *testing.T) {
+// The sinks receive Closed without Opened for a connection that was not carried.
+func TestConnectionsThatWereNotCarried(t *testing.T) {
 	for _, c := range []struct {
 		direction   flow.Direction
 		reason      flow.Reason
-		name, flags string // of the series; no name for none
+		name, flags string // labels of the series; an empty name: no series
 	}{
 		{flow.Outbound, flow.UpstreamRefused, "PassthroughCluster", "UF,URX"},
 		{flow.Inbound, flow.UpstreamTimeout, "InboundPassthroughCluster", "UF,URX"},
@@ -375,13 +375,13 @@ func TestValidHosts(t *testing.T) {
 	}
 }
 
-// A stranger sends whatever there is, and upstream answers with whatever there is.
+// Clients send arbitrary hosts and upstream answers with arbitrary status codes.
 func TestSeriesAreBounded(t *testing.T) {
 	m := New(pod, "v")
 	table := flow.NewTable(m)
 	in := connection(table, flow.Inbound, flow.HTTP11)
 	m.Closed(request(in, "served.example", 200))
-	for i := range 50_000 { // names that nobody serves, before the others come
+	for i := range 50_000 { // junk names, before the served ones
 		m.Closed(request(in, fmt.Sprintf("junk%d.example", i), 400+i%200))
 	}
 	if n := len(m.directions[flow.Inbound].services); n != 1 {
@@ -460,7 +460,7 @@ func TestFoldedRequestsKeepTheirClass(t *testing.T) {
 	}
 }
 
-func TestHistogramsAreThoseOfPrometheus(t *testing.T) {
+func TestHistogramsMatchPrometheus(t *testing.T) {
 	for _, unit := range []float64{1, float64(time.Millisecond)} {
 		var ours histogram
 		theirs := prometheus.NewHistogram(prometheus.HistogramOpts{Name: "x", Buckets: buckets[:]})
@@ -493,8 +493,8 @@ func TestHistogramsAreThoseOfPrometheus(t *testing.T) {
 	}
 }
 
-// A request like the last one, and one that has been seen before, cost no allocation; nor does one without a place.
-func TestAnEndAllocatesNothing(t *testing.T) {
+// Counting does not allocate: neither for a request with known labels nor for one whose host is not counted by itself.
+func TestClosedDoesNotAllocate(t *testing.T) {
 	m := New(pod, "v")
 	table := flow.NewTable(m)
 	in := connection(table, flow.Inbound, flow.HTTP11)
@@ -536,7 +536,7 @@ func BenchmarkClosed(b *testing.B) {
 	}
 }
 
-// Whatever stands in a Host field, what becomes a label is plain.
+// For any Host field, the label consists of plain characters.
 func FuzzHosts(f *testing.F) {
 	for _, host := range []string{"reviews.shop.svc.cluster.local:9080", "[2001:db8::7]:80", "a:b:c", ".", "[]", "A\xffb", "-.svc"} {
 		f.Add([]byte(host))

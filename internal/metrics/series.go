@@ -28,17 +28,17 @@ const (
 	maxSets     = 500
 )
 
-// direction is what is counted of one direction. The series whose labels come from traffic are made when they are first
-// needed, and stay.
+// direction holds the counters of one direction. A series whose labels come from traffic is created when it is first needed
+// and stays.
 type direction struct {
 	reporter, security string
-	cluster            string // what Envoy calls the upstream of everything
+	cluster            string // Envoy's name of the cluster of all traffic
 	pod                *podinfo.Pod
 
-	ends        map[flow.Reason]*end // has all that are explained, and is not changed any more
-	tcp         []*tcpSet            // each once, in the order of flow.Explanations; likewise
+	ends        map[flow.Reason]*end // one for each of flow.Explanations; immutable after init
+	tcp         []*tcpSet            // each once, in the order of flow.Explanations; immutable after init
 	connections [len(protocols)]atomic.Uint64
-	upstream    [6]atomic.Uint64 // requests that had an upstream connection, by class of status
+	upstream    [6]atomic.Uint64 // requests that had an upstream connection, by status class
 	unnamed     atomic.Uint64    // requests whose host has no place
 	folded      atomic.Uint64    // requests whose combination has no place
 
@@ -65,20 +65,20 @@ type setKey struct {
 	flags      string
 }
 
-// requestSet is what is counted of requests with the same labels. Their number is that of the observations of duration.
+// requestSet holds the counters of requests with the same labels. The number of requests is that of the observed durations.
 type requestSet struct {
 	setKey
 	labels                   []*dto.LabelPair
 	duration, received, sent histogram
 }
 
-// end is what is counted of flows that end for one reason.
+// end holds the counters of flows that ended with one reason.
 type end struct {
 	flows atomic.Uint64
-	tcp   *tcpSet // of connections; reasons with the same flags share it
+	tcp   *tcpSet // for connections; shared by reasons with the same flags
 }
 
-// tcpSet is what is counted of opaque connections with the same labels.
+// tcpSet holds the counters of opaque connections with the same labels.
 type tcpSet struct {
 	labels                         []*dto.LabelPair
 	opened, closed, received, sent atomic.Uint64
@@ -114,8 +114,8 @@ func (d *direction) init(direction flow.Direction, pod *podinfo.Pod) {
 	}
 }
 
-// end is that of a reason. One that is not explained, which tests of package flow rule out, counts as an ordinary end
-// rather than as a crash.
+// end returns the counters of a reason. An unknown reason counts as flow.Closed, so that it cannot crash the agent; tests
+// of package flow ensure that all reasons have an explanation.
 func (d *direction) end(reason flow.Reason) *end {
 	if e := d.ends[reason]; e != nil {
 		return e
@@ -251,7 +251,7 @@ func kubernetesService(host, own string) (name, namespace string) {
 	return "", ""
 }
 
-// serviceLabels are the labels that all of Istio's metrics have, in Istio's order.
+// serviceLabels returns the labels that all of Istio's metrics have, in Istio's order.
 func (d *direction) serviceLabels(destination, name, namespace string) []*dto.LabelPair {
 	own := d.pod
 	peer := podinfo.Pod{Namespace: podinfo.Unknown, Workload: podinfo.Unknown, App: podinfo.Unknown, Version: podinfo.Unknown,
@@ -260,7 +260,7 @@ func (d *direction) serviceLabels(destination, name, namespace string) []*dto.La
 	if d.reporter == "source" {
 		from, to = own, &peer
 	} else {
-		namespace = own.Namespace // wherever the host seems to be, it is here
+		namespace = own.Namespace // inbound, the destination is this pod
 	}
 	return []*dto.LabelPair{
 		label("reporter", d.reporter),
@@ -295,10 +295,10 @@ func orDash(flags string) string {
 	return flags
 }
 
-// maxHost is a name of 253 bytes with a port.
+// maxHost is the length of a name of 253 bytes with a port.
 const maxHost = 253 + len(":65535")
 
-// validHost reports whether host is a name or an address, with or without a port, of characters that such have.
+// validHost reports whether host consists of the characters of a name or an address, with or without a port.
 func validHost(host []byte) bool {
 	if len(host) > maxHost {
 		return false
