@@ -56,7 +56,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.tooMany(s)
 	}
 	m.routed.view(&s.record)
-	decision := m.Router.Route(&m.routed)
+	decision := m.route(&m.routed)
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
 	switch {
 	case decision.noRoute():
