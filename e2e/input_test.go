@@ -40,6 +40,8 @@ func TestInvalidInputIsReportedInOneLine(t *testing.T) {
 		{args: "agent --max-head-bytes 64k", code: 1, want: []string{"--max-head-bytes", "64k"}},
 		{args: "agent --max-head-bytes 1023", code: 1, want: []string{"--max-head-bytes", "1023", "1024 to 8388608"}},
 		{args: "agent --max-head-fields 0", code: 1, want: []string{"--max-head-fields", "0", "1 to 100000"}},
+		{args: "agent --metrics-max-series 4999", code: 1, want: []string{"--metrics-max-series", "4999", "5000 to 100000"}},
+		{args: "agent --cluster-domain a_b", code: 1, want: []string{"--cluster-domain", "a_b", "cluster.local"}},
 		{args: "agent --request-head-timeout x", code: 1, want: []string{"--request-head-timeout", "x"}},
 		{args: "agent --request-timeout -1s", code: 1, want: []string{"--request-timeout", "-1s", "negative"}},
 		{args: "agent --upstream-idle-timeout 3", code: 1, want: []string{"--upstream-idle-timeout", "3", "unit"}},

@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -89,15 +90,28 @@ func sample(f families, name string, labels ...string) (sum float64) {
 	return sum
 }
 
-// hasLabels reports whether a metric has labels, written as name=value.
+// hasLabels reports whether a metric has labels, given as matchers such as name=value and name!~regexp.
 func hasLabels(metric *dto.Metric, want []string) bool {
-	for _, label := range want {
-		if !slices.ContainsFunc(metric.Label, func(l *dto.LabelPair) bool { return l.GetName()+"="+l.GetValue() == label }) {
+	for _, text := range want {
+		m := matcher.FindStringSubmatch(text)
+		i := slices.IndexFunc(metric.Label, func(l *dto.LabelPair) bool { return l.GetName() == m[1] })
+		value := ""
+		if i >= 0 {
+			value = metric.Label[i].GetValue()
+		}
+		same := value == m[4]
+		if m[3] == "~" {
+			same = regexp.MustCompile("^(?:" + m[4] + ")$").MatchString(value)
+		}
+		if same == (m[2] == "!") {
 			return false
 		}
 	}
 	return true
 }
+
+// matcher is a matcher of a label in PromQL, without quotation marks.
+var matcher = regexp.MustCompile(`^(\w+)(!?)=?(~?)(.*)$`)
 
 // The queries of Istio's mesh, service and workload dashboards and of Kiali find data when there was traffic of each kind.
 func TestDashboardQueriesFindTheTraffic(t *testing.T) {
@@ -308,8 +322,7 @@ func TestMetricsOfTheWorkloadAreMergedWithOurs(t *testing.T) {
 	}
 }
 
-// A client that sends another Host with each request makes neither the exposition nor the agent grow. 20,000 are twice a hundred
-// times the limit; more would show the same.
+// A client that sends another Host with each request makes neither the exposition nor the agent grow.
 func TestClientsCannotMakeTheMetricsGrow(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--log-level", "info", "--access-log", "off")
@@ -350,13 +363,13 @@ func TestClientsCannotMakeTheMetricsGrow(t *testing.T) {
 		lines, f = series()
 		return sample(f, "istio_requests_total") >= 20_000
 	})
-	if lines != linesBefore || lines > 10_000 {
+	if lines != linesBefore || lines > 2000 {
 		t.Errorf("%d lines of Istio's metrics after 2,000 hosts, and %d after 20,000", linesBefore, lines)
 	}
 	if n := sample(f, "istio_requests_total"); n != 20_000 {
 		t.Errorf("%v requests are counted", n)
 	}
-	if unnamed := sample(f, "pillion_metrics_unnamed_requests_total", "direction=inbound"); unnamed != 20_000-100 {
+	if unnamed := sample(f, "pillion_metrics_unnamed_requests_total", "direction=inbound"); unnamed < 20_000-30 || unnamed >= 20_000 {
 		t.Errorf("%v unnamed requests", unnamed)
 	}
 	if grown > 8<<20 && !raceDetector {

@@ -23,8 +23,10 @@ import (
 var update = flag.Bool("update", false, "write the golden files")
 
 // everything returns a Metrics that has counted flows of each kind and has all sources.
-func everything() *Metrics {
-	m := New(pod, "1.2.3")
+func everything() *Metrics { return everythingWith(Options{Version: "1.2.3"}) }
+
+func everythingWith(o Options) *Metrics {
+	m := New(pod, o)
 	table := flow.NewTable(m)
 	resolver := new(dns.Stats)
 	resolver.UDPQueries.Store(50)
@@ -161,7 +163,7 @@ func TestNamesPassPromlint(t *testing.T) {
 	}
 	// Names of Istio and Envoy; existing queries depend on them.
 	given := []string{"istio_request_duration_milliseconds", "envoy_cluster_upstream_cx_connect_fail", "envoy_cluster_upstream_rq",
-		"envoy_cluster_upstream_rq_retry"}
+		"envoy_cluster_upstream_rq_retry", "envoy_listener_http_downstream_rq"}
 	for _, p := range problems {
 		if !slices.Contains(given, p.Metric) {
 			t.Errorf("%s: %s", p.Metric, p.Text)
@@ -185,7 +187,7 @@ func TestOpenMetrics(t *testing.T) {
 }
 
 func TestMetricsWithoutSourceAreOmitted(t *testing.T) {
-	families := exposition(t, New(pod, "v"))
+	families := exposition(t, New(pod, Options{Version: "v"}))
 	for _, name := range []string{"pillion_open_connections", "pillion_pool_reused_total", "pillion_gate_open", "pillion_pipes",
 		"pillion_access_log_written_total", "pillion_accept_backoffs_total", "envoy_cluster_upstream_cx_active"} {
 		if families[name] != nil {

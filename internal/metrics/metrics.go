@@ -5,13 +5,14 @@
 // agent; and pillion's own. The counters are atomics of this package, because a request must cost little and Istio has many
 // labels. client_golang gathers the metrics of the runtime and the process, and writes the formats.
 //
-// The number of series is bounded for any input: see Limits.
+// The number of series is bounded for any input: see DefaultMaxSeries.
 //
 // Differences from Istio: bytes of requests and responses count bodies only, durations have fractions of a millisecond, and
 // peers are unknown, because no source identifies them.
 package metrics
 
 import (
+	"bytes"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -32,11 +33,24 @@ type Metrics struct {
 	sources Sources
 }
 
-// New returns the metrics of this workload. version is the agent's version, shown by istio_build.
-func New(pod podinfo.Pod, version string) *Metrics {
-	m := &Metrics{version: version, started: time.Now(), runtime: prometheus.NewRegistry()}
+// Options configure Metrics.
+type Options struct {
+	Version       string // of the agent, shown by istio_build
+	ClusterDomain string // DNS domain of the cluster; empty: cluster.local
+	MaxSeries     int    // bounds the series of a scrape, from MinMaxSeries to MaxMaxSeries; zero: DefaultMaxSeries
+}
+
+// New returns the metrics of this workload.
+func New(pod podinfo.Pod, o Options) *Metrics {
+	if o.ClusterDomain == "" {
+		o.ClusterDomain = podinfo.DefaultClusterDomain
+	}
+	if o.MaxSeries == 0 {
+		o.MaxSeries = DefaultMaxSeries
+	}
+	m := &Metrics{version: o.Version, started: time.Now(), runtime: prometheus.NewRegistry()}
 	for i := range m.directions {
-		m.directions[i].init(flow.Direction(i), &pod)
+		m.directions[i].init(flow.Direction(i), &pod, o)
 	}
 	m.runtime.MustRegister(
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
@@ -153,18 +167,19 @@ func (d *direction) connection(r *flow.Record) {
 // lastRequest caches the counters of a connection's last request, since most requests resemble the one before. Only the
 // goroutine that owns the connection uses it.
 type lastRequest struct {
-	host, grpcStatus, flags string
-	reason                  flow.Reason
-	status                  int
-	grpc                    bool
-	set                     *requestSet // nil: no request yet, or its labels were folded into those of others
-	end                     *end
+	host              []byte // as the client sent it
+	grpcStatus, flags string
+	reason            flow.Reason
+	status            int
+	grpc              bool
+	set               *requestSet // nil: no request yet, or its labels were folded into those of others
+	end               *end
 }
 
 func (l *lastRequest) like(r *flow.Record) bool {
 	h := &r.HTTP
 	return l.set != nil && h.Status == l.status && h.GRPC == l.grpc && r.Reason == l.reason && h.Flags == l.flags &&
-		string(h.Authority) == l.host && string(h.GRPCStatus) == l.grpcStatus
+		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == l.grpcStatus
 }
 
 func (d *direction) request(r *flow.Record) {
@@ -179,11 +194,12 @@ func (d *direction) request(r *flow.Record) {
 		set, named = d.requestSet(r)
 		end = d.end(r.Reason)
 		*last = lastRequest{
-			host: set.service.host, grpcStatus: grpcStatuses[set.grpcStatus], flags: r.HTTP.Flags,
+			host: last.host[:0], grpcStatus: grpcStatuses[set.grpcStatus], flags: r.HTTP.Flags,
 			reason: r.Reason, status: r.HTTP.Status, grpc: r.HTTP.GRPC, end: end,
 		}
-		if named {
+		if named && len(r.HTTP.Authority) <= maxHost {
 			last.set = set
+			last.host = append(last.host, r.HTTP.Authority...)
 		}
 	}
 	end.flows.Add(1)
@@ -195,8 +211,10 @@ func (d *direction) request(r *flow.Record) {
 		set.service.responseMessages.Add(r.HTTP.ResponseMessages)
 		set.service.grpc.Store(true)
 	}
+	class := statusClass(r.HTTP.Status)
+	d.downstream[class].Add(1)
 	if r.UpstreamLocal.IsValid() {
-		d.upstream[statusClass(r.HTTP.Status)].Add(1)
+		d.upstream[class].Add(1)
 	}
 }
 
