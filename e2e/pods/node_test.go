@@ -22,11 +22,11 @@ import (
 // node is a machine that runs pods.
 type node struct {
 	*nettest.Namespace
-	first int    // the node's first process, in this process's numbers
-	root  string // its file system, seen from here
+	first int    // PID of the node's first process, in this process's PID namespace
+	root  string // path of its file system, outside the node
 
 	mu  sync.Mutex
-	ids []string // of all pods that there have been
+	ids []string // of all pods that were started
 }
 
 const (
@@ -34,15 +34,15 @@ const (
 	podNetwork = "pods"
 )
 
-// Addresses of the node at which its tests serve: one that pods' rules capture, and one in 203.0.113.0/24, which some
-// leave alone.
+// Addresses of the node at which tests serve: one that the pods' rules capture, and one in 203.0.113.0/24, a range that
+// some pods exclude.
 var (
 	serving = netip.MustParseAddr("198.51.100.200")
 	outside = netip.MustParseAddr("203.0.113.7")
 )
 
-// setUpNode gives podman directories of its own, and stays as the process that adopts and buries what others leave. It
-// ends with this process, by its standard input, and all others of the node end with it.
+// setUpNode gives podman its own directories and then reaps orphaned processes. It ends with this process, through its
+// standard input, and all others of the node end with it.
 const setUpNode = `
 for dir in /run /var/lib/containers /etc/containers /etc/cni /dev/shm; do
 	[ ! -d "$dir" ] || mount -t tmpfs tmpfs "$dir"
@@ -50,7 +50,8 @@ done
 cp "$1"/* /etc/containers/
 exec catatonit -- cat`
 
-// What podman is told. Limits cannot be raised everywhere, and crun refuses machines with both versions of cgroups.
+// The configuration of podman. Limits cannot be raised on every machine, and crun rejects machines with both versions of
+// cgroups.
 var nodeFiles = map[string]string{
 	"containers.conf": `[containers]
 default_ulimits = ["nofile=16384:16384", "nproc=16384:16384"]
@@ -65,7 +66,7 @@ runtime = "runc"
 	"policy.json": `{"default":[{"type":"insecureAcceptAnything"}]}`,
 }
 
-// newNode makes a node that has the images.
+// newNode creates a node with the images.
 func newNode(t *testing.T) *node {
 	t.Helper()
 	requireWholeRoot(t)
@@ -89,12 +90,12 @@ func newNode(t *testing.T) *node {
 		t.Fatal(err)
 	}
 	holder := n.Start(t, cmd)
-	t.Cleanup(func() { // so that it is waited for by its parent, before that is killed
+	t.Cleanup(func() { // its parent must wait for it before the parent is killed
 		stdin.Close()
 		holder.Wait(nettest.Patience)
 	})
 	fmt.Fprintln(stdin, "ready")
-	if _, err := stdout.Read(make([]byte, 6)); err != nil { // it comes back when all else is done
+	if _, err := stdout.Read(make([]byte, 6)); err != nil { // the script prints when the setup is complete
 		t.Fatalf("the node does not start: %v", err)
 	}
 	n.first = childOf(t, holder.Cmd.Process.Pid)
@@ -113,7 +114,7 @@ func newNode(t *testing.T) *node {
 	return n
 }
 
-// anchor is a pod that stays, and so does the bridge to which all pods are connected.
+// anchor is a pod that stays, so that the bridge of all pods stays as well.
 const anchor = `apiVersion: v1
 kind: Pod
 metadata: {name: THIS-POD}
@@ -125,8 +126,8 @@ spec:
     securityContext: {runAsUser: 1000, runAsGroup: 1000}
 `
 
-// pinBridge makes the bridge's hardware address its own. Without that it has the lowest of its ports' and changes when a
-// pod goes, and those that stay talk to the old one until they ask again.
+// pinBridge sets the bridge's hardware address. Otherwise it is the lowest address of its ports and changes when a pod
+// leaves; the other pods would use the old address until their neighbour entries expire.
 func (n *node) pinBridge(t *testing.T) {
 	t.Helper()
 	for line := range strings.Lines(n.MustRun(t, "ip", "-o", "link", "show", "type", "bridge")) {
@@ -136,22 +137,22 @@ func (n *node) pinBridge(t *testing.T) {
 		n.MustRun(t, "ip", "link", "set", "dev", name, "address", address)
 		return
 	}
-	t.Fatal("there is no bridge")
+	t.Fatal("no bridge found")
 }
 
-// requireWholeRoot is nettest.RequireRoot for more than a user namespace has: containers want control groups.
+// requireWholeRoot requires root of the machine: a user namespace does not suffice, because containers need control groups.
 func requireWholeRoot(t *testing.T) {
 	t.Helper()
 	nettest.RequireRoot(t)
 	if uids, err := os.ReadFile("/proc/self/uid_map"); err != nil || strings.Join(strings.Fields(string(uids)), " ") != "0 0 4294967295" {
 		if os.Getenv("CI") != "" {
-			t.Fatal("this test needs the machine's root, and in CI it must not be skipped")
+			t.Fatal("this test needs root of the machine, and must not be skipped in CI")
 		}
 		t.Skip("pods need the machine's root: run it as root")
 	}
 }
 
-// workloadFiles lays out an image of nginx, with the libraries that it loads, and our workload.
+// workloadFiles writes the files of an image with nginx, its libraries and our workload.
 func workloadFiles(t *testing.T) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -177,7 +178,7 @@ func workloadFiles(t *testing.T) (dir string) {
 		}
 		write(t, filepath.Join(dir, "root", place), string(content))
 	}
-	// A volume takes the mode of what it covers.
+	// A volume gets the mode of the directory that it covers.
 	tmp := filepath.Join(dir, "root/tmp")
 	if err := os.Mkdir(tmp, 0); err != nil {
 		t.Fatal(err)
@@ -189,7 +190,7 @@ func workloadFiles(t *testing.T) (dir string) {
 	return dir
 }
 
-// write makes a file that everybody may read and run.
+// write creates a file that all users may read and execute.
 func write(t *testing.T, name, text string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
@@ -230,7 +231,7 @@ func (n *node) podman(t testing.TB, arguments ...string) string {
 	return strings.TrimSpace(out)
 }
 
-// removeGroups takes away the control groups that podman leaves. Nothing of the node runs any more.
+// removeGroups removes the control groups that podman leaves. All processes of the node have ended.
 func (n *node) removeGroups() {
 	groups, _ := filepath.Glob("/sys/fs/cgroup/*/libpod_parent")
 	for _, group := range append(groups, "/sys/fs/cgroup/libpod_parent") {
@@ -250,15 +251,15 @@ func (n *node) removeGroups() {
 	}
 }
 
-// pod is one that was started.
+// pod is a started pod.
 type pod struct {
-	*nettest.Namespace // nil unless it was played to go on
+	*nettest.Namespace // nil for a pod that ends by itself
 	node               *node
 	name               string
 	address            netip.Addr
 }
 
-// start starts a pod of a manifest, whose words in replacements are replaced. It may end by itself at any time.
+// start starts the pod of a manifest after applying replacements. The pod may end by itself.
 func (n *node) start(t testing.TB, text, name string, replacements ...string) *pod {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), name+".yaml")
@@ -314,13 +315,13 @@ func manifest(t testing.TB, file string) string {
 	return string(text)
 }
 
-// at is an address of the pod.
+// at returns an address of the pod.
 func (p *pod) at(port int) string { return netip.AddrPortFrom(p.address, uint16(port)).String() }
 
-// container is podman's name of one of the pod's.
+// container returns podman's name of one of the pod's containers.
 func (p *pod) container(name string) string { return p.name + "-" + name }
 
-// exec runs a program in the agent's container, as a kubelet's hooks do.
+// exec runs a program in the agent's container, as a hook of the kubelet does.
 func (p *pod) exec(t testing.TB, words ...string) string {
 	t.Helper()
 	return p.node.podman(t, append([]string{"exec", p.container("istio-proxy")}, words...)...)
@@ -332,7 +333,7 @@ func (p *pod) signal(t testing.TB, container, signal string) {
 	p.node.podman(t, "kill", "--signal", signal, p.container(container))
 }
 
-// ends waits for the end of a container and returns its exit code.
+// ends waits until a container ends and returns its exit code.
 func (p *pod) ends(t testing.TB, container string) string {
 	t.Helper()
 	return p.node.podman(t, "wait", "--interval", "50ms", p.container(container))

@@ -190,7 +190,7 @@ func ask(t *testing.T, what, text, grouped string, variables []string, known map
 	return by
 }
 
-// Prometheus knows pods, and people know workloads: the name of one is found in that of the other, and the other way.
+// The series have pods, but the dashboard's variable is a workload: each name must be matched by the other.
 func TestPodsAreFoundByTheirWorkload(t *testing.T) {
 	definitions, regexes := map[string]string{}, map[string]string{}
 	for _, v := range ours(t).Templating.List {

@@ -109,7 +109,7 @@ func rendered(t *testing.T, v values) []byte {
 	return text.Bytes()
 }
 
-// objects are those of a stream, which Kubernetes must be able to read, without the labels that a chart puts on them.
+// objects returns the objects of a stream without the labels that a chart adds. Kubernetes must be able to read them.
 func objects(t *testing.T, text []byte) map[string]object {
 	t.Helper()
 	typed, err := decode.Stream(bytes.NewReader(text))
