@@ -72,15 +72,15 @@ type HTTP struct {
 	MaxHeadFields       int
 	RequestHeadTimeout  time.Duration // for the head of a request; zero: no limit
 	RequestTimeout      time.Duration // from the whole request to the head of its response; zero: no limit
-	UpstreamIdleTimeout time.Duration // closes idle HTTP/1 connections to upstreams; zero keeps none
+	UpstreamIdleTimeout time.Duration // closes idle HTTP/1 connections to upstreams; zero: no reuse
 	InboundFields       httpforward.Fields
 	OutboundFields      httpforward.Fields
 }
 
 // DNS configures the resolver.
 type DNS struct {
-	Capture   bool             // serve the workload's queries, which rules redirect to port 15053
-	Servers   []netip.AddrPort // upstreams; none: those of ResolvConf
+	Capture   bool             // serve the workload's queries; the rules redirect them to port 15053
+	Servers   []netip.AddrPort // upstreams; empty: those of ResolvConf
 	CacheSize int              // in answers; zero: no cache
 }
 
@@ -152,7 +152,7 @@ func Default() Config {
 		AccessLog: AccessLog{Path: "/dev/stdout", Encoding: "text"},
 		Metrics:   Metrics{MaxSeries: metrics.DefaultMaxSeries},
 		Status:    Status{Profiling: true},
-		Workload:  Workload{Pod: podinfo.Nobody()},
+		Workload:  Workload{Pod: podinfo.UnknownPod()},
 		LogLevel:  new(slog.LevelVar),
 	}
 }

@@ -197,6 +197,7 @@ func (a *Agent) upstreamStats(direction flow.Direction) metrics.Upstream {
 			sum.Active += int(s.Active.Load())
 			sum.Connected += s.Connected.Load()
 			sum.Failed += s.Failed.Load()
+			sum.Redialled += s.Redialled.Load()
 			sum.Reused += s.Reused.Load()
 			sum.Missed += s.Missed.Load()
 			sum.Retried += s.Retried.Load()

@@ -10,21 +10,30 @@ import (
 	"testing"
 )
 
-// refused is the body of the answer to a request whose upstream refuses the connection. People's alerts know it.
-const refused = "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure, " +
-	"transport failure reason: delayed connect error: Connection refused"
+// refused is the body of the answer to a request whose upstream refuses the connection, without and with retries. People's
+// alerts know it.
+const (
+	refused = "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure, " +
+		"transport failure reason: delayed connect error: Connection refused"
+	refusedAgain = "upstream connect error or disconnect/reset before headers. retried and the latest reset reason: remote " +
+		"connection failure, transport failure reason: delayed connect error: Connection refused"
+)
 
 func TestRequestToRefusingUpstreamIsAnswered503(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, patientWithClients...)
 	s.eachDirection(t, func(t *testing.T, w way) {
+		want, flags := refused, "flags=UF"
+		if w == s.outbound() {
+			want, flags = refusedAgain, "flags=UF,URX"
+		}
 		for _, http2 := range []bool{false, true} {
 			response := w.askRefused(t, http2, "/refused", "text/plain")
-			if got := text(t, response); response.StatusCode != 503 || got != refused {
+			if got := text(t, response); response.StatusCode != 503 || got != want {
 				t.Errorf("HTTP/2 %v: status %d, %q", http2, response.StatusCode, got)
 			}
 		}
-		s.requestRecord(t, "path=/refused", "status=503", "flags=UF", "reason=upstream_refused", "Connection_refused")
+		s.requestRecord(t, "path=/refused", "status=503", flags, "reason=upstream_refused", "Connection_refused")
 	})
 }
 

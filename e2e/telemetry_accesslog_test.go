@@ -228,7 +228,11 @@ func TestAccessLogOfFailedRequestsAndUpgrades(t *testing.T) {
 			if text(t, response); response.StatusCode != 503 {
 				t.Errorf("status %d", response.StatusCode)
 			}
-			ended(t, path, "POST "+path+" HTTP/1.1", "503", "UF",
+			flags := "UF"
+			if w == s.outbound() { // a dial is attempted three times
+				flags = "UF,URX"
+			}
+			ended(t, path, "POST "+path+" HTTP/1.1", "503", flags,
 				"upstream_reset_before_response_started{remote_connection_failure|"+refusedBy+"}", refusedBy)
 		})
 		t.Run("downstream leaves", func(t *testing.T) {

@@ -102,6 +102,9 @@ func (p *Plan) Live() []ruleset.Held {
 
 // planInit calls underWay for the mark of open TPROXY connections.
 func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay func(*Plan, survey) uint32) (*Plan, error) {
+	if err := kernel.Unmapped(spec); err != nil {
+		return nil, err
+	}
 	plan := &Plan{spec: spec, backend: backend}
 	s, err := plan.look(ctx)
 	if err != nil {
@@ -200,14 +203,14 @@ func (p *Plan) wantedNFTables() [2]ruleset.Ruleset {
 	return wanted
 }
 
-// look makes a survey. Without the capability for it, the plan can still be shown, but not committed.
+// look makes a survey. Without permission for it, the plan can still be shown, but not committed.
 func (p *Plan) look(ctx context.Context) (survey, error) {
 	var s survey
 	err := kernel.MissingCapability(false)
 	if err == nil {
 		s, err = look(ctx)
 	}
-	if errors.As(err, new(kernel.MissingCapabilityError)) {
+	if kernel.IsRefused(err) {
 		p.Unread = err
 		s = survey{stores: storesUnread(ctx)}
 		if s.ipv6, err = kernel.ReadIPv6(); err == nil {

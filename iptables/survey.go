@@ -35,7 +35,7 @@ type store struct {
 	rules    ruleset.Ruleset
 	unread   error               // why the rules could not be listed
 	opaque   []ruleset.TableName // tables with rules that iptables cannot show
-	hidden   bool                // there are tables, but no program to read them
+	hidden   error               // why tables that exist, or may exist, were not read
 	ours     bool                // it holds rules of ours
 	occupied bool                // it holds rules that are not ours
 	chains   []nft.Chain         // nftables chains in the tables that we use; empty for legacy
@@ -133,8 +133,14 @@ func (t *store) list(ctx context.Context) (*xtables.Process, error) {
 	}
 	// All existing tables are listed: rules of others in any of them make the flavour occupied.
 	exists, err := xtables.LegacyTablesExist(t.family)
-	t.hidden = exists && t.missing != nil
-	if !exists || t.hidden || err != nil {
+	switch {
+	case errors.Is(err, xtables.ErrHiddenTables):
+		t.hidden = err
+		return nil, nil
+	case exists:
+		t.hidden = t.missing
+	}
+	if !exists || t.hidden != nil || err != nil {
 		return nil, err
 	}
 	if err := kernel.MissingCapability(true); err != nil {
@@ -218,6 +224,8 @@ var errNoFlavour = errors.New("no iptables")
 // usable returns why the store cannot be changed, if it holds our rules or is to hold the wanted ones.
 func (t store) usable(want ruleset.Ruleset) error {
 	switch {
+	case t.missing == nil && t.hidden != nil:
+		return fmt.Errorf("%s %s rules: %w", t.flavour, t.family, t.hidden)
 	case t.missing == nil:
 	case t.flavour == ruleset.Native:
 		return fmt.Errorf("%s rules: %w", t.family, t.missing)

@@ -233,7 +233,7 @@ mangle and nat, not filter. No packet is sent.
 			return func(given string) (uint32, error) {
 				number, err := strconv.ParseUint(given, 10, 32)
 				if err != nil {
-					return 0, fmt.Errorf("%q is not a user or group: use a number such as 1000", given)
+					return 0, fmt.Errorf("%s is not a user or group: use a number such as 1000", capture.Quoted(given))
 				}
 				*into, *text = uint32(number), given
 				return *into, nil

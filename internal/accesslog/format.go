@@ -74,6 +74,7 @@ const (
 	verbReceived
 	verbSent
 	verbDuration
+	verbAttempts
 	verbCluster
 	verbAddress
 	verbServerName
@@ -158,6 +159,7 @@ var operators = func() []operator {
 		{"BYTES_SENT", takesNone, piece{does: verbSent, number: true}},
 		{"DURATION", takesNone, piece{does: verbDuration, number: true}},
 		{"UPSTREAM_HOST", takesNone, piece{does: verbAddress, address: upstreamRemote}},
+		{"UPSTREAM_REQUEST_ATTEMPT_COUNT", takesNone, piece{does: verbAttempts, number: true}},
 		{"UPSTREAM_CLUSTER", takesNone, piece{does: verbCluster}},
 		{"UPSTREAM_CLUSTER_RAW", takesNone, piece{does: verbCluster}},
 		{"REQUESTED_SERVER_NAME", takesNone, piece{does: verbServerName}},

@@ -98,6 +98,7 @@ func TestOperators(t *testing.T) {
 	inbound.HTTP.ResponseFields = [][]byte{[]byte("text/html")}
 	inbound.HTTP.GRPCStatus = []byte("16")
 	tcp := connection(flow.Outbound, flow.Opaque, flow.UpstreamTimeout)
+	tcp.Attempts = 3
 	host, err := os.Hostname()
 	if err != nil {
 		t.Fatal(err)
@@ -123,6 +124,8 @@ func TestOperators(t *testing.T) {
 		{"%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%", inbound, "[2001:db8::1]:0 2001:db8::1 0"},
 		{"%DOWNSTREAM_DIRECT_REMOTE_ADDRESS% %DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_DIRECT_REMOTE_PORT%", inbound, "198.51.100.1:61751 198.51.100.1 61751"},
 		{"%UPSTREAM_CLUSTER% %UPSTREAM_CLUSTER_RAW% %UPSTREAM_HOST%", inbound, "inbound|80|| inbound|80|| 198.51.100.2:80"},
+		{"%UPSTREAM_REQUEST_ATTEMPT_COUNT%", inbound, "0"},
+		{"%UPSTREAM_REQUEST_ATTEMPT_COUNT%", tcp, "3"},
 		{"%GRPC_STATUS% %GRPC_STATUS_NUMBER%", inbound, "Unauthenticated 16"},
 		{"%GRPC_STATUS% %GRPC_STATUS_NUMBER%", outbound, "- -"},
 		{"%HOSTNAME% %TRAFFIC_DIRECTION%", inbound, host + " INBOUND"},

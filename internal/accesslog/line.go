@@ -143,6 +143,8 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 		return strconv.AppendUint(dst, r.Sent.Load(), 10), true
 	case verbDuration:
 		return strconv.AppendInt(dst, lasted.Milliseconds(), 10), true
+	case verbAttempts:
+		return strconv.AppendInt(dst, int64(r.Attempts), 10), true // 0 without an attempt, as in Envoy
 	case verbCluster:
 		return orMissing(p, dst, r.Cluster)
 	case verbAddress:

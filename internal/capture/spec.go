@@ -233,7 +233,7 @@ func (s Spec) validateMode() error {
 		return nil
 	case TPROXY:
 	default:
-		return &FieldError{Field: "Mode", Err: fmt.Errorf("%q is not a mode; use %s or %s", s.Mode, Redirect, TPROXY)}
+		return &FieldError{Field: "Mode", Err: fmt.Errorf("%s is not a mode; use %s or %s", Quoted(string(s.Mode)), Redirect, TPROXY)}
 	}
 	if s.TPROXYMark == 0 || s.TPROXYMark == LoopMark {
 		return &FieldError{Field: "TPROXYMark", Value: fmt.Sprint(s.TPROXYMark),

@@ -43,7 +43,8 @@ type Sources struct {
 // Upstream is what is counted of a direction's upstream connections.
 type Upstream struct {
 	Active            int    // open now, carrying something or in the pool
-	Connected, Failed uint64 // dials
+	Connected, Failed uint64 // attempts to connect
+	Redialled         uint64 // of these, the second and third ones of a dial
 	Reused, Missed    uint64 // requests that found a connection in the pool, or looked in vain
 	Retried           uint64 // requests that were sent once more
 }
@@ -290,6 +291,7 @@ func (m *Metrics) fromSources(f *families) {
 		total := f.counter("envoy_cluster_upstream_cx_total", "Attempts to connect upstream.")
 		failed := f.counter("envoy_cluster_upstream_cx_connect_fail", "Failed attempts to connect upstream.")
 		retries := f.counter("envoy_cluster_upstream_rq_retry", "Requests retried on a fresh upstream connection.")
+		redialled := f.counter("pillion_redials_total", "Second and third attempts to connect upstream.")
 		reused := f.counter("pillion_pool_reused_total", "Requests that reused a pooled connection.")
 		missed := f.counter("pillion_pool_missed_total", "Requests that found no pooled connection.")
 		for i := range m.directions {
@@ -299,6 +301,7 @@ func (m *Metrics) fromSources(f *families) {
 			total.counts(n.Connected+n.Failed, cluster)
 			failed.counts(n.Failed, cluster)
 			retries.counts(n.Retried, cluster)
+			redialled.counts(n.Redialled, direction)
 			reused.counts(n.Reused, direction)
 			missed.counts(n.Missed, direction)
 		}

@@ -74,7 +74,8 @@ func (c *Conn) Dial(to upstream.Target) bool {
 	c.Record.Upstream = to.Address
 	dialer := c.role.dialer
 	dialer.Timeout = c.Settings.ConnectTimeout
-	up, err := dialer.Dial(c.w, to)
+	up, attempts, err := dialer.Dial(c.w, to)
+	c.Record.Attempts = uint8(attempts)
 	if err != nil {
 		c.Record.TransportFailure = upstream.TransportFailure(err)
 		return c.abandon(upstream.Reason(err), err)

@@ -211,10 +211,11 @@ func (c *Conn) Quiet() bool {
 	return err == ErrAgain
 }
 
-// Track increments n, and decrements it when the connection is closed.
-func (c *Conn) Track(n *atomic.Int64) {
-	n.Add(1)
+// Track increments n and returns its new value. It is decremented when the descriptor is closed. With a Layer, that may
+// be after Close returns.
+func (c *Conn) Track(n *atomic.Int64) int64 {
 	c.open = n
+	return n.Add(1)
 }
 
 // Rest detaches the connection from its waiter, until the next wait.

@@ -37,6 +37,11 @@ const (
 	// the rest must be kept in memory.
 	maxEncoded = 16 << 10
 
+	// maxUnsent bounds the encoded bytes that wait for the socket while the layer reads. A layer may write when it reads, to
+	// answer a key update for example. A peer that asks without reading the answers is not read from beyond this. It is
+	// much more than one write encodes, because a peer may be waiting to be read before it reads.
+	maxUnsent = 4 * maxEncoded
+
 	// lingerTime is how long a closed connection with a Layer tries to send its unsent bytes.
 	lingerTime = 30 * time.Second
 )
@@ -48,6 +53,7 @@ type layered struct {
 	unsent *Buffer // encoded output that the socket has not taken; may be nil
 
 	more     bool  // the layer may have data, independently of the socket
+	stalled  bool  // reading waits until unsent is sent; see maxUnsent
 	peeked   bool  // peek is valid
 	peek     byte  // decoded by Quiet, to be returned by the next read
 	finished bool  // the socket has returned io.EOF
@@ -67,9 +73,14 @@ func (c *Conn) SetLayer(read *Buffer, layer func(*Socket) Layer) {
 // Bare reports whether the connection has no layer. Only such a connection can be spliced.
 func (c *Conn) Bare() bool { return c.layer == nil }
 
-// Read returns raw bytes, with results like those of Conn.Read on a bare connection.
+// Read returns raw bytes, with results like those of Conn.Read on a bare connection. It also returns ErrAgain while more
+// than maxUnsent bytes are unsent.
 func (s *Socket) Read(p []byte) (int, error) {
 	l := s.c.layer
+	if l.unsent != nil && l.unsent.Len() > maxUnsent && l.flush(s.c) == ErrAgain {
+		l.stalled = true
+		return 0, ErrAgain
+	}
 	if l.ahead != nil {
 		n := copy(p, l.ahead.Bytes())
 		if l.ahead.Discard(n); l.ahead.Len() == 0 {
@@ -89,6 +100,9 @@ func (s *Socket) Read(p []byte) (int, error) {
 // take, and sends them before any others.
 func (s *Socket) Write(p []byte) (int, error) {
 	l := s.c.layer
+	if l.writeErr != nil {
+		return 0, l.writeErr
+	}
 	rest := p
 	for l.unsent == nil && len(rest) > 0 {
 		n, err := s.c.writeSocket(rest)
@@ -130,7 +144,7 @@ func (l *layered) read(p []byte) (int, error) {
 	if n > 0 {
 		err = nil
 	}
-	l.more = l.readErr != nil || l.ahead != nil || n > 0 && l.Buffered()
+	l.more = l.readErr != nil || !l.stalled && l.ahead != nil || n > 0 && l.Buffered()
 	return n, err
 }
 
@@ -183,13 +197,20 @@ func (l *layered) flush(c *Conn) error {
 }
 
 // flushWaiting flushes before a wait for the connection, because its owner cannot see the unsent bytes. It reports whether
-// the flush has just failed; the wait must then return.
-func (l *layered) flushWaiting(c *Conn) (failed bool) {
+// the owner must try again at once: the flush failed, or a read that was stalled can go on.
+func (l *layered) flushWaiting(c *Conn) (news bool) {
 	if l.unsent == nil || l.writeErr != nil {
-		return false
+		return l.stalled && l.resume()
 	}
-	err := l.flush(c)
-	return err != nil && err != ErrAgain
+	if err := l.flush(c); err != nil && err != ErrAgain {
+		return true
+	}
+	return l.stalled && (l.unsent == nil || l.unsent.Len() <= maxUnsent) && l.resume()
+}
+
+func (l *layered) resume() bool {
+	l.stalled, l.more = false, true
+	return true
 }
 
 // closeWrite writes the close message. FIN follows when all bytes are sent.
@@ -240,6 +261,7 @@ func (c *Conn) closeLayered() {
 		c.poller.forget(c)
 	}
 	c.closed, c.fd, c.layer, c.open = true, -1, nil, nil
+	rest.poller.sending.Add(1)
 	rest.poller.lingering.Go(rest.linger)
 }
 
@@ -248,6 +270,7 @@ func (c *Conn) closeLayered() {
 func (c *Conn) linger() {
 	w := NewWaiter(c.poller.life)
 	defer w.Close()
+	defer c.poller.sending.Add(-1)
 	for deadline := time.Now().Add(lingerTime); c.layer.flush(c) == ErrAgain; {
 		if w.Wait(deadline, c, nil) != nil {
 			_ = sockopt.SetReset(c.fd) // cannot fail on an open TCP socket

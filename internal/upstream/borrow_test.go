@@ -41,7 +41,7 @@ func TestBorrowedPortsAvoidTheClientsOwnConnections(t *testing.T) {
 		dialer := Dialer{Poller: poller, Timeout: nettest.Patience, Borrow: borrower}
 		target := Target{Source: c.client, Borrowed: true, Address: listener.Addr()}
 		dial := func() (conn *tcp.Conn, err error) {
-			pod.Do(t, func() error { conn, err = dialer.Dial(w, target); return nil })
+			pod.Do(t, func() error { conn, _, err = dialer.Dial(w, target); return nil })
 			return conn, err
 		}
 		serve := func(first uint16) (done []func()) {

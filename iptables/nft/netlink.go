@@ -84,8 +84,8 @@ func Chains() ([]Chain, error) {
 	switch {
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT):
 		return nil, fmt.Errorf("nftables: %w", kernel.ErrNoKernelSupport)
-	case errors.Is(err, unix.EPERM): // a capability in a user namespace that does not own this network namespace
-		return nil, kernel.MissingCapabilityError("NET_ADMIN")
+	case errors.Is(err, unix.EPERM):
+		return nil, fmt.Errorf("listing nftables chains: %w", kernel.Refused(false))
 	case err != nil:
 		return nil, fmt.Errorf("listing nftables chains: %w", err)
 	}
@@ -231,8 +231,8 @@ func transact(requests []*nl.NetlinkRequest) error {
 	if err := socket.SetReceiveTimeout(&nl.SocketTimeoutTv); err != nil {
 		return err
 	}
-	if err := unix.SetsockoptInt(socket.GetFd(), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, len(batch)+1<<16); err != nil {
-		return fmt.Errorf("making room for a transaction of %d bytes: %w", len(batch), err)
+	if err := makeRoom(socket.GetFd(), len(batch)); err != nil {
+		return err
 	}
 	if err := unix.Sendto(socket.GetFd(), batch, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
@@ -258,6 +258,28 @@ func transact(requests []*nl.NetlinkRequest) error {
 			}
 		}
 	}
+}
+
+// makeRoom enlarges the send buffer for a transaction of size bytes, which is one message. SO_SNDBUFFORCE needs
+// CAP_NET_ADMIN in the first user namespace, which the root of another one does not have; SO_SNDBUF has a limit.
+func makeRoom(fd, size int) error {
+	const reserved = 32 // netlink_sendmsg refuses more than the buffer less these bytes
+	var room int
+	for _, option := range []int{0, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF} {
+		if option != 0 {
+			// A refusal leaves the buffer as it is.
+			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, size+reserved)
+		}
+		buffer, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+		if err != nil {
+			return fmt.Errorf("reading the size of a netlink socket's send buffer: %w", err)
+		}
+		if room = buffer - reserved; size <= room {
+			return nil
+		}
+	}
+	return fmt.Errorf("the transaction has %d bytes, and the kernel takes %d in this user namespace: "+
+		"capture with fewer networks, ports or groups, raise the sysctl net.core.wmem_max on the node, or use iptables", size, room)
 }
 
 // bracket begins or ends a batch for nftables.

@@ -325,7 +325,7 @@ var features = []struct{ expression, module string }{
 func (s subject) explain(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM):
-		return kernel.MissingCapabilityError("NET_ADMIN")
+		return kernel.Refused(false)
 	case !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EPROTONOSUPPORT) && !errors.Is(err, unix.EAFNOSUPPORT):
 	case s.hook.kind != "":
 		return fmt.Errorf("a chain of type %s in family inet: %w: %w; load nft_chain_nat and nf_tables_inet on the node, or use iptables", s.hook.kind, err, kernel.ErrNoKernelSupport)

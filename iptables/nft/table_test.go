@@ -47,7 +47,7 @@ func TestARefusalNamesTheRuleAndTheMissingModule(t *testing.T) {
 		{rule(ruleset.Rule{ID: "a", Target: ruleset.Return{}}), unix.ENOENT, "load nf_tables on the node"},
 		{rule(ruleset.Rule{ID: "a", Target: ruleset.Return{}}), unix.EINVAL, "rule a: invalid argument"},
 		{subject{hook: hooks[ruleset.Place{Table: ruleset.NAT, Chain: ruleset.ChainBuiltOutput}]}, unix.EOPNOTSUPP, "a chain of type nat in family inet: operation not supported: "},
-		{subject{}, unix.EPERM, "capability CAP_NET_ADMIN is missing"},
+		{subject{}, unix.EPERM, kernel.Refused(false).Error()},
 		{subject{}, unix.EBUSY, "device or resource busy"},
 	} {
 		err := test.subject.explain(test.err)

@@ -111,6 +111,8 @@ func meaning(c ruleset.Change) string {
 		return found.does
 	case c.Kind == ruleset.Duplicate:
 		return "the rule exists more than once, and the first one decides"
+	case c.Kind == ruleset.Reordered && !ownComment.MatchString(c.Found):
+		return "it is not ours and precedes our jump: DNS queries may be lost"
 	case c.Kind == ruleset.Tampered:
 		return fmt.Sprintf("%s; instead, %s", wanted.lost, found.does)
 	}
@@ -126,7 +128,6 @@ var lostJump = map[ruleset.Place]string{
 	{Table: ruleset.NAT, Chain: ruleset.ChainPrerouting}:     "no inbound connection is captured",
 	{Table: ruleset.Mangle, Chain: ruleset.ChainPrerouting}:  "incoming packets are neither passed to the agent nor dropped as INVALID",
 	{Table: ruleset.Mangle, Chain: ruleset.ChainBuiltOutput}: "outgoing packets lack the marks of TPROXY, and answers bypass the agent",
-	{Table: ruleset.Raw, Chain: ruleset.ChainPrerouting}:     "answers of name servers are mistaken for answers of the agent",
 	{Table: ruleset.Raw, Chain: ruleset.ChainBuiltOutput}:    "captured and other DNS queries share a conntrack zone",
 }
 
@@ -211,13 +212,8 @@ func ahead(h ruleset.Held) []string {
 
 // fate is what happens to a matching packet that our rules may then not see.
 func fate(r ruleset.Rule, chain string) string {
-	words := ruleset.SplitWords(r.Line(chain))
-	at := slices.IndexFunc(words, func(word string) bool { return word == "-j" || word == "-g" })
-	if at < 0 || at == len(words)-1 {
-		return ""
-	}
-	switch target := words[at+1]; {
-	case slices.Contains(goesOn, target):
+	switch target := r.TargetName(); {
+	case r.Continues(chain):
 		return ""
 	case target == "DROP", target == "REJECT":
 		return "matching packets are dropped before our rules see them"
@@ -228,12 +224,5 @@ func fate(r ruleset.Rule, chain string) string {
 	}
 }
 
-// ends and goesOn are targets of iptables: after those in goesOn the next rule is tried.
-var (
-	ends = []string{"ACCEPT", "RETURN", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "REDIRECT", "TPROXY", "QUEUE", "NFQUEUE"}
-
-	goesOn = []string{
-		"MARK", "CONNMARK", "CT", "NOTRACK", "LOG", "NFLOG", "ULOG", "TRACE", "CLASSIFY", "DSCP", "TOS", "TTL", "HL", "ECN",
-		"SECMARK", "CONNSECMARK", "SET", "TEE", "AUDIT", "CHECKSUM", "TCPMSS", "TCPOPTSTRIP", "IDLETIMER", "LED", "RATEEST",
-	}
-)
+// ends are targets of iptables that decide about a packet.
+var ends = []string{"ACCEPT", "RETURN", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "REDIRECT", "TPROXY", "QUEUE", "NFQUEUE"}

@@ -54,9 +54,9 @@ func TestCheckNamesChangesOfTheNamespace(t *testing.T) {
 		{"nothing", "", true, "the rules match"},
 		{"a jump removed", "iptables-nft -t mangle -D OUTPUT 1", false,
 			"missing: ipv4 nft mangle OUTPUT: leaving/jump, -p tcp -j PILLION_OUTPUT: outgoing packets lack the marks of TPROXY"},
-		{"two jumps removed", "iptables-nft -t raw -D PREROUTING 1; iptables-nft -t raw -D OUTPUT 1", false,
-			"missing: ipv4 nft raw PREROUTING: zone/arriving/jump, -p udp -j PILLION_INBOUND: answers of name servers\n" +
-				"missing: ipv4 nft raw OUTPUT: zone/leaving/jump, -p udp -j PILLION_OUTPUT: captured and other DNS queries share"},
+		{"two jumps removed", "iptables-nft -t raw -D OUTPUT 1; iptables-nft -t nat -D OUTPUT 1", false,
+			"missing: ipv4 nft raw OUTPUT: zone/leaving/jump, -p udp -j PILLION_OUTPUT: captured and other DNS queries share\n" +
+				"missing: ipv4 nft nat OUTPUT: outbound/jump, -j PILLION_OUTPUT: no outbound connection is captured"},
 		{"the redirection leads elsewhere", "ip6tables-nft -t nat -R PILLION_REDIRECT 1 -p tcp -m comment --comment pillion:outbound/redirect -j REDIRECT --to-ports 9", false,
 			"tampered: ipv6 nft nat PILLION_REDIRECT: outbound/redirect, found -p tcp -j REDIRECT --to-ports 9: matching packets do not reach port 15001; instead, matching packets go to port 9"},
 		{"the agent captured", "iptables-nft -t nat -D PILLION_OUTPUT -m owner --uid-owner 1337 -m comment --comment pillion:outbound/agent/uid/1337 -j RETURN", false,
@@ -79,8 +79,10 @@ func TestCheckNamesChangesOfTheNamespace(t *testing.T) {
 			"warning: ipv4 nft nat OUTPUT: -p tcp -m tcp --dport 443 -j ACCEPT precedes our jump: our rules do not see matching packets"},
 		{"a drop ahead of it, with a match that we do not know", "iptables-nft -t mangle -I PREROUTING -m ttl --ttl-eq 7 -j DROP", true,
 			"warning: ipv4 nft mangle PREROUTING: -m ttl --ttl-eq 7 -j DROP precedes our jump: matching packets are dropped before our rules see them"},
-		{"a jump ahead of it", "iptables-nft -t nat -N THEIRS; iptables-nft -t nat -I OUTPUT -j THEIRS", true,
-			"warning: ipv4 nft nat OUTPUT: -j THEIRS precedes our jump: matching packets go to THEIRS, and may not reach our rules"},
+		{"a jump ahead of it", "iptables-nft -t nat -N THEIRS; iptables-nft -t nat -I OUTPUT -p tcp -j THEIRS -m tcp --dport 80", true,
+			"warning: ipv4 nft nat OUTPUT: -p tcp -m tcp --dport 80 -j THEIRS precedes our jump: matching packets go to THEIRS, and may not reach our rules"},
+		{"a jump for DNS ahead of it", "iptables-nft -t nat -N THEIRS; iptables-nft -t nat -I OUTPUT -d 203.0.113.0/24 -j THEIRS", false,
+			"reordered: ipv4 nft nat OUTPUT: outbound/jump, found -d 203.0.113.0/24 -j THEIRS: it is not ours and precedes our jump: DNS queries may be lost"},
 		{"what decides nothing ahead of it", "iptables-nft -t mangle -I OUTPUT -j MARK --set-mark 7", true, "the rules match"},
 		{"an exception behind it", "iptables-nft -t nat -A OUTPUT -j ACCEPT", true, "the rules match"},
 	} {
