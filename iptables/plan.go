@@ -122,6 +122,9 @@ func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay 
 	if err != nil {
 		return nil, err
 	}
+	if warning := s.ipv6.Warning(); warning != "" && spec.IPv6 == capture.IPv6Wherever {
+		plan.Warnings = append(plan.Warnings, warning)
+	}
 	if wanted {
 		err := plan.addFamily(s, policy.RulesWithMark(spec, ruleset.IPv6, mark))
 		switch {
@@ -130,7 +133,7 @@ func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay 
 			if !s.ipv6.Source {
 				plan.Address = AddressAdded
 			}
-		case s.ipv6.Global || !errors.Is(err, errNoFlavour):
+		case s.ipv6.Global() || !errors.Is(err, errNoFlavour):
 			return nil, err
 		default:
 			if err := plan.giveUpIPv6(err); err != nil {

@@ -397,7 +397,7 @@ func TestCapturingNothingIsWarnedOf(t *testing.T) {
 
 func TestEverythingThatTheEnvironmentAloneCanSay(t *testing.T) {
 	nettest.RequireRoot(t)
-	ns := nettest.New(t, "pod")
+	ns, _ := nettest.PodAndPeer(t)
 	environment := []string{
 		"KUBE_VIRT_INTERFACES=vm0", "ISTIO_INBOUND_INTERCEPTION_MODE=TPROXY", "ISTIO_INBOUND_PORTS=8080", "ISTIO_INBOUND_TPROXY_MARK=0x7b",
 		"ISTIO_INBOUND_TPROXY_ROUTE_TABLE=200", "ISTIO_SERVICE_CIDR=*", "ISTIO_META_DNS_CAPTURE=true", "REDIRECT_DNS=false", "CAPTURE_ALL_DNS=true",
