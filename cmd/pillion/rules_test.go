@@ -89,7 +89,7 @@ func TestACheckServesAsAProbe(t *testing.T) {
 			t.Errorf("%s: got %+v", what, got)
 		}
 	}
-	check("nothing there", 1, "missing: ", "-i", "*")
+	check("nothing there", 1, "no rules of pillion are installed: nothing is captured\n", "-i", "*")
 	if after := state(t, ns); after != before {
 		t.Errorf("looking changed something: before:\n%s\nafter:\n%s", before, after)
 	}

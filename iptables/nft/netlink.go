@@ -66,6 +66,9 @@ type Chain struct {
 	hook            hook
 }
 
+// IsInet reports whether the chain is in a table of family inet.
+func (c Chain) IsInet() bool { return c.protocol == unix.NFPROTO_INET }
+
 // hook defines when the kernel calls a base chain and what it does with a packet that reaches the end.
 type hook struct {
 	kind           string // nat, filter or route
