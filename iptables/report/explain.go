@@ -100,6 +100,13 @@ func Explain(p trace.Packet, held []ruleset.Held, foreign []ruleset.ForeignChain
 		e.Met = append(e.Met, newShown(m.Rule, family, m.Place))
 		e.Uncertain = e.Uncertain || m.Unknown()
 	}
+	// The order of tables with the same priority is not visible.
+	others := slices.Clone(held)
+	slices.Reverse(others)
+	if other := trace.Trace(p, others...); other.Verdict != walk.Verdict {
+		e.Unless = append(e.Unless, "the order of two back ends with rules in the same table, of which the kernel calls the newer first: then "+other.InWords(p))
+		e.Uncertain = true
+	}
 	for _, c := range foreign {
 		if slices.Contains(hooks(p, walk.Verdict), c.Hook) && c.Decides(ruleset.FamilyOf(p.Dst.Addr()), walk.Verdict.Port != 0) {
 			e.Unless = append(e.Unless, fmt.Sprintf("%s: %s", c, c.Effects()))

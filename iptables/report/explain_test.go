@@ -129,7 +129,7 @@ func TestForeignRulesTakePartInATrace(t *testing.T) {
 		{"an exception in another flavour", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, fmt.Sprintf(before, "-A OUTPUT -j ACCEPT"))}, {Flavour: ruleset.Legacy, Rules: ours}},
 			"captured: goes to the agent's outbound port 15001", false},
 		{"a redirection in another flavour", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, fmt.Sprintf(before, "-A OUTPUT -p tcp -j REDIRECT --to-ports 8080"))}, {Flavour: ruleset.Legacy, Rules: ours}},
-			"redirected to port 8080 by a rule that is not ours", false},
+			"redirected to port 8080 by a rule that is not ours", true},
 		{"a drop", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, "*mangle\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j DROP\nCOMMIT\n")}, {Flavour: ruleset.Legacy, Rules: ours}},
 			"dropped: by a rule that is not ours", false},
 		{"a policy", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, "*mangle\n:OUTPUT DROP [0:0]\nCOMMIT\n")}, {Flavour: ruleset.Legacy, Rules: ours}},
