@@ -74,8 +74,8 @@ var meddlingWithNFT = []struct{ name, commands, want string }{
 	{"a rule for IPv6 in a base chain", "insert rule inet pillion nat_output meta nfproto ipv6 accept comment \"pillion:x\"", "extra OUTPUT"},
 	{"the jumps gone", "flush chain inet pillion nat_output", "missing OUTPUT outbound/jump, missing OUTPUT outbound/jump"},
 	{"a policy", "add chain inet pillion nat_output { policy drop; }", "extra OUTPUT [a chain of nftables that is not ours: nat_output"},
-	{"a base chain of somebody else", "add chain inet pillion theirs { type filter hook input priority 0; policy drop; }", "extra theirs [a chain of nftables that is not ours"},
-	{"a chain of somebody else", "add chain inet pillion theirs; add rule inet pillion theirs jump ipv4_nat_redirect", "extra theirs [a chain of nftables that is not ours, extra theirs [a rule of nftables"},
+	{"a foreign base chain", "add chain inet pillion theirs { type filter hook input priority 0; policy drop; }", "extra theirs [a chain of nftables that is not ours"},
+	{"a foreign chain", "add chain inet pillion theirs; add rule inet pillion theirs jump ipv4_nat_redirect", "extra theirs [a chain of nftables that is not ours, extra theirs [a rule of nftables"},
 	{"a chain of an earlier version", "add chain inet pillion ipv4_nat_old", "extra PILLION_OLD"},
 	{"a chain that is called elsewhere", "delete table inet pillion; add table inet pillion; add chain inet pillion nat_output { type nat hook output priority 5; }; add rule inet pillion nat_output accept comment \"pillion:x\"", "everything"},
 	{"a table put to sleep", "add table inet pillion { flags dormant; }", "everything"},
@@ -175,7 +175,7 @@ func TestATableOfOthersWithOurNameIsNamedAndKept(t *testing.T) {
 	}
 }
 
-// What others have put into our table is removed, and named.
+// Chains and sets that others have added to our table are named when they are removed.
 func TestWhatIsRemovedFromOurTableIsNamed(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false)
@@ -418,7 +418,7 @@ func TestNFTablesReplaceIPTablesWithoutKernelSupport(t *testing.T) {
 		// IPv4 is made, and taken back when IPv6 fails.
 		breakProgram(t, rulestest.UsePrograms(t, false, ruleset.Legacy), "ip6tables-legacy-restore", fmt.Sprintf(`echo "%s" >&2; exit 3`, strings.ReplaceAll(complaint, "`", "\\`")))
 		if _, err := initBy(pod, rulestest.CaptureAll, IPTables); err == nil || !strings.HasSuffix(err.Error(), "; the former state is restored") {
-			t.Errorf("iptables was asked for: got error %v", err)
+			t.Errorf("iptables is required: got error %v", err)
 		}
 		plan, err := initIn(pod, rulestest.CaptureAll)
 		if err != nil {

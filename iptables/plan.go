@@ -199,8 +199,8 @@ func (p *Plan) order() {
 	slices.SortStableFunc(p.Steps, func(a, b Step) int { return rank(a) - rank(b) })
 	if i := slices.IndexFunc(p.Steps, func(s Step) bool { return s.Flavour == ruleset.Native }); i >= 0 {
 		p.Steps[i].Input = nft.Script(p.wantedNFTables())
-		if len(p.table.Strangers) > 0 {
-			p.Warnings = append(p.Warnings, fmt.Sprintf("the nftables table inet %s is ours alone; removed from it: %s", nft.TableName, strings.Join(p.table.Strangers, ", ")))
+		if len(p.table.Others) > 0 {
+			p.Warnings = append(p.Warnings, fmt.Sprintf("the nftables table inet %s is ours alone; removed from it: %s", nft.TableName, strings.Join(p.table.Others, ", ")))
 		}
 	}
 }

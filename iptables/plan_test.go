@@ -162,8 +162,8 @@ func TestChangedRulesAreRepaired(t *testing.T) {
 					if changes := ruleset.Diff(policy.Rules(rulestest.CaptureAll, family), rules); len(changes) > 0 {
 						t.Errorf("%s is not mended: %v", family, changes)
 					}
-					if strings.Contains(m.Name, "stranger's rule") && !strings.Contains(rules.String(), "-j ACCEPT") {
-						t.Errorf("%s: the stranger's rule is gone", family)
+					if strings.Contains(m.Name, "foreign rule") && !strings.Contains(rules.String(), "-j ACCEPT") {
+						t.Errorf("%s: the foreign rule is gone", family)
 					}
 				}
 			})
@@ -277,7 +277,7 @@ func TestTheFlavourThatHoldsOurRulesIsKept(t *testing.T) {
 			mustInit(t, pod, rulestest.CaptureAll)
 			foreignRules(t, pod, ruleset.Legacy)
 		}, ruleset.NFT},
-		{"ours are in legacy, where nobody else is", func(t *testing.T, pod *nettest.Namespace) {
+		{"ours are in legacy, without others", func(t *testing.T, pod *nettest.Namespace) {
 			path := os.Getenv("PATH")
 			rulestest.UsePrograms(t, false, ruleset.Legacy)
 			mustInit(t, pod, rulestest.CaptureAll)
@@ -511,7 +511,7 @@ func TestPlanningChangesNothing(t *testing.T) {
 		pod.Do(t, func() error {
 			plan, err := PlanInit(context.Background(), rulestest.CaptureAll, "")
 			if err == nil && (plan.Unchanged() || plan.String() == "") {
-				t.Error("the plan says nothing")
+				t.Error("the plan has no text")
 			}
 			return err
 		})
@@ -557,7 +557,7 @@ func TestIPv6IsJudgedByEachInterface(t *testing.T) {
 			disabled string // sysctls, in this order
 			address  string // of eth0 afterwards
 			families int    // with rules
-			problem  string // the error if there are none, else the warning
+			problem  string // the error if there are no rules, else the warning
 		}{
 			{"everywhere", "all=1", "", 1, ""},
 			{"on no interface that exists", "all=1 lo=0 eth0=0", "2001:db8:1::2/64", 2, ""},

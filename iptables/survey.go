@@ -175,7 +175,7 @@ func (t *store) read(listing *xtables.Process) {
 
 // foreignTableError is why our nftables table cannot be used.
 func foreignTableError(table nft.Table) error {
-	return fmt.Errorf("nftables has a table inet %s that is not ours (%s)", nft.TableName, strings.Join(table.Strangers, ", "))
+	return fmt.Errorf("nftables has a table inet %s that is not ours (%s)", nft.TableName, strings.Join(table.Others, ", "))
 }
 
 // foreignChains returns the base chains that are not ours and that the rulesets of the stores do not contain. It reads the

@@ -87,9 +87,9 @@ func ReadIPv6() (IPv6State, error) {
 // disableLoopback is the sysctl that disables IPv6 on the loopback.
 const disableLoopback = "net.ipv6.conf." + ruleset.Loopback + ".disable_ipv6"
 
-// Wanted reports whether IPv6 gets rules. It lists addresses only if the choice depends on them. Without IPv6 on the
-// loopback, nothing can be captured, because redirected packets go to ::1; that is an error if an interface has a global
-// address, because its traffic would bypass the agent.
+// Wanted reports whether IPv6 gets rules. It lists addresses only if the choice depends on them. IPv6 cannot be
+// captured without IPv6 on the loopback, because redirected packets go to ::1. That is an error if an interface has a global
+// address: its traffic would bypass the agent.
 func (state IPv6State) Wanted(choice capture.IPv6Choice) (bool, error) {
 	if choice != capture.IPv6Wherever {
 		if used, err := inUse(choice); err != nil || !used {
@@ -111,8 +111,8 @@ func (state IPv6State) Warning() string {
 	return fmt.Sprintf("IPv6 is not captured: it is disabled on %s (%s) but not on %s, which has no global address now", ruleset.Loopback, disableLoopback, state.link)
 }
 
-// inUse reports whether the namespace has IPv6 as istio-iptables decides, which looks for addresses that are neither
-// loopback nor link-local. The address that an earlier run has added to the loopback does not count.
+// inUse reports whether the namespace has IPv6 as istio-iptables decides: by its addresses except loopback and link-local
+// ones. The address that an earlier run has added to the loopback does not count.
 func inUse(choice capture.IPv6Choice) (bool, error) {
 	addresses, err := net.InterfaceAddrs()
 	if err != nil {

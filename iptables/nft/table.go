@@ -36,8 +36,8 @@ type Table struct {
 	Rulesets [2]ruleset.Ruleset // in the order of Families
 	// Foreign means that the table belongs to others. Its rules are not in Rulesets.
 	Foreign bool
-	// Strangers names what is in the table and is not ours.
-	Strangers []string
+	// Others names what is in the table and is not ours.
+	Others []string
 }
 
 func newTable() Table {
@@ -69,11 +69,11 @@ func Read(chains []Chain) (Table, error) {
 	}
 	for _, c := range state.Chains {
 		if !c.isOurs() {
-			state.Strangers = append(state.Strangers, "chain "+c.Name)
+			state.Others = append(state.Others, "chain "+c.Name)
 		}
 	}
 	if others := int(uses) - len(state.Chains); others > 0 {
-		state.Strangers = append(state.Strangers, fmt.Sprintf("%d sets, maps or other objects", others))
+		state.Others = append(state.Others, fmt.Sprintf("%d sets, maps or other objects", others))
 	}
 	if !ours {
 		state.Foreign, state.Chains = true, nil
@@ -109,8 +109,8 @@ func (s *Table) addChain(c Chain, rules []kernelRule) {
 	}
 	decoded := decode(family, at, rules)
 	if !c.isOurs() {
-		stranger := ruleset.Rule{Foreign: fmt.Sprintf("-A %s [a chain of nftables that is not ours: %s]", at.Chain, c.describe())}
-		decoded[max(family, ruleset.IPv4)] = slices.Insert(decoded[max(family, ruleset.IPv4)], 0, stranger)
+		foreign := ruleset.Rule{Foreign: fmt.Sprintf("-A %s [a chain of nftables that is not ours: %s]", at.Chain, c.describe())}
+		decoded[max(family, ruleset.IPv4)] = slices.Insert(decoded[max(family, ruleset.IPv4)], 0, foreign)
 	}
 	for i, f := range ruleset.Families {
 		if family == f || family == 0 {

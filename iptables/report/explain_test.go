@@ -108,7 +108,7 @@ func TestVerdictsInWords(t *testing.T) {
 	}
 }
 
-// Rules of others take part, in the order in which the kernel calls them.
+// Rules of others take part in a trace.
 func TestForeignRulesTakePartInATrace(t *testing.T) {
 	ours := policy.Rules(rulestest.CaptureAll, ruleset.IPv4)
 	packet := rulestest.Sends(rulestest.Workload, rulestest.Workload, nettest.Elsewhere4, 80)

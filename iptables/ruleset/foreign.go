@@ -12,7 +12,7 @@ type ForeignChain struct {
 	Families []Family
 	Table    string // such as "inet firewall", or "ipv4 filter" for a legacy table
 	Name     string
-	Kind     string // nat, or filter and route, which do not differ here
+	Kind     string // nat, filter or route
 	Hook     string // ingress, prerouting, input, forward, output, postrouting or egress
 	Priority int
 	// Does lists effects, such as drop, dnat or "policy drop". It is never empty.
