@@ -86,8 +86,14 @@ var escapes = strings.NewReplacer(`\r`, "\r", `\n`, "\n", `\0`, "\x00", `\t`, "\
 
 // play acts a conversation out.
 func (c conversation) play(t *testing.T, configure ...func(*Config)) {
+	c.playOn(t, func(*rig) {}, configure...)
+}
+
+// playOn acts a conversation out on a rig that prepare has changed.
+func (c conversation) playOn(t *testing.T, prepare func(*rig), configure ...func(*Config)) {
 	o := newOrigin(t)
 	s := &stage{t: t, origin: o, rig: newRig(t, o.address, false, append([]func(*Config){plain}, configure...)...)}
+	s.rig.set(func() { prepare(s.rig) })
 	s.client = s.rig.dial(t)
 	for line := range strings.Lines(c.script) {
 		line = strings.TrimSpace(line)

@@ -298,7 +298,7 @@ func TestARealHTTP2ClientGetsAReplyIfUpstreamCannotBeReached(t *testing.T) {
 		}
 		body, err := io.ReadAll(response.Body)
 		response.Body.Close()
-		want := dialReply(syscall.ECONNREFUSED)
+		want := dialReply(syscall.ECONNREFUSED, false)
 		if response.StatusCode != 503 || err != nil || string(body) != want.body {
 			t.Errorf("%s, %q and %v", response.Status, body, err)
 		}
