@@ -37,7 +37,7 @@ func (o *backendOptions) choose() (iptables.Backend, error) {
 	case alias == iptables.Auto, alias == o.backend:
 		return o.backend, nil
 	}
-	return "", fmt.Errorf("--backend %s contradicts %s, which means %s: use one of them", o.backend, name, alias)
+	return "", valueError{fmt.Errorf("--backend %s contradicts %s, which means %s: use one of them", o.backend, name, alias)}
 }
 
 func parseBackend(text string) (iptables.Backend, error) {

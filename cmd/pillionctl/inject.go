@@ -78,7 +78,7 @@ func (f *files) bind(flags *pflag.FlagSet) {
 // rewrite changes all files, and then writes all of them as one stream.
 func (f *files) rewrite(cmd *cobra.Command, change func(text []byte, name string, warn func(string)) ([]byte, error)) error {
 	if len(f.from) == 0 {
-		return usageError{errors.New("no input: name a file by -f, or - for standard input")}
+		return usageError{Err: errors.New("no input: name a file by -f, or - for standard input")}
 	}
 	warn := func(text string) { fmt.Fprintln(cmd.ErrOrStderr(), "pillionctl: warning:", text) }
 	var out bytes.Buffer

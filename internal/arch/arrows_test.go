@@ -15,7 +15,7 @@ var arrows = []struct {
 	why  string
 }{
 	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/ruleset", "iptables/validate", "healthz",
-		"internal/capture", "internal/httpforward", "internal/live", "internal/netns", "internal/podinfo", "internal/proxyconfig", "internal/terminal"},
+		"internal/capture", "internal/checklist", "internal/commandline", "internal/httpforward", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/terminal"},
 		"the front door turns flags into configuration and hands it on; it decides nothing"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
 		"internal/accesslog", "internal/admin", "internal/dns", "internal/httpforward", "internal/listener", "internal/live", "internal/localaddr",
@@ -59,9 +59,11 @@ var arrows = []struct {
 	{"internal/accesslog", []string{"internal/envoy", "internal/flow"}, "a line tells what a record has"},
 	{"internal/admin", []string{"internal/envoy", "internal/flow", "internal/ownport"},
 		"what is open is read from the table; who is here is one question; all else that it shows comes in as values"},
+	{"internal/preflight", []string{"internal/capture", "internal/checklist", "internal/live", "internal/netns", "iptables", "iptables/kernel"},
+		"rules are tried in a namespace of their own; the agent reports its state as the live view"},
 	{"internal/terminal", []string{"internal/live"}, "what the terminal shows are values of the live view"},
 	{"internal/live", []string{"internal/envoy", "internal/flow", "internal/ownport"}, "what is shown is made of records, and for who is here"},
-	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
+	{"cmd/pillionctl", []string{"internal/commandline", "internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
 	{"internal/inject", []string{"internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
 		"what is written for init and agent is checked by the code with which they read it"},
 	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/localaddr", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
@@ -162,6 +164,8 @@ var rawCalls = map[string]string{
 	"iptables/nft":       "nftables by netlink",
 	"iptables/kernel":    "capabilities, and the constants of addresses and routes",
 	"iptables/validate":  "sockets of other users that prove the rules",
+	"internal/preflight": "limits of the process",
+	"internal/terminal":  "the size of a terminal, and its keys one by one",
 	"iptables/rulestest": "sockets with addresses that are not the machine's",
 }
 
