@@ -18,14 +18,14 @@ import (
 	"github.com/pillion-proxy/pillion/internal/live"
 )
 
-// pictures is the directory in which pictures of the page are kept, if it is set; docs/page.png is one of them.
+// pictures is where the pictures of the page stay when it is set; docs/page.png is one of them.
 const pictures = "PILLION_PICTURES"
 
-// A real browser opens the page and uses it. testdata/peers/page/page.mjs lists what the page promises.
-func TestThePageShowsWhatHappensInARealBrowser(t *testing.T) {
+// A browser opens the page as a person does. testdata/peers/page lists what it must find.
+func TestPageInABrowser(t *testing.T) {
 	const script = "testdata/peers/page"
 	if _, err := os.Stat(script + "/node_modules"); err != nil {
-		t.Fatalf("%v: make e2e fetches the browser's driver", err)
+		t.Fatalf("%v: make e2e fetches what the browser is driven with", err)
 	}
 	chromium, err := exec.LookPath("chromium")
 	if err != nil {
@@ -62,7 +62,7 @@ func TestThePageShowsWhatHappensInARealBrowser(t *testing.T) {
 	}
 }
 
-// pageStage makes the records of a pod of a shop.
+// pageStage makes the records of a pod that sells things.
 type pageStage struct {
 	view                    *live.View
 	table                   *flow.Table
@@ -86,7 +86,7 @@ func (s *pageStage) gates() []live.Gate {
 	return gates
 }
 
-// connect opens a connection and keeps it open.
+// connect opens a connection that stays.
 func (s *pageStage) connect(direction flow.Direction, downstream, destination string, protocol flow.Protocol, hello flow.Hello, age time.Duration) *flow.Record {
 	c := flow.Open(direction, netip.MustParseAddrPort(downstream))
 	c.OriginalDestination = netip.MustParseAddrPort(destination)
@@ -158,7 +158,7 @@ func (s *pageStage) busy() {
 	}
 }
 
-// steady makes requests for a while, so that pictures show lines.
+// steady goes on making requests, for pictures that are worth a look.
 func (s *pageStage) steady(long time.Duration) {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()

@@ -190,7 +190,7 @@ func recordsWithoutSecrets(ctx context.Context, admin *adminOptions) ([]byte, er
 // installedRules is the output of `pillion rules show` in this network namespace.
 func installedRules(ctx context.Context, _ *adminOptions) ([]byte, error) {
 	found, err := iptables.Look(ctx)
-	if errors.As(err, new(kernel.MissingCapabilityError)) {
+	if kernel.IsRefused(err) {
 		return nil, errNote{howToLook(err)}
 	}
 	if err != nil {

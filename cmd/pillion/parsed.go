@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/commandline"
 )
 
@@ -26,7 +28,7 @@ func parsedSwitch(flags *pflag.FlagSet, into *bool, name, short, usage string) {
 func parseSwitch(text string) (bool, error) {
 	on, err := strconv.ParseBool(text)
 	if err != nil {
-		return false, fmt.Errorf("%q is not a boolean: use true or false", text)
+		return false, fmt.Errorf("%s is not a boolean: use true or false", capture.Quoted(text))
 	}
 	return on, nil
 }
@@ -51,12 +53,22 @@ func (v *parsedValue[T]) Set(text string) error {
 
 var noArguments = commandline.NoArguments
 
+// shortened cuts the value that pflag repeats in an error.
+func shortened(err error) error {
+	var invalid *pflag.InvalidValueError
+	if !errors.As(err, &invalid) {
+		return err
+	}
+	return &namedError{strings.Replace(err.Error(), strconv.Quote(invalid.GetValue()), capture.Quoted(invalid.GetValue()), 1), err}
+}
+
 // flagError distinguishes an invalid value from an invalid command line. istio-iptables counts the values that its flags
 // parse themselves as invalid command lines.
 func flagError(cmd *cobra.Command, err error) error {
 	if usage := commandline.FlagError(cmd, err); usage != nil {
 		return usage
 	}
+	err = shortened(err)
 	var invalid *pflag.InvalidValueError
 	formal := []string{"bool", "uint16", "duration", "level"}
 	if errors.As(err, &invalid) && cmd.Name() == istioIPTables && slices.Contains(formal, invalid.GetFlag().Value.Type()) {

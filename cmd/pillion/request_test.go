@@ -49,7 +49,7 @@ func TestRequestPrintsWhatTheAgentAnswers(t *testing.T) {
 	}{
 		{args: "GET certs", want: outcome{stdout: "{\n \"certificates\": []\n}\n\n"}},
 		{args: "get /certs", want: outcome{stdout: "{\n \"certificates\": []\n}\n\n"}},
-		{args: "POST logging?level=debug", want: outcome{stdout: "active loggers:\n  pillion: debug\n\n"}},
+		{args: "POST logging?level=debug", want: outcome{stdout: "  wasm: debug\n  websocket: debug\n\n"}},
 		{args: "GET nothing", want: outcome{stdout: "  /stats/prometheus: print metrics in prometheus format\n      filter, usedonly, type: as above\n\n"}},
 		{args: "--debug-port=15020 PoSt drain a=b", want: outcome{stdout: "POST /drain a=b\n"}},
 		{args: "POST quitquitquit?x --debug-port 15020", want: outcome{stdout: "POST /quitquitquit?x \n"}},

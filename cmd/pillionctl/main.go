@@ -1,8 +1,8 @@
-// Command pillionctl is for operators: it injects manifests, takes injections out again, serves the admission webhook that
-// injects pods as they are created, and checks a cluster.
+// Command pillionctl adds pillion to manifests, removes it again, serves the admission webhook that injects pods as they are
+// created, and checks a cluster.
 //
-// This package translates flags into calls of other packages, and their errors into exit statuses. It is a program of its
-// own, so that its dependencies are not in every sidecar.
+// This package translates flags into calls of other packages, and errors into exit statuses. It is a separate program to
+// keep its dependencies out of the sidecar.
 package main
 
 import (
@@ -16,14 +16,14 @@ import (
 	"github.com/pillion-proxy/pillion/internal/commandline"
 )
 
-// Exit statuses, as those of pillion.
+// Exit statuses, the same as pillion's.
 const (
 	exitOK      = 0
 	exitFailure = 1
 	exitUsage   = commandline.ExitUsage
 )
 
-// version is stamped by the build.
+// version is set by the build.
 var version = "devel"
 
 func main() {
@@ -56,7 +56,7 @@ func newRoot() *cobra.Command {
 	root := commandline.Group(&cobra.Command{
 		Use:           "pillionctl",
 		Version:       version,
-		Short:         "Put pillion into pods",
+		Short:         "Add pillion to pods",
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	})

@@ -9,6 +9,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
 // ExitUsage is the exit status for an invalid command line.
@@ -36,7 +38,7 @@ func Group(cmd *cobra.Command) *cobra.Command {
 		if near := Nearest(args[0], names); near != "" {
 			remedy = fmt.Sprintf("did you mean %q?", near)
 		}
-		return UsageError{fmt.Errorf("unknown command %q for %q: %s", args[0], cmd.CommandPath(), remedy)}
+		return UsageError{fmt.Errorf("unknown command %s for %q: %s", capture.Quoted(args[0]), cmd.CommandPath(), remedy)}
 	}
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
 	return cmd
@@ -45,7 +47,7 @@ func Group(cmd *cobra.Command) *cobra.Command {
 // NoArguments rejects arguments that do not belong to a flag.
 func NoArguments(_ *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return UsageError{fmt.Errorf("unexpected argument %q: values belong to flags", args[0])}
+		return UsageError{fmt.Errorf("unexpected argument %s: values belong to flags", capture.Quoted(args[0]))}
 	}
 	return nil
 }
@@ -67,6 +69,9 @@ func FlagError(cmd *cobra.Command, err error) error {
 		}
 	})
 	word := unknown.GetSpecifiedName()
+	if len(word) > longestFlag {
+		return UsageError{fmt.Errorf("unknown flag: --%s…", strings.ToValidUTF8(word[:longestFlag], ""))}
+	}
 	if letters := unknown.GetSpecifiedShortnames(); letters != "" { // -admin-port is read as -a, -d and so on
 		if word, _, _ = strings.Cut(letters, "="); len(word) == 1 {
 			return UsageError{err}
@@ -77,6 +82,9 @@ func FlagError(cmd *cobra.Command, err error) error {
 	}
 	return UsageError{err}
 }
+
+// longestFlag is the length to which an error cuts the name of an unknown flag. All names are shorter.
+const longestFlag = 64
 
 // Nearest returns the word with the fewest changes from given, or "" if all differ too much: a change for every three
 // letters is accepted, and an abbreviation.

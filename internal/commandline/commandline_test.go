@@ -43,6 +43,7 @@ func run(args ...string) (string, error) {
 }
 
 func TestErrorsNameTheNearestWord(t *testing.T) {
+	long := strings.Repeat("nonsense", 128)
 	for args, want := range map[string]string{
 		"stauts":                      `unknown command "stauts" for "tool": did you mean "status"?`,
 		"sta":                         `unknown command "sta" for "tool": did you mean "status"?`,
@@ -59,6 +60,9 @@ func TestErrorsNameTheNearestWord(t *testing.T) {
 		"completion powershell":       `name one shell: bash, zsh, fish`,
 		"completion bash zsh":         `name one shell: bash, zsh, fish`,
 		"version please --short=true": `unexpected argument "please": values belong to flags`,
+		"status --" + long:            `unknown flag: --` + long[:64] + `…`,
+		long:                          `unknown command "` + long[:64] + `"… for "tool": "tool --help" lists the commands`,
+		"status " + long:              `unexpected argument "` + long[:64] + `"…: values belong to flags`,
 	} {
 		out, err := run(strings.Fields(args)...)
 		if err == nil || err.Error() != want || !errors.As(err, new(UsageError)) || out != "" {
