@@ -312,7 +312,7 @@ func TestAnErrorNamesItsRemedyAndNothingIsWritten(t *testing.T) {
 		{pod(`pillion.dev/access-log: out`, app), `use off, or a path`},
 		{pod(`pillion.dev/image: ""`, app), `"" is not an image`},
 		{pod(`prometheus.io/port: "15090"`, app), `port 15090 is the agent's own`},
-		{pod(`prometheus.io/port: "many"`, app), `port "many" is none`},
+		{pod(`prometheus.io/port: "many"`, app), `invalid port "many"`},
 		{pod(`pillion.dev/status: "{}"`, app), `marks the pod as injected, but there is no container pillion-init: remove the annotation`},
 		{pod(``, `containers: []`), `spec.containers is empty`},
 		{pod(``, `containers: {}`), `spec.containers is not a list`},
