@@ -9,8 +9,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// Invalid input is reported by one line on stderr that names the flag or variable and the value. An unknown flag has
-// an exit status of its own.
+// Invalid input is reported in one line on stderr with the flag or variable and the value. An unknown flag has its own exit
+// status.
 func TestInvalidInputIsReportedInOneLine(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
@@ -81,7 +81,7 @@ func TestInvalidInputIsReportedInOneLine(t *testing.T) {
 				t.Errorf("exit code %d, want %d", code, c.code)
 			}
 			if strings.Count(stderr, "\n") != 1 || stdout != "" {
-				t.Errorf("want one line on stderr only, got %q and on stdout %q", stderr, stdout)
+				t.Errorf("stderr %q and stdout %q, want one line on stderr only", stderr, stdout)
 			}
 			for _, word := range c.want {
 				if !strings.Contains(stderr, word) {
@@ -91,7 +91,7 @@ func TestInvalidInputIsReportedInOneLine(t *testing.T) {
 		})
 	}
 	if ruleset := pod.MustRun(t, "nft", "list", "ruleset"); ruleset != "" {
-		t.Errorf("bad input made rules:\n%s", ruleset)
+		t.Errorf("invalid input created rules:\n%s", ruleset)
 	}
 }
 
