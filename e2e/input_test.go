@@ -81,7 +81,7 @@ func TestInvalidInputIsReportedInOneLine(t *testing.T) {
 				t.Errorf("exit code %d, want %d", code, c.code)
 			}
 			if strings.Count(stderr, "\n") != 1 || stdout != "" {
-				t.Errorf("want one line on stderr only, got %q and on stdout %q", stderr, stdout)
+				t.Errorf("stderr %q and stdout %q, want one line on stderr only", stderr, stdout)
 			}
 			for _, word := range c.want {
 				if !strings.Contains(stderr, word) {
@@ -91,7 +91,7 @@ func TestInvalidInputIsReportedInOneLine(t *testing.T) {
 		})
 	}
 	if ruleset := pod.MustRun(t, "nft", "list", "ruleset"); ruleset != "" {
-		t.Errorf("bad input made rules:\n%s", ruleset)
+		t.Errorf("invalid input created rules:\n%s", ruleset)
 	}
 }
 
