@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
@@ -23,6 +25,7 @@ type Config struct {
 	DNS          DNS
 	Drain        Drain
 	AccessLog    AccessLog
+	Metrics      Metrics
 	Status       Status
 	Workload     Workload
 
@@ -87,6 +90,11 @@ type Drain struct {
 	Timeout time.Duration // until the remaining connections are cut
 }
 
+// Metrics configures the agent's metrics.
+type Metrics struct {
+	MaxSeries int // bounds the series of a scrape
+}
+
 // Status configures the status port.
 type Status struct {
 	MetricsLocalOnly bool // merged metrics are served to processes of this pod only
@@ -101,6 +109,7 @@ type Workload struct {
 	ProbeHTTP2     bool   // HTTPS probes may use HTTP/2
 	ProbeKeepAlive bool   // HTTP probes keep their connection
 	ScrapeTargets  string // where its metrics are served, as JSON, see scrape.ParseTargets
+	ClusterDomain  string // the DNS domain of its cluster, in lower case; empty: cluster.local
 }
 
 // FieldError reports an invalid or unusable value of a Config.
@@ -141,6 +150,7 @@ func Default() Config {
 		DNS:       DNS{CacheSize: dns.DefaultCacheSize},
 		Drain:     Drain{Delay: 5 * time.Second, Timeout: 20 * time.Second},
 		AccessLog: AccessLog{Path: "/dev/stdout", Encoding: "text"},
+		Metrics:   Metrics{MaxSeries: metrics.DefaultMaxSeries},
 		Status:    Status{Profiling: true},
 		Workload:  Workload{Pod: podinfo.UnknownPod()},
 		LogLevel:  new(slog.LevelVar),
@@ -226,6 +236,12 @@ func (c Config) validateLimits() error {
 	}
 	if n := c.HTTP.MaxHeadFields; n < 1 || n > maxHeadFields {
 		return invalid("HTTP.MaxHeadFields", "%d is out of range; use 1 to %d", n, maxHeadFields)
+	}
+	if domain := c.Workload.ClusterDomain; strings.Trim(domain, "abcdefghijklmnopqrstuvwxyz0123456789-.") != "" || len(domain) > 253 {
+		return invalid("Workload.ClusterDomain", "%.80q is not a domain in lower case; use one such as cluster.local", domain)
+	}
+	if n := c.Metrics.MaxSeries; n < metrics.MinMaxSeries || n > metrics.MaxMaxSeries {
+		return invalid("Metrics.MaxSeries", "%d is out of range; use %d to %d", n, metrics.MinMaxSeries, metrics.MaxMaxSeries)
 	}
 	return nil
 }

@@ -65,7 +65,9 @@ func (a *Agent) tell() error {
 		sinks = append(sinks, log)
 	}
 	if a.config.Ports.Metrics != 0 || a.config.Ports.Status != 0 || a.config.Ports.Admin != 0 {
-		t.metrics = metrics.New(a.config.Workload.Pod, a.config.Version)
+		t.metrics = metrics.New(a.config.Workload.Pod, metrics.Options{
+			Version: a.config.Version, ClusterDomain: a.config.Workload.ClusterDomain, MaxSeries: a.config.Metrics.MaxSeries,
+		})
 		sinks = append(sinks, t.metrics)
 	}
 	if a.config.Ports.Admin != 0 {

@@ -108,6 +108,8 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	textFlag(flags, &config.AccessLog.Filter, "access-log-filter", "filter", "filter of the lines, such as \"errors; status=4xx,slower=250ms; sample=1%\"")
 	parsedSwitch(flags, &config.AccessLog.TCPStart, "access-log-tcp-start", "", "also write a line when an opaque connection begins")
 	durationFlag(flags, &config.AccessLog.Interval, "access-log-interval", "write a line at this interval for opaque connections that stay open; 0s: never")
+	textFlag(flags, &config.Workload.ClusterDomain, "cluster-domain", "domain", "DNS domain of the cluster, for names of services in metrics; empty: that of the search list in "+agent.ResolvConf)
+	countFlag(flags, &config.Metrics.MaxSeries, "metrics-max-series", "upper limit of the series in a scrape of the agent's own metrics, 5000 to 100000")
 	switchFlag(flags, "profiling", "serve /debug/pprof/ on the status port, to processes of the pod only", &config.Status.Profiling)
 	choiceFlag(flags, &o.level, "log-level", "lowest level that is logged; debug logs each connection and request", "debug", "info", "warn", "error")
 	choiceFlag(flags, &o.format, "log-format", "encoding of the log on standard error", "text", "json")
@@ -209,6 +211,9 @@ func readPod(config *agent.Config) {
 	config.Workload.Pod = pod
 	config.Workload.Probers = os.Getenv("ISTIO_KUBE_APP_PROBERS")
 	config.Workload.ScrapeTargets = os.Getenv("ISTIO_PROMETHEUS_ANNOTATIONS")
+	if config.Workload.ClusterDomain == "" {
+		config.Workload.ClusterDomain = podinfo.ClusterDomain(agent.ResolvConf)
+	}
 	for variable, target := range map[string]*bool{
 		"REWRITE_PROBE_LEGACY_LOCALHOST_DESTINATION": &config.Workload.ProbeLocalhost,
 		"ENABLE_PROBE_KEEPALIVE_CONNECTIONS":         &config.Workload.ProbeKeepAlive,

@@ -338,7 +338,7 @@ func TestAMissingCapabilityIsNamed(t *testing.T) {
 	fresh := nettest.New(t, "fresh")
 	got = pillion(t, fresh, nil, without("net_raw"), "init", "-i", "*", "--backend", "iptables-legacy")
 	if got.code != 1 || got.stderr != "pillion: error: capability CAP_NET_RAW "+missing+"\n" {
-		t.Errorf("legacy, as asked for, without CAP_NET_RAW: got %+v", got)
+		t.Errorf("legacy, as required, without CAP_NET_RAW: got %+v", got)
 	}
 	legacyAlone := t.TempDir()
 	for _, name := range []string{"iptables", "ip6tables"} {
@@ -351,7 +351,7 @@ func TestAMissingCapabilityIsNamed(t *testing.T) {
 	}
 	got = pillion(t, fresh, []string{"PATH=" + legacyAlone}, without("net_raw"), "init", "-i", "*")
 	if got.code != 0 || !strings.Contains(got.stdout, "rules installed in nftables") || !strings.Contains(got.stderr, "because iptables is not usable: capability CAP_NET_RAW is missing") {
-		t.Errorf("legacy, which nobody asked for, without CAP_NET_RAW: got %+v", got)
+		t.Errorf("legacy by default, without CAP_NET_RAW: got %+v", got)
 	}
 	ns.MustRun(t, "iptables-legacy-save", "-t", "nat")
 	got = pillion(t, ns, nil, without("net_raw"), "init", "-i", "*")
@@ -397,7 +397,7 @@ func TestCapturingNothingIsWarnedOf(t *testing.T) {
 
 func TestEverythingThatTheEnvironmentAloneCanSay(t *testing.T) {
 	nettest.RequireRoot(t)
-	ns := nettest.New(t, "pod")
+	ns, _ := nettest.PodAndPeer(t)
 	environment := []string{
 		"KUBE_VIRT_INTERFACES=vm0", "ISTIO_INBOUND_INTERCEPTION_MODE=TPROXY", "ISTIO_INBOUND_PORTS=8080", "ISTIO_INBOUND_TPROXY_MARK=0x7b",
 		"ISTIO_INBOUND_TPROXY_ROUTE_TABLE=200", "ISTIO_SERVICE_CIDR=*", "ISTIO_META_DNS_CAPTURE=true", "REDIRECT_DNS=false", "CAPTURE_ALL_DNS=true",
@@ -418,7 +418,7 @@ func TestEverythingThatTheEnvironmentAloneCanSay(t *testing.T) {
 	}
 	got = pillion(t, ns, []string{"ISTIO_OUTBOUND_OWNER_GROUPS="}, nil, "init", "-n", "-i", "*")
 	if got.code != 0 || strings.Contains(got.stdout, "PILLION_REDIRECT") {
-		t.Errorf("a set but empty list of groups is nobody: got %+v", got)
+		t.Errorf("a set but empty list of groups captures no group: got %+v", got)
 	}
 }
 

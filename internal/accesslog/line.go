@@ -256,8 +256,8 @@ func (p *piece) appendAddress(dst []byte, r *flow.Record) ([]byte, bool) {
 	return a.AppendTo(dst), true
 }
 
-// parseIP parses an address. A zone in client-supplied text is rejected. netip's parser keeps its argument in its error,
-// which costs an allocation; IPv4, the common case, avoids it.
+// parseIP parses an address. A zone in client-supplied text is rejected. netip's parser allocates, because its error keeps
+// the argument; IPv4, the common case, avoids that.
 func parseIP(text []byte) netip.Addr {
 	if a, ok := parseIPv4(text); ok {
 		return a

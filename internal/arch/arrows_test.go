@@ -14,7 +14,7 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/ruleset", "iptables/validate", "healthz",
+	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz",
 		"internal/capture", "internal/httpforward", "internal/live", "internal/netns", "internal/podinfo", "internal/proxyconfig", "internal/terminal"},
 		"flags become configuration; everything else is decided below"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
@@ -63,7 +63,7 @@ var arrows = []struct {
 	{"internal/terminal", []string{"internal/live"}, "the terminal prints values of the live view"},
 	{"internal/live", []string{"internal/envoy", "internal/flow", "internal/ownport"}, "the view is built from records, and serves local clients only"},
 	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's program; its dependencies do not belong into a sidecar"},
-	{"internal/inject", []string{"internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
+	{"internal/inject", []string{"internal/accesslog", "internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
 		"values for init and agent are checked by the code that reads them"},
 	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/localaddr", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
 		"roles are tested in namespaces, with real parts"},

@@ -41,6 +41,7 @@ var deeds = map[string]func(t *testing.T, s *stage){
 	"upstream listens no more":    func(t *testing.T, s *stage) { s.origin.listener.Close() },
 	"the end is announced":        func(t *testing.T, s *stage) { s.rig.engine.Announce() },
 	"the agent drains":            func(t *testing.T, s *stage) { s.rig.engine.Drain(); s.rig.poller.WakeAll() },
+	"the pool was not asked":      func(t *testing.T, s *stage) { s.unasked(t) },
 	"nothing is left in the pool": func(t *testing.T, s *stage) { s.pooled(t, 0) },
 	"the pool has a connection":   func(t *testing.T, s *stage) { s.pooled(t, 1) },
 }
@@ -64,6 +65,13 @@ func (s *stage) upstream() *net.TCPConn {
 func (s *stage) pooled(t *testing.T, want int) {
 	t.Helper()
 	within(t, "the pool is right", func() bool { return s.rig.pool.Idle() == want })
+}
+
+func (s *stage) unasked(t *testing.T) {
+	t.Helper()
+	if stats := &s.rig.pool.Stats; stats.Missed.Load()+stats.Reused.Load() != 0 {
+		t.Errorf("the pool was asked %d times", stats.Missed.Load()+stats.Reused.Load())
+	}
 }
 
 func readsEnd(t *testing.T, conn net.Conn, who string) {

@@ -152,7 +152,7 @@ func (x *exchange) send() {
 		x.sentAt = x.record.Opened
 	} else {
 		x.sentAt = time.Now() // after a dial
-		if !s.target.Balanced || x.repeated {
+		if !s.target.Balanced {
 			x.request.stopRetaining() // see mayRepeat
 		}
 	}

@@ -716,7 +716,8 @@ var balancedConversations = []conversation{
 		upstream gets a connection
 		>> GET /3 HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
-		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		the pool was not asked`,
 		[]recorded{done(200, 0, 0), done(200, 0, 0), done(200, 0, 0)}},
 	{"upstream closes between two requests: so does downstream, and the client connects anew", `
 		> GET / HTTP/1.1$Host: a$$

@@ -60,6 +60,7 @@ type recorded struct {
 	upgraded                          bool
 	cluster, route                    string
 	unbound                           bool // a sink does not find what it bound when the connection began to be carried
+	attempts                          uint8
 }
 
 func (r *records) Closed(record *flow.Record) {
@@ -71,6 +72,7 @@ func (r *records) Closed(record *flow.Record) {
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
 		record.Cluster, record.Route,
 		place.Get(record) == nil && (record.Connection == nil || place.Get(record.Connection) == nil),
+		record.Attempts,
 	})
 	select {
 	case r.news <- struct{}{}:

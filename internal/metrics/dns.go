@@ -6,10 +6,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/dns"
 )
 
-// rcodes are the names of DNS response codes (RFC 6895 §2.3). The others stand as numbers.
+// rcodes are names of DNS response codes (RFC 6895 §2.3). Codes without a name here are shown as numbers.
 var rcodes = [16]string{0: "NOERROR", 1: "FORMERR", 2: "SERVFAIL", 3: "NXDOMAIN", 4: "NOTIMP", 5: "REFUSED"}
 
-// resolver shows what the resolver counts.
+// resolver adds the metrics of the DNS resolver.
 func (f *families) resolver(s *dns.Stats) {
 	queries := f.counter("pillion_dns_queries_total", "Received queries, by transport.")
 	queries.counts(uint64(s.UDPQueries.Load()), label("transport", "udp"))

@@ -50,7 +50,7 @@ func (c *Conn) Loops() bool {
 func (c *Conn) List() { c.role.flows.List(c.Record) }
 
 // ReadFirst reads first bytes until they decide the protocol, or until downstream has been silent for the detection
-// delay. A connection whose protocol is not to be detected is opaque, and nothing is read from it.
+// delay. Without detection, the connection is opaque and is not read.
 func (c *Conn) ReadFirst(detect bool) bool {
 	c.sniffer = sniff.Sniffer{
 		Down:     c.Down,

@@ -1,6 +1,6 @@
 // Package serve holds the steps of a connection that every role shares: the agent's two directions today, a gateway
-// later. A role orders the steps in a walk of its own, its ServeConn, which can be read from top to bottom; what a step
-// does is written here once.
+// later. A role orders the steps in a walk of its own, its ServeConn, readable from top to bottom. The steps are written
+// here once.
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
 //
@@ -123,7 +123,7 @@ func (r *Role) Refuse(down *tcp.Conn) {
 	record.Close(r.flows, flow.MaxConnections, nil)
 }
 
-// Open begins the walk of a connection, which the returned Conn owns from then on. When ctx ends, the connection is cut.
+// Open begins the walk of a connection. The returned Conn owns it from then on. When ctx ends, the connection is reset.
 // The caller must close the Conn.
 func (r *Role) Open(ctx context.Context, down *tcp.Conn) Conn {
 	return Conn{

@@ -163,7 +163,7 @@ func Reason(err error) flow.Reason {
 }
 
 // TransportFailure is Envoy's text for a dial error, such as "delayed connect error: Connection refused". It is empty
-// for a timeout and for a lack of descriptors, which Envoy reports in other ways.
+// for a timeout and for a lack of descriptors: Envoy reports these differently.
 func TransportFailure(err error) string {
 	var errno syscall.Errno
 	if Reason(err) == flow.NoDescriptors || !errors.As(err, &errno) {

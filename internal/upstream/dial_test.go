@@ -20,11 +20,11 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-// TestReason dials each kind of unreachable destination for real.
+// TestReason dials each kind of unreachable destination.
 func TestReason(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
-	// Nobody answers for this address, and the neighbour entry keeps the kernel from finding that out.
+	// No host has this address. The static neighbour entry prevents the kernel from detecting that.
 	silent := netip.MustParseAddr("198.51.100.99")
 	pod.Do(t, func() error {
 		eth0, err := netlink.LinkByName("eth0")

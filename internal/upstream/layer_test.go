@@ -11,8 +11,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp/layertest"
 )
 
-// A server of TLS 1.3 sends session tickets after the handshake, or later. They do not end a connection's use.
-func TestAPooledConnectionUnderALayer(t *testing.T) {
+// A TLS 1.3 server sends session tickets after the handshake or later. They do not make a pooled connection unusable.
+func TestPooledConnectionUnderALayer(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		send   func(*layertest.Peer) error
@@ -35,7 +35,7 @@ func TestAPooledConnectionUnderALayer(t *testing.T) {
 			if err := c.send(peer); err != nil {
 				t.Fatal(err)
 			}
-			if c.name != "nothing" { // the bytes must be there when the pool looks
+			if c.name != "nothing" { // the bytes must have arrived before Take
 				for s.w.Wait(time.Now().Add(nettest.Patience), conn, nil) == nil && !conn.Readable() {
 				}
 			}
@@ -68,7 +68,7 @@ func readEnd(peer *layertest.Peer) error {
 	return err
 }
 
-func TestALayerThatFailsIsADialThatFailed(t *testing.T) {
+func TestErrorOfALayerIsADialError(t *testing.T) {
 	s := newServer(t)
 	refused := errors.New("handshake failed")
 	var stats Stats

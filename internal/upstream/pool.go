@@ -41,7 +41,7 @@ type Pool struct {
 	mu     sync.Mutex
 	idle   map[Target][]resting // in the order in which Give received them
 	count  int
-	sweep  *time.Timer // nil while nothing is idle
+	sweep  *time.Timer // nil while no connection is idle
 	closed bool
 }
 
@@ -73,7 +73,7 @@ func (p *Pool) Take(target Target) *tcp.Conn {
 	}
 }
 
-// last removes the connection that Give received last; its conn is nil if there is none.
+// last removes the connection that Give received last. Its conn is nil if the list is empty.
 func (p *Pool) last(target Target) resting {
 	p.mu.Lock()
 	defer p.mu.Unlock()
