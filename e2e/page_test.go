@@ -73,7 +73,7 @@ type pageStage struct {
 }
 
 func newPageStage() *pageStage {
-	s := &pageStage{view: live.New(live.Config{Version: "v0.0.0-test"})}
+	s := &pageStage{view: live.New(live.Config{Version: "v0.0.0-test", Pod: "web-7c9", Namespace: "shop"})}
 	s.table = flow.NewTable(s.view)
 	return s
 }

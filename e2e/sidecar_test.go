@@ -144,7 +144,7 @@ func TestInjectedPodWorksUnchanged(t *testing.T) {
 			sidecar := m.container(t, "istio-proxy")
 			s := setInjectedStage(t, m)
 			// GOMAXPROCS, without the race detector's own threads. Three settings of the pod set it to one.
-			line := s.agent.log.await(t, "running in the place of Istio's sidecar")
+			line := s.agent.log.await(t, "running as Istio's sidecar")
 			if got := attribute(t, line, "cores"); got != "1" {
 				t.Errorf("%s cores, want 1: %s", got, line)
 			}
@@ -195,7 +195,7 @@ func TestSettingsWithoutEffectAreLoggedOnce(t *testing.T) {
 	sidecar := &m.Spec.InitContainers[1]
 	sidecar.Args = append(sidecar.Args, "--novel=1")
 	s := setInjectedStage(t, m, "XDS_HEADER_NOVEL=1")
-	line := s.agent.log.await(t, "running in the place of Istio's sidecar")
+	line := s.agent.log.await(t, "running as Istio's sidecar")
 	if !strings.Contains(line, `without_effect="[discoveryAddress tracing --novel CA_ADDR PILOT_CERT_PROVIDER XDS_HEADER_NOVEL]"`) {
 		t.Errorf("log: %s", line)
 	}

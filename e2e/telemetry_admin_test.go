@@ -133,7 +133,7 @@ func TestAdminPortIsLocalAndChangesNeedPOST(t *testing.T) {
 		}
 	}
 	for _, path := range []string{
-		"/logging?level=error", "/healthcheck/fail", "/drain_listeners", "/quitquitquit", "/reset_counters", "/reopen_logs",
+		"/logging?level=error", "/healthcheck/fail", "/drain_listeners", "/quitquitquit", "/reopen_logs",
 	} {
 		if status, body := s.admin(t, "GET", path); status != 405 || body != "Method GET not allowed, POST required." {
 			t.Errorf("GET %s: %d %q, want 405", path, status, body)
