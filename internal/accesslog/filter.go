@@ -32,8 +32,7 @@ type statusRange struct{ low, high int }
 // A record is logged when one of the groups, which stand between semicolons, takes it. A group takes it when all of its
 // terms, which stand between commas, hold:
 //
-//	errors              Envoy has a response flag for its end, or its status is 500 or more, or its reason is none of
-//	                    closed, completed and drained
+//	errors              it counts as an error: see flow.Record.Failure
 //	status=404|5xx|400-499
 //	                    one of these is its status; connections have status 0
 //	slower=250ms        it took at least so long
@@ -130,7 +129,7 @@ func (f *Filter) takes(r *flow.Record, lasted time.Duration) bool {
 }
 
 func (g *group) takes(r *flow.Record, lasted time.Duration) bool {
-	return (!g.errors || failed(r)) &&
+	return (!g.errors || r.Failure() != "") &&
 		(g.statuses == nil || g.hasStatus(r.HTTP.Status)) &&
 		(!g.slow || lasted >= g.slower) &&
 		(g.direction == "" || g.direction == r.Direction.String()) &&
@@ -144,13 +143,4 @@ func (g *group) hasStatus(status int) bool {
 		}
 	}
 	return false
-}
-
-// failed reports whether r is what people call an error.
-func failed(r *flow.Record) bool {
-	switch r.Reason {
-	case "", flow.Closed, flow.Completed, flow.Drained: // which have no flags of their own
-		return r.HTTP.Status >= 500 || r.HTTP.Flags != ""
-	}
-	return true
 }

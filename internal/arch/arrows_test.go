@@ -60,7 +60,7 @@ var arrows = []struct {
 	{"internal/admin", []string{"internal/envoy", "internal/flow", "internal/ownport"},
 		"what is open is read from the table; who is here is one question; all else that it shows comes in as values"},
 	{"internal/terminal", []string{"internal/live"}, "what the terminal shows are values of the live view"},
-	{"internal/live", []string{"internal/envoy", "internal/flow", "internal/ownport"}, "what is shown is made of records, and for who is here"},
+	{"internal/live", []string{"internal/flow", "internal/ownport"}, "what is shown is made of records, and for who is here"},
 	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
 	{"internal/inject", []string{"internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
 		"what is written for init and agent is checked by the code with which they read it"},
