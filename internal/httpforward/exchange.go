@@ -32,6 +32,7 @@ type progress struct {
 	upgraded       bool          // the final response switches protocols
 	closing        bool          // the response announces the close, or downstream expects it
 	upstreamCloses bool
+	repeated       bool // the request was sent a second time
 	redialled      bool // since the last round of reads and writes
 	interims       int  // interim responses so far
 	sentAt         time.Time

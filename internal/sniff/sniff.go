@@ -1,7 +1,7 @@
 // Package sniff decides from the first bytes of a connection which protocol it speaks: HTTP/1, HTTP/2, TLS, or something
 // that stays opaque.
 //
-// The bytes are read into a buffer that travels with the connection, so none is lost. No wait is long: a silent downstream
+// The bytes are read into a buffer that travels with the connection, so no byte is lost. No wait is long: a silent downstream
 // does not keep the upstream from being dialled, and first bytes that do not decide are held for a bounded time. Detection
 // needs no list of ports, and no timer decides that a connection is HTTP.
 //
@@ -34,12 +34,12 @@ type Sniffer struct {
 	// The upstream connection; nil before the dial.
 	Up *tcp.Conn
 
-	// What was read from Down and from Up; nil: nothing. The buffers are the caller's when detection has ended.
+	// The bytes read from Down and from Up; may be nil. The caller owns the buffers after detection.
 	Read, UpRead *tcp.Buffer
 
 	Hello flow.Hello // of a TLS connection
 
-	began   time.Time // when Down's first bytes did not decide; zero: they did, or there are none
+	began   time.Time // when Down's first, undecided bytes arrived; zero: they decided, or have not arrived
 	greeted time.Time // when Up sent what an HTTP/2 server may send first; zero: it has not
 }
 
@@ -157,8 +157,8 @@ func (s *Sniffer) greet() (spoke bool, err error) {
 	return false, fmt.Errorf("%w: %w", errUpstream, err)
 }
 
-// Abandon gives back everything that a failed detection holds except Down, which the caller ends. When the agent drains,
-// Up is closed in order; otherwise it is reset.
+// Abandon releases everything that a failed detection holds, except Down: the caller ends it. When the agent drains, Up is
+// closed in order; otherwise it is reset.
 func (s *Sniffer) Abandon(err error) {
 	s.Read.Release()
 	s.UpRead.Release()
