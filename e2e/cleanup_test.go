@@ -186,7 +186,8 @@ func trafficIsDirect(t *testing.T, pod, peer *nettest.Namespace) {
 	}
 }
 
-// Injectors run the program of the init container under this name. Its defaults are those of istio-iptables.
+// Injectors run the program of the init container under this name. With init's defaults it installs init's rules, except those
+// for processes that have only the agent's group.
 func TestInitWorksUnderTheNameIstioIPTables(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
@@ -197,7 +198,9 @@ func TestInitWorksUnderTheNameIstioIPTables(t *testing.T) {
 	}
 	before := savedRules(t, pod, nft)
 	initPod(t, pod, nft)
-	if after := savedRules(t, pod, nft); after != before || !strings.Contains(after, "15006") {
+	after := savedRules(t, pod, nft)
+	more := slices.DeleteFunc(linesMissing(before, after), func(line string) bool { return strings.Contains(line, "pillion:outbound/self/gid/1337") })
+	if len(more) > 0 || len(linesMissing(after, before)) > 0 || !strings.Contains(after, "15006") {
 		t.Errorf("istio-iptables made\n%s\nand init makes\n%s", before, after)
 	}
 }

@@ -18,6 +18,8 @@ import (
 type Live struct {
 	// Held has one entry for each family and flavour with at least one rule.
 	Held []ruleset.Held
+	// Foreign are the base chains of others that Held does not contain.
+	Foreign []ruleset.ForeignChain
 	// Warnings name what could not be read.
 	Warnings []string
 }
@@ -44,7 +46,8 @@ func Look(ctx context.Context) (Live, error) {
 			break
 		}
 	}
-	return live, nil
+	live.Foreign, err = foreignChains(s.stores, s.table, s.chains)
+	return live, err
 }
 
 // Planned returns the rules for spec, in the families that init would choose in the network namespace of the calling

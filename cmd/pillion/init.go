@@ -35,15 +35,18 @@ variables in brackets after it.
 	return cmd
 }
 
+// istioIPTables is the command that keeps the exit statuses of the program of that name.
+const istioIPTables = "istio-iptables"
+
 // newIstioIPTables is `pillion istio-iptables`: the same flags with istio-iptables' own defaults and verdicts.
 func newIstioIPTables() *cobra.Command {
 	options := newInitOptions(true)
 	cmd := &cobra.Command{
-		Use:   "istio-iptables",
+		Use:   istioIPTables,
 		Short: "Like init, with the defaults and verdicts of istio-iptables",
 		Long: `Like init, with the defaults and verdicts of istio-iptables, so that an injector can call it unchanged.
 
-IPv6 gets rules only if the first global address is IPv6, or with --dual-stack. Packets that conntrack calls INVALID are
+IPv6 gets rules only if the first global address is IPv6, or with --dual-stack if any global address is. Packets that conntrack calls INVALID are
 dropped only with --drop-invalid. Every mode except TPROXY means REDIRECT. TPROXY also captures the tunnel port. With DNS
 capture, TCP to port 53 over the loopback is treated like any other destination.
 ` + variablesAlone,
@@ -100,7 +103,7 @@ func (o *initOptions) run(cmd *cobra.Command, _ []string) error {
 		return err
 	}
 	if err := o.spec.Validate(); err != nil {
-		return nameSettings(cmd.Flags(), err)
+		return valueError{nameSettings(cmd.Flags(), err)}
 	}
 	err := o.inNamespace(func() error { return o.here(ctx, stdout, log) })
 	return nameSettings(cmd.Flags(), err)
@@ -126,7 +129,10 @@ func (o *initOptions) complete(log *slog.Logger) error {
 	for _, warning := range o.warnings {
 		log.Warn(warning)
 	}
-	if s.Compat && !o.dualStack {
+	switch {
+	case s.Compat && o.dualStack:
+		s.IPv6 = capture.IPv6WhenUsed
+	case s.Compat:
 		s.IPv6 = capture.IPv6WhenFirst
 	}
 	if s.RedirectDNS && !s.CaptureAllDNS {

@@ -120,51 +120,51 @@ func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
 		code        int
 		want        string
 	}{
-		{args: "init -p 0", code: 1, want: `invalid argument "0" for "-p, --envoy-port" flag: "0"` + notAPort},
-		{args: "init -p ", code: 1, want: `invalid argument "" for "-p, --envoy-port" flag: ""` + notAPort},
-		{args: "init --envoy-port=no-service", code: 1, want: `invalid argument "no-service" for "-p, --envoy-port" flag: "no-service"` + notAPort},
-		{args: "init -z 70000", code: 1, want: `invalid argument "70000" for "-z, --inbound-capture-port" flag: "70000"` + notAPort},
-		{args: "init -e -1", code: 1, want: `invalid argument "-1" for "-e, --inbound-tunnel-port" flag: "-1"` + notAPort},
-		{args: "init -p 15006", code: 1, want: `-z 15006: this is the outbound port already; use another port`},
-		{args: "init -z 15021", code: 1, want: `-z 15021: this is the readiness port already; use another port`},
-		{args: "init -u nobody-of-that-name", code: 1, want: `invalid argument "nobody-of-that-name" for "-u, --proxy-uid" flag: "nobody-of-that-name" is neither a number nor a known name: use a number such as 1337, or a range such as 1337-1340`},
-		{args: "init -g 4294967295", code: 1, want: `invalid argument "4294967295" for "-g, --proxy-gid" flag: "4294967295" is not a user or group: use a number from 0 to 4294967294`},
-		{args: "init -m tproxy", code: 1, want: `invalid argument "tproxy" for "-m, --istio-inbound-interception-mode" flag: "tproxy" is not a mode: use REDIRECT or TPROXY`},
-		{args: "init -b 80x", code: 1, want: `invalid argument "80x" for "-b, --istio-inbound-ports" flag: "80x"` + notPorts},
-		{args: "init -b *,8080", code: 1, want: `invalid argument "*,8080" for "-b, --istio-inbound-ports" flag: "*,8080"` + starAlone},
-		{args: "init -d 8000-90000", code: 1, want: `invalid argument "8000-90000" for "-d, --istio-local-exclude-ports" flag: "8000-90000"` + notPorts},
-		{args: "init -q 0", code: 1, want: `invalid argument "0" for "-q, --istio-outbound-ports" flag: "0"` + notPorts},
-		{args: "init -o *", code: 1, want: `invalid argument "*" for "-o, --istio-local-outbound-ports-exclude" flag: "*"` + starAlone},
-		{args: "init -i 10.0.0.0", code: 1, want: `invalid argument "10.0.0.0" for "-i, --istio-service-cidr" flag: "10.0.0.0"` + notANet},
-		{args: "init -x *", code: 1, want: `invalid argument "*" for "-x, --istio-service-exclude-cidr" flag: "*"` + starAlone},
-		{args: "init -c eth0!", code: 1, want: `invalid argument "eth0!" for "-c, --istio-exclude-interfaces" flag: "eth0!" is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
-		{args: "init --dry-run=maybe", code: 1, want: `invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is not a boolean: use true or false`},
-		{args: "init --output yaml", code: 1, want: `invalid argument "yaml" for "--output" flag: unknown output format "yaml": use text or json`},
-		{args: "init --log_output_level=loud", code: 1, want: `invalid argument "loud" for "--log_output_level" flag: "loud" is not a log level: use debug, info, warn, error, fatal or none`},
-		{args: "init", environment: "ISTIO_INBOUND_PORTS=80x", code: 1, want: `environment variable ISTIO_INBOUND_PORTS="80x" (for --istio-inbound-ports): invalid argument "80x" for "-b, --istio-inbound-ports" flag: "80x"` + notPorts},
-		{args: "init", environment: "DRY_RUN=maybe", code: 1, want: `environment variable DRY_RUN="maybe" (for --dry-run): invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is not a boolean: use true or false`},
-		{args: "init -k eth/0", code: 1, want: `invalid argument "eth/0" for "-k, --kube-virt-interfaces" flag: "eth/0" is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
-		{args: "init --force-iptables-binary=nftables", code: 1, want: `invalid argument "nftables" for "--force-iptables-binary" flag: unknown flavour of iptables "nftables": use legacy or nft`},
-		{args: "init --backend=nft", code: 1, want: `invalid argument "nft" for "--backend" flag: unknown back end "nft": use auto, iptables, iptables-nft, iptables-legacy or nftables`},
-		{args: "init --backend=iptables --native-nftables", code: 1, want: `--backend iptables contradicts --native-nftables, which means nftables: use one of them`},
-		{args: "init --backend=nftables --force-iptables-binary=legacy", code: 1, want: `--backend nftables contradicts --force-iptables-binary, which means iptables-legacy: use one of them`},
+		{args: "init -p 0", code: 2, want: `invalid argument "0" for "-p, --envoy-port" flag: "0"` + notAPort},
+		{args: "init -p ", code: 2, want: `invalid argument "" for "-p, --envoy-port" flag: ""` + notAPort},
+		{args: "init --envoy-port=no-service", code: 2, want: `invalid argument "no-service" for "-p, --envoy-port" flag: "no-service"` + notAPort},
+		{args: "init -z 70000", code: 2, want: `invalid argument "70000" for "-z, --inbound-capture-port" flag: "70000"` + notAPort},
+		{args: "init -e -1", code: 2, want: `invalid argument "-1" for "-e, --inbound-tunnel-port" flag: "-1"` + notAPort},
+		{args: "init -p 15006", code: 2, want: `-z 15006: this is the outbound port already; use another port`},
+		{args: "init -z 15021", code: 2, want: `-z 15021: this is the readiness port already; use another port`},
+		{args: "init -u nobody-of-that-name", code: 2, want: `invalid argument "nobody-of-that-name" for "-u, --proxy-uid" flag: "nobody-of-that-name" is neither a number nor a known name: use a number such as 1337, or a range such as 1337-1340`},
+		{args: "init -g 4294967295", code: 2, want: `invalid argument "4294967295" for "-g, --proxy-gid" flag: "4294967295" is not a user or group: use a number from 0 to 4294967294`},
+		{args: "init -m tproxy", code: 2, want: `invalid argument "tproxy" for "-m, --istio-inbound-interception-mode" flag: "tproxy" is not a mode: use REDIRECT or TPROXY`},
+		{args: "init -b 80x", code: 2, want: `invalid argument "80x" for "-b, --istio-inbound-ports" flag: "80x"` + notPorts},
+		{args: "init -b *,8080", code: 2, want: `invalid argument "*,8080" for "-b, --istio-inbound-ports" flag: "*,8080"` + starAlone},
+		{args: "init -d 8000-90000", code: 2, want: `invalid argument "8000-90000" for "-d, --istio-local-exclude-ports" flag: "8000-90000"` + notPorts},
+		{args: "init -q 0", code: 2, want: `invalid argument "0" for "-q, --istio-outbound-ports" flag: "0"` + notPorts},
+		{args: "init -o *", code: 2, want: `invalid argument "*" for "-o, --istio-local-outbound-ports-exclude" flag: "*"` + starAlone},
+		{args: "init -i 10.0.0.0", code: 2, want: `invalid argument "10.0.0.0" for "-i, --istio-service-cidr" flag: "10.0.0.0"` + notANet},
+		{args: "init -x *", code: 2, want: `invalid argument "*" for "-x, --istio-service-exclude-cidr" flag: "*"` + starAlone},
+		{args: "init -c eth0!", code: 2, want: `invalid argument "eth0!" for "-c, --istio-exclude-interfaces" flag: "eth0!" is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
+		{args: "init --dry-run=maybe", code: 2, want: `invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is not a boolean: use true or false`},
+		{args: "init --output yaml", code: 2, want: `invalid argument "yaml" for "--output" flag: unknown output format "yaml": use text or json`},
+		{args: "init --log_output_level=loud", code: 2, want: `invalid argument "loud" for "--log_output_level" flag: "loud" is not a log level: use debug, info, warn, error, fatal or none`},
+		{args: "init", environment: "ISTIO_INBOUND_PORTS=80x", code: 2, want: `environment variable ISTIO_INBOUND_PORTS="80x" (for --istio-inbound-ports): invalid argument "80x" for "-b, --istio-inbound-ports" flag: "80x"` + notPorts},
+		{args: "init", environment: "DRY_RUN=maybe", code: 2, want: `environment variable DRY_RUN="maybe" (for --dry-run): invalid argument "maybe" for "-n, --dry-run" flag: "maybe" is not a boolean: use true or false`},
+		{args: "init -k eth/0", code: 2, want: `invalid argument "eth/0" for "-k, --kube-virt-interfaces" flag: "eth/0" is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
+		{args: "init --force-iptables-binary=nftables", code: 2, want: `invalid argument "nftables" for "--force-iptables-binary" flag: unknown flavour of iptables "nftables": use legacy or nft`},
+		{args: "init --backend=nft", code: 2, want: `invalid argument "nft" for "--backend" flag: unknown back end "nft": use auto, iptables, iptables-nft, iptables-legacy or nftables`},
+		{args: "init --backend=iptables --native-nftables", code: 2, want: `--backend iptables contradicts --native-nftables, which means nftables: use one of them`},
+		{args: "init --backend=nftables --force-iptables-binary=legacy", code: 2, want: `--backend nftables contradicts --force-iptables-binary, which means iptables-legacy: use one of them`},
 		{args: "init --network-namespace=/nowhere", code: 1, want: `--network-namespace "/nowhere": no such file or directory: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
 		{args: "init --network-namespace=/proc/version", code: 1, want: `--network-namespace "/proc/version": invalid argument: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
 		{args: "cleanup", environment: "NETWORK_NAMESPACE=/proc/version", code: 1, want: `NETWORK_NAMESPACE "/proc/version": invalid argument: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
-		{args: "init -m TPROXY -t 0x53a", code: 1, want: `-t 0x53a: use a mark other than 0 and 1338; the rules use 1338 themselves`},
-		{args: "init -m TPROXY", environment: "ISTIO_INBOUND_TPROXY_MARK=0", code: 1, want: `ISTIO_INBOUND_TPROXY_MARK 0: use a mark other than 0 and 1338; the rules use 1338 themselves`},
-		{args: "init -m TPROXY", environment: "ISTIO_INBOUND_TPROXY_ROUTE_TABLE=0xff", code: 1, want: `ISTIO_INBOUND_TPROXY_ROUTE_TABLE 0xff: use a separate routing table; 0 and 253 to 255 belong to the kernel`},
-		{args: "init", environment: "ISTIO_INBOUND_TPROXY_MARK=main", code: 1, want: `environment variable ISTIO_INBOUND_TPROXY_MARK="main" (for --istio-inbound-tproxy-mark): invalid argument "main" for "-t, --istio-inbound-tproxy-mark" flag: "main" is not a number: use a decimal one such as 1337 or a hexadecimal one such as 0x539, of 32 bits`},
-		{args: "init --backend=iptables", environment: "NATIVE_NFTABLES=true", code: 1, want: `--backend iptables contradicts NATIVE_NFTABLES, which means nftables: use one of them`},
-		{args: "init -b " + long, code: 1, want: `invalid argument ` + cut + ` for "-b, --istio-inbound-ports" flag: ` + cut + notPorts},
-		{args: "init -c " + long, code: 1, want: `invalid argument ` + cut + ` for "-c, --istio-exclude-interfaces" flag: ` + cut + ` is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
-		{args: "init -m " + long, code: 1, want: `invalid argument ` + cut + ` for "-m, --istio-inbound-interception-mode" flag: ` + cut + ` is not a mode: use REDIRECT or TPROXY`},
+		{args: "init -m TPROXY -t 0x53a", code: 2, want: `-t 0x53a: use a mark other than 0 and 1338; the rules use 1338 themselves`},
+		{args: "init -m TPROXY", environment: "ISTIO_INBOUND_TPROXY_MARK=0", code: 2, want: `ISTIO_INBOUND_TPROXY_MARK 0: use a mark other than 0 and 1338; the rules use 1338 themselves`},
+		{args: "init -m TPROXY", environment: "ISTIO_INBOUND_TPROXY_ROUTE_TABLE=0xff", code: 2, want: `ISTIO_INBOUND_TPROXY_ROUTE_TABLE 0xff: use a separate routing table; 0 and 253 to 255 belong to the kernel`},
+		{args: "init", environment: "ISTIO_INBOUND_TPROXY_MARK=main", code: 2, want: `environment variable ISTIO_INBOUND_TPROXY_MARK="main" (for --istio-inbound-tproxy-mark): invalid argument "main" for "-t, --istio-inbound-tproxy-mark" flag: "main" is not a number: use a decimal one such as 1337 or a hexadecimal one such as 0x539, of 32 bits`},
+		{args: "init --backend=iptables", environment: "NATIVE_NFTABLES=true", code: 2, want: `--backend iptables contradicts NATIVE_NFTABLES, which means nftables: use one of them`},
+		{args: "init -b " + long, code: 2, want: `invalid argument ` + cut + ` for "-b, --istio-inbound-ports" flag: ` + cut + notPorts},
+		{args: "init -c " + long, code: 2, want: `invalid argument ` + cut + ` for "-c, --istio-exclude-interfaces" flag: ` + cut + ` is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
+		{args: "init -m " + long, code: 2, want: `invalid argument ` + cut + ` for "-m, --istio-inbound-interception-mode" flag: ` + cut + ` is not a mode: use REDIRECT or TPROXY`},
 		{args: "init --network-namespace " + long, code: 1, want: `--network-namespace ` + cut + `: file name too long: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
-		{args: "init " + long, code: 255, want: `unexpected argument ` + cut + `: values belong to flags`},
-		{args: "init", environment: "ISTIO_SERVICE_CIDR=" + long, code: 1, want: `environment variable ISTIO_SERVICE_CIDR=` + cut + ` (for --istio-service-cidr): invalid argument ` + cut + ` for "-i, --istio-service-cidr" flag: ` + cut + notANet},
-		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE=*," + long, code: 1, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE="*,` + long[:62] + `"…: "*,` + long[:62] + `"…` + starAlone},
-		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS=nobody-of-that-name", code: 1, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS="nobody-of-that-name": "nobody-of-that-name" is neither a number nor a known name: use a number such as 1337, or a range such as 1337-1340`},
-		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE=*", code: 1, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE="*": "*"` + starAlone},
+		{args: "init " + long, code: 2, want: `unexpected argument ` + cut + `: values belong to flags`},
+		{args: "init", environment: "ISTIO_SERVICE_CIDR=" + long, code: 2, want: `environment variable ISTIO_SERVICE_CIDR=` + cut + ` (for --istio-service-cidr): invalid argument ` + cut + ` for "-i, --istio-service-cidr" flag: ` + cut + notANet},
+		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE=*," + long, code: 2, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE="*,` + long[:62] + `"…: "*,` + long[:62] + `"…` + starAlone},
+		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS=nobody-of-that-name", code: 2, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS="nobody-of-that-name": "nobody-of-that-name" is neither a number nor a known name: use a number such as 1337, or a range such as 1337-1340`},
+		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE=*", code: 2, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE="*": "*"` + starAlone},
 		{args: "istio-iptables", environment: "ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR=10.0.0.0/8", code: 1, want: `environment variable ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR="10.0.0.0/8": "10.0.0.0/8" is not an IPv4 loopback network: use one in 127.0.0.0/8, such as 127.0.0.1/32`},
 		{args: "istio-iptables", environment: "PROBE_TIMEOUT=5", code: 1, want: `environment variable PROBE_TIMEOUT="5" (for --probe-timeout): invalid argument "5" for "--probe-timeout" flag: not a time span: use a number with a unit, such as 500ms, 10s or 5m`},
 		{args: "istio-iptables", environment: "REDIRECT_DNS=maybe", code: 1, want: `environment variable REDIRECT_DNS="maybe" (for --redirect-dns): invalid argument "maybe" for "--redirect-dns" flag: "maybe" is not a boolean: use true or false`},
@@ -173,10 +173,10 @@ func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
 		{args: "istio-iptables --probe-timeout=5", code: 255, want: `invalid argument "5" for "--probe-timeout" flag: not a time span: use a number with a unit, such as 500ms, 10s or 5m`},
 		{args: "istio-iptables --log_output_level=loud", code: 255, want: `invalid argument "loud" for "--log_output_level" flag: "loud" is not a log level: use debug, info, warn, error, fatal or none`},
 		{args: "istio-iptables --restore-format", code: 255, want: `unknown flag: --restore-format`},
-		{args: "init -b", code: 255, want: `flag needs an argument: 'b' in -b`},
-		{args: "init 8080", code: 255, want: `unexpected argument "8080": values belong to flags`},
-		{args: "cleanup -p 15001", code: 255, want: `unknown shorthand flag: 'p' in -p`},
-		{args: "cleanup all", code: 255, want: `unexpected argument "all": values belong to flags`},
+		{args: "init -b", code: 2, want: `flag needs an argument: 'b' in -b`},
+		{args: "init 8080", code: 2, want: `unexpected argument "8080": values belong to flags`},
+		{args: "cleanup -p 15001", code: 2, want: `unknown shorthand flag: 'p' in -p`},
+		{args: "cleanup all", code: 2, want: `unexpected argument "all": values belong to flags`},
 	} {
 		variable, value, _ := strings.Cut(test.environment, "=")
 		if variable != "" {
@@ -338,7 +338,7 @@ func TestAMissingCapabilityIsNamed(t *testing.T) {
 	fresh := nettest.New(t, "fresh")
 	got = pillion(t, fresh, nil, without("net_raw"), "init", "-i", "*", "--backend", "iptables-legacy")
 	if got.code != 1 || got.stderr != "pillion: error: capability CAP_NET_RAW "+missing+"\n" {
-		t.Errorf("legacy, as asked for, without CAP_NET_RAW: got %+v", got)
+		t.Errorf("legacy, as required, without CAP_NET_RAW: got %+v", got)
 	}
 	legacyAlone := t.TempDir()
 	for _, name := range []string{"iptables", "ip6tables"} {
@@ -351,7 +351,7 @@ func TestAMissingCapabilityIsNamed(t *testing.T) {
 	}
 	got = pillion(t, fresh, []string{"PATH=" + legacyAlone}, without("net_raw"), "init", "-i", "*")
 	if got.code != 0 || !strings.Contains(got.stdout, "rules installed in nftables") || !strings.Contains(got.stderr, "because iptables is not usable: capability CAP_NET_RAW is missing") {
-		t.Errorf("legacy, which nobody asked for, without CAP_NET_RAW: got %+v", got)
+		t.Errorf("legacy by default, without CAP_NET_RAW: got %+v", got)
 	}
 	ns.MustRun(t, "iptables-legacy-save", "-t", "nat")
 	got = pillion(t, ns, nil, without("net_raw"), "init", "-i", "*")
@@ -397,7 +397,7 @@ func TestCapturingNothingIsWarnedOf(t *testing.T) {
 
 func TestEverythingThatTheEnvironmentAloneCanSay(t *testing.T) {
 	nettest.RequireRoot(t)
-	ns := nettest.New(t, "pod")
+	ns, _ := nettest.PodAndPeer(t)
 	environment := []string{
 		"KUBE_VIRT_INTERFACES=vm0", "ISTIO_INBOUND_INTERCEPTION_MODE=TPROXY", "ISTIO_INBOUND_PORTS=8080", "ISTIO_INBOUND_TPROXY_MARK=0x7b",
 		"ISTIO_INBOUND_TPROXY_ROUTE_TABLE=200", "ISTIO_SERVICE_CIDR=*", "ISTIO_META_DNS_CAPTURE=true", "REDIRECT_DNS=false", "CAPTURE_ALL_DNS=true",
@@ -418,7 +418,7 @@ func TestEverythingThatTheEnvironmentAloneCanSay(t *testing.T) {
 	}
 	got = pillion(t, ns, []string{"ISTIO_OUTBOUND_OWNER_GROUPS="}, nil, "init", "-n", "-i", "*")
 	if got.code != 0 || strings.Contains(got.stdout, "PILLION_REDIRECT") {
-		t.Errorf("a set but empty list of groups is nobody: got %+v", got)
+		t.Errorf("a set but empty list of groups captures no group: got %+v", got)
 	}
 }
 

@@ -1,8 +1,8 @@
-// Command pillionctl is for those who put pillion into pods: it injects manifests, takes injections out again, and
-// serves the admission webhook that injects pods as they are created.
+// Command pillionctl adds pillion to manifests, removes it again, serves the admission webhook that injects pods as they are
+// created, and checks a cluster.
 //
-// This package is the front door: it turns flags into what internal/inject is to do, and its errors into exit codes. It
-// is a program of its own because what it needs has no business in a sidecar.
+// This package translates flags into calls of other packages, and errors into exit statuses. It is a separate program to
+// keep its dependencies out of the sidecar.
 package main
 
 import (
@@ -12,32 +12,35 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
+
+	"github.com/pillion-proxy/pillion/internal/commandline"
 )
 
-// Exit codes, as those of pillion.
+// Exit statuses, the same as pillion's.
 const (
 	exitOK      = 0
 	exitFailure = 1
-	exitUsage   = 255
+	exitUsage   = commandline.ExitUsage
 )
 
-// version is stamped by the build.
+// version is set by the build.
 var version = "devel"
 
 func main() {
 	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 
-// usageError is an error of the command line's form.
-type usageError struct{ error }
+// usageError is an error in the form of the command line.
+type usageError = commandline.UsageError
 
-// run executes the command line args (without the program's name) and returns the exit code.
+// run executes the command line args (without the program's name) and returns the exit status.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root := newRoot()
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
+	commandline.CompleteValues(root, args)
 	err := root.Execute()
 	if err == nil {
 		return exitOK
@@ -50,22 +53,26 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 }
 
 func newRoot() *cobra.Command {
-	root := &cobra.Command{
+	root := commandline.Group(&cobra.Command{
 		Use:           "pillionctl",
 		Version:       version,
-		Short:         "Put pillion into pods",
+		Short:         "Add pillion to pods",
 		SilenceUsage:  true,
 		SilenceErrors: true,
-	}
+	})
 	root.CompletionOptions.DisableDefaultCmd = true
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newInject(), newUninject(), newWebhook())
+	root.SetFlagErrorFunc(flagError)
+	root.AddCommand(newInject(), newUninject(), newWebhook(),
+		commandline.NewVersion(version), commandline.NewCompletion("pillionctl"))
 	return root
 }
 
-func noArguments(cmd *cobra.Command, args []string) error {
-	if len(args) > 0 {
-		return usageError{fmt.Errorf("%s takes no arguments, and %q is one", cmd.CommandPath(), args[0])}
+// flagError makes every error about a flag a usageError, also an invalid value.
+func flagError(cmd *cobra.Command, err error) error {
+	if usage := commandline.FlagError(cmd, err); usage != nil {
+		return usage
 	}
-	return nil
+	return usageError{Err: err}
 }
+
+var noArguments = commandline.NoArguments

@@ -17,19 +17,19 @@ import (
 
 const (
 	loadEach = 3     // clients of each kind
-	wanted   = 10000 // minimum number of requests
-	lasting  = 300   // messages of a long connection after its pod was removed from the endpoints
+	wanted   = 10000 // requests in all, at least
+	lasting  = 300   // messages of a long connection after its pod was taken out of the endpoints
 )
 
-// load is a set of clients of all kinds, with the results of their requests. They send without pause. Like clients of a
-// Service, they connect to the current endpoint, and reconnect when the server announces a close.
+// load is a set of clients of all kinds that never pause, with their results. They connect to the current endpoint, as
+// through a service, and reconnect when the server closes.
 type load struct {
 	from     *nettest.Namespace
 	endpoint atomic.Pointer[pod]
 	clients  sync.WaitGroup
 	stopped  atomic.Bool
 
-	asked  [2 * loadEach]atomic.Int64 // requests of each HTTP client
+	asked  [2 * loadEach]atomic.Int64 // by each client of HTTP
 	done   [3]atomic.Int64            // HTTP/1, h2c, TCP
 	onOld  atomic.Int64               // long connections to a pod that is no longer an endpoint
 	mu     sync.Mutex
@@ -63,7 +63,7 @@ func (l *load) start(t *testing.T) {
 	}
 }
 
-// ask sends requests one after the other. It uses POST, so that a failed request is not retried silently.
+// ask sends one request after the other. It uses POST, so that a failed request is not repeated unnoticed.
 func (l *load) ask(c *http.Client, kind int, asked *atomic.Int64) {
 	for !l.stopped.Load() {
 		if err := post(c); err != nil {
@@ -74,7 +74,7 @@ func (l *load) ask(c *http.Client, kind int, asked *atomic.Int64) {
 	}
 }
 
-// speak uses long connections. Only speak itself may end them.
+// speak opens long connections that only the client may end.
 func (l *load) speak() {
 	for !l.stopped.Load() {
 		if err := l.converse(l.endpoint.Load()); err != nil {
@@ -106,7 +106,7 @@ func (l *load) converse(to *pod) error {
 		return err
 	}
 	if _, err := reader.ReadByte(); !errors.Is(err, io.EOF) {
-		return fmt.Errorf("connection ended with %v", err)
+		return fmt.Errorf("it ends with %v", err)
 	}
 	return nil
 }
@@ -116,9 +116,9 @@ func (l *load) stop() {
 	l.clients.Wait()
 }
 
-// stopUnderLoad stops one of two pods as a kubelet does, while a third pod sends load through sidecars on both sides. The
-// endpoints follow readiness with a delay of one second. In classic order, the agent is stopped while the workload still
-// runs its preStop hook. In native order, the agent's preStop hook runs first, then the workload ends, and then the agent.
+// stopUnderLoad stops one of two pods as a kubelet does, while a third sends them load through sidecars on both sides.
+// The endpoints follow readiness a second later. In classic order the agent receives SIGTERM while the workload still
+// runs; in native order the agent's preStop hook runs first, then the workload ends, and after that the agent.
 func stopUnderLoad(t *testing.T, n *node, native bool) {
 	name := map[bool]string{false: "classic", true: "native"}[native]
 	var pods []*pod
@@ -146,10 +146,10 @@ func stopUnderLoad(t *testing.T, n *node, native bool) {
 		old.signal(t, "istio-proxy", "TERM")
 	}
 	if code := old.ends(t, "istio-proxy"); code != "0" {
-		t.Errorf("the agent's exit code is %s", code)
+		t.Errorf("the agent ends with %s", code)
 	}
 	if l.onOld.Load() != loadEach {
-		t.Errorf("%d long connections survived the announcement, want %d", l.onOld.Load(), loadEach)
+		t.Errorf("%d long connections outlived the announcement, want %d", l.onOld.Load(), loadEach)
 	}
 	nettest.Eventually(t, "10,000 requests", func() bool { return l.total() >= wanted })
 	l.stop()
@@ -159,8 +159,7 @@ func stopUnderLoad(t *testing.T, n *node, native bool) {
 	}
 }
 
-// follow removes a pod from the endpoints one second after its readiness failed, since a change of endpoints takes time to
-// reach all nodes.
+// follow removes a pod from the endpoints a second after it stops being ready, the time for the change to spread.
 func (l *load) follow(t *testing.T, n *node, old, next *pod) {
 	c := client(t, false, dialer(n.Namespace, old.at(15021)))
 	if !nettest.Within(nettest.Patience, func() bool {
@@ -171,7 +170,7 @@ func (l *load) follow(t *testing.T, n *node, old, next *pod) {
 		response.Body.Close()
 		return response.StatusCode == http.StatusServiceUnavailable
 	}) {
-		t.Error("readiness does not fail")
+		t.Error("readiness does not turn off")
 	}
 	<-time.After(time.Second)
 	l.endpoint.Store(next)
@@ -180,7 +179,7 @@ func (l *load) follow(t *testing.T, n *node, old, next *pod) {
 	for i := range l.asked {
 		before[i] = l.asked[i].Load()
 	}
-	nettest.Eventually(t, "each client has sent two more requests", func() bool {
+	nettest.Eventually(t, "all clients follow the endpoint", func() bool {
 		for i := range l.asked {
 			if l.asked[i].Load() < before[i]+2 {
 				return false

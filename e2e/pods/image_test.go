@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// archive is an image in a file, in the format of a registry.
+// archive is an image in a file: the files of an OCI layout by name.
 type archive map[string][]byte
 
 func openArchive(t *testing.T, name string) archive {
@@ -37,7 +37,7 @@ func openArchive(t *testing.T, name string) archive {
 	}
 }
 
-// descriptor is a reference from one part of an image to another.
+// descriptor refers to another part of an image.
 type descriptor struct{ Digest string }
 
 func (a archive) decode(t *testing.T, d descriptor, into any) {
@@ -49,7 +49,7 @@ func (a archive) decode(t *testing.T, d descriptor, into any) {
 
 func (d descriptor) blob() string { return "blobs/" + strings.ReplaceAll(d.Digest, ":", "/") }
 
-// settings are the parts of an image's configuration that a runtime uses.
+// settings are the fields that a runtime reads from an image.
 type settings struct {
 	Architecture string
 	Config       struct {
@@ -61,7 +61,7 @@ type settings struct {
 	}
 }
 
-// contents returns the settings and the files of the layers.
+// contents returns the settings and the files in the layers.
 func (a archive) contents(t *testing.T) (set settings, files map[string]*tar.Header) {
 	t.Helper()
 	var index struct{ Manifests []descriptor }
@@ -93,7 +93,7 @@ func (a archive) contents(t *testing.T) (set settings, files map[string]*tar.Hea
 	return set, files
 }
 
-func TestImageIsReproducible(t *testing.T) {
+func TestTheSameBinaryGivesTheSameImage(t *testing.T) {
 	for _, target := range []string{"image", "image-iptables", "image-pillionctl"} {
 		_, first := theImage(t, target)
 		second, err := buildImage(target)
@@ -103,7 +103,7 @@ func TestImageIsReproducible(t *testing.T) {
 	}
 }
 
-func TestImageContainsOnlyTheBinary(t *testing.T) {
+func TestTheImageHasOnlyTheBinary(t *testing.T) {
 	name, _ := theImage(t, "image")
 	set, files := openArchive(t, name).contents(t)
 	var names []string
@@ -122,7 +122,7 @@ func TestImageContainsOnlyTheBinary(t *testing.T) {
 	}
 	slices.Sort(names)
 	if want := []string{"etc/group", "etc/passwd", "usr/local/bin/pillion", "usr/local/bin/pilot-agent"}; !slices.Equal(names, want) {
-		t.Errorf("files: %v, want %v", names, want)
+		t.Errorf("it has %v, want %v", names, want)
 	}
 	if link := files["usr/local/bin/pillion"]; link.Typeflag != tar.TypeSymlink || link.Linkname != "pilot-agent" {
 		t.Errorf("pillion is not a link to pilot-agent: %+v", link)
@@ -130,7 +130,7 @@ func TestImageContainsOnlyTheBinary(t *testing.T) {
 	checkSettings(t, set, size)
 }
 
-func TestImageWithIPTablesHasBothFlavours(t *testing.T) {
+func TestTheImageWithIPTablesHasBothFlavoursInLessThan20MB(t *testing.T) {
 	name, _ := theImage(t, "image-iptables")
 	set, files := openArchive(t, name).contents(t)
 	size := int64(0)
@@ -140,7 +140,7 @@ func TestImageWithIPTablesHasBothFlavours(t *testing.T) {
 	checkSettings(t, set, size)
 	for _, want := range []string{"usr/sbin/xtables-nft-multi", "usr/sbin/xtables-legacy-multi", "usr/sbin/iptables", "usr/sbin/ip6tables-legacy-restore", "usr/sbin/iptables-nft-save"} {
 		if files[want] == nil {
-			t.Errorf("%s is missing", want)
+			t.Errorf("it has no %s", want)
 		}
 	}
 	for name := range files {
@@ -150,13 +150,13 @@ func TestImageWithIPTablesHasBothFlavours(t *testing.T) {
 	}
 }
 
-func TestWebhookImageContainsOnlyItsProgram(t *testing.T) {
+func TestTheWebhooksImageHasOnlyItsProgram(t *testing.T) {
 	name, _ := theImage(t, "image-pillionctl")
 	set, files := openArchive(t, name).contents(t)
 	program := files["usr/local/bin/pillionctl"]
 	for name, header := range files {
 		if header.Typeflag != tar.TypeDir && header != program {
-			t.Errorf("unexpected file %s", name)
+			t.Errorf("it has %s", name)
 		}
 	}
 	if program == nil || program.Size > 20e6 || set.Config.User != "65532:65532" || !slices.Equal(set.Config.Entrypoint, []string{"/usr/local/bin/pillionctl"}) {
@@ -168,17 +168,17 @@ func checkSettings(t *testing.T, set settings, size int64) {
 	t.Helper()
 	c := set.Config
 	if size > 20e6 {
-		t.Errorf("size = %d bytes", size)
+		t.Errorf("it has %d bytes", size)
 	}
 	if c.User != "1337:1337" || !slices.Equal(c.Entrypoint, []string{"/usr/local/bin/pilot-agent"}) || len(c.Cmd) > 0 {
-		t.Errorf("the image runs %v %v as %s", c.Entrypoint, c.Cmd, c.User)
+		t.Errorf("it runs %v %v as %s", c.Entrypoint, c.Cmd, c.User)
 	}
 	if c.Labels["org.opencontainers.image.version"] != "test" || c.Labels["org.opencontainers.image.title"] != "pillion" {
-		t.Errorf("labels: %v", c.Labels)
+		t.Errorf("its labels are %v", c.Labels)
 	}
 	for label := range c.Labels {
 		if !strings.HasPrefix(label, "org.opencontainers.image.") {
-			t.Errorf("unexpected label %s of the build tool", label)
+			t.Errorf("the build tool added the label %s", label)
 		}
 	}
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// The names of images on the node.
+// Names of images on the node.
 const (
 	image         = "localhost/pillion:test"
 	imageIPTables = "localhost/pillion:test-iptables"
@@ -41,7 +41,7 @@ func run(m *testing.M) int {
 	return nettest.Main(m)
 }
 
-// build builds a static binary with the flags of a release.
+// build makes a static binary as it ships.
 func build(source, name string) error {
 	cmd := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-ldflags", "-s -w -X main.version=test", "-o", filepath.Join(built, name), source)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -51,7 +51,7 @@ func build(source, name string) error {
 	return nil
 }
 
-// images are the built images, with the output of their build.
+// images builds each image once and returns the output of the build.
 var images = map[string]func() (output string, err error){
 	"image":          sync.OnceValues(func() (string, error) { return buildImage("image") }),
 	"image-iptables": sync.OnceValues(func() (string, error) { return buildImage("image-iptables") }),
@@ -75,7 +75,7 @@ func theImage(t *testing.T, target string) (archive, output string) {
 
 func archiveOf(target string) string { return filepath.Join(built, target+".tar") }
 
-// buildImage builds an image of the binary and returns the script's output.
+// buildImage makes an image of the binary and returns the output of the build.
 func buildImage(target string) (output string, err error) {
 	program := "pillion"
 	if target == "image-pillionctl" {
@@ -83,11 +83,11 @@ func buildImage(target string) (output string, err error) {
 	}
 	cmd := exec.Command("../../scripts/image", target, filepath.Join(built, program), archiveOf(target))
 	cmd.Env = append(os.Environ(), "VERSION=test", "EPOCH=1700000000", "ARCH="+runtime.GOARCH)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
+	var complaints bytes.Buffer
+	cmd.Stderr = &complaints
 	out, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("scripts/image %s: %w\n%s%s", target, err, out, &stderr)
+		return "", fmt.Errorf("scripts/image %s: %w\n%s%s", target, err, out, &complaints)
 	}
 	return string(out), nil
 }

@@ -22,11 +22,11 @@ import (
 // node is a machine that runs pods.
 type node struct {
 	*nettest.Namespace
-	first int    // PID of the node's first process, in this process's PID namespace
-	root  string // path of its file system, outside the node
+	first int    // the node's first process, in this process's numbers
+	root  string // its file system, seen from here
 
 	mu  sync.Mutex
-	ids []string // of all pods that were started
+	ids []string // of all pods that there have been
 }
 
 const (
@@ -34,15 +34,15 @@ const (
 	podNetwork = "pods"
 )
 
-// Addresses of the node at which tests serve: one that the pods' rules capture, and one in 203.0.113.0/24, a range that
-// some pods exclude.
+// Addresses of the node at which its tests serve. The rules of pods capture connections to the first. Some pods exclude
+// the network of the second.
 var (
 	serving = netip.MustParseAddr("198.51.100.200")
 	outside = netip.MustParseAddr("203.0.113.7")
 )
 
-// setUpNode gives podman its own directories and then reaps orphaned processes. It ends with this process, through its
-// standard input, and all others of the node end with it.
+// setUpNode gives podman directories of its own and then reaps orphaned processes. It ends when this process closes its
+// standard input; all processes of the node end with it.
 const setUpNode = `
 for dir in /run /var/lib/containers /etc/containers /etc/cni /dev/shm; do
 	[ ! -d "$dir" ] || mount -t tmpfs tmpfs "$dir"
@@ -50,7 +50,7 @@ done
 cp "$1"/* /etc/containers/
 exec catatonit -- cat`
 
-// The configuration of podman. Limits cannot be raised on every machine, and crun rejects machines with both versions of
+// nodeFiles is podman's configuration. Limits cannot be raised everywhere, and crun refuses machines with both versions of
 // cgroups.
 var nodeFiles = map[string]string{
 	"containers.conf": `[containers]
@@ -66,7 +66,7 @@ runtime = "runc"
 	"policy.json": `{"default":[{"type":"insecureAcceptAnything"}]}`,
 }
 
-// newNode creates a node with the images.
+// newNode makes a node that has the images.
 func newNode(t *testing.T) *node {
 	t.Helper()
 	requireWholeRoot(t)
@@ -90,12 +90,12 @@ func newNode(t *testing.T) *node {
 		t.Fatal(err)
 	}
 	holder := n.Start(t, cmd)
-	t.Cleanup(func() { // its parent must wait for it before the parent is killed
+	t.Cleanup(func() { // so that it is waited for by its parent, before that is killed
 		stdin.Close()
 		holder.Wait(nettest.Patience)
 	})
 	fmt.Fprintln(stdin, "ready")
-	if _, err := stdout.Read(make([]byte, 6)); err != nil { // the script prints when the setup is complete
+	if _, err := stdout.Read(make([]byte, 6)); err != nil { // it comes back when all else is done
 		t.Fatalf("the node does not start: %v", err)
 	}
 	n.first = childOf(t, holder.Cmd.Process.Pid)
@@ -114,7 +114,7 @@ func newNode(t *testing.T) *node {
 	return n
 }
 
-// anchor is a pod that stays, so that the bridge of all pods stays as well.
+// anchor is a pod that stays, so that the bridge of all pods stays too.
 const anchor = `apiVersion: v1
 kind: Pod
 metadata: {name: THIS-POD}
@@ -126,8 +126,8 @@ spec:
     securityContext: {runAsUser: 1000, runAsGroup: 1000}
 `
 
-// pinBridge sets the bridge's hardware address. Otherwise it is the lowest address of its ports and changes when a pod
-// leaves; the other pods would use the old address until their neighbour entries expire.
+// pinBridge fixes the bridge's hardware address. Otherwise it is the lowest one of its ports and changes when a pod ends;
+// the other pods would use the old address until they resolve it again.
 func (n *node) pinBridge(t *testing.T) {
 	t.Helper()
 	for line := range strings.Lines(n.MustRun(t, "ip", "-o", "link", "show", "type", "bridge")) {
@@ -137,22 +137,22 @@ func (n *node) pinBridge(t *testing.T) {
 		n.MustRun(t, "ip", "link", "set", "dev", name, "address", address)
 		return
 	}
-	t.Fatal("no bridge found")
+	t.Fatal("there is no bridge")
 }
 
-// requireWholeRoot requires root of the machine: a user namespace does not suffice, because containers need control groups.
+// requireWholeRoot is nettest.RequireRoot outside user namespaces: containers need control groups.
 func requireWholeRoot(t *testing.T) {
 	t.Helper()
 	nettest.RequireRoot(t)
 	if uids, err := os.ReadFile("/proc/self/uid_map"); err != nil || strings.Join(strings.Fields(string(uids)), " ") != "0 0 4294967295" {
 		if os.Getenv("CI") != "" {
-			t.Fatal("this test needs root of the machine, and must not be skipped in CI")
+			t.Fatal("this test needs the machine's root, and in CI it must not be skipped")
 		}
 		t.Skip("pods need the machine's root: run it as root")
 	}
 }
 
-// workloadFiles writes the files of an image with nginx, its libraries and our workload.
+// workloadFiles prepares an image of nginx with its libraries and our workload.
 func workloadFiles(t *testing.T) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -178,7 +178,7 @@ func workloadFiles(t *testing.T) (dir string) {
 		}
 		write(t, filepath.Join(dir, "root", place), string(content))
 	}
-	// A volume gets the mode of the directory that it covers.
+	// A volume takes the mode of the directory that it covers.
 	tmp := filepath.Join(dir, "root/tmp")
 	if err := os.Mkdir(tmp, 0); err != nil {
 		t.Fatal(err)
@@ -190,7 +190,7 @@ func workloadFiles(t *testing.T) (dir string) {
 	return dir
 }
 
-// write creates a file that all users may read and execute.
+// write makes a file with mode 755.
 func write(t *testing.T, name, text string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
@@ -253,13 +253,13 @@ func (n *node) removeGroups() {
 
 // pod is a started pod.
 type pod struct {
-	*nettest.Namespace // nil for a pod that ends by itself
+	*nettest.Namespace // nil unless it was played to go on
 	node               *node
 	name               string
 	address            netip.Addr
 }
 
-// start starts the pod of a manifest after applying replacements. The pod may end by itself.
+// start starts the pod of a manifest after applying replacements, pairs of old and new text. It may end at any time.
 func (n *node) start(t testing.TB, text, name string, replacements ...string) *pod {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), name+".yaml")
@@ -288,7 +288,7 @@ func (n *node) remember(id string) {
 	n.ids = append(n.ids, id)
 }
 
-// play starts a pod that does not end by itself, and waits until its agent is ready.
+// play starts a pod that does not end by itself and waits until its agent is ready.
 func (n *node) play(t testing.TB, text, name string, replacements ...string) *pod {
 	t.Helper()
 	p := n.start(t, text, name, replacements...)
@@ -315,13 +315,13 @@ func manifest(t testing.TB, file string) string {
 	return string(text)
 }
 
-// at returns an address of the pod.
+// at returns the address of a port of the pod.
 func (p *pod) at(port int) string { return netip.AddrPortFrom(p.address, uint16(port)).String() }
 
-// container returns podman's name of one of the pod's containers.
+// container returns podman's name of a container of the pod.
 func (p *pod) container(name string) string { return p.name + "-" + name }
 
-// exec runs a program in the agent's container, as a hook of the kubelet does.
+// exec runs a program in the agent's container, as a kubelet's hooks do.
 func (p *pod) exec(t testing.TB, words ...string) string {
 	t.Helper()
 	return p.node.podman(t, append([]string{"exec", p.container("istio-proxy")}, words...)...)
@@ -333,7 +333,7 @@ func (p *pod) signal(t testing.TB, container, signal string) {
 	p.node.podman(t, "kill", "--signal", signal, p.container(container))
 }
 
-// ends waits until a container ends and returns its exit code.
+// ends waits for the end of a container and returns its exit code.
 func (p *pod) ends(t testing.TB, container string) string {
 	t.Helper()
 	return p.node.podman(t, "wait", "--interval", "50ms", p.container(container))

@@ -22,7 +22,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// TestPods uses one node for all tests, because creating one takes seconds.
+// TestPods uses one node for all tests, because it takes seconds to make one.
 func TestPods(t *testing.T) {
 	n := newNode(t)
 	for name, test := range map[string]func(*testing.T, *node){
@@ -46,7 +46,7 @@ func TestPods(t *testing.T) {
 	}
 }
 
-// client returns an HTTP client inside a namespace that opens connections by dial.
+// client returns an HTTP client whose connections are opened by dial.
 func client(t testing.TB, http2 bool, dial func() (net.Conn, error)) *http.Client {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(!http2)
@@ -59,10 +59,10 @@ func client(t testing.TB, http2 bool, dial func() (net.Conn, error)) *http.Clien
 	return &http.Client{Transport: transport, Timeout: nettest.Patience}
 }
 
-// get sends a GET. It returns an error unless the response is nginx's.
+// get sends one request and returns an error for any other response than nginx's.
 func get(c *http.Client) error { return answered(c.Get("http://web.example/")) }
 
-// post sends a POST. Neither a transport nor a proxy may retry it.
+// post does the same with a request that no transport and no proxy may repeat.
 func post(c *http.Client) error { return answered(c.Post("http://web.example/", "", nil)) }
 
 func answered(response *http.Response, err error) error {
@@ -83,12 +83,12 @@ func echoOnce(conn net.Conn, reader *bufio.Reader) error {
 		return err
 	}
 	if line, err := reader.ReadString('\n'); err != nil || line != "a line\n" {
-		return fmt.Errorf("echo = %q, %v", line, err)
+		return fmt.Errorf("the echo is %q and %v", line, err)
 	}
 	return nil
 }
 
-// The three protocols to a pod, from a namespace.
+// reach connects to a pod by each protocol, from a namespace.
 func reach(t *testing.T, from *nettest.Namespace, to *pod) {
 	t.Helper()
 	for name, err := range map[string]error{
@@ -122,7 +122,7 @@ func talk(t *testing.T, n *node) {
 	checkConfinement(t, web)
 }
 
-// checkConfinement checks that the agent's process has no privileges.
+// checkConfinement checks that the agent's process has no privilege.
 func checkConfinement(t *testing.T, p *pod) {
 	t.Helper()
 	proc := filepath.Join(p.node.root, "proc", p.node.podman(t, "inspect", p.container("istio-proxy"), "--format", "{{.State.Pid}}"))
@@ -132,7 +132,7 @@ func checkConfinement(t *testing.T, p *pod) {
 	}
 	for _, want := range []string{"Uid:\t1337\t1337", "Gid:\t1337\t1337", "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n", "NoNewPrivs:\t1\n"} {
 		if !strings.Contains(string(status), want) {
-			t.Errorf("/proc/PID/status lacks %q:\n%s", want, status)
+			t.Errorf("/proc/PID/status has no %q:\n%s", want, status)
 		}
 	}
 	mounts, err := os.ReadFile(filepath.Join(proc, "mounts"))
@@ -141,7 +141,7 @@ func checkConfinement(t *testing.T, p *pod) {
 	}
 	for line := range strings.Lines(string(mounts)) {
 		if f := strings.Fields(line); f[1] == "/" && !strings.HasPrefix(f[3], "ro,") {
-			t.Errorf("the root file system is writable: %s", line)
+			t.Errorf("its root can be written: %s", line)
 		}
 	}
 }
@@ -154,12 +154,12 @@ func restartWorkload(t *testing.T, n *node) {
 	}
 	p.signal(t, "nginx", "KILL")
 	p.ends(t, "nginx")
-	// A reset, if the request arrives after the agent's detection delay.
+	// A reset, if the request arrives after the agent has dialled.
 	if err := get(c); err == nil || !strings.Contains(err.Error(), "503") && !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("without a workload: %v, want 503 or a reset", err)
 	}
 	n.podman(t, "start", p.container("nginx"))
-	nettest.Eventually(t, "the workload is reachable again", func() bool { return get(c) == nil })
+	nettest.Eventually(t, "the workload is reached again", func() bool { return get(c) == nil })
 }
 
 func restartAgent(t *testing.T, n *node) {
@@ -168,10 +168,10 @@ func restartAgent(t *testing.T, n *node) {
 		reach(t, n.Namespace, p)
 		p.signal(t, "istio-proxy", "KILL")
 		p.ends(t, "istio-proxy")
-		// No connection bypasses the rules, neither inbound nor outbound.
+		// No connection bypasses the agent in either direction.
 		for from, address := range map[*nettest.Namespace]string{n.Namespace: p.at(8080), p.Namespace: netip.AddrPortFrom(serving, 9).String()} {
 			if conn, err := from.Dial("tcp", address, nettest.Patience); !errors.Is(err, syscall.ECONNREFUSED) {
-				t.Errorf("without an agent, from %s to %s: %v, %v; want a refused connection", from.Name, address, conn, err)
+				t.Errorf("without an agent, from %s to %s: %v, %v, want it refused", from.Name, address, conn, err)
 			}
 		}
 		started := make(chan struct{})
@@ -185,7 +185,7 @@ func restartAgent(t *testing.T, n *node) {
 	reach(t, n.Namespace, p)
 }
 
-// awaitReadyAgain waits until a restarted agent is ready.
+// awaitReadyAgain waits until the restarted agent of a pod is ready.
 func (n *node) awaitReadyAgain(t *testing.T, p *pod) {
 	t.Helper()
 	c := client(t, false, dialer(p.Namespace, "127.0.0.1:15021"))
@@ -199,7 +199,7 @@ func (n *node) awaitReadyAgain(t *testing.T, p *pod) {
 	})
 }
 
-// The pod has init containers before the agent, and its main container stops the sidecar.
+// beEarlyAndEnd runs a pod whose init containers run before the agent and whose main container ends the sidecar.
 func beEarlyAndEnd(t *testing.T, n *node) {
 	web := n.Listen(t, "tcp", netip.AddrPortFrom(serving, 0).String())
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {})}
@@ -208,24 +208,24 @@ func beEarlyAndEnd(t *testing.T, n *node) {
 	elsewhere := n.Listen(t, "tcp", netip.AddrPortFrom(outside, 0).String())
 	reports := n.Listen(t, "tcp", netip.AddrPortFrom(serving, 0).String())
 	_, port, _ := net.SplitHostPort(reports.Addr().String())
-	results := make(chan string, 8)
-	go collect(reports, results)
+	reported := make(chan string, 8)
+	go collect(reports, reported)
 
 	p := n.start(t, manifest(t, "early.yaml"), "early", "TARGET", web.Addr().String(), "RANGE", elsewhere.Addr().String(),
 		"REPORT_PORT", port, "REPORT", reports.Addr().String())
 	for _, want := range []string{"captured: refused", "user: connected", "port: connected", "range: connected"} {
-		if got := <-results; got != want {
+		if got := <-reported; got != want {
 			t.Errorf("an init container reported %q, want %q", got, want)
 		}
 	}
 	for _, container := range []string{"main", "istio-proxy"} {
 		if code := p.ends(t, container); code != "0" {
-			t.Errorf("exit code of %s = %s", container, code)
+			t.Errorf("%s ends with %s", container, code)
 		}
 	}
 }
 
-// collect reads a line from each connection until the listener is closed.
+// collect takes a line from each connection that has one, until the listener is closed.
 func collect(listener net.Listener, lines chan<- string) {
 	for {
 		conn, err := listener.Accept()
@@ -240,8 +240,7 @@ func collect(listener net.Listener, lines chan<- string) {
 	}
 }
 
-// useIPTables installs rules with the programs of the larger image, first those of the flavour that the machine does not
-// use.
+// useIPTables installs the rules with the programs in the larger image, in both flavours.
 func useIPTables(t *testing.T, n *node) {
 	for backend, program := range map[string]string{"iptables-legacy": "iptables-legacy-save", "iptables-nft": "iptables-nft-save"} {
 		p := n.playFile(t, "web.yaml", "by-"+backend, "args: [istio-iptables,", "args: [istio-iptables, --backend, "+backend+",",
@@ -249,7 +248,7 @@ func useIPTables(t *testing.T, n *node) {
 			"runAsGroup: 0\n      readOnlyRootFilesystem: true", "runAsGroup: 0\n      readOnlyRootFilesystem: false") // for the lock in /run
 		reach(t, n.Namespace, p)
 		if rules := p.MustRun(t, program, "-t", "nat"); !strings.Contains(rules, "-A PILLION_INBOUND") {
-			t.Errorf("%s installed no rules:\n%s", backend, rules)
+			t.Errorf("%s made none:\n%s", backend, rules)
 		}
 	}
 }
@@ -275,7 +274,7 @@ func playDocument(t *testing.T, n *node) {
 	_, block, _ := strings.Cut(section, "```yaml\n")
 	block, _, found := strings.Cut(block, "```\n")
 	if !found {
-		t.Fatal("no injected pod in docs/inject.md")
+		t.Fatal("docs/inject.md shows no injected pod")
 	}
 	var object map[string]any
 	if err := yaml.Unmarshal([]byte(block), &object); err != nil {
@@ -285,7 +284,7 @@ func playDocument(t *testing.T, n *node) {
 	inits, containers := spec["initContainers"].([]any), spec["containers"].([]any)
 	sidecar := inits[len(inits)-1].(map[string]any)
 	if sidecar["restartPolicy"] != "Always" || sidecar["startupProbe"] == nil {
-		t.Errorf("the last init container is not a native sidecar with a startup probe: %v", sidecar)
+		t.Errorf("the last init container is no native sidecar with a startup probe: %v", sidecar)
 	}
 	delete(sidecar, "restartPolicy")
 	withoutDownwardAPI(spec, sidecar)

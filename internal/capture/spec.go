@@ -23,6 +23,7 @@ type IPv6Choice string
 const (
 	IPv6Wherever  IPv6Choice = ""      // wherever the namespace has IPv6
 	IPv6WhenFirst IPv6Choice = "first" // as istio-iptables without --dual-stack: if the first global address is IPv6
+	IPv6WhenUsed  IPv6Choice = "used"  // as istio-iptables with --dual-stack: if there is a global IPv6 address
 )
 
 // Spec defines what is captured and where it goes. It is plain data: policy derives the rules from it, and the agent

@@ -10,7 +10,7 @@ import (
 )
 
 // Unmapped returns an error for a user or group of the spec that this user namespace does not have. A rule for it would be
-// refused, or would match nobody.
+// refused, or would match no process.
 func Unmapped(spec capture.Spec) error {
 	for _, ids := range []struct {
 		field, file string

@@ -25,7 +25,7 @@ import (
 
 // RemoveEmpty removes the unused base chains of tables, except those in keep, and each table that is then empty.
 // iptables creates base chains with its first rule, leaves them behind with its last one, and creates them again when
-// needed. Chains with other names, rules, references or another policy belong to somebody, and so does a table that
+// needed. Chains with other names, rules, references or another policy belong to others, and so does a table that
 // existed before.
 func RemoveEmpty(family ruleset.Family, tables []ruleset.TableName, keep []Chain) error {
 	chains, err := Chains()
@@ -65,6 +65,9 @@ type Chain struct {
 	base, untouched bool
 	hook            hook
 }
+
+// IsInet reports whether the chain is in a table of family inet.
+func (c Chain) IsInet() bool { return c.protocol == unix.NFPROTO_INET }
 
 // hook defines when the kernel calls a base chain and what it does with a packet that reaches the end.
 type hook struct {
@@ -165,7 +168,7 @@ func bigEndian(value []byte) uint32 {
 }
 
 // remove removes base chains of a family's table, and the table itself if table is set, in one transaction.
-// NLM_F_NONREC makes the kernel refuse to remove a chain in use and then to change nothing, so a rule that somebody
+// NLM_F_NONREC makes the kernel refuse to remove a chain in use and then to change nothing, so a rule that another program
 // adds at this moment is safe.
 func remove(family ruleset.Family, name ruleset.TableName, chains []string, table bool) error {
 	var removals []*nl.NetlinkRequest
@@ -260,8 +263,8 @@ func transact(requests []*nl.NetlinkRequest) error {
 	}
 }
 
-// makeRoom enlarges the send buffer for a transaction of size bytes, which is one message. SO_SNDBUFFORCE needs
-// CAP_NET_ADMIN in the first user namespace, which the root of another one does not have; SO_SNDBUF has a limit.
+// makeRoom enlarges the send buffer for a transaction: one message of size bytes. SO_SNDBUFFORCE needs CAP_NET_ADMIN in the
+// first user namespace, and the root of another one does not have that. SO_SNDBUF is limited by net.core.wmem_max.
 func makeRoom(fd, size int) error {
 	const reserved = 32 // netlink_sendmsg refuses more than the buffer less these bytes
 	var room int

@@ -76,7 +76,7 @@ func TestTheRefusedRequestIsFound(t *testing.T) {
 	}
 }
 
-// A change by somebody else while the kernel lists chains makes the list useless, and it is asked for again.
+// A dump that a concurrent change has interrupted is repeated.
 func TestAnInterruptedDumpIsRepeated(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod := nettest.New(t, "pod")

@@ -24,9 +24,11 @@ type Difference struct {
 
 // Findings are the result of a check.
 type Findings struct {
-	Equal       bool         `json:"equal"`
+	Equal bool `json:"equal"`
+	// Installed is false if rules are wanted and no rule of ours exists.
+	Installed   bool         `json:"installed"`
 	Differences []Difference `json:"differences"`
-	// Warnings name rules of others that precede ours and may have the effect of a difference.
+	// Warnings name rules and chains of others that may have the effect of a difference.
 	Warnings []string `json:"warnings"`
 }
 
@@ -53,17 +55,44 @@ func Check(ctx context.Context, spec capture.Spec, backend iptables.Backend) (Fi
 	if plan.Address != iptables.AddressKept {
 		found.Differences = append(found.Differences, addressDifference(plan.Address))
 	}
+	installed := false
 	for _, h := range plan.Live() {
 		found.Warnings = append(found.Warnings, ahead(h)...)
+		installed = installed || len(ruleset.Diff(ruleset.Ruleset{}, h.Rules)) > 0
+	}
+	found.Installed = installed || found.Equal
+	foreign, err := plan.Foreign()
+	if err != nil {
+		return Findings{}, err
+	}
+	for _, c := range foreign {
+		if warning := beside(c); warning != "" {
+			found.Warnings = append(found.Warnings, warning)
+		}
 	}
 	return found, nil
 }
 
-// String returns one line for each difference and warning.
+// beside warns of a chain of others that may decide about captured packets.
+func beside(c ruleset.ForeignChain) string {
+	switch {
+	case c.Hook == ruleset.HookForward, !c.Decides(c.Families[0], true):
+		return ""
+	case c.Kind == "nat":
+		return fmt.Sprintf("%s precedes our rules or has their priority, and may decide about packets first: %s", c, c.Effects())
+	}
+	return fmt.Sprintf("%s may decide about captured packets: %s", c, c.Effects())
+}
+
+// String returns one line for each difference and warning. One line replaces the differences if no rule of ours is installed.
 func (f Findings) String() string {
 	var text strings.Builder
-	for _, d := range f.Differences {
-		text.WriteString(d.String() + "\n")
+	if !f.Installed {
+		text.WriteString("no rules of pillion are installed: nothing is captured\n")
+	} else {
+		for _, d := range f.Differences {
+			text.WriteString(d.String() + "\n")
+		}
 	}
 	for _, warning := range f.Warnings {
 		text.WriteString("warning: " + warning + "\n")

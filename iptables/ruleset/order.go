@@ -23,8 +23,8 @@ func (c Chain) Ahead(jump Rule) (Rule, bool) {
 	return Rule{}, false
 }
 
-// Continues reports whether a matching packet is always tried against the next rule: the target is such as MARK or LOG, or
-// there is none.
+// Continues reports whether a matching packet is always tried against the next rule: the rule has no target,
+// or one such as MARK or LOG.
 func (r Rule) Continues(chain string) bool {
 	target := r.target(chain)
 	return target == "" || slices.Contains(continuing, target)
@@ -40,7 +40,7 @@ func (r Rule) target(chain string) string {
 	return words[at+1]
 }
 
-// TargetName returns the name of the rule's target, or "" if it has none.
+// TargetName returns the name of the rule's target, or "" if it has no target.
 func (r Rule) TargetName() string { return r.target("") }
 
 // continuing are the targets of iptables after which the next rule is tried.

@@ -5,8 +5,8 @@
 // byte by byte. Parse(f, rs.String()) returns rs without the reasons; a rule that does not render as it was read is
 // foreign: kept verbatim and not interpreted.
 //
-// Ours are the chains whose names begin with OwnPrefix, and the rules that jump to them. All other rules belong to
-// somebody else: they are not compared and never changed.
+// Ours are the chains whose names begin with OwnPrefix, and the rules that jump to them. All other rules are
+// foreign: they are not compared and never changed.
 package ruleset
 
 import (

@@ -14,14 +14,14 @@ import (
 	"github.com/pillion-proxy/pillion/e2e/testdata/kubernetes/decode"
 )
 
-// shown are the YAML texts of a document.
+// shown returns the YAML blocks of a document.
 func shown(t *testing.T, document string) (texts []string) {
 	t.Helper()
 	for _, m := range regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllStringSubmatch(read(t, document), -1) {
 		texts = append(texts, m[1])
 	}
 	if len(texts) == 0 {
-		t.Fatalf("%s shows none", document)
+		t.Fatalf("%s has no YAML block", document)
 	}
 	return texts
 }
@@ -35,7 +35,7 @@ func read(t *testing.T, name string) string {
 	return string(text)
 }
 
-func TestManifestsThatAreShownCanBeRead(t *testing.T) {
+func TestManifestsInDocumentsAreValid(t *testing.T) {
 	for _, text := range shown(t, "docs/inject.md") {
 		typed, err := decode.Stream(strings.NewReader(text))
 		if err != nil || len(typed) != 1 {
@@ -45,12 +45,12 @@ func TestManifestsThatAreShownCanBeRead(t *testing.T) {
 	for _, text := range shown(t, "docs/kubernetes.md") {
 		built := build(t, checkout(t, text))
 		all := objects(t, built)
-		for _, want := range []string{"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n", "inject-ca-from: "} {
+		for _, want := range []string{"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n", "- --issue-certificate\n"} {
 			if !strings.Contains(string(built), want) {
-				t.Errorf("there is no %q in what it makes", want)
+				t.Errorf("its output has no %q", want)
 			}
 		}
-		for _, want := range []string{"PodMonitor", "ConfigMap", "Certificate", "Deployment", "Namespace"} {
+		for _, want := range []string{"PodMonitor", "PrometheusRule", "ConfigMap", "Deployment", "Namespace"} {
 			if !slices.ContainsFunc(slices.Collect(maps.Keys(all)), func(name string) bool { return strings.HasPrefix(name, want+" ") }) {
 				t.Errorf("it makes no %s", want)
 			}
@@ -58,10 +58,10 @@ func TestManifestsThatAreShownCanBeRead(t *testing.T) {
 	}
 }
 
-func TestCommandsThatAreShownInstallTheChart(t *testing.T) {
+func TestCommandsInDocumentsInstallTheChart(t *testing.T) {
 	commands := regexp.MustCompile(`(?m)^    helm install pillion deploy/helm/pillion -n pillion-system --create-namespace (.*)$`).FindAllStringSubmatch(read(t, "docs/kubernetes.md"), -1)
 	if len(commands) == 0 {
-		t.Fatal("there are none")
+		t.Fatal("docs/kubernetes.md has no helm command")
 	}
 	for _, command := range commands {
 		v := values{}
@@ -76,14 +76,14 @@ func TestCommandsThatAreShownInstallTheChart(t *testing.T) {
 	}
 }
 
-func TestEachValueIsInTheTable(t *testing.T) {
+func TestTheDocumentHasEachValue(t *testing.T) {
 	var all values
 	if err := yaml.UnmarshalStrict([]byte(read(t, "deploy/helm/pillion/values.yaml")), &all); err != nil {
 		t.Fatal(err)
 	}
 	var want []string
 	for name, value := range all {
-		if parts, ok := value.(values); ok && slices.Contains([]string{"tls", "podMonitor", "dashboard"}, name) {
+		if parts, ok := value.(values); ok && slices.Contains([]string{"tls", "podMonitor", "prometheusRule", "dashboard", "networkPolicy", "sidecar"}, name) {
 			for part := range parts {
 				want = append(want, name+"."+part)
 			}
@@ -94,12 +94,15 @@ func TestEachValueIsInTheTable(t *testing.T) {
 	var got []string
 	_, table, _ := strings.Cut(read(t, "docs/kubernetes.md"), "| Value | Default | Meaning |\n")
 	table, _, _ = strings.Cut(table, "\n\n")
-	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]*)`").FindAllStringSubmatch(table, -1) {
-		got = append(got, row[1])
+	for row := range strings.Lines(table) {
+		first, _, _ := strings.Cut(strings.TrimPrefix(row, "| "), " | ")
+		for _, name := range regexp.MustCompile("`([^`]*)`").FindAllStringSubmatch(first, -1) {
+			got = append(got, name[1])
+		}
 	}
 	slices.Sort(want)
 	slices.Sort(got)
 	if !slices.Equal(got, want) {
-		t.Errorf("the table has\n%v\nand the chart\n%v", got, want)
+		t.Errorf("the table has\n%v\nthe chart has\n%v", got, want)
 	}
 }

@@ -1,5 +1,5 @@
-// Package kubernetes holds what is in deploy, and what the documents show, against the programs that read it: kustomize,
-// helm, Kubernetes' own decoder, and Prometheus' parser.
+// Package kubernetes tests the contents of deploy and the manifests in documents with the programs that read them:
+// kustomize, helm, Kubernetes' own decoder, and Prometheus' parser.
 package kubernetes
 
 import (
@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -35,10 +36,10 @@ const (
 	chart = root + "/deploy/helm/pillion"
 )
 
-// values are those of a chart.
+// values are the values of a chart.
 type values = map[string]any
 
-// object is a manifest without its types.
+// object is a manifest as a mapping.
 type object map[string]any
 
 func (o object) name() string {
@@ -46,7 +47,7 @@ func (o object) name() string {
 	return fmt.Sprint(o["kind"], " ", metadata["namespace"], "/", metadata["name"])
 }
 
-// build is what kustomize makes of a directory.
+// build returns the output of kustomize for a directory.
 func build(t *testing.T, directory string) []byte {
 	t.Helper()
 	resources, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), directory)
@@ -60,7 +61,7 @@ func build(t *testing.T, directory string) []byte {
 	return text
 }
 
-// checkout is a directory with a kustomization, and deploy of this repository below pillion.
+// checkout makes a directory with a kustomization and this repository's deploy below pillion.
 func checkout(t *testing.T, kustomization string) string {
 	t.Helper()
 	directory := t.TempDir()
@@ -73,7 +74,7 @@ func checkout(t *testing.T, kustomization string) string {
 	return directory
 }
 
-// render is what helm makes of the chart, by the templates' names. version is Kubernetes', such as v1.34.0.
+// render returns helm's output for the chart by the templates' names. version is Kubernetes' version, such as v1.34.0.
 func render(v values, version string) (map[string]string, error) {
 	return renderIn("pillion-system", v, version)
 }
@@ -93,7 +94,7 @@ func renderIn(namespace string, v values, version string) (map[string]string, er
 	return engine.Render(c, all)
 }
 
-// rendered is the same as one stream of manifests.
+// rendered returns the same as one stream of manifests.
 func rendered(t *testing.T, v values) []byte {
 	t.Helper()
 	files, err := render(v, "v1.34.0")
@@ -109,14 +110,14 @@ func rendered(t *testing.T, v values) []byte {
 	return text.Bytes()
 }
 
-// objects returns the objects of a stream without the labels that a chart adds. Kubernetes must be able to read them.
+// objects returns the objects of a stream without the labels that the chart adds. Kubernetes must decode all of them.
 func objects(t *testing.T, text []byte) map[string]object {
 	t.Helper()
 	typed, err := decode.Stream(bytes.NewReader(text))
 	if err != nil {
 		t.Errorf("%v\n%s", err, text)
 	}
-	all, strangers := make(map[string]object), 0
+	all, foreign := make(map[string]object), 0
 	for document := range strings.SplitSeq("\n"+string(text), "\n---\n") {
 		var o object
 		if err := yaml.UnmarshalStrict([]byte(document), &o); err != nil {
@@ -126,7 +127,7 @@ func objects(t *testing.T, text []byte) map[string]object {
 			continue
 		}
 		if o["apiVersion"] == "cert-manager.io/v1" || strings.HasPrefix(fmt.Sprint(o["apiVersion"]), "kustomize.config.k8s.io/") {
-			strangers++
+			foreign++
 		}
 		if metadata, ok := o["metadata"].(values); ok {
 			if labels, ok := metadata["labels"].(values); ok {
@@ -137,30 +138,32 @@ func objects(t *testing.T, text []byte) map[string]object {
 				}
 			}
 			if all[o.name()] != nil {
-				t.Errorf("%s is there twice", o.name())
+				t.Errorf("%s exists twice", o.name())
 			}
 			all[o.name()] = o
 		}
 	}
-	if err == nil && len(typed)+strangers < len(all) {
-		t.Errorf("of %d objects %d have a known kind", len(all), len(typed))
+	if err == nil && len(typed)+foreign < len(all) {
+		t.Errorf("of %d objects only %d have a known kind", len(all), len(typed))
 	}
 	return all
 }
 
-func TestHelmAndKustomizeMakeTheSame(t *testing.T) {
+func TestHelmAndKustomizeMakeTheSameObjects(t *testing.T) {
 	for name, c := range map[string]struct {
 		values        values
 		kustomization string
 	}{
-		"default": {nil, "resources: [pillion/deploy/kustomize/base]"},
-		"classic": {values{"classic": true}, "resources: [pillion/deploy/kustomize/overlays/classic]"},
-		"everything": {values{"tls": values{"certManager": true}, "podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}},
+		// kustomize makes the namespace with its label.
+		"default": {values{"podSecurity": ""}, "resources: [pillion/deploy/kustomize/base]"},
+		"classic": {values{"podSecurity": "", "classic": true}, "resources: [pillion/deploy/kustomize/overlays/classic]"},
+		"secret":  {values{"tls": values{"secret": "pillion-webhook-tls"}}, "resources: [pillion/deploy/kustomize/base]\ncomponents: [pillion/deploy/kustomize/components/secret]"},
+		"everything": {values{"tls": values{"certManager": true}, "podMonitor": values{"enabled": true}, "prometheusRule": values{"enabled": true}, "dashboard": values{"enabled": true}},
 			"resources: [pillion/deploy/kustomize/base]\ncomponents:\n- pillion/deploy/kustomize/components/cert-manager\n" +
-				"- pillion/deploy/kustomize/components/podmonitor\n- pillion/deploy/grafana"},
+				"- pillion/deploy/kustomize/components/podmonitor\n- pillion/deploy/kustomize/components/prometheusrule\n- pillion/deploy/grafana"},
 	} {
 		want, got := objects(t, build(t, checkout(t, c.kustomization))), objects(t, rendered(t, c.values))
-		// helm makes that itself, by --create-namespace.
+		// helm makes the namespace with --create-namespace.
 		delete(want, "Namespace <nil>/pillion-system")
 		if len(want) < 5 {
 			t.Errorf("%s: kustomize makes %d objects", name, len(want))
@@ -174,12 +177,12 @@ func TestHelmAndKustomizeMakeTheSame(t *testing.T) {
 			delete(got, key)
 		}
 		for key := range got {
-			t.Errorf("%s: %s is helm's alone", name, key)
+			t.Errorf("%s: only helm makes %s", name, key)
 		}
 	}
 }
 
-func TestHelmLikesTheChart(t *testing.T) {
+func TestHelmLintsTheChart(t *testing.T) {
 	for _, message := range lint.All(chart, values{"podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}}, "pillion-system", true).Messages {
 		if message.Severity > support.InfoSev {
 			t.Error(message)
@@ -187,7 +190,7 @@ func TestHelmLikesTheChart(t *testing.T) {
 	}
 }
 
-func TestValuesComeWhereTheyBelong(t *testing.T) {
+func TestValuesTakeEffect(t *testing.T) {
 	certificate := "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"
 	all := objects(t, rendered(t, values{
 		"image": "registry.example/pillionctl:1", "sidecarImage": "registry.example/pillion:1", "pullPolicy": "Always", "replicas": 1,
@@ -197,7 +200,7 @@ func TestValuesComeWhereTheyBelong(t *testing.T) {
 		"podMonitor":        values{"enabled": true, "labels": values{"release": "prometheus"}},
 	}))
 	if all["PodDisruptionBudget pillion-system/pillion-webhook"] != nil {
-		t.Error("one replica has a budget: its node could not be drained")
+		t.Error("one replica has a disruption budget: its node could not be drained")
 	}
 	for name, want := range map[string][]string{
 		"Deployment pillion-system/pillion-webhook": {"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n",
@@ -215,19 +218,144 @@ func TestValuesComeWhereTheyBelong(t *testing.T) {
 	}
 }
 
-func TestTheNamespaceIsTheReleases(t *testing.T) {
+func TestPlacementAndMetadataTakeEffect(t *testing.T) {
+	v := values{
+		"imagePullSecrets": []any{"registry"}, "nodeSelector": values{"pool": "system"}, "priorityClassName": "system-cluster-critical",
+		"tolerations": []any{values{"key": "dedicated", "operator": "Exists"}},
+		"affinity":    values{"nodeAffinity": values{"requiredDuringSchedulingIgnoredDuringExecution": values{"nodeSelectorTerms": []any{values{"matchFields": []any{}}}}}},
+		"labels":      values{"team": "mesh"}, "annotations": values{"owner": "someone"},
+		"objectSelector": values{"matchLabels": values{"tier": "web"}, "matchExpressions": []any{values{"key": "a", "operator": "Exists"}}},
+		"networkPolicy":  values{"enabled": true, "from": []any{values{"ipBlock": values{"cidr": "203.0.113.0/24"}}}},
+		"podMonitor":     values{"enabled": true}, "prometheusRule": values{"enabled": true, "labels": values{"release": "prometheus"}}, "dashboard": values{"enabled": true},
+	}
+	all := objects(t, rendered(t, v))
+	if len(all) < 13 {
+		t.Errorf("only %d objects", len(all))
+	}
+	for name, o := range all {
+		metadata := o["metadata"].(values)
+		if metadata["labels"].(values)["team"] != "mesh" || metadata["annotations"].(values)["owner"] != "someone" {
+			t.Errorf("%s has the metadata %v", name, metadata)
+		}
+	}
+	for name, want := range map[string][]string{
+		"Deployment pillion-system/pillion-webhook": {"      imagePullSecrets:\n      - name: registry\n", "      nodeSelector:\n        pool: system\n",
+			"      priorityClassName: system-cluster-critical\n", "      tolerations:\n      - key: dedicated\n", "      affinity:\n        nodeAffinity:\n",
+			"    metadata:\n      annotations:\n        owner: someone\n      labels:\n        app: pillion-webhook\n        team: mesh\n"},
+		"MutatingWebhookConfiguration <nil>/pillion": {"  objectSelector:\n    matchExpressions:\n    - key: a\n      operator: Exists\n    - key: sidecar.istio.io/inject\n", "    matchLabels:\n      tier: web\n"},
+		"NetworkPolicy pillion-system/pillion-webhook": {"  - from:\n    - ipBlock:\n        cidr: 203.0.113.0/24\n    ports:\n    - port: https\n", "  egress:\n  - ports:\n    - port: 443\n    - port: 6443\n",
+			"  - Ingress\n  - Egress\n"},
+		"PrometheusRule pillion-system/pillion": {"release: prometheus\n"},
+	} {
+		text, _ := yaml.Marshal(all[name])
+		for _, want := range want {
+			if !strings.Contains(string(text), want) {
+				t.Errorf("%s has no %q:\n%s", name, want, text)
+			}
+		}
+	}
+	// Without permission to publish an authority, the webhook opens no connection.
+	v["tls"] = values{"certManager": true}
+	text, _ := yaml.Marshal(objects(t, rendered(t, v))["NetworkPolicy pillion-system/pillion-webhook"])
+	if strings.Contains(string(text), "egress:") {
+		t.Errorf("with cert-manager:\n%s", text)
+	}
+}
+
+// The permissions of the webhook are these, and only if it issues its own certificate.
+func TestTheWebhookHasOnlyThePermissionsThatItNeeds(t *testing.T) {
+	rules := func(v values) (all []string) {
+		for name, o := range objects(t, rendered(t, v)) {
+			for _, r := range anyList(o["rules"]) {
+				rule := r.(values)
+				if rule["verbs"] != nil {
+					all = append(all, fmt.Sprint(strings.Fields(name)[0], " ", rule["resources"], rule["resourceNames"], rule["verbs"]))
+				}
+			}
+		}
+		slices.Sort(all)
+		return all
+	}
+	secret := "Role [secrets] [pillion-webhook-authority] [get update]"
+	configuration := "ClusterRole [mutatingwebhookconfigurations] [pillion] [get patch]"
+	for _, c := range []struct {
+		values values
+		want   []string
+	}{
+		{nil, []string{configuration, "ClusterRole [namespaces] [pillion-system] [get patch]", secret}},
+		{values{"podSecurity": ""}, []string{configuration, secret}},
+		{values{"tls": values{"certManager": true}}, nil},
+		{values{"tls": values{"authority": "-----BEGIN CERTIFICATE-----"}}, nil},
+	} {
+		if got := rules(c.values); !slices.Equal(got, c.want) {
+			t.Errorf("%v: %q, want %q", c.values, got, c.want)
+		}
+	}
+}
+
+func anyList(v any) []any { list, _ := v.([]any); return list }
+
+// Every flag of the webhook for sidecars has a value in the chart.
+func TestSidecarDefaultsBecomeFlags(t *testing.T) {
+	v := values{"sidecar": values{
+		"resources": values{"requests": values{"cpu": "20m", "memory": "32Mi"}, "limits": values{"cpu": 2, "memory": "256Mi"}},
+		"logLevel":  "warn", "accessLog": values{"path": "/dev/stderr", "format": "%START_TIME% $(POD_NAME)", "encoding": "text", "filter": "errors; sample=1%"},
+		"interceptionMode": "TPROXY", "excludeInboundPorts": 9090, "excludeOutboundPorts": "25,465", "includeOutboundIPRanges": "10.0.0.0/8",
+		"excludeOutboundIPRanges": "169.254.169.254/32", "opaquePorts": "3306", "dnsCapture": true, "drainDelay": "10s",
+	}}
+	var got []string
+	for _, o := range objects(t, rendered(t, v)) {
+		if o["kind"] == "Deployment" {
+			container := o["spec"].(values)["template"].(values)["spec"].(values)["containers"].([]any)[0].(values)
+			for _, argument := range container["args"].([]any) {
+				if name, _, is := strings.Cut(argument.(string), "="); is && strings.HasPrefix(name, "--sidecar-") {
+					got = append(got, argument.(string))
+				}
+			}
+		}
+	}
+	want := []string{
+		"--sidecar-access-log-encoding=text", "--sidecar-access-log-filter=errors; sample=1%", "--sidecar-access-log-format=%START_TIME% $$(POD_NAME)",
+		"--sidecar-access-log=/dev/stderr", "--sidecar-cpu-limit=2", "--sidecar-cpu=20m", "--sidecar-dns-capture=true", "--sidecar-drain-delay=10s",
+		"--sidecar-exclude-inbound-ports=9090", "--sidecar-exclude-outbound-ip-ranges=169.254.169.254/32", "--sidecar-exclude-outbound-ports=25,465",
+		"--sidecar-include-outbound-ip-ranges=10.0.0.0/8", "--sidecar-interception-mode=TPROXY", "--sidecar-log-level=warn", "--sidecar-memory-limit=256Mi",
+		"--sidecar-memory=32Mi", "--sidecar-opaque-ports=3306",
+	}
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		t.Errorf("%q\nwant\n%q", got, want)
+	}
+	documented := regexp.MustCompile("`(--sidecar-[a-z-]+)` \\|").FindAllStringSubmatch(read(t, "docs/inject.md"), -1)
+	var names, inChart []string
+	for _, m := range documented {
+		if m[1] != "--sidecar-name" {
+			names = append(names, m[1])
+		}
+	}
+	for _, argument := range got {
+		name, _, _ := strings.Cut(argument, "=")
+		inChart = append(inChart, name)
+	}
+	slices.Sort(names)
+	slices.Sort(inChart)
+	if !slices.Equal(names, inChart) {
+		t.Errorf("the webhook has the flags\n%q\nthe chart sets\n%q", names, inChart)
+	}
+}
+
+func TestObjectsAreInTheNamespaceOfTheRelease(t *testing.T) {
 	files, err := renderIn("mesh", values{"tls": values{"certManager": true}, "podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}}, "v1.34.0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for name, text := range files {
 		if strings.Contains(text, "pillion-system") {
-			t.Errorf("%s is for another namespace:\n%s", name, text)
+			t.Errorf("%s names another namespace:\n%s", name, text)
 		}
 	}
 	for _, want := range []string{"kube-node-lease, mesh]", "inject-ca-from: mesh/pillion-webhook", "namespace: mesh\n      path: /inject"} {
 		if !strings.Contains(files["pillion/templates/webhook.yaml"], want) {
-			t.Errorf("there is no %q", want)
+			t.Errorf("no %q", want)
 		}
 	}
 }
@@ -253,7 +381,7 @@ func TestBadValuesAreNamed(t *testing.T) {
 		{nil, "v1.29.3", "Kubernetes v1.29.3 is older than 1.30: use --set classic=true"},
 	} {
 		if _, err := render(c.values, c.version); err == nil || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%v: %v, and not %q", c.values, err, c.want)
+			t.Errorf("%v: %v, want %q", c.values, err, c.want)
 		}
 	}
 	if _, err := render(values{"classic": true}, "v1.29.3"); err != nil {
@@ -261,14 +389,16 @@ func TestBadValuesAreNamed(t *testing.T) {
 	}
 }
 
-func TestNotesSayWhatIsMissing(t *testing.T) {
+func TestNotesNameTheNextSteps(t *testing.T) {
 	const untrusted = "API servers do not trust it yet"
 	for _, c := range []struct {
 		values    values
 		want, not string
 	}{
-		{nil, "such namespaces get no new pods", "uncaptured"},
-		{values{"failurePolicy": "Ignore"}, "pods there run uncaptured", "no new pods"},
+		{nil, "issues and renews its certificate itself", "kubectl create secret"},
+		{values{"tls": values{"secret": "mine"}}, "such namespaces get no new pods", "uncaptured"},
+		{values{"tls": values{"secret": "mine"}}, "in the secret mine:", "pillion-webhook-tls"},
+		{values{"tls": values{"secret": "mine"}, "failurePolicy": "Ignore"}, "pods there run uncaptured", "no new pods"},
 		{values{"tls": values{"certManager": true}}, "cert-manager writes", untrusted},
 		{values{"tls": values{"authority": "-----BEGIN CERTIFICATE-----"}}, "kubectl create secret tls", untrusted},
 	} {
@@ -279,7 +409,7 @@ func TestNotesSayWhatIsMissing(t *testing.T) {
 	}
 }
 
-// overlays are what all directories with a Kustomization make, by their names.
+// overlays returns the objects of each directory with a Kustomization, by its name.
 func overlays(t *testing.T) map[string][]runtime.Object {
 	t.Helper()
 	all := make(map[string][]runtime.Object)
@@ -302,7 +432,7 @@ func overlays(t *testing.T) map[string][]runtime.Object {
 	return all
 }
 
-func TestContainersMayDoNoMoreThanTheyMust(t *testing.T) {
+func TestContainersHaveNoNeedlessPrivileges(t *testing.T) {
 	for overlay, objects := range overlays(t) {
 		for _, o := range objects {
 			d, ok := o.(*apps.Deployment)
@@ -310,8 +440,9 @@ func TestContainersMayDoNoMoreThanTheyMust(t *testing.T) {
 				continue
 			}
 			pod, seen := d.Spec.Template.Spec, map[string]core.Container{}
-			if pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken {
-				t.Errorf("%s: a token that nobody needs", overlay)
+			issues := slices.ContainsFunc(pod.Containers, func(c core.Container) bool { return slices.Contains(c.Args, "--issue-certificate") })
+			if pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken != issues {
+				t.Errorf("%s: the token of the service account is mounted, or missing", overlay)
 			}
 			for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
 				seen[c.Name] = c
@@ -352,7 +483,7 @@ func TestContainersMayDoNoMoreThanTheyMust(t *testing.T) {
 			if native := agent.RestartPolicy != nil; native != (overlay == "example") {
 				t.Errorf("%s: a native sidecar: %v", overlay, native)
 			}
-			// It begins with 9 MB, and an idle connection takes 8 KiB at most: so there is room for a thousand.
+			// The agent starts with 9 MB, and an idle connection takes at most 8 KiB: the request allows a thousand.
 			if got := agent.Resources.Requests.Memory().Value(); got < 9e6+1000*6<<10 || got > 4*9e6 {
 				t.Errorf("%s: the sidecar requests %d bytes of memory", overlay, got)
 			}
@@ -363,7 +494,7 @@ func TestContainersMayDoNoMoreThanTheyMust(t *testing.T) {
 	}
 }
 
-func TestServicesAndWebhooksFindWhatTheyName(t *testing.T) {
+func TestServicesAndWebhooksNameExistingObjects(t *testing.T) {
 	for overlay, objects := range overlays(t) {
 		services := make(map[string]*core.Service)
 		for _, o := range objects {
@@ -377,7 +508,7 @@ func TestServicesAndWebhooksFindWhatTheyName(t *testing.T) {
 						})
 				})
 				if !found {
-					t.Errorf("%s: service %s selects nothing", overlay, s.Name)
+					t.Errorf("%s: service %s selects no pod", overlay, s.Name)
 				}
 			}
 		}

@@ -1,4 +1,4 @@
-// Command workload runs beside the sidecar in tests of pods: servers and clients without dependencies.
+// Command workload is the workload of the tests of pods: servers and clients that need no library.
 package main
 
 import (
@@ -31,7 +31,7 @@ func run(what string, arguments []string) error {
 	return fmt.Errorf("unknown: %s %q", what, arguments)
 }
 
-// echo echoes.
+// echo returns the bytes that it receives.
 func echo(address string) error {
 	listener, err := net.Listen("tcp", address)
 	if err != nil {
@@ -69,7 +69,7 @@ func try(report, name, target string) error {
 	return err
 }
 
-// dial retries until it succeeds: a pod's network may need a moment on a node that starts and stops other pods.
+// dial retries while there is no answer: a pod's network may need a moment on a node that starts and ends others.
 func dial(address string) (conn net.Conn, err error) {
 	for range 10 {
 		conn, err = net.DialTimeout("tcp", address, 2*time.Second)
@@ -80,7 +80,7 @@ func dial(address string) (conn net.Conn, err error) {
 	return conn, err
 }
 
-// job waits for its sidecar, sends one request and stops the sidecar.
+// job waits for its sidecar, sends one request, and ends the sidecar.
 func job(url string) error {
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		response, err := http.Get("http://127.0.0.1:15021/healthz/ready")

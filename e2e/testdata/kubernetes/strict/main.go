@@ -1,5 +1,5 @@
 // Command strict reads YAML or JSON documents from standard input as the API server with strict field validation would.
-// Standard error lists each invalid document with its errors.
+// It prints the errors of each document to standard error.
 package main
 
 import (
