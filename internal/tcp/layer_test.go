@@ -460,7 +460,7 @@ func TestAPeerThatDoesNotReadAnswersIsNotReadFrom(t *testing.T) {
 	r := newLayerRig(t)
 	asked := make(chan error, 1)
 	go func() {
-		err := r.peer.Ask(1 << 20) // 3 MB of questions, 103 MB of answers
+		err := r.peer.Ask(1<<18, 100) // 1.3 MB of questions, 27 MB of answers
 		if _, failed := r.peer.Write([]byte("done")); err == nil {
 			err = failed
 		}
@@ -477,7 +477,7 @@ func TestAPeerThatDoesNotReadAnswersIsNotReadFrom(t *testing.T) {
 			}
 		}
 	}
-	const slack = 4096 / 3 * 103 // the answers to the questions of one read
+	const slack = 4096 / 5 * 103 // the answers to the questions of one read
 	for range 1000 {
 		if n, err := r.conn.Read(p); n != 0 || err != tcp.ErrAgain {
 			t.Fatalf("read %d bytes, %v", n, err)
@@ -492,6 +492,48 @@ func TestAPeerThatDoesNotReadAnswersIsNotReadFrom(t *testing.T) {
 	}
 	if err := <-asked; err != nil {
 		t.Error(err)
+	}
+}
+
+// Bytes that were read before the layer was set cause no event when reading can go on.
+func TestStalledBytesThatWereReadBeforeTheLayerAreDecoded(t *testing.T) {
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer poller.Close()
+	w := tcp.NewWaiter(t.Context())
+	defer w.Close()
+	peer, conn := layertest.Accept(t, poller)
+	r := &layerRig{peer: peer, conn: conn, w: w}
+	read := tcp.TakeBuffer()
+	read.Append(layertest.Questions(3000, 5000)) // 15 MB of answers
+	read.Append(layertest.Encode([]byte("done")))
+	p := make([]byte, 100)
+	for range 2 { // the first read finds the socket empty, so that only the layer makes the connection readable
+		if n, err := conn.Read(p); n != 0 || err != tcp.ErrAgain {
+			t.Fatalf("read %d bytes, %v", n, err)
+		}
+		if read != nil {
+			layertest.Under(conn, read)
+			read = nil
+		}
+	}
+	if tcp.Unsent(conn) <= tcp.MaxUnsent || conn.Readable() {
+		t.Fatalf("%d bytes are unsent, readable: %v", tcp.Unsent(conn), conn.Readable())
+	}
+	go io.Copy(io.Discard, peer)
+	for {
+		if err := w.Wait(time.Now().Add(nettest.Patience), conn, nil); err != nil {
+			t.Fatal(err)
+		}
+		if !conn.Readable() {
+			continue // as every owner does
+		}
+		if n, err := r.read(t, p); string(p[:n]) != "done" || err != nil {
+			t.Errorf("then read %q, %v", p[:n], err)
+		}
+		return
 	}
 }
 
