@@ -37,7 +37,7 @@ func TestRequestToRefusingUpstreamIsAnswered503(t *testing.T) {
 	})
 }
 
-// A client that has not sent a byte is not answered in HTTP.
+// A client that has not sent a byte does not get an HTTP response.
 func TestSilentClientOfRefusingUpstreamIsReset(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyWay(t, func(t *testing.T, w way) {
@@ -47,7 +47,7 @@ func TestSilentClientOfRefusingUpstreamIsReset(t *testing.T) {
 	})
 }
 
-// gRPC's clients understand trailers and not HTTP's statuses.
+// gRPC clients expect a grpc-status and not an HTTP status.
 func TestGRPCCallToRefusingUpstreamIsUnavailable(t *testing.T) {
 	t.Parallel()
 	newStage(t, patientWithClients...).eachDirection(t, func(t *testing.T, w way) {
@@ -72,7 +72,7 @@ func TestGRPCCallToRefusingUpstreamIsUnavailable(t *testing.T) {
 	})
 }
 
-// patientWithClients keeps a client that is held up between its dial and its first byte from being a silent one.
+// patientWithClients are flags with which a client that is delayed before its first byte does not count as silent.
 var patientWithClients = []string{"--detection-delay", "10s"}
 
 // askRefused posts to a port without a listener.
@@ -86,7 +86,7 @@ func (w way) askRefused(t testing.TB, http2 bool, path, contentType string) *htt
 	return response
 }
 
-// hostile are requests whose end two readers could see in different places, or that no reader should guess about.
+// hostile are requests that two parsers could delimit differently, or whose framing is invalid.
 var hostile = []struct{ name, request, status string }{
 	{"two ways to find the end", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "400"},
 	{"two lengths", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nbody!", "400"},
@@ -142,7 +142,7 @@ func TestMalformedRequestIsRejected(t *testing.T) {
 	})
 }
 
-// A chunk that is malformed stands behind a head that was forwarded. Upstream must not take what came for the whole.
+// A malformed chunk follows a head that was forwarded. Upstream must not take the request for complete.
 func TestMalformedChunkEndsBothSides(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
@@ -158,7 +158,7 @@ func TestMalformedChunkEndsBothSides(t *testing.T) {
 	})
 }
 
-// badAnswers are answers that a client must not see.
+// badAnswers are responses that must not reach a client.
 var badAnswers = []struct{ name, answer, status, flags string }{
 	{"nothing", "", "503", "UC"},
 	{"half a head", "HTTP/1.1 200 OK\r\nContent-", "503", "UC"},
@@ -188,7 +188,7 @@ func TestMalformedResponseIsNotForwarded(t *testing.T) {
 	})
 }
 
-// A client that closes in the middle of an answer is gone, even when upstream has nothing to say just now.
+// A client that closes during a response is detected even while upstream sends nothing.
 func TestClientThatLeavesDuringAResponseIsDetected(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {

@@ -71,7 +71,7 @@ type tally struct {
 	mu      sync.Mutex
 	total   counts
 	reasons []uint64 // by index of reasonNames; nil until the first failure
-	seconds [64]slot // by second; more than a minute, so that the one that is not over does not matter
+	seconds [64]slot // by second; more than a minute, so that the current second does not overwrite a whole one
 	halves  [2]half  // by half minute: this one and the one before
 }
 
@@ -174,17 +174,17 @@ func (t *tally) add(e *end) {
 // Failures by name: flow's reasons, followed by failures that a complete response reports.
 const noFailure = -1
 
-var saidFailures = []Reason{
-	{Reason: flow.FailureStatus, Text: "Upstream answered with a status of 5xx."},
-	{Reason: flow.FailureGRPC, Text: "Upstream answered with a gRPC status for which HTTP has one of 5xx."},
+var responseFailures = []Reason{
+	{Reason: flow.FailureStatus, Text: "The response had a status of 5xx."},
+	{Reason: flow.FailureGRPC, Text: "The response had a gRPC status that corresponds to 5xx."},
 }
 
 var reasonNames, reasonIndex = func() (names []string, index map[string]int) {
 	for _, e := range flow.Explanations {
 		names = append(names, string(e.Reason))
 	}
-	for _, said := range saidFailures {
-		names = append(names, said.Reason)
+	for _, failure := range responseFailures {
+		names = append(names, failure.Reason)
 	}
 	index = make(map[string]int)
 	for i, name := range names {
@@ -201,9 +201,9 @@ func failure(r *flow.Record) int {
 	return noFailure
 }
 
-// Latencies are counted in buckets that grow with them: eight for each doubling, so that the middle of a bucket is at
-// most 6.25 % from any value in it. The unit is 1.024 µs, which a shift makes; the last bucket also has what is longer
-// than 73 minutes.
+// Latencies are counted in buckets of growing width: eight for each doubling, so that the middle of a bucket is at most
+// 6.25 % from any value in it. The unit is 1.024 µs, because a shift is faster than a division. The last bucket also holds
+// everything above 73 minutes.
 const (
 	perDoubling = 8
 	buckets     = 30 * perDoubling
@@ -218,7 +218,7 @@ func bucket(d time.Duration) int {
 	return min(buckets-1, doublings*perDoubling+int(n>>doublings))
 }
 
-// middle is the value that stands for a bucket.
+// middle returns the latency that represents a bucket.
 func middle(bucket int) time.Duration {
 	if bucket < perDoubling {
 		return time.Duration(bucket)<<10 + 1<<9
@@ -228,18 +228,18 @@ func middle(bucket int) time.Duration {
 	return time.Duration(low<<10 + 1<<(doublings+9))
 }
 
-// sums is what a snapshot adds up of one or many tallies.
+// sums adds up one or more tallies for a snapshot.
 type sums struct {
 	total   counts
-	reasons []uint64       // by index of reasonNames; nil when nothing failed
-	seconds [minute]counts // whole ones, the oldest first
-	recent  []uint64       // likewise
+	reasons []uint64       // by index of reasonNames; nil without failures
+	seconds [minute]counts // whole seconds, the oldest first
+	recent  []uint64       // as reasons, for the last half to whole minute
 	latency [buckets]uint64
 }
 
 const minute = 60
 
-// read adds the tally as it stands in second now, which is not over.
+// read adds the tally. now is the current second; it is incomplete and left out of seconds.
 func (s *sums) read(t *tally, now uint32) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -264,7 +264,7 @@ func (s *sums) read(t *tally, now uint32) {
 	}
 }
 
-// addReasons adds counts of reasons to sum, which may be nil as long as it has none.
+// addReasons adds counts of reasons to sum. Both may be nil.
 func addReasons[N uint32 | uint64](sum []uint64, more []N) []uint64 {
 	if sum == nil && more != nil {
 		sum = make([]uint64, len(more))
@@ -275,7 +275,7 @@ func addReasons[N uint32 | uint64](sum []uint64, more []N) []uint64 {
 	return sum
 }
 
-// percentile is the latency that a share of the requests stayed under; 0 when there was none.
+// percentile returns the latency that a share of the requests did not exceed; 0 without requests.
 func (s *sums) percentile(share float64) time.Duration {
 	var count uint64
 	for _, n := range s.latency {
