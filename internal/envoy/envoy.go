@@ -35,6 +35,7 @@ const (
 	DetailsHeadTimeout        = "request_header_timeout"
 	DetailsIdleTimeout        = "stream_idle_timeout"
 	DetailsMisdirected        = "misdirected_request"
+	DetailsNoHealthyUpstream  = "no_healthy_upstream"
 	DetailsOverload           = "overload"
 	DetailsResponseTimeout    = "response_timeout"
 	DetailsHTTP1CodecError    = "http1.codec_error"

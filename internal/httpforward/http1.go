@@ -310,14 +310,15 @@ func (x *exchange) judge() (ending, bool) {
 // the end of the connection, so the end that follows downstream's half-close is downstream's doing.
 func (x *exchange) upstreamEnded(err error) (ending, bool) {
 	switch {
-	case !x.answered && x.mayRepeat():
+	case !x.answered && !x.s.up.Looped() && x.mayRepeat():
 		return x.repeat()
 	case x.last():
 		return x.downstreamLeft(err), true
 	case x.answered:
 		return x.truncated(err), true
 	}
-	return x.refuse(replyUpstreamClosed, err), true
+	r, err := closedReply(x.s.up, err)
+	return x.refuse(*r, err), true
 }
 
 // answerDone ends an exchange whose response is delivered. An unfinished request continues as long as downstream is

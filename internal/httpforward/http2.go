@@ -241,7 +241,8 @@ func (m *multiplex) upstreamGone(err error) {
 		m.over = closesInOrder
 		return
 	}
-	m.upstreamLost(&replyUpstreamClosed, flow.ResponseIncomplete, err)
+	r, err := closedReply(m.up, err)
+	m.upstreamLost(r, flow.ResponseIncomplete, err)
 }
 
 // end closes both connections, and releases all memory.

@@ -35,6 +35,7 @@ var (
 	replyTooManyFields  = reply{431, "Request Header Fields Too Large", flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP1TooManyFields}
 	replyBadResponse    = resetReply(502, flow.BadResponse, envoy.FlagUpstreamProtocolError, envoy.ResetByProtocolError, "")
 	replyUpstreamClosed = resetReply(503, flow.UpstreamClosed, envoy.FlagUpstreamConnectionTermination, envoy.ResetByTermination, "")
+	replyLoop           = reply{503, "no healthy upstream", flow.Loop, envoy.FlagNoHealthyUpstream, envoy.DetailsNoHealthyUpstream}
 	replyRequestTimeout = reply{504, "upstream request timeout", flow.RequestTimeout, envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout}
 )
 
@@ -47,6 +48,15 @@ func resetReply(status int, reason flow.Reason, flags, reset, transport string) 
 		details += "|" + transport
 	}
 	return reply{status, body, reason, flags, envoy.ResetBeforeResponse(details)}
+}
+
+// closedReply returns the reply to a request whose upstream connection ended before the response, and the error of its
+// record.
+func closedReply(up *tcp.Conn, err error) (*reply, error) {
+	if up.Looped() {
+		return &replyLoop, upstream.ErrLoop
+	}
+	return &replyUpstreamClosed, err
 }
 
 // badRequests are the replies to malformed HTTP/1 requests. Their details name the rule that is broken, unless Envoy has
