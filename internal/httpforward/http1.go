@@ -264,7 +264,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 // interim forwards a 1xx response. HTTP/1.0 does not have them (RFC 9110 §15.2), so they are dropped there.
 func (x *exchange) interim(b []byte) error {
 	m, h := &x.response, &x.responseHead
-	if x.interims++; x.interims > x.s.engine.maxInterim {
+	if x.interims++; x.interims > x.s.engine.config.maxInterim {
 		return errTooManyInterim
 	}
 	if x.requestHead.Minor > 0 {

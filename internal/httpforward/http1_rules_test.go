@@ -186,8 +186,7 @@ func TestTheRecordOfAMalformedMessageNamesItsRule(t *testing.T) {
 // request timeout from being looked at.
 func TestInterimResponsesDoNotProlongARequest(t *testing.T) {
 	o := newOrigin(t)
-	r := newRig(t, o.address, false, plain, func(c *Config) { c.RequestTimeout = 20 * time.Millisecond })
-	r.engine.maxInterim = math.MaxInt
+	r := newRig(t, o.address, false, plain, func(c *Config) { c.RequestTimeout, c.maxInterim = 20*time.Millisecond, math.MaxInt })
 	client := r.dial(t)
 	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
 	go io.Copy(io.Discard, client)
