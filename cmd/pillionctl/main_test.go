@@ -149,6 +149,7 @@ func TestTheCommandLineIsChecked(t *testing.T) {
 		{"webhook --log-level=loud", 1, `--log-level "loud": use debug, info, warn or error`},
 		{"webhook --listen=nowhere", 1, `--listen nowhere: `},
 		{"webhook --listen=127.0.0.1:0 --tls-cert=/nonexistent", 1, "--tls-cert /nonexistent"},
+		{"webhook --listen=127.0.0.1:0 --issue-certificate", 1, "--issue-certificate: KUBERNETES_SERVICE_HOST or KUBERNETES_SERVICE_PORT is not set: run it in a pod"},
 	} {
 		got := runWith("", strings.Fields(c.args)...)
 		if got.code != c.code || !strings.Contains(got.stderr, "pillionctl: error: "+c.want) {
