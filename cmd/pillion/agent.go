@@ -184,7 +184,7 @@ func runAgent(config agent.Config) error {
 
 	a, err := agent.New(config)
 	if err != nil {
-		return flagNamed(err)
+		return valueUnlessSystem(flagNamed(err))
 	}
 	drain, startDrain := context.WithCancel(context.Background())
 	force, startForce := context.WithCancel(context.Background())
