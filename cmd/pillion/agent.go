@@ -186,6 +186,7 @@ func runAgent(config agent.Config) error {
 	if err != nil {
 		return flagNamed(err)
 	}
+	warnIfCaptured(config.Log, uint32(os.Geteuid()), uint32(os.Getegid()))
 	drain, startDrain := context.WithCancel(context.Background())
 	force, startForce := context.WithCancel(context.Background())
 	defer startForce()
