@@ -51,12 +51,22 @@ func TestSilentClientOfRefusingUpstreamIsReset(t *testing.T) {
 func TestGRPCCallToRefusingUpstreamIsUnavailable(t *testing.T) {
 	t.Parallel()
 	newStage(t, patientWithClients...).eachDirection(t, func(t *testing.T, w way) {
-		for _, http2 := range []bool{false, true} {
-			response := w.askRefused(t, http2, "/a.B/C", "application/grpc")
+		for _, c := range []struct {
+			http2       bool
+			contentType string
+			status      int
+			grpc        string
+		}{
+			{true, "application/grpc", 200, "14"},
+			{true, "application/grpc+proto", 200, "14"},
+			{true, "application/grpc-web", 503, ""},
+			{false, "application/grpc", 503, ""}, // gRPC needs HTTP/2
+		} {
+			response := w.askRefused(t, c.http2, "/a.B/C", c.contentType)
 			text(t, response)
 			status := response.Header.Get("Grpc-Status") + response.Trailer.Get("Grpc-Status")
-			if response.StatusCode != 200 || status != "14" {
-				t.Errorf("HTTP/2 %v: status %d, grpc-status %q, want 200 and 14", http2, response.StatusCode, status)
+			if response.StatusCode != c.status || status != c.grpc {
+				t.Errorf("HTTP/2 %v, %s: status %d, grpc-status %q, want %d and %q", c.http2, c.contentType, response.StatusCode, status, c.status, c.grpc)
 			}
 		}
 	})
@@ -88,6 +98,11 @@ var hostile = []struct{ name, request, status string }{
 	{"a blank in front of the colon", "GET / HTTP/1.1\r\nHost: a\r\nContent-Length : 4\r\n\r\nbody", "400"},
 	{"a folded line", "GET / HTTP/1.1\r\nHost: a\r\nX: 1\r\n 2\r\n\r\n", "400"},
 	{"a NUL", "GET / HTTP/1.1\r\nHost: a\r\nX: a\x00b\r\n\r\n", "400"},
+	{"a LF alone", "GET / HTTP/1.1\r\nHost: a\r\nX: a\nb: c\r\n\r\n", "400"},
+	{"a LF alone behind the request line", "GET / HTTP/1.1\nHost: a\r\n\r\n", "400"},
+	{"two blanks", "GET  / HTTP/1.1\r\nHost: a\r\n\r\n", "400"},
+	{"a blank in the target", "GET /a b HTTP/1.1\r\nHost: a\r\n\r\n", "400"},
+	{"a trailer for the connection", "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nConnection: close\r\n\r\n", "400"},
 	{"a CR alone", "GET / HTTP/1.1\r\nHost: a\r\nX: a\rb: c\r\n\r\n", "400"},
 	{"no host", "GET / HTTP/1.1\r\nX: 1\r\n\r\n", "400"},
 	{"two hosts", "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", "400"},
@@ -150,6 +165,7 @@ var badAnswers = []struct{ name, answer, status, flags string }{
 	{"another protocol", "ICY 200 OK\r\n\r\n", "502", "UPE"},
 	{"two lengths", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", "502", "UPE"},
 	{"two ways to find the end", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "502", "UPE"},
+	{"a LF alone", "HTTP/1.1 200 OK\r\nX: y\nContent-Length: 1\r\n\r\na", "502", "UPE"},
 	{"a 101 without an upgrade request", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n", "502", "UPE"},
 }
 

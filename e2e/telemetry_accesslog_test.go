@@ -264,14 +264,15 @@ func TestAccessLogOfFailedRequestsAndUpgrades(t *testing.T) {
 			}
 		})
 		t.Run("malformed", func(t *testing.T) {
-			// The line of a malformed request has no path; the client's port identifies it.
 			downstream := w.dial(t, netip.AddrPortFrom(w.address, 9).String())
-			writes(t, downstream, "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
+			writes(t, downstream, "GET /malformed HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
 			if status, _ := readAnswer(t, bufio.NewReader(downstream)); status != "400" {
 				t.Errorf("status %s", status)
 			}
 			line := s.agent.access.await(t, " "+downstream.LocalAddr().String()+" ")
-			if fields := accessFields(line); len(fields) != 22 || fields[2] != "400" || fields[3] != "DPE" || fields[4] != "http1.codec_error" {
+			fields := accessFields(line)
+			if len(fields) != 22 || fields[1] != "GET /malformed HTTP/1.1" || fields[2] != "400" || fields[3] != "DPE" ||
+				fields[4] != "http1.codec_error{repeated_host}" {
 				t.Errorf("%s", line)
 			}
 		})

@@ -10,6 +10,8 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
 // The table of flags is generated from their help: go test ./cmd/pillion -run AgentDocument -update
@@ -46,7 +48,7 @@ func TestAgentDocumentHasTheHelpOfEveryFlag(t *testing.T) {
 	if len(references) > 0 {
 		t.Errorf("there are references for unknown flags: %v", references)
 	}
-	holdTable(t, "../../docs/agent.md", "AgentDocument", table)
+	hasTable(t, "../../docs/agent.md", table)
 }
 
 // codeWords matches flags, paths and examples in a help text, after a word boundary.
@@ -76,13 +78,13 @@ func TestReasonsDocumentHasTheTablesOfReasons(t *testing.T) {
 		}
 		flags += "\n"
 	}
-	holdTable(t, document, "Reasons", meanings)
-	holdTable(t, document, "Reasons", flags)
+	for _, table := range []string{meanings, flags} {
+		hasTable(t, document, table)
+	}
 }
 
-// holdTable checks that a document has a table with this head and these rows. With -update it writes the rows. run selects
-// the test.
-func holdTable(t *testing.T, document, run, table string) {
+// hasTable compares a table of a document, which is found by its head. With -update it is written.
+func hasTable(t *testing.T, document, table string) {
 	t.Helper()
 	text := read(t, document)
 	head, _, _ := strings.Cut(table, "\n")
@@ -96,12 +98,25 @@ func holdTable(t *testing.T, document, run, table string) {
 		return
 	}
 	if !*update || !found {
-		t.Errorf("%s needs the table\n%s\ngo test ./cmd/pillion -run %s -update writes it", document, table, run)
+		t.Errorf("%s needs the table\n%s\nthe flag -update writes it", document, table)
 		return
 	}
 	if err := os.WriteFile(document, []byte(before+table+strings.Join(rows[n:], "")), 0o644); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// The tables of rules are generated from the codecs: go test ./cmd/pillion -run Rules -update
+func TestHTTPDocumentHasTheTablesOfRules(t *testing.T) {
+	http1Rules, http2Rules := "| HTTP/1 rule | Meaning |\n|---|---|\n", "| HTTP/2 rule | Meaning |\n|---|---|\n"
+	for _, e := range http1.Errors() {
+		http1Rules += "| `" + e.Name() + "` | " + e.Error() + " |\n"
+	}
+	for _, r := range http2.Rules() {
+		http2Rules += "| `" + r.Name() + "` | " + r.Error() + " |\n"
+	}
+	hasTable(t, "../../docs/http.md", http1Rules)
+	hasTable(t, "../../docs/http.md", http2Rules)
 }
 
 // An operator who sees a closed gate or a reason finds in the document what to do.

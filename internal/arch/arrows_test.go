@@ -64,7 +64,7 @@ var arrows = []struct {
 	{"internal/preflight", []string{"internal/capture", "internal/checklist", "internal/live", "internal/netns", "iptables", "iptables/kernel"},
 		"rules are tried in a namespace of their own; the agent reports its state as the live view"},
 	{"internal/terminal", []string{"internal/live"}, "the terminal prints values of the live view"},
-	{"internal/live", []string{"internal/envoy", "internal/flow", "internal/ownport"}, "the view is built from records, and serves local clients only"},
+	{"internal/live", []string{"internal/flow", "internal/ownport"}, "the view is built from records, and serves local clients only"},
 	{"cmd/pillionctl", []string{"internal/certificate", "internal/commandline", "internal/inject"}, "the operator's program; its dependencies do not belong into a sidecar"},
 	{"internal/inject", []string{"internal/accesslog", "internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
 		"values for init and agent are checked by the code that reads them"},

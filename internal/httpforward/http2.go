@@ -145,6 +145,9 @@ func (m *multiplex) run() {
 		m.judge()
 		if up || down {
 			m.clock, m.lastMove = time.Time{}, time.Time{}
+			if len(m.waiting) > 0 { // a connection that never rests gets to no deadline below
+				m.requestsTimedOut()
+			}
 			if m.toUp.yielded || m.toDown.yielded {
 				runtime.Gosched() // let other connections run
 			}

@@ -5,7 +5,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -176,39 +175,30 @@ func (t *tally) add(e *end) {
 const noFailure = -1
 
 var responseFailures = []Reason{
-	{Reason: "status_5xx", Text: "The response had a status of 5xx."},
-	{Reason: "grpc_status", Text: "The response had a gRPC status that corresponds to 5xx."},
+	{Reason: flow.FailureStatus, Text: "The response had a status of 5xx."},
+	{Reason: flow.FailureGRPC, Text: "The response had a gRPC status that corresponds to 5xx."},
 }
 
-var reasonNames, reasonIndex = func() (names []string, index map[flow.Reason]int) {
-	index = make(map[flow.Reason]int)
-	for i, e := range flow.Explanations {
+var reasonNames, reasonIndex = func() (names []string, index map[string]int) {
+	for _, e := range flow.Explanations {
 		names = append(names, string(e.Reason))
-		index[e.Reason] = i
 	}
 	for _, failure := range responseFailures {
 		names = append(names, failure.Reason)
+	}
+	index = make(map[string]int)
+	for i, name := range names {
+		index[name] = i
 	}
 	return names, index
 }()
 
 // failure returns the index in reasonNames of the failure that a record ended with, or noFailure.
 func failure(r *flow.Record) int {
-	switch {
-	case r.Reason != flow.Completed && r.Reason != flow.Closed && r.Reason != flow.Drained:
-		return reasonIndex[r.Reason]
-	case r.HTTP.Status >= 500:
-		return len(flow.Explanations)
-	case r.HTTP.GRPC && grpcFailed(r.HTTP.GRPCStatus):
-		return len(flow.Explanations) + 1
+	if name := r.Failure(); name != "" {
+		return reasonIndex[name]
 	}
 	return noFailure
-}
-
-// grpcFailed reports whether a status blames the server rather than the caller: whether it corresponds to 5xx.
-func grpcFailed(status []byte) bool {
-	code, ok := envoy.ParseGRPCCode(status)
-	return ok && code.HTTPStatus() >= 500
 }
 
 // Latencies are counted in buckets of growing width: eight for each doubling, so that the middle of a bucket is at most

@@ -70,7 +70,7 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 		case errors.Is(err, tcp.ErrDeadline) && s.Read == nil:
 			return Undecided, nil
 		case errors.Is(err, tcp.ErrDeadline):
-			return Opaque, nil
+			return Late(s.Read.Bytes()), nil
 		default:
 			return Undecided, err
 		}
@@ -117,8 +117,12 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 			deadline = time.Now().Add(s.Idle)
 		}
 		err = w.Wait(deadline, s.Down, s.Up)
-		if errors.Is(err, tcp.ErrDeadline) && (s.Read != nil || !s.greeted.IsZero()) {
+		switch {
+		case !errors.Is(err, tcp.ErrDeadline):
+		case !s.greeted.IsZero():
 			return Opaque, nil
+		case s.Read != nil:
+			return Late(s.Read.Bytes()), nil
 		}
 		if err != nil {
 			return Undecided, err
