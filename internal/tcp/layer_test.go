@@ -495,45 +495,53 @@ func TestAPeerThatDoesNotReadAnswersIsNotReadFrom(t *testing.T) {
 	}
 }
 
-// Bytes that were read before the layer was set cause no event when reading can go on.
-func TestStalledBytesThatWereReadBeforeTheLayerAreDecoded(t *testing.T) {
-	poller, err := tcp.NewPoller()
-	if err != nil {
-		t.Fatal(err)
+// newStalledRig returns a connection whose reading is stalled by unsent answers. Bytes that were read before the layer was
+// set cause no event when it can go on.
+func newStalledRig(t *testing.T) *layerRig {
+	t.Helper()
+	r := newLayerRig(t)
+	p := make([]byte, 100)
+	// The first read finds the socket empty, so that only the layer makes the connection readable.
+	if n, err := r.conn.Read(p); n != 0 || err != tcp.ErrAgain {
+		t.Fatalf("read %d bytes, %v", n, err)
 	}
-	defer poller.Close()
-	w := tcp.NewWaiter(t.Context())
-	defer w.Close()
-	peer, conn := layertest.Accept(t, poller)
-	r := &layerRig{peer: peer, conn: conn, w: w}
 	read := tcp.TakeBuffer()
 	read.Append(layertest.Questions(3000, 5000)) // 15 MB of answers
 	read.Append(layertest.Encode([]byte("done")))
-	p := make([]byte, 100)
-	for range 2 { // the first read finds the socket empty, so that only the layer makes the connection readable
-		if n, err := conn.Read(p); n != 0 || err != tcp.ErrAgain {
-			t.Fatalf("read %d bytes, %v", n, err)
-		}
-		if read != nil {
-			layertest.Under(conn, read)
-			read = nil
-		}
+	layertest.Under(r.conn, read)
+	if n, err := r.conn.Read(p); n != 0 || err != tcp.ErrAgain {
+		t.Fatalf("read %d bytes, %v", n, err)
 	}
-	if tcp.Unsent(conn) <= tcp.MaxUnsent || conn.Readable() {
-		t.Fatalf("%d bytes are unsent, readable: %v", tcp.Unsent(conn), conn.Readable())
+	if tcp.Unsent(r.conn) <= tcp.MaxUnsent || r.conn.Readable() {
+		t.Fatalf("%d bytes are unsent, readable: %v", tcp.Unsent(r.conn), r.conn.Readable())
 	}
-	go io.Copy(io.Discard, peer)
-	for {
-		if err := w.Wait(time.Now().Add(nettest.Patience), conn, nil); err != nil {
+	return r
+}
+
+func TestAStalledReadGoesOnAfterAWait(t *testing.T) {
+	r := newStalledRig(t)
+	go io.Copy(io.Discard, r.peer)
+	for !r.conn.Readable() {
+		if err := r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil); err != nil {
 			t.Fatal(err)
 		}
-		if !conn.Readable() {
-			continue // as every owner does
-		}
-		if n, err := r.read(t, p); string(p[:n]) != "done" || err != nil {
-			t.Errorf("then read %q, %v", p[:n], err)
-		}
-		return
+	}
+	p := make([]byte, 100)
+	if n, err := r.read(t, p); string(p[:n]) != "done" || err != nil {
+		t.Errorf("read %q, %v", p[:n], err)
+	}
+}
+
+// A write has sent what was unsent, and the owner waits without having read.
+func TestAStalledReadGoesOnAfterAWrite(t *testing.T) {
+	r := newStalledRig(t)
+	go io.Copy(io.Discard, r.peer)
+	nettest.Eventually(t, "a write", func() bool {
+		n, _ := r.conn.Write([]byte("x"))
+		return n == 1
+	})
+	if err := r.w.Wait(time.Now(), r.conn, nil); err != nil || !r.conn.Readable() {
+		t.Errorf("Wait returned %v; readable: %v", err, r.conn.Readable())
 	}
 }
 
