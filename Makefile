@@ -15,7 +15,7 @@ SEED     ?= 1
 PACKAGES ?= ./internal/...
 
 # The largest share, in percent, of comment lines and of document lines that may use a phrase which scripts/prose lists.
-PROSE_COMMENTS  ?= 8
+PROSE_COMMENTS  ?= 2
 PROSE_DOCUMENTS ?= 2
 
 BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
