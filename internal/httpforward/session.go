@@ -75,7 +75,7 @@ func (e *Engine) ServeHTTP1(w *tcp.Waiter, c *Connection) {
 // awaitRequest returns true when the first bytes of a request have arrived, and false when no request will follow.
 //
 // Upstream may close meanwhile, as servers do after some idle time or some number of requests. A request sent before that
-// is served on another upstream connection. Otherwise outlives decides whether downstream stays open.
+// is served on another upstream connection. Without such a request, outlives decides whether downstream stays open.
 func (s *session) awaitRequest() bool {
 	s.idleEnd = time.Time{}
 	for {

@@ -1,7 +1,7 @@
 // Package layertest has a toy record layer for tests of the engines' requirements for TLS. Only tests import it.
 //
 // A record is a type, a length of two bytes, and a payload whose bytes are XORed. There are records of data, tickets
-// without data, questions, which the Layer answers with a ticket, and a close message.
+// without data, questions that the Layer answers with a ticket, and a close message.
 package layertest
 
 import (
