@@ -104,7 +104,8 @@ func (r *rig) walk(ctx context.Context, down *tcp.Conn, to upstream.Target) {
 	}
 }
 
-// answer serves a connection of the origin. It reads what is not HTTP to its end.
+// answer serves a connection of the origin. It reads what is not HTTP to its end, and so it does with a body that
+// net/http does not read, such as one with long trailers.
 func answer(conn net.Conn) {
 	defer conn.Close()
 	reader := bufio.NewReader(conn)
@@ -114,7 +115,10 @@ func answer(conn net.Conn) {
 			io.Copy(io.Discard, reader)
 			return
 		}
-		io.Copy(io.Discard, request.Body)
+		if _, err := io.Copy(io.Discard, request.Body); err != nil {
+			io.Copy(io.Discard, reader)
+			return
+		}
 		io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 	}
 }
