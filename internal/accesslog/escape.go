@@ -3,6 +3,8 @@ package accesslog
 import (
 	"strconv"
 	"unicode/utf8"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
 // style is how a value stands in the line.
@@ -18,10 +20,10 @@ const (
 // Bounds. A value that is longer ends in cutMark; the last ones of a line that is full may be nothing else. A format
 // leaves room for short values and for its own text, so a line is never cut.
 const (
-	maxValue = 8 << 10
+	maxValue = flow.MaxValue
 	maxLine  = 32 << 10
 	maxShort = 80 // what an operator needs whose value nobody can make long, such as an address with its zone
-	cutMark  = "..."
+	cutMark  = flow.CutMark
 )
 
 type text interface{ ~string | ~[]byte }

@@ -28,9 +28,7 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	}
 	if fields.RequestID && !h.Has(http1.XRequestID) {
 		dst = append(dst, "x-request-id: "...)
-		start := len(x.names)
-		x.names = appendUUID(x.names)
-		x.record.HTTP.ID = x.names[start:]
+		x.record.HTTP.ID = appendUUID(x.names.take(uuidLength))
 		dst = append(dst, x.record.HTTP.ID...)
 		dst = append(dst, "\r\n"...)
 	}

@@ -24,6 +24,9 @@ func (x *exchange) run() ending {
 	} else if answer != nil {
 		return x.refuse(*answer, x.failure)
 	}
+	if x.s.up == nil && !x.holdDial() {
+		return x.evicted()
+	}
 	if err := x.s.connect(x.record.Opened, idempotent(x.record.HTTP.Method)); err != nil {
 		return x.noUpstream(err)
 	}
@@ -40,6 +43,9 @@ func (x *exchange) run() ending {
 			continue
 		}
 		x.releaseIdleBuffers()
+		if !x.hold() {
+			return x.evicted()
+		}
 		switch err := x.s.w.Wait(x.deadline(), x.s.Down, x.s.up); {
 		case err == nil:
 		case errors.Is(err, tcp.ErrDeadline):
@@ -88,6 +94,9 @@ func (x *exchange) readHead() (*reply, error) {
 		if deadline.IsZero() {
 			deadline = after(x.settings.HeadTimeout)
 		}
+		if !x.holdHead() {
+			return nil, tcp.ErrInterrupted
+		}
 		switch err := s.w.Wait(deadline, s.Down, s.up); {
 		case errors.Is(err, tcp.ErrDeadline):
 			return &replyHeadTimeout, nil
@@ -118,8 +127,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if err != nil {
 		return x.malformed(err)
 	}
-	x.routed.view(&x.record)
-	decision := x.s.Router.Route(&x.routed)
+	decision := x.s.Router.Route(x.view(b))
 	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
 	if !decision.noRoute() { // otherwise the kept connection serves the next request
 		x.s.route(decision)
@@ -458,6 +466,8 @@ func (x *exchange) stopped(err error) ending {
 	switch {
 	case errors.Is(err, tcp.ErrCanceled):
 		return x.close(flow.DrainDeadline, nil, cut)
+	case errors.Is(err, tcp.ErrInterrupted):
+		return x.evicted()
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM):
 		return x.close(flow.NoDescriptors, err, cut) // the wait failed, not the connection
 	}
@@ -468,6 +478,9 @@ func (x *exchange) stopped(err error) ending {
 func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrCanceled) {
 		return x.close(flow.DrainDeadline, err, cut)
+	}
+	if errors.Is(err, tcp.ErrInterrupted) {
+		return x.evicted()
 	}
 	x.record.Upstream, x.record.TransportFailure = x.s.decision.Target.Address, upstream.TransportFailure(err)
 	return x.refuse(dialReply(err), err)
@@ -480,6 +493,7 @@ func (x *exchange) tunnel() ending {
 	down, up := s.Read, x.response.in
 	s.Read, x.request.in, x.response.in = nil, nil, nil
 	x.record.HTTP.Upgraded = true
+	x.hold() // the relay ends if the exchange has been evicted
 	received, sent := &s.Record.Received, &s.Record.Sent
 	receivedBefore, sentBefore := received.Load(), sent.Load()
 	end, err := relay.Run(s.w, s.Down, s.up, relay.Options{

@@ -64,7 +64,7 @@ func (x *exchange) refuse(r reply, err error) ending {
 		return x.close(r.reason, err, cut)
 	}
 	end := linger
-	if x.started && x.request.body.Done() && r.reason != flow.BadFraming && !x.downstreamCloses() && !x.last() {
+	if x.started && x.request.body.Done() && r.reason != flow.BadFraming && r.reason != flow.MemoryBudget && !x.downstreamCloses() && !x.last() {
 		end = next
 	}
 	x.s.dropUpstream()

@@ -52,6 +52,8 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		Hold:     c.Settings.DetectionHold,
 		Idle:     c.Settings.IdleTimeout,
 		Draining: c.role.engine.Draining,
+		Budget:   c.role.budget,
+		Peer:     c.Record.Remote(),
 	}
 	if !detect {
 		c.protocol = sniff.Opaque

@@ -13,10 +13,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -31,6 +33,10 @@ type Sniffer struct {
 	Idle     time.Duration // how long Both waits while both sides are silent; zero or less: forever
 	Draining func() bool   // ends Both while both sides are silent; nil: never
 
+	// What is held is reported to Budget (nil: no limit), on account of Peer.
+	Budget *budget.Budget
+	Peer   netip.Addr
+
 	// The upstream connection; nil before the dial.
 	Up *tcp.Conn
 
@@ -41,6 +47,8 @@ type Sniffer struct {
 
 	began   time.Time // when Down's first bytes did not decide; zero: they did, or there are none
 	greeted time.Time // when Up sent what an HTTP/2 server may send first; zero: it has not
+
+	held *budget.Account // made by the first wait with bytes
 }
 
 var errUpstream = errors.New("upstream was lost before either side had sent anything")
@@ -52,6 +60,7 @@ var ErrDraining = errors.New("neither side had sent anything when the agent drai
 // downstream was silent: the caller dials the upstream then and calls Both. The errors are those of reading from Down and
 // of waiting.
 func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
+	defer s.settle()
 	var silence time.Time // when it has lasted too long
 	for {
 		protocol, err := s.look()
@@ -65,12 +74,17 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 			silence = time.Now().Add(s.Delay)
 			deadline = silence
 		}
+		if !s.hold(w) {
+			return Undecided, budget.ErrEvicted
+		}
 		switch err := w.Wait(deadline, s.Down, nil); {
 		case err == nil:
 		case errors.Is(err, tcp.ErrDeadline) && s.Read == nil:
 			return Undecided, nil
 		case errors.Is(err, tcp.ErrDeadline):
 			return Opaque, nil
+		case errors.Is(err, tcp.ErrInterrupted):
+			return Undecided, budget.ErrEvicted
 		default:
 			return Undecided, err
 		}
@@ -85,6 +99,7 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 // are, until the client's bytes show whether it speaks HTTP/2: an HTTP/2 client never waits for the server (RFC 9113
 // §3.4).
 func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
+	defer s.settle()
 	for {
 		switch {
 		case !s.greeted.IsZero() && s.Up.Ended():
@@ -116,13 +131,46 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 		case s.Idle > 0:
 			deadline = time.Now().Add(s.Idle)
 		}
+		if !s.hold(w) {
+			return Undecided, budget.ErrEvicted
+		}
 		err = w.Wait(deadline, s.Down, s.Up)
+		if errors.Is(err, tcp.ErrInterrupted) {
+			return Undecided, budget.ErrEvicted
+		}
 		if errors.Is(err, tcp.ErrDeadline) && (s.Read != nil || !s.greeted.IsZero()) {
 			return Opaque, nil
 		}
 		if err != nil {
 			return Undecided, err
 		}
+	}
+}
+
+// hold reports the memory that is held during a wait. It returns false if the connection must end.
+func (s *Sniffer) hold(w *tcp.Waiter) bool {
+	n := 0
+	for _, b := range [...]*tcp.Buffer{s.Read, s.UpRead} {
+		if b != nil {
+			b.Shrink()
+			n += b.Cap()
+		}
+	}
+	if s.held == nil {
+		if n <= 2*tcp.ShrunkSize {
+			return true
+		}
+		s.held = new(budget.Account)
+		s.held.Open(s.Budget, w, s.Peer)
+	}
+	return s.held.Hold(n)
+}
+
+// settle ends the account: the bytes are about to go on, or are dropped.
+func (s *Sniffer) settle() {
+	if s.held != nil {
+		s.held.Close()
+		s.held = nil
 	}
 }
 
@@ -211,6 +259,8 @@ func Reason(err error) flow.Reason {
 	switch {
 	case errors.Is(err, ErrDraining):
 		return flow.Drained
+	case errors.Is(err, budget.ErrEvicted):
+		return flow.MemoryBudget
 	case errors.Is(err, tcp.ErrDeadline):
 		return flow.IdleTimeout
 	case errors.Is(err, tcp.ErrCanceled):
