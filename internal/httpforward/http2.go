@@ -93,7 +93,6 @@ const (
 // ServeHTTP2 serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
 func (e *Engine) ServeHTTP2(w *tcp.Waiter, c *Connection) {
 	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, Connection: *c, up: c.Early}
-	m.Router = c.router()
 	m.account.Open(e.config.Budget, w, c.Record.Remote())
 	m.keptLimit = e.keptLimit()
 	m.opened, m.lastServed = time.Now(), http2.MaxStream

@@ -17,7 +17,7 @@ const idleCheck = 20 * time.Millisecond
 type session struct {
 	engine *Engine
 	w      *tcp.Waiter
-	Connection
+	*Connection
 
 	up      *tcp.Conn // kept between requests; nil if there is no connection
 	upLocal netip.AddrPort
@@ -26,7 +26,7 @@ type session struct {
 	lastUse time.Time       // of up; zero before its first response
 	bound   bool            // up is authenticated for this downstream (NTLM, Negotiate) and must not serve others
 
-	decision Decision // for the current request
+	wanted upstream.Target // for the current request: what the router decided
 
 	ended bool // downstream has half-closed
 }
@@ -47,8 +47,7 @@ const (
 //
 //go:noinline
 func newSession(e *Engine, w *tcp.Waiter, c *Connection) *session {
-	s := &session{engine: e, w: w, Connection: *c, up: c.Early, used: c.Early != nil}
-	s.Router = c.router()
+	s := &session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil}
 	if s.up != nil {
 		s.upLocal, s.target = s.up.LocalAddr(), c.Target
 	}
@@ -153,15 +152,15 @@ func (s *session) giveUpstream() {
 	s.up = nil
 }
 
-// route takes the decision for the next request. A connection to another target goes back to the pool, and bound is
+// turnTo sets the target of the next request. A connection to another target goes back to the pool, and bound is
 // cleared because the next connection is not authenticated. It must run before appendRequestHead reads the request's
 // own authentication fields.
-func (s *session) route(decision Decision) {
-	if s.up != nil && s.target != decision.Target {
+func (s *session) turnTo(target upstream.Target) {
+	if s.up != nil && s.target != target {
 		s.giveUpstream()
 		s.bound = false
 	}
-	s.decision = decision
+	s.wanted = target
 }
 
 // closeUpstream closes an upstream connection that cannot be used again.
@@ -189,11 +188,11 @@ func (s *session) connect(now time.Time, repeatable bool) error {
 		return nil
 	}
 	if repeatable {
-		s.up = s.engine.config.Pool.Take(s.decision.Target)
+		s.up = s.engine.config.Pool.Take(s.wanted)
 	}
 	if s.up != nil {
 		s.used, s.lastUse = true, now
-		s.upLocal, s.target = s.up.LocalAddr(), s.decision.Target
+		s.upLocal, s.target = s.up.LocalAddr(), s.wanted
 		return nil
 	}
 	return s.dial()
@@ -201,11 +200,11 @@ func (s *session) connect(now time.Time, repeatable bool) error {
 
 // dial opens a new upstream connection.
 func (s *session) dial() error {
-	up, err := s.engine.config.Dialer.Dial(s.w, s.decision.Target)
+	up, err := s.engine.config.Dialer.Dial(s.w, s.wanted)
 	if err != nil {
 		return err
 	}
 	s.up, s.used, s.lastUse, s.upLocal = up, false, time.Time{}, up.LocalAddr()
-	s.target = s.decision.Target
+	s.target = s.wanted
 	return nil
 }
