@@ -25,8 +25,8 @@ func limitMemory(bytes int64, inherited, root string) error {
 	if bytes == 0 {
 		return nil
 	}
-	// A tenth remains for memory that the runtime does not count: the program's own pages, sockets and pipes.
-	debug.SetMemoryLimit(bytes - bytes/10)
+	// The rest is for memory that the runtime does not count: the program's own pages, sockets and pipes.
+	debug.SetMemoryLimit(bytes - max(bytes/10, min(bytes/4, 32<<20)))
 	return nil
 }
 

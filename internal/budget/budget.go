@@ -30,8 +30,9 @@ type Budget struct {
 	used      atomic.Int64 // the sum of all accounts; written under mu
 	evictions atomic.Uint64
 
-	mu    sync.Mutex
-	peers map[netip.Addr]*peer // that hold something
+	mu      sync.Mutex
+	peers   map[netip.Addr]*peer // that hold something
+	evicted int                  // of used: held by accounts that were evicted
 }
 
 // peer holds the accounts of one peer.
@@ -91,11 +92,10 @@ type Account struct {
 	owner  Owner
 	peer   netip.Addr
 
-	reported int         // what the owner reported last
-	evicted  atomic.Bool // written under mu
+	held    int         // written by the owner only, under mu
+	evicted atomic.Bool // written under mu
 
-	held       int // guarded by mu, as the links
-	next, prev *Account
+	next, prev *Account // of a list; guarded by mu
 }
 
 // Open begins an empty account. The memory is attributed to peer; addresses of one IPv6 prefix of 64 bits count as one
@@ -110,37 +110,46 @@ func (a *Account) Open(b *Budget, owner Owner, peer netip.Addr) {
 }
 
 // Hold reports that the account holds n bytes from now on. It returns false if the account has been evicted, now or
-// before: the owner must end the connection and free the memory.
+// before, or if there is no memory at all: the owner must end the connection, free the memory, and report that.
 func (a *Account) Hold(n int) bool {
 	if a.budget == nil {
 		return true
 	}
-	if n == a.reported {
-		return n == 0 || !a.evicted.Load() // an empty account is never evicted
+	if n == a.held {
+		return !a.evicted.Load()
 	}
 	b := a.budget
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	a.reported = n
-	if a.evicted.Load() {
+	switch more := n - a.held; {
+	case a.evicted.Load():
+		if more < 0 {
+			b.used.Add(int64(more))
+			b.evicted += more
+			a.held = n
+		}
+		return false
+	case more > 0 && int(b.used.Load())+more > b.limit+b.limit/overdraft: // others have not yet freed what they held
+		b.evict(a)
 		return false
 	}
 	b.set(a, n)
-	for int(b.used.Load()) > b.limit {
+	for int(b.used.Load())-b.evicted > b.limit {
 		b.evict(b.heaviest().largest())
 	}
 	return !a.evicted.Load()
 }
 
+// overdraft is the part of the limit by which memory of evicted accounts may exceed it.
+const overdraft = 2
+
 // Evicted reports whether the account has been evicted since it was opened.
-func (a *Account) Evicted() bool { return a.reported > 0 && a.evicted.Load() }
+func (a *Account) Evicted() bool { return a.evicted.Load() }
 
 // Close ends the account. Its memory has been freed, or is now attributed otherwise. Closing a closed account does
 // nothing.
 func (a *Account) Close() {
-	if a.reported > 0 {
-		a.Hold(0)
-	}
+	a.Hold(0)
 	if a.evicted.Load() { // it is not listed any more, so this cannot change
 		a.owner.Continue()
 		a.evicted.Store(false)
@@ -150,6 +159,13 @@ func (a *Account) Close() {
 
 // set changes what a holds.
 func (b *Budget) set(a *Account, n int) {
+	b.list(a, n)
+	b.used.Add(int64(n - a.held))
+	a.held = n
+}
+
+// list puts a where an account of n bytes belongs, nowhere if n is zero.
+func (b *Budget) list(a *Account, n int) {
 	p := b.peers[a.peer]
 	if p == nil {
 		p = new(peer)
@@ -164,10 +180,7 @@ func (b *Budget) set(a *Account, n int) {
 	case a.held == 0 && n > 0:
 		p.classes[class(n)].add(a)
 	}
-	p.held += n - a.held
-	b.used.Add(int64(n - a.held))
-	a.held = n
-	if p.held == 0 {
+	if p.held += n - a.held; p.held == 0 {
 		delete(b.peers, a.peer)
 	}
 }
@@ -191,9 +204,10 @@ func (p *peer) largest() *Account {
 	}
 }
 
-// evict interrupts the owner of a. Its memory is about to be freed, and no longer counts.
+// evict interrupts the owner of a, so that it frees the memory.
 func (b *Budget) evict(a *Account) {
-	b.set(a, 0)
+	b.list(a, 0)
+	b.evicted += a.held
 	a.evicted.Store(true)
 	b.evictions.Add(1)
 	a.owner.Interrupt()

@@ -64,6 +64,11 @@ func TestTheHeaviestPeerLosesItsLargestAndOldest(t *testing.T) {
 		{2, 1001, []int{0, 1, 2, 3, 4, 5}, 0}, // more than there is
 	} {
 		granted := all[step.who].Hold(step.holds * kib)
+		for _, h := range all {
+			if h.Evicted() && h.Hold(0) {
+				t.Fatal("an evicted account is in order again")
+			}
+		}
 		if got := evictedOf(all); !slices.Equal(got, step.want) || b.Used() != step.used*kib || granted == slices.Contains(got, step.who) {
 			t.Fatalf("%d holds %d KiB: granted %v, evicted %v, used %d KiB; want evicted %v, used %d KiB",
 				step.who, step.holds, granted, got, b.Used()/kib, step.want, step.used)
@@ -89,6 +94,30 @@ func TestTheHeaviestPeerLosesItsLargestAndOldest(t *testing.T) {
 	}
 	if b.Used() != 0 || len(b.peers) != 0 {
 		t.Errorf("%d bytes and %d peers are left", b.Used(), len(b.peers))
+	}
+}
+
+// An evicted owner needs time to free its memory. Until then others get half as much again, and no more.
+func TestMemoryOfTheEvictedCountsUntilItIsFreed(t *testing.T) {
+	b := New(1000)
+	evicted, second, third, fourth := open(b, "198.51.100.1"), open(b, "198.51.100.2"), open(b, "198.51.100.3"), open(b, "198.51.100.4")
+	if !evicted.Hold(800) || !second.Hold(700) || !evicted.Evicted() {
+		t.Fatal("the heaviest was not evicted")
+	}
+	if third.Hold(1) || !third.Evicted() || b.Used() != 1500 {
+		t.Errorf("a byte more than there is was granted, or %d bytes are used", b.Used())
+	}
+	if evicted.Hold(801) || b.Used() != 1500 || evicted.Hold(300) || b.Used() != 1000 {
+		t.Errorf("after a part was freed %d bytes are used", b.Used())
+	}
+	if !fourth.Hold(300) || b.Used() != 1300 || second.Evicted() {
+		t.Errorf("%d bytes are used after a part was given to another", b.Used())
+	}
+	for _, h := range []*holder{evicted, second, third, fourth} {
+		h.Close()
+	}
+	if b.Used() != 0 || b.evicted != 0 {
+		t.Errorf("%d bytes are used, %d by the evicted", b.Used(), b.evicted)
 	}
 }
 
@@ -140,7 +169,7 @@ func TestABudgetIsTightFromItsHalf(t *testing.T) {
 
 // Under the race detector: owners hold, are evicted and close while others do.
 func TestABudgetIsForManyGoroutines(t *testing.T) {
-	b := New(1 << 20)
+	b := New(1 << 18)
 	var owners sync.WaitGroup
 	var evictions atomic.Uint64
 	for i := range 8 {

@@ -133,7 +133,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 		x.s.turnTo(decision.Target)
 	}
 	x.request.src = x.s.Down
-	x.request.head = x.appendRequestHead(x.request.head[:0], b)
+	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields), b)
 	x.s.Read.Discard(x.requestHead.Length)
 	x.started, x.request.retain = true, true
 	x.request.start(x.s.Read, framing, limits)
@@ -162,6 +162,10 @@ func (x *exchange) send() {
 	}
 }
 
+// interimCost is how many bytes of a turn an interim response stands for. Each costs a system call, and an upstream may
+// send them without end.
+const interimCost = 8 << 10
+
 // receive reads the response and forwards it. It reports whether there is more to do without waiting.
 func (x *exchange) receive() (longTurn bool) {
 	m := &x.response
@@ -174,7 +178,7 @@ func (x *exchange) receive() (longTurn bool) {
 			if n == 0 {
 				return false
 			}
-			left -= n
+			left -= n + interimCost
 			continue
 		}
 		if m.bad != nil || m.srcErr != nil || !x.parseResponse() {

@@ -70,8 +70,9 @@ func (x *exchange) evicted() ending {
 	s := x.s
 	s.w.Continue()
 	x.request.out.Reset()
-	x.request.head = nil
 	x.request.ready = 0
+	x.request.head = x.request.head[:0]
+	x.request.shed()
 	x.request.in = nil
 	if s.Read != nil {
 		s.releaseRead()
@@ -80,6 +81,7 @@ func (x *exchange) evicted() ending {
 		x.response.in.Release()
 		x.response.in = nil
 	}
+	x.held.Hold(0)
 	return x.refuse(replyOverloaded, budget.ErrEvicted)
 }
 
@@ -91,9 +93,18 @@ func (x *exchange) shed() {
 	shedFields(&x.responseHead)
 }
 
+// reserve returns the empty memory of the head, with room for n bytes if they are many.
+func (m *message) reserve(n int) []byte {
+	if n > smallPiece && cap(m.head) < n {
+		return tcp.TakeSlab(n)
+	}
+	return m.head[:0]
+}
+
 // shed frees the memory of a large head that was sent.
 func (m *message) shed() {
 	if len(m.head) == 0 && cap(m.head) > smallPiece {
+		tcp.GiveSlab(m.head)
 		m.head = nil
 	}
 }

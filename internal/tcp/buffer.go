@@ -53,7 +53,10 @@ func (b *Buffer) Release() {
 	if b == nil {
 		return
 	}
-	b.bytes = nil // frees memory that Grow or Append allocated
+	if len(b.bytes) > len(b.fixed) {
+		GiveSlab(b.bytes)
+	}
+	b.bytes = nil
 	if b.fixed != nil {
 		b.pool.Put(b)
 	}
@@ -125,10 +128,45 @@ func (b *Buffer) Grow(limit int) bool {
 	if size <= len(b.bytes) {
 		return false
 	}
-	grown := make([]byte, size)
+	grown := TakeSlab(size)[:size]
 	b.end = copy(grown, b.Bytes())
+	if len(b.bytes) > len(b.fixed) {
+		GiveSlab(b.bytes)
+	}
 	b.bytes, b.start = grown, 0
 	return true
+}
+
+// Slabs are pooled pieces of memory for what is too large for a buffer, in powers of two from smallestSlab. Peers decide
+// how many are needed at once: the garbage of many large heads grows faster than the collector works.
+const (
+	smallestSlab = 32 << 10
+	slabClasses  = 4 // up to 256 KiB; what is larger is not pooled
+)
+
+var slabs [slabClasses]sync.Pool
+
+// TakeSlab returns an empty slice with room for n bytes.
+func TakeSlab(n int) []byte {
+	for i := range slabs {
+		if size := smallestSlab << i; n <= size {
+			if slab, ok := slabs[i].Get().(*[]byte); ok {
+				return *slab
+			}
+			return make([]byte, 0, size)
+		}
+	}
+	return make([]byte, 0, n)
+}
+
+// GiveSlab returns a slab to its pool. The slab must not be used afterwards. Other memory is left to the collector.
+func GiveSlab(slab []byte) {
+	slab = slab[:0]
+	for i := range slabs {
+		if cap(slab) == smallestSlab<<i {
+			slabs[i].Put(&slab)
+		}
+	}
 }
 
 // Append appends p to the bytes in the buffer and grows it as needed, without a limit.

@@ -198,3 +198,17 @@ func TestEmptyReadIsNotEOF(t *testing.T) {
 		t.Errorf("Fill = %d, %v", n, err)
 	}
 }
+
+func TestSlabsHaveRoom(t *testing.T) {
+	for _, n := range []int{0, 1, smallestSlab, smallestSlab + 1, 256 << 10, 256<<10 + 1} {
+		slab := TakeSlab(n)
+		if len(slab) != 0 || cap(slab) < n {
+			t.Errorf("a slab for %d bytes has %d of %d bytes", n, len(slab), cap(slab))
+		}
+		GiveSlab(append(slab, "dirty"...))
+		GiveSlab(make([]byte, 0, n)) // not a slab, or one by chance
+		if again := TakeSlab(n); len(again) != 0 || cap(again) < n {
+			t.Errorf("the next slab for %d bytes has %d of %d bytes", n, len(again), cap(again))
+		}
+	}
+}
