@@ -25,6 +25,9 @@ REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 # Other people's clients and servers for the e2e tests: a module of its own.
 PEERS := e2e/testdata/peers
 
+# A control plane for tests of its client: likewise.
+CONTROLPLANE := e2e/testdata/controlplane
+
 # Kubernetes' own types and decoder, and kustomize, helm and Prometheus' parser, for the tests of what is injected and of
 # what is in deploy: likewise. Tests of injection build it without cgo, and so what has been compiled serves all.
 KUBERNETES := e2e/testdata/kubernetes
@@ -69,7 +72,7 @@ clean: ## remove what build and the tests leave in this directory
 
 ##@ Test
 .PHONY: test
-test: tools-test modules $(BROWSER) lint manifests ## install what the tests need and run everything: lint, manifests, unit, namespace and e2e tests
+test: tools-test modules $(BROWSER) lint manifests controlplane ## install what the tests need and run everything: lint, manifests, unit, namespace and e2e tests
 	$(TEST) -timeout 12m ./... | $(REPORT)
 
 .PHONY: test-unit
@@ -98,6 +101,10 @@ test-pods: tools-test modules ## the images, and real pods of them, by podman (R
 manifests: modules ## what is in deploy, as kustomize, helm, Kubernetes and Prometheus read it
 	($(IN_KUBERNETES) $(GO) test -vet=off -buildvcs=false -count=1 -json ./...) | $(REPORT)
 
+.PHONY: controlplane
+controlplane: modules ## the client of a control plane, against go-control-plane's server
+	(cd $(CONTROLPLANE) && CGO_ENABLED=0 $(GO) test -vet=off -buildvcs=false -count=1 -json ./...) | $(REPORT)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (10s)
 	FUZZTIME=$(FUZZTIME) scripts/fuzz
@@ -122,6 +129,7 @@ lint: ## formatting, vet, module files, shell syntax, plain English
 	CGO_ENABLED=0 GOARCH=arm64 $(GO) build ./...
 	$(GO) mod tidy -diff
 	cd $(PEERS) && $(GO) vet ./... && $(GO) mod tidy -diff
+	cd $(CONTROLPLANE) && $(GO) vet ./... && $(GO) mod tidy -diff
 	$(IN_KUBERNETES) $(GO) vet ./... && $(GO) mod tidy -diff
 	cd $(TOOLS) && $(GO) mod tidy -diff
 	@for script in .ci/run $$(find scripts -maxdepth 1 -type f); do bash -n "$$script"; done
@@ -131,6 +139,7 @@ lint: ## formatting, vet, module files, shell syntax, plain English
 staticcheck: modules ## staticcheck, in every module
 	$(GO) tool -modfile=$(TOOLS)/go.mod staticcheck ./...
 	cd $(PEERS) && $(GO) tool -modfile=$(CURDIR)/$(TOOLS)/go.mod staticcheck ./...
+	cd $(CONTROLPLANE) && $(GO) tool -modfile=$(CURDIR)/$(TOOLS)/go.mod staticcheck ./...
 	$(IN_KUBERNETES) $(GO) tool -modfile=$(CURDIR)/$(TOOLS)/go.mod staticcheck ./...
 
 .PHONY: vulncheck
@@ -147,6 +156,7 @@ test-arm64: tools-arm64 modules ## unit tests for arm64, by qemu-user
 modules:
 	@$(GO) mod download
 	@cd $(PEERS) && $(GO) mod download
+	@cd $(CONTROLPLANE) && $(GO) mod download
 	@cd $(KUBERNETES) && $(GO) mod download
 	@cd $(TOOLS) && $(GO) mod download
 

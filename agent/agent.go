@@ -59,8 +59,8 @@ func New(config Config) (*Agent, error) {
 	return a, nil
 }
 
-// mayBorrow refuses to run as the user whose connections TPROXY rules send to the agent. The agent's connections to the
-// workload, which have the client's address, would come back to the agent.
+// mayBorrow refuses to run as the user whose connections TPROXY rules send to the agent. Its own connections to the
+// workload have the client's address and would come back to it.
 func mayBorrow(mode capture.Mode, user int) error {
 	if mode == capture.TPROXY && user == capture.DefaultProxyID {
 		return &FieldError{Field: "Interception.Mode", Value: string(mode), Err: fmt.Errorf("as user %d the agent's connections to"+
@@ -70,8 +70,8 @@ func mayBorrow(mode capture.Mode, user int) error {
 	return nil
 }
 
-// build makes the parts in the order in which they depend on each other. The parts that records go to come before the
-// listeners, which open records.
+// build makes the parts in the order in which they depend on each other. The sinks of records come before the listeners,
+// because listeners open records.
 func (a *Agent) build() error {
 	poller, err := tcp.NewPoller()
 	if err != nil {
@@ -122,8 +122,7 @@ func (a *Agent) bind() error {
 	return nil
 }
 
-// Run serves until drain ends, then shuts down as shutdown.go says. When force ends too, it cuts the connections that are
-// left. It returns ErrForced when connections were cut, and nil otherwise or when the agent was ordered to quit at once.
+// Run serves until drain ends, and then shuts down: see shutdown.go. When force ends too, it cuts the remaining connections. It returns ErrForced when connections were cut, and nil otherwise or when the agent was ordered to quit at once.
 func (a *Agent) Run(drain, force context.Context) error {
 	defer a.close()
 	for _, l := range slices.Backward(a.listeners) {

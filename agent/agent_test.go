@@ -55,12 +55,12 @@ func TestValidateNamesTheField(t *testing.T) {
 			t.Errorf("want an error that names %s, got %v", want, err)
 		}
 		if _, err := New(config); err == nil {
-			t.Errorf("New takes a configuration that is not valid (%s)", want)
+			t.Errorf("New accepts an invalid configuration (%s)", want)
 		}
 	}
 }
 
-// syncBuffer is a log that is read while it is written.
+// syncBuffer is a log that can be read while it is written.
 type syncBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -96,7 +96,7 @@ func newIn(t *testing.T, ns *nettest.Namespace, config Config) (*Agent, error) {
 	})
 }
 
-func TestAPortThatIsTakenIsNamedAndNothingIsLeft(t *testing.T) {
+func TestAPortInUseIsNamedAndAllIsClosed(t *testing.T) {
 	nettest.RequireRoot(t)
 	for _, c := range []struct{ field, address string }{
 		{"Ports.Outbound", "127.0.0.1:15001"}, {"Ports.Outbound", "[::1]:15001"},
@@ -110,14 +110,14 @@ func TestAPortThatIsTakenIsNamedAndNothingIsLeft(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), c.field) || !strings.Contains(err.Error(), "in use") {
 			t.Errorf("with %s taken: %v; want an error that names %s", c.address, err, c.field)
 		}
-		// What New opened first must be free again, or this would name an earlier flag.
+		// The ports that New opened before must be free again; otherwise the error would name an earlier field.
 		if _, again := newIn(t, ns, config); again == nil || again.Error() != err.Error() {
 			t.Errorf("a second try: %v, the first: %v", again, err)
 		}
 	}
 }
 
-func TestANamespaceWithoutIPv6IsServedWithout(t *testing.T) {
+func TestANamespaceWithoutIPv6IsServedOverIPv4(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "v4")
 	ns.Do(t, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0) })
@@ -128,9 +128,9 @@ func TestANamespaceWithoutIPv6IsServedWithout(t *testing.T) {
 	}
 	run(t, ns, a)
 	if !strings.Contains(log.String(), "no IPv6") {
-		t.Errorf("nothing said of IPv6:\n%s", log)
+		t.Errorf("the log does not mention IPv6:\n%s", log)
 	}
-	// The switch takes the addresses away, but :: can be bound all the same.
+	// The sysctl removes the addresses, but :: can still be bound.
 	want := []string{"virtualOutbound::127.0.0.1:15001", "virtualInbound::0.0.0.0:15006", "virtualInbound::[::]:15006",
 		"readiness::0.0.0.0:15021", "readiness::[::]:15021", "status::0.0.0.0:15020", "status::[::]:15020",
 		"metrics::0.0.0.0:15090", "metrics::[::]:15090"}
@@ -139,7 +139,7 @@ func TestANamespaceWithoutIPv6IsServedWithout(t *testing.T) {
 	}
 }
 
-func TestWhatIsBoundIsShown(t *testing.T) {
+func TestBoundAddressesAreListed(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "shown")
 	config, _ := testConfig()
@@ -156,7 +156,50 @@ func TestWhatIsBoundIsShown(t *testing.T) {
 	}
 }
 
-// get returns the body of an answer of the agent in the namespace.
+func TestOptionalPortsSetToZeroAreNotServed(t *testing.T) {
+	nettest.RequireRoot(t)
+	optional := []struct {
+		port uint16
+		off  func(*Ports)
+	}{
+		{15020, func(p *Ports) { p.Status = 0 }}, {15090, func(p *Ports) { p.Metrics = 0 }}, {15000, func(p *Ports) { p.Admin = 0 }},
+	}
+	for off := range 1 << len(optional) {
+		ns := nettest.New(t, "optional")
+		config, log := testConfig()
+		config.AccessLog.Path = "off"
+		for i, o := range optional {
+			if off>>i&1 != 0 {
+				o.off(&config.Ports)
+			}
+		}
+		a, err := newIn(t, ns, config)
+		if err != nil {
+			t.Fatalf("%+v: %v", config.Ports, err)
+		}
+		stop := run(t, ns, a)
+		for i, o := range optional {
+			conn, err := ns.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", o.port), patience)
+			if err == nil {
+				conn.Close()
+			}
+			if isOff := off>>i&1 != 0; isOff != errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("%+v: dialling %d: %v", config.Ports, o.port, err)
+			}
+		}
+		// A record passes the sinks that are left: this connection is refused, as no rule redirected it.
+		if conn, err := ns.Dial("tcp", "127.0.0.1:15001", patience); err == nil {
+			conn.Close()
+		}
+		nettest.Eventually(t, "the refusal in the log", func() bool { return strings.Contains(log.String(), "no_original_destination") })
+		a.ReopenLogs()
+		if err := stop(); err != nil {
+			t.Errorf("%+v: Run: %v", config.Ports, err)
+		}
+	}
+}
+
+// get returns the body of the response of the agent in the namespace.
 func get(t *testing.T, ns *nettest.Namespace, address, path string) string {
 	t.Helper()
 	conn, err := ns.Dial("tcp", address, patience)
@@ -174,7 +217,7 @@ func get(t *testing.T, ns *nettest.Namespace, address, path string) string {
 	return body
 }
 
-// run runs the agent until the returned function, and waits until it is ready.
+// run starts the agent and waits until it is ready. The returned function drains it and returns the result of Run.
 func run(t *testing.T, ns *nettest.Namespace, a *Agent) (stop func() error) {
 	t.Helper()
 	drain, startDrain := context.WithCancel(context.Background())
@@ -191,7 +234,7 @@ func run(t *testing.T, ns *nettest.Namespace, a *Agent) (stop func() error) {
 	return stop
 }
 
-// ready asks the agent in the namespace whether it is.
+// ready returns the status and body of the agent's readiness.
 func ready(t *testing.T, ns *nettest.Namespace) (int, string) {
 	t.Helper()
 	conn, err := ns.Dial("tcp", "127.0.0.1:15021", patience)
@@ -216,7 +259,7 @@ func ready(t *testing.T, ns *nettest.Namespace) (int, string) {
 	return 0, ""
 }
 
-func TestAnAgentThatIsNotRedirectedToRefusesByName(t *testing.T) {
+func TestDirectConnectionsAreRefusedWithAReason(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "direct") // no rules, so no connection tracking
 	config, log := testConfig()
@@ -228,7 +271,7 @@ func TestAnAgentThatIsNotRedirectedToRefusesByName(t *testing.T) {
 	for _, address := range []string{"127.0.0.1:15001", "127.0.0.1:15006", "[::1]:15001", "[::1]:15006"} {
 		conn, err := ns.Dial("tcp", address, patience)
 		if errors.Is(err, syscall.ECONNRESET) {
-			continue // so fast that the dial sees it
+			continue // the reset came before the dial returned
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -243,7 +286,7 @@ func TestAnAgentThatIsNotRedirectedToRefusesByName(t *testing.T) {
 		t.Errorf("Run: %v", err)
 	}
 	if !strings.Contains(log.String(), "reason=no_original_destination") {
-		t.Errorf("the refusal was not named:\n%s", log)
+		t.Errorf("the reason is not in the log:\n%s", log)
 	}
 }
 
@@ -270,7 +313,7 @@ func TestTheDrainGateClosesFirst(t *testing.T) {
 	}
 	startForce()
 	if err := <-result; err != nil {
-		t.Errorf("Run: %v, with nothing to cut", err)
+		t.Errorf("Run: %v, without connections to cut", err)
 	}
 }
 
@@ -297,7 +340,7 @@ func TestRefusalsAreLoggedOnceASecondForEachReason(t *testing.T) {
 	})
 }
 
-// The last scrape is the one that has the whole drain: it comes when the access log is closed already, or being closed.
+// The last scrape covers the whole drain. It arrives when the access log is being closed or closed already.
 func TestThePortsAnswerWhileAndAfterTheAccessLogIsClosed(t *testing.T) {
 	nettest.RequireRoot(t)
 	config, _ := testConfig()
@@ -324,7 +367,7 @@ func TestThePortsAnswerWhileAndAfterTheAccessLogIsClosed(t *testing.T) {
 	}
 }
 
-func TestWhatTheInjectorSaysWrongIsNamedAndNothingIsLeft(t *testing.T) {
+func TestInvalidValuesOfTheInjectorAreNamedAndAllIsClosed(t *testing.T) {
 	for want, change := range map[string]func(*Config){
 		"Workload.Probers":             func(c *Config) { c.Workload.Probers = "{" },
 		"Workload.Pod.IP":              func(c *Config) { c.Workload.Probers = `{"/app-health/a/livez":{"tcpSocket":{"port":1}}}` },
@@ -356,7 +399,7 @@ func TestAnOrderToQuitEndsARunAtOnceAlsoInADrain(t *testing.T) {
 			nettest.Eventually(t, "the drain to begin", a.draining.Load)
 		}
 		var orders sync.WaitGroup
-		for range 3 { // whoever orders it may do so more than once
+		for range 3 { // the order may come more than once
 			orders.Go(a.quit)
 		}
 		a.drainListeners(admin.DrainOrder{Graceful: true})
@@ -372,6 +415,6 @@ func TestTheStateIsDrainingAfterHealthcheckFail(t *testing.T) {
 	a := new(Agent)
 	a.failedByHand.Store(true)
 	if state, ok := a.state(); state != "DRAINING" || ok {
-		t.Errorf("%s, %v; want what Envoy says", state, ok)
+		t.Errorf("%s, %v; want Envoy's DRAINING, false", state, ok)
 	}
 }

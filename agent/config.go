@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
@@ -23,6 +25,7 @@ type Config struct {
 	DNS          DNS
 	Drain        Drain
 	AccessLog    AccessLog
+	Metrics      Metrics
 	Status       Status
 	Workload     Workload
 
@@ -70,15 +73,15 @@ type HTTP struct {
 	MaxHeldBytes        int           // memory for heads and held bodies of all connections; zero: a share of the memory limit, see heldBytes
 	RequestHeadTimeout  time.Duration // for the head of a request; zero: no limit
 	RequestTimeout      time.Duration // from the whole request to the head of its response; zero: no limit
-	UpstreamIdleTimeout time.Duration // closes idle HTTP/1 connections to upstreams; zero keeps none
+	UpstreamIdleTimeout time.Duration // closes idle HTTP/1 connections to upstreams; zero: no reuse
 	InboundFields       httpforward.Fields
 	OutboundFields      httpforward.Fields
 }
 
 // DNS configures the resolver.
 type DNS struct {
-	Capture   bool             // serve the workload's queries, which rules redirect to port 15053
-	Servers   []netip.AddrPort // upstreams; none: those of ResolvConf
+	Capture   bool             // serve the workload's queries; the rules redirect them to port 15053
+	Servers   []netip.AddrPort // upstreams; empty: those of ResolvConf
 	CacheSize int              // in answers; zero: no cache
 }
 
@@ -86,6 +89,11 @@ type DNS struct {
 type Drain struct {
 	Delay   time.Duration // until the listeners close
 	Timeout time.Duration // until the remaining connections are cut
+}
+
+// Metrics configures the agent's metrics.
+type Metrics struct {
+	MaxSeries int // bounds the series of a scrape
 }
 
 // Status configures the status port.
@@ -102,6 +110,7 @@ type Workload struct {
 	ProbeHTTP2     bool   // HTTPS probes may use HTTP/2
 	ProbeKeepAlive bool   // HTTP probes keep their connection
 	ScrapeTargets  string // where its metrics are served, as JSON, see scrape.ParseTargets
+	ClusterDomain  string // the DNS domain of its cluster, in lower case; empty: cluster.local
 }
 
 // FieldError reports an invalid or unusable value of a Config.
@@ -144,8 +153,9 @@ func Default() Config {
 		DNS:       DNS{CacheSize: dns.DefaultCacheSize},
 		Drain:     Drain{Delay: 5 * time.Second, Timeout: 20 * time.Second},
 		AccessLog: AccessLog{Path: "/dev/stdout", Encoding: "text"},
+		Metrics:   Metrics{MaxSeries: metrics.DefaultMaxSeries},
 		Status:    Status{Profiling: true},
-		Workload:  Workload{Pod: podinfo.Nobody()},
+		Workload:  Workload{Pod: podinfo.UnknownPod()},
 		LogLevel:  new(slog.LevelVar),
 	}
 }
@@ -232,6 +242,12 @@ func (c Config) validateLimits() error {
 	}
 	if n := c.HTTP.MaxHeldBytes; n != 0 && n < minHeldBytes {
 		return invalid("HTTP.MaxHeldBytes", "%d is too small; use %d or more, or 0 for a share of the memory limit", n, minHeldBytes)
+	}
+	if domain := c.Workload.ClusterDomain; strings.Trim(domain, "abcdefghijklmnopqrstuvwxyz0123456789-.") != "" || len(domain) > 253 {
+		return invalid("Workload.ClusterDomain", "%.80q is not a domain in lower case; use one such as cluster.local", domain)
+	}
+	if n := c.Metrics.MaxSeries; n < metrics.MinMaxSeries || n > metrics.MaxMaxSeries {
+		return invalid("Metrics.MaxSeries", "%d is out of range; use %d to %d", n, metrics.MinMaxSeries, metrics.MaxMaxSeries)
 	}
 	return nil
 }

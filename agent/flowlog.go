@@ -11,11 +11,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// refusalPeriod bounds what a stranger can make us log: for each reason one refusal in this time.
+// refusalPeriod bounds the log lines that clients can cause: for each reason one refusal in this time.
 const refusalPeriod = time.Second
 
-// flowLog tells of connections that have ended: each one at debug level, and what was refused by name as a warning. It
-// is a flow.Sink.
+// flowLog logs connections and requests that have ended: each one at debug level, and refused connections as warnings. It is
+// a flow.Sink.
 type flowLog struct {
 	log *slog.Logger
 
@@ -26,7 +26,7 @@ type flowLog struct {
 // refusals of one reason.
 type refusals struct {
 	logged  time.Time
-	skipped int // since then
+	skipped int // since logged
 }
 
 // Closed logs one record.
@@ -47,7 +47,7 @@ func (l *flowLog) Closed(r *flow.Record) {
 	}
 }
 
-// admit reports whether r may be logged, and how many of its reason were not since the last one that was.
+// admit reports whether r may be logged, and how many refusals of its reason were skipped since the last one that was logged.
 func (l *flowLog) admit(r *flow.Record) (skipped int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -31,11 +31,10 @@ func (c HTTP) heldBytes(limit int64) int {
 	return int(max(limit/heldShare, leastHeld))
 }
 
-// unmapStart lets the kernel unmap the pages of the program file. The start touches nearly all of them, the runtime's
-// check of its own tables more than anything else, and the life after it a third: 12.8 MB resident become 7.8. What is
-// needed again comes back from the page cache by itself, some microseconds for each 64 KiB. Nothing can be lost: only
-// mappings that nobody may write are unmapped, and of those the ones all of whose pages are still the file's. What a
-// loader has relocated, in a program that is position-independent, and what a debugger has put in is nowhere else.
+// unmapStart unmaps the resident pages of the program file. The start touches nearly all of them, mostly when the runtime
+// verifies its own tables; later a third of them is used: 12.8 MB resident become 7.8. A page that is needed again is mapped
+// from the page cache, in some microseconds for each 64 KiB. No data can be lost: only mappings without write permission whose
+// pages are all unmodified are dropped. Modified pages, by a loader's relocations or a debugger, exist only in memory.
 func unmapStart() error {
 	program, err := os.Readlink("/proc/self/exe")
 	if err != nil {
@@ -43,7 +42,7 @@ func unmapStart() error {
 	}
 	file, err := os.Open("/proc/self/smaps")
 	if err != nil {
-		return fmt.Errorf("listing what is mapped: %w", err)
+		return fmt.Errorf("listing the mappings: %w", err)
 	}
 	defer file.Close()
 	var failed error

@@ -25,7 +25,7 @@ func TestTheBudgetIsAShareOfTheMemoryLimit(t *testing.T) {
 	}
 }
 
-// programPages is how much of the program file is resident, in KiB.
+// programPages returns how much of the program file is resident, in KiB.
 func programPages(t *testing.T) (total int) {
 	t.Helper()
 	program, err := os.Readlink("/proc/self/exe")
@@ -53,7 +53,7 @@ func programPages(t *testing.T) (total int) {
 	return total
 }
 
-func TestWhatOnlyTheStartNeededIsNotResident(t *testing.T) {
+func TestPagesThatOnlyTheStartNeededAreUnmapped(t *testing.T) {
 	before := programPages(t)
 	if err := unmapStart(); err != nil {
 		t.Fatal(err)
@@ -63,8 +63,8 @@ func TestWhatOnlyTheStartNeededIsNotResident(t *testing.T) {
 	}
 }
 
-// A loader relocates pages of a position-independent program, and makes them read-only only then.
-func TestPagesOfTheProgramThatWereWrittenAreKept(t *testing.T) {
+// A loader relocates pages of a position-independent program before it makes them read-only.
+func TestModifiedPagesOfTheProgramAreKept(t *testing.T) {
 	program, err := os.Open("/proc/self/exe")
 	if err != nil {
 		t.Fatal(err)
@@ -75,7 +75,7 @@ func TestPagesOfTheProgramThatWereWrittenAreKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Munmap(page)
-	page[0]++ // of the ELF header, which begins with 0x7f
+	page[0]++ // the first byte of the ELF header, 0x7f
 	if err := unix.Mprotect(page, unix.PROT_READ); err != nil {
 		t.Fatal(err)
 	}
@@ -83,6 +83,6 @@ func TestPagesOfTheProgramThatWereWrittenAreKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	if page[0] != 0x80 {
-		t.Errorf("the page has %#x, as in the file; 0x80 was written", page[0])
+		t.Errorf("the page begins with %#x, as in the file; 0x80 was written", page[0])
 	}
 }

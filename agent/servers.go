@@ -131,7 +131,7 @@ func (a *Agent) adminHandler() http.Handler {
 		Version:   a.config.Version,
 		Started:   a.started,
 		Address:   netip.AddrPortFrom(loopback[0], a.config.Ports.Admin),
-		Node:      node(a.config.Workload.Pod),
+		Node:      node(a.config.Workload.Pod, a.config.Workload.ClusterDomain),
 		Options:   admin.Options{Concurrency: runtime.GOMAXPROCS(0), LogLevel: a.logLevel().String(), DrainTime: a.config.Drain.Timeout},
 		Listeners: a.bound,
 		Carrying: admin.Carrying{
@@ -200,7 +200,10 @@ func (a *Agent) state() (string, bool) {
 }
 
 // node names the agent as pilot-agent does. Unknown parts are left out.
-func node(pod podinfo.Pod) admin.Node {
+func node(pod podinfo.Pod, domain string) admin.Node {
+	if domain == "" {
+		domain = podinfo.DefaultClusterDomain
+	}
 	known := func(parts ...string) string {
 		return strings.Join(slices.DeleteFunc(parts, func(part string) bool { return part == podinfo.Unknown }), ".")
 	}
@@ -214,7 +217,7 @@ func node(pod podinfo.Pod) admin.Node {
 		}
 	}
 	return admin.Node{
-		ID:       "sidecar~" + pod.IP + "~" + known(pod.Name, pod.Namespace) + "~" + known(pod.Namespace, "svc.cluster.local"),
+		ID:       "sidecar~" + pod.IP + "~" + known(pod.Name, pod.Namespace) + "~" + known(pod.Namespace, "svc."+domain),
 		Cluster:  known(pod.App, pod.Namespace),
 		Metadata: metadata,
 	}

@@ -25,7 +25,7 @@ func (a *Agent) shutdown(force context.Context) error {
 		a.drain(deadline, l)
 	}
 	a.drainResolver(deadline)
-	cut := a.cutRest()
+	cut := a.cutRest() + a.poller.Settle(deadline) // those that settle later are reset when the poller closes
 	a.closeDoors()
 	if err := a.telling.close(); err != nil {
 		a.log.Error("flushing the access log failed", "error", err)

@@ -65,7 +65,9 @@ func (a *Agent) tell() error {
 		sinks = append(sinks, log)
 	}
 	if a.config.Ports.Metrics != 0 || a.config.Ports.Status != 0 || a.config.Ports.Admin != 0 {
-		t.metrics = metrics.New(a.config.Workload.Pod, a.config.Version)
+		t.metrics = metrics.New(a.config.Workload.Pod, metrics.Options{
+			Version: a.config.Version, ClusterDomain: a.config.Workload.ClusterDomain, MaxSeries: a.config.Metrics.MaxSeries,
+		})
 		sinks = append(sinks, t.metrics)
 	}
 	if a.config.Ports.Admin != 0 {
@@ -198,6 +200,7 @@ func (a *Agent) upstreamStats(direction flow.Direction) metrics.Upstream {
 			sum.Active += int(s.Active.Load())
 			sum.Connected += s.Connected.Load()
 			sum.Failed += s.Failed.Load()
+			sum.Redialled += s.Redialled.Load()
 			sum.Reused += s.Reused.Load()
 			sum.Missed += s.Missed.Load()
 			sum.Retried += s.Retried.Load()

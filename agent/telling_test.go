@@ -15,7 +15,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/live"
 )
 
-// newTelling tells of traffic as the default agent does, but into a file.
+// newTelling makes the sinks of the default agent, with an access log in a file.
 func newTelling(t testing.TB) *telling {
 	t.Helper()
 	config, _ := testConfig()
@@ -33,7 +33,7 @@ func newTelling(t testing.TB) *telling {
 	return &a.telling
 }
 
-// beginCarried is a connection that the table has.
+// beginCarried lists a connection in the table.
 func beginCarried(table *flow.Table, direction flow.Direction, protocol flow.Protocol) *flow.Record {
 	c := flow.Open(direction, netip.MustParseAddrPort("198.51.100.2:4711"))
 	c.OriginalDestination = netip.MustParseAddrPort("192.0.2.7:8080")
@@ -48,7 +48,7 @@ var (
 	agentName               = []byte("curl/7.88.1")
 )
 
-// request fills r as one that ended in order, in memory that is used again, as the engines do.
+// request makes r a completed request, in memory that is reused, as the engines do.
 func request(r *flow.Record, c *flow.Record) {
 	*r = flow.Record{
 		Direction: c.Direction, Protocol: c.Protocol, Opened: c.Opened, Connection: c,
@@ -60,8 +60,8 @@ func request(r *flow.Record, c *flow.Record) {
 	r.Sent.Store(615)
 }
 
-// The budget of all that tells of a request is a microsecond.
-func BenchmarkARequestIsTold(b *testing.B) {
+// The budget of all sinks is a microsecond for each request.
+func BenchmarkARequestIsReported(b *testing.B) {
 	t := newTelling(b)
 	c := beginCarried(t.table, flow.Inbound, flow.HTTP11)
 	defer t.table.Leave(c)
@@ -73,20 +73,20 @@ func BenchmarkARequestIsTold(b *testing.B) {
 	}
 }
 
-// A line is hardly late, and a long interval costs little.
-func TestOpenConnectionsAreLookedAtAsOftenAsTheIntervalNeeds(t *testing.T) {
+// A line is late by a few percent of the interval at most, and a long interval causes few scans.
+func TestScansAreAsFrequentAsTheIntervalRequires(t *testing.T) {
 	for interval := minInterval; interval < 1000*time.Hour; interval = interval*3/2 + 1 {
 		every := lookEvery(interval)
 		if every > max(interval/20, minInterval) || every < interval/50 || every < minInterval {
-			t.Errorf("with an interval of %v, looked at every %v", interval, every)
+			t.Errorf("with an interval of %v, a scan every %v", interval, every)
 		}
 	}
 }
 
-// For the race detector: connections come and go while everybody looks.
-func TestEverybodyLooksWhileTrafficFlows(t *testing.T) {
-	told := newTelling(t)
-	looking := told.live.Handler(live.Sources{Table: told.table})
+// For the race detector: connections open and close while all views are read.
+func TestViewsAreReadWhileTrafficFlows(t *testing.T) {
+	sinks := newTelling(t)
+	looking := sinks.live.Handler(live.Sources{Table: sinks.table})
 	ctx, stop := context.WithCancel(t.Context())
 	var looks, traffic sync.WaitGroup
 	repeat := func(look func()) {
@@ -99,37 +99,37 @@ func TestEverybodyLooksWhileTrafficFlows(t *testing.T) {
 	ask := func(path string) {
 		looking.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(ctx, http.MethodGet, "http://localhost"+path, nil))
 	}
-	repeat(func() { _ = told.metrics.Write(io.Discard, false) })
+	repeat(func() { _ = sinks.metrics.Write(io.Discard, false) })
 	repeat(func() { ask("/live") })
 	repeat(func() { ask("/live/records") })
 	repeat(func() { ask("/live/tap?n=3") })
-	repeat(func() { told.access.Reopen() })
-	repeat(func() { told.access.Progress(told.table) })
+	repeat(func() { sinks.access.Reopen() })
+	repeat(func() { sinks.access.Progress(sinks.table) })
 	for i := range 4 {
 		traffic.Go(func() {
 			r := new(flow.Record)
 			for range 300 {
-				c := beginCarried(told.table, flow.Direction(i%2), flow.HTTP2)
+				c := beginCarried(sinks.table, flow.Direction(i%2), flow.HTTP2)
 				for range 3 {
 					request(r, c)
-					r.Close(told.table, flow.Completed, nil)
+					r.Close(sinks.table, flow.Completed, nil)
 				}
-				told.table.Leave(c)
-				c = beginCarried(told.table, flow.Direction(i%2), flow.Opaque)
+				sinks.table.Leave(c)
+				c = beginCarried(sinks.table, flow.Direction(i%2), flow.Opaque)
 				c.Received.Add(100)
-				c.Close(told.table, flow.Closed, nil)
+				c.Close(sinks.table, flow.Closed, nil)
 			}
 		})
 	}
 	traffic.Wait()
 	stop()
 	looks.Wait()
-	if open := told.table.Open(); open != 0 {
+	if open := sinks.table.Open(); open != 0 {
 		t.Errorf("%d connections are still listed", open)
 	}
-	// How many lines the queue can take depends on the machine; that each is counted does not. Progress adds its own.
-	_ = told.access.Close(t.Context())
-	if lines := told.access.Written() + told.access.Dropped(); lines < 4*300*4 {
+	// How many lines the queue accepts depends on the machine, but each is counted as written or dropped. Progress adds lines.
+	_ = sinks.access.Close(t.Context())
+	if lines := sinks.access.Written() + sinks.access.Dropped(); lines < 4*300*4 {
 		t.Errorf("%d lines were written or counted as dropped, want at least %d", lines, 4*300*4)
 	}
 }

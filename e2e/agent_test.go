@@ -21,8 +21,8 @@ type agent struct {
 	access *logBook // standard output, where the access log goes by default
 }
 
-// unprivileged are the words before a command that run it as it would in a container that asks for nothing: its own
-// uid, no capability, and no way to get one.
+// unprivileged is the beginning of a command line that runs a command as in a container without privileges: with a uid of
+// its own, no capability, and no way to get one.
 func unprivileged(uid int) []string {
 	id := strconv.Itoa(uid)
 	return []string{
@@ -38,13 +38,13 @@ func startAgent(t testing.TB, pod *nettest.Namespace, flags ...string) *agent {
 	return a
 }
 
-// launchAgent starts an agent by way of wrapper, a command that executes its last arguments, and does not wait for it.
+// launchAgent starts an agent through wrapper, a command that executes its last arguments. It does not wait for readiness.
 func launchAgent(t testing.TB, pod *nettest.Namespace, wrapper []string, flags ...string) *agent {
 	t.Helper()
 	return launchAgentBy(t, pod, append(append([]string{}, wrapper...), unprivileged(agentUID)...), flags...)
 }
 
-// launchAgentBy is launchAgent with all the words before the agent's own.
+// launchAgentBy is launchAgent with a complete beginning of the command line.
 func launchAgentBy(t testing.TB, pod *nettest.Namespace, wrapper []string, flags ...string) *agent {
 	t.Helper()
 	words := append(append([]string{}, wrapper...), pillion, "agent", "--log-level", "debug")
@@ -55,7 +55,7 @@ func launchAgentBy(t testing.TB, pod *nettest.Namespace, wrapper []string, flags
 func launchCommand(t testing.TB, pod *nettest.Namespace, words []string) *agent {
 	t.Helper()
 	a := &agent{log: &logBook{}, access: &logBook{}}
-	// Registered before the start, so that it runs after the agent has been ended.
+	// Registered before the start, so that it runs after the agent has ended.
 	t.Cleanup(func() { a.log.checkHealth(t) })
 	cmd := pod.Command(0, 0, words[0], words[1:]...)
 	cmd.Stderr, cmd.Stdout = a.log, a.access
@@ -68,11 +68,11 @@ func awaitReady(t testing.TB, pod *nettest.Namespace, a *agent) {
 	t.Helper()
 	out, err := pod.Run(pod.Command(agentUID, agentUID, pillion, "wait", "--timeoutSeconds", "120", "--periodMillis", "20"))
 	if err != nil {
-		t.Fatalf("the agent does not become ready: %v\n%s\nits log:\n%s", err, out, a.log)
+		t.Fatalf("the agent is not ready: %v\n%s\nlog:\n%s", err, out, a.log)
 	}
 }
 
-// descriptors counts what the agent has open.
+// descriptors returns the number of open descriptors.
 func (a *agent) descriptors(t testing.TB) int {
 	t.Helper()
 	entries, err := os.ReadDir(a.proc("fd"))
@@ -82,14 +82,14 @@ func (a *agent) descriptors(t testing.TB) int {
 	return len(entries)
 }
 
-// cpu is the processor time that the agent has used.
+// cpu returns the CPU time that the agent has used.
 func (a *agent) cpu(t testing.TB) time.Duration {
 	t.Helper()
 	stat, err := os.ReadFile(a.proc("stat"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The name in parentheses may hold blanks; user and system time are the 12th and 13th field after it.
+	// The name in parentheses may contain blanks; user and system time are the 12th and 13th field after it.
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 	var ticks int
 	for _, field := range fields[11:13] {
@@ -102,7 +102,7 @@ func (a *agent) cpu(t testing.TB) time.Duration {
 	return time.Duration(ticks) * 10 * time.Millisecond
 }
 
-// resident is the agent's resident memory in bytes.
+// resident returns the agent's resident memory in bytes.
 func (a *agent) resident(t testing.TB) int {
 	t.Helper()
 	kib, err := strconv.Atoi(strings.TrimSuffix(a.status(t, "VmRSS"), " kB"))
@@ -112,7 +112,7 @@ func (a *agent) resident(t testing.TB) int {
 	return kib << 10
 }
 
-// status is one line of the agent's /proc/PID/status.
+// status returns one line of the agent's /proc/PID/status.
 func (a *agent) status(t testing.TB, key string) string {
 	t.Helper()
 	status, err := os.ReadFile(a.proc("status"))
@@ -132,17 +132,17 @@ func (a *agent) proc(name string) string {
 	return filepath.Join("/proc", strconv.Itoa(a.Cmd.Process.Pid), name)
 }
 
-// ends waits for the agent to end and returns its exit code.
+// ends waits until the agent exits and returns its exit code.
 func (a *agent) ends(t testing.TB, within time.Duration) int {
 	t.Helper()
 	code, err := a.Wait(within)
 	if err != nil {
-		t.Fatalf("%v; its log:\n%s", err, a.log)
+		t.Fatalf("%v; log:\n%s", err, a.log)
 	}
 	return code
 }
 
-// logBook keeps the lines that an agent writes.
+// logBook collects the lines that an agent writes.
 type logBook struct {
 	mu   sync.Mutex
 	text []byte
@@ -185,16 +185,16 @@ func (l *logBook) await(t testing.TB, parts ...string) string {
 	return l.lines(parts...)[0]
 }
 
-// checkHealth looks for what no agent may ever write.
+// checkHealth fails the test if the log has signs of a crash or of a programming error.
 func (l *logBook) checkHealth(t testing.TB) {
 	for _, mark := range []string{"DATA RACE", "panic:", "fatal error:"} {
 		if strings.Contains(l.String(), mark) {
-			t.Errorf("the agent says %q:\n%s", mark, l)
+			t.Errorf("unexpected log output %q:\n%s", mark, l)
 		}
 	}
 }
 
-// attribute is the value of key in a line of the agent's log.
+// attribute returns the value of key in a line of the agent's log.
 func attribute(t testing.TB, line, key string) string {
 	t.Helper()
 	for _, field := range strings.Fields(line) {
@@ -206,7 +206,7 @@ func attribute(t testing.TB, line, key string) string {
 	return ""
 }
 
-// execute runs pillion in the pod and returns what it wrote and its exit code.
+// execute runs pillion in the pod and returns its output and exit code.
 func execute(t testing.TB, pod *nettest.Namespace, env []string, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
 	var out, complaint bytes.Buffer
@@ -223,7 +223,7 @@ func execute(t testing.TB, pod *nettest.Namespace, env []string, args ...string)
 	return out.String(), complaint.String(), cmd.ProcessState.ExitCode()
 }
 
-// requireProgram fails the test when a program is missing, because `make test` installs it.
+// requireProgram fails the test if a program is missing, because `make test` installs it.
 func requireProgram(t testing.TB, name string) string {
 	t.Helper()
 	for _, candidate := range []string{name, "/usr/sbin/" + name, "/sbin/" + name} {

@@ -21,11 +21,11 @@ type version struct {
 
 var versions = []version{{"--http1.0", 8080, "1.1"}, {"--http1.1", 8080, "1.1"}, {"--http2-prior-knowledge", 8081, "2"}}
 
-// part is how much of the large file is uploaded.
+// part is the number of bytes of the large file that are uploaded.
 const part = 8 << 20
 
-// A real curl in every version of HTTP that it speaks in the clear, and a real nginx.
-func TestCurlAndNginxUnderstandEachOther(t *testing.T) {
+// A real curl, with every version of HTTP that it supports without TLS, and a real nginx.
+func TestCurlAndNginx(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	large := make([]byte, 64<<20)
@@ -35,10 +35,10 @@ func TestCurlAndNginxUnderstandEachOther(t *testing.T) {
 		for _, v := range versions {
 			t.Run(v.flag, func(t *testing.T) { curlAndNginx(t, w, v, trees[w.to], large) })
 		}
-		t.Run("an upgrade to h2c that nobody takes", func(t *testing.T) {
+		t.Run("ignored upgrade to h2c", func(t *testing.T) {
 			url := "http://" + netip.AddrPortFrom(w.address, 8080).String() + "/small"
 			if got := curl(t, w, "--http2", url, "--output", "-"); got != "small\n200 1.1 1\n" {
-				t.Errorf("curl says %q", got)
+				t.Errorf("curl reports %q", got)
 			}
 		})
 	})
@@ -60,9 +60,9 @@ func curlAndNginx(t *testing.T, w way, v version, tree string, large []byte) {
 		{"HEAD", []string{"--head", "--dump-header", "/dev/null", url + "/large"}, "200", nil},
 	} {
 		target := filepath.Join(userDir(t, workloadUID), "body")
-		said := curl(t, w, append([]string{v.flag, "--output", target}, c.args...)...)
-		if want := c.status + " " + v.answer + " 1\n"; said != want {
-			t.Errorf("%s: curl says %q, want %q", c.name, said, want)
+		output := curl(t, w, append([]string{v.flag, "--output", target}, c.args...)...)
+		if want := c.status + " " + v.answer + " 1\n"; output != want {
+			t.Errorf("%s: curl reports %q, want %q", c.name, output, want)
 		}
 		if got, _ := os.ReadFile(target); c.name != "HEAD" && !bytes.Equal(got, c.body) {
 			t.Errorf("%s: the body is %d bytes, %.40q, want %d", c.name, len(got), got, len(c.body))
@@ -74,20 +74,20 @@ func curlAndNginx(t *testing.T, w way, v version, tree string, large []byte) {
 	}
 	for name, args := range uploads {
 		name += v.flag
-		said := curl(t, w, append(args, v.flag, "--output", "/dev/null", "--upload-file", filepath.Join(tree, "part"), url+"/"+name)...)
-		if want := "201 " + v.answer + " 1\n"; said != want {
-			t.Errorf("upload %s: curl says %q, want %q", name, said, want)
+		output := curl(t, w, append(args, v.flag, "--output", "/dev/null", "--upload-file", filepath.Join(tree, "part"), url+"/"+name)...)
+		if want := "201 " + v.answer + " 1\n"; output != want {
+			t.Errorf("upload %s: curl reports %q, want %q", name, output, want)
 		}
 		if got, _ := os.ReadFile(filepath.Join(tree, name)); !bytes.Equal(got, large[:part]) {
-			t.Errorf("upload %s: what nginx stored, %d bytes, is not what was sent", name, len(got))
+			t.Errorf("upload %s: nginx stored %d bytes that differ from those sent", name, len(got))
 		}
 	}
 	if v.flag != "--http1.1" { // curl 7.88 fails to send a second request by prior knowledge, without an agent too
 		return
 	}
-	said := curl(t, w, v.flag, "--output", "/dev/null", url+"/small?[1-100]")
-	if want := "200 " + v.answer + " 1\n" + strings.Repeat("200 "+v.answer+" 0\n", 99); said != want {
-		t.Errorf("a hundred requests on one connection: curl says\n%s", said)
+	output := curl(t, w, v.flag, "--output", "/dev/null", url+"/small?[1-100]")
+	if want := "200 " + v.answer + " 1\n" + strings.Repeat("200 "+v.answer+" 0\n", 99); output != want {
+		t.Errorf("a hundred requests on one connection: curl reports\n%s", output)
 	}
 }
 

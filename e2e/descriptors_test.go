@@ -14,12 +14,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// An agent that runs out of descriptors logs it once, names it in its readiness, and recovers by itself
-// when there is room again.
+// An agent without free descriptors logs that once, names it in its readiness, and recovers when descriptors become free.
 //
-// A connection needs two descriptors. Whether the last one that is free goes to an accepted connection that then finds
-// no descriptor for its upstream depends on the limit being even or odd.
-func TestAnAgentWithoutDescriptorsRecoversByItself(t *testing.T) {
+// A connection needs two descriptors. The test uses an even and an odd limit: with one of them, the last free descriptor
+// goes to an accepted connection, and its upstream gets no descriptor.
+func TestAgentRecoversFromLackOfDescriptors(t *testing.T) {
 	t.Parallel()
 	for _, limit := range []string{"60", "61"} {
 		t.Run("limit "+limit, func(t *testing.T) {
@@ -40,21 +39,21 @@ func runOutOfDescriptors(t *testing.T, limit string) {
 	downstream, upstream := w.connect(t)
 	converse(t, downstream, upstream)
 
-	// A prober that is already connected can still ask when new connections are not accepted.
+	// An existing connection can still be used for probes while new ones are not accepted.
 	prober := w.dial(t, netip.AddrPortFrom(nettest.PodIP4, 15021).String())
 	if status := probe(t, prober); status != 200 {
-		t.Fatalf("readiness says %d before anything happened", status)
+		t.Fatalf("readiness = %d at the start", status)
 	}
 
 	echo := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
 	serveEcho(t, echo)
 	address := echo.Addr().String()
 	begin := time.Now()
-	release := crowd(t, w.from, address, 80)
+	release := overload(t, w.from, address, 80)
 	s.agent.log.await(t, `msg="cannot accept, trying again until it works"`, "too many open files", "remedy=")
 	nettest.Eventually(t, "readiness turns off", func() bool { return probe(t, prober) == 503 })
 	converse(t, downstream, upstream) // those that are open are not disturbed
-	for range 20 {                    // while the crowd goes on pushing
+	for range 20 {                    // under continuous load
 		converse(t, downstream, upstream)
 	}
 	select {
@@ -68,16 +67,16 @@ func runOutOfDescriptors(t *testing.T, limit string) {
 	nettest.Eventually(t, "new connections are carried again", func() bool { return askEcho(w.from, address, 1) == nil })
 	nettest.Eventually(t, "readiness turns on", func() bool { return probe(t, prober) == 200 })
 	converse(t, downstream, upstream)
-	// One episode is one line. When the crowd pauses for a moment there may be another, but never one for each attempt.
+	// One line per episode. After a pause of the load there may be another, but not one for each attempt.
 	atMost := 2 + int(time.Since(begin).Seconds())
 	if lines := s.agent.log.lines(`msg="cannot accept`); len(lines) > atMost {
-		t.Errorf("that it cannot accept is told %d times in %v, want once", len(lines), time.Since(begin))
+		t.Errorf("the accept error was logged %d times in %v, want once", len(lines), time.Since(begin))
 	}
 	assertQuiet(t, s.agent)
 }
 
-// crowd keeps n clients at address, each of which comes back when it is turned away, until release is called.
-func crowd(t *testing.T, from *nettest.Namespace, address string, n int) (release func()) {
+// overload keeps n clients connected to address until release is called. A client that is refused connects again.
+func overload(t *testing.T, from *nettest.Namespace, address string, n int) (release func()) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), nettest.Patience)
 	var clients sync.WaitGroup
@@ -118,7 +117,7 @@ func probe(t *testing.T, conn net.Conn) int {
 	return response.StatusCode
 }
 
-func TestConnectionsOverTheLimitAreRefusedByNameUntilThereIsRoom(t *testing.T) {
+func TestConnectionsOverTheLimitAreRefusedWithReason(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--max-connections", "4")
 	var open [][2]*net.TCPConn

@@ -10,8 +10,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// Protocols in which the server speaks first, on ports that are famous for something else too: no port decides anything.
-func TestAServerThatSpeaksFirstIsHeardOnAnyPort(t *testing.T) {
+// Protocols in which the server sends first, also on well-known ports of other protocols: detection does not depend on
+// ports.
+func TestServerFirstProtocolsWorkOnAnyPort(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyWay(t, func(t *testing.T, w way) {
 		for _, c := range []struct {
@@ -37,9 +38,9 @@ func TestAServerThatSpeaksFirstIsHeardOnAnyPort(t *testing.T) {
 	})
 }
 
-// The client sends a beginning that could still become HTTP or TLS, and then nothing. The server receives it all the same:
-// it may be the side that has to answer.
-func TestABeginningIsNotHeldForLong(t *testing.T) {
+// The client sends bytes that could be the beginning of HTTP or TLS, and then waits. The server must receive them soon,
+// because the protocol may require its answer.
+func TestUndecidedFirstBytesAreForwardedSoon(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		for _, beginning := range []string{
@@ -81,7 +82,7 @@ var lookAlikes = []struct{ name, question, answer string }{
 	{"everything", everyByte(), everyByte()},
 }
 
-func TestWhatLooksLikeHTTPAndIsNotKeepsItsBytes(t *testing.T) {
+func TestProtocolsThatResembleHTTPKeepTheirBytes(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	s.eachDirection(t, func(t *testing.T, w way) {
@@ -99,8 +100,8 @@ func TestWhatLooksLikeHTTPAndIsNotKeepsItsBytes(t *testing.T) {
 	})
 }
 
-// A client that sends a beginning and closes its half is carried with its end, whatever the beginning could have become.
-func TestABeginningThatEndsArrivesWithItsEnd(t *testing.T) {
+// A client sends bytes that could be the beginning of HTTP or TLS, and closes its half. Both arrive at the server.
+func TestUndecidedFirstBytesArriveWithTheHalfClose(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		for _, beginning := range []string{"", "G", "GET / HT", "PRI * HTTP/2.0\r\n", "\x16\x03", "anything"} {
@@ -109,12 +110,12 @@ func TestABeginningThatEndsArrivesWithItsEnd(t *testing.T) {
 				conn.CloseWrite()
 			})
 			if got, err := io.ReadAll(upstream); err != nil || string(got) != beginning {
-				t.Errorf("upstream read %q and %v, want %q and the end", got, err, beginning)
+				t.Errorf("upstream read %q and %v, want %q and EOF", got, err, beginning)
 			}
 			writes(t, upstream, "answer")
 			upstream.Close()
 			if got, err := io.ReadAll(downstream); err != nil || string(got) != "answer" {
-				t.Errorf("behind %q: downstream read %q and %v", beginning, got, err)
+				t.Errorf("after %q: downstream read %q and %v", beginning, got, err)
 			}
 		}
 	})
@@ -123,7 +124,7 @@ func TestABeginningThatEndsArrivesWithItsEnd(t *testing.T) {
 // A connection that is opened ahead of need is neither closed nor classified before its client speaks, also when the
 // client is silent for longer than a beginning is held. The probe is a connection opened later: when its beginning is
 // released, that time has passed for the others too.
-func TestAClientThatIsSilentAtFirstMaySpeakAnything(t *testing.T) {
+func TestProtocolOfInitiallySilentClientIsDetected(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyWay(t, func(t *testing.T, w way) {
 		t.Parallel()
@@ -145,8 +146,8 @@ func TestAClientThatIsSilentAtFirstMaySpeakAnything(t *testing.T) {
 	})
 }
 
-// A server of HTTP/2 speaks as soon as it is connected to, and a client that was slow is still seen as HTTP/2.
-func TestAServerOfHTTP2MaySpeakBeforeItsClient(t *testing.T) {
+// An HTTP/2 server may send SETTINGS at once. The protocol of a slow client is still detected as HTTP/2.
+func TestHTTP2ServerMaySendBeforeItsClient(t *testing.T) {
 	t.Parallel()
 	const (
 		settings = "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64" // with a limit of 100 streams
@@ -167,7 +168,7 @@ func TestAServerOfHTTP2MaySpeakBeforeItsClient(t *testing.T) {
 	})
 }
 
-// awaitTaken waits until the agent has read from its socket all that upstream has sent.
+// awaitTaken waits until the agent has read all bytes from upstream.
 func (s *stage) awaitTaken(t *testing.T, w way, upstream net.Conn) {
 	t.Helper()
 	own, agents := upstream.LocalAddr().String(), upstream.RemoteAddr().String()

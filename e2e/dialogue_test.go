@@ -13,7 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// dialogue is a client and a server of package net/http that speak one version of HTTP along one way.
+// dialogue is a client and a server of package net/http that use one version of HTTP along one way.
 type dialogue struct {
 	way
 	http2       bool
@@ -22,8 +22,8 @@ type dialogue struct {
 	connections *atomic.Int64 // that the server has accepted
 }
 
-// everyDialogue runs a subtest for HTTP/1 and h2c, inbound and outbound. The handler answers for all of them; who the
-// server sees is checked before it is asked.
+// everyDialogue runs a subtest for HTTP/1 and h2c, inbound and outbound, with the same handler. Each request's client
+// address is checked before the handler is called.
 func (s *stage) everyDialogue(t *testing.T, handler http.HandlerFunc, test func(t *testing.T, d *dialogue)) {
 	for _, http2 := range []bool{false, true} {
 		for _, w := range []way{s.inbound(), s.outbound()} {
@@ -34,7 +34,7 @@ func (s *stage) everyDialogue(t *testing.T, handler http.HandlerFunc, test func(
 			t.Run(name, func(t *testing.T) {
 				d := newDialogue(t, w, http2, handler)
 				test(t, d)
-				nettest.Eventually(t, "the agent tells of the connection", func() bool {
+				nettest.Eventually(t, "the agent logs the connection", func() bool {
 					d.client.CloseIdleConnections() // a stream that was given up may need a moment to be gone
 					return len(s.agent.log.lines("original_destination="+d.url[len("http://"):])) > 0
 				})
@@ -43,7 +43,7 @@ func (s *stage) everyDialogue(t *testing.T, handler http.HandlerFunc, test func(
 	}
 }
 
-// newDialogue starts the server and makes the client. The server is closed when the test ends.
+// newDialogue starts the server and creates the client. The server is closed when the test ends.
 func newDialogue(t *testing.T, w way, http2 bool, handler http.HandlerFunc) *dialogue {
 	t.Helper()
 	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
@@ -53,7 +53,8 @@ func newDialogue(t *testing.T, w way, http2 bool, handler http.HandlerFunc) *dia
 	return d
 }
 
-// client is a client at the way's beginning that speaks one version of HTTP. Its connections are gone when the test ends.
+// client returns a client at the way's beginning that uses one version of HTTP. Its connections are closed when the test
+// ends.
 func (w way) client(t testing.TB, http2 bool) *http.Client {
 	transport := &http.Transport{
 		Protocols: new(http.Protocols),
@@ -84,7 +85,7 @@ func (d *dialogue) serve(t *testing.T, listener net.Listener, handler http.Handl
 				t.Errorf("the server sees %s, want %v", r.RemoteAddr, d.seenAs)
 			}
 			if r.ProtoMajor == 2 != d.http2 {
-				t.Errorf("the server is asked in %s", r.Proto)
+				t.Errorf("the server received a request in %s", r.Proto)
 			}
 			handler(w, r)
 		}),
@@ -102,7 +103,7 @@ func (d *dialogue) serve(t *testing.T, listener net.Listener, handler http.Handl
 	})
 }
 
-// request makes a request for path; the test ends if it cannot.
+// request returns a request for path.
 func (d *dialogue) request(t testing.TB, method, path string, body io.Reader) *http.Request {
 	t.Helper()
 	request, err := http.NewRequestWithContext(t.Context(), method, d.url+path, body)
@@ -112,7 +113,7 @@ func (d *dialogue) request(t testing.TB, method, path string, body io.Reader) *h
 	return request
 }
 
-// do sends the request and returns the answer with its body still to be read.
+// do sends the request and returns the response. The caller must read its body.
 func (d *dialogue) do(t testing.TB, request *http.Request) *http.Response {
 	t.Helper()
 	response, err := d.client.Do(request)
@@ -123,7 +124,7 @@ func (d *dialogue) do(t testing.TB, request *http.Request) *http.Response {
 	return response
 }
 
-// text reads what is left of an answer's body, and gives its connection back.
+// text reads the rest of a response's body and releases its connection.
 func text(t testing.TB, response *http.Response) string {
 	t.Helper()
 	body, err := io.ReadAll(response.Body)

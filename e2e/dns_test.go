@@ -14,7 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// nameServer is a real server of DNS at the peer's end, on port 53 of its addresses.
+// nameServer is a DNS server at the peer, on port 53 of its addresses.
 type nameServer struct {
 	queries chan string // "transport name" of each query
 }
@@ -153,13 +153,13 @@ func TestCapturedDNSIsAnswered(t *testing.T) {
 			}
 		}
 	}
-	// The second server's answers came from the cache: the agent was asked, and not the server that was dialled.
+	// The second server's answers came from the cache, so the agent answered and not the dialled server.
 	asked := map[string]int{}
 	for len(upstream.queries) > 0 {
 		asked[strings.Fields(<-upstream.queries)[1]]++
 	}
 	if asked["web.example."] != 1 {
-		t.Errorf("the upstream was asked %v", asked)
+		t.Errorf("upstream queries: %v", asked)
 	}
 	s.agent.log.await(t, "msg=query", "name=web.example.", "rcode=NOERROR", "cached=true")
 	// Other connections are still carried.
@@ -170,7 +170,7 @@ func TestCapturedDNSIsAnswered(t *testing.T) {
 }
 
 // A name server that does not answer or does not exist is reported as SERVFAIL.
-func TestAnUpstreamThatDoesNotAnswerIsSERVFAIL(t *testing.T) {
+func TestUnresponsiveNameServerIsSERVFAIL(t *testing.T) {
 	t.Parallel()
 	s := newDNSStage(t, nettest.PeerIP4)
 	if reply := s.ask(t, "udp", nettest.PeerIP4, "web.example.", 0); reply.Rcode != dns.RcodeServerFailure {

@@ -17,7 +17,7 @@ var (
 // requestFields are the fields of requests that the agent may add, in the order in which tellFields writes them.
 var requestFields = []string{"X-Request-Id", "X-Forwarded-Proto", "X-Forwarded-For"}
 
-// tellFields answers with the fields that the server got, one a line, and has fields of its own.
+// tellFields answers with the request fields that the server received, one per line, and with response fields of its own.
 func tellFields(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Server", "the workload's own")
 	w.Header().Set("Date", "the workload's own, too")
@@ -26,7 +26,7 @@ func tellFields(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func TestFieldsAreAddedWhereThereAreNone(t *testing.T) {
+func TestMissingFieldsAreAdded(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyDialogue(t, tellFields, func(t *testing.T, d *dialogue) {
 		forwardedFor := "" // outbound the workload is the client, and sets the field itself if it forwards for another
@@ -54,7 +54,7 @@ func TestFieldsAreAddedWhereThereAreNone(t *testing.T) {
 	})
 }
 
-func TestFieldsThatAreThereStay(t *testing.T) {
+func TestExistingFieldsAreKept(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyDialogue(t, tellFields, func(t *testing.T, d *dialogue) {
 		request := d.request(t, "GET", "/", nil)
@@ -67,7 +67,7 @@ func TestFieldsThatAreThereStay(t *testing.T) {
 	})
 }
 
-func TestForwardedForIsWhatTheFlagSays(t *testing.T) {
+func TestForwardedForFollowsTheFlag(t *testing.T) {
 	t.Parallel()
 	peer := nettest.PeerIP4.String()
 	for flag, want := range map[string][2]string{
@@ -95,8 +95,8 @@ func TestForwardedForIsWhatTheFlagSays(t *testing.T) {
 	}
 }
 
-// Fields that speak of one hop are not passed on (RFC 9110 §7.6.1), in neither direction.
-func TestFieldsOfOneHopAreNotPassedOn(t *testing.T) {
+// Hop-by-hop fields are not forwarded, in either direction (RFC 9110 §7.6.1).
+func TestHopByHopFieldsAreNotForwarded(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		downstream, upstream := w.ask(t, "GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, X-Mine\r\nKeep-Alive: timeout=5\r\n"+
@@ -118,9 +118,8 @@ func TestFieldsOfOneHopAreNotPassedOn(t *testing.T) {
 	})
 }
 
-// A client that names Host, a length or an identity in Connection does not get that field removed: upstream would read
-// another request.
-func TestConnectionCannotTakeAwayWhatOthersRelyOn(t *testing.T) {
+// Naming Host, a length or an identity in Connection does not remove that field: upstream would read a different request.
+func TestConnectionCannotRemoveEndToEndFields(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		_, upstream := w.ask(t, "POST / HTTP/1.1\r\nHost: a\r\nConnection: host, content-length, x-forwarded-for, x-request-id\r\n"+

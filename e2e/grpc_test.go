@@ -16,9 +16,9 @@ func TestEveryKindOfGRPCCallPasses(t *testing.T) {
 	s := newStage(t)
 	s.everyWay(t, func(t *testing.T, w way) {
 		address := w.startPeer(t, 50051, program, "serve", "ADDRESS")
-		said := w.runPeer(t, program, "call", address)
-		if !strings.HasSuffix(said, "ok unimplemented method\n") || strings.Count(said, "ok ") != strings.Count(said, "\n") {
-			t.Errorf("the client says\n%s", said)
+		output := w.runPeer(t, program, "call", address)
+		if !strings.HasSuffix(output, "ok unimplemented method\n") || strings.Count(output, "ok ") != strings.Count(output, "\n") {
+			t.Errorf("client output:\n%s", output)
 		}
 		s.agent.log.await(t, "original_destination="+address)
 	})

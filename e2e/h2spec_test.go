@@ -13,12 +13,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// laxer are tests of h2spec that fail through the agent although they pass at the server itself, and why that is right.
+// laxer are tests of h2spec that fail through the agent although they pass at the server, with the reason.
 var laxer = map[string]string{}
 
-// h2spec finds the same through the agent as at the server itself: a case that the server passes does not fail on
-// the way.
-func TestH2specFindsNoFaultThatTheServerDoesNotHave(t *testing.T) {
+// A test of h2spec that the server passes must also pass through the agent.
+func TestH2specPassesAsAtTheServer(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	program := peer(t, "h2spec")
@@ -41,7 +40,7 @@ func TestH2specFindsNoFaultThatTheServerDoesNotHave(t *testing.T) {
 	})
 }
 
-// serveHTTP2 runs a server at the way's end that speaks only HTTP/2 in the clear.
+// serveHTTP2 runs a server at the way's end that supports only HTTP/2 without TLS.
 func serveHTTP2(t *testing.T, w way) (port uint16) {
 	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
 	server := &http.Server{

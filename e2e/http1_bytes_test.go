@@ -77,12 +77,12 @@ var exchanges = []exchange{
 		answer:  "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
 	},
 	{
-		name:    "the length that HEAD tells",
+		name:    "a Content-Length in a response to HEAD",
 		request: "HEAD / HTTP/1.1\r\nHost: a\r\n\r\n",
 		answer:  "HTTP/1.1 200 OK\r\nContent-Length: 12345\r\n\r\n",
 	},
 	{
-		name:    "chunks that HEAD tells",
+		name:    "Transfer-Encoding in a response to HEAD",
 		request: "HEAD / HTTP/1.1\r\nHost: a\r\n\r\n",
 		answer:  "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
 	},
@@ -186,7 +186,7 @@ func TestHTTP1MessagesFollowEachOtherOnOneConnection(t *testing.T) {
 }
 
 // A byte at a time, both ways: no boundary between two reads may matter.
-func TestHTTP1MessagesMayComeInSmallPieces(t *testing.T) {
+func TestHTTP1MessagesMayArriveByteByByte(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		for _, x := range exchanges {
@@ -211,7 +211,7 @@ func dribble(conn *net.TCPConn, text string) {
 	}
 }
 
-func TestInterimAnswersComeBeforeTheFinalOne(t *testing.T) {
+func TestInterimResponsesPrecedeTheFinalOne(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		downstream, upstream := w.ask(t, "POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")

@@ -34,24 +34,24 @@ func TestKeepAliveEndsWithTheDrain(t *testing.T) {
 	})
 	writes(t, busyUpstream, answer)
 	if got := readMessage(t, busy, "ok"); !carries(got, "Connection", "close") {
-		t.Errorf("the last answer does not say so:\n%s", got)
+		t.Errorf("the last response lacks Connection: close:\n%s", got)
 	}
 	if rest, err := io.ReadAll(busy); err != nil || len(rest) > 0 {
 		t.Errorf("the busy connection ends with %q, %v", rest, err)
 	}
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
-		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+		t.Errorf("exit code %d, want 0; log:\n%s", code, s.agent.log)
 	}
 }
 
 // A browser opens connections that it may never use. The drain does not wait for those.
-func TestAConnectionOnWhichNobodySpeaksDoesNotHoldTheDrain(t *testing.T) {
+func TestUnusedConnectionDoesNotDelayTheDrain(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--drain-delay", "0s", "--drain-timeout", "60s")
 	downstream, upstream := s.inbound().connect(t)
 	s.agent.Signal(syscall.SIGTERM)
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
-		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+		t.Errorf("exit code %d, want 0; log:\n%s", code, s.agent.log)
 	}
 	for who, conn := range map[string]net.Conn{"downstream": downstream, "upstream": upstream} {
 		if rest, err := io.ReadAll(conn); len(rest) > 0 || err != nil {
@@ -62,7 +62,7 @@ func TestAConnectionOnWhichNobodySpeaksDoesNotHoldTheDrain(t *testing.T) {
 }
 
 // An exchange in progress when the drain begins is carried to its end, in both versions.
-func TestAnAnswerUnderWayFinishesDuringTheDrain(t *testing.T) {
+func TestResponseInProgressFinishesDuringTheDrain(t *testing.T) {
 	t.Parallel()
 	for _, http2 := range []bool{false, true} {
 		t.Run(map[bool]string{false: "HTTP1", true: "h2c"}[http2], func(t *testing.T) {
@@ -88,7 +88,7 @@ func TestAnAnswerUnderWayFinishesDuringTheDrain(t *testing.T) {
 				t.Errorf("%d bytes of the answer arrived", len(got))
 			}
 			if code := s.agent.ends(t, nettest.Patience); code != 0 {
-				t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+				t.Errorf("exit code %d, want 0; log:\n%s", code, s.agent.log)
 			}
 		})
 	}

@@ -19,7 +19,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-func TestRequestsAndAnswersArriveWhole(t *testing.T) {
+func TestRequestsAndResponsesArriveWhole(t *testing.T) {
 	t.Parallel()
 	handler := func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
@@ -106,7 +106,7 @@ func echo(w http.ResponseWriter, r *http.Request) {
 	w.Write(body)
 }
 
-func TestRequestsOneAfterTheOtherUseOneConnection(t *testing.T) {
+func TestSequentialRequestsUseOneConnection(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyDialogue(t, echo, func(t *testing.T, d *dialogue) {
 		var opened int64 // by the client; it gives a connection up when its own goroutines are slow on a busy machine
@@ -129,7 +129,7 @@ func TestRequestsOneAfterTheOtherUseOneConnection(t *testing.T) {
 	})
 }
 
-func TestRequestsAtTheSameTimeKeepApart(t *testing.T) {
+func TestConcurrentRequestsAreNotMixedUp(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyDialogue(t, echo, func(t *testing.T, d *dialogue) {
 		var clients sync.WaitGroup
@@ -160,7 +160,7 @@ func TestTrailersPassBothWays(t *testing.T) {
 		body, _ := io.ReadAll(r.Body)
 		w.Header().Set("Trailer", "X-After")
 		fmt.Fprintf(w, "%s %s", body, r.Trailer.Get("X-Behind"))
-		w.Header().Set("X-After", "said at the end")
+		w.Header().Set("X-After", "trailer value")
 	}
 	newStage(t).everyDialogue(t, handler, func(t *testing.T, d *dialogue) {
 		request := d.request(t, "POST", "/", io.NopCloser(strings.NewReader("body")))
@@ -170,14 +170,14 @@ func TestTrailersPassBothWays(t *testing.T) {
 		if got := text(t, response); got != "body the body" {
 			t.Errorf("the server got %q", got)
 		}
-		if got := response.Trailer.Get("X-After"); got != "said at the end" {
+		if got := response.Trailer.Get("X-After"); got != "trailer value" {
 			t.Errorf("the client got the trailer %q", got)
 		}
 	})
 }
 
 // An answer that has no body by definition is followed by the next answer, not by the end of the connection.
-func TestAnswersWithoutBodiesAreNotWaitedFor(t *testing.T) {
+func TestResponsesWithoutBodyDoNotStall(t *testing.T) {
 	t.Parallel()
 	handler := func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
@@ -218,7 +218,7 @@ func TestAnswersWithoutBodiesAreNotWaitedFor(t *testing.T) {
 	})
 }
 
-func TestAClientThatAsksBeforeItSendsIsToldToGoOn(t *testing.T) {
+func TestExpectContinueIsAnswered100(t *testing.T) {
 	t.Parallel()
 	handler := func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor == 1 && r.Header.Get("Expect") != "100-continue" {
@@ -227,19 +227,19 @@ func TestAClientThatAsksBeforeItSendsIsToldToGoOn(t *testing.T) {
 		echo(w, r) // whose first read sends 100 Continue
 	}
 	newStage(t).everyDialogue(t, handler, func(t *testing.T, d *dialogue) {
-		var told bool
+		var continued bool
 		request := d.request(t, "POST", "/", strings.NewReader("body"))
 		request.Header.Set("Expect", "100-continue")
 		request = request.WithContext(httptrace.WithClientTrace(request.Context(), &httptrace.ClientTrace{
-			Got100Continue: func() { told = true },
+			Got100Continue: func() { continued = true },
 		}))
-		if got := text(t, d.do(t, request)); got != "body" || !told {
-			t.Errorf("answered %q, told to go on: %v", got, told)
+		if got := text(t, d.do(t, request)); got != "body" || !continued {
+			t.Errorf("answered %q, 100 received: %v", got, continued)
 		}
 	})
 }
 
-func TestAClientThatAsksBeforeItSendsIsToldNotTo(t *testing.T) {
+func TestExpectContinueIsAnswered417(t *testing.T) {
 	t.Parallel()
 	refuse := func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusExpectationFailed) }
 	newStage(t).everyDialogue(t, refuse, func(t *testing.T, d *dialogue) {
@@ -294,22 +294,22 @@ func TestEarlyHintsPass(t *testing.T) {
 }
 
 // Bytes are passed on without waiting for more: each side sends only after it has received from the other.
-func TestAPieceOfABodyIsPassedOnWhenItComes(t *testing.T) {
+func TestPartOfABodyIsForwardedAtOnce(t *testing.T) {
 	t.Parallel()
-	heard := make(chan string, 1) // so that a handler ends when the test has failed
+	received := make(chan string, 1) // so that a handler ends when the test has failed
 	handler := func(w http.ResponseWriter, r *http.Request) {
 		piece := make([]byte, len("piece 0"))
 		for {
 			if _, err := io.ReadFull(r.Body, piece); err != nil {
 				break
 			}
-			heard <- string(piece)
+			received <- string(piece)
 		}
 		for serial := range 3 {
 			fmt.Fprintf(w, "piece %d", serial)
 			http.NewResponseController(w).Flush()
 			select {
-			case <-heard:
+			case <-received:
 			case <-r.Context().Done():
 				return
 			}
@@ -324,8 +324,8 @@ func TestAPieceOfABodyIsPassedOnWhenItComes(t *testing.T) {
 			for serial := range 3 {
 				want := fmt.Sprintf("piece %d", serial)
 				io.WriteString(writer, want)
-				if got := receive(t, heard); got != want {
-					t.Errorf("the server heard %q, want %q", got, want)
+				if got := receive(t, received); got != want {
+					t.Errorf("the server received %q, want %q", got, want)
 					return
 				}
 			}
@@ -334,9 +334,9 @@ func TestAPieceOfABodyIsPassedOnWhenItComes(t *testing.T) {
 		for serial := range 3 {
 			piece := make([]byte, len("piece 0"))
 			if _, err := io.ReadFull(response.Body, piece); err != nil || string(piece) != fmt.Sprint("piece ", serial) {
-				t.Fatalf("the client heard %q, %v", piece, err)
+				t.Fatalf("the client received %q, %v", piece, err)
 			}
-			heard <- "and I heard you"
+			received <- "and I received it"
 		}
 		text(t, response)
 	})
@@ -348,12 +348,12 @@ func receive[T any](t testing.TB, from <-chan T) (value T) {
 	select {
 	case value = <-from:
 	case <-time.After(nettest.Patience):
-		t.Error("nothing came")
+		t.Error("timeout: no value received")
 	}
 	return value
 }
 
-func TestAnAnswerThatComesBeforeTheRequestIsWholeArrives(t *testing.T) {
+func TestEarlyResponseArrives(t *testing.T) {
 	t.Parallel()
 	handler := func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusRequestEntityTooLarge)
@@ -367,7 +367,7 @@ func TestAnAnswerThatComesBeforeTheRequestIsWholeArrives(t *testing.T) {
 	})
 }
 
-func TestAClientThatGivesUpIsNoticedByTheServer(t *testing.T) {
+func TestServerNoticesClientAbort(t *testing.T) {
 	t.Parallel()
 	asked, gone := make(chan struct{}, 1), make(chan struct{}, 1) // so that a handler ends when the test has failed
 	handler := func(w http.ResponseWriter, r *http.Request) {
@@ -402,7 +402,7 @@ func TestAClientThatGivesUpIsNoticedByTheServer(t *testing.T) {
 }
 
 // A body that is cut off must not look complete.
-func TestAServerThatBreaksOffIsNoticedByTheClient(t *testing.T) {
+func TestClientNoticesServerAbort(t *testing.T) {
 	t.Parallel()
 	handler := func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/sized" {

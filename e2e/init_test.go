@@ -72,7 +72,7 @@ func TestInitStartsFewPrograms(t *testing.T) {
 }
 
 // The proof is by connections, for init and for check alike, and needs no agent.
-func TestInitProvesThatTheRulesAreAtWork(t *testing.T) {
+func TestInitVerifiesTheRules(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	validation := append(slices.Clone(initArguments), "--run-validation")
@@ -80,7 +80,7 @@ func TestInitProvesThatTheRulesAreAtWork(t *testing.T) {
 		t.Run(flavour, func(t *testing.T) {
 			pod, _ := nettest.PodAndPeer(t)
 			path := pathWith(t, flavour)
-			proofBy := func(wrapper []string, patience string) (said string, code int) {
+			proofBy := func(wrapper []string, patience string) (output string, code int) {
 				t.Helper()
 				words := append(append(slices.Clone(wrapper), pillion), validation...)
 				words = append(words, "--skip-rule-apply", "--probe-timeout", patience)

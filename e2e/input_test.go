@@ -11,63 +11,65 @@ import (
 
 // Invalid input is reported by one line on stderr that names the flag or variable and the value. An unknown flag has
 // an exit status of its own.
-func TestBadInputIsOneClearLineAndTouchesNothing(t *testing.T) {
+func TestInvalidInputIsReportedInOneLine(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
 	for _, c := range []struct {
 		args, env string
 		code      int
-		says      []string
+		want      []string
 	}{
-		{args: "agent --outbound-port 0", code: 1, says: []string{"--outbound-port", "0"}},
-		{args: "agent --outbound-port 70000", code: 1, says: []string{"--outbound-port", "70000"}},
-		{args: "agent --inbound-port 80x", code: 1, says: []string{"--inbound-port", "80x"}},
-		{args: "agent --inbound-port 15001", code: 1, says: []string{"--inbound-port", "15001"}},
-		{args: "agent --readiness-port -1", code: 1, says: []string{"--readiness-port", "-1"}},
-		{args: "agent --connect-timeout 5", code: 1, says: []string{"--connect-timeout", "5"}},
-		{args: "agent --connect-timeout -5s", code: 1, says: []string{"--connect-timeout", "-5s"}},
-		{args: "agent --idle-timeout soon", code: 1, says: []string{"--idle-timeout", "soon"}},
-		{args: "agent --half-close-timeout never", code: 1, says: []string{"--half-close-timeout", "never"}},
-		{args: "agent --max-connections many", code: 1, says: []string{"--max-connections", "many"}},
-		{args: "agent --max-connections -1", code: 1, says: []string{"--max-connections", "-1"}},
-		{args: "agent --drain-delay 1m", code: 1, says: []string{"--drain-delay", "1m"}},
-		{args: "agent --drain-timeout x", code: 1, says: []string{"--drain-timeout", "x"}},
-		{args: "agent --opaque-ports 5010:5000", code: 1, says: []string{"--opaque-ports", "5010:5000", "lower"}},
-		{args: "agent --detection-delay -1ms", code: 1, says: []string{"--detection-delay", "-1ms", "negative"}},
-		{args: "agent --detection-hold 1", code: 1, says: []string{"--detection-hold", "1", "unit"}},
-		{args: "agent --inbound-proxy-protocol-ports 0", code: 1, says: []string{"--inbound-proxy-protocol-ports", "0"}},
-		{args: "agent --max-head-bytes 64k", code: 1, says: []string{"--max-head-bytes", "64k"}},
-		{args: "agent --max-head-bytes 1023", code: 1, says: []string{"--max-head-bytes", "1023", "1024 to 8388608"}},
-		{args: "agent --max-head-fields 0", code: 1, says: []string{"--max-head-fields", "0", "1 to 100000"}},
-		{args: "agent --request-head-timeout x", code: 1, says: []string{"--request-head-timeout", "x"}},
-		{args: "agent --request-timeout -1s", code: 1, says: []string{"--request-timeout", "-1s", "negative"}},
-		{args: "agent --upstream-idle-timeout 3", code: 1, says: []string{"--upstream-idle-timeout", "3", "unit"}},
-		{args: "agent --x-forwarded-for yes", code: 1, says: []string{"--x-forwarded-for", "yes", "set-if-absent, append, off"}},
-		{args: "agent --x-forwarded-proto maybe", code: 1, says: []string{"--x-forwarded-proto", "maybe", "true or false"}},
-		{args: "agent --x-request-id=2", code: 1, says: []string{"--x-request-id", "2", "true or false"}},
-		{args: "agent --x-envoy-upstream-service-time", code: 255, says: []string{"--x-envoy-upstream-service-time", "needs an argument"}},
-		{args: "agent --x-request-id false --drain-delay x", code: 1, says: []string{"--drain-delay", "x"}}, // nothing wrong with the first
-		{args: "agent", env: "PILLION_X_REQUEST_ID=no", code: 1, says: []string{"PILLION_X_REQUEST_ID", "no", "true or false"}},
-		{args: "agent --log-level loud", code: 1, says: []string{"--log-level", "loud"}},
-		{args: "agent --log-format xml", code: 1, says: []string{"--log-format", "xml"}},
-		{args: "agent", env: "PILLION_OUTBOUND_PORT=0", code: 1, says: []string{"PILLION_OUTBOUND_PORT", "0"}},
-		{args: "agent", env: "PILLION_IDLE_TIMEOUT=soon", code: 1, says: []string{"PILLION_IDLE_TIMEOUT", "soon"}},
-		{args: "agent", env: "PILLION_LOG_LEVEL=loud", code: 1, says: []string{"PILLION_LOG_LEVEL", "loud"}},
-		{args: "agent --no-such-flag", code: 255, says: []string{"--no-such-flag"}},
-		{args: "wait --no-such-flag", code: 255, says: []string{"--no-such-flag"}},
-		{args: "wait --timeoutSeconds x", code: 1, says: []string{"--timeoutSeconds", "x"}},
-		{args: "wait --periodMillis 0", code: 1, says: []string{"--periodMillis", "0"}},
-		{args: "wait --url ::::", code: 1, says: []string{"--url", "::::"}},
-		{args: "init -p 0", code: 1, says: []string{"--envoy-port", "0"}},
-		{args: "init -z 70000", code: 1, says: []string{"--inbound-capture-port", "70000"}},
-		{args: "init -b 80x", code: 1, says: []string{"--istio-inbound-ports", "80x"}},
-		{args: "init -i 198.51.100.0", code: 1, says: []string{"--istio-service-cidr", "198.51.100.0"}},
-		{args: "init -m BOGUS", code: 1, says: []string{"--istio-inbound-interception-mode", "BOGUS"}},
-		{args: "init", env: "INBOUND_CAPTURE_PORT=x", code: 1, says: []string{"INBOUND_CAPTURE_PORT", "x"}},
-		{args: "init", env: "DRY_RUN=maybe", code: 1, says: []string{"DRY_RUN", "maybe"}},
-		{args: "istio-iptables --no-such-flag", code: 255, says: []string{"--no-such-flag"}},
-		{args: "cleanup --no-such-flag", code: 255, says: []string{"--no-such-flag"}},
+		{args: "agent --outbound-port 0", code: 1, want: []string{"--outbound-port", "0"}},
+		{args: "agent --outbound-port 70000", code: 1, want: []string{"--outbound-port", "70000"}},
+		{args: "agent --inbound-port 80x", code: 1, want: []string{"--inbound-port", "80x"}},
+		{args: "agent --inbound-port 15001", code: 1, want: []string{"--inbound-port", "15001"}},
+		{args: "agent --readiness-port -1", code: 1, want: []string{"--readiness-port", "-1"}},
+		{args: "agent --connect-timeout 5", code: 1, want: []string{"--connect-timeout", "5"}},
+		{args: "agent --connect-timeout -5s", code: 1, want: []string{"--connect-timeout", "-5s"}},
+		{args: "agent --idle-timeout soon", code: 1, want: []string{"--idle-timeout", "soon"}},
+		{args: "agent --half-close-timeout never", code: 1, want: []string{"--half-close-timeout", "never"}},
+		{args: "agent --max-connections many", code: 1, want: []string{"--max-connections", "many"}},
+		{args: "agent --max-connections -1", code: 1, want: []string{"--max-connections", "-1"}},
+		{args: "agent --drain-delay 1m", code: 1, want: []string{"--drain-delay", "1m"}},
+		{args: "agent --drain-timeout x", code: 1, want: []string{"--drain-timeout", "x"}},
+		{args: "agent --opaque-ports 5010:5000", code: 1, want: []string{"--opaque-ports", "5010:5000", "lower"}},
+		{args: "agent --detection-delay -1ms", code: 1, want: []string{"--detection-delay", "-1ms", "negative"}},
+		{args: "agent --detection-hold 1", code: 1, want: []string{"--detection-hold", "1", "unit"}},
+		{args: "agent --inbound-proxy-protocol-ports 0", code: 1, want: []string{"--inbound-proxy-protocol-ports", "0"}},
+		{args: "agent --max-head-bytes 64k", code: 1, want: []string{"--max-head-bytes", "64k"}},
+		{args: "agent --max-head-bytes 1023", code: 1, want: []string{"--max-head-bytes", "1023", "1024 to 8388608"}},
+		{args: "agent --max-head-fields 0", code: 1, want: []string{"--max-head-fields", "0", "1 to 100000"}},
+		{args: "agent --metrics-max-series 4999", code: 1, want: []string{"--metrics-max-series", "4999", "5000 to 100000"}},
+		{args: "agent --cluster-domain a_b", code: 1, want: []string{"--cluster-domain", "a_b", "cluster.local"}},
+		{args: "agent --request-head-timeout x", code: 1, want: []string{"--request-head-timeout", "x"}},
+		{args: "agent --request-timeout -1s", code: 1, want: []string{"--request-timeout", "-1s", "negative"}},
+		{args: "agent --upstream-idle-timeout 3", code: 1, want: []string{"--upstream-idle-timeout", "3", "unit"}},
+		{args: "agent --x-forwarded-for yes", code: 1, want: []string{"--x-forwarded-for", "yes", "set-if-absent, append, off"}},
+		{args: "agent --x-forwarded-proto maybe", code: 1, want: []string{"--x-forwarded-proto", "maybe", "true or false"}},
+		{args: "agent --x-request-id=2", code: 1, want: []string{"--x-request-id", "2", "true or false"}},
+		{args: "agent --x-envoy-upstream-service-time", code: 255, want: []string{"--x-envoy-upstream-service-time", "needs an argument"}},
+		{args: "agent --x-request-id false --drain-delay x", code: 1, want: []string{"--drain-delay", "x"}}, // nothing wrong with the first
+		{args: "agent", env: "PILLION_X_REQUEST_ID=no", code: 1, want: []string{"PILLION_X_REQUEST_ID", "no", "true or false"}},
+		{args: "agent --log-level loud", code: 1, want: []string{"--log-level", "loud"}},
+		{args: "agent --log-format xml", code: 1, want: []string{"--log-format", "xml"}},
+		{args: "agent", env: "PILLION_OUTBOUND_PORT=0", code: 1, want: []string{"PILLION_OUTBOUND_PORT", "0"}},
+		{args: "agent", env: "PILLION_IDLE_TIMEOUT=soon", code: 1, want: []string{"PILLION_IDLE_TIMEOUT", "soon"}},
+		{args: "agent", env: "PILLION_LOG_LEVEL=loud", code: 1, want: []string{"PILLION_LOG_LEVEL", "loud"}},
+		{args: "agent --no-such-flag", code: 255, want: []string{"--no-such-flag"}},
+		{args: "wait --no-such-flag", code: 255, want: []string{"--no-such-flag"}},
+		{args: "wait --timeoutSeconds x", code: 1, want: []string{"--timeoutSeconds", "x"}},
+		{args: "wait --periodMillis 0", code: 1, want: []string{"--periodMillis", "0"}},
+		{args: "wait --url ::::", code: 1, want: []string{"--url", "::::"}},
+		{args: "init -p 0", code: 1, want: []string{"--envoy-port", "0"}},
+		{args: "init -z 70000", code: 1, want: []string{"--inbound-capture-port", "70000"}},
+		{args: "init -b 80x", code: 1, want: []string{"--istio-inbound-ports", "80x"}},
+		{args: "init -i 198.51.100.0", code: 1, want: []string{"--istio-service-cidr", "198.51.100.0"}},
+		{args: "init -m BOGUS", code: 1, want: []string{"--istio-inbound-interception-mode", "BOGUS"}},
+		{args: "init", env: "INBOUND_CAPTURE_PORT=x", code: 1, want: []string{"INBOUND_CAPTURE_PORT", "x"}},
+		{args: "init", env: "DRY_RUN=maybe", code: 1, want: []string{"DRY_RUN", "maybe"}},
+		{args: "istio-iptables --no-such-flag", code: 255, want: []string{"--no-such-flag"}},
+		{args: "cleanup --no-such-flag", code: 255, want: []string{"--no-such-flag"}},
 	} {
 		t.Run(strings.TrimSpace(c.env+" "+c.args), func(t *testing.T) {
 			var env []string
@@ -79,9 +81,9 @@ func TestBadInputIsOneClearLineAndTouchesNothing(t *testing.T) {
 				t.Errorf("exit code %d, want %d", code, c.code)
 			}
 			if strings.Count(stderr, "\n") != 1 || stdout != "" {
-				t.Errorf("want one line on stderr alone, got %q and on stdout %q", stderr, stdout)
+				t.Errorf("want one line on stderr only, got %q and on stdout %q", stderr, stdout)
 			}
-			for _, word := range c.says {
+			for _, word := range c.want {
 				if !strings.Contains(stderr, word) {
 					t.Errorf("the line does not name %s: %s", word, stderr)
 				}
@@ -93,7 +95,7 @@ func TestBadInputIsOneClearLineAndTouchesNothing(t *testing.T) {
 	}
 }
 
-func TestAPortThatIsTakenIsNamed(t *testing.T) {
+func TestOccupiedPortIsNamed(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
@@ -104,7 +106,7 @@ func TestAPortThatIsTakenIsNamed(t *testing.T) {
 	}
 }
 
-func TestEveryFlagOfTheAgentHasAnEnvironmentTwinThatHelpNames(t *testing.T) {
+func TestHelpNamesTheVariableOfEveryFlag(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
@@ -130,7 +132,7 @@ func TestEveryFlagOfTheAgentHasAnEnvironmentTwinThatHelpNames(t *testing.T) {
 	}
 }
 
-func TestTheEnvironmentConfiguresTheAgentAndTheCommandLineWins(t *testing.T) {
+func TestCommandLineOverridesEnvironment(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
@@ -142,7 +144,7 @@ func TestTheEnvironmentConfiguresTheAgentAndTheCommandLineWins(t *testing.T) {
 	a.Signal(syscall.SIGKILL)
 }
 
-func TestTheLogCanBeJSON(t *testing.T) {
+func TestLogInJSON(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--log-format", "json", "--drain-delay", "0s")
 	downstream, upstream := s.inbound().connect(t)

@@ -13,7 +13,7 @@ import (
 
 // Servers that close a kept-alive connection just when the next request comes. The request got no answer and
 // is safe; it is sent again, and the client never learns of it.
-func TestARequestThatMeetsAClosingServerIsSentAgain(t *testing.T) {
+func TestRequestIsRetriedWhenTheServerCloses(t *testing.T) {
 	t.Parallel()
 	const requests = 40
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
@@ -66,7 +66,7 @@ func TestARequestThatMeetsAClosingServerIsSentAgain(t *testing.T) {
 
 // Servers that close a kept-alive connection right away or while it is idle. The client sees that as
 // it would without us, and a client that repeats requests never fails.
-func TestGetsNeverFailAtServersThatCloseIdleConnections(t *testing.T) {
+func TestGetsDoNotFailAtServersThatCloseIdleConnections(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	s.eachDirection(t, func(t *testing.T, w way) {
@@ -101,7 +101,7 @@ func answerOne(conn net.Conn, r *bufio.Reader) bool {
 }
 
 // A request that is not idempotent is not repeated: a POST that reached a server which then closes is answered 503.
-func TestARequestThatMayHaveBeenServedIsNotSentAgain(t *testing.T) {
+func TestNonIdempotentRequestIsNotRetried(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		var posts atomic.Int64
@@ -136,7 +136,7 @@ func TestARequestThatMayHaveBeenServedIsNotSentAgain(t *testing.T) {
 }
 
 // NTLM and Negotiate authenticate the connection, not the request: another client on it would act under the first one's identity.
-func TestAConnectionThatIsLoggedInIsNotShared(t *testing.T) {
+func TestAuthenticatedConnectionIsNotShared(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		for _, scheme := range []string{"NTLM", "Negotiate"} {

@@ -14,7 +14,7 @@ import (
 
 // A link-local address needs an interface, and connection tracking does not remember it. The rules leave
 // such connections alone, so that they arrive.
-func TestLinkLocalAddressesAreReachedDirectly(t *testing.T) {
+func TestLinkLocalAddressesBypassTheAgent(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy, native} {
 		s := newStageIn(t, flavour)

@@ -19,7 +19,7 @@ var ownPorts = []uint16{
 	capture.ReadinessPort, capture.DNSPort, capture.MetricsPort,
 }
 
-func TestDiallingPillionsOwnPortsNeverLoops(t *testing.T) {
+func TestDiallingOwnPortsDoesNotLoop(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy, native} {
 		t.Run(flavour, func(t *testing.T) {
@@ -45,7 +45,7 @@ func TestDiallingPillionsOwnPortsNeverLoops(t *testing.T) {
 							continue
 						}
 						if !ended || answer != "" {
-							t.Errorf("%s to %s: ended: %v, answered %q; want it refused", from.name, dst, ended, answer)
+							t.Errorf("%s to %s: ended: %v, answered %q; want a refused connection", from.name, dst, ended, answer)
 						}
 					}
 				}
@@ -106,7 +106,7 @@ func assertQuiet(t *testing.T, a *agent) {
 }
 
 // Prometheus in one pod scrapes another pod's 15090: our port numbers are nothing special at other hosts.
-func TestTheSamePortsAtOtherHostsAreCarried(t *testing.T) {
+func TestOwnPortNumbersAtOtherHostsAreCarried(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	for _, w := range s.ways()[2:] {
@@ -118,7 +118,7 @@ func TestTheSamePortsAtOtherHostsAreCarried(t *testing.T) {
 	}
 }
 
-func TestAnInboundConnectionForAForeignAddressIsRefusedByName(t *testing.T) {
+func TestInboundConnectionForForeignAddressIsRefused(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	for _, foreign := range []struct{ address, gateway netip.Addr }{
@@ -138,7 +138,7 @@ func TestAnInboundConnectionForAForeignAddressIsRefusedByName(t *testing.T) {
 	assertQuiet(t, s.agent)
 }
 
-func TestInboundIPv6WithoutItsSourceAddressIsRefusedByName(t *testing.T) {
+func TestInboundIPv6WithoutItsSourceAddressIsRefused(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	ipv6 := s.ways()[1]
@@ -165,7 +165,7 @@ func TestInboundIPv6WithoutItsSourceAddressIsRefusedByName(t *testing.T) {
 }
 
 // The addresses of a workload may change while it runs.
-func TestAnAddressThatArrivesLaterIsServed(t *testing.T) {
+func TestNewAddressIsServed(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	later := s.inbound()

@@ -42,7 +42,7 @@ func hasPrefix(f families, prefix string) bool {
 
 // A metric that a document, the dashboard or the list of names promises is served by a running agent that has seen
 // traffic of each kind, and the agent serves no other.
-func TestTheMetricsThatAreNamedAreServed(t *testing.T) {
+func TestDocumentedMetricsAreServed(t *testing.T) {
 	t.Parallel()
 	program := peer(t, "grpc")
 	s := newDNSStage(t, nettest.PeerIP4)
@@ -71,14 +71,14 @@ func TestTheMetricsThatAreNamedAreServed(t *testing.T) {
 		kind, _, _ := strings.Cut(rest, " ")
 		listed[name] = true
 		if f[name] == nil {
-			t.Errorf("%s is listed, and not served", name)
+			t.Errorf("%s is listed but not served", name)
 		} else if got := strings.ToLower(f[name].GetType().String()); got != kind {
 			t.Errorf("%s is listed as a %s and served as a %s", name, kind, got)
 		}
 	}
 	for name := range f {
 		if !listed[name] && !strings.HasPrefix(name, "go_") {
-			t.Errorf("%s is served, and not listed", name)
+			t.Errorf("%s is served but not listed", name)
 		}
 	}
 	named := 0
@@ -94,10 +94,10 @@ func TestTheMetricsThatAreNamedAreServed(t *testing.T) {
 				name := string(content[at[0]:at[1]])
 				if named++; bytes.HasPrefix(content[at[1]:], []byte("_")) { // stands for all names that begin so
 					if !hasPrefix(f, name+"_") {
-						t.Errorf("%s names %s_…, and nothing of it is served", path, name)
+						t.Errorf("%s names %s_…, but no such metric is served", path, name)
 					}
 				} else if !hasFamilyOf(f, name) && notOfTheMetricsPort[name] == "" {
-					t.Errorf("%s names %s, which is not served", path, name)
+					t.Errorf("%s names %s, but it is not served", path, name)
 				}
 			}
 			return err
@@ -107,7 +107,7 @@ func TestTheMetricsThatAreNamedAreServed(t *testing.T) {
 		}
 	}
 	if named < 40 {
-		t.Errorf("the documents name %d metrics: they are not looked for where they are", named)
+		t.Errorf("the documents name %d metrics: too few: the pattern does not match", named)
 	}
 }
 

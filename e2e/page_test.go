@@ -22,7 +22,7 @@ import (
 const pictures = "PILLION_PICTURES"
 
 // A browser opens the page as a person does. testdata/peers/page lists what it must find.
-func TestThePageShowsWhatHappensInARealBrowser(t *testing.T) {
+func TestPageInABrowser(t *testing.T) {
 	const script = "testdata/peers/page"
 	if _, err := os.Stat(script + "/node_modules"); err != nil {
 		t.Fatalf("%v: make e2e fetches what the browser is driven with", err)

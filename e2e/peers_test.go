@@ -45,7 +45,7 @@ func (w way) startPeer(t testing.TB, port int, program string, arguments ...stri
 	complaints := &logBook{}
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("%s says\n%s", program, complaints)
+			t.Logf("%s stderr:\n%s", program, complaints)
 		}
 	})
 	cmd := w.to.Command(workloadUID, workloadUID, program, arguments...)

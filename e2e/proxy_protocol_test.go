@@ -11,7 +11,7 @@ import (
 )
 
 // With REDIRECT the workload sees 127.0.0.6. One that understands the PROXY protocol receives the client's own address.
-func TestAWorkloadLearnsItsClientByThePROXYProtocol(t *testing.T) {
+func TestWorkloadReceivesClientAddressByPROXYProtocol(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--inbound-proxy-protocol-ports", "9000:9005,8081")
 	startProxyProtocolNginx(t, s.pod)

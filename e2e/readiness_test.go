@@ -12,7 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-func TestReadinessAndLivenessAnswerEverybody(t *testing.T) {
+func TestReadinessAndLivenessAnswerAllClients(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	for name, from := range map[string]*nettest.Namespace{"kubelet": s.peer, "workload": s.pod} {
@@ -47,7 +47,7 @@ func TestWaitSucceedsOnceTheAgentIsReady(t *testing.T) {
 	}
 }
 
-func TestWaitFailsWhenItsTimeIsUpAndSaysWhatItHeard(t *testing.T) {
+func TestWaitReportsTheLastAnswerAtItsTimeout(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
@@ -58,8 +58,8 @@ func TestWaitFailsWhenItsTimeIsUpAndSaysWhatItHeard(t *testing.T) {
 	})}
 	go server.Serve(sad)
 	t.Cleanup(func() { server.Close() })
-	for _, c := range []struct{ name, url, says string }{
-		{"nobody listens", "http://127.0.0.1:4002/healthz/ready", "refused"},
+	for _, c := range []struct{ name, url, want string }{
+		{"port closed", "http://127.0.0.1:4002/healthz/ready", "refused"},
 		{"no answer", "http://" + mute.Addr().String() + "/healthz/ready", "http://127.0.0.1:4000"},
 		{"not ready", "http://" + sad.Addr().String() + "/healthz/ready", "rules: not yet"},
 	} {
@@ -67,8 +67,8 @@ func TestWaitFailsWhenItsTimeIsUpAndSaysWhatItHeard(t *testing.T) {
 			begin := time.Now()
 			_, stderr, code := execute(t, pod, nil,
 				"wait", "--timeoutSeconds", "1", "--requestTimeoutMillis", "200", "--periodMillis", "50", "--url", c.url)
-			if code != 1 || !strings.Contains(stderr, c.says) || strings.Count(stderr, "\n") != 1 {
-				t.Errorf("exit code %d, want 1 and one line with %q:\n%s", code, c.says, stderr)
+			if code != 1 || !strings.Contains(stderr, c.want) || strings.Count(stderr, "\n") != 1 {
+				t.Errorf("exit code %d, want 1 and one line with %q:\n%s", code, c.want, stderr)
 			}
 			if took := time.Since(begin); took < 900*time.Millisecond {
 				t.Errorf("wait gave up after %v, before its timeout of 1s", took)

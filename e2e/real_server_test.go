@@ -13,7 +13,7 @@ import (
 )
 
 // A real nginx is asked by a real curl, each under its own uid, through the rules of both flavours.
-func TestCurlReachesNginxAndNginxSeesWhoItShould(t *testing.T) {
+func TestNginxSeesTheExpectedClientAddress(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy} {
 		s := newStageIn(t, flavour)
@@ -39,7 +39,7 @@ func TestCurlReachesNginxAndNginxSeesWhoItShould(t *testing.T) {
 }
 
 // The workload's own traffic over loopback, to localhost and to its own address, does not pass through the agent.
-func TestTheWorkloadTalksToItselfDirectly(t *testing.T) {
+func TestLoopbackTrafficBypassesTheAgent(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	for _, address := range []string{"127.0.0.1", "[::1]", nettest.PodIP4.String(), "[" + nettest.PodIP6.String() + "]"} {

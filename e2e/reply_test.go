@@ -10,26 +10,35 @@ import (
 	"testing"
 )
 
-// refused is the body of the answer to a request whose upstream refuses the connection. People's alerts know it.
-const refused = "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure, " +
-	"transport failure reason: delayed connect error: Connection refused"
+// refused is the body of the answer to a request whose upstream refuses the connection, without and with retries. People's
+// alerts know it.
+const (
+	refused = "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure, " +
+		"transport failure reason: delayed connect error: Connection refused"
+	refusedAgain = "upstream connect error or disconnect/reset before headers. retried and the latest reset reason: remote " +
+		"connection failure, transport failure reason: delayed connect error: Connection refused"
+)
 
-func TestARequestToNobodyIsAnswered503(t *testing.T) {
+func TestRequestToRefusingUpstreamIsAnswered503(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, patientWithClients...)
 	s.eachDirection(t, func(t *testing.T, w way) {
+		want, flags := refused, "flags=UF"
+		if w == s.outbound() {
+			want, flags = refusedAgain, "flags=UF,URX"
+		}
 		for _, http2 := range []bool{false, true} {
-			response := w.askNobody(t, http2, "/nobody", "text/plain")
-			if got := text(t, response); response.StatusCode != 503 || got != refused {
+			response := w.askRefused(t, http2, "/refused", "text/plain")
+			if got := text(t, response); response.StatusCode != 503 || got != want {
 				t.Errorf("HTTP/2 %v: status %d, %q", http2, response.StatusCode, got)
 			}
 		}
-		s.requestRecord(t, "path=/nobody", "status=503", "flags=UF", "reason=upstream_refused", "Connection_refused")
+		s.requestRecord(t, "path=/refused", "status=503", flags, "reason=upstream_refused", "Connection_refused")
 	})
 }
 
 // A client that has not sent a byte is not answered in HTTP.
-func TestASilentClientOfNobodyIsReset(t *testing.T) {
+func TestSilentClientOfRefusingUpstreamIsReset(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyWay(t, func(t *testing.T, w way) {
 		if err := tryConnection(w.from, netip.AddrPortFrom(w.address, 9).String()); !isReset(err) && !isRefused(err) {
@@ -39,11 +48,11 @@ func TestASilentClientOfNobodyIsReset(t *testing.T) {
 }
 
 // gRPC's clients understand trailers and not HTTP's statuses.
-func TestAGRPCCallToNobodyIsUnavailable(t *testing.T) {
+func TestGRPCCallToRefusingUpstreamIsUnavailable(t *testing.T) {
 	t.Parallel()
 	newStage(t, patientWithClients...).eachDirection(t, func(t *testing.T, w way) {
 		for _, http2 := range []bool{false, true} {
-			response := w.askNobody(t, http2, "/a.B/C", "application/grpc")
+			response := w.askRefused(t, http2, "/a.B/C", "application/grpc")
 			text(t, response)
 			status := response.Header.Get("Grpc-Status") + response.Trailer.Get("Grpc-Status")
 			if response.StatusCode != 200 || status != "14" {
@@ -56,8 +65,8 @@ func TestAGRPCCallToNobodyIsUnavailable(t *testing.T) {
 // patientWithClients keeps a client that is held up between its dial and its first byte from being a silent one.
 var patientWithClients = []string{"--detection-delay", "10s"}
 
-// askNobody posts to a port without a listener.
-func (w way) askNobody(t testing.TB, http2 bool, path, contentType string) *http.Response {
+// askRefused posts to a port without a listener.
+func (w way) askRefused(t testing.TB, http2 bool, path, contentType string) *http.Response {
 	t.Helper()
 	response, err := w.client(t, http2).Post("http://"+netip.AddrPortFrom(w.address, 9).String()+path, contentType, nil)
 	if err != nil {
@@ -86,17 +95,17 @@ var hostile = []struct{ name, request, status string }{
 	{"too many", "GET / HTTP/1.1\r\nHost: a\r\n" + fields(1001, 1) + "\r\n", "431"},
 }
 
-func TestAMalformedRequestIsRefusedAndNotForwarded(t *testing.T) {
+func TestMalformedRequestIsRejected(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		for _, c := range hostile {
 			t.Run(c.name, func(t *testing.T) {
 				listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
-				heard := make(chan string, 1)
+				received := make(chan string, 1)
 				serveEach(t, listener, func(conn net.Conn) {
 					first := make([]byte, 100)
 					if n, _ := conn.Read(first); n > 0 {
-						heard <- string(first[:n])
+						received <- string(first[:n])
 					}
 				})
 				downstream := w.dial(t, listener.Addr().String())
@@ -109,8 +118,8 @@ func TestAMalformedRequestIsRefusedAndNotForwarded(t *testing.T) {
 					t.Errorf("then came %q, %v, want the end", rest, err)
 				}
 				select {
-				case got := <-heard:
-					t.Errorf("upstream heard %q", got)
+				case got := <-received:
+					t.Errorf("upstream received %q", got)
 				default:
 				}
 			})
@@ -119,7 +128,7 @@ func TestAMalformedRequestIsRefusedAndNotForwarded(t *testing.T) {
 }
 
 // A chunk that is malformed stands behind a head that was forwarded. Upstream must not take what came for the whole.
-func TestAMalformedChunkEndsBothSides(t *testing.T) {
+func TestMalformedChunkEndsBothSides(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		downstream, upstream := w.ask(t, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n")
@@ -141,10 +150,10 @@ var badAnswers = []struct{ name, answer, status, flags string }{
 	{"another protocol", "ICY 200 OK\r\n\r\n", "502", "UPE"},
 	{"two lengths", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", "502", "UPE"},
 	{"two ways to find the end", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "502", "UPE"},
-	{"a switch that nobody asked for", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n", "502", "UPE"},
+	{"a 101 without an upgrade request", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n", "502", "UPE"},
 }
 
-func TestABadAnswerIsNotPassedOn(t *testing.T) {
+func TestMalformedResponseIsNotForwarded(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	s.eachDirection(t, func(t *testing.T, w way) {
@@ -164,7 +173,7 @@ func TestABadAnswerIsNotPassedOn(t *testing.T) {
 }
 
 // A client that closes in the middle of an answer is gone, even when upstream has nothing to say just now.
-func TestAClientThatLeavesInTheMiddleOfAnAnswerIsNoticedAtOnce(t *testing.T) {
+func TestClientThatLeavesDuringAResponseIsDetected(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		const begun = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nevent\r\n"

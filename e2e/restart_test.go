@@ -7,7 +7,7 @@ import (
 )
 
 // The rules stay when the agent dies. Its replacement finds the ports free and carries new connections.
-func TestAnAgentThatIsStartedAnewUnderTheSameRulesCarriesOn(t *testing.T) {
+func TestRestartedAgentCarriesConnections(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy, native} {
 		t.Run(flavour, func(t *testing.T) {
@@ -23,7 +23,7 @@ func TestAnAgentThatIsStartedAnewUnderTheSameRulesCarriesOn(t *testing.T) {
 				// Nothing hangs on to a connection whose carrier is gone.
 				for i, end := range ends {
 					if _, err := end.Read(make([]byte, 1)); err == nil {
-						t.Errorf("end %d read a byte that nobody sent", i)
+						t.Errorf("end %d read an unexpected byte", i)
 					}
 				}
 				s.agent = startAgent(t, s.pod)
@@ -44,7 +44,7 @@ func TestWithoutAnAgentCapturedTrafficIsRefused(t *testing.T) {
 	for _, w := range s.ways() {
 		listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
 		if err := tryConnection(w.from, listener.Addr().String()); !isRefused(err) {
-			t.Errorf("%s: %v, want it refused", w.name, err)
+			t.Errorf("%s: %v, want a refused connection", w.name, err)
 		}
 	}
 }

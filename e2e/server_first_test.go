@@ -14,7 +14,7 @@ import (
 
 // A real sshd speaks first, in both directions, both families and both flavours of iptables. An agent that waited for
 // downstream's first bytes before it dials would wait forever, because the client sends nothing.
-func TestASilentClientIsGreetedByAServerThatSpeaksFirst(t *testing.T) {
+func TestSilentClientReceivesTheServersGreeting(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy, native} {
 		s := newStageIn(t, flavour, "--detection-hold", "1h")
@@ -35,21 +35,21 @@ func TestASilentClientIsGreetedByAServerThatSpeaksFirst(t *testing.T) {
 	}
 }
 
-// nobody is a user that has a name on every system, as OpenSSH's programs require.
-const nobody = 65534
+// unprivilegedUser has a name on every system, as OpenSSH's programs require.
+const unprivilegedUser = 65534
 
 // startSSHD runs sshd on port 2222 as an ordinary user, with a key of its own.
 func startSSHD(t *testing.T, ns *nettest.Namespace) {
 	t.Helper()
 	program := requireProgram(t, "sshd") // which insists on being called by its full path
-	dir := userDir(t, nobody)
+	dir := userDir(t, unprivilegedUser)
 	key := filepath.Join(dir, "key")
-	if out, err := ns.Run(ns.Command(nobody, nobody, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)); err != nil {
+	if out, err := ns.Run(ns.Command(unprivilegedUser, unprivilegedUser, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)); err != nil {
 		t.Fatalf("making a host key: %v\n%s", err, out)
 	}
 	config := filepath.Join(dir, "sshd_config")
 	writeFile(t, config, fmt.Sprintf("Port 2222\nHostKey %s\nPidFile none\nUsePAM no\n", key))
-	ns.Start(t, ns.Command(nobody, nobody, program, "-D", "-f", config))
+	ns.Start(t, ns.Command(unprivilegedUser, unprivilegedUser, program, "-D", "-f", config))
 	awaitListener(t, ns, 2222)
 }
 
@@ -78,7 +78,7 @@ func writeFile(t *testing.T, name, text string) {
 // server under test sees no connection.
 func awaitListener(t testing.TB, ns *nettest.Namespace, port int) {
 	t.Helper()
-	nettest.Eventually(t, fmt.Sprintf("somebody listens on port %d in %s", port, ns.Name), func() bool {
+	nettest.Eventually(t, fmt.Sprintf("port %d is open in %s", port, ns.Name), func() bool {
 		return ns.MustRun(t, "ss", "-Hltn", fmt.Sprintf("sport = :%d", port)) != ""
 	})
 }

@@ -12,16 +12,16 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-func TestReadinessTurnsOffWhileConnectionsAreStillAccepted(t *testing.T) {
+func TestReadinessFailsBeforeListenersClose(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, endless...)
 	s.agent.Signal(syscall.SIGTERM)
-	nettest.Eventually(t, "readiness says 503", func() bool {
+	nettest.Eventually(t, "readiness is 503", func() bool {
 		status, body := ask(t, s, "/healthz/ready")
 		return status == 503 && strings.Contains(body, "drain")
 	})
 	if status, _ := ask(t, s, "/healthz/live"); status != 200 {
-		t.Errorf("liveness says %d while draining: the kubelet would kill the pod", status)
+		t.Errorf("liveness = %d while draining: the kubelet would kill the pod", status)
 	}
 	s.everyWay(t, func(t *testing.T, w way) {
 		downstream, upstream := w.connect(t)
@@ -42,7 +42,7 @@ func TestReadinessTurnsOffWhileConnectionsAreStillAccepted(t *testing.T) {
 // endless are delays that no test waits for: an agent that ends all the same did not wait for them.
 var endless = []string{"--drain-delay", "1h", "--drain-timeout", "2h"}
 
-func TestATransferUnderWayFinishesAndNewConnectionsAreRefused(t *testing.T) {
+func TestDrainFinishesTransfersAndRefusesNewConnections(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--drain-delay", "200ms", "--drain-timeout", "1h")
 	const size = 64 << 20
@@ -66,11 +66,11 @@ func TestATransferUnderWayFinishesAndNewConnectionsAreRefused(t *testing.T) {
 	}
 	downstream.Close()
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
-		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+		t.Errorf("exit code %d, want 0; log:\n%s", code, s.agent.log)
 	}
 }
 
-func TestConnectionsThatOutstayTheDrainTimeoutAreCut(t *testing.T) {
+func TestConnectionsAreResetAtTheDrainTimeout(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--drain-delay", "0s", "--drain-timeout", "3s")
 	var ends []io.Reader
@@ -101,7 +101,7 @@ func TestConnectionsThatOutstayTheDrainTimeoutAreCut(t *testing.T) {
 	}
 }
 
-func TestASecondSignalEndsTheAgentAtOnce(t *testing.T) {
+func TestSecondSignalEndsTheAgentAtOnce(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--drain-timeout", "1h") // the agent ends only because of the second signal
 	downstream, upstream := s.inbound().connect(t)
@@ -138,11 +138,11 @@ func TestInboundDrainsBeforeOutbound(t *testing.T) {
 	reads(t, asked, "answer")
 	asked.Close()
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
-		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+		t.Errorf("exit code %d, want 0; log:\n%s", code, s.agent.log)
 	}
 }
 
-func TestAnAgentWithoutConnectionsEndsRightAfterTheDelay(t *testing.T) {
+func TestAgentWithoutConnectionsEndsAfterTheDrainDelay(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--drain-delay", "500ms", "--drain-timeout", "1h")
 	begin := time.Now()

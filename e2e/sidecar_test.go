@@ -135,7 +135,7 @@ func setInjectedStage(t *testing.T, m manifest, env ...string) *stage {
 }
 
 // A pod written by Istio's injector works unchanged except for the image's name.
-func TestAnInjectedPodWorksAsItStands(t *testing.T) {
+func TestInjectedPodWorksUnchanged(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"redirect", "native", "tproxy"} {
 		t.Run(name, func(t *testing.T) {
@@ -146,7 +146,7 @@ func TestAnInjectedPodWorksAsItStands(t *testing.T) {
 			// Without the race detector's own threads this is GOMAXPROCS. All three say that it is to be one.
 			line := s.agent.log.await(t, "running in the place of Istio's sidecar")
 			if got := attribute(t, line, "cores"); got != "1" {
-				t.Errorf("it uses %s cores, want 1: %s", got, line)
+				t.Errorf("%s cores, want 1: %s", got, line)
 			}
 			// istio-iptables makes no rules for IPv6 where IPv4 comes first.
 			s.eachDirection(t, func(t *testing.T, w way) {
@@ -182,14 +182,14 @@ func TestAnInjectedPodWorksAsItStands(t *testing.T) {
 			}
 			s.agent.Signal(syscall.SIGTERM)
 			if code := s.agent.ends(t, nettest.Patience); code != 0 {
-				t.Errorf("exit code %d; its log:\n%s", code, s.agent.log)
+				t.Errorf("exit code %d; log:\n%s", code, s.agent.log)
 			}
 		})
 	}
 }
 
 // Settings without effect are logged once, and do not stop the agent.
-func TestWhatHasNoEffectIsNamedOnce(t *testing.T) {
+func TestSettingsWithoutEffectAreLoggedOnce(t *testing.T) {
 	t.Parallel()
 	m := readManifest(t, "native")
 	sidecar := &m.Spec.InitContainers[1]
@@ -197,6 +197,6 @@ func TestWhatHasNoEffectIsNamedOnce(t *testing.T) {
 	s := setInjectedStage(t, m, "XDS_HEADER_NOVEL=1")
 	line := s.agent.log.await(t, "running in the place of Istio's sidecar")
 	if !strings.Contains(line, `without_effect="[discoveryAddress tracing --novel CA_ADDR PILOT_CERT_PROVIDER XDS_HEADER_NOVEL]"`) {
-		t.Errorf("it says: %s", line)
+		t.Errorf("log: %s", line)
 	}
 }

@@ -43,7 +43,7 @@ var manners = [][][]string{
 }
 
 // rearrange runs init for the arrangement, each time in other words.
-func rearrange(t *testing.T, pod *nettest.Namespace, a arrangement, serial int) (said string) {
+func rearrange(t *testing.T, pod *nettest.Namespace, a arrangement, serial int) (output string) {
 	t.Helper()
 	args := []string{"init", "-p", "15001", "-z", "15006", "-u", "1337", "-m", a.mode, "--backend", a.backend}
 	args = append(append(args, manners[0][serial%4]...), manners[1][serial%5]...)
@@ -99,7 +99,7 @@ func (c *talk) ask() (seen netip.AddrPort, err error) {
 	}
 	defer response.Body.Close()
 	address, err := bufio.NewReader(response.Body).ReadString('\n')
-	if err != nil || response.StatusCode != http.StatusOK || response.Header.Get("X-Told") == "" {
+	if err != nil || response.StatusCode != http.StatusOK || response.Header.Get("X-Recorded") == "" {
 		return seen, fmt.Errorf("status %s, header %v, body %q and %w", response.Status, response.Header, address, err)
 	}
 	return netip.ParseAddrPort(strings.TrimSpace(address))
@@ -125,7 +125,7 @@ func serveTalks(t *testing.T, w way) {
 				return
 			}
 			body := conn.RemoteAddr().String() + "\n"
-			fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nX-Told: %s\r\nContent-Length: %d\r\n\r\n%s", request.Header.Get("X-Request-Id"), len(body), body)
+			fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nX-Recorded: %s\r\nContent-Length: %d\r\n\r\n%s", request.Header.Get("X-Request-Id"), len(body), body)
 		}
 	})
 }
@@ -194,7 +194,7 @@ func (p *workingPod) work(t *testing.T, w way, rounds *atomic.Int64, stop <-chan
 // No connection notices that init runs again with other arguments: neither those that are open nor new ones, whether
 // the rules move to another place or inbound connections come in another manner. Only when the last connection that came
 // by TPROXY has ended do its marks and routes go.
-func TestTrafficStaysCapturedAndFlowsOnWhileInitRunsAgainAndAgain(t *testing.T) {
+func TestTrafficContinuesWhileInitRunsRepeatedly(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	p := &workingPod{stage: &stage{}, walk: arrangements(), rounds: make([]atomic.Int64, 4)}

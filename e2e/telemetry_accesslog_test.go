@@ -70,7 +70,7 @@ func connectionLine(t *testing.T, line, flags, failure, received, sent, upstream
 
 // The two lines that Istio writes for a request through a gateway to a real nginx: the one of the sidecar before nginx, and
 // the client's. The latter has PassthroughCluster, because there is no control plane that names clusters.
-func TestTheAccessLogHasIstiosLines(t *testing.T) {
+func TestAccessLogLinesAreIstios(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	const index = 615 // bytes of nginx's index
@@ -119,7 +119,7 @@ func TestTheAccessLogHasIstiosLines(t *testing.T) {
 }
 
 // A connection that is not HTTP has a line when it ends.
-func TestTheAccessLogHasALineForEachConnection(t *testing.T) {
+func TestAccessLogOfConnections(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	clusters := map[string]func(port uint16) string{
@@ -183,7 +183,7 @@ func remoteOf(t *testing.T, line string, w way) string {
 }
 
 // A real openssl sends a server name.
-func TestTheAccessLogNamesWhatOpenSSLAsksFor(t *testing.T) {
+func TestAccessLogHasTheServerName(t *testing.T) {
 	t.Parallel()
 	program := requireProgram(t, "openssl")
 	s := newStage(t)
@@ -195,7 +195,7 @@ func TestTheAccessLogNamesWhatOpenSSLAsksFor(t *testing.T) {
 	cmd := w.from.Command(workloadUID, workloadUID, program, "s_client", "-connect", address, "-servername", "some.example", "-quiet")
 	cmd.Stdin = strings.NewReader("hello\nCLOSE\n")
 	if out, err := w.from.Run(cmd); err != nil || !strings.Contains(out, "olleh") {
-		t.Fatalf("openssl says %q, %v", out, err)
+		t.Fatalf("openssl reports %q, %v", out, err)
 	}
 	if fields := accessFields(s.agent.access.await(t, address)); fields[20] != "some.example" || fields[16] != "PassthroughCluster" {
 		t.Errorf("%q", fields)
@@ -203,7 +203,7 @@ func TestTheAccessLogNamesWhatOpenSSLAsksFor(t *testing.T) {
 }
 
 // Ends of requests that got no answer, or that were upgraded.
-func TestTheAccessLogSaysHowARequestEnded(t *testing.T) {
+func TestAccessLogOfFailedRequestsAndUpgrades(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, patientWithClients...)
 	ended := func(t *testing.T, path, head, status, flags, details, failure string) {
@@ -222,13 +222,17 @@ func TestTheAccessLogSaysHowARequestEnded(t *testing.T) {
 	s.eachDirection(t, func(t *testing.T, w way) {
 		t.Parallel()
 		at := "/" + strings.Fields(w.name)[0] + "/"
-		t.Run("nobody listens", func(t *testing.T) {
+		t.Run("port closed", func(t *testing.T) {
 			path := at + "refused"
-			response := w.askNobody(t, false, path, "text/plain")
+			response := w.askRefused(t, false, path, "text/plain")
 			if text(t, response); response.StatusCode != 503 {
 				t.Errorf("status %d", response.StatusCode)
 			}
-			ended(t, path, "POST "+path+" HTTP/1.1", "503", "UF",
+			flags := "UF"
+			if w == s.outbound() { // a dial is attempted three times
+				flags = "UF,URX"
+			}
+			ended(t, path, "POST "+path+" HTTP/1.1", "503", flags,
 				"upstream_reset_before_response_started{remote_connection_failure|"+refusedBy+"}", refusedBy)
 		})
 		t.Run("downstream leaves", func(t *testing.T) {
@@ -275,7 +279,7 @@ func TestTheAccessLogSaysHowARequestEnded(t *testing.T) {
 }
 
 // The lines of gRPC's own interoperability test have the statuses of its trailers.
-func TestTheAccessLogHasStatusesOfGRPC(t *testing.T) {
+func TestAccessLogHasGRPCStatuses(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	program := peer(t, "grpc")
@@ -302,7 +306,7 @@ var jsonKeys = map[string]bool{
 	"requested_server_name": false, "route_name": false,
 }
 
-func TestTheAccessLogInJSONIsParsed(t *testing.T) {
+func TestAccessLogInJSON(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--access-log-encoding", "json")
 	d := newDialogue(t, s.inbound(), false, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "answer") })
@@ -346,7 +350,7 @@ func TestTheAccessLogInJSONIsParsed(t *testing.T) {
 	}
 }
 
-func TestTheAccessLogTellsFieldsOfBothMessages(t *testing.T) {
+func TestAccessLogOfRequestAndResponseFields(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--access-log-format", "%REQ(:PATH)% trace=%REQ(TRACEPARENT)% cut=%REQ(TRACEPARENT):5% other=%REQ(X-NONE?X-TENANT)% "+
 		"kind=%RESP(Content-Type)% %TRAFFIC_DIRECTION% %PILLION_REASON%")
@@ -388,7 +392,7 @@ func (w way) askFor(t *testing.T, address string, count int, path func(serial in
 
 // A program moves the file away and sends SIGHUP, again and again, while requests pass. Each has one line in one of the
 // files.
-func TestNoLineIsLostOrDoubledWhenTheAccessLogIsRotated(t *testing.T) {
+func TestAccessLogRotation(t *testing.T) {
 	t.Parallel()
 	const rounds, perRound = 8, 250
 	name := filepath.Join(userDir(t, agentUID), "access.log")
@@ -440,7 +444,7 @@ func TestNoLineIsLostOrDoubledWhenTheAccessLogIsRotated(t *testing.T) {
 }
 
 // The log has no reader. Requests still pass, dropped lines are counted and reported, and the agent ends.
-func TestAnAccessLogThatNobodyReadsDisturbsNobody(t *testing.T) {
+func TestAccessLogWithoutReaderDoesNotDelayTraffic(t *testing.T) {
 	t.Parallel()
 	name := filepath.Join(userDir(t, agentUID), "fifo")
 	if err := syscall.Mkfifo(name, 0o622); err != nil {
@@ -457,14 +461,14 @@ func TestAnAccessLogThatNobodyReadsDisturbsNobody(t *testing.T) {
 	if dropped := sample(s.scrape(t), "pillion_access_log_dropped_total"); dropped < 100 || dropped > 2000 {
 		t.Errorf("%v lines are dropped", dropped)
 	}
-	s.agent.log.await(t, "access log lines are dropped")
+	s.agent.log.await(t, "dropping access log lines")
 	s.agent.Signal(syscall.SIGTERM)
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 }
 
-func TestTheAccessLogFilterChoosesLines(t *testing.T) {
+func TestAccessLogFilter(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, append([]string{"--access-log-format", "%REQ(:PATH)%", "--access-log-filter", "errors; status=404,direction=inbound"}, patientWithClients...)...)
 	s.everyDialogue(t, func(w http.ResponseWriter, r *http.Request) {
@@ -476,7 +480,7 @@ func TestTheAccessLogFilterChoosesLines(t *testing.T) {
 			text(t, d.do(t, d.request(t, "GET", fmt.Sprintf("/%d/%s/%v", status, strings.Fields(d.name)[0], d.http2), nil)))
 		}
 	})
-	text(t, s.outbound().askNobody(t, false, "/last", "text/plain"))
+	text(t, s.outbound().askRefused(t, false, "/last", "text/plain"))
 	s.agent.access.await(t, "/last\n")
 	want := "/404/inbound/false\n/500/inbound/false\n/500/outbound/false\n/404/inbound/true\n/500/inbound/true\n/500/outbound/true\n/last\n"
 	if got := s.agent.access.String(); got != want {
@@ -485,7 +489,7 @@ func TestTheAccessLogFilterChoosesLines(t *testing.T) {
 }
 
 // A connection that stays open for days has a line when it begins, and one at each interval.
-func TestTheAccessLogTellsOfConnectionsThatStayOpen(t *testing.T) {
+func TestAccessLogOfOpenConnections(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--access-log-tcp-start", "--access-log-interval", "500ms",
 		"--access-log-format", "%DOWNSTREAM_REMOTE_ADDRESS% %DURATION% %BYTES_RECEIVED% reason=%PILLION_REASON%")
@@ -495,14 +499,14 @@ func TestTheAccessLogTellsOfConnectionsThatStayOpen(t *testing.T) {
 		converse(t, downstream, upstream)
 		own := downstream.LocalAddr().String()
 		s.agent.access.await(t, own+" 0 0 reason=-\n")
-		nettest.Eventually(t, "it is told of twice while it is open", func() bool { return len(s.agent.access.lines(own, " 8 reason=-")) >= 2 })
+		nettest.Eventually(t, "the open connection is logged twice", func() bool { return len(s.agent.access.lines(own, " 8 reason=-")) >= 2 })
 		halfClose(t, downstream, upstream)
 		s.agent.access.await(t, own, "reason=closed\n")
 	})
 }
 
 // Text in a request cannot make a field, a line, or a command to a terminal.
-func TestAStrangerCannotWriteTheAccessLog(t *testing.T) {
+func TestClientsCannotForgeTheAccessLog(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	w := s.inbound()
@@ -534,7 +538,7 @@ func TestAStrangerCannotWriteTheAccessLog(t *testing.T) {
 			t.Errorf("%d fields: %q", len(fields), line)
 		}
 		if strings.ContainsFunc(line, func(r rune) bool { return r < ' ' || r == 0x7f || r == '\ufffd' || r == '\u202e' || r == '\u2028' }) {
-			t.Errorf("the line has what is not text: %q", line)
+			t.Errorf("the line has control characters: %q", line)
 		}
 	}
 	if len(lines()) != asked {
@@ -542,12 +546,12 @@ func TestAStrangerCannotWriteTheAccessLog(t *testing.T) {
 	}
 }
 
-func TestABadAccessLogIsRefused(t *testing.T) {
+func TestInvalidAccessLogSettingsAreRejected(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
 	for _, c := range []struct {
-		args, says []string
+		args, want []string
 	}{
 		{[]string{"--access-log-format", "%PROTOCOL% %RESPONCE_CODE%"}, []string{"--access-log-format", "%RESPONCE_CODE%", "column 12", "%RESPONSE_CODE%"}},
 		{[]string{"--access-log-format", "%REQ()%"}, []string{"--access-log-format", "%REQ%", "column 1"}},
@@ -560,9 +564,9 @@ func TestABadAccessLogIsRefused(t *testing.T) {
 		if code != 1 || strings.Count(stderr, "\n") != 1 {
 			t.Errorf("%q: exit code %d, want 1 and one line:\n%s", c.args, code, stderr)
 		}
-		for _, want := range c.says {
+		for _, want := range c.want {
 			if !strings.Contains(stderr, want) {
-				t.Errorf("%q: no %q in: %s", c.args, want, stderr)
+				t.Errorf("%q: %q missing in: %s", c.args, want, stderr)
 			}
 		}
 	}

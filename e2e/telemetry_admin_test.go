@@ -62,7 +62,7 @@ func (s *stage) busy(t *testing.T) {
 }
 
 // istioctl and Kiali parse Envoy's own messages, and reject others.
-func TestAdminSpeaksEnvoysMessages(t *testing.T) {
+func TestAdminAnswersAreEnvoysMessages(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	program := peer(t, "envoyjson")
@@ -95,7 +95,7 @@ func TestAdminSpeaksEnvoysMessages(t *testing.T) {
 		t.Errorf("envoyjson: %v\n%s", err, out)
 	}
 	// The messages describe this agent.
-	for path, says := range map[string][]string{
+	for path, wanted := range map[string][]string{
 		"/server_info":                  {`"sidecar~198.51.100.2~reviews-v1-6d4b75cb6d-hswz6.shop~shop.svc.cluster.local"`, `"LIVE"`},
 		"/config_dump?include_eds=true": {"PassthroughCluster", "virtualInbound", "virtualOutbound", "15006", "198.51.100.2"},
 		"/clusters":                     {"PassthroughCluster::", nettest.Elsewhere4.String()},
@@ -106,7 +106,7 @@ func TestAdminSpeaksEnvoysMessages(t *testing.T) {
 		"/help":                         {"/config_dump"},
 	} {
 		_, body := s.admin(t, "GET", path)
-		for _, want := range says {
+		for _, want := range wanted {
 			if !strings.Contains(body, want) {
 				t.Errorf("%s has no %s:\n%.3000s", path, want, body)
 			}
@@ -117,12 +117,12 @@ func TestAdminSpeaksEnvoysMessages(t *testing.T) {
 		t.Errorf("a browser gets %d %.200s", status, page)
 	}
 	if _, body := s.admin(t, "GET", "/stats?format=json"); !json.Valid([]byte(body)) {
-		t.Errorf("/stats?format=json is no JSON: %.500s", body)
+		t.Errorf("/stats?format=json is not JSON: %.500s", body)
 	}
 }
 
 // The admin port changes the agent: it is for the pod alone, and for orders that are meant.
-func TestAdminIsForThePodAloneAndChangesByPostOnly(t *testing.T) {
+func TestAdminPortIsLocalAndChangesNeedPOST(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	for _, own := range []netip.Addr{nettest.PodIP4, nettest.PodIP6} {
@@ -151,11 +151,11 @@ func TestAdminIsForThePodAloneAndChangesByPostOnly(t *testing.T) {
 		t.Errorf("%d %q", status, body)
 	}
 	if status, _ := s.admin(t, "GET", "/ready"); status != 200 {
-		t.Errorf("it is not ready after all that it refused: %d", status)
+		t.Errorf("readiness = %d after rejected requests", status)
 	}
 }
 
-func TestTheLogLevelIsChangedByOrder(t *testing.T) {
+func TestLogLevelIsChangedByRequest(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--log-level", "info")
 	d := newDialogue(t, s.inbound(), false, func(http.ResponseWriter, *http.Request) {})
@@ -165,15 +165,24 @@ func TestTheLogLevelIsChangedByOrder(t *testing.T) {
 		s.agent.access.await(t, path) // its record is closed
 	}
 	one("/before")
-	if body := s.order(t, "/logging?level=debug"); body != "active loggers:\n  pillion: debug\n" {
+	if body := s.order(t, "/logging?level=debug"); !strings.HasPrefix(body, "active loggers:\n  admin: debug\n") || !strings.Contains(body, "\n  pillion: debug\n") {
 		t.Errorf("%q", body)
 	}
 	one("/debug")
-	if body := s.order(t, "/logging?paths=pillion:warning"); body != "active loggers:\n  pillion: warning\n" {
+	if body := s.order(t, "/logging?level=warning"); !strings.Contains(body, "\n  pillion: info\n") { // istioctl's --reset
+		t.Errorf("%q", body)
+	}
+	one("/reset")
+	if body := s.order(t, "/logging?http=debug"); !strings.Contains(body, "\n  http: debug\n") {
+		t.Errorf("%q", body)
+	}
+	one("/http")
+	if body := s.order(t, "/logging?paths=http:info,pillion:warning"); !strings.Contains(body, "\n  pillion: info\n") {
 		t.Errorf("%q", body)
 	}
 	one("/after")
-	if len(requests("/before")) != 0 || len(requests("/debug")) != 1 || len(requests("/after")) != 0 {
+	if len(requests("/before")) != 0 || len(requests("/debug")) != 1 || len(requests("/reset")) != 0 ||
+		len(requests("/http")) != 1 || len(requests("/after")) != 0 {
 		t.Errorf("the log is\n%s", s.agent.log)
 	}
 	for _, bad := range []string{"level=loud", "envoy=debug", "level=info&paths=pillion:info"} {
@@ -183,7 +192,7 @@ func TestTheLogLevelIsChangedByOrder(t *testing.T) {
 	}
 }
 
-func TestReadinessIsTurnedByOrder(t *testing.T) {
+func TestReadinessIsChangedByRequest(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	for _, port := range []uint16{capture.ReadinessPort, capture.StatusPort} {
@@ -193,10 +202,10 @@ func TestReadinessIsTurnedByOrder(t *testing.T) {
 		}{{"fail", 503}, {"ok", 200}} {
 			s.order(t, "/healthcheck/"+c.order)
 			if status, body := get(t, s.peer, podURL(port, "/healthz/ready")); status != c.want {
-				t.Errorf("after %s, port %d says %d %s", c.order, port, status, body)
+				t.Errorf("after %s, port %d: %d %s", c.order, port, status, body)
 			}
 			if status, _ := s.admin(t, "GET", "/ready"); status != c.want {
-				t.Errorf("after %s, /ready says %d", c.order, status)
+				t.Errorf("after %s, /ready = %d", c.order, status)
 			}
 		}
 	}
@@ -205,15 +214,15 @@ func TestReadinessIsTurnedByOrder(t *testing.T) {
 }
 
 // Envoy's order to drain: with skip_exit it announces and goes on accepting; without grace it stops listening at once.
-func TestListenersAreDrainedByOrder(t *testing.T) {
+func TestListenersAreDrainedByRequest(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	s.order(t, "/drain_listeners?inboundonly&graceful&skip_exit")
 	if status, _ := ask(t, s, "/healthz/ready"); status != 503 {
-		t.Errorf("readiness says %d", status)
+		t.Errorf("readiness = %d", status)
 	}
 	if status, body := s.admin(t, "GET", "/ready"); status != 503 || body != "DRAINING\n" {
-		t.Errorf("/ready says %d %q", status, body)
+		t.Errorf("/ready = %d %q", status, body)
 	}
 	var kept [][2]net.Conn
 	for _, w := range s.ways() {
@@ -233,7 +242,7 @@ func TestListenersAreDrainedByOrder(t *testing.T) {
 }
 
 // The commands that look at an agent, beside one that has traffic.
-func TestCommandsLookAtTheAgent(t *testing.T) {
+func TestCommandsThatInspectTheAgent(t *testing.T) {
 	t.Parallel()
 	s := newInjectedStage(t, nil)
 	s.busy(t)
@@ -280,7 +289,7 @@ func TestCommandsLookAtTheAgent(t *testing.T) {
 	tap := s.pod.Command(workloadUID, workloadUID, pillion, "tap", "-n", "3", "-o", "json", "--direction", "inbound", "--path", "/tapped")
 	tap.Stdout = &out
 	tapping := s.pod.Start(t, tap)
-	nettest.Eventually(t, "somebody follows", func() bool {
+	nettest.Eventually(t, "tap follows the records", func() bool {
 		_, live := s.admin(t, "GET", "/live")
 		return strings.Contains(live, `"followers":1`)
 	})
@@ -314,7 +323,7 @@ func TestCommandsLookAtTheAgent(t *testing.T) {
 }
 
 // A bundle is sent to people outside: it has what they need, and no secret of users or operators.
-func TestTheBundleHasEverythingButSecrets(t *testing.T) {
+func TestBundleHasNoSecrets(t *testing.T) {
 	t.Parallel()
 	secret := []string{"DATABASE_PASSWORD=hunter-variable", "PILLION_LOG_LEVEL=info"}
 	s := newInjectedStage(t, secret)
@@ -324,7 +333,7 @@ func TestTheBundleHasEverythingButSecrets(t *testing.T) {
 		t.Fatalf("exit code %d: %s", code, stderr)
 	}
 	parts := unpack(t, stdout)
-	for name, says := range map[string][]string{
+	for name, wanted := range map[string][]string{
 		"version.txt":      {"pillion ", "Linux version"},
 		"live.json":        {`"uptimeSeconds"`, "shop.example"},
 		"records.json":     {`"/things/7"`, `"shop.example"`},
@@ -336,7 +345,7 @@ func TestTheBundleHasEverythingButSecrets(t *testing.T) {
 		"metrics.txt":      {"istio_requests_total"},
 		"goroutines.txt":   {"goroutine "},
 	} {
-		for _, want := range says {
+		for _, want := range wanted {
 			if !strings.Contains(parts[name], want) {
 				t.Errorf("%s has no %q: %.1000s", name, want, parts[name])
 			}
@@ -347,7 +356,7 @@ func TestTheBundleHasEverythingButSecrets(t *testing.T) {
 	}
 	for name, content := range parts {
 		if at := strings.Index(content, "hunter"); at >= 0 {
-			t.Errorf("%s tells a secret: %s", name, content[max(0, at-100):min(len(content), at+100)])
+			t.Errorf("%s contains a secret: %s", name, content[max(0, at-100):min(len(content), at+100)])
 		}
 	}
 	// The agent's own container may not read rules. A note takes their place, and the bundle succeeds.

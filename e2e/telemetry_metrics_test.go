@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -89,18 +90,31 @@ func sample(f families, name string, labels ...string) (sum float64) {
 	return sum
 }
 
-// hasLabels reports whether a metric has labels, written as name=value.
+// hasLabels reports whether a metric has labels, given as matchers such as name=value and name!~regexp.
 func hasLabels(metric *dto.Metric, want []string) bool {
-	for _, label := range want {
-		if !slices.ContainsFunc(metric.Label, func(l *dto.LabelPair) bool { return l.GetName()+"="+l.GetValue() == label }) {
+	for _, text := range want {
+		m := matcher.FindStringSubmatch(text)
+		i := slices.IndexFunc(metric.Label, func(l *dto.LabelPair) bool { return l.GetName() == m[1] })
+		value := ""
+		if i >= 0 {
+			value = metric.Label[i].GetValue()
+		}
+		same := value == m[4]
+		if m[3] == "~" {
+			same = regexp.MustCompile("^(?:" + m[4] + ")$").MatchString(value)
+		}
+		if same == (m[2] == "!") {
 			return false
 		}
 	}
 	return true
 }
 
+// matcher is a matcher of a label in PromQL, without quotation marks.
+var matcher = regexp.MustCompile(`^(\w+)(!?)=?(~?)(.*)$`)
+
 // The queries of Istio's mesh, service and workload dashboards and of Kiali find data when there was traffic of each kind.
-func TestDashboardsFindTheTraffic(t *testing.T) {
+func TestDashboardQueriesFindTheTraffic(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	program := peer(t, "grpc")
@@ -177,7 +191,7 @@ func TestDashboardsFindTheTraffic(t *testing.T) {
 	}
 }
 
-func TestMetricsComeInTheFormThatIsAskedFor(t *testing.T) {
+func TestFormatOfMetricsIsNegotiated(t *testing.T) {
 	t.Parallel()
 	s := newInjectedStage(t, nil)
 	for _, port := range []uint16{capture.MetricsPort, capture.StatusPort} {
@@ -210,7 +224,7 @@ func TestMetricsComeInTheFormThatIsAskedFor(t *testing.T) {
 	}
 }
 
-func TestBytesOfAnOpenConnectionAreCounted(t *testing.T) {
+func TestBytesOfOpenConnectionAreCounted(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	s.eachDirection(t, func(t *testing.T, w way) {
@@ -284,8 +298,8 @@ func TestMetricsOfTheWorkloadAreMergedWithOurs(t *testing.T) {
 	if got := agents.Load(); got != "Prometheus/3.1" {
 		t.Errorf("the workload is asked by %v", got)
 	}
-	s.agent.log.await(t, "cannot be scraped", "port=9102")
-	s.agent.log.await(t, "cannot be scraped", "port=9103")
+	s.agent.log.await(t, "scraping the workload failed", "port=9102")
+	s.agent.log.await(t, "scraping the workload failed", "port=9103")
 
 	problems, err := promlint.New(strings.NewReader(merged.body)).Lint()
 	if err != nil {
@@ -308,9 +322,8 @@ func TestMetricsOfTheWorkloadAreMergedWithOurs(t *testing.T) {
 	}
 }
 
-// A client that sends another Host with each request makes neither the exposition nor the agent grow. 20,000 are twice a hundred
-// times the limit; more would show the same.
-func TestAStrangerCannotMakeTheMetricsGrow(t *testing.T) {
+// A client that sends another Host with each request makes neither the exposition nor the agent grow.
+func TestClientsCannotMakeTheMetricsGrow(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--log-level", "info", "--access-log", "off")
 	w := s.inbound()
@@ -346,18 +359,18 @@ func TestAStrangerCannotMakeTheMetricsGrow(t *testing.T) {
 	// The last requests are counted a moment after their answers.
 	var lines int
 	var f families
-	nettest.Eventually(t, "all requests to be counted", func() bool {
+	nettest.Eventually(t, "all requests are counted", func() bool {
 		lines, f = series()
 		return sample(f, "istio_requests_total") >= 20_000
 	})
-	if lines != linesBefore || lines > 10_000 {
+	if lines != linesBefore || lines > 2000 {
 		t.Errorf("%d lines of Istio's metrics after 2,000 hosts, and %d after 20,000", linesBefore, lines)
 	}
 	if n := sample(f, "istio_requests_total"); n != 20_000 {
 		t.Errorf("%v requests are counted", n)
 	}
-	if unnamed := sample(f, "pillion_metrics_unnamed_requests_total", "direction=inbound"); unnamed != 20_000-100 {
-		t.Errorf("%v requests were without a place", unnamed)
+	if unnamed := sample(f, "pillion_metrics_unnamed_requests_total", "direction=inbound"); unnamed < 20_000-30 || unnamed >= 20_000 {
+		t.Errorf("%v unnamed requests", unnamed)
 	}
 	if grown > 8<<20 && !raceDetector {
 		t.Errorf("the agent grew by %d KiB", grown>>10)

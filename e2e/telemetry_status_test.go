@@ -52,7 +52,7 @@ const probers = `ISTIO_KUBE_APP_PROBERS={
 
 // The kubelet asks the status port, and the workload is asked as it would be by the kubelet: from an address that the rules
 // let pass, and for the result of the pod's own probe. This holds in both families.
-func TestTheKubeletsProbesReachTheWorkload(t *testing.T) {
+func TestKubeletProbesReachTheWorkload(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	program := peer(t, "grpc")
@@ -95,7 +95,7 @@ func TestTheKubeletsProbesReachTheWorkload(t *testing.T) {
 				path   string
 				fields map[string]string
 				status int
-				says   string // exactly, or with … at the end what it contains
+				want   string // exactly, or with … at the end what it contains
 			}{
 				{"/app-health/app/readyz", map[string]string{"X-Probe": "yes", "User-Agent": "kube-probe/1.31"}, 200,
 					"GET /ready?deep=1 host=" + itself + " probe=yes agent=kube-probe/1.31"},
@@ -115,12 +115,12 @@ func TestTheKubeletsProbesReachTheWorkload(t *testing.T) {
 				{"/app-health/app/preztopz", nil, 400, "app prober config does not exists for /app-health/app/preztopz\n"},
 			} {
 				code, body := send(t, s.peer, "GET", "http://"+status+c.path, c.fields)
-				part, contains := strings.CutSuffix(c.says, "…")
-				if code != c.status || contains && !strings.Contains(body, part) || !contains && body != c.says {
-					t.Errorf("%s: %d %q, want %d %q", c.path, code, body, c.status, c.says)
+				part, contains := strings.CutSuffix(c.want, "…")
+				if code != c.status || contains && !strings.Contains(body, part) || !contains && body != c.want {
+					t.Errorf("%s: %d %q, want %d %q", c.path, code, body, c.status, c.want)
 				}
 				if code == 500 && (!strings.HasPrefix(body, c.path+" (") || strings.Count(body, "\n") != 1) {
-					t.Errorf("%s: the reason is not one line that begins with the path: %q", c.path, body)
+					t.Errorf("%s: the reason is not a single line with the path: %q", c.path, body)
 				}
 			}
 			if from, err := netip.ParseAddrPort(<-seen); err != nil || from.Addr() != family.source {
@@ -133,14 +133,14 @@ func TestTheKubeletsProbesReachTheWorkload(t *testing.T) {
 	}
 }
 
-func TestBadVariablesOfTheInjectorAreRefusedByName(t *testing.T) {
+func TestInvalidInjectorVariablesAreReported(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
 	const probes, metrics = "ISTIO_KUBE_APP_PROBERS", "ISTIO_PROMETHEUS_ANNOTATIONS"
 	for _, c := range []struct {
 		variable, value string
-		says            []string
+		want            []string
 	}{
 		{probes, `{`, []string{"JSON object"}},
 		{probes, `{"/app-health/app/healthz":{"tcpSocket":{"port":1}}}`, []string{`"/app-health/app/healthz"`, "livez, readyz or startupz"}},
@@ -152,7 +152,7 @@ func TestBadVariablesOfTheInjectorAreRefusedByName(t *testing.T) {
 	} {
 		_, stderr, code := execute(t, pod, []string{"INSTANCE_IP=" + nettest.PodIP4.String(), c.variable + "=" + c.value}, "agent")
 		last := stderr[strings.LastIndexByte(strings.TrimSuffix(stderr, "\n"), '\n')+1:]
-		for _, want := range append(c.says, c.variable) {
+		for _, want := range append(c.want, c.variable) {
 			if code != 1 || !strings.Contains(last, want) {
 				t.Errorf("%s=%s: exit code %d, want 1 and %q in: %s", c.variable, c.value, code, want, stderr)
 			}
@@ -161,7 +161,7 @@ func TestBadVariablesOfTheInjectorAreRefusedByName(t *testing.T) {
 }
 
 // A job whose work is done ends its sidecar. Clients outside the pod cannot.
-func TestQuittingEndsTheAgentAtOnceAndIsForThePodAlone(t *testing.T) {
+func TestQuitIsLocalAndImmediate(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, endless...)
 	for _, path := range []string{"/quitquitquit", "/drain"} {
@@ -182,7 +182,7 @@ func TestQuittingEndsTheAgentAtOnceAndIsForThePodAlone(t *testing.T) {
 		}
 	}
 	if status, _ := ask(t, s, "/healthz/ready"); status != 200 {
-		t.Fatalf("readiness says %d", status)
+		t.Fatalf("readiness = %d", status)
 	}
 	downstream, upstream := s.inbound().connect(t)
 	converse(t, downstream, upstream)
@@ -191,7 +191,7 @@ func TestQuittingEndsTheAgentAtOnceAndIsForThePodAlone(t *testing.T) {
 		t.Errorf("pillion request: %d %q %s", code, stdout, stderr)
 	}
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
-		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+		t.Errorf("exit code %d, want 0; log:\n%s", code, s.agent.log)
 	}
 	if _, err := downstream.Read(make([]byte, 1)); !isReset(err) {
 		t.Errorf("downstream sees %v, want a reset", err)
@@ -201,7 +201,7 @@ func TestQuittingEndsTheAgentAtOnceAndIsForThePodAlone(t *testing.T) {
 
 // The hook that runs before a native sidecar is stopped orders it to drain. From then on endpoints are removed;
 // requests that still arrive are served, and the signal that follows waits only for the rest of the delay.
-func TestDrainingByOrderKeepsServingAndEndsInOrder(t *testing.T) {
+func TestDrainByRequestKeepsServing(t *testing.T) {
 	t.Parallel()
 	const requests = 20
 	s := newStage(t, endless...) // so that what happens here happens during the delay
@@ -209,9 +209,9 @@ func TestDrainingByOrderKeepsServingAndEndsInOrder(t *testing.T) {
 	if status, body := send(t, s.pod, "POST", "http://127.0.0.1:15020/drain", nil); status != 200 || body != "OK" {
 		t.Fatalf("%d %q", status, body)
 	}
-	nettest.Eventually(t, "readiness says 503", func() bool { status, _ := ask(t, s, "/healthz/ready"); return status == 503 })
+	nettest.Eventually(t, "readiness is 503", func() bool { status, _ := ask(t, s, "/healthz/ready"); return status == 503 })
 	if status, _ := send(t, s.peer, "GET", podURL(capture.StatusPort, "/healthz/ready"), nil); status != 503 {
-		t.Errorf("readiness at the status port says %d", status)
+		t.Errorf("readiness at the status port = %d", status)
 	}
 	for range requests {
 		response := d.do(t, d.request(t, "GET", "/", nil))
@@ -220,18 +220,18 @@ func TestDrainingByOrderKeepsServingAndEndsInOrder(t *testing.T) {
 		}
 	}
 	if status, _ := ask(t, s, "/healthz/live"); status != 200 {
-		t.Errorf("liveness says %d", status)
+		t.Errorf("liveness = %d", status)
 	}
 	d.client.CloseIdleConnections()
 	s.agent.Signal(syscall.SIGTERM)
 	s.agent.log.await(t, "msg=draining", "elapsed=") // the signal waits for the rest of the delay: here nearly all of it
 	s.agent.Signal(syscall.SIGTERM)
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
-		t.Errorf("exit code %d, want 0: no connection was left to cut; its log:\n%s", code, s.agent.log)
+		t.Errorf("exit code %d, want 0: no connection was left to cut; log:\n%s", code, s.agent.log)
 	}
 }
 
-func TestProfilesAreForThePodAlone(t *testing.T) {
+func TestProfilesAreLocal(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	for _, path := range []string{"/debug/pprof/", "/debug/pprof/goroutine?debug=1", "/debug/pprof/cmdline", "/debug/pprof/profile?seconds=1"} {

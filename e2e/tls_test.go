@@ -19,7 +19,7 @@ import (
 
 // TLS is carried as it is: both sides agree on what they would have agreed on without us. The server name and
 // the protocols that the client sends in the clear are in the record.
-func TestTLSPassesAndItsNameIsTold(t *testing.T) {
+func TestTLSPassesAndItsServerNameIsRecorded(t *testing.T) {
 	t.Parallel()
 	certificate := selfSigned(t, "some.example")
 	s := newStage(t)
@@ -63,7 +63,7 @@ func TestOpenSSLTalksToOpenSSL(t *testing.T) {
 			cmd.Stdin = strings.NewReader("hello\nCLOSE\n") // the word at which the server ends the connection
 			out, err := w.from.Run(cmd)
 			if err != nil || !strings.Contains(out, "olleh") {
-				t.Errorf("%s: openssl says %q, %v", version, out, err)
+				t.Errorf("%s: openssl reports %q, %v", version, out, err)
 			}
 		}
 		s.agent.log.await(t, "original_destination="+address, "server_name=some.example")

@@ -54,7 +54,7 @@ func programTPROXY(t testing.TB, pod *nettest.Namespace) {
 func (s *stage) borrowed() []way { return s.ways()[:2] }
 
 // Each test below sees to it by way.connect, or by the server of a dialogue, that the workload sees its client's address.
-func TestWithTPROXYConnectionsAreCarriedAsEver(t *testing.T) {
+func TestTPROXYCarriesConnections(t *testing.T) {
 	t.Parallel()
 	s := newTPROXYStage(t)
 	s.everyWay(t, func(t *testing.T, w way) {
@@ -94,7 +94,7 @@ func TestWithTPROXYConnectionsAreCarriedAsEver(t *testing.T) {
 			writes(t, upstream, "220 at your service")
 			reads(t, downstream, "220 at your service")
 		})
-		t.Run("told", func(t *testing.T) {
+		t.Run("record", func(t *testing.T) {
 			downstream, upstream := w.connect(t)
 			converse(t, downstream, upstream)
 			downstream.Close()
@@ -112,7 +112,7 @@ func TestWithTPROXYConnectionsAreCarriedAsEver(t *testing.T) {
 		for _, http2 := range []bool{false, true} {
 			t.Run(fmt.Sprintf("HTTP, 2: %v", http2), func(t *testing.T) {
 				handler := func(response http.ResponseWriter, r *http.Request) {
-					response.Header().Set("X-Told", r.Header.Get("X-Forwarded-For"))
+					response.Header().Set("X-Recorded", r.Header.Get("X-Forwarded-For"))
 					echo(response, r)
 				}
 				d := newDialogue(t, w, http2, handler)
@@ -122,8 +122,8 @@ func TestWithTPROXYConnectionsAreCarriedAsEver(t *testing.T) {
 					if got := text(t, response); got != want {
 						t.Fatalf("request %d was answered %.100q", serial, got)
 					}
-					if told := response.Header.Get("X-Told"); w.to == s.pod && told != w.seenAs.String() {
-						t.Errorf("X-Forwarded-For is %q, want %v", told, w.seenAs)
+					if got := response.Header.Get("X-Recorded"); w.to == s.pod && got != w.seenAs.String() {
+						t.Errorf("X-Forwarded-For is %q, want %v", got, w.seenAs)
 					}
 				}
 			})
@@ -131,7 +131,7 @@ func TestWithTPROXYConnectionsAreCarriedAsEver(t *testing.T) {
 	})
 }
 
-func TestWithTPROXYTwoHundredConnectionsOfOneClientKeepApart(t *testing.T) {
+func TestTPROXYWithTwoHundredConnectionsOfOneClient(t *testing.T) {
 	t.Parallel()
 	s := newTPROXYStage(t)
 	for _, w := range s.borrowed() {
@@ -157,7 +157,7 @@ func TestWithTPROXYTwoHundredConnectionsOfOneClientKeepApart(t *testing.T) {
 }
 
 // A connection that the pool keeps carries the address of its client, and no other client may use it.
-func TestWithTPROXYAnUpstreamConnectionServesOneClientAddress(t *testing.T) {
+func TestTPROXYUpstreamConnectionServesOneClientAddress(t *testing.T) {
 	t.Parallel()
 	s := newTPROXYStage(t, "--upstream-idle-timeout", "1m")
 	w := s.borrowed()[0]
@@ -184,7 +184,7 @@ func TestWithTPROXYAnUpstreamConnectionServesOneClientAddress(t *testing.T) {
 		return netip.MustParseAddrPort(out)
 	}
 	known := map[netip.AddrPort]bool{}
-	nettest.Eventually(t, "a client's connection is used for its next one", func() bool { // once the agent has heard that curl is gone
+	nettest.Eventually(t, "a client's connection is used for its next one", func() bool { // after the agent has seen curl's close
 		seen := asks(nettest.PeerIP4)
 		if seen.Addr() != nettest.PeerIP4 {
 			t.Errorf("a client at %v is seen as %v", nettest.PeerIP4, seen)
@@ -200,7 +200,7 @@ func TestWithTPROXYAnUpstreamConnectionServesOneClientAddress(t *testing.T) {
 
 // A connection of the agent's group to the pod's own address is a call of the workload's own service, and comes in like any
 // other.
-func TestWithTPROXYACallOfTheOwnServiceComesInFromThePodsOwnAddress(t *testing.T) {
+func TestTPROXYCallOfOwnServiceHasThePodsAddress(t *testing.T) {
 	t.Parallel()
 	s := newTPROXYStage(t)
 	for _, own := range []netip.Addr{nettest.PodIP4, nettest.PodIP6} {
@@ -219,7 +219,7 @@ func TestWithTPROXYACallOfTheOwnServiceComesInFromThePodsOwnAddress(t *testing.T
 	}
 }
 
-func TestWithTPROXYAForeignAddressIsRefusedByName(t *testing.T) {
+func TestTPROXYRefusesForeignAddress(t *testing.T) {
 	t.Parallel()
 	s := newTPROXYStage(t)
 	for _, foreign := range []struct{ address, gateway netip.Addr }{
@@ -246,7 +246,7 @@ func TestWithTPROXYAForeignAddressIsRefusedByName(t *testing.T) {
 }
 
 // The mode of a pod changes by an agent and its rules, one after the other.
-func TestAnAgentForTPROXYServesRedirectedConnectionsToo(t *testing.T) {
+func TestTPROXYAgentServesRedirectedConnections(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	s := &stage{}
@@ -260,7 +260,7 @@ func TestAnAgentForTPROXYServesRedirectedConnectionsToo(t *testing.T) {
 	})
 }
 
-func TestWithTPROXYTheAgentDrainsInOrder(t *testing.T) {
+func TestTPROXYDrain(t *testing.T) {
 	t.Parallel()
 	s := newTPROXYStage(t, "--drain-delay", "200ms", "--drain-timeout", "30s")
 	w := s.borrowed()[1]
@@ -280,11 +280,11 @@ func TestWithTPROXYTheAgentDrainsInOrder(t *testing.T) {
 	downstream.Close()
 	upstream.Close()
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
-		t.Errorf("exit code %d, want 0; its log:\n%s", code, s.agent.log)
+		t.Errorf("exit code %d, want 0; log:\n%s", code, s.agent.log)
 	}
 }
 
-func TestWithTPROXYTheAgentHasOneCapabilityAndShowsItsMode(t *testing.T) {
+func TestTPROXYAgentHasOneCapability(t *testing.T) {
 	t.Parallel()
 	s := newTPROXYStage(t)
 	for key, want := range map[string]string{
@@ -314,7 +314,7 @@ func TestWithTPROXYTheAgentHasOneCapabilityAndShowsItsMode(t *testing.T) {
 }
 
 // An agent that cannot provide the requested mode reports the reason and does not start.
-func TestAnAgentThatMayNotBorrowAddressesEndsAtOnce(t *testing.T) {
+func TestTPROXYAgentWithoutCapabilityExits(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	pod := nettest.New(t, "pod")
@@ -344,7 +344,7 @@ func TestAnAgentThatMayNotBorrowAddressesEndsAtOnce(t *testing.T) {
 			last = last[strings.LastIndex(last, "\n")+1:]
 			for _, want := range c.want {
 				if !strings.Contains(last, want) {
-					t.Errorf("it does not say %q: %s", want, &complaint)
+					t.Errorf("stderr lacks %q: %s", want, &complaint)
 				}
 			}
 		})

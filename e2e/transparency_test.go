@@ -38,7 +38,7 @@ func TestBytesPassUnchangedInBothDirections(t *testing.T) {
 	})
 }
 
-func TestTheAgentSaysWhereEachConnectionWent(t *testing.T) {
+func TestAgentLogsEachConnection(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	s.everyWay(t, func(t *testing.T, w way) {
@@ -62,7 +62,7 @@ func TestTheAgentSaysWhereEachConnectionWent(t *testing.T) {
 	})
 }
 
-func TestHalfCloseByDownstreamPassesAndTheAnswerComesBack(t *testing.T) {
+func TestHalfCloseByDownstream(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyWay(t, func(t *testing.T, w way) {
 		downstream, upstream := w.connect(t)
@@ -70,7 +70,7 @@ func TestHalfCloseByDownstreamPassesAndTheAnswerComesBack(t *testing.T) {
 	})
 }
 
-func TestHalfCloseByUpstreamPassesAndTheAnswerComesBack(t *testing.T) {
+func TestHalfCloseByUpstream(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyWay(t, func(t *testing.T, w way) {
 		downstream, upstream := w.connect(t)
@@ -95,7 +95,7 @@ func halfClose(t *testing.T, near, far *net.TCPConn) {
 
 // Connection tracking forgets a half-closed flow after a minute of silence, and its redirection with it. Only the
 // agent's keep-alive holds it: the test's own sockets have keep-alive off.
-func TestAHalfClosedConnectionIsAnsweredAfterSeventySecondsOfSilence(t *testing.T) {
+func TestHalfClosedConnectionSurvivesSeventySecondsOfSilence(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
 		t.Skip("takes 70 seconds")
@@ -225,7 +225,7 @@ func TestAnUnreachableUpstreamBecomesAReset(t *testing.T) {
 	}
 }
 
-func TestAConnectionThatIsIdleForTheIdleTimeoutEnds(t *testing.T) {
+func TestIdleTimeout(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--idle-timeout", "500ms")
 	w := s.inbound()
@@ -239,7 +239,7 @@ func TestAConnectionThatIsIdleForTheIdleTimeoutEnds(t *testing.T) {
 	s.agent.log.await(t, "reason=idle_timeout")
 }
 
-func TestAHalfClosedConnectionEndsAfterTheHalfCloseTimeout(t *testing.T) {
+func TestHalfCloseTimeout(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--half-close-timeout", "500ms")
 	w := s.outbound()
@@ -308,7 +308,7 @@ func sendBulk(t testing.TB, conn *net.TCPConn, sum hash.Hash, n int64) {
 	conn.CloseWrite()
 }
 
-func TestTwoHundredConnectionsAtOnceKeepApart(t *testing.T) {
+func TestTwoHundredConcurrentConnections(t *testing.T) {
 	t.Parallel()
 	const connections = 200
 	s := newStage(t)
@@ -396,7 +396,7 @@ func TestAnIdleConnectionHoldsTwoDescriptors(t *testing.T) {
 	}
 }
 
-func TestAStalledReceiverLosesNothingAndCostsLittle(t *testing.T) {
+func TestStalledReceiver(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	for _, w := range []way{s.inbound(), s.outbound()} {

@@ -10,7 +10,7 @@ import (
 
 // The agent is the part that is exposed to untrusted clients. It runs without privileges: no root, no capability, no way to get one,
 // and a file system that it cannot write to.
-func TestTheAgentNeedsNoPrivilegeAndNoWritableFile(t *testing.T) {
+func TestAgentNeedsNoPrivilegeAndNoWritableFile(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	s := &stage{}

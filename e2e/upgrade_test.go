@@ -34,7 +34,7 @@ var upgrades = []struct{ name, request, answer string }{
 
 // After 101 the connection belongs to the new protocol: bytes pass both ways at once, those that stand right behind the
 // answer among them, and each side ends by itself.
-func TestAnyUpgradePassesAndThenItsBytes(t *testing.T) {
+func TestUpgrades(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		for _, u := range upgrades {
@@ -60,7 +60,7 @@ func TestAnyUpgradePassesAndThenItsBytes(t *testing.T) {
 }
 
 // A client may be sure that it will be understood, and speak the new protocol right behind its request.
-func TestWhatAClientSaysBehindAnUpgradeIsNotLost(t *testing.T) {
+func TestBytesSentWithAnUpgradeAreNotLost(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		downstream, upstream := w.ask(t, upgrades[0].request+"first words")
@@ -72,7 +72,7 @@ func TestWhatAClientSaysBehindAnUpgradeIsNotLost(t *testing.T) {
 	})
 }
 
-func TestAnUpgradeThatIsNotTakenIsAnsweredAsARequest(t *testing.T) {
+func TestIgnoredUpgradeIsAnOrdinaryRequest(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		downstream, upstream := w.ask(t, upgrades[0].request)
@@ -86,7 +86,7 @@ func TestAnUpgradeThatIsNotTakenIsAnsweredAsARequest(t *testing.T) {
 	})
 }
 
-func TestAConnectTunnelCarriesBytes(t *testing.T) {
+func TestConnectTunnelCarriesBytes(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		const request = "CONNECT some.example:443 HTTP/1.1\r\nHost: some.example:443\r\n\r\n"
@@ -104,7 +104,7 @@ func TestAConnectTunnelCarriesBytes(t *testing.T) {
 	})
 }
 
-func TestAConnectTunnelThatIsRefusedLeavesTheConnectionOpen(t *testing.T) {
+func TestRefusedConnectTunnelLeavesTheConnectionOpen(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		const request = "CONNECT some.example:443 HTTP/1.1\r\nHost: some.example:443\r\n\r\n"

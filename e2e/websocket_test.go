@@ -7,7 +7,7 @@ import (
 )
 
 // Handshake with subprotocol and compression, small and large messages, ping, and an orderly end with a status.
-func TestAWebSocketConversationPasses(t *testing.T) {
+func TestWebSocket(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
 	program := peer(t, "websocket")

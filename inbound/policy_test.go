@@ -82,7 +82,7 @@ func TestSource(t *testing.T) {
 	}
 }
 
-// TestEndsOfARelayAreReasons holds the two sets of words together, which meet in ServeConn.
+// TestEndsOfARelayAreReasons checks that each relay.End is a flow.Reason, because ServeConn converts one into the other.
 func TestEndsOfARelayAreReasons(t *testing.T) {
 	known := map[flow.Reason]bool{}
 	for _, e := range flow.Explanations {

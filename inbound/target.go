@@ -7,7 +7,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// target is the original destination, dialled from the address of its family that the rules let pass.
+// target is the original destination, dialled from the address of its family that the rules let pass. It is one server, the
+// workload, so it is not balanced: connections to it are shared, and a refused dial is not repeated. A client that learns
+// of the refusal at once can turn to another pod.
 func target(dst netip.AddrPort) upstream.Target {
 	if dst.Addr().Is4() {
 		return upstream.Target{Source: capture.InboundSource4, Address: dst}

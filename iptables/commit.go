@@ -89,7 +89,7 @@ func (p *Plan) install(ctx context.Context) error {
 		switch {
 		case err == nil:
 			done = append(done, step)
-		case step.Family != ruleset.IPv6 || p.ipv6.Global || !errors.Is(err, kernel.ErrNoKernelSupport):
+		case step.Family != ruleset.IPv6 || p.ipv6.Global() || !errors.Is(err, kernel.ErrNoKernelSupport):
 			return err
 		default:
 			if err := p.giveUpIPv6(err); err != nil {

@@ -14,6 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 	"github.com/pillion-proxy/pillion/iptables/rulestest"
+	"github.com/pillion-proxy/pillion/iptables/trace"
 )
 
 // Effects of the rules in the kernel besides verdicts.
@@ -41,9 +42,69 @@ func TestAQueryAndItsAnswerAreOneConnectionInOneZone(t *testing.T) {
 				return err
 			})
 			slices.Sort(zones)
-			if want := []int{1, 1, 2}; !slices.Equal(zones, want) {
+			if want := []int{0, 0, 2}; !slices.Equal(zones, want) {
 				t.Errorf("%s: connections in zones %v, want %v", a.Family, zones, want)
 			}
+		}
+	})
+}
+
+// Docker's rules send queries from 127.0.0.11:53 to another port. They are older than ours, newer, or added again.
+func TestQueriesToDockersResolverAreCapturedAndTheAgentsAnswered(t *testing.T) {
+	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
+		for _, dockers := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy} {
+			t.Run("docker by "+string(dockers), func(t *testing.T) {
+				world := rulestest.NewWorld(t)
+				resolver := netip.MustParseAddr("127.0.0.11")
+				ask := func(when string, workload trace.Verdict) {
+					t.Helper()
+					for _, q := range []struct {
+						who      string
+						uid, gid uint32
+						want     trace.Verdict
+					}{
+						{"the workload", rulestest.Workload, rulestest.Workload, workload},
+						{"the agent", rulestest.Agent, rulestest.Agent, rulestest.Docker},
+						{"an excluded group", rulestest.Workload, 2001, rulestest.Docker},
+					} {
+						packet := rulestest.ToItself(q.uid, q.gid, resolver, 53)
+						for range 3 {
+							for _, p := range []trace.Packet{packet, rulestest.UDP(packet)} {
+								if got := world.Ask(t, p); got != q.want.String() {
+									t.Errorf("%s: %s over %s: %s, want %v", when, q.who, p.Protocol, got, q.want)
+								}
+							}
+						}
+					}
+				}
+				spec := rulestest.SpecOf(func(s *capture.Spec) {
+					s.Outbound.All, s.RedirectDNS, s.DNSServers = true, true, []netip.Addr{resolver}
+					s.OwnerGroupsExcluded = rulestest.IDs("2001")
+				})
+				world.DockersResolver(t, dockers)
+				before := rulestest.Everything(t, world.Pod)
+				ask("before init", rulestest.Docker)
+				mustInit(t, world.Pod, spec)
+				ask("after init", rulestest.Dns)
+				if plan := mustInit(t, world.Pod, spec); !plan.Unchanged() {
+					t.Errorf("a second init would change %v", plan)
+				}
+				// Docker inserts its jump once more, for example when the container joins a network.
+				docker := programName(ruleset.IPv4, dockers)
+				world.Pod.MustRun(t, docker, "-t", "nat", "-D", "OUTPUT", "-d", "127.0.0.11", "-j", "DOCKER_OUTPUT")
+				world.Pod.MustRun(t, docker, "-t", "nat", "-I", "OUTPUT", "-d", "127.0.0.11", "-j", "DOCKER_OUTPUT")
+				if plan := mustInit(t, world.Pod, spec); plan.Unchanged() != (flavour != dockers) {
+					t.Errorf("init after Docker's change: %v", plan)
+				}
+				ask("after Docker's change", rulestest.Dns)
+				if _, err := cleanupIn(world.Pod); err != nil {
+					t.Fatal(err)
+				}
+				if after := rulestest.Everything(t, world.Pod); flavour != ruleset.Legacy && after != before {
+					t.Errorf("before:\n%s\nafter:\n%s", before, after)
+				}
+				ask("after cleanup", rulestest.Docker)
+			})
 		}
 	})
 }

@@ -2,7 +2,9 @@ package iptables
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/iptables/kernel"
@@ -16,6 +18,8 @@ import (
 type Live struct {
 	// Held has one entry for each family and flavour with at least one rule.
 	Held []ruleset.Held
+	// Foreign are the base chains of others that Held does not contain.
+	Foreign []ruleset.ForeignChain
 	// Warnings name what could not be read.
 	Warnings []string
 }
@@ -42,7 +46,8 @@ func Look(ctx context.Context) (Live, error) {
 			break
 		}
 	}
-	return live, nil
+	live.Foreign, err = foreignChains(s.stores, s.table, s.chains)
+	return live, err
 }
 
 // Planned returns the rules for spec, in the families that init would choose in the network namespace of the calling
@@ -63,12 +68,16 @@ func Planned(spec capture.Spec) ([]ruleset.Held, error) {
 	return planned, nil
 }
 
-// hidden returns a warning for each family with legacy tables but no program to read them.
+// hidden returns warnings about legacy tables that were not read.
 func (s survey) hidden() []string {
 	var warnings []string
 	for _, t := range s.stores {
-		if t.hidden {
-			warnings = append(warnings, fmt.Sprintf("%s has legacy tables that were not read: %v", t.family, t.missing))
+		warning := fmt.Sprintf("%s has legacy tables that were not read: %v", t.family, t.hidden)
+		if errors.Is(t.hidden, xtables.ErrHiddenTables) {
+			warning = fmt.Sprintf("rules in legacy tables would not be seen: %v", t.hidden)
+		}
+		if t.hidden != nil && !slices.Contains(warnings, warning) {
+			warnings = append(warnings, warning)
 		}
 	}
 	return warnings

@@ -74,10 +74,10 @@ var meddlingWithNFT = []struct{ name, commands, want string }{
 	{"a rule for IPv6 in a base chain", "insert rule inet pillion nat_output meta nfproto ipv6 accept comment \"pillion:x\"", "extra OUTPUT"},
 	{"the jumps gone", "flush chain inet pillion nat_output", "missing OUTPUT outbound/jump, missing OUTPUT outbound/jump"},
 	{"a policy", "add chain inet pillion nat_output { policy drop; }", "extra OUTPUT [a chain of nftables that is not ours: nat_output"},
-	{"a base chain of somebody else", "add chain inet pillion theirs { type filter hook input priority 0; policy drop; }", "extra theirs [a chain of nftables that is not ours"},
-	{"a chain of somebody else", "add chain inet pillion theirs; add rule inet pillion theirs jump ipv4_nat_redirect", "extra theirs [a chain of nftables that is not ours, extra theirs [a rule of nftables"},
+	{"a foreign base chain", "add chain inet pillion theirs { type filter hook input priority 0; policy drop; }", "extra theirs [a chain of nftables that is not ours"},
+	{"a foreign chain", "add chain inet pillion theirs; add rule inet pillion theirs jump ipv4_nat_redirect", "extra theirs [a chain of nftables that is not ours, extra theirs [a rule of nftables"},
 	{"a chain of an earlier version", "add chain inet pillion ipv4_nat_old", "extra PILLION_OLD"},
-	{"a chain that is called elsewhere", "delete table inet pillion; add table inet pillion; add chain inet pillion nat_output { type nat hook output priority 5; }", "everything"},
+	{"a chain that is called elsewhere", "delete table inet pillion; add table inet pillion; add chain inet pillion nat_output { type nat hook output priority 5; }; add rule inet pillion nat_output accept comment \"pillion:x\"", "everything"},
 	{"a table put to sleep", "add table inet pillion { flags dormant; }", "everything"},
 	{"the table gone", "delete table inet pillion", "everything"},
 	{"a table that is empty and asleep", "delete table inet pillion; add table inet pillion { flags dormant; }", "everything"},
@@ -130,6 +130,75 @@ func TestOurTableIsRepairedAfterAnyChange(t *testing.T) {
 				t.Error("cleanup left something of the table")
 			}
 		})
+	}
+}
+
+// A table of our name without a chain or rule of ours belongs to others: it neither decides about the back end nor is removed.
+func TestATableOfOthersWithOurNameIsNamedAndKept(t *testing.T) {
+	nettest.RequireRoot(t)
+	for name, test := range map[string]struct{ commands, holds string }{
+		"with a chain":           {"add table inet pillion; add chain inet pillion input { type filter hook input priority 0; }; add rule inet pillion input tcp dport 4242 drop", "chain input"},
+		"with a set":             {"add table inet pillion; add set inet pillion s { type ipv4_addr; }", "1 sets, maps or other objects"},
+		"with both":              {"add table inet pillion; add set inet pillion s { type ipv4_addr; }; add chain inet pillion c", "chain c, 1 sets, maps or other objects"},
+		"asleep":                 {"add table inet pillion { flags dormant; }; add chain inet pillion input { type filter hook input priority 0; }", "chain input"},
+		"with a chain like ours": {"add table inet pillion; add chain inet pillion nat_output { type nat hook output priority 5; }", "chain nat_output"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rulestest.UsePrograms(t, false, ruleset.NFT)
+			pod := nettest.New(t, "pod")
+			pod.MustRun(t, "/usr/sbin/nft", test.commands)
+			before, table := rulestest.Everything(t, pod), listed(t, pod)
+			const named = "nftables has a table inet pillion that is not ours ("
+			plan := mustInit(t, pod, rulestest.CaptureAll)
+			if plan.Steps[0].Flavour != ruleset.NFT || !slices.Contains(plan.Warnings, named+test.holds+"): it stays unchanged") {
+				t.Errorf("rules in %s, warnings %q", plan.Steps[0].Flavour, plan.Warnings)
+			}
+			if plan := mustInit(t, pod, rulestest.CaptureAll); !plan.Unchanged() {
+				t.Errorf("a second run would change %v", plan)
+			}
+			plan, err := cleanupIn(pod)
+			if err != nil || !slices.Contains(plan.Warnings, named+test.holds+"): it stays unchanged") {
+				t.Errorf("cleanup: error %v, warnings %q", err, plan.Warnings)
+			}
+			_, err = initBy(pod, rulestest.CaptureAll, NFTables)
+			if want := named + test.holds + "): rename or remove it, or use iptables"; err == nil || err.Error() != want {
+				t.Errorf("by nftables: error %v, want %s", err, want)
+			}
+			rulestest.UsePrograms(t, false)
+			if _, err := initIn(pod, rulestest.CaptureAll); err == nil || !strings.Contains(err.Error(), "no iptables") {
+				t.Errorf("without iptables: error %v", err)
+			}
+			if after := rulestest.Everything(t, pod); after != before || listed(t, pod) != table {
+				t.Errorf("before:\n%s\nafter:\n%s", before, after)
+			}
+		})
+	}
+}
+
+// Chains and sets that others have added to our table are named when they are removed.
+func TestWhatIsRemovedFromOurTableIsNamed(t *testing.T) {
+	nettest.RequireRoot(t)
+	rulestest.UsePrograms(t, false)
+	for name, test := range map[string]struct {
+		commands, named string
+		byInit          bool
+	}{
+		"a chain": {"add chain inet pillion theirs { type filter hook input priority 0; }", "chain theirs", true},
+		"a set":   {"add set inet pillion s { type ipv4_addr; }", "1 sets, maps or other objects", false},
+	} {
+		pod := nettest.New(t, "pod")
+		mustInit(t, pod, rulestest.CaptureAll)
+		pod.MustRun(t, "/usr/sbin/nft", test.commands)
+		want := "the nftables table inet pillion is ours alone; removed from it: " + test.named
+		plan := mustInit(t, pod, rulestest.CaptureAll)
+		if slices.Contains(plan.Warnings, want) != test.byInit {
+			t.Errorf("%s: init's warnings: %q", name, plan.Warnings)
+		}
+		if !test.byInit {
+			if plan, err := cleanupIn(pod); err != nil || !slices.Contains(plan.Warnings, want) {
+				t.Errorf("%s: cleanup's warnings: %q, error %v", name, plan.Warnings, err)
+			}
+		}
 	}
 }
 
@@ -349,7 +418,7 @@ func TestNFTablesReplaceIPTablesWithoutKernelSupport(t *testing.T) {
 		// IPv4 is made, and taken back when IPv6 fails.
 		breakProgram(t, rulestest.UsePrograms(t, false, ruleset.Legacy), "ip6tables-legacy-restore", fmt.Sprintf(`echo "%s" >&2; exit 3`, strings.ReplaceAll(complaint, "`", "\\`")))
 		if _, err := initBy(pod, rulestest.CaptureAll, IPTables); err == nil || !strings.HasSuffix(err.Error(), "; the former state is restored") {
-			t.Errorf("iptables was asked for: got error %v", err)
+			t.Errorf("iptables is required: got error %v", err)
 		}
 		plan, err := initIn(pod, rulestest.CaptureAll)
 		if err != nil {

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/iptables/kernel"
@@ -45,7 +46,8 @@ type Plan struct {
 	spec    capture.Spec
 	ipv6    kernel.IPv6State
 	backend Backend
-	table   nft.Table // our nftables table before the plan
+	chains  []nft.Chain // all of nftables
+	table   nft.Table   // our nftables table before the plan
 	verify  func(xtables.Program) error
 	stores  []store
 }
@@ -100,8 +102,16 @@ func (p *Plan) Live() []ruleset.Held {
 	return held
 }
 
+// Foreign returns the base chains of others that Live does not contain. It reads them now, on the thread of the plan.
+func (p *Plan) Foreign() ([]ruleset.ForeignChain, error) {
+	return foreignChains(p.stores, p.table, p.chains)
+}
+
 // planInit calls underWay for the mark of open TPROXY connections.
 func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay func(*Plan, survey) uint32) (*Plan, error) {
+	if err := kernel.Unmapped(spec); err != nil {
+		return nil, err
+	}
 	plan := &Plan{spec: spec, backend: backend}
 	s, err := plan.look(ctx)
 	if err != nil {
@@ -119,6 +129,9 @@ func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay 
 	if err != nil {
 		return nil, err
 	}
+	if warning := s.ipv6.Warning(); warning != "" && spec.IPv6 == capture.IPv6Wherever {
+		plan.Warnings = append(plan.Warnings, warning)
+	}
 	if wanted {
 		err := plan.addFamily(s, policy.RulesWithMark(spec, ruleset.IPv6, mark))
 		switch {
@@ -127,7 +140,7 @@ func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay 
 			if !s.ipv6.Source {
 				plan.Address = AddressAdded
 			}
-		case s.ipv6.Global || !errors.Is(err, errNoFlavour):
+		case s.ipv6.Global() || !errors.Is(err, errNoFlavour):
 			return nil, err
 		default:
 			if err := plan.giveUpIPv6(err); err != nil {
@@ -186,6 +199,9 @@ func (p *Plan) order() {
 	slices.SortStableFunc(p.Steps, func(a, b Step) int { return rank(a) - rank(b) })
 	if i := slices.IndexFunc(p.Steps, func(s Step) bool { return s.Flavour == ruleset.Native }); i >= 0 {
 		p.Steps[i].Input = nft.Script(p.wantedNFTables())
+		if len(p.table.Others) > 0 {
+			p.Warnings = append(p.Warnings, fmt.Sprintf("the nftables table inet %s is ours alone; removed from it: %s", nft.TableName, strings.Join(p.table.Others, ", ")))
+		}
 	}
 }
 
@@ -200,14 +216,14 @@ func (p *Plan) wantedNFTables() [2]ruleset.Ruleset {
 	return wanted
 }
 
-// look makes a survey. Without the capability for it, the plan can still be shown, but not committed.
+// look makes a survey. Without permission for it, the plan can still be shown, but not committed.
 func (p *Plan) look(ctx context.Context) (survey, error) {
 	var s survey
 	err := kernel.MissingCapability(false)
 	if err == nil {
 		s, err = look(ctx)
 	}
-	if errors.As(err, new(kernel.MissingCapabilityError)) {
+	if kernel.IsRefused(err) {
 		p.Unread = err
 		s = survey{stores: storesUnread(ctx)}
 		if s.ipv6, err = kernel.ReadIPv6(); err == nil {
@@ -215,8 +231,11 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 		}
 	}
 	s.verify = xtables.NewVerifier()
-	p.ipv6, p.table, p.verify, p.stores = s.ipv6, s.table, s.verify, s.stores
+	p.ipv6, p.table, p.chains, p.verify, p.stores = s.ipv6, s.table, s.chains, s.verify, s.stores
 	p.Warnings = append(p.Warnings, s.hidden()...)
+	if s.table.Foreign {
+		p.Warnings = append(p.Warnings, fmt.Sprintf("%v: it stays unchanged", foreignTableError(s.table)))
+	}
 	return s, err
 }
 

@@ -162,8 +162,8 @@ func TestChangedRulesAreRepaired(t *testing.T) {
 					if changes := ruleset.Diff(policy.Rules(rulestest.CaptureAll, family), rules); len(changes) > 0 {
 						t.Errorf("%s is not mended: %v", family, changes)
 					}
-					if strings.Contains(m.Name, "stranger's rule") && !strings.Contains(rules.String(), "-j ACCEPT") {
-						t.Errorf("%s: the stranger's rule is gone", family)
+					if strings.Contains(m.Name, "foreign rule") && !strings.Contains(rules.String(), "-j ACCEPT") {
+						t.Errorf("%s: the foreign rule is gone", family)
 					}
 				}
 			})
@@ -277,7 +277,7 @@ func TestTheFlavourThatHoldsOurRulesIsKept(t *testing.T) {
 			mustInit(t, pod, rulestest.CaptureAll)
 			foreignRules(t, pod, ruleset.Legacy)
 		}, ruleset.NFT},
-		{"ours are in legacy, where nobody else is", func(t *testing.T, pod *nettest.Namespace) {
+		{"ours are in legacy, without others", func(t *testing.T, pod *nettest.Namespace) {
 			path := os.Getenv("PATH")
 			rulestest.UsePrograms(t, false, ruleset.Legacy)
 			mustInit(t, pod, rulestest.CaptureAll)
@@ -511,7 +511,7 @@ func TestPlanningChangesNothing(t *testing.T) {
 		pod.Do(t, func() error {
 			plan, err := PlanInit(context.Background(), rulestest.CaptureAll, "")
 			if err == nil && (plan.Unchanged() || plan.String() == "") {
-				t.Error("the plan says nothing")
+				t.Error("the plan has no text")
 			}
 			return err
 		})
@@ -549,44 +549,109 @@ func TestAPodWithoutIPv6GetsOnlyIPv4Rules(t *testing.T) {
 	}
 }
 
-// istio-iptables makes rules for IPv6 only when the first global address is of IPv6. The address that a run puts on the
-// loopback must not change that for the next one, as it does there.
-func TestIPv6WhenItComesFirst(t *testing.T) {
+// The kernel judges each interface for itself. "all" only shows what was last written to all interfaces.
+func TestIPv6IsJudgedByEachInterface(t *testing.T) {
+	rulestest.ForEachFlavour(t, func(t *testing.T, flavour ruleset.Flavour) {
+		for _, test := range []struct {
+			name     string
+			disabled string // sysctls, in this order
+			address  string // of eth0 afterwards
+			families int    // with rules
+			problem  string // the error if there are no rules, else the warning
+		}{
+			{"everywhere", "all=1", "", 1, ""},
+			{"on no interface that exists", "all=1 lo=0 eth0=0", "2001:db8:1::2/64", 2, ""},
+			{"on eth0 alone", "eth0=1", "", 2, ""},
+			{"on all but the loopback", "all=1 lo=0", "", 2, ""},
+			{"on all but eth0", "all=1 eth0=0", "2001:db8:1::2/64", 0,
+				"IPv6 cannot be captured: it is disabled on lo (net.ipv6.conf.lo.disable_ipv6) but not elsewhere (2001:db8:1::2 on eth0): set net.ipv6.conf.lo.disable_ipv6=0, or disable IPv6 on every interface"},
+			{"on the loopback alone", "lo=1", "fd00::2/64", 0, "IPv6 cannot be captured: it is disabled on lo"},
+			{"on all but eth0, which has no global address", "all=1 eth0=0", "fe80::2/64", 1,
+				"IPv6 is not captured: it is disabled on lo (net.ipv6.conf.lo.disable_ipv6) but not on eth0, which has no global address now"},
+		} {
+			t.Run(test.name, func(t *testing.T) {
+				pod, peer := nettest.New(t, "pod"), nettest.New(t, "peer")
+				nettest.Join(t, pod, peer)
+				disableIPv6(t, pod, test.disabled)
+				if test.address != "" {
+					pod.AddAddress(t, "eth0", netip.MustParsePrefix(test.address))
+				}
+				before := rulestest.Everything(t, pod)
+				plan, err := initIn(pod, rulestest.CaptureAll)
+				if test.families == 0 {
+					if err == nil || !strings.HasPrefix(err.Error(), test.problem) {
+						t.Errorf("error %v, want %s", err, test.problem)
+					}
+					if after := rulestest.Everything(t, pod); after != before {
+						t.Errorf("before:\n%s\nafter:\n%s", before, after)
+					}
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				if len(plan.Steps) != test.families || strings.Join(plan.Warnings, "\n") != test.problem {
+					t.Errorf("rules in %d families, want %d; warnings %q", len(plan.Steps), test.families, plan.Warnings)
+				}
+			})
+		}
+	})
+}
+
+// disableIPv6 writes to net.ipv6.conf.*.disable_ipv6.
+func disableIPv6(t *testing.T, ns *nettest.Namespace, settings string) {
+	t.Helper()
+	ns.Do(t, func() error {
+		for setting := range strings.FieldsSeq(settings) {
+			name, value, _ := strings.Cut(setting, "=")
+			if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/disable_ipv6", []byte(value), 0); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// istio-iptables makes rules for IPv6 only when the first global address is of IPv6, and with --dual-stack when any is. The
+// address that a run puts on the loopback must not change that for the next one, as it does there.
+func TestIPv6IsChosenByAddressesLikeIstioIPTables(t *testing.T) {
 	nettest.RequireRoot(t)
 	rulestest.UsePrograms(t, false, ruleset.NFT)
-	spec := rulestest.CaptureAll
-	spec.IPv6 = capture.IPv6WhenFirst
 	for name, test := range map[string]struct {
-		addresses []string
-		families  int
+		addresses   []string
+		first, used int // families with rules, by the choice
 	}{
-		"no address":   {nil, 1},
-		"IPv4":         {[]string{"198.51.100.2/24"}, 1},
-		"IPv6":         {[]string{"2001:db8:1::2/64"}, 2},
-		"both":         {[]string{"2001:db8:1::2/64", "198.51.100.2/24"}, 1},
-		"link-local":   {[]string{"169.254.0.1/16", "fe80::2/64"}, 1},
-		"IPv6 at last": {[]string{"169.254.0.1/16", "fd00::2/64"}, 2},
+		"no address":   {nil, 1, 1},
+		"IPv4":         {[]string{"198.51.100.2/24"}, 1, 1},
+		"IPv6":         {[]string{"2001:db8:1::2/64"}, 2, 2},
+		"both":         {[]string{"2001:db8:1::2/64", "198.51.100.2/24"}, 1, 2},
+		"link-local":   {[]string{"169.254.0.1/16", "fe80::2/64"}, 1, 1},
+		"IPv6 at last": {[]string{"169.254.0.1/16", "fd00::2/64"}, 2, 2},
 	} {
-		t.Run(name, func(t *testing.T) {
-			pod, peer := nettest.New(t, "pod"), nettest.New(t, "peer")
-			nettest.Join(t, pod, peer)
-			for _, address := range test.addresses {
-				pod.AddAddress(t, "eth0", netip.MustParsePrefix(address))
-			}
-			if plan := mustInit(t, pod, spec); len(plan.Steps) != test.families {
-				t.Errorf("rules in %d families, want %d", len(plan.Steps), test.families)
-			}
-			if plan := mustInit(t, pod, spec); !plan.Unchanged() {
-				t.Errorf("a second run would change %v", plan)
-			}
-			mustInit(t, pod, rulestest.CaptureAll)
-			if plan := mustInit(t, pod, spec); plan.Unchanged() != (test.families == 2) {
-				t.Errorf("after rules for both families: %v", plan)
-			}
-			if strings.Contains(rulestest.Everything(t, pod), "::6/128") != (test.families == 2) {
-				t.Error("::6 is there without rules, or not there with them")
-			}
-		})
+		for choice, families := range map[capture.IPv6Choice]int{capture.IPv6WhenFirst: test.first, capture.IPv6WhenUsed: test.used} {
+			t.Run(fmt.Sprint(name, " ", choice), func(t *testing.T) {
+				spec := rulestest.CaptureAll
+				spec.IPv6 = choice
+				pod, peer := nettest.New(t, "pod"), nettest.New(t, "peer")
+				nettest.Join(t, pod, peer)
+				for _, address := range test.addresses {
+					pod.AddAddress(t, "eth0", netip.MustParsePrefix(address))
+				}
+				if plan := mustInit(t, pod, spec); len(plan.Steps) != families {
+					t.Errorf("rules in %d families, want %d", len(plan.Steps), families)
+				}
+				if plan := mustInit(t, pod, spec); !plan.Unchanged() {
+					t.Errorf("a second run would change %v", plan)
+				}
+				mustInit(t, pod, rulestest.CaptureAll)
+				if plan := mustInit(t, pod, spec); plan.Unchanged() != (families == 2) {
+					t.Errorf("after rules for both families: %v", plan)
+				}
+				if strings.Contains(rulestest.Everything(t, pod), "::6/128") != (families == 2) {
+					t.Error("::6 is there without rules, or not there with them")
+				}
+			})
+		}
 	}
 }
 

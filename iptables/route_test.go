@@ -79,7 +79,7 @@ func TestAForeignRoutingTableIsRefused(t *testing.T) {
 	pod, _ := nettest.PodAndPeer(t)
 	pod.MustRun(t, "/sbin/ip", "route", "add", "default", "via", nettest.PeerIP4.String(), "table", "133")
 	before := rulestest.Everything(t, pod)
-	if _, err := initIn(pod, rulestest.TPROXYAll); err == nil || !strings.Contains(err.Error(), "TPROXYTable 133: file exists: this routing table is in use by somebody else; use another one") {
+	if _, err := initIn(pod, rulestest.TPROXYAll); err == nil || !strings.Contains(err.Error(), "TPROXYTable 133: file exists: another program uses this routing table; use another one") {
 		t.Errorf("got error %v", err)
 	}
 	if after := rulestest.Everything(t, pod); after != before {

@@ -20,7 +20,8 @@ type survey struct {
 	stores  []store
 	ipv6    kernel.IPv6State
 	routing []kernel.Installed
-	table   nft.Table // ours in nftables
+	chains  []nft.Chain // all of nftables
+	table   nft.Table   // ours in nftables
 	verify  func(xtables.Program) error
 }
 
@@ -33,12 +34,14 @@ type store struct {
 	missing error // why there is no program, or no kernel support
 
 	rules    ruleset.Ruleset
-	unread   error               // why the rules could not be listed
-	opaque   []ruleset.TableName // tables with rules that iptables cannot show
-	hidden   bool                // there are tables, but no program to read them
-	ours     bool                // it holds rules of ours
-	occupied bool                // it holds rules that are not ours
-	chains   []nft.Chain         // nftables chains in the tables that we use; empty for legacy
+	unread   error                  // why the rules could not be listed
+	opaque   []ruleset.TableName    // tables with rules that iptables cannot show
+	hidden   error                  // why tables that exist, or may exist, were not read
+	ours     bool                   // it holds rules of ours
+	occupied bool                   // it holds rules that are not ours
+	chains   []nft.Chain            // nftables chains in the tables that we use; empty for legacy
+	foreign  []ruleset.ForeignChain // of legacy tables
+	taken    error                  // our nftables table's name is in use by others
 }
 
 // storesUnread returns the stores with their programs, before their content is read.
@@ -67,12 +70,15 @@ func look(ctx context.Context) (survey, error) {
 		return s, err
 	}
 	chains, nftErr := nft.Chains()
-	if nftErr != nil && !errors.Is(nftErr, kernel.ErrNoKernelSupport) {
+	switch {
+	case nftErr == nil:
+		if s.table, err = nft.Read(chains); err != nil {
+			return s, err
+		}
+	case !errors.Is(nftErr, kernel.ErrNoKernelSupport):
 		return s, nftErr
 	}
-	if s.table, err = nft.Read(chains); err != nil {
-		return s, err
-	}
+	s.chains = chains
 	listings := make([]*xtables.Process, len(s.stores))
 	for i := range s.stores {
 		t := &s.stores[i]
@@ -117,6 +123,9 @@ func (t *store) setChains(chains []nft.Chain) {
 
 // setTable takes the family's part of our table. A dormant table is ours as well; all its rules count as missing.
 func (t *store) setTable(table nft.Table) {
+	if table.Foreign {
+		t.taken = foreignTableError(table)
+	}
 	if len(table.Chains) > 0 {
 		t.rules = table.Of(t.family)
 		t.ours = table.Dormant || len(ruleset.Diff(ruleset.Ruleset{}, t.rules)) > 0
@@ -133,8 +142,14 @@ func (t *store) list(ctx context.Context) (*xtables.Process, error) {
 	}
 	// All existing tables are listed: rules of others in any of them make the flavour occupied.
 	exists, err := xtables.LegacyTablesExist(t.family)
-	t.hidden = exists && t.missing != nil
-	if !exists || t.hidden || err != nil {
+	switch {
+	case errors.Is(err, xtables.ErrHiddenTables):
+		t.hidden = err
+		return nil, nil
+	case exists:
+		t.hidden = t.missing
+	}
+	if !exists || t.hidden != nil || err != nil {
 		return nil, err
 	}
 	if err := kernel.MissingCapability(true); err != nil {
@@ -153,6 +168,33 @@ func (t *store) read(listing *xtables.Process) {
 	t.opaque = t.notShown(t.rules)
 	t.ours = t.ours || len(t.rules.Own().Tables) > 0
 	t.occupied = xtables.Occupied(text)
+	if t.flavour == ruleset.Legacy {
+		t.foreign = xtables.ForeignChains(t.family, text)
+	}
+}
+
+// foreignTableError is why our nftables table cannot be used.
+func foreignTableError(table nft.Table) error {
+	return fmt.Errorf("nftables has a table inet %s that is not ours (%s)", nft.TableName, strings.Join(table.Others, ", "))
+}
+
+// foreignChains returns the base chains that are not ours and that the rulesets of the stores do not contain. It reads the
+// rules of all nftables tables.
+func foreignChains(stores []store, table nft.Table, chains []nft.Chain) ([]ruleset.ForeignChain, error) {
+	var foreign []ruleset.ForeignChain
+	for _, t := range stores {
+		foreign = append(foreign, t.foreign...)
+	}
+	byNFT, err := nft.Foreign(chains, func(c nft.Chain) bool {
+		if c.IsInet() && c.Table == nft.TableName {
+			return !table.Foreign
+		}
+		name := ruleset.TableName(c.Table)
+		i := slices.IndexFunc(stores, func(t store) bool { return t.flavour == ruleset.NFT && t.family == c.Family })
+		followed := c.Name == ruleset.ChainPrerouting || c.Name == ruleset.ChainBuiltOutput
+		return followed && i >= 0 && len(stores[i].rules.Chains(name)) > 0
+	})
+	return append(foreign, byNFT...), err
 }
 
 // notShown returns the tables that have chains but are missing from a listing. If rules in a table of iptables were
@@ -218,6 +260,10 @@ var errNoFlavour = errors.New("no iptables")
 // usable returns why the store cannot be changed, if it holds our rules or is to hold the wanted ones.
 func (t store) usable(want ruleset.Ruleset) error {
 	switch {
+	case t.taken != nil:
+		return fmt.Errorf("%w: rename or remove it, or use iptables", t.taken)
+	case t.missing == nil && t.hidden != nil:
+		return fmt.Errorf("%s %s rules: %w", t.flavour, t.family, t.hidden)
 	case t.missing == nil:
 	case t.flavour == ruleset.Native:
 		return fmt.Errorf("%s rules: %w", t.family, t.missing)

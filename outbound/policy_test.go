@@ -14,7 +14,7 @@ func TestPolicy(t *testing.T) {
 	for dst, want := range map[string]flow.Reason{
 		"203.0.113.7:443":      "",
 		"[2001:db8:2::7]:443":  "",
-		"198.51.100.2:80":      "", // the workload's own address is no loop by itself
+		"198.51.100.2:80":      "", // the workload's own address alone is not a loop
 		"198.51.100.3:15090":   "", // another pod's metrics
 		"203.0.113.7:15006":    "",
 		"198.51.100.2:15001":   flow.Loop,

@@ -80,7 +80,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	}
 	parsed(flags, &config.Interception.Mode, mode, "interception-mode", "", string(config.Interception.Mode), "REDIRECT|TPROXY", "how the rules bring inbound connections; with TPROXY the workload sees the clients' addresses")
 	parsed(flags, &config.Interception.TPROXYMark, capture.ParseNumber, "tproxy-mark", "", "1337", "mark", "with TPROXY, the packet mark that the rules use")
-	durationFlag(flags, &config.Connections.ConnectTimeout, "connect-timeout", "time limit for connecting upstream; 0s leaves it to the kernel")
+	durationFlag(flags, &config.Connections.ConnectTimeout, "connect-timeout", "time limit for connecting upstream, with all attempts; 0s leaves it to the kernel")
 	durationFlag(flags, &config.Connections.IdleTimeout, "idle-timeout", "close a connection that is idle for this long; 0s: never")
 	durationFlag(flags, &config.Connections.HalfCloseTimeout, "half-close-timeout", "the same once one side has closed; 0s: never")
 	portsFlag(flags, &config.Connections.OpaquePorts, "opaque-ports", "destination ports without protocol detection, such as 3306,5000:5010; * for all")
@@ -92,7 +92,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	parsed(flags, &config.HTTP.MaxHeldBytes, parseBytes, "max-held-bytes", "", "0", "bytes", "memory for unfinished heads, header blocks and held bodies of all connections, as 32Mi; beyond it the largest get 503 or a reset; 0: a quarter of the memory limit")
 	durationFlag(flags, &config.HTTP.RequestHeadTimeout, "request-head-timeout", "time limit for the head of a request, then 408; 0s: none")
 	durationFlag(flags, &config.HTTP.RequestTimeout, "request-timeout", "time limit from a complete request to the start of its response, then 504; 0s: none")
-	durationFlag(flags, &config.HTTP.UpstreamIdleTimeout, "upstream-idle-timeout", "close upstream HTTP/1 connections that are idle for this long; 0s keeps none")
+	durationFlag(flags, &config.HTTP.UpstreamIdleTimeout, "upstream-idle-timeout", "close HTTP/1 connections to the workload that no client has used for this long; 0s keeps none")
 	parsed(flags, &config.HTTP.InboundFields.ForwardedFor, parseForwardedFor, "x-forwarded-for", "", "set-if-absent", "set-if-absent|append|off", "how x-forwarded-for of inbound requests gets the client's address")
 	switchFlag(flags, "x-forwarded-proto", "set x-forwarded-proto in requests without it", &config.HTTP.InboundFields.ForwardedProto, &config.HTTP.OutboundFields.ForwardedProto)
 	switchFlag(flags, "x-request-id", "set x-request-id in requests without it", &config.HTTP.InboundFields.RequestID, &config.HTTP.OutboundFields.RequestID)
@@ -111,6 +111,8 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	textFlag(flags, &config.AccessLog.Filter, "access-log-filter", "filter", "filter of the lines, such as \"errors; status=4xx,slower=250ms; sample=1%\"")
 	parsedSwitch(flags, &config.AccessLog.TCPStart, "access-log-tcp-start", "", "also write a line when an opaque connection begins")
 	durationFlag(flags, &config.AccessLog.Interval, "access-log-interval", "write a line at this interval for opaque connections that stay open; 0s: never")
+	textFlag(flags, &config.Workload.ClusterDomain, "cluster-domain", "domain", "DNS domain of the cluster, for names of services in metrics; empty: that of the search list in "+agent.ResolvConf)
+	countFlag(flags, &config.Metrics.MaxSeries, "metrics-max-series", "upper limit of the series in a scrape of the agent's own metrics, 5000 to 100000")
 	switchFlag(flags, "profiling", "serve /debug/pprof/ on the status port, to processes of the pod only", &config.Status.Profiling)
 	choiceFlag(flags, &o.level, "log-level", "lowest level that is logged; debug logs each connection and request", "debug", "info", "warn", "error")
 	choiceFlag(flags, &o.format, "log-format", "encoding of the log on standard error", "text", "json")
@@ -212,6 +214,9 @@ func readPod(config *agent.Config) {
 	config.Workload.Pod = pod
 	config.Workload.Probers = os.Getenv("ISTIO_KUBE_APP_PROBERS")
 	config.Workload.ScrapeTargets = os.Getenv("ISTIO_PROMETHEUS_ANNOTATIONS")
+	if config.Workload.ClusterDomain == "" {
+		config.Workload.ClusterDomain = podinfo.ClusterDomain(agent.ResolvConf)
+	}
 	for variable, target := range map[string]*bool{
 		"REWRITE_PROBE_LEGACY_LOCALHOST_DESTINATION": &config.Workload.ProbeLocalhost,
 		"ENABLE_PROBE_KEEPALIVE_CONNECTIONS":         &config.Workload.ProbeKeepAlive,

@@ -5,6 +5,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/iptables"
 )
 
@@ -13,6 +14,8 @@ type backendOptions struct {
 	backend iptables.Backend
 	native  bool
 	forced  iptables.Backend
+
+	backendFlag, nativeFlag, forcedFlag *pflag.Flag // to name them in errors
 }
 
 func (o *backendOptions) bind(flags *pflag.FlagSet) {
@@ -21,15 +24,16 @@ func (o *backendOptions) bind(flags *pflag.FlagSet) {
 	parsedSwitch(flags, &o.native, "native-nftables", "", "same as --backend nftables; overrides --force-iptables-binary")
 	parsed(flags, &o.forced, parseForced, "force-iptables-binary", "", "", "name",
 		"legacy or nft: same as --backend iptables-legacy or iptables-nft")
+	o.backendFlag, o.nativeFlag, o.forcedFlag = flags.Lookup("backend"), flags.Lookup("native-nftables"), flags.Lookup("force-iptables-binary")
 	twin(flags, "native-nftables", "NATIVE_NFTABLES")
 	twin(flags, "force-iptables-binary", "FORCE_IPTABLES_BINARY")
 }
 
 // choose combines the flags.
 func (o *backendOptions) choose() (iptables.Backend, error) {
-	alias, name := o.forced, "--force-iptables-binary"
+	alias, flag := o.forced, o.forcedFlag
 	if o.native {
-		alias, name = iptables.NFTables, "--native-nftables"
+		alias, flag = iptables.NFTables, o.nativeFlag
 	}
 	switch {
 	case o.backend == iptables.Auto:
@@ -37,7 +41,7 @@ func (o *backendOptions) choose() (iptables.Backend, error) {
 	case alias == iptables.Auto, alias == o.backend:
 		return o.backend, nil
 	}
-	return "", fmt.Errorf("--backend %s contradicts %s, which means %s: use one of them", o.backend, name, alias)
+	return "", fmt.Errorf("%s %s contradicts %s, which means %s: use one of them", settingName(o.backendFlag), o.backend, settingName(flag), alias)
 }
 
 func parseBackend(text string) (iptables.Backend, error) {
@@ -48,7 +52,7 @@ func parseBackend(text string) (iptables.Backend, error) {
 	case iptables.IPTables, iptables.IPTablesNFT, iptables.IPTablesLegacy, iptables.NFTables:
 		return b, nil
 	}
-	return "", fmt.Errorf("unknown back end %q: use auto, iptables, iptables-nft, iptables-legacy or nftables", text)
+	return "", fmt.Errorf("unknown back end %s: use auto, iptables, iptables-nft, iptables-legacy or nftables", capture.Quoted(text))
 }
 
 func parseForced(text string) (iptables.Backend, error) {
@@ -60,5 +64,5 @@ func parseForced(text string) (iptables.Backend, error) {
 	case "legacy":
 		return iptables.IPTablesLegacy, nil
 	}
-	return "", fmt.Errorf("unknown flavour of iptables %q: use legacy or nft", text)
+	return "", fmt.Errorf("unknown flavour of iptables %s: use legacy or nft", capture.Quoted(text))
 }

@@ -170,7 +170,7 @@ func recordsWithoutSecrets(ctx context.Context, admin *adminOptions) ([]byte, er
 // installedRules are what a cleanup would remove: everything of ours that is there. Looking changes nothing.
 func installedRules(ctx context.Context, _ *adminOptions) ([]byte, error) {
 	plan, err := iptables.PlanCleanup(ctx)
-	if errors.As(err, new(kernel.MissingCapabilityError)) {
+	if kernel.IsRefused(err) {
 		return nil, errNote{err}
 	}
 	if err != nil {

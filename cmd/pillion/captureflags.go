@@ -184,7 +184,7 @@ func (o *initOptions) readEnvironmentAlone() error {
 			continue // set but empty differs: it captures no group
 		}
 		if err := v.read(text); err != nil {
-			return fmt.Errorf("environment variable %s=%q: %w", v.name, text, err)
+			return fmt.Errorf("environment variable %s=%s: %w", v.name, capture.Quoted(text), err)
 		}
 	}
 	return nil
@@ -212,10 +212,10 @@ func (o *initOptions) parseMode(text string) (capture.Mode, error) {
 	case text == "":
 		return capture.Redirect, nil
 	case o.spec.Compat:
-		o.warnings = append(o.warnings, fmt.Sprintf("-m %q is not a mode: using REDIRECT", text))
+		o.warnings = append(o.warnings, fmt.Sprintf("-m %s is not a mode: using REDIRECT", capture.Quoted(text)))
 		return capture.Redirect, nil
 	}
-	return "", fmt.Errorf("%q is not a mode: use REDIRECT or TPROXY", text)
+	return "", fmt.Errorf("%s is not a mode: use REDIRECT or TPROXY", capture.Quoted(text))
 }
 
 func parseUsers(text string) ([]capture.IDRange, error) {

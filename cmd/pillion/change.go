@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -13,6 +15,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/netns"
 	"github.com/pillion-proxy/pillion/iptables"
 )
@@ -24,6 +27,8 @@ type changeOptions struct {
 	log       logOptions
 	namespace string
 	cniMode   bool
+	// namespaceFlag names the setting of namespace in errors.
+	namespaceFlag *pflag.Flag
 }
 
 func (o *changeOptions) bind(flags *pflag.FlagSet, dryRun string) {
@@ -37,7 +42,7 @@ func (o *changeOptions) bindView(flags *pflag.FlagSet) {
 	o.output = outputText
 	parsed(flags, &o.output, parseOutput, "output", "", string(outputText), "form", "output format: text or json")
 	o.log.bind(flags)
-	parsed(flags, &o.namespace, asItIs, "network-namespace", "", "", "path", "work in this network namespace, such as /proc/4711/ns/net")
+	o.namespaceFlag = parsed(flags, &o.namespace, asItIs, "network-namespace", "", "", "path", "work in this network namespace, such as /proc/4711/ns/net")
 	twin(flags, "network-namespace", "NETWORK_NAMESPACE")
 	parsedSwitch(flags, &o.cniMode, "cni-mode", "", "with --network-namespace: the legacy programs lock the pod instead of the machine")
 	twin(flags, "cni-mode", "CNI_MODE")
@@ -50,7 +55,7 @@ func (o *changeOptions) inNamespace(fn func() error) error {
 	}
 	namespace, err := netns.Open(o.namespace)
 	if err != nil {
-		return fmt.Errorf("--network-namespace: %w", err)
+		return o.namespaceError(err)
 	}
 	defer namespace.Close()
 	if o.cniMode {
@@ -59,7 +64,25 @@ func (o *changeOptions) inNamespace(fn func() error) error {
 			return fmt.Errorf("--cni-mode: %w", err)
 		}
 	}
-	return namespace.Do(fn)
+	entered := false
+	err = namespace.Do(func() error {
+		entered = true
+		return fn()
+	})
+	if err != nil && !entered {
+		return o.namespaceError(err)
+	}
+	return err
+}
+
+// namespaceError is an error about the selected network namespace.
+func (o *changeOptions) namespaceError(err error) error {
+	cause := cmp.Or(errors.Unwrap(err), err)
+	remedy := "use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod"
+	if errors.Is(err, os.ErrPermission) {
+		remedy = "CAP_SYS_ADMIN is needed in the user namespaces of this process and of that namespace"
+	}
+	return fmt.Errorf("%s %s: %w: %s", settingName(o.namespaceFlag), capture.Quoted(o.namespace), cause, remedy)
 }
 
 // carryOut makes a plan, commits or only prints it, and reports the result.
@@ -124,7 +147,7 @@ func parseOutput(text string) (output, error) {
 	case outputText, outputJSON:
 		return o, nil
 	}
-	return "", fmt.Errorf("unknown output format %q: use text or json", text)
+	return "", fmt.Errorf("unknown output format %s: use text or json", capture.Quoted(text))
 }
 
 // logOptions are the log flags that injectors set.
@@ -162,7 +185,7 @@ func parseLogLevel(text string) (slog.Level, error) {
 		}
 		level, ok := levels[name]
 		if !ok {
-			return 0, fmt.Errorf("%q is not a log level: use debug, info, warn, error, fatal or none", item)
+			return 0, fmt.Errorf("%s is not a log level: use debug, info, warn, error, fatal or none", capture.Quoted(item))
 		}
 		if scope == "default" || scope == "all" {
 			result = level

@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"github.com/spf13/pflag"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
 const (
@@ -41,7 +43,7 @@ func applyEnvironment(flags *pflag.FlagSet) error {
 				continue
 			}
 			if err := flags.Set(flag.Name, value); err != nil {
-				failed = fmt.Errorf("environment variable %s=%q (for --%s): %w", variable, value, flag.Name, err)
+				failed = fmt.Errorf("environment variable %s=%s (for --%s): %w", variable, capture.Quoted(value), flag.Name, shortened(err))
 				return
 			}
 			flag.Annotations[setByAnnotation] = []string{variable}

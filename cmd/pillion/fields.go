@@ -41,6 +41,7 @@ var fieldNames = map[string]string{
 	"AccessLog.Filter":                 "--access-log-filter",
 	"AccessLog.TCPStart":               "--access-log-tcp-start",
 	"AccessLog.Interval":               "--access-log-interval",
+	"Metrics.MaxSeries":                "--metrics-max-series",
 	"Status.Profiling":                 "--profiling",
 	"Status.MetricsLocalOnly":          "METRICS_LOCALHOST_ACCESS_ONLY",
 	"Workload.Probers":                 "ISTIO_KUBE_APP_PROBERS",
@@ -48,6 +49,7 @@ var fieldNames = map[string]string{
 	"Workload.ProbeKeepAlive":          "ENABLE_PROBE_KEEPALIVE_CONNECTIONS",
 	"Workload.ProbeHTTP2":              "ISTIO_ENABLE_HTTP2_PROBING",
 	"Workload.ScrapeTargets":           "ISTIO_PROMETHEUS_ANNOTATIONS",
+	"Workload.ClusterDomain":           "--cluster-domain",
 	"Workload.Pod.IP":                  "INSTANCE_IP",
 }
 

@@ -43,7 +43,7 @@ func newIstioIPTables() *cobra.Command {
 		Short: "Like init, with the defaults and verdicts of istio-iptables",
 		Long: `Like init, with the defaults and verdicts of istio-iptables, so that an injector can call it unchanged.
 
-IPv6 gets rules only if the first global address is IPv6, or with --dual-stack. Packets that conntrack calls INVALID are
+IPv6 gets rules only if the first global address is IPv6, or with --dual-stack if any global address is. Packets that conntrack calls INVALID are
 dropped only with --drop-invalid. Every mode except TPROXY means REDIRECT. TPROXY also captures the tunnel port. With DNS
 capture, TCP to port 53 over the loopback is treated like any other destination.
 ` + variablesAlone,
@@ -126,7 +126,10 @@ func (o *initOptions) complete(log *slog.Logger) error {
 	for _, warning := range o.warnings {
 		log.Warn(warning)
 	}
-	if s.Compat && !o.dualStack {
+	switch {
+	case s.Compat && o.dualStack:
+		s.IPv6 = capture.IPv6WhenUsed
+	case s.Compat:
 		s.IPv6 = capture.IPv6WhenFirst
 	}
 	if s.RedirectDNS && !s.CaptureAllDNS {

@@ -106,6 +106,8 @@ func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "pod")
 	before := state(t, ns)
+	long := strings.Repeat("x", 1000)
+	cut := `"` + long[:64] + `"…`
 	const (
 		notAPort  = " is not a port: use a number from 1 to 65535"
 		notPorts  = notAPort + ", or a range such as 8000:9000"
@@ -146,7 +148,21 @@ func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
 		{args: "init --backend=nft", code: 1, want: `invalid argument "nft" for "--backend" flag: unknown back end "nft": use auto, iptables, iptables-nft, iptables-legacy or nftables`},
 		{args: "init --backend=iptables --native-nftables", code: 1, want: `--backend iptables contradicts --native-nftables, which means nftables: use one of them`},
 		{args: "init --backend=nftables --force-iptables-binary=legacy", code: 1, want: `--backend nftables contradicts --force-iptables-binary, which means iptables-legacy: use one of them`},
-		{args: "init --network-namespace=/nowhere", code: 1, want: `--network-namespace: opening network namespace /nowhere: no such file or directory`},
+		{args: "init --network-namespace=/nowhere", code: 1, want: `--network-namespace "/nowhere": no such file or directory: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
+		{args: "init --network-namespace=/proc/version", code: 1, want: `--network-namespace "/proc/version": invalid argument: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
+		{args: "cleanup", environment: "NETWORK_NAMESPACE=/proc/version", code: 1, want: `NETWORK_NAMESPACE "/proc/version": invalid argument: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
+		{args: "init -m TPROXY -t 0x53a", code: 1, want: `-t 0x53a: use a mark other than 0 and 1338; the rules use 1338 themselves`},
+		{args: "init -m TPROXY", environment: "ISTIO_INBOUND_TPROXY_MARK=0", code: 1, want: `ISTIO_INBOUND_TPROXY_MARK 0: use a mark other than 0 and 1338; the rules use 1338 themselves`},
+		{args: "init -m TPROXY", environment: "ISTIO_INBOUND_TPROXY_ROUTE_TABLE=0xff", code: 1, want: `ISTIO_INBOUND_TPROXY_ROUTE_TABLE 0xff: use a separate routing table; 0 and 253 to 255 belong to the kernel`},
+		{args: "init", environment: "ISTIO_INBOUND_TPROXY_MARK=main", code: 1, want: `environment variable ISTIO_INBOUND_TPROXY_MARK="main" (for --istio-inbound-tproxy-mark): invalid argument "main" for "-t, --istio-inbound-tproxy-mark" flag: "main" is not a number: use a decimal one such as 1337 or a hexadecimal one such as 0x539, of 32 bits`},
+		{args: "init --backend=iptables", environment: "NATIVE_NFTABLES=true", code: 1, want: `--backend iptables contradicts NATIVE_NFTABLES, which means nftables: use one of them`},
+		{args: "init -b " + long, code: 1, want: `invalid argument ` + cut + ` for "-b, --istio-inbound-ports" flag: ` + cut + notPorts},
+		{args: "init -c " + long, code: 1, want: `invalid argument ` + cut + ` for "-c, --istio-exclude-interfaces" flag: ` + cut + ` is not an interface: use a name of at most 15 letters, digits, "_", ".", "@" and "-"; a "+" at its end is a wildcard`},
+		{args: "init -m " + long, code: 1, want: `invalid argument ` + cut + ` for "-m, --istio-inbound-interception-mode" flag: ` + cut + ` is not a mode: use REDIRECT or TPROXY`},
+		{args: "init --network-namespace " + long, code: 1, want: `--network-namespace ` + cut + `: file name too long: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
+		{args: "init " + long, code: 255, want: `unexpected argument ` + cut + `: values belong to flags`},
+		{args: "init", environment: "ISTIO_SERVICE_CIDR=" + long, code: 1, want: `environment variable ISTIO_SERVICE_CIDR=` + cut + ` (for --istio-service-cidr): invalid argument ` + cut + ` for "-i, --istio-service-cidr" flag: ` + cut + notANet},
+		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE=*," + long, code: 1, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE="*,` + long[:62] + `"…: "*,` + long[:62] + `"…` + starAlone},
 		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS=nobody-of-that-name", code: 1, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS="nobody-of-that-name": "nobody-of-that-name" is neither a number nor a known name: use a number such as 1337, or a range such as 1337-1340`},
 		{args: "init", environment: "ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE=*", code: 1, want: `environment variable ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE="*": "*"` + starAlone},
 		{args: "istio-iptables", environment: "ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR=10.0.0.0/8", code: 1, want: `environment variable ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR="10.0.0.0/8": "10.0.0.0/8" is not an IPv4 loopback network: use one in 127.0.0.0/8, such as 127.0.0.1/32`},
@@ -193,8 +209,8 @@ func TestInitByTheInjectorsArgumentsAndCleanup(t *testing.T) {
 		t.Helper()
 		return pillion(t, ns, nil, nil, append([]string{command}, injectorArguments...)...)
 	}
-	expect("first run", run("istio-iptables"), "ipv4 rules installed in nft (16 changes)\n")
-	expect("first run of init", run("init"), "ipv4 rules installed in nft (2 changes), ipv6 rules installed in nft (20 changes), ::6 added to lo\n")
+	expect("first run", run("istio-iptables"), "ipv4 rules installed in nft (15 changes)\n")
+	expect("first run of init", run("init"), "ipv4 rules installed in nft (3 changes), ipv6 rules installed in nft (20 changes), ::6 added to lo\n")
 	expect("second run", run("init"), "nothing to change: the rules are installed\n")
 	ns.MustRun(t, "iptables-nft", "-t", "nat", "-F", "PILLION_IN_REDIRECT")
 	expect("repair", run("init"), "ipv4 rules installed in nft (1 change)\n")
@@ -295,7 +311,7 @@ func TestJSONTellsProgramsWhatHappened(t *testing.T) {
 func TestAMissingCapabilityIsNamed(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "pod")
-	const missing = "is missing: run as root with capabilities.add: [NET_ADMIN, NET_RAW] in the container's securityContext"
+	const missing = "is missing: set capabilities.add: [NET_ADMIN, NET_RAW] in the container's securityContext"
 	without := func(capability string) []string {
 		return []string{"setpriv", "--bounding-set", "-" + capability, "--inh-caps", "-" + capability}
 	}
@@ -322,7 +338,7 @@ func TestAMissingCapabilityIsNamed(t *testing.T) {
 	fresh := nettest.New(t, "fresh")
 	got = pillion(t, fresh, nil, without("net_raw"), "init", "-i", "*", "--backend", "iptables-legacy")
 	if got.code != 1 || got.stderr != "pillion: error: capability CAP_NET_RAW "+missing+"\n" {
-		t.Errorf("legacy, as asked for, without CAP_NET_RAW: got %+v", got)
+		t.Errorf("legacy, as required, without CAP_NET_RAW: got %+v", got)
 	}
 	legacyAlone := t.TempDir()
 	for _, name := range []string{"iptables", "ip6tables"} {
@@ -335,7 +351,7 @@ func TestAMissingCapabilityIsNamed(t *testing.T) {
 	}
 	got = pillion(t, fresh, []string{"PATH=" + legacyAlone}, without("net_raw"), "init", "-i", "*")
 	if got.code != 0 || !strings.Contains(got.stdout, "rules installed in nftables") || !strings.Contains(got.stderr, "because iptables is not usable: capability CAP_NET_RAW is missing") {
-		t.Errorf("legacy, which nobody asked for, without CAP_NET_RAW: got %+v", got)
+		t.Errorf("legacy by default, without CAP_NET_RAW: got %+v", got)
 	}
 	ns.MustRun(t, "iptables-legacy-save", "-t", "nat")
 	got = pillion(t, ns, nil, without("net_raw"), "init", "-i", "*")
@@ -381,7 +397,7 @@ func TestCapturingNothingIsWarnedOf(t *testing.T) {
 
 func TestEverythingThatTheEnvironmentAloneCanSay(t *testing.T) {
 	nettest.RequireRoot(t)
-	ns := nettest.New(t, "pod")
+	ns, _ := nettest.PodAndPeer(t)
 	environment := []string{
 		"KUBE_VIRT_INTERFACES=vm0", "ISTIO_INBOUND_INTERCEPTION_MODE=TPROXY", "ISTIO_INBOUND_PORTS=8080", "ISTIO_INBOUND_TPROXY_MARK=0x7b",
 		"ISTIO_INBOUND_TPROXY_ROUTE_TABLE=200", "ISTIO_SERVICE_CIDR=*", "ISTIO_META_DNS_CAPTURE=true", "REDIRECT_DNS=false", "CAPTURE_ALL_DNS=true",
@@ -402,7 +418,7 @@ func TestEverythingThatTheEnvironmentAloneCanSay(t *testing.T) {
 	}
 	got = pillion(t, ns, []string{"ISTIO_OUTBOUND_OWNER_GROUPS="}, nil, "init", "-n", "-i", "*")
 	if got.code != 0 || strings.Contains(got.stdout, "PILLION_REDIRECT") {
-		t.Errorf("a set but empty list of groups is nobody: got %+v", got)
+		t.Errorf("a set but empty list of groups captures no group: got %+v", got)
 	}
 }
 
@@ -451,10 +467,10 @@ func TestTheWaysOfIstioIPTables(t *testing.T) {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 	got = pillion(t, ns, nil, nil, arguments("-m", "tproxy", "--reconcile", "--force-apply", "--log_target=stdout", "--log_target=/x", "--vklog=9", "what", "ever")...)
-	if got.code != 0 || !strings.Contains(got.stderr, `-m \"tproxy\" is not a mode: using REDIRECT`) || !strings.Contains(got.stdout, "16 changes") {
+	if got.code != 0 || !strings.Contains(got.stderr, `-m \"tproxy\" is not a mode: using REDIRECT`) || !strings.Contains(got.stdout, "15 changes") {
 		t.Errorf("got %+v", got)
 	}
-	if got := pillion(t, ns, nil, nil, arguments("--cleanup-only")...); got.code != 0 || got.stdout != "ipv4 rules removed from nft (20 changes)\n" {
+	if got := pillion(t, ns, nil, nil, arguments("--cleanup-only")...); got.code != 0 || got.stdout != "ipv4 rules removed from nft (19 changes)\n" {
 		t.Errorf("--cleanup-only: got %+v", got)
 	}
 	if after := state(t, ns); after != before {

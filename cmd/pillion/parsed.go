@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
 // parsed adds a flag that is parsed when it is set, so that an error names the flag or variable. *into must already have the
@@ -24,7 +27,7 @@ func parsedSwitch(flags *pflag.FlagSet, into *bool, name, short, usage string) {
 func parseSwitch(text string) (bool, error) {
 	on, err := strconv.ParseBool(text)
 	if err != nil {
-		return false, fmt.Errorf("%q is not a boolean: use true or false", text)
+		return false, fmt.Errorf("%s is not a boolean: use true or false", capture.Quoted(text))
 	}
 	return on, nil
 }
@@ -54,6 +57,7 @@ func flagError(cmd *cobra.Command, err error) error {
 	if !errors.As(err, &invalid) {
 		return usageError{err}
 	}
+	err = shortened(err)
 	formal := []string{"bool", "uint16", "duration", "level"}
 	if cmd.Name() == "istio-iptables" && slices.Contains(formal, invalid.GetFlag().Value.Type()) {
 		return usageError{err}
@@ -61,9 +65,18 @@ func flagError(cmd *cobra.Command, err error) error {
 	return err
 }
 
+// shortened cuts the value that pflag repeats in an error.
+func shortened(err error) error {
+	var invalid *pflag.InvalidValueError
+	if !errors.As(err, &invalid) {
+		return err
+	}
+	return &namedError{strings.Replace(err.Error(), strconv.Quote(invalid.GetValue()), capture.Quoted(invalid.GetValue()), 1), err}
+}
+
 func noArguments(_ *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return usageError{fmt.Errorf("unexpected argument %q: values belong to flags", args[0])}
+		return usageError{fmt.Errorf("unexpected argument %s: values belong to flags", capture.Quoted(args[0]))}
 	}
 	return nil
 }

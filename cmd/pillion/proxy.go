@@ -65,6 +65,7 @@ type proxyOptions struct {
 	annotations string // a file
 	istioLevel  string // of log_output_level
 	json        bool
+	domain      string   // of the pod; its part after .svc. is the cluster's
 	unknown     []string // flags that nobody knows
 	idle        []string // keys of the configuration that have no effect
 }
@@ -84,7 +85,8 @@ func (p *proxyOptions) bind(flags *pflag.FlagSet) {
 	textFlag(flags, &p.meshConfig, "meshConfig", "path", "file with Istio's mesh configuration; it may be missing")
 	parsed(flags, &p.istioLevel, parseIstioLevel, "log_output_level", "", "", "level", "least level that is logged, as default:info; --log-level is stronger")
 	parsedSwitch(flags, &p.json, "log_as_json", "", "the same as --log-format json")
-	for _, name := range []string{"domain", "stsPort", "tokenManagerPlugin", "serviceCluster", "proxyLogLevel", "proxyComponentLogLevel",
+	textFlag(flags, &p.domain, "domain", "domain", "the pod's DNS domain, as NAMESPACE.svc.DOMAIN; --cluster-domain overrides it")
+	for _, name := range []string{"stsPort", "tokenManagerPlugin", "serviceCluster", "proxyLogLevel", "proxyComponentLogLevel",
 		"templateFile", "outlierLogPath", "log_target", "log_stacktrace_level", "log_caller"} {
 		textFlag(flags, new(string), name, "text", "has no effect")
 	}
@@ -115,6 +117,9 @@ func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
 	}
 	if err := applyEnvironment(flags); err != nil {
 		return err
+	}
+	if _, domain, found := strings.Cut(p.domain, ".svc."); found && !flags.Changed("cluster-domain") {
+		p.config.Workload.ClusterDomain = domain
 	}
 	config, broken, err := p.readIstio()
 	if err != nil {

@@ -57,6 +57,15 @@ func TestIstiosWordsBecomeTheAgentsConfiguration(t *testing.T) {
 		annotations, mesh string
 		holds             func(p *proxyOptions) bool
 	}{
+		"domain": {args: []string{"sidecar", "--domain", "shop.svc.k8s.example"}, holds: func(p *proxyOptions) bool {
+			return p.config.Workload.ClusterDomain == "k8s.example"
+		}},
+		"cluster domain overrides domain": {args: []string{"sidecar", "--domain", "shop.svc.k8s.example", "--cluster-domain", "other.example"}, holds: func(p *proxyOptions) bool {
+			return p.config.Workload.ClusterDomain == "other.example"
+		}},
+		"domain without a cluster": {args: []string{"sidecar", "--domain", "shop"}, holds: func(p *proxyOptions) bool {
+			return p.config.Workload.ClusterDomain == ""
+		}},
 		"nothing is said": {holds: func(p *proxyOptions) bool {
 			return p.config.Ports.Status == 15020 && p.config.Interception.Mode == capture.Redirect && drain(5*time.Second, 20*time.Second)(p)
 		}},

@@ -15,7 +15,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/terminal"
 	"github.com/pillion-proxy/pillion/iptables"
 	"github.com/pillion-proxy/pillion/iptables/report"
-	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
 // newRules is `pillion rules`. Its commands change nothing.
@@ -86,22 +85,23 @@ func (o *viewOptions) readSpec(flags *pflag.FlagSet, log *slog.Logger) error {
 	return nameSettings(flags, o.spec.Validate())
 }
 
-// rules returns the planned rules if a flag of init is set, else those in force.
-func (o *viewOptions) rules(cmd *cobra.Command, log *slog.Logger) ([]ruleset.Held, error) {
+// rules returns the planned rules if a flag of init is set, else those in force, with the chains of others.
+func (o *viewOptions) rules(cmd *cobra.Command, log *slog.Logger) (iptables.Live, error) {
 	for _, group := range o.capture {
 		group.flags.VisitAll(func(flag *pflag.Flag) { o.planned = o.planned || flag.Changed })
 	}
 	if o.planned {
 		if err := o.readSpec(cmd.Flags(), log); err != nil {
-			return nil, err
+			return iptables.Live{}, err
 		}
-		return iptables.Planned(o.spec)
+		planned, err := iptables.Planned(o.spec)
+		return iptables.Live{Held: planned}, err
 	}
 	live, err := iptables.Look(cmd.Context())
 	for _, warning := range live.Warnings {
 		log.Warn(warning)
 	}
-	return live.Held, err
+	return live, err
 }
 
 // print writes a result in the selected format.
@@ -124,18 +124,18 @@ with --planned, show the rules that init would install.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return o.look(func() error {
-				held, err := o.rules(cmd, o.log.logger(cmd.ErrOrStderr()))
+				live, err := o.rules(cmd, o.log.logger(cmd.ErrOrStderr()))
 				if err != nil {
 					return err
 				}
-				text := report.ShowText(held)
+				text := report.ShowText(live.Held)
 				if text == "" {
 					text = "there are no rules\n"
 				}
 				return o.print(cmd.OutOrStdout(), struct {
 					Planned bool           `json:"planned"`
 					Rules   []report.Shown `json:"rules"`
-				}{o.planned, report.Show(held)}, text)
+				}{o.planned, report.Show(live.Held)}, text)
 			})
 		},
 	}
@@ -215,7 +215,7 @@ mangle and nat, not filter. No packet is sent.
 				question.GID = question.UID
 			}
 			return o.look(func() error {
-				held, err := o.rules(cmd, o.log.logger(cmd.ErrOrStderr()))
+				live, err := o.rules(cmd, o.log.logger(cmd.ErrOrStderr()))
 				if err != nil {
 					return err
 				}
@@ -223,7 +223,7 @@ mangle and nat, not filter. No packet is sent.
 				if err != nil {
 					return err
 				}
-				explanation := report.Explain(packet, held)
+				explanation := report.Explain(packet, live.Held, live.Foreign)
 				return o.print(cmd.OutOrStdout(), explanation, explanation.String())
 			})
 		},
@@ -233,7 +233,7 @@ mangle and nat, not filter. No packet is sent.
 			return func(given string) (uint32, error) {
 				number, err := strconv.ParseUint(given, 10, 32)
 				if err != nil {
-					return 0, fmt.Errorf("%q is not a user or group: use a number such as 1000", given)
+					return 0, fmt.Errorf("%s is not a user or group: use a number such as 1000", capture.Quoted(given))
 				}
 				*into, *text = uint32(number), given
 				return *into, nil

@@ -89,7 +89,7 @@ func TestACheckServesAsAProbe(t *testing.T) {
 			t.Errorf("%s: got %+v", what, got)
 		}
 	}
-	check("nothing there", 1, "missing: ", "-i", "*")
+	check("nothing there", 1, "no rules of pillion are installed: nothing is captured\n", "-i", "*")
 	if after := state(t, ns); after != before {
 		t.Errorf("looking changed something: before:\n%s\nafter:\n%s", before, after)
 	}
@@ -173,7 +173,7 @@ func TestAMissingPartOfIptablesIsNamedWithTheRemedy(t *testing.T) {
 		{"an extension that is not installed", []string{shim("iptables-legacy-restore", `exec iptables-legacy -m nosuchmatch -A OUTPUT`)}, nil, "this iptables lacks an extension: install its whole package"},
 		{"a module that is not there", []string{shim("iptables-legacy-restore", `echo "iptables-restore: line $(grep -n owner | head -1 | cut -d: -f1) failed" >&2; echo "Extension owner revision 0 not supported, missing kernel module?" >&2; exit 4`)},
 			nil, "the kernel lacks support for this rule: load the modules xt_owner, xt_comment on the node"},
-		{"somebody who holds the lock", []string{shim("iptables-legacy-restore", `echo "Another app is currently holding the xtables lock. Stopped waiting after 5s." >&2; exit 4`)},
+		{"a lock that another program holds", []string{shim("iptables-legacy-restore", `echo "Another app is currently holding the xtables lock. Stopped waiting after 5s." >&2; exit 4`)},
 			nil, "another program has held the xtables lock for 5 seconds: try again; the former state is restored"},
 	} {
 		got := pillion(t, ns, test.environment, test.wrapper, "init", "-i", "*", "--force-iptables-binary", "legacy")

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"slices"
 	"strings"
 
 	"github.com/spf13/pflag"
@@ -40,15 +41,19 @@ func specSettings() map[string]string {
 	}
 }
 
-// nameSettings rewrites an error about a field of a capture.Spec to name the setting that the user has used: the
-// environment variable if that set the flag, else the flag, by its shorthand if it has one.
+// nameSettings rewrites an error about a field of a capture.Spec to name the setting that the user has used, and its value
+// as the user wrote it.
 func nameSettings(flags *pflag.FlagSet, err error) error {
 	var field *capture.FieldError
 	if !errors.As(err, &field) {
 		return err
 	}
 	settings := specSettings()
-	text := field.Text(func(field string) string {
+	named := *field
+	if flag := flags.Lookup(settings[field.Field]); flag != nil && flag.Changed && slices.Contains([]string{"number", "port"}, flag.Value.Type()) {
+		named.Value = flag.Value.String() // as it was written, such as 0x539
+	}
+	text := named.Text(func(field string) string {
 		setting := settings[field]
 		flag := flags.Lookup(setting)
 		switch {
@@ -56,12 +61,20 @@ func nameSettings(flags *pflag.FlagSet, err error) error {
 			return field
 		case flag == nil:
 			return setting
-		case len(flag.Annotations[setByAnnotation]) > 0:
-			return flag.Annotations[setByAnnotation][0]
-		case flag.Shorthand != "":
-			return "-" + flag.Shorthand
 		}
-		return "--" + flag.Name
+		return settingName(flag)
 	})
 	return &namedError{strings.Replace(err.Error(), field.Error(), text, 1), err}
+}
+
+// settingName names a flag in an error: the environment variable if that has set the flag, else the flag, by its shorthand
+// if it has one.
+func settingName(flag *pflag.Flag) string {
+	switch {
+	case len(flag.Annotations[setByAnnotation]) > 0:
+		return flag.Annotations[setByAnnotation][0]
+	case flag.Shorthand != "":
+		return "-" + flag.Shorthand
+	}
+	return "--" + flag.Name
 }

@@ -84,13 +84,13 @@ func parseForwardedFor(text string) (httpforward.ForwardedFor, error) {
 	case "off":
 		return httpforward.ForwardedForOff, nil
 	}
-	return 0, fmt.Errorf("%q is unknown: use one of set-if-absent, append, off", text)
+	return 0, fmt.Errorf("%s is unknown: use one of set-if-absent, append, off", capture.Quoted(text))
 }
 
 func parseDuration(text string) (time.Duration, error) {
 	d, err := time.ParseDuration(text)
 	if err == nil && d < 0 {
-		return 0, fmt.Errorf("%q is negative: use 0s or more", text)
+		return 0, fmt.Errorf("%s is negative: use 0s or more", capture.Quoted(text))
 	}
 	if err != nil {
 		return 0, errors.New("not a time span: use a number with a unit, such as 500ms, 10s or 5m")
@@ -138,7 +138,7 @@ func parseServers(text string) (servers []netip.AddrPort, err error) {
 			const domain = 53
 			address, err := netip.ParseAddr(item)
 			if err != nil {
-				return nil, fmt.Errorf("%q is not a server: use an address such as 198.51.100.53 or 198.51.100.53:5353", item)
+				return nil, fmt.Errorf("%s is not a server: use an address such as 198.51.100.53 or 198.51.100.53:5353", capture.Quoted(item))
 			}
 			server = netip.AddrPortFrom(address, domain)
 		}

@@ -112,7 +112,7 @@ func readFlow(t *testing.T, spec capture.Spec, family ruleset.Family, flow strin
 	at := func(place string) netip.Addr {
 		pair, known := places[place]
 		if !known {
-			t.Fatalf("%s: nobody knows where %q is", flow, place)
+			t.Fatalf("%s: unknown place %q", flow, place)
 		}
 		if family == ruleset.IPv6 {
 			return pair[1]
@@ -146,7 +146,7 @@ func readFlow(t *testing.T, spec capture.Spec, family ruleset.Family, flow strin
 	case who == "deliver":
 		p.Src = at(who)
 	case !local:
-		t.Fatalf("%s: nobody knows who %q is", flow, who)
+		t.Fatalf("%s: unknown sender %q", flow, who)
 	}
 	p.UID, p.GID = ids[0], ids[1]
 	if through != "" && p.In != "" {

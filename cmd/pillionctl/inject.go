@@ -1,11 +1,13 @@
 package main
 
 import (
-	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -13,12 +15,50 @@ import (
 	"github.com/pillion-proxy/pillion/internal/inject"
 )
 
-// bindOptions adds the flags of what inject and webhook make.
+// bindOptions adds the flags that inject and webhook share.
 func bindOptions(flags *pflag.FlagSet, o *inject.Options) {
-	flags.StringVar(&o.Image, "image", "pillion", "image of both containers, when a pod's annotations name no other")
-	flags.StringVar(&o.PullPolicy, "image-pull-policy", "", "Always, IfNotPresent or Never; empty leaves it to Kubernetes")
-	flags.StringVar(&o.SidecarName, "sidecar-name", inject.SidecarName, "name of the agent's container; tools look for the default")
-	flags.BoolVar(&o.Classic, "classic", false, "put the agent among the containers, for Kubernetes before 1.29")
+	flags.StringVar(&o.Image, "image", defaultImage, "image of both containers, unless a pod's annotation names another")
+	flags.StringVar(&o.PullPolicy, "image-pull-policy", "", "Always, IfNotPresent or Never; empty: Kubernetes' default")
+	flags.StringVar(&o.SidecarName, "sidecar-name", inject.SidecarName, "name of the agent's container; tools expect the default")
+	flags.BoolVar(&o.Classic, "classic", false, "make the agent an ordinary container, for Kubernetes before 1.29")
+	o.Defaults = make(map[string]string)
+	for _, a := range inject.Annotations {
+		if a.Option != "" {
+			flags.Var(defaultOf{o.Defaults, a.Name}, sidecarFlag(a.Option), "default of the annotation "+a.Name)
+		}
+	}
+}
+
+func sidecarFlag(option string) string { return "sidecar-" + option }
+
+// defaultOf is the flag that sets the default of an annotation.
+type defaultOf struct {
+	of   map[string]string
+	name string
+}
+
+func (d defaultOf) String() string         { return d.of[d.name] }
+func (d defaultOf) Set(value string) error { d.of[d.name] = value; return nil }
+func (d defaultOf) Type() string           { return "value" }
+
+// flagNames are the flags that set the fields of inject.Options.
+var flagNames = map[string]string{
+	"Image": "--image", "PullPolicy": "--image-pull-policy", "SidecarName": "--sidecar-name", "Namespace": "--namespace",
+}
+
+// flagNamed rewrites an error about a field of inject.Options to name the field's flag.
+func flagNamed(err error) error {
+	var field *inject.FieldError
+	if !errors.As(err, &field) {
+		return err
+	}
+	name := flagNames[field.Field]
+	for _, a := range inject.Annotations {
+		if a.Name == field.Field {
+			name = "--" + sidecarFlag(a.Option)
+		}
+	}
+	return fmt.Errorf("%s%w", name, field.Err)
 }
 
 // newInject is `pillionctl inject`.
@@ -28,24 +68,29 @@ func newInject() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "inject -f FILE",
 		Short: "Add the sidecar to the pods of manifests",
-		Long: `Add the sidecar to the pods of manifests: Pod, Deployment, StatefulSet, DaemonSet, ReplicaSet, Job, CronJob, and
-lists of them. Whatever else there is passes unchanged, and so does every byte that need not change. Injecting twice is
-injecting once. If any object cannot be injected nothing is written.`,
+		Long: `Add the sidecar to the pods of manifests: Pod, Deployment, StatefulSet, DaemonSet, ReplicaSet, ReplicationController,
+Job, CronJob, OpenShift's DeploymentConfig, Argo's Rollout, and lists of them. Other objects pass unchanged, and so does
+every byte that need not change. A second injection changes nothing.
+
+Standard error has a line for each object with a pod: injected, or left alone with the reason. If an object cannot be
+injected, nothing is written and the exit status is 1.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := options.Validate(); err != nil {
-				return err
+				return flagNamed(err)
 			}
-			return files.rewrite(cmd, func(text []byte, name string, warn func(string)) ([]byte, error) {
-				return inject.Inject(text, name, options, warn)
+			outcomes, err := files.rewrite(cmd, func(text []byte, name string, report func(inject.Outcome)) (inject.Text, error) {
+				return inject.Inject(text, name, options, report)
 			})
+			warnOfImage(cmd, options, outcomes)
+			return err
 		},
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	files.bind(flags)
 	bindOptions(flags, &options)
-	flags.StringVarP(&options.Namespace, "namespace", "n", "", "namespace of objects that name none (default \"default\")")
+	flags.StringVarP(&options.Namespace, "namespace", "n", "", "namespace of objects without one (default \"default\")")
 	return cmd
 }
 
@@ -54,59 +99,123 @@ func newUninject() *cobra.Command {
 	var files files
 	cmd := &cobra.Command{
 		Use:   "uninject -f FILE",
-		Short: "Take the sidecar out again",
-		Long:  `Take the sidecar out again. What "pillionctl inject" has written becomes what it was, byte for byte.`,
+		Short: "Remove the sidecar",
+		Long:  `Remove the sidecar. The output of "pillionctl inject" is restored byte for byte.`,
 		Args:  noArguments,
-		RunE:  func(cmd *cobra.Command, _ []string) error { return files.rewrite(cmd, inject.Uninject) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := files.rewrite(cmd, inject.Uninject)
+			return err
+		},
 	}
 	cmd.Flags().SortFlags = false
 	files.bind(cmd.Flags())
 	return cmd
 }
 
-// files are what is read, and where the result goes.
+// files names the input and the output.
 type files struct {
 	from []string
 	to   string
 }
 
+// toJSON is the output that is a report in place of the manifests.
+const toJSON = "json"
+
 func (f *files) bind(flags *pflag.FlagSet) {
-	flags.StringArrayVarP(&f.from, "filename", "f", nil, "a file of YAML or JSON, - for standard input; may be given many times")
-	flags.StringVarP(&f.to, "output", "o", "-", "file that is written, - for standard output")
+	flags.StringArrayVarP(&f.from, "filename", "f", nil, "YAML or JSON file, - for standard input; repeatable")
+	flags.StringVarP(&f.to, "output", "o", "-", "output file, - for standard output; json: print a report as JSON and write no manifests")
 }
 
-// rewrite changes all files, and then writes all of them as one stream.
-func (f *files) rewrite(cmd *cobra.Command, change func(text []byte, name string, warn func(string)) ([]byte, error)) error {
+// rewrite changes all files and then writes them as one stream.
+func (f *files) rewrite(cmd *cobra.Command, change func([]byte, string, func(inject.Outcome)) (inject.Text, error)) ([]inject.Outcome, error) {
 	if len(f.from) == 0 {
-		return usageError{errors.New("no input: name a file by -f, or - for standard input")}
+		return nil, usageError{errors.New("no input: name a file with -f; - is standard input")}
 	}
-	warn := func(text string) { fmt.Fprintln(cmd.ErrOrStderr(), "pillionctl: warning:", text) }
-	var out bytes.Buffer
+	outcomes := []inject.Outcome{}
+	var out inject.Text
 	var failed []error
 	for _, name := range f.from {
+		if name == "-" {
+			name = "standard input"
+		}
 		text, err := f.read(cmd.InOrStdin(), name)
 		if err == nil {
-			text, err = change(text, name, warn)
+			var changed inject.Text
+			changed, err = change(text, name, func(o inject.Outcome) { outcomes = append(outcomes, o) })
+			out = join(out, changed)
 		}
 		if err != nil {
 			failed = append(failed, err)
-			continue
 		}
-		join(&out, text)
 	}
-	if err := errors.Join(failed...); err != nil {
-		return err
+	err := errors.Join(failed...)
+	if f.to == toJSON {
+		return outcomes, errors.Join(writeReport(cmd.OutOrStdout(), outcomes), err)
+	}
+	printOutcomes(cmd.ErrOrStderr(), outcomes, err == nil)
+	if err != nil {
+		return outcomes, err
 	}
 	if f.to == "-" {
-		_, err := cmd.OutOrStdout().Write(out.Bytes())
+		_, err = out.WriteTo(cmd.OutOrStdout())
+		return outcomes, err
+	}
+	return outcomes, writeFile(f.to, out)
+}
+
+// writeReport prints the outcomes as JSON.
+func writeReport(to io.Writer, outcomes []inject.Outcome) error {
+	encoder := json.NewEncoder(to)
+	encoder.SetIndent("", "  ")
+	encoder.SetEscapeHTML(false)
+	return encoder.Encode(struct {
+		Objects []inject.Outcome `json:"objects"`
+	}{outcomes})
+}
+
+// printOutcomes prints a line for each object and each warning. Without written
+// manifests, only the warnings hold.
+func printOutcomes(to io.Writer, outcomes []inject.Outcome, written bool) {
+	for _, o := range outcomes {
+		switch {
+		case !written:
+		case o.Reason != "":
+			fmt.Fprintf(to, "%s: %s: %s\n", o.Object(), o.Action, o.Reason)
+		default:
+			fmt.Fprintf(to, "%s: %s\n", o.Object(), o.Action)
+		}
+		for _, warning := range o.Warnings {
+			fmt.Fprintf(to, "%s: warning: %s\n", o.Object(), warning)
+		}
+	}
+	if written && len(outcomes) == 0 {
+		fmt.Fprintln(to, "pillionctl: warning: no object has a pod")
+	}
+}
+
+// defaultImage is the name that `make image` gives the image, without a registry.
+const defaultImage = "pillion"
+
+// warnOfImage warns if injected pods have the default image.
+func warnOfImage(cmd *cobra.Command, options inject.Options, outcomes []inject.Outcome) {
+	used := slices.ContainsFunc(outcomes, func(o inject.Outcome) bool { return o.Image == options.Image })
+	if used && !cmd.Flags().Changed("image") {
+		fmt.Fprintf(cmd.ErrOrStderr(), "pillionctl: warning: the image %q names no registry: set --image, unless the nodes have it\n", options.Image)
+	}
+}
+
+func writeFile(name string, text inject.Text) error {
+	file, err := os.Create(name)
+	if err != nil {
 		return err
 	}
-	return os.WriteFile(f.to, out.Bytes(), 0o644)
+	_, err = text.WriteTo(file)
+	return errors.Join(err, file.Close())
 }
 
 func (f *files) read(stdin io.Reader, name string) ([]byte, error) {
-	if name == "-" {
-		return inject.Read(stdin, "standard input")
+	if name == "standard input" {
+		return inject.Read(stdin, name)
 	}
 	file, err := os.Open(name)
 	if err != nil {
@@ -116,15 +225,15 @@ func (f *files) read(stdin io.Reader, name string) ([]byte, error) {
 	return inject.Read(file, name)
 }
 
-// join puts a line of --- between files, unless there is one.
-func join(out *bytes.Buffer, text []byte) {
-	if out.Len() > 0 && len(text) > 0 {
-		if !bytes.HasSuffix(out.Bytes(), []byte("\n")) {
-			out.WriteByte('\n')
+// join appends text and separates files by a line of ---.
+func join(out, text inject.Text) inject.Text {
+	if len(out) > 0 && len(text) > 0 {
+		if !strings.HasSuffix(out[len(out)-1], "\n") {
+			out = append(out, "\n")
 		}
-		if !bytes.HasPrefix(text, []byte("---")) {
-			out.WriteString("---\n")
+		if !strings.HasPrefix(text[0], "---") {
+			out = append(out, "---\n")
 		}
 	}
-	out.Write(text)
+	return append(out, text...)
 }

@@ -1,8 +1,8 @@
-// Command pillionctl is for those who put pillion into pods: it injects manifests, takes injections out again, and
-// serves the admission webhook that injects pods as they are created.
+// Command pillionctl adds pillion to manifests, removes it again, and serves the admission webhook that injects pods as
+// they are created.
 //
-// This package is the front door: it turns flags into what internal/inject is to do, and its errors into exit codes. It
-// is a program of its own because what it needs has no business in a sidecar.
+// This package translates flags into calls of internal/inject, and errors into exit codes. It is a separate program to
+// keep its dependencies out of the sidecar.
 package main
 
 import (
@@ -14,21 +14,21 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// Exit codes, as those of pillion.
+// Exit codes, the same as pillion's.
 const (
 	exitOK      = 0
 	exitFailure = 1
 	exitUsage   = 255
 )
 
-// version is stamped by the build.
+// version is set by the build.
 var version = "devel"
 
 func main() {
 	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 
-// usageError is an error of the command line's form.
+// usageError is an error in the form of the command line.
 type usageError struct{ error }
 
 // run executes the command line args (without the program's name) and returns the exit code.
@@ -53,7 +53,7 @@ func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "pillionctl",
 		Version:       version,
-		Short:         "Put pillion into pods",
+		Short:         "Add pillion to pods",
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
@@ -65,7 +65,7 @@ func newRoot() *cobra.Command {
 
 func noArguments(cmd *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return usageError{fmt.Errorf("%s takes no arguments, and %q is one", cmd.CommandPath(), args[0])}
+		return usageError{fmt.Errorf("unexpected argument %q for %s", args[0], cmd.CommandPath())}
 	}
 	return nil
 }

@@ -2,14 +2,17 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"flag"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
 	"github.com/spf13/pflag"
 
+	"github.com/pillion-proxy/pillion/internal/inject"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
@@ -23,7 +26,7 @@ const (
 	service = "kind: Service # kept"
 )
 
-// ran is what a run has left.
+// ran is the result of a run.
 type ran struct {
 	code           int
 	stdout, stderr string
@@ -44,14 +47,14 @@ func file(t *testing.T, name, content string) string {
 	return path
 }
 
-func TestFilesBecomeOneStreamAndBack(t *testing.T) {
+func TestFilesBecomeOneStreamAndAreRestored(t *testing.T) {
 	first, second := file(t, "service.yaml", service), file(t, "pod.yaml", pod)
-	in := runWith(pod, "inject", "-f", first, "-f", second, "-f", "-")
-	if in.code != 0 || in.stderr != "" || strings.Count(in.stdout, "name: pillion-init") != 2 || !strings.HasPrefix(in.stdout, service+"\n---\n") {
+	in := runWith(pod, "inject", "-f", first, "-f", second, "-f", "-", "--image=registry.example/pillion:1")
+	if in.code != 0 || in.stderr != "Pod a: injected\nPod a: injected\n" || strings.Count(in.stdout, "name: pillion-init") != 2 || !strings.HasPrefix(in.stdout, service+"\n---\n") {
 		t.Fatalf("%+v", in)
 	}
 	out := runWith(in.stdout, "uninject", "-f", "-")
-	if want := service + "\n---\n" + pod + "---\n" + pod; out.stdout != want || out.code != 0 {
+	if want := service + "\n---\n" + pod + "---\n" + pod; out.stdout != want || out.code != 0 || out.stderr != "Pod a: uninjected\nPod a: uninjected\n" {
 		t.Errorf("%+v", out)
 	}
 }
@@ -59,14 +62,70 @@ func TestFilesBecomeOneStreamAndBack(t *testing.T) {
 func TestOneBadObjectIsNamedAndNothingIsWritten(t *testing.T) {
 	good, bad := file(t, "good.yaml", pod), file(t, "bad.yaml", badPod)
 	to := filepath.Join(t.TempDir(), "out.yaml")
-	got := runWith("", "inject", "-f", good, "-f", bad, "-o", to)
+	got := runWith("", "inject", "-f", good, "-f", bad, "-o", to, "--image=registry.example/pillion:1")
 	if _, err := os.Stat(to); err == nil || got.code != 1 || got.stdout != "" ||
-		got.stderr != `pillionctl: error: Pod bad (document 1 of `+bad+`): annotation pillion.dev/log-level: "loud" is not a level: use debug, info, warn or error`+"\n" {
+		got.stderr != `pillionctl: error: Pod bad (line 1 of `+bad+`): annotation pillion.dev/log-level: "loud" is not a level: use debug, info, warn or error`+"\n" {
 		t.Errorf("%v %+v", err, got)
 	}
 	got = runWith("", "inject", "-f", good, "-o", to)
 	if text, err := os.ReadFile(to); err != nil || got.code != 0 || !strings.Contains(string(text), "istio-proxy") {
 		t.Errorf("%v %+v", err, got)
+	}
+}
+
+// The report has one line for each object with a pod. Other objects are not mentioned.
+func TestInjectReportsEachObject(t *testing.T) {
+	objects := "---\nkind: Service\nmetadata: {name: none}\n---\n" + pod + "---\n" + strings.Replace(pod, "spec:\n", "spec:\n  hostNetwork: true\n", 1) +
+		"---\n" + strings.Replace(pod, "image: app", "image: app\n    ports: [{containerPort: 15090}]", 1)
+	got := runWith(objects, "inject", "-f", "-", "--image", "registry.example/pillion:1")
+	want := "Pod a: injected\nPod a: left alone: it uses the node's network (hostNetwork)\nPod a: injected\n" +
+		"Pod a: warning: container app declares port 15090, a port of the sidecar: one of them cannot listen; use another port\n"
+	if got.code != 0 || got.stderr != want {
+		t.Errorf("exit status %d, report\n%swant\n%s", got.code, got.stderr, want)
+	}
+
+	got = runWith("kind: Service\n", "inject", "-f", "-")
+	if got.code != 0 || got.stdout != "kind: Service\n" || got.stderr != "pillionctl: warning: no object has a pod\n" {
+		t.Errorf("without a pod: %+v", got)
+	}
+	got = runWith(pod, "inject", "-f", "-")
+	if want := "Pod a: injected\npillionctl: warning: the image \"pillion\" names no registry: set --image, unless the nodes have it\n"; got.stderr != want {
+		t.Errorf("without --image: %q, want %q", got.stderr, want)
+	}
+}
+
+func TestTheReportInJSONTakesThePlaceOfTheManifests(t *testing.T) {
+	name := file(t, "in.yaml", "kind: Service\n---\n"+pod+"---\n"+badPod)
+	got := runWith("", "inject", "-f", name, "-o", "json", "--image", "i:1")
+	var report struct{ Objects []inject.Outcome }
+	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil {
+		t.Fatalf("%v: %+v", err, got)
+	}
+	want := []inject.Outcome{
+		{File: name, Line: 3, Kind: "Pod", Name: "a", Action: inject.Injected, Image: "i:1"},
+		{File: name, Line: 12, Kind: "Pod", Name: "bad", Action: inject.Failed, Reason: `annotation pillion.dev/log-level: "loud" is not a level: use debug, info, warn or error`},
+	}
+	if got.code != 1 || !reflect.DeepEqual(report.Objects, want) {
+		t.Errorf("exit status %d, %+v, want %+v", got.code, report.Objects, want)
+	}
+	if got = runWith("kind: Service\n", "inject", "-f", "-", "-o", "json"); got.code != 0 || !strings.Contains(got.stdout, `"objects": []`) || got.stderr != "" {
+		t.Errorf("without a pod: %+v", got)
+	}
+}
+
+func TestDefaultsApplyUnlessAPodHasItsOwn(t *testing.T) {
+	own := strings.Replace(pod, "  name: a\n", "  name: a\n  annotations: {pillion.dev/log-level: warn, sidecar.istio.io/proxyMemoryLimit: 24Mi}\n", 1)
+	got := runWith(pod+"---\n"+own, "inject", "-f", "-", "--sidecar-log-level=error", "--sidecar-memory=32Mi", "--sidecar-cpu=50m", "--sidecar-dns-capture=true")
+	first, second, _ := strings.Cut(got.stdout, "\n---\n")
+	for text, want := range map[string][]string{
+		first:  {"PILLION_LOG_LEVEL\n      value: error", "cpu: 50m\n        memory: 32Mi\n      limits:\n        memory: 128Mi", "- \"--redirect-dns\"", "PILLION_DNS_CAPTURE\n      value: \"true\""},
+		second: {"PILLION_LOG_LEVEL\n      value: warn", "cpu: 50m\n        memory: 24Mi\n      limits:\n        memory: 24Mi"},
+	} {
+		for _, want := range want {
+			if !strings.Contains(text, want) {
+				t.Errorf("%+v\nlacks %q", text, want)
+			}
+		}
 	}
 }
 
@@ -76,14 +135,17 @@ func TestTheCommandLineIsChecked(t *testing.T) {
 		code int
 		want string
 	}{
-		{"inject", 255, "no input: name a file by -f, or - for standard input"},
-		{"inject -f x y", 255, `pillionctl inject takes no arguments, and "y" is one`},
+		{"inject", 255, "no input: name a file with -f; - is standard input"},
+		{"inject -f x y", 255, `unexpected argument "y" for pillionctl inject`},
 		{"inject --nonsense", 255, "unknown flag: --nonsense"},
 		{"inject -f /nonexistent", 1, "-f /nonexistent: open /nonexistent: no such file"},
 		{"inject -f - --image=", 1, `--image: "" is not an image`},
 		{"inject -f - --image-pull-policy=Often", 1, `--image-pull-policy "Often": use Always, IfNotPresent or Never`},
 		{"inject -f - --sidecar-name=A_b", 1, `--sidecar-name "A_b": use`},
 		{"inject -f - --namespace=A_b", 1, `--namespace "A_b" is not a namespace`},
+		{"inject -f - --sidecar-memory=lots", 1, `--sidecar-memory: "lots" is not a quantity`},
+		{"inject -f - --sidecar-memory=2Gi --sidecar-memory-limit=1Gi", 1, `--sidecar-memory: "2Gi" is more than the limit of 1Gi`},
+		{"inject -f - --sidecar-access-log-format=%NONE%", 1, `--sidecar-access-log-format: access log format: `},
 		{"webhook --log-level=loud", 1, `--log-level "loud": use debug, info, warn or error`},
 		{"webhook --listen=nowhere", 1, `--listen nowhere: `},
 		{"webhook --listen=127.0.0.1:0 --tls-cert=/nonexistent", 1, "--tls-cert /nonexistent"},
@@ -109,7 +171,7 @@ func TestTheDocumentNamesEveryFlag(t *testing.T) {
 	}
 }
 
-// README shows how to inject: its command works as it stands.
+// The command that README shows works unchanged.
 func TestTheCommandOfREADMEWorks(t *testing.T) {
 	readme, err := os.ReadFile("../../README.md")
 	if err != nil {
@@ -117,7 +179,7 @@ func TestTheCommandOfREADMEWorks(t *testing.T) {
 	}
 	_, command, found := strings.Cut(string(readme), "    bin/pillionctl ")
 	if !found {
-		t.Fatal("README shows none")
+		t.Fatal("README shows no such command")
 	}
 	command, _, _ = strings.Cut(command, "\n")
 	to := filepath.Join(t.TempDir(), "nginx.yaml")

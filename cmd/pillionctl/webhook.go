@@ -21,12 +21,12 @@ func newWebhook() *cobra.Command {
 		Use:   "webhook",
 		Short: "Serve the admission webhook that injects pods as they are created",
 		Long: `Serve the admission webhook that injects pods as they are created: /inject for the API server and /healthz for probes,
-both by TLS. Certificate and key are read anew when their files change. A pod that cannot be injected as its annotations
-ask is refused, with the reason. deploy/kustomize and deploy/helm have all that a cluster needs.`,
+both over TLS. Certificate and key are reloaded when their files change. A pod that cannot be injected as its annotations
+request is refused with the reason. deploy/kustomize and deploy/helm install it.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := options.Validate(); err != nil {
-				return err
+				return flagNamed(err)
 			}
 			var from slog.Level
 			if err := from.UnmarshalText([]byte(level)); err != nil {
@@ -40,16 +40,16 @@ ask is refused, with the reason. deploy/kustomize and deploy/helm have all that 
 			}
 			config.Listener, config.Options = listener, options
 			config.Log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: from}))
-			config.Log.Info("serving", "address", listener.Addr().String())
+			config.Log.Info("webhook started", "address", listener.Addr().String())
 			return inject.Serve(ctx, config)
 		},
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.StringVar(&address, "listen", address, "address and port")
-	flags.StringVar(&config.CertFile, "tls-cert", "/tls/tls.crt", "file of the certificate, PEM")
-	flags.StringVar(&config.KeyFile, "tls-key", "/tls/tls.key", "file of its key, PEM")
+	flags.StringVar(&config.CertFile, "tls-cert", "/tls/tls.crt", "certificate file, PEM")
+	flags.StringVar(&config.KeyFile, "tls-key", "/tls/tls.key", "key file, PEM")
 	bindOptions(flags, &options)
-	flags.StringVar(&level, "log-level", level, "least level that is logged on standard error: debug, info, warn or error")
+	flags.StringVar(&level, "log-level", level, "lowest level to log: debug, info, warn or error")
 	return cmd
 }

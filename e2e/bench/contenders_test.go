@@ -18,21 +18,21 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// kit is what has to be built or found before anything can be measured.
+// kit holds the programs and settings that all measurements share.
 type kit struct {
 	cores   cores
 	pillion string
-	// Who is measured side by side. HAProxy is set up for the kind of traffic, so it stands here as more than one.
-	opaque  []contender
-	bulk    []contender // opaque connections with much to move
-	http    []contender
-	http1   []contender // small requests, where a relay is the least that a proxy can cost
-	latency []contender
-	telling []contender // the same agent, telling of what it sees and not
+	// Contenders by kind of traffic. HAProxy has a configuration for each kind.
+	opaque    []contender
+	bulk      []contender // opaque connections with much data
+	http      []contender
+	http1     []contender // small requests; the relay shows the minimum cost of a proxy
+	latency   []contender
+	telemetry []contender // the agent with and without telemetry
 }
 
-// contender is a proxy under test: what to run, as proxyUser, so that it captures on 15006 and answers on 15021. With
-// nothing to run it is the direct connection.
+// contender is a proxy under test: a command that runs as proxyUser, accepts captured connections on 15006 and answers
+// readiness on 15021. An empty command stands for a direct connection.
 type contender struct {
 	name    string
 	command []string
@@ -46,7 +46,7 @@ const (
 	nameReverseProxy  = "ReverseProxy"
 	namePlain         = "io.Copy"
 	nameDirect        = "direct"
-	nameSilent        = "silent pillion" // without access log, metrics, status and admin
+	nameSilent        = "silent pillion" // no access log, metrics, status and admin ports
 )
 
 var columns = []string{namePillion, nameHAProxy, nameHAProxySplice, nameReverseProxy, namePlain, nameDirect, nameSilent}
@@ -58,8 +58,8 @@ var (
 	haproxyHTTP string
 )
 
-// newKit builds pillion and the two plain proxies and finds HAProxy. Without HAProxy there is little to compare with: that
-// is an error if haproxyNeeded and a missing column otherwise.
+// newKit builds pillion and the two plain proxies and finds HAProxy. If HAProxy is missing, the test fails if haproxyNeeded
+// is set; otherwise its columns are missing.
 func newKit(t testing.TB, haproxyNeeded bool) *kit {
 	t.Helper()
 	nettest.RequireRoot(t)
@@ -73,7 +73,7 @@ func newKit(t testing.TB, haproxyNeeded bool) *kit {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil { // the proxies' user has to reach what is inside
+	if err := os.Chmod(dir, 0o755); err != nil { // the proxies' user must be able to read the files
 		t.Fatal(err)
 	}
 	k.pillion = build(t, dir, "pillion", "../../cmd/pillion")
@@ -90,13 +90,13 @@ func newKit(t testing.TB, haproxyNeeded bool) *kit {
 	k.http1 = slices.Concat(k.http, []contender{relay})
 	silent := contender{nameSilent, append(slices.Clone(pillion.command),
 		"--access-log", "off", "--status-port", "0", "--metrics-port", "0", "--admin-port", "0")}
-	k.telling = []contender{pillion, silent}
+	k.telemetry = []contender{pillion, silent}
 	k.latency = slices.Concat(k.http, []contender{{name: nameDirect}})
 	return k
 }
 
-// findHAProxy returns HAProxy for opaque connections, the same with splice, and HAProxy for HTTP; none where it is not
-// installed.
+// findHAProxy returns HAProxy for opaque connections, the same with splice, and HAProxy for HTTP. The slices are empty if it
+// is not installed.
 func findHAProxy(t testing.TB, dir string, needed bool) (tcp, splicing, http []contender) {
 	t.Helper()
 	program, err := exec.LookPath("haproxy")
@@ -118,7 +118,7 @@ func findHAProxy(t testing.TB, dir string, needed bool) (tcp, splicing, http []c
 
 func (c contender) direct() bool { return c.command == nil }
 
-// build builds a program as it is released and returns where it is.
+// build builds a program with the flags of a release and returns its path.
 func build(t testing.TB, dir, name, pkg string) string {
 	t.Helper()
 	path := filepath.Join(dir, name)
@@ -139,14 +139,14 @@ func writeConfig(t testing.TB, dir, name, config string) string {
 	return path
 }
 
-// haproxyVersion is for the table's last line.
+// haproxyVersion returns HAProxy's version for the table's last line.
 func haproxyVersion() string {
 	out, _ := exec.Command("haproxy", "-v").Output()
 	return string(regexp.MustCompile(`\d+\.\d+\.\d+`).Find(out))
 }
 
-// start runs a contender in the pod, on the proxy's core, until the scope ends, and returns it ready. For the direct
-// connection there is nothing to start.
+// start runs a contender in the pod, on the proxy's core, until the scope ends, and returns it when it is ready. It returns
+// nil for the direct connection.
 func (c contender) start(t testing.TB, w *world) *proxy {
 	t.Helper()
 	if c.direct() {
@@ -157,8 +157,8 @@ func (c contender) start(t testing.TB, w *world) *proxy {
 	return &proxy{pid: process.Cmd.Process.Pid}
 }
 
-// startupTime runs a contender on any core with as many threads as it likes, as a pod would, and returns the time from
-// before exec to its first positive answer.
+// startupTime runs a contender without limits on cores and threads, as in a pod, and returns the time from exec to its first
+// positive answer.
 func (c contender) startupTime(t testing.TB, pod *nettest.Namespace) (time.Duration, *proxy) {
 	t.Helper()
 	cmd := pod.Command(proxyUser, proxyUser, c.command[0], c.command[1:]...)
@@ -169,10 +169,10 @@ func (c contender) startupTime(t testing.TB, pod *nettest.Namespace) (time.Durat
 	return time.Since(begin), &proxy{pid: process.Cmd.Process.Pid}
 }
 
-// awaitReady asks for readiness from inside the pod, on the loopback, at most every half millisecond.
+// awaitReady polls readiness from inside the pod, on loopback, every half millisecond.
 func awaitReady(t testing.TB, pod *nettest.Namespace, name string, process *nettest.Process) {
 	t.Helper()
-	pod.Do(t, func() error { // the thread stays inside for all attempts: entering costs more than asking
+	pod.Do(t, func() error { // one Do for all attempts: entering the namespace costs more than a request
 		deadline := time.Now().Add(5 * time.Second)
 		for {
 			err := askReady()
@@ -181,17 +181,17 @@ func awaitReady(t testing.TB, pod *nettest.Namespace, name string, process *nett
 			}
 			select {
 			case <-process.Exited():
-				return fmt.Errorf("%s ended instead of getting ready: %v", name, process.Cmd.ProcessState)
+				return fmt.Errorf("%s exited before it was ready: %v", name, process.Cmd.ProcessState)
 			case <-time.After(500 * time.Microsecond):
 			}
 			if time.Now().After(deadline) {
-				return fmt.Errorf("%s is not ready after 5 s: %w", name, err)
+				return fmt.Errorf("%s not ready after 5 s: %w", name, err)
 			}
 		}
 	})
 }
 
-// askReady speaks HTTP by hand: net/http would dial on another goroutine, which is outside the namespace.
+// askReady does not use net/http, because that dials on another goroutine, whose thread is outside the namespace.
 func askReady() error {
 	conn, err := net.DialTimeout("tcp4", "127.0.0.1:15021", time.Second)
 	if err != nil {
@@ -206,7 +206,7 @@ func askReady() error {
 	}
 	head, _, _ := strings.Cut(string(answer), "\r\n")
 	if fields := strings.Fields(head); len(fields) < 2 || fields[1] != fmt.Sprint(http.StatusOK) {
-		return fmt.Errorf("it answers %q", answer)
+		return fmt.Errorf("unexpected answer %q", answer)
 	}
 	return nil
 }

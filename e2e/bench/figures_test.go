@@ -20,17 +20,17 @@ var (
 	only   = flag.String("figures", "", "measure only these, separated by commas: "+strings.Join(figureNames(), ", "))
 )
 
-// sizes says how much of everything is measured.
+// sizes sets the amount of work of each measurement.
 type sizes struct {
-	rounds           int   // of the figures that compare
-	connectionRounds int   // of the cost of a connection, whose target leaves the least room
-	latencyRounds    int   // of latency, which others' work on the machine disturbs most
+	rounds           int   // default number of rounds
+	connectionRounds int   // rounds for the cost of a connection; its target leaves the least room
+	latencyRounds    int   // rounds for latency; it is most sensitive to other work on the machine
 	bulk             int64 // bytes in each direction
-	connections      int64 // short ones
-	traced           int64 // short ones, under strace
+	connections      int64 // short connections
+	traced           int64 // short connections under strace
 	messages         int64
-	requests         int64 // small ones of HTTP, as many as can be
-	paced            int64 // small ones of HTTP, at requestsPerSecond
+	requests         int64 // small HTTP requests at full speed
+	paced            int64 // small HTTP requests at requestsPerSecond
 	idle             int64 // connections
 	settle           time.Duration
 	starts, inits    int
@@ -41,7 +41,7 @@ var fullSizes = sizes{
 	requests: 60_000, paced: 2 * requestsPerSecond, idle: 3000, settle: 3 * time.Second, starts: 11, inits: 15,
 }
 
-// figures are what can be measured, in the table's order.
+// figures are the measurements, in the table's order.
 var figures = []struct {
 	name    string
 	measure func(t testing.TB, k *kit, s sizes) []*row
@@ -52,7 +52,7 @@ var figures = []struct {
 	{"messages", measureMessages},
 	{"idle", measureIdle},
 	{"http1", measureHTTP1},
-	{"telling", measureTelling},
+	{"telemetry", measureTelemetry},
 	{"http2", measureHTTP2},
 	{"http-connections", measureHTTPConnections},
 	{"http-bulk", measureHTTPBulk},
@@ -69,13 +69,13 @@ func figureNames() (names []string) {
 	return names
 }
 
-// progress is where a benchmark tells what it is doing; a test keeps silent.
+// progress receives the progress messages of a benchmark. A test discards them.
 var progress io.Writer = io.Discard
 
-// BenchmarkFigures measures everything that the project promises about its cost and prints the table.
+// BenchmarkFigures measures all promises of the project about its cost and prints the table.
 func BenchmarkFigures(b *testing.B) {
 	if b.N != 1 {
-		b.Fatal("this takes minutes and is measured once: pass -benchtime 1x")
+		b.Fatal("run with -benchtime 1x: one iteration takes minutes")
 	}
 	progress = os.Stdout
 	fmt.Fprintln(progress)
@@ -96,15 +96,15 @@ func BenchmarkFigures(b *testing.B) {
 	}
 }
 
-// turns say who is measured side by side, and how often.
+// turns is a series of rounds in which contenders are measured side by side.
 type turns struct {
 	figure     string
 	contenders []contender
 	rounds     int
 }
 
-// take lets every contender do the same, round by round, each time as a new process in a new world. Each round begins
-// with another contender, so that none always follows the same one.
+// take measures every contender in each round, each time as a new process in a new world. Each round begins with another
+// contender, so that the order varies.
 func (turns turns) take(t testing.TB, k *kit, rows []*row, measure func(t testing.TB, c contender, w *world, p *proxy)) {
 	for round := range turns.rounds {
 		for i := range turns.contenders {
@@ -126,12 +126,12 @@ func (turns turns) take(t testing.TB, k *kit, rows []*row, measure func(t testin
 	}
 }
 
-// cpuOf is the proxy's CPU time for a load, from its start to shortly after its end: what the proxy still does about the
-// last connections counts.
+// cpuOf returns the proxy's CPU time for a load, from its start until shortly after its end, so that the work for closing
+// the last connections is included.
 func cpuOf(t testing.TB, p *proxy, h *helper) time.Duration {
 	t.Helper()
 	const aftermath = 50 * time.Millisecond
-	time.Sleep(aftermath) // the warm-up has one too
+	time.Sleep(aftermath) // excludes the end of the warm-up
 	before := p.cpu(t)
 	h.finish(t)
 	time.Sleep(aftermath)
@@ -150,7 +150,7 @@ func measureBulk(t testing.TB, k *kit, s sizes) []*row {
 	return rows
 }
 
-// atATime is how many connections the load opens, or has under way, together.
+// atATime is the number of connections that the load uses concurrently.
 const atATime = 16
 
 func measureConnections(t testing.TB, k *kit, s sizes) []*row {
@@ -162,12 +162,12 @@ func measureConnections(t testing.TB, k *kit, s sizes) []*row {
 	return []*row{r}
 }
 
-// measureCalls counts the system calls behind the CPU time of a connection. One connection follows the other, so that
-// the count is the same on every machine, or nearly.
+// measureCalls counts the system calls of a connection. The connections are sequential, so that the count hardly depends on
+// the machine.
 func measureCalls(t testing.TB, k *kit, s sizes) []*row {
 	r := &row{title: "system calls per new connection", unit: ""}
 	if _, err := exec.LookPath("strace"); err != nil {
-		fmt.Fprintf(progress, "system calls are not counted: %v\n", err)
+		fmt.Fprintf(progress, "cannot count system calls: %v\n", err)
 		return nil
 	}
 	for _, c := range k.opaque {
@@ -237,7 +237,7 @@ func measureStart(t testing.TB, k *kit, s sizes) []*row {
 			inScope(t, func(t testing.TB) {
 				pod, _ := nettest.PodAndPeer(t)
 				took, p := c.startupTime(t, pod)
-				time.Sleep(100 * time.Millisecond) // whatever it does after it is ready counts as well
+				time.Sleep(100 * time.Millisecond) // includes the memory of work after readiness
 				start.add(c.name, milliseconds(took))
 				memory.add(c.name, float64(p.resident(t))/1e6)
 			})
@@ -248,7 +248,7 @@ func measureStart(t testing.TB, k *kit, s sizes) []*row {
 
 func measureInit(t testing.TB, k *kit, s sizes) []*row {
 	programs := &row{title: "pillion init, with iptables", unit: "ms", promises: []promise{{atMost: 30}}}
-	native := &row{title: "pillion init, with nftables and no program", unit: "ms", promises: []promise{{atMost: 15}}}
+	native := &row{title: "pillion init, with nftables and without programs", unit: "ms", promises: []promise{{atMost: 15}}}
 	rows := map[string]*row{"iptables": programs, "nftables": native}
 	for range s.inits {
 		for backend, r := range rows {
@@ -280,7 +280,7 @@ func measureInit(t testing.TB, k *kit, s sizes) []*row {
 	return measured
 }
 
-// programsStarted counts what init executes besides itself, and whatever that executes.
+// programsStarted returns the number of programs that init and its children execute.
 func programsStarted(t testing.TB, k *kit, backend string) float64 {
 	t.Helper()
 	pod, _ := nettest.PodAndPeer(t)

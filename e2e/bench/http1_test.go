@@ -7,19 +7,18 @@ import (
 	"strconv"
 )
 
-// Both ends of HTTP/1.1, as lean as they can be without knowing the proxy in between: requests and answers are bytes
-// made beforehand, and of what comes only that is read which has to be known.
+// A minimal client and origin for HTTP/1.1: they send precomputed bytes and parse only what they need.
 
-// smallBody is the body of an answer to a small request.
+// smallBody is the body of a response to a small request.
 const smallBody = "a small body, such as a health check or a counter would give.\n" // 62 bytes
 
-// answer1 is an answer's head with the blank line.
+// answer1 returns a response's head with the blank line.
 func answer1(contentLength int64) []byte {
 	return fmt.Appendf(nil, "HTTP/1.1 200 OK\r\nServer: origin\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\n"+
 		"Content-Type: text/plain\r\nContent-Length: %d\r\n\r\n", contentLength)
 }
 
-// request1 is a request's head with the blank line. Only a request with a body has a length.
+// request1 returns a request's head with the blank line, with a Content-Length if there is a body.
 func request1(method, path string, contentLength int64) []byte {
 	length := ""
 	if contentLength > 0 {
@@ -31,17 +30,17 @@ func request1(method, path string, contentLength int64) []byte {
 
 var smallRequest1, smallAnswer1 = request1("GET", "/", 0), append(answer1(int64(len(smallBody))), smallBody...)
 
-// http1Origin answers "GET /" with smallBody, "GET /N" with N bytes, and any request with a Content-Length with
-// smallBody once it has read as much.
+// http1Origin answers "GET /" with smallBody, "GET /N" with N bytes, and a request with a Content-Length with smallBody
+// after it has read the body.
 type http1Origin struct {
 	*socket
-	partial []byte // of a head
-	body    int64  // bytes of a request's body that are still to come
+	partial []byte // incomplete head
+	body    int64  // remaining bytes of a request's body
 }
 
 func newHTTP1Origin(s *socket) reader { return &http1Origin{socket: s} }
 
-// readable ends the connection on any error: the load, or the proxy, will miss an answer.
+// readable closes the connection after an error. The load then misses a response and reports it.
 func (o *http1Origin) readable() error {
 	in, err := o.read()
 	if err == nil {
@@ -81,7 +80,7 @@ func (o *http1Origin) take(in []byte) error {
 	return nil
 }
 
-// answer answers a request without a body, and notes the body of another.
+// answer answers a request without a body; for others it sets o.body.
 func (o *http1Origin) answer(head []byte) (err error) {
 	if bytes.HasPrefix(head, []byte("GET / ")) {
 		return o.write(smallAnswer1)
@@ -103,7 +102,7 @@ func (o *http1Origin) answer(head []byte) (err error) {
 	return err
 }
 
-// contentLength is 0 for a head without one.
+// contentLength returns a head's Content-Length, or 0 without one.
 func contentLength(head []byte) (int64, error) {
 	for line := range bytes.Lines(head) {
 		if name, value, _ := bytes.Cut(line, []byte(":")); bytes.EqualFold(name, []byte("content-length")) {
@@ -113,22 +112,22 @@ func contentLength(head []byte) (int64, error) {
 	return 0, nil
 }
 
-// checkSmall says whether in is a whole answer to smallRequest1, and fails when it will never be one.
+// checkSmall reports whether in is a complete response to smallRequest1. It returns an error if in cannot become one.
 func checkSmall(in []byte) (whole bool, err error) {
 	end := bytes.Index(in, []byte("\r\n\r\n"))
 	if end < 0 || len(in) < end+4+len(smallBody) {
 		return false, nil
 	}
 	if !bytes.HasPrefix(in, []byte("HTTP/1.1 200 ")) || string(in[end+4:]) != smallBody {
-		return false, fmt.Errorf("an answer is %q", in)
+		return false, fmt.Errorf("unexpected response %q", in)
 	}
 	return true, nil
 }
 
-// http1Client has one request under way at a time on a connection in a loop.
+// http1Client sends one request at a time on a connection in a loop.
 type http1Client struct {
 	*socket
-	partial  []byte // of an answer
+	partial  []byte // incomplete response
 	answered func(*http1Client) error
 }
 
@@ -137,7 +136,7 @@ func (c *http1Client) send() error { return c.write(smallRequest1) }
 func (c *http1Client) readable() error {
 	in, err := c.read()
 	if err != nil {
-		return fmt.Errorf("an answer is missing: %w", err)
+		return fmt.Errorf("response missing: %w", err)
 	}
 	if len(c.partial) > 0 {
 		in = append(c.partial, in...)
@@ -151,7 +150,7 @@ func (c *http1Client) readable() error {
 	return c.answered(c)
 }
 
-// dialHTTP1 opens connections of HTTP/1.1 in a new loop. Every answer is handed to answered.
+// dialHTTP1 opens HTTP/1.1 connections in a new loop. answered is called for every response.
 func dialHTTP1(connections int, answered func(*http1Client) error) (*loop, []*http1Client, error) {
 	l, err := newLoop()
 	if err != nil {
@@ -171,7 +170,7 @@ func dialHTTP1(connections int, answered func(*http1Client) error) (*loop, []*ht
 	return l, clients, nil
 }
 
-// http1Load sends the next request on each connection when the last one is answered.
+// http1Load sends the next request on each connection when the previous one is answered.
 func http1Load(connections int, requests int64) load {
 	var l *loop
 	var clients []*http1Client
@@ -207,7 +206,7 @@ func http1Load(connections int, requests int64) load {
 	}
 }
 
-// requestOnce is a connection with one request, which the client closes after the answer.
+// requestOnce opens a connection, sends one request and closes the connection after the response.
 func requestOnce(serial int64) error {
 	conn, err := dial(serial, http1Port)
 	if err != nil {
@@ -217,7 +216,7 @@ func requestOnce(serial int64) error {
 	return request(conn)
 }
 
-// request sends a small request and reads the answer.
+// request sends a small request and reads the response.
 func request(conn *net.TCPConn) error {
 	if _, err := conn.Write(smallRequest1); err != nil {
 		return err
@@ -230,7 +229,7 @@ func awaitSmall(conn *net.TCPConn) error {
 	for n := 0; ; {
 		read, err := conn.Read(buf[n:])
 		if err != nil {
-			return fmt.Errorf("an answer is missing: %w", err)
+			return fmt.Errorf("response missing: %w", err)
 		}
 		n += read
 		if whole, err := checkSmall(buf[:n]); whole || err != nil {
@@ -239,7 +238,7 @@ func awaitSmall(conn *net.TCPConn) error {
 	}
 }
 
-// httpDownloadOnce is a request whose answer has a body of so many bytes.
+// httpDownloadOnce sends a request for a response with a body of size bytes.
 func httpDownloadOnce(size int64) error {
 	conn, err := dial(0, http1Port)
 	if err != nil {
@@ -254,13 +253,13 @@ func httpDownloadOnce(size int64) error {
 	for end < 0 {
 		read, err := conn.Read(buf[n:])
 		if err != nil {
-			return fmt.Errorf("an answer is missing: %w", err)
+			return fmt.Errorf("response missing: %w", err)
 		}
 		n += read
 		end = bytes.Index(buf[:n], []byte("\r\n\r\n"))
 	}
 	if !bytes.HasPrefix(buf, []byte("HTTP/1.1 200 ")) {
-		return fmt.Errorf("the answer begins %q", buf[:end])
+		return fmt.Errorf("unexpected response %q", buf[:end])
 	}
 	left := size - int64(n-end-4)
 	for left > 0 {
@@ -273,7 +272,7 @@ func httpDownloadOnce(size int64) error {
 	return nil
 }
 
-// httpUploadOnce is a request with a body of so many bytes.
+// httpUploadOnce sends a request with a body of size bytes.
 func httpUploadOnce(size int64) error {
 	conn, err := dial(0, http1Port)
 	if err != nil {

@@ -6,10 +6,9 @@ import (
 	"fmt"
 )
 
-// Both ends of HTTP/2 without TLS, with prior knowledge (RFC 9113 §3.3), as lean as those of HTTP/1.1: small requests
-// without a body, answers of smallBody, and field blocks made beforehand. Each request and each answer leaves with a
-// write of its own, as those of independent callers do: streams that moved in step would hide from the proxy most of the
-// reads and writes that it exists for.
+// A minimal client and origin for HTTP/2 without TLS, with prior knowledge (RFC 9113 §3.3): small requests without a body,
+// responses with smallBody, and precomputed field blocks. Each request and each response is a separate write, as from
+// independent callers. Streams that move in lockstep would save the proxy most of its reads and writes.
 
 const clientPreface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -47,7 +46,7 @@ type frame struct {
 
 func (f frame) has(flag byte) bool { return f.flags&flag != 0 }
 
-// content is the payload without what DATA and HEADERS may have around it.
+// content returns the payload of DATA and HEADERS without padding and priority.
 func (f frame) content() ([]byte, error) {
 	content := f.payload
 	padding := 0
@@ -69,8 +68,8 @@ func appendFrame(to []byte, kind, flags byte, stream uint32, payload []byte) []b
 	return append(to, payload...)
 }
 
-// fields is a list of fields in HPACK (RFC 7541), made once. A connection sends first, which enters the fields into the
-// dynamic table, and then again and again, which points at them. Where the other side wants no such table it sends plain.
+// fields is a list of fields in HPACK (RFC 7541), encoded beforehand. A connection sends first once, to add the fields to the
+// dynamic table. Later blocks are again, with references to the table. If the other side disables the table, all are plain.
 type fields struct{ first, again, plain []byte }
 
 // field has a name of the static table and a value of less than 127 bytes.
@@ -79,14 +78,14 @@ type field struct {
 	value string
 }
 
-// newFields makes a list that begins with fields of the static table.
+// newFields returns a list that begins with fields of the static table.
 func newFields(static string, others ...field) fields {
 	const sizeUpdateToZero = "\x20"
 	list := fields{[]byte(static), []byte(static), []byte(sizeUpdateToZero + static)}
 	for i, f := range others {
 		literal := append([]byte{byte(len(f.value))}, f.value...)
 		list.first = append(append(list.first, 0x40|f.name), literal...)
-		list.again = append(list.again, 0x80|byte(62+len(others)-1-i)) // the last to enter is 62
+		list.again = append(list.again, 0x80|byte(62+len(others)-1-i)) // the last one added has index 62
 		if f.name < 15 {
 			list.plain = append(list.plain, f.name)
 		} else {
@@ -97,7 +96,7 @@ func newFields(static string, others ...field) fields {
 	return list
 }
 
-// What a client sends and an origin answers. The bytes of the static table are GET, http and "/", and status 200.
+// The fields of requests and responses. The bytes for the static table mean GET, http and "/", and status 200.
 var (
 	requestFields = newFields("\x82\x86\x84",
 		field{1, fmt.Sprintf("workload.example:%d", http2Port)}, field{58, "load"}, field{19, "*/*"})
@@ -106,18 +105,18 @@ var (
 		field{28, fmt.Sprint(len(smallBody))})
 )
 
-// http2Conn is what both ends have in common.
+// http2Conn is the common part of client and origin.
 type http2Conn struct {
 	*socket
-	skip    int    // bytes to come that are no frames
-	partial []byte // of a frame
-	out     []byte // the frames of one write
+	skip    int    // bytes to skip before the first frame
+	partial []byte // incomplete frame
+	out     []byte // frames for one write
 	fields  fields
 	entered bool // fields are in the dynamic table
-	plain   bool // the other side has no room for a dynamic table
+	plain   bool // the other side does not allow the dynamic table
 }
 
-// take hands each whole frame to serve, except those that it can answer itself.
+// take passes each complete frame to serve, except those that c.serve answers itself.
 func (c *http2Conn) take(in []byte, serve func(frame) error) error {
 	if len(c.partial) > 0 {
 		in = append(c.partial, in...)
@@ -144,7 +143,7 @@ func (c *http2Conn) serve(f frame, others func(frame) error) error {
 	case f.kind == frameReset || f.kind == frameGoAway:
 		return fmt.Errorf("frame %#x on stream %d: %q", f.kind, f.stream, f.payload)
 	case f.kind == frameHeaders && !f.has(flagEndHeaders):
-		return errors.New("a field block that needs more than a frame")
+		return errors.New("field block in more than one frame")
 	case f.kind == framePing && !f.has(flagAck):
 		c.out = appendFrame(c.out, framePing, flagAck, 0, f.payload)
 		return c.flush()
@@ -162,7 +161,7 @@ func (c *http2Conn) serve(f frame, others func(frame) error) error {
 	return others(f)
 }
 
-// appendFields opens, or answers, a stream.
+// appendFields appends a HEADERS frame with c.fields.
 func (c *http2Conn) appendFields(stream uint32, flags byte) {
 	block := c.fields.first
 	switch {
@@ -187,8 +186,8 @@ func (c *http2Conn) flush() error {
 // http2Origin answers every request with smallBody.
 type http2Origin struct {
 	http2Conn
-	window  int      // what the other side takes on the connection; a stream always takes one answer
-	waiting []uint32 // streams whose answer does not fit in it
+	window  int      // send window of the connection; that of a stream always suffices for one response
+	waiting []uint32 // streams that wait for the window
 }
 
 func newHTTP2Origin(s *socket) reader {
@@ -197,7 +196,7 @@ func newHTTP2Origin(s *socket) reader {
 	return o
 }
 
-// readable ends the connection on any error: the load, or the proxy, will miss an answer.
+// readable closes the connection after an error. The load then misses a response and reports it.
 func (o *http2Origin) readable() error {
 	in, err := o.read()
 	if err == nil {
@@ -228,16 +227,16 @@ func (o *http2Origin) answer(f frame) error {
 	return nil
 }
 
-// http2Client has some requests under way at a time on a connection in a loop.
+// http2Client sends several concurrent requests on a connection in a loop.
 type http2Client struct {
 	http2Conn
 	streams uint32 // opened so far
-	greeted bool   // the other side's settings are here, and with them what it takes
-	body    int    // bytes of all answers
+	greeted bool   // the other side's SETTINGS have arrived
+	body    int    // bytes of all responses' bodies
 	ended   func(*http2Client) error
 }
 
-// greet gives the other side a window that no load ever fills: it need not be opened again.
+// greet announces a window that no load fills, so that no further WINDOW_UPDATE is needed.
 func (c *http2Client) greet() error {
 	c.out = append(c.out, clientPreface...)
 	c.out = appendFrame(c.out, frameSettings, 0, 0, nil)
@@ -254,7 +253,7 @@ func (c *http2Client) send() error {
 func (c *http2Client) readable() error {
 	in, err := c.read()
 	if err != nil {
-		return fmt.Errorf("an answer is missing: %w", err)
+		return fmt.Errorf("response missing: %w", err)
 	}
 	return c.take(in, c.serveAnswer)
 }
@@ -268,7 +267,7 @@ func (c *http2Client) serveAnswer(f frame) error {
 		return nil
 	case frameHeaders:
 		if content, err = f.content(); err == nil && !isOK(content) {
-			err = fmt.Errorf("an answer begins % x", content)
+			err = fmt.Errorf("unexpected response % x", content)
 		}
 	case frameData:
 		content, err = f.content()
@@ -282,7 +281,7 @@ func (c *http2Client) serveAnswer(f frame) error {
 	return err
 }
 
-// isOK says whether a field block begins with status 200 from the static table, behind changes of the table's size.
+// isOK reports whether a field block begins with status 200 from the static table, after any table size updates.
 func isOK(block []byte) bool {
 	for len(block) > 0 && block[0]>>5 == 1 {
 		more := block[0] == 0x3f
@@ -293,7 +292,8 @@ func isOK(block []byte) bool {
 	return len(block) > 0 && block[0] == 0x88
 }
 
-// dialHTTP2 opens connections of HTTP/2 in a new loop, as far as the other sides' settings. ended is told of every answer.
+// dialHTTP2 opens HTTP/2 connections in a new loop and waits for the other sides' SETTINGS. ended is called for every
+// response.
 func dialHTTP2(connections int, ended func(*http2Client) error) (*loop, []*http2Client, error) {
 	l, err := newLoop()
 	if err != nil {
@@ -322,7 +322,7 @@ func dialHTTP2(connections int, ended func(*http2Client) error) (*loop, []*http2
 	})
 }
 
-// http2Load sends the next request on each of a connection's streams when the last one is answered.
+// http2Load keeps a number of requests in progress on each connection.
 func http2Load(connections, streams int, requests int64) load {
 	var l *loop
 	var clients []*http2Client
@@ -351,7 +351,7 @@ func http2Load(connections, streams int, requests int64) load {
 			body += c.body
 		}
 		if want := int(answered) * len(smallBody); body != want {
-			return fmt.Errorf("all answers together had %d bytes, not %d", body, want)
+			return fmt.Errorf("responses had %d bytes in all, want %d", body, want)
 		}
 		return nil
 	}

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// streamsEach is how many requests are under way together on each connection of HTTP/2.
+// streamsEach is the number of concurrent requests on each HTTP/2 connection.
 const streamsEach = 16
 
 func measureHTTP1(t testing.TB, k *kit, s sizes) (rows []*row) {
@@ -23,11 +23,11 @@ func measureHTTP1(t testing.TB, k *kit, s sizes) (rows []*row) {
 	return rows
 }
 
-// measureTelling compares with an agent that keeps to itself what it sees.
-func measureTelling(t testing.TB, k *kit, s sizes) []*row {
-	const most = 0.08 // of the whole
-	r := &row{title: "CPU per HTTP/1.1 request, telling of it", unit: "µs", promises: []promise{{1 / (1 - most), nameSilent}}}
-	turns{"telling", k.telling, s.connectionRounds}.take(t, k, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
+// measureTelemetry compares the agent with one that neither logs nor counts.
+func measureTelemetry(t testing.TB, k *kit, s sizes) []*row {
+	const most = 0.08 // maximum share of telemetry in the cost of a request
+	r := &row{title: "CPU per HTTP/1.1 request, telemetry", unit: "µs", promises: []promise{{1 / (1 - most), nameSilent}}}
+	turns{"telemetry", k.telemetry, s.connectionRounds}.take(t, k, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
 		cpu := cpuOf(t, p, w.startLoad(t, "http1", s.requests, 32))
 		r.add(c.name, microseconds(cpu)/float64(s.requests))
 	})
@@ -56,7 +56,7 @@ func measureHTTPConnections(t testing.TB, k *kit, s sizes) []*row {
 }
 
 func measureHTTPBulk(t testing.TB, k *kit, s sizes) []*row {
-	down := &row{title: "CPU per GiB of an answer's body", unit: "s", promises: []promise{{0.5, nameHAProxy}}}
+	down := &row{title: "CPU per GiB of a response's body", unit: "s", promises: []promise{{0.5, nameHAProxy}}}
 	up := &row{title: "CPU per GiB of a request's body", unit: "s", promises: []promise{{0.5, nameHAProxy}}}
 	rows := []*row{down, up}
 	turns{"http-bulk", k.http, s.rounds}.take(t, k, rows, func(t testing.TB, c contender, w *world, p *proxy) {

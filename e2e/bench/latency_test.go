@@ -9,20 +9,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// requestsPerSecond is the pace at which latency is measured: far from what any proxy here can carry, so that it tells
-// what a request costs in time, and not how queues grow.
+// requestsPerSecond is the rate at which latency is measured. It is far below the capacity of every contender, so that the
+// figure shows the time of a request and not the growth of queues.
 const requestsPerSecond = 2000
 
-// schedule sends requests at a fixed pace, no matter how many answers are missing. An answer's latency counts from the
-// moment at which its request was due, so that a proxy which holds everything up pays for all that had to wait.
+// schedule sends requests at a fixed rate, regardless of missing responses. Latency is measured from the time at which the
+// request was due, so that a stall counts for all requests that had to wait.
 type schedule struct {
 	timer     int // a timerfd: epoll_wait counts in milliseconds
 	loop      *loop
-	idle      []*http1Client // the one that has rested longest first
+	idle      []*http1Client // the longest idle first
 	due       map[*http1Client]time.Time
 	begin     time.Time
 	sent      int
-	latencies []time.Duration // capacity: how many there will be
+	latencies []time.Duration // its capacity is the number of requests
 }
 
 func newSchedule(connections int) (*schedule, error) {
@@ -37,7 +37,7 @@ func newSchedule(connections int) (*schedule, error) {
 	return s, s.loop.add(s.timer, s)
 }
 
-// run sends so many requests and waits for the answers.
+// run sends requests and waits for the responses.
 func (s *schedule) run(requests int64) error {
 	const interval = int64(time.Second / requestsPerSecond)
 	s.sent, s.latencies = 0, make([]time.Duration, 0, requests)
@@ -49,7 +49,7 @@ func (s *schedule) run(requests int64) error {
 	return s.loop.run(patience, func() bool { return len(s.latencies) == cap(s.latencies) })
 }
 
-// readable is a tick.
+// readable handles a tick of the timer.
 func (s *schedule) readable() error {
 	var ticks [8]byte
 	if _, err := unix.Read(s.timer, ticks[:]); err != nil && err != unix.EAGAIN {
@@ -58,7 +58,7 @@ func (s *schedule) readable() error {
 	return s.sendDue()
 }
 
-// sendDue sends what is due, as far as there are connections without a request.
+// sendDue sends the requests that are due, as long as there are idle connections.
 func (s *schedule) sendDue() error {
 	for now := time.Now(); len(s.idle) > 0 && s.sent < cap(s.latencies); s.sent++ {
 		due := s.begin.Add(time.Duration(s.sent) * time.Second / requestsPerSecond)
@@ -81,7 +81,7 @@ func (s *schedule) answered(c *http1Client) error {
 	return s.sendDue()
 }
 
-// latencyLoad reports the latencies of half and of 99 in 100 requests, in nanoseconds.
+// latencyLoad reports the 50th and the 99th percentile of latency, in nanoseconds.
 func latencyLoad(connections int, requests int64) load {
 	var s *schedule
 	return load{

@@ -16,14 +16,14 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// A load does its warm-up, prints "warm", waits for a line, does what is measured, prints "done" and what it has to
-// report, if anything, and keeps its connections open until its input ends.
+// A load warms up, prints "warm", waits for a line, runs, prints "done" and its report, if any, and keeps its connections
+// open until its input ends.
 type load struct {
 	warm, run func() error
 	report    func() string // may be nil
 }
 
-// loadSources are the addresses that the load connects from, one after the other, so that no address runs out of ports.
+// loadSources are the addresses that the load connects from in turn, so that no address runs out of ports.
 var loadSources = []string{"198.51.100.11", "198.51.100.12", "198.51.100.13", "198.51.100.14"}
 
 const messageSize = 64
@@ -87,7 +87,7 @@ func runLoad(args []string) error {
 	return nil
 }
 
-// inParallel calls fn n times, with the serial number of the call, from so many goroutines. It returns the first error.
+// inParallel calls fn n times, with the serial number of the call, from a number of workers. It returns the workers' errors.
 func inParallel(workers int, n int64, fn func(serial int64) error) error {
 	var next atomic.Int64
 	errs := make([]error, workers)
@@ -110,7 +110,7 @@ func dial(serial int64, port int) (*net.TCPConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	conn.SetDeadline(time.Now().Add(2 * time.Minute)) // no measurement lasts so long
+	conn.SetDeadline(time.Now().Add(2 * time.Minute)) // longer than any measurement
 	return conn.(*net.TCPConn), nil
 }
 
@@ -149,7 +149,7 @@ func uploadOnce(bytes int64) error {
 	return nil
 }
 
-// exchangeOnce is a short connection: connect, one message there and back, close.
+// exchangeOnce opens a connection, exchanges one message and closes it.
 func exchangeOnce(serial int64) error {
 	conn, err := dial(serial, echoPort)
 	if err != nil {
@@ -168,7 +168,7 @@ func exchange(conn *net.TCPConn) error {
 	return err
 }
 
-// messagesLoad sends messages back and forth on long connections, one worker a connection.
+// messagesLoad exchanges messages on long connections, one worker per connection.
 func messagesLoad(connections int, messages int64) load {
 	conns := make([]*net.TCPConn, connections)
 	each := func(n int64) error {
@@ -194,7 +194,7 @@ func messagesLoad(connections int, messages int64) load {
 	}
 }
 
-// openIdle opens connections to a port, uses each once, and leaves them open.
+// openIdle opens connections to a port, uses each once and leaves them open.
 func openIdle(workers int, connections int64, port int, use func(*net.TCPConn) error) error {
 	kept := make([]*net.TCPConn, connections)
 	err := inParallel(workers, connections, func(serial int64) (err error) {
@@ -217,5 +217,5 @@ func exchangeThrice(conn *net.TCPConn) error {
 	return nil
 }
 
-// idle keeps the connections of openIdle from being collected, and so closed, while the load waits.
+// idle keeps the connections of openIdle reachable, because the garbage collector would close them.
 var idle []*net.TCPConn

@@ -10,15 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// loop serves many sockets from one goroutine, with epoll. The load and the origin of HTTP share a core, on which they
-// have to keep a proxy busy that has a core to itself; goroutines and the runtime's poller would cost too much there.
+// loop serves many sockets from one goroutine, with epoll. The load and the HTTP origin share a core and must saturate a
+// proxy that has a core for itself. Goroutines and the runtime's poller would cost too much.
 type loop struct {
 	epoll   int
 	readers map[int]reader // by descriptor
-	buf     []byte         // for one read; nobody keeps it
+	buf     []byte         // for one read; readers must not keep it
 }
 
-// reader is told that its descriptor has something to read. Its error ends the loop.
+// reader is called when its descriptor is readable. An error ends the loop.
 type reader interface {
 	readable() error
 }
@@ -37,11 +37,10 @@ func (l *loop) add(fd int, r reader) error {
 	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(l.epoll, unix.EPOLL_CTL_ADD, fd, &event))
 }
 
-// patience is how long a load waits for anything to come.
+// patience is the time after which a load without events fails.
 const patience = 20 * time.Second
 
-// run calls readers until done says so. Without patience it waits for ever; otherwise it fails when nothing comes for so
-// long.
+// run calls readers until done returns true. It fails when no event arrives for patience; 0 means no limit.
 func (l *loop) run(patience time.Duration, done func() bool) error {
 	timeout := -1
 	if patience > 0 {
@@ -56,12 +55,12 @@ func (l *loop) run(patience time.Duration, done func() bool) error {
 		case err != nil:
 			return os.NewSyscallError("epoll_wait", err)
 		case n == 0:
-			return fmt.Errorf("nothing came for %v", patience)
+			return fmt.Errorf("no event for %v", patience)
 		}
 		for _, event := range events[:n] {
 			r, ok := l.readers[int(event.Fd)]
 			if !ok {
-				continue // closed by an event before it
+				continue // closed by an earlier event
 			}
 			if err := r.readable(); err != nil {
 				return err
@@ -77,8 +76,8 @@ type socket struct {
 	fd   int
 }
 
-// read returns what has come, which is valid until the next read of any socket of the loop: nothing when there is
-// nothing yet, io.EOF at the end.
+// read returns the bytes that have arrived, and io.EOF at the end. It returns an empty slice if it would block. The bytes
+// are valid until the next read of any socket of the loop.
 func (s *socket) read() ([]byte, error) {
 	n, err := unix.Read(s.fd, s.loop.buf)
 	switch {
@@ -92,7 +91,7 @@ func (s *socket) read() ([]byte, error) {
 	return s.loop.buf[:n], nil
 }
 
-// write writes all of b and lets everything else in the loop wait for it, which only bulk ever needs.
+// write writes all of b. It may block the loop; only bulk data does.
 func (s *socket) write(b []byte) error {
 	for len(b) > 0 {
 		n, err := unix.Write(s.fd, b)
@@ -114,7 +113,7 @@ func (s *socket) close() {
 	unix.Close(s.fd)
 }
 
-// listen serves a port from the loop. A connection from where none is expected is closed.
+// listen serves a port from the loop. Connections from unexpected addresses are closed.
 func (l *loop) listen(port int, expected func(netip.Addr) bool, serve func(*socket) reader) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -151,7 +150,7 @@ func (a *acceptor) readable() error {
 	return a.loop.add(fd, a.serve(&socket{a.loop, fd}))
 }
 
-// dial opens a connection of the load in the loop. Nobody reads it before it is added.
+// dial opens a connection of the load for the loop. The caller must add it.
 func (l *loop) dial(serial int64, port int) (*socket, error) {
 	conn, err := dial(serial, port)
 	if err != nil {
@@ -168,5 +167,5 @@ func (l *loop) dial(serial int64, port int) (*socket, error) {
 	if err == nil {
 		err = os.NewSyscallError("fcntl", failed)
 	}
-	return &socket{l, fd}, err // it does not block, as the original
+	return &socket{l, fd}, err // non-blocking, like the original
 }

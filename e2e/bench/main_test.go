@@ -8,8 +8,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// roleVariable makes the test binary, run once more, the workload or the load instead of the tests: both then have a
-// process of their own, which can be pinned to a core and lives in its namespace as a whole.
+// roleVariable makes the test binary run as the workload or the load instead of the tests. Each then is a separate process
+// that is pinned to a core and is entirely inside its namespace.
 const roleVariable = "PILLION_BENCH_ROLE"
 
 func TestMain(m *testing.M) {

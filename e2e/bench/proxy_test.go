@@ -15,11 +15,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// proxy is a running contender, seen from outside.
+// proxy is a running contender.
 type proxy struct{ pid int }
 
-// cpu is the time that the process has spent on a core, in user and kernel mode, threads that have ended included. It
-// is the process's CPU clock, exact to the nanosecond, where /proc/PID/stat counts ticks.
+// cpu returns the user and system time of the process, including ended threads. It reads the process's CPU clock, in
+// nanoseconds; /proc/PID/stat has only clock ticks.
 func (p *proxy) cpu(t testing.TB) time.Duration {
 	t.Helper()
 	const cpuClockSched = 2 // the kernel's CPUCLOCK_SCHED: run time as the scheduler accounts it
@@ -30,7 +30,7 @@ func (p *proxy) cpu(t testing.TB) time.Duration {
 	return time.Duration(now.Nano())
 }
 
-// resident is the process's resident memory in bytes, pages of its program file included.
+// resident returns the process's resident memory in bytes, including pages of its program file.
 func (p *proxy) resident(t testing.TB) int64 {
 	t.Helper()
 	file, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", p.pid))
@@ -60,7 +60,7 @@ func (p *proxy) descriptors(t testing.TB) int {
 	return len(entries)
 }
 
-// traceCalls counts the system calls that the process makes during fn, by name. The total is under "total".
+// traceCalls returns the number of system calls that the process makes during fn, by name, and their sum under "total".
 func (p *proxy) traceCalls(t testing.TB, pod *nettest.Namespace, fn func()) map[string]int {
 	t.Helper()
 	out, err := os.CreateTemp("", "pillion-bench-strace-")
@@ -72,7 +72,7 @@ func (p *proxy) traceCalls(t testing.TB, pod *nettest.Namespace, fn func()) map[
 	strace := pod.Start(t, pod.Command(0, 0, "strace", "-q", "-f", "-c", "-U", "calls,name", "-o", out.Name(), "-p", fmt.Sprint(p.pid)))
 	p.awaitTracer(t)
 	fn()
-	strace.Signal(syscall.SIGINT) // strace lets go of the process and prints its counts
+	strace.Signal(syscall.SIGINT) // strace detaches and prints its counts
 	if _, err := strace.Wait(10 * time.Second); err != nil {
 		t.Fatal(err)
 	}

@@ -17,11 +17,10 @@ import (
 type row struct {
 	title, unit string
 	samples     map[string][]float64
-	promises    []promise // none: the row informs
+	promises    []promise // empty: for information only
 }
 
-// promise is what a figure may be at most: so many times the figure of another contender, or, where none is named, so
-// many units.
+// promise is an upper bound of a figure: a multiple of another contender's figure, or an absolute value if of is empty.
 type promise struct {
 	atMost float64
 	of     string
@@ -41,8 +40,8 @@ func (r *row) add(name string, sample float64) {
 	r.samples[name] = append(r.samples[name], sample)
 }
 
-// ratio is the median over the rounds of pillion's sample to the other contender's, and false when one of them was not
-// measured.
+// ratio returns the median over the rounds of pillion's sample divided by the other contender's. It returns false if one of
+// them was not measured.
 func (r *row) ratio(to string) (float64, bool) {
 	ours, theirs := r.samples[namePillion], r.samples[to]
 	if len(ours) == 0 || len(ours) != len(theirs) {
@@ -55,7 +54,7 @@ func (r *row) ratio(to string) (float64, bool) {
 	return median(ratios), true
 }
 
-// measured is what a promise is about, and false when too little was measured to tell.
+// measured returns the value that a promise bounds, or false if it was not measured.
 func (r *row) measured(p promise) (float64, bool) {
 	if p.of != "" {
 		return r.ratio(p.of)
@@ -66,8 +65,8 @@ func (r *row) measured(p promise) (float64, bool) {
 	return median(r.samples[namePillion]), true
 }
 
-// verdict is "MISSED" when a promise is not kept, "ok" when all are, and empty where nothing is promised or too little
-// was measured to tell.
+// verdict returns "MISSED" if a promise is broken, "ok" if all are kept, and "" if there is no promise or one was not
+// measured.
 func (r *row) verdict() string {
 	kept := 0
 	for _, p := range r.promises {
@@ -93,8 +92,7 @@ func (r *row) target() string {
 	return strings.Join(targets, ", ")
 }
 
-// writeTable writes the figures and the facts about the machine that they were measured on. loadBefore is its load
-// before the first of them.
+// writeTable writes the figures and a description of the machine. loadBefore is the machine's load before the first figure.
 func writeTable(w io.Writer, rows []*row, loadBefore string) {
 	absent := func(name string) bool {
 		return !slices.ContainsFunc(rows, func(r *row) bool { return len(r.samples[name]) > 0 })
@@ -127,7 +125,7 @@ func writeTable(w io.Writer, rows []*row, loadBefore string) {
 	fmt.Fprintf(w, "Medians; a ratio (÷) is pillion's share, the median of the rounds' ratios. %s\n", machine(loadBefore))
 }
 
-// machine says what the figures depend on besides the programs.
+// machine describes the machine, its load and the versions that the figures depend on.
 func machine(loadBefore string) string {
 	var name unix.Utsname
 	unix.Uname(&name)
@@ -143,8 +141,8 @@ func machine(loadBefore string) string {
 		bytes.TrimRight(name.Release[:], "\x00"), runtime.NumCPU(), model, loadBefore, machineLoad(), runtime.Version(), haproxyVersion())
 }
 
-// machineLoad is the load average of the last minute. Others' work on the proxy's core costs CPU time of the proxy, too:
-// caches grow cold, and the Go scheduler moves work away from a thread that was interrupted in a system call.
+// machineLoad returns the load average of the last minute. Other work on the proxy's core also increases the proxy's CPU
+// time: caches become cold, and the Go scheduler moves work away from a thread that was interrupted in a system call.
 func machineLoad() string {
 	averages, _ := os.ReadFile("/proc/loadavg")
 	lastMinute, _, _ := strings.Cut(string(averages), " ")
@@ -160,7 +158,7 @@ func median(samples []float64) float64 {
 	return sorted[middle]
 }
 
-// threeDigits writes a figure with as many decimals as mean something.
+// threeDigits formats a figure with three significant digits.
 func threeDigits(v float64) string {
 	switch {
 	case v >= 100:

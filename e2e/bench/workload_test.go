@@ -11,16 +11,16 @@ import (
 
 // The workload's ports.
 const (
-	echoPort     = 7000 // answers what it reads
-	downloadPort = 7001 // reads a count of 8 bytes, writes so many bytes
-	uploadPort   = 7002 // reads to the end, answers the count in 8 bytes
+	echoPort     = 7000 // echoes
+	downloadPort = 7001 // reads a count in 8 bytes and writes that many bytes
+	uploadPort   = 7002 // reads to the end and writes the count in 8 bytes
 	http1Port    = 7003 // see http1Origin
 	http2Port    = 7004 // see http2Origin
 )
 
 const bulkBuffer = 256 << 10
 
-// proxyAddress is where connections come from that a proxy carried.
+// proxyAddress is the source address of connections that a proxy carried.
 var proxyAddress = netip.AddrFrom4([4]byte{127, 0, 0, 6})
 
 // runWorkload serves the ports until the process is killed.
@@ -30,7 +30,7 @@ func runWorkload(args []string) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	// Only what came the expected way is answered: a measurement that bypasses the proxy must fail.
+	// Connections from other addresses are closed: a measurement that bypasses the proxy must fail.
 	expected := func(from netip.Addr) bool { return (from == proxyAddress) != *direct }
 	failed := make(chan error)
 	for port, serve := range map[int]func(*net.TCPConn){echoPort: echo, downloadPort: download, uploadPort: upload} {
@@ -50,7 +50,7 @@ func runWorkload(args []string) error {
 		}
 	}
 	go func() { failed <- origins.run(0, func() bool { return false }) }()
-	fmt.Println("warm") // the line that tells the test that the ports are open
+	fmt.Println("warm") // the ports are open
 	return <-failed
 }
 
@@ -71,7 +71,7 @@ func acceptLoop(listener net.Listener, expected func(netip.Addr) bool, serve fun
 
 func echo(conn *net.TCPConn) {
 	defer conn.Close()
-	buf := make([]byte, 512) // 3,000 idle connections should not make the workload large
+	buf := make([]byte, 512) // small, for 3,000 idle connections
 	for {
 		n, err := conn.Read(buf)
 		if err != nil {
@@ -99,7 +99,7 @@ func upload(conn *net.TCPConn) {
 	conn.Write(count[:])
 }
 
-// writeBytes writes n bytes, or fewer if the connection fails; the reader notices by the count.
+// writeBytes writes n bytes, or fewer if the connection fails; the reader detects that by the count.
 func writeBytes(conn *net.TCPConn, n int64) {
 	buf := make([]byte, bulkBuffer)
 	for n > 0 {
@@ -111,7 +111,7 @@ func writeBytes(conn *net.TCPConn, n int64) {
 	}
 }
 
-// readBytes reads to the end and returns how much there was.
+// readBytes reads to the end and returns the number of bytes.
 func readBytes(conn *net.TCPConn) (total int64) {
 	buf := make([]byte, bulkBuffer)
 	for {

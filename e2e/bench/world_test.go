@@ -15,17 +15,17 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// initArguments are what an Istio injector passes to the init container.
+// initArguments are the arguments that Istio's injector gives the init container.
 var initArguments = []string{
 	"init", "-p", "15001", "-z", "15006", "-u", "1337", "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*",
 	"-d", "15090,15021,15020", "--log_output_level=default:info",
 }
 
-// proxyUser is the user that the rules leave alone; every proxy runs as it.
+// proxyUser is the user whose traffic the rules do not capture. Every proxy runs as this user.
 const proxyUser = 1337
 
-// scope ends what a helper registers with Cleanup before the test or benchmark is over: each measurement has
-// namespaces and processes of its own, and a benchmark without sub-benchmarks prints no lines of its own in between.
+// scope runs the cleanups registered in it before the test or benchmark ends. Each measurement needs its own namespaces and
+// processes, and sub-benchmarks would print lines into the table.
 type scope struct {
 	testing.TB
 	undo []func()
@@ -43,8 +43,8 @@ func inScope(t testing.TB, fn func(t testing.TB)) {
 	fn(s)
 }
 
-// world is a pod with a workload and a peer from which the load comes. Pillion's rules are in force unless the contender
-// is the direct connection.
+// world is a pod with the workload and a peer with the load. Pillion's rules are installed, except for the direct
+// connection.
 type world struct {
 	pod, peer *nettest.Namespace
 	cores     cores
@@ -57,8 +57,8 @@ func newWorld(t testing.TB, k *kit, c contender) *world {
 	for _, address := range loadSources {
 		w.peer.AddAddress(t, "eth0", netip.PrefixFrom(netip.MustParseAddr(address), 24))
 	}
-	// One congestion control everywhere, and one that does not pace by timers: figures of different machines, and of
-	// one machine's rounds, are then nearer to each other.
+	// The same congestion control on all machines, one without timer-based pacing: this reduces the variation between
+	// machines and between rounds.
 	for _, ns := range []*nettest.Namespace{w.pod, w.peer} {
 		ns.Do(t, func() error {
 			return os.WriteFile("/proc/sys/net/ipv4/tcp_congestion_control", []byte("reno"), 0)
@@ -73,11 +73,11 @@ func newWorld(t testing.TB, k *kit, c contender) *world {
 	return w
 }
 
-// cores says where things run.
+// cores are the cores of the proxy and of the load.
 type cores struct{ proxy, load int }
 
-// chooseCores takes the last core that this process may use for the proxy and the first for everything else. On a
-// machine with one core both are the same, and the figures are worth less.
+// chooseCores chooses the last core that this process may use for the proxy and the first for everything else. On a machine
+// with one core both are the same, and the figures are less meaningful.
 func chooseCores() (cores, error) {
 	var allowed unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &allowed); err != nil {
@@ -96,8 +96,8 @@ func chooseCores() (cores, error) {
 	return cores{proxy: last, load: first}, nil
 }
 
-// pinned prepares a program as one that runs on one core, and with one worker thread if it is written in Go. The
-// program dies with the test process, even with one that is killed.
+// pinned returns the command for a program that runs on one core, with GOMAXPROCS=1. The program is killed when the test
+// process ends, even by a signal.
 func pinned(ns *nettest.Namespace, core int, uid uint32, name string, args ...string) *exec.Cmd {
 	cmd := ns.Command(uid, uid, "taskset", append([]string{"-c", fmt.Sprint(core), name}, args...)...)
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
@@ -106,11 +106,11 @@ func pinned(ns *nettest.Namespace, core int, uid uint32, name string, args ...st
 	return cmd
 }
 
-// helper is the test binary in another role. It speaks lines: see runLoad.
+// helper is the test binary in another role. It exchanges lines with the test: see runLoad.
 type helper struct {
 	process *nettest.Process
 	in      *os.File
-	lines   chan string // what it says; closed when its output ends
+	lines   chan string // its output; closed when that ends
 }
 
 func startHelper(t testing.TB, ns *nettest.Namespace, core int, role string, args ...string) *helper {
@@ -135,7 +135,7 @@ func startHelper(t testing.TB, ns *nettest.Namespace, core int, role string, arg
 	h := &helper{in: in, lines: make(chan string)}
 	cmd.Stdin, cmd.Stdout = theirIn, theirOut
 	read := make(chan struct{})
-	t.Cleanup(func() { <-read }) // runs after the process is killed, which ends its output
+	t.Cleanup(func() { <-read }) // runs after the process was killed, so its output has ended
 	go h.readLines(out, read)
 	h.process = ns.Start(t, cmd)
 	return h
@@ -157,26 +157,26 @@ func (h *helper) readLines(out *os.File, done chan<- struct{}) {
 	}
 }
 
-// await waits for the helper's next line, which has to begin with word, and returns the rest of it.
+// await returns the rest of the helper's next line. The line must begin with word.
 func (h *helper) await(t testing.TB, word string) string {
 	t.Helper()
 	select {
 	case line, ok := <-h.lines:
 		if !ok {
-			t.Fatalf("%v ended before it said %q", h.process.Cmd.Args, word)
+			t.Fatalf("%v exited before it printed %q", h.process.Cmd.Args, word)
 		}
-		said, rest, _ := strings.Cut(line, " ")
-		if said != word {
-			t.Fatalf("%v said %q, not %q", h.process.Cmd.Args, line, word)
+		first, rest, _ := strings.Cut(line, " ")
+		if first != word {
+			t.Fatalf("%v printed %q, want %q", h.process.Cmd.Args, line, word)
 		}
 		return rest
 	case <-time.After(90 * time.Second):
-		t.Fatalf("%v did not say %q", h.process.Cmd.Args, word)
+		t.Fatalf("%v did not print %q", h.process.Cmd.Args, word)
 	}
 	return ""
 }
 
-func (h *helper) say(t testing.TB, line string) {
+func (h *helper) send(t testing.TB, line string) {
 	t.Helper()
 	if _, err := h.in.WriteString(line + "\n"); err != nil {
 		t.Fatal(err)
@@ -192,9 +192,9 @@ func (w *world) startLoad(t testing.TB, kind string, count int64, workers int) *
 	return h
 }
 
-// finish runs what the load is for and returns what it reports.
+// finish runs the load and returns its report.
 func (h *helper) finish(t testing.TB) string {
 	t.Helper()
-	h.say(t, "go")
+	h.send(t, "go")
 	return h.await(t, "done")
 }

@@ -1,6 +1,6 @@
-// Package pods holds the images to their promises: they are built, and run as containers of real pods beside a real
-// workload, by podman and runc, which do what a kubelet and its runtime do. It holds tests only.
+// Package pods tests the images: it builds them and runs them as containers of real pods beside a real workload. podman and
+// runc take the place of a kubelet and its runtime. The package has tests only.
 //
-// All pods live on one node: a network namespace of the test, in which podman has its own mounts and processes. They
-// vanish with it, and so do its images, networks and settings.
+// All pods run on one node: a network namespace of the test, in which podman has its own mounts and processes. The pods,
+// images, networks and settings vanish with it.
 package pods

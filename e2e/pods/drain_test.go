@@ -21,8 +21,8 @@ const (
 	lasting  = 300   // messages of a long connection after its pod was taken out of the endpoints
 )
 
-// load are clients of all kinds that never pause, and what became of what they asked. They connect to whoever is the
-// endpoint at that time, as a service leads them, and again whenever they are told to close.
+// load is a set of clients of all kinds that never pause, with their results. They connect to the current endpoint, as
+// through a service, and reconnect when the server closes.
 type load struct {
 	from     *nettest.Namespace
 	endpoint atomic.Pointer[pod]
@@ -31,7 +31,7 @@ type load struct {
 
 	asked  [2 * loadEach]atomic.Int64 // by each client of HTTP
 	done   [3]atomic.Int64            // HTTP/1, h2c, TCP
-	onOld  atomic.Int64               // long connections to a pod that is no endpoint any more
+	onOld  atomic.Int64               // long connections to a pod that is no longer an endpoint
 	mu     sync.Mutex
 	failed []error
 }
@@ -63,7 +63,7 @@ func (l *load) start(t *testing.T) {
 	}
 }
 
-// ask sends one request after the other. It posts, so that nothing that fails is sent again unseen.
+// ask sends one request after the other. It uses POST, so that a failed request is not repeated unnoticed.
 func (l *load) ask(c *http.Client, kind int, asked *atomic.Int64) {
 	for !l.stopped.Load() {
 		if err := post(c); err != nil {
@@ -74,7 +74,7 @@ func (l *load) ask(c *http.Client, kind int, asked *atomic.Int64) {
 	}
 }
 
-// speak has conversations that nobody but itself may end.
+// speak opens long connections that only the client may end.
 func (l *load) speak() {
 	for !l.stopped.Load() {
 		if err := l.converse(l.endpoint.Load()); err != nil {
@@ -117,9 +117,8 @@ func (l *load) stop() {
 }
 
 // stopUnderLoad stops one of two pods as a kubelet does, while a third sends them load through sidecars on both sides.
-// The endpoints follow readiness a second later. In classic order the agent is told to end while the workload still
-// runs, as its own preStop hook has it; in native order the agent's preStop hook comes first, then the workload ends,
-// and after that the agent.
+// The endpoints follow readiness a second later. In classic order the agent receives SIGTERM while the workload still
+// runs; in native order the agent's preStop hook runs first, then the workload ends, and after that the agent.
 func stopUnderLoad(t *testing.T, n *node, native bool) {
 	name := map[bool]string{false: "classic", true: "native"}[native]
 	var pods []*pod
@@ -160,7 +159,7 @@ func stopUnderLoad(t *testing.T, n *node, native bool) {
 	}
 }
 
-// follow takes a pod out of the endpoints a second after it is not ready any more, as everybody has to hear of it.
+// follow removes a pod from the endpoints a second after it stops being ready, the time for the change to spread.
 func (l *load) follow(t *testing.T, n *node, old, next *pod) {
 	c := client(t, false, dialer(n.Namespace, old.at(15021)))
 	if !nettest.Within(nettest.Patience, func() bool {
@@ -175,12 +174,12 @@ func (l *load) follow(t *testing.T, n *node, old, next *pod) {
 	}
 	<-time.After(time.Second)
 	l.endpoint.Store(next)
-	// Whoever was on the way to the old one has been answered when each has asked twice more.
+	// After two more requests of each client, no request to the old pod is in progress.
 	var before [2 * loadEach]int64
 	for i := range l.asked {
 		before[i] = l.asked[i].Load()
 	}
-	nettest.Eventually(t, "everybody has heard", func() bool {
+	nettest.Eventually(t, "all clients follow the endpoint", func() bool {
 		for i := range l.asked {
 			if l.asked[i].Load() < before[i]+2 {
 				return false

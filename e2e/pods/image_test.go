@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// archive is an image in a file, as the registry would have it.
+// archive is an image in a file: the files of an OCI layout by name.
 type archive map[string][]byte
 
 func openArchive(t *testing.T, name string) archive {
@@ -37,7 +37,7 @@ func openArchive(t *testing.T, name string) archive {
 	}
 }
 
-// descriptor is how a part of an image names another.
+// descriptor refers to another part of an image.
 type descriptor struct{ Digest string }
 
 func (a archive) decode(t *testing.T, d descriptor, into any) {
@@ -49,7 +49,7 @@ func (a archive) decode(t *testing.T, d descriptor, into any) {
 
 func (d descriptor) blob() string { return "blobs/" + strings.ReplaceAll(d.Digest, ":", "/") }
 
-// settings are what a runtime reads of an image.
+// settings are the fields that a runtime reads from an image.
 type settings struct {
 	Architecture string
 	Config       struct {
@@ -61,7 +61,7 @@ type settings struct {
 	}
 }
 
-// contents returns the settings and what is in the layers.
+// contents returns the settings and the files in the layers.
 func (a archive) contents(t *testing.T) (set settings, files map[string]*tar.Header) {
 	t.Helper()
 	var index struct{ Manifests []descriptor }
@@ -103,7 +103,7 @@ func TestTheSameBinaryGivesTheSameImage(t *testing.T) {
 	}
 }
 
-func TestTheImageHasTheBinaryAndNothingElse(t *testing.T) {
+func TestTheImageHasOnlyTheBinary(t *testing.T) {
 	name, _ := theImage(t, "image")
 	set, files := openArchive(t, name).contents(t)
 	var names []string
@@ -125,7 +125,7 @@ func TestTheImageHasTheBinaryAndNothingElse(t *testing.T) {
 		t.Errorf("it has %v, want %v", names, want)
 	}
 	if link := files["usr/local/bin/pillion"]; link.Typeflag != tar.TypeSymlink || link.Linkname != "pilot-agent" {
-		t.Errorf("pillion is no link to pilot-agent: %+v", link)
+		t.Errorf("pillion is not a link to pilot-agent: %+v", link)
 	}
 	checkSettings(t, set, size)
 }
@@ -150,7 +150,7 @@ func TestTheImageWithIPTablesHasBothFlavoursInLessThan20MB(t *testing.T) {
 	}
 }
 
-func TestTheWebhooksImageHasItsProgramAlone(t *testing.T) {
+func TestTheWebhooksImageHasOnlyItsProgram(t *testing.T) {
 	name, _ := theImage(t, "image-pillionctl")
 	set, files := openArchive(t, name).contents(t)
 	program := files["usr/local/bin/pillionctl"]
@@ -178,7 +178,7 @@ func checkSettings(t *testing.T, set settings, size int64) {
 	}
 	for label := range c.Labels {
 		if !strings.HasPrefix(label, "org.opencontainers.image.") {
-			t.Errorf("there is a label %s, which the build tool put there", label)
+			t.Errorf("the build tool added the label %s", label)
 		}
 	}
 }

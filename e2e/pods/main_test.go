@@ -14,14 +14,14 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// The names of images on the node.
+// Names of images on the node.
 const (
 	image         = "localhost/pillion:test"
 	imageIPTables = "localhost/pillion:test-iptables"
 	imageWorkload = "localhost/workload:test"
 )
 
-// built is where the binary and the images are.
+// built is the directory of the binary and the images.
 var built string
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
@@ -41,7 +41,7 @@ func run(m *testing.M) int {
 	return nettest.Main(m)
 }
 
-// build makes a static binary, as it ships.
+// build makes a static binary as it ships.
 func build(source, name string) error {
 	cmd := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-ldflags", "-s -w -X main.version=test", "-o", filepath.Join(built, name), source)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -51,8 +51,8 @@ func build(source, name string) error {
 	return nil
 }
 
-// built images: what is said of each, and where it is.
-var images = map[string]func() (said string, err error){
+// images builds each image once and returns the output of the build.
+var images = map[string]func() (output string, err error){
 	"image":          sync.OnceValues(func() (string, error) { return buildImage("image") }),
 	"image-iptables": sync.OnceValues(func() (string, error) { return buildImage("image-iptables") }),
 	"image-pillionctl": sync.OnceValues(func() (string, error) {
@@ -63,20 +63,20 @@ var images = map[string]func() (said string, err error){
 	}),
 }
 
-// theImage returns the archive of a target, and what was said when it was built.
-func theImage(t *testing.T, target string) (archive, said string) {
+// theImage returns the archive of a target and the output of its build.
+func theImage(t *testing.T, target string) (archive, output string) {
 	t.Helper()
-	said, err := images[target]()
+	output, err := images[target]()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return archiveOf(target), said
+	return archiveOf(target), output
 }
 
 func archiveOf(target string) string { return filepath.Join(built, target+".tar") }
 
-// buildImage makes an image of the binary, and returns what is said of it.
-func buildImage(target string) (said string, err error) {
+// buildImage makes an image of the binary and returns the output of the build.
+func buildImage(target string) (output string, err error) {
 	program := "pillion"
 	if target == "image-pillionctl" {
 		program = "pillionctl"

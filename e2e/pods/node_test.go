@@ -34,15 +34,15 @@ const (
 	podNetwork = "pods"
 )
 
-// Addresses of the node at which its tests serve: one that pods' rules capture, and one in 203.0.113.0/24, which some
-// leave alone.
+// Addresses of the node at which its tests serve. The rules of pods capture connections to the first. Some pods exclude
+// the network of the second.
 var (
 	serving = netip.MustParseAddr("198.51.100.200")
 	outside = netip.MustParseAddr("203.0.113.7")
 )
 
-// setUpNode gives podman directories of its own, and stays as the process that adopts and buries what others leave. It
-// ends with this process, by its standard input, and all others of the node end with it.
+// setUpNode gives podman directories of its own and then reaps orphaned processes. It ends when this process closes its
+// standard input; all processes of the node end with it.
 const setUpNode = `
 for dir in /run /var/lib/containers /etc/containers /etc/cni /dev/shm; do
 	[ ! -d "$dir" ] || mount -t tmpfs tmpfs "$dir"
@@ -50,7 +50,8 @@ done
 cp "$1"/* /etc/containers/
 exec catatonit -- cat`
 
-// What podman is told. Limits cannot be raised everywhere, and crun refuses machines with both versions of cgroups.
+// nodeFiles is podman's configuration. Limits cannot be raised everywhere, and crun refuses machines with both versions of
+// cgroups.
 var nodeFiles = map[string]string{
 	"containers.conf": `[containers]
 default_ulimits = ["nofile=16384:16384", "nproc=16384:16384"]
@@ -113,7 +114,7 @@ func newNode(t *testing.T) *node {
 	return n
 }
 
-// anchor is a pod that stays, and so does the bridge to which all pods are connected.
+// anchor is a pod that stays, so that the bridge of all pods stays too.
 const anchor = `apiVersion: v1
 kind: Pod
 metadata: {name: THIS-POD}
@@ -125,8 +126,8 @@ spec:
     securityContext: {runAsUser: 1000, runAsGroup: 1000}
 `
 
-// pinBridge makes the bridge's hardware address its own. Without that it has the lowest of its ports' and changes when a
-// pod goes, and those that stay talk to the old one until they ask again.
+// pinBridge fixes the bridge's hardware address. Otherwise it is the lowest one of its ports and changes when a pod ends;
+// the other pods would use the old address until they resolve it again.
 func (n *node) pinBridge(t *testing.T) {
 	t.Helper()
 	for line := range strings.Lines(n.MustRun(t, "ip", "-o", "link", "show", "type", "bridge")) {
@@ -139,7 +140,7 @@ func (n *node) pinBridge(t *testing.T) {
 	t.Fatal("there is no bridge")
 }
 
-// requireWholeRoot is nettest.RequireRoot for more than a user namespace has: containers want control groups.
+// requireWholeRoot is nettest.RequireRoot outside user namespaces: containers need control groups.
 func requireWholeRoot(t *testing.T) {
 	t.Helper()
 	nettest.RequireRoot(t)
@@ -151,7 +152,7 @@ func requireWholeRoot(t *testing.T) {
 	}
 }
 
-// workloadFiles lays out an image of nginx, with the libraries that it loads, and our workload.
+// workloadFiles prepares an image of nginx with its libraries and our workload.
 func workloadFiles(t *testing.T) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -177,7 +178,7 @@ func workloadFiles(t *testing.T) (dir string) {
 		}
 		write(t, filepath.Join(dir, "root", place), string(content))
 	}
-	// A volume takes the mode of what it covers.
+	// A volume takes the mode of the directory that it covers.
 	tmp := filepath.Join(dir, "root/tmp")
 	if err := os.Mkdir(tmp, 0); err != nil {
 		t.Fatal(err)
@@ -189,7 +190,7 @@ func workloadFiles(t *testing.T) (dir string) {
 	return dir
 }
 
-// write makes a file that everybody may read and run.
+// write makes a file with mode 755.
 func write(t *testing.T, name, text string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
@@ -230,7 +231,7 @@ func (n *node) podman(t testing.TB, arguments ...string) string {
 	return strings.TrimSpace(out)
 }
 
-// removeGroups takes away the control groups that podman leaves. Nothing of the node runs any more.
+// removeGroups removes the control groups that podman leaves. All processes of the node have ended.
 func (n *node) removeGroups() {
 	groups, _ := filepath.Glob("/sys/fs/cgroup/*/libpod_parent")
 	for _, group := range append(groups, "/sys/fs/cgroup/libpod_parent") {
@@ -250,7 +251,7 @@ func (n *node) removeGroups() {
 	}
 }
 
-// pod is one that was started.
+// pod is a started pod.
 type pod struct {
 	*nettest.Namespace // nil unless it was played to go on
 	node               *node
@@ -258,7 +259,7 @@ type pod struct {
 	address            netip.Addr
 }
 
-// start starts a pod of a manifest, whose words in replacements are replaced. It may end by itself at any time.
+// start starts the pod of a manifest after applying replacements, pairs of old and new text. It may end at any time.
 func (n *node) start(t testing.TB, text, name string, replacements ...string) *pod {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), name+".yaml")
@@ -287,7 +288,7 @@ func (n *node) remember(id string) {
 	n.ids = append(n.ids, id)
 }
 
-// play starts a pod that does not end by itself, and waits until its agent is ready.
+// play starts a pod that does not end by itself and waits until its agent is ready.
 func (n *node) play(t testing.TB, text, name string, replacements ...string) *pod {
 	t.Helper()
 	p := n.start(t, text, name, replacements...)
@@ -314,10 +315,10 @@ func manifest(t testing.TB, file string) string {
 	return string(text)
 }
 
-// at is an address of the pod.
+// at returns the address of a port of the pod.
 func (p *pod) at(port int) string { return netip.AddrPortFrom(p.address, uint16(port)).String() }
 
-// container is podman's name of one of the pod's.
+// container returns podman's name of a container of the pod.
 func (p *pod) container(name string) string { return p.name + "-" + name }
 
 // exec runs a program in the agent's container, as a kubelet's hooks do.

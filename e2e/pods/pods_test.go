@@ -22,7 +22,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// TestPods has one node for all, as it takes seconds to make one.
+// TestPods uses one node for all tests, because it takes seconds to make one.
 func TestPods(t *testing.T) {
 	n := newNode(t)
 	for name, test := range map[string]func(*testing.T, *node){
@@ -46,7 +46,7 @@ func TestPods(t *testing.T) {
 	}
 }
 
-// client asks by HTTP from inside a namespace. Each connection goes where dial leads.
+// client returns an HTTP client whose connections are opened by dial.
 func client(t testing.TB, http2 bool, dial func() (net.Conn, error)) *http.Client {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(!http2)
@@ -59,10 +59,10 @@ func client(t testing.TB, http2 bool, dial func() (net.Conn, error)) *http.Clien
 	return &http.Client{Transport: transport, Timeout: nettest.Patience}
 }
 
-// get asks once, and returns an error for all but nginx's answer.
+// get sends one request and returns an error for any other response than nginx's.
 func get(c *http.Client) error { return answered(c.Get("http://web.example/")) }
 
-// post does the same with what no transport and no proxy may send again.
+// post does the same with a request that no transport and no proxy may repeat.
 func post(c *http.Client) error { return answered(c.Post("http://web.example/", "", nil)) }
 
 func answered(response *http.Response, err error) error {
@@ -88,7 +88,7 @@ func echoOnce(conn net.Conn, reader *bufio.Reader) error {
 	return nil
 }
 
-// The three ways in which a pod is spoken to, from a namespace.
+// reach connects to a pod by each protocol, from a namespace.
 func reach(t *testing.T, from *nettest.Namespace, to *pod) {
 	t.Helper()
 	for name, err := range map[string]error{
@@ -115,14 +115,14 @@ func talk(t *testing.T, n *node) {
 	web, caller := n.playFile(t, "web.yaml", "talk-web"), n.playFile(t, "web.yaml", "talk-caller")
 	reach(t, caller.Namespace, web)
 	for p, cluster := range map[*pod]string{caller: "PassthroughCluster", web: "inbound|8080||"} {
-		nettest.Eventually(t, p.name+" tells of the request", func() bool {
+		nettest.Eventually(t, p.name+" logs the request", func() bool {
 			return strings.Contains(n.podman(t, "logs", p.container("istio-proxy")), cluster)
 		})
 	}
 	checkConfinement(t, web)
 }
 
-// checkConfinement looks at the agent's process: it has nothing but its user.
+// checkConfinement checks that the agent's process has no privilege.
 func checkConfinement(t *testing.T, p *pod) {
 	t.Helper()
 	proc := filepath.Join(p.node.root, "proc", p.node.podman(t, "inspect", p.container("istio-proxy"), "--format", "{{.State.Pid}}"))
@@ -154,7 +154,7 @@ func restartWorkload(t *testing.T, n *node) {
 	}
 	p.signal(t, "nginx", "KILL")
 	p.ends(t, "nginx")
-	// A reset, if the request comes later than the agent waits before it dials.
+	// A reset, if the request arrives after the agent has dialled.
 	if err := get(c); err == nil || !strings.Contains(err.Error(), "503") && !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("without a workload: %v, want 503 or a reset", err)
 	}
@@ -168,7 +168,7 @@ func restartAgent(t *testing.T, n *node) {
 		reach(t, n.Namespace, p)
 		p.signal(t, "istio-proxy", "KILL")
 		p.ends(t, "istio-proxy")
-		// Inbound and outbound, nothing slips past.
+		// No connection bypasses the agent in either direction.
 		for from, address := range map[*nettest.Namespace]string{n.Namespace: p.at(8080), p.Namespace: netip.AddrPortFrom(serving, 9).String()} {
 			if conn, err := from.Dial("tcp", address, nettest.Patience); !errors.Is(err, syscall.ECONNREFUSED) {
 				t.Errorf("without an agent, from %s to %s: %v, %v, want it refused", from.Name, address, conn, err)
@@ -185,7 +185,7 @@ func restartAgent(t *testing.T, n *node) {
 	reach(t, n.Namespace, p)
 }
 
-// awaitReadyAgain waits until a pod's agent, which is being started, is ready.
+// awaitReadyAgain waits until the restarted agent of a pod is ready.
 func (n *node) awaitReadyAgain(t *testing.T, p *pod) {
 	t.Helper()
 	c := client(t, false, dialer(p.Namespace, "127.0.0.1:15021"))
@@ -199,7 +199,7 @@ func (n *node) awaitReadyAgain(t *testing.T, p *pod) {
 	})
 }
 
-// A pod whose init containers come before the agent, and whose main container lets the sidecar end.
+// beEarlyAndEnd runs a pod whose init containers run before the agent and whose main container ends the sidecar.
 func beEarlyAndEnd(t *testing.T, n *node) {
 	web := n.Listen(t, "tcp", netip.AddrPortFrom(serving, 0).String())
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {})}
@@ -208,14 +208,14 @@ func beEarlyAndEnd(t *testing.T, n *node) {
 	elsewhere := n.Listen(t, "tcp", netip.AddrPortFrom(outside, 0).String())
 	reports := n.Listen(t, "tcp", netip.AddrPortFrom(serving, 0).String())
 	_, port, _ := net.SplitHostPort(reports.Addr().String())
-	told := make(chan string, 8)
-	go collect(reports, told)
+	reported := make(chan string, 8)
+	go collect(reports, reported)
 
 	p := n.start(t, manifest(t, "early.yaml"), "early", "TARGET", web.Addr().String(), "RANGE", elsewhere.Addr().String(),
 		"REPORT_PORT", port, "REPORT", reports.Addr().String())
 	for _, want := range []string{"captured: refused", "user: connected", "port: connected", "range: connected"} {
-		if got := <-told; got != want {
-			t.Errorf("an init container found %q, want %q", got, want)
+		if got := <-reported; got != want {
+			t.Errorf("an init container reported %q, want %q", got, want)
 		}
 	}
 	for _, container := range []string{"main", "istio-proxy"} {
@@ -240,7 +240,7 @@ func collect(listener net.Listener, lines chan<- string) {
 	}
 }
 
-// useIPTables has the programs in the larger image make the rules, those of the other flavour than the machine's first.
+// useIPTables installs the rules with the programs in the larger image, in both flavours.
 func useIPTables(t *testing.T, n *node) {
 	for backend, program := range map[string]string{"iptables-legacy": "iptables-legacy-save", "iptables-nft": "iptables-nft-save"} {
 		p := n.playFile(t, "web.yaml", "by-"+backend, "args: [istio-iptables,", "args: [istio-iptables, --backend, "+backend+",",

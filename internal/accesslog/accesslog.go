@@ -1,9 +1,9 @@
-// Package accesslog writes one line for each flow.Record, as Envoy's access log does. It never blocks the data path: lines
-// go into a bounded queue, which one goroutine writes out. What a slow, full or broken sink does not take is dropped as
-// whole lines, counted, and said in the log.
+// Package accesslog writes one line for each flow.Record, as Envoy's access log does. It never blocks the data path: one
+// goroutine writes the lines from a bounded queue. When the sink is slow, full or broken, whole lines are dropped, counted
+// and reported in the agent's log.
 //
-// Nothing that a stranger sends can end a field or a line, or make one longer than 32 KiB: in text, a line of the default
-// format has 22 fields, split at the spaces outside of quotation marks, whatever the request was; in JSON, it is valid.
+// Untrusted text cannot end a field or a line, nor make a line longer than 32 KiB. For any request, a text line of the
+// default format has 22 fields, split at the spaces outside quotation marks, and a JSON line is valid JSON.
 package accesslog
 
 import (
@@ -18,21 +18,21 @@ import (
 
 // Config selects the records, their format and the sink.
 type Config struct {
-	// Path is a file or a FIFO, or /dev/stdout or /dev/stderr, which mean this process's own descriptors. A file is made
-	// with mode 0640 when there is none, and appended to. A FIFO need not have a reader yet.
+	// Path is a file or a FIFO. The paths /dev/stdout and /dev/stderr mean this process's own descriptors. A missing file
+	// is created with mode 0640; an existing one is appended to. A FIFO need not have a reader yet.
 	Path string
 
-	Format *Format // whose Fields the engines note
+	Format *Format // the engines must record its Fields
 	Filter Filter
 
-	TCPStart   bool          // a line also when an opaque or TLS connection begins to be carried
+	TCPStart   bool          // log a line also when an opaque or TLS connection begins to be carried
 	Interval   time.Duration // how often an open connection is logged; 0: never
-	QueueBytes int           // the memory for lines that wait; 0 for 1 MiB, and never less than 128 KiB
+	QueueBytes int           // memory for queued lines; 0: 1 MiB; at least 128 KiB is used
 
-	Logger *slog.Logger // nil for none
+	Logger *slog.Logger // nil: discard
 }
 
-// Log is an access log: a flow.Opener, safe for use from anywhere. Make it with New, and end it with Close.
+// Log is an access log. It is a flow.Opener and safe for concurrent use. Create it with New and end it with Close.
 type Log struct {
 	format   *Format
 	filter   Filter
@@ -41,16 +41,16 @@ type Log struct {
 	lines    sync.Pool // *line
 	writer   *writer
 
-	looked time.Time // when Progress was last called; only Progress uses it
+	looked time.Time // time of the last call of Progress; not used elsewhere
 }
 
-// New opens the sink, and starts the goroutine that writes to it.
+// New opens the sink and starts the goroutine that writes to it.
 func New(c Config) (*Log, error) {
 	if c.Interval < 0 || c.QueueBytes < 0 {
 		return nil, fmt.Errorf("access log: interval %v and queue of %d bytes must not be negative", c.Interval, c.QueueBytes)
 	}
 	if c.Format == nil {
-		return nil, errors.New("access log: there is no format")
+		return nil, errors.New("access log: no format given")
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -65,20 +65,20 @@ func New(c Config) (*Log, error) {
 	}, nil
 }
 
-// Closed writes the record's line, if the filter takes it.
+// Closed writes the record's line if the filter selects it.
 func (l *Log) Closed(r *flow.Record) { l.write(r, r.Duration) }
 
-// Opened writes a line about a connection that begins, when Config.TCPStart asks for it: an ordinary line with duration 0,
-// and the bytes that moved by then.
+// Opened writes a line for a new connection if Config.TCPStart is set: an ordinary line with duration 0 and the bytes
+// transferred so far.
 func (l *Log) Opened(r *flow.Record) {
 	if l.tcpStart && r.Protocol <= flow.TLS {
 		l.write(r, 0)
 	}
 }
 
-// Progress writes a line for each opaque or TLS connection in the table that has been open for another Config.Interval
-// since Progress was last called: an ordinary line, with the counts so far. Call it from one goroutine, at least once
-// in an interval; nobody opens or closes a connection meanwhile.
+// Progress writes a line for each opaque or TLS connection in the table that has completed another Config.Interval since
+// the last call of Progress: an ordinary line with the counts so far. Call it from one goroutine, at least once per
+// interval. The table is locked meanwhile.
 func (l *Log) Progress(table *flow.Table) {
 	if l.interval == 0 {
 		return
@@ -96,7 +96,7 @@ func (l *Log) Progress(table *flow.Table) {
 }
 
 func (l *Log) write(r *flow.Record, lasted time.Duration) {
-	if !l.filter.takes(r, lasted) {
+	if !l.filter.match(r, lasted) {
 		return
 	}
 	one := l.lines.Get().(*line)

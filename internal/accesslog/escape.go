@@ -7,7 +7,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// style is how a value stands in the line.
+// style is the context of a value in the line.
 type style uint8
 
 const (
@@ -17,19 +17,19 @@ const (
 	jsonValue               // as a whole JSON value
 )
 
-// Bounds. A value that is longer ends in cutMark; the last ones of a line that is full may be nothing else. A format
-// leaves room for short values and for its own text, so a line is never cut.
+// Bounds. A longer value ends in cutMark; in a full line the last values may consist of it alone. A format reserves room
+// for short values and for its own text, so values are cut and the line itself never is.
 const (
 	maxValue = flow.MaxValue
 	maxLine  = 32 << 10
-	maxShort = 80 // what an operator needs whose value nobody can make long, such as an address with its zone
+	maxShort = 80 // room for an operator whose value has a natural bound, such as an address with its zone
 	cutMark  = flow.CutMark
 )
 
 type text interface{ ~string | ~[]byte }
 
-// special marks the bytes that do not stand for themselves: control characters, DEL, quotation marks, backslashes, all of
-// UTF-8 beyond ASCII; and the space in a bare value.
+// special marks the bytes that may need an escape: control characters, DEL, quotation marks, backslashes, all bytes of
+// UTF-8 beyond ASCII, and in a bare value the space.
 var special = func() (t [4][256]bool) {
 	for s := range t {
 		for b := range 256 {
@@ -39,12 +39,12 @@ var special = func() (t [4][256]bool) {
 	return t
 }()
 
-// appendText appends a stranger's text so that it cannot end its field, its line or its JSON string, and is no command to
-// a terminal. room is how many bytes it may take.
+// appendText appends untrusted text so that it cannot end its field, its line or its JSON string, nor control a terminal.
+// It appends at most room bytes.
 //
-// In text, what is special becomes \xNN; so does a quotation mark, and not \", so that whoever looks only for quotation
-// marks splits the line rightly too. Visible UTF-8 stands for itself between quotation marks. In JSON the escapes are
-// JSON's, and bytes that are no UTF-8 become \ufffd.
+// In text, a special byte becomes \xNN. So does a quotation mark (not \"), so that a reader which only looks for quotation
+// marks splits the line correctly. Printable UTF-8 is kept between quotation marks. In JSON the escapes are JSON's, and
+// invalid UTF-8 becomes \ufffd.
 func appendText[T text](dst []byte, value T, s style, room int) []byte {
 	unusual := &special[s]
 	n := 0
@@ -70,7 +70,7 @@ func appendText[T text](dst []byte, value T, s style, room int) []byte {
 	return dst
 }
 
-// appendSpecial appends the first character of value, and returns how many bytes of value that was.
+// appendSpecial appends the first character of value and returns its length in value.
 func appendSpecial(dst []byte, value string, s style) ([]byte, int) {
 	r, size := utf8.DecodeRuneInString(value)
 	valid := r != utf8.RuneError || size > 1

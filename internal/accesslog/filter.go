@@ -10,17 +10,17 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// Filter chooses the records that are logged. The zero value takes all.
+// Filter selects the records that are logged. The zero value selects all.
 type Filter struct{ groups []group }
 
-// group are terms that must all hold. What is not asked for is zero.
+// group is a set of terms that must all hold. Terms that were not given are zero.
 type group struct {
 	errors    bool
 	statuses  []statusRange
 	slower    time.Duration
-	slow      bool // slower is asked for
+	slow      bool // slower was given
 	direction string
-	sample    float64 // the share that is taken; 0 for no such term
+	sample    float64 // the share that is selected; 0: not given
 }
 
 type statusRange struct{ low, high int }
@@ -29,21 +29,21 @@ type statusRange struct{ low, high int }
 //
 //	errors; status=404|5xx, slower=250ms; sample=1%
 //
-// A record is logged when one of the groups, which stand between semicolons, takes it. A group takes it when all of its
-// terms, which stand between commas, hold:
+// Semicolons separate groups, commas separate the terms of a group. A record is logged if at least one group matches. A
+// group matches if all of its terms hold:
 //
-//	errors              Envoy has a response flag for its end, or its status is 500 or more, or its reason is none of
-//	                    closed, completed and drained
+//	errors              the record has a response flag, a status of 500 or more, or a reason other than closed,
+//	                    completed and drained
 //	status=404|5xx|400-499
-//	                    one of these is its status; connections have status 0
-//	slower=250ms        it took at least so long
+//	                    the status is one of these; connections have status 0
+//	slower=250ms        the duration is at least this long
 //	direction=inbound   or outbound
-//	sample=1%           one in a hundred, by chance
+//	sample=1%           chosen at random, one in a hundred
 //
-// So "errors; sample=1%" logs every error and one in a hundred of the rest. An empty text takes all.
+// So "errors; sample=1%" logs every error and one in a hundred of the rest. An empty text selects all records.
 //
-// A line about a connection that is still open is judged in the same way: such a connection is no error, has no status,
-// and has taken as long as it is old.
+// The same rules apply to lines of open connections. An open connection is not an error, has status 0, and its duration is
+// its age.
 func ParseFilter(text string) (Filter, error) {
 	var f Filter
 	if strings.TrimSpace(text) == "" {
@@ -84,20 +84,20 @@ func (g *group) parse(kind, value string) (err error) {
 	case "slower":
 		g.slow = true
 		if g.slower, err = time.ParseDuration(value); err != nil || g.slower < 0 {
-			return fmt.Errorf("%q is no duration; write slower=250ms", value)
+			return fmt.Errorf("%q is not a duration; write slower=250ms", value)
 		}
 	case "direction":
 		if g.direction = value; value != flow.Inbound.String() && value != flow.Outbound.String() {
-			return fmt.Errorf("%q is no direction; write direction=inbound or direction=outbound", value)
+			return fmt.Errorf("%q is not a direction; write direction=inbound or direction=outbound", value)
 		}
 	case "sample":
 		number, percent := strings.CutSuffix(value, "%")
 		share, err := strconv.ParseFloat(number, 64)
 		if g.sample = share / 100; err != nil || !percent || !(share > 0 && share <= 100) {
-			return fmt.Errorf("%q is no share; write sample=10%%, more than 0%% and at most 100%%", value)
+			return fmt.Errorf("%q is not a share; write sample=10%%, more than 0%% and at most 100%%", value)
 		}
 	default:
-		return fmt.Errorf("terms are errors, status=5xx, slower=250ms, direction=inbound and sample=10%%; a comma means and, a semicolon or")
+		return fmt.Errorf("unknown term; use errors, status=5xx, slower=250ms, direction=inbound or sample=10%%; a comma means and, a semicolon or")
 	}
 	return nil
 }
@@ -114,22 +114,22 @@ func parseStatus(text string) (statusRange, error) {
 	first, err1 := strconv.ParseUint(low, 10, 10)
 	last, err2 := strconv.ParseUint(high, 10, 10)
 	if err1 != nil || err2 != nil || first > last || last > 999 {
-		return statusRange{}, fmt.Errorf("%q is no status; write status=404, status=5xx or status=400-499, and | between several", text)
+		return statusRange{}, fmt.Errorf("%q is not a status; write status=404, status=5xx or status=400-499, and | between several", text)
 	}
 	return statusRange{int(first), int(last)}, nil
 }
 
-// takes judges a record that has been open for so long.
-func (f *Filter) takes(r *flow.Record, lasted time.Duration) bool {
+// match reports whether a record that lasted this long is logged.
+func (f *Filter) match(r *flow.Record, lasted time.Duration) bool {
 	for i := range f.groups {
-		if f.groups[i].takes(r, lasted) {
+		if f.groups[i].match(r, lasted) {
 			return true
 		}
 	}
 	return len(f.groups) == 0
 }
 
-func (g *group) takes(r *flow.Record, lasted time.Duration) bool {
+func (g *group) match(r *flow.Record, lasted time.Duration) bool {
 	return (!g.errors || failed(r)) &&
 		(g.statuses == nil || g.hasStatus(r.HTTP.Status)) &&
 		(!g.slow || lasted >= g.slower) &&

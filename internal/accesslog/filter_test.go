@@ -52,27 +52,27 @@ func TestFilters(t *testing.T) {
 		}
 		taken := 0
 		for i, r := range everything {
-			if got := f.takes(r, r.Duration); got {
+			if got := f.match(r, r.Duration); got {
 				if taken == len(c.taken) || c.taken[taken] != r {
-					t.Errorf("%s: record %d is taken", c.filter, i)
+					t.Errorf("%s: record %d is selected", c.filter, i)
 				}
 				taken++
 			}
 		}
 		if taken != len(c.taken) {
-			t.Errorf("%s: %d records are taken, want %d", c.filter, taken, len(c.taken))
+			t.Errorf("%s: %d records are selected, want %d", c.filter, taken, len(c.taken))
 		}
 	}
 }
 
-func TestASampleIsAShare(t *testing.T) {
+func TestSample(t *testing.T) {
 	f, err := ParseFilter("errors;sample=10%")
 	if err != nil {
 		t.Fatal(err)
 	}
 	r, taken := request(flow.Inbound, flow.Completed), 0
 	for range 100_000 {
-		if f.takes(r, 0) {
+		if f.match(r, 0) {
 			taken++
 		}
 	}
@@ -81,23 +81,23 @@ func TestASampleIsAShare(t *testing.T) {
 	}
 }
 
-func TestWrongFiltersAreExplained(t *testing.T) {
+func TestErrorsOfInvalidFilters(t *testing.T) {
 	for text, want := range map[string]string{
-		"error":               `access log filter: term "error": terms are errors, status=5xx`,
+		"error":               `access log filter: term "error": unknown term; use errors, status=5xx`,
 		"errors;":             `term ""`,
 		"errors=1":            "errors takes no value",
-		"status=":             `"" is no status; write status=404`,
-		"status=6x":           `"6x" is no status`,
-		"status=500-400":      `"500-400" is no status`,
-		"status=1000":         `"1000" is no status`,
-		"status=5xx-6xx":      `"5xx-6xx" is no status`,
-		"slower=5":            `"5" is no duration; write slower=250ms`,
-		"slower=-5s":          `"-5s" is no duration`,
-		"direction=in":        `"in" is no direction`,
-		"sample=10":           `"10" is no share; write sample=10%`,
-		"sample=0%":           "is no share",
-		"sample=101%":         "is no share",
-		"sample=NaN%":         "is no share",
+		"status=":             `"" is not a status; write status=404`,
+		"status=6x":           `"6x" is not a status`,
+		"status=500-400":      `"500-400" is not a status`,
+		"status=1000":         `"1000" is not a status`,
+		"status=5xx-6xx":      `"5xx-6xx" is not a status`,
+		"slower=5":            `"5" is not a duration; write slower=250ms`,
+		"slower=-5s":          `"-5s" is not a duration`,
+		"direction=in":        `"in" is not a direction`,
+		"sample=10":           `"10" is not a share; write sample=10%`,
+		"sample=0%":           "is not a share",
+		"sample=101%":         "is not a share",
+		"sample=NaN%":         "is not a share",
 		"status=4xx,status=5": `"status=4xx,status=5" has status twice; separate alternatives by a semicolon`,
 	} {
 		if _, err := ParseFilter(text); err == nil || !strings.Contains(err.Error(), want) {
@@ -106,7 +106,7 @@ func TestWrongFiltersAreExplained(t *testing.T) {
 	}
 }
 
-func FuzzParsersTakeAnything(f *testing.F) {
+func FuzzParsers(f *testing.F) {
 	f.Add(Default)
 	f.Add(DefaultJSON)
 	f.Add(`{"a":["%START_TIME(%s)%",{"b":"%REQ(A?B):3%"}]}`)
@@ -114,7 +114,7 @@ func FuzzParsersTakeAnything(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		r := request(flow.Inbound, flow.Completed)
 		if filter, err := ParseFilter(text); err == nil {
-			filter.takes(r, 0)
+			filter.match(r, 0)
 		}
 		if format, err := ParseFormat(text); err == nil {
 			if line := lineOf(format, r); strings.Contains(line, "\n") || len(line) > maxLine {

@@ -21,7 +21,7 @@ const Default = `[%START_TIME%] "%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH
 	`"%REQ(USER-AGENT)%" "%REQ(X-REQUEST-ID)%" "%REQ(:AUTHORITY)%" "%UPSTREAM_HOST%" %UPSTREAM_CLUSTER_RAW% ` +
 	`%UPSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS% %REQUESTED_SERVER_NAME% %ROUTE_NAME%`
 
-// DefaultJSON has what Default has, under Istio's keys.
+// DefaultJSON has the values of Default under Istio's keys.
 const DefaultJSON = `{"start_time":"%START_TIME%","method":"%REQ(:METHOD)%","path":"%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%",` +
 	`"protocol":"%PROTOCOL%","response_code":"%RESPONSE_CODE%","response_flags":"%RESPONSE_FLAGS%",` +
 	`"response_code_details":"%RESPONSE_CODE_DETAILS%","connection_termination_details":"%CONNECTION_TERMINATION_DETAILS%",` +
@@ -33,7 +33,7 @@ const DefaultJSON = `{"start_time":"%START_TIME%","method":"%REQ(:METHOD)%","pat
 	`"downstream_remote_address":"%DOWNSTREAM_REMOTE_ADDRESS%","requested_server_name":"%REQUESTED_SERVER_NAME%",` +
 	`"route_name":"%ROUTE_NAME%"}`
 
-// Format is a compiled format. Make it with ParseFormat or ParseJSONFormat; it is not changed afterwards.
+// Format is a compiled format. Create it with ParseFormat or ParseJSONFormat; it is immutable.
 type Format struct {
 	pieces []piece
 	fields flow.Fields
@@ -44,20 +44,20 @@ type Format struct {
 type piece struct {
 	text   string
 	does   verb
-	number bool // its value is a JSON number
+	number bool // the value is a JSON number
 	style  style
 
-	from    []source // verbField: the first that the record has
-	max     int      // verbField: bytes of it that are taken; -1 for all
+	from    []source // verbField: the first one present in the record is used
+	max     int      // verbField: maximum length of the value in bytes; -1: no limit
 	address address  // verbAddress
 	part    part     // verbAddress
 	layout  string   // verbStartTime; empty for the default
 	own     string   // verbOwn
 
-	reserve int // bytes of the line that are kept for what follows
+	reserve int // bytes of the line reserved for the pieces that follow
 }
 
-// verb is what an operator does.
+// verb is the action of an operator.
 type verb uint8
 
 const (
@@ -69,11 +69,12 @@ const (
 	verbStatus
 	verbFlags
 	verbDetails
-	verbMissing // what Envoy knows and we never do
+	verbMissing // a value of Envoy's that pillion never has
 	verbTransportFailure
 	verbReceived
 	verbSent
 	verbDuration
+	verbAttempts
 	verbCluster
 	verbAddress
 	verbServerName
@@ -82,10 +83,10 @@ const (
 	verbGRPCNumber
 	verbDirection
 	verbReason
-	verbOwn // the same in every line
+	verbOwn // a constant of this process
 )
 
-// source is where the value of a field is found.
+// source is the place of a field's value in the record.
 type source uint8
 
 const (
@@ -95,9 +96,9 @@ const (
 	fromUserAgent
 	fromForwardedFor
 	fromID
-	fromRequest  source = 16                      // and the index in Record.HTTP.Fields
-	fromResponse        = fromRequest + maxFields // and the index in Record.HTTP.ResponseFields
-	maxFields           = 64                      // of each kind
+	fromRequest  source = 16                      // plus the index in Record.HTTP.Fields
+	fromResponse        = fromRequest + maxFields // plus the index in Record.HTTP.ResponseFields
+	maxFields           = 64                      // of requests, and as many of responses
 )
 
 // always are the request fields that every record has.
@@ -106,7 +107,7 @@ var always = map[string]source{
 	"user-agent": fromUserAgent, "x-forwarded-for": fromForwardedFor, "x-request-id": fromID,
 }
 
-// address is one of a record's addresses, and part what of it is told.
+// address is one of a record's addresses, and part the part of it that is printed.
 type (
 	address uint8
 	part    uint8
@@ -116,7 +117,7 @@ const (
 	upstreamRemote address = iota
 	upstreamLocal
 	downstreamLocal
-	downstreamRemote // by x-forwarded-for when there is one
+	downstreamRemote // from x-forwarded-for if the request has one
 	downstreamDirect
 )
 
@@ -126,17 +127,17 @@ const (
 	onlyPort
 )
 
-// argument is what an operator takes in parentheses.
+// argument is the kind of argument that an operator takes in parentheses.
 type argument uint8
 
 const (
 	takesNone argument = iota
 	takesRequestField
 	takesResponseField
-	takesLayout // or nothing
+	takesLayout // optional
 )
 
-// operator is a row of the table of what formats may say.
+// operator is a row of the table of known operators.
 type operator struct {
 	name  string
 	takes argument
@@ -158,6 +159,7 @@ var operators = func() []operator {
 		{"BYTES_SENT", takesNone, piece{does: verbSent, number: true}},
 		{"DURATION", takesNone, piece{does: verbDuration, number: true}},
 		{"UPSTREAM_HOST", takesNone, piece{does: verbAddress, address: upstreamRemote}},
+		{"UPSTREAM_REQUEST_ATTEMPT_COUNT", takesNone, piece{does: verbAttempts, number: true}},
 		{"UPSTREAM_CLUSTER", takesNone, piece{does: verbCluster}},
 		{"UPSTREAM_CLUSTER_RAW", takesNone, piece{does: verbCluster}},
 		{"REQUESTED_SERVER_NAME", takesNone, piece{does: verbServerName}},
@@ -183,16 +185,16 @@ var operators = func() []operator {
 	return all
 }()
 
-// ParseFormat compiles a text with Envoy's operators, such as %RESPONSE_CODE%; an empty one is Default. A newline at its
-// end, also one written as \n, is left out, as each line has one of its own. An error names the operator, the column
-// where it begins, and the nearest one that is known.
+// ParseFormat compiles a text with Envoy's operators, such as %RESPONSE_CODE%. An empty text means Default. A newline at the
+// end, also one written as \n, is removed, since each line ends in a newline anyway. An error names the operator, the
+// column where it begins, and the nearest known operator.
 func ParseFormat(text string) (*Format, error) {
 	if text == "" {
 		text = Default
 	}
 	text = strings.TrimSuffix(strings.TrimSuffix(text, "\n"), `\n`)
 	if i := strings.IndexFunc(text, func(r rune) bool { return r < ' ' || r == 0x7f || r == utf8.RuneError }); i >= 0 {
-		return nil, fmt.Errorf("access log format: control character or broken UTF-8 at column %d: a record is one line of UTF-8", column(text, i))
+		return nil, fmt.Errorf("access log format: control character or invalid UTF-8 at column %d: a record is one line of UTF-8", column(text, i))
 	}
 	var c compiler
 	if err := c.template(text, bare); err != nil {
@@ -201,8 +203,8 @@ func ParseFormat(text string) (*Format, error) {
 	return c.finish()
 }
 
-// ParseJSONFormat compiles a JSON object whose strings have Envoy's operators; an empty text is DefaultJSON. A string that
-// is one operator and nothing else becomes a number if the operator has one, and null if the record has no value.
+// ParseJSONFormat compiles a JSON object whose strings have Envoy's operators. An empty text means DefaultJSON. A string
+// that consists of one operator becomes a number if the operator's value is one, and null if the record has no value.
 func ParseJSONFormat(text string) (*Format, error) {
 	if text == "" {
 		text = DefaultJSON
@@ -217,21 +219,21 @@ func ParseJSONFormat(text string) (*Format, error) {
 		return nil, fmt.Errorf("access log format: %w", err)
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return nil, errors.New("access log format: something follows the JSON object")
+		return nil, errors.New("access log format: text after the JSON object")
 	}
 	return c.finish()
 }
 
-// Fields are what the records that it is given must carry, in this order: the engines note them.
+// Fields returns the message fields that the engines must record for this format, in this order.
 func (f *Format) Fields() flow.Fields { return f.fields }
 
-// compiler gathers a format's pieces.
+// compiler collects the pieces of a format.
 type compiler struct {
 	Format
-	text []byte // constant, since the last piece
+	text []byte // constant text since the last piece
 }
 
-// template compiles a text. Its style is bare for lines of text, in which quotation marks change it, or jsonString.
+// template compiles a text. s is jsonString, or bare for lines of text, where quotation marks switch it to quoted and back.
 func (c *compiler) template(text string, s style) error {
 	for i := 0; i < len(text); {
 		literal := text[i:]
@@ -263,7 +265,7 @@ func (c *compiler) template(text string, s style) error {
 	return nil
 }
 
-// json compiles one JSON value. Keys and order stay as they are.
+// json compiles one JSON value. Keys keep their order.
 func (c *compiler) json(d *json.Decoder, key string) error {
 	token, err := d.Token()
 	if err != nil {
@@ -290,7 +292,7 @@ func (c *compiler) json(d *json.Decoder, key string) error {
 	return err
 }
 
-// jsonGroup compiles what follows the opening delimiter of an object or an array.
+// jsonGroup compiles an object or an array after its opening delimiter.
 func (c *compiler) jsonGroup(d *json.Decoder, open json.Delim, key string) error {
 	c.text = append(c.text, byte(open))
 	for first := true; d.More(); first = false {
@@ -302,7 +304,7 @@ func (c *compiler) jsonGroup(d *json.Decoder, open json.Delim, key string) error
 			if err != nil {
 				return fmt.Errorf("reading JSON: %w", err)
 			}
-			key = token.(string) // the decoder takes nothing else there
+			key = token.(string) // the decoder guarantees a string here
 			c.text = append(appendText(append(c.text, '"'), key, jsonString, maxLine), `":`...)
 		}
 		if err := c.json(d, key); err != nil {
@@ -317,7 +319,7 @@ func (c *compiler) jsonGroup(d *json.Decoder, open json.Delim, key string) error
 	return nil
 }
 
-// loneOperator reports whether text is one operator. A wrong one counts, and is found wrong when it is compiled.
+// loneOperator reports whether text is a single operator. An unknown one counts too; compiling it fails.
 func loneOperator(text string) bool {
 	if len(text) < 3 || text[0] != '%' || text[1] == '%' {
 		return false
@@ -326,7 +328,7 @@ func loneOperator(text string) bool {
 	return err == nil && end == len(text)
 }
 
-// split takes the operator that begins at text[start] apart: %name(argument):max%. max is -1 when there is none.
+// split parses the operator at text[start]: %name(argument):max%. max is -1 if it is missing.
 func split(text string, start int) (name string, arg *string, max, end int, err error) {
 	end, max = start+1, -1
 	for end < len(text) && (text[end] >= 'A' && text[end] <= 'Z' || text[end] == '_' || text[end] >= '0' && text[end] <= '9') {
@@ -344,7 +346,7 @@ func split(text string, start int) (name string, arg *string, max, end int, err 
 	if strings.HasPrefix(text[end:], ":") {
 		digits, _, _ := strings.Cut(text[end+1:], "%")
 		if max, err = strconv.Atoi(digits); err != nil || max < 1 {
-			return name, nil, 0, 0, fmt.Errorf("operator %%%s at column %d: %q is no length; write a number after the colon", name, column(text, start), digits)
+			return name, nil, 0, 0, fmt.Errorf("operator %%%s at column %d: %q is not a length; write a number after the colon", name, column(text, start), digits)
 		}
 		end += 1 + len(digits)
 	}
@@ -354,7 +356,7 @@ func split(text string, start int) (name string, arg *string, max, end int, err 
 	return name, arg, max, end + 1, nil
 }
 
-// operator compiles the operator that begins at text[start], and returns where the text goes on.
+// operator compiles the operator at text[start] and returns the index after it.
 func (c *compiler) operator(text string, start int, s style) (int, error) {
 	name, arg, max, end, err := split(text, start)
 	if err != nil {
@@ -393,8 +395,8 @@ func (c *compiler) operator(text string, start int, s style) (int, error) {
 	return end, nil
 }
 
-// field compiles the argument of %REQ% and %RESP%: the name of a field, and after a question mark that of another one
-// which stands in for it.
+// field compiles the argument of %REQ% and %RESP%: a field name, optionally followed by a question mark and the name of an
+// alternative that is used when the first field is missing.
 func (c *compiler) field(p *piece, arg string, response bool) error {
 	names := strings.Split(strings.ToLower(arg), "?")
 	if len(names) > 2 {
@@ -402,7 +404,7 @@ func (c *compiler) field(p *piece, arg string, response bool) error {
 	}
 	for _, name := range names {
 		if name == "" || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`"(),/;<=>?@[\]{}`, r) }) {
-			return fmt.Errorf("%q is no name of a field; write, as an example, %%REQ(X-TENANT)%%", name)
+			return fmt.Errorf("%q is not a field name; write, for example, %%REQ(X-TENANT)%%", name)
 		}
 		place, have := always[name]
 		switch {
@@ -437,8 +439,8 @@ func (c *compiler) field(p *piece, arg string, response bool) error {
 	return nil
 }
 
-// finish closes the format, and works out what of a line must be kept for the pieces that follow, so that the bound of a
-// line cuts values and never a format.
+// finish completes the format and computes how much of a line each piece must leave to the pieces after it, so that the
+// limit of a line shortens values and never the format's own text.
 func (c *compiler) finish() (*Format, error) {
 	c.pieces = append(c.pieces, piece{text: string(c.text)})
 	reserve := 1 // the newline
@@ -448,13 +450,13 @@ func (c *compiler) finish() (*Format, error) {
 		reserve += len(p.text) + maxShort + 10*len(p.layout)
 	}
 	if reserve > maxLine/2 {
-		return nil, fmt.Errorf("access log format: a line may need %d bytes without the values of fields, and %d is the most; use fewer operators and less text", reserve, maxLine/2)
+		return nil, fmt.Errorf("access log format: a line may need %d bytes without the values of fields, but the limit is %d; use fewer operators or less text", reserve, maxLine/2)
 	}
 	c.findSteady()
 	return &c.Format, nil
 }
 
-// findSteady finds the longest run of pieces whose values hang on nothing but what steadyOf looks at.
+// findSteady finds the longest run of pieces whose values depend only on what steadyOf compares.
 func (f *Format) findSteady() {
 	first := 0
 	for i := range f.pieces {
@@ -469,10 +471,10 @@ func (f *Format) findSteady() {
 	}
 }
 
-// column is the place of text[i] as an editor counts it, from 1.
+// column returns the column of text[i] in characters, counted from 1.
 func column(text string, i int) int { return utf8.RuneCountInString(text[:i]) + 1 }
 
-// nearest is the known operator that takes the fewest changes.
+// nearest returns the known operator with the smallest edit distance to name.
 func nearest(name string) string {
 	name = name[:min(len(name), 64)]
 	best, least := "", 1<<30
@@ -484,7 +486,7 @@ func nearest(name string) string {
 	return best
 }
 
-// distance is Levenshtein's.
+// distance returns the Levenshtein distance of a and b.
 func distance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {

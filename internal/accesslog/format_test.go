@@ -18,7 +18,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-func TestStoriesAreToldInIstiosWords(t *testing.T) {
+func TestLinesAreIstios(t *testing.T) {
 	for name, f := range map[string]*Format{
 		"text": mustParse(t, ParseFormat, ""),
 		"json": mustParse(t, ParseJSONFormat, ""),
@@ -38,13 +38,13 @@ func TestStoriesAreToldInIstiosWords(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got.String() != string(want) {
-			t.Errorf("%s: lines changed; if that is meant, run the test with -update\ngot:\n%s\nwant:\n%s", name, &got, want)
+			t.Errorf("%s: lines changed; if that is intended, run the test with -update\ngot:\n%s\nwant:\n%s", name, &got, want)
 		}
 	}
 }
 
-// What a connection keeps for its next request must be true of that one.
-func TestRequestsOfOneConnectionAreToldAsIfEachHadItsOwn(t *testing.T) {
+// The text that a connection caches must not change the line of a later request.
+func TestLinesDoNotDependOnEarlierRequestsOfTheConnection(t *testing.T) {
 	changes := []func(*flow.Record){
 		func(*flow.Record) {},
 		func(*flow.Record) {},
@@ -70,7 +70,7 @@ func TestRequestsOfOneConnectionAreToldAsIfEachHadItsOwn(t *testing.T) {
 		for _, direction := range []flow.Direction{flow.Inbound, flow.Outbound} {
 			shared := connection(direction, flow.HTTP11, "")
 			for i := range changes {
-				for j := range changes { // each after each other
+				for j := range changes { // every pair
 					for _, change := range []int{i, j} {
 						alone, together := request(direction, flow.Completed), request(direction, flow.Completed)
 						together.Connection = shared
@@ -87,7 +87,7 @@ func TestRequestsOfOneConnectionAreToldAsIfEachHadItsOwn(t *testing.T) {
 	f, r := mustParse(t, ParseFormat, ""), request(flow.Inbound, flow.Completed)
 	lineOf(f, r)
 	if kept := f.steadyOf(r); !strings.HasPrefix(string(kept.text), `" "198.51.100.2:80" inbound|80|| `) || !strings.HasSuffix(string(kept.text), " - default") {
-		t.Errorf("kept is %q", kept.text)
+		t.Errorf("cached text: %q", kept.text)
 	}
 }
 
@@ -98,6 +98,7 @@ func TestOperators(t *testing.T) {
 	inbound.HTTP.ResponseFields = [][]byte{[]byte("text/html")}
 	inbound.HTTP.GRPCStatus = []byte("16")
 	tcp := connection(flow.Outbound, flow.Opaque, flow.UpstreamTimeout)
+	tcp.Attempts = 3
 	host, err := os.Hostname()
 	if err != nil {
 		t.Fatal(err)
@@ -123,6 +124,8 @@ func TestOperators(t *testing.T) {
 		{"%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%", inbound, "[2001:db8::1]:0 2001:db8::1 0"},
 		{"%DOWNSTREAM_DIRECT_REMOTE_ADDRESS% %DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_DIRECT_REMOTE_PORT%", inbound, "198.51.100.1:61751 198.51.100.1 61751"},
 		{"%UPSTREAM_CLUSTER% %UPSTREAM_CLUSTER_RAW% %UPSTREAM_HOST%", inbound, "inbound|80|| inbound|80|| 198.51.100.2:80"},
+		{"%UPSTREAM_REQUEST_ATTEMPT_COUNT%", inbound, "0"},
+		{"%UPSTREAM_REQUEST_ATTEMPT_COUNT%", tcp, "3"},
 		{"%GRPC_STATUS% %GRPC_STATUS_NUMBER%", inbound, "Unauthenticated 16"},
 		{"%GRPC_STATUS% %GRPC_STATUS_NUMBER%", outbound, "- -"},
 		{"%HOSTNAME% %TRAFFIC_DIRECTION%", inbound, host + " INBOUND"},
@@ -153,7 +156,7 @@ func TestJSONFormats(t *testing.T) {
 	}
 }
 
-func TestWrongFormatsAreExplained(t *testing.T) {
+func TestErrorsOfInvalidFormats(t *testing.T) {
 	for _, c := range []struct {
 		parse        func(string) (*Format, error)
 		format, want string
@@ -162,12 +165,12 @@ func TestWrongFormatsAreExplained(t *testing.T) {
 		{ParseFormat, "%bytes%", "operator % at column 1 has no % at its end"},
 		{ParseFormat, "5% of it", "operator % at column 2 has no % at its end; write %% for a percent sign"},
 		{ParseFormat, "%PROTOCOL", "operator %PROTOCOL at column 1 has no % at its end"},
-		{ParseFormat, "%REQ%", `operator %REQ% at column 1: "" is no name of a field`},
+		{ParseFormat, "%REQ%", `operator %REQ% at column 1: "" is not a field name`},
 		{ParseFormat, "%REQ(A?B?C)%", `"A?B?C" names more than one alternative`},
-		{ParseFormat, "%REQ(A B)%", `"a b" is no name of a field`},
+		{ParseFormat, "%REQ(A B)%", `"a b" is not a field name`},
 		{ParseFormat, "%REQ(A", "operator %REQ( at column 1 has no closing parenthesis"},
-		{ParseFormat, "%REQ(A):x%", `operator %REQ at column 1: "x" is no length`},
-		{ParseFormat, "%REQ(A):0%", `"0" is no length`},
+		{ParseFormat, "%REQ(A):x%", `operator %REQ at column 1: "x" is not a length`},
+		{ParseFormat, "%REQ(A):0%", `"0" is not a length`},
 		{ParseFormat, "%REQ(:SCHEME)%", `there is no field ":scheme"`},
 		{ParseFormat, "%RESP(X-ENVOY-UPSTREAM-SERVICE-TIME?X)%", "x-envoy-upstream-service-time has no alternative"},
 		{ParseFormat, "%PROTOCOL(X)%", "operator %PROTOCOL% at column 1: takes no argument"},
@@ -175,15 +178,15 @@ func TestWrongFormatsAreExplained(t *testing.T) {
 		{ParseFormat, "%START_TIME()%", "the time format is empty"},
 		{ParseFormat, "%START_TIME(%Q)%", "unknown conversion %Q"},
 		{ParseFormat, "%START_TIME(%3)%", "unknown conversion %3"},
-		{ParseFormat, "%START_TIME(ü)%", "more than plain ASCII"},
-		{ParseFormat, "a\nb", "control character or broken UTF-8 at column 2"},
-		{ParseFormat, "\xff", "control character or broken UTF-8 at column 1"},
-		{ParseFormat, strings.Repeat("%PROTOCOL%", 1000), "16384 is the most"},
+		{ParseFormat, "%START_TIME(ü)%", "must be printable ASCII"},
+		{ParseFormat, "a\nb", "control character or invalid UTF-8 at column 2"},
+		{ParseFormat, "\xff", "control character or invalid UTF-8 at column 1"},
+		{ParseFormat, strings.Repeat("%PROTOCOL%", 1000), "the limit is 16384"},
 		{ParseJSONFormat, "%PROTOCOL%", "JSON lines need an object"},
 		{ParseJSONFormat, `{"a":"%PROTOCOLS%"}`, `access log format: value of "a": unknown operator %PROTOCOLS% at column 1; the nearest known one is %PROTOCOL%`},
 		{ParseJSONFormat, `{"a":{"b":["x%PROTOCOL"]}}`, `value of "b": operator %PROTOCOL at column 2 has no`},
 		{ParseJSONFormat, `{"a":"b"`, "reading JSON"},
-		{ParseJSONFormat, `{"a":"b"} {}`, "something follows the JSON object"},
+		{ParseJSONFormat, `{"a":"b"} {}`, "text after the JSON object"},
 	} {
 		f, err := c.parse(c.format)
 		if err == nil || !strings.Contains(err.Error(), c.want) || f != nil {
@@ -199,7 +202,7 @@ func TestWrongFormatsAreExplained(t *testing.T) {
 	}
 }
 
-func TestAFormatNamesTheFieldsThatItNeeds(t *testing.T) {
+func TestFieldsOfFormat(t *testing.T) {
 	f := mustParse(t, ParseFormat, "%REQ(B?a)% %REQ(A)% %REQ(User-Agent?X-Request-Id)% %RESP(Server)% %RESP(X-Envoy-Upstream-Service-Time)% %REQ(x-forwarded-for)%")
 	if want := (flow.Fields{Request: []string{"b", "a"}, Response: []string{"server"}}); !reflect.DeepEqual(f.Fields(), want) {
 		t.Errorf("%+v; want %+v", f.Fields(), want)
@@ -211,7 +214,7 @@ func TestAFormatNamesTheFieldsThatItNeeds(t *testing.T) {
 	}
 }
 
-func TestAddressesThatAreForwarded(t *testing.T) {
+func TestAddressesInForwardedFor(t *testing.T) {
 	for text, want := range map[string]string{
 		"192.0.2.1": "192.0.2.1", "0.0.0.0": "0.0.0.0", "255.255.255.255": "255.255.255.255", "2001:DB8::1": "2001:db8::1",
 		"::ffff:192.0.2.1": "::ffff:192.0.2.1", "fe80::1%eth0": "", "256.0.0.1": "", "01.2.3.4": "", "1.2.3": "", "1.2.3.4.5": "",
@@ -227,7 +230,7 @@ func TestAddressesThatAreForwarded(t *testing.T) {
 	}
 }
 
-// split22 splits as people do who know nothing of escapes: at the spaces outside of quotation marks.
+// split22 splits a line as a simple reader does, without regard to escapes: at the spaces outside quotation marks.
 func split22(line string) []string {
 	inside := false
 	return strings.FieldsFunc(line, func(r rune) bool {
@@ -238,8 +241,8 @@ func split22(line string) []string {
 	})
 }
 
-// FuzzNobodyForgesALine lets a stranger choose everything that a stranger chooses.
-func FuzzNobodyForgesALine(f *testing.F) {
+// FuzzLineCannotBeForged varies every value that clients choose.
+func FuzzLineCannotBeForged(f *testing.F) {
 	text, object := mustParse(f, ParseFormat, ""), mustParse(f, ParseJSONFormat, "")
 	custom := mustParse(f, ParseFormat, `%REQ(:PATH)% %REQ(USER-AGENT):7% "%REQ(X-ENVOY-ORIGINAL-PATH)%" %GRPC_STATUS%`)
 	for _, s := range stories {
@@ -266,18 +269,18 @@ func FuzzNobodyForgesALine(f *testing.F) {
 				t.Errorf("%d bytes", len(got))
 			}
 			if strings.ContainsFunc(got, func(r rune) bool { return unicode.IsControl(r) || r == 0x2028 || r == 0x2029 }) || !utf8.ValidString(got) {
-				t.Errorf("more than one line, or no UTF-8: %q", got)
+				t.Errorf("more than one line, or invalid UTF-8: %q", got)
 			}
 			if c.fields > 0 && len(split22(got)) != c.fields {
 				t.Errorf("%d fields, want %d: %s", len(split22(got)), c.fields, got)
 			}
 			if c.fields == 0 {
-				told := make(map[string]any)
-				if err := json.Unmarshal([]byte(got), &told); err != nil || len(told) != 24 {
-					t.Errorf("%d keys, %v: %s", len(told), err, got)
+				decoded := make(map[string]any)
+				if err := json.Unmarshal([]byte(got), &decoded); err != nil || len(decoded) != 24 {
+					t.Errorf("%d keys, %v: %s", len(decoded), err, got)
 				}
-				if s, _ := told["authority"].(string); utf8.Valid(r.HTTP.Authority) && len(r.HTTP.Authority) < 1000 && s != string(r.HTTP.Authority) {
-					t.Errorf("%q was told as %q", r.HTTP.Authority, s)
+				if s, _ := decoded["authority"].(string); utf8.Valid(r.HTTP.Authority) && len(r.HTTP.Authority) < 1000 && s != string(r.HTTP.Authority) {
+					t.Errorf("%q is logged as %q", r.HTTP.Authority, s)
 				}
 			}
 		}
@@ -301,7 +304,7 @@ func TestLongValuesAreCutAndTheLineKeepsItsShape(t *testing.T) {
 			}
 		}
 		if line = lineOf(mustParse(t, ParseJSONFormat, ""), r); !json.Valid([]byte(line)) || len(line) > maxLine {
-			t.Errorf("%q: no JSON, or long: %d bytes", unit, len(line))
+			t.Errorf("%q: invalid JSON, or too long: %d bytes", unit, len(line))
 		}
 	}
 	r := request(flow.Inbound, flow.Completed)
@@ -311,15 +314,15 @@ func TestLongValuesAreCutAndTheLineKeepsItsShape(t *testing.T) {
 	}
 }
 
-func TestEachOperatorHasAStory(t *testing.T) {
+func TestEachOperatorIsTested(t *testing.T) {
 	source, err := os.ReadFile("format_test.go")
 	if err != nil {
 		t.Fatal(err)
 	}
-	told := Default + string(source)
+	tested := Default + string(source)
 	for _, o := range operators {
-		if !strings.Contains(told, "%"+o.name+"%") && !strings.Contains(told, "%"+o.name+"(") {
-			t.Errorf("%%%s%% is in no test", o.name)
+		if !strings.Contains(tested, "%"+o.name+"%") && !strings.Contains(tested, "%"+o.name+"(") {
+			t.Errorf("no test has %%%s%%", o.name)
 		}
 	}
 	names := make([]string, len(operators))
@@ -327,7 +330,7 @@ func TestEachOperatorHasAStory(t *testing.T) {
 		names[i] = o.name
 	}
 	if slices.Sort(names); len(slices.Compact(names)) != len(operators) {
-		t.Error("an operator stands twice in the table")
+		t.Error("the table has an operator twice")
 	}
 }
 
@@ -346,6 +349,6 @@ func TestSecondsChange(t *testing.T) {
 func checkJSON(t *testing.T, line string) {
 	t.Helper()
 	if !json.Valid([]byte(line)) || strings.Contains(line, "\n") || len(line) > maxLine {
-		t.Errorf("no JSON line: %q", line)
+		t.Errorf("not a JSON line: %q", line)
 	}
 }

@@ -143,6 +143,8 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 		return strconv.AppendUint(dst, r.Sent.Load(), 10), true
 	case verbDuration:
 		return strconv.AppendInt(dst, lasted.Milliseconds(), 10), true
+	case verbAttempts:
+		return strconv.AppendInt(dst, int64(r.Attempts), 10), true // 0 without an attempt, as in Envoy
 	case verbCluster:
 		return orMissing(p, dst, r.Cluster)
 	case verbAddress:
@@ -254,8 +256,8 @@ func (p *piece) appendAddress(dst []byte, r *flow.Record) ([]byte, bool) {
 	return a.AppendTo(dst), true
 }
 
-// parseIP parses an address. A zone in client-supplied text is rejected. netip's parser keeps its argument in its error,
-// which costs an allocation; IPv4, the common case, avoids it.
+// parseIP parses an address. A zone in client-supplied text is rejected. netip's parser allocates, because its error keeps
+// the argument; IPv4, the common case, avoids that.
 func parseIP(text []byte) netip.Addr {
 	if a, ok := parseIPv4(text); ok {
 		return a

@@ -37,7 +37,7 @@ var (
 	local  = netip.MustParseAddrPort("198.51.100.2:36520")
 )
 
-// connection is a record of a connection, as it ended.
+// connection returns the record of an ended connection.
 func connection(direction flow.Direction, protocol flow.Protocol, reason flow.Reason) *flow.Record {
 	r := &flow.Record{Direction: direction, Protocol: protocol, Opened: opened, Downstream: peer, OriginalDestination: pod,
 		Upstream: pod, UpstreamLocal: bound, Cluster: envoy.InboundCluster(pod.Port()), Reason: reason, Duration: 231*time.Millisecond + 999*time.Microsecond}
@@ -50,7 +50,7 @@ func connection(direction flow.Direction, protocol flow.Protocol, reason flow.Re
 	return r
 }
 
-// request is a record of a request, as it ended.
+// request returns the record of an ended request.
 func request(direction flow.Direction, reason flow.Reason) *flow.Record {
 	r := connection(direction, flow.HTTP11, reason)
 	r.Connection = connection(direction, flow.HTTP11, "")
@@ -73,7 +73,7 @@ func story(r *flow.Record, change func(*flow.Record)) *flow.Record {
 	return r
 }
 
-// stories are ends that a log should tell in Istio's words.
+// stories are ended requests and connections whose lines must be those of Istio.
 var stories = []struct {
 	name string
 	*flow.Record
@@ -84,7 +84,7 @@ var stories = []struct {
 	{"inbound GET, forwarded for IPv6", story(request(flow.Inbound, flow.Completed), func(r *flow.Record) {
 		r.HTTP.ForwardedFor = []byte("203.0.113.9,2001:db8::1")
 	})},
-	{"inbound GET, forwarded for nobody", story(request(flow.Inbound, flow.Completed), func(r *flow.Record) {
+	{"inbound GET, forwarded for an unknown client", story(request(flow.Inbound, flow.Completed), func(r *flow.Record) {
 		r.HTTP.ForwardedFor = []byte("203.0.113.9, unknown")
 	})},
 	{"inbound GET of a path that a gateway rewrote", story(request(flow.Inbound, flow.Completed), func(r *flow.Record) {
@@ -151,14 +151,14 @@ func mustParse(t testing.TB, parse func(string) (*Format, error), text string) *
 	return f
 }
 
-// lineOf is the line without its newline.
+// lineOf returns the line without its newline.
 func lineOf(f *Format, r *flow.Record) string {
 	var l line
 	f.build(&l, r, r.Duration)
 	return string(l.buf[:len(l.buf)-1])
 }
 
-// begin makes a log that the test closes.
+// begin opens a log that is closed at the end of the test.
 func begin(t testing.TB, c Config) *Log {
 	t.Helper()
 	if c.Format == nil {

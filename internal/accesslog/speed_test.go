@@ -9,8 +9,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// A request's whole line, from the filter to the queue, allocates nothing: neither of a request nor of a connection.
-func TestALineAllocatesNothing(t *testing.T) {
+// Neither the line of a request nor that of a connection allocates memory on its way from the filter to the queue.
+func TestLineDoesNotAllocate(t *testing.T) {
 	filter, err := ParseFilter("errors;sample=100%")
 	if err != nil {
 		t.Fatal(err)
@@ -23,7 +23,7 @@ func TestALineAllocatesNothing(t *testing.T) {
 	}
 	for name, f := range map[string]*Format{"text": mustParse(t, ParseFormat, ""), "json": mustParse(t, ParseJSONFormat, "")} {
 		l := begin(t, Config{Path: filepath.Join(t.TempDir(), "log"), Format: f, Filter: filter, TCPStart: true})
-		if allocs := testing.AllocsPerRun(5000, func() { // the queue goes round a few times
+		if allocs := testing.AllocsPerRun(5000, func() { // the queue is written several times meanwhile
 			l.Closed(r)
 			l.Closed(refused.Record)
 			l.Opened(refused.Record)

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// appendStart appends a time as ISO 8601 in UTC with milliseconds, which are cut and not rounded.
+// appendStart appends a time as ISO 8601 in UTC, truncated to milliseconds.
 func (l *line) appendStart(dst []byte, t time.Time) []byte {
 	if second := t.Unix(); second != l.second || len(l.stamp) == 0 {
 		l.second = second
@@ -17,14 +17,14 @@ func (l *line) appendStart(dst []byte, t time.Time) []byte {
 	return append(append(dst, l.stamp...), byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z')
 }
 
-// goLayouts are the conversions of strftime that package time has as well.
+// goLayouts maps conversions of strftime to layouts of package time.
 var goLayouts = map[byte]string{
 	'Y': "2006", 'y': "06", 'm': "01", 'd': "02", 'e': "_2", 'H': "15", 'I': "03", 'p': "PM", 'M': "04", 'S': "05",
 	'F': "2006-01-02", 'T': "15:04:05", 'R': "15:04", 'a': "Mon", 'A': "Monday", 'b': "Jan", 'B': "January", 'j': "002",
 	'Z': "MST", 'z': "-0700",
 }
 
-// checkLayout holds a layout of START_TIME to what appendTime knows. No byte of it needs an escape.
+// checkLayout returns an error unless appendTime can format the layout. A valid layout has no byte that needs an escape.
 func checkLayout(layout string) error {
 	if layout == "" {
 		return fmt.Errorf("the time format is empty; leave the parentheses out for the default")
@@ -32,7 +32,7 @@ func checkLayout(layout string) error {
 	for i := 0; i < len(layout); i++ {
 		switch {
 		case layout[i] < ' ' || layout[i] > '~' || layout[i] == '"' || layout[i] == '\\':
-			return fmt.Errorf("the time format %q has more than plain ASCII", layout)
+			return fmt.Errorf("the time format %q must be printable ASCII without quotation marks and backslashes", layout)
 		case layout[i] != '%':
 			continue
 		}
@@ -49,7 +49,7 @@ func checkLayout(layout string) error {
 	return nil
 }
 
-// appendTime appends t, which is in UTC, by a layout that checkLayout took.
+// appendTime appends t in a layout that checkLayout accepted. t must be in UTC.
 func appendTime(dst []byte, t time.Time, layout string) []byte {
 	for i := 0; i < len(layout); i++ {
 		if layout[i] != '%' {

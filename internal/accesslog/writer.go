@@ -14,19 +14,19 @@ import (
 )
 
 const (
-	chunkBytes   = 64 << 10 // what is written at once; a line fits
+	chunkBytes   = 64 << 10 // size of one write; at least one line
 	flushDelay   = time.Second
 	defaultQueue = 1 << 20
-	givingUp     = 100 * time.Millisecond // for a write that was interrupted to return
+	givingUp     = 100 * time.Millisecond // how long Close waits for an interrupted write to return
 )
 
-// writer is the queue of lines, and the goroutine that writes them out: when there are 64 KiB, or a second after the
-// first line. It sleeps when there are none.
+// writer is the queue of lines and the goroutine that writes them: when 64 KiB have gathered, or a second after the first
+// line. The goroutine sleeps while the queue is empty.
 type writer struct {
 	path    string
 	log     *slog.Logger
-	chunks  int           // that the queue has at most
-	wake    chan struct{} // holds one: there is a full chunk, or another sink
+	chunks  int           // maximum number of chunks in the queue
+	wake    chan struct{} // capacity 1: a full chunk or a new sink is available
 	timer   *time.Timer
 	closing chan struct{}
 	done    chan struct{}
@@ -35,18 +35,18 @@ type writer struct {
 
 	mu      sync.Mutex
 	file    *os.File
-	next    *os.File // takes the place of file before the next write
+	next    *os.File // replaces file before the next write
 	open    []byte   // the chunk being filled, or nil
-	full    [][]byte // chunks that wait, the oldest first
+	full    [][]byte // chunks to be written, oldest first
 	free    [][]byte
-	held    int  // chunks in open, full and the writer's hand
-	armed   bool // the timer runs, or has not been listened to
+	held    int  // number of chunks: open, full, and the one being written
+	armed   bool // the timer runs, or its tick has not been received
 	closed  bool
 	dropped uint64
 
-	trouble bool   // lines are lost, or a write failed, and it has been said
-	since   uint64 // dropped, when trouble began
-	looked  uint64 // dropped, at the last look for the end of trouble
+	trouble bool   // losing lines or failing writes; already logged
+	since   uint64 // value of dropped when trouble began
+	looked  uint64 // value of dropped at the last check whether trouble is over
 }
 
 func newWriter(path string, queueBytes int, log *slog.Logger) (*writer, error) {
@@ -66,10 +66,10 @@ func newWriter(path string, queueBytes int, log *slog.Logger) (*writer, error) {
 	return w, nil
 }
 
-// openSink opens path for appending. Our own descriptors are used and not opened: /proc may be another user's, or hidden.
-// They are duplicated, since Go ends a process that writes to a broken pipe as descriptor 1 or 2, and their mode is left
-// alone, which others share. All else is opened so that no write blocks a thread; a FIFO also for reading, since it then
-// needs no reader to be opened, and does not break when there is none for a while (fifo(7)).
+// openSink opens path for appending. Our own descriptors are not opened by path, since /proc may be hidden or belong to
+// another user. They are duplicated, because Go ends a process that writes to a broken pipe as descriptor 1 or 2; their
+// blocking mode stays, because other processes share it. Files are opened so that a write does not block a thread. A FIFO
+// is opened for reading as well: then opening it needs no reader, and it does not break while no reader is there (fifo(7)).
 func openSink(path string) (*os.File, error) {
 	switch path {
 	case "/dev/stdout":
@@ -95,7 +95,7 @@ func duplicate(fd int, path string) (*os.File, error) {
 	return os.NewFile(uintptr(copied), path), nil
 }
 
-// put queues one line, or drops it.
+// put queues one line or drops it.
 func (w *writer) put(line []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -115,8 +115,8 @@ func (w *writer) put(line []byte) {
 	w.arm()
 }
 
-// drop counts a lost line. The first one is logged from a goroutine of its own, as the writer may be stuck, and the
-// logger's sink may be the very one that is.
+// drop counts a lost line. The first one is logged by a separate goroutine, because the writer may be stuck, and the
+// logger may write to the same sink.
 func (w *writer) drop() {
 	w.dropped++
 	if w.trouble || w.closed {
@@ -124,11 +124,11 @@ func (w *writer) drop() {
 	}
 	w.trouble, w.since = true, w.dropped-1
 	w.warning.Go(func() {
-		w.log.Warn("access log lines are dropped: what it is written to does not keep up", "path", w.path)
+		w.log.Warn("dropping access log lines: the sink is too slow", "path", w.path)
 	})
 }
 
-// chunk gives an empty chunk for lines.
+// chunk returns an empty chunk.
 func (w *writer) chunk() []byte {
 	w.held++
 	if last := len(w.free) - 1; last >= 0 {
@@ -172,8 +172,8 @@ func (w *writer) run() {
 	}
 }
 
-// drain writes the full chunks, and if all is set then the one that is being filled; once, or it would write single lines
-// while they come fast.
+// drain writes the full chunks and, if all is set, the open one. It takes the open one only once: otherwise it would write
+// single lines while lines arrive fast.
 func (w *writer) drain(all bool) {
 	w.swap()
 	for last := false; !last; {
@@ -189,7 +189,7 @@ func (w *writer) drain(all bool) {
 	}
 }
 
-// take gives the next chunk to write, nil for none, and whether it is the one that was being filled.
+// take returns the next chunk to write, or nil, and whether it is the one that was being filled.
 func (w *writer) take(all bool) (chunk []byte, last bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -204,11 +204,11 @@ func (w *writer) take(all bool) (chunk []byte, last bool) {
 	return chunk, last
 }
 
-// write writes a chunk to its end, through whatever errors there are, and gives up only when the log is closed.
+// write writes a whole chunk. After an error it tries again, until the log is closed.
 func (w *writer) write(chunk []byte) {
 	for at := 0; at < len(chunk); {
 		if w.swap() {
-			at = bytes.LastIndexByte(chunk[:at], '\n') + 1 // the new sink does not begin in the middle of a line
+			at = bytes.LastIndexByte(chunk[:at], '\n') + 1 // the new sink begins with a whole line
 		}
 		n, err := w.file.Write(chunk[at:])
 		w.written.Add(uint64(bytes.Count(chunk[at:at+n], []byte{'\n'})))
@@ -244,23 +244,23 @@ func (w *writer) failed(err error) {
 	}
 	w.mu.Unlock()
 	if first {
-		w.log.Error("writing the access log failed; lines wait, and are dropped when too many do", "path", w.path, "error", err)
+		w.log.Error("writing the access log failed; lines are queued, and dropped when the queue is full", "path", w.path, "error", err)
 	}
 }
 
-// settle is called when all is written. When there was trouble, and no line has been lost for a second, it is over.
-// Chunks that a burst needed go back.
+// settle is called when all lines are written. Trouble is over when no line has been lost for a second. Chunks that a burst
+// needed are released.
 func (w *writer) settle() {
 	if lost, over := w.recovered(); over {
-		w.warning.Wait() // so that what is said comes in order, and one goroutine says it
+		w.warning.Wait() // keeps the messages in order
 		w.mu.Lock()
 		w.trouble = false
 		w.mu.Unlock()
-		w.log.Info("the access log is written again", "path", w.path, "lines_dropped", lost)
+		w.log.Info("access log recovered", "path", w.path, "lines_dropped", lost)
 	}
 }
 
-// recovered reports whether trouble is over, and how many lines were lost in it.
+// recovered reports whether trouble is over and how many lines it cost.
 func (w *writer) recovered() (lost uint64, over bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -278,7 +278,7 @@ func (w *writer) recovered() (lost uint64, over bool) {
 	return w.dropped - w.since, true
 }
 
-// swap takes the sink that Reopen made, if there is one.
+// swap switches to the sink that Reopen opened, if there is one, and reports whether it did.
 func (w *writer) swap() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -290,15 +290,15 @@ func (w *writer) swap() bool {
 	return true
 }
 
-// replaced reports whether Reopen made another sink, and so ended the write to this one.
+// replaced reports whether Reopen opened another sink, and thereby interrupted the write to this one.
 func (w *writer) replaced() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.next != nil
 }
 
-// Reopen opens Config.Path anew, as after the file was renamed. When that fails it says so in the log, and the old one
-// stays in use. A line that was written in part is written to the new one as a whole.
+// Reopen opens Config.Path again, as needed after the file was renamed. If that fails, it logs the error and keeps the old
+// file. A partially written line is written to the new file as a whole.
 func (l *Log) Reopen() {
 	w := l.writer
 	file, err := openSink(w.path)
@@ -316,23 +316,23 @@ func (l *Log) Reopen() {
 		w.next.Close()
 	}
 	w.next = file
-	w.file.SetWriteDeadline(time.Now()) // a write that is stuck ends, where that is possible
+	w.file.SetWriteDeadline(time.Now()) // interrupts a stuck write, if the file supports deadlines
 	w.nudge()
 }
 
-// Dropped is how many lines were lost, because the queue was full or the log closed.
+// Dropped returns the number of lines lost because the queue was full or the log closed.
 func (l *Log) Dropped() uint64 {
 	l.writer.mu.Lock()
 	defer l.writer.mu.Unlock()
 	return l.writer.dropped
 }
 
-// Written is how many lines were written.
+// Written returns the number of lines written.
 func (l *Log) Written() uint64 { return l.writer.written.Load() }
 
-// Close writes what waits, and closes the sink. Lines that come later are dropped. It gives up when ctx ends, or when
-// a write fails, and the error says how many lines are lost. A write to standard output that is stuck cannot be
-// interrupted without changing what others share; it then keeps its goroutine.
+// Close writes the queued lines and closes the sink. Later lines are dropped. It gives up when ctx ends or when a write
+// fails; the error has the number of lost lines. A stuck write to standard output cannot be interrupted without changing
+// the mode that other processes share; its goroutine then stays.
 func (l *Log) Close(ctx context.Context) error {
 	w := l.writer
 	w.mu.Lock()
@@ -353,11 +353,11 @@ func (l *Log) Close(ctx context.Context) error {
 		select {
 		case <-w.done:
 		case <-timer.C:
-			return fmt.Errorf("closing the access log %s: a write is stuck: %w", w.path, context.Cause(ctx))
+			return fmt.Errorf("closing the access log %s: a write does not return: %w", w.path, context.Cause(ctx))
 		}
 	}
 	if lost := l.Dropped() - before; lost > 0 {
-		return fmt.Errorf("closing the access log %s: %d lines are lost", w.path, lost)
+		return fmt.Errorf("closing the access log %s: %d lines lost", w.path, lost)
 	}
 	return nil
 }

@@ -23,34 +23,34 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// said is what a logger was told.
-type said struct {
+// logBuffer collects the output of a logger.
+type logBuffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
 }
 
-func (s *said) Write(p []byte) (int, error) {
+func (s *logBuffer) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.buf.Write(p)
 }
 
-func (s *said) count(text string) int {
+func (s *logBuffer) count(text string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return strings.Count(s.buf.String(), text)
 }
 
-func (s *said) logger() *slog.Logger { return slog.New(slog.NewTextHandler(s, nil)) }
+func (s *logBuffer) logger() *slog.Logger { return slog.New(slog.NewTextHandler(s, nil)) }
 
-// of is a request whose line, in the format of these tests, is text.
+// of returns a request whose line, in the format of these tests, is text.
 func of(text string) *flow.Record {
 	r := request(flow.Inbound, flow.Completed)
 	r.HTTP.Path = []byte(text)
 	return r
 }
 
-// numbered is a request whose line is a number and a kilobyte.
+// numbered returns a request whose line is a number and a kilobyte.
 func numbered(i int) *flow.Record { return of(fmt.Sprintf("%08d", i) + strings.Repeat("x", 1000)) }
 
 func read(t *testing.T, path string) string {
@@ -62,7 +62,7 @@ func read(t *testing.T, path string) string {
 	return string(b)
 }
 
-// fifo makes a FIFO, and says its path.
+// fifo creates a FIFO and returns its path.
 func fifo(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "fifo")
@@ -72,7 +72,7 @@ func fifo(t *testing.T) string {
 	return path
 }
 
-// fill logs numbered lines until lines are dropped, and returns how many calls that took.
+// fill logs numbered lines until one is dropped, and returns the number of calls.
 func fill(l *Log) (calls int) {
 	for l.Dropped() == 0 {
 		l.Closed(numbered(calls))
@@ -103,21 +103,21 @@ func TestLinesAreAppendedToAFile(t *testing.T) {
 	}
 }
 
-func TestLinesComeOutInASecondAndNothingTicksAfterwards(t *testing.T) {
+func TestLinesAreWrittenWithinASecondAndTheTimerStops(t *testing.T) {
 	l := begin(t, Config{Path: filepath.Join(t.TempDir(), "log")})
 	l.Closed(of("one"))
 	nettest.Eventually(t, "the line is written", func() bool { return l.Written() == 1 })
 	l.writer.mu.Lock()
 	defer l.writer.mu.Unlock()
 	if l.writer.armed || l.writer.timer.Stop() {
-		t.Error("the timer runs, and there is nothing to write")
+		t.Error("the timer runs although the queue is empty")
 	}
 }
 
-func TestAFullChunkDoesNotWaitForASecond(t *testing.T) {
+func TestFullChunkIsWrittenAtOnce(t *testing.T) {
 	l := begin(t, Config{Path: filepath.Join(t.TempDir(), "log")})
 	l.writer.mu.Lock()
-	l.writer.armed = true // as if the timer ran, which does not
+	l.writer.armed = true // as if the timer ran, although it does not
 	l.writer.mu.Unlock()
 	for i := range 66 {
 		l.Closed(numbered(i))
@@ -157,10 +157,10 @@ func TestManyGoroutinesWriteWholeLines(t *testing.T) {
 	}
 }
 
-// A FIFO that nobody reads takes 64 KiB, and holds up nothing but the log.
-func TestAStuckSinkLosesWholeLinesAndIsSaidOnce(t *testing.T) {
+// A FIFO without a reader takes 64 KiB and delays only the log.
+func TestStuckSinkLosesWholeLinesAndIsLoggedOnce(t *testing.T) {
 	path := fifo(t)
-	var log said
+	var log logBuffer
 	l := begin(t, Config{Path: path, QueueBytes: 256 << 10, Logger: log.logger()})
 	calls := fill(l)
 	for range 500 {
@@ -170,7 +170,7 @@ func TestAStuckSinkLosesWholeLinesAndIsSaidOnce(t *testing.T) {
 	if dropped := l.Dropped(); dropped < 400 || dropped > 501 {
 		t.Errorf("%d dropped of %d", dropped, calls)
 	}
-	nettest.Eventually(t, "the log says so", func() bool { return log.count("access log lines are dropped") == 1 })
+	nettest.Eventually(t, "the problem is logged", func() bool { return log.count("dropping access log lines") == 1 })
 	reader, err := os.Open(path)
 	if err != nil {
 		t.Fatal(err)
@@ -187,11 +187,11 @@ func TestAStuckSinkLosesWholeLinesAndIsSaidOnce(t *testing.T) {
 	})
 	lost := l.Dropped()
 	nettest.Eventually(t, "the queue is written", func() bool { return l.Written() == uint64(calls)-lost })
-	nettest.Eventually(t, "the log says that it goes on", func() bool {
-		return log.count(fmt.Sprintf(`the access log is written again" path=%s lines_dropped=%d`, path, lost)) == 1
+	nettest.Eventually(t, "the recovery is logged", func() bool {
+		return log.count(fmt.Sprintf(`access log recovered" path=%s lines_dropped=%d`, path, lost)) == 1
 	})
-	if n := log.count("access log lines are dropped"); n != 1 {
-		t.Errorf("said %d times", n)
+	if n := log.count("dropping access log lines"); n != 1 {
+		t.Errorf("logged %d times", n)
 	}
 	l.Closed(of("last"))
 	if err := end(l, nettest.Patience); err != nil {
@@ -217,7 +217,7 @@ func TestCloseGivesUpOnAStuckSink(t *testing.T) {
 	l := begin(t, Config{Path: fifo(t)})
 	fill(l)
 	err := end(l, 10*time.Millisecond)
-	if err == nil || !strings.Contains(err.Error(), "lines are lost") {
+	if err == nil || !strings.Contains(err.Error(), "lines lost") {
 		t.Errorf("%v", err)
 	}
 	if l.Dropped() < 900 {
@@ -225,12 +225,12 @@ func TestCloseGivesUpOnAStuckSink(t *testing.T) {
 	}
 }
 
-// The half of a line that the old sink took is not the beginning of the new one.
-func TestReopenFreesALogThatIsStuckInTheMiddleOfALine(t *testing.T) {
+// The rest of a line that the old sink took in part does not begin the new file.
+func TestReopenWhileStuckInTheMiddleOfALine(t *testing.T) {
 	path := fifo(t)
 	l := begin(t, Config{Path: path, QueueBytes: 256 << 10})
 	calls := fill(l)
-	nettest.Eventually(t, "the sink to be full", func() bool { return l.Written() > 0 }) // a chunk, and a line in part
+	nettest.Eventually(t, "the sink is full", func() bool { return l.Written() > 0 }) // one chunk and part of a line
 	if err := os.Rename(path, path+".old"); err != nil {
 		t.Fatal(err)
 	}
@@ -254,22 +254,22 @@ func TestReopenFreesALogThatIsStuckInTheMiddleOfALine(t *testing.T) {
 	}
 }
 
-func TestAFullDiskIsSaidAndOutlived(t *testing.T) {
+func TestFullDiskIsLoggedAndRecoveredFrom(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
 	if err := os.Symlink("/dev/full", path); err != nil {
 		t.Fatal(err)
 	}
-	var log said
+	var log logBuffer
 	l := begin(t, Config{Path: path, QueueBytes: 128 << 10, Logger: log.logger()})
 	calls := fill(l)
-	nettest.Eventually(t, "the log says so", func() bool {
-		return log.count("no space left on device")+log.count("lines are dropped") == 1
+	nettest.Eventually(t, "the problem is logged", func() bool {
+		return log.count("no space left on device")+log.count("dropping access log lines") == 1
 	})
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
 	l.Reopen()
-	nettest.Eventually(t, "the log says that it goes on", func() bool { return log.count("written again") == 1 })
+	nettest.Eventually(t, "the recovery is logged", func() bool { return log.count("access log recovered") == 1 })
 	if err := end(l, nettest.Patience); err != nil || l.Written() != uint64(calls)-l.Dropped() {
 		t.Errorf("%v, %d written and %d dropped of %d", err, l.Written(), l.Dropped(), calls)
 	}
@@ -278,17 +278,17 @@ func TestAFullDiskIsSaidAndOutlived(t *testing.T) {
 	}
 }
 
-func TestCloseSaysWhatADiskThatIsFullLost(t *testing.T) {
+func TestCloseReportsLinesLostToAFullDisk(t *testing.T) {
 	l := begin(t, Config{Path: "/dev/full"})
 	l.Closed(of("one"))
-	if err := end(l, nettest.Patience); err == nil || !strings.Contains(err.Error(), "1 lines are lost") || l.Dropped() != 1 {
+	if err := end(l, nettest.Patience); err == nil || !strings.Contains(err.Error(), "1 lines lost") || l.Dropped() != 1 {
 		t.Errorf("%v, %d dropped", err, l.Dropped())
 	}
 }
 
 func TestReopenForRotation(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
-	var log said
+	var log logBuffer
 	l := begin(t, Config{Path: path, Logger: log.logger()})
 	l.Closed(of("one"))
 	nettest.Eventually(t, "the line is written", func() bool { return l.Written() == 1 })
@@ -313,7 +313,7 @@ func TestReopenForRotation(t *testing.T) {
 		t.Errorf("%q, %q", one, two)
 	}
 	if log.count("is a directory") != 1 {
-		t.Error("a failure to reopen is not said")
+		t.Error("the failure to reopen was not logged")
 	}
 }
 
@@ -325,7 +325,7 @@ func TestWrongConfigurationsAreExplained(t *testing.T) {
 	}{
 		{Config{Path: "/nowhere/log", Format: f}, "opening the access log: open /nowhere/log: no such file"},
 		{Config{Format: f}, "opening the access log"},
-		{Config{Path: "/dev/null"}, "there is no format"},
+		{Config{Path: "/dev/null"}, "no format given"},
 		{Config{Path: "/dev/null", Format: f, Interval: -1}, "must not be negative"},
 	} {
 		if _, err := New(c.Config); err == nil || !strings.Contains(err.Error(), c.want) {
@@ -337,18 +337,18 @@ func TestWrongConfigurationsAreExplained(t *testing.T) {
 	}
 }
 
-// asChild makes a process of these tests one that only logs to standard output, in the way that it names.
+// asChild is the environment variable that makes this test binary run one of the children.
 const asChild = "ACCESSLOG_CHILD"
 
-// children are what such processes do.
-var children = map[string]func(*Log, *said) error{"broken": untilItBreaks, "stuck": untilItIsStuck}
+// children are processes that log to standard output.
+var children = map[string]func(*Log, *logBuffer) error{"broken": untilItBreaks, "stuck": untilItIsStuck}
 
 func child(what string) error {
 	f, err := ParseFormat("%REQ(:PATH)%")
 	if err != nil {
 		return err
 	}
-	var log said
+	var log logBuffer
 	l, err := New(Config{Path: "/dev/stdout", Format: f, Logger: log.logger()})
 	if err != nil {
 		return err
@@ -356,28 +356,28 @@ func child(what string) error {
 	return children[what](l, &log)
 }
 
-func untilItBreaks(l *Log, log *said) error {
+func untilItBreaks(l *Log, log *logBuffer) error {
 	l.Closed(of("whole"))
 	io.Copy(io.Discard, os.Stdin)
 	l.Closed(of("broken"))
 	if !nettest.Within(nettest.Patience, func() bool { return log.count("broken pipe") == 1 }) {
-		return errors.New("the log does not say that the pipe is broken")
+		return errors.New("the broken pipe was not logged")
 	}
-	if err := end(l, nettest.Patience); err == nil || !strings.Contains(err.Error(), "1 lines are lost") {
+	if err := end(l, nettest.Patience); err == nil || !strings.Contains(err.Error(), "1 lines lost") {
 		return fmt.Errorf("closing: %v", err)
 	}
 	return nil
 }
 
-func untilItIsStuck(l *Log, _ *said) error {
+func untilItIsStuck(l *Log, _ *logBuffer) error {
 	fill(l)
-	if err := end(l, 10*time.Millisecond); err == nil || !strings.Contains(err.Error(), "a write is stuck: time is up") {
+	if err := end(l, 10*time.Millisecond); err == nil || !strings.Contains(err.Error(), "a write does not return: time is up") {
 		return fmt.Errorf("closing: %v", err)
 	}
 	return nil
 }
 
-// start runs a child. The test closes its ends of the pipes.
+// start runs a child. The test must close its ends of the pipes.
 func start(t *testing.T, what string) (c *exec.Cmd, stdin io.WriteCloser, stdout io.ReadCloser) {
 	t.Helper()
 	c = exec.Command(os.Args[0])
@@ -391,7 +391,7 @@ func start(t *testing.T, what string) (c *exec.Cmd, stdin io.WriteCloser, stdout
 	return c, stdin, stdout
 }
 
-// Go ends a process that writes to standard output when nobody reads it any more. The log does not.
+// Go ends a process that writes to a standard output without a reader. The log must not cause that.
 func TestStandardOutputMayBreak(t *testing.T) {
 	c, stdin, stdout := start(t, "broken")
 	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "whole\n" {
@@ -404,18 +404,18 @@ func TestStandardOutputMayBreak(t *testing.T) {
 	}
 }
 
-// A pipe that is full, and shared, so that a write to it blocks: it holds up neither what is logged nor the end.
+// A write to a full pipe that is shared blocks. It delays neither the callers nor Close.
 func TestStandardOutputMayBeStuck(t *testing.T) {
 	c, _, _ := start(t, "stuck")
-	state, err := c.Process.Wait() // which, unlike c.Wait, leaves the pipe open until the process has ended
+	state, err := c.Process.Wait() // unlike c.Wait, leaves the pipe open until the process has ended
 	if err != nil || !state.Success() {
 		t.Errorf("the process ended: %v, %v", state, err)
 	}
 	c.Wait() // closes the pipes
 }
 
-// The mode of standard output is shared with others: a write to it may block, and then costs a goroutine, but its
-// descriptor's flags stay as they are.
+// Other processes share the blocking mode of standard output, so the log must not change it. A blocked write costs a
+// goroutine instead.
 func TestStandardOutputKeepsItsMode(t *testing.T) {
 	flags := func() uintptr {
 		f, _, errno := syscall.Syscall(syscall.SYS_FCNTL, 2, syscall.F_GETFL, 0)
@@ -431,7 +431,7 @@ func TestStandardOutputKeepsItsMode(t *testing.T) {
 	}
 }
 
-func TestOpenConnectionsAreTold(t *testing.T) {
+func TestOpenConnectionsAreLogged(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
 	filter, err := ParseFilter("direction=outbound")
 	if err != nil {
@@ -455,7 +455,7 @@ func TestOpenConnectionsAreTold(t *testing.T) {
 	open("young", flow.Outbound, flow.TLS, time.Minute)
 	open("http", flow.Outbound, flow.HTTP11, 150*time.Minute)
 	open("inbound", flow.Inbound, flow.TLS, 150*time.Minute)
-	table.List(flow.Open(flow.Outbound, netip.AddrPort{})) // nothing is known of it yet
+	table.List(flow.Open(flow.Outbound, netip.AddrPort{})) // protocol not detected yet
 	l.Progress(table)                                      // no time has passed
 	for range 2 {
 		l.looked = l.looked.Add(-40 * time.Minute) // tls was 110 minutes old, opaque 79

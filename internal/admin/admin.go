@@ -150,6 +150,7 @@ func init() {
 
 type handler struct {
 	Config
+	loggers loggers
 	slots   chan struct{}
 	foreign *http.CrossOriginProtection
 }
@@ -157,7 +158,13 @@ type handler struct {
 // NewHandler serves the admin paths. Serve it on loopback alone, with bounds on heads, time and connections; a handler
 // that takes longer than the server's write time-out moves its own.
 func NewHandler(config Config) http.Handler {
-	return &handler{Config: config, slots: make(chan struct{}, maxRequests), foreign: http.NewCrossOriginProtection()}
+	h := &handler{Config: config, slots: make(chan struct{}, maxRequests), foreign: http.NewCrossOriginProtection()}
+	h.loggers.others = make(map[string]slog.Level)
+	if config.LogLevel != nil {
+		h.loggers.byDefault = config.LogLevel()
+		h.loggers.own = h.loggers.byDefault
+	}
+	return h
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {

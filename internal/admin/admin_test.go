@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"flag"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -218,7 +219,13 @@ func TestPaths(t *testing.T) {
 	var told told
 	handler := NewHandler(sample(&told))
 	const ok, any = "OK\n", "*"
-	loggers := func(level string) string { return "active loggers:\n  pillion: " + level + "\n" }
+	loggers := func(level string) string {
+		text := "active loggers:\n"
+		for _, name := range loggerNames {
+			text += "  " + name + ": " + level + "\n"
+		}
+		return text
+	}
 	met := make(map[string]bool)
 	for _, c := range []struct {
 		method, target string
@@ -269,11 +276,22 @@ func TestPaths(t *testing.T) {
 		{"POST", "/logging?level=trace", 200, loggers("trace"), ""},
 		{"POST", "/logging?pillion=error", 200, loggers("error"), ""},
 		{"POST", "/logging?paths=pillion:debug,pillion:warning", 200, loggers("warning"), ""},
-		{"POST", "/logging?paths=pillion", 400, "paths=\"pillion\": use logger:level, such as pillion:debug\n", ""},
-		{"POST", "/logging?paths=paths:debug", 400, "\"paths\" is not a logger: the only one is pillion\n", ""},
-		{"POST", "/logging?http=debug", 400, "\"http\" is not a logger: the only one is pillion\n", ""},
+		{"POST", "/logging?pillion=warn", 200, loggers("warning"), ""},
+		{"POST", "/logging?paths=pillion", 400, "paths=\"pillion\": use LOGGER:LEVEL, such as pillion:debug\n", ""},
+		{"POST", "/logging?paths=paths:debug", 400, "\"paths\" is not a logger: POST /logging without parameters lists them\n", ""},
+		{"POST", "/logging?nothing=debug", 400, "\"nothing\" is not a logger: POST /logging without parameters lists them\n", ""},
+		{"POST", "/logging?paths=http:debug,nothing:debug", 400, "\"nothing\" is not a logger: POST /logging without parameters lists them\n", ""},
+		{"POST", "/logging", 200, loggers("warning"), ""}, // an invalid request changes nothing
 		{"POST", "/logging?level=loud", 400, "\"loud\" is not a level: use trace, debug, info, warning, error, critical or off\n", ""},
-		{"POST", "/logging?level=info&pillion=info", 400, "2 parameters: use one of level=, paths= and pillion=\n", ""},
+		{"POST", "/logging?http=loud", 400, "\"loud\" is not a level: use trace, debug, info, warning, error, critical or off\n", ""},
+		{"POST", "/logging?level=info&pillion=info", 400, "2 parameters: use one of level=, paths= and LOGGER=\n", ""},
+		{"POST", "/logging?level=error", 200, loggers("error"), ""},
+		{"POST", "/logging?http=debug", 200, loggers("debug"), ""},
+		{"POST", "/logging?router=info", 200, loggers("debug"), ""}, // istioctl sends http:debug,router:info one by one, in any order
+		{"POST", "/logging?http=error", 200, loggers("info"), ""},
+		{"POST", "/logging?router=off", 200, loggers("error"), ""},
+		{"POST", "/logging?paths=rbac=debug,jwt:trace", 200, loggers("trace"), ""},
+		{"POST", "/logging?level=warning", 200, loggers("info"), ""}, // istioctl's --reset
 		{"POST", "/logging?level=off", 200, loggers("off"), ""},
 
 		{"POST", "/drain_listeners", 200, ok, "drain"},
@@ -647,10 +665,96 @@ func TestTheDumpIsReadAsIstioctlReadsIt(t *testing.T) {
 		"ClustersConfigDump", "BlackHoleCluster", "InboundPassthroughCluster", "PassthroughCluster",
 		"EndpointsConfigDump", "InboundPassthroughCluster 192.0.2.2", "PassthroughCluster 203.0.113.7", "PassthroughCluster 2001:db8::7",
 		"ListenersConfigDump", "virtualOutbound 127.0.0.1", "virtualInbound 0.0.0.0", "readiness 0.0.0.0",
-		"ScopedRoutesConfigDump", "RoutesConfigDump", "SecretsConfigDump",
+		"ScopedRoutesConfigDump", "RoutesConfigDump", "SecretsConfigDump", "EcdsConfigDump",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %q\nwant %q", got, want)
+	}
+}
+
+// istioctl prints a row for each chain of a listener.
+func TestChainsOfAListenerHaveDifferentNames(t *testing.T) {
+	var told told
+	var dump struct {
+		Configs []struct {
+			Listeners []struct {
+				Listener struct {
+					Name   string
+					Chains []struct {
+						Name  string
+						Match struct {
+							Port int `json:"destination_port"`
+						} `json:"filter_chain_match"`
+						Metadata struct {
+							Filter map[string]struct {
+								Refused []int `json:"refused_ports"`
+							} `json:"filter_metadata"`
+						}
+					} `json:"filter_chains"`
+				}
+			} `json:"static_listeners"`
+		}
+	}
+	if err := json.Unmarshal(ask(NewHandler(sample(&told)), "GET", "/config_dump").Body.Bytes(), &dump); err != nil {
+		t.Fatal(err)
+	}
+	refused := 0
+	for _, config := range dump.Configs {
+		for _, l := range config.Listeners {
+			seen := make(map[string]bool)
+			for _, chain := range l.Listener.Chains {
+				if seen[chain.Name] {
+					t.Errorf("%s has several chains %q", l.Listener.Name, chain.Name)
+				}
+				seen[chain.Name] = true
+				if ports := chain.Metadata.Filter["pillion"].Refused; len(ports) > 0 {
+					refused++
+					if want := map[string]int{VirtualOutbound: 15001, VirtualInbound: 15006}[l.Listener.Name]; chain.Match.Port != want || !slices.Equal(ports, []int{15001, 15006}) {
+						t.Errorf("%s: port %d, ports %v", chain.Name, chain.Match.Port, ports)
+					}
+				}
+			}
+		}
+	}
+	if refused != 2 {
+		t.Errorf("%d chains with refused ports, want 2", refused)
+	}
+}
+
+// istioctl prints the build version as MAJOR.MINOR.PATCH-LABEL.
+func TestBuildVersion(t *testing.T) {
+	for version, want := range map[string]string{
+		"v1.2.3": "1.2.3-pillion", "1.2.3": "1.2.3-pillion", "v0.10.0-3-g642d4a8-dirty": "0.10.0-pillion-3-g642d4a8-dirty",
+		"642d4a8": "0.0.0-pillion-642d4a8", "": "0.0.0-pillion", "v1.2": "0.0.0-pillion-v1.2", "v99999999999.1.1": "0.0.0-pillion-v99999999999.1.1",
+	} {
+		var told told
+		config := sample(&told)
+		config.Version = version
+		var dump struct {
+			Configs []struct {
+				Bootstrap struct {
+					Node struct {
+						Version *string `json:"user_agent_version"` // excludes the build version
+						Build   struct {
+							Version struct {
+								Major int `json:"major_number"`
+								Minor int `json:"minor_number"`
+								Patch int
+							}
+							Metadata map[string]string
+						} `json:"user_agent_build_version"`
+					}
+				}
+			}
+		}
+		if err := json.Unmarshal(ask(NewHandler(config), "GET", "/config_dump").Body.Bytes(), &dump); err != nil {
+			t.Fatal(err)
+		}
+		node := dump.Configs[0].Bootstrap.Node
+		got := fmt.Sprintf("%d.%d.%d-%s", node.Build.Version.Major, node.Build.Version.Minor, node.Build.Version.Patch, node.Build.Metadata["build.label"])
+		if got != want || node.Version != nil {
+			t.Errorf("%q: %s, want %s", version, got, want)
+		}
 	}
 }
 
@@ -672,7 +776,7 @@ func TestClustersAreBounded(t *testing.T) {
 
 // Nothing that a query or a header says makes the handler panic.
 func FuzzQueries(f *testing.F) {
-	for _, seed := range []string{"mask=a.b,a,a.b.c&resource=static_listeners", "name_regex=(?i)a*", "filter=^a$&usedonly", "format=json&include_eds", "paths=pillion:debug"} {
+	for _, seed := range []string{"mask=a.b,a,a.b.c&resource=static_listeners", "name_regex=(?i)a*", "filter=^a$&usedonly", "format=json&include_eds", "paths=pillion:debug,http=off", "level=warn"} {
 		f.Add(seed, "localhost")
 	}
 	f.Add("", "[::1")

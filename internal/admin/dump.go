@@ -35,6 +35,7 @@ func (h *handler) configDump(w http.ResponseWriter, r *http.Request) {
 		typed("envoy.admin.v3.ScopedRoutesConfigDump", object{}),
 		h.routesDump(),
 		typed("envoy.admin.v3.SecretsConfigDump", object{}),
+		typed("envoy.admin.v3.EcdsConfigDump", object{}),
 	)
 	configs, found := choice.choose(configs)
 	if !found {
@@ -108,9 +109,9 @@ func (h *handler) listenersDump() object {
 		}
 		switch l.Name {
 		case VirtualOutbound:
-			h.carries(listener, flow.Outbound)
+			h.carries(listener, flow.Outbound, l.Addresses)
 		case VirtualInbound:
-			h.carries(listener, flow.Inbound)
+			h.carries(listener, flow.Inbound, l.Addresses)
 		default:
 			listener["filter_chains"] = []object{{"filters": []object{connectionManager(l.Name, serves(l))}}}
 		}
@@ -121,7 +122,11 @@ func (h *handler) listenersDump() object {
 
 // carries adds the filter chains of a direction: first the policy, then one chain per detected protocol. An inbound
 // connection to an address that is not the workload's matches no chain and is closed.
-func (h *handler) carries(listener object, d flow.Direction) {
+//
+// Connections to a port of the agent at one of its addresses are refused. Envoy's match has one port, and istioctl prints a
+// row for each match, so the chain for them matches the listener's own port, as in Istio's listener, and lists all ports in
+// its metadata.
+func (h *handler) carries(listener object, d flow.Direction, bound []netip.AddrPort) {
 	name, all, cluster, own := VirtualOutbound, VirtualOutbound+"-catchall-tcp", envoy.PassthroughCluster, []object{}
 	listener["traffic_direction"] = "OUTBOUND"
 	listener["use_original_dst"] = true
@@ -135,11 +140,12 @@ func (h *handler) carries(listener object, d flow.Direction) {
 		match = func(fields object) object { fields["prefix_ranges"] = own; return fields }
 	}
 	var chains []object
-	for _, port := range h.Carrying.OwnPorts {
+	if len(h.Carrying.OwnPorts) > 0 && len(bound) > 0 {
 		chains = append(chains, object{
 			"name":               name + "-blackhole",
-			"filter_chain_match": object{"destination_port": port, "prefix_ranges": own},
+			"filter_chain_match": object{"destination_port": bound[0].Port(), "prefix_ranges": own},
 			"filters":            []object{h.relay(envoy.BlackHoleCluster)},
+			"metadata":           object{"filter_metadata": object{"pillion": object{"refused_ports": h.Carrying.OwnPorts}}},
 		})
 	}
 	manager := connectionManager(cluster, h.route(d))

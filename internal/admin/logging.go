@@ -4,13 +4,28 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
+	"sync"
 )
 
-// logger is the one that this agent has.
-const logger = "pillion"
+// ownLogger is the name of the agent's logger.
+const ownLogger = "pillion"
 
-// levels are Envoy's, with what they are here. critical and off are above all that the agent logs.
+// loggerNames are the loggers of Envoy, by which istioctl and scripts change levels, and the agent's own, in the order of
+// the list.
+var loggerNames = func() []string {
+	names := strings.Fields(`admin alternate_protocols_cache assert aws backtrace basic_auth cache_filter client compression
+		config conn_handler connection credential_injector decompression dns dynamic_forward_proxy eds ext_authz ext_proc file
+		filter forward_proxy geolocation golang grpc happy_eyeballs hc health_checker http http2 hystrix init io jwt kafka
+		key_value_store lua main matcher misc mongo multi_connection oauth2 pool quic quic_stream rate_limit_quota rbac rds
+		redis router runtime secret stats tap thrift tracing udp upstream wasm websocket`)
+	names = append(names, ownLogger)
+	slices.Sort(names)
+	return names
+}()
+
+// levels are Envoy's, with the corresponding levels of slog. critical and off are above all levels that the agent uses.
 var levels = []struct {
 	name  string
 	level slog.Level
@@ -18,6 +33,10 @@ var levels = []struct {
 	{"trace", slog.LevelDebug - 4}, {"debug", slog.LevelDebug}, {"info", slog.LevelInfo}, {"warning", slog.LevelWarn},
 	{"error", slog.LevelError}, {"critical", slog.LevelError + 4}, {"off", slog.LevelError + 8},
 }
+
+// resetLevel is the level that `istioctl proxy-config log --reset` sends for all loggers: Envoy's default under Istio. It
+// restores the agent's own default, since a reset must not hide messages that are logged by default.
+const resetLevel = slog.LevelWarn
 
 func levelName(level slog.Level) string {
 	name := levels[0].name
@@ -31,22 +50,73 @@ func levelName(level slog.Level) string {
 
 func parseLevel(name string) (slog.Level, error) {
 	for _, l := range levels {
-		if l.name == name {
+		if l.name == name || name == "warn" && l.level == slog.LevelWarn {
 			return l.level, nil
 		}
 	}
 	return 0, fmt.Errorf("%.50q is not a level: use trace, debug, info, warning, error, critical or off", name)
 }
 
-// logging prints the level after it has done what the query asks: one of level=L, paths=logger:L,... and logger=L.
+// loggers holds the levels that were requested. The agent has one log, so all loggers have the same effective level: that of
+// ownLogger, or a more verbose one that was requested for another logger. The order of requests for several loggers, which
+// istioctl sends one by one, does not matter.
+type loggers struct {
+	mu        sync.Mutex
+	byDefault slog.Level
+	own       slog.Level            // of ownLogger
+	others    map[string]slog.Level // by name, if requested
+}
+
+// set changes levels and returns the effective one.
+func (l *loggers) set(change levelChange) slog.Level {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if change.all != nil {
+		l.own = *change.all
+		if l.own == resetLevel {
+			l.own = l.byDefault
+		}
+		clear(l.others)
+	}
+	for name, level := range change.some {
+		if name == ownLogger {
+			l.own = level
+		} else {
+			l.others[name] = level
+		}
+	}
+	level := l.own
+	for _, other := range l.others {
+		level = min(level, other)
+	}
+	return level
+}
+
+// listLoggers prints the loggers as Envoy does.
+func listLoggers(level slog.Level) string {
+	var b strings.Builder
+	b.WriteString("active loggers:\n")
+	for _, name := range loggerNames {
+		fmt.Fprintf(&b, "  %s: %s\n", name, levelName(level))
+	}
+	return b.String()
+}
+
+// levelChange is a requested change of levels.
+type levelChange struct {
+	all  *slog.Level
+	some map[string]slog.Level
+}
+
+// logging changes the levels as the query asks, by level=L, paths=LOGGER:L,... or LOGGER=L, and prints them.
 func (h *handler) logging(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	if len(query) > 1 {
-		refuse(w, "%d parameters: use one of level=, paths= and %s=", len(query), logger)
+		refuse(w, "%d parameters: use one of level=, paths= and LOGGER=", len(query))
 		return
 	}
 	for name := range query {
-		level, err := asked(name, query.Get(name))
+		change, err := parseLevelChange(name, query.Get(name))
 		if err != nil {
 			refuse(w, "%v", err)
 			return
@@ -55,36 +125,40 @@ func (h *handler) logging(w http.ResponseWriter, r *http.Request) {
 			notTaken(w)
 			return
 		}
-		h.SetLogLevel(level)
+		h.SetLogLevel(h.loggers.set(change))
 	}
-	answer(w, http.StatusOK, fmt.Sprintf("active loggers:\n  %s: %s\n", logger, levelName(h.LogLevel())))
+	answer(w, http.StatusOK, listLoggers(h.LogLevel()))
 }
 
-// asked is the level that a parameter of /logging asks for.
-func asked(parameter, value string) (slog.Level, error) {
+func parseLevelChange(parameter, value string) (change levelChange, err error) {
+	change.some = make(map[string]slog.Level)
 	switch parameter {
-	case "level", logger:
-		return parseLevel(value)
+	case "level":
+		level, err := parseLevel(value)
+		change.all = &level
+		return change, err
 	case "paths":
-		var level slog.Level
 		for pair := range strings.SplitSeq(value, ",") {
-			name, text, found := strings.Cut(pair, ":")
-			if !found {
-				return 0, fmt.Errorf("paths=%.50q: use logger:level, such as %s:debug", value, logger)
+			i := strings.IndexAny(pair, ":=")
+			if i < 0 {
+				return change, fmt.Errorf("paths=%.50q: use LOGGER:LEVEL, such as %s:debug", value, ownLogger)
 			}
-			if name != logger {
-				return 0, notALogger(name)
-			}
-			var err error
-			if level, err = parseLevel(text); err != nil {
-				return 0, err
+			if err := change.add(pair[:i], pair[i+1:]); err != nil {
+				return change, err
 			}
 		}
-		return level, nil
+		return change, nil
 	}
-	return 0, notALogger(parameter)
+	return change, change.add(parameter, value)
 }
 
-func notALogger(name string) error {
-	return fmt.Errorf("%.50q is not a logger: the only one is %s", name, logger)
+func (c *levelChange) add(name, text string) error {
+	if !slices.Contains(loggerNames, name) {
+		return fmt.Errorf("%.50q is not a logger: POST /logging without parameters lists them", name)
+	}
+	level, err := parseLevel(text)
+	if err == nil {
+		c.some[name] = level
+	}
+	return err
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/pprof"
+	"regexp"
 	"runtime/metrics"
 	"strconv"
 	"strings"
@@ -52,8 +53,26 @@ func (h *handler) node() object {
 	}
 	return object{
 		"id": h.Node.ID, "cluster": h.Node.Cluster, "metadata": metadata,
-		"user_agent_name": "pillion", "user_agent_version": h.Version,
+		"user_agent_name": "pillion", "user_agent_build_version": buildVersion(h.Version),
 	}
+}
+
+var numbers = regexp.MustCompile(`^v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?:-(.+))?$`)
+
+// buildVersion returns a version such as v1.2.3-4-g642d4a8 as Envoy's BuildVersion. istioctl prints it as
+// 1.2.3-pillion-4-g642d4a8. The version of a build without a tag is a commit; its numbers are 0.
+func buildVersion(version string) object {
+	number, label := object{}, "pillion"
+	if parts := numbers.FindStringSubmatch(version); parts != nil {
+		for i, field := range []string{"major_number", "minor_number", "patch"} {
+			number[field], _ = strconv.Atoi(parts[i+1])
+		}
+		version = parts[4]
+	}
+	if version != "" {
+		label += "-" + version
+	}
+	return object{"version": number, "metadata": object{"build.label": label}}
 }
 
 func (h *handler) certs(w http.ResponseWriter, _ *http.Request) {

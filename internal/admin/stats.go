@@ -249,7 +249,8 @@ var scopes = []struct{ prefix, scope, label string }{
 	{"envoy_tcp_", "tcp", "tcp_prefix"},
 }
 
-// dotted is the name that Envoy would print for a stat. Labels that are no part of a scope follow, as .name.value.
+// dotted returns the name that Envoy would print for a stat. A status class is a suffix, such as _2xx. Labels that are not
+// part of a scope follow, as .name.value.
 func dotted(name string, labels []label) string {
 	parts := []string{strings.TrimPrefix(name, "envoy_")}
 	for _, s := range scopes {
@@ -266,10 +267,17 @@ func dotted(name string, labels []label) string {
 		parts = append(parts, rest)
 		break
 	}
+	name = parts[len(parts)-1]
+	var others []string
 	for _, l := range labels {
-		parts = append(parts, l.name, l.value)
+		if l.name == "response_code_class" {
+			name += "_" + l.value
+		} else {
+			others = append(others, l.name, l.value)
+		}
 	}
-	return strings.Join(parts, ".")
+	parts[len(parts)-1] = name
+	return strings.Join(append(parts, others...), ".")
 }
 
 // number prints whole numbers without an exponent, as Envoy's are.

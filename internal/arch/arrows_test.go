@@ -7,20 +7,20 @@ import (
 	"testing"
 )
 
-// arrows are the imports that are allowed inside the module; they go down only. A room that is not named as `from`
-// imports no other room.
+// arrows are the imports that are allowed inside the module; they go down only. A room without an entry imports no other
+// room.
 var arrows = []struct {
 	from string
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/ruleset", "iptables/validate", "healthz",
+	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz",
 		"internal/capture", "internal/httpforward", "internal/live", "internal/netns", "internal/podinfo", "internal/proxyconfig", "internal/terminal"},
-		"the front door turns flags into configuration and hands it on; it decides nothing"},
+		"flags become configuration; everything else is decided below"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/budget", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
 		"internal/accesslog", "internal/admin", "internal/dns", "internal/httpforward", "internal/listener", "internal/live", "internal/localaddr",
 		"internal/metrics", "internal/podinfo", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream"},
-		"the housekeeper builds every part and knows the order in which they stop"},
+		"the agent builds all parts and stops them in order"},
 	{"inbound", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
 	{"outbound", []string{"internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
@@ -46,27 +46,32 @@ var arrows = []struct {
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/status", []string{"internal/ownport"}, "a handler may need more time than its server gives, and loopback is not always local"},
 	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
+	{"internal/dns", []string{"internal/sockopt"}, "the kernel counts the queries that it drops at a socket"},
 	{"internal/metrics", []string{"internal/dns", "internal/envoy", "internal/flow", "internal/podinfo"}, "records are counted, under the names of this workload; the resolver counts itself"},
 	{"internal/sniff", []string{"internal/budget", "internal/flow", "internal/http2", "internal/tcp"},
-		"what is read stays in a buffer whose memory is accounted for, and what was seen goes into the record; how a server of HTTP/2 begins is http2's to know"},
+		"read bytes stay in a buffer whose memory is accounted for, findings go into the record; http2 recognises a server's first frame"},
 	{"internal/httpforward", []string{"internal/budget", "internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
-		"an engine is made of a codec, upstream connections and records, and accounts for what it holds; what stops being HTTP becomes a relay; its answers use Envoy's words"},
+		"an engine uses a codec, upstream connections and records, and accounts for its memory; an upgraded connection is relayed; its responses use Envoy's terms"},
 	{"internal/flow", []string{"internal/envoy"}, "each reason has its response flags and details"},
 	{"internal/relay", []string{"internal/tcp"}, "the relay waits for two connections at once"},
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
-	{"internal/scrape", []string{"internal/promtext"}, "what is scraped is parsed, merged and written"},
-	{"internal/accesslog", []string{"internal/envoy", "internal/flow"}, "a line tells what a record has"},
+	{"internal/scrape", []string{"internal/promtext"}, "scraped metrics are parsed, merged and written"},
+	{"internal/accesslog", []string{"internal/envoy", "internal/flow"}, "a line prints a record"},
 	{"internal/admin", []string{"internal/envoy", "internal/flow", "internal/ownport"},
-		"what is open is read from the table; who is here is one question; all else that it shows comes in as values"},
-	{"internal/terminal", []string{"internal/live"}, "what the terminal shows are values of the live view"},
-	{"internal/live", []string{"internal/envoy", "internal/flow", "internal/ownport"}, "what is shown is made of records, and for who is here"},
-	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's front door; what it needs has no business in a sidecar"},
-	{"internal/inject", []string{"internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
-		"what is written for init and agent is checked by the code with which they read it"},
+		"open connections come from the table; local clients are recognised in one place; the rest are values"},
+	{"internal/terminal", []string{"internal/live"}, "the terminal prints values of the live view"},
+	{"internal/live", []string{"internal/envoy", "internal/flow", "internal/ownport"}, "the view is built from records, and serves local clients only"},
+	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's program; its dependencies do not belong into a sidecar"},
+	{"internal/inject", []string{"internal/accesslog", "internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
+		"values for init and agent are checked by the code that reads them"},
 	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/localaddr", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
-		"a role is tested in namespaces, made of real parts"},
-	{"internal/tcp/layertest", []string{"internal/tcp"}, "a toy layer stands under real connections"},
+		"roles are tested in namespaces, with real parts"},
+	{"internal/tcp/layertest", []string{"internal/tcp"}, "a toy layer is put under real connections"},
+	{"internal/xds", []string{"internal/envoy", "internal/wire"}, "discovery messages are read field by field; a rejection is a status of gRPC"},
+	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA is asked by a call, and its status decides whether to ask again"},
+	{"internal/istiod", []string{"internal/grpcwire", "internal/identity", "internal/wire"}, "istiod is called over one connection, verified by roots in a file, by a node that is described in protobuf"},
+	{"internal/grpcwire", []string{"internal/envoy"}, "the table of gRPC's codes"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 }
 
@@ -100,7 +105,7 @@ func allowed(from, to string) bool {
 	return false
 }
 
-// testOnly names the rooms that no program is built from. They may look at whatever they test.
+// testOnly reports whether a room is not part of any program. Such rooms may import everything.
 func testOnly(path string) bool {
 	return within(path, "e2e/...") || within(path, "internal/arch")
 }
@@ -112,7 +117,7 @@ func TestEveryArrowHasAReasonAndPointsAtARoom(t *testing.T) {
 			t.Errorf("the arrow from %s has no reason", arrow.from)
 		}
 		if seen[arrow.from] {
-			t.Errorf("%s stands twice in the table", arrow.from)
+			t.Errorf("%s has two entries in the table", arrow.from)
 		}
 		seen[arrow.from] = true
 		for _, to := range arrow.to {
@@ -123,7 +128,7 @@ func TestEveryArrowHasAReasonAndPointsAtARoom(t *testing.T) {
 	}
 }
 
-// testRoom names the rooms that only tests import. They count as test code.
+// testRoom reports whether only tests may import a room. Its code counts as test code.
 func testRoom(path string) bool {
 	return path == "internal/nettest" || path == "iptables/rulestest" || path == "internal/serve/servetest" || path == "internal/tcp/layertest"
 }
@@ -132,26 +137,26 @@ func TestOnlyTestsUseTheTestRooms(t *testing.T) {
 	for _, r := range rooms(t) {
 		for _, imported := range r.Imports {
 			if test := strings.TrimPrefix(imported, module); testRoom(test) && !testRoom(r.path()) && !testOnly(r.path()) {
-				t.Errorf("%s imports %s outside its tests: what runs in a pod stays lean", r.path(), test)
+				t.Errorf("%s imports %s outside its tests: programs do not contain test code", r.path(), test)
 			}
 		}
 	}
 }
 
-// A sidecar runs in every pod, and what only its operator needs would be there a thousand times.
-func TestTheSidecarHasNothingOfTheInjector(t *testing.T) {
+// A sidecar runs in every pod, so it does not contain code that only the operator needs.
+func TestTheSidecarDoesNotContainTheInjector(t *testing.T) {
 	out, err := command("go", "list", "-deps", "./cmd/pillion")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for path := range strings.Lines(out) {
 		if path = strings.TrimSpace(path); path == module+"internal/inject" || strings.Contains(path, "yaml") {
-			t.Errorf("cmd/pillion is built with %s", path)
+			t.Errorf("cmd/pillion contains %s", path)
 		}
 	}
 }
 
-// A room that owns raw system calls, and what it needs them for.
+// rawCalls are the rooms that may make raw system calls, and why.
 var rawCalls = map[string]string{
 	"internal/sockopt":   "original destinations and the other socket options",
 	"internal/tcp":       "connections that never block, and the epoll set that watches them",
@@ -165,7 +170,7 @@ var rawCalls = map[string]string{
 	"iptables/rulestest": "sockets with addresses that are not the machine's",
 }
 
-// unsafeRooms hand memory to the kernel themselves.
+// unsafeRooms may use unsafe to pass memory to the kernel.
 var unsafeRooms = map[string]string{
 	"internal/sockopt": "socket options past the scheduler",
 	"internal/tcp":     "system calls past the scheduler",
@@ -187,7 +192,7 @@ func TestRawSystemCallsStayInTheRoomsThatOwnThem(t *testing.T) {
 		}
 		used = slices.DeleteFunc(used, errorName.MatchString)
 		if slices.Sort(used); len(used) > 0 {
-			t.Errorf("%s uses unix.%s: put the call into the room that owns it (internal/sockopt for sockets), or say here why not",
+			t.Errorf("%s uses unix.%s: put the call into the room that owns it (internal/sockopt for sockets), or add the room with its reason",
 				r.path(), strings.Join(slices.Compact(used), ", unix."))
 		}
 	}

@@ -14,7 +14,7 @@ import (
 // root is the directory of the module, from this package.
 const root = "../.."
 
-// documents are the Markdown files that git has, by their paths from the root.
+// documents returns the Markdown files in git, by their paths from the root.
 func documents(t *testing.T) map[string]string {
 	t.Helper()
 	out, err := exec.Command("git", "-C", root, "ls-files", "-co", "--exclude-standard", "*.md").Output()
@@ -44,7 +44,7 @@ var (
 	fence   = regexp.MustCompile("(?ms)^```.*?^```$")
 )
 
-// anchors are the names that GitHub gives to a document's headings.
+// anchors returns the anchors that GitHub generates for a document's headings.
 func anchors(text string) (names []string) {
 	for _, m := range heading.FindAllStringSubmatch(fence.ReplaceAllString(text, ""), -1) {
 		name := strings.ToLower(regexp.MustCompile(`[^\pL\pN _-]`).ReplaceAllString(m[1], ""))
@@ -53,7 +53,7 @@ func anchors(text string) (names []string) {
 	return names
 }
 
-func TestLinksOfDocumentsLeadSomewhere(t *testing.T) {
+func TestLinksInDocumentsExist(t *testing.T) {
 	texts := documents(t)
 	links := 0
 	for name, text := range texts {

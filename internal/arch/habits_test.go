@@ -12,7 +12,7 @@ import (
 	"testing"
 )
 
-func TestEveryPackageSaysOnceWhatItIsFor(t *testing.T) {
+func TestEveryPackageHasOneComment(t *testing.T) {
 	for _, r := range rooms(t) {
 		own, _ := r.files()
 		var in []string
@@ -37,17 +37,17 @@ func TestEveryPackageSaysOnceWhatItIsFor(t *testing.T) {
 	}
 }
 
-func TestNoRoomIsAJunkDrawer(t *testing.T) {
+func TestRoomsAreNamedForTheirContents(t *testing.T) {
 	for _, r := range rooms(t) {
 		for _, part := range strings.Split(r.path(), "/") {
 			if slices.Contains([]string{"util", "utils", "common", "helper", "helpers", "types", "misc", "shared"}, part) {
-				t.Errorf("%s: %q names nothing; name the room for what it gives", r.path(), part)
+				t.Errorf("%s: %q does not describe the contents; name the room for what it provides", r.path(), part)
 			}
 		}
 	}
 }
 
-func TestBothDirectionsAreBuiltAlike(t *testing.T) {
+func TestBothDirectionsHaveTheSameFiles(t *testing.T) {
 	files := make(map[string][]string)
 	for _, r := range rooms(t) {
 		if r.path() == "inbound" || r.path() == "outbound" {
@@ -55,7 +55,7 @@ func TestBothDirectionsAreBuiltAlike(t *testing.T) {
 		}
 	}
 	if !slices.Equal(files["inbound"], files["outbound"]) {
-		t.Errorf("inbound has %v and outbound has %v: who knows one finds their way in the other",
+		t.Errorf("inbound has %v and outbound has %v; keep them alike, so that a reader of one finds the same places in the other",
 			files["inbound"], files["outbound"])
 	}
 }
@@ -78,27 +78,27 @@ func TestEveryFileIsFormatted(t *testing.T) {
 	}
 }
 
-// sleepers are the functions of tests that may let time pass, and why: the interval is itself the thing under test, or
-// the pause between two looks at something that announces nothing.
+// sleepers are the functions of tests that may let time pass, and why: the interval itself is tested, or the test polls a
+// condition without an event.
 var sleepers = map[string]string{
 	"e2e/bench/figures_test.go": "figures are taken over an interval",
 	"e2e/bench/proxy_test.go":   "looks for a condition until a deadline",
 
-	"e2e/bench/contenders_test.go awaitReady":                                                  "looks for a condition until a deadline",
-	"e2e/bench/world_test.go await":                                                            "looks for a condition until a deadline",
-	"e2e/keepalive_test.go TestGetsNeverFailAtServersThatCloseIdleConnections":                 "requests come around the time of the close",
-	"e2e/transparency_test.go TestAHalfClosedConnectionIsAnsweredAfterSeventySecondsOfSilence": "the silence is tested",
-	"e2e/pods/drain_test.go follow":                                                            "endpoints follow readiness with a delay",
-	"internal/probe/probe_test.go TestAProbeMayTakeLongerThanOtherAnswersOfThePort":            "the workload's delay is tested",
-	"internal/scrape/scrape_test.go TestASlowWorkloadIsWaitedForLongerThanTheServersLimits":    "the workload's delay is tested",
-	"internal/relay/random_test.go speak":                                                      "peers that pause now and then",
-	"internal/relay/relay_test.go TestIdleTimeoutEndsAnIdleConnection":                         "a time-out of real sockets",
-	"internal/relay/relay_test.go TestHalfCloseTimeoutEndsAnIdleHalfClosedConnection":          "a time-out of real sockets",
-	"internal/relay/relay_test.go TestHalfCloseTimeoutLeavesOpenConnectionsAlone":              "a time-out of real sockets",
-	"internal/relay/relay_test.go TestGraceStartsAtTheReset":                                   "a time-out of real sockets",
+	"e2e/bench/contenders_test.go awaitReady":                                            "looks for a condition until a deadline",
+	"e2e/bench/world_test.go await":                                                      "looks for a condition until a deadline",
+	"e2e/keepalive_test.go TestGetsDoNotFailAtServersThatCloseIdleConnections":           "requests come around the time of the close",
+	"e2e/transparency_test.go TestHalfClosedConnectionSurvivesSeventySecondsOfSilence":   "the silence is tested",
+	"e2e/pods/drain_test.go follow":                                                      "endpoints follow readiness with a delay",
+	"internal/probe/probe_test.go TestAProbeMayTakeLongerThanOtherAnswersOfThePort":      "the workload's delay is tested",
+	"internal/scrape/scrape_test.go TestSlowWorkloadMayTakeLongerThanTheServersTimeouts": "the workload's delay is tested",
+	"internal/relay/random_test.go speak":                                                "peers that pause now and then",
+	"internal/relay/relay_test.go TestIdleTimeoutEndsAnIdleConnection":                   "a time-out of real sockets",
+	"internal/relay/relay_test.go TestHalfCloseTimeoutEndsAnIdleHalfClosedConnection":    "a time-out of real sockets",
+	"internal/relay/relay_test.go TestHalfCloseTimeoutLeavesOpenConnectionsAlone":        "a time-out of real sockets",
+	"internal/relay/relay_test.go TestGraceStartsAtTheReset":                             "a time-out of real sockets",
 }
 
-// guards are the durations that only bound a wait for an event. A test that passes does not wait that long.
+// guards are the durations that only bound a wait for an event. A passing test does not wait that long.
 var guards = []string{"Patience", "patience"}
 
 func TestTestsWaitForEventsAndNotForTime(t *testing.T) {
@@ -160,13 +160,13 @@ func pauses(file *ast.File) []pause {
 	return found
 }
 
-// judges are the functions of tests that may fail because something took long, and why.
+// judges are the functions of tests that may fail because of a long duration, and why.
 var judges = map[string]string{
-	"internal/dns/serve_test.go TestShutdownDoesNotWaitForADownstreamThatReadsNothing": "the write deadline of 5s is what must not be waited for",
+	"internal/dns/serve_test.go TestShutdownDoesNotWaitForADownstreamThatReadsNothing": "Shutdown must not wait for the write deadline of 5s",
 }
 
-// Time is judged by make bench, as a ratio: a test that fails because something took longer than a constant fails on a
-// slow machine. A lower bound is fine, since a timer does not fire early.
+// Only `make bench` judges durations, as ratios: a test with an upper bound on a duration fails on a slow machine. A lower
+// bound is fine, because a timer does not fire early.
 func TestNoTestFailsBecauseTheMachineIsSlow(t *testing.T) {
 	for _, r := range rooms(t) {
 		if r.path() == "e2e/bench" {
@@ -184,7 +184,7 @@ func TestNoTestFailsBecauseTheMachineIsSlow(t *testing.T) {
 	}
 }
 
-// upperBounds returns the functions that ask whether an elapsed time is more than something. An elapsed time is a call of
+// upperBounds returns the functions that compare an elapsed time with an upper bound. An elapsed time is a call of
 // time.Since, or a variable that was assigned from one. Comparisons in a synctest bubble do not count.
 func upperBounds(file *ast.File) (functions []string) {
 	for _, declaration := range file.Decls {
@@ -300,14 +300,14 @@ func TestA(t *testing.T) {
 	}
 }
 
-func TestNothingIsLeftOpenInTheCode(t *testing.T) {
+func TestCommentsHaveNoOpenTasks(t *testing.T) {
 	for _, r := range rooms(t) {
 		own, tests := r.files()
 		for _, name := range append(own, tests...) {
 			for _, group := range parse(t, name).Comments {
 				for _, mark := range []string{"TODO", "FIXME", "XXX"} {
 					if strings.Contains(group.Text(), mark) {
-						t.Errorf("%s: a comment says %s; do it, or write the limit into the documents", name, mark)
+						t.Errorf("%s: a comment contains %s; do it, or document the limit", name, mark)
 					}
 				}
 			}
@@ -324,7 +324,7 @@ func parse(t *testing.T, name string) *ast.File {
 	return file
 }
 
-// selected returns the names that file takes from package pkg, such as Sleep from time.
+// selected returns the names of package pkg that file uses, such as Sleep of time.
 func selected(file *ast.File, pkg string) []string {
 	var names []string
 	ast.Inspect(file, func(node ast.Node) bool {

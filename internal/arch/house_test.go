@@ -27,7 +27,7 @@ type room struct {
 	XTestImports []string
 }
 
-// path is the room's name in the house: its import path within the module.
+// path is the room's import path within the module.
 func (r room) path() string { return strings.TrimPrefix(r.ImportPath, module) }
 
 // files returns the absolute names of the room's own files, and of its tests.
@@ -68,7 +68,7 @@ func rooms(t *testing.T) []room {
 	return all
 }
 
-// command runs a program at the top of the module and returns what it prints.
+// command runs a program in the root of the module and returns its output.
 func command(name string, args ...string) (string, error) {
 	cmd := exec.Command(name, args...)
 	cmd.Dir = filepath.Join("..", "..")

@@ -31,15 +31,15 @@ func readModuleFile(t *testing.T) moduleFile {
 	return file
 }
 
-func TestTheModuleReplacesAndExcludesNothing(t *testing.T) {
+func TestTheModuleHasNoReplaceOrExclude(t *testing.T) {
 	file := readModuleFile(t)
 	if len(file.Replace)+len(file.Exclude) > 0 {
-		t.Error("go.mod has a replace or an exclude: whoever imports the module would build something else than we tested")
+		t.Error("go.mod has a replace or an exclude: an importing module would build other code than the tested one")
 	}
 }
 
-// The golden file has one line for each direct dependency: its path, a blank, and why it is here. Adding a dependency
-// means adding its line, so that the reason shows in review.
+// The golden file has one line for each direct dependency: its path, a space, and its reason. Every new dependency needs a
+// line, so that a review sees the reason.
 func TestEveryDirectDependencyHasAReason(t *testing.T) {
 	const golden = "testdata/direct-dependencies.golden"
 	text, err := os.ReadFile(golden)
@@ -69,7 +69,7 @@ func TestEveryDirectDependencyHasAReason(t *testing.T) {
 	}
 	for _, path := range explained {
 		if !slices.Contains(direct, path) {
-			t.Errorf("%s is no direct dependency any more: take it out of %s", path, golden)
+			t.Errorf("%s is not a direct dependency any more: remove it from %s", path, golden)
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // All in a list means every port or every address. It must be the only item.
@@ -14,6 +15,17 @@ const All = "*"
 
 // noID is (uid_t)-1. No process has it.
 const noID = 1<<32 - 1
+
+// maxQuoted is the number of characters of a value that an error repeats.
+const maxQuoted = 64
+
+// Quoted returns text as %q, cut after 64 characters.
+func Quoted(text string) string {
+	if utf8.RuneCountInString(text) <= maxQuoted {
+		return strconv.Quote(text)
+	}
+	return strconv.Quote(string([]rune(text)[:maxQuoted])) + "…"
+}
 
 // PortRange is the ports from First to Last inclusive. They are equal for a single port.
 type PortRange struct{ First, Last uint16 }
@@ -80,7 +92,7 @@ func ParsePort(text string) (uint16, error) {
 		port, err = uint64(named), lookupErr
 	}
 	if err != nil || port == 0 {
-		return 0, fmt.Errorf("%q is not a port: use a number from 1 to 65535", text)
+		return 0, fmt.Errorf("%s is not a port: use a number from 1 to 65535", Quoted(text))
 	}
 	return uint16(port), nil
 }
@@ -108,10 +120,10 @@ func parsePortRange(item string) (PortRange, error) {
 	low, errLow := ParsePort(first)
 	high, errHigh := ParsePort(last)
 	if errLow != nil || errHigh != nil {
-		return PortRange{}, fmt.Errorf("%q is not a port: use a number from 1 to 65535, or a range such as 8000:9000", item)
+		return PortRange{}, fmt.Errorf("%s is not a port: use a number from 1 to 65535, or a range such as 8000:9000", Quoted(item))
 	}
 	if high < low {
-		return PortRange{}, fmt.Errorf("%q is an empty range: write the lower port first", item)
+		return PortRange{}, fmt.Errorf("%s is an empty range: write the lower port first", Quoted(item))
 	}
 	return PortRange{low, high}, nil
 }
@@ -132,7 +144,7 @@ func ParsePrefixList(text string) ([]netip.Prefix, error) { return parseList(tex
 func parsePrefix(item string) (netip.Prefix, error) {
 	prefix, err := netip.ParsePrefix(item)
 	if err != nil {
-		return netip.Prefix{}, fmt.Errorf("%q is not a network: write an address and a mask such as 10.0.0.0/8 or 2001:db8::/32", item)
+		return netip.Prefix{}, fmt.Errorf("%s is not a network: write an address and a mask such as 10.0.0.0/8 or 2001:db8::/32", Quoted(item))
 	}
 	return prefix.Masked(), nil
 }
@@ -146,7 +158,7 @@ func ParseIDs(text string, lookup func(name string) (string, error)) ([]IDRange,
 		case strings.Trim(item, "0123456789-") != "" || first == "" || isRange && last == "":
 			found, err := lookup(item)
 			if err != nil {
-				return IDRange{}, fmt.Errorf("%q is neither a number nor a known name: use a number such as %d, or a range such as 1337-1340", item, DefaultProxyID)
+				return IDRange{}, fmt.Errorf("%s is neither a number nor a known name: use a number such as %d, or a range such as 1337-1340", Quoted(item), DefaultProxyID)
 			}
 			first, last = found, found
 		case !isRange:
@@ -155,10 +167,10 @@ func ParseIDs(text string, lookup func(name string) (string, error)) ([]IDRange,
 		low, errLow := strconv.ParseUint(first, 10, 32)
 		high, errHigh := strconv.ParseUint(last, 10, 32)
 		if errLow != nil || errHigh != nil || high == noID {
-			return IDRange{}, fmt.Errorf("%q is not a user or group: use a number from 0 to %d", item, uint32(noID-1))
+			return IDRange{}, fmt.Errorf("%s is not a user or group: use a number from 0 to %d", Quoted(item), uint32(noID-1))
 		}
 		if high < low {
-			return IDRange{}, fmt.Errorf("%q is an empty range: write the lower number first", item)
+			return IDRange{}, fmt.Errorf("%s is an empty range: write the lower number first", Quoted(item))
 		}
 		return IDRange{uint32(low), uint32(high)}, nil
 	})
@@ -182,7 +194,7 @@ func ParseNumber(text string) (uint32, error) {
 	}
 	number, err := strconv.ParseUint(digits, base, 32)
 	if err != nil {
-		return 0, fmt.Errorf("%q is not a number: use a decimal one such as 1337 or a hexadecimal one such as 0x539, of 32 bits", text)
+		return 0, fmt.Errorf("%s is not a number: use a decimal one such as 1337 or a hexadecimal one such as 0x539, of 32 bits", Quoted(text))
 	}
 	return uint32(number), nil
 }
@@ -191,7 +203,7 @@ func ParseNumber(text string) (uint32, error) {
 func ParseLocalhost4(text string) (netip.Prefix, error) {
 	prefix, err := netip.ParsePrefix(text)
 	if err != nil || !prefix.Addr().Is4() || !prefix.Addr().IsLoopback() || prefix.Bits() < 8 {
-		return netip.Prefix{}, fmt.Errorf("%q is not an IPv4 loopback network: use one in 127.0.0.0/8, such as 127.0.0.1/32", text)
+		return netip.Prefix{}, fmt.Errorf("%s is not an IPv4 loopback network: use one in 127.0.0.0/8, such as 127.0.0.1/32", Quoted(text))
 	}
 	return prefix.Masked(), nil
 }
@@ -228,7 +240,7 @@ func ParseInterface(name string) (string, error) {
 	const allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.@-"
 	stem := strings.TrimSuffix(name, "+")
 	if stem == "" || len(name) > maxInterface || stem[0] == '-' || strings.Trim(stem, allowed) != "" {
-		return "", fmt.Errorf("%q is not an interface: use a name of at most %d letters, digits, \"_\", \".\", \"@\" and \"-\"; a \"+\" at its end is a wildcard", name, maxInterface)
+		return "", fmt.Errorf("%s is not an interface: use a name of at most %d letters, digits, \"_\", \".\", \"@\" and \"-\"; a \"+\" at its end is a wildcard", Quoted(name), maxInterface)
 	}
 	return name, nil
 }
@@ -241,7 +253,7 @@ func parseList[T comparable](text string, parse func(string) (T, error)) ([]T, e
 			continue
 		}
 		if item == All {
-			return nil, fmt.Errorf("%q: %s stands alone, and only where everything can be chosen; list values instead", text, All)
+			return nil, fmt.Errorf("%s: %s stands alone, and only where everything can be chosen; list values instead", Quoted(text), All)
 		}
 		value, err := parse(item)
 		if err != nil {

@@ -15,7 +15,7 @@ func TestListsAreRead(t *testing.T) {
 			if name == "istio-proxy" {
 				return "1337", nil
 			}
-			return "", errors.New("nobody of that name")
+			return "", errors.New("no such name")
 		})
 	}
 	groups := func(text string) (Groups, error) {
@@ -23,7 +23,7 @@ func TestListsAreRead(t *testing.T) {
 			if name == "istio-proxy" {
 				return "1337", nil
 			}
-			return "", errors.New("nobody of that name")
+			return "", errors.New("no such name")
 		})
 	}
 	servers := func(text string) ([]netip.Addr, error) { return ParseNameservers(text), nil }

@@ -23,6 +23,7 @@ type IPv6Choice string
 const (
 	IPv6Wherever  IPv6Choice = ""      // wherever the namespace has IPv6
 	IPv6WhenFirst IPv6Choice = "first" // as istio-iptables without --dual-stack: if the first global address is IPv6
+	IPv6WhenUsed  IPv6Choice = "used"  // as istio-iptables with --dual-stack: if there is a global IPv6 address
 )
 
 // Spec defines what is captured and where it goes. It is plain data: policy derives the rules from it, and the agent
@@ -233,7 +234,7 @@ func (s Spec) validateMode() error {
 		return nil
 	case TPROXY:
 	default:
-		return &FieldError{Field: "Mode", Err: fmt.Errorf("%q is not a mode; use %s or %s", s.Mode, Redirect, TPROXY)}
+		return &FieldError{Field: "Mode", Err: fmt.Errorf("%s is not a mode; use %s or %s", Quoted(string(s.Mode)), Redirect, TPROXY)}
 	}
 	if s.TPROXYMark == 0 || s.TPROXYMark == LoopMark {
 		return &FieldError{Field: "TPROXYMark", Value: fmt.Sprint(s.TPROXYMark),

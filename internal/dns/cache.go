@@ -11,29 +11,29 @@ import (
 )
 
 const (
-	// Answers are kept as long as they say, and not longer than this: names of a cluster move.
+	// Limits of an answer's lifetime in the cache: addresses of names in a cluster change.
 	maxPositive = 300 * time.Second
 	maxNegative = 30 * time.Second
 
-	bytesPerEntry = 1 << 10 // on average; the cache as a whole is bounded by it
+	bytesPerEntry = 1 << 10 // on average; bounds the whole cache
 	maxCached     = 8 << 10 // bytes of one answer
-	entryCost     = 200     // bytes of an entry beside its key and answer
+	entryCost     = 200     // bytes of an entry besides its key and answer
 )
 
-// cache keeps answers, the least recently used give way. A nil cache is always empty.
+// cache stores answers and evicts the least recently used ones. A nil cache is always empty.
 type cache struct {
 	maxEntries int
 	stats      *Stats
 
 	mu      sync.Mutex
 	entries map[string]*list.Element // of *entry
-	used    list.List                // the last used first
+	used    list.List                // the most recently used first
 	bytes   int
 }
 
 type entry struct {
 	key           string
-	raw           []byte // never changed
+	raw           []byte // never modified
 	stored, until time.Time
 }
 
@@ -43,7 +43,7 @@ func newCache(maxEntries int, stats *Stats) *cache {
 	return &cache{maxEntries: maxEntries, stats: stats, entries: make(map[string]*list.Element)}
 }
 
-// get returns a copy of the answer to q, with q's question in it and the TTLs that are left; nil if there is none.
+// get returns a copy of the answer to q, with q's question and with the remaining TTLs, or nil if it is not cached.
 func (c *cache) get(q *query, now time.Time) []byte {
 	if c == nil || q.cacheKey == "" {
 		return nil
@@ -56,7 +56,7 @@ func (c *cache) get(q *query, now time.Time) []byte {
 	if err != nil {
 		return nil
 	}
-	copy(m.question, q.question) // the same name, in the letters of this downstream
+	copy(m.question, q.question) // the same name, in this downstream's spelling
 	age := uint32(now.Sub(e.stored) / time.Second)
 	for r := range m.records() {
 		if r.kind != dns.TypeOPT {
@@ -83,13 +83,13 @@ func (c *cache) find(key string, now time.Time) *entry {
 	return e
 }
 
-// put keeps raw, the answer to q, if it may be kept.
+// put stores raw, the answer to q, if it may be cached.
 func (c *cache) put(q *query, raw []byte, now time.Time) {
 	if c == nil || q.cacheKey == "" || len(raw) > maxCached {
 		return
 	}
 	m, err := parse(raw)
-	// Whoever spells the question in other letters than it was asked in is not quoted to others.
+	// An answer whose question differs in case (0x20) is not cached.
 	if err != nil || !bytes.Equal(m.question, q.question) {
 		return
 	}
@@ -123,9 +123,8 @@ func (c *cache) count() {
 	c.stats.CacheBytes.Store(int64(c.bytes))
 }
 
-// lifetime is for how long an answer may be given again: as long as every record in it lives. What says that there is no
-// such name or no such record lives no longer than its SOA's last field either, and without a SOA not at all (RFC 2308
-// §5). What says anything else, or not all, is not kept.
+// lifetime is how long an answer may be cached: the least TTL of its records. For a negative answer the last field of the
+// SOA is a limit as well, and without a SOA it is not cached (RFC 2308 §5). Errors and truncated answers are not cached.
 func (m *message) lifetime() time.Duration {
 	if m.truncated() || m.rcode() != dns.RcodeSuccess && m.rcode() != dns.RcodeNameError || m.edns() && m.ttl(m.opt)[0] != 0 {
 		return 0

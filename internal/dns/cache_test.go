@@ -11,7 +11,7 @@ import (
 	"github.com/miekg/dns"
 )
 
-// counting counts what reaches upstream.
+// counting counts the queries that reach an upstream.
 func counting(asked *atomic.Int32, handler func(dns.ResponseWriter, *dns.Msg)) func(dns.ResponseWriter, *dns.Msg) {
 	return func(w dns.ResponseWriter, r *dns.Msg) {
 		asked.Add(1)
@@ -29,7 +29,7 @@ func caching(t *testing.T, asked *atomic.Int32, handler func(dns.ResponseWriter,
 	return r, now
 }
 
-func TestAnswersAreKeptAsLongAsTheySay(t *testing.T) {
+func TestAnswersAreCachedForTheirTTL(t *testing.T) {
 	const soa = "example. %d SOA ns.example. root.example. 1 2 3 4 %d"
 	negative := func(rcode int, ttl, minimum int, answer ...string) func(dns.ResponseWriter, *dns.Msg) {
 		return func(w dns.ResponseWriter, r *dns.Msg) {
@@ -57,7 +57,7 @@ func TestAnswersAreKeptAsLongAsTheySay(t *testing.T) {
 		{"records and a SOA", negative(dns.RcodeSuccess, 99, 1, "a.example. 40 A 192.0.2.1"), 40 * time.Second},
 		{"no such name, no SOA", coded(dns.RcodeNameError), 0},
 		{"an alias alone", fixed("a.example. 90 CNAME b.example."), 0},
-		{"nothing", fixed(), 0},
+		{"no record, no SOA", fixed(), 0},
 		{"SERVFAIL", negative(dns.RcodeServerFailure, 9, 9), 0},
 		{"REFUSED", coded(dns.RcodeRefused), 0},
 		{"large", func(w dns.ResponseWriter, r *dns.Msg) { big(maxCached)(w, r) }, 0},
@@ -71,7 +71,7 @@ func TestAnswersAreKeptAsLongAsTheySay(t *testing.T) {
 				now.add(later)
 				asked.Store(0)
 				if r.ask(t, "tcp", q); asked.Load() != want {
-					t.Errorf("%v later, upstream is asked %d times, want %d", later, asked.Load(), want)
+					t.Errorf("%v later, upstream is queried %d times, want %d", later, asked.Load(), want)
 				}
 			}
 			r.ask(t, "tcp", q)
@@ -81,14 +81,14 @@ func TestAnswersAreKeptAsLongAsTheySay(t *testing.T) {
 			} else {
 				asked.Store(0)
 				if r.ask(t, "tcp", q); asked.Load() == 0 {
-					t.Error("it is kept")
+					t.Error("the answer is cached")
 				}
 			}
 		})
 	}
 }
 
-func TestKeptAnswersAreTheSameButForTheTimeThatIsLeft(t *testing.T) {
+func TestCachedAnswersDifferOnlyInTheirTTL(t *testing.T) {
 	var asked atomic.Int32
 	r, now := caching(t, &asked, func(w dns.ResponseWriter, r *dns.Msg) {
 		m := answered(r, r.Question[0].Name+" 60 A 192.0.2.2", r.Question[0].Name+" 50 A 192.0.2.1")
@@ -108,7 +108,7 @@ func TestKeptAnswersAreTheSameButForTheTimeThatIsLeft(t *testing.T) {
 		q.Question[0].Name = "nAME.eXAMPLE."
 		second := r.ask(t, "udp", q)
 		if asked.Load() != 1 {
-			t.Fatalf("upstream was asked %d times", asked.Load())
+			t.Fatalf("upstream was queried %d times", asked.Load())
 		}
 		first.Id++
 		for _, rr := range append(first.Answer, first.Extra...) {
@@ -162,13 +162,13 @@ func TestQueriesThatDifferDoNotShareAnAnswer(t *testing.T) {
 			asked.Store(0)
 			r.ask(t, "udp", c.q)
 			if got := asked.Load() == 1; got != want {
-				t.Errorf("%s, time %d: upstream is asked: %t, want %t", c.name, time, got, want)
+				t.Errorf("%s, time %d: upstream is queried: %t, want %t", c.name, time, got, want)
 			}
 		}
 	}
 }
 
-func TestAnAnswerInOtherLettersIsQuotedToNobodyElse(t *testing.T) {
+func TestAnAnswerInAnotherCaseIsNotCached(t *testing.T) {
 	var asked atomic.Int32
 	r, _ := caching(t, &asked, func(w dns.ResponseWriter, r *dns.Msg) {
 		r.Question[0].Name = strings.ToLower(r.Question[0].Name)
@@ -177,17 +177,17 @@ func TestAnAnswerInOtherLettersIsQuotedToNobodyElse(t *testing.T) {
 	for range 2 {
 		sent := pack(t, question("ExAmPlE.", dns.TypeA))
 		answer := r.send(t, sent)
-		// Downstream, which may have chosen its letters as a secret, sees what came back.
+		// Downstream may have chosen its case as a secret (0x20), so it gets the question as it was returned.
 		if got := string(answer[13:20]); got != "example" {
 			t.Errorf("the question comes back as %q", got)
 		}
 	}
 	if asked.Load() != 2 {
-		t.Errorf("upstream was asked %d times", asked.Load())
+		t.Errorf("upstream was queried %d times", asked.Load())
 	}
 }
 
-func TestTruncatedAnswersAreNotKept(t *testing.T) {
+func TestTruncatedAnswersAreNotCached(t *testing.T) {
 	var asked atomic.Int32
 	server := packets(t, func(query []byte) [][]byte {
 		asked.Add(1)
@@ -200,18 +200,18 @@ func TestTruncatedAnswersAreNotKept(t *testing.T) {
 		r.ask(t, "udp", question("example.", dns.TypeA))
 	}
 	if r.Stats.CacheEntries.Load() != 0 || r.Stats.Cached.Load() != 0 {
-		t.Error("it is kept")
+		t.Error("the answer is cached")
 	}
 }
 
-func TestACacheOfNoneKeepsNothing(t *testing.T) {
+func TestACacheSizeOfZeroTurnsTheCacheOff(t *testing.T) {
 	var asked atomic.Int32
 	r := serve(t, addrs(standing(t, counting(&asked, fixed("example. 60 A 192.0.2.1")))))
 	for range 2 {
 		r.ask(t, "udp", question("example.", dns.TypeA))
 	}
 	if asked.Load() != 2 {
-		t.Errorf("upstream was asked %d times", asked.Load())
+		t.Errorf("upstream was queried %d times", asked.Load())
 	}
 }
 
@@ -219,7 +219,7 @@ func TestTheCacheIsBoundedInEntriesAndBytes(t *testing.T) {
 	for _, c := range []struct {
 		name    string
 		data    int
-		entries int64 // kept in the end
+		entries int64 // cached at the end
 	}{{"small", 4, 10}, {"large", 3000, 3}} {
 		var stats Stats
 		cache := newCache(10, &stats)
@@ -241,22 +241,22 @@ func TestTheCacheIsBoundedInEntriesAndBytes(t *testing.T) {
 				Hdr:  dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeNULL, Class: dns.ClassINET, Ttl: 60},
 				Data: strings.Repeat("x", c.data),
 			}}
-			for range 2 { // the second takes the place of the first
+			for range 2 { // the second replaces the first
 				cache.put(key(i), pack(t, m), now)
 			}
-			cache.get(key(0), now) // which is therefore never the least recently used
+			cache.get(key(0), now) // so that it is never the least recently used
 		}
 		if got := stats.CacheEntries.Load(); got != c.entries || stats.CacheBytes.Load() > 10*bytesPerEntry {
 			t.Errorf("%s: %d entries with %d bytes", c.name, got, stats.CacheBytes.Load())
 		}
 		if cache.get(key(0), now) == nil || cache.get(key(29), now) == nil || cache.get(key(20), now) != nil && c.data > 4 {
-			t.Errorf("%s: other answers are kept than those used last", c.name)
+			t.Errorf("%s: the cache does not hold the most recently used answers", c.name)
 		}
 		for i := range 30 {
 			cache.get(key(i), now.Add(time.Minute))
 		}
 		if stats.CacheEntries.Load() != 0 || stats.CacheBytes.Load() != 0 || cache.bytes != 0 {
-			t.Errorf("%s: %d entries with %d bytes are left after their time", c.name, stats.CacheEntries.Load(), cache.bytes)
+			t.Errorf("%s: %d entries with %d bytes are left after their TTL", c.name, stats.CacheEntries.Load(), cache.bytes)
 		}
 	}
 }

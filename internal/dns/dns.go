@@ -1,13 +1,13 @@
-// Package dns is the agent's resolver. It sends the workload's queries, which the rules redirect to it, to the servers
-// that the workload would have asked.
+// Package dns is the agent's resolver. The rules redirect the workload's queries to it, and it forwards them to the servers
+// that the workload would have queried.
 //
 // Messages keep their bytes in both directions, except for the ID and for the OPT record that is added for downstreams
 // without EDNS and removed from their answers. Names are never completed, rewritten or sorted. The walker of messages is
 // our own, because decoding and encoding by github.com/miekg/dns does not promise to preserve a message's bytes. A record
 // of an unknown type passes like any other. That library has the constants and their names, and is the tests' peer.
 //
-// Every query is answered, with SERVFAIL if there is no other answer. Bytes, time, concurrent queries, connections and
-// the cache are bounded.
+// Every query that is read is answered, with SERVFAIL if there is no other answer. Bytes, time, concurrent queries,
+// connections and the cache are bounded.
 package dns
 
 import (
@@ -23,7 +23,7 @@ import (
 	"time"
 )
 
-// What zero means in Config, and what callers that have no wish of their own put into it.
+// Defaults of Config. Timeout and MaxInFlight use theirs for zero.
 const (
 	DefaultTimeout     = 2 * time.Second
 	DefaultMaxInFlight = 1000
@@ -31,93 +31,95 @@ const (
 )
 
 const (
-	// rounds is how often a server that does not answer is asked. One lost packet must not fail a lookup.
+	// rounds is how often a server that does not answer is queried. One lost packet must not fail a lookup.
 	rounds = 2
-	// budget is how many Timeouts all tries of a query may take together.
+	// budget is the time for all tries of a query, in Timeouts.
 	budget = 5
 )
 
-// DefaultListen is where the rules send queries: an answer from another address would miss its conntrack entry.
+// DefaultListen are the addresses to which the rules redirect queries. An answer from another address would not match the
+// conntrack entry of its query.
 var DefaultListen = []netip.AddrPort{
 	netip.MustParseAddrPort("127.0.0.1:15053"),
 	netip.MustParseAddrPort("[::1]:15053"),
 }
 
-// Config says where queries come from and where they go. Upstreams and Log are needed.
+// Config configures a Server. Upstreams and Log are required.
 type Config struct {
-	// Listen are the addresses that New binds, each for UDP and for TCP, when UDP and TCP are empty. None means
-	// DefaultListen, without ::1 where the host has no such address.
+	// Listen are the addresses that New binds for UDP and TCP if the fields UDP and TCP are empty. An empty Listen means
+	// DefaultListen, without ::1 if the host does not have that address.
 	Listen []netip.AddrPort
-	// UDP and TCP are sockets that are bound already. They belong to the Server as soon as New has succeeded.
+	// UDP and TCP are bound sockets. The Server owns them once New has succeeded.
 	UDP []*net.UDPConn
 	TCP []*net.TCPListener
 
-	// Upstreams are asked in this order, as resolv.conf has it.
+	// Upstreams are queried in this order, as those of resolv.conf are.
 	Upstreams []netip.AddrPort
 	// Timeout is for one try with one upstream over one transport; zero means DefaultTimeout. A query has five times
 	// that in all.
 	Timeout time.Duration
-	// MaxInFlight bounds the queries, and by it the sockets to upstreams, at a time; zero means DefaultMaxInFlight. What
-	// comes above it is answered SERVFAIL at once.
+	// MaxInFlight bounds the concurrent queries, and with them the sockets to upstreams; zero means DefaultMaxInFlight.
+	// Queries above the limit are answered SERVFAIL at once.
 	MaxInFlight int
-	// CacheSize is how many answers are kept, at about a kilobyte each. Zero keeps none.
+	// CacheSize is the number of answers that are cached, at about a kilobyte each. Zero turns the cache off.
 	CacheSize int
 
-	// Dial opens sockets to upstreams, network being udp or tcp; nil means those of a net.Dialer. Each query over UDP
-	// has a socket of its own, so that its source port is as hard to guess as the kernel makes it. The rules must not
-	// redirect these sockets.
+	// Dial opens sockets to upstreams; network is udp or tcp. Nil means net.Dialer. Each query over UDP has a socket of
+	// its own, so that the kernel draws its source port. The rules must not redirect these sockets.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
-	// Sink is told of every query that could be read, when its answer is ready. It is called from several goroutines
-	// and must not block. It may be nil.
+	// Sink receives every well-formed query when its answer is ready. It is called from several goroutines and must not
+	// block. It may be nil.
 	Sink func(Query)
 	Log  *slog.Logger
 }
 
 // Query is one query and how it was answered.
 type Query struct {
-	Name      string         // fully qualified, as sent; whatever is not printable is escaped, so it is 1,004 bytes at most
-	Type      string         // A, AAAA; TYPE65400 where there is no name for it
-	Rcode     string         // NOERROR, NXDOMAIN, SERVFAIL; of the header, without what EDNS adds
+	Name      string         // fully qualified, as sent; unprintable bytes are escaped, so it has at most 1,004 bytes
+	Type      string         // A, AAAA; TYPE65400 for a type without a name
+	Rcode     string         // NOERROR, NXDOMAIN, SERVFAIL; of the header, without the extension by EDNS
 	Transport string         // udp or tcp
-	Upstream  netip.AddrPort // whose answer this is; invalid when no upstream gave it now
+	Upstream  netip.AddrPort // source of the answer; invalid if no upstream answered
 	Duration  time.Duration
-	Cached    bool // from the cache
-	Joined    bool // the same query was under way already, and its answer served this one too
-	Truncated bool // did not fit, so that downstream must come again over TCP
+	Cached    bool // answered from the cache
+	Joined    bool // shared the answer of an identical query in progress
+	Truncated bool // the answer did not fit; downstream has to repeat the query over TCP
 }
 
-// Stats counts. Fields that count down again say so.
+// Stats holds counters, and the gauges InFlight, TCPConns, CacheEntries and CacheBytes.
 type Stats struct {
-	UDPQueries, TCPQueries atomic.Int64     // packets and frames, whatever was in them
+	UDPQueries, TCPQueries atomic.Int64     // received packets and frames, also malformed ones
 	Answers                [16]atomic.Int64 // by response code of the header
-	Dropped                atomic.Int64     // no query at all: too short, or itself an answer
+	Dropped                atomic.Int64     // packets and frames that are not queries: too short, or responses
 	Malformed              atomic.Int64     // answered FORMERR
 	Overloaded             atomic.Int64     // above MaxInFlight, answered SERVFAIL
-	Unanswered             atomic.Int64     // no upstream answered, so SERVFAIL
+	Loops                  atomic.Int64     // queries of our own that the rules redirected back, answered SERVFAIL
+	ReceiveDrops           atomic.Int64     // packets that the kernel dropped because the receive buffer was full
+	Unanswered             atomic.Int64     // answered SERVFAIL because no upstream answered
 	Truncated              atomic.Int64     // answers that did not fit
-	Cached, Joined         atomic.Int64     // answers that took no upstream query of their own
-	InFlight               atomic.Int64     // queries now
+	Cached, Joined         atomic.Int64     // answers without an upstream query of their own
+	InFlight               atomic.Int64     // queries in progress
 
 	UpstreamQueries  atomic.Int64 // over either transport
 	UpstreamTCP      atomic.Int64 // over TCP
-	UpstreamFailures atomic.Int64 // tries that gave no answer
+	UpstreamFailures atomic.Int64 // tries without an answer
 	UpstreamStrays   atomic.Int64 // packets with a wrong ID or question: late, or forged
 
-	TCPConns, TCPEvicted     atomic.Int64 // connections now; closed while idle to make room for a new one
-	CacheEntries, CacheBytes atomic.Int64 // in the cache now
+	TCPConns, TCPEvicted     atomic.Int64 // open connections; idle ones closed to make room for a new one
+	CacheEntries, CacheBytes atomic.Int64 // in the cache
 }
 
-// Server is the resolver. Its sockets are bound from New on.
+// Server is the resolver. New makes it and binds its sockets.
 type Server struct {
 	Config
 	Stats Stats
 
 	upstreams []*upstream
-	cache     *cache // nil keeps nothing
+	cache     *cache // nil: no cache
 	now       func() time.Time
 	idle      time.Duration // of a TCP connection
 
-	queries context.Context // ends when Shutdown has no more time
+	queries context.Context // ends when the time of Shutdown is up
 	abort   context.CancelFunc
 	stopped chan struct{} // closed by Shutdown
 	stop    sync.Once
@@ -128,9 +130,12 @@ type Server struct {
 
 	connsMu sync.Mutex
 	conns   map[*conn]struct{}
+
+	drops dropWatch
+	own   ownSockets
 }
 
-// New validates config and binds what it names.
+// New validates config and binds its addresses.
 func New(config Config) (*Server, error) {
 	if config.Timeout == 0 {
 		config.Timeout = DefaultTimeout
@@ -159,6 +164,7 @@ func New(config Config) (*Server, error) {
 			return nil, err
 		}
 	}
+	s.watchDrops()
 	s.queries, s.abort = context.WithCancel(context.Background())
 	return s, nil
 }
@@ -169,11 +175,11 @@ func (s *Server) validate() error {
 		value int64
 	}{{"Timeout", int64(s.Timeout)}, {"MaxInFlight", int64(s.MaxInFlight)}, {"CacheSize", int64(s.CacheSize)}} {
 		if bound.value < 0 {
-			return fmt.Errorf("dns: %s is %d; give a positive one", bound.name, bound.value)
+			return fmt.Errorf("dns: %s is %d; use 0 or more", bound.name, bound.value)
 		}
 	}
 	if len(s.Upstreams) == 0 {
-		return errors.New("dns: Upstreams is empty; name at least one server, such as those in /etc/resolv.conf")
+		return errors.New("dns: Upstreams is empty; name at least one server, such as those of /etc/resolv.conf")
 	}
 	for _, upstream := range s.Upstreams {
 		if !upstream.IsValid() || upstream.Port() == 0 {
@@ -181,14 +187,14 @@ func (s *Server) validate() error {
 		}
 		for _, own := range s.addresses() {
 			if reaches(upstream, own) {
-				return fmt.Errorf("dns: upstream %v is where this resolver listens (%v), so queries would go round; name another server", upstream, own)
+				return fmt.Errorf("dns: upstream %v is where this resolver listens (%v), a loop; name another server", upstream, own)
 			}
 		}
 	}
 	return nil
 }
 
-// addresses are where the server listens, or will.
+// addresses are those where the server listens, or will listen.
 func (s *Server) addresses() []netip.AddrPort {
 	var own []netip.AddrPort
 	for _, conn := range s.UDP {
@@ -206,8 +212,8 @@ func (s *Server) addresses() []netip.AddrPort {
 	return DefaultListen
 }
 
-// reaches tells whether what is sent to upstream arrives at a socket that is bound to own. The unspecified address
-// means this host when one dials it, and every address of this host when one listens there.
+// reaches reports whether packets to upstream arrive at a socket that is bound to own. A packet to the unspecified address
+// goes to this host; a socket bound to it receives packets to every address of this host.
 func reaches(upstream, own netip.AddrPort) bool {
 	to, at := upstream.Addr().Unmap().WithZone(""), own.Addr().Unmap().WithZone("")
 	return upstream.Port() == own.Port() &&
@@ -235,7 +241,7 @@ func (s *Server) bind() error {
 	return nil
 }
 
-// Start begins to serve. It does not block.
+// Start starts to serve and returns.
 func (s *Server) Start() {
 	for _, socket := range s.UDP {
 		s.open.Go(func() { s.serveUDP(socket) })
@@ -245,16 +251,18 @@ func (s *Server) Start() {
 	}
 }
 
-// Shutdown stops reading queries and returns when those under way are answered. When ctx ends before that, they are
-// answered SERVFAIL and ctx's error is returned. In any case no socket is left. It may be called twice, and without
+// Shutdown stops reading queries and returns when those in progress are answered. If ctx ends before that, they are
+// answered SERVFAIL and ctx's error is returned. In any case all sockets are closed. It may be called twice, and without
 // Start.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.stop.Do(s.stopReading)
-	// The abort wakes whatever waits for an upstream, so the loops need no second ear for ctx.
+	// abortAll ends all waits for upstreams, so the loops need not watch ctx themselves.
 	aborting := context.AfterFunc(ctx, s.abortAll)
 	s.open.Wait()
 	inTime := aborting()
 	s.abort()
+	s.drops.timer.Stop()
+	s.countDrops()
 	s.closeSockets()
 	if !inTime {
 		return ctx.Err()
@@ -278,7 +286,7 @@ func (s *Server) stopReading() {
 	}
 }
 
-// abortAll ends tries at upstreams, and writes to downstreams that do not read.
+// abortAll ends queries to upstreams, and writes to downstreams that do not read.
 func (s *Server) abortAll() {
 	s.abort()
 	s.connsMu.Lock()
@@ -297,12 +305,12 @@ func (s *Server) closeSockets() {
 	}
 }
 
-// past is a deadline that ends waits.
+// past is a deadline that ends a read or write in progress.
 var past = time.Unix(1, 0)
 
-// pause waits a moment after a socket failed, so that a lasting failure is no busy loop. It returns false when the
-// server has stopped.
-func (s *Server) pause(doing string, err error) bool {
+// pause waits a second after a socket error, so that a permanent error does not become a busy loop. It returns false if
+// the server has stopped.
+func (s *Server) pause(operation string, err error) bool {
 	select {
 	case <-s.stopped:
 		return false
@@ -311,7 +319,7 @@ func (s *Server) pause(doing string, err error) bool {
 	if errors.Is(err, net.ErrClosed) {
 		return false
 	}
-	s.Log.Warn("dns: a socket failed, trying again", "doing", doing, "error", err)
+	s.Log.Warn("dns: socket error, trying again", "operation", operation, "error", err)
 	select {
 	case <-s.stopped:
 		return false

@@ -37,12 +37,12 @@ func TestQueriesReachUpstreamAsTheyWereSent(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		query *dns.Msg
-		added bool // an OPT of ours
+		added bool // whether an OPT is added
 	}{
 		{"ordinary", question("example.", dns.TypeA), true},
 		{"mixed case", question("wWw.ExAmPlE.", dns.TypeAAAA), true},
 		{"flags", flags, true},
-		{"search domains are downstream's business", question("name.", dns.TypeA), true},
+		{"a name without a search domain", question("name.", dns.TypeA), true},
 		{"odd bytes", question(`a\000b\.c\255.example.`, 65400), true},
 		{"EDNS", withOPT(question("example.", dns.TypeA), 1232), false},
 		{"EDNS options, known and unknown", withOPT(question("example.", dns.TypeA), 700,
@@ -73,7 +73,7 @@ func TestQueriesReachUpstreamAsTheyWereSent(t *testing.T) {
 			if received := (<-got)[2:]; !bytes.Equal(received, want) {
 				t.Errorf("upstream received\n% x, want\n% x", received, want)
 			}
-			// The same came back. Only the size in the OPT is about the hop.
+			// The same message is returned. Only the size in the OPT is that of this hop.
 			if m, _ := parse(sent); m.edns() {
 				binary.BigEndian.PutUint16(sent[m.opt.fixed+2:], 4096)
 			}
@@ -99,7 +99,7 @@ func TestAnswersReachDownstreamAsTheyWereGiven(t *testing.T) {
 	}{
 		{"plain", question("Example.ORG.", dns.TypeA), records, 1},
 		{"EDNS", withOPT(question("Example.ORG.", dns.TypeA), 1232), slices.Concat(records, opt), 2},
-		{"an OPT that nobody asked for", question("Example.ORG.", dns.TypeA), slices.Concat(records, opt), 2},
+		{"an unrequested OPT", question("Example.ORG.", dns.TypeA), slices.Concat(records, opt), 2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			m, _ := parse(pack(t, c.query))
@@ -120,7 +120,7 @@ func TestAnswersReachDownstreamAsTheyWereGiven(t *testing.T) {
 	}
 }
 
-func TestAnExtendedCodeIsNoSuccessWithoutEDNS(t *testing.T) {
+func TestAnExtendedCodeBecomesSERVFAILWithoutEDNS(t *testing.T) {
 	server := standing(t, func(w dns.ResponseWriter, r *dns.Msg) {
 		m := new(dns.Msg).SetReply(r).SetEdns0(1232, false)
 		m.Rcode = dns.RcodeBadVers
@@ -176,7 +176,7 @@ func TestAnswersOfEverySizeArriveWhole(t *testing.T) {
 	}
 }
 
-func TestGoResolverGetsWhatItAsksFor(t *testing.T) {
+func TestGoResolverGetsItsAnswers(t *testing.T) {
 	server := standing(t, func(w dns.ResponseWriter, r *dns.Msg) {
 		switch name := r.Question[0].Name; {
 		case r.Question[0].Qtype == dns.TypeTXT:
@@ -209,7 +209,7 @@ func TestGoResolverGetsWhatItAsksFor(t *testing.T) {
 	}
 }
 
-// A good answer, to be spoilt.
+// address returns a valid answer to query. Callers may modify it.
 func address(query []byte) []byte {
 	q := new(dns.Msg)
 	if err := q.Unpack(query); err != nil {
@@ -219,31 +219,31 @@ func address(query []byte) []byte {
 	return raw
 }
 
-func TestTheNextServerIsAskedWhenOneCannotTell(t *testing.T) {
+func TestTheNextServerIsQueriedAfterAFailure(t *testing.T) {
 	silence := func([]byte) [][]byte { return nil }
-	spoilt := func(spoil func(answer []byte) []byte) func([]byte) [][]byte {
-		return func(query []byte) [][]byte { return [][]byte{spoil(address(query))} }
+	modified := func(modify func(answer []byte) []byte) func([]byte) [][]byte {
+		return func(query []byte) [][]byte { return [][]byte{modify(address(query))} }
 	}
 	for _, c := range []struct {
 		name  string
 		first netip.AddrPort
 		moves bool
 	}{
-		{"refused port", nobody(t), true},
+		{"refused port", refusing(t), true},
 		{"silence", packets(t, silence), true},
 		{"SERVFAIL", standing(t, coded(dns.RcodeServerFailure)), true},
 		{"REFUSED", standing(t, coded(dns.RcodeRefused)), true},
 		{"NOTIMP", standing(t, coded(dns.RcodeNotImplemented)), true},
-		{"wrong ID", packets(t, spoilt(func(a []byte) []byte { a[0]++; return a })), true},
-		{"wrong name", packets(t, spoilt(func(a []byte) []byte { a[14]++; return a })), true},
-		{"wrong type", packets(t, spoilt(func(a []byte) []byte { a[22] = 28; return a })), true},
-		{"a query", packets(t, spoilt(func(a []byte) []byte { a[2] &^= bitQR; return a })), true},
-		{"another opcode", packets(t, spoilt(func(a []byte) []byte { a[2] |= 5 << 3; return a })), true},
-		{"a header alone", packets(t, spoilt(func(a []byte) []byte { a[5], a[7] = 0, 0; return a[:12] })), true},
-		{"cut short", packets(t, spoilt(func(a []byte) []byte { return a[:len(a)-1] })), true},
-		{"a byte", packets(t, spoilt(func(a []byte) []byte { return a[:1] })), true},
+		{"wrong ID", packets(t, modified(func(a []byte) []byte { a[0]++; return a })), true},
+		{"wrong name", packets(t, modified(func(a []byte) []byte { a[14]++; return a })), true},
+		{"wrong type", packets(t, modified(func(a []byte) []byte { a[22] = 28; return a })), true},
+		{"a query", packets(t, modified(func(a []byte) []byte { a[2] &^= bitQR; return a })), true},
+		{"another opcode", packets(t, modified(func(a []byte) []byte { a[2] |= 5 << 3; return a })), true},
+		{"a header alone", packets(t, modified(func(a []byte) []byte { a[5], a[7] = 0, 0; return a[:12] })), true},
+		{"cut short", packets(t, modified(func(a []byte) []byte { return a[:len(a)-1] })), true},
+		{"a byte", packets(t, modified(func(a []byte) []byte { return a[:1] })), true},
 		{"garbage", packets(t, func([]byte) [][]byte { return [][]byte{bytes.Repeat([]byte{0xff}, 300)} }), true},
-		{"truncated, and no TCP", packets(t, spoilt(func(a []byte) []byte { a[2] |= bitTC; return a })), true},
+		{"truncated, and no TCP", packets(t, modified(func(a []byte) []byte { a[2] |= bitTC; return a })), true},
 		{"NXDOMAIN", standing(t, coded(dns.RcodeNameError)), false},
 		{"no record", standing(t, fixed()), false},
 		{"an answer", standing(t, fixed("example. 60 A 192.0.2.7")), false},
@@ -255,23 +255,23 @@ func TestTheNextServerIsAskedWhenOneCannotTell(t *testing.T) {
 			m := r.ask(t, "udp", question("example.", dns.TypeA))
 			moved := len(m.Answer) == 1 && m.Answer[0].(*dns.A).A.String() == "192.0.2.2"
 			if moved != c.moves {
-				t.Errorf("the second server was asked: %t, want %t\n%v", moved, c.moves, m)
+				t.Errorf("the second server was queried: %t, want %t\n%v", moved, c.moves, m)
 			}
 			alone := serve(t, addrs(c.first), soon)
 			switch m := alone.ask(t, "udp", question("example.", dns.TypeA)); {
 			case c.name == "truncated, and no TCP":
 				if !m.Truncated {
-					t.Errorf("alone, and there is no TC:\n%v", m)
+					t.Errorf("alone: the answer has no TC:\n%v", m)
 				}
 				if alone.upstreams[0].dead.Load() != 0 {
-					t.Error("it answers over UDP, and is taken for dead")
+					t.Error("a server that answers over UDP is marked as dead")
 				}
 				if m := alone.ask(t, "tcp", question("example.", dns.TypeA)); m.Rcode != dns.RcodeServerFailure {
 					t.Errorf("alone, over TCP:\n%v", m)
 				}
 			case strings.ToUpper(c.name) == c.name:
 				if dns.RcodeToString[m.Rcode] != c.name {
-					t.Errorf("alone, and what it said did not go through:\n%v", m)
+					t.Errorf("alone: the answer was not passed through:\n%v", m)
 				}
 			case c.moves && m.Rcode != dns.RcodeServerFailure:
 				t.Errorf("alone:\n%v", m)
@@ -280,7 +280,7 @@ func TestTheNextServerIsAskedWhenOneCannotTell(t *testing.T) {
 	}
 }
 
-func TestOneLostPacketFailsNoLookup(t *testing.T) {
+func TestOneLostPacketDoesNotFailALookup(t *testing.T) {
 	var seen atomic.Int32
 	server := packets(t, func(query []byte) [][]byte {
 		if seen.Add(1) == 1 {
@@ -294,7 +294,7 @@ func TestOneLostPacketFailsNoLookup(t *testing.T) {
 	}
 }
 
-func TestAServerThatHasSpokenIsNotAskedAgain(t *testing.T) {
+func TestAServerThatHasAnsweredIsNotQueriedAgain(t *testing.T) {
 	var refused, silent atomic.Int32
 	r := serve(t, addrs(
 		standing(t, counting(&refused, coded(dns.RcodeRefused))),
@@ -303,7 +303,7 @@ func TestAServerThatHasSpokenIsNotAskedAgain(t *testing.T) {
 		t.Errorf("the answer is\n%v", m)
 	}
 	if refused.Load() != 1 || silent.Load() != rounds {
-		t.Errorf("the server that refuses was asked %d times, the silent one %d times", refused.Load(), silent.Load())
+		t.Errorf("the refusing server was queried %d times, the silent one %d times", refused.Load(), silent.Load())
 	}
 }
 
@@ -363,7 +363,7 @@ func TestEveryTryHasAnIDAndAPortOfItsOwn(t *testing.T) {
 	}
 }
 
-func TestAServerFromBeforeEDNSIsAskedWithoutIt(t *testing.T) {
+func TestAServerWithoutEDNSIsQueriedWithoutIt(t *testing.T) {
 	for _, whole := range []bool{true, false} {
 		server := packets(t, func(query []byte) [][]byte {
 			m, err := parse(query)
@@ -386,14 +386,14 @@ func TestAServerFromBeforeEDNSIsAskedWithoutIt(t *testing.T) {
 		}
 		raw := r.send(t, pack(t, withOPT(question("example.", dns.TypeA), 1232)))
 		if raw[3]&0xf != dns.RcodeFormatError {
-			t.Errorf("downstream with EDNS, which is to decide itself: % x", raw)
+			t.Errorf("a downstream with EDNS gets % x, want FORMERR, so that it can decide itself", raw)
 		}
 	}
 }
 
-func TestAnAnswerThatEDNSLosesIsFoundWithoutIt(t *testing.T) {
+func TestAQueryWhoseOPTIsDroppedIsRepeatedWithoutIt(t *testing.T) {
 	server := standing(t, func(w dns.ResponseWriter, r *dns.Msg) {
-		if r.IsEdns0() == nil { // else it gets lost
+		if r.IsEdns0() == nil { // a query with an OPT gets no answer
 			big(3000)(w, r)
 		}
 	})
@@ -403,7 +403,7 @@ func TestAnAnswerThatEDNSLosesIsFoundWithoutIt(t *testing.T) {
 	}
 }
 
-func TestADeadServerIsAskedLastForAWhile(t *testing.T) {
+func TestADeadServerIsQueriedLastForAWhile(t *testing.T) {
 	var asked atomic.Int32
 	dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
 	alive := standing(t, fixed())
@@ -418,13 +418,13 @@ func TestADeadServerIsAskedLastForAWhile(t *testing.T) {
 		now.add(c.later)
 		r.ask(t, "udp", question("example.", dns.TypeA))
 		if got := asked.Load(); got != c.want {
-			t.Errorf("after query %d, the dead server was asked %d times, want %d", i, got, c.want)
+			t.Errorf("after query %d, the dead server was queried %d times, want %d", i, got, c.want)
 		}
 	}
 }
 
-// That this process may open no socket says nothing of the server.
-func TestAServerIsNotBlamedForWhatWeLack(t *testing.T) {
+// If this process cannot open a socket, the server is not the cause.
+func TestAServerIsNotDeadWhenThisProcessLacksDescriptors(t *testing.T) {
 	alive := standing(t, fixed())
 	r := prepare(t, addrs(alive), soon, func(c *Config) {
 		dial := new(net.Dialer).DialContext
@@ -440,12 +440,12 @@ func TestAServerIsNotBlamedForWhatWeLack(t *testing.T) {
 	r.Start()
 	r.ask(t, "udp", question("example.", dns.TypeA))
 	if until := r.upstreams[0].dead.Load(); until != 0 {
-		t.Error("the server counts as one that does not answer")
+		t.Error("the server is marked as dead")
 	}
 }
 
-// Who asks while one query tries whether the server answers again does not wait for that.
-func TestOneQueryFindsOutWhetherADeadServerAnswersAgain(t *testing.T) {
+// One query tries a dead server again; the others do not wait for its result.
+func TestOneQueryTriesADeadServerAgain(t *testing.T) {
 	var asked atomic.Int32
 	dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
 	alive := standing(t, fixed())
@@ -461,11 +461,11 @@ func TestOneQueryFindsOutWhetherADeadServerAnswersAgain(t *testing.T) {
 	}
 	all.Wait()
 	if got := asked.Load(); got != 2 {
-		t.Errorf("the dead server was asked %d times, want once more than the first time", got)
+		t.Errorf("the dead server was queried %d times, want 2", got)
 	}
 }
 
-func TestAServerThatIsSilentNowAndThenDoesNotFillTheLog(t *testing.T) {
+func TestAServerThatFailsForSomeNamesDoesNotFillTheLog(t *testing.T) {
 	server := packets(t, func(query []byte) [][]byte {
 		if m, _ := parse(query); m.name()[0] == 1 { // a name whose first label is one letter
 			return nil
@@ -480,14 +480,14 @@ func TestAServerThatIsSilentNowAndThenDoesNotFillTheLog(t *testing.T) {
 	})
 	r.now = now.now
 	r.Start()
-	for _, want := range []int{1, 1, 2} { // of each of the two lines
+	for _, want := range []int{1, 1, 2} { // lines of each kind
 		for _, name := range []string{"a.example.", "some.example.", "b.example.", "more.example."} {
 			r.ask(t, "udp", question(name, dns.TypeA))
 		}
 		if silent, again := strings.Count(log.String(), "does not answer"), strings.Count(log.String(), "answers again"); silent != want || again != want {
-			t.Errorf("the log tells %d times of silence and %d times of its end, want %d:\n%s", silent, again, want, &log)
+			t.Errorf("%d lines report that the server does not answer, %d that it answers again, want %d:\n%s", silent, again, want, &log)
 		}
-		now.add(tellTime / 2)
+		now.add(logInterval / 2)
 	}
 }
 
@@ -515,9 +515,9 @@ func TestMalformedQueriesAreAnsweredFORMERR(t *testing.T) {
 		{"two questions", append(with(5, 2), good[12:]...)},
 		{"a missing record", with(7, 1)},
 		{"cut short", good[:len(good)-1]},
-		{"bytes behind the end", append(slices.Clone(good), 0)},
+		{"bytes after the end", append(slices.Clone(good), 0)},
 		{"a name that points at itself", append(slices.Clone(good[:12]), 0xc0, 12, 0, 1, 0, 1)},
-		{"a name without end", append(slices.Clone(good[:12]), bytes.Repeat([]byte("\x07example"), 40)...)},
+		{"a name without an end", append(slices.Clone(good[:12]), bytes.Repeat([]byte("\x07example"), 40)...)},
 		{"a name of 257 bytes", slices.Concat(good[:12], bytes.Repeat([]byte("\x07example"), 32), []byte{0, 0, 1, 0, 1})},
 		{"an unknown kind of label", with(12, 0x40)},
 		{"two OPTs", pack(t, twoOPTs)},
@@ -535,7 +535,7 @@ func TestMalformedQueriesAreAnsweredFORMERR(t *testing.T) {
 			t.Errorf("%s is not counted", c.name)
 		}
 	}
-	// What cannot be a query gets no answer: the next packet's is the first that comes.
+	// A packet that cannot be a query is not answered: the first answer is that of the next query.
 	conn, err := net.Dial("udp", r.addr)
 	if err != nil {
 		t.Fatal(err)
@@ -551,5 +551,5 @@ func TestMalformedQueriesAreAnsweredFORMERR(t *testing.T) {
 	if n, err := conn.Read(buf); err != nil || buf[3]&0xf != 0 || n < len(good) {
 		t.Errorf("the first answer is % x, %v", buf[:n], err)
 	}
-	nettest.Eventually(t, "four are dropped", func() bool { return r.Stats.Dropped.Load() == 4 })
+	nettest.Eventually(t, "four dropped packets", func() bool { return r.Stats.Dropped.Load() == 4 })
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/miekg/dns"
 )
 
-// scripted is a socket to an upstream that answers with one packet, under the ID that it was asked with.
+// scripted is a socket to an upstream that answers with one packet, whose ID is that of the query.
 type scripted struct {
 	net.Conn
 	tcp    bool
@@ -36,10 +36,11 @@ func (c *scripted) Write(p []byte) (int, error) {
 
 func (c *scripted) Read(p []byte) (int, error)  { return c.reply.Read(p) }
 func (c *scripted) Close() error                { return nil }
+func (c *scripted) LocalAddr() net.Addr         { return nil }
 func (c *scripted) SetDeadline(time.Time) error { return nil }
 
-// FuzzAnswer lets downstream and upstream say anything. Whatever they say, an answer to a query is one by its ID, is
-// well-formed and fits, and what the cache repeats is the same.
+// FuzzAnswer sends arbitrary bytes from downstream and upstream. An answer always has its query's ID, is well-formed and
+// fits, and a cached answer equals the first one.
 func FuzzAnswer(f *testing.F) {
 	for _, q := range []*dns.Msg{question("Example.", dns.TypeA), question("example.", dns.TypeTXT).SetEdns0(1232, true), new(dns.Msg).SetUpdate("example.")} {
 		asked := pack(f, q)
@@ -51,14 +52,14 @@ func FuzzAnswer(f *testing.F) {
 		f.Add(asked[:len(asked)-1], pack(f, new(dns.Msg).SetRcode(q, dns.RcodeFormatError)), false)
 		f.Add(asked[:13], asked, true)
 	}
-	f.Fuzz(func(t *testing.T, asked, said []byte, overTCP bool) {
-		if len(said) > maxMessage {
+	f.Fuzz(func(t *testing.T, asked, response []byte, overTCP bool) {
+		if len(response) > maxMessage {
 			return
 		}
 		s := &Server{Config: Config{
 			Timeout: time.Second, MaxInFlight: 1, Log: slog.New(slog.DiscardHandler), Sink: func(Query) {},
 			Dial: func(_ context.Context, network, _ string) (net.Conn, error) {
-				return &scripted{packet: said, tcp: network == "tcp"}, nil
+				return &scripted{packet: response, tcp: network == "tcp"}, nil
 			},
 		}, now: time.Now, queries: context.Background(), flights: make(map[string]*flight)}
 		s.upstreams = []*upstream{{addr: netip.MustParseAddrPort("192.0.2.53:53")}}
@@ -77,7 +78,7 @@ func FuzzAnswer(f *testing.F) {
 		}
 		if len(asked) < headerSize || asked[2]&bitQR != 0 {
 			if out != nil {
-				t.Fatalf("answered what is no query with % x", out)
+				t.Fatalf("a message that is not a query was answered with % x", out)
 			}
 			return
 		}
@@ -87,22 +88,22 @@ func FuzzAnswer(f *testing.F) {
 		case err != nil || len(m.raw) != len(out):
 			t.Fatalf("malformed: % x", out)
 		case !m.response() || !bytes.Equal(out[:2], asked[:2]):
-			t.Fatalf("no answer to this query: % x", out)
+			t.Fatalf("not an answer to this query: % x", out)
 		case overTCP && m.truncated():
 			t.Fatalf("TC over TCP: % x", out)
 		}
 		query, err := parse(asked)
 		if err != nil || len(query.raw) != len(asked) || len(query.question) == 0 {
 			if m.rcode() != dns.RcodeFormatError || len(out) != headerSize {
-				t.Fatalf("malformed, and answered % x", out)
+				t.Fatalf("a malformed query was answered with % x", out)
 			}
 			return
 		}
 		if !overTCP && len(out) > query.udpSize() {
-			t.Fatalf("%d bytes for one who takes %d", len(out), query.udpSize())
+			t.Fatalf("%d bytes for a downstream that accepts %d", len(out), query.udpSize())
 		}
 		if m.edns() && !query.edns() {
-			t.Fatalf("an OPT for one who sent none: % x", out)
+			t.Fatalf("an OPT in the answer to a query without one: % x", out)
 		}
 		if len(m.question) > 0 && !sameName(m.name(), query.name()) {
 			t.Fatalf("the answer to another question: % x", out)
@@ -112,7 +113,7 @@ func FuzzAnswer(f *testing.F) {
 			t.Fatalf("first % x\nthen  % x", out, again[2:])
 		}
 		if s.Stats.InFlight.Load() != 0 || len(s.flights) != 0 {
-			t.Fatal("a query is left")
+			t.Fatal("a query is still in progress")
 		}
 	})
 }

@@ -26,7 +26,7 @@ type resolver struct {
 	addr string
 }
 
-// serve starts a Server that asks upstreams, and sees to its end.
+// serve starts a Server for upstreams and shuts it down when the test ends.
 func serve(t testing.TB, upstreams []netip.AddrPort, change ...func(*Config)) *resolver {
 	t.Helper()
 	s := prepare(t, upstreams, change...)
@@ -58,10 +58,10 @@ func prepare(t testing.TB, upstreams []netip.AddrPort, change ...func(*Config)) 
 	return &resolver{s, udp.LocalAddr().String()}
 }
 
-// soon is a Timeout for servers that do not answer, and long enough for those that do.
+// soon sets a short Timeout, for upstreams that do not answer. Those that do still answer within it.
 func soon(c *Config) { c.Timeout = 200 * time.Millisecond }
 
-// sockets are bound to one port of loopback.
+// sockets returns sockets that are bound to the same port of loopback.
 func sockets(t testing.TB) (*net.UDPConn, *net.TCPListener) {
 	t.Helper()
 	for range 20 {
@@ -94,7 +94,7 @@ func standing(t testing.TB, handler func(w dns.ResponseWriter, r *dns.Msg)) neti
 	return udp.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
-// packets starts an upstream that answers each packet with any packets, and knows no TCP.
+// packets starts an upstream over UDP only that answers each packet with the handler's packets.
 func packets(t testing.TB, handler func(query []byte) [][]byte) netip.AddrPort {
 	t.Helper()
 	udp, tcp := sockets(t)
@@ -115,8 +115,8 @@ func packets(t testing.TB, handler func(query []byte) [][]byte) netip.AddrPort {
 	return udp.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
-// nobody is a port that refuses.
-func nobody(t testing.TB) netip.AddrPort {
+// refusing returns a port of loopback where nothing listens.
+func refusing(t testing.TB) netip.AddrPort {
 	t.Helper()
 	udp, tcp := sockets(t)
 	udp.Close()
@@ -148,7 +148,7 @@ func coded(rcode int) func(dns.ResponseWriter, *dns.Msg) {
 	return func(w dns.ResponseWriter, r *dns.Msg) { _ = w.WriteMsg(new(dns.Msg).SetRcode(r, rcode)) }
 }
 
-// big is an answer of about size bytes, truncated as the query demands over UDP.
+// big answers with about size bytes, truncated over UDP to the size that the query allows.
 func big(size int) func(dns.ResponseWriter, *dns.Msg) {
 	return func(w dns.ResponseWriter, r *dns.Msg) {
 		m := answered(r)
@@ -175,7 +175,7 @@ func big(size int) func(dns.ResponseWriter, *dns.Msg) {
 
 func question(name string, kind uint16) *dns.Msg { return new(dns.Msg).SetQuestion(name, kind) }
 
-// ask sends a query and returns the answer, which must be one to it.
+// ask sends a query and returns its answer.
 func (r *resolver) ask(t testing.TB, network string, q *dns.Msg) *dns.Msg {
 	t.Helper()
 	client := dns.Client{Net: network, Timeout: nettest.Patience}
@@ -186,7 +186,7 @@ func (r *resolver) ask(t testing.TB, network string, q *dns.Msg) *dns.Msg {
 	return m
 }
 
-// send sends a packet and returns the answer's bytes.
+// send sends a packet and returns the bytes of the answer.
 func (r *resolver) send(t testing.TB, packet []byte) []byte {
 	t.Helper()
 	conn, err := net.Dial("udp", r.addr)
@@ -216,7 +216,7 @@ func pack(t testing.TB, m *dns.Msg) []byte {
 	return raw
 }
 
-// clock is a time that the test moves.
+// clock is a clock that the test sets.
 type clock struct {
 	mu sync.Mutex
 	at time.Time
@@ -234,7 +234,7 @@ func (c *clock) add(d time.Duration) {
 	c.at = c.at.Add(d)
 }
 
-// framed puts TCP's length in front.
+// framed prepends the length, as over TCP.
 func framed(raw []byte) []byte {
 	return append(binary.BigEndian.AppendUint16(nil, uint16(len(raw))), raw...)
 }

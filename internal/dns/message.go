@@ -12,9 +12,9 @@ const (
 	headerSize  = 12
 	optSize     = 11 // an OPT record without options
 	maxMessage  = 1<<16 - 1
-	ednsSize    = 4096  // the UDP payload that we take from downstreams, who are on this host
-	plainSize   = 512   // what a UDP downstream without EDNS takes (RFC 1035 §4.2.1)
-	maxPacket   = 65487 // a UDP payload over IPv6 that loopback carries in one piece
+	ednsSize    = 4096  // UDP payload that we accept from downstreams; they are on this host
+	plainSize   = 512   // UDP payload that a downstream without EDNS accepts (RFC 1035 §4.2.1)
+	maxPacket   = 65487 // UDP payload over IPv6 that loopback carries in one packet
 	maxNameSize = 255
 )
 
@@ -34,16 +34,16 @@ const (
 	additionalSection
 )
 
-// message is one whole message, whose records are known to be where their lengths say. What is in their data is not
-// looked at: it is for the one who asked.
+// message is one message whose record boundaries have been checked. The data of records is not examined: that is for
+// downstream.
 type message struct {
 	raw      []byte
-	question []byte // name, type and class, within raw; empty when there is none
-	opt      record // zero when there is none
-	extra    bool   // there are records beside the OPT
+	question []byte // name, type and class, within raw; empty if there is no question
+	opt      record // zero if there is no OPT
+	extra    bool   // there are records other than the OPT
 }
 
-// record is where a record lies in the message.
+// record is the place of a record in the message.
 type record struct {
 	section           int
 	start, fixed, end int // of its name, of its type, and after its data
@@ -52,8 +52,8 @@ type record struct {
 
 var errMalformed = errors.New("malformed message")
 
-// parse walks through raw, which has one question or none. Bytes after the last record are not part of the message. When
-// it fails, what it returns has the header, if there is one, and the question, if that could be read.
+// parse walks through raw. More than one question is an error. Bytes after the last record are not part of the message. If it
+// fails, the returned message has the header and the question, as far as they could be parsed.
 func parse(raw []byte) (message, error) {
 	m := message{raw: raw}
 	if len(raw) < headerSize || len(raw) > maxMessage {
@@ -83,7 +83,7 @@ func parse(raw []byte) (message, error) {
 				m.extra = true
 				continue
 			}
-			// One, at the root (RFC 6891 §6.1.1, §6.1.2).
+			// At most one, with the root as its name (RFC 6891 §6.1.1, §6.1.2).
 			if m.opt.end != 0 || raw[r.start] != 0 {
 				return m, errMalformed
 			}
@@ -94,7 +94,7 @@ func parse(raw []byte) (message, error) {
 	return m, nil
 }
 
-// records walks through the records again, which cannot fail.
+// records walks through the records. After a successful parse it cannot fail.
 func (m *message) records() iter.Seq[record] {
 	return func(yield func(record) bool) {
 		offset := headerSize + len(m.question)
@@ -118,8 +118,8 @@ func recordAt(raw []byte, offset, section int) (record, bool) {
 	return record{section, offset, fixed, end, binary.BigEndian.Uint16(raw[fixed:])}, end <= len(raw)
 }
 
-// skipName returns the offset behind the name at offset, or -1 when there is none. A pointer must point back to before
-// the name, but not into the header.
+// skipName returns the offset after the name at offset, or -1 if there is no valid name. A pointer must point to before the
+// name, and not into the header.
 func skipName(raw []byte, offset int) (end int, compressed bool) {
 	for at := offset; at < len(raw) && at-offset < maxNameSize; {
 		length := int(raw[at])
@@ -152,7 +152,7 @@ func (m *message) opcode() int     { return int(m.raw[2] >> 3 & 0xf) }
 func (m *message) rcode() int      { return int(m.raw[3] & 0xf) }
 func (m *message) edns() bool      { return m.opt.end != 0 }
 
-// name is the question's, in wire format.
+// name is the name of the question, in wire format.
 func (m *message) name() []byte { return m.question[:len(m.question)-4] }
 
 func (m *message) kind() uint16 { return binary.BigEndian.Uint16(m.question[len(m.question)-4:]) }
@@ -160,7 +160,7 @@ func (m *message) kind() uint16 { return binary.BigEndian.Uint16(m.question[len(
 func (m *message) ttl(r record) []byte  { return m.raw[r.fixed+4 : r.fixed+8] }
 func (m *message) data(r record) []byte { return m.raw[r.fixed+10 : r.end] }
 
-// udpSize is what the sender of m takes over UDP. Less than 512 means 512 (RFC 6891 §6.2.3).
+// udpSize is the UDP payload that the sender of m accepts. Less than 512 means 512 (RFC 6891 §6.2.3).
 func (m *message) udpSize() int {
 	if !m.edns() {
 		return plainSize
@@ -168,7 +168,7 @@ func (m *message) udpSize() int {
 	return max(plainSize, int(binary.BigEndian.Uint16(m.raw[m.opt.fixed+2:])))
 }
 
-// appendOPT appends an OPT without options to a whole message.
+// appendOPT appends an OPT without options to a message.
 func appendOPT(raw []byte, size uint16, ttl []byte) []byte {
 	binary.BigEndian.PutUint16(raw[10:], binary.BigEndian.Uint16(raw[10:])+1)
 	raw = append(raw, 0, 0, byte(dns.TypeOPT))
@@ -177,8 +177,8 @@ func appendOPT(raw []byte, size uint16, ttl []byte) []byte {
 	return append(raw, 0, 0)
 }
 
-// cutOPT returns m without its OPT, in the same memory. What follows the OPT goes with it, because names in it may be
-// pointers that would not fit any more: the OPT is the last by custom, and additional records are a courtesy.
+// cutOPT returns m without its OPT, in the same memory. Records after the OPT are removed as well, because their names may
+// be pointers that would become invalid. By custom the OPT is the last record, and additional records are optional.
 func (m *message) cutOPT() []byte {
 	before := 0
 	for r := range m.records() {
@@ -190,9 +190,9 @@ func (m *message) cutOPT() []byte {
 	return m.raw[:m.opt.start]
 }
 
-// fit returns a copy of m that is at most limit bytes long, with room left for a prefix of two bytes in front. When not
-// all records fit, the first ones stay, the OPT stays, and TC is set. Names point backwards only, so what comes first
-// needs nothing of what comes later.
+// fit returns a copy of m that is at most limit bytes long, after two bytes that are free for a prefix. If not all records
+// fit, the first ones and the OPT stay, and TC is set. Names only point backwards, so the first records do not depend on
+// later ones.
 func (m *message) fit(limit int) (prefixed []byte, cut bool) {
 	prefixed = make([]byte, 2, 2+min(len(m.raw), limit))
 	if len(m.raw) <= limit {
@@ -202,7 +202,7 @@ func (m *message) fit(limit int) (prefixed []byte, cut bool) {
 	if m.edns() {
 		opt = m.raw[m.opt.start:m.opt.end]
 		if headerSize+len(m.question)+len(opt) > limit {
-			// The options alone are too much. The record itself must stay (RFC 6891 §7).
+			// The options alone do not fit. The record itself must stay (RFC 6891 §7).
 			opt = append(append([]byte(nil), opt[:optSize-2]...), 0, 0)
 		}
 	}
@@ -210,7 +210,7 @@ func (m *message) fit(limit int) (prefixed []byte, cut bool) {
 	var counts [3]uint16
 	for r := range m.records() {
 		if r.start == m.opt.start {
-			break // what follows was a courtesy
+			break // records after the OPT are optional
 		}
 		if r.end+len(opt) > limit {
 			break
@@ -230,7 +230,7 @@ func (m *message) fit(limit int) (prefixed []byte, cut bool) {
 	return prefixed, true
 }
 
-// failure is an answer of our own to query, without records. A query that could not be parsed has no question to repeat.
+// failure returns an answer of our own to query, without records. It repeats the question if that could be parsed.
 func failure(query *message, rcode int) []byte {
 	raw := make([]byte, headerSize, headerSize+len(query.question)+optSize)
 	copy(raw, query.raw[:2])
@@ -246,7 +246,7 @@ func failure(query *message, rcode int) []byte {
 	return raw
 }
 
-// sameName compares what two names or questions spell, whatever the case. Lengths of labels are below the letters.
+// sameName reports whether two names or questions are equal, ignoring case. Lengths of labels are less than any letter.
 func sameName(a, b []byte) bool {
 	if len(a) != len(b) {
 		return false

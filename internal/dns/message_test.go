@@ -10,7 +10,7 @@ import (
 
 func TestTruncationFitsEveryLimitAndKeepsWhatItCan(t *testing.T) {
 	q := question("example.", dns.TypeTXT)
-	for _, options := range []int{-1, 0, 40, 700} { // bytes in the OPT; none without one
+	for _, options := range []int{-1, 0, 40, 700} { // bytes in the OPT; -1: no OPT
 		m := answered(q)
 		for i := range 40 {
 			m.Answer = append(m.Answer, answered(q, fmt.Sprintf("example. 60 TXT %s", strings.Repeat("x", 10+i))).Answer...)
@@ -46,7 +46,7 @@ func TestTruncationFitsEveryLimitAndKeepsWhatItCan(t *testing.T) {
 			case (opt != nil) != (options >= 0):
 				t.Fatalf("options %d, limit %d: the OPT is %v", options, limit, opt)
 			case limit-len(raw) > 12+50:
-				t.Fatalf("options %d: another record would fit the %d of %d bytes that are left", options, limit-len(raw), limit)
+				t.Fatalf("options %d: %d of %d bytes are left, enough for another record", options, limit-len(raw), limit)
 			}
 		}
 	}

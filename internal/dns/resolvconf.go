@@ -8,11 +8,11 @@ import (
 	"strings"
 )
 
-// maxServers bounds what is read from resolv.conf. The C library takes three.
+// maxServers bounds the servers that are read from resolv.conf. The C library reads three.
 const maxServers = 64
 
-// ReadResolvConf returns the servers that path, a resolv.conf(5), names: all of them, in their order and with their
-// zones, at port 53. Lines that name none are skipped, as every resolver does.
+// ReadResolvConf returns the servers of path, a resolv.conf(5): all of them, in their order and with their zones, at port
+// 53. Invalid lines are skipped, as by every resolver.
 func ReadResolvConf(path string) ([]netip.AddrPort, error) {
 	file, err := os.Open(path)
 	if err != nil {

@@ -10,31 +10,31 @@ import (
 	"github.com/miekg/dns"
 )
 
-// query is what downstream asks.
+// query is a query of downstream.
 type query struct {
 	message
-	// joinKey is the same for queries that one answer serves: flags, what EDNS asks for, type, class, and the name as it
-	// is spelt. It is empty for what goes alone and as it is: updates, notifications, and whatever brings records, such as
-	// a signature over the message.
+	// joinKey is equal for queries that can share an answer: flags, EDNS flags and options, type, class, and the name in
+	// its spelling. It is empty for messages that are forwarded unchanged and unshared: updates, notifications, and
+	// queries with records, such as a signature of the message.
 	joinKey string
-	// cacheKey is joinKey with the name in lower case; empty when the answer depends on more, such as a client subnet.
+	// cacheKey is joinKey with the name in lower case. It is empty if the answer depends on more, such as a client subnet.
 	cacheKey string
 }
 
-// reply is an answer whose ID is not set yet. It is shared and never changed: fit makes each downstream its copy.
+// reply is an answer whose ID is not set yet. It is shared and never modified: fit makes a copy for each downstream.
 type reply struct {
 	raw      []byte
 	upstream netip.AddrPort
 }
 
-// flight is a query that is under way. reply may be read when done is closed.
+// flight is a query in progress. reply may be read when done is closed.
 type flight struct {
 	done  chan struct{}
 	reply reply
 }
 
-// answer returns the answer to what downstream sent, behind two bytes that are free for TCP's length, or nil when it
-// was no query. limit is what the transport takes; over UDP, what EDNS says counts as well.
+// answer returns the answer to a message of downstream, after two bytes that are free for TCP's length. It returns nil if
+// the message is not a query. limit is the transport's limit in bytes; over UDP that of EDNS applies as well.
 func (s *Server) answer(raw []byte, transport string, limit int) []byte {
 	start := s.now()
 	if len(raw) < headerSize || raw[2]&bitQR != 0 {
@@ -52,12 +52,12 @@ func (s *Server) answer(raw []byte, transport string, limit int) []byte {
 	m, err := parse(raw)
 	if err != nil || len(m.question) == 0 || len(m.raw) != len(raw) {
 		s.Stats.Malformed.Add(1)
-		bad := message{raw: raw} // nothing of it is repeated but the header
+		bad := message{raw: raw} // only the header is repeated
 		return s.deliver(&bad, reply{raw: failure(&bad, dns.RcodeFormatError)}, transport, limit, Query{}, start)
 	}
 	q := newQuery(m)
-	r, how := s.resolve(q)
-	return s.deliver(&q.message, r, transport, limit, how, start)
+	r, report := s.resolve(q)
+	return s.deliver(&q.message, r, transport, limit, report, start)
 }
 
 func newQuery(m message) *query {
@@ -91,10 +91,10 @@ func newQuery(m message) *query {
 	return q
 }
 
-// resolve finds q's answer: in the cache, from the same query under way, or from an upstream.
+// resolve finds the answer to q: in the cache, from an identical query in progress, or from an upstream.
 func (s *Server) resolve(q *query) (reply, Query) {
 	if kind := q.kind(); q.opcode() == dns.OpcodeQuery && (kind == dns.TypeAXFR || kind == dns.TypeIXFR) {
-		// A transfer is many messages; its first alone would pass for the whole zone.
+		// A transfer consists of many messages. The first alone would be mistaken for the whole zone.
 		return reply{raw: failure(&q.message, dns.RcodeNotImplemented)}, Query{}
 	}
 	if raw := s.cache.get(q, s.now()); raw != nil {
@@ -102,21 +102,21 @@ func (s *Server) resolve(q *query) (reply, Query) {
 		return reply{raw: raw}, Query{Cached: true}
 	}
 	if q.joinKey == "" {
-		r := s.ask(q)
+		r := s.forward(q)
 		return r, Query{Upstream: r.upstream}
 	}
 	s.flightsMu.Lock()
-	if under := s.flights[q.joinKey]; under != nil {
+	if other := s.flights[q.joinKey]; other != nil {
 		s.flightsMu.Unlock()
-		<-under.done
+		<-other.done
 		s.Stats.Joined.Add(1)
-		return under.reply, Query{Upstream: under.reply.upstream, Joined: true}
+		return other.reply, Query{Upstream: other.reply.upstream, Joined: true}
 	}
 	own := &flight{done: make(chan struct{})}
 	s.flights[q.joinKey] = own
 	s.flightsMu.Unlock()
 
-	own.reply = s.ask(q)
+	own.reply = s.forward(q)
 	s.cache.put(q, own.reply.raw, s.now())
 	s.flightsMu.Lock()
 	delete(s.flights, q.joinKey)
@@ -125,14 +125,15 @@ func (s *Server) resolve(q *query) (reply, Query) {
 	return own.reply, Query{Upstream: own.reply.upstream}
 }
 
-// deliver makes downstream's own copy of r, and counts and tells it. A query without a question is not told.
-func (s *Server) deliver(q *message, r reply, transport string, limit int, how Query, start time.Time) []byte {
+// deliver makes downstream's own copy of r, counts it, and reports it to the Sink unless the query has no question. report
+// has the fields that resolve has set.
+func (s *Server) deliver(q *message, r reply, transport string, limit int, report Query, start time.Time) []byte {
 	if transport == "udp" {
 		limit = min(limit, q.udpSize())
 	}
 	m, err := parse(r.raw)
 	if err != nil || transport == "tcp" && m.truncated() {
-		// Only what upstream truncated and then refused to give over TCP comes here; TC means nothing over TCP.
+		// The upstream truncated the answer and did not answer over TCP. TC has no meaning over TCP.
 		m, _ = parse(failure(q, dns.RcodeServerFailure))
 	}
 	out, cut := m.fit(limit)
@@ -144,13 +145,13 @@ func (s *Server) deliver(q *message, r reply, transport string, limit int, how Q
 	if s.Sink == nil || len(q.question) == 0 {
 		return out
 	}
-	how.Transport, how.Truncated, how.Duration = transport, cut || m.truncated(), s.now().Sub(start)
-	how.Name, _, _ = dns.UnpackDomainName(q.name(), 0)
-	how.Type = dns.Type(q.kind()).String()
-	how.Rcode = dns.RcodeToString[m.rcode()]
-	if how.Rcode == "" {
-		how.Rcode = "RCODE" + strconv.Itoa(m.rcode())
+	report.Transport, report.Truncated, report.Duration = transport, cut || m.truncated(), s.now().Sub(start)
+	report.Name, _, _ = dns.UnpackDomainName(q.name(), 0)
+	report.Type = dns.Type(q.kind()).String()
+	report.Rcode = dns.RcodeToString[m.rcode()]
+	if report.Rcode == "" {
+		report.Rcode = "RCODE" + strconv.Itoa(m.rcode())
 	}
-	s.Sink(how)
+	s.Sink(report)
 	return out
 }

@@ -12,14 +12,14 @@ import (
 )
 
 const (
-	// maxQuery is the longest query in bytes. One with a name and EDNS options has some hundreds.
+	// maxQuery is the length limit of a query in bytes. One with a name and EDNS options has some hundreds.
 	maxQuery = 16 << 10
 
-	maxConns    = 256                    // TCP connections at a time
-	maxPipeline = 64                     // queries at a time of one connection; then it is not read from
-	idleTime    = 10 * time.Second       // for the next query to come whole (RFC 7766 §6.2.3)
-	writeTime   = 5 * time.Second        // for an answer to be taken
-	lastTime    = 100 * time.Millisecond // the same, when Shutdown has no more time
+	maxConns    = 256                    // open TCP connections
+	maxPipeline = 64                     // queries in progress on one connection; at the limit it is not read
+	idleTime    = 10 * time.Second       // until the next query is complete (RFC 7766 §6.2.3)
+	writeTime   = 5 * time.Second        // for writing an answer
+	lastTime    = 100 * time.Millisecond // the same, once the time of Shutdown is up
 )
 
 func (s *Server) serveUDP(socket *net.UDPConn) {
@@ -33,6 +33,7 @@ func (s *Server) serveUDP(socket *net.UDPConn) {
 			return
 		}
 		s.Stats.UDPQueries.Add(1)
+		s.drops.noteQuery()
 		raw := bytes.Clone(buf[:n])
 		if n > maxQuery {
 			raw = raw[:headerSize] // malformed, but its ID can be read
@@ -42,12 +43,17 @@ func (s *Server) serveUDP(socket *net.UDPConn) {
 }
 
 func (s *Server) answerUDP(socket *net.UDPConn, peer netip.AddrPort, raw []byte) {
-	out := s.answer(raw, "udp", maxPacket)
+	var out []byte
+	if s.own.contain(peer) {
+		out = s.refuseLoop(raw)
+	} else {
+		out = s.answer(raw, "udp", maxPacket)
+	}
 	if out == nil {
 		return
 	}
 	if _, err := socket.WriteToUDPAddrPort(out[2:], peer); err != nil {
-		s.Log.Debug("dns: an answer could not be sent", "to", peer.String(), "error", err)
+		s.Log.Debug("dns: cannot send answer", "to", peer.String(), "error", err)
 	}
 }
 
@@ -72,17 +78,17 @@ func (s *Server) acceptTCP(ln *net.TCPListener) {
 // conn is a downstream TCP connection.
 type conn struct {
 	*net.TCPConn
-	slots chan struct{} // one is taken by each query that is not answered yet
+	slots chan struct{} // holds one element for each query in progress
 	open  sync.WaitGroup
 
-	writing sync.Mutex // an answer is one write, under the deadline that it sets
+	writing sync.Mutex // held for one answer: its deadline and its write
 	gaveUp  bool       // guarded by writing
 
-	used time.Time // when the last query came; guarded by Server.connsMu
+	used time.Time // arrival of the last query; guarded by Server.connsMu
 }
 
-// register makes room for c. Downstreams that keep connections for later must not lock out one that asks now, so the
-// connection that has been without a query for longest gives way; when all are busy, the new one is closed.
+// register adds c, and evicts the connection that has been idle longest if there are too many: downstreams that keep idle
+// connections must not keep out a new one. It returns false if all connections are busy.
 func (s *Server) register(c *conn) bool {
 	s.connsMu.Lock()
 	defer s.connsMu.Unlock()
@@ -113,7 +119,7 @@ func (s *Server) unregister(c *conn) {
 	s.Stats.TCPConns.Store(int64(len(s.conns)))
 }
 
-// awaitQuery sets the time for the next query, none if the server has stopped.
+// awaitQuery sets the deadline of the next query, in the past if the server has stopped.
 func (s *Server) awaitQuery(c *conn) {
 	s.connsMu.Lock()
 	defer s.connsMu.Unlock()
@@ -126,8 +132,8 @@ func (s *Server) awaitQuery(c *conn) {
 	}
 }
 
-// serveTCP reads queries until there are no more, and closes c when all are answered. Answers go out as they come, in
-// any order (RFC 7766 §6.2.1.1).
+// serveTCP reads queries until the stream ends, and closes c when all are answered. Answers are sent as they arrive, in any
+// order (RFC 7766 §6.2.1.1).
 func (s *Server) serveTCP(c *conn) {
 	defer s.unregister(c)
 	defer c.Close()
@@ -147,7 +153,8 @@ func (s *Server) serveTCP(c *conn) {
 	}
 }
 
-// readQuery returns a query, of one that is too long its header, with an error as for whatever ends the connection.
+// readQuery returns the next query. Of a query that is too long it returns the header and an error. Each error ends the
+// connection.
 func readQuery(in *bufio.Reader) ([]byte, error) {
 	var length [2]byte
 	if _, err := io.ReadFull(in, length[:]); err != nil {
@@ -172,14 +179,14 @@ func (s *Server) answerTCP(c *conn, raw []byte) {
 	defer func() { <-c.slots }()
 	out := s.answer(raw, "tcp", maxMessage)
 	if out == nil {
-		c.Close() // who sends answers to a server speaks something else
+		c.Close() // a client that sends responses does not speak DNS
 		return
 	}
 	binary.BigEndian.PutUint16(out, uint16(len(out)-2))
 	s.write(c, out)
 }
 
-// write closes the connection when downstream does not take what it asked for.
+// write sends an answer, and closes the connection if downstream does not read it in time.
 func (s *Server) write(c *conn, out []byte) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
@@ -187,7 +194,7 @@ func (s *Server) write(c *conn, out []byte) {
 		return
 	}
 	_ = c.SetWriteDeadline(time.Now().Add(writeTime))
-	if s.queries.Err() != nil { // asked after the deadline was set, so that giveUp has the last word
+	if s.queries.Err() != nil { // checked after the deadline was set, so that a concurrent giveUp is not overwritten
 		_ = c.SetWriteDeadline(time.Now().Add(lastTime))
 	}
 	if _, err := c.Write(out); err != nil {
@@ -196,5 +203,5 @@ func (s *Server) write(c *conn, out []byte) {
 	}
 }
 
-// giveUp ends a write that waits. Those that come later have lastTime.
+// giveUp ends a write in progress. Later writes get lastTime.
 func (c *conn) giveUp() { _ = c.SetWriteDeadline(past) }

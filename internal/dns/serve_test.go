@@ -24,7 +24,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// held answers as handler does, each query after it was let go, or when the test ends.
+// held delays the answers of a handler until release is closed or the test ends.
 type held struct {
 	ends          context.Context
 	come, release chan struct{}
@@ -47,7 +47,7 @@ func (h *held) hold(handler func(dns.ResponseWriter, *dns.Msg)) func(dns.Respons
 	}
 }
 
-func TestTheSameQueryIsAskedOnceAtATime(t *testing.T) {
+func TestIdenticalConcurrentQueriesAreForwardedOnce(t *testing.T) {
 	h := newHeld(t)
 	r := serve(t, addrs(standing(t, h.hold(fixed("example. 60 A 192.0.2.1")))))
 	plain := question("example.", dns.TypeA)
@@ -68,12 +68,12 @@ func TestTheSameQueryIsAskedOnceAtATime(t *testing.T) {
 			}
 		})
 	}
-	nettest.Eventually(t, "all queries are under way", func() bool { return r.Stats.InFlight.Load() == int64(each*len(kinds)) })
+	nettest.Eventually(t, "all queries are in progress", func() bool { return r.Stats.InFlight.Load() == int64(each*len(kinds)) })
 	close(h.release)
 	clients.Wait()
-	// A query may have been counted in and not have looked for company yet when the first answers came.
+	// A query may have been counted as in progress but not have joined another when the first answers came.
 	if asked, joined := h.asked.Load(), r.Stats.Joined.Load(); int(asked) < len(kinds) || int64(asked)+joined != int64(each*len(kinds)) || joined == 0 {
-		t.Errorf("upstream was asked %d times, and %d queries joined, of %d in %d kinds", asked, joined, each*len(kinds), len(kinds))
+		t.Errorf("upstream was queried %d times, and %d queries joined, of %d in %d kinds", asked, joined, each*len(kinds), len(kinds))
 	}
 }
 
@@ -147,7 +147,7 @@ func TestASlowAnswerHoldsUpNoOtherOfItsConnection(t *testing.T) {
 	if _, err := conn.Write(sent); err != nil {
 		t.Fatal(err)
 	}
-	// Nothing more will come, but answers are still wanted.
+	// The client sends no more queries but still reads answers.
 	if err := conn.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
@@ -158,7 +158,7 @@ func TestASlowAnswerHoldsUpNoOtherOfItsConnection(t *testing.T) {
 	close(h.release)
 	names = append(names, receive(t, conn).Question[0].Name)
 	if slices.Sort(names[:2]); !slices.Equal(names, []string{"fast.", "faster.", "slow."}) {
-		t.Errorf("answers came for %v", names)
+		t.Errorf("answers arrived for %v", names)
 	}
 	if n, err := conn.Read(make([]byte, 1)); n != 0 || err != io.EOF {
 		t.Errorf("after the last answer: %d, %v", n, err)
@@ -199,7 +199,7 @@ func TestAnIdleConnectionIsClosed(t *testing.T) {
 	}
 }
 
-func TestWhatIsNoDNSEndsItsConnection(t *testing.T) {
+func TestDataOtherThanQueriesEndsItsConnection(t *testing.T) {
 	r := serve(t, addrs(standing(t, fixed())))
 	answer := pack(t, new(dns.Msg).SetReply(question("example.", dns.TypeA)))
 	for _, sent := range [][]byte{{0, 0}, {0, 5, 1, 2, 3, 4, 5}, framed(answer)} {
@@ -259,7 +259,7 @@ func TestANewConnectionTakesThePlaceOfTheOldestIdleOne(t *testing.T) {
 	for range maxConns {
 		open()
 	}
-	// The first is the oldest then, but busy; the second was used last of all. So it is the third that goes.
+	// Then the first is the oldest, but busy, and the second was used last. So the third is evicted.
 	if _, err := conns[0].Write(framed(pack(t, question("slow.", dns.TypeA)))); err != nil {
 		t.Fatal(err)
 	}
@@ -267,7 +267,7 @@ func TestANewConnectionTakesThePlaceOfTheOldestIdleOne(t *testing.T) {
 	for _, conn := range append(conns[2:maxConns:maxConns], conns[1]) {
 		use(conn)
 	}
-	nettest.Eventually(t, "all but the slow query are done", func() bool { return r.Stats.InFlight.Load() == 1 })
+	nettest.Eventually(t, "all queries except the slow one are answered", func() bool { return r.Stats.InFlight.Load() == 1 })
 	open()
 	if _, err := conns[2].Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the oldest idle connection: %v", err)
@@ -280,7 +280,7 @@ func TestANewConnectionTakesThePlaceOfTheOldestIdleOne(t *testing.T) {
 	}
 }
 
-func TestShutdownAnswersWhatIsUnderWay(t *testing.T) {
+func TestShutdownAnswersQueriesInProgress(t *testing.T) {
 	h := newHeld(t)
 	r := serve(t, addrs(standing(t, h.hold(fixed()))))
 	var clients sync.WaitGroup
@@ -300,7 +300,7 @@ func TestShutdownAnswersWhatIsUnderWay(t *testing.T) {
 	}
 	select {
 	case err := <-done:
-		t.Errorf("Shutdown returned %v while queries were under way", err)
+		t.Errorf("Shutdown returned %v while queries were in progress", err)
 	default:
 	}
 	close(h.release)
@@ -350,8 +350,8 @@ func TestShutdownDoesNotWaitForADownstreamThatReadsNothing(t *testing.T) {
 	}
 }
 
-func TestEveryQueryIsTold(t *testing.T) {
-	told := make(chan Query, 10)
+func TestEveryQueryIsReportedToTheSink(t *testing.T) {
+	reported := make(chan Query, 10)
 	server := standing(t, func(w dns.ResponseWriter, r *dns.Msg) {
 		if r.Question[0].Qtype == dns.TypeTXT {
 			big(2000)(w, r)
@@ -359,7 +359,7 @@ func TestEveryQueryIsTold(t *testing.T) {
 		}
 		fixed(r.Question[0].Name+" 60 A 192.0.2.1")(w, r)
 	})
-	r := serve(t, addrs(server), func(c *Config) { c.Sink, c.CacheSize = func(q Query) { told <- q }, 10 })
+	r := serve(t, addrs(server), func(c *Config) { c.Sink, c.CacheSize = func(q Query) { reported <- q }, 10 })
 	long := strings.Repeat(strings.Repeat(`\255`, 63)+".", 3) + strings.Repeat(`\255`, 61) + "."
 	for _, c := range []struct {
 		network string
@@ -373,17 +373,17 @@ func TestEveryQueryIsTold(t *testing.T) {
 		{"tcp", question("c.example.", dns.TypeAXFR), Query{Name: "c.example.", Type: "AXFR", Rcode: "NOTIMP", Transport: "tcp"}},
 	} {
 		r.ask(t, c.network, c.q)
-		got := <-told
+		got := <-reported
 		if got.Duration <= 0 || got.Duration > nettest.Patience || len(got.Name) > 1004 {
 			t.Errorf("%s took %v", got.Name, got.Duration)
 		}
 		if got.Duration = 0; got != c.want {
-			t.Errorf("told  %+v\nwanted %+v", got, c.want)
+			t.Errorf("reported %+v\nwant     %+v", got, c.want)
 		}
 	}
 }
 
-func TestManyDownstreamsAtOnceAllGetTheirOwnAnswers(t *testing.T) {
+func TestConcurrentDownstreamsGetTheirOwnAnswers(t *testing.T) {
 	servers := addrs(
 		packets(t, func([]byte) [][]byte { return nil }),
 		standing(t, coded(dns.RcodeRefused)),
@@ -395,9 +395,9 @@ func TestManyDownstreamsAtOnceAllGetTheirOwnAnswers(t *testing.T) {
 			}
 			fixed(fmt.Sprintf("%s %d A 192.0.2.%d", r.Question[0].Name, i%3, i))(w, r)
 		}))
-	var told atomic.Int64
+	var reported atomic.Int64
 	r := serve(t, servers, func(c *Config) {
-		c.Timeout, c.CacheSize, c.Sink = 2*time.Second, 20, func(Query) { told.Add(1) }
+		c.Timeout, c.CacheSize, c.Sink = 2*time.Second, 20, func(Query) { reported.Add(1) }
 	})
 	const downstreams, each = 30, 20
 	var clients sync.WaitGroup
@@ -415,16 +415,16 @@ func TestManyDownstreamsAtOnceAllGetTheirOwnAnswers(t *testing.T) {
 				case err != nil || m.Question[0] != q.Question[0] || len(m.Answer) == 0:
 					t.Errorf("%s: %v\n%v", q.Question[0].Name, err, m)
 				case size > 0 && len(m.Answer) < size/300 && !m.Truncated, size == 0 && m.Answer[0].(*dns.A).A[3] != byte(i):
-					t.Errorf("%s has got\n%v", q.Question[0].Name, m)
+					t.Errorf("%s: the answer is\n%v", q.Question[0].Name, m)
 				}
 			}
 		})
 	}
 	clients.Wait()
-	if told.Load() != downstreams*each || r.Stats.Answers[0].Load() != downstreams*each {
-		t.Errorf("%d told, %d counted, of %d", told.Load(), r.Stats.Answers[0].Load(), downstreams*each)
+	if reported.Load() != downstreams*each || r.Stats.Answers[0].Load() != downstreams*each {
+		t.Errorf("%d of %[3]d queries were reported, %[2]d counted", reported.Load(), r.Stats.Answers[0].Load(), downstreams*each)
 	}
-	nettest.Eventually(t, "nothing is left", func() bool {
+	nettest.Eventually(t, "all queries, flights and connections to end", func() bool {
 		r.connsMu.Lock()
 		defer r.connsMu.Unlock()
 		return r.Stats.InFlight.Load() == 0 && len(r.flights) == 0 && len(r.conns) == 0
@@ -452,6 +452,8 @@ func TestBadConfigurationIsNamed(t *testing.T) {
 		{"0.0.0.0:15053", func(*Config) {}, "0.0.0.0:15053 is where"},
 		{"127.0.0.53:15053", listen("0.0.0.0:15053"), "127.0.0.53:15053 is where"},
 		{own.String(), bound, own.String() + " is where"},
+		{own.String(), func(c *Config) { c.UDP = []*net.UDPConn{udp} }, own.String() + " is where"},
+		{own.String(), func(c *Config) { c.TCP = []*net.TCPListener{tcp} }, own.String() + " is where"},
 		{server.String(), func(c *Config) { c.Upstreams = nil }, "Upstreams is empty"},
 		{server.String(), func(c *Config) { c.Upstreams[0] = netip.AddrPort{} }, "no address or no port"},
 		{"192.0.2.53:0", func(*Config) {}, "192.0.2.53:0 has no address or no port"},
@@ -468,12 +470,12 @@ func TestBadConfigurationIsNamed(t *testing.T) {
 			t.Errorf("%s: %v, want %q", c.upstream, err, c.want)
 		}
 		if s != nil {
-			t.Error("there is a server beside the error")
+			t.Error("New returned a server and an error")
 		}
 	}
 }
 
-func TestNewBindsWhatItNames(t *testing.T) {
+func TestNewBindsTheAddressesOfListen(t *testing.T) {
 	udp, tcp := sockets(t)
 	free := udp.LocalAddr().(*net.UDPAddr).AddrPort()
 	udp.Close()
@@ -491,7 +493,7 @@ func TestNewBindsWhatItNames(t *testing.T) {
 	}
 }
 
-func TestResolvConfNamesServers(t *testing.T) {
+func TestReadResolvConfReturnsAllServersInOrder(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "resolv.conf")
 	text := "# nameserver 192.0.2.9\nsearch a.example b.example\nnameserver 192.0.2.1\n nameserver\tfe80::1%eth0 # a comment\n" +
 		"nameserver\nnameserver dns.example\nnameserver 192.0.2.300\noptions ndots:5\nnameserver 2001:db8::1\n; nameserver 192.0.2.8\n" +
@@ -505,6 +507,6 @@ func TestResolvConfNamesServers(t *testing.T) {
 		t.Errorf("%v, %v, want %s", got, err, want)
 	}
 	if _, err := ReadResolvConf(path + ".none"); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), path) {
-		t.Errorf("a file that is not there: %v", err)
+		t.Errorf("a missing file: %v", err)
 	}
 }

@@ -18,39 +18,39 @@ import (
 )
 
 const (
-	// deadTime is how long an upstream that did not answer is asked after all others.
+	// deadTime is how long an upstream that did not answer is queried after all others.
 	deadTime = 10 * time.Second
-	// tellTime is how often at most the log says of an upstream that it does not answer. One that says nothing to some
-	// names only would be told of with each of them.
-	tellTime = time.Minute
-	// maxStrays is how many packets with a wrong ID or question are borne while waiting for the right one. More of them
-	// look like somebody who guesses, and TCP does not listen to guesses.
+	// logInterval limits how often an unresponsive upstream is logged. An upstream that answers for some names only would
+	// otherwise be logged for each of the others.
+	logInterval = time.Minute
+	// maxStrays is how many packets with a wrong ID or question are skipped while waiting for the answer. More of them look
+	// like an attempt to guess the ID, and then the query goes over TCP.
 	maxStrays = 16
-	// wholePacket is what every path carries in one packet, the headers beside it: the longest query that goes over UDP,
-	// and the longest answer that we ask for. A longer one comes over TCP, as fragments get lost, and an ID and a port that
-	// nobody can guess protect the first of them only: others can be forged into an answer (RFC 9715).
+	// wholePacket is the UDP payload that fits into one packet on every path. Longer queries go over TCP, and longer
+	// answers are requested over TCP: fragments get lost, and since ID and port protect only the first fragment, the others
+	// can be forged (RFC 9715).
 	wholePacket = 1232
 )
 
-// upstream is a server that is asked.
+// upstream is a server to which queries are forwarded.
 type upstream struct {
 	addr netip.AddrPort
-	dead atomic.Int64 // until when, in Unix nanoseconds; zero while it answers
+	dead atomic.Int64 // end of the time as dead, in Unix nanoseconds; zero while it answers
 
-	told   atomic.Int64 // when the log last said that it does not answer, in Unix nanoseconds
-	silent atomic.Bool  // that is the last that the log said of it
+	logged  atomic.Int64 // time of the last log line about a missing answer, in Unix nanoseconds
+	logDead atomic.Bool  // the last log line about it reports that it does not answer
 }
 
-// ask asks the upstreams one after the other, as a stub resolver does: the next one when there is no answer, or one that
-// says that the server cannot tell. If none can, the last that was said goes through, and SERVFAIL if nothing was.
-func (s *Server) ask(q *query) reply {
+// forward sends q to the upstreams in turn, as a stub resolver does: to the next one if there is no answer, or if its code
+// means that the server cannot answer. If all fail like this, the last answer is returned, or SERVFAIL without an answer.
+func (s *Server) forward(q *query) reply {
 	ctx, cancel := context.WithTimeout(s.queries, budget*s.Timeout)
 	defer cancel()
 	var last reply
-	said := make(map[*upstream]bool)
+	answered := make(map[*upstream]bool)
 	for round := range rounds {
 		for _, u := range s.inOrder() {
-			if said[u] || ctx.Err() != nil {
+			if answered[u] || ctx.Err() != nil {
 				continue
 			}
 			raw, err := s.try(ctx, u, q, round == 0)
@@ -59,13 +59,13 @@ func (s *Server) ask(q *query) reply {
 			}
 			if err != nil {
 				s.Stats.UpstreamFailures.Add(1)
-				if raw == nil && s.queries.Err() == nil && !ours(err) {
+				if raw == nil && s.queries.Err() == nil && !noDescriptors(err) {
 					s.failed(u, err)
 				}
 				continue
 			}
 			s.worked(u)
-			said[u] = true
+			answered[u] = true
 			switch raw[3] & 0xf {
 			case dns.RcodeServerFailure, dns.RcodeRefused, dns.RcodeNotImplemented:
 			default:
@@ -80,8 +80,8 @@ func (s *Server) ask(q *query) reply {
 	return last
 }
 
-// inOrder lists the upstreams, those last that did not answer a short time ago. When that time is over, one query finds out
-// whether they do again, and no other waits for that.
+// inOrder lists the upstreams, those that failed within deadTime last. When deadTime has passed, one query tries such an
+// upstream again, and the others do not wait for its result.
 func (s *Server) inOrder() []*upstream {
 	now := s.now().UnixNano()
 	order := make([]*upstream, 0, len(s.upstreams))
@@ -100,41 +100,42 @@ func (s *Server) inOrder() []*upstream {
 func (s *Server) failed(u *upstream, err error) {
 	now := s.now()
 	u.dead.Store(now.Add(deadTime).UnixNano())
-	told := u.told.Load()
-	if now.UnixNano()-told >= int64(tellTime) && !u.silent.Load() && u.told.CompareAndSwap(told, now.UnixNano()) {
-		u.silent.Store(true)
-		s.Log.Warn("dns: an upstream server does not answer; others are asked first, if there are any", "upstream", u.addr.String(), "error", err)
+	logged := u.logged.Load()
+	if now.UnixNano()-logged >= int64(logInterval) && !u.logDead.Load() && u.logged.CompareAndSwap(logged, now.UnixNano()) {
+		u.logDead.Store(true)
+		s.Log.Warn("dns: upstream server does not answer, trying others first", "upstream", u.addr.String(), "error", err)
 	}
 }
 
-// ours reports whether a try failed because this process may open nothing more. That says nothing of the server.
-func ours(err error) bool { return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) }
+// noDescriptors reports whether a try failed because this process has no descriptors left. The server is not to blame then.
+func noDescriptors(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+}
 
 func (s *Server) worked(u *upstream) {
-	if u.dead.Load() != 0 && u.dead.Swap(0) != 0 && u.silent.Swap(false) {
-		s.Log.Info("dns: an upstream server answers again", "upstream", u.addr.String())
+	if u.dead.Load() != 0 && u.dead.Swap(0) != 0 && u.logDead.Swap(false) {
+		s.Log.Info("dns: upstream server answers again", "upstream", u.addr.String())
 	}
 }
 
-// try asks one upstream, over UDP and, where that is not enough, over TCP. When UDP gave a truncated answer and TCP none,
-// it returns both the answer and the error. With extend, a query without EDNS gets an OPT, so that most large answers need
-// no TCP. It must not be lost by that, where queries with an OPT or their answers do not arrive: without extend, it goes
-// as downstream sent it.
+// try queries one upstream, over UDP and, if the answer is truncated, over TCP. If TCP then fails, it returns both the
+// truncated answer and the error. With extend, a query without EDNS gets an OPT, so that most large answers fit into UDP.
+// Without extend, the query is sent as downstream sent it: on some paths queries with an OPT or their answers are lost.
 func (s *Server) try(ctx context.Context, u *upstream, q *query, extend bool) ([]byte, error) {
 	wire := bytes.Clone(q.raw)
-	added := extend && !q.edns() && q.joinKey != "" // what goes alone goes as it is
+	added := extend && !q.edns() && q.joinKey != "" // without a joinKey the message must not change
 	if added {
 		wire = appendOPT(wire, wholePacket, make([]byte, 4))
 	}
 	raw, err := s.exchange(ctx, u, wire)
 	if err == nil && added && raw[3]&0xf == dns.RcodeFormatError {
-		// A server from before EDNS (RFC 6891 §7).
+		// A server without EDNS (RFC 6891 §7).
 		return s.exchange(ctx, u, bytes.Clone(q.raw))
 	}
 	return raw, err
 }
 
-// exchange sends wire, whose ID it chooses, and returns the answer, well-formed and to this question.
+// exchange sends wire with a random ID, and returns a well-formed answer that matches the question.
 func (s *Server) exchange(ctx context.Context, u *upstream, wire []byte) ([]byte, error) {
 	var truncated []byte
 	if len(wire) <= wholePacket {
@@ -155,7 +156,7 @@ func (s *Server) exchange(ctx context.Context, u *upstream, wire []byte) ([]byte
 	return raw, nil
 }
 
-// over opens a socket for one exchange. It ends with the try's time, or with ctx.
+// over opens a socket for one exchange. It ends after Timeout, or with ctx.
 func (s *Server) over(ctx context.Context, network string, u *upstream, wire []byte, exchange func(*Server, net.Conn, []byte) ([]byte, error)) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
 	defer cancel()
@@ -165,21 +166,22 @@ func (s *Server) over(ctx context.Context, network string, u *upstream, wire []b
 		return nil, err
 	}
 	defer conn.Close()
+	defer s.own.add(conn)()
 	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(past) })()
 	if _, err := rand.Read(wire[:2]); err != nil {
 		return nil, err
 	}
 	raw, err := exchange(s, conn, wire)
 	if err != nil {
-		return nil, fmt.Errorf("asking %v over %s: %w", u.addr, network, err)
+		return nil, fmt.Errorf("querying %v over %s: %w", u.addr, network, err)
 	}
 	return raw, nil
 }
 
 var errStrays = errors.New("too many packets with a wrong ID or question")
 
-// exchangeUDP reads until the answer comes, and not the first packet only: a late or forged one must not end the try.
-// The socket is connected, so the kernel takes packets from the upstream's address alone.
+// exchangeUDP reads packets until one matches: a late or forged packet must not end the try. The socket is connected, so
+// the kernel drops packets from other addresses.
 func exchangeUDP(s *Server, conn net.Conn, wire []byte) ([]byte, error) {
 	if _, err := conn.Write(wire); err != nil {
 		return nil, err
@@ -188,14 +190,14 @@ func exchangeUDP(s *Server, conn net.Conn, wire []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	buf := make([]byte, max(ednsSize, query.udpSize())) // some servers send more than they may
+	buf := make([]byte, max(ednsSize, query.udpSize())) // some servers exceed the size that was announced
 	for range maxStrays {
 		n, err := conn.Read(buf)
 		if err != nil {
 			return nil, err
 		}
-		raw, ours, err := check(&query, buf[:n])
-		if ours {
+		raw, matches, err := check(&query, buf[:n])
+		if matches {
 			return raw, err
 		}
 		s.Stats.UpstreamStrays.Add(1)
@@ -220,36 +222,36 @@ func exchangeTCP(_ *Server, conn net.Conn, wire []byte) ([]byte, error) {
 	if _, err := io.ReadFull(conn, buf); err != nil {
 		return nil, err
 	}
-	raw, ours, err := check(&query, buf)
-	if !ours {
+	raw, matches, err := check(&query, buf)
+	if !matches {
 		return nil, errors.New("the answer has a wrong ID or question")
 	}
 	return raw, err
 }
 
-// check tells whether raw answers query; err says that it does, but cannot be read. The question may come back in other
-// letters: downstream, which chose them, sees what came back. A server that could not read the query repeats no question.
-func check(query *message, raw []byte) (whole []byte, ours bool, err error) {
+// check reports whether raw is an answer to query; err means that it is, but malformed. The case of letters in the question
+// may differ: it is left to downstream to compare it. A server that could not parse the query does not repeat the question.
+func check(query *message, raw []byte) (whole []byte, matches bool, err error) {
 	answer, err := parse(raw)
 	switch {
 	case len(raw) < headerSize, !answer.response(), answer.id() != query.id(), answer.opcode() != query.opcode():
 		return nil, false, nil
 	case len(answer.question) > 0:
-		ours = sameName(answer.name(), query.name()) &&
+		matches = sameName(answer.name(), query.name()) &&
 			bytes.Equal(answer.question[len(answer.name()):], query.question[len(query.name()):])
 	case err == nil:
 		switch answer.rcode() {
 		case dns.RcodeFormatError, dns.RcodeServerFailure, dns.RcodeNotImplemented, dns.RcodeRefused:
-			ours = true
+			matches = true
 		default:
-			ours = answer.opcode() != dns.OpcodeQuery // RFC 2136 §3.8
+			matches = answer.opcode() != dns.OpcodeQuery // RFC 2136 §3.8
 		}
 	}
-	return answer.raw, ours, err
+	return answer.raw, matches, err
 }
 
-// adapt makes of what the upstream said what downstream may be told: no OPT if it sent none, and else our own UDP size
-// in it, since that is about the next hop (RFC 6891 §6.2.3).
+// adapt adapts the OPT of an answer to downstream: it is removed if the query had no OPT, and otherwise gets our own
+// UDP size, because the size applies to one hop (RFC 6891 §6.2.3).
 func (s *Server) adapt(q *query, raw []byte) []byte {
 	m, err := parse(raw)
 	switch {
@@ -259,7 +261,7 @@ func (s *Server) adapt(q *query, raw []byte) []byte {
 		binary.BigEndian.PutUint16(raw[m.opt.fixed+2:], ednsSize)
 		return raw
 	case m.ttl(m.opt)[0] != 0:
-		// An extended code cannot be told without EDNS, and its low bits alone may say NOERROR.
+		// An extended code cannot be sent without EDNS, and its low bits alone may mean NOERROR.
 		return failure(&q.message, dns.RcodeServerFailure)
 	}
 	return m.cutOPT()

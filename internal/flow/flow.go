@@ -59,7 +59,8 @@ func (p Protocol) String() string {
 type Record struct {
 	Direction           Direction
 	Protocol            Protocol
-	listed, carried     bool // of the table; here, where they take no memory
+	listed, carried     bool  // of the table; here, where they take no memory
+	Attempts            uint8 // to reach upstream: dials, and requests on open connections; 0: none
 	Opened              time.Time
 	Downstream          netip.AddrPort // who connected
 	OriginalDestination netip.AddrPort // invalid if it could not be read

@@ -41,6 +41,7 @@ var deeds = map[string]func(t *testing.T, s *stage){
 	"upstream listens no more":    func(t *testing.T, s *stage) { s.origin.listener.Close() },
 	"the end is announced":        func(t *testing.T, s *stage) { s.rig.engine.Announce() },
 	"the agent drains":            func(t *testing.T, s *stage) { s.rig.engine.Drain(); s.rig.poller.WakeAll() },
+	"the pool was not asked":      func(t *testing.T, s *stage) { s.unasked(t) },
 	"nothing is left in the pool": func(t *testing.T, s *stage) { s.pooled(t, 0) },
 	"the pool has a connection":   func(t *testing.T, s *stage) { s.pooled(t, 1) },
 }
@@ -66,6 +67,13 @@ func (s *stage) pooled(t *testing.T, want int) {
 	within(t, "the pool is right", func() bool { return s.rig.pool.Idle() == want })
 }
 
+func (s *stage) unasked(t *testing.T) {
+	t.Helper()
+	if stats := &s.rig.pool.Stats; stats.Missed.Load()+stats.Reused.Load() != 0 {
+		t.Errorf("the pool was asked %d times", stats.Missed.Load()+stats.Reused.Load())
+	}
+}
+
 func readsEnd(t *testing.T, conn net.Conn, who string) {
 	t.Helper()
 	rest, err := io.ReadAll(conn)
@@ -86,8 +94,14 @@ var escapes = strings.NewReplacer(`\r`, "\r", `\n`, "\n", `\0`, "\x00", `\t`, "\
 
 // play acts a conversation out.
 func (c conversation) play(t *testing.T, configure ...func(*Config)) {
+	c.playOn(t, func(*rig) {}, configure...)
+}
+
+// playOn acts a conversation out on a rig that prepare has changed.
+func (c conversation) playOn(t *testing.T, prepare func(*rig), configure ...func(*Config)) {
 	o := newOrigin(t)
 	s := &stage{t: t, origin: o, rig: newRig(t, o.address, false, append([]func(*Config){plain}, configure...)...)}
+	s.rig.set(func() { prepare(s.rig) })
 	s.client = s.rig.dial(t)
 	for line := range strings.Lines(c.script) {
 		line = strings.TrimSpace(line)

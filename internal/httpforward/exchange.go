@@ -34,6 +34,7 @@ type progress struct {
 	upgraded       bool          // the final response switches protocols
 	closing        bool          // the response announces the close, or downstream expects it
 	upstreamCloses bool
+	repeated       bool // the request was sent a second time
 	redialled      bool // since the last round of reads and writes
 	sentAt         time.Time
 	allSent        time.Time // when the last byte of the request was sent; kept only while RequestTimeout applies

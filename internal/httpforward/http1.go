@@ -27,7 +27,9 @@ func (x *exchange) run() ending {
 	if x.s.up == nil && !x.holdDial() {
 		return x.evicted()
 	}
-	if err := x.s.connect(x.record.Opened, idempotent(x.record.HTTP.Method)); err != nil {
+	attempts, err := x.s.connect(x.settings, x.record.Opened, idempotent(x.record.HTTP.Method))
+	x.record.Attempts = uint8(attempts)
+	if err != nil {
 		return x.noUpstream(err)
 	}
 	x.send()
@@ -127,10 +129,10 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if err != nil {
 		return x.malformed(err)
 	}
-	decision := x.s.route(x.view(b))
+	decision := x.s.Router.Route(x.view(b))
 	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
 	if !decision.noRoute() { // otherwise the kept connection serves the next request
-		x.s.turnTo(decision.Target)
+		x.s.route(decision)
 	}
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields), b)
@@ -150,15 +152,17 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 // send connects the request and the response to the upstream connection.
 func (x *exchange) send() {
 	s := x.s
-	x.record.Upstream, x.record.UpstreamLocal = s.wanted.Address, s.upLocal
+	x.record.Upstream, x.record.UpstreamLocal = s.decision.Target.Address, s.upLocal
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}
 	if s.used {
 		x.sentAt = x.record.Opened
 	} else {
-		x.sentAt = time.Now()     // after a dial
-		x.request.stopRetaining() // a new connection is not closed for having been idle
+		x.sentAt = time.Now() // after a dial
+		if !s.target.Balanced {
+			x.request.stopRetaining() // see mayRepeat
+		}
 	}
 }
 
@@ -291,20 +295,26 @@ func (x *exchange) judge() (ending, bool) {
 	case x.answered && response.bad != nil:
 		x.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByProtocolError)
 		return x.close(flow.BadResponse, response.bad, cut), true
-	case x.answered && response.srcErr != nil:
-		return x.truncated(response.srcErr), true
-	case x.answered:
-		return 0, false
 	case response.bad != nil:
 		return x.refuse(replyBadResponse, response.bad), true
-	case response.srcErr != nil && x.last():
-		return x.downstreamLeft(response.srcErr), true
-	case response.srcErr != nil && x.mayRepeat():
-		return x.repeat()
-	case response.srcErr != nil:
-		return x.refuse(replyUpstreamClosed, response.srcErr), true
+	case response.srcErr == nil:
+		return 0, false
 	}
-	return 0, false
+	return x.upstreamEnded(response.srcErr)
+}
+
+// upstreamEnded decides what the end of upstream before the end of its response means. Most servers treat a half-close as
+// the end of the connection, so the end that follows downstream's half-close is downstream's doing.
+func (x *exchange) upstreamEnded(err error) (ending, bool) {
+	switch {
+	case !x.answered && x.mayRepeat():
+		return x.repeat()
+	case x.last():
+		return x.downstreamLeft(err), true
+	case x.answered:
+		return x.truncated(err), true
+	}
+	return x.refuse(replyUpstreamClosed, err), true
 }
 
 // answerDone ends an exchange whose response is delivered. An unfinished request continues as long as downstream is
@@ -394,12 +404,22 @@ func (x *exchange) truncated(err error) ending {
 	return x.close(flow.ResponseIncomplete, err, cut)
 }
 
-// mayRepeat reports whether a request that got no byte of a response may be sent again: its upstream connection was
-// reused, so it may have been closed before the request arrived; everything sent is retained; and the method is
-// idempotent or no byte was sent (RFC 9110 §9.2.2).
+// takeover is how soon a new connection must have ended for its request to be sent again.
+const takeover = time.Second
+
+// mayRepeat reports whether a request that got no byte of a response may be sent again: everything sent is retained, it was
+// not sent again before, and the method is idempotent or no byte was sent (RFC 9110 §9.2.2).
+//
+// A reused connection may have been closed before the request arrived. A new connection to a balanced target may have
+// reached a server that was about to end, and the network chooses another one next time. A server that had the request
+// for longer, or that ends the connection after a half-close, has decided to do so. A new connection to another target
+// would reach the same server again.
 func (x *exchange) mayRepeat() bool {
 	s := x.s
-	if !s.used || s.bound || x.last() || x.response.held() > 0 || !x.request.retain {
+	if x.repeated || s.bound || x.response.held() > 0 || !x.request.retain {
+		return false
+	}
+	if !s.used && (!s.target.Balanced || x.last() || time.Since(x.sentAt) > takeover) {
 		return false
 	}
 	return idempotent(x.record.HTTP.Method) || x.request.untouched()
@@ -419,8 +439,10 @@ func idempotent(method []byte) bool {
 func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
 	x.s.engine.config.Pool.Stats.Retried.Add(1)
-	x.response.srcErr = nil
-	if err := x.s.dial(); err != nil {
+	x.response.srcErr, x.repeated = nil, true
+	attempts, err := x.s.dial(x.settings)
+	x.record.Attempts += uint8(attempts)
+	if err != nil {
 		return x.noUpstream(err), true
 	}
 	x.request.resend(x.s.up)
@@ -486,8 +508,8 @@ func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrInterrupted) {
 		return x.evicted()
 	}
-	x.record.Upstream, x.record.TransportFailure = x.s.wanted.Address, upstream.TransportFailure(err)
-	return x.refuse(dialReply(err), err)
+	x.record.Upstream, x.record.TransportFailure = x.s.decision.Target.Address, upstream.TransportFailure(err)
+	return x.refuse(dialReply(err, x.record.Attempts > 1), err)
 }
 
 // tunnel relays both ways after an upgrade or CONNECT, until the connection ends. It counts in the connection's record,

@@ -353,15 +353,108 @@ var conversations = []conversation{
 		upstream closes
 		client reads the end`,
 		[]recorded{{reason: flow.ResponseIncomplete, status: 200, flags: "UC", sent: 4}}},
-	{"upstream closes while nothing is asked: so does downstream", `
+	{"a workload closes between two requests, and the second one gets a new connection", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		upstream closes its half
+		upstream reads the end
+		> POST /2 HTTP/1.1$Host: a$Content-Length: 4$$body
+		upstream gets a connection
+		>> POST /2 HTTP/1.1$Host: a$Content-Length: 4$$body
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]recorded{done(200, 0, 0), done(200, 4, 0)}},
+	{"a workload closes behind its response, and the next request gets a new connection", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		upstream closes its half
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		upstream reads the end
+		> GET /2 HTTP/1.1$Host: a$$
+		upstream gets a connection
+		>> GET /2 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
+	{"a workload closes a connection that is authenticated: so does downstream", `
+		> GET / HTTP/1.1$Host: a$Authorization: NTLM abc$$
+		>> GET / HTTP/1.1$Host: a$Authorization: NTLM abc$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		upstream closes its half
+		client reads the end`,
+		[]recorded{done(200, 0, 0)}},
+	{"a workload closes and listens no more: downstream closes, so that the client connects elsewhere", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$
-		upstream closes
-		client reads the end
-		nothing is left in the pool`,
+		upstream listens no more
+		upstream closes its half
+		client reads the end`,
 		[]recorded{done(200, 0, 0)}},
+	{"a workload closes, and listens no more a while later", `
+		> GET / HTTP/1.1$Host: a$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		upstream closes its half
+		upstream reads the end
+		upstream listens no more
+		client reads the end`,
+		[]recorded{done(200, 0, 0)}},
+	{"a client that closes its half has its request sent again, too", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> GET /2 HTTP/1.1$Host: a$$
+		client closes its half
+		>> GET /2 HTTP/1.1$Host: a$$
+		upstream reads the end
+		upstream resets
+		upstream gets a connection
+		>> GET /2 HTTP/1.1$Host: a$$
+		upstream reads the end
+		< HTTP/1.1 200 OK$Content-Length: 1$$2
+		<< HTTP/1.1 200 OK$Content-Length: 1$$2
+		client reads the end`,
+		[]recorded{done(200, 0, 0), done(200, 0, 1)}},
+	{"a client that closes its half has its request sent again once", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> GET /2 HTTP/1.1$Host: a$$
+		client closes its half
+		>> GET /2 HTTP/1.1$Host: a$$
+		upstream closes
+		upstream gets a connection
+		>> GET /2 HTTP/1.1$Host: a$$
+		upstream closes
+		client reads the end`,
+		[]recorded{done(200, 0, 0), {reason: flow.DownstreamLeft, flags: "DC"}}},
+	{"downstream closes in the middle of a response, and upstream follows", `
+		> GET / HTTP/1.1$Host: a$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 10$$part
+		<< HTTP/1.1 200 OK$Content-Length: 10$$part
+		client closes
+		upstream reads the end
+		upstream closes`,
+		[]recorded{{reason: flow.DownstreamLeft, status: 200, flags: "DC", sent: 4}}},
+	{"downstream closes in the middle of a response, and upstream resets", `
+		> GET / HTTP/1.1$Host: a$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$4$part$
+		<< HTTP/1.1 200 OK$Transfer-Encoding: chunked$$4$part$
+		client closes
+		upstream reads the end
+		upstream resets`,
+		[]recorded{{reason: flow.DownstreamLeft, status: 200, flags: "DC", sent: 4}}},
 	{"a request meets an upstream that closes: it is sent again", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$
@@ -604,11 +697,92 @@ var conversations = []conversation{
 		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
 }
 
+// balancedConversations take place with an upstream behind whose address the network may have several servers.
+var balancedConversations = []conversation{
+	{"a connection serves one downstream connection", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> GET /2 HTTP/1.1$Host: a$$
+		>> GET /2 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		client closes
+		upstream reads the end
+		nothing is left in the pool
+		client connects again
+		> GET /3 HTTP/1.1$Host: a$$
+		upstream gets a connection
+		>> GET /3 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		the pool was not asked`,
+		[]recorded{done(200, 0, 0), done(200, 0, 0), done(200, 0, 0)}},
+	{"upstream closes between two requests: so does downstream, and the client connects anew", `
+		> GET / HTTP/1.1$Host: a$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		upstream closes its half
+		client reads the end`,
+		[]recorded{done(200, 0, 0)}},
+	{"a new connection ends before a byte of a response: the request is sent again, once", `
+		> GET / HTTP/1.1$Host: a$$
+		>> GET / HTTP/1.1$Host: a$$
+		upstream resets
+		upstream gets a connection
+		>> GET / HTTP/1.1$Host: a$$
+		upstream resets
+		<< HTTP/1.1 503 Service Unavailable$`,
+		[]recorded{{reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
+	{"a PUT with its body is sent again, too", `
+		> PUT / HTTP/1.1$Host: a$Content-Length: 4$$body
+		>> PUT / HTTP/1.1$Host: a$Content-Length: 4$$body
+		upstream closes
+		upstream gets a connection
+		>> PUT / HTTP/1.1$Host: a$Content-Length: 4$$body
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> GET /2 HTTP/1.1$Host: a$$
+		>> GET /2 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]recorded{done(200, 4, 0), done(200, 0, 0)}},
+	{"a POST is not sent again after a new connection has ended", `
+		> POST / HTTP/1.1$Host: a$Content-Length: 4$$body
+		>> POST / HTTP/1.1$Host: a$Content-Length: 4$$body
+		upstream closes
+		<< HTTP/1.1 503 Service Unavailable$`,
+		[]recorded{{reason: flow.UpstreamClosed, status: 503, flags: "UC", received: 4, sent: 95}}},
+	{"a request is not sent again after a part of its response", `
+		> GET / HTTP/1.1$Host: a$$
+		>> GET / HTTP/1.1$Host: a$$
+		< HTTP/1.1 2
+		upstream closes
+		<< HTTP/1.1 503 Service Unavailable$`,
+		[]recorded{{reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
+	{"a server that closes on a half-close has decided so", `
+		> GET / HTTP/1.1$Host: a$$
+		client closes its half
+		>> GET / HTTP/1.1$Host: a$$
+		upstream reads the end
+		upstream closes
+		client reads the end`,
+		[]recorded{{reason: flow.DownstreamLeft, flags: "DC"}}},
+}
+
 func TestConversations(t *testing.T) {
 	for _, c := range conversations {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			c.play(t)
+		})
+	}
+	for _, c := range balancedConversations {
+		t.Run("balanced: "+c.name, func(t *testing.T) {
+			t.Parallel()
+			c.playOn(t, func(r *rig) { r.balanced = true })
 		})
 	}
 }

@@ -5,7 +5,10 @@ package httpforward
 import (
 	"io"
 	"net"
+	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
@@ -63,6 +66,54 @@ func TestARequestAllocatesNothing(t *testing.T) {
 	if allocs := testing.AllocsPerRun(2000, exchange); allocs >= 0.1 { // the collector may empty the pools
 		t.Errorf("%v allocations for a request, want none", allocs)
 	}
+}
+
+// A connection for each request: with an upstream connection that others have used, and with one of its own.
+func BenchmarkRequestOnANewConnection(b *testing.B) {
+	for name, balanced := range map[string]bool{"shared": false, "own": true} {
+		b.Run(name, func(b *testing.B) {
+			o := newOrigin(b)
+			r := newRig(b, o.address, false, func(c *Config) { c.Flows = nowhere{} })
+			r.set(func() { r.balanced = balanced })
+			var serving sync.WaitGroup
+			serving.Go(func() {
+				for {
+					conn, err := o.listener.Accept()
+					if err != nil {
+						return
+					}
+					serving.Go(func() { defer conn.Close(); serveSpeed(conn) })
+				}
+			})
+			b.Cleanup(func() { o.listener.Close(); r.cancel(); r.pool.Close(); serving.Wait() })
+			answer := len(speedResponse) + len("x-envoy-upstream-service-time: 0\r\n")
+			buf, request := make([]byte, 4096), []byte(speedRequest)
+			before := cpuTime(b)
+			b.ReportAllocs()
+			for b.Loop() {
+				client, err := net.Dial("tcp4", r.address)
+				if err != nil {
+					b.Fatal(err)
+				}
+				if _, err := client.Write(request); err != nil {
+					b.Fatal(err)
+				}
+				if _, err := io.ReadFull(client, buf[:answer]); err != nil {
+					b.Fatal(err)
+				}
+				client.Close()
+			}
+			b.ReportMetric(float64(cpuTime(b)-before)/float64(b.N), "cpu-ns/op") // of the client and the server, too
+		})
+	}
+}
+
+func cpuTime(b *testing.B) time.Duration {
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
 func BenchmarkRequest(b *testing.B) {

@@ -37,8 +37,9 @@ type multiplex struct {
 	lostUpstream
 	drainState
 
-	routed Request // the router's argument; a field, so that it is not allocated
-	resets bucket  // for streams that downstream resets or that break the protocol
+	routed   Request // the router's argument; a field, so that it is not allocated
+	attempts uint8   // of the dial, until the first request is recorded with them
+	resets   bucket  // for streams that downstream resets or that break the protocol
 
 	downEnded bool      // downstream has half-closed
 	waiting   []waiting // requests waiting for a response head, oldest first; only with a RequestTimeout
@@ -95,6 +96,7 @@ func (e *Engine) ServeHTTP2(w *tcp.Waiter, c *Connection) {
 	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, Connection: *c, up: c.Early}
 	m.account.Open(e.config.Budget, w, c.Record.Remote())
 	m.keptLimit = e.keptLimit()
+	m.Router = c.router()
 	m.opened, m.lastServed = time.Now(), http2.MaxStream
 	m.requests = m.opened
 	m.resets = newResetBucket(m.requests)
@@ -112,7 +114,8 @@ func (e *Engine) ServeHTTP2(w *tcp.Waiter, c *Connection) {
 // connect opens the upstream connection, unless it was opened early.
 func (m *multiplex) connect() {
 	if m.up == nil {
-		up, err := m.engine.config.Dialer.Dial(m.w, m.Target)
+		up, attempts, err := m.engine.dialer(m.settings).Dial(m.w, m.Target)
+		m.attempts = uint8(attempts)
 		if errors.Is(err, tcp.ErrCanceled) {
 			m.over = isReset
 			return

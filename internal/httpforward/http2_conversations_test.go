@@ -410,6 +410,28 @@ var frameConversations = []conversation{
 		>> RST 3 CANCEL
 	`, []recorded{{reason: flow.Completed, status: 200, received: 2, sent: 4}, {reason: flow.DownstreamLeft, flags: "DC", status: 200}}},
 
+	{"downstream closes its half in the middle of a response, and upstream resets the stream", met + `
+		> GET 1
+		>> GET 1
+		< HEADERS 1 :status=200
+		<< HEADERS 1 :status=200
+		client closes its half
+		>> the end
+		< RST 1 CANCEL
+		<< RST 1 CANCEL
+	`, []recorded{{reason: flow.DownstreamLeft, flags: "DC", status: 200}}},
+
+	{"downstream closes its half in the middle of a response, and upstream closes", met + `
+		> GET 1
+		>> GET 1
+		< HEADERS 1 :status=200
+		<< HEADERS 1 :status=200
+		client closes its half
+		>> the end
+		upstream closes
+		<< the end
+	`, []recorded{{reason: flow.DownstreamLeft, flags: "DC", status: 200}}},
+
 	{"HEAD and 304 declare what they do not send", met + `
 		> HEADERS 1 end :method=HEAD :scheme=http :path=/ :authority=a
 		>> HEADERS 1 end :method=HEAD :scheme=http :path=/ :authority=a

@@ -212,6 +212,9 @@ func (l *lane) resetStream(h http2.Header, b []byte) error {
 	switch {
 	case s.response.ended: // the rest of the request is not wanted, or not sent
 		m.finish(s, flow.Completed, nil)
+	case !l.fromDown() && m.downEnded: // as in upstreamGone
+		r.Flags, r.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
+		m.finish(s, flow.DownstreamLeft, why)
 	case !l.fromDown():
 		r.Flags, r.Details = envoy.FlagUpstreamRemoteReset, resetDetails(s, code)
 		m.finish(s, flow.UpstreamReset, why)

@@ -34,7 +34,7 @@ func TestFramesSentBeforeTheClientSpokeAreNotLost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	up, err := r.engine.config.Dialer.Dial(w, upstream.Target{Address: o.address})
+	up, _, err := r.engine.config.Dialer.Dial(w, upstream.Target{Address: o.address})
 	if err != nil {
 		t.Fatal(err)
 	}

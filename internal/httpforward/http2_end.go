@@ -138,7 +138,7 @@ func (m *multiplex) detachUpstream() {
 
 // unreachable records a failed dial: all requests get the reply for err.
 func (m *multiplex) unreachable(err error) {
-	r := dialReply(err)
+	r := dialReply(err, m.attempts > 1)
 	m.lost, m.lostErr, m.lostAt = &r, err, m.now()
 	m.ensureSettings()
 }

@@ -52,7 +52,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		m.answered = true
 		s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
 		if !m.upLocal.IsValid() {
-			s.record.TransportFailure = upstream.TransportFailure(m.lostErr)
+			s.record.Attempts, s.record.TransportFailure = m.attempts, upstream.TransportFailure(m.lostErr)
 		}
 		return m.answer(s, m.lost, m.lostErr)
 	case m.streams.active > maxStreams:
@@ -60,7 +60,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	case tooMuch:
 		return m.outOfMemory(s)
 	}
-	decision := m.route(m.view(s, &request, fields))
+	decision := m.Router.Route(m.view(s, &request, fields))
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
 	switch {
 	case decision.noRoute():
@@ -76,6 +76,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
 	l, add := &m.toUp, &s.settings.Fields
 	s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
+	s.record.Attempts, m.attempts = max(m.attempts, 1), 1
 	block := l.beginBlock()
 	for i := range fields {
 		block = l.encoder.AppendField(block, fields[i])

@@ -46,7 +46,7 @@ func TestARequestThatComesBehindUpstreamsEndMayBeSentAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	up, err := r.engine.config.Dialer.Dial(w, upstream.Target{Address: o.address})
+	up, _, err := r.engine.config.Dialer.Dial(w, upstream.Target{Address: o.address})
 	if err != nil {
 		t.Fatal(err)
 	}

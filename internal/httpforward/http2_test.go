@@ -287,9 +287,29 @@ func TestAnHTTP2ClientThatLeavesIsNoticedUpstream(t *testing.T) {
 }
 
 func TestARealHTTP2ClientGetsAReplyIfUpstreamCannotBeReached(t *testing.T) {
-	nobody := newOrigin(t)
-	nobody.listener.Close()
-	r := newRig(t, nobody.address, true)
+	for _, c := range []struct {
+		balanced bool
+		flags    string
+		attempts uint8
+	}{{false, "UF", 1}, {true, "UF,URX", 3}} {
+		t.Run("with "+c.flags, func(t *testing.T) {
+			r := newRig(t, netip.MustParseAddrPort("127.0.0.1:9"), true)
+			r.set(func() { r.balanced = c.balanced })
+			askUnreachable(t, r, c.balanced)
+			n := 0
+			for r.records.await(t, n).method != "POST" { // each came on a connection of its own, whose record may be late
+				n++
+			}
+			if got := r.records.await(t, n); got.reason != flow.UpstreamRefused || got.flags != c.flags || got.grpc != "14" ||
+				got.attempts != c.attempts {
+				t.Errorf("the record is %+v", got)
+			}
+		})
+	}
+}
+
+// askUnreachable sends requests whose upstream refuses connections.
+func askUnreachable(t *testing.T, r *rig, retried bool) {
 	client := http2Client(t)
 	for range 3 { // each time upstream is dialled again
 		response, err := client.Get("http://" + r.address + "/")
@@ -298,7 +318,7 @@ func TestARealHTTP2ClientGetsAReplyIfUpstreamCannotBeReached(t *testing.T) {
 		}
 		body, err := io.ReadAll(response.Body)
 		response.Body.Close()
-		want := dialReply(syscall.ECONNREFUSED)
+		want := dialReply(syscall.ECONNREFUSED, retried)
 		if response.StatusCode != 503 || err != nil || string(body) != want.body {
 			t.Errorf("%s, %q and %v", response.Status, body, err)
 		}
@@ -311,11 +331,23 @@ func TestARealHTTP2ClientGetsAReplyIfUpstreamCannotBeReached(t *testing.T) {
 	if response.StatusCode != 200 || response.Header.Get("grpc-status") != "14" || response.Header.Get("grpc-message") == "" {
 		t.Errorf("%s, %v", response.Status, response.Header)
 	}
-	n := 0
-	for r.records.await(t, n).method != "POST" { // each came on a connection of its own, whose record may be late
-		n++
-	}
-	if got := r.records.await(t, n); got.reason != flow.UpstreamRefused || got.flags != "UF" || got.grpc != "14" {
-		t.Errorf("the record is %+v", got)
+}
+
+// An attempt is a dial, or the use of a connection that is open.
+func TestARecordCountsAttempts(t *testing.T) {
+	for _, http2 := range []bool{false, true} {
+		origin := serveLayered(t, false, func(http.ResponseWriter, *http.Request) {})
+		r := newRig(t, origin, http2)
+		client := layeredClient(t, http2, false)
+		for n := range 2 {
+			response, err := client.Get("http://" + r.address + "/")
+			if err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+			if got := r.records.await(t, n); got.attempts != 1 {
+				t.Errorf("HTTP/2 %v: request %d has %d attempts", http2, n, got.attempts)
+			}
+		}
 	}
 }

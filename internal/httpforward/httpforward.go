@@ -22,11 +22,11 @@ import (
 // Config is what an Engine needs. All fields without a stated zero are required.
 type Config struct {
 	Direction flow.Direction
-	Dialer    upstream.Dialer
-	Pool      *upstream.Pool // of idle HTTP/1 connections
-	Flows     flow.Sink      // takes each request's record
-	Budget    *budget.Budget // of what connections hold while they wait; nil: no limit
-	Settings                 // until the first Apply
+	Dialer    upstream.Dialer // its Timeout is not used: see Settings.ConnectTimeout
+	Pool      *upstream.Pool  // of idle HTTP/1 connections
+	Flows     flow.Sink       // takes each request's record
+	Budget    *budget.Budget  // of what connections hold while they wait; nil: no limit
+	Settings                  // until the first Apply
 }
 
 // Settings is what may change while connections are open. A value is never modified: Apply replaces it. HTTP/1 reads it
@@ -37,6 +37,7 @@ type Settings struct {
 	MaxHeadBytes  int // of a request or response head, a header list, or trailers
 	MaxHeadFields int
 
+	ConnectTimeout   time.Duration // for a dial with all its attempts; zero or less leaves it to the kernel
 	HeadTimeout      time.Duration // for the head of a request from its first byte; zero or less: no limit
 	RequestTimeout   time.Duration // from the end of the request to the head of its response; zero or less: no limit
 	IdleTimeout      time.Duration // ends a connection on which no byte moves; zero or less: never
@@ -116,6 +117,13 @@ func (e *Engine) Apply(settings Settings) error {
 // Settings returns the current settings.
 func (e *Engine) Settings() Settings { return *e.settings.Load() }
 
+// dialer returns the dialer for a request or connection with these settings.
+func (e *Engine) dialer(settings *Settings) upstream.Dialer {
+	dialer := e.config.Dialer
+	dialer.Timeout = settings.ConnectTimeout
+	return dialer
+}
+
 // Announce prepares for a drain: from now on responses to HTTP/1 requests close their connection, so that clients
 // reconnect elsewhere without losing a request.
 func (e *Engine) Announce() { e.state.CompareAndSwap(serving, announced) }
@@ -131,8 +139,6 @@ func (e *Engine) Draining() bool { return e.state.Load() == draining }
 //
 // A goroutine's stack does not shrink again while more than a quarter of it is in use, so the frames below which an idle
 // connection waits have to stay small: they pass pointers, and what is large is built in functions that have returned.
-//
-// The engine keeps c and changes it.
 func (e *Engine) Serve(w *tcp.Waiter, http2 bool, c *Connection) {
 	if http2 {
 		e.ServeHTTP2(w, c)

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -33,7 +34,7 @@ func layers(t *testing.T, test func(t *testing.T, http2, down, up bool)) {
 func newLayeredRig(t *testing.T, origin netip.AddrPort, http2, down, up bool) *rig {
 	r := newRig(t, origin, http2, func(config *Config) {
 		if up {
-			config.Dialer.Layer = func(_ *tcp.Waiter, c *tcp.Conn, _ upstream.Target) error {
+			config.Dialer.Layer = func(_ *tcp.Waiter, c *tcp.Conn, _ upstream.Target, _ time.Time) error {
 				layertest.Under(c, nil)
 				return nil
 			}

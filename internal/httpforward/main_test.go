@@ -26,18 +26,19 @@ func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
 // rig is an engine in front of an origin, on loopback sockets.
 type rig struct {
-	engine  *Engine
-	poller  *tcp.Poller
-	pool    *upstream.Pool
-	address string // where the engine is reached
-	cancel  func() // cuts what is open, as the end of a drain does
-	records records
-	mu      sync.Mutex                  // for layered, early and router
-	last    atomic.Pointer[flow.Record] // of the connection that was served last
-	open    atomic.Int32                // connections that the engine has
-	layered bool                        // downstream connections have a record layer
-	early   bool                        // dial the origin before the engine begins, for HTTP/1
-	router  Router                      // of all connections; nil: everything goes to the origin
+	engine   *Engine
+	poller   *tcp.Poller
+	pool     *upstream.Pool
+	address  string // where the engine is reached
+	cancel   func() // cuts what is open, as the end of a drain does
+	records  records
+	mu       sync.Mutex                  // for layered, early, balanced and router
+	last     atomic.Pointer[flow.Record] // of the connection that was served last
+	open     atomic.Int32                // connections that the engine has
+	layered  bool                        // downstream connections have a record layer
+	balanced bool                        // the network may have several servers behind the origin's address
+	early    bool                        // dial the origin before the engine begins, for HTTP/1
+	router   Router                      // of all connections; nil: everything goes to the origin
 }
 
 // records collects the records that the engine has closed.
@@ -60,6 +61,7 @@ type recorded struct {
 	upgraded                          bool
 	cluster, route                    string
 	unbound                           bool // a sink does not find what it bound when the connection began to be carried
+	attempts                          uint8
 }
 
 func (r *records) Closed(record *flow.Record) {
@@ -71,6 +73,7 @@ func (r *records) Closed(record *flow.Record) {
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,
 		record.Cluster, record.Route,
 		place.Get(record) == nil && (record.Connection == nil || place.Get(record.Connection) == nil),
+		record.Attempts,
 	})
 	select {
 	case r.news <- struct{}{}:
@@ -115,11 +118,11 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 	r := &rig{poller: poller, pool: pool, records: records{news: make(chan struct{}, 1)}}
 	config := Config{
 		Direction: flow.Inbound,
-		Dialer:    upstream.Dialer{Poller: poller, Timeout: nettest.Patience},
+		Dialer:    upstream.Dialer{Poller: poller},
 		Pool:      r.pool,
 		Flows:     &r.records,
 		Budget:    budget.New(64 << 20),
-		Settings: Settings{MaxHeadBytes: 64 << 10, MaxHeadFields: 100,
+		Settings: Settings{MaxHeadBytes: 64 << 10, MaxHeadFields: 100, ConnectTimeout: nettest.Patience,
 			Fields: Fields{ForwardedFor: ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true}},
 	}
 	for _, change := range configure {
@@ -175,6 +178,7 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	defer w.Close()
 	r.mu.Lock()
 	layered, early, router := r.layered, r.early, r.router
+	to.Balanced = r.balanced
 	r.mu.Unlock()
 	if layered {
 		layertest.Under(down, nil)
@@ -194,7 +198,7 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	var up *tcp.Conn
 	if early {
 		var err error
-		if up, err = r.engine.config.Dialer.Dial(w, to); err != nil {
+		if up, _, err = r.engine.config.Dialer.Dial(w, to); err != nil {
 			panic(err)
 		}
 	}

@@ -45,16 +45,25 @@ func resetReply(status int, reason flow.Reason, flags, reset, transport string) 
 	return reply{status, body, reason, flags, envoy.ResetBeforeResponse(details)}
 }
 
-// dialReply returns the reply to a failed dial.
-func dialReply(err error) reply {
-	reason := upstream.Reason(err)
+// dialReply returns the reply to a failed dial. retried is whether there was more than one attempt to reach upstream.
+func dialReply(err error, retried bool) reply {
+	reason, flags := upstream.Reason(err), envoy.FlagUpstreamConnectionFailure
+	if retried {
+		flags = envoy.FlagsConnectFailed
+	}
+	var r reply
 	switch {
 	case reason == flow.UpstreamTimeout && errors.Is(err, tcp.ErrDeadline):
-		return resetReply(503, reason, envoy.FlagUpstreamConnectionFailure, envoy.ResetByConnectTimeout, "")
+		r = resetReply(503, reason, flags, envoy.ResetByConnectTimeout, "")
 	case reason == flow.NoDescriptors:
-		return resetReply(503, reason, envoy.FlagUpstreamConnectionFailure, envoy.ResetByLocalConnectFailure, "")
+		r = resetReply(503, reason, flags, envoy.ResetByLocalConnectFailure, "")
+	default:
+		r = resetReply(503, reason, flags, envoy.ResetByRemoteConnectFailure, upstream.TransportFailure(err))
 	}
-	return resetReply(503, reason, envoy.FlagUpstreamConnectionFailure, envoy.ResetByRemoteConnectFailure, upstream.TransportFailure(err))
+	if retried {
+		r.body = strings.Replace(r.body, "reset reason", "retried and the latest reset reason", 1)
+	}
+	return r
 }
 
 // refuse sends a reply in place of upstream, and closes the record. The connection persists if the whole request has

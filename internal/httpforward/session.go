@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"bytes"
+	"errors"
 	"net/netip"
 	"time"
 
@@ -17,7 +18,7 @@ const idleCheck = 20 * time.Millisecond
 type session struct {
 	engine *Engine
 	w      *tcp.Waiter
-	*Connection
+	Connection
 
 	up      *tcp.Conn // kept between requests; nil if there is no connection
 	upLocal netip.AddrPort
@@ -26,7 +27,10 @@ type session struct {
 	lastUse time.Time       // of up; zero before its first response
 	bound   bool            // up is authenticated for this downstream (NTLM, Negotiate) and must not serve others
 
-	wanted upstream.Target // for the current request: what the router decided
+	orphaned bool      // the server has closed up, and downstream has stayed open
+	idleEnd  time.Time // when a downstream without a request is closed; zero: never, or not waiting for one yet
+
+	decision Decision // for the current request
 
 	ended bool // downstream has half-closed
 }
@@ -47,7 +51,8 @@ const (
 //
 //go:noinline
 func newSession(e *Engine, w *tcp.Waiter, c *Connection) *session {
-	s := &session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil}
+	s := &session{engine: e, w: w, Connection: *c, up: c.Early, used: c.Early != nil}
+	s.Router = c.router()
 	if s.up != nil {
 		s.upLocal, s.target = s.up.LocalAddr(), c.Target
 	}
@@ -68,9 +73,10 @@ func (e *Engine) ServeHTTP1(w *tcp.Waiter, c *Connection) {
 
 // awaitRequest returns true when the first bytes of a request have arrived, and false when no request will follow.
 //
-// If upstream closes meanwhile, downstream is closed as well, as it would be on a direct connection. A request sent
-// before that is served on another upstream connection.
+// Upstream may close meanwhile, as servers do after some idle time or some number of requests. A request sent before that
+// is served on another upstream connection. If there is none, outlives decides whether downstream stays open.
 func (s *session) awaitRequest() bool {
+	s.idleEnd = time.Time{}
 	for {
 		if s.Read != nil && begun(s.Read.Bytes()) {
 			return true
@@ -92,15 +98,58 @@ func (s *session) awaitRequest() bool {
 		}
 		if s.up != nil && s.up.Readable() && !s.up.Quiet() {
 			s.closeUpstream()
-			return false
+			if s.orphaned = s.outlives(); !s.orphaned {
+				return false
+			}
 		}
 		if s.engine.state.Load() == draining {
 			return false
 		}
-		if s.w.Wait(after(s.engine.settings.Load().IdleTimeout), s.Down, s.up) != nil {
+		if err := s.w.Wait(s.nextCheck(), s.Down, s.up); err != nil && !s.outlastsWait(err) {
 			return false
 		}
 	}
+}
+
+// listenCheck is how often a downstream connection without an upstream one checks that the workload still listens.
+const listenCheck = 5 * time.Second
+
+// nextCheck returns the end of the idle time, or the time of the next listenCheck; zero if there is neither. It is not
+// inlined, so that the frame of awaitRequest stays small: see Serve.
+//
+//go:noinline
+func (s *session) nextCheck() time.Time {
+	if s.idleEnd.IsZero() {
+		s.idleEnd = after(s.engine.settings.Load().IdleTimeout)
+	}
+	if s.orphaned {
+		if check := time.Now().Add(listenCheck); s.idleEnd.IsZero() || check.Before(s.idleEnd) {
+			return check
+		}
+	}
+	return s.idleEnd
+}
+
+// outlastsWait reports whether downstream stays open after a wait that ended with an error: it was only the time of a
+// listenCheck. It is not inlined, as nextCheck is not.
+//
+//go:noinline
+func (s *session) outlastsWait(err error) bool {
+	return s.orphaned && errors.Is(err, tcp.ErrDeadline) && (s.idleEnd.IsZero() || time.Now().Before(s.idleEnd)) && s.outlives()
+}
+
+// outlives reports whether downstream stays open although its upstream connection is gone. The next request gets a new
+// one.
+//
+// It ends with an upstream connection to a balanced target: a client whose connection ends looks up the name again and
+// connects to a server that is there, and the agent must not keep it from that. Inbound, the target is the workload.
+// While that listens, the next connection will serve as well as the last one did. When it listens no more, the client
+// turns to another pod only if its connection ends. A connection that is authenticated for this downstream cannot be
+// replaced. It is not inlined, as nextCheck is not.
+//
+//go:noinline
+func (s *session) outlives() bool {
+	return !s.bound && !s.target.Balanced && tcp.Listens(s.target.Address)
 }
 
 // begun reports whether b holds the beginning of a request. Empty lines do not count: old clients send one after a body
@@ -142,9 +191,9 @@ func (s *session) end(how ending) {
 }
 
 // giveUpstream returns upstream to the pool under the target it is connected to. A connection that is authenticated for
-// this downstream, or that has not served a request, is closed instead.
+// this downstream, that has not served a request, or whose target is balanced, is closed instead.
 func (s *session) giveUpstream() {
-	if s.bound || s.lastUse.IsZero() {
+	if s.bound || s.lastUse.IsZero() || s.target.Balanced {
 		s.up.Close()
 	} else {
 		s.engine.config.Pool.Give(s.target, s.up)
@@ -152,15 +201,15 @@ func (s *session) giveUpstream() {
 	s.up = nil
 }
 
-// turnTo sets the target of the next request. A connection to another target goes back to the pool, and bound is
+// route takes the decision for the next request. A connection to another target goes back to the pool, and bound is
 // cleared because the next connection is not authenticated. It must run before appendRequestHead reads the request's
 // own authentication fields.
-func (s *session) turnTo(target upstream.Target) {
-	if s.up != nil && s.target != target {
+func (s *session) route(decision Decision) {
+	if s.up != nil && s.target != decision.Target {
 		s.giveUpstream()
 		s.bound = false
 	}
-	s.wanted = target
+	s.decision = decision
 }
 
 // closeUpstream closes an upstream connection that cannot be used again.
@@ -179,32 +228,34 @@ func (s *session) dropUpstream() {
 
 // connect finds an upstream connection to the decided target: that of the last request, one from the pool, or a new
 // one. A pooled connection may be closed by its server at this moment, so it is only used for repeatable requests. A
-// non-repeatable request on a stale pooled connection would fail where a direct connection would not.
-func (s *session) connect(now time.Time, repeatable bool) error {
+// non-repeatable request on a stale pooled connection would fail where a direct connection would not. attempts is the
+// number of dials, or 1 for a connection that was open.
+func (s *session) connect(settings *Settings, now time.Time, repeatable bool) (attempts int, err error) {
 	if s.up != nil && (s.up.Readable() || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
 	if s.up != nil {
-		return nil
+		return 1, nil
 	}
-	if repeatable {
-		s.up = s.engine.config.Pool.Take(s.wanted)
+	s.orphaned = false
+	if repeatable && !s.decision.Target.Balanced {
+		s.up = s.engine.config.Pool.Take(s.decision.Target)
 	}
 	if s.up != nil {
 		s.used, s.lastUse = true, now
-		s.upLocal, s.target = s.up.LocalAddr(), s.wanted
-		return nil
+		s.upLocal, s.target = s.up.LocalAddr(), s.decision.Target
+		return 1, nil
 	}
-	return s.dial()
+	return s.dial(settings)
 }
 
 // dial opens a new upstream connection.
-func (s *session) dial() error {
-	up, err := s.engine.config.Dialer.Dial(s.w, s.wanted)
+func (s *session) dial(settings *Settings) (attempts int, err error) {
+	up, attempts, err := s.engine.dialer(settings).Dial(s.w, s.decision.Target)
 	if err != nil {
-		return err
+		return attempts, err
 	}
 	s.up, s.used, s.lastUse, s.upLocal = up, false, time.Time{}, up.LocalAddr()
-	s.target = s.wanted
-	return nil
+	s.target = s.decision.Target
+	return attempts, nil
 }

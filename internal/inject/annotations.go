@@ -11,20 +11,36 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/accesslog"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
-// The annotations of our own that are more than a setting.
+// Annotations that are more than a setting.
 const (
 	ownPrefix        = "pillion.dev/"
 	injectAnnotation = ownPrefix + "inject"
 	statusAnnotation = ownPrefix + "status"
 	istioInject      = "sidecar.istio.io/inject"
 	mergeMetrics     = "prometheus.istio.io/merge-metrics"
+	proxyConfig      = "proxy.istio.io/config"
+	nativeAnnotation = "sidecar.istio.io/nativeSidecar"
+	cpuAnnotation    = "sidecar.istio.io/proxyCPU"
+	memoryAnnotation = "sidecar.istio.io/proxyMemory"
+
+	drainDelayAnnotation = ownPrefix + "drain-delay"
 )
 
-// settings are what a pod's annotations say, over the options of the injection.
+// Annotations that are written for other programs.
+const (
+	istioStatusAnnotation = "sidecar.istio.io/status"
+	defaultContainer      = "kubectl.kubernetes.io/default-container"
+	defaultLogsContainer  = "kubectl.kubernetes.io/default-logs-container"
+
+	revision = "pillion" // in place of the revision of an Istio control plane
+)
+
+// settings are the options of the injection with a pod's annotations applied.
 type settings struct {
 	image                         string
 	native                        bool
@@ -34,57 +50,71 @@ type settings struct {
 	includeRanges, excludeRanges  string
 	excludeInterfaces, interfaces string
 	statusPort                    uint16
-	cpu, memory                   string // requests; "" is the default
-	cpuLimit, memoryLimit         string
+	resources                     // of the sidecar; "" for the default
+	defaults                      resources
 	rewriteProbes, mergeMetrics   bool
-	hold                          bool          // the workload waits for a classic sidecar
+	hold                          bool          // the workload waits for a classic sidecar to be ready
 	drainTimeout                  time.Duration // 0: from the grace period
-	drainDelay                    time.Duration // negative: the agent's default
-	concurrency                   int           // 0: as many as there are
-	metadata                      object        // environment of both containers
-	opaquePorts, logLevel, log    string        // for the agent as they are
-	ignored                       []string      // of proxy.istio.io/config
-	unheeded                      []string      // annotations for Istio's sidecar
+	drainDelay, defaultDelay      time.Duration // negative: the agent's default
+	dnsCapture                    bool
+	concurrency                   int    // 0: one for each CPU
+	metadata                      object // environment variables of both containers
+	opaquePorts, logLevel         string // flags of the agent, unchanged
+	log, logFormat                string
+	logEncoding, logFilter        string
+	ignored                       []string // keys of proxy.istio.io/config without effect
+	unknown                       []string // annotations of Istio's sidecar without effect
 }
 
-// An Annotation is one that pods may have. Value and Meaning are for people; docs/inject.md has the same table.
+// resources are requests and limits, as Kubernetes' quantities.
+type resources struct{ cpu, memory, cpuLimit, memoryLimit string }
+
+// Annotation describes one annotation of pods. docs/inject.md shows Name, Value and Meaning as a table. A default for pods
+// without the annotation can be set by an option, if it has one.
 type Annotation struct {
-	Name, Value, Meaning string
-	parse                func(*settings, string) error
+	Name, Value, Meaning, Option string
+	parse                        func(*settings, string) error
 }
 
-// Annotations are all that are heeded, but for those of Prometheus, which are moved.
+// Annotations lists the annotations that have an effect, except those of Prometheus
+// (see moveMetrics).
 var Annotations = []Annotation{
-	{istioInject, "`true`, `false`", "`false` leaves the pod alone. It may be a label, too", nil},
-	{"sidecar.istio.io/nativeSidecar", "`true`, `false`", "a native sidecar, or one among the containers, whatever `--classic` says", toSwitch(func(s *settings) *bool { return &s.native })},
-	{"sidecar.istio.io/interceptionMode", "`REDIRECT`, `TPROXY`", "how inbound connections are captured. With `TPROXY` the agent runs as root with NET_ADMIN", parseMode},
-	{"sidecar.istio.io/rewriteAppHTTPProbers", "`true`, `false`", "`false` leaves the workload's probes alone", toSwitch(func(s *settings) *bool { return &s.rewriteProbes })},
-	{"sidecar.istio.io/proxyImage", "image", "the image of both containers", toImage},
-	{"sidecar.istio.io/proxyCPU", "quantity", "what the sidecar requests", toQuantity(func(s *settings) *string { return &s.cpu })},
-	{"sidecar.istio.io/proxyMemory", "quantity", "what the sidecar requests", toQuantity(func(s *settings) *string { return &s.memory })},
-	{"sidecar.istio.io/proxyCPULimit", "quantity", "its limit", toQuantity(func(s *settings) *string { return &s.cpuLimit })},
-	{"sidecar.istio.io/proxyMemoryLimit", "quantity", "its limit", toQuantity(func(s *settings) *string { return &s.memoryLimit })},
-	{"status.sidecar.istio.io/port", "port", "the status port in place of 15020", func(s *settings, text string) error { return toPort(&s.statusPort, text) }},
-	{"traffic.sidecar.istio.io/includeInboundPorts", "`*`, ports", "inbound ports that are captured; empty is none", toList(func(s *settings) *string { return &s.includeInbound }, portsOrAll)},
-	{"traffic.sidecar.istio.io/excludeInboundPorts", "ports", "inbound ports left alone", toList(func(s *settings) *string { return &s.excludeIn }, ports)},
-	{"traffic.sidecar.istio.io/includeOutboundPorts", "ports", "outbound ports captured at every address", toList(func(s *settings) *string { return &s.includeOutbound }, ports)},
-	{"traffic.sidecar.istio.io/excludeOutboundPorts", "ports", "outbound ports left alone", toList(func(s *settings) *string { return &s.excludeOut }, ports)},
-	{"traffic.sidecar.istio.io/includeOutboundIPRanges", "`*`, networks", "outbound networks that are captured; empty is none", toList(func(s *settings) *string { return &s.includeRanges }, networksOrAll)},
-	{"traffic.sidecar.istio.io/excludeOutboundIPRanges", "networks", "outbound networks left alone", toList(func(s *settings) *string { return &s.excludeRanges }, networks)},
-	{"traffic.sidecar.istio.io/excludeInterfaces", "interfaces", "interfaces left alone", toList(func(s *settings) *string { return &s.excludeInterfaces }, interfaces)},
-	{"traffic.sidecar.istio.io/kubevirtInterfaces", "interfaces", "what comes from them is captured as outbound", toList(func(s *settings) *string { return &s.interfaces }, interfaces)},
-	{"proxy.istio.io/config", "YAML", "heeded are `holdApplicationUntilProxyStarts`, `terminationDrainDuration`, `concurrency`, `statusPort` and `proxyMetadata`; others are named in a warning", parseProxyConfig},
-	{mergeMetrics, "`true`, `false`", "`false` leaves the annotations of Prometheus alone", toSwitch(func(s *settings) *bool { return &s.mergeMetrics })},
-	{injectAnnotation, "`true`, `false`", "as `sidecar.istio.io/inject`", nil},
-	{ownPrefix + "image", "image", "the image of both containers; it goes before `sidecar.istio.io/proxyImage`", toImage},
-	{ownPrefix + "opaque-ports", "`*`, ports", "`--opaque-ports` of the agent", toList(func(s *settings) *string { return &s.opaquePorts }, portsOrAll)},
-	{ownPrefix + "drain-delay", "time span", "`--drain-delay` of the agent", parseDrainDelay},
-	{ownPrefix + "log-level", "`debug`, `info`, `warn`, `error`", "`--log-level` of the agent", parseLogLevel},
-	{ownPrefix + "access-log", "path, `off`", "`--access-log` of the agent", parseAccessLog},
-	{statusAnnotation, "JSON", "written by the injection: what it added and changed, for `pillionctl uninject`", nil},
+	{istioInject, "`true`, `false`", "`false` leaves the pod alone. Also accepted as a label", "", nil},
+	{nativeAnnotation, "`true`, `false`", "whether the sidecar is a native one; overrides `--classic`", "", toSwitch(func(s *settings) *bool { return &s.native })},
+	{"sidecar.istio.io/interceptionMode", "`REDIRECT`, `TPROXY`", "how inbound connections are captured. With `TPROXY` the agent runs as root with NET_ADMIN", "interception-mode", parseMode},
+	{"sidecar.istio.io/rewriteAppHTTPProbers", "`true`, `false`", "`false` leaves the workload's probes unchanged", "", toSwitch(func(s *settings) *bool { return &s.rewriteProbes })},
+	{"sidecar.istio.io/proxyImage", "image", "the image of both containers", "", toImage},
+	{cpuAnnotation, "quantity", "CPU request of the sidecar", "cpu", toQuantity(func(s *settings) *string { return &s.cpu })},
+	{memoryAnnotation, "quantity", "memory request of the sidecar", "memory", toQuantity(func(s *settings) *string { return &s.memory })},
+	{"sidecar.istio.io/proxyCPULimit", "quantity", "CPU limit of the sidecar", "cpu-limit", toQuantity(func(s *settings) *string { return &s.cpuLimit })},
+	{"sidecar.istio.io/proxyMemoryLimit", "quantity", "memory limit of the sidecar", "memory-limit", toQuantity(func(s *settings) *string { return &s.memoryLimit })},
+	{"status.sidecar.istio.io/port", "port", "the status port; default 15020", "", func(s *settings, text string) error { return toPort(&s.statusPort, text) }},
+	{"traffic.sidecar.istio.io/includeInboundPorts", "`*`, ports", "inbound ports to capture; empty for no port", "", toList(func(s *settings) *string { return &s.includeInbound }, portsOrAll)},
+	{"traffic.sidecar.istio.io/excludeInboundPorts", "ports", "inbound ports not captured", "exclude-inbound-ports", toList(func(s *settings) *string { return &s.excludeIn }, ports)},
+	{"traffic.sidecar.istio.io/includeOutboundPorts", "ports", "outbound ports captured at every address", "", toList(func(s *settings) *string { return &s.includeOutbound }, ports)},
+	{"traffic.sidecar.istio.io/excludeOutboundPorts", "ports", "outbound ports not captured", "exclude-outbound-ports", toList(func(s *settings) *string { return &s.excludeOut }, ports)},
+	{"traffic.sidecar.istio.io/includeOutboundIPRanges", "`*`, networks", "outbound networks to capture; empty for no network", "include-outbound-ip-ranges", toList(func(s *settings) *string { return &s.includeRanges }, networksOrAll)},
+	{"traffic.sidecar.istio.io/excludeOutboundIPRanges", "networks", "outbound networks not captured", "exclude-outbound-ip-ranges", toList(func(s *settings) *string { return &s.excludeRanges }, networks)},
+	{"traffic.sidecar.istio.io/excludeInterfaces", "interfaces", "interfaces not captured", "", toList(func(s *settings) *string { return &s.excludeInterfaces }, interfaces)},
+	{"traffic.sidecar.istio.io/kubevirtInterfaces", "interfaces", "interfaces whose incoming connections are captured as outbound", "", toList(func(s *settings) *string { return &s.interfaces }, interfaces)},
+	{proxyConfig, "YAML", "`holdApplicationUntilProxyStarts`, `terminationDrainDuration`, `concurrency`, `statusPort` and `proxyMetadata` have an effect; a warning names the others", "", parseProxyConfig},
+	{mergeMetrics, "`true`, `false`", "`false` leaves Prometheus' annotations unchanged", "", toSwitch(func(s *settings) *bool { return &s.mergeMetrics })},
+	{injectAnnotation, "`true`, `false`", "as `sidecar.istio.io/inject`", "", nil},
+	{ownPrefix + "image", "image", "the image of both containers; overrides `sidecar.istio.io/proxyImage`", "", toImage},
+	{ownPrefix + "opaque-ports", "`*`, ports", "`--opaque-ports` of the agent", "opaque-ports", toList(func(s *settings) *string { return &s.opaquePorts }, portsOrAll)},
+	{drainDelayAnnotation, "time span", "`--drain-delay` of the agent", "drain-delay", parseDrainDelay},
+	{ownPrefix + "log-level", "`debug`, `info`, `warn`, `error`", "`--log-level` of the agent", "log-level", parseLogLevel},
+	{ownPrefix + "access-log", "path, `off`", "`--access-log` of the agent", "access-log", parseAccessLog},
+	{ownPrefix + "access-log-format", "format", "`--access-log-format` of the agent", "access-log-format", toText(func(s *settings) *string { return &s.logFormat }, nil)},
+	{ownPrefix + "access-log-encoding", "`text`, `json`", "`--access-log-encoding` of the agent", "access-log-encoding", toText(func(s *settings) *string { return &s.logEncoding }, encoding)},
+	{ownPrefix + "access-log-filter", "filter", "`--access-log-filter` of the agent", "access-log-filter", toText(func(s *settings) *string { return &s.logFilter }, filter)},
+	{ownPrefix + "dns-capture", "`true`, `false`", "capture DNS queries: `--redirect-dns` of init and `--dns-capture` of the agent", "dns-capture", toSwitch(func(s *settings) *bool { return &s.dnsCapture })},
+	{istioStatusAnnotation, "JSON", "written by the injection, in Istio's format, for Kiali and istioctl", "", nil},
+	{defaultContainer, "container", "written by the injection, unless the pod has it, as is `kubectl.kubernetes.io/default-logs-container`: the first container of the workload", "", nil},
+	{statusAnnotation, "JSON", "written by the injection: its changes, for `pillionctl uninject`", "", nil},
 }
 
-// parseAnnotations heeds a pod's annotations. Each value that cannot be heeded is one error.
+// parseAnnotations applies a pod's annotations to s. The error names each wrong value.
 func parseAnnotations(s *settings, all map[string]any) error {
 	var failed []error
 	for _, a := range Annotations {
@@ -94,14 +124,14 @@ func parseAnnotations(s *settings, all map[string]any) error {
 		}
 		text, isText := value.(string)
 		if !isText {
-			failed = append(failed, fmt.Errorf("annotation %s: it is no string: put quotes around the value", a.Name))
+			failed = append(failed, fmt.Errorf("annotation %s is not a string: put quotes around the value", a.Name))
 			continue
 		}
 		if a.parse == nil {
 			continue
 		}
 		if err := a.parse(s, text); err != nil {
-			failed = append(failed, fmt.Errorf("annotation %s: %w", a.Name, err))
+			failed = append(failed, &annotationError{a.Name, err})
 		}
 	}
 	for _, name := range yamledit.SortedKeys(all) {
@@ -109,13 +139,22 @@ func parseAnnotations(s *settings, all map[string]any) error {
 		switch {
 		case slices.ContainsFunc(Annotations, func(a Annotation) bool { return a.Name == name }):
 		case domain+"/" == ownPrefix:
-			failed = append(failed, fmt.Errorf("annotation %s is unknown: there are %s", name, strings.Join(ownNames(), ", ")))
+			failed = append(failed, fmt.Errorf("annotation %s is unknown: use one of %s", name, strings.Join(ownNames(), ", ")))
 		case domain == "sidecar.istio.io" || strings.HasSuffix(domain, ".sidecar.istio.io"):
-			s.unheeded = append(s.unheeded, name)
+			s.unknown = append(s.unknown, name)
 		}
 	}
 	return errors.Join(failed...)
 }
+
+// annotationError reports the value of an annotation.
+type annotationError struct {
+	name string
+	err  error
+}
+
+func (e *annotationError) Error() string { return "annotation " + e.name + ": " + e.err.Error() }
+func (e *annotationError) Unwrap() error { return e.err }
 
 func ownNames() []string {
 	var names []string
@@ -134,7 +173,7 @@ func parseSwitch(text string) (bool, error) {
 	case "false":
 		return false, nil
 	}
-	return false, fmt.Errorf("%q is neither on nor off: use \"true\" or \"false\"", text)
+	return false, fmt.Errorf("%q is not a boolean: use \"true\" or \"false\"", text)
 }
 
 func toSwitch(at func(*settings) *bool) func(*settings, string) error {
@@ -165,7 +204,7 @@ func toPort(into *uint16, text string) (err error) {
 	return err
 }
 
-// toList keeps the text, for rules and the agent read it themselves. It is checked by the reader that they have.
+// toList keeps the text for init and the agent. check is the parser that they use.
 func toList(at func(*settings) *string, check func(string) error) func(*settings, string) error {
 	return func(s *settings, text string) error {
 		*at(s) = strings.Join(strings.Fields(text), "")
@@ -186,7 +225,7 @@ var quantityUnits = map[string]float64{
 	"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "Pi": 1 << 50, "Ei": 1 << 60,
 }
 
-// quantity is how much a resource's quantity is, or -1.
+// quantity returns the value of a Kubernetes quantity, or -1 if text is not one.
 func quantity(text string) float64 {
 	parts := quantityForm.FindStringSubmatch(text)
 	if parts == nil {
@@ -232,15 +271,35 @@ func parseLogLevel(s *settings, text string) error {
 
 func parseAccessLog(s *settings, text string) error {
 	if text != "off" && (!strings.HasPrefix(text, "/") || strings.ContainsAny(text, "\x00\n")) {
-		return fmt.Errorf("%q is no place for the access log: use off, or a path such as /dev/stdout", text)
+		return fmt.Errorf("%q is not a place for the access log: use off, or a path such as /dev/stdout", text)
 	}
 	s.log = text
 	return nil
 }
 
+// toText keeps the text after check, if there is one.
+func toText(at func(*settings) *string, check func(string) error) func(*settings, string) error {
+	return func(s *settings, text string) error {
+		*at(s) = text
+		if check == nil {
+			return nil
+		}
+		return check(text)
+	}
+}
+
+func encoding(text string) error {
+	if text != "text" && text != "json" {
+		return fmt.Errorf("%q is not an encoding: use text or json", text)
+	}
+	return nil
+}
+
+func filter(text string) error { _, err := accesslog.ParseFilter(text); return err }
+
 var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
-// parseProxyConfig heeds what has a counterpart here. The rest is about a control plane and Envoy.
+// parseProxyConfig applies the keys that have a counterpart here. The others concern a control plane and Envoy.
 func parseProxyConfig(s *settings, text string) error {
 	tree, err := yamledit.Decode(text)
 	if err != nil {
@@ -248,7 +307,7 @@ func parseProxyConfig(s *settings, text string) error {
 	}
 	config, ok := tree.(map[string]any)
 	if !ok && tree != nil {
-		return fmt.Errorf("%.100q is no mapping: use lines such as holdApplicationUntilProxyStarts: true", text)
+		return fmt.Errorf("%.100q is not a mapping: use lines such as holdApplicationUntilProxyStarts: true", text)
 	}
 	for _, key := range yamledit.SortedKeys(config) {
 		value, isKnown := config[key], true
@@ -258,12 +317,12 @@ func parseProxyConfig(s *settings, text string) error {
 			s.hold, err = parseSwitch(fmt.Sprint(value))
 		case "terminationDrainDuration":
 			if s.drainTimeout, err = parseSpan(fmt.Sprint(value)); err == nil && s.drainTimeout == 0 {
-				err = errors.New("0s lets nothing finish: use 1s or more")
+				err = errors.New("0s resets every open connection: use 1s or more")
 			}
 		case "concurrency":
 			number, isNumber := value.(json.Number)
 			if s.concurrency, err = strconv.Atoi(string(number)); !isNumber || err != nil || s.concurrency < 0 || s.concurrency > 1024 {
-				err = fmt.Errorf("%v is not a count: use a number from 0 to 1024; 0 is as many as there are", value)
+				err = fmt.Errorf("%v is not a count: use a number from 0 to 1024; 0 means one for each CPU", value)
 			}
 		case "statusPort":
 			err = toPort(&s.statusPort, fmt.Sprint(value))
@@ -279,39 +338,39 @@ func parseProxyConfig(s *settings, text string) error {
 	return nil
 }
 
-// parseMetadata takes variables for the environment, as Istio's injector does.
+// parseMetadata adds environment variables, as Istio's injector does.
 func parseMetadata(s *settings, value any) error {
 	variables, ok := value.(map[string]any)
 	if !ok {
-		return errors.New("it is no mapping of variables to values")
+		return errors.New("not a mapping of variables to values")
 	}
 	for _, name := range yamledit.SortedKeys(variables) {
 		if !variableName.MatchString(name) || slices.Contains(ownVariables, name) {
-			return fmt.Errorf("%q cannot be set: use the name of a variable that the injection does not set itself", name)
+			return fmt.Errorf("%q cannot be set: use the name of a variable that the injection does not set", name)
 		}
 		switch value := variables[name].(type) {
 		case string, bool, json.Number:
 			s.metadata = append(s.metadata, member{name, fmt.Sprint(value)})
 		default:
-			return fmt.Errorf("%s: the value is no text: put quotes around it", name)
+			return fmt.Errorf("%s: the value is not text: put quotes around it", name)
 		}
 	}
 	return nil
 }
 
-// finish settles what depends on more than one annotation, and on the pod's grace period.
+// finish sets what depends on several annotations and on the pod's grace period.
 func (s *settings) finish(grace time.Duration) error {
 	spec := capture.Default()
 	if s.statusPort != capture.StatusPort && slices.Contains(spec.OwnPorts(), s.statusPort) {
-		return fmt.Errorf("annotation status.sidecar.istio.io/port: the sidecar has another use for port %d: use another one", s.statusPort)
+		return &annotationError{"status.sidecar.istio.io/port", fmt.Errorf("the sidecar uses port %d otherwise: use another port", s.statusPort)}
 	}
 	for _, r := range []struct {
 		request, limit                  *string
 		defaultRequest, defaultLimit    string
 		requestAnnotation, limitSetting string
 	}{
-		{&s.memory, &s.memoryLimit, memoryRequest, memoryLimit, "sidecar.istio.io/proxyMemory", "sidecar.istio.io/proxyMemoryLimit"},
-		{&s.cpu, &s.cpuLimit, cpuRequest, "", "sidecar.istio.io/proxyCPU", "sidecar.istio.io/proxyCPULimit"},
+		{&s.memory, &s.memoryLimit, s.defaults.memory, s.defaults.memoryLimit, memoryAnnotation, "sidecar.istio.io/proxyMemoryLimit"},
+		{&s.cpu, &s.cpuLimit, s.defaults.cpu, s.defaults.cpuLimit, cpuAnnotation, "sidecar.istio.io/proxyCPULimit"},
 	} {
 		request, limit := *r.request, *r.limit
 		if request == "" {
@@ -327,37 +386,47 @@ func (s *settings) finish(grace time.Duration) error {
 			}
 		}
 		if *r.limit != "" && quantity(*r.request) > quantity(*r.limit) {
-			return fmt.Errorf("annotation %s: %q is more than the limit of %s: raise %s too", r.requestAnnotation, *r.request, *r.limit, r.limitSetting)
+			return &annotationError{r.requestAnnotation, fmt.Errorf("%q is more than the limit of %s: raise %s too", *r.request, *r.limit, r.limitSetting)}
 		}
+	}
+	format := accesslog.ParseFormat
+	if s.logEncoding == "json" {
+		format = accesslog.ParseJSONFormat
+	}
+	if _, err := format(s.logFormat); err != nil {
+		return &annotationError{ownPrefix + "access-log-format", err}
 	}
 	return s.finishDrain(grace)
 }
 
-// What is left of the grace period when the drain is over: for the kubelet, and to write logs out.
+// drainMargin is the rest of the grace period after the drain, for flushing logs and for the kubelet.
 const drainMargin = 5 * time.Second
 
-// finishDrain gives the drain all of the grace period but a margin. The agent's own delay must fit in.
+// finishDrain sets the drain timeout to the grace period minus a margin. The drain delay must fit into it.
 func (s *settings) finishDrain(grace time.Duration) error {
-	asked := s.drainTimeout
-	if asked > grace {
-		return fmt.Errorf("annotation proxy.istio.io/config: terminationDrainDuration: %v is longer than terminationGracePeriodSeconds (%v): raise that too", asked, grace)
+	requested := s.drainTimeout
+	if requested > grace {
+		return &annotationError{proxyConfig, fmt.Errorf("terminationDrainDuration: %v is longer than terminationGracePeriodSeconds (%v): raise that too", requested, grace)}
 	}
-	if asked == 0 {
+	if requested == 0 {
 		s.drainTimeout = grace - min(drainMargin, grace/4)
 	}
-	if s.drainDelay > s.drainTimeout {
-		return fmt.Errorf("annotation %sdrain-delay: %v is longer than the drain itself (%v, of a terminationGracePeriodSeconds of %v): raise that, or wait less",
-			ownPrefix, s.drainDelay, s.drainTimeout, grace)
-	}
-	if s.drainDelay < 0 && s.drainTimeout < 2*agentDrainDelay {
+	switch {
+	case s.drainDelay > s.drainTimeout:
+		return &annotationError{drainDelayAnnotation, fmt.Errorf("%v is longer than the drain itself (%v, of a terminationGracePeriodSeconds of %v): raise that, or shorten the delay",
+			s.drainDelay, s.drainTimeout, grace)}
+	case s.drainDelay >= 0:
+	case s.defaultDelay >= 0:
+		s.drainDelay = min(s.defaultDelay, s.drainTimeout/2)
+	case s.drainTimeout < 2*agentDrainDelay:
 		s.drainDelay = s.drainTimeout / 2
 	}
 	return nil
 }
 
-const agentDrainDelay = 5 * time.Second // what --drain-delay is when nothing is said
+const agentDrainDelay = 5 * time.Second // the agent's default of --drain-delay
 
-// graceOf reads terminationGracePeriodSeconds.
+// graceOf returns terminationGracePeriodSeconds, by default 30 s as Kubernetes has it.
 func graceOf(spec map[string]any) (time.Duration, error) {
 	value, has := spec["terminationGracePeriodSeconds"]
 	if !has || value == nil {
@@ -366,7 +435,7 @@ func graceOf(spec map[string]any) (time.Duration, error) {
 	number, isNumber := value.(json.Number)
 	seconds, err := strconv.ParseInt(string(number), 10, 64)
 	if !isNumber || err != nil || seconds < 0 || seconds > math.MaxInt32 {
-		return 0, fmt.Errorf("terminationGracePeriodSeconds: %v is no number of seconds", value)
+		return 0, fmt.Errorf("terminationGracePeriodSeconds: %v is not a number of seconds", value)
 	}
 	return time.Duration(seconds) * time.Second, nil
 }

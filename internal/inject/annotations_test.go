@@ -4,6 +4,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 )
 
 // The author of a pod has set an annotation. An error about its value names that annotation, and no flag of init.
@@ -14,8 +15,14 @@ func TestAnErrorOfAnAnnotationNamesNoFlag(t *testing.T) {
 			continue
 		}
 		refused := 0
-		for _, text := range []string{"*,8080", "90:80", "0", "70000", "10.0.0.0/33", "a b", "eth0 -j", "NONE", "-1", "{", "10Gb"} {
-			err := parseAnnotations(&settings{}, map[string]any{a.Name: text})
+		for _, text := range []string{"*,8080", "90:80", "0", "70000", "10.0.0.0/33", "a b", "eth0 -j", "NONE", "-1", "{", "10Gb", "%NONE%"} {
+			s, err := Options{Image: "pillion"}.settings()
+			if err == nil {
+				err = parseAnnotations(s, map[string]any{a.Name: text})
+			}
+			if err == nil {
+				err = s.finish(30 * time.Second)
+			}
 			if err == nil {
 				continue
 			}

@@ -6,22 +6,37 @@ import (
 	"testing"
 )
 
+// go test ./internal/inject -run Document -update writes the table.
 func TestTheDocumentHasEveryAnnotation(t *testing.T) {
-	text, err := os.ReadFile("../../docs/inject.md")
+	const document, header = "../../docs/inject.md", "| Annotation | Value | Meaning | Flag for a default |\n|---|---|---|---|\n"
+	text, err := os.ReadFile(document)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var rows []string
+	want := ""
 	for _, a := range Annotations {
-		rows = append(rows, "| `"+a.Name+"` | "+a.Value+" | "+a.Meaning+" |\n")
+		flag := ""
+		if a.Option != "" {
+			flag = "`--sidecar-" + a.Option + "`"
+		}
+		want += "| `" + a.Name + "` | " + a.Value + " | " + a.Meaning + " | " + flag + " |\n"
 	}
-	want := "| Annotation | Value | Meaning |\n|---|---|---|\n" + strings.Join(rows, "") + "\n"
-	if !strings.Contains(string(text), want) {
-		t.Errorf("docs/inject.md needs the table\n%s", want)
+	before, rest, found := strings.Cut(string(text), header)
+	got, after, _ := strings.Cut(rest, "\n\n")
+	if !found {
+		t.Fatalf("%s has no table of annotations", document)
+	}
+	if got += "\n"; got == want {
+		return
+	}
+	if !*update {
+		t.Errorf("%s needs the table\n%s", document, want)
+	} else if err := os.WriteFile(document, []byte(before+header+want+"\n"+after), 0o644); err != nil {
+		t.Error(err)
 	}
 }
 
-// What the injection sets in the environment of the agent has to be a flag of it, or nobody would heed it.
+// Every PILLION_ variable that the injection sets must be a flag of the agent, or it has no effect.
 func TestTheAgentHasTheFlagsThatAreSet(t *testing.T) {
 	text, err := os.ReadFile("../../docs/agent.md")
 	if err != nil {

@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 	os.Exit(nettest.Main(m))
 }
 
-// inputs are the manifests of testdata/in by their names.
+// inputs returns the manifests of testdata/in by their names.
 func inputs(t testing.TB) map[string][]byte {
 	t.Helper()
 	names, err := filepath.Glob("testdata/in/*")
@@ -44,34 +44,50 @@ func inputs(t testing.TB) map[string][]byte {
 	return all
 }
 
-// optionsOf are those for an input.
+// optionsOf returns the options for an input.
 func optionsOf(name string) Options {
 	return Options{Image: "pillion", Classic: strings.HasPrefix(name, "classic")}
 }
 
-// injected injects, with the warnings as text.
-func injected(t testing.TB, name string, text []byte) (out []byte, warnings string) {
+// injected returns the injected text, and what is reported of each object.
+func injected(t testing.TB, name string, text []byte) (out []byte, reported string) {
 	t.Helper()
-	out, err := Inject(text, name, optionsOf(name), func(w string) { warnings += w + "\n" })
+	injected, err := Inject(text, name, optionsOf(name), func(o Outcome) {
+		reported += fmt.Sprintf("line %d: %s: %s", o.Line, o.Object(), o.Action)
+		if o.Reason != "" {
+			reported += ": " + o.Reason
+		}
+		for _, warning := range o.Warnings {
+			reported += "\n\twarning: " + warning
+		}
+		reported += "\n"
+	})
 	if err != nil {
 		t.Fatalf("%s: %v", name, err)
 	}
-	return out, warnings
+	return []byte(injected.String()), reported
 }
+
+// ignore is a report that is not of interest.
+func ignore(Outcome) {}
 
 func uninjected(t testing.TB, name string, text []byte) []byte {
 	t.Helper()
-	out, err := Uninject(text, name, func(w string) { t.Errorf("%s: %s", name, w) })
+	out, err := Uninject(text, name, func(o Outcome) {
+		if len(o.Warnings) > 0 {
+			t.Errorf("%s: %v", name, o.Warnings)
+		}
+	})
 	if err != nil {
 		t.Fatalf("%s: %v", name, err)
 	}
-	return out
+	return []byte(out.String())
 }
 
-func TestManifestsAreInjectedAsTheGoldenFilesHaveIt(t *testing.T) {
+func TestInjectedManifestsEqualTheGoldenFiles(t *testing.T) {
 	for name, text := range inputs(t) {
-		out, warnings := injected(t, name, text)
-		for golden, got := range map[string]string{"testdata/out/" + name: string(out), "testdata/warnings/" + name: warnings} {
+		out, reported := injected(t, name, text)
+		for golden, got := range map[string]string{"testdata/out/" + name: string(out), "testdata/reports/" + name: reported} {
 			if *update {
 				os.Remove(golden)
 				if got != "" {
@@ -86,13 +102,13 @@ func TestManifestsAreInjectedAsTheGoldenFilesHaveIt(t *testing.T) {
 				t.Fatal(err)
 			}
 			if string(want) != got {
-				t.Errorf("%s is not what it was; -update writes it. Now:\n%s", golden, got)
+				t.Errorf("%s differs; -update writes it. Now:\n%s", golden, got)
 			}
 		}
 	}
 }
 
-// restyled are other ways to write a manifest.
+// restyled returns a manifest in other styles.
 func restyled(t testing.TB, text []byte) map[string][]byte {
 	t.Helper()
 	all := map[string][]byte{
@@ -106,7 +122,7 @@ func restyled(t testing.TB, text []byte) map[string][]byte {
 	} else {
 		delete(all, "after a marker")
 	}
-	// Each line gets a comment where one may be.
+	// A comment on each line that may have one.
 	var commented []string
 	for line := range strings.Lines(string(text)) {
 		if bare := strings.TrimRight(line, "\r\n"); strings.HasSuffix(bare, ":") || strings.HasSuffix(bare, "}") {
@@ -117,8 +133,8 @@ func restyled(t testing.TB, text []byte) map[string][]byte {
 	if text[0] != '{' && text[0] != '%' {
 		all["with comments"] = []byte(strings.Join(commented, ""))
 	}
-	// As other programs would write it: everything in order of keys, in JSON or in block style.
-	if d, err := yamledit.Parse(string(text)); err == nil && d.Tree() != nil && len(yamledit.Split(text)) == 1 {
+	// As other programs write it: keys sorted, in JSON or in block style.
+	if d, err := yamledit.Parse(string(text)); err == nil && d.Tree() != nil && len(yamledit.Split(string(text))) == 1 {
 		if tree, ok := d.Tree().(map[string]any); ok {
 			all["JSON"] = []byte(yamledit.JSON(tree))
 			for _, indent := range []int{2, 4} {
@@ -157,14 +173,14 @@ func inBlockStyle(n *yaml.Node) {
 	}
 }
 
-func TestUninjectionGivesEveryByteBackAndASecondInjectionChangesNothing(t *testing.T) {
+func TestUninjectionRestoresEveryByteAndASecondInjectionChangesNothing(t *testing.T) {
 	for name, text := range inputs(t) {
 		for style, text := range restyled(t, text) {
 			what := name + ", " + style
 			if (name == "job.yaml" || name == "classic-job.yaml") && style == "no last break" {
-				_, err := Inject(text, name, optionsOf(name), func(string) {})
+				_, err := Inject(text, name, optionsOf(name), ignore)
 				if err == nil || !strings.Contains(err.Error(), "end the text with a line break") {
-					t.Errorf("%s: %v", what, err) // it would be another script
+					t.Errorf("%s: %v", what, err) // adding text would change the script
 				}
 				continue
 			}
@@ -176,20 +192,20 @@ func TestUninjectionGivesEveryByteBackAndASecondInjectionChangesNothing(t *testi
 				t.Errorf("%s: a second injection changes something:\n%s", what, again)
 			}
 			if back := uninjected(t, what, out); !bytes.Equal(back, text) {
-				t.Errorf("%s: it was\n%q\nand became\n%q\nby way of\n%s", what, text, back, out)
+				t.Errorf("%s:\n%q\nbecame\n%q\nby way of\n%s", what, text, back, out)
 			}
 			if back := uninjected(t, what, text); !bytes.Equal(back, text) {
-				t.Errorf("%s: what was not injected is changed:\n%s", what, back)
+				t.Errorf("%s: a text without injection was changed:\n%s", what, back)
 			}
 		}
 	}
 }
 
-// Every line of the input is in the output, in the same order, but for those of probes and Prometheus' annotations.
-func TestLinesThatNeedNotChangeStayInTheirOrder(t *testing.T) {
+// Every line of the input is in the output, in the same order, except lines of probes and Prometheus' annotations.
+func TestUnchangedLinesKeepTheirOrder(t *testing.T) {
 	for name, text := range inputs(t) {
-		if !strings.HasSuffix(name, ".yaml") || strings.Contains("flow.yaml daemonset.yaml unicode.yaml empty-collections.yaml null-metadata.yaml replicaset.yaml", name) {
-			continue // these are changed within their lines
+		if !strings.HasSuffix(name, ".yaml") || strings.Contains(name, "override") || strings.Contains("conflicts.yaml flow.yaml daemonset.yaml unicode.yaml empty-collections.yaml null-metadata.yaml replicaset.yaml", name) {
+			continue // changed within their lines
 		}
 		out, _ := injected(t, name, text)
 		var kept []string
@@ -212,15 +228,15 @@ func TestLinesThatNeedNotChangeStayInTheirOrder(t *testing.T) {
 			}
 		}
 		if len(kept) > 0 {
-			t.Errorf("%s: the line %q, or the order of lines, is lost", name, kept[0])
+			t.Errorf("%s: the line %q is missing or out of order", name, kept[0])
 		}
 	}
 }
 
-// What has been through an API server comes back in another form.
-func TestUninjectionWorksOnWhatOthersHaveRewritten(t *testing.T) {
+// An API server returns an object in another form.
+func TestUninjectionWorksOnRewrittenObjects(t *testing.T) {
 	for name, text := range inputs(t) {
-		if len(yamledit.Split(text)) > 1 {
+		if len(yamledit.Split(string(text))) > 1 {
 			continue
 		}
 		before, err := yamledit.Parse(strings.TrimPrefix(string(text), byteOrderMark))
@@ -241,7 +257,7 @@ func TestUninjectionWorksOnWhatOthersHaveRewritten(t *testing.T) {
 	}
 }
 
-func TestUninjectionLeavesWhatOthersHaveChanged(t *testing.T) {
+func TestUninjectionKeepsLaterChanges(t *testing.T) {
 	out, _ := injected(t, "pod.yaml", inputs(t)["pod.yaml"])
 	edited := strings.NewReplacer(
 		"  annotations:\n", "  annotations:\n    restarted: now\n",
@@ -271,59 +287,58 @@ spec:
 	}
 }
 
-func TestWhatCannotBeInjectedIsSaidWithItsRemedyAndNothingIsWritten(t *testing.T) {
+func TestAnErrorNamesItsRemedyAndNothingIsWritten(t *testing.T) {
 	pod := func(annotations, spec string) string {
 		return "apiVersion: v1\nkind: Pod\nmetadata:\n  name: bad\n  annotations: {" + annotations + "}\nspec: {" + spec + "}\n"
 	}
 	app := "containers: [{name: app, image: x}]"
 	for _, c := range []struct{ text, want string }{
-		{pod(`sidecar.istio.io/inject: "yes"`, app), `Pod bad (document 1 of in.yaml): annotation sidecar.istio.io/inject: "yes" is neither on nor off: use "true" or "false"`},
+		{pod(`sidecar.istio.io/inject: "yes"`, app), `Pod bad (line 3 of in.yaml): annotation sidecar.istio.io/inject: "yes" is not a boolean: use "true" or "false"`},
 		{pod(`sidecar.istio.io/interceptionMode: NONE`, app), `annotation sidecar.istio.io/interceptionMode: "NONE" is not a mode: use REDIRECT or TPROXY`},
 		{pod(`traffic.sidecar.istio.io/excludeInboundPorts: "80x"`, app), `annotation traffic.sidecar.istio.io/excludeInboundPorts: "80x" is not a port: use a number from 1 to 65535`},
-		{pod(`traffic.sidecar.istio.io/excludeInboundPorts: 80`, app), `annotation traffic.sidecar.istio.io/excludeInboundPorts: it is no string: put quotes around the value`},
+		{pod(`traffic.sidecar.istio.io/excludeInboundPorts: 80`, app), `annotation traffic.sidecar.istio.io/excludeInboundPorts is not a string: put quotes around the value`},
 		{pod(`traffic.sidecar.istio.io/includeOutboundIPRanges: "10.0.0.0"`, app), `"10.0.0.0" is not a network`},
 		{pod(`traffic.sidecar.istio.io/kubevirtInterfaces: "a b;c"`, app), `is not an interface`},
 		{pod(`sidecar.istio.io/proxyCPU: lots`, app), `"lots" is not a quantity: use one such as 100m or 64Mi`},
 		{pod(`sidecar.istio.io/proxyCPU: "2", sidecar.istio.io/proxyCPULimit: "1"`, app), `"2" is more than the limit of 1`},
-		{pod(`status.sidecar.istio.io/port: "15021"`, app), `the sidecar has another use for port 15021`},
+		{pod(`status.sidecar.istio.io/port: "15021"`, app), `the sidecar uses port 15021 otherwise`},
 		{pod(`proxy.istio.io/config: "a: ["`, app), `annotation proxy.istio.io/config: not valid YAML`},
 		{pod(`proxy.istio.io/config: "concurrency: many"`, app), `concurrency: many is not a count`},
 		{pod(`proxy.istio.io/config: "terminationDrainDuration: 60s"`, app), `1m0s is longer than terminationGracePeriodSeconds (30s)`},
 		{pod(`proxy.istio.io/config: "proxyMetadata: {POD_NAME: x}"`, app), `"POD_NAME" cannot be set`},
-		{pod(`pillion.dev/opaque-port: "1"`, app), `annotation pillion.dev/opaque-port is unknown: there are pillion.dev/inject, pillion.dev/image, pillion.dev/opaque-ports`},
+		{pod(`pillion.dev/opaque-port: "1"`, app), `annotation pillion.dev/opaque-port is unknown: use one of pillion.dev/inject, pillion.dev/image, pillion.dev/opaque-ports`},
 		{pod(`pillion.dev/drain-delay: 29s`, app), `29s is longer than the drain itself (25s`},
 		{pod(`pillion.dev/log-level: loud`, app), `use debug, info, warn or error`},
 		{pod(`pillion.dev/access-log: out`, app), `use off, or a path`},
 		{pod(`pillion.dev/image: ""`, app), `"" is not an image`},
 		{pod(`prometheus.io/port: "15090"`, app), `port 15090 is the agent's own`},
-		{pod(`prometheus.io/port: "many"`, app), `port "many" is none`},
-		{pod(`pillion.dev/status: "{}"`, app), `says that it has been injected, but there is no container pillion-init: take the annotation out`},
+		{pod(`prometheus.io/port: "many"`, app), `invalid port "many"`},
+		{pod(`pillion.dev/status: "{}"`, app), `marks the pod as injected, but there is no container pillion-init: remove the annotation`},
 		{pod(``, `containers: []`), `spec.containers is empty`},
-		{pod(``, `containers: {}`), `spec.containers is no list`},
+		{pod(``, `containers: {}`), `spec.containers is not a list`},
 		{pod(``, `containers: [{image: x}]`), `spec.containers[0] has no name`},
 		{pod(``, `containers: [{name: a}, {name: a}]`), `spec.containers has the name "a" twice`},
-		{pod(``, app+`, volumes: [{name: istio-podinfo}]`), `spec.volumes has "istio-podinfo" already: give it another name`},
-		{pod(``, app+`, securityContext: {runAsUser: 1337}`), `securityContext.runAsUser is 1337, the sidecar's own`},
-		{pod(``, app+`, terminationGracePeriodSeconds: -1`), `terminationGracePeriodSeconds: -1 is no number of seconds`},
+		{pod(``, app+`, volumes: [{name: istio-podinfo}]`), `spec.volumes already has "istio-podinfo": rename it`},
+		{pod(``, app+`, securityContext: {runAsUser: 1337}`), `securityContext.runAsUser is 1337, which is reserved for the sidecar`},
+		{pod(``, app+`, terminationGracePeriodSeconds: -1`), `terminationGracePeriodSeconds: -1 is not a number of seconds`},
 		{pod(``, `containers: [{name: a, readinessProbe: {httpGet: {port: 80, scheme: FTP}}}]`), `scheme "FTP": must be HTTP or HTTPS`},
-		{"apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d, namespace: ns}\n", `Deployment ns/d (document 1 of in.yaml): it has no spec.template`},
-		{"kind: Pod\nkind: Pod\n", `(document 1 of in.yaml): line 3: duplicate key "kind": remove one`},
-		{"a: [\n", `(document 1 of in.yaml): yaml: line`},
-		{"{{ template }}\n", `(document 1 of in.yaml): `},
-		{"\xff\xfe", `in.yaml is no UTF-8: convert it`},
+		{"apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d, namespace: ns}\n", `Deployment ns/d (line 3 of in.yaml): it has no spec.template`},
+		{"kind: Pod\nkind: Pod\n", `in.yaml: line 4: duplicate key "kind": remove one`},
+		{"a: [\n", `in.yaml: line 3: `},
+		{"{{ template }}\n", `in.yaml: line 3: `},
+		{"\xff\xfe", `in.yaml is not UTF-8: convert it`},
 		{"apiVersion: v1\nkind: Pod\nspec: &s {" + app + "}\ncopy: *s\n", `uses anchors`},
 		{"a: &a [x,x,x,x,x,x,x,x,x]\n" + bomb(), `aliases stand for more than 100000 values`},
 		{"a: &a [*a]\n", `aliases stand for more than 100000 values`},
 	} {
-		out, err := Inject([]byte("kind: Good\n---\n"+c.text), "in.yaml", Options{Image: "pillion"}, func(string) {})
-		want := strings.NewReplacer("document 1 of in.yaml", "document 2 of in.yaml, from line 2").Replace(c.want)
-		if err == nil || !strings.Contains(err.Error(), want) || out != nil {
-			t.Errorf("%s\nfails with\n%v\nand not with\n%s", c.text, err, want)
+		out, err := Inject([]byte("kind: Good\n---\n"+c.text), "in.yaml", Options{Image: "pillion"}, ignore)
+		if err == nil || !strings.Contains(err.Error(), c.want) || out != nil {
+			t.Errorf("%s\nfails with\n%v\nwant\n%s", c.text, err, c.want)
 		}
 	}
 }
 
-// bomb is a few lines that say a billion things.
+// bomb returns a few lines of aliases that expand to a billion values.
 func bomb() string {
 	var b strings.Builder
 	for c := 'b'; c <= 'j'; c++ {
@@ -332,7 +347,7 @@ func bomb() string {
 	return b.String()
 }
 
-func TestStatusThatNobodyWroteIsRefused(t *testing.T) {
+func TestAForgedStatusIsRefused(t *testing.T) {
 	for _, status := range []string{
 		``, `{}`, `{"version":2}`, `{"version":1,"more":1}`, `[]`, `{"version":1} x`,
 		`{"version":1,"replaced":[{"path":"/metadata/annotations","was":"a: [","column":0}]}`,
@@ -340,7 +355,7 @@ func TestStatusThatNobodyWroteIsRefused(t *testing.T) {
 		`{"version":1,"replaced":[{"path":"/metadata/annotations","was":"a: 1\nb: 2","column":0}]}`,
 	} {
 		text := "apiVersion: v1\nkind: Pod\nmetadata:\n  annotations:\n    pillion.dev/status: " + yamledit.JSON(status) + "\nspec: {}\n"
-		if out, err := Uninject([]byte(text), "x", func(string) {}); err == nil || !strings.Contains(err.Error(), statusAnnotation) {
+		if out, err := Uninject([]byte(text), "x", ignore); err == nil || !strings.Contains(err.Error(), statusAnnotation) {
 			t.Errorf("%s: %v\n%s", status, err, out)
 		}
 	}
@@ -356,7 +371,7 @@ type zeros struct{}
 
 func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
 
-// decodes reports what Kubernetes' strict decoder does not like.
+// decodes reports the errors of Kubernetes' strict decoder.
 func decodes(t *testing.T, program, name string, text []byte) {
 	t.Helper()
 	cmd := exec.Command(program)
@@ -366,7 +381,7 @@ func decodes(t *testing.T, program, name string, text []byte) {
 	}
 }
 
-func TestKubernetesReadsWhatIsWritten(t *testing.T) {
+func TestKubernetesDecodesTheOutput(t *testing.T) {
 	strict := filepath.Join(t.TempDir(), "strict")
 	build := exec.Command("go", "build", "-buildvcs=false", "-o", strict, "./strict")
 	build.Dir = "../../e2e/testdata/kubernetes"
@@ -376,14 +391,14 @@ func TestKubernetesReadsWhatIsWritten(t *testing.T) {
 	}
 	for name, text := range inputs(t) {
 		if name == "directives.yaml" {
-			continue // kubectl cannot read that at all
+			continue // kubectl cannot read directives
 		}
 		out, _ := injected(t, name, text)
 		decodes(t, strict, name, out)
 	}
 }
 
-func TestTheExamplesOfDeployAreWhatInjectWrites(t *testing.T) {
+func TestTheExamplesInDeployAreTheOutputOfInject(t *testing.T) {
 	const overlays = "../../deploy/kustomize/overlays/"
 	text, err := os.ReadFile(overlays + "example/nginx.yaml")
 	if err != nil {
@@ -393,17 +408,22 @@ func TestTheExamplesOfDeployAreWhatInjectWrites(t *testing.T) {
 		overlays + "example/injected.yaml":         {Image: "pillion"},
 		overlays + "example-classic/injected.yaml": {Image: "pillion", Classic: true},
 	} {
-		got, err := Inject(text, "nginx.yaml", options, func(w string) { t.Error(w) })
+		out, err := Inject(text, "nginx.yaml", options, func(o Outcome) {
+			if len(o.Warnings) > 0 {
+				t.Error(o.Warnings)
+			}
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
+		got := []byte(out.String())
 		if *update {
 			if err := os.WriteFile(golden, got, 0o644); err != nil {
 				t.Fatal(err)
 			}
 		}
 		if want, err := os.ReadFile(golden); err != nil || !bytes.Equal(got, want) {
-			t.Errorf("%s is not what inject writes (%v); -update writes it. Now:\n%s", golden, err, got)
+			t.Errorf("%s is not the output of inject (%v); -update writes it. Now:\n%s", golden, err, got)
 		}
 	}
 }
@@ -417,23 +437,24 @@ func FuzzInject(f *testing.F) {
 	f.Add([]byte(bomb()), true)
 	f.Fuzz(func(t *testing.T, text []byte, classic bool) {
 		options := Options{Image: "pillion", Classic: classic}
-		if back, err := Uninject(text, "in", func(string) {}); err == nil {
-			_, _ = Inject(back, "in", options, func(string) {})
+		if back, err := Uninject(text, "in", ignore); err == nil {
+			_, _ = Inject([]byte(back.String()), "in", options, ignore)
 		}
-		out, err := Inject(text, "in", options, func(string) {})
+		made, err := Inject(text, "in", options, ignore)
 		if err != nil {
 			return
 		}
-		again, err := Inject(out, "out", options, func(string) {})
-		if err != nil || !bytes.Equal(again, out) {
+		out := made.String()
+		again, err := Inject([]byte(out), "out", options, ignore)
+		if err != nil || again.String() != out {
 			t.Errorf("a second injection: %v\n%q\n%q", err, out, again)
 		}
 		if bytes.Contains(text, []byte("status")) || bytes.Contains(text, []byte(`\`)) {
-			return // it may be injected already
+			return // perhaps injected already
 		}
-		back, err := Uninject(out, "out", func(string) {})
-		if err != nil || !bytes.Equal(back, text) {
-			t.Errorf("%v: it was\n%q\nand became\n%q\nby way of\n%q", err, text, back, out)
+		back, err := Uninject([]byte(out), "out", ignore)
+		if err != nil || back.String() != string(text) {
+			t.Errorf("%v:\n%q\nbecame\n%q\nby way of\n%q", err, text, back, out)
 		}
 	})
 }

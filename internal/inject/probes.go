@@ -10,8 +10,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
-// proberNames are the fields of a container that hold handlers, and the names under which the agent's status port has
-// them. The kubelet asks the agent, as a captured port answers whether the workload is well or not.
+// proberNames are the fields of a container that hold handlers, and their paths at the agent's status port. The kubelet
+// probes the agent, because a captured port accepts connections even when the workload does not.
 var proberNames = []struct{ field, below, path string }{
 	{"livenessProbe", "", "/app-health/%s/livez"},
 	{"readinessProbe", "", "/app-health/%s/readyz"},
@@ -20,7 +20,7 @@ var proberNames = []struct{ field, below, path string }{
 	{"lifecycle", "preStop", "/app-lifecycle/%s/prestopz"},
 }
 
-// rewriteProbes sends the workload's probes to the status port, and returns them as the agent reads them, or "".
+// rewriteProbes redirects the workload's probes to the status port. It returns the probes in the agent's format, or "".
 func (p *pod) rewriteProbes(s *settings) (string, error) {
 	var probers object
 	for _, list := range []string{"containers", "initContainers"} {
@@ -29,7 +29,10 @@ func (p *pod) rewriteProbes(s *settings) (string, error) {
 			return "", err
 		}
 		for i, c := range containers {
-			// What runs before a classic sidecar cannot be probed through it.
+			if o := p.override; o != nil && o.list == list && o.index == i {
+				continue
+			}
+			// A container that runs before the sidecar cannot be probed through it.
 			if list == "initContainers" && (yamledit.Text(c, "restartPolicy") != "Always" || !s.native) {
 				continue
 			}
@@ -53,14 +56,14 @@ func (p *pod) rewriteProbes(s *settings) (string, error) {
 		return "", nil
 	}
 	recorded := yamledit.JSON(probers)
-	// The agent does not start with probes that it cannot read.
+	// The agent refuses to start with probes that it cannot parse.
 	if _, err := probe.Parse(recorded, probe.Config{Address: netip.IPv6Loopback(), StatusPort: s.statusPort}); err != nil {
 		return "", err
 	}
 	return recorded, nil
 }
 
-// rewriteProbe changes one. It returns what to record, or nil when there is nothing to change.
+// rewriteProbe redirects one probe. It returns the probe in the agent's format, or nil if it stays unchanged.
 func (p *pod) rewriteProbe(s *settings, container map[string]any, path, at []string, to string) (any, error) {
 	holder, _ := yamledit.Get(container, path[3:]...).(map[string]any)
 	for _, handler := range []string{"httpGet", "tcpSocket", "grpc"} {
@@ -72,10 +75,10 @@ func (p *pod) rewriteProbe(s *settings, container map[string]any, path, at []str
 		port, err := portOf(container, action["port"])
 		switch {
 		case err != nil:
-			p.warn("%s is left as it is: %v", where, err)
+			p.warn("%s stays unchanged: %v", where, err)
 			return nil, nil
 		case yamledit.Text(action, "host") != "":
-			p.warn("%s is left as it is: it asks the host %s and not the pod", where, yamledit.Text(action, "host"))
+			p.warn("%s stays unchanged: it probes the host %s, not the pod", where, yamledit.Text(action, "host"))
 			return nil, nil
 		case port == int(s.statusPort):
 			return nil, nil
@@ -90,13 +93,13 @@ func (p *pod) rewriteProbe(s *settings, container map[string]any, path, at []str
 			case field == "port":
 				value = port
 			case field == "httpHeaders" && !yamledit.Empty(value):
-				ask = append(ask, member{field, value}) // the agent passes on what the kubelet sends
+				ask = append(ask, member{field, value}) // the agent forwards the kubelet's fields
 			}
 			asked = append(asked, member{field, value})
 		}
 		timeout := holder["timeoutSeconds"]
 		if path[3] == "lifecycle" {
-			timeout = 0 // the kubelet gives a hook what is left of the grace period
+			timeout = 0 // the kubelet bounds a hook by the grace period
 		} else if timeout == nil {
 			timeout = 1
 		}
@@ -108,7 +111,7 @@ func (p *pod) rewriteProbe(s *settings, container map[string]any, path, at []str
 	return nil, nil
 }
 
-// portOf is the number of a probe's port. A name is that of one of the container's ports.
+// portOf returns the number of a port that is given by number or by the name of one of the container's ports.
 func portOf(container map[string]any, port any) (int, error) {
 	if number, ok := port.(json.Number); ok {
 		n, err := strconv.ParseUint(string(number), 10, 16)
@@ -127,5 +130,5 @@ func portOf(container map[string]any, port any) (int, error) {
 			return portOf(container, yamledit.Get(d, "containerPort"))
 		}
 	}
-	return 0, fmt.Errorf("the container has no port of the name %q", name)
+	return 0, fmt.Errorf("the container has no port named %q", name)
 }

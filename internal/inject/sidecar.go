@@ -10,38 +10,40 @@ import (
 	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
-// Names in the pod. istioctl, Kiali and dashboards know a sidecar by the name of its container, and the volume is where
-// Istio's agent has the labels.
+// Names in the pod. istioctl, Kiali and dashboards recognise a sidecar by the name of its container. The volume has the
+// name and content of Istio's.
 const (
 	initName    = "pillion-init"
 	SidecarName = "istio-proxy"
 	volumeName  = "istio-podinfo"
 )
 
-// What a sidecar requests and may have: measured with a thousand connections, and with room for many more.
+// Default requests and limits. The requests are measured with a thousand connections; the limit leaves room for many more.
 const (
 	cpuRequest    = "10m"
 	memoryRequest = "16Mi"
 	memoryLimit   = "128Mi"
 )
 
-// agentProgram is the entrypoint of the image. Hooks need it by its whole name.
+// agentProgram is the entrypoint of the image. Hooks need its full path.
 const agentProgram = "/usr/local/bin/pilot-agent"
 
-// ownVariables are those of the environment that the injection sets.
+// ownVariables are the environment variables that the injection sets.
 var ownVariables = []string{
 	"POD_NAME", "POD_NAMESPACE", "INSTANCE_IP", "SERVICE_ACCOUNT", "ISTIO_META_WORKLOAD_NAME", "ISTIO_META_OWNER",
 	"CANONICAL_SERVICE", "CANONICAL_REVISION", "ISTIO_KUBE_APP_PROBERS", "ISTIO_PROMETHEUS_ANNOTATIONS", "GOMAXPROCS",
 	"GOMEMLIMIT", "PILLION_OPAQUE_PORTS", "PILLION_DRAIN_DELAY", "PILLION_DRAIN_TIMEOUT", "PILLION_LOG_LEVEL", "PILLION_ACCESS_LOG",
+	"PILLION_ACCESS_LOG_FORMAT", "PILLION_ACCESS_LOG_ENCODING", "PILLION_ACCESS_LOG_FILTER", "PILLION_DNS_CAPTURE",
 }
 
-// initContainer installs the rules, and is gone.
+// initContainer returns the container that installs the rules. It runs init, because
+// istio-iptables leaves IPv6 uncaptured in a dual-stack pod whose first address is an IPv4 one.
 func (s *settings) initContainer(policy string) object {
 	excluded := fmt.Sprintf("%d,%d,%d", capture.MetricsPort, capture.ReadinessPort, s.statusPort)
 	if s.excludeIn != "" {
 		excluded += "," + s.excludeIn
 	}
-	args := []string{"istio-iptables",
+	args := []string{"init",
 		"-p", strconv.Itoa(capture.OutboundPort), "-z", strconv.Itoa(capture.InboundPort), "-u", strconv.Itoa(capture.DefaultProxyID),
 		"-m", s.mode, "-i", s.includeRanges, "-x", s.excludeRanges, "-b", s.includeInbound, "-d", excluded}
 	for _, o := range []struct{ flag, value string }{
@@ -51,11 +53,14 @@ func (s *settings) initContainer(policy string) object {
 			args = append(args, o.flag, o.value)
 		}
 	}
+	if s.dnsCapture {
+		args = append(args, "--redirect-dns")
+	}
 	c := s.container(initName, policy, args, s.environment(nil))
 	return append(c, member{"securityContext", s.security(0, 0, "NET_ADMIN", "NET_RAW")})
 }
 
-// sidecar is the agent's container.
+// sidecar returns the agent's container.
 func (s *settings) sidecar(name, policy string, environment object) object {
 	args := []string{"agent"}
 	if s.statusPort != capture.StatusPort {
@@ -72,7 +77,8 @@ func (s *settings) sidecar(name, policy string, environment object) object {
 	c = append(c, s.probes()...)
 	c = append(c, member{"lifecycle", s.lifecycle()})
 	if s.mode == "TPROXY" {
-		// Rules know the agent by its group then: as user 1337 its connections to the workload would come back to it.
+		// In TPROXY mode the rules recognise the agent by its group. As user 1337 its connections to the workload would
+		// return to it.
 		c = append(c, member{"securityContext", s.security(0, capture.DefaultProxyID, "NET_ADMIN")})
 	} else {
 		c = append(c, member{"securityContext", s.security(capture.DefaultProxyID, capture.DefaultProxyID)})
@@ -80,7 +86,7 @@ func (s *settings) sidecar(name, policy string, environment object) object {
 	return append(c, member{"volumeMounts", []any{object{{"name", volumeName}, {"mountPath", strings.TrimSuffix(podinfo.LabelsFile, "/labels")}, {"readOnly", true}}}})
 }
 
-// container is what both have.
+// container returns what both containers have.
 func (s *settings) container(name, policy string, args []string, environment []any) object {
 	c := object{{"name", name}, {"image", s.image}}
 	if policy != "" {
@@ -111,7 +117,7 @@ func (s *settings) environment(own object) []any {
 	return list
 }
 
-// agentEnvironment is what the agent is told of the pod, and what the pod tells it to do.
+// agentEnvironment returns the variables that describe the pod and configure the agent.
 func (s *settings) agentEnvironment(p *pod, probers, prometheus string) object {
 	field := func(path string) object { return object{{"fieldRef", object{{"fieldPath", path}}}} }
 	labels, _ := p.mapping("metadata", "labels")
@@ -128,10 +134,13 @@ func (s *settings) agentEnvironment(p *pod, probers, prometheus string) object {
 		{"POD_NAMESPACE", field("metadata.namespace")},
 		{"INSTANCE_IP", field("status.podIP")},
 		{"SERVICE_ACCOUNT", field("spec.serviceAccountName")},
-		// The collector works harder before the kernel ends the process.
+		// Near the limit the garbage collector runs more often, so that the kernel does not kill the process.
 		{"GOMEMLIMIT", object{{"resourceFieldRef", object{{"resource", "limits.memory"}}}}},
 	}
-	delay, concurrency := "", ""
+	delay, concurrency, dns := "", "", ""
+	if s.dnsCapture {
+		dns = "true"
+	}
 	if s.drainDelay >= 0 {
 		delay = s.drainDelay.String()
 	}
@@ -150,18 +159,22 @@ func (s *settings) agentEnvironment(p *pod, probers, prometheus string) object {
 		{"PILLION_OPAQUE_PORTS", s.opaquePorts},
 		{"PILLION_LOG_LEVEL", s.logLevel},
 		{"PILLION_ACCESS_LOG", s.log},
+		{"PILLION_ACCESS_LOG_FORMAT", s.logFormat},
+		{"PILLION_ACCESS_LOG_ENCODING", s.logEncoding},
+		{"PILLION_ACCESS_LOG_FILTER", s.logFilter},
+		{"PILLION_DNS_CAPTURE", dns},
 		{"GOMAXPROCS", concurrency},
 	} {
 		if v.Value != "" {
-			// Kubernetes expands $(NAME) in values, and $$ is how it writes a $.
+			// Kubernetes expands $(NAME) in values and reads $$ as $.
 			env = append(env, member{v.Key, strings.ReplaceAll(v.Value.(string), "$", "$$")})
 		}
 	}
 	return env
 }
 
-// probes are of the readiness port. It is served where the traffic is carried, so the answer proves that it is. A native
-// sidecar must have started before the next container does.
+// probes returns the agent's own probes, at the readiness port. The process that carries the traffic answers them. A
+// native sidecar must pass its startup probe before the next container starts.
 func (s *settings) probes() object {
 	probe := func(period, failures int) object {
 		return object{
@@ -172,8 +185,9 @@ func (s *settings) probes() object {
 	return object{{"startupProbe", probe(1, 600)}, {"readinessProbe", probe(15, 4)}}
 }
 
-// lifecycle announces the drain as soon as the pod is told to end: a native sidecar hears SIGTERM only after the
-// workload has left, and the announcement's delay is over by then. A classic one holds the workload back at the start.
+// lifecycle returns the hooks. preStop announces the drain as soon as the pod terminates: a native sidecar receives
+// SIGTERM only after the workload has exited, and by then the drain delay has passed. postStart of a classic sidecar
+// delays the workload's start until the agent is ready.
 func (s *settings) lifecycle() object {
 	exec := func(command ...string) object {
 		return object{{"exec", object{{"command", append([]string{agentProgram}, command...)}}}}
@@ -185,11 +199,11 @@ func (s *settings) lifecycle() object {
 	if s.statusPort == capture.StatusPort {
 		return append(hooks, member{"preStop", exec("request", "POST", "drain", fmt.Sprintf("--debug-port=%d", s.statusPort))})
 	}
-	// The program asks the usual ports alone; on the admin port it is Envoy's way to say the same.
+	// `request drain` uses only the default status port. Envoy's path on the admin port has the same effect.
 	return append(hooks, member{"preStop", exec("request", "POST", "drain_listeners?inboundonly&graceful&skip_exit")})
 }
 
-// security gives a container nothing but a user, and capabilities if it must be.
+// security returns a security context with a user and, if required, capabilities, and no other privilege.
 func (s *settings) security(user, group int, capabilities ...string) object {
 	c := object{{"drop", []string{"ALL"}}}
 	if len(capabilities) > 0 {
@@ -202,7 +216,7 @@ func (s *settings) security(user, group int, capabilities ...string) object {
 	}
 }
 
-// labelsVolume has the pod's labels, where podinfo looks for them.
+// labelsVolume returns the volume with the pod's labels and annotations that podinfo reads.
 func labelsVolume() object {
 	return object{{"name", volumeName}, {"downwardAPI", object{{"items", []any{
 		object{{"path", "labels"}, {"fieldRef", object{{"fieldPath", "metadata.labels"}}}},

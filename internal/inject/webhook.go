@@ -22,28 +22,28 @@ import (
 	"github.com/pillion-proxy/pillion/internal/yamledit"
 )
 
-// The bounds of the webhook, whoever asks.
+// Bounds of the webhook.
 const (
-	maxReview      = 4 << 20   // of a request: an API server takes objects of 3 MiB at most
-	smallReview    = 256 << 10 // and nearly all are smaller than this
-	maxLarge       = 4         // that are larger, at the same time, from their first byte to the answer
-	maxReviews     = 16        // that are worked on at the same time
+	maxReview      = 4 << 20   // bytes of a request; an API server accepts objects of at most 3 MiB
+	smallReview    = 256 << 10 // nearly all requests are smaller
+	maxLarge       = 4         // larger requests at a time, from their first byte to the answer
+	maxReviews     = 16        // requests answered at a time
 	maxConnections = 512
-	reviewTime     = 10 * time.Second // for all of a request; the API server waits for as long
-	stopTime       = 10 * time.Second // for requests that are under way when the webhook ends
-	maxWarning     = 200              // bytes of a warning: kubectl shows little more
+	reviewTime     = 10 * time.Second // for reading a request; the API server's own timeout
+	stopTime       = 10 * time.Second // for requests in progress at the end
+	maxWarning     = 200              // bytes of a warning; kubectl shows little more
 )
 
-// WebhookConfig says where and how pods are injected as they are created. All of it must be set.
+// WebhookConfig configures Serve. All fields must be set.
 type WebhookConfig struct {
 	Listener          net.Listener
-	CertFile, KeyFile string // PEM; read anew when they change
+	CertFile, KeyFile string // PEM; reloaded when they change
 	Options           Options
 	Log               *slog.Logger
 }
 
-// Serve answers an API server's questions at /inject, and probes at /healthz, by TLS, until ctx ends. Then it finishes
-// what is under way. It closes the listener. Options must be valid.
+// Serve answers admission reviews at /inject and probes at /healthz over TLS until ctx ends. Then it finishes the requests
+// in progress. It closes the listener. Options must be valid.
 func Serve(ctx context.Context, config WebhookConfig) error {
 	certificates := &certificates{cert: config.CertFile, key: config.KeyFile, log: config.Log}
 	if _, err := certificates.get(nil); err != nil {
@@ -55,7 +55,7 @@ func Serve(ctx context.Context, config WebhookConfig) error {
 		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: certificates.get},
 		ReadHeaderTimeout: reviewTime, ReadTimeout: reviewTime, WriteTimeout: 2 * reviewTime, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 16 << 10,
-		ErrorLog:       slog.NewLogLogger(config.Log.Handler(), slog.LevelDebug), // strangers' handshakes
+		ErrorLog:       slog.NewLogLogger(config.Log.Handler(), slog.LevelDebug), // failed handshakes of any client
 	}
 	stopped := make(chan error, 1)
 	stop := context.AfterFunc(ctx, func() {
@@ -64,17 +64,18 @@ func Serve(ctx context.Context, config WebhookConfig) error {
 		stopped <- server.Shutdown(within)
 	})
 	err := server.ServeTLS(netutil.LimitListener(config.Listener, maxConnections), "", "")
-	if stop() { // it has failed by itself
+	if stop() { // ctx has not ended: serving failed
 		return fmt.Errorf("serving the webhook at %v: %w", config.Listener.Addr(), err)
 	}
 	if err := <-stopped; err != nil {
 		server.Close()
-		return fmt.Errorf("ending the webhook: requests were still under way after %v: %w", stopTime, err)
+		return fmt.Errorf("stopping the webhook: requests still in progress after %v: %w", stopTime, err)
 	}
 	return nil
 }
 
-// certificates are a pair of files, looked at in each handshake: that costs two calls, and no goroutine has to watch.
+// certificates is a pair of files that each handshake checks for changes. That costs two system calls and needs no
+// goroutine.
 type certificates struct {
 	cert, key string
 	log       *slog.Logger
@@ -84,13 +85,13 @@ type certificates struct {
 	loaded *tls.Certificate
 }
 
-// stamp tells one content of a file from the next.
+// stamp identifies a version of a file.
 type stamp struct {
 	changed time.Time
 	size    int64
 }
 
-// get returns what the files have, or what they last had when it was in order.
+// get returns the certificate in the files, or the last valid one.
 func (c *certificates) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -107,17 +108,17 @@ func (c *certificates) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	pair, err := tls.LoadX509KeyPair(c.cert, c.key)
 	switch {
 	case err == nil:
-		c.log.Info("the certificate is read", "file", c.cert, "until", pair.Leaf.NotAfter)
+		c.log.Info("certificate loaded", "file", c.cert, "until", pair.Leaf.NotAfter)
 		c.loaded = &pair
 	case c.loaded == nil:
 		return nil, err
-	default: // one file may be new and the other not yet
-		c.log.Warn("the new certificate cannot be used, the old one stays", "error", err)
+	default: // perhaps only one file has been replaced yet
+		c.log.Warn("new certificate rejected, keeping the old one", "error", err)
 	}
 	return c.loaded, nil
 }
 
-// What an API server sends and gets, in admission.k8s.io/v1, as far as it matters here.
+// The fields of admission.k8s.io/v1 that are used here.
 type (
 	review struct {
 		APIVersion string    `json:"apiVersion"`
@@ -148,7 +149,7 @@ type (
 
 const reviewVersion = "admission.k8s.io/v1"
 
-// NewWebhook is the handler of /inject and /healthz.
+// NewWebhook returns the handler of /inject and /healthz.
 func NewWebhook(options Options, log *slog.Logger) http.Handler {
 	mux := http.NewServeMux()
 	running, large := make(places, maxReviews), make(places, maxLarge)
@@ -158,7 +159,7 @@ func NewWebhook(options Options, log *slog.Logger) http.Handler {
 			http.Error(w, "send application/json", http.StatusUnsupportedMediaType)
 			return
 		}
-		// Nobody who sends slowly is in the way of others, but of those that send as much.
+		// A client that sends a large request slowly delays only other large requests.
 		sent := http.MaxBytesReader(w, r.Body, maxReview)
 		body, err := io.ReadAll(io.LimitReader(sent, smallReview))
 		if err == nil && len(body) == smallReview {
@@ -171,10 +172,10 @@ func NewWebhook(options Options, log *slog.Logger) http.Handler {
 			body = append(body, rest...)
 		}
 		if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-			http.Error(w, fmt.Sprintf("a review has %d bytes at most", maxReview), http.StatusRequestEntityTooLarge)
+			http.Error(w, fmt.Sprintf("a review has at most %d bytes", maxReview), http.StatusRequestEntityTooLarge)
 			return
 		} else if err != nil {
-			return // the connection is gone, or the time is up
+			return // the connection is closed or the time is over
 		}
 		if !running.take(w, r) {
 			return
@@ -182,7 +183,7 @@ func NewWebhook(options Options, log *slog.Logger) http.Handler {
 		defer running.leave()
 		answer, err := Review(body, options, log)
 		if err != nil {
-			log.Warn("a request that is no review", "from", r.RemoteAddr, "error", err)
+			log.Warn("not an AdmissionReview", "from", r.RemoteAddr, "error", err)
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
@@ -192,10 +193,10 @@ func NewWebhook(options Options, log *slog.Logger) http.Handler {
 	return mux
 }
 
-// places bound what is done at the same time.
+// places bounds concurrent work.
 type places chan struct{}
 
-// take waits for a place, or answers that there is none.
+// take waits for a place and reports whether it got one. If not, it has answered 503.
 func (p places) take(w http.ResponseWriter, r *http.Request) bool {
 	timer := time.NewTimer(reviewTime / 2)
 	defer timer.Stop()
@@ -204,22 +205,22 @@ func (p places) take(w http.ResponseWriter, r *http.Request) bool {
 		return true
 	case <-r.Context().Done():
 	case <-timer.C:
-		http.Error(w, fmt.Sprintf("%d such reviews are under way, which is as many as may", cap(p)), http.StatusServiceUnavailable)
+		http.Error(w, fmt.Sprintf("too many reviews: %d in progress", cap(p)), http.StatusServiceUnavailable)
 	}
 	return false
 }
 
 func (p places) leave() { <-p }
 
-// Review answers an AdmissionReview. A pod that cannot be injected as its annotations ask is refused with the reason, and
-// so is one at which we fail: it would run without its sidecar, and nobody would see that.
+// Review answers an AdmissionReview. A pod that cannot be injected as its annotations request is refused with the reason.
+// A pod on which the injection panics is refused too: it would run without its sidecar, unnoticed.
 func Review(body []byte, options Options, log *slog.Logger) ([]byte, error) {
 	var asked review
 	if err := json.Unmarshal(body, &asked); err != nil {
-		return nil, fmt.Errorf("it is no JSON of an AdmissionReview: %w", err)
+		return nil, fmt.Errorf("parsing an AdmissionReview: %w", err)
 	}
 	if asked.APIVersion != reviewVersion || asked.Kind != "AdmissionReview" || asked.Request == nil {
-		return nil, fmt.Errorf("%.100q %.100q is no request: send an AdmissionReview of %s", asked.APIVersion, asked.Kind, reviewVersion)
+		return nil, fmt.Errorf("%.100q %.100q is not a request: send an AdmissionReview of %s", asked.APIVersion, asked.Kind, reviewVersion)
 	}
 	answer := asked.Request.answer(options, log)
 	answer.UID = asked.Request.UID
@@ -229,8 +230,8 @@ func Review(body []byte, options Options, log *slog.Logger) ([]byte, error) {
 func (r *request) answer(options Options, log *slog.Logger) (answer *response) {
 	defer func() {
 		if failed := recover(); failed != nil {
-			log.Error("a pod could not be injected", "namespace", r.Namespace, "panic", failed)
-			answer = &response{Status: &refusal{"pillion: the injection failed; its log says more", "InternalError", http.StatusInternalServerError}}
+			log.Error("injection failed", "namespace", r.Namespace, "panic", failed)
+			answer = &response{Status: &refusal{"pillion: the injection failed; see the log of the webhook", "InternalError", http.StatusInternalServerError}}
 		}
 	}()
 	if r.Namespace != "" {
@@ -242,37 +243,49 @@ func (r *request) answer(options Options, log *slog.Logger) (answer *response) {
 	}
 	tree, err := yamledit.DecodeJSON(r.Object)
 	if err != nil {
-		return &response{Status: &refusal{"pillion: the object is no JSON", "BadRequest", http.StatusBadRequest}}
+		return &response{Status: &refusal{"pillion: the object is not JSON", "BadRequest", http.StatusBadRequest}}
 	}
 	var changes []yamledit.Change
 	for _, o := range objects(tree, nil) {
 		o.record = func(path []string, key string) (yamledit.Source, error) {
-			holder := tree
-			for _, k := range path {
-				if list, isList := holder.([]any); isList {
-					i, _ := strconv.Atoi(k)
-					holder = list[i]
-					continue
-				}
-				holder = yamledit.Get(holder, k)
-			}
-			text := yamledit.JSON(object{{key, yamledit.Get(holder, key)}})
+			text := yamledit.JSON(object{{key, yamledit.Get(valueAt(tree, path), key)}})
 			return yamledit.Source{Text: text[1 : len(text)-1], Column: -1}, nil
 		}
-		o.warn = func(format string, arguments ...any) {
-			warning := "pillion: " + fmt.Sprintf(format, arguments...)
-			answer.Warnings = append(answer.Warnings, strings.ToValidUTF8(warning[:min(len(warning), maxWarning)], ""))
+		o.recordItem = func(path []string, index int) (yamledit.Source, error) {
+			list, _ := valueAt(tree, path).([]any)
+			return yamledit.Source{Text: yamledit.JSON(list[index]), Column: -1}, nil
 		}
 		changed, err := o.inject(options)
 		if err != nil {
-			log.Warn("a pod is refused", "namespace", options.Namespace, "pod", o.String(), "error", err)
+			log.Warn("pod refused", "namespace", options.Namespace, "object", o.outcome.Object(), "error", err)
 			return &response{Status: &refusal{"pillion: " + err.Error(), "Invalid", http.StatusUnprocessableEntity}}
 		}
-		log.Info("a pod", "namespace", options.Namespace, "pod", o.String(), "injected", len(changed) > 0)
+		log.Info("pod admitted", "namespace", options.Namespace, "object", o.outcome.Object(), "action", o.outcome.Action, "reason", o.outcome.Reason)
+		warnings := o.outcome.Warnings
+		if o.outcome.Action == LeftAlone && !o.outcome.requested {
+			warnings = append(warnings, "left alone: "+o.outcome.Reason)
+		}
+		for _, text := range warnings {
+			text = "pillion: " + text
+			answer.Warnings = append(answer.Warnings, strings.ToValidUTF8(text[:min(len(text), maxWarning)], ""))
+		}
 		changes = append(changes, changed...)
 	}
 	if len(changes) > 0 {
 		answer.PatchType, answer.Patch = "JSONPatch", []byte(yamledit.JSON(yamledit.Patch(changes)))
 	}
 	return answer
+}
+
+// valueAt returns the value at a path, whose keys of lists are indices.
+func valueAt(tree any, path []string) any {
+	for _, key := range path {
+		if list, isList := tree.([]any); isList {
+			i, _ := strconv.Atoi(key)
+			tree = list[i]
+			continue
+		}
+		tree = yamledit.Get(tree, key)
+	}
+	return tree
 }

@@ -52,7 +52,7 @@ func reviewed(t testing.TB, body []byte) *response {
 	return answer.Response
 }
 
-// patched does what an API server does with a JSON Patch.
+// patched applies a JSON Patch as an API server does.
 func patched(t testing.TB, object string, steps []byte) any {
 	t.Helper()
 	tree, err := yamledit.DecodeJSON([]byte(object))
@@ -106,12 +106,14 @@ func do(tree any, at []string, step yamledit.PatchStep) (any, error) {
 			return v, err
 		case step.Op == "add" && i <= len(v):
 			return slices.Insert(v, i, step.Value), nil
+		case step.Op == "remove" && i < len(v):
+			return slices.Delete(v, i, i+1), nil
 		}
 	}
-	return nil, fmt.Errorf("%q is not there in %v", at, tree)
+	return nil, fmt.Errorf("%q does not exist in %v", at, tree)
 }
 
-// withoutStatus takes out how things have been written, which differs.
+// withoutStatus removes the status. It contains source text and so differs.
 func withoutStatus(t testing.TB, tree any) any {
 	t.Helper()
 	for _, o := range objects(tree, nil) {
@@ -121,13 +123,13 @@ func withoutStatus(t testing.TB, tree any) any {
 	return tree
 }
 
-func TestTheWebhooksPatchMakesWhatAnInjectionMakes(t *testing.T) {
+func TestTheWebhooksPatchEqualsAnInjection(t *testing.T) {
 	patches := 0
 	for name, text := range inputs(t) {
 		if strings.HasPrefix(name, "classic") {
 			continue
 		}
-		for _, part := range yamledit.Split([]byte(strings.TrimPrefix(string(text), byteOrderMark))) {
+		for _, part := range yamledit.Split(strings.TrimPrefix(string(text), byteOrderMark)) {
 			d, err := yamledit.Parse(part)
 			if err != nil || d.Tree() == nil {
 				continue
@@ -138,29 +140,29 @@ func TestTheWebhooksPatchMakesWhatAnInjectionMakes(t *testing.T) {
 				t.Fatalf("%s: %+v", name, answer)
 			}
 			options := Options{Image: "pillion", Namespace: "shop"}
-			out, err := Inject([]byte(object), name, options, func(string) {})
+			out, err := Inject([]byte(object), name, options, ignore)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if answer.Patch == nil {
-				if string(out) != object || answer.PatchType != "" {
+				if out.String() != object || answer.PatchType != "" {
 					t.Errorf("%s: no patch", name)
 				}
 				continue
 			}
 			patches++
-			want, err := yamledit.Parse(string(out))
+			want, err := yamledit.Parse(out.String())
 			if err != nil {
 				t.Fatal(err)
 			}
 			got := patched(t, object, answer.Patch)
-			if back, err := Uninject([]byte(yamledit.JSON(got)), name, func(string) {}); err != nil {
+			if back, err := Uninject([]byte(yamledit.JSON(got)), name, ignore); err != nil {
 				t.Errorf("%s: %v", name, err)
-			} else if tree, err := yamledit.Parse(string(back)); err != nil || !reflect.DeepEqual(tree.Tree(), d.Tree()) {
+			} else if tree, err := yamledit.Parse(back.String()); err != nil || !reflect.DeepEqual(tree.Tree(), d.Tree()) {
 				t.Errorf("%s: after the webhook, uninjection makes\n%s\n%v", name, back, err)
 			}
 			if !reflect.DeepEqual(withoutStatus(t, got), withoutStatus(t, want.Tree())) {
-				t.Errorf("%s: the patch %s makes\n%s\nand not\n%s", name, answer.Patch, yamledit.JSON(got), yamledit.JSON(want.Tree()))
+				t.Errorf("%s: the patch %s makes\n%s\nwant\n%s", name, answer.Patch, yamledit.JSON(got), yamledit.JSON(want.Tree()))
 			}
 		}
 	}
@@ -169,7 +171,7 @@ func TestTheWebhooksPatchMakesWhatAnInjectionMakes(t *testing.T) {
 	}
 }
 
-func TestTheWebhookRefusesWhatItCannotInject(t *testing.T) {
+func TestTheWebhookRefusesAPodThatItCannotInject(t *testing.T) {
 	pod := `{"apiVersion":"v1","kind":"Pod","metadata":{"name":"p","annotations":{%s}},"spec":{"containers":[{"name":"a"}]%s}}`
 	answer := reviewed(t, ask(fmt.Sprintf(pod, `"pillion.dev/log-level":"loud"`, "")))
 	if answer.Allowed || answer.Patch != nil || answer.Status.Code != 422 ||
@@ -177,7 +179,7 @@ func TestTheWebhookRefusesWhatItCannotInject(t *testing.T) {
 		t.Errorf("%+v %+v", answer, answer.Status)
 	}
 	answer = reviewed(t, ask(fmt.Sprintf(pod, "", `,"hostNetwork":true`)))
-	if !answer.Allowed || answer.Patch != nil || len(answer.Warnings) != 1 || answer.Warnings[0] != "pillion: left alone: its network is the node's (hostNetwork)" {
+	if !answer.Allowed || answer.Patch != nil || len(answer.Warnings) != 1 || answer.Warnings[0] != "pillion: left alone: it uses the node's network (hostNetwork)" {
 		t.Errorf("%+v", answer)
 	}
 	update := bytes.Replace(ask(fmt.Sprintf(pod, "", "")), []byte("CREATE"), []byte("UPDATE"), 1)
@@ -217,7 +219,7 @@ func FuzzReview(f *testing.F) {
 	})
 }
 
-// certify writes a certificate of its own authority for localhost, and returns the pool that trusts it.
+// certify writes a self-signed certificate for localhost and returns a pool that trusts it.
 func certify(t *testing.T, dir, name string) *x509.CertPool {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -247,7 +249,7 @@ func certify(t *testing.T, dir, name string) *x509.CertPool {
 	return pool
 }
 
-// write puts a file in the place of another, with a time of its own even where clocks are coarse.
+// write replaces a file and advances its modification time even where clocks are coarse.
 func write(t *testing.T, name string, content []byte) {
 	t.Helper()
 	changed := time.Now()
@@ -262,7 +264,7 @@ func write(t *testing.T, name string, content []byte) {
 	}
 }
 
-// served starts a webhook. End stops it and returns what Serve did.
+// served starts a webhook. end stops it and returns the result of Serve.
 func served(t *testing.T, dir string) (address string, end func() error) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -289,14 +291,14 @@ func served(t *testing.T, dir string) (address string, end func() error) {
 	return listener.Addr().String(), end
 }
 
-// trusting is a client of one authority, with a connection for each request.
+// trusting returns a client that trusts one authority and opens a connection for each request.
 func trusting(pool *x509.CertPool) *http.Client {
 	return &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: pool, ServerName: "localhost"},
 	}}
 }
 
-func TestTheWebhookIsServedByTLSWithTheCertificateThatIsThere(t *testing.T) {
+func TestTheWebhookServesTLSAndReloadsItsCertificate(t *testing.T) {
 	dir := t.TempDir()
 	old := certify(t, dir, "old")
 	address, end := served(t, dir)
@@ -322,7 +324,7 @@ func TestTheWebhookIsServedByTLSWithTheCertificateThatIsThere(t *testing.T) {
 		{"application/json", `{"x":"` + strings.Repeat("x", maxReview) + `"}`, http.StatusRequestEntityTooLarge},
 	} {
 		if code, text := post(trusting(old), c.kind, c.body); code != c.code {
-			t.Errorf("%d %.100s, and not %d", code, text, c.code)
+			t.Errorf("%d %.100s, want %d", code, text, c.code)
 		}
 	}
 	for path, want := range map[string]int{"/healthz": 200, "/inject": 405, "/": 404} {
@@ -336,7 +338,7 @@ func TestTheWebhookIsServedByTLSWithTheCertificateThatIsThere(t *testing.T) {
 		}
 	}
 
-	// The new certificate is used from the next handshake on.
+	// The next handshake uses the new certificate.
 	fresh := certify(t, dir, "fresh")
 	if code, text := post(trusting(fresh), "application/json", review); code != 200 {
 		t.Errorf("after the rotation: %d %s", code, text)
@@ -344,7 +346,7 @@ func TestTheWebhookIsServedByTLSWithTheCertificateThatIsThere(t *testing.T) {
 	if code, _ := post(trusting(old), "application/json", review); code != 0 {
 		t.Error("the old certificate is still used")
 	}
-	// Half a rotation, and files that are gone, leave the last good one.
+	// Half a rotation and missing files leave the last valid certificate in use.
 	write(t, filepath.Join(dir, "tls.crt"), []byte("half"))
 	if code, text := post(trusting(fresh), "application/json", review); code != 200 {
 		t.Errorf("with a broken file: %d %s", code, text)
@@ -380,7 +382,7 @@ func begun(t *testing.T, address string, pool *x509.CertPool, length int) (*tls.
 	return connection, answers
 }
 
-func TestSlowSendersAreInNobodysWay(t *testing.T) {
+func TestSlowSendersDoNotDelayOthers(t *testing.T) {
 	dir := t.TempDir()
 	pool := certify(t, dir, "x")
 	address, _ := served(t, dir)
@@ -397,7 +399,7 @@ func TestSlowSendersAreInNobodysWay(t *testing.T) {
 	response.Body.Close()
 }
 
-func TestRequestsUnderWayAreFinishedWhenTheWebhookEnds(t *testing.T) {
+func TestTheWebhookFinishesRequestsInProgress(t *testing.T) {
 	dir := t.TempDir()
 	pool := certify(t, dir, "x")
 	address, end := served(t, dir)

@@ -36,7 +36,8 @@ type Handler interface {
 	Refuse(conn *tcp.Conn)
 }
 
-// Limit bounds the number of connections of all servers that share it. The zero value is unlimited.
+// Limit bounds the number of connections of all servers that share it. A connection counts until its descriptor is closed.
+// The zero value is unlimited.
 type Limit struct {
 	max  int64
 	open atomic.Int64
@@ -45,15 +46,11 @@ type Limit struct {
 // NewLimit returns a Limit of max connections at a time. Zero means unlimited.
 func NewLimit(max int) *Limit { return &Limit{max: int64(max)} }
 
-func (l *Limit) take() bool {
-	if l.open.Add(1) > l.max && l.max > 0 {
-		l.open.Add(-1)
-		return false
-	}
-	return true
+// take counts conn, and reports whether it is within the limit. The caller closes conn in both cases.
+func (l *Limit) take(conn *tcp.Conn) bool {
+	open := conn.Track(&l.open)
+	return l.max <= 0 || open <= l.max
 }
-
-func (l *Limit) give() { l.open.Add(-1) }
 
 // Server accepts from several listeners, one for each address family, and counts their connections together.
 type Server struct {
@@ -222,7 +219,7 @@ func (s *Server) endOutage() {
 
 // begin serves conn in a goroutine of its own, or refuses it if the limit is reached.
 func (s *Server) begin(conn *tcp.Conn) {
-	if !s.Limit.take() {
+	if !s.Limit.take(conn) {
 		s.Handler.Refuse(conn)
 		return
 	}
@@ -233,7 +230,6 @@ func (s *Server) begin(conn *tcp.Conn) {
 
 func (s *Server) serveConn(conn *tcp.Conn) {
 	defer s.openConns.Done()
-	defer s.Limit.give()
 	defer s.active.Add(-1)
 	s.Handler.ServeConn(s.conns, conn)
 }

@@ -6,10 +6,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/dns"
 )
 
-// rcodes are the names of DNS response codes (RFC 6895 §2.3). The others stand as numbers.
+// rcodes are names of DNS response codes (RFC 6895 §2.3). Codes without a name here are shown as numbers.
 var rcodes = [16]string{0: "NOERROR", 1: "FORMERR", 2: "SERVFAIL", 3: "NXDOMAIN", 4: "NOTIMP", 5: "REFUSED"}
 
-// resolver shows what the resolver counts.
+// resolver adds the metrics of the DNS resolver.
 func (f *families) resolver(s *dns.Stats) {
 	queries := f.counter("pillion_dns_queries_total", "Received queries, by transport.")
 	queries.counts(uint64(s.UDPQueries.Load()), label("transport", "udp"))
@@ -28,6 +28,8 @@ func (f *families) resolver(s *dns.Stats) {
 	f.counter("pillion_dns_joined_queries_total", "Queries that joined an identical one in progress.").counts(uint64(s.Joined.Load()))
 	f.counter("pillion_dns_truncated_answers_total", "Answers truncated to the size limit of UDP.").counts(uint64(s.Truncated.Load()))
 	f.counter("pillion_dns_overloaded_queries_total", "Queries that exceeded the limit and were answered SERVFAIL.").counts(uint64(s.Overloaded.Load()))
+	f.counter("pillion_dns_loops_total", "Queries of the resolver that the rules sent back to it, answered SERVFAIL.").counts(uint64(s.Loops.Load()))
+	f.counter("pillion_dns_receive_drops_total", "Queries that the kernel dropped because the resolver's receive buffer was full.").counts(uint64(s.ReceiveDrops.Load()))
 	f.counter("pillion_dns_unanswered_queries_total", "Queries answered SERVFAIL because no upstream server answered.").counts(uint64(s.Unanswered.Load()))
 	f.counter("pillion_dns_malformed_queries_total", "Malformed queries, answered FORMERR.").counts(uint64(s.Malformed.Load()))
 	f.counter("pillion_dns_dropped_packets_total", "Dropped packets that are not queries.").counts(uint64(s.Dropped.Load()))

@@ -21,10 +21,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// Path is where Prometheus, and whoever merges metrics, asks for Envoy's.
+// Path is Envoy's path for Prometheus metrics.
 const Path = "/stats/prometheus"
 
-// maxScrapes is how many answers are written at a time; one more is answered 503.
+// maxScrapes is the number of concurrent scrapes. Further ones are answered 503.
 const maxScrapes = 4
 
 var runtimeMetrics = regexp.MustCompile(`^/(memory/classes/(total|heap/objects|heap/stacks|heap/released):bytes|gc/heap/goal:bytes|cpu/classes/gc/total:cpu-seconds)$`)
@@ -33,10 +33,10 @@ var runtimeMetrics = regexp.MustCompile(`^/(memory/classes/(total|heap/objects|h
 type Sources struct {
 	Upstream  func(flow.Direction) Upstream
 	AccessLog func() (written, dropped uint64)           // lines
-	Backoffs  func() uint64                              // pauses of accept loops that found no descriptor
-	Pipes     func() int                                 // that relays hold, in use or for the next connection
-	Held      func() (used, limit int, evictions uint64) // of the memory budget
-	Gates     func() []Gate                              // of readiness
+	Backoffs  func() uint64                              // times that accept loops paused for lack of descriptors
+	Pipes     func() int                                 // pipes that relays hold, in use or for the next connection
+	Held      func() (used, limit int, evictions uint64) // memory budget for heads and held bodies
+	Gates     func() []Gate                              // readiness gates
 	Draining  func() bool
 	DNS       *dns.Stats // nil: no resolver
 }
@@ -44,7 +44,8 @@ type Sources struct {
 // Upstream is what is counted of a direction's upstream connections.
 type Upstream struct {
 	Active            int    // open now, carrying something or in the pool
-	Connected, Failed uint64 // dials
+	Connected, Failed uint64 // attempts to connect
+	Redialled         uint64 // of these, the second and third ones of a dial
 	Reused, Missed    uint64 // requests that found a connection in the pool, or looked in vain
 	Retried           uint64 // requests that were sent once more
 }
@@ -209,6 +210,9 @@ func (d *direction) requests() (sets []*requestSet, services []*service) {
 	return sets, services
 }
 
+// listenerNames are Istio's names of the listeners that carry traffic.
+var listenerNames = [...]string{flow.Inbound: "virtualInbound", flow.Outbound: "virtualOutbound"}
+
 // envoy adds the metrics of Envoy that apply to the agent, with the names, types and labels that they have under Istio.
 func (m *Metrics) envoy(f *families, open [2][len(protocols)]int) {
 	live := 1.0
@@ -226,18 +230,30 @@ func (m *Metrics) envoy(f *families, open [2][len(protocols)]int) {
 		is(float64(memory[1].Value.Uint64() - memory[2].Value.Uint64()))
 	active := f.gauge("envoy_http_downstream_cx_active", "Open HTTP connections from downstream.")
 	total := f.counter("envoy_http_downstream_cx_total", "HTTP connections from downstream.")
+	accepted := f.gauge("envoy_listener_downstream_cx_active", "Open connections from downstream.")
+	answered := f.counter("envoy_listener_http_downstream_rq", "Responses to downstream, by status class.")
 	requests := f.counter("envoy_cluster_upstream_rq_total", "Requests sent on an upstream connection.")
 	classes := f.counter("envoy_cluster_upstream_rq", "Responses to requests sent on an upstream connection, by status class.")
 	for i := range m.directions {
 		d := &m.directions[i]
 		prefix := label("http_conn_manager_prefix", flow.Direction(i).String())
+		listener := label("listener_address", listenerNames[i])
+		if m.table != nil {
+			n := 0
+			for _, of := range open[i] {
+				n += of
+			}
+			accepted.is(float64(n), listener)
+		}
 		active.is(float64(open[i][http1]+open[i][http2]), prefix)
 		total.counts(d.connections[http1].Load()+d.connections[http2].Load(), prefix)
 		n := uint64(0)
 		for class := range d.upstream {
 			of := d.upstream[class].Load()
 			if n += of; class > 0 {
-				classes.counts(of, label("response_code_class", strconv.Itoa(class)+"xx"), label("cluster_name", d.cluster))
+				name := label("response_code_class", strconv.Itoa(class)+"xx")
+				classes.counts(of, name, label("cluster_name", d.cluster))
+				answered.counts(d.downstream[class].Load(), name, prefix, listener)
 			}
 		}
 		requests.counts(n, label("cluster_name", d.cluster))
@@ -276,6 +292,7 @@ func (m *Metrics) fromSources(f *families) {
 		total := f.counter("envoy_cluster_upstream_cx_total", "Attempts to connect upstream.")
 		failed := f.counter("envoy_cluster_upstream_cx_connect_fail", "Failed attempts to connect upstream.")
 		retries := f.counter("envoy_cluster_upstream_rq_retry", "Requests retried on a fresh upstream connection.")
+		redialled := f.counter("pillion_redials_total", "Second and third attempts to connect upstream.")
 		reused := f.counter("pillion_pool_reused_total", "Requests that reused a pooled connection.")
 		missed := f.counter("pillion_pool_missed_total", "Requests that found no pooled connection.")
 		for i := range m.directions {
@@ -285,6 +302,7 @@ func (m *Metrics) fromSources(f *families) {
 			total.counts(n.Connected+n.Failed, cluster)
 			failed.counts(n.Failed, cluster)
 			retries.counts(n.Retried, cluster)
+			redialled.counts(n.Redialled, direction)
 			reused.counts(n.Reused, direction)
 			missed.counts(n.Missed, direction)
 		}

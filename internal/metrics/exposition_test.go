@@ -22,9 +22,11 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files")
 
-// everything is a Metrics that has seen some of each kind, and asks all sources.
-func everything() *Metrics {
-	m := New(pod, "1.2.3")
+// everything returns a Metrics that has counted flows of each kind and has all sources.
+func everything() *Metrics { return everythingWith(Options{Version: "1.2.3"}) }
+
+func everythingWith(o Options) *Metrics {
+	m := New(pod, o)
 	table := flow.NewTable(m)
 	resolver := new(dns.Stats)
 	resolver.UDPQueries.Store(50)
@@ -35,7 +37,7 @@ func everything() *Metrics {
 	m.Watch(table, Sources{
 		DNS: resolver,
 		Upstream: func(d flow.Direction) Upstream {
-			return Upstream{Active: 1 + int(d), Connected: 20, Failed: 3, Reused: 40, Missed: 5, Retried: 6}
+			return Upstream{Active: 1 + int(d), Connected: 20, Failed: 3, Redialled: 2, Reused: 40, Missed: 5, Retried: 6}
 		},
 		AccessLog: func() (uint64, uint64) { return 100, 7 },
 		Backoffs:  func() uint64 { return 8 },
@@ -62,8 +64,8 @@ func everything() *Metrics {
 	return m
 }
 
-// The golden file leaves out what the runtime says, most buckets, reasons that did not come up, and what the labels of all
-// Istio's metrics are, but for requests and opened connections.
+// The golden file omits the runtime's metrics, most buckets, and reasons that did not occur. The labels that all of Istio's
+// metrics share are listed only for requests and opened connections.
 func TestGolden(t *testing.T) {
 	const golden = "testdata/exposition.golden"
 	out := regexp.MustCompile(`^(# (HELP|TYPE) )?(go_|process_|envoy_server_(uptime|memory|concurrency))|_bucket{.*le="([1-9][0-9]*)"|^pillion_flows_total.* 0\n`)
@@ -101,7 +103,7 @@ const istioLabels = "reporter source_workload source_canonical_service source_ca
 const ofRequests = istioLabels + " request_protocol response_code grpc_response_status response_flags connection_security_policy"
 const ofTCP = istioLabels + " request_protocol response_flags connection_security_policy"
 
-func TestLabelsAreIstiosInIstiosOrder(t *testing.T) {
+func TestLabelsHaveIstiosOrder(t *testing.T) {
 	families := exposition(t, everything())
 	for name, labels := range map[string]string{
 		"istio_requests_total": ofRequests, "istio_request_duration_milliseconds": ofRequests, "istio_request_bytes": ofRequests,
@@ -118,15 +120,15 @@ func TestLabelsAreIstiosInIstiosOrder(t *testing.T) {
 				got = append(got, l.GetName())
 			}
 			if strings.Join(got, " ") != labels {
-				t.Errorf("%s has %v", name, got)
+				t.Errorf("%s has labels %v", name, got)
 			}
 		}
 	}
 }
 
-// What the panels of Istio's dashboards and Kiali's graph ask for is there. The list says how it is to be read; e2e asks for
-// the same of an agent that carries traffic.
-func TestDashboardsFindWhatTheyAskFor(t *testing.T) {
+// The panels of Istio's dashboards and Kiali's graph find their series. The list describes its own format; e2e runs the same
+// list against an agent that carries traffic.
+func TestDashboardsFindTheirSeries(t *testing.T) {
 	const list = "testdata/dashboards.txt"
 	text, err := os.ReadFile(list)
 	if err != nil {
@@ -154,14 +156,14 @@ func TestDashboardsFindWhatTheyAskFor(t *testing.T) {
 	}
 }
 
-func TestNamesAreClean(t *testing.T) {
+func TestNamesPassPromlint(t *testing.T) {
 	problems, err := promlint.New(strings.NewReader(text(t, everything()))).Lint()
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Others named these, and whoever asks for them knows them so.
+	// Names of Istio and Envoy; existing queries depend on them.
 	given := []string{"istio_request_duration_milliseconds", "envoy_cluster_upstream_cx_connect_fail", "envoy_cluster_upstream_rq",
-		"envoy_cluster_upstream_rq_retry"}
+		"envoy_cluster_upstream_rq_retry", "envoy_listener_http_downstream_rq"}
 	for _, p := range problems {
 		if !slices.Contains(given, p.Metric) {
 			t.Errorf("%s: %s", p.Metric, p.Text)
@@ -184,18 +186,18 @@ func TestOpenMetrics(t *testing.T) {
 	}
 }
 
-func TestWithoutSourcesTheirNumbersAreNotThere(t *testing.T) {
-	families := exposition(t, New(pod, "v"))
+func TestMetricsWithoutSourceAreOmitted(t *testing.T) {
+	families := exposition(t, New(pod, Options{Version: "v"}))
 	for _, name := range []string{"pillion_open_connections", "pillion_pool_reused_total", "pillion_gate_open", "pillion_pipes",
 		"pillion_access_log_written_total", "pillion_accept_backoffs_total", "envoy_cluster_upstream_cx_active"} {
 		if families[name] != nil {
-			t.Errorf("%s is there", name)
+			t.Errorf("%s is present", name)
 		}
 	}
 	for _, name := range []string{"pillion_flows_total", "pillion_connections_total", "istio_build", "envoy_server_live",
 		"go_goroutines", "process_resident_memory_bytes", "process_open_fds", "process_max_fds"} {
 		if families[name] == nil {
-			t.Errorf("%s is not there", name)
+			t.Errorf("%s is missing", name)
 		}
 	}
 }
@@ -245,10 +247,10 @@ func TestHandler(t *testing.T) {
 	}
 }
 
-// held is a reader that takes its answer when it is told to.
+// held is a client that reads its answer only after release is closed.
 type held struct {
 	*httptest.ResponseRecorder
-	begun, go_ chan struct{}
+	begun, release chan struct{}
 }
 
 func (h *held) Write(b []byte) (int, error) {
@@ -256,11 +258,11 @@ func (h *held) Write(b []byte) (int, error) {
 	case h.begun <- struct{}{}:
 	default:
 	}
-	<-h.go_
+	<-h.release
 	return h.ResponseRecorder.Write(b)
 }
 
-func TestSlowReadersAreFew(t *testing.T) {
+func TestSlowReadersAreBounded(t *testing.T) {
 	handler := everything().Handler()
 	release := make(chan struct{})
 	done := make(chan struct{}, maxScrapes)
@@ -275,7 +277,7 @@ func TestSlowReadersAreFew(t *testing.T) {
 	answer := httptest.NewRecorder()
 	handler.ServeHTTP(answer, httptest.NewRequest("GET", Path, nil))
 	if answer.Code != http.StatusServiceUnavailable {
-		t.Errorf("one more is answered %d", answer.Code)
+		t.Errorf("status of the next scrape = %d, want 503", answer.Code)
 	}
 	close(release)
 	for range maxScrapes {

@@ -12,18 +12,18 @@ import (
 var buckets = [...]float64{0.5, 1, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000, 600000,
 	1800000, 3600000}
 
-// limits are buckets in whole numbers of what is observed.
+// limits are the buckets in the unit of the observed values, as integers.
 type limits [len(buckets)]uint64
 
 var durationLimits, byteLimits = func() (duration, size limits) {
 	for i, bound := range buckets {
 		duration[i] = uint64(bound * float64(time.Millisecond))
-		size[i] = uint64(bound) // half a byte is none
+		size[i] = uint64(bound) // 0.5 bytes becomes 0
 	}
 	return duration, size
 }()
 
-// histogram counts whole numbers: nanoseconds or bytes.
+// histogram counts integers: nanoseconds or bytes.
 type histogram struct {
 	counts [len(buckets) + 1]atomic.Uint64
 	sum    atomic.Uint64
@@ -38,7 +38,7 @@ func (h *histogram) observe(value uint64, limits *limits) {
 	h.sum.Add(value)
 }
 
-// expose shows the histogram in the unit of buckets, of which unit is one.
+// expose returns the histogram in the unit of buckets. unit is the observed value that corresponds to 1 in buckets.
 func (h *histogram) expose(unit float64) *dto.Histogram {
 	out := &dto.Histogram{Bucket: make([]*dto.Bucket, len(h.counts)), SampleSum: new(float64(h.sum.Load()) / unit)}
 	var n uint64

@@ -1,17 +1,18 @@
 // Package metrics counts flows and exposes the counts to Prometheus.
 //
-// It is a flow.Opener: all its numbers about traffic come from records. They are Istio's standard metrics, name for name
-// and label for label, so that Istio's dashboards and Kiali read them unchanged; a few of Envoy's, as far as they are true
-// of us; and pillion's own. The numbers are atomics of this package, because a request must cost next to nothing and
-// Istio's labels are many; client_golang gathers the runtime's and the process's, and writes the formats.
+// Metrics is a flow.Opener: all its numbers about traffic come from records. They are Istio's standard metrics, with the
+// same names and labels, so that Istio's dashboards and Kiali can read them; those of Envoy's metrics that apply to the
+// agent; and pillion's own. The counters are atomics of this package, because a request must cost little and Istio has many
+// labels. client_golang gathers the metrics of the runtime and the process, and writes the formats.
 //
-// The number of series is bounded, whatever anybody sends: see maxServices and maxSets.
+// The number of series is bounded for any input: see DefaultMaxSeries.
 //
-// What differs from Istio: bytes of requests and responses are those of their bodies, durations have fractions of a
-// millisecond, and peers are unknown, because no source identifies them.
+// Differences from Istio: bytes of requests and responses count bodies only, durations have fractions of a millisecond, and
+// peers are unknown, because no source identifies them.
 package metrics
 
 import (
+	"bytes"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -21,26 +22,39 @@ import (
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
-// Metrics counts. It is safe for use from anywhere.
+// Metrics counts flows. It is safe for concurrent use.
 type Metrics struct {
 	version    string
 	started    time.Time
 	directions [2]direction
-	runtime    *prometheus.Registry // of client_golang's collectors only
+	runtime    *prometheus.Registry // holds only client_golang's collectors
 
 	table   *flow.Table
 	sources Sources
 }
 
-// New makes the metrics of this workload. version is the agent's, which istio_build shows.
-func New(pod podinfo.Pod, version string) *Metrics {
-	m := &Metrics{version: version, started: time.Now(), runtime: prometheus.NewRegistry()}
+// Options configure Metrics.
+type Options struct {
+	Version       string // of the agent, shown by istio_build
+	ClusterDomain string // DNS domain of the cluster; empty: cluster.local
+	MaxSeries     int    // bounds the series of a scrape, from MinMaxSeries to MaxMaxSeries; zero: DefaultMaxSeries
+}
+
+// New returns the metrics of this workload.
+func New(pod podinfo.Pod, o Options) *Metrics {
+	if o.ClusterDomain == "" {
+		o.ClusterDomain = podinfo.DefaultClusterDomain
+	}
+	if o.MaxSeries == 0 {
+		o.MaxSeries = DefaultMaxSeries
+	}
+	m := &Metrics{version: o.Version, started: time.Now(), runtime: prometheus.NewRegistry()}
 	for i := range m.directions {
-		m.directions[i].init(flow.Direction(i), &pod)
+		m.directions[i].init(flow.Direction(i), &pod, o)
 	}
 	m.runtime.MustRegister(
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		// Without MemStats, and with few of the runtime's metrics: they are asked for at each scrape.
+		// Without MemStats, and with few of the runtime's metrics, because each scrape reads them.
 		collectors.NewGoCollector(collectors.WithGoCollectorMemStatsMetricsDisabled(),
 			collectors.WithGoCollectorRuntimeMetrics(collectors.GoRuntimeMetricsRule{Matcher: runtimeMetrics})),
 	)
@@ -76,22 +90,22 @@ func protocolOf(r *flow.Record) int {
 	return opaque
 }
 
-// carried is kept with an opaque connection while it is open. Its owner uses it before the connection is carried and after
-// the table removed it, and Table.Each in between; the lock of the table orders these.
+// carried is the state of an open opaque connection. Its owner uses it before the connection is carried and after the table
+// removed it, and Table.Each in between; the lock of the table orders these.
 type carried struct {
 	*tcpSet
-	receivedTold, sentTold uint64
+	receivedCounted, sentCounted uint64
 }
 
-// tell adds the bytes moved since the last call.
-func (c *carried) tell(r *flow.Record) {
+// count adds the bytes moved since the last call.
+func (c *carried) count(r *flow.Record) {
 	received, sent := r.Received.Load(), r.Sent.Load()
-	c.received.Add(received - c.receivedTold)
-	c.sent.Add(sent - c.sentTold)
-	c.receivedTold, c.sentTold = received, sent
+	c.received.Add(received - c.receivedCounted)
+	c.sent.Add(sent - c.sentCounted)
+	c.receivedCounted, c.sentCounted = received, sent
 }
 
-// Opened counts a connection that begins to be carried.
+// Opened counts a connection when the agent begins to carry it.
 func (m *Metrics) Opened(r *flow.Record) {
 	d := &m.directions[r.Direction]
 	protocol := protocolOf(r)
@@ -105,7 +119,7 @@ func (m *Metrics) Opened(r *flow.Record) {
 	place.Set(r, &carried{tcpSet: set})
 }
 
-// Progress brings the byte counters of open connections up to date. A scrape does so by itself.
+// Progress brings the byte counters of open connections up to date. Each scrape does so as well.
 func (m *Metrics) Progress(table *flow.Table) {
 	table.Each(func(r *flow.Record) bool {
 		progress(r)
@@ -118,11 +132,11 @@ func progress(r *flow.Record) {
 		return
 	}
 	if c, ok := place.Get(r).(*carried); ok {
-		c.tell(r)
+		c.count(r)
 	}
 }
 
-// Closed counts a request or a connection that has ended.
+// Closed counts an ended request or connection.
 func (m *Metrics) Closed(r *flow.Record) {
 	d := &m.directions[r.Direction]
 	if r.IsRequest() {
@@ -132,9 +146,9 @@ func (m *Metrics) Closed(r *flow.Record) {
 	}
 }
 
-// connection counts as Istio does: what comes to a destination that is refused, or cannot be reached, was opened and closed
-// with its flags. What no filter chain would have taken is not counted by Istio. A connection that was carried has its bytes
-// under no flags, because they are told while it is open.
+// connection counts as Istio does. A connection whose destination refuses or cannot be reached counts as opened and closed,
+// with its flags. A connection that no filter chain of Istio would accept is not counted. The bytes of a carried connection
+// have no flags, because they are counted while it is open.
 func (d *direction) connection(r *flow.Record) {
 	end := d.end(r.Reason)
 	end.flows.Add(1)
@@ -146,25 +160,26 @@ func (d *direction) connection(r *flow.Record) {
 		end.tcp.opened.Add(1)
 		c = &carried{tcpSet: end.tcp}
 	}
-	c.tell(r)
+	c.count(r)
 	end.tcp.closed.Add(1)
 }
 
-// lastRequest caches where the last request of a connection was counted, since most requests resemble the one before.
-// Only the goroutine that owns the connection uses it.
+// lastRequest caches the counters of a connection's last request, since most requests resemble the one before. Only the
+// goroutine that owns the connection uses it.
 type lastRequest struct {
-	host, grpcStatus, flags string
-	reason                  flow.Reason
-	status                  int
-	grpc                    bool
-	set                     *requestSet // nil: there was none, or it had no place of its own
-	end                     *end
+	host              []byte // as the client sent it
+	grpcStatus, flags string
+	reason            flow.Reason
+	status            int
+	grpc              bool
+	set               *requestSet // nil: no request yet, or its labels were folded into those of others
+	end               *end
 }
 
 func (l *lastRequest) like(r *flow.Record) bool {
 	h := &r.HTTP
 	return l.set != nil && h.Status == l.status && h.GRPC == l.grpc && r.Reason == l.reason && h.Flags == l.flags &&
-		string(h.Authority) == l.host && string(h.GRPCStatus) == l.grpcStatus
+		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == l.grpcStatus
 }
 
 func (d *direction) request(r *flow.Record) {
@@ -179,11 +194,12 @@ func (d *direction) request(r *flow.Record) {
 		set, named = d.requestSet(r)
 		end = d.end(r.Reason)
 		*last = lastRequest{
-			host: set.service.host, grpcStatus: grpcStatuses[set.grpcStatus], flags: r.HTTP.Flags,
+			host: last.host[:0], grpcStatus: grpcStatuses[set.grpcStatus], flags: r.HTTP.Flags,
 			reason: r.Reason, status: r.HTTP.Status, grpc: r.HTTP.GRPC, end: end,
 		}
-		if named {
+		if named && len(r.HTTP.Authority) <= maxHost {
 			last.set = set
+			last.host = append(last.host, r.HTTP.Authority...)
 		}
 	}
 	end.flows.Add(1)
@@ -195,8 +211,10 @@ func (d *direction) request(r *flow.Record) {
 		set.service.responseMessages.Add(r.HTTP.ResponseMessages)
 		set.service.grpc.Store(true)
 	}
+	class := statusClass(r.HTTP.Status)
+	d.downstream[class].Add(1)
 	if r.UpstreamLocal.IsValid() {
-		d.upstream[statusClass(r.HTTP.Status)].Add(1)
+		d.upstream[class].Add(1)
 	}
 }
 

@@ -10,8 +10,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/dns"
 )
 
-// The list has each family with its type and its labels, but for those of Go's runtime. Dashboards in deploy are held
-// against it.
+// The golden file lists each family with its type and labels, without those of Go's runtime. A test of deploy compares the
+// dashboard with it.
 func TestNames(t *testing.T) {
 	const golden = "testdata/names.golden"
 	m := everything()

@@ -1,7 +1,6 @@
 package metrics
 
 import (
-	"bytes"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,44 +13,72 @@ import (
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
-// The bounds, for each direction.
+// Limits of the number of series. Options.MaxSeries bounds them all.
 //
-// Anybody can write anything into a Host field. So only the host of a request that upstream answered below 400 gets a
-// place among maxServices: whoever tries names that nobody serves takes no place from those that are served. All others
-// are counted under the host "unknown". Where upstream answers every name, the first ones have the places.
+// Clients can send any Host field. So a host gets series of its own only after a response below 400: names that are not
+// served take no place from those that are. The number of such hosts is limited for each direction; outbound, hosts that
+// are not Services of the cluster have a lower limit of their own. All other hosts are counted as "unknown". A server that
+// answers every name can still be made to use up the places, so the workload's own service always has one.
 //
-// Only upstream can make many status codes, but what a downstream asks of it may decide that. When there are maxSets
-// combinations, each of which is 67 lines of exposition, further ones are counted under the host "unknown", no flags, the
-// first code of their class, and gRPC's errors as 2, so that rates of errors stay right.
+// Clients can also make some servers return any status. The number of combinations of labels is limited for each
+// direction. Further combinations are folded into few: the host "unknown", no flags, the first code of the status class,
+// and 2 for all errors of gRPC, so that error rates remain correct.
 const (
-	maxServices = 100
-	maxSets     = 500
+	DefaultMaxSeries = 10_000
+	MinMaxSeries     = 5_000
+	MaxMaxSeries     = 100_000 // package scrape takes as much
+
+	seriesPerSet = 1 + 3*(len(buckets)+1+2) // a counter, and three histograms with +Inf, sum and count
+	foldedSets   = 6 + 3 + 5                // status classes of HTTP; of gRPC, with 200 and without
+	otherSeries  = 1000                     // all others, with a margin
 )
 
-// direction is what is counted of one direction. The series whose labels come from traffic are made when they are first
-// needed, and stay.
+// budget bounds the series of one direction.
+type budget struct {
+	sets       int // combinations of labels
+	services   int // hosts with series of their own
+	otherHosts int // those of them that are not Services
+}
+
+// budgetOf divides the series that are left after all others between the directions: outbound has more destinations.
+func budgetOf(maxSeries int, direction flow.Direction) budget {
+	sets := (maxSeries-otherSeries)/seriesPerSet - 2*foldedSets
+	if direction == flow.Inbound {
+		sets = sets * 2 / 5
+		return budget{sets, sets / 2, sets / 2}
+	}
+	sets -= sets * 2 / 5
+	return budget{sets, sets, sets / 3}
+}
+
+// direction holds the counters of one direction. A series whose labels come from traffic is created when it is first needed
+// and stays.
 type direction struct {
 	reporter, security string
-	cluster            string // what Envoy calls the upstream of everything
+	cluster            string // Envoy's name of the cluster of all traffic
 	pod                *podinfo.Pod
+	naming             naming
+	ownService         string // name of the service that the pod most likely belongs to
+	budget             budget
 
-	ends        map[flow.Reason]*end // has all that are explained, and is not changed any more
-	tcp         []*tcpSet            // each once, in the order of flow.Explanations; likewise
+	ends        map[flow.Reason]*end // one for each of flow.Explanations; immutable after init
+	tcp         []*tcpSet            // each once, in the order of flow.Explanations; immutable after init
 	connections [len(protocols)]atomic.Uint64
-	upstream    [6]atomic.Uint64 // requests that had an upstream connection, by class of status
+	downstream  [6]atomic.Uint64 // requests by status class; 0: no response
+	upstream    [6]atomic.Uint64 // those of them that had an upstream connection
 	unnamed     atomic.Uint64    // requests whose host has no place
 	folded      atomic.Uint64    // requests whose combination has no place
 
-	mu       sync.RWMutex // over what follows
-	services map[string]*service
+	mu       sync.RWMutex        // over what follows
+	services map[string]*service // by destination
+	others   int                 // services that are not of the cluster
 	sets     map[setKey]*requestSet
 	inTurn   []*requestSet
-	unknown  *service // without a host, or whose host has no place
+	unknown  *service // for requests without a host, and for hosts without series of their own
 }
 
-// service is what is known of where a request or connection went: the labels that it gives to all series.
+// service is the destination of requests or connections, with the labels that it gives to all series.
 type service struct {
-	host             string // as the header has it, in lower case; empty for none
 	labels           []*dto.LabelPair
 	grpc             atomic.Bool
 	requestMessages  atomic.Uint64
@@ -65,34 +92,40 @@ type setKey struct {
 	flags      string
 }
 
-// requestSet is what is counted of requests with the same labels. Their number is that of the observations of duration.
+// requestSet holds the counters of requests with the same labels. The number of requests is that of the observed durations.
 type requestSet struct {
 	setKey
 	labels                   []*dto.LabelPair
 	duration, received, sent histogram
 }
 
-// end is what is counted of flows that end for one reason.
+// end holds the counters of flows that ended with one reason.
 type end struct {
 	flows atomic.Uint64
-	tcp   *tcpSet // of connections; reasons with the same flags share it
+	tcp   *tcpSet // for connections; shared by reasons with the same flags
 }
 
-// tcpSet is what is counted of opaque connections with the same labels.
+// tcpSet holds the counters of opaque connections with the same labels.
 type tcpSet struct {
 	labels                         []*dto.LabelPair
 	opened, closed, received, sent atomic.Uint64
 }
 
-func (d *direction) init(direction flow.Direction, pod *podinfo.Pod) {
+func (d *direction) init(direction flow.Direction, pod *podinfo.Pod, o Options) {
 	d.reporter, d.security, d.cluster = "destination", "none", direction.Passthrough()
 	if direction == flow.Outbound {
 		d.reporter, d.security = "source", podinfo.Unknown
 	}
 	d.pod = pod
+	d.budget = budgetOf(o.MaxSeries, direction)
+	d.naming = naming{inbound: direction == flow.Inbound, domain: o.ClusterDomain}
+	if pod.Namespace != podinfo.Unknown {
+		d.naming.namespace = []byte(pod.Namespace)
+		d.ownService = kubernetesName(pod.CanonicalService, pod.Namespace, o.ClusterDomain)
+	}
 	d.services = make(map[string]*service)
 	d.sets = make(map[setKey]*requestSet)
-	d.unknown = d.newService("")
+	d.unknown = d.newService("", noHost)
 	loop := d.serviceLabels(podinfo.Unknown, envoy.BlackHoleCluster, podinfo.Unknown)
 	d.ends = make(map[flow.Reason]*end)
 	sets := make(map[string]*tcpSet)
@@ -114,8 +147,8 @@ func (d *direction) init(direction flow.Direction, pod *podinfo.Pod) {
 	}
 }
 
-// end is that of a reason. One that is not explained, which tests of package flow rule out, counts as an ordinary end
-// rather than as a crash.
+// end returns the counters of a reason. An unknown reason counts as flow.Closed, so that it cannot crash the agent; tests
+// of package flow ensure that all reasons have an explanation.
 func (d *direction) end(reason flow.Reason) *end {
 	if e := d.ends[reason]; e != nil {
 		return e
@@ -123,8 +156,8 @@ func (d *direction) end(reason flow.Reason) *end {
 	return d.ends[flow.Closed]
 }
 
-// requestSet finds or makes the set of a request. named is false when another request of the same kind may find another
-// set, because the host or the combination had no place.
+// requestSet finds or creates the set of a request. named is false if another request with the same labels may get another
+// set, because its host or its combination of labels exceeds a limit.
 func (d *direction) requestSet(r *flow.Record) (set *requestSet, named bool) {
 	of, named := d.service(r)
 	key := setKey{of, r.HTTP.Status, notGRPC, orDash(r.Flags())}
@@ -145,12 +178,9 @@ func (d *direction) requestSet(r *flow.Record) (set *requestSet, named bool) {
 	if set = d.sets[key]; set != nil {
 		return set, named
 	}
-	if len(d.sets) >= maxSets {
+	if len(d.sets) >= d.budget.sets {
 		d.folded.Add(1)
-		key.service, key.status, key.flags, named = d.unknown, statusClass(key.status)*100, "-", false
-		if key.grpcStatus != int(envoy.GRPCOK) && key.grpcStatus < noGRPCStatus {
-			key.grpcStatus = int(envoy.GRPCUnknown)
-		}
+		key, named = d.fold(key), false
 		if set = d.sets[key]; set != nil {
 			return set, false
 		}
@@ -159,6 +189,18 @@ func (d *direction) requestSet(r *flow.Record) (set *requestSet, named bool) {
 	d.sets[key] = set
 	d.inTurn = append(d.inTurn, set)
 	return set, named
+}
+
+// fold maps a combination of labels to one of foldedSets.
+func (d *direction) fold(key setKey) setKey {
+	class := statusClass(key.status)
+	key.service, key.status, key.flags = d.unknown, class*100, "-"
+	switch {
+	case key.grpcStatus == notGRPC:
+	case class != 2 || key.grpcStatus != int(envoy.GRPCOK) && key.grpcStatus != noGRPCStatus:
+		key.grpcStatus = int(envoy.GRPCUnknown)
+	}
+	return key
 }
 
 func (d *direction) newRequestSet(key setKey) *requestSet {
@@ -175,28 +217,21 @@ func (d *direction) newRequestSet(key setKey) *requestSet {
 		label("connection_security_policy", d.security))}
 }
 
-// service finds the place of a request's host, or gives it one. It is the unknown one when the host gets none, which named
-// tells.
+// service finds or creates the service of a request's host. named is false if the host was counted as unknown and may be
+// counted by its name later.
 func (d *direction) service(r *flow.Record) (of *service, named bool) {
-	host := r.HTTP.Authority
-	if len(host) == 0 {
+	var buf [maxDestination + maxHost]byte
+	name, kind := d.naming.destination(buf[:0], r.HTTP.Authority, r.OriginalDestination.Addr())
+	switch kind {
+	case noHost, addressHost:
 		return d.unknown, true
-	}
-	var lowered [maxHost]byte
-	if !validHost(host) {
+	case invalidHost:
 		d.unnamed.Add(1)
 		return d.unknown, false
 	}
-	if host = lowered[:copy(lowered[:], host)]; bytes.ContainsFunc(host, isUpper) {
-		for i, c := range host {
-			if isUpper(rune(c)) {
-				host[i] = c + 'a' - 'A'
-			}
-		}
-	}
 	d.mu.RLock()
-	of = d.services[string(host)]
-	full := len(d.services) >= maxServices
+	of = d.services[string(name)]
+	full := d.full(name, kind)
 	d.mu.RUnlock()
 	switch {
 	case of != nil:
@@ -207,51 +242,46 @@ func (d *direction) service(r *flow.Record) (of *service, named bool) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if of = d.services[string(host)]; of != nil {
+	if of = d.services[string(name)]; of != nil {
 		return of, true
 	}
-	if len(d.services) >= maxServices {
+	if d.full(name, kind) {
 		d.unnamed.Add(1)
 		return d.unknown, false
 	}
-	of = d.newService(string(host))
-	d.services[of.host] = of
+	of = d.newService(string(name), kind)
+	d.services[string(name)] = of
+	if kind == otherHost {
+		d.others++
+	}
 	return of, true
 }
 
-func isUpper(c rune) bool { return 'A' <= c && c <= 'Z' }
+// full reports whether a new name exceeds the limits, with the lock held.
+func (d *direction) full(name []byte, kind kind) bool {
+	return len(d.services) >= d.budget.services && string(name) != d.ownService || kind == otherHost && d.others >= d.budget.otherHosts
+}
 
-// newService decides what Istio says of a host. destination_service is the host as it stands in the header, with its port,
-// as Istio has it where it knows no better. The name of the service and its namespace are read from a name of Kubernetes';
-// all others are passed through, and bear the name of the cluster that does so.
-func (d *direction) newService(host string) *service {
-	name, namespace := kubernetesService(host, d.pod.Namespace)
-	if name == "" {
-		name, namespace = d.cluster, podinfo.Unknown
+// newService returns a service with Istio's labels. Without a control plane, Istio's labels of a Service are those of its
+// name. Other hosts are passed through: the service's name is then that of the cluster that does so.
+func (d *direction) newService(destination string, kind kind) *service {
+	name, namespace := d.cluster, podinfo.Unknown
+	if kind == kubernetesService {
+		parts := strings.SplitN(destination, ".", 3)
+		name, namespace = parts[0], parts[1]
 	}
-	destination := host
-	if host == "" {
+	if destination == "" {
 		destination = podinfo.Unknown
 	}
-	return &service{host: host, labels: d.serviceLabels(destination, name, namespace)}
+	return &service{labels: d.serviceLabels(destination, name, namespace)}
 }
 
-// kubernetesService takes reviews.prod.svc.cluster.local:9080 apart. Of the shorter names that a resolver in a pod
-// completes, it takes those that mean the own namespace: reviews and, in prod, reviews.prod.
-func kubernetesService(host, own string) (name, namespace string) {
-	host, _, _ = strings.Cut(host, ":")
-	parts := strings.SplitN(strings.TrimSuffix(host, "."), ".", 4)
-	switch {
-	case parts[0] == "" || parts[0][0] == '[':
-	case len(parts) == 1:
-		return parts[0], own
-	case len(parts) == 2 && parts[1] == own, len(parts) > 2 && parts[2] == "svc":
-		return parts[0], parts[1]
-	}
-	return "", ""
+// kubernetesName returns the full name of a Service.
+func kubernetesName(service, namespace, domain string) string {
+	return service + "." + namespace + ".svc." + domain
 }
 
-// serviceLabels are the labels that all of Istio's metrics have, in Istio's order.
+// serviceLabels returns the labels that all of Istio's metrics have, in Istio's order.
 func (d *direction) serviceLabels(destination, name, namespace string) []*dto.LabelPair {
 	own := d.pod
 	peer := podinfo.Pod{Namespace: podinfo.Unknown, Workload: podinfo.Unknown, App: podinfo.Unknown, Version: podinfo.Unknown,
@@ -260,7 +290,7 @@ func (d *direction) serviceLabels(destination, name, namespace string) []*dto.La
 	if d.reporter == "source" {
 		from, to = own, &peer
 	} else {
-		namespace = own.Namespace // wherever the host seems to be, it is here
+		namespace = own.Namespace // inbound, the destination is this pod
 	}
 	return []*dto.LabelPair{
 		label("reporter", d.reporter),
@@ -293,36 +323,6 @@ func orDash(flags string) string {
 		return "-"
 	}
 	return flags
-}
-
-// maxHost is a name of 253 bytes with a port.
-const maxHost = 253 + len(":65535")
-
-// validHost reports whether host is a name or an address, with or without a port, of characters that such have.
-func validHost(host []byte) bool {
-	if len(host) > maxHost {
-		return false
-	}
-	name := host
-	if i := bytes.LastIndexByte(host, ':'); i >= 0 && host[len(host)-1] != ']' {
-		port, err := strconv.ParseUint(string(host[i+1:]), 10, 16)
-		if name = host[:i]; err != nil || port == 0 {
-			return false
-		}
-	}
-	inBrackets := len(name) > 2 && name[0] == '[' && name[len(name)-1] == ']'
-	if inBrackets {
-		name = name[1 : len(name)-1]
-	}
-	for _, c := range name {
-		switch {
-		case '0' <= c && c <= '9', c == '.', inBrackets && c == ':', 'a' <= c|0x20 && c|0x20 <= 'f':
-		case !inBrackets && ('a' <= c|0x20 && c|0x20 <= 'z' || c == '-' || c == '_'):
-		default:
-			return false
-		}
-	}
-	return len(name) > 0
 }
 
 // Indices into grpcStatuses after the codes of gRPC.

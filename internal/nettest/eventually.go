@@ -14,7 +14,7 @@ const Patience = time.Minute
 func Eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	if !Within(Patience, condition) {
-		t.Fatalf("%s: not so within %v", what, Patience)
+		t.Fatalf("condition not met within %v: %s", Patience, what)
 	}
 }
 

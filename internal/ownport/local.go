@@ -10,8 +10,8 @@ import (
 )
 
 // FromLoopback reports whether a request's connection comes from loopback. The source address can be trusted, because the
-// rules never redirect to the agent's own ports. If they did (a port was configured that init does not know), remote clients
-// would appear with inbound's source address, which is rejected.
+// rules never redirect to the agent's own ports. If they did (init was given other ports than the agent), remote clients
+// would appear with inbound's source address, and that is rejected.
 func FromLoopback(r *http.Request) bool {
 	from, err := netip.ParseAddrPort(r.RemoteAddr)
 	address := from.Addr().Unmap()

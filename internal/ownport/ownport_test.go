@@ -15,7 +15,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-func TestManyIdleConnectionsDoNotKeepAProbeOut(t *testing.T) {
+func TestIdleConnectionsDoNotKeepAProbeOut(t *testing.T) {
 	listener, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -41,7 +41,7 @@ func TestManyIdleConnectionsDoNotKeepAProbeOut(t *testing.T) {
 		t.Fatalf("a probe behind 300 idle connections: %v", err)
 	}
 	response.Body.Close()
-	idle[0].SetReadDeadline(time.Now().Add(3 * time.Second)) // before its own time is up
+	idle[0].SetReadDeadline(time.Now().Add(3 * time.Second)) // before its own time limit
 	if _, err := idle[0].Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the oldest idle connection is still open: %v", err)
 	}

@@ -1,7 +1,8 @@
-// Package podinfo tells who the workload is, from what Istio's injector and the kubelet put beside it.
+// Package podinfo identifies the workload from the files and variables that Istio's injector and the kubelet provide. It is
+// read once, when the agent starts.
 //
-// It is read once, when the agent starts. What is not known is "unknown", as Istio's telemetry has it, so that all fields
-// may stand in labels as they are; on a laptop all of them are, but for the revision.
+// An unknown value is "unknown", as in Istio's telemetry, so that every field can be used as a label. On a laptop all fields
+// except the revision are unknown.
 package podinfo
 
 import (
@@ -15,32 +16,33 @@ import (
 	"strings"
 )
 
-// LabelsFile and AnnotationsFile are where the injector mounts the pod's.
+// LabelsFile and AnnotationsFile are the files where the injector mounts the pod's labels and annotations.
 const (
 	LabelsFile      = "/etc/istio/pod/labels"
 	AnnotationsFile = "/etc/istio/pod/annotations"
 )
 
-// Unknown stands for what is not known, and Latest for a revision that is not.
+// Unknown is the text of an unknown value, and Latest that of an unknown revision.
 const (
 	Unknown = "unknown"
 	Latest  = "latest"
 )
 
-// maxLabels is how much of the labels, or of the annotations, is read. A pod has a few; the API server takes no object larger than 1.5 MiB.
+// maxLabels bounds the bytes that are read of either file. Typical files have a few hundred, and the API server rejects
+// objects larger than 1.5 MiB.
 const maxLabels = 1 << 20
 
-// Pod is the workload's pod, in the terms of Istio's telemetry. No field is empty, and all are valid UTF-8.
+// Pod describes the workload's pod in the terms of Istio's telemetry. Fields are never empty, and all are valid UTF-8.
 type Pod struct {
 	Name, Namespace, IP, ServiceAccount string
-	Workload                            string // the deployment or the like that the pod belongs to
-	App, Version                        string // the labels of these names
-	CanonicalService, CanonicalRevision string // what Istio's dashboards group by
+	Workload                            string // name of the Deployment, StatefulSet, DaemonSet, Job or CronJob
+	App, Version                        string // labels of these names
+	CanonicalService, CanonicalRevision string // the grouping of Istio's dashboards
 	Cluster, Mesh                       string
 }
 
-// Read asks getenv for the injector's variables, and the file of labels, which is in the downward API's format. That there
-// is no file is no error. When the file is broken, the error says how, and the pod is what could be read all the same.
+// Read reads the injector's variables by getenv, and the labels from a file in the downward API's format. A missing file is
+// not an error. If the file is malformed, Read returns an error and a Pod with everything that could be parsed.
 func Read(getenv func(string) string, labelsFile string) (Pod, error) {
 	labels, err := readPairs("labels", labelsFile)
 	env := func(name string) string { return strings.ToValidUTF8(getenv(name), "\uFFFD") }
@@ -62,7 +64,7 @@ func Read(getenv func(string) string, labelsFile string) (Pod, error) {
 	return pod, err
 }
 
-// first returns the first of values that is not empty.
+// first returns the first non-empty value, or an empty string.
 func first(values ...string) string {
 	for _, value := range values {
 		if value != "" {
@@ -72,29 +74,29 @@ func first(values ...string) string {
 	return ""
 }
 
-// ownerName is the last part of kubernetes://apis/apps/v1/namespaces/prod/deployments/reviews.
+// ownerName returns reviews for kubernetes://apis/apps/v1/namespaces/prod/deployments/reviews.
 func ownerName(owner string) string {
 	return owner[strings.LastIndexByte(owner, '/')+1:]
 }
 
-// workloadName is a pod's name without what its controllers have put behind their own: reviews-6d4b75cb6d-hswz6 is of
-// reviews, and so is reviews-0. It is a guess, for a pod that was not injected.
+// workloadName removes the suffixes that controllers add to their names: both reviews-6d4b75cb6d-hswz6 and reviews-0 belong
+// to reviews. This is a heuristic for pods that were not injected.
 func workloadName(pod string) string {
 	name, suffix := cutLast(pod)
 	switch {
 	case number(suffix):
-		return name // of a stateful set
+		return name // a StatefulSet
 	case len(suffix) != 5 || !random(suffix):
 		return pod
 	}
 	owner, suffix := cutLast(name)
 	if len(suffix) >= 6 && len(suffix) <= 10 && random(suffix) || len(suffix) >= 8 && number(suffix) {
-		return owner // of a replica set's hash, or a cron job's minute
+		return owner // the hash of a ReplicaSet, or the minute of a CronJob
 	}
 	return name
 }
 
-// cutLast returns the whole name when there is nothing to cut.
+// cutLast splits name at its last hyphen. Without one, suffix is empty.
 func cutLast(name string) (before, suffix string) {
 	if i := strings.LastIndexByte(name, '-'); i > 0 {
 		return name[:i], name[i+1:]
@@ -102,14 +104,14 @@ func cutLast(name string) (before, suffix string) {
 	return name, ""
 }
 
-// random reports whether s has only characters of which Kubernetes makes names: no vowels and nothing that looks like one,
-// so that most words are none.
+// random reports whether s consists of the characters from which Kubernetes generates suffixes. They contain neither vowels
+// nor digits that look like them, so most words do not match.
 func random(s string) bool { return s != "" && strings.Trim(s, "bcdfghjklmnpqrstvwxz2456789") == "" }
 
 func number(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 
-// Annotations reads the file of annotations, which is in the downward API's format, with the same understanding for one
-// that is missing or broken.
+// Annotations reads the pod's annotations from a file in the downward API's format. A missing file is not an error. If the
+// file is malformed, Annotations returns an error and everything that could be parsed.
 func Annotations(file string) (map[string]string, error) { return readPairs("annotations", file) }
 
 func readPairs(what, name string) (map[string]string, error) {
@@ -127,8 +129,8 @@ func readPairs(what, name string) (map[string]string, error) {
 	return labels, nil
 }
 
-// parseLabels reads lines of key="value", whose value is quoted as in Go. A line that is not like this is passed over, and
-// the first of them is the error.
+// parseLabels reads lines of key="value", where value is quoted as in Go. It skips other lines and returns an error about the
+// first of them.
 func parseLabels(r io.Reader) (map[string]string, error) {
 	labels := make(map[string]string)
 	var broken error
@@ -151,8 +153,8 @@ func parseLabels(r io.Reader) (map[string]string, error) {
 	return labels, errors.Join(broken, lines.Err())
 }
 
-// Nobody is a pod of which nothing is known.
-func Nobody() Pod {
+// UnknownPod returns a Pod whose fields are all unknown.
+func UnknownPod() Pod {
 	return Pod{
 		Name: Unknown, Namespace: Unknown, IP: Unknown, ServiceAccount: Unknown, Workload: Unknown, App: Unknown,
 		Version: Unknown, CanonicalService: Unknown, CanonicalRevision: Latest, Cluster: Unknown, Mesh: Unknown,

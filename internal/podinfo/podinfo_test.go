@@ -12,7 +12,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-// read reads a pod with these variables and this file of labels; "none" is no file.
+// read calls Read with these variables and a file of labels; with "none" the file does not exist.
 func read(t *testing.T, env map[string]string, labels string) (Pod, error) {
 	t.Helper()
 	name := filepath.Join(t.TempDir(), "labels")
@@ -24,7 +24,7 @@ func read(t *testing.T, env map[string]string, labels string) (Pod, error) {
 	return Read(func(name string) string { return env[name] }, name)
 }
 
-func TestAnInjectedPod(t *testing.T) {
+func TestAnInjectedPodIsIdentified(t *testing.T) {
 	got, err := read(t, map[string]string{
 		"POD_NAME": "reviews-v1-6d4b75cb6d-hswz6", "POD_NAMESPACE": "shop", "INSTANCE_IP": "198.51.100.7",
 		"SERVICE_ACCOUNT": "reader", "ISTIO_META_WORKLOAD_NAME": "reviews-v1",
@@ -43,7 +43,7 @@ version="v1.2"
 	}
 }
 
-func TestALaptopIsUnknown(t *testing.T) {
+func TestWithoutAPodAllIsUnknown(t *testing.T) {
 	got, err := read(t, nil, "none")
 	u := Unknown
 	if want := (Pod{u, u, u, u, u, u, u, u, Latest, u, u}); err != nil || got != want {
@@ -76,8 +76,8 @@ func TestWorkloads(t *testing.T) {
 		{"", "reviews-6d4b75cb6d-hswz6", "reviews"},
 		{"", "reviews-v1-6d4b75cb6d-hswz6", "reviews-v1"},
 		{"", "db-0", "db"},
-		{"", "agent-hswz6", "agent"},               // a daemon set or a job
-		{"", "report-29017320-hswz6", "report"},    // a cron job
+		{"", "agent-hswz6", "agent"},               // a DaemonSet or a Job
+		{"", "report-29017320-hswz6", "report"},    // a CronJob
 		{"", "long-name-proxy", "long-name-proxy"}, // words have vowels
 		{"", "app-inj", "app-inj"},
 		{"", "-hswz6", "-hswz6"},
@@ -91,7 +91,7 @@ func TestWorkloads(t *testing.T) {
 	}
 }
 
-func TestABrokenFileGivesWhatCouldBeRead(t *testing.T) {
+func TestAMalformedFileReturnsItsValidLinesAndAnError(t *testing.T) {
 	for _, c := range []struct{ labels, message string }{
 		{"app=\"a\"\nversion", "line 2"},
 		{"junk\napp=\"a\"\nmore junk", "line 1"},
@@ -108,7 +108,7 @@ func TestABrokenFileGivesWhatCouldBeRead(t *testing.T) {
 		}
 	}
 	if got, err := Read(func(string) string { return "" }, t.TempDir()); err == nil || got.App != Unknown {
-		t.Errorf("a folder: %+v, %v", got, err)
+		t.Errorf("a directory: %+v, %v", got, err)
 	}
 }
 

@@ -20,20 +20,21 @@ import (
 
 // grpcProbe calls Check of gRPC's health protocol (grpc.health.v1), over HTTP/2 without TLS.
 //
-// It is one call on one connection, with messages of a few bytes: a client of gRPC would be a hundred times the code.
+// It makes one call on one connection, with messages of a few bytes. A gRPC client library would be a hundred times the
+// code.
 type grpcProbe struct {
 	address string
-	service string // empty: the server as a whole
+	service string // empty: the whole server
 	dial    func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
 const (
-	// maxReply bounds what a server may send in all. It is less than the first flow-control window, so that none has to
-	// be opened.
+	// maxReply bounds the bytes that a server may send. It is less than the initial flow-control window, so that no
+	// WINDOW_UPDATE is needed.
 	maxReply       = 48 << 10
 	maxReplyFields = 100
 	callStream     = 1 // the only stream
-	grpcPrefix     = 5 // in front of a message: whether it is compressed, and its length
+	grpcPrefix     = 5 // bytes before a message: a flag for compression, and the length
 )
 
 func (p *grpcProbe) run(ctx context.Context, from *http.Request) (answer, error) {
@@ -49,7 +50,7 @@ func (p *grpcProbe) run(ctx context.Context, from *http.Request) (answer, error)
 	return answer{status: http.StatusOK}, nil
 }
 
-// check makes the call, and returns nil when the service is serving.
+// check makes the call and returns nil if the service is serving.
 func (p *grpcProbe) check(ctx context.Context, conn io.ReadWriter, userAgent string) error {
 	if _, err := conn.Write(p.request(ctx, userAgent)); err != nil {
 		return fmt.Errorf("sending the call: %w", err)
@@ -68,7 +69,7 @@ func (p *grpcProbe) check(ctx context.Context, conn io.ReadWriter, userAgent str
 	return reply.verdict()
 }
 
-// request is all that we have to say.
+// request returns the preface, SETTINGS and the call, all that the probe sends apart from acknowledgements.
 func (p *grpcProbe) request(ctx context.Context, userAgent string) []byte {
 	var settings []byte
 	settings = http2.Setting{ID: http2.EnablePush, Value: 0}.Append(settings)
@@ -108,15 +109,15 @@ func (p *grpcProbe) request(ctx context.Context, userAgent string) []byte {
 	return append(out, message...)
 }
 
-// grpcReply is what has come of the reply.
+// grpcReply is the state of the reply.
 type grpcReply struct {
 	in      *bufio.Reader
 	out     io.Writer
 	payload [http2.MinFrameSize]byte
 	decoder *http2.Decoder
-	greeted bool // the server's settings have come
+	greeted bool // the server's SETTINGS have arrived
 
-	block   []byte // of a header block whose end has not come
+	block   []byte // the header block that is being read
 	inBlock bool
 	last    bool // the header block ends the stream
 
@@ -128,7 +129,7 @@ type grpcReply struct {
 	ended       bool
 }
 
-// next reads a frame and deals with it.
+// next reads and processes one frame.
 func (r *grpcReply) next() error {
 	var head [http2.HeaderLength]byte
 	if _, err := io.ReadFull(r.in, head[:]); err != nil {
@@ -157,18 +158,18 @@ func (r *grpcReply) next() error {
 			return nil
 		}
 		h.Flags = http2.Ack
-		return r.say(append(h.Append(nil), payload...))
+		return r.send(append(h.Append(nil), payload...))
 	case http2.GoAway:
 		last, code := http2.Uint31(payload), http2.Uint32(payload[4:])
 		if last < callStream || code != uint32(http2.NoError) {
-			return fmt.Errorf("the server ends the connection with code %d: %q", code, payload[8:])
+			return fmt.Errorf("the server ended the connection with code %d: %q", code, payload[8:])
 		}
 	case http2.ResetStream:
 		if h.Stream == callStream {
-			return fmt.Errorf("the server resets the call with code %d", http2.Uint32(payload))
+			return fmt.Errorf("the server reset the call with code %d", http2.Uint32(payload))
 		}
 	case http2.PushPromise:
-		return http2.ConnectionError(http2.ProtocolError, "a push that was not allowed")
+		return http2.ConnectionError(http2.ProtocolError, "PUSH_PROMISE although push is disabled")
 	case http2.Headers, http2.Continuation, http2.Data:
 		if h.Stream != callStream {
 			return http2.ConnectionError(http2.ProtocolError, "frame of a stream that does not exist")
@@ -178,10 +179,10 @@ func (r *grpcReply) next() error {
 		}
 		return r.headers(h, payload)
 	}
-	return nil // windows, which we do not need, priorities and extensions
+	return nil // WINDOW_UPDATE, PRIORITY and extensions have no effect here
 }
 
-// early is the error of a connection that ends before the reply.
+// early returns the error for a connection that ended before the reply was complete.
 func early(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return fmt.Errorf("the server closed the connection: %w", io.EOF)
@@ -189,7 +190,7 @@ func early(err error) error {
 	return err
 }
 
-// settings are agreed to: they leave room for the few bytes that we sent.
+// settings acknowledges the server's SETTINGS. Any valid values allow the few bytes that were sent.
 func (r *grpcReply) settings(h http2.Header, payload []byte) error {
 	if h.Has(http2.Ack) {
 		return nil
@@ -201,10 +202,10 @@ func (r *grpcReply) settings(h http2.Header, payload []byte) error {
 			return err
 		}
 	}
-	return r.say(http2.Header{Type: http2.Settings, Flags: http2.Ack}.Append(nil))
+	return r.send(http2.Header{Type: http2.Settings, Flags: http2.Ack}.Append(nil))
 }
 
-func (r *grpcReply) say(frame []byte) error {
+func (r *grpcReply) send(frame []byte) error {
 	_, err := r.out.Write(frame)
 	return err
 }
@@ -226,7 +227,7 @@ func (r *grpcReply) data(h http2.Header, payload []byte) error {
 	return nil
 }
 
-// headers collects the frames of a header block, and reads it when it is whole.
+// headers collects the frames of a header block and decodes it when it is complete.
 func (r *grpcReply) headers(h http2.Header, payload []byte) error {
 	if h.Type == http2.Headers {
 		fragment, err := h.Fragment(payload)
@@ -260,7 +261,7 @@ func (r *grpcReply) headers(h http2.Header, payload []byte) error {
 	} else if !r.last {
 		return http2.ConnectionError(http2.ProtocolError, "trailers that do not end the stream")
 	}
-	// The status stands in the trailers, or, when there is no message, in the head, which then is all.
+	// The status is in the trailers, or in the head of a response that consists of a head only.
 	for _, field := range fields {
 		switch field.Name {
 		case "content-type":
@@ -280,13 +281,13 @@ var healthNames = []string{"UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN
 
 const serving = 1
 
-// verdict reads the whole reply, and returns nil when it says that the service is serving.
+// verdict evaluates the complete reply and returns nil if the service is serving.
 func (r *grpcReply) verdict() error {
 	if r.httpStatus != http.StatusOK {
-		return fmt.Errorf("the server answers with HTTP status %d: it is none of gRPC", r.httpStatus)
+		return fmt.Errorf("the server answers with HTTP status %d: it is not a gRPC server", r.httpStatus)
 	}
 	if !strings.HasPrefix(r.contentType, "application/grpc") {
-		return fmt.Errorf("the server answers with content type %q: it is none of gRPC", r.contentType)
+		return fmt.Errorf("the server answers with content type %q: it is not a gRPC server", r.contentType)
 	}
 	if r.grpcStatus != envoy.GRPCOK.Number() {
 		message := r.grpcMessage
@@ -296,10 +297,10 @@ func (r *grpcReply) verdict() error {
 		return fmt.Errorf("gRPC status %s: %q", codeName(r.grpcStatus), message)
 	}
 	if len(r.message) < grpcPrefix || int64(len(r.message)-grpcPrefix) != int64(binary.BigEndian.Uint32(r.message[1:])) {
-		return errors.New("the reply is not one whole message")
+		return errors.New("the reply is not exactly one message")
 	}
 	if r.message[0] != 0 {
-		return errors.New("the reply is compressed, which was not offered")
+		return errors.New("the reply is compressed, although compression was not offered")
 	}
 	status, err := healthStatus(r.message[grpcPrefix:])
 	if err != nil {
@@ -319,7 +320,7 @@ func codeName(number string) string {
 	return fmt.Sprintf("%q", number)
 }
 
-// name looks up a number, which stands for itself when it has no name.
+// name returns the name of a number, or the quoted number if it has no name.
 func name(names []string, number string) string {
 	n, err := strconv.ParseUint(number, 10, 8)
 	if err != nil || n >= uint64(len(names)) {
@@ -328,9 +329,9 @@ func name(names []string, number string) string {
 	return names[n]
 }
 
-var errMessage = errors.New("the reply is no HealthCheckResponse")
+var errMessage = errors.New("the reply is not a HealthCheckResponse")
 
-// healthStatus reads field 1 of a protobuf message, and passes over others. Without one it is zero, as protobuf has it.
+// healthStatus returns field 1 of a protobuf message and skips other fields. An absent field is zero, as in protobuf.
 func healthStatus(message []byte) (status uint64, err error) {
 	for len(message) > 0 {
 		tag, n := binary.Uvarint(message)
@@ -344,7 +345,7 @@ func healthStatus(message []byte) (status uint64, err error) {
 			value, size = binary.Uvarint(message)
 		case 1: // 8 bytes
 			size = 8
-		case 2: // a length, and so many bytes
+		case 2: // a length, and that many bytes
 			length, n := binary.Uvarint(message)
 			if n <= 0 || length > uint64(len(message)-n) {
 				return 0, errMessage

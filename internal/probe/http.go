@@ -15,38 +15,38 @@ import (
 	"time"
 )
 
-// httpProbe does a GET with the fields of the kubelet's request.
+// httpProbe sends a GET with the fields of the kubelet's request.
 //
-// Redirects are followed as the kubelet would, which stays with one host. One that leads elsewhere counts as a success;
-// it is answered as 200, as there is no Location to go with it.
+// Like the kubelet, it follows redirects to the same host. A redirect to another host counts as a success and is answered
+// with 200, because the answer to the kubelet has no Location.
 type httpProbe struct {
 	url        *url.URL
 	statusPort uint16
 	client     *http.Client
 }
 
-// maxRedirects is how many redirects are followed.
+// maxRedirects bounds the redirects that are followed.
 const maxRedirects = 10
 
-// hopByHop are the fields that are about the kubelet's connection and not for the workload (RFC 9110 §7.6.1), and those
-// that frame a body, which a probe has not.
+// hopByHop are the fields that concern the kubelet's connection (RFC 9110 §7.6.1), and those that frame a body; a probe does
+// not have one.
 var hopByHop = []string{
 	"Connection", "Keep-Alive", "Proxy-Connection", "Te", "Trailer", "Transfer-Encoding", "Upgrade", "Content-Length",
 }
 
-// dialerKey finds the context by which a dial has to end, see newProbeClient.
+// dialerKey is the key of the context that ends a dial, see newProbeClient.
 type dialerKey struct{}
 
-// newProbeClient makes the client that all HTTP probes share. It does not verify certificates, as the kubelet does not:
-// they are rarely made out to an address.
+// newProbeClient makes the client that all HTTP probes share. Like the kubelet, it does not verify certificates: they are
+// rarely issued for an address.
 func newProbeClient(config Config) *http.Client {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(config.HTTP2)
 	return &http.Client{
 		Transport: &http.Transport{
-			// Package net/http lets a dial go on when its request has ended. A workload that accepts nothing would
-			// collect them.
+			// Package net/http lets a dial continue when its request has ended. If the workload does not accept connections,
+			// such dials would accumulate.
 			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 				conn, err := config.Dial(ctx.Value(dialerKey{}).(context.Context), network, address)
 				if err != nil {
@@ -60,7 +60,7 @@ func newProbeClient(config Config) *http.Client {
 			DisableKeepAlives:      !config.KeepAlive,
 			MaxIdleConnsPerHost:    1,
 			IdleConnTimeout:        90 * time.Second,
-			DisableCompression:     true, // or a field of ours would be among the kubelet's
+			DisableCompression:     true, // otherwise net/http would add Accept-Encoding to the kubelet's fields
 			MaxResponseHeaderBytes: 256 << 10,
 		},
 		CheckRedirect: func(to *http.Request, via []*http.Request) error {
@@ -75,8 +75,8 @@ func newProbeClient(config Config) *http.Client {
 	}
 }
 
-// askedConn has nothing to read before something is written. Package net/http writes into the standard log what comes
-// without a request, and a workload that speaks first would fill it.
+// askedConn blocks reads until the first write. Package net/http logs bytes that arrive before a request to the standard log;
+// a workload that sends first would fill it.
 type askedConn struct {
 	net.Conn
 	asked <-chan struct{}
@@ -94,12 +94,11 @@ func (c *askedConn) Write(b []byte) (int, error) {
 }
 
 func (c *askedConn) Close() error {
-	c.ask() // the reader ends
+	c.ask() // ends a blocked Read
 	return c.Conn.Close()
 }
 
-// probeURL reads a probe's path, which may have a query. A path that is no URL is taken by its letters, as the kubelet
-// does.
+// probeURL parses a probe's path with its query, if any. Like the kubelet, it uses an invalid path literally.
 func probeURL(scheme, address, path string) *url.URL {
 	if !strings.HasPrefix(path, "/") {
 		path = "/" + path
@@ -122,13 +121,13 @@ func (p *httpProbe) run(ctx context.Context, from *http.Request) (answer, error)
 	response, err := p.client.Do(request)
 	if err != nil {
 		if about := (*url.Error)(nil); errors.As(err, &about) {
-			err = about.Err // the URL is in the answer anyway
+			err = about.Err // the answer names the URL already
 		}
 		return answer{}, err
 	}
 	defer response.Body.Close()
 	if response.StatusCode < 200 {
-		return answer{}, fmt.Errorf("the workload answers %d, which is no final status", response.StatusCode)
+		return answer{}, fmt.Errorf("the workload answers %d: not a final status", response.StatusCode)
 	}
 	body, err := io.ReadAll(io.LimitReader(response.Body, maxBody))
 	if err != nil {
@@ -141,8 +140,7 @@ func (p *httpProbe) run(ctx context.Context, from *http.Request) (answer, error)
 	return answer{status, body}, nil
 }
 
-// host is the kubelet's Host. The status port in it comes from the rewriting of the probe, and was the probed port
-// before.
+// host returns the kubelet's Host. The injector has replaced the probed port by the status port; host restores it.
 func (p *httpProbe) host(from string) string {
 	name, port, err := net.SplitHostPort(from)
 	if err != nil || port != strconv.Itoa(int(p.statusPort)) {
@@ -151,7 +149,7 @@ func (p *httpProbe) host(from string) string {
 	return net.JoinHostPort(name, p.url.Port())
 }
 
-// fields are the kubelet's, without those of its connection.
+// fields returns the kubelet's fields without the hop-by-hop ones.
 func (p *httpProbe) fields(from http.Header) http.Header {
 	fields := from.Clone()
 	for _, value := range from["Connection"] {
@@ -163,7 +161,7 @@ func (p *httpProbe) fields(from http.Header) http.Header {
 		fields.Del(name)
 	}
 	if fields.Get("User-Agent") == "" {
-		fields["User-Agent"] = []string{""} // or package net/http would name itself
+		fields["User-Agent"] = []string{""} // otherwise net/http would add its own
 	}
 	return fields
 }

@@ -216,7 +216,7 @@ func (p *Probers) parse(text json.RawMessage, config Config) (prober, error) {
 	}
 }
 
-// probePort is a port that must be a number; Kubernetes also knows names.
+// probePort is a port that must be a number; Kubernetes also accepts names.
 type probePort uint16
 
 func (p *probePort) UnmarshalJSON(text []byte) error {
@@ -313,7 +313,7 @@ func (c *runningProbes) evict() {
 	c.running = slices.Delete(c.running, oldest, oldest+1)
 }
 
-// reason describes an error in one line, which may quote the workload.
+// reason describes an error in one line. The line may quote the workload.
 func (p prober) reason(ctx context.Context, err error) string {
 	switch {
 	case p.timeout == 0:

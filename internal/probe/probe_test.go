@@ -100,18 +100,18 @@ func FuzzParse(f *testing.F) {
 }
 
 func noDial(_ context.Context, _, address string) (net.Conn, error) {
-	return nil, fmt.Errorf("no way to %s", address)
+	return nil, fmt.Errorf("no route to %s", address)
 }
 
-// asks are the probes of one container, served as the agent serves them.
-type asks struct {
+// kubelet requests the probes of one container. They are served as by the agent.
+type kubelet struct {
 	t      *testing.T
 	url    string
 	client *http.Client
 }
 
-// newAsks serves probers; each is what stands in JSON under the path of its name.
-func newAsks(t *testing.T, config probe.Config, probers map[string]string) *asks {
+// newKubelet serves probers: the JSON of each by the last element of its path.
+func newKubelet(t *testing.T, config probe.Config, probers map[string]string) *kubelet {
 	t.Helper()
 	recorded := make(map[string]json.RawMessage)
 	for name, prober := range probers {
@@ -136,17 +136,17 @@ func newAsks(t *testing.T, config probe.Config, probers map[string]string) *asks
 		server.Close()
 		handler.Close()
 	})
-	return &asks{t, server.URL + "/app-health/app/", server.Client()}
+	return &kubelet{t, server.URL + "/app-health/app/", server.Client()}
 }
 
-// get asks for a probe and returns status and body.
-func (a *asks) get(name string) (int, string) {
+// get requests a probe and returns status and body.
+func (a *kubelet) get(name string) (int, string) {
 	a.t.Helper()
 	status, body, _ := a.do("GET", name, "", nil)
 	return status, body
 }
 
-func (a *asks) do(method, name, host string, header http.Header) (int, string, http.Header) {
+func (a *kubelet) do(method, name, host string, header http.Header) (int, string, http.Header) {
 	a.t.Helper()
 	request, err := http.NewRequest(method, a.url+name, nil)
 	if err != nil {
@@ -167,7 +167,7 @@ func (a *asks) do(method, name, host string, header http.Header) (int, string, h
 }
 
 // fails asserts a 500 with one line that has each of want.
-func (a *asks) fails(name string, want ...string) {
+func (a *kubelet) fails(name string, want ...string) {
 	a.t.Helper()
 	status, body := a.get(name)
 	for _, part := range append(want, "/app-health/app/"+name) {
@@ -189,7 +189,7 @@ func portOf(address net.Addr) string {
 	return fmt.Sprint(address.(*net.TCPAddr).Port)
 }
 
-// speaker is a workload that sends text to whoever connects, and reads until they leave.
+// speaker is a workload that sends text on each connection and then reads to its end.
 func speaker(t *testing.T, text string) string {
 	t.Helper()
 	listener, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -218,7 +218,7 @@ func speaker(t *testing.T, text string) string {
 	return portOf(listener.Addr())
 }
 
-// closedPort is a port that nobody listens on.
+// closedPort returns a port where nothing listens.
 func closedPort(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -229,14 +229,14 @@ func closedPort(t *testing.T) string {
 	return portOf(listener.Addr())
 }
 
-func TestAnUnknownProbeIsSaidToBeOne(t *testing.T) {
-	a := newAsks(t, probe.Config{}, nil)
+func TestAnUnknownProbeIs400(t *testing.T) {
+	a := newKubelet(t, probe.Config{}, nil)
 	if status, body := a.get("livez"); status != 400 || body != "app prober config does not exists for /app-health/app/livez\n" {
 		t.Errorf("%d %q", status, body)
 	}
 }
 
-func TestTheWorkloadHearsWhatTheKubeletSaid(t *testing.T) {
+func TestTheWorkloadReceivesTheKubeletsFields(t *testing.T) {
 	type heard struct {
 		method, host, uri string
 		header            http.Header
@@ -247,7 +247,7 @@ func TestTheWorkloadHearsWhatTheKubeletSaid(t *testing.T) {
 		from.Store(r.RemoteAddr)
 		requests <- heard{r.Method, r.Host, r.RequestURI, r.Header}
 	})
-	a := newAsks(t, probe.Config{StatusPort: 15020}, map[string]string{
+	a := newKubelet(t, probe.Config{StatusPort: 15020}, map[string]string{
 		"livez":  `{"httpGet": {"port": ` + port + `, "path": "/ready?x=1&y=%20#z", "httpHeaders": [{"name": "Not", "value": "again"}]}, "timeoutSeconds": 5}`,
 		"readyz": `{"httpGet": {"port": ` + port + `, "path": "no%zz/slash"}, "timeoutSeconds": 5}`,
 	})
@@ -274,15 +274,15 @@ func TestTheWorkloadHearsWhatTheKubeletSaid(t *testing.T) {
 		}
 		if got := <-requests; got.method != c.want.method || got.host != c.want.host || got.uri != c.want.uri ||
 			!maps.EqualFunc(got.header, c.want.header, slices.Equal) {
-			t.Errorf("%s %s for %s: the workload hears\n%v, want\n%v", c.method, c.name, c.host, got, c.want)
+			t.Errorf("%s %s for %s: the workload receives\n%v, want\n%v", c.method, c.name, c.host, got, c.want)
 		}
 	}
 	if address := fmt.Sprint(from.Load()); !strings.HasPrefix(address, "127.0.0.6:") {
-		t.Errorf("the probe comes from %s, which the rules would not let pass", address)
+		t.Errorf("the probe comes from %s, want a source that the rules let pass", address)
 	}
 }
 
-func TestTheKubeletHearsStatusAndBodyAlone(t *testing.T) {
+func TestTheKubeletReceivesOnlyStatusAndBody(t *testing.T) {
 	long := strings.Repeat("x", 20<<10)
 	port := workload(t, func(w http.ResponseWriter, r *http.Request) {
 		var status int
@@ -312,7 +312,7 @@ func TestTheKubeletHearsStatusAndBodyAlone(t *testing.T) {
 		{"status=200&long", 200, long[:10<<10]},
 		{"status=500&long", 500, long[:10<<10]},
 	} {
-		a := newAsks(t, probe.Config{}, map[string]string{
+		a := newKubelet(t, probe.Config{}, map[string]string{
 			"livez": `{"httpGet": {"port": ` + port + `, "path": "/?` + c.query + `"}, "timeoutSeconds": 5}`,
 		})
 		status, body, header := a.do("GET", "livez", "", nil)
@@ -327,11 +327,11 @@ func TestTheKubeletHearsStatusAndBodyAlone(t *testing.T) {
 	}
 }
 
-func TestAProbeThatGetsNoAnswerSaysWhy(t *testing.T) {
+func TestAFailedProbeHasAReason(t *testing.T) {
 	get := func(port string) string {
 		return `{"httpGet": {"port": ` + port + `, "path": "/x"}, "timeoutSeconds": 1}`
 	}
-	silent, err := net.Listen("tcp4", "127.0.0.1:0") // takes connections, and says nothing
+	silent, err := net.Listen("tcp4", "127.0.0.1:0") // accepts connections and sends nothing
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -358,7 +358,7 @@ func TestAProbeThatGetsNoAnswerSaysWhy(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			a := newAsks(t, probe.Config{}, map[string]string{"livez": c.prober})
+			a := newKubelet(t, probe.Config{}, map[string]string{"livez": c.prober})
 			a.fails("livez", c.want...)
 			if _, body := a.get("livez"); len(body) > 700 {
 				t.Errorf("a reason of %d bytes", len(body))
@@ -376,7 +376,7 @@ func TestAProbeMayTakeLongerThanOtherAnswersOfThePort(t *testing.T) {
 		}
 	})
 	for _, limit := range []string{"0", "5"} {
-		a := newAsks(t, probe.Config{}, map[string]string{
+		a := newKubelet(t, probe.Config{}, map[string]string{
 			"livez": `{"httpGet": {"port": ` + port + `}, "timeoutSeconds": ` + limit + `}`,
 		})
 		if status, body := a.get("livez"); status != 200 || body != "at last" {
@@ -389,9 +389,9 @@ func TestAProbeEndsWithItsClient(t *testing.T) {
 	for name, handler := range map[string]string{"HTTP": "httpGet", "TCP": "tcpSocket", "gRPC": "grpc"} {
 		t.Run(name, func(t *testing.T) {
 			dialled, ended := make(chan struct{}), make(chan struct{})
-			a := newAsks(t, probe.Config{Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			a := newKubelet(t, probe.Config{Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				close(dialled)
-				<-ctx.Done() // a workload that accepts nothing
+				<-ctx.Done() // a workload that does not accept
 				close(ended)
 				return nil, ctx.Err()
 			}}, map[string]string{"livez": `{"` + handler + `": {"port": 80}, "timeoutSeconds": 600}`})
@@ -405,14 +405,14 @@ func TestAProbeEndsWithItsClient(t *testing.T) {
 			select {
 			case <-ended:
 			case <-time.After(nettest.Patience):
-				t.Error("the dial goes on")
+				t.Error("the dial continues")
 			}
 		})
 	}
 }
 
-// A stranger who holds as many probes as may run takes room from himself alone.
-func TestThereAreOnlySoManyProbesAtOnceAndTheKubeletsAreAmongThem(t *testing.T) {
+// A client that holds as many probes as may run evicts only its own.
+func TestConcurrentProbesAreBoundedAndTheKubeletsStay(t *testing.T) {
 	const most = 32
 	arrived, leave := make(chan struct{}, 2*most), make(chan struct{})
 	port := workload(t, func(_ http.ResponseWriter, r *http.Request) {
@@ -421,44 +421,44 @@ func TestThereAreOnlySoManyProbesAtOnceAndTheKubeletsAreAmongThem(t *testing.T) 
 			<-leave
 		}
 	})
-	kubelet := newAsks(t, probe.Config{}, map[string]string{
+	ours := newKubelet(t, probe.Config{}, map[string]string{
 		"livez":  `{"httpGet": {"path": "/slow", "port": ` + port + `}, "timeoutSeconds": 60}`,
 		"readyz": `{"httpGet": {"port": ` + port + `}, "timeoutSeconds": 60}`,
 	})
 	elsewhere := &http.Transport{DialContext: (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}).DialContext}
 	t.Cleanup(elsewhere.CloseIdleConnections)
-	stranger := &asks{t, kubelet.url, &http.Client{Transport: elsewhere}}
+	other := &kubelet{t, ours.url, &http.Client{Transport: elsewhere}}
 	var all sync.WaitGroup
-	all.Go(func() { // the oldest of all
-		if status, body := kubelet.get("livez"); status != 200 {
-			t.Errorf("the kubelet's: %d %q", status, body)
+	all.Go(func() { // the oldest probe
+		if status, body := ours.get("livez"); status != 200 {
+			t.Errorf("the kubelet's first probe: %d %q", status, body)
 		}
 	})
 	<-arrived
 	var refused atomic.Int32
-	for range most { // one more than there is room for
+	for range most { // one above the limit
 		all.Go(func() {
-			switch status, body := stranger.get("livez"); {
+			switch status, body := other.get("livez"); {
 			case status == 503 && strings.Contains(body, "32 probes are running"):
 				refused.Add(1)
 			case status != 200:
-				t.Errorf("the stranger's: %d %q", status, body)
+				t.Errorf("the other client's probe: %d %q", status, body)
 			}
 		})
-		<-arrived // or it could be evicted before it reaches the workload
+		<-arrived // otherwise it could be evicted before it reaches the workload
 	}
-	nettest.Eventually(t, "the stranger to lose one", func() bool { return refused.Load() == 1 })
-	if status, body := kubelet.get("readyz"); status != 200 {
-		t.Errorf("the kubelet's among the stranger's: %d %q", status, body)
+	nettest.Eventually(t, "the eviction of a probe", func() bool { return refused.Load() == 1 })
+	if status, body := ours.get("readyz"); status != 200 {
+		t.Errorf("the kubelet's probe while the limit is reached: %d %q", status, body)
 	}
-	nettest.Eventually(t, "the stranger to lose another", func() bool { return refused.Load() == 2 })
-	if status, body := stranger.get("readyz"); status != 200 { // there is room again
-		t.Errorf("one more of the stranger's: %d %q", status, body)
+	nettest.Eventually(t, "the eviction of another probe", func() bool { return refused.Load() == 2 })
+	if status, body := other.get("readyz"); status != 200 { // evicted probes have made room
+		t.Errorf("a later probe of the other client: %d %q", status, body)
 	}
 	close(leave)
 	all.Wait()
 	if n := refused.Load(); n != 2 {
-		t.Errorf("the stranger lost %d, want 2", n)
+		t.Errorf("%d probes of the other client were evicted, want 2", n)
 	}
 }
 
@@ -488,7 +488,7 @@ func TestRedirectsAreFollowedToTheSameHostOnly(t *testing.T) {
 	for path, want := range map[string]int{
 		"/down?1": 200, "/down?10": 200, "/down?11": 500, "/missing": 418, "/away": 200, "/strange": 500,
 	} {
-		a := newAsks(t, probe.Config{}, map[string]string{
+		a := newKubelet(t, probe.Config{}, map[string]string{
 			"livez": `{"httpGet": {"port": ` + port + `, "path": "` + path + `"}, "timeoutSeconds": 5}`,
 		})
 		status, body, header := a.do("GET", "livez", "", nil)
@@ -511,7 +511,7 @@ func TestHTTPSIsNotVerifiedAndHTTP2IsOptional(t *testing.T) {
 			http2 bool
 			want  string
 		}{{false, "HTTP/1.1"}, {true, "HTTP/2.0"}} {
-			a := newAsks(t, probe.Config{HTTP2: c.http2, KeepAlive: keepAlive}, map[string]string{
+			a := newKubelet(t, probe.Config{HTTP2: c.http2, KeepAlive: keepAlive}, map[string]string{
 				"livez": `{"httpGet": {"port": ` + portOf(server.Listener.Addr()) + `, "scheme": "HTTPS"}, "timeoutSeconds": 5}`,
 			})
 			for range 2 {
@@ -523,7 +523,7 @@ func TestHTTPSIsNotVerifiedAndHTTP2IsOptional(t *testing.T) {
 	}
 }
 
-func TestConnectionsAreKeptOnlyWhenAskedFor(t *testing.T) {
+func TestConnectionsAreKeptOnlyWithKeepAlive(t *testing.T) {
 	for keep, want := range map[bool]int32{false: 3, true: 1} {
 		var opened atomic.Int32
 		server := httptest.NewUnstartedServer(http.NotFoundHandler())
@@ -533,11 +533,11 @@ func TestConnectionsAreKeptOnlyWhenAskedFor(t *testing.T) {
 			}
 		}
 		server.Start()
-		a := newAsks(t, probe.Config{KeepAlive: keep}, map[string]string{
+		a := newKubelet(t, probe.Config{KeepAlive: keep}, map[string]string{
 			"livez": `{"httpGet": {"port": ` + portOf(server.Listener.Addr()) + `}, "timeoutSeconds": 5}`,
 		})
 		for range 3 {
-			// The kubelet closes its connection each time, and that is its own.
+			// The kubelet closes its own connection each time. That must not close the probe's.
 			if status, _, _ := a.do("GET", "livez", "", http.Header{"Connection": {"close"}}); status != 404 {
 				t.Errorf("status %d", status)
 			}
@@ -549,8 +549,8 @@ func TestConnectionsAreKeptOnlyWhenAskedFor(t *testing.T) {
 	}
 }
 
-func TestATCPProbeIsContentWithAConnection(t *testing.T) {
-	a := newAsks(t, probe.Config{}, map[string]string{"livez": `{"tcpSocket": {"port": ` + speaker(t, "") + `}}`})
+func TestATCPProbeNeedsOnlyAConnection(t *testing.T) {
+	a := newKubelet(t, probe.Config{}, map[string]string{"livez": `{"tcpSocket": {"port": ` + speaker(t, "") + `}}`})
 	if status, body := a.get("livez"); status != 200 || body != "" {
 		t.Errorf("%d %q", status, body)
 	}
@@ -580,14 +580,14 @@ func TestProbesGoToTheWorkloadsAddress(t *testing.T) {
 			}
 			answer := httptest.NewRecorder()
 			probers.ServeHTTP(answer, httptest.NewRequest("GET", "/app-lifecycle/app/prestopz", nil))
-			if body := answer.Body.String(); answer.Code != 500 || !strings.Contains(body, scheme+"://"+c.want) || !strings.Contains(body, "no way to "+c.want) {
+			if body := answer.Body.String(); answer.Code != 500 || !strings.Contains(body, scheme+"://"+c.want) || !strings.Contains(body, "no route to "+c.want) {
 				t.Errorf("%v: %d %q", c, answer.Code, body)
 			}
 		}
 	}
 }
 
-// healthServer is a gRPC server made of package net/http: Check answers as its handler does.
+// healthServer is a gRPC server by package net/http; check answers the calls.
 func healthServer(t *testing.T, check http.HandlerFunc) string {
 	t.Helper()
 	server := httptest.NewUnstartedServer(check)
@@ -608,7 +608,7 @@ func sends(message, grpcStatus string) http.HandlerFunc {
 	}
 }
 
-func TestAGRPCProbeIsContentWithServing(t *testing.T) {
+func TestAGRPCProbeSucceedsOnlyWhenServing(t *testing.T) {
 	trailersOnly := func(code, message string) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", "application/grpc")
@@ -632,11 +632,11 @@ func TestAGRPCProbeIsContentWithServing(t *testing.T) {
 		"no health service":    {trailersOnly("12", "%zz"), `gRPC status UNIMPLEMENTED: "%zz"`},
 		"a new code":           {trailersOnly("99", ""), `gRPC status "99"`},
 		"no status":            {sends("\x00\x00\x00\x00\x02\x08\x01", ""), `gRPC status ""`},
-		"no message":           {sends("", "0"), "not one whole message"},
-		"half a message":       {sends("\x00\x00\x00\x00\x03\x08\x01", "0"), "not one whole message"},
-		"two messages":         {sends("\x00\x00\x00\x00\x02\x08\x01\x00\x00\x00\x00\x00", "0"), "not one whole message"},
+		"no message":           {sends("", "0"), "not exactly one message"},
+		"half a message":       {sends("\x00\x00\x00\x00\x03\x08\x01", "0"), "not exactly one message"},
+		"two messages":         {sends("\x00\x00\x00\x00\x02\x08\x01\x00\x00\x00\x00\x00", "0"), "not exactly one message"},
 		"compressed":           {sends("\x01\x00\x00\x00\x02\x08\x01", "0"), "compressed"},
-		"no protobuf":          {sends("\x00\x00\x00\x00\x02\xff\xff", "0"), "no HealthCheckResponse"},
+		"not protobuf":         {sends("\x00\x00\x00\x00\x02\xff\xff", "0"), "not a HealthCheckResponse"},
 		"a page":               {func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "hello") }, "content type"},
 		"no such page":         {http.NotFound, "HTTP status 404"},
 		"an endless message": {func(w http.ResponseWriter, _ *http.Request) {
@@ -647,7 +647,7 @@ func TestAGRPCProbeIsContentWithServing(t *testing.T) {
 		}, "more than"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			a := newAsks(t, probe.Config{}, map[string]string{"livez": `{"grpc": {"port": ` + healthServer(t, c.check) + `}, "timeoutSeconds": 5}`})
+			a := newKubelet(t, probe.Config{}, map[string]string{"livez": `{"grpc": {"port": ` + healthServer(t, c.check) + `}, "timeoutSeconds": 5}`})
 			if c.want != "" {
 				a.fails("livez", c.want)
 			} else if status, body := a.get("livez"); status != 200 || body != "" {
@@ -655,7 +655,7 @@ func TestAGRPCProbeIsContentWithServing(t *testing.T) {
 			}
 		})
 	}
-	a := newAsks(t, probe.Config{}, map[string]string{
+	a := newKubelet(t, probe.Config{}, map[string]string{
 		"livez":  `{"grpc": {"port": ` + workload(t, http.NotFound) + `}, "timeoutSeconds": 5}`,
 		"readyz": `{"grpc": {"port": ` + speaker(t, "220 mail\r\n") + `}, "timeoutSeconds": 5}`,
 	})
@@ -663,14 +663,14 @@ func TestAGRPCProbeIsContentWithServing(t *testing.T) {
 	a.fails("readyz", "does not speak HTTP/2")
 }
 
-func TestTheGRPCServerHearsAnOrdinaryCall(t *testing.T) {
+func TestTheGRPCServerReceivesAnOrdinaryCall(t *testing.T) {
 	long := strings.Repeat("s", 300)
 	for service, want := range map[string]string{
 		"":   "\x00\x00\x00\x00\x00",
 		"a":  "\x00\x00\x00\x00\x03\x0a\x01a",
 		long: "\x00\x00\x00\x01\x2f\x0a\xac\x02" + long,
 	} {
-		heard := make(chan error, 1)
+		received := make(chan error, 1)
 		port := healthServer(t, func(w http.ResponseWriter, r *http.Request) {
 			body, err := io.ReadAll(r.Body)
 			limit, limitErr := time.ParseDuration(strings.Replace(r.Header.Get("Grpc-Timeout"), "m", "ms", 1))
@@ -687,14 +687,14 @@ func TestTheGRPCServerHearsAnOrdinaryCall(t *testing.T) {
 			case !strings.HasPrefix(r.RemoteAddr, "127.0.0.6:"):
 				err = errors.New("from " + r.RemoteAddr)
 			}
-			heard <- err
+			received <- err
 			sends("\x00\x00\x00\x00\x02\x08\x01", "0")(w, r)
 		})
-		a := newAsks(t, probe.Config{}, map[string]string{"livez": `{"grpc": {"port": ` + port + `, "service": "` + service + `"}, "timeoutSeconds": 5}`})
+		a := newKubelet(t, probe.Config{}, map[string]string{"livez": `{"grpc": {"port": ` + port + `, "service": "` + service + `"}, "timeoutSeconds": 5}`})
 		if status, body, _ := a.do("GET", "livez", "", http.Header{"User-Agent": {"kube-probe/1.34"}}); status != 200 {
 			t.Fatalf("%d %q", status, body)
 		}
-		if err := <-heard; err != nil {
+		if err := <-received; err != nil {
 			t.Error(err)
 		}
 	}

@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// Merge makes one set of families out of parts, that Write can write in format, by the rule in the package comment. It
-// also counts the samples that it dropped. The parts stay as they were; what is returned shares memory with them.
+// Merge combines parts into one set of families that Write can write in format, by the rules in the package comment. It also
+// returns the number of samples that it dropped. It does not modify the parts; the result shares memory with them.
 func Merge(format Format, parts ...[]Family) (families []Family, dropped int) {
 	m := merger{format: format, byName: make(map[string]*merged), claimed: make(map[string]bool), others: make(map[string]bool)}
 	if format == OpenMetrics {
@@ -14,7 +14,7 @@ func Merge(format Format, parts ...[]Family) (families []Family, dropped int) {
 			for i := range part {
 				names := format
 				if part[i].Type == Counter {
-					names = Text // the name without _total is what gives way
+					names = Text // the name without _total yields to other families
 				}
 				for _, name := range part[i].claims(names) {
 					m.others[name] = true
@@ -43,15 +43,15 @@ type merger struct {
 	byName  map[string]*merged
 	order   []*merged
 	claimed map[string]bool
-	others  map[string]bool // in OpenMetrics, the names for which counters give way
+	others  map[string]bool // in OpenMetrics, the names to which counters yield
 	dropped int
 }
 
-// merged is a family that grows. What belongs to one histogram or summary must stand together, and comes from one part.
+// merged is a family under construction. The samples of one histogram or summary must be adjacent and come from one part.
 type merged struct {
 	Family
 	seen    map[string]bool   // series
-	byGroup map[string]*group // by labels, without the one that tells samples apart
+	byGroup map[string]*group // by labels, without ownLabel
 	groups  []*group
 }
 
@@ -60,7 +60,7 @@ type group struct {
 	samples []Sample
 }
 
-// adapt makes of a family what format has for it.
+// adapt converts a family to types that the format has.
 func (m *merger) adapt(f Family) []Family {
 	base := f.openMetricsName()
 	switch {
@@ -89,7 +89,7 @@ func (m *merger) adapt(f Family) []Family {
 	return []Family{f}
 }
 
-// add joins f with the family that it is a part of, or begins it.
+// add joins f with the family of its name and type, or adds that family.
 func (m *merger) add(part int, f Family) {
 	if len(f.Samples) == 0 {
 		return
@@ -121,7 +121,8 @@ func (m *merger) add(part int, f Family) {
 	}
 }
 
-// add takes s, unless it is there already or belongs to a histogram or summary that another part has begun.
+// add adds s and reports whether it did. A duplicate is rejected, and so is a sample of a histogram or summary that another
+// part has begun.
 func (f *merged) add(part int, s Sample) bool {
 	own := ownLabel[f.Type]
 	if f.Type == StateSet {
@@ -151,10 +152,10 @@ func (f *merged) add(part int, s Sample) bool {
 	return true
 }
 
-// key is the same for the same labels in any order, all but the one named without. An empty value is the same as no
-// label. No UTF-8 has the byte 0xff.
+// key returns a key for a set of labels in any order, ignoring the label named without. A label with an empty value counts
+// as absent. The separator 0xff does not occur in UTF-8.
 func key(labels []Label, without string) string {
-	sorted := append(make([]Label, 0, 32), labels...) // on the stack, mostly
+	sorted := append(make([]Label, 0, 32), labels...) // usually on the stack
 	slices.SortFunc(sorted, func(a, b Label) int { return strings.Compare(a.Name, b.Name) })
 	text := make([]byte, 0, 512)
 	for _, label := range sorted {

@@ -12,7 +12,7 @@ const (
 	openMetricsType = "application/openmetrics-text"
 )
 
-// ContentType is the value of the header field that an exposition in the format goes with.
+// ContentType returns the Content-Type of an exposition in the format.
 func (f Format) ContentType() string {
 	if f == OpenMetrics {
 		return openMetricsType + "; version=1.0.0; charset=utf-8"
@@ -20,7 +20,7 @@ func (f Format) ContentType() string {
 	return textType + "; version=0.0.4; charset=utf-8"
 }
 
-// FormatOf tells which format a Content-Type announces. An exposition without one is text, as it was for long.
+// FormatOf returns the format of a Content-Type. An empty one means Text, the older format.
 func FormatOf(contentType string) (Format, error) {
 	if contentType == "" {
 		return Text, nil
@@ -37,8 +37,9 @@ func FormatOf(contentType string) (Format, error) {
 	return 0, fmt.Errorf("Content-Type %.80q is neither %s nor %s version 1.0.0", contentType, textType, openMetricsType)
 }
 
-// Negotiate chooses the format for an Accept header. OpenMetrics must be asked for by name, in version 1.0.0 or none, with
-// no lower q than text has; all else gets text, also who wants neither.
+// Negotiate chooses the format for an Accept header. It chooses OpenMetrics only if the header names it, with version 1.0.0
+// or without a version, and its q is not lower than that of text. Otherwise it chooses text, even if the header accepts
+// neither.
 func Negotiate(accept string) Format {
 	var text, open, wild float64
 	named := false

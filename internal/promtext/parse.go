@@ -12,13 +12,13 @@ import (
 	"unicode/utf8"
 )
 
-// Limits bound what Parse reads and keeps. Zero means the default.
+// Limits bound the input and memory of Parse. Zero means the default.
 type Limits struct {
-	Bytes    int // of the whole exposition; 10 MiB
-	Line     int // bytes of a line; 64 KiB
-	Families int // 10,000
-	Samples  int // 250,000
-	Labels   int // of one sample, and of one exemplar; 64
+	Bytes    int // of the whole exposition; default 10 MiB
+	Line     int // bytes of a line; default 64 KiB
+	Families int // default 10,000
+	Samples  int // default 250,000
+	Labels   int // of one sample, and of one exemplar; default 64
 }
 
 func (l Limits) withDefaults() Limits {
@@ -33,18 +33,18 @@ func (l Limits) withDefaults() Limits {
 	return l
 }
 
-// maxExemplar bounds the characters of an exemplar's labels, in OpenMetrics. One that is longer is left out.
+// maxExemplar bounds the characters of an exemplar's labels in OpenMetrics. A longer exemplar is dropped.
 const maxExemplar = 128
 
-// maxTimestamp is in milliseconds, in the year 33658. Up to here seconds in floating point are exact to the millisecond.
+// maxTimestamp is in milliseconds, in the year 33658. Up to this value, seconds as float64 are exact to the millisecond.
 const maxTimestamp = 1e15
 
-// Parse reads an exposition to its end. The families come in the order of their metadata, then those without any; those
-// without samples are left out. Of several TYPE lines of a family the first counts, as with HELP and UNIT, and they may
-// stand behind samples. A family with samples that its type has no room for is taken apart into Unknown ones. Lines may
-// end in CRLF. An OpenMetrics exposition without # EOF was cut off, and is an error.
+// Parse reads an exposition to its end. It returns the families in the order of their metadata, then those without
+// metadata, and omits those without samples. The first TYPE, HELP and UNIT line of a family counts; they may follow its
+// samples. A family with samples that its type does not allow is split into Unknown ones. Lines may end in CRLF. An
+// OpenMetrics exposition without # EOF was truncated and is an error.
 //
-// An error other than a reader's names the line.
+// An error names the line, unless it comes from the reader.
 func Parse(r io.Reader, format Format, limits Limits) ([]Family, error) {
 	p := parser{format: format, limits: limits.withDefaults(), families: make(map[string]*family), owners: make(map[string]*family)}
 	var read strings.Builder
@@ -64,12 +64,13 @@ func Parse(r io.Reader, format Format, limits Limits) ([]Family, error) {
 		}
 	}
 	if format == OpenMetrics && !p.ended {
-		return nil, errors.New("the exposition does not end in # EOF: it was cut off")
+		return nil, errors.New("the exposition does not end in # EOF: it was truncated")
 	}
 	return p.finished(), nil
 }
 
-// parser goes over the text twice: once for the metadata, which tells what a sample's name means, and once for samples.
+// parser reads the text twice: first the metadata, because the type decides to which family a sample's name belongs, then
+// the samples.
 type parser struct {
 	format   Format
 	limits   Limits
@@ -77,17 +78,17 @@ type parser struct {
 	order    []*family
 	owners   map[string]*family // by the name of a sample
 	samples  int
-	scratch  []Label // where the labels of one sample are gathered
+	scratch  []Label // collects the labels of one sample
 	ended    bool
 }
 
 type family struct {
 	Family
 	typed, helped bool
-	misfit        bool // a sample is not of the type
+	misfit        bool // a sample does not fit the type
 }
 
-// lines gives the lines with their numbers, without blanks around them that mean nothing.
+// lines yields the lines with their numbers, without leading blanks and line ends.
 func lines(text string) iter.Seq2[int, string] {
 	return func(yield func(int, string) bool) {
 		number := 0
@@ -100,7 +101,7 @@ func lines(text string) iter.Seq2[int, string] {
 	}
 }
 
-// comment reads the line if it is one, and checks what must be true of any line.
+// comment parses the line if it is a comment, and checks the rules for all lines.
 func (p *parser) comment(line string) error {
 	switch {
 	case len(line) > p.limits.Line:
@@ -121,10 +122,10 @@ func (p *parser) comment(line string) error {
 	}
 	name, rest := cutBlank(rest)
 	if name == "" {
-		return nil // a remark that begins with that word
+		return nil // an ordinary comment that begins with the keyword
 	}
 	if cutName(name, true) != name {
-		return fmt.Errorf("%s of %.80q, which is no metric name", keyword, name)
+		return fmt.Errorf("%s: %.80q is not a metric name", keyword, name)
 	}
 	f, err := p.family(name)
 	if err != nil {
@@ -143,7 +144,7 @@ func (p *parser) comment(line string) error {
 		word := strings.TrimRight(rest, " \t")
 		typ, ok := p.typeOf(word)
 		if !ok {
-			return fmt.Errorf("TYPE of %s is %.40q, which is none of the format's types", name, word)
+			return fmt.Errorf("TYPE of %s: %.40q is not a type of this format", name, word)
 		}
 		if !f.typed {
 			f.typed, f.Type = true, typ
@@ -163,13 +164,13 @@ func (p *parser) typeOf(word string) (Type, bool) {
 	}
 }
 
-// family finds the family of that name, or begins it.
+// family finds or adds the family of that name.
 func (p *parser) family(name string) (*family, error) {
 	if f := p.families[name]; f != nil {
 		return f, nil
 	}
 	if len(p.order) == p.limits.Families {
-		return nil, fmt.Errorf("%.80q is one family more than %d", name, p.limits.Families)
+		return nil, fmt.Errorf("%.80q exceeds the limit of %d families", name, p.limits.Families)
 	}
 	f := &family{Family: Family{Name: name, Type: Unknown}}
 	p.families[name] = f
@@ -177,7 +178,7 @@ func (p *parser) family(name string) (*family, error) {
 	return f, nil
 }
 
-// owner finds the family that a sample of that name belongs to. The family of exactly that name comes first.
+// owner finds the family of a sample by its name. A family of exactly that name is preferred.
 func (p *parser) owner(name string) (*family, error) {
 	if f := p.owners[name]; f != nil {
 		return f, nil
@@ -199,8 +200,8 @@ func (p *parser) owner(name string) (*family, error) {
 	return f, nil
 }
 
-// sample reads the line if it is one: name{label="value"} value timestamp # {label="value"} value timestamp, of which all
-// but the name and the first value may be missing.
+// sample parses the line if it is a sample: name{label="value"} value timestamp # {label="value"} value timestamp. Only the
+// name and the first value are required.
 func (p *parser) sample(line string) error {
 	if line == "" || line[0] == '#' {
 		return nil
@@ -211,7 +212,7 @@ func (p *parser) sample(line string) error {
 		return fmt.Errorf("%.80q does not begin with a metric name", line)
 	}
 	if p.samples++; p.samples > p.limits.Samples {
-		return fmt.Errorf("%.80q is one sample more than %d", name, p.limits.Samples)
+		return fmt.Errorf("%.80q exceeds the limit of %d samples", name, p.limits.Samples)
 	}
 	s := Sample{Name: name}
 	var err error
@@ -227,7 +228,7 @@ func (p *parser) sample(line string) error {
 		var word string
 		word, rest = cutBlank(rest)
 		if s.Timestamp, s.Timed = p.milliseconds(word); !s.Timed {
-			return fmt.Errorf("%s: %.40q is no timestamp", name, word)
+			return fmt.Errorf("%s: %.40q is not a timestamp", name, word)
 		}
 	}
 	if p.format == OpenMetrics && strings.HasPrefix(rest, "#") {
@@ -236,7 +237,7 @@ func (p *parser) sample(line string) error {
 		}
 	}
 	if rest != "" {
-		return fmt.Errorf("%s: %.40q is more than belongs here", name, rest)
+		return fmt.Errorf("%s: unexpected %.40q", name, rest)
 	}
 	f, err := p.owner(name)
 	if err != nil {
@@ -246,7 +247,7 @@ func (p *parser) sample(line string) error {
 	return nil
 }
 
-// labels reads from the opening brace to behind the closing one.
+// labels parses labels in braces.
 func (p *parser) labels(text string) (labels []Label, rest string, err error) {
 	labels = p.scratch[:0]
 	for rest = text[1:]; ; {
@@ -257,14 +258,14 @@ func (p *parser) labels(text string) (labels []Label, rest string, err error) {
 		}
 		name := cutName(rest, false)
 		if name == "" || name == "__name__" {
-			return nil, "", fmt.Errorf("%.40q is no label name", rest)
+			return nil, "", fmt.Errorf("%.40q is not a label name", rest)
 		}
 		if len(labels) == p.limits.Labels {
-			return nil, "", fmt.Errorf("label %.80q is one more than %d", name, p.limits.Labels)
+			return nil, "", fmt.Errorf("label %.80q exceeds the limit of %d labels", name, p.limits.Labels)
 		}
 		for _, label := range labels {
 			if label.Name == name {
-				return nil, "", fmt.Errorf("label %s stands twice", name)
+				return nil, "", fmt.Errorf("duplicate label %s", name)
 			}
 		}
 		rest = strings.TrimLeft(rest[len(name):], " \t")
@@ -291,12 +292,12 @@ func (p *parser) labels(text string) (labels []Label, rest string, err error) {
 func after(text, mark, label string) (string, error) {
 	rest, ok := strings.CutPrefix(text, mark)
 	if !ok {
-		return "", fmt.Errorf("label %s: %.40q where %s belongs", label, text, mark)
+		return "", fmt.Errorf("label %s: %.40q instead of %s", label, text, mark)
 	}
 	return rest, nil
 }
 
-// closingQuote is where the first quote stands that is not escaped, or less than 0.
+// closingQuote returns the index of the first quotation mark that is not escaped, or -1.
 func closingQuote(text string) int {
 	for i := 0; i < len(text); i++ {
 		switch text[i] {
@@ -312,12 +313,12 @@ func closingQuote(text string) int {
 func value(text string) (value, rest string, err error) {
 	value, rest = cutBlank(strings.TrimLeft(text, " \t"))
 	if _, ok := parseNumber(value); !ok {
-		return "", "", fmt.Errorf("%.40q is no value", value)
+		return "", "", fmt.Errorf("%.40q is not a value", value)
 	}
 	return value, rest, nil
 }
 
-// milliseconds reads a timestamp, which is in milliseconds in one format and in seconds in the other.
+// milliseconds parses a timestamp: in milliseconds in the text format, in seconds in OpenMetrics.
 func (p *parser) milliseconds(text string) (int64, bool) {
 	if p.format == Text {
 		n, err := strconv.ParseInt(text, 10, 64)
@@ -331,7 +332,7 @@ func (p *parser) milliseconds(text string) (int64, bool) {
 func (p *parser) exemplar(text string) (*Exemplar, string, error) {
 	rest := strings.TrimLeft(text[1:], " \t")
 	if !strings.HasPrefix(rest, "{") {
-		return nil, "", fmt.Errorf("%.40q where its labels belong", rest)
+		return nil, "", fmt.Errorf("%.40q instead of its labels", rest)
 	}
 	var e Exemplar
 	var err error
@@ -344,7 +345,7 @@ func (p *parser) exemplar(text string) (*Exemplar, string, error) {
 	e.Timestamp, rest = cutBlank(rest)
 	if e.Timestamp != "" {
 		if seconds, ok := parseNumber(e.Timestamp); !ok || math.IsNaN(seconds) || math.IsInf(seconds, 0) {
-			return nil, "", fmt.Errorf("%.40q is no timestamp", e.Timestamp)
+			return nil, "", fmt.Errorf("%.40q is not a timestamp", e.Timestamp)
 		}
 	}
 	length := 0
@@ -357,7 +358,7 @@ func (p *parser) exemplar(text string) (*Exemplar, string, error) {
 	return &e, rest, nil
 }
 
-// finished gives the families with their names in the text format.
+// finished returns the families with their names in the text format.
 func (p *parser) finished() []Family {
 	var all []Family
 	for _, f := range p.order {
@@ -380,7 +381,7 @@ func (p *parser) finished() []Family {
 	return all
 }
 
-// cutName is the longest beginning of text that is the name of a metric or of a label; colons are for metrics.
+// cutName returns the longest prefix of text that is the name of a metric, or else of a label. Only metrics may have colons.
 func cutName(text string, metric bool) string {
 	for i := 0; i < len(text); i++ {
 		c := text[i]
@@ -392,7 +393,7 @@ func cutName(text string, metric bool) string {
 	return text
 }
 
-// cutBlank cuts text at its first blanks.
+// cutBlank splits text at its first blanks.
 func cutBlank(text string) (word, rest string) {
 	i := strings.IndexAny(text, " \t")
 	if i < 0 {
@@ -401,8 +402,8 @@ func cutBlank(text string) (word, rest string) {
 	return text[:i], strings.TrimLeft(text[i:], " \t")
 }
 
-// unescape undoes what is escaped: quotes too, except in the text format's HELP. Any other backslash stands for itself, as
-// with Prometheus.
+// unescape resolves escapes: \\, \n and, if quotes is set, \". In HELP of the text format, \" is not an escape. Any other
+// backslash is kept, as in Prometheus.
 func unescape(text string, quotes bool) string {
 	switch {
 	case strings.IndexByte(text, '\\') < 0:

@@ -1,22 +1,22 @@
 // Package promtext reads and writes the formats that Prometheus scrapes: the text format 0.0.4 and OpenMetrics 1.0.0.
 //
-// It exists beside github.com/prometheus/common/expfmt because that package has no parser for OpenMetrics text, refuses an
-// exposition as a whole for one bad line or one family in pieces, and converts values to float64, while a merge should
-// pass them on unchanged. The parser of Prometheus itself (model/textparse) is part of the server's module.
+// It exists beside github.com/prometheus/common/expfmt because that package has no parser for OpenMetrics text, rejects a
+// whole exposition for one bad line or one family in pieces, and converts values to float64, while a merge should not
+// change them. The parser of Prometheus itself (model/textparse) is part of the server's module.
 //
-// Parse is lenient: it accepts what Prometheus accepts, and more, such as metadata behind samples and families in
-// pieces. Write is strict: one block for each family, and only what every reader accepts. Between them stands Merge,
-// which makes one exposition out of several, for one of the formats.
+// Parse is lenient: it accepts what Prometheus accepts and more, such as metadata after samples and families in pieces.
+// Write is strict: one block for each family, with only those constructs that every reader accepts. Merge combines several
+// parsed expositions into one, for one of the formats.
 //
-// The rule of the merge: families of the same name and type are joined, in the order of the parts. What comes first
-// stays: of a series, or of a histogram or summary with the same labels, that a later part has too, the later is dropped.
-// So is a family whose name has another type in an earlier part, or whose sample names could be taken for those of an
-// earlier family (gauge x_count, histogram x). In OpenMetrics alone a counter x_total also takes the name x; where another
-// family has that name, the counter keeps its samples and becomes unknown. What is dropped is counted, in samples.
+// Rules of the merge: families of the same name and type are joined, in the order of the parts. The first occurrence wins:
+// if a later part repeats a series, or a histogram or summary with the same labels, the later one is dropped. A family is
+// also dropped if an earlier part uses its name with another type, or if its sample names could be mistaken for those of an
+// earlier family (gauge x_count, histogram x). In OpenMetrics, a counter x_total also occupies the name x; if another
+// family has that name, the counter keeps its samples and becomes unknown. Dropped samples are counted.
 //
-// A format that lacks a type gets the nearest thing: in text info, stateset and gaugehistogram are gauges and a _created
-// sample is a gauge of its own; in OpenMetrics a counter without _total is unknown. Numbers are never computed with:
-// values keep the text that they came in. The numbers of a histogram are not checked against each other.
+// A type that a format lacks becomes the nearest one: in text, info, stateset and gaugehistogram become gauges, and a
+// _created sample becomes a separate gauge; in OpenMetrics, a counter without _total becomes unknown. Values keep their
+// text. The values of a histogram are not checked for consistency.
 package promtext
 
 import (
@@ -35,10 +35,10 @@ const (
 	OpenMetrics
 )
 
-// Type is what a family is, in the words of OpenMetrics. What the text format calls untyped is Unknown.
+// Type is the type of a family, named as in OpenMetrics. Untyped in the text format is Unknown here.
 type Type string
 
-// The types of both formats. The text format has the first five.
+// The types of OpenMetrics. The text format has the first five.
 const (
 	Unknown        Type = "unknown"
 	Counter        Type = "counter"
@@ -50,7 +50,7 @@ const (
 	GaugeHistogram Type = "gaugehistogram"
 )
 
-// Family is what stands below one TYPE line.
+// Family is a metric with its metadata and samples.
 type Family struct {
 	// Name is the name in the text format: the OpenMetrics counter x is x_total here, and the info x is x_info.
 	Name    string
@@ -60,31 +60,31 @@ type Family struct {
 	Samples []Sample
 }
 
-// Sample is one line.
+// Sample is one line of an exposition.
 type Sample struct {
 	Name      string // with its suffix: x_total, x_bucket
 	Labels    []Label
-	Value     string // as it stood
+	Value     string // in its original notation
 	Timed     bool
-	Timestamp int64     // in milliseconds since 1970, when Timed
+	Timestamp int64     // in milliseconds since 1970; valid if Timed
 	Exemplar  *Exemplar // OpenMetrics only
 }
 
-// Label is a label's name and its value, not escaped. The labels of a sample have different names.
+// Label is a label's name and its unescaped value. The names of a sample's labels are unique.
 type Label struct{ Name, Value string }
 
-// Exemplar points from a sample to one thing that was counted in it.
+// Exemplar refers to one of the events that a sample counts.
 type Exemplar struct {
 	Labels    []Label
-	Value     string // as it stood
-	Timestamp string // in seconds as it stood, or empty
+	Value     string // in its original notation
+	Timestamp string // in seconds, in its original notation; may be empty
 }
 
-// ownLabel is the label by which a type tells its samples apart, with a number. A state set has its own name for that.
+// ownLabel is the label with a number that distinguishes the samples of a type. A state set uses its own name instead.
 var ownLabel = map[Type]string{Histogram: "le", GaugeHistogram: "le", Summary: "quantile"}
 
-// suffixes are what a family's name may be followed by in the names of its samples. For counters and infos the name is
-// that in OpenMetrics.
+// suffixes are appended to a family's name to form the names of its samples. For counters and infos, the family's name is
+// that of OpenMetrics.
 var suffixes = map[Type][]string{
 	Unknown:        {""},
 	Counter:        {"_total", "_created"},
@@ -96,7 +96,7 @@ var suffixes = map[Type][]string{
 	GaugeHistogram: {"_bucket", "_gsum", "_gcount"},
 }
 
-// openMetricsName is the family's name there.
+// openMetricsName returns the family's name in OpenMetrics.
 func (f *Family) openMetricsName() string {
 	switch f.Type {
 	case Counter:
@@ -107,7 +107,7 @@ func (f *Family) openMetricsName() string {
 	return f.Name
 }
 
-// claims are the names that no other family may have, as its own or for samples.
+// claims returns the names that no other family may use, neither for itself nor for its samples.
 func (f *Family) claims(format Format) []string {
 	name, claims := f.Name, []string{f.Name}
 	if format == OpenMetrics {
@@ -124,8 +124,8 @@ func (f *Family) claims(format Format) []string {
 	return claims
 }
 
-// fits reports whether s may stand in f: its name has one of the type's suffixes, it has the label that the type asks
-// for, and no number that readers refuse.
+// fits reports whether s may be a sample of f: its name has one of the type's suffixes, it has the label that the type
+// requires, and no value that readers reject.
 func (f *Family) fits(s *Sample, format Format) bool {
 	if format == Text && f.Type == Counter {
 		return s.Name == f.Name
@@ -159,7 +159,7 @@ func at(labels []Label, i int) Label {
 	return labels[i]
 }
 
-// split makes a family of type as for each sample name of f. It is the way out for what fits no other type.
+// split returns one family of type as for each sample name of f. It is used for families that fit no other type.
 func split(f Family, as Type) []Family {
 	var parts []Family
 	where := make(map[string]int)
@@ -175,7 +175,7 @@ func split(f Family, as Type) []Family {
 	return parts
 }
 
-// parseNumber takes the numbers that both formats have: no hexadecimal, no underscores.
+// parseNumber parses a number that both formats accept: not hexadecimal and without underscores.
 func parseNumber(text string) (float64, bool) {
 	if strings.ContainsAny(text, "xXpP_") {
 		return 0, false
@@ -184,7 +184,8 @@ func parseNumber(text string) (float64, bool) {
 	return number, err == nil
 }
 
-// canonical spells the number of a bound as OpenMetrics wants it: 1 is 1.0 there. What is no number stays.
+// canonical returns a bound in the notation that OpenMetrics requires, such as 1.0 for 1. Text that is not a number is
+// returned unchanged.
 func canonical(text string) string {
 	number, ok := parseNumber(text)
 	if !ok {

@@ -33,7 +33,7 @@ func parse(t testing.TB, format promtext.Format, in string) []promtext.Family {
 	return families
 }
 
-// merge merges parts, writes them, and holds what is written against the judges.
+// merge merges parts, writes the result and checks it with other parsers.
 func merge(t testing.TB, format promtext.Format, parts ...[]promtext.Family) (out string, dropped int) {
 	t.Helper()
 	families, dropped := promtext.Merge(format, parts...)
@@ -52,7 +52,8 @@ func merge(t testing.TB, format promtext.Format, parts ...[]promtext.Family) (ou
 	return out, dropped
 }
 
-// judge holds an exposition against the parser that others use, or against what OpenMetrics says of its order and names.
+// judge checks an exposition with Prometheus' parser of the text format, or against the rules of OpenMetrics on order and
+// names.
 func judge(t testing.TB, format promtext.Format, out string) {
 	t.Helper()
 	if format == text {
@@ -69,7 +70,7 @@ func judge(t testing.TB, format promtext.Format, out string) {
 
 var sampleLine = regexp.MustCompile(`^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{(?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*",?)*\})? (\S+)( -?[0-9.]+)?( # \{.*\} \S+( \S+)?)?$`)
 
-// strict knows nothing of the package under test. It checks what the grammar of OpenMetrics says about order and names.
+// strict checks the rules of OpenMetrics on order and names. It shares no code with the package under test.
 func strict(out string) error {
 	body, ok := strings.CutSuffix(out, "# EOF\n")
 	if !ok {
@@ -113,7 +114,7 @@ func strict(out string) error {
 		}
 		parts := sampleLine.FindStringSubmatch(line)
 		if parts == nil {
-			return fmt.Errorf("no sample: %q", line)
+			return fmt.Errorf("not a sample: %q", line)
 		}
 		suffix, ok := strings.CutPrefix(parts[1], name)
 		if !ok || !slices.Contains(allowed[typ], suffix) {
@@ -123,7 +124,7 @@ func strict(out string) error {
 			return fmt.Errorf("exemplar: %q", line)
 		}
 		if seen[parts[1]+parts[2]] {
-			return fmt.Errorf("series %s%s stands twice", parts[1], parts[2])
+			return fmt.Errorf("duplicate series %s%s", parts[1], parts[2])
 		}
 		seen[parts[1]+parts[2]] = true
 		labels := regexp.MustCompile(`(le|quantile)="[^"]*",?|,?\}`).ReplaceAllString(parts[2], "")
@@ -340,7 +341,7 @@ jmx_config_reload_success 0.0
 kafka_requests{topic="a",quantile="0.5"} NaN
 # EOF
 `},
-	{name: "node_exporter: text files with timestamps, escapes, UTF-8, CRLF, remarks", from: text,
+	{name: "node_exporter: text files with timestamps, escapes, UTF-8, CRLF, comments", from: text,
 		in: "# a remark\r\n#\r\n\r\n# HELP\r\n# HELP node_file A \\\\ back\\nslash \"quoted\" \\x\r\n# TYPE node_file gauge\r\n" +
 			"  node_file { path = \"C:\\\\DIR\\\\\" , text=\"say \\\"hi\\\"\\nthere\\d\" , name=\"Zürich 東京\" }\t1e3\t1395066363000\r\n" +
 			"node_inf +Inf\nnode_ninf -Inf -62135596800000\n# EOF",
@@ -350,7 +351,7 @@ kafka_requests{topic="a",quantile="0.5"} NaN
 		open: "# HELP node_file A \\\\ back\\nslash \\\"quoted\\\" \\\\x\n# TYPE node_file gauge\n" +
 			"node_file{path=\"C:\\\\DIR\\\\\",text=\"say \\\"hi\\\"\\nthere\\\\d\",name=\"Zürich 東京\"} 1e3 1395066363\n" +
 			"# TYPE node_inf unknown\nnode_inf +Inf\n# TYPE node_ninf unknown\nnode_ninf -Inf -62135596800\n# EOF\n"},
-	{name: "metadata behind samples, families in pieces, TYPE twice", from: text,
+	{name: "metadata after samples, families in pieces, TYPE twice", from: text,
 		in: `h_bucket{le="+Inf",a="1"} 1
 g{a="1"} 1
 h_sum{a="1"} 1
@@ -391,7 +392,7 @@ g{a="1"} 1
 g{a="2"} 2
 # EOF
 `},
-	{name: "samples that their type has no room for", from: text,
+	{name: "samples that their type does not allow", from: text,
 		in: `# TYPE h histogram
 h 1
 h_bucket{le="+Inf"} 1
@@ -402,7 +403,7 @@ n_count -1
 `,
 		text: "# TYPE h untyped\nh 1\n# TYPE h_bucket untyped\nh_bucket{le=\"+Inf\"} 1\n# TYPE s untyped\ns{quantile=\"half\"} 1\n# TYPE n_count untyped\nn_count -1\n",
 		open: "# TYPE h unknown\nh 1\n# TYPE h_bucket unknown\nh_bucket{le=\"+Inf\"} 1\n# TYPE s unknown\ns{quantile=\"half\"} 1\n# TYPE n_count unknown\nn_count -1\n# EOF\n"},
-	{name: "an OpenMetrics counter without _total, units that are no suffix, exemplars too long or out of place", from: open,
+	{name: "an OpenMetrics counter without _total, a unit that is not a suffix, exemplars too long or misplaced", from: open,
 		in: "# TYPE c counter\nc 1\n# TYPE g gauge\n# UNIT g bytes\ng 1 # {a=\"b\"} 1\n# TYPE d counter\nd_total 1 # {a=\"" +
 			strings.Repeat("x", 128) + "\"} 1 1\n# EOF\n",
 		text: "# TYPE c untyped\nc 1\n# TYPE g gauge\ng 1\n# TYPE d_total counter\nd_total 1\n",
@@ -410,7 +411,7 @@ n_count -1
 	{name: "one series twice, its labels in another order or empty", from: text,
 		in:   "g{a=\"1\",b=\"2\"} 1\ng{b=\"2\",a=\"1\"} 2\ng{b=\"2\",a=\"1\",c=\"\"} 3\n",
 		text: "# TYPE g untyped\ng{a=\"1\",b=\"2\"} 1\n", open: "# TYPE g unknown\ng{a=\"1\",b=\"2\"} 1\n# EOF\n", dropped: [2]int{2, 2}},
-	{name: "a histogram and a gauge that only OpenMetrics confuses", from: text,
+	{name: "a histogram and a gauge that conflict only in OpenMetrics", from: text,
 		in:      "# TYPE h histogram\nh_count 1\n# TYPE h_created gauge\nh_created 1\n",
 		text:    "# TYPE h histogram\nh_count 1\n# TYPE h_created gauge\nh_created 1\n",
 		open:    "# TYPE h histogram\nh_count 1\n# EOF\n",
@@ -419,10 +420,10 @@ n_count -1
 		in:   "# TYPE a counter\na 1\n# TYPE a_total counter\na_total 1\n# TYPE b_total counter\nb_total 1\n# TYPE b_created gauge\nb_created 1\n",
 		text: "# TYPE a counter\na 1\n# TYPE a_total counter\na_total 1\n# TYPE b_total counter\nb_total 1\n# TYPE b_created gauge\nb_created 1\n",
 		open: "# TYPE a unknown\na 1\n# TYPE a_total unknown\na_total 1\n# TYPE b_total unknown\nb_total 1\n# TYPE b_created gauge\nb_created 1\n# EOF\n"},
-	{name: "nothing", from: text, in: "", text: "", open: "# EOF\n"},
+	{name: "empty", from: text, in: "", text: "", open: "# EOF\n"},
 }
 
-func TestPartsBecomeOne(t *testing.T) {
+func TestMerge(t *testing.T) {
 	type part struct {
 		format promtext.Format
 		in     string
@@ -434,7 +435,7 @@ func TestPartsBecomeOne(t *testing.T) {
 		want    string
 		dropped int
 	}{
-		{"families are joined, and the first of a series stays",
+		{"families are joined, and the first of two equal series wins",
 			[]part{{text, "# TYPE up gauge\nup{a=\"1\"} 1\n"}, {text, "# HELP up Is up.\n# TYPE up gauge\nup{a=\"1\"} 2\nup{a=\"2\"} 2\n"}}, text,
 			"# HELP up Is up.\n# TYPE up gauge\nup{a=\"1\"} 1\nup{a=\"2\"} 2\n", 1},
 		{"across formats",
@@ -443,10 +444,10 @@ func TestPartsBecomeOne(t *testing.T) {
 		{"a histogram comes from one part as a whole",
 			[]part{{text, "# TYPE h histogram\nh_bucket{le=\"1\"} 1\nh_count 1\n"}, {open, "# TYPE h histogram\nh_bucket{le=\"1.0\"} 1\nh_bucket{le=\"2.0\"} 1\nh_count 1\nh_count{a=\"1\"} 1\n# EOF\n"}}, open,
 			"# TYPE h histogram\nh_bucket{le=\"1.0\"} 1\nh_count 1\nh_count{a=\"1\"} 1\n# EOF\n", 3},
-		{"of two types the earlier wins",
+		{"the earlier of two types wins",
 			[]part{{text, "# TYPE a gauge\na 1\n"}, {text, "# TYPE a counter\na{b=\"1\"} 1\na{b=\"2\"} 1\n"}}, text,
 			"# TYPE a gauge\na 1\n", 2},
-		{"a histogram and the gauge that looks like its count",
+		{"a histogram and a gauge with the name of its count",
 			[]part{{text, "# TYPE h histogram\nh_bucket{le=\"+Inf\"} 1\nh_count 1\n"}, {text, "# TYPE h_count gauge\nh_count 7\n"}}, text,
 			"# TYPE h histogram\nh_bucket{le=\"+Inf\"} 1\nh_count 1\n", 1},
 		{"the same, in the other order",
@@ -458,7 +459,7 @@ func TestPartsBecomeOne(t *testing.T) {
 		{"the same in OpenMetrics: the counter becomes unknown, and keeps its samples",
 			[]part{{open, "# TYPE x counter\nx_total 1 # {a=\"b\"} 1\nx_created 5\n# EOF\n"}, {text, "# TYPE x gauge\nx 1\n"}}, open,
 			"# TYPE x_total unknown\nx_total 1\n# TYPE x_created unknown\nx_created 5\n# TYPE x gauge\nx 1\n# EOF\n", 0},
-		{"nothing with nothing", []part{{text, ""}, {open, "# EOF\n"}}, open, "# EOF\n", 0},
+		{"empty parts", []part{{text, ""}, {open, "# EOF\n"}}, open, "# EOF\n", 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var parts [][]promtext.Family
@@ -473,8 +474,8 @@ func TestPartsBecomeOne(t *testing.T) {
 	}
 }
 
-// What the linter says about one part alone is that part's affair; the merge must add nothing.
-func TestTheLinterFindsNothingInTheMergeOfCleanParts(t *testing.T) {
+// The merge of parts that pass the linter passes it as well.
+func TestMergeOfCleanPartsPassesPromlint(t *testing.T) {
 	goProgram, python := parse(t, text, cases[0].in), parse(t, open, strings.NewReplacer(
 		"# TYPE state", "# HELP state On.\n# TYPE state", "# TYPE odd unknown\nodd 1.0 1520879607.789\n", "",
 		"# TYPE queue gaugehistogram\nqueue_bucket{le=\"+Inf\"} 2.0\nqueue_gcount 2.0\nqueue_gsum 9.0\n", "").Replace(cases[1].in))
@@ -484,7 +485,7 @@ func TestTheLinterFindsNothingInTheMergeOfCleanParts(t *testing.T) {
 		t.Errorf("promlint: %v %v in\n%s", err, problems, out)
 	}
 	if dropped != 10 {
-		t.Errorf("%d dropped, want all 10 of the part that comes twice", dropped)
+		t.Errorf("%d dropped, want all 10 of the repeated part", dropped)
 	}
 }
 
@@ -498,38 +499,38 @@ func TestErrorsNameTheLineAndTheReason(t *testing.T) {
 		{"a 1\n<html>\n", text, `line 2: "<html>" does not begin with a metric name`},
 		{"a-b 1", text, `line 1: "a-b 1" does not begin with a metric name`},
 		{`{"a.b"} 1`, text, `line 1: "{\"a.b\"} 1" does not begin with a metric name`},
-		{"a", text, `line 1: a: "" is no value`},
-		{"a one", text, `line 1: a: "one" is no value`},
-		{"a 0x1p3", text, `line 1: a: "0x1p3" is no value`},
-		{"a 1_0", text, `line 1: a: "1_0" is no value`},
-		{"a 1 1.5", text, `line 1: a: "1.5" is no timestamp`},
-		{"a 1 1e3", text, `line 1: a: "1e3" is no timestamp`},
-		{"a 1 NaN\n# EOF", open, `line 1: a: "NaN" is no timestamp`},
-		{"a 1 99999999999999999", text, `line 1: a: "99999999999999999" is no timestamp`},
-		{"a 1 1 1", text, `line 1: a: "1" is more than belongs here`},
-		{"a 1 # {} 1", text, `line 1: a: "# {} 1" is more than belongs here`},
-		{"a 1 # 1\n# EOF", open, `line 1: a: exemplar: "1" where its labels belong`},
-		{"a 1 # {} x\n# EOF", open, `line 1: a: exemplar: "x" is no value`},
-		{"a 1 # {} 1 x\n# EOF", open, `line 1: a: exemplar: "x" is no timestamp`},
-		{`a{b="1",b="2"} 1`, text, `line 1: a: label b stands twice`},
-		{`a{__name__="b"} 1`, text, `line 1: a: "__name__=\"b\"} 1" is no label name`},
-		{`a{b:c="b"} 1`, text, `line 1: a: label b: ":c=\"b\"} 1" where = belongs`},
-		{`a{b=c} 1`, text, `line 1: a: label b: "c} 1" where " belongs`},
-		{`a{b="c" d="e"} 1`, text, `line 1: a: label b: "d=\"e\"} 1" where , belongs`},
+		{"a", text, `line 1: a: "" is not a value`},
+		{"a one", text, `line 1: a: "one" is not a value`},
+		{"a 0x1p3", text, `line 1: a: "0x1p3" is not a value`},
+		{"a 1_0", text, `line 1: a: "1_0" is not a value`},
+		{"a 1 1.5", text, `line 1: a: "1.5" is not a timestamp`},
+		{"a 1 1e3", text, `line 1: a: "1e3" is not a timestamp`},
+		{"a 1 NaN\n# EOF", open, `line 1: a: "NaN" is not a timestamp`},
+		{"a 1 99999999999999999", text, `line 1: a: "99999999999999999" is not a timestamp`},
+		{"a 1 1 1", text, `line 1: a: unexpected "1"`},
+		{"a 1 # {} 1", text, `line 1: a: unexpected "# {} 1"`},
+		{"a 1 # 1\n# EOF", open, `line 1: a: exemplar: "1" instead of its labels`},
+		{"a 1 # {} x\n# EOF", open, `line 1: a: exemplar: "x" is not a value`},
+		{"a 1 # {} 1 x\n# EOF", open, `line 1: a: exemplar: "x" is not a timestamp`},
+		{`a{b="1",b="2"} 1`, text, `line 1: a: duplicate label b`},
+		{`a{__name__="b"} 1`, text, `line 1: a: "__name__=\"b\"} 1" is not a label name`},
+		{`a{b:c="b"} 1`, text, `line 1: a: label b: ":c=\"b\"} 1" instead of =`},
+		{`a{b=c} 1`, text, `line 1: a: label b: "c} 1" instead of "`},
+		{`a{b="c" d="e"} 1`, text, `line 1: a: label b: "d=\"e\"} 1" instead of ,`},
 		{`a{b="c\"} 1`, text, `line 1: a: the value of label b does not end`},
-		{`a{b="c",`, text, `line 1: a: "" is no label name`},
+		{`a{b="c",`, text, `line 1: a: "" is not a label name`},
 		{"a{b=\"\xff\"} 1", text, `line 1: not UTF-8: "a{b=\"\xff\"} 1"`},
-		{"# TYPE a thing", text, `line 1: TYPE of a is "thing", which is none of the format's types`},
-		{"# TYPE a info", text, `line 1: TYPE of a is "info", which is none of the format's types`},
-		{"# HELP a-b c", text, `line 1: HELP of "a-b", which is no metric name`},
-		{"a 1\n", open, `the exposition does not end in # EOF: it was cut off`},
+		{"# TYPE a thing", text, `line 1: TYPE of a: "thing" is not a type of this format`},
+		{"# TYPE a info", text, `line 1: TYPE of a: "info" is not a type of this format`},
+		{"# HELP a-b c", text, `line 1: HELP: "a-b" is not a metric name`},
+		{"a 1\n", open, `the exposition does not end in # EOF: it was truncated`},
 		{"# EOF\na 1\n", open, `line 2: "a 1" follows # EOF`},
 		{strings.Repeat("#\n", 51), text, `the exposition is longer than 100 bytes`},
 		{"\n#" + strings.Repeat("x", 40), text, `line 2: longer than 30 bytes: "#` + strings.Repeat("x", 39) + `"…`},
-		{"a 1\nb 1\nc 1", text, `line 3: "c" is one family more than 2`},
-		{"# TYPE a gauge\n# TYPE b gauge\n# HELP c d", text, `line 3: "c" is one family more than 2`},
-		{"a 1\na 1\na 1\na 1", text, `line 4: "a" is one sample more than 3`},
-		{`a{a="",b="",c=""} 1`, text, `line 1: a: label "c" is one more than 2`},
+		{"a 1\nb 1\nc 1", text, `line 3: "c" exceeds the limit of 2 families`},
+		{"# TYPE a gauge\n# TYPE b gauge\n# HELP c d", text, `line 3: "c" exceeds the limit of 2 families`},
+		{"a 1\na 1\na 1\na 1", text, `line 4: "a" exceeds the limit of 3 samples`},
+		{`a{a="",b="",c=""} 1`, text, `line 1: a: label "c" exceeds the limit of 2 labels`},
 	} {
 		_, err := promtext.Parse(strings.NewReader(c.in), c.format, small)
 		if err == nil || err.Error() != c.want {
@@ -583,8 +584,8 @@ func TestNegotiation(t *testing.T) {
 	}
 }
 
-// FuzzParse holds the promise of the package: whatever can be parsed can be written in either format, alone and twice, and
-// the judges take it.
+// FuzzParse checks the promise of the package: every exposition that Parse accepts can be written in both formats, alone and
+// merged with itself, and other parsers accept the result.
 func FuzzParse(f *testing.F) {
 	for _, c := range cases {
 		f.Add(c.in, c.from == open)

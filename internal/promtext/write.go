@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// Write writes families as one exposition. They must be what Merge returned for the same format: Write does not look for
-// families that clash.
+// Write writes families as one exposition. They must be the result of Merge for the same format, since Write does not check
+// for conflicts between families.
 func Write(w io.Writer, format Format, families []Family) error {
 	out := writer{bufio.NewWriterSize(w, 16<<10), format}
 	for i := range families {
@@ -78,7 +78,7 @@ func (w writer) sample(f *Family, s *Sample) {
 	w.WriteByte('\n')
 }
 
-// labels writes them in braces, and the value of the label bound in its one spelling.
+// labels writes labels in braces, the value of the label named bound in its canonical notation.
 func (w writer) labels(labels []Label, bound string) {
 	w.WriteByte('{')
 	for i, label := range labels {

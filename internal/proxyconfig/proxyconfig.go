@@ -1,8 +1,8 @@
-// Package proxyconfig reads what Istio's ProxyConfig says: JSON, as its injector writes it, or YAML, as people do.
+// Package proxyconfig reads Istio's ProxyConfig, as JSON or YAML. Istio's injector writes JSON; people write YAML.
 //
-// Of YAML it knows block mappings of plain and quoted values, with comments, which is how all of Istio's documents have
-// it. What it steps over, such as lists, flow style, anchors and text of several lines, is never taken for something
-// else: who asks for such a value is told that it cannot be read. So a sidecar carries no YAML library for eight keys.
+// The parser supports a subset of YAML: block mappings of plain and quoted scalars, with comments. All of Istio's examples
+// are in this form, and eight keys do not justify a YAML library in every sidecar. Values in other forms, such as lists,
+// flow style, anchors and multi-line text, are skipped and marked Unreadable, never misread.
 package proxyconfig
 
 import (
@@ -14,35 +14,35 @@ import (
 	"unicode"
 )
 
-// maxBytes is more than the API server takes for a whole object.
+// maxBytes is above the API server's limit for a whole object.
 const maxBytes = 2 << 20
 
-// Config is a mapping whose keys are paths, such as "concurrency" and "tracing.sampling". A key that has a dot itself,
-// which none of Istio's has, is left out.
+// Config maps paths, such as "concurrency" and "tracing.sampling", to values. Keys that contain a dot are left out; Istio
+// does not have any.
 type Config map[string]Value
 
-// Value is a text, unless it is Unreadable.
+// Value is a scalar.
 type Value struct {
 	Text       string
-	Unreadable bool // it is a list, or in a form of YAML that is not read here
+	Unreadable bool // a list, or in a form of YAML that is not supported; Text is empty
 }
 
-// Parse reads JSON or YAML. Text that is neither is an error that names its line.
+// Parse reads JSON or YAML. The error of a malformed text names its line.
 func Parse(text string) (Config, error) {
 	if len(text) > maxBytes {
-		return nil, fmt.Errorf("it has %d bytes; at most %d are read", len(text), maxBytes)
+		return nil, fmt.Errorf("%d bytes: must be %d at most", len(text), maxBytes)
 	}
 	config := Config{}
 	if strings.HasPrefix(strings.TrimSpace(text), "{") {
 		if !config.addJSON("", text) {
-			return nil, errors.New("it begins with { and is no JSON object: use JSON, or YAML with one key in a line")
+			return nil, errors.New("it begins with { and is not a JSON object: use JSON, or YAML with one key on each line")
 		}
 		return config, nil
 	}
 	return config, config.addYAML(text)
 }
 
-// Under returns what stands under key.
+// Under returns the part of c below key, with paths relative to key.
 func (c Config) Under(key string) Config {
 	part := Config{}
 	for path, value := range c {
@@ -75,29 +75,29 @@ func (c Config) addObject(path string, object map[string]any) {
 			c.addObject(path+key+".", value)
 		case []any:
 			c[path+key] = Value{Unreadable: true}
-		case nil: // as if it were not there
+		case nil: // null means absent
 		default:
 			c[path+key] = Value{Text: fmt.Sprint(value)}
 		}
 	}
 }
 
-// level is a mapping whose keys stand at an indent, under a path that is empty or ends with a dot.
+// level is a block mapping: the indent of its keys, and its path. A path is empty or ends with a dot.
 type level struct {
 	indent int
 	path   string
 }
 
-// addYAML adds block mappings.
+// addYAML adds the scalars of block mappings.
 func (c Config) addYAML(text string) error {
 	levels := []level{{0, ""}}
-	opened := ""      // the path of a key without a value, whose mapping may follow
-	skip := -1        // what is indented deeper belongs to what was stepped over
-	quoted := byte(0) // the quotation mark of a value that did not end with its line
+	opened := ""      // path of the last key if it had no value; its mapping may follow
+	skip := -1        // lines with a larger indent belong to an unsupported value
+	quoted := byte(0) // quotation mark of a value that continues on the next line
 	n := 0
 	for line := range strings.Lines(text) {
 		n++
-		if quoted != 0 { // readers of YAML continue the value here, also where the line is not indented
+		if quoted != 0 { // YAML continues the value, also if this line is not indented
 			if opensQuote(quoted, line) {
 				quoted = 0
 			}
@@ -112,7 +112,7 @@ func (c Config) addYAML(text string) error {
 		skip = -1
 		if content == "-" || strings.HasPrefix(content, "- ") {
 			if opened == "" {
-				return fmt.Errorf("line %d is an item of no list: %.100q", n, content)
+				return fmt.Errorf("line %d is a list item outside a list: %.100q", n, content)
 			}
 			c[strings.TrimSuffix(opened, ".")] = Value{Unreadable: true}
 			skip = indent
@@ -129,7 +129,7 @@ func (c Config) addYAML(text string) error {
 		}
 		key, rest, found := cutKey(content)
 		if !found || indent != top.indent {
-			return fmt.Errorf("line %d is not \"key: value\" in a column with its neighbours: %.100q", n, content)
+			return fmt.Errorf("line %d is not \"key: value\" at the indent of its neighbours: %.100q", n, content)
 		}
 		opened = ""
 		if strings.Contains(key, ".") {
@@ -154,7 +154,7 @@ func (c Config) addYAML(text string) error {
 	return nil
 }
 
-// opensQuote reports whether text leaves a quotation that was closed before it open, or the other way round.
+// opensQuote reports whether text has an odd number of quotation marks, so that it opens or closes a quotation.
 func opensQuote(mark byte, text string) bool {
 	if mark == '"' {
 		text = strings.NewReplacer(`\\`, "", `\"`, "").Replace(text)
@@ -162,7 +162,7 @@ func opensQuote(mark byte, text string) bool {
 	return strings.Count(text, string(mark))%2 == 1
 }
 
-// cutKey cuts "key: value", whose key may be quoted. A comment in the place of the value is none.
+// cutKey splits "key: value". The key may be quoted. A comment in place of the value counts as no value.
 func cutKey(content string) (key, rest string, found bool) {
 	key, rest, found = strings.Cut(content, ":")
 	if !found || rest != "" && rest[0] != ' ' && rest[0] != '\t' {
@@ -177,20 +177,20 @@ func cutKey(content string) (key, rest string, found bool) {
 	return "", "", false
 }
 
-// scalar reads a plain or quoted value that ends with its line.
+// scalar parses a plain or quoted value on one line.
 func scalar(text string) (value string, ok bool) {
 	unprintable := func(r rune) bool { return !unicode.IsPrint(r) && r != '\t' }
-	if text == "" || strings.ContainsFunc(text, unprintable) { // YAML has more line ends than one
+	if text == "" || strings.ContainsFunc(text, unprintable) { // YAML has further line breaks
 		return "", false
 	}
 	switch text[0] {
-	case '"': // a string of JSON is one of YAML
+	case '"': // JSON strings are valid in YAML
 		decoder := json.NewDecoder(strings.NewReader(text))
 		err := decoder.Decode(&value)
-		return value, err == nil && nothing(text[decoder.InputOffset():])
+		return value, err == nil && blank(text[decoder.InputOffset():])
 	case '\'':
 		value, rest, found := strings.Cut(text[1:], "'")
-		return value, found && nothing(rest)
+		return value, found && blank(rest)
 	case '{', '[', '}', ']', '&', '*', '!', '|', '>', '%', '@', '`', ',', '?':
 		return "", false
 	}
@@ -199,8 +199,8 @@ func scalar(text string) (value string, ok bool) {
 	return value, !strings.Contains(value, ": ")
 }
 
-// nothing tells whether only blanks or a comment follow a value.
-func nothing(rest string) bool {
+// blank reports whether the rest of a line after a value is only white space and a comment.
+func blank(rest string) bool {
 	trimmed := strings.TrimSpace(rest)
 	return trimmed == "" || trimmed[0] == '#' && trimmed != rest
 }

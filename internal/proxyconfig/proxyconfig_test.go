@@ -12,20 +12,20 @@ func text(t string) Value { return Value{Text: t} }
 
 var unreadable = Value{Unreadable: true}
 
-func TestWhatIsReadOfJSONAndYAML(t *testing.T) {
+func TestValuesOfJSONAndYAML(t *testing.T) {
 	for name, c := range map[string]struct {
 		in   string
 		want Config
 	}{
-		"nothing":      {"", Config{}},
+		"empty":        {"", Config{}},
 		"empty object": {" {}\n", Config{}},
 		"as the injector writes it": {`{"discoveryAddress":"istiod:15012","concurrency":2,"drainDuration":"10s","tracing":{"zipkin":{"address":"z:9411"}},"l":[1],"n":null}`,
 			Config{"discoveryAddress": text("istiod:15012"), "concurrency": text("2"), "drainDuration": text("10s"), "tracing.zipkin.address": text("z:9411"), "l": unreadable}},
 		"as people write it": {"---\n# ours\nconcurrency: 2   # two\ndrainDuration: \"10s\"\nterminationDrainDuration: '7s'\r\nimage:\n  imageType: distroless\nproxyMetadata:\n  # none\n\n  A: x:y\n  \"B\": yes\nlast: true\n",
 			Config{"concurrency": text("2"), "drainDuration": text("10s"), "terminationDrainDuration": text("7s"), "image.imageType": text("distroless"), "proxyMetadata.A": text("x:y"), "proxyMetadata.B": text("yes"), "last": text("true")}},
-		"lists are stepped over, at both indents": {"a:\n- x: 1\n  y: 2\nb:\n  - z\n  - w\nc: 1\n",
+		"lists are skipped, at both indents": {"a:\n- x: 1\n  y: 2\nb:\n  - z\n  - w\nc: 1\n",
 			Config{"a": unreadable, "b": unreadable, "c": text("1")}},
-		"text of several lines": {"a: |\n  concurrency: 9\n\n  x\nb: >-\n  y\nconcurrency: 1\n",
+		"multi-line text": {"a: |\n  concurrency: 9\n\n  x\nb: >-\n  y\nconcurrency: 1\n",
 			Config{"a": unreadable, "b": unreadable, "concurrency": text("1")}},
 		"flow style":       {"a: {x: 1}\nb: {\"x\": 1}\nc: [1,\n  2]\nd: 1\n", Config{"a": unreadable, "b.x": text("1"), "c": unreadable, "d": text("1")}},
 		"anchors and tags": {"a: &x 1\nb: *x\nc: !!int \"1\"\n", Config{"a": unreadable, "b": unreadable, "c": unreadable}},
@@ -40,11 +40,11 @@ func TestWhatIsReadOfJSONAndYAML(t *testing.T) {
 	}
 }
 
-func TestWhatIsNeitherIsRefusedWithItsPlace(t *testing.T) {
+func TestMalformedTextIsRefusedWithItsLine(t *testing.T) {
 	for in, complaint := range map[string]string{
-		`{"concurrency": 2`:          "no JSON object",
-		`{} {}`:                      "no JSON object",
-		"{concurrency: 2}":           "no JSON object",
+		`{"concurrency": 2`:          "not a JSON object",
+		`{} {}`:                      "not a JSON object",
+		"{concurrency: 2}":           "not a JSON object",
 		"concurrency: 2\nwhat?":      "line 2",
 		"a: 1\n  b: 2":               "line 2",
 		"a:\n    b: 1\n  c: 2":       "line 3",
@@ -52,20 +52,20 @@ func TestWhatIsNeitherIsRefusedWithItsPlace(t *testing.T) {
 		strings.Repeat(" ", 2<<20+1): "bytes",
 	} {
 		if got, err := Parse(in); err == nil || !strings.Contains(err.Error(), complaint) {
-			t.Errorf("%.40q: got %v and %v, want a complaint with %q", in, got, err, complaint)
+			t.Errorf("%.40q: got %v and %v, want an error with %q", in, got, err, complaint)
 		}
 	}
 }
 
-func TestUnderIsAPart(t *testing.T) {
+func TestUnderReturnsRelativePaths(t *testing.T) {
 	got := Config{"defaultConfig.concurrency": text("2"), "defaultConfigs": text("3")}.Under("defaultConfig")
 	if !maps.Equal(got, Config{"concurrency": text("2")}) {
 		t.Errorf("got %v", got)
 	}
 }
 
-// What is read is what a reader of all of YAML reads; less is allowed, something else is not.
-func FuzzAValueThatIsReadIsTheOneThatYAMLHas(f *testing.F) {
+// Each value equals that of a full YAML parser. Unreadable values are allowed, different ones are not.
+func FuzzValuesEqualThoseOfYAML(f *testing.F) {
 	for _, seed := range []string{
 		"a: 1\nb:\n  c: 'x' # y\n", `{"a":{"b":[1]},"c":"\u00e4"}`, "a: |\n  b: 1\nc: {d: 1}\n", "a:\n- b: 1\nc: \"\\x41\"\n", "a: b\n  c\n", "a:\n  b\n", "a: #x\nb: 1",
 	} {
@@ -77,18 +77,18 @@ func FuzzAValueThatIsReadIsTheOneThatYAMLHas(f *testing.F) {
 			return
 		}
 		var node yaml.Node
-		if yaml.Unmarshal([]byte(in), &node) != nil || node.Decode(&map[string]any{}) != nil { // which takes no key twice
+		if yaml.Unmarshal([]byte(in), &node) != nil || node.Decode(&map[string]any{}) != nil { // Decode rejects duplicate keys
 			return
 		}
 		for path, value := range got {
 			if want, known := lookUp(&node, path); known && !value.Unreadable && value.Text != want {
-				t.Errorf("%q is %q, and YAML has %q", path, value.Text, want)
+				t.Errorf("%q is %q, and %q in YAML", path, value.Text, want)
 			}
 		}
 	})
 }
 
-// lookUp finds a scalar by its path, when no key on the way holds a dot.
+// lookUp finds a string scalar by its path.
 func lookUp(node *yaml.Node, path string) (string, bool) {
 	for node.Kind == yaml.DocumentNode && len(node.Content) > 0 {
 		node = node.Content[0]

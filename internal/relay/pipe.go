@@ -9,7 +9,7 @@ import (
 
 const (
 	// pipeSize is how much one splice moves at most. The kernel charges a user for the pages of its pipes and stops at
-	// fs.pipe-user-pages-soft (64 MiB by default): later pipes get two pages, which is slower than copying.
+	// fs.pipe-user-pages-soft (64 MiB by default): later pipes get two pages and are slower than copying.
 	pipeSize = 256 << 10
 
 	// maxPipes keeps this process at half of that limit. Further flows copy. Agents of the same user on the same host share

@@ -40,7 +40,7 @@ type Options struct {
 	FromDown         *atomic.Uint64 // bytes that up's socket took; nil: not counted
 	FromUp           *atomic.Uint64 // bytes that down's socket took; nil: not counted
 
-	// Bytes that the caller has read from a side, delivered first; nil: none. Run releases the buffers.
+	// Bytes that the caller has read from a side, delivered first; may be nil. Run releases the buffers.
 	DownRead, UpRead *tcp.Buffer
 }
 
@@ -143,7 +143,7 @@ func (r *relay) failure() error {
 	return r.up.err
 }
 
-// deadline returns when the next wait must end, and how the relay ends then. A zero time is no deadline. That is the
+// deadline returns when the next wait must end, and how the relay ends then. The zero time means no deadline. That is the
 // ordinary case, and the clock is not read in it.
 func (r *relay) deadline(moved bool) (End, time.Time) {
 	how, limit := r.limit()

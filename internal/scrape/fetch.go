@@ -16,10 +16,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/promtext"
 )
 
-// localhost stands in requests for the workload's loopback address, whichever it listens on.
+// localhost is the host in requests to the workload's loopback address, for both families.
 const localhost = "localhost"
 
-// newClient makes one connection for each request, so that none is left open on the workload between two scrapes. It
+// newClient opens one connection for each request, so that the workload has no open connection between two scrapes. It
 // follows redirects within the target's host and port.
 func newClient(dial func(ctx context.Context, network, addr string) (net.Conn, error)) *http.Client {
 	return &http.Client{
@@ -36,12 +36,12 @@ func newClient(dial func(ctx context.Context, network, addr string) (net.Conn, e
 				return conn, err
 			},
 			DisableKeepAlives:      true,
-			DisableCompression:     true, // unzipped here, within bounds
+			DisableCompression:     true, // decoded decompresses, with a limit
 			MaxResponseHeaderBytes: 64 << 10,
 		},
 		CheckRedirect: func(next *http.Request, via []*http.Request) error {
 			if next.URL.Scheme != "http" || next.URL.Host != via[0].URL.Host {
-				return fmt.Errorf("redirected to another host, %.80q; give the port and path where the metrics are", next.URL.Host)
+				return fmt.Errorf("redirected to another host, %.80q; set the port and path of the metrics", next.URL.Host)
 			}
 			if len(via) > 3 {
 				return errors.New("redirected more than three times")
@@ -51,7 +51,7 @@ func newClient(dial func(ctx context.Context, network, addr string) (net.Conn, e
 	}
 }
 
-// fetch gets and parses one target's exposition. Of the scraper's request it passes on who asks, and for how long.
+// fetch gets and parses one target's exposition. It forwards the scraper's User-Agent and the remaining time.
 func (h *handler) fetch(ctx context.Context, target Target, scraper http.Header, format promtext.Format) ([]promtext.Family, error) {
 	host := h.Host
 	if host == "" {
@@ -70,7 +70,7 @@ func (h *handler) fetch(ctx context.Context, target Target, scraper http.Header,
 		request.Header.Set(timeoutField, strconv.FormatFloat(time.Until(deadline).Seconds(), 'f', 3, 64))
 	}
 	request.Header.Set("Accept-Encoding", "gzip")
-	// What needs no conversion comes first.
+	// Prefer the format that needs no conversion.
 	request.Header.Set("Accept", "text/plain;version=0.0.4,application/openmetrics-text;version=1.0.0;q=0.5")
 	if format == promtext.OpenMetrics {
 		request.Header.Set("Accept", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5")
@@ -98,7 +98,7 @@ func (h *handler) fetch(ctx context.Context, target Target, scraper http.Header,
 	return families, nil
 }
 
-// decoded is the response's body without gzip. promtext bounds what comes out, and this what goes in.
+// decoded returns the response's body, decompressed. It bounds the compressed bytes; promtext bounds the decompressed ones.
 func decoded(response *http.Response, limit int) (io.Reader, error) {
 	switch coding := response.Header.Get("Content-Encoding"); strings.ToLower(coding) {
 	case "", "identity":
@@ -106,6 +106,6 @@ func decoded(response *http.Response, limit int) (io.Reader, error) {
 	case "gzip":
 		return gzip.NewReader(io.LimitReader(response.Body, int64(limit)))
 	default:
-		return nil, fmt.Errorf("Content-Encoding %.40q was not asked for", coding)
+		return nil, fmt.Errorf("Content-Encoding %.40q was not requested", coding)
 	}
 }

@@ -1,8 +1,8 @@
-// Package scrape answers Prometheus with the agent's own exposition and the workload's as one.
+// Package scrape serves the agent's metrics and the workload's as one exposition.
 //
-// A part that fails never fails the scrape: the answer says so in pillion_scrape_target_up, and the log once for each
-// change. Everything is bounded: the scrapes at a time, the bytes and samples of all parts of one, and its time. What the
-// workload says can never take the place of what the agent says. Package promtext describes how the parts are merged.
+// If a part fails, the scrape still succeeds: pillion_scrape_target_up reports the failure, and each change is logged once.
+// The number of concurrent scrapes is bounded, and so are the bytes, samples and duration of each. The workload's series
+// cannot replace the agent's. Package promtext describes how parts are merged.
 package scrape
 
 import (
@@ -24,36 +24,36 @@ import (
 
 const (
 	maxScrapes = 2
-	maxBytes   = 10 << 20 // of all targets' expositions in one scrape, as they come and as they are without gzip
-	maxSamples = 100_000  // of all targets in one scrape: parsed, they take about 90 MB
+	maxBytes   = 10 << 20 // of all targets in one scrape, as received and as decompressed
+	maxSamples = 100_000  // of all targets in one scrape; parsed, they take about 90 MB
 
 	standardTimeout = 10 * time.Second
 	maxTimeout      = time.Minute
-	maxMargin       = 500 * time.Millisecond // kept for the way back to the scraper
-	writeTime       = 10 * time.Second       // for a scraper to read the answer
+	maxMargin       = 500 * time.Millisecond // reserved for sending the answer
+	writeTime       = 10 * time.Second       // for the scraper to read the answer
 )
 
-// timeoutField is the header field with the timeout of the scraper, in seconds.
+// timeoutField is the header field with the scraper's timeout in seconds.
 const timeoutField = "X-Prometheus-Scrape-Timeout-Seconds"
 
-// ownLimits are for the agent's own exposition, which grows with the traffic and not with a stranger's wish.
+// ownLimits apply to the agent's own exposition. Package metrics bounds its size.
 var ownLimits = promtext.Limits{Bytes: 100 << 20, Samples: 1_000_000}
 
 // Config is the configuration of a Handler. Own and Log are required.
 type Config struct {
 	// Own writes the agent's own exposition, in the text format 0.0.4. It is called from several goroutines.
 	Own func(io.Writer) error
-	// Targets are where the workload serves metrics. There may be none.
+	// Targets are the places where the workload serves metrics. May be empty.
 	Targets []Target
-	// Host is the workload's address. Empty means 127.0.0.1, and ::1 where that refuses.
+	// Host is the workload's address. Empty: 127.0.0.1, or ::1 if that refuses.
 	Host string
-	// Dial opens connections to the workload; nil means those of a net.Dialer.
+	// Dial opens connections to the workload. nil: a net.Dialer does.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 	Log  *slog.Logger
 }
 
-// NewHandler serves merged expositions on whatever path it is put. The answer is OpenMetrics or text, as asked for, and
-// gzip when asked for. Methods other than GET and HEAD are 405, more than two at a time 503.
+// NewHandler serves the merged exposition on every path. The format (OpenMetrics or text) and gzip are negotiated. Methods
+// other than GET and HEAD are answered 405, and a third concurrent scrape 503.
 func NewHandler(config Config) http.Handler {
 	if config.Dial == nil {
 		config.Dial = new(net.Dialer).DialContext
@@ -67,8 +67,8 @@ func NewHandler(config Config) http.Handler {
 	}
 }
 
-// shareOf are the limits of each of so many targets. The parts are equal, so that a target's fate does not hang on which
-// of the others was faster.
+// shareOf returns the limits of each of n targets. The shares are equal, so that the result of a target does not depend on
+// which of the others was faster.
 func shareOf(targets int) promtext.Limits {
 	n := max(1, targets)
 	return promtext.Limits{Bytes: maxBytes / n, Samples: maxSamples / n}
@@ -76,25 +76,25 @@ func shareOf(targets int) promtext.Limits {
 
 type handler struct {
 	Config
-	limits promtext.Limits // of one target
+	limits promtext.Limits // for one target
 	slots  chan struct{}
 	client *http.Client
 
 	mu     sync.Mutex
-	failed map[Target]bool // as last logged; the zero Target is the own exposition
+	failed map[Target]bool // as last logged; the zero Target is the agent's own exposition
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
-		http.Error(w, "a scrape is a GET", http.StatusMethodNotAllowed)
+		http.Error(w, "method not allowed: use GET", http.StatusMethodNotAllowed)
 		return
 	}
 	select {
 	case h.slots <- struct{}{}:
 		defer func() { <-h.slots }()
 	default:
-		http.Error(w, "too many scrapes at a time", http.StatusServiceUnavailable)
+		http.Error(w, "too many concurrent scrapes", http.StatusServiceUnavailable)
 		return
 	}
 	format := promtext.Negotiate(strings.Join(r.Header.Values("Accept"), ","))
@@ -108,13 +108,13 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	timeout := timeoutOf(r)
-	// The server's own deadline is for short answers. A recorder in a test has none.
+	// The server's own deadline is meant for short answers. A test's recorder does not support deadlines.
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(timeout + writeTime))
 	ctx, cancel := context.WithTimeout(r.Context(), timeout)
 	defer cancel()
 	families := h.collect(ctx, r, format)
 	if r.Context().Err() != nil {
-		return // the scraper has gone
+		return // the scraper has left
 	}
 	out := io.Writer(w)
 	if zipped {
@@ -122,11 +122,11 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		defer zip.Close()
 		out = zip
 	}
-	// An error is the scraper's: it has gone, or reads too slowly.
+	// An error here means that the scraper has left or reads too slowly.
 	_ = promtext.Write(out, format, families)
 }
 
-// timeoutOf is how long the parts may take: a little less than the scraper waits.
+// timeoutOf returns the time for collecting the parts: a little less than the scraper's timeout.
 func timeoutOf(r *http.Request) time.Duration {
 	timeout := standardTimeout
 	if seconds, err := strconv.ParseFloat(r.Header.Get(timeoutField), 64); err == nil && seconds > 0 {
@@ -149,7 +149,7 @@ func acceptsGzip(fields []string) bool {
 
 const droppedSeries = "pillion_scrape_dropped_series"
 
-// collect fetches all parts at the same time, and merges them with the report on how that went.
+// collect fetches all parts concurrently and merges them with the metrics about the scrape itself.
 func (h *handler) collect(ctx context.Context, r *http.Request, format promtext.Format) []promtext.Family {
 	parts := make([][]promtext.Family, 2+len(h.Targets))
 	errs := make([]error, len(h.Targets))
@@ -163,9 +163,9 @@ func (h *handler) collect(ctx context.Context, r *http.Request, format promtext.
 	fetching.Wait()
 
 	up := promtext.Family{Name: "pillion_scrape_target_up", Type: promtext.Gauge,
-		Help: "Whether this scrape of the workload gave metrics (1) or not (0)."}
+		Help: "1 if this scrape of the workload succeeded."}
 	for i, target := range h.Targets {
-		if r.Context().Err() == nil { // else it may have been the scraper who gave up
+		if r.Context().Err() == nil { // otherwise the scraper may have caused the error by leaving
 			h.note(target, errs[i])
 		}
 		value := "1"
@@ -177,7 +177,7 @@ func (h *handler) collect(ctx context.Context, r *http.Request, format promtext.
 		}})
 	}
 	parts[0] = []promtext.Family{up, {Name: droppedSeries, Type: promtext.Gauge,
-		Help:    "Series of the workload that this scrape left out, because they clash with others.",
+		Help:    "Series of the workload dropped from this scrape because of a conflict with other series.",
 		Samples: []promtext.Sample{{Name: droppedSeries, Value: "0"}}}}
 	families, dropped := promtext.Merge(format, parts...)
 	for _, family := range families {
@@ -196,7 +196,7 @@ func (h *handler) own() ([]promtext.Family, error) {
 	return promtext.Parse(&exposition, promtext.Text, ownLimits)
 }
 
-// note logs when a part fails that did not fail before, or the other way round.
+// note logs when a part begins to fail, and when it works again.
 func (h *handler) note(target Target, err error) {
 	h.mu.Lock()
 	changed := h.failed[target] != (err != nil)
@@ -205,12 +205,12 @@ func (h *handler) note(target Target, err error) {
 	switch {
 	case !changed:
 	case target == Target{} && err != nil:
-		h.Log.Error("own metrics cannot be served", "error", err)
+		h.Log.Error("gathering the agent's metrics failed", "error", err)
 	case target == Target{}:
-		h.Log.Info("own metrics are served again")
+		h.Log.Info("gathering the agent's metrics works again")
 	case err != nil:
-		h.Log.Warn("workload's metrics cannot be scraped", "port", target.Port, "path", target.Path, "error", err)
+		h.Log.Warn("scraping the workload failed", "port", target.Port, "path", target.Path, "error", err)
 	default:
-		h.Log.Info("workload's metrics are scraped again", "port", target.Port, "path", target.Path)
+		h.Log.Info("scraping the workload works again", "port", target.Port, "path", target.Path)
 	}
 }

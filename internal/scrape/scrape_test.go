@@ -34,7 +34,7 @@ func own(w io.Writer) error {
 	return err
 }
 
-// workload serves answer on loopback, and returns the target that it is.
+// workload serves answer on loopback and returns its target.
 func workload(t *testing.T, path string, answer http.HandlerFunc) scrape.Target {
 	t.Helper()
 	server := httptest.NewServer(answer)
@@ -62,7 +62,7 @@ func serves(contentType, body string) http.HandlerFunc {
 	}
 }
 
-// agent is a handler behind a real server, and what it has logged.
+// agent is a handler behind a real server, with its log.
 type agent struct {
 	*httptest.Server
 	log *lines
@@ -97,7 +97,7 @@ func (l *lines) String() string {
 	return l.text.String()
 }
 
-// get scrapes with header fields given as name, value, and fails the test for any answer but 200.
+// get scrapes with header fields given as name, value. It fails the test unless the status is 200.
 func (a agent) get(t *testing.T, fields ...string) (body string, header http.Header) {
 	t.Helper()
 	response, text := a.do(t, "GET", fields...)
@@ -138,14 +138,14 @@ const (
 func report(dropped int, ups ...any) string {
 	var b strings.Builder
 	if len(ups) > 0 {
-		b.WriteString("# HELP pillion_scrape_target_up Whether this scrape of the workload gave metrics (1) or not (0).\n" +
+		b.WriteString("# HELP pillion_scrape_target_up 1 if this scrape of the workload succeeded.\n" +
 			"# TYPE pillion_scrape_target_up gauge\n")
 	}
 	for i := 0; i < len(ups); i += 2 {
 		target := ups[i].(scrape.Target)
 		fmt.Fprintf(&b, "pillion_scrape_target_up{port=\"%d\",path=\"%s\"} %v\n", target.Port, target.Path, ups[i+1])
 	}
-	return b.String() + "# HELP pillion_scrape_dropped_series Series of the workload that this scrape left out, because they clash with others.\n" +
+	return b.String() + "# HELP pillion_scrape_dropped_series Series of the workload dropped from this scrape because of a conflict with other series.\n" +
 		"# TYPE pillion_scrape_dropped_series gauge\npillion_scrape_dropped_series " + strconv.Itoa(dropped) + "\n"
 }
 
@@ -182,7 +182,7 @@ func TestWithoutTargetsThereIsTheAgentsOwn(t *testing.T) {
 	}
 }
 
-func TestAPartThatFailsNeverFailsTheScrape(t *testing.T) {
+func TestScrapeSucceedsWithoutFailedParts(t *testing.T) {
 	zipped := func(size int) []byte {
 		var b bytes.Buffer
 		zip := gzip.NewWriter(&b)
@@ -214,7 +214,7 @@ func TestAPartThatFailsNeverFailsTheScrape(t *testing.T) {
 		"coding": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Encoding", "br")
 			w.Header().Set("Content-Type", "text/plain")
-		}, "was not asked for"},
+		}, "was not requested"},
 		"elsewhere": {func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "http://203.0.113.7/metrics", http.StatusFound)
 		}, "redirected to another host"},
@@ -268,7 +268,7 @@ func TestAPartThatFailsNeverFailsTheScrape(t *testing.T) {
 	})
 }
 
-// However many targets there are, a scrape's memory has one bound.
+// The bound of a scrape's memory does not depend on the number of targets.
 func TestTargetsShareTheLimitsOfAScrape(t *testing.T) {
 	samples := func(n int) string { return strings.Repeat("a 1\n", n) }
 	bytes := func(n int) string { return strings.Repeat("#\n", n/2) }
@@ -277,10 +277,10 @@ func TestTargetsShareTheLimitsOfAScrape(t *testing.T) {
 		targets int
 		most    string
 		more    string
-		says    string
+		log     string
 	}{
-		{"samples of one", 1, samples(100_000), samples(100_001), "one sample more than 100000"},
-		{"samples of four", 4, samples(25_000), samples(25_001), "one sample more than 25000"},
+		{"samples of one", 1, samples(100_000), samples(100_001), "exceeds the limit of 100000 samples"},
+		{"samples of four", 4, samples(25_000), samples(25_001), "exceeds the limit of 25000 samples"},
 		{"bytes of four", 4, bytes(10 << 20 / 4), bytes(10<<20/4 + 2), "longer than 2621440 bytes"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -298,14 +298,14 @@ func TestTargetsShareTheLimitsOfAScrape(t *testing.T) {
 					t.Errorf("the answer lacks %s", up)
 				}
 			}
-			if !strings.Contains(agent.log.String(), c.says) {
-				t.Errorf("logged %swant %s", agent.log, c.says)
+			if !strings.Contains(agent.log.String(), c.log) {
+				t.Errorf("logged %swant %s", agent.log, c.log)
 			}
 		})
 	}
 }
 
-func TestAChangeIsLoggedOnce(t *testing.T) {
+func TestChangeIsLoggedOnce(t *testing.T) {
 	answers := make(chan int, 1)
 	target := workload(t, "/", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(<-answers) })
 	agent := start(t, scrape.Config{Targets: []scrape.Target{target}})
@@ -318,7 +318,7 @@ func TestAChangeIsLoggedOnce(t *testing.T) {
 	}
 }
 
-func TestAScraperThatGoesIsNoFailureOfTheWorkload(t *testing.T) {
+func TestScraperThatLeavesIsNotAFailureOfTheWorkload(t *testing.T) {
 	asked := make(chan struct{})
 	target := workload(t, "/", func(_ http.ResponseWriter, r *http.Request) { close(asked); <-r.Context().Done() })
 	var log lines
@@ -332,33 +332,33 @@ func TestAScraperThatGoesIsNoFailureOfTheWorkload(t *testing.T) {
 	}
 }
 
-func TestTheWorkloadHearsWhoAsksAndForHowLong(t *testing.T) {
-	heard := make(chan *http.Request, 1)
-	target := workload(t, "/", func(_ http.ResponseWriter, r *http.Request) { heard <- r })
+func TestWorkloadReceivesUserAgentAndTimeout(t *testing.T) {
+	requests := make(chan *http.Request, 1)
+	target := workload(t, "/", func(_ http.ResponseWriter, r *http.Request) { requests <- r })
 	agent := start(t, scrape.Config{Targets: []scrape.Target{target}})
 	for _, c := range []struct {
 		timeout  string
 		from, to float64
 	}{{"", 5, 9.5}, {"10", 5, 9.5}, {"2", 0.5, 1.8}, {"never", 5, 9.5}, {"-1", 5, 9.5}, {"NaN", 5, 9.5}, {"1e99", 30, 59.5}, {"+Inf", 30, 59.5}} {
 		agent.get(t, "User-Agent", "Prometheus/3", "X-Prometheus-Scrape-Timeout-Seconds", c.timeout)
-		r := <-heard
+		r := <-requests
 		if timeout, err := strconv.ParseFloat(r.Header.Get("X-Prometheus-Scrape-Timeout-Seconds"), 64); err != nil || timeout > c.to || timeout < c.from {
 			t.Errorf("timeout %q becomes %v, want %v at most", c.timeout, r.Header, c.to)
 		}
 		if want := fmt.Sprintf("localhost:%d", target.Port); r.Header.Get("User-Agent") != "Prometheus/3" || r.Host != want || r.Header.Get("Accept-Encoding") != "gzip" {
-			t.Errorf("%s heard %v", r.Host, r.Header)
+			t.Errorf("%s received %v", r.Host, r.Header)
 		}
 		if accept := r.Header.Get("Accept"); !strings.HasPrefix(accept, "text/plain;version=0.0.4,application/openmetrics-text;version=1.0.0;") {
 			t.Errorf("accepts %s", accept)
 		}
 	}
 	agent.get(t, "Accept", "application/openmetrics-text")
-	if accept := (<-heard).Header.Get("Accept"); !strings.HasPrefix(accept, "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;") {
+	if accept := (<-requests).Header.Get("Accept"); !strings.HasPrefix(accept, "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;") {
 		t.Errorf("accepts %s", accept)
 	}
 }
 
-func TestWhereTheWorkloadIsDialled(t *testing.T) {
+func TestAddressOfTheWorkload(t *testing.T) {
 	target := workload(t, "/", func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/" {
 			http.Redirect(w, r, "/there", http.StatusFound)
@@ -434,7 +434,7 @@ func TestMethods(t *testing.T) {
 	}
 }
 
-func TestAFewScrapesAtATime(t *testing.T) {
+func TestConcurrentScrapesAreBounded(t *testing.T) {
 	asked, answer := make(chan struct{}), make(chan struct{})
 	target := workload(t, "/", func(http.ResponseWriter, *http.Request) { asked <- struct{}{}; <-answer })
 	agent := start(t, scrape.Config{Targets: []scrape.Target{target}})
@@ -473,14 +473,14 @@ func TestParseTargets(t *testing.T) {
 			[]scrape.Target{{Port: 8080, Path: "/metrics"}, {Port: 9090, Path: "/b"}}, ""},
 		{`{"port":"15020"}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: port 15020 is the agent's own"},
 		{`{"targets":[{"port":8080},{"port":15090}]}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: port 15090 is the agent's own"},
-		{`{"port":"http"}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: port "http" is none; give a number from 1 to 65535`},
-		{`{"port":0}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: port "0" is none`},
-		{`{"port":65536}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: port "65536" is none`},
-		{`{"port":80.5}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: port "80.5" is none`},
-		{`{"port":true}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS is not the JSON that it should be: json"},
-		{`{"scrape":true}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS is not the JSON that it should be: json"},
-		{`{"port":`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS is not the JSON that it should be: unexpected end"},
-		{`{"path":"/%zz"}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: path "/%zz" is none`},
+		{`{"port":"http"}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: invalid port "http"; use a number from 1 to 65535`},
+		{`{"port":0}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: invalid port "0"`},
+		{`{"port":65536}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: invalid port "65536"`},
+		{`{"port":80.5}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: invalid port "80.5"`},
+		{`{"port":true}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: invalid JSON: json"},
+		{`{"scrape":true}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: invalid JSON: json"},
+		{`{"port":`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: invalid JSON: unexpected end"},
+		{`{"path":"/%zz"}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: invalid path "/%zz"`},
 		{`{"targets":[` + strings.Repeat(`{},`, 16) + `{}]}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: 17 targets are more than 16"},
 	} {
 		got, err := scrape.ParseTargets(c.value, 15020, 15090)
@@ -490,8 +490,8 @@ func TestParseTargets(t *testing.T) {
 	}
 }
 
-// The agent's servers have limits for short answers. A workload may take as long as the scraper waits.
-func TestASlowWorkloadIsWaitedForLongerThanTheServersLimits(t *testing.T) {
+// The timeouts of the agent's servers are meant for short answers. A workload may take as long as the scraper waits.
+func TestSlowWorkloadMayTakeLongerThanTheServersTimeouts(t *testing.T) {
 	const limit = 100 * time.Millisecond
 	target := workload(t, "/metrics", func(w http.ResponseWriter, r *http.Request) {
 		select {
@@ -507,6 +507,6 @@ func TestASlowWorkloadIsWaitedForLongerThanTheServersLimits(t *testing.T) {
 	server.Start()
 	defer server.Close()
 	if body, _ := (agent{Server: server}).get(t); !strings.Contains(body, "\nslow 1\n") {
-		t.Errorf("the answer is %q", body)
+		t.Errorf("body = %q", body)
 	}
 }

@@ -9,21 +9,21 @@ import (
 	"strings"
 )
 
-// Variable is the environment variable in which the injector hands on the workload's annotations for Prometheus.
+// Variable is the environment variable in which the injector passes the workload's annotations for Prometheus.
 const Variable = "ISTIO_PROMETHEUS_ANNOTATIONS"
 
-// maxTargets bounds what one scrape fetches at the same time. They share maxBytes and maxSamples.
+// maxTargets bounds the targets. They share maxBytes and maxSamples.
 const maxTargets = 16
 
-// Target is one place where the workload serves metrics. Path begins with a slash, and may have a query.
+// Target is one place where the workload serves metrics. Path begins with a slash and may have a query.
 type Target struct {
 	Port uint16
 	Path string
 }
 
-// ParseTargets reads the value of Variable: JSON with "scrape", "port" and "path", or with "targets", a list of ports and
-// paths that takes their place. A port is 80 and a path /metrics when they are missing. There are no targets when the
-// value is empty or scrape is "false". A port in own would let the agent scrape itself without end, and is an error.
+// ParseTargets parses the value of Variable: JSON with "scrape", "port" and "path", or with "targets", a list of ports and
+// paths that overrides the two. The default port is 80 and the default path /metrics. If value is empty or scrape is
+// "false", there are no targets. A port in own is an error, because the agent would scrape itself endlessly.
 func ParseTargets(value string, own ...uint16) ([]Target, error) {
 	if value == "" {
 		return nil, nil
@@ -38,7 +38,7 @@ func ParseTargets(value string, own ...uint16) ([]Target, error) {
 		Targets []target `json:"targets"`
 	}
 	if err := json.Unmarshal([]byte(value), &config); err != nil {
-		return nil, fmt.Errorf("%s is not the JSON that it should be: %w", Variable, err)
+		return nil, fmt.Errorf("%s: invalid JSON: %w", Variable, err)
 	}
 	if config.Scrape == "false" {
 		return nil, nil
@@ -56,17 +56,17 @@ func ParseTargets(value string, own ...uint16) ([]Target, error) {
 		if w.Port != "" {
 			number, err := strconv.ParseUint(string(w.Port), 10, 16)
 			if err != nil || number == 0 {
-				return nil, fmt.Errorf("%s: port %q is none; give a number from 1 to 65535", Variable, string(w.Port))
+				return nil, fmt.Errorf("%s: invalid port %q; use a number from 1 to 65535", Variable, string(w.Port))
 			}
 			t.Port = uint16(number)
 		}
 		if slices.Contains(own, t.Port) {
-			return nil, fmt.Errorf("%s: port %d is the agent's own, which would scrape itself without end; give the port on which the workload serves its metrics", Variable, t.Port)
+			return nil, fmt.Errorf("%s: port %d is the agent's own, so it would scrape itself endlessly; set the port on which the workload serves its metrics", Variable, t.Port)
 		}
 		if w.Path != "" {
 			t.Path = "/" + strings.TrimPrefix(w.Path, "/")
 			if _, err := url.ParseRequestURI(t.Path); err != nil {
-				return nil, fmt.Errorf("%s: path %q is none: %w", Variable, w.Path, err)
+				return nil, fmt.Errorf("%s: invalid path %q: %w", Variable, w.Path, err)
 			}
 		}
 		if !slices.Contains(targets, t) {
@@ -76,7 +76,7 @@ func ParseTargets(value string, own ...uint16) ([]Target, error) {
 	return targets, nil
 }
 
-// port takes a string or a number.
+// port accepts a JSON string or number.
 type port string
 
 func (p *port) UnmarshalJSON(text []byte) error {

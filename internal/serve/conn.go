@@ -44,7 +44,7 @@ func (c *Conn) Refuse(reason flow.Reason, err error) {
 func (c *Conn) List() { c.role.flows.List(c.Record) }
 
 // ReadFirst reads first bytes until they decide the protocol, or until downstream has been silent for the detection
-// delay. A connection whose protocol is not to be detected is opaque, and nothing is read from it.
+// delay. Without detection, the connection is opaque and is not read.
 func (c *Conn) ReadFirst(detect bool) bool {
 	c.sniffer = sniff.Sniffer{
 		Down:     c.Down,
@@ -53,7 +53,6 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		Idle:     c.Settings.IdleTimeout,
 		Draining: c.role.engine.Draining,
 		Budget:   c.role.budget,
-		Peer:     c.Record.Remote(),
 	}
 	if !detect {
 		c.protocol = sniff.Opaque
@@ -76,7 +75,8 @@ func (c *Conn) Dial(to upstream.Target) bool {
 	c.Record.Upstream = to.Address
 	dialer := c.role.dialer
 	dialer.Timeout = c.Settings.ConnectTimeout
-	up, err := dialer.Dial(c.w, to)
+	up, attempts, err := dialer.Dial(c.w, to)
+	c.Record.Attempts = uint8(attempts)
 	if err != nil {
 		c.Record.TransportFailure = upstream.TransportFailure(err)
 		return c.abandon(upstream.Reason(err), err)

@@ -1,6 +1,6 @@
 // Package serve holds the steps of a connection that every role shares: the agent's two directions today, a gateway
-// later. A role orders the steps in a walk of its own, its ServeConn, which can be read from top to bottom; what a step
-// does is written here once.
+// later. A role orders the steps in a walk of its own, its ServeConn, readable from top to bottom. The steps are written
+// here once.
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
 //
@@ -31,7 +31,8 @@ type Config struct {
 	Borrower  *upstream.Borrower // dials from clients' addresses; nil: targets with a borrowed source never occur
 	Settings  Settings           // until the first Apply
 
-	// The pool, and the limits on what a peer may send. NewRole sets the fields that Config has itself.
+	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
+	// has itself.
 	HTTP httpforward.Config
 }
 
@@ -48,8 +49,18 @@ type Settings struct {
 	OpaquePorts    capture.Ports // destination ports whose protocol is not detected
 	ProxyProtocol  capture.Ports // inbound: destination ports that get a PROXY protocol header; not detected either
 
-	// HTTP replaces the HTTP engine's settings, with the IdleTimeout and HalfCloseTimeout above. nil: unchanged.
+	// HTTP replaces the HTTP engine's settings, with the first three timeouts above. nil: unchanged.
 	HTTP *httpforward.Settings
+}
+
+// http returns the HTTP engine's settings under s. unchanged are those that it has if s does not replace them.
+func (s *Settings) http(unchanged httpforward.Settings) httpforward.Settings {
+	http := unchanged
+	if s.HTTP != nil {
+		http = *s.HTTP
+	}
+	http.ConnectTimeout, http.IdleTimeout, http.HalfCloseTimeout = s.ConnectTimeout, s.IdleTimeout, s.HalfCloseTimeout
+	return http
 }
 
 // Detects reports whether the protocol of connections to port is detected.
@@ -76,14 +87,14 @@ func NewRole(config Config) (*Role, error) {
 		direction: config.Direction,
 		flows:     config.Flows,
 		budget:    config.HTTP.Budget,
-		dialer:    upstream.Dialer{Poller: config.Poller, Timeout: config.Settings.ConnectTimeout, Borrow: config.Borrower},
+		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
 	if config.HTTP.Pool != nil { // otherwise httpforward.New reports that it is missing
 		r.dialer.Stats = &config.HTTP.Pool.Stats
 	}
 	forwarding := config.HTTP
 	forwarding.Direction, forwarding.Dialer, forwarding.Flows = config.Direction, r.dialer, config.Flows
-	forwarding.IdleTimeout, forwarding.HalfCloseTimeout = config.Settings.IdleTimeout, config.Settings.HalfCloseTimeout
+	forwarding.Settings = config.Settings.http(forwarding.Settings)
 	var err error
 	if r.engine, err = httpforward.New(forwarding); err != nil {
 		return nil, err
@@ -95,12 +106,7 @@ func NewRole(config Config) (*Role, error) {
 // Apply replaces the settings for connections that are opened from now on. Those of HTTP also apply to later requests of
 // open connections; see httpforward.Settings. Invalid settings change nothing. Calls must not be concurrent.
 func (r *Role) Apply(settings Settings) error {
-	http := r.engine.Settings()
-	if settings.HTTP != nil {
-		http = *settings.HTTP
-	}
-	http.IdleTimeout, http.HalfCloseTimeout = settings.IdleTimeout, settings.HalfCloseTimeout
-	if err := r.engine.Apply(http); err != nil {
+	if err := r.engine.Apply(settings.http(r.engine.Settings())); err != nil {
 		return err
 	}
 	r.settings.Store(&settings)
@@ -120,7 +126,7 @@ func (r *Role) Refuse(down *tcp.Conn) {
 	record.Close(r.flows, flow.MaxConnections, nil)
 }
 
-// Open begins the walk of a connection, which the returned Conn owns from then on. When ctx ends, the connection is cut.
+// Open begins the walk of a connection. The returned Conn owns it from then on. When ctx ends, the connection is reset.
 // The caller must close the Conn.
 func (r *Role) Open(ctx context.Context, down *tcp.Conn) Conn {
 	return Conn{

@@ -1,7 +1,7 @@
 // Package sniff decides from the first bytes of a connection which protocol it speaks: HTTP/1, HTTP/2, TLS, or something
 // that stays opaque.
 //
-// The bytes are read into a buffer that travels with the connection, so none is lost. No wait is long: a silent downstream
+// The bytes are read into a buffer that travels with the connection, so no byte is lost. No wait is long: a silent downstream
 // does not keep the upstream from being dialled, and first bytes that do not decide are held for a bounded time. Detection
 // needs no list of ports, and no timer decides that a connection is HTTP.
 //
@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -33,22 +32,19 @@ type Sniffer struct {
 	Idle     time.Duration // how long Both waits while both sides are silent; zero or less: forever
 	Draining func() bool   // ends Both while both sides are silent; nil: never
 
-	// What is held is reported to Budget (nil: no limit), on account of Peer.
+	// The memory budget for bytes that are held, attributed to Down's peer; nil: no limit.
 	Budget *budget.Budget
-	Peer   netip.Addr
 
 	// The upstream connection; nil before the dial.
 	Up *tcp.Conn
 
-	// What was read from Down and from Up; nil: nothing. The buffers are the caller's when detection has ended.
+	// The bytes read from Down and from Up; may be nil. The caller owns the buffers after detection.
 	Read, UpRead *tcp.Buffer
 
 	Hello flow.Hello // of a TLS connection
 
-	began   time.Time // when Down's first bytes did not decide; zero: they did, or there are none
+	began   time.Time // when Down's first, undecided bytes arrived; zero: they decided, or have not arrived
 	greeted time.Time // when Up sent what an HTTP/2 server may send first; zero: it has not
-
-	held *budget.Account // made by the first wait with bytes
 }
 
 var errUpstream = errors.New("upstream was lost before either side had sent anything")
@@ -60,7 +56,8 @@ var ErrDraining = errors.New("neither side had sent anything when the agent drai
 // downstream was silent: the caller dials the upstream then and calls Both. The errors are those of reading from Down and
 // of waiting.
 func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
-	defer s.settle()
+	var held account
+	defer held.close()
 	var silence time.Time // when it has lasted too long
 	for {
 		protocol, err := s.look()
@@ -74,7 +71,7 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 			silence = time.Now().Add(s.Delay)
 			deadline = silence
 		}
-		if !s.hold(w) {
+		if !held.hold(s, w) {
 			return Undecided, budget.ErrEvicted
 		}
 		switch err := w.Wait(deadline, s.Down, nil); {
@@ -99,7 +96,8 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 // are, until the client's bytes show whether it speaks HTTP/2: an HTTP/2 client never waits for the server (RFC 9113
 // §3.4).
 func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
-	defer s.settle()
+	var held account
+	defer held.close()
 	for {
 		switch {
 		case !s.greeted.IsZero() && s.Up.Ended():
@@ -131,7 +129,7 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 		case s.Idle > 0:
 			deadline = time.Now().Add(s.Idle)
 		}
-		if !s.hold(w) {
+		if !held.hold(s, w) {
 			return Undecided, budget.ErrEvicted
 		}
 		err = w.Wait(deadline, s.Down, s.Up)
@@ -147,8 +145,11 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 	}
 }
 
-// hold reports the memory that is held during a wait. It returns false if the connection must end.
-func (s *Sniffer) hold(w *tcp.Waiter) bool {
+// account counts the memory of bytes that are held during a wait. It is made by the first wait with many bytes.
+type account struct{ *budget.Account }
+
+// hold reports the memory. It returns false if the connection must end.
+func (a *account) hold(s *Sniffer, w *tcp.Waiter) bool {
 	n := 0
 	for _, b := range [...]*tcp.Buffer{s.Read, s.UpRead} {
 		if b != nil {
@@ -156,21 +157,20 @@ func (s *Sniffer) hold(w *tcp.Waiter) bool {
 			n += b.Cap()
 		}
 	}
-	if s.held == nil {
+	if a.Account == nil {
 		if n <= 2*tcp.ShrunkSize {
 			return true
 		}
-		s.held = new(budget.Account)
-		s.held.Open(s.Budget, w, s.Peer)
+		a.Account = new(budget.Account)
+		a.Open(s.Budget, w, s.Down.RemoteAddr().Addr())
 	}
-	return s.held.Hold(n)
+	return a.Hold(n)
 }
 
-// settle ends the account: the bytes are about to go on, or are dropped.
-func (s *Sniffer) settle() {
-	if s.held != nil {
-		s.held.Close()
-		s.held = nil
+// close ends the account: the bytes are about to be forwarded or dropped.
+func (a *account) close() {
+	if a.Account != nil {
+		a.Close()
 	}
 }
 
@@ -201,8 +201,8 @@ func (s *Sniffer) greet() (spoke bool, err error) {
 	return false, fmt.Errorf("%w: %w", errUpstream, err)
 }
 
-// Abandon gives back everything that a failed detection holds except Down, which the caller ends. When the agent drains,
-// Up is closed in order; otherwise it is reset.
+// Abandon releases everything that a failed detection holds, except Down: the caller ends it. When the agent drains, Up is
+// closed in order; otherwise it is reset.
 func (s *Sniffer) Abandon(err error) {
 	s.Read.Release()
 	s.UpRead.Release()

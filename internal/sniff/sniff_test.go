@@ -549,7 +549,7 @@ func TestADetectionIsAbandonedBeforeTheDial(t *testing.T) {
 func TestHeldBeginningsShareABudget(t *testing.T) {
 	large := "GET /" + strings.Repeat("x", 5000)
 	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
-		r.Budget, r.Peer = budget.New(tcp.BufferSize+1000), netip.MustParseAddr("198.51.100.1")
+		r.Budget = budget.New(tcp.BufferSize + 1000)
 		say(t, r.client, large)
 		rival := new(rival)
 		rival.Open(r.Budget, rival, netip.MustParseAddr("198.51.100.2"))

@@ -126,6 +126,22 @@ func SetMark(fd int, mark uint32) error {
 // (SO_REUSEADDR). The remote end distinguishes their connections.
 func SetReuseAddress(fd int) error { return setInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) }
 
+// skMemInfoDrops is SK_MEMINFO_DROPS of linux/sock_diag.h, an index into the values of SO_MEMINFO.
+const skMemInfoDrops = 8
+
+// Drops returns how many packets the kernel has dropped at a datagram socket since it was opened, nearly all of them because
+// the receive buffer was full (SO_MEMINFO, since Linux 4.12). The counter has 32 bits and wraps around.
+func Drops(fd int) (uint32, error) {
+	var values [skMemInfoDrops + 1]uint32
+	size := uint32(unsafe.Sizeof(values))
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_MEMINFO,
+		uintptr(unsafe.Pointer(&values)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return values[skMemInfoDrops], nil
+}
+
 // SetReset makes close send RST instead of FIN (SO_LINGER with a zero time).
 func SetReset(fd int) error {
 	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})

@@ -22,12 +22,12 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-// says answers with a word and the method.
-func says(word string) http.Handler {
+// replying answers with a word and the method.
+func replying(word string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, word+" "+r.Method) })
 }
 
-// port is a status port, and what was ordered there.
+// port is a status port that counts its orders.
 type port struct {
 	http.Handler
 	quits, drains int
@@ -43,8 +43,8 @@ func newPort(change func(*status.Config)) *port {
 			}
 			return nil
 		}}),
-		Probers:   says("probers"),
-		Metrics:   says("metrics"),
+		Probers:   replying("probers"),
+		Metrics:   replying("metrics"),
 		Quit:      func() { p.quits++ },
 		Drain:     func() { p.drains++ },
 		Log:       slog.New(slog.DiscardHandler),
@@ -57,7 +57,7 @@ func newPort(change func(*status.Config)) *port {
 	return p
 }
 
-// ask asks from an address, with fields given as "Name: value".
+// ask sends a request from an address, with fields given as "Name: value".
 func (p *port) ask(method, path, from, host string, fields ...string) (int, string) {
 	request := httptest.NewRequest(method, path, nil)
 	request.RemoteAddr, request.Host = from, host
@@ -151,7 +151,7 @@ func TestNotReadyIs503WithTheReasons(t *testing.T) {
 	}
 }
 
-func TestMetricsMayBeKeptFromTheNetwork(t *testing.T) {
+func TestMetricsLocalOnlyRefusesTheNetwork(t *testing.T) {
 	p := newPort(func(c *status.Config) { c.MetricsLocalOnly = true })
 	for _, path := range []string{"/metrics", "/stats/prometheus"} {
 		if code, body := p.ask("GET", path, stranger, "pod:15020"); code != 403 || body != denied {
@@ -163,7 +163,7 @@ func TestMetricsMayBeKeptFromTheNetwork(t *testing.T) {
 	}
 }
 
-func TestProfilesAreServedOnlyWhenAskedFor(t *testing.T) {
+func TestProfilesAreServedOnlyWithProfiling(t *testing.T) {
 	p := newPort(func(c *status.Config) { c.Profiling = false })
 	for _, path := range []string{"", "profile", "heap"} {
 		if code, _ := p.ask("GET", "/debug/pprof/"+path, here, "localhost:15020"); code != 404 {
@@ -172,7 +172,7 @@ func TestProfilesAreServedOnlyWhenAskedFor(t *testing.T) {
 	}
 }
 
-func TestOrdersComeFromThisPodAndByItsOwnWill(t *testing.T) {
+func TestOrdersAreAcceptedOnlyFromThisPodAndNotFromPages(t *testing.T) {
 	for _, c := range []struct {
 		from, host string
 		fields     []string
@@ -195,7 +195,7 @@ func TestOrdersComeFromThisPodAndByItsOwnWill(t *testing.T) {
 		{"128.0.0.1:1", "localhost:15020", nil, 403},
 		{"[2001:db8::1]:1", "[::1]:15020", nil, 403},
 		{"[::6]:1", "[::1]:15020", nil, 403},
-		{"127.0.0.6:1", "localhost:15020", nil, 403}, // strangers, brought by inbound
+		{"127.0.0.6:1", "localhost:15020", nil, 403}, // a client, carried by inbound
 		{"[::ffff:127.0.0.6]:1", "localhost:15020", nil, 403},
 		{"[::ffff:198.51.100.7]:1", "localhost:15020", nil, 403},
 		{"@", "localhost:15020", nil, 403},
@@ -219,7 +219,7 @@ func TestOrdersComeFromThisPodAndByItsOwnWill(t *testing.T) {
 				t.Errorf("%s from %s for %q with %q: %d %q, want %d", path, c.from, c.host, c.fields, code, body, c.code)
 			}
 			if obeyed := p.quits + p.drains; (obeyed == 1) != (c.code == 200) {
-				t.Errorf("%s from %s for %q with %q is obeyed %d times", path, c.from, c.host, c.fields, obeyed)
+				t.Errorf("%s from %s for %q with %q is executed %d times", path, c.from, c.host, c.fields, obeyed)
 			}
 		}
 	}
@@ -243,12 +243,12 @@ func serve(t *testing.T, p http.Handler) string {
 	return listener.Addr().String()
 }
 
-func TestTheAnswerIsOutBeforeAnOrderIsObeyed(t *testing.T) {
+func TestTheAnswerIsSentBeforeAnOrderIsExecuted(t *testing.T) {
 	asked, answered := make(chan struct{}), make(chan struct{})
 	address := serve(t, newPort(func(c *status.Config) {
 		c.Quit = func() {
 			close(asked)
-			<-answered // the process is gone, as it were
+			<-answered // as if the process had ended
 		}
 	}))
 	conn, err := net.Dial("tcp4", address)

@@ -12,13 +12,13 @@ import (
 	"github.com/pillion-proxy/pillion/internal/sockopt"
 )
 
-// ErrAgain says that a connection can neither give nor take at the moment: wait for it.
+// ErrAgain means that a read or write would block: wait for the connection.
 var ErrAgain error = unix.EAGAIN
 
-// errVanished stands for an error of the connection that a system call has already taken: the kernel tells it once.
+// errVanished replaces a socket error that an earlier system call has consumed; the kernel reports it only once.
 var errVanished = os.NewSyscallError("read", unix.ECONNRESET)
 
-// Events of a connection. The first two are remembered until a try finds them stale, the others for good.
+// Events of a connection. The first two are kept until a system call returns EAGAIN, the others forever.
 const (
 	readable = unix.EPOLLIN
 	writable = unix.EPOLLOUT
@@ -28,17 +28,17 @@ const (
 	hungUp   = unix.EPOLLHUP // closed both ways
 )
 
-// Conn is a TCP connection that never blocks. All methods belong to the goroutine that owns it. It may be handed on to
-// another owner: the next one that waits for it is the one that is woken.
+// Conn is a TCP connection that never blocks. Only the goroutine that owns it may call its methods. It may be passed to
+// another owner: events wake the goroutine that waited for it last.
 type Conn struct {
 	poller *Poller
 	fd     int
 	remote netip.AddrPort
-	local  netip.AddrPort // invalid until it was asked for
+	local  netip.AddrPort // invalid until LocalAddr is called
 
 	ready         atomic.Uint32          // events, set by the poller
-	waiter        atomic.Pointer[Waiter] // who is woken by events; nil: nobody
-	watched       bool                   // in the epoll set, which the first wait brings
+	waiter        atomic.Pointer[Waiter] // woken by events; may be nil
+	watched       bool                   // in the epoll set; set by the first wait
 	serial        uint32                 // set with watched
 	watchesWrites bool                   // room in the send buffer is an event
 	shut          bool                   // CloseWrite was called
@@ -47,17 +47,17 @@ type Conn struct {
 	layer         *layered      // nil: the connection is bare
 }
 
-// newConn takes fd over. ready is what it is assumed to be ready for until a try shows otherwise.
+// newConn takes ownership of fd. ready is the assumed state until a system call shows otherwise.
 func newConn(p *Poller, fd int, remote netip.AddrPort, ready uint32) *Conn {
 	c := &Conn{poller: p, fd: fd, remote: remote}
 	c.ready.Store(ready)
 	return c
 }
 
-// RemoteAddr is the peer's address. A link-local one has the interface's number as its zone.
+// RemoteAddr returns the peer's address. A link-local one has the interface's index as its zone.
 func (c *Conn) RemoteAddr() netip.AddrPort { return c.remote }
 
-// LocalAddr is our end's address. The kernel is asked once. It is invalid when the kernel does not say.
+// LocalAddr returns the address of our end. It is invalid if the system call fails.
 func (c *Conn) LocalAddr() netip.AddrPort {
 	if !c.local.IsValid() {
 		c.local, _ = getsockname(c.fd)
@@ -65,15 +65,15 @@ func (c *Conn) LocalAddr() netip.AddrPort {
 	return c.local
 }
 
-// OriginalDst is where the connection was going before a rule redirected it; see package sockopt.
+// OriginalDst returns the destination of the connection before a rule redirected it; see package sockopt.
 func (c *Conn) OriginalDst() (netip.AddrPort, error) {
 	return sockopt.OriginalDst(c.fd, c.remote.Addr())
 }
 
-// ClearTransparent makes a connection that a transparent listener has accepted an ordinary one. A redirected one must be:
-// when its client opens another connection from the same port, to another redirected port, the kernel gives that a port
-// of its own to tell them apart. But it has looked for the socket before that, by then has found ours, and lets it have
-// the other one's packets if it is transparent.
+// ClearTransparent makes a connection that a transparent listener has accepted an ordinary one. This is required for a
+// redirected connection. When its client opens another connection from the same port to another redirected port, the kernel
+// changes that connection's source port to distinguish the two. It looks up the socket before that change, finds ours, and
+// delivers the other connection's packets to it if it is transparent.
 func (c *Conn) ClearTransparent() error {
 	return os.NewSyscallError("setsockopt", sockopt.ClearTransparent(c.fd, c.remote.Addr().Is6()))
 }
@@ -86,27 +86,26 @@ func (c *Conn) Readable() bool {
 // Writable reports whether a write is worth trying.
 func (c *Conn) Writable() bool { return c.ready.Load()&(writable|failed|hungUp) != 0 }
 
-// Ended reports, by what the poller knows, whether the peer sends nothing behind what it has sent: it has closed, or the
-// connection is dead.
+// Ended reports whether the poller has seen the end of the peer's data: the peer has closed, or the connection is dead.
 func (c *Conn) Ended() bool { return c.ready.Load()&(gone|failed|hungUp) != 0 }
 
-// Urgent reports whether the peer has ever sent urgent data. SpliceTo stops in front of it, and cannot tell that from an
-// empty connection or its end: read such a connection instead.
+// Urgent reports whether the peer has ever sent urgent data. SpliceTo stops before urgent data and cannot distinguish that
+// from an empty or ended connection: read such a connection instead.
 func (c *Conn) Urgent() bool { return c.ready.Load()&urgent != 0 }
 
-// Failed returns an error when the connection is dead, without reading: it was reset, or the peer vanished. It returns
-// nil for a connection that is open or was closed in order. It is what the poller knows: a connection that nobody waits
-// for is never dead.
+// Failed returns an error if the connection is dead because it was reset or the peer vanished. It does not read. It returns
+// nil for a connection that is open or was closed in order. It depends on events, so it detects a dead connection only after
+// the first Wait for it.
 //
-// The kernel shows a dead connection by a pending error (EPOLLERR). When a write has taken that error, what is left is
-// a connection closed both ways (EPOLLHUP) although we did not close our half.
+// The kernel reports a dead connection by a pending error (EPOLLERR). After a write has consumed that error, the connection
+// is closed both ways (EPOLLHUP) although we did not close our half.
 func (c *Conn) Failed() error {
 	ready := c.ready.Load()
 	if ready&failed == 0 && (ready&hungUp == 0 || c.shut) {
 		return nil
 	}
 	if c.layer != nil && c.layer.writeErr != nil {
-		return c.layer.writeErr // a flush has taken it
+		return c.layer.writeErr // a flush consumed the socket's error
 	}
 	if code, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
 		return os.NewSyscallError("read", syscall.Errno(code))
@@ -114,11 +113,11 @@ func (c *Conn) Failed() error {
 	return errVanished
 }
 
-// Read returns bytes that have arrived. It returns ErrAgain if there are none, and io.EOF at the end. An empty p reads
-// nothing and reports nothing.
+// Read returns bytes that have arrived. It returns ErrAgain if no bytes are available, and io.EOF at the end. With an empty
+// p it returns 0, nil.
 func (c *Conn) Read(p []byte) (int, error) {
 	if len(p) == 0 {
-		return 0, nil // the kernel's 0 would be taken for the end
+		return 0, nil // the kernel's 0 would mean the end
 	}
 	if c.layer != nil {
 		return c.layer.read(p)
@@ -128,16 +127,16 @@ func (c *Conn) Read(p []byte) (int, error) {
 
 func (c *Conn) readSocket(p []byte) (int, error) {
 	n, err := c.try(readable, "read", func() (int, error) { return read(c.fd, p) })
-	// A read that leaves room has taken everything, and whatever comes later is a new event: the try that would only
-	// return ErrAgain is spared. Urgent data is the exception, as a read stops in front of it.
+	// A read that leaves room has drained the socket, and later bytes cause a new event. This saves the system call that
+	// would return EAGAIN. Urgent data is the exception, because a read stops before it.
 	if n == len(p) || c.Urgent() {
 		c.ready.Or(readable)
 	}
 	return n, err
 }
 
-// Write gives the socket as much of p as it takes, and returns how much that is. It returns ErrAgain if that is nothing. A
-// Layer takes bytes that the socket has not taken; they are sent by later writes, by Wait and by Close.
+// Write writes as much of p as the socket takes and returns that number. It returns ErrAgain if the socket is full. A Layer
+// may accept bytes that the socket has not taken; later writes, Wait and Close send them.
 func (c *Conn) Write(p []byte) (int, error) {
 	if c.layer != nil {
 		return c.layer.write(c, p)
@@ -153,11 +152,11 @@ func (c *Conn) writeSocket(p []byte) (int, error) {
 	return n, err
 }
 
-// errLayered refuses to splice past a Layer, which would put unencoded bytes on the wire.
+// errLayered is the error for splicing a connection with a Layer: unencoded bytes would reach the wire.
 var errLayered = os.NewSyscallError("splice", unix.EINVAL)
 
 // SpliceTo moves up to n bytes from a bare connection into an empty pipe, with results like Read's. ErrAgain and io.EOF
-// may be wrong where there is urgent data.
+// may be wrong if there is urgent data.
 func (c *Conn) SpliceTo(pipe, n int) (int, error) {
 	if c.layer != nil {
 		return 0, errLayered
@@ -169,7 +168,7 @@ func (c *Conn) SpliceTo(pipe, n int) (int, error) {
 	return n, err
 }
 
-// SpliceFrom moves up to n bytes, which the pipe holds, to a bare connection, with results like Write's.
+// SpliceFrom moves up to n bytes from the pipe to a bare connection, with results like Write's. The pipe must hold n bytes.
 func (c *Conn) SpliceFrom(pipe, n int) (int, error) {
 	if c.layer != nil {
 		return 0, errLayered
@@ -181,9 +180,9 @@ func (c *Conn) SpliceFrom(pipe, n int) (int, error) {
 	return n, err
 }
 
-// try makes one system call. The event that allows it is forgotten before the call, and remembered again by the caller
-// if there may be more. So an event that comes during the call is kept, and the worst is a try for nothing; forgotten
-// after the call, it could be lost, and the connection would hang.
+// try makes one system call. It clears the event before the call; the caller sets it again if there may be more. An event
+// that arrives during the call is therefore kept, at the price of a possibly useless call. If it were cleared after the
+// call, an event could be lost and the connection would hang.
 func (c *Conn) try(event uint32, name string, call func() (int, error)) (int, error) {
 	c.ready.And(^event)
 	for {
@@ -202,8 +201,8 @@ func (c *Conn) try(event uint32, name string, call func() (int, error)) (int, er
 	}
 }
 
-// Quiet reports whether the connection is open, its peer has sent nothing that was not read, and nothing is unsent. It
-// asks the kernel, which is ahead of the poller.
+// Quiet reports whether the connection is open and has neither unread nor unsent bytes. It makes a system call, because the
+// poller may not have seen the latest events.
 func (c *Conn) Quiet() bool {
 	if c.layer != nil {
 		return c.layer.quiet()
@@ -212,16 +211,17 @@ func (c *Conn) Quiet() bool {
 	return err == ErrAgain
 }
 
-// Track increments n, and decrements it when the connection is closed.
-func (c *Conn) Track(n *atomic.Int64) {
-	n.Add(1)
+// Track increments n and returns its new value. It is decremented when the descriptor is closed. With a Layer, that may
+// be after Close returns.
+func (c *Conn) Track(n *atomic.Int64) int64 {
 	c.open = n
+	return n.Add(1)
 }
 
-// Rest stops events from waking the last waiter. The next wait, of any waiter, ends that.
+// Rest detaches the connection from its waiter, until the next wait.
 func (c *Conn) Rest() { c.waiter.Store(nil) }
 
-// CloseWrite closes the sending half: the peer reads the end. Calling it twice does nothing.
+// CloseWrite closes the sending half: the peer reads the end. A second call has no effect.
 func (c *Conn) CloseWrite() error {
 	if c.layer != nil {
 		return c.layer.closeWrite(c)
@@ -233,8 +233,8 @@ func (c *Conn) CloseWrite() error {
 	return os.NewSyscallError("shutdown", shutdown(c.fd))
 }
 
-// Close closes the connection in order. Bytes that were written still go out. Closing twice does nothing. All calls on a
-// closed connection fail with EBADF: its descriptor may belong to another connection by then.
+// Close closes the connection in order. Written bytes are still sent. A second call has no effect. All calls on a closed
+// connection fail with EBADF, because its descriptor may already belong to another connection.
 func (c *Conn) Close() {
 	switch {
 	case c.closed:
@@ -245,8 +245,8 @@ func (c *Conn) Close() {
 	}
 }
 
-// Reset closes the connection with RST, so that the peer learns that it did not end well. Bytes that were written and
-// are not on the wire yet are lost.
+// Reset closes the connection with RST, to signal an abnormal end to the peer. Written bytes that are not yet on the wire
+// are lost.
 func (c *Conn) Reset() {
 	if !c.closed {
 		_ = sockopt.SetReset(c.fd) // cannot fail on an open TCP socket
@@ -254,7 +254,7 @@ func (c *Conn) Reset() {
 	}
 }
 
-// finish closes the descriptor, which takes it out of the epoll set, too.
+// finish closes the descriptor. That removes it from the epoll set as well.
 func (c *Conn) finish() {
 	c.closed = true
 	if c.watched {

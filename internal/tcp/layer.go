@@ -11,12 +11,12 @@ import (
 	"github.com/pillion-proxy/pillion/internal/sockopt"
 )
 
-// Layer is a record layer between a Conn and its socket, such as TLS. It encodes what the connection writes into records
-// and decodes what it reads. It belongs to the goroutine that owns the connection, and does all its input and output by
-// the Socket that it was made with.
+// Layer is a record layer between a Conn and its socket, such as TLS. It encodes written bytes into records and decodes
+// received ones. Only the goroutine that owns the connection calls it. It does all its input and output through the Socket
+// that it was created with.
 type Layer interface {
-	// Read decodes into p, which is not empty. It returns ErrAgain only when Socket.Read has returned that: then there is
-	// no whole record with data. It returns io.EOF after the peer's close message and for no other reason.
+	// Read decodes into p. p must not be empty. It returns ErrAgain only if Socket.Read has returned that, and there is no
+	// complete record with data. It returns io.EOF only after the peer's close message.
 	Read(p []byte) (int, error)
 
 	// Write encodes all of p and writes it.
@@ -25,7 +25,7 @@ type Layer interface {
 	// CloseWrite writes the close message. No Write follows.
 	CloseWrite() error
 
-	// Buffered reports whether Read may return something else than ErrAgain without reading from the Socket.
+	// Buffered reports whether Read may return a result other than ErrAgain without reading from the Socket.
 	Buffered() bool
 }
 
@@ -33,44 +33,54 @@ type Layer interface {
 type Socket struct{ c *Conn }
 
 const (
-	// maxEncoded bounds the bytes that one write of a Conn encodes. Encoded records cannot be taken back when the socket
-	// takes only a part of them, so this is what may wait in memory.
+	// maxEncoded bounds the bytes that one write of a Conn encodes. If the socket takes only a part of the encoded records,
+	// the rest must be kept in memory.
 	maxEncoded = 16 << 10
 
-	// lingerTime is how long a closed connection with a Layer tries to send what is unsent.
+	// maxUnsent bounds the encoded bytes that wait for the socket while the layer reads. A layer may write when it reads, to
+	// answer a key update for example. A peer that asks without reading the answers is not read from beyond this. It is
+	// much more than one write encodes, because a peer may be waiting to be read before it reads.
+	maxUnsent = 4 * maxEncoded
+
+	// lingerTime is how long a closed connection with a Layer tries to send its unsent bytes.
 	lingerTime = 30 * time.Second
 )
 
 // layered is the state of a connection with a Layer.
 type layered struct {
 	Layer
-	ahead  *Buffer // raw input that was read before the layer was set; nil: none left
-	unsent *Buffer // encoded output that the socket has not taken; nil: none
+	ahead  *Buffer // raw input that was read before the layer was set; may be nil
+	unsent *Buffer // encoded output that the socket has not taken; may be nil
 
-	more     bool  // a read is worth trying whatever the socket has
-	peeked   bool  // Quiet has decoded a byte that was not read
-	peek     byte  // this one
+	more     bool  // the layer may have data, independently of the socket
+	stalled  bool  // reading waits until unsent is sent; see maxUnsent
+	peeked   bool  // peek is valid
+	peek     byte  // decoded by Quiet, to be returned by the next read
 	finished bool  // the socket has returned io.EOF
-	readErr  error // of the layer, returned by every later read
-	writeErr error // likewise; the rest of a record is lost, so no record can follow
+	readErr  error // of the layer; returned by every later read
+	writeErr error // returned by every later write; the rest of a record is lost, so no record can follow
 
-	closing bool // the close message is written, and FIN follows when it is sent
+	closing bool // the close message is written; FIN follows when it is sent
 }
 
-// SetLayer puts a layer under the connection. Raw bytes that were read before are decoded first; their buffer is the
-// connection's from now on. nil stands for none.
+// SetLayer puts a layer under the connection. ahead has raw bytes that were read before, and is decoded first; it may be
+// nil. The connection owns the buffer from now on.
 func (c *Conn) SetLayer(read *Buffer, layer func(*Socket) Layer) {
 	c.layer = &layered{ahead: read, more: true}
 	c.layer.Layer = layer(&Socket{c})
 }
 
-// Bare reports whether there is no layer: the bytes on the socket are the connection's own. Only such a connection can be
-// spliced.
+// Bare reports whether the connection has no layer. Only such a connection can be spliced.
 func (c *Conn) Bare() bool { return c.layer == nil }
 
-// Read returns raw bytes, with results like those of Conn.Read on a bare connection.
+// Read returns raw bytes, with results like those of Conn.Read on a bare connection. It also returns ErrAgain while more
+// than maxUnsent bytes are unsent.
 func (s *Socket) Read(p []byte) (int, error) {
 	l := s.c.layer
+	if l.unsent != nil && l.unsent.Len() > maxUnsent && l.flush(s.c) == ErrAgain {
+		l.stalled = true
+		return 0, ErrAgain
+	}
 	if l.ahead != nil {
 		n := copy(p, l.ahead.Bytes())
 		if l.ahead.Discard(n); l.ahead.Len() == 0 {
@@ -86,10 +96,13 @@ func (s *Socket) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write takes all of p, as a record cannot be taken back: the connection keeps what the socket does not take, and sends
-// it before anything else.
+// Write accepts all of p, because a part of a record is useless. The connection keeps the bytes that the socket does not
+// take, and sends them before any others.
 func (s *Socket) Write(p []byte) (int, error) {
 	l := s.c.layer
+	if l.writeErr != nil {
+		return 0, l.writeErr
+	}
 	rest := p
 	for l.unsent == nil && len(rest) > 0 {
 		n, err := s.c.writeSocket(rest)
@@ -109,7 +122,7 @@ func (s *Socket) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// read decodes. While the layer may have more, the connection stays readable, as it would with bytes in the kernel.
+// read decodes. While the layer may have more data, the connection stays readable, as with bytes in the kernel.
 func (l *layered) read(p []byte) (int, error) {
 	if l.peeked {
 		p[0], l.peeked = l.peek, false
@@ -124,18 +137,18 @@ func (l *layered) read(p []byte) (int, error) {
 		err = ErrAgain
 	} else if err != nil {
 		if err == io.EOF && l.finished {
-			err = io.ErrUnexpectedEOF // FIN without a close message: anybody can have cut the connection
+			err = io.ErrUnexpectedEOF // FIN without a close message: an attacker may have truncated the stream
 		}
 		l.readErr = err
 	}
 	if n > 0 {
 		err = nil
 	}
-	l.more = l.readErr != nil || l.ahead != nil || n > 0 && l.Buffered()
+	l.more = l.readErr != nil || !l.stalled && l.ahead != nil || n > 0 && l.Buffered()
 	return n, err
 }
 
-// write encodes up to maxEncoded bytes of p. It takes nothing while earlier records are unsent.
+// write encodes up to maxEncoded bytes of p. It returns ErrAgain while earlier records are unsent.
 func (l *layered) write(c *Conn, p []byte) (int, error) {
 	if err := l.flush(c); err != nil {
 		return 0, err
@@ -162,8 +175,8 @@ func (l *layered) writeVector(c *Conn, v *Vector) (int, error) {
 	return n, err
 }
 
-// flush sends what is unsent, and then the FIN if the connection is closing. It returns ErrAgain when the socket does not
-// take all of it.
+// flush sends the unsent bytes, and then the FIN if the connection is closing. It returns ErrAgain if the socket does not
+// take all of them.
 func (l *layered) flush(c *Conn) error {
 	for l.unsent != nil && l.writeErr == nil {
 		n, err := c.writeSocket(l.unsent.Bytes())
@@ -183,17 +196,24 @@ func (l *layered) flush(c *Conn) error {
 	return l.writeErr
 }
 
-// flushWaiting flushes when the connection is waited for, as its owner does not know that something is unsent. It reports
-// whether that failed just now: the owner has to look then.
-func (l *layered) flushWaiting(c *Conn) (failed bool) {
+// flushWaiting flushes before a wait for the connection, because its owner cannot see the unsent bytes. It reports whether
+// the owner must try again at once: the flush failed, or a read that was stalled can go on.
+func (l *layered) flushWaiting(c *Conn) (news bool) {
 	if l.unsent == nil || l.writeErr != nil {
-		return false
+		return l.stalled && l.resume()
 	}
-	err := l.flush(c)
-	return err != nil && err != ErrAgain
+	if err := l.flush(c); err != nil && err != ErrAgain {
+		return true
+	}
+	return l.stalled && (l.unsent == nil || l.unsent.Len() <= maxUnsent) && l.resume()
 }
 
-// closeWrite writes the close message. FIN follows it at once, or when what is unsent has gone.
+func (l *layered) resume() bool {
+	l.stalled, l.more = false, true
+	return true
+}
+
+// closeWrite writes the close message. FIN follows when all bytes are sent.
 func (l *layered) closeWrite(c *Conn) error {
 	if !l.closing {
 		l.closing = true
@@ -207,8 +227,8 @@ func (l *layered) closeWrite(c *Conn) error {
 	return nil
 }
 
-// quiet is Conn.Quiet. Bytes on the socket may be records without data, such as session tickets, or a close message, so
-// it decodes them.
+// quiet implements Conn.Quiet. It decodes the bytes on the socket, because they may be records without data, such as
+// session tickets, or a close message.
 func (l *layered) quiet() bool {
 	if l.peeked || l.readErr != nil || l.writeErr != nil || l.unsent != nil {
 		return false
@@ -221,15 +241,15 @@ func (l *layered) quiet() bool {
 	return n == 0 && err == ErrAgain
 }
 
-// release gives back the buffers. What is unsent is lost.
+// release releases the buffers. Unsent bytes are lost.
 func (l *layered) release() {
 	l.ahead.Release()
 	l.unsent.Release()
 	l.ahead, l.unsent = nil, nil
 }
 
-// closeLayered closes in order: the close message goes out behind what was written. When the socket does not take it, a
-// goroutine of the poller sees to that, as the kernel does for a bare connection.
+// closeLayered closes in order: the close message follows the written bytes. If the socket does not take all of them, a
+// goroutine of the poller sends the rest, as the kernel does for a bare connection.
 func (c *Conn) closeLayered() {
 	_ = c.layer.closeWrite(c) // an error closes as well
 	if c.layer.unsent == nil || c.layer.writeErr != nil {
@@ -241,14 +261,16 @@ func (c *Conn) closeLayered() {
 		c.poller.forget(c)
 	}
 	c.closed, c.fd, c.layer, c.open = true, -1, nil, nil
+	rest.poller.sending.Add(1)
 	rest.poller.lingering.Go(rest.linger)
 }
 
-// linger sends what is unsent and closes the connection, with a reset if that takes too long: what was cut must not look
-// complete.
+// linger sends the unsent bytes and closes the connection. If that takes too long, it resets the connection, because a
+// truncated stream must not look complete.
 func (c *Conn) linger() {
 	w := NewWaiter(c.poller.life)
 	defer w.Close()
+	defer c.poller.sending.Add(-1)
 	for deadline := time.Now().Add(lingerTime); c.layer.flush(c) == ErrAgain; {
 		if w.Wait(deadline, c, nil) != nil {
 			_ = sockopt.SetReset(c.fd) // cannot fail on an open TCP socket

@@ -2,9 +2,11 @@ package tcp_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"math/rand/v2"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -449,5 +451,79 @@ func TestAFailureOfAFlushIsReported(t *testing.T) {
 	}
 	if n, err := r.conn.Write([]byte("x")); n != 0 || err == nil || err == tcp.ErrAgain {
 		t.Errorf("Write = %d, %v", n, err)
+	}
+}
+
+// A layer answers some records while it reads. A peer that sends such records and does not read the answers must not fill
+// our memory, and once it reads, everything goes on.
+func TestAPeerThatDoesNotReadAnswersIsNotReadFrom(t *testing.T) {
+	r := newLayerRig(t)
+	asked := make(chan error, 1)
+	go func() {
+		err := r.peer.Ask(1 << 20) // 3 MB of questions, 103 MB of answers
+		if _, failed := r.peer.Write([]byte("done")); err == nil {
+			err = failed
+		}
+		asked <- err
+	}()
+	p := make([]byte, 100)
+	for tcp.Unsent(r.conn) <= tcp.MaxUnsent {
+		if _, err := r.conn.Read(p); err != tcp.ErrAgain {
+			t.Fatalf("Read returned %v", err)
+		}
+		if tcp.Unsent(r.conn) <= tcp.MaxUnsent {
+			if err := r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	const slack = 4096 / 3 * 103 // the answers to the questions of one read
+	for range 1000 {
+		if n, err := r.conn.Read(p); n != 0 || err != tcp.ErrAgain {
+			t.Fatalf("read %d bytes, %v", n, err)
+		}
+		if got := tcp.Unsent(r.conn); got > tcp.MaxUnsent+slack {
+			t.Fatalf("%d bytes are unsent", got)
+		}
+	}
+	go io.Copy(io.Discard, r.peer) // until the connection is closed
+	if n, err := r.read(t, p); string(p[:n]) != "done" || err != nil {
+		t.Errorf("then read %q, %v", p[:n], err)
+	}
+	if err := <-asked; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSettleWaitsForUnsentBytes(t *testing.T) {
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer poller.Close()
+	peer, conn := layertest.Accept(t, poller)
+	r := &layerRig{peer: peer, conn: conn}
+	sent := r.fill(t, random(64<<20))
+	var open atomic.Int64
+	conn.Track(&open)
+	conn.Close()
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if left := poller.Settle(over); left != 1 || open.Load() != 1 {
+		t.Errorf("%d connections are left, and %d are counted as open; want 1", left, open.Load())
+	}
+	got := make(chan []byte, 1)
+	go func() {
+		all, err := io.ReadAll(peer)
+		if err != nil {
+			t.Errorf("the peer reads %v", err)
+		}
+		got <- all
+	}()
+	if left := poller.Settle(t.Context()); left != 0 || open.Load() != 0 {
+		t.Errorf("%d connections are left, and %d are counted as open", left, open.Load())
+	}
+	if all := <-got; !bytes.Equal(all, sent) {
+		t.Errorf("%d of %d bytes arrived", len(all), len(sent))
 	}
 }

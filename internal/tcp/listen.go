@@ -109,6 +109,9 @@ func (l *Listener) Accept() (*Conn, error) {
 	return newConn(l.poller, fd, peer, readable|writable), nil
 }
 
+// Listens reports whether a socket of this network namespace listens at an address; see package sockopt.
+func Listens(at netip.AddrPort) bool { return sockopt.Listens(at) }
+
 // TryAccept is like Accept, but does not wait and ignores the deadline. It returns ErrAgain if the queue is empty.
 func (l *Listener) TryAccept() (*Conn, error) {
 	var fd int

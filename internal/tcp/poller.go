@@ -33,6 +33,7 @@ type Poller struct {
 	life      context.Context // ends with the poller
 	end       context.CancelFunc
 	lingering sync.WaitGroup // of closed connections that still send
+	sending   atomic.Int32   // their number
 }
 
 // NewPoller opens an epoll set (one descriptor) and starts the goroutine that reads it. Close ends both. The
@@ -69,6 +70,23 @@ func pollerOf(epfd int) (*Poller, error) {
 	p.life, p.end = context.WithCancel(context.Background())
 	go p.run(raw.Read)
 	return p, nil
+}
+
+// Settle waits until closed connections with a Layer have sent their output, or until ctx is done. It returns the number of
+// those that have not.
+func (p *Poller) Settle(ctx context.Context) (left int) {
+	done := make(chan struct{})
+	go p.awaitLingering(done)
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+	return int(p.sending.Load())
+}
+
+func (p *Poller) awaitLingering(done chan<- struct{}) {
+	p.lingering.Wait()
+	close(done)
 }
 
 // Close ends the poller. All its connections must have been closed. Closed connections with a Layer that are still

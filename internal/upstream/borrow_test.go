@@ -13,9 +13,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// TestABorrowedAddressNeverMeetsItsClientsOwnConnection has a client that uses every other port, and more connections
-// than would by chance keep out of their way.
-func TestABorrowedAddressNeverMeetsItsClientsOwnConnection(t *testing.T) {
+// TestBorrowedPortsAvoidTheClientsOwnConnections has a client that uses every other port. With random ports, some of the
+// borrowed connections would collide with the client's own.
+func TestBorrowedPortsAvoidTheClientsOwnConnections(t *testing.T) {
 	nettest.RequireRoot(t)
 	const mark = 77
 	pod, _ := nettest.PodAndPeer(t)
@@ -41,7 +41,7 @@ func TestABorrowedAddressNeverMeetsItsClientsOwnConnection(t *testing.T) {
 		dialer := Dialer{Poller: poller, Timeout: nettest.Patience, Borrow: borrower}
 		target := Target{Source: c.client, Borrowed: true, Address: listener.Addr()}
 		dial := func() (conn *tcp.Conn, err error) {
-			pod.Do(t, func() error { conn, err = dialer.Dial(w, target); return nil })
+			pod.Do(t, func() error { conn, _, err = dialer.Dial(w, target); return nil })
 			return conn, err
 		}
 		serve := func(first uint16) (done []func()) {
@@ -63,43 +63,43 @@ func TestABorrowedAddressNeverMeetsItsClientsOwnConnection(t *testing.T) {
 		}
 		serve(firstPort + 1)
 		if conn, err := dial(); !errors.Is(err, unix.EADDRINUSE) || Reason(err) != flow.UpstreamUnreachable {
-			t.Errorf("with no port left: %v, %v", conn, err)
+			t.Errorf("without a free port: %v, %v", conn, err)
 		}
 		for _, done := range even {
 			done()
 		}
 		conn, err := dial()
 		if err != nil {
-			t.Fatalf("with ports left again: %v", err)
+			t.Fatalf("with free ports again: %v", err)
 		}
 		conn.Close()
 	}
 }
 
-func TestClientsWhosePortsAreNeverDrawnCostNothing(t *testing.T) {
+func TestReserveRecordsOnlyPortsThatMayBeDrawn(t *testing.T) {
 	borrower := NewBorrower(1)
 	workload := netip.MustParseAddrPort("192.0.2.1:80")
 	for _, port := range []uint16{firstPort - 1, firstPort + portCount} {
 		client := netip.AddrPortFrom(netip.MustParseAddr("203.0.113.50"), port)
 		if n := testing.AllocsPerRun(100, func() { borrower.Reserve(client, workload)() }); n != 0 {
-			t.Errorf("a connection from port %d costs %v allocations", port, n)
+			t.Errorf("Reserve for port %d: %v allocations", port, n)
 		}
 	}
 	for _, port := range []uint16{firstPort, firstPort + portCount - 1} {
 		client := netip.AddrPortFrom(netip.MustParseAddr("203.0.113.50"), port)
 		done := borrower.Reserve(client, workload)
 		if !borrower.reserved(ends{client, workload}) {
-			t.Errorf("a connection from port %d is not known", port)
+			t.Errorf("a connection from port %d is not recorded", port)
 		}
 		done()
 		if borrower.reserved(ends{client, workload}) {
-			t.Errorf("a connection from port %d is not forgotten", port)
+			t.Errorf("a connection from port %d is still recorded after release", port)
 		}
 	}
 }
 
-// TestAPortThatServedIsFreeAtOnce makes more connections than there would be ports if each rested a minute in TIME_WAIT.
-func TestAPortThatServedIsFreeAtOnce(t *testing.T) {
+// TestPortsInTimeWaitAreReused opens more connections than there are ports, so that ports in TIME_WAIT must be reused.
+func TestPortsInTimeWaitAreReused(t *testing.T) {
 	nettest.RequireRoot(t)
 	const mark = 77
 	pod, _ := nettest.PodAndPeer(t)
@@ -128,7 +128,7 @@ func TestAPortThatServedIsFreeAtOnce(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			near.Close() // first, which is the one that rests
+			near.Close() // the side that closes first is in TIME_WAIT
 			if _, err := far.Read(make([]byte, 1)); err == tcp.ErrAgain {
 				_ = w.Wait(time.Now().Add(nettest.Patience), far, nil)
 			}

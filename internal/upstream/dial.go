@@ -3,6 +3,7 @@ package upstream
 
 import (
 	"errors"
+	"math/rand/v2"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -18,51 +19,117 @@ import (
 // Dialer opens upstream connections.
 type Dialer struct {
 	Poller  *tcp.Poller
-	Timeout time.Duration // for one dial; zero or less leaves it to the kernel
+	Timeout time.Duration // for one Dial with all its attempts; zero or less leaves it to the kernel
 	Stats   *Stats        // counts dials and their results; nil: not counted
 	Borrow  *Borrower     // for targets with a borrowed source; nil: such targets never occur
 
-	// Layer puts a record layer under a fresh connection to a target. Its error is the dial's. nil: connections are bare.
-	Layer func(*tcp.Waiter, *tcp.Conn, Target) error
+	// Layer puts a record layer under a fresh connection to a target, until the deadline; zero means no deadline. Its error
+	// is the dial's. nil: connections are bare.
+	Layer func(w *tcp.Waiter, up *tcp.Conn, target Target, deadline time.Time) error
 }
 
 // Stats counts the upstream connections of one direction. The zero value is ready to use.
 type Stats struct {
 	Active            atomic.Int64  // open connections, in the pool or in use
-	Connected, Failed atomic.Uint64 // dials
+	Connected, Failed atomic.Uint64 // attempts to connect
+	Redialled         atomic.Uint64 // of these, the second and third attempts of a dial
 	Reused, Missed    atomic.Uint64 // requests that found a connection in the pool, and that did not
 	Retried           atomic.Uint64 // requests that were sent again
 }
 
+const (
+	// maxAttempts limits the attempts of one dial to a balanced target. Istio's routes retry as often.
+	maxAttempts = 3
+
+	// redialPause is the mean pause between two attempts, from half of it to one and a half times it. A client whose
+	// connection is refused learns that at most three of these pauses later than without the agent.
+	redialPause = 25 * time.Millisecond
+)
+
 // Dial connects to target, waiting with w. The kernel chooses the source port, or the Borrower does. Reason maps the
 // error.
-func (d Dialer) Dial(w *tcp.Waiter, target Target) (*tcp.Conn, error) {
+//
+// A dial to a balanced target that is refused, gets no answer or finds its host unreachable is attempted again, at most
+// twice and within Timeout: no byte of the connection was sent, and the network may choose another server. With another
+// target, the next attempt would reach the same server, so the error is returned at once. attempts is their number, at
+// least 1.
+func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, err error) {
 	var deadline time.Time
 	if d.Timeout > 0 {
 		deadline = time.Now().Add(d.Timeout)
 	}
-	var up *tcp.Conn
-	var err error
-	if target.Borrowed {
-		up, err = d.Borrow.dial(d.Poller, w, target, deadline)
-	} else {
-		up, err = d.Poller.Dial(w, target.Source, target.Address, deadline)
+	for attempts = 1; ; attempts++ {
+		up, err = d.connect(w, target, attemptDeadline(deadline, target, attempts))
+		if err == nil || !target.Balanced || attempts == maxAttempts || !mayRedial(err) {
+			break
+		}
+		if paused := pause(w, deadline); paused != nil {
+			if errors.Is(paused, tcp.ErrCanceled) || errors.Is(paused, tcp.ErrInterrupted) {
+				err = paused
+			}
+			break
+		}
+		d.count(func(s *Stats) { s.Failed.Add(1); s.Redialled.Add(1) })
 	}
 	if err == nil && d.Layer != nil {
-		if err = d.Layer(w, up, target); err != nil {
+		if err = d.Layer(w, up, target, deadline); err != nil {
 			up.Reset()
-			up = nil
 		}
 	}
-	switch {
-	case d.Stats == nil:
-	case err != nil:
-		d.Stats.Failed.Add(1)
-	default:
-		d.Stats.Connected.Add(1)
-		up.Track(&d.Stats.Active)
+	if err != nil {
+		d.count(func(s *Stats) { s.Failed.Add(1) })
+		return nil, attempts, err
 	}
-	return up, err
+	d.count(func(s *Stats) { s.Connected.Add(1); up.Track(&s.Active) })
+	return up, attempts, nil
+}
+
+func (d Dialer) count(add func(*Stats)) {
+	if d.Stats != nil {
+		add(d.Stats)
+	}
+}
+
+// attemptDeadline divides the time that is left equally among the attempts that are left. The kernel repeats a SYN after
+// 1 s, 3 s and 7 s, so several short attempts send more of them than a long one.
+func attemptDeadline(deadline time.Time, target Target, attempt int) time.Time {
+	if deadline.IsZero() || !target.Balanced {
+		return deadline
+	}
+	return time.Now().Add(time.Until(deadline) / time.Duration(maxAttempts-attempt+1))
+}
+
+// connect makes one attempt.
+func (d Dialer) connect(w *tcp.Waiter, target Target, deadline time.Time) (*tcp.Conn, error) {
+	if target.Borrowed {
+		return d.Borrow.dial(d.Poller, w, target, deadline)
+	}
+	return d.Poller.Dial(w, target.Source, target.Address, deadline)
+}
+
+// mayRedial reports whether another server may accept what this one did not. After ETIMEDOUT, the kernel itself has tried
+// for minutes.
+func mayRedial(err error) bool {
+	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EHOSTUNREACH) ||
+		errors.Is(err, tcp.ErrDeadline)
+}
+
+// pause waits before the next attempt. It returns tcp.ErrDeadline at once if the deadline would pass meanwhile, and
+// tcp.ErrCanceled if w is canceled.
+func pause(w *tcp.Waiter, deadline time.Time) error {
+	end := time.Now().Add(redialPause/2 + rand.N(redialPause))
+	if !deadline.IsZero() && !end.Before(deadline) {
+		return tcp.ErrDeadline
+	}
+	for {
+		switch err := w.Wait(end, nil, nil); {
+		case err == nil: // an event of a connection that w has waited for before
+		case errors.Is(err, tcp.ErrDeadline):
+			return nil
+		default:
+			return err
+		}
+	}
 }
 
 // Reason maps a dial error to the reason with which the flow ends.
@@ -83,7 +150,7 @@ func Reason(err error) flow.Reason {
 }
 
 // TransportFailure is Envoy's text for a dial error, such as "delayed connect error: Connection refused". It is empty
-// for a timeout and for a lack of descriptors, which Envoy reports in other ways.
+// for a timeout and for a lack of descriptors: Envoy reports these differently.
 func TransportFailure(err error) string {
 	var errno syscall.Errno
 	if Reason(err) == flow.NoDescriptors || !errors.As(err, &errno) {

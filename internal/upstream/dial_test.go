@@ -20,11 +20,11 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-// TestReason dials each kind of unreachable destination for real.
+// TestReason dials each kind of unreachable destination.
 func TestReason(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod, _ := nettest.PodAndPeer(t)
-	// Nobody answers for this address, and the neighbour entry keeps the kernel from finding that out.
+	// No host has this address. The static neighbour entry prevents the kernel from detecting that.
 	silent := netip.MustParseAddr("198.51.100.99")
 	pod.Do(t, func() error {
 		eth0, err := netlink.LinkByName("eth0")
@@ -61,7 +61,7 @@ func TestReason(t *testing.T) {
 				if c.want == flow.UpstreamTimeout {
 					timeout = 100 * time.Millisecond
 				}
-				conn, err := Dialer{Poller: poller, Timeout: timeout}.Dial(waiter, Target{Source: c.source, Address: c.remote})
+				conn, _, err := Dialer{Poller: poller, Timeout: timeout}.Dial(waiter, Target{Source: c.source, Address: c.remote})
 				if err == nil {
 					conn.Close()
 				}
@@ -82,7 +82,7 @@ func TestReason(t *testing.T) {
 			nettest.OnceBlocked(t, "tcp.(*Waiter).Wait", func() { cancel(); poller.WakeAll() })
 			canceled := tcp.NewWaiter(ctx)
 			defer canceled.Close()
-			_, err := Dialer{Poller: poller}.Dial(canceled, Target{Address: netip.AddrPortFrom(silent, 9)})
+			_, _, err := Dialer{Poller: poller}.Dial(canceled, Target{Address: netip.AddrPortFrom(silent, 9)})
 			if got := Reason(err); got != flow.DrainDeadline {
 				t.Errorf("Reason(%v) = %s", err, got)
 			}

@@ -11,8 +11,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp/layertest"
 )
 
-// A server of TLS 1.3 sends session tickets after the handshake, or later. They do not end a connection's use.
-func TestAPooledConnectionUnderALayer(t *testing.T) {
+// A TLS 1.3 server sends session tickets after the handshake or later. They do not make a pooled connection unusable.
+func TestPooledConnectionUnderALayer(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		send   func(*layertest.Peer) error
@@ -35,7 +35,7 @@ func TestAPooledConnectionUnderALayer(t *testing.T) {
 			if err := c.send(peer); err != nil {
 				t.Fatal(err)
 			}
-			if c.name != "nothing" { // the bytes must be there when the pool looks
+			if c.name != "nothing" { // the bytes must have arrived before Take
 				for s.w.Wait(time.Now().Add(nettest.Patience), conn, nil) == nil && !conn.Readable() {
 				}
 			}
@@ -68,12 +68,12 @@ func readEnd(peer *layertest.Peer) error {
 	return err
 }
 
-func TestALayerThatFailsIsADialThatFailed(t *testing.T) {
+func TestErrorOfALayerIsADialError(t *testing.T) {
 	s := newServer(t)
 	refused := errors.New("handshake failed")
 	var stats Stats
-	dialer := Dialer{Poller: s.poller, Stats: &stats, Layer: func(*tcp.Waiter, *tcp.Conn, Target) error { return refused }}
-	up, err := dialer.Dial(s.w, s.target())
+	dialer := Dialer{Poller: s.poller, Stats: &stats, Layer: func(*tcp.Waiter, *tcp.Conn, Target, time.Time) error { return refused }}
+	up, _, err := dialer.Dial(s.w, s.target())
 	if up != nil || err != refused || stats.Failed.Load() != 1 || stats.Connected.Load() != 0 || stats.Active.Load() != 0 {
 		t.Errorf("Dial = %v, %v; counted %d failures", up, err, stats.Failed.Load())
 	}
@@ -83,4 +83,25 @@ func TestALayerThatFailsIsADialThatFailed(t *testing.T) {
 	}
 	defer far.Close()
 	s.wantClosed(t, far)
+}
+
+// A handshake needs a bound: its peer may be silent.
+func TestALayerHasTheDialsDeadline(t *testing.T) {
+	s := newServer(t)
+	for _, timeout := range []time.Duration{0, time.Hour} {
+		began := time.Now()
+		var got time.Time
+		dialer := Dialer{Poller: s.poller, Timeout: timeout, Layer: func(_ *tcp.Waiter, _ *tcp.Conn, _ Target, deadline time.Time) error {
+			got = deadline
+			return nil
+		}}
+		up, _, err := dialer.Dial(s.w, s.target())
+		if err != nil {
+			t.Fatal(err)
+		}
+		up.Close()
+		if timeout == 0 && !got.IsZero() || timeout > 0 && (got.Before(began.Add(timeout)) || got.After(time.Now().Add(timeout))) {
+			t.Errorf("with a timeout of %v the deadline is %v", timeout, got)
+		}
+	}
 }

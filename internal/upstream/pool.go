@@ -10,11 +10,18 @@ import (
 )
 
 // Target is the address of an upstream, and the source address from which it is dialled. With an invalid Source the
-// kernel chooses. Connections with equal Targets are interchangeable.
+// kernel chooses. Connections with equal Targets are interchangeable unless the Target is Balanced.
 type Target struct {
 	Source   netip.Addr
 	Borrowed bool // Source is the client's address, and needs a Borrower
-	Address  netip.AddrPort
+
+	// Balanced means that the address may stand for several servers, one of which the network chooses for each new
+	// connection, as it does behind the address of a Service. A client that opens a connection expects a new choice, so a
+	// connection to a balanced Target serves one downstream connection only, and never enters a Pool. When a dial fails,
+	// the next one may reach another server: see Dialer.Dial.
+	Balanced bool
+
+	Address netip.AddrPort
 }
 
 // maxIdle bounds the connections that a Pool keeps, for one target and for all.
@@ -24,6 +31,7 @@ const (
 )
 
 // Pool keeps upstream connections between two requests. The most recently used connection to a target is taken first.
+// Balanced targets do not belong in it.
 // Make it with NewPool.
 type Pool struct {
 	Stats Stats // of the direction that the pool belongs to
@@ -33,7 +41,7 @@ type Pool struct {
 	mu     sync.Mutex
 	idle   map[Target][]resting // in the order in which Give received them
 	count  int
-	sweep  *time.Timer // nil while nothing is idle
+	sweep  *time.Timer // nil while no connection is idle
 	closed bool
 }
 
@@ -65,7 +73,7 @@ func (p *Pool) Take(target Target) *tcp.Conn {
 	}
 }
 
-// last removes the connection that Give received last; its conn is nil if there is none.
+// last removes the connection that Give received last. Its conn is nil if the list is empty.
 func (p *Pool) last(target Target) resting {
 	p.mu.Lock()
 	defer p.mu.Unlock()

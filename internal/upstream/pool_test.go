@@ -51,7 +51,7 @@ func (s *server) newPool(t testing.TB, idleLife time.Duration) *Pool {
 	return pool
 }
 
-// connect returns a connection's two ends. The near one is the caller's to close.
+// connect returns the two ends of a connection. The caller must close the near one.
 func (s *server) connect(t testing.TB) (near, far *tcp.Conn) {
 	t.Helper()
 	near, err := s.poller.Dial(s.w, netip.Addr{}, s.listener.Addr(), time.Now().Add(nettest.Patience))
@@ -65,7 +65,7 @@ func (s *server) connect(t testing.TB) (near, far *tcp.Conn) {
 	return near, far
 }
 
-// wantClosed waits until the far end hears that the near one was closed.
+// wantClosed waits until the far end sees that the near one was closed.
 func (s *server) wantClosed(t testing.TB, far *tcp.Conn) {
 	t.Helper()
 	for p := make([]byte, 10); ; {
@@ -77,12 +77,12 @@ func (s *server) wantClosed(t testing.TB, far *tcp.Conn) {
 			err = s.w.Wait(time.Now().Add(nettest.Patience), far, nil)
 		}
 		if err != nil {
-			t.Fatalf("the connection is not closed: %v", err)
+			t.Fatalf("the connection was not closed: %v", err)
 		}
 	}
 }
 
-func TestTheConnectionUsedLastIsTakenFirst(t *testing.T) {
+func TestMostRecentlyUsedConnectionIsTakenFirst(t *testing.T) {
 	s := newServer(t)
 	pool := s.newPool(t, longLife)
 	var given []*tcp.Conn
@@ -93,7 +93,7 @@ func TestTheConnectionUsedLastIsTakenFirst(t *testing.T) {
 	}
 	for i := len(given) - 1; i >= 0; i-- {
 		if pool.Idle() != i+1 {
-			t.Errorf("%d are idle, want %d", pool.Idle(), i+1)
+			t.Errorf("Idle = %d, want %d", pool.Idle(), i+1)
 		}
 		if conn := pool.Take(s.target()); conn != given[i] {
 			t.Errorf("take %d returned another connection", i)
@@ -101,11 +101,11 @@ func TestTheConnectionUsedLastIsTakenFirst(t *testing.T) {
 		given[i].Close()
 	}
 	if conn := pool.Take(s.target()); conn != nil || pool.Idle() != 0 {
-		t.Errorf("an empty pool gives %v, and has %d", conn, pool.Idle())
+		t.Errorf("an empty pool returns %v, Idle = %d", conn, pool.Idle())
 	}
 }
 
-func TestTargetsAreToldApart(t *testing.T) {
+func TestConnectionsAreKeptByTarget(t *testing.T) {
 	s := newServer(t)
 	pool := s.newPool(t, longLife)
 	address := netip.MustParseAddrPort
@@ -123,7 +123,7 @@ func TestTargetsAreToldApart(t *testing.T) {
 	conns := make(map[Target]*tcp.Conn)
 	for _, target := range targets {
 		if pool.Take(target) != nil {
-			t.Errorf("there is a connection to %v already", target)
+			t.Errorf("a connection to %v before Give", target)
 		}
 		conns[target], _ = s.connect(t)
 		pool.Give(target, conns[target])
@@ -131,13 +131,13 @@ func TestTargetsAreToldApart(t *testing.T) {
 	for _, target := range targets {
 		conn := pool.Take(target)
 		if conn != conns[target] {
-			t.Errorf("the connection to %v is another", target)
+			t.Errorf("Take(%v) returned another connection", target)
 		}
 		conn.Close()
 	}
 }
 
-func TestADeadConnectionIsNotTaken(t *testing.T) {
+func TestDeadConnectionsAreNotTaken(t *testing.T) {
 	for name, end := range map[string]func(far *tcp.Conn){
 		"closed":      (*tcp.Conn).Close,
 		"half-closed": func(far *tcp.Conn) { far.CloseWrite() },
@@ -150,17 +150,17 @@ func TestADeadConnectionIsNotTaken(t *testing.T) {
 			good, _ := s.connect(t)
 			bad, far := s.connect(t)
 			if waited {
-				s.w.Wait(time.Now(), bad, nil) // the poller knows it
+				s.w.Wait(time.Now(), bad, nil) // the poller has its events
 			}
 			pool.Give(s.target(), good)
 			pool.Give(s.target(), bad)
 			end(far)
 			nettest.Eventually(t, "the end to be there", func() bool { return !bad.Quiet() })
 			if conn := pool.Take(s.target()); conn != good {
-				t.Errorf("%s: the pool did not give the connection that is open", name)
+				t.Errorf("%s: the pool did not return the open connection", name)
 			}
 			if pool.Idle() != 0 {
-				t.Errorf("%s: %d are idle", name, pool.Idle())
+				t.Errorf("%s: Idle = %d", name, pool.Idle())
 			}
 			good.Close()
 			if name == "half-closed" || name == "has spoken" {
@@ -170,22 +170,22 @@ func TestADeadConnectionIsNotTaken(t *testing.T) {
 	}
 }
 
-// A connection that died in the pool's hands costs no more than one that is new: who takes it hears of nothing old.
-func TestATakenConnectionIsReadyForUse(t *testing.T) {
+// Events from before Take must not reach the new owner of a connection.
+func TestTakenConnectionIsReadyForUse(t *testing.T) {
 	s := newServer(t)
 	pool := s.newPool(t, longLife)
 	conn, far := s.connect(t)
 	for range 3 {
 		pool.Give(s.target(), conn)
 		if pool.Take(s.target()) != conn {
-			t.Fatal("an open connection was not given")
+			t.Fatal("the pool did not return an open connection")
 		}
 		if _, err := conn.Write([]byte("question")); err != nil {
 			t.Fatal(err)
 		}
 		for _, c := range []struct{ at, reply *tcp.Conn }{{far, far}, {conn, nil}} {
 			p, n, err := make([]byte, 10), 0, tcp.ErrAgain
-			w := tcp.NewWaiter(t.Context()) // another one each time, as each request has its own
+			w := tcp.NewWaiter(t.Context()) // a new one each time, because downstream connections have their own
 			for err == tcp.ErrAgain {
 				if n, err = c.at.Read(p); err == tcp.ErrAgain {
 					if waitErr := w.Wait(time.Now().Add(nettest.Patience), c.at, nil); waitErr != nil {
@@ -211,16 +211,16 @@ func TestBoundsOfAPool(t *testing.T) {
 	for target := range maxIdle/maxIdlePerTarget + 1 {
 		for range maxIdlePerTarget + 2 {
 			conn, far := s.connect(t)
-			far.Close() // a descriptor less; the pool does not look before it is asked
+			far.Close() // saves a descriptor; the pool does not check the connection before Take
 			pool.Give(Target{Address: netip.AddrPortFrom(netip.MustParseAddr("203.0.113.1"), uint16(target))}, conn)
 		}
 		if want := min((target+1)*maxIdlePerTarget, maxIdle); pool.Idle() != want {
-			t.Errorf("%d are idle after %d targets, want %d", pool.Idle(), target+1, want)
+			t.Errorf("Idle = %d after %d targets, want %d", pool.Idle(), target+1, want)
 		}
 	}
 }
 
-func TestWhatFindsNoRoomIsClosed(t *testing.T) {
+func TestFullOrClosedPoolClosesConnections(t *testing.T) {
 	s := newServer(t)
 	closed := s.newPool(t, longLife)
 	closed.Close()
@@ -229,15 +229,15 @@ func TestWhatFindsNoRoomIsClosed(t *testing.T) {
 		pool.Give(s.target(), conn)
 		s.wantClosed(t, far)
 		if pool.Idle() != 0 || pool.Take(s.target()) != nil {
-			t.Errorf("%s: the pool has a connection", name)
+			t.Errorf("%s: the pool kept a connection", name)
 		}
 	}
 }
 
-func TestARestIsBounded(t *testing.T) {
+func TestIdleConnectionsAreClosed(t *testing.T) {
 	s := newServer(t)
 	pool := s.newPool(t, 30*time.Millisecond)
-	for range 2 { // the second time with a sweep that has ended
+	for range 2 { // the second time after the sweep has ended
 		began := time.Now()
 		var far [3]*tcp.Conn
 		for i := range far {
@@ -259,20 +259,20 @@ func TestARestIsBounded(t *testing.T) {
 	}
 }
 
-// Between two sweeps there are connections that have rested too long.
-func TestWhatHasRestedTooLongIsNotTaken(t *testing.T) {
+// Between two sweeps the pool may hold connections that were idle for too long.
+func TestConnectionsIdleForTooLongAreNotTaken(t *testing.T) {
 	s := newServer(t)
 	pool := s.newPool(t, longLife)
 	conn, far := s.connect(t)
 	pool.Give(s.target(), conn)
 	pool.idle[s.target()][0].since = time.Now().Add(-longLife)
 	if pool.Take(s.target()) != nil {
-		t.Error("it was taken")
+		t.Error("Take returned the old connection")
 	}
 	s.wantClosed(t, far)
 }
 
-func TestCloseClosesWhatRests(t *testing.T) {
+func TestCloseClosesIdleConnections(t *testing.T) {
 	s := newServer(t)
 	pool := s.newPool(t, longLife)
 	var ends []*tcp.Conn
@@ -287,13 +287,13 @@ func TestCloseClosesWhatRests(t *testing.T) {
 		s.wantClosed(t, far)
 	}
 	if pool.Idle() != 0 {
-		t.Errorf("%d are idle", pool.Idle())
+		t.Errorf("Idle = %d", pool.Idle())
 	}
 }
 
-// TestAPoolIsShared has goroutines give and take while connections grow old and die. No connection has two owners, and
-// each is closed in the end.
-func TestAPoolIsShared(t *testing.T) {
+// TestConcurrentUseOfAPool has goroutines give and take while connections expire and die. A connection must not have two
+// owners, and each must be closed in the end.
+func TestConcurrentUseOfAPool(t *testing.T) {
 	s := newServer(t)
 	pool := s.newPool(t, 2*time.Millisecond)
 	var dialled, accepted, reused atomic.Int64
@@ -307,7 +307,7 @@ func TestAPoolIsShared(t *testing.T) {
 			accepted.Add(1)
 			ends.Go(func() {
 				if n%5 == 0 {
-					far.Close() // maybe while it rests
+					far.Close() // possibly while it is idle
 					return
 				}
 				w := tcp.NewWaiter(t.Context())
@@ -319,7 +319,7 @@ func TestAPoolIsShared(t *testing.T) {
 						err = w.Wait(time.Now().Add(nettest.Patience), far, nil)
 					}
 					if errors.Is(err, tcp.ErrDeadline) {
-						t.Error("a connection was never closed")
+						t.Error("a connection was not closed")
 					}
 					if err != nil {
 						return
@@ -338,7 +338,7 @@ func TestAPoolIsShared(t *testing.T) {
 				conn := pool.Take(s.target())
 				if conn == nil {
 					var err error
-					if conn, err = (Dialer{Poller: s.poller}).Dial(w, s.target()); err != nil {
+					if conn, _, err = (Dialer{Poller: s.poller}).Dial(w, s.target()); err != nil {
 						t.Error(err)
 						return
 					}
@@ -359,8 +359,8 @@ func TestAPoolIsShared(t *testing.T) {
 	users.Wait()
 	nettest.Eventually(t, "all to be accepted", func() bool { return accepted.Load() == dialled.Load() })
 	s.listener.Close()
-	ends.Wait() // the pool closes what rests, by and by
+	ends.Wait() // the pool closes idle connections
 	if reused.Load() == 0 || pool.Idle() != 0 {
-		t.Errorf("%d were used again, and %d are idle", reused.Load(), pool.Idle())
+		t.Errorf("%d reused, %d idle", reused.Load(), pool.Idle())
 	}
 }

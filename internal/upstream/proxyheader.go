@@ -18,7 +18,7 @@ func WriteProxyHeader(up *tcp.Conn, downstream, destination netip.AddrPort) erro
 	if err != nil {
 		return fmt.Errorf("writing a PROXY protocol header: %w", err)
 	}
-	// It is at most 52 bytes, which the empty send buffer of a fresh connection always takes.
+	// At most 52 bytes: they always fit into the empty send buffer of a fresh connection.
 	if n, err := up.Write(header); err != nil {
 		return fmt.Errorf("writing a PROXY protocol header: %w", err)
 	} else if n < len(header) {

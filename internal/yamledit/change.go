@@ -16,11 +16,13 @@ import (
 type Change struct {
 	Path []string
 	Kind Kind
-	Key  string // the member's key, or the index of the item to remove
-	Old  string // SetMember: key of the member that is replaced, if it differs from Key
+	Key  string // the member's key, or the index of the item to remove or insert
+	// Old is, for SetMember, the key of the member that is replaced, if it differs from Key. For InsertItem it is the index,
+	// before all changes, of the item after which the new one is written, or "" for the front.
+	Old string
 	// Values holds one value, or for AddFront and AddBack any number of items.
 	Values []any
-	// Was is the source text of a member that is restored. It is used if it fits the place, else Values is written.
+	// Was is the source text of a member or an item that is restored. It is used if it fits the place, else Values is written.
 	Was *Source
 }
 
@@ -34,10 +36,12 @@ const (
 	AddBack                  // appends items to a list
 	RemoveMember             // removes a member of a mapping
 	RemoveItem               // removes an item of a list
+	CutItem                  // removes an item with the comments above it; InsertItem restores both
+	InsertItem               // inserts an item into a list
 )
 
-// Source is the text of one member of a mapping, key included. Column is that of the key, from 0; it is -1 in flow style
-// and JSON.
+// Source is the text of one member of a mapping, key included, or that of an item with what CutItem removes. Column is
+// that of the key or of the dash, from 0; it is -1 in flow style and JSON.
 type Source struct {
 	Text   string
 	Column int
@@ -59,6 +63,22 @@ func (s Source) Decode() (string, any, error) {
 	}
 	key := SortedKeys(m)[0]
 	return key, m[key], nil
+}
+
+// DecodeItem returns the value of an item.
+func (s Source) DecodeItem() (any, error) {
+	text := s.Text
+	if s.Column < 0 {
+		text = "[" + strings.Trim(text, ", \t\r\n") + "]"
+	}
+	tree, err := Decode(text)
+	if err != nil {
+		return nil, err
+	}
+	if items, _ := tree.([]any); len(items) == 1 {
+		return items[0], nil
+	}
+	return nil, errors.New("not a single item")
 }
 
 // Apply applies changes to a tree and returns the result. The tree may be modified.
@@ -92,7 +112,14 @@ func (c Change) apply(tree any, path []string) (any, error) {
 			return v, nil
 		}
 	case []any:
-		if len(path) > 0 || c.Kind == RemoveItem {
+		if c.Kind == InsertItem && len(path) == 0 {
+			i := index(c.Key)
+			if i < 0 || i > len(v) {
+				return nil, fmt.Errorf("no place %s in a list of %d", c.Key, len(v))
+			}
+			return slices.Insert(v, i, normal(c.Values[0])), nil
+		}
+		if len(path) > 0 || c.Kind == RemoveItem || c.Kind == CutItem {
 			at := c.Key
 			if len(path) > 0 {
 				at = path[0]
@@ -154,7 +181,9 @@ func Patch(changes []Change) []PatchStep {
 			for _, value := range c.Values {
 				steps = append(steps, PatchStep{"add", at + "/-", value})
 			}
-		case RemoveMember, RemoveItem:
+		case InsertItem:
+			steps = append(steps, PatchStep{"add", at + Pointer(c.Key), c.Values[0]})
+		case RemoveMember, RemoveItem, CutItem:
 			steps = append(steps, PatchStep{Op: "remove", Path: at + Pointer(c.Key)})
 		}
 	}

@@ -4,15 +4,16 @@
 // A document is parsed into nodes, whose positions give the byte range of each change; new text is written in the style of
 // its place. The result is parsed again and must equal the changes applied to the tree, else the edit fails. So a mistake
 // here, or a style that is not understood, is an error and never a different document. The editor is ours because yaml.v3
-// writes a node tree anew: it loses blank lines, moves comments, and changes quotes and indentation.
+// formats the whole node tree: it loses blank lines, moves comments, and changes quotes and indentation.
 package yamledit
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -49,7 +50,7 @@ func Parse(text string) (*Document, error) {
 	}
 	var n yaml.Node
 	if err := yaml.Unmarshal([]byte(text), &n); err != nil {
-		return nil, err
+		return nil, d.located(err)
 	}
 	if n.Kind == 0 {
 		return d, nil
@@ -58,6 +59,34 @@ func Parse(text string) (*Document, error) {
 	d.root = n.Content[0]
 	d.tree, err = treeOf(d.root)
 	return d, err
+}
+
+var (
+	parserLine    = regexp.MustCompile(`^yaml: (?:line (\d+): )?(.*)$`)
+	unknownAnchor = regexp.MustCompile(`^unknown anchor '(.*)' referenced$`)
+)
+
+// located returns an error of the YAML parser with the line, from 1. The parser omits it for the first line and for an
+// unknown anchor, and counts from 0 in errors about the structure.
+func (d *Document) located(err error) error {
+	parts := parserLine.FindStringSubmatch(err.Error())
+	if parts == nil {
+		return err
+	}
+	line, problem := 1, parts[2]
+	if number, err := strconv.Atoi(parts[1]); err == nil {
+		line = number
+		if strings.HasPrefix(problem, "did not find expected") {
+			line++
+		}
+	}
+	if anchor := unknownAnchor.FindStringSubmatch(problem); anchor != nil {
+		line = d.line(max(0, strings.Index(d.text, "*"+anchor[1]))) + 1
+	}
+	if last := len(d.lines); line == last && line > 1 && d.lines[last-1] == len(d.text) {
+		line-- // the end of the text
+	}
+	return fmt.Errorf("line %d: %s", min(line, len(d.lines)), problem)
 }
 
 // Tree returns the document's content. Do not modify it before Edit.
@@ -83,6 +112,43 @@ func (d *Document) Source(path []string, key string) (s Source, err error) {
 		return Source{}, fmt.Errorf("%s: %w", dotted(path, key), errStyle)
 	}
 	return s, nil
+}
+
+// Item returns the text that CutItem removes with the item of the list at path. Decoding it gives the item.
+func (d *Document) Item(path []string, index int) (s Source, err error) {
+	defer func() {
+		if failed := recover(); failed != nil {
+			err = fmt.Errorf("%s[%d]: %w (%v)", dotted(path), index, errStyle, failed)
+		}
+	}()
+	p, err := d.find(path)
+	if err != nil {
+		return Source{}, fmt.Errorf("%s: %w", dotted(path), err)
+	}
+	cut, err := d.cut(p, index)
+	if err != nil {
+		return Source{}, fmt.Errorf("%s[%d]: %w", dotted(path), index, err)
+	}
+	s = Source{Text: d.text[cut.from:cut.to], Column: -1}
+	if !p.flow {
+		s.Column = d.column(p.node)
+	}
+	if _, err := s.DecodeItem(); err != nil {
+		return Source{}, fmt.Errorf("%s[%d]: %w", dotted(path), index, errStyle)
+	}
+	return s, nil
+}
+
+// Line returns the line of the node at path, from 1. It is the first line if there is no such node.
+func (d *Document) Line(path []string) int {
+	if d.root == nil {
+		return 1
+	}
+	p, err := d.find(path)
+	if err != nil {
+		return 1
+	}
+	return p.node.Line
 }
 
 func dotted(path []string, keys ...string) string {
@@ -127,7 +193,7 @@ func (d *Document) Edit(changes []Change) (result string, err error) {
 		if err != nil {
 			return "", err
 		}
-		if n := p.child(c); c.Kind == RemoveMember || c.Kind == RemoveItem {
+		if n := p.child(c); c.Kind == RemoveMember || c.Kind == RemoveItem || c.Kind == CutItem {
 			d.removed[n] = true
 		}
 		places = append(places, p)
@@ -237,7 +303,7 @@ func (p place) child(c Change) *yaml.Node {
 		if i := memberIndex(p.node, c.Key); i >= 0 {
 			return p.node.Content[i]
 		}
-	case RemoveItem:
+	case RemoveItem, CutItem:
 		return p.node.Content[index(c.Key)]
 	}
 	return nil
@@ -255,6 +321,10 @@ func (d *Document) column(n *yaml.Node) int {
 func (d *Document) splice(p place, c Change) (splice, error) {
 	child := p.child(c)
 	switch {
+	case c.Kind == CutItem:
+		return d.cut(p, index(c.Key))
+	case c.Kind == InsertItem:
+		return d.insert(p, c)
 	case c.Kind == RemoveMember || c.Kind == RemoveItem:
 		if child == nil {
 			return splice{}, errStyle
@@ -320,7 +390,8 @@ func (d *Document) source(p place, key *yaml.Node) Source {
 	return Source{d.text[d.offset(key):d.end(value, p.flow, column)], column}
 }
 
-// removeBlock removes whole lines with the line break before them, so that a text without a final line break keeps none.
+// removeBlock removes whole lines with the line break before them, so that a text without a final line break does not
+// get one.
 func (d *Document) removeBlock(p place, child *yaml.Node) (splice, error) {
 	from, last := d.offset(child), child
 	if p.node.Kind == yaml.MappingNode {
@@ -357,6 +428,70 @@ func (d *Document) removeFlow(p place, child *yaml.Node) splice {
 		return splice{from: d.offset(child), to: d.offset(all[at+step])}
 	}
 	return splice{from: d.end(all[at-1], true, 0), to: d.end(all[at+step-1], true, 0)}
+}
+
+// cut removes an item of a list and the comments above it: in block style from the end of the item before, or of the line
+// of the list's key.
+func (d *Document) cut(p place, index int) (splice, error) {
+	if p.node.Kind != yaml.SequenceNode || index < 0 || index >= len(p.node.Content) || len(p.node.Content) == 1 {
+		return splice{}, errStyle
+	}
+	if p.flow {
+		return d.removeFlow(p, p.node.Content[index]), nil
+	}
+	from, err := d.itemPlace(p, index-1)
+	if err != nil {
+		return splice{}, err
+	}
+	to := d.lineEnd(d.end(p.node.Content[index], false, d.column(p.node)))
+	return splice{from: from, to: to}, nil
+}
+
+// itemPlace returns where the lines of the item after another one begin in block style, with the line break before them.
+// after is -1 for the first item.
+func (d *Document) itemPlace(p place, after int) (int, error) {
+	first := d.offset(p.node)
+	if p.key == nil || d.text[first] != '-' || !d.leads(first) || p.node.Line <= p.key.Line {
+		return 0, errStyle
+	}
+	if after < 0 {
+		return d.lineEnd(d.offset(p.key)), nil
+	}
+	return d.lineEnd(d.end(p.node.Content[after], false, d.column(p.node))), nil
+}
+
+// insert writes an item after another one, or at the front of a list that is not empty.
+func (d *Document) insert(p place, c Change) (splice, error) {
+	after := -1
+	if c.Old != "" {
+		after = index(c.Old)
+	}
+	if p.node.Kind != yaml.SequenceNode || len(p.node.Content) == 0 || after >= len(p.node.Content) || c.Old != "" && after < 0 {
+		return splice{}, errStyle
+	}
+	if !p.flow {
+		at, err := d.itemPlace(p, after)
+		column := d.column(p.node)
+		text := d.newLine(column) + d.render(p, Change{Kind: AddBack, Values: c.Values}, column)
+		if c.Was != nil && c.Was.Column == column {
+			text = c.Was.Text
+		}
+		return splice{from: at, to: at, text: text}, err
+	}
+	text := d.render(p, Change{Kind: AddBack, Values: c.Values}, -1)
+	was := c.Was != nil && c.Was.Column < 0
+	if after < 0 {
+		at := d.offset(p.node.Content[0])
+		if text += ", "; was && strings.HasSuffix(strings.TrimRight(c.Was.Text, " \t\r\n"), ",") {
+			text = c.Was.Text
+		}
+		return splice{from: at, to: at, text: text}, nil
+	}
+	at := d.end(p.node.Content[after], true, 0)
+	if text = ", " + text; was && strings.HasPrefix(strings.TrimLeft(c.Was.Text, " \t\r\n"), ",") {
+		text = c.Was.Text
+	}
+	return splice{from: at, to: at, text: text}, nil
 }
 
 // markEvery is the distance in characters between the marks of a long line.
@@ -586,33 +721,33 @@ func (d *Document) deeper(at, column int, blockScalar, keep bool) int {
 
 // Split cuts a stream into documents whose concatenation is the stream. A line of --- begins a document and a line of ...
 // ends one, also inside a scalar.
-func Split(stream []byte) []string {
+func Split(stream string) []string {
 	var documents []string
 	begin := 0
 	for at := 0; at < len(stream); {
 		var end int
-		if i := bytes.IndexByte(stream[at:], '\n'); i >= 0 {
+		if i := strings.IndexByte(stream[at:], '\n'); i >= 0 {
 			end = at + i + 1
 		} else {
 			end = len(stream)
 		}
 		switch {
 		case marker(stream[at:end], "---") && at > begin:
-			documents = append(documents, string(stream[begin:at]))
+			documents = append(documents, stream[begin:at])
 			begin = at
 		case marker(stream[at:end], "..."):
-			documents = append(documents, string(stream[begin:end]))
+			documents = append(documents, stream[begin:end])
 			begin = end
 		}
 		at = end
 	}
 	if begin < len(stream) {
-		documents = append(documents, string(stream[begin:]))
+		documents = append(documents, stream[begin:])
 	}
 	return documents
 }
 
-func marker(line []byte, of string) bool {
-	rest, ok := bytes.CutPrefix(line, []byte(of))
+func marker(line, of string) bool {
+	rest, ok := strings.CutPrefix(line, of)
 	return ok && (len(rest) == 0 || strings.IndexByte(" \t\r\n", rest[0]) >= 0)
 }

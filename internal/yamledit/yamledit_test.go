@@ -63,6 +63,12 @@ func TestEdits(t *testing.T) {
 		"an anchor beside the edit":             {"a: &x {b: 1}\nc: *x\n", []Change{set("", "d", 1)}, "a: &x {b: 1}\nc: *x\nd: 1\n"},
 		"a restored member":                     {"a: 1\nb: 2\n", []Change{{Kind: SetMember, Key: "a", Values: []any{"x"}, Was: &Source{"a:   'x' # ours", 0}}}, "a:   'x' # ours\nb: 2\n"},
 		"a restored member elsewhere":           {"m:\n  a: 1\n", []Change{{Path: []string{"m"}, Kind: SetMember, Key: "a", Values: []any{"x"}, Was: &Source{"a:   'x'", 0}}}, "m:\n  a: x\n"},
+		"a cut item goes with its comment":      {"l:\n- a\n# of b\n- b: 1\n  c: 2\n- d\n", []Change{remove(CutItem, "l", "1")}, "l:\n- a\n- d\n"},
+		"a cut first item":                      {"l:\n# of a\n- a\n- d\n", []Change{remove(CutItem, "l", "0")}, "l:\n- d\n"},
+		"a cut item in flow style":              {"{l: [a, {b: 1}, d]}", []Change{remove(CutItem, "l", "1")}, "{l: [a, d]}"},
+		"an inserted item":                      {"l:\n- a\n- d\n", []Change{{Path: keys("l"), Kind: InsertItem, Key: "1", Old: "0", Values: []any{Object{{"b", 1}}}}}, "l:\n- a\n- b: 1\n- d\n"},
+		"an inserted item as it was":            {"l:\n- a\n- d\n", []Change{{Path: keys("l"), Kind: InsertItem, Key: "0", Values: []any{"b"}, Was: &Source{"\n# of b\n- 'b'", 0}}}, "l:\n# of b\n- 'b'\n- a\n- d\n"},
+		"an inserted item in flow style":        {"{l: [a, d]}", []Change{{Path: keys("l"), Kind: InsertItem, Key: "2", Old: "1", Values: []any{"b"}}}, "{l: [a, d, \"b\"]}"},
 		"a marker and directives' neighbours":   {"--- # first\na: 1\n...\n", []Change{set("", "b", 2)}, "--- # first\na: 1\nb: 2\n...\n"},
 	} {
 		if got, err := edited(t, c.text, c.changes...); got != c.want || err != nil {
@@ -83,11 +89,33 @@ func TestStylesThatCannotBeEditedAreErrors(t *testing.T) {
 		"no such place":             {"a: 1\n", set("b", "c", 1), "anchors"},
 		"a tag at the end":          {"a: 1\nb: !x", set("", "c", 1), "ends in a tag"},
 		"a scalar":                  {"a: 1\n", set("a", "c", 1), "anchors"},
+		"the only item":             {"a:\n- b\n", remove(CutItem, "a", "0"), "anchors"},
+		"an item behind none":       {"a:\n- b\n", Change{Path: keys("a"), Kind: InsertItem, Key: "1", Old: "1", Values: []any{"x"}}, "anchors"},
 		"no such member":            {"a: 1\n", remove(RemoveMember, "", "b"), "anchors"},
 		"a block scalar at the end": {"a: |\n  x", set("", "b", 1), "end the text with a line break"},
 	} {
 		if got, err := edited(t, c.text, c.change); err == nil || !strings.Contains(err.Error(), c.want) || got != "" {
 			t.Errorf("%s: %v, %q, want an error with %q", name, err, got, c.want)
+		}
+	}
+}
+
+func TestErrorsHaveTheirLine(t *testing.T) {
+	for text, want := range map[string]string{
+		"a: 1\nb: [\n":                      "line 2: did not find expected node content",
+		"a: 1\nb: 2\n c: 3\n":               "line 3: mapping values",
+		"a: 1\nb: \"x\nc: 3\n":              "line 2: found unexpected end",
+		"a: 1\n\tb: 2\n":                    "line 2: found a tab",
+		"a: 1\nb: *x\nc: 1\n":               "line 2: unknown anchor",
+		"a: 1\nb: {c: d\ne: f\n":            "line 2: did not find expected ',' or '}'",
+		"a: 1\n- b\n":                       "line 2: did not find expected key",
+		"a: \"\\q\"\n":                      "line 1: found unknown escape",
+		"{\"a\": 1,\n\"b\": 2,\n\"c\" 3}\n": "line 3: did not find",
+		"a: 1\nb: 2\na: 3\n":                "line 3: duplicate key",
+		"x: [1,\n 2\n":                      "line 2: did not find expected ',' or ']'",
+	} {
+		if _, err := Parse(text); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%q: %v, want %s", text, err, want)
 		}
 	}
 }
@@ -129,7 +157,7 @@ func TestSplitKeepsEveryByte(t *testing.T) {
 		"a\r\n---\r\nb\r\n":      {"a\r\n", "---\r\nb\r\n"},
 		"%YAML 1.1\n---\na: 1\n": {"%YAML 1.1\n", "---\na: 1\n"},
 	} {
-		got := Split([]byte(stream))
+		got := Split(stream)
 		if !reflect.DeepEqual(got, want) {
 			t.Errorf("%q is split into %q, want %q", stream, got, want)
 		}
@@ -204,7 +232,7 @@ func TestCostGrowsWithTheLength(t *testing.T) {
 	}
 }
 
-// Whatever an edit adds, the bytes before and after it are those of the text, and the result is the tree with the change.
+// The bytes before and after an edit do not change, and the result equals the tree with the change.
 func FuzzEdit(f *testing.F) {
 	for _, text := range []string{
 		"a: 1\nb:\n  c: |\n    x\n  d: [1, 2]\n", "{a: {b: [x]}, 'c': \"d\"}", "a:\r\n- b: 1\r\n  c: 2\r\n- d # x\r\n", "--- # c\na: &x [1]\nb: *x\n...\n",
@@ -247,7 +275,7 @@ func FuzzEdit(f *testing.F) {
 				t.Errorf("%q became %q: bytes outside the edit changed", text, got)
 			}
 		}
-		if streams := Split([]byte(text)); strings.Join(streams, "") != text {
+		if streams := Split(text); strings.Join(streams, "") != text {
 			t.Errorf("%q is split into %q", text, streams)
 		}
 	})

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -55,5 +56,48 @@ const NeedsNetRaw = MissingCapabilityError("NET_RAW")
 type MissingCapabilityError string
 
 func (e MissingCapabilityError) Error() string {
-	return fmt.Sprintf("capability CAP_%s is missing: run as root with capabilities.add: [NET_ADMIN, NET_RAW] in the container's securityContext", string(e))
+	const granted = "capabilities.add: [NET_ADMIN, NET_RAW] in the container's securityContext"
+	if os.Geteuid() == 0 {
+		return fmt.Sprintf("capability CAP_%s is missing: set %s", string(e), granted)
+	}
+	return fmt.Sprintf("capability CAP_%s is missing: run as user 0 with %s", string(e), granted)
+}
+
+// Refused returns the cause for which the kernel refuses an operation (EPERM or EACCES) on the rules of the calling
+// thread's network namespace. A capability counts only in the user namespace that owns the network namespace.
+func Refused(legacy bool) error {
+	if err := MissingCapability(legacy); err != nil {
+		return err
+	}
+	if ownedElsewhere() {
+		return errOwnedElsewhere
+	}
+	return errForbidden
+}
+
+var (
+	errOwnedElsewhere = errors.New("this network namespace belongs to another user namespace, in which this process has no capability: " +
+		"run in that user namespace, or in a network namespace that was created in this one")
+	errForbidden = errors.New("the kernel refuses it although this process has the capabilities: " +
+		"a seccomp, SELinux or AppArmor policy may forbid it")
+)
+
+// IsRefused reports whether err is a lack of permission: one of the errors of MissingCapability and Refused.
+func IsRefused(err error) bool {
+	return errors.As(err, new(MissingCapabilityError)) || errors.Is(err, errOwnedElsewhere) || errors.Is(err, errForbidden)
+}
+
+// ownedElsewhere reports whether the network namespace of the calling thread belongs to a user namespace that is neither
+// the thread's own nor a descendant of it: ioctl_ns(2) returns EPERM then.
+func ownedElsewhere() bool {
+	namespace, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(namespace)
+	owner, err := unix.IoctlRetInt(namespace, unix.NS_GET_USERNS)
+	if err == nil {
+		unix.Close(owner)
+	}
+	return errors.Is(err, unix.EPERM)
 }

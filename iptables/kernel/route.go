@@ -195,7 +195,7 @@ func (r Route) explain(err error) error {
 	switch {
 	case errors.Is(err, unix.EEXIST):
 		return &capture.FieldError{Field: "TPROXYTable", Value: fmt.Sprint(r.Table),
-			Err: fmt.Errorf("%w: this routing table is in use by somebody else; use another one", err)}
+			Err: fmt.Errorf("%w: another program uses this routing table; use another one", err)}
 	case noRouting(err):
 		return &capture.FieldError{Field: "Mode", Value: string(capture.TPROXY),
 			Err: fmt.Errorf("%w: the kernel lacks policy routing; use %s", err, capture.Redirect)}

@@ -42,10 +42,10 @@ func TestOnlyDifferentRoutesAreChanged(t *testing.T) {
 	}{
 		{"nothing is there", []Route{rule}, nil, "add fwmark 0x539 lookup 133"},
 		{"ours is there", []Route{rule}, []Installed{ours}, ""},
-		{"somebody else's does as well", []Route{rule}, []Installed{theirs}, ""},
+		{"a foreign one does as well", []Route{rule}, []Installed{theirs}, ""},
 		{"ours is there twice", []Route{rule}, []Installed{ours, ours}, "remove fwmark 0x539 lookup 133"},
 		{"ours is not wanted any more", []Route{other}, []Installed{ours}, "add fwmark 0x7 lookup 200; remove fwmark 0x539 lookup 133"},
-		{"somebody else's is not wanted", nil, []Installed{theirs}, ""},
+		{"a foreign one is not wanted", nil, []Installed{theirs}, ""},
 	} {
 		var says []string
 		for _, c := range DiffRoutes(test.want, test.have) {

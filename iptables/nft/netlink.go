@@ -25,7 +25,7 @@ import (
 
 // RemoveEmpty removes the unused base chains of tables, except those in keep, and each table that is then empty.
 // iptables creates base chains with its first rule, leaves them behind with its last one, and creates them again when
-// needed. Chains with other names, rules, references or another policy belong to somebody, and so does a table that
+// needed. Chains with other names, rules, references or another policy belong to others, and so does a table that
 // existed before.
 func RemoveEmpty(family ruleset.Family, tables []ruleset.TableName, keep []Chain) error {
 	chains, err := Chains()
@@ -66,6 +66,9 @@ type Chain struct {
 	hook            hook
 }
 
+// IsInet reports whether the chain is in a table of family inet.
+func (c Chain) IsInet() bool { return c.protocol == unix.NFPROTO_INET }
+
 // hook defines when the kernel calls a base chain and what it does with a packet that reaches the end.
 type hook struct {
 	kind           string // nat, filter or route
@@ -84,8 +87,8 @@ func Chains() ([]Chain, error) {
 	switch {
 	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT):
 		return nil, fmt.Errorf("nftables: %w", kernel.ErrNoKernelSupport)
-	case errors.Is(err, unix.EPERM): // a capability in a user namespace that does not own this network namespace
-		return nil, kernel.MissingCapabilityError("NET_ADMIN")
+	case errors.Is(err, unix.EPERM):
+		return nil, fmt.Errorf("listing nftables chains: %w", kernel.Refused(false))
 	case err != nil:
 		return nil, fmt.Errorf("listing nftables chains: %w", err)
 	}
@@ -165,7 +168,7 @@ func bigEndian(value []byte) uint32 {
 }
 
 // remove removes base chains of a family's table, and the table itself if table is set, in one transaction.
-// NLM_F_NONREC makes the kernel refuse to remove a chain in use and then to change nothing, so a rule that somebody
+// NLM_F_NONREC makes the kernel refuse to remove a chain in use and then to change nothing, so a rule that another program
 // adds at this moment is safe.
 func remove(family ruleset.Family, name ruleset.TableName, chains []string, table bool) error {
 	var removals []*nl.NetlinkRequest
@@ -231,8 +234,8 @@ func transact(requests []*nl.NetlinkRequest) error {
 	if err := socket.SetReceiveTimeout(&nl.SocketTimeoutTv); err != nil {
 		return err
 	}
-	if err := unix.SetsockoptInt(socket.GetFd(), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, len(batch)+1<<16); err != nil {
-		return fmt.Errorf("making room for a transaction of %d bytes: %w", len(batch), err)
+	if err := makeRoom(socket.GetFd(), len(batch)); err != nil {
+		return err
 	}
 	if err := unix.Sendto(socket.GetFd(), batch, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
@@ -258,6 +261,28 @@ func transact(requests []*nl.NetlinkRequest) error {
 			}
 		}
 	}
+}
+
+// makeRoom enlarges the send buffer for a transaction: one message of size bytes. SO_SNDBUFFORCE needs CAP_NET_ADMIN in the
+// first user namespace, and the root of another one does not have that. SO_SNDBUF is limited by net.core.wmem_max.
+func makeRoom(fd, size int) error {
+	const reserved = 32 // netlink_sendmsg refuses more than the buffer less these bytes
+	var room int
+	for _, option := range []int{0, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF} {
+		if option != 0 {
+			// A refusal leaves the buffer as it is.
+			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, size+reserved)
+		}
+		buffer, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+		if err != nil {
+			return fmt.Errorf("reading the size of a netlink socket's send buffer: %w", err)
+		}
+		if room = buffer - reserved; size <= room {
+			return nil
+		}
+	}
+	return fmt.Errorf("the transaction has %d bytes, and the kernel takes %d in this user namespace: "+
+		"capture with fewer networks, ports or groups, raise the sysctl net.core.wmem_max on the node, or use iptables", size, room)
 }
 
 // bracket begins or ends a batch for nftables.

@@ -30,7 +30,10 @@ type kernelRule struct {
 	chain       string
 	comment     string
 	expressions []expression
-	handle      uint64
+	// Set by the kernel.
+	protocol uint8 // the number of the table's family
+	table    string
+	handle   uint64
 }
 
 // expression holds the attributes of an expression by type. Values that the kernel wraps are unwrapped.

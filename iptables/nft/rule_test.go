@@ -105,7 +105,7 @@ func TestARuleOfNFTablesThatIsAlmostOursIsNotOurs(t *testing.T) {
 func TestChainNamesAreUnique(t *testing.T) {
 	for name, want := range map[string]ruleset.Place{
 		"nat_output": {Table: ruleset.NAT, Chain: ruleset.ChainBuiltOutput}, "mangle_prerouting": {Table: ruleset.Mangle, Chain: ruleset.ChainPrerouting},
-		"ipv4_nat_in_redirect": {Table: ruleset.NAT, Chain: ruleset.ChainInboundRedirect}, "ipv6_raw_dns_passed": {Table: ruleset.Raw, Chain: ruleset.ChainDNSPassed},
+		"ipv4_nat_in_redirect": {Table: ruleset.NAT, Chain: ruleset.ChainInboundRedirect}, "ipv6_raw_dns": {Table: ruleset.Raw, Chain: ruleset.ChainDNSCaptured},
 	} {
 		if _, at, ok := placeOf(name); !ok || at != want {
 			t.Errorf("%s: got %v, %t", name, at, ok)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables/userdata"
 	"github.com/vishvananda/netlink/nl"
@@ -14,7 +15,8 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// TableName is the name of our table. All of it is ours.
+// TableName is the name of our table. All of it is ours, unless it has neither a chain nor a rule of ours: then it is a
+// table of others that has the same name.
 const TableName = "pillion"
 
 // hooks are those of our base chains: where iptables has its tables.
@@ -32,29 +34,55 @@ type Table struct {
 	Chains   []Chain            // empty if there is no table
 	Dormant  bool               // the kernel skips its rules
 	Rulesets [2]ruleset.Ruleset // in the order of Families
+	// Foreign means that the table belongs to others. Its rules are not in Rulesets.
+	Foreign bool
+	// Others names what is in the table and is not ours.
+	Others []string
 }
 
-// Read reads our table, given the chains of all tables. Without chains in our table it sends no request.
+func newTable() Table {
+	return Table{Rulesets: [2]ruleset.Ruleset{{Family: ruleset.IPv4, Whole: true}, {Family: ruleset.IPv6, Whole: true}}}
+}
+
+// Read reads our table, given the chains of all tables.
 func Read(chains []Chain) (Table, error) {
-	state := Table{Rulesets: [2]ruleset.Ruleset{{Family: ruleset.IPv4, Whole: true}, {Family: ruleset.IPv6, Whole: true}}}
+	state := newTable()
 	for _, c := range chains {
 		if c.protocol == unix.NFPROTO_INET && c.Table == TableName {
 			state.Chains = append(state.Chains, c)
 		}
 	}
-	if len(state.Chains) == 0 {
-		return state, nil
-	}
-	var err error
-	if state.Dormant, err = readDormant(); err != nil || state.Dormant {
+	dormant, uses, err := readTable()
+	if err != nil || uses == 0 {
 		return state, err
 	}
-	rules, err := readRules()
+	state.Dormant = dormant
+	listed, err := readRules(unix.NFPROTO_INET, TableName)
 	if err != nil {
 		return state, err
 	}
+	ours := slices.ContainsFunc(state.Chains, Chain.isOurs)
+	rules := make(map[string][]kernelRule)
+	for _, r := range listed {
+		rules[r.chain] = append(rules[r.chain], r)
+		ours = ours || strings.HasPrefix(r.comment, ruleset.CommentPrefix)
+	}
 	for _, c := range state.Chains {
-		state.addChain(c, rules[c.Name])
+		if !c.isOurs() {
+			state.Others = append(state.Others, "chain "+c.Name)
+		}
+	}
+	if others := int(uses) - len(state.Chains); others > 0 {
+		state.Others = append(state.Others, fmt.Sprintf("%d sets, maps or other objects", others))
+	}
+	if !ours {
+		state.Foreign, state.Chains = true, nil
+		return state, nil
+	}
+	for _, c := range state.Chains {
+		if !dormant {
+			state.addChain(c, rules[c.Name])
+		}
 	}
 	return state, nil
 }
@@ -81,8 +109,8 @@ func (s *Table) addChain(c Chain, rules []kernelRule) {
 	}
 	decoded := decode(family, at, rules)
 	if !c.isOurs() {
-		stranger := ruleset.Rule{Foreign: fmt.Sprintf("-A %s [a chain of nftables that is not ours: %s]", at.Chain, c.describe())}
-		decoded[max(family, ruleset.IPv4)] = slices.Insert(decoded[max(family, ruleset.IPv4)], 0, stranger)
+		foreign := ruleset.Rule{Foreign: fmt.Sprintf("-A %s [a chain of nftables that is not ours: %s]", at.Chain, c.describe())}
+		decoded[max(family, ruleset.IPv4)] = slices.Insert(decoded[max(family, ruleset.IPv4)], 0, foreign)
 	}
 	for i, f := range ruleset.Families {
 		if family == f || family == 0 {
@@ -109,40 +137,48 @@ func (c Chain) describe() string {
 	return fmt.Sprintf("%s, type %s, hook %d, priority %d, policy %d", c.Name, c.hook.kind, c.hook.number, c.hook.priority, c.hook.policy)
 }
 
-// readDormant reports whether our table has the flag dormant: the kernel then skips its chains.
-func readDormant() (bool, error) {
+// readTable returns whether our table has the flag dormant, so that the kernel skips its chains, and the number of its chains,
+// sets, maps and other objects: 0 if there is no table.
+func readTable() (dormant bool, uses uint32, err error) {
 	request := newRequest(unix.NFT_MSG_GETTABLE, 0, unix.NFPROTO_INET, nameAttribute(unix.NFTA_TABLE_NAME, TableName))
 	messages, err := request.Execute(unix.NETLINK_NETFILTER, uint16(messageType(unix.NFT_MSG_NEWTABLE)))
-	if err != nil {
-		return false, fmt.Errorf("reading nftables table %s: %w", TableName, err)
+	if errors.Is(err, unix.ENOENT) {
+		return false, 0, nil
 	}
-	dormant := false
+	if err != nil {
+		return false, 0, fmt.Errorf("reading nftables table %s: %w", TableName, err)
+	}
 	for _, message := range messages {
 		attributes, err := attributesOf(message)
 		if err != nil {
-			return false, err
+			return false, 0, err
 		}
-		dormant = dormant || bigEndian(attributes[unix.NFTA_TABLE_FLAGS])&unix.NFT_TABLE_F_DORMANT != 0
+		dormant = bigEndian(attributes[unix.NFTA_TABLE_FLAGS])&unix.NFT_TABLE_F_DORMANT != 0
+		uses = bigEndian(attributes[unix.NFTA_TABLE_USE])
 	}
-	return dormant, nil
+	return dormant, uses, nil
 }
 
-// readRules lists the rules of our table by chain.
-func readRules() (map[string][]kernelRule, error) {
-	request := newRequest(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, unix.NFPROTO_INET, nameAttribute(unix.NFTA_RULE_TABLE, TableName))
+// readRules lists the rules of a table, or with NFPROTO_UNSPEC and "" those of all tables.
+func readRules(protocol uint8, table string) ([]kernelRule, error) {
+	var selected []*nl.RtAttr
+	if table != "" {
+		selected = append(selected, nameAttribute(unix.NFTA_RULE_TABLE, table))
+	}
+	request := newRequest(unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, protocol, selected...)
 	messages, err := kernel.Whole(func() ([][]byte, error) {
 		return request.Execute(unix.NETLINK_NETFILTER, uint16(messageType(unix.NFT_MSG_NEWRULE)))
 	})
 	if err != nil {
 		return nil, fmt.Errorf("listing nftables rules: %w", err)
 	}
-	rules := make(map[string][]kernelRule)
+	var rules []kernelRule
 	for _, message := range messages {
 		rule, err := readRule(message)
 		if err != nil {
 			return nil, fmt.Errorf("listing nftables rules: %w", err)
 		}
-		rules[rule.chain] = append(rules[rule.chain], rule)
+		rules = append(rules, rule)
 	}
 	return rules, nil
 }
@@ -153,6 +189,8 @@ func readRule(message []byte) (kernelRule, error) {
 	if err != nil {
 		return rule, err
 	}
+	rule.protocol = message[0]
+	rule.table = unix.ByteSliceToString(attributes[unix.NFTA_RULE_TABLE])
 	rule.chain = unix.ByteSliceToString(attributes[unix.NFTA_RULE_CHAIN])
 	rule.comment = commentOf(attributes[unix.NFTA_RULE_USERDATA])
 	for _, b := range attributes[unix.NFTA_RULE_HANDLE] {
@@ -238,7 +276,7 @@ func Transition(wanted [2]ruleset.Ruleset, have Table) Change {
 			}
 		}
 	case len(chains) > 0 || len(have.Chains) > 0:
-		// One without chains may be there, and asleep. It is made first so that it can be removed.
+		// A table without chains may exist and be dormant. It is created first so that it can be deleted.
 		change.add(subject{}, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, table)
 		change.add(subject{}, unix.NFT_MSG_DELTABLE, 0, table)
 		if len(chains) > 0 {
@@ -325,7 +363,7 @@ var features = []struct{ expression, module string }{
 func (s subject) explain(err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM):
-		return kernel.MissingCapabilityError("NET_ADMIN")
+		return kernel.Refused(false)
 	case !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EPROTONOSUPPORT) && !errors.Is(err, unix.EAFNOSUPPORT):
 	case s.hook.kind != "":
 		return fmt.Errorf("a chain of type %s in family inet: %w: %w; load nft_chain_nat and nf_tables_inet on the node, or use iptables", s.hook.kind, err, kernel.ErrNoKernelSupport)

@@ -47,7 +47,7 @@ func TestARefusalNamesTheRuleAndTheMissingModule(t *testing.T) {
 		{rule(ruleset.Rule{ID: "a", Target: ruleset.Return{}}), unix.ENOENT, "load nf_tables on the node"},
 		{rule(ruleset.Rule{ID: "a", Target: ruleset.Return{}}), unix.EINVAL, "rule a: invalid argument"},
 		{subject{hook: hooks[ruleset.Place{Table: ruleset.NAT, Chain: ruleset.ChainBuiltOutput}]}, unix.EOPNOTSUPP, "a chain of type nat in family inet: operation not supported: "},
-		{subject{}, unix.EPERM, "capability CAP_NET_ADMIN is missing"},
+		{subject{}, unix.EPERM, kernel.Refused(false).Error()},
 		{subject{}, unix.EBUSY, "device or resource busy"},
 	} {
 		err := test.subject.explain(test.err)
@@ -76,7 +76,7 @@ func TestTheRefusedRequestIsFound(t *testing.T) {
 	}
 }
 
-// A change by somebody else while the kernel lists chains makes the list useless, and it is asked for again.
+// A dump that a concurrent change has interrupted is repeated.
 func TestAnInterruptedDumpIsRepeated(t *testing.T) {
 	nettest.RequireRoot(t)
 	pod := nettest.New(t, "pod")

@@ -18,7 +18,7 @@ import (
 // Verdicts are those of istio-iptables, except for its bugs: with several users or groups only the first was checked,
 // where here every user and group of the agent is checked before the remaining loopback traffic passes; TPROXY claimed
 // every established connection, where here captured ones are marked; the conntrack zones for DNS ignored excluded
-// groups.
+// groups and other NAT rules.
 func Rules(spec capture.Spec, family ruleset.Family) ruleset.Ruleset {
 	return RulesWithMark(spec, family, 0)
 }
@@ -180,13 +180,14 @@ func (p *policy) outbound() {
 			ID: "outbound/group/" + owner.String(), Match: ruleset.Match{Owner: owner}, Target: ruleset.Jump(ruleset.ChainCaptured), Why: "only listed groups are captured, and this is one",
 		})
 	}
-	jump := ruleset.Match{Protocol: ruleset.TCP}
-	if len(p.servers) > 0 {
-		jump = ruleset.Match{}
+	jump := ruleset.Rule{
+		ID: "outbound/jump", Match: ruleset.Match{Protocol: ruleset.TCP}, Target: ruleset.Jump(ruleset.ChainOutput), Why: "our chain decides about outgoing packets",
 	}
-	p.chain(ruleset.NAT, ruleset.ChainBuiltOutput, ruleset.Rule{
-		ID: "outbound/jump", Match: jump, Target: ruleset.Jump(ruleset.ChainOutput), Why: "our chain decides about outgoing packets",
-	})
+	if len(p.servers) > 0 {
+		jump.Match = ruleset.Match{}
+		jump.Before = p.queries()
+	}
+	p.chain(ruleset.NAT, ruleset.ChainBuiltOutput, jump)
 	p.chain(ruleset.NAT, ruleset.ChainOutput, rules...)
 	p.chainIfUsed(ruleset.NAT, ruleset.ChainCaptured, groups...)
 	p.chainIfUsed(ruleset.NAT, ruleset.ChainRedirect, ruleset.Rule{
@@ -236,8 +237,8 @@ func (p *policy) outboundAlone() []ruleset.Rule {
 }
 
 // self returns the rules for a workload that calls its own service through the agent. In TPROXY mode the mangle table
-// has them. istio-iptables redirects users even then, and groups only where its earlier rules let them pass; it has no
-// exception for the queries of groups.
+// has them. istio-iptables redirects users even then, and groups only where its earlier rules let them pass: its rule for
+// loopback traffic of other users precedes its rules for groups. It has no exception for the queries of groups.
 func (p *policy) self() []ruleset.Rule {
 	var queries, calls []ruleset.Rule
 	for i, owner := range p.owners {
@@ -248,15 +249,15 @@ func (p *policy) self() []ruleset.Rule {
 		}
 		if call.Mark = p.mark; p.Mode == capture.TPROXY {
 			call.Mark = p.TPROXYMark
-			switch {
-			case !p.Compat:
-				continue
-			case user, p.capturesLoopback():
-			case p.CapturesDNS():
-				call.DstPorts, call.NotDstPorts = single(ruleset.DNSPort), false
-			default:
-				continue
-			}
+		}
+		switch {
+		case !p.Compat && p.Mode == capture.TPROXY:
+			continue
+		case !p.Compat, user, p.capturesLoopback():
+		case p.CapturesDNS():
+			call.DstPorts, call.NotDstPorts = single(ruleset.DNSPort), false
+		default:
+			continue
 		}
 		if p.CapturesDNS() && (user || !p.Compat) {
 			queries = append(queries, ruleset.Rule{
@@ -276,17 +277,25 @@ func (p *policy) self() []ruleset.Rule {
 // capturesLoopback reports whether loopback addresses are captured like others.
 func (p *policy) capturesLoopback() bool { return slices.ContainsFunc(p.Outbound.List, isLoopback) }
 
+// queries returns a match for each server and protocol of the captured queries.
+func (p *policy) queries() []ruleset.Match {
+	var queries []ruleset.Match
+	for _, server := range p.servers {
+		for _, protocol := range []ruleset.Protocol{ruleset.TCP, ruleset.UDP} {
+			queries = append(queries, ruleset.Match{Protocol: protocol, DstPorts: single(ruleset.DNSPort), Dst: server})
+		}
+	}
+	return queries
+}
+
 // outboundCaptured decides for all other processes.
 func (p *policy) outboundCaptured() []ruleset.Rule {
 	rules := p.linkLocal("outbound/link-local", true)
-	for _, server := range p.servers {
-		for _, protocol := range []ruleset.Protocol{ruleset.TCP, ruleset.UDP} {
-			rules = append(rules, ruleset.Rule{
-				ID:     fmt.Sprintf("dns/%s%s", protocol, suffix(server)),
-				Match:  ruleset.Match{Protocol: protocol, DstPorts: single(ruleset.DNSPort), Dst: server},
-				Target: ruleset.Redirect(capture.DNSPort), Why: "queries go to the agent; it answers or forwards them",
-			})
-		}
+	for _, query := range p.queries() {
+		rules = append(rules, ruleset.Rule{
+			ID: fmt.Sprintf("dns/%s%s", query.Protocol, suffix(query.Dst)), Match: query, Target: ruleset.Redirect(capture.DNSPort),
+			Why: "queries go to the agent; it answers or forwards them",
+		})
 	}
 	rules = append(rules, p.loopback()...)
 	for _, prefix := range p.OutboundExcluded {

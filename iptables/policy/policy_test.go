@@ -87,7 +87,7 @@ func TestNetworksAreSpelledAsTheKernelSpellsThem(t *testing.T) {
 	}
 }
 
-// In an empty namespace each rule is missing, and nothing else is.
+// In an empty namespace each rule is missing, and each difference is a missing rule.
 func TestAnEmptyNamespaceLacksEachRuleOnce(t *testing.T) {
 	want := Rules(rulestest.CaptureAll, ruleset.IPv4)
 	missing := make(map[string]int)

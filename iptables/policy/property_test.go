@@ -94,7 +94,7 @@ func judge(s capture.Spec, a rulestest.Addresses, p trace.Packet) trace.Verdict 
 		query := query && s.CapturesDNS()
 		redirected := s.Mode == capture.Redirect
 		if s.Compat {
-			redirected = redirected || user || query || slices.ContainsFunc(s.Outbound.List, isLoopback)
+			redirected = user || query || slices.ContainsFunc(s.Outbound.List, isLoopback)
 		}
 		switch {
 		case p.Protocol != ruleset.TCP || p.Out != ruleset.Loopback || localhost || query && !s.Compat:
@@ -174,7 +174,7 @@ func TestRulesOfAnySpecKeepTheirPromises(t *testing.T) {
 	for _, sc := range rulestest.Scenarios {
 		for _, r := range Rules(sc.Spec, ruleset.IPv6).All() {
 			// These are about later packets of connections, marks and addresses that are not drawn.
-			rare := slices.ContainsFunc([]string{"to-workload", "arriving/given", "original-source", "link-local", "known", "earlier", "divert", "invalid", "leaving/answer", "zone/answer", "zone/agent-answer", "zone/arriving", "others", "virtual/tap"},
+			rare := slices.ContainsFunc([]string{"to-workload", "arriving/given", "original-source", "link-local", "known", "earlier", "divert", "invalid", "leaving/answer", "zone/agent-answer", "others", "virtual/tap"},
 				func(part string) bool { return strings.Contains(r.ID, part) })
 			if !met[kind(r.ID)] && !rare {
 				t.Errorf("no packet met a rule such as %s", r.ID)

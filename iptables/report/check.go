@@ -24,9 +24,11 @@ type Difference struct {
 
 // Findings are the result of a check.
 type Findings struct {
-	Equal       bool         `json:"equal"`
+	Equal bool `json:"equal"`
+	// Installed is false if rules are wanted and no rule of ours exists.
+	Installed   bool         `json:"installed"`
 	Differences []Difference `json:"differences"`
-	// Warnings name rules of others that precede ours and may have the effect of a difference.
+	// Warnings name rules and chains of others that may have the effect of a difference.
 	Warnings []string `json:"warnings"`
 }
 
@@ -53,17 +55,44 @@ func Check(ctx context.Context, spec capture.Spec, backend iptables.Backend) (Fi
 	if plan.Address != iptables.AddressKept {
 		found.Differences = append(found.Differences, addressDifference(plan.Address))
 	}
+	installed := false
 	for _, h := range plan.Live() {
 		found.Warnings = append(found.Warnings, ahead(h)...)
+		installed = installed || len(ruleset.Diff(ruleset.Ruleset{}, h.Rules)) > 0
+	}
+	found.Installed = installed || found.Equal
+	foreign, err := plan.Foreign()
+	if err != nil {
+		return Findings{}, err
+	}
+	for _, c := range foreign {
+		if warning := beside(c); warning != "" {
+			found.Warnings = append(found.Warnings, warning)
+		}
 	}
 	return found, nil
 }
 
-// String returns one line for each difference and warning.
+// beside warns of a chain of others that may decide about captured packets.
+func beside(c ruleset.ForeignChain) string {
+	switch {
+	case c.Hook == ruleset.HookForward, !c.Decides(c.Families[0], true):
+		return ""
+	case c.Kind == "nat":
+		return fmt.Sprintf("%s precedes our rules or has their priority, and may decide about packets first: %s", c, c.Effects())
+	}
+	return fmt.Sprintf("%s may decide about captured packets: %s", c, c.Effects())
+}
+
+// String returns one line for each difference and warning. One line replaces the differences if no rule of ours is installed.
 func (f Findings) String() string {
 	var text strings.Builder
-	for _, d := range f.Differences {
-		text.WriteString(d.String() + "\n")
+	if !f.Installed {
+		text.WriteString("no rules of pillion are installed: nothing is captured\n")
+	} else {
+		for _, d := range f.Differences {
+			text.WriteString(d.String() + "\n")
+		}
 	}
 	for _, warning := range f.Warnings {
 		text.WriteString("warning: " + warning + "\n")
@@ -111,6 +140,8 @@ func meaning(c ruleset.Change) string {
 		return found.does
 	case c.Kind == ruleset.Duplicate:
 		return "the rule exists more than once, and the first one decides"
+	case c.Kind == ruleset.Reordered && !ownComment.MatchString(c.Found):
+		return "it is not ours and precedes our jump: DNS queries may be lost"
 	case c.Kind == ruleset.Tampered:
 		return fmt.Sprintf("%s; instead, %s", wanted.lost, found.does)
 	}
@@ -126,7 +157,6 @@ var lostJump = map[ruleset.Place]string{
 	{Table: ruleset.NAT, Chain: ruleset.ChainPrerouting}:     "no inbound connection is captured",
 	{Table: ruleset.Mangle, Chain: ruleset.ChainPrerouting}:  "incoming packets are neither passed to the agent nor dropped as INVALID",
 	{Table: ruleset.Mangle, Chain: ruleset.ChainBuiltOutput}: "outgoing packets lack the marks of TPROXY, and answers bypass the agent",
-	{Table: ruleset.Raw, Chain: ruleset.ChainPrerouting}:     "answers of name servers are mistaken for answers of the agent",
 	{Table: ruleset.Raw, Chain: ruleset.ChainBuiltOutput}:    "captured and other DNS queries share a conntrack zone",
 }
 
@@ -211,13 +241,8 @@ func ahead(h ruleset.Held) []string {
 
 // fate is what happens to a matching packet that our rules may then not see.
 func fate(r ruleset.Rule, chain string) string {
-	words := ruleset.SplitWords(r.Line(chain))
-	at := slices.IndexFunc(words, func(word string) bool { return word == "-j" || word == "-g" })
-	if at < 0 || at == len(words)-1 {
-		return ""
-	}
-	switch target := words[at+1]; {
-	case slices.Contains(goesOn, target):
+	switch target := r.TargetName(); {
+	case r.Continues(chain):
 		return ""
 	case target == "DROP", target == "REJECT":
 		return "matching packets are dropped before our rules see them"
@@ -228,12 +253,5 @@ func fate(r ruleset.Rule, chain string) string {
 	}
 }
 
-// ends and goesOn are targets of iptables: after those in goesOn the next rule is tried.
-var (
-	ends = []string{"ACCEPT", "RETURN", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "REDIRECT", "TPROXY", "QUEUE", "NFQUEUE"}
-
-	goesOn = []string{
-		"MARK", "CONNMARK", "CT", "NOTRACK", "LOG", "NFLOG", "ULOG", "TRACE", "CLASSIFY", "DSCP", "TOS", "TTL", "HL", "ECN",
-		"SECMARK", "CONNSECMARK", "SET", "TEE", "AUDIT", "CHECKSUM", "TCPMSS", "TCPOPTSTRIP", "IDLETIMER", "LED", "RATEEST",
-	}
-)
+// ends are targets of iptables that decide about a packet.
+var ends = []string{"ACCEPT", "RETURN", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "REDIRECT", "TPROXY", "QUEUE", "NFQUEUE"}

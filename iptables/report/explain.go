@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -84,12 +85,14 @@ type Explanation struct {
 	Action  trace.Action `json:"action,omitempty"`
 	Port    uint16       `json:"port,omitempty"`
 	Verdict string       `json:"verdict"`
-	// Uncertain means that a foreign rule on the way may change the verdict.
+	// Uncertain means that a foreign rule or chain on the way may change the verdict.
 	Uncertain bool `json:"uncertain"`
+	// Unless lists the foreign chains in the hooks that the packet passes, with what they may do to it.
+	Unless []string `json:"unless,omitempty"`
 }
 
-// Explain walks the packet through the rules.
-func Explain(p trace.Packet, held []ruleset.Held) Explanation {
+// Explain walks the packet through the rules, and lists the foreign chains that it meets.
+func Explain(p trace.Packet, held []ruleset.Held, foreign []ruleset.ForeignChain) Explanation {
 	walk := trace.Trace(p, held...)
 	e := Explanation{Packet: p.String(), Met: []Shown{}, Action: walk.Verdict.Action, Port: walk.Verdict.Port, Verdict: walk.InWords(p)}
 	for _, m := range walk.Met {
@@ -97,7 +100,32 @@ func Explain(p trace.Packet, held []ruleset.Held) Explanation {
 		e.Met = append(e.Met, newShown(m.Rule, family, m.Place))
 		e.Uncertain = e.Uncertain || m.Unknown()
 	}
+	// The order of tables with the same priority is not visible.
+	others := slices.Clone(held)
+	slices.Reverse(others)
+	if other := trace.Trace(p, others...); other.Verdict != walk.Verdict {
+		e.Unless = append(e.Unless, "the order of two back ends with rules in the same table, of which the kernel calls the newer first: then "+other.InWords(p))
+		e.Uncertain = true
+	}
+	for _, c := range foreign {
+		if slices.Contains(hooks(p, walk.Verdict), c.Hook) && c.Decides(ruleset.FamilyOf(p.Dst.Addr()), walk.Verdict.Port != 0) {
+			e.Unless = append(e.Unless, fmt.Sprintf("%s: %s", c, c.Effects()))
+			e.Uncertain = true
+		}
+	}
 	return e
+}
+
+// hooks returns the hooks that a packet passes. One from another host is taken for a packet to this one.
+func hooks(p trace.Packet, v trace.Verdict) []string {
+	arriving := []string{ruleset.HookPrerouting, ruleset.HookInput}
+	switch {
+	case p.In != "":
+		return append(arriving, ruleset.HookIngress)
+	case p.Out == ruleset.Loopback || v.Port != 0:
+		return append(arriving, ruleset.HookOutput, ruleset.HookPostrouting)
+	}
+	return []string{ruleset.HookOutput, ruleset.HookPostrouting, ruleset.HookEgress}
 }
 
 // String returns the path in the format of ShowText, and the verdict in its last line.
@@ -112,10 +140,14 @@ func (e Explanation) String() string {
 		fmt.Fprintf(&text, "    %s %s: %s\n      # %s\n", s.place(), s.Chain, s.Rule, remark)
 	}
 	text.WriteString(e.Verdict)
-	if e.Uncertain {
+	if slices.ContainsFunc(e.Met, func(s Shown) bool { return s.Unknown }) {
 		text.WriteString("; unless a rule on the way that is not interpreted decides otherwise")
 	}
-	return text.String() + "\n"
+	text.WriteString("\n")
+	for _, chain := range e.Unless {
+		fmt.Fprintf(&text, "unless decided otherwise by %s\n", chain)
+	}
+	return text.String()
 }
 
 // ParseState reads the conntrack state of a packet: new, established or invalid.

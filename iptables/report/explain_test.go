@@ -1,13 +1,16 @@
 package report
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/iptables"
 	"github.com/pillion-proxy/pillion/iptables/policy"
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 	"github.com/pillion-proxy/pillion/iptables/rulestest"
@@ -98,14 +101,14 @@ func TestVerdictsInWords(t *testing.T) {
 		{tproxy, rulestest.Marked(1337, rulestest.From(a.Peer, rulestest.ToItself(0, rulestest.Agent, a.Pod, 80))), "tcp to 198.51.100.2:80 from 198.51.100.1 going out on lo, sent by user 0, group 1337 with mark 0x539",
 			"not captured: packets that the agent sends to the workload from its client's address are not captured again"},
 	} {
-		e := Explain(test.packet, []ruleset.Held{{Rules: policy.Rules(test.spec, ruleset.IPv4)}})
+		e := Explain(test.packet, []ruleset.Held{{Rules: policy.Rules(test.spec, ruleset.IPv4)}}, nil)
 		if e.Packet != test.describes || e.Verdict != test.says {
 			t.Errorf("got  %s: %s\nwant %s: %s", e.Packet, e.Verdict, test.describes, test.says)
 		}
 	}
 }
 
-// Rules of others take part, in the order in which the kernel calls them.
+// Rules of others take part in a trace.
 func TestForeignRulesTakePartInATrace(t *testing.T) {
 	ours := policy.Rules(rulestest.CaptureAll, ruleset.IPv4)
 	packet := rulestest.Sends(rulestest.Workload, rulestest.Workload, nettest.Elsewhere4, 80)
@@ -126,15 +129,59 @@ func TestForeignRulesTakePartInATrace(t *testing.T) {
 		{"an exception in another flavour", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, fmt.Sprintf(before, "-A OUTPUT -j ACCEPT"))}, {Flavour: ruleset.Legacy, Rules: ours}},
 			"captured: goes to the agent's outbound port 15001", false},
 		{"a redirection in another flavour", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, fmt.Sprintf(before, "-A OUTPUT -p tcp -j REDIRECT --to-ports 8080"))}, {Flavour: ruleset.Legacy, Rules: ours}},
-			"redirected to port 8080 by a rule that is not ours", false},
+			"redirected to port 8080 by a rule that is not ours", true},
 		{"a drop", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, "*mangle\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j DROP\nCOMMIT\n")}, {Flavour: ruleset.Legacy, Rules: ours}},
 			"dropped: by a rule that is not ours", false},
 		{"a policy", []ruleset.Held{{Flavour: ruleset.NFT, Rules: ruleset.Parse(ruleset.IPv4, "*mangle\n:OUTPUT DROP [0:0]\nCOMMIT\n")}, {Flavour: ruleset.Legacy, Rules: ours}},
 			"dropped: by the policy of a built-in chain", false},
 	} {
-		got := Explain(packet, test.held)
+		got := Explain(packet, test.held, nil)
 		if got.Verdict != test.verdict || got.Uncertain != test.uncertain {
 			t.Errorf("%s: got %+v, want %q, %t", test.name, got, test.verdict, test.uncertain)
+		}
+	}
+}
+
+// Chains that are not interpreted are listed if they are in a hook that the packet passes and may change its way.
+func TestAnExplanationNamesChainsThatItCannotJudge(t *testing.T) {
+	nettest.RequireRoot(t)
+	for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy, ruleset.Native} {
+		rulestest.UsePrograms(t, false, flavour)
+		pod, _ := nettest.PodAndPeer(t)
+		mustInstall(t, pod, rulestest.CaptureAll)
+		pod.MustRun(t, "/usr/sbin/nft", `
+			add table inet t
+			add chain inet t in { type filter hook input priority 0; }
+			add rule inet t in tcp dport 15006 drop
+			add chain inet t out { type filter hook output priority 0; policy drop; }
+			add chain inet t forward { type filter hook forward priority 0; policy drop; }
+			add chain inet t before { type nat hook output priority -101; }
+			add rule inet t before ip daddr 203.0.113.7 dnat to 203.0.113.9
+			add chain inet t after { type nat hook output priority -50; }
+			add rule inet t after redirect
+			add table ip6 t
+			add chain ip6 t in { type filter hook input priority 0; policy drop; }`)
+		var live iptables.Live
+		pod.Do(t, func() (err error) {
+			live, err = iptables.Look(context.Background())
+			return err
+		})
+		const in, out = "inet t in (nft, filter, hook input, priority 0): drop", "inet t out (nft, filter, hook output, priority 0): policy drop"
+		const before, after = "inet t before (nft, nat, hook output, priority -101): dnat", "inet t after (nft, nat, hook output, priority -50): redirect"
+		a := rulestest.Families[0]
+		for _, test := range []struct {
+			packet trace.Packet
+			want   []string
+		}{
+			{rulestest.Arrives(a, 80), []string{in}},
+			{rulestest.Sends(rulestest.Workload, rulestest.Workload, a.Elsewhere, 80), []string{in, out, before}},
+			{rulestest.Sends(rulestest.Agent, rulestest.Agent, a.Elsewhere, 80), []string{out, before, after}},
+			{rulestest.ToItself(rulestest.Workload, rulestest.Workload, a.Localhost, 80), []string{in, out, before, after}},
+		} {
+			e := Explain(test.packet, live.Held, live.Foreign)
+			if !slices.Equal(e.Unless, test.want) || !e.Uncertain || !strings.HasSuffix(e.String(), "\nunless decided otherwise by "+test.want[len(test.want)-1]+"\n") {
+				t.Errorf("%s: %s: got\n%s\nwant %q", flavour, e.Packet, e, test.want)
+			}
 		}
 	}
 }
@@ -192,7 +239,7 @@ func TestRoutesSupplyWhatAQuestionLeavesOut(t *testing.T) {
 func TestARuleWithoutAReasonIsNamedByItsID(t *testing.T) {
 	rules := ruleset.Parse(ruleset.IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -m comment --comment \"pillion:novel\" -j RETURN\nCOMMIT\n")
 	packet := rulestest.Sends(rulestest.Workload, rulestest.Workload, nettest.Elsewhere4, 80)
-	if got := Explain(packet, []ruleset.Held{{Rules: rules}}).Verdict; got != "not captured: by novel" {
+	if got := Explain(packet, []ruleset.Held{{Rules: rules}}, nil).Verdict; got != "not captured: by novel" {
 		t.Errorf("got %q", got)
 	}
 }

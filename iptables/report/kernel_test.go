@@ -26,7 +26,7 @@ func explained(t *testing.T, pod *nettest.Namespace, live iptables.Live, p trace
 	var said Explanation
 	pod.Do(t, func() error {
 		packet, err := q.Packet()
-		said = Explain(packet, live.Held)
+		said = Explain(packet, live.Held, live.Foreign)
 		return err
 	})
 	if said.Uncertain {

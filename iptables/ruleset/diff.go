@@ -32,8 +32,10 @@ type Change struct {
 }
 
 // Diff compares our part of have with want, chain by chain and in order. It ignores foreign rules and the position of
-// our jumps among them: decisions of others that precede ours are theirs. Equal rulesets have no changes.
+// our jumps among them, unless a foreign rule decides about packets of Before: other decisions of others that precede ours
+// are theirs. Equal rulesets have no changes.
 func Diff(want, have Ruleset) []Change {
+	all := have
 	have = have.Own()
 	var changes []Change
 	for _, at := range Places(want, have) {
@@ -51,7 +53,9 @@ func Diff(want, have Ruleset) []Change {
 				found = append(found, Change{Kind: Missing})
 			}
 		default:
-			found = diffChain(*w, *h)
+			if found = diffChain(*w, *h); !own {
+				found = append(found, behind(*w, all.Chain(at))...)
+			}
 		}
 		for i := range found {
 			found[i].Table, found[i].Chain = at.Table, at.Chain
@@ -105,6 +109,18 @@ func diffChain(want, have Chain) []Change {
 	}
 	if len(changes) == 0 {
 		changes = reordered(want, haveLines)
+	}
+	return changes
+}
+
+// behind returns the wanted rules that are there, but behind a foreign rule which they must precede.
+func behind(want, have Chain) []Change {
+	var changes []Change
+	lines := have.Lines()
+	for _, r := range want.Rules {
+		if foreign, found := have.Ahead(r); found && slices.Contains(lines, r.Line(want.Name)) {
+			changes = append(changes, Change{Kind: Reordered, ID: r.ID, Why: r.Why, Rule: r.Line(want.Name), Found: foreign.Line(want.Name)})
+		}
 	}
 	return changes
 }

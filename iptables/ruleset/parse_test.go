@@ -79,7 +79,7 @@ func TestARuleThatIsAlmostOursIsNotOurs(t *testing.T) {
 		`-m owner ! --uid-owner 1337 -j RETURN`,
 		`-m owner --uid-owner root -j RETURN`,
 		`-m owner --uid-owner 1 --gid-owner 1 -j RETURN`,
-		`-p tcp -m comment --comment "somebody's" -j REDIRECT --to-ports 15001`,
+		`-p tcp -m comment --comment "foreign" -j REDIRECT --to-ports 15001`,
 		`-p tcp -j REDIRECT --to-ports 1-2`,
 		`-p tcp -j REDIRECT --to-ports 15001 --random`,
 		`-p tcp -g PILLION_REDIRECT`,

@@ -5,8 +5,8 @@
 // byte by byte. Parse(f, rs.String()) returns rs without the reasons; a rule that does not render as it was read is
 // foreign: kept verbatim and not interpreted.
 //
-// Ours are the chains whose names begin with OwnPrefix, and the rules that jump to them. All other rules belong to
-// somebody else: they are not compared and never changed.
+// Ours are the chains whose names begin with OwnPrefix, and the rules that jump to them. All other rules are
+// foreign: they are not compared and never changed.
 package ruleset
 
 import (
@@ -52,14 +52,13 @@ const (
 	OwnPrefix = "PILLION_"
 
 	ChainArriving        = OwnPrefix + "PREROUTING"  // mangle: all incoming packets
-	ChainInbound         = OwnPrefix + "INBOUND"     // selects captured inbound connections; raw: zones of answers
+	ChainInbound         = OwnPrefix + "INBOUND"     // selects captured inbound connections
 	ChainInboundRedirect = OwnPrefix + "IN_REDIRECT" // nat: to the agent's inbound port
 	ChainTPROXY          = OwnPrefix + "TPROXY"      // mangle: to the agent's inbound port, addresses unchanged
 	ChainDivert          = OwnPrefix + "DIVERT"      // mangle: packets of connections that the agent has
 	ChainOutput          = OwnPrefix + "OUTPUT"      // selects captured outbound traffic; raw: zones of queries
 	ChainCaptured        = OwnPrefix + "GROUPS"      // nat: the same for captured groups, if a list is captured
 	ChainDNSCaptured     = OwnPrefix + "DNS"         // raw: the zone of captured queries
-	ChainDNSPassed       = OwnPrefix + "DNS_PASSED"  // raw: the zone of other queries
 	ChainRedirect        = OwnPrefix + "REDIRECT"    // nat: to the agent's outbound port
 
 	ChainPrerouting  = "PREROUTING"
@@ -99,6 +98,8 @@ type Rule struct {
 	Why    string
 	Match  Match
 	Target Target
+	// Before selects packets about which no foreign rule may decide before this one. It is set only in wanted rules.
+	Before []Match
 	// Foreign is the rule's text from iptables-save. All other fields except Counters are then zero.
 	Foreign string
 	// Counters are the kernel's. They are zero if they were not read.

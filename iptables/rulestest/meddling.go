@@ -38,8 +38,8 @@ var Meddling = []struct {
 	Plan string   // without *nat and COMMIT
 }{
 	{"nothing", Swap("", ""), nil, ""},
-	{"a stranger's rule", Swap(JumpOutLine, StrangeLine+"\n"+JumpOutLine), nil, ""},
-	{"a stranger's chain", Swap("COMMIT", ":THEIRS - [0:0]\n-A THEIRS -j RETURN\nCOMMIT"), nil, ""},
+	{"a foreign rule", Swap(JumpOutLine, StrangeLine+"\n"+JumpOutLine), nil, ""},
+	{"a foreign chain", Swap("COMMIT", ":THEIRS - [0:0]\n-A THEIRS -j RETURN\nCOMMIT"), nil, ""},
 	{"a rule tampered with", Swap("--to-ports 15006", "--to-ports 15007"),
 		[]string{"tampered PILLION_IN_REDIRECT inbound/redirect"},
 		":PILLION_IN_REDIRECT - [0:0]\n-A PILLION_IN_REDIRECT -p tcp -m comment --comment \"pillion:inbound/redirect\" -j REDIRECT --to-ports 15006\n"},
@@ -63,7 +63,7 @@ var Meddling = []struct {
 	{"a jump that we do not understand", Swap(JumpOutLine, JumpOutLine+"\n-A OUTPUT -p udp -m mark --mark 0x1/0x1 -j PILLION_REDIRECT"),
 		[]string{"extra OUTPUT -A OUTPUT -p udp -m mark --mark 0x1/0x1 -j PILLION_REDIRECT"},
 		"-D OUTPUT -p udp -m mark --mark 0x1/0x1 -j PILLION_REDIRECT\n"},
-	{"a stranger's chain jumps to ours", Swap("COMMIT", ":THEIRS - [0:0]\n-A THEIRS -j PILLION_OUTPUT\n-A THEIRS -j RETURN\nCOMMIT"),
+	{"a foreign chain jumps to ours", Swap("COMMIT", ":THEIRS - [0:0]\n-A THEIRS -j PILLION_OUTPUT\n-A THEIRS -j RETURN\nCOMMIT"),
 		[]string{"extra THEIRS -A THEIRS -j PILLION_OUTPUT"}, "-D THEIRS -j PILLION_OUTPUT\n"},
 	{"a chain of an earlier version", Swap("COMMIT", ":PILLION_OLD - [0:0]\n-A PILLION_OLD -j RETURN\nCOMMIT"),
 		[]string{"extra PILLION_OLD -A PILLION_OLD -j RETURN", "extra PILLION_OLD "},

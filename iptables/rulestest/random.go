@@ -70,7 +70,7 @@ func WithoutReasons(rs ruleset.Ruleset) ruleset.Ruleset {
 		for _, c := range table.Chains {
 			copied := ruleset.Chain{Name: c.Name, Policy: c.Policy}
 			for _, r := range c.Rules {
-				r.Why = ""
+				r.Why, r.Before = "", nil
 				copied.Rules = append(copied.Rules, r)
 			}
 			bare.AddChain(table.Name, copied)

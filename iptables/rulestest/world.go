@@ -176,15 +176,64 @@ func (w *World) Dial(t *testing.T, p trace.Packet) string {
 		protocol, address = ruleset.UDP, p.Dst.String() // so that the answer has this source
 	}
 	w.open(t, behind, protocol, address, Untouched)
-	key := fmt.Sprint(where.Name, uid, gid)
-	if w.diallers[key] == nil {
-		w.diallers[key] = startDialler(t, where, uid, gid)
-	}
 	src := "-"
 	if p.Src.IsValid() && p.In == "" {
 		src = netip.AddrPortFrom(p.Src, 0).String()
 	}
-	return w.diallers[key].dial(t, fmt.Sprintf("%s %s %s %d", protocol, src, p.Dst, p.Mark))
+	return w.dial(t, where, uid, gid, fmt.Sprintf("%s %s %s %d", protocol, src, p.Dst, p.Mark))
+}
+
+// Ask is Dial for a local process, without a listener at the destination.
+func (w *World) Ask(t *testing.T, p trace.Packet) string {
+	t.Helper()
+	return w.dial(t, w.Pod, p.UID, p.GID, fmt.Sprintf("%s - %s 0", cmp.Or(p.Protocol, ruleset.TCP), p.Dst))
+}
+
+func (w *World) dial(t *testing.T, where *nettest.Namespace, uid, gid uint32, request string) string {
+	t.Helper()
+	key := fmt.Sprint(where.Name, uid, gid)
+	if w.diallers[key] == nil {
+		w.diallers[key] = startDialler(t, where, uid, gid)
+	}
+	return w.diallers[key].dial(t, request)
+}
+
+// DockersResolver installs the nat rules of Docker's embedded name server, and a listener behind them. That server listens at
+// 127.0.0.11, on other ports than 53.
+func (w *World) DockersResolver(t *testing.T, flavour ruleset.Flavour) {
+	t.Helper()
+	const address = "127.0.0.11:39321"
+	var answering sync.WaitGroup
+	var doors []io.Closer
+	w.Pod.Do(t, func() error {
+		var config net.ListenConfig
+		config.SetMultipathTCP(false)
+		packets, err := config.ListenPacket(context.Background(), "udp", address)
+		if err != nil {
+			return err
+		}
+		listener, err := config.Listen(context.Background(), "tcp", address)
+		doors = append(doors, packets, listener)
+		answering.Go(func() { answerPackets(packets, Docker) })
+		answering.Go(func() { answer(listener, Docker) })
+		return err
+	})
+	t.Cleanup(func() {
+		for _, door := range doors {
+			door.Close()
+		}
+		answering.Wait()
+	})
+	for _, rule := range []string{
+		"-N DOCKER_OUTPUT", "-N DOCKER_POSTROUTING",
+		"-I OUTPUT -d 127.0.0.11 -j DOCKER_OUTPUT", "-I POSTROUTING -d 127.0.0.11 -j DOCKER_POSTROUTING",
+		"-A DOCKER_OUTPUT -d 127.0.0.11 -p udp --dport 53 -j DNAT --to-destination " + address,
+		"-A DOCKER_POSTROUTING -s 127.0.0.11 -p udp --sport 39321 -j SNAT --to-source :53",
+		"-A DOCKER_OUTPUT -d 127.0.0.11 -p tcp --dport 53 -j DNAT --to-destination " + address,
+		"-A DOCKER_POSTROUTING -s 127.0.0.11 -p tcp --sport 39321 -j SNAT --to-source :53",
+	} {
+		w.Pod.MustRun(t, "/usr/sbin/iptables-"+string(flavour), append([]string{"-t", "nat"}, strings.Fields(rule)...)...)
+	}
 }
 
 // helper is the test's own program, started again as another user for another purpose.

@@ -87,8 +87,8 @@ func (m Met) Unknown() bool { return m.Rule.Foreign != "" }
 func Of(rs ruleset.Ruleset, p Packet) Walk { return Trace(p, ruleset.Held{Rules: rs}) }
 
 // Trace walks a packet through the rules of its family in all flavours, table by table like the kernel. Foreign rules
-// are recorded and skipped. If two flavours have the same table, the kernel calls the one that was created first. This
-// order is not visible; here it is the order of held.
+// are recorded and skipped. If two flavours have the same table, the kernel calls the one first that was created last
+// (nf_hook_entries_grow). This order is not visible; here it is the order of held.
 //
 // The nat table applies only to the first packet of a connection. The others follow its verdict, and Trace does not
 // repeat it for them.

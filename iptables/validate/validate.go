@@ -4,7 +4,6 @@ package validate
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -48,7 +47,7 @@ func Capture(ctx context.Context, spec capture.Spec, port uint16) (unproven []st
 		return nil, err
 	}
 	_, err = iptables.Look(ctx)
-	v.readable = !errors.As(err, new(kernel.MissingCapabilityError))
+	v.readable = !kernel.IsRefused(err)
 	v.plan(ruleset.IPv4)
 	if wanted {
 		if !state.Source {

@@ -25,11 +25,11 @@ func complaint(stderr string) string {
 
 // The other causes of a program's failure, with their remedies.
 var (
-	errNotPermitted = errors.New("this process must not change rules: add the capabilities NET_ADMIN and NET_RAW; if it has them, a seccomp, SELinux or AppArmor policy forbids it")
-	errLockFile     = errors.New("cannot create the lock file of iptables: mount an emptyDir at /run, or set XTABLES_LOCKFILE to another path")
-	errLockHeld     = fmt.Errorf("another program has held the xtables lock for %d seconds: try again", lockSeconds)
-	errTooOld       = errors.New("this iptables is too old: 1.6.2 or later is needed")
-	errNoExtension  = errors.New("this iptables lacks an extension: install its whole package, including /usr/lib/…/xtables")
+	errRefused     = errors.New("the kernel has refused it") // kernel.Refused returns the cause
+	errLockFile    = errors.New("cannot create the lock file of iptables: mount an emptyDir at /run, or set XTABLES_LOCKFILE to another path")
+	errLockHeld    = fmt.Errorf("another program has held the xtables lock for %d seconds: try again", lockSeconds)
+	errTooOld      = errors.New("this iptables is too old: 1.6.2 or later is needed")
+	errNoExtension = errors.New("this iptables lacks an extension: install its whole package, including /usr/lib/…/xtables")
 )
 
 // diagnoses match the stderr of programs. The first match wins.
@@ -42,7 +42,7 @@ var diagnoses = []struct {
 	{regexp.MustCompile(`Failed to initialize nft: Protocol not supported|do you need to insmod|Table does not exist|` +
 		`(TABLE|CHAIN)_ADD failed \((Operation not supported|No such file or directory|Invalid argument)\)|` +
 		`Could not fetch rule set generation id: Invalid argument`), kernel.ErrNoKernelSupport},
-	{regexp.MustCompile(`you must be root|[Pp]ermission denied|Operation not permitted`), errNotPermitted},
+	{regexp.MustCompile(`you must be root|[Pp]ermission denied|Operation not permitted`), errRefused},
 	{regexp.MustCompile("(unrecognized|unknown) option [`'\"]?-*(wait|noflush|w\\b)"), errTooOld},
 	{regexp.MustCompile("Couldn't load (match|target)|[Uu]nknown option|unrecognized option|unknown arg"), errNoExtension},
 	{regexp.MustCompile(`is incompatible, use 'nft' tool`), ErrIncompatible},
@@ -66,9 +66,13 @@ func Lacks(err error) bool {
 // program stopped; its matches and target show which module may be missing.
 func diagnose(stderr, line string) error {
 	for _, d := range diagnoses {
-		if d.says.MatchString(stderr) {
-			return d.is
+		if !d.says.MatchString(stderr) {
+			continue
 		}
+		if d.is == errRefused {
+			return kernel.Refused(strings.Contains(stderr, "(legacy)"))
+		}
+		return d.is
 	}
 	refused := regexp.MustCompile(`RULE_\w+ failed \((No such file or directory|Operation not supported|Protocol not supported)\)|` +
 		`No chain/target/match by that name|missing kernel module`)

@@ -20,8 +20,8 @@ func TestTheMessageOfAProgramNamesTheMissingPart(t *testing.T) {
 		says         string // for an error that is made for the line
 	}{
 		{"iptables v1.8.9 (legacy): can't initialize iptables table `nat': Table does not exist (do you need to insmod?)\n", "", kernel.ErrNoKernelSupport, ""},
-		{"iptables v1.8.9 (legacy): can't initialize iptables table `nat': Permission denied (you must be root)\n", "", errNotPermitted, ""},
-		{"iptables-nft-restore v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)\n", "", errNotPermitted, ""},
+		{"iptables v1.8.9 (legacy): can't initialize iptables table `nat': Permission denied (you must be root)\n", "", errRefused, ""},
+		{"iptables-nft-restore v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)\n", "", errRefused, ""},
 		{"iptables v1.8.7 (nf_tables): Could not fetch rule set generation id: Invalid argument\n", "", kernel.ErrNoKernelSupport, ""},
 		{"iptables/1.8.7 Failed to initialize nft: Protocol not supported\n", "", kernel.ErrNoKernelSupport, ""},
 		{"line 2: TABLE_ADD failed (Operation not supported): table nat\n", "", kernel.ErrNoKernelSupport, ""},
@@ -42,6 +42,7 @@ func TestTheMessageOfAProgramNamesTheMissingPart(t *testing.T) {
 	} {
 		got := diagnose(test.stderr, test.line)
 		switch {
+		case test.want == errRefused && kernel.IsRefused(got): // by a cause that this process has
 		case test.says == "" && !errors.Is(got, test.want),
 			test.says != "" && (got == nil || !strings.Contains(got.Error(), test.says)):
 			t.Errorf("%s: got %v, want %v%s", test.stderr, got, test.want, test.says)

@@ -219,6 +219,10 @@ func (b *limitedBuffer) Write(p []byte) (int, error) {
 
 var errTooMuchOutput = fmt.Errorf("more than %d MiB of output", outputLimit>>20)
 
+// ErrHiddenTables means that the kernel shows the list of legacy tables only to the root of another user namespace. This
+// is so if the network namespace was created before the user namespace had its users.
+var ErrHiddenTables = errors.New("the list of legacy tables cannot be read in this user namespace")
+
 // LegacyTablesExist reports whether the namespace has a legacy table of the family. A table is created when a program
 // first uses it, and stays.
 func LegacyTablesExist(family ruleset.Family) (bool, error) {
@@ -228,6 +232,8 @@ func LegacyTablesExist(family ruleset.Family) (bool, error) {
 	}
 	names, err := os.ReadFile(path)
 	switch {
+	case errors.Is(err, fs.ErrPermission) && os.Geteuid() == 0:
+		return false, ErrHiddenTables
 	case errors.Is(err, fs.ErrPermission):
 		return false, fmt.Errorf("looking for legacy tables: %w; run as user 0", err)
 	case err != nil && !errors.Is(err, fs.ErrNotExist):

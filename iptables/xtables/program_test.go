@@ -24,7 +24,7 @@ func TestTheErrorOfAProgramIsOneLineThatNamesTheRule(t *testing.T) {
 		{"the kernel refuses a rule",
 			"iptables-nft-restore v1.8.9 (nf_tables): \nline 3: RULE_APPEND failed (Invalid argument): rule in chain PILLION_A\n",
 			"line 3: RULE_APPEND failed (Invalid argument): rule in chain PILLION_A (in: -A PILLION_A", false},
-		{"legacy says the line alone", "iptables-restore: line 3 failed\n",
+		{"legacy names only the line", "iptables-restore: line 3 failed\n",
 			"iptables-restore: line 3 failed (in: -A PILLION_A", false},
 		{"a line that we did not write", "iptables-restore: line 7 failed\n", "iptables-restore: line 7 failed", false},
 		{"line 0", "iptables-restore: line 0 failed\n", "iptables-restore: line 0 failed", false},

@@ -13,12 +13,11 @@ import (
 // Declaring a chain of ours empties it, so chains that differ are filled again and equal ones are not mentioned. Rules
 // in built-in chains are different: an append repeats on every run, and deleting a missing rule fails the whole commit.
 // So jumps are deleted exactly as they were listed, and appended only where they are missing, after the chains they
-// lead to are filled.
+// lead to are filled. A jump that must precede a foreign rule is inserted at the beginning of its chain.
 func RestoreInput(want, have ruleset.Ruleset) string {
-	have = have.Own()
 	var input strings.Builder
 	for _, table := range commitOrder(want) {
-		input.WriteString(restoreTable(table, want, have))
+		input.WriteString(restoreTable(table, want, have.Own(), have))
 	}
 	return input.String()
 }
@@ -40,7 +39,8 @@ func commitOrder(want ruleset.Ruleset) []ruleset.TableName {
 	return order
 }
 
-func restoreTable(table ruleset.TableName, want, have ruleset.Ruleset) string {
+// restoreTable returns the part of one table. have is our part of all.
+func restoreTable(table ruleset.TableName, want, have, all ruleset.Ruleset) string {
 	var declare, remove, fill, jump, drop []string
 	for _, at := range ruleset.Places(want, have) {
 		if at.Table != table {
@@ -56,8 +56,18 @@ func restoreTable(table ruleset.TableName, want, have ruleset.Ruleset) string {
 				drop = append(drop, "-X "+at.Chain)
 			}
 		case !own:
+			var first []string // of wantLines, those that are inserted
+			for _, r := range want.Chain(at).Rules {
+				if _, found := all.Chain(at).Ahead(r); found {
+					line := r.Line(at.Chain)
+					first, wantLines = append(first, line), without(wantLines, []string{line})
+				}
+			}
 			for _, line := range without(haveLines, wantLines) {
 				remove = append(remove, "-D"+strings.TrimPrefix(line, "-A"))
+			}
+			for _, line := range slices.Backward(first) {
+				jump = append(jump, "-I"+strings.TrimPrefix(line, "-A"))
 			}
 			jump = append(jump, without(wantLines, haveLines)...)
 		}

@@ -10,7 +10,7 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 )
 
-// dashboard is what we know of Grafana's model.
+// dashboard has the fields of Grafana's model that are tested.
 type dashboard struct {
 	UID           string
 	SchemaVersion int
@@ -30,10 +30,10 @@ type dashboard struct {
 	}
 }
 
-// targetLabels are those that Prometheus gives to what it scrapes in pods.
+// targetLabels are the labels that Prometheus adds when it scrapes pods.
 var targetLabels = []string{"namespace", "pod"}
 
-// names are the labels of each metric of the agent: of a histogram's series, too.
+// names returns the labels of each metric of the agent, and of each series of a histogram.
 func names(t *testing.T) map[string][]string {
 	t.Helper()
 	all := make(map[string][]string)
@@ -57,7 +57,7 @@ func ours(t *testing.T) (d dashboard) {
 	return d
 }
 
-func TestTheDashboardAsksForWhatThereIs(t *testing.T) {
+func TestTheDashboardQueriesExistingMetrics(t *testing.T) {
 	d := ours(t)
 	if d.UID != "pillion" || d.SchemaVersion < 38 { // Grafana 10's
 		t.Errorf("uid %q, schema %d", d.UID, d.SchemaVersion)
@@ -70,7 +70,7 @@ func TestTheDashboardAsksForWhatThereIs(t *testing.T) {
 			i := strings.LastIndex(query, ", ")
 			metric, label := query[:i], strings.TrimSuffix(query[i+2:], ")")
 			if full := v.Query.(map[string]any)["query"]; full != v.Definition {
-				t.Errorf("variable %s asks for %v, and says %v", v.Name, full, v.Definition)
+				t.Errorf("variable %s queries %v, and its definition is %v", v.Name, full, v.Definition)
 			}
 			ask(t, "variable "+v.Name, metric, label, variables, known, asked)
 		} else if v.Type != "datasource" {
@@ -89,13 +89,13 @@ func TestTheDashboardAsksForWhatThereIs(t *testing.T) {
 	ids, places := make(map[int]bool), make(map[[2]int]string)
 	for _, p := range d.Panels {
 		if p.ID == 0 || ids[p.ID] {
-			t.Errorf("%s: id %d is there twice", p.Title, p.ID)
+			t.Errorf("%s: id %d is used twice", p.Title, p.ID)
 		}
 		ids[p.ID] = true
 		for x := p.GridPos.X; x < p.GridPos.X+p.GridPos.W; x++ {
 			for y := p.GridPos.Y; y < p.GridPos.Y+p.GridPos.H; y++ {
 				if at := places[[2]int{x, y}]; at != "" || x > 23 {
-					t.Fatalf("%s is where %q is", p.Title, at)
+					t.Fatalf("%s overlaps %q", p.Title, at)
 				}
 				places[[2]int{x, y}] = p.Title
 			}
@@ -104,18 +104,18 @@ func TestTheDashboardAsksForWhatThereIs(t *testing.T) {
 			continue
 		}
 		if p.Datasource.UID != "${datasource}" || len(p.Targets) == 0 || p.Title == "" {
-			t.Errorf("panel %d (%s) asks nobody, or nothing", p.ID, p.Title)
+			t.Errorf("panel %d (%s) has no data source or no query", p.ID, p.Title)
 		}
 		refs := make(map[string]bool)
 		for _, target := range p.Targets {
 			if refs[target.RefID] {
-				t.Errorf("%s: %s is there twice", p.Title, target.RefID)
+				t.Errorf("%s: %s is used twice", p.Title, target.RefID)
 			}
 			refs[target.RefID] = true
 			of := ask(t, p.Title, target.Expr, "", variables, known, asked)
 			for _, m := range regexp.MustCompile(`{{(\w+)}}`).FindAllStringSubmatch(target.LegendFormat, -1) {
 				if !slices.Contains(of, m[1]) {
-					t.Errorf("%s: the legend has %s, and the series only %v", p.Title, m[1], of)
+					t.Errorf("%s: the legend has %s, the series only %v", p.Title, m[1], of)
 				}
 			}
 		}
@@ -130,13 +130,13 @@ func TestTheDashboardAsksForWhatThereIs(t *testing.T) {
 	}
 }
 
-// notShown are metrics that are for a look at one agent.
+// notShown are metrics for the diagnosis of one agent.
 var notShown = []string{
 	"pillion_dns_cache_bytes", "pillion_dns_cache_entries", "pillion_dns_connections", "pillion_dns_dropped_packets_total",
 	"pillion_dns_joined_queries_total", "pillion_dns_malformed_queries_total", "pillion_dns_queries_open", "pillion_dns_upstream_strays_total",
 }
 
-// ask checks an expression, and returns the labels by which its result is grouped. grouped is a label that it must have.
+// ask checks an expression and returns the labels by which its result is grouped. grouped is a label that it must have.
 func ask(t *testing.T, what, text, grouped string, variables []string, known map[string][]string, asked map[string]bool) (by []string) {
 	t.Helper()
 	text = regexp.MustCompile(`\$(\w+)`).ReplaceAllStringFunc(text, func(variable string) string {
@@ -190,7 +190,7 @@ func ask(t *testing.T, what, text, grouped string, variables []string, known map
 	return by
 }
 
-// Prometheus knows pods, and people know workloads: the name of one is found in that of the other, and the other way.
+// Prometheus has the names of pods, and users select workloads: each is derived from the other.
 func TestPodsAreFoundByTheirWorkload(t *testing.T) {
 	definitions, regexes := map[string]string{}, map[string]string{}
 	for _, v := range ours(t).Templating.List {
@@ -206,7 +206,7 @@ func TestPodsAreFoundByTheirWorkload(t *testing.T) {
 	for pod, want := range of {
 		m := workloadOf.FindStringSubmatch(pod)
 		if m == nil || m[1] != want {
-			t.Fatalf("the workload of %s is %v, and not %s", pod, m, want)
+			t.Fatalf("the workload of %s is %v, want %s", pod, m, want)
 		}
 		for other, workload := range of {
 			found := regexp.MustCompile("^(?:" + strings.Replace(podsOf, "$workload", want, 1) + ")$").MatchString(other)

@@ -14,14 +14,14 @@ import (
 	"github.com/pillion-proxy/pillion/e2e/testdata/kubernetes/decode"
 )
 
-// shown are the YAML texts of a document.
+// shown returns the YAML blocks of a document.
 func shown(t *testing.T, document string) (texts []string) {
 	t.Helper()
 	for _, m := range regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllStringSubmatch(read(t, document), -1) {
 		texts = append(texts, m[1])
 	}
 	if len(texts) == 0 {
-		t.Fatalf("%s shows none", document)
+		t.Fatalf("%s has no YAML block", document)
 	}
 	return texts
 }
@@ -35,7 +35,7 @@ func read(t *testing.T, name string) string {
 	return string(text)
 }
 
-func TestManifestsThatAreShownCanBeRead(t *testing.T) {
+func TestManifestsInDocumentsAreValid(t *testing.T) {
 	for _, text := range shown(t, "docs/inject.md") {
 		typed, err := decode.Stream(strings.NewReader(text))
 		if err != nil || len(typed) != 1 {
@@ -47,7 +47,7 @@ func TestManifestsThatAreShownCanBeRead(t *testing.T) {
 		all := objects(t, built)
 		for _, want := range []string{"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n", "inject-ca-from: "} {
 			if !strings.Contains(string(built), want) {
-				t.Errorf("there is no %q in what it makes", want)
+				t.Errorf("its output has no %q", want)
 			}
 		}
 		for _, want := range []string{"PodMonitor", "ConfigMap", "Certificate", "Deployment", "Namespace"} {
@@ -58,10 +58,10 @@ func TestManifestsThatAreShownCanBeRead(t *testing.T) {
 	}
 }
 
-func TestCommandsThatAreShownInstallTheChart(t *testing.T) {
+func TestCommandsInDocumentsInstallTheChart(t *testing.T) {
 	commands := regexp.MustCompile(`(?m)^    helm install pillion deploy/helm/pillion -n pillion-system --create-namespace (.*)$`).FindAllStringSubmatch(read(t, "docs/kubernetes.md"), -1)
 	if len(commands) == 0 {
-		t.Fatal("there are none")
+		t.Fatal("docs/kubernetes.md has no helm command")
 	}
 	for _, command := range commands {
 		v := values{}
@@ -76,7 +76,7 @@ func TestCommandsThatAreShownInstallTheChart(t *testing.T) {
 	}
 }
 
-func TestEachValueIsInTheTable(t *testing.T) {
+func TestTheDocumentHasEachValue(t *testing.T) {
 	var all values
 	if err := yaml.UnmarshalStrict([]byte(read(t, "deploy/helm/pillion/values.yaml")), &all); err != nil {
 		t.Fatal(err)
@@ -100,6 +100,6 @@ func TestEachValueIsInTheTable(t *testing.T) {
 	slices.Sort(want)
 	slices.Sort(got)
 	if !slices.Equal(got, want) {
-		t.Errorf("the table has\n%v\nand the chart\n%v", got, want)
+		t.Errorf("the table has\n%v\nthe chart has\n%v", got, want)
 	}
 }

@@ -1,5 +1,5 @@
-// Package kubernetes holds what is in deploy, and what the documents show, against the programs that read it: kustomize,
-// helm, Kubernetes' own decoder, and Prometheus' parser.
+// Package kubernetes tests the contents of deploy and the manifests in documents with the programs that read them:
+// kustomize, helm, Kubernetes' own decoder, and Prometheus' parser.
 package kubernetes
 
 import (
@@ -35,10 +35,10 @@ const (
 	chart = root + "/deploy/helm/pillion"
 )
 
-// values are those of a chart.
+// values are the values of a chart.
 type values = map[string]any
 
-// object is a manifest without its types.
+// object is a manifest as a mapping.
 type object map[string]any
 
 func (o object) name() string {
@@ -46,7 +46,7 @@ func (o object) name() string {
 	return fmt.Sprint(o["kind"], " ", metadata["namespace"], "/", metadata["name"])
 }
 
-// build is what kustomize makes of a directory.
+// build returns the output of kustomize for a directory.
 func build(t *testing.T, directory string) []byte {
 	t.Helper()
 	resources, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), directory)
@@ -60,7 +60,7 @@ func build(t *testing.T, directory string) []byte {
 	return text
 }
 
-// checkout is a directory with a kustomization, and deploy of this repository below pillion.
+// checkout makes a directory with a kustomization and this repository's deploy below pillion.
 func checkout(t *testing.T, kustomization string) string {
 	t.Helper()
 	directory := t.TempDir()
@@ -73,7 +73,7 @@ func checkout(t *testing.T, kustomization string) string {
 	return directory
 }
 
-// render is what helm makes of the chart, by the templates' names. version is Kubernetes', such as v1.34.0.
+// render returns helm's output for the chart by the templates' names. version is Kubernetes' version, such as v1.34.0.
 func render(v values, version string) (map[string]string, error) {
 	return renderIn("pillion-system", v, version)
 }
@@ -93,7 +93,7 @@ func renderIn(namespace string, v values, version string) (map[string]string, er
 	return engine.Render(c, all)
 }
 
-// rendered is the same as one stream of manifests.
+// rendered returns the same as one stream of manifests.
 func rendered(t *testing.T, v values) []byte {
 	t.Helper()
 	files, err := render(v, "v1.34.0")
@@ -109,14 +109,14 @@ func rendered(t *testing.T, v values) []byte {
 	return text.Bytes()
 }
 
-// objects are those of a stream, which Kubernetes must be able to read, without the labels that a chart puts on them.
+// objects returns the objects of a stream without the labels that the chart adds. Kubernetes must decode all of them.
 func objects(t *testing.T, text []byte) map[string]object {
 	t.Helper()
 	typed, err := decode.Stream(bytes.NewReader(text))
 	if err != nil {
 		t.Errorf("%v\n%s", err, text)
 	}
-	all, strangers := make(map[string]object), 0
+	all, foreign := make(map[string]object), 0
 	for document := range strings.SplitSeq("\n"+string(text), "\n---\n") {
 		var o object
 		if err := yaml.UnmarshalStrict([]byte(document), &o); err != nil {
@@ -126,7 +126,7 @@ func objects(t *testing.T, text []byte) map[string]object {
 			continue
 		}
 		if o["apiVersion"] == "cert-manager.io/v1" || strings.HasPrefix(fmt.Sprint(o["apiVersion"]), "kustomize.config.k8s.io/") {
-			strangers++
+			foreign++
 		}
 		if metadata, ok := o["metadata"].(values); ok {
 			if labels, ok := metadata["labels"].(values); ok {
@@ -137,18 +137,18 @@ func objects(t *testing.T, text []byte) map[string]object {
 				}
 			}
 			if all[o.name()] != nil {
-				t.Errorf("%s is there twice", o.name())
+				t.Errorf("%s exists twice", o.name())
 			}
 			all[o.name()] = o
 		}
 	}
-	if err == nil && len(typed)+strangers < len(all) {
-		t.Errorf("of %d objects %d have a known kind", len(all), len(typed))
+	if err == nil && len(typed)+foreign < len(all) {
+		t.Errorf("of %d objects only %d have a known kind", len(all), len(typed))
 	}
 	return all
 }
 
-func TestHelmAndKustomizeMakeTheSame(t *testing.T) {
+func TestHelmAndKustomizeMakeTheSameObjects(t *testing.T) {
 	for name, c := range map[string]struct {
 		values        values
 		kustomization string
@@ -160,7 +160,7 @@ func TestHelmAndKustomizeMakeTheSame(t *testing.T) {
 				"- pillion/deploy/kustomize/components/podmonitor\n- pillion/deploy/grafana"},
 	} {
 		want, got := objects(t, build(t, checkout(t, c.kustomization))), objects(t, rendered(t, c.values))
-		// helm makes that itself, by --create-namespace.
+		// helm makes the namespace with --create-namespace.
 		delete(want, "Namespace <nil>/pillion-system")
 		if len(want) < 5 {
 			t.Errorf("%s: kustomize makes %d objects", name, len(want))
@@ -174,12 +174,12 @@ func TestHelmAndKustomizeMakeTheSame(t *testing.T) {
 			delete(got, key)
 		}
 		for key := range got {
-			t.Errorf("%s: %s is helm's alone", name, key)
+			t.Errorf("%s: only helm makes %s", name, key)
 		}
 	}
 }
 
-func TestHelmLikesTheChart(t *testing.T) {
+func TestHelmLintsTheChart(t *testing.T) {
 	for _, message := range lint.All(chart, values{"podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}}, "pillion-system", true).Messages {
 		if message.Severity > support.InfoSev {
 			t.Error(message)
@@ -187,7 +187,7 @@ func TestHelmLikesTheChart(t *testing.T) {
 	}
 }
 
-func TestValuesComeWhereTheyBelong(t *testing.T) {
+func TestValuesTakeEffect(t *testing.T) {
 	certificate := "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"
 	all := objects(t, rendered(t, values{
 		"image": "registry.example/pillionctl:1", "sidecarImage": "registry.example/pillion:1", "pullPolicy": "Always", "replicas": 1,
@@ -197,7 +197,7 @@ func TestValuesComeWhereTheyBelong(t *testing.T) {
 		"podMonitor":        values{"enabled": true, "labels": values{"release": "prometheus"}},
 	}))
 	if all["PodDisruptionBudget pillion-system/pillion-webhook"] != nil {
-		t.Error("one replica has a budget: its node could not be drained")
+		t.Error("one replica has a disruption budget: its node could not be drained")
 	}
 	for name, want := range map[string][]string{
 		"Deployment pillion-system/pillion-webhook": {"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n",
@@ -215,19 +215,19 @@ func TestValuesComeWhereTheyBelong(t *testing.T) {
 	}
 }
 
-func TestTheNamespaceIsTheReleases(t *testing.T) {
+func TestObjectsAreInTheNamespaceOfTheRelease(t *testing.T) {
 	files, err := renderIn("mesh", values{"tls": values{"certManager": true}, "podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}}, "v1.34.0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for name, text := range files {
 		if strings.Contains(text, "pillion-system") {
-			t.Errorf("%s is for another namespace:\n%s", name, text)
+			t.Errorf("%s names another namespace:\n%s", name, text)
 		}
 	}
 	for _, want := range []string{"kube-node-lease, mesh]", "inject-ca-from: mesh/pillion-webhook", "namespace: mesh\n      path: /inject"} {
 		if !strings.Contains(files["pillion/templates/webhook.yaml"], want) {
-			t.Errorf("there is no %q", want)
+			t.Errorf("no %q", want)
 		}
 	}
 }
@@ -253,7 +253,7 @@ func TestBadValuesAreNamed(t *testing.T) {
 		{nil, "v1.29.3", "Kubernetes v1.29.3 is older than 1.30: use --set classic=true"},
 	} {
 		if _, err := render(c.values, c.version); err == nil || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%v: %v, and not %q", c.values, err, c.want)
+			t.Errorf("%v: %v, want %q", c.values, err, c.want)
 		}
 	}
 	if _, err := render(values{"classic": true}, "v1.29.3"); err != nil {
@@ -261,7 +261,7 @@ func TestBadValuesAreNamed(t *testing.T) {
 	}
 }
 
-func TestNotesSayWhatIsMissing(t *testing.T) {
+func TestNotesNameTheNextSteps(t *testing.T) {
 	const untrusted = "API servers do not trust it yet"
 	for _, c := range []struct {
 		values    values
@@ -279,7 +279,7 @@ func TestNotesSayWhatIsMissing(t *testing.T) {
 	}
 }
 
-// overlays are what all directories with a Kustomization make, by their names.
+// overlays returns the objects of each directory with a Kustomization, by its name.
 func overlays(t *testing.T) map[string][]runtime.Object {
 	t.Helper()
 	all := make(map[string][]runtime.Object)
@@ -302,7 +302,7 @@ func overlays(t *testing.T) map[string][]runtime.Object {
 	return all
 }
 
-func TestContainersMayDoNoMoreThanTheyMust(t *testing.T) {
+func TestContainersHaveNoNeedlessPrivileges(t *testing.T) {
 	for overlay, objects := range overlays(t) {
 		for _, o := range objects {
 			d, ok := o.(*apps.Deployment)
@@ -311,7 +311,7 @@ func TestContainersMayDoNoMoreThanTheyMust(t *testing.T) {
 			}
 			pod, seen := d.Spec.Template.Spec, map[string]core.Container{}
 			if pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken {
-				t.Errorf("%s: a token that nobody needs", overlay)
+				t.Errorf("%s: the token of the service account is mounted", overlay)
 			}
 			for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
 				seen[c.Name] = c
@@ -352,7 +352,7 @@ func TestContainersMayDoNoMoreThanTheyMust(t *testing.T) {
 			if native := agent.RestartPolicy != nil; native != (overlay == "example") {
 				t.Errorf("%s: a native sidecar: %v", overlay, native)
 			}
-			// It begins with 9 MB, and an idle connection takes 8 KiB at most: so there is room for a thousand.
+			// The agent starts with 9 MB, and an idle connection takes at most 8 KiB: the request allows a thousand.
 			if got := agent.Resources.Requests.Memory().Value(); got < 9e6+1000*6<<10 || got > 4*9e6 {
 				t.Errorf("%s: the sidecar requests %d bytes of memory", overlay, got)
 			}
@@ -363,7 +363,7 @@ func TestContainersMayDoNoMoreThanTheyMust(t *testing.T) {
 	}
 }
 
-func TestServicesAndWebhooksFindWhatTheyName(t *testing.T) {
+func TestServicesAndWebhooksNameExistingObjects(t *testing.T) {
 	for overlay, objects := range overlays(t) {
 		services := make(map[string]*core.Service)
 		for _, o := range objects {
@@ -377,7 +377,7 @@ func TestServicesAndWebhooksFindWhatTheyName(t *testing.T) {
 						})
 				})
 				if !found {
-					t.Errorf("%s: service %s selects nothing", overlay, s.Name)
+					t.Errorf("%s: service %s selects no pod", overlay, s.Name)
 				}
 			}
 		}

@@ -79,6 +79,7 @@ type Ended struct {
 	Downstream, OriginalDestination, Upstream, UpstreamEnd netip.AddrPort
 	TransportFailure                                       string
 	Received, Sent                                         uint64
+	Attempts                                               uint8
 }
 
 // Closed implements flow.Sink.
@@ -86,6 +87,7 @@ func (r *Rig) Closed(record *flow.Record) {
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
 		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Received.Load(), record.Sent.Load(),
+		record.Attempts,
 	}
 }
 
@@ -323,7 +325,7 @@ func Promises(t *testing.T, place Place) {
 			Downstream:          client.LocalAddr().(*net.TCPAddr).AddrPort(),
 			OriginalDestination: r.At(81), Upstream: r.At(81),
 			UpstreamEnd: server.RemoteAddr().(*net.TCPAddr).AddrPort(),
-			Received:    9, Sent: 6,
+			Received:    9, Sent: 6, Attempts: 1,
 		}
 		if got != want {
 			t.Errorf("the record is\n%+v, want\n%+v", got, want)
@@ -489,6 +491,31 @@ func Promises(t *testing.T, place Place) {
 		fresh.Close()
 		if got := r.Await(t); got.Request || got.Protocol != flow.Opaque || got.Reason != flow.DownstreamReset {
 			t.Errorf("the record of the new connection is %+v", got)
+		}
+	})
+
+	t.Run("the settings of HTTP apply from the start", func(t *testing.T) {
+		r := start(t, func(s *serve.Settings) { s.HTTP = &httpforward.Settings{MaxHeadBytes: 100, MaxHeadFields: 1} })
+		client := r.Dial(t, r.At(81))
+		Send(t, client, "GET / HTTP/1.1\r\nHost: example.com\r\nA: 1\r\n\r\n")
+		if got, err := http.ReadResponse(bufio.NewReader(client), nil); err != nil || got.StatusCode != 431 {
+			t.Errorf("the client got %v, %v", got, err)
+		}
+	})
+
+	t.Run("a new connect timeout applies to later requests of an open connection", func(t *testing.T) {
+		r := start(t, nil)
+		r.Server.MustRun(t, "iptables", "-A", "INPUT", "-p", "tcp", "--dport", "81", "--syn", "-j", "DROP")
+		client := r.Dial(t, r.At(81))
+		r.AwaitListed(t, 1)
+		settings := r.Settings
+		settings.ConnectTimeout = time.Millisecond
+		if err := r.Role.Apply(settings); err != nil {
+			t.Fatal(err)
+		}
+		Send(t, client, request)
+		if got := r.Await(t); !got.Request || got.Reason != flow.UpstreamTimeout {
+			t.Errorf("the record is %+v", got)
 		}
 	})
 

@@ -1,8 +1,7 @@
-// Package layertest has a toy record layer, with which tests hold the engines to what TLS will need. Only tests import
-// it.
+// Package layertest has a toy record layer for tests of the engines' requirements for TLS. Only tests import it.
 //
-// A record is a type, a length of two bytes, and a payload whose bytes are XORed. There are records of data, tickets,
-// which carry no data, and a close message.
+// A record is a type, a length of two bytes, and a payload whose bytes are XORed. There are records of data, tickets
+// without data, questions, which the Layer answers with a ticket, and a close message.
 package layertest
 
 import (
@@ -18,9 +17,10 @@ import (
 )
 
 const (
-	data    = 'D'
-	ticket  = 'T'
-	closing = 'C'
+	data     = 'D'
+	ticket   = 'T'
+	question = 'Q'
+	closing  = 'C'
 
 	key    = 0x5a
 	header = 3
@@ -51,7 +51,9 @@ type decoder struct {
 	raw     []byte
 	pending []byte
 	closed  bool
-	records int // of data
+	records int          // of data
+	answer  func() error // called for a question; nil: ignored
+	failed  error        // of answer
 }
 
 // step decodes a record of raw. It reports false when there is no whole one.
@@ -65,6 +67,10 @@ func (d *decoder) step() bool {
 		d.records++
 		for _, b := range payload {
 			d.pending = append(d.pending, b^key)
+		}
+	case question:
+		if d.answer != nil && d.failed == nil {
+			d.failed = d.answer()
 		}
 	case closing:
 		d.closed = true
@@ -85,6 +91,8 @@ func (d *decoder) read(p []byte, more func([]byte) (int, error)) (int, error) {
 			n := copy(p, d.pending)
 			d.pending = d.pending[n:]
 			return n, nil
+		case d.failed != nil:
+			return 0, d.failed
 		case d.closed:
 			return 0, io.EOF
 		case d.step():
@@ -107,7 +115,12 @@ type Layer struct {
 
 // Under puts the toy under c, with the raw bytes that were read before, or nil.
 func Under(c *tcp.Conn, read *tcp.Buffer) {
-	c.SetLayer(read, func(socket *tcp.Socket) tcp.Layer { return &Layer{socket: socket} })
+	c.SetLayer(read, func(socket *tcp.Socket) tcp.Layer {
+		return &Layer{socket: socket, decoder: decoder{answer: func() error {
+			_, err := socket.Write(encode(nil, ticket, make([]byte, 100)))
+			return err
+		}}}
+	})
 }
 
 func (l *Layer) Read(p []byte) (int, error) { return l.decoder.read(p, l.socket.Read) }
@@ -174,6 +187,15 @@ func Encode(b []byte) []byte { return encodeAll(b, record) }
 
 // Ticket writes a record without data.
 func (p *Peer) Ticket() error { return p.raw(encode(nil, ticket, []byte("resume with this"))) }
+
+// Ask writes n questions. The answers are tickets of 103 bytes.
+func (p *Peer) Ask(n int) error {
+	var questions []byte
+	for range n {
+		questions = encode(questions, question, nil)
+	}
+	return p.raw(questions)
+}
 
 // CloseMessage writes the close message without FIN.
 func (p *Peer) CloseMessage() error { return p.raw(encode(nil, closing, nil)) }

@@ -1,5 +1,5 @@
-// Command relay is the plainest transparent relay that can be written in Go: accept, look up where the connection was
-// going, dial, io.Copy both ways. It is what pillion's relay has to be better than. IPv4 only; see package bench.
+// Command relay is a minimal transparent relay in Go: accept, get the original destination, dial, io.Copy both ways.
+// Pillion's relay must outperform it. IPv4 only; see package bench.
 package main
 
 import (

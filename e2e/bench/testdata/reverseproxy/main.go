@@ -1,6 +1,6 @@
-// Command reverseproxy is the transparent HTTP proxy that the standard library makes easy: http.Server in front,
-// httputil.ReverseProxy with a Transport for each protocol behind, to where each connection was going. It is what
-// pillion's HTTP has to be better than. HTTP/1.1 and HTTP/2 without TLS, IPv4 only; see package bench.
+// Command reverseproxy is a transparent HTTP proxy made from the standard library: http.Server in front, and
+// httputil.ReverseProxy with a Transport for each protocol, to the original destination of each connection. Pillion's HTTP
+// engines must outperform it. HTTP/1.1 and HTTP/2 without TLS, IPv4 only; see package bench.
 package main
 
 import (
@@ -57,7 +57,7 @@ func withOriginalDestination(ctx context.Context, conn net.Conn) context.Context
 	var original netip.AddrPort
 	var failed error
 	if err := raw.Control(func(fd uintptr) { original, failed = sockopt.OriginalDst(int(fd), peer) }); err != nil || failed != nil {
-		log.Print(err, failed) // requests of this connection fail for want of a destination
+		log.Print(err, failed) // the requests of this connection fail without a destination
 	}
 	return context.WithValue(ctx, destination{}, original.String())
 }
@@ -68,7 +68,7 @@ func newReverseProxy() *httputil.ReverseProxy {
 			r.Out.URL.Scheme = "http"
 			r.Out.URL.Host = r.In.Context().Value(destination{}).(string)
 			r.Out.Host = r.In.Host
-			r.Out.Header["X-Forwarded-For"] = r.In.Header["X-Forwarded-For"] // which Rewrite has taken away
+			r.Out.Header["X-Forwarded-For"] = r.In.Header["X-Forwarded-For"] // ReverseProxy removed it
 			r.SetXForwarded()
 			r.Out.Header.Del("X-Forwarded-Host")
 			r.Out.Header.Del("X-Forwarded-Proto")
@@ -79,7 +79,7 @@ func newReverseProxy() *httputil.ReverseProxy {
 	}
 }
 
-// sameProtocol speaks to the workload what was spoken to us.
+// sameProtocol sends a request in the protocol version in which it arrived.
 type sameProtocol struct{ http1, http2 *http.Transport }
 
 func (s sameProtocol) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -107,7 +107,7 @@ type buffers struct{ pool sync.Pool }
 func (b *buffers) Get() []byte  { return b.pool.Get().([]byte) }
 func (b *buffers) Put(s []byte) { b.pool.Put(s) }
 
-// requestID is a random UUID of version 4.
+// requestID returns a random UUID of version 4.
 func requestID() string {
 	high, low := rand.Uint64(), rand.Uint64()
 	return fmt.Sprintf("%08x-%04x-4%03x-%04x-%012x", high>>32, high>>16&0xffff, high&0xfff, low>>48&0x3fff|0x8000, low&(1<<48-1))
@@ -147,7 +147,7 @@ func (a *accessLog) write(begin time.Time, r *http.Request, answer *counter) {
 	a.out.Write(a.line)
 }
 
-// counter remembers what is told about an answer.
+// counter records the status and the size of a response.
 type counter struct {
 	http.ResponseWriter
 	status int

@@ -1,4 +1,4 @@
-// Command workload is what the tests of pods run beside the sidecar: servers and clients that need no library.
+// Command workload is the workload of the tests of pods: servers and clients that need no library.
 package main
 
 import (
@@ -31,7 +31,7 @@ func run(what string, arguments []string) error {
 	return fmt.Errorf("unknown: %s %q", what, arguments)
 }
 
-// echo sends back what comes.
+// echo returns the bytes that it receives.
 func echo(address string) error {
 	listener, err := net.Listen("tcp", address)
 	if err != nil {
@@ -49,7 +49,7 @@ func echo(address string) error {
 	}
 }
 
-// try connects to target and tells report what came of it, under a name.
+// try connects to target and sends the result to report, under a name.
 func try(report, name, target string) error {
 	outcome := "connected"
 	conn, err := dial(target)
@@ -69,7 +69,7 @@ func try(report, name, target string) error {
 	return err
 }
 
-// dial tries again while nothing answers: a pod's network may need a moment, on a node that starts and ends others.
+// dial retries while there is no answer: a pod's network may need a moment on a node that starts and ends others.
 func dial(address string) (conn net.Conn, err error) {
 	for range 10 {
 		conn, err = net.DialTimeout("tcp", address, 2*time.Second)
@@ -80,7 +80,7 @@ func dial(address string) (conn net.Conn, err error) {
 	return conn, err
 }
 
-// job waits for its sidecar, does its work, which is one request, and lets the sidecar end.
+// job waits for its sidecar, sends one request, and ends the sidecar.
 func job(url string) error {
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		response, err := http.Get("http://127.0.0.1:15021/healthz/ready")

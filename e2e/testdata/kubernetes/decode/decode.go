@@ -19,8 +19,8 @@ import (
 	"k8s.io/apimachinery/pkg/util/yaml"
 )
 
-// Stream reads YAML or JSON documents. Objects of kinds that it does not know are left out; if there is a document that
-// cannot be read, the error names each by its number.
+// Stream reads YAML or JSON documents. Objects of unknown kinds are omitted. The error names each document that cannot be decoded
+// by its number.
 func Stream(r io.Reader) (objects []runtime.Object, err error) {
 	scheme := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
@@ -50,11 +50,11 @@ func Stream(r io.Reader) (objects []runtime.Object, err error) {
 // decode reads one object, or each item of a list.
 func decode(decoder runtime.Decoder, document []byte, objects *[]runtime.Object) error {
 	if json, err := yaml.ToJSON(document); err == nil && string(json) == "null" {
-		return nil // comments alone
+		return nil // only comments
 	}
 	object, _, err := decoder.Decode(document, nil, nil)
 	if runtime.IsNotRegisteredError(err) {
-		return nil // somebody else's kind
+		return nil // a kind of others
 	}
 	if err != nil {
 		return err

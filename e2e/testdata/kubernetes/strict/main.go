@@ -1,5 +1,5 @@
 // Command strict reads YAML or JSON documents from standard input as the API server with strict field validation would.
-// What is wrong with which document goes to standard error.
+// It prints the errors of each document to standard error.
 package main
 
 import (

@@ -1,6 +1,5 @@
-// Command websocket is both sides of a WebSocket conversation: `websocket serve ADDRESS` sends every message back, and
-// `websocket talk URL` says many things and checks that they come back. It ends with a code other than 0 when something
-// is lost.
+// Command websocket is a WebSocket server and client: `websocket serve ADDRESS` echoes every message, and `websocket talk
+// URL` sends messages and checks the echo. Its exit status is not 0 if a message is lost.
 package main
 
 import (
@@ -20,7 +19,7 @@ import (
 
 const largest = 4 << 20
 
-// goodbye is the status with which the client ends, and hears the server end.
+// goodbye is the close status that both sides send.
 const goodbye websocket.StatusCode = 4711
 
 func main() {

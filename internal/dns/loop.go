@@ -1,0 +1,66 @@
+package dns
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+
+	"github.com/miekg/dns"
+)
+
+// ownSockets is the set of local addresses of the UDP sockets to upstreams. A query that comes from one of them is our own:
+// the rules do not exempt the agent's user and redirect its queries to it. Each would cause another one.
+type ownSockets struct {
+	mu     sync.Mutex
+	open   map[netip.AddrPort]struct{}
+	logged sync.Once
+}
+
+// add adds a socket until remove is called. It must be called before the socket sends.
+func (o *ownSockets) add(conn net.Conn) (remove func()) {
+	udp, ok := conn.LocalAddr().(*net.UDPAddr)
+	if !ok {
+		return func() {}
+	}
+	local := plain(udp.AddrPort())
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.open == nil {
+		o.open = make(map[netip.AddrPort]struct{})
+	}
+	o.open[local] = struct{}{}
+	return func() {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		delete(o.open, local)
+	}
+}
+
+func (o *ownSockets) contain(peer netip.AddrPort) bool {
+	peer = plain(peer)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	_, ok := o.open[peer]
+	return ok
+}
+
+// plain removes the zone and the mapping of IPv4 to IPv6.
+func plain(address netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(address.Addr().Unmap().WithZone(""), address.Port())
+}
+
+// refuseLoop answers a query of our own with SERVFAIL, and logs the first one.
+func (s *Server) refuseLoop(raw []byte) []byte {
+	if len(raw) < headerSize || raw[2]&bitQR != 0 {
+		s.Stats.Dropped.Add(1)
+		return nil
+	}
+	s.own.logged.Do(func() {
+		s.Log.Error("dns: the rules capture the agent's own queries", "uid", os.Geteuid(), "gid", os.Getegid(), "remedy",
+			"run the agent as a user or group that the rules exempt (--proxy-uid and --proxy-gid of init, 1337 by default)")
+	})
+	s.Stats.Loops.Add(1)
+	q, _ := parse(raw)
+	return s.deliver(&q, reply{raw: failure(&q, dns.RcodeServerFailure)}, "udp", maxPacket, Query{}, s.now())
+}
