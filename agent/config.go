@@ -4,6 +4,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -35,6 +36,8 @@ type Config struct {
 	Version  string
 	Log      *slog.Logger
 	LogLevel *slog.LevelVar // of Log; the admin server can change it
+
+	RecentLog io.WriterTo // the last lines of Log, for the admin server; nil: not kept
 }
 
 // Ports are where the agent listens. Status, Metrics and Admin are optional: zero turns them off.

@@ -146,6 +146,7 @@ func (a *Agent) adminHandler() http.Handler {
 		Ready:       a.state,
 		Unready:     func() []string { return healthz.Closed(a.gates()) },
 		Metrics:     a.telling.metrics,
+		RecentLog:   a.config.RecentLog,
 		LogLevel:    a.logLevel,
 		SetLogLevel: a.config.LogLevel.Set,
 		Drain:       a.drainListeners,

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// Servers that close a kept-alive connection just when the next request comes. The request got no answer and
-// is safe; it is sent again, and the client never learns of it.
+// A server closes a kept-alive connection at the moment of the next request. The request is safe and got no response, so the
+// agent sends it again, and the client sees no error.
 func TestRequestIsRetriedWhenTheServerCloses(t *testing.T) {
 	t.Parallel()
 	const requests = 40
@@ -64,8 +64,7 @@ func TestRequestIsRetriedWhenTheServerCloses(t *testing.T) {
 	})
 }
 
-// Servers that close a kept-alive connection right away or while it is idle. The client sees that as
-// it would without us, and a client that repeats requests never fails.
+// A server closes a kept-alive connection at once or while it is idle. A client that repeats requests must not fail.
 func TestGetsDoNotFailAtServersThatCloseIdleConnections(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -91,7 +90,7 @@ func TestGetsDoNotFailAtServersThatCloseIdleConnections(t *testing.T) {
 	})
 }
 
-// answerOne answers a request with its target, as a server that keeps the connection.
+// answerOne answers a request with its target and keeps the connection.
 func answerOne(conn net.Conn, r *bufio.Reader) bool {
 	target, err := readRequest(r)
 	if err == nil {
@@ -100,7 +99,7 @@ func answerOne(conn net.Conn, r *bufio.Reader) bool {
 	return err == nil
 }
 
-// A request that is not idempotent is not repeated: a POST that reached a server which then closes is answered 503.
+// A request that is not idempotent is not repeated: if the server closes after it received a POST, the answer is 503.
 func TestNonIdempotentRequestIsNotRetried(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
@@ -135,7 +134,7 @@ func TestNonIdempotentRequestIsNotRetried(t *testing.T) {
 	})
 }
 
-// NTLM and Negotiate authenticate the connection, not the request: another client on it would act under the first one's identity.
+// NTLM and Negotiate authenticate the connection, not the request: another client on it would have the first one's identity.
 func TestAuthenticatedConnectionIsNotShared(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/agent"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/logring"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
@@ -56,6 +57,7 @@ type agentOptions struct {
 	level, format string        // of the log
 	grace         time.Duration // terminationGracePeriodSeconds of the pod; zero: unknown
 	memory        int           // limit in bytes; zero: the container's
+	recent        logring.Ring  // the last lines of the log
 }
 
 func newAgentOptions() *agentOptions {
@@ -138,11 +140,11 @@ var injectedVariables = map[string]string{
 
 // run runs the agent that the flags describe. The caller has applied the environment.
 func (o *agentOptions) run(flags *pflag.FlagSet) error {
-	o.config.Log = newLogger(o.config.LogLevel, o.level, o.format)
+	o.config.Log, o.config.RecentLog = o.newLogger(), &o.recent
 	o.config.Version, o.config.SettingName = version, settingFlag
 	o.fitDrain(flags)
 	readPod(&o.config)
-	if err := limitMemory(int64(o.memory), os.Getenv("GOMEMLIMIT"), "/sys/fs/cgroup"); err != nil {
+	if err := limitMemory(int64(o.memory), os.Getenv("GOMEMLIMIT"), controlGroup); err != nil {
 		o.config.Log.Warn("cannot apply the container's memory limit", "error", err)
 	}
 	return runAgent(o.config)
@@ -227,14 +229,16 @@ func readPod(config *agent.Config) {
 	}
 }
 
-// newLogger logs from level on; adjustable can change the level later.
-func newLogger(adjustable *slog.LevelVar, level, format string) *slog.Logger {
-	if err := adjustable.UnmarshalText([]byte(level)); err != nil {
+// newLogger logs to standard error and to the ring, from the level on that the flag sets. The agent can change the level.
+func (o *agentOptions) newLogger() *slog.Logger {
+	adjustable := o.config.LogLevel
+	if err := adjustable.UnmarshalText([]byte(o.level)); err != nil {
 		panic(err) // the flag accepts valid levels only
 	}
 	options := slog.HandlerOptions{Level: adjustable}
-	if format == "json" {
-		return slog.New(slog.NewJSONHandler(os.Stderr, &options))
+	var stderr slog.Handler = slog.NewTextHandler(os.Stderr, &options)
+	if o.format == "json" {
+		stderr = slog.NewJSONHandler(os.Stderr, &options)
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, &options))
+	return slog.New(slog.NewMultiHandler(stderr, o.recent.Handler(adjustable)))
 }

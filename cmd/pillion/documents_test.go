@@ -8,6 +8,8 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
 func TestAgentDocumentHasEveryFlagWithItsDefault(t *testing.T) {
@@ -54,25 +56,44 @@ func TestReasonsDocumentHasTheTablesOfReasons(t *testing.T) {
 		flags += "\n"
 	}
 	for _, table := range []string{meanings, flags} {
-		text := read(t, document)
-		head, _, _ := strings.Cut(table, "\n")
-		before, rest, found := strings.Cut(text, head+"\n")
-		rows := strings.SplitAfter(rest, "\n")
-		n := 0
-		for n < len(rows) && strings.HasPrefix(rows[n], "|") {
-			n++
-		}
-		if found && head+"\n"+strings.Join(rows[:n], "") == table {
-			continue
-		}
-		if !*update || !found {
-			t.Errorf("%s needs the table\n%s\ngo test ./cmd/pillion -run Reasons -update writes it", document, table)
-			continue
-		}
-		if err := os.WriteFile(document, []byte(before+table+strings.Join(rows[n:], "")), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		hasTable(t, document, table)
 	}
+}
+
+// hasTable compares a table of a document, which is found by its head. With -update it is written.
+func hasTable(t *testing.T, document, table string) {
+	t.Helper()
+	text := read(t, document)
+	head, _, _ := strings.Cut(table, "\n")
+	before, rest, found := strings.Cut(text, head+"\n")
+	rows := strings.SplitAfter(rest, "\n")
+	n := 0
+	for n < len(rows) && strings.HasPrefix(rows[n], "|") {
+		n++
+	}
+	if found && head+"\n"+strings.Join(rows[:n], "") == table {
+		return
+	}
+	if !*update || !found {
+		t.Errorf("%s needs the table\n%s\nthe flag -update writes it", document, table)
+		return
+	}
+	if err := os.WriteFile(document, []byte(before+table+strings.Join(rows[n:], "")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The tables of rules are generated from the codecs: go test ./cmd/pillion -run Rules -update
+func TestHTTPDocumentHasTheTablesOfRules(t *testing.T) {
+	http1Rules, http2Rules := "| HTTP/1 rule | Meaning |\n|---|---|\n", "| HTTP/2 rule | Meaning |\n|---|---|\n"
+	for _, e := range http1.Errors() {
+		http1Rules += "| `" + e.Name() + "` | " + e.Error() + " |\n"
+	}
+	for _, r := range http2.Rules() {
+		http2Rules += "| `" + r.Name() + "` | " + r.Error() + " |\n"
+	}
+	hasTable(t, "../../docs/http.md", http1Rules)
+	hasTable(t, "../../docs/http.md", http2Rules)
 }
 
 // An operator who sees a closed gate or a reason finds in the document what to do.

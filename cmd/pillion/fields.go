@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"syscall"
 
 	"github.com/pillion-proxy/pillion/agent"
 )
@@ -53,13 +54,15 @@ var fieldNames = map[string]string{
 	"Workload.Pod.IP":                  "INSTANCE_IP",
 }
 
-// flagNamed rewrites an error about a field of agent.Config to name the field's flag or variable.
+// flagNamed rewrites an error about a field of agent.Config to name the field's flag or variable. It is a valueError unless
+// a system call failed, such as bind(2) for a port that is in use.
 func flagNamed(err error) error {
 	var field *agent.FieldError
 	if !errors.As(err, &field) {
 		return err
 	}
-	return &namedError{field.Text(fieldName), field}
+	err = &namedError{field.Text(fieldName), field}
+	return valueUnlessSystem(err)
 }
 
 func fieldName(field string) string {
@@ -67,6 +70,14 @@ func fieldName(field string) string {
 		return name
 	}
 	return field
+}
+
+// valueUnlessSystem makes err a valueError unless a system call failed.
+func valueUnlessSystem(err error) error {
+	if err == nil || errors.As(err, new(syscall.Errno)) {
+		return err
+	}
+	return valueError{err}
 }
 
 // namedError is an error with another text.

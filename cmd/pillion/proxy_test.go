@@ -41,7 +41,7 @@ func settled(t *testing.T, args []string, env map[string]string, annotations, me
 	if err := p.settle(flags); err != nil {
 		return p, err
 	}
-	p.config.Log = newLogger(p.config.LogLevel, p.level, p.format)
+	p.config.Log = p.newLogger()
 	p.fitDrain(flags)
 	return p, p.config.Validate()
 }
@@ -132,8 +132,8 @@ func TestIstiosBadWordsAreRefusedWithTheirPlace(t *testing.T) {
 		complaint   string
 	}{
 		{env: map[string]string{"PROXY_CONFIG": "statusPort: x"}, complaint: `environment variable PROXY_CONFIG: statusPort: "x" (for --status-port)`},
-		{env: map[string]string{"PROXY_CONFIG": "statusPort:\n- 1"}, complaint: "PROXY_CONFIG: statusPort: its form is not read here"},
-		{env: map[string]string{"PROXY_CONFIG": "concurrency: &a 2"}, complaint: "PROXY_CONFIG: concurrency: its form is not read here"},
+		{env: map[string]string{"PROXY_CONFIG": "statusPort:\n- 1"}, complaint: "PROXY_CONFIG: statusPort: unsupported YAML"},
+		{env: map[string]string{"PROXY_CONFIG": "concurrency: &a 2"}, complaint: "PROXY_CONFIG: concurrency: unsupported YAML"},
 		{env: map[string]string{"PROXY_CONFIG": "concurrency: -1"}, complaint: `PROXY_CONFIG: concurrency: "-1": not a count`},
 		{env: map[string]string{"PROXY_CONFIG": "{"}, complaint: "environment variable PROXY_CONFIG: it begins with {"},
 		{annotations: `proxy.istio.io/config="drainDuration: soon"`, complaint: `annotation proxy.istio.io/config: drainDuration: "soon"`},
@@ -141,7 +141,7 @@ func TestIstiosBadWordsAreRefusedWithTheirPlace(t *testing.T) {
 		{env: map[string]string{"ISTIO_CPU_LIMIT": "many"}, complaint: `environment variable ISTIO_CPU_LIMIT="many"`},
 		{env: map[string]string{"TERMINATION_GRACE_PERIOD": "long"}, complaint: `environment variable TERMINATION_GRACE_PERIOD="long" (for --termination-grace-period)`},
 		{env: map[string]string{"ENVOY_STATUS_PORT": "70000"}, complaint: `environment variable ENVOY_STATUS_PORT="70000" (for --readiness-port)`},
-		{args: []string{"--log_output_level=default:loud"}, complaint: `"loud" is no level`},
+		{args: []string{"--log_output_level=default:loud"}, complaint: `"loud" is not a level`},
 	} {
 		t.Run(c.complaint, func(t *testing.T) {
 			if _, err := settled(t, c.args, c.env, c.annotations, ""); err == nil || !strings.Contains(err.Error(), c.complaint) {
@@ -258,7 +258,7 @@ func TestVersionHasPilotAgentsForms(t *testing.T) {
 func TestProxyIsNoGateway(t *testing.T) {
 	root := newRoot()
 	root.SetArgs([]string{"proxy", "router", "--novel"})
-	if err := root.Execute(); err == nil || !strings.Contains(err.Error(), `"router" is not what this is`) {
+	if err := root.Execute(); err == nil || !strings.Contains(err.Error(), `role "router" is not supported`) {
 		t.Errorf("got %v", err)
 	}
 }

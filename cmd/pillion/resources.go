@@ -11,6 +11,9 @@ import (
 	"strings"
 )
 
+// controlGroup is where the container's control group is mounted.
+const controlGroup = "/sys/fs/cgroup"
+
 // limitMemory sets the runtime's soft memory limit below bytes, or if that is zero below the container's limit, so that
 // the garbage collector works harder before the kernel kills the process. root is the mount point of the container's
 // control group, version 1 or 2. If inherited, the value of GOMEMLIMIT, is set, the runtime has applied it already, and it

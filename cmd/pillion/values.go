@@ -16,13 +16,13 @@ import (
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 )
 
-// The functions below add flags whose default is what target holds, and whose errors say what would be right.
+// The functions below add flags whose default is the value of target, and whose errors name a valid value.
 
 func portFlag(flags *pflag.FlagSet, target *uint16, name, usage string) {
 	parsed(flags, target, capture.ParsePort, name, "", strconv.Itoa(int(*target)), "port", usage)
 }
 
-// optionalPortFlag takes 0 for no port.
+// optionalPortFlag accepts 0 for no port.
 func optionalPortFlag(flags *pflag.FlagSet, target *uint16, name, usage string) {
 	parse := func(text string) (uint16, error) {
 		if text == "0" {
@@ -55,13 +55,13 @@ func choiceFlag(flags *pflag.FlagSet, target *string, name, usage string, choice
 	parsed(flags, target, parse, name, "", *target, strings.Join(choices, "|"), usage)
 }
 
-// portsFlag chooses no port as long as it is not given.
+// portsFlag selects no ports by default.
 func portsFlag(flags *pflag.FlagSet, target *capture.Ports, name, usage string) {
 	parsed(flags, target, capture.ParsePorts, name, "", "", "ports", usage)
 }
 
-// switchFlag sets all of its targets, which are on by default. It does not stand alone, as that would say nothing: so its
-// value may follow a blank, like every other value of the agent.
+// switchFlag sets all of its targets, which are on by default. It always needs a value, which may follow a blank like that
+// of every other flag of the agent.
 func switchFlag(flags *pflag.FlagSet, name, usage string, targets ...*bool) {
 	both := func(text string) (bool, error) {
 		on, err := parseSwitch(text)
@@ -98,7 +98,7 @@ func parseDuration(text string) (time.Duration, error) {
 	return d, nil
 }
 
-// parseGrace takes a number without a unit for seconds, as it stands in a pod.
+// parseGrace reads a number without a unit as seconds, as in a pod.
 func parseGrace(text string) (time.Duration, error) {
 	if seconds, err := strconv.ParseUint(text, 10, 31); err == nil {
 		return time.Duration(seconds) * time.Second, nil
@@ -130,7 +130,7 @@ func parseBytes(text string) (int, error) {
 	return int(n) * unit, nil
 }
 
-// parseServers reads DNS servers, whose port may be left out.
+// parseServers reads DNS servers. The port is optional.
 func parseServers(text string) (servers []netip.AddrPort, err error) {
 	for item := range strings.SplitSeq(text, ",") {
 		server, err := netip.ParseAddrPort(item)

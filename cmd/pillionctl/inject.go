@@ -129,7 +129,7 @@ func (f *files) bind(flags *pflag.FlagSet) {
 // rewrite changes all files and then writes them as one stream.
 func (f *files) rewrite(cmd *cobra.Command, change func([]byte, string, func(inject.Outcome)) (inject.Text, error)) ([]inject.Outcome, error) {
 	if len(f.from) == 0 {
-		return nil, usageError{errors.New("no input: name a file with -f; - is standard input")}
+		return nil, usageError{Err: errors.New("no input: name a file with -f; - is standard input")}
 	}
 	outcomes := []inject.Outcome{}
 	var out inject.Text

@@ -1,28 +1,34 @@
 package main
 
 import (
+	"context"
+	"crypto/tls"
 	"fmt"
 	"log/slog"
 	"net"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
+	"github.com/pillion-proxy/pillion/internal/certificate"
 	"github.com/pillion-proxy/pillion/internal/inject"
 )
 
 // newWebhook is `pillionctl webhook`.
 func newWebhook() *cobra.Command {
 	var options inject.Options
-	var config inject.WebhookConfig
+	var source certificateSource
 	address, level := ":9443", "info"
 	cmd := &cobra.Command{
 		Use:   "webhook",
 		Short: "Serve the admission webhook that injects pods as they are created",
 		Long: `Serve the admission webhook that injects pods as they are created: /inject for the API server and /healthz for probes,
-both over TLS. Certificate and key are reloaded when their files change. A pod that cannot be injected as its annotations
-request is refused with the reason. deploy/kustomize and deploy/helm install it.`,
+both over TLS. The certificate is read from files, which are reloaded when they change, or with --issue-certificate issued
+and renewed by the webhook itself. A pod that cannot be injected as its annotations request is refused with the reason.
+deploy/kustomize and deploy/helm install it.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := options.Validate(); err != nil {
@@ -32,24 +38,72 @@ request is refused with the reason. deploy/kustomize and deploy/helm install it.
 			if err := from.UnmarshalText([]byte(level)); err != nil {
 				return fmt.Errorf("--log-level %q: use debug, info, warn or error", level)
 			}
+			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: from}))
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
 			listener, err := net.Listen("tcp", address)
 			if err != nil {
 				return fmt.Errorf("--listen %s: %w", address, err)
 			}
-			config.Listener, config.Options = listener, options
-			config.Log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: from}))
-			config.Log.Info("webhook started", "address", listener.Addr().String())
-			return inject.Serve(ctx, config)
+			get, wait, err := source.open(ctx, log)
+			if err != nil {
+				listener.Close()
+				return err
+			}
+			defer wait()
+			if !cmd.Flags().Changed("image") {
+				log.Warn("the image of sidecars names no registry", "image", options.Image, "flag", "--image")
+			}
+			log.Info("webhook started", "address", listener.Addr().String())
+			return inject.Serve(ctx, inject.WebhookConfig{Listener: listener, Certificate: get, Options: options, Log: log})
 		},
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.StringVar(&address, "listen", address, "address and port")
-	flags.StringVar(&config.CertFile, "tls-cert", "/tls/tls.crt", "certificate file, PEM")
-	flags.StringVar(&config.KeyFile, "tls-key", "/tls/tls.key", "key file, PEM")
+	source.bind(flags)
 	bindOptions(flags, &options)
 	flags.StringVar(&level, "log-level", level, "lowest level to log: debug, info, warn or error")
 	return cmd
+}
+
+// certificateSource names the files of the certificate, or the objects with which it is issued.
+type certificateSource struct {
+	cert, key string
+	issue     bool
+	config    certificate.IssuerConfig
+}
+
+func (s *certificateSource) bind(flags *pflag.FlagSet) {
+	flags.StringVar(&s.cert, "tls-cert", "/tls/tls.crt", "certificate file, PEM")
+	flags.StringVar(&s.key, "tls-key", "/tls/tls.key", "key file, PEM")
+	flags.BoolVar(&s.issue, "issue-certificate", false, "issue and renew the certificate, instead of reading files, and publish its authority")
+	flags.StringVar(&s.config.Service, "service", "pillion-webhook", "with --issue-certificate: the webhook's service, in its own namespace")
+	flags.StringVar(&s.config.Secret, "authority-secret", "pillion-webhook-authority", "with --issue-certificate: the Secret of the authority; it must exist")
+	flags.StringVar(&s.config.Configuration, "configuration", "pillion", "with --issue-certificate: the MutatingWebhookConfiguration that gets the authority")
+	flags.StringVar(&s.config.PodSecurity, "pod-security", "", "with --issue-certificate: Pod Security level for the webhook's namespace, unless it has one")
+}
+
+// open returns the source of certificates. wait returns after ctx has ended and all work is done.
+func (s *certificateSource) open(ctx context.Context, log *slog.Logger) (get func(*tls.ClientHelloInfo) (*tls.Certificate, error), wait func(), err error) {
+	if !s.issue {
+		files, err := certificate.FromFiles(s.cert, s.key, log)
+		if err != nil {
+			return nil, nil, fmt.Errorf("--tls-cert %s, --tls-key %s: %w", s.cert, s.key, err)
+		}
+		return files.Get, func() {}, nil
+	}
+	config := s.config
+	config.Log = log
+	if config.API, config.Namespace, err = certificate.InCluster(); err != nil {
+		return nil, nil, fmt.Errorf("--issue-certificate: %w", err)
+	}
+	issuer, err := certificate.NewIssuer(ctx, config)
+	if err != nil {
+		return nil, nil, fmt.Errorf("--issue-certificate: %w", err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	running.Go(func() { issuer.Run(ctx) })
+	return issuer.Get, func() { cancel(); running.Wait() }, nil
 }

@@ -162,20 +162,20 @@ func sample(t *told) Config {
 			ConnectTimeout: 10 * time.Second, RequestHeadTimeout: time.Minute, UpstreamIdleTimeout: 3500 * time.Millisecond,
 			MaxHeadBytes: 256 << 10, MaxHeadFields: 1000,
 		},
-		Flows:         flows,
-		Ready:         func() (string, bool) { return "LIVE", true },
-		Unready:       func() []string { return []string{"addresses"} },
-		Metrics:       gathered(metricsText),
-		LogLevel:      t.level.Level,
-		SetLogLevel:   t.level.Set,
-		Drain:         func(o DrainOrder) { t.say(strings.TrimSuffix("drain"+flags(o), " ")) },
-		Quit:          t.note("quit"),
-		Health:        func(ok bool) { t.say(map[bool]string{true: "ok", false: "fail"}[ok]) },
-		ResetCounters: t.note("reset"),
-		ReopenLogs:    t.note("reopen"),
-		Page:          text("a page"),
-		Live:          text("live"),
-		Log:           slog.New(slog.DiscardHandler),
+		Flows:       flows,
+		Ready:       func() (string, bool) { return "LIVE", true },
+		Unready:     func() []string { return []string{"addresses"} },
+		Metrics:     gathered(metricsText),
+		RecentLog:   strings.NewReader("the last lines\n"),
+		LogLevel:    t.level.Level,
+		SetLogLevel: t.level.Set,
+		Drain:       func(o DrainOrder) { t.say(strings.TrimSuffix("drain"+flags(o), " ")) },
+		Quit:        t.note("quit"),
+		Health:      func(ok bool) { t.say(map[bool]string{true: "ok", false: "fail"}[ok]) },
+		ReopenLogs:  t.note("reopen"),
+		Page:        text("a page"),
+		Live:        text("live"),
+		Log:         slog.New(slog.DiscardHandler),
 	}
 }
 
@@ -294,6 +294,8 @@ func TestPaths(t *testing.T) {
 		{"POST", "/logging?level=warning", 200, loggers("info"), ""}, // istioctl's --reset
 		{"POST", "/logging?level=off", 200, loggers("off"), ""},
 
+		{"GET", "/log", 200, "the last lines\n", ""},
+
 		{"POST", "/drain_listeners", 200, ok, "drain"},
 		{"POST", "/drain_listeners?inboundonly", 200, ok, "drain-inbound"},
 		{"POST", "/drain_listeners?graceful&inboundonly&skip_exit", 200, ok, "drain-graceful-inbound-stay"},
@@ -301,7 +303,6 @@ func TestPaths(t *testing.T) {
 		{"POST", "/quitquitquit", 200, ok, "quit"},
 		{"POST", "/healthcheck/fail", 200, ok, "fail"},
 		{"POST", "/healthcheck/ok", 200, ok, "ok"},
-		{"POST", "/reset_counters", 200, ok, "reset"},
 		{"POST", "/reopen_logs", 200, ok, "reopen"},
 
 		{"GET", "/debug/pprof/", 200, any, ""},
@@ -350,14 +351,14 @@ func TestPaths(t *testing.T) {
 func TestWhatTheAgentDoesNotTakeIsSaidSo(t *testing.T) {
 	var told told
 	config := sample(&told)
-	config.SetLogLevel, config.Drain, config.Quit, config.Health, config.ResetCounters, config.ReopenLogs = nil, nil, nil, nil, nil, nil
+	config.SetLogLevel, config.Drain, config.Quit, config.Health, config.ReopenLogs, config.RecentLog = nil, nil, nil, nil, nil, nil
 	config.Page, config.Live, config.Unready = nil, nil, nil
 	config.Ready = func() (string, bool) { return "DRAINING", false }
 	config.Metrics = prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return nil, io.ErrUnexpectedEOF })
 	handler := NewHandler(config)
 	for target, want := range map[string]int{
 		"/logging": 200, "/logging?level=debug": 501, "/drain_listeners": 501, "/quitquitquit": 501, "/healthcheck/fail": 501,
-		"/reset_counters": 501, "/reopen_logs": 501, "/live": 404, "/ready": 503, "/stats": 500, "/init_dump": 200,
+		"/reopen_logs": 501, "/log": 501, "/live": 404, "/ready": 503, "/stats": 500, "/init_dump": 200,
 	} {
 		if got := ask(handler, "POST", target); got.Code != want {
 			t.Errorf("%s: %d %q, want %d", target, got.Code, got.Body, want)

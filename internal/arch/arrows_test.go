@@ -15,7 +15,7 @@ var arrows = []struct {
 	why  string
 }{
 	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz",
-		"internal/capture", "internal/httpforward", "internal/live", "internal/netns", "internal/podinfo", "internal/proxyconfig", "internal/terminal"},
+		"internal/capture", "internal/checklist", "internal/commandline", "internal/httpforward", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/terminal"},
 		"flags become configuration; everything else is decided below"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/budget", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
 		"internal/accesslog", "internal/admin", "internal/dns", "internal/httpforward", "internal/listener", "internal/live", "internal/localaddr",
@@ -60,9 +60,12 @@ var arrows = []struct {
 	{"internal/accesslog", []string{"internal/envoy", "internal/flow"}, "a line prints a record"},
 	{"internal/admin", []string{"internal/envoy", "internal/flow", "internal/ownport"},
 		"open connections come from the table; local clients are recognised in one place; the rest are values"},
+	{"internal/commandline", []string{"internal/capture"}, "an error repeats a value cut at the same length everywhere"},
+	{"internal/preflight", []string{"internal/capture", "internal/checklist", "internal/live", "internal/netns", "iptables", "iptables/kernel"},
+		"rules are tried in a namespace of their own; the agent reports its state as the live view"},
 	{"internal/terminal", []string{"internal/live"}, "the terminal prints values of the live view"},
-	{"internal/live", []string{"internal/envoy", "internal/flow", "internal/ownport"}, "the view is built from records, and serves local clients only"},
-	{"cmd/pillionctl", []string{"internal/inject"}, "the operator's program; its dependencies do not belong into a sidecar"},
+	{"internal/live", []string{"internal/flow", "internal/ownport"}, "the view is built from records, and serves local clients only"},
+	{"cmd/pillionctl", []string{"internal/certificate", "internal/commandline", "internal/inject"}, "the operator's program; its dependencies do not belong into a sidecar"},
 	{"internal/inject", []string{"internal/accesslog", "internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
 		"values for init and agent are checked by the code that reads them"},
 	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/localaddr", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
@@ -70,6 +73,7 @@ var arrows = []struct {
 	{"internal/tcp/layertest", []string{"internal/tcp"}, "a toy layer is put under real connections"},
 	{"internal/xds", []string{"internal/envoy", "internal/wire"}, "discovery messages are read field by field; a rejection is a status of gRPC"},
 	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA is asked by a call, and its status decides whether to ask again"},
+	{"internal/mesh", []string{"internal/wire"}, "resources are read field by field"},
 	{"internal/istiod", []string{"internal/grpcwire", "internal/identity", "internal/wire"}, "istiod is called over one connection, verified by roots in a file, by a node that is described in protobuf"},
 	{"internal/grpcwire", []string{"internal/envoy"}, "the table of gRPC's codes"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
@@ -167,6 +171,8 @@ var rawCalls = map[string]string{
 	"iptables/nft":       "nftables by netlink",
 	"iptables/kernel":    "capabilities, and the constants of addresses and routes",
 	"iptables/validate":  "sockets of other users that prove the rules",
+	"internal/preflight": "limits of the process",
+	"internal/terminal":  "the size of a terminal, and its keys one by one",
 	"iptables/rulestest": "sockets with addresses that are not the machine's",
 }
 

@@ -41,7 +41,7 @@ const (
 
 // Refused by the agent. Downstream is reset.
 const (
-	Loop                  Reason = "loop"                    // the destination is one of our own ports at an own address
+	Loop                  Reason = "loop"                    // the destination is one of our own ports at an own address, or the rules captured a connection of our own
 	ForeignAddress        Reason = "foreign_address"         // inbound, for an address that is not this workload's
 	NoOriginalDestination Reason = "no_original_destination" // not redirected by a rule, or connection tracking forgot it
 	IPv6SourceMissing     Reason = "ipv6_source_missing"     // inbound IPv6, and lo lacks ::6 to dial the workload from
@@ -122,8 +122,8 @@ var Explanations = []Explanation{
 		"An HTTP/2 peer opened too many streams, or flooded the connection with frames without effect; it was refused or disconnected."},
 	{MemoryBudget, envoy.FlagOverloadManager, envoy.FlagOverloadManager, envoy.DetailsOverload,
 		"`{MaxHeldBytes}` was used up and this connection held the most, or an HTTP/2 connection held too much by itself; the request was answered 503, or its stream or connection was reset."},
-	{Loop, envoy.FlagNoHealthyUpstream, "", "",
-		"The destination is one of pillion's own ports at one of the workload's own addresses."},
+	{Loop, envoy.FlagNoHealthyUpstream, envoy.FlagNoHealthyUpstream, envoy.DetailsNoHealthyUpstream,
+		"The destination is one of pillion's own ports at one of the workload's own addresses, or the rules capture pillion's own connections."},
 	{ForeignAddress, envoy.FlagNoRouteFound, "", "",
 		"An inbound connection is for an address that is not the workload's own."},
 	{NoOriginalDestination, envoy.FlagNoRouteFound, "", "",

@@ -36,6 +36,7 @@ type progress struct {
 	upstreamCloses bool
 	repeated       bool // the request was sent a second time
 	redialled      bool // since the last round of reads and writes
+	interims       int  // interim responses so far
 	sentAt         time.Time
 	allSent        time.Time // when the last byte of the request was sent; kept only while RequestTimeout applies
 	failure        error     // why the request is malformed
@@ -90,20 +91,23 @@ func (x *exchange) release() {
 // recordRequest copies the recorded parts of the request head.
 func (x *exchange) recordRequest(b []byte) {
 	h, to := &x.requestHead, &x.record.HTTP
-	if h.Minor == 0 {
-		x.record.Protocol = flow.HTTP10
-	}
 	x.record.Cluster, x.record.Route, x.record.Peer = x.s.Record.Cluster, x.s.Record.Route, x.s.Record.Peer
-	to.Method = x.copyName(h.Method.In(b))
-	to.Path = x.copyName(h.Target.In(b))
+	x.recordLine(b)
 	to.Authority = x.copyField(h, b, http1.Host)
 	to.ID = x.copyField(h, b, http1.XRequestID)
 	to.UserAgent = x.copyField(h, b, http1.UserAgent)
 	to.ForwardedFor = x.copyJoined(h, b, http1.XForwardedFor)
-	if i := h.Find(http1.ContentType); i >= 0 {
-		to.GRPC = isGRPC(h.Fields[i].Value.In(b))
-	}
 	to.Fields = x.copyFields(to.Fields, h, b, x.settings.Note.Request)
+}
+
+// recordLine copies the request line.
+func (x *exchange) recordLine(b []byte) {
+	h, to := &x.requestHead, &x.record.HTTP
+	if h.Minor == 0 {
+		x.record.Protocol = flow.HTTP10
+	}
+	to.Method = x.copyName(h.Method.In(b))
+	to.Path = x.copyName(h.Target.In(b))
 }
 
 // copyName copies p into names.

@@ -54,6 +54,9 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	s.bound = s.bound || boundToConnection(h, b, http1.WWWAuthenticate) || boundToConnection(h, b, http1.ProxyAuthenticate)
 	x.upstreamCloses = !persists(h.Minor, options) || framing.Kind == http1.UntilClose
 	x.closing = x.upstreamCloses || x.downstreamCloses()
+	if options.Nominates && framing.Kind == http1.Chunked {
+		x.response.nominated = h.Nominated(b)
+	}
 
 	if h.Status == 101 {
 		keep(h, http1.Upgrade)
@@ -111,13 +114,26 @@ func boundToConnection(h *http1.Head, b []byte, k http1.Known) bool {
 		if h.Fields[i].Known != k {
 			continue
 		}
-		scheme := h.Fields[i].Value.In(b)
-		if end := bytes.IndexByte(scheme, ' '); end >= 0 {
-			scheme = scheme[:end]
-		}
-		if bytes.EqualFold(scheme, []byte("NTLM")) || bytes.EqualFold(scheme, []byte("Negotiate")) {
+		if namesScheme(h.Fields[i].Value.In(b)) {
 			return true
 		}
+	}
+	return false
+}
+
+// namesScheme reports whether NTLM or Negotiate is among the words of credentials or of a list of challenges. Whatever is
+// not a letter ends a word, because recipients differ in what they take for white space. A word that is not a scheme only
+// costs a connection that is not shared.
+func namesScheme(value []byte) bool {
+	for len(value) > 0 {
+		n := 0
+		for n < len(value) && 'a' <= value[n]|0x20 && value[n]|0x20 <= 'z' {
+			n++
+		}
+		if word := value[:n]; bytes.EqualFold(word, []byte("NTLM")) || bytes.EqualFold(word, []byte("Negotiate")) {
+			return true
+		}
+		value = value[min(n+1, len(value)):]
 	}
 	return false
 }

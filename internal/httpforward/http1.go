@@ -39,6 +39,9 @@ func (x *exchange) run() ending {
 		if end, over := x.judge(); over {
 			return end
 		}
+		if x.interims > 0 && x.thinking() && !time.Now().Before(x.deadline()) {
+			return x.timedOut(tcp.ErrDeadline) // a server that never rests gets to no deadline below
+		}
 		if (long || x.redialled) && !x.s.w.Canceled() {
 			x.redialled = false
 			runtime.Gosched() // let other connections run
@@ -79,7 +82,10 @@ func (x *exchange) readHead() (*reply, error) {
 	for {
 		done, err := x.requestHead.ParseRequest(s.Read.Bytes(), limits)
 		if err != nil {
-			return x.malformed(err), nil
+			if x.requestHead.Method.End > 0 {
+				x.recordLine(s.Read.Bytes())
+			}
+			return x.malformed(faultOf(err, &x.requestHead, s.Read.Bytes())), nil
 		}
 		if done {
 			break
@@ -112,11 +118,9 @@ func (x *exchange) readHead() (*reply, error) {
 // malformed returns the reply to a request that cannot be parsed.
 func (x *exchange) malformed(err error) *reply {
 	x.failure = err
-	switch {
-	case errors.Is(err, http1.ErrHeadTooLarge):
-		return &replyHeadTooLarge
-	case errors.Is(err, http1.ErrTooManyFields):
-		return &replyTooManyFields
+	var rule http1.Error
+	if errors.As(err, &rule) {
+		return badRequests[rule]
 	}
 	return &replyBadRequest
 }
@@ -127,7 +131,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	x.recordRequest(b)
 	framing, err := x.requestHead.RequestFraming(b)
 	if err != nil {
-		return x.malformed(err)
+		return x.malformed(faultOf(err, &x.requestHead, b))
 	}
 	decision := x.s.Router.Route(x.view(b))
 	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
@@ -136,6 +140,9 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	}
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields), b)
+	if x.options.Nominates && framing.Kind == http1.Chunked {
+		x.request.nominated = x.requestHead.Nominated(b)
+	}
 	x.s.Read.Discard(x.requestHead.Length)
 	x.started, x.request.retain = true, true
 	x.request.start(x.s.Read, framing, limits)
@@ -201,6 +208,9 @@ func (x *exchange) parseResponse() bool {
 		if err == nil && done {
 			err = x.acceptResponse(limits)
 		}
+		if err != nil {
+			err = faultOf(err, &x.responseHead, m.in.Bytes())
+		}
 		if m.bad = err; done || err != nil {
 			return err == nil
 		}
@@ -230,8 +240,10 @@ func (x *exchange) parseResponse() bool {
 	return err == nil
 }
 
-// errNotAsked rejects a response that switches protocols although the request did not ask for it.
-var errNotAsked = errors.New("upstream switched protocols unasked")
+var (
+	errNotAsked       = errors.New("upstream switched protocols unasked")
+	errTooManyInterim = errors.New("too many interim responses")
+)
 
 // acceptResponse handles a complete response head. A final head determines the framing of the body and whether the
 // connection persists.
@@ -247,8 +259,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	case h.Status == 101 && !x.upgrade:
 		return errNotAsked
 	case h.Status/100 == 1 && h.Status != 101:
-		x.interim(b)
-		return nil
+		return x.interim(b)
 	}
 	x.upgraded = framing.Kind == http1.Tunnel
 	x.record.HTTP.Status = h.Status
@@ -263,8 +274,11 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 }
 
 // interim forwards a 1xx response. HTTP/1.0 does not have them (RFC 9110 §15.2), so they are dropped there.
-func (x *exchange) interim(b []byte) {
+func (x *exchange) interim(b []byte) error {
 	m, h := &x.response, &x.responseHead
+	if x.interims++; x.interims > x.s.engine.maxInterim {
+		return errTooManyInterim
+	}
 	if x.requestHead.Minor > 0 {
 		h.DropHopByHop(b)
 		m.head = append(h.AppendLines(m.head[:0], b), "\r\n"...)
@@ -272,6 +286,7 @@ func (x *exchange) interim(b []byte) {
 	}
 	m.in.Discard(h.Length)
 	h.Reset()
+	return nil
 }
 
 // judge decides whether the exchange is over, and how the connection continues.
@@ -293,10 +308,10 @@ func (x *exchange) judge() (ending, bool) {
 	case request.bad != nil:
 		return x.close(flow.BadFraming, request.bad, cut), true
 	case x.answered && response.bad != nil:
-		x.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByProtocolError)
+		x.record.HTTP.Details = envoy.ProtocolErrorAfterResponse(ruleOfResponse(response.bad))
 		return x.close(flow.BadResponse, response.bad, cut), true
 	case response.bad != nil:
-		return x.refuse(replyBadResponse, response.bad), true
+		return x.refuse(badResponse(response.bad), response.bad), true
 	case response.srcErr == nil:
 		return 0, false
 	}
@@ -307,14 +322,15 @@ func (x *exchange) judge() (ending, bool) {
 // the end of the connection, so the end that follows downstream's half-close is downstream's doing.
 func (x *exchange) upstreamEnded(err error) (ending, bool) {
 	switch {
-	case !x.answered && x.mayRepeat():
+	case !x.answered && !x.s.up.Looped() && x.mayRepeat():
 		return x.repeat()
 	case x.last():
 		return x.downstreamLeft(err), true
 	case x.answered:
 		return x.truncated(err), true
 	}
-	return x.refuse(replyUpstreamClosed, err), true
+	r, err := closedReply(x.s.up, err)
+	return x.refuse(*r, err), true
 }
 
 // answerDone ends an exchange whose response is delivered. An unfinished request continues as long as downstream is

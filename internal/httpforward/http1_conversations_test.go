@@ -685,16 +685,21 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 1$Connection: close$$x
 		client reads the end`,
 		[]recorded{done(200, 0, 1)}},
-	{"empty lines before a request, and bare line feeds", `
-		> GET / HTTP/1.1\nHost: a\n\n
+	{"empty lines before a request", `
+		> $$GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> $
 		> $$GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
-		< HTTP/1.1 200 OK\nContent-Length: 0\n\n
-		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> $$$
+		> $
+		> $
+		<< HTTP/1.1 400 Bad Request$`,
+		[]recorded{done(200, 0, 0), done(200, 0, 0), {reason: flow.BadFraming, status: 400, flags: "DPE", sent: 11}}},
 }
 
 // balancedConversations take place with an upstream behind whose address the network may have several servers.

@@ -47,7 +47,7 @@ func (x *exchange) hold() bool {
 	if x.request.shed(); x.started {
 		shedFields(&x.requestHead)
 	}
-	n := piece(cap(x.request.head)) + piece(cap(x.response.head)) + piece(x.names.size) +
+	n := piece(cap(x.request.head)) + piece(cap(x.response.head)) + piece(x.names.size) + piece(cap(x.request.nominated)) +
 		piece(cap(x.requestHead.Fields)*fieldSize) + piece(cap(x.responseHead.Fields)*fieldSize) +
 		grown(x.s.Read) + grown(x.response.in)
 	return x.held.Hold(n)

@@ -164,6 +164,9 @@ func (m *multiplex) run() {
 			return
 		case up || down:
 			m.clock, m.lastMove = time.Time{}, time.Time{}
+			if len(m.waiting) > 0 { // a connection that never rests gets to no deadline below
+				m.requestsTimedOut()
+			}
 			if yields {
 				runtime.Gosched() // let other connections run
 			}
@@ -256,7 +259,8 @@ func (m *multiplex) upstreamGone(err error) {
 		m.over = closesInOrder
 		return
 	}
-	m.upstreamLost(&replyUpstreamClosed, flow.ResponseIncomplete, err)
+	r, err := closedReply(m.up, err)
+	m.upstreamLost(r, flow.ResponseIncomplete, err)
 }
 
 // end closes both connections, and releases all memory.

@@ -47,7 +47,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	case err != nil:
 		return m.malformed(s, err)
 	case end && !s.request.whole():
-		return m.malformed(s, http2.ErrMessage)
+		return m.malformed(s, http2.LengthMismatch)
 	case m.lost != nil:
 		m.answered = true
 		s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
@@ -67,6 +67,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.answer(s, &replyNoRoute, errNoRoute)
 	case decision.Target != m.Target:
 		return m.answer(s, &replyMisdirected, errMisdirected)
+	}
+	if request.RepeatedLength {
+		fields = http2.SingleLength(fields)
 	}
 	m.forwardRequest(s, end, fields, seen)
 	return nil
@@ -128,7 +131,7 @@ func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, w
 	case s.request.ended:
 		return http2.StreamError(s.id, http2.StreamClosed, "header block behind the end")
 	case !whole:
-		return errTrailers(s.id)
+		return http2.StreamError(s.id, http2.ProtocolError, "trailers over the limit")
 	}
 	if err := s.request.endsWith(s.id, end, fields); err != nil {
 		return err
@@ -156,12 +159,18 @@ func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whol
 	response, err := http2.ParseResponse(fields)
 	switch {
 	case err != nil:
-		return http2.StreamError(id, http2.ProtocolError, err.Error())
+		return http2.MessageError(id, err)
 	case response.Interim() && end:
 		return http2.StreamError(id, http2.ProtocolError, "interim response that is the last")
+	case response.Interim() && s.interim == m.engine.maxInterim:
+		return http2.MessageError(id, http2.TooManyInterim)
 	case response.Interim():
+		s.interim++
 		m.toDown.forwardBlock(s, false, fields)
 		return nil
+	}
+	if response.RepeatedLength {
+		fields = http2.SingleLength(fields)
 	}
 	return m.forwardResponse(s, end, fields, response)
 }
@@ -180,7 +189,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	for i := range fields {
 		switch fields[i].Name {
 		case "grpc-status":
-			r.GRPCStatus = s.name(fields[i].Value)
+			s.recordGRPCStatus(fields[i].Value)
 		case serviceTimeField:
 			if timed {
 				continue // an agent between here and the server set it; our time includes that agent's
@@ -208,7 +217,7 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 	m.squeeze(s)
 	for i := range fields {
 		if fields[i].Name == "grpc-status" {
-			s.record.HTTP.GRPCStatus = s.name(fields[i].Value)
+			s.recordGRPCStatus(fields[i].Value)
 		}
 	}
 	m.keep(s)
@@ -222,6 +231,10 @@ func (m *multiplex) malformed(s *stream, err error) error {
 	details := envoy.DetailsHTTP2Violation
 	if errors.Is(err, http2.ErrField) {
 		details = envoy.DetailsHTTP2InvalidField
+	}
+	var rule http2.Rule
+	if errors.As(err, &rule) {
+		details = envoy.WithRule(details, rule.Name())
 	}
 	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagDownstreamProtocolError, details
 	return m.reject(s, http2.ProtocolError, flow.BadFraming, err)

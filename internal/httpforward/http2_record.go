@@ -70,6 +70,13 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 	return has
 }
 
+// recordGRPCStatus records grpc-status. It has a meaning in the response to a gRPC request only.
+func (s *stream) recordGRPCStatus(status string) {
+	if s.record.HTTP.GRPC {
+		s.record.HTTP.GRPCStatus = s.name(status)
+	}
+}
+
 // close closes the record, and returns the stream to the pool. A response whose last frames could not be written counts
 // as not delivered.
 func (s *stream) close(flows flow.Sink, undelivered error) {

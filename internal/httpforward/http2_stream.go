@@ -17,6 +17,8 @@ type stream struct {
 
 	request, response body
 
+	interim int // interim responses so far
+
 	begun  bool      // the head of the final response was sent downstream
 	tunnel bool      // a successful response turns the stream into a tunnel
 	head   bool      // the response to HEAD has no body

@@ -80,9 +80,10 @@ type Connection struct {
 
 // Engine forwards the HTTP of one direction. Make it with New.
 type Engine struct {
-	config   Config // without Settings
-	settings atomic.Pointer[Settings]
-	state    atomic.Int32 // one of the states below
+	config     Config // without Settings
+	settings   atomic.Pointer[Settings]
+	state      atomic.Int32 // one of the states below
+	maxInterim int          // maxInterim; tests change it
 }
 
 // The states, in their order. A connection checks the state when it is woken, so the poller must be woken after a change.
@@ -97,7 +98,7 @@ func New(config Config) (*Engine, error) {
 	if config.Dialer.Poller == nil || config.Pool == nil || config.Flows == nil {
 		return nil, errors.New("httpforward: Dialer, Pool and Flows are required")
 	}
-	e := &Engine{config: config}
+	e := &Engine{config: config, maxInterim: maxInterim}
 	e.config.Settings = Settings{}
 	if err := e.Apply(config.Settings); err != nil {
 		return nil, err

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -81,17 +82,23 @@ func (s *session) awaitRequest() bool {
 		if s.Read != nil && begun(s.Read.Bytes()) {
 			return true
 		}
-		s.releaseRead()
+		if s.Read != nil && s.Read.Len() == 0 {
+			s.releaseRead()
+		}
 		if s.ended || s.w.Canceled() {
 			return false
 		}
 		if s.Down.Readable() {
-			s.Read = tcp.TakeBuffer()
+			if s.Read == nil {
+				s.Read = tcp.TakeBuffer()
+			}
 			n, err := s.Read.Fill(s.Down)
 			if n > 0 {
 				continue
 			}
-			s.releaseRead()
+			if s.Read.Len() == 0 {
+				s.releaseRead()
+			}
 			if err != tcp.ErrAgain {
 				return false
 			}
@@ -152,9 +159,16 @@ func (s *session) outlives() bool {
 	return !s.bound && !s.target.Balanced && tcp.Listens(s.target.Address)
 }
 
-// begun reports whether b holds the beginning of a request. Empty lines do not count: old clients send one after a body
-// (RFC 9112 §2.2) and may send no other request.
-func begun(b []byte) bool { return len(bytes.TrimLeft(b, "\r\n")) > 0 }
+// begun reports whether b holds the beginning of a request, or what cannot become one. Empty lines do not count: old
+// clients send one after a body (RFC 9112 §2.2) and may send no other request. They stay in the buffer, so that the parser
+// limits them, however they arrive.
+func begun(b []byte) bool {
+	lines := bytes.TrimSuffix(b, []byte{'\r'})
+	for bytes.HasPrefix(lines, []byte("\r\n")) {
+		lines = lines[2:]
+	}
+	return len(lines) > 0 || len(b) > 2*http1.MaxEmptyLines
+}
 
 // after returns the time at which a limit that starts now expires; the zero time if there is no limit.
 func after(limit time.Duration) time.Time {

@@ -11,10 +11,8 @@ import (
 	"mime"
 	"net"
 	"net/http"
-	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/net/netutil"
@@ -36,23 +34,19 @@ const (
 
 // WebhookConfig configures Serve. All fields must be set.
 type WebhookConfig struct {
-	Listener          net.Listener
-	CertFile, KeyFile string // PEM; reloaded when they change
-	Options           Options
-	Log               *slog.Logger
+	Listener net.Listener
+	// Certificate returns the current certificate, see tls.Config.GetCertificate.
+	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+	Options     Options
+	Log         *slog.Logger
 }
 
 // Serve answers admission reviews at /inject and probes at /healthz over TLS until ctx ends. Then it finishes the requests
 // in progress. It closes the listener. Options must be valid.
 func Serve(ctx context.Context, config WebhookConfig) error {
-	certificates := &certificates{cert: config.CertFile, key: config.KeyFile, log: config.Log}
-	if _, err := certificates.get(nil); err != nil {
-		config.Listener.Close()
-		return fmt.Errorf("--tls-cert %s, --tls-key %s: %w", config.CertFile, config.KeyFile, err)
-	}
 	server := &http.Server{
 		Handler:           NewWebhook(config.Options, config.Log),
-		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: certificates.get},
+		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: config.Certificate},
 		ReadHeaderTimeout: reviewTime, ReadTimeout: reviewTime, WriteTimeout: 2 * reviewTime, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 16 << 10,
 		ErrorLog:       slog.NewLogLogger(config.Log.Handler(), slog.LevelDebug), // failed handshakes of any client
@@ -72,50 +66,6 @@ func Serve(ctx context.Context, config WebhookConfig) error {
 		return fmt.Errorf("stopping the webhook: requests still in progress after %v: %w", stopTime, err)
 	}
 	return nil
-}
-
-// certificates is a pair of files that each handshake checks for changes. That costs two system calls and needs no
-// goroutine.
-type certificates struct {
-	cert, key string
-	log       *slog.Logger
-
-	mu     sync.Mutex
-	tried  [2]stamp
-	loaded *tls.Certificate
-}
-
-// stamp identifies a version of a file.
-type stamp struct {
-	changed time.Time
-	size    int64
-}
-
-// get returns the certificate in the files, or the last valid one.
-func (c *certificates) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var now [2]stamp
-	for i, name := range []string{c.cert, c.key} {
-		if info, err := os.Stat(name); err == nil {
-			now[i] = stamp{info.ModTime(), info.Size()}
-		}
-	}
-	if c.loaded != nil && now == c.tried {
-		return c.loaded, nil
-	}
-	c.tried = now
-	pair, err := tls.LoadX509KeyPair(c.cert, c.key)
-	switch {
-	case err == nil:
-		c.log.Info("certificate loaded", "file", c.cert, "until", pair.Leaf.NotAfter)
-		c.loaded = &pair
-	case c.loaded == nil:
-		return nil, err
-	default: // perhaps only one file has been replaced yet
-		c.log.Warn("new certificate rejected, keeping the old one", "error", err)
-	}
-	return c.loaded, nil
 }
 
 // The fields of admission.k8s.io/v1 that are used here.

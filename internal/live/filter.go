@@ -14,7 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// Filter chooses records. The zero value lets all through; each key that is set must fit.
+// Filter selects records. The zero value selects all. Each key that is set must match.
 type Filter struct {
 	direction *flow.Direction
 	host      string
@@ -26,12 +26,12 @@ type Filter struct {
 
 type statusRange struct{ first, last int }
 
-// FilterKeys are the keys of a Filter, as they stand in a query.
+// FilterKeys are the keys of a Filter in a query.
 var FilterKeys = []string{"direction", "host", "path", "status", "address"}
 
 const longestFilter = 256 // bytes of a value
 
-// ParseFilter reads a filter from a query. Keys that are not a filter's are an error unless they are named in others.
+// ParseFilter reads a filter from a query. A key that is neither in FilterKeys nor in others is an error.
 func ParseFilter(query url.Values, others ...string) (Filter, error) {
 	var f Filter
 	for key, values := range query {
@@ -45,7 +45,7 @@ func ParseFilter(query url.Values, others ...string) (Filter, error) {
 	return f, nil
 }
 
-// Set sets one key. The error says what would be right, but names neither key nor value. An empty value sets nothing.
+// Set sets one key. The error describes valid values, but names neither key nor value. An empty value is ignored.
 func (f *Filter) Set(key, value string) error {
 	if value == "" && slices.Contains(FilterKeys, key) {
 		return nil
@@ -106,7 +106,7 @@ func (f *Filter) setAddress(value string) error {
 	return errors.New("not an address: use one such as 192.0.2.1, 192.0.2.1:80, [2001:db8::1]:80 or 192.0.2.0/24")
 }
 
-// matches is called while traffic waits, and allocates nothing.
+// matches is called on the data path and does not allocate.
 func (f *Filter) matches(e *entry) bool {
 	switch {
 	case f.direction != nil && *f.direction != e.direction:
@@ -127,7 +127,7 @@ func (f *Filter) at(a netip.AddrPort) bool {
 	return f.address.Contains(a.Addr().Unmap()) && (f.port == 0 || f.port == a.Port())
 }
 
-// sameHost compares without regard to case, and to the authority's port if none is wanted.
+// sameHost ignores case, and the authority's port if want has no port.
 func sameHost(want, authority string) bool {
 	if strings.EqualFold(want, authority) {
 		return true

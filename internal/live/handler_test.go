@@ -266,7 +266,7 @@ func TestFilters(t *testing.T) {
 			t.Errorf("%s: %d %q, want %q", query, code, body, want)
 		}
 	}
-	if code, _, body := get(t, server.URL+"/live/tap?n=many"); code != 400 || body != "n=\"many\": not a count: use a whole number, or 0 for no end\n" {
+	if code, _, body := get(t, server.URL+"/live/tap?n=many"); code != 400 || body != "n=\"many\": not a count: use a whole number; 0: no limit\n" {
 		t.Errorf("%d %q", code, body)
 	}
 }
@@ -376,7 +376,7 @@ func TestFollowersAreBounded(t *testing.T) {
 		}
 	}
 	for _, path := range []string{"/live/tap", "/live/events"} {
-		if code, _, body := get(t, server.URL+path); code != 503 || !strings.Contains(body, "sixteen") {
+		if code, _, body := get(t, server.URL+path); code != 503 || !strings.Contains(body, "16 pages and taps") {
 			t.Errorf("%s: %d %q", path, code, body)
 		}
 	}

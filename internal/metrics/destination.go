@@ -157,7 +157,7 @@ func validName(name []byte) bool {
 
 // isLabel reports whether a label in lower case can be the name of a namespace (RFC 1123). A Service's begins with a letter.
 func isLabel(label []byte) bool {
-	if len(label) == 0 || len(label) > maxLabel || label[0] == '-' || label[len(label)-1] == '-' {
+	if len(label) == 0 || label[0] == '-' || label[len(label)-1] == '-' {
 		return false
 	}
 	for _, c := range label {

@@ -58,6 +58,10 @@ func TestDestinationService(t *testing.T) {
 		{"my_host", "my_host", passthrough, unknown, clusterIP},
 		{"7up", "7up", passthrough, unknown, clusterIP},
 		{"-a", "-a", passthrough, unknown, clusterIP},
+		{"a-", "a-", passthrough, unknown, clusterIP},
+		{"a.-b.svc", "a.-b.svc", passthrough, unknown, clusterIP},
+		{strings.Repeat("a", 63), strings.Repeat("a", 63) + ".shop.svc.cluster.local", strings.Repeat("a", 63), "shop", clusterIP},
+		{strings.Repeat("a.", 126) + "b", strings.Repeat("a.", 126) + "b", passthrough, unknown, clusterIP},
 		{"localhost:8080", "localhost", passthrough, unknown, external},
 		// Addresses and invalid hosts.
 		{"203.0.113.7:80", unknown, passthrough, unknown, external},
@@ -67,6 +71,7 @@ func TestDestinationService(t *testing.T) {
 		{".a", unknown, passthrough, unknown, external},
 		{"a..b", unknown, passthrough, unknown, external},
 		{strings.Repeat("a", 64) + ".example", unknown, passthrough, unknown, external},
+		{strings.Repeat("a.", 126) + "bc", unknown, passthrough, unknown, external},
 		{"a b", unknown, passthrough, unknown, external},
 		{strings.Repeat("a.", 125) + "prod.svc", unknown, passthrough, unknown, external},
 	} {

@@ -246,7 +246,7 @@ func TestScrapeSucceedsWithoutFailedParts(t *testing.T) {
 			if want := report(0, bad, 0, good, 1) + ownText + "# TYPE good untyped\ngood 1\n"; body != want {
 				t.Errorf("answer:\n%s\nwant\n%s", body, want)
 			}
-			if !strings.Contains(agent.log.String(), c.log) {
+			if log := agent.log.String(); !strings.Contains(log, c.log) || !strings.Contains(log, `level=WARN msg="scraping the workload failed" port=`) {
 				t.Errorf("logged %swant %s", agent.log, c.log)
 			}
 		})
@@ -261,8 +261,19 @@ func TestScrapeSucceedsWithoutFailedParts(t *testing.T) {
 		}
 	})
 	t.Run("own", func(t *testing.T) {
-		agent := start(t, scrape.Config{Targets: []scrape.Target{good}, Own: func(io.Writer) error { return errors.New("broken") }})
-		if body, _ := agent.get(t); body != report(0, good, 1)+"# TYPE good untyped\ngood 1\n" || !strings.Contains(agent.log.String(), "broken") {
+		broken := errors.New("broken")
+		agent := start(t, scrape.Config{Targets: []scrape.Target{good}, Own: func(w io.Writer) error {
+			if broken != nil {
+				return broken
+			}
+			return own(w)
+		}})
+		body, _ := agent.get(t)
+		if body != report(0, good, 1)+"# TYPE good untyped\ngood 1\n" || !strings.Contains(agent.log.String(), `level=ERROR msg="gathering the agent's metrics failed" error=broken`) {
+			t.Errorf("answer:\n%s\nlog: %s", body, agent.log)
+		}
+		broken = nil
+		if body, _ = agent.get(t); !strings.Contains(body, ownText) || !strings.Contains(agent.log.String(), `level=INFO msg="gathering the agent's metrics works again"`) {
 			t.Errorf("answer:\n%s\nlog: %s", body, agent.log)
 		}
 	})
@@ -339,7 +350,7 @@ func TestWorkloadReceivesUserAgentAndTimeout(t *testing.T) {
 	for _, c := range []struct {
 		timeout  string
 		from, to float64
-	}{{"", 5, 9.5}, {"10", 5, 9.5}, {"2", 0.5, 1.8}, {"never", 5, 9.5}, {"-1", 5, 9.5}, {"NaN", 5, 9.5}, {"1e99", 30, 59.5}, {"+Inf", 30, 59.5}} {
+	}{{"", 5, 9.5}, {"10", 5, 9.5}, {"2", 0.5, 1.8}, {"never", 5, 9.5}, {"-1", 5, 9.5}, {"0", 5, 9.5}, {"NaN", 5, 9.5}, {"1e99", 30, 59.5}, {"+Inf", 30, 59.5}} {
 		agent.get(t, "User-Agent", "Prometheus/3", "X-Prometheus-Scrape-Timeout-Seconds", c.timeout)
 		r := <-requests
 		if timeout, err := strconv.ParseFloat(r.Header.Get("X-Prometheus-Scrape-Timeout-Seconds"), 64); err != nil || timeout > c.to || timeout < c.from {

@@ -79,7 +79,7 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 		case errors.Is(err, tcp.ErrDeadline) && s.Read == nil:
 			return Undecided, nil
 		case errors.Is(err, tcp.ErrDeadline):
-			return Opaque, nil
+			return Late(s.Read.Bytes()), nil
 		case errors.Is(err, tcp.ErrInterrupted):
 			return Undecided, budget.ErrEvicted
 		default:
@@ -133,11 +133,14 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 			return Undecided, budget.ErrEvicted
 		}
 		err = w.Wait(deadline, s.Down, s.Up)
-		if errors.Is(err, tcp.ErrInterrupted) {
+		switch {
+		case errors.Is(err, tcp.ErrInterrupted):
 			return Undecided, budget.ErrEvicted
-		}
-		if errors.Is(err, tcp.ErrDeadline) && (s.Read != nil || !s.greeted.IsZero()) {
+		case !errors.Is(err, tcp.ErrDeadline):
+		case !s.greeted.IsZero():
 			return Opaque, nil
+		case s.Read != nil:
+			return Late(s.Read.Bytes()), nil
 		}
 		if err != nil {
 			return Undecided, err

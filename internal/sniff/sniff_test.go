@@ -182,8 +182,11 @@ func TestDownstreamDecidesTheProtocol(t *testing.T) {
 		{"TLS, byte by byte", pieces(hello, 1), TLS},
 		{"opaque", []string{"\x00\x01"}, Opaque},
 		{"opaque, byte by byte", strings.Split("INVITE sip:a SIP/2.0\r\n", ""), Opaque},
-		{"a line without end", []string{"GET /" + strings.Repeat("x", Limit)}, Opaque},
-		{"a line without end, in pieces", pieces("GET /"+strings.Repeat("x", Limit), 999), Opaque},
+		{"a line without end", []string{"BREW /" + strings.Repeat("x", Limit)}, Opaque},
+		{"a line without end, in pieces", pieces("BREW /"+strings.Repeat("x", Limit), 999), Opaque},
+		{"a long request line", []string{"GET /" + strings.Repeat("x", Limit)}, HTTP1},
+		{"a long request line, in pieces", pieces("GET /"+strings.Repeat("x", Limit), 999), HTTP1},
+		{"an empty line and a request", []string{"\r\n", request}, HTTP1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
@@ -245,6 +248,17 @@ func TestTheHoldBoundsAnUndecidedBeginning(t *testing.T) {
 	})
 }
 
+// A request line that pauses in its middle is HTTP when the hold ends, as it would be behind another request.
+func TestAPauseInARequestLineDoesNotHideTheRequest(t *testing.T) {
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Hold = blink
+		say(t, r.client, "GET /he")
+		protocol, err := look()
+		r.want(t, protocol, err, HTTP1)
+		r.wantAll(t, "GET /he")
+	})
+}
+
 // The hold starts at the first byte. Later bytes and the next phase do not restart it.
 func TestDribblingDoesNotProlongTheHold(t *testing.T) {
 	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
@@ -252,7 +266,7 @@ func TestDribblingDoesNotProlongTheHold(t *testing.T) {
 		stop, done := make(chan struct{}), make(chan struct{})
 		go func() {
 			defer close(done)
-			io.WriteString(r.client, "GET /")
+			io.WriteString(r.client, "BREW /")
 			for ticker := time.NewTicker(blink); ; {
 				select {
 				case <-ticker.C:

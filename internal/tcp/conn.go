@@ -26,6 +26,7 @@ const (
 	gone     = unix.EPOLLRDHUP // the peer will send no more
 	failed   = unix.EPOLLERR
 	hungUp   = unix.EPOLLHUP // closed both ways
+	looped   = 1 << 27       // not an event: set by Set.MarkLooped
 )
 
 // Conn is a TCP connection that never blocks. Only the goroutine that owns it may call its methods. It may be passed to
@@ -44,6 +45,7 @@ type Conn struct {
 	shut          bool                   // CloseWrite was called
 	closed        bool
 	open          *atomic.Int64 // counts this connection while it is open; nil: it is not tracked
+	set           *Set          // contains this connection while it is open; may be nil
 	layer         *layered      // nil: the connection is bare
 }
 
@@ -259,6 +261,9 @@ func (c *Conn) finish() {
 	c.closed = true
 	if c.watched {
 		c.poller.conns.set(c.fd, nil)
+	}
+	if c.set != nil {
+		c.leave()
 	}
 	if c.open != nil {
 		c.open.Add(-1)

@@ -45,12 +45,12 @@ func TestManifestsInDocumentsAreValid(t *testing.T) {
 	for _, text := range shown(t, "docs/kubernetes.md") {
 		built := build(t, checkout(t, text))
 		all := objects(t, built)
-		for _, want := range []string{"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n", "inject-ca-from: "} {
+		for _, want := range []string{"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n", "- --issue-certificate\n"} {
 			if !strings.Contains(string(built), want) {
 				t.Errorf("its output has no %q", want)
 			}
 		}
-		for _, want := range []string{"PodMonitor", "ConfigMap", "Certificate", "Deployment", "Namespace"} {
+		for _, want := range []string{"PodMonitor", "PrometheusRule", "ConfigMap", "Deployment", "Namespace"} {
 			if !slices.ContainsFunc(slices.Collect(maps.Keys(all)), func(name string) bool { return strings.HasPrefix(name, want+" ") }) {
 				t.Errorf("it makes no %s", want)
 			}
@@ -83,7 +83,7 @@ func TestTheDocumentHasEachValue(t *testing.T) {
 	}
 	var want []string
 	for name, value := range all {
-		if parts, ok := value.(values); ok && slices.Contains([]string{"tls", "podMonitor", "dashboard"}, name) {
+		if parts, ok := value.(values); ok && slices.Contains([]string{"tls", "podMonitor", "prometheusRule", "dashboard", "networkPolicy", "sidecar"}, name) {
 			for part := range parts {
 				want = append(want, name+"."+part)
 			}
@@ -94,8 +94,11 @@ func TestTheDocumentHasEachValue(t *testing.T) {
 	var got []string
 	_, table, _ := strings.Cut(read(t, "docs/kubernetes.md"), "| Value | Default | Meaning |\n")
 	table, _, _ = strings.Cut(table, "\n\n")
-	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]*)`").FindAllStringSubmatch(table, -1) {
-		got = append(got, row[1])
+	for row := range strings.Lines(table) {
+		first, _, _ := strings.Cut(strings.TrimPrefix(row, "| "), " | ")
+		for _, name := range regexp.MustCompile("`([^`]*)`").FindAllStringSubmatch(first, -1) {
+			got = append(got, name[1])
+		}
 	}
 	slices.Sort(want)
 	slices.Sort(got)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -153,11 +154,13 @@ func TestHelmAndKustomizeMakeTheSameObjects(t *testing.T) {
 		values        values
 		kustomization string
 	}{
-		"default": {nil, "resources: [pillion/deploy/kustomize/base]"},
-		"classic": {values{"classic": true}, "resources: [pillion/deploy/kustomize/overlays/classic]"},
-		"everything": {values{"tls": values{"certManager": true}, "podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}},
+		// kustomize makes the namespace with its label.
+		"default": {values{"podSecurity": ""}, "resources: [pillion/deploy/kustomize/base]"},
+		"classic": {values{"podSecurity": "", "classic": true}, "resources: [pillion/deploy/kustomize/overlays/classic]"},
+		"secret":  {values{"tls": values{"secret": "pillion-webhook-tls"}}, "resources: [pillion/deploy/kustomize/base]\ncomponents: [pillion/deploy/kustomize/components/secret]"},
+		"everything": {values{"tls": values{"certManager": true}, "podMonitor": values{"enabled": true}, "prometheusRule": values{"enabled": true}, "dashboard": values{"enabled": true}},
 			"resources: [pillion/deploy/kustomize/base]\ncomponents:\n- pillion/deploy/kustomize/components/cert-manager\n" +
-				"- pillion/deploy/kustomize/components/podmonitor\n- pillion/deploy/grafana"},
+				"- pillion/deploy/kustomize/components/podmonitor\n- pillion/deploy/kustomize/components/prometheusrule\n- pillion/deploy/grafana"},
 	} {
 		want, got := objects(t, build(t, checkout(t, c.kustomization))), objects(t, rendered(t, c.values))
 		// helm makes the namespace with --create-namespace.
@@ -215,6 +218,131 @@ func TestValuesTakeEffect(t *testing.T) {
 	}
 }
 
+func TestPlacementAndMetadataTakeEffect(t *testing.T) {
+	v := values{
+		"imagePullSecrets": []any{"registry"}, "nodeSelector": values{"pool": "system"}, "priorityClassName": "system-cluster-critical",
+		"tolerations": []any{values{"key": "dedicated", "operator": "Exists"}},
+		"affinity":    values{"nodeAffinity": values{"requiredDuringSchedulingIgnoredDuringExecution": values{"nodeSelectorTerms": []any{values{"matchFields": []any{}}}}}},
+		"labels":      values{"team": "mesh"}, "annotations": values{"owner": "someone"},
+		"objectSelector": values{"matchLabels": values{"tier": "web"}, "matchExpressions": []any{values{"key": "a", "operator": "Exists"}}},
+		"networkPolicy":  values{"enabled": true, "from": []any{values{"ipBlock": values{"cidr": "203.0.113.0/24"}}}},
+		"podMonitor":     values{"enabled": true}, "prometheusRule": values{"enabled": true, "labels": values{"release": "prometheus"}}, "dashboard": values{"enabled": true},
+	}
+	all := objects(t, rendered(t, v))
+	if len(all) < 13 {
+		t.Errorf("only %d objects", len(all))
+	}
+	for name, o := range all {
+		metadata := o["metadata"].(values)
+		if metadata["labels"].(values)["team"] != "mesh" || metadata["annotations"].(values)["owner"] != "someone" {
+			t.Errorf("%s has the metadata %v", name, metadata)
+		}
+	}
+	for name, want := range map[string][]string{
+		"Deployment pillion-system/pillion-webhook": {"      imagePullSecrets:\n      - name: registry\n", "      nodeSelector:\n        pool: system\n",
+			"      priorityClassName: system-cluster-critical\n", "      tolerations:\n      - key: dedicated\n", "      affinity:\n        nodeAffinity:\n",
+			"    metadata:\n      annotations:\n        owner: someone\n      labels:\n        app: pillion-webhook\n        team: mesh\n"},
+		"MutatingWebhookConfiguration <nil>/pillion": {"  objectSelector:\n    matchExpressions:\n    - key: a\n      operator: Exists\n    - key: sidecar.istio.io/inject\n", "    matchLabels:\n      tier: web\n"},
+		"NetworkPolicy pillion-system/pillion-webhook": {"  - from:\n    - ipBlock:\n        cidr: 203.0.113.0/24\n    ports:\n    - port: https\n", "  egress:\n  - ports:\n    - port: 443\n    - port: 6443\n",
+			"  - Ingress\n  - Egress\n"},
+		"PrometheusRule pillion-system/pillion": {"release: prometheus\n"},
+	} {
+		text, _ := yaml.Marshal(all[name])
+		for _, want := range want {
+			if !strings.Contains(string(text), want) {
+				t.Errorf("%s has no %q:\n%s", name, want, text)
+			}
+		}
+	}
+	// Without permission to publish an authority, the webhook opens no connection.
+	v["tls"] = values{"certManager": true}
+	text, _ := yaml.Marshal(objects(t, rendered(t, v))["NetworkPolicy pillion-system/pillion-webhook"])
+	if strings.Contains(string(text), "egress:") {
+		t.Errorf("with cert-manager:\n%s", text)
+	}
+}
+
+// The permissions of the webhook are these, and only if it issues its own certificate.
+func TestTheWebhookHasOnlyThePermissionsThatItNeeds(t *testing.T) {
+	rules := func(v values) (all []string) {
+		for name, o := range objects(t, rendered(t, v)) {
+			for _, r := range anyList(o["rules"]) {
+				rule := r.(values)
+				if rule["verbs"] != nil {
+					all = append(all, fmt.Sprint(strings.Fields(name)[0], " ", rule["resources"], rule["resourceNames"], rule["verbs"]))
+				}
+			}
+		}
+		slices.Sort(all)
+		return all
+	}
+	secret := "Role [secrets] [pillion-webhook-authority] [get update]"
+	configuration := "ClusterRole [mutatingwebhookconfigurations] [pillion] [get patch]"
+	for _, c := range []struct {
+		values values
+		want   []string
+	}{
+		{nil, []string{configuration, "ClusterRole [namespaces] [pillion-system] [get patch]", secret}},
+		{values{"podSecurity": ""}, []string{configuration, secret}},
+		{values{"tls": values{"certManager": true}}, nil},
+		{values{"tls": values{"authority": "-----BEGIN CERTIFICATE-----"}}, nil},
+	} {
+		if got := rules(c.values); !slices.Equal(got, c.want) {
+			t.Errorf("%v: %q, want %q", c.values, got, c.want)
+		}
+	}
+}
+
+func anyList(v any) []any { list, _ := v.([]any); return list }
+
+// Every flag of the webhook for sidecars has a value in the chart.
+func TestSidecarDefaultsBecomeFlags(t *testing.T) {
+	v := values{"sidecar": values{
+		"resources": values{"requests": values{"cpu": "20m", "memory": "32Mi"}, "limits": values{"cpu": 2, "memory": "256Mi"}},
+		"logLevel":  "warn", "accessLog": values{"path": "/dev/stderr", "format": "%START_TIME% $(POD_NAME)", "encoding": "text", "filter": "errors; sample=1%"},
+		"interceptionMode": "TPROXY", "excludeInboundPorts": 9090, "excludeOutboundPorts": "25,465", "includeOutboundIPRanges": "10.0.0.0/8",
+		"excludeOutboundIPRanges": "169.254.169.254/32", "opaquePorts": "3306", "dnsCapture": true, "drainDelay": "10s",
+	}}
+	var got []string
+	for _, o := range objects(t, rendered(t, v)) {
+		if o["kind"] == "Deployment" {
+			container := o["spec"].(values)["template"].(values)["spec"].(values)["containers"].([]any)[0].(values)
+			for _, argument := range container["args"].([]any) {
+				if name, _, is := strings.Cut(argument.(string), "="); is && strings.HasPrefix(name, "--sidecar-") {
+					got = append(got, argument.(string))
+				}
+			}
+		}
+	}
+	want := []string{
+		"--sidecar-access-log-encoding=text", "--sidecar-access-log-filter=errors; sample=1%", "--sidecar-access-log-format=%START_TIME% $$(POD_NAME)",
+		"--sidecar-access-log=/dev/stderr", "--sidecar-cpu-limit=2", "--sidecar-cpu=20m", "--sidecar-dns-capture=true", "--sidecar-drain-delay=10s",
+		"--sidecar-exclude-inbound-ports=9090", "--sidecar-exclude-outbound-ip-ranges=169.254.169.254/32", "--sidecar-exclude-outbound-ports=25,465",
+		"--sidecar-include-outbound-ip-ranges=10.0.0.0/8", "--sidecar-interception-mode=TPROXY", "--sidecar-log-level=warn", "--sidecar-memory-limit=256Mi",
+		"--sidecar-memory=32Mi", "--sidecar-opaque-ports=3306",
+	}
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		t.Errorf("%q\nwant\n%q", got, want)
+	}
+	documented := regexp.MustCompile("`(--sidecar-[a-z-]+)` \\|").FindAllStringSubmatch(read(t, "docs/inject.md"), -1)
+	var names, inChart []string
+	for _, m := range documented {
+		if m[1] != "--sidecar-name" {
+			names = append(names, m[1])
+		}
+	}
+	for _, argument := range got {
+		name, _, _ := strings.Cut(argument, "=")
+		inChart = append(inChart, name)
+	}
+	slices.Sort(names)
+	slices.Sort(inChart)
+	if !slices.Equal(names, inChart) {
+		t.Errorf("the webhook has the flags\n%q\nthe chart sets\n%q", names, inChart)
+	}
+}
+
 func TestObjectsAreInTheNamespaceOfTheRelease(t *testing.T) {
 	files, err := renderIn("mesh", values{"tls": values{"certManager": true}, "podMonitor": values{"enabled": true}, "dashboard": values{"enabled": true}}, "v1.34.0")
 	if err != nil {
@@ -267,8 +395,10 @@ func TestNotesNameTheNextSteps(t *testing.T) {
 		values    values
 		want, not string
 	}{
-		{nil, "such namespaces get no new pods", "uncaptured"},
-		{values{"failurePolicy": "Ignore"}, "pods there run uncaptured", "no new pods"},
+		{nil, "issues and renews its certificate itself", "kubectl create secret"},
+		{values{"tls": values{"secret": "mine"}}, "such namespaces get no new pods", "uncaptured"},
+		{values{"tls": values{"secret": "mine"}}, "in the secret mine:", "pillion-webhook-tls"},
+		{values{"tls": values{"secret": "mine"}, "failurePolicy": "Ignore"}, "pods there run uncaptured", "no new pods"},
 		{values{"tls": values{"certManager": true}}, "cert-manager writes", untrusted},
 		{values{"tls": values{"authority": "-----BEGIN CERTIFICATE-----"}}, "kubectl create secret tls", untrusted},
 	} {
@@ -310,8 +440,9 @@ func TestContainersHaveNoNeedlessPrivileges(t *testing.T) {
 				continue
 			}
 			pod, seen := d.Spec.Template.Spec, map[string]core.Container{}
-			if pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken {
-				t.Errorf("%s: the token of the service account is mounted", overlay)
+			issues := slices.ContainsFunc(pod.Containers, func(c core.Container) bool { return slices.Contains(c.Args, "--issue-certificate") })
+			if pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken != issues {
+				t.Errorf("%s: the token of the service account is mounted, or missing", overlay)
 			}
 			for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
 				seen[c.Name] = c

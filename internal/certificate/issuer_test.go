@@ -1,0 +1,376 @@
+package certificate
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+const (
+	secretPath        = "/api/v1/namespaces/pillion-system/secrets/authority"
+	configurationPath = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/pillion"
+	namespacePath     = "/api/v1/namespaces/pillion-system"
+	host              = "pillion-webhook.pillion-system.svc"
+)
+
+// server is an API server with three objects and the rules of its resource versions.
+type server struct {
+	mu       sync.Mutex
+	objects  map[string]object
+	requests []string
+	refuse   map[string]int    // status by "METHOD path"
+	before   map[string]func() // runs once before a request, without the lock
+}
+
+func newServer() *server {
+	service := object{"name": "pillion-webhook", "namespace": "pillion-system"}
+	s := &server{refuse: map[string]int{}, before: map[string]func(){}, objects: map[string]object{
+		secretPath:    {"metadata": object{"name": "authority", "labels": object{"kept": "yes"}}, "type": "Opaque"},
+		namespacePath: {"metadata": object{"name": "pillion-system"}},
+		configurationPath: {"metadata": object{"name": "pillion"}, "webhooks": []any{
+			object{"name": "other", "clientConfig": object{"url": "https://example.com"}},
+			object{"name": "inject.pillion.dev", "clientConfig": object{"service": service}},
+		}},
+	}}
+	for _, o := range s.objects {
+		o["metadata"].(object)["resourceVersion"] = "1"
+	}
+	return s
+}
+
+func (s *server) RoundTrip(r *http.Request) (*http.Response, error) {
+	what := r.Method + " " + r.URL.Path
+	s.mu.Lock()
+	before := s.before[what]
+	delete(s.before, what)
+	s.mu.Unlock()
+	if before != nil {
+		before()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.requests = append(s.requests, what)
+	var body []byte
+	if r.Body != nil {
+		body, _ = io.ReadAll(r.Body)
+	}
+	if r.Header.Get("Authorization") != "Bearer token" {
+		return answer(http.StatusUnauthorized, object{"message": "no token"}), nil
+	}
+	if code := s.refuse[what]; code != 0 {
+		return answer(code, object{"message": what + " is forbidden"}), nil
+	}
+	o := s.objects[r.URL.Path]
+	if o == nil {
+		return answer(http.StatusNotFound, object{"message": "not found"}), nil
+	}
+	metadata := o["metadata"].(object)
+	switch r.Method {
+	case http.MethodPut:
+		var fresh object
+		_ = json.Unmarshal(body, &fresh)
+		if fresh["metadata"].(object)["resourceVersion"] != metadata["resourceVersion"] {
+			return answer(http.StatusConflict, object{"message": "the object has been modified"}), nil
+		}
+		o, metadata = fresh, fresh["metadata"].(object)
+		s.objects[r.URL.Path] = o
+	case http.MethodPatch:
+		if r.Header.Get("Content-Type") == "application/merge-patch+json" {
+			var patch struct{ Metadata struct{ Labels object } }
+			_ = json.Unmarshal(body, &patch)
+			metadata["labels"] = patch.Metadata.Labels
+			break
+		}
+		var patch []struct {
+			Op, Path string
+			Value    any
+		}
+		_ = json.Unmarshal(body, &patch)
+		for _, step := range patch {
+			if step.Op == "test" {
+				if step.Value != metadata["resourceVersion"] {
+					return answer(http.StatusUnprocessableEntity, object{"message": "the test failed"}), nil
+				}
+				continue
+			}
+			var n int
+			if _, err := fmt.Sscanf(step.Path, "/webhooks/%d/clientConfig/caBundle", &n); err != nil {
+				return nil, err
+			}
+			o["webhooks"].([]any)[n].(object)["clientConfig"].(object)["caBundle"] = step.Value
+		}
+	}
+	if r.Method != http.MethodGet {
+		s.touch(r.URL.Path)
+	}
+	return answer(http.StatusOK, o), nil
+}
+
+// touch changes the version of an object.
+func (s *server) touch(path string) {
+	metadata := s.objects[path]["metadata"].(object)
+	version, _ := strconv.Atoi(metadata["resourceVersion"].(string))
+	metadata["resourceVersion"] = strconv.Itoa(version + 1)
+}
+
+func answer(code int, body object) *http.Response {
+	text, _ := json.Marshal(body)
+	return &http.Response{StatusCode: code, Status: http.StatusText(code), Body: io.NopCloser(bytes.NewReader(text))}
+}
+
+func (s *server) bundle() []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	text, _ := s.objects[configurationPath]["webhooks"].([]any)[1].(object)["clientConfig"].(object)["caBundle"].(string)
+	bundle, _ := base64.StdEncoding.DecodeString(text)
+	return bundle
+}
+
+func (s *server) config(log io.Writer) IssuerConfig {
+	return IssuerConfig{
+		API:       &API{Base: "https://api.example", Token: func() (string, error) { return "token", nil }, HTTP: &http.Client{Transport: s}},
+		Namespace: "pillion-system", Service: "pillion-webhook", Secret: "authority", Configuration: "pillion", PodSecurity: "restricted",
+		Log: slog.New(slog.NewTextHandler(log, nil)),
+	}
+}
+
+// trusted checks that an API server with the current configuration accepts the issuer's certificate.
+func (s *server) trusted(t *testing.T, i *Issuer) {
+	t.Helper()
+	certificate, err := i.Get(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(s.bundle())
+	if _, err := certificate.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: host, CurrentTime: time.Now()}); err != nil {
+		t.Errorf("at %v the certificate is not trusted: %v", time.Now(), err)
+	}
+}
+
+func (s *server) issuer(t *testing.T) *Issuer {
+	t.Helper()
+	i, err := NewIssuer(t.Context(), s.config(io.Discard))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+func TestReplicasShareAnAuthorityThatIsPublished(t *testing.T) {
+	s := newServer()
+	first := s.issuer(t)
+	bundle := s.bundle()
+	second := s.issuer(t)
+	if !bytes.Equal(bundle, s.bundle()) || bytes.Count(bundle, []byte("BEGIN")) != 1 {
+		t.Errorf("the second replica changed the configuration from\n%s\nto\n%s", bundle, s.bundle())
+	}
+	for _, i := range []*Issuer{first, second} {
+		s.trusted(t, i)
+	}
+	one, _ := first.Get(nil)
+	two, _ := second.Get(nil)
+	if one.Leaf.Equal(two.Leaf) {
+		t.Error("the replicas have the same certificate")
+	}
+	if labels := s.objects[secretPath]["metadata"].(object)["labels"]; labels == nil {
+		t.Error("the Secret lost its labels")
+	}
+	if s.objects[configurationPath]["webhooks"].([]any)[0].(object)["clientConfig"].(object)["caBundle"] != nil {
+		t.Error("the webhook of another service was changed")
+	}
+	// The authority can sign for nothing but the webhook.
+	other, err := first.authority(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrong := &Issuer{IssuerConfig: first.IssuerConfig}
+	wrong.Service = "kubernetes"
+	leaf, err := wrong.issue(other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(other.Leaf)
+	if _, err := leaf.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: wrong.host()}); err == nil {
+		t.Error("the authority can sign for another name")
+	}
+}
+
+func TestReplicasThatStartTogetherAgree(t *testing.T) {
+	s := newServer()
+	var other *Issuer
+	// The other replica is faster between reading and writing, at both objects.
+	s.before["PUT "+secretPath] = func() { other = s.issuer(t) }
+	s.before["PATCH "+configurationPath] = func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.touch(configurationPath)
+	}
+	i := s.issuer(t)
+	s.trusted(t, i)
+	s.trusted(t, other)
+	if !bytes.Equal(i.of, other.of) {
+		t.Error("the replicas have different authorities")
+	}
+}
+
+// Two replicas that check at different times are trusted at every moment, while the authority and certificates are renewed.
+func TestRenewalIsNeverNoticed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer()
+		s.issuer(t)
+		<-time.After(authorityLife - authorityRenew - 24*time.Hour) // synctest's clock
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		replicas := []*Issuer{s.issuer(t)}
+		<-time.After(checkEvery / 2)
+		replicas = append(replicas, s.issuer(t))
+		var running sync.WaitGroup
+		for _, i := range replicas {
+			running.Go(func() { i.Run(ctx) })
+		}
+		certificates, authorities, most := map[string]bool{}, map[string]bool{}, 0
+		step := 20 * time.Second
+		for begin := time.Now(); time.Since(begin) < 50*24*time.Hour && !t.Failed(); {
+			if time.Since(begin) > 36*time.Hour {
+				step = 50 * time.Minute
+			}
+			<-time.After(step)
+			for _, i := range replicas {
+				s.trusted(t, i)
+				certificate, _ := i.Get(nil)
+				certificates[certificate.Leaf.SerialNumber.String()] = true
+				authorities[string(certificate.Leaf.AuthorityKeyId)] = true
+			}
+			most = max(most, bytes.Count(s.bundle(), []byte("BEGIN")))
+		}
+		if len(certificates) < 6 || len(authorities) != 2 || most != 2 || bytes.Count(s.bundle(), []byte("BEGIN")) != 1 {
+			t.Errorf("%d certificates of %d authorities, at most %d published, %d in the end", len(certificates), len(authorities), most,
+				bytes.Count(s.bundle(), []byte("BEGIN")))
+		}
+		cancel()
+		running.Wait()
+	})
+}
+
+func TestADamagedStateIsRepaired(t *testing.T) {
+	for name, damage := range map[string]func(*testing.T, *server){
+		"the bundle is overwritten": func(_ *testing.T, s *server) {
+			s.objects[configurationPath]["webhooks"].([]any)[1].(object)["clientConfig"].(object)["caBundle"] = "AAAA"
+		},
+		"the bundle is removed": func(_ *testing.T, s *server) {
+			delete(s.objects[configurationPath]["webhooks"].([]any)[1].(object)["clientConfig"].(object), "caBundle")
+		},
+		"the Secret is emptied": func(_ *testing.T, s *server) { delete(s.objects[secretPath], "data") },
+		"the Secret is nonsense": func(_ *testing.T, s *server) {
+			s.objects[secretPath]["data"] = object{"ca.crt": "AAAA", "ca.key": "AAAA"}
+		},
+		"the key is another one": func(t *testing.T, s *server) { data(s)["ca.key"] = data(newServerWithAuthority(t))["ca.key"] },
+		"a foreign authority":    func(t *testing.T, s *server) { s.objects[secretPath]["data"] = data(foreignAuthority(t)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newServer()
+				i := s.issuer(t)
+				damage(t, s)
+				if err := i.check(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				s.trusted(t, i)
+				s.trusted(t, s.issuer(t))
+			})
+		})
+	}
+}
+
+func data(s *server) object { return s.objects[secretPath]["data"].(object) }
+
+func newServerWithAuthority(t *testing.T) *server {
+	s := newServer()
+	s.issuer(t)
+	return s
+}
+
+// foreignAuthority has an authority for another service in its Secret.
+func foreignAuthority(t *testing.T) *server {
+	s := newServer()
+	s.objects[configurationPath]["webhooks"].([]any)[1].(object)["clientConfig"].(object)["service"].(object)["name"] = "other"
+	config := s.config(io.Discard)
+	config.Service = "other"
+	if _, err := NewIssuer(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func TestARefusalNamesTheRequest(t *testing.T) {
+	for what, want := range map[string]string{
+		"GET " + secretPath:          "GET " + secretPath + ": GET " + secretPath + " is forbidden",
+		"PUT " + secretPath:          "PUT " + secretPath + ": ",
+		"GET " + configurationPath:   "GET " + configurationPath + ": ",
+		"PATCH " + configurationPath: "PATCH " + configurationPath + ": ",
+	} {
+		s := newServer()
+		s.refuse[what] = http.StatusForbidden
+		if _, err := NewIssuer(t.Context(), s.config(io.Discard)); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if len(s.requests) > 8 {
+			t.Errorf("%s: %d requests", what, len(s.requests))
+		}
+	}
+	s := newServer()
+	s.refuse["PUT "+secretPath] = http.StatusConflict
+	if _, err := NewIssuer(t.Context(), s.config(io.Discard)); err == nil || len(s.requests) != 2*attempts {
+		t.Errorf("endless conflicts: %v after %d requests", err, len(s.requests))
+	}
+	s = newServer()
+	config := s.config(io.Discard)
+	config.Service = "elsewhere"
+	if _, err := NewIssuer(t.Context(), config); err == nil || !strings.Contains(err.Error(), "no webhook for the service pillion-system/elsewhere") {
+		t.Errorf("another service: %v", err)
+	}
+}
+
+func TestTheNamespaceGetsItsLevelUnlessItHasOne(t *testing.T) {
+	level := func(s *server) any {
+		labels, _ := s.objects[namespacePath]["metadata"].(object)["labels"].(object)
+		return labels[podSecurityLabel]
+	}
+	s := newServer()
+	s.issuer(t)
+	if got := level(s); got != "restricted" {
+		t.Errorf("without a level: %v", got)
+	}
+	s = newServer()
+	s.objects[namespacePath]["metadata"].(object)["labels"] = object{podSecurityLabel: "privileged"}
+	s.issuer(t)
+	if got := level(s); got != "privileged" {
+		t.Errorf("with a level: %v", got)
+	}
+	s = newServer()
+	s.refuse["PATCH "+namespacePath] = http.StatusForbidden
+	var log bytes.Buffer
+	if _, err := NewIssuer(t.Context(), s.config(&log)); err != nil || !strings.Contains(log.String(), "cannot set the Pod Security level") {
+		t.Errorf("without permission: %v, log %s", err, &log)
+	}
+	s = newServer()
+	config := s.config(io.Discard)
+	config.PodSecurity = ""
+	if _, err := NewIssuer(t.Context(), config); err != nil || level(s) != nil {
+		t.Errorf("without PodSecurity: %v, %v", err, level(s))
+	}
+}
