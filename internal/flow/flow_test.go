@@ -44,7 +44,7 @@ func TestEveryReasonIsExplained(t *testing.T) {
 			t.Errorf("%s is explained twice", e.Reason)
 		}
 		if len(e.Text) < 10 || e.Text[len(e.Text)-1] != '.' {
-			t.Errorf("%s: %q is no sentence", e.Reason, e.Text)
+			t.Errorf("%s: %q is not a sentence", e.Reason, e.Text)
 		}
 		for _, flag := range strings.Split(e.Flags+","+e.RequestFlags, ",") {
 			if flag != "" && !slices.Contains(envoyFlags, flag) {
@@ -90,7 +90,7 @@ func declaredReasons(t *testing.T) []Reason {
 	return reasons
 }
 
-func TestTextsNameSettingsAndNoFlags(t *testing.T) {
+func TestTextsNameSettingsNotFlags(t *testing.T) {
 	e := Explanation{Text: "Nothing moved for `{IdleTimeout}` or {A}."}
 	if got, want := e.Render(strings.ToLower), "Nothing moved for `idletimeout` or a."; got != want {
 		t.Errorf("rendered as %q, want %q", got, want)

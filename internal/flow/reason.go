@@ -84,8 +84,8 @@ func (e *Explanation) Render(name func(setting string) string) string {
 	}
 }
 
-// Explanations has each reason, in the order of the documents. If an engine knows more, such as whether the response had
-// begun, the flags and details in the record take precedence.
+// Explanations has each reason, in the order of the documents. If an engine has more precise values, for example because the
+// response had begun, the flags and details in the record take precedence.
 var Explanations = []Explanation{
 	{Closed, "", "", envoy.DetailsViaUpstream,
 		"Both sides closed; every byte was delivered."},

@@ -51,7 +51,7 @@ func (t *Table) List(r *Record) {
 	t.count++
 }
 
-// Carry sets the protocol of a listed connection, which begins to be carried. Its owner must not change plain fields
+// Carry sets the protocol of a listed connection and marks it as carried. Its owner must not change plain fields
 // from here until Close.
 func (t *Table) Carry(r *Record, protocol Protocol, hello Hello) {
 	r.Protocol, r.TLS = protocol, hello // not read before carried is set

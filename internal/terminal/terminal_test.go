@@ -109,8 +109,8 @@ func TestTopIsATableWithARowForEachDestination(t *testing.T) {
 	}
 }
 
-// Whatever its size, a terminal shows the totals, the heading, the busiest destinations and the keys, and nothing wraps or
-// scrolls.
+// At every size, the table has no more rows and columns than the terminal. At 80×24 it has the totals, the heading, the
+// busiest destinations and the keys.
 func TestTopFitsTheTerminal(t *testing.T) {
 	s := busy(60)
 	for _, size := range [][2]int{{80, 24}, {40, 10}, {132, 50}, {20, 6}, {200, 100}, {1, 1}} {
