@@ -271,7 +271,7 @@ func TestAccessLogOfFailedRequestsAndUpgrades(t *testing.T) {
 			}
 			line := s.agent.access.await(t, " "+downstream.LocalAddr().String()+" ")
 			fields := accessFields(line)
-			if len(fields) != 22 || fields[1] != "GET /malformed HTTP/1.1" || fields[2] != "400" || fields[3] != "DPE" ||
+			if len(fields) != 22 || fields[1] != `"GET /malformed HTTP/1.1"` || fields[2] != "400" || fields[3] != "DPE" ||
 				fields[4] != "http1.codec_error{repeated_host}" {
 				t.Errorf("%s", line)
 			}

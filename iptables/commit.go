@@ -123,7 +123,7 @@ func (p *Plan) install(ctx context.Context) error {
 func (p *Plan) apply(ctx context.Context, i int) error {
 	step := p.Steps[i]
 	if step.Flavour != ruleset.Native {
-		return step.before.program.Apply(ctx, step.Input)
+		return step.before.program.Apply(ctx, step.input)
 	}
 	if i > 0 && p.Steps[i-1].Flavour == ruleset.Native {
 		return nil

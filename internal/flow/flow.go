@@ -1,8 +1,8 @@
 // Package flow is the record of one connection or one HTTP request: who, where, what, how much, and why it ended.
 //
 // The owner of a connection or request opens its record and closes it exactly once, whatever happens. Sinks, such as the
-// access log and the metrics, only read it. If requests are seen in a connection, each request has its own record, and this
-// one is reported; the connection's record is only listed in the Table while open and never reported.
+// access log and the metrics, only read it. If requests are seen in a connection, each request has its own record. Only
+// the records of requests are reported then; the connection's record is listed in the Table while open.
 package flow
 
 import (
@@ -60,7 +60,7 @@ type Record struct {
 	Direction           Direction
 	Protocol            Protocol
 	listed, carried     bool  // of the table; here, where they take no memory
-	Attempts            uint8 // to reach upstream: dials, and requests on open connections
+	Attempts            uint8 // to reach upstream: dials, and requests on open connections; 0: no attempt
 	Opened              time.Time
 	Downstream          netip.AddrPort // who connected
 	OriginalDestination netip.AddrPort // invalid if it could not be read

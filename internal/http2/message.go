@@ -125,7 +125,7 @@ type checker struct {
 	declared  int64
 }
 
-// length returns the declared length, -1 if there is none, and whether it is declared more than once.
+// length returns the declared length, -1 if no length is declared, and whether it is declared more than once.
 func (c *checker) length() (n int64, repeated bool) {
 	if c.lengths == 0 {
 		return -1, false
@@ -181,8 +181,8 @@ func (c *checker) field(f *Field) Rule {
 	return 0
 }
 
-// host validates Host, which must not contradict :authority (RFC 9113 §8.3.1): two recipients that prefer different ones
-// would route the request differently.
+// host validates Host. It must not contradict :authority (RFC 9113 §8.3.1), because two recipients that prefer different
+// ones would route the request differently.
 func (c *checker) host(value string) Rule {
 	c.hosts++
 	switch r := c.authority; {
