@@ -163,6 +163,9 @@ func TestTheSnapshotHasGatesAndOpenConnections(t *testing.T) {
 	if s.Ready || len(s.Gates) != 2 || s.Gates[1].Why != "not listed yet" || s.Open != maxConnections+22 || len(s.Connections) != maxConnections {
 		t.Errorf("ready %v, gates %v, %d open, %d listed", s.Ready, s.Gates, s.Open, len(s.Connections))
 	}
+	if first := s.Connections[0]; first.Direction != "inbound" || first.Protocol != "opaque" {
+		t.Errorf("the oldest of the listed is %+v", first)
+	}
 	if last := s.Connections[maxConnections-1]; last.Protocol != "" || last.Downstream != "198.51.100.2:4711" {
 		t.Errorf("the youngest is %+v", last)
 	}
@@ -233,11 +236,19 @@ func TestFilters(t *testing.T) {
 		r.Upstream = netip.MustParseAddrPort("[2001:db8::7]:443")
 		r.Downstream = netip.MustParseAddrPort("[::ffff:192.0.2.9]:1000")
 	}))
+	c := open(table, flow.Outbound, flow.HTTP2)
+	c.TLS.ServerName = "Server.test"
+	ended(table, c, name("e", func(r *flow.Record) {
+		r.HTTP.Authority, r.HTTP.Path, r.HTTP.Status = []byte("[2001:DB8::5]:80"), []byte("*"), 500
+		r.Downstream = netip.MustParseAddrPort("198.51.100.9:1")
+		r.OriginalDestination = netip.MustParseAddrPort("198.51.100.9:2")
+		r.Upstream = r.OriginalDestination
+	}))
 	for query, want := range map[string]string{
-		"": "abcd", "direction=inbound": "a", "direction=outbound": "bcd", "host=example.TEST": "abd", "host=other.test": "c",
-		"host=other.test:8080": "c", "host=other.test:80": "", "path=/v2/": "c", "path=/": "abcd", "status=5xx": "b", "status=404": "d",
-		"status=2xx&direction=outbound": "c", "address=203.0.113.0/24": "abcd", "address=198.51.100.2": "abc", "address=192.0.2.9:1000": "d",
-		"address=192.0.2.9:1001": "", "address=[2001:db8::7]:443": "d", "address=2001:db8::/32": "d", "host=": "abcd",
+		"": "abcde", "direction=inbound": "a", "direction=outbound": "bcde", "host=example.TEST": "abd", "host=other.test": "c",
+		"host=other.test:8080": "c", "host=other.test:80": "", "path=/v2/": "c", "path=/": "abcd", "status=5xx": "be", "status=404": "d",
+		"host=2001:db8::5": "e", "host=[2001:db8::5]:80": "e", "host=server.test": "e", "status=2xx&direction=outbound": "c", "address=203.0.113.0/24": "abcd", "address=198.51.100.2": "abc", "address=192.0.2.9:1000": "d",
+		"address=192.0.2.9:1001": "", "address=[2001:db8::7]:443": "d", "address=2001:db8::/32": "d", "host=": "abcde",
 	} {
 		code, _, body := get(t, server.URL+"/live/records?"+query)
 		var answer Records
