@@ -83,7 +83,7 @@ func TestReasonsDocumentHasTheTablesOfReasons(t *testing.T) {
 	}
 }
 
-// hasTable compares a table of a document, which is found by its head. With -update it is written.
+// hasTable compares a table of a document. It finds the table by its head; with -update it writes it.
 func hasTable(t *testing.T, document, table string) {
 	t.Helper()
 	text := read(t, document)
