@@ -136,7 +136,7 @@ func (n *naming) service(name []byte, absolute bool, to netip.Addr) (service, na
 	return service, namespace, domain
 }
 
-var dot = []byte{'.'}
+var dot, hyphen = []byte{'.'}, []byte{'-'}
 
 // cutSuffix is bytes.CutSuffix for a suffix in two parts.
 func cutSuffix(name []byte, first, second string) (before []byte, found bool) {
@@ -167,7 +167,7 @@ func isLabel(label []byte) bool {
 // hasOrdinal reports whether a label ends in a number after a hyphen, as the names of pods of stateful sets do.
 func hasOrdinal(label []byte) bool {
 	name := bytes.TrimRight(label, "0123456789")
-	return len(name) < len(label) && len(name) > 1 && name[len(name)-1] == '-'
+	return len(name) < len(label) && bytes.HasSuffix(name, hyphen)
 }
 
 // isPrivateTLD reports whether a label is a common top-level domain of private networks, and therefore not a namespace.

@@ -40,6 +40,8 @@ func TestDestinationService(t *testing.T) {
 		{"web-0.web.prod.svc.cluster.local:80", "web.prod.svc.cluster.local", "web", "prod", external},
 		{"web-0.web.prod.svc", "web.prod.svc.cluster.local", "web", "prod", external},
 		{"web-0.web.shop", "web.shop.svc.cluster.local", "web", "shop", clusterIP},
+		{"web1.web", "web1.web.svc.cluster.local", "web1", "web", clusterIP},
+		{"web-a.web", "web-a.web.svc.cluster.local", "web-a", "web", clusterIP},
 		{"web-10.web", "web.shop.svc.cluster.local", "web", "shop", clusterIP},
 		{"x.web-0.web.prod.svc.cluster.local", "x.web-0.web.prod.svc.cluster.local", passthrough, unknown, clusterIP},
 		// Services of several clusters.
