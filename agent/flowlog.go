@@ -2,13 +2,16 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // refusalPeriod bounds the log lines that clients can cause: for each reason one refusal in this time.
@@ -17,7 +20,8 @@ const refusalPeriod = time.Second
 // flowLog logs connections and requests that have ended: each one at debug level, and refused connections as warnings. It is
 // a flow.Sink.
 type flowLog struct {
-	log *slog.Logger
+	log  *slog.Logger
+	loop sync.Once // for logging the first connection that the rules sent back to the agent
 
 	mu       sync.Mutex
 	refusals map[flow.Reason]*refusals
@@ -31,7 +35,11 @@ type refusals struct {
 
 // Closed logs one record.
 func (l *flowLog) Closed(r *flow.Record) {
-	if r.Reason.ByPolicy() {
+	loops := errors.Is(r.Err, upstream.ErrLoop)
+	if loops {
+		l.loop.Do(func() { l.logLoop(r) })
+	}
+	if r.Reason.ByPolicy() && !loops {
 		if skipped, ok := l.admit(r); ok {
 			l.log.LogAttrs(context.Background(), slog.LevelWarn, "connection refused",
 				append(attributes(r), slog.Int("not_logged_before", skipped))...)
@@ -45,6 +53,18 @@ func (l *flowLog) Closed(r *flow.Record) {
 		}
 		l.log.LogAttrs(context.Background(), slog.LevelDebug, what, attributes(r)...)
 	}
+}
+
+// logLoop logs the cause of a loop. There is one line for all of them: the cause is a setting, and every connection that the
+// rules capture has the same end.
+func (l *flowLog) logLoop(r *flow.Record) {
+	remedy := "run the agent as a user or group that the rules exempt (--proxy-uid and --proxy-gid of init, 1337 by default)"
+	if r.Direction == flow.Inbound {
+		remedy = "run \"pillion rules check\": no rule may capture connections from 127.0.0.6 and ::6, or with TPROXY those with its mark"
+	}
+	l.log.LogAttrs(context.Background(), slog.LevelError, "the rules capture the agent's own connections, so all captured ones fail",
+		slog.String("direction", r.Direction.String()), slog.String("original_destination", orDash(r.OriginalDestination)),
+		slog.Int("uid", os.Geteuid()), slog.Int("gid", os.Getegid()), slog.String("remedy", remedy))
 }
 
 // admit reports whether r may be logged, and how many refusals of its reason were skipped since the last one that was logged.

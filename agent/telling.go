@@ -8,6 +8,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/metrics"
+	"github.com/pillion-proxy/pillion/internal/podinfo"
 	"github.com/pillion-proxy/pillion/internal/relay"
 )
 
@@ -71,11 +72,20 @@ func (a *Agent) tell() error {
 		sinks = append(sinks, t.metrics)
 	}
 	if a.config.Ports.Admin != 0 {
-		t.live = live.New(live.Config{Version: a.config.Version, SettingName: a.config.SettingName})
+		t.live = live.New(live.Config{Version: a.config.Version, SettingName: a.config.SettingName,
+			Pod: known(a.config.Workload.Pod.Name), Namespace: known(a.config.Workload.Pod.Namespace)})
 		sinks = append(sinks, t.live)
 	}
 	t.table = flow.NewTable(sinks...)
 	return nil
+}
+
+// known returns a part of the pod's description, or "" if it is unknown.
+func known(text string) string {
+	if text == podinfo.Unknown {
+		return ""
+	}
+	return text
 }
 
 // format compiles Format for the encoding.
@@ -126,6 +136,9 @@ func (t *telling) watch(a *Agent) {
 			Gates:    a.gateStates,
 			Draining: a.draining.Load,
 			Pipes:    relay.Pipes,
+			Held: func() (used, limit int, evictions uint64) {
+				return a.budget.Used(), a.budget.Limit(), a.budget.Evictions()
+			},
 		}
 		if t.access != nil {
 			sources.AccessLog = func() (written, dropped uint64) { return t.access.Written(), t.access.Dropped() }

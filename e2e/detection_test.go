@@ -44,7 +44,7 @@ func TestUndecidedFirstBytesAreForwardedSoon(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		for _, beginning := range []string{
-			"G", "GE", "GET", "GET /", "POST", "PRI", "PRI * HTTP/2.0\r\n\r\n", "HE", "\x16", "\x16\x03\x01", "\x16\x03\x01\x02\x00\x01\x00",
+			"G", "GE", "GET", "GET key", "POST", "\r\n", "PRI", "PRI * HTTP/2.0\r\n\r\n", "HE", "\x16", "\x16\x03\x01", "\x16\x03\x01\x02\x00\x01\x00",
 		} {
 			t.Run(beginning, func(t *testing.T) {
 				t.Parallel()
@@ -68,7 +68,7 @@ var lookAlikes = []struct{ name, question, answer string }{
 	{"ICY", "SOURCE /stream ICE/1.0\r\nice-name: x\r\n\r\n", "ICY 200 OK\r\n\r\n"},
 	{"HTTP/0.9", "GET /\r\n", "<html>\r\n"},
 	{"an HTTP of the future", "GET / HTTP/3.0\r\nConnection: close\r\n\r\n", "HTTP/3.0 200\r\n\r\n"},
-	{"two blanks", "GET  / HTTP/1.1\r\nConnection: close\r\n\r\n", "x"},
+	{"two blanks behind an unknown method", "BREW  / HTTP/1.1\r\nConnection: close\r\n\r\n", "x"},
 	{"almost the preface", "PRI * HTTP/2.0\r\n\r\nSX\r\n\r\n", "x"},
 	{"Redis inline", "PING\r\n", "+PONG\r\n"},
 	{"Redis", "*1\r\n$4\r\nPING\r\n", "+PONG\r\n"},

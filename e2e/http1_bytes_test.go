@@ -19,7 +19,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// exchange is a request and its answer as bytes. Both pass unchanged, except for the fields that the agent adds.
+// exchange is a request and its response as bytes. Both pass unchanged, except for the fields that the agent adds.
 type exchange struct {
 	name            string
 	request, answer string
@@ -139,7 +139,7 @@ func everyByte() string {
 	return string(all)
 }
 
-// fields is n field lines with values of the given size.
+// fields returns n field lines with values of the given size.
 func fields(n, size int) string {
 	var lines strings.Builder
 	for i := range n {
@@ -168,7 +168,7 @@ func TestHTTP1MessagesKeepTheirBytes(t *testing.T) {
 	})
 }
 
-// The same exchanges one behind the other on one connection, so that a body which is measured wrongly spoils the next.
+// The same exchanges, one after the other on one connection. A body with a wrong end would break the next exchange.
 func TestHTTP1MessagesFollowEachOtherOnOneConnection(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
@@ -185,7 +185,7 @@ func TestHTTP1MessagesFollowEachOtherOnOneConnection(t *testing.T) {
 	})
 }
 
-// A byte at a time, both ways: no boundary between two reads may matter.
+// One byte at a time, in both directions: the boundaries between reads must not matter.
 func TestHTTP1MessagesMayArriveByteByByte(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
@@ -201,7 +201,7 @@ func TestHTTP1MessagesMayArriveByteByByte(t *testing.T) {
 	})
 }
 
-// dribble writes byte by byte. The system does not join them: every byte is a segment.
+// dribble writes byte by byte. The kernel does not join them, so every byte is a segment.
 func dribble(conn *net.TCPConn, text string) {
 	conn.SetNoDelay(true)
 	for i := range len(text) {
@@ -232,7 +232,7 @@ func TestInterimResponsesPrecedeTheFinalOne(t *testing.T) {
 	})
 }
 
-// Requests that are sent without waiting are answered, each once, in their order.
+// Pipelined requests are answered in order, each once.
 func TestPipelinedRequestsAreAnsweredInOrder(t *testing.T) {
 	t.Parallel()
 	const requests = 50
@@ -260,14 +260,14 @@ func TestPipelinedRequestsAreAnsweredInOrder(t *testing.T) {
 	})
 }
 
-// ask connects along the way and sends text at once, as clients do, and returns both ends as connect does.
+// ask connects along the way, sends text at once, as clients do, and returns both ends like connect.
 func (w way) ask(t testing.TB, text string) (downstream, upstream *net.TCPConn) {
 	t.Helper()
 	return w.begin(t, func(conn *net.TCPConn) { conn.Write([]byte(text)) })
 }
 
-// begin is ask for a client that is more than one text. It speaks in a goroutine of its own: what it has to say may be
-// more than the connection holds.
+// begin is ask for a client that is a function. It runs in its own goroutine, because it may send more than the connection
+// buffers.
 func (w way) begin(t testing.TB, speak func(*net.TCPConn)) (downstream, upstream *net.TCPConn) {
 	t.Helper()
 	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String()).(*net.TCPListener)
@@ -285,7 +285,7 @@ func (w way) begin(t testing.TB, speak func(*net.TCPConn)) (downstream, upstream
 	return downstream, upstream
 }
 
-// bodyOf is what follows the head of a message.
+// bodyOf returns the part of a message after its head.
 func bodyOf(message string) string {
 	_, body, _ := strings.Cut(message, "\r\n\r\n")
 	return body
@@ -408,16 +408,16 @@ func readRequest(r *bufio.Reader) (target string, err error) {
 	return strings.Fields(first)[1], err
 }
 
-// readAnswer reads an answer with its sized body.
+// readAnswer reads a response with a Content-Length.
 func readAnswer(t testing.TB, r *bufio.Reader) (status, body string) {
 	t.Helper()
 	first, fields, err := readHead(r)
 	if err != nil {
-		t.Fatalf("reading the head of an answer: %v", err)
+		t.Fatalf("reading the head of a response: %v", err)
 	}
 	text := make([]byte, length(fields))
 	if _, err := io.ReadFull(r, text); err != nil {
-		t.Fatalf("reading the body of an answer: %v", err)
+		t.Fatalf("reading the body of a response: %v", err)
 	}
 	return strings.Fields(first)[1], string(text)
 }

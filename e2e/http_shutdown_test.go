@@ -44,7 +44,7 @@ func TestKeepAliveEndsWithTheDrain(t *testing.T) {
 	}
 }
 
-// A browser opens connections that it may never use. The drain does not wait for those.
+// Browsers open connections that they may not use. The drain does not wait for those.
 func TestUnusedConnectionDoesNotDelayTheDrain(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--drain-delay", "0s", "--drain-timeout", "60s")
@@ -61,7 +61,7 @@ func TestUnusedConnectionDoesNotDelayTheDrain(t *testing.T) {
 	s.agent.log.await(t, "reason=drained")
 }
 
-// An exchange in progress when the drain begins is carried to its end, in both versions.
+// An exchange in progress when the drain begins finishes, in both versions of HTTP.
 func TestResponseInProgressFinishesDuringTheDrain(t *testing.T) {
 	t.Parallel()
 	for _, http2 := range []bool{false, true} {
@@ -85,7 +85,7 @@ func TestResponseInProgressFinishesDuringTheDrain(t *testing.T) {
 			})
 			close(goOn)
 			if got := text(t, response); got != "first "+strings.Repeat("rest", 100_000) {
-				t.Errorf("%d bytes of the answer arrived", len(got))
+				t.Errorf("%d bytes of the response arrived", len(got))
 			}
 			if code := s.agent.ends(t, nettest.Patience); code != 0 {
 				t.Errorf("exit code %d, want 0; log:\n%s", code, s.agent.log)

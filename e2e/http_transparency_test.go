@@ -53,12 +53,12 @@ func TestRequestsAndResponsesArriveWhole(t *testing.T) {
 	})
 }
 
-// bulk is a body of bytes that do not repeat, the same for the same seed.
+// bulk returns a body of pseudo-random bytes for a seed.
 func bulk(seed byte, size int64) io.Reader {
 	return io.LimitReader(rand.NewChaCha8([32]byte{seed}), size)
 }
 
-// digest reads to the end and returns how much there was and its hash.
+// digest reads to the end and returns the number of bytes and their hash.
 func digest(t testing.TB, body io.Reader) string {
 	t.Helper()
 	sum := sha256.New()
@@ -69,7 +69,7 @@ func digest(t testing.TB, body io.Reader) string {
 	return fmt.Sprint(n, " ", hex.EncodeToString(sum.Sum(nil)))
 }
 
-// Sized and unsized bodies of 64 MiB in both directions.
+// Bodies of 64 MiB in both directions, with and without Content-Length.
 func TestLargeBodiesArriveWhole(t *testing.T) {
 	t.Parallel()
 	const size = 64 << 20
@@ -97,7 +97,7 @@ func TestLargeBodiesArriveWhole(t *testing.T) {
 	})
 }
 
-// echo answers with what it was sent. Package net/http reads all of it first when it speaks HTTP/1.
+// echo responds with the request's body. With HTTP/1, package net/http reads all of it first.
 func echo(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
@@ -176,7 +176,7 @@ func TestTrailersPassBothWays(t *testing.T) {
 	})
 }
 
-// An answer that has no body by definition is followed by the next answer, not by the end of the connection.
+// A response that has no body by definition ends with its head, and the connection is reused.
 func TestResponsesWithoutBodyDoNotStall(t *testing.T) {
 	t.Parallel()
 	handler := func(w http.ResponseWriter, r *http.Request) {
@@ -251,12 +251,12 @@ func TestExpectContinueIsAnswered417(t *testing.T) {
 			t.Errorf("status %d, %q, want 417", response.StatusCode, got)
 		}
 		if body.read {
-			t.Error("the body was sent all the same")
+			t.Error("the body was sent nevertheless")
 		}
 	})
 }
 
-// watchedReader is an endless body that notices whether anybody wants it.
+// watchedReader is an endless body that records whether it was read.
 type watchedReader struct{ read bool }
 
 func (w *watchedReader) Read(p []byte) (int, error) {
@@ -288,12 +288,12 @@ func TestEarlyHintsPass(t *testing.T) {
 			t.Errorf("status %d, %q", response.StatusCode, got)
 		}
 		if got := fmt.Sprint(hints); got != "[103 </style.css> 103 </script.js>]" {
-			t.Errorf("the hints are %s", got)
+			t.Errorf("hints: %s", got)
 		}
 	})
 }
 
-// Bytes are passed on without waiting for more: each side sends only after it has received from the other.
+// Bytes are forwarded without waiting for more: each side sends only after it has received from the other.
 func TestPartOfABodyIsForwardedAtOnce(t *testing.T) {
 	t.Parallel()
 	received := make(chan string, 1) // so that a handler ends when the test has failed
@@ -342,7 +342,7 @@ func TestPartOfABodyIsForwardedAtOnce(t *testing.T) {
 	})
 }
 
-// receive takes from a channel within reason.
+// receive receives from a channel. It fails the test after nettest.Patience.
 func receive[T any](t testing.TB, from <-chan T) (value T) {
 	t.Helper()
 	select {
@@ -401,7 +401,7 @@ func TestServerNoticesClientAbort(t *testing.T) {
 	})
 }
 
-// A body that is cut off must not look complete.
+// A truncated body must not look complete.
 func TestClientNoticesServerAbort(t *testing.T) {
 	t.Parallel()
 	handler := func(w http.ResponseWriter, r *http.Request) {

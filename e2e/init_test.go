@@ -11,11 +11,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// initEnvironment is for runs of init that are judged by their end: the race detector sleeps for a second there by
-// default.
+// initEnvironment is the environment for runs of init. By default, the race detector would sleep for a second at exit.
 const initEnvironment = "GORACE=atexit_sleep_ms=0"
 
-// countedPath is a PATH with one flavour of iptables, in which each program writes its name into a file before it runs.
+// countedPath returns a PATH with one flavour of iptables. Each program in it records its name in a file before it runs.
 func countedPath(t *testing.T, flavour string) (variable string, started func() []string) {
 	t.Helper()
 	dir, record := t.TempDir(), filepath.Join(t.TempDir(), "started")
@@ -40,7 +39,7 @@ func countedPath(t *testing.T, flavour string) (variable string, started func() 
 	}
 }
 
-// Most of what init takes is the start of programs.
+// Most of the time of init is spent starting programs.
 func TestInitStartsFewPrograms(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
@@ -63,7 +62,7 @@ func TestInitStartsFewPrograms(t *testing.T) {
 					}
 					names := started()
 					if len(names) > most || flavour != native && len(names) == 0 {
-						t.Errorf("%s run started %d programs, and may start %d: %s", run, len(names), most, names)
+						t.Errorf("%s run started %d programs, want at most %d: %s", run, len(names), most, names)
 					}
 				}
 			})
@@ -71,7 +70,7 @@ func TestInitStartsFewPrograms(t *testing.T) {
 	}
 }
 
-// The proof is by connections, for init and for check alike, and needs no agent.
+// init and check verify the rules by opening connections. They need no agent.
 func TestInitVerifiesTheRules(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)

@@ -12,8 +12,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// A link-local address needs an interface, and connection tracking does not remember it. The rules leave
-// such connections alone, so that they arrive.
+// A link-local address requires an interface, but connection tracking does not record it. The rules do not capture such
+// connections, so that they arrive.
 func TestLinkLocalAddressesBypassTheAgent(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy, native} {
@@ -23,13 +23,13 @@ func TestLinkLocalAddressesBypassTheAgent(t *testing.T) {
 	}
 }
 
-// converseByLinkLocal gives the way's end its address and talks to it there.
+// converseByLinkLocal adds a link-local address at the way's end and exchanges messages with it.
 func converseByLinkLocal(t *testing.T, w way) {
 	t.Helper()
 	w.to.AddAddress(t, "eth0", netip.PrefixFrom(w.address, 64))
 	listener := w.to.Listen(t, "tcp6", "[::]:0").(*net.TCPListener)
 	port := listener.Addr().(*net.TCPAddr).AddrPort().Port()
-	// By its number: package net caches the number of a name, across namespaces.
+	// By index, because package net caches the index of an interface name across namespaces.
 	var number int
 	w.from.Do(t, func() error {
 		eth0, err := netlink.LinkByName("eth0")

@@ -13,7 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// ownPorts are all ports that belong to pillion, whether something listens there today or not.
+// ownPorts are all ports of pillion, also those where it does not listen in this test.
 var ownPorts = []uint16{
 	capture.AdminPort, capture.OutboundPort, capture.InboundPort, capture.TunnelPort, capture.StatusPort,
 	capture.ReadinessPort, capture.DNSPort, capture.MetricsPort,
@@ -52,7 +52,7 @@ func TestDiallingOwnPortsDoesNotLoop(t *testing.T) {
 			}
 			s.agent.log.await(t, `msg="connection refused"`, "reason=loop")
 			if !nettest.Within(nettest.Patience, func() bool { return s.agent.descriptors(t) <= before }) {
-				t.Errorf("%d descriptors are left", s.agent.descriptors(t)-before)
+				t.Errorf("%d descriptors leaked", s.agent.descriptors(t)-before)
 			}
 			assertQuiet(t, s.agent)
 			converse2 := func(w way) { d, u := w.connect(t); converse(t, d, u) }
@@ -62,7 +62,7 @@ func TestDiallingOwnPortsDoesNotLoop(t *testing.T) {
 	}
 }
 
-// served reports whether the agent itself answers there.
+// served reports whether the agent itself answers on the port.
 func served(address netip.Addr, port uint16) bool {
 	switch port {
 	case capture.ReadinessPort, capture.StatusPort, capture.MetricsPort:
@@ -73,7 +73,7 @@ func served(address netip.Addr, port uint16) bool {
 	return false
 }
 
-// dialAs connects as a user and reads until the end. It reports whether the connection ended by itself, and what came.
+// dialAs connects as a user and reads until the end. It returns whether the connection ended by itself, and the bytes read.
 func dialAs(t *testing.T, ns *nettest.Namespace, uid int, address string) (ended bool, answer string) {
 	t.Helper()
 	host, port, _ := strings.Cut(strings.TrimPrefix(address, "["), "]:")
@@ -88,13 +88,13 @@ func dialAs(t *testing.T, ns *nettest.Namespace, uid int, address string) (ended
 	return cmd.ProcessState.ExitCode() != 124, out.String() // 124 is timeout's own
 }
 
-// assertQuiet fails the test unless an agent without work soon uses less than a fifth of one processor for half a
-// second. A loop that spins uses all that it gets.
+// assertQuiet fails the test unless an idle agent soon uses less than a fifth of one CPU for half a second. A spinning loop
+// would use a whole one.
 func assertQuiet(t *testing.T, a *agent) {
 	t.Helper()
 	const window = 500 * time.Millisecond
 	since, before := time.Now(), a.cpu(t)
-	nettest.Eventually(t, "the idle agent leaves the processor alone", func() bool {
+	nettest.Eventually(t, "the idle agent uses no CPU", func() bool {
 		elapsed := time.Since(since)
 		if elapsed < window {
 			return false
@@ -105,7 +105,7 @@ func assertQuiet(t *testing.T, a *agent) {
 	})
 }
 
-// Prometheus in one pod scrapes another pod's 15090: our port numbers are nothing special at other hosts.
+// Prometheus in one pod scrapes port 15090 of another pod: our port numbers have no special meaning at other hosts.
 func TestOwnPortNumbersAtOtherHostsAreCarried(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -127,7 +127,7 @@ func TestInboundConnectionForForeignAddressIsRefused(t *testing.T) {
 	} {
 		s.peer.MustRun(t, "ip", "route", "add", foreign.address.String(), "via", foreign.gateway.String())
 		dst := netip.AddrPortFrom(foreign.address, 80).String()
-		// Each is refused; that one in a second is logged is enough.
+		// Each is refused, but only one per second is logged.
 		nettest.Eventually(t, dst+" is refused by name", func() bool {
 			if err := tryConnection(s.peer, dst); !isReset(err) && !isRefused(err) {
 				t.Fatalf("%s: the other side sees %v, want a reset", dst, err)

@@ -17,7 +17,7 @@ const (
 	workloadUID = 1000
 )
 
-// pillion is the path of the binary under test. Every user may read it.
+// pillion is the path of the binary under test. All users may read it.
 var pillion string
 
 // binaryEnvironment passes the path on to the processes that nettest.InUserNamespace starts.
@@ -27,7 +27,7 @@ func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
 	flag.Parse()
-	// These tests wait for the network far more than they compute.
+	// These tests mostly wait for the network.
 	flag.Set("test.parallel", "16")
 	if pillion = os.Getenv(binaryEnvironment); pillion != "" { // a test of ours in namespaces of its own
 		return nettest.Main(m)
@@ -45,7 +45,7 @@ func run(m *testing.M) int {
 	return nettest.Main(m)
 }
 
-// build makes the binary in dir: static like the one that ships, or with the race detector when the tests have it.
+// build builds the binary in dir: static as in a release, or with the race detector if the tests have it.
 func build(dir string) error {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err

@@ -14,10 +14,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// ownMetric matches what a document or a query may mean by a metric of the agent.
+// ownMetric matches names of the agent's metrics in documents and queries.
 var ownMetric = regexp.MustCompile(`\b(?:istio|envoy|pillion)_[a-z0-9_]*[a-z0-9]`)
 
-// hasFamilyOf reports whether a name is that of a family or of a sample of one.
+// hasFamilyOf reports whether a name is that of a family or of one of its samples.
 func hasFamilyOf(f families, name string) bool {
 	if f[name] != nil {
 		return true
@@ -40,8 +40,8 @@ func hasPrefix(f families, prefix string) bool {
 	return false
 }
 
-// A metric that a document, the dashboard or the list of names promises is served by a running agent that has seen
-// traffic of each kind, and the agent serves no other.
+// An agent that has carried traffic of each kind serves every metric that a document, the dashboard or the list of names
+// has, and no other.
 func TestDocumentedMetricsAreServed(t *testing.T) {
 	t.Parallel()
 	program := peer(t, "grpc")
@@ -111,7 +111,7 @@ func TestDocumentedMetricsAreServed(t *testing.T) {
 	}
 }
 
-// notOfTheMetricsPort are names that begin like a metric's and are not served at the metrics port.
+// notOfTheMetricsPort are names that look like a metric's but are not served at the metrics port.
 var notOfTheMetricsPort = map[string]string{
 	"pillion_scrape_target_up":      "served at the status port, for each target of the workload",
 	"pillion_scrape_dropped_series": "likewise",

@@ -18,10 +18,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/live"
 )
 
-// pictures is where the pictures of the page stay when it is set; docs/page.png is one of them.
+// pictures is the directory for screenshots of the page, if set; docs/page.png is one of them.
 const pictures = "PILLION_PICTURES"
 
-// A browser opens the page as a person does. testdata/peers/page lists what it must find.
+// A real browser opens the page. testdata/peers/page lists what it must find.
 func TestPageInABrowser(t *testing.T) {
 	const script = "testdata/peers/page"
 	if _, err := os.Stat(script + "/node_modules"); err != nil {
@@ -62,7 +62,7 @@ func TestPageInABrowser(t *testing.T) {
 	}
 }
 
-// pageStage makes the records of a pod that sells things.
+// pageStage creates the records of a shop's pod.
 type pageStage struct {
 	view                    *live.View
 	table                   *flow.Table
@@ -73,7 +73,7 @@ type pageStage struct {
 }
 
 func newPageStage() *pageStage {
-	s := &pageStage{view: live.New(live.Config{Version: "v0.0.0-test"})}
+	s := &pageStage{view: live.New(live.Config{Version: "v0.0.0-test", Pod: "web-7c9", Namespace: "shop"})}
 	s.table = flow.NewTable(s.view)
 	return s
 }
@@ -158,7 +158,7 @@ func (s *pageStage) busy() {
 	}
 }
 
-// steady goes on making requests, for pictures that are worth a look.
+// steady makes requests continuously, for realistic screenshots.
 func (s *pageStage) steady(long time.Duration) {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()

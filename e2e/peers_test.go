@@ -10,8 +10,8 @@ import (
 	"testing"
 )
 
-// peer is the path of one of the programs in testdata/peers: other people's clients and servers. They are a module of
-// their own, so that what they need is not what pillion needs, and are built when the first test asks for one.
+// peer returns the path of a program in testdata/peers: third-party clients and servers. They are a separate module, so that
+// pillion does not depend on their modules, and are built on first use.
 func peer(t testing.TB, name string) string {
 	t.Helper()
 	dir, err := buildPeers()
@@ -32,8 +32,8 @@ var buildPeers = sync.OnceValues(func() (dir string, err error) {
 	return dir, nil
 })
 
-// startPeer runs a program at the way's end as the workload's user, and returns when it listens on port. The word
-// ADDRESS among the arguments becomes the address at which the way's beginning finds it.
+// startPeer runs a program at the way's end as the workload's user, and returns when it listens on port. The argument
+// ADDRESS is replaced by the address under which the way's beginning reaches it.
 func (w way) startPeer(t testing.TB, port int, program string, arguments ...string) (address string) {
 	t.Helper()
 	address = netip.AddrPortFrom(w.address, uint16(port)).String()
@@ -55,7 +55,7 @@ func (w way) startPeer(t testing.TB, port int, program string, arguments ...stri
 	return address
 }
 
-// runPeer runs a program at the way's beginning as the workload's user and returns what it writes. It has to succeed.
+// runPeer runs a program at the way's beginning as the workload's user and returns its output. The program must succeed.
 func (w way) runPeer(t testing.TB, program string, arguments ...string) string {
 	t.Helper()
 	out, err := w.from.Run(w.from.Command(workloadUID, workloadUID, program, arguments...))

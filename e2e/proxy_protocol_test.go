@@ -10,7 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// With REDIRECT the workload sees 127.0.0.6. One that understands the PROXY protocol receives the client's own address.
+// With REDIRECT the workload sees connections from 127.0.0.6. By the PROXY protocol it can receive the client's address.
 func TestWorkloadReceivesClientAddressByPROXYProtocol(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--inbound-proxy-protocol-ports", "9000:9005,8081")
@@ -35,7 +35,7 @@ func TestWorkloadReceivesClientAddressByPROXYProtocol(t *testing.T) {
 	}
 }
 
-// startProxyProtocolNginx runs nginx on port 8081, where it insists on a PROXY protocol header.
+// startProxyProtocolNginx runs nginx on port 8081, where it requires a PROXY protocol header.
 func startProxyProtocolNginx(t *testing.T, ns *nettest.Namespace) {
 	t.Helper()
 	program := requireProgram(t, "nginx")

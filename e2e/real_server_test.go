@@ -12,7 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// A real nginx is asked by a real curl, each under its own uid, through the rules of both flavours.
+// A real curl and a real nginx, each under its own uid, with the rules of both flavours of iptables.
 func TestNginxSeesTheExpectedClientAddress(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy} {
@@ -38,7 +38,7 @@ func TestNginxSeesTheExpectedClientAddress(t *testing.T) {
 	}
 }
 
-// The workload's own traffic over loopback, to localhost and to its own address, does not pass through the agent.
+// The workload's connections to localhost and to its own address do not pass through the agent.
 func TestLoopbackTrafficBypassesTheAgent(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -60,7 +60,7 @@ func TestLoopbackTrafficBypassesTheAgent(t *testing.T) {
 	}
 }
 
-// startNginx runs nginx on port 8080 of both families as the workload's user, and returns the name of its access log.
+// startNginx runs nginx on port 8080 of both families as the workload's user and returns the path of its access log.
 func startNginx(t *testing.T, ns *nettest.Namespace) (accessLog string) {
 	t.Helper()
 	dir := userDir(t, workloadUID)
@@ -68,7 +68,7 @@ func startNginx(t *testing.T, ns *nettest.Namespace) (accessLog string) {
 	return filepath.Join(dir, "access.log")
 }
 
-// runNginx runs nginx as the workload's user, with what it needs in dir and a server that has the given directives.
+// runNginx runs nginx as the workload's user, with its files in dir and a server with the given directives.
 func runNginx(t *testing.T, ns *nettest.Namespace, dir string, port int, directives string) {
 	t.Helper()
 	program := requireProgram(t, "nginx")

@@ -37,7 +37,7 @@ func TestRequestToRefusingUpstreamIsAnswered503(t *testing.T) {
 	})
 }
 
-// A client that has not sent a byte is not answered in HTTP.
+// A client that has not sent a byte does not get an HTTP response.
 func TestSilentClientOfRefusingUpstreamIsReset(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyWay(t, func(t *testing.T, w way) {
@@ -47,22 +47,32 @@ func TestSilentClientOfRefusingUpstreamIsReset(t *testing.T) {
 	})
 }
 
-// gRPC's clients understand trailers and not HTTP's statuses.
+// gRPC clients expect a grpc-status and not an HTTP status.
 func TestGRPCCallToRefusingUpstreamIsUnavailable(t *testing.T) {
 	t.Parallel()
 	newStage(t, patientWithClients...).eachDirection(t, func(t *testing.T, w way) {
-		for _, http2 := range []bool{false, true} {
-			response := w.askRefused(t, http2, "/a.B/C", "application/grpc")
+		for _, c := range []struct {
+			http2       bool
+			contentType string
+			status      int
+			grpc        string
+		}{
+			{true, "application/grpc", 200, "14"},
+			{true, "application/grpc+proto", 200, "14"},
+			{true, "application/grpc-web", 503, ""},
+			{false, "application/grpc", 503, ""}, // gRPC needs HTTP/2
+		} {
+			response := w.askRefused(t, c.http2, "/a.B/C", c.contentType)
 			text(t, response)
 			status := response.Header.Get("Grpc-Status") + response.Trailer.Get("Grpc-Status")
-			if response.StatusCode != 200 || status != "14" {
-				t.Errorf("HTTP/2 %v: status %d, grpc-status %q, want 200 and 14", http2, response.StatusCode, status)
+			if response.StatusCode != c.status || status != c.grpc {
+				t.Errorf("HTTP/2 %v, %s: status %d, grpc-status %q, want %d and %q", c.http2, c.contentType, response.StatusCode, status, c.status, c.grpc)
 			}
 		}
 	})
 }
 
-// patientWithClients keeps a client that is held up between its dial and its first byte from being a silent one.
+// patientWithClients are flags with which a client that is delayed before its first byte does not count as silent.
 var patientWithClients = []string{"--detection-delay", "10s"}
 
 // askRefused posts to a port without a listener.
@@ -76,7 +86,7 @@ func (w way) askRefused(t testing.TB, http2 bool, path, contentType string) *htt
 	return response
 }
 
-// hostile are requests whose end two readers could see in different places, or that no reader should guess about.
+// hostile are requests that two parsers could delimit differently, or whose framing is invalid.
 var hostile = []struct{ name, request, status string }{
 	{"two ways to find the end", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "400"},
 	{"two lengths", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nbody!", "400"},
@@ -88,6 +98,11 @@ var hostile = []struct{ name, request, status string }{
 	{"a blank in front of the colon", "GET / HTTP/1.1\r\nHost: a\r\nContent-Length : 4\r\n\r\nbody", "400"},
 	{"a folded line", "GET / HTTP/1.1\r\nHost: a\r\nX: 1\r\n 2\r\n\r\n", "400"},
 	{"a NUL", "GET / HTTP/1.1\r\nHost: a\r\nX: a\x00b\r\n\r\n", "400"},
+	{"a LF alone", "GET / HTTP/1.1\r\nHost: a\r\nX: a\nb: c\r\n\r\n", "400"},
+	{"a LF alone behind the request line", "GET / HTTP/1.1\nHost: a\r\n\r\n", "400"},
+	{"two blanks", "GET  / HTTP/1.1\r\nHost: a\r\n\r\n", "400"},
+	{"a blank in the target", "GET /a b HTTP/1.1\r\nHost: a\r\n\r\n", "400"},
+	{"a trailer for the connection", "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nConnection: close\r\n\r\n", "400"},
 	{"a CR alone", "GET / HTTP/1.1\r\nHost: a\r\nX: a\rb: c\r\n\r\n", "400"},
 	{"no host", "GET / HTTP/1.1\r\nX: 1\r\n\r\n", "400"},
 	{"two hosts", "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", "400"},
@@ -127,7 +142,7 @@ func TestMalformedRequestIsRejected(t *testing.T) {
 	})
 }
 
-// A chunk that is malformed stands behind a head that was forwarded. Upstream must not take what came for the whole.
+// A malformed chunk follows a head that was forwarded. Upstream must not take the request for complete.
 func TestMalformedChunkEndsBothSides(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
@@ -143,13 +158,14 @@ func TestMalformedChunkEndsBothSides(t *testing.T) {
 	})
 }
 
-// badAnswers are answers that a client must not see.
+// badAnswers are responses that must not reach a client.
 var badAnswers = []struct{ name, answer, status, flags string }{
 	{"nothing", "", "503", "UC"},
 	{"half a head", "HTTP/1.1 200 OK\r\nContent-", "503", "UC"},
 	{"another protocol", "ICY 200 OK\r\n\r\n", "502", "UPE"},
 	{"two lengths", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", "502", "UPE"},
 	{"two ways to find the end", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "502", "UPE"},
+	{"a LF alone", "HTTP/1.1 200 OK\r\nX: y\nContent-Length: 1\r\n\r\na", "502", "UPE"},
 	{"a 101 without an upgrade request", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n", "502", "UPE"},
 }
 
@@ -172,7 +188,7 @@ func TestMalformedResponseIsNotForwarded(t *testing.T) {
 	})
 }
 
-// A client that closes in the middle of an answer is gone, even when upstream has nothing to say just now.
+// A client that closes during a response is detected even while upstream sends nothing.
 func TestClientThatLeavesDuringAResponseIsDetected(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {

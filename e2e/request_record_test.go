@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// requestRecord waits for the record of a request that holds all of parts, and returns it. The form of
-// request records is known here only.
+// requestRecord waits for the record of a request that contains all of parts, and returns it. Only this function depends on
+// the form of these records.
 func (s *stage) requestRecord(t testing.TB, parts ...string) string {
 	t.Helper()
 	return s.agent.log.await(t, append([]string{"msg=request"}, parts...)...)

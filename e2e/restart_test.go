@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// The rules stay when the agent dies. Its replacement finds the ports free and carries new connections.
+// The rules stay when the agent dies. Its replacement can bind the ports and carries new connections.
 func TestRestartedAgentCarriesConnections(t *testing.T) {
 	t.Parallel()
 	for _, flavour := range []string{nft, legacy, native} {
@@ -20,7 +20,7 @@ func TestRestartedAgentCarriesConnections(t *testing.T) {
 					ends = append(ends, downstream, upstream)
 				}
 				s.agent.Kill()
-				// Nothing hangs on to a connection whose carrier is gone.
+				// Connections of the dead agent end on both sides.
 				for i, end := range ends {
 					if _, err := end.Read(make([]byte, 1)); err == nil {
 						t.Errorf("end %d read an unexpected byte", i)
@@ -36,7 +36,7 @@ func TestRestartedAgentCarriesConnections(t *testing.T) {
 	}
 }
 
-// Without an agent captured traffic is refused; it does not slip past.
+// Without an agent captured traffic is refused; it does not bypass the rules.
 func TestWithoutAnAgentCapturedTrafficIsRefused(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)

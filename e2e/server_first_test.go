@@ -38,7 +38,7 @@ func TestSilentClientReceivesTheServersGreeting(t *testing.T) {
 // unprivilegedUser has a name on every system, as OpenSSH's programs require.
 const unprivilegedUser = 65534
 
-// startSSHD runs sshd on port 2222 as an ordinary user, with a key of its own.
+// startSSHD runs sshd on port 2222 as an ordinary user, with its own key.
 func startSSHD(t *testing.T, ns *nettest.Namespace) {
 	t.Helper()
 	program := requireProgram(t, "sshd") // which insists on being called by its full path
@@ -53,7 +53,7 @@ func startSSHD(t *testing.T, ns *nettest.Namespace) {
 	awaitListener(t, ns, 2222)
 }
 
-// userDir makes a directory for the files of a program that runs as the given user.
+// userDir creates a directory for the files of a program that runs as the given user.
 func userDir(t *testing.T, uid int) string {
 	t.Helper()
 	dir, err := os.MkdirTemp(filepath.Dir(pillion), "user-")
@@ -74,8 +74,8 @@ func writeFile(t *testing.T, name, text string) {
 	}
 }
 
-// awaitListener waits until somebody listens on port inside the namespace. It looks instead of connecting, so that the
-// server under test sees no connection.
+// awaitListener waits until a program listens on port inside the namespace. It reads the kernel's table instead of
+// connecting, so that the server under test sees no connection.
 func awaitListener(t testing.TB, ns *nettest.Namespace, port int) {
 	t.Helper()
 	nettest.Eventually(t, fmt.Sprintf("port %d is open in %s", port, ns.Name), func() bool {

@@ -29,7 +29,7 @@ func TestReadinessFailsBeforeListenersClose(t *testing.T) {
 		downstream.Close()
 		upstream.Close()
 	})
-	// A signal now would cut connections whose ends the agent has not read yet. It reports what is left once a second.
+	// A signal now would reset connections whose ends the agent has not read yet. It reports open connections once a second.
 	idle := func() int { return len(s.agent.log.lines("msg=draining", "inbound_left=0", "outbound_left=0")) }
 	before := idle()
 	nettest.Eventually(t, "no connection is left", func() bool { return idle() > before })
@@ -39,7 +39,7 @@ func TestReadinessFailsBeforeListenersClose(t *testing.T) {
 	}
 }
 
-// endless are delays that no test waits for: an agent that ends all the same did not wait for them.
+// endless are delays longer than any test: an agent that ends nevertheless did not wait for them.
 var endless = []string{"--drain-delay", "1h", "--drain-timeout", "2h"}
 
 func TestDrainFinishesTransfersAndRefusesNewConnections(t *testing.T) {
@@ -117,7 +117,7 @@ func TestSecondSignalEndsTheAgentAtOnce(t *testing.T) {
 	}
 }
 
-// The workload may have to call out to finish what it was asked.
+// The workload may need outbound connections to finish its inbound requests.
 func TestInboundDrainsBeforeOutbound(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--drain-delay", "0s", "--drain-timeout", "60s")
@@ -155,7 +155,7 @@ func TestAgentWithoutConnectionsEndsAfterTheDrainDelay(t *testing.T) {
 	}
 }
 
-// ask is one GET of the readiness port, from the peer, as the kubelet asks.
+// ask sends a GET to the readiness port, from the peer, as the kubelet does.
 func ask(t *testing.T, s *stage, path string) (status int, body string) {
 	t.Helper()
 	return get(t, s.peer, "http://"+netip.AddrPortFrom(nettest.PodIP4, 15021).String()+path)

@@ -15,7 +15,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// manifest is what a kubelet reads of a pod, as far as it matters to the sidecar.
+// manifest is the part of a pod that matters to the sidecar.
 type manifest struct {
 	Metadata struct {
 		Name, Namespace     string
@@ -67,7 +67,7 @@ func readManifest(t *testing.T, name string) (m manifest) {
 	return m
 }
 
-// container finds one by its name, wherever it stands.
+// container returns the container or init container of that name.
 func (m manifest) container(t *testing.T, name string) container {
 	t.Helper()
 	for _, c := range slices.Concat(m.Spec.InitContainers, m.Spec.Containers) {
@@ -79,7 +79,7 @@ func (m manifest) container(t *testing.T, name string) container {
 	return container{}
 }
 
-// environment is what the kubelet makes of a container's variables.
+// environment returns a container's environment, with the values that the kubelet fills in.
 func (m manifest) environment(c container) (env []string) {
 	known := map[string]string{
 		"metadata.name": m.Metadata.Name, "metadata.namespace": m.Metadata.Namespace, "status.podIP": nettest.PodIP4.String(),
@@ -92,7 +92,7 @@ func (m manifest) environment(c container) (env []string) {
 	return env
 }
 
-// arguments are a container's, with its variables in them.
+// arguments returns a container's arguments with its variables expanded.
 func (m manifest) arguments(c container) (args []string) {
 	for _, argument := range c.Args {
 		for _, variable := range m.environment(c) {
@@ -143,12 +143,12 @@ func TestInjectedPodWorksUnchanged(t *testing.T) {
 			m := readManifest(t, name)
 			sidecar := m.container(t, "istio-proxy")
 			s := setInjectedStage(t, m)
-			// Without the race detector's own threads this is GOMAXPROCS. All three say that it is to be one.
-			line := s.agent.log.await(t, "running in the place of Istio's sidecar")
+			// GOMAXPROCS, without the race detector's own threads. Three settings of the pod set it to one.
+			line := s.agent.log.await(t, "running as Istio's sidecar")
 			if got := attribute(t, line, "cores"); got != "1" {
 				t.Errorf("%s cores, want 1: %s", got, line)
 			}
-			// istio-iptables makes no rules for IPv6 where IPv4 comes first.
+			// istio-iptables installs no rules for IPv6 if the first address is IPv4.
 			s.eachDirection(t, func(t *testing.T, w way) {
 				downstream, upstream := w.connect(t)
 				converse(t, downstream, upstream)
@@ -159,7 +159,7 @@ func TestInjectedPodWorksUnchanged(t *testing.T) {
 					t.Errorf("HTTP/2 %v: %q", http2, got)
 				}
 			}
-			// The peer is the kubelet: its probes come from outside.
+			// The peer plays the kubelet: probes come from outside the pod.
 			web := s.pod.Listen(t, "tcp", netip.AddrPortFrom(nettest.PodIP4, 8080).String())
 			server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if r.URL.Path != "/ready" {
@@ -195,7 +195,7 @@ func TestSettingsWithoutEffectAreLoggedOnce(t *testing.T) {
 	sidecar := &m.Spec.InitContainers[1]
 	sidecar.Args = append(sidecar.Args, "--novel=1")
 	s := setInjectedStage(t, m, "XDS_HEADER_NOVEL=1")
-	line := s.agent.log.await(t, "running in the place of Istio's sidecar")
+	line := s.agent.log.await(t, "running as Istio's sidecar")
 	if !strings.Contains(line, `without_effect="[discoveryAddress tracing --novel CA_ADDR PILOT_CERT_PROVIDER XDS_HEADER_NOVEL]"`) {
 		t.Errorf("log: %s", line)
 	}

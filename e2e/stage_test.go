@@ -15,14 +15,14 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// Programs that write the rules: the two flavours of iptables, or pillion itself.
+// Programs that install the rules: the two flavours of iptables, or pillion itself.
 const (
 	nft    = "nft"
 	legacy = "legacy"
 	native = "nftables" // no program
 )
 
-// initArguments are what an Istio injector passes to its init container.
+// initArguments are the arguments that Istio's injector gives the init container.
 var initArguments = []string{
 	"init", "-p", "15001", "-z", "15006", "-u", "1337", "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*",
 	"-d", "15090,15021,15020", "--log_output_level=default:info",
@@ -35,7 +35,7 @@ type stage struct {
 	tproxy    bool // the workload sees its clients' own addresses
 }
 
-// newStage sets a stage with the rules in nftables and an agent with the given flags.
+// newStage returns a stage with the rules in nftables and an agent with the given flags.
 func newStage(t testing.TB, flags ...string) *stage {
 	t.Helper()
 	return newStageIn(t, nft, flags...)
@@ -51,14 +51,14 @@ func newStageIn(t testing.TB, flavour string, flags ...string) *stage {
 	return s
 }
 
-// injected is what Istio's injector puts into the agent's environment.
+// injected is the agent's environment in a pod by Istio's injector.
 var injected = []string{
 	"POD_NAME=reviews-v1-6d4b75cb6d-hswz6", "POD_NAMESPACE=shop", "SERVICE_ACCOUNT=reader", "INSTANCE_IP=" + nettest.PodIP4.String(),
 	"ISTIO_META_WORKLOAD_NAME=reviews-v1", "ISTIO_META_CLUSTER_ID=Kubernetes",
 }
 
-// newInjectedStage sets a stage whose agent finds itself where the injector puts it: with its variables, those in env, as
-// NAME=value, and the pod's labels in their file.
+// newInjectedStage returns a stage whose agent has the injector's environment: its variables, those in env, as NAME=value,
+// and the file with the pod's labels.
 func newInjectedStage(t testing.TB, env []string, flags ...string) *stage {
 	t.Helper()
 	nettest.RequireRoot(t)
@@ -84,7 +84,7 @@ func initPod(t testing.TB, pod *nettest.Namespace, flavour string) string {
 	return stdout + stderr
 }
 
-// pathWith is a PATH with one flavour of iptables only, or without iptables.
+// pathWith returns a PATH with only one flavour of iptables, or without iptables.
 func pathWith(t testing.TB, flavour string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -102,7 +102,7 @@ func pathWith(t testing.TB, flavour string) string {
 	return "PATH=" + dir
 }
 
-// way is one direction in one family: who connects to whom, and as whom they are seen.
+// way is one direction in one family: the client's and the server's namespace, and the client address that the server sees.
 type way struct {
 	name     string
 	from, to *nettest.Namespace
@@ -137,20 +137,20 @@ func (s *stage) eachDirection(t *testing.T, test func(t *testing.T, w way)) {
 	}
 }
 
-// inbound and outbound are the IPv4 ways, for tests in which the family cannot matter.
+// inbound and outbound return the IPv4 ways, for tests in which the family cannot matter.
 func (s *stage) inbound() way  { return s.ways()[0] }
 func (s *stage) outbound() way { return s.ways()[2] }
 
-// connect opens a connection along the way and returns its two ends, seen from the agent: downstream's and upstream's.
-// It fails the test when the connection was not carried by the agent. The ends have a deadline and no keep-alive of
-// their own, and are closed when the test ends.
+// connect opens a connection along the way and returns its two ends, named from the agent's view: downstream's and
+// upstream's. It fails the test if the agent did not carry the connection. The ends have a deadline and no keep-alive, and
+// are closed when the test ends.
 func (w way) connect(t testing.TB) (downstream, upstream *net.TCPConn) {
 	t.Helper()
 	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String()).(*net.TCPListener)
 	return w.connectTo(t, listener)
 }
 
-// connectTo is connect to a listener that is there already.
+// connectTo is connect with an existing listener.
 func (w way) connectTo(t testing.TB, listener *net.TCPListener) (downstream, upstream *net.TCPConn) {
 	t.Helper()
 	downstream = w.dial(t, listener.Addr().String())
@@ -164,7 +164,7 @@ func (w way) connectTo(t testing.TB, listener *net.TCPListener) (downstream, ups
 	if seen.Addr() != w.seenAs {
 		t.Fatalf("%s: upstream sees %v, want %v", w.name, seen.Addr(), w.seenAs)
 	}
-	// Outbound, the pod's address is right with and without an agent; but two connections need two ports.
+	// Outbound, upstream sees the pod's address with and without an agent, but a carried connection has another port.
 	if seen.Port() == downstream.LocalAddr().(*net.TCPAddr).AddrPort().Port() {
 		t.Fatalf("%s: upstream sees downstream's own port %d: the connection was not carried", w.name, seen.Port())
 	}
@@ -182,7 +182,7 @@ func (w way) dial(t testing.TB, address string) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// prepare turns keep-alive off, since it would do the agent's work, and sets a deadline as a guard against hanging.
+// prepare disables keep-alive, since that is the agent's task, and sets a deadline as a guard against hanging.
 func prepare(t testing.TB, conn *net.TCPConn) {
 	t.Cleanup(func() { conn.Close() })
 	conn.SetKeepAlive(false)
@@ -198,7 +198,7 @@ func reset(t testing.TB, conn *net.TCPConn) {
 	conn.Close()
 }
 
-// tryConnection dials address and reads until the end: the error that ended it, nil for a silent close.
+// tryConnection dials address and reads until the end. It returns the error that ended the connection, or nil for EOF.
 func tryConnection(from *nettest.Namespace, address string) error {
 	conn, err := from.Dial("tcp", address, nettest.Patience)
 	if err != nil {
@@ -213,7 +213,7 @@ func tryConnection(from *nettest.Namespace, address string) error {
 	return err
 }
 
-// reads fails the test unless what comes next from conn is exactly want.
+// reads fails the test unless the next bytes from conn are want.
 func reads(t testing.TB, conn net.Conn, want string) {
 	t.Helper()
 	got := make([]byte, len(want))
@@ -230,7 +230,7 @@ func writes(t testing.TB, conn net.Conn, text string) {
 	}
 }
 
-// converse sends a word each way, so that the connection is known to be carried to its end.
+// converse sends a word in each direction, to prove that the connection is carried.
 func converse(t testing.TB, downstream, upstream net.Conn) {
 	t.Helper()
 	writes(t, downstream, "question")
@@ -239,6 +239,6 @@ func converse(t testing.TB, downstream, upstream net.Conn) {
 	reads(t, downstream, "answer")
 }
 
-// isReset and isRefused tell what the other side of a connection did.
+// isReset and isRefused report whether an error means that the other side reset or refused the connection.
 func isReset(err error) bool   { return errors.Is(err, syscall.ECONNRESET) }
 func isRefused(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }

@@ -16,10 +16,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// arrangement is where the rules of init are, and by what they bring inbound connections.
+// arrangement is the back end of init's rules and the mode of inbound connections.
 type arrangement struct{ backend, mode string }
 
-// arrangements is a walk through all that there are, in which each follows each once, itself too. It ends where it began.
+// arrangements is a sequence of all arrangements in which each follows each once, including itself. It ends where it began.
 func arrangements() (walk []arrangement) {
 	var all []arrangement
 	for _, backend := range []string{"iptables-nft", "iptables-legacy", "nftables"} {
@@ -34,7 +34,7 @@ func arrangements() (walk []arrangement) {
 	return append(walk, all[0])
 }
 
-// manners are ways to say what is captured. By each the traffic of workingPod is.
+// manners are sets of arguments that select captured traffic. With each of them, the traffic of workingPod is captured.
 var manners = [][][]string{
 	{{"-b", "*", "-d", "15090,15021,15020"}, {"-b", "8080,9000"}, {"-b", "8000:9999"}, {"-b", "*", "-d", "22,4000:4100"}},
 	{{"-i", "*"}, {"-i", "*", "-x", "192.0.2.0/24,2001:db8:99::/64"}, {"-i", nettest.Elsewhere4.String() + "/32," + nettest.Elsewhere6.String() + "/128"},
@@ -42,7 +42,7 @@ var manners = [][][]string{
 	{{}, {"ISTIO_OUTBOUND_OWNER_GROUPS=0,1000"}, {"ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE=4242"}},
 }
 
-// rearrange runs init for the arrangement, each time in other words.
+// rearrange runs init for the arrangement, each time with other arguments.
 func rearrange(t *testing.T, pod *nettest.Namespace, a arrangement, serial int) (output string) {
 	t.Helper()
 	args := []string{"init", "-p", "15001", "-z", "15006", "-u", "1337", "-m", a.mode, "--backend", a.backend}
@@ -55,17 +55,17 @@ func rearrange(t *testing.T, pod *nettest.Namespace, a arrangement, serial int) 
 	return stdout + stderr
 }
 
-// workingPod is a pod in which the agent for TPROXY works, and traffic goes each way without a pause.
+// workingPod is a pod with an agent for TPROXY and continuous traffic in each direction.
 type workingPod struct {
 	*stage
-	// arranged is even when the rules are those of walk[arranged/2-1], and odd while that changes.
+	// arranged is even while the rules are those of walk[arranged/2-1], and odd while they change.
 	arranged atomic.Int64
 	walk     []arrangement
 	asked    atomic.Int64
 	rounds   []atomic.Int64 // of each way
 }
 
-// talk is a downstream connection on which there is one question and one answer at a time, lines or HTTP.
+// talk is a downstream connection with one question and one answer at a time, as lines or HTTP.
 type talk struct {
 	net.Conn
 	answers *bufio.Reader
@@ -74,7 +74,7 @@ type talk struct {
 	opened  string // under which arrangement
 }
 
-// ask sends a question and returns what address the answer comes to, or what went wrong.
+// ask sends a question and returns the client address in the answer, or an error.
 func (c *talk) ask() (seen netip.AddrPort, err error) {
 	c.asked++
 	c.SetDeadline(time.Now().Add(nettest.Patience))
@@ -105,7 +105,7 @@ func (c *talk) ask() (seen netip.AddrPort, err error) {
 	return netip.ParseAddrPort(strings.TrimSpace(address))
 }
 
-// serveTalks answers along the way: to lines at port 9000, to HTTP at port 8080. Each answer holds the address of the client.
+// serveTalks answers at the way's end: lines on port 9000, HTTP on port 8080. Each answer has the address of the client.
 func serveTalks(t *testing.T, w way) {
 	serveEach(t, w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 9000).String()), func(conn net.Conn) {
 		conn.SetDeadline(time.Time{}) // the client has a deadline
@@ -131,8 +131,8 @@ func serveTalks(t *testing.T, w way) {
 }
 
 // work opens connections along the way, and asks on these and all that it has kept, until stop is closed. It keeps two of
-// each arrangement, those of the first two to the end, others for the next six. No byte may be lost, and no connection may go
-// past the agent.
+// each arrangement: those of the first two until the end, others for the next six. No byte may be lost, and no connection may
+// bypass the agent.
 func (p *workingPod) work(t *testing.T, w way, rounds *atomic.Int64, stop <-chan struct{}) {
 	var kept []*talk
 	defer func() {
@@ -191,9 +191,9 @@ func (p *workingPod) work(t *testing.T, w way, rounds *atomic.Int64, stop <-chan
 	}
 }
 
-// No connection notices that init runs again with other arguments: neither those that are open nor new ones, whether
-// the rules move to another place or inbound connections come in another manner. Only when the last connection that came
-// by TPROXY has ended do its marks and routes go.
+// When init runs again with other arguments, neither open nor new connections are disturbed, whether the rules move to
+// another back end or the mode of inbound connections changes. The marks and routes of TPROXY are removed only after its last
+// connection has ended.
 func TestTrafficContinuesWhileInitRunsRepeatedly(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
@@ -214,7 +214,7 @@ func TestTrafficContinuesWhileInitRunsRepeatedly(t *testing.T) {
 	roundTrips := func() {
 		for i := range p.rounds {
 			before := p.rounds[i].Load()
-			nettest.Eventually(t, "traffic goes on", func() bool { return p.rounds[i].Load() > before+1 })
+			nettest.Eventually(t, "traffic continues", func() bool { return p.rounds[i].Load() > before+1 })
 		}
 	}
 	func() {
@@ -239,9 +239,9 @@ func TestTrafficContinuesWhileInitRunsRepeatedly(t *testing.T) {
 		return p.pod.MustRun(t, "sh", "-c", "ip -4 rule list table 133; ip -6 rule list table 133")
 	}
 	if routes() == "" {
-		t.Error("the routes of TPROXY went before its connections")
+		t.Error("the routes of TPROXY were removed before its connections ended")
 	}
-	nettest.Eventually(t, "what TPROXY needs goes when its connections have ended", func() bool {
+	nettest.Eventually(t, "marks and routes of TPROXY are removed after its connections have ended", func() bool {
 		rearrange(t, p.pod, p.walk[0], 0)
 		return routes() == ""
 	})

@@ -20,13 +20,13 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// admin asks the admin port from within the pod.
+// admin sends a request to the admin port from within the pod.
 func (s *stage) admin(t testing.TB, method, path string) (status int, body string) {
 	t.Helper()
 	return send(t, s.pod, method, "http://127.0.0.1:15000"+path, nil)
 }
 
-// order sends an order to the admin port. It must be accepted.
+// order sends a command to the admin port. It must be accepted.
 func (s *stage) order(t testing.TB, path string) (body string) {
 	t.Helper()
 	status, body := s.admin(t, "POST", path)
@@ -36,7 +36,7 @@ func (s *stage) order(t testing.TB, path string) (body string) {
 	return body
 }
 
-// busy makes requests in both directions, one of which fails, and leaves a connection open in each.
+// busy makes requests in both directions, one of them fails, and leaves a connection open in each direction.
 func (s *stage) busy(t *testing.T) {
 	t.Helper()
 	for _, w := range []way{s.inbound(), s.outbound()} {
@@ -121,7 +121,7 @@ func TestAdminAnswersAreEnvoysMessages(t *testing.T) {
 	}
 }
 
-// The admin port changes the agent: it is for the pod alone, and for orders that are meant.
+// The admin port can change the agent, so it accepts only requests from the pod, and changes only by POST.
 func TestAdminPortIsLocalAndChangesNeedPOST(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
@@ -133,7 +133,7 @@ func TestAdminPortIsLocalAndChangesNeedPOST(t *testing.T) {
 		}
 	}
 	for _, path := range []string{
-		"/logging?level=error", "/healthcheck/fail", "/drain_listeners", "/quitquitquit", "/reset_counters", "/reopen_logs",
+		"/logging?level=error", "/healthcheck/fail", "/drain_listeners", "/quitquitquit", "/reopen_logs",
 	} {
 		if status, body := s.admin(t, "GET", path); status != 405 || body != "Method GET not allowed, POST required." {
 			t.Errorf("GET %s: %d %q, want 405", path, status, body)
@@ -241,7 +241,7 @@ func TestListenersAreDrainedByRequest(t *testing.T) {
 	}
 }
 
-// The commands that look at an agent, beside one that has traffic.
+// The commands that inspect an agent, with an agent that has traffic.
 func TestCommandsThatInspectTheAgent(t *testing.T) {
 	t.Parallel()
 	s := newInjectedStage(t, nil)
@@ -284,7 +284,7 @@ func TestCommandsThatInspectTheAgent(t *testing.T) {
 		}
 	}
 
-	// tap: three of the records that fit, then it ends. It follows what happens from now on.
+	// tap prints three of the matching records from now on, then exits.
 	var out bytes.Buffer
 	tap := s.pod.Command(workloadUID, workloadUID, pillion, "tap", "-n", "3", "-o", "json", "--direction", "inbound", "--path", "/tapped")
 	tap.Stdout = &out
@@ -322,7 +322,7 @@ func TestCommandsThatInspectTheAgent(t *testing.T) {
 	}
 }
 
-// A bundle is sent to people outside: it has what they need, and no secret of users or operators.
+// A bundle is sent to outsiders: it must not have secrets of users or operators.
 func TestBundleHasNoSecrets(t *testing.T) {
 	t.Parallel()
 	secret := []string{"DATABASE_PASSWORD=hunter-variable", "PILLION_LOG_LEVEL=info"}
@@ -337,7 +337,8 @@ func TestBundleHasNoSecrets(t *testing.T) {
 		"version.txt":      {"pillion ", "Linux version"},
 		"live.json":        {`"uptimeSeconds"`, "shop.example"},
 		"records.json":     {`"/things/7"`, `"shop.example"`},
-		"gates.json":       {"unready_targets_dumps"},
+		"gates.txt":        {"ready: true\n", "inbound: open\n"},
+		"log.txt":          {"carrying traffic"},
 		"rules.txt":        {"15001", "15006"},
 		"environment.txt":  {"DATABASE_PASSWORD\n", "PILLION_LOG_LEVEL=info\n"},
 		"server_info.json": {"reviews-v1"},
@@ -351,8 +352,8 @@ func TestBundleHasNoSecrets(t *testing.T) {
 			}
 		}
 	}
-	if len(parts) != 10 {
-		t.Errorf("%d parts, want 10", len(parts))
+	if len(parts) != 11 {
+		t.Errorf("%d parts, want 11", len(parts))
 	}
 	for name, content := range parts {
 		if at := strings.Index(content, "hunter"); at >= 0 {
@@ -366,12 +367,12 @@ func TestBundleHasNoSecrets(t *testing.T) {
 	if _, err := s.pod.Run(bundle); err != nil {
 		t.Fatal(err)
 	}
-	if parts := unpack(t, out.String()); len(parts) != 10 || !strings.Contains(parts["rules.txt.note"], "NET_ADMIN") {
+	if parts := unpack(t, out.String()); len(parts) != 11 || !strings.Contains(parts["rules.txt.note"], "NET_ADMIN") {
 		t.Errorf("%d parts; the note is %q", len(parts), parts["rules.txt.note"])
 	}
 }
 
-// unpack returns the parts of a bundle by their names.
+// unpack returns the parts of a bundle by name.
 func unpack(t *testing.T, bundle string) map[string]string {
 	t.Helper()
 	unzipped, err := gzip.NewReader(strings.NewReader(bundle))

@@ -31,12 +31,12 @@ import (
 // families is an exposition as Prometheus reads it.
 type families map[string]*dto.MetricFamily
 
-// podURL is where a port of the pod is asked for path.
+// podURL returns the URL of a path on a port of the pod.
 func podURL(port uint16, path string) string {
 	return "http://" + netip.AddrPortFrom(nettest.PodIP4, port).String() + path
 }
 
-// scrape asks for the agent's own metrics from the peer, as Prometheus does.
+// scrape gets the agent's own metrics from the peer, as Prometheus does.
 func (s *stage) scrape(t testing.TB) families {
 	t.Helper()
 	return parseMetrics(t, s.exposition(t, capture.MetricsPort, nil).body)
@@ -79,7 +79,7 @@ func parseMetrics(t testing.TB, text string) families {
 	return parsed
 }
 
-// sample sums the samples of a metric whose labels have these values: of a histogram, its count.
+// sample returns the sum of the samples of a metric that have these labels. For a histogram, the sample is its count.
 func sample(f families, name string, labels ...string) (sum float64) {
 	for _, metric := range f[name].GetMetric() {
 		if hasLabels(metric, labels) {
@@ -244,8 +244,8 @@ func TestBytesOfOpenConnectionAreCounted(t *testing.T) {
 	})
 }
 
-// Prometheus asks one port for all that there is: the agent's own, and what the workload serves in two formats. A part that
-// is dead takes nothing away from the others.
+// Prometheus scrapes one port for the agent's metrics and those of the workload, in two formats. A failed part does not
+// affect the others.
 func TestMetricsOfTheWorkloadAreMergedWithOurs(t *testing.T) {
 	t.Parallel()
 	s := newInjectedStage(t, []string{`ISTIO_PROMETHEUS_ANNOTATIONS={"scrape":"true","targets":[` +
@@ -356,7 +356,7 @@ func TestClientsCannotMakeTheMetricsGrow(t *testing.T) {
 	before := s.agent.resident(t)
 	flood(2000, 20_000)
 	grown := s.agent.resident(t) - before
-	// The last requests are counted a moment after their answers.
+	// The last requests are counted shortly after their responses.
 	var lines int
 	var f families
 	nettest.Eventually(t, "all requests are counted", func() bool {

@@ -14,7 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// send sends a request from inside the namespace, as method and URL, with fields of its own. Host among them is the host.
+// send sends a request with additional fields from inside the namespace. The field Host sets the host.
 func send(t testing.TB, from *nettest.Namespace, method, url string, fields map[string]string) (status int, body string) {
 	t.Helper()
 	request, err := http.NewRequestWithContext(t.Context(), method, url, nil)
@@ -50,8 +50,8 @@ const probers = `ISTIO_KUBE_APP_PROBERS={
 	"/app-health/none/startupz": {"grpc":{"port":50051,"service":"no.such"},"timeoutSeconds":5},
 	"/app-health/dead/livez":    {"grpc":{"port":9},"timeoutSeconds":5}}`
 
-// The kubelet asks the status port, and the workload is asked as it would be by the kubelet: from an address that the rules
-// let pass, and for the result of the pod's own probe. This holds in both families.
+// For a probe of the kubelet at the status port, the agent runs the workload's own probe from an address that the rules do
+// not capture, in both families.
 func TestKubeletProbesReachTheWorkload(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
@@ -153,14 +153,14 @@ func TestInvalidInjectorVariablesAreReported(t *testing.T) {
 		_, stderr, code := execute(t, pod, []string{"INSTANCE_IP=" + nettest.PodIP4.String(), c.variable + "=" + c.value}, "agent")
 		last := stderr[strings.LastIndexByte(strings.TrimSuffix(stderr, "\n"), '\n')+1:]
 		for _, want := range append(c.want, c.variable) {
-			if code != 1 || !strings.Contains(last, want) {
-				t.Errorf("%s=%s: exit code %d, want 1 and %q in: %s", c.variable, c.value, code, want, stderr)
+			if code != 2 || !strings.Contains(last, want) {
+				t.Errorf("%s=%s: exit code %d, want 2 and %q in: %s", c.variable, c.value, code, want, stderr)
 			}
 		}
 	}
 }
 
-// A job whose work is done ends its sidecar. Clients outside the pod cannot.
+// A job can stop its sidecar. Clients outside the pod cannot.
 func TestQuitIsLocalAndImmediate(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, endless...)
@@ -199,8 +199,8 @@ func TestQuitIsLocalAndImmediate(t *testing.T) {
 	s.agent.access.await(t, " "+downstream.LocalAddr().String()+" ") // the log was written to its end
 }
 
-// The hook that runs before a native sidecar is stopped orders it to drain. From then on endpoints are removed;
-// requests that still arrive are served, and the signal that follows waits only for the rest of the delay.
+// The preStop hook of a native sidecar starts its drain. Endpoints are removed from then on; requests that still arrive are
+// served, and a later signal waits only for the rest of the delay.
 func TestDrainByRequestKeepsServing(t *testing.T) {
 	t.Parallel()
 	const requests = 20

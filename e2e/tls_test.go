@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// TLS is carried as it is: both sides agree on what they would have agreed on without us. The server name and
-// the protocols that the client sends in the clear are in the record.
+// TLS passes unchanged: both sides negotiate the same as without the agent. The server name and the protocols that the
+// client sends unencrypted are in the record.
 func TestTLSPassesAndItsServerNameIsRecorded(t *testing.T) {
 	t.Parallel()
 	certificate := selfSigned(t, "some.example")
@@ -47,7 +47,7 @@ func TestTLSPassesAndItsServerNameIsRecorded(t *testing.T) {
 	})
 }
 
-// A real openssl at both ends, with each version of TLS that it speaks.
+// A real openssl at both ends, with each version of TLS that it supports.
 func TestOpenSSLTalksToOpenSSL(t *testing.T) {
 	t.Parallel()
 	program := requireProgram(t, "openssl")

@@ -78,7 +78,7 @@ func TestHalfCloseByUpstream(t *testing.T) {
 	})
 }
 
-// halfClose sends words on one side and closes that half. The other side must see the end, and may still answer.
+// halfClose sends words on one side and closes that half. The other side must see the end and can still answer.
 func halfClose(t *testing.T, near, far *net.TCPConn) {
 	t.Helper()
 	writes(t, near, "last words")
@@ -93,8 +93,8 @@ func halfClose(t *testing.T, near, far *net.TCPConn) {
 	}
 }
 
-// Connection tracking forgets a half-closed flow after a minute of silence, and its redirection with it. Only the
-// agent's keep-alive holds it: the test's own sockets have keep-alive off.
+// Connection tracking forgets a half-closed flow, and its redirection, after a minute of silence. Only the agent's
+// keep-alive prevents that: the test's own sockets have keep-alive disabled.
 func TestHalfClosedConnectionSurvivesSeventySecondsOfSilence(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
@@ -187,7 +187,7 @@ func TestARefusedUpstreamBecomesAReset(t *testing.T) {
 	})
 }
 
-// The upstream's host receives the connection attempt and does not answer.
+// The upstream's host receives the SYN and does not answer.
 func TestAnUpstreamThatDoesNotAnswerBecomesAReset(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "--connect-timeout", "1s")
@@ -293,7 +293,7 @@ func TestAGibibyteEachWayArrivesWhole(t *testing.T) {
 // onlyReader hides the other methods of a connection from io.Copy, so that it does not splice past the hash.
 type onlyReader struct{ io.Reader }
 
-// sendBulk writes n bytes that do not repeat, hashes them, and closes its half.
+// sendBulk writes n pseudo-random bytes, hashes them, and closes its half.
 func sendBulk(t testing.TB, conn *net.TCPConn, sum hash.Hash, n int64) {
 	block := make([]byte, 1<<18)
 	rand.Read(block)
@@ -334,8 +334,8 @@ func serveEcho(t testing.TB, listener net.Listener) {
 	serveEach(t, listener, func(conn net.Conn) { io.Copy(conn, conn) })
 }
 
-// serveEach calls serve for every connection, in a goroutine of its own, until the test ends, and closes the connection
-// when it returns. Connections have a deadline.
+// serveEach calls serve for every connection, each in its own goroutine, until the test ends. It closes the connection when
+// serve returns. Connections have a deadline.
 func serveEach(t testing.TB, listener net.Listener, serve func(net.Conn)) {
 	var running sync.WaitGroup
 	running.Go(func() {
@@ -358,7 +358,7 @@ func serveEach(t testing.TB, listener net.Listener, serve func(net.Conn)) {
 	})
 }
 
-// askEcho sends bytes that only this connection has and checks that exactly these come back.
+// askEcho sends bytes that are unique to this connection and checks the echo.
 func askEcho(from *nettest.Namespace, address string, serial int) error {
 	conn, err := from.Dial("tcp", address, time.Minute)
 	if err != nil {

@@ -13,8 +13,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// README's way to see one's own traffic: scripts/try runs a command whose requests appear in the access log, keeps its
-// output and exit status, and leaves nothing behind. 10.0.2.2 is the loopback of the machine.
+// scripts/try, from README: it runs a command whose requests appear in the access log, keeps the command's output and exit
+// status, and cleans up. 10.0.2.2 is the loopback of the machine.
 func TestTryShowsTheTrafficOfACommand(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)

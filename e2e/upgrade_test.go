@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// upgrades are protocols that real clients change to in the middle of HTTP/1.
+// upgrades are protocols to which real clients upgrade an HTTP/1 connection.
 var upgrades = []struct{ name, request, answer string }{
 	{
 		"websocket",
@@ -32,8 +32,8 @@ var upgrades = []struct{ name, request, answer string }{
 	},
 }
 
-// After 101 the connection belongs to the new protocol: bytes pass both ways at once, those that stand right behind the
-// answer among them, and each side ends by itself.
+// After 101 the connection belongs to the new protocol: bytes pass in both directions, including those directly after the
+// response, and each side ends separately.
 func TestUpgrades(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
@@ -59,7 +59,7 @@ func TestUpgrades(t *testing.T) {
 	})
 }
 
-// A client may be sure that it will be understood, and speak the new protocol right behind its request.
+// A client may send bytes of the new protocol directly after its request.
 func TestBytesSentWithAnUpgradeAreNotLost(t *testing.T) {
 	t.Parallel()
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
@@ -119,7 +119,7 @@ func TestRefusedConnectTunnelLeavesTheConnectionOpen(t *testing.T) {
 	})
 }
 
-// value is the value of a field in the head of a message, "" without the field.
+// value returns the value of a field in the head of a message, or "" without the field.
 func value(message, name string) string {
 	head, _, _ := strings.Cut(message, "\r\n\r\n")
 	for _, line := range strings.Split(head, "\r\n")[1:] {

@@ -16,7 +16,7 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// adminOptions say which agent the commands that only look ask.
+// adminOptions select the agent whose state a command shows.
 type adminOptions struct{ address string }
 
 func (o *adminOptions) bind(flags *pflag.FlagSet) {
@@ -33,21 +33,21 @@ func parseAdmin(text string) (string, error) {
 	return text, nil
 }
 
-// Bounds of an answer that ends.
+// Bounds of a response that is not a stream.
 const (
 	adminTimeout = 10 * time.Second
 	adminBytes   = 16 << 20
 )
 
-// adminClient asks directly: what is on this machine is behind no proxy.
+// adminClient ignores the environment's HTTP proxies: the agent is on this machine.
 var adminClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, ResponseHeaderTimeout: adminTimeout}}
 
-// open asks for a path and returns the body of the answer, which the caller closes.
+// open requests a path and returns the body of the response. The caller closes it.
 func (o *adminOptions) open(ctx context.Context, path, query string) (io.ReadCloser, error) {
 	where := url.URL{Scheme: "http", Host: o.address, Path: path, RawQuery: query}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, where.String(), nil)
 	if err != nil {
-		return nil, fmt.Errorf("asking %s: %w", &where, err)
+		return nil, fmt.Errorf("requesting %s: %w", &where, err)
 	}
 	response, err := adminClient.Do(request)
 	if err != nil {
@@ -61,11 +61,11 @@ func (o *adminOptions) open(ctx context.Context, path, query string) (io.ReadClo
 	return response.Body, nil
 }
 
-// explainAdmin says what to do when nothing answers.
+// explainAdmin adds a remedy to a failed request.
 func explainAdmin(where *url.URL, err error) error {
 	cause := err
 	if unwrapped := errors.Unwrap(err); unwrapped != nil {
-		cause = unwrapped // without the address once more
+		cause = unwrapped // without a second copy of the address
 	}
 	if errors.Is(err, context.Canceled) {
 		return cause
@@ -75,10 +75,10 @@ func explainAdmin(where *url.URL, err error) error {
 		remedy = "is \"pillion agent\" running here? From outside its pod, " +
 			"first run \"kubectl port-forward POD 15000\"; for another address use --admin"
 	}
-	return fmt.Errorf("asking %s: %w: %s", where, cause, remedy)
+	return fmt.Errorf("requesting %s: %w: %s", where, cause, remedy)
 }
 
-// read asks for a path and returns the whole answer.
+// read requests a path and returns the whole response.
 func (o *adminOptions) read(ctx context.Context, path, query string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
 	defer cancel()
@@ -89,22 +89,22 @@ func (o *adminOptions) read(ctx context.Context, path, query string) ([]byte, er
 	defer body.Close()
 	text, err := io.ReadAll(io.LimitReader(body, adminBytes+1))
 	if err != nil {
-		return nil, fmt.Errorf("reading the answer of http://%s%s: %w", o.address, path, err)
+		return nil, fmt.Errorf("reading http://%s%s: %w", o.address, path, err)
 	}
 	if len(text) > adminBytes {
-		return nil, fmt.Errorf("reading the answer of http://%s%s: it is longer than %d MiB", o.address, path, adminBytes>>20)
+		return nil, fmt.Errorf("reading http://%s%s: longer than %d MiB", o.address, path, adminBytes>>20)
 	}
 	return text, nil
 }
 
-// readJSON asks for a path whose answer is JSON.
+// readJSON requests a path that serves JSON.
 func (o *adminOptions) readJSON(ctx context.Context, path string, into any) error {
 	text, err := o.read(ctx, path, "")
 	if err != nil {
 		return err
 	}
 	if err := json.Unmarshal(text, into); err != nil {
-		return fmt.Errorf("reading the answer of http://%s%s: %w; is this pillion's admin server?", o.address, path, err)
+		return fmt.Errorf("reading http://%s%s: %w; is this pillion's admin server?", o.address, path, err)
 	}
 	return nil
 }

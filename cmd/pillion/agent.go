@@ -16,6 +16,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/agent"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/logring"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
@@ -55,6 +56,8 @@ type agentOptions struct {
 	config        agent.Config
 	level, format string        // of the log
 	grace         time.Duration // terminationGracePeriodSeconds of the pod; zero: unknown
+	memory        int           // limit in bytes; zero: the container's
+	recent        logring.Ring  // the last lines of the log
 }
 
 func newAgentOptions() *agentOptions {
@@ -88,21 +91,23 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	portsFlag(flags, &config.Connections.InboundProxyProtocol, "inbound-proxy-protocol-ports", "inbound ports where the workload receives a PROXY protocol v2 header; they are opaque")
 	countFlag(flags, &config.HTTP.MaxHeadBytes, "max-head-bytes", "maximum size of a message head in bytes; larger requests get 431, larger responses become 502")
 	countFlag(flags, &config.HTTP.MaxHeadFields, "max-head-fields", "maximum number of header fields, with the same effect")
-	durationFlag(flags, &config.HTTP.RequestHeadTimeout, "request-head-timeout", "time limit for the head of a request, then 408; 0s: none")
-	durationFlag(flags, &config.HTTP.RequestTimeout, "request-timeout", "time limit from a complete request to the start of its response, then 504; 0s: none")
-	durationFlag(flags, &config.HTTP.UpstreamIdleTimeout, "upstream-idle-timeout", "close HTTP/1 connections to the workload that no client has used for this long; 0s keeps none")
+	parsed(flags, &config.HTTP.MaxHeldBytes, parseBytes, "max-held-bytes", "", "0", "bytes", "memory for unfinished heads, header blocks and held bodies of all connections, as 32Mi; beyond it the largest get 503 or a reset; 0: a quarter of the memory limit")
+	durationFlag(flags, &config.HTTP.RequestHeadTimeout, "request-head-timeout", "time limit for the head of a request, then 408; 0s: no limit")
+	durationFlag(flags, &config.HTTP.RequestTimeout, "request-timeout", "time limit from a complete request to the start of its response, then 504; 0s: no limit")
+	durationFlag(flags, &config.HTTP.UpstreamIdleTimeout, "upstream-idle-timeout", "close HTTP/1 connections to the workload that no client has used for this long; 0s: at once")
 	parsed(flags, &config.HTTP.InboundFields.ForwardedFor, parseForwardedFor, "x-forwarded-for", "", "set-if-absent", "set-if-absent|append|off", "how x-forwarded-for of inbound requests gets the client's address")
 	switchFlag(flags, "x-forwarded-proto", "set x-forwarded-proto in requests without it", &config.HTTP.InboundFields.ForwardedProto, &config.HTTP.OutboundFields.ForwardedProto)
 	switchFlag(flags, "x-request-id", "set x-request-id in requests without it", &config.HTTP.InboundFields.RequestID, &config.HTTP.OutboundFields.RequestID)
 	switchFlag(flags, "x-envoy-upstream-service-time", "set x-envoy-upstream-service-time in responses", &config.HTTP.InboundFields.ServiceTime, &config.HTTP.OutboundFields.ServiceTime)
 	countFlag(flags, &config.Connections.Max, "max-connections", "limit of open connections, inbound and outbound together; 0: limited by file descriptors only")
+	parsed(flags, &o.memory, parseBytes, "memory-limit", "", "0", "bytes", "memory that the process may use, as 128Mi; 0: GOMEMLIMIT, or the container's limit")
 	durationFlag(flags, &config.Drain.Delay, "drain-delay", "on shutdown, keep accepting this long after readiness fails")
 	durationFlag(flags, &config.Drain.Timeout, "drain-timeout", "on shutdown, cut the remaining connections this long after readiness fails")
 	parsed(flags, &o.grace, parseGrace, "termination-grace-period", "", "0s", "duration", "the pod's terminationGracePeriodSeconds, as 30 or 30s; minus a margin, it is the limit of --drain-timeout and its default; 0s: unknown")
 	parsedSwitch(flags, &config.DNS.Capture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns redirects to port 15053")
 	parsed(flags, &config.DNS.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in "+agent.ResolvConf)
 	countFlag(flags, &config.DNS.CacheSize, "dns-cache-size", "number of cached DNS answers; 0: no cache")
-	textFlag(flags, &config.AccessLog.Path, "access-log", "path|off", "file of the access log, with a line for each connection and request; /dev/stdout is standard output")
+	textFlag(flags, &config.AccessLog.Path, "access-log", "path|off", "file of the access log, with a line for each connection and request; /dev/stdout is standard output; off: no log")
 	choiceFlag(flags, &config.AccessLog.Encoding, "access-log-encoding", "encoding of the lines", "text", "json")
 	textFlag(flags, &config.AccessLog.Format, "access-log-format", "format", "format of a line, in Envoy's command operators; with json, an object of them; empty: Istio's format")
 	textFlag(flags, &config.AccessLog.Filter, "access-log-filter", "filter", "filter of the lines, such as \"errors; status=4xx,slower=250ms; sample=1%\"")
@@ -135,11 +140,11 @@ var injectedVariables = map[string]string{
 
 // run runs the agent that the flags describe. The caller has applied the environment.
 func (o *agentOptions) run(flags *pflag.FlagSet) error {
-	o.config.Log = newLogger(o.config.LogLevel, o.level, o.format)
+	o.config.Log, o.config.RecentLog = o.newLogger(), &o.recent
 	o.config.Version, o.config.SettingName = version, settingFlag
 	o.fitDrain(flags)
 	readPod(&o.config)
-	if err := limitMemory("/sys/fs/cgroup", os.Getenv("GOMEMLIMIT")); err != nil {
+	if err := limitMemory(int64(o.memory), os.Getenv("GOMEMLIMIT"), controlGroup); err != nil {
 		o.config.Log.Warn("cannot apply the container's memory limit", "error", err)
 	}
 	return runAgent(o.config)
@@ -182,8 +187,9 @@ func runAgent(config agent.Config) error {
 
 	a, err := agent.New(config)
 	if err != nil {
-		return flagNamed(err)
+		return valueUnlessSystem(flagNamed(err))
 	}
+	warnIfCaptured(config.Log, uint32(os.Geteuid()), uint32(os.Getegid()))
 	drain, startDrain := context.WithCancel(context.Background())
 	force, startForce := context.WithCancel(context.Background())
 	defer startForce()
@@ -224,14 +230,16 @@ func readPod(config *agent.Config) {
 	}
 }
 
-// newLogger logs from level on; adjustable can change the level later.
-func newLogger(adjustable *slog.LevelVar, level, format string) *slog.Logger {
-	if err := adjustable.UnmarshalText([]byte(level)); err != nil {
+// newLogger logs to standard error and to the ring, from the level on that the flag sets. The agent can change the level.
+func (o *agentOptions) newLogger() *slog.Logger {
+	adjustable := o.config.LogLevel
+	if err := adjustable.UnmarshalText([]byte(o.level)); err != nil {
 		panic(err) // the flag accepts valid levels only
 	}
 	options := slog.HandlerOptions{Level: adjustable}
-	if format == "json" {
-		return slog.New(slog.NewJSONHandler(os.Stderr, &options))
+	var stderr slog.Handler = slog.NewTextHandler(os.Stderr, &options)
+	if o.format == "json" {
+		stderr = slog.NewJSONHandler(os.Stderr, &options)
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, &options))
+	return slog.New(slog.NewMultiHandler(stderr, o.recent.Handler(adjustable)))
 }

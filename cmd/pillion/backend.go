@@ -41,7 +41,7 @@ func (o *backendOptions) choose() (iptables.Backend, error) {
 	case alias == iptables.Auto, alias == o.backend:
 		return o.backend, nil
 	}
-	return "", fmt.Errorf("%s %s contradicts %s, which means %s: use one of them", settingName(o.backendFlag), o.backend, settingName(flag), alias)
+	return "", valueError{fmt.Errorf("%s %s contradicts %s, which means %s: use one of them", settingName(o.backendFlag), o.backend, settingName(flag), alias)}
 }
 
 func parseBackend(text string) (iptables.Backend, error) {

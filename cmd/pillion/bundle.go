@@ -22,6 +22,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/iptables"
 	"github.com/pillion-proxy/pillion/iptables/kernel"
+	"github.com/pillion-proxy/pillion/iptables/report"
 )
 
 // newBundle is `pillion bundle`.
@@ -30,18 +31,18 @@ func newBundle() *cobra.Command {
 	file := ""
 	cmd := &cobra.Command{
 		Use:   "bundle",
-		Short: "Write what a support case needs into one file",
-		Long: `Write what a support case needs into one .tar.gz: the rules, the agent's configuration and gates, its metrics, what it
-carries now and the last hundred records, its goroutines, and versions.
+		Short: "Write everything that a support case needs into one file",
+		Long: `Write everything that a support case needs into one .tar.gz: the rules, the agent's configuration and gates, the last 1,000
+lines of its log, its metrics, its open connections and the last hundred records, its goroutines, and versions.
 
-There is nothing secret in it. Paths of requests are without their queries, there are no values of header fields but
-the host, and environment variables are without their values, but for the agent's own and a few known ones. It does name
-hosts, paths and addresses: look into it before you give it away.
+It contains no secrets: paths have no queries, no header values are included except the host, and environment variables
+have values only if they are the agent's own or known to be harmless. It does contain hosts, paths and addresses. Check it
+before you share it.
 
-A part that cannot be had becomes NAME.error, which says why; then the exit status is 1. Rules can be read only with the
-capabilities of "pillion init"; without them a note says so.
+A part that cannot be read becomes NAME.error with the reason, and the exit status is 1. Reading the rules requires the
+capabilities of "pillion init", which the agent's container lacks; there, rules.txt.note describes how to get them.
 
-On a read-only root: kubectl exec POD -c pillion -- pillion bundle -f - > bundle.tar.gz`,
+From a pod: kubectl exec POD -c istio-proxy -- pilot-agent bundle -f - > bundle.tar.gz`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := applyEnvironment(cmd.Flags()); err != nil {
@@ -57,10 +58,10 @@ On a read-only root: kubectl exec POD -c pillion -- pillion bundle -f - > bundle
 			if file == "" {
 				file = "pillion-bundle-" + time.Now().UTC().Format("20060102T150405Z") + ".tar.gz"
 			}
-			// It is for its owner's eyes, and takes no other file's place.
+			// The file is private, and never replaces another.
 			out, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {
-				return fmt.Errorf("making the bundle: %w: name another with --file, or - for standard output", err)
+				return fmt.Errorf("creating the bundle: %w: name another file with --file, or - for standard output", err)
 			}
 			err = writeBundle(ctx, &admin, out)
 			if closed := out.Close(); err == nil {
@@ -72,7 +73,7 @@ On a read-only root: kubectl exec POD -c pillion -- pillion bundle -f - > bundle
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
-	flags.StringVarP(&file, "file", "f", "", "where to write it; - for standard output (default pillion-bundle-TIME.tar.gz)")
+	flags.StringVarP(&file, "file", "f", "", "file to write, - for standard output (default pillion-bundle-TIME.tar.gz)")
 	admin.bind(flags)
 	return cmd
 }
@@ -85,12 +86,13 @@ type part struct {
 	get  func(context.Context, *adminOptions) ([]byte, error)
 }
 
-// bundleParts are in the order in which somebody who helps will want them.
+// bundleParts are in the order in which they are most often read.
 var bundleParts = []part{
 	{"version.txt", versions},
 	{"live.json", fromAdmin("/live")},
 	{"records.json", recordsWithoutSecrets},
-	{"gates.json", fromAdmin("/init_dump")},
+	{"gates.txt", gates},
+	{"log.txt", fromAdmin("/log")},
 	{"rules.txt", installedRules},
 	{"environment.txt", environmentNames},
 	{"server_info.json", fromAdmin("/server_info")},
@@ -99,10 +101,10 @@ var bundleParts = []part{
 	{"goroutines.txt", fromAdmin("/debug/pprof/goroutine?debug=2")},
 }
 
-// errNote is a part that is not there for a reason that is no failure.
+// errNote marks an omitted part that is not an error.
 type errNote struct{ error }
 
-// writeBundle writes all parts that can be had. The error names those that could not.
+// writeBundle writes all parts that can be read. The error names the others.
 func writeBundle(ctx context.Context, admin *adminOptions, to io.Writer) error {
 	zipped := gzip.NewWriter(to)
 	archive := tar.NewWriter(zipped)
@@ -136,7 +138,7 @@ func writeBundle(ctx context.Context, admin *adminOptions, to io.Writer) error {
 		return fmt.Errorf("writing the bundle: %w", err)
 	}
 	if len(failed) > 0 {
-		return fmt.Errorf("the bundle lacks %s; the .error files in it say why", strings.Join(failed, ", "))
+		return fmt.Errorf("the bundle lacks %s; its .error files have the reasons", strings.Join(failed, ", "))
 	}
 	return nil
 }
@@ -153,7 +155,25 @@ func versions(context.Context, *adminOptions) ([]byte, error) {
 	return fmt.Appendf(nil, "pillion %s\n%s %s/%s\n%s", version, runtime.Version(), runtime.GOOS, runtime.GOARCH, kernel), err
 }
 
-// recordsWithoutSecrets are the last records without what users' requests may carry in confidence.
+// gates lists the gates of readiness, and why those are closed that are.
+func gates(ctx context.Context, admin *adminOptions) ([]byte, error) {
+	var s live.Snapshot
+	if err := admin.readJSON(ctx, "/live", &s); err != nil {
+		return nil, err
+	}
+	var text strings.Builder
+	fmt.Fprintf(&text, "ready: %v\n", s.Ready)
+	for _, gate := range s.Gates {
+		state := "open"
+		if !gate.Open {
+			state = "closed: " + gate.Why
+		}
+		fmt.Fprintf(&text, "%s: %s\n", gate.Name, state)
+	}
+	return []byte(text.String()), nil
+}
+
+// recordsWithoutSecrets returns the last records without the parts of requests that may be confidential.
 func recordsWithoutSecrets(ctx context.Context, admin *adminOptions) ([]byte, error) {
 	var answer live.Records
 	if err := admin.readJSON(ctx, "/live/records", &answer); err != nil {
@@ -167,29 +187,32 @@ func recordsWithoutSecrets(ctx context.Context, admin *adminOptions) ([]byte, er
 	return json.MarshalIndent(answer, "", "  ")
 }
 
-// installedRules are what a cleanup would remove: everything of ours that is there. Looking changes nothing.
+// installedRules is the output of `pillion rules show` in this network namespace.
 func installedRules(ctx context.Context, _ *adminOptions) ([]byte, error) {
-	plan, err := iptables.PlanCleanup(ctx)
+	found, err := iptables.Look(ctx)
 	if kernel.IsRefused(err) {
-		return nil, errNote{err}
+		return nil, errNote{howToLook(err)}
 	}
 	if err != nil {
 		return nil, err
 	}
-	text := "# each rule of pillion's in this network namespace, as \"pillion cleanup\" would remove it\n" + plan.String()
-	for _, warning := range plan.Warnings {
+	text := report.ShowText(found.Held)
+	if text == "" {
+		text = noRules
+	}
+	for _, warning := range found.Warnings {
 		text += "# " + warning + "\n"
 	}
 	return []byte(text), nil
 }
 
-// shownVariables have values that are nobody's secret, beside those of the agent's flags.
+// shownVariables have values that are never secret, in addition to those of the agent's flags.
 var shownVariables = []string{
 	"GODEBUG", "GOGC", "GOMAXPROCS", "GOMEMLIMIT", "HOST_IP", "INSTANCE_IP", "NODE_NAME", "POD_NAME", "POD_NAMESPACE",
 	"SERVICE_ACCOUNT", "TRUST_DOMAIN",
 }
 
-// environmentNames lists the environment. A value may be a password, so only those that cannot be one are shown.
+// environmentNames lists the environment. A value may be a password, so only known ones are shown.
 func environmentNames(context.Context, *adminOptions) ([]byte, error) {
 	shown := slices.Clone(shownVariables)
 	newAgent().Flags().VisitAll(func(flag *pflag.Flag) { shown = append(shown, flag.Annotations[environmentAnnotation]...) })

@@ -184,7 +184,7 @@ func (o *initOptions) readEnvironmentAlone() error {
 			continue // set but empty differs: it captures no group
 		}
 		if err := v.read(text); err != nil {
-			return fmt.Errorf("environment variable %s=%s: %w", v.name, capture.Quoted(text), err)
+			return valueError{fmt.Errorf("environment variable %s=%s: %w", v.name, capture.Quoted(text), err)}
 		}
 	}
 	return nil

@@ -2,32 +2,57 @@ package main
 
 import (
 	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
-func TestAgentDocumentHasEveryFlagWithItsDefault(t *testing.T) {
-	const document = "../../docs/agent.md"
-	text := read(t, document)
+// The table of flags is generated from their help: go test ./cmd/pillion -run AgentDocument -update
+func TestAgentDocumentHasTheHelpOfEveryFlag(t *testing.T) {
+	references := map[string]string{ // to other documents
+		"metrics-max-series": "[observability.md](observability.md#metrics)",
+		"interception-mode":  "[tproxy.md](tproxy.md)",
+		"access-log-filter":  "[observability.md](observability.md#access-log)",
+		"dns-capture":        "[dns.md](dns.md)",
+	}
+	table := "| Flag | Default | Meaning |\n|---|---|---|\n"
 	newAgent().Flags().VisitAll(func(flag *pflag.Flag) {
-		normal := strings.TrimSuffix(flag.DefValue, "0s")
-		if flag.DefValue == "" {
-			normal = "unset"
+		value := flag.DefValue
+		switch {
+		case value == "":
+			value = "unset"
+		case strings.HasSuffix(value, "m0s"):
+			value = strings.TrimSuffix(value, "0s")
 		}
-		_, row, found := strings.Cut(text, "| `--"+flag.Name+"` | ")
-		row, _, _ = strings.Cut(row, "\n")
-		if !found || !strings.HasPrefix(row, flag.DefValue+" |") && !strings.HasPrefix(row, normal+" |") {
-			t.Errorf("%s has no row for --%s with its default %q", document, flag.Name, flag.DefValue)
+		meaning, _, _ := strings.Cut(flag.Usage, " [$")
+		meaning = codeWords.ReplaceAllString(meaning, "$1`$2`")
+		if choices := strings.Split(flag.Value.Type(), "|"); len(choices) > 1 && !slices.Contains([]string{"true|false", "path|off"}, flag.Value.Type()) {
+			meaning += ". One of `" + strings.Join(choices, "`, `") + "`"
 		}
-		if variable := injectedVariables[flag.Name]; variable != "" && !strings.Contains(row, "`"+variable+"`") {
-			t.Errorf("%s: the row of --%s lacks the variable %s", document, flag.Name, variable)
+		if variable := injectedVariables[flag.Name]; variable != "" {
+			meaning += ". Also `" + variable + "`"
 		}
+		if to := references[flag.Name]; to != "" {
+			meaning += ". See " + to
+		}
+		table += "| `--" + flag.Name + "` | " + value + " | " + strings.ReplaceAll(meaning, "|", "\\|") + " |\n"
+		delete(references, flag.Name)
 	})
+	if len(references) > 0 {
+		t.Errorf("there are references for unknown flags: %v", references)
+	}
+	hasTable(t, "../../docs/agent.md", table)
 }
+
+// codeWords matches flags, paths and examples in a help text, after a word boundary.
+var codeWords = regexp.MustCompile(`(^|[ (])(--[a-z-]+[a-z]|/[a-z/.-]+[a-z/]|[0-9]+,[0-9:]+|"[^"]+"|\*)`)
 
 // The tables of reasons are generated from flow.Explanations: go test ./cmd/pillion -run Reasons -update
 func TestReasonsDocumentHasTheTablesOfReasons(t *testing.T) {
@@ -54,25 +79,44 @@ func TestReasonsDocumentHasTheTablesOfReasons(t *testing.T) {
 		flags += "\n"
 	}
 	for _, table := range []string{meanings, flags} {
-		text := read(t, document)
-		head, _, _ := strings.Cut(table, "\n")
-		before, rest, found := strings.Cut(text, head+"\n")
-		rows := strings.SplitAfter(rest, "\n")
-		n := 0
-		for n < len(rows) && strings.HasPrefix(rows[n], "|") {
-			n++
-		}
-		if found && head+"\n"+strings.Join(rows[:n], "") == table {
-			continue
-		}
-		if !*update || !found {
-			t.Errorf("%s needs the table\n%s\ngo test ./cmd/pillion -run Reasons -update writes it", document, table)
-			continue
-		}
-		if err := os.WriteFile(document, []byte(before+table+strings.Join(rows[n:], "")), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		hasTable(t, document, table)
 	}
+}
+
+// hasTable compares a table of a document. It finds the table by its head; with -update it writes it.
+func hasTable(t *testing.T, document, table string) {
+	t.Helper()
+	text := read(t, document)
+	head, _, _ := strings.Cut(table, "\n")
+	before, rest, found := strings.Cut(text, head+"\n")
+	rows := strings.SplitAfter(rest, "\n")
+	n := 0
+	for n < len(rows) && strings.HasPrefix(rows[n], "|") {
+		n++
+	}
+	if found && head+"\n"+strings.Join(rows[:n], "") == table {
+		return
+	}
+	if !*update || !found {
+		t.Errorf("%s needs the table\n%s\nthe flag -update writes it", document, table)
+		return
+	}
+	if err := os.WriteFile(document, []byte(before+table+strings.Join(rows[n:], "")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The tables of rules are generated from the codecs: go test ./cmd/pillion -run Rules -update
+func TestHTTPDocumentHasTheTablesOfRules(t *testing.T) {
+	http1Rules, http2Rules := "| HTTP/1 rule | Meaning |\n|---|---|\n", "| HTTP/2 rule | Meaning |\n|---|---|\n"
+	for _, e := range http1.Errors() {
+		http1Rules += "| `" + e.Name() + "` | " + e.Error() + " |\n"
+	}
+	for _, r := range http2.Rules() {
+		http2Rules += "| `" + r.Name() + "` | " + r.Text() + " |\n"
+	}
+	hasTable(t, "../../docs/http.md", http1Rules)
+	hasTable(t, "../../docs/http.md", http2Rules)
 }
 
 // An operator who sees a closed gate or a reason finds in the document what to do.

@@ -29,8 +29,8 @@ func twin(flags *pflag.FlagSet, name string, variables ...string) {
 }
 
 // applyEnvironment sets each flag that is not on the command line from the first of its variables that is set. An empty
-// variable counts as unset, since manifests often contain empty ones. The first invalid value is an error that names the
-// variable.
+// variable counts as unset, since manifests often contain empty ones. The first invalid value is a valueError that names
+// the variable.
 func applyEnvironment(flags *pflag.FlagSet) error {
 	var failed error
 	flags.VisitAll(func(flag *pflag.Flag) {
@@ -43,7 +43,7 @@ func applyEnvironment(flags *pflag.FlagSet) error {
 				continue
 			}
 			if err := flags.Set(flag.Name, value); err != nil {
-				failed = fmt.Errorf("environment variable %s=%s (for --%s): %w", variable, capture.Quoted(value), flag.Name, shortened(err))
+				failed = valueError{fmt.Errorf("environment variable %s=%s (for --%s): %w", variable, capture.Quoted(value), flag.Name, shortened(err))}
 				return
 			}
 			flag.Annotations[setByAnnotation] = []string{variable}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"syscall"
 
 	"github.com/pillion-proxy/pillion/agent"
 )
@@ -26,6 +27,7 @@ var fieldNames = map[string]string{
 	"Connections.InboundProxyProtocol": "--inbound-proxy-protocol-ports",
 	"HTTP.MaxHeadBytes":                "--max-head-bytes",
 	"HTTP.MaxHeadFields":               "--max-head-fields",
+	"HTTP.MaxHeldBytes":                "--max-held-bytes",
 	"HTTP.RequestHeadTimeout":          "--request-head-timeout",
 	"HTTP.RequestTimeout":              "--request-timeout",
 	"HTTP.UpstreamIdleTimeout":         "--upstream-idle-timeout",
@@ -66,6 +68,14 @@ func fieldName(field string) string {
 		return name
 	}
 	return field
+}
+
+// valueUnlessSystem makes err a valueError unless a system call failed, such as bind(2) for a port that is in use.
+func valueUnlessSystem(err error) error {
+	if err == nil || errors.As(err, new(syscall.Errno)) {
+		return err
+	}
+	return valueError{err}
 }
 
 // namedError is an error with another text.

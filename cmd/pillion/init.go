@@ -35,11 +35,14 @@ variables in brackets after it.
 	return cmd
 }
 
+// istioIPTables is the command that keeps the exit statuses of the program of that name.
+const istioIPTables = "istio-iptables"
+
 // newIstioIPTables is `pillion istio-iptables`: the same flags with istio-iptables' own defaults and verdicts.
 func newIstioIPTables() *cobra.Command {
 	options := newInitOptions(true)
 	cmd := &cobra.Command{
-		Use:   "istio-iptables",
+		Use:   istioIPTables,
 		Short: "Like init, with the defaults and verdicts of istio-iptables",
 		Long: `Like init, with the defaults and verdicts of istio-iptables, so that an injector can call it unchanged.
 
@@ -100,7 +103,7 @@ func (o *initOptions) run(cmd *cobra.Command, _ []string) error {
 		return err
 	}
 	if err := o.spec.Validate(); err != nil {
-		return nameSettings(cmd.Flags(), err)
+		return valueError{nameSettings(cmd.Flags(), err)}
 	}
 	err := o.inNamespace(func() error { return o.here(ctx, stdout, log) })
 	return nameSettings(cmd.Flags(), err)

@@ -1,7 +1,7 @@
 // Command pillion is a sidecar that captures and carries a workload's network traffic.
 //
-// This package is the front door: it turns flags and environment into the configuration of the rooms behind it, and
-// their errors into exit codes, and prints what a running agent says of itself. It decides nothing else.
+// This package translates flags and environment into the configuration of the packages behind it, and their errors into
+// exit statuses, and prints what a running agent reports.
 package main
 
 import (
@@ -10,17 +10,21 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
+
+	"github.com/pillion-proxy/pillion/internal/commandline"
 )
 
-// Exit codes. An unknown flag is 255 and a failed validation 126 because istio-iptables says so and injectors' authors rely
-// on it.
+// Exit statuses. As with diff(1), a command that compares ends with 1 for a difference, and with 2 if it could not compare.
 const (
 	exitOK         = 0
 	exitFailure    = 1
-	exitUnknown    = 2 // `rules check` could not compare; 1 says that there is a difference
-	exitValidation = 126
-	exitUsage      = 255
+	exitUsage      = commandline.ExitUsage // the command line or an environment variable is invalid
+	exitUnknown    = 2                     // `rules check` could not compare
+	exitValidation = 126                   // as istio-iptables
 )
+
+// exitUsageIstio is the exit status of istio-iptables for an invalid command line. It is kept by the command of that name.
+const exitUsageIstio = 255
 
 // version is stamped by the build.
 var version = "devel"
@@ -29,47 +33,80 @@ func main() {
 	os.Exit(run(os.Args[1:]))
 }
 
-// usageError is an error of the command line's form, as opposed to a bad value or a failed run.
-type usageError struct{ err error }
+// usageError is an error in the form of the command line, as opposed to an invalid value.
+type usageError = commandline.UsageError
 
-func (e usageError) Error() string { return e.err.Error() }
-func (e usageError) Unwrap() error { return e.err }
+// valueError is a value that a setting does not accept, or values that contradict each other, on the command line or in the
+// environment.
+type valueError struct{ err error }
 
-// run executes the command line args (without the program's name) and returns the exit code. Errors go to stderr as
+func (e valueError) Error() string { return e.err.Error() }
+func (e valueError) Unwrap() error { return e.err }
+
+// errFailed ends a command that has printed its findings.
+var errFailed = errors.New("something was found")
+
+// run executes the command line args (without the program's name) and returns the exit status. Errors go to stderr as
 // one line.
 func run(args []string) int {
-	root := newRoot()
+	root := newRoot(args)
 	root.SetArgs(args)
-	err := root.Execute()
+	commandline.CompleteValues(root, args)
+	cmd, err := root.ExecuteC()
 	if err == nil {
 		return exitOK
 	}
-	if errors.Is(err, errDifferent) { // it has been told already
+	if errors.Is(err, errDifferent) || errors.Is(err, errFailed) { // the findings are printed already
 		return exitFailure
 	}
 	fmt.Fprintln(os.Stderr, "pillion: error:", err)
+	istio := cmd.Name() == istioIPTables
 	switch {
-	case errors.As(err, new(usageError)):
-		return exitUsage
 	case errors.As(err, new(validationError)):
 		return exitValidation
 	case errors.As(err, new(unknownError)):
 		return exitUnknown
+	case errors.As(err, new(usageError)) && istio:
+		return exitUsageIstio
+	case errors.As(err, new(valueError)) && istio:
+		return exitFailure
+	case errors.As(err, new(usageError)), errors.As(err, new(valueError)):
+		return exitUsage
 	}
 	return exitFailure
 }
 
-func newRoot() *cobra.Command {
-	root := &cobra.Command{
+// commands are the commands in the order in which they were added, with their names.
+var commands = []struct {
+	name string
+	make func() *cobra.Command
+}{
+	{"init", newInit}, {istioIPTables, newIstioIPTables}, {"cleanup", newCleanup}, {"rules", newRules}, {"agent", newAgent}, {"proxy", newProxy},
+	{"wait", newWait}, {"status", newStatus}, {"top", newTop}, {"tap", newTap}, {"request", newRequest}, {"bundle", newBundle}, {"check", newCheck},
+	{"version", func() *cobra.Command { return commandline.NewVersion(version) }},
+	{"completion", func() *cobra.Command { return commandline.NewCompletion("pillion") }},
+}
+
+// newRoot returns the command for the command line args. If these begin with the name of a command, the others are left
+// out, because building all of them takes as long as half of init's work.
+func newRoot(args []string) *cobra.Command {
+	root := commandline.Group(&cobra.Command{
 		Use:           "pillion",
 		Version:       version,
 		Short:         "A sidecar that captures and carries a workload's network traffic",
 		SilenceUsage:  true,
 		SilenceErrors: true,
-	}
+	})
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newInit(), newIstioIPTables(), newCleanup(), newRules(), newAgent(), newProxy(), newWait(),
-		newStatus(), newTop(), newTap(), newRequest(), newBundle(), newVersion())
+	for _, c := range commands {
+		if len(args) > 0 && args[0] == c.name {
+			root.AddCommand(c.make())
+			return root
+		}
+	}
+	for _, c := range commands {
+		root.AddCommand(c.make())
+	}
 	return root
 }

@@ -11,10 +11,11 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/commandline"
 )
 
-// parsed adds a flag that is parsed when it is set, so that an error names the flag or variable. *into must already have the
-// value of the default text.
+// parsed adds a flag that is parsed when it is set, so that an error names the flag or variable. text is the default as
+// help shows it, and *into must already hold its value.
 func parsed[T any](flags *pflag.FlagSet, into *T, parse func(string) (T, error), name, short, text, kind, usage string) *pflag.Flag {
 	return flags.VarPF(&parsedValue[T]{into: into, parse: parse, text: text, kind: kind}, name, short, usage)
 }
@@ -50,20 +51,7 @@ func (v *parsedValue[T]) Set(text string) error {
 	return err
 }
 
-// flagError distinguishes an invalid value (an ordinary failure) from an invalid command line (a usage error).
-// istio-iptables counts the values that it parses itself as usage errors.
-func flagError(cmd *cobra.Command, err error) error {
-	var invalid *pflag.InvalidValueError
-	if !errors.As(err, &invalid) {
-		return usageError{err}
-	}
-	err = shortened(err)
-	formal := []string{"bool", "uint16", "duration", "level"}
-	if cmd.Name() == "istio-iptables" && slices.Contains(formal, invalid.GetFlag().Value.Type()) {
-		return usageError{err}
-	}
-	return err
-}
+var noArguments = commandline.NoArguments
 
 // shortened cuts the value that pflag repeats in an error.
 func shortened(err error) error {
@@ -74,9 +62,17 @@ func shortened(err error) error {
 	return &namedError{strings.Replace(err.Error(), strconv.Quote(invalid.GetValue()), capture.Quoted(invalid.GetValue()), 1), err}
 }
 
-func noArguments(_ *cobra.Command, args []string) error {
-	if len(args) > 0 {
-		return usageError{fmt.Errorf("unexpected argument %s: values belong to flags", capture.Quoted(args[0]))}
+// flagError distinguishes an invalid value from an invalid command line. istio-iptables counts the values that its flags
+// parse themselves as invalid command lines.
+func flagError(cmd *cobra.Command, err error) error {
+	if usage := commandline.FlagError(cmd, err); usage != nil {
+		return usage
 	}
-	return nil
+	err = shortened(err)
+	var invalid *pflag.InvalidValueError
+	formal := []string{"bool", "uint16", "duration", "level"}
+	if errors.As(err, &invalid) && cmd.Name() == istioIPTables && slices.Contains(formal, invalid.GetFlag().Value.Type()) {
+		return usageError{Err: err}
+	}
+	return valueError{err}
 }

@@ -20,7 +20,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/proxyconfig"
 )
 
-// newProxy is `pillion proxy`, with the arguments and the variables of pilot-agent's.
+// newProxy is `pillion proxy`, with the arguments and the variables of `pilot-agent proxy`.
 func newProxy() *cobra.Command {
 	p := newProxyOptions()
 	cmd := &cobra.Command{
@@ -28,11 +28,11 @@ func newProxy() *cobra.Command {
 		Short: "Run the agent as Istio's injector starts a sidecar",
 		Long: `Run "pillion agent" as Istio's injector starts its own sidecar: with pilot-agent's arguments and variables.
 
-Istio's configuration is taken from the annotation proxy.istio.io/config in ` + podinfo.AnnotationsFile + `, the variable
-PROXY_CONFIG and the file of --meshConfig, the first being the strongest; flags of "pillion agent" and their PILLION_
-variables are stronger than all of them. There is no control plane, and nothing waits for one. Unknown flags are let
-pass, and what has no effect is named once in the log.`,
-		// Unknown flags are told, so they are looked for here.
+Istio's configuration is read from the annotation proxy.istio.io/config in ` + podinfo.AnnotationsFile + `, the variable
+PROXY_CONFIG and the file of --meshConfig, in this order of precedence. Flags of "pillion agent" and their PILLION_
+variables override all three. There is no control plane, and the agent does not wait for one. Unknown flags are ignored.
+The log names each setting without effect once.`,
+		// RunE parses the flags itself, because the log names the unknown ones.
 		DisableFlagParsing: true,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			flags := cmd.Flags()
@@ -45,7 +45,7 @@ pass, and what has no effect is named once in the log.`,
 				return cmd.Help()
 			}
 			if role := flags.Args(); len(role) > 0 && role[0] != "sidecar" {
-				return fmt.Errorf("%q is not what this is: only proxy sidecar is, and gateways and waypoints need Envoy", role[0])
+				return usageError{Err: fmt.Errorf("role %q is not supported: only \"proxy sidecar\" is; gateways and waypoints need Envoy", role[0])}
 			}
 			if err := p.settle(flags); err != nil {
 				return err
@@ -57,17 +57,17 @@ pass, and what has no effect is named once in the log.`,
 	return cmd
 }
 
-// proxyOptions are an agent's, and what Istio says of it.
+// proxyOptions are an agent's options, and where Istio's configuration is read from.
 type proxyOptions struct {
 	*agentOptions
 	concurrency int
 	meshConfig  string // a file
 	annotations string // a file
-	istioLevel  string // of log_output_level
+	istioLevel  string // from --log_output_level
 	json        bool
 	domain      string   // of the pod; its part after .svc. is the cluster's
-	unknown     []string // flags that nobody knows
-	idle        []string // keys of the configuration that have no effect
+	unknown     []string // flags without a meaning here
+	idle        []string // keys of the configuration without effect
 }
 
 func newProxyOptions() *proxyOptions {
@@ -80,20 +80,20 @@ func newProxyOptions() *proxyOptions {
 
 func (p *proxyOptions) bind(flags *pflag.FlagSet) {
 	p.agentOptions.bind(flags)
-	flags.Lookup("profiling").NoOptDefVal = "true" // it stands alone in pilot-agent's command line
-	countFlag(flags, &p.concurrency, "concurrency", "cores to use; 0: as Istio's configuration says, or ISTIO_CPU_LIMIT")
-	textFlag(flags, &p.meshConfig, "meshConfig", "path", "file with Istio's mesh configuration; it may be missing")
-	parsed(flags, &p.istioLevel, parseIstioLevel, "log_output_level", "", "", "level", "least level that is logged, as default:info; --log-level is stronger")
-	parsedSwitch(flags, &p.json, "log_as_json", "", "the same as --log-format json")
+	flags.Lookup("profiling").NoOptDefVal = "true" // pilot-agent's command line has it without a value
+	countFlag(flags, &p.concurrency, "concurrency", "number of cores to use; 0: from Istio's configuration or ISTIO_CPU_LIMIT")
+	textFlag(flags, &p.meshConfig, "meshConfig", "path", "file of Istio's mesh configuration; may be missing")
+	parsed(flags, &p.istioLevel, parseIstioLevel, "log_output_level", "", "", "level", "lowest level that is logged, as default:info; --log-level overrides it")
+	parsedSwitch(flags, &p.json, "log_as_json", "", "same as --log-format json")
 	textFlag(flags, &p.domain, "domain", "domain", "the pod's DNS domain, as NAMESPACE.svc.DOMAIN; --cluster-domain overrides it")
 	for _, name := range []string{"stsPort", "tokenManagerPlugin", "serviceCluster", "proxyLogLevel", "proxyComponentLogLevel",
 		"templateFile", "outlierLogPath", "log_target", "log_stacktrace_level", "log_caller"} {
-		textFlag(flags, new(string), name, "text", "has no effect")
+		textFlag(flags, new(string), name, "text", "accepted and ignored")
 	}
-	parsedSwitch(flags, new(bool), "vklog", "", "has no effect")
+	parsedSwitch(flags, new(bool), "vklog", "", "accepted and ignored")
 }
 
-// unknownFlags names the flags in args that flags has not.
+// unknownFlags lists the flags in args that are not in flags.
 func unknownFlags(flags *pflag.FlagSet, args []string) (unknown []string) {
 	for _, arg := range args {
 		name, _, _ := strings.Cut(arg, "=")
@@ -109,9 +109,9 @@ func unknownFlags(flags *pflag.FlagSet, args []string) (unknown []string) {
 	return unknown
 }
 
-// settle sets what the command line left alone, and the cores that are used.
+// settle applies the environment and Istio's configuration to flags that the command line did not set, and limits the cores.
 func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
-	// A pod without rules: then there is nothing to carry, in any mode.
+	// With "NONE" the pod has no rules, and the mode does not matter.
 	if os.Getenv(interceptionVariable) == "NONE" {
 		os.Unsetenv(interceptionVariable)
 	}
@@ -130,23 +130,23 @@ func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
 			return err
 		}
 	}
-	// Who lengthens the time in which Istio's sidecar lives on wants that time, and then some for connections.
+	// A longer delay must not take the time that connections get after it.
 	if p.config.Drain.Delay > p.config.Drain.Timeout {
 		p.config.Drain.Timeout = p.config.Drain.Delay + drainAfterDelay
 	}
-	log := newLogger(p.config.LogLevel, p.level, p.format)
+	log := p.newLogger()
 	if broken != nil {
-		log.Warn("the pod's annotations are incomplete", "error", broken)
+		log.Warn("cannot read all of the pod's annotations", "error", broken)
 	}
 	if err := p.useCores(config); err != nil {
 		return err
 	}
-	log.Info("running in the place of Istio's sidecar", "cores", runtime.GOMAXPROCS(0),
+	log.Info("running as Istio's sidecar", "cores", runtime.GOMAXPROCS(0),
 		"without_effect", slices.Concat(slices.Sorted(slices.Values(p.idle)), p.unknown, idleVariables(os.Environ())))
 	return nil
 }
 
-// idleVariables names what Istio's agent would heed and this one does not. Metadata, which nobody asks for, is not told of.
+// idleVariables lists variables that configure Istio's agent and have no effect here. Metadata has no effect in either.
 func idleVariables(environment []string) (names []string) {
 	known := strings.Fields(`CA_ADDR CA_PROVIDER CA_ROOT_CA DISABLE_ENVOY DNS_PROXY_ADDR ENVOY_SECURE_METRICS_PORT
 		ENVOY_SECURE_MERGED_METRICS_PORT FILE_MOUNTED_CERTS ISTIO_BOOTSTRAP_OVERRIDE JWT_POLICY OUTPUT_CERTS PILOT_CERT_PROVIDER
@@ -161,24 +161,24 @@ func idleVariables(environment []string) (names []string) {
 	return names
 }
 
-// drainAfterDelay is what the defaults leave connections, once the delay is over.
+// drainAfterDelay is the time that the defaults leave to connections after the delay.
 const drainAfterDelay = 15 * time.Second
 
-// said is a value and who said it.
-type said struct {
+// sourced is a value and the name of its source.
+type sourced struct {
 	proxyconfig.Value
 	by string
 }
 
-// readIstio reads Istio's configuration, each key from the strongest that says it. broken says what is wrong with the
-// file of annotations, which is done without.
-func (p *proxyOptions) readIstio() (config map[string]said, broken, err error) {
+// readIstio reads Istio's configuration, each key from the source of the highest precedence. broken is an error in the
+// file of annotations; the valid part of the file is used.
+func (p *proxyOptions) readIstio() (config map[string]sourced, broken, err error) {
 	annotations, broken := podinfo.Annotations(p.annotations)
 	mesh, err := readBounded(p.meshConfig)
 	if err != nil {
 		return nil, broken, fmt.Errorf("--meshConfig: %w", err)
 	}
-	config = make(map[string]said)
+	config = make(map[string]sourced)
 	for _, source := range []struct{ name, text, under string }{
 		{"--meshConfig " + p.meshConfig, mesh, "defaultConfig"},
 		{"environment variable PROXY_CONFIG", os.Getenv("PROXY_CONFIG"), ""},
@@ -186,32 +186,32 @@ func (p *proxyOptions) readIstio() (config map[string]said, broken, err error) {
 	} {
 		part, err := proxyconfig.Parse(source.text)
 		if err != nil {
-			return nil, broken, fmt.Errorf("%s: %w", source.name, err)
+			return nil, broken, valueError{fmt.Errorf("%s: %w", source.name, err)}
 		}
 		if source.under != "" {
 			part = part.Under(source.under)
 		}
 		for key, value := range part {
-			config[key] = said{value, source.name + ": " + key}
+			config[key] = sourced{value, source.name + ": " + key}
 		}
 	}
 	const statusPort = "status.sidecar.istio.io/port"
 	if port, has := annotations[statusPort]; has {
-		config["statusPort"] = said{proxyconfig.Value{Text: port}, "annotation " + statusPort}
+		config["statusPort"] = sourced{proxyconfig.Value{Text: port}, "annotation " + statusPort}
 	}
 	for key := range maps.Keys(config) {
 		top, _, _ := strings.Cut(key, ".")
-		if !slices.Contains(heeded, top) && !slices.Contains(p.idle, top) {
+		if !slices.Contains(effective, top) && !slices.Contains(p.idle, top) {
 			p.idle = append(p.idle, top)
 		}
 	}
 	return config, broken, nil
 }
 
-// heeded are the keys of Istio's configuration that mean something here, or in the pod.
-var heeded = []string{
+// effective are the keys of Istio's configuration that have an effect, here or in the injector.
+var effective = []string{
 	"statusPort", "proxyAdminPort", "interceptionMode", "terminationDrainDuration", "drainDuration", "concurrency",
-	"holdApplicationUntilProxyStarts", "proxyMetadata", // both are the injector's to see to
+	"holdApplicationUntilProxyStarts", "proxyMetadata", // both in the injector
 }
 
 // readBounded reads a file that may be missing.
@@ -223,30 +223,30 @@ func readBounded(name string) (string, error) {
 		return "", err
 	}
 	defer file.Close()
-	const most = 4 << 20 // what is longer than Parse takes, it refuses
+	const most = 4 << 20 // more than Parse accepts
 	text, err := io.ReadAll(io.LimitReader(file, most))
 	return string(text), err
 }
 
-// setting is what Istio's words say in the place of a flag.
+// setting is a value of Istio's configuration for a flag.
 type setting struct {
 	flag string
-	said
+	sourced
 }
 
-// settings translates. Of two for one flag the first counts.
-func (p *proxyOptions) settings(config map[string]said) (settings []setting) {
-	add := func(flag string, value said) {
+// settings translates Istio's configuration. Of two settings for one flag the first counts.
+func (p *proxyOptions) settings(config map[string]sourced) (settings []setting) {
+	add := func(flag string, value sourced) {
 		if value.by != "" {
 			settings = append(settings, setting{flag, value})
 		}
 	}
-	variable := func(name, otherwise string) said {
+	variable := func(name, otherwise string) sourced {
 		text := os.Getenv(name)
 		if text == "" {
 			text = otherwise
 		}
-		return said{proxyconfig.Value{Text: text}, "environment variable " + name}
+		return sourced{proxyconfig.Value{Text: text}, "environment variable " + name}
 	}
 	add("status-port", config["statusPort"])
 	add("admin-port", config["proxyAdminPort"])
@@ -255,27 +255,27 @@ func (p *proxyOptions) settings(config map[string]said) (settings []setting) {
 	}
 	if exit, _ := strconv.ParseBool(os.Getenv("EXIT_ON_ZERO_ACTIVE_CONNECTIONS")); exit {
 		add("drain-delay", variable("MINIMUM_DRAIN_DURATION", "5s"))
-		add("drain-timeout", variable("EXIT_ON_ZERO_ACTIVE_CONNECTIONS", "").means("24h0m0s")) // as long as it takes, or the kubelet lets it
+		add("drain-timeout", variable("EXIT_ON_ZERO_ACTIVE_CONNECTIONS", "").means("24h0m0s")) // no limit except the kubelet's
 	} else {
 		add("drain-delay", config["terminationDrainDuration"])
 		add("drain-timeout", config["drainDuration"])
 	}
 	if p.istioLevel != "" {
-		add("log-level", said{proxyconfig.Value{Text: p.istioLevel}, "--log_output_level"})
+		add("log-level", sourced{proxyconfig.Value{Text: p.istioLevel}, "--log_output_level"})
 	}
 	if p.json {
-		add("log-format", said{proxyconfig.Value{Text: "json"}, "--log_as_json"})
+		add("log-format", sourced{proxyconfig.Value{Text: "json"}, "--log_as_json"})
 	}
 	return settings
 }
 
-// means is what a switch amounts to.
-func (s said) means(text string) said {
+// means returns s with another text, for a switch that stands for a value.
+func (s sourced) means(text string) sourced {
 	s.Text = text
 	return s
 }
 
-// apply sets the flag, unless somebody did who is stronger.
+// apply sets the flag, unless a source of higher precedence has set it.
 func (s setting) apply(flags *pflag.FlagSet) error {
 	if flags.Changed(s.flag) {
 		return nil
@@ -284,29 +284,29 @@ func (s setting) apply(flags *pflag.FlagSet) error {
 		return s.complaint()
 	}
 	if err := flags.Set(s.flag, s.Text); err != nil {
-		return fmt.Errorf("%s: %q (for --%s): %w", s.by, s.Text, s.flag, err)
+		return valueError{fmt.Errorf("%s: %q (for --%s): %w", s.by, s.Text, s.flag, err)}
 	}
 	return nil
 }
 
-func (s said) complaint() error {
-	return fmt.Errorf("%s: its form is not read here; write the plain value behind its key", s.by)
+func (s sourced) complaint() error {
+	return valueError{fmt.Errorf("%s: unsupported YAML: write a plain value after the key", s.by)}
 }
 
-// useCores limits the cores that are used at once. GOMAXPROCS is stronger than all that Istio says, and the runtime knows
-// the limit of the container's control group where nobody says anything.
-func (p *proxyOptions) useCores(config map[string]said) error {
+// useCores limits the number of cores. GOMAXPROCS overrides Istio's settings. Without any setting, the runtime applies the
+// limit of the container's control group.
+func (p *proxyOptions) useCores(config map[string]sourced) error {
 	if os.Getenv("GOMAXPROCS") != "" {
 		return nil
 	}
 	cores := p.concurrency
-	if told, has := config["concurrency"]; has && cores == 0 {
-		if told.Unreadable {
-			return told.complaint()
+	if set, has := config["concurrency"]; has && cores == 0 {
+		if set.Unreadable {
+			return set.complaint()
 		}
-		n, err := parseCount(told.Text)
+		n, err := parseCount(set.Text)
 		if err != nil {
-			return fmt.Errorf("%s: %q: %w", told.by, told.Text, err)
+			return valueError{fmt.Errorf("%s: %q: %w", set.by, set.Text, err)}
 		}
 		if cores = n; cores == 0 {
 			cores = runtime.NumCPU()
@@ -315,7 +315,7 @@ func (p *proxyOptions) useCores(config map[string]said) error {
 	if limit := os.Getenv("ISTIO_CPU_LIMIT"); limit != "" && cores == 0 {
 		n, err := parseCPU(limit)
 		if err != nil {
-			return fmt.Errorf("environment variable ISTIO_CPU_LIMIT=%q: %w", limit, err)
+			return valueError{fmt.Errorf("environment variable ISTIO_CPU_LIMIT=%q: %w", limit, err)}
 		}
 		cores = n
 	}
@@ -342,8 +342,8 @@ func parseCPU(text string) (int, error) {
 	return whole, nil
 }
 
-// parseIstioLevel takes the level of scopes that are not named, as pilot-agent writes it: a level, or scope:level, with
-// commas between them.
+// parseIstioLevel returns the level of the default scope from a list in pilot-agent's form: level or scope:level, separated
+// by commas.
 func parseIstioLevel(text string) (string, error) {
 	level := ""
 	for item := range strings.SplitSeq(text, ",") {
@@ -360,7 +360,7 @@ func parseIstioLevel(text string) (string, error) {
 		case "fatal", "none":
 			level = "error"
 		default:
-			return "", fmt.Errorf("%q is no level: use debug, info, warn, error, fatal or none", word)
+			return "", fmt.Errorf("%q is not a level: use debug, info, warn, error, fatal or none", word)
 		}
 	}
 	return level, nil

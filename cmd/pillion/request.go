@@ -17,27 +17,27 @@ import (
 
 const (
 	requestTime    = time.Minute
-	maxAnswer      = 256 << 20 // more than a dump or all metrics of an agent ever are
-	maxComplaint   = 1 << 10   // of an answer that becomes an error
+	maxAnswer      = 256 << 20 // larger than any dump or scrape of an agent
+	maxComplaint   = 1 << 10   // bytes of an error response that are printed
 	requestExample = "pillion request GET config_dump\npillion request POST logging?level=debug"
 )
 
-// debugPorts are those that pilot-agent's request asks: the admin server, the debugging port of old versions, status and
+// debugPorts are the ports that pilot-agent's request accepts: admin, the debugging port of old versions, status and
 // readiness.
 var debugPorts = []uint16{15000, 15004, 15020, 15021}
 
-// newRequest is `pillion request`, with the arguments and the flag of pilot-agent's.
+// newRequest is `pillion request`, with the arguments and the flag of `pilot-agent request`.
 func newRequest() *cobra.Command {
 	port := debugPorts[0]
 	cmd := &cobra.Command{
 		Use:   "request METHOD PATH [BODY]",
-		Short: "Ask the agent's admin server and print its answer",
-		Long: "Send a request to the agent on loopback and print the body of its answer, and a line's end. An answer over 399\n" +
-			"is an error, but for 404.",
+		Short: "Send a request to the agent's admin server and print the response",
+		Long: "Send a request to the agent on loopback and print the body of the response and a newline. A status above 399 is\n" +
+			"an error, except 404.",
 		Example: requestExample,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) < 2 || len(args) > 3 {
-				return usageError{fmt.Errorf("%d arguments: use METHOD PATH [BODY], such as GET config_dump", len(args))}
+				return usageError{Err: fmt.Errorf("%d arguments: use METHOD PATH [BODY], such as GET config_dump", len(args))}
 			}
 			return nil
 		},
@@ -46,7 +46,7 @@ func newRequest() *cobra.Command {
 				return err
 			}
 			if !slices.Contains(debugPorts, port) {
-				return fmt.Errorf("--debug-port %d is none of the agent's: use 15000, 15004, 15020 or 15021", port)
+				return valueError{fmt.Errorf("--debug-port %d is not one of the agent's ports: use 15000, 15004, 15020 or 15021", port)}
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
@@ -58,12 +58,12 @@ func newRequest() *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
-	portFlag(flags, &port, "debug-port", "which of the agent's ports to ask: 15000, 15004, 15020 or 15021")
+	portFlag(flags, &port, "debug-port", "the agent's port to send to: 15000, 15004, 15020 or 15021")
 	twin(flags, "debug-port", "PILLION_REQUEST_DEBUG_PORT")
 	return cmd
 }
 
-// request sends one request, and copies the body of its answer to out. No proxy that the environment names is used.
+// request sends one request and copies the body of the response to out. It ignores the environment's HTTP proxies.
 func request(ctx context.Context, out io.Writer, method, url, body string) error {
 	request, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
 	if err != nil {
@@ -72,7 +72,7 @@ func request(ctx context.Context, out io.Writer, method, url, body string) error
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true}}
 	response, err := client.Do(request)
 	if err != nil {
-		return fmt.Errorf("asking the agent: %w", err)
+		return fmt.Errorf("sending the request: %w", err)
 	}
 	defer response.Body.Close()
 	if response.StatusCode > 399 && response.StatusCode != http.StatusNotFound {
@@ -81,10 +81,10 @@ func request(ctx context.Context, out io.Writer, method, url, body string) error
 	}
 	n, err := io.Copy(out, io.LimitReader(response.Body, maxAnswer+1))
 	if err == nil && n > maxAnswer {
-		err = errors.New("it is longer than 256 MiB; ask for a part of it")
+		err = errors.New("longer than 256 MiB; request a part of it")
 	}
 	if err != nil {
-		return fmt.Errorf("reading the answer: %w", err)
+		return fmt.Errorf("reading the response: %w", err)
 	}
 	_, err = fmt.Fprintln(out)
 	return err

@@ -31,7 +31,7 @@ func serveAt(t *testing.T, ns *nettest.Namespace, port int, handler http.Handler
 	})
 }
 
-func TestRequestPrintsWhatTheAgentAnswers(t *testing.T) {
+func TestRequestPrintsTheResponse(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "pod")
 	var level slog.LevelVar
@@ -49,7 +49,7 @@ func TestRequestPrintsWhatTheAgentAnswers(t *testing.T) {
 	}{
 		{args: "GET certs", want: outcome{stdout: "{\n \"certificates\": []\n}\n\n"}},
 		{args: "get /certs", want: outcome{stdout: "{\n \"certificates\": []\n}\n\n"}},
-		{args: "POST logging?level=debug", want: outcome{stdout: "active loggers:\n  pillion: debug\n\n"}},
+		{args: "POST logging?level=debug", want: outcome{stdout: "  wasm: debug\n  websocket: debug\n\n"}},
 		{args: "GET nothing", want: outcome{stdout: "  /stats/prometheus: print metrics in prometheus format\n      filter, usedonly, type: as above\n\n"}},
 		{args: "--debug-port=15020 PoSt drain a=b", want: outcome{stdout: "POST /drain a=b\n"}},
 		{args: "POST quitquitquit?x --debug-port 15020", want: outcome{stdout: "POST /quitquitquit?x \n"}},
@@ -57,12 +57,12 @@ func TestRequestPrintsWhatTheAgentAnswers(t *testing.T) {
 		{environment: "http_proxy=http://127.0.0.1:9", args: "GET a --debug-port 15020", want: outcome{stdout: "GET /a \n"}},
 		{args: "GET ready", want: outcome{code: 1, stderr: "GET http://127.0.0.1:15000/ready: the agent answered 503 Service Unavailable: DRAINING"}},
 		{args: "GET logging", want: outcome{code: 1, stderr: "GET http://127.0.0.1:15000/logging: the agent answered 405 Method Not Allowed: Method GET not allowed, POST required."}},
-		{args: "GET a --debug-port 15021", want: outcome{code: 1, stderr: `asking the agent: Get "http://127.0.0.1:15021/a": dial tcp 127.0.0.1:15021: connect: connection refused`}},
-		{args: "GET a --debug-port 15001", want: outcome{code: 1, stderr: "--debug-port 15001 is none of the agent's: use 15000, 15004, 15020 or 15021"}},
-		{args: "GET a --debug-port x", want: outcome{code: 1, stderr: `invalid argument "x" for "--debug-port" flag: "x" is not a port: use a number from 1 to 65535`}},
+		{args: "GET a --debug-port 15021", want: outcome{code: 1, stderr: `sending the request: Get "http://127.0.0.1:15021/a": dial tcp 127.0.0.1:15021: connect: connection refused`}},
+		{args: "GET a --debug-port 15001", want: outcome{code: 2, stderr: "--debug-port 15001 is not one of the agent's ports: use 15000, 15004, 15020 or 15021"}},
+		{args: "GET a --debug-port x", want: outcome{code: 2, stderr: `invalid argument "x" for "--debug-port" flag: "x" is not a port: use a number from 1 to 65535`}},
 		{args: "G(T a", want: outcome{code: 1, stderr: `making the request: net/http: invalid method "G(T"`}},
-		{args: "GET", want: outcome{code: 255, stderr: "1 arguments: use METHOD PATH [BODY], such as GET config_dump"}},
-		{args: "GET a b c", want: outcome{code: 255, stderr: "4 arguments: use METHOD PATH [BODY], such as GET config_dump"}},
+		{args: "GET", want: outcome{code: 2, stderr: "1 arguments: use METHOD PATH [BODY], such as GET config_dump"}},
+		{args: "GET a b c", want: outcome{code: 2, stderr: "4 arguments: use METHOD PATH [BODY], such as GET config_dump"}},
 	} {
 		var environment []string
 		if c.environment != "" {

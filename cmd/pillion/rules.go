@@ -12,19 +12,19 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/commandline"
 	"github.com/pillion-proxy/pillion/internal/terminal"
 	"github.com/pillion-proxy/pillion/iptables"
+	"github.com/pillion-proxy/pillion/iptables/kernel"
 	"github.com/pillion-proxy/pillion/iptables/report"
 )
 
 // newRules is `pillion rules`. Its commands change nothing.
 func newRules() *cobra.Command {
-	cmd := &cobra.Command{
+	cmd := commandline.Group(&cobra.Command{
 		Use:   "rules",
 		Short: "Inspect the rules: list them, compare them with the flags, trace a packet",
-		Args:  noArguments,
-		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
+	})
 	cmd.AddCommand(newRulesShow(), newRulesCheck(), newRulesExplain())
 	return cmd
 }
@@ -61,7 +61,7 @@ func (o *viewOptions) look(fn func() error) error {
 	if err := applyEnvironment(o.view); err != nil {
 		return err
 	}
-	return o.inNamespace(fn)
+	return howToLook(o.inNamespace(fn))
 }
 
 func (o *viewOptions) bindPlanned(flags *pflag.FlagSet) {
@@ -82,7 +82,10 @@ func (o *viewOptions) readSpec(flags *pflag.FlagSet, log *slog.Logger) error {
 	if err := o.complete(log); err != nil {
 		return err
 	}
-	return nameSettings(flags, o.spec.Validate())
+	if err := o.spec.Validate(); err != nil {
+		return valueError{nameSettings(flags, err)}
+	}
+	return nil
 }
 
 // rules returns the planned rules if a flag of init is set, else those in force, with the chains of others.
@@ -113,6 +116,21 @@ func (o *viewOptions) print(to io.Writer, value any, text string) error {
 	return err
 }
 
+const noRules = "there are no rules\n"
+
+// howToLook replaces the remedy of a missing capability. The original is for init's container; the rules of a running pod
+// are read from another container or from the node.
+func howToLook(err error) error {
+	var missing kernel.MissingCapabilityError
+	if !errors.As(err, &missing) {
+		return err
+	}
+	return &namedError{fmt.Sprintf("capability CAP_%s is missing, which reading the rules requires: "+
+		"use \"kubectl debug POD -it --profile=netadmin --custom=root.json --image=IMAGE -- pilot-agent rules show\" "+
+		"with {\"securityContext\": {\"runAsUser\": 0, \"runAsNonRoot\": false}} in root.json, "+
+		"or as root on the node \"pillion rules show --network-namespace /proc/PID/ns/net\"", string(missing)), err}
+}
+
 func newRulesShow() *cobra.Command {
 	o := newViewOptions()
 	cmd := &cobra.Command{
@@ -130,7 +148,7 @@ with --planned, show the rules that init would install.`,
 				}
 				text := report.ShowText(live.Held)
 				if text == "" {
-					text = "there are no rules\n"
+					text = noRules
 				}
 				return o.print(cmd.OutOrStdout(), struct {
 					Planned bool           `json:"planned"`
@@ -206,10 +224,10 @@ mangle and nat, not filter. No packet is sent.
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if question.From.IsValid() == (ids[0] != "") {
-				return errors.New("give either the sending user (--uid) or the remote sender (--from)")
+				return usageError{Err: errors.New("give either the sending user (--uid) or the remote sender (--from)")}
 			}
 			if question.Dst.Port() == 0 {
-				return errors.New("give the destination: --dst 198.51.100.7:443")
+				return usageError{Err: errors.New("give the destination: --dst 198.51.100.7:443")}
 			}
 			if ids[0] != "" && ids[1] == "" {
 				question.GID = question.UID
@@ -221,7 +239,7 @@ mangle and nat, not filter. No packet is sent.
 				}
 				packet, err := question.Packet()
 				if err != nil {
-					return err
+					return valueUnlessSystem(err)
 				}
 				explanation := report.Explain(packet, live.Held, live.Foreign)
 				return o.print(cmd.OutOrStdout(), explanation, explanation.String())

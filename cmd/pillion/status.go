@@ -15,11 +15,11 @@ func newStatus() *cobra.Command {
 	form := outputText
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Tell how a running agent is",
-		Long: `Tell how a running agent is, on one screen: its version and age, whether it is ready or what keeps it from that, how much
-it carries, and why requests and connections failed.
+		Short: "Show the state of a running agent",
+		Long: `Show the state of a running agent on one screen: its version and age, whether it is ready or which gates are closed, how
+much it carries and has carried, and why requests and connections failed.
 
-The exit status is 0 when the agent answers, ready or not; "pillion wait" waits for readiness.`,
+The exit status is 0 if the agent answers, ready or not; "pillion wait" waits for readiness.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := applyEnvironment(cmd.Flags()); err != nil {
@@ -31,7 +31,7 @@ The exit status is 0 when the agent answers, ready or not; "pillion wait" waits 
 			}
 			out := cmd.OutOrStdout()
 			if form == outputJSON {
-				s.Connections, s.Destinations, s.Peers = nil, nil, nil // one screen; /live has all of it
+				s.Connections, s.Destinations, s.Peers = nil, nil, nil // too long for one screen; /live has them
 				return printJSON(out, s)
 			}
 			_, err := io.WriteString(out, terminal.Status(&s, terminal.NewPainter(out)))
@@ -40,7 +40,7 @@ The exit status is 0 when the agent answers, ready or not; "pillion wait" waits 
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
-	parsed(flags, &form, parseOutput, "output", "o", string(form), "form", "form of the result: text or json")
+	parsed(flags, &form, parseOutput, "output", "o", string(form), "text|json", "output format")
 	admin.bind(flags)
 	return cmd
 }

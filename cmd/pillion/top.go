@@ -6,7 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/signal"
+	"slices"
+	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -16,76 +20,159 @@ import (
 	"github.com/pillion-proxy/pillion/internal/terminal"
 )
 
+// topOptions are the flags of `pillion top`.
+type topOptions struct {
+	admin    adminOptions
+	form     output
+	interval time.Duration
+	once     bool
+	sorted   terminal.Order
+}
+
 // newTop is `pillion top`.
 func newTop() *cobra.Command {
-	var admin adminOptions
-	form, interval, once := outputText, time.Second, false
+	o := &topOptions{form: outputText, interval: time.Second, sorted: terminal.ByRate}
 	cmd := &cobra.Command{
 		Use:   "top",
 		Short: "Show the busiest destinations",
-		Long: `Show where a running agent's traffic goes: for each destination the requests and connections that end each second (the
-mean of ten), the share that succeeded since the start, the latency of requests in the last half to whole minute, and
-the bytes since the start.
+		Long: `Show the destinations of a running agent's traffic: for each, the requests and connections that end per second (mean of
+ten seconds) and in total, the share that succeeded, the latency of requests in the last half to whole minute, and the
+bytes. Totals are since the start of the agent.
 
-On a terminal the table is made anew at each interval, until it is interrupted. Elsewhere it is printed once.`,
+On a terminal the table fills the screen and is redrawn at each interval. Keys: q quits; r, t, e, p, b and n sort by rate,
+total, errors, p99 latency, bytes and name. Elsewhere the table is printed once.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := applyEnvironment(cmd.Flags()); err != nil {
 				return err
 			}
-			if interval < 100*time.Millisecond {
-				return fmt.Errorf("--interval %v: too short to read; use 100ms or more", interval)
+			if o.interval < 100*time.Millisecond {
+				return valueError{fmt.Errorf("--interval %v: use 100ms or more", o.interval)}
 			}
-			out := cmd.OutOrStdout()
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
-			if once || form == outputJSON || !terminal.IsTerminal(out) {
-				return showTop(ctx, &admin, out, form, 0)
+			out := cmd.OutOrStdout()
+			if o.once || o.form == outputJSON || !terminal.IsTerminal(out) {
+				return o.print(ctx, out)
 			}
-			tick := time.NewTicker(interval)
-			defer tick.Stop()
-			for {
-				if err := showTop(ctx, &admin, out, form, topRows); err != nil {
-					if ctx.Err() != nil {
-						return nil
-					}
-					return err
-				}
-				select {
-				case <-tick.C:
-				case <-ctx.Done():
-					return nil
-				}
-			}
+			return o.watch(ctx, cmd.InOrStdin(), out)
 		},
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
-	durationFlag(flags, &interval, "interval", "time from one table to the next")
-	parsedSwitch(flags, &once, "once", "", "print one table and end")
-	parsed(flags, &form, parseOutput, "output", "o", string(form), "form", "form of the result: text or json, which is printed once")
-	admin.bind(flags)
+	durationFlag(flags, &o.interval, "interval", "time between two tables")
+	parsedSwitch(flags, &o.once, "once", "", "print one table and exit")
+	var names []string
+	for _, order := range terminal.Orders {
+		names = append(names, string(order))
+	}
+	parsed(flags, &o.sorted, func(text string) (terminal.Order, error) {
+		if !slices.Contains(names, text) {
+			return "", fmt.Errorf("unknown order %q: use one of %s", text, strings.Join(names, ", "))
+		}
+		return terminal.Order(text), nil
+	}, "sort", "", string(o.sorted), strings.Join(names, "|"), "order of the rows")
+	parsed(flags, &o.form, parseOutput, "output", "o", string(o.form), "text|json", "output format; json is printed once")
+	o.admin.bind(flags)
 	return cmd
 }
 
-// topRows is how much of a table that is made anew fits on most terminals.
-const topRows = 20
+// read returns the agent's state, with its destinations in order.
+func (o *topOptions) read(ctx context.Context) (*live.Snapshot, error) {
+	s := new(live.Snapshot)
+	if err := o.admin.readJSON(ctx, "/live", s); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
 
-// showTop prints the table; with rows, over the last one.
-func showTop(ctx context.Context, admin *adminOptions, out io.Writer, form output, rows int) error {
-	var s live.Snapshot
-	if err := admin.readJSON(ctx, "/live", &s); err != nil {
+func (o *topOptions) print(ctx context.Context, out io.Writer) error {
+	s, err := o.read(ctx)
+	if err != nil {
 		return err
 	}
-	if form == outputJSON {
+	terminal.Sort(s.Destinations, o.sorted)
+	if o.form == outputJSON {
 		return printJSON(out, s.Destinations)
 	}
-	text := terminal.Top(&s, terminal.NewPainter(out), rows)
-	if rows > 0 {
-		text = "\x1b[H\x1b[J" + text // from the upper left corner on
-	}
-	_, err := io.WriteString(out, text)
+	_, err = io.WriteString(out, terminal.Top(s, terminal.NewPainter(out), terminal.Fit{Sorted: o.sorted}))
 	return ignoreClosed(err)
+}
+
+// watch redraws the table at each interval, at each key and when the terminal changes its size, until q or the end of ctx.
+func (o *topOptions) watch(ctx context.Context, in io.Reader, out io.Writer) (err error) {
+	snapshot, err := o.read(ctx) // an agent that does not answer leaves the terminal as it is
+	if err != nil {
+		return err
+	}
+	keyboard, err := terminal.OpenKeyboard(in)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, keyboard.Close()) }()
+	screen, err := terminal.OpenScreen(out)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, screen.Close()) }()
+	resized := make(chan os.Signal, 1)
+	signal.Notify(resized, syscall.SIGWINCH)
+	defer signal.Stop(resized)
+
+	// Reading in the background keeps the keys working while the agent is slow.
+	ctx, cancel := context.WithCancel(ctx)
+	var reading sync.WaitGroup
+	defer reading.Wait()
+	defer cancel()
+	type result struct {
+		snapshot *live.Snapshot
+		err      error
+	}
+	results := make(chan result)
+	reading.Go(func() {
+		tick := time.NewTicker(o.interval)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return
+			}
+			s, err := o.read(ctx)
+			select {
+			case results <- result{s, err}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+
+	paint := terminal.NewPainter(out)
+	for {
+		terminal.Sort(snapshot.Destinations, o.sorted)
+		columns, rows := terminal.Size(out)
+		fit := terminal.Fit{Columns: columns, Rows: rows, Sorted: o.sorted, Keys: keyboard != nil}
+		if err := screen.Draw(terminal.Top(snapshot, paint, fit)); err != nil {
+			return ignoreClosed(err)
+		}
+		select {
+		case got := <-results:
+			if got.err != nil {
+				return got.err
+			}
+			snapshot = got.snapshot
+		case key := <-keyboard.Pressed():
+			if key == 'q' {
+				return nil
+			}
+			if order, ok := terminal.OrderOf(key); ok {
+				o.sorted = order
+			}
+		case <-resized:
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 func printJSON(out io.Writer, value any) error {
@@ -94,7 +181,7 @@ func printJSON(out io.Writer, value any) error {
 	return ignoreClosed(encoder.Encode(value))
 }
 
-// ignoreClosed forgives a reader who has seen enough, such as head.
+// ignoreClosed turns the error of a reader that has closed, such as head, into success.
 func ignoreClosed(err error) error {
 	if errors.Is(err, syscall.EPIPE) {
 		return nil

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -15,13 +16,13 @@ import (
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 )
 
-// The functions below add flags whose default is what target holds, and whose errors say what would be right.
+// The functions below add flags whose default is the value of target, and whose errors name a valid value.
 
 func portFlag(flags *pflag.FlagSet, target *uint16, name, usage string) {
 	parsed(flags, target, capture.ParsePort, name, "", strconv.Itoa(int(*target)), "port", usage)
 }
 
-// optionalPortFlag takes 0 for no port.
+// optionalPortFlag accepts 0 for no port.
 func optionalPortFlag(flags *pflag.FlagSet, target *uint16, name, usage string) {
 	parse := func(text string) (uint16, error) {
 		if text == "0" {
@@ -54,13 +55,13 @@ func choiceFlag(flags *pflag.FlagSet, target *string, name, usage string, choice
 	parsed(flags, target, parse, name, "", *target, strings.Join(choices, "|"), usage)
 }
 
-// portsFlag chooses no port as long as it is not given.
+// portsFlag selects no ports by default.
 func portsFlag(flags *pflag.FlagSet, target *capture.Ports, name, usage string) {
 	parsed(flags, target, capture.ParsePorts, name, "", "", "ports", usage)
 }
 
-// switchFlag sets all of its targets, which are on by default. It does not stand alone, as that would say nothing: so its
-// value may follow a blank, like every other value of the agent.
+// switchFlag sets all of its targets. They are on by default. It always needs a value, so that the value may follow a blank
+// like that of every other flag of the agent.
 func switchFlag(flags *pflag.FlagSet, name, usage string, targets ...*bool) {
 	both := func(text string) (bool, error) {
 		on, err := parseSwitch(text)
@@ -97,7 +98,7 @@ func parseDuration(text string) (time.Duration, error) {
 	return d, nil
 }
 
-// parseGrace takes a number without a unit for seconds, as it stands in a pod.
+// parseGrace reads a number without a unit as seconds, as in a pod.
 func parseGrace(text string) (time.Duration, error) {
 	if seconds, err := strconv.ParseUint(text, 10, 31); err == nil {
 		return time.Duration(seconds) * time.Second, nil
@@ -113,7 +114,23 @@ func parseCount(text string) (int, error) {
 	return int(n), nil
 }
 
-// parseServers reads DNS servers, whose port may be left out.
+// parseBytes reads an amount of memory, with or without a unit of Kubernetes or of GOMEMLIMIT: 128Mi, 128MiB.
+func parseBytes(text string) (int, error) {
+	number, unit := strings.TrimSuffix(text, "B"), 1
+	for i, prefix := range []string{"Ki", "Mi", "Gi"} {
+		if before, found := strings.CutSuffix(number, prefix); found {
+			number, unit = before, 1<<(10*(i+1))
+			break
+		}
+	}
+	n, err := strconv.ParseUint(number, 10, 50)
+	if err != nil || int(n) > math.MaxInt/unit {
+		return 0, errors.New("not an amount of memory: use a whole number with a unit, such as 64Mi or 1Gi")
+	}
+	return int(n) * unit, nil
+}
+
+// parseServers reads DNS servers. The port is optional.
 func parseServers(text string) (servers []netip.AddrPort, err error) {
 	for item := range strings.SplitSeq(text, ",") {
 		server, err := netip.ParseAddrPort(item)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"os/signal"
@@ -27,10 +28,10 @@ func newWait() *cobra.Command {
 				return err
 			}
 			if parsed, err := url.Parse(address); err != nil || parsed.Scheme != "http" || parsed.Host == "" {
-				return fmt.Errorf("--url %q: not an http URL; use one such as http://localhost:15021/healthz/ready", address)
+				return valueError{fmt.Errorf("--url %q: not an http URL; use one such as http://localhost:15021/healthz/ready", address)}
 			}
 			if requestTimeout == 0 || period == 0 {
-				return fmt.Errorf("--requestTimeoutMillis and --periodMillis: 0 is too short; use 1 or more")
+				return valueError{errors.New("--requestTimeoutMillis and --periodMillis: 0 is too short; use 1 or more")}
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()

@@ -130,7 +130,7 @@ func (f *files) bind(flags *pflag.FlagSet) {
 // rewrite changes all files and then writes them as one stream.
 func (f *files) rewrite(cmd *cobra.Command, change func(text, name string, report func(inject.Outcome)) (inject.Text, error)) ([]inject.Outcome, error) {
 	if len(f.from) == 0 {
-		return nil, usageError{errors.New("no input: name a file with -f; - is standard input")}
+		return nil, usageError{Err: errors.New("no input: name a file with -f; - is standard input")}
 	}
 	// Manifests of a whole cluster are large. Collecting more often costs little time and saves a third of the memory.
 	defer debug.SetGCPercent(debug.SetGCPercent(50))

@@ -32,8 +32,7 @@ type statusRange struct{ low, high int }
 // Semicolons separate groups, commas separate the terms of a group. A record is logged if at least one group matches. A
 // group matches if all of its terms hold:
 //
-//	errors              the record has a response flag, a status of 500 or more, or a reason other than closed,
-//	                    completed and drained
+//	errors              it counts as an error: see flow.Record.Failure
 //	status=404|5xx|400-499
 //	                    the status is one of these; connections have status 0
 //	slower=250ms        the duration is at least this long
@@ -130,7 +129,7 @@ func (f *Filter) match(r *flow.Record, lasted time.Duration) bool {
 }
 
 func (g *group) match(r *flow.Record, lasted time.Duration) bool {
-	return (!g.errors || failed(r)) &&
+	return (!g.errors || r.Failure() != "") &&
 		(g.statuses == nil || g.hasStatus(r.HTTP.Status)) &&
 		(!g.slow || lasted >= g.slower) &&
 		(g.direction == "" || g.direction == r.Direction.String()) &&
@@ -144,13 +143,4 @@ func (g *group) hasStatus(status int) bool {
 		}
 	}
 	return false
-}
-
-// failed reports whether r is what people call an error.
-func failed(r *flow.Record) bool {
-	switch r.Reason {
-	case "", flow.Closed, flow.Completed, flow.Drained: // which have no flags of their own
-		return r.HTTP.Status >= 500 || r.HTTP.Flags != ""
-	}
-	return true
 }

@@ -15,18 +15,20 @@ func TestFilters(t *testing.T) {
 		return r
 	}
 	var (
-		fine       = ended(flow.Inbound, flow.Completed, 200, "", time.Millisecond)
-		slow       = ended(flow.Outbound, flow.Completed, 200, "", time.Second)
-		notFound   = ended(flow.Inbound, flow.Completed, 404, "", time.Millisecond)
-		broken     = ended(flow.Inbound, flow.Completed, 500, "", time.Millisecond)
-		malformed  = ended(flow.Inbound, flow.BadFraming, 400, "DPE", time.Millisecond)
-		tcp        = connection(flow.Outbound, flow.Opaque, flow.Closed)
-		headLate   = ended(flow.Inbound, flow.HeadTimeout, 408, "", time.Millisecond)
-		refused    = connection(flow.Outbound, flow.Opaque, flow.UpstreamRefused)
-		drained    = connection(flow.Inbound, flow.Opaque, flow.Drained)
-		stillOpen  = connection(flow.Inbound, flow.TLS, "")
-		everything = []*flow.Record{fine, slow, notFound, broken, malformed, tcp, headLate, refused, drained, stillOpen}
+		fine        = ended(flow.Inbound, flow.Completed, 200, "", time.Millisecond)
+		slow        = ended(flow.Outbound, flow.Completed, 200, "", time.Second)
+		notFound    = ended(flow.Inbound, flow.Completed, 404, "", time.Millisecond)
+		broken      = ended(flow.Inbound, flow.Completed, 500, "", time.Millisecond)
+		unavailable = ended(flow.Inbound, flow.Completed, 200, "", time.Millisecond)
+		malformed   = ended(flow.Inbound, flow.BadFraming, 400, "DPE", time.Millisecond)
+		tcp         = connection(flow.Outbound, flow.Opaque, flow.Closed)
+		headLate    = ended(flow.Inbound, flow.HeadTimeout, 408, "", time.Millisecond)
+		refused     = connection(flow.Outbound, flow.Opaque, flow.UpstreamRefused)
+		drained     = connection(flow.Inbound, flow.Opaque, flow.Drained)
+		stillOpen   = connection(flow.Inbound, flow.TLS, "")
+		everything  = []*flow.Record{fine, slow, notFound, broken, unavailable, malformed, tcp, headLate, refused, drained, stillOpen}
 	)
+	unavailable.HTTP.GRPC, unavailable.HTTP.GRPCStatus = true, []byte("14")
 	for _, c := range []struct {
 		filter string
 		taken  []*flow.Record
@@ -34,7 +36,7 @@ func TestFilters(t *testing.T) {
 		{"", everything},
 		{" ", everything},
 		{"sample=100%", everything},
-		{"errors", []*flow.Record{broken, malformed, headLate, refused}},
+		{"errors", []*flow.Record{broken, unavailable, malformed, headLate, refused}},
 		{"status=404", []*flow.Record{notFound}},
 		{"status=5xx|400-404", []*flow.Record{notFound, broken, malformed}},
 		{"status=0", []*flow.Record{tcp, refused, drained, stillOpen}},
@@ -42,8 +44,8 @@ func TestFilters(t *testing.T) {
 		{"slower=231ms,direction=inbound", []*flow.Record{drained, stillOpen}},
 		{"direction=outbound", []*flow.Record{slow, tcp, refused}},
 		{"errors, direction=outbound", []*flow.Record{refused}},
-		{"errors; slower=250ms", []*flow.Record{slow, broken, malformed, headLate, refused}},
-		{"errors;sample=0.0000000001%", []*flow.Record{broken, malformed, headLate, refused}},
+		{"errors; slower=250ms", []*flow.Record{slow, broken, unavailable, malformed, headLate, refused}},
+		{"errors;sample=0.0000000001%", []*flow.Record{broken, unavailable, malformed, headLate, refused}},
 	} {
 		f, err := ParseFilter(c.filter)
 		if err != nil {

@@ -278,6 +278,28 @@ func TestFullDiskIsLoggedAndRecoveredFrom(t *testing.T) {
 	}
 }
 
+func TestEachEpisodeOfTroubleIsLogged(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	var log logBuffer
+	l := begin(t, Config{Path: path, Logger: log.logger()})
+	for episode := range 3 {
+		if err := errors.Join(os.Remove(path), os.Symlink("/dev/full", path)); err != nil {
+			t.Fatal(err)
+		}
+		l.Reopen()
+		l.Closed(of("one"))
+		nettest.Eventually(t, "the problem is logged", func() bool { return log.count("no space left on device") == episode+1 })
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		l.Reopen()
+		nettest.Eventually(t, "the recovery is logged", func() bool { return log.count("access log recovered") == episode+1 })
+	}
+	if l.Written() != 3 || l.Dropped() != 0 {
+		t.Errorf("%d written, %d dropped", l.Written(), l.Dropped())
+	}
+}
+
 func TestCloseReportsLinesLostToAFullDisk(t *testing.T) {
 	l := begin(t, Config{Path: "/dev/full"})
 	l.Closed(of("one"))

@@ -28,8 +28,8 @@ const (
 	VirtualInbound  = "virtualInbound"
 )
 
-// Config is what the server shows and orders. Its functions are called from any goroutine and must answer at once.
-// Those that are nil stand for an order that this agent does not take; it is answered 501.
+// Config holds what the server shows and the commands that it accepts. Its functions are called from any goroutine and must
+// return at once. A nil function is a command that this agent does not support; the response is 501.
 type Config struct {
 	Version   string
 	Started   time.Time
@@ -41,21 +41,21 @@ type Config struct {
 	Flows     *flow.Table // required
 
 	Ready   func() (state string, ok bool) // LIVE and true, else PRE_INITIALIZING, INITIALIZING or DRAINING; required
-	Unready func() []string                // what readiness waits for; nil is nothing
+	Unready func() []string                // closed gates; optional
 	Metrics prometheus.Gatherer            // required
 
-	LogLevel      func() slog.Level // required
-	SetLogLevel   func(slog.Level)
-	Drain         func(DrainOrder)
-	Quit          func() // is called when the answer has gone out
-	Health        func(ok bool)
-	ResetCounters func()
-	ReopenLogs    func()
+	RecentLog   io.WriterTo       // the last lines of the agent's log; nil: not kept
+	LogLevel    func() slog.Level // required
+	SetLogLevel func(slog.Level)
+	Drain       func(DrainOrder)
+	Quit        func() // called after the response was sent
+	Health      func(ok bool)
+	ReopenLogs  func()
 
 	Page http.Handler // for a browser at /; nil serves the list of paths
-	Live http.Handler // for /live and below; nil is none
+	Live http.Handler // for /live and below; optional
 
-	Log *slog.Logger // of orders; required
+	Log *slog.Logger // of commands; required
 }
 
 // Node identifies the agent, as the injector set it.
@@ -71,20 +71,20 @@ type Options struct {
 	DrainTime   time.Duration
 }
 
-// Listener is one of the agent's, with the addresses that it is bound to, the main one first.
+// Listener is a listener of the agent and the addresses that it is bound to, the main one first.
 type Listener struct {
 	Name      string
 	Addresses []netip.AddrPort
-	Serves    []string // paths that the agent answers there itself
+	Serves    []string // paths that the agent itself serves there
 }
 
-// Carrying is how traffic is carried. Times mean what they mean in the agent's flags.
+// Carrying describes how traffic is carried. Times have the meaning of the agent's flags.
 type Carrying struct {
 	OwnPorts       []uint16            // refused at OwnAddresses
 	OwnAddresses   func() []netip.Addr // required
-	OpaquePorts    [][2]uint16         // the first and last of ranges whose bytes nobody looks at
-	InboundSources []netip.Addr        // from which the workload is dialled, unless it is from its clients' own
-	TPROXYMark     uint32              // of what is sent from clients' addresses; zero: inbound listeners are not transparent
+	OpaquePorts    [][2]uint16         // the first and last of ranges without protocol detection
+	InboundSources []netip.Addr        // from which the workload is dialled, except with TPROXY
+	TPROXYMark     uint32              // of packets with a client's source address; zero: inbound listeners are not transparent
 
 	ConnectTimeout, IdleTimeout, RequestTimeout, RequestHeadTimeout, UpstreamIdleTimeout time.Duration
 
@@ -94,42 +94,43 @@ type Carrying struct {
 // DrainOrder holds the parameters of /drain_listeners.
 type DrainOrder struct {
 	InboundOnly bool
-	Graceful    bool // announce and go on accepting, else stop listening at once
-	SkipExit    bool // do not end when drained
+	Graceful    bool // announce and keep accepting for the drain delay; else stop listening at once
+	SkipExit    bool // keep listening after the drain
 }
 
-// command is one path. Envoy answers reading ones by any method.
+// command is one path. As in Envoy, a command that only reads accepts any method.
 type command struct {
 	path       string
 	help       string
-	parameters []string // name: help
+	parameters []string // each as "name: help"
 	changes    bool     // needs POST
 	run        func(*handler, http.ResponseWriter, *http.Request)
 }
 
-// commands are in the order of /help. handler.find looks here. init fills it, as /help reads it.
+// commands are in the order of /help. init fills it, because /help reads it.
 var commands []command
 
 func init() {
 	commands = []command{
-		{path: "/", help: "page for browsers, this list for others", run: (*handler).root},
+		{path: "/", help: "live page for browsers, this list for other clients", run: (*handler).root},
 		{path: "/certs", help: "print certs on machine", run: (*handler).certs},
-		{path: "/clusters", help: "destinations that open connections are carried to, at most 4096 of them",
+		{path: "/clusters", help: "print destinations of open connections, at most 4096",
 			parameters: []string{"format: text or json"}, run: (*handler).clusters},
-		{path: "/config_dump", help: "print how traffic is carried, in Envoy's words", parameters: []string{
+		{path: "/config_dump", help: "print the configuration in Envoy's terms", parameters: []string{
 			"resource: the list to print, such as static_listeners", "mask: the fields to print, such as listener.name",
-			"name_regex: print what has a name that matches as a whole", "include_eds: print endpoints too",
+			"name_regex: print resources whose whole name matches", "include_eds: print endpoints too",
 		}, run: (*handler).configDump},
 		{path: "/debug/pprof/", help: "Go profiles", run: (*handler).profile},
 		{path: "/drain_listeners", help: "drain listeners", changes: true, parameters: []string{
-			"graceful: announce, and stop listening later", "skip_exit: stay when drained; needs graceful", "inboundonly: drain inbound alone",
+			"graceful: announce first, stop listening after the delay", "skip_exit: keep listening; requires graceful", "inboundonly: drain inbound only",
 		}, run: (*handler).drain},
 		{path: "/healthcheck/fail", help: "cause readiness to fail", changes: true, run: (*handler).healthcheck},
 		{path: "/healthcheck/ok", help: "let readiness succeed again", changes: true, run: (*handler).healthcheck},
 		{path: "/help", help: "print this list", run: (*handler).help},
-		{path: "/init_dump", help: "print what readiness waits for", run: (*handler).initDump},
+		{path: "/init_dump", help: "print closed gates of readiness", run: (*handler).initDump},
 		{path: "/listeners", help: "print listeners", parameters: []string{"format: text or json"}, run: (*handler).listeners},
-		{path: "/live", help: "connections as they come and go", run: (*handler).live},
+		{path: "/live", help: "current traffic as JSON; /live/records, /live/tap, /live/events", run: (*handler).live},
+		{path: "/log", help: "print the last lines of the agent's log, at most 1000", run: (*handler).recentLog},
 		{path: "/logging", help: "print or change log levels", changes: true, parameters: []string{
 			"level: for all loggers", "paths: logger:level,...", "<logger>: its level",
 		}, run: (*handler).logging},
@@ -137,10 +138,9 @@ func init() {
 		{path: "/quitquitquit", help: "exit the server", changes: true, run: (*handler).quit},
 		{path: "/ready", help: "print server state, return 200 if LIVE, otherwise return 503", run: (*handler).ready},
 		{path: "/reopen_logs", help: "reopen the access log", changes: true, run: (*handler).reopenLogs},
-		{path: "/reset_counters", help: "reset all counters to zero", changes: true, run: (*handler).resetCounters},
 		{path: "/server_info", help: "print server version, state and options", run: (*handler).serverInfo},
 		{path: "/stats", help: "print metrics", parameters: []string{
-			"format: text, json or prometheus", "filter: a regular expression that names match somewhere",
+			"format: text, json or prometheus", "filter: a regular expression that matches a part of the name",
 			"usedonly: without counters that are 0", "type: Counters, Gauges, Histograms, TextReadouts or All",
 		}, run: (*handler).stats},
 		{path: "/stats/prometheus", help: "print metrics in prometheus format",
@@ -155,8 +155,8 @@ type handler struct {
 	foreign *http.CrossOriginProtection
 }
 
-// NewHandler serves the admin paths. Serve it on loopback alone, with bounds on heads, time and connections; a handler
-// that takes longer than the server's write time-out moves its own.
+// NewHandler serves the admin paths. Serve it on loopback only, with bounds on heads, time and connections. A path that
+// takes longer than the server's write timeout extends its own deadline.
 func NewHandler(config Config) http.Handler {
 	h := &handler{Config: config, slots: make(chan struct{}, maxRequests), foreign: http.NewCrossOriginProtection()}
 	h.loggers.others = make(map[string]slog.Level)
@@ -179,7 +179,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case command == nil:
 		answer(w, http.StatusNotFound, "invalid path. admin commands are:\n"+list())
 		return
-	case command.path == "/live": // its streams stay, and it bounds them itself
+	case command.path == "/live": // its streams last, and package live bounds them
 		command.run(h, w, r)
 		return
 	case command.changes && r.Method != http.MethodPost:
@@ -191,11 +191,11 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case h.slots <- struct{}{}:
 		defer func() { <-h.slots }()
 	default:
-		answer(w, http.StatusServiceUnavailable, fmt.Sprintf("%d requests are being answered already; ask again\n", maxRequests))
+		answer(w, http.StatusServiceUnavailable, fmt.Sprintf("%d requests are in progress, the maximum; retry later\n", maxRequests))
 		return
 	}
 	if command.changes {
-		h.Log.Info("admin order", "path", r.URL.Path, "query", fmt.Sprintf("%.100s", r.URL.RawQuery))
+		h.Log.Info("admin command", "path", r.URL.Path, "query", fmt.Sprintf("%.100s", r.URL.RawQuery))
 	}
 	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 	command.run(h, w, r)
@@ -212,25 +212,25 @@ func find(path string) *command {
 	return nil
 }
 
-// answer writes a text.
+// answer writes a text response.
 func answer(w http.ResponseWriter, code int, text string) {
 	w.Header().Set("Content-Type", "text/plain; charset=UTF-8")
 	w.WriteHeader(code)
 	io.WriteString(w, text)
 }
 
-// refuse answers what cannot be done as asked. The text says what would be right.
+// refuse writes a 400 response. The text describes a valid request.
 func refuse(w http.ResponseWriter, format string, values ...any) {
 	answer(w, http.StatusBadRequest, fmt.Sprintf(format, values...)+"\n")
 }
 
-// answerJSON writes v as Envoy prints it.
+// answerJSON writes v in Envoy's formatting.
 func answerJSON(w http.ResponseWriter, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	encoder := json.NewEncoder(w)
 	encoder.SetEscapeHTML(false)
 	encoder.SetIndent("", " ")
-	encoder.Encode(v) // who does not take it has gone
+	encoder.Encode(v) // an error means that the client left
 }
 
 func list() string {

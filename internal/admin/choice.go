@@ -7,17 +7,17 @@ import (
 	"strings"
 )
 
-// maxPattern bounds regular expressions, which Go's regexp runs in linear time, and masks.
+// maxPattern bounds masks and regular expressions. Go's regexp runs in linear time.
 const maxPattern = 1 << 10
 
-// choice is the part of a dump that a query asks for.
+// choice is the part of a dump that a query selects.
 type choice struct {
-	resource string         // the items of this list alone; empty is all
-	mask     fields         // what is kept of a message; nil is all
-	name     *regexp.Regexp // of resources; nil is all
+	resource string         // only the items of this list; empty: everything
+	mask     fields         // the fields kept of a message; nil: all
+	name     *regexp.Regexp // of resources; nil: any
 }
 
-// fields is a set of field paths, as a tree. A leaf keeps all below it.
+// fields is a tree of field paths. A leaf keeps everything below it.
 type fields map[string]fields
 
 func parseChoice(query url.Values) (choice, error) {
@@ -68,7 +68,7 @@ func parseMask(text string) (fields, error) {
 			}
 			below, there := at[name]
 			if there && len(below) == 0 {
-				break // all of it is kept already
+				break // a shorter path keeps everything below
 			}
 			if !there || i == len(names)-1 {
 				below = fields{}
@@ -80,7 +80,7 @@ func parseMask(text string) (fields, error) {
 	return mask, nil
 }
 
-// choose takes what is asked for out of the configs. found is false when no config has a list of the resource's name.
+// choose returns the selected part of the configs. found is false if no config has a list of the resource's name.
 func (c choice) choose(configs []object) (chosen []object, found bool) {
 	chosen = []object{}
 	for _, config := range configs {
@@ -105,7 +105,7 @@ func (c choice) choose(configs []object) (chosen []object, found bool) {
 	return chosen, found || c.resource == ""
 }
 
-// itemType is what the items of a config's lists are.
+// itemType is the message type of the items of a list.
 var itemType = map[string]string{
 	"static_clusters":         "envoy.admin.v3.ClustersConfigDump.StaticCluster",
 	"static_listeners":        "envoy.admin.v3.ListenersConfigDump.StaticListener",
@@ -113,7 +113,7 @@ var itemType = map[string]string{
 	"static_endpoint_configs": "envoy.admin.v3.EndpointsConfigDump.StaticEndpointConfig",
 }
 
-// named keeps the items whose resource has a name that matches.
+// named returns the items whose resource has a matching name.
 func (c choice) named(items []object) []object {
 	if c.name == nil {
 		return items
@@ -134,7 +134,7 @@ func (c choice) named(items []object) []object {
 	return kept
 }
 
-// of returns what the mask keeps of a message, or of each of a list. What a message is stays.
+// of returns a message, or each message of a list, with only the fields of the mask and @type.
 func (f fields) of(value any) any {
 	if len(f) == 0 {
 		return value

@@ -13,7 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// maxHosts bounds an answer that counts per destination.
+// maxHosts bounds the destinations in a response.
 const maxHosts = 4096
 
 // host is a destination of open connections. It is healthy in Envoy's sense, because there are no health checks.
@@ -23,7 +23,8 @@ type host struct {
 	open    int
 }
 
-// hosts counts the connections that are carried now. Destinations beyond maxHosts are left out, the longest there first.
+// hosts counts the open connections by destination. Beyond maxHosts, the destinations of the oldest connections are left
+// out.
 func (h *handler) hosts() []host {
 	type key struct {
 		direction flow.Direction
@@ -47,8 +48,8 @@ func (h *handler) hosts() []host {
 	return hosts
 }
 
-// clusters prints the fields that Envoy prints of hosts, as far as the agent has them. cx_active counts downstream
-// connections. Upstream has as many, except with HTTP/1, whose idle connections wait in a pool.
+// clusters prints those of Envoy's fields that the agent has values for. cx_active counts downstream connections. There are
+// as many upstream, except with HTTP/1, where idle upstream connections are pooled.
 func (h *handler) clusters(w http.ResponseWriter, r *http.Request) {
 	asJSON, ok := wantsJSON(w, r)
 	if !ok {

@@ -52,7 +52,7 @@ func (h *handler) bootstrapDump() object {
 	})
 }
 
-// updated is the time of the configuration, which never changes after the start.
+// updated returns the time of the configuration. It never changes after the start.
 func (h *handler) updated() string { return h.Started.UTC().Format(time.RFC3339Nano) }
 
 func (h *handler) clustersDump() object {
@@ -181,14 +181,14 @@ func (h *handler) carries(listener object, d flow.Direction, bound []netip.AddrP
 	}
 }
 
-// listenerFilter is a step before the protocol is known. Those that look at bytes are off for opaque ports.
+// listenerFilter returns a step before protocol detection. Steps that inspect bytes are disabled for opaque ports.
 func (h *handler) listenerFilter(name, message string) object {
 	filter := object{
 		"name":         "envoy.filters.listener." + name,
 		"typed_config": typed("envoy.extensions.filters.listener."+name+".v3."+message, object{}),
 	}
 	rules := []object{}
-	for _, ports := range h.Carrying.OpaquePorts { // the end of Envoy's range is outside of it
+	for _, ports := range h.Carrying.OpaquePorts { // the end of Envoy's range is exclusive
 		rules = append(rules, object{"destination_port_range": object{"start": ports[0], "end": int(ports[1]) + 1}})
 	}
 	switch {
@@ -225,7 +225,7 @@ func connectionManager(prefix string, routes object) object {
 	}
 }
 
-// route is a direction's only route.
+// route returns the only route of a direction.
 func (h *handler) route(d flow.Direction) object {
 	name, host, route := VirtualOutbound, envoy.VirtualHostOutbound, envoy.RouteOutbound
 	if d == flow.Inbound {
@@ -238,7 +238,7 @@ func (h *handler) route(d flow.Direction) object {
 	}})
 }
 
-// serves are the routes of a listener whose paths the agent answers itself.
+// serves returns the routes of a listener whose paths the agent itself serves.
 func serves(l Listener) object {
 	routes := []object{}
 	for _, path := range l.Serves {

@@ -7,25 +7,25 @@ import (
 )
 
 const (
-	maxRequests = 32       // answered at the same time
+	maxRequests = 32       // in progress at the same time
 	maxBody     = 64 << 10 // of a request
 )
 
 // refuses returns the reason why the request is refused, or an empty string.
 //
-// Loopback keeps strangers' connections out, but not a browser on this machine, such as that of somebody who forwards
-// the port from a cluster. A page from anywhere can make it POST to 127.0.0.1, and can be served under a name that
-// later resolves to 127.0.0.1, so that what it asks counts as its own site's. The first kind of request carries the
-// page's origin and the second kind the page's name as Host; tools carry neither.
+// Loopback excludes connections from other machines, but not a browser on this machine, for example of a user who forwards
+// the port from a cluster. Any page can make the browser POST to 127.0.0.1. A page whose name later resolves to 127.0.0.1
+// can also read the responses. Requests of the first kind carry the page's origin, those of the second kind the page's name
+// as Host. Tools send neither.
 func (h *handler) refuses(r *http.Request) string {
 	if !ownport.FromLoopback(r) {
 		return "Only requests from localhost are allowed"
 	}
 	if !ownport.NamesLoopback(r.Host) {
-		return "the Host is neither localhost nor a loopback address: ask by such a name"
+		return "the Host is neither localhost nor a loopback address: use one of these"
 	}
-	if h.foreign.Check(r) != nil { // which lets GET and HEAD pass; neither changes anything
-		return "a page of another site asks for this: ask from this site, or with a tool"
+	if h.foreign.Check(r) != nil { // GET and HEAD pass: they change nothing
+		return "the request comes from a page of another site: use this site or a tool"
 	}
 	return ""
 }

@@ -122,7 +122,7 @@ func (h *handler) logging(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		if h.SetLogLevel == nil {
-			notTaken(w)
+			notSupported(w)
 			return
 		}
 		h.SetLogLevel(h.loggers.set(change))

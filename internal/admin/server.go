@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// object is a protobuf message as JSON has it, with the fields' own names, as Envoy prints them. Keys come out sorted.
+// object is a protobuf message in JSON, with the original field names, as Envoy prints it. Keys are sorted.
 type object map[string]any
 
 func (h *handler) ready(w http.ResponseWriter, _ *http.Request) {
@@ -36,7 +36,7 @@ func (h *handler) serverInfo(w http.ResponseWriter, _ *http.Request) {
 			"concurrency":         h.Options.Concurrency,
 			"log_level":           h.Options.LogLevel,
 			"drain_time":          duration(h.Options.DrainTime),
-			"drain_strategy":      "Immediate", // of responses; connections without one end by themselves
+			"drain_strategy":      "Immediate", // every response closes its connection
 			"disable_hot_restart": true,
 			"mode":                "Serve",
 			"service_cluster":     h.Node.Cluster,
@@ -89,7 +89,7 @@ func (h *handler) initDump(w http.ResponseWriter, _ *http.Request) {
 	answerJSON(w, object{"unready_targets_dumps": dumps})
 }
 
-// memory fills Envoy's words with the Go runtime's. Reading them stops nobody, as runtime.ReadMemStats would.
+// memory fills Envoy's fields with the Go runtime's metrics. runtime.ReadMemStats would stop the world; these do not.
 func (h *handler) memory(w http.ResponseWriter, _ *http.Request) {
 	names := []string{"objects:bytes", "unused:bytes", "free:bytes", "released:bytes"}
 	samples := make([]metrics.Sample, len(names), len(names)+1)
@@ -116,7 +116,7 @@ func (h *handler) drain(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if h.Drain == nil {
-		notTaken(w)
+		notSupported(w)
 		return
 	}
 	h.Drain(order)
@@ -125,47 +125,52 @@ func (h *handler) drain(w http.ResponseWriter, r *http.Request) {
 
 func (h *handler) healthcheck(w http.ResponseWriter, r *http.Request) {
 	if h.Health == nil {
-		notTaken(w)
+		notSupported(w)
 		return
 	}
 	h.Health(strings.HasSuffix(r.URL.Path, "/ok"))
 	answer(w, http.StatusOK, "OK\n")
 }
 
-func (h *handler) resetCounters(w http.ResponseWriter, _ *http.Request) { obey(w, h.ResetCounters) }
-
-func (h *handler) reopenLogs(w http.ResponseWriter, _ *http.Request) { obey(w, h.ReopenLogs) }
-
-func obey(w http.ResponseWriter, order func()) {
-	if order == nil {
-		notTaken(w)
+func (h *handler) reopenLogs(w http.ResponseWriter, _ *http.Request) {
+	if h.ReopenLogs == nil {
+		notSupported(w)
 		return
 	}
-	order()
+	h.ReopenLogs()
 	answer(w, http.StatusOK, "OK\n")
 }
 
-func notTaken(w http.ResponseWriter) {
-	answer(w, http.StatusNotImplemented, "this agent does not take this order\n")
+func (h *handler) recentLog(w http.ResponseWriter, _ *http.Request) {
+	if h.RecentLog == nil {
+		notSupported(w)
+		return
+	}
+	w.Header().Set("Content-Type", "text/plain; charset=UTF-8")
+	h.RecentLog.WriteTo(w) // an error means that the client left
 }
 
-// quit answers first: the process may be gone at once.
+func notSupported(w http.ResponseWriter) {
+	answer(w, http.StatusNotImplemented, "this agent does not support this command\n")
+}
+
+// quit responds first, because the process may exit at once.
 func (h *handler) quit(w http.ResponseWriter, _ *http.Request) {
 	if h.Quit == nil {
-		notTaken(w)
+		notSupported(w)
 		return
 	}
 	answer(w, http.StatusOK, "OK\n")
-	_ = http.NewResponseController(w).Flush() // who does not take it has gone
+	_ = http.NewResponseController(w).Flush() // an error means that the client left
 	h.Quit()
 }
 
-// maxProfile bounds the seconds of a profile, each of which holds a request's slot.
+// maxProfile bounds the seconds of a profile, because it holds a slot meanwhile.
 const maxProfile = 300
 
 func (h *handler) profile(w http.ResponseWriter, r *http.Request) {
 	which := strings.TrimPrefix(r.URL.Path, "/debug/pprof/")
-	if which == "symbol" { // its body is no form
+	if which == "symbol" { // its body is not a form
 		pprof.Symbol(w, r)
 		return
 	}
@@ -187,12 +192,12 @@ func (h *handler) profile(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// duration is a protobuf duration.
+// duration returns d as a protobuf duration in JSON.
 func duration(d time.Duration) string {
 	return strconv.FormatFloat(d.Seconds(), 'f', -1, 64) + "s"
 }
 
-// wantsJSON reads format=, of which a path has two. It answers when the value is neither.
+// wantsJSON reads format=. If the value is neither text nor json, it writes the response and returns ok false.
 func wantsJSON(w http.ResponseWriter, r *http.Request) (wants, ok bool) {
 	switch format := r.URL.Query().Get("format"); format {
 	case "", "text":

@@ -16,10 +16,10 @@ import (
 	"github.com/prometheus/common/expfmt"
 )
 
-// family is a gathered metric family, with the stats that it is shown as.
+// family is a gathered metric family with its stats.
 type family struct {
 	gathered *dto.MetricFamily
-	kind     string // counter, gauge, histogram; all others count as gauges
+	kind     string // counter, gauge or histogram; all other types count as gauges
 	stats    []stat
 }
 
@@ -30,12 +30,12 @@ type stat struct {
 	buckets []bucket // of a histogram, whose value is the number of observations
 
 	metric      *dto.Metric
-	first, last int // lines of the metric's text: first and the one behind the last; last 0: all
+	first, last int // the lines [first, last) of the metric's text; last 0: all
 }
 
 type bucket struct{ bound, count float64 }
 
-// selection is which stats a query asks for.
+// selection holds the criteria of a query for stats.
 type selection struct {
 	filter   *regexp.Regexp
 	kind     string
@@ -113,7 +113,7 @@ func (h *handler) stats(w http.ResponseWriter, r *http.Request) {
 	answer(w, http.StatusOK, b.String())
 }
 
-// prometheus writes the metrics as they are, or the lines that the query asks for.
+// prometheus writes all metrics, or the lines that the query selects.
 func (h *handler) prometheus(w http.ResponseWriter, r *http.Request) {
 	gathered, selection, ok := h.asked(w, r.URL.Query())
 	if !ok {
@@ -164,7 +164,7 @@ func (f *family) text(t stat) (head, lines string) {
 	return head, lines
 }
 
-// asked gathers the metrics and reads what the query asks of them. If either fails, it answers.
+// asked gathers the metrics and parses the query. If either fails, it answers the request and returns false.
 func (h *handler) asked(w http.ResponseWriter, query url.Values) ([]*dto.MetricFamily, selection, bool) {
 	selection, err := parseSelection(query)
 	if err != nil {
@@ -179,7 +179,7 @@ func (h *handler) asked(w http.ResponseWriter, query url.Values) ([]*dto.MetricF
 	return gathered, selection, true
 }
 
-// statsOf names the values of gathered families as Envoy would.
+// statsOf returns the values of gathered families under Envoy's names.
 func statsOf(gathered []*dto.MetricFamily) []family {
 	families := make([]family, 0, len(gathered))
 	for _, of := range gathered {
@@ -198,7 +198,7 @@ func statsOf(gathered []*dto.MetricFamily) []family {
 	return families
 }
 
-// add adds the stats of one metric. A summary is shown line by line, since Envoy has nothing like it.
+// add adds the stats of one metric. A summary becomes one stat per line, since Envoy has no summaries.
 func (f *family) add(m *dto.Metric) {
 	name := f.gathered.GetName()
 	labels := make([]label, 0, len(m.Label))
@@ -237,8 +237,8 @@ func (f *family) add(m *dto.Metric) {
 
 type label struct{ name, value string }
 
-// scopes are how Envoy's Prometheus names came from its dotted ones, the more specific first. The value of the label, if
-// there is one, stood behind the scope.
+// scopes map prefixes of Prometheus names to scopes of Envoy's dotted names, the more specific first. If there is a label,
+// its value follows the scope.
 var scopes = []struct{ prefix, scope, label string }{
 	{"envoy_cluster_manager_", "cluster_manager", ""},
 	{"envoy_listener_manager_", "listener_manager", ""},
@@ -280,7 +280,7 @@ func dotted(name string, labels []label) string {
 	return strings.Join(append(parts, others...), ".")
 }
 
-// number prints whole numbers without an exponent, as Envoy's are.
+// number prints integers without an exponent, as Envoy does.
 func number(v float64) string {
 	if v == math.Trunc(v) && math.Abs(v) < 1<<53 {
 		return strconv.FormatFloat(v, 'f', 0, 64)
@@ -288,7 +288,7 @@ func number(v float64) string {
 	return strconv.FormatFloat(v, 'g', -1, 64)
 }
 
-// quantilesShown are Envoy's.
+// quantilesShown are the quantiles that Envoy prints, in percent.
 var quantilesShown = []float64{0, 25, 50, 75, 90, 95, 99, 99.5, 99.9, 100}
 
 // quantiles prints a histogram. Envoy's first number covers the last few seconds, which are not counted separately here.
@@ -303,7 +303,7 @@ func (t stat) quantiles() string {
 	return strings.Join(parts, " ")
 }
 
-// quantile interpolates inside the bucket in which the quantile falls. Beyond the last bound it is that bound.
+// quantile interpolates within the bucket of the quantile. A quantile beyond the last bound is returned as that bound.
 func (t stat) quantile(q float64) float64 {
 	rank := q * t.value
 	var below bucket

@@ -35,6 +35,7 @@ const (
 	DetailsHeadTimeout        = "request_header_timeout"
 	DetailsIdleTimeout        = "stream_idle_timeout"
 	DetailsMisdirected        = "misdirected_request"
+	DetailsNoHealthyUpstream  = "no_healthy_upstream"
 	DetailsOverload           = "overload"
 	DetailsResponseTimeout    = "response_timeout"
 	DetailsHTTP1CodecError    = "http1.codec_error"
@@ -68,6 +69,20 @@ func ResetBeforeResponse(reset string) string { return resetBefore + underscored
 
 // ResetAfterResponse returns the details of an upstream that failed after the head of its response.
 func ResetAfterResponse(reset string) string { return resetAfter + underscored(reset) + "}" }
+
+// WithRule returns details, such as those of a malformed message, with the rule that was broken in braces behind them. A
+// search for Envoy's words still finds them.
+func WithRule(details, rule string) string { return details + "{" + underscored(rule) + "}" }
+
+// ProtocolErrorBeforeResponse and ProtocolErrorAfterResponse return the details of an upstream whose response breaks a
+// rule.
+func ProtocolErrorBeforeResponse(rule string) string {
+	return ResetBeforeResponse(ResetByProtocolError + "|" + rule)
+}
+
+func ProtocolErrorAfterResponse(rule string) string {
+	return ResetAfterResponse(ResetByProtocolError + "|" + rule)
+}
 
 // IsResetBeforeResponse reports whether details came from ResetBeforeResponse.
 func IsResetBeforeResponse(details string) bool { return strings.HasPrefix(details, resetBefore) }

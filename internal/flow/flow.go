@@ -1,8 +1,8 @@
 // Package flow is the record of one connection or one HTTP request: who, where, what, how much, and why it ended.
 //
 // The owner of a connection or request opens its record and closes it exactly once, whatever happens. Sinks, such as the
-// access log and the metrics, only read it. If requests are seen in a connection, each request has its own record, which
-// is reported; the connection's record is only listed in the Table while open and never reported.
+// access log and the metrics, only read it. If requests are seen in a connection, each request has its own record. Only
+// the records of requests are reported then; the connection's record is listed in the Table while open.
 package flow
 
 import (
@@ -49,7 +49,7 @@ const (
 	HTTP2
 )
 
-// String returns the protocol's name, which for HTTP is the value of Envoy's %PROTOCOL%.
+// String returns the protocol's name. For HTTP it is the value of Envoy's %PROTOCOL%.
 func (p Protocol) String() string {
 	return [...]string{"opaque", "TLS", "HTTP/1.0", "HTTP/1.1", "HTTP/2"}[p]
 }
@@ -60,7 +60,7 @@ type Record struct {
 	Direction           Direction
 	Protocol            Protocol
 	listed, carried     bool  // of the table; here, where they take no memory
-	Attempts            uint8 // to reach upstream: dials, and requests on open connections; 0: none
+	Attempts            uint8 // to reach upstream: dials, and requests on open connections; 0: no attempt
 	Opened              time.Time
 	Downstream          netip.AddrPort // who connected
 	OriginalDestination netip.AddrPort // invalid if it could not be read
@@ -97,11 +97,19 @@ type Hello struct {
 	ALPN       []string
 }
 
+// What the byte slices of a Request hold at most, because sinks report no more.
+const (
+	MaxValue  = 8 << 10  // of one value; a longer one is cut to MaxValue+1 bytes, so that a sink sees that it is cut
+	MaxValues = 64 << 10 // of all values of a request and its response; a value beyond that is CutMark
+	CutMark   = "..."    // ends a value that is cut
+)
+
 // Request describes a request and its response. The byte slices belong to the engine and are valid until Sink.Closed
-// returns. A header field is nil if the message lacks it; if it occurs several times, the first one counts.
+// returns. A header field is nil if the message lacks it; if it occurs several times, the first one counts. Long values
+// are cut: see MaxValue.
 type Request struct {
 	Method, Path, Authority, ID []byte
-	UserAgent, ForwardedFor     []byte        // as received; several X-Forwarded-For fields are joined by commas
+	UserAgent, ForwardedFor     []byte        // as received; several X-Forwarded-For fields are joined by commas. A long list is cut in its middle
 	Fields, ResponseFields      [][]byte      // the fields that Fields names, in its order
 	Status                      int           // of the response to downstream; 0 without a response
 	GRPC                        bool          // by the request's content-type
@@ -115,6 +123,14 @@ type Request struct {
 
 // Fields names additional header fields, in lower case, whose values records carry.
 type Fields struct{ Request, Response []string }
+
+// Remote returns the address of the side that is not this workload.
+func (r *Record) Remote() netip.Addr {
+	if r.Direction == Outbound {
+		return r.OriginalDestination.Addr()
+	}
+	return r.Downstream.Addr()
+}
 
 // IsRequest reports whether the record describes a request, as opposed to a connection.
 func (r *Record) IsRequest() bool { return r.Connection != nil }

@@ -36,11 +36,12 @@ const (
 	HeadTimeout        Reason = "head_timeout"        // downstream did not finish the head of its request
 	RequestTimeout     Reason = "request_timeout"     // no response within the request timeout
 	Overload           Reason = "overload"            // an HTTP/2 peer opens too many streams, or floods the connection
+	MemoryBudget       Reason = "memory_budget"       // the memory for heads and held bodies is used up
 )
 
 // Refused by the agent. Downstream is reset.
 const (
-	Loop                  Reason = "loop"                    // the destination is one of our own ports at an own address
+	Loop                  Reason = "loop"                    // the destination is one of our own ports at an own address, or the rules captured a connection of our own
 	ForeignAddress        Reason = "foreign_address"         // inbound, for an address that is not this workload's
 	NoOriginalDestination Reason = "no_original_destination" // not redirected by a rule, or connection tracking forgot it
 	IPv6SourceMissing     Reason = "ipv6_source_missing"     // inbound IPv6, and lo lacks ::6 to dial the workload from
@@ -84,8 +85,8 @@ func (e *Explanation) Render(name func(setting string) string) string {
 	}
 }
 
-// Explanations has each reason, in the order of the documents. If an engine knows more, such as whether the response had
-// begun, the flags and details in the record take precedence.
+// Explanations has each reason, in the order of the documents. Flags and details that an engine sets in the record take
+// precedence, because they may be more precise.
 var Explanations = []Explanation{
 	{Closed, "", "", envoy.DetailsViaUpstream,
 		"Both sides closed; every byte was delivered."},
@@ -119,8 +120,10 @@ var Explanations = []Explanation{
 		"There was no response within `{RequestTimeout}`; downstream was answered 504."},
 	{Overload, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation,
 		"An HTTP/2 peer opened too many streams, or flooded the connection with frames without effect; it was refused or disconnected."},
-	{Loop, envoy.FlagNoHealthyUpstream, "", "",
-		"The destination is one of pillion's own ports at one of the workload's own addresses."},
+	{MemoryBudget, envoy.FlagOverloadManager, envoy.FlagOverloadManager, envoy.DetailsOverload,
+		"`{MaxHeldBytes}` was used up and this connection held the most, or an HTTP/2 connection held too much by itself; the request was answered 503, or its stream or connection was reset."},
+	{Loop, envoy.FlagNoHealthyUpstream, envoy.FlagNoHealthyUpstream, envoy.DetailsNoHealthyUpstream,
+		"The destination is one of pillion's own ports at one of the workload's own addresses, or the rules capture pillion's own connections."},
 	{ForeignAddress, envoy.FlagNoRouteFound, "", "",
 		"An inbound connection is for an address that is not the workload's own."},
 	{NoOriginalDestination, envoy.FlagNoRouteFound, "", "",
@@ -152,7 +155,7 @@ var explanations = func() map[Reason]*Explanation {
 // ByPolicy reports whether the agent refused the flow, as opposed to an end that the two sides caused.
 func (r Reason) ByPolicy() bool {
 	switch r {
-	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors:
+	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors, MemoryBudget:
 		return true
 	}
 	return false

@@ -26,6 +26,8 @@ type Body struct {
 	left   int64 // payload bytes until the state changes
 	bytes  int64
 	limits Limits // remaining limits for trailers
+
+	forbidden []byte // see Forbid
 }
 
 type bodyState uint8
@@ -50,6 +52,9 @@ func (x *Body) Start(f Framing, limits Limits) {
 		x.state = chunkLine
 	}
 }
+
+// Forbid makes the trailer fields that a comma-separated list names malformed. The list is kept. Start clears it.
+func (x *Body) Forbid(names []byte) { x.forbidden = names }
 
 // Scan parses the next bytes of the connection. The first n belong to the body and are valid: they may be forwarded
 // unchanged. n is less than len(p) if the body ends there, if p ends within a line of chunk framing, or on an error. An
@@ -177,8 +182,13 @@ func hexadecimal(c byte) int {
 	return -1
 }
 
-// trailer parses a trailer field, or the empty line. Fields for framing or routing are not allowed in trailers (RFC
-// 9110 §6.5.1), and are dangerous to recipients that merge trailers into the head.
+// noTrailer are the fields for framing, routing or the connection. They are not allowed in trailers (RFC 9110 §6.5.1 and
+// §7.6.1), and are dangerous to recipients that read trailers like a head: Node closes the connection after a trailer
+// Connection: close, under a request of another client that follows on it.
+const noTrailer = hopByHop | 1<<ContentLength | 1<<TransferEncoding | 1<<Trailer | 1<<Expect | 1<<Host
+
+// trailer parses a trailer field, or the empty line. A field of noTrailer, or one that Connection names, is an error:
+// chunk framing is forwarded byte for byte, so a single field cannot be dropped.
 func (x *Body) trailer(p []byte) (int, error) {
 	line, n, err := wholeLine(p, min(maxTrailerLine, x.limits.Head), ErrTrailersTooLarge)
 	if n == 0 || err != nil {
@@ -192,8 +202,7 @@ func (x *Body) trailer(p []byte) (int, error) {
 	if name == 0 || name == len(line) || line[name] != ':' {
 		return 0, fieldError(line)
 	}
-	switch knownName(line[:name]) {
-	case ContentLength, TransferEncoding, Trailer, Host:
+	if noTrailer&(1<<knownName(line[:name])) != 0 || x.forbidden != nil && contains(x.forbidden, line[:name]) {
 		return 0, ErrForbiddenTrailer
 	}
 	if x.limits.Fields == 0 {
@@ -202,6 +211,17 @@ func (x *Body) trailer(p []byte) (int, error) {
 	x.limits.Head -= n
 	x.limits.Fields--
 	return n, nil
+}
+
+// contains reports whether a comma-separated list contains name, ignoring case.
+func contains(list, name []byte) bool {
+	for len(list) > 0 {
+		var one []byte
+		if one, list = element(list); bytes.EqualFold(one, name) {
+			return true
+		}
+	}
+	return false
 }
 
 // wholeLine returns the first line of p without its CRLF, and its length with CRLF. The length is 0 if p does not hold

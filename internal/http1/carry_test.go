@@ -66,6 +66,7 @@ func carry(m http1test.Message, response bool, step func() int, skip func() bool
 
 	var x Body
 	x.Start(framing, Limits{})
+	x.Forbid(h.Nominated(w.b))
 	at := h.Length
 	for !x.Done() {
 		if n := min(x.Payload(), int64(len(w.b)-at)); n > 0 && skip() {

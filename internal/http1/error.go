@@ -51,21 +51,29 @@ var errorTexts = [errorCount]struct{ name, text string }{
 	ErrRepeatedHost:             {"repeated_host", "more than one Host"},
 	ErrBadHost:                  {"bad_host", "a Host that is not a valid host"},
 	ErrBadContentLength:         {"bad_content_length", "a Content-Length that is not a number up to 2^63-1"},
-	ErrContentLengthsDiffer:     {"content_lengths_differ", "more than one Content-Length"},
+	ErrContentLengthsDiffer:     {"content_lengths_differ", "Content-Lengths that differ"},
 	ErrBothFramings:             {"both_framings", "both Transfer-Encoding and Content-Length"},
 	ErrUnsupportedCoding:        {"unsupported_coding", "a Transfer-Encoding other than chunked"},
 	ErrRepeatedTransferEncoding: {"repeated_transfer_encoding", "more than one Transfer-Encoding"},
 	ErrTransferEncodingInHTTP10: {"transfer_encoding_in_http10", "a Transfer-Encoding in HTTP/1.0"},
 	ErrBadChunkSize:             {"bad_chunk_size", "a chunk size that is not a hexadecimal number up to 2^63-1"},
 	ErrChunkLineTooLong:         {"chunk_line_too_long", "a chunk size line longer than 4 KiB"},
-	ErrBareLF:                   {"bare_lf", "a line of chunk framing that ends with a bare LF"},
+	ErrBareLF:                   {"bare_lf", "a line that ends with a bare LF"},
 	ErrBadChunkEnd:              {"bad_chunk_end", "a chunk that does not end with CRLF"},
-	ErrForbiddenTrailer:         {"forbidden_trailer", "a trailer field for framing or routing"},
+	ErrForbiddenTrailer:         {"forbidden_trailer", "a trailer field for framing, routing or the connection"},
 	ErrTrailersTooLarge:         {"trailers_too_large", "trailers that are larger than the limit"},
 }
 
 // Error returns a short description that begins with a lower-case letter.
 func (e Error) Error() string { return errorTexts[e].text }
+
+// Errors returns all errors.
+func Errors() (all []Error) {
+	for e := Error(1); e < errorCount; e++ {
+		all = append(all, e)
+	}
+	return all
+}
 
 // Name returns the error's name in counters and access logs.
 func (e Error) Name() string { return errorTexts[e].name }

@@ -8,6 +8,7 @@ type Options struct {
 	KeepAlive bool // only significant in HTTP/1.0
 	Upgrade   bool // Connection: upgrade, and there is an Upgrade field
 	Trailers  bool // TE: trailers
+	Nominates bool // Connection names fields that are allowed in trailers otherwise: see Nominated
 
 	// UpgradeValue is the value of the first Upgrade field. To forward an upgrade, clear Dropped of the Upgrade fields
 	// and add a Connection field.
@@ -66,12 +67,34 @@ func (h *Head) dropNamed(b, value []byte, named int, o *Options) int {
 			o.KeepAlive = true
 		case same(option, "upgrade"):
 			o.Upgrade = true
-		case len(option) > 0 && named < maxNamed && knownName(option) == Unknown && !protected(option):
-			h.dropName(b, option)
-			named++
+		case len(option) > 0 && noTrailer&(1<<knownName(option)) == 0:
+			o.Nominates = true
+			if named < maxNamed && knownName(option) == Unknown && !protected(option) {
+				h.dropName(b, option)
+				named++
+			}
 		}
 	}
 	return named
+}
+
+// Nominated returns a comma-separated list of the fields that Connection names, in memory of its own. They concern this
+// connection only, in the trailers as well: see Body.Forbid. Call it if Options.Nominates is set; otherwise no field is
+// named that would be allowed in trailers.
+func (h *Head) Nominated(b []byte) (names []byte) {
+	for i := range h.Fields {
+		if h.Fields[i].Known != Connection {
+			continue
+		}
+		for value := h.Fields[i].Value.In(b); len(value) > 0; {
+			var option []byte
+			option, value = element(value)
+			if len(option) > 0 {
+				names = append(append(names, option...), ',')
+			}
+		}
+	}
+	return names
 }
 
 // protected reports whether the name belongs to a family whose members are not dropped when Connection names them.
@@ -129,7 +152,7 @@ func (h *Head) Value(b []byte, name string) []byte {
 // AppendLines appends the start line and the kept fields to dst. Each line keeps its bytes and ends with CRLF. The
 // empty line is left to the caller, who may add fields. b is the buffer that h was parsed from.
 func (h *Head) AppendLines(dst, b []byte) []byte {
-	if h.bareLF {
+	if h.edited {
 		return h.appendEach(dst, b)
 	}
 	const crlf = 2
@@ -145,7 +168,7 @@ func (h *Head) AppendLines(dst, b []byte) []byte {
 	return append(dst, b[from:to]...)
 }
 
-// appendEach is AppendLines for a head with bare LFs.
+// appendEach is AppendLines for a head with edited lines.
 func (h *Head) appendEach(dst, b []byte) []byte {
 	dst = append(append(dst, h.Line.In(b)...), "\r\n"...)
 	for i := range h.Fields {

@@ -52,15 +52,15 @@ func (h *Head) ResponseFraming(b, method []byte) (Framing, error) {
 
 // framing determines the end of every body; otherwise is the framing of a message without framing fields. Request
 // smuggling needs two recipients that disagree here, so only one spelling of each framing is accepted, and never both.
-// Repeated equal Content-Length lines are the exception, because they have only one meaning: the first is kept and the
-// others are dropped. A list of lengths in one line is rejected.
+// Equal lengths are the exception, whether in a list or in several lines, because they have only one meaning: the first
+// is kept, as a line of its own, and the others are dropped (RFC 9110 §8.6).
 func (h *Head) framing(b []byte, otherwise FramingKind) (Framing, error) {
 	length, coding := h.Find(ContentLength), h.Find(TransferEncoding)
 	switch {
 	case length < 0 && coding < 0:
 		return Framing{Kind: otherwise}, nil
 	case length >= 0 && coding >= 0:
-		return Framing{}, ErrBothFramings
+		return Framing{}, h.faultyField(coding, ErrBothFramings)
 	case coding >= 0:
 		return h.coded(b, coding)
 	}
@@ -70,28 +70,45 @@ func (h *Head) framing(b []byte, otherwise FramingKind) (Framing, error) {
 func (h *Head) coded(b []byte, coding int) (Framing, error) {
 	switch {
 	case h.Minor == 0:
-		return Framing{}, ErrTransferEncodingInHTTP10 // RFC 9112 §6.1: framed by a hop that did not understand it
+		return Framing{}, h.faultyField(coding, ErrTransferEncodingInHTTP10) // RFC 9112 §6.1: framed by a hop that did not understand it
 	case h.after(coding, TransferEncoding) >= 0:
-		return Framing{}, ErrRepeatedTransferEncoding
+		return Framing{}, h.faultyField(h.after(coding, TransferEncoding), ErrRepeatedTransferEncoding)
 	case !same(h.Fields[coding].Value.In(b), "chunked"):
-		return Framing{}, ErrUnsupportedCoding
+		return Framing{}, h.faultyField(coding, ErrUnsupportedCoding)
 	}
 	return Framing{Kind: Chunked}, nil
 }
 
 func (h *Head) sized(b []byte, length int) (Framing, error) {
-	value := h.Fields[length].Value.In(b)
+	first := &h.Fields[length]
+	value, _ := element(first.Value.In(b))
 	n, ok := decimal(value)
 	if !ok {
-		return Framing{}, ErrBadContentLength
+		return Framing{}, h.faultyField(length, ErrBadContentLength)
 	}
-	for i := h.after(length, ContentLength); i >= 0; i = h.after(i, ContentLength) {
-		if !bytes.Equal(h.Fields[i].Value.In(b), value) {
-			return Framing{}, ErrContentLengthsDiffer
+	for i := length; i >= 0; i = h.after(i, ContentLength) {
+		if !repeats(h.Fields[i].Value.In(b), value) {
+			return Framing{}, h.faultyField(i, ErrContentLengthsDiffer)
 		}
-		h.Fields[i].Dropped = true
+		h.Fields[i].Dropped = i != length
+	}
+	if end := first.Value.Start + uint32(len(value)); end < first.Value.End {
+		first.Value.End, first.Line.End = end, end
+		h.edited = true
 	}
 	return Framing{Kind: Sized, Length: n}, nil
+}
+
+// repeats reports whether each element of a comma-separated list equals value.
+func repeats(list, value []byte) bool {
+	for more := true; more; {
+		more = bytes.IndexByte(list, ',') >= 0
+		var one []byte
+		if one, list = element(list); !bytes.Equal(one, value) {
+			return false
+		}
+	}
+	return true
 }
 
 // decimal parses a number that consists only of digits.

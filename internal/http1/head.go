@@ -7,8 +7,10 @@
 // at one byte and the next hop at another, the difference would be a smuggled request (RFC 9112 §11.2).
 //
 // The parser is laxer than the grammar in three places, for existing programs: up to four empty lines before a request
-// are skipped; a line of a head may end with a bare LF, and is forwarded with CRLF; and control characters other than
-// NUL, CR and LF are allowed in field values, where this package never treats them as white space (RFC 9110 §5.5).
+// are skipped; several equal Content-Lengths count as one; and control characters other than NUL, CR and LF are allowed
+// in field values, where this package never treats them as white space (RFC 9110 §5.5). Every line ends with CRLF: a
+// recipient may accept a bare LF (RFC 9112 §2.2), but a proxy that turned it into CRLF would make a line of what an
+// origin that rejects it, such as Node or Apache, takes for a part of a value.
 package http1
 
 import "bytes"
@@ -68,14 +70,15 @@ type Head struct {
 	Reason Span // of a response; may be empty
 	Minor  int  // the x of HTTP/1.x
 	Fields []Field
-	Length int // bytes up to the end of the empty line, skipped empty lines included; 0 until the head is complete
+	Length int  // bytes up to the end of the empty line, skipped empty lines included; 0 until the head is complete
+	Fault  Span // after an error: the line that it is about; empty if it is not about one line
 
 	next    int    // where the next line begins
 	seen    int    // no LF before this offset except those parsed
 	skipped int    // empty lines before a request
 	begun   bool   // the start line was parsed
-	crlfs   int    // lines that end with CRLF
-	bareLF  bool   // some line ends with a bare LF
+	crlfs   int    // lines parsed
+	edited  bool   // some line is shorter than in the buffer
 	known   uint64 // a bit for each Known among Fields
 }
 
@@ -86,8 +89,8 @@ func (h *Head) Reset() { *h = Head{Fields: h.Fields[:0]} }
 // same offsets, possibly in other memory. If it returns false without an error, it needs more bytes. Each byte is
 // examined once, and the result does not depend on how the bytes were split.
 //
-// The error is an Error. The head is unusable after an error, except that Method and Target are set if the request line
-// was valid.
+// The error is an Error. The head is unusable after an error, except that Fault is set, and Method and Target if the
+// request line was valid.
 func (h *Head) ParseRequest(b []byte, limits Limits) (done bool, err error) {
 	return h.parse(b, limits, true)
 }
@@ -111,30 +114,37 @@ func (h *Head) parse(b []byte, limits Limits, request bool) (done bool, err erro
 			return false, ErrHeadTooLarge
 		}
 		h.next, h.seen = end+1, end+1
-		if end > start && b[end-1] == '\r' {
+		bare := end == start || b[end-1] != '\r'
+		if !bare {
 			end--
 			h.crlfs++
-		} else {
-			h.bareLF = true
 		}
 		switch {
-		case h.begun && start < end:
-			err = h.field(b, start, end, limits)
-		case h.begun:
-			err = h.finish(b, request)
-		case request && start == end && h.skipped < maxSkipped:
-			h.skipped++
-		case request:
-			err = h.requestLine(b, start, end)
-		default:
+		case !h.begun && !request:
 			err = h.statusLine(b, start, end)
+		case !h.begun && (start < end || h.skipped == MaxEmptyLines):
+			err = h.requestLine(b, start, end)
+		case bare:
+			// reported below; an error of a start line comes first, so that Method and Target are known
+		case !h.begun:
+			h.skipped++
+		case start < end:
+			err = h.field(b, start, end, limits)
+		default:
+			return h.finish(b, request)
+		}
+		if bare && err == nil {
+			err = ErrBareLF
+		}
+		if err != nil {
+			h.Fault = span(start, end)
 		}
 	}
 	return err == nil, err
 }
 
-// maxSkipped is how many empty lines may precede a request: RFC 9112 §2.2 asks for at least one.
-const maxSkipped = 4
+// MaxEmptyLines is how many empty lines may precede a request: RFC 9112 §2.2 asks for at least one.
+const MaxEmptyLines = 4
 
 // requestLine parses `method SP request-target SP HTTP/1.x` (RFC 9112 §3), with single spaces.
 func (h *Head) requestLine(b []byte, start, end int) error {
@@ -231,23 +241,40 @@ func fieldError(line []byte) error {
 	return ErrBadFieldName
 }
 
-// finish validates the complete head. If the number of CRs equals the number of lines that end with CRLF, there is no
-// CR elsewhere.
-func (h *Head) finish(b []byte, request bool) error {
+// finish validates the complete head. If the number of CRs equals the number of lines, there is no CR elsewhere.
+func (h *Head) finish(b []byte, request bool) (done bool, err error) {
 	head := b[:h.next]
 	switch {
 	case bytes.Count(head, cr) != h.crlfs:
-		return ErrBareCR
+		return false, h.faultyLine(b, '\r', ErrBareCR)
 	case bytes.IndexByte(head, 0) >= 0:
-		return ErrNUL
+		return false, h.faultyLine(b, 0, ErrNUL)
 	}
 	if request {
 		if err := h.checkHost(b); err != nil {
-			return err
+			return false, err
 		}
 	}
 	h.Length = len(head)
-	return nil
+	return true, nil
+}
+
+// faultyLine sets Fault to the first line that contains c, and returns err.
+func (h *Head) faultyLine(b []byte, c byte, err Error) error {
+	h.Fault = h.Line
+	for i := range h.Fields {
+		if bytes.IndexByte(h.Fault.In(b), c) >= 0 {
+			break
+		}
+		h.Fault = h.Fields[i].Line
+	}
+	return err
+}
+
+// faultyField sets Fault to the line of field i, and returns err.
+func (h *Head) faultyField(i int, err Error) error {
+	h.Fault = h.Fields[i].Line
+	return err
 }
 
 var cr = []byte{'\r'}
@@ -262,12 +289,37 @@ func (h *Head) checkHost(b []byte) error {
 	case i < 0:
 		return ErrMissingHost
 	case h.after(i, Host) >= 0:
-		return ErrRepeatedHost
+		return h.faultyField(h.after(i, Host), ErrRepeatedHost)
 	}
 	if host := h.Fields[i].Value.In(b); run(host, hostByte) != len(host) {
-		return ErrBadHost
+		return h.faultyField(i, ErrBadHost)
 	}
 	return nil
+}
+
+// Authority returns the host that a request is for, with its port: that of an absolute target, or of Host. Origins prefer
+// the target as well (RFC 9112 §3.2.2). It is nil if the request has neither. h may be incomplete.
+func (h *Head) Authority(b []byte) []byte {
+	if authority := absolute(h.Target.In(b)); len(authority) > 0 {
+		return authority
+	}
+	if i := h.Find(Host); i >= 0 {
+		return h.Fields[i].Value.In(b)
+	}
+	return nil
+}
+
+// absolute returns the host and port of a target in absolute form, nil in another form.
+func absolute(target []byte) []byte {
+	i := bytes.Index(target[:min(len(target), len("https://"))], []byte("://"))
+	if i < 0 || !same(target[:i], "http") && !same(target[:i], "https") {
+		return nil
+	}
+	authority := target[i+len("://"):]
+	if end := bytes.IndexAny(authority, "/?#"); end >= 0 {
+		authority = authority[:end]
+	}
+	return authority[bytes.LastIndexByte(authority, '@')+1:]
 }
 
 // Find returns the index of the first kept field of kind k, or -1.

@@ -114,7 +114,7 @@ func TestACompleteHeadStaysComplete(t *testing.T) {
 
 func TestAHeadIsAsNewAfterReset(t *testing.T) {
 	h := new(Head)
-	h.ParseRequest([]byte("\nGET / HTTP/1.0\nHost: a\nConnection: X\nX\n"), Limits{})
+	h.ParseRequest([]byte("\r\nGET / HTTP/1.0\r\nHost: a\r\nConnection: X\r\nX\r\n"), Limits{})
 	h.Reset()
 	if h.Has(Host) || h.Has(Connection) {
 		t.Error("fields are left")
@@ -197,5 +197,56 @@ func TestAnErrorSaysHowARequestIsAnswered(t *testing.T) {
 		if err := error(e); !errors.As(err, &as) || as != e {
 			t.Errorf("%s is lost in an error", e.Name())
 		}
+	}
+}
+
+// Fault is the line that has to be corrected.
+func TestAnErrorPointsToItsLine(t *testing.T) {
+	for _, c := range []struct {
+		message string
+		want    Error
+		fault   string
+	}{
+		{"GET  / HTTP/1.1\r\n", ErrBadRequestLine, "GET  / HTTP/1.1"},
+		{"GET / HTTP/1.1\n", ErrBareLF, "GET / HTTP/1.1"},
+		{"GET / HTTP/1.1\r\nHost: a\r\nX : y\r\n", ErrSpaceBeforeColon, "X : y"},
+		{"GET / HTTP/1.1\r\nHost: a\r\nX: y\n", ErrBareLF, "X: y"},
+		{"GET / HTTP/1.1\r\nHost: a\r\nX: \r\r\nY: z\r\n\r\n", ErrBareCR, "X: \r"},
+		{"GET / HTTP/1.1\r\nHost: a\r\nX: y\r\nY: \x00\r\n\r\n", ErrNUL, "Y: \x00"},
+		{"GET / HTTP/1.1\r\nHost: a\r\nX: y\r\nhost: b\r\n\r\n", ErrRepeatedHost, "host: b"},
+		{"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", ErrBadHost, "Host: a/b"},
+		{"GET / HTTP/1.1\r\nX: y\r\n\r\n", ErrMissingHost, ""},
+		{"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", ErrContentLengthsDiffer, "Content-Length: 6"},
+		{"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", ErrBadContentLength, "Content-Length: x"},
+		{"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: x\r\n\r\n", ErrBothFramings, "Transfer-Encoding: x"},
+		{"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: x\r\n\r\n", ErrUnsupportedCoding, "Transfer-Encoding: x"},
+	} {
+		h, b := new(Head), []byte(c.message)
+		done, err := h.ParseRequest(b, Limits{})
+		if done {
+			_, err = h.RequestFraming(b)
+		}
+		if got := string(h.Fault.In(b)); err != c.want || got != c.fault {
+			t.Errorf("%q: %v at %q, want %v at %q", c.message, err, got, c.want, c.fault)
+		}
+		if c.want != ErrBadRequestLine && string(h.Target.In(b)) != "/" {
+			t.Errorf("%q: the target is %q", c.message, h.Target.In(b))
+		}
+	}
+}
+
+func TestTheAuthorityIsThatOfAnAbsoluteTargetOrOfHost(t *testing.T) {
+	for target, want := range map[string]string{
+		"/": "a", "*": "a", "/x://y": "a", "b": "a", "ftp://b/": "a", "http:///x": "a", "http://u@/": "a", "http:/b": "a",
+		"http://b": "b", "http://b/c": "b", "HTTPS://b:8443?c": "b:8443", "http://u:p@b:80/@x": "b:80", "http://[2001:db8::1]:80/": "[2001:db8::1]:80",
+	} {
+		h, b := parseRequest(t, "GET "+target+" HTTP/1.1\r\nHost: a\r\n\r\n")
+		if got := string(h.Authority(b)); got != want {
+			t.Errorf("%s: %q, want %q", target, got, want)
+		}
+	}
+	h, b := parseRequest(t, "GET / HTTP/1.0\r\n\r\n")
+	if got := h.Authority(b); got != nil {
+		t.Errorf("without Host: %q", got)
 	}
 }

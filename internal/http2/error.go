@@ -1,6 +1,10 @@
 package http2
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+	"strings"
+)
 
 // Code is an error code (RFC 9113 §7).
 type Code uint32
@@ -25,6 +29,7 @@ type Error struct {
 	Stream uint32
 	Code   Code
 	Text   string
+	Rule   Rule // that a malformed message breaks; 0 for other errors
 }
 
 func (e *Error) Error() string {
@@ -35,9 +40,22 @@ func (e *Error) Error() string {
 }
 
 // StreamError returns an error of a stream.
-func StreamError(stream uint32, code Code, text string) error { return &Error{stream, code, text} }
+func StreamError(stream uint32, code Code, text string) error {
+	return &Error{Stream: stream, Code: code, Text: text}
+}
+
+// MessageError returns an error of a stream whose message is malformed. err is one of ParseRequest, or a Rule.
+func MessageError(stream uint32, err error) error {
+	e := &Error{Stream: stream, Code: ProtocolError, Text: err.Error()}
+	if errors.As(err, &e.Rule) {
+		e.Text = strings.TrimPrefix(e.Text, "HTTP/2: ")
+	}
+	return e
+}
 
 // ConnectionError returns an error of the connection.
-func ConnectionError(code Code, text string) error { return &Error{connectionsStream, code, text} }
+func ConnectionError(code Code, text string) error {
+	return &Error{Stream: connectionsStream, Code: code, Text: text}
+}
 
 func connectionError(code Code, text string) error { return ConnectionError(code, text) }

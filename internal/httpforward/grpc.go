@@ -2,8 +2,9 @@ package httpforward
 
 import "encoding/binary"
 
-// isGRPC reports whether a content-type is gRPC's, alone or with a message encoding such as application/grpc+proto.
-// gRPC-Web (application/grpc-web) is a different protocol: its status is in the body.
+// isGRPC reports whether the content-type of an HTTP/2 request is gRPC's, alone or with a message encoding such as
+// application/grpc+proto. gRPC-Web (application/grpc-web) is a different protocol: its status is in the body. So is gRPC's
+// content-type over HTTP/1, where trailers are optional: the result of such a request is the status of HTTP.
 func isGRPC[T string | []byte](contentType T) bool {
 	const name = "application/grpc"
 	if len(contentType) < len(name) || string(contentType[:len(name)]) != name {

@@ -7,6 +7,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http1"
 )
 
+// addedFields is more than the fields that are added take.
+const addedFields = 512
+
 // appendRequestHead appends the request head for upstream.
 func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	h, fields := &x.requestHead, &x.settings.Fields
@@ -28,9 +31,7 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	}
 	if fields.RequestID && !h.Has(http1.XRequestID) {
 		dst = append(dst, "x-request-id: "...)
-		start := len(x.names)
-		x.names = appendUUID(x.names)
-		x.record.HTTP.ID = x.names[start:]
+		x.record.HTTP.ID = appendUUID(x.names.take(uuidLength))
 		dst = append(dst, x.record.HTTP.ID...)
 		dst = append(dst, "\r\n"...)
 	}
@@ -53,6 +54,9 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	s.bound = s.bound || boundToConnection(h, b, http1.WWWAuthenticate) || boundToConnection(h, b, http1.ProxyAuthenticate)
 	x.upstreamCloses = !persists(h.Minor, options) || framing.Kind == http1.UntilClose
 	x.closing = x.upstreamCloses || x.downstreamCloses()
+	if options.Nominates && framing.Kind == http1.Chunked {
+		x.response.nominated = h.Nominated(b)
+	}
 
 	if h.Status == 101 {
 		keep(h, http1.Upgrade)
@@ -60,7 +64,7 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	if x.settings.Fields.ServiceTime {
 		drop(h, http1.UpstreamServiceTime) // an agent between here and the server set it; our time includes that agent's
 	}
-	dst := h.AppendLines(x.response.head[:0], b)
+	dst := h.AppendLines(x.response.reserve(h.Length+addedFields), b)
 	switch {
 	case h.Status == 101:
 		dst = append(dst, "Connection: Upgrade\r\n"...)
@@ -110,13 +114,26 @@ func boundToConnection(h *http1.Head, b []byte, k http1.Known) bool {
 		if h.Fields[i].Known != k {
 			continue
 		}
-		scheme := h.Fields[i].Value.In(b)
-		if end := bytes.IndexByte(scheme, ' '); end >= 0 {
-			scheme = scheme[:end]
-		}
-		if bytes.EqualFold(scheme, []byte("NTLM")) || bytes.EqualFold(scheme, []byte("Negotiate")) {
+		if namesScheme(h.Fields[i].Value.In(b)) {
 			return true
 		}
+	}
+	return false
+}
+
+// namesScheme reports whether NTLM or Negotiate is among the words of credentials or of a list of challenges. A word
+// ends at every byte that is not a letter, because recipients differ in what they accept as white space. If a word is
+// mistaken for a scheme, the only effect is that a connection is not shared.
+func namesScheme(value []byte) bool {
+	for len(value) > 0 {
+		n := 0
+		for n < len(value) && 'a' <= value[n]|0x20 && value[n]|0x20 <= 'z' {
+			n++
+		}
+		if word := value[:n]; bytes.EqualFold(word, []byte("NTLM")) || bytes.EqualFold(word, []byte("Negotiate")) {
+			return true
+		}
+		value = value[min(n+1, len(value)):]
 	}
 	return false
 }

@@ -19,10 +19,15 @@ import (
 // run forwards one request and its response, closes the record, and returns how the connection continues.
 func (x *exchange) run() ending {
 	x.record.Opened = time.Now()
-	if answer, err := x.readHead(); err != nil {
+	answer, err := x.readHead()
+	x.recordPart()
+	if err != nil {
 		return x.stopped(err)
 	} else if answer != nil {
 		return x.refuse(*answer, x.failure)
+	}
+	if x.s.up == nil && !x.holdDial() {
+		return x.evicted()
 	}
 	attempts, err := x.s.connect(x.settings, x.record.Opened, idempotent(x.record.HTTP.Method))
 	x.record.Attempts = uint8(attempts)
@@ -32,9 +37,15 @@ func (x *exchange) run() ending {
 	x.send()
 	for {
 		long := x.request.move()
+		if x.request.retain && !idempotent(x.record.HTTP.Method) && !x.request.untouched() {
+			x.request.stopRetaining() // it will not be sent again
+		}
 		long = x.receive() || long
 		if end, over := x.judge(); over {
 			return end
+		}
+		if x.interims > 0 && x.thinking() && !time.Now().Before(x.deadline()) {
+			return x.timedOut(tcp.ErrDeadline) // a server that never rests gets to no deadline below
 		}
 		if (long || x.redialled) && !x.s.w.Canceled() {
 			x.redialled = false
@@ -42,6 +53,9 @@ func (x *exchange) run() ending {
 			continue
 		}
 		x.releaseIdleBuffers()
+		if !x.hold() {
+			return x.evicted()
+		}
 		switch err := x.s.w.Wait(x.deadline(), x.s.Down, x.s.up); {
 		case err == nil:
 		case errors.Is(err, tcp.ErrDeadline):
@@ -73,7 +87,7 @@ func (x *exchange) readHead() (*reply, error) {
 	for {
 		done, err := x.requestHead.ParseRequest(s.Read.Bytes(), limits)
 		if err != nil {
-			return x.malformed(err), nil
+			return x.malformed(faultOf(err, &x.requestHead, s.Read.Bytes())), nil
 		}
 		if done {
 			break
@@ -90,6 +104,9 @@ func (x *exchange) readHead() (*reply, error) {
 		if deadline.IsZero() {
 			deadline = after(x.settings.HeadTimeout)
 		}
+		if !x.holdHead() {
+			return nil, tcp.ErrInterrupted
+		}
 		switch err := s.w.Wait(deadline, s.Down, s.up); {
 		case errors.Is(err, tcp.ErrDeadline):
 			return &replyHeadTimeout, nil
@@ -103,11 +120,9 @@ func (x *exchange) readHead() (*reply, error) {
 // malformed returns the reply to a request that cannot be parsed.
 func (x *exchange) malformed(err error) *reply {
 	x.failure = err
-	switch {
-	case errors.Is(err, http1.ErrHeadTooLarge):
-		return &replyHeadTooLarge
-	case errors.Is(err, http1.ErrTooManyFields):
-		return &replyTooManyFields
+	var rule http1.Error
+	if errors.As(err, &rule) {
+		return badRequests[rule]
 	}
 	return &replyBadRequest
 }
@@ -118,16 +133,18 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	x.recordRequest(b)
 	framing, err := x.requestHead.RequestFraming(b)
 	if err != nil {
-		return x.malformed(err)
+		return x.malformed(faultOf(err, &x.requestHead, b))
 	}
-	x.routed.view(&x.record)
-	decision := x.s.Router.Route(&x.routed)
+	decision := x.s.Router.Route(x.view(b))
 	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
 	if !decision.noRoute() { // otherwise the kept connection serves the next request
 		x.s.route(decision)
 	}
 	x.request.src = x.s.Down
-	x.request.head = x.appendRequestHead(x.request.head[:0], b)
+	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields), b)
+	if x.options.Nominates && framing.Kind == http1.Chunked {
+		x.request.nominated = x.requestHead.Nominated(b)
+	}
 	x.s.Read.Discard(x.requestHead.Length)
 	x.started, x.request.retain = true, true
 	x.request.start(x.s.Read, framing, limits)
@@ -158,6 +175,10 @@ func (x *exchange) send() {
 	}
 }
 
+// interimCost is how many bytes of a turn an interim response stands for. Each costs a system call, and an upstream may
+// send them without end.
+const interimCost = 8 << 10
+
 // receive reads the response and forwards it. It reports whether there is more to do without waiting.
 func (x *exchange) receive() (longTurn bool) {
 	m := &x.response
@@ -170,7 +191,7 @@ func (x *exchange) receive() (longTurn bool) {
 			if n == 0 {
 				return false
 			}
-			left -= n
+			left -= n + interimCost
 			continue
 		}
 		if m.bad != nil || m.srcErr != nil || !x.parseResponse() {
@@ -188,6 +209,9 @@ func (x *exchange) parseResponse() bool {
 		done, err := x.responseHead.ParseResponse(m.in.Bytes(), limits)
 		if err == nil && done {
 			err = x.acceptResponse(limits)
+		}
+		if err != nil {
+			err = faultOf(err, &x.responseHead, m.in.Bytes())
 		}
 		if m.bad = err; done || err != nil {
 			return err == nil
@@ -218,8 +242,10 @@ func (x *exchange) parseResponse() bool {
 	return err == nil
 }
 
-// errNotAsked rejects a response that switches protocols although the request did not ask for it.
-var errNotAsked = errors.New("upstream switched protocols unasked")
+var (
+	errNotAsked       = errors.New("upstream switched protocols unasked")
+	errTooManyInterim = errors.New("too many interim responses")
+)
 
 // acceptResponse handles a complete response head. A final head determines the framing of the body and whether the
 // connection persists.
@@ -235,8 +261,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	case h.Status == 101 && !x.upgrade:
 		return errNotAsked
 	case h.Status/100 == 1 && h.Status != 101:
-		x.interim(b)
-		return nil
+		return x.interim(b)
 	}
 	x.upgraded = framing.Kind == http1.Tunnel
 	x.record.HTTP.Status = h.Status
@@ -251,8 +276,11 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 }
 
 // interim forwards a 1xx response. HTTP/1.0 does not have them (RFC 9110 §15.2), so they are dropped there.
-func (x *exchange) interim(b []byte) {
+func (x *exchange) interim(b []byte) error {
 	m, h := &x.response, &x.responseHead
+	if x.interims++; x.interims > x.s.engine.config.maxInterim {
+		return errTooManyInterim
+	}
 	if x.requestHead.Minor > 0 {
 		h.DropHopByHop(b)
 		m.head = append(h.AppendLines(m.head[:0], b), "\r\n"...)
@@ -260,6 +288,7 @@ func (x *exchange) interim(b []byte) {
 	}
 	m.in.Discard(h.Length)
 	h.Reset()
+	return nil
 }
 
 // judge decides whether the exchange is over, and how the connection continues.
@@ -281,10 +310,10 @@ func (x *exchange) judge() (ending, bool) {
 	case request.bad != nil:
 		return x.close(flow.BadFraming, request.bad, cut), true
 	case x.answered && response.bad != nil:
-		x.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByProtocolError)
+		x.record.HTTP.Details = envoy.ProtocolErrorAfterResponse(ruleOfResponse(response.bad))
 		return x.close(flow.BadResponse, response.bad, cut), true
 	case response.bad != nil:
-		return x.refuse(replyBadResponse, response.bad), true
+		return x.refuse(badResponse(response.bad), response.bad), true
 	case response.srcErr == nil:
 		return 0, false
 	}
@@ -295,14 +324,15 @@ func (x *exchange) judge() (ending, bool) {
 // the end of the connection, so the end that follows downstream's half-close is downstream's doing.
 func (x *exchange) upstreamEnded(err error) (ending, bool) {
 	switch {
-	case !x.answered && x.mayRepeat():
+	case !x.answered && !x.s.up.Looped() && x.mayRepeat():
 		return x.repeat()
 	case x.last():
 		return x.downstreamLeft(err), true
 	case x.answered:
 		return x.truncated(err), true
 	}
-	return x.refuse(replyUpstreamClosed, err), true
+	r, err := closedReply(x.s.up, err)
+	return x.refuse(*r, err), true
 }
 
 // answerDone ends an exchange whose response is delivered. An unfinished request continues as long as downstream is
@@ -480,6 +510,8 @@ func (x *exchange) stopped(err error) ending {
 	switch {
 	case errors.Is(err, tcp.ErrCanceled):
 		return x.close(flow.DrainDeadline, nil, cut)
+	case errors.Is(err, tcp.ErrInterrupted):
+		return x.evicted()
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM):
 		return x.close(flow.NoDescriptors, err, cut) // the wait failed, not the connection
 	}
@@ -490,6 +522,9 @@ func (x *exchange) stopped(err error) ending {
 func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrCanceled) {
 		return x.close(flow.DrainDeadline, err, cut)
+	}
+	if errors.Is(err, tcp.ErrInterrupted) {
+		return x.evicted()
 	}
 	x.record.Upstream, x.record.TransportFailure = x.s.decision.Target.Address, upstream.TransportFailure(err)
 	return x.refuse(dialReply(err, x.record.Attempts > 1), err)
@@ -502,6 +537,7 @@ func (x *exchange) tunnel() ending {
 	down, up := s.Read, x.response.in
 	s.Read, x.request.in, x.response.in = nil, nil, nil
 	x.record.HTTP.Upgraded = true
+	x.hold() // the relay ends if the exchange has been evicted
 	received, sent := &s.Record.Received, &s.Record.Sent
 	receivedBefore, sentBefore := received.Load(), sent.Load()
 	end, err := relay.Run(s.w, s.Down, s.up, relay.Options{

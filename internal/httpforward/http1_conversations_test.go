@@ -379,6 +379,18 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
 		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
+	{"a workload closes just before a request that cannot be sent again", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		upstream closes
+		> POST /2 HTTP/1.1$Host: a$Content-Length: 0$$
+		upstream gets a connection
+		>> POST /2 HTTP/1.1$Host: a$Content-Length: 0$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
 	{"a workload closes a connection that is authenticated: so does downstream", `
 		> GET / HTTP/1.1$Host: a$Authorization: NTLM abc$$
 		>> GET / HTTP/1.1$Host: a$Authorization: NTLM abc$$
@@ -656,10 +668,11 @@ var conversations = []conversation{
 		client closes
 		nothing is left in the pool`,
 		[]recorded{done(200, 0, 1)}},
-	{"nobody listens upstream", `
+	{"nobody listens upstream: the client has to connect again", `
 		upstream listens no more
 		> GET / HTTP/1.1$Host: a$$
-		<< HTTP/1.1 503 Service Unavailable$`,
+		<< HTTP/1.1 503 Service Unavailable$
+		client reads a message that ends the connection`,
 		[]recorded{{reason: flow.UpstreamRefused, status: 503, flags: "UF", sent: 167}}},
 	{"while the end is announced, answers close", `
 		> GET / HTTP/1.1$Host: a$$
@@ -685,16 +698,21 @@ var conversations = []conversation{
 		<< HTTP/1.1 200 OK$Content-Length: 1$Connection: close$$x
 		client reads the end`,
 		[]recorded{done(200, 0, 1)}},
-	{"empty lines before a request, and bare line feeds", `
-		> GET / HTTP/1.1\nHost: a\n\n
+	{"empty lines before a request", `
+		> $$GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> $
 		> $$GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
-		< HTTP/1.1 200 OK\nContent-Length: 0\n\n
-		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		> $$$
+		> $
+		> $
+		<< HTTP/1.1 400 Bad Request$`,
+		[]recorded{done(200, 0, 0), done(200, 0, 0), {reason: flow.BadFraming, status: 400, flags: "DPE", sent: 11}}},
 }
 
 // balancedConversations take place with an upstream behind whose address the network may have several servers.

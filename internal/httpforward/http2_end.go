@@ -39,7 +39,8 @@ func (m *multiplex) downstreamError(s *stream, violation *http2.Error) error {
 		return m.countReset()
 	}
 	m.resetUpstream(violation.Stream, http2.Cancel)
-	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation
+	s.record.HTTP.Flags = envoy.FlagDownstreamProtocolError
+	s.record.HTTP.Details = envoy.WithRule(envoy.DetailsHTTP2Violation, ruleOf(violation))
 	return m.reject(s, violation.Code, flow.BadFraming, violation)
 }
 
@@ -50,8 +51,21 @@ func (m *multiplex) upstreamError(s *stream, violation *http2.Error) error {
 	if s == nil {
 		return m.toDown.idleFrame()
 	}
-	m.abandon(s, &replyBadResponse, flow.BadResponse, violation)
+	r := replyBadResponse
+	r.details = envoy.ProtocolErrorBeforeResponse(ruleOf(violation))
+	if s.begun {
+		r.details = envoy.ProtocolErrorAfterResponse(ruleOf(violation))
+	}
+	m.abandon(s, &r, flow.BadResponse, violation)
 	return nil
+}
+
+// ruleOf returns what details say about a violation: the rule's name, or the description without a rule.
+func ruleOf(violation *http2.Error) string {
+	if violation.Rule != 0 {
+		return violation.Rule.Name()
+	}
+	return violation.Text
 }
 
 // abandon ends a stream that will get no more frames from upstream.
@@ -65,10 +79,12 @@ func (m *multiplex) abandon(s *stream, r *reply, begun flow.Reason, err error) {
 		m.finish(s, flow.Completed, nil)
 		return
 	}
-	s.record.HTTP.Flags = r.flags
-	s.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByTermination)
-	if begun == flow.BadResponse {
-		s.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByProtocolError)
+	s.record.HTTP.Flags, s.record.HTTP.Details = r.flags, r.details
+	if envoy.IsResetBeforeResponse(r.details) {
+		s.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByTermination)
+		if begun == flow.BadResponse {
+			s.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByProtocolError)
+		}
 	}
 	m.resetDownstream(s.id, http2.InternalError)
 	m.finish(s, begun, err)
@@ -322,6 +338,6 @@ func (m *multiplex) closeAll(reason flow.Reason, err error) {
 	for _, s := range m.streams.open {
 		s.setFailure(reason, err)
 		m.streams.remove(s)
-		s.close(m.engine.config.Flows, nil)
+		m.closeStream(s, nil)
 	}
 }

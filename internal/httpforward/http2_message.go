@@ -36,7 +36,10 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	s.request = body{declared: request.ContentLength, ended: end}
 	s.response = body{declared: -1}
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
+	tooMuch := m.holdsTooMuch()
+	m.squeeze(s)
 	seen := s.recordRequest(&request, fields)
+	m.keep(s)
 	m.streams.add(s)
 	switch {
 	case !whole:
@@ -44,7 +47,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	case err != nil:
 		return m.malformed(s, err)
 	case end && !s.request.whole():
-		return m.malformed(s, http2.ErrMessage)
+		return m.malformed(s, http2.LengthMismatch)
 	case m.lost != nil:
 		m.answered = true
 		s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
@@ -54,15 +57,19 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.answer(s, m.lost, m.lostErr)
 	case m.streams.active > maxStreams:
 		return m.tooMany(s)
+	case tooMuch:
+		return m.outOfMemory(s)
 	}
-	m.routed.view(&s.record)
-	decision := m.Router.Route(&m.routed)
+	decision := m.Router.Route(m.view(s, &request, fields))
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
 	switch {
 	case decision.noRoute():
 		return m.answer(s, &replyNoRoute, errNoRoute)
 	case decision.Target != m.Target:
 		return m.answer(s, &replyMisdirected, errMisdirected)
+	}
+	if request.RepeatedLength {
+		fields = http2.SingleLength(fields)
 	}
 	m.forwardRequest(s, end, fields, seen)
 	return nil
@@ -78,9 +85,7 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 		block = l.encoder.AppendField(block, fields[i])
 	}
 	if add.RequestID && !has.id {
-		start := len(s.names)
-		s.names = appendUUID(s.names)
-		s.record.HTTP.ID = s.names[start:]
+		s.record.HTTP.ID = appendUUID(s.names.take(uuidLength))
 		block = http2.AppendLiteral(block, "x-request-id", s.record.HTTP.ID)
 	}
 	if add.ForwardedProto && !has.forwardedProto {
@@ -126,7 +131,7 @@ func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, w
 	case s.request.ended:
 		return http2.StreamError(s.id, http2.StreamClosed, "header block behind the end")
 	case !whole:
-		return errTrailers(s.id)
+		return http2.StreamError(s.id, http2.ProtocolError, "trailers over the limit")
 	}
 	if err := s.request.endsWith(s.id, end, fields); err != nil {
 		return err
@@ -154,12 +159,18 @@ func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whol
 	response, err := http2.ParseResponse(fields)
 	switch {
 	case err != nil:
-		return http2.StreamError(id, http2.ProtocolError, err.Error())
+		return http2.MessageError(id, err)
 	case response.Interim() && end:
 		return http2.StreamError(id, http2.ProtocolError, "interim response that is the last")
+	case response.Interim() && s.interim == m.engine.config.maxInterim:
+		return http2.MessageError(id, http2.TooManyInterim)
 	case response.Interim():
+		s.interim++
 		m.toDown.forwardBlock(s, false, fields)
 		return nil
+	}
+	if response.RepeatedLength {
+		fields = http2.SingleLength(fields)
 	}
 	return m.forwardResponse(s, end, fields, response)
 }
@@ -171,13 +182,14 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	}
 	r := &s.record.HTTP
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
+	m.squeeze(s)
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
 	l, timed := &m.toDown, s.settings.Fields.ServiceTime
 	block := l.beginBlock()
 	for i := range fields {
 		switch fields[i].Name {
 		case "grpc-status":
-			r.GRPCStatus = s.name(fields[i].Value)
+			s.recordGRPCStatus(fields[i].Value)
 		case serviceTimeField:
 			if timed {
 				continue // an agent between here and the server set it; our time includes that agent's
@@ -189,6 +201,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 		value := strconv.FormatInt(r.ServiceTime.Milliseconds(), 10)
 		block = l.encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
 	}
+	m.keep(s)
 	l.endBlock(block, s.id, end)
 	l.endMessage(s, end)
 	return nil
@@ -201,11 +214,13 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 	if err := s.response.endsWith(s.id, end, fields); err != nil {
 		return err
 	}
+	m.squeeze(s)
 	for i := range fields {
 		if fields[i].Name == "grpc-status" {
-			s.record.HTTP.GRPCStatus = s.name(fields[i].Value)
+			s.recordGRPCStatus(fields[i].Value)
 		}
 	}
+	m.keep(s)
 	m.toDown.forwardBlock(s, true, fields)
 	m.toDown.endMessage(s, true)
 	return nil
@@ -216,6 +231,10 @@ func (m *multiplex) malformed(s *stream, err error) error {
 	details := envoy.DetailsHTTP2Violation
 	if errors.Is(err, http2.ErrField) {
 		details = envoy.DetailsHTTP2InvalidField
+	}
+	var rule http2.Rule
+	if errors.As(err, &rule) {
+		details = envoy.WithRule(details, rule.Name())
 	}
 	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagDownstreamProtocolError, details
 	return m.reject(s, http2.ProtocolError, flow.BadFraming, err)

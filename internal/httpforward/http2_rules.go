@@ -27,16 +27,19 @@ func (s *stream) beginResponse(response *http2.Response, end bool) error {
 
 // endsWith reports as an error if fields are not valid trailers of the body.
 func (b *body) endsWith(stream uint32, end bool, fields []http2.Field) error {
-	if !end || !b.whole() || http2.CheckTrailers(fields) != nil {
-		return errTrailers(stream)
+	switch err := http2.CheckTrailers(fields); {
+	case !end:
+		return http2.MessageError(stream, http2.MisplacedTrailers)
+	case !b.whole():
+		return errBodyLength(stream)
+	case err != nil:
+		return http2.MessageError(stream, err)
 	}
 	return nil
 }
 
-func errTrailers(stream uint32) error {
-	return http2.StreamError(stream, http2.ProtocolError, "malformed trailers")
-}
+func errBodyLength(stream uint32) error { return http2.MessageError(stream, http2.LengthMismatch) }
 
-func errBodyLength(stream uint32) error {
-	return http2.StreamError(stream, http2.ProtocolError, "body of another length than declared")
-}
+// maxInterim is the default of Config.maxInterim: how many interim responses a request may get. A server that reports progress (102) once a second stays
+// below it for a quarter of an hour; without a limit, a server could send them forever.
+const maxInterim = 1000

@@ -76,7 +76,7 @@ func TestHTTP2RequestsAndResponsesPass(t *testing.T) {
 		got := r.records.await(t, i)
 		want := recorded{
 			protocol: flow.HTTP2, method: "POST", path: "/a?b=c", authority: r.address, id: response.Header.Get("saw-x-request-id"),
-			grpc: "5", status: 200, details: "via_upstream", received: 5, sent: uint64(len(body)), reason: flow.Completed,
+			grpc: "5", status: 200, details: "via_upstream", received: 5, sent: uint64(len(body)), reason: flow.Completed, attempts: 1,
 		}
 		if got != want || len(got.id) != uuidLength {
 			t.Errorf("the record is %+v, want %+v", got, want)

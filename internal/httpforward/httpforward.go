@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -24,7 +25,10 @@ type Config struct {
 	Dialer    upstream.Dialer // its Timeout is not used: see Settings.ConnectTimeout
 	Pool      *upstream.Pool  // of idle HTTP/1 connections
 	Flows     flow.Sink       // takes each request's record
+	Budget    *budget.Budget  // of what connections hold while they wait; nil: no limit
 	Settings                  // until the first Apply
+
+	maxInterim int // interim responses to a request; zero: maxInterim. Tests change it
 }
 
 // Settings is what may change while connections are open. A value is never modified: Apply replaces it. HTTP/1 reads it
@@ -96,6 +100,9 @@ func New(config Config) (*Engine, error) {
 		return nil, errors.New("httpforward: Dialer, Pool and Flows are required")
 	}
 	e := &Engine{config: config}
+	if config.maxInterim == 0 {
+		e.config.maxInterim = maxInterim
+	}
 	e.config.Settings = Settings{}
 	if err := e.Apply(config.Settings); err != nil {
 		return nil, err

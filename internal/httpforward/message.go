@@ -28,9 +28,12 @@ type message struct {
 	ready    int         // bytes at the front of in that are or were in out
 	out      tcp.Vector  // parts of head and in that dst has not accepted yet
 	body     http1.Body
-	bulk     relay.Mover
-	retain   bool // head and in keep everything sent, so that it can be sent again
-	ended    bool // src has closed, and that ends the body
+
+	nominated []byte // fields that Connection names; forbidden in the trailers
+
+	bulk   relay.Mover
+	retain bool // head and in keep everything sent, so that it can be sent again
+	ended  bool // src has closed, and that ends the body
 
 	srcErr error // reading ended; io.EOF in the middle of a body
 	dstErr error // writing failed
@@ -41,6 +44,7 @@ type message struct {
 func (m *message) start(in *tcp.Buffer, framing http1.Framing, limits http1.Limits) {
 	m.in = in
 	m.body.Start(framing, limits)
+	m.body.Forbid(m.nominated)
 	m.bulk = relay.Mover{Src: m.src, Dst: m.dst}
 	m.bulk.Expect(m.body.Payload() - int64(m.held()))
 	m.out.Append(m.head)

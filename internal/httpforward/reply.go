@@ -1,7 +1,9 @@
 package httpforward
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
@@ -9,6 +11,8 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -31,6 +35,7 @@ var (
 	replyTooManyFields  = reply{431, "Request Header Fields Too Large", flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP1TooManyFields}
 	replyBadResponse    = resetReply(502, flow.BadResponse, envoy.FlagUpstreamProtocolError, envoy.ResetByProtocolError, "")
 	replyUpstreamClosed = resetReply(503, flow.UpstreamClosed, envoy.FlagUpstreamConnectionTermination, envoy.ResetByTermination, "")
+	replyLoop           = reply{503, "no healthy upstream", flow.Loop, envoy.FlagNoHealthyUpstream, envoy.DetailsNoHealthyUpstream}
 	replyRequestTimeout = reply{504, "upstream request timeout", flow.RequestTimeout, envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout}
 )
 
@@ -44,6 +49,72 @@ func resetReply(status int, reason flow.Reason, flags, reset, transport string) 
 	}
 	return reply{status, body, reason, flags, envoy.ResetBeforeResponse(details)}
 }
+
+// closedReply returns the reply to a request whose upstream connection ended before the response, and the error of its
+// record.
+func closedReply(up *tcp.Conn, err error) (*reply, error) {
+	if up.Looped() {
+		return &replyLoop, upstream.ErrLoop
+	}
+	return &replyUpstreamClosed, err
+}
+
+// badRequests are the replies to malformed HTTP/1 requests. Their details name the rule that is broken, unless Envoy has
+// details of its own.
+var badRequests = func() map[http1.Error]*reply {
+	replies := make(map[http1.Error]*reply)
+	for _, err := range http1.Errors() {
+		r := replyBadRequest
+		r.details = envoy.WithRule(r.details, err.Name())
+		replies[err] = &r
+	}
+	replies[http1.ErrHeadTooLarge], replies[http1.ErrTooManyFields] = &replyHeadTooLarge, &replyTooManyFields
+	return replies
+}()
+
+// badResponse returns the reply in place of a malformed HTTP/1 response.
+func badResponse(err error) reply {
+	r := replyBadResponse
+	r.details = envoy.ProtocolErrorBeforeResponse(ruleOfResponse(err))
+	return r
+}
+
+// ruleOfResponse returns the name of the rule that a malformed HTTP/1 response breaks.
+func ruleOfResponse(err error) string {
+	var rule http1.Error
+	switch {
+	case errors.As(err, &rule):
+		return rule.Name()
+	case errors.Is(err, errTooManyInterim):
+		return http2.TooManyInterim.Name()
+	}
+	return "switched_unasked"
+}
+
+// faultError is a http1.Error with the line that it is about.
+type faultError struct {
+	rule error
+	line string
+}
+
+// maxFault is the longest part of a line in a faultError.
+const maxFault = 64
+
+// faultOf returns err with the line of h that it is about: the name of a field, or the beginning of a start line. Values
+// are left out, because they may be secret.
+func faultOf(err error, h *http1.Head, b []byte) error {
+	line := h.Fault.In(b)
+	if len(line) == 0 {
+		return err
+	}
+	if h.Fault.Start > h.Line.Start { // not the start line
+		line, _, _ = bytes.Cut(line, []byte{':'})
+	}
+	return &faultError{err, string(line[:min(len(line), maxFault)])}
+}
+
+func (e *faultError) Error() string { return fmt.Sprintf("%v: %q", e.rule, e.line) }
+func (e *faultError) Unwrap() error { return e.rule }
 
 // dialReply returns the reply to a failed dial. retried is whether there was more than one attempt to reach upstream.
 func dialReply(err error, retried bool) reply {
@@ -66,14 +137,24 @@ func dialReply(err error, retried bool) reply {
 	return r
 }
 
+// endsConnection reports whether a reply ends its connection. After a malformed request, the next one cannot be found. When
+// upstream cannot be reached, a client that has to connect again may reach another server, or another pod.
+func (r *reply) endsConnection() bool {
+	switch r.reason {
+	case flow.BadFraming, flow.MemoryBudget, flow.UpstreamRefused, flow.UpstreamTimeout, flow.UpstreamUnreachable:
+		return r.flags != envoy.FlagNoRouteFound
+	}
+	return false
+}
+
 // refuse sends a reply in place of upstream, and closes the record. The connection persists if the whole request has
-// arrived. After a part of an interim response no reply can be sent: downstream could not parse it.
+// arrived, unless the reply ends it. After a part of an interim response no reply can be sent: downstream could not parse it.
 func (x *exchange) refuse(r reply, err error) ending {
 	if x.response.out.Len() > 0 && x.response.bad == nil {
 		return x.close(r.reason, err, cut)
 	}
 	end := linger
-	if x.started && x.request.body.Done() && r.reason != flow.BadFraming && !x.downstreamCloses() && !x.last() {
+	if x.started && x.request.body.Done() && !r.endsConnection() && !x.downstreamCloses() && !x.last() {
 		end = next
 	}
 	x.s.dropUpstream()
@@ -92,32 +173,19 @@ func (x *exchange) refuse(r reply, err error) ending {
 	return x.close(r.reason, err, end)
 }
 
-// appendReply appends a whole response, and records it. gRPC clients ignore the HTTP status, so they get the status in
-// trailers without a body.
+// appendReply appends a whole response, and records it.
 func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 	to := &x.record.HTTP
 	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
-	if to.GRPC {
-		to.Status = http.StatusOK
-	}
 	dst = append(dst, "HTTP/1.1 "...)
 	dst = strconv.AppendInt(dst, int64(to.Status), 10)
 	dst = append(dst, ' ')
 	dst = append(dst, http.StatusText(to.Status)...)
 	dst = append(dst, "\r\nserver: pillion\r\ndate: "...)
 	dst = time.Now().UTC().AppendFormat(dst, http.TimeFormat)
-	body := r.body
-	if to.GRPC {
-		dst = append(dst, "\r\ncontent-type: application/grpc\r\ngrpc-status: "...)
-		dst = append(dst, r.grpcStatus()...)
-		dst = append(dst, "\r\ngrpc-message: "...)
-		dst = append(dst, r.grpcMessage()...)
-		body = ""
-	} else {
-		dst = append(dst, "\r\ncontent-type: text/plain"...)
-	}
+	dst = append(dst, "\r\ncontent-type: text/plain"...)
 	dst = append(dst, "\r\ncontent-length: "...)
-	dst = strconv.AppendInt(dst, int64(len(body)), 10)
+	dst = strconv.AppendInt(dst, int64(len(r.body)), 10)
 	if closes {
 		dst = append(dst, "\r\nConnection: close"...)
 	} else if x.requestHead.Minor == 0 {
@@ -125,8 +193,8 @@ func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 	}
 	dst = append(dst, "\r\n\r\n"...)
 	if string(to.Method) != http.MethodHead {
-		dst = append(dst, body...)
-		x.record.Sent.Store(uint64(len(body)))
+		dst = append(dst, r.body...)
+		x.record.Sent.Store(uint64(len(r.body)))
 	}
 	return dst
 }

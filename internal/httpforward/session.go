@@ -6,12 +6,14 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // idleCheck is how long an upstream connection must have been idle to be checked for a close before it is used. After a
-// shorter pause the poller's state is enough. That saves a busy connection a system call per request.
+// shorter pause the poller's state is enough for a request that may be sent again. That saves a busy connection a system
+// call per request.
 const idleCheck = 20 * time.Millisecond
 
 // session is one HTTP/1 downstream connection with its upstream. Between two requests it holds no buffer.
@@ -74,24 +76,30 @@ func (e *Engine) ServeHTTP1(w *tcp.Waiter, c *Connection) {
 // awaitRequest returns true when the first bytes of a request have arrived, and false when no request will follow.
 //
 // Upstream may close meanwhile, as servers do after some idle time or some number of requests. A request sent before that
-// is served on another upstream connection. If there is none, outlives decides whether downstream stays open.
+// is served on another upstream connection. Without such a request, outlives decides whether downstream stays open.
 func (s *session) awaitRequest() bool {
 	s.idleEnd = time.Time{}
 	for {
 		if s.Read != nil && begun(s.Read.Bytes()) {
 			return true
 		}
-		s.releaseRead()
+		if s.Read != nil && s.Read.Len() == 0 {
+			s.releaseRead()
+		}
 		if s.ended || s.w.Canceled() {
 			return false
 		}
 		if s.Down.Readable() {
-			s.Read = tcp.TakeBuffer()
+			if s.Read == nil {
+				s.Read = tcp.TakeBuffer()
+			}
 			n, err := s.Read.Fill(s.Down)
 			if n > 0 {
 				continue
 			}
-			s.releaseRead()
+			if s.Read.Len() == 0 {
+				s.releaseRead()
+			}
 			if err != tcp.ErrAgain {
 				return false
 			}
@@ -111,27 +119,38 @@ func (s *session) awaitRequest() bool {
 	}
 }
 
-// listenCheck is how often a downstream connection without an upstream one checks that the workload still listens.
-const listenCheck = 5 * time.Second
+const (
+	// listenCheck is how often a downstream connection without an upstream one checks that the workload still listens.
+	listenCheck = 5 * time.Second
 
-// nextCheck returns the end of the idle time, or the time of the next listenCheck; zero if there is neither. It is not
-// inlined, so that the frame of awaitRequest stays small: see Serve.
+	// inFlight is how soon after a response the client may have sent its next request without having seen that its
+	// connection ends.
+	inFlight = 100 * time.Millisecond
+)
+
+// nextCheck returns the end of the idle time, or the time at which outlives decides again; zero if there is neither. It is
+// not inlined, so that the frame of awaitRequest stays small: see Serve.
 //
 //go:noinline
 func (s *session) nextCheck() time.Time {
 	if s.idleEnd.IsZero() {
 		s.idleEnd = after(s.engine.settings.Load().IdleTimeout)
 	}
-	if s.orphaned {
-		if check := time.Now().Add(listenCheck); s.idleEnd.IsZero() || check.Before(s.idleEnd) {
-			return check
-		}
+	if !s.orphaned {
+		return s.idleEnd
 	}
-	return s.idleEnd
+	check := time.Now().Add(listenCheck)
+	if s.target.Balanced {
+		check = s.lastUse.Add(inFlight)
+	}
+	if !s.idleEnd.IsZero() && s.idleEnd.Before(check) {
+		return s.idleEnd
+	}
+	return check
 }
 
-// outlastsWait reports whether downstream stays open after a wait that ended with an error: it was only the time of a
-// listenCheck. It is not inlined, as nextCheck is not.
+// outlastsWait reports whether downstream stays open after a wait that ended with an error: nextCheck's time had come, and
+// outlives decides again. It is not inlined, as nextCheck is not.
 //
 //go:noinline
 func (s *session) outlastsWait(err error) bool {
@@ -139,22 +158,38 @@ func (s *session) outlastsWait(err error) bool {
 }
 
 // outlives reports whether downstream stays open although its upstream connection is gone. The next request gets a new
-// one.
+// one. A connection that is authenticated for this downstream cannot be replaced.
 //
-// It ends with an upstream connection to a balanced target: a client whose connection ends looks up the name again and
-// connects to a server that is there, and the agent must not keep it from that. Inbound, the target is the workload.
-// While that listens, the next connection will serve as well as the last one did. When it listens no more, the client
-// turns to another pod only if its connection ends. A connection that is authenticated for this downstream cannot be
-// replaced. It is not inlined, as nextCheck is not.
+// With a balanced target, the two end together, except that a request that may be on its way is still served. A client
+// whose connection ends looks up the name again and connects to a server that is there, and the agent must not keep it
+// from that.
+//
+// Inbound, the target is the workload. While that listens, the next connection will serve as well as the last one did. When
+// it listens no more, the client turns to another pod only if its connection ends.
+//
+// It is not inlined, as nextCheck is not.
 //
 //go:noinline
 func (s *session) outlives() bool {
-	return !s.bound && !s.target.Balanced && tcp.Listens(s.target.Address)
+	switch {
+	case s.bound:
+		return false
+	case s.target.Balanced:
+		return time.Since(s.lastUse) < inFlight
+	}
+	return tcp.Listens(s.target.Address)
 }
 
-// begun reports whether b holds the beginning of a request. Empty lines do not count: old clients send one after a body
-// (RFC 9112 §2.2) and may send no other request.
-func begun(b []byte) bool { return len(bytes.TrimLeft(b, "\r\n")) > 0 }
+// begun reports whether b holds the beginning of a request, or what cannot become one. Empty lines do not count: old
+// clients send one after a body (RFC 9112 §2.2) and may send no other request. They stay in the buffer, so that the parser
+// limits them, however they arrive.
+func begun(b []byte) bool {
+	lines := bytes.TrimSuffix(b, []byte{'\r'})
+	for bytes.HasPrefix(lines, []byte("\r\n")) {
+		lines = lines[2:]
+	}
+	return len(lines) > 0 || len(b) > 2*http1.MaxEmptyLines
+}
 
 // after returns the time at which a limit that starts now expires; the zero time if there is no limit.
 func after(limit time.Duration) time.Time {
@@ -231,7 +266,7 @@ func (s *session) dropUpstream() {
 // non-repeatable request on a stale pooled connection would fail where a direct connection would not. attempts is the
 // number of dials, or 1 for a connection that was open.
 func (s *session) connect(settings *Settings, now time.Time, repeatable bool) (attempts int, err error) {
-	if s.up != nil && (s.up.Readable() || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
+	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
 	if s.up != nil {

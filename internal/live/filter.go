@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"net/url"
 	"slices"
@@ -14,11 +13,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// Filter chooses records. The zero value lets all through; each key that is set must fit.
+// Filter selects records. The zero value selects all. Each key that is set must match.
 type Filter struct {
 	direction *flow.Direction
-	host      string
-	path      string
+	host      []byte
+	path      []byte
 	status    statusRange
 	address   netip.Prefix
 	port      uint16
@@ -26,12 +25,12 @@ type Filter struct {
 
 type statusRange struct{ first, last int }
 
-// FilterKeys are the keys of a Filter, as they stand in a query.
+// FilterKeys are the keys of a Filter in a query.
 var FilterKeys = []string{"direction", "host", "path", "status", "address"}
 
 const longestFilter = 256 // bytes of a value
 
-// ParseFilter reads a filter from a query. Keys that are not a filter's are an error unless they are named in others.
+// ParseFilter reads a filter from a query. A key that is neither in FilterKeys nor in others is an error.
 func ParseFilter(query url.Values, others ...string) (Filter, error) {
 	var f Filter
 	for key, values := range query {
@@ -45,7 +44,7 @@ func ParseFilter(query url.Values, others ...string) (Filter, error) {
 	return f, nil
 }
 
-// Set sets one key. The error says what would be right, but names neither key nor value. An empty value sets nothing.
+// Set sets one key. The error describes valid values, but names neither key nor value. An empty value is ignored.
 func (f *Filter) Set(key, value string) error {
 	if value == "" && slices.Contains(FilterKeys, key) {
 		return nil
@@ -63,9 +62,9 @@ func (f *Filter) Set(key, value string) error {
 		}
 		return errors.New("not a direction: use inbound or outbound")
 	case "host":
-		f.host = strings.ToLower(value)
+		f.host = []byte(value)
 	case "path":
-		f.path = value
+		f.path = []byte(value)
 	case "status":
 		return f.setStatus(value)
 	case "address":
@@ -106,14 +105,14 @@ func (f *Filter) setAddress(value string) error {
 	return errors.New("not an address: use one such as 192.0.2.1, 192.0.2.1:80, [2001:db8::1]:80 or 192.0.2.0/24")
 }
 
-// matches is called while traffic waits, and allocates nothing.
+// matches is called on the data path and does not allocate.
 func (f *Filter) matches(e *entry) bool {
 	switch {
 	case f.direction != nil && *f.direction != e.direction:
 		return false
-	case f.host != "" && !sameHost(f.host, string(e.get(authority))) && !strings.EqualFold(f.host, e.sni):
+	case len(f.host) > 0 && !sameHost(f.host, e.get(authority)) && !sameName(f.host, e.sni):
 		return false
-	case f.path != "" && !bytes.HasPrefix(e.get(path), []byte(f.path)):
+	case !bytes.HasPrefix(e.get(path), f.path):
 		return false
 	case f.status.first != 0 && (e.status < f.status.first || e.status > f.status.last):
 		return false
@@ -127,11 +126,38 @@ func (f *Filter) at(a netip.AddrPort) bool {
 	return f.address.Contains(a.Addr().Unmap()) && (f.port == 0 || f.port == a.Port())
 }
 
-// sameHost compares without regard to case, and to the authority's port if none is wanted.
-func sameHost(want, authority string) bool {
-	if strings.EqualFold(want, authority) {
+// sameHost ignores case, and the authority's port if want has no port.
+func sameHost(want, authority []byte) bool {
+	if bytes.EqualFold(want, authority) {
 		return true
 	}
-	host, _, err := net.SplitHostPort(authority)
-	return err == nil && strings.EqualFold(want, host)
+	colon := bytes.LastIndexByte(authority, ':')
+	if colon < 0 {
+		return false
+	}
+	host := authority[:colon]
+	if inside, bracketed := bytes.CutPrefix(host, []byte("[")); bracketed {
+		host = bytes.TrimSuffix(inside, []byte("]"))
+	}
+	return bytes.EqualFold(want, host)
+}
+
+// sameName ignores case. Both are ASCII, or differ.
+func sameName(a []byte, b string) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if lower(a[i]) != lower(b[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+func lower(c byte) byte {
+	if 'A' <= c && c <= 'Z' {
+		c += 'a' - 'A'
+	}
+	return c
 }

@@ -16,7 +16,7 @@ const (
 // following is the set of followers. Without followers, a closed record costs the read of one pointer.
 type following struct {
 	all atomic.Pointer[[]*follower] // never changed, only replaced
-	mu  sync.Mutex                  // held by those who replace it
+	mu  sync.Mutex                  // held while it is replaced
 }
 
 // follower receives the records that its filter matches, through its queue. Records that exceed its rate or find the queue
@@ -32,9 +32,9 @@ type follower struct {
 	got    uint32 // in that second
 }
 
-var errTooMany = errors.New("sixteen are following already: end one of them, such as another page or another \"pillion tap\"")
+var errTooMany = errors.New("16 pages and taps follow the agent, the maximum: close one")
 
-// join adds a follower, until leave.
+// join adds a follower. leave removes it.
 func (f *following) join(filter Filter, perSecond uint32) (*follower, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -66,8 +66,8 @@ func (f *following) list() []*follower {
 	return nil
 }
 
-// tell passes a record to the followers. It never waits. The copy that they share is made only if one of them accepts it.
-func (f *following) tell(e *entry, second uint32) {
+// send passes a record to the followers. It never waits. The copy that they share is made only if one of them accepts it.
+func (f *following) send(e *entry, second uint32) {
 	all := f.all.Load()
 	if all == nil {
 		return

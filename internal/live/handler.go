@@ -12,38 +12,38 @@ import (
 	"github.com/pillion-proxy/pillion/internal/ownport"
 )
 
-// Sources are shown by the handlers in addition to the View. They are read at each request.
+// Sources are what the handlers show in addition to the View. They are read at each request.
 type Sources struct {
-	Table *flow.Table   // open connections; nil for none
-	Gates func() []Gate // conditions of readiness; nil: none
+	Table *flow.Table   // open connections; optional
+	Gates func() []Gate // conditions of readiness; optional
 	Index func() string // answer of "/" for clients other than browsers, such as a list of paths; nil: empty
 }
 
 // Bounds of what is streamed.
 const (
-	recordsPerSecond = 200 // to a page: a person reads no more
+	recordsPerSecond = 200 // to a page; more would be unreadable
 	writeTimeout     = 10 * time.Second
-	heartbeat        = 15 * time.Second // so that both sides notice when the other has gone
+	heartbeat        = 15 * time.Second // so that each side detects the loss of the other
 )
 
 // Handler serves
 //
 //	GET /              a page for browsers, the index for others
 //	GET /live          a Snapshot
-//	GET /live/events   server-sent events: snapshot each second, record for each of the last and the next records, skipped
-//	                   with the number of those that are left out because there are more than 200 a second
+//	GET /live/events   server-sent events: "snapshot" each second; "record" for each of the last hundred records and each
+//	                   later one; "skipped" with the number of records that were left out, as there were over 200 a second
 //	GET /live/records  the last hundred records, the oldest first: {"records": […]}
-//	GET /live/tap      records as they close, each on a line of JSON, and {"skipped": n} when the reader was too slow; an
-//	                   empty line now and then
+//	GET /live/tap      records as they close, one line of JSON each; {"skipped": n} if the reader was too slow; an empty
+//	                   line as a heartbeat
 //
 // The last two take a filter: direction, host, path (its beginning), status (404, 5xx) and address (of any side; with a
-// port or a prefix length); tap also n, after how many records it ends.
+// port or a prefix length). tap also takes n, the number of records after which it ends.
 //
-// What traffic carries is for people on this machine only. Listening on loopback keeps other machines out, but not web
-// pages that somebody on this machine has open: such a page may send requests here, and when its own name is made to
-// resolve to 127.0.0.1 (DNS rebinding) its browser takes the answers for its own. But the request then names that host.
-// So only requests for localhost or a loopback address are answered, as kubectl port-forward makes them; there are no
-// CORS fields, and what a browser says to come from another site is refused before it can occupy a stream.
+// Live data is for people on this machine only. Listening on loopback excludes other machines, but not web pages that are
+// open in a browser on this machine. Such a page can send requests here, and if its own name resolves to 127.0.0.1 (DNS
+// rebinding), the browser lets it read the responses. But the request then names that host. So the handler serves only
+// requests for localhost or a loopback address, as kubectl port-forward makes them. It sends no CORS fields, and rejects
+// requests that a browser attributes to another site before they occupy a stream.
 func (v *View) Handler(sources Sources) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, r *http.Request) {
@@ -78,20 +78,20 @@ type Records struct {
 	Records []Record `json:"records"`
 }
 
-// Tapped is a line of /live/tap: a record, or how many the reader was too slow for.
+// Tapped is a line of /live/tap: a record, or the number of records that the reader was too slow for.
 type Tapped struct {
 	*Record
 	Skipped uint64 `json:"skipped,omitempty"`
 }
 
-// local lets requests through that were made for this machine, and by no other site's page. Handler says why.
+// local rejects requests for other hosts and by pages of other sites. See Handler.
 func local(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		site := r.Header.Get("Sec-Fetch-Site")
 		foreign := site != "" && site != "none" && site != "same-origin" && r.URL.Path != "/"
 		if foreign || !ownport.NamesLoopback(r.Host) {
-			http.Error(w, "Refused: live data is for this machine only. Ask for localhost or a loopback address, for example by\n"+
-				"kubectl port-forward POD 15000, and from no other site's page.", http.StatusForbidden)
+			http.Error(w, "Refused: live data is served only to this machine. Use localhost or a loopback address, for example\n"+
+				"through kubectl port-forward POD 15000, and not a page of another site.", http.StatusForbidden)
 			return
 		}
 		header := w.Header()
@@ -107,7 +107,7 @@ func serveJSON(w http.ResponseWriter, value any) {
 	json.NewEncoder(w).Encode(value) // an error means that the client left
 }
 
-// stream is a response that goes on. Each write has a deadline, so that a reader who takes nothing is not kept.
+// stream is an endless response. Each write has a deadline, so that a stalled reader is dropped.
 type stream struct {
 	http.ResponseWriter
 	control *http.ResponseController
@@ -118,13 +118,13 @@ func newStream(w http.ResponseWriter, contentType string) *stream {
 	return &stream{w, http.NewResponseController(w)}
 }
 
-// Write may have to send before flush does.
+// Write sets the deadline as well, because a full buffer is sent before flush.
 func (s *stream) Write(text []byte) (int, error) {
 	s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 	return s.ResponseWriter.Write(text)
 }
 
-// flush sends what was written; false when the reader has gone.
+// flush sends the buffered bytes and reports whether the reader is still there.
 func (s *stream) flush() bool {
 	s.control.SetWriteDeadline(time.Now().Add(writeTimeout))
 	return s.control.Flush() == nil
@@ -143,7 +143,7 @@ func (v *View) serveTap(w http.ResponseWriter, r *http.Request) {
 	left := uint64(0)
 	if text := query.Get("n"); err == nil && text != "" {
 		if left, err = strconv.ParseUint(text, 10, 32); err != nil {
-			err = fmt.Errorf("n=%.40q: not a count: use a whole number, or 0 for no end", text)
+			err = fmt.Errorf("n=%.40q: not a count: use a whole number; 0: no limit", text)
 		}
 	}
 	if err != nil {
@@ -163,7 +163,7 @@ func (v *View) serveTap(w http.ResponseWriter, r *http.Request) {
 	for s.flush() {
 		select {
 		case record := <-follower.queue:
-			for more := true; more; { // what has come meanwhile goes out with it
+			for more := true; more; { // send the whole queue in one write
 				encoder.Encode(Tapped{Record: record})
 				if left--; left == 0 {
 					s.flush()
@@ -203,7 +203,7 @@ func (v *View) serveEvents(w http.ResponseWriter, r *http.Request, sources *Sour
 		s.event("record", record)
 		newest = record.Number
 	}
-	// Records go out a few times a second, and a snapshot with every fourth, which is the heartbeat as well.
+	// Records are sent a few times a second, and with every fourth batch a snapshot. It serves as heartbeat.
 	tick := time.NewTicker(time.Second / 4)
 	defer tick.Stop()
 	for ticks := 1; s.flush(); ticks++ {

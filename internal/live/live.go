@@ -1,10 +1,10 @@
-// Package live shows what is happening now: rates, latencies and errors by destination, the last hundred records, the
-// open connections, and each record as it closes, as JSON, as a stream and as a page for people.
+// Package live shows current traffic: rates, latencies and errors by destination, the last hundred records, the open
+// connections, and each record as it closes, as JSON, as a stream and as a page for people.
 //
-// It costs little when nobody looks. A record that closes is counted and copied into places that exist already, without
-// an allocation; nothing ticks, and sums, rates and percentiles are made by whoever asks for them. All that traffic can
-// make it keep has a bound: names of destinations, peers, records, followers and their queues. It keeps no field values
-// but those which Record names, and it forgets everything when the agent ends.
+// It costs little without readers. A closed record is counted and copied into memory that exists already, without an
+// allocation. There is no timer: each reader computes sums, rates and percentiles for itself. Everything that traffic can
+// make it keep is bounded: destinations, peers, records, followers and their queues. It keeps only the header fields that
+// Record names, and writes nothing to disk.
 package live
 
 import (
@@ -16,30 +16,30 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// The bounds of what is kept. Destinations are bounded for each direction apart, so that strangers who invent host names
-// inbound do not take the places of where the workload calls.
+// The bounds of what is kept. Each direction has its own bound of destinations, so that invented host names inbound do not
+// displace the hosts that the workload calls.
 const (
 	maxDestinations = 250 // of a direction
-	maxPeers        = 100 // addresses from which the workload is called
+	maxPeers        = 100 // addresses of inbound clients
 	maxHost         = 100 // bytes of a name
 )
 
-// Config is what a View is made with.
+// Config configures a View.
 type Config struct {
-	Version string // of the program
+	Version        string // of the program
+	Pod, Namespace string // of the workload; empty: unknown
 
-	// SettingName spells a setting for people, such as --connect-timeout for ConnectTimeout. nil: as it is.
+	// SettingName returns how readers spell a setting, such as --connect-timeout for ConnectTimeout. nil: unchanged.
 	SettingName func(setting string) string
 }
 
 // View shows current traffic. Make it with New and pass it to flow.NewTable. It is safe for concurrent use.
 type View struct {
-	version string
+	config  Config
 	started time.Time
-	setting func(string) string
 
 	destinations [2]book  // by direction
-	peers        book     // who calls the workload, by address
+	peers        book     // inbound clients, by address
 	connections  [2]tally // by direction: connections only, counted when they open
 
 	last      ring
@@ -50,7 +50,7 @@ type View struct {
 
 // New returns an empty view.
 func New(config Config) *View {
-	v := &View{version: config.Version, setting: config.SettingName, started: time.Now(), ended: make(chan struct{})}
+	v := &View{config: config, started: time.Now(), ended: make(chan struct{})}
 	for i := range v.destinations {
 		v.destinations[i].limit = maxDestinations
 	}
@@ -58,7 +58,7 @@ func New(config Config) *View {
 	return v
 }
 
-// Close ends every stream that the handlers serve. An http.Server that is shut down waits for them:
+// Close ends every stream of the handlers. An http.Server that shuts down waits for streams, so call Close first:
 // server.RegisterOnShutdown(view.Close).
 func (v *View) Close() { v.endOnce.Do(func() { close(v.ended) }) }
 
@@ -68,10 +68,11 @@ var place = flow.NewPlace()
 // binding is kept with a connection: the tallies in which its flows are counted.
 type binding struct {
 	destination *tally // nil until the first request
-	peer        *tally // nil for an outbound connection: that is the workload
+	peer        *tally // nil for an outbound connection, whose peer is the workload
 }
 
-// Opened counts a connection. An opaque one is its destination's from now on; one of requests, with its first request.
+// Opened counts a connection. An opaque connection is assigned to its destination now, one of requests with its first
+// request.
 func (v *View) Opened(r *flow.Record) {
 	second := v.second(time.Now()) // detection or dialling may have taken long
 	b := v.arrive(r, second)
@@ -96,13 +97,13 @@ func (v *View) arrive(r *flow.Record, second uint32) *binding {
 
 // Closed counts a record and keeps a copy among the last.
 func (v *View) Closed(r *flow.Record) {
-	second := v.second(r.Opened.Add(r.Duration)) // now, without asking the clock again
+	second := v.second(r.Opened.Add(r.Duration)) // now, without reading the clock
 	b := v.bound(r, second)
 	e := end{
 		second:   second,
 		reason:   failure(r),
 		request:  r.IsRequest(),
-		timed:    r.IsRequest() && !r.HTTP.Upgraded, // a relay's time is no latency
+		timed:    r.IsRequest() && !r.HTTP.Upgraded, // the time of a relay is not a latency
 		duration: r.Duration,
 		bytes:    r.Received.Load() + r.Sent.Load(),
 	}
@@ -112,12 +113,12 @@ func (v *View) Closed(r *flow.Record) {
 	}
 	kept := v.last.claim()
 	kept.fill(r)
-	v.following.tell(kept, second)
+	v.following.send(kept, second)
 	kept.mu.Unlock()
 }
 
-// bound returns where the record is counted. It looks a name up only when the one of the last request on the same
-// connection does not fit.
+// bound returns the tallies of a record. It looks a name up only if it differs from that of the last request on the same
+// connection.
 func (v *View) bound(r *flow.Record, second uint32) *binding {
 	connection := r
 	if r.IsRequest() {
@@ -159,7 +160,7 @@ func (v *View) byAddress(r *flow.Record) *tally {
 	return v.destinations[r.Direction].find(unmap(address).AppendTo(buffer[:0]))
 }
 
-// hostName appends an authority in lower case to dst; nothing if it does not look like one.
+// hostName appends an authority in lower case to dst. It returns nil for text that cannot be an authority.
 func hostName(dst, authority []byte) []byte {
 	if len(authority) > maxHost {
 		return nil
@@ -182,7 +183,7 @@ func (v *View) second(t time.Time) uint32 { return uint32(max(0, t.Sub(v.started
 
 func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
 
-// ring holds copies of the last records, in places that are used again and again.
+// ring holds copies of the last records. Entries are reused.
 type ring struct {
 	next    atomic.Uint64
 	entries [lastRecords]entry
@@ -190,7 +191,7 @@ type ring struct {
 
 const lastRecords = 100
 
-// claim returns the place of the next record, locked. Two hundred records would have to close meanwhile for two to meet.
+// claim returns the entry of the next record, locked. It waits only if a hundred records close while one is copied.
 func (l *ring) claim() *entry {
 	number := l.next.Add(1)
 	e := &l.entries[number%lastRecords]

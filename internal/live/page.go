@@ -8,17 +8,17 @@ import (
 	"strings"
 )
 
-// page is one file that needs nothing else. What traffic carries gets into it as text only, never as markup.
+// page is one self-contained file. Values from traffic enter it as text only, never as markup.
 //
 //go:embed page.html
 var page string
 
-// policy lets the page run its own script and style, known by their hashes, and talk to the server that it came from.
-// Markup that got into it by mistake would do nothing.
+// policy permits the page's own script and style, by their hashes, and requests to the server of the page. It disables any
+// markup that a bug lets into the page.
 var policy = "default-src 'none'; script-src '" + hashOf("script") + "'; style-src '" + hashOf("style") +
 	"'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-// hashOf is the hash of the content of the page's only element of that name.
+// hashOf returns the hash of the content of the page's only element of that name.
 func hashOf(element string) string {
 	_, rest, _ := strings.Cut(page, "<"+element+">")
 	content, _, found := strings.Cut(rest, "</"+element+">")

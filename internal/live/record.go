@@ -8,27 +8,27 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// Record is one connection or request that has ended, in JSON. The names are stable. What does not apply is left out.
+// Record is a closed connection or request, in JSON. The names are stable. Fields that do not apply are absent.
 type Record struct {
-	Number      uint64    `json:"number"`    // counts all records of this agent, from 1
+	Number      uint64    `json:"number"`    // of this agent's records, from 1
 	Time        time.Time `json:"time"`      // when it ended
 	Direction   string    `json:"direction"` // inbound or outbound
 	Protocol    string    `json:"protocol"`  // opaque, TLS, HTTP/1.0, HTTP/1.1 or HTTP/2
-	Request     bool      `json:"request"`   // it tells of a request, and not of a connection
+	Request     bool      `json:"request"`   // a request, as opposed to a connection
 	Downstream  string    `json:"downstream,omitempty"`
 	Destination string    `json:"destination,omitempty"` // the original destination
-	Upstream    string    `json:"upstream,omitempty"`    // where a connection was made, or tried
+	Upstream    string    `json:"upstream,omitempty"`    // the address dialled
 	Method      string    `json:"method,omitempty"`
 	Path        string    `json:"path,omitempty"` // with its query
 	Authority   string    `json:"authority,omitempty"`
-	Status      int       `json:"status,omitempty"`     // that downstream got
-	GRPCStatus  string    `json:"grpcStatus,omitempty"` // as it was sent
+	Status      int       `json:"status,omitempty"`     // of the response to downstream
+	GRPCStatus  string    `json:"grpcStatus,omitempty"` // as received
 	Flags       string    `json:"flags,omitempty"`      // Envoy's response flags
 	Details     string    `json:"details,omitempty"`    // Envoy's response_code_details
 	Reason      string    `json:"reason"`               // a flow.Reason
 	Failed      bool      `json:"failed,omitempty"`     // it counts as an error
-	Failure     string    `json:"failure,omitempty"`    // why there is no upstream connection
-	DurationMS  float64   `json:"durationMs"`           // from the beginning to the end
+	Failure     string    `json:"failure,omitempty"`    // why the dial failed
+	DurationMS  float64   `json:"durationMs"`           // from begin to end
 	ServiceMS   float64   `json:"serviceMs,omitempty"`  // until the head of upstream's response
 	Received    uint64    `json:"received"`             // bytes from downstream; of a request, its body's
 	Sent        uint64    `json:"sent"`                 // bytes to downstream; of a response, its body's
@@ -37,10 +37,10 @@ type Record struct {
 	SNI         string    `json:"sni,omitempty"` // of a TLS connection
 }
 
-// entry is a copy of a flow.Record in memory that is used again.
+// entry is a copy of a flow.Record in reused memory.
 type entry struct {
 	mu     sync.Mutex
-	number uint64 // 0 when there is none
+	number uint64 // 0: empty
 
 	closed                            time.Time
 	direction                         flow.Direction
@@ -61,7 +61,7 @@ type entry struct {
 // span is a part of an entry's room.
 type span struct{ from, to uint16 }
 
-// The values that are copied byte by byte, and how many bytes of each.
+// The copied values, and the maximum number of bytes of each.
 const (
 	method = iota
 	path
@@ -75,11 +75,11 @@ const (
 var longest = [words]int{method: 24, path: 256, authority: maxHost, requestID: 64, userAgent: 128, grpcStatus: 8}
 
 const (
-	cutMark   = "…" // ends a value that was too long
+	cutMark   = "…" // end of a value that was too long
 	textBytes = 24 + 256 + maxHost + 64 + 128 + 8 + words*len(cutMark)
 )
 
-// fill copies a record; its byte slices are somebody else's a moment later.
+// fill copies a record. Its byte slices are only valid during the call.
 func (e *entry) fill(r *flow.Record) {
 	connection := r
 	if r.IsRequest() {
@@ -119,7 +119,7 @@ func (e *entry) put(word int, value []byte) {
 
 func (e *entry) get(word int) []byte { return e.room[e.text[word].from:e.text[word].to] }
 
-// record makes what is shown of an entry, which shares nothing with it.
+// record returns a copy of an entry as a Record.
 func (e *entry) record() Record {
 	return Record{
 		Number:      e.number,
@@ -150,14 +150,14 @@ func (e *entry) record() Record {
 	}
 }
 
-// records returns the last records that a filter lets through, the oldest first.
+// records returns the last records that match a filter, the oldest first.
 func (l *ring) records(filter *Filter) []Record {
 	list := []Record{}
 	newest := l.next.Load()
 	for number := max(lastRecords, newest) - lastRecords + 1; number <= newest; number++ {
 		e := &l.entries[number%lastRecords]
 		e.mu.Lock()
-		if e.number == number && filter.matches(e) { // else a younger one took its place
+		if e.number == number && filter.matches(e) { // else a younger record has overwritten it
 			list = append(list, e.record())
 		}
 		e.mu.Unlock()
@@ -172,5 +172,5 @@ func show(a netip.AddrPort) string {
 	return unmap(a).String()
 }
 
-// milliseconds has a microsecond's precision.
+// milliseconds returns d with a precision of a microsecond.
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

@@ -16,9 +16,11 @@ const (
 )
 
 // Snapshot is the state at one moment, in JSON. The names are stable. Rates are per second, the mean of the last ten
-// seconds; latencies are of requests in the last half to whole minute, within 6.25 %; all else counts from the start.
+// seconds. Latencies are of requests in the last half to whole minute, within 6.25 %. Other counts are since the start.
 type Snapshot struct {
 	Version       string        `json:"version"`
+	Pod           string        `json:"pod,omitempty"` // name of the workload's pod; absent if unknown
+	Namespace     string        `json:"namespace,omitempty"`
 	Time          time.Time     `json:"time"`
 	Started       time.Time     `json:"started"`
 	UptimeSeconds float64       `json:"uptimeSeconds"`
@@ -26,42 +28,49 @@ type Snapshot struct {
 	Gates         []Gate        `json:"gates"`
 	Inbound       Totals        `json:"inbound"`
 	Outbound      Totals        `json:"outbound"`
-	Reasons       []Reason      `json:"reasons"`      // why flows failed, the most frequent of late first
-	Destinations  []Destination `json:"destinations"` // the busiest first; "(other)" stands for those over the bound
-	Peers         []Destination `json:"peers"`        // who calls the workload, likewise
-	Open          int           `json:"open"`         // connections that are open
+	Reasons       []Reason      `json:"reasons"`      // why flows failed, the most frequent in the last minute first
+	Destinations  []Destination `json:"destinations"` // the busiest first; "(other)" sums up those over the bound
+	Peers         []Destination `json:"peers"`        // inbound clients, likewise
+	Open          int           `json:"open"`         // number of open connections
 	Connections   []Connection  `json:"connections"`  // the youngest 500 of them, the oldest first
-	Followers     int           `json:"followers"`    // who hear of each record: pages and taps
+	Followers     int           `json:"followers"`    // pages and taps that receive each record
 }
 
-// Gate is one thing that readiness waits for.
+// PodName returns namespace/name of the workload's pod, the name alone if the namespace is unknown, or "".
+func (s *Snapshot) PodName() string {
+	if s.Pod == "" || s.Namespace == "" {
+		return s.Pod
+	}
+	return s.Namespace + "/" + s.Pod
+}
+
+// Gate is one condition of readiness.
 type Gate struct {
 	Name string `json:"name"`
 	Open bool   `json:"open"`
-	Why  string `json:"why,omitempty"` // it is closed
+	Why  string `json:"why,omitempty"` // the reason of a closed gate
 }
 
-// Counts is what happened in a direction, at a destination or with a peer. A flow is a request, or a connection in which
-// no requests are seen; it is an error when it ended otherwise than in order, or with a status of 5xx or
-// a gRPC status that stands for one.
+// Counts are the numbers of a direction, a destination or a peer. A flow is a request, or a connection in which no requests
+// are seen. It is an error if it did not end in order, or if its response had a status of 5xx or a gRPC status that
+// corresponds to one.
 type Counts struct {
 	Requests             uint64  `json:"requests"`
 	Connections          uint64  `json:"connections"`
-	Flows                uint64  `json:"flows"` // that have ended
+	Flows                uint64  `json:"flows"` // ended ones
 	Errors               uint64  `json:"errors"`
-	Bytes                uint64  `json:"bytes"` // of flows that have ended, both ways; of requests, the bodies'
+	Bytes                uint64  `json:"bytes"` // of ended flows, both ways; of requests, the bodies
 	RequestsPerSecond    float64 `json:"requestsPerSecond"`
 	ConnectionsPerSecond float64 `json:"connectionsPerSecond"`
 	FlowsPerSecond       float64 `json:"flowsPerSecond"`
 	ErrorsPerSecond      float64 `json:"errorsPerSecond"`
 	BytesPerSecond       float64 `json:"bytesPerSecond"`
-	P50MS                float64 `json:"p50Ms"` // 0 when there was no request
+	P50MS                float64 `json:"p50Ms"` // 0 without requests
 	P95MS                float64 `json:"p95Ms"`
 	P99MS                float64 `json:"p99Ms"`
 }
 
-// Totals are the counts of a direction, and their course over the last minute: a number for each whole second, the
-// oldest first.
+// Totals are the counts of a direction, in all and for each whole second of the last minute, the oldest first.
 type Totals struct {
 	Counts
 	RequestsBySecond    []uint64 `json:"requestsBySecond"`
@@ -69,14 +78,14 @@ type Totals struct {
 	ErrorsBySecond      []uint64 `json:"errorsBySecond"`
 }
 
-// Destination is a host that requests are for, or the original destination of what has none; or a peer's address.
+// Destination is the host of requests, the original destination of flows without a host, or the address of a peer.
 type Destination struct {
 	Direction string `json:"direction"`
 	Name      string `json:"name"`
 	Counts
 }
 
-// Reason is why flows failed: a flow.Reason, or status_5xx or grpc_status for a response that says so.
+// Reason is why flows failed: a flow.Reason, or status_5xx or grpc_status for a response that reports a failure.
 type Reason struct {
 	Reason string `json:"reason"`
 	Text   string `json:"text"`
@@ -87,21 +96,23 @@ type Reason struct {
 // Connection is an open connection.
 type Connection struct {
 	Direction   string  `json:"direction"`
-	Protocol    string  `json:"protocol,omitempty"` // left out until it is known
+	Protocol    string  `json:"protocol,omitempty"` // absent until it is detected
 	Downstream  string  `json:"downstream"`
 	Destination string  `json:"destination,omitempty"`
 	SNI         string  `json:"sni,omitempty"`
 	AgeSeconds  float64 `json:"ageSeconds"`
 	Received    uint64  `json:"received"` // bytes
 	Sent        uint64  `json:"sent"`
-	Requests    uint64  `json:"requests"` // that have ended
+	Requests    uint64  `json:"requests"` // ended ones
 }
 
-// snapshot looks at everything.
+// snapshot computes a Snapshot from the tallies and sources.
 func (v *View) snapshot(sources *Sources) *Snapshot {
 	now := time.Now()
 	s := &Snapshot{
-		Version:       v.version,
+		Version:       v.config.Version,
+		Pod:           v.config.Pod,
+		Namespace:     v.config.Namespace,
 		Time:          now.Round(0),
 		Started:       v.started.Round(0),
 		UptimeSeconds: now.Sub(v.started).Seconds(),
@@ -126,12 +137,12 @@ func (v *View) snapshot(sources *Sources) *Snapshot {
 	}
 	byRate(s.Destinations)
 	byRate(s.Peers)
-	s.Reasons = all.failures(v.setting)
+	s.Reasons = all.failures(v.config.SettingName)
 	s.addConnections(sources.Table, now)
 	return s
 }
 
-// totals adds up a direction, whose destinations go into the snapshot.
+// totals adds up a direction and appends its destinations to the snapshot.
 func (v *View) totals(s *Snapshot, direction flow.Direction, second uint32, all *sums) Totals {
 	var total sums
 	for _, t := range v.destinations[direction].all() {
@@ -141,7 +152,7 @@ func (v *View) totals(s *Snapshot, direction flow.Direction, second uint32, all 
 		total.add(&one)
 	}
 	all.add(&total)
-	// A connection of requests has no destination before its first request, but it is a connection.
+	// A connection of requests has no destination before its first request, so connections are counted on their own.
 	var connections sums
 	connections.read(&v.connections[direction], second)
 	total.total.connections = connections.total.connections
@@ -170,10 +181,10 @@ func (s *sums) add(more *sums) {
 }
 
 func (s *sums) counts(second uint32) Counts {
-	var late counts
+	var recent counts
 	span := min(rateSeconds, int(second))
 	for _, c := range s.seconds[minute-span:] {
-		late.add(c)
+		recent.add(c)
 	}
 	rate := func(n uint64) float64 { return float64(n) / float64(max(1, span)) }
 	return Counts{
@@ -182,11 +193,11 @@ func (s *sums) counts(second uint32) Counts {
 		Flows:                s.total.flows,
 		Errors:               s.total.errors,
 		Bytes:                s.total.bytes,
-		RequestsPerSecond:    rate(late.requests),
-		ConnectionsPerSecond: rate(late.connections),
-		FlowsPerSecond:       rate(late.flows),
-		ErrorsPerSecond:      rate(late.errors),
-		BytesPerSecond:       rate(late.bytes),
+		RequestsPerSecond:    rate(recent.requests),
+		ConnectionsPerSecond: rate(recent.connections),
+		FlowsPerSecond:       rate(recent.flows),
+		ErrorsPerSecond:      rate(recent.errors),
+		BytesPerSecond:       rate(recent.bytes),
 		P50MS:                milliseconds(s.percentile(0.50)),
 		P95MS:                milliseconds(s.percentile(0.95)),
 		P99MS:                milliseconds(s.percentile(0.99)),
@@ -205,8 +216,8 @@ func (s *sums) failures(setting func(string) string) []Reason {
 			recent = s.recent[i]
 		}
 		var text string
-		if said := i - len(flow.Explanations); said >= 0 {
-			text = saidFailures[said].Text
+		if own := i - len(flow.Explanations); own >= 0 {
+			text = responseFailures[own].Text
 		} else {
 			text = flow.Explanations[i].Render(setting)
 		}
@@ -218,7 +229,7 @@ func (s *sums) failures(setting func(string) string) []Reason {
 	return list
 }
 
-// byRate puts the busiest first, and keeps the order of those that rest from one look to the next.
+// byRate sorts the busiest first. The order of idle ones is the same in each snapshot.
 func byRate(list []Destination) {
 	slices.SortFunc(list, func(a, b Destination) int {
 		return cmp.Or(cmp.Compare(b.FlowsPerSecond, a.FlowsPerSecond), cmp.Compare(b.Flows, a.Flows),
@@ -226,8 +237,8 @@ func byRate(list []Destination) {
 	})
 }
 
-// addConnections copies what is open. Nobody opens or closes a connection meanwhile, so it stops at a bound, and makes
-// text of it only afterwards.
+// addConnections copies the open connections. The table is locked meanwhile, so it stops at a bound and formats text only
+// afterwards.
 func (s *Snapshot) addConnections(table *flow.Table, now time.Time) {
 	if table == nil {
 		return

@@ -5,7 +5,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -18,7 +17,7 @@ type book struct {
 	other *tally // nil until it is needed
 }
 
-// Names of shared tallies, which cannot be those of a host: see hostName.
+// Names of shared tallies. They cannot be names of hosts: see hostName.
 const (
 	otherName   = "(other)"   // names beyond the limit
 	unknownName = "(unknown)" // neither a host nor an original destination
@@ -72,7 +71,7 @@ type tally struct {
 	mu      sync.Mutex
 	total   counts
 	reasons []uint64 // by index of reasonNames; nil until the first failure
-	seconds [64]slot // by second; more than a minute, so that the one that is not over does not matter
+	seconds [64]slot // by second; more than a minute, so that the current second does not overwrite a whole one
 	halves  [2]half  // by half minute: this one and the one before
 }
 
@@ -175,45 +174,36 @@ func (t *tally) add(e *end) {
 // Failures by name: flow's reasons, followed by failures that a complete response reports.
 const noFailure = -1
 
-var saidFailures = []Reason{
-	{Reason: "status_5xx", Text: "Upstream answered with a status of 5xx."},
-	{Reason: "grpc_status", Text: "Upstream answered with a gRPC status for which HTTP has one of 5xx."},
+var responseFailures = []Reason{
+	{Reason: flow.FailureStatus, Text: "The response had a status of 5xx."},
+	{Reason: flow.FailureGRPC, Text: "The response had a gRPC status that corresponds to 5xx."},
 }
 
-var reasonNames, reasonIndex = func() (names []string, index map[flow.Reason]int) {
-	index = make(map[flow.Reason]int)
-	for i, e := range flow.Explanations {
+var reasonNames, reasonIndex = func() (names []string, index map[string]int) {
+	for _, e := range flow.Explanations {
 		names = append(names, string(e.Reason))
-		index[e.Reason] = i
 	}
-	for _, said := range saidFailures {
-		names = append(names, said.Reason)
+	for _, failure := range responseFailures {
+		names = append(names, failure.Reason)
+	}
+	index = make(map[string]int)
+	for i, name := range names {
+		index[name] = i
 	}
 	return names, index
 }()
 
 // failure returns the index in reasonNames of the failure that a record ended with, or noFailure.
 func failure(r *flow.Record) int {
-	switch {
-	case r.Reason != flow.Completed && r.Reason != flow.Closed && r.Reason != flow.Drained:
-		return reasonIndex[r.Reason]
-	case r.HTTP.Status >= 500:
-		return len(flow.Explanations)
-	case r.HTTP.GRPC && grpcFailed(r.HTTP.GRPCStatus):
-		return len(flow.Explanations) + 1
+	if name := r.Failure(); name != "" {
+		return reasonIndex[name]
 	}
 	return noFailure
 }
 
-// grpcFailed reports whether a status is the server's fault rather than the caller's: whether HTTP has a 5xx for it.
-func grpcFailed(status []byte) bool {
-	code, ok := envoy.ParseGRPCCode(status)
-	return ok && code.HTTPStatus() >= 500
-}
-
-// Latencies are counted in buckets that grow with them: eight for each doubling, so that the middle of a bucket is at
-// most 6.25 % from any value in it. The unit is 1.024 µs, which a shift makes; the last bucket also has what is longer
-// than 73 minutes.
+// Latencies are counted in buckets of growing width: eight for each doubling, so that the middle of a bucket is at most
+// 6.25 % from any value in it. The unit is 1.024 µs, because a shift is faster than a division. The last bucket also holds
+// everything above 73 minutes.
 const (
 	perDoubling = 8
 	buckets     = 30 * perDoubling
@@ -228,7 +218,7 @@ func bucket(d time.Duration) int {
 	return min(buckets-1, doublings*perDoubling+int(n>>doublings))
 }
 
-// middle is the value that stands for a bucket.
+// middle returns the latency that represents a bucket.
 func middle(bucket int) time.Duration {
 	if bucket < perDoubling {
 		return time.Duration(bucket)<<10 + 1<<9
@@ -238,18 +228,18 @@ func middle(bucket int) time.Duration {
 	return time.Duration(low<<10 + 1<<(doublings+9))
 }
 
-// sums is what a snapshot adds up of one or many tallies.
+// sums adds up one or more tallies for a snapshot.
 type sums struct {
 	total   counts
-	reasons []uint64       // by index of reasonNames; nil when nothing failed
-	seconds [minute]counts // whole ones, the oldest first
-	recent  []uint64       // likewise
+	reasons []uint64       // by index of reasonNames; nil without failures
+	seconds [minute]counts // whole seconds, the oldest first
+	recent  []uint64       // as reasons, for the last half to whole minute
 	latency [buckets]uint64
 }
 
 const minute = 60
 
-// read adds the tally as it stands in second now, which is not over.
+// read adds the tally. now is the current second; it is incomplete and left out of seconds.
 func (s *sums) read(t *tally, now uint32) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -274,7 +264,7 @@ func (s *sums) read(t *tally, now uint32) {
 	}
 }
 
-// addReasons adds counts of reasons to sum, which may be nil as long as it has none.
+// addReasons adds counts of reasons to sum. Both may be nil.
 func addReasons[N uint32 | uint64](sum []uint64, more []N) []uint64 {
 	if sum == nil && more != nil {
 		sum = make([]uint64, len(more))
@@ -285,7 +275,7 @@ func addReasons[N uint32 | uint64](sum []uint64, more []N) []uint64 {
 	return sum
 }
 
-// percentile is the latency that a share of the requests stayed under; 0 when there was none.
+// percentile returns the latency that a share of the requests did not exceed; 0 without requests.
 func (s *sums) percentile(share float64) time.Duration {
 	var count uint64
 	for _, n := range s.latency {

@@ -246,7 +246,7 @@ func TestScrapeSucceedsWithoutFailedParts(t *testing.T) {
 			if want := report(0, bad, 0, good, 1) + ownText + "# TYPE good untyped\ngood 1\n"; body != want {
 				t.Errorf("answer:\n%s\nwant\n%s", body, want)
 			}
-			if !strings.Contains(agent.log.String(), c.log) {
+			if log := agent.log.String(); !strings.Contains(log, c.log) || !strings.Contains(log, `level=WARN msg="scraping the workload failed" port=`) {
 				t.Errorf("logged %swant %s", agent.log, c.log)
 			}
 		})
@@ -261,8 +261,19 @@ func TestScrapeSucceedsWithoutFailedParts(t *testing.T) {
 		}
 	})
 	t.Run("own", func(t *testing.T) {
-		agent := start(t, scrape.Config{Targets: []scrape.Target{good}, Own: func(io.Writer) error { return errors.New("broken") }})
-		if body, _ := agent.get(t); body != report(0, good, 1)+"# TYPE good untyped\ngood 1\n" || !strings.Contains(agent.log.String(), "broken") {
+		broken := errors.New("broken")
+		agent := start(t, scrape.Config{Targets: []scrape.Target{good}, Own: func(w io.Writer) error {
+			if broken != nil {
+				return broken
+			}
+			return own(w)
+		}})
+		body, _ := agent.get(t)
+		if body != report(0, good, 1)+"# TYPE good untyped\ngood 1\n" || !strings.Contains(agent.log.String(), `level=ERROR msg="gathering the agent's metrics failed" error=broken`) {
+			t.Errorf("answer:\n%s\nlog: %s", body, agent.log)
+		}
+		broken = nil
+		if body, _ = agent.get(t); !strings.Contains(body, ownText) || !strings.Contains(agent.log.String(), `level=INFO msg="gathering the agent's metrics works again"`) {
 			t.Errorf("answer:\n%s\nlog: %s", body, agent.log)
 		}
 	})
@@ -339,7 +350,7 @@ func TestWorkloadReceivesUserAgentAndTimeout(t *testing.T) {
 	for _, c := range []struct {
 		timeout  string
 		from, to float64
-	}{{"", 5, 9.5}, {"10", 5, 9.5}, {"2", 0.5, 1.8}, {"never", 5, 9.5}, {"-1", 5, 9.5}, {"NaN", 5, 9.5}, {"1e99", 30, 59.5}, {"+Inf", 30, 59.5}} {
+	}{{"", 5, 9.5}, {"10", 5, 9.5}, {"2", 0.5, 1.8}, {"never", 5, 9.5}, {"-1", 5, 9.5}, {"0", 5, 9.5}, {"NaN", 5, 9.5}, {"1e99", 30, 59.5}, {"+Inf", 30, 59.5}} {
 		agent.get(t, "User-Agent", "Prometheus/3", "X-Prometheus-Scrape-Timeout-Seconds", c.timeout)
 		r := <-requests
 		if timeout, err := strconv.ParseFloat(r.Header.Get("X-Prometheus-Scrape-Timeout-Seconds"), 64); err != nil || timeout > c.to || timeout < c.from {
@@ -471,17 +482,17 @@ func TestParseTargets(t *testing.T) {
 		{`{"scrape":"false","port":"15020"}`, nil, ""},
 		{`{"scrape":"true","port":"1","targets":[{"port":"8080"},{"port":9090,"path":"/b"},{"port":"8080","path":"/metrics"}]}`,
 			[]scrape.Target{{Port: 8080, Path: "/metrics"}, {Port: 9090, Path: "/b"}}, ""},
-		{`{"port":"15020"}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: port 15020 is the agent's own"},
-		{`{"targets":[{"port":8080},{"port":15090}]}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: port 15090 is the agent's own"},
-		{`{"port":"http"}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: invalid port "http"; use a number from 1 to 65535`},
-		{`{"port":0}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: invalid port "0"`},
-		{`{"port":65536}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: invalid port "65536"`},
-		{`{"port":80.5}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: invalid port "80.5"`},
-		{`{"port":true}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: invalid JSON: json"},
-		{`{"scrape":true}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: invalid JSON: json"},
-		{`{"port":`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: invalid JSON: unexpected end"},
-		{`{"path":"/%zz"}`, nil, `ISTIO_PROMETHEUS_ANNOTATIONS: invalid path "/%zz"`},
-		{`{"targets":[` + strings.Repeat(`{},`, 16) + `{}]}`, nil, "ISTIO_PROMETHEUS_ANNOTATIONS: 17 targets are more than 16"},
+		{`{"port":"15020"}`, nil, "port 15020 is the agent's own"},
+		{`{"targets":[{"port":8080},{"port":15090}]}`, nil, "port 15090 is the agent's own"},
+		{`{"port":"http"}`, nil, `invalid port "http"; use a number from 1 to 65535`},
+		{`{"port":0}`, nil, `invalid port "0"`},
+		{`{"port":65536}`, nil, `invalid port "65536"`},
+		{`{"port":80.5}`, nil, `invalid port "80.5"`},
+		{`{"port":true}`, nil, "invalid JSON: json"},
+		{`{"scrape":true}`, nil, "invalid JSON: json"},
+		{`{"port":`, nil, "invalid JSON: unexpected end"},
+		{`{"path":"/%zz"}`, nil, `invalid path "/%zz"`},
+		{`{"targets":[` + strings.Repeat(`{},`, 16) + `{}]}`, nil, "17 targets are more than 16"},
 	} {
 		got, err := scrape.ParseTargets(c.value, 15020, 15090)
 		if !slices.Equal(got, c.want) || (err == nil) != (c.err == "") || err != nil && !strings.HasPrefix(err.Error(), c.err) {

@@ -39,6 +39,12 @@ func (c *Conn) Refuse(reason flow.Reason, err error) {
 	c.Record.Close(c.role.flows, reason, err)
 }
 
+// Loops reports whether the connection is one of the role's own upstream connections, which the rules have sent back to the
+// agent. Its record must name the original destination by then.
+func (c *Conn) Loops() bool {
+	return c.role.dialer.Stats.Loops(c.Record.Downstream, c.Record.OriginalDestination)
+}
+
 // List makes the connection visible in the table of open connections. Its record must name the original destination by
 // then.
 func (c *Conn) List() { c.role.flows.List(c.Record) }
@@ -52,6 +58,7 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		Hold:     c.Settings.DetectionHold,
 		Idle:     c.Settings.IdleTimeout,
 		Draining: c.role.engine.Draining,
+		Budget:   c.role.budget,
 	}
 	if !detect {
 		c.protocol = sniff.Opaque
@@ -108,6 +115,9 @@ func (c *Conn) WatchBoth() bool {
 
 // abandon ends a connection whose detection or dial failed.
 func (c *Conn) abandon(reason flow.Reason, err error) bool {
+	if c.sniffer.Up != nil && c.sniffer.Up.Looped() {
+		reason, err = flow.Loop, upstream.ErrLoop
+	}
 	c.sniffer.Abandon(err)
 	c.Refuse(reason, err)
 	return false
@@ -159,5 +169,9 @@ func (c *Conn) relay() {
 		DownRead:         c.sniffer.Read,
 		UpRead:           c.sniffer.UpRead,
 	})
-	c.Record.Close(c.role.flows, flow.Reason(end), err)
+	reason := flow.Reason(end)
+	if reason == flow.UpstreamReset && c.sniffer.Up.Looped() {
+		reason, err = flow.Loop, upstream.ErrLoop
+	}
+	c.Record.Close(c.role.flows, reason, err)
 }

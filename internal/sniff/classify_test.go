@@ -42,42 +42,52 @@ var beginnings = []struct {
 	{"HTTP/2 with one wrong letter", "PRI * HTTP/2.0\r\n\r\nS", "N\r\n\r\n", Opaque},
 	{"HTTP/2 with LF alone", "PRI * HTTP/2.0", "\n\nSM\n\n", Opaque},
 	{"HTTP/2.1", "PRI * HTTP/2.", "1\r\n\r\nSM\r\n\r\n", Opaque},
-	{"a request of version 2.0", "GET / HTTP/", "2.0\r\n\r\n", Opaque},
-	{"a request of version 3", "GET / HTTP/", "3\r\n", Opaque},
+	{"a request of version 2.0, which Node serves", "GET / HTTP/2.0\r", "\n\r\n", HTTP1},
+	{"a request of version 3", "GET / HTTP/3\r", "\n", Opaque},
 	{"PRI of something else", "PRI / HTTP/", "2.0\r\n\r\nSM\r\n\r\n", Opaque},
-	{"PRI in lower case", "", "pri * HTTP/2.0\r\n\r\nSM\r\n\r\n", Opaque},
+	{"PRI in lower case", "p", "ri * HTTP/2.0\r\n\r\nSM\r\n\r\n", Opaque},
 
 	// Similar to HTTP/1.
-	{"HTTP/0.9", "GET /", "\r\n", Opaque},
-	{"HTTP/0.9 in words", "GET / HTTP/", "0.9\r\n", Opaque},
-	{"a version of two digits", "GET / HTTP/1.1", "1\r\n", Opaque},
-	{"a version without its minor", "GET / HTTP/1.", "\r\n", Opaque},
-	{"a version in lower case", "GET / ", "http/1.1\r\n", Opaque},
-	{"a space after the version", "GET / HTTP/1.1", " \r\n", Opaque},
-	{"two CR", "GET / HTTP/1.1\r", "\r\n", Opaque},
-	{"a CR in the middle", "GET / HTTP/1.1\r", "Host: a\r\n", Opaque},
-	{"two spaces before the target", "GET ", " / HTTP/1.1\r\n", Opaque},
-	{"two spaces after the target", "GET / ", " HTTP/1.1\r\n", Opaque},
-	{"a space in the target", "GET /a ", "b HTTP/1.1\r\n", Opaque},
-	{"a tab", "GET", "\t/ HTTP/1.1\r\n", Opaque},
-	{"a tab in the target", "GET /", "\t HTTP/1.1\r\n", Opaque},
-	{"a NUL in the target", "GET /", "\x00 HTTP/1.1\r\n", Opaque},
-	{"a DEL in the target", "GET /", "\x7f HTTP/1.1\r\n", Opaque},
-	{"a method in lower case", "", "get / HTTP/1.1\r\n", Opaque},
-	{"a method in both cases", "G", "et / HTTP/1.1\r\n", Opaque},
+	{"HTTP/0.9", "GET /\r", "\n", Opaque},
+	{"HTTP/0.9 in words, which Node serves", "GET / HTTP/0.9\r", "\n", HTTP1},
+	{"a version of two digits, which nginx serves", "GET / HTTP/1.11\r", "\n", HTTP1},
+	{"a version without its minor", "GET / HTTP/1.\r", "\n", HTTP1},
+	{"a version in lower case", "GET / http/1.1\r", "\n", HTTP1},
+	{"a space after the version, which nginx serves", "GET / HTTP/1.1 \r", "\n", HTTP1},
+	{"two CR", "GET / HTTP/1.1\r", "\r\n", HTTP1},
+	{"a CR in the middle", "GET / HTTP/1.1\r", "Host: a\r\n", HTTP1},
+	{"two spaces before the target, which nginx serves", "GET  / HTTP/1.1\r", "\n", HTTP1},
+	{"two spaces after the target, which nginx serves", "GET /  HTTP/1.1\r", "\n", HTTP1},
+	{"a space in the target", "GET /a b HTTP/1.1\r", "\n", HTTP1},
+	{"tabs, which Python serves", "GET\t/\tHTTP/1.1\r", "\n", HTTP1},
+	{"a tab in the target", "GET /\t HTTP/1.1\r", "\n", HTTP1},
+	{"a NUL in the target", "GET /", "\x00 HTTP/1.1\r\n", HTTP1},
+	{"a NUL in place of the target", "GET ", "\x00 HTTP/1.1\r\n", Opaque},
+	{"a DEL in the target", "GET /", "\x7f HTTP/1.1\r\n", HTTP1},
+	{"a method in lower case, as browsers send patch", "patch / HTTP/1.1\r", "\n", HTTP1},
+	{"a method in both cases", "Get / HTTP/1.1\r", "\n", HTTP1},
 	{"a method that is too long", strings.Repeat("M", maxMethod), "M / HTTP/1.1\r\n", Opaque},
-	{"an empty line first", "", "\r\nGET / HTTP/1.1\r\n", Opaque},
-	{"a space first", "", " GET / HTTP/1.1\r\n", Opaque},
+	{"an empty line first", "\r\nGET / HTTP/1.1\r", "\n", HTTP1},
+	{"empty lines first", strings.Repeat("\r\n", 20) + "POST / HTTP/1.1\r", "\n", HTTP1},
+	{"an empty line and an unregistered method", "\r\nBREW / HTTP/1.1\r", "\n", HTTP1},
+	{"an empty line of LF first", "\nGET / HTTP/1.1\r", "\n", HTTP1},
+	{"an empty line and something else", "\r\n", "+OK\r\n", Opaque},
+	{"a space first, which Python serves", " GET / HTTP/1.1\r", "\n", HTTP1},
 	{"a response", "HTTP", "/1.1 200 OK\r\n", Opaque},
 	{"a method and no more", "GET", "\r\n", Opaque},
-	{"a method and a space", "GET ", "\r\n", Opaque},
+	{"a method and a space", "GET \r", "\n", Opaque},
+	{"two words", "GET HTTP/1.1\r", "\n", HTTP1},
+	{"an unregistered method and two spaces", "BREW ", " / HTTP/1.1\r\n", Opaque},
+	{"an unregistered method and a space in the target", "BREW /a ", "b HTTP/1.1\r\n", Opaque},
+	{"a word in lower case", "g", "o / HTTP/1.1\r\n", Opaque},
+	{"a longer word than a common method", "get", "s / HTTP/1.1\r\n", Opaque},
 
 	// Text protocols.
 	{"SIP", "INVITE sip:bob@example.com ", "SIP/2.0\r\n", Opaque},
-	{"SIP OPTIONS", "OPTIONS sip:carol@example.com ", "SIP/2.0\r\n", Opaque},
+	{"SIP OPTIONS", "OPTIONS sip:carol@example.com SIP/2.0\r", "\n", Opaque},
 	{"RTSP", "DESCRIBE rtsp://example.com/fizzle ", "RTSP/1.0\r\n", Opaque},
 	{"ICY", "SOURCE /mount ", "ICE/1.0\r\n", Opaque},
-	{"ICY, an old source's password", "", "hackme\r\nicy-name: a\r\n", Opaque},
+	{"ICY, an old source's password", "h", "ackme\r\nicy-name: a\r\n", Opaque},
 	{"SMTP", "EHLO example.com", "\r\n", Opaque},
 	{"FTP", "USER anonymous", "\r\n", Opaque},
 	{"FTP without an argument", "AUTH TLS", "\r\n", Opaque},
@@ -87,11 +97,15 @@ var beginnings = []struct {
 	{"Redis, RESP", "", "*1\r\n$4\r\nPING\r\n", Opaque},
 	{"Redis, inline", "PING", "\r\n", Opaque},
 	{"Redis, inline with arguments", "SET key ", "value\r\n", Opaque},
-	{"Redis, inline in lower case", "", "get key\r\n", Opaque},
-	{"memcached", "", "get key\r\n", Opaque},
+	{"Redis, inline in lower case", "get key\r", "\n", Opaque},
+	{"memcached", "get key\r", "\n", Opaque},
+	{"memcached, set", "", "set key 0 0 1\r\nx\r\n", Opaque},
+	{"beanstalkd", "put 0 0 60 5\r", "\nhello\r\n", Opaque},
+	{"ZooKeeper", "", "ruok", Opaque},
+	{"JDWP", "JDWP-H", "andshake", Opaque},
 	{"memcached, binary", "", "\x80\x00\x00\x03\x00\x00\x00\x00", Opaque},
 	{"NATS", "CONNECT ", "", Undecided},
-	{"NATS, whole", "CONNECT {\"verbose\":false}", "\r\nPING\r\n", Opaque},
+	{"NATS, whole", "CONNECT {\"verbose\":false}\r", "\nPING\r\n", Opaque},
 	{"NATS, a subscription", "SUB foo ", "1\r\n", Opaque},
 	{"NATS, a message", "PUB foo ", "5\r\nhello\r\n", Opaque},
 	{"STOMP", "CONNECT", "\naccept-version:1.2\n\n\x00", Opaque},
@@ -106,7 +120,7 @@ var beginnings = []struct {
 	// Binary protocols.
 	{"PostgreSQL, startup", "", "\x00\x00\x00\x08\x00\x03\x00\x00", Opaque},
 	{"PostgreSQL, TLS request", "", "\x00\x00\x00\x08\x04\xd2\x16\x2f", Opaque},
-	{"MySQL, login", "", "\x20\x00\x00\x01\x85\xa6\xff\x01", Opaque},
+	{"MySQL, login", "\x20", "\x00\x00\x01\x85\xa6\xff\x01", Opaque},
 	{"MQTT", "", "\x10\x0c\x00\x04MQTT\x04\x02", Opaque},
 	{"Kafka", "", "\x00\x00\x00\x14\x00\x12\x00\x03", Opaque},
 	{"AMQP 0-9-1", "AMQP", "\x00\x00\x09\x01", Opaque},
@@ -119,7 +133,7 @@ var beginnings = []struct {
 	{"SMB", "", "\x00\x00\x00\x85\xffSMB", Opaque},
 	{"RDP", "", "\x03\x00\x00\x13\x0e\xe0", Opaque},
 	{"SOCKS 5", "", "\x05\x01\x00", Opaque},
-	{"PROXY, version 2", "", "\x0d\x0a\x0d\x0a\x00\x0d\x0aQUIT\x0a", Opaque},
+	{"PROXY, version 2", "\r\n\r\n", "\x00\r\nQUIT\n", Opaque},
 	{"zeros", "", "\x00\x00\x00\x00", Opaque},
 	{"ones", "", "\xff\xff\xff\xff", Opaque},
 
@@ -163,10 +177,11 @@ func TestClassifyDecidesAtTheLimit(t *testing.T) {
 		records[6*i+5] = b
 	}
 	for name, first := range map[string][]byte{
-		"a target without end":    []byte("GET /" + strings.Repeat("a", 2*Limit)),
-		"a request line too long": []byte("GET /" + strings.Repeat("a", Limit) + " HTTP/1.1\r\n"),
+		"a target without end":    []byte("GET " + strings.Repeat("a", 2*Limit)),
+		"an unregistered method":  []byte("BREW /" + strings.Repeat("a", Limit) + " HTTP/1.1\r\n"),
 		"a hello in one record":   hello,
 		"a hello in many records": records,
+		"empty lines":             bytes.Repeat([]byte("\r\n"), Limit),
 	} {
 		for _, n := range []int{Limit - 1, Limit, Limit + 1, len(first)} {
 			want := Opaque
@@ -180,8 +195,26 @@ func TestClassifyDecidesAtTheLimit(t *testing.T) {
 	}
 }
 
+// A request that pauses in its first line, or whose line is longer than what is inspected, is one all the same. The
+// evidence is a common method and the beginning of a path or of a URL.
+func TestTheBeginningOfARequestIsOneWhenNoMoreIsWaitedFor(t *testing.T) {
+	for first, want := range map[string]Protocol{
+		"GET /": HTTP1, "GET /a b": HTTP1, "GET / HTTP/1.1\r": HTTP1, "post /x HT": HTTP1, "\r\nGET  /": HTTP1, "GET\t/": HTTP1,
+		"GET http://a": HTTP1, "GET HTTPS://a": HTTP1, "DELETE /" + strings.Repeat("a", 2*Limit): HTTP1,
+		"": Opaque, "\r\n": Opaque, "G": Opaque, "GET": Opaque, "GET ": Opaque, "GET key": Opaque, "GET http:/": Opaque, "OPTIONS *": Opaque,
+		"CONNECT a:443": Opaque, "OPTIONS sip:": Opaque, "BREW /": Opaque, "PRI * HTTP/2.0\r\n": Opaque, "\x16\x03\x01": Opaque,
+	} {
+		if got := Late([]byte(first)); got != want {
+			t.Errorf("%.40q: %v, want %v", first, protocolName(got), protocolName(want))
+		}
+		if len(first) >= Limit && Classify([]byte(first)) != want {
+			t.Errorf("%.40q is not decided at the limit", first)
+		}
+	}
+}
+
 func TestClassifyDoesNotAllocateForHTTP(t *testing.T) {
-	for _, first := range [][]byte{[]byte("GET /index.html HTTP/1.1\r\nHost: a\r\n\r\n"), []byte("GET /ind"), []byte(preface), []byte("\x00\x00")} {
+	for _, first := range [][]byte{[]byte("GET /index.html HTTP/1.1\r\nHost: a\r\n\r\n"), []byte("GET /ind"), []byte("\r\nget  /a b  http/1.1 \r\n"), []byte(preface), []byte("\x00\x00")} {
 		if allocs := testing.AllocsPerRun(100, func() { Classify(first) }); allocs != 0 {
 			t.Errorf("%q: %v allocations", first, allocs)
 		}

@@ -1,19 +1,26 @@
 package sniff
 
 import (
-	"bufio"
 	"bytes"
-	"net/http"
-	"strings"
+	"regexp"
 	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http1/http1test"
 )
 
 // FuzzClassify classifies each prefix of its input. The verdict must not depend on how the bytes arrive: once decided it
-// must not change. Classify and net/http must agree on whether a line is a request line.
+// must not change. Classify must agree with the parser of the HTTP engine. The parser judges the same bytes when they are
+// the second request of a connection: a request that is forwarded there is not hidden by an opaque verdict here.
 func FuzzClassify(f *testing.F) {
 	for _, c := range beginnings {
 		if len(c.held) < 1000 {
 			f.Add([]byte(c.held + c.decides))
+		}
+	}
+	for _, m := range http1test.Requests {
+		if len(m.Bytes) < 1000 {
+			f.Add([]byte(m.Bytes))
 		}
 	}
 	f.Add(recordsOf(7, hello("example.com", "h2")))
@@ -29,24 +36,30 @@ func FuzzClassify(f *testing.F) {
 				t.Fatalf("%s after %d bytes, and %s after %d", protocolName(dribbled), at, protocolName(got), n)
 			}
 		}
-		if at > 0 && (dribbled == HTTP1) != (first[at-1] == '\n' && requestForNetHTTP(first[:at])) && !knownDifference(first[:at]) {
-			t.Fatalf("%s, but net/http disagrees on %q", protocolName(dribbled), first[:at])
+		line := requestLine.FindSubmatch(first)
+		parses := line != nil && parserAccepts(append(bytes.Clone(line[0]), "Host: a\r\n\r\n"...))
+		switch {
+		case parses && dribbled != HTTP1 && detectedMethod.Match(line[1]):
+			t.Errorf("%s, but the parser accepts %q", protocolName(dribbled), line[0])
+		case dribbled == HTTP1 && !parses && !malformed.Match(first):
+			t.Errorf("HTTP/1, but %q is not a request", first)
 		}
 	})
 }
 
-// requestForNetHTTP reports whether net/http accepts line as a request line.
-func requestForNetHTTP(line []byte) bool {
-	whole := append(bytes.Clone(line), "Host: a\r\n\r\n"...)
-	request, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(whole)))
-	return err == nil && request.ProtoMajor == 1
+func parserAccepts(request []byte) bool {
+	done, err := new(http1.Head).ParseRequest(request, http1.Limits{})
+	return done && err == nil
 }
 
-// knownDifference reports whether Classify and net/http may disagree on line. net/http also parses the target as a URI.
-// Here that is left to the HTTP engine or the workload.
-func knownDifference(line []byte) bool {
-	_, rest, _ := strings.Cut(string(line), " ")
-	target, _, _ := strings.Cut(rest, " ")
-	plain := strings.HasPrefix(target, "/") && !strings.Contains(target, "%")
-	return !plain && target != "*"
-}
+var (
+	// requestLine is a first line behind the empty lines that the parser accepts, with its first word.
+	requestLine = regexp.MustCompile(`^(?:\r\n){0,4}([^ \r\n]*) [^\n]*\n`)
+
+	// detectedMethod are the methods with which detection takes a line for a request.
+	detectedMethod = regexp.MustCompile(`^(?:[A-Z0-9_-]{1,32}|(?i:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH))$`)
+
+	// malformed are the lines that the parser rejects and some server accepts, and a path with a control character in it.
+	malformed = regexp.MustCompile(`^[\r\n \t]*(?i:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|[A-Z0-9_-]{1,32} )` +
+		`(?:[^\x00-\x08\n-\x1f\x7f]*(?i:HTTP/)[0-2][^ \t\r\n]*[ \t]*\r?\n|[ \t]*(?i:/|https?://)[^\n]*[\x00-\x1f\x7f])`)
+)

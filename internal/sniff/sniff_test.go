@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -181,8 +182,11 @@ func TestDownstreamDecidesTheProtocol(t *testing.T) {
 		{"TLS, byte by byte", pieces(hello, 1), TLS},
 		{"opaque", []string{"\x00\x01"}, Opaque},
 		{"opaque, byte by byte", strings.Split("INVITE sip:a SIP/2.0\r\n", ""), Opaque},
-		{"a line without end", []string{"GET /" + strings.Repeat("x", Limit)}, Opaque},
-		{"a line without end, in pieces", pieces("GET /"+strings.Repeat("x", Limit), 999), Opaque},
+		{"a line without end", []string{"BREW /" + strings.Repeat("x", Limit)}, Opaque},
+		{"a line without end, in pieces", pieces("BREW /"+strings.Repeat("x", Limit), 999), Opaque},
+		{"a long request line", []string{"GET /" + strings.Repeat("x", Limit)}, HTTP1},
+		{"a long request line, in pieces", pieces("GET /"+strings.Repeat("x", Limit), 999), HTTP1},
+		{"an empty line and a request", []string{"\r\n", request}, HTTP1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
@@ -244,6 +248,17 @@ func TestTheHoldBoundsAnUndecidedBeginning(t *testing.T) {
 	})
 }
 
+// A request line that pauses in its middle is HTTP when the hold ends, as it would be behind another request.
+func TestAPauseInARequestLineDoesNotHideTheRequest(t *testing.T) {
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Hold = blink
+		say(t, r.client, "GET /he")
+		protocol, err := look()
+		r.want(t, protocol, err, HTTP1)
+		r.wantAll(t, "GET /he")
+	})
+}
+
 // The hold starts at the first byte. Later bytes and the next phase do not restart it.
 func TestDribblingDoesNotProlongTheHold(t *testing.T) {
 	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
@@ -251,7 +266,7 @@ func TestDribblingDoesNotProlongTheHold(t *testing.T) {
 		stop, done := make(chan struct{}), make(chan struct{})
 		go func() {
 			defer close(done)
-			io.WriteString(r.client, "GET /")
+			io.WriteString(r.client, "BREW /")
 			for ticker := time.NewTicker(blink); ; {
 				select {
 				case <-ticker.C:
@@ -543,3 +558,39 @@ func TestADetectionIsAbandonedBeforeTheDial(t *testing.T) {
 	r.Up = nil
 	r.Abandon(tcp.ErrCanceled)
 }
+
+// A large beginning that does not decide is accounted for while it is held, and dropped when there is no room.
+func TestHeldBeginningsShareABudget(t *testing.T) {
+	large := "GET /" + strings.Repeat("x", 5000)
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Budget = budget.New(tcp.BufferSize + 1000)
+		say(t, r.client, large)
+		rival := new(rival)
+		rival.Open(r.Budget, rival, netip.MustParseAddr("198.51.100.2"))
+		nettest.OnceBlocked(t, waiting, func() {
+			if r.Budget.Used() != tcp.BufferSize {
+				t.Errorf("%d bytes are accounted for", r.Budget.Used())
+			}
+			rival.Hold(1001) // less than the other holds
+		})
+		_, err := look()
+		if Reason(err) != flow.MemoryBudget || rival.Evicted() || r.Budget.Used() != 1001 {
+			t.Errorf("detection ended with %v, and %d bytes are accounted for", err, r.Budget.Used())
+		}
+		rival.Close()
+	})
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Budget = budget.New(tcp.BufferSize / 2)
+		say(t, r.client, "GET /")
+		nettest.OnceBlocked(t, waiting, func() { say(t, r.client, " HTTP/1.1\r\n") })
+		protocol, err := look()
+		r.want(t, protocol, err, HTTP1) // what is small takes no room
+		r.wantAll(t, "GET / HTTP/1.1\r\n")
+	})
+}
+
+// rival is another owner of an account.
+type rival struct{ budget.Account }
+
+func (*rival) Interrupt() {}
+func (*rival) Continue()  {}

@@ -251,16 +251,16 @@ func (l *layered) release() {
 // closeLayered closes in order: the close message follows the written bytes. If the socket does not take all of them, a
 // goroutine of the poller sends the rest, as the kernel does for a bare connection.
 func (c *Conn) closeLayered() {
-	_ = c.layer.closeWrite(c) // an error closes as well
+	_ = c.layer.closeWrite(c) // after an error, the connection is closed as well
 	if c.layer.unsent == nil || c.layer.writeErr != nil {
 		c.finish()
 		return
 	}
-	rest := &Conn{poller: c.poller, fd: c.fd, remote: c.remote, layer: c.layer, open: c.open}
+	rest := &Conn{poller: c.poller, fd: c.fd, remote: c.remote, layer: c.layer, open: c.open, set: c.set}
 	if c.watched {
 		c.poller.forget(c)
 	}
-	c.closed, c.fd, c.layer, c.open = true, -1, nil, nil
+	c.closed, c.fd, c.layer, c.open, c.set = true, -1, nil, nil, nil
 	rest.poller.sending.Add(1)
 	rest.poller.lingering.Go(rest.linger)
 }

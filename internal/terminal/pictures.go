@@ -1,54 +1,230 @@
 package terminal
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/live"
 )
 
-// Top is the table of the busiest destinations. It has at most rows of them; 0 means all.
-func Top(s *live.Snapshot, paint Painter, rows int) string {
-	var text strings.Builder
-	fmt.Fprintf(&text, "pillion %s, up %s: in %s/s, out %s/s, %d open\n", s.Version, showAge(s.UptimeSeconds),
-		showRate(s.Inbound.FlowsPerSecond), showRate(s.Outbound.FlowsPerSecond), s.Open)
+// Order is an order of destinations.
+type Order string
+
+// The orders. All but ByName put the largest first.
+const (
+	ByRate   Order = "rate"
+	ByTotal  Order = "total"
+	ByErrors Order = "errors"
+	ByP99    Order = "p99"
+	ByBytes  Order = "bytes"
+	ByName   Order = "name"
+)
+
+// Orders lists the orders. The first letter of each is its key in top.
+var Orders = []Order{ByRate, ByTotal, ByErrors, ByP99, ByBytes, ByName}
+
+// OrderOf returns the order with that key, or false.
+func OrderOf(key byte) (Order, bool) {
+	for _, o := range Orders {
+		if o[0] == key {
+			return o, true
+		}
+	}
+	return "", false
+}
+
+// Sort orders destinations. Equal ones keep their order.
+func Sort(list []live.Destination, by Order) {
+	slices.SortStableFunc(list, func(a, b live.Destination) int {
+		switch by {
+		case ByTotal:
+			return cmp.Compare(b.Flows, a.Flows)
+		case ByErrors:
+			return cmp.Compare(b.Errors, a.Errors)
+		case ByP99:
+			return cmp.Compare(b.P99MS, a.P99MS)
+		case ByBytes:
+			return cmp.Compare(b.Bytes, a.Bytes)
+		case ByName:
+			return cmp.Compare(a.Name, b.Name)
+		}
+		return cmp.Compare(b.FlowsPerSecond, a.FlowsPerSecond)
+	})
+}
+
+// Fit is the room that a table has.
+type Fit struct {
+	Columns, Rows int   // 0: no limit
+	Sorted        Order // the order of the rows, for the heading
+	Keys          bool  // show a line with the keys
+}
+
+// topColumn is a column of Top. If the terminal is too narrow, columns are dropped, those with the highest drop first; 0
+// is never dropped.
+type topColumn struct {
+	order  Order // the column is emphasised if the rows are sorted by it
+	title  string
+	width  int
+	drop   int
+	value  func(*live.Counts) string
+	colour func(*live.Counts) string
+}
+
+var topColumns = []topColumn{
+	{ByRate, "PER S", 7, 0, func(c *live.Counts) string { return showRate(c.FlowsPerSecond) }, nil},
+	{ByTotal, "TOTAL", 7, 1, func(c *live.Counts) string { return showCount(c.Flows) }, nil},
+	{ByErrors, "SUCCESS", 7, 0, func(c *live.Counts) string { return showSuccess(c.Flows, c.Errors) }, func(c *live.Counts) string {
+		if c.Errors > 0 {
+			return Red
+		}
+		return ""
+	}},
+	{"", "P50", 7, 4, func(c *live.Counts) string { return showMS(c.P50MS) }, nil},
+	{"", "P95", 7, 5, func(c *live.Counts) string { return showMS(c.P95MS) }, nil},
+	{ByP99, "P99", 7, 2, func(c *live.Counts) string { return showMS(c.P99MS) }, nil},
+	{ByBytes, "BYTES", 6, 3, func(c *live.Counts) string { return showBytes(float64(c.Bytes)) }, nil},
+}
+
+const (
+	longestName  = 48 // columns of a destination in an unlimited table
+	shortestName = 16 // below it a column is dropped
+)
+
+// Top is the table of destinations, under the totals of the agent. It has at most fit.Rows lines of at most
+// fit.Columns columns.
+func Top(s *live.Snapshot, paint Painter, fit Fit) string {
+	limit := fit.Columns
+	if limit == 0 {
+		limit = 1 << 20
+	}
+	var lines []string
+	add := func(colour, text string) { lines = append(lines, paint.Paint(colour, cut(text, limit))) }
+	add("", fmt.Sprintf("pillion %s%s, up %s, %d open", s.Version, podOf(s), showAge(s.UptimeSeconds), s.Open))
+	add("", fmt.Sprintf("in %s/s, %s total; out %s/s, %s total; %s errors", showRate(s.Inbound.FlowsPerSecond), showCount(s.Inbound.Flows),
+		showRate(s.Outbound.FlowsPerSecond), showCount(s.Outbound.Flows), showCount(s.Inbound.Errors+s.Outbound.Errors)))
 	if len(s.Destinations) == 0 {
-		text.WriteString("no traffic yet\n")
-		return text.String()
+		add("", "no traffic yet")
+	} else {
+		lines = append(lines, topTable(s.Destinations, paint, fit, limit)...)
 	}
-	width := len("DESTINATION")
-	for _, d := range s.Destinations {
-		width = min(48, max(width, len(d.Name)))
+	if fit.Keys {
+		lines = append(lines, topKeys(paint, fit, limit))
 	}
-	line := func(direction, name, rate, success, p50, p95, p99, bytes string) string {
-		return fmt.Sprintf("%s %s %s %s %s %s %s %s", pad(direction, 8), pad(printable(name), width), pad(rate, -8), success, pad(p50, -8), pad(p95, -8), pad(p99, -8), pad(bytes, -7))
+	if fit.Rows > 0 && len(lines) > fit.Rows {
+		lines = lines[:fit.Rows]
 	}
-	fmt.Fprintln(&text, paint.Paint(Bold, line("", "DESTINATION", "PER S", pad("SUCCESS", -8), "P50", "P95", "P99", "BYTES")))
-	for i, d := range s.Destinations {
-		if rows > 0 && i == rows {
-			fmt.Fprintf(&text, "and %d more\n", len(s.Destinations)-rows)
-			break
+	return strings.Join(lines, "\n") + "\n"
+}
+
+func topTable(list []live.Destination, paint Painter, fit Fit, limit int) (lines []string) {
+	rows := len(list)
+	if fit.Rows > 0 {
+		taken := 3 // the two lines above and the heading
+		if fit.Keys {
+			taken++
 		}
-		colour := ""
-		if d.Errors > 0 {
-			colour = Red
+		if rows > fit.Rows-taken {
+			rows = max(0, fit.Rows-taken-1) // one for the line that counts the others
 		}
-		fmt.Fprintln(&text, line(d.Direction, d.Name, showRate(d.FlowsPerSecond), paint.Paint(colour, pad(showSuccess(d.Flows, d.Errors), -8)),
-			showMS(d.P50MS), showMS(d.P95MS), showMS(d.P99MS), showBytes(float64(d.Bytes))))
 	}
-	return text.String()
+	columns, name := fitColumns(list, limit)
+	line := func(direction, destination string, cell func(*topColumn) string) string {
+		text := pad(direction, 3) + " " + pad(printable(destination), name)
+		for i := range columns {
+			text += " " + cell(&columns[i])
+		}
+		return text
+	}
+	lines = append(lines, paint.Paint(Bold, line("", "DESTINATION", func(c *topColumn) string {
+		title := pad(c.title, -c.width)
+		if c.order == fit.Sorted && c.order != "" && columnsOf(c.title) < c.width {
+			title = pad("↓"+c.title, -c.width)
+		}
+		return title
+	})))
+	for _, d := range list[:rows] {
+		lines = append(lines, line(shortDirection(d.Direction), d.Name, func(c *topColumn) string {
+			colour := ""
+			if c.colour != nil {
+				colour = c.colour(&d.Counts)
+			}
+			return paint.Paint(colour, pad(c.value(&d.Counts), -c.width))
+		}))
+	}
+	if rows < len(list) {
+		lines = append(lines, cut(fmt.Sprintf("and %d more", len(list)-rows), limit))
+	}
+	return lines
+}
+
+// fitColumns returns the columns that the limit has room for, and the width of the name.
+func fitColumns(list []live.Destination, limit int) (columns []topColumn, name int) {
+	longest := len("DESTINATION")
+	for _, d := range list {
+		longest = min(longestName, max(longest, columnsOf(printable(d.Name))))
+	}
+	columns = slices.Clone(topColumns)
+	for {
+		name = limit - len("out ")
+		worst := 0
+		for i := range columns {
+			name -= 1 + columns[i].width
+			if columns[i].drop > columns[worst].drop {
+				worst = i
+			}
+		}
+		if name >= min(longest, shortestName) || columns[worst].drop == 0 {
+			return columns, max(0, min(name, longest))
+		}
+		columns = slices.Delete(columns, worst, worst+1)
+	}
+}
+
+// topKeys lists the keys, with the order in force emphasised.
+func topKeys(paint Painter, fit Fit, limit int) string {
+	text, used := "", 0
+	add := func(colour, word string) {
+		if used+columnsOf(word) <= limit {
+			text += paint.Paint(colour, word)
+			used += columnsOf(word)
+		}
+	}
+	add(Faint, "q quit, sort by:")
+	for _, o := range Orders {
+		colour := Faint
+		if o == fit.Sorted {
+			colour = Bold
+		}
+		add("", " ")
+		add(colour, fmt.Sprintf("%c %s", o[0], o))
+	}
+	return text
+}
+
+func shortDirection(direction string) string {
+	return strings.TrimSuffix(direction, "bound")
+}
+
+// podOf is the name of the agent's pod for a heading, if it is known.
+func podOf(s *live.Snapshot) string {
+	if name := s.PodName(); name != "" {
+		return ", pod " + printable(name)
+	}
+	return ""
 }
 
 const topReasons = 5
 
-// Status is an agent's state on one screen.
+// Status is an agent's state on one screen. Totals are since the start, so that one request is visible after its rate is 0.
 func Status(s *live.Snapshot, paint Painter) string {
 	var text strings.Builder
 	row := func(name, format string, values ...any) {
 		fmt.Fprintf(&text, "%-12s %s\n", name, fmt.Sprintf(format, values...))
 	}
-	row("pillion", "%s, up %s", s.Version, showAge(s.UptimeSeconds))
+	row("pillion", "%s%s, up %s", s.Version, podOf(s), showAge(s.UptimeSeconds))
 	if s.Ready {
 		row("ready", "%s", paint.Paint(Green, "yes"))
 	} else {
@@ -59,18 +235,19 @@ func Status(s *live.Snapshot, paint Painter) string {
 			}
 		}
 	}
-	row("connections", "%d open, new per second: %s in, %s out", s.Open,
-		showRate(s.Inbound.ConnectionsPerSecond), showRate(s.Outbound.ConnectionsPerSecond))
-	row("requests", "per second: %s in, %s out", showRate(s.Inbound.RequestsPerSecond), showRate(s.Outbound.RequestsPerSecond))
-	row("latency", "in %s p50, %s p99; out %s p50, %s p99",
-		showMS(s.Inbound.P50MS), showMS(s.Inbound.P99MS), showMS(s.Outbound.P50MS), showMS(s.Outbound.P99MS))
-	failed, flows := s.Inbound.ErrorsPerSecond+s.Outbound.ErrorsPerSecond, s.Inbound.FlowsPerSecond+s.Outbound.FlowsPerSecond
+	in, out := &s.Inbound, &s.Outbound
+	row("connections", "%d open; %d in, %d out in total; new per second: %s in, %s out", s.Open, in.Connections, out.Connections,
+		showRate(in.ConnectionsPerSecond), showRate(out.ConnectionsPerSecond))
+	row("requests", "%d in, %d out in total; per second: %s in, %s out", in.Requests, out.Requests,
+		showRate(in.RequestsPerSecond), showRate(out.RequestsPerSecond))
+	row("latency", "in %s p50, %s p99; out %s p50, %s p99", showMS(in.P50MS), showMS(in.P99MS), showMS(out.P50MS), showMS(out.P99MS))
+	failed, flows := in.ErrorsPerSecond+out.ErrorsPerSecond, in.FlowsPerSecond+out.FlowsPerSecond
 	share, colour := 0.0, ""
 	if failed > 0 {
 		share, colour = 100*failed/flows, Red
 	}
-	row("errors", "%s of what ends, %s per second; %d since the start", paint.Paint(colour, fmt.Sprintf("%.1f%%", share)),
-		showRate(failed), s.Inbound.Errors+s.Outbound.Errors)
+	row("errors", "%d of %d that ended; now %s, %s per second", in.Errors+out.Errors, in.Flows+out.Flows,
+		paint.Paint(colour, fmt.Sprintf("%.1f%%", share)), showRate(failed))
 	for i, reason := range s.Reasons {
 		if i == topReasons {
 			row("", "and %d other reasons", len(s.Reasons)-topReasons)
@@ -81,47 +258,88 @@ func Status(s *live.Snapshot, paint Painter) string {
 	return text.String()
 }
 
-// Record is one line about a record: in columns if aligned, otherwise with single blanks between the words.
-func Record(r *live.Record, paint Painter, aligned bool) string {
+// narrow is the width below which a record has shorter columns.
+const narrow = 110
+
+// Record is one line about a record: in columns if aligned, otherwise with single blanks between the words. It is cut to a
+// number of columns unless that is 0. The reason of a failure is never cut in favour of the path.
+func Record(r *live.Record, paint Painter, aligned bool, columns int) string {
+	clock, direction, hostWidth := "15:04:05.000", r.Direction, 28
+	slim := aligned && columns > 0 && columns < narrow
+	if slim {
+		clock, direction, hostWidth = "15:04:05", shortDirection(r.Direction), 20
+	}
 	column := func(text string, width int) string {
 		if aligned {
 			return pad(printable(text), width)
 		}
 		return printable(text)
 	}
-	status, colour := "-", ""
+	colour := recordColour(r)
+	status := "-"
 	if r.Status != 0 {
 		status = strconv.Itoa(r.Status)
-	}
-	switch {
-	case r.Failed:
-		colour = Red
-	case r.Status >= 400:
-		colour = Yellow
-	case r.Status != 0:
-		colour = Green
-	}
-	what := r.Protocol
-	if r.Request {
-		what = r.Method + " " + r.Path
-	} else if r.SNI != "" {
-		what += " " + r.SNI
 	}
 	host := r.Authority
 	if host == "" {
 		host = r.Destination
 	}
-	words := []string{
-		paint.Paint(Faint, r.Time.Local().Format("15:04:05.000")),
-		column(r.Direction, 8),
-		paint.Paint(colour, column(status, 3)),
-		column(showMS(r.DurationMS), -7),
-		column(showBytes(float64(r.Received+r.Sent)), -6),
-		column(host, 28),
-		printable(what),
+	type word struct{ colour, text string }
+	words := []word{{Faint, r.Time.Local().Format(clock)}, {"", column(direction, len("outbound"))}, {colour, column(status, 3)},
+		{"", column(showMS(r.DurationMS), -7)}, {"", column(showBytes(float64(r.Received+r.Sent)), -6)}, {"", column(host, hostWidth)}}
+	if slim {
+		words[1].text = column(direction, len("out"))
+		words = slices.Delete(words, 4, 5) // the bytes
 	}
+	reason := ""
 	if r.Failed {
-		words = append(words, paint.Paint(colour, strings.TrimSpace(r.Reason+" "+r.Flags)))
+		reason = strings.TrimSpace(r.Reason + " " + r.Flags)
 	}
-	return strings.Join(words, " ")
+	what := printable(whatOf(r))
+	if columns > 0 {
+		room := columns
+		for _, w := range words {
+			room -= columnsOf(w.text) + 1
+		}
+		if reason != "" {
+			room -= columnsOf(reason) + 1
+		}
+		what = cut(what, max(0, room))
+	}
+	words = append(words, word{"", what}, word{colour, reason})
+	var line []string
+	left := columns
+	for _, w := range words {
+		if columns > 0 {
+			w.text = cut(w.text, left)
+			left -= columnsOf(w.text) + 1
+		}
+		if w.text != "" {
+			line = append(line, paint.Paint(w.colour, w.text))
+		}
+	}
+	return strings.Join(line, " ")
+}
+
+func recordColour(r *live.Record) string {
+	switch {
+	case r.Failed:
+		return Red
+	case r.Status >= 400:
+		return Yellow
+	case r.Status != 0:
+		return Green
+	}
+	return ""
+}
+
+// whatOf is a request's method and path, or a connection's protocol and server name.
+func whatOf(r *live.Record) string {
+	switch {
+	case r.Request:
+		return r.Method + " " + r.Path
+	case r.SNI != "":
+		return r.Protocol + " " + r.SNI
+	}
+	return r.Protocol
 }

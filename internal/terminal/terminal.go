@@ -1,13 +1,14 @@
 // Package terminal renders what a running agent reports as text: a table, lines in columns, one screen.
 //
-// The functions are pure: values in, text out. Text from traffic is made printable first, because a terminal would obey
-// control characters in it.
+// Rendering is pure: values in, text out. Text from traffic is made printable first, because a terminal would obey control
+// characters in it. Screen and Keyboard are the terminal itself: its size, its mode and its keys.
 package terminal
 
 import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -27,6 +28,10 @@ func IsTerminal(out io.Writer) bool {
 	if !ok || os.Getenv("TERM") == "dumb" {
 		return false
 	}
+	return isTerminalFile(file)
+}
+
+func isTerminalFile(file *os.File) bool {
 	info, err := file.Stat()
 	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
 		return false
@@ -62,15 +67,52 @@ func printable(text string) string {
 	}, text)
 }
 
-// pad fills or cuts text to a width in characters. A negative width aligns right. Cut text ends in "…".
+// columnsOf returns the number of columns that printable text occupies.
+func columnsOf(text string) (columns int) {
+	for _, r := range text {
+		columns += runeColumns(r)
+	}
+	return columns
+}
+
+// runeColumns returns 0 for combining characters and 2 for the wide ones of East Asian scripts and for emoji.
+func runeColumns(r rune) int {
+	switch {
+	case r < 0x300:
+		return 1
+	case unicode.In(r, unicode.Mn, unicode.Me, unicode.Cf):
+		return 0
+	case 0x1100 <= r && r <= 0x115F, 0x2E80 <= r && r <= 0xA4CF, 0xAC00 <= r && r <= 0xD7A3, 0xF900 <= r && r <= 0xFAFF,
+		0xFE30 <= r && r <= 0xFE6F, 0xFF00 <= r && r <= 0xFF60, 0xFFE0 <= r && r <= 0xFFE6, 0x1F300 <= r && r <= 0x1FAFF,
+		0x20000 <= r && r <= 0x3FFFD:
+		return 2
+	}
+	return 1
+}
+
+// cut shortens text to a number of columns. Shortened text ends in "…".
+func cut(text string, columns int) string {
+	if columnsOf(text) <= columns {
+		return text
+	}
+	if columns <= 0 {
+		return ""
+	}
+	used := 0
+	for i, r := range text {
+		if used += runeColumns(r); used > columns-1 {
+			return text[:i] + "…"
+		}
+	}
+	return text
+}
+
+// pad fills or cuts text to a width in columns. A negative width aligns right.
 func pad(text string, width int) string {
-	runes := []rune(text)
 	right := width < 0
 	width = max(width, -width)
-	if len(runes) > width {
-		return string(runes[:width-1]) + "…"
-	}
-	space := strings.Repeat(" ", width-len(runes))
+	text = cut(text, width)
+	space := strings.Repeat(" ", width-columnsOf(text))
 	if right {
 		return space + text
 	}
@@ -100,6 +142,17 @@ func showBytes(n float64) string {
 		return fmt.Sprintf("%.0f%c", n, "BKMGTP"[unit])
 	}
 	return fmt.Sprintf("%.1f%c", n, "BKMGTP"[unit])
+}
+
+// showCount is exact up to a million.
+func showCount(n uint64) string {
+	switch {
+	case n < 1e6:
+		return strconv.FormatUint(n, 10)
+	case n < 1e9:
+		return fmt.Sprintf("%.2fM", float64(n)/1e6)
+	}
+	return fmt.Sprintf("%.2fG", float64(n)/1e9)
 }
 
 func showRate(n float64) string {

@@ -4,6 +4,7 @@ package upstream
 import (
 	"errors"
 	"math/rand/v2"
+	"net/netip"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -35,7 +36,19 @@ type Stats struct {
 	Redialled         atomic.Uint64 // of these, the second and third attempts of a dial
 	Reused, Missed    atomic.Uint64 // requests that found a connection in the pool, and that did not
 	Retried           atomic.Uint64 // requests that were sent again
+
+	open tcp.Set // the connections of Active
 }
+
+// Loops reports whether a downstream connection from peer to original destination dst is one of these upstream connections,
+// which the rules have sent back to the agent. If so, tcp.Conn.Looped reports it for the upstream connection.
+//
+// A connection is found once its dial has returned. One that comes back is established during the dial, so that its other
+// end may be accepted shortly before; then the next connection of the loop is found.
+func (s *Stats) Loops(peer, dst netip.AddrPort) bool { return s.open.MarkLooped(peer, dst) }
+
+// ErrLoop is the error of both ends of such a connection.
+var ErrLoop = errors.New("the rules send the agent's own connections back to it")
 
 const (
 	// maxAttempts limits the attempts of one dial to a balanced target. Istio's routes retry as often.
@@ -64,7 +77,7 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 			break
 		}
 		if paused := pause(w, deadline); paused != nil {
-			if errors.Is(paused, tcp.ErrCanceled) {
+			if errors.Is(paused, tcp.ErrCanceled) || errors.Is(paused, tcp.ErrInterrupted) {
 				err = paused
 			}
 			break
@@ -80,7 +93,7 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 		d.count(func(s *Stats) { s.Failed.Add(1) })
 		return nil, attempts, err
 	}
-	d.count(func(s *Stats) { s.Connected.Add(1); up.Track(&s.Active) })
+	d.count(func(s *Stats) { s.Connected.Add(1); up.Track(&s.Active); up.Join(&s.open) })
 	return up, attempts, nil
 }
 

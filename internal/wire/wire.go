@@ -92,6 +92,9 @@ func (m *Message) Next() bool {
 	return true
 }
 
+// Depth returns how many messages the message is nested in.
+func (m *Message) Depth() int { return int(m.depth) }
+
 // fail stores the message's first error. It returns false.
 func (m *Message) fail(err error) bool {
 	if *m.err == nil {
@@ -103,11 +106,11 @@ func (m *Message) fail(err error) bool {
 func (m *Message) is(typ protowire.Type) bool { return m.typ == typ || m.fail(ErrWireType) }
 
 // Message returns a reader of the current field, a message.
-func (m *Message) Message() Message {
-	inner := Message{err: m.err, depth: m.depth + 1}
-	if m.is(protowire.BytesType) {
-		inner.rest = m.bytes
-	}
+func (m *Message) Message() Message { return m.Nested(m.Bytes()) }
+
+// Nested returns a reader of b, a message within the current field, such as the content of a google.protobuf.Any.
+func (m *Message) Nested(b []byte) Message {
+	inner := Message{rest: b, err: m.err, depth: m.depth + 1}
 	if inner.depth >= MaxDepth {
 		m.fail(ErrDepth)
 	}

@@ -36,7 +36,7 @@ func main() {
 	}
 }
 
-// report counts results and keeps the output of each test until it is known whether anybody needs it.
+// report counts results and keeps the output of each test until the test has passed or failed.
 type report struct {
 	out                     io.Writer
 	started                 time.Time
@@ -69,7 +69,7 @@ func (r *report) add(e event) {
 	key := e.Package + "\x00" + e.Test
 	switch e.Action {
 	case "output":
-		if strings.HasPrefix(e.Output, "=== ") { // RUN, PAUSE, CONT, NAME: go test talking to itself
+		if strings.HasPrefix(e.Output, "=== ") { // RUN, PAUSE, CONT, NAME
 			return
 		}
 		if r.output[key] == nil {

@@ -1,14 +1,15 @@
-// Looks at pillion's page with a real browser, as a person would, and says what is wrong with it.
+// Opens pillion's page in a real browser, uses it as a person would, and fails for the first promise that does not hold.
 //
 // Usage: node page.mjs CHROMIUM PAGE CONTROL PICTURES
 //
-// PAGE is the page's address. Asking CONTROL makes traffic: /busy some of all kinds, /request?path=…&status=… one request,
-// /steady as much of it as a
-// good picture needs, /shut shuts or opens a gate, /cut ends every connection to the page's server. Pictures of the page go into the directory PICTURES.
+// PAGE is the page's address. Requests to CONTROL make traffic: /busy some of all kinds, /request?path=…&status=… one
+// request, /steady as much as a good picture needs, /shut closes or opens a gate, /cut ends every connection to the page's
+// server. Pictures of the page go into the directory PICTURES.
 import assert from 'node:assert/strict';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import axe from 'axe-core';
 import { chromium } from 'playwright-core';
 
 const [executablePath, page_, control, pictures] = process.argv.slice(2);
@@ -36,17 +37,51 @@ try {
   const narrow = () => page.evaluate(() => document.documentElement.scrollWidth <= innerWidth);
   const picture = name => page.screenshot({ path: join(pictures, name + '.png'), fullPage: true });
 
-  // Empty, it says so.
+  // axe fails for contrast below 4.5:1, scroll areas without a label, empty headers and the like.
+  const accessible = async what => {
+    const found = await page.evaluate(async source => {
+      (0, eval)(source); // the page's own policy does not apply to the browser's driver
+      return (await axe.run(document, { resultTypes: ['violations'] })).violations
+        .map(v => v.id + ': ' + v.nodes.slice(0, 5).map(n => n.target.join(' ') + ' ' + n.failureSummary).join('; '));
+    }, axe.source);
+    assert.deepEqual(found, [], what);
+  };
+  // At every width method and path are readable, no number is cut, and the page does not scroll sideways.
+  const readable = async what => {
+    const problems = await page.evaluate(() => {
+      const list = [];
+      const shown = cell => cell.getClientRects().length > 0;
+      for (const cell of document.querySelectorAll('td.n, th.n, .big, .key span, td.c-in, td.c-out, th'))
+        if (shown(cell) && cell.scrollWidth > cell.clientWidth && !(getComputedStyle(cell).display === 'inline'))
+          list.push('cut: ' + (cell.id || cell.className) + ' ' + cell.textContent);
+      for (const cell of document.querySelectorAll('#records td.what'))
+        if (shown(cell) && cell.clientWidth < 240) list.push('the request has ' + cell.clientWidth + ' px: ' + cell.textContent);
+      for (const cell of document.querySelectorAll('#destinations td.mono'))
+        if (shown(cell) && cell.clientWidth < 120) list.push('the destination has ' + cell.clientWidth + ' px: ' + cell.textContent);
+      const boxes = [...document.querySelectorAll('#pod text')].map(e => [e.textContent, e.getBoundingClientRect()]);
+      boxes.forEach(([name, a], i) => boxes.slice(i + 1).forEach(([other, b]) => {
+        if (a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3) list.push('overlap: ' + name + ', ' + other);
+      }));
+      if (document.documentElement.scrollWidth > innerWidth) list.push('too wide');
+      return [...new Set(list)].slice(0, 8);
+    });
+    assert.deepEqual(problems, [], what);
+  };
+
+  // Without traffic the page states that.
   await page.goto(page_);
   await until(() => document.getElementById('link').textContent === 'live');
-  await page.getByText('No traffic yet. What ends appears here.').waitFor();
+  await page.getByText('No traffic yet. Requests and connections appear here when they end.').waitFor();
   await page.getByText('No traffic yet.', { exact: true }).waitFor();
-  await page.getByText('nobody has called yet').waitFor();
-  await page.getByText('none since the start').waitFor();
+  await page.getByText('no inbound traffic yet').waitFor();
+  await page.getByText('no errors since the start').waitFor();
+  await page.getByText('shop/web-7c9', { exact: true }).waitFor();
+  assert.match(await page.title(), /^shop\/web-7c9/);
+  await accessible('empty');
   await picture('empty');
   const before = await page.evaluate(() => document.querySelector('.records').getBoundingClientRect().top);
 
-  // It fills by itself, and nothing on it moves.
+  // It fills without a reload, and the layout does not move.
   await make('/busy');
   await until(() => document.querySelectorAll('#records tr').length >= 40);
   await until(() => document.getElementById('requests').textContent !== '0');
@@ -54,7 +89,7 @@ try {
   const after = await page.evaluate(() => document.querySelector('.records').getBoundingClientRect().top);
   assert.equal(after, before, 'the list of records jumped');
 
-  // What a stranger sends is text.
+  // Text from clients stays text.
   const hostile = '/<script>window.hit=1</script><img src=x onerror="window.hit=1">&amp;';
   await make('/request?status=404&path=' + encodeURIComponent(hostile));
   await until(path => [...document.querySelectorAll('#records td')].some(cell => cell.textContent === 'GET ' + path), hostile);
@@ -73,10 +108,29 @@ try {
   for (const row of await rows().allInnerTexts()) assert.match(row, /503[^]*\/checkout/);
   assert.equal(await page.locator('#filter').inputValue(), '503 /checkout');
   await page.locator('#filter').fill('nothing has this');
-  await page.getByText('No record fits the filter.').waitFor();
+  await page.getByText('No record matches the filter.').waitFor();
   await page.locator('#filter').fill('');
 
-  // What is paused stays.
+  // A click on a destination or a reason filters the records; a second click ends that.
+  const clicked = async (place, name, filter, fits) => {
+    const button = page.locator(place + ' button', { hasText: name }).first();
+    await button.click();
+    assert.equal(await page.locator('#filter').inputValue(), filter);
+    const texts = await rows().allInnerTexts();
+    assert.ok(texts.length > 0, 'no record for ' + name);
+    for (const row of texts) assert.match(row, fits);
+    await button.click();
+    assert.equal(await page.locator('#filter').inputValue(), '');
+  };
+  await clicked('#destinations', 'inventory:9090', 'outbound inventory:9090', /out[^]*inventory:9090/);
+  await clicked('#reasons', 'upstream_refused', 'upstream_refused', /upstream_refused/);
+  await clicked('#reasons', 'status_5xx', 'status_5xx', /50[34]/);
+
+  // Totals count from the start.
+  assert.match(await page.locator('#requestsIn').innerText(), /\/s, [1-9]\d* total$/);
+  assert.match(await page.locator('#errorsAll').innerText(), /^[1-9]\d* of [1-9]\d* in total$/);
+
+  // A paused list does not change.
   await page.locator('#pause').click();
   await make('/request?status=200&path=/while/paused');
   const asked = await page.locator('#uptime').innerText();
@@ -85,7 +139,7 @@ try {
   await page.locator('#pause').click();
   await page.getByText('/while/paused').waitFor();
 
-  // Readiness has gates, and names those that are shut.
+  // Closed gates are named.
   await page.getByText('ready', { exact: true }).waitFor();
   await make('/shut');
   await page.getByText('not ready: addresses').waitFor();
@@ -111,9 +165,20 @@ try {
   await until(text => document.getElementById('uptime').textContent !== text, width);
   assert.ok(await narrow(), 'too wide for 400 pixels');
   await picture('narrow');
+
+  // Five widths in both colour schemes.
+  for (const colorScheme of ['light', 'dark']) {
+    await page.emulateMedia({ colorScheme });
+    for (const width of [640, 768, 1024, 1280, 1440]) {
+      await page.setViewportSize({ width, height: 800 });
+      await readable(width + ' px, ' + colorScheme);
+      await accessible(width + ' px, ' + colorScheme);
+      await picture(colorScheme + '-' + width);
+    }
+  }
   assert.deepEqual(wrong, []);
 
-  // When the agent goes the page says so, and goes on when it is there again.
+  // The page shows that the connection is lost, and reconnects.
   await page.evaluate(() => {
     window.seen = [];
     new MutationObserver(() => window.seen.push(document.getElementById('link').textContent))

@@ -1,0 +1,123 @@
+package mesh
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/wire"
+)
+
+// treatment is what becomes of a field that is present.
+type treatment uint8
+
+const (
+	unknown  treatment = iota // not in the table: a finding of the message's class
+	decoded                   // by the switch of the function that reads the message
+	ignored                   // it concerns nothing that pillion does
+	cosmetic                  // a finding
+	traffic                   // a finding
+	security                  // a finding
+)
+
+// field is a row of a table.
+type field struct {
+	name string
+	is   treatment
+}
+
+// message is the table of the fields of one type of message, by number. It stands beside the function that reads the
+// message, so a reader sees at once what pillion does with each field.
+type message struct {
+	name   string
+	class  Class // of unknown fields
+	fields []field
+}
+
+// decoder reads one resource. Errors of the wire format and findings collect in it.
+type decoder struct {
+	err      error
+	findings []Finding
+
+	// path has the field that is being read of each message that is being read, from the resource inwards; depth is the
+	// index of the innermost. Messages without a table have no step of their own.
+	path  []step
+	depth int
+}
+
+// step is one field on the path from the resource to the field that is being read.
+type step struct {
+	field *field
+	index int // among the occurrences of the field
+}
+
+// read returns a reader of the resource b.
+func (d *decoder) read(b []byte) wire.Message { return wire.Read(b, &d.err) }
+
+// next moves m to the next field that table has as decoded, and reports the others.
+func (d *decoder) next(m *wire.Message, table *message) bool {
+	d.depth = m.Depth()
+	if d.depth >= len(d.path) {
+		d.path = append(d.path, make([]step, d.depth+8-len(d.path))...)
+	}
+	here := &d.path[d.depth]
+	for m.Next() {
+		var row *field
+		if m.Number < len(table.fields) {
+			row = &table.fields[m.Number]
+		}
+		if row == nil || row.is == unknown {
+			*here = step{}
+			d.report(table.class, fmt.Sprintf("unknown field %d of %s", m.Number, table.name))
+			continue
+		}
+		if here.field == row {
+			here.index++
+		} else {
+			*here = step{field: row}
+		}
+		switch row.is {
+		case decoded:
+			return true
+		case cosmetic:
+			d.report(Cosmetic, unsupported)
+		case traffic:
+			d.report(Traffic, unsupported)
+		case security:
+			d.report(Security, unsupported)
+		}
+	}
+	*here = step{}
+	d.depth--
+	return false
+}
+
+const unsupported = "not supported"
+
+// report adds a finding about the field that is being read.
+func (d *decoder) report(class Class, problem string) {
+	if len(d.findings) == maxFindings {
+		last := &d.findings[maxFindings-1]
+		last.Class, last.Path, last.Problem = max(last.Class, class), "", "more findings than are kept"
+		return
+	}
+	d.findings = append(d.findings, Finding{class, d.place(), problem})
+}
+
+// place returns the path of the field that is being read.
+func (d *decoder) place() string {
+	var b strings.Builder
+	for _, step := range d.path[:d.depth+1] {
+		if step.field == nil {
+			continue
+		}
+		if b.Len() > 0 {
+			b.WriteByte('.')
+		}
+		b.WriteString(step.field.name)
+		if step.index > 0 {
+			b.WriteString("[" + strconv.Itoa(step.index) + "]")
+		}
+	}
+	return b.String()
+}

@@ -1,0 +1,29 @@
+package mesh
+
+import "fmt"
+
+// Class is what a finding concerns.
+type Class uint8
+
+// The classes, from the least to the most important.
+const (
+	Cosmetic Class = iota // nothing that traffic depends on
+	Traffic               // traffic goes otherwise than it was configured; the rest of the resource is honoured
+	Security              // the resource cannot be used as it stands, and what it concerns is closed
+)
+
+var classNames = [...]string{Cosmetic: "cosmetic", Traffic: "traffic", Security: "security"}
+
+func (c Class) String() string { return classNames[c] }
+
+// Finding is a part of a resource that is not honoured.
+type Finding struct {
+	Class   Class
+	Path    string // of the field in the resource, such as "circuit_breakers.thresholds[0].retry_budget"
+	Problem string
+}
+
+func (f Finding) String() string { return fmt.Sprintf("%s: %s", f.Path, f.Problem) }
+
+// maxFindings bounds the findings that are kept of one resource.
+const maxFindings = 100

@@ -1,0 +1,30 @@
+// Package mesh compiles the resources of a control plane. It interprets bytes and does no I/O.
+//
+// No field is ignored silently. Each message has a table of its fields beside the function that reads it: a field is
+// decoded, known not to concern pillion, or a Finding. So is a field that the table does not have.
+package mesh
+
+import "errors"
+
+var errNoName = errors.New("the resource has no name")
+
+// DecodeCluster compiles an envoy.config.cluster.v3.Cluster. An error means that its bytes are malformed.
+func DecodeCluster(b []byte) (*Cluster, []Finding, error) {
+	var d decoder
+	c := d.cluster(d.read(b))
+	if d.err == nil && c.Name == "" {
+		d.err = errNoName
+	}
+	return c, d.findings, d.err
+}
+
+// DecodeAssignment compiles an envoy.config.endpoint.v3.ClusterLoadAssignment. An error means that its bytes are
+// malformed.
+func DecodeAssignment(b []byte) (*Assignment, []Finding, error) {
+	var d decoder
+	a := d.assignment(d.read(b))
+	if d.err == nil && a.Name == "" {
+		d.err = errNoName
+	}
+	return a, d.findings, d.err
+}

@@ -1,0 +1,293 @@
+package mesh
+
+import (
+	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/wire"
+)
+
+// Transport is a way to secure connections to endpoints.
+type Transport struct {
+	Name string
+
+	// TLSMode is what an endpoint's TLSMode must be. Empty: every endpoint matches.
+	TLSMode string
+
+	TLS     *UpstreamTLS // nil: plain
+	Refused bool         // it is not understood, so connections that would use it are refused
+}
+
+// UpstreamTLS is TLS to an endpoint.
+type UpstreamTLS struct {
+	SNI         string
+	ALPN        []string
+	Certificate string // name of the secret that is presented; may be empty
+	Roots       string // name of the secret that endpoints are verified with; empty: they are not verified
+
+	// Names has matchers of subject alternative names, of which one must match. Empty: the chain is verified only.
+	Names []StringMatcher
+
+	MinVersion, MaxVersion TLSVersion
+}
+
+// TLSVersion is a version of TLS, with Envoy's numbers; 0 is the default.
+type TLSVersion uint8
+
+const maxTLSVersion = 4 // TLS 1.3
+
+// StringMatcher matches a text. One of the fields besides IgnoreCase is set; the zero value matches the empty text.
+type StringMatcher struct {
+	Kind       MatchKind
+	Text       string
+	IgnoreCase bool
+}
+
+// MatchKind is how a StringMatcher matches.
+type MatchKind uint8
+
+// The kinds.
+const (
+	MatchExact MatchKind = iota
+	MatchPrefix
+	MatchSuffix
+	MatchContains
+	MatchRegex
+)
+
+// Type URLs of configurations of extensions.
+const (
+	typePrefix      = "type.googleapis.com/"
+	upstreamTLSType = typePrefix + "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
+	rawBufferType   = typePrefix + "envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer"
+)
+
+var transportMatchFields = message{"envoy.config.cluster.v3.Cluster.TransportSocketMatch", Security, []field{1: {"name", decoded}, 2: {"match", decoded}, 3: {"transport_socket", decoded}}}
+
+func (d *decoder) transportMatch(m wire.Message) Transport {
+	var name, mode string
+	var t Transport
+	for d.next(&m, &transportMatchFields) {
+		switch m.Number {
+		case 1:
+			name = m.String()
+		case 2:
+			d.strings(m.Message(), func(key, text string) {
+				if key == "tlsMode" {
+					mode = text
+				} else {
+					d.report(Security, "matches by "+key+" are not supported")
+				}
+			})
+		case 3:
+			t = d.transport(m.Message())
+		}
+	}
+	t.Name, t.TLSMode = name, mode
+	return t
+}
+
+var transportFields = message{"envoy.config.core.v3.TransportSocket", Security, []field{1: {"name", decoded}, 3: {"typed_config", decoded}}}
+
+// transport returns the transport in a TransportSocket. Findings about it that concern security refuse it.
+func (d *decoder) transport(m wire.Message) Transport {
+	var t Transport
+	before := len(d.findings)
+	for d.next(&m, &transportFields) {
+		switch m.Number {
+		case 1:
+			t.Name = m.String()
+		case 3:
+			switch url, value := d.any(m.Message()); url {
+			case upstreamTLSType:
+				t.TLS = d.upstreamTLS(m.Nested(value))
+			case rawBufferType:
+			default:
+				d.report(Security, "transport sockets of type "+strings.TrimPrefix(url, typePrefix)+" are not supported")
+			}
+		}
+	}
+	for _, finding := range d.findings[before:] {
+		t.Refused = t.Refused || finding.Class == Security
+	}
+	return t
+}
+
+var upstreamTLSFields = message{"envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", Security, []field{
+	1: {"common_tls_context", decoded},
+	2: {"sni", decoded},
+	3: {"allow_renegotiation", ignored}, // crypto/tls never renegotiates
+	4: {"max_session_keys", ignored},    // sessions are not resumed
+	5: {"enforce_rsa_key_usage", ignored},
+	6: {"auto_host_sni", security},
+	7: {"auto_sni_san_validation", security},
+}}
+
+func (d *decoder) upstreamTLS(m wire.Message) *UpstreamTLS {
+	t := &UpstreamTLS{}
+	for d.next(&m, &upstreamTLSFields) {
+		switch m.Number {
+		case 1:
+			d.commonTLS(m.Message(), t)
+		case 2:
+			t.SNI = m.String()
+		}
+	}
+	return t
+}
+
+var commonTLSFields = message{"envoy.extensions.transport_sockets.tls.v3.CommonTlsContext", Security, []field{
+	1:  {"tls_params", decoded},
+	2:  {"tls_certificates", security},
+	3:  {"validation_context", decoded},
+	4:  {"alpn_protocols", decoded},
+	6:  {"tls_certificate_sds_secret_configs", decoded},
+	7:  {"validation_context_sds_secret_config", decoded},
+	8:  {"combined_validation_context", decoded},
+	9:  {"tls_certificate_certificate_provider", security},
+	10: {"validation_context_certificate_provider", security},
+	11: {"tls_certificate_certificate_provider_instance", security},
+	12: {"validation_context_certificate_provider_instance", security},
+	13: {"custom_handshaker", security},
+	14: {"tls_certificate_provider_instance", security},
+	15: {"key_log", cosmetic}, // keys are never logged
+	16: {"custom_tls_certificate_selector", security},
+}}
+
+func (d *decoder) commonTLS(m wire.Message, t *UpstreamTLS) {
+	for d.next(&m, &commonTLSFields) {
+		switch m.Number {
+		case 1:
+			d.tlsParameters(m.Message(), t)
+		case 3:
+			d.validation(m.Message(), t)
+		case 4:
+			t.ALPN = append(t.ALPN, m.String())
+		case 6:
+			if t.Certificate != "" {
+				d.report(Security, "more than one certificate")
+			}
+			t.Certificate = d.secretName(m.Message())
+		case 7:
+			t.Roots = d.secretName(m.Message())
+		case 8:
+			d.combinedValidation(m.Message(), t)
+		}
+	}
+}
+
+var tlsParametersFields = message{"envoy.extensions.transport_sockets.tls.v3.TlsParameters", Security, []field{
+	1: {"tls_minimum_protocol_version", decoded},
+	2: {"tls_maximum_protocol_version", decoded},
+	3: {"cipher_suites", cosmetic}, // crypto/tls decides
+	4: {"ecdh_curves", cosmetic},
+	5: {"signature_algorithms", cosmetic},
+	6: {"compliance_policies", security},
+}}
+
+func (d *decoder) tlsParameters(m wire.Message, t *UpstreamTLS) {
+	for d.next(&m, &tlsParametersFields) {
+		switch m.Number {
+		case 1:
+			t.MinVersion = TLSVersion(d.enum(&m, maxTLSVersion))
+		case 2:
+			t.MaxVersion = TLSVersion(d.enum(&m, maxTLSVersion))
+		}
+	}
+}
+
+var combinedFields = message{"envoy.extensions.transport_sockets.tls.v3.CommonTlsContext.CombinedCertificateValidationContext", Security, []field{
+	1: {"default_validation_context", decoded},
+	2: {"validation_context_sds_secret_config", decoded},
+	3: {"validation_context_certificate_provider", security},
+	4: {"validation_context_certificate_provider_instance", security},
+}}
+
+func (d *decoder) combinedValidation(m wire.Message, t *UpstreamTLS) {
+	for d.next(&m, &combinedFields) {
+		switch m.Number {
+		case 1:
+			d.validation(m.Message(), t)
+		case 2:
+			t.Roots = d.secretName(m.Message())
+		}
+	}
+}
+
+var validationFields = message{"envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext", Security, []field{
+	1:  {"trusted_ca", security}, // istiod names a secret
+	2:  {"verify_certificate_hash", security},
+	3:  {"verify_certificate_spki", security},
+	6:  {"require_signed_certificate_timestamp", security},
+	7:  {"crl", security},
+	8:  {"allow_expired_certificate", security},
+	9:  {"match_subject_alt_names", decoded},
+	10: {"trust_chain_verification", security},
+	11: {"watched_directory", ignored},
+	12: {"custom_validator_config", security},
+	13: {"ca_certificate_provider_instance", security},
+	14: {"only_verify_leaf_cert_crl", security},
+	15: {"match_typed_subject_alt_names", security},
+	16: {"max_verify_depth", security},
+	17: {"system_root_certs", security},
+	18: {"suppress_client_ca_list", ignored},
+}}
+
+func (d *decoder) validation(m wire.Message, t *UpstreamTLS) {
+	for d.next(&m, &validationFields) {
+		t.Names = append(t.Names, d.stringMatcher(m.Message()))
+	}
+}
+
+var secretFields = message{"envoy.extensions.transport_sockets.tls.v3.SdsSecretConfig", Security, []field{1: {"name", decoded}, 2: {"sds_config", ignored}}}
+
+func (d *decoder) secretName(m wire.Message) (name string) {
+	for d.next(&m, &secretFields) {
+		name = m.String()
+	}
+	if name == "" {
+		d.report(Security, "a secret without a name")
+	}
+	return name
+}
+
+var stringMatcherFields = message{"envoy.type.matcher.v3.StringMatcher", Security, []field{
+	1: {"exact", decoded},
+	2: {"prefix", decoded},
+	3: {"suffix", decoded},
+	5: {"safe_regex", decoded},
+	6: {"ignore_case", decoded},
+	7: {"contains", decoded},
+	8: {"custom", security},
+}}
+
+var regexFields = message{"envoy.type.matcher.v3.RegexMatcher", Security, []field{1: {"google_re2", ignored}, 2: {"regex", decoded}}}
+
+// stringMatcher returns a matcher. In a oneof the last field counts.
+func (d *decoder) stringMatcher(m wire.Message) StringMatcher {
+	var s StringMatcher
+	set := false
+	for d.next(&m, &stringMatcherFields) {
+		set = set || m.Number != 6
+		switch m.Number {
+		case 1:
+			s.Kind, s.Text = MatchExact, m.String()
+		case 2:
+			s.Kind, s.Text = MatchPrefix, m.String()
+		case 3:
+			s.Kind, s.Text = MatchSuffix, m.String()
+		case 5:
+			s.Kind, s.Text = MatchRegex, ""
+			for m := m.Message(); d.next(&m, &regexFields); {
+				s.Text = m.String()
+			}
+		case 6:
+			s.IgnoreCase = m.Bool()
+		case 7:
+			s.Kind, s.Text = MatchContains, m.String()
+		}
+	}
+	if !set {
+		d.report(Security, "a matcher without a pattern")
+	}
+	return s
+}
