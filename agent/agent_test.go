@@ -369,10 +369,10 @@ func TestThePortsAnswerWhileAndAfterTheAccessLogIsClosed(t *testing.T) {
 
 func TestInvalidValuesOfTheInjectorAreNamedAndAllIsClosed(t *testing.T) {
 	for want, change := range map[string]func(*Config){
-		"Workload.Probers":             func(c *Config) { c.Workload.Probers = "{" },
-		"Workload.Pod.IP":              func(c *Config) { c.Workload.Probers = `{"/app-health/a/livez":{"tcpSocket":{"port":1}}}` },
-		"ISTIO_PROMETHEUS_ANNOTATIONS": func(c *Config) { c.Workload.ScrapeTargets = `{"scrape":"true","port":"15021"}` },
-		"AccessLog.Path":               func(c *Config) { c.AccessLog.Path = t.TempDir() },
+		"Workload.Probers": func(c *Config) { c.Workload.Probers = "{" },
+		"Workload.Pod.IP":  func(c *Config) { c.Workload.Probers = `{"/app-health/a/livez":{"tcpSocket":{"port":1}}}` },
+		"Workload.ScrapeTargets: port 15021 is the agent's own": func(c *Config) { c.Workload.ScrapeTargets = `{"scrape":"true","port":"15021"}` },
+		"AccessLog.Path": func(c *Config) { c.AccessLog.Path = t.TempDir() },
 	} {
 		config, _ := testConfig()
 		change(&config)

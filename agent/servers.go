@@ -60,7 +60,7 @@ func (a *Agent) serve() error {
 	a.probers = probers
 	targets, err := scrape.ParseTargets(a.config.Workload.ScrapeTargets, a.ownPorts()...)
 	if err != nil {
-		return err
+		return &FieldError{Field: "Workload.ScrapeTargets", Err: err}
 	}
 	if a.telling.live != nil {
 		add("admin", "Ports.Admin", a.config.Ports.Admin, loopback, a.adminHandler())

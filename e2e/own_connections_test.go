@@ -48,6 +48,7 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 			initPod(t, s.pod, flavour)
 			s.agent = launchAgentBy(t, s.pod, unprivileged(otherUID), "--opaque-ports", "5432")
 			awaitReady(t, s.pod, s.agent)
+			s.agent.log.await(t, "neither user nor group 1337", "uid=2000")
 			before := s.agent.descriptors(t)
 
 			const request = "GET /item HTTP/1.1\r\nHost: shop.example\r\nConnection: close\r\n\r\n"

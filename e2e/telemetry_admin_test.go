@@ -337,7 +337,8 @@ func TestBundleHasNoSecrets(t *testing.T) {
 		"version.txt":      {"pillion ", "Linux version"},
 		"live.json":        {`"uptimeSeconds"`, "shop.example"},
 		"records.json":     {`"/things/7"`, `"shop.example"`},
-		"gates.json":       {"unready_targets_dumps"},
+		"gates.txt":        {"ready: true\n", "inbound: open\n"},
+		"log.txt":          {"carrying traffic"},
 		"rules.txt":        {"15001", "15006"},
 		"environment.txt":  {"DATABASE_PASSWORD\n", "PILLION_LOG_LEVEL=info\n"},
 		"server_info.json": {"reviews-v1"},
@@ -351,8 +352,8 @@ func TestBundleHasNoSecrets(t *testing.T) {
 			}
 		}
 	}
-	if len(parts) != 10 {
-		t.Errorf("%d parts, want 10", len(parts))
+	if len(parts) != 11 {
+		t.Errorf("%d parts, want 11", len(parts))
 	}
 	for name, content := range parts {
 		if at := strings.Index(content, "hunter"); at >= 0 {
@@ -366,7 +367,7 @@ func TestBundleHasNoSecrets(t *testing.T) {
 	if _, err := s.pod.Run(bundle); err != nil {
 		t.Fatal(err)
 	}
-	if parts := unpack(t, out.String()); len(parts) != 10 || !strings.Contains(parts["rules.txt.note"], "NET_ADMIN") {
+	if parts := unpack(t, out.String()); len(parts) != 11 || !strings.Contains(parts["rules.txt.note"], "NET_ADMIN") {
 		t.Errorf("%d parts; the note is %q", len(parts), parts["rules.txt.note"])
 	}
 }

@@ -153,8 +153,8 @@ func TestInvalidInjectorVariablesAreReported(t *testing.T) {
 		_, stderr, code := execute(t, pod, []string{"INSTANCE_IP=" + nettest.PodIP4.String(), c.variable + "=" + c.value}, "agent")
 		last := stderr[strings.LastIndexByte(strings.TrimSuffix(stderr, "\n"), '\n')+1:]
 		for _, want := range append(c.want, c.variable) {
-			if code != 1 || !strings.Contains(last, want) {
-				t.Errorf("%s=%s: exit code %d, want 1 and %q in: %s", c.variable, c.value, code, want, stderr)
+			if code != 2 || !strings.Contains(last, want) {
+				t.Errorf("%s=%s: exit code %d, want 2 and %q in: %s", c.variable, c.value, code, want, stderr)
 			}
 		}
 	}

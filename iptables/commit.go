@@ -123,7 +123,7 @@ func (p *Plan) install(ctx context.Context) error {
 func (p *Plan) apply(ctx context.Context, i int) error {
 	step := p.Steps[i]
 	if step.Flavour != ruleset.Native {
-		return step.before.program.Apply(ctx, step.Input)
+		return step.before.program.Apply(ctx, step.input)
 	}
 	if i > 0 && p.Steps[i-1].Flavour == ruleset.Native {
 		return nil
@@ -211,7 +211,7 @@ const undoTimeout = 30 * time.Second
 func (p *Plan) undo(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
-	now, err := look(ctx)
+	now, err := look(ctx, p.backend)
 	if err != nil {
 		return err
 	}

@@ -54,15 +54,16 @@ func (p *Plan) Script() string {
 		fmt.Fprintf(&text, "ip address add %s/128 dev %s nodad preferred_lft 0\n", capture.InboundSource6, ruleset.Loopback)
 	}
 	p.routeScript(&text, kernel.Add, "add")
-	for _, step := range p.Steps {
+	for i, step := range p.Steps {
+		input := p.Input(i)
 		if step.Flavour == ruleset.Native {
-			if step.Input != "" {
-				fmt.Fprintf(&text, "nft -f - <<END\n%sEND\n", step.Input)
+			if input != "" {
+				fmt.Fprintf(&text, "nft -f - <<END\n%sEND\n", input)
 			}
 			continue
 		}
 		name := map[ruleset.Family]string{ruleset.IPv4: "iptables", ruleset.IPv6: "ip6tables"}[step.Family]
-		fmt.Fprintf(&text, "%s-%s-restore --noflush <<END\n%sEND\n", name, step.Flavour, step.Input)
+		fmt.Fprintf(&text, "%s-%s-restore --noflush <<END\n%sEND\n", name, step.Flavour, input)
 	}
 	p.routeScript(&text, kernel.Remove, "del")
 	if p.Address == AddressRemoved {
@@ -154,8 +155,8 @@ func (p *Plan) MarshalJSON() ([]byte, error) {
 		Warnings []string      `json:"warnings,omitempty"`
 		Unread   string        `json:"unread,omitempty"`
 	}{Changed: !p.Unchanged(), Address: p.Address, Steps: []step{}, Warnings: p.Warnings}
-	for _, s := range p.Steps {
-		report.Steps = append(report.Steps, step{Family: s.Family.String(), Flavour: s.Flavour, Changes: s.Changes, Input: s.Input})
+	for i, s := range p.Steps {
+		report.Steps = append(report.Steps, step{Family: s.Family.String(), Flavour: s.Flavour, Changes: s.Changes, Input: p.Input(i)})
 	}
 	for _, c := range p.Routes {
 		report.Routes = append(report.Routes, route{Action: c.Action, Family: c.Route.Family.String(), Mark: c.Route.Mark, Table: c.Route.Table})

@@ -38,13 +38,13 @@ func TestNFTReadsWhatWeWroteAndMakesTheSameOfTheScript(t *testing.T) {
 			plan := mustInit(t, pod, sc.Spec)
 			got := listed(t, pod)
 			rulestest.Golden(t, "golden/"+sc.Name+".nftables", got)
-			if !strings.HasSuffix(plan.Steps[0].Input, got) || plan.Steps[1].Input != "" {
-				t.Errorf("the script is not what was carried out:\n%s", plan.Steps[0].Input)
+			if !strings.HasSuffix(plan.Input(0), got) || plan.Input(1) != "" {
+				t.Errorf("the script is not what was carried out:\n%s", plan.Input(0))
 			}
 
 			byNFT := nettest.New(t, "by nft")
 			nft := byNFT.Command(0, 0, "/usr/sbin/nft", "-f", "-")
-			nft.Stdin = strings.NewReader(plan.Steps[0].Input)
+			nft.Stdin = strings.NewReader(plan.Input(0))
 			if _, err := byNFT.Run(nft); err != nil {
 				t.Fatal(err)
 			}

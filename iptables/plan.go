@@ -67,10 +67,8 @@ type Step struct {
 	Family  ruleset.Family
 	Flavour ruleset.Flavour
 	Changes []ruleset.Change
-	// Input is the input for iptables-restore, or an equivalent nft script. Our nftables table serves both families, so
-	// the first of its steps has the whole script.
-	Input string
 
+	input  string // for iptables-restore; empty in nftables
 	want   ruleset.Ruleset
 	before store
 }
@@ -162,7 +160,7 @@ func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay 
 
 // PlanCleanup plans the removal of everything that PlanInit has ever installed, in every flavour.
 func PlanCleanup(ctx context.Context) (*Plan, error) {
-	plan := &Plan{cleanup: true}
+	plan := &Plan{cleanup: true, backend: NFTables} // programs are needed only for tables that exist
 	s, err := plan.look(ctx)
 	if err != nil {
 		return nil, err
@@ -197,12 +195,23 @@ func (p *Plan) order() {
 		return 0
 	}
 	slices.SortStableFunc(p.Steps, func(a, b Step) int { return rank(a) - rank(b) })
-	if i := slices.IndexFunc(p.Steps, func(s Step) bool { return s.Flavour == ruleset.Native }); i >= 0 {
-		p.Steps[i].Input = nft.Script(p.wantedNFTables())
-		if len(p.table.Others) > 0 {
-			p.Warnings = append(p.Warnings, fmt.Sprintf("the nftables table inet %s is ours alone; removed from it: %s", nft.TableName, strings.Join(p.table.Others, ", ")))
-		}
+	if p.firstNative() >= 0 && len(p.table.Others) > 0 {
+		p.Warnings = append(p.Warnings, fmt.Sprintf("the nftables table inet %s is ours alone; removed from it: %s", nft.TableName, strings.Join(p.table.Others, ", ")))
 	}
+}
+
+// firstNative returns the index of the step that changes our nftables table for both families, or -1.
+func (p *Plan) firstNative() int {
+	return slices.IndexFunc(p.Steps, func(s Step) bool { return s.Flavour == ruleset.Native })
+}
+
+// Input returns the input of a step for iptables-restore, or an equivalent nft script. Our nftables table serves both
+// families, so the first of its steps has the whole script.
+func (p *Plan) Input(step int) string {
+	if step == p.firstNative() {
+		return nft.Script(p.wantedNFTables())
+	}
+	return p.Steps[step].input
 }
 
 // wantedNFTables returns the wanted content of our nftables table.
@@ -221,11 +230,11 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 	var s survey
 	err := kernel.MissingCapability(false)
 	if err == nil {
-		s, err = look(ctx)
+		s, err = look(ctx, p.backend)
 	}
 	if kernel.IsRefused(err) {
 		p.Unread = err
-		s = survey{stores: storesUnread(ctx)}
+		s = survey{stores: storesUnread(ctx, p.backend)}
 		if s.ipv6, err = kernel.ReadIPv6(); err == nil {
 			s.routing, err = kernel.ReadRoutes()
 		}
@@ -264,12 +273,12 @@ func (p *Plan) addRemoval(s survey, family ruleset.Family, spared ruleset.Flavou
 }
 
 func (p *Plan) addStep(t store, want ruleset.Ruleset) {
-	step := Step{Family: t.family, Flavour: t.flavour, Changes: ruleset.Diff(want, t.rules), Input: xtables.RestoreInput(want, t.rules), want: want, before: t}
-	changed := step.Input != ""
-	if t.flavour == ruleset.Native {
-		// An unused base chain is not a difference; removing the last rule removes the table.
-		changed = len(step.Changes) > 0 || t.ours && len(want.Tables) == 0
-		step.Input = ""
+	step := Step{Family: t.family, Flavour: t.flavour, Changes: ruleset.Diff(want, t.rules), want: want, before: t}
+	// In nftables, an unused base chain is not a difference; removing the last rule removes the table.
+	changed := len(step.Changes) > 0 || t.ours && len(want.Tables) == 0
+	if t.flavour != ruleset.Native {
+		step.input = xtables.RestoreInput(want, t.rules)
+		changed = step.input != ""
 	}
 	if changed {
 		p.Steps = append(p.Steps, step)

@@ -92,9 +92,9 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	countFlag(flags, &config.HTTP.MaxHeadBytes, "max-head-bytes", "maximum size of a message head in bytes; larger requests get 431, larger responses become 502")
 	countFlag(flags, &config.HTTP.MaxHeadFields, "max-head-fields", "maximum number of header fields, with the same effect")
 	parsed(flags, &config.HTTP.MaxHeldBytes, parseBytes, "max-held-bytes", "", "0", "bytes", "memory for unfinished heads, header blocks and held bodies of all connections, as 32Mi; beyond it the largest get 503 or a reset; 0: a quarter of the memory limit")
-	durationFlag(flags, &config.HTTP.RequestHeadTimeout, "request-head-timeout", "time limit for the head of a request, then 408; 0s: none")
-	durationFlag(flags, &config.HTTP.RequestTimeout, "request-timeout", "time limit from a complete request to the start of its response, then 504; 0s: none")
-	durationFlag(flags, &config.HTTP.UpstreamIdleTimeout, "upstream-idle-timeout", "close HTTP/1 connections to the workload that no client has used for this long; 0s keeps none")
+	durationFlag(flags, &config.HTTP.RequestHeadTimeout, "request-head-timeout", "time limit for the head of a request, then 408; 0s: no limit")
+	durationFlag(flags, &config.HTTP.RequestTimeout, "request-timeout", "time limit from a complete request to the start of its response, then 504; 0s: no limit")
+	durationFlag(flags, &config.HTTP.UpstreamIdleTimeout, "upstream-idle-timeout", "close HTTP/1 connections to the workload that no client has used for this long; 0s: at once")
 	parsed(flags, &config.HTTP.InboundFields.ForwardedFor, parseForwardedFor, "x-forwarded-for", "", "set-if-absent", "set-if-absent|append|off", "how x-forwarded-for of inbound requests gets the client's address")
 	switchFlag(flags, "x-forwarded-proto", "set x-forwarded-proto in requests without it", &config.HTTP.InboundFields.ForwardedProto, &config.HTTP.OutboundFields.ForwardedProto)
 	switchFlag(flags, "x-request-id", "set x-request-id in requests without it", &config.HTTP.InboundFields.RequestID, &config.HTTP.OutboundFields.RequestID)
@@ -107,7 +107,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	parsedSwitch(flags, &config.DNS.Capture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns redirects to port 15053")
 	parsed(flags, &config.DNS.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in "+agent.ResolvConf)
 	countFlag(flags, &config.DNS.CacheSize, "dns-cache-size", "number of cached DNS answers; 0: no cache")
-	textFlag(flags, &config.AccessLog.Path, "access-log", "path|off", "file of the access log, with a line for each connection and request; /dev/stdout is standard output")
+	textFlag(flags, &config.AccessLog.Path, "access-log", "path|off", "file of the access log, with a line for each connection and request; /dev/stdout is standard output; off: no log")
 	choiceFlag(flags, &config.AccessLog.Encoding, "access-log-encoding", "encoding of the lines", "text", "json")
 	textFlag(flags, &config.AccessLog.Format, "access-log-format", "format", "format of a line, in Envoy's command operators; with json, an object of them; empty: Istio's format")
 	textFlag(flags, &config.AccessLog.Filter, "access-log-filter", "filter", "filter of the lines, such as \"errors; status=4xx,slower=250ms; sample=1%\"")
@@ -187,8 +187,9 @@ func runAgent(config agent.Config) error {
 
 	a, err := agent.New(config)
 	if err != nil {
-		return flagNamed(err)
+		return valueUnlessSystem(flagNamed(err))
 	}
+	warnIfCaptured(config.Log, uint32(os.Geteuid()), uint32(os.Getegid()))
 	drain, startDrain := context.WithCancel(context.Background())
 	force, startForce := context.WithCancel(context.Background())
 	defer startForce()

@@ -100,7 +100,10 @@ func (o *changeOptions) carryOut(ctx context.Context, stdout io.Writer, log *slo
 	if err != nil {
 		return err
 	}
-	text := plan.String()
+	var text string
+	if o.dryRun {
+		text = plan.String()
+	}
 	if path := os.Getenv("DRY_RUN_FILE_PATH"); o.dryRun && path != "" {
 		if err := os.WriteFile(path, []byte(plan.Script()), 0o644); err != nil {
 			return fmt.Errorf("environment variable DRY_RUN_FILE_PATH: %w", err)
@@ -110,7 +113,6 @@ func (o *changeOptions) carryOut(ctx context.Context, stdout io.Writer, log *slo
 		if err := plan.Commit(ctx); err != nil {
 			return err
 		}
-		text = ""
 		if summary := plan.Summary(); summary != "" {
 			text = summary + "\n"
 		}

@@ -54,15 +54,13 @@ var fieldNames = map[string]string{
 	"Workload.Pod.IP":                  "INSTANCE_IP",
 }
 
-// flagNamed rewrites an error about a field of agent.Config to name the field's flag or variable. It is a valueError unless
-// a system call failed, such as bind(2) for a port that is in use.
+// flagNamed rewrites an error about a field of agent.Config to name the field's flag or variable.
 func flagNamed(err error) error {
 	var field *agent.FieldError
 	if !errors.As(err, &field) {
 		return err
 	}
-	err = &namedError{field.Text(fieldName), field}
-	return valueUnlessSystem(err)
+	return &namedError{field.Text(fieldName), field}
 }
 
 func fieldName(field string) string {
@@ -72,7 +70,7 @@ func fieldName(field string) string {
 	return field
 }
 
-// valueUnlessSystem makes err a valueError unless a system call failed.
+// valueUnlessSystem makes err a valueError unless a system call failed, such as bind(2) for a port that is in use.
 func valueUnlessSystem(err error) error {
 	if err == nil || errors.As(err, new(syscall.Errno)) {
 		return err

@@ -85,7 +85,7 @@ func (r *running) look(t *testing.T, args ...string) (stdout, stderr string, err
 
 func lookAt(ctx context.Context, args ...string) (stdout, stderr string, err error) {
 	var out, complaints bytes.Buffer
-	root := newRoot()
+	root := newRoot(nil)
 	root.SetArgs(args)
 	root.SetOut(&out)
 	root.SetErr(&complaints)
@@ -455,7 +455,7 @@ func TestTopFitsTheTerminalAndFollowsKeysAndSize(t *testing.T) {
 		t.Fatal(err)
 	}
 	seen := watch(t, tty, shown)
-	root := newRoot()
+	root := newRoot(nil)
 	root.SetArgs([]string{"top", "--interval", "1h", "--sort", "name", "--admin", r.address})
 	root.SetIn(tty)
 	root.SetOut(tty)
@@ -506,7 +506,7 @@ func TestTopOnATerminalIsRedrawnUntilItIsInterrupted(t *testing.T) {
 	seen := watch(t, tty, shown)
 	ctx, interrupt := context.WithCancel(t.Context())
 	defer interrupt()
-	root := newRoot()
+	root := newRoot(nil)
 	root.SetArgs([]string{"top", "--interval", "100ms", "--admin", r.address})
 	root.SetIn(strings.NewReader(""))
 	root.SetOut(tty)
@@ -530,7 +530,7 @@ func TestATapFitsTheTerminalAndEndsWithQ(t *testing.T) {
 	tty, shown := pseudoTerminal(t)
 	resize(t, tty, 80, 24)
 	seen := watch(t, tty, shown)
-	root := newRoot()
+	root := newRoot(nil)
 	root.SetArgs([]string{"tap", "--admin", r.address})
 	root.SetIn(tty)
 	root.SetOut(tty)

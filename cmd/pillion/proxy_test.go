@@ -246,7 +246,7 @@ func TestVersionHasPilotAgentsForms(t *testing.T) {
 		"version -s -ojson": "{",
 	} {
 		var out strings.Builder
-		root := newRoot()
+		root := newRoot(nil)
 		root.SetOut(&out)
 		root.SetArgs(strings.Fields(args))
 		if err := root.Execute(); err != nil || !strings.HasPrefix(out.String(), want) {
@@ -256,7 +256,7 @@ func TestVersionHasPilotAgentsForms(t *testing.T) {
 }
 
 func TestProxyIsNoGateway(t *testing.T) {
-	root := newRoot()
+	root := newRoot(nil)
 	root.SetArgs([]string{"proxy", "router", "--novel"})
 	if err := root.Execute(); err == nil || !strings.Contains(err.Error(), `role "router" is not supported`) {
 		t.Errorf("got %v", err)

@@ -45,6 +45,9 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	if err == nil {
 		return exitOK
 	}
+	if errors.Is(err, errFailed) { // the findings are printed already
+		return exitFailure
+	}
 	fmt.Fprintln(stderr, "pillionctl: error:", err)
 	if errors.As(err, new(usageError)) {
 		return exitUsage
@@ -62,7 +65,7 @@ func newRoot() *cobra.Command {
 	})
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newInject(), newUninject(), newWebhook(),
+	root.AddCommand(newInject(), newUninject(), newWebhook(), newCheck(),
 		commandline.NewVersion(version), commandline.NewCompletion("pillionctl"))
 	return root
 }

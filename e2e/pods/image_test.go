@@ -65,14 +65,20 @@ type settings struct {
 func (a archive) contents(t *testing.T) (set settings, files map[string]*tar.Header) {
 	t.Helper()
 	var index struct{ Manifests []descriptor }
+	if err := json.Unmarshal(a["index.json"], &index); err != nil {
+		t.Fatal(err)
+	}
+	return a.image(t, index.Manifests[0])
+}
+
+// image returns the same of the image with a manifest.
+func (a archive) image(t *testing.T, d descriptor) (set settings, files map[string]*tar.Header) {
+	t.Helper()
 	var manifest struct {
 		Config descriptor
 		Layers []descriptor
 	}
-	if err := json.Unmarshal(a["index.json"], &index); err != nil {
-		t.Fatal(err)
-	}
-	a.decode(t, index.Manifests[0], &manifest)
+	a.decode(t, d, &manifest)
 	a.decode(t, manifest.Config, &set)
 	files = map[string]*tar.Header{}
 	for _, layer := range manifest.Layers {
@@ -100,6 +106,49 @@ func TestTheSameBinaryGivesTheSameImage(t *testing.T) {
 		if err != nil || first != second || !strings.Contains(first, "sha256:") {
 			t.Errorf("two builds differ (%v):\n%s%s", err, first, second)
 		}
+	}
+}
+
+func TestAnIndexHasAnImageForEachArchitecture(t *testing.T) {
+	program, err := os.ReadFile(filepath.Join(built, "pillion"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	directory := t.TempDir()
+	for _, arch := range []string{"amd64", "arm64"} {
+		if err := os.Mkdir(filepath.Join(directory, arch), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(directory, arch, "pillion"), program, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	output, err := runImage("image", filepath.Join(directory, "%", "pillion"), filepath.Join(directory, "index.tar"), "amd64 arm64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := openArchive(t, filepath.Join(directory, "index.tar"))
+	var top, index struct {
+		Manifests []struct {
+			descriptor
+			Platform struct{ Architecture, OS string }
+		}
+	}
+	if err := json.Unmarshal(a["index.json"], &top); err != nil || len(top.Manifests) != 1 {
+		t.Fatalf("%v: %s", err, a["index.json"])
+	}
+	a.decode(t, top.Manifests[0].descriptor, &index)
+	var archs []string
+	for _, m := range index.Manifests {
+		set, files := a.image(t, m.descriptor)
+		if set.Architecture != m.Platform.Architecture || m.Platform.OS != "linux" || files["usr/local/bin/pilot-agent"] == nil {
+			t.Errorf("%+v has %+v and %d files", m, set, len(files))
+		}
+		checkSettings(t, set, 0)
+		archs = append(archs, set.Architecture)
+	}
+	if slices.Sort(archs); !slices.Equal(archs, []string{"amd64", "arm64"}) || !strings.Contains(output, top.Manifests[0].Digest) {
+		t.Errorf("the index has %v; the build printed %s", archs, output)
 	}
 }
 

@@ -81,8 +81,12 @@ func buildImage(target string) (output string, err error) {
 	if target == "image-pillionctl" {
 		program = "pillionctl"
 	}
-	cmd := exec.Command("../../scripts/image", target, filepath.Join(built, program), archiveOf(target))
-	cmd.Env = append(os.Environ(), "VERSION=test", "EPOCH=1700000000", "ARCH="+runtime.GOARCH)
+	return runImage(target, filepath.Join(built, program), archiveOf(target), runtime.GOARCH)
+}
+
+func runImage(target, binary, archive, archs string) (output string, err error) {
+	cmd := exec.Command("../../scripts/image", target, binary, archive)
+	cmd.Env = append(os.Environ(), "VERSION=test", "EPOCH=1700000000", "ARCH="+archs)
 	var complaints bytes.Buffer
 	cmd.Stderr = &complaints
 	out, err := cmd.Output()

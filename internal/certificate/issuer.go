@@ -28,9 +28,9 @@ const (
 	authorityRenew = 365 * 24 * time.Hour // before its end
 	leafLife       = 30 * 24 * time.Hour
 	leafRenew      = 10 * 24 * time.Hour
-	checkEvery     = time.Hour
+	checkEvery     = 5 * time.Minute
 	retryAfter     = time.Minute
-	overlap        = 3 * checkEvery
+	overlap        = time.Hour
 	backdate       = 10 * time.Minute // clocks differ
 	spread         = 10 * time.Second // until API servers use a changed configuration
 	attempts       = 5                // at changes that others make at the same time

@@ -1,8 +1,8 @@
 // Package flow is the record of one connection or one HTTP request: who, where, what, how much, and why it ended.
 //
 // The owner of a connection or request opens its record and closes it exactly once, whatever happens. Sinks, such as the
-// access log and the metrics, only read it. If requests are seen in a connection, each request has its own record, which
-// is reported; the connection's record is only listed in the Table while open and never reported.
+// access log and the metrics, only read it. If requests are seen in a connection, each request has its own record. Only
+// the records of requests are reported then; the connection's record is listed in the Table while open.
 package flow
 
 import (
@@ -49,7 +49,7 @@ const (
 	HTTP2
 )
 
-// String returns the protocol's name, which for HTTP is the value of Envoy's %PROTOCOL%.
+// String returns the protocol's name. For HTTP it is the value of Envoy's %PROTOCOL%.
 func (p Protocol) String() string {
 	return [...]string{"opaque", "TLS", "HTTP/1.0", "HTTP/1.1", "HTTP/2"}[p]
 }
@@ -60,7 +60,7 @@ type Record struct {
 	Direction           Direction
 	Protocol            Protocol
 	listed, carried     bool  // of the table; here, where they take no memory
-	Attempts            uint8 // to reach upstream: dials, and requests on open connections; 0: none
+	Attempts            uint8 // to reach upstream: dials, and requests on open connections; 0: no attempt
 	Opened              time.Time
 	Downstream          netip.AddrPort // who connected
 	OriginalDestination netip.AddrPort // invalid if it could not be read

@@ -35,7 +35,7 @@ func TestARecordIsClosedExactlyOnce(t *testing.T) {
 	r.Close(&sink, Closed, nil)
 }
 
-// TestEveryReasonIsExplained reads the constants from the source, so that a new one cannot be forgotten.
+// The constants are read from the source, so that the test covers new ones.
 func TestEveryReasonIsExplained(t *testing.T) {
 	declared := declaredReasons(t)
 	explained := map[Reason]bool{}
@@ -44,7 +44,7 @@ func TestEveryReasonIsExplained(t *testing.T) {
 			t.Errorf("%s is explained twice", e.Reason)
 		}
 		if len(e.Text) < 10 || e.Text[len(e.Text)-1] != '.' {
-			t.Errorf("%s: %q is no sentence", e.Reason, e.Text)
+			t.Errorf("%s: %q is not a sentence", e.Reason, e.Text)
 		}
 		for _, flag := range strings.Split(e.Flags+","+e.RequestFlags, ",") {
 			if flag != "" && !slices.Contains(envoyFlags, flag) {
@@ -63,7 +63,7 @@ func TestEveryReasonIsExplained(t *testing.T) {
 	}
 }
 
-// envoyFlags are the response flags that dashboards and alerts may know.
+// envoyFlags are the response flags of Envoy.
 var envoyFlags = strings.Fields("LH UH UT LR UR UF UC UO NR DI FI RL UAEX RLSE DC URX SI IH DPE UMSDR RFCF NFCF DT UPE NC OM DF DO DR UDO")
 
 func declaredReasons(t *testing.T) []Reason {
@@ -90,7 +90,7 @@ func declaredReasons(t *testing.T) []Reason {
 	return reasons
 }
 
-func TestTextsNameSettingsAndNoFlags(t *testing.T) {
+func TestTextsNameSettingsInsteadOfFlags(t *testing.T) {
 	e := Explanation{Text: "Nothing moved for `{IdleTimeout}` or {A}."}
 	if got, want := e.Render(strings.ToLower), "Nothing moved for `idletimeout` or a."; got != want {
 		t.Errorf("rendered as %q, want %q", got, want)

@@ -85,8 +85,8 @@ func (e *Explanation) Render(name func(setting string) string) string {
 	}
 }
 
-// Explanations has each reason, in the order of the documents. If an engine knows more, such as whether the response had
-// begun, the flags and details in the record take precedence.
+// Explanations has each reason, in the order of the documents. Flags and details that an engine sets in the record take
+// precedence, because they may be more precise.
 var Explanations = []Explanation{
 	{Closed, "", "", envoy.DetailsViaUpstream,
 		"Both sides closed; every byte was delivered."},

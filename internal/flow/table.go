@@ -51,8 +51,8 @@ func (t *Table) List(r *Record) {
 	t.count++
 }
 
-// Carry sets the protocol of a listed connection, which begins to be carried. Its owner must not change plain fields
-// from here until Close.
+// Carry sets the protocol of a listed connection when its bytes begin to be carried. From here until Close its owner must
+// not change plain fields.
 func (t *Table) Carry(r *Record, protocol Protocol, hello Hello) {
 	r.Protocol, r.TLS = protocol, hello // not read before carried is set
 	for _, opener := range t.openers {

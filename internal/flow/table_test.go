@@ -11,15 +11,15 @@ import (
 
 var downstream = netip.MustParseAddrPort("198.51.100.2:4711")
 
-// told notes what a sink is told of.
-type told struct {
+// recorder is a sink that keeps what it receives.
+type recorder struct {
 	table          *Table
 	opened, closed []*Record
 	listed         []int // how many connections were listed when a record was closed
 }
 
-func (s *told) Opened(r *Record) { s.opened = append(s.opened, r) }
-func (s *told) Closed(r *Record) {
+func (s *recorder) Opened(r *Record) { s.opened = append(s.opened, r) }
+func (s *recorder) Closed(r *Record) {
 	s.closed = append(s.closed, r)
 	s.listed = append(s.listed, s.table.Open())
 }
@@ -29,8 +29,8 @@ func list(t *Table) (records []*Record) {
 	return records
 }
 
-func TestATableHasWhatIsOpenAndTellsWhatEnds(t *testing.T) {
-	var sink told
+func TestATableListsOpenConnectionsAndReportsClosedOnes(t *testing.T) {
+	var sink recorder
 	var plain lastRecord
 	table := NewTable(&plain, &sink)
 	sink.table = table
@@ -49,7 +49,7 @@ func TestATableHasWhatIsOpenAndTellsWhatEnds(t *testing.T) {
 		t.Errorf("opened %v, %+v", sink.opened, b)
 	}
 	b.Close(table, Closed, nil) // from the middle
-	table.Leave(c)              // from the front, untold
+	table.Leave(c)              // from the front, not reported
 	table.Leave(c)
 	if got := list(table); !slices.Equal(got, []*Record{a}) {
 		t.Errorf("listed: %v", got)
@@ -62,11 +62,11 @@ func TestATableHasWhatIsOpenAndTellsWhatEnds(t *testing.T) {
 	}
 	want := []*Record{b, never, a}
 	if !slices.Equal(sink.closed, want) || !slices.Equal(plain.closed, want) || !slices.Equal(sink.listed, []int{2, 1, 0}) {
-		t.Errorf("told of %v with %v listed; want %v", sink.closed, sink.listed, want)
+		t.Errorf("received %v while %v were listed; want %v", sink.closed, sink.listed, want)
 	}
 }
 
-func TestEachEndsWhenItIsTold(t *testing.T) {
+func TestEachStopsWhenFReturnsFalse(t *testing.T) {
 	table := NewTable()
 	for range 3 {
 		table.List(Open(Inbound, downstream))
@@ -78,8 +78,8 @@ func TestEachEndsWhenItIsTold(t *testing.T) {
 	}
 }
 
-// Under the race detector: owners open, carry and end connections while others look.
-func TestATableIsForManyGoroutines(t *testing.T) {
+// Under the race detector: owners open, carry and close connections while other goroutines read the table.
+func TestATableIsSafeForConcurrentUse(t *testing.T) {
 	table := NewTable()
 	var owners, watchers sync.WaitGroup
 	done := make(chan struct{})
@@ -92,10 +92,10 @@ func TestATableIsForManyGoroutines(t *testing.T) {
 			}
 			table.Each(func(r *Record) bool {
 				if r.Carried() && r.Protocol != TLS {
-					t.Error("carried before its protocol was there")
+					t.Error("carried before its protocol was set")
 				}
 				if r.Carried() && (r.Flags() != "" || r.Reason != "" || r.Duration != 0 || r.Err != nil) {
-					t.Error("half closed")
+					t.Error("the record of an open connection has fields that Close sets")
 				}
 				return r.Downstream.IsValid() && r.Received.Load() < 1<<40
 			})
@@ -109,7 +109,7 @@ func TestATableIsForManyGoroutines(t *testing.T) {
 				r.UpstreamLocal = downstream
 				table.Carry(r, TLS, Hello{ServerName: "a.example"})
 				r.Received.Add(7)
-				runtime.Gosched() // so that it is looked at
+				runtime.Gosched() // so that readers see it
 				if i%2 == 0 {
 					table.Leave(r)
 				} else {
@@ -122,11 +122,11 @@ func TestATableIsForManyGoroutines(t *testing.T) {
 	close(done)
 	watchers.Wait()
 	if table.Open() != 0 {
-		t.Errorf("%d are left", table.Open())
+		t.Errorf("%d connections are still listed", table.Open())
 	}
 }
 
-// What Istio's words for an end are depends on whether a connection or a request ended, and on what the engine knows.
+// Istio's flags and details depend on whether a connection or a request ended, and on those that the engine has set.
 func TestFlagsAndDetails(t *testing.T) {
 	for _, c := range []struct {
 		reason                 Reason
@@ -160,8 +160,8 @@ func TestFlagsAndDetails(t *testing.T) {
 	}
 }
 
-// Whoever looks at ten thousand connections holds up none of their requests.
-func TestARequestEndsWhileSomebodyLooks(t *testing.T) {
+// Reading a table of ten thousand connections does not delay their requests.
+func TestARequestEndsWhileTheTableIsRead(t *testing.T) {
 	var sink lastRecord
 	table := NewTable(&sink)
 	connection := Open(Inbound, downstream)
@@ -169,13 +169,13 @@ func TestARequestEndsWhileSomebodyLooks(t *testing.T) {
 	table.Each(func(*Record) bool {
 		request := Open(Inbound, downstream)
 		request.Connection = connection
-		request.Close(table, Completed, nil) // would wait for ever
+		request.Close(table, Completed, nil) // would deadlock
 		return true
 	})
 	table.Leave(connection)
 }
 
-func TestEachPlaceIsOneSinksAlone(t *testing.T) {
+func TestSinksDoNotShareAPlace(t *testing.T) {
 	a, b := NewPlace(), NewPlace()
 	r := Open(Inbound, downstream)
 	a.Set(r, "a")
@@ -190,7 +190,7 @@ func TestEachPlaceIsOneSinksAlone(t *testing.T) {
 	}
 	defer func() {
 		if recover() == nil {
-			t.Errorf("more than %d places were given out", maxPlaces)
+			t.Errorf("more than %d places could be taken", maxPlaces)
 		}
 	}()
 	for range maxPlaces {

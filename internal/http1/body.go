@@ -188,7 +188,7 @@ func hexadecimal(c byte) int {
 const noTrailer = hopByHop | 1<<ContentLength | 1<<TransferEncoding | 1<<Trailer | 1<<Expect | 1<<Host
 
 // trailer parses a trailer field, or the empty line. A field of noTrailer, or one that Connection names, is an error:
-// dropping it would change chunk framing, which is forwarded byte for byte.
+// chunk framing is forwarded byte for byte, so a single field cannot be dropped.
 func (x *Body) trailer(p []byte) (int, error) {
 	line, n, err := wholeLine(p, min(maxTrailerLine, x.limits.Head), ErrTrailersTooLarge)
 	if n == 0 || err != nil {

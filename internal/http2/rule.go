@@ -24,6 +24,7 @@ const (
 	BadStatus
 	ConnectionField
 	RepeatedHost
+	BadHost
 	HostDiffers
 	BadContentLength
 	ContentLengthsDiffer
@@ -42,6 +43,7 @@ var ruleTexts = [ruleCount]struct{ name, text string }{
 	BadStatus:            {"bad_status", "a response that does not begin with a valid :status"},
 	ConnectionField:      {"connection_field", "a field that concerns the connection"},
 	RepeatedHost:         {"repeated_host", "more than one host"},
+	BadHost:              {"bad_host", "a host or :authority that is not a valid host"},
 	HostDiffers:          {"host_differs", "a host other than :authority"},
 	BadContentLength:     {"bad_content_length", "a content-length that is not a number up to 2^63-1"},
 	ContentLengthsDiffer: {"content_lengths_differ", "content-lengths that differ"},

@@ -26,9 +26,15 @@ type conversation struct {
 
 // deeds are the steps that send or read no text.
 var deeds = map[string]func(t *testing.T, s *stage){
-	"client closes its half":      func(t *testing.T, s *stage) { s.client.CloseWrite() },
-	"client closes":               func(t *testing.T, s *stage) { s.client.Close() },
-	"client resets":               func(t *testing.T, s *stage) { s.client.SetLinger(0); s.client.Close() },
+	"client closes its half": func(t *testing.T, s *stage) { s.client.CloseWrite() },
+	"client closes":          func(t *testing.T, s *stage) { s.client.Close() },
+	"client resets":          func(t *testing.T, s *stage) { s.client.SetLinger(0); s.client.Close() },
+	"client reads a message that ends the connection": func(t *testing.T, s *stage) {
+		rest, err := io.ReadAll(s.client)
+		if err != nil || !strings.Contains(string(rest), "\r\nConnection: close\r\n") {
+			t.Fatalf("the client reads %q and %v", rest, err)
+		}
+	},
 	"client reads the end":        func(t *testing.T, s *stage) { readsEnd(t, s.client, "the client") },
 	"client is reset":             func(t *testing.T, s *stage) { readsReset(t, s.client, "the client") },
 	"client connects again":       func(t *testing.T, s *stage) { s.client = s.rig.dial(t) },

@@ -100,6 +100,17 @@ func (x *exchange) recordRequest(b []byte) {
 	to.Fields = x.copyFields(to.Fields, h, b, x.settings.Note.Request)
 }
 
+// recordPart copies what is known of a request whose head was malformed, late or not sent to its end. recordRequest has
+// recorded every other one.
+func (x *exchange) recordPart() {
+	h, s := &x.requestHead, x.s
+	if x.record.HTTP.Method != nil || h.Method.Empty() || s.Read == nil {
+		return
+	}
+	x.recordLine(s.Read.Bytes())
+	x.record.HTTP.Authority = x.copyField(h, s.Read.Bytes(), http1.Host)
+}
+
 // recordLine copies the request line.
 func (x *exchange) recordLine(b []byte) {
 	h, to := &x.requestHead, &x.record.HTTP

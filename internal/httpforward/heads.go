@@ -121,9 +121,9 @@ func boundToConnection(h *http1.Head, b []byte, k http1.Known) bool {
 	return false
 }
 
-// namesScheme reports whether NTLM or Negotiate is among the words of credentials or of a list of challenges. Whatever is
-// not a letter ends a word, because recipients differ in what they take for white space. A word that is not a scheme only
-// costs a connection that is not shared.
+// namesScheme reports whether NTLM or Negotiate is among the words of credentials or of a list of challenges. A word
+// ends at every byte that is not a letter, because recipients differ in what they accept as white space. If a word is
+// mistaken for a scheme, the only effect is that a connection is not shared.
 func namesScheme(value []byte) bool {
 	for len(value) > 0 {
 		n := 0

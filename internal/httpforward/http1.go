@@ -19,7 +19,9 @@ import (
 // run forwards one request and its response, closes the record, and returns how the connection continues.
 func (x *exchange) run() ending {
 	x.record.Opened = time.Now()
-	if answer, err := x.readHead(); err != nil {
+	answer, err := x.readHead()
+	x.recordPart()
+	if err != nil {
 		return x.stopped(err)
 	} else if answer != nil {
 		return x.refuse(*answer, x.failure)
@@ -82,9 +84,6 @@ func (x *exchange) readHead() (*reply, error) {
 	for {
 		done, err := x.requestHead.ParseRequest(s.Read.Bytes(), limits)
 		if err != nil {
-			if x.requestHead.Method.End > 0 {
-				x.recordLine(s.Read.Bytes())
-			}
 			return x.malformed(faultOf(err, &x.requestHead, s.Read.Bytes())), nil
 		}
 		if done {
@@ -276,7 +275,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 // interim forwards a 1xx response. HTTP/1.0 does not have them (RFC 9110 §15.2), so they are dropped there.
 func (x *exchange) interim(b []byte) error {
 	m, h := &x.response, &x.responseHead
-	if x.interims++; x.interims > x.s.engine.maxInterim {
+	if x.interims++; x.interims > x.s.engine.config.maxInterim {
 		return errTooManyInterim
 	}
 	if x.requestHead.Minor > 0 {

@@ -656,10 +656,11 @@ var conversations = []conversation{
 		client closes
 		nothing is left in the pool`,
 		[]recorded{done(200, 0, 1)}},
-	{"nobody listens upstream", `
+	{"nobody listens upstream: the client has to connect again", `
 		upstream listens no more
 		> GET / HTTP/1.1$Host: a$$
-		<< HTTP/1.1 503 Service Unavailable$`,
+		<< HTTP/1.1 503 Service Unavailable$
+		client reads a message that ends the connection`,
 		[]recorded{{reason: flow.UpstreamRefused, status: 503, flags: "UF", sent: 167}}},
 	{"while the end is announced, answers close", `
 		> GET / HTTP/1.1$Host: a$$

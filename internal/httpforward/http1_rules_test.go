@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"io"
 	"math"
+	"net"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
 // Malformed messages, and those that concern the connection only, end at the engine.
@@ -186,8 +188,7 @@ func TestTheRecordOfAMalformedMessageNamesItsRule(t *testing.T) {
 // request timeout from being looked at.
 func TestInterimResponsesDoNotProlongARequest(t *testing.T) {
 	o := newOrigin(t)
-	r := newRig(t, o.address, false, plain, func(c *Config) { c.RequestTimeout = 20 * time.Millisecond })
-	r.engine.maxInterim = math.MaxInt
+	r := newRig(t, o.address, false, plain, func(c *Config) { c.RequestTimeout, c.maxInterim = 20*time.Millisecond, math.MaxInt })
 	client := r.dial(t)
 	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
 	go io.Copy(io.Discard, client)
@@ -224,5 +225,37 @@ func TestInterimResponsesAreLimited(t *testing.T) {
 		if got := r.records.await(t, 0); got.reason != c.reason || got.status != c.status {
 			t.Errorf("after %d interim responses: %s, %d: %v", c.n, got.reason, got.status, got.err)
 		}
+	}
+}
+
+// The record of a request names it as far as its head is known.
+func TestTheRecordOfAnUnfinishedHeadNamesTheRequest(t *testing.T) {
+	const begun = "GET /slow HTTP/1.1\r\nHost: a.test\r\nX: "
+	for _, c := range []struct {
+		name   string
+		end    func(*net.TCPConn)
+		reason flow.Reason
+		status int
+	}{
+		{"a timeout", func(conn *net.TCPConn) { io.Copy(io.Discard, conn) }, flow.HeadTimeout, 408},
+		{"a half-close", func(conn *net.TCPConn) { conn.CloseWrite() }, flow.DownstreamLeft, 0},
+		{"a head over the limit", func(conn *net.TCPConn) { conn.Write(make([]byte, 100<<10)) }, flow.HeadTooLarge, 431},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			o := newOrigin(t)
+			r := newRig(t, o.address, false, plain, func(config *Config) {
+				if config.HeadTimeout = nettest.Patience; c.status == 408 {
+					config.HeadTimeout = 50 * time.Millisecond
+				}
+			})
+			client := r.dial(t)
+			send(t, client, begun)
+			c.end(client)
+			got := r.records.await(t, 0)
+			if got.reason != c.reason || got.status != c.status || got.method != "GET" || got.path != "/slow" || got.authority != "a.test" {
+				t.Errorf("%s, %d: %q %q of %q", got.reason, got.status, got.method, got.path, got.authority)
+			}
+		})
 	}
 }

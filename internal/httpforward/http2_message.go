@@ -162,7 +162,7 @@ func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whol
 		return http2.MessageError(id, err)
 	case response.Interim() && end:
 		return http2.StreamError(id, http2.ProtocolError, "interim response that is the last")
-	case response.Interim() && s.interim == m.engine.maxInterim:
+	case response.Interim() && s.interim == m.engine.config.maxInterim:
 		return http2.MessageError(id, http2.TooManyInterim)
 	case response.Interim():
 		s.interim++

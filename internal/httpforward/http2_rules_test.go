@@ -125,8 +125,7 @@ func TestTheRecordOfAMalformedHTTP2MessageNamesItsRule(t *testing.T) {
 
 // The same for HTTP/2.
 func TestInterimResponsesDoNotProlongAnHTTP2Request(t *testing.T) {
-	r, client, server := meet(t, func(c *Config) { c.RequestTimeout = 20 * time.Millisecond })
-	r.engine.maxInterim = math.MaxInt
+	r, client, server := meet(t, func(c *Config) { c.RequestTimeout, c.maxInterim = 20*time.Millisecond, math.MaxInt })
 	client.sends("GET 1")
 	server.reads("GET 1")
 	go io.Copy(io.Discard, client.conn)
@@ -158,7 +157,7 @@ func TestHTTP2InterimResponsesAreLimited(t *testing.T) {
 	}
 }
 
-// gRPC is what its content-type says over HTTP/2, and grpc-status has a meaning only there.
+// Over HTTP/2 the content-type decides whether a request is a gRPC call. Only the response to one has a grpc-status.
 func TestOnlyAGRPCCallHasAStatusOfGRPC(t *testing.T) {
 	for contentType, want := range map[string]string{
 		"application/grpc": "14", "application/grpc+proto": "14", "application/grpc-web": "", "application/grpc-web+proto": "", "text/plain": "",

@@ -27,6 +27,8 @@ type Config struct {
 	Flows     flow.Sink       // takes each request's record
 	Budget    *budget.Budget  // of what connections hold while they wait; nil: no limit
 	Settings                  // until the first Apply
+
+	maxInterim int // interim responses to a request; zero: maxInterim. Tests change it
 }
 
 // Settings is what may change while connections are open. A value is never modified: Apply replaces it. HTTP/1 reads it
@@ -80,10 +82,9 @@ type Connection struct {
 
 // Engine forwards the HTTP of one direction. Make it with New.
 type Engine struct {
-	config     Config // without Settings
-	settings   atomic.Pointer[Settings]
-	state      atomic.Int32 // one of the states below
-	maxInterim int          // maxInterim; tests change it
+	config   Config // without Settings
+	settings atomic.Pointer[Settings]
+	state    atomic.Int32 // one of the states below
 }
 
 // The states, in their order. A connection checks the state when it is woken, so the poller must be woken after a change.
@@ -98,7 +99,10 @@ func New(config Config) (*Engine, error) {
 	if config.Dialer.Poller == nil || config.Pool == nil || config.Flows == nil {
 		return nil, errors.New("httpforward: Dialer, Pool and Flows are required")
 	}
-	e := &Engine{config: config, maxInterim: maxInterim}
+	e := &Engine{config: config}
+	if config.maxInterim == 0 {
+		e.config.maxInterim = maxInterim
+	}
 	e.config.Settings = Settings{}
 	if err := e.Apply(config.Settings); err != nil {
 		return nil, err

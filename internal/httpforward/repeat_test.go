@@ -49,3 +49,51 @@ func TestWhichRequestsAreSentAgain(t *testing.T) {
 		}
 	}
 }
+
+func TestADownstreamConnectionOutlivesItsUpstreamConnection(t *testing.T) {
+	now := time.Now()
+	open, closed := newOrigin(t), newOrigin(t)
+	closed.listener.Close()
+	for _, c := range []struct {
+		name string
+		s    session
+		want bool
+	}{
+		{"inbound, while the workload listens", session{target: upstream.Target{Address: open.address}}, true},
+		{"inbound, when the workload listens no more", session{target: upstream.Target{Address: closed.address}}, false},
+		{"inbound, authenticated", session{bound: true, target: upstream.Target{Address: open.address}}, false},
+		{"outbound, while a request may be on its way", session{lastUse: now.Add(time.Hour), target: upstream.Target{Balanced: true}}, true},
+		{"outbound, authenticated", session{bound: true, lastUse: now.Add(time.Hour), target: upstream.Target{Balanced: true}}, false},
+		{"outbound, later", session{lastUse: now.Add(-inFlight), target: upstream.Target{Balanced: true, Address: open.address}}, false},
+	} {
+		if got := c.s.outlives(); got != c.want {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+func TestAnOrphanedDownstreamConnectionIsCheckedAgain(t *testing.T) {
+	soon, later := time.Now().Add(time.Second), time.Now().Add(time.Hour)
+	for _, c := range []struct {
+		name     string
+		s        session
+		from, to time.Time
+	}{
+		{"with an upstream connection", session{idleEnd: later}, later, later},
+		{"inbound", session{orphaned: true, idleEnd: later}, time.Now().Add(listenCheck), time.Now().Add(listenCheck + time.Minute)},
+		{"inbound, when the idle time ends earlier", session{orphaned: true, idleEnd: soon}, soon, soon},
+		{"outbound", session{orphaned: true, idleEnd: later, lastUse: soon, target: upstream.Target{Balanced: true}}, soon.Add(inFlight), soon.Add(inFlight)},
+	} {
+		if got := c.s.nextCheck(); got.Before(c.from) || got.After(c.to) {
+			t.Errorf("%s: %v, want %v to %v", c.name, got, c.from, c.to)
+		}
+	}
+	over := session{orphaned: true, idleEnd: time.Now(), lastUse: later, target: upstream.Target{Balanced: true}}
+	if over.outlastsWait(tcp.ErrDeadline) {
+		t.Error("a connection outlasts its idle time")
+	}
+	over.idleEnd = time.Time{}
+	if !over.outlastsWait(tcp.ErrDeadline) || over.outlastsWait(tcp.ErrCanceled) {
+		t.Error("a connection does not outlast a check, or outlasts the end of the agent")
+	}
+}

@@ -137,14 +137,24 @@ func dialReply(err error, retried bool) reply {
 	return r
 }
 
+// endsConnection reports whether a reply ends its connection. After a malformed request, or one whose memory was freed,
+// the next one cannot be found. When upstream cannot be reached, a client that has to connect again may reach another server, or another pod.
+func (r *reply) endsConnection() bool {
+	switch r.reason {
+	case flow.BadFraming, flow.MemoryBudget, flow.UpstreamRefused, flow.UpstreamTimeout, flow.UpstreamUnreachable:
+		return r.flags != envoy.FlagNoRouteFound
+	}
+	return false
+}
+
 // refuse sends a reply in place of upstream, and closes the record. The connection persists if the whole request has
-// arrived. After a part of an interim response no reply can be sent: downstream could not parse it.
+// arrived, unless the reply ends it. After a part of an interim response no reply can be sent: downstream could not parse it.
 func (x *exchange) refuse(r reply, err error) ending {
 	if x.response.out.Len() > 0 && x.response.bad == nil {
 		return x.close(r.reason, err, cut)
 	}
 	end := linger
-	if x.started && x.request.body.Done() && r.reason != flow.BadFraming && r.reason != flow.MemoryBudget && !x.downstreamCloses() && !x.last() {
+	if x.started && x.request.body.Done() && !r.endsConnection() && !x.downstreamCloses() && !x.last() {
 		end = next
 	}
 	x.s.dropUpstream()

@@ -75,7 +75,7 @@ func (e *Engine) ServeHTTP1(w *tcp.Waiter, c *Connection) {
 // awaitRequest returns true when the first bytes of a request have arrived, and false when no request will follow.
 //
 // Upstream may close meanwhile, as servers do after some idle time or some number of requests. A request sent before that
-// is served on another upstream connection. If there is none, outlives decides whether downstream stays open.
+// is served on another upstream connection. Without such a request, outlives decides whether downstream stays open.
 func (s *session) awaitRequest() bool {
 	s.idleEnd = time.Time{}
 	for {
@@ -118,27 +118,38 @@ func (s *session) awaitRequest() bool {
 	}
 }
 
-// listenCheck is how often a downstream connection without an upstream one checks that the workload still listens.
-const listenCheck = 5 * time.Second
+const (
+	// listenCheck is how often a downstream connection without an upstream one checks that the workload still listens.
+	listenCheck = 5 * time.Second
 
-// nextCheck returns the end of the idle time, or the time of the next listenCheck; zero if there is neither. It is not
-// inlined, so that the frame of awaitRequest stays small: see Serve.
+	// inFlight is how soon after a response the client may have sent its next request without having seen that its
+	// connection ends.
+	inFlight = 100 * time.Millisecond
+)
+
+// nextCheck returns the end of the idle time, or the time at which outlives decides again; zero if there is neither. It is
+// not inlined, so that the frame of awaitRequest stays small: see Serve.
 //
 //go:noinline
 func (s *session) nextCheck() time.Time {
 	if s.idleEnd.IsZero() {
 		s.idleEnd = after(s.engine.settings.Load().IdleTimeout)
 	}
-	if s.orphaned {
-		if check := time.Now().Add(listenCheck); s.idleEnd.IsZero() || check.Before(s.idleEnd) {
-			return check
-		}
+	if !s.orphaned {
+		return s.idleEnd
 	}
-	return s.idleEnd
+	check := time.Now().Add(listenCheck)
+	if s.target.Balanced {
+		check = s.lastUse.Add(inFlight)
+	}
+	if !s.idleEnd.IsZero() && s.idleEnd.Before(check) {
+		return s.idleEnd
+	}
+	return check
 }
 
-// outlastsWait reports whether downstream stays open after a wait that ended with an error: it was only the time of a
-// listenCheck. It is not inlined, as nextCheck is not.
+// outlastsWait reports whether downstream stays open after a wait that ended with an error: nextCheck's time had come, and
+// outlives decides again. It is not inlined, as nextCheck is not.
 //
 //go:noinline
 func (s *session) outlastsWait(err error) bool {
@@ -146,17 +157,26 @@ func (s *session) outlastsWait(err error) bool {
 }
 
 // outlives reports whether downstream stays open although its upstream connection is gone. The next request gets a new
-// one.
+// one. A connection that is authenticated for this downstream cannot be replaced.
 //
-// It ends with an upstream connection to a balanced target: a client whose connection ends looks up the name again and
-// connects to a server that is there, and the agent must not keep it from that. Inbound, the target is the workload.
-// While that listens, the next connection will serve as well as the last one did. When it listens no more, the client
-// turns to another pod only if its connection ends. A connection that is authenticated for this downstream cannot be
-// replaced. It is not inlined, as nextCheck is not.
+// With a balanced target, the two end together, except that a request that may be on its way is still served. A client
+// whose connection ends looks up the name again and connects to a server that is there, and the agent must not keep it
+// from that.
+//
+// Inbound, the target is the workload. While that listens, the next connection will serve as well as the last one did. When
+// it listens no more, the client turns to another pod only if its connection ends.
+//
+// It is not inlined, as nextCheck is not.
 //
 //go:noinline
 func (s *session) outlives() bool {
-	return !s.bound && !s.target.Balanced && tcp.Listens(s.target.Address)
+	switch {
+	case s.bound:
+		return false
+	case s.target.Balanced:
+		return time.Since(s.lastUse) < inFlight
+	}
+	return tcp.Listens(s.target.Address)
 }
 
 // begun reports whether b holds the beginning of a request, or what cannot become one. Empty lines do not count: old

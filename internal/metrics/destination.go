@@ -2,8 +2,8 @@ package metrics
 
 import (
 	"bytes"
+	"math"
 	"net/netip"
-	"strconv"
 )
 
 // kind is what a Host field names.
@@ -42,28 +42,43 @@ func (n *naming) destination(dst, host []byte, to netip.Addr) ([]byte, kind) {
 	if len(host) == 0 {
 		return dst, noHost
 	}
-	if !validHost(host) {
+	name, ok := withoutPort(host)
+	if !ok || len(name) == 0 || len(name) > maxDestination+len(".") {
 		return dst, invalidHost
 	}
-	name := withoutPort(host)
-	if name[0] == '[' || len(bytes.Trim(name, "0123456789.")) == 0 {
+	if name[0] == '[' {
+		if !isIPv6(name) {
+			return dst, invalidHost
+		}
 		return dst, addressHost
 	}
-	start := len(dst)
+	start, label, numeric := len(dst), 0, true
 	dst = append(dst, name...)
 	name = dst[start:]
 	for i, c := range name {
-		if 'A' <= c && c <= 'Z' {
-			name[i] = c + 'a' - 'A'
+		c = lowered[c]
+		name[i] = c
+		switch {
+		case c == '.' && label > 0:
+			label = 0
+			continue
+		case c == '.' || c == 0 || label == maxLabel:
+			return dst[:start], invalidHost
+		case c < '0' || c > '9':
+			numeric = false
 		}
+		label++
 	}
-	absolute := name[len(name)-1] == '.'
+	absolute := label == 0
 	if absolute {
 		name = name[:len(name)-1]
 		dst = dst[:len(dst)-1]
 	}
-	if !validName(name) {
+	switch {
+	case len(name) > maxDestination:
 		return dst[:start], invalidHost
+	case numeric:
+		return dst[:start], addressHost
 	}
 	service, namespace, domain := n.service(name, absolute, to)
 	if service == nil {
@@ -121,7 +136,7 @@ func (n *naming) service(name []byte, absolute bool, to netip.Addr) (service, na
 	return service, namespace, domain
 }
 
-var dot = []byte{'.'}
+var dot, hyphen = []byte{'.'}, []byte{'-'}
 
 // cutSuffix is bytes.CutSuffix for a suffix in two parts.
 func cutSuffix(name []byte, first, second string) (before []byte, found bool) {
@@ -135,27 +150,8 @@ func cutSuffix(name []byte, first, second string) (before []byte, found bool) {
 // maxLabel is the longest label of a DNS name.
 const maxLabel = 63
 
-// validName reports whether name, without a dot at its end, has the length of a DNS name and its labels.
-func validName(name []byte) bool {
-	if len(name) == 0 || len(name) > maxDestination {
-		return false
-	}
-	length := 0
-	for _, c := range name {
-		if c == '.' && length == 0 {
-			return false
-		}
-		if length++; c == '.' {
-			length = 0
-		}
-		if length > maxLabel {
-			return false
-		}
-	}
-	return length > 0
-}
-
-// isLabel reports whether a label in lower case can be the name of a namespace (RFC 1123). A Service's begins with a letter.
+// isLabel reports whether a label in lower case can be the name of a namespace (RFC 1123). A Service's begins with a letter. Its
+// characters are those of a name.
 func isLabel(label []byte) bool {
 	if len(label) == 0 || label[0] == '-' || label[len(label)-1] == '-' {
 		return false
@@ -171,7 +167,7 @@ func isLabel(label []byte) bool {
 // hasOrdinal reports whether a label ends in a number after a hyphen, as the names of pods of stateful sets do.
 func hasOrdinal(label []byte) bool {
 	name := bytes.TrimRight(label, "0123456789")
-	return len(name) < len(label) && len(name) > 1 && name[len(name)-1] == '-'
+	return len(name) < len(label) && bytes.HasSuffix(name, hyphen)
 }
 
 // isPrivateTLD reports whether a label is a common top-level domain of private networks, and therefore not a namespace.
@@ -193,40 +189,50 @@ func mayBeInCluster(to netip.Addr) bool {
 	return to.IsPrivate() || sharedAddresses.Contains(to) || gkeServices.Contains(to)
 }
 
-// maxHost is the length of a name of 253 bytes with a dot at its end and a port.
+// maxHost is the longest valid host: a name with a dot at its end and a port.
 const maxHost = maxDestination + len(".:65535")
 
-// withoutPort returns host without its port. The port must be valid.
-func withoutPort(host []byte) []byte {
-	if i := bytes.LastIndexByte(host, ':'); i >= 0 && host[len(host)-1] != ']' {
-		return host[:i]
+// maxBuffer is as much as destination appends before it checks the length.
+const maxBuffer = 2*maxLabel + len(".") + len(".svc.") + maxDestination
+
+// withoutPort returns host without its port, and false if the port is invalid.
+func withoutPort(host []byte) (name []byte, ok bool) {
+	i := bytes.LastIndexByte(host, ':')
+	if i < 0 || host[len(host)-1] == ']' {
+		return host, true
 	}
-	return host
+	port := 0
+	for _, c := range host[i+1:] {
+		if c < '0' || c > '9' || port > math.MaxUint16 {
+			return nil, false
+		}
+		port = 10*port + int(c-'0')
+	}
+	return host[:i], 0 < port && port <= math.MaxUint16
 }
 
-// validHost reports whether host consists of the characters of a name or an address, with or without a port.
-func validHost(host []byte) bool {
-	if len(host) > maxHost {
+// isIPv6 reports whether host consists of brackets and the characters of an IPv6 address without a zone.
+func isIPv6(host []byte) bool {
+	if len(host) < len("[::]") || host[len(host)-1] != ']' {
 		return false
 	}
-	name := withoutPort(host)
-	if len(name) < len(host) {
-		port, err := strconv.ParseUint(string(host[len(name)+1:]), 10, 16)
-		if err != nil || port == 0 {
+	for _, c := range host[1 : len(host)-1] {
+		if l := lowered[c]; c != ':' && l != '.' && (l < '0' || l > '9') && (l < 'a' || l > 'f') {
 			return false
 		}
 	}
-	inBrackets := len(name) > 2 && name[0] == '[' && name[len(name)-1] == ']'
-	if inBrackets {
-		name = name[1 : len(name)-1]
-	}
-	for _, c := range name {
-		switch {
-		case '0' <= c && c <= '9', c == '.', inBrackets && c == ':', 'a' <= c|0x20 && c|0x20 <= 'f':
-		case !inBrackets && ('a' <= c|0x20 && c|0x20 <= 'z' || c == '-' || c == '_'):
-		default:
-			return false
-		}
-	}
-	return len(name) > 0
+	return true
 }
+
+// lowered maps the bytes of names to lower case, and others to 0.
+var lowered = func() (table [256]byte) {
+	for c := range 256 {
+		switch c := byte(c); {
+		case 'A' <= c && c <= 'Z':
+			table[c] = c + 'a' - 'A'
+		case 'a' <= c && c <= 'z', '0' <= c && c <= '9', c == '.', c == '-', c == '_':
+			table[c] = c
+		}
+	}
+	return table
+}()

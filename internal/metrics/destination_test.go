@@ -40,6 +40,8 @@ func TestDestinationService(t *testing.T) {
 		{"web-0.web.prod.svc.cluster.local:80", "web.prod.svc.cluster.local", "web", "prod", external},
 		{"web-0.web.prod.svc", "web.prod.svc.cluster.local", "web", "prod", external},
 		{"web-0.web.shop", "web.shop.svc.cluster.local", "web", "shop", clusterIP},
+		{"web1.web", "web1.web.svc.cluster.local", "web1", "web", clusterIP},
+		{"web-a.web", "web-a.web.svc.cluster.local", "web-a", "web", clusterIP},
 		{"web-10.web", "web.shop.svc.cluster.local", "web", "shop", clusterIP},
 		{"x.web-0.web.prod.svc.cluster.local", "x.web-0.web.prod.svc.cluster.local", passthrough, unknown, clusterIP},
 		// Services of several clusters.
@@ -150,16 +152,18 @@ func TestSpellingsOfAServiceShareItsSeries(t *testing.T) {
 }
 
 func TestValidHosts(t *testing.T) {
-	for _, host := range []string{"a", "a.example", "A.Example:80", "x_y-z.example.", "203.0.113.7", "203.0.113.7:65535",
-		"[2001:db8::7]", "[::ffff:203.0.113.7]:8080", strings.Repeat("a", 253) + ".:65535"} {
-		if !validHost([]byte(host)) {
+	n := naming{namespace: []byte("shop"), domain: "cluster.local"}
+	for _, host := range []string{"a", "a.example", "A.Example:80", "x_y-z.example.", "203.0.113.7", "203.0.113.7:65535", "1:1",
+		"[2001:db8::7]", "[::ffff:203.0.113.7]:8080", "[::]", strings.Repeat("a.", 126) + "b.:65535"} {
+		if _, kind := n.destination(nil, []byte(host), clusterIP.Addr()); kind == invalidHost {
 			t.Errorf("%q is rejected", host)
 		}
 	}
-	for _, host := range []string{"", ":80", "a:", "a:0", "a:65536", "a:b", "a:-1", "a b", "a/b", `a"b`, "a\nb", "a\x00", "é.example",
-		"a@b", "2001:db8::7", "[]:80", "[", "[a", "a]", "[g::]", "[::1]x", "[fe80::1%eth0]", "a,b", strings.Repeat("a", 261)} {
-		if validHost([]byte(host)) {
-			t.Errorf("%q is accepted", host)
+	for _, host := range []string{":80", "a:", "a:0", "a:65536", "a:99999999999999999999", "a:b", "a:-1", "a b", "a/b", `a"b`, "a\nb",
+		"a\x00", "é.example", "a@b", "2001:db8::7", "[]:80", "[:]", "[", "[a", "a]", "[g::]", "[::1]x", "[fe80::1%eth0]", "a,b", ".", "..", "a..b",
+		".a", strings.Repeat("a", 64), strings.Repeat("a.", 126) + "bc", strings.Repeat("a.", 126) + "b..", strings.Repeat("a", 300)} {
+		if name, kind := n.destination(nil, []byte(host), clusterIP.Addr()); kind != invalidHost || len(name) > 0 {
+			t.Errorf("%q is accepted as %q, kind %d", host, name, kind)
 		}
 	}
 }

@@ -197,7 +197,7 @@ func (d *direction) request(r *flow.Record) {
 			host: last.host[:0], grpcStatus: grpcStatuses[set.grpcStatus], flags: r.HTTP.Flags,
 			reason: r.Reason, status: r.HTTP.Status, grpc: r.HTTP.GRPC, end: end,
 		}
-		if named && len(r.HTTP.Authority) <= maxHost {
+		if named {
 			last.set = set
 			last.host = append(last.host, r.HTTP.Authority...)
 		}

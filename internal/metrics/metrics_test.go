@@ -466,6 +466,62 @@ func TestHistogramsMatchPrometheus(t *testing.T) {
 	}
 }
 
+// The counters that a connection caches for its next request must not be used for a request with other labels.
+func TestCountersDoNotDependOnEarlierRequestsOfTheConnection(t *testing.T) {
+	changes := map[string]func(*flow.Record){
+		"same":          func(*flow.Record) {},
+		"host":          func(r *flow.Record) { r.HTTP.Authority = []byte("ratings") },
+		"spelling":      func(r *flow.Record) { r.HTTP.Authority = []byte("reviews.shop:80") },
+		"no host":       func(r *flow.Record) { r.HTTP.Authority = nil },
+		"invalid host":  func(r *flow.Record) { r.HTTP.Authority = []byte("a b") },
+		"status":        func(r *flow.Record) { r.HTTP.Status = 201 },
+		"last status":   func(r *flow.Record) { r.HTTP.Status = 599 },
+		"odd status":    func(r *flow.Record) { r.HTTP.Status = 600 },
+		"flags":         func(r *flow.Record) { r.HTTP.Flags = "UC" },
+		"reason":        func(r *flow.Record) { r.Reason = flow.UpstreamReset },
+		"gRPC":          func(r *flow.Record) { r.HTTP.GRPC = true },
+		"gRPC's status": func(r *flow.Record) { r.HTTP.GRPC, r.HTTP.GRPCStatus = true, []byte("5") },
+	}
+	counts := func(requests ...*flow.Record) string {
+		m := New(pod, Options{})
+		for _, r := range requests {
+			m.Closed(r)
+		}
+		var f families // without those of the runtime, for speed
+		m.istio(&f)
+		m.own(&f, [2][len(protocols)]int{})
+		var lines []string
+		for _, family := range f {
+			for _, metric := range family.Metric {
+				lines = append(lines, family.GetName()+" "+metric.String()+"\n")
+			}
+		}
+		slices.Sort(lines)
+		return strings.Join(lines, "")
+	}
+	for first, change := range changes {
+		for second, then := range changes {
+			var together, apart []*flow.Record
+			shared := connection(flow.NewTable(), flow.Inbound, flow.HTTP2)
+			for i, change := range []func(*flow.Record){change, then, then, change} {
+				for _, list := range []*[]*flow.Record{&together, &apart} {
+					c := shared
+					if list == &apart {
+						c = connection(flow.NewTable(), flow.Inbound, flow.HTTP2)
+					}
+					r := request(c, "reviews", 200)
+					change(r)
+					r.Received.Store(uint64(i))
+					*list = append(*list, r)
+				}
+			}
+			if got, want := counts(together...), counts(apart...); got != want {
+				t.Errorf("%s, then %s:\n%s\nwant\n%s", first, second, got, want)
+			}
+		}
+	}
+}
+
 // Counting does not allocate: neither for a request with known labels nor for one whose host is not counted by itself.
 func TestClosedDoesNotAllocate(t *testing.T) {
 	m := New(pod, Options{Version: "v"})

@@ -220,7 +220,7 @@ func (d *direction) newRequestSet(key setKey) *requestSet {
 // service finds or creates the service of a request's host. named is false if the host was counted as unknown and may be
 // counted by its name later.
 func (d *direction) service(r *flow.Record) (of *service, named bool) {
-	var buf [maxDestination + maxHost]byte
+	var buf [maxBuffer]byte
 	name, kind := d.naming.destination(buf[:0], r.HTTP.Authority, r.OriginalDestination.Addr())
 	switch kind {
 	case noHost, addressHost:

@@ -9,9 +9,6 @@ import (
 	"strings"
 )
 
-// Variable is the environment variable in which the injector passes the workload's annotations for Prometheus.
-const Variable = "ISTIO_PROMETHEUS_ANNOTATIONS"
-
 // maxTargets bounds the targets. They share maxBytes and maxSamples.
 const maxTargets = 16
 
@@ -21,9 +18,10 @@ type Target struct {
 	Path string
 }
 
-// ParseTargets parses the value of Variable: JSON with "scrape", "port" and "path", or with "targets", a list of ports and
-// paths that overrides the two. The default port is 80 and the default path /metrics. If value is empty or scrape is
-// "false", there are no targets. A port in own is an error, because the agent would scrape itself endlessly.
+// ParseTargets parses the workload's annotations for Prometheus, as Istio's injector records them: JSON with "scrape",
+// "port" and "path", or with "targets", a list of ports and paths that overrides the two. The default port is 80 and the
+// default path /metrics. If value is empty or scrape is "false", there are no targets. A port in own is an error, because
+// the agent would scrape itself endlessly.
 func ParseTargets(value string, own ...uint16) ([]Target, error) {
 	if value == "" {
 		return nil, nil
@@ -38,7 +36,7 @@ func ParseTargets(value string, own ...uint16) ([]Target, error) {
 		Targets []target `json:"targets"`
 	}
 	if err := json.Unmarshal([]byte(value), &config); err != nil {
-		return nil, fmt.Errorf("%s: invalid JSON: %w", Variable, err)
+		return nil, fmt.Errorf("invalid JSON: %w", err)
 	}
 	if config.Scrape == "false" {
 		return nil, nil
@@ -48,7 +46,7 @@ func ParseTargets(value string, own ...uint16) ([]Target, error) {
 		wanted = []target{config.target}
 	}
 	if len(wanted) > maxTargets {
-		return nil, fmt.Errorf("%s: %d targets are more than %d", Variable, len(wanted), maxTargets)
+		return nil, fmt.Errorf("%d targets are more than %d", len(wanted), maxTargets)
 	}
 	var targets []Target
 	for _, w := range wanted {
@@ -56,17 +54,17 @@ func ParseTargets(value string, own ...uint16) ([]Target, error) {
 		if w.Port != "" {
 			number, err := strconv.ParseUint(string(w.Port), 10, 16)
 			if err != nil || number == 0 {
-				return nil, fmt.Errorf("%s: invalid port %q; use a number from 1 to 65535", Variable, string(w.Port))
+				return nil, fmt.Errorf("invalid port %q; use a number from 1 to 65535", string(w.Port))
 			}
 			t.Port = uint16(number)
 		}
 		if slices.Contains(own, t.Port) {
-			return nil, fmt.Errorf("%s: port %d is the agent's own, so it would scrape itself endlessly; set the port on which the workload serves its metrics", Variable, t.Port)
+			return nil, fmt.Errorf("port %d is the agent's own, so it would scrape itself endlessly; set the port on which the workload serves its metrics", t.Port)
 		}
 		if w.Path != "" {
 			t.Path = "/" + strings.TrimPrefix(w.Path, "/")
 			if _, err := url.ParseRequestURI(t.Path); err != nil {
-				return nil, fmt.Errorf("%s: invalid path %q: %w", Variable, w.Path, err)
+				return nil, fmt.Errorf("invalid path %q: %w", w.Path, err)
 			}
 		}
 		if !slices.Contains(targets, t) {

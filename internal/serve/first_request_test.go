@@ -24,7 +24,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-// rig is a role that carries connections from loopback to an origin, which answers every request with 200.
+// rig is a role that carries connections from loopback to an origin. The origin answers every request with 200.
 type rig struct {
 	role    *Role
 	address string             // of the role
@@ -104,7 +104,8 @@ func (r *rig) walk(ctx context.Context, down *tcp.Conn, to upstream.Target) {
 	}
 }
 
-// answer serves a connection of the origin. It reads what is not HTTP to its end.
+// answer serves a connection of the origin. It reads what is not HTTP to its end, and so it does with a body that
+// net/http does not read, such as one with long trailers.
 func answer(conn net.Conn) {
 	defer conn.Close()
 	reader := bufio.NewReader(conn)
@@ -114,13 +115,16 @@ func answer(conn net.Conn) {
 			io.Copy(io.Discard, reader)
 			return
 		}
-		io.Copy(io.Discard, request.Body)
+		if _, err := io.Copy(io.Discard, request.Body); err != nil {
+			io.Copy(io.Discard, reader)
+			return
+		}
 		io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 	}
 }
 
-// outcome is what becomes of the bytes that a client sends: as what they are recorded, and the status of the response.
-// The client pauses behind the first part until it has been carried. behind is whether they follow another request.
+// outcome sends bytes, and returns the protocol of their record and the status of the response. Behind each part the
+// client pauses until the connection is carried. behind is whether the bytes follow another request.
 func (r *rig) outcome(t *testing.T, behind bool, parts ...string) string {
 	t.Helper()
 	conn, err := net.Dial("tcp", r.address)
@@ -183,8 +187,8 @@ var opaqueFirst = map[string]string{
 	"a method of every token character": "a method that detection does not know, because words of other protocols would be held",
 }
 
-// What a request is does not depend on where it is in its connection: a request that the agent sees and the server
-// answers is not hidden by being the first one.
+// The position of a request in its connection does not matter: a request that is seen by the agent and answered by the
+// server behind another request is not hidden when it is the first one.
 func TestTheFirstRequestIsJudgedLikeEveryOther(t *testing.T) {
 	r := newRig(t,
 		Settings{ConnectTimeout: nettest.Patience, DetectionDelay: nettest.Patience, DetectionHold: nettest.Patience},

@@ -10,8 +10,8 @@ import (
 )
 
 // FuzzClassify classifies each prefix of its input. The verdict must not depend on how the bytes arrive: once decided it
-// must not change. Classify must agree with the parser of the HTTP engine, which judges the same bytes when they are the
-// second request of a connection: a request that is forwarded there is not hidden by an opaque verdict here.
+// must not change. Classify must agree with the parser of the HTTP engine. The parser judges the same bytes when they are
+// the second request of a connection: a request that is forwarded there is not hidden by an opaque verdict here.
 func FuzzClassify(f *testing.F) {
 	for _, c := range beginnings {
 		if len(c.held) < 1000 {

@@ -460,7 +460,7 @@ func TestAPeerThatDoesNotReadAnswersIsNotReadFrom(t *testing.T) {
 	r := newLayerRig(t)
 	asked := make(chan error, 1)
 	go func() {
-		err := r.peer.Ask(1 << 20) // 3 MB of questions, 103 MB of answers
+		err := r.peer.Ask(1<<18, 100) // 1.3 MB of questions, 27 MB of answers
 		if _, failed := r.peer.Write([]byte("done")); err == nil {
 			err = failed
 		}
@@ -477,7 +477,7 @@ func TestAPeerThatDoesNotReadAnswersIsNotReadFrom(t *testing.T) {
 			}
 		}
 	}
-	const slack = 4096 / 3 * 103 // the answers to the questions of one read
+	const slack = 4096 / 5 * 103 // the answers to the questions of one read
 	for range 1000 {
 		if n, err := r.conn.Read(p); n != 0 || err != tcp.ErrAgain {
 			t.Fatalf("read %d bytes, %v", n, err)
@@ -492,6 +492,56 @@ func TestAPeerThatDoesNotReadAnswersIsNotReadFrom(t *testing.T) {
 	}
 	if err := <-asked; err != nil {
 		t.Error(err)
+	}
+}
+
+// newStalledRig returns a connection whose reading is stalled by unsent answers. Bytes that were read before the layer was
+// set cause no event when it can go on.
+func newStalledRig(t *testing.T) *layerRig {
+	t.Helper()
+	r := newLayerRig(t)
+	p := make([]byte, 100)
+	// The first read finds the socket empty, so that only the layer makes the connection readable.
+	if n, err := r.conn.Read(p); n != 0 || err != tcp.ErrAgain {
+		t.Fatalf("read %d bytes, %v", n, err)
+	}
+	read := tcp.TakeBuffer()
+	read.Append(layertest.Questions(3000, 5000)) // 15 MB of answers
+	read.Append(layertest.Encode([]byte("done")))
+	layertest.Under(r.conn, read)
+	if n, err := r.conn.Read(p); n != 0 || err != tcp.ErrAgain {
+		t.Fatalf("read %d bytes, %v", n, err)
+	}
+	if tcp.Unsent(r.conn) <= tcp.MaxUnsent || r.conn.Readable() {
+		t.Fatalf("%d bytes are unsent, readable: %v", tcp.Unsent(r.conn), r.conn.Readable())
+	}
+	return r
+}
+
+func TestAStalledReadGoesOnAfterAWait(t *testing.T) {
+	r := newStalledRig(t)
+	go io.Copy(io.Discard, r.peer)
+	for !r.conn.Readable() {
+		if err := r.w.Wait(time.Now().Add(nettest.Patience), r.conn, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := make([]byte, 100)
+	if n, err := r.read(t, p); string(p[:n]) != "done" || err != nil {
+		t.Errorf("read %q, %v", p[:n], err)
+	}
+}
+
+// A write has sent what was unsent, and the owner waits without having read.
+func TestAStalledReadGoesOnAfterAWrite(t *testing.T) {
+	r := newStalledRig(t)
+	go io.Copy(io.Discard, r.peer)
+	nettest.Eventually(t, "a write", func() bool {
+		n, _ := r.conn.Write([]byte("x"))
+		return n == 1
+	})
+	if err := r.w.Wait(time.Now(), r.conn, nil); err != nil || !r.conn.Readable() {
+		t.Errorf("Wait returned %v; readable: %v", err, r.conn.Readable())
 	}
 }
 

@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,17 +29,12 @@ func MissingCapability(legacy bool) error {
 
 // EffectiveCapabilities returns the calling thread's effective capabilities as bits.
 func EffectiveCapabilities() (uint64, error) {
-	status, err := os.ReadFile("/proc/thread-self/status")
-	if err != nil {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var halves [2]unix.CapUserData
+	if err := unix.Capget(&header, &halves[0]); err != nil {
 		return 0, fmt.Errorf("reading capabilities: %w", err)
 	}
-	var effective uint64
-	for line := range strings.Lines(string(status)) {
-		if mask, ok := strings.CutPrefix(line, "CapEff:"); ok {
-			effective, _ = strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
-		}
-	}
-	return effective, nil
+	return uint64(halves[1].Effective)<<32 | uint64(halves[0].Effective), nil
 }
 
 type capability struct {

@@ -104,7 +104,7 @@ func effects(rules map[chainKey][]kernelRule, at chainKey, above []chainKey) []s
 func (e expression) effect() (effect, chain string) {
 	switch e.name {
 	case "immediate":
-		verdict := e.attributes[unix.NFTA_IMMEDIATE_DATA]
+		verdict := e.value(unix.NFTA_IMMEDIATE_DATA)
 		if e.number(unix.NFTA_IMMEDIATE_DREG) != unix.NFT_REG_VERDICT || len(verdict) < 4 {
 			return "", ""
 		}
@@ -121,11 +121,11 @@ func (e expression) effect() (effect, chain string) {
 			return "dnat", ""
 		}
 	case "lookup":
-		if _, maps := e.attributes[unix.NFTA_LOOKUP_DREG]; maps && e.number(unix.NFTA_LOOKUP_DREG) == unix.NFT_REG_VERDICT {
+		if e.attributes.has(unix.NFTA_LOOKUP_DREG) && e.number(unix.NFTA_LOOKUP_DREG) == unix.NFT_REG_VERDICT {
 			return "verdict map", ""
 		}
 	case "target": // of iptables
-		name := unix.ByteSliceToString(e.attributes[unix.NFTA_TARGET_NAME])
+		name := unix.ByteSliceToString(e.value(unix.NFTA_TARGET_NAME))
 		target := ruleset.Rule{Foreign: "-A CHAIN -j " + name}
 		if !target.Continues("") && name != "SNAT" && name != "MASQUERADE" {
 			return strings.ToLower(name), ""

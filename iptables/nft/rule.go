@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -36,17 +35,69 @@ type kernelRule struct {
 	handle   uint64
 }
 
-// expression holds the attributes of an expression by type. Values that the kernel wraps are unwrapped.
+// expression holds the attributes of an expression. Values that the kernel wraps are unwrapped.
 type expression struct {
 	name       string
-	attributes map[uint16][]byte
+	attributes attributes
 	message    []byte // as sent to the kernel
 }
 
-func (e expression) number(attribute uint16) uint32 { return bigEndian(e.attributes[attribute]) }
+func (e expression) value(kind uint16) []byte { return e.attributes.value(kind) }
+
+func (e expression) number(kind uint16) uint32 { return bigEndian(e.value(kind)) }
 
 func (e expression) equal(other expression) bool {
-	return e.name == other.name && (e.name == "counter" || maps.EqualFunc(e.attributes, other.attributes, bytes.Equal))
+	return e.name == other.name && (e.name == "counter" || e.attributes.equal(other.attributes))
+}
+
+// attributes are netlink attributes in the order of the message. A rule has hundreds of short lists of them, and a map for
+// each would cost most of the memory of a run.
+type attributes []attribute
+
+type attribute struct {
+	kind  uint16
+	value []byte
+}
+
+// value returns the value of an attribute, or nil.
+func (list attributes) value(kind uint16) []byte {
+	for _, a := range list {
+		if a.kind == kind {
+			return a.value
+		}
+	}
+	return nil
+}
+
+func (list attributes) has(kind uint16) bool {
+	return slices.ContainsFunc(list, func(a attribute) bool { return a.kind == kind })
+}
+
+// equal ignores the order.
+func (list attributes) equal(other attributes) bool {
+	return len(list) == len(other) && !slices.ContainsFunc(list, func(a attribute) bool { return !other.has(a.kind) || !bytes.Equal(a.value, other.value(a.kind)) })
+}
+
+// readAttributes reads the attributes of a message. Values are parts of it.
+func readAttributes(message []byte) (attributes, error) {
+	var list attributes
+	for {
+		n := 0
+		for rest := message; len(rest) >= unix.SizeofRtAttr; n++ {
+			size := int(binary.NativeEndian.Uint16(rest))
+			if size < unix.SizeofRtAttr || size > len(rest) {
+				return nil, fmt.Errorf("an attribute of %d bytes in %d: %w", size, len(rest), unix.EINVAL)
+			}
+			if list != nil {
+				list[n] = attribute{binary.NativeEndian.Uint16(rest[2:]) & nl.NLA_TYPE_MASK, rest[unix.SizeofRtAttr:size:size]}
+			}
+			rest = rest[min((size+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(rest)):]
+		}
+		if list != nil || n == 0 {
+			return list, nil
+		}
+		list = make(attributes, n)
+	}
 }
 
 func (r kernelRule) equal(other kernelRule) bool {
@@ -92,9 +143,9 @@ func encode(family ruleset.Family, at ruleset.Place, r ruleset.Rule) []kernelRul
 	}
 	var list []kernelRule
 	for _, expressions := range rules {
-		rule := kernelRule{chain: chainName(family, at), comment: ruleset.CommentPrefix + r.ID}
-		for _, e := range expressions {
-			rule.expressions = append(rule.expressions, flatten(e))
+		rule := kernelRule{chain: chainName(family, at), comment: ruleset.CommentPrefix + r.ID, expressions: make([]expression, len(expressions))}
+		for i, e := range expressions {
+			rule.expressions[i] = flatten(e)
 		}
 		list = append(list, rule)
 	}
@@ -324,9 +375,9 @@ func (r kernelRule) understand(table ruleset.TableName) (family ruleset.Family, 
 		switch e.name {
 		case "counter", "byteorder":
 		case "bitwise":
-			bits = e.attributes[unix.NFTA_BITWISE_MASK]
+			bits = e.value(unix.NFTA_BITWISE_MASK)
 		case "cmp":
-			value := e.attributes[unix.NFTA_CMP_DATA]
+			value := e.value(unix.NFTA_CMP_DATA)
 			not := e.number(unix.NFTA_CMP_OP) == unix.NFT_CMP_NEQ
 			if loaded.name == "meta" && loaded.number(unix.NFTA_META_KEY) == unix.NFT_META_NFPROTO {
 				family = map[string]ruleset.Family{string(byte(unix.NFPROTO_IPV4)): ruleset.IPv4, string(byte(unix.NFPROTO_IPV6)): ruleset.IPv6}[string(value)]
@@ -335,11 +386,11 @@ func (r kernelRule) understand(table ruleset.TableName) (family ruleset.Family, 
 			}
 		case "range":
 			not := e.number(unix.NFTA_RANGE_OP) == unix.NFT_RANGE_NEQ
-			if !readCondition(&rule.Match, loaded, nil, not, e.attributes[unix.NFTA_RANGE_FROM_DATA], e.attributes[unix.NFTA_RANGE_TO_DATA]) {
+			if !readCondition(&rule.Match, loaded, nil, not, e.value(unix.NFTA_RANGE_FROM_DATA), e.value(unix.NFTA_RANGE_TO_DATA)) {
 				return family, rule, false
 			}
 		default:
-			_, sets := e.attributes[map[string]uint16{"meta": unix.NFTA_META_SREG, "ct": unix.NFTA_CT_SREG}[e.name]]
+			sets := e.name == "meta" && e.attributes.has(unix.NFTA_META_SREG) || e.name == "ct" && e.attributes.has(unix.NFTA_CT_SREG)
 			action := sets || e.name == "redir" || e.name == "tproxy" || e.name == "immediate" && e.number(unix.NFTA_IMMEDIATE_DREG) == unix.NFT_REG_VERDICT
 			if action && !readAction(&rule, table, loaded, e) {
 				return family, rule, false
@@ -417,7 +468,7 @@ func readCondition(m *ruleset.Match, loaded expression, bits []byte, not bool, f
 
 // readAction reads an action. loaded is its operand.
 func readAction(r *ruleset.Rule, table ruleset.TableName, loaded, e expression) (ok bool) {
-	value := loaded.attributes[unix.NFTA_IMMEDIATE_DATA]
+	value := loaded.value(unix.NFTA_IMMEDIATE_DATA)
 	switch e.name {
 	case "redir":
 		r.Target = ruleset.Redirect(bigEndianOf(value))
@@ -448,7 +499,7 @@ func readAction(r *ruleset.Rule, table ruleset.TableName, loaded, e expression) 
 			r.Target = ruleset.SetConnMark(nativeOf(value))
 		}
 	default:
-		return readVerdict(r, table, e.attributes[unix.NFTA_IMMEDIATE_DATA])
+		return readVerdict(r, table, e.value(unix.NFTA_IMMEDIATE_DATA))
 	}
 	return true
 }
@@ -544,30 +595,22 @@ func flatten(e expr.Any) expression {
 
 // readExpression reads the name and attributes of an expression.
 func readExpression(message []byte) (expression, error) {
-	e := expression{message: message, attributes: make(map[uint16][]byte)}
-	outer, err := nl.ParseRouteAttr(message)
+	e := expression{message: message}
+	outer, err := readAttributes(message)
 	if err != nil {
 		return e, err
 	}
-	for _, attribute := range outer {
-		switch attribute.Attr.Type & nl.NLA_TYPE_MASK {
-		case unix.NFTA_EXPR_NAME:
-			e.name = unix.ByteSliceToString(attribute.Value)
-		case unix.NFTA_EXPR_DATA:
-			inner, err := nl.ParseRouteAttr(attribute.Value)
-			if err != nil {
-				return e, err
-			}
-			for _, a := range inner {
-				kind := a.Attr.Type & nl.NLA_TYPE_MASK
-				if e.attributes[kind], err = e.unwrap(kind, a.Value); err != nil {
-					return e, err
-				}
-			}
+	e.name = unix.ByteSliceToString(outer.value(unix.NFTA_EXPR_NAME))
+	if e.attributes, err = readAttributes(outer.value(unix.NFTA_EXPR_DATA)); err != nil {
+		return e, err
+	}
+	for i, a := range e.attributes {
+		if e.attributes[i].value, err = e.unwrap(a.kind, a.value); err != nil {
+			return e, err
 		}
 	}
-	if e.name == "bitwise" && e.number(nftaBitwiseOp) == 0 {
-		delete(e.attributes, nftaBitwiseOp) // older kernels have one operation and omit the attribute
+	if e.name == "bitwise" && e.number(nftaBitwiseOp) == 0 { // older kernels have one operation and omit the attribute
+		e.attributes = slices.DeleteFunc(e.attributes, func(a attribute) bool { return a.kind == nftaBitwiseOp })
 	}
 	return e, nil
 }
@@ -587,21 +630,21 @@ func (e expression) unwrap(kind uint16, value []byte) ([]byte, error) {
 	if !slices.Contains(wrapped[e.name], kind) {
 		return value, nil
 	}
-	attributes, err := nl.ParseRouteAttr(value)
-	if err != nil || len(attributes) != 1 {
+	wrapping, err := readAttributes(value)
+	if err != nil || len(wrapping) != 1 {
 		return value, err
 	}
-	data := attributes[0].Value
-	if attributes[0].Attr.Type&nl.NLA_TYPE_MASK != unix.NFTA_DATA_VERDICT {
+	data := wrapping[0].value
+	if wrapping[0].kind != unix.NFTA_DATA_VERDICT {
 		return data, nil
 	}
-	parts, err := nl.ParseRouteAttr(data)
+	parts, err := readAttributes(data)
 	if err != nil {
 		return nil, err
 	}
 	var verdict []byte
 	for _, part := range parts {
-		verdict = append(verdict, part.Value...)
+		verdict = append(verdict, part.value...)
 	}
 	return verdict, nil
 }

@@ -82,17 +82,18 @@ func TestARuleOfNFTablesThatIsAlmostOursIsNotOurs(t *testing.T) {
 			for i, e := range encode(a.Family, at, r)[0].expressions {
 				check(e.name+" missing", func(rule *kernelRule) { rule.expressions = slices.Delete(rule.expressions, i, i+1) })
 				check(e.name+" twice", func(rule *kernelRule) { rule.expressions = slices.Insert(rule.expressions, i, e) })
-				for attribute := range e.attributes {
-					check(fmt.Sprintf("attribute %d of %s changed", attribute, e.name), func(rule *kernelRule) {
+				for number, attribute := range e.attributes {
+					check(fmt.Sprintf("attribute %d of %s changed", attribute.kind, e.name), func(rule *kernelRule) {
 						if e.name == "counter" {
 							rule.comment = "" // its numbers may be any
 							return
 						}
-						value := rule.expressions[i].attributes[attribute]
+						value := rule.expressions[i].attributes[number].value
 						value[random.IntN(len(value))] ^= byte(1 + random.IntN(255))
 					})
-					check(fmt.Sprintf("attribute %d of %s missing", attribute, e.name), func(rule *kernelRule) {
-						if delete(rule.expressions[i].attributes, attribute); e.name == "counter" {
+					check(fmt.Sprintf("attribute %d of %s missing", attribute.kind, e.name), func(rule *kernelRule) {
+						changed := &rule.expressions[i]
+						if changed.attributes = slices.Delete(changed.attributes, number, number+1); e.name == "counter" {
 							rule.comment = ""
 						}
 					})
@@ -130,7 +131,7 @@ func TestTheOnlyBitwiseOperationNeedsNoName(t *testing.T) {
 			data = withAttribute(t, message, nftaBitwiseOp, operation)
 		}
 		e, err := readExpression(data)
-		if _, has := e.attributes[nftaBitwiseOp]; err != nil || has || !e.equal(flatten(masked([]byte{0xf0}))) {
+		if err != nil || e.attributes.has(nftaBitwiseOp) || !e.equal(flatten(masked([]byte{0xf0}))) {
 			t.Errorf("%s: %v, %v", name, e.attributes, err)
 		}
 	}

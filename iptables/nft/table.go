@@ -153,8 +153,8 @@ func readTable() (dormant bool, uses uint32, err error) {
 		if err != nil {
 			return false, 0, err
 		}
-		dormant = bigEndian(attributes[unix.NFTA_TABLE_FLAGS])&unix.NFT_TABLE_F_DORMANT != 0
-		uses = bigEndian(attributes[unix.NFTA_TABLE_USE])
+		dormant = bigEndian(attributes.value(unix.NFTA_TABLE_FLAGS))&unix.NFT_TABLE_F_DORMANT != 0
+		uses = bigEndian(attributes.value(unix.NFTA_TABLE_USE))
 	}
 	return dormant, uses, nil
 }
@@ -190,21 +190,23 @@ func readRule(message []byte) (kernelRule, error) {
 		return rule, err
 	}
 	rule.protocol = message[0]
-	rule.table = unix.ByteSliceToString(attributes[unix.NFTA_RULE_TABLE])
-	rule.chain = unix.ByteSliceToString(attributes[unix.NFTA_RULE_CHAIN])
-	rule.comment = commentOf(attributes[unix.NFTA_RULE_USERDATA])
-	for _, b := range attributes[unix.NFTA_RULE_HANDLE] {
+	rule.table = unix.ByteSliceToString(attributes.value(unix.NFTA_RULE_TABLE))
+	rule.chain = unix.ByteSliceToString(attributes.value(unix.NFTA_RULE_CHAIN))
+	rule.comment = commentOf(attributes.value(unix.NFTA_RULE_USERDATA))
+	for _, b := range attributes.value(unix.NFTA_RULE_HANDLE) {
 		rule.handle = rule.handle<<8 | uint64(b)
 	}
-	list, err := nl.ParseRouteAttr(attributes[unix.NFTA_RULE_EXPRESSIONS])
-	for _, element := range list {
-		e, err := readExpression(element.Value)
-		if err != nil {
+	list, err := readAttributes(attributes.value(unix.NFTA_RULE_EXPRESSIONS))
+	if err != nil {
+		return rule, err
+	}
+	rule.expressions = make([]expression, len(list))
+	for i, element := range list {
+		if rule.expressions[i], err = readExpression(element.value); err != nil {
 			return rule, err
 		}
-		rule.expressions = append(rule.expressions, e)
 	}
-	return rule, err
+	return rule, nil
 }
 
 // commentOf returns the comment in the user data of a rule: a list of type, length and value. Other programs may have
@@ -223,17 +225,12 @@ func commentOf(data []byte) string {
 	return ""
 }
 
-// attributesOf returns the attributes of a message by type.
-func attributesOf(message []byte) (map[uint16][]byte, error) {
+// attributesOf returns the attributes of a message of nftables.
+func attributesOf(message []byte) (attributes, error) {
 	if len(message) < nl.SizeofNfgenmsg {
 		return nil, fmt.Errorf("a message of %d bytes is too short", len(message))
 	}
-	list, err := nl.ParseRouteAttr(message[nl.SizeofNfgenmsg:])
-	attributes := make(map[uint16][]byte, len(list))
-	for _, attribute := range list {
-		attributes[attribute.Attr.Type&nl.NLA_TYPE_MASK] = attribute.Value
-	}
-	return attributes, err
+	return readAttributes(message[nl.SizeofNfgenmsg:])
 }
 
 func nameAttribute(attribute int, name string) *nl.RtAttr {

@@ -6,6 +6,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/iptables"
@@ -111,7 +112,7 @@ func (d Difference) String() string {
 		line += d.ID + ", "
 	}
 	body := func(rule string) string {
-		return ownComment.ReplaceAllString(strings.TrimPrefix(rule, "-A "+d.Chain+" "), "")
+		return ownComment().ReplaceAllString(strings.TrimPrefix(rule, "-A "+d.Chain+" "), "")
 	}
 	switch {
 	case d.Rule == "" && d.Found == "":
@@ -123,8 +124,10 @@ func (d Difference) String() string {
 	return strings.TrimSuffix(strings.TrimSuffix(line, ", "), ": ") + ": " + d.Means
 }
 
-// ownComment matches the comment with the ID of a rule of ours.
-var ownComment = regexp.MustCompile(`-m comment --comment "` + ruleset.CommentPrefix + `[^"]*" `)
+// ownComment matches the comment with the ID of a rule of ours. It is compiled on first use: init does not need it.
+var ownComment = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`-m comment --comment "` + ruleset.CommentPrefix + `[^"]*" `)
+})
 
 // meaning is the effect of a difference on traffic.
 func meaning(c ruleset.Change) string {
@@ -140,7 +143,7 @@ func meaning(c ruleset.Change) string {
 		return found.does
 	case c.Kind == ruleset.Duplicate:
 		return "the rule exists more than once, and the first one decides"
-	case c.Kind == ruleset.Reordered && !ownComment.MatchString(c.Found):
+	case c.Kind == ruleset.Reordered && !ownComment().MatchString(c.Found):
 		return "it is not ours and precedes our jump: DNS queries may be lost"
 	case c.Kind == ruleset.Tampered:
 		return fmt.Sprintf("%s; instead, %s", wanted.lost, found.does)

@@ -6,6 +6,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/pillion-proxy/pillion/iptables/kernel"
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
@@ -32,20 +33,25 @@ var (
 	errNoExtension = errors.New("this iptables lacks an extension: install its whole package, including /usr/lib/…/xtables")
 )
 
-// diagnoses match the stderr of programs. The first match wins.
-var diagnoses = []struct {
-	says *regexp.Regexp
+// diagnoses match the stderr of programs. The first match wins. They are compiled when a program has failed, because a run
+// without a failure would spend much of its time on that.
+var diagnoses = sync.OnceValue(func() []diagnosis {
+	return []diagnosis{
+		{regexp.MustCompile(`can't open lock file|[Cc]ould not open lock file`), errLockFile},
+		{regexp.MustCompile(`holding the xtables lock`), errLockHeld},
+		{regexp.MustCompile(`Failed to initialize nft: Protocol not supported|do you need to insmod|Table does not exist|` +
+			`(TABLE|CHAIN)_ADD failed \((Operation not supported|No such file or directory|Invalid argument)\)|` +
+			`Could not fetch rule set generation id: Invalid argument`), kernel.ErrNoKernelSupport},
+		{regexp.MustCompile(`you must be root|[Pp]ermission denied|Operation not permitted`), errRefused},
+		{regexp.MustCompile("(unrecognized|unknown) option [`'\"]?-*(wait|noflush|w\\b)"), errTooOld},
+		{regexp.MustCompile("Couldn't load (match|target)|[Uu]nknown option|unrecognized option|unknown arg"), errNoExtension},
+		{regexp.MustCompile(`is incompatible, use 'nft' tool`), ErrIncompatible},
+	}
+})
+
+type diagnosis struct {
+	text *regexp.Regexp
 	is   error
-}{
-	{regexp.MustCompile(`can't open lock file|[Cc]ould not open lock file`), errLockFile},
-	{regexp.MustCompile(`holding the xtables lock`), errLockHeld},
-	{regexp.MustCompile(`Failed to initialize nft: Protocol not supported|do you need to insmod|Table does not exist|` +
-		`(TABLE|CHAIN)_ADD failed \((Operation not supported|No such file or directory|Invalid argument)\)|` +
-		`Could not fetch rule set generation id: Invalid argument`), kernel.ErrNoKernelSupport},
-	{regexp.MustCompile(`you must be root|[Pp]ermission denied|Operation not permitted`), errRefused},
-	{regexp.MustCompile("(unrecognized|unknown) option [`'\"]?-*(wait|noflush|w\\b)"), errTooOld},
-	{regexp.MustCompile("Couldn't load (match|target)|[Uu]nknown option|unrecognized option|unknown arg"), errNoExtension},
-	{regexp.MustCompile(`is incompatible, use 'nft' tool`), ErrIncompatible},
 }
 
 // missingModulesError lists the kernel modules of a rule's matches and target. At least one of them is missing.
@@ -65,8 +71,8 @@ func Lacks(err error) bool {
 // diagnose returns the cause of a program's failure, or nil if it is unknown. line is the line of input at which the
 // program stopped; its matches and target show which module may be missing.
 func diagnose(stderr, line string) error {
-	for _, d := range diagnoses {
-		if !d.says.MatchString(stderr) {
+	for _, d := range diagnoses() {
+		if !d.text.MatchString(stderr) {
 			continue
 		}
 		if d.is == errRefused {

@@ -186,10 +186,8 @@ func (p *Process) Wait() (string, error) {
 	return "", errors.New(message)
 }
 
-var lineNumber = regexp.MustCompile(`line:? (\d+)`)
-
 func offendingLine(input, stderr string) string {
-	found := lineNumber.FindStringSubmatch(stderr)
+	found := regexp.MustCompile(`line:? (\d+)`).FindStringSubmatch(stderr)
 	if found == nil {
 		return ""
 	}

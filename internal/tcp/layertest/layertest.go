@@ -1,7 +1,7 @@
 // Package layertest has a toy record layer for tests of the engines' requirements for TLS. Only tests import it.
 //
 // A record is a type, a length of two bytes, and a payload whose bytes are XORed. There are records of data, tickets
-// without data, questions, which the Layer answers with a ticket, and a close message.
+// without data, questions that the Layer answers with a ticket, and a close message.
 package layertest
 
 import (
@@ -51,9 +51,9 @@ type decoder struct {
 	raw     []byte
 	pending []byte
 	closed  bool
-	records int          // of data
-	answer  func() error // called for a question; nil: ignored
-	failed  error        // of answer
+	records int                  // of data
+	answer  func(size int) error // called for a question; nil: ignored
+	failed  error                // of answer
 }
 
 // step decodes a record of raw. It reports false when there is no whole one.
@@ -70,7 +70,7 @@ func (d *decoder) step() bool {
 		}
 	case question:
 		if d.answer != nil && d.failed == nil {
-			d.failed = d.answer()
+			d.failed = d.answer(int(binary.BigEndian.Uint16([]byte{payload[0] ^ key, payload[1] ^ key})))
 		}
 	case closing:
 		d.closed = true
@@ -116,8 +116,8 @@ type Layer struct {
 // Under puts the toy under c, with the raw bytes that were read before, or nil.
 func Under(c *tcp.Conn, read *tcp.Buffer) {
 	c.SetLayer(read, func(socket *tcp.Socket) tcp.Layer {
-		return &Layer{socket: socket, decoder: decoder{answer: func() error {
-			_, err := socket.Write(encode(nil, ticket, make([]byte, 100)))
+		return &Layer{socket: socket, decoder: decoder{answer: func(size int) error {
+			_, err := socket.Write(encode(nil, ticket, make([]byte, size)))
 			return err
 		}}}
 	})
@@ -188,14 +188,16 @@ func Encode(b []byte) []byte { return encodeAll(b, record) }
 // Ticket writes a record without data.
 func (p *Peer) Ticket() error { return p.raw(encode(nil, ticket, []byte("resume with this"))) }
 
-// Ask writes n questions. The answers are tickets of 103 bytes.
-func (p *Peer) Ask(n int) error {
-	var questions []byte
+// Questions returns n questions. The answers are tickets with size bytes.
+func Questions(n int, size uint16) (all []byte) {
 	for range n {
-		questions = encode(questions, question, nil)
+		all = encode(all, question, binary.BigEndian.AppendUint16(nil, size))
 	}
-	return p.raw(questions)
+	return all
 }
+
+// Ask writes questions.
+func (p *Peer) Ask(n int, size uint16) error { return p.raw(Questions(n, size)) }
 
 // CloseMessage writes the close message without FIN.
 func (p *Peer) CloseMessage() error { return p.raw(encode(nil, closing, nil)) }

@@ -1,0 +1,180 @@
+// Package kubeapi sends single requests to a Kubernetes API server, with the credentials of a kubeconfig or of a pod.
+//
+// It supports client certificates, tokens, token files and credential plugins (exec), which is what kubectl supports. It is
+// ours because the Kubernetes client libraries are larger than all of pillionctl, and a check needs a dozen GETs.
+package kubeapi
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+)
+
+const (
+	requestTimeout = 30 * time.Second // longer than the webhooks of a request may take
+	maxAnswer      = 32 << 20
+)
+
+// Client sends requests to one API server.
+type Client struct {
+	// Server is the address of the API server, for people.
+	Server string
+	// Namespace is the namespace of the context; "default" if it names none.
+	Namespace string
+
+	base  *url.URL
+	token string
+	http  *http.Client
+}
+
+// StatusError is a response of the API server that is not a success.
+type StatusError struct {
+	Code    int
+	Message string // the server's
+}
+
+func (e *StatusError) Error() string { return fmt.Sprintf("%d: %s", e.Code, e.Message) }
+
+// IsForbidden reports whether the credentials lack the permission for a request. A refusal by admission, which has the same
+// status, is not meant.
+func IsForbidden(err error) bool {
+	var status *StatusError
+	return errors.As(err, &status) && (status.Code == http.StatusUnauthorized ||
+		status.Code == http.StatusForbidden && strings.Contains(status.Message, " cannot "))
+}
+
+// IsNotFound reports whether the object does not exist.
+func IsNotFound(err error) bool {
+	var status *StatusError
+	return errors.As(err, &status) && status.Code == http.StatusNotFound
+}
+
+// newClient makes a client of an address and credentials.
+func newClient(server, serverName, proxy string, roots []byte, insecure bool, pair *tls.Certificate, token string) (*Client, error) {
+	base, err := url.Parse(server)
+	if err != nil || base.Host == "" || base.Scheme != "https" && base.Scheme != "http" {
+		return nil, fmt.Errorf("server %q is not a URL", server)
+	}
+	config := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: serverName, InsecureSkipVerify: insecure}
+	if len(roots) > 0 {
+		config.RootCAs = x509.NewCertPool()
+		if !config.RootCAs.AppendCertsFromPEM(roots) {
+			return nil, errors.New("certificate-authority: no certificate in PEM")
+		}
+	}
+	if pair != nil {
+		config.Certificates = []tls.Certificate{*pair}
+	}
+	transport := &http.Transport{TLSClientConfig: config, Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true, ForceAttemptHTTP2: true}
+	if proxy != "" {
+		through, err := url.Parse(proxy)
+		if err != nil {
+			return nil, fmt.Errorf("proxy-url: %w", err)
+		}
+		transport.Proxy = http.ProxyURL(through)
+	}
+	refuse := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse } // a redirect would leak the token
+	return &Client{Server: server, Namespace: "default", base: base, token: token,
+		http: &http.Client{Transport: transport, CheckRedirect: refuse, Timeout: requestTimeout}}, nil
+}
+
+// Get reads the object at path, which may have a query, into the value.
+func (c *Client) Get(ctx context.Context, path string, into any) error {
+	return c.do(ctx, http.MethodGet, path, nil, into)
+}
+
+// Post creates an object and reads the server's form of it into the value.
+func (c *Client) Post(ctx context.Context, path string, body, into any) error {
+	text, err := json.Marshal(body)
+	if err != nil {
+		return fmt.Errorf("encoding an object: %w", err)
+	}
+	return c.do(ctx, http.MethodPost, path, text, into)
+}
+
+func (c *Client) do(ctx context.Context, method, path string, body []byte, into any) error {
+	where, query, _ := strings.Cut(path, "?")
+	at := c.base.JoinPath(where)
+	at.RawQuery = query
+	request, err := http.NewRequestWithContext(ctx, method, at.String(), bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	request.Header.Set("Accept", "application/json")
+	if body != nil {
+		request.Header.Set("Content-Type", "application/json")
+	}
+	if c.token != "" {
+		request.Header.Set("Authorization", "Bearer "+c.token)
+	}
+	response, err := c.http.Do(request)
+	if err != nil {
+		return fmt.Errorf("requesting %s: %w", c.Server, unwrapped(err))
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer+1))
+	if err != nil {
+		return fmt.Errorf("reading %s%s: %w", c.Server, where, err)
+	}
+	if len(text) > maxAnswer {
+		return fmt.Errorf("reading %s%s: longer than %d MiB", c.Server, where, maxAnswer>>20)
+	}
+	if response.StatusCode >= http.StatusMultipleChoices {
+		return statusError(response.StatusCode, text)
+	}
+	if err := json.Unmarshal(text, into); err != nil {
+		return fmt.Errorf("reading %s%s: %w", c.Server, where, err)
+	}
+	return nil
+}
+
+// unwrapped removes the method and the whole URL, which net/http repeats.
+func unwrapped(err error) error {
+	var failed *url.Error
+	if errors.As(err, &failed) {
+		return failed.Err
+	}
+	return err
+}
+
+func statusError(code int, text []byte) error {
+	var status struct{ Message string }
+	if json.Unmarshal(text, &status) != nil || status.Message == "" {
+		status.Message = strings.Join(strings.Fields(string(text[:min(len(text), 500)])), " ")
+	}
+	return &StatusError{code, status.Message}
+}
+
+// inCluster uses the service account of the pod.
+func inCluster(host, port string) (*Client, error) {
+	const account = "/var/run/secrets/kubernetes.io/serviceaccount/"
+	token, err := os.ReadFile(account + "token")
+	if err != nil {
+		return nil, err
+	}
+	roots, err := os.ReadFile(account + "ca.crt")
+	if err != nil {
+		return nil, err
+	}
+	if strings.Contains(host, ":") {
+		host = "[" + host + "]"
+	}
+	client, err := newClient("https://"+host+":"+port, "", "", roots, false, nil, strings.TrimSpace(string(token)))
+	if err != nil {
+		return nil, err
+	}
+	if namespace, err := os.ReadFile(account + "namespace"); err == nil {
+		client.Namespace = strings.TrimSpace(string(namespace))
+	}
+	return client, nil
+}
