@@ -1,7 +1,7 @@
 // Package kubeapi sends single requests to a Kubernetes API server, with the credentials of a kubeconfig or of a pod.
 //
-// It supports client certificates, tokens, token files and credential plugins (exec), which is what kubectl supports. It is
-// ours because the Kubernetes client libraries are larger than all of pillionctl, and a check needs a dozen GETs.
+// It supports the credentials that kubectl supports: client certificates, tokens, token files and plugins (exec). It is ours
+// because the Kubernetes client libraries are larger than all of pillionctl, and a check needs a dozen GETs.
 package kubeapi
 
 import (
@@ -29,7 +29,7 @@ const (
 type Client struct {
 	// Server is the address of the API server, for people.
 	Server string
-	// Namespace is the namespace of the context; "default" if it names none.
+	// Namespace is the namespace of the context; "default" without one.
 	Namespace string
 
 	base  *url.URL
@@ -45,8 +45,8 @@ type StatusError struct {
 
 func (e *StatusError) Error() string { return fmt.Sprintf("%d: %s", e.Code, e.Message) }
 
-// IsForbidden reports whether the credentials lack the permission for a request. A refusal by admission, which has the same
-// status, is not meant.
+// IsForbidden reports whether the credentials lack the permission for a request. A refusal by admission has the same status,
+// and is false.
 func IsForbidden(err error) bool {
 	var status *StatusError
 	return errors.As(err, &status) && (status.Code == http.StatusUnauthorized ||
@@ -88,7 +88,7 @@ func newClient(server, serverName, proxy string, roots []byte, insecure bool, pa
 		http: &http.Client{Transport: transport, CheckRedirect: refuse, Timeout: requestTimeout}}, nil
 }
 
-// Get reads the object at path, which may have a query, into the value.
+// Get reads the object at path into the value. The path may have a query.
 func (c *Client) Get(ctx context.Context, path string, into any) error {
 	return c.do(ctx, http.MethodGet, path, nil, into)
 }
@@ -138,7 +138,7 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, into 
 	return nil
 }
 
-// unwrapped removes the method and the whole URL, which net/http repeats.
+// unwrapped removes the method and the URL that net/http adds.
 func unwrapped(err error) error {
 	var failed *url.Error
 	if errors.As(err, &failed) {
