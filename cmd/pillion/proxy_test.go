@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"testing"
@@ -198,6 +199,40 @@ func TestTheMemoryLimitOfBothVersionsOfControlGroups(t *testing.T) {
 				t.Errorf("%d and %v, want %d", got, err, c.want)
 			}
 		})
+	}
+}
+
+func TestTheMemoryLimitIsTheFlagsThenTheVariablesThenTheContainers(t *testing.T) {
+	root := t.TempDir()
+	if err := os.WriteFile(filepath.Join(root, "memory.max"), []byte("1000000000\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before := debug.SetMemoryLimit(-1)
+	defer debug.SetMemoryLimit(before)
+	for _, c := range []struct {
+		flag      int64
+		inherited string
+		root      string
+		want      int64
+	}{
+		{0, "", root, 900_000_000}, {2e9, "", root, 1_800_000_000}, {2e9, "5GiB", root, 1_800_000_000}, {0, "5GiB", root, 7}, {0, "", t.TempDir(), 7},
+	} {
+		debug.SetMemoryLimit(7)
+		err := limitMemory(c.flag, c.inherited, c.root)
+		if got := debug.SetMemoryLimit(before); got != c.want || err != nil {
+			t.Errorf("%+v: the limit is %d, and %v", c, got, err)
+		}
+	}
+}
+
+func TestAmountsOfMemory(t *testing.T) {
+	for text, want := range map[string]int{
+		"0": 0, "134217728": 128 << 20, "128Mi": 128 << 20, "128MiB": 128 << 20, "512Ki": 512 << 10, "2Gi": 2 << 30, "77B": 77,
+		"": -1, "Mi": -1, "-1": -1, "1.5Gi": -1, "1 Mi": -1, "1M": -1, "1e3": -1, "1MiMi": -1, "1125899906842624Gi": -1, "1000000000000Gi": -1,
+	} {
+		if got, err := parseBytes(text); err == nil && got != want || err != nil && want >= 0 {
+			t.Errorf("%q: %d and %v, want %d", text, got, err, want)
+		}
 	}
 }
 

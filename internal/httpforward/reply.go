@@ -141,7 +141,7 @@ func dialReply(err error, retried bool) reply {
 // upstream cannot be reached, a client that has to connect again may reach another server, or another pod.
 func (r *reply) endsConnection() bool {
 	switch r.reason {
-	case flow.BadFraming, flow.UpstreamRefused, flow.UpstreamTimeout, flow.UpstreamUnreachable:
+	case flow.BadFraming, flow.MemoryBudget, flow.UpstreamRefused, flow.UpstreamTimeout, flow.UpstreamUnreachable:
 		return r.flags != envoy.FlagNoRouteFound
 	}
 	return false

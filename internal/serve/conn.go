@@ -58,6 +58,7 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		Hold:     c.Settings.DetectionHold,
 		Idle:     c.Settings.IdleTimeout,
 		Draining: c.role.engine.Draining,
+		Budget:   c.role.budget,
 	}
 	if !detect {
 		c.protocol = sniff.Opaque
