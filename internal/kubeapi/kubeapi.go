@@ -13,9 +13,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 )
@@ -155,25 +157,24 @@ func statusError(code int, text []byte) error {
 	return &StatusError{code, status.Message}
 }
 
-// inCluster uses the service account of the pod.
-func inCluster(host, port string) (*Client, error) {
-	const account = "/var/run/secrets/kubernetes.io/serviceaccount/"
-	token, err := os.ReadFile(account + "token")
+// serviceAccount is where the kubelet puts the credentials of a pod.
+const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+// inCluster uses the service account in a directory.
+func inCluster(account, host, port string) (*Client, error) {
+	token, err := os.ReadFile(filepath.Join(account, "token"))
 	if err != nil {
 		return nil, err
 	}
-	roots, err := os.ReadFile(account + "ca.crt")
+	roots, err := os.ReadFile(filepath.Join(account, "ca.crt"))
 	if err != nil {
 		return nil, err
 	}
-	if strings.Contains(host, ":") {
-		host = "[" + host + "]"
-	}
-	client, err := newClient("https://"+host+":"+port, "", "", roots, false, nil, strings.TrimSpace(string(token)))
+	client, err := newClient("https://"+net.JoinHostPort(host, port), "", "", roots, false, nil, strings.TrimSpace(string(token)))
 	if err != nil {
 		return nil, err
 	}
-	if namespace, err := os.ReadFile(account + "namespace"); err == nil {
+	if namespace, err := os.ReadFile(filepath.Join(account, "namespace")); err == nil {
 		client.Namespace = strings.TrimSpace(string(namespace))
 	}
 	return client, nil
