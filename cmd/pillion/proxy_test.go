@@ -15,7 +15,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
-// settled is what `pillion proxy` makes of a command line, an environment, annotations and a mesh configuration.
+// settled is an input of `pillion proxy`: a command line, an environment, annotations and a mesh configuration.
 func settled(t *testing.T, args []string, env map[string]string, annotations, mesh string) (*proxyOptions, error) {
 	t.Helper()
 	cores := runtime.GOMAXPROCS(0)
@@ -46,7 +46,7 @@ func settled(t *testing.T, args []string, env map[string]string, annotations, me
 	return p, p.config.Validate()
 }
 
-func TestIstiosWordsBecomeTheAgentsConfiguration(t *testing.T) {
+func TestIstiosSettingsBecomeTheAgentsConfiguration(t *testing.T) {
 	drain := func(delay, timeout time.Duration) func(p *proxyOptions) bool {
 		return func(p *proxyOptions) bool { return p.config.Drain.Delay == delay && p.config.Drain.Timeout == timeout }
 	}
@@ -66,7 +66,7 @@ func TestIstiosWordsBecomeTheAgentsConfiguration(t *testing.T) {
 		"domain without a cluster": {args: []string{"sidecar", "--domain", "shop"}, holds: func(p *proxyOptions) bool {
 			return p.config.Workload.ClusterDomain == ""
 		}},
-		"nothing is said": {holds: func(p *proxyOptions) bool {
+		"no settings": {holds: func(p *proxyOptions) bool {
 			return p.config.Ports.Status == 15020 && p.config.Interception.Mode == capture.Redirect && drain(5*time.Second, 20*time.Second)(p)
 		}},
 		"ports": {env: map[string]string{"PROXY_CONFIG": `{"statusPort":15120,"proxyAdminPort":15100}`, "ENVOY_STATUS_PORT": "15121", "ENVOY_PROMETHEUS_PORT": "15190"},
@@ -124,7 +124,7 @@ func TestIstiosWordsBecomeTheAgentsConfiguration(t *testing.T) {
 	}
 }
 
-func TestIstiosBadWordsAreRefusedWithTheirPlace(t *testing.T) {
+func TestInvalidIstioSettingsAreNamedWithTheirSource(t *testing.T) {
 	for _, c := range []struct {
 		args        []string
 		env         map[string]string
@@ -236,7 +236,7 @@ func TestAmountsOfMemory(t *testing.T) {
 	}
 }
 
-func TestVersionHasPilotAgentsForms(t *testing.T) {
+func TestVersionHasPilotAgentsFormats(t *testing.T) {
 	for args, want := range map[string]string{
 		"version -s":        "devel\n",
 		"version --short":   "devel\n",
@@ -255,7 +255,7 @@ func TestVersionHasPilotAgentsForms(t *testing.T) {
 	}
 }
 
-func TestProxyIsNoGateway(t *testing.T) {
+func TestProxyRejectsOtherRoles(t *testing.T) {
 	root := newRoot(nil)
 	root.SetArgs([]string{"proxy", "router", "--novel"})
 	if err := root.Execute(); err == nil || !strings.Contains(err.Error(), `role "router" is not supported`) {

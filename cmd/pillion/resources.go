@@ -33,7 +33,7 @@ func limitMemory(bytes int64, inherited, root string) error {
 	return nil
 }
 
-// memoryLimit returns the container's limit in bytes, or zero if there is none.
+// memoryLimit returns the container's limit in bytes, or zero without a limit.
 func memoryLimit(root string) (int64, error) {
 	for _, name := range []string{"memory.max", "memory/memory.limit_in_bytes"} {
 		text, err := os.ReadFile(filepath.Join(root, name))

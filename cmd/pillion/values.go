@@ -60,8 +60,8 @@ func portsFlag(flags *pflag.FlagSet, target *capture.Ports, name, usage string) 
 	parsed(flags, target, capture.ParsePorts, name, "", "", "ports", usage)
 }
 
-// switchFlag sets all of its targets, which are on by default. It always needs a value, which may follow a blank like that
-// of every other flag of the agent.
+// switchFlag sets all of its targets. They are on by default. It always needs a value, so that the value may follow a blank
+// like that of every other flag of the agent.
 func switchFlag(flags *pflag.FlagSet, name, usage string, targets ...*bool) {
 	both := func(text string) (bool, error) {
 		on, err := parseSwitch(text)

@@ -37,6 +37,9 @@ func (x *exchange) run() ending {
 	x.send()
 	for {
 		long := x.request.move()
+		if x.request.retain && !idempotent(x.record.HTTP.Method) && !x.request.untouched() {
+			x.request.stopRetaining() // it will not be sent again
+		}
 		long = x.receive() || long
 		if end, over := x.judge(); over {
 			return end
