@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
@@ -24,6 +26,7 @@ type Agent struct {
 	telling telling
 
 	poller        *tcp.Poller
+	budget        *budget.Budget
 	addresses     *localaddr.Set
 	stopAddresses context.CancelFunc
 
@@ -75,6 +78,7 @@ func (a *Agent) build() error {
 		return err
 	}
 	a.poller = poller
+	a.budget = budget.New(a.config.HTTP.heldBytes(debug.SetMemoryLimit(-1)))
 	ctx, cancel := context.WithCancel(context.Background())
 	a.stopAddresses = cancel
 	addresses, err := localaddr.Watch(ctx, a.log)

@@ -73,6 +73,7 @@ type Connections struct {
 type HTTP struct {
 	MaxHeadBytes        int
 	MaxHeadFields       int
+	MaxHeldBytes        int           // memory for heads and held bodies of all connections; zero: a share of the memory limit, see heldBytes
 	RequestHeadTimeout  time.Duration // for the head of a request; zero: no limit
 	RequestTimeout      time.Duration // from the whole request to the head of its response; zero: no limit
 	UpstreamIdleTimeout time.Duration // closes idle HTTP/1 connections to upstreams; zero: no reuse
@@ -122,11 +123,13 @@ func invalid(field, format string, values ...any) error {
 	return &FieldError{Field: field, Err: fmt.Errorf(format, values...)}
 }
 
-// Bounds of HTTP.MaxHeadBytes and HTTP.MaxHeadFields. One connection can make the agent keep that much.
+// Bounds of HTTP.MaxHeadBytes, HTTP.MaxHeadFields and HTTP.MaxHeldBytes. One connection can make the agent keep a head of
+// the largest size, all connections together what MaxHeldBytes allows.
 const (
 	minHeadBytes  = 1 << 10
 	maxHeadBytes  = 8 << 20
 	maxHeadFields = 100_000
+	minHeldBytes  = 1 << 20
 )
 
 // Default is the default configuration, without its logger.
@@ -239,6 +242,9 @@ func (c Config) validateLimits() error {
 	}
 	if n := c.HTTP.MaxHeadFields; n < 1 || n > maxHeadFields {
 		return invalid("HTTP.MaxHeadFields", "%d is out of range; use 1 to %d", n, maxHeadFields)
+	}
+	if n := c.HTTP.MaxHeldBytes; n != 0 && n < minHeldBytes {
+		return invalid("HTTP.MaxHeldBytes", "%d is too small; use %d or more, or 0 for a share of the memory limit", n, minHeldBytes)
 	}
 	if domain := c.Workload.ClusterDomain; strings.Trim(domain, "abcdefghijklmnopqrstuvwxyz0123456789-.") != "" || len(domain) > 253 {
 		return invalid("Workload.ClusterDomain", "%.80q is not a domain in lower case; use one such as cluster.local", domain)

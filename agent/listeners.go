@@ -117,7 +117,8 @@ func (a *Agent) settings(proxyProtocol capture.Ports) serve.Settings {
 func (a *Agent) forwarding(pool *upstream.Pool, fields httpforward.Fields) httpforward.Config {
 	c := a.config.HTTP
 	return httpforward.Config{
-		Pool: pool,
+		Pool:   pool,
+		Budget: a.budget,
 		Settings: httpforward.Settings{
 			MaxHeadBytes:   c.MaxHeadBytes,
 			MaxHeadFields:  c.MaxHeadFields,

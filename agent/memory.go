@@ -4,11 +4,32 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
+
+// The default of HTTP.MaxHeldBytes: a share of the runtime's memory limit, which cmd has set from the container's. The
+// rest is for the program, stacks and buffers in use, and for the garbage collector.
+const (
+	heldShare     = 4         // 1/heldShare
+	leastHeld     = 8 << 20   // of a small limit
+	unlimitedHeld = 128 << 20 // without a limit
+)
+
+// heldBytes returns the size of the budget for heads and held bodies. limit is the runtime's memory limit in bytes;
+// math.MaxInt64 without one.
+func (c HTTP) heldBytes(limit int64) int {
+	switch {
+	case c.MaxHeldBytes > 0:
+		return c.MaxHeldBytes
+	case limit == math.MaxInt64:
+		return unlimitedHeld
+	}
+	return int(max(limit/heldShare, leastHeld))
+}
 
 // unmapStart unmaps the resident pages of the program file. The start touches nearly all of them, mostly when the runtime
 // verifies its own tables; later a third of them is used: 12.8 MB resident become 7.8. A page that is needed again is mapped

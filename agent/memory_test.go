@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -8,6 +9,21 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+func TestTheBudgetIsAShareOfTheMemoryLimit(t *testing.T) {
+	for _, c := range []struct {
+		flag  int
+		limit int64
+		want  int
+	}{
+		{0, 115 << 20, 115 << 18}, {0, 4 << 30, 1 << 30}, {0, 16 << 20, 8 << 20}, {0, math.MaxInt64, 128 << 20},
+		{5 << 20, 115 << 20, 5 << 20}, {500 << 20, math.MaxInt64, 500 << 20},
+	} {
+		if got := (HTTP{MaxHeldBytes: c.flag}).heldBytes(c.limit); got != c.want {
+			t.Errorf("--max-held-bytes %d and a limit of %d: %d, want %d", c.flag, c.limit, got, c.want)
+		}
+	}
+}
 
 // programPages returns how much of the program file is resident, in KiB.
 func programPages(t *testing.T) (total int) {

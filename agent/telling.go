@@ -136,6 +136,9 @@ func (t *telling) watch(a *Agent) {
 			Gates:    a.gateStates,
 			Draining: a.draining.Load,
 			Pipes:    relay.Pipes,
+			Held: func() (used, limit int, evictions uint64) {
+				return a.budget.Used(), a.budget.Limit(), a.budget.Evictions()
+			},
 		}
 		if t.access != nil {
 			sources.AccessLog = func() (written, dropped uint64) { return t.access.Written(), t.access.Dropped() }

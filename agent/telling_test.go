@@ -7,12 +7,18 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
 // newTelling makes the sinks of the default agent, with an access log in a file.
@@ -131,5 +137,79 @@ func TestViewsAreReadWhileTrafficFlows(t *testing.T) {
 	_ = sinks.access.Close(t.Context())
 	if lines := sinks.access.Written() + sinks.access.Dropped(); lines < 4*300*4 {
 		t.Errorf("%d lines were written or counted as dropped, want at least %d", lines, 4*300*4)
+	}
+}
+
+func TestEnginesCopyOnlyTheFieldsThatTheAccessLogPrints(t *testing.T) {
+	config, _ := testConfig()
+	config.AccessLog.Format = "%REQ(X-ONE)% %RESP(X-TWO)%\n"
+	a := &Agent{config: config}
+	if got := a.noted(); !slices.Equal(got.Request, []string{"x-one"}) || !slices.Equal(got.Response, []string{"x-two"}) {
+		t.Errorf("fields %+v, want those of the format", got)
+	}
+	a.config.AccessLog.Path = "off"
+	if got := a.noted(); len(got.Request)+len(got.Response) != 0 {
+		t.Errorf("fields %+v without an access log, want no fields", got)
+	}
+}
+
+func TestOpenConnectionsGetALineInEachInterval(t *testing.T) {
+	config, _ := testConfig()
+	config.AccessLog.Path, config.AccessLog.Interval = filepath.Join(t.TempDir(), "access.log"), minInterval
+	a := &Agent{config: config, log: config.Log}
+	if err := a.tell(); err != nil {
+		t.Fatal(err)
+	}
+	a.telling.watch(a)
+	c := beginCarried(a.telling.table, flow.Outbound, flow.Opaque)
+	nettest.Eventually(t, "two lines about an open connection", func() bool { return a.telling.access.Written() >= 2 })
+	c.Close(a.telling.table, flow.Closed, nil)
+	if err := a.telling.close(); err != nil {
+		t.Error(err)
+	}
+	if err := a.telling.close(); err != nil {
+		t.Errorf("a second close: %v", err)
+	}
+}
+
+func TestDebugLinesOfRequestsAndQueries(t *testing.T) {
+	config, log := testConfig()
+	a := &Agent{config: config, log: config.Log}
+	sink := &flowLog{log: config.Log}
+	c := flow.Open(flow.Inbound, netip.MustParseAddrPort("198.51.100.2:4711"))
+	r := new(flow.Record)
+	request(r, c)
+	r.HTTP.GRPC, r.HTTP.GRPCStatus = true, []byte("14")
+	r.Close(flow.NewTable(sink), flow.Completed, nil)
+	a.resolved(dns.Query{Name: "example.", Type: "A", Rcode: "NXDOMAIN", Transport: "udp", Duration: 1500 * time.Microsecond, Cached: true})
+	for _, want := range []string{
+		"msg=request direction=inbound", "method=GET", "path=\"/catalogue/items?page=2\"", "status=200", "grpc_status=14",
+		"msg=query name=example. type=A rcode=NXDOMAIN transport=udp upstream=- duration=1.5ms cached=true joined=false truncated=false",
+	} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("the log does not have %q:\n%s", want, log)
+		}
+	}
+	config.Log = slog.New(slog.NewTextHandler(log, nil)) // from info upwards
+	before := log.String()
+	a = &Agent{config: config, log: config.Log}
+	a.resolved(dns.Query{Name: "example."})
+	if log.String() != before {
+		t.Errorf("a query is logged above debug level:\n%s", log)
+	}
+}
+
+func TestPortRangesAreShownAsPairs(t *testing.T) {
+	for _, c := range []struct {
+		ports capture.Ports
+		want  [][2]uint16
+	}{
+		{capture.Ports{}, nil},
+		{capture.Ports{All: true}, [][2]uint16{{1, 65535}}},
+		{capture.Ports{List: []capture.PortRange{{First: 80, Last: 80}, {First: 5000, Last: 5010}}}, [][2]uint16{{80, 80}, {5000, 5010}}},
+	} {
+		if got := ranges(c.ports); !slices.Equal(got, c.want) {
+			t.Errorf("%+v: %v, want %v", c.ports, got, c.want)
+		}
 	}
 }

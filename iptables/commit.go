@@ -211,7 +211,7 @@ const undoTimeout = 30 * time.Second
 func (p *Plan) undo(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
-	now, err := look(ctx)
+	now, err := look(ctx, p.backend)
 	if err != nil {
 		return err
 	}

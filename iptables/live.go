@@ -29,7 +29,7 @@ func Look(ctx context.Context) (Live, error) {
 	if err := kernel.MissingCapability(false); err != nil {
 		return Live{}, err
 	}
-	s, err := look(ctx)
+	s, err := look(ctx, NFTables)
 	if err != nil {
 		return Live{}, err
 	}

@@ -160,7 +160,7 @@ func planInit(ctx context.Context, spec capture.Spec, backend Backend, underWay 
 
 // PlanCleanup plans the removal of everything that PlanInit has ever installed, in every flavour.
 func PlanCleanup(ctx context.Context) (*Plan, error) {
-	plan := &Plan{cleanup: true}
+	plan := &Plan{cleanup: true, backend: NFTables} // programs are needed only for tables that exist
 	s, err := plan.look(ctx)
 	if err != nil {
 		return nil, err
@@ -230,11 +230,11 @@ func (p *Plan) look(ctx context.Context) (survey, error) {
 	var s survey
 	err := kernel.MissingCapability(false)
 	if err == nil {
-		s, err = look(ctx)
+		s, err = look(ctx, p.backend)
 	}
 	if kernel.IsRefused(err) {
 		p.Unread = err
-		s = survey{stores: storesUnread(ctx)}
+		s = survey{stores: storesUnread(ctx, p.backend)}
 		if s.ipv6, err = kernel.ReadIPv6(); err == nil {
 			s.routing, err = kernel.ReadRoutes()
 		}

@@ -31,6 +31,7 @@ type store struct {
 	flavour ruleset.Flavour
 
 	program xtables.Program
+	sought  bool  // program was looked for
 	missing error // why there is no program, or no kernel support
 
 	rules    ruleset.Ruleset
@@ -44,13 +45,15 @@ type store struct {
 	taken    error                  // our nftables table's name is in use by others
 }
 
-// storesUnread returns the stores with their programs, before their content is read.
-func storesUnread(ctx context.Context) []store {
+// storesUnread returns the stores before their content is read. If the back end may be iptables, they have their programs.
+func storesUnread(ctx context.Context, backend Backend) []store {
 	var stores []store
 	for _, family := range ruleset.Families {
 		for _, flavour := range []ruleset.Flavour{ruleset.NFT, ruleset.Legacy} {
 			t := store{family: family, flavour: flavour, rules: ruleset.Ruleset{Family: family}}
-			t.program, t.missing = xtables.Find(ctx, family, flavour)
+			if backend != NFTables {
+				t.find(ctx)
+			}
 			stores = append(stores, t)
 		}
 		stores = append(stores, store{family: family, flavour: ruleset.Native, rules: ruleset.Ruleset{Family: family, Whole: true}})
@@ -58,10 +61,18 @@ func storesUnread(ctx context.Context) []store {
 	return stores
 }
 
+// find looks for the program in PATH, once.
+func (t *store) find(ctx context.Context) {
+	if !t.sought {
+		t.program, t.missing = xtables.Find(ctx, t.family, t.flavour)
+		t.sought = true
+	}
+}
+
 // look reads the namespace. The kernel is asked first, and a program runs only for a table that exists: listing a
-// legacy table would create it.
-func look(ctx context.Context) (survey, error) {
-	s := survey{stores: storesUnread(ctx)}
+// legacy table would create it. With the back end NFTables, programs are looked for only if there are tables of iptables.
+func look(ctx context.Context, backend Backend) (survey, error) {
+	s := survey{stores: storesUnread(ctx, backend)}
 	var err error
 	if s.ipv6, err = kernel.ReadIPv6(); err != nil {
 		return s, err
@@ -138,6 +149,9 @@ func (t *store) list(ctx context.Context) (*xtables.Process, error) {
 		if len(t.chains) == 0 || t.missing != nil {
 			return nil, nil
 		}
+		if t.find(ctx); t.missing != nil {
+			return nil, nil
+		}
 		return xtables.Start(ctx, "", t.program.Save, "-c")
 	}
 	// All existing tables are listed: rules of others in any of them make the flavour occupied.
@@ -147,6 +161,7 @@ func (t *store) list(ctx context.Context) (*xtables.Process, error) {
 		t.hidden = err
 		return nil, nil
 	case exists:
+		t.find(ctx)
 		t.hidden = t.missing
 	}
 	if !exists || t.hidden != nil || err != nil {

@@ -56,6 +56,7 @@ type agentOptions struct {
 	config        agent.Config
 	level, format string        // of the log
 	grace         time.Duration // terminationGracePeriodSeconds of the pod; zero: unknown
+	memory        int           // limit in bytes; zero: the container's
 	recent        logring.Ring  // the last lines of the log
 }
 
@@ -90,6 +91,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	portsFlag(flags, &config.Connections.InboundProxyProtocol, "inbound-proxy-protocol-ports", "inbound ports where the workload receives a PROXY protocol v2 header; they are opaque")
 	countFlag(flags, &config.HTTP.MaxHeadBytes, "max-head-bytes", "maximum size of a message head in bytes; larger requests get 431, larger responses become 502")
 	countFlag(flags, &config.HTTP.MaxHeadFields, "max-head-fields", "maximum number of header fields, with the same effect")
+	parsed(flags, &config.HTTP.MaxHeldBytes, parseBytes, "max-held-bytes", "", "0", "bytes", "memory for unfinished heads, header blocks and held bodies of all connections, as 32Mi; beyond it the largest get 503 or a reset; 0: a quarter of the memory limit")
 	durationFlag(flags, &config.HTTP.RequestHeadTimeout, "request-head-timeout", "time limit for the head of a request, then 408; 0s: no limit")
 	durationFlag(flags, &config.HTTP.RequestTimeout, "request-timeout", "time limit from a complete request to the start of its response, then 504; 0s: no limit")
 	durationFlag(flags, &config.HTTP.UpstreamIdleTimeout, "upstream-idle-timeout", "close HTTP/1 connections to the workload that no client has used for this long; 0s: at once")
@@ -98,6 +100,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	switchFlag(flags, "x-request-id", "set x-request-id in requests without it", &config.HTTP.InboundFields.RequestID, &config.HTTP.OutboundFields.RequestID)
 	switchFlag(flags, "x-envoy-upstream-service-time", "set x-envoy-upstream-service-time in responses", &config.HTTP.InboundFields.ServiceTime, &config.HTTP.OutboundFields.ServiceTime)
 	countFlag(flags, &config.Connections.Max, "max-connections", "limit of open connections, inbound and outbound together; 0: limited by file descriptors only")
+	parsed(flags, &o.memory, parseBytes, "memory-limit", "", "0", "bytes", "memory that the process may use, as 128Mi; 0: GOMEMLIMIT, or the container's limit")
 	durationFlag(flags, &config.Drain.Delay, "drain-delay", "on shutdown, keep accepting this long after readiness fails")
 	durationFlag(flags, &config.Drain.Timeout, "drain-timeout", "on shutdown, cut the remaining connections this long after readiness fails")
 	parsed(flags, &o.grace, parseGrace, "termination-grace-period", "", "0s", "duration", "the pod's terminationGracePeriodSeconds, as 30 or 30s; minus a margin, it is the limit of --drain-timeout and its default; 0s: unknown")
@@ -141,7 +144,7 @@ func (o *agentOptions) run(flags *pflag.FlagSet) error {
 	o.config.Version, o.config.SettingName = version, settingFlag
 	o.fitDrain(flags)
 	readPod(&o.config)
-	if err := limitMemory(controlGroup, os.Getenv("GOMEMLIMIT")); err != nil {
+	if err := limitMemory(int64(o.memory), os.Getenv("GOMEMLIMIT"), controlGroup); err != nil {
 		o.config.Log.Warn("cannot apply the container's memory limit", "error", err)
 	}
 	return runAgent(o.config)

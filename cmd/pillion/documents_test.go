@@ -83,7 +83,7 @@ func TestReasonsDocumentHasTheTablesOfReasons(t *testing.T) {
 	}
 }
 
-// hasTable compares a table of a document, which is found by its head. With -update it is written.
+// hasTable compares a table of a document. It finds the table by its head; with -update it writes it.
 func hasTable(t *testing.T, document, table string) {
 	t.Helper()
 	text := read(t, document)
@@ -113,7 +113,7 @@ func TestHTTPDocumentHasTheTablesOfRules(t *testing.T) {
 		http1Rules += "| `" + e.Name() + "` | " + e.Error() + " |\n"
 	}
 	for _, r := range http2.Rules() {
-		http2Rules += "| `" + r.Name() + "` | " + r.Error() + " |\n"
+		http2Rules += "| `" + r.Name() + "` | " + r.Text() + " |\n"
 	}
 	hasTable(t, "../../docs/http.md", http1Rules)
 	hasTable(t, "../../docs/http.md", http2Rules)

@@ -27,6 +27,7 @@ var fieldNames = map[string]string{
 	"Connections.InboundProxyProtocol": "--inbound-proxy-protocol-ports",
 	"HTTP.MaxHeadBytes":                "--max-head-bytes",
 	"HTTP.MaxHeadFields":               "--max-head-fields",
+	"HTTP.MaxHeldBytes":                "--max-held-bytes",
 	"HTTP.RequestHeadTimeout":          "--request-head-timeout",
 	"HTTP.RequestTimeout":              "--request-timeout",
 	"HTTP.UpstreamIdleTimeout":         "--upstream-idle-timeout",

@@ -29,12 +29,12 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// running stands for an agent with traffic, as the commands that look see it.
+// running serves the state of an agent with traffic to the commands that show it.
 type running struct {
 	view    *live.View
 	table   *flow.Table
 	gates   []live.Gate
-	broken  string // a path that fails
+	broken  string // the path that answers 500
 	address string
 	c       *flow.Record
 }
@@ -77,7 +77,7 @@ func (r *running) requestFor(host, path string, status int, reason flow.Reason) 
 	record.Close(r.table, reason, nil)
 }
 
-// look runs a command that looks at the agent.
+// look runs a command that shows the agent's state.
 func (r *running) look(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
 	return lookAt(t.Context(), append(args, "--admin", r.address)...)
@@ -85,7 +85,7 @@ func (r *running) look(t *testing.T, args ...string) (stdout, stderr string, err
 
 func lookAt(ctx context.Context, args ...string) (stdout, stderr string, err error) {
 	var out, complaints bytes.Buffer
-	root := newRoot()
+	root := newRoot(nil)
 	root.SetArgs(args)
 	root.SetOut(&out)
 	root.SetErr(&complaints)
@@ -107,7 +107,7 @@ func (r *running) tap(t *testing.T, during func(), args ...string) (stdout, stde
 	return stdout, stderr, err
 }
 
-func TestTapPrintsALineForEachRecordThatFits(t *testing.T) {
+func TestTapPrintsALineForEachMatchingRecord(t *testing.T) {
 	r := newRunning(t)
 	traffic := func() {
 		r.request("/v1/fine", 200, flow.Completed)
@@ -155,7 +155,7 @@ func TestSkippedRecordsAreCountedOnStandardError(t *testing.T) {
 	}
 }
 
-func TestTopPrintsOneTableWhereThereIsNoTerminal(t *testing.T) {
+func TestTopPrintsOneTableWithoutATerminal(t *testing.T) {
 	r := newRunning(t)
 	if out, _, err := r.look(t, "top"); err != nil || !strings.HasSuffix(out, "no traffic yet\n") {
 		t.Errorf("%v %q", err, out)
@@ -196,23 +196,23 @@ func TestStatusAndTopCountFromTheStart(t *testing.T) {
 	}
 }
 
-func TestStatusAsksTheAgent(t *testing.T) {
+func TestStatusShowsTheAgent(t *testing.T) {
 	r := newRunning(t)
 	if out, _, err := r.look(t, "status"); err != nil || !strings.Contains(out, "\nready        yes\n") || !strings.Contains(out, "1 open") {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
 
-func TestWhenNothingAnswersTheErrorSaysWhatToDo(t *testing.T) {
+func TestWithoutAnAgentTheErrorHasARemedy(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	nobody := listener.Addr().String()
+	closed := listener.Addr().String()
 	listener.Close()
 	for _, command := range []string{"tap", "top", "status"} {
-		_, _, err := lookAt(t.Context(), command, "--admin", nobody)
-		if err == nil || !strings.Contains(err.Error(), "http://"+nobody+"/live") || !strings.Contains(err.Error(), "connection refused") ||
+		_, _, err := lookAt(t.Context(), command, "--admin", closed)
+		if err == nil || !strings.Contains(err.Error(), "http://"+closed+"/live") || !strings.Contains(err.Error(), "connection refused") ||
 			!strings.Contains(err.Error(), "kubectl port-forward") || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: %v", command, err)
 		}
@@ -234,7 +234,7 @@ func TestWhenNothingAnswersTheErrorSaysWhatToDo(t *testing.T) {
 	}
 }
 
-// unpack reads a bundle.
+// unpack returns the files of a bundle by name.
 func unpack(t *testing.T, file io.Reader) map[string]string {
 	t.Helper()
 	unzipped, err := gzip.NewReader(file)
@@ -258,7 +258,7 @@ func unpack(t *testing.T, file io.Reader) map[string]string {
 	}
 }
 
-func TestABundleHasEverythingAndNothingSecret(t *testing.T) {
+func TestABundleHasEveryPartAndNoSecrets(t *testing.T) {
 	t.Setenv("DATABASE_PASSWORD", "hunter2-environment")
 	t.Setenv("PILLION_DRAIN_DELAY", "7s")
 	r := newRunning(t)
@@ -455,7 +455,7 @@ func TestTopFitsTheTerminalAndFollowsKeysAndSize(t *testing.T) {
 		t.Fatal(err)
 	}
 	seen := watch(t, tty, shown)
-	root := newRoot()
+	root := newRoot(nil)
 	root.SetArgs([]string{"top", "--interval", "1h", "--sort", "name", "--admin", r.address})
 	root.SetIn(tty)
 	root.SetOut(tty)
@@ -506,7 +506,7 @@ func TestTopOnATerminalIsRedrawnUntilItIsInterrupted(t *testing.T) {
 	seen := watch(t, tty, shown)
 	ctx, interrupt := context.WithCancel(t.Context())
 	defer interrupt()
-	root := newRoot()
+	root := newRoot(nil)
 	root.SetArgs([]string{"top", "--interval", "100ms", "--admin", r.address})
 	root.SetIn(strings.NewReader(""))
 	root.SetOut(tty)
@@ -530,7 +530,7 @@ func TestATapFitsTheTerminalAndEndsWithQ(t *testing.T) {
 	tty, shown := pseudoTerminal(t)
 	resize(t, tty, 80, 24)
 	seen := watch(t, tty, shown)
-	root := newRoot()
+	root := newRoot(nil)
 	root.SetArgs([]string{"tap", "--admin", r.address})
 	root.SetIn(tty)
 	root.SetOut(tty)

@@ -49,7 +49,7 @@ var errFailed = errors.New("something was found")
 // run executes the command line args (without the program's name) and returns the exit status. Errors go to stderr as
 // one line.
 func run(args []string) int {
-	root := newRoot()
+	root := newRoot(args)
 	root.SetArgs(args)
 	commandline.CompleteValues(root, args)
 	cmd, err := root.ExecuteC()
@@ -76,7 +76,20 @@ func run(args []string) int {
 	return exitFailure
 }
 
-func newRoot() *cobra.Command {
+// commands are the commands in the order in which they were added, with their names.
+var commands = []struct {
+	name string
+	make func() *cobra.Command
+}{
+	{"init", newInit}, {istioIPTables, newIstioIPTables}, {"cleanup", newCleanup}, {"rules", newRules}, {"agent", newAgent}, {"proxy", newProxy},
+	{"wait", newWait}, {"status", newStatus}, {"top", newTop}, {"tap", newTap}, {"request", newRequest}, {"bundle", newBundle}, {"check", newCheck},
+	{"version", func() *cobra.Command { return commandline.NewVersion(version) }},
+	{"completion", func() *cobra.Command { return commandline.NewCompletion("pillion") }},
+}
+
+// newRoot returns the command for the command line args. If these begin with the name of a command, the others are left
+// out, because building all of them takes as long as half of init's work.
+func newRoot(args []string) *cobra.Command {
 	root := commandline.Group(&cobra.Command{
 		Use:           "pillion",
 		Version:       version,
@@ -86,7 +99,14 @@ func newRoot() *cobra.Command {
 	})
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newInit(), newIstioIPTables(), newCleanup(), newRules(), newAgent(), newProxy(), newWait(),
-		newStatus(), newTop(), newTap(), newRequest(), newBundle(), newCheck(), commandline.NewVersion(version), commandline.NewCompletion("pillion"))
+	for _, c := range commands {
+		if len(args) > 0 && args[0] == c.name {
+			root.AddCommand(c.make())
+			return root
+		}
+	}
+	for _, c := range commands {
+		root.AddCommand(c.make())
+	}
 	return root
 }

@@ -16,7 +16,7 @@ import (
 func TestACommandLineThatMakesNoSenseHasOneExitStatus(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "pod")
-	for _, cmd := range newRoot().Commands() {
+	for _, cmd := range newRoot(nil).Commands() {
 		if cmd.Name() == "proxy" { // it names unknown flags in its log, as pilot-agent does
 			continue
 		}
@@ -130,5 +130,19 @@ printf '%s\n' "${COMPREPLY[@]}"`)
 	complete.Stderr = &complaints
 	if out, err := complete.Output(); err != nil || !regexp.MustCompile(`^status *\n$`).Match(out) {
 		t.Errorf("%v: %q %s", err, out, &complaints)
+	}
+}
+
+// A command line that begins with the name of a command builds only that one. Any other builds all of them.
+func TestOnlyTheCommandOfTheCommandLineIsBuilt(t *testing.T) {
+	for _, c := range commands {
+		if built := newRoot([]string{c.name, "--help"}).Commands(); len(built) != 1 || built[0].Name() != c.name {
+			t.Errorf("%s: got %d commands", c.name, len(built))
+		}
+	}
+	for _, args := range [][]string{nil, {"--help"}, {"help", "init"}, {"stauts"}, {"__complete", "init", ""}} {
+		if built := newRoot(args).Commands(); len(built) != len(commands) {
+			t.Errorf("%q: got %d commands, want %d", args, len(built), len(commands))
+		}
 	}
 }

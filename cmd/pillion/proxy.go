@@ -111,7 +111,7 @@ func unknownFlags(flags *pflag.FlagSet, args []string) (unknown []string) {
 
 // settle applies the environment and Istio's configuration to flags that the command line did not set, and limits the cores.
 func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
-	// NONE means a pod without rules, where the mode does not matter.
+	// With "NONE" the pod has no rules, and the mode does not matter.
 	if os.Getenv(interceptionVariable) == "NONE" {
 		os.Unsetenv(interceptionVariable)
 	}

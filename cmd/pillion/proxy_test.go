@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"testing"
@@ -14,7 +15,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 )
 
-// settled is what `pillion proxy` makes of a command line, an environment, annotations and a mesh configuration.
+// settled is an input of `pillion proxy`: a command line, an environment, annotations and a mesh configuration.
 func settled(t *testing.T, args []string, env map[string]string, annotations, mesh string) (*proxyOptions, error) {
 	t.Helper()
 	cores := runtime.GOMAXPROCS(0)
@@ -45,7 +46,7 @@ func settled(t *testing.T, args []string, env map[string]string, annotations, me
 	return p, p.config.Validate()
 }
 
-func TestIstiosWordsBecomeTheAgentsConfiguration(t *testing.T) {
+func TestIstiosSettingsBecomeTheAgentsConfiguration(t *testing.T) {
 	drain := func(delay, timeout time.Duration) func(p *proxyOptions) bool {
 		return func(p *proxyOptions) bool { return p.config.Drain.Delay == delay && p.config.Drain.Timeout == timeout }
 	}
@@ -65,7 +66,7 @@ func TestIstiosWordsBecomeTheAgentsConfiguration(t *testing.T) {
 		"domain without a cluster": {args: []string{"sidecar", "--domain", "shop"}, holds: func(p *proxyOptions) bool {
 			return p.config.Workload.ClusterDomain == ""
 		}},
-		"nothing is said": {holds: func(p *proxyOptions) bool {
+		"no settings": {holds: func(p *proxyOptions) bool {
 			return p.config.Ports.Status == 15020 && p.config.Interception.Mode == capture.Redirect && drain(5*time.Second, 20*time.Second)(p)
 		}},
 		"ports": {env: map[string]string{"PROXY_CONFIG": `{"statusPort":15120,"proxyAdminPort":15100}`, "ENVOY_STATUS_PORT": "15121", "ENVOY_PROMETHEUS_PORT": "15190"},
@@ -123,7 +124,7 @@ func TestIstiosWordsBecomeTheAgentsConfiguration(t *testing.T) {
 	}
 }
 
-func TestIstiosBadWordsAreRefusedWithTheirPlace(t *testing.T) {
+func TestInvalidIstioSettingsAreNamedWithTheirSource(t *testing.T) {
 	for _, c := range []struct {
 		args        []string
 		env         map[string]string
@@ -201,7 +202,41 @@ func TestTheMemoryLimitOfBothVersionsOfControlGroups(t *testing.T) {
 	}
 }
 
-func TestVersionHasPilotAgentsForms(t *testing.T) {
+func TestTheMemoryLimitIsTheFlagsThenTheVariablesThenTheContainers(t *testing.T) {
+	root := t.TempDir()
+	if err := os.WriteFile(filepath.Join(root, "memory.max"), []byte("1000000000\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before := debug.SetMemoryLimit(-1)
+	defer debug.SetMemoryLimit(before)
+	for _, c := range []struct {
+		flag      int64
+		inherited string
+		root      string
+		want      int64
+	}{
+		{0, "", root, 900_000_000}, {2e9, "", root, 1_800_000_000}, {2e9, "5GiB", root, 1_800_000_000}, {0, "5GiB", root, 7}, {0, "", t.TempDir(), 7},
+	} {
+		debug.SetMemoryLimit(7)
+		err := limitMemory(c.flag, c.inherited, c.root)
+		if got := debug.SetMemoryLimit(before); got != c.want || err != nil {
+			t.Errorf("%+v: the limit is %d, and %v", c, got, err)
+		}
+	}
+}
+
+func TestAmountsOfMemory(t *testing.T) {
+	for text, want := range map[string]int{
+		"0": 0, "134217728": 128 << 20, "128Mi": 128 << 20, "128MiB": 128 << 20, "512Ki": 512 << 10, "2Gi": 2 << 30, "77B": 77,
+		"": -1, "Mi": -1, "-1": -1, "1.5Gi": -1, "1 Mi": -1, "1M": -1, "1e3": -1, "1MiMi": -1, "1125899906842624Gi": -1, "1000000000000Gi": -1,
+	} {
+		if got, err := parseBytes(text); err == nil && got != want || err != nil && want >= 0 {
+			t.Errorf("%q: %d and %v, want %d", text, got, err, want)
+		}
+	}
+}
+
+func TestVersionHasPilotAgentsFormats(t *testing.T) {
 	for args, want := range map[string]string{
 		"version -s":        "devel\n",
 		"version --short":   "devel\n",
@@ -211,7 +246,7 @@ func TestVersionHasPilotAgentsForms(t *testing.T) {
 		"version -s -ojson": "{",
 	} {
 		var out strings.Builder
-		root := newRoot()
+		root := newRoot(nil)
 		root.SetOut(&out)
 		root.SetArgs(strings.Fields(args))
 		if err := root.Execute(); err != nil || !strings.HasPrefix(out.String(), want) {
@@ -220,8 +255,8 @@ func TestVersionHasPilotAgentsForms(t *testing.T) {
 	}
 }
 
-func TestProxyIsNoGateway(t *testing.T) {
-	root := newRoot()
+func TestProxyRejectsOtherRoles(t *testing.T) {
+	root := newRoot(nil)
 	root.SetArgs([]string{"proxy", "router", "--novel"})
 	if err := root.Execute(); err == nil || !strings.Contains(err.Error(), `role "router" is not supported`) {
 		t.Errorf("got %v", err)

@@ -31,7 +31,7 @@ func serveAt(t *testing.T, ns *nettest.Namespace, port int, handler http.Handler
 	})
 }
 
-func TestRequestPrintsWhatTheAgentAnswers(t *testing.T) {
+func TestRequestPrintsTheResponse(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "pod")
 	var level slog.LevelVar

@@ -118,8 +118,8 @@ func (o *viewOptions) print(to io.Writer, value any, text string) error {
 
 const noRules = "there are no rules\n"
 
-// howToLook replaces the remedy of a missing capability, which is about init's container. Reading the rules of a running
-// pod takes another container or the node.
+// howToLook replaces the remedy of a missing capability. The original is for init's container; the rules of a running pod
+// are read from another container or from the node.
 func howToLook(err error) error {
 	var missing kernel.MissingCapabilityError
 	if !errors.As(err, &missing) {

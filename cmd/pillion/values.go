@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -59,8 +60,8 @@ func portsFlag(flags *pflag.FlagSet, target *capture.Ports, name, usage string) 
 	parsed(flags, target, capture.ParsePorts, name, "", "", "ports", usage)
 }
 
-// switchFlag sets all of its targets, which are on by default. It always needs a value, which may follow a blank like that
-// of every other flag of the agent.
+// switchFlag sets all of its targets. They are on by default. It always needs a value, so that the value may follow a blank
+// like that of every other flag of the agent.
 func switchFlag(flags *pflag.FlagSet, name, usage string, targets ...*bool) {
 	both := func(text string) (bool, error) {
 		on, err := parseSwitch(text)
@@ -111,6 +112,22 @@ func parseCount(text string) (int, error) {
 		return 0, fmt.Errorf("not a count: use a whole number from 0 to %d", 1<<31-1)
 	}
 	return int(n), nil
+}
+
+// parseBytes reads an amount of memory, with or without a unit of Kubernetes or of GOMEMLIMIT: 128Mi, 128MiB.
+func parseBytes(text string) (int, error) {
+	number, unit := strings.TrimSuffix(text, "B"), 1
+	for i, prefix := range []string{"Ki", "Mi", "Gi"} {
+		if before, found := strings.CutSuffix(number, prefix); found {
+			number, unit = before, 1<<(10*(i+1))
+			break
+		}
+	}
+	n, err := strconv.ParseUint(number, 10, 50)
+	if err != nil || int(n) > math.MaxInt/unit {
+		return 0, errors.New("not an amount of memory: use a whole number with a unit, such as 64Mi or 1Gi")
+	}
+	return int(n) * unit, nil
 }
 
 // parseServers reads DNS servers. The port is optional.

@@ -3,6 +3,8 @@ package accesslog
 import (
 	"strconv"
 	"unicode/utf8"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
 // style is the context of a value in the line.
@@ -18,10 +20,10 @@ const (
 // Bounds. A longer value ends in cutMark; in a full line the last values may consist of it alone. A format reserves room
 // for short values and for its own text, so values are cut and the line itself never is.
 const (
-	maxValue = 8 << 10
+	maxValue = flow.MaxValue
 	maxLine  = 32 << 10
 	maxShort = 80 // room for an operator whose value has a natural bound, such as an address with its zone
-	cutMark  = "..."
+	cutMark  = flow.CutMark
 )
 
 type text interface{ ~string | ~[]byte }

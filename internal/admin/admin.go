@@ -41,7 +41,7 @@ type Config struct {
 	Flows     *flow.Table // required
 
 	Ready   func() (state string, ok bool) // LIVE and true, else PRE_INITIALIZING, INITIALIZING or DRAINING; required
-	Unready func() []string                // closed gates; nil: none
+	Unready func() []string                // closed gates; optional
 	Metrics prometheus.Gatherer            // required
 
 	RecentLog   io.WriterTo       // the last lines of the agent's log; nil: not kept
@@ -53,7 +53,7 @@ type Config struct {
 	ReopenLogs  func()
 
 	Page http.Handler // for a browser at /; nil serves the list of paths
-	Live http.Handler // for /live and below; nil is none
+	Live http.Handler // for /live and below; optional
 
 	Log *slog.Logger // of commands; required
 }

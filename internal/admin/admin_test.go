@@ -33,7 +33,7 @@ var update = flag.Bool("update", false, "write the golden files")
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-// metricsText is what the agent's metrics may look like.
+// metricsText is a sample of the agent's metrics.
 const metricsText = `# HELP envoy_server_state State
 # TYPE envoy_server_state gauge
 envoy_server_state 0
@@ -79,7 +79,7 @@ istio_request_duration_milliseconds.reporter.destination: P0(nan,0) P25(nan,0.5)
 istio_request_duration_milliseconds.reporter.source: No recorded values
 `
 
-// gathered is a gatherer of the families in text, in their order.
+// gathered returns a gatherer of the families in text, in their order.
 func gathered(text string) prometheus.Gatherer {
 	parser := expfmt.NewTextParser(model.LegacyValidation)
 	byName, err := parser.TextToMetricFamilies(strings.NewReader(text))
@@ -92,23 +92,23 @@ func gathered(text string) prometheus.Gatherer {
 	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return families, err })
 }
 
-// told is what the handler ordered.
-type told struct {
+// commanded records the commands that the handler passes on.
+type commanded struct {
 	mu     sync.Mutex
 	orders []string
 	level  slog.LevelVar
 }
 
-func (t *told) note(order string) func() { return func() { t.say(order) } }
+func (t *commanded) note(order string) func() { return func() { t.say(order) } }
 
-func (t *told) say(order string) {
+func (t *commanded) say(order string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.orders = append(t.orders, order)
 }
 
-// taken returns what was ordered since it was last asked.
-func (t *told) taken() string {
+// taken returns the commands since the last call.
+func (t *commanded) taken() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	orders := strings.Join(t.orders, " ")
@@ -124,7 +124,7 @@ func addressPorts(texts ...string) (addresses []netip.AddrPort) {
 }
 
 // sample is the configuration of an agent that carries five connections.
-func sample(t *told) Config {
+func sample(t *commanded) Config {
 	flows := flow.NewTable()
 	for i, destination := range addressPorts("203.0.113.7:5432", "203.0.113.7:5432", "[2001:db8::7]:443", "192.0.2.2:8080", "192.0.2.2:9") {
 		direction := flow.Outbound
@@ -134,7 +134,7 @@ func sample(t *told) Config {
 		r := flow.Open(direction, netip.MustParseAddrPort("198.51.100.2:4711"))
 		r.OriginalDestination = destination
 		flows.List(r)
-		if i < 4 { // nobody knows yet what the last one speaks
+		if i < 4 { // the protocol of the last one is not detected yet
 			flows.Carry(r, flow.Opaque, flow.Hello{})
 		}
 	}
@@ -194,7 +194,7 @@ func text(s string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, s) })
 }
 
-// ask sends a request as a tool on this machine does, with fields "Name: value".
+// ask sends a request like a tool on this machine, with fields "Name: value".
 func ask(handler http.Handler, method, target string, fields ...string) *httptest.ResponseRecorder {
 	request := httptest.NewRequest(method, target, nil)
 	request.Host, request.RemoteAddr = "localhost:15000", "127.0.0.1:4711"
@@ -214,9 +214,9 @@ func ask(handler http.Handler, method, target string, fields ...string) *httptes
 	return recorder
 }
 
-// Each path is met by each method, and its whole body is known here or in a golden file.
+// Each path is requested with each method. Its whole body is here or in a golden file.
 func TestPaths(t *testing.T) {
-	var told told
+	var told commanded
 	handler := NewHandler(sample(&told))
 	const ok, any = "OK\n", "*"
 	loggers := func(level string) string {
@@ -237,7 +237,7 @@ func TestPaths(t *testing.T) {
 		{"GET", "/nothing", 404, "invalid path. admin commands are:\n" + list(), ""},
 		{"POST", "/ready/", 404, "invalid path. admin commands are:\n" + list(), ""},
 		{"GET", "/ready", 200, "LIVE\n", ""},
-		{"HEAD", "/ready", 200, "LIVE\n", ""}, // net/http's server keeps the body back
+		{"HEAD", "/ready", 200, "LIVE\n", ""}, // net/http's server drops the body
 		{"POST", "/ready", 200, "LIVE\n", ""},
 		{"GET", "/live", 200, "live", ""},
 		{"GET", "/live/events", 200, "live", ""},
@@ -348,8 +348,8 @@ func TestPaths(t *testing.T) {
 	}
 }
 
-func TestWhatTheAgentDoesNotTakeIsSaidSo(t *testing.T) {
-	var told told
+func TestUnsupportedCommandsAreAnswered501(t *testing.T) {
+	var told commanded
 	config := sample(&told)
 	config.SetLogLevel, config.Drain, config.Quit, config.Health, config.ReopenLogs, config.RecentLog = nil, nil, nil, nil, nil, nil
 	config.Page, config.Live, config.Unready = nil, nil, nil
@@ -372,9 +372,9 @@ func TestWhatTheAgentDoesNotTakeIsSaidSo(t *testing.T) {
 	}
 }
 
-// A page of another site, or one under a name that resolves to 127.0.0.1, can make a browser ask.
-func TestOnlyThisMachineAndThisSiteAreAnswered(t *testing.T) {
-	var told told
+// A page of another site, or one whose name resolves to 127.0.0.1, can make a browser send requests.
+func TestOnlyThisMachineAndThisSiteAreServed(t *testing.T) {
+	var told commanded
 	handler := NewHandler(sample(&told))
 	for _, c := range []struct {
 		method, target string
@@ -407,7 +407,7 @@ func TestOnlyThisMachineAndThisSiteAreAnswered(t *testing.T) {
 		{"POST", "/quitquitquit", []string{"Origin: http://localhost:15000"}, 200},
 		{"POST", "/quitquitquit", []string{"Sec-Fetch-Site: none"}, 200},
 		{"POST", "/quitquitquit", []string{"Origin: http://evil.example"}, 403},
-		{"POST", "/quitquitquit", []string{"Origin: http://localhost:8080"}, 403}, // the workload's own page, perhaps
+		{"POST", "/quitquitquit", []string{"Origin: http://localhost:8080"}, 403}, // possibly a page of the workload
 		{"POST", "/quitquitquit", []string{"Origin: null"}, 403},
 		{"POST", "/quitquitquit", []string{"Sec-Fetch-Site: cross-site"}, 403},
 		{"POST", "/quitquitquit", []string{"Sec-Fetch-Site: same-site"}, 403},
@@ -424,7 +424,7 @@ func TestOnlyThisMachineAndThisSiteAreAnswered(t *testing.T) {
 }
 
 func TestAProfilesSecondsAreBoundedInAForm(t *testing.T) {
-	var told told
+	var told commanded
 	request := httptest.NewRequest("POST", "/debug/pprof/profile", strings.NewReader("seconds=301"))
 	request.Host, request.RemoteAddr = "localhost", "127.0.0.1:4711"
 	request.Header.Set("Content-Type", "application/x-www-form-urlencoded")
@@ -436,7 +436,7 @@ func TestAProfilesSecondsAreBoundedInAForm(t *testing.T) {
 }
 
 func TestABrowserGetsThePage(t *testing.T) {
-	var told told
+	var told commanded
 	handler := NewHandler(sample(&told))
 	if got := ask(handler, "GET", "/", "Accept: text/html"); got.Body.String() != "a page" {
 		t.Errorf("a browser gets %q", got.Body)
@@ -447,7 +447,7 @@ func TestABrowserGetsThePage(t *testing.T) {
 }
 
 func TestRequestsBeyondTheLimitAreTurnedAway(t *testing.T) {
-	var told told
+	var told commanded
 	config := sample(&told)
 	entered, leave := make(chan struct{}), make(chan struct{})
 	config.Metrics = prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
@@ -475,11 +475,11 @@ func TestRequestsBeyondTheLimitAreTurnedAway(t *testing.T) {
 }
 
 func TestQuitComesAfterItsAnswer(t *testing.T) {
-	var told told
+	var told commanded
 	config := sample(&told)
 	quit, received := make(chan struct{}), make(chan struct{})
 	config.Quit = func() {
-		<-received // only what went out can have been received
+		<-received // the client can only have received bytes that were sent
 		close(quit)
 	}
 	server := httptest.NewServer(NewHandler(config))
@@ -493,7 +493,7 @@ func TestQuitComesAfterItsAnswer(t *testing.T) {
 	response.Body.Close()
 }
 
-// golden are the answers whose whole text stands in testdata, with their protobuf messages.
+// golden lists the responses that are in testdata as a whole, with their protobuf messages.
 var golden = []struct{ file, target, message string }{
 	{"config_dump.json", "/config_dump?include_eds", "envoy.admin.v3.ConfigDump"},
 	{"config_dump_mask.json", "/config_dump?resource=static_listeners&mask=listener.name,listener.filter_chains.name", "envoy.admin.v3.ConfigDump"},
@@ -508,7 +508,7 @@ var golden = []struct{ file, target, message string }{
 }
 
 func TestGoldens(t *testing.T) {
-	var told told
+	var told commanded
 	handler := NewHandler(sample(&told))
 	for _, g := range golden {
 		got := ask(handler, "GET", g.target)
@@ -532,13 +532,13 @@ func TestGoldens(t *testing.T) {
 }
 
 func TestWithTPROXYTheInboundListenerIsTransparent(t *testing.T) {
-	var told told
+	var told commanded
 	config := sample(&told)
 	config.Carrying.TPROXYMark = 77
 	dump := ask(NewHandler(config), "GET", "/config_dump").Body.String()
 	for part, want := range map[string]int{
 		`"transparent": true`: 1, `"name": "envoy.filters.listener.original_src"`: 1, `"mark": 77`: 1,
-		"upstream_bind_config": 0, // the source is no address of ours
+		"upstream_bind_config": 0, // the source is the client's address
 	} {
 		if got := strings.Count(dump, part); got != want {
 			t.Errorf("%s is there %d times, want %d", part, got, want)
@@ -546,11 +546,11 @@ func TestWithTPROXYTheInboundListenerIsTransparent(t *testing.T) {
 	}
 }
 
-// What reads these answers are Envoy's own messages, with unknown fields as errors. They live in a module of their own.
+// Envoy's own messages read these responses, with unknown fields as errors. They are in a module of their own.
 func TestEveryJSONIsEnvoysMessage(t *testing.T) {
-	var told told
+	var told commanded
 	full := sample(&told)
-	bare := Config{ // what an agent has that nobody told anything
+	bare := Config{ // an agent without any setting
 		Started: time.Now(), Address: full.Address, Flows: flow.NewTable(), Ready: full.Ready, Log: full.Log,
 		Listeners: func() []Listener {
 			return []Listener{{Name: VirtualInbound, Addresses: addressPorts("0.0.0.0:15006")}, {Name: "status", Addresses: addressPorts("[::]:15020")}}
@@ -567,7 +567,7 @@ func TestEveryJSONIsEnvoysMessage(t *testing.T) {
 			}
 		}
 		for _, g := range golden {
-			if !strings.Contains(g.target, "mask=") { // which takes out what Envoy requires
+			if !strings.Contains(g.target, "mask=") { // a mask may remove required fields
 				add(g.target, g.message)
 			}
 		}
@@ -599,7 +599,7 @@ func TestEveryJSONIsEnvoysMessage(t *testing.T) {
 		t.Error(complaints)
 	}
 	for _, wrong := range []string{`{"no_field":1}`, `{"configs":[{"@type":"type.googleapis.com/envoy.admin.v3.ClustersConfigDump","no_field":1}]}`,
-		`{"configs":[{"@type":"type.googleapis.com/envoy.config.listener.v3.Filter"}]}`} { // a filter needs a name
+		`{"configs":[{"@type":"type.googleapis.com/envoy.config.listener.v3.Filter"}]}`} { // a filter without a name is invalid
 		line, _ := json.Marshal(map[string]string{"name": "wrong", "type": "envoy.admin.v3.ConfigDump", "body": wrong})
 		if judge(line) == "" {
 			t.Errorf("envoyjson takes %s", wrong)
@@ -607,9 +607,9 @@ func TestEveryJSONIsEnvoysMessage(t *testing.T) {
 	}
 }
 
-// The sections, names and addresses that istioctl's tables are made of.
+// istioctl builds its tables from these sections, names and addresses.
 func TestTheDumpIsReadAsIstioctlReadsIt(t *testing.T) {
-	var told told
+	var told commanded
 	handler := NewHandler(sample(&told))
 	type address struct {
 		Socket struct {
@@ -675,7 +675,7 @@ func TestTheDumpIsReadAsIstioctlReadsIt(t *testing.T) {
 
 // istioctl prints a row for each chain of a listener.
 func TestChainsOfAListenerHaveDifferentNames(t *testing.T) {
-	var told told
+	var told commanded
 	var dump struct {
 		Configs []struct {
 			Listeners []struct {
@@ -728,7 +728,7 @@ func TestBuildVersion(t *testing.T) {
 		"v1.2.3": "1.2.3-pillion", "1.2.3": "1.2.3-pillion", "v0.10.0-3-g642d4a8-dirty": "0.10.0-pillion-3-g642d4a8-dirty",
 		"642d4a8": "0.0.0-pillion-642d4a8", "": "0.0.0-pillion", "v1.2": "0.0.0-pillion-v1.2", "v99999999999.1.1": "0.0.0-pillion-v99999999999.1.1",
 	} {
-		var told told
+		var told commanded
 		config := sample(&told)
 		config.Version = version
 		var dump struct {
@@ -759,9 +759,9 @@ func TestBuildVersion(t *testing.T) {
 	}
 }
 
-// Destinations are the strangers' choice: an answer counts so many of them at most.
+// Clients choose destinations, so a response has at most maxHosts of them.
 func TestClustersAreBounded(t *testing.T) {
-	var told told
+	var told commanded
 	config := sample(&told)
 	config.Flows = flow.NewTable()
 	for i := range maxHosts + 100 {
@@ -775,13 +775,13 @@ func TestClustersAreBounded(t *testing.T) {
 	}
 }
 
-// Nothing that a query or a header says makes the handler panic.
+// No query and no header makes the handler panic.
 func FuzzQueries(f *testing.F) {
 	for _, seed := range []string{"mask=a.b,a,a.b.c&resource=static_listeners", "name_regex=(?i)a*", "filter=^a$&usedonly", "format=json&include_eds", "paths=pillion:debug,http=off", "level=warn"} {
 		f.Add(seed, "localhost")
 	}
 	f.Add("", "[::1")
-	var told told
+	var told commanded
 	config := sample(&told)
 	config.Quit = nil
 	handler := NewHandler(config)

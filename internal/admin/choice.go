@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// maxPattern bounds regular expressions, which Go's regexp runs in linear time, and masks.
+// maxPattern bounds masks and regular expressions. Go's regexp runs in linear time.
 const maxPattern = 1 << 10
 
 // choice is the part of a dump that a query selects.

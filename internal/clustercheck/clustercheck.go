@@ -49,7 +49,7 @@ func Run(ctx context.Context, api *kubeapi.Client, config Config) checklist.List
 	return c.list
 }
 
-// failed adds an error: a missing permission only means that nothing is known.
+// failed adds an error. A missing permission is not a failure: the check is skipped.
 func (c *checker) failed(name string, err error) {
 	if kubeapi.IsForbidden(err) {
 		c.list.Add(name, checklist.Skipped, "not permitted: "+err.Error())
@@ -179,7 +179,7 @@ func (c *checker) webhook(ctx context.Context) {
 }
 
 // certificate checks how many days a certificate in PEM remains valid: the first one of a chain, or the latest of a bundle of
-// authorities, which has an old and a new one during a rotation.
+// authorities. During a rotation a bundle has an old and a new one.
 func (c *checker) certificate(name string, text []byte, bundle bool) {
 	var certificate *x509.Certificate
 	for block, rest := pem.Decode(text); block != nil && (certificate == nil || bundle); block, rest = pem.Decode(rest) {

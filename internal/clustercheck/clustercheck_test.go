@@ -155,6 +155,10 @@ func TestEachFaultIsReportedWithItsRemedy(t *testing.T) {
 	}{
 		{"an old server", func(c cluster) { c[versionPath] = `{"gitVersion":"v1.27.1+k3s"}` },
 			"API server", checklist.Warning, "native sidecars are not enabled", "--classic"},
+		{"the first server with native sidecars", func(c cluster) { c[versionPath] = `{"gitVersion":"v1.29+"}` }, "API server", checklist.OK, "v1.29+", ""},
+		{"a server of another major version", func(c cluster) { c[versionPath] = `{"gitVersion":"v2.0.0"}` }, "API server", checklist.OK, "v2.0.0", ""},
+		{"the first kubelet with native sidecars", func(c cluster) { c[nodesPath] = strings.Replace(c[nodesPath], "v1.31.2", "v1.29.0", 1) },
+			"nodes", checklist.OK, "all with native sidecars", ""},
 		{"no server", func(c cluster) { c[versionPath] = `503 down` }, "API server", checklist.Failed, "503: down", "--context"},
 		{"an old kubelet", func(c cluster) { c[nodesPath] = strings.Replace(c[nodesPath], "v1.31.2", "v1.28.9", 1) },
 			"nodes", checklist.Warning, "no native sidecars on a (v1.28.9)", "update the kubelets"},

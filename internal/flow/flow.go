@@ -97,11 +97,19 @@ type Hello struct {
 	ALPN       []string
 }
 
+// What the byte slices of a Request hold at most, because sinks report no more.
+const (
+	MaxValue  = 8 << 10  // of one value; a longer one is cut to MaxValue+1 bytes, so that a sink sees that it is cut
+	MaxValues = 64 << 10 // of all values of a request and its response; a value beyond that is CutMark
+	CutMark   = "..."    // ends a value that is cut
+)
+
 // Request describes a request and its response. The byte slices belong to the engine and are valid until Sink.Closed
-// returns. A header field is nil if the message lacks it; if it occurs several times, the first one counts.
+// returns. A header field is nil if the message lacks it; if it occurs several times, the first one counts. Long values
+// are cut: see MaxValue.
 type Request struct {
 	Method, Path, Authority, ID []byte
-	UserAgent, ForwardedFor     []byte        // as received; several X-Forwarded-For fields are joined by commas
+	UserAgent, ForwardedFor     []byte        // as received; several X-Forwarded-For fields are joined by commas. A long list is cut in its middle
 	Fields, ResponseFields      [][]byte      // the fields that Fields names, in its order
 	Status                      int           // of the response to downstream; 0 without a response
 	GRPC                        bool          // by the request's content-type
@@ -115,6 +123,14 @@ type Request struct {
 
 // Fields names additional header fields, in lower case, whose values records carry.
 type Fields struct{ Request, Response []string }
+
+// Remote returns the address of the side that is not this workload.
+func (r *Record) Remote() netip.Addr {
+	if r.Direction == Outbound {
+		return r.OriginalDestination.Addr()
+	}
+	return r.Downstream.Addr()
+}
 
 // IsRequest reports whether the record describes a request, as opposed to a connection.
 func (r *Record) IsRequest() bool { return r.Connection != nil }

@@ -36,6 +36,7 @@ const (
 	HeadTimeout        Reason = "head_timeout"        // downstream did not finish the head of its request
 	RequestTimeout     Reason = "request_timeout"     // no response within the request timeout
 	Overload           Reason = "overload"            // an HTTP/2 peer opens too many streams, or floods the connection
+	MemoryBudget       Reason = "memory_budget"       // the memory for heads and held bodies is used up
 )
 
 // Refused by the agent. Downstream is reset.
@@ -119,6 +120,8 @@ var Explanations = []Explanation{
 		"There was no response within `{RequestTimeout}`; downstream was answered 504."},
 	{Overload, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation,
 		"An HTTP/2 peer opened too many streams, or flooded the connection with frames without effect; it was refused or disconnected."},
+	{MemoryBudget, envoy.FlagOverloadManager, envoy.FlagOverloadManager, envoy.DetailsOverload,
+		"`{MaxHeldBytes}` was used up and this connection held the most, or an HTTP/2 connection held too much by itself; the request was answered 503, or its stream or connection was reset."},
 	{Loop, envoy.FlagNoHealthyUpstream, envoy.FlagNoHealthyUpstream, envoy.DetailsNoHealthyUpstream,
 		"The destination is one of pillion's own ports at one of the workload's own addresses, or the rules capture pillion's own connections."},
 	{ForeignAddress, envoy.FlagNoRouteFound, "", "",
@@ -152,7 +155,7 @@ var explanations = func() map[Reason]*Explanation {
 // ByPolicy reports whether the agent refused the flow, as opposed to an end that the two sides caused.
 func (r Reason) ByPolicy() bool {
 	switch r {
-	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors:
+	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors, MemoryBudget:
 		return true
 	}
 	return false

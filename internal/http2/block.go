@@ -31,11 +31,11 @@ func NewDecoder(maxBytes, maxFields int) *Decoder {
 // SetTableSize sets the limit up to which the sender may raise its table size.
 func (d *Decoder) SetTableSize(n uint32) { d.hpack.SetAllowedMaxDynamicTableSize(n) }
 
-// Decode decodes a complete block. The fields are valid until the next call. If the block exceeds a limit, whole is
-// false and fields holds the first ones. An error is a connection error.
+// Decode decodes a complete block. The fields are valid until the next call of a method. If the block exceeds a limit,
+// whole is false and fields holds the first ones. An error is a connection error.
 func (d *Decoder) Decode(block []byte) (fields []Field, whole bool, err error) {
-	clear(d.fields) // release the strings
-	d.fields, d.size, d.over = d.fields[:0], 0, false
+	d.Forget()
+	d.size, d.over = 0, false
 	d.hpack.SetEmitEnabled(true)
 	// A block may begin with two changes of the table size (RFC 7541 §4.2). Package hpack accepts a change only at the
 	// beginning of a block, or while the table is empty, so the first one is decoded as a block of its own.
@@ -50,6 +50,17 @@ func (d *Decoder) Decode(block []byte) (fields []Field, whole bool, err error) {
 	}
 	return d.fields, !d.over, nil
 }
+
+// Forget frees the memory of the fields.
+func (d *Decoder) Forget() {
+	clear(d.fields) // the strings
+	if d.fields = d.fields[:0]; cap(d.fields) > keptFields {
+		d.fields = nil
+	}
+}
+
+// keptFields is how many fields an idle decoder keeps room for.
+const keptFields = 64
 
 func (d *Decoder) write(block []byte) error {
 	_, err := d.hpack.Write(block)

@@ -62,6 +62,8 @@ func (r *Request) check() error {
 	switch {
 	case r.Method != "" && !token(r.Method):
 		return BadPseudoField
+	case r.Authority != "" && !host(r.Authority):
+		return BadHost
 	case r.Method == "CONNECT" && r.Protocol == "":
 		if r.Authority == "" || r.Scheme != "" || r.Path != "" {
 			return WrongPseudoFields
@@ -188,6 +190,8 @@ func (c *checker) host(value string) Rule {
 	switch r := c.authority; {
 	case c.hosts > 1:
 		return RepeatedHost
+	case value != "" && !host(value):
+		return BadHost
 	case r.Authority != "" && !strings.EqualFold(withoutPort(r.Scheme, r.Authority), withoutPort(r.Scheme, value)):
 		return HostDiffers
 	}
@@ -250,6 +254,7 @@ func SingleLength(fields []Field) []Field {
 const (
 	inName  = 1 << iota // allowed in a field name: a token without upper-case letters
 	inToken             // allowed in a token (RFC 9110 §5.6.2)
+	inHost              // allowed in a host with a port (RFC 3986 §3.2.2), as in package http1
 )
 
 var class = func() (class [256]byte) {
@@ -261,12 +266,17 @@ var class = func() (class [256]byte) {
 		case 'a' <= b && b <= 'z', '0' <= b && b <= '9', strings.IndexByte("!#$%&'*+-.^_`|~", b) >= 0:
 			class[c] = inToken | inName
 		}
+		switch {
+		case 'A' <= b && b <= 'Z', 'a' <= b && b <= 'z', '0' <= b && b <= '9', strings.IndexByte("-._~!$&'()*+,;=%:[]", b) >= 0:
+			class[c] |= inHost
+		}
 	}
 	return class
 }()
 
 func lowerToken(s string) bool { return all(s, inName) }
 func token(s string) bool      { return all(s, inToken) }
+func host(s string) bool       { return all(s, inHost) }
 
 func all(s string, of byte) bool {
 	for i := range len(s) {

@@ -38,6 +38,9 @@ func TestRequests(t *testing.T) {
 		{get + "content-length=5,5", nil},
 		{get + "content-length=5,_5 content-length=5", nil},
 		{get + "host=b", nil},
+		{":method=GET :scheme=http :path=/ :authority=[2001:db8::1]:80", nil},
+		{":method=GET :scheme=http :path=/ :authority=a.-~%2Ftmp:8080", nil},
+		{":method=GET :scheme=http :path=/ host=", nil},
 		{get + "host=B", nil},
 		{get + "host=b:80", nil},
 		{":method=GET :scheme=http :path=/a :authority=b:80 host=b", nil},
@@ -75,6 +78,12 @@ func TestRequests(t *testing.T) {
 		{get + "content-length=5,05", ErrMessage},
 		{get + "content-length=5 content-length=5,6", ErrMessage},
 		{get + "host=c", ErrMessage},
+		{":method=GET :scheme=http :path=/ host=a/b", ErrMessage},
+		{":method=GET :scheme=http :path=/ host=u@a", ErrMessage},
+		{":method=GET :scheme=http :path=/ :authority=u@a", ErrMessage},
+		{":method=GET :scheme=http :path=/ :authority=a/b", ErrMessage},
+		{":method=GET :scheme=http :path=/ :authority=ä", ErrMessage},
+		{":method=CONNECT :authority=a/b:1", ErrMessage},
 		{get + "host=", ErrMessage},
 		{get + "host=b:8080", ErrMessage},
 		{get + "host=b:443", ErrMessage},
@@ -174,7 +183,7 @@ func TestARepeatedLengthBecomesASingleOne(t *testing.T) {
 func TestAnErrorNamesItsRuleAndField(t *testing.T) {
 	_, err := ParseRequest(list(get + "host=c"))
 	var rule Rule
-	if !errors.As(err, &rule) || rule != HostDiffers || err.Error() != `a host other than :authority: "host"` {
+	if !errors.As(err, &rule) || rule != HostDiffers || err.Error() != `HTTP/2: malformed message: a host other than :authority: "host"` {
 		t.Errorf("%v, %v", rule, err)
 	}
 	var e *Error
@@ -186,7 +195,7 @@ func TestAnErrorNamesItsRuleAndField(t *testing.T) {
 		t.Errorf("a long name is repeated whole: %v", err)
 	}
 	for _, r := range Rules() {
-		if r.Name() == "" || r.Error() == "" || errors.Is(r, ErrField) == errors.Is(r, ErrMessage) {
+		if r.Name() == "" || r.Text() == "" || errors.Is(r, ErrField) == errors.Is(r, ErrMessage) {
 			t.Errorf("rule %d has no name, no text or not one kind", r)
 		}
 	}

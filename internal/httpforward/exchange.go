@@ -5,6 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 )
@@ -14,8 +15,9 @@ type exchange struct {
 	s        *session
 	settings *Settings // for this request
 	record   flow.Record
-	names    []byte  // backing memory of the slices in record
-	routed   Request // the router's argument; a field, so that it is not allocated
+	names    names          // backing memory of the slices in record
+	held     budget.Account // what the exchange holds while it waits
+	routed   Request        // the router's argument; a field, so that it is not allocated
 
 	requestHead, responseHead http1.Head
 	request, response         message
@@ -45,6 +47,7 @@ var exchanges = sync.Pool{New: func() any { return new(exchange) }}
 func takeExchange(s *session) *exchange {
 	x := exchanges.Get().(*exchange)
 	x.s, x.settings = s, s.engine.settings.Load()
+	x.held.Open(s.engine.config.Budget, s.w, s.Record.Remote())
 	x.record.Direction = s.engine.config.Direction
 	x.record.Protocol = flow.HTTP11
 	x.record.Connection = s.Record
@@ -70,7 +73,9 @@ func (x *exchange) release() {
 	x.response.release()
 	x.requestHead.Reset()
 	x.responseHead.Reset()
-	clear(x.names)
+	x.shed()
+	x.names.clear()
+	x.held.Close()
 	clear(x.record.HTTP.Fields)
 	clear(x.record.HTTP.ResponseFields)
 	// Reset field by field: a composite literal of an exchange would be built on the stack first and double the stack.
@@ -79,7 +84,7 @@ func (x *exchange) release() {
 	x.record = flow.Record{}
 	x.record.HTTP.Fields, x.record.HTTP.ResponseFields = fields, responseFields
 	x.routed = Request{}
-	x.s, x.settings, x.names, x.progress = nil, nil, x.names[:0], progress{}
+	x.s, x.settings, x.progress = nil, nil, progress{}
 	exchanges.Put(x)
 }
 
@@ -88,7 +93,7 @@ func (x *exchange) recordRequest(b []byte) {
 	h, to := &x.requestHead, &x.record.HTTP
 	x.record.Cluster, x.record.Route, x.record.Peer = x.s.Record.Cluster, x.s.Record.Route, x.s.Record.Peer
 	x.recordLine(b)
-	to.Authority = x.copyField(h, b, http1.Host)
+	x.recordAuthority(b)
 	to.ID = x.copyField(h, b, http1.XRequestID)
 	to.UserAgent = x.copyField(h, b, http1.UserAgent)
 	to.ForwardedFor = x.copyJoined(h, b, http1.XForwardedFor)
@@ -103,7 +108,14 @@ func (x *exchange) recordPart() {
 		return
 	}
 	x.recordLine(s.Read.Bytes())
-	x.record.HTTP.Authority = x.copyField(h, s.Read.Bytes(), http1.Host)
+	x.recordAuthority(s.Read.Bytes())
+}
+
+// recordAuthority copies the host that the request is for.
+func (x *exchange) recordAuthority(b []byte) {
+	if authority := x.requestHead.Authority(b); authority != nil {
+		x.record.HTTP.Authority = x.copyName(authority)
+	}
 }
 
 // recordLine copies the request line.
@@ -112,22 +124,12 @@ func (x *exchange) recordLine(b []byte) {
 	if h.Minor == 0 {
 		x.record.Protocol = flow.HTTP10
 	}
-	if x.names == nil {
-		x.names = make([]byte, 0, namesSize)
-	}
 	to.Method = x.copyName(h.Method.In(b))
 	to.Path = x.copyName(h.Target.In(b))
 }
 
-// namesSize is the initial capacity of an exchange's names.
-const namesSize = 512
-
 // copyName copies p into names.
-func (x *exchange) copyName(p []byte) []byte {
-	start := len(x.names)
-	x.names = append(x.names, p...)
-	return x.names[start:len(x.names):len(x.names)]
-}
+func (x *exchange) copyName(p []byte) []byte { return copyValue(&x.names, p) }
 
 // copyField copies the value of the first field of kind k.
 func (x *exchange) copyField(h *http1.Head, b []byte, k http1.Known) []byte {
@@ -143,14 +145,21 @@ func (x *exchange) copyJoined(h *http1.Head, b []byte, k http1.Known) []byte {
 	if first < 0 {
 		return nil
 	}
-	start := len(x.names)
-	x.names = append(x.names, h.Fields[first].Value.In(b)...)
-	for _, f := range h.Fields[first+1:] {
-		if f.Known == k && !f.Dropped {
-			x.names = append(append(x.names, ','), f.Value.In(b)...)
+	last, size := first, -1
+	for i := first; i < len(h.Fields); i++ {
+		if f := &h.Fields[i]; f.Known == k && !f.Dropped {
+			size += 1 + len(f.Value.In(b))
+			last = i
 		}
 	}
-	return x.names[start:len(x.names):len(x.names)]
+	var list joined
+	list.begin(&x.names, size)
+	for i := first; i <= last; i++ {
+		if f := &h.Fields[i]; f.Known == k && !f.Dropped {
+			joinValue(&list, f.Value.In(b))
+		}
+	}
+	return endJoin(&list, h.Fields[last].Value.In(b))
 }
 
 // copyFields appends the value of the first field of each name, or nil if there is no such field.

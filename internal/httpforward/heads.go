@@ -7,6 +7,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http1"
 )
 
+// addedFields is more than the fields that are added take.
+const addedFields = 512
+
 // appendRequestHead appends the request head for upstream.
 func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	h, fields := &x.requestHead, &x.settings.Fields
@@ -28,9 +31,7 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	}
 	if fields.RequestID && !h.Has(http1.XRequestID) {
 		dst = append(dst, "x-request-id: "...)
-		start := len(x.names)
-		x.names = appendUUID(x.names)
-		x.record.HTTP.ID = x.names[start:]
+		x.record.HTTP.ID = appendUUID(x.names.take(uuidLength))
 		dst = append(dst, x.record.HTTP.ID...)
 		dst = append(dst, "\r\n"...)
 	}
@@ -63,7 +64,7 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	if x.settings.Fields.ServiceTime {
 		drop(h, http1.UpstreamServiceTime) // an agent between here and the server set it; our time includes that agent's
 	}
-	dst := h.AppendLines(x.response.head[:0], b)
+	dst := h.AppendLines(x.response.reserve(h.Length+addedFields), b)
 	switch {
 	case h.Status == 101:
 		dst = append(dst, "Connection: Upgrade\r\n"...)

@@ -26,6 +26,9 @@ func (x *exchange) run() ending {
 	} else if answer != nil {
 		return x.refuse(*answer, x.failure)
 	}
+	if x.s.up == nil && !x.holdDial() {
+		return x.evicted()
+	}
 	attempts, err := x.s.connect(x.settings, x.record.Opened, idempotent(x.record.HTTP.Method))
 	x.record.Attempts = uint8(attempts)
 	if err != nil {
@@ -34,6 +37,9 @@ func (x *exchange) run() ending {
 	x.send()
 	for {
 		long := x.request.move()
+		if x.request.retain && !idempotent(x.record.HTTP.Method) && !x.request.untouched() {
+			x.request.stopRetaining() // it will not be sent again
+		}
 		long = x.receive() || long
 		if end, over := x.judge(); over {
 			return end
@@ -47,6 +53,9 @@ func (x *exchange) run() ending {
 			continue
 		}
 		x.releaseIdleBuffers()
+		if !x.hold() {
+			return x.evicted()
+		}
 		switch err := x.s.w.Wait(x.deadline(), x.s.Down, x.s.up); {
 		case err == nil:
 		case errors.Is(err, tcp.ErrDeadline):
@@ -95,6 +104,9 @@ func (x *exchange) readHead() (*reply, error) {
 		if deadline.IsZero() {
 			deadline = after(x.settings.HeadTimeout)
 		}
+		if !x.holdHead() {
+			return nil, tcp.ErrInterrupted
+		}
 		switch err := s.w.Wait(deadline, s.Down, s.up); {
 		case errors.Is(err, tcp.ErrDeadline):
 			return &replyHeadTimeout, nil
@@ -123,14 +135,13 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if err != nil {
 		return x.malformed(faultOf(err, &x.requestHead, b))
 	}
-	x.routed.view(&x.record)
-	decision := x.s.Router.Route(&x.routed)
+	decision := x.s.Router.Route(x.view(b))
 	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
 	if !decision.noRoute() { // otherwise the kept connection serves the next request
 		x.s.route(decision)
 	}
 	x.request.src = x.s.Down
-	x.request.head = x.appendRequestHead(x.request.head[:0], b)
+	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields), b)
 	if x.options.Nominates && framing.Kind == http1.Chunked {
 		x.request.nominated = x.requestHead.Nominated(b)
 	}
@@ -164,6 +175,10 @@ func (x *exchange) send() {
 	}
 }
 
+// interimCost is how many bytes of a turn an interim response stands for. Each costs a system call, and an upstream may
+// send them without end.
+const interimCost = 8 << 10
+
 // receive reads the response and forwards it. It reports whether there is more to do without waiting.
 func (x *exchange) receive() (longTurn bool) {
 	m := &x.response
@@ -176,7 +191,7 @@ func (x *exchange) receive() (longTurn bool) {
 			if n == 0 {
 				return false
 			}
-			left -= n
+			left -= n + interimCost
 			continue
 		}
 		if m.bad != nil || m.srcErr != nil || !x.parseResponse() {
@@ -495,6 +510,8 @@ func (x *exchange) stopped(err error) ending {
 	switch {
 	case errors.Is(err, tcp.ErrCanceled):
 		return x.close(flow.DrainDeadline, nil, cut)
+	case errors.Is(err, tcp.ErrInterrupted):
+		return x.evicted()
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM):
 		return x.close(flow.NoDescriptors, err, cut) // the wait failed, not the connection
 	}
@@ -505,6 +522,9 @@ func (x *exchange) stopped(err error) ending {
 func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrCanceled) {
 		return x.close(flow.DrainDeadline, err, cut)
+	}
+	if errors.Is(err, tcp.ErrInterrupted) {
+		return x.evicted()
 	}
 	x.record.Upstream, x.record.TransportFailure = x.s.decision.Target.Address, upstream.TransportFailure(err)
 	return x.refuse(dialReply(err, x.record.Attempts > 1), err)
@@ -517,6 +537,7 @@ func (x *exchange) tunnel() ending {
 	down, up := s.Read, x.response.in
 	s.Read, x.request.in, x.response.in = nil, nil, nil
 	x.record.HTTP.Upgraded = true
+	x.hold() // the relay ends if the exchange has been evicted
 	received, sent := &s.Record.Received, &s.Record.Sent
 	receivedBefore, sentBefore := received.Load(), sent.Load()
 	end, err := relay.Run(s.w, s.Down, s.up, relay.Options{

@@ -21,15 +21,26 @@ func heap() uint64 {
 // polls are that for most of their life.
 func TestASilentResponseHoldsNoBuffer(t *testing.T) {
 	const (
-		many    = 100
-		limit   = 10 << 10 // the test's own two connections are in it
-		request = "GET /events HTTP/1.1\r\nHost: a\r\n\r\n"
-		begun   = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+		many  = 100
+		limit = 10 << 10 // the test's own two connections are in it
+		get   = "GET /events HTTP/1.1\r\nHost: a\r\n\r\n"
+		post  = "POST /events HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody"
+		begun = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
 	)
-	for name, answer := range map[string]string{"begun": begun, "not begun": ""} {
-		t.Run(name, func(t *testing.T) {
+	for _, c := range []struct {
+		name, request, answer string
+		balanced              bool
+	}{
+		{"begun", get, begun, false},
+		{"not begun", get, "", false},
+		{"not begun, of a balanced target", get, "", true},
+		{"not begun, for a body that will not be sent again", post, "", true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
 			o := newOrigin(t)
 			r := newRig(t, o.address, false, plain)
+			r.set(func() { r.balanced = c.balanced })
+			request, answer := c.request, c.answer
 			var conns []net.Conn
 			before := heap()
 			for range many {

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/relay"
@@ -38,13 +39,22 @@ type multiplex struct {
 
 	routed   Request // the router's argument; a field, so that it is not allocated
 	attempts uint8   // of the dial, until the first request is recorded with them
-	resets   budget  // for streams that downstream resets or that break the protocol
+	resets   bucket  // for streams that downstream resets or that break the protocol
 
 	downEnded bool      // downstream has half-closed
 	waiting   []waiting // requests waiting for a response head, oldest first; only with a RequestTimeout
 	from      string    // downstream's address for x-forwarded-for; empty until first used
 
+	holding
 	over outcome
+}
+
+// holding is what a connection holds; see http2_held.go.
+type holding struct {
+	account   budget.Account
+	steps     int // of heldStep, reported for kept
+	kept      int // by streams
+	keptLimit int
 }
 
 // times are the points in time that a multiplex keeps.
@@ -84,10 +94,12 @@ const (
 // ServeHTTP2 serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
 func (e *Engine) ServeHTTP2(w *tcp.Waiter, c *Connection) {
 	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, Connection: *c, up: c.Early}
+	m.account.Open(e.config.Budget, w, c.Record.Remote())
+	m.keptLimit = e.keptLimit()
 	m.Router = c.router()
 	m.opened, m.lastServed = time.Now(), http2.MaxStream
 	m.requests = m.opened
-	m.resets = newResetBudget(m.requests)
+	m.resets = newResetBucket(m.requests)
 	m.window = downWindow{connection: http2.FirstWindow, stream: http2.FirstWindow}
 	m.toUp.init(m, &m.toDown)
 	m.toDown.init(m, &m.toUp)
@@ -143,18 +155,22 @@ func (m *multiplex) run() {
 	for m.over == running {
 		down, up := m.toDown.pump(), m.toUp.pump()
 		m.judge()
-		if up || down {
+		yields := m.toUp.yielded || m.toDown.yielded
+		switch {
+		case m.over != running:
+			return
+		case (yields || !up && !down) && !m.hold():
+			m.evicted()
+			return
+		case up || down:
 			m.clock, m.lastMove = time.Time{}, time.Time{}
 			if len(m.waiting) > 0 { // a connection that never rests gets to no deadline below
 				m.requestsTimedOut()
 			}
-			if m.toUp.yielded || m.toDown.yielded {
+			if yields {
 				runtime.Gosched() // let other connections run
 			}
 			continue
-		}
-		if m.over != running {
-			return
 		}
 		deadline, limit := m.deadline()
 		err := m.w.Wait(deadline, m.Down, m.up)
@@ -166,6 +182,8 @@ func (m *multiplex) run() {
 		case errors.Is(err, tcp.ErrCanceled):
 			m.closeAll(flow.DrainDeadline, nil)
 			m.over = isReset
+		case errors.Is(err, tcp.ErrInterrupted):
+			m.evicted()
 		default:
 			m.closeAll(flow.NoDescriptors, err)
 			m.over = isReset
@@ -269,6 +287,7 @@ func (m *multiplex) end() {
 	}
 	m.toUp.release()
 	m.toDown.release()
+	m.account.Close()
 }
 
 // closeInOrder flushes the output, shuts down our half, and discards input until downstream closes.
@@ -289,6 +308,7 @@ func (m *multiplex) closeInOrder() {
 func (m *multiplex) relayOpaque() {
 	m.over = isClosed
 	m.closeAll(flow.BadResponse, errNotHTTP2)
+	m.account.Close() // a relay holds little
 	down := tcp.TakeBuffer()
 	down.Append(m.toUp.out.AppendTo(nil))
 	if in := m.toUp.in; in != nil {

@@ -23,26 +23,26 @@ const (
 	resetRate  = 50
 )
 
-// budget is a token bucket.
-type budget struct {
+// bucket is a token bucket.
+type bucket struct {
 	left, burst, rate int       // refilled up to burst, with rate tokens per second
 	limit             int       // upper bound for earn
 	filled            time.Time // when it was last refilled
 }
 
-// newBudget returns a budget with burst tokens.
-func newBudget(burst, rate, limit int, now time.Time) budget {
-	return budget{left: burst, burst: burst, rate: rate, limit: limit, filled: now}
+// newBucket returns a bucket with burst tokens.
+func newBucket(burst, rate, limit int, now time.Time) bucket {
+	return bucket{left: burst, burst: burst, rate: rate, limit: limit, filled: now}
 }
 
-// newIdleBudget returns the budget of one sender's frames without effect.
-func newIdleBudget(now time.Time) budget { return newBudget(idleBurst, idleRate, idleMax, now) }
+// newIdleBucket returns the bucket of one sender's frames without effect.
+func newIdleBucket(now time.Time) bucket { return newBucket(idleBurst, idleRate, idleMax, now) }
 
-// newResetBudget returns the budget of the streams that downstream may open in vain.
-func newResetBudget(now time.Time) budget { return newBudget(resetBurst, resetRate, resetBurst, now) }
+// newResetBucket returns the bucket of the streams that downstream may open in vain.
+func newResetBucket(now time.Time) bucket { return newBucket(resetBurst, resetRate, resetBurst, now) }
 
 // spend takes a token, and reports whether one was left. It reads the clock only when the bucket looks empty.
-func (b *budget) spend(clock func() time.Time) bool {
+func (b *bucket) spend(clock func() time.Time) bool {
 	if b.left == 0 {
 		now := clock()
 		passed := min(now.Sub(b.filled), time.Hour) // avoids an overflow of the product
@@ -57,4 +57,4 @@ func (b *budget) spend(clock func() time.Time) bool {
 }
 
 // earn adds n tokens.
-func (b *budget) earn(n int) { b.left = min(b.left+n, b.limit) }
+func (b *bucket) earn(n int) { b.left = min(b.left+n, b.limit) }

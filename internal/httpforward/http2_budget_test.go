@@ -6,16 +6,16 @@ import (
 )
 
 // spent is how many tokens are there at a moment.
-func (b *budget) spent(at time.Time) (n int) {
+func (b *bucket) spent(at time.Time) (n int) {
 	for b.spend(func() time.Time { return at }) {
 		n++
 	}
 	return n
 }
 
-func TestABudgetFillsWithTimeUpToItsBurst(t *testing.T) {
+func TestABucketFillsWithTimeUpToItsBurst(t *testing.T) {
 	start := time.Unix(1e9, 0)
-	b := newBudget(1000, 50, 1000, start)
+	b := newBucket(1000, 50, 1000, start)
 	if n := b.spent(start); n != 1000 {
 		t.Errorf("%d tokens at first", n)
 	}
@@ -33,9 +33,9 @@ func TestABudgetFillsWithTimeUpToItsBurst(t *testing.T) {
 	}
 }
 
-func TestABudgetIsEarnedUpToItsMost(t *testing.T) {
+func TestABucketIsEarnedUpToItsMost(t *testing.T) {
 	start := time.Unix(1e9, 0)
-	b := newBudget(10, 1, 100, start)
+	b := newBucket(10, 1, 100, start)
 	b.earn(1000)
 	if n := b.spent(start); n != 100 {
 		t.Errorf("%d tokens", n)

@@ -338,6 +338,6 @@ func (m *multiplex) closeAll(reason flow.Reason, err error) {
 	for _, s := range m.streams.open {
 		s.setFailure(reason, err)
 		m.streams.remove(s)
-		s.close(m.engine.config.Flows, nil)
+		m.closeStream(s, nil)
 	}
 }

@@ -28,7 +28,7 @@ type lane struct {
 	frameState
 	laneTables
 
-	idleFrames     budget
+	idleFrames     bucket
 	srcErr, dstErr error // io.EOF from src is an orderly close
 }
 
@@ -67,6 +67,8 @@ type laneTables struct {
 	decoder *http2.Decoder // of src's header blocks
 	encoder *http2.Encoder // of header blocks for dst
 	unacked []tableSize    // of src's SETTINGS frames that dst has not acknowledged
+
+	tableHeld int // memory of a header table larger than the initial one
 }
 
 // rest is the part of a frame that has not arrived.
@@ -92,7 +94,7 @@ func (l *lane) init(m *multiplex, other *lane) {
 	l.frameLimit = http2.MinFrameSize
 	l.decoder = http2.NewDecoder(m.settings.MaxHeadBytes, m.settings.MaxHeadFields)
 	l.encoder = http2.NewEncoder()
-	l.idleFrames = newIdleBudget(m.requests)
+	l.idleFrames = newIdleBucket(m.requests)
 }
 
 // fromDown reports whether the lane carries frames from downstream to upstream.
@@ -169,10 +171,12 @@ func (l *lane) flush() bool {
 // closeEnded closes the records of streams whose last frame is written.
 func (l *lane) closeEnded() {
 	for i, s := range l.ended {
-		s.close(l.m.engine.config.Flows, l.dstErr)
+		l.m.closeStream(s, l.dstErr)
 		l.ended[i] = nil
 	}
-	l.ended = l.ended[:0]
+	if l.ended = l.ended[:0]; cap(l.ended) > keptEntries {
+		l.ended = nil
+	}
 }
 
 // mayRead reports whether to try a read. Stop reading from a peer that does not drain the WINDOW_UPDATEs we owe it.
@@ -218,11 +222,11 @@ func (l *lane) read() int {
 // makeRoom provides a buffer, a large one while a peer sends much.
 func (l *lane) makeRoom() {
 	switch {
-	case l.in == nil && !l.bulk:
+	case l.in == nil && (!l.bulk || l.m.engine.config.Budget.Tight()):
 		l.in, l.large = tcp.TakeBuffer(), false
 	case l.in == nil:
 		l.in, l.large = tcp.TakeLargeBuffer(), true
-	case l.bulk && !l.large:
+	case l.bulk && !l.large && !l.m.engine.config.Budget.Tight():
 		beginning := l.in
 		l.in, l.large = tcp.TakeLargeBuffer(), true
 		l.in.Append(beginning.Bytes())
@@ -442,6 +446,7 @@ func (l *lane) continuation(h http2.Header, fragment []byte) error {
 // message handles a complete header block. Even a rejected block is decoded first, to keep the HPACK table in step with
 // the sender's. broken is a stream error found earlier.
 func (l *lane) message(stream uint32, end bool, encoded []byte, broken error) error {
+	defer l.decoder.Forget()
 	fields, whole, err := l.decoder.Decode(encoded)
 	if err != nil {
 		return err

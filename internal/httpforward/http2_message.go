@@ -36,7 +36,10 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	s.request = body{declared: request.ContentLength, ended: end}
 	s.response = body{declared: -1}
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
+	tooMuch := m.holdsTooMuch()
+	m.squeeze(s)
 	seen := s.recordRequest(&request, fields)
+	m.keep(s)
 	m.streams.add(s)
 	switch {
 	case !whole:
@@ -54,9 +57,10 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.answer(s, m.lost, m.lostErr)
 	case m.streams.active > maxStreams:
 		return m.tooMany(s)
+	case tooMuch:
+		return m.outOfMemory(s)
 	}
-	m.routed.view(&s.record)
-	decision := m.Router.Route(&m.routed)
+	decision := m.Router.Route(m.view(s, &request, fields))
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
 	switch {
 	case decision.noRoute():
@@ -81,9 +85,7 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 		block = l.encoder.AppendField(block, fields[i])
 	}
 	if add.RequestID && !has.id {
-		start := len(s.names)
-		s.names = appendUUID(s.names)
-		s.record.HTTP.ID = s.names[start:]
+		s.record.HTTP.ID = appendUUID(s.names.take(uuidLength))
 		block = http2.AppendLiteral(block, "x-request-id", s.record.HTTP.ID)
 	}
 	if add.ForwardedProto && !has.forwardedProto {
@@ -180,6 +182,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	}
 	r := &s.record.HTTP
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
+	m.squeeze(s)
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
 	l, timed := &m.toDown, s.settings.Fields.ServiceTime
 	block := l.beginBlock()
@@ -198,6 +201,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 		value := strconv.FormatInt(r.ServiceTime.Milliseconds(), 10)
 		block = l.encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
 	}
+	m.keep(s)
 	l.endBlock(block, s.id, end)
 	l.endMessage(s, end)
 	return nil
@@ -210,11 +214,13 @@ func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) 
 	if err := s.response.endsWith(s.id, end, fields); err != nil {
 		return err
 	}
+	m.squeeze(s)
 	for i := range fields {
 		if fields[i].Name == "grpc-status" {
 			s.recordGRPCStatus(fields[i].Value)
 		}
 	}
+	m.keep(s)
 	m.toDown.forwardBlock(s, true, fields)
 	m.toDown.endMessage(s, true)
 	return nil

@@ -52,9 +52,6 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 			}
 		}
 	}
-	if s.names == nil {
-		s.names = make([]byte, 0, namesSize)
-	}
 	// A record without a request, such as that of a connection that broke before one, went to no cluster.
 	c := s.record.Connection
 	s.record.Cluster, s.record.Route, s.record.Peer = c.Cluster, c.Route, c.Peer
@@ -94,30 +91,34 @@ func (s *stream) close(flows flow.Sink, undelivered error) {
 	r.Close(flows, s.reason, s.err)
 	clear(r.HTTP.Fields)
 	clear(r.HTTP.ResponseFields)
+	s.names.clear()
 	*s = stream{
 		record: flow.Record{HTTP: flow.Request{Fields: r.HTTP.Fields[:0], ResponseFields: r.HTTP.ResponseFields[:0]}},
-		names:  s.names[:0],
+		names:  s.names,
 	}
 	streamPool.Put(s)
 }
 
 // name copies text into memory of the stream.
-func (s *stream) name(text string) []byte {
-	start := len(s.names)
-	s.names = append(s.names, text...)
-	return s.names[start:len(s.names):len(s.names)]
-}
+func (s *stream) name(text string) []byte { return copyValue(&s.names, text) }
 
 // nameJoined copies the values of all fields with the first one's name as one list (RFC 9110 §5.3).
 func (s *stream) nameJoined(fields []http2.Field) []byte {
-	start := len(s.names)
-	s.names = append(s.names, fields[0].Value...)
-	for i := 1; i < len(fields); i++ {
+	last, size := 0, -1
+	for i := range fields {
 		if fields[i].Name == fields[0].Name {
-			s.names = append(append(s.names, ','), fields[i].Value...)
+			size += 1 + len(fields[i].Value)
+			last = i
 		}
 	}
-	return s.names[start:len(s.names):len(s.names)]
+	var list joined
+	list.begin(&s.names, size)
+	for i := range fields[:last+1] {
+		if fields[i].Name == fields[0].Name {
+			joinValue(&list, fields[i].Value)
+		}
+	}
+	return endJoin(&list, fields[last].Value)
 }
 
 // nameFields appends the value of the first field of each name, or nil if there is no such field.

@@ -134,6 +134,7 @@ func (l *lane) ackReceived() error {
 	l.other.unacked = append(l.other.unacked[:0], l.other.unacked[1:]...)
 	if table.present {
 		l.decoder.SetTableSize(min(table.now, maxTable))
+		l.tableHeld = tableFactor * int(min(table.now, maxTable)-min(table.now, http2.FirstTable))
 		l.encoder.SetTableSize(table.smallest, table.now)
 	}
 	l.insert(appendSettingsAck(l.scratch))

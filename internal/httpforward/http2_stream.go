@@ -12,7 +12,8 @@ type stream struct {
 	id       uint32
 	settings *Settings // for this request: Note and Fields
 	record   flow.Record
-	names    []byte // backing memory of the slices in record
+	names    names // backing memory of the slices in record
+	counted  int   // what of the stream is in multiplex.kept
 
 	request, response body
 
@@ -46,6 +47,7 @@ func takeStream(e *Engine, connection *flow.Record, id uint32, opened time.Time)
 type streams struct {
 	open   map[uint32]*stream
 	active int    // number of open streams
+	peak   int    // of active, since open was made
 	last   uint32 // the highest stream ID opened
 
 	// The last maxReset streams that were reset towards downstream, whose frames may still be in flight.
@@ -64,11 +66,14 @@ func (t *streams) add(s *stream) {
 	}
 	t.open[s.id] = s
 	t.active++
+	t.peak = max(t.peak, t.active)
 }
 
 func (t *streams) remove(s *stream) {
 	delete(t.open, s.id)
-	t.active--
+	if t.active--; t.active == 0 && t.peak > keptEntries {
+		t.open, t.peak = nil, 0 // a map does not shrink
+	}
 }
 
 // noteReset records a reset towards downstream.

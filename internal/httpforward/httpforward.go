@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -24,6 +25,7 @@ type Config struct {
 	Dialer    upstream.Dialer // its Timeout is not used: see Settings.ConnectTimeout
 	Pool      *upstream.Pool  // of idle HTTP/1 connections
 	Flows     flow.Sink       // takes each request's record
+	Budget    *budget.Budget  // of what connections hold while they wait; nil: no limit
 	Settings                  // until the first Apply
 
 	maxInterim int // interim responses to a request; zero: maxInterim. Tests change it

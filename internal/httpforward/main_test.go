@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -120,6 +121,7 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 		Dialer:    upstream.Dialer{Poller: poller},
 		Pool:      r.pool,
 		Flows:     &r.records,
+		Budget:    budget.New(64 << 20),
 		Settings: Settings{MaxHeadBytes: 64 << 10, MaxHeadFields: 100, ConnectTimeout: nettest.Patience,
 			Fields: Fields{ForwardedFor: ForwardedForSetIfAbsent, ForwardedProto: true, RequestID: true, ServiceTime: true}},
 	}
@@ -156,6 +158,9 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 		conns.Wait()
 		r.pool.Close()
 		poller.Close()
+		if n := r.engine.config.Budget.Used(); n != 0 {
+			t.Errorf("%d bytes of the budget are not given back", n)
+		}
 	})
 	return r
 }
@@ -214,7 +219,14 @@ func recordOf(down *tcp.Conn, dst netip.AddrPort) *flow.Record {
 // dial opens a connection to the engine, with a deadline.
 func (r *rig) dial(t testing.TB) *net.TCPConn {
 	t.Helper()
-	conn, err := net.Dial("tcp", r.address)
+	return r.dialFrom(t, "127.0.0.1")
+}
+
+// dialFrom is dial from another address of loopback, as another peer.
+func (r *rig) dialFrom(t testing.TB, address string) *net.TCPConn {
+	t.Helper()
+	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(address), 0))}
+	conn, err := dialer.Dial("tcp", r.address)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,7 +12,8 @@ import (
 )
 
 // idleCheck is how long an upstream connection must have been idle to be checked for a close before it is used. After a
-// shorter pause the poller's state is enough. That saves a busy connection a system call per request.
+// shorter pause the poller's state is enough for a request that may be sent again. That saves a busy connection a system
+// call per request.
 const idleCheck = 20 * time.Millisecond
 
 // session is one HTTP/1 downstream connection with its upstream. Between two requests it holds no buffer.
@@ -265,7 +266,7 @@ func (s *session) dropUpstream() {
 // non-repeatable request on a stale pooled connection would fail where a direct connection would not. attempts is the
 // number of dials, or 1 for a connection that was open.
 func (s *session) connect(settings *Settings, now time.Time, repeatable bool) (attempts int, err error) {
-	if s.up != nil && (s.up.Readable() || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
+	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
 	if s.up != nil {

@@ -1,7 +1,7 @@
 // Package kubeapi sends single requests to a Kubernetes API server, with the credentials of a kubeconfig or of a pod.
 //
-// It supports client certificates, tokens, token files and credential plugins (exec), which is what kubectl supports. It is
-// ours because the Kubernetes client libraries are larger than all of pillionctl, and a check needs a dozen GETs.
+// It supports the credentials that kubectl supports: client certificates, tokens, token files and plugins (exec). It is ours
+// because the Kubernetes client libraries are larger than all of pillionctl, and a check needs a dozen GETs.
 package kubeapi
 
 import (
@@ -13,9 +13,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 )
@@ -29,7 +31,7 @@ const (
 type Client struct {
 	// Server is the address of the API server, for people.
 	Server string
-	// Namespace is the namespace of the context; "default" if it names none.
+	// Namespace is the namespace of the context; "default" without one.
 	Namespace string
 
 	base  *url.URL
@@ -45,8 +47,8 @@ type StatusError struct {
 
 func (e *StatusError) Error() string { return fmt.Sprintf("%d: %s", e.Code, e.Message) }
 
-// IsForbidden reports whether the credentials lack the permission for a request. A refusal by admission, which has the same
-// status, is not meant.
+// IsForbidden reports whether the credentials lack the permission for a request. A refusal by admission has the same status,
+// and is false.
 func IsForbidden(err error) bool {
 	var status *StatusError
 	return errors.As(err, &status) && (status.Code == http.StatusUnauthorized ||
@@ -88,7 +90,7 @@ func newClient(server, serverName, proxy string, roots []byte, insecure bool, pa
 		http: &http.Client{Transport: transport, CheckRedirect: refuse, Timeout: requestTimeout}}, nil
 }
 
-// Get reads the object at path, which may have a query, into the value.
+// Get reads the object at path into the value. The path may have a query.
 func (c *Client) Get(ctx context.Context, path string, into any) error {
 	return c.do(ctx, http.MethodGet, path, nil, into)
 }
@@ -138,7 +140,7 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, into 
 	return nil
 }
 
-// unwrapped removes the method and the whole URL, which net/http repeats.
+// unwrapped removes the method and the URL that net/http adds.
 func unwrapped(err error) error {
 	var failed *url.Error
 	if errors.As(err, &failed) {
@@ -155,25 +157,24 @@ func statusError(code int, text []byte) error {
 	return &StatusError{code, status.Message}
 }
 
-// inCluster uses the service account of the pod.
-func inCluster(host, port string) (*Client, error) {
-	const account = "/var/run/secrets/kubernetes.io/serviceaccount/"
-	token, err := os.ReadFile(account + "token")
+// serviceAccount is where the kubelet puts the credentials of a pod.
+const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+// inCluster uses the service account in a directory.
+func inCluster(account, host, port string) (*Client, error) {
+	token, err := os.ReadFile(filepath.Join(account, "token"))
 	if err != nil {
 		return nil, err
 	}
-	roots, err := os.ReadFile(account + "ca.crt")
+	roots, err := os.ReadFile(filepath.Join(account, "ca.crt"))
 	if err != nil {
 		return nil, err
 	}
-	if strings.Contains(host, ":") {
-		host = "[" + host + "]"
-	}
-	client, err := newClient("https://"+host+":"+port, "", "", roots, false, nil, strings.TrimSpace(string(token)))
+	client, err := newClient("https://"+net.JoinHostPort(host, port), "", "", roots, false, nil, strings.TrimSpace(string(token)))
 	if err != nil {
 		return nil, err
 	}
-	if namespace, err := os.ReadFile(account + "namespace"); err == nil {
+	if namespace, err := os.ReadFile(filepath.Join(account, "namespace")); err == nil {
 		client.Namespace = strings.TrimSpace(string(namespace))
 	}
 	return client, nil

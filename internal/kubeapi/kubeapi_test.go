@@ -241,3 +241,33 @@ func TestABadKubeconfigIsNamed(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+func TestAPodUsesItsServiceAccount(t *testing.T) {
+	s := server(t)
+	account := t.TempDir()
+	roots := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})
+	for name, content := range map[string]string{"token": "of-the-pod\n", "ca.crt": string(roots)} {
+		if err := os.WriteFile(filepath.Join(account, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	host, port, _ := strings.Cut(s.Listener.Addr().String(), ":")
+	for _, namespace := range []string{"default", "shop"} {
+		if namespace != "default" {
+			if err := os.WriteFile(filepath.Join(account, "namespace"), []byte(namespace+"\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		client, err := inCluster(account, host, port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got answer
+		if err := client.Get(t.Context(), "/", &got); err != nil || got.Token != "Bearer of-the-pod" || client.Namespace != namespace {
+			t.Errorf("%v %+v %s", err, got, client.Namespace)
+		}
+	}
+	if _, err := inCluster(t.TempDir(), host, port); err == nil {
+		t.Error("a pod without a service account has a client")
+	}
+}

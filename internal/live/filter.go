@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"net/url"
 	"slices"
@@ -17,8 +16,8 @@ import (
 // Filter selects records. The zero value selects all. Each key that is set must match.
 type Filter struct {
 	direction *flow.Direction
-	host      string
-	path      string
+	host      []byte
+	path      []byte
 	status    statusRange
 	address   netip.Prefix
 	port      uint16
@@ -63,9 +62,9 @@ func (f *Filter) Set(key, value string) error {
 		}
 		return errors.New("not a direction: use inbound or outbound")
 	case "host":
-		f.host = strings.ToLower(value)
+		f.host = []byte(value)
 	case "path":
-		f.path = value
+		f.path = []byte(value)
 	case "status":
 		return f.setStatus(value)
 	case "address":
@@ -111,9 +110,9 @@ func (f *Filter) matches(e *entry) bool {
 	switch {
 	case f.direction != nil && *f.direction != e.direction:
 		return false
-	case f.host != "" && !sameHost(f.host, string(e.get(authority))) && !strings.EqualFold(f.host, e.sni):
+	case len(f.host) > 0 && !sameHost(f.host, e.get(authority)) && !sameName(f.host, e.sni):
 		return false
-	case f.path != "" && !bytes.HasPrefix(e.get(path), []byte(f.path)):
+	case !bytes.HasPrefix(e.get(path), f.path):
 		return false
 	case f.status.first != 0 && (e.status < f.status.first || e.status > f.status.last):
 		return false
@@ -128,10 +127,37 @@ func (f *Filter) at(a netip.AddrPort) bool {
 }
 
 // sameHost ignores case, and the authority's port if want has no port.
-func sameHost(want, authority string) bool {
-	if strings.EqualFold(want, authority) {
+func sameHost(want, authority []byte) bool {
+	if bytes.EqualFold(want, authority) {
 		return true
 	}
-	host, _, err := net.SplitHostPort(authority)
-	return err == nil && strings.EqualFold(want, host)
+	colon := bytes.LastIndexByte(authority, ':')
+	if colon < 0 {
+		return false
+	}
+	host := authority[:colon]
+	if inside, bracketed := bytes.CutPrefix(host, []byte("[")); bracketed {
+		host = bytes.TrimSuffix(inside, []byte("]"))
+	}
+	return bytes.EqualFold(want, host)
+}
+
+// sameName ignores case. Both are ASCII, or differ.
+func sameName(a []byte, b string) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if lower(a[i]) != lower(b[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+func lower(c byte) byte {
+	if 'A' <= c && c <= 'Z' {
+		c += 'a' - 'A'
+	}
+	return c
 }

@@ -14,8 +14,8 @@ import (
 
 // Sources are what the handlers show in addition to the View. They are read at each request.
 type Sources struct {
-	Table *flow.Table   // open connections; nil for none
-	Gates func() []Gate // conditions of readiness; nil: none
+	Table *flow.Table   // open connections; optional
+	Gates func() []Gate // conditions of readiness; optional
 	Index func() string // answer of "/" for clients other than browsers, such as a list of paths; nil: empty
 }
 
@@ -203,7 +203,7 @@ func (v *View) serveEvents(w http.ResponseWriter, r *http.Request, sources *Sour
 		s.event("record", record)
 		newest = record.Number
 	}
-	// Records go out a few times a second, and a snapshot with every fourth, which is the heartbeat as well.
+	// Records are sent a few times a second, and with every fourth batch a snapshot. It serves as heartbeat.
 	tick := time.NewTicker(time.Second / 4)
 	defer tick.Stop()
 	for ticks := 1; s.flush(); ticks++ {

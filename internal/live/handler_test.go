@@ -18,10 +18,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// shortTime is what the server of a test gives requests that move no limits.
+// shortTime is the time limit of the test server for requests that do not extend it.
 const shortTime = 300 * time.Millisecond
 
-// serve serves a view as the admin server does.
+// serve serves a view with the time limits of the admin server, shortened.
 func serve(t *testing.T, sources Sources) (*View, *flow.Table, *httptest.Server) {
 	t.Helper()
 	v := New(Config{Version: "v1"})
@@ -60,7 +60,7 @@ func get(t *testing.T, address string, fields ...string) (int, http.Header, stri
 
 func withClose(r *http.Request) *http.Request { r.Close = true; return r }
 
-// follow opens a stream and returns its lines, and waits until the view knows.
+// follow opens a stream, waits until the view has the follower, and returns the lines.
 func follow(t *testing.T, v *View, address string) *bufio.Scanner {
 	t.Helper()
 	before := len(v.following.list())
@@ -78,7 +78,7 @@ func follow(t *testing.T, v *View, address string) *bufio.Scanner {
 	return lines
 }
 
-func TestOnlyThisMachineIsAnswered(t *testing.T) {
+func TestOnlyRequestsForThisMachineAreServed(t *testing.T) {
 	_, _, server := serve(t, Sources{})
 	port := server.URL[strings.LastIndex(server.URL, ":"):]
 	for _, c := range []struct {
@@ -100,7 +100,7 @@ func TestOnlyThisMachineIsAnswered(t *testing.T) {
 		{"/live/records", "attacker.example", "", 403},
 		{"/live", "localhost", "cross-site", 403},
 		{"/live/events", "localhost", "same-site", 403}, // another port of localhost is another program
-		{"/", "localhost", "cross-site", 200},           // a link; there is no data in it
+		{"/", "localhost", "cross-site", 200},           // a link from elsewhere; the page itself has no data
 		{"/", "attacker.example", "", 403},
 	} {
 		code, header, body := get(t, server.URL+c.path, "Host", c.host, "Sec-Fetch-Site", c.site, "Origin", "http://attacker.example")
@@ -134,7 +134,7 @@ func TestABrowserGetsThePageAndOthersTheIndex(t *testing.T) {
 	}
 }
 
-func TestThePageMakesNoMarkupOfValues(t *testing.T) {
+func TestThePageMakesNoMarkupFromValues(t *testing.T) {
 	for _, word := range []string{"innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http://", "https://", "style=\""} {
 		if text := strings.ReplaceAll(page, "http://www.w3.org/2000/svg", ""); strings.Contains(text, word) {
 			t.Errorf("page.html has %s", word)
@@ -142,7 +142,7 @@ func TestThePageMakesNoMarkupOfValues(t *testing.T) {
 	}
 }
 
-func TestTheSnapshotTellsGatesAndOpenConnections(t *testing.T) {
+func TestTheSnapshotHasGatesAndOpenConnections(t *testing.T) {
 	gates := func() []Gate {
 		return []Gate{{Name: "inbound", Open: true}, {Name: "addresses", Why: "not listed yet"}}
 	}
@@ -161,7 +161,10 @@ func TestTheSnapshotTellsGatesAndOpenConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	if s.Ready || len(s.Gates) != 2 || s.Gates[1].Why != "not listed yet" || s.Open != maxConnections+22 || len(s.Connections) != maxConnections {
-		t.Errorf("ready %v, gates %v, %d open, %d told", s.Ready, s.Gates, s.Open, len(s.Connections))
+		t.Errorf("ready %v, gates %v, %d open, %d listed", s.Ready, s.Gates, s.Open, len(s.Connections))
+	}
+	if first := s.Connections[0]; first.Direction != "inbound" || first.Protocol != "opaque" {
+		t.Errorf("the oldest of the listed is %+v", first)
 	}
 	if last := s.Connections[maxConnections-1]; last.Protocol != "" || last.Downstream != "198.51.100.2:4711" {
 		t.Errorf("the youngest is %+v", last)
@@ -176,7 +179,7 @@ func TestTheSnapshotTellsGatesAndOpenConnections(t *testing.T) {
 	}
 }
 
-func TestRecordsAreCopiesCutAtABound(t *testing.T) {
+func TestRecordsAreCopiesCutAtTheirBounds(t *testing.T) {
 	v, table, server := serve(t, Sources{})
 	c := open(table, flow.Inbound, flow.HTTP11)
 	c.TLS.ServerName = "sni.test"
@@ -233,11 +236,19 @@ func TestFilters(t *testing.T) {
 		r.Upstream = netip.MustParseAddrPort("[2001:db8::7]:443")
 		r.Downstream = netip.MustParseAddrPort("[::ffff:192.0.2.9]:1000")
 	}))
+	c := open(table, flow.Outbound, flow.HTTP2)
+	c.TLS.ServerName = "Server.test"
+	ended(table, c, name("e", func(r *flow.Record) {
+		r.HTTP.Authority, r.HTTP.Path, r.HTTP.Status = []byte("[2001:DB8::5]:80"), []byte("*"), 500
+		r.Downstream = netip.MustParseAddrPort("198.51.100.9:1")
+		r.OriginalDestination = netip.MustParseAddrPort("198.51.100.9:2")
+		r.Upstream = r.OriginalDestination
+	}))
 	for query, want := range map[string]string{
-		"": "abcd", "direction=inbound": "a", "direction=outbound": "bcd", "host=example.TEST": "abd", "host=other.test": "c",
-		"host=other.test:8080": "c", "host=other.test:80": "", "path=/v2/": "c", "path=/": "abcd", "status=5xx": "b", "status=404": "d",
-		"status=2xx&direction=outbound": "c", "address=203.0.113.0/24": "abcd", "address=198.51.100.2": "abc", "address=192.0.2.9:1000": "d",
-		"address=192.0.2.9:1001": "", "address=[2001:db8::7]:443": "d", "address=2001:db8::/32": "d", "host=": "abcd",
+		"": "abcde", "direction=inbound": "a", "direction=outbound": "bcde", "host=example.TEST": "abd", "host=other.test": "c",
+		"host=other.test:8080": "c", "host=other.test:80": "", "path=/v2/": "c", "path=/": "abcd", "status=5xx": "be", "status=404": "d",
+		"host=2001:db8::5": "e", "host=[2001:db8::5]:80": "e", "host=server.test": "e", "status=2xx&direction=outbound": "c", "address=203.0.113.0/24": "abcd", "address=198.51.100.2": "abc", "address=192.0.2.9:1000": "d",
+		"address=192.0.2.9:1001": "", "address=[2001:db8::7]:443": "d", "address=2001:db8::/32": "d", "host=": "abcde",
 	} {
 		code, _, body := get(t, server.URL+"/live/records?"+query)
 		var answer Records
@@ -271,10 +282,10 @@ func TestFilters(t *testing.T) {
 	}
 }
 
-func TestATapTellsRecordsAsTheyCloseAndEndsAfterItsNumber(t *testing.T) {
+func TestATapSendsRecordsAsTheyCloseAndEndsAfterItsCount(t *testing.T) {
 	v, table, server := serve(t, Sources{})
 	c := open(table, flow.Outbound, flow.HTTP11)
-	ended(table, c, nil) // before anybody followed
+	ended(table, c, nil) // before the tap follows
 	lines := follow(t, v, server.URL+"/live/tap?n=2&path=/b")
 	for _, path := range []string{"/a", "/b1", "/a", "/b2", "/b3"} {
 		ended(table, c, func(r *flow.Record) { r.HTTP.Path = []byte(path) })
@@ -293,7 +304,7 @@ func TestATapTellsRecordsAsTheyCloseAndEndsAfterItsNumber(t *testing.T) {
 	nettest.Eventually(t, "the tap leaves", func() bool { return v.following.all.Load() == nil })
 }
 
-// next reads events until one of that name, and returns its data.
+// next reads events up to the first of that name and returns its data.
 func next(t *testing.T, lines *bufio.Scanner, name string) string {
 	t.Helper()
 	for lines.Scan() {
@@ -305,7 +316,7 @@ func next(t *testing.T, lines *bufio.Scanner, name string) string {
 	return ""
 }
 
-func TestEventsBeginWithWhatWasAndGoOnWithWhatIs(t *testing.T) {
+func TestEventsBeginWithTheLastRecordsAndContinue(t *testing.T) {
 	v, table, server := serve(t, Sources{})
 	c := open(table, flow.Inbound, flow.HTTP11)
 	ended(table, c, nil)
@@ -343,11 +354,11 @@ func TestEventsBeginWithWhatWasAndGoOnWithWhatIs(t *testing.T) {
 	for lines.Scan() {
 	}
 	if lines.Err() != nil {
-		t.Errorf("the end is not orderly: %v", lines.Err())
+		t.Errorf("the stream did not end in order: %v", lines.Err())
 	}
 }
 
-func TestASlowFollowerLosesRecordsAndIsTold(t *testing.T) {
+func TestASlowFollowerLosesRecordsThatAreCounted(t *testing.T) {
 	v := New(Config{})
 	table := flow.NewTable(v)
 	c := open(table, flow.Inbound, flow.HTTP11)
@@ -359,12 +370,12 @@ func TestASlowFollowerLosesRecordsAndIsTold(t *testing.T) {
 		ended(table, c, nil)
 	}
 	if len(slow.queue) != queueLength || slow.missed.Load() != 10 {
-		t.Errorf("%d wait and %d are missed", len(slow.queue), slow.missed.Load())
+		t.Errorf("%d are queued and %d missed", len(slow.queue), slow.missed.Load())
 	}
 	r := request(c, nil)
 	r.Reason = flow.Completed
 	if n := testing.AllocsPerRun(100, func() { v.Closed(r) }); n != 0 {
-		t.Errorf("a record that nobody takes allocates %v times", n)
+		t.Errorf("a record that no follower takes allocates %v times", n)
 	}
 }
 
@@ -388,8 +399,8 @@ func TestFollowersAreBounded(t *testing.T) {
 	}
 }
 
-// Many goroutines close records while others look: the race detector watches, and nothing is lost.
-func TestLookingDisturbsNobody(t *testing.T) {
+// Many goroutines close records while others read: no record is lost, and the race detector finds no race.
+func TestReadersLoseNoRecord(t *testing.T) {
 	v, table, server := serve(t, Sources{})
 	const carriers, each = 4, 300
 	lines := follow(t, v, server.URL+"/live/tap?n="+fmt.Sprint(carriers*each))
@@ -420,7 +431,7 @@ func TestLookingDisturbsNobody(t *testing.T) {
 	carrying.Wait()
 	s := look(v, table)
 	if counted != carriers*each || s.Inbound.Requests+s.Outbound.Requests != carriers*each || s.Open != 0 {
-		t.Errorf("%d told, %d and %d counted", counted, s.Inbound.Requests, s.Outbound.Requests)
+		t.Errorf("%d received, %d and %d counted", counted, s.Inbound.Requests, s.Outbound.Requests)
 	}
 }
 
@@ -440,7 +451,7 @@ func FuzzFilter(f *testing.F) {
 	})
 }
 
-func TestAStreamOutlivesTheTimeLimitsOfItsServer(t *testing.T) {
+func TestAStreamOutlivesTheServersTimeLimits(t *testing.T) {
 	v, table, server := serve(t, Sources{})
 	tap := follow(t, v, server.URL+"/live/tap")
 	events := follow(t, v, server.URL+"/live/events")
@@ -454,6 +465,6 @@ func TestAStreamOutlivesTheTimeLimitsOfItsServer(t *testing.T) {
 	}
 	ended(table, open(table, flow.Inbound, flow.HTTP11), nil)
 	if !tap.Scan() || !strings.Contains(tap.Text(), "example.test") {
-		t.Errorf("the tap ends, or says %q: %v", tap.Text(), tap.Err())
+		t.Errorf("the tap ended, or sent %q: %v", tap.Text(), tap.Err())
 	}
 }

@@ -18,7 +18,7 @@ var (
 	service = netip.MustParseAddrPort("203.0.113.7:80")
 )
 
-// open makes a connection that is carried.
+// open returns a connection that is carried.
 func open(table *flow.Table, direction flow.Direction, protocol flow.Protocol) *flow.Record {
 	c := flow.Open(direction, client)
 	c.OriginalDestination, c.Upstream = service, service
@@ -27,7 +27,7 @@ func open(table *flow.Table, direction flow.Direction, protocol flow.Protocol) *
 	return c
 }
 
-// request is one that ended in order; change makes it another.
+// request returns a request with a complete response, as change modifies it.
 func request(c *flow.Record, change func(*flow.Record)) *flow.Record {
 	r := flow.Open(c.Direction, c.Downstream)
 	r.Protocol, r.Connection, r.OriginalDestination, r.Upstream = c.Protocol, c, c.OriginalDestination, c.Upstream
@@ -58,7 +58,7 @@ func BenchmarkClosed(b *testing.B) {
 	}
 }
 
-func TestARecordThatClosesAllocatesNothing(t *testing.T) {
+func TestAClosedRecordDoesNotAllocate(t *testing.T) {
 	v := New(Config{})
 	table := flow.NewTable(v)
 	c := open(table, flow.Inbound, flow.HTTP11)
@@ -77,7 +77,7 @@ func TestARecordThatClosesAllocatesNothing(t *testing.T) {
 	}
 }
 
-// look is what a snapshot says a little later, when the seconds in which things happened are over.
+// look returns a snapshot a little later, so that the seconds with traffic are whole ones.
 func look(v *View, table *flow.Table) *Snapshot {
 	v.started = v.started.Add(-5 * time.Second)
 	return v.snapshot(&Sources{Table: table})
@@ -94,7 +94,7 @@ func find(t *testing.T, list []Destination, name string) Destination {
 	return Destination{}
 }
 
-func TestRequestsAreCountedByTheHostThatTheyAreFor(t *testing.T) {
+func TestRequestsAreCountedByHost(t *testing.T) {
 	v := New(Config{Version: "v1"})
 	table := flow.NewTable(v)
 	c := open(table, flow.Outbound, flow.HTTP11)
@@ -131,7 +131,7 @@ func TestRequestsAreCountedByTheHostThatTheyAreFor(t *testing.T) {
 	}
 }
 
-func TestConnectionsAreCountedOnceWhateverBecomesOfThem(t *testing.T) {
+func TestEachConnectionIsCountedOnce(t *testing.T) {
 	v := New(Config{})
 	table := flow.NewTable(v)
 	opaque := open(table, flow.Inbound, flow.Opaque)
@@ -155,14 +155,14 @@ func TestConnectionsAreCountedOnceWhateverBecomesOfThem(t *testing.T) {
 	}
 }
 
-func TestNamesOverTheBoundShareOne(t *testing.T) {
+func TestHostsOverTheBoundShareOneTally(t *testing.T) {
 	v := New(Config{})
 	table := flow.NewTable(v)
 	c := open(table, flow.Inbound, flow.HTTP11)
 	for i := range maxDestinations + 50 {
 		ended(table, c, func(r *flow.Record) { r.HTTP.Authority = fmt.Appendf(nil, "h%d.test", i) })
 	}
-	ended(table, open(table, flow.Outbound, flow.HTTP11), nil) // strangers' inventions leave room for it
+	ended(table, open(table, flow.Outbound, flow.HTTP11), nil) // its direction has a bound of its own
 	s := look(v, table)
 	if d := find(t, s.Destinations, otherName); d.Requests != 50 {
 		t.Errorf("other: %+v", d)
@@ -172,13 +172,13 @@ func TestNamesOverTheBoundShareOne(t *testing.T) {
 	}
 }
 
-func TestHostsOfTheseNamesAreNotTheCollectiveOnes(t *testing.T) {
+func TestHostsCannotTakeTheNamesOfSharedTallies(t *testing.T) {
 	v := New(Config{})
 	table := flow.NewTable(v)
 	orphan := flow.Open(flow.Inbound, client) // its destination is unknown
 	ended(table, orphan, func(r *flow.Record) { r.HTTP.Authority = nil })
 	c := open(table, flow.Inbound, flow.HTTP11)
-	hosts := []string{"other", "unknown", "(other)", "(unknown)"} // the last two are no hosts, and count by their address
+	hosts := []string{"other", "unknown", "(other)", "(unknown)"} // the last two are not host names and count by their address
 	for _, host := range hosts {
 		ended(table, orphan, func(r *flow.Record) { r.HTTP.Authority = []byte(host) })
 	}
@@ -193,14 +193,19 @@ func TestHostsOfTheseNamesAreNotTheCollectiveOnes(t *testing.T) {
 	}
 }
 
-func TestLatenciesAreWithinABucketOfTheTruth(t *testing.T) {
+func TestLatenciesAreExactToABucket(t *testing.T) {
 	for d := time.Microsecond; d < time.Hour; d = d*17/16 + 1 {
 		if b := bucket(d); d > 20*time.Microsecond && (middle(b) > d*107/100 || middle(b) < d*93/100) {
-			t.Errorf("%v stands in bucket %d, whose middle is %v", d, b, middle(b))
+			t.Errorf("%v is in bucket %d, whose middle is %v", d, b, middle(b))
+		}
+	}
+	for b := range buckets {
+		if bucket(middle(b)) != b {
+			t.Errorf("the middle of bucket %d is in bucket %d", b, bucket(middle(b)))
 		}
 	}
 	if bucket(-1) != 0 || bucket(1<<62) != buckets-1 || bucket(0) != 0 {
-		t.Error("what is out of range has no bucket")
+		t.Error("a value out of range is not in the first or last bucket")
 	}
 	v := New(Config{})
 	table := flow.NewTable(v)
@@ -233,7 +238,7 @@ func TestOldSecondsAndHalfMinutesDoNotCount(t *testing.T) {
 			t.Errorf("second %d has %d", i, n)
 		}
 	}
-	ended(table, c, nil) // the same slot of the ring, or another: the old one is gone
+	ended(table, c, nil) // whichever slot this uses, old counts are gone
 	if s := look(v, table); s.Outbound.RequestsPerSecond != 0.1 {
 		t.Errorf("%v per second", s.Outbound.RequestsPerSecond)
 	}

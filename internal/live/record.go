@@ -119,7 +119,7 @@ func (e *entry) put(word int, value []byte) {
 
 func (e *entry) get(word int) []byte { return e.room[e.text[word].from:e.text[word].to] }
 
-// record returns an entry as a Record, which shares no memory with it.
+// record returns a copy of an entry as a Record.
 func (e *entry) record() Record {
 	return Record{
 		Number:      e.number,

@@ -17,7 +17,7 @@ type book struct {
 	other *tally // nil until it is needed
 }
 
-// Names of shared tallies, which cannot be those of a host: see hostName.
+// Names of shared tallies. They cannot be names of hosts: see hostName.
 const (
 	otherName   = "(other)"   // names beyond the limit
 	unknownName = "(unknown)" // neither a host nor an original destination

@@ -27,7 +27,7 @@ type Ring struct {
 	bytes int
 }
 
-// Write adds one line, which ends in a newline, as slog's handlers write it.
+// Write adds one line with its newline. slog's handlers write one line at a time.
 func (r *Ring) Write(line []byte) (int, error) {
 	kept := string(line)
 	if len(kept) > maxLine {

@@ -32,10 +32,11 @@ var runtimeMetrics = regexp.MustCompile(`^/(memory/classes/(total|heap/objects|h
 // Sources are numbers that other packages keep. They are read at each scrape, on its goroutine; nil sources are omitted.
 type Sources struct {
 	Upstream  func(flow.Direction) Upstream
-	AccessLog func() (written, dropped uint64) // lines
-	Backoffs  func() uint64                    // times that accept loops paused for lack of descriptors
-	Pipes     func() int                       // pipes that relays hold, in use or for the next connection
-	Gates     func() []Gate                    // readiness gates
+	AccessLog func() (written, dropped uint64)           // lines
+	Backoffs  func() uint64                              // times that accept loops paused for lack of descriptors
+	Pipes     func() int                                 // pipes that relays hold, in use or for the next connection
+	Held      func() (used, limit int, evictions uint64) // memory budget for heads and held bodies
+	Gates     func() []Gate                              // readiness gates
 	Draining  func() bool
 	DNS       *dns.Stats // nil: no resolver
 }
@@ -319,6 +320,12 @@ func (m *Metrics) fromSources(f *families) {
 	}
 	if s.Pipes != nil {
 		f.gauge("pillion_pipes", "Open pipes of relays, in use or kept for reuse.").is(float64(s.Pipes()))
+	}
+	if s.Held != nil {
+		used, limit, evictions := s.Held()
+		f.gauge("pillion_held_bytes", "Memory for heads and held bodies, beyond what ordinary connections need.").is(float64(used))
+		f.gauge("pillion_held_limit_bytes", "Limit of pillion_held_bytes.").is(float64(limit))
+		f.counter("pillion_held_evictions_total", "Connections ended because the limit of pillion_held_bytes was reached.").counts(evictions)
 	}
 	if s.Gates != nil {
 		gates := f.gauge("pillion_gate_open", "1 if the readiness gate is open.")

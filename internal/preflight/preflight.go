@@ -1,8 +1,8 @@
 // Package preflight checks what init and the agent need from a network namespace, its kernel and its container.
 //
-// It changes nothing in the namespace. Whether rules can be installed is tried in a new network namespace, which vanishes
-// afterwards; the kernel may load modules for that, as it does for init. Every function works in the network namespace of the
-// calling thread and stays on that thread.
+// It does not change the namespace. It tries to install rules in a new network namespace and removes that afterwards; the
+// kernel may load modules for this, as it does for init. Every function works in the network namespace of the calling thread
+// and stays on that thread.
 package preflight
 
 import (
@@ -38,7 +38,7 @@ type Config struct {
 	Version     string                // of this program
 	Admin       string                // address of the agent's admin server
 	Ports       []Port                // of the agent
-	MemoryLimit func() (int64, error) // of the container, in bytes; 0: none
+	MemoryLimit func() (int64, error) // of the container, in bytes; 0: no limit
 	HowToLook   func(error) error     // adds to a missing capability how else to read the rules
 }
 
@@ -76,8 +76,8 @@ func Run(ctx context.Context, config Config) checklist.List {
 // maxAnswer bounds what is read of the agent's state.
 const maxAnswer = 16 << 20
 
-// ask reads the agent's state. It uses one socket of this thread, because net/http dials on other threads, which are in
-// another network namespace.
+// ask reads the agent's state. It uses one socket of this thread, because net/http dials on threads that are in another
+// network namespace.
 func (c *checker) ask(ctx context.Context) error {
 	dialer := net.Dialer{Timeout: 2 * time.Second}
 	conn, err := dialer.DialContext(ctx, "tcp", c.Admin)

@@ -26,6 +26,7 @@ const (
 	HalfCloseTimeout End = "half_close_timeout" // one side had closed, and nothing moved for Options.HalfCloseTimeout
 	Canceled         End = "drain_deadline"     // the waiter was canceled; only the deadline of a drain does that
 	Unwatched        End = "no_descriptors"     // the kernel's limit of watched descriptors is reached
+	Interrupted      End = "memory_budget"      // the waiter was interrupted; only the memory budget does that
 )
 
 // grace is how long to keep delivering buffered bytes after their sender was reset. Without the relay they would be in
@@ -98,6 +99,8 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 			return how, r.failure()
 		case errors.Is(err, tcp.ErrCanceled):
 			return Canceled, nil
+		case errors.Is(err, tcp.ErrInterrupted):
+			return Interrupted, nil
 		case err != nil:
 			return Unwatched, err
 		}

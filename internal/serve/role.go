@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
@@ -73,6 +74,7 @@ type Role struct {
 	flows     *flow.Table
 	dialer    upstream.Dialer
 	engine    *httpforward.Engine
+	budget    *budget.Budget
 	settings  atomic.Pointer[Settings]
 }
 
@@ -84,6 +86,7 @@ func NewRole(config Config) (*Role, error) {
 	r := &Role{
 		direction: config.Direction,
 		flows:     config.Flows,
+		budget:    config.HTTP.Budget,
 		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
 	if config.HTTP.Pool != nil { // otherwise httpforward.New reports that it is missing

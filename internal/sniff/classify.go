@@ -150,6 +150,9 @@ const (
 func commonMethod(line []byte) (methodMatch, int) {
 	for _, method := range commonMethods {
 		n := len(method)
+		if len(line) > 0 && line[0]|0x20 != method[0]|0x20 {
+			continue // the usual case, decided without a call
+		}
 		switch {
 		case len(line) > n && equalFold(line[:n], method) && (line[n] == ' ' || line[n] == '\t'):
 			return wholeMethod, n

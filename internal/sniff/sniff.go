@@ -2,8 +2,8 @@
 // that stays opaque.
 //
 // The bytes are read into a buffer that travels with the connection, so no byte is lost. No wait is long: a silent downstream
-// does not keep the upstream from being dialled, and first bytes that do not decide are held for a bounded time. Detection
-// needs no list of ports, and no timer decides that a connection is HTTP.
+// does not keep the upstream from being dialled, and first bytes that do not decide are held for a bounded time; see Late for
+// what follows. Detection needs no list of ports.
 //
 // Detection has three steps, and the caller may put others between them. First reads downstream's first bytes. Then the
 // caller dials the upstream, unless the protocol is HTTP. Both watches both sides if downstream was silent.
@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -30,6 +31,9 @@ type Sniffer struct {
 	Hold     time.Duration // how long to hold bytes that do not decide, from the first one; zero: not at all
 	Idle     time.Duration // how long Both waits while both sides are silent; zero or less: forever
 	Draining func() bool   // ends Both while both sides are silent; nil: never
+
+	// The memory budget for bytes that are held, attributed to Down's peer; nil: no limit.
+	Budget *budget.Budget
 
 	// The upstream connection; nil before the dial.
 	Up *tcp.Conn
@@ -52,6 +56,8 @@ var ErrDraining = errors.New("neither side had sent anything when the agent drai
 // downstream was silent: the caller dials the upstream then and calls Both. The errors are those of reading from Down and
 // of waiting.
 func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
+	var held account
+	defer held.close()
 	var silence time.Time // when it has lasted too long
 	for {
 		protocol, err := s.look()
@@ -65,12 +71,17 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 			silence = time.Now().Add(s.Delay)
 			deadline = silence
 		}
+		if !held.hold(s, w) {
+			return Undecided, budget.ErrEvicted
+		}
 		switch err := w.Wait(deadline, s.Down, nil); {
 		case err == nil:
 		case errors.Is(err, tcp.ErrDeadline) && s.Read == nil:
 			return Undecided, nil
 		case errors.Is(err, tcp.ErrDeadline):
 			return Late(s.Read.Bytes()), nil
+		case errors.Is(err, tcp.ErrInterrupted):
+			return Undecided, budget.ErrEvicted
 		default:
 			return Undecided, err
 		}
@@ -85,6 +96,8 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 // are, until the client's bytes show whether it speaks HTTP/2: an HTTP/2 client never waits for the server (RFC 9113
 // §3.4).
 func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
+	var held account
+	defer held.close()
 	for {
 		switch {
 		case !s.greeted.IsZero() && s.Up.Ended():
@@ -116,8 +129,13 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 		case s.Idle > 0:
 			deadline = time.Now().Add(s.Idle)
 		}
+		if !held.hold(s, w) {
+			return Undecided, budget.ErrEvicted
+		}
 		err = w.Wait(deadline, s.Down, s.Up)
 		switch {
+		case errors.Is(err, tcp.ErrInterrupted):
+			return Undecided, budget.ErrEvicted
 		case !errors.Is(err, tcp.ErrDeadline):
 		case !s.greeted.IsZero():
 			return Opaque, nil
@@ -127,6 +145,35 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 		if err != nil {
 			return Undecided, err
 		}
+	}
+}
+
+// account counts the memory of bytes that are held during a wait. It is made by the first wait with many bytes.
+type account struct{ *budget.Account }
+
+// hold reports the memory. It returns false if the connection must end.
+func (a *account) hold(s *Sniffer, w *tcp.Waiter) bool {
+	n := 0
+	for _, b := range [...]*tcp.Buffer{s.Read, s.UpRead} {
+		if b != nil {
+			b.Shrink()
+			n += b.Cap()
+		}
+	}
+	if a.Account == nil {
+		if n <= 2*tcp.ShrunkSize {
+			return true
+		}
+		a.Account = new(budget.Account)
+		a.Open(s.Budget, w, s.Down.RemoteAddr().Addr())
+	}
+	return a.Hold(n)
+}
+
+// close ends the account: the bytes are about to be forwarded or dropped.
+func (a *account) close() {
+	if a.Account != nil {
+		a.Close()
 	}
 }
 
@@ -215,6 +262,8 @@ func Reason(err error) flow.Reason {
 	switch {
 	case errors.Is(err, ErrDraining):
 		return flow.Drained
+	case errors.Is(err, budget.ErrEvicted):
+		return flow.MemoryBudget
 	case errors.Is(err, tcp.ErrDeadline):
 		return flow.IdleTimeout
 	case errors.Is(err, tcp.ErrCanceled):

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -557,3 +558,39 @@ func TestADetectionIsAbandonedBeforeTheDial(t *testing.T) {
 	r.Up = nil
 	r.Abandon(tcp.ErrCanceled)
 }
+
+// A large beginning that does not decide is accounted for while it is held, and dropped when there is no room.
+func TestHeldBeginningsShareABudget(t *testing.T) {
+	large := "GET /" + strings.Repeat("x", 5000)
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Budget = budget.New(tcp.BufferSize + 1000)
+		say(t, r.client, large)
+		rival := new(rival)
+		rival.Open(r.Budget, rival, netip.MustParseAddr("198.51.100.2"))
+		nettest.OnceBlocked(t, waiting, func() {
+			if r.Budget.Used() != tcp.BufferSize {
+				t.Errorf("%d bytes are accounted for", r.Budget.Used())
+			}
+			rival.Hold(1001) // less than the other holds
+		})
+		_, err := look()
+		if Reason(err) != flow.MemoryBudget || rival.Evicted() || r.Budget.Used() != 1001 {
+			t.Errorf("detection ended with %v, and %d bytes are accounted for", err, r.Budget.Used())
+		}
+		rival.Close()
+	})
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Budget = budget.New(tcp.BufferSize / 2)
+		say(t, r.client, "GET /")
+		nettest.OnceBlocked(t, waiting, func() { say(t, r.client, " HTTP/1.1\r\n") })
+		protocol, err := look()
+		r.want(t, protocol, err, HTTP1) // what is small takes no room
+		r.wantAll(t, "GET / HTTP/1.1\r\n")
+	})
+}
+
+// rival is another owner of an account.
+type rival struct{ budget.Account }
+
+func (*rival) Interrupt() {}
+func (*rival) Continue()  {}

@@ -19,8 +19,7 @@ func Listens(at netip.AddrPort) bool {
 	return !errors.Is(err, unix.ENOENT)
 }
 
-// listener is a struct inet_diag_req_v2 that asks for one socket. Its remote end is not given, which only a listening socket
-// matches.
+// listener is a struct inet_diag_req_v2 that asks for one socket. Without a remote end, only a listening socket matches.
 type listener netip.AddrPort
 
 const listenerSize = 56

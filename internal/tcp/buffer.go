@@ -2,6 +2,7 @@ package tcp
 
 import (
 	"errors"
+	"math"
 	"slices"
 	"sync"
 )
@@ -18,9 +19,9 @@ var ErrFull = errors.New("buffer full")
 // Buffer holds bytes that were read from a connection and not yet written to another. Buffers are pooled, so that an idle
 // connection does not occupy one. The holder returns it with Release or passes it on, together with that duty.
 type Buffer struct {
-	bytes      []byte // fixed, or a larger slice after Grow or Append
+	bytes      []byte // fixed, a larger slice after Grow or Append, or a smaller one after Shrink
 	start, end int
-	fixed      []byte
+	fixed      []byte     // nil after Shrink
 	pool       *sync.Pool // takes the buffer back on Release
 }
 
@@ -49,9 +50,41 @@ func take(pool *sync.Pool) *Buffer {
 // Release returns the buffer to its pool. The buffer and slices from Bytes must not be used afterwards. Releasing nil does
 // nothing.
 func (b *Buffer) Release() {
-	if b != nil {
-		b.bytes = nil // frees memory that Grow or Append allocated
+	if b == nil {
+		return
+	}
+	if len(b.bytes) > len(b.fixed) {
+		GiveSlab(b.bytes)
+	}
+	b.bytes = nil
+	if b.fixed != nil {
 		b.pool.Put(b)
+	}
+}
+
+// Cap returns how many bytes of memory the buffer occupies.
+func (b *Buffer) Cap() int { return len(b.bytes) }
+
+// ShrunkSize is the most that a buffer holds for Shrink to have an effect, and how much it occupies then.
+const ShrunkSize = 1 << 10
+
+// Shrink gives back the memory of a buffer that holds only a few bytes, for a wait that may be long. The next Fill takes
+// memory again. Slices from Bytes must not be used afterwards.
+func (b *Buffer) Shrink() {
+	if b.fixed == nil || b.Len() > ShrunkSize {
+		return
+	}
+	few := append([]byte(nil), b.Bytes()...)
+	b.pool.Put(&Buffer{fixed: b.fixed, pool: b.pool})
+	b.bytes, b.fixed, b.start, b.end = few, nil, 0, len(few)
+}
+
+// unshrink undoes Shrink.
+func (b *Buffer) unshrink() {
+	b.fixed = b.pool.Get().(*Buffer).fixed
+	if b.Len() < len(b.fixed) { // it has not grown since
+		b.end = copy(b.fixed, b.Bytes())
+		b.bytes, b.start = b.fixed, 0
 	}
 }
 
@@ -69,10 +102,13 @@ func (b *Buffer) Discard(n int) {
 }
 
 // Fill reads once from c and appends the bytes, as many as there is room for. The error is ErrFull or that of Conn.Read.
-func (b *Buffer) Fill(c *Conn) (int, error) { return b.FillAtMost(c, len(b.bytes)) }
+func (b *Buffer) Fill(c *Conn) (int, error) { return b.FillAtMost(c, math.MaxInt) }
 
 // FillAtMost is like Fill, but reads at most n bytes.
 func (b *Buffer) FillAtMost(c *Conn, n int) (int, error) {
+	if b.fixed == nil {
+		b.unshrink()
+	}
 	if b.end == len(b.bytes) {
 		if b.start == 0 {
 			return 0, ErrFull
@@ -92,10 +128,45 @@ func (b *Buffer) Grow(limit int) bool {
 	if size <= len(b.bytes) {
 		return false
 	}
-	grown := make([]byte, size)
+	grown := TakeSlab(size)[:size]
 	b.end = copy(grown, b.Bytes())
+	if len(b.bytes) > len(b.fixed) {
+		GiveSlab(b.bytes)
+	}
 	b.bytes, b.start = grown, 0
 	return true
+}
+
+// Slabs are pooled pieces of memory for what is too large for a buffer, in powers of two from smallestSlab. Peers decide
+// how many are needed at once: the garbage of many large heads grows faster than the collector works.
+const (
+	smallestSlab = 32 << 10
+	slabClasses  = 4 // up to 256 KiB; what is larger is not pooled
+)
+
+var slabs [slabClasses]sync.Pool
+
+// TakeSlab returns an empty slice with room for n bytes.
+func TakeSlab(n int) []byte {
+	for i := range slabs {
+		if size := smallestSlab << i; n <= size {
+			if slab, ok := slabs[i].Get().(*[]byte); ok {
+				return *slab
+			}
+			return make([]byte, 0, size)
+		}
+	}
+	return make([]byte, 0, n)
+}
+
+// GiveSlab returns a slab to its pool. The slab must not be used afterwards. Other memory is left to the collector.
+func GiveSlab(slab []byte) {
+	slab = slab[:0]
+	for i := range slabs {
+		if cap(slab) == smallestSlab<<i {
+			slabs[i].Put(&slab)
+		}
+	}
 }
 
 // Append appends p to the bytes in the buffer and grows it as needed, without a limit.

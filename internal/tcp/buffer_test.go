@@ -98,6 +98,64 @@ func TestReleaseShrinksAGrownBuffer(t *testing.T) {
 	none.Release()
 }
 
+func TestAShrunkBufferKeepsItsBytes(t *testing.T) {
+	far, near := connected(t, newPoller(t), "127.0.0.1:0")
+	sent := numbered(2*BufferSize + ShrunkSize)
+	for _, large := range []bool{false, true} {
+		b, size := TakeBuffer(), BufferSize
+		if large {
+			b, size = TakeLargeBuffer(), LargeBufferSize
+		}
+		arrive(t, far, near, sent)
+		if n, err := b.FillAtMost(near, ShrunkSize+10); n != ShrunkSize+10 || err != nil {
+			t.Fatal(n, err)
+		}
+		if b.Shrink(); b.Cap() != size {
+			t.Errorf("%d bytes are too many, but the buffer shrank to %d", b.Len(), b.Cap())
+		}
+		b.Discard(10)
+		if b.Shrink(); b.Cap() != ShrunkSize || !bytes.Equal(b.Bytes(), sent[10:10+ShrunkSize]) {
+			t.Errorf("shrunk to %d bytes of memory with %d bytes", b.Cap(), b.Len())
+		}
+		b.Shrink()
+		if n, err := b.Fill(near); n != min(size-ShrunkSize, 2*BufferSize-10) || err != nil || !bytes.Equal(b.Bytes(), sent[10:][:b.Len()]) {
+			t.Errorf("Fill after Shrink: %d, %v, with %d bytes", n, err, b.Len())
+		}
+		if b.Cap() != size {
+			t.Errorf("after Shrink and Fill the buffer has %d bytes of memory, want %d", b.Cap(), size)
+		}
+		b.Discard(b.Len() - 5)
+		rest := bytes.Clone(b.Bytes())
+		b.Shrink()
+		b.Append(numbered(size))
+		if !bytes.Equal(b.Bytes(), append(rest, numbered(size)...)) {
+			t.Error("Append after Shrink lost bytes")
+		}
+		for n := 0; n < 3*BufferSize; { // the rest, and some that arrives
+			if got, err := b.Fill(near); err != nil && err != ErrFull && err != ErrAgain {
+				t.Fatal(err)
+			} else if n += got; err == ErrFull {
+				b.Grow(1 << 20)
+			} else if err == ErrAgain {
+				break
+			}
+		}
+		if !bytes.HasPrefix(b.Bytes(), append(rest, numbered(size)...)) {
+			t.Error("Fill after Append lost bytes")
+		}
+		b.Shrink() // too large
+		b.Release()
+		b = TakeBuffer()
+		b.Shrink()
+		b.Release() // without memory
+	}
+	if b := TakeBuffer(); b.Cap() != BufferSize || b.Len() != 0 {
+		t.Errorf("a buffer from the pool has %d bytes of memory and %d bytes", b.Cap(), b.Len())
+	} else {
+		b.Release()
+	}
+}
+
 // EOF and errors leave the buffered bytes untouched.
 func TestBufferKeepsBytesAtEOF(t *testing.T) {
 	far, near := connected(t, newPoller(t), "127.0.0.1:0")
@@ -138,5 +196,19 @@ func TestEmptyReadIsNotEOF(t *testing.T) {
 	}
 	if n, err := b.Fill(near); n != 1 || err != nil {
 		t.Errorf("Fill = %d, %v", n, err)
+	}
+}
+
+func TestSlabsHaveRoom(t *testing.T) {
+	for _, n := range []int{0, 1, smallestSlab, smallestSlab + 1, 256 << 10, 256<<10 + 1} {
+		slab := TakeSlab(n)
+		if len(slab) != 0 || cap(slab) < n {
+			t.Errorf("a slab for %d bytes has %d of %d bytes", n, len(slab), cap(slab))
+		}
+		GiveSlab(append(slab, "dirty"...))
+		GiveSlab(make([]byte, 0, n)) // not a slab, or one by chance
+		if again := TakeSlab(n); len(again) != 0 || cap(again) < n {
+			t.Errorf("the next slab for %d bytes has %d of %d bytes", n, len(again), cap(again))
+		}
 	}
 }

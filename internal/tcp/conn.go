@@ -23,9 +23,9 @@ const (
 	readable = unix.EPOLLIN
 	writable = unix.EPOLLOUT
 	urgent   = unix.EPOLLPRI   // the peer has sent urgent data
-	gone     = unix.EPOLLRDHUP // the peer will send no more
+	gone     = unix.EPOLLRDHUP // the peer has closed its sending half
 	failed   = unix.EPOLLERR
-	hungUp   = unix.EPOLLHUP // closed both ways
+	hungUp   = unix.EPOLLHUP // both halves are closed
 	looped   = 1 << 27       // not an event: set by Set.MarkLooped
 )
 
@@ -80,12 +80,12 @@ func (c *Conn) ClearTransparent() error {
 	return os.NewSyscallError("setsockopt", sockopt.ClearTransparent(c.fd, c.remote.Addr().Is6()))
 }
 
-// Readable reports whether a read is worth trying.
+// Readable reports whether a read may return something other than ErrAgain.
 func (c *Conn) Readable() bool {
 	return c.ready.Load()&(readable|gone|failed|hungUp) != 0 || c.layer != nil && c.layer.more
 }
 
-// Writable reports whether a write is worth trying.
+// Writable reports whether a write may return something other than ErrAgain.
 func (c *Conn) Writable() bool { return c.ready.Load()&(writable|failed|hungUp) != 0 }
 
 // Ended reports whether the poller has seen the end of the peer's data: the peer has closed, or the connection is dead.

@@ -251,7 +251,7 @@ func (l *layered) release() {
 // closeLayered closes in order: the close message follows the written bytes. If the socket does not take all of them, a
 // goroutine of the poller sends the rest, as the kernel does for a bare connection.
 func (c *Conn) closeLayered() {
-	_ = c.layer.closeWrite(c) // an error closes as well
+	_ = c.layer.closeWrite(c) // after an error, the connection is closed as well
 	if c.layer.unsent == nil || c.layer.writeErr != nil {
 		c.finish()
 		return

@@ -237,6 +237,34 @@ func TestWaitEndsAtTheDeadlineAndWithTheContext(t *testing.T) {
 	}
 }
 
+func TestAnInterruptEndsOneWait(t *testing.T) {
+	poller := newPoller(t)
+	_, silent := connected(t, poller, "127.0.0.1:0")
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	for range 3 { // initial events of the connection may end the first waits
+		w.Wait(time.Now().Add(10*time.Millisecond), silent, nil)
+	}
+	nettest.OnceBlocked(t, "tcp.(*Waiter).Wait", w.Interrupt)
+	if err := w.Wait(time.Time{}, silent, nil); err != ErrInterrupted {
+		t.Errorf("the wait in progress: %v", err)
+	}
+	for name, c := range map[string]struct {
+		before func()
+		want   error
+	}{
+		"the interrupt was reported": {func() {}, ErrDeadline},
+		"interrupted before":         {w.Interrupt, ErrInterrupted},
+		"taken back":                 {func() { w.Interrupt(); w.Continue() }, nil}, // an event without a cause
+	} {
+		w.Wait(time.Now(), silent, nil)
+		c.before()
+		if err := w.Wait(time.Now().Add(10*time.Millisecond), silent, nil); err != c.want {
+			t.Errorf("%s: %v, want %v", name, err, c.want)
+		}
+	}
+}
+
 func TestAWaitSeesEitherConnection(t *testing.T) {
 	poller := newPoller(t)
 	farA, a := connected(t, poller, "127.0.0.1:0")

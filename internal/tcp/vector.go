@@ -55,8 +55,14 @@ func (v *Vector) copyTo(dst []byte) []byte {
 	return dst[:n]
 }
 
+// keptPieces is how many pieces an empty vector keeps room for.
+const keptPieces = 512
+
 // Reset removes all pieces.
 func (v *Vector) Reset() {
+	if cap(v.pieces) > keptPieces {
+		v.pieces = nil
+	}
 	clear(v.pieces) // releases the memory
 	v.pieces, v.next, v.bytes = v.pieces[:0], 0, 0
 }

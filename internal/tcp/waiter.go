@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -11,8 +12,9 @@ import (
 
 // Errors of a wait that ended without an event of a connection.
 var (
-	ErrDeadline = errors.New("deadline exceeded")
-	ErrCanceled = errors.New("canceled")
+	ErrDeadline    = errors.New("deadline exceeded")
+	ErrCanceled    = errors.New("canceled")
+	ErrInterrupted = errors.New("interrupted")
 )
 
 // Waiter blocks one goroutine until one of its connections has an event. Make it with NewWaiter, and Close it after its
@@ -22,6 +24,8 @@ type Waiter struct {
 	token chan struct{} // holds a token if an event arrived since the last wait
 	round uint32        // last call of Poller.WakeAll that the owner has seen
 	timer *time.Timer   // made by the first wait with a deadline
+
+	interrupted atomic.Bool
 }
 
 // NewWaiter returns a Waiter whose waits fail once ctx is cancelled. Cancelling ctx does not wake waits in progress: the
@@ -40,6 +44,15 @@ func (w *Waiter) Close() {
 // Canceled reports whether the context has been cancelled, for loops that do not reach Wait because they always have work.
 func (w *Waiter) Canceled() bool { return w.ctx.Err() != nil }
 
+// Interrupt ends the wait in progress, or else the next one, with ErrInterrupted. It may be called from any goroutine.
+func (w *Waiter) Interrupt() {
+	w.interrupted.Store(true)
+	w.wake()
+}
+
+// Continue takes back an Interrupt that no wait has reported.
+func (w *Waiter) Continue() { w.interrupted.Store(false) }
+
 func (w *Waiter) wake() {
 	select {
 	case w.token <- struct{}{}:
@@ -48,8 +61,8 @@ func (w *Waiter) wake() {
 }
 
 // Wait blocks until a connection of this waiter may have had an event, and then returns nil; the caller tries its reads
-// and writes again. It returns ErrDeadline at the deadline, unless that is zero, and ErrCanceled once the context is
-// cancelled.
+// and writes again. It returns ErrDeadline at the deadline, unless that is zero, ErrCanceled once the context is
+// cancelled, and ErrInterrupted once after an Interrupt.
 //
 // a and b, if not nil, become connections of this waiter and remain so in later waits, until Close, Rest, or a Wait of
 // another waiter.
@@ -65,8 +78,8 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 		}
 		missed = missed || lost
 	}
-	if w.Canceled() {
-		return ErrCanceled
+	if err := w.ended(); err != nil {
+		return err
 	}
 	if missed {
 		return nil
@@ -76,8 +89,16 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 	} else if !w.waitUntil(deadline) {
 		return ErrDeadline
 	}
-	if w.Canceled() {
+	return w.ended()
+}
+
+// ended returns why a wait ends without an event, nil if it need not.
+func (w *Waiter) ended() error {
+	switch {
+	case w.Canceled():
 		return ErrCanceled
+	case w.interrupted.Load() && w.interrupted.Swap(false):
+		return ErrInterrupted
 	}
 	return nil
 }

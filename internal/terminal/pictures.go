@@ -93,8 +93,8 @@ const (
 	shortestName = 16 // below it a column is dropped
 )
 
-// Top is the table of destinations, under the totals of the agent. It has at most fit.Rows lines, none longer than
-// fit.Columns.
+// Top is the table of destinations, under the totals of the agent. It has at most fit.Rows lines of at most
+// fit.Columns columns.
 func Top(s *live.Snapshot, paint Painter, fit Fit) string {
 	limit := fit.Columns
 	if limit == 0 {

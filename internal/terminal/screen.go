@@ -56,8 +56,8 @@ type Keyboard struct {
 	stopped chan struct{}
 }
 
-// OpenKeyboard changes the mode of the terminal in until Close. Without a terminal it returns nil, which is a keyboard
-// without keys.
+// OpenKeyboard changes the mode of the terminal in until Close. Without a terminal it returns nil; all
+// methods accept that.
 func OpenKeyboard(in io.Reader) (*Keyboard, error) {
 	file, ok := in.(*os.File)
 	if !ok || !isTerminalFile(file) {

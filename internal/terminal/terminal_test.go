@@ -51,6 +51,22 @@ func TestRecordsWithoutColumns(t *testing.T) {
 	}
 }
 
+// Numbers take at most seven columns, with three significant digits where there is room.
+func TestNumbersAreShort(t *testing.T) {
+	for bytes, want := range map[uint64]string{0: "0B", 999: "999B", 1000: "1.0K", 100 << 10: "100K", 1023 << 10: "1.0M", 5 << 40: "5.0T"} {
+		r := live.Record{Sent: bytes, DurationMS: 1}
+		if got := strings.Fields(terminal.Record(&r, false, false, 0)); got[3] != want {
+			t.Errorf("%d bytes: %q, want %q", bytes, got, want)
+		}
+	}
+	for ms, want := range map[float64]string{0: "-", 0.069: "0.07ms", 1: "1.0ms", 10: "10ms", 999.4: "999ms", 1000: "1.0s", 60e3: "60.0s"} {
+		r := live.Record{DurationMS: ms}
+		if got := strings.Fields(terminal.Record(&r, false, false, 0)); got[2] != want {
+			t.Errorf("%v ms: %q, want %q", ms, got, want)
+		}
+	}
+}
+
 func TestStatusIsOneScreen(t *testing.T) {
 	s := &live.Snapshot{
 		Version: "v1.2.3", Pod: "web-1", Namespace: "shop", UptimeSeconds: 3723.4, Open: 12,
@@ -109,8 +125,8 @@ func TestTopIsATableWithARowForEachDestination(t *testing.T) {
 	}
 }
 
-// Whatever its size, a terminal shows the totals, the heading, the busiest destinations and the keys, and nothing wraps or
-// scrolls.
+// At every size, the table has no more rows and columns than the terminal. At 80×24 it has the totals, the heading, the
+// busiest destinations and the keys.
 func TestTopFitsTheTerminal(t *testing.T) {
 	s := busy(60)
 	for _, size := range [][2]int{{80, 24}, {40, 10}, {132, 50}, {20, 6}, {200, 100}, {1, 1}} {
@@ -181,6 +197,11 @@ func TestRecordsFitTheTerminal(t *testing.T) {
 		if got := terminal.Record(&r, false, true, columns); utf8.RuneCountInString(got) > columns {
 			t.Errorf("%d columns: %q", columns, got)
 		}
+	}
+	decomposed := strings.Repeat("e\u0300", 60) // the second of each pair has no column of its own
+	r.Path, r.Failed, r.Status = "/"+decomposed, false, 200
+	if got := terminal.Record(&r, false, true, 80); !strings.HasSuffix(got, " GET /"+decomposed[:28*3]+"…") {
+		t.Errorf("a combining character takes a column: %q", got)
 	}
 	r.Path, r.Failed, r.Status = "/"+strings.Repeat("漢", 60), false, 200
 	if got := terminal.Record(&r, false, true, 80); !strings.HasSuffix(got, " GET /"+strings.Repeat("漢", 14)+"…") {

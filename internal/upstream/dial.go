@@ -77,7 +77,7 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 			break
 		}
 		if paused := pause(w, deadline); paused != nil {
-			if errors.Is(paused, tcp.ErrCanceled) {
+			if errors.Is(paused, tcp.ErrCanceled) || errors.Is(paused, tcp.ErrInterrupted) {
 				err = paused
 			}
 			break

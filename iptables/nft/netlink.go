@@ -116,28 +116,28 @@ func readChain(message []byte) (Chain, error) {
 	case unix.NFPROTO_IPV6:
 		chain.Family = ruleset.IPv6
 	}
-	attributes, err := nl.ParseRouteAttr(message[nl.SizeofNfgenmsg:])
+	attributes, err := readAttributes(message[nl.SizeofNfgenmsg:])
 	if err != nil {
 		return chain, err
 	}
 	var users uint32
 	for _, attribute := range attributes {
-		switch attribute.Attr.Type & nl.NLA_TYPE_MASK {
+		switch attribute.kind {
 		case unix.NFTA_CHAIN_TABLE:
-			chain.Table = unix.ByteSliceToString(attribute.Value)
+			chain.Table = unix.ByteSliceToString(attribute.value)
 		case unix.NFTA_CHAIN_NAME:
-			chain.Name = unix.ByteSliceToString(attribute.Value)
+			chain.Name = unix.ByteSliceToString(attribute.value)
 		case unix.NFTA_CHAIN_HOOK:
 			chain.base = true
-			if err := chain.hook.read(attribute.Value); err != nil {
+			if err := chain.hook.read(attribute.value); err != nil {
 				return chain, err
 			}
 		case unix.NFTA_CHAIN_USE:
-			users = bigEndian(attribute.Value)
+			users = bigEndian(attribute.value)
 		case unix.NFTA_CHAIN_POLICY:
-			chain.hook.policy = bigEndian(attribute.Value)
+			chain.hook.policy = bigEndian(attribute.value)
 		case unix.NFTA_CHAIN_TYPE:
-			chain.hook.kind = unix.ByteSliceToString(attribute.Value)
+			chain.hook.kind = unix.ByteSliceToString(attribute.value)
 		}
 	}
 	chain.untouched = chain.base && users == 0 && chain.hook.policy == nfAccept
@@ -145,15 +145,9 @@ func readChain(message []byte) (Chain, error) {
 }
 
 func (h *hook) read(message []byte) error {
-	attributes, err := nl.ParseRouteAttr(message)
-	for _, attribute := range attributes {
-		switch attribute.Attr.Type & nl.NLA_TYPE_MASK {
-		case unix.NFTA_HOOK_HOOKNUM:
-			h.number = bigEndian(attribute.Value)
-		case unix.NFTA_HOOK_PRIORITY:
-			h.priority = int32(bigEndian(attribute.Value))
-		}
-	}
+	attributes, err := readAttributes(message)
+	h.number = bigEndian(attributes.value(unix.NFTA_HOOK_HOOKNUM))
+	h.priority = int32(bigEndian(attributes.value(unix.NFTA_HOOK_PRIORITY)))
 	return err
 }
 

@@ -78,17 +78,26 @@ func (list attributes) equal(other attributes) bool {
 	return len(list) == len(other) && !slices.ContainsFunc(list, func(a attribute) bool { return !other.has(a.kind) || !bytes.Equal(a.value, other.value(a.kind)) })
 }
 
-// readAttributes reads the attributes of a message.
+// readAttributes reads the attributes of a message. Values are parts of it.
 func readAttributes(message []byte) (attributes, error) {
-	parsed, err := nl.ParseRouteAttr(message)
-	if err != nil {
-		return nil, err
+	var list attributes
+	for {
+		n := 0
+		for rest := message; len(rest) >= unix.SizeofRtAttr; n++ {
+			size := int(binary.NativeEndian.Uint16(rest))
+			if size < unix.SizeofRtAttr || size > len(rest) {
+				return nil, fmt.Errorf("an attribute of %d bytes in %d: %w", size, len(rest), unix.EINVAL)
+			}
+			if list != nil {
+				list[n] = attribute{binary.NativeEndian.Uint16(rest[2:]) & nl.NLA_TYPE_MASK, rest[unix.SizeofRtAttr:size:size]}
+			}
+			rest = rest[min((size+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(rest)):]
+		}
+		if list != nil || n == 0 {
+			return list, nil
+		}
+		list = make(attributes, n)
 	}
-	list := make(attributes, len(parsed))
-	for i, a := range parsed {
-		list[i] = attribute{a.Attr.Type & nl.NLA_TYPE_MASK, a.Value}
-	}
-	return list, nil
 }
 
 func (r kernelRule) equal(other kernelRule) bool {
@@ -134,9 +143,9 @@ func encode(family ruleset.Family, at ruleset.Place, r ruleset.Rule) []kernelRul
 	}
 	var list []kernelRule
 	for _, expressions := range rules {
-		rule := kernelRule{chain: chainName(family, at), comment: ruleset.CommentPrefix + r.ID}
-		for _, e := range expressions {
-			rule.expressions = append(rule.expressions, flatten(e))
+		rule := kernelRule{chain: chainName(family, at), comment: ruleset.CommentPrefix + r.ID, expressions: make([]expression, len(expressions))}
+		for i, e := range expressions {
+			rule.expressions[i] = flatten(e)
 		}
 		list = append(list, rule)
 	}
@@ -621,21 +630,21 @@ func (e expression) unwrap(kind uint16, value []byte) ([]byte, error) {
 	if !slices.Contains(wrapped[e.name], kind) {
 		return value, nil
 	}
-	attributes, err := nl.ParseRouteAttr(value)
-	if err != nil || len(attributes) != 1 {
+	wrapping, err := readAttributes(value)
+	if err != nil || len(wrapping) != 1 {
 		return value, err
 	}
-	data := attributes[0].Value
-	if attributes[0].Attr.Type&nl.NLA_TYPE_MASK != unix.NFTA_DATA_VERDICT {
+	data := wrapping[0].value
+	if wrapping[0].kind != unix.NFTA_DATA_VERDICT {
 		return data, nil
 	}
-	parts, err := nl.ParseRouteAttr(data)
+	parts, err := readAttributes(data)
 	if err != nil {
 		return nil, err
 	}
 	var verdict []byte
 	for _, part := range parts {
-		verdict = append(verdict, part.Value...)
+		verdict = append(verdict, part.value...)
 	}
 	return verdict, nil
 }

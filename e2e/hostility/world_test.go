@@ -1,0 +1,261 @@
+package hostility
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// memoryLimit is the memory of the agent's container, as the injector and README have it.
+const memoryLimit = 128 << 20
+
+const agentUser = "1337"
+
+// customer is the address of the other client, in the peer's namespace.
+const customer = "198.51.100.3"
+
+// initArguments are what an Istio injector passes to the init container.
+var initArguments = []string{
+	"init", "-p", "15001", "-z", "15006", "-u", agentUser, "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*", "-d", "15090,15021,15020",
+}
+
+// world is a pod with its origin and its agent, and a peer from which attackers and another client connect.
+type world struct {
+	pod, peer *nettest.Namespace
+	agent     *nettest.Process
+	log       bytes.Buffer // of the agent; to be read when it has ended
+	cgroup    *cgroup      // nil if it cannot be made here
+}
+
+func newWorld(t testing.TB) *world {
+	t.Helper()
+	nettest.RequireRoot(t)
+	w := &world{}
+	w.pod, w.peer = nettest.PodAndPeer(t)
+	w.peer.AddAddress(t, "eth0", netip.PrefixFrom(netip.MustParseAddr(customer), 24))
+	if out, err := w.pod.Run(w.pod.Command(0, 0, pillion, initArguments...)); err != nil {
+		t.Fatalf("pillion init: %v\n%s", err, out)
+	}
+	w.start(t, w.pod, "origin")
+	w.startAgent(t)
+	return w
+}
+
+// startAgent starts an agent, in a memory cgroup if one can be made, and waits until it is ready.
+func (w *world) startAgent(t testing.TB) {
+	t.Helper()
+	words := []string{
+		"setpriv", "--reuid", agentUser, "--regid", agentUser, "--clear-groups", "--bounding-set", "-all", "--inh-caps=-all", "--no-new-privs",
+		pillion, "agent", "--memory-limit", strconv.Itoa(memoryLimit), "--access-log", "/dev/null", "--log-level", "error",
+	}
+	if w.cgroup = newCgroup(t, memoryLimit); w.cgroup != nil {
+		words = append([]string{"sh", "-c", `echo $$ > "$0" && exec "$@"`, w.cgroup.procs()}, words...)
+	}
+	cmd := w.pod.Command(0, 0, words[0], words[1:]...)
+	cmd.Stderr = &w.log
+	w.agent = w.pod.Start(t, cmd)
+	wait := w.pod.Command(1337, 1337, pillion, "wait", "--timeoutSeconds", "60", "--periodMillis", "20")
+	if out, err := w.pod.Run(wait); err != nil {
+		w.agent.Kill()
+		t.Fatalf("the agent does not become ready: %v\n%s\n%s", err, out, &w.log)
+	}
+}
+
+// helper is this program in another role.
+type helper struct {
+	*nettest.Process
+	input io.Closer
+	lines *bufio.Reader
+}
+
+func (w *world) start(t testing.TB, ns *nettest.Namespace, role string, args ...string) *helper {
+	t.Helper()
+	cmd := ns.Command(0, 0, os.Args[0], args...)
+	cmd.Env = append(os.Environ(), roleVariable+"="+role)
+	input, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	output, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &helper{ns.Start(t, cmd), input, bufio.NewReader(output)}
+	t.Cleanup(func() { input.Close() })
+	if role == "origin" {
+		h.await(t, "ready")
+	}
+	return h
+}
+
+// await waits until the helper prints the line.
+func (h *helper) await(t testing.TB, line string) {
+	t.Helper()
+	if got, err := h.lines.ReadString('\n'); strings.TrimSpace(got) != line {
+		t.Fatalf("the helper printed %q, and %v; want %q", got, err, line)
+	}
+}
+
+// end ends the helper.
+func (h *helper) end() {
+	h.input.Close()
+	<-h.Exited()
+}
+
+// checkAlive fails the test if the agent has ended.
+func (w *world) checkAlive(t testing.TB) {
+	t.Helper()
+	select {
+	case <-w.agent.Exited():
+		t.Fatalf("the agent ended: %v\n%.3000s", w.agent.Cmd.ProcessState, &w.log)
+	default:
+	}
+}
+
+// peakResident is the largest resident memory of the agent so far, in bytes.
+func (w *world) peakResident(t testing.TB) int {
+	t.Helper()
+	status, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(w.agent.Cmd.Process.Pid), "status"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(status), "VmHWM:")
+	kib, err := strconv.Atoi(strings.Fields(rest)[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return kib << 10
+}
+
+// client is the other client. Its connections stay open.
+type client struct {
+	*http.Client
+	transport *http.Transport
+}
+
+// newClient returns a client that connects from an address of the peer's, over HTTP/2 or HTTP/1.
+func (w *world) newClient(t testing.TB, two bool) *client {
+	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(customer), 0)), Timeout: nettest.Patience}
+	transport := &http.Transport{
+		MaxIdleConnsPerHost: 10,
+		DialContext: func(ctx context.Context, network, address string) (conn net.Conn, err error) {
+			err = w.peer.Try(func() error {
+				conn, err = dialer.DialContext(ctx, network, address)
+				return err
+			})
+			return conn, err
+		},
+		Protocols: new(http.Protocols),
+	}
+	transport.Protocols.SetUnencryptedHTTP2(two)
+	transport.Protocols.SetHTTP1(!two)
+	t.Cleanup(transport.CloseIdleConnections)
+	return &client{&http.Client{Transport: transport, Timeout: nettest.Patience}, transport}
+}
+
+// ask sends a request, and returns an error unless it is served.
+func (c *client) ask() error {
+	response, err := c.Get("http://" + originAddress + "/")
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err == nil && (response.StatusCode != 200 || string(body) != "hello") {
+		err = fmt.Errorf("answered %s, %.100q", response.Status, body)
+	}
+	return err
+}
+
+// gauge reads a number from the agent's metrics.
+func (w *world) gauge(t testing.TB, name string) float64 {
+	t.Helper()
+	conn, err := w.pod.Dial("tcp", "127.0.0.1:15090", nettest.Patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
+	fmt.Fprintf(conn, "GET /stats/prometheus HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n")
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	for lines := bufio.NewScanner(response.Body); lines.Scan(); {
+		if value, found := strings.CutPrefix(lines.Text(), name+" "); found {
+			n, err := strconv.ParseFloat(value, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatalf("the agent has no metric %s", name)
+	return 0
+}
+
+// cgroup is a memory cgroup of version 1 or 2.
+type cgroup struct {
+	dir     string
+	version int
+}
+
+// newCgroup makes a cgroup, and removes it when the test ends. It returns nil where that is not possible.
+func newCgroup(t testing.TB, limit int) *cgroup {
+	name := fmt.Sprintf("pillion-hostility-%d-%d", os.Getpid(), time.Now().UnixNano())
+	for _, c := range []struct {
+		parent, limitFile string
+		version           int
+	}{
+		{"/sys/fs/cgroup/memory", "memory.limit_in_bytes", 1},
+		{"/sys/fs/cgroup", "memory.max", 2},
+	} {
+		dir := filepath.Join(c.parent, name)
+		if os.Mkdir(dir, 0o755) != nil {
+			continue
+		}
+		t.Cleanup(func() { os.Remove(dir) })
+		if os.WriteFile(filepath.Join(dir, c.limitFile), []byte(strconv.Itoa(limit)), 0) == nil {
+			return &cgroup{dir, c.version}
+		}
+	}
+	t.Log("no memory cgroup can be made here; only the resident memory is judged")
+	return nil
+}
+
+func (c *cgroup) procs() string { return filepath.Join(c.dir, "cgroup.procs") }
+
+// peak is the most memory that the cgroup has used, the kernel's included; 0 if the kernel does not tell.
+func (c *cgroup) peak() int {
+	if c == nil {
+		return 0
+	}
+	name := "memory.peak"
+	if c.version == 1 {
+		name = "memory.max_usage_in_bytes"
+	}
+	text, _ := os.ReadFile(filepath.Join(c.dir, name))
+	n, _ := strconv.Atoi(strings.TrimSpace(string(text)))
+	return n
+}
+
+// reset restarts peak, where the kernel can.
+func (c *cgroup) reset() {
+	if c != nil && c.version == 1 {
+		_ = os.WriteFile(filepath.Join(c.dir, "memory.max_usage_in_bytes"), []byte("0"), 0)
+	}
+}
