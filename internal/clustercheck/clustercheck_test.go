@@ -178,6 +178,9 @@ func TestEachFaultIsReportedWithItsRemedy(t *testing.T) {
 		{"a certificate that ends soon", func(c cluster) {
 			c[secretPath] = fmt.Sprintf(`{"data":{"tls.crt":%q}}`, base64.StdEncoding.EncodeToString(certificate(t, 13)))
 		}, "webhook certificate", checklist.Warning, "valid for 13 days", "renew"},
+		{"a certificate of fourteen days", func(c cluster) {
+			c[secretPath] = fmt.Sprintf(`{"data":{"tls.crt":%q}}`, base64.StdEncoding.EncodeToString(certificate(t, 14)))
+		}, "webhook certificate", checklist.OK, "valid for 14 days", ""},
 		{"no permission for the secret", func(c cluster) { c[secretPath] = denied }, "webhook certificate", checklist.Skipped, "not permitted", ""},
 		{"no certificate", func(c cluster) { c[secretPath] = `{"data":{}}` }, "webhook certificate", checklist.Failed, "no certificate in PEM", ""},
 		{"no replica", func(c cluster) {
