@@ -44,13 +44,13 @@ type Sources struct {
 	DNS       *dns.Stats // nil: no resolver
 }
 
-// Upstream is what is counted of a direction's upstream connections.
+// Upstream holds the counters of a direction's upstream connections.
 type Upstream struct {
-	Active            int    // open now, carrying something or in the pool
+	Active            int    // open connections, in use or in the pool
 	Connected, Failed uint64 // attempts to connect
-	Redialled         uint64 // of these, the second and third ones of a dial
-	Reused, Missed    uint64 // requests that found a connection in the pool, or looked in vain
-	Retried           uint64 // requests that were sent once more
+	Redialled         uint64 // those that repeated a failed attempt
+	Reused, Missed    uint64 // requests that found a connection in the pool, and that did not
+	Retried           uint64 // requests that were sent again
 }
 
 // Gate is one condition of readiness.
