@@ -253,9 +253,9 @@ func TestAnErrorInAListHasItsLine(t *testing.T) {
 	}
 	for text, want := range map[string]string{
 		list("    annotations: {pillion.dev/log-level: loud}\n"): "Pod bad (line 6 of in.yaml): annotation pillion.dev/log-level: ",
-		list("    name: twice\n"):                                  "in.yaml: line 10: duplicate key",
-		list("    x: [\n"):                                         "in.yaml: line 1",
-		list("    x: *y\n"):                                        "in.yaml: line 10: unknown anchor",
+		list("    name: twice\n"):                                "in.yaml: line 10: duplicate key",
+		list("    x: [\n"):                                       "in.yaml: line 1",
+		list("    x: *y\n"):                                      "in.yaml: line 10: unknown anchor",
 	} {
 		reported := 0
 		_, err := Inject(text, "in.yaml", Options{Image: "pillion"}, func(Outcome) { reported++ })

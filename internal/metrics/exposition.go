@@ -10,6 +10,7 @@ import (
 	"runtime/metrics"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -27,7 +28,9 @@ const Path = "/stats/prometheus"
 // maxScrapes is the number of concurrent scrapes. Further ones are answered 503.
 const maxScrapes = 4
 
-var runtimeMetrics = regexp.MustCompile(`^/(memory/classes/(total|heap/objects|heap/stacks|heap/released):bytes|gc/heap/goal:bytes|cpu/classes/gc/total:cpu-seconds)$`)
+var runtimeMetrics = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^/(memory/classes/(total|heap/objects|heap/stacks|heap/released):bytes|gc/heap/goal:bytes|cpu/classes/gc/total:cpu-seconds)$`)
+})
 
 // Sources are numbers that other packages keep. They are read at each scrape, on its goroutine; nil sources are omitted.
 type Sources struct {
