@@ -252,6 +252,7 @@ func TestABadKubeconfigIsNamed(t *testing.T) {
 		{empty, "", "the kubeconfig has no current-context: choose one by --context"},
 		{good("{}"), "other", `the kubeconfig has no context "other"`},
 		{write(t, t.TempDir(), "nowhere", "", "{}"), "", `context "here": server "nowhere" is not a URL`},
+		{write(t, t.TempDir(), "ftp://a", "", "{}"), "", `context "here": server "ftp://a" is not a URL`},
 		{write(t, t.TempDir(), "https://a", "AAAA", "{}"), "", `context "here": certificate-authority: no certificate in PEM`},
 		{write(t, t.TempDir(), "https://a", "", "{username: a, password: b}"), "", `context "here": user "u": auth-provider and passwords are not supported: use a token, a client certificate or exec`},
 		{write(t, t.TempDir(), "https://a", "", "{tokenFile: /nonexistent}"), "", `context "here": user "u": tokenFile: open /nonexistent`},

@@ -192,14 +192,13 @@ func topKeys(paint Painter, fit Fit, limit int) string {
 			used += columnsOf(word)
 		}
 	}
-	add(Faint, "q quit, sort by:")
+	add(Faint, "q quit; sort by")
 	for _, o := range Orders {
 		colour := Faint
 		if o == fit.Sorted {
 			colour = Bold
 		}
-		add("", " ")
-		add(colour, fmt.Sprintf("%c %s", o[0], o))
+		add(colour, fmt.Sprintf("  %c %s", o[0], o))
 	}
 	return text
 }
