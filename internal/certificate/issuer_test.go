@@ -244,12 +244,13 @@ func TestRenewalIsNeverNoticed(t *testing.T) {
 		<-time.After(authorityLife - authorityRenew - 24*time.Hour) // synctest's clock
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		replicas := []*Issuer{s.issuer(t)}
-		<-time.After(checkEvery / 2)
-		replicas = append(replicas, s.issuer(t))
+		var replicas []*Issuer
 		var running sync.WaitGroup
-		for _, i := range replicas {
+		for range 2 {
+			i := s.issuer(t)
+			replicas = append(replicas, i)
 			running.Go(func() { i.Run(ctx) })
+			<-time.After(checkEvery / 2)
 		}
 		certificates, authorities, most := map[string]bool{}, map[string]bool{}, 0
 		for begin := time.Now(); time.Since(begin) < 23*24*time.Hour && !t.Failed(); {
