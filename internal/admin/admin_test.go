@@ -287,6 +287,7 @@ func TestPaths(t *testing.T) {
 		{"POST", "/logging?pillion=warn", 200, loggers("warning"), ""},
 		{"POST", "/logging?paths=pillion", 400, "paths=\"pillion\": use LOGGER:LEVEL, such as pillion:debug\n", ""},
 		{"POST", "/logging?paths=paths:debug", 400, "\"paths\" is not a logger: POST /logging without parameters lists them\n", ""},
+		{"POST", "/logging?paths=:debug", 400, "\"\" is not a logger: POST /logging without parameters lists them\n", ""},
 		{"POST", "/logging?nothing=debug", 400, "\"nothing\" is not a logger: POST /logging without parameters lists them\n", ""},
 		{"POST", "/logging?paths=http:debug,nothing:debug", 400, "\"nothing\" is not a logger: POST /logging without parameters lists them\n", ""},
 		{"POST", "/logging", 200, loggers("warning"), ""}, // an invalid request changes nothing
@@ -314,7 +315,7 @@ func TestPaths(t *testing.T) {
 		{"POST", "/reopen_logs", 200, ok, "reopen"},
 
 		{"GET", "/debug/pprof/", 200, any, ""},
-		{"GET", "/debug/pprof/cmdline", 200, any, ""},
+		{"GET", "/debug/pprof/cmdline", 200, strings.Join(os.Args, "\x00"), ""},
 		{"GET", "/debug/pprof/symbol", 200, any, ""},
 		{"GET", "/debug/pprof/goroutine?debug=1", 200, any, ""},
 		{"GET", "/debug/pprof/trace?seconds=0.01", 200, any, ""},

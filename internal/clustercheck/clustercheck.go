@@ -247,7 +247,7 @@ func (c *checker) deployment(ctx context.Context) {
 		Spec struct{ Selector map[string]string }
 	}
 	if err := c.api.Get(ctx, "/api/v1/namespaces/"+in+"/services/"+url.PathEscape(service.Name), &selected); err != nil {
-		c.failed(name, fmt.Errorf("Service %s in %s: %w", service.Name, service.Namespace, err))
+		c.failed(name, fmt.Errorf("service %s in %s: %w", service.Name, service.Namespace, err))
 		return
 	}
 	var deployments struct {
@@ -300,7 +300,7 @@ func (c *checker) served(ctx context.Context, namespace, secret string) {
 	const name = "webhook certificate"
 	var held struct{ Data map[string][]byte }
 	if err := c.api.Get(ctx, "/api/v1/namespaces/"+url.PathEscape(namespace)+"/secrets/"+url.PathEscape(secret), &held); err != nil {
-		c.failed(name, fmt.Errorf("Secret %s: %w", secret, err))
+		c.failed(name, fmt.Errorf("secret %s: %w", secret, err))
 		return
 	}
 	c.certificate(name, held.Data["tls.crt"], false)

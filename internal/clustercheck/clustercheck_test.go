@@ -186,7 +186,7 @@ func TestEachFaultIsReportedWithItsRemedy(t *testing.T) {
 		{"no replica", func(c cluster) {
 			c[deploymentsPath] = strings.Replace(c[deploymentsPath], `"availableReplicas":2`, `"availableReplicas":0`, 1)
 		}, "webhook pods", checklist.Failed, "0 of 2 available", "kubectl get pods -n pillion-system"},
-		{"no service", func(c cluster) { delete(c, servicePath) }, "webhook pods", checklist.Failed, "Service pillion-webhook in pillion-system: 404", ""},
+		{"no service", func(c cluster) { delete(c, servicePath) }, "webhook pods", checklist.Failed, "service pillion-webhook in pillion-system: 404", ""},
 		{"no deployment", func(c cluster) { c[deploymentsPath] = `{"items":[]}` }, "webhook pods", checklist.Failed, "no Deployment in pillion-system", "install"},
 		{"Pod Security", func(c cluster) { c[namespacePath] = strings.Replace(c[namespacePath], "privileged", "baseline", 1) },
 			"Pod Security", checklist.Failed, "enforces baseline, which refuses NET_ADMIN", "kubectl label namespace shop pod-security.kubernetes.io/enforce=privileged --overwrite"},

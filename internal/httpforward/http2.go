@@ -96,7 +96,6 @@ func (e *Engine) ServeHTTP2(w *tcp.Waiter, c *Connection) {
 	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, Connection: *c, up: c.Early}
 	m.account.Open(e.config.Budget, w, c.Record.Remote())
 	m.keptLimit = e.keptLimit()
-	m.Router = c.router()
 	m.opened, m.lastServed = time.Now(), http2.MaxStream
 	m.requests = m.opened
 	m.resets = newResetBucket(m.requests)

@@ -55,6 +55,17 @@ var tables = []*message{
 	&keepaliveSettingsFields,
 	&durationFields,
 	&metadataFields,
+	&headerMatcherFields,
+	&rangeFields,
+	&fractionFields,
+	&runtimeFractionFields,
+	&dataSourceFields,
+	&metadataMatcherFields,
+	&pathSegmentFields,
+	&valueMatcherFields,
+	&nullMatchFields,
+	&listMatcherFields,
+	&orMatcherFields,
 }
 
 var treatments = [...]string{decoded: "decoded", ignored: "ignored", cosmetic: "cosmetic", traffic: "traffic", security: "security"}
