@@ -148,8 +148,8 @@ func (e *Engine) Draining() bool { return e.state.Load() == draining }
 // The engine keeps c and changes it.
 func (e *Engine) Serve(w *tcp.Waiter, http2 bool, c *Connection) {
 	if http2 {
-		e.ServeHTTP2(w, c)
+		e.serveHTTP2(w, c)
 		return
 	}
-	e.ServeHTTP1(w, c)
+	e.serveHTTP1(w, c)
 }

@@ -58,8 +58,8 @@ func newSession(e *Engine, w *tcp.Waiter, c *Connection) *session {
 	return s
 }
 
-// ServeHTTP1 serves the HTTP/1 requests of a connection until it ends.
-func (e *Engine) ServeHTTP1(w *tcp.Waiter, c *Connection) {
+// serveHTTP1 serves the HTTP/1 requests of a connection until it ends.
+func (e *Engine) serveHTTP1(w *tcp.Waiter, c *Connection) {
 	s := newSession(e, w, c)
 	how := next
 	for how == next && s.awaitRequest() {

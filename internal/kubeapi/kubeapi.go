@@ -56,12 +56,6 @@ func IsForbidden(err error) bool {
 		status.Code == http.StatusForbidden && strings.Contains(status.Message, " cannot "))
 }
 
-// IsNotFound reports whether the object does not exist.
-func IsNotFound(err error) bool {
-	var status *StatusError
-	return errors.As(err, &status) && status.Code == http.StatusNotFound
-}
-
 // IsConflict reports whether a request failed because of a concurrent change, so that reading the object again may help. The
 // API server answers a failed test of a JSON Patch with 422.
 func IsConflict(err error) bool {
