@@ -95,8 +95,7 @@ func (s *server) do(method, path, contentType string, content, into any) error {
 		if fresh["metadata"].(object)["resourceVersion"] != metadata["resourceVersion"] {
 			return &kubeapi.StatusError{Code: http.StatusConflict, Message: "the object has been modified"}
 		}
-		o, metadata = fresh, fresh["metadata"].(object)
-		s.objects[path] = o
+		s.objects[path] = fresh
 	case http.MethodPatch:
 		if contentType == "application/merge-patch+json" {
 			var patch struct{ Metadata struct{ Labels object } }
@@ -245,18 +244,19 @@ func TestRenewalIsNeverNoticed(t *testing.T) {
 		<-time.After(authorityLife - authorityRenew - 24*time.Hour) // synctest's clock
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		replicas := []*Issuer{s.issuer(t)}
-		<-time.After(checkEvery / 2)
-		replicas = append(replicas, s.issuer(t))
+		var replicas []*Issuer
 		var running sync.WaitGroup
-		for _, i := range replicas {
+		for range 2 {
+			i := s.issuer(t)
+			replicas = append(replicas, i)
 			running.Go(func() { i.Run(ctx) })
+			<-time.After(checkEvery / 2)
 		}
 		certificates, authorities, most := map[string]bool{}, map[string]bool{}, 0
-		step := 20 * time.Second
 		for begin := time.Now(); time.Since(begin) < 23*24*time.Hour && !t.Failed(); {
-			if time.Since(begin) > 36*time.Hour {
-				step = 50 * time.Minute
+			step := 50 * time.Minute
+			if at := time.Since(begin); at > 22*time.Hour && at < 27*time.Hour { // the authority is renewed
+				step = 15 * time.Second
 			}
 			<-time.After(step)
 			for _, i := range replicas {

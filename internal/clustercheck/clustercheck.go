@@ -198,7 +198,7 @@ func (c *checker) webhook(ctx context.Context) {
 		c.certificate("webhook CA", authority, true)
 	case c.hook.ClientConfig.URL == "": // a URL may have a certificate of a public authority
 		c.list.AddWithRemedy("webhook CA", checklist.Failed, "no caBundle: the API server does not trust the webhook",
-			"set it as docs/kubernetes.md describes, or install cert-manager's CA injector")
+			"look at the log of the webhook, or of cert-manager's CA injector: one of them sets it; see docs/kubernetes.md")
 	}
 }
 
