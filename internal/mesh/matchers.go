@@ -32,8 +32,13 @@ const (
 // Fraction is a share of cases (envoy.type.v3.FractionalPercent).
 type Fraction struct {
 	Numerator   uint32
-	Denominator uint32 // 100, 10,000 or 1,000,000; 0 in a Fraction that is absent
+	Denominator uint32 // 100, 10,000 or 1,000,000
 }
+
+var (
+	never  = Fraction{0, 100}
+	always = Fraction{100, 100}
+)
 
 var headerMatcherFields = message{"envoy.config.route.v3.HeaderMatcher", Security, []field{
 	1:  {"name", decoded},
@@ -121,7 +126,7 @@ var fractionFields = message{"envoy.type.v3.FractionalPercent", Security, []fiel
 var denominators = [...]uint32{100, 10_000, 1_000_000}
 
 func (d *decoder) fraction(m wire.Message) Fraction {
-	f := Fraction{Denominator: denominators[0]}
+	f := never
 	for d.next(&m, &fractionFields) {
 		switch m.Number {
 		case 1:
@@ -136,8 +141,9 @@ func (d *decoder) fraction(m wire.Message) Fraction {
 // Runtime keys are not supported: istiod sets none that are read from anywhere, so the default counts.
 var runtimeFractionFields = message{"envoy.config.core.v3.RuntimeFractionalPercent", Security, []field{1: {"default_value", decoded}, 2: {"runtime_key", ignored}}}
 
-// runtimeFraction returns the default of a RuntimeFractionalPercent. It has no denominator if the default is absent.
-func (d *decoder) runtimeFraction(m wire.Message) (f Fraction) {
+// runtimeFraction returns the default of a RuntimeFractionalPercent. Without one it is 0.
+func (d *decoder) runtimeFraction(m wire.Message) Fraction {
+	f := never
 	for d.next(&m, &runtimeFractionFields) {
 		f = d.fraction(m.Message())
 	}

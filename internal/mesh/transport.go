@@ -91,7 +91,7 @@ var transportFields = message{"envoy.config.core.v3.TransportSocket", Security, 
 // transport returns the transport in a TransportSocket. Findings about it that concern security refuse it.
 func (d *decoder) transport(m wire.Message) Transport {
 	var t Transport
-	before := len(d.findings)
+	before := d.refusals
 	for d.next(&m, &transportFields) {
 		switch m.Number {
 		case 1:
@@ -106,9 +106,7 @@ func (d *decoder) transport(m wire.Message) Transport {
 			}
 		}
 	}
-	for _, finding := range d.findings[before:] {
-		t.Refused = t.Refused || finding.Class == Security
-	}
+	t.Refused = d.refusals > before
 	return t
 }
 
