@@ -38,6 +38,7 @@ type message struct {
 type decoder struct {
 	err      error
 	findings []Finding
+	refusals int // findings of security, also those that are not kept
 
 	// path has the field that is being read of each message that is being read, from the resource inwards; depth is the
 	// index of the innermost. Messages without a table have no step of their own.
@@ -96,6 +97,9 @@ const unsupported = "not supported"
 
 // report adds a finding about the field that is being read.
 func (d *decoder) report(class Class, problem string) {
+	if class == Security {
+		d.refusals++
+	}
 	if len(d.findings) == maxFindings {
 		last := &d.findings[maxFindings-1]
 		last.Class, last.Path, last.Problem = max(last.Class, class), "", "more findings than are kept"

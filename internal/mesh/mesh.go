@@ -28,3 +28,13 @@ func DecodeAssignment(b []byte) (*Assignment, []Finding, error) {
 	}
 	return a, d.findings, d.err
 }
+
+// DecodeRoutes compiles an envoy.config.route.v3.RouteConfiguration. An error means that its bytes are malformed.
+func DecodeRoutes(b []byte) (*Routes, []Finding, error) {
+	var d decoder
+	r := d.routes(d.read(b))
+	if d.err == nil && r.Name == "" {
+		d.err = errNoName
+	}
+	return r, d.findings, d.err
+}
