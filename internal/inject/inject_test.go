@@ -108,6 +108,26 @@ func TestInjectedManifestsEqualTheGoldenFiles(t *testing.T) {
 	}
 }
 
+// limited fails after some bytes.
+type limited struct{ left int }
+
+func (l *limited) Write(b []byte) (int, error) {
+	if l.left -= len(b); l.left < 0 {
+		return 0, io.ErrShortWrite
+	}
+	return len(b), nil
+}
+
+func TestAFailedWriteEndsTheOutput(t *testing.T) {
+	text := Text{"one", "two", "three"}
+	for left, want := range map[int]int64{11: 11, 6: 6, 4: 3, 0: 0} {
+		n, err := text.WriteTo(&limited{left})
+		if n != want || (err != nil) != (left < 11) {
+			t.Errorf("with room for %d: %d, %v, want %d", left, n, err, want)
+		}
+	}
+}
+
 // restyled returns a manifest in other styles.
 func restyled(t testing.TB, text []byte) map[string][]byte {
 	t.Helper()
@@ -380,6 +400,9 @@ func TestAnErrorNamesItsRemedyAndNothingIsWritten(t *testing.T) {
 		{pod(`pillion.dev/drain-delay: 29s`, app), `29s is longer than the drain itself (25s`},
 		{pod(`pillion.dev/log-level: loud`, app), `use debug, info, warn or error`},
 		{pod(`pillion.dev/access-log: out`, app), `use off, or a path`},
+		{pod(`pillion.dev/access-log-encoding: xml`, app), `"xml" is not an encoding: use text or json`},
+		{pod(`pillion.dev/access-log-encoding: json, pillion.dev/access-log-format: "%PROTOCOL%"`, app), `annotation pillion.dev/access-log-format: access log format: JSON lines need an object`},
+		{pod(`pillion.dev/access-log-filter: sometimes`, app), `annotation pillion.dev/access-log-filter: access log filter: `},
 		{pod(`pillion.dev/image: ""`, app), `"" is not an image`},
 		{pod(`prometheus.io/port: "15090"`, app), `port 15090 is the agent's own`},
 		{pod(`prometheus.io/port: "many"`, app), `invalid port "many"`},

@@ -98,6 +98,14 @@ func TestAPodsOwnValueOverridesADefault(t *testing.T) {
 	}
 }
 
+func TestConcurrencyZeroIsOneForEachCPU(t *testing.T) {
+	for text, want := range map[string]int{"concurrency: 0": 0, "concurrency: 2": 2, "concurrency: 1024": 1024} {
+		if got := settingsOf(t, Options{Image: "i"}, map[string]any{proxyConfig: text}, time.Minute).concurrency; got != want {
+			t.Errorf("%s is %d", text, got)
+		}
+	}
+}
+
 func TestAnOverrideThatCannotWorkIsRefused(t *testing.T) {
 	pod := func(fields, annotations string) string {
 		return "apiVersion: v1\nkind: Pod\nmetadata: {name: p, annotations: {" + annotations + "}}\nspec:\n  containers:\n  - {name: app, image: x}\n" +
