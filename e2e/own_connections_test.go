@@ -46,7 +46,7 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 			s := &stage{}
 			s.pod, s.peer = nettest.PodAndPeer(t)
 			initPod(t, s.pod, flavour)
-			s.agent = launchAgentBy(t, s.pod, unprivileged(otherUID), "--opaque-ports", "5432")
+			s.agent = launchAgentBy(t, s.pod, unprivileged(otherUID), "--opaque-ports", "5432", "--detection-delay", "500ms")
 			awaitReady(t, s.pod, s.agent)
 			s.agent.log.await(t, "neither user nor group 1337", "uid=2000")
 			before := s.agent.descriptors(t)
@@ -99,7 +99,7 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 // Our rules let the agent's connections to the workload pass, whatever its user. A rule of somebody else may not.
 func TestARuleThatCapturesInboundsOwnConnectionsIsReportedAsALoop(t *testing.T) {
 	t.Parallel()
-	s := newStage(t)
+	s := newStage(t, patientWithClients...)
 	s.pod.MustRun(t, requireProgram(t, "xtables-nft-multi"), "iptables", "-t", "nat", "-I", "OUTPUT",
 		"-s", capture.InboundSource4.String(), "-p", "tcp", "-j", "REDIRECT", "--to-ports", "15006")
 	before := s.agent.descriptors(t)

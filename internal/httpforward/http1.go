@@ -135,10 +135,10 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if err != nil {
 		return x.malformed(faultOf(err, &x.requestHead, b))
 	}
-	decision := x.s.Router.Route(x.view(b))
+	decision := x.s.route(x.view(b))
 	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
 	if !decision.noRoute() { // otherwise the kept connection serves the next request
-		x.s.route(decision)
+		x.s.turnTo(decision.Target)
 	}
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields), b)
@@ -161,7 +161,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 // send connects the request and the response to the upstream connection.
 func (x *exchange) send() {
 	s := x.s
-	x.record.Upstream, x.record.UpstreamLocal = s.decision.Target.Address, s.upLocal
+	x.record.Upstream, x.record.UpstreamLocal = s.wanted.Address, s.upLocal
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}
@@ -526,7 +526,7 @@ func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrInterrupted) {
 		return x.evicted()
 	}
-	x.record.Upstream, x.record.TransportFailure = x.s.decision.Target.Address, upstream.TransportFailure(err)
+	x.record.Upstream, x.record.TransportFailure = x.s.wanted.Address, upstream.TransportFailure(err)
 	return x.refuse(dialReply(err, x.record.Attempts > 1), err)
 }
 

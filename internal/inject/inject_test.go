@@ -253,9 +253,9 @@ func TestAnErrorInAListHasItsLine(t *testing.T) {
 	}
 	for text, want := range map[string]string{
 		list("    annotations: {pillion.dev/log-level: loud}\n"): "Pod bad (line 6 of in.yaml): annotation pillion.dev/log-level: ",
-		list("    name: twice\n"):                                  "in.yaml: line 10: duplicate key",
-		list("    x: [\n"):                                         "in.yaml: line 1",
-		list("    x: *y\n"):                                        "in.yaml: line 10: unknown anchor",
+		list("    name: twice\n"):                                "in.yaml: line 10: duplicate key",
+		list("    x: [\n"):                                       "in.yaml: line 1",
+		list("    x: *y\n"):                                      "in.yaml: line 10: unknown anchor",
 	} {
 		reported := 0
 		_, err := Inject(text, "in.yaml", Options{Image: "pillion"}, func(Outcome) { reported++ })
@@ -369,6 +369,12 @@ func TestAnErrorNamesItsRemedyAndNothingIsWritten(t *testing.T) {
 		{pod(`proxy.istio.io/config: "a: ["`, app), `annotation proxy.istio.io/config: not valid YAML`},
 		{pod(`proxy.istio.io/config: "concurrency: many"`, app), `concurrency: many is not a count`},
 		{pod(`proxy.istio.io/config: "terminationDrainDuration: 60s"`, app), `1m0s is longer than terminationGracePeriodSeconds (30s)`},
+		{pod(`proxy.istio.io/config: "terminationDrainDuration: 0s"`, app), `terminationDrainDuration: 0s resets every open connection`},
+		{pod(`proxy.istio.io/config: "terminationDrainDuration: soon"`, app), `terminationDrainDuration: "soon" is not a time span`},
+		{pod(`proxy.istio.io/config: "concurrency: 1025"`, app), `concurrency: 1025 is not a count`},
+		{pod(`proxy.istio.io/config: "[1]"`, app), `is not a mapping`},
+		{pod(`proxy.istio.io/config: "proxyMetadata: [1]"`, app), `proxyMetadata: not a mapping`},
+		{pod(`proxy.istio.io/config: "proxyMetadata: {A: [1]}"`, app), `A: the value is not text`},
 		{pod(`proxy.istio.io/config: "proxyMetadata: {POD_NAME: x}"`, app), `"POD_NAME" cannot be set`},
 		{pod(`pillion.dev/opaque-port: "1"`, app), `annotation pillion.dev/opaque-port is unknown: use one of pillion.dev/inject, pillion.dev/image, pillion.dev/opaque-ports`},
 		{pod(`pillion.dev/drain-delay: 29s`, app), `29s is longer than the drain itself (25s`},

@@ -46,7 +46,7 @@ func SplitList(document, key string) (parts []Part, rest map[string]any) {
 }
 
 // splitBlock cuts at the dashes in the column of the first one. A line of a scalar, a comment or a flow collection that
-// looks like that begins a part that is not valid, which the caller notices.
+// looks like that begins a part that is not valid. The caller notices that.
 func splitBlock(document, key string) []Part {
 	var parts []Part
 	column, from, at := -1, 0, 0
