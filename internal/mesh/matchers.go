@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"bytes"
 	"regexp/syntax"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -166,11 +167,11 @@ var dataSourceFields = message{"envoy.config.core.v3.DataSource", Security, []fi
 	5: {"watched_directory", ignored}, // of a file
 }}
 
-// inline returns the content of a DataSource. Files and variables of the environment are reported: the control plane must
+// inline returns a copy of the content of a DataSource. Files and variables of the environment are reported: the control plane must
 // not choose what is read.
 func (d *decoder) inline(m wire.Message) (content []byte) {
 	for d.next(&m, &dataSourceFields) {
-		content = m.Bytes()
+		content = bytes.Clone(m.Bytes())
 		if m.Number == 3 {
 			content = []byte(m.String())
 		}

@@ -99,6 +99,12 @@ var tables = []*message{
 	&faultDelayFields,
 	&faultAbortFields,
 	&corsFields,
+	&secretResourceFields,
+	&certificateFields,
+	&rootsFields,
+	&namesFields,
+	&nameFields,
+	&proxyConfigFields,
 }
 
 var treatments = [...]string{decoded: "decoded", once: "decoded", ignored: "ignored", cosmetic: "cosmetic", traffic: "traffic", security: "security"}
