@@ -14,7 +14,7 @@ type treatment uint8
 const (
 	unknown  treatment = iota // not in the table: a finding of the message's class
 	decoded                   // by the switch of the function that reads the message
-	once                      // decoded: a message that occurs once; protobuf would merge another one, so that is a finding
+	once                      // decoded: a message that occurs once; protobuf would merge another one, so that is a finding of security
 	ignored                   // it concerns nothing that pillion does
 	cosmetic                  // a finding
 	traffic                   // a finding
@@ -84,7 +84,7 @@ func (d *decoder) next(m *wire.Message, table *message) bool {
 			return true
 		case once:
 			if here.seen&(1<<m.Number) != 0 {
-				d.report(table.class, "more than once")
+				d.report(Security, "more than once")
 			}
 			here.seen |= 1 << m.Number
 			return true
