@@ -37,8 +37,8 @@ const (
 )
 
 var headerOptionFields = message{"envoy.config.core.v3.HeaderValueOption", Traffic, []field{
-	1: {"header", decoded},
-	2: {"append", decoded},
+	1: {"header", once},
+	2: {"append", once},
 	3: {"append_action", decoded},
 	4: {"keep_empty_value", decoded},
 }}

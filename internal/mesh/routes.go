@@ -180,7 +180,7 @@ var virtualHostFields = message{"envoy.config.route.v3.VirtualHost", Traffic, []
 	13: {"request_headers_to_remove", decoded},
 	14: {"include_request_attempt_count", decoded},
 	15: {"typed_per_filter_config", decoded},
-	16: {"retry_policy", decoded},
+	16: {"retry_policy", once},
 	17: {"hedge_policy", traffic},
 	18: {"per_request_buffer_limit_bytes", ignored}, // buffers have limits of their own
 	19: {"include_attempt_count_in_response", decoded},
@@ -253,12 +253,12 @@ func domain(text string) Domain {
 }
 
 var routeFields = message{"envoy.config.route.v3.Route", Traffic, []field{
-	1:  {"match", decoded},
-	2:  {"route", decoded},
-	3:  {"redirect", decoded},
-	4:  {"metadata", decoded},
-	5:  {"decorator", decoded},
-	7:  {"direct_response", decoded},
+	1:  {"match", once},
+	2:  {"route", once},
+	3:  {"redirect", once},
+	4:  {"metadata", once},
+	5:  {"decorator", once},
+	7:  {"direct_response", once},
 	9:  {"request_headers_to_add", decoded},
 	10: {"response_headers_to_add", decoded},
 	11: {"response_headers_to_remove", decoded},
@@ -267,8 +267,8 @@ var routeFields = message{"envoy.config.route.v3.Route", Traffic, []field{
 	14: {"name", decoded},
 	15: {"tracing", cosmetic},
 	16: {"per_request_buffer_limit_bytes", ignored}, // buffers have limits of their own
-	17: {"filter_action", decoded},                  // to be refused
-	18: {"non_forwarding_action", decoded},          // to be refused
+	17: {"filter_action", once},                     // to be refused
+	18: {"non_forwarding_action", once},             // to be refused
 	19: {"stat_prefix", cosmetic},
 	20: {"request_body_buffer_limit", ignored},
 	21: {"route_specifiers", security},
