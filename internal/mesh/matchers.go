@@ -109,7 +109,7 @@ func (d *decoder) headerMatcher(m wire.Message) HeaderMatcher {
 
 var regexFields = message{"envoy.type.matcher.v3.RegexMatcher", Security, []field{1: {"google_re2", ignored}, 2: {"regex", decoded}}}
 
-// regex returns a regular expression, which has to match the whole of a text. One that regexp cannot compile is reported.
+// regex returns a regular expression. It has to match the whole of a text. If regexp cannot compile it, that is reported.
 // RE2 and regexp have the same syntax, except for \C.
 func (d *decoder) regex(m wire.Message) (expression string) {
 	for d.next(&m, &regexFields) {
@@ -139,7 +139,7 @@ func (d *decoder) fraction(m wire.Message) Fraction {
 	return f
 }
 
-// Runtime keys are not supported: istiod sets none that are read from anywhere, so the default counts.
+// The default counts: there is no runtime in which the key could be looked up.
 var runtimeFractionFields = message{"envoy.config.core.v3.RuntimeFractionalPercent", Security, []field{1: {"default_value", once}, 2: {"runtime_key", ignored}}}
 
 // runtimeFraction returns the default of a RuntimeFractionalPercent. Without one it is 0.

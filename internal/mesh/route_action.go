@@ -17,10 +17,10 @@ type Forward struct {
 	HostRewrite   string // empty: not
 	ForwardedHost bool   // x-forwarded-host has the host before it was rewritten
 
-	Timeout         time.Duration  // from the end of the request to that of the response; 0: none
-	MaxGRPCTimeout  *time.Duration // bounds grpc-timeout, which replaces Timeout; 0: no bound; nil: Timeout stays
-	IdleTimeout     *time.Duration // of the stream; 0: none; nil: the listener's
-	MaxStreamLength *time.Duration // of time that the stream lasts; 0: none; nil: the listener's
+	Timeout         time.Duration  // from the end of the request to that of the response; 0: no limit
+	MaxGRPCTimeout  *time.Duration // bounds grpc-timeout, if that replaces Timeout; 0: no bound; nil: Timeout is not replaced
+	IdleTimeout     *time.Duration // of the stream; 0: no limit; nil: the listener's
+	MaxStreamLength *time.Duration // of the stream in time; 0: no limit; nil: the listener's
 
 	Retry   *RetryPolicy // nil: the virtual host's
 	Mirrors []Mirror     // empty: the virtual host's
@@ -190,7 +190,7 @@ var weightedClustersFields = message{"envoy.config.route.v3.WeightedCluster", Tr
 	5: {"use_hash_policy", traffic},
 }}
 
-// weightedClusters returns clusters of which the weights have a sum that Envoy accepts, or none.
+// weightedClusters returns clusters. It returns nil if Envoy would not accept the sum of their weights.
 func (d *decoder) weightedClusters(m wire.Message) (clusters []WeightedCluster) {
 	var sum uint64
 	for d.next(&m, &weightedClustersFields) {
@@ -371,7 +371,7 @@ func (d *decoder) hashCookie(m wire.Message) HashPolicy {
 	return h
 }
 
-// Redirect answers requests with a redirect (envoy.config.route.v3.RedirectAction). What is empty stays as it is in the
+// Redirect answers requests with a redirect (envoy.config.route.v3.RedirectAction). Empty parts are those of the
 // request.
 type Redirect struct {
 	Scheme, Host string

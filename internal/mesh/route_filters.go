@@ -173,7 +173,8 @@ func (d *decoder) fault(m wire.Message) *Fault {
 	return f
 }
 
-// abort reads the answer of a fault. Without a status there is none. In the oneof of the statuses the last field counts.
+// abort reads the answer of a fault. Without a status requests are not aborted. In the oneof of the statuses the last field
+// counts.
 func (d *decoder) abort(m wire.Message, f *Fault) {
 	var a Abort
 	for d.next(&m, &faultAbortFields) {

@@ -12,8 +12,8 @@ type RetryPolicy struct {
 	On      RetryConditions
 	Retries uint32 // after the first try
 
-	TryTimeout     time.Duration // of each try; 0: none
-	TryIdleTimeout time.Duration // of each try; 0: none
+	TryTimeout     time.Duration // of each try; 0: no limit
+	TryIdleTimeout time.Duration // of each try; 0: no limit
 
 	Codes          []uint32        // of RetryStatusCodes
 	Headers        []HeaderMatcher // of RetryHeaders: of a response

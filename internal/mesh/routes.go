@@ -39,10 +39,11 @@ type VirtualHost struct {
 	Mirrors []Mirror // of routes without mirrors; empty: the table's
 }
 
-// Domain matches a request's host. An exact domain precedes suffixes, which precede prefixes; the longest of a kind is used.
+// Domain matches a request's host. Exact domains come before suffixes, and these before prefixes. Of a kind the longest that
+// matches is used.
 type Domain struct {
 	Kind DomainKind
-	Text string // in lower case, without the star, which stands for at least one byte
+	Text string // in lower case, without the star; the star stands for at least one byte
 }
 
 // DomainKind is how a Domain matches.

@@ -1,8 +1,11 @@
 package mesh
 
 import (
+	"bytes"
 	"encoding/json"
+	"flag"
 	"fmt"
+	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -66,7 +69,7 @@ const (
 	filterConf   = "envoy.config.route.v3.FilterConfig"
 )
 
-// What is refused because of findings is exactly what they concern: the table, a virtual host or a route.
+// Findings of security refuse exactly what they concern: the table, a virtual host or a route.
 func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T) {
 	const r, a = "virtual_hosts.routes", "virtual_hosts.routes.route"
 	for _, test := range []struct {
@@ -175,6 +178,33 @@ func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T)
 	}
 }
 
+var update = flag.Bool("update", false, "write the golden file")
+
+// The resource has each field that routes have. The tests with generated types made it and compare its value with theirs.
+func TestEachFieldOfRoutesIsDecoded(t *testing.T) {
+	b, err := os.ReadFile("testdata/routes.pb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	routes, findings, err := DecodeRoutes(b)
+	if err != nil || len(findings) > 0 {
+		t.Fatalf("error %v, findings %v", err, findings)
+	}
+	got, err := json.MarshalIndent(routes, "", " ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const golden = "testdata/routes.json"
+	if *update {
+		if err := os.WriteFile(golden, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if want, err := os.ReadFile(golden); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("error %v; decoded\n%s", err, got)
+	}
+}
+
 // The first of several routes that is refused does not refuse the others.
 func TestARefusedRouteDoesNotRefuseOthers(t *testing.T) {
 	bad := nest(join(anyPath, toCluster, filter("x", "x.Y", nil)), 3)
@@ -223,7 +253,7 @@ func TestDomainsAreCompiled(t *testing.T) {
 	}
 }
 
-// Envoy rejects a table in which two hosts have one domain. Which of them a request is for cannot be told.
+// Envoy rejects a table in which two hosts have one domain: a request could be for either.
 func TestHostsWithTheSameDomainAreRefused(t *testing.T) {
 	for _, domain := range []string{"a.example", "*.a.example", "a.*", "*"} {
 		host := func(name, domain string) []byte { return nest(join(text(1, name), text(2, domain)), 2) }

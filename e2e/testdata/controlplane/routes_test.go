@@ -2,7 +2,9 @@ package controlplane
 
 import (
 	"encoding/json"
+	"flag"
 	"math/rand/v2"
+	"os"
 	"path"
 	"reflect"
 	"slices"
@@ -12,6 +14,7 @@ import (
 
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	delay "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/fault/v3"
 	cors "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/cors/v3"
 	fault "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
@@ -23,6 +26,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -38,11 +42,28 @@ func TestRecordedRoutesAreDecodedAsByGeneratedTypes(t *testing.T) {
 	})
 }
 
+var update = flag.Bool("update", false, "write the resource that the tests of internal/mesh read")
+
+// wideFile has wideRoutes. The tests of internal/mesh, where there are no generated types, decode it as well.
+const wideFile = "../../../internal/mesh/testdata/routes.pb"
+
 // Fields that the recorded resources do not have are decoded as by the generated types as well.
 func TestOtherRoutesAreDecodedAsByGeneratedTypes(t *testing.T) {
-	b, err := proto.Marshal(wideRoutes())
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(wideRoutes())
 	if err != nil {
 		t.Fatal(err)
+	}
+	if *update {
+		if err := os.WriteFile(wideFile, b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kept, err := os.ReadFile(wideFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !proto.Equal(unpack(kept, &route.RouteConfiguration{}), wideRoutes()) {
+		t.Errorf("%s has other routes; use -update", wideFile)
 	}
 	got, findings, err := mesh.DecodeRoutes(b)
 	if want := readRoutes(wideRoutes()); err != nil || len(findings) > 0 || !reflect.DeepEqual(got, want) {
@@ -88,16 +109,17 @@ func wideRoutes() *route.RouteConfiguration {
 	return &route.RouteConfiguration{
 		Name: "80", MostSpecificHeaderMutationsWins: true, IgnorePathParametersInPathMatching: true,
 		RequestHeadersToAdd: add("a", "%REQ(x?y):5%", 0), RequestHeadersToRemove: []string{"b"}, ResponseHeadersToAdd: add("c", "100%%", 1), ResponseHeadersToRemove: []string{"d"},
-		RequestMirrorPolicies: []*route.RouteAction_RequestMirrorPolicy{{Cluster: "m", HostRewriteLiteral: "host"}},
+		RequestMirrorPolicies:    []*route.RouteAction_RequestMirrorPolicy{{Cluster: "m", HostRewriteLiteral: "host"}},
+		IgnorePortInHostMatching: true,
 		VirtualHosts: []*route.VirtualHost{
 			{Name: "wide", Domains: []string{"Example.com:80", "*.Example.com", "*-x.example.com", "example.*"}, RequireTls: route.VirtualHost_EXTERNAL_ONLY,
-				RetryPolicy: retry, IncludeAttemptCountInResponse: true,
+				RetryPolicy: retry, IncludeAttemptCountInResponse: true, IncludeRequestAttemptCount: true,
 				RequestHeadersToAdd: add("e", "", 2), RequestHeadersToRemove: []string{"f"}, ResponseHeadersToAdd: add("g", "h", 3), ResponseHeadersToRemove: []string{"i"},
 				RequestMirrorPolicies: []*route.RouteAction_RequestMirrorPolicy{{Cluster: "m", RuntimeFraction: &core.RuntimeFractionalPercent{}}},
 				TypedPerFilterConfig: map[string]*anypb.Any{
 					"envoy.filters.http.fault": packed(&route.FilterConfig{Disabled: true}),
 					"envoy.filters.http.lua":   packed(&route.FilterConfig{Config: &anypb.Any{TypeUrl: "x"}, IsOptional: true}),
-					"envoy.filters.http.cors": packed(&route.FilterConfig{Config: packed(&cors.CorsPolicy{AllowCredentials: no, AllowHeaders: "a", ExposeHeaders: "b", AllowPrivateNetworkAccess: yes,
+					"envoy.filters.http.cors": packed(&route.FilterConfig{Config: packed(&cors.CorsPolicy{AllowCredentials: no, AllowOriginStringMatch: []*matcher.StringMatcher{exact("https://example.com")}, AllowMethods: "GET", MaxAge: "5", AllowHeaders: "a", ExposeHeaders: "b", AllowPrivateNetworkAccess: yes,
 						FilterEnabled: &core.RuntimeFractionalPercent{DefaultValue: fraction(5, 1)}})})},
 				Routes: []*route.Route{
 					{Match: &route.RouteMatch{PathSpecifier: &route.RouteMatch_SafeRegex{SafeRegex: regex("/a/.*")}, CaseSensitive: no,
@@ -126,9 +148,12 @@ func wideRoutes() *route.RouteConfiguration {
 					{Match: prefix, Action: &route.Route_Redirect{Redirect: &route.RedirectAction{SchemeRewriteSpecifier: &route.RedirectAction_SchemeRedirect{SchemeRedirect: "http"},
 						PathRewriteSpecifier: &route.RedirectAction_RegexRewrite{RegexRewrite: &matcher.RegexMatchAndSubstitute{Pattern: regex("a"), Substitution: "b"}}}}},
 					{Match: prefix, Action: &route.Route_DirectResponse{DirectResponse: &route.DirectResponseAction{Status: 200, Body: &core.DataSource{Specifier: &core.DataSource_InlineBytes{InlineBytes: []byte{0xff}}}}}},
-					{Match: prefix, Action: &route.Route_Route{Route: &route.RouteAction{ClusterSpecifier: &route.RouteAction_Cluster{Cluster: "c"}}},
+					{Match: prefix, Action: &route.Route_Route{Route: &route.RouteAction{ClusterSpecifier: &route.RouteAction_Cluster{Cluster: "c"}, PrefixRewrite: "/p", HostRewriteSpecifier: &route.RouteAction_HostRewriteLiteral{HostRewriteLiteral: "h"},
+						Timeout: durationpb.New(time.Minute), RequestMirrorPolicies: []*route.RouteAction_RequestMirrorPolicy{{Cluster: "m", DisableShadowHostSuffixAppend: true}}}},
+						Name: "named", Decorator: &route.Decorator{Operation: "op"}, Metadata: &core.Metadata{FilterMetadata: map[string]*structpb.Struct{"istio": {Fields: map[string]*structpb.Value{"config": structpb.NewStringValue("/apis/a")}}}},
+						RequestHeadersToAdd: add("j", "k", 0), RequestHeadersToRemove: []string{"l"}, ResponseHeadersToAdd: add("m", "n", 0), ResponseHeadersToRemove: []string{"o"},
 						TypedPerFilterConfig: map[string]*anypb.Any{"envoy.filters.http.fault": packed(&fault.HTTPFault{UpstreamCluster: "c", MaxActiveFaults: wrapperspb.UInt32(0),
-							Headers: []*route.HeaderMatcher{{Name: "x"}}, Abort: &fault.FaultAbort{ErrorType: &fault.FaultAbort_GrpcStatus{GrpcStatus: 14}, Percentage: fraction(1, 2)}})}},
+							Headers: []*route.HeaderMatcher{{Name: "x"}}, Delay: &delay.FaultDelay{FaultDelaySecifier: &delay.FaultDelay_FixedDelay{FixedDelay: durationpb.New(1500 * time.Millisecond)}, Percentage: fraction(7, 0)}, Abort: &fault.FaultAbort{ErrorType: &fault.FaultAbort_GrpcStatus{GrpcStatus: 14}, Percentage: fraction(1, 2)}})}},
 				}},
 			{Name: "any", Domains: []string{"*"}},
 		},

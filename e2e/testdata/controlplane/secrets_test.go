@@ -27,8 +27,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
-// nameTable is the descriptor of istio.networking.nds.v1.NameTable, after pkg/dns/proto/nds.proto of istio.io/istio. The
-// generated types are in that module, which is too large to be a requirement of these tests.
+// nameTable is the descriptor of istio.networking.nds.v1.NameTable, after pkg/dns/proto/nds.proto of istio.io/istio. That
+// module has the generated types, but is too large to be a requirement of these tests.
 var nameTable = func() protoreflect.MessageDescriptor {
 	repeated, single := descriptorpb.FieldDescriptorProto_LABEL_REPEATED, descriptorpb.FieldDescriptorProto_LABEL_OPTIONAL
 	text := func(number int32, name string, label descriptorpb.FieldDescriptorProto_Label) *descriptorpb.FieldDescriptorProto {
