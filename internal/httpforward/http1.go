@@ -37,6 +37,7 @@ func (x *exchange) run() ending {
 	x.send()
 	for {
 		long := x.request.move()
+		x.s.Read = x.request.in // move takes a buffer when it has none
 		if x.request.retain && !idempotent(x.record.HTTP.Method) && !x.request.untouched() {
 			x.request.stopRetaining() // it will not be sent again
 		}
@@ -66,15 +67,18 @@ func (x *exchange) run() ending {
 	}
 }
 
-// releaseIdleBuffers releases empty buffers before a wait, because a response may be silent for a long time.
+// releaseIdleBuffers releases empty buffers before a wait, because either side may be silent for a long time.
 func (x *exchange) releaseIdleBuffers() {
 	if in := x.response.in; in != nil && in.Len() == 0 {
 		in.Release()
 		x.response.in = nil
 	}
-	if x.request.done() && x.request.held() == 0 {
+	switch {
+	case x.request.held() == 0:
 		x.s.releaseRead()
 		x.request.in = nil
+	case x.request.ready == 0: // no part of the buffer is in out
+		x.request.in.Shrink()
 	}
 }
 

@@ -82,6 +82,8 @@ func (s *session) awaitRequest() bool {
 		}
 		if s.Read != nil && s.Read.Len() == 0 {
 			s.releaseRead()
+		} else if s.Read != nil {
+			s.Read.Shrink() // empty lines; the wait may be long
 		}
 		if s.ended || s.w.Canceled() {
 			return false
