@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"bytes"
 	"regexp/syntax"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -43,14 +44,14 @@ var (
 var headerMatcherFields = message{"envoy.config.route.v3.HeaderMatcher", Security, []field{
 	1:  {"name", decoded},
 	4:  {"exact_match", decoded},
-	6:  {"range_match", decoded},
+	6:  {"range_match", once},
 	7:  {"present_match", decoded},
 	8:  {"invert_match", decoded},
 	9:  {"prefix_match", decoded},
 	10: {"suffix_match", decoded},
-	11: {"safe_regex_match", decoded},
+	11: {"safe_regex_match", once},
 	12: {"contains_match", decoded},
-	13: {"string_match", decoded},
+	13: {"string_match", once},
 	14: {"treat_missing_header_as_empty", decoded},
 }}
 
@@ -108,7 +109,7 @@ func (d *decoder) headerMatcher(m wire.Message) HeaderMatcher {
 
 var regexFields = message{"envoy.type.matcher.v3.RegexMatcher", Security, []field{1: {"google_re2", ignored}, 2: {"regex", decoded}}}
 
-// regex returns a regular expression, which has to match the whole of a text. One that regexp cannot compile is reported.
+// regex returns a regular expression. It has to match the whole of a text. If regexp cannot compile it, that is reported.
 // RE2 and regexp have the same syntax, except for \C.
 func (d *decoder) regex(m wire.Message) (expression string) {
 	for d.next(&m, &regexFields) {
@@ -138,8 +139,8 @@ func (d *decoder) fraction(m wire.Message) Fraction {
 	return f
 }
 
-// Runtime keys are not supported: istiod sets none that are read from anywhere, so the default counts.
-var runtimeFractionFields = message{"envoy.config.core.v3.RuntimeFractionalPercent", Security, []field{1: {"default_value", decoded}, 2: {"runtime_key", ignored}}}
+// The default counts: there is no runtime in which the key could be looked up.
+var runtimeFractionFields = message{"envoy.config.core.v3.RuntimeFractionalPercent", Security, []field{1: {"default_value", once}, 2: {"runtime_key", ignored}}}
 
 // runtimeFraction returns the default of a RuntimeFractionalPercent. Without one it is 0.
 func (d *decoder) runtimeFraction(m wire.Message) Fraction {
@@ -166,11 +167,11 @@ var dataSourceFields = message{"envoy.config.core.v3.DataSource", Security, []fi
 	5: {"watched_directory", ignored}, // of a file
 }}
 
-// inline returns the content of a DataSource. Files and variables of the environment are reported: the control plane must
+// inline returns a copy of the content of a DataSource. Files and variables of the environment are reported: the control plane must
 // not choose what is read.
 func (d *decoder) inline(m wire.Message) (content []byte) {
 	for d.next(&m, &dataSourceFields) {
-		content = m.Bytes()
+		content = bytes.Clone(m.Bytes())
 		if m.Number == 3 {
 			content = []byte(m.String())
 		}
@@ -212,7 +213,7 @@ const (
 var metadataMatcherFields = message{"envoy.type.matcher.v3.MetadataMatcher", Security, []field{
 	1: {"filter", decoded},
 	2: {"path", decoded},
-	3: {"value", decoded},
+	3: {"value", once},
 	4: {"invert", decoded},
 }}
 
@@ -247,18 +248,18 @@ func (d *decoder) metadataMatcher(m wire.Message) MetadataMatcher {
 }
 
 var valueMatcherFields = message{"envoy.type.matcher.v3.ValueMatcher", Security, []field{
-	1: {"null_match", decoded},
+	1: {"null_match", once},
 	2: {"double_match", security},
-	3: {"string_match", decoded},
+	3: {"string_match", once},
 	4: {"bool_match", decoded},
 	5: {"present_match", decoded},
-	6: {"list_match", decoded},
-	7: {"or_match", decoded},
+	6: {"list_match", once},
+	7: {"or_match", once},
 }}
 
 var (
 	nullMatchFields   = message{"envoy.type.matcher.v3.ValueMatcher.NullMatch", Security, nil}
-	listMatcherFields = message{"envoy.type.matcher.v3.ListMatcher", Security, []field{1: {"one_of", decoded}}}
+	listMatcherFields = message{"envoy.type.matcher.v3.ListMatcher", Security, []field{1: {"one_of", once}}}
 	orMatcherFields   = message{"envoy.type.matcher.v3.OrMatcher", Security, []field{1: {"value_matchers", decoded}}}
 )
 

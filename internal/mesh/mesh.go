@@ -38,3 +38,28 @@ func DecodeRoutes(b []byte) (*Routes, []Finding, error) {
 	}
 	return r, d.findings, d.err
 }
+
+// DecodeSecret compiles an envoy.extensions.transport_sockets.tls.v3.Secret. An error means that its bytes are malformed.
+func DecodeSecret(b []byte) (*Secret, []Finding, error) {
+	var d decoder
+	s := d.secret(d.read(b))
+	if d.err == nil && s.Name == "" {
+		d.err = errNoName
+	}
+	return s, d.findings, d.err
+}
+
+// DecodeNames compiles an istio.networking.nds.v1.NameTable. An error means that its bytes are malformed.
+func DecodeNames(b []byte) (*Names, []Finding, error) {
+	var d decoder
+	n := d.names(d.read(b))
+	return n, d.findings, d.err
+}
+
+// DecodeTrustBundle returns the roots of trust in an istio.mesh.v1alpha1.ProxyConfig, each as PEM. An error means that its
+// bytes are malformed.
+func DecodeTrustBundle(b []byte) (roots []string, findings []Finding, err error) {
+	var d decoder
+	roots = d.trustBundle(d.read(b))
+	return roots, d.findings, d.err
+}

@@ -17,10 +17,10 @@ type Forward struct {
 	HostRewrite   string // empty: not
 	ForwardedHost bool   // x-forwarded-host has the host before it was rewritten
 
-	Timeout         time.Duration  // from the end of the request to that of the response; 0: none
-	MaxGRPCTimeout  *time.Duration // bounds grpc-timeout, which replaces Timeout; 0: no bound; nil: Timeout stays
-	IdleTimeout     *time.Duration // of the stream; 0: none; nil: the listener's
-	MaxStreamLength *time.Duration // of time that the stream lasts; 0: none; nil: the listener's
+	Timeout         time.Duration  // from the end of the request to that of the response; 0: no limit
+	MaxGRPCTimeout  *time.Duration // bounds grpc-timeout, if that replaces Timeout; 0: no bound; nil: Timeout is not replaced
+	IdleTimeout     *time.Duration // of the stream; 0: no limit; nil: the listener's
+	MaxStreamLength *time.Duration // of the stream in time; 0: no limit; nil: the listener's
 
 	Retry   *RetryPolicy // nil: the virtual host's
 	Mirrors []Mirror     // empty: the virtual host's
@@ -80,21 +80,21 @@ const defaultTimeout = 15 * time.Second
 var forwardFields = message{"envoy.config.route.v3.RouteAction", Traffic, []field{
 	1:  {"cluster", decoded},
 	2:  {"cluster_header", decoded}, // to be refused
-	3:  {"weighted_clusters", decoded},
+	3:  {"weighted_clusters", once},
 	4:  {"metadata_match", traffic},
 	5:  {"prefix_rewrite", decoded},
 	6:  {"host_rewrite_literal", decoded},
 	7:  {"auto_host_rewrite", traffic},
-	8:  {"timeout", decoded},
-	9:  {"retry_policy", decoded},
+	8:  {"timeout", once},
+	9:  {"retry_policy", once},
 	11: {"priority", decoded},
 	13: {"rate_limits", traffic},
 	14: {"include_vh_rate_limits", ignored}, // rate limits themselves are reported
 	15: {"hash_policy", decoded},
 	17: {"cors", security},
 	20: {"cluster_not_found_response_code", decoded},
-	23: {"max_grpc_timeout", decoded},
-	24: {"idle_timeout", decoded},
+	23: {"max_grpc_timeout", once},
+	24: {"idle_timeout", once},
 	25: {"upgrade_configs", traffic},
 	26: {"internal_redirect_action", traffic},
 	27: {"hedge_policy", traffic},
@@ -102,14 +102,14 @@ var forwardFields = message{"envoy.config.route.v3.RouteAction", Traffic, []fiel
 	29: {"host_rewrite_header", traffic},
 	30: {"request_mirror_policies", decoded},
 	31: {"max_internal_redirects", ignored}, // internal redirects themselves are reported
-	32: {"regex_rewrite", decoded},
+	32: {"regex_rewrite", once},
 	33: {"retry_policy_typed_config", traffic},
 	34: {"internal_redirect_policy", traffic},
 	35: {"host_rewrite_path_regex", traffic},
-	36: {"max_stream_duration", decoded},
+	36: {"max_stream_duration", once},
 	37: {"cluster_specifier_plugin", decoded}, // to be refused
 	38: {"append_x_forwarded_host", decoded},
-	39: {"inline_cluster_specifier_plugin", decoded}, // to be refused
+	39: {"inline_cluster_specifier_plugin", once}, // to be refused
 	40: {"early_data_policy", ignored},
 	41: {"path_rewrite_policy", traffic},
 	42: {"flush_timeout", ignored},
@@ -177,7 +177,7 @@ func (d *decoder) forward(m wire.Message) *Forward {
 }
 
 var streamDurationFields = message{"envoy.config.route.v3.RouteAction.MaxStreamDuration", Traffic, []field{
-	1: {"max_stream_duration", decoded},
+	1: {"max_stream_duration", once},
 	2: {"grpc_timeout_header_max", traffic},
 	3: {"grpc_timeout_header_offset", traffic},
 }}
@@ -190,7 +190,7 @@ var weightedClustersFields = message{"envoy.config.route.v3.WeightedCluster", Tr
 	5: {"use_hash_policy", traffic},
 }}
 
-// weightedClusters returns clusters of which the weights have a sum that Envoy accepts, or none.
+// weightedClusters returns clusters. It returns nil if Envoy would not accept the sum of their weights.
 func (d *decoder) weightedClusters(m wire.Message) (clusters []WeightedCluster) {
 	var sum uint64
 	for d.next(&m, &weightedClustersFields) {
@@ -207,7 +207,7 @@ func (d *decoder) weightedClusters(m wire.Message) (clusters []WeightedCluster) 
 
 var clusterWeightFields = message{"envoy.config.route.v3.WeightedCluster.ClusterWeight", Traffic, []field{
 	1:  {"name", decoded},
-	2:  {"weight", decoded},
+	2:  {"weight", once},
 	3:  {"metadata_match", traffic},
 	4:  {"request_headers_to_add", decoded},
 	5:  {"response_headers_to_add", decoded},
@@ -242,7 +242,7 @@ func (d *decoder) weightedCluster(m wire.Message) (c WeightedCluster) {
 	return c
 }
 
-var rewriteFields = message{"envoy.type.matcher.v3.RegexMatchAndSubstitute", Traffic, []field{1: {"pattern", decoded}, 2: {"substitution", decoded}}}
+var rewriteFields = message{"envoy.type.matcher.v3.RegexMatchAndSubstitute", Traffic, []field{1: {"pattern", once}, 2: {"substitution", decoded}}}
 
 func (d *decoder) rewrite(m wire.Message) *RegexRewrite {
 	r := &RegexRewrite{}
@@ -259,7 +259,7 @@ func (d *decoder) rewrite(m wire.Message) *RegexRewrite {
 
 var mirrorFields = message{"envoy.config.route.v3.RouteAction.RequestMirrorPolicy", Traffic, []field{
 	1: {"cluster", decoded},
-	3: {"runtime_fraction", decoded},
+	3: {"runtime_fraction", once},
 	4: {"trace_sampled", ignored}, // copies have no spans of their own
 	5: {"cluster_header", traffic},
 	6: {"disable_shadow_host_suffix_append", decoded},
@@ -286,17 +286,17 @@ func (d *decoder) mirror(m wire.Message) Mirror {
 }
 
 var hashPolicyFields = message{"envoy.config.route.v3.RouteAction.HashPolicy", Traffic, []field{
-	1: {"header", decoded},
-	2: {"cookie", decoded},
-	3: {"connection_properties", decoded},
+	1: {"header", once},
+	2: {"cookie", once},
+	3: {"connection_properties", once},
 	4: {"terminal", decoded},
-	5: {"query_parameter", decoded},
-	6: {"filter_state", decoded}, // to be reported
+	5: {"query_parameter", once},
+	6: {"filter_state", once}, // to be reported
 }}
 
 var (
-	hashHeaderFields     = message{"envoy.config.route.v3.RouteAction.HashPolicy.Header", Traffic, []field{1: {"header_name", decoded}, 2: {"regex_rewrite", decoded}}}
-	hashCookieFields     = message{"envoy.config.route.v3.RouteAction.HashPolicy.Cookie", Traffic, []field{1: {"name", decoded}, 2: {"ttl", decoded}, 3: {"path", decoded}, 4: {"attributes", decoded}}}
+	hashHeaderFields     = message{"envoy.config.route.v3.RouteAction.HashPolicy.Header", Traffic, []field{1: {"header_name", decoded}, 2: {"regex_rewrite", once}}}
+	hashCookieFields     = message{"envoy.config.route.v3.RouteAction.HashPolicy.Cookie", Traffic, []field{1: {"name", decoded}, 2: {"ttl", once}, 3: {"path", decoded}, 4: {"attributes", decoded}}}
 	hashAttributeFields  = message{"envoy.config.route.v3.RouteAction.HashPolicy.CookieAttribute", Traffic, []field{1: {"name", decoded}, 2: {"value", decoded}}}
 	hashConnectionFields = message{"envoy.config.route.v3.RouteAction.HashPolicy.ConnectionProperties", Traffic, []field{1: {"source_ip", decoded}}}
 	hashQueryFields      = message{"envoy.config.route.v3.RouteAction.HashPolicy.QueryParameter", Traffic, []field{1: {"name", decoded}}}
@@ -371,7 +371,7 @@ func (d *decoder) hashCookie(m wire.Message) HashPolicy {
 	return h
 }
 
-// Redirect answers requests with a redirect (envoy.config.route.v3.RedirectAction). What is empty stays as it is in the
+// Redirect answers requests with a redirect (envoy.config.route.v3.RedirectAction). Empty parts are those of the
 // request.
 type Redirect struct {
 	Scheme, Host string
@@ -392,7 +392,7 @@ var redirectFields = message{"envoy.config.route.v3.RedirectAction", Traffic, []
 	6:  {"strip_query", decoded},
 	7:  {"scheme_redirect", decoded},
 	8:  {"port_redirect", decoded},
-	9:  {"regex_rewrite", decoded},
+	9:  {"regex_rewrite", once},
 	10: {"path_rewrite", security}, // the redirect would lead elsewhere
 }}
 
@@ -444,7 +444,7 @@ type Response struct {
 	Body   []byte
 }
 
-var responseFields = message{"envoy.config.route.v3.DirectResponseAction", Traffic, []field{1: {"status", decoded}, 2: {"body", decoded}, 3: {"body_format", traffic}}}
+var responseFields = message{"envoy.config.route.v3.DirectResponseAction", Traffic, []field{1: {"status", decoded}, 2: {"body", once}, 3: {"body_format", traffic}}}
 
 func (d *decoder) response(m wire.Message) *Response {
 	r := &Response{}

@@ -6,7 +6,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
 
-// Edits are changes of headers. What is removed is removed before fields are added.
+// Edits are changes of headers. Fields are removed before others are added.
 type Edits struct {
 	Request, Response HeaderEdits
 }
@@ -37,8 +37,8 @@ const (
 )
 
 var headerOptionFields = message{"envoy.config.core.v3.HeaderValueOption", Traffic, []field{
-	1: {"header", decoded},
-	2: {"append", decoded},
+	1: {"header", once},
+	2: {"append", once},
 	3: {"append_action", decoded},
 	4: {"keep_empty_value", decoded},
 }}
@@ -48,7 +48,7 @@ var headerValueFields = message{"envoy.config.core.v3.HeaderValue", Traffic, []f
 // addHeader reads a field that is added to a header.
 func (d *decoder) addHeader(m wire.Message, edits *HeaderEdits) {
 	var e HeaderEdit
-	var older *bool // append, which append_action has replaced
+	var older *bool // append, the predecessor of append_action
 	for d.next(&m, &headerOptionFields) {
 		switch m.Number {
 		case 1:
@@ -126,8 +126,8 @@ func (d *decoder) removeHeader(m *wire.Message, edits *HeaderEdits) {
 	edits.Remove = append(edits.Remove, name)
 }
 
-// editable reports whether name is a token of RFC 9110 and not Host, which is rewritten otherwise. Pseudo-header fields are
-// not tokens. Envoy rejects such edits as well.
+// editable reports whether name is a token of RFC 9110 and not Host. A route has other fields that rewrite the host.
+// Pseudo-header fields are not tokens. Envoy rejects such edits as well.
 func editable(name string) bool {
 	for _, c := range []byte(name) {
 		if c <= ' ' || c >= 0x7f || strings.IndexByte(`"(),/:;<=>?@[\]{}`, c) >= 0 {

@@ -97,7 +97,7 @@ func (d *decoder) routeFilter(m wire.Message, f *RouteFilters) {
 	}
 }
 
-var filterConfigFields = message{"envoy.config.route.v3.FilterConfig", Security, []field{1: {"config", decoded}, 2: {"is_optional", decoded}, 3: {"disabled", decoded}}}
+var filterConfigFields = message{"envoy.config.route.v3.FilterConfig", Security, []field{1: {"config", once}, 2: {"is_optional", decoded}, 3: {"disabled", decoded}}}
 
 func (d *decoder) filterConfig(m wire.Message) (url string, config wire.Message, optional, disabled bool) {
 	config = m.Nested(nil)
@@ -117,12 +117,12 @@ func (d *decoder) filterConfig(m wire.Message) (url string, config wire.Message,
 }
 
 var faultFields = message{"envoy.extensions.filters.http.fault.v3.HTTPFault", Traffic, []field{
-	1:  {"delay", decoded},
-	2:  {"abort", decoded},
+	1:  {"delay", once},
+	2:  {"abort", once},
 	3:  {"upstream_cluster", decoded},
 	4:  {"headers", decoded},
 	5:  {"downstream_nodes", security}, // other clients would be given the faults
-	6:  {"max_active_faults", decoded},
+	6:  {"max_active_faults", once},
 	7:  {"response_rate_limit", traffic},
 	8:  {"delay_percent_runtime", ignored}, // runtime keys are not supported
 	9:  {"abort_percent_runtime", ignored},
@@ -136,10 +136,10 @@ var faultFields = message{"envoy.extensions.filters.http.fault.v3.HTTPFault", Tr
 }}
 
 var (
-	faultDelayFields = message{"envoy.extensions.filters.common.fault.v3.FaultDelay", Traffic, []field{3: {"fixed_delay", decoded}, 4: {"percentage", decoded}, 5: {"header_delay", traffic}}}
+	faultDelayFields = message{"envoy.extensions.filters.common.fault.v3.FaultDelay", Traffic, []field{3: {"fixed_delay", once}, 4: {"percentage", once}, 5: {"header_delay", traffic}}}
 	faultAbortFields = message{"envoy.extensions.filters.http.fault.v3.FaultAbort", Traffic, []field{
 		2: {"http_status", decoded},
-		3: {"percentage", decoded},
+		3: {"percentage", once},
 		4: {"header_abort", traffic},
 		5: {"grpc_status", decoded},
 		6: {"response_body", decoded},
@@ -173,7 +173,8 @@ func (d *decoder) fault(m wire.Message) *Fault {
 	return f
 }
 
-// abort reads the answer of a fault. Without a status there is none. In the oneof of the statuses the last field counts.
+// abort reads the answer of a fault. Without a status requests are not aborted. In the oneof of the statuses the last field
+// counts.
 func (d *decoder) abort(m wire.Message, f *Fault) {
 	var a Abort
 	for d.next(&m, &faultAbortFields) {
@@ -203,11 +204,11 @@ var corsFields = message{"envoy.extensions.filters.http.cors.v3.CorsPolicy", Sec
 	3:  {"allow_headers", decoded},
 	4:  {"expose_headers", decoded},
 	5:  {"max_age", decoded},
-	6:  {"allow_credentials", decoded},
-	7:  {"filter_enabled", decoded},
+	6:  {"allow_credentials", once},
+	7:  {"filter_enabled", once},
 	8:  {"shadow_enabled", cosmetic}, // counts only
-	9:  {"allow_private_network_access", decoded},
-	10: {"forward_not_matching_preflights", decoded},
+	9:  {"allow_private_network_access", once},
+	10: {"forward_not_matching_preflights", once},
 }}
 
 // cors returns a policy. Without a fraction it is enabled for all requests.

@@ -35,12 +35,12 @@ type QueryMatcher struct {
 var routeMatchFields = message{"envoy.config.route.v3.RouteMatch", Security, []field{
 	1:  {"prefix", decoded},
 	2:  {"path", decoded},
-	4:  {"case_sensitive", decoded},
+	4:  {"case_sensitive", once},
 	6:  {"headers", decoded},
 	7:  {"query_parameters", decoded},
 	8:  {"grpc", security},
 	9:  {"runtime_fraction", security},
-	10: {"safe_regex", decoded},
+	10: {"safe_regex", once},
 	11: {"tls_context", security},
 	12: {"connect_matcher", security},
 	13: {"dynamic_metadata", decoded},
@@ -80,7 +80,7 @@ func (d *decoder) routeMatch(m wire.Message) RouteMatch {
 	return r
 }
 
-var queryMatcherFields = message{"envoy.config.route.v3.QueryParameterMatcher", Security, []field{1: {"name", decoded}, 5: {"string_match", decoded}, 6: {"present_match", decoded}}}
+var queryMatcherFields = message{"envoy.config.route.v3.QueryParameterMatcher", Security, []field{1: {"name", decoded}, 5: {"string_match", once}, 6: {"present_match", decoded}}}
 
 // queryMatcher returns a matcher of a parameter. Without a pattern the parameter has to be present.
 func (d *decoder) queryMatcher(m wire.Message) QueryMatcher {

@@ -12,8 +12,8 @@ type RetryPolicy struct {
 	On      RetryConditions
 	Retries uint32 // after the first try
 
-	TryTimeout     time.Duration // of each try; 0: none
-	TryIdleTimeout time.Duration // of each try; 0: none
+	TryTimeout     time.Duration // of each try; 0: no limit
+	TryIdleTimeout time.Duration // of each try; 0: no limit
 
 	Codes          []uint32        // of RetryStatusCodes
 	Headers        []HeaderMatcher // of RetryHeaders: of a response
@@ -71,18 +71,18 @@ const defaultBackOff = 25 * time.Millisecond
 
 var retryFields = message{"envoy.config.route.v3.RetryPolicy", Traffic, []field{
 	1:  {"retry_on", decoded},
-	2:  {"num_retries", decoded},
-	3:  {"per_try_timeout", decoded},
-	4:  {"retry_priority", decoded},
+	2:  {"num_retries", once},
+	3:  {"per_try_timeout", once},
+	4:  {"retry_priority", once},
 	5:  {"retry_host_predicate", decoded},
 	6:  {"host_selection_retry_max_attempts", decoded},
 	7:  {"retriable_status_codes", decoded},
-	8:  {"retry_back_off", decoded},
+	8:  {"retry_back_off", once},
 	9:  {"retriable_headers", decoded},
 	10: {"retriable_request_headers", decoded},
 	11: {"rate_limited_retry_back_off", traffic},
 	12: {"retry_options_predicates", traffic},
-	13: {"per_try_idle_timeout", decoded},
+	13: {"per_try_idle_timeout", once},
 	14: {"refresh_cluster_on_retry", traffic},
 }}
 
@@ -133,7 +133,7 @@ func (d *decoder) retryOn(list string) (on RetryConditions) {
 	return on
 }
 
-var backOffFields = message{"envoy.config.route.v3.RetryPolicy.RetryBackOff", Traffic, []field{1: {"base_interval", decoded}, 2: {"max_interval", decoded}}}
+var backOffFields = message{"envoy.config.route.v3.RetryPolicy.RetryBackOff", Traffic, []field{1: {"base_interval", once}, 2: {"max_interval", once}}}
 
 func (d *decoder) backOff(m wire.Message) (base, limit time.Duration) {
 	for d.next(&m, &backOffFields) {
@@ -160,35 +160,39 @@ const (
 	previousPrioritiesType = typePrefix + "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig"
 )
 
-var retryPredicateFields = message{"envoy.config.route.v3.RetryPolicy.RetryHostPredicate", Traffic, []field{1: {"name", ignored}, 3: {"typed_config", decoded}}}
+var retryPredicateFields = message{"envoy.config.route.v3.RetryPolicy.RetryHostPredicate", Traffic, []field{1: {"name", ignored}, 3: {"typed_config", once}}}
 
 // retryPredicate reports whether a predicate is that of the hosts that were tried. Others are reported.
-func (d *decoder) retryPredicate(m wire.Message) (previous bool) {
+func (d *decoder) retryPredicate(m wire.Message) bool {
+	var url string
 	for d.next(&m, &retryPredicateFields) {
-		url, _ := d.any(m.Message())
-		if previous = url == previousHostsType; !previous {
-			d.report(Traffic, "predicates of type "+strings.TrimPrefix(url, typePrefix)+" are not supported")
-		}
+		url, _ = d.any(m.Message())
 	}
-	return previous
+	if url != previousHostsType {
+		d.report(Traffic, "predicates of type "+strings.TrimPrefix(url, typePrefix)+" are not supported")
+	}
+	return url == previousHostsType
 }
 
 var (
-	retryPriorityFields      = message{"envoy.config.route.v3.RetryPolicy.RetryPriority", Traffic, []field{1: {"name", ignored}, 3: {"typed_config", decoded}}}
+	retryPriorityFields      = message{"envoy.config.route.v3.RetryPolicy.RetryPriority", Traffic, []field{1: {"name", ignored}, 3: {"typed_config", once}}}
 	previousPrioritiesFields = message{"envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig", Traffic, []field{1: {"update_frequency", decoded}}}
 )
 
 func (d *decoder) retryPriority(m wire.Message) (tries uint32) {
+	var url string
 	for d.next(&m, &retryPriorityFields) {
-		url, value := d.any(m.Message())
+		var value []byte
+		url, value = d.any(m.Message())
 		if url != previousPrioritiesType {
-			d.report(Traffic, "priorities of type "+strings.TrimPrefix(url, typePrefix)+" are not supported")
 			continue
 		}
-		tries = 0
 		for m := m.Nested(value); d.next(&m, &previousPrioritiesFields); {
 			tries = uint32(max(int32(m.Uint64()), 0))
 		}
+	}
+	if url != previousPrioritiesType {
+		d.report(Traffic, "priorities of type "+strings.TrimPrefix(url, typePrefix)+" are not supported")
 	}
 	return tries
 }

@@ -39,10 +39,11 @@ type VirtualHost struct {
 	Mirrors []Mirror // of routes without mirrors; empty: the table's
 }
 
-// Domain matches a request's host. An exact domain precedes suffixes, which precede prefixes; the longest of a kind is used.
+// Domain matches a request's host. Exact domains come before suffixes, and these before prefixes. Of a kind the longest that
+// matches is used.
 type Domain struct {
 	Kind DomainKind
-	Text string // in lower case, without the star, which stands for at least one byte
+	Text string // in lower case, without the star; the star stands for at least one byte
 }
 
 // DomainKind is how a Domain matches.
@@ -180,7 +181,7 @@ var virtualHostFields = message{"envoy.config.route.v3.VirtualHost", Traffic, []
 	13: {"request_headers_to_remove", decoded},
 	14: {"include_request_attempt_count", decoded},
 	15: {"typed_per_filter_config", decoded},
-	16: {"retry_policy", decoded},
+	16: {"retry_policy", once},
 	17: {"hedge_policy", traffic},
 	18: {"per_request_buffer_limit_bytes", ignored}, // buffers have limits of their own
 	19: {"include_attempt_count_in_response", decoded},
@@ -253,12 +254,12 @@ func domain(text string) Domain {
 }
 
 var routeFields = message{"envoy.config.route.v3.Route", Traffic, []field{
-	1:  {"match", decoded},
-	2:  {"route", decoded},
-	3:  {"redirect", decoded},
-	4:  {"metadata", decoded},
-	5:  {"decorator", decoded},
-	7:  {"direct_response", decoded},
+	1:  {"match", once},
+	2:  {"route", once},
+	3:  {"redirect", once},
+	4:  {"metadata", once},
+	5:  {"decorator", once},
+	7:  {"direct_response", once},
 	9:  {"request_headers_to_add", decoded},
 	10: {"response_headers_to_add", decoded},
 	11: {"response_headers_to_remove", decoded},
@@ -267,8 +268,8 @@ var routeFields = message{"envoy.config.route.v3.Route", Traffic, []field{
 	14: {"name", decoded},
 	15: {"tracing", cosmetic},
 	16: {"per_request_buffer_limit_bytes", ignored}, // buffers have limits of their own
-	17: {"filter_action", decoded},                  // to be refused
-	18: {"non_forwarding_action", decoded},          // to be refused
+	17: {"filter_action", once},                     // to be refused
+	18: {"non_forwarding_action", once},             // to be refused
 	19: {"stat_prefix", cosmetic},
 	20: {"request_body_buffer_limit", ignored},
 	21: {"route_specifiers", security},

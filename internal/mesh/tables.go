@@ -8,6 +8,7 @@ type Row struct {
 	Number    int
 	Field     string
 	Treatment string // "decoded", "ignored", or the class of the finding that its presence is
+	Once      bool   // a message of which another occurrence is a finding
 }
 
 // tables has all tables whose messages have a name.
@@ -98,16 +99,22 @@ var tables = []*message{
 	&faultDelayFields,
 	&faultAbortFields,
 	&corsFields,
+	&secretResourceFields,
+	&certificateFields,
+	&rootsFields,
+	&namesFields,
+	&nameFields,
+	&proxyConfigFields,
 }
 
-var treatments = [...]string{decoded: "decoded", ignored: "ignored", cosmetic: "cosmetic", traffic: "traffic", security: "security"}
+var treatments = [...]string{decoded: "decoded", once: "decoded", ignored: "ignored", cosmetic: "cosmetic", traffic: "traffic", security: "security"}
 
 // Rows yields the rows of all tables.
 func Rows() iter.Seq[Row] {
 	return func(yield func(Row) bool) {
 		for _, table := range tables {
 			for number, field := range table.fields {
-				if field.is != unknown && !yield(Row{table.name, number, field.name, treatments[field.is]}) {
+				if field.is != unknown && !yield(Row{table.name, number, field.name, treatments[field.is], field.is == once}) {
 					return
 				}
 			}

@@ -252,7 +252,7 @@ var stringMatcherFields = message{"envoy.type.matcher.v3.StringMatcher", Securit
 	1: {"exact", decoded},
 	2: {"prefix", decoded},
 	3: {"suffix", decoded},
-	5: {"safe_regex", decoded},
+	5: {"safe_regex", once},
 	6: {"ignore_case", decoded},
 	7: {"contains", decoded},
 	8: {"custom", security},
