@@ -143,10 +143,11 @@ const (
 	plainTransport = "raw_buffer"
 )
 
-// Match returns the filter chain of a connection, and false if it has none: it is to be closed. The chain may be Refused.
+// Match returns the filter chain of a connection. Without a chain it returns false, and the connection must be closed. The
+// chain may be Refused.
 //
-// The criteria are looked at in the order of rule's fields. Each step keeps the chains with the most specific value that
-// fits the connection, and never returns to another value, even if no chain is left by a later step.
+// The criteria are compared in the order of rule's fields. Each step keeps the chains with the most specific value that
+// fits the connection. It does not go back to a less specific value if a later step finds no chain.
 func (l *Listener) Match(c *ConnInfo) (*FilterChain, bool) {
 	if l.Refused {
 		return nil, false
@@ -190,8 +191,8 @@ func comparePrefixes(p, q netip.Prefix) int {
 	return cmp.Or(p.Addr().Compare(q.Addr()), cmp.Compare(p.Bits(), q.Bits()))
 }
 
-// chainIndex has the rules of all chains in their order, so that each step of a match is a binary search in the rules
-// that the step before left.
+// chainIndex has the sorted rules of all chains. Each step of a match is a binary search in the rules that the step before
+// kept.
 type chainIndex struct {
 	chains []*FilterChain
 	rules  []rule
@@ -209,7 +210,7 @@ const maxRules = 1 << 16
 
 var errTooManyRules = errors.New("more combinations of values in matches than are supported")
 
-// orAny returns values, or the zero value if there are none.
+// orAny returns values, or one zero value if the list is empty.
 func orAny[T any](values []T) []T {
 	if len(values) == 0 {
 		return make([]T, 1)

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"bytes"
+	"slices"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -145,22 +146,27 @@ func (d *decoder) networkFilter(m wire.Message, c *FilterChain) {
 	}
 }
 
-// Types of messages that hold the JSON of a type which the sender does not have.
+// Types of messages that hold the JSON of a message whose type the sender does not have.
 const (
 	udpaStructType = "udpa.type.v1.TypedStruct"
 	xdsStructType  = "xds.type.v3.TypedStruct"
 )
 
-// extension returns the type and the bytes of the configuration of an extension. If it is a TypedStruct, they are the
-// type that it stands for and a google.protobuf.Struct.
+// structTypes are the types that may come in such a message: their configurations are not read.
+var structTypes = []string{metadataExchangeType, peerMetadataType, statsType, alpnType}
+
+// extension returns the type and the bytes of the configuration of an extension. For one of structTypes in a TypedStruct,
+// the bytes are a google.protobuf.Struct.
 func (d *decoder) extension(m wire.Message) (name string, config []byte) {
 	url, config := d.any(m)
 	name = shortType(url)
-	if name != udpaStructType && name != xdsStructType {
-		return name, config
+	if name == udpaStructType || name == xdsStructType {
+		inner, value := d.any(m.Nested(config)) // a TypedStruct has the fields of an Any
+		if inner = shortType(inner); slices.Contains(structTypes, inner) {
+			return inner, value
+		}
 	}
-	url, config = d.any(m.Nested(config)) // the messages have the same fields
-	return shortType(url), config
+	return name, config
 }
 
 // configOrigin returns the resource of the configuration that istiod names in metadata.

@@ -14,7 +14,7 @@ import (
 type HTTPManager struct {
 	Codec HTTPCodec
 
-	// One of these is set, unless the chain is refused.
+	// One of these is set unless the chain is refused.
 	RouteName string // of the routes, a resource of their own
 	Routes    *Routes
 
@@ -302,7 +302,7 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 	return h
 }
 
-// Without a provider nothing is traced, whatever else is configured.
+// The provider decides whether requests are traced, so the other fields are not findings.
 var tracingFields = message{"envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing", Traffic, []field{
 	3:  {"client_sampling", ignored},
 	4:  {"random_sampling", ignored},
@@ -318,7 +318,7 @@ var tracingFields = message{"envoy.extensions.filters.network.http_connection_ma
 }}
 
 var internalFields = message{"envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.InternalAddressConfig", Security, []field{
-	1: {"unix_sockets", ignored}, // there are none
+	1: {"unix_sockets", ignored}, // not listened on
 	2: {"cidr_ranges", decoded},
 }}
 
@@ -462,14 +462,16 @@ func (d *decoder) downstreamHTTP(m wire.Message, h *HTTPManager) {
 const (
 	httpPrefix = "envoy.extensions.filters.http."
 
-	routerType    = httpPrefix + "router.v3.Router"
-	rbacType      = httpPrefix + "rbac.v3.RBAC"
-	jwtType       = httpPrefix + "jwt_authn.v3.JwtAuthentication"
-	extAuthzType  = httpPrefix + "ext_authz.v3.ExtAuthz"
-	extProcType   = httpPrefix + "ext_proc.v3.ExternalProcessor"
-	luaType       = httpPrefix + "lua.v3.Lua"
-	wasmType      = httpPrefix + "wasm.v3.Wasm"
-	grpcStatsType = httpPrefix + "grpc_stats.v3.FilterConfig"
+	routerType   = httpPrefix + "router.v3.Router"
+	rbacType     = httpPrefix + "rbac.v3.RBAC"
+	jwtType      = httpPrefix + "jwt_authn.v3.JwtAuthentication"
+	extAuthzType = httpPrefix + "ext_authz.v3.ExtAuthz"
+	extProcType  = httpPrefix + "ext_proc.v3.ExternalProcessor"
+	luaType      = httpPrefix + "lua.v3.Lua"
+	wasmType     = httpPrefix + "wasm.v3.Wasm"
+
+	alpnType         = "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig"
+	peerMetadataType = "io.istio.http.peer_metadata.Config"
 )
 
 var (
@@ -482,14 +484,14 @@ var (
 		httpPrefix + "fault.v3.HTTPFault",
 		httpPrefix + "grpc_web.v3.GrpcWeb",
 		httpPrefix + "stateful_session.v3.StatefulSession",
-		"istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig",
-		"io.istio.http.peer_metadata.Config",
-		grpcStatsType,
+		httpPrefix + "grpc_stats.v3.FilterConfig",
+		alpnType,
+		peerMetadataType,
 		statsType,
 		routerType,
 	}
 
-	// programFilters run programs, which may do anything. Those before a policy can be a part of it.
+	// programFilters run programs. One before a policy may prepare requests for it.
 	programFilters = []string{extProcType, luaType, wasmType}
 )
 

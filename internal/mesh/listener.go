@@ -159,7 +159,7 @@ func (d *decoder) listenerAddress(m wire.Message, l *Listener) {
 // ListenerFilter looks at a connection before its chain is chosen.
 type ListenerFilter struct {
 	Kind     ListenerFilterKind
-	Disabled *PortPredicate // for connections to which ports it is left out; nil: for none
+	Disabled *PortPredicate // ports whose connections bypass the filter; nil: no ports
 
 	AllowWithout bool   // of ProxyProtocol: connections without the header are accepted
 	Mark         uint32 // of OriginalSource: of upstream sockets

@@ -229,8 +229,8 @@ func (d *decoder) tlsParameters(m wire.Message, t *commonTLS) {
 	}
 }
 
-// meshSuites are the cipher suites that istiod lists for TLS 1.2 in the mesh. crypto/tls chooses among them, without the
-// last two, which no peer needs; and it chooses those of TLS 1.3 itself.
+// meshSuites are the cipher suites that istiod lists for TLS 1.2 in the mesh. crypto/tls chooses among all but the last
+// two, which peers in a mesh do not need. The suites of TLS 1.3 are not configurable.
 var meshSuites = []string{
 	"ECDHE-ECDSA-AES256-GCM-SHA384",
 	"ECDHE-RSA-AES256-GCM-SHA384",

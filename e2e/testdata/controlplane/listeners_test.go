@@ -50,7 +50,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
-// istioTypes are configurations of Istio's filters, whose descriptors are not available here. Their contents are dropped
+// istioTypes are configurations of Istio's filters. Their descriptors are not available here, so their contents are dropped
 // from the recorded resources.
 var istioTypes = []string{"stats.PluginConfig", "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig"}
 
@@ -106,11 +106,11 @@ func withoutIstioTypes(resource json.RawMessage) json.RawMessage {
 
 // expectedFindings has the findings of recorded listeners, and why they are right.
 var expectedFindings = map[string]mesh.Class{
-	// Case 12-telemetry: a Telemetry resource filters access logs by an expression, which is not evaluated. All requests
-	// are logged.
+	// Case 12-telemetry: a Telemetry resource filters access logs by an expression. It is not evaluated, so all requests are
+	// logged.
 	"filter.extension_filter: not supported": mesh.Cosmetic,
 	"filter.and_filter: not supported":       mesh.Cosmetic,
-	// Case 14-envoyfilter-proxyconfig: an EnvoyFilter adds a Lua program, which does not run.
+	// Case 14-envoyfilter-proxyconfig: an EnvoyFilter adds a Lua program. It does not run.
 	"the HTTP filter envoy.filters.http.lua of type envoy.extensions.filters.http.lua.v3.Lua is not supported": mesh.Traffic,
 }
 
