@@ -37,6 +37,7 @@ func (x *exchange) run() ending {
 	x.send()
 	for {
 		long := x.request.move()
+		x.s.Read = x.request.in // move takes a buffer when it has none
 		if x.request.retain && !idempotent(x.record.HTTP.Method) && !x.request.untouched() {
 			x.request.stopRetaining() // it will not be sent again
 		}
@@ -66,15 +67,18 @@ func (x *exchange) run() ending {
 	}
 }
 
-// releaseIdleBuffers releases empty buffers before a wait, because a response may be silent for a long time.
+// releaseIdleBuffers releases empty buffers before a wait, because either side may be silent for a long time.
 func (x *exchange) releaseIdleBuffers() {
 	if in := x.response.in; in != nil && in.Len() == 0 {
 		in.Release()
 		x.response.in = nil
 	}
-	if x.request.done() && x.request.held() == 0 {
+	switch {
+	case x.request.held() == 0:
 		x.s.releaseRead()
 		x.request.in = nil
+	case x.request.ready == 0: // no part of the buffer is in out
+		x.request.in.Shrink()
 	}
 }
 
@@ -321,12 +325,14 @@ func (x *exchange) judge() (ending, bool) {
 }
 
 // upstreamEnded decides what the end of upstream before the end of its response means. Most servers treat a half-close as
-// the end of the connection, so the end that follows downstream's half-close is downstream's doing.
+// the end of the connection, so an orderly end that follows the forwarded half-close is downstream's doing. A reset is not:
+// the server has crashed, or the network has lost it.
 func (x *exchange) upstreamEnded(err error) (ending, bool) {
+	looped := x.s.up.Looped()
 	switch {
-	case !x.answered && !x.s.up.Looped() && x.mayRepeat():
+	case !x.answered && !looped && x.mayRepeat():
 		return x.repeat()
-	case x.last():
+	case !looped && err == io.EOF && x.last() && x.request.done():
 		return x.downstreamLeft(err), true
 	case x.answered:
 		return x.truncated(err), true

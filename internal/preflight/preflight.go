@@ -125,6 +125,8 @@ func (c *checker) askedAgent(silence error) {
 	switch {
 	case errors.Is(silence, syscall.ECONNREFUSED):
 		c.list.Add(name, checklist.Skipped, "no agent runs here: nothing listens at "+c.Admin)
+	case errors.Is(silence, syscall.ENETUNREACH):
+		c.list.AddWithRemedy(name, checklist.Warning, c.Admin+" is unreachable", "is lo up in this network namespace? The agent and the workload need it")
 	case silence != nil:
 		c.list.AddWithRemedy(name, checklist.Failed, fmt.Sprintf("%s does not answer as an agent: %v", c.Admin, silence), "is --admin right?")
 	case c.agent.Ready:
