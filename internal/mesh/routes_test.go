@@ -428,7 +428,7 @@ func TestAPrivateKeyIsNotPrinted(t *testing.T) {
 	}
 }
 
-// A decoded secret and a body do not share memory with the resource, which the receiver may use again.
+// A decoded secret does not share memory with the resource: its receiver may use that again.
 func TestContentIsCopied(t *testing.T) {
 	b := join(text(1, "s"), nest(nest(text(2, "ca"), 1), 4))
 	secret, _, err := DecodeSecret(b)
