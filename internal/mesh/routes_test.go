@@ -325,6 +325,8 @@ func TestPresenceOfRouteFields(t *testing.T) {
 		{"idle_timeout, 0", forward(nest(nil, 24)).IdleTimeout, zero},
 		{"max_stream_duration, absent", forward(nest(nil, 36)).MaxStreamLength, (*time.Duration)(nil)},
 		{"max_stream_duration, 0", forward(nest(nil, 36, 1)).MaxStreamLength, zero},
+		{"grpc_timeout_header_max, absent", forward(nest(nil, 36)).MaxGRPCStream, (*time.Duration)(nil)},
+		{"grpc_timeout_header_max, 0", forward(nest(nil, 36, 2)).MaxGRPCStream, zero},
 		{"retry_policy, absent", forward().Retry, (*RetryPolicy)(nil)},
 		{"retry_policy, empty", *forward(nest(nil, 9)).Retry, RetryPolicy{Retries: 1, HostChoices: 1, BackOff: 25 * time.Millisecond, MaxBackOff: 250 * time.Millisecond}},
 		{"num_retries, 0", forward(nest(nil, 9, 2)).Retry.Retries, uint32(0)},
