@@ -1,10 +1,12 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -26,9 +28,14 @@ func sendAndRead(t *testing.T, from *nettest.Namespace, address, text string) st
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(nettest.Patience))
-	io.WriteString(conn, text)
-	answer, err := io.ReadAll(conn)
-	if len(answer) == 0 && isReset(err) {
+	if text != "" {
+		_, err = io.WriteString(conn, text)
+	}
+	var answer []byte
+	if err == nil {
+		answer, err = io.ReadAll(conn)
+	}
+	if len(answer) == 0 && (isReset(err) || errors.Is(err, syscall.EPIPE)) {
 		return "reset"
 	}
 	return string(answer)
@@ -46,7 +53,8 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 			s := &stage{}
 			s.pod, s.peer = nettest.PodAndPeer(t)
 			initPod(t, s.pod, flavour)
-			s.agent = launchAgentBy(t, s.pod, unprivileged(otherUID), "--opaque-ports", "5432")
+			s.agent = launchAgentBy(t, s.pod, unprivileged(otherUID), "--opaque-ports", "5432",
+				"--detection-delay", "1s") // a request that comes later than that meets a connection that has ended
 			awaitReady(t, s.pod, s.agent)
 			s.agent.log.await(t, "neither user nor group 1337", "uid=2000")
 			before := s.agent.descriptors(t)
@@ -57,15 +65,16 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 				for _, c := range []struct {
 					port       uint16
 					sent, want string
+					times      int
 				}{
-					{80, request, "HTTP/1.1 503 "},
-					{80, "POST" + request[3:], "HTTP/1.1 503 "},
-					{9, "hello, opaque protocol\n", "reset"},
-					{9, "", "reset"}, // a protocol in which the server sends first
-					{5432, "any bytes", "reset"},
+					{80, request, "HTTP/1.1 503 ", each},
+					{80, "POST" + request[3:], "HTTP/1.1 503 ", each},
+					{9, "hello, opaque protocol\n", "reset", each},
+					{9, "", "reset", 1}, // a protocol in which the server sends first
+					{5432, "any bytes", "reset", each},
 				} {
 					to := netip.AddrPortFrom(address, c.port).String()
-					for range each {
+					for range c.times {
 						if got := sendAndRead(t, s.pod, to, c.sent); !strings.HasPrefix(got, c.want) {
 							t.Fatalf("%q to %s: %q, want %q", c.sent, to, got, c.want)
 						}
@@ -99,7 +108,7 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 // Our rules let the agent's connections to the workload pass, whatever its user. A rule of somebody else may not.
 func TestARuleThatCapturesInboundsOwnConnectionsIsReportedAsALoop(t *testing.T) {
 	t.Parallel()
-	s := newStage(t)
+	s := newStage(t, "--detection-delay", "1s")
 	s.pod.MustRun(t, requireProgram(t, "xtables-nft-multi"), "iptables", "-t", "nat", "-I", "OUTPUT",
 		"-s", capture.InboundSource4.String(), "-p", "tcp", "-j", "REDIRECT", "--to-ports", "15006")
 	before := s.agent.descriptors(t)

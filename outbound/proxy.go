@@ -14,7 +14,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
-	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // Config is what a Proxy needs. All fields are required.
@@ -68,11 +67,8 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	}
 	c.Record.OriginalDestination = dst
 	reason, ok := p.policy.allows(dst)
-	if ok && c.Loops() {
-		reason, ok, err = flow.Loop, false, upstream.ErrLoop
-	}
 	if c.Record.Cluster = cluster(reason); !ok {
-		c.Refuse(reason, err)
+		c.Refuse(reason, nil)
 		return
 	}
 	c.List()

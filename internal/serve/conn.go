@@ -39,12 +39,6 @@ func (c *Conn) Refuse(reason flow.Reason, err error) {
 	c.Record.Close(c.role.flows, reason, err)
 }
 
-// Loops reports whether the connection is one of the role's own upstream connections, which the rules have sent back to the
-// agent. Its record must name the original destination by then.
-func (c *Conn) Loops() bool {
-	return c.role.dialer.Stats.Loops(c.Record.Downstream, c.Record.OriginalDestination)
-}
-
 // List makes the connection visible in the table of open connections. Its record must name the original destination by
 // then.
 func (c *Conn) List() { c.role.flows.List(c.Record) }
@@ -62,13 +56,25 @@ func (c *Conn) ReadFirst(detect bool) bool {
 	}
 	if !detect {
 		c.protocol = sniff.Opaque
-		return true
+		return c.leavesAgent()
 	}
 	var err error
 	if c.protocol, err = c.sniffer.First(c.w); err != nil {
 		return c.abandon(sniff.Reason(err), err)
 	}
-	return true
+	return c.leavesAgent()
+}
+
+// leavesAgent ends the connection if it is one of the role's own upstream connections, which the rules have sent back to the
+// agent. When first bytes have arrived it finds all of them: they are sent when the dial has returned. Without bytes it may
+// be too early, because such a connection is established and accepted during the dial.
+//
+//go:noinline
+func (c *Conn) leavesAgent() bool {
+	if !c.role.dialer.Stats.Loops(c.Record.Downstream, c.Record.OriginalDestination) {
+		return true
+	}
+	return c.abandon(flow.Loop, upstream.ErrLoop)
 }
 
 // HTTP reports whether the protocol is HTTP. The HTTP engine finds an upstream for each request, so such a connection
@@ -89,7 +95,7 @@ func (c *Conn) Dial(to upstream.Target) bool {
 	}
 	c.Record.UpstreamLocal = up.LocalAddr()
 	c.sniffer.Up = up
-	return true
+	return c.leavesAgent() // also after the time of a dial, in case ReadFirst was too early
 }
 
 // SendProxyHeader sends a PROXY protocol header on the fresh upstream connection.

@@ -40,11 +40,9 @@ type Stats struct {
 	open tcp.Set // the connections of Active
 }
 
-// Loops reports whether a downstream connection from peer to original destination dst is one of these upstream connections,
-// which the rules have sent back to the agent. If so, tcp.Conn.Looped reports it for the upstream connection.
-//
-// A connection is found once its dial has returned. One that comes back is established during the dial, so that its other
-// end may be accepted shortly before; then the next connection of the loop is found.
+// Loops reports whether a downstream connection from peer to original destination dst is one of these upstream connections.
+// The rules have sent it back to the agent then, and tcp.Conn.Looped reports that for the upstream connection. A connection
+// is found once its dial has returned.
 func (s *Stats) Loops(peer, dst netip.AddrPort) bool { return s.open.MarkLooped(peer, dst) }
 
 // ErrLoop is the error of both ends of such a connection.
