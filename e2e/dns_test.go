@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -14,16 +15,25 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// nameServer is a DNS server at the peer, on port 53 of its addresses.
+// nameServer is a DNS server, usually at the peer and on port 53 of its addresses.
 type nameServer struct {
 	queries chan string // "transport name" of each query
 }
 
 func startNameServer(t *testing.T, ns *nettest.Namespace, addresses ...netip.Addr) *nameServer {
 	t.Helper()
+	var at []netip.AddrPort
+	for _, address := range addresses {
+		at = append(at, netip.AddrPortFrom(address, 53))
+	}
+	return startNameServerAt(t, ns, at...)
+}
+
+func startNameServerAt(t *testing.T, ns *nettest.Namespace, addresses ...netip.AddrPort) *nameServer {
+	t.Helper()
 	s := &nameServer{queries: make(chan string, 1000)}
 	for _, address := range addresses {
-		at := netip.AddrPortFrom(address, 53).String()
+		at := address.String()
 		listener := ns.Listen(t, "tcp", at)
 		var packets net.PacketConn
 		ns.Do(t, func() (err error) {
@@ -82,6 +92,15 @@ func (s *nameServer) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 func newDNSStage(t *testing.T, servers ...netip.Addr) *stage {
 	t.Helper()
 	nettest.RequireRoot(t)
+	s := &stage{}
+	s.pod, s.peer = nettest.PodAndPeer(t)
+	s.captureDNS(t, "auto", servers...)
+	return s
+}
+
+// captureDNS runs init in the pod and starts the agent there.
+func (s *stage) captureDNS(t *testing.T, backend string, servers ...netip.Addr) {
+	t.Helper()
 	dir := t.TempDir()
 	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
 		t.Fatal(err)
@@ -96,15 +115,12 @@ func newDNSStage(t *testing.T, servers ...netip.Addr) *stage {
 	}
 	mounted := []string{"unshare", "--mount", "--propagation", "private", "sh", "-c",
 		fmt.Sprintf("mount --bind %s /etc/resolv.conf && exec \"$@\"", file), "sh"}
-	s := &stage{}
-	s.pod, s.peer = nettest.PodAndPeer(t)
-	words := append(append(mounted[1:len(mounted):len(mounted)], pillion), append(initArguments, "--redirect-dns")...)
+	words := append(append(mounted[1:len(mounted):len(mounted)], pillion), append(slices.Clone(initArguments), "--redirect-dns", "--backend", backend)...)
 	if out, err := s.pod.Run(s.pod.Command(0, 0, mounted[0], words...)); err != nil {
 		t.Fatalf("pillion init: %v\n%s", err, out)
 	}
 	s.agent = launchAgent(t, s.pod, mounted, "--dns-capture")
 	awaitReady(t, s.pod, s.agent)
-	return s
 }
 
 // ask sends a query from the pod to a server.
@@ -179,5 +195,45 @@ func TestUnresponsiveNameServerIsSERVFAIL(t *testing.T) {
 	startNameServer(t, s.peer, nettest.PeerIP4)
 	if reply := s.ask(t, "udp", nettest.PeerIP4, "silent.example.", 0); reply.Rcode != dns.RcodeServerFailure {
 		t.Errorf("of a silent server: %s", dns.RcodeToString[reply.Rcode])
+	}
+}
+
+// Docker's resolver listens at 127.0.0.11, and rules in the container translate between port 53 and its ports.
+func TestDNSIsCapturedBesideDockersResolver(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	resolver := netip.MustParseAddr("127.0.0.11")
+	for _, backend := range []string{"iptables-nft", "iptables-legacy", "nftables"} {
+		for _, docker := range []string{nft, legacy} {
+			t.Run(backend+" beside "+docker, func(t *testing.T) {
+				s := &stage{}
+				s.pod, s.peer = nettest.PodAndPeer(t)
+				upstream := startNameServerAt(t, s.pod, netip.AddrPortFrom(resolver, 39321))
+				for _, rule := range []string{
+					"-N DOCKER_OUTPUT", "-N DOCKER_POSTROUTING", "-I OUTPUT -d 127.0.0.11 -j DOCKER_OUTPUT", "-I POSTROUTING -d 127.0.0.11 -j DOCKER_POSTROUTING",
+					"-A DOCKER_OUTPUT -d 127.0.0.11 -p udp --dport 53 -j DNAT --to-destination 127.0.0.11:39321",
+					"-A DOCKER_POSTROUTING -s 127.0.0.11 -p udp --sport 39321 -j SNAT --to-source :53",
+					"-A DOCKER_OUTPUT -d 127.0.0.11 -p tcp --dport 53 -j DNAT --to-destination 127.0.0.11:39321",
+					"-A DOCKER_POSTROUTING -s 127.0.0.11 -p tcp --sport 39321 -j SNAT --to-source :53",
+				} {
+					s.pod.MustRun(t, requireProgram(t, "iptables-"+docker), append([]string{"-t", "nat"}, strings.Fields(rule)...)...)
+				}
+				s.captureDNS(t, backend, resolver)
+				for range 3 {
+					for network, name := range map[string]string{"udp": "web.example.", "tcp": "many.example."} {
+						if reply := s.ask(t, network, resolver, name, 0); len(reply.Answer) == 0 {
+							t.Errorf("%s over %s: %s without answers", name, network, dns.RcodeToString[reply.Rcode])
+						}
+					}
+				}
+				asked := map[string]int{}
+				for len(upstream.queries) > 0 {
+					asked[strings.Fields(<-upstream.queries)[1]]++
+				}
+				if asked["web.example."] != 1 { // the others came from the agent's cache
+					t.Errorf("upstream queries: %v", asked)
+				}
+			})
+		}
 	}
 }

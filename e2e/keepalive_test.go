@@ -90,6 +90,29 @@ func TestGetsDoNotFailAtServersThatCloseIdleConnections(t *testing.T) {
 	})
 }
 
+// A workload that closes after each response without announcing it. Its clients keep their connection, also those that do
+// not repeat a request.
+func TestClientsKeepTheirConnectionWhenTheWorkloadCloses(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	w := s.inbound()
+	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
+	serveEach(t, listener, func(conn net.Conn) { answerOne(conn, bufio.NewReader(conn)) })
+	downstream := w.dial(t, listener.Addr().String())
+	r := bufio.NewReader(downstream)
+	for serial := range 50 {
+		method := []string{"GET", "POST"}[serial%2]
+		writes(t, downstream, fmt.Sprintf("%s /%d HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n", method, serial))
+		status, body := readAnswer(t, r)
+		if status == "503" && method == "POST" {
+			continue // it reached the connection that was about to close, as it may without the agent
+		}
+		if status != "200" || body != fmt.Sprint("/", serial) {
+			t.Fatalf("request %d was answered %s %q", serial, status, body)
+		}
+	}
+}
+
 // answerOne answers a request with its target and keeps the connection.
 func answerOne(conn net.Conn, r *bufio.Reader) bool {
 	target, err := readRequest(r)

@@ -269,8 +269,8 @@ func TestCommandsThatInspectTheAgent(t *testing.T) {
 		t.Errorf("server_info: %q, %v", info.State, err)
 	}
 	run("request", "POST", "logging?level=info")
-	wants(run("status"), `^ready +yes$`, `^connections +\d+ open`, `^errors .* 5 since the start$`, `upstream_refused`)
-	wants(run("top", "--once"), `^ +DESTINATION +PER S +SUCCESS`, `^inbound +shop\.example .* 50\.?0? ?%`, `^outbound +shop\.example `, `^outbound +203\.0\.113\.7`)
+	wants(run("status"), `^ready +yes$`, `^connections +\d+ open`, `^errors +5 of 9 that ended`, `upstream_refused`)
+	wants(run("top", "--once"), `^ +DESTINATION +↓PER S +TOTAL +SUCCESS`, `^in +shop\.example .* 50\.?0? ?%`, `^out +shop\.example `, `^out +203\.0\.113\.7`)
 	var destinations []struct {
 		Direction, Name string
 		Flows, Errors   int

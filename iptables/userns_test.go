@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -77,8 +76,8 @@ func TestRulesOfANetworkNamespaceThatBelongsToOthers(t *testing.T) {
 	nettest.RequireRoot(t)
 	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.count=1")
 	cmd.Env = append(os.Environ(), inside+"=1")
-	everybody := []syscall.SysProcIDMap{{Size: 1 << 16}}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Cloneflags: syscall.CLONE_NEWUSER, UidMappings: everybody, GidMappings: everybody}
+	cmd.SysProcAttr = nettest.UserNamespace(t)
+	cmd.SysProcAttr.Setpgid = true
 	if _, err := nettest.New(t, "of others").Run(cmd); err != nil {
 		t.Error(err)
 	}

@@ -113,7 +113,7 @@ func TestHTTPDocumentHasTheTablesOfRules(t *testing.T) {
 		http1Rules += "| `" + e.Name() + "` | " + e.Error() + " |\n"
 	}
 	for _, r := range http2.Rules() {
-		http2Rules += "| `" + r.Name() + "` | " + r.Error() + " |\n"
+		http2Rules += "| `" + r.Name() + "` | " + r.Text() + " |\n"
 	}
 	hasTable(t, "../../docs/http.md", http1Rules)
 	hasTable(t, "../../docs/http.md", http2Rules)

@@ -349,6 +349,10 @@ func TestABundleHasTheRulesOrHowToGetThem(t *testing.T) {
 			t.Errorf("the note lacks %q: %s", want, note)
 		}
 	}
+	refused := pillionAs(t, pod, []string{"setpriv", "--reuid", "1337", "--regid", "1337", "--clear-groups"}, "rules", "show")
+	if refused.code != 1 || !strings.Contains(refused.stderr, "kubectl debug POD") || strings.Contains(refused.stderr, "capabilities.add") {
+		t.Errorf("rules show without capabilities: %+v", refused)
+	}
 	if strings.Contains(plain.stderr, "rules.txt") {
 		t.Errorf("a note counts as a failure: %s", plain.stderr)
 	}

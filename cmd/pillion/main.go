@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -30,6 +32,10 @@ const exitUsageIstio = 255
 var version = "devel"
 
 func main() {
+	// These commands do one thing after another. Waking further threads takes a tenth of the CPU time of a native init.
+	if len(os.Args) > 1 && slices.Contains([]string{"init", istioIPTables, "cleanup"}, os.Args[1]) {
+		runtime.GOMAXPROCS(1)
+	}
 	os.Exit(run(os.Args[1:]))
 }
 

@@ -119,7 +119,7 @@ func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
 		return err
 	}
 	if _, domain, found := strings.Cut(p.domain, ".svc."); found && !flags.Changed("cluster-domain") {
-		p.config.Workload.ClusterDomain = domain
+		p.config.Workload.ClusterDomain = strings.ToLower(strings.TrimSuffix(domain, "."))
 	}
 	config, broken, err := p.readIstio()
 	if err != nil {

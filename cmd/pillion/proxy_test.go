@@ -57,7 +57,7 @@ func TestIstiosSettingsBecomeTheAgentsConfiguration(t *testing.T) {
 		annotations, mesh string
 		holds             func(p *proxyOptions) bool
 	}{
-		"domain": {args: []string{"sidecar", "--domain", "shop.svc.k8s.example"}, holds: func(p *proxyOptions) bool {
+		"domain": {args: []string{"sidecar", "--domain", "shop.svc.K8s.example."}, holds: func(p *proxyOptions) bool {
 			return p.config.Workload.ClusterDomain == "k8s.example"
 		}},
 		"cluster domain overrides domain": {args: []string{"sidecar", "--domain", "shop.svc.k8s.example", "--cluster-domain", "other.example"}, holds: func(p *proxyOptions) bool {

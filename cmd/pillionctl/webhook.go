@@ -15,6 +15,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/certificate"
 	"github.com/pillion-proxy/pillion/internal/inject"
+	"github.com/pillion-proxy/pillion/internal/kubeapi"
 )
 
 // newWebhook is `pillionctl webhook`.
@@ -95,9 +96,11 @@ func (s *certificateSource) open(ctx context.Context, log *slog.Logger) (get fun
 	}
 	config := s.config
 	config.Log = log
-	if config.API, config.Namespace, err = certificate.InCluster(); err != nil {
+	api, err := kubeapi.InCluster()
+	if err != nil {
 		return nil, nil, fmt.Errorf("--issue-certificate: %w", err)
 	}
+	config.API, config.Namespace = api, api.Namespace
 	issuer, err := certificate.NewIssuer(ctx, config)
 	if err != nil {
 		return nil, nil, fmt.Errorf("--issue-certificate: %w", err)

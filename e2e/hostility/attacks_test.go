@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -17,7 +18,7 @@ import (
 )
 
 // attack is one kind of hostility: a number of connections, each served by a function until it is cut off. Connections
-// that the agent ends are opened again.
+// that the agent ends are opened again. The short form has at most shortForm of them.
 type attack struct {
 	name        string
 	connections int
@@ -43,12 +44,29 @@ var attacks = []attack{
 	{"silent connections", 9000, silent},
 }
 
-// runAttack attacks until its standard input ends. It prints "ready" when every connection has been at its worst.
-func runAttack(name string) {
-	_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, 19)
+const shortForm = 4000
+
+// runAttack attacks until its standard input ends. It prints "ready" when every connection has been at its worst. pause is
+// the time before a connection that the agent has ended is opened again, and most the largest number of connections.
+func runAttack(name, pause, most string) {
+	duration, err := time.ParseDuration(pause)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	limit, err := strconv.Atoi(most)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	var files syscall.Rlimit // the agent, with the same limit, needs two descriptors for a connection
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files) == nil {
+		limit = min(limit, int(files.Max)/2-200)
+	}
 	for _, a := range attacks {
 		if a.name == name {
-			go a.run()
+			a.connections = min(a.connections, limit)
+			go a.run(duration)
 			io.Copy(io.Discard, os.Stdin)
 			os.Exit(0)
 		}
@@ -57,14 +75,14 @@ func runAttack(name string) {
 	os.Exit(1)
 }
 
-func (a *attack) run() {
+func (a *attack) run(pause time.Duration) {
 	var all sync.WaitGroup
 	dialling := make(chan struct{}, 200)
 	for range a.connections {
 		all.Add(1)
 		go func() {
 			begun := sync.OnceFunc(all.Done)
-			for pause := time.NewTicker(100 * time.Millisecond); ; <-pause.C {
+			for next := time.NewTicker(pause); ; <-next.C {
 				dialling <- struct{}{}
 				conn, err := net.DialTimeout("tcp", originAddress, 10*time.Second)
 				<-dialling
@@ -155,10 +173,10 @@ func stalledDownload(conn net.Conn, begun func()) {
 }
 
 func interimResponses(conn net.Conn, begun func()) {
-	if _, err := io.WriteString(conn, "GET /interim HTTP/1.1\r\nHost: a\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(conn, "GET /interim HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"); err != nil {
 		return
 	}
-	if _, err := io.CopyN(io.Discard, conn, 1<<20); err == nil {
+	if _, err := io.CopyN(io.Discard, conn, 64<<10); err == nil {
 		begun()
 		drain(conn)
 	}

@@ -4,6 +4,6 @@
 //
 // The agent stands behind the rules of `pillion init`, as uid 1337. Where a memory cgroup can be made, it runs in one of
 // 128 MiB, so that the kernel kills an agent that needs more, memory of the kernel included. Its largest resident memory
-// is checked everywhere. The attackers are a process of their own in the peer's namespace, at the lowest priority. The
-// other client has another address: a peer's memory is only taken for the good of others, see internal/budget.
+// is checked everywhere. The attackers are a process of their own in the peer's namespace. The other
+// client has another address: a peer's memory is only taken for the good of others, see internal/budget.
 package hostility

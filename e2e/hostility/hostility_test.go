@@ -3,6 +3,7 @@ package hostility
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -22,9 +23,9 @@ func TestHostility(t *testing.T) {
 					t.Fatalf("before the attack: %v", err)
 				}
 			}
-			attacker := w.start(t, w.peer, "attack", a.name)
+			attacker := w.start(t, w.peer, "attack", a.name, "1s", strconv.Itoa(shortForm))
 			attacker.await(t, "ready")
-			for range 5 {
+			for range 3 {
 				fresh := []*client{w.newClient(t, false), w.newClient(t, true)}
 				for j, c := range append(fresh, before...) {
 					if err := c.ask(); err != nil {
@@ -59,7 +60,7 @@ func BenchmarkHostility(b *testing.B) {
 		b.Run(a.name, func(b *testing.B) {
 			w := newWorld(b)
 			before, failed := w.measure(b, calm)
-			attacker := w.start(b, w.peer, "attack", a.name)
+			attacker := w.start(b, w.peer, "attack", a.name, "10ms", strconv.Itoa(a.connections))
 			attacker.await(b, "ready")
 			during, lost := w.measure(b, storm)
 			w.checkAlive(b)

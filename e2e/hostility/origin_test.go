@@ -13,6 +13,9 @@ import (
 // originAddress is where the workload serves, in the pod.
 const originAddress = "198.51.100.2:8080"
 
+// piece is a part of the large response. All responses share it.
+var piece [64 << 10]byte
+
 // runOrigin serves, over HTTP/1 and HTTP/2, until its standard input ends.
 //
 //	/        a short response
@@ -24,9 +27,8 @@ func runOrigin() {
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "hello") })
 	mux.HandleFunc("/never", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 	mux.HandleFunc("/large", func(w http.ResponseWriter, _ *http.Request) {
-		piece := make([]byte, 64<<10)
 		for range 1 << 10 {
-			if _, err := w.Write(piece); err != nil {
+			if _, err := w.Write(piece[:]); err != nil {
 				return
 			}
 		}

@@ -104,6 +104,7 @@ func (w *world) start(t testing.TB, ns *nettest.Namespace, role string, args ...
 // await waits until the helper prints the line.
 func (h *helper) await(t testing.TB, line string) {
 	t.Helper()
+	defer time.AfterFunc(nettest.Patience, h.Kill).Stop()
 	if got, err := h.lines.ReadString('\n'); strings.TrimSpace(got) != line {
 		t.Fatalf("the helper printed %q, and %v; want %q", got, err, line)
 	}

@@ -114,7 +114,8 @@ func TestOperators(t *testing.T) {
 		{"%START_TIME(%s.%6f %f %1f %9f)%", inbound, "1772364645.053999 053999999 0 053999999"},
 		{"%START_TIME(%d/%b/%Y:%T %z %% %F %R %a %A %B %j %Z %y %e %I %p)%", inbound, "01/Mar/2026:11:30:45 +0000 % 2026-03-01 11:30 Sun Sunday March 060 UTC 26  1 11 AM"},
 		{"%REQ(:method)% %REQ(Host)% %REQ(:AUTHORITY)%", inbound, "GET www.example:30293 www.example:30293"},
-		{`%REQ(X-TENANT)% "%REQ(X-TENANT)%" %REQ(X-TENANT):4%`, inbound, `blue\x20green "blue green" blue`},
+		{`%REQ(X-TENANT)% "%REQ(X-TENANT)%" %REQ(X-TENANT):4% "%REQ(X-TENANT):9%" "%REQ(X-TENANT):10%" "%REQ(X-TENANT):11%"`, inbound,
+			`blue\x20green "blue green" blue "blue gree" "blue green" "blue green"`},
 		{`%REQ(X-TENANT)% %REQ(X-NONE)% %REQ(X-NONE?X-COLOUR)% "%REQ(X-COLOUR):3%" "%REQ(X-COLOUR):4%"`, inbound, `blue\x20green - gr\xc3\xbcn "gr" "grü"`},
 		{"%RESP(CONTENT-TYPE)% %RESP(:STATUS)% %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)%", inbound, "text/html 200 1"},
 		{"%RESP(CONTENT-TYPE)%", outbound, "-"},
@@ -331,6 +332,17 @@ func TestEachOperatorIsTested(t *testing.T) {
 	}
 	if slices.Sort(names); len(slices.Compact(names)) != len(operators) {
 		t.Error("the table has an operator twice")
+	}
+}
+
+func TestDistance(t *testing.T) {
+	for _, c := range []struct {
+		a, b string
+		want int
+	}{{"", "", 0}, {"", "abc", 3}, {"abc", "", 3}, {"abc", "abc", 0}, {"kitten", "sitting", 3}, {"abc", "yabd", 2}, {"ab", "ba", 2}} {
+		if got := distance(c.a, c.b); got != c.want {
+			t.Errorf("distance(%q, %q) = %d, want %d", c.a, c.b, got, c.want)
+		}
 	}
 }
 

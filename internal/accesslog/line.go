@@ -49,7 +49,7 @@ type steadyText struct {
 // steadyOf returns the text of the request's connection, or nil if the record is not a request or its line differs in that
 // part.
 func (f *Format) steadyOf(r *flow.Record) *steadyText {
-	if r.Connection == nil || r.Reason != flow.Completed || !understood(r) || r.HTTP.ForwardedFor != nil || r.TLS.ServerName != "" {
+	if r.Connection == nil || r.Reason != flow.Completed || r.HTTP.Method == nil || r.HTTP.ForwardedFor != nil || r.TLS.ServerName != "" {
 		return nil
 	}
 	s, _ := place.Get(r.Connection).(*steadyText)
@@ -219,9 +219,6 @@ func addText[T text](p *piece, dst []byte, value T) ([]byte, bool) {
 	room := min(maxValue, maxLine-p.reserve-len(dst))
 	return appendText(dst, value, p.style, room), len(value) > 0 || p.style != bare
 }
-
-// understood reports whether the head of a request could be parsed.
-func understood(r *flow.Record) bool { return r.IsRequest() && r.HTTP.Method != nil }
 
 func (p *piece) appendAddress(dst []byte, r *flow.Record) ([]byte, bool) {
 	var a netip.AddrPort

@@ -339,7 +339,23 @@ func TestReopenForRotation(t *testing.T) {
 	}
 }
 
-func TestWrongConfigurationsAreExplained(t *testing.T) {
+func TestReopenTwiceClosesTheFileInBetween(t *testing.T) {
+	dir := t.TempDir()
+	l := begin(t, Config{Path: filepath.Join(dir, "log")})
+	between, err := os.Create(filepath.Join(dir, "between"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.writer.mu.Lock()
+	l.writer.next = between // as after a Reopen that the writer has not seen yet
+	l.writer.mu.Unlock()
+	l.Reopen()
+	if _, err := between.Stat(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("the file is not closed: %v", err)
+	}
+}
+
+func TestErrorsOfInvalidConfigurations(t *testing.T) {
 	f := mustParse(t, ParseFormat, "")
 	for _, c := range []struct {
 		Config

@@ -44,6 +44,11 @@ envoy_cluster_upstream_cx_total{cluster_name="PassthroughCluster"} 12
 envoy_cluster_upstream_cx_total{cluster_name="BlackHoleCluster"} 0
 # TYPE envoy_listener_downstream_cx_active gauge
 envoy_listener_downstream_cx_active{listener_address="0.0.0.0_15006",worker="a} b"} 3
+# TYPE envoy_listener_http_downstream_rq counter
+envoy_listener_http_downstream_rq{response_code_class="2xx",http_conn_manager_prefix="inbound",listener_address="virtualInbound"} 7
+envoy_listener_http_downstream_rq{listener_address="virtualInbound"} 0
+# TYPE envoy_cluster_upstream_rq counter
+envoy_cluster_upstream_rq{response_code_class="5xx",cluster_name="PassthroughCluster"} 4
 # TYPE istio_requests_total counter
 istio_requests_total{reporter="destination",source_app="a\"b"} 1.5e+06
 # TYPE istio_request_duration_milliseconds histogram
@@ -66,6 +71,7 @@ go_gc_duration_seconds_count 8
 
 const statsText = `cluster.BlackHoleCluster.upstream_cx_total: 0
 cluster.PassthroughCluster.upstream_cx_total: 12
+cluster.PassthroughCluster.upstream_rq_5xx: 4
 go_gc_duration_seconds.quantile.0: 0.25
 go_gc_duration_seconds.quantile.1: 0.5
 go_gc_duration_seconds_count: 8
@@ -73,6 +79,8 @@ go_gc_duration_seconds_sum: 3
 go_threads: 0.5
 istio_requests_total.reporter.destination.source_app.a"b: 1500000
 listener.0.0.0.0_15006.downstream_cx_active.worker.a} b: 3
+listener.virtualInbound.http.inbound.downstream_rq_2xx: 7
+listener.virtualInbound.http_downstream_rq: 0
 listener_manager.workers_started: 1
 server.state: 0
 istio_request_duration_milliseconds.reporter.destination: P0(nan,0) P25(nan,0.5) P50(nan,1) P75(nan,3) P90(nan,4.2) P95(nan,4.6) P99(nan,4.92) P99.5(nan,4.96) P99.9(nan,4.992) P100(nan,5)
@@ -260,7 +268,7 @@ func TestPaths(t *testing.T) {
 		{"GET", "/stats", 200, statsText, ""},
 		{"GET", "/stats?usedonly&filter=^(server\\.state|listener_manager\\.workers_started)", 200, "listener_manager.workers_started: 1\nserver.state: 0\n", ""},
 		{"GET", "/stats?usedonly&filter=downstream_cx_active", 200, "listener.0.0.0.0_15006.downstream_cx_active.worker.a} b: 3\n", ""},
-		{"GET", "/stats?usedonly&type=Counters", 200, "cluster.PassthroughCluster.upstream_cx_total: 12\nistio_requests_total.reporter.destination.source_app.a\"b: 1500000\n", ""},
+		{"GET", "/stats?usedonly&type=Counters", 200, "cluster.PassthroughCluster.upstream_cx_total: 12\ncluster.PassthroughCluster.upstream_rq_5xx: 4\nistio_requests_total.reporter.destination.source_app.a\"b: 1500000\nlistener.virtualInbound.http.inbound.downstream_rq_2xx: 7\n", ""},
 		{"GET", "/stats?type=TextReadouts", 200, "", ""},
 		{"GET", "/stats?type=counters", 400, "type=\"counters\": use Counters, Gauges, Histograms, TextReadouts or All\n", ""},
 		{"GET", "/stats?format=html", 400, "format=\"html\": use text, json or prometheus\n", ""},
@@ -279,6 +287,7 @@ func TestPaths(t *testing.T) {
 		{"POST", "/logging?pillion=warn", 200, loggers("warning"), ""},
 		{"POST", "/logging?paths=pillion", 400, "paths=\"pillion\": use LOGGER:LEVEL, such as pillion:debug\n", ""},
 		{"POST", "/logging?paths=paths:debug", 400, "\"paths\" is not a logger: POST /logging without parameters lists them\n", ""},
+		{"POST", "/logging?paths=:debug", 400, "\"\" is not a logger: POST /logging without parameters lists them\n", ""},
 		{"POST", "/logging?nothing=debug", 400, "\"nothing\" is not a logger: POST /logging without parameters lists them\n", ""},
 		{"POST", "/logging?paths=http:debug,nothing:debug", 400, "\"nothing\" is not a logger: POST /logging without parameters lists them\n", ""},
 		{"POST", "/logging", 200, loggers("warning"), ""}, // an invalid request changes nothing
@@ -306,7 +315,7 @@ func TestPaths(t *testing.T) {
 		{"POST", "/reopen_logs", 200, ok, "reopen"},
 
 		{"GET", "/debug/pprof/", 200, any, ""},
-		{"GET", "/debug/pprof/cmdline", 200, any, ""},
+		{"GET", "/debug/pprof/cmdline", 200, strings.Join(os.Args, "\x00"), ""},
 		{"GET", "/debug/pprof/symbol", 200, any, ""},
 		{"GET", "/debug/pprof/goroutine?debug=1", 200, any, ""},
 		{"GET", "/debug/pprof/trace?seconds=0.01", 200, any, ""},

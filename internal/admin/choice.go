@@ -5,6 +5,7 @@ import (
 	"net/url"
 	"regexp"
 	"strings"
+	"sync"
 )
 
 // maxPattern bounds masks and regular expressions. Go's regexp runs in linear time.
@@ -22,7 +23,7 @@ type fields map[string]fields
 
 func parseChoice(query url.Values) (choice, error) {
 	c := choice{resource: query.Get("resource")}
-	if c.resource != "" && !fieldName.MatchString(c.resource) {
+	if c.resource != "" && !fieldName().MatchString(c.resource) {
 		return c, fmt.Errorf("resource=%.50q is not the name of a list: use one such as static_listeners", c.resource)
 	}
 	if text := query.Get("mask"); text != "" {
@@ -52,7 +53,7 @@ func parsePattern(parameter, text string) (*regexp.Regexp, error) {
 	return pattern, nil
 }
 
-var fieldName = regexp.MustCompile(`^[a-z][a-z0-9_]*$`)
+var fieldName = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[a-z][a-z0-9_]*$`) })
 
 func parseMask(text string) (fields, error) {
 	if len(text) > maxPattern {
@@ -63,7 +64,7 @@ func parseMask(text string) (fields, error) {
 		at := mask
 		names := strings.Split(path, ".")
 		for i, name := range names {
-			if !fieldName.MatchString(name) {
+			if !fieldName().MatchString(name) {
 				return nil, fmt.Errorf("mask=%.50q: %.50q is not a path of fields: use one such as listener.name", text, path)
 			}
 			below, there := at[name]

@@ -67,8 +67,8 @@ type loggers struct {
 	others    map[string]slog.Level // by name, if requested
 }
 
-// set changes levels and returns the effective one.
-func (l *loggers) set(change levelChange) slog.Level {
+// change changes levels and sets the effective one.
+func (l *loggers) change(change levelChange, set func(slog.Level)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if change.all != nil {
@@ -89,7 +89,7 @@ func (l *loggers) set(change levelChange) slog.Level {
 	for _, other := range l.others {
 		level = min(level, other)
 	}
-	return level
+	set(level)
 }
 
 // listLoggers prints the loggers as Envoy does.
@@ -125,7 +125,7 @@ func (h *handler) logging(w http.ResponseWriter, r *http.Request) {
 			notSupported(w)
 			return
 		}
-		h.SetLogLevel(h.loggers.set(change))
+		h.loggers.change(change, h.SetLogLevel)
 	}
 	answer(w, http.StatusOK, listLoggers(h.LogLevel()))
 }

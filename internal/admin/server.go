@@ -8,6 +8,7 @@ import (
 	"runtime/metrics"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -57,13 +58,13 @@ func (h *handler) node() object {
 	}
 }
 
-var numbers = regexp.MustCompile(`^v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?:-(.+))?$`)
+var numbers = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^v?(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?:-(.+))?$`) })
 
 // buildVersion returns a version such as v1.2.3-4-g642d4a8 as Envoy's BuildVersion. istioctl prints it as
 // 1.2.3-pillion-4-g642d4a8. The version of a build without a tag is a commit; its numbers are 0.
 func buildVersion(version string) object {
 	number, label := object{}, "pillion"
-	if parts := numbers.FindStringSubmatch(version); parts != nil {
+	if parts := numbers().FindStringSubmatch(version); parts != nil {
 		for i, field := range []string{"major_number", "minor_number", "patch"} {
 			number[field], _ = strconv.Atoi(parts[i+1])
 		}

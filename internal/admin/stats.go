@@ -237,47 +237,63 @@ func (f *family) add(m *dto.Metric) {
 
 type label struct{ name, value string }
 
-// scopes map prefixes of Prometheus names to scopes of Envoy's dotted names, the more specific first. If there is a label,
-// its value follows the scope.
-var scopes = []struct{ prefix, scope, label string }{
-	{"envoy_cluster_manager_", "cluster_manager", ""},
-	{"envoy_listener_manager_", "listener_manager", ""},
-	{"envoy_server_", "server", ""},
-	{"envoy_cluster_", "cluster", "cluster_name"},
-	{"envoy_listener_", "listener", "listener_address"},
-	{"envoy_http_", "http", "http_conn_manager_prefix"},
-	{"envoy_tcp_", "tcp", "tcp_prefix"},
+// scopes map prefixes of Prometheus names to scopes of Envoy's dotted names, the more specific first. The value of a scope's
+// label follows the scope.
+var scopes = []struct {
+	prefix string
+	of     []scope
+}{
+	{"envoy_cluster_manager_", []scope{{"cluster_manager", ""}}},
+	{"envoy_listener_manager_", []scope{{"listener_manager", ""}}},
+	{"envoy_server_", []scope{{"server", ""}}},
+	{"envoy_cluster_", []scope{{"cluster", "cluster_name"}}},
+	{"envoy_listener_http_", []scope{{"listener", "listener_address"}, {"http", "http_conn_manager_prefix"}}},
+	{"envoy_listener_", []scope{{"listener", "listener_address"}}},
+	{"envoy_http_", []scope{{"http", "http_conn_manager_prefix"}}},
+	{"envoy_tcp_", []scope{{"tcp", "tcp_prefix"}}},
 }
+
+type scope struct{ name, label string }
 
 // dotted returns the name that Envoy would print for a stat. A status class is a suffix, such as _2xx. Labels that are not
 // part of a scope follow, as .name.value.
 func dotted(name string, labels []label) string {
-	parts := []string{strings.TrimPrefix(name, "envoy_")}
+	var parts, others []string
+	left := slices.Clone(labels)
+	take := func(name string) (value string, found bool) {
+		at := slices.IndexFunc(left, func(l label) bool { return l.name == name })
+		if at < 0 {
+			return "", false
+		}
+		value = left[at].value
+		left = slices.Delete(left, at, at+1)
+		return value, true
+	}
+	rest := strings.TrimPrefix(name, "envoy_")
 	for _, s := range scopes {
-		rest, ok := strings.CutPrefix(name, s.prefix)
-		at := slices.IndexFunc(labels, func(l label) bool { return l.name == s.label })
-		if !ok || s.label != "" && at < 0 {
+		after, ok := strings.CutPrefix(name, s.prefix)
+		missing := func(of scope) bool {
+			return of.label != "" && !slices.ContainsFunc(left, func(l label) bool { return l.name == of.label })
+		}
+		if !ok || slices.ContainsFunc(s.of, missing) {
 			continue
 		}
-		parts = []string{s.scope}
-		if at >= 0 {
-			parts = append(parts, labels[at].value)
-			labels = slices.Delete(slices.Clone(labels), at, at+1)
+		rest = after
+		for _, of := range s.of {
+			parts = append(parts, of.name)
+			if value, found := take(of.label); found {
+				parts = append(parts, value)
+			}
 		}
-		parts = append(parts, rest)
 		break
 	}
-	name = parts[len(parts)-1]
-	var others []string
-	for _, l := range labels {
-		if l.name == "response_code_class" {
-			name += "_" + l.value
-		} else {
-			others = append(others, l.name, l.value)
-		}
+	if class, found := take("response_code_class"); found {
+		rest += "_" + class
 	}
-	parts[len(parts)-1] = name
-	return strings.Join(append(parts, others...), ".")
+	for _, l := range left {
+		others = append(others, l.name, l.value)
+	}
+	return strings.Join(slices.Concat(parts, []string{rest}, others), ".")
 }
 
 // number prints integers without an exponent, as Envoy does.

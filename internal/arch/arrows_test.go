@@ -65,6 +65,7 @@ var arrows = []struct {
 		"rules are tried in a namespace of their own; the agent reports its state as the live view"},
 	{"internal/terminal", []string{"internal/live"}, "the terminal prints values of the live view"},
 	{"internal/live", []string{"internal/flow", "internal/ownport"}, "the view is built from records, and serves local clients only"},
+	{"internal/certificate", []string{"internal/kubeapi"}, "an authority is published by requests to the API server"},
 	{"internal/clustercheck", []string{"internal/checklist", "internal/kubeapi"}, "checks are requests to the API server"},
 	{"cmd/pillionctl", []string{"internal/certificate", "internal/clustercheck", "internal/commandline", "internal/inject", "internal/kubeapi"}, "the operator's program; its dependencies do not belong into a sidecar"},
 	{"internal/inject", []string{"internal/accesslog", "internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},

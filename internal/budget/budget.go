@@ -109,13 +109,13 @@ func (a *Account) Open(b *Budget, owner Owner, peer netip.Addr) {
 	a.budget, a.owner, a.peer = b, owner, peer
 }
 
-// Hold reports that the account holds n bytes from now on. It returns false if the account has been evicted, now or
+// Hold reports that the account holds n bytes from now on; less than 0 counts as 0. It returns false if the account has been evicted, now or
 // before, or if there is no memory at all: the owner must end the connection, free the memory, and report that.
 func (a *Account) Hold(n int) bool {
 	if a.budget == nil {
 		return true
 	}
-	if n == a.held {
+	if n = max(n, 0); n == a.held {
 		return !a.evicted.Load()
 	}
 	b := a.budget

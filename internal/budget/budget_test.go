@@ -207,3 +207,23 @@ func BenchmarkHold(b *testing.B) {
 		h.Close()
 	})
 }
+
+// Less than nothing counts as nothing, so that no account can be heavy without being in a list.
+func TestAnAccountHoldsNothingAtLeast(t *testing.T) {
+	b := New(1 << 20)
+	all := []*holder{open(b, "192.0.2.1"), open(b, "192.0.2.2")}
+	if !all[0].Hold(-15<<10) || b.Used() != 0 {
+		t.Errorf("%d bytes are held", b.Used())
+	}
+	all[0].Hold(900 << 10)
+	all[1].Hold(200 << 10)
+	if got := evictedOf(all); !slices.Equal(got, []int{0}) {
+		t.Errorf("evicted: %v, want the first", got)
+	}
+	for _, h := range all {
+		h.Close()
+	}
+	if b.Used() != 0 {
+		t.Errorf("%d bytes are held", b.Used())
+	}
+}

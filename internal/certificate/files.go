@@ -2,8 +2,7 @@
 // authority of our own that API servers learn from the webhook's configuration.
 //
 // A certificate is served only when API servers can verify it: Issuer writes an authority to the configuration before it
-// serves a certificate of that authority, and keeps the former authority there until no replica uses it. The HTTP client of
-// the Kubernetes API is ours because four requests do not justify client-go and its dependencies.
+// serves a certificate of that authority, and keeps the former authority there until no replica uses it.
 package certificate
 
 import (

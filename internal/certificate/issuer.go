@@ -15,10 +15,11 @@ import (
 	"fmt"
 	"log/slog"
 	"math/big"
-	"net/http"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/pillion-proxy/pillion/internal/kubeapi"
 )
 
 // Lifetimes. A replica checks everything once in checkEvery, so an authority that has been in use for longer than overlap
@@ -36,9 +37,16 @@ const (
 	attempts       = 5                // at changes that others make at the same time
 )
 
+// API sends requests to a Kubernetes API server. Errors are those of kubeapi.
+type API interface {
+	Get(ctx context.Context, path string, into any) error
+	Put(ctx context.Context, path string, body any) error
+	Patch(ctx context.Context, path, contentType string, patch any) error
+}
+
 // IssuerConfig names the objects that an Issuer reads and writes. All fields except PodSecurity must be set.
 type IssuerConfig struct {
-	API       *API
+	API       API
 	Namespace string
 	Service   string // of the webhook; the certificate is for SERVICE.NAMESPACE.svc
 	// Secret has the authority's certificate and key. It must exist and may be empty. All replicas share it.
@@ -162,8 +170,8 @@ func (i *Issuer) authority(ctx context.Context) (*tls.Certificate, error) {
 			Type       string            `json:"type,omitempty"`
 			Data       map[string][]byte `json:"data"`
 		}
-		if err := i.API.do(ctx, http.MethodGet, path, "", nil, &secret); err != nil {
-			return nil, err
+		if err := i.API.Get(ctx, path, &secret); err != nil {
+			return nil, fmt.Errorf("reading the Secret %s/%s: %w", i.Namespace, i.Secret, err)
 		}
 		found, broken := i.parseAuthority(secret.Data[authorityCertificate], secret.Data[authorityKey])
 		if broken == nil && time.Until(found.Leaf.NotAfter) > authorityRenew {
@@ -182,14 +190,14 @@ func (i *Issuer) authority(ctx context.Context) (*tls.Certificate, error) {
 		secret.APIVersion, secret.Kind = "v1", "Secret"
 		secret.Data[authorityCertificate], secret.Data[authorityKey] = certificate, key
 		// The resource version in the metadata makes the server refuse the update if another replica was faster.
-		if err = i.API.do(ctx, http.MethodPut, path, "application/json", secret, nil); err == nil {
+		if err = i.API.Put(ctx, path, secret); err == nil {
 			i.Log.Info("authority created", "secret", i.Secret, "until", fresh.Leaf.NotAfter)
 			return fresh, nil
-		} else if !conflict(err) {
-			return nil, err
+		} else if !kubeapi.IsConflict(err) {
+			break
 		}
 	}
-	return nil, err
+	return nil, fmt.Errorf("updating the Secret %s/%s: %w", i.Namespace, i.Secret, err)
 }
 
 // parseAuthority checks that the pair is an authority for the webhook's name.
@@ -276,8 +284,8 @@ func (i *Issuer) publish(ctx context.Context, authority *x509.Certificate) (chan
 				} `json:"clientConfig"`
 			} `json:"webhooks"`
 		}
-		if err := i.API.do(ctx, http.MethodGet, path, "", nil, &configuration); err != nil {
-			return false, err
+		if err := i.API.Get(ctx, path, &configuration); err != nil {
+			return false, fmt.Errorf("reading the MutatingWebhookConfiguration %s: %w", i.Configuration, err)
 		}
 		patch, ours := []any{object{"op": "test", "path": "/metadata/resourceVersion", "value": configuration.Metadata.ResourceVersion}}, false
 		for n, webhook := range configuration.Webhooks {
@@ -296,14 +304,14 @@ func (i *Issuer) publish(ctx context.Context, authority *x509.Certificate) (chan
 		if len(patch) == 1 {
 			return false, nil
 		}
-		if err = i.API.do(ctx, http.MethodPatch, path, "application/json-patch+json", patch, nil); err == nil {
+		if err = i.API.Patch(ctx, path, "application/json-patch+json", patch); err == nil {
 			i.Log.Info("authority published", "configuration", i.Configuration)
 			return true, nil
-		} else if !conflict(err) {
-			return false, err
+		} else if !kubeapi.IsConflict(err) {
+			break
 		}
 	}
-	return false, err
+	return false, fmt.Errorf("patching the MutatingWebhookConfiguration %s: %w", i.Configuration, err)
 }
 
 const maxAuthorities = 8 // in the configuration
@@ -341,10 +349,9 @@ func (i *Issuer) labelNamespace(ctx context.Context) {
 			Labels map[string]string `json:"labels"`
 		} `json:"metadata"`
 	}
-	err := i.API.do(ctx, http.MethodGet, path, "", nil, &namespace)
+	err := i.API.Get(ctx, path, &namespace)
 	if _, has := namespace.Metadata.Labels[podSecurityLabel]; err == nil && !has {
-		err = i.API.do(ctx, http.MethodPatch, path, "application/merge-patch+json",
-			object{"metadata": object{"labels": object{podSecurityLabel: i.PodSecurity}}}, nil)
+		err = i.API.Patch(ctx, path, "application/merge-patch+json", object{"metadata": object{"labels": object{podSecurityLabel: i.PodSecurity}}})
 	}
 	if err != nil {
 		i.Log.Warn("cannot set the Pod Security level of the namespace", "namespace", i.Namespace, "error", err)

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/pillion-proxy/pillion/internal/kubeapi"
 )
 
 const (
@@ -50,8 +52,20 @@ func newServer() *server {
 	return s
 }
 
-func (s *server) RoundTrip(r *http.Request) (*http.Response, error) {
-	what := r.Method + " " + r.URL.Path
+func (s *server) Get(_ context.Context, path string, into any) error {
+	return s.do(http.MethodGet, path, "", nil, into)
+}
+
+func (s *server) Put(_ context.Context, path string, body any) error {
+	return s.do(http.MethodPut, path, "", body, nil)
+}
+
+func (s *server) Patch(_ context.Context, path, contentType string, patch any) error {
+	return s.do(http.MethodPatch, path, contentType, patch, nil)
+}
+
+func (s *server) do(method, path, contentType string, content, into any) error {
+	what := method + " " + path
 	s.mu.Lock()
 	before := s.before[what]
 	delete(s.before, what)
@@ -62,32 +76,28 @@ func (s *server) RoundTrip(r *http.Request) (*http.Response, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.requests = append(s.requests, what)
-	var body []byte
-	if r.Body != nil {
-		body, _ = io.ReadAll(r.Body)
-	}
-	if r.Header.Get("Authorization") != "Bearer token" {
-		return answer(http.StatusUnauthorized, object{"message": "no token"}), nil
+	body, err := json.Marshal(content)
+	if err != nil {
+		return err
 	}
 	if code := s.refuse[what]; code != 0 {
-		return answer(code, object{"message": what + " is forbidden"}), nil
+		return &kubeapi.StatusError{Code: code, Message: what + " is forbidden"}
 	}
-	o := s.objects[r.URL.Path]
+	o := s.objects[path]
 	if o == nil {
-		return answer(http.StatusNotFound, object{"message": "not found"}), nil
+		return &kubeapi.StatusError{Code: http.StatusNotFound, Message: "not found"}
 	}
 	metadata := o["metadata"].(object)
-	switch r.Method {
+	switch method {
 	case http.MethodPut:
 		var fresh object
 		_ = json.Unmarshal(body, &fresh)
 		if fresh["metadata"].(object)["resourceVersion"] != metadata["resourceVersion"] {
-			return answer(http.StatusConflict, object{"message": "the object has been modified"}), nil
+			return &kubeapi.StatusError{Code: http.StatusConflict, Message: "the object has been modified"}
 		}
-		o, metadata = fresh, fresh["metadata"].(object)
-		s.objects[r.URL.Path] = o
+		s.objects[path] = fresh
 	case http.MethodPatch:
-		if r.Header.Get("Content-Type") == "application/merge-patch+json" {
+		if contentType == "application/merge-patch+json" {
 			var patch struct{ Metadata struct{ Labels object } }
 			_ = json.Unmarshal(body, &patch)
 			metadata["labels"] = patch.Metadata.Labels
@@ -101,21 +111,26 @@ func (s *server) RoundTrip(r *http.Request) (*http.Response, error) {
 		for _, step := range patch {
 			if step.Op == "test" {
 				if step.Value != metadata["resourceVersion"] {
-					return answer(http.StatusUnprocessableEntity, object{"message": "the test failed"}), nil
+					return &kubeapi.StatusError{Code: http.StatusUnprocessableEntity, Message: "the test failed"}
 				}
 				continue
 			}
 			var n int
 			if _, err := fmt.Sscanf(step.Path, "/webhooks/%d/clientConfig/caBundle", &n); err != nil {
-				return nil, err
+				return err
 			}
 			o["webhooks"].([]any)[n].(object)["clientConfig"].(object)["caBundle"] = step.Value
 		}
 	}
-	if r.Method != http.MethodGet {
-		s.touch(r.URL.Path)
+	if method != http.MethodGet {
+		s.touch(path)
+		return nil
 	}
-	return answer(http.StatusOK, o), nil
+	text, err := json.Marshal(o)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(text, into)
 }
 
 // touch changes the version of an object.
@@ -123,11 +138,6 @@ func (s *server) touch(path string) {
 	metadata := s.objects[path]["metadata"].(object)
 	version, _ := strconv.Atoi(metadata["resourceVersion"].(string))
 	metadata["resourceVersion"] = strconv.Itoa(version + 1)
-}
-
-func answer(code int, body object) *http.Response {
-	text, _ := json.Marshal(body)
-	return &http.Response{StatusCode: code, Status: http.StatusText(code), Body: io.NopCloser(bytes.NewReader(text))}
 }
 
 func (s *server) bundle() []byte {
@@ -140,8 +150,7 @@ func (s *server) bundle() []byte {
 
 func (s *server) config(log io.Writer) IssuerConfig {
 	return IssuerConfig{
-		API:       &API{Base: "https://api.example", Token: func() (string, error) { return "token", nil }, HTTP: &http.Client{Transport: s}},
-		Namespace: "pillion-system", Service: "pillion-webhook", Secret: "authority", Configuration: "pillion", PodSecurity: "restricted",
+		API: s, Namespace: "pillion-system", Service: "pillion-webhook", Secret: "authority", Configuration: "pillion", PodSecurity: "restricted",
 		Log: slog.New(slog.NewTextHandler(log, nil)),
 	}
 }
@@ -235,18 +244,19 @@ func TestRenewalIsNeverNoticed(t *testing.T) {
 		<-time.After(authorityLife - authorityRenew - 24*time.Hour) // synctest's clock
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		replicas := []*Issuer{s.issuer(t)}
-		<-time.After(checkEvery / 2)
-		replicas = append(replicas, s.issuer(t))
+		var replicas []*Issuer
 		var running sync.WaitGroup
-		for _, i := range replicas {
+		for range 2 {
+			i := s.issuer(t)
+			replicas = append(replicas, i)
 			running.Go(func() { i.Run(ctx) })
+			<-time.After(checkEvery / 2)
 		}
 		certificates, authorities, most := map[string]bool{}, map[string]bool{}, 0
-		step := 20 * time.Second
 		for begin := time.Now(); time.Since(begin) < 23*24*time.Hour && !t.Failed(); {
-			if time.Since(begin) > 36*time.Hour {
-				step = 50 * time.Minute
+			step := 50 * time.Minute
+			if at := time.Since(begin); at > 22*time.Hour && at < 27*time.Hour { // the authority is renewed
+				step = 15 * time.Second
 			}
 			<-time.After(step)
 			for _, i := range replicas {
@@ -318,10 +328,10 @@ func foreignAuthority(t *testing.T) *server {
 
 func TestARefusalNamesTheRequest(t *testing.T) {
 	for what, want := range map[string]string{
-		"GET " + secretPath:          "GET " + secretPath + ": GET " + secretPath + " is forbidden",
-		"PUT " + secretPath:          "PUT " + secretPath + ": ",
-		"GET " + configurationPath:   "GET " + configurationPath + ": ",
-		"PATCH " + configurationPath: "PATCH " + configurationPath + ": ",
+		"GET " + secretPath:          "reading the Secret pillion-system/authority: 403: ",
+		"PUT " + secretPath:          "updating the Secret pillion-system/authority: 403: ",
+		"GET " + configurationPath:   "reading the MutatingWebhookConfiguration pillion: 403: ",
+		"PATCH " + configurationPath: "patching the MutatingWebhookConfiguration pillion: 403: ",
 	} {
 		s := newServer()
 		s.refuse[what] = http.StatusForbidden

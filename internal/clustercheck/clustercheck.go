@@ -7,7 +7,9 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"maps"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -136,9 +138,31 @@ type webhook struct {
 		Service  struct{ Namespace, Name, Path string }
 	}
 	FailurePolicy     string
-	NamespaceSelector struct {
-		MatchLabels map[string]string
+	NamespaceSelector selector
+}
+
+// selector is a label selector.
+type selector struct {
+	MatchLabels      map[string]string
+	MatchExpressions []struct {
+		Key, Operator string
+		Values        []string
 	}
+}
+
+// selects reports whether labels match. An empty selector matches everything.
+func (s selector) selects(labels map[string]string) bool {
+	if len(s.MatchLabels) > 0 && !matches(s.MatchLabels, labels) {
+		return false
+	}
+	for _, e := range s.MatchExpressions {
+		value, has := labels[e.Key]
+		if listed := has && slices.Contains(e.Values, value); e.Operator == "In" && !listed || e.Operator == "NotIn" && listed ||
+			e.Operator == "Exists" && !has || e.Operator == "DoesNotExist" && has {
+			return false
+		}
+	}
+	return true
 }
 
 // webhookName is the name of the entry in deploy.
@@ -174,7 +198,7 @@ func (c *checker) webhook(ctx context.Context) {
 		c.certificate("webhook CA", authority, true)
 	case c.hook.ClientConfig.URL == "": // a URL may have a certificate of a public authority
 		c.list.AddWithRemedy("webhook CA", checklist.Failed, "no caBundle: the API server does not trust the webhook",
-			"set it as docs/kubernetes.md describes, or install cert-manager's CA injector")
+			"look at the log of the webhook, or of cert-manager's CA injector: one of them sets it; see docs/kubernetes.md")
 	}
 }
 
@@ -223,7 +247,7 @@ func (c *checker) deployment(ctx context.Context) {
 		Spec struct{ Selector map[string]string }
 	}
 	if err := c.api.Get(ctx, "/api/v1/namespaces/"+in+"/services/"+url.PathEscape(service.Name), &selected); err != nil {
-		c.failed(name, fmt.Errorf("Service %s in %s: %w", service.Name, service.Namespace, err))
+		c.failed(name, fmt.Errorf("service %s in %s: %w", service.Name, service.Namespace, err))
 		return
 	}
 	var deployments struct {
@@ -276,7 +300,7 @@ func (c *checker) served(ctx context.Context, namespace, secret string) {
 	const name = "webhook certificate"
 	var held struct{ Data map[string][]byte }
 	if err := c.api.Get(ctx, "/api/v1/namespaces/"+url.PathEscape(namespace)+"/secrets/"+url.PathEscape(secret), &held); err != nil {
-		c.failed(name, fmt.Errorf("Secret %s: %w", secret, err))
+		c.failed(name, fmt.Errorf("secret %s: %w", secret, err))
 		return
 	}
 	c.certificate(name, held.Data["tls.crt"], false)
@@ -285,7 +309,7 @@ func (c *checker) served(ctx context.Context, namespace, secret string) {
 // matches reports whether labels have every pair of a selector. An empty selector selects nothing.
 func matches(selector, labels map[string]string) bool {
 	for key, value := range selector {
-		if labels[key] != value {
+		if held, has := labels[key]; !has || held != value {
 			return false
 		}
 	}
@@ -317,16 +341,20 @@ func (c *checker) namespace(ctx context.Context) {
 	}
 	injects := false
 	if c.hook != nil {
-		selector := c.hook.NamespaceSelector.MatchLabels
-		if injects = len(selector) == 0 || matches(selector, labels); injects {
+		selector := c.hook.NamespaceSelector
+		injects = selector.selects(labels)
+		none := fmt.Sprintf("the webhook does not select namespace %s", c.Namespace)
+		switch {
+		case injects:
 			c.list.Add("injection", checklist.OK, fmt.Sprintf("the webhook selects namespace %s", c.Namespace))
-		} else {
+		case len(selector.MatchLabels) > 0 && !matches(selector.MatchLabels, labels):
 			var pairs []string
-			for key, value := range selector {
-				pairs = append(pairs, key+"="+value)
+			for _, key := range slices.Sorted(maps.Keys(selector.MatchLabels)) {
+				pairs = append(pairs, key+"="+selector.MatchLabels[key])
 			}
-			c.list.AddWithRemedy("injection", checklist.Warning, fmt.Sprintf("the webhook does not select namespace %s", c.Namespace),
-				fmt.Sprintf("kubectl label namespace %s %s", c.Namespace, strings.Join(pairs, " ")))
+			c.list.AddWithRemedy("injection", checklist.Warning, none, fmt.Sprintf("kubectl label namespace %s %s", c.Namespace, strings.Join(pairs, " ")))
+		default:
+			c.list.AddWithRemedy("injection", checklist.Warning, none+": its namespaceSelector excludes it", "use another namespace")
 		}
 	}
 	c.trial(ctx, injects, permit)

@@ -155,6 +155,10 @@ func TestEachFaultIsReportedWithItsRemedy(t *testing.T) {
 	}{
 		{"an old server", func(c cluster) { c[versionPath] = `{"gitVersion":"v1.27.1+k3s"}` },
 			"API server", checklist.Warning, "native sidecars are not enabled", "--classic"},
+		{"the first server with native sidecars", func(c cluster) { c[versionPath] = `{"gitVersion":"v1.29+"}` }, "API server", checklist.OK, "v1.29+", ""},
+		{"a server of another major version", func(c cluster) { c[versionPath] = `{"gitVersion":"v2.0.0"}` }, "API server", checklist.OK, "v2.0.0", ""},
+		{"the first kubelet with native sidecars", func(c cluster) { c[nodesPath] = strings.Replace(c[nodesPath], "v1.31.2", "v1.29.0", 1) },
+			"nodes", checklist.OK, "all with native sidecars", ""},
 		{"no server", func(c cluster) { c[versionPath] = `503 down` }, "API server", checklist.Failed, "503: down", "--context"},
 		{"an old kubelet", func(c cluster) { c[nodesPath] = strings.Replace(c[nodesPath], "v1.31.2", "v1.28.9", 1) },
 			"nodes", checklist.Warning, "no native sidecars on a (v1.28.9)", "update the kubelets"},
@@ -174,18 +178,26 @@ func TestEachFaultIsReportedWithItsRemedy(t *testing.T) {
 		{"a certificate that ends soon", func(c cluster) {
 			c[secretPath] = fmt.Sprintf(`{"data":{"tls.crt":%q}}`, base64.StdEncoding.EncodeToString(certificate(t, 13)))
 		}, "webhook certificate", checklist.Warning, "valid for 13 days", "renew"},
+		{"a certificate of fourteen days", func(c cluster) {
+			c[secretPath] = fmt.Sprintf(`{"data":{"tls.crt":%q}}`, base64.StdEncoding.EncodeToString(certificate(t, 14)))
+		}, "webhook certificate", checklist.OK, "valid for 14 days", ""},
 		{"no permission for the secret", func(c cluster) { c[secretPath] = denied }, "webhook certificate", checklist.Skipped, "not permitted", ""},
 		{"no certificate", func(c cluster) { c[secretPath] = `{"data":{}}` }, "webhook certificate", checklist.Failed, "no certificate in PEM", ""},
 		{"no replica", func(c cluster) {
 			c[deploymentsPath] = strings.Replace(c[deploymentsPath], `"availableReplicas":2`, `"availableReplicas":0`, 1)
 		}, "webhook pods", checklist.Failed, "0 of 2 available", "kubectl get pods -n pillion-system"},
-		{"no service", func(c cluster) { delete(c, servicePath) }, "webhook pods", checklist.Failed, "Service pillion-webhook in pillion-system: 404", ""},
+		{"no service", func(c cluster) { delete(c, servicePath) }, "webhook pods", checklist.Failed, "service pillion-webhook in pillion-system: 404", ""},
 		{"no deployment", func(c cluster) { c[deploymentsPath] = `{"items":[]}` }, "webhook pods", checklist.Failed, "no Deployment in pillion-system", "install"},
 		{"Pod Security", func(c cluster) { c[namespacePath] = strings.Replace(c[namespacePath], "privileged", "baseline", 1) },
 			"Pod Security", checklist.Failed, "enforces baseline, which refuses NET_ADMIN", "kubectl label namespace shop pod-security.kubernetes.io/enforce=privileged --overwrite"},
 		{"no such namespace", func(c cluster) { delete(c, namespacePath) }, "Pod Security", checklist.Failed, "namespace shop: 404", ""},
 		{"no injection", func(c cluster) { c[namespacePath] = `{"metadata":{}}` },
 			"injection", checklist.Warning, "does not select namespace shop", "kubectl label namespace shop pillion.dev/injection=enabled"},
+		{"an excluded namespace", func(c cluster) {
+			c[hooksPath] = strings.Replace(c[hooksPath], `"namespaceSelector":{`,
+				`"namespaceSelector":{"matchExpressions":[{"key":"team","operator":"NotIn","values":["system"]}],`, 1)
+			c[namespacePath] = strings.Replace(c[namespacePath], `"labels":{`, `"labels":{"team":"system",`, 1)
+		}, "injection", checklist.Warning, "its namespaceSelector excludes it", "another namespace"},
 		{"not injected", func(c cluster) { c[podPath] = `{"spec":{"containers":[{"name":"app"}]}}` },
 			"pod, dry run", checklist.Failed, "admitted, but not injected", "log of the webhook"},
 		{"an unreachable webhook", func(c cluster) {
@@ -234,5 +246,28 @@ func TestTheTrialAsksForWhatTheInitContainerNeeds(t *testing.T) {
 	}
 	if _, _, sent := check(t, healthy(t)); strings.Contains(*sent, "NET_ADMIN") {
 		t.Errorf("the webhook is to add the init container: %s", *sent)
+	}
+}
+
+func TestSelectorsFollowKubernetes(t *testing.T) {
+	for text, want := range map[string]bool{
+		`{}`:                        true,
+		`{"matchLabels":{"a":"1"}}`: true,
+		`{"matchLabels":{"a":"2"}}`: false,
+		`{"matchLabels":{"b":""}}`:  false,
+		`{"matchExpressions":[{"key":"a","operator":"In","values":["1","2"]}]}`: true,
+		`{"matchExpressions":[{"key":"a","operator":"In","values":["2"]}]}`:     false,
+		`{"matchExpressions":[{"key":"b","operator":"In","values":[""]}]}`:      false,
+		`{"matchExpressions":[{"key":"a","operator":"NotIn","values":["1"]}]}`:  false,
+		`{"matchExpressions":[{"key":"b","operator":"NotIn","values":["1"]}]}`:  true,
+		`{"matchExpressions":[{"key":"a","operator":"Exists"}]}`:                true,
+		`{"matchExpressions":[{"key":"b","operator":"Exists"}]}`:                false,
+		`{"matchExpressions":[{"key":"a","operator":"DoesNotExist"}]}`:          false,
+		`{"matchExpressions":[{"key":"b","operator":"DoesNotExist"}]}`:          true,
+	} {
+		var s selector
+		if err := json.Unmarshal([]byte(text), &s); err != nil || s.selects(map[string]string{"a": "1"}) != want {
+			t.Errorf("%s: %v, want %v", text, err, want)
+		}
 	}
 }

@@ -202,7 +202,7 @@ func (x *Body) trailer(p []byte) (int, error) {
 	if name == 0 || name == len(line) || line[name] != ':' {
 		return 0, fieldError(line)
 	}
-	if noTrailer&(1<<knownName(line[:name])) != 0 || x.forbidden != nil && contains(x.forbidden, line[:name]) {
+	if noTrailer&(1<<knownName(line[:name])) != 0 || x.forbids(line[:name]) {
 		return 0, ErrForbiddenTrailer
 	}
 	if x.limits.Fields == 0 {
@@ -211,6 +211,11 @@ func (x *Body) trailer(p []byte) (int, error) {
 	x.limits.Head -= n
 	x.limits.Fields--
 	return n, nil
+}
+
+// forbids reports whether Connection names the field.
+func (x *Body) forbids(name []byte) bool {
+	return len(x.forbidden) > 0 && (x.forbidden[0] == everyName[0] || contains(x.forbidden, name))
 }
 
 // contains reports whether a comma-separated list contains name, ignoring case.

@@ -23,6 +23,9 @@ const hopByHop uint64 = 1<<Connection | 1<<KeepAlive | 1<<ProxyConnection | 1<<T
 // keeps the work of a malicious one from becoming quadratic.
 const maxNamed = 64
 
+// maxNames limits their size in bytes, for the same reason.
+const maxNames = 4 << 10
+
 // DropHopByHop marks the fields that are not forwarded, and returns the connection options.
 //
 // Fields named by Connection are dropped as well, except those that framing, routing or identity depend on: naming
@@ -78,10 +81,15 @@ func (h *Head) dropNamed(b, value []byte, named int, o *Options) int {
 	return named
 }
 
+// everyName is the list of a Connection that names more than maxNamed fields: it stands for every name. No field has it,
+// because NUL is malformed in a name.
+var everyName = []byte{0}
+
 // Nominated returns a comma-separated list of the fields that Connection names, in memory of its own. They concern this
 // connection only, in the trailers as well: see Body.Forbid. Call it if Options.Nominates is set; otherwise no field is
 // named that would be allowed in trailers.
 func (h *Head) Nominated(b []byte) (names []byte) {
+	named := 0
 	for i := range h.Fields {
 		if h.Fields[i].Known != Connection {
 			continue
@@ -89,9 +97,13 @@ func (h *Head) Nominated(b []byte) (names []byte) {
 		for value := h.Fields[i].Value.In(b); len(value) > 0; {
 			var option []byte
 			option, value = element(value)
-			if len(option) > 0 {
-				names = append(append(names, option...), ',')
+			if len(option) == 0 {
+				continue
 			}
+			if named++; named > maxNamed || len(names)+len(option) > maxNames {
+				return everyName
+			}
+			names = append(append(names, option...), ',')
 		}
 	}
 	return names

@@ -70,3 +70,35 @@ func TestALongConnectionFieldIsNoWorkWithoutEnd(t *testing.T) {
 		t.Errorf("%q", lines)
 	}
 }
+
+// The work on the trailers does not grow with the size of a Connection field: beyond some names, every field is one that
+// it may name.
+func TestALongConnectionForbidsEveryTrailer(t *testing.T) {
+	for _, c := range []struct {
+		names string
+		every bool
+	}{
+		{strings.Repeat("a, ", maxNamed-1) + "b", false},
+		{strings.Repeat("a, ", maxNamed) + "b", true},
+		{strings.Repeat("a", maxNames-2) + ", b", false},
+		{strings.Repeat("a", maxNames) + ", b", true},
+	} {
+		b := []byte("HTTP/1.1 200 OK\r\nConnection: " + c.names + "\r\nTransfer-Encoding: chunked\r\n\r\n")
+		var h Head
+		if _, err := h.ParseResponse(b, Limits{Head: 1 << 20, Fields: 10}); err != nil {
+			t.Fatal(err)
+		}
+		names := h.Nominated(b)
+		if len(names) > maxNames+2 {
+			t.Errorf("%.20q…: %d bytes are kept", c.names, len(names))
+		}
+		for field, want := range map[string]bool{"b": true, "other": c.every} {
+			var x Body
+			x.Start(Framing{Kind: Chunked}, Limits{Head: 1 << 10, Fields: 10})
+			x.Forbid(names)
+			if _, err := x.Scan([]byte("0\r\n" + field + ": 1\r\n\r\n")); (err == ErrForbiddenTrailer) != want {
+				t.Errorf("%.20q…: trailer %s: error %v", c.names, field, err)
+			}
+		}
+	}
+}

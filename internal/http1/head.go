@@ -297,6 +297,31 @@ func (h *Head) checkHost(b []byte) error {
 	return nil
 }
 
+// Authority returns the host that a request is for, with its port: that of an absolute target, or of Host. Origins prefer
+// the target as well (RFC 9112 §3.2.2). It is nil if the request has neither. h may be incomplete.
+func (h *Head) Authority(b []byte) []byte {
+	if authority := absolute(h.Target.In(b)); len(authority) > 0 {
+		return authority
+	}
+	if i := h.Find(Host); i >= 0 {
+		return h.Fields[i].Value.In(b)
+	}
+	return nil
+}
+
+// absolute returns the host and port of a target in absolute form, nil in another form.
+func absolute(target []byte) []byte {
+	i := bytes.Index(target[:min(len(target), len("https://"))], []byte("://"))
+	if i < 0 || !same(target[:i], "http") && !same(target[:i], "https") {
+		return nil
+	}
+	authority := target[i+len("://"):]
+	if end := bytes.IndexAny(authority, "/?#"); end >= 0 {
+		authority = authority[:end]
+	}
+	return authority[bytes.LastIndexByte(authority, '@')+1:]
+}
+
 // Find returns the index of the first kept field of kind k, or -1.
 func (h *Head) Find(k Known) int {
 	if h.known&(1<<k) == 0 {

@@ -234,3 +234,19 @@ func TestAnErrorPointsToItsLine(t *testing.T) {
 		}
 	}
 }
+
+func TestTheAuthorityIsThatOfAnAbsoluteTargetOrOfHost(t *testing.T) {
+	for target, want := range map[string]string{
+		"/": "a", "*": "a", "/x://y": "a", "b": "a", "ftp://b/": "a", "http:///x": "a", "http://u@/": "a", "http:/b": "a",
+		"http://b": "b", "http://b/c": "b", "HTTPS://b:8443?c": "b:8443", "http://u:p@b:80/@x": "b:80", "http://[2001:db8::1]:80/": "[2001:db8::1]:80",
+	} {
+		h, b := parseRequest(t, "GET "+target+" HTTP/1.1\r\nHost: a\r\n\r\n")
+		if got := string(h.Authority(b)); got != want {
+			t.Errorf("%s: %q, want %q", target, got, want)
+		}
+	}
+	h, b := parseRequest(t, "GET / HTTP/1.0\r\n\r\n")
+	if got := h.Authority(b); got != nil {
+		t.Errorf("without Host: %q", got)
+	}
+}

@@ -3,6 +3,7 @@ package http2
 import (
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // Code is an error code (RFC 9113 §7).
@@ -46,7 +47,9 @@ func StreamError(stream uint32, code Code, text string) error {
 // MessageError returns an error of a stream whose message is malformed. err is one of ParseRequest, or a Rule.
 func MessageError(stream uint32, err error) error {
 	e := &Error{Stream: stream, Code: ProtocolError, Text: err.Error()}
-	errors.As(err, &e.Rule)
+	if errors.As(err, &e.Rule) {
+		e.Text = strings.TrimPrefix(e.Text, "HTTP/2: ")
+	}
 	return e
 }
 

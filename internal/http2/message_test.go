@@ -183,7 +183,7 @@ func TestARepeatedLengthBecomesASingleOne(t *testing.T) {
 func TestAnErrorNamesItsRuleAndField(t *testing.T) {
 	_, err := ParseRequest(list(get + "host=c"))
 	var rule Rule
-	if !errors.As(err, &rule) || rule != HostDiffers || err.Error() != `a host other than :authority: "host"` {
+	if !errors.As(err, &rule) || rule != HostDiffers || err.Error() != `HTTP/2: malformed message: a host other than :authority: "host"` {
 		t.Errorf("%v, %v", rule, err)
 	}
 	var e *Error
@@ -195,7 +195,7 @@ func TestAnErrorNamesItsRuleAndField(t *testing.T) {
 		t.Errorf("a long name is repeated whole: %v", err)
 	}
 	for _, r := range Rules() {
-		if r.Name() == "" || r.Error() == "" || errors.Is(r, ErrField) == errors.Is(r, ErrMessage) {
+		if r.Name() == "" || r.Text() == "" || errors.Is(r, ErrField) == errors.Is(r, ErrMessage) {
 			t.Errorf("rule %d has no name, no text or not one kind", r)
 		}
 	}

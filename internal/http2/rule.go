@@ -61,18 +61,23 @@ func Rules() (all []Rule) {
 	return all
 }
 
-// Error returns a short description that begins with a lower-case letter.
-func (r Rule) Error() string { return ruleTexts[r].text }
+// Error returns the kind of the malformed message and Text.
+func (r Rule) Error() string { return r.kind().Error() + ": " + r.Text() }
+
+// Text returns a short description that begins with a lower-case letter.
+func (r Rule) Text() string { return ruleTexts[r].text }
 
 // Name returns the rule's name in access logs.
 func (r Rule) Name() string { return ruleTexts[r].name }
 
 // Is reports the kind of the malformed message.
-func (r Rule) Is(target error) bool {
+func (r Rule) Is(target error) bool { return target == r.kind() }
+
+func (r Rule) kind() error {
 	if r == BadFieldName || r == BadFieldValue {
-		return target == ErrField
+		return ErrField
 	}
-	return target == ErrMessage
+	return ErrMessage
 }
 
 // FieldError is a Rule with the field that breaks it.

@@ -93,7 +93,7 @@ func (x *exchange) recordRequest(b []byte) {
 	h, to := &x.requestHead, &x.record.HTTP
 	x.record.Cluster, x.record.Route, x.record.Peer = x.s.Record.Cluster, x.s.Record.Route, x.s.Record.Peer
 	x.recordLine(b)
-	to.Authority = x.copyField(h, b, http1.Host)
+	x.recordAuthority(b)
 	to.ID = x.copyField(h, b, http1.XRequestID)
 	to.UserAgent = x.copyField(h, b, http1.UserAgent)
 	to.ForwardedFor = x.copyJoined(h, b, http1.XForwardedFor)
@@ -108,7 +108,14 @@ func (x *exchange) recordPart() {
 		return
 	}
 	x.recordLine(s.Read.Bytes())
-	x.record.HTTP.Authority = x.copyField(h, s.Read.Bytes(), http1.Host)
+	x.recordAuthority(s.Read.Bytes())
+}
+
+// recordAuthority copies the host that the request is for.
+func (x *exchange) recordAuthority(b []byte) {
+	if authority := x.requestHead.Authority(b); authority != nil {
+		x.record.HTTP.Authority = x.copyName(authority)
+	}
 }
 
 // recordLine copies the request line.

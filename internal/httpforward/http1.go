@@ -37,6 +37,10 @@ func (x *exchange) run() ending {
 	x.send()
 	for {
 		long := x.request.move()
+		x.s.Read = x.request.in // move takes a buffer when it has none
+		if x.request.retain && !idempotent(x.record.HTTP.Method) && !x.request.untouched() {
+			x.request.stopRetaining() // it will not be sent again
+		}
 		long = x.receive() || long
 		if end, over := x.judge(); over {
 			return end
@@ -63,15 +67,18 @@ func (x *exchange) run() ending {
 	}
 }
 
-// releaseIdleBuffers releases empty buffers before a wait, because a response may be silent for a long time.
+// releaseIdleBuffers releases empty buffers before a wait, because either side may be silent for a long time.
 func (x *exchange) releaseIdleBuffers() {
 	if in := x.response.in; in != nil && in.Len() == 0 {
 		in.Release()
 		x.response.in = nil
 	}
-	if x.request.done() && x.request.held() == 0 {
+	switch {
+	case x.request.held() == 0:
 		x.s.releaseRead()
 		x.request.in = nil
+	case x.request.ready == 0: // no part of the buffer is in out
+		x.request.in.Shrink()
 	}
 }
 
@@ -132,10 +139,10 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if err != nil {
 		return x.malformed(faultOf(err, &x.requestHead, b))
 	}
-	decision := x.s.Router.Route(x.view(b))
+	decision := x.s.route(x.view(b))
 	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
 	if !decision.noRoute() { // otherwise the kept connection serves the next request
-		x.s.route(decision)
+		x.s.turnTo(decision.Target)
 	}
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields), b)
@@ -158,7 +165,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 // send connects the request and the response to the upstream connection.
 func (x *exchange) send() {
 	s := x.s
-	x.record.Upstream, x.record.UpstreamLocal = s.decision.Target.Address, s.upLocal
+	x.record.Upstream, x.record.UpstreamLocal = s.wanted.Address, s.upLocal
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}
@@ -523,7 +530,7 @@ func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrInterrupted) {
 		return x.evicted()
 	}
-	x.record.Upstream, x.record.TransportFailure = x.s.decision.Target.Address, upstream.TransportFailure(err)
+	x.record.Upstream, x.record.TransportFailure = x.s.wanted.Address, upstream.TransportFailure(err)
 	return x.refuse(dialReply(err, x.record.Attempts > 1), err)
 }
 

@@ -379,6 +379,18 @@ var conversations = []conversation{
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
 		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
+	{"a workload closes just before a request that cannot be sent again", `
+		> GET /1 HTTP/1.1$Host: a$$
+		>> GET /1 HTTP/1.1$Host: a$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$
+		upstream closes
+		> POST /2 HTTP/1.1$Host: a$Content-Length: 0$$
+		upstream gets a connection
+		>> POST /2 HTTP/1.1$Host: a$Content-Length: 0$$
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]recorded{done(200, 0, 0), done(200, 0, 0)}},
 	{"a workload closes a connection that is authenticated: so does downstream", `
 		> GET / HTTP/1.1$Host: a$Authorization: NTLM abc$$
 		>> GET / HTTP/1.1$Host: a$Authorization: NTLM abc$$

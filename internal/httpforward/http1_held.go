@@ -8,8 +8,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// The memory of an exchange. Before a wait it is reported to the process's budget, except for the memory that every
-// exchange needs: one buffer for each direction, and small pieces.
+// The memory of an exchange. Before a wait it is reported to the process's budget, except for small pieces. An exchange
+// that waits for a response, or for more of a body that was forwarded so far, holds no buffer.
 
 // smallPiece is the size up to which a piece of memory is not reported, and kept for the next request.
 const smallPiece = 4 << 10
@@ -28,12 +28,12 @@ func piece(n int) int {
 	return n
 }
 
-// grown returns the part of a buffer that is reported, if one of the ordinary size is not.
-func grown(b *tcp.Buffer) int {
-	if b == nil || b.Cap() <= tcp.BufferSize {
+// buffered returns the part of a buffer that is reported.
+func buffered(b *tcp.Buffer) int {
+	if b == nil {
 		return 0
 	}
-	return b.Cap()
+	return piece(b.Cap())
 }
 
 // holdHead reports what an incomplete request head takes. It returns false if the exchange must end.
@@ -47,9 +47,10 @@ func (x *exchange) hold() bool {
 	if x.request.shed(); x.started {
 		shedFields(&x.requestHead)
 	}
+	x.response.shed()
 	n := piece(cap(x.request.head)) + piece(cap(x.response.head)) + piece(x.names.size) + piece(cap(x.request.nominated)) +
-		piece(cap(x.requestHead.Fields)*fieldSize) + piece(cap(x.responseHead.Fields)*fieldSize) +
-		grown(x.s.Read) + grown(x.response.in)
+		piece(cap(x.response.nominated)) + piece(cap(x.requestHead.Fields)*fieldSize) + piece(cap(x.responseHead.Fields)*fieldSize) +
+		buffered(x.s.Read) + buffered(x.response.in)
 	return x.held.Hold(n)
 }
 
@@ -121,8 +122,6 @@ func (x *exchange) view(b []byte) *Request {
 	h, r := &x.requestHead, &x.routed
 	r.view(&x.record)
 	r.Method, r.Path = h.Method.In(b), h.Target.In(b)
-	if i := h.Find(http1.Host); i >= 0 {
-		r.Authority = h.Fields[i].Value.In(b)
-	}
+	r.Authority = h.Authority(b)
 	return r
 }

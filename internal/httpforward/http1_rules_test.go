@@ -259,3 +259,17 @@ func TestTheRecordOfAnUnfinishedHeadNamesTheRequest(t *testing.T) {
 		})
 	}
 }
+
+// Origins ignore Host beside an absolute target. So does the record, and with it routes and metrics.
+func TestTheRecordHasTheAuthorityThatTheOriginUses(t *testing.T) {
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, plain)
+	client := r.dial(t)
+	send(t, client, "GET http://b.test:8080/x HTTP/1.1\r\nHost: a.test\r\n\r\n")
+	upstream := o.accept()
+	expect(t, upstream, "GET http://b.test:8080/x HTTP/1.1\r\nHost: a.test\r\n\r\n")
+	send(t, upstream, ok(""))
+	if got := r.records.await(t, 0); got.authority != "b.test:8080" {
+		t.Errorf("the record has the authority %q", got.authority)
+	}
+}

@@ -91,12 +91,11 @@ const (
 	isClosed              // both sides are already closed
 )
 
-// ServeHTTP2 serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
-func (e *Engine) ServeHTTP2(w *tcp.Waiter, c *Connection) {
+// serveHTTP2 serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
+func (e *Engine) serveHTTP2(w *tcp.Waiter, c *Connection) {
 	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, Connection: *c, up: c.Early}
 	m.account.Open(e.config.Budget, w, c.Record.Remote())
 	m.keptLimit = e.keptLimit()
-	m.Router = c.router()
 	m.opened, m.lastServed = time.Now(), http2.MaxStream
 	m.requests = m.opened
 	m.resets = newResetBucket(m.requests)

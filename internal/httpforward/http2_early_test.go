@@ -59,7 +59,7 @@ func TestFramesSentBeforeTheClientSpokeAreNotLost(t *testing.T) {
 	go func() {
 		defer close(served)
 		defer w.Close()
-		r.engine.ServeHTTP2(w, &Connection{
+		r.engine.serveHTTP2(w, &Connection{
 			Down: down, Read: read, Early: up, EarlyRead: early,
 			Target: upstream.Target{Address: o.address}, Record: recordOf(down, o.address),
 		})

@@ -85,7 +85,7 @@ func (l *lane) held() int {
 		l.in.Shrink() // it waits for the rest of a frame, perhaps for long
 		n += piece(l.in.Cap())
 	default:
-		n += l.in.Cap() - tcp.BufferSize
+		n += max(l.in.Cap()-tcp.BufferSize, 0) // it may have been shrunk when the lane was idle
 	}
 	return n
 }

@@ -83,8 +83,9 @@ func TestRecordsOfResponsesKeepLittleOnceTheConnectionHoldsTooMuch(t *testing.T)
 	const streams = 300
 	status := strings.Repeat("1", 8000)
 	for i := range streams {
-		client.sends(fmt.Sprintf("POST %d", 2*i+1))
-		server.until(fmt.Sprintf("HEADERS %d %s", 2*i+1, postFields))
+		call := fmt.Sprintf("HEADERS %d %s content-type=application/grpc", 2*i+1, postFields)
+		client.sends(call)
+		server.until(call)
 	}
 	for i := range streams {
 		server.sends(fmt.Sprintf("HEADERS %d :status=200 grpc-status=%s", 2*i+1, status))

@@ -60,7 +60,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	case tooMuch:
 		return m.outOfMemory(s)
 	}
-	decision := m.Router.Route(m.view(s, &request, fields))
+	decision := m.route(m.view(s, &request, fields))
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
 	switch {
 	case decision.noRoute():

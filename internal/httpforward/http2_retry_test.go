@@ -61,7 +61,7 @@ func TestARequestThatComesBehindUpstreamsEndMayBeSentAgain(t *testing.T) {
 	go func() {
 		defer close(served)
 		defer w.Close()
-		r.engine.ServeHTTP2(w, &Connection{
+		r.engine.serveHTTP2(w, &Connection{
 			Down: down, Read: read, Early: up, Target: upstream.Target{Address: o.address}, Record: recordOf(down, o.address),
 		})
 	}()

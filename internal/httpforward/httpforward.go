@@ -144,10 +144,12 @@ func (e *Engine) Draining() bool { return e.state.Load() == draining }
 //
 // A goroutine's stack does not shrink again while more than a quarter of it is in use, so the frames below which an idle
 // connection waits have to stay small: they pass pointers, and what is large is built in functions that have returned.
+//
+// The engine keeps c and changes it.
 func (e *Engine) Serve(w *tcp.Waiter, http2 bool, c *Connection) {
 	if http2 {
-		e.ServeHTTP2(w, c)
+		e.serveHTTP2(w, c)
 		return
 	}
-	e.ServeHTTP1(w, c)
+	e.serveHTTP1(w, c)
 }

@@ -22,7 +22,7 @@ func recordBoth(t *testing.T, path string, fields []http2.Field, note []string, 
 	for _, f := range fields {
 		text += f.Name + ": " + f.Value + "\r\n"
 	}
-	x := &exchange{s: &session{Connection: Connection{Record: connection}}, settings: settings}
+	x := &exchange{s: &session{Connection: &Connection{Record: connection}}, settings: settings}
 	b := []byte(text + "\r\n")
 	if done, err := x.requestHead.ParseRequest(b, http1.Limits{Head: 1 << 20, Fields: 1000}); !done || err != nil {
 		t.Fatal(done, err)

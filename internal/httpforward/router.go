@@ -39,17 +39,12 @@ type Decision struct {
 	Cluster, Route string
 }
 
-// constant routes all requests of a connection to one target.
-type constant struct{ decision Decision }
-
-func (c *constant) Route(*Request) Decision { return c.decision }
-
-// router returns the connection's Router.
-func (c *Connection) router() Router {
+// route returns the decision for a request: the Router's, or the connection's own Target.
+func (c *Connection) route(r *Request) Decision {
 	if c.Router != nil {
-		return c.Router
+		return c.Router.Route(r)
 	}
-	return &constant{Decision{Target: c.Target, Cluster: c.Record.Cluster, Route: c.Record.Route}}
+	return Decision{Target: c.Target, Cluster: c.Record.Cluster, Route: c.Record.Route}
 }
 
 // view sets r to the request that record describes.

@@ -262,7 +262,7 @@ func TestAnHTTP2RequestWithoutARouteIsNotForwarded(t *testing.T) {
 func TestARequestHasTheNamesOfItsConnection(t *testing.T) {
 	record := flow.Record{Cluster: "PassthroughCluster", Route: "allow_any"}
 	c := Connection{Record: &record, Target: upstream.Target{Address: netip.MustParseAddrPort("192.0.2.1:80")}}
-	if got, want := c.router().Route(nil), (Decision{c.Target, "PassthroughCluster", "allow_any"}); got != want {
+	if got, want := c.route(nil), (Decision{c.Target, "PassthroughCluster", "allow_any"}); got != want {
 		t.Errorf("the decision is %+v, want %+v", got, want)
 	}
 }

@@ -12,28 +12,27 @@ import (
 )
 
 // idleCheck is how long an upstream connection must have been idle to be checked for a close before it is used. After a
-// shorter pause the poller's state is enough. That saves a busy connection a system call per request.
+// shorter pause the poller's state is enough for a request that may be sent again. That saves a busy connection a system
+// call per request.
 const idleCheck = 20 * time.Millisecond
 
 // session is one HTTP/1 downstream connection with its upstream. Between two requests it holds no buffer.
 type session struct {
 	engine *Engine
 	w      *tcp.Waiter
-	Connection
+	*Connection
 
 	up      *tcp.Conn // kept between requests; nil if there is no connection
 	upLocal netip.AddrPort
 	target  upstream.Target // of up
-	used    bool            // the server may close up at any time: it has served a request or has been idle
 	lastUse time.Time       // of up; zero before its first response
-	bound   bool            // up is authenticated for this downstream (NTLM, Negotiate) and must not serve others
+	wanted  upstream.Target // for the current request: what the router decided
+	idleEnd time.Time       // when a downstream without a request is closed; zero: never, or not waiting for one yet
 
-	orphaned bool      // the server has closed up, and downstream has stayed open
-	idleEnd  time.Time // when a downstream without a request is closed; zero: never, or not waiting for one yet
-
-	decision Decision // for the current request
-
-	ended bool // downstream has half-closed
+	used     bool // the server may close up at any time: it has served a request or has been idle
+	bound    bool // up is authenticated for this downstream (NTLM, Negotiate) and must not serve others
+	orphaned bool // the server has closed up, and downstream has stayed open
+	ended    bool // downstream has half-closed
 }
 
 // ending is how a connection continues after a request.
@@ -52,16 +51,15 @@ const (
 //
 //go:noinline
 func newSession(e *Engine, w *tcp.Waiter, c *Connection) *session {
-	s := &session{engine: e, w: w, Connection: *c, up: c.Early, used: c.Early != nil}
-	s.Router = c.router()
+	s := &session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil}
 	if s.up != nil {
 		s.upLocal, s.target = s.up.LocalAddr(), c.Target
 	}
 	return s
 }
 
-// ServeHTTP1 serves the HTTP/1 requests of a connection until it ends.
-func (e *Engine) ServeHTTP1(w *tcp.Waiter, c *Connection) {
+// serveHTTP1 serves the HTTP/1 requests of a connection until it ends.
+func (e *Engine) serveHTTP1(w *tcp.Waiter, c *Connection) {
 	s := newSession(e, w, c)
 	how := next
 	for how == next && s.awaitRequest() {
@@ -84,6 +82,8 @@ func (s *session) awaitRequest() bool {
 		}
 		if s.Read != nil && s.Read.Len() == 0 {
 			s.releaseRead()
+		} else if s.Read != nil {
+			s.Read.Shrink() // empty lines; the wait may be long
 		}
 		if s.ended || s.w.Canceled() {
 			return false
@@ -235,15 +235,15 @@ func (s *session) giveUpstream() {
 	s.up = nil
 }
 
-// route takes the decision for the next request. A connection to another target goes back to the pool, and bound is
+// turnTo sets the target of the next request. A connection to another target goes back to the pool, and bound is
 // cleared because the next connection is not authenticated. It must run before appendRequestHead reads the request's
 // own authentication fields.
-func (s *session) route(decision Decision) {
-	if s.up != nil && s.target != decision.Target {
+func (s *session) turnTo(target upstream.Target) {
+	if s.up != nil && s.target != target {
 		s.giveUpstream()
 		s.bound = false
 	}
-	s.decision = decision
+	s.wanted = target
 }
 
 // closeUpstream closes an upstream connection that cannot be used again.
@@ -265,19 +265,19 @@ func (s *session) dropUpstream() {
 // non-repeatable request on a stale pooled connection would fail where a direct connection would not. attempts is the
 // number of dials, or 1 for a connection that was open.
 func (s *session) connect(settings *Settings, now time.Time, repeatable bool) (attempts int, err error) {
-	if s.up != nil && (s.up.Readable() || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
+	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
 	if s.up != nil {
 		return 1, nil
 	}
 	s.orphaned = false
-	if repeatable && !s.decision.Target.Balanced {
-		s.up = s.engine.config.Pool.Take(s.decision.Target)
+	if repeatable && !s.wanted.Balanced {
+		s.up = s.engine.config.Pool.Take(s.wanted)
 	}
 	if s.up != nil {
 		s.used, s.lastUse = true, now
-		s.upLocal, s.target = s.up.LocalAddr(), s.decision.Target
+		s.upLocal, s.target = s.up.LocalAddr(), s.wanted
 		return 1, nil
 	}
 	return s.dial(settings)
@@ -285,11 +285,11 @@ func (s *session) connect(settings *Settings, now time.Time, repeatable bool) (a
 
 // dial opens a new upstream connection.
 func (s *session) dial(settings *Settings) (attempts int, err error) {
-	up, attempts, err := s.engine.dialer(settings).Dial(s.w, s.decision.Target)
+	up, attempts, err := s.engine.dialer(settings).Dial(s.w, s.wanted)
 	if err != nil {
 		return attempts, err
 	}
 	s.up, s.used, s.lastUse, s.upLocal = up, false, time.Time{}, up.LocalAddr()
-	s.target = s.decision.Target
+	s.target = s.wanted
 	return attempts, nil
 }

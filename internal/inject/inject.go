@@ -77,12 +77,12 @@ func (t Text) String() string { return strings.Join(t, "") }
 
 // Inject returns the documents with a sidecar in each pod that is to have one. report receives the outcome of each object,
 // in order; its File is name. If objects cannot be injected, the error names all of them and no text is returned.
-func Inject(text []byte, name string, options Options, report func(Outcome)) (Text, error) {
+func Inject(text, name string, options Options, report func(Outcome)) (Text, error) {
 	return each(text, name, report, func(o *found) ([]yamledit.Change, error) { return o.inject(options) })
 }
 
 // Uninject removes the sidecars. It restores a text that Inject has changed byte for byte.
-func Uninject(text []byte, name string, report func(Outcome)) (Text, error) {
+func Uninject(text, name string, report func(Outcome)) (Text, error) {
 	return each(text, name, report, (*found).uninject)
 }
 
@@ -97,19 +97,18 @@ type editor struct {
 }
 
 // each applies the changes that decide returns for each object.
-func each(text []byte, name string, report func(Outcome), decide func(*found) ([]yamledit.Change, error)) (Text, error) {
-	if !utf8.Valid(text) {
+func each(text, name string, report func(Outcome), decide func(*found) ([]yamledit.Change, error)) (Text, error) {
+	if !utf8.ValidString(text) {
 		return nil, fmt.Errorf("%s is not UTF-8: convert it", name)
 	}
 	e := &editor{name: name, report: report, decide: decide}
 	var out Text
-	stream := string(text)
-	if strings.HasPrefix(stream, byteOrderMark) {
+	if strings.HasPrefix(text, byteOrderMark) {
 		out = append(out, byteOrderMark)
-		stream = stream[len(byteOrderMark):]
+		text = text[len(byteOrderMark):]
 	}
 	line := 1
-	for _, document := range yamledit.Split(stream) {
+	for _, document := range yamledit.Split(text) {
 		out = append(out, e.document(document, line)...)
 		line += strings.Count(document, "\n")
 	}
@@ -119,28 +118,76 @@ func each(text []byte, name string, report func(Outcome), decide func(*found) ([
 	return out, nil
 }
 
-// document edits the document that begins at a line of the input. The items of a long list are edited one by one, because
-// the nodes of a parsed document take many times the memory of its text.
+// document edits the document that begins at a line of the input. The items of a List are edited one by one, because the
+// nodes of a parsed document take many times the memory of its text.
 func (e *editor) document(text string, line int) Text {
 	if trimmed := strings.TrimLeft(text, " \t\r\n"); trimmed == "" || trimmed[0] == '%' {
 		return Text{text} // directives belong to the document after them
 	}
-	return Text{e.part(text, line)}
+	if out, done := e.list(text, line); done {
+		return out
+	}
+	edited, err := e.part(text, line, nil)
+	if err != nil {
+		e.failed = append(e.failed, fmt.Errorf("%s: %w", e.name, err))
+	}
+	return Text{edited}
 }
 
-// part edits a text that is parsed as a whole.
-func (e *editor) part(text string, line int) string {
-	fail := func(err error) string {
-		e.failed = append(e.failed, fmt.Errorf("%s: %w", e.name, fileLines(err, line)))
-		return ""
+// list edits a List item by item. done is false if that is not possible: the document has to be parsed as a whole.
+func (e *editor) list(text string, line int) (out Text, done bool) {
+	parts, rest := yamledit.SplitList(text, "items")
+	if yamledit.Text(rest, "kind") != "List" || strings.Contains(yamledit.Text(rest, "apiVersion"), "/") {
+		return nil, false
 	}
+	before, report := len(e.failed), e.report
+	var outcomes []Outcome
+	e.report = func(o Outcome) { outcomes = append(outcomes, o) }
+	defer func() {
+		e.report = report
+		if !done {
+			e.failed = e.failed[:before]
+			return
+		}
+		for _, o := range outcomes {
+			report(o)
+		}
+	}()
+	for _, part := range parts {
+		edited := part.Text
+		if part.Item {
+			var path []string
+			if strings.HasPrefix(strings.TrimLeft(part.Text, " "), "-") {
+				path = []string{"0"}
+			}
+			var err error
+			if edited, err = e.part(part.Text, line, path); err != nil {
+				return nil, false
+			}
+		}
+		out = append(out, edited)
+		line += strings.Count(part.Text, "\n")
+	}
+	return out, true
+}
+
+// part edits a text that is parsed as a whole. The object in it is at path.
+func (e *editor) part(text string, line int, path []string) (string, error) {
 	d, err := yamledit.Parse(text)
 	if err != nil {
-		return fail(err)
+		return "", fileLines(err, line)
+	}
+	tree := d.Tree()
+	if len(path) > 0 {
+		items, _ := tree.([]any)
+		if len(items) != 1 {
+			return "", errors.New("not a single item")
+		}
+		tree = items[0]
 	}
 	var changes []yamledit.Change
 	failed := len(e.failed)
-	for _, o := range objects(d.Tree(), nil) {
+	for _, o := range objects(tree, path) {
 		o.record, o.recordItem = d.Source, d.Item
 		o.outcome.File, o.outcome.Line = e.name, d.Line(o.path)+line-1
 		more, err := e.decide(o)
@@ -153,19 +200,19 @@ func (e *editor) part(text string, line int) string {
 		changes = append(changes, more...)
 	}
 	if len(e.failed) > failed || len(changes) == 0 {
-		return text
+		return text, nil
 	}
 	edited, err := d.Edit(changes)
-	if err != nil {
-		return fail(err)
-	}
-	return edited
+	return edited, fileLines(err, line)
 }
 
 var lineNumber = regexp.MustCompile(`^line (\d+)`)
 
 // fileLines replaces a line number of a document at the beginning of an error by that of the file.
 func fileLines(err error, first int) error {
+	if err == nil {
+		return nil
+	}
 	text := err.Error()
 	at := lineNumber.FindStringSubmatchIndex(text)
 	if at == nil {

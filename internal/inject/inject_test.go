@@ -52,7 +52,7 @@ func optionsOf(name string) Options {
 // injected returns the injected text, and what is reported of each object.
 func injected(t testing.TB, name string, text []byte) (out []byte, reported string) {
 	t.Helper()
-	injected, err := Inject(text, name, optionsOf(name), func(o Outcome) {
+	injected, err := Inject(string(text), name, optionsOf(name), func(o Outcome) {
 		reported += fmt.Sprintf("line %d: %s: %s", o.Line, o.Object(), o.Action)
 		if o.Reason != "" {
 			reported += ": " + o.Reason
@@ -73,7 +73,7 @@ func ignore(Outcome) {}
 
 func uninjected(t testing.TB, name string, text []byte) []byte {
 	t.Helper()
-	out, err := Uninject(text, name, func(o Outcome) {
+	out, err := Uninject(string(text), name, func(o Outcome) {
 		if len(o.Warnings) > 0 {
 			t.Errorf("%s: %v", name, o.Warnings)
 		}
@@ -104,6 +104,26 @@ func TestInjectedManifestsEqualTheGoldenFiles(t *testing.T) {
 			if string(want) != got {
 				t.Errorf("%s differs; -update writes it. Now:\n%s", golden, got)
 			}
+		}
+	}
+}
+
+// limited fails after some bytes.
+type limited struct{ left int }
+
+func (l *limited) Write(b []byte) (int, error) {
+	if l.left -= len(b); l.left < 0 {
+		return 0, io.ErrShortWrite
+	}
+	return len(b), nil
+}
+
+func TestAFailedWriteEndsTheOutput(t *testing.T) {
+	text := Text{"one", "two", "three"}
+	for left, want := range map[int]int64{11: 11, 6: 6, 4: 3, 0: 0} {
+		n, err := text.WriteTo(&limited{left})
+		if n != want || (err != nil) != (left < 11) {
+			t.Errorf("with room for %d: %d, %v, want %d", left, n, err, want)
 		}
 	}
 }
@@ -178,7 +198,7 @@ func TestUninjectionRestoresEveryByteAndASecondInjectionChangesNothing(t *testin
 		for style, text := range restyled(t, text) {
 			what := name + ", " + style
 			if (name == "job.yaml" || name == "classic-job.yaml") && style == "no last break" {
-				_, err := Inject(text, name, optionsOf(name), ignore)
+				_, err := Inject(string(text), name, optionsOf(name), ignore)
 				if err == nil || !strings.Contains(err.Error(), "end the text with a line break") {
 					t.Errorf("%s: %v", what, err) // adding text would change the script
 				}
@@ -197,6 +217,70 @@ func TestUninjectionRestoresEveryByteAndASecondInjectionChangesNothing(t *testin
 			if back := uninjected(t, what, text); !bytes.Equal(back, text) {
 				t.Errorf("%s: a text without injection was changed:\n%s", what, back)
 			}
+		}
+	}
+}
+
+// A List is edited item by item. The result is the same as that of parsing it as a whole.
+func TestTheItemsOfAListAreEditedAsInTheWhole(t *testing.T) {
+	var items []string
+	for name, text := range inputs(t) {
+		d, err := yamledit.Parse(strings.TrimPrefix(string(text), byteOrderMark))
+		if err != nil || d.Tree() == nil || len(yamledit.Split(string(text))) > 1 || strings.HasPrefix(name, "classic") {
+			continue
+		}
+		items = append(items, yamledit.JSON(d.Tree()))
+	}
+	slices.Sort(items)
+	list := `{"apiVersion": "v1", "items": [` + strings.Join(items, ",\n ") + `], "kind": "List"}`
+	texts := []string{list, string(encoded(t, list, 2)), string(encoded(t, list, 4)),
+		strings.ReplaceAll(string(encoded(t, list, 2)), "\n    - ", "\n    # next\n\n    - ")}
+	for _, text := range texts {
+		edit := func(by func(*editor) Text) (string, []Outcome) {
+			var outcomes []Outcome
+			e := &editor{name: "list", report: func(o Outcome) { outcomes = append(outcomes, o) },
+				decide: func(o *found) ([]yamledit.Change, error) { return o.inject(Options{Image: "pillion"}) }}
+			out := by(e)
+			if len(e.failed) > 0 {
+				t.Fatal(e.failed)
+			}
+			return out.String(), outcomes
+		}
+		got, reported := edit(func(e *editor) Text {
+			out, done := e.list(text, 1)
+			if !done {
+				t.Fatalf("the list is parsed as a whole:\n%.500s", text)
+			}
+			return out
+		})
+		want, reports := edit(func(e *editor) Text {
+			whole, err := e.part(text, 1, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return Text{whole}
+		})
+		if got != want || !reflect.DeepEqual(reported, reports) || len(reports) < 30 {
+			t.Errorf("by item:\n%s\nas a whole:\n%s\n%+v\n%+v", got, want, reported, reports)
+		}
+	}
+}
+
+// An error in an item has the line of the file, and is reported once.
+func TestAnErrorInAListHasItsLine(t *testing.T) {
+	list := func(item string) string {
+		return "---\nkind: List\napiVersion: v1\nitems:\n- kind: Service\n- apiVersion: v1\n  kind: Pod\n  metadata:\n    name: bad\n" + item + "  spec: {containers: [{name: a}]}\n- kind: Service\n"
+	}
+	for text, want := range map[string]string{
+		list("    annotations: {pillion.dev/log-level: loud}\n"): "Pod bad (line 6 of in.yaml): annotation pillion.dev/log-level: ",
+		list("    name: twice\n"):                                "in.yaml: line 10: duplicate key",
+		list("    x: [\n"):                                       "in.yaml: line 1",
+		list("    x: *y\n"):                                      "in.yaml: line 10: unknown anchor",
+	} {
+		reported := 0
+		_, err := Inject(text, "in.yaml", Options{Image: "pillion"}, func(Outcome) { reported++ })
+		if err == nil || !strings.HasPrefix(err.Error(), want) || strings.Contains(err.Error(), "\n") || reported > 1 {
+			t.Errorf("%v, %d outcomes, want %s", err, reported, want)
 		}
 	}
 }
@@ -305,11 +389,20 @@ func TestAnErrorNamesItsRemedyAndNothingIsWritten(t *testing.T) {
 		{pod(`proxy.istio.io/config: "a: ["`, app), `annotation proxy.istio.io/config: not valid YAML`},
 		{pod(`proxy.istio.io/config: "concurrency: many"`, app), `concurrency: many is not a count`},
 		{pod(`proxy.istio.io/config: "terminationDrainDuration: 60s"`, app), `1m0s is longer than terminationGracePeriodSeconds (30s)`},
+		{pod(`proxy.istio.io/config: "terminationDrainDuration: 0s"`, app), `terminationDrainDuration: 0s resets every open connection`},
+		{pod(`proxy.istio.io/config: "terminationDrainDuration: soon"`, app), `terminationDrainDuration: "soon" is not a time span`},
+		{pod(`proxy.istio.io/config: "concurrency: 1025"`, app), `concurrency: 1025 is not a count`},
+		{pod(`proxy.istio.io/config: "[1]"`, app), `is not a mapping`},
+		{pod(`proxy.istio.io/config: "proxyMetadata: [1]"`, app), `proxyMetadata: not a mapping`},
+		{pod(`proxy.istio.io/config: "proxyMetadata: {A: [1]}"`, app), `A: the value is not text`},
 		{pod(`proxy.istio.io/config: "proxyMetadata: {POD_NAME: x}"`, app), `"POD_NAME" cannot be set`},
 		{pod(`pillion.dev/opaque-port: "1"`, app), `annotation pillion.dev/opaque-port is unknown: use one of pillion.dev/inject, pillion.dev/image, pillion.dev/opaque-ports`},
 		{pod(`pillion.dev/drain-delay: 29s`, app), `29s is longer than the drain itself (25s`},
 		{pod(`pillion.dev/log-level: loud`, app), `use debug, info, warn or error`},
 		{pod(`pillion.dev/access-log: out`, app), `use off, or a path`},
+		{pod(`pillion.dev/access-log-encoding: xml`, app), `"xml" is not an encoding: use text or json`},
+		{pod(`pillion.dev/access-log-encoding: json, pillion.dev/access-log-format: "%PROTOCOL%"`, app), `annotation pillion.dev/access-log-format: access log format: JSON lines need an object`},
+		{pod(`pillion.dev/access-log-filter: sometimes`, app), `annotation pillion.dev/access-log-filter: access log filter: `},
 		{pod(`pillion.dev/image: ""`, app), `"" is not an image`},
 		{pod(`prometheus.io/port: "15090"`, app), `port 15090 is the agent's own`},
 		{pod(`prometheus.io/port: "many"`, app), `invalid port "many"`},
@@ -331,7 +424,7 @@ func TestAnErrorNamesItsRemedyAndNothingIsWritten(t *testing.T) {
 		{"a: &a [x,x,x,x,x,x,x,x,x]\n" + bomb(), `aliases stand for more than 100000 values`},
 		{"a: &a [*a]\n", `aliases stand for more than 100000 values`},
 	} {
-		out, err := Inject([]byte("kind: Good\n---\n"+c.text), "in.yaml", Options{Image: "pillion"}, ignore)
+		out, err := Inject("kind: Good\n---\n"+c.text, "in.yaml", Options{Image: "pillion"}, ignore)
 		if err == nil || !strings.Contains(err.Error(), c.want) || out != nil {
 			t.Errorf("%s\nfails with\n%v\nwant\n%s", c.text, err, c.want)
 		}
@@ -355,14 +448,14 @@ func TestAForgedStatusIsRefused(t *testing.T) {
 		`{"version":1,"replaced":[{"path":"/metadata/annotations","was":"a: 1\nb: 2","column":0}]}`,
 	} {
 		text := "apiVersion: v1\nkind: Pod\nmetadata:\n  annotations:\n    pillion.dev/status: " + yamledit.JSON(status) + "\nspec: {}\n"
-		if out, err := Uninject([]byte(text), "x", ignore); err == nil || !strings.Contains(err.Error(), statusAnnotation) {
+		if out, err := Uninject(string(text), "x", ignore); err == nil || !strings.Contains(err.Error(), statusAnnotation) {
 			t.Errorf("%s: %v\n%s", status, err, out)
 		}
 	}
 }
 
 func TestInputHasABound(t *testing.T) {
-	if _, err := Read(io.LimitReader(zeros{}, MaxInput+1), "big"); err == nil || !strings.Contains(err.Error(), "big is larger than 64 MiB") {
+	if _, err := Read(io.LimitReader(zeros{}, MaxInput+1), "big", 0); err == nil || !strings.Contains(err.Error(), "big is larger than 64 MiB") {
 		t.Error(err)
 	}
 }
@@ -408,7 +501,7 @@ func TestTheExamplesInDeployAreTheOutputOfInject(t *testing.T) {
 		overlays + "example/injected.yaml":         {Image: "pillion"},
 		overlays + "example-classic/injected.yaml": {Image: "pillion", Classic: true},
 	} {
-		out, err := Inject(text, "nginx.yaml", options, func(o Outcome) {
+		out, err := Inject(string(text), "nginx.yaml", options, func(o Outcome) {
 			if len(o.Warnings) > 0 {
 				t.Error(o.Warnings)
 			}
@@ -437,22 +530,22 @@ func FuzzInject(f *testing.F) {
 	f.Add([]byte(bomb()), true)
 	f.Fuzz(func(t *testing.T, text []byte, classic bool) {
 		options := Options{Image: "pillion", Classic: classic}
-		if back, err := Uninject(text, "in", ignore); err == nil {
-			_, _ = Inject([]byte(back.String()), "in", options, ignore)
+		if back, err := Uninject(string(text), "in", ignore); err == nil {
+			_, _ = Inject(back.String(), "in", options, ignore)
 		}
-		made, err := Inject(text, "in", options, ignore)
+		made, err := Inject(string(text), "in", options, ignore)
 		if err != nil {
 			return
 		}
 		out := made.String()
-		again, err := Inject([]byte(out), "out", options, ignore)
+		again, err := Inject(out, "out", options, ignore)
 		if err != nil || again.String() != out {
 			t.Errorf("a second injection: %v\n%q\n%q", err, out, again)
 		}
 		if bytes.Contains(text, []byte("status")) || bytes.Contains(text, []byte(`\`)) {
 			return // perhaps injected already
 		}
-		back, err := Uninject([]byte(out), "out", ignore)
+		back, err := Uninject(out, "out", ignore)
 		if err != nil || back.String() != string(text) {
 			t.Errorf("%v:\n%q\nbecame\n%q\nby way of\n%q", err, text, back, out)
 		}

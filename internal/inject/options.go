@@ -8,6 +8,7 @@ import (
 	"maps"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -117,14 +118,16 @@ func (o Options) sidecarName() string {
 // MaxInput bounds the bytes of one input.
 const MaxInput = 64 << 20
 
-// Read reads the documents for Inject. Errors contain name.
-func Read(from io.Reader, name string) ([]byte, error) {
-	text, err := io.ReadAll(io.LimitReader(from, MaxInput+1))
+// Read reads the documents for Inject. Errors contain name; size is the expected size, or 0.
+func Read(from io.Reader, name string, size int64) (string, error) {
+	var text strings.Builder
+	text.Grow(int(min(size, MaxInput)))
+	n, err := io.Copy(&text, io.LimitReader(from, MaxInput+1))
 	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", name, err)
+		return "", fmt.Errorf("reading %s: %w", name, err)
 	}
-	if len(text) > MaxInput {
-		return nil, fmt.Errorf("%s is larger than %d MiB: split it", name, MaxInput>>20)
+	if n > MaxInput {
+		return "", fmt.Errorf("%s is larger than %d MiB: split it", name, MaxInput>>20)
 	}
-	return text, nil
+	return text.String(), nil
 }

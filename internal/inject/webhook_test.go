@@ -141,7 +141,7 @@ func TestTheWebhooksPatchEqualsAnInjection(t *testing.T) {
 				t.Fatalf("%s: %+v", name, answer)
 			}
 			options := Options{Image: "pillion", Namespace: "shop"}
-			out, err := Inject([]byte(object), name, options, ignore)
+			out, err := Inject(object, name, options, ignore)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -157,7 +157,7 @@ func TestTheWebhooksPatchEqualsAnInjection(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := patched(t, object, answer.Patch)
-			if back, err := Uninject([]byte(yamledit.JSON(got)), name, ignore); err != nil {
+			if back, err := Uninject(yamledit.JSON(got), name, ignore); err != nil {
 				t.Errorf("%s: %v", name, err)
 			} else if tree, err := yamledit.Parse(back.String()); err != nil || !reflect.DeepEqual(tree.Tree(), d.Tree()) {
 				t.Errorf("%s: after the webhook, uninjection makes\n%s\n%v", name, back, err)

@@ -1,7 +1,7 @@
 // Package kubeapi sends single requests to a Kubernetes API server, with the credentials of a kubeconfig or of a pod.
 //
 // It supports the credentials that kubectl supports: client certificates, tokens, token files and plugins (exec). It is ours
-// because the Kubernetes client libraries are larger than all of pillionctl, and a check needs a dozen GETs.
+// because the Kubernetes client libraries are larger than all of pillionctl, and pillionctl sends a dozen different requests.
 package kubeapi
 
 import (
@@ -13,9 +13,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 )
@@ -32,9 +34,10 @@ type Client struct {
 	// Namespace is the namespace of the context; "default" without one.
 	Namespace string
 
-	base  *url.URL
-	token string
-	http  *http.Client
+	base      *url.URL
+	token     string
+	tokenFile string // read for each request: the kubelet replaces the token of a service account
+	http      *http.Client
 }
 
 // StatusError is a response of the API server that is not a success.
@@ -53,10 +56,11 @@ func IsForbidden(err error) bool {
 		status.Code == http.StatusForbidden && strings.Contains(status.Message, " cannot "))
 }
 
-// IsNotFound reports whether the object does not exist.
-func IsNotFound(err error) bool {
+// IsConflict reports whether a request failed because of a concurrent change, so that reading the object again may help. The
+// API server answers a failed test of a JSON Patch with 422.
+func IsConflict(err error) bool {
 	var status *StatusError
-	return errors.As(err, &status) && status.Code == http.StatusNotFound
+	return errors.As(err, &status) && (status.Code == http.StatusConflict || status.Code == http.StatusUnprocessableEntity)
 }
 
 // newClient makes a client of an address and credentials.
@@ -90,19 +94,34 @@ func newClient(server, serverName, proxy string, roots []byte, insecure bool, pa
 
 // Get reads the object at path into the value. The path may have a query.
 func (c *Client) Get(ctx context.Context, path string, into any) error {
-	return c.do(ctx, http.MethodGet, path, nil, into)
+	return c.do(ctx, http.MethodGet, path, "", nil, into)
 }
 
 // Post creates an object and reads the server's form of it into the value.
 func (c *Client) Post(ctx context.Context, path string, body, into any) error {
+	return c.send(ctx, http.MethodPost, path, "application/json", body, into)
+}
+
+// Put replaces an object.
+func (c *Client) Put(ctx context.Context, path string, body any) error {
+	return c.send(ctx, http.MethodPut, path, "application/json", body, nil)
+}
+
+// Patch changes an object by a patch of the form of contentType, such as application/json-patch+json.
+func (c *Client) Patch(ctx context.Context, path, contentType string, patch any) error {
+	return c.send(ctx, http.MethodPatch, path, contentType, patch, nil)
+}
+
+func (c *Client) send(ctx context.Context, method, path, contentType string, body, into any) error {
 	text, err := json.Marshal(body)
 	if err != nil {
 		return fmt.Errorf("encoding an object: %w", err)
 	}
-	return c.do(ctx, http.MethodPost, path, text, into)
+	return c.do(ctx, method, path, contentType, text, into)
 }
 
-func (c *Client) do(ctx context.Context, method, path string, body []byte, into any) error {
+// do sends a request. The response is not decoded if into is nil.
+func (c *Client) do(ctx context.Context, method, path, contentType string, body []byte, into any) error {
 	where, query, _ := strings.Cut(path, "?")
 	at := c.base.JoinPath(where)
 	at.RawQuery = query
@@ -112,10 +131,18 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, into 
 	}
 	request.Header.Set("Accept", "application/json")
 	if body != nil {
-		request.Header.Set("Content-Type", "application/json")
+		request.Header.Set("Content-Type", contentType)
 	}
-	if c.token != "" {
-		request.Header.Set("Authorization", "Bearer "+c.token)
+	token := c.token
+	if c.tokenFile != "" {
+		text, err := os.ReadFile(c.tokenFile)
+		if err != nil {
+			return fmt.Errorf("reading the token of the service account: %w", err)
+		}
+		token = strings.TrimSpace(string(text))
+	}
+	if token != "" {
+		request.Header.Set("Authorization", "Bearer "+token)
 	}
 	response, err := c.http.Do(request)
 	if err != nil {
@@ -131,6 +158,9 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, into 
 	}
 	if response.StatusCode >= http.StatusMultipleChoices {
 		return statusError(response.StatusCode, text)
+	}
+	if into == nil {
+		return nil
 	}
 	if err := json.Unmarshal(text, into); err != nil {
 		return fmt.Errorf("reading %s%s: %w", c.Server, where, err)
@@ -155,25 +185,34 @@ func statusError(code int, text []byte) error {
 	return &StatusError{code, status.Message}
 }
 
-// inCluster uses the service account of the pod.
-func inCluster(host, port string) (*Client, error) {
-	const account = "/var/run/secrets/kubernetes.io/serviceaccount/"
-	token, err := os.ReadFile(account + "token")
+// serviceAccount is where the kubelet puts the credentials of a pod.
+const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+// InCluster returns a client of the cluster in which this process runs as a pod.
+func InCluster() (*Client, error) {
+	host, port := os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT")
+	if host == "" || port == "" {
+		return nil, errors.New("KUBERNETES_SERVICE_HOST or KUBERNETES_SERVICE_PORT is not set: run it in a pod")
+	}
+	return inCluster(serviceAccount, host, port)
+}
+
+// inCluster uses the service account in a directory.
+func inCluster(account, host, port string) (*Client, error) {
+	tokenFile := filepath.Join(account, "token")
+	if _, err := os.Stat(tokenFile); err != nil {
+		return nil, err
+	}
+	roots, err := os.ReadFile(filepath.Join(account, "ca.crt"))
 	if err != nil {
 		return nil, err
 	}
-	roots, err := os.ReadFile(account + "ca.crt")
+	client, err := newClient("https://"+net.JoinHostPort(host, port), "", "", roots, false, nil, "")
 	if err != nil {
 		return nil, err
 	}
-	if strings.Contains(host, ":") {
-		host = "[" + host + "]"
-	}
-	client, err := newClient("https://"+host+":"+port, "", "", roots, false, nil, strings.TrimSpace(string(token)))
-	if err != nil {
-		return nil, err
-	}
-	if namespace, err := os.ReadFile(account + "namespace"); err == nil {
+	client.tokenFile = tokenFile
+	if namespace, err := os.ReadFile(filepath.Join(account, "namespace")); err == nil {
 		client.Namespace = strings.TrimSpace(string(namespace))
 	}
 	return client, nil

@@ -152,6 +152,34 @@ func TestPostSendsAndReadsObjects(t *testing.T) {
 	}
 }
 
+func TestPutAndPatchSendTheirForm(t *testing.T) {
+	requests := make(chan string, 2)
+	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		requests <- r.Method + " " + r.URL.Path + " " + r.Header.Get("Content-Type") + " " + string(body)
+		if r.Method == http.MethodPatch {
+			w.WriteHeader(http.StatusUnprocessableEntity)
+			io.WriteString(w, `{"kind":"Status","message":"the test failed"}`)
+		}
+	}))
+	defer s.Close()
+	client, err := Open(t.Context(), write(t, t.TempDir(), s.URL, authority(s), "{}"), "here")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := client.Put(t.Context(), "/a", map[string]int{"a": 1}); err != nil {
+		t.Error(err)
+	}
+	if err := client.Patch(t.Context(), "/a", "application/json-patch+json", []int{1}); !IsConflict(err) {
+		t.Errorf("a failed test: %v", err)
+	}
+	for _, want := range []string{`PUT /a application/json {"a":1}`, "PATCH /a application/json-patch+json [1]"} {
+		if got := <-requests; got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+}
+
 func TestErrorsKeepTheServersMessage(t *testing.T) {
 	s := server(t)
 	client, err := Open(t.Context(), write(t, t.TempDir(), s.URL, authority(s), "{}"), "")
@@ -159,18 +187,18 @@ func TestErrorsKeepTheServersMessage(t *testing.T) {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]struct {
-		text                string
-		forbidden, notFound bool
+		text      string
+		forbidden bool
 	}{
-		"/denied":  {`403: nodes is forbidden: User "a" cannot list resource "nodes"`, true, false},
-		"/refused": {`403: pods "x" is forbidden: violates PodSecurity`, false, false},
-		"/missing": {"404: not here", false, true},
-		"/away":    {`302: <a href="http://elsewhere.example/">Found</a>.`, false, false},
-		"/text":    {"reading " + s.URL + "/text: invalid character 'o' in literal null (expecting 'u')", false, false},
+		"/denied":  {`403: nodes is forbidden: User "a" cannot list resource "nodes"`, true},
+		"/refused": {`403: pods "x" is forbidden: violates PodSecurity`, false},
+		"/missing": {"404: not here", false},
+		"/away":    {`302: <a href="http://elsewhere.example/">Found</a>.`, false},
+		"/text":    {"reading " + s.URL + "/text: invalid character 'o' in literal null (expecting 'u')", false},
 	} {
 		err := client.Get(t.Context(), path, new(answer))
-		if err == nil || err.Error() != want.text || IsForbidden(err) != want.forbidden || IsNotFound(err) != want.notFound {
-			t.Errorf("%s: %v, forbidden %v, not found %v", path, err, IsForbidden(err), IsNotFound(err))
+		if err == nil || err.Error() != want.text || IsForbidden(err) != want.forbidden {
+			t.Errorf("%s: %v, forbidden %v", path, err, IsForbidden(err))
 		}
 	}
 }
@@ -224,6 +252,7 @@ func TestABadKubeconfigIsNamed(t *testing.T) {
 		{empty, "", "the kubeconfig has no current-context: choose one by --context"},
 		{good("{}"), "other", `the kubeconfig has no context "other"`},
 		{write(t, t.TempDir(), "nowhere", "", "{}"), "", `context "here": server "nowhere" is not a URL`},
+		{write(t, t.TempDir(), "ftp://a", "", "{}"), "", `context "here": server "ftp://a" is not a URL`},
 		{write(t, t.TempDir(), "https://a", "AAAA", "{}"), "", `context "here": certificate-authority: no certificate in PEM`},
 		{write(t, t.TempDir(), "https://a", "", "{username: a, password: b}"), "", `context "here": user "u": auth-provider and passwords are not supported: use a token, a client certificate or exec`},
 		{write(t, t.TempDir(), "https://a", "", "{tokenFile: /nonexistent}"), "", `context "here": user "u": tokenFile: open /nonexistent`},
@@ -239,5 +268,45 @@ func TestABadKubeconfigIsNamed(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	if _, err := Open(context.Background(), "", ""); err == nil || err.Error() != "there is no kubeconfig in /nonexistent: name one by --kubeconfig" {
 		t.Errorf("%v", err)
+	}
+}
+
+func TestAPodUsesItsServiceAccount(t *testing.T) {
+	s := server(t)
+	account := t.TempDir()
+	roots := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})
+	for name, content := range map[string]string{"token": "of-the-pod\n", "ca.crt": string(roots)} {
+		if err := os.WriteFile(filepath.Join(account, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	host, port, _ := strings.Cut(s.Listener.Addr().String(), ":")
+	for _, namespace := range []string{"default", "shop"} {
+		if namespace != "default" {
+			if err := os.WriteFile(filepath.Join(account, "namespace"), []byte(namespace+"\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		client, err := inCluster(account, host, port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got answer
+		if err := client.Get(t.Context(), "/", &got); err != nil || got.Token != "Bearer of-the-pod" || client.Namespace != namespace {
+			t.Errorf("%v %+v %s", err, got, client.Namespace)
+		}
+		// The kubelet replaces the token before it expires.
+		if err := os.WriteFile(filepath.Join(account, "token"), []byte("the-next"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := client.Get(t.Context(), "/", &got); err != nil || got.Token != "Bearer the-next" {
+			t.Errorf("with a new token: %v %+v", err, got)
+		}
+		if err := os.WriteFile(filepath.Join(account, "token"), []byte("of-the-pod\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := inCluster(t.TempDir(), host, port); err == nil {
+		t.Error("a pod without a service account has a client")
 	}
 }

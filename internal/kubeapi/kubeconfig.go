@@ -99,7 +99,7 @@ func Open(ctx context.Context, file, contextName string) (*Client, error) {
 	}
 	if read == 0 {
 		if host := os.Getenv("KUBERNETES_SERVICE_HOST"); host != "" && contextName == "" {
-			return inCluster(host, os.Getenv("KUBERNETES_SERVICE_PORT"))
+			return inCluster(serviceAccount, host, os.Getenv("KUBERNETES_SERVICE_PORT"))
 		}
 		return nil, fmt.Errorf("there is no kubeconfig in %s: name one by --kubeconfig", strings.Join(files, ", "))
 	}

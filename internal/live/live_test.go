@@ -199,6 +199,11 @@ func TestLatenciesAreExactToABucket(t *testing.T) {
 			t.Errorf("%v is in bucket %d, whose middle is %v", d, b, middle(b))
 		}
 	}
+	for b := range buckets {
+		if bucket(middle(b)) != b {
+			t.Errorf("the middle of bucket %d is in bucket %d", b, bucket(middle(b)))
+		}
+	}
 	if bucket(-1) != 0 || bucket(1<<62) != buckets-1 || bucket(0) != 0 {
 		t.Error("a value out of range is not in the first or last bucket")
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"net/http"
 	"strings"
+	"sync"
 )
 
 // page is one self-contained file. Values from traffic enter it as text only, never as markup.
@@ -15,8 +16,10 @@ var page string
 
 // policy permits the page's own script and style, by their hashes, and requests to the server of the page. It disables any
 // markup that a bug lets into the page.
-var policy = "default-src 'none'; script-src '" + hashOf("script") + "'; style-src '" + hashOf("style") +
-	"'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+var policy = sync.OnceValue(func() string {
+	return "default-src 'none'; script-src '" + hashOf("script") + "'; style-src '" + hashOf("style") +
+		"'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+})
 
 // hashOf returns the hash of the content of the page's only element of that name.
 func hashOf(element string) string {
@@ -31,7 +34,7 @@ func hashOf(element string) string {
 
 func servePage(w http.ResponseWriter) {
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
-	w.Header().Set("Content-Security-Policy", policy)
+	w.Header().Set("Content-Security-Policy", policy())
 	w.Header().Set("Referrer-Policy", "no-referrer")
 	w.Write([]byte(page))
 }

@@ -56,6 +56,15 @@ func TestBytesAreBounded(t *testing.T) {
 	}
 }
 
+func TestALineOfTheMaximumIsWhole(t *testing.T) {
+	var r Ring
+	line := strings.Repeat("x", maxLine-1) + "\n"
+	r.Write([]byte(line))
+	if got := text(t, &r); got != line {
+		t.Errorf("%d bytes, ending in %q", len(got), got[len(got)-4:])
+	}
+}
+
 func TestTheHandlerAddsTextWithoutQueriesAndRequestIDs(t *testing.T) {
 	var r Ring
 	level := new(slog.LevelVar)

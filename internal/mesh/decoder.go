@@ -14,6 +14,7 @@ type treatment uint8
 const (
 	unknown  treatment = iota // not in the table: a finding of the message's class
 	decoded                   // by the switch of the function that reads the message
+	once                      // decoded: a message that occurs once; protobuf would merge another one, so that is a finding of security
 	ignored                   // it concerns nothing that pillion does
 	cosmetic                  // a finding
 	traffic                   // a finding
@@ -38,6 +39,7 @@ type message struct {
 type decoder struct {
 	err      error
 	findings []Finding
+	refusals int // findings of security, also those that are not kept
 
 	// path has the field that is being read of each message that is being read, from the resource inwards; depth is the
 	// index of the innermost. Messages without a table have no step of their own.
@@ -48,7 +50,8 @@ type decoder struct {
 // step is one field on the path from the resource to the field that is being read.
 type step struct {
 	field *field
-	index int // among the occurrences of the field
+	index int    // among the occurrences of the field
+	seen  uint64 // numbers of the fields that must occur once and were read, of the same message
 }
 
 // read returns a reader of the resource b.
@@ -67,17 +70,23 @@ func (d *decoder) next(m *wire.Message, table *message) bool {
 			row = &table.fields[m.Number]
 		}
 		if row == nil || row.is == unknown {
-			*here = step{}
+			here.field, here.index = nil, 0
 			d.report(table.class, fmt.Sprintf("unknown field %d of %s", m.Number, table.name))
 			continue
 		}
 		if here.field == row {
 			here.index++
 		} else {
-			*here = step{field: row}
+			here.field, here.index = row, 0
 		}
 		switch row.is {
 		case decoded:
+			return true
+		case once:
+			if here.seen&(1<<m.Number) != 0 {
+				d.report(Security, "more than once")
+			}
+			here.seen |= 1 << m.Number
 			return true
 		case cosmetic:
 			d.report(Cosmetic, unsupported)
@@ -96,6 +105,9 @@ const unsupported = "not supported"
 
 // report adds a finding about the field that is being read.
 func (d *decoder) report(class Class, problem string) {
+	if class == Security {
+		d.refusals++
+	}
 	if len(d.findings) == maxFindings {
 		last := &d.findings[maxFindings-1]
 		last.Class, last.Path, last.Problem = max(last.Class, class), "", "more findings than are kept"

@@ -28,3 +28,38 @@ func DecodeAssignment(b []byte) (*Assignment, []Finding, error) {
 	}
 	return a, d.findings, d.err
 }
+
+// DecodeRoutes compiles an envoy.config.route.v3.RouteConfiguration. An error means that its bytes are malformed.
+func DecodeRoutes(b []byte) (*Routes, []Finding, error) {
+	var d decoder
+	r := d.routes(d.read(b))
+	if d.err == nil && r.Name == "" {
+		d.err = errNoName
+	}
+	return r, d.findings, d.err
+}
+
+// DecodeSecret compiles an envoy.extensions.transport_sockets.tls.v3.Secret. An error means that its bytes are malformed.
+func DecodeSecret(b []byte) (*Secret, []Finding, error) {
+	var d decoder
+	s := d.secret(d.read(b))
+	if d.err == nil && s.Name == "" {
+		d.err = errNoName
+	}
+	return s, d.findings, d.err
+}
+
+// DecodeNames compiles an istio.networking.nds.v1.NameTable. An error means that its bytes are malformed.
+func DecodeNames(b []byte) (*Names, []Finding, error) {
+	var d decoder
+	n := d.names(d.read(b))
+	return n, d.findings, d.err
+}
+
+// DecodeTrustBundle returns the roots of trust in an istio.mesh.v1alpha1.ProxyConfig, each as PEM. An error means that its
+// bytes are malformed.
+func DecodeTrustBundle(b []byte) (roots []string, findings []Finding, err error) {
+	var d decoder
+	roots = d.trustBundle(d.read(b))
+	return roots, d.findings, d.err
+}

@@ -8,6 +8,7 @@ type Row struct {
 	Number    int
 	Field     string
 	Treatment string // "decoded", "ignored", or the class of the finding that its presence is
+	Once      bool   // a message of which another occurrence is a finding
 }
 
 // tables has all tables whose messages have a name.
@@ -55,16 +56,65 @@ var tables = []*message{
 	&keepaliveSettingsFields,
 	&durationFields,
 	&metadataFields,
+	&headerMatcherFields,
+	&rangeFields,
+	&fractionFields,
+	&runtimeFractionFields,
+	&dataSourceFields,
+	&metadataMatcherFields,
+	&pathSegmentFields,
+	&valueMatcherFields,
+	&nullMatchFields,
+	&listMatcherFields,
+	&orMatcherFields,
+	&routesFields,
+	&virtualHostFields,
+	&routeFields,
+	&decoratorFields,
+	&routeMatchFields,
+	&queryMatcherFields,
+	&forwardFields,
+	&streamDurationFields,
+	&weightedClustersFields,
+	&clusterWeightFields,
+	&rewriteFields,
+	&mirrorFields,
+	&hashPolicyFields,
+	&hashHeaderFields,
+	&hashCookieFields,
+	&hashAttributeFields,
+	&hashConnectionFields,
+	&hashQueryFields,
+	&redirectFields,
+	&responseFields,
+	&retryFields,
+	&backOffFields,
+	&retryPredicateFields,
+	&retryPriorityFields,
+	&previousPrioritiesFields,
+	&headerOptionFields,
+	&headerValueFields,
+	&filterConfigFields,
+	&faultFields,
+	&faultDelayFields,
+	&faultAbortFields,
+	&corsFields,
+	&secretResourceFields,
+	&certificateFields,
+	&rootsFields,
+	&namesFields,
+	&nameFields,
+	&proxyConfigFields,
 }
 
-var treatments = [...]string{decoded: "decoded", ignored: "ignored", cosmetic: "cosmetic", traffic: "traffic", security: "security"}
+var treatments = [...]string{decoded: "decoded", once: "decoded", ignored: "ignored", cosmetic: "cosmetic", traffic: "traffic", security: "security"}
 
 // Rows yields the rows of all tables.
 func Rows() iter.Seq[Row] {
 	return func(yield func(Row) bool) {
 		for _, table := range tables {
 			for number, field := range table.fields {
-				if field.is != unknown && !yield(Row{table.name, number, field.name, treatments[field.is]}) {
+				if field.is != unknown && !yield(Row{table.name, number, field.name, treatments[field.is], field.is == once}) {
 					return
 				}
 			}

@@ -91,7 +91,7 @@ var transportFields = message{"envoy.config.core.v3.TransportSocket", Security, 
 // transport returns the transport in a TransportSocket. Findings about it that concern security refuse it.
 func (d *decoder) transport(m wire.Message) Transport {
 	var t Transport
-	before := len(d.findings)
+	before := d.refusals
 	for d.next(&m, &transportFields) {
 		switch m.Number {
 		case 1:
@@ -106,9 +106,7 @@ func (d *decoder) transport(m wire.Message) Transport {
 			}
 		}
 	}
-	for _, finding := range d.findings[before:] {
-		t.Refused = t.Refused || finding.Class == Security
-	}
+	t.Refused = d.refusals > before
 	return t
 }
 
@@ -254,13 +252,11 @@ var stringMatcherFields = message{"envoy.type.matcher.v3.StringMatcher", Securit
 	1: {"exact", decoded},
 	2: {"prefix", decoded},
 	3: {"suffix", decoded},
-	5: {"safe_regex", decoded},
+	5: {"safe_regex", once},
 	6: {"ignore_case", decoded},
 	7: {"contains", decoded},
 	8: {"custom", security},
 }}
-
-var regexFields = message{"envoy.type.matcher.v3.RegexMatcher", Security, []field{1: {"google_re2", ignored}, 2: {"regex", decoded}}}
 
 // stringMatcher returns a matcher. In a oneof the last field counts.
 func (d *decoder) stringMatcher(m wire.Message) StringMatcher {
@@ -276,10 +272,7 @@ func (d *decoder) stringMatcher(m wire.Message) StringMatcher {
 		case 3:
 			s.Kind, s.Text = MatchSuffix, m.String()
 		case 5:
-			s.Kind, s.Text = MatchRegex, ""
-			for m := m.Message(); d.next(&m, &regexFields); {
-				s.Text = m.String()
-			}
+			s.Kind, s.Text = MatchRegex, d.regex(m.Message())
 		case 6:
 			s.IgnoreCase = m.Bool()
 		case 7:

@@ -10,6 +10,7 @@ import (
 	"runtime/metrics"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -27,7 +28,9 @@ const Path = "/stats/prometheus"
 // maxScrapes is the number of concurrent scrapes. Further ones are answered 503.
 const maxScrapes = 4
 
-var runtimeMetrics = regexp.MustCompile(`^/(memory/classes/(total|heap/objects|heap/stacks|heap/released):bytes|gc/heap/goal:bytes|cpu/classes/gc/total:cpu-seconds)$`)
+var runtimeMetrics = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^/(memory/classes/(total|heap/objects|heap/stacks|heap/released):bytes|gc/heap/goal:bytes|cpu/classes/gc/total:cpu-seconds)$`)
+})
 
 // Sources are numbers that other packages keep. They are read at each scrape, on its goroutine; nil sources are omitted.
 type Sources struct {
@@ -41,13 +44,13 @@ type Sources struct {
 	DNS       *dns.Stats // nil: no resolver
 }
 
-// Upstream is what is counted of a direction's upstream connections.
+// Upstream holds the counters of a direction's upstream connections.
 type Upstream struct {
-	Active            int    // open now, carrying something or in the pool
+	Active            int    // open connections, in use or in the pool
 	Connected, Failed uint64 // attempts to connect
-	Redialled         uint64 // of these, the second and third ones of a dial
-	Reused, Missed    uint64 // requests that found a connection in the pool, or looked in vain
-	Retried           uint64 // requests that were sent once more
+	Redialled         uint64 // those that repeated a failed attempt
+	Reused, Missed    uint64 // requests that found a connection in the pool, and that did not
+	Retried           uint64 // requests that were sent again
 }
 
 // Gate is one condition of readiness.

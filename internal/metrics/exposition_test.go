@@ -44,6 +44,7 @@ func everythingWith(o Options) *Metrics {
 		AccessLog: func() (uint64, uint64) { return 100, 7 },
 		Backoffs:  func() uint64 { return 8 },
 		Pipes:     func() int { return 2 },
+		Held:      func() (int, int, uint64) { return 1000, 2000, 3 },
 		Gates:     func() []Gate { return []Gate{{"listeners", true}, {"addresses", false}} },
 		Draining:  func() bool { return true },
 	})
@@ -191,7 +192,7 @@ func TestOpenMetrics(t *testing.T) {
 func TestMetricsWithoutSourceAreOmitted(t *testing.T) {
 	families := exposition(t, New(pod, Options{Version: "v"}))
 	for _, name := range []string{"pillion_open_connections", "pillion_pool_reused_total", "pillion_gate_open", "pillion_pipes",
-		"pillion_access_log_written_total", "pillion_accept_backoffs_total", "envoy_cluster_upstream_cx_active"} {
+		"pillion_access_log_written_total", "pillion_held_bytes", "pillion_accept_backoffs_total", "envoy_cluster_upstream_cx_active"} {
 		if families[name] != nil {
 			t.Errorf("%s is present", name)
 		}

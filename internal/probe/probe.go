@@ -83,7 +83,9 @@ type answer struct {
 	body   []byte
 }
 
-var proberPath = regexp.MustCompile(`^/(app-health|app-lifecycle)/[^/]+/(livez|readyz|startupz|prestopz|poststartz)$`)
+var proberPath = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^/(app-health|app-lifecycle)/[^/]+/(livez|readyz|startupz|prestopz|poststartz)$`)
+})
 
 // Parse reads the probes that an injector recorded: a JSON object whose names are paths and whose values are probes as
 // Kubernetes writes them. An empty text means no probes. Ports must be numbers.
@@ -106,7 +108,7 @@ func Parse(text string, config Config) (*Probers, error) {
 		http:   newProbeClient(config),
 	}
 	for _, path := range slices.Sorted(maps.Keys(recorded)) {
-		if !proberPath.MatchString(path) {
+		if !proberPath().MatchString(path) {
 			return nil, fmt.Errorf("%q: the path must be /app-health/CONTAINER/ and livez, readyz or startupz, "+
 				"or /app-lifecycle/CONTAINER/ and prestopz or poststartz", path)
 		}

@@ -22,7 +22,7 @@ type Conn struct {
 	role     *Role
 	w        *tcp.Waiter
 	protocol sniff.Protocol
-	sniffer  sniff.Sniffer
+	sniffer  *sniff.Sniffer // since ReadFirst
 }
 
 // Close releases what the walk holds once the connection has ended.
@@ -46,7 +46,7 @@ func (c *Conn) List() { c.role.flows.List(c.Record) }
 // ReadFirst reads first bytes until they decide the protocol, or until downstream has been silent for the detection
 // delay. Without detection, the connection is opaque and is not read.
 func (c *Conn) ReadFirst(detect bool) bool {
-	c.sniffer = sniff.Sniffer{
+	c.sniffer = &sniff.Sniffer{
 		Down:     c.Down,
 		Delay:    c.Settings.DetectionDelay,
 		Hold:     c.Settings.DetectionHold,
@@ -152,11 +152,13 @@ func (c *Conn) forward(to upstream.Target) {
 //
 //go:noinline
 func (c *Conn) connection(to upstream.Target) *httpforward.Connection {
+	s := c.sniffer
+	c.sniffer = nil // frees its memory
 	return &httpforward.Connection{
 		Down:      c.Down,
-		Read:      c.sniffer.Read,
-		Early:     c.sniffer.Up,
-		EarlyRead: c.sniffer.UpRead,
+		Read:      s.Read,
+		Early:     s.Up,
+		EarlyRead: s.UpRead,
 		Record:    c.Record,
 		Target:    to,
 	}

@@ -29,14 +29,14 @@ const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 // Limit is the number of bytes that are inspected. See Late for a connection that is still undecided at the limit.
 const Limit = 16 << 10
 
-// Classify determines the protocol from the first bytes of a connection. If in doubt it decides against HTTP: as SIP, RTSP
+// classify determines the protocol from the first bytes of a connection. If in doubt it decides against HTTP: as SIP, RTSP
 // and ICY share its methods, it requires a complete request line with the version. Input is opaque at the first byte that
 // rules out every known protocol.
 //
 // A line that the HTTP/1 parser accepts is HTTP1, however unusual, unless its method is: see methodByte. So is a malformed
 // line with a common method that some servers accept, such as one with two spaces: the parser rejects it. Otherwise such a
 // request would reach the server unseen when it is the first one of a connection.
-func Classify(first []byte) Protocol {
+func classify(first []byte) Protocol {
 	if len(first) == 0 {
 		return Undecided
 	}

@@ -161,7 +161,7 @@ func TestClassify(t *testing.T) {
 			if n > len(c.held) {
 				want = c.want
 			}
-			if got := Classify(first[:n]); got != want {
+			if got := classify(first[:n]); got != want {
 				t.Errorf("%s: %v after %q, want %v", c.name, protocolName(got), last(first[:n]), protocolName(want))
 				break
 			}
@@ -188,7 +188,7 @@ func TestClassifyDecidesAtTheLimit(t *testing.T) {
 			if n < Limit {
 				want = Undecided
 			}
-			if got := Classify(first[:n]); got != want {
+			if got := classify(first[:n]); got != want {
 				t.Errorf("%s: %v after %d bytes, want %v", name, protocolName(got), n, protocolName(want))
 			}
 		}
@@ -207,7 +207,7 @@ func TestTheBeginningOfARequestIsOneWhenNoMoreIsWaitedFor(t *testing.T) {
 		if got := Late([]byte(first)); got != want {
 			t.Errorf("%.40q: %v, want %v", first, protocolName(got), protocolName(want))
 		}
-		if len(first) >= Limit && Classify([]byte(first)) != want {
+		if len(first) >= Limit && classify([]byte(first)) != want {
 			t.Errorf("%.40q is not decided at the limit", first)
 		}
 	}
@@ -215,7 +215,7 @@ func TestTheBeginningOfARequestIsOneWhenNoMoreIsWaitedFor(t *testing.T) {
 
 func TestClassifyDoesNotAllocateForHTTP(t *testing.T) {
 	for _, first := range [][]byte{[]byte("GET /index.html HTTP/1.1\r\nHost: a\r\n\r\n"), []byte("GET /ind"), []byte("\r\nget  /a b  http/1.1 \r\n"), []byte(preface), []byte("\x00\x00")} {
-		if allocs := testing.AllocsPerRun(100, func() { Classify(first) }); allocs != 0 {
+		if allocs := testing.AllocsPerRun(100, func() { classify(first) }); allocs != 0 {
 			t.Errorf("%q: %v allocations", first, allocs)
 		}
 	}
@@ -234,7 +234,7 @@ func BenchmarkClassify(b *testing.B) {
 		b.Run(c.name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				Classify(c.first)
+				classify(c.first)
 			}
 		})
 	}

@@ -10,7 +10,7 @@ import (
 )
 
 // FuzzClassify classifies each prefix of its input. The verdict must not depend on how the bytes arrive: once decided it
-// must not change. Classify must agree with the parser of the HTTP engine. The parser judges the same bytes when they are
+// must not change. classify must agree with the parser of the HTTP engine. The parser judges the same bytes when they are
 // the second request of a connection: a request that is forwarded there is not hidden by an opaque verdict here.
 func FuzzClassify(f *testing.F) {
 	for _, c := range beginnings {
@@ -28,7 +28,7 @@ func FuzzClassify(f *testing.F) {
 		first = first[:min(len(first), 2000)] // the cost is quadratic
 		dribbled, at := Undecided, 0
 		for n := range len(first) + 1 {
-			switch got := Classify(first[:n]); {
+			switch got := classify(first[:n]); {
 			case got == dribbled:
 			case dribbled == Undecided:
 				dribbled, at = got, n

@@ -36,14 +36,14 @@ func TestHelloOfEveryTLSVersion(t *testing.T) {
 			message := sent[5:]
 			for _, records := range [][]byte{sent, record(message), recordsOf(100, message), recordsOf(3, message), recordsOf(1, message)} {
 				for _, n := range prefixes(len(records) - 1) {
-					if got := Classify(records[:n]); got != Undecided {
+					if got := classify(records[:n]); got != Undecided {
 						t.Fatalf("%s after %d of %d bytes", protocolName(got), n, len(records))
 					}
 				}
 				for _, more := range []string{"", "\x14", "anything"} {
 					first := append(slices.Clone(records), more...)
 					hello, protocol := parseHello(first)
-					if Classify(first) != TLS || protocol != TLS || !sameHello(hello, want) {
+					if classify(first) != TLS || protocol != TLS || !sameHello(hello, want) {
 						t.Errorf("%s, %+v; want %+v", protocolName(protocol), hello, want)
 					}
 				}

@@ -247,7 +247,7 @@ func (s *Sniffer) look() (Protocol, error) {
 
 // judge classifies what was read. It reads the clock only if the bytes do not decide.
 func (s *Sniffer) judge() Protocol {
-	protocol := Classify(s.Read.Bytes())
+	protocol := classify(s.Read.Bytes())
 	if protocol == Undecided && s.began.IsZero() {
 		s.began = time.Now()
 	}

@@ -10,7 +10,7 @@ import (
 // The capacity of a Buffer before Grow or Append.
 const (
 	BufferSize      = 16 << 10
-	LargeBufferSize = 64 << 10 // from TakeLargeBuffer
+	largeBufferSize = 64 << 10 // from TakeLargeBuffer
 )
 
 // ErrFull means that a Buffer has no room. Discard bytes, or call Grow.
@@ -31,7 +31,7 @@ var buffers, largeBuffers sync.Pool
 
 func init() {
 	buffers.New = func() any { return &Buffer{fixed: make([]byte, BufferSize), pool: &buffers} }
-	largeBuffers.New = func() any { return &Buffer{fixed: make([]byte, LargeBufferSize), pool: &largeBuffers} }
+	largeBuffers.New = func() any { return &Buffer{fixed: make([]byte, largeBufferSize), pool: &largeBuffers} }
 }
 
 // TakeBuffer returns an empty buffer.

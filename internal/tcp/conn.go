@@ -91,9 +91,9 @@ func (c *Conn) Writable() bool { return c.ready.Load()&(writable|failed|hungUp) 
 // Ended reports whether the poller has seen the end of the peer's data: the peer has closed, or the connection is dead.
 func (c *Conn) Ended() bool { return c.ready.Load()&(gone|failed|hungUp) != 0 }
 
-// Urgent reports whether the peer has ever sent urgent data. SpliceTo stops before urgent data and cannot distinguish that
+// hadUrgent reports whether the peer has ever sent urgent data. SpliceTo stops before urgent data and cannot distinguish that
 // from an empty or ended connection: read such a connection instead.
-func (c *Conn) Urgent() bool { return c.ready.Load()&urgent != 0 }
+func (c *Conn) hadUrgent() bool { return c.ready.Load()&urgent != 0 }
 
 // Failed returns an error if the connection is dead because it was reset or the peer vanished. It does not read. It returns
 // nil for a connection that is open or was closed in order. It depends on events, so it detects a dead connection only after
@@ -131,7 +131,7 @@ func (c *Conn) readSocket(p []byte) (int, error) {
 	n, err := c.try(readable, "read", func() (int, error) { return read(c.fd, p) })
 	// A read that leaves room has drained the socket, and later bytes cause a new event. This saves the system call that
 	// would return EAGAIN. Urgent data is the exception, because a read stops before it.
-	if n == len(p) || c.Urgent() {
+	if n == len(p) || c.hadUrgent() {
 		c.ready.Or(readable)
 	}
 	return n, err

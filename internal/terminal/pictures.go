@@ -78,7 +78,7 @@ var topColumns = []topColumn{
 	{ByTotal, "TOTAL", 7, 1, func(c *live.Counts) string { return showCount(c.Flows) }, nil},
 	{ByErrors, "SUCCESS", 7, 0, func(c *live.Counts) string { return showSuccess(c.Flows, c.Errors) }, func(c *live.Counts) string {
 		if c.Errors > 0 {
-			return Red
+			return red
 		}
 		return ""
 	}},
@@ -192,14 +192,13 @@ func topKeys(paint Painter, fit Fit, limit int) string {
 			used += columnsOf(word)
 		}
 	}
-	add(Faint, "q quit, sort by:")
+	add(Faint, "q quit; sort by")
 	for _, o := range Orders {
 		colour := Faint
 		if o == fit.Sorted {
 			colour = Bold
 		}
-		add("", " ")
-		add(colour, fmt.Sprintf("%c %s", o[0], o))
+		add(colour, fmt.Sprintf("  %c %s", o[0], o))
 	}
 	return text
 }
@@ -226,9 +225,9 @@ func Status(s *live.Snapshot, paint Painter) string {
 	}
 	row("pillion", "%s%s, up %s", s.Version, podOf(s), showAge(s.UptimeSeconds))
 	if s.Ready {
-		row("ready", "%s", paint.Paint(Green, "yes"))
+		row("ready", "%s", paint.Paint(green, "yes"))
 	} else {
-		row("ready", "%s", paint.Paint(Red, "no"))
+		row("ready", "%s", paint.Paint(red, "no"))
 		for _, gate := range s.Gates {
 			if !gate.Open {
 				row("", "%s: %s", gate.Name, gate.Why)
@@ -244,7 +243,7 @@ func Status(s *live.Snapshot, paint Painter) string {
 	failed, flows := in.ErrorsPerSecond+out.ErrorsPerSecond, in.FlowsPerSecond+out.FlowsPerSecond
 	share, colour := 0.0, ""
 	if failed > 0 {
-		share, colour = 100*failed/flows, Red
+		share, colour = 100*failed/flows, red
 	}
 	row("errors", "%d of %d that ended; now %s, %s per second", in.Errors+out.Errors, in.Flows+out.Flows,
 		paint.Paint(colour, fmt.Sprintf("%.1f%%", share)), showRate(failed))
@@ -324,11 +323,11 @@ func Record(r *live.Record, paint Painter, aligned bool, columns int) string {
 func recordColour(r *live.Record) string {
 	switch {
 	case r.Failed:
-		return Red
+		return red
 	case r.Status >= 400:
-		return Yellow
+		return yellow
 	case r.Status != 0:
-		return Green
+		return green
 	}
 	return ""
 }

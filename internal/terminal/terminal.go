@@ -42,9 +42,9 @@ func isTerminalFile(file *os.File) bool {
 
 // The colours, as SGR parameters.
 const (
-	Red    = "31"
-	Green  = "32"
-	Yellow = "33"
+	red    = "31"
+	green  = "32"
+	yellow = "33"
 	Faint  = "2"
 	Bold   = "1"
 )

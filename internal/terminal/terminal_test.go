@@ -146,7 +146,7 @@ func TestTopFitsTheTerminal(t *testing.T) {
 	lines := strings.Split(strings.TrimSuffix(got, "\n"), "\n")
 	if len(lines) != 24 || !strings.HasPrefix(lines[0], "pillion v1.2.3") || lines[1] != "in 0.5/s, 10 total; out 212/s, 2.35M total; 7 errors" ||
 		!strings.Contains(lines[2], "PER S   TOTAL SUCCESS     P50     P95     P99  BYTES") || !strings.HasPrefix(lines[3], "out service-00.") ||
-		!strings.HasPrefix(lines[21], "out service-18.") || lines[22] != "and 41 more" || !strings.HasPrefix(lines[23], "q quit, sort by: r rate t total") {
+		!strings.HasPrefix(lines[21], "out service-18.") || lines[22] != "and 41 more" || !strings.HasPrefix(lines[23], "q quit; sort by  r rate  t total") {
 		t.Errorf("at 80×24:\n%s", got)
 	}
 	if narrow := terminal.Top(s, false, terminal.Fit{Columns: 52, Rows: 24}); !strings.Contains(narrow, "  PER S   TOTAL SUCCESS     P99\n") {

@@ -12,7 +12,9 @@ import (
 // Target is the address of an upstream, and the source address from which it is dialled. With an invalid Source the
 // kernel chooses. Connections with equal Targets are interchangeable unless the Target is Balanced.
 type Target struct {
-	Source   netip.Addr
+	Source  netip.Addr
+	Address netip.AddrPort
+
 	Borrowed bool // Source is the client's address, and needs a Borrower
 
 	// Balanced means that the address may stand for several servers, one of which the network chooses for each new
@@ -20,8 +22,6 @@ type Target struct {
 	// connection to a balanced Target serves one downstream connection only, and never enters a Pool. When a dial fails,
 	// the next one may reach another server: see Dialer.Dial.
 	Balanced bool
-
-	Address netip.AddrPort
 }
 
 // maxIdle bounds the connections that a Pool keeps, for one target and for all.

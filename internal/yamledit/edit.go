@@ -212,6 +212,11 @@ func (d *Document) Edit(changes []Change) (result string, err error) {
 		return cmp.Or(cmp.Compare(a.from, b.from), cmp.Compare(a.to, b.to), cmp.Compare(b.depth, a.depth))
 	})
 	var b strings.Builder
+	size := len(d.text)
+	for _, s := range splices {
+		size += len(s.text) - (s.to - s.from)
+	}
+	b.Grow(max(0, size))
 	at := 0
 	for _, s := range splices {
 		b.WriteString(d.text[at:s.from])

@@ -164,6 +164,79 @@ func TestSplitKeepsEveryByte(t *testing.T) {
 	}
 }
 
+func TestAListIsSplitIntoItems(t *testing.T) {
+	for document, want := range map[string][]string{
+		"kind: List\nitems:\n- a: 1\n- b: 2\nx: y\n":                            {"- a: 1\n", "- b: 2\n"},
+		"items: # all\n\n  # one\n  - a: 1\n    b:\n    - c\n  # two\n  - d\n":  {"  - a: 1\n    b:\n    - c\n  # two\n", "  - d\n"},
+		"---\nitems:\n-\n  a: 1\n- |\n  - x\n  items:\n...\n":                   {"-\n  a: 1\n", "- |\n  - x\n  items:\n"},
+		"items:\r\n- a: 1\r\n- b":                                               {"- a: 1\r\n", "- b"},
+		`{"kind":"List","items":[{"items":[1,{}]},{"b":"]},{"} , "x" ,3]}`:      {`{"items":[1,{}]}`, `{"b":"]},{"}`, `"x"`, "3"},
+		"{\n \"items\": [\n  {\"a\": 1},\n  [2]\n ],\n \"kind\": \"List\"\n}\n": {`{"a": 1}`, "[2]"},
+		// These are parsed as a whole.
+		"items: []\n": nil, "items: [a]\n": nil, "items:\n": nil, "kind: List\n": nil, "items:\n  a: 1\n": nil, "items:\n- a\nitems:\n- b\n": nil,
+		`{"items":[]}`: nil, `{"items":{"a":[1]}}`: nil, `{"x":{"items":[1]}}`: nil, `{"items":[1],"items":[2]}`: nil, `{"items":[1]`: nil, `{"items": [1,]}`: nil,
+		"": nil, "{": nil, "- a\n": nil,
+	} {
+		parts, rest := SplitList(document, "items")
+		var got []string
+		joined := ""
+		for _, part := range parts {
+			if joined += part.Text; part.Item {
+				got = append(got, part.Text)
+			}
+		}
+		if !reflect.DeepEqual(got, want) || (rest == nil) != (want == nil) || want != nil && joined != document {
+			t.Errorf("%q is split into %v with %v, want %q", document, parts, rest, want)
+		}
+	}
+}
+
+// The items of a document are the items of its parts.
+func FuzzSplitList(f *testing.F) {
+	for _, text := range []string{
+		"kind: List\nitems:\n- a: 1\n  b: \"x\n- y\"\n- c: 'x\n\n- y'\n", "items:\n- {a: [\n- b]}\n- &x c\n- *x\n", "items:\n- a: |\n    x\n- >-\n  y\n# z\nk: v\n",
+		"items:\n- - a\n  - b\n-\n- ? k\n  : v\n", "items: &a\n- x\n- y\nb: *a\n", "items:\n- a\n--- x\n- b\n", `{"items":[{"a":"\\"]"},[1,2],null,"x"],"kind":"List"}`,
+		"items:\n- x\n# a\n - y\n", "items:\n- a\n\t- b\n", "items:\n- !t a\n- b: c\n  d: e\n", "{\"items\": [1, {\"a\": 2}]} # x", "items:\n- a\n  b\n- c: d\n   e\n",
+	} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		parts, rest := SplitList(text, "items")
+		if rest == nil {
+			return
+		}
+		var items []any
+		joined := ""
+		for _, part := range parts {
+			joined += part.Text
+			if !part.Item {
+				continue
+			}
+			d, err := Parse(part.Text)
+			if err != nil {
+				return // the caller parses the whole
+			}
+			item := d.Tree()
+			if strings.HasPrefix(strings.TrimLeft(part.Text, " "), "-") && text[0] != '{' {
+				list, _ := item.([]any)
+				if len(list) != 1 {
+					return // likewise
+				}
+				item = list[0]
+			}
+			items = append(items, item)
+		}
+		whole, err := Parse(text)
+		if err != nil {
+			t.Fatalf("%q: the parts are valid and the whole is not: %v", text, err)
+		}
+		rest["items"] = items
+		if joined != text || !reflect.DeepEqual(whole.Tree(), any(rest)) {
+			t.Errorf("%q has\n%v\nand in parts\n%v", text, whole.Tree(), rest)
+		}
+	})
+}
+
 func TestTreesAreReadAsKubectlReadsThem(t *testing.T) {
 	for text, want := range map[string]string{
 		"[yes, No, on, y, 'yes', \"off\"]":        `[true,false,true,true,"yes","off"]`,

@@ -95,6 +95,10 @@ func TestCheckNamesChangesOfTheNamespace(t *testing.T) {
 			"warning: inet t c (nft, filter, hook prerouting, priority -300) may decide about captured packets: verdict map, notrack"},
 		{"one that only counts, accepts and masquerades", "nft 'add table ip t; add chain ip t c { type filter hook output priority 0; }; add rule ip t c counter accept; add chain ip t p { type nat hook postrouting priority 100; }; add rule ip t p masquerade'", true,
 			"the rules match"},
+		{"one at a device", "nft 'add table netdev t; add chain netdev t in { type filter hook ingress device lo priority 0; }; add rule netdev t in tcp dport 80 drop'", true,
+			"warning: netdev t in (nft, filter, hook ingress, priority 0) may decide about captured packets: drop"},
+		{"one that passes to another proxy", "nft 'add table ip t; add chain ip t c { type filter hook prerouting priority 0; }; add rule ip t c tcp dport 81 tproxy to :82'", true,
+			"warning: ip t c (nft, filter, hook prerouting, priority 0) may decide about captured packets: tproxy"},
 		{"a drop in the filter table of iptables", "iptables-nft -A INPUT -p tcp --dport 80 -j DROP", true,
 			"warning: ip filter INPUT (nft, filter, hook input, priority 0) may decide about captured packets: drop"},
 		{"the same in the legacy one", "iptables-legacy -N THEIRS; iptables-legacy -A THEIRS -j REJECT; iptables-legacy -A INPUT -p tcp -j THEIRS; iptables-legacy -P OUTPUT DROP", true,
@@ -115,7 +119,7 @@ func TestCheckNamesChangesOfTheNamespace(t *testing.T) {
 			if found.Equal != test.equal || !test.equal && len(found.Differences) != strings.Count(test.want, "\n")+1 {
 				t.Errorf("equal: %t, got\n%s", found.Equal, found)
 			}
-			ns.MustRun(t, "/bin/sh", "-c", "PATH=/usr/sbin:/usr/bin:/sbin:/bin; for t in raw mangle nat; do iptables-nft -t $t -F; iptables-nft -t $t -X; done; iptables-legacy -t nat -F; iptables-legacy -t nat -X; iptables-legacy -F; iptables-legacy -X; iptables-legacy -P OUTPUT ACCEPT; iptables-nft -F; nft delete table inet t; nft delete table ip t; nft delete table ip6 t; true")
+			ns.MustRun(t, "/bin/sh", "-c", "PATH=/usr/sbin:/usr/bin:/sbin:/bin; for t in raw mangle nat; do iptables-nft -t $t -F; iptables-nft -t $t -X; done; iptables-legacy -t nat -F; iptables-legacy -t nat -X; iptables-legacy -F; iptables-legacy -X; iptables-legacy -P OUTPUT ACCEPT; iptables-nft -F; nft delete table inet t; nft delete table ip t; nft delete table ip6 t; nft delete table netdev t; true")
 		})
 	}
 }

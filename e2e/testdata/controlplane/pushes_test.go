@@ -57,7 +57,7 @@ var pushes = sync.OnceValues(func() (map[string][]*anypb.Any, error) {
 			return nil, err
 		}
 		switch path.Base(header.Name) {
-		case "cds.json", "eds.json":
+		case "cds.json", "eds.json", "rds.json":
 		default:
 			continue
 		}
