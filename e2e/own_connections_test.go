@@ -1,12 +1,12 @@
 package e2e
 
 import (
-	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
+	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -28,14 +28,9 @@ func sendAndRead(t *testing.T, from *nettest.Namespace, address, text string) st
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(nettest.Patience))
-	if text != "" {
-		_, err = io.WriteString(conn, text)
-	}
-	var answer []byte
-	if err == nil {
-		answer, err = io.ReadAll(conn)
-	}
-	if len(answer) == 0 && (isReset(err) || errors.Is(err, syscall.EPIPE)) {
+	io.WriteString(conn, text)
+	answer, err := io.ReadAll(conn)
+	if len(answer) == 0 && isReset(err) {
 		return "reset"
 	}
 	return string(answer)
@@ -53,8 +48,7 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 			s := &stage{}
 			s.pod, s.peer = nettest.PodAndPeer(t)
 			initPod(t, s.pod, flavour)
-			s.agent = launchAgentBy(t, s.pod, unprivileged(otherUID), "--opaque-ports", "5432",
-				"--detection-delay", "1s") // a request that comes later than that meets a connection that has ended
+			s.agent = launchAgentBy(t, s.pod, unprivileged(otherUID), "--opaque-ports", "5432", "--detection-delay", "500ms")
 			awaitReady(t, s.pod, s.agent)
 			s.agent.log.await(t, "neither user nor group 1337", "uid=2000")
 			before := s.agent.descriptors(t)
@@ -65,16 +59,15 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 				for _, c := range []struct {
 					port       uint16
 					sent, want string
-					times      int
 				}{
-					{80, request, "HTTP/1.1 503 ", each},
-					{80, "POST" + request[3:], "HTTP/1.1 503 ", each},
-					{9, "hello, opaque protocol\n", "reset", each},
-					{9, "", "reset", 1}, // a protocol in which the server sends first
-					{5432, "any bytes", "reset", each},
+					{80, request, "HTTP/1.1 503 "},
+					{80, "POST" + request[3:], "HTTP/1.1 503 "},
+					{9, "hello, opaque protocol\n", "reset"},
+					{9, "", "reset"}, // a protocol in which the server sends first
+					{5432, "any bytes", "reset"},
 				} {
 					to := netip.AddrPortFrom(address, c.port).String()
-					for range c.times {
+					for range each {
 						if got := sendAndRead(t, s.pod, to, c.sent); !strings.HasPrefix(got, c.want) {
 							t.Fatalf("%q to %s: %q, want %q", c.sent, to, got, c.want)
 						}
@@ -91,9 +84,9 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 			if lines := s.agent.log.lines(`msg="connection refused"`); len(lines) > 0 {
 				t.Errorf("more lines about the loop:\n%s", strings.Join(lines, "\n"))
 			}
-			// Each connection of the workload has two records, its own and that of the connection that came back, and now and
-			// then a third one.
-			if records, most := len(s.agent.log.lines("reason=loop")), 2*5*each*3; records > most {
+			// Each connection of the workload has three records, its own and those of two connections that came back, and now
+			// and then a fourth one.
+			if records, most := len(s.agent.log.lines("reason=loop")), 2*5*each*4; records > most {
 				t.Errorf("%d connections looped, want at most %d", records, most)
 			}
 			assertQuiet(t, s.agent)
@@ -108,7 +101,7 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 // Our rules let the agent's connections to the workload pass, whatever its user. A rule of somebody else may not.
 func TestARuleThatCapturesInboundsOwnConnectionsIsReportedAsALoop(t *testing.T) {
 	t.Parallel()
-	s := newStage(t, "--detection-delay", "1s")
+	s := newStage(t, patientWithClients...)
 	s.pod.MustRun(t, requireProgram(t, "xtables-nft-multi"), "iptables", "-t", "nat", "-I", "OUTPUT",
 		"-s", capture.InboundSource4.String(), "-p", "tcp", "-j", "REDIRECT", "--to-ports", "15006")
 	before := s.agent.descriptors(t)
@@ -125,5 +118,45 @@ func TestARuleThatCapturesInboundsOwnConnectionsIsReportedAsALoop(t *testing.T) 
 	nettest.Eventually(t, "descriptors to be closed", func() bool { return s.agent.descriptors(t) <= before })
 	if lines := s.agent.log.lines(loopCause); len(lines) != 1 || !strings.Contains(lines[0], "rules check") {
 		t.Errorf("%d lines about the loop, want one with the remedy:\n%s", len(lines), strings.Join(lines, "\n"))
+	}
+}
+
+// When a client uses one source port for two destinations, conntrack gives the second redirected connection a random source
+// port. A rule makes it that of one of the agent's own connections to the same destination.
+func TestAConnectionWithThePortOfAnOwnConnectionIsNoLoop(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--opaque-ports", "9")
+	iptables := requireProgram(t, "xtables-nft-multi")
+	listener := s.peer.Listen(t, "tcp", netip.AddrPortFrom(nettest.Elsewhere4, 9).String()).(*net.TCPListener)
+	for i, received := range []bool{false, true} {
+		first, own := s.outbound().connectTo(t, listener)
+		if received {
+			converse(t, first, own)
+		}
+		clientPort := strconv.Itoa(2000 + i)
+		s.pod.MustRun(t, iptables, "iptables", "-t", "nat", "-I", "POSTROUTING", "-o", "lo", "-p", "tcp", "--sport", clientPort,
+			"-j", "SNAT", "--to-source", own.RemoteAddr().String())
+		var second net.Conn
+		s.pod.Do(t, func() (err error) {
+			from := netip.MustParseAddrPort(nettest.PodIP4.String() + ":" + clientPort)
+			dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(from), Timeout: nettest.Patience}
+			second, err = dialer.Dial("tcp", listener.Addr().String())
+			return err
+		})
+		defer second.Close()
+		second.SetDeadline(time.Now().Add(nettest.Patience))
+		listener.SetDeadline(time.Now().Add(nettest.Patience))
+		other, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		converse(t, second, other)
+		second.Close()
+		other.Close()
+		s.agent.log.await(t, "downstream="+own.RemoteAddr().String(), "reason=closed")
+		converse(t, first, own)
+	}
+	if lines := s.agent.log.lines(loopCause); len(lines) > 0 {
+		t.Errorf("a loop is reported:\n%s", strings.Join(lines, "\n"))
 	}
 }

@@ -83,8 +83,11 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		to = borrow(to, down.RemoteAddr().Addr())
 	}
 	reason, ok := p.policy.allows(to)
+	if ok && c.Loops() {
+		reason, ok, err = flow.Loop, false, upstream.ErrLoop
+	}
 	if c.Record.Cluster = cluster(dst, reason); !ok {
-		c.Refuse(reason, nil)
+		c.Refuse(reason, err)
 		return
 	}
 	c.List()

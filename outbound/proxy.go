@@ -14,6 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // Config is what a Proxy needs. All fields are required.
@@ -67,8 +68,11 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	}
 	c.Record.OriginalDestination = dst
 	reason, ok := p.policy.allows(dst)
+	if ok && c.Loops() {
+		reason, ok, err = flow.Loop, false, upstream.ErrLoop
+	}
 	if c.Record.Cluster = cluster(reason); !ok {
-		c.Refuse(reason, nil)
+		c.Refuse(reason, err)
 		return
 	}
 	c.List()

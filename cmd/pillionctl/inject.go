@@ -8,7 +8,6 @@ import (
 	"os"
 	"runtime/debug"
 	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -80,8 +79,8 @@ injected, nothing is written and the exit status is 1.`,
 			if err := options.Validate(); err != nil {
 				return flagNamed(err)
 			}
-			outcomes, err := files.rewrite(cmd, func(text, name string, report func(inject.Outcome)) (inject.Text, error) {
-				return inject.Inject(text, name, options, report)
+			outcomes, err := files.rewrite(cmd, func(text, name string, report func(inject.Outcome), out inject.Output) error {
+				return inject.Inject(text, name, options, report, out)
 			})
 			warnOfImage(cmd, options, outcomes)
 			return err
@@ -128,14 +127,15 @@ func (f *files) bind(flags *pflag.FlagSet) {
 }
 
 // rewrite changes all files and then writes them as one stream.
-func (f *files) rewrite(cmd *cobra.Command, change func(text, name string, report func(inject.Outcome)) (inject.Text, error)) ([]inject.Outcome, error) {
+func (f *files) rewrite(cmd *cobra.Command, change func(text, name string, report func(inject.Outcome), out inject.Output) error) ([]inject.Outcome, error) {
 	if len(f.from) == 0 {
 		return nil, usageError{Err: errors.New("no input: name a file with -f; - is standard input")}
 	}
 	// Manifests of a whole cluster are large. Collecting more often costs little time and saves a third of the memory.
 	defer debug.SetGCPercent(debug.SetGCPercent(50))
 	outcomes := []inject.Outcome{}
-	var out inject.Text
+	out := &spool{}
+	defer out.close()
 	var failed []error
 	for _, name := range f.from {
 		if name == "-" {
@@ -143,9 +143,8 @@ func (f *files) rewrite(cmd *cobra.Command, change func(text, name string, repor
 		}
 		text, err := f.read(cmd.InOrStdin(), name)
 		if err == nil {
-			var changed inject.Text
-			changed, err = change(text, name, func(o inject.Outcome) { outcomes = append(outcomes, o) })
-			out = join(out, changed)
+			out.begin()
+			err = change(text, name, func(o inject.Outcome) { outcomes = append(outcomes, o) }, out)
 		}
 		if err != nil {
 			failed = append(failed, err)
@@ -160,8 +159,7 @@ func (f *files) rewrite(cmd *cobra.Command, change func(text, name string, repor
 		return outcomes, err
 	}
 	if f.to == "-" {
-		_, err = out.WriteTo(cmd.OutOrStdout())
-		return outcomes, err
+		return outcomes, out.writeTo(cmd.OutOrStdout())
 	}
 	return outcomes, writeFile(f.to, out)
 }
@@ -207,13 +205,12 @@ func warnOfImage(cmd *cobra.Command, options inject.Options, outcomes []inject.O
 	}
 }
 
-func writeFile(name string, text inject.Text) error {
+func writeFile(name string, text *spool) error {
 	file, err := os.Create(name)
 	if err != nil {
 		return err
 	}
-	_, err = text.WriteTo(file)
-	return errors.Join(err, file.Close())
+	return errors.Join(text.writeTo(file), file.Close())
 }
 
 func (f *files) read(stdin io.Reader, name string) (string, error) {
@@ -230,17 +227,4 @@ func (f *files) read(stdin io.Reader, name string) (string, error) {
 		size = info.Size()
 	}
 	return inject.Read(file, name, size)
-}
-
-// join appends text and separates files by a line of ---.
-func join(out, text inject.Text) inject.Text {
-	if len(out) > 0 && len(text) > 0 {
-		if !strings.HasSuffix(out[len(out)-1], "\n") {
-			out = append(out, "\n")
-		}
-		if !strings.HasPrefix(text[0], "---") {
-			out = append(out, "---\n")
-		}
-	}
-	return append(out, text...)
 }

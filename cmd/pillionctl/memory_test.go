@@ -57,7 +57,7 @@ spec:
 
 // A List of the Deployments of a large cluster takes at most ten times its size, in block style and as one line of JSON.
 func TestAListTakesTenTimesItsSizeAtMost(t *testing.T) {
-	const count = 4_000
+	const count = 2_500
 	var block, flow strings.Builder
 	block.WriteString("apiVersion: v1\nkind: List\nitems:\n")
 	flow.WriteString(`{"apiVersion":"v1","items":[`)

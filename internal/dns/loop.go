@@ -1,6 +1,7 @@
 package dns
 
 import (
+	"bytes"
 	"net"
 	"net/netip"
 	"os"
@@ -9,16 +10,20 @@ import (
 	"github.com/miekg/dns"
 )
 
-// ownSockets is the set of local addresses of the UDP sockets to upstreams. A query that comes from one of them is our own:
-// the rules do not exempt the agent's user and redirect its queries to it. Each would cause another one.
+// ownSockets is the set of UDP sockets to upstreams, by local address, with the query that each sends. If the same query
+// comes from such an address, it is our own: the rules do not exempt the agent's user and redirect its queries to it. Each
+// would cause another one.
+//
+// The address alone proves nothing. When a client queries several servers from one socket, conntrack gives all redirected
+// flows after the first one a random source port, and that may be the port of one of these sockets.
 type ownSockets struct {
 	mu     sync.Mutex
-	open   map[netip.AddrPort]struct{}
+	open   map[netip.AddrPort][]byte
 	logged sync.Once
 }
 
-// add adds a socket until remove is called. It must be called before the socket sends.
-func (o *ownSockets) add(conn net.Conn) (remove func()) {
+// add adds a socket until remove is called. It must be called before the socket sends query, which must not change.
+func (o *ownSockets) add(conn net.Conn, query []byte) (remove func()) {
 	udp, ok := conn.LocalAddr().(*net.UDPAddr)
 	if !ok {
 		return func() {}
@@ -27,9 +32,9 @@ func (o *ownSockets) add(conn net.Conn) (remove func()) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.open == nil {
-		o.open = make(map[netip.AddrPort]struct{})
+		o.open = make(map[netip.AddrPort][]byte)
 	}
-	o.open[local] = struct{}{}
+	o.open[local] = query
 	return func() {
 		o.mu.Lock()
 		defer o.mu.Unlock()
@@ -37,12 +42,13 @@ func (o *ownSockets) add(conn net.Conn) (remove func()) {
 	}
 }
 
-func (o *ownSockets) contain(peer netip.AddrPort) bool {
+// sent reports whether one of the sockets has the address peer and sends the query raw.
+func (o *ownSockets) sent(peer netip.AddrPort, raw []byte) bool {
 	peer = plain(peer)
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	_, ok := o.open[peer]
-	return ok
+	query, ok := o.open[peer]
+	return ok && bytes.Equal(query, raw)
 }
 
 // plain removes the zone and the mapping of IPv4 to IPv6.

@@ -9,8 +9,11 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
 // As with rules that do not exempt the agent's user: every query to an upstream comes back to the resolver.
@@ -45,21 +48,55 @@ func TestAQueryOfOurOwnIsAnsweredAndLoggedOnce(t *testing.T) {
 	}
 }
 
-func TestSocketsAreRecognisedWhateverTheFormOfTheirAddress(t *testing.T) {
+func TestQueriesAreRecognisedWhateverTheFormOfTheirAddress(t *testing.T) {
 	var own ownSockets
 	conn, err := net.Dial("udp", "127.0.0.1:9")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	remove := own.add(conn)
+	query := []byte("a query")
+	remove := own.add(conn, query)
 	local := conn.LocalAddr().(*net.UDPAddr).AddrPort()
 	mapped := netip.AddrPortFrom(netip.AddrFrom16(local.Addr().As16()), local.Port())
 	other := netip.AddrPortFrom(local.Addr(), local.Port()^1)
-	if !own.contain(local) || !own.contain(mapped) || own.contain(other) {
-		t.Errorf("%v: %t, %v: %t, %v: %t", local, own.contain(local), mapped, own.contain(mapped), other, own.contain(other))
+	if !own.sent(local, query) || !own.sent(mapped, query) || own.sent(other, query) {
+		t.Errorf("%v: %t, %v: %t, %v: %t", local, own.sent(local, query), mapped, own.sent(mapped, query), other, own.sent(other, query))
 	}
-	if remove(); own.contain(local) {
+	if remove(); own.sent(local, query) {
 		t.Errorf("%v is still in the set", local)
+	}
+}
+
+// conntrack may give the query of a client the port of one of our own sockets.
+func TestAQueryOfAnotherFromTheAddressOfAnOwnSocketIsAnswered(t *testing.T) {
+	r := serve(t, addrs(standing(t, coded(dns.RcodeNameError))))
+	client, err := net.Dial("udp", r.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	own := question("a.example.", dns.TypeA)
+	sent, err := own.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.own.add(client, sent)() // as if it were a socket of the resolver's
+
+	conn := &dns.Conn{Conn: client}
+	client.SetDeadline(time.Now().Add(nettest.Patience))
+	for _, q := range []*dns.Msg{question("a.example.", dns.TypeA), question("b.example.", dns.TypeA)} {
+		if q.Id == own.Id {
+			q.Id++
+		}
+		if err := conn.WriteMsg(q); err != nil {
+			t.Fatal(err)
+		}
+		if m, err := conn.ReadMsg(); err != nil || m.Id != q.Id || m.Rcode != dns.RcodeNameError {
+			t.Errorf("the answer to %s is %v, %v", q.Question[0].Name, m, err)
+		}
+	}
+	if n := r.Stats.Loops.Load(); n != 0 {
+		t.Errorf("%d queries are counted as loops", n)
 	}
 }

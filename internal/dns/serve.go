@@ -44,7 +44,7 @@ func (s *Server) serveUDP(socket *net.UDPConn) {
 
 func (s *Server) answerUDP(socket *net.UDPConn, peer netip.AddrPort, raw []byte) {
 	var out []byte
-	if s.own.contain(peer) {
+	if s.own.sent(peer, raw) {
 		out = s.refuseLoop(raw)
 	} else {
 		out = s.answer(raw, "udp", maxPacket)

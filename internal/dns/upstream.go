@@ -166,11 +166,11 @@ func (s *Server) over(ctx context.Context, network string, u *upstream, wire []b
 		return nil, err
 	}
 	defer conn.Close()
-	defer s.own.add(conn)()
-	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(past) })()
 	if _, err := rand.Read(wire[:2]); err != nil {
 		return nil, err
 	}
+	defer s.own.add(conn, wire)()
+	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(past) })()
 	raw, err := exchange(s, conn, wire)
 	if err != nil {
 		return nil, fmt.Errorf("querying %v over %s: %w", u.addr, network, err)

@@ -325,12 +325,14 @@ func (x *exchange) judge() (ending, bool) {
 }
 
 // upstreamEnded decides what the end of upstream before the end of its response means. Most servers treat a half-close as
-// the end of the connection, so the end that follows downstream's half-close is downstream's doing.
+// the end of the connection, so an orderly end that follows the forwarded half-close is downstream's doing. A reset is not:
+// the server has crashed, or the network has lost it.
 func (x *exchange) upstreamEnded(err error) (ending, bool) {
+	looped := x.s.up.Looped()
 	switch {
-	case !x.answered && !x.s.up.Looped() && x.mayRepeat():
+	case !x.answered && !looped && x.mayRepeat():
 		return x.repeat()
-	case x.last():
+	case !looped && err == io.EOF && x.last() && x.request.done():
 		return x.downstreamLeft(err), true
 	case x.answered:
 		return x.truncated(err), true

@@ -12,6 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // multiplex is one HTTP/2 downstream connection and the upstream connection that carries its streams under the same
@@ -113,7 +114,7 @@ func (e *Engine) serveHTTP2(w *tcp.Waiter, c *Connection) {
 // connect opens the upstream connection, unless it was opened early.
 func (m *multiplex) connect() {
 	if m.up == nil {
-		up, attempts, err := m.engine.dialer(m.settings).Dial(m.w, m.Target)
+		up, attempts, err := m.engine.dialer(&m.Connection, m.settings).Dial(m.w, m.Target)
 		m.attempts = uint8(attempts)
 		if errors.Is(err, tcp.ErrCanceled) {
 			m.over = isReset
@@ -253,7 +254,13 @@ func (m *multiplex) upstreamGone(err error) {
 		m.over = closesInOrder
 		return
 	}
-	if m.downEnded { // most servers treat the half-close as the end of the connection
+	looped := m.up.Looped()
+	switch {
+	case looped && m.Returned != nil: // see exchange.refuse
+		m.closeAll(flow.Loop, upstream.ErrLoop)
+		m.over = isReset
+		return
+	case !looped && m.downEnded && err == io.EOF: // most servers treat the half-close as the end of the connection
 		m.closeAll(flow.DownstreamLeft, nil)
 		m.over = closesInOrder
 		return

@@ -146,6 +146,8 @@ func (s *stream) setFailure(reason flow.Reason, err error) {
 		r.Flags, r.Details = envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation
 	case flow.BadResponse:
 		r.Flags, r.Details = envoy.FlagUpstreamProtocolError, replyBadResponse.details
+	case flow.Loop:
+		r.Flags, r.Details = replyLoop.flags, replyLoop.details
 	case flow.HeadTimeout:
 		r.Details = replyHeadTimeout.details
 	}

@@ -78,6 +78,8 @@ type Connection struct {
 	Target upstream.Target
 
 	Router Router // chooses the upstream of each request; nil: Target for all
+
+	Returned *tcp.Conn // the upstream connection whose other end Down seems to be; see upstream.Stats.Returned
 }
 
 // Engine forwards the HTTP of one direction. Make it with New.
@@ -122,10 +124,10 @@ func (e *Engine) Apply(settings Settings) error {
 // Settings returns the current settings.
 func (e *Engine) Settings() Settings { return *e.settings.Load() }
 
-// dialer returns the dialer for a request or connection with these settings.
-func (e *Engine) dialer(settings *Settings) upstream.Dialer {
+// dialer returns the dialer for c, or for a request of it, with these settings.
+func (e *Engine) dialer(c *Connection, settings *Settings) upstream.Dialer {
 	dialer := e.config.Dialer
-	dialer.Timeout = settings.ConnectTimeout
+	dialer.Timeout, dialer.Returned = settings.ConnectTimeout, c.Returned
 	return dialer
 }
 

@@ -148,13 +148,18 @@ func (r *reply) endsConnection() bool {
 }
 
 // refuse sends a reply in place of upstream, and closes the record. The connection persists if the whole request has
-// arrived, unless the reply ends it. After a part of an interim response no reply can be sent: downstream could not parse it.
+// arrived, unless the reply ends it, or downstream does not outlive the upstream connection. After a part of an interim
+// response no reply can be sent: downstream could not parse it.
 func (x *exchange) refuse(r reply, err error) ending {
 	if x.response.out.Len() > 0 && x.response.bad == nil {
 		return x.close(r.reason, err, cut)
 	}
+	if r.reason == flow.Loop && x.s.Returned != nil { // downstream is the agent itself: a reset shows it that it has looped, too
+		x.record.HTTP.Flags, x.record.HTTP.Details = r.flags, r.details
+		return x.close(r.reason, err, cut)
+	}
 	end := linger
-	if x.started && x.request.body.Done() && !r.endsConnection() && !x.downstreamCloses() && !x.last() {
+	if x.started && x.request.body.Done() && !r.endsConnection() && !x.downstreamCloses() && !x.last() && x.s.outlivesReply() {
 		end = next
 	}
 	x.s.dropUpstream()

@@ -179,6 +179,16 @@ func (s *session) outlives() bool {
 	return tcp.Listens(s.target.Address)
 }
 
+// outlivesReply reports whether downstream stays open after a reply in place of upstream. The reply drops the upstream
+// connection. The client of a balanced target has read the end of it with the reply, and opens a new connection.
+func (s *session) outlivesReply() bool {
+	if s.up == nil && s.target == (upstream.Target{}) {
+		return true // there was no upstream connection yet
+	}
+	s.orphaned = !s.target.Balanced && s.outlives()
+	return s.orphaned
+}
+
 // begun reports whether b holds the beginning of a request, or what cannot become one. Empty lines do not count: old
 // clients send one after a body (RFC 9112 §2.2) and may send no other request. They stay in the buffer, so that the parser
 // limits them, however they arrive.
@@ -285,11 +295,11 @@ func (s *session) connect(settings *Settings, now time.Time, repeatable bool) (a
 
 // dial opens a new upstream connection.
 func (s *session) dial(settings *Settings) (attempts int, err error) {
-	up, attempts, err := s.engine.dialer(settings).Dial(s.w, s.wanted)
+	s.target = s.wanted
+	up, attempts, err := s.engine.dialer(s.Connection, settings).Dial(s.w, s.target)
 	if err != nil {
 		return attempts, err
 	}
 	s.up, s.used, s.lastUse, s.upLocal = up, false, time.Time{}, up.LocalAddr()
-	s.target = s.wanted
 	return attempts, nil
 }

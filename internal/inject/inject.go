@@ -58,32 +58,23 @@ func (o Outcome) Object() string {
 	return o.Kind + " " + o.Name
 }
 
-// Text is a stream of documents in pieces. Most of them are parts of the input, so that a large input is in memory once.
-type Text []string
-
-// WriteTo writes all pieces.
-func (t Text) WriteTo(w io.Writer) (written int64, err error) {
-	for _, piece := range t {
-		n, err := io.WriteString(w, piece)
-		if written += int64(n); err != nil {
-			return written, err
-		}
-	}
-	return written, nil
+// Output takes the changed documents piece by piece. Inject may take back what it has written.
+type Output interface {
+	io.StringWriter
+	Size() int64
+	Truncate(size int64) error // to a former Size
 }
 
-// String returns the pieces as one text.
-func (t Text) String() string { return strings.Join(t, "") }
-
-// Inject returns the documents with a sidecar in each pod that is to have one. report receives the outcome of each object,
-// in order; its File is name. If objects cannot be injected, the error names all of them and no text is returned.
-func Inject(text, name string, options Options, report func(Outcome)) (Text, error) {
-	return each(text, name, report, func(o *found) ([]yamledit.Change, error) { return o.inject(options) })
+// Inject writes the documents to out, with a sidecar in each pod that is to have one. report receives the outcome of each
+// object, in order; its File is name. If objects cannot be injected, the error names all of them, and the output must not be
+// used.
+func Inject(text, name string, options Options, report func(Outcome), out Output) error {
+	return each(text, name, report, out, func(o *found) ([]yamledit.Change, error) { return o.inject(options) })
 }
 
 // Uninject removes the sidecars. It restores a text that Inject has changed byte for byte.
-func Uninject(text, name string, report func(Outcome)) (Text, error) {
-	return each(text, name, report, (*found).uninject)
+func Uninject(text, name string, report func(Outcome), out Output) error {
+	return each(text, name, report, out, (*found).uninject)
 }
 
 const byteOrderMark = "\uFEFF"
@@ -93,60 +84,66 @@ type editor struct {
 	name   string // of the input, for messages
 	report func(Outcome)
 	decide func(*found) ([]yamledit.Change, error)
+	out    Output
+	broken error // of out
 	failed []error
 }
 
-// each applies the changes that decide returns for each object.
-func each(text, name string, report func(Outcome), decide func(*found) ([]yamledit.Change, error)) (Text, error) {
-	if !utf8.ValidString(text) {
-		return nil, fmt.Errorf("%s is not UTF-8: convert it", name)
+func (e *editor) write(text string) {
+	if e.broken == nil && len(e.failed) == 0 {
+		_, e.broken = e.out.WriteString(text)
 	}
-	e := &editor{name: name, report: report, decide: decide}
-	var out Text
+}
+
+// each applies the changes that decide returns for each object.
+func each(text, name string, report func(Outcome), out Output, decide func(*found) ([]yamledit.Change, error)) error {
+	if !utf8.ValidString(text) {
+		return fmt.Errorf("%s is not UTF-8: convert it", name)
+	}
+	e := &editor{name: name, report: report, decide: decide, out: out}
 	if strings.HasPrefix(text, byteOrderMark) {
-		out = append(out, byteOrderMark)
+		e.write(byteOrderMark)
 		text = text[len(byteOrderMark):]
 	}
 	line := 1
 	for _, document := range yamledit.Split(text) {
-		out = append(out, e.document(document, line)...)
+		e.document(document, line)
 		line += strings.Count(document, "\n")
 	}
-	if err := errors.Join(e.failed...); err != nil {
-		return nil, err
-	}
-	return out, nil
+	return errors.Join(append(e.failed, e.broken)...)
 }
 
 // document edits the document that begins at a line of the input. The items of a List are edited one by one, because the
 // nodes of a parsed document take many times the memory of its text.
-func (e *editor) document(text string, line int) Text {
+func (e *editor) document(text string, line int) {
 	if trimmed := strings.TrimLeft(text, " \t\r\n"); trimmed == "" || trimmed[0] == '%' {
-		return Text{text} // directives belong to the document after them
+		e.write(text) // directives belong to the document after them
+		return
 	}
-	if out, done := e.list(text, line); done {
-		return out
+	if e.list(text, line) {
+		return
 	}
 	edited, err := e.part(text, line, nil)
 	if err != nil {
 		e.failed = append(e.failed, fmt.Errorf("%s: %w", e.name, err))
 	}
-	return Text{edited}
+	e.write(edited)
 }
 
-// list edits a List item by item. done is false if that is not possible: the document has to be parsed as a whole.
-func (e *editor) list(text string, line int) (out Text, done bool) {
+// list edits a List item by item. It reports false if that is not possible: the document has to be parsed as a whole.
+func (e *editor) list(text string, line int) (done bool) {
 	parts, rest := yamledit.SplitList(text, "items")
 	if yamledit.Text(rest, "kind") != "List" || strings.Contains(yamledit.Text(rest, "apiVersion"), "/") {
-		return nil, false
+		return false
 	}
-	before, report := len(e.failed), e.report
+	failed, size, report := len(e.failed), e.out.Size(), e.report
 	var outcomes []Outcome
 	e.report = func(o Outcome) { outcomes = append(outcomes, o) }
 	defer func() {
 		e.report = report
 		if !done {
-			e.failed = e.failed[:before]
+			e.failed = e.failed[:failed]
+			e.broken = errors.Join(e.broken, e.out.Truncate(size))
 			return
 		}
 		for _, o := range outcomes {
@@ -162,13 +159,13 @@ func (e *editor) list(text string, line int) (out Text, done bool) {
 			}
 			var err error
 			if edited, err = e.part(part.Text, line, path); err != nil {
-				return nil, false
+				return false
 			}
 		}
-		out = append(out, edited)
+		e.write(edited)
 		line += strings.Count(part.Text, "\n")
 	}
-	return out, true
+	return true
 }
 
 // part edits a text that is parsed as a whole. The object in it is at path.

@@ -119,7 +119,7 @@ func TestAnOverrideThatCannotWorkIsRefused(t *testing.T) {
 		pod("restartPolicy: Always", `sidecar.istio.io/nativeSidecar: "false"`): "restartPolicy is Always: the annotation",
 		strings.Replace(pod("", ""), "  - {name: app, image: x}\n", "", 1):      "spec.containers is empty",
 	} {
-		_, err := Inject(text, "in", Options{Image: "pillion"}, ignore)
+		_, err := inject(text, "in", Options{Image: "pillion"}, ignore)
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s\n%v, want %s", text, err, want)
 		}
@@ -132,11 +132,11 @@ const tproxy = "sidecar.istio.io/interceptionMode: TPROXY"
 func TestOnlyTheImageAutoIsAnOverride(t *testing.T) {
 	text := "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  containers:\n  - {name: app, image: x}\n  - {name: istio-proxy, image: mine}\n"
 	var outcome Outcome
-	if out, err := Inject(text, "in", Options{Image: "pillion"}, func(o Outcome) { outcome = o }); err != nil || out.String() != text || outcome.Action != LeftAlone {
+	if out, err := inject(text, "in", Options{Image: "pillion"}, func(o Outcome) { outcome = o }); err != nil || out != text || outcome.Action != LeftAlone {
 		t.Errorf("%v, %+v\n%s", err, outcome, out)
 	}
 	// With another name for the sidecar, istio-proxy is the workload's, or another mesh's.
-	if _, err := Inject(strings.Replace(text, "image: mine", "image: auto", 1), "in", Options{Image: "pillion", SidecarName: "agent"},
+	if _, err := inject(strings.Replace(text, "image: mine", "image: auto", 1), "in", Options{Image: "pillion", SidecarName: "agent"},
 		func(o Outcome) { outcome = o }); err != nil || outcome.Action != LeftAlone {
 		t.Errorf("%v, %+v", err, outcome)
 	}
@@ -149,7 +149,7 @@ func TestAForgedRemovalIsRefused(t *testing.T) {
 	} {
 		status := `{"version":1,"removed":` + removed + `}`
 		text := "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  annotations:\n    pillion.dev/status: " + yamledit.JSON(status) + "\nspec:\n  containers:\n  - name: app\n"
-		if out, err := Uninject(text, "x", ignore); err == nil || !strings.Contains(err.Error(), statusAnnotation) {
+		if out, err := uninject(text, "x", ignore); err == nil || !strings.Contains(err.Error(), statusAnnotation) {
 			t.Errorf("%s: %v\n%s", removed, err, out)
 		}
 	}

@@ -141,25 +141,25 @@ func TestTheWebhooksPatchEqualsAnInjection(t *testing.T) {
 				t.Fatalf("%s: %+v", name, answer)
 			}
 			options := Options{Image: "pillion", Namespace: "shop"}
-			out, err := Inject(object, name, options, ignore)
+			out, err := inject(object, name, options, ignore)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if answer.Patch == nil {
-				if out.String() != object || answer.PatchType != "" {
+				if out != object || answer.PatchType != "" {
 					t.Errorf("%s: no patch", name)
 				}
 				continue
 			}
 			patches++
-			want, err := yamledit.Parse(out.String())
+			want, err := yamledit.Parse(out)
 			if err != nil {
 				t.Fatal(err)
 			}
 			got := patched(t, object, answer.Patch)
-			if back, err := Uninject(yamledit.JSON(got), name, ignore); err != nil {
+			if back, err := uninject(yamledit.JSON(got), name, ignore); err != nil {
 				t.Errorf("%s: %v", name, err)
-			} else if tree, err := yamledit.Parse(back.String()); err != nil || !reflect.DeepEqual(tree.Tree(), d.Tree()) {
+			} else if tree, err := yamledit.Parse(back); err != nil || !reflect.DeepEqual(tree.Tree(), d.Tree()) {
 				t.Errorf("%s: after the webhook, uninjection makes\n%s\n%v", name, back, err)
 			}
 			if !reflect.DeepEqual(withoutStatus(t, got), withoutStatus(t, want.Tree())) {

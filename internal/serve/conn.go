@@ -23,6 +23,7 @@ type Conn struct {
 	w        *tcp.Waiter
 	protocol sniff.Protocol
 	sniffer  *sniff.Sniffer // since ReadFirst
+	returned *tcp.Conn      // set by Loops; see upstream.Stats.Returned
 }
 
 // Close releases what the walk holds once the connection has ended.
@@ -39,6 +40,13 @@ func (c *Conn) Refuse(reason flow.Reason, err error) {
 	c.Record.Close(c.role.flows, reason, err)
 }
 
+// Loops reports whether the connection is certain to be one of the role's own upstream connections, which the rules have
+// sent back to the agent. Its record must name the original destination by then.
+func (c *Conn) Loops() (loop bool) {
+	c.returned, loop = c.role.dialer.Stats.Returned(c.Record.Downstream, c.Record.OriginalDestination)
+	return loop
+}
+
 // List makes the connection visible in the table of open connections. Its record must name the original destination by
 // then.
 func (c *Conn) List() { c.role.flows.List(c.Record) }
@@ -53,28 +61,17 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		Idle:     c.Settings.IdleTimeout,
 		Draining: c.role.engine.Draining,
 		Budget:   c.role.budget,
+		Peer:     c.Record.Remote(),
 	}
 	if !detect {
 		c.protocol = sniff.Opaque
-		return c.leavesAgent()
+		return true
 	}
 	var err error
 	if c.protocol, err = c.sniffer.First(c.w); err != nil {
 		return c.abandon(sniff.Reason(err), err)
 	}
-	return c.leavesAgent()
-}
-
-// leavesAgent ends the connection if it is one of the role's own upstream connections, which the rules have sent back to the
-// agent. When first bytes have arrived it finds all of them: they are sent when the dial has returned. Without bytes it may
-// be too early, because such a connection is established and accepted during the dial.
-//
-//go:noinline
-func (c *Conn) leavesAgent() bool {
-	if !c.role.dialer.Stats.Loops(c.Record.Downstream, c.Record.OriginalDestination) {
-		return true
-	}
-	return c.abandon(flow.Loop, upstream.ErrLoop)
+	return true
 }
 
 // HTTP reports whether the protocol is HTTP. The HTTP engine finds an upstream for each request, so such a connection
@@ -86,7 +83,7 @@ func (c *Conn) HTTP() bool { return c.protocol == sniff.HTTP1 || c.protocol == s
 func (c *Conn) Dial(to upstream.Target) bool {
 	c.Record.Upstream = to.Address
 	dialer := c.role.dialer
-	dialer.Timeout = c.Settings.ConnectTimeout
+	dialer.Timeout, dialer.Returned = c.Settings.ConnectTimeout, c.returned
 	up, attempts, err := dialer.Dial(c.w, to)
 	c.Record.Attempts = uint8(attempts)
 	if err != nil {
@@ -95,7 +92,7 @@ func (c *Conn) Dial(to upstream.Target) bool {
 	}
 	c.Record.UpstreamLocal = up.LocalAddr()
 	c.sniffer.Up = up
-	return c.leavesAgent() // also after the time of a dial, in case ReadFirst was too early
+	return true
 }
 
 // SendProxyHeader sends a PROXY protocol header on the fresh upstream connection.
@@ -161,6 +158,7 @@ func (c *Conn) connection(to upstream.Target) *httpforward.Connection {
 		EarlyRead: s.UpRead,
 		Record:    c.Record,
 		Target:    to,
+		Returned:  c.returned,
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,7 +24,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// Sniffer detects the protocol of one connection. The caller sets the fields down to Draining before the first call, and
+// Sniffer detects the protocol of one connection. The caller sets the fields down to Peer before the first call, and
 // Up before Both.
 type Sniffer struct {
 	Down     *tcp.Conn
@@ -32,8 +33,9 @@ type Sniffer struct {
 	Idle     time.Duration // how long Both waits while both sides are silent; zero or less: forever
 	Draining func() bool   // ends Both while both sides are silent; nil: never
 
-	// The memory budget for bytes that are held, attributed to Down's peer; nil: no limit.
+	// The memory budget for bytes that are held, and the peer they are attributed to: flow.Record.Remote. nil: no limit.
 	Budget *budget.Budget
+	Peer   netip.Addr
 
 	// The upstream connection; nil before the dial.
 	Up *tcp.Conn
@@ -165,7 +167,7 @@ func (a *account) hold(s *Sniffer, w *tcp.Waiter) bool {
 			return true
 		}
 		a.Account = new(budget.Account)
-		a.Open(s.Budget, w, s.Down.RemoteAddr().Addr())
+		a.Open(s.Budget, w, s.Peer)
 	}
 	return a.Hold(n)
 }

@@ -26,7 +26,7 @@ const (
 	gone     = unix.EPOLLRDHUP // the peer has closed its sending half
 	failed   = unix.EPOLLERR
 	hungUp   = unix.EPOLLHUP // both halves are closed
-	looped   = 1 << 27       // not an event: set by Set.MarkLooped
+	looped   = 1 << 27       // not an event: set by Set.Returned
 )
 
 // Conn is a TCP connection that never blocks. Only the goroutine that owns it may call its methods. It may be passed to
@@ -38,6 +38,7 @@ type Conn struct {
 	local  netip.AddrPort // invalid until LocalAddr is called
 
 	ready         atomic.Uint32          // events, set by the poller
+	joined        uint32                 // uptime when it joined set
 	waiter        atomic.Pointer[Waiter] // woken by events; may be nil
 	watched       bool                   // in the epoll set; set by the first wait
 	serial        uint32                 // set with watched
@@ -45,7 +46,8 @@ type Conn struct {
 	shut          bool                   // CloseWrite was called
 	closed        bool
 	open          *atomic.Int64 // counts this connection while it is open; nil: it is not tracked
-	set           *Set          // contains this connection while it is open; may be nil
+	set           *Set          // contains this connection until it is closed; may be nil
+	returned      *Conn         // see Join
 	layer         *layered      // nil: the connection is bare
 }
 

@@ -256,11 +256,14 @@ func (c *Conn) closeLayered() {
 		c.finish()
 		return
 	}
-	rest := &Conn{poller: c.poller, fd: c.fd, remote: c.remote, layer: c.layer, open: c.open, set: c.set}
+	if c.set != nil {
+		c.leave() // Returned must not read fd while it changes
+	}
+	rest := &Conn{poller: c.poller, fd: c.fd, remote: c.remote, local: c.local, layer: c.layer, open: c.open}
 	if c.watched {
 		c.poller.forget(c)
 	}
-	c.closed, c.fd, c.layer, c.open, c.set = true, -1, nil, nil, nil
+	c.closed, c.fd, c.layer, c.open = true, -1, nil, nil
 	rest.poller.sending.Add(1)
 	rest.poller.lingering.Go(rest.linger)
 }

@@ -518,6 +518,18 @@ func newStalledRig(t *testing.T) *layerRig {
 	return r
 }
 
+// A connection that sends unsent bytes after Close has given its descriptor to another owner.
+func TestALayeredConnectionLeavesTheSetWhenItIsClosed(t *testing.T) {
+	r := newStalledRig(t)
+	var set tcp.Set
+	r.conn.Join(&set, nil)
+	local, remote := r.conn.LocalAddr(), r.conn.RemoteAddr()
+	r.conn.Close()
+	if found, _ := set.Returned(local, remote); found != nil || tcp.Size(&set) != 0 {
+		t.Errorf("found %p of %d connections", found, tcp.Size(&set))
+	}
+}
+
 func TestAStalledReadGoesOnAfterAWait(t *testing.T) {
 	r := newStalledRig(t)
 	go io.Copy(io.Discard, r.peer)

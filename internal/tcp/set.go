@@ -4,6 +4,9 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Set is a set of open connections. It is indexed by both of their ends, to find the other end of a connection within this
@@ -42,9 +45,14 @@ func (e ends) hash() uint64 {
 	return h
 }
 
-// Join adds the connection to s until its descriptor is closed. With a Layer, that may be after Close returns.
-func (c *Conn) Join(s *Set) {
-	c.set = s
+// returnTime bounds the time between the dial of a connection and the accept of its other end, if that is in this process.
+// It is milliseconds normally; an accept loop without descriptors pauses for up to a second.
+const returnTime = 5 * time.Second
+
+// Join adds the connection to s until it is closed. returned is the result of Returned for the downstream connection on
+// whose behalf this one was dialled; nil in general.
+func (c *Conn) Join(s *Set, returned *Conn) {
+	c.set, c.returned, c.joined = s, returned, uptime()
 	shard, key := s.place(c.ends())
 	shard.mu.Lock()
 	defer shard.mu.Unlock()
@@ -54,6 +62,11 @@ func (c *Conn) Join(s *Set) {
 	shard.conns[key] = c
 }
 
+// uptime returns milliseconds since the process started, modulo 49 days.
+func uptime() uint32 { return uint32(time.Since(started) / time.Millisecond) }
+
+var started = time.Now()
+
 // leave removes the connection from its set. The descriptor must still be open: as long as it is, no other connection has
 // the same ends.
 func (c *Conn) leave() {
@@ -61,21 +74,43 @@ func (c *Conn) leave() {
 	shard.mu.Lock()
 	defer shard.mu.Unlock()
 	delete(shard.conns, key)
+	c.set, c.returned = nil, nil
 }
 
-// MarkLooped finds the connection with these ends and marks it: see Looped. It returns false if the set does not contain it.
-func (s *Set) MarkLooped(local, remote netip.AddrPort) bool {
-	shard, key := s.place(ends{local, remote})
+// Returned looks for the connection of s whose other end a fresh downstream connection seems to be. The arguments are the
+// downstream connection's peer and its original destination. The connection has these ends, is at most returnTime old,
+// and has not received a byte. The result is nil if there is no such connection.
+//
+// The match may be a coincidence. When a client uses one source port for two destinations, conntrack gives the second
+// redirected connection a random source port, and that may be the port of one of our own connections to the same
+// destination. Therefore a match is a proof only if the connection was itself dialled on behalf of a downstream connection
+// that matched. With proven, both are marked: see Looped.
+func (s *Set) Returned(peer, dst netip.AddrPort) (c *Conn, proven bool) {
+	shard, key := s.place(ends{peer, dst})
 	shard.mu.Lock()
 	defer shard.mu.Unlock()
-	c := shard.conns[key]
-	if c == nil || c.ends() != (ends{local, remote}) {
-		return false
+	c = shard.conns[key]
+	if c == nil || c.ends() != (ends{peer, dst}) || !c.mayReturn() {
+		return nil, false
+	}
+	if c.returned == nil {
+		return c, false
 	}
 	c.ready.Or(looped)
-	return true
+	c.returned.ready.Or(looped)
+	return c, true
 }
 
-// Looped reports whether the other end of the connection is in this process, as far as MarkLooped has found it. It may be
+// mayReturn reports whether the other end of the connection may be one that was just accepted, and therefore has not sent
+// anything. The lock of the set must be held: it keeps the descriptor open.
+func (c *Conn) mayReturn() bool {
+	if time.Duration(uptime()-c.joined)*time.Millisecond > returnTime {
+		return false
+	}
+	info, err := unix.GetsockoptTCPInfo(c.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	return err == nil && info.Bytes_received == 0 // 0 before Linux 4.1
+}
+
+// Looped reports whether the other end of the connection is in this process, as far as Returned has proven it. It may be
 // called after Close.
 func (c *Conn) Looped() bool { return c.ready.Load()&looped != 0 }

@@ -26,42 +26,104 @@ func dialled(t testing.TB, p *Poller, listener net.Listener) (c *Conn, other net
 	return c, other
 }
 
-func TestASetFindsTheOtherEndOfAConnectionUntilItIsClosed(t *testing.T) {
+// newSetRig returns a poller, and a listener to dial.
+func newSetRig(t testing.TB) (*Poller, net.Listener) {
+	t.Helper()
 	listener, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer listener.Close()
+	t.Cleanup(func() { listener.Close() })
 	p, err := NewPoller()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.Close()
+	t.Cleanup(func() { p.Close() })
+	return p, listener
+}
+
+func (s *Set) size() (n int) {
+	for i := range s.shards {
+		n += len(s.shards[i].conns)
+	}
+	return n
+}
+
+func TestASetFindsTheOtherEndOfAConnectionUntilItIsClosed(t *testing.T) {
+	p, listener := newSetRig(t)
 	var set Set
 	for name, end := range map[string]func(*Conn){"Close": (*Conn).Close, "Reset": (*Conn).Reset} {
 		c, other := dialled(t, p, listener)
 		unknown, other2 := dialled(t, p, listener)
-		c.Join(&set)
+		c.Join(&set, nil)
 		local, remote := c.LocalAddr(), c.RemoteAddr()
 		for _, no := range [][2]netip.AddrPort{{remote, local}, {local, local}, {unknown.LocalAddr(), remote}} {
-			if set.MarkLooped(no[0], no[1]) {
+			if found, _ := set.Returned(no[0], no[1]); found != nil {
 				t.Errorf("%s: found a connection %v", name, no)
 			}
 		}
-		if c.Looped() || !set.MarkLooped(local, remote) || !c.Looped() || unknown.Looped() {
-			t.Errorf("%s: only the connection in the set must be found and marked", name)
+		if found, proven := set.Returned(local, remote); found != c || proven || c.Looped() {
+			t.Errorf("%s: found %p, proven %t; want the connection, and no proof", name, found, proven)
 		}
-		if end(c); !c.Looped() || set.MarkLooped(local, remote) {
-			t.Errorf("%s: a closed connection must keep its mark and leave the set", name)
+		end(c)
+		if found, _ := set.Returned(local, remote); found != nil {
+			t.Errorf("%s: a closed connection is still in the set", name)
 		}
 		unknown.Close()
 		other.Close()
 		other2.Close()
 	}
-	for i := range set.shards {
-		if n := len(set.shards[i].conns); n != 0 {
-			t.Errorf("shard %d has %d connections", i, n)
+	if n := set.size(); n != 0 {
+		t.Errorf("%d connections are left", n)
+	}
+}
+
+func TestALoopIsProvenByTheSecondConnectionThatReturns(t *testing.T) {
+	p, listener := newSetRig(t)
+	var set Set
+	first, other := dialled(t, p, listener)
+	second, other2 := dialled(t, p, listener)
+	defer other.Close()
+	defer other2.Close()
+	first.Join(&set, nil)
+	found, _ := set.Returned(first.LocalAddr(), first.RemoteAddr())
+	second.Join(&set, found)
+	if found, proven := set.Returned(second.LocalAddr(), second.RemoteAddr()); found != second || !proven {
+		t.Errorf("found %p, proven %t; want the second connection, and a proof", found, proven)
+	}
+	second.Close()
+	first.Close()
+	if !first.Looped() || !second.Looped() {
+		t.Errorf("looped: %t and %t, want both, also after they are closed", first.Looped(), second.Looped())
+	}
+}
+
+// The other end of a connection that returns has just been accepted.
+func TestAConnectionThatHasReceivedOrIsOldHasNotReturned(t *testing.T) {
+	p, listener := newSetRig(t)
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	for name, age := range map[string]func(*Conn, net.Conn){
+		"has received": func(c *Conn, other net.Conn) {
+			other.Write([]byte("x"))
+			if err := w.Wait(time.Now().Add(nettest.Patience), c, nil); err != nil || !c.Readable() {
+				t.Fatalf("readable %t, %v", c.Readable(), err)
+			}
+		},
+		"is old": func(c *Conn, _ net.Conn) { c.joined -= uint32(returnTime/time.Millisecond) + 1 },
+	} {
+		var set Set
+		c, other := dialled(t, p, listener)
+		c.Join(&set, nil)
+		if found, _ := set.Returned(c.LocalAddr(), c.RemoteAddr()); found != c {
+			t.Errorf("%s: not found before", name)
 		}
+		age(c, other)
+		if found, _ := set.Returned(c.LocalAddr(), c.RemoteAddr()); found != nil {
+			t.Errorf("a connection that %s is found", name)
+		}
+		c.Close()
+		other.Close()
 	}
 }
 
@@ -78,12 +140,15 @@ func TestASetIsUsedConcurrently(t *testing.T) {
 	defer p.Close()
 	var set Set
 	var users sync.WaitGroup
+	proof, end := dialled(t, p, listener)
+	defer proof.Close()
+	defer end.Close()
 	for range 50 {
 		c, other := dialled(t, p, listener)
 		local, remote := c.LocalAddr(), c.RemoteAddr()
 		joined := make(chan struct{})
 		users.Go(func() {
-			c.Join(&set)
+			c.Join(&set, proof)
 			close(joined)
 			for !c.Looped() {
 				nettest.Eventually(t, "the mark", c.Looped)
@@ -93,8 +158,8 @@ func TestASetIsUsedConcurrently(t *testing.T) {
 		})
 		users.Go(func() {
 			<-joined
-			if !set.MarkLooped(local, remote) {
-				t.Errorf("%v is not found", local)
+			if found, proven := set.Returned(local, remote); found != c || !proven {
+				t.Errorf("%v: found %p, proven %t", local, found, proven)
 			}
 		})
 	}
@@ -120,8 +185,8 @@ func BenchmarkSet(b *testing.B) {
 	unknown := netip.MustParseAddrPort("198.51.100.7:443")
 	b.ReportAllocs()
 	for b.Loop() {
-		c.Join(&set)
-		set.MarkLooped(unknown, unknown)
+		c.Join(&set, nil)
+		set.Returned(unknown, unknown)
 		c.leave()
 	}
 }

@@ -24,6 +24,9 @@ type Dialer struct {
 	Stats   *Stats        // counts dials and their results; nil: not counted
 	Borrow  *Borrower     // for targets with a borrowed source; nil: such targets never occur
 
+	// Returned is the result of Stats.Returned for the downstream connection on whose behalf Dial connects.
+	Returned *tcp.Conn
+
 	// Layer puts a record layer under a fresh connection to a target, until the deadline; zero means no deadline. Its error
 	// is the dial's. nil: connections are bare.
 	Layer func(w *tcp.Waiter, up *tcp.Conn, target Target, deadline time.Time) error
@@ -40,10 +43,16 @@ type Stats struct {
 	open tcp.Set // the connections of Active
 }
 
-// Loops reports whether a downstream connection from peer to original destination dst is one of these upstream connections.
-// The rules have sent it back to the agent then, and tcp.Conn.Looped reports that for the upstream connection. A connection
-// is found once its dial has returned.
-func (s *Stats) Loops(peer, dst netip.AddrPort) bool { return s.open.MarkLooped(peer, dst) }
+// Returned returns the upstream connection that the rules seem to have sent back to the agent as the downstream connection
+// from peer to original destination dst. It is nil if there is none. One match may be a coincidence, so it does not prove
+// a loop: Dial for such a downstream connection with Dialer.Returned. If that upstream connection returns too, a loop is
+// proven, and tcp.Conn.Looped reports it for both. See tcp.Set.Returned.
+//
+// A connection is found once its dial has returned. One that comes back is established during the dial, so that its other
+// end may be accepted shortly before; then two later connections of the loop are found.
+func (s *Stats) Returned(peer, dst netip.AddrPort) (up *tcp.Conn, loop bool) {
+	return s.open.Returned(peer, dst)
+}
 
 // ErrLoop is the error of both ends of such a connection.
 var ErrLoop = errors.New("the rules send the agent's own connections back to it")
@@ -91,7 +100,7 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 		d.count(func(s *Stats) { s.Failed.Add(1) })
 		return nil, attempts, err
 	}
-	d.count(func(s *Stats) { s.Connected.Add(1); up.Track(&s.Active); up.Join(&s.open) })
+	d.count(func(s *Stats) { s.Connected.Add(1); up.Track(&s.Active); up.Join(&s.open, d.Returned) })
 	return up, attempts, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"compress/gzip"
 	"encoding/json"
+	"errors"
 	"io"
 	"maps"
 	"math/rand/v2"
@@ -38,42 +39,48 @@ import (
 
 // pushes returns the recorded resources of istiod in the files with a given name, by file.
 var pushes = sync.OnceValues(func() (map[string][]*anypb.Any, error) {
-	file, err := os.Open("testdata/pushes.tgz")
+	found := map[string][]*anypb.Any{}
+	// The second archive has listeners of ports with other protocols and modes of TLS.
+	return found, errors.Join(readPushes("testdata/pushes.tgz", found), readPushes("testdata/listeners.tgz", found))
+})
+
+// readPushes adds the resources in an archive to found.
+func readPushes(name string, found map[string][]*anypb.Any) error {
+	file, err := os.Open(name)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer file.Close()
 	unpacked, err := gzip.NewReader(file)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	found := map[string][]*anypb.Any{}
 	for archive := tar.NewReader(unpacked); ; {
 		header, err := archive.Next()
 		if err == io.EOF {
-			return found, nil
+			return nil
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
 		switch path.Base(header.Name) {
-		case "cds.json", "eds.json", "rds.json":
+		case "cds.json", "eds.json", "lds.json", "rds.json":
 		default:
 			continue
 		}
 		var list []json.RawMessage
 		if err := json.NewDecoder(archive).Decode(&list); err != nil {
-			return nil, err
+			return err
 		}
 		for _, text := range list {
 			var resource anypb.Any
-			if err := protojson.Unmarshal(text, &resource); err != nil {
-				return nil, err
+			if err := protojson.Unmarshal(withoutIstioTypes(text), &resource); err != nil {
+				return err
 			}
 			found[header.Name] = append(found[header.Name], &resource)
 		}
 	}
-})
+}
 
 // each calls test with the bytes of each recorded resource of a type.
 func each(t *testing.T, base string, test func(t *testing.T, place string, bytes []byte)) {
@@ -266,7 +273,7 @@ func readTransport(socket *core.TransportSocket) mesh.Transport {
 	}
 	//lint:ignore SA1019 istiod sends this field
 	for _, name := range common.GetCombinedValidationContext().GetDefaultValidationContext().GetMatchSubjectAltNames() {
-		want.TLS.Names = append(want.TLS.Names, readMatcher(name))
+		want.TLS.Names = append(want.TLS.Names, mesh.NameMatcher{StringMatcher: readMatcher(name)})
 	}
 	return want
 }

@@ -141,7 +141,7 @@ func wideRoutes() *route.RouteConfiguration {
 									TypedPerFilterConfig: map[string]*anypb.Any{"envoy.filters.http.fault": packed(&fault.HTTPFault{})}},
 								{Name: "b", Weight: wrapperspb.UInt32(0)}}}},
 							RegexRewrite: &matcher.RegexMatchAndSubstitute{Pattern: regex("/a/(.*)"), Substitution: `/b/\1`}, AppendXForwardedHost: true, ClusterNotFoundResponseCode: route.RouteAction_INTERNAL_SERVER_ERROR,
-							IdleTimeout: durationpb.New(0), MaxStreamDuration: &route.RouteAction_MaxStreamDuration{MaxStreamDuration: durationpb.New(0)}, HashPolicy: hash, RetryPolicy: &route.RetryPolicy{}}}},
+							IdleTimeout: durationpb.New(0), MaxStreamDuration: &route.RouteAction_MaxStreamDuration{MaxStreamDuration: durationpb.New(0), GrpcTimeoutHeaderMax: durationpb.New(time.Minute)}, HashPolicy: hash, RetryPolicy: &route.RetryPolicy{}}}},
 					{Match: &route.RouteMatch{PathSpecifier: &route.RouteMatch_PathSeparatedPrefix{PathSeparatedPrefix: "/a"}, CaseSensitive: no},
 						Action: &route.Route_Redirect{Redirect: &route.RedirectAction{SchemeRewriteSpecifier: &route.RedirectAction_HttpsRedirect{HttpsRedirect: true}, PathRewriteSpecifier: &route.RedirectAction_PrefixRewrite{PrefixRewrite: "/b"},
 							PortRedirect: 8443, ResponseCode: route.RedirectAction_PERMANENT_REDIRECT, StripQuery: true}}},
@@ -316,7 +316,8 @@ func readForward(a *route.RouteAction) *mesh.Forward {
 	}
 	want := &mesh.Forward{NotFoundCode: []int{503, 404, 500}[a.ClusterNotFoundResponseCode], PrefixRewrite: a.PrefixRewrite, RegexRewrite: readRewrite(a.RegexRewrite), HostRewrite: a.GetHostRewriteLiteral(),
 		ForwardedHost: a.AppendXForwardedHost, Timeout: 15 * time.Second, IdleTimeout: length(a.IdleTimeout), MaxStreamLength: length(a.GetMaxStreamDuration().GetMaxStreamDuration()),
-		Retry: readRetry(a.RetryPolicy), Mirrors: readMirrors(a.RequestMirrorPolicies),
+		MaxGRPCStream: length(a.GetMaxStreamDuration().GetGrpcTimeoutHeaderMax()),
+		Retry:         readRetry(a.RetryPolicy), Mirrors: readMirrors(a.RequestMirrorPolicies),
 		//lint:ignore SA1019 istiod sends this field
 		MaxGRPCTimeout: length(a.MaxGrpcTimeout)}
 	if a.Timeout != nil {
