@@ -6,6 +6,6 @@
 // 128 MiB, so that the kernel kills an agent that needs more, memory of the kernel included. Its largest resident memory
 // is checked everywhere. The attackers are a process of their own in the peer's namespace. In the benchmark they have the
 // lowest priority, and the agent has a core for itself; it fails if another client's 99th percentile more than doubles,
-// and needs a machine on which nothing else runs. The other client has an address of its own, because the budget takes
+// and needs an otherwise idle machine. The other client has an address of its own, because the budget takes
 // memory from the peer that holds the most: see internal/budget.
 package hostility
