@@ -189,7 +189,7 @@ func TestWhatIsRemovedFromOurTableIsNamed(t *testing.T) {
 		pod := nettest.New(t, "pod")
 		mustInit(t, pod, rulestest.CaptureAll)
 		pod.MustRun(t, "/usr/sbin/nft", test.commands)
-		want := "the nftables table inet pillion is ours alone; removed from it: " + test.named
+		want := "the nftables table inet pillion is ours alone; init and cleanup remove from it: " + test.named
 		plan := mustInit(t, pod, rulestest.CaptureAll)
 		if slices.Contains(plan.Warnings, want) != test.byInit {
 			t.Errorf("%s: init's warnings: %q", name, plan.Warnings)

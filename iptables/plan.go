@@ -196,7 +196,7 @@ func (p *Plan) order() {
 	}
 	slices.SortStableFunc(p.Steps, func(a, b Step) int { return rank(a) - rank(b) })
 	if p.firstNative() >= 0 && len(p.table.Others) > 0 {
-		p.Warnings = append(p.Warnings, fmt.Sprintf("the nftables table inet %s is ours alone; removed from it: %s", nft.TableName, strings.Join(p.table.Others, ", ")))
+		p.Warnings = append(p.Warnings, fmt.Sprintf("the nftables table inet %s is ours alone; init and cleanup remove from it: %s", nft.TableName, strings.Join(p.table.Others, ", ")))
 	}
 }
 

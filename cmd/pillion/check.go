@@ -35,6 +35,7 @@ CAP_SYS_ADMIN; without it the tables are only read. The exit status is 1 if a ch
 				Admin:       admin.address,
 				MemoryLimit: func() (int64, error) { return memoryLimit(controlGroup) },
 				HowToLook:   howToLook,
+				Elsewhere:   where.namespace != "",
 			}
 			ports := agent.config.Ports
 			for _, port := range []preflight.Port{
@@ -67,7 +68,7 @@ CAP_SYS_ADMIN; without it the tables are only read. The exit status is 1 if a ch
 	flags.SortFlags = false
 	parsed(flags, &form, parseOutput, "output", "o", string(form), "text|json", "output format")
 	admin.bind(flags)
-	parsed(flags, &where.namespace, asItIs, "network-namespace", "", "", "path", "check this network namespace, such as /proc/4711/ns/net")
+	where.namespaceFlag = parsed(flags, &where.namespace, asItIs, "network-namespace", "", "", "path", "check this network namespace, such as /proc/4711/ns/net")
 	agentFlags := pflag.NewFlagSet("", pflag.ContinueOnError)
 	agent.bind(agentFlags)
 	for _, name := range []string{"outbound-port", "inbound-port", "readiness-port", "status-port", "metrics-port", "admin-port"} {

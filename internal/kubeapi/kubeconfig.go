@@ -247,6 +247,7 @@ func (p *plugin) run(ctx context.Context) (certificate, key []byte, token string
 	}
 	var complaint bytes.Buffer
 	cmd.Stderr = &complaint
+	cmd.WaitDelay = time.Second // a child that outlives the plugin may hold its output open
 	out, err := cmd.Output()
 	if err != nil {
 		return nil, nil, "", fmt.Errorf("exec %s: %w: %s", p.Command, err, strings.TrimSpace(complaint.String()))

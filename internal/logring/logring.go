@@ -7,6 +7,7 @@ package logring
 import (
 	"io"
 	"log/slog"
+	"regexp"
 	"strings"
 	"sync"
 )
@@ -73,6 +74,11 @@ func withoutSecrets(_ []string, a slog.Attr) slog.Attr {
 		return slog.String(a.Key, path)
 	case "request_id":
 		return slog.Attr{}
+	case "error", "err":
+		return slog.String(a.Key, query.ReplaceAllString(a.Value.String(), "?…"))
 	}
 	return a
 }
+
+// query is a query in the URL of an error, which net/http quotes.
+var query = regexp.MustCompile(`\?[^\s"]+`)

@@ -57,7 +57,7 @@ func Foreign(chains []Chain, except func(Chain) bool) ([]ruleset.ForeignChain, e
 		if !seen || !c.base || c.untouched || except(c) {
 			continue
 		}
-		does := effects(byChain, chainKey{c.protocol, c.Table, c.Name}, nil)
+		does := effects(byChain, chainKey{c.protocol, c.Table, c.Name}, make(map[chainKey]bool))
 		if c.hook.policy != nfAccept {
 			does = append(does, "policy drop")
 		}
@@ -78,16 +78,17 @@ type chainKey struct {
 }
 
 // effects lists what the rules of a chain, and of those to which they jump, may do to a packet. Each effect is listed once.
-// above are the chains that lead here.
-func effects(rules map[chainKey][]kernelRule, at chainKey, above []chainKey) []string {
+// Chains that were seen before are not listed again: without that, the time would be exponential in the depth of jumps.
+func effects(rules map[chainKey][]kernelRule, at chainKey, seen map[chainKey]bool) []string {
+	seen[at] = true
 	var all []string
 	for _, r := range rules[at] {
 		for _, e := range r.expressions {
 			effect, chain := e.effect()
 			next := chainKey{at.protocol, at.table, chain}
 			found := []string{effect}
-			if chain != "" && !slices.Contains(above, next) {
-				found = effects(rules, next, append(slices.Clone(above), at))
+			if chain != "" && !seen[next] {
+				found = effects(rules, next, seen)
 			}
 			for _, effect := range found {
 				if effect != "" && !slices.Contains(all, effect) {
@@ -132,9 +133,13 @@ func (e expression) effect() (effect, chain string) {
 		}
 	case "redir":
 		return "redirect", ""
+	case "payload":
+		if e.attributes.has(unix.NFTA_PAYLOAD_SREG) {
+			return "rewrite", ""
+		}
 	case "fwd":
 		return "forward", ""
-	case "reject", "queue", "tproxy", "notrack", "synproxy":
+	case "reject", "queue", "tproxy", "notrack", "synproxy", "dup":
 		return e.name, ""
 	}
 	return "", ""

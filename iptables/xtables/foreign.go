@@ -40,7 +40,7 @@ func ForeignChains(family ruleset.Family, text string) []ruleset.ForeignChain {
 			if followed && slices.Contains(ruleset.TableNames, ruleset.TableName(name)) {
 				continue
 			}
-			does := effects(rules, chain, nil)
+			does := effects(rules, chain, make(map[string]bool))
 			if policy == ruleset.PolicyDrop {
 				does = append(does, "policy drop")
 			}
@@ -60,16 +60,18 @@ func ForeignChains(family ruleset.Family, text string) []ruleset.ForeignChain {
 }
 
 // effects lists the targets of a chain's rules, and of the chains to which they jump, that end the way of a packet or
-// change it. above are the chains that lead here.
-func effects(rules map[string][]ruleset.Rule, chain string, above []string) []string {
+// change it. Chains that were seen before are not listed again: without that, the time would be exponential in the depth of
+// jumps.
+func effects(rules map[string][]ruleset.Rule, chain string, seen map[string]bool) []string {
+	seen[chain] = true
 	var all []string
 	for _, r := range rules[chain] {
 		target := r.TargetName()
 		found := []string{strings.ToLower(target)}
 		_, jumps := rules[target]
 		switch {
-		case jumps && !slices.Contains(above, target):
-			found = effects(rules, target, append(slices.Clone(above), chain))
+		case jumps && !seen[target]:
+			found = effects(rules, target, seen)
 		case jumps, r.Continues(chain), slices.Contains([]string{ruleset.PolicyAccept, "RETURN", "SNAT", "MASQUERADE"}, target):
 			continue
 		}
