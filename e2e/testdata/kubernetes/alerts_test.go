@@ -42,7 +42,10 @@ func alerts(t *testing.T) []rulefmt.Rule {
 }
 
 // apiServerMetrics are metrics of API servers. The agent has all others.
-var apiServerMetrics = map[string][]string{"apiserver_admission_webhook_rejection_count": {"name", "error_type", "operation", "type", "rejection_code"}}
+var apiServerMetrics = map[string][]string{
+	"apiserver_admission_webhook_rejection_count": {"name", "error_type", "operation", "type", "rejection_code"},
+	"apiserver_admission_webhook_fail_open_count": {"name", "type"},
+}
 
 func TestAlertsQueryExistingMetricsAndHaveARunbook(t *testing.T) {
 	known, asked := names(t), make(map[string]bool)
@@ -92,6 +95,8 @@ const healthy = `
   pillion_dns_unanswered_queries_total{namespace="shop", pod="web"} 0+6x60
   apiserver_admission_webhook_rejection_count{name="inject.pillion.dev", error_type="calling_webhook_error"} 4x60
   apiserver_admission_webhook_rejection_count{name="inject.pillion.dev", error_type="no_error"} 0+6x60
+  apiserver_admission_webhook_fail_open_count{name="inject.pillion.dev", type="admit"} 4x60
+  apiserver_admission_webhook_fail_open_count{name="other.example", type="admit"} 0+6x60
 `
 
 // faults are series of another pod, or of the API server, at which an alert fires.
@@ -166,6 +171,21 @@ func load(t *testing.T, text string) *storage.MockQueryable {
 	}}
 }
 
+// refusals are the reasons that the agent logs as warnings.
+func refusals(t *testing.T) []string {
+	t.Helper()
+	_, from, _ := strings.Cut(read(t, "docs/reasons.md"), "\n| `memory_budget` |")
+	rows, _, found := strings.Cut("| `memory_budget` |"+from, "\n| `idle_timeout` |")
+	if !found {
+		t.Fatal("docs/reasons.md has another order")
+	}
+	var reasons []string
+	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\|").FindAllStringSubmatch(rows, -1) {
+		reasons = append(reasons, m[1])
+	}
+	return reasons
+}
+
 func TestEachAlertFiresAtItsFaultAndNotOtherwise(t *testing.T) {
 	engine := promql.NewEngine(promql.EngineOpts{MaxSamples: 100_000, Timeout: time.Minute, Parser: parser.NewParser(parser.Options{})})
 	firing := func(text, expr string) (found []string) {
@@ -193,6 +213,18 @@ func TestEachAlertFiresAtItsFaultAndNotOtherwise(t *testing.T) {
 		}
 		if !slices.Equal(got, want) {
 			t.Errorf("%s fires for %q, want %q", rule.Alert, got, want)
+		}
+		if rule.Alert == "PillionWebhookFailing" {
+			ignored := "  apiserver_admission_webhook_fail_open_count{name=\"inject.pillion.dev\", type=\"validating\"} 0+1x60\n"
+			if got := firing(healthy+ignored, rule.Expr); !slices.Equal(got, want) {
+				t.Errorf("%s fires for %q with failurePolicy: Ignore, want %q", rule.Alert, got, want)
+			}
+		}
+	}
+	for _, reason := range refusals(t) {
+		fault := `pillion_flows_total{namespace="shop", pod="bad", direction="inbound", reason="` + reason + `"} 0+1x60`
+		if !slices.ContainsFunc(alerts(t), func(rule rulefmt.Rule) bool { return len(firing(healthy+fault, rule.Expr)) > 0 }) {
+			t.Errorf("no alert fires at connections refused with the reason %s", reason)
 		}
 	}
 }

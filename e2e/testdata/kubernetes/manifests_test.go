@@ -224,7 +224,7 @@ func TestPlacementAndMetadataTakeEffect(t *testing.T) {
 		"imagePullSecrets": []any{"registry"}, "nodeSelector": values{"pool": "system"}, "priorityClassName": "system-cluster-critical",
 		"tolerations": []any{values{"key": "dedicated", "operator": "Exists"}},
 		"affinity":    values{"nodeAffinity": values{"requiredDuringSchedulingIgnoredDuringExecution": values{"nodeSelectorTerms": []any{values{"matchFields": []any{}}}}}},
-		"labels":      values{"team": "mesh"}, "annotations": values{"owner": "someone"},
+		"labels":      values{"team": "mesh", "release": "overridden"}, "annotations": values{"owner": "someone"},
 		"objectSelector": values{"matchLabels": values{"tier": "web"}, "matchExpressions": []any{values{"key": "a", "operator": "Exists"}}},
 		"networkPolicy":  values{"enabled": true, "from": []any{values{"ipBlock": values{"cidr": "203.0.113.0/24"}}}},
 		"podMonitor":     values{"enabled": true}, "prometheusRule": values{"enabled": true, "labels": values{"release": "prometheus"}}, "dashboard": values{"enabled": true},
@@ -242,7 +242,7 @@ func TestPlacementAndMetadataTakeEffect(t *testing.T) {
 	for name, want := range map[string][]string{
 		"Deployment pillion-system/pillion-webhook": {"      imagePullSecrets:\n      - name: registry\n", "      nodeSelector:\n        pool: system\n",
 			"      priorityClassName: system-cluster-critical\n", "      tolerations:\n      - key: dedicated\n", "      affinity:\n        nodeAffinity:\n",
-			"    metadata:\n      annotations:\n        owner: someone\n      labels:\n        app: pillion-webhook\n        team: mesh\n"},
+			"    metadata:\n      annotations:\n        owner: someone\n      labels:\n        app: pillion-webhook\n        release: overridden\n        team: mesh\n"},
 		"MutatingWebhookConfiguration <nil>/pillion": {"  objectSelector:\n    matchExpressions:\n    - key: a\n      operator: Exists\n    - key: sidecar.istio.io/inject\n", "    matchLabels:\n      tier: web\n"},
 		"NetworkPolicy pillion-system/pillion-webhook": {"  - from:\n    - ipBlock:\n        cidr: 203.0.113.0/24\n    ports:\n    - port: https\n", "  egress:\n  - ports:\n    - port: 443\n    - port: 6443\n",
 			"  - Ingress\n  - Egress\n"},
@@ -379,6 +379,10 @@ func TestBadValuesAreNamed(t *testing.T) {
 		{values{"podMonitor": true}, "v1.34.0", "podMonitor"},
 		{values{"namespaceSelector": values{"matchExpressions": []any{values{"key": "a", "operator": "Is"}}}}, "v1.34.0", "operator"},
 		{values{"resources": values{"request": values{}}}, "v1.34.0", "request"},
+		{values{"labels": values{"app": "web"}}, "v1.34.0", "'/labels/app'"},
+		{values{"labels": values{"app.kubernetes.io/managed-by": "me"}}, "v1.34.0", "managed-by'"},
+		{values{"labels": values{"helm.sh/chart": "mine"}}, "v1.34.0", "chart'"},
+		{values{"podMonitor": values{"enabled": true, "labels": values{"helm.sh/chart": "mine"}}}, "v1.34.0", "chart'"},
 		{nil, "v1.29.3", "Kubernetes v1.29.3 is older than 1.30: use --set classic=true"},
 	} {
 		if _, err := render(c.values, c.version); err == nil || !strings.Contains(err.Error(), c.want) {
@@ -397,6 +401,8 @@ func TestNotesNameTheNextSteps(t *testing.T) {
 		want, not string
 	}{
 		{nil, "issues and renews its certificate itself", "kubectl create secret"},
+		{nil, "the level restricted", "only if Helm"},
+		{values{"podSecurity": ""}, "issues and renews its certificate itself", "restricted"},
 		{values{"tls": values{"secret": "mine"}}, "such namespaces get no new pods", "uncaptured"},
 		{values{"tls": values{"secret": "mine"}}, "in the secret mine:", "pillion-webhook-tls"},
 		{values{"tls": values{"secret": "mine"}, "failurePolicy": "Ignore"}, "pods there run uncaptured", "no new pods"},

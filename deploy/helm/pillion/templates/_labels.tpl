@@ -1,13 +1,4 @@
-{{/* Labels of all objects. */}}
-{{- define "pillion.labels" -}}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
-{{- with .Values.labels }}
-{{ toYaml . }}
-{{- end }}
-{{- end }}
-
-{{/* Metadata of an object: its name, namespace, labels and annotations. */}}
+{{/* Metadata of an object: its name, namespace, labels and annotations. values.schema.json forbids labels with the keys used here. */}}
 {{- define "pillion.metadata" -}}
 metadata:
   name: {{ .name }}
@@ -15,10 +6,11 @@ metadata:
   namespace: {{ .root.Release.Namespace }}
   {{- end }}
   labels:
-    {{- with .labels }}
+    app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+    helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
+    {{- with merge dict (.labels | default dict) .root.Values.labels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-    {{- include "pillion.labels" .root | nindent 4 }}
   {{- with merge dict (.annotations | default dict) .root.Values.annotations }}
   annotations:
     {{- toYaml . | nindent 4 }}
