@@ -1,8 +1,12 @@
 package mesh
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
 	"net/netip"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -134,6 +138,7 @@ func TestFindingsOfListeners(t *testing.T) {
 		{"a program after policies", chain(httpManager(httpFilter("rbac", rbacType), httpFilter("f", luaType))), "traffic " + manager + ": the HTTP filter f of type " + luaType + " is not supported", ""},
 		{"a program before a policy", chain(httpManager(httpFilter("f", luaType), httpFilter("rbac", rbacType))), "security " + manager + ": the HTTP filter f of type " + luaType + " is not supported", "chain"},
 		{"Wasm that comes on its own", chain(httpManager(nest(join(field1("w"), nest(nil, 5)), 5))), "traffic " + manager + ": the HTTP filter w of type " + wasmType + " is not supported", ""},
+		{"no HTTP filters", chain(nest(packed(httpManagerType, wire.AppendBytes(nil, 3, text(2, "r"))), 3, 4)), "security " + manager + ": no router", "chain"},
 		{"a filter after the router", chain(httpManager(httpFilter("router", routerType))), "security " + manager + ": the router is not the last HTTP filter", "chain"},
 	} {
 		l, findings, err := DecodeListener(append(test.bytes, field1(lName)...))
@@ -299,5 +304,77 @@ func TestAnEmptyPolicyIsKept(t *testing.T) {
 	}
 	if present, absent := l.Chains[0].Policies[0].Config, l.Chains[0].Policies[1].Config; len(present) != 2 || len(absent) != 0 {
 		t.Errorf("present, empty rules are %x, absent rules %x", present, absent)
+	}
+}
+
+// The resource has each field that listeners have. The tests with generated types made it and compare its value with theirs.
+func TestEachFieldOfListenersIsDecoded(t *testing.T) {
+	b, err := os.ReadFile("testdata/listener.pb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, findings, err := DecodeListener(b)
+	if err != nil || len(findings) > 0 {
+		t.Fatalf("error %v, findings %v", err, findings)
+	}
+	got, err := json.MarshalIndent(l, "", " ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const golden = "testdata/listener.json"
+	if *update {
+		if err := os.WriteFile(golden, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if want, err := os.ReadFile(golden); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("error %v; decoded\n%s", err, got)
+	}
+}
+
+func TestPortsOfListenerFilters(t *testing.T) {
+	low, high := PortPredicate{Kind: PortRange, Start: 10, End: 20}, PortPredicate{Kind: PortRange, Start: 15, End: 65536}
+	for _, test := range []struct {
+		name      string
+		predicate PortPredicate
+		want      []uint16 // of 9, 10, 15, 19, 20, 65535
+	}{
+		{"any", PortPredicate{Kind: PortAny}, []uint16{9, 10, 15, 19, 20, 65535}},
+		{"a range without its end", low, []uint16{10, 15, 19}},
+		{"a range to the end", high, []uint16{15, 19, 20, 65535}},
+		{"or", PortPredicate{Kind: PortOr, Of: []PortPredicate{low, high}}, []uint16{10, 15, 19, 20, 65535}},
+		{"or of nothing", PortPredicate{Kind: PortOr}, nil},
+		{"and", PortPredicate{Kind: PortAnd, Of: []PortPredicate{low, high}}, []uint16{15, 19}},
+		{"not", PortPredicate{Kind: PortNot, Of: []PortPredicate{low}}, []uint16{9, 20, 65535}},
+		{"not understood", PortPredicate{}, nil},
+	} {
+		filter := ListenerFilter{Disabled: &test.predicate}
+		var got []uint16
+		for _, port := range []uint16{9, 10, 15, 19, 20, 65535} {
+			if !filter.Applies(port) {
+				got = append(got, port)
+			}
+		}
+		if !slices.Equal(got, test.want) {
+			t.Errorf("%s: disabled for %v, want %v", test.name, got, test.want)
+		}
+	}
+	if filter := (ListenerFilter{}); !filter.Applies(1) {
+		t.Error("a filter that is not disabled does not apply")
+	}
+}
+
+func TestARefusedChainDoesNotRefuseOthers(t *testing.T) {
+	bad := chain(nest(portIs(1), 1), tcpFilter(), nest(nil, 4))
+	l, _, err := DecodeListener(join(chain(nest(portIs(2), 1), tcpFilter()), bad, named("good", portIs(3)), field1(lName)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var refused []bool
+	for _, chain := range l.Chains {
+		refused = append(refused, chain.Refused)
+	}
+	if want := []bool{false, true, false}; l.Refused || !slices.Equal(refused, want) {
+		t.Errorf("refused %v, want %v; the listener: %v", refused, want, l.Refused)
 	}
 }

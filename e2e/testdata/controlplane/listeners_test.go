@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"path"
 	"reflect"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	accesslog "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	filelog "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/file/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/grpc_stats/v3"
@@ -182,11 +184,26 @@ func canonical(l *mesh.Listener) {
 	}
 }
 
+// wideListenerFile has wideListener. The tests of internal/mesh, where there are no generated types, decode it as well.
+const wideListenerFile = "../../../internal/mesh/testdata/listener.pb"
+
 // Fields that the recorded listeners do not have are decoded as by the generated types as well.
 func TestOtherListenersAreDecodedAsByGeneratedTypes(t *testing.T) {
-	b, err := proto.Marshal(wideListener())
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(wideListener())
 	if err != nil {
 		t.Fatal(err)
+	}
+	if *update {
+		if err := os.WriteFile(wideListenerFile, b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kept, err := os.ReadFile(wideListenerFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !proto.Equal(unpack(kept, &listener.Listener{}), wideListener()) {
+		t.Errorf("%s has another listener; use -update", wideListenerFile)
 	}
 	got, findings, err := mesh.DecodeListener(b)
 	if err != nil || len(findings) > 0 {
@@ -224,7 +241,8 @@ func wideListener() *listener.Listener {
 	regex := &matcher.StringMatcher{MatchPattern: &matcher.StringMatcher_SafeRegex{SafeRegex: &matcher.RegexMatcher{Regex: "a.*"}}}
 	tls := &tlsv3.DownstreamTlsContext{
 		CommonTlsContext: &tlsv3.CommonTlsContext{
-			TlsParams:                      &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_3},
+			AlpnProtocols:                  []string{"h2", "http/1.1"},
+			TlsParams:                      &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_2, TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3},
 			TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{Name: "rsa"}, {Name: "ecdsa"}},
 			ValidationContextType: &tlsv3.CommonTlsContext_CombinedValidationContext{CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 				DefaultValidationContext: &tlsv3.CertificateValidationContext{
@@ -233,13 +251,33 @@ func wideListener() *listener.Listener {
 				ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: "roots"},
 			}},
 		},
-		RequireClientCertificate: wrapperspb.Bool(false),
+		RequireClientCertificate: yes,
 		SessionTicketKeysType:    &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
 	}
 	return &listener.Listener{
 		Name: "wide", Address: address("192.0.2.1", 15006),
 		AdditionalAddresses: []*listener.AdditionalAddress{{Address: address("2001:db8::1", 15006)}},
-		Transparent:         yes, TrafficDirection: core.TrafficDirection_INBOUND,
+		BindToPort:          wrapperspb.Bool(false), UseOriginalDst: yes, ListenerFiltersTimeout: seconds(2), ContinueOnListenerFiltersTimeout: true,
+		AccessLog: []*accesslog.AccessLog{{
+			Filter:     &accesslog.AccessLogFilter{FilterSpecifier: &accesslog.AccessLogFilter_ResponseFlagFilter{ResponseFlagFilter: &accesslog.ResponseFlagFilter{Flags: []string{"NR", "UF"}}}},
+			ConfigType: &accesslog.AccessLog_TypedConfig{TypedConfig: packed(&filelog.FileAccessLog{Path: "l", AccessLogFormat: &filelog.FileAccessLog_Format{Format: "f"}})},
+		}},
+		DefaultFilterChain: &listener.FilterChain{
+			Name: "default", TransportSocketConnectTimeout: seconds(15),
+			Metadata: &core.Metadata{FilterMetadata: map[string]*structpb.Struct{"istio": {Fields: map[string]*structpb.Value{"config": structpb.NewStringValue("/apis/x")}}}},
+			Filters: []*listener.Filter{
+				{Name: "rbac", ConfigType: &listener.Filter_TypedConfig{TypedConfig: &anypb.Any{TypeUrl: "type.googleapis.com/envoy.extensions.filters.network.rbac.v3.RBAC", Value: []byte{10, 0}}}},
+				{Name: "mx", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(&udpa.TypedStruct{TypeUrl: "type.googleapis.com/envoy.tcp.metadataexchange.config.MetadataExchange"})}},
+				{Name: "hcm", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(&hcm.HttpConnectionManager{
+					RouteSpecifier:              &hcm.HttpConnectionManager_RouteConfig{RouteConfig: &route.RouteConfiguration{Name: "inline"}},
+					HttpFilters:                 []*hcm.HttpFilter{{Name: "router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: &anypb.Any{TypeUrl: "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router", Value: []byte{8, 1}}}}},
+					NormalizePath:               yes,
+					ServerName:                  "istio-envoy",
+					SetCurrentClientCertDetails: &hcm.HttpConnectionManager_SetCurrentClientCertDetails{Subject: yes, Dns: true, Uri: true},
+				})}},
+			},
+		},
+		Transparent: yes, TrafficDirection: core.TrafficDirection_INBOUND,
 		ListenerFilters: []*listener.ListenerFilter{
 			{Name: "src", ConfigType: &listener.ListenerFilter_TypedConfig{TypedConfig: packed(&originalsrc.OriginalSrc{Mark: 1337})}},
 			{Name: "pp", ConfigType: &listener.ListenerFilter_TypedConfig{TypedConfig: packed(&proxyprotocol.ProxyProtocol{AllowRequestsWithoutProxyProtocol: true})},
