@@ -25,8 +25,8 @@ func newAgent() *cobra.Command {
 	o := newAgentOptions()
 	cmd := &cobra.Command{
 		Use:   "agent",
-		Short: "Carry the traffic that the rules redirect",
-		Long: `Carry the traffic that the rules of "pillion init" redirect, in and out.
+		Short: "Forward the traffic that the rules redirect",
+		Long: `Forward the traffic that the rules of "pillion init" redirect, in and out.
 
 Run it beside the workload, as the user that the rules exempt (1337). It needs no capability. It writes no file except the
 access log, if --access-log names one. With --interception-mode TPROXY the workload sees its clients' addresses; that
@@ -100,7 +100,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	switchFlag(flags, "x-request-id", "set x-request-id in requests without it", &config.HTTP.InboundFields.RequestID, &config.HTTP.OutboundFields.RequestID)
 	switchFlag(flags, "x-envoy-upstream-service-time", "set x-envoy-upstream-service-time in responses", &config.HTTP.InboundFields.ServiceTime, &config.HTTP.OutboundFields.ServiceTime)
 	countFlag(flags, &config.Connections.Max, "max-connections", "limit of open connections, inbound and outbound together; 0: limited by file descriptors only")
-	parsed(flags, &o.memory, parseBytes, "memory-limit", "", "0", "bytes", "memory that the process may use, as 128Mi; 0: GOMEMLIMIT, or the container's limit")
+	parsed(flags, &o.memory, parseBytes, "memory-limit", "", "0", "bytes", "memory that the process may use, as 128Mi; 0: the container's limit; GOMEMLIMIT can lower it")
 	durationFlag(flags, &config.Drain.Delay, "drain-delay", "on shutdown, keep accepting this long after readiness fails")
 	durationFlag(flags, &config.Drain.Timeout, "drain-timeout", "on shutdown, cut the remaining connections this long after readiness fails")
 	parsed(flags, &o.grace, parseGrace, "termination-grace-period", "", "0s", "duration", "the pod's terminationGracePeriodSeconds, as 30 or 30s; minus a margin, it is the limit of --drain-timeout and its default; 0s: unknown")
@@ -144,7 +144,7 @@ func (o *agentOptions) run(flags *pflag.FlagSet) error {
 	o.config.Version, o.config.SettingName = version, settingFlag
 	o.fitDrain(flags)
 	readPod(&o.config)
-	if err := limitMemory(int64(o.memory), os.Getenv("GOMEMLIMIT"), controlGroup); err != nil {
+	if err := limitMemory(int64(o.memory), controlGroup); err != nil {
 		o.config.Log.Warn("cannot apply the container's memory limit", "error", err)
 	}
 	return runAgent(o.config)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -202,23 +203,33 @@ func TestTheMemoryLimitOfBothVersionsOfControlGroups(t *testing.T) {
 	}
 }
 
-func TestTheMemoryLimitIsTheFlagsThenTheVariablesThenTheContainers(t *testing.T) {
+// Istio's injector sets GOMEMLIMIT to the container's limit. The difference has to stay even then.
+func TestGoGetsLessThanTheMemoryLimit(t *testing.T) {
 	root := t.TempDir()
 	if err := os.WriteFile(filepath.Join(root, "memory.max"), []byte("1000000000\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	const unlimited = math.MaxInt64
 	before := debug.SetMemoryLimit(-1)
 	defer debug.SetMemoryLimit(before)
 	for _, c := range []struct {
 		flag      int64
-		inherited string
+		inherited int64 // the runtime's limit, as GOMEMLIMIT sets it
 		root      string
 		want      int64
 	}{
-		{0, "", root, 900_000_000}, {2e9, "", root, 1_800_000_000}, {2e9, "5GiB", root, 1_800_000_000}, {0, "5GiB", root, 7}, {0, "", t.TempDir(), 7},
+		{0, unlimited, root, 900_000_000},
+		{0, 1_000_000_000, root, 900_000_000},
+		{0, 500_000_000, root, 500_000_000},
+		{0, 500_000_000, t.TempDir(), 500_000_000},
+		{0, unlimited, t.TempDir(), unlimited},
+		{2e9, unlimited, root, 1_800_000_000},
+		{2e9, 5 << 30, root, 1_800_000_000},
+		{128 << 20, unlimited, root, 96 << 20},
+		{64 << 20, unlimited, root, 48 << 20},
 	} {
-		debug.SetMemoryLimit(7)
-		err := limitMemory(c.flag, c.inherited, c.root)
+		debug.SetMemoryLimit(c.inherited)
+		err := limitMemory(c.flag, c.root)
 		if got := debug.SetMemoryLimit(before); got != c.want || err != nil {
 			t.Errorf("%+v: the limit is %d, and %v", c, got, err)
 		}

@@ -16,22 +16,23 @@ const controlGroup = "/sys/fs/cgroup"
 
 // limitMemory sets the runtime's soft memory limit below bytes, or if that is zero below the container's limit, so that
 // the garbage collector works harder before the kernel kills the process. root is the mount point of the container's
-// control group, version 1 or 2. If inherited, the value of GOMEMLIMIT, is set, the runtime has applied it already, and it
-// takes the place of the container's limit.
-func limitMemory(bytes int64, inherited, root string) error {
-	if bytes == 0 && inherited == "" {
-		var err error
-		if bytes, err = memoryLimit(root); err != nil {
-			return err
-		}
-	}
-	if bytes == 0 {
+// control group, version 1 or 2. The runtime has already applied GOMEMLIMIT. It is kept if it is lower: Istio's injector
+// sets it to the container's limit, which leaves nothing for memory that the runtime does not count.
+func limitMemory(bytes int64, root string) error {
+	if bytes > 0 {
+		debug.SetMemoryLimit(belowLimit(bytes))
 		return nil
 	}
-	// The rest is for memory that the runtime does not count: the program's own pages, sockets and pipes.
-	debug.SetMemoryLimit(bytes - max(bytes/10, min(bytes/4, 32<<20)))
+	limit, err := memoryLimit(root)
+	if err != nil || limit == 0 {
+		return err
+	}
+	debug.SetMemoryLimit(min(belowLimit(limit), debug.SetMemoryLimit(-1)))
 	return nil
 }
+
+// belowLimit subtracts what the runtime does not count: the program's own pages, sockets and pipes.
+func belowLimit(bytes int64) int64 { return bytes - max(bytes/10, min(bytes/4, 32<<20)) }
 
 // memoryLimit returns the container's limit in bytes, or zero without a limit.
 func memoryLimit(root string) (int64, error) {

@@ -446,6 +446,7 @@ var conversations = []conversation{
 		upstream closes
 		upstream gets a connection
 		>> GET /2 HTTP/1.1$Host: a$$
+		upstream reads the end
 		upstream closes
 		client reads the end`,
 		[]recorded{done(200, 0, 0), {reason: flow.DownstreamLeft, flags: "DC"}}},

@@ -32,7 +32,7 @@ const agentProgram = "/usr/local/bin/pilot-agent"
 var ownVariables = []string{
 	"POD_NAME", "POD_NAMESPACE", "INSTANCE_IP", "SERVICE_ACCOUNT", "ISTIO_META_WORKLOAD_NAME", "ISTIO_META_OWNER",
 	"CANONICAL_SERVICE", "CANONICAL_REVISION", "ISTIO_KUBE_APP_PROBERS", "ISTIO_PROMETHEUS_ANNOTATIONS", "GOMAXPROCS",
-	"GOMEMLIMIT", "PILLION_OPAQUE_PORTS", "PILLION_DRAIN_DELAY", "PILLION_DRAIN_TIMEOUT", "PILLION_LOG_LEVEL", "PILLION_ACCESS_LOG",
+	"PILLION_MEMORY_LIMIT", "PILLION_OPAQUE_PORTS", "PILLION_DRAIN_DELAY", "PILLION_DRAIN_TIMEOUT", "PILLION_LOG_LEVEL", "PILLION_ACCESS_LOG",
 	"PILLION_ACCESS_LOG_FORMAT", "PILLION_ACCESS_LOG_ENCODING", "PILLION_ACCESS_LOG_FILTER", "PILLION_DNS_CAPTURE",
 }
 
@@ -134,8 +134,8 @@ func (s *settings) agentEnvironment(p *pod, probers, prometheus string) object {
 		{"POD_NAMESPACE", field("metadata.namespace")},
 		{"INSTANCE_IP", field("status.podIP")},
 		{"SERVICE_ACCOUNT", field("spec.serviceAccountName")},
-		// Near the limit the garbage collector runs more often, so that the kernel does not kill the process.
-		{"GOMEMLIMIT", object{{"resourceFieldRef", object{{"resource", "limits.memory"}}}}},
+		// The agent keeps Go's memory below this. GOMEMLIMIT would leave nothing for the kernel's memory.
+		{"PILLION_MEMORY_LIMIT", object{{"resourceFieldRef", object{{"resource", "limits.memory"}}}}},
 	}
 	delay, concurrency, dns := "", "", ""
 	if s.dnsCapture {

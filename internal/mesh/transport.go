@@ -79,7 +79,7 @@ const (
 	rawBufferType   = typePrefix + "envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer"
 )
 
-var transportMatchFields = message{"envoy.config.cluster.v3.Cluster.TransportSocketMatch", Security, []field{1: {"name", decoded}, 2: {"match", decoded}, 3: {"transport_socket", decoded}}}
+var transportMatchFields = message{"envoy.config.cluster.v3.Cluster.TransportSocketMatch", Security, []field{1: {"name", decoded}, 2: {"match", once}, 3: {"transport_socket", once}}}
 
 func (d *decoder) transportMatch(m wire.Message) Transport {
 	var name, mode string
@@ -104,7 +104,7 @@ func (d *decoder) transportMatch(m wire.Message) Transport {
 	return t
 }
 
-var transportFields = message{"envoy.config.core.v3.TransportSocket", Security, []field{1: {"name", decoded}, 3: {"typed_config", decoded}}}
+var transportFields = message{"envoy.config.core.v3.TransportSocket", Security, []field{1: {"name", decoded}, 3: {"typed_config", once}}}
 
 // transport returns the transport in a TransportSocket. Findings about it that concern security refuse it.
 func (d *decoder) transport(m wire.Message) Transport {
@@ -129,7 +129,7 @@ func (d *decoder) transport(m wire.Message) Transport {
 }
 
 var upstreamTLSFields = message{"envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", Security, []field{
-	1: {"common_tls_context", decoded},
+	1: {"common_tls_context", once},
 	2: {"sni", decoded},
 	3: {"allow_renegotiation", ignored}, // crypto/tls never renegotiates
 	4: {"max_session_keys", ignored},    // sessions are not resumed
@@ -169,13 +169,13 @@ type commonTLS struct {
 }
 
 var commonTLSFields = message{"envoy.extensions.transport_sockets.tls.v3.CommonTlsContext", Security, []field{
-	1:  {"tls_params", decoded},
+	1:  {"tls_params", once},
 	2:  {"tls_certificates", security},
-	3:  {"validation_context", decoded},
+	3:  {"validation_context", once},
 	4:  {"alpn_protocols", decoded},
 	6:  {"tls_certificate_sds_secret_configs", decoded},
-	7:  {"validation_context_sds_secret_config", decoded},
-	8:  {"combined_validation_context", decoded},
+	7:  {"validation_context_sds_secret_config", once},
+	8:  {"combined_validation_context", once},
 	9:  {"tls_certificate_certificate_provider", security},
 	10: {"validation_context_certificate_provider", security},
 	11: {"tls_certificate_certificate_provider_instance", security},
@@ -241,8 +241,8 @@ var meshSuites = []string{
 }
 
 var combinedFields = message{"envoy.extensions.transport_sockets.tls.v3.CommonTlsContext.CombinedCertificateValidationContext", Security, []field{
-	1: {"default_validation_context", decoded},
-	2: {"validation_context_sds_secret_config", decoded},
+	1: {"default_validation_context", once},
+	2: {"validation_context_sds_secret_config", once},
 	3: {"validation_context_certificate_provider", security},
 	4: {"validation_context_certificate_provider_instance", security},
 }}
