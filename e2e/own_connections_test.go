@@ -3,7 +3,9 @@ package e2e
 import (
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -26,7 +28,9 @@ func sendAndRead(t *testing.T, from *nettest.Namespace, address, text string) st
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(nettest.Patience))
-	io.WriteString(conn, text)
+	if _, err := io.WriteString(conn, text); isReset(err) {
+		return "reset" // the kernel reports it once, and a read then returns the end
+	}
 	answer, err := io.ReadAll(conn)
 	if len(answer) == 0 && isReset(err) {
 		return "reset"
@@ -82,9 +86,9 @@ func TestAnAgentWhoseUserIsNotExemptReportsTheLoopAndServesOn(t *testing.T) {
 			if lines := s.agent.log.lines(`msg="connection refused"`); len(lines) > 0 {
 				t.Errorf("more lines about the loop:\n%s", strings.Join(lines, "\n"))
 			}
-			// Each connection of the workload has two records, its own and that of the connection that came back, and now and
-			// then a third one.
-			if records, most := len(s.agent.log.lines("reason=loop")), 2*5*each*3; records > most {
+			// Each connection of the workload has three records, its own and those of two connections that came back, and now
+			// and then a fourth one.
+			if records, most := len(s.agent.log.lines("reason=loop")), 2*5*each*4; records > most {
 				t.Errorf("%d connections looped, want at most %d", records, most)
 			}
 			assertQuiet(t, s.agent)
@@ -116,5 +120,45 @@ func TestARuleThatCapturesInboundsOwnConnectionsIsReportedAsALoop(t *testing.T) 
 	nettest.Eventually(t, "descriptors to be closed", func() bool { return s.agent.descriptors(t) <= before })
 	if lines := s.agent.log.lines(loopCause); len(lines) != 1 || !strings.Contains(lines[0], "rules check") {
 		t.Errorf("%d lines about the loop, want one with the remedy:\n%s", len(lines), strings.Join(lines, "\n"))
+	}
+}
+
+// When a client uses one source port for two destinations, conntrack gives the second redirected connection a random source
+// port. A rule makes it that of one of the agent's own connections to the same destination.
+func TestAConnectionWithThePortOfAnOwnConnectionIsNoLoop(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "--opaque-ports", "9")
+	iptables := requireProgram(t, "xtables-nft-multi")
+	listener := s.peer.Listen(t, "tcp", netip.AddrPortFrom(nettest.Elsewhere4, 9).String()).(*net.TCPListener)
+	for i, received := range []bool{false, true} {
+		first, own := s.outbound().connectTo(t, listener)
+		if received {
+			converse(t, first, own)
+		}
+		clientPort := strconv.Itoa(2000 + i)
+		s.pod.MustRun(t, iptables, "iptables", "-t", "nat", "-I", "POSTROUTING", "-o", "lo", "-p", "tcp", "--sport", clientPort,
+			"-j", "SNAT", "--to-source", own.RemoteAddr().String())
+		var second net.Conn
+		s.pod.Do(t, func() (err error) {
+			from := netip.MustParseAddrPort(nettest.PodIP4.String() + ":" + clientPort)
+			dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(from), Timeout: nettest.Patience}
+			second, err = dialer.Dial("tcp", listener.Addr().String())
+			return err
+		})
+		defer second.Close()
+		second.SetDeadline(time.Now().Add(nettest.Patience))
+		listener.SetDeadline(time.Now().Add(nettest.Patience))
+		other, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		converse(t, second, other)
+		second.Close()
+		other.Close()
+		s.agent.log.await(t, "downstream="+own.RemoteAddr().String(), "reason=closed")
+		converse(t, first, own)
+	}
+	if lines := s.agent.log.lines(loopCause); len(lines) > 0 {
+		t.Errorf("a loop is reported:\n%s", strings.Join(lines, "\n"))
 	}
 }

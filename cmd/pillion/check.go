@@ -35,6 +35,7 @@ CAP_SYS_ADMIN; without it the tables are only read. The exit status is 1 if a ch
 				Admin:       admin.address,
 				MemoryLimit: func() (int64, error) { return memoryLimit(controlGroup) },
 				HowToLook:   howToLook,
+				Elsewhere:   where.namespace != "",
 			}
 			ports := agent.config.Ports
 			for _, port := range []preflight.Port{

@@ -149,6 +149,7 @@ func TestBadInputEndsWithOneLineAndTouchesNothing(t *testing.T) {
 		{args: "init --backend=iptables --native-nftables", code: 2, want: `--backend iptables contradicts --native-nftables, which means nftables: use one of them`},
 		{args: "init --backend=nftables --force-iptables-binary=legacy", code: 2, want: `--backend nftables contradicts --force-iptables-binary, which means iptables-legacy: use one of them`},
 		{args: "init --network-namespace=/nowhere", code: 1, want: `--network-namespace "/nowhere": no such file or directory: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
+		{args: "check --network-namespace=/nowhere", code: 1, want: `--network-namespace "/nowhere": no such file or directory: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
 		{args: "init --network-namespace=/proc/version", code: 1, want: `--network-namespace "/proc/version": invalid argument: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
 		{args: "cleanup", environment: "NETWORK_NAMESPACE=/proc/version", code: 1, want: `NETWORK_NAMESPACE "/proc/version": invalid argument: use the path of a network namespace, such as /proc/4711/ns/net or /run/netns/pod`},
 		{args: "init -m TPROXY -t 0x53a", code: 2, want: `-t 0x53a: use a mark other than 0 and 1338; the rules use 1338 themselves`},

@@ -4,6 +4,8 @@
 //
 // The agent stands behind the rules of `pillion init`, as uid 1337. Where a memory cgroup can be made, it runs in one of
 // 128 MiB, so that the kernel kills an agent that needs more, memory of the kernel included. Its largest resident memory
-// is checked everywhere. The attackers are a process of their own in the peer's namespace. The other
-// client has another address: a peer's memory is only taken for the good of others, see internal/budget.
+// is checked everywhere. The attackers are a process of their own in the peer's namespace. In the benchmark they have the
+// lowest priority, and the agent has a core for itself; it fails if another client's 99th percentile more than doubles,
+// and needs an otherwise idle machine. The other client has an address of its own, because the budget takes
+// memory from the peer that holds the most: see internal/budget.
 package hostility

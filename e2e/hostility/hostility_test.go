@@ -2,6 +2,7 @@ package hostility
 
 import (
 	"fmt"
+	"runtime"
 	"slices"
 	"strconv"
 	"sync"
@@ -13,7 +14,7 @@ import (
 
 // TestHostility lets each attack work against one agent, one after the other, while another client sends requests.
 func TestHostility(t *testing.T) {
-	w := newWorld(t)
+	w := newWorld(t, false)
 	for i := range attacks {
 		a := &attacks[i]
 		t.Run(a.name, func(t *testing.T) {
@@ -23,7 +24,7 @@ func TestHostility(t *testing.T) {
 					t.Fatalf("before the attack: %v", err)
 				}
 			}
-			attacker := w.start(t, w.peer, "attack", a.name, "1s", strconv.Itoa(shortForm))
+			attacker := w.start(t, w.peer, "attack", a.name, "1s", strconv.Itoa(shortForm), "0")
 			attacker.await(t, "ready")
 			for range 3 {
 				fresh := []*client{w.newClient(t, false), w.newClient(t, true)}
@@ -54,13 +55,16 @@ func TestHostility(t *testing.T) {
 // fared: make hostility.
 func BenchmarkHostility(b *testing.B) {
 	const calm, storm = 5 * time.Second, 10 * time.Second
+	if runtime.NumCPU() > 1 {
+		pinSelf(b)
+	}
 	fmt.Printf("%-40s %10s %10s %10s %12s %12s %7s %7s\n", "attack", "resident", "cgroup", "evictions", "p99 before", "p99 during", "ratio", "failed")
 	for i := range attacks {
 		a := &attacks[i]
 		b.Run(a.name, func(b *testing.B) {
-			w := newWorld(b)
+			w := newWorld(b, true)
 			before, failed := w.measure(b, calm)
-			attacker := w.start(b, w.peer, "attack", a.name, "10ms", strconv.Itoa(a.connections))
+			attacker := w.start(b, w.peer, "attack", a.name, "100ms", strconv.Itoa(a.connections), "19")
 			attacker.await(b, "ready")
 			during, lost := w.measure(b, storm)
 			w.checkAlive(b)

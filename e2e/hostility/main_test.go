@@ -24,7 +24,7 @@ func TestMain(m *testing.M) {
 	case "origin":
 		runOrigin()
 	case "attack":
-		runAttack(os.Args[1], os.Args[2], os.Args[3])
+		runAttack(os.Args[1], os.Args[2], os.Args[3], os.Args[4])
 	default:
 		fmt.Fprintf(os.Stderr, "unknown %s %q\n", roleVariable, role)
 		os.Exit(1)

@@ -11,10 +11,13 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -38,12 +41,13 @@ type world struct {
 	agent     *nettest.Process
 	log       bytes.Buffer // of the agent; to be read when it has ended
 	cgroup    *cgroup      // nil if it cannot be made here
+	pinned    bool         // the agent has a core for itself, as far as these processes go
 }
 
-func newWorld(t testing.TB) *world {
+func newWorld(t testing.TB, pinned bool) *world {
 	t.Helper()
 	nettest.RequireRoot(t)
-	w := &world{}
+	w := &world{pinned: pinned && runtime.NumCPU() > 1}
 	w.pod, w.peer = nettest.PodAndPeer(t)
 	w.peer.AddAddress(t, "eth0", netip.PrefixFrom(netip.MustParseAddr(customer), 24))
 	if out, err := w.pod.Run(w.pod.Command(0, 0, pillion, initArguments...)); err != nil {
@@ -64,6 +68,7 @@ func (w *world) startAgent(t testing.TB) {
 	if w.cgroup = newCgroup(t, memoryLimit); w.cgroup != nil {
 		words = append([]string{"sh", "-c", `echo $$ > "$0" && exec "$@"`, w.cgroup.procs()}, words...)
 	}
+	words = append(w.on(runtime.NumCPU()-1), words...)
 	cmd := w.pod.Command(0, 0, words[0], words[1:]...)
 	cmd.Stderr = &w.log
 	w.agent = w.pod.Start(t, cmd)
@@ -71,6 +76,29 @@ func (w *world) startAgent(t testing.TB) {
 	if out, err := w.pod.Run(wait); err != nil {
 		w.agent.Kill()
 		t.Fatalf("the agent does not become ready: %v\n%s\n%s", err, out, &w.log)
+	}
+}
+
+// on returns the words before a command that pin it to a core.
+func (w *world) on(core int) []string {
+	if !w.pinned {
+		return nil
+	}
+	return []string{"taskset", "-c", strconv.Itoa(core)}
+}
+
+// pinSelf pins this process to the first core.
+func pinSelf(t testing.TB) {
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var first unix.CPUSet
+	first.Set(0)
+	for _, task := range tasks { // threads that are made later inherit it
+		if tid, err := strconv.Atoi(task.Name()); err == nil {
+			_ = unix.SchedSetaffinity(tid, &first) // fails for a thread that has ended
+		}
 	}
 }
 
@@ -83,7 +111,8 @@ type helper struct {
 
 func (w *world) start(t testing.TB, ns *nettest.Namespace, role string, args ...string) *helper {
 	t.Helper()
-	cmd := ns.Command(0, 0, os.Args[0], args...)
+	words := append(append(w.on(0), os.Args[0]), args...)
+	cmd := ns.Command(0, 0, words[0], words[1:]...)
 	cmd.Env = append(os.Environ(), roleVariable+"="+role)
 	input, err := cmd.StdinPipe()
 	if err != nil {

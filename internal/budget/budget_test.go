@@ -121,6 +121,40 @@ func TestMemoryOfTheEvictedCountsUntilItIsFreed(t *testing.T) {
 	}
 }
 
+func TestAnAccountMayEndAnywhereInItsList(t *testing.T) {
+	b := New(1000)
+	all := []*holder{open(b, "198.51.100.1"), open(b, "198.51.100.1"), open(b, "198.51.100.1"), open(b, "198.51.100.1")}
+	for _, h := range all {
+		h.Hold(100)
+	}
+	all[1].Close() // from the middle
+	all[3].Close() // from the end
+	rival := open(b, "198.51.100.2")
+	rival.Hold(950)
+	if got := evictedOf(all); len(got) != 0 || !rival.Evicted() {
+		t.Fatalf("evicted %v, want the rival", got)
+	}
+	rival.Close()
+	all[0].Hold(450)
+	all[2].Hold(551)
+	if got := evictedOf(all); !slices.Equal(got, []int{0}) {
+		t.Errorf("evicted %v, want the older", got)
+	}
+	for _, h := range all {
+		h.Close()
+	}
+}
+
+func TestClassesArePowersOfTwo(t *testing.T) {
+	for n, want := range map[int]int{
+		1: 0, 4096: 0, 4097: 1, 8192: 1, 8193: 2, 256 << 10: 6, 256<<10 + 1: 7, 1 << 40: classes - 1,
+	} {
+		if got := class(n); got != want {
+			t.Errorf("%d bytes are of class %d, want %d", n, got, want)
+		}
+	}
+}
+
 // A host has a prefix of 64 bits, and all the addresses in it.
 func TestAPeerWithManyAddressesIsOne(t *testing.T) {
 	b := New(100)

@@ -86,22 +86,35 @@ func minorOf(version string) (minor int, ok bool) {
 	return minor, err == nil
 }
 
+// maxNodes bounds the nodes that are looked at. Kubernetes supports 5,000.
+const maxNodes = 20_000
+
 func (c *checker) nodes(ctx context.Context) {
 	const name = "nodes"
-	var nodes struct {
-		Items []struct {
-			Metadata struct{ Name string }
-			Status   struct {
-				NodeInfo struct{ KubeletVersion, Architecture, OperatingSystem string }
-			}
+	type node struct {
+		Metadata struct{ Name string }
+		Status   struct {
+			NodeInfo struct{ KubeletVersion, Architecture, OperatingSystem string }
 		}
 	}
-	if err := c.api.Get(ctx, "/api/v1/nodes?limit=1000", &nodes); err != nil {
-		c.failed(name, err)
-		return
+	var nodes []node
+	for next := ""; ; {
+		var page struct {
+			Metadata struct{ Continue string }
+			Items    []node
+		}
+		if err := c.api.Get(ctx, "/api/v1/nodes?limit=500"+next, &page); err != nil {
+			c.failed(name, err)
+			return
+		}
+		nodes = append(nodes, page.Items...)
+		if page.Metadata.Continue == "" || len(nodes) > maxNodes {
+			break
+		}
+		next = "&continue=" + url.QueryEscape(page.Metadata.Continue)
 	}
 	var old, other []string
-	for _, n := range nodes.Items {
+	for _, n := range nodes {
 		info := n.Status.NodeInfo
 		if minor, ok := minorOf(info.KubeletVersion); ok && minor < nativeSidecars {
 			old = append(old, n.Metadata.Name+" ("+info.KubeletVersion+")")
@@ -116,7 +129,7 @@ func (c *checker) nodes(ctx context.Context) {
 	case len(other) > 0:
 		c.list.AddWithRemedy(name, checklist.Warning, "pillion does not run on "+some(other), "keep its pods off these nodes, by nodeSelector or taints")
 	default:
-		c.list.Add(name, checklist.OK, fmt.Sprintf("%d, all with native sidecars", len(nodes.Items)))
+		c.list.Add(name, checklist.OK, fmt.Sprintf("%d, all with native sidecars", len(nodes)))
 	}
 }
 
@@ -139,6 +152,7 @@ type webhook struct {
 	}
 	FailurePolicy     string
 	NamespaceSelector selector
+	ObjectSelector    selector
 }
 
 // selector is a label selector.
@@ -363,6 +377,9 @@ func (c *checker) namespace(ctx context.Context) {
 // object is JSON.
 type object = map[string]any
 
+// injectedBy is the annotation that injection sets. Other webhooks may add containers as well.
+const injectedBy = "pillion.dev/status"
+
 // trial sends a pod as a dry run. If the webhook injects the namespace, that proves that the API server reaches it, trusts
 // its certificate, and admits what it makes. Otherwise the pod has the capabilities of an injected one.
 func (c *checker) trial(ctx context.Context, injects bool, permit string) {
@@ -372,15 +389,24 @@ func (c *checker) trial(ctx context.Context, injects bool, permit string) {
 		spec["initContainers"] = []object{{"name": "pillion-init", "image": "pillion.example/check", "securityContext": object{
 			"runAsUser": 0, "runAsNonRoot": false, "capabilities": object{"add": []string{"NET_ADMIN", "NET_RAW"}, "drop": []string{"ALL"}}}}}
 	}
-	pod := object{"apiVersion": "v1", "kind": "Pod", "metadata": object{"generateName": "pillion-check-"}, "spec": spec}
+	metadata := object{"generateName": "pillion-check-"}
+	if injects {
+		metadata["labels"] = c.hook.ObjectSelector.MatchLabels
+		if !c.hook.ObjectSelector.selects(c.hook.ObjectSelector.MatchLabels) {
+			c.list.Add(name, checklist.Skipped, "the objectSelector of the webhook has expressions that this program cannot satisfy")
+			return
+		}
+	}
+	pod := object{"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 	var made struct {
-		Spec struct {
+		Metadata struct{ Annotations map[string]string }
+		Spec     struct {
 			Containers, InitContainers []struct{ Name string }
 		}
 	}
 	err := c.api.Post(ctx, "/api/v1/namespaces/"+url.PathEscape(c.Namespace)+"/pods?dryRun=All", pod, &made)
 	switch {
-	case err == nil && injects && len(made.Spec.Containers)+len(made.Spec.InitContainers) == 1:
+	case err == nil && injects && made.Metadata.Annotations[injectedBy] == "":
 		c.list.AddWithRemedy(name, checklist.Failed, "admitted, but not injected", "look at the log of the webhook")
 	case err == nil && injects:
 		c.list.Add(name, checklist.OK, "admitted and injected: the API server reaches the webhook and trusts its certificate")

@@ -74,7 +74,7 @@ func healthy(t *testing.T) cluster {
 			"status":{"replicas":2,"availableReplicas":2}}]}`,
 		secretPath:    fmt.Sprintf(`{"data":{"tls.crt":%q}}`, base64.StdEncoding.EncodeToString(certificate(t, 60))),
 		namespacePath: `{"metadata":{"labels":{"pillion.dev/injection":"enabled","pod-security.kubernetes.io/enforce":"privileged"}}}`,
-		podPath:       `{"spec":{"containers":[{"name":"app"}],"initContainers":[{"name":"pillion-init"},{"name":"istio-proxy"}]}}`,
+		podPath:       `{"metadata":{"annotations":{"pillion.dev/status":"{}"}},"spec":{"containers":[{"name":"app"}],"initContainers":[{"name":"pillion-init"},{"name":"istio-proxy"}]}}`,
 	}
 }
 
@@ -268,6 +268,30 @@ func TestSelectorsFollowKubernetes(t *testing.T) {
 		var s selector
 		if err := json.Unmarshal([]byte(text), &s); err != nil || s.selects(map[string]string{"a": "1"}) != want {
 			t.Errorf("%s: %v, want %v", text, err, want)
+		}
+	}
+}
+
+// A pod that another webhook has changed is not injected.
+func TestAContainerOfAnotherWebhookIsNotInjection(t *testing.T) {
+	c := healthy(t)
+	c[podPath] = `{"metadata":{"annotations":{"vault.hashicorp.com/agent-inject-status":"injected"}},"spec":{"containers":[{"name":"app"},{"name":"vault-agent"}]}}`
+	if byName, _, _ := check(t, c); byName["pod, dry run"].State != checklist.Failed {
+		t.Errorf("%+v", byName["pod, dry run"])
+	}
+}
+
+// The pod of the trial is one that the webhook selects.
+func TestTheTrialSatisfiesTheObjectSelector(t *testing.T) {
+	for selector, want := range map[string]checklist.State{
+		`{"matchLabels":{"team":"a"}}`:                              checklist.OK,
+		`{"matchExpressions":[{"key":"team","operator":"Exists"}]}`: checklist.Skipped,
+	} {
+		c := healthy(t)
+		c[hooksPath] = strings.Replace(c[hooksPath], `"namespaceSelector"`, `"objectSelector":`+selector+`,"namespaceSelector"`, 1)
+		byName, _, sent := check(t, c)
+		if byName["pod, dry run"].State != want || want == checklist.OK && !strings.Contains(*sent, `"labels":{"team":"a"}`) {
+			t.Errorf("%s: %+v, sent %s", selector, byName["pod, dry run"], *sent)
 		}
 	}
 }

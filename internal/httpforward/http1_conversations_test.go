@@ -446,6 +446,7 @@ var conversations = []conversation{
 		upstream closes
 		upstream gets a connection
 		>> GET /2 HTTP/1.1$Host: a$$
+		upstream reads the end
 		upstream closes
 		client reads the end`,
 		[]recorded{done(200, 0, 0), {reason: flow.DownstreamLeft, flags: "DC"}}},
@@ -466,7 +467,16 @@ var conversations = []conversation{
 		client closes
 		upstream reads the end
 		upstream resets`,
-		[]recorded{{reason: flow.DownstreamLeft, status: 200, flags: "DC", sent: 4}}},
+		[]recorded{{reason: flow.ResponseIncomplete, status: 200, flags: "UC", sent: 4}}},
+	{"downstream closes its half, and upstream resets without an answer", `
+		> POST / HTTP/1.1$Host: a$Content-Length: 0$$
+		>> POST / HTTP/1.1$Host: a$Content-Length: 0$$
+		client closes its half
+		upstream reads the end
+		upstream resets
+		<< HTTP/1.1 503 Service Unavailable$
+		client reads a message that ends the connection`,
+		[]recorded{{reason: flow.UpstreamClosed, status: 503, flags: "UC", sent: 95}}},
 	{"a request meets an upstream that closes: it is sent again", `
 		> GET /1 HTTP/1.1$Host: a$$
 		>> GET /1 HTTP/1.1$Host: a$$

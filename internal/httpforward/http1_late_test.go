@@ -1,10 +1,12 @@
 package httpforward
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -247,5 +249,45 @@ func TestARecordCountsWhatWasTaken(t *testing.T) {
 	const twice = 16 << 10 // at most so much is in both sockets' queues, sent and not acknowledged
 	if sent := int64(r.records.await(t, 0).sent); sent > got || sent < got-twice {
 		t.Errorf("the record is %d bytes, and downstream's socket took %d", sent, got)
+	}
+}
+
+// The upstream connection ends with the 503. Downstream outlives it only if the next request would reach the same server.
+func TestARefusedRequestEndsItsConnectionUnlessTheWorkloadListens(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ balanced, listens, outlives bool }{{true, true, false}, {false, false, false}, {false, true, true}} {
+		t.Run(fmt.Sprintf("balanced %t, listens %t", c.balanced, c.listens), func(t *testing.T) {
+			t.Parallel()
+			const request = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
+			o := newOrigin(t)
+			r := newRig(t, o.address, false, plain)
+			r.set(func() { r.balanced = c.balanced })
+			client := r.dial(t)
+			send(t, client, request)
+			up := o.accept()
+			expect(t, up, request)
+			if !c.listens {
+				o.listener.Close()
+			}
+			up.Close()
+			reader := bufio.NewReader(client)
+			response, err := http.ReadResponse(reader, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadAll(response.Body); err != nil || response.StatusCode != 503 || response.Close == c.outlives {
+				t.Errorf("%d, closes: %t, %v", response.StatusCode, response.Close, err)
+			}
+			if !c.outlives {
+				if _, err := reader.ReadByte(); err != io.EOF {
+					t.Errorf("after the response: %v, want the end", err)
+				}
+				return
+			}
+			send(t, client, request)
+			second := o.accept()
+			expect(t, second, request)
+			second.Close()
+		})
 	}
 }

@@ -432,6 +432,19 @@ var frameConversations = []conversation{
 		<< the end
 	`, []recorded{{reason: flow.DownstreamLeft, flags: "DC", status: 200}}},
 
+	{"downstream closes its half in the middle of a response, and upstream resets", met + `
+		> GET 1
+		>> GET 1
+		< HEADERS 1 :status=200
+		<< HEADERS 1 :status=200
+		client closes its half
+		>> the end
+		upstream resets
+		<< RST 1 INTERNAL_ERROR
+		<< GOAWAY 1 NO_ERROR
+		<< the end
+	`, []recorded{{reason: flow.ResponseIncomplete, flags: "UC", status: 200}}},
+
 	{"HEAD and 304 declare what they do not send", met + `
 		> HEADERS 1 end :method=HEAD :scheme=http :path=/ :authority=a
 		>> HEADERS 1 end :method=HEAD :scheme=http :path=/ :authority=a

@@ -66,7 +66,7 @@ func TestARecordKeepsWhatCanBeReported(t *testing.T) {
 	})
 }
 
-// However many values there are: what does not fit is told by a mark.
+// However many values there are: a mark stands for those that do not fit.
 func TestARecordIsBoundedAsAWhole(t *testing.T) {
 	var fields []http2.Field
 	var note []string

@@ -62,7 +62,7 @@ func (m *memory) Truncate(size int64) error {
 	return nil
 }
 
-// inject and uninject return the text, or none after an error.
+// inject and uninject return the text, or "" after an error.
 func inject(text, name string, options Options, report func(Outcome)) (string, error) {
 	var out memory
 	if err := Inject(text, name, options, report, &out); err != nil {
@@ -275,7 +275,7 @@ func TestTheItemsOfAListAreEditedAsInTheWhole(t *testing.T) {
 	}
 }
 
-// An alias of an anchor in another item is only known in the whole. What was written item by item is taken back.
+// An alias of an anchor in another item is only known in the whole document. Items that are already written are taken back.
 func TestAListWithSharedAnchorsIsEditedAsAWhole(t *testing.T) {
 	pod := func(name, labels string) string {
 		return "- apiVersion: v1\n  kind: Pod\n  metadata: {name: " + name + ", labels: " + labels + "}\n  spec:\n    containers:\n    - name: app\n      image: x\n"

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/netutil"
@@ -22,11 +23,13 @@ import (
 
 // Bounds of the webhook.
 const (
-	maxReview      = 4 << 20   // bytes of a request; an API server accepts objects of at most 3 MiB
-	smallReview    = 256 << 10 // nearly all requests are smaller
-	maxLarge       = 4         // larger requests at a time, from their first byte to the answer
-	maxReviews     = 16        // requests answered at a time
-	maxConnections = 512
+	maxReview      = 4 << 20          // bytes of a request; an API server accepts objects of at most 3 MiB
+	smallReview    = 256 << 10        // nearly all requests are smaller
+	maxLarge       = 4                // larger requests at a time, from their first byte to the answer
+	maxReviews     = 4                // requests answered at a time
+	maxValues      = 50_000           // JSON values of a request; a parsed one takes up to 400 bytes
+	maxHeld        = 24 << 20         // bytes of all requests up to smallReview, from their first byte to the answer
+	maxConnections = 512              // each has one request at a time, as HTTP/2 is not offered
 	reviewTime     = 10 * time.Second // for reading a request; the API server's own timeout
 	stopTime       = 10 * time.Second // for requests in progress at the end
 	maxWarning     = 200              // bytes of a warning; kubectl shows little more
@@ -47,10 +50,12 @@ func Serve(ctx context.Context, config WebhookConfig) error {
 	server := &http.Server{
 		Handler:           NewWebhook(config.Options, config.Log),
 		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: config.Certificate},
+		Protocols:         new(http.Protocols),
 		ReadHeaderTimeout: reviewTime, ReadTimeout: reviewTime, WriteTimeout: 2 * reviewTime, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 16 << 10,
 		ErrorLog:       slog.NewLogLogger(config.Log.Handler(), slog.LevelDebug), // failed handshakes of any client
 	}
+	server.Protocols.SetHTTP1(true)
 	stopped := make(chan error, 1)
 	stop := context.AfterFunc(ctx, func() {
 		within, cancel := context.WithTimeout(context.Background(), stopTime)
@@ -102,30 +107,17 @@ const reviewVersion = "admission.k8s.io/v1"
 // NewWebhook returns the handler of /inject and /healthz.
 func NewWebhook(options Options, log *slog.Logger) http.Handler {
 	mux := http.NewServeMux()
-	running, large := make(places, maxReviews), make(places, maxLarge)
+	running, bodies := make(places, maxReviews), bodies{large: make(places, maxLarge)}
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") })
 	mux.HandleFunc("POST /inject", func(w http.ResponseWriter, r *http.Request) {
 		if form, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type")); form != "application/json" {
 			http.Error(w, "send application/json", http.StatusUnsupportedMediaType)
 			return
 		}
-		// A client that sends a large request slowly delays only other large requests.
-		sent := http.MaxBytesReader(w, r.Body, maxReview)
-		body, err := io.ReadAll(io.LimitReader(sent, smallReview))
-		if err == nil && len(body) == smallReview {
-			if !large.take(w, r) {
-				return
-			}
-			defer large.leave()
-			var rest []byte
-			rest, err = io.ReadAll(sent)
-			body = append(body, rest...)
-		}
-		if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-			http.Error(w, fmt.Sprintf("a review has at most %d bytes", maxReview), http.StatusRequestEntityTooLarge)
+		body, free := bodies.read(w, r)
+		defer free()
+		if body == nil {
 			return
-		} else if err != nil {
-			return // the connection is closed or the time is over
 		}
 		if !running.take(w, r) {
 			return
@@ -162,9 +154,64 @@ func (p places) take(w http.ResponseWriter, r *http.Request) bool {
 
 func (p places) leave() { <-p }
 
+// bodies bounds the memory of requests.
+type bodies struct {
+	held  atomic.Int64 // bytes of buffers of at most smallReview
+	large places       // larger requests. A client that sends one slowly delays only other large ones
+}
+
+// firstRead is the first size of a buffer. It grows as bytes arrive, so that an announced length costs nothing.
+const firstRead = 4 << 10
+
+// read returns the body, or nil after an error that it has answered. The body may be used until free is called.
+func (b *bodies) read(w http.ResponseWriter, r *http.Request) (body []byte, free func()) {
+	sent := http.MaxBytesReader(w, r.Body, maxReview)
+	taken, isLarge := int64(0), false
+	free = func() {
+		b.held.Add(-taken)
+		if isLarge {
+			b.large.leave()
+		}
+	}
+	body = []byte{}
+	for {
+		if len(body) == cap(body) {
+			size := max(firstRead, 4*cap(body))
+			switch {
+			case size <= smallReview:
+				more := int64(size - cap(body))
+				taken += more
+				if b.held.Add(more) > maxHeld {
+					http.Error(w, fmt.Sprintf("too many reviews: %d bytes in progress", maxHeld), http.StatusServiceUnavailable)
+					return nil, free
+				}
+			case !isLarge:
+				if isLarge = b.large.take(w, r); !isLarge {
+					return nil, free
+				}
+				size = maxReview + 1 // a Reader reports the end only if there is room
+			}
+			body = append(make([]byte, 0, size), body...)
+		}
+		n, err := sent.Read(body[len(body):cap(body)])
+		body = body[:len(body)+n]
+		if err == io.EOF {
+			return body, free
+		} else if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
+			http.Error(w, fmt.Sprintf("a review has at most %d bytes", maxReview), http.StatusRequestEntityTooLarge)
+			return nil, free
+		} else if err != nil { // the connection is closed or the time is over
+			return nil, free
+		}
+	}
+}
+
 // Review answers an AdmissionReview. A pod that cannot be injected as its annotations request is refused with the reason.
 // A pod on which the injection panics is refused too: it would run without its sidecar, unnoticed.
 func Review(body []byte, options Options, log *slog.Logger) ([]byte, error) {
+	if values(body) > maxValues {
+		return nil, fmt.Errorf("a review has at most %d JSON values", maxValues)
+	}
 	var asked review
 	if err := json.Unmarshal(body, &asked); err != nil {
 		return nil, fmt.Errorf("parsing an AdmissionReview: %w", err)
@@ -175,6 +222,22 @@ func Review(body []byte, options Options, log *slog.Logger) ([]byte, error) {
 	answer := asked.Request.answer(options, log)
 	answer.UID = asked.Request.UID
 	return json.Marshal(review{APIVersion: reviewVersion, Kind: "AdmissionReview", Response: answer})
+}
+
+// values returns the number of values of a JSON text, or more.
+func values(text []byte) int {
+	count, quoted := 0, false
+	for i := 0; i < len(text); i++ {
+		switch c := text[i]; {
+		case quoted && c == '\\':
+			i++
+		case c == '"':
+			quoted = !quoted
+		case !quoted && (c == ',' || c == '{' || c == '['):
+			count++
+		}
+	}
+	return count
 }
 
 func (r *request) answer(options Options, log *slog.Logger) (answer *response) {

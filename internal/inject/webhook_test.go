@@ -18,12 +18,15 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -188,10 +191,21 @@ func TestTheWebhookRefusesAPodThatItCannotInject(t *testing.T) {
 		t.Errorf("%+v", answer)
 	}
 	for _, body := range []string{``, `[]`, `{}`, `{"apiVersion":"admission.k8s.io/v1beta1","kind":"AdmissionReview","request":{}}`,
-		`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview"}`} {
+		`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview"}`,
+		string(ask(`{"kind":"Other","x":[` + strings.Repeat(`{"":1},`, maxValues/2) + `1]}`))} {
 		if answer, err := Review([]byte(body), Options{Image: "x"}, slog.New(slog.DiscardHandler)); err == nil {
 			t.Errorf("%s: %s", body, answer)
 		}
+	}
+}
+
+// Parsed values take far more memory than their text. Those in strings do not count.
+func TestTheValuesOfAReviewAreBounded(t *testing.T) {
+	if answer := reviewed(t, ask(`{"kind":"Other","x":"`+strings.Repeat(`\"{,[`, maxValues)+`"}`)); !answer.Allowed {
+		t.Errorf("a string: %+v", answer)
+	}
+	if answer := reviewed(t, ask(`{"kind":"Other","x":[`+strings.Repeat(`1,`, maxValues-100)+`1]}`)); !answer.Allowed {
+		t.Errorf("%d values: %+v", maxValues-100, answer)
 	}
 }
 
@@ -427,5 +441,88 @@ func TestTheWebhookFinishesRequestsInProgress(t *testing.T) {
 	}
 	if err := <-ended; err != nil {
 		t.Error(err)
+	}
+}
+
+// Without HTTP/2 the number of connections bounds the number of requests.
+func TestAConnectionHasOneRequestAtATime(t *testing.T) {
+	dir := t.TempDir()
+	pool := certify(t, dir, "x")
+	address, _ := served(t, dir)
+	connection, err := tls.Dial("tcp", address, &tls.Config{RootCAs: pool, ServerName: "localhost", NextProtos: []string{"h2", "http/1.1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer connection.Close()
+	if got := connection.ConnectionState().NegotiatedProtocol; got != "http/1.1" {
+		t.Errorf("the webhook chose %q", got)
+	}
+}
+
+// stalled is a body that ends when its channel is closed.
+type stalled struct {
+	bytes int
+	begun chan<- bool
+	end   <-chan struct{}
+}
+
+func (s *stalled) Read(b []byte) (int, error) {
+	if s.bytes > 0 {
+		n := min(len(b), s.bytes)
+		s.bytes -= n
+		return n, nil
+	}
+	s.begun <- true
+	<-s.end
+	return 0, io.EOF
+}
+
+// Requests of any number and speed hold at most maxHeld bytes and maxLarge buffers. The memory is free after they end.
+func TestUnfinishedRequestsHoldABoundedMemory(t *testing.T) {
+	handler := NewWebhook(Options{Image: "pillion"}, slog.New(slog.DiscardHandler))
+	post := func(body io.Reader) int {
+		r := httptest.NewRequest(http.MethodPost, "/inject", body)
+		r.Header.Set("Content-Type", "application/json")
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, r)
+		return w.Code
+	}
+	begun, end := make(chan bool), make(chan struct{})
+	var running sync.WaitGroup
+	stall := func(bytes int) {
+		running.Go(func() {
+			if post(&stalled{bytes, begun, end}) == http.StatusServiceUnavailable {
+				begun <- false
+			}
+		})
+	}
+	const requests = maxConnections - 1
+	var before, during runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for range requests {
+		stall(smallReview - 1)
+	}
+	accepted := 0
+	for range requests {
+		if <-begun {
+			accepted++
+		}
+	}
+	if want := maxHeld / smallReview; accepted != want {
+		t.Errorf("%d of %d requests were accepted, want %d", accepted, requests, want)
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&during)
+	if grown := int64(during.HeapAlloc) - int64(before.HeapAlloc); grown > maxHeld*3/2 {
+		t.Errorf("they hold %d MiB", grown>>20)
+	}
+	if code := post(bytes.NewReader(ask(`{"kind":"Other"}`))); code != http.StatusServiceUnavailable {
+		t.Errorf("without memory: %d", code)
+	}
+	close(end)
+	running.Wait()
+	if code := post(bytes.NewReader(ask(`{"kind":"Other"}`))); code != http.StatusOK {
+		t.Errorf("after they ended: %d", code)
 	}
 }

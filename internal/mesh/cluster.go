@@ -112,36 +112,36 @@ type Keepalive struct {
 var clusterFields = message{"envoy.config.cluster.v3.Cluster", Traffic, []field{
 	1:  {"name", decoded},
 	2:  {"type", decoded},
-	3:  {"eds_cluster_config", decoded},
-	4:  {"connect_timeout", decoded},
+	3:  {"eds_cluster_config", once},
+	4:  {"connect_timeout", once},
 	5:  {"per_connection_buffer_limit_bytes", ignored}, // buffers are smaller
 	6:  {"lb_policy", decoded},
 	8:  {"health_checks", traffic},
 	9:  {"max_requests_per_connection", traffic},
-	10: {"circuit_breakers", decoded},
+	10: {"circuit_breakers", once},
 	13: {"http_protocol_options", traffic},
 	14: {"http2_protocol_options", traffic},
-	16: {"dns_refresh_rate", decoded},
+	16: {"dns_refresh_rate", once},
 	17: {"dns_lookup_family", decoded},
 	18: {"dns_resolvers", traffic},
-	19: {"outlier_detection", decoded},
+	19: {"outlier_detection", once},
 	20: {"cleanup_interval", ignored},
-	21: {"upstream_bind_config", decoded},
+	21: {"upstream_bind_config", once},
 	22: {"lb_subset_config", traffic},
-	23: {"ring_hash_lb_config", decoded},
-	24: {"transport_socket", decoded},
-	25: {"metadata", decoded},
+	23: {"ring_hash_lb_config", once},
+	24: {"transport_socket", once},
+	25: {"metadata", once},
 	26: {"protocol_selection", traffic},
-	27: {"common_lb_config", decoded},
+	27: {"common_lb_config", once},
 	28: {"alt_stat_name", ignored},
 	29: {"common_http_protocol_options", traffic},
-	30: {"upstream_connection_options", decoded},
+	30: {"upstream_connection_options", once},
 	31: {"close_connections_on_host_health_failure", traffic},
 	32: {"ignore_health_on_host_removal", ignored}, // of active health checks
-	33: {"load_assignment", decoded},
+	33: {"load_assignment", once},
 	34: {"original_dst_lb_config", traffic},
 	36: {"typed_extension_protocol_options", decoded},
-	37: {"least_request_lb_config", decoded},
+	37: {"least_request_lb_config", once},
 	38: {"cluster_type", traffic},
 	39: {"respect_dns_ttl", decoded},
 	40: {"filters", decoded},
@@ -156,11 +156,11 @@ var clusterFields = message{"envoy.config.cluster.v3.Cluster", Traffic, []field{
 	49: {"track_cluster_stats", cosmetic},
 	50: {"preconnect_policy", cosmetic},
 	51: {"connection_pool_per_downstream_connection", traffic},
-	52: {"maglev_lb_config", decoded},
+	52: {"maglev_lb_config", once},
 	53: {"dns_resolution_config", traffic},
 	54: {"wait_for_warm_on_init", ignored},
 	55: {"typed_dns_resolver_config", ignored}, // istiod sends Envoy's default
-	56: {"round_robin_lb_config", decoded},
+	56: {"round_robin_lb_config", once},
 	57: {"lrs_report_endpoint_metrics", cosmetic},
 	58: {"dns_jitter", ignored},
 	59: {"transport_socket_matcher", security},
@@ -272,10 +272,10 @@ var breakersFields = message{"envoy.config.cluster.v3.CircuitBreakers", Traffic,
 
 var thresholdsFields = message{"envoy.config.cluster.v3.CircuitBreakers.Thresholds", Traffic, []field{
 	1: {"priority", decoded},
-	2: {"max_connections", decoded},
-	3: {"max_pending_requests", decoded},
-	4: {"max_requests", decoded},
-	5: {"max_retries", decoded},
+	2: {"max_connections", once},
+	3: {"max_pending_requests", once},
+	4: {"max_requests", once},
+	5: {"max_retries", once},
 	6: {"track_remaining", ignored},
 	7: {"max_connection_pools", traffic},
 	8: {"retry_budget", traffic},
@@ -303,27 +303,27 @@ func (d *decoder) breakers(m wire.Message, c *Cluster) {
 }
 
 var outlierFields = message{"envoy.config.cluster.v3.OutlierDetection", Traffic, []field{
-	1:  {"consecutive_5xx", decoded},
-	2:  {"interval", decoded},
-	3:  {"base_ejection_time", decoded},
-	4:  {"max_ejection_percent", decoded},
-	5:  {"enforcing_consecutive_5xx", decoded},
-	6:  {"enforcing_success_rate", decoded},
+	1:  {"consecutive_5xx", once},
+	2:  {"interval", once},
+	3:  {"base_ejection_time", once},
+	4:  {"max_ejection_percent", once},
+	5:  {"enforcing_consecutive_5xx", once},
+	6:  {"enforcing_success_rate", once},
 	7:  {"success_rate_minimum_hosts", ignored},
 	8:  {"success_rate_request_volume", ignored},
 	9:  {"success_rate_stdev_factor", ignored},
-	10: {"consecutive_gateway_failure", decoded},
-	11: {"enforcing_consecutive_gateway_failure", decoded},
+	10: {"consecutive_gateway_failure", once},
+	11: {"enforcing_consecutive_gateway_failure", once},
 	12: {"split_external_local_origin_errors", decoded},
-	13: {"consecutive_local_origin_failure", decoded},
-	14: {"enforcing_consecutive_local_origin_failure", decoded},
+	13: {"consecutive_local_origin_failure", once},
+	14: {"enforcing_consecutive_local_origin_failure", once},
 	15: {"enforcing_local_origin_success_rate", ignored},
 	16: {"failure_percentage_threshold", ignored},
 	17: {"enforcing_failure_percentage", traffic},
 	18: {"enforcing_failure_percentage_local_origin", ignored},
 	19: {"failure_percentage_minimum_hosts", ignored},
 	20: {"failure_percentage_request_volume", ignored},
-	21: {"max_ejection_time", decoded},
+	21: {"max_ejection_time", once},
 	22: {"max_ejection_time_jitter", ignored},
 	23: {"successful_active_health_check_uneject_host", ignored},
 	24: {"monitors", traffic},
@@ -390,7 +390,7 @@ func (d *decoder) enforced(m *wire.Message) uint32 {
 }
 
 var bindFields = message{"envoy.config.core.v3.BindConfig", Traffic, []field{
-	1: {"source_address", decoded},
+	1: {"source_address", once},
 	2: {"freebind", ignored},
 	3: {"socket_options", traffic},
 	4: {"additional_source_addresses", traffic},
@@ -399,7 +399,7 @@ var bindFields = message{"envoy.config.core.v3.BindConfig", Traffic, []field{
 	7: {"validate_network_namespaces", ignored},
 }}
 
-var extraSourceFields = message{"envoy.config.core.v3.ExtraSourceAddress", Traffic, []field{1: {"address", decoded}, 2: {"socket_options", traffic}}}
+var extraSourceFields = message{"envoy.config.core.v3.ExtraSourceAddress", Traffic, []field{1: {"address", once}, 2: {"socket_options", traffic}}}
 
 func (d *decoder) bind(m wire.Message, c *Cluster) {
 	for d.next(&m, &bindFields) {
@@ -420,7 +420,7 @@ func (d *decoder) source(m wire.Message, c *Cluster) {
 	}
 }
 
-var ringFields = message{"envoy.config.cluster.v3.Cluster.RingHashLbConfig", Traffic, []field{1: {"minimum_ring_size", decoded}, 3: {"hash_function", decoded}, 4: {"maximum_ring_size", decoded}}}
+var ringFields = message{"envoy.config.cluster.v3.Cluster.RingHashLbConfig", Traffic, []field{1: {"minimum_ring_size", once}, 3: {"hash_function", decoded}, 4: {"maximum_ring_size", once}}}
 
 func (d *decoder) ringHash(m wire.Message, b *Balancing) {
 	for d.next(&m, &ringFields) {
@@ -437,12 +437,12 @@ func (d *decoder) ringHash(m wire.Message, b *Balancing) {
 	}
 }
 
-var maglevFields = message{"envoy.config.cluster.v3.Cluster.MaglevLbConfig", Traffic, []field{1: {"table_size", decoded}}}
+var maglevFields = message{"envoy.config.cluster.v3.Cluster.MaglevLbConfig", Traffic, []field{1: {"table_size", once}}}
 
 var leastRequestFields = message{"envoy.config.cluster.v3.Cluster.LeastRequestLbConfig", Traffic, []field{
-	1: {"choice_count", decoded},
+	1: {"choice_count", once},
 	2: {"active_request_bias", traffic},
-	3: {"slow_start_config", decoded},
+	3: {"slow_start_config", once},
 }}
 
 func (d *decoder) leastRequest(m wire.Message, b *Balancing) {
@@ -456,9 +456,9 @@ func (d *decoder) leastRequest(m wire.Message, b *Balancing) {
 	}
 }
 
-var roundRobinFields = message{"envoy.config.cluster.v3.Cluster.RoundRobinLbConfig", Traffic, []field{1: {"slow_start_config", decoded}}}
+var roundRobinFields = message{"envoy.config.cluster.v3.Cluster.RoundRobinLbConfig", Traffic, []field{1: {"slow_start_config", once}}}
 
-var slowStartFields = message{"envoy.config.cluster.v3.Cluster.SlowStartConfig", Traffic, []field{1: {"slow_start_window", decoded}, 2: {"aggression", traffic}, 3: {"min_weight_percent", decoded}}}
+var slowStartFields = message{"envoy.config.cluster.v3.Cluster.SlowStartConfig", Traffic, []field{1: {"slow_start_window", once}, 2: {"aggression", traffic}, 3: {"min_weight_percent", once}}}
 
 func (d *decoder) slowStart(m wire.Message, b *Balancing) {
 	for d.next(&m, &slowStartFields) {
@@ -472,9 +472,9 @@ func (d *decoder) slowStart(m wire.Message, b *Balancing) {
 }
 
 var commonBalancingFields = message{"envoy.config.cluster.v3.Cluster.CommonLbConfig", Traffic, []field{
-	1: {"healthy_panic_threshold", decoded},
+	1: {"healthy_panic_threshold", once},
 	2: {"zone_aware_lb_config", ignored}, // Envoy uses it only with a local cluster, which istiod never configures
-	3: {"locality_weighted_lb_config", decoded},
+	3: {"locality_weighted_lb_config", once},
 	4: {"update_merge_window", ignored},
 	5: {"ignore_new_hosts_until_first_hc", ignored},
 	6: {"close_connections_on_host_set_change", traffic},
@@ -494,12 +494,12 @@ func (d *decoder) commonBalancing(m wire.Message, b *Balancing) {
 }
 
 var connectionFields = message{"envoy.config.cluster.v3.UpstreamConnectionOptions", Traffic, []field{
-	1: {"tcp_keepalive", decoded},
+	1: {"tcp_keepalive", once},
 	2: {"set_local_interface_name_on_upstream_connections", ignored},
 	3: {"happy_eyeballs_config", ignored},
 }}
 
-var keepaliveFields = message{"envoy.config.core.v3.TcpKeepalive", Traffic, []field{1: {"keepalive_probes", decoded}, 2: {"keepalive_time", decoded}, 3: {"keepalive_interval", decoded}}}
+var keepaliveFields = message{"envoy.config.core.v3.TcpKeepalive", Traffic, []field{1: {"keepalive_probes", once}, 2: {"keepalive_time", once}, 3: {"keepalive_interval", once}}}
 
 func (d *decoder) connectionOptions(m wire.Message, c *Cluster) {
 	for d.next(&m, &connectionFields) {

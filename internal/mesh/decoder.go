@@ -40,6 +40,7 @@ type decoder struct {
 	err      error
 	findings []Finding
 	refusals int // findings of security, also those that are not kept
+	narrow   int // those of refusals that refuse less than a filter chain
 
 	// path has the field that is being read of each message that is being read, from the resource inwards; depth is the
 	// index of the innermost. Messages without a table have no step of their own.

@@ -70,9 +70,9 @@ func (d *decoder) assignment(m wire.Message) *Assignment {
 }
 
 var localityFields = message{"envoy.config.endpoint.v3.LocalityLbEndpoints", Traffic, []field{
-	1: {"locality", decoded},
+	1: {"locality", once},
 	2: {"lb_endpoints", decoded},
-	3: {"load_balancing_weight", decoded},
+	3: {"load_balancing_weight", once},
 	5: {"priority", decoded},
 	6: {"proximity", ignored},
 	7: {"load_balancer_endpoints", traffic},
@@ -115,10 +115,10 @@ func (d *decoder) place3(m wire.Message, l *Locality) {
 }
 
 var lbEndpointFields = message{"envoy.config.endpoint.v3.LbEndpoint", Traffic, []field{
-	1: {"endpoint", decoded},
+	1: {"endpoint", once},
 	2: {"health_status", decoded},
-	3: {"metadata", decoded},
-	4: {"load_balancing_weight", decoded},
+	3: {"metadata", once},
+	4: {"load_balancing_weight", once},
 	5: {"endpoint_name", traffic},
 }}
 
@@ -145,7 +145,7 @@ func (d *decoder) endpoint(m wire.Message) (Endpoint, bool) {
 }
 
 var hostFields = message{"envoy.config.endpoint.v3.Endpoint", Traffic, []field{
-	1: {"address", decoded},
+	1: {"address", once},
 	2: {"health_check_config", ignored}, // active health checks are not made
 	3: {"hostname", ignored},            // of active health checks and of auto_host_rewrite
 	4: {"additional_addresses", decoded},
@@ -168,10 +168,10 @@ func (d *decoder) host(m wire.Message, e *Endpoint) (usable bool) {
 	return usable
 }
 
-var additionalFields = message{"envoy.config.endpoint.v3.Endpoint.AdditionalAddress", Traffic, []field{1: {"address", decoded}}}
+var additionalFields = message{"envoy.config.endpoint.v3.Endpoint.AdditionalAddress", Traffic, []field{1: {"address", once}}}
 
 var addressFields = message{"envoy.config.core.v3.Address", Traffic, []field{
-	1: {"socket_address", decoded},
+	1: {"socket_address", once},
 	2: {"pipe", traffic},
 	3: {"envoy_internal_address", traffic}, // HBONE
 }}

@@ -25,7 +25,7 @@ var name = wire.AppendString(nil, 1, "outbound|80||web")
 
 func TestFindingsHaveClassAndPlace(t *testing.T) {
 	thresholds := func(fields []byte) []byte {
-		return append(nest(wire.AppendVarint(nil, 1, 0), 10, 1), nest(fields, 10, 1)...)
+		return nest(append(nest(wire.AppendVarint(nil, 1, 0), 1), nest(fields, 1)...), 10)
 	}
 	tls := func(fields []byte) []byte {
 		return nest(packed("envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", fields), 24, 3)
@@ -39,7 +39,7 @@ func TestFindingsHaveClassAndPlace(t *testing.T) {
 		{"a field that is not supported", nest(nil, 22), "traffic lb_subset_config: not supported"},
 		{"a field that has no effect here", nest(nil, 50), "cosmetic preconnect_policy: not supported"},
 		{"a field that would decide what is verified", nest(nil, 46), "security upstream_http_protocol_options: not supported"},
-		{"deeper, in the second occurrence", thresholds(nest(nil, 8)), "traffic circuit_breakers[1].thresholds.retry_budget: not supported"},
+		{"deeper, in the second occurrence", thresholds(nest(nil, 8)), "traffic circuit_breakers.thresholds[1].retry_budget: not supported"},
 		{"an unknown field of a message of security", tls(wire.AppendVarint(nil, 99, 1)),
 			"security transport_socket.typed_config: unknown field 99 of envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"},
 		{"within an Any", tls(nest(nil, 1, 3, 8)), "security transport_socket.typed_config.common_tls_context.validation_context.allow_expired_certificate: not supported"},

@@ -21,6 +21,7 @@ type Forward struct {
 	MaxGRPCTimeout  *time.Duration // bounds grpc-timeout, if that replaces Timeout; 0: no bound; nil: Timeout is not replaced
 	IdleTimeout     *time.Duration // of the stream; 0: no limit; nil: the listener's
 	MaxStreamLength *time.Duration // of the stream in time; 0: no limit; nil: the listener's
+	MaxGRPCStream   *time.Duration // bounds grpc-timeout, if that replaces MaxStreamLength; 0: no bound; nil: MaxStreamLength is not replaced
 
 	Retry   *RetryPolicy // nil: the virtual host's
 	Mirrors []Mirror     // empty: the virtual host's
@@ -164,7 +165,12 @@ func (d *decoder) forward(m wire.Message) *Forward {
 			f.RegexRewrite = d.rewrite(m.Message())
 		case 36:
 			for m := m.Message(); d.next(&m, &streamDurationFields); {
-				f.MaxStreamLength = new(d.duration(m.Message()))
+				switch m.Number {
+				case 1:
+					f.MaxStreamLength = new(d.duration(m.Message()))
+				case 2:
+					f.MaxGRPCStream = new(d.duration(m.Message()))
+				}
 			}
 		case 38:
 			f.ForwardedHost = m.Bool()
@@ -178,7 +184,7 @@ func (d *decoder) forward(m wire.Message) *Forward {
 
 var streamDurationFields = message{"envoy.config.route.v3.RouteAction.MaxStreamDuration", Traffic, []field{
 	1: {"max_stream_duration", once},
-	2: {"grpc_timeout_header_max", traffic},
+	2: {"grpc_timeout_header_max", once},
 	3: {"grpc_timeout_header_offset", traffic},
 }}
 

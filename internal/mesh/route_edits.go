@@ -159,7 +159,7 @@ func (d *decoder) operators(value string) {
 			continue
 		}
 		end := strings.IndexAny(rest, "(%:")
-		if end < 0 {
+		if end <= 0 {
 			d.report(Traffic, "a % without an operator")
 			return
 		}

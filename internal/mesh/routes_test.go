@@ -115,6 +115,8 @@ func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T)
 		{"weights of 0", action(nest(text(1, "c"), 3, 1)), "route", "traffic " + a + ".weighted_clusters: the sum of the weights is 0 or too large; the route is refused"},
 		{"weights that are too large", action(nest(join(nest(nest(number(1, 1<<32-1), 2), 1), nest(nest(number(1, 1), 2), 1)), 3)), "route",
 			"traffic " + a + ".weighted_clusters: the sum of the weights is 0 or too large; the route is refused"},
+		{"weights that are as large as they may be", action(nest(nest(nest(number(1, 1<<32-1), 2), 1), 3)), "", ""},
+		{"an unknown denominator", action(nest(number(2, 3), 30, 3, 1)), "route", "security " + a + ".request_mirror_policies.runtime_fraction.default_value.denominator: unknown value 3"},
 		{"subsets", action(nest(nil, 4)), "", "traffic " + a + ".metadata_match: not supported"},
 		{"a priority", action(number(11, 1)), "", "traffic " + a + ".priority: routing priorities are not supported"},
 		{"upgrades", action(nest(nil, 25)), "", "traffic " + a + ".upgrade_configs: not supported"},
@@ -137,6 +139,8 @@ func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T)
 		{"two values", route(nest(headerEdit("a", "b"), 9), nest(nest(join(text(1, "a"), text(2, "b"), text(3, "c")), 1), 9)), "route",
 			"security " + r + ".request_headers_to_add[1].header: two values of a header field"},
 		{"an unknown operator", route(nest(headerEdit("a", "%%%REQ(%)%%MOON%"), 9)), "", "traffic " + r + ".request_headers_to_add: the operator MOON is not supported; its text is -"},
+		{"an operator without a name", route(nest(headerEdit("a", "100%"), 9), nest(headerEdit("b", "%(x)%"), 9)), "",
+			"traffic " + r + ".request_headers_to_add: a % without an operator; traffic " + r + ".request_headers_to_add[1]: a % without an operator"},
 		{"an operator that is not closed", route(nest(headerEdit("a", "%REQ(x%"), 9)), "", "traffic " + r + ".request_headers_to_add: the operator REQ is not closed"},
 		{"two forms of appending", route(nest(headerEdit("a", "b", nest(number(1, 1), 2), number(3, 2)), 9)), "", "traffic " + r + ".request_headers_to_add: append and append_action are both set; append is used"},
 
@@ -209,7 +213,7 @@ func TestEachFieldOfRoutesIsDecoded(t *testing.T) {
 func TestARefusedRouteDoesNotRefuseOthers(t *testing.T) {
 	bad := nest(join(anyPath, toCluster, filter("x", "x.Y", nil)), 3)
 	good := nest(join(anyPath, toCluster), 3)
-	got, _, err := DecodeRoutes(join(tableName, nest(join(text(2, "a"), good, bad, good), 2), nest(join(text(2, "b"), good), 2)))
+	got, _, err := DecodeRoutes(join(tableName, nest(join(text(2, "a"), good, bad, good), 2), nest(join(text(2, "b"), good, bad), 2)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -220,8 +224,17 @@ func TestARefusedRouteDoesNotRefuseOthers(t *testing.T) {
 			refused = append(refused, route.Refused)
 		}
 	}
-	if want := []bool{false, false, true, false, false, false}; got.Refused || !reflect.DeepEqual(refused, want) {
+	if want := []bool{false, false, true, false, false, false, true}; got.Refused || !reflect.DeepEqual(refused, want) {
 		t.Errorf("refused %v, want %v", refused, want)
+	}
+}
+
+func TestAFaultWithoutAUsableStatusDoesNotAbort(t *testing.T) {
+	for _, status := range []uint64{0, 42, 600} {
+		got, _, err := DecodeRoutes(route(filter(faultKey, httpFault, nest(number(2, status), 2))))
+		if err != nil || got.Hosts[0].Routes[0].Filters.Fault.Abort != nil {
+			t.Errorf("%d: error %v, fault %+v", status, err, got.Hosts[0].Routes[0].Filters.Fault)
+		}
 	}
 }
 
@@ -312,6 +325,8 @@ func TestPresenceOfRouteFields(t *testing.T) {
 		{"idle_timeout, 0", forward(nest(nil, 24)).IdleTimeout, zero},
 		{"max_stream_duration, absent", forward(nest(nil, 36)).MaxStreamLength, (*time.Duration)(nil)},
 		{"max_stream_duration, 0", forward(nest(nil, 36, 1)).MaxStreamLength, zero},
+		{"grpc_timeout_header_max, absent", forward(nest(nil, 36)).MaxGRPCStream, (*time.Duration)(nil)},
+		{"grpc_timeout_header_max, 0", forward(nest(nil, 36, 2)).MaxGRPCStream, zero},
 		{"retry_policy, absent", forward().Retry, (*RetryPolicy)(nil)},
 		{"retry_policy, empty", *forward(nest(nil, 9)).Retry, RetryPolicy{Retries: 1, HostChoices: 1, BackOff: 25 * time.Millisecond, MaxBackOff: 250 * time.Millisecond}},
 		{"num_retries, 0", forward(nest(nil, 9, 2)).Retry.Retries, uint32(0)},
@@ -415,7 +430,7 @@ func TestAPrivateKeyIsNotPrinted(t *testing.T) {
 	}
 }
 
-// A decoded secret and a body do not share memory with the resource, which the receiver may use again.
+// A decoded secret does not share memory with the resource: its receiver may use that again.
 func TestContentIsCopied(t *testing.T) {
 	b := join(text(1, "s"), nest(nest(text(2, "ca"), 1), 4))
 	secret, _, err := DecodeSecret(b)

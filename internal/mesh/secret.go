@@ -74,7 +74,7 @@ var certificateFields = message{"envoy.extensions.transport_sockets.tls.v3.TlsCe
 	4: {"ocsp_staple", once},
 	5: {"signed_certificate_timestamp", cosmetic},
 	6: {"private_key_provider", security},
-	7: {"watched_directory", ignored}, // of files, which are reported
+	7: {"watched_directory", ignored}, // of files; these are reported
 	8: {"pkcs12", security},
 	9: {"tls_params", security},
 }}
@@ -107,7 +107,7 @@ var rootsFields = message{"envoy.extensions.transport_sockets.tls.v3.Certificate
 	8:  {"allow_expired_certificate", security},
 	9:  {"match_subject_alt_names", security},
 	10: {"trust_chain_verification", security},
-	11: {"watched_directory", ignored}, // of files, which are reported
+	11: {"watched_directory", ignored}, // of files; these are reported
 	12: {"custom_validator_config", security},
 	13: {"ca_certificate_provider_instance", security},
 	14: {"only_verify_leaf_cert_crl", security},

@@ -1,7 +1,7 @@
 package mesh
 
 import (
-	"strings"
+	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -25,10 +25,28 @@ type UpstreamTLS struct {
 	Roots       string // name of the secret that endpoints are verified with; empty: they are not verified
 
 	// Names has matchers of subject alternative names, of which one must match. Empty: the chain is verified only.
-	Names []StringMatcher
+	Names []NameMatcher
 
 	MinVersion, MaxVersion TLSVersion
 }
+
+// NameMatcher matches a subject alternative name.
+type NameMatcher struct {
+	Type NameType
+	StringMatcher
+}
+
+// NameType is the type of a subject alternative name.
+type NameType uint8
+
+// The types, with Envoy's numbers. Names of other types are not supported.
+const (
+	AnyName NameType = iota
+	EmailName
+	DNSName
+	URIName
+	IPName
+)
 
 // TLSVersion is a version of TLS, with Envoy's numbers; 0 is the default.
 type TLSVersion uint8
@@ -61,7 +79,7 @@ const (
 	rawBufferType   = typePrefix + "envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer"
 )
 
-var transportMatchFields = message{"envoy.config.cluster.v3.Cluster.TransportSocketMatch", Security, []field{1: {"name", decoded}, 2: {"match", decoded}, 3: {"transport_socket", decoded}}}
+var transportMatchFields = message{"envoy.config.cluster.v3.Cluster.TransportSocketMatch", Security, []field{1: {"name", decoded}, 2: {"match", once}, 3: {"transport_socket", once}}}
 
 func (d *decoder) transportMatch(m wire.Message) Transport {
 	var name, mode string
@@ -86,7 +104,7 @@ func (d *decoder) transportMatch(m wire.Message) Transport {
 	return t
 }
 
-var transportFields = message{"envoy.config.core.v3.TransportSocket", Security, []field{1: {"name", decoded}, 3: {"typed_config", decoded}}}
+var transportFields = message{"envoy.config.core.v3.TransportSocket", Security, []field{1: {"name", decoded}, 3: {"typed_config", once}}}
 
 // transport returns the transport in a TransportSocket. Findings about it that concern security refuse it.
 func (d *decoder) transport(m wire.Message) Transport {
@@ -102,7 +120,7 @@ func (d *decoder) transport(m wire.Message) Transport {
 				t.TLS = d.upstreamTLS(m.Nested(value))
 			case rawBufferType:
 			default:
-				d.report(Security, "transport sockets of type "+strings.TrimPrefix(url, typePrefix)+" are not supported")
+				d.report(Security, "transport sockets of type "+shortType(url)+" are not supported")
 			}
 		}
 	}
@@ -111,7 +129,7 @@ func (d *decoder) transport(m wire.Message) Transport {
 }
 
 var upstreamTLSFields = message{"envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", Security, []field{
-	1: {"common_tls_context", decoded},
+	1: {"common_tls_context", once},
 	2: {"sni", decoded},
 	3: {"allow_renegotiation", ignored}, // crypto/tls never renegotiates
 	4: {"max_session_keys", ignored},    // sessions are not resumed
@@ -122,25 +140,42 @@ var upstreamTLSFields = message{"envoy.extensions.transport_sockets.tls.v3.Upstr
 
 func (d *decoder) upstreamTLS(m wire.Message) *UpstreamTLS {
 	t := &UpstreamTLS{}
+	var common commonTLS
 	for d.next(&m, &upstreamTLSFields) {
 		switch m.Number {
 		case 1:
-			d.commonTLS(m.Message(), t)
+			d.commonTLS(m.Message(), &common)
 		case 2:
 			t.SNI = m.String()
 		}
 	}
+	if len(common.certificates) > 1 {
+		d.report(Security, "more than one certificate")
+	}
+	if len(common.certificates) > 0 {
+		t.Certificate = common.certificates[0]
+	}
+	t.ALPN, t.Roots, t.Names, t.MinVersion, t.MaxVersion = common.alpn, common.roots, common.names, common.minVersion, common.maxVersion
 	return t
 }
 
+// commonTLS is what TLS with clients and with endpoints have in common.
+type commonTLS struct {
+	alpn                   []string
+	certificates           []string
+	roots                  string
+	names                  []NameMatcher
+	minVersion, maxVersion TLSVersion
+}
+
 var commonTLSFields = message{"envoy.extensions.transport_sockets.tls.v3.CommonTlsContext", Security, []field{
-	1:  {"tls_params", decoded},
+	1:  {"tls_params", once},
 	2:  {"tls_certificates", security},
-	3:  {"validation_context", decoded},
+	3:  {"validation_context", once},
 	4:  {"alpn_protocols", decoded},
 	6:  {"tls_certificate_sds_secret_configs", decoded},
-	7:  {"validation_context_sds_secret_config", decoded},
-	8:  {"combined_validation_context", decoded},
+	7:  {"validation_context_sds_secret_config", once},
+	8:  {"combined_validation_context", once},
 	9:  {"tls_certificate_certificate_provider", security},
 	10: {"validation_context_certificate_provider", security},
 	11: {"tls_certificate_certificate_provider_instance", security},
@@ -151,7 +186,7 @@ var commonTLSFields = message{"envoy.extensions.transport_sockets.tls.v3.CommonT
 	16: {"custom_tls_certificate_selector", security},
 }}
 
-func (d *decoder) commonTLS(m wire.Message, t *UpstreamTLS) {
+func (d *decoder) commonTLS(m wire.Message, t *commonTLS) {
 	for d.next(&m, &commonTLSFields) {
 		switch m.Number {
 		case 1:
@@ -159,14 +194,11 @@ func (d *decoder) commonTLS(m wire.Message, t *UpstreamTLS) {
 		case 3:
 			d.validation(m.Message(), t)
 		case 4:
-			t.ALPN = append(t.ALPN, m.String())
+			t.alpn = append(t.alpn, m.String())
 		case 6:
-			if t.Certificate != "" {
-				d.report(Security, "more than one certificate")
-			}
-			t.Certificate = d.secretName(m.Message())
+			t.certificates = append(t.certificates, d.secretName(m.Message()))
 		case 7:
-			t.Roots = d.secretName(m.Message())
+			t.roots = d.secretName(m.Message())
 		case 8:
 			d.combinedValidation(m.Message(), t)
 		}
@@ -176,37 +208,52 @@ func (d *decoder) commonTLS(m wire.Message, t *UpstreamTLS) {
 var tlsParametersFields = message{"envoy.extensions.transport_sockets.tls.v3.TlsParameters", Security, []field{
 	1: {"tls_minimum_protocol_version", decoded},
 	2: {"tls_maximum_protocol_version", decoded},
-	3: {"cipher_suites", cosmetic}, // crypto/tls decides
+	3: {"cipher_suites", decoded},
 	4: {"ecdh_curves", cosmetic},
 	5: {"signature_algorithms", cosmetic},
 	6: {"compliance_policies", security},
 }}
 
-func (d *decoder) tlsParameters(m wire.Message, t *UpstreamTLS) {
+func (d *decoder) tlsParameters(m wire.Message, t *commonTLS) {
 	for d.next(&m, &tlsParametersFields) {
 		switch m.Number {
 		case 1:
-			t.MinVersion = TLSVersion(d.enum(&m, maxTLSVersion))
+			t.minVersion = TLSVersion(d.enum(&m, maxTLSVersion))
 		case 2:
-			t.MaxVersion = TLSVersion(d.enum(&m, maxTLSVersion))
+			t.maxVersion = TLSVersion(d.enum(&m, maxTLSVersion))
+		case 3:
+			if suite := m.String(); !slices.Contains(meshSuites, suite) {
+				d.report(Cosmetic, "the cipher suite "+suite+" cannot be chosen")
+			}
 		}
 	}
 }
 
+// meshSuites are the cipher suites that istiod lists for TLS 1.2 in the mesh. crypto/tls chooses among all but the last
+// two, which peers in a mesh do not need. The suites of TLS 1.3 are not configurable.
+var meshSuites = []string{
+	"ECDHE-ECDSA-AES256-GCM-SHA384",
+	"ECDHE-RSA-AES256-GCM-SHA384",
+	"ECDHE-ECDSA-AES128-GCM-SHA256",
+	"ECDHE-RSA-AES128-GCM-SHA256",
+	"AES256-GCM-SHA384",
+	"AES128-GCM-SHA256",
+}
+
 var combinedFields = message{"envoy.extensions.transport_sockets.tls.v3.CommonTlsContext.CombinedCertificateValidationContext", Security, []field{
-	1: {"default_validation_context", decoded},
-	2: {"validation_context_sds_secret_config", decoded},
+	1: {"default_validation_context", once},
+	2: {"validation_context_sds_secret_config", once},
 	3: {"validation_context_certificate_provider", security},
 	4: {"validation_context_certificate_provider_instance", security},
 }}
 
-func (d *decoder) combinedValidation(m wire.Message, t *UpstreamTLS) {
+func (d *decoder) combinedValidation(m wire.Message, t *commonTLS) {
 	for d.next(&m, &combinedFields) {
 		switch m.Number {
 		case 1:
 			d.validation(m.Message(), t)
 		case 2:
-			t.Roots = d.secretName(m.Message())
+			t.roots = d.secretName(m.Message())
 		}
 	}
 }
@@ -224,16 +271,44 @@ var validationFields = message{"envoy.extensions.transport_sockets.tls.v3.Certif
 	12: {"custom_validator_config", security},
 	13: {"ca_certificate_provider_instance", security},
 	14: {"only_verify_leaf_cert_crl", security},
-	15: {"match_typed_subject_alt_names", security},
+	15: {"match_typed_subject_alt_names", decoded},
 	16: {"max_verify_depth", security},
 	17: {"system_root_certs", security},
 	18: {"suppress_client_ca_list", ignored},
 }}
 
-func (d *decoder) validation(m wire.Message, t *UpstreamTLS) {
+func (d *decoder) validation(m wire.Message, t *commonTLS) {
 	for d.next(&m, &validationFields) {
-		t.Names = append(t.Names, d.stringMatcher(m.Message()))
+		switch m.Number {
+		case 9:
+			t.names = append(t.names, NameMatcher{StringMatcher: d.stringMatcher(m.Message())})
+		case 15:
+			t.names = append(t.names, d.nameMatcher(m.Message()))
+		}
 	}
+}
+
+var nameMatcherFields = message{"envoy.extensions.transport_sockets.tls.v3.SubjectAltNameMatcher", Security, []field{
+	1: {"san_type", decoded},
+	2: {"matcher", once},
+	3: {"oid", security},
+}}
+
+func (d *decoder) nameMatcher(m wire.Message) NameMatcher {
+	var n NameMatcher
+	matches := false
+	for d.next(&m, &nameMatcherFields) {
+		switch m.Number {
+		case 1:
+			n.Type = NameType(d.enum(&m, uint64(IPName)))
+		case 2:
+			n.StringMatcher, matches = d.stringMatcher(m.Message()), true
+		}
+	}
+	if n.Type == AnyName || !matches {
+		d.report(Security, "a matcher of names without a type or a pattern")
+	}
+	return n
 }
 
 var secretFields = message{"envoy.extensions.transport_sockets.tls.v3.SdsSecretConfig", Security, []field{1: {"name", decoded}, 2: {"sds_config", ignored}}}

@@ -59,10 +59,10 @@ func (d *decoder) protocolOptions(m wire.Message, c *Cluster) {
 }
 
 var protocolOptionsFields = message{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions", Traffic, []field{
-	1:  {"common_http_protocol_options", decoded},
+	1:  {"common_http_protocol_options", once},
 	2:  {"upstream_http_protocol_options", security}, // decides the server name and what is verified
-	3:  {"explicit_http_config", decoded},
-	4:  {"use_downstream_protocol_config", decoded},
+	3:  {"explicit_http_config", once},
+	4:  {"use_downstream_protocol_config", once},
 	5:  {"auto_config", traffic},
 	6:  {"http_filters", traffic},
 	7:  {"header_validation_config", traffic},
@@ -73,12 +73,12 @@ var protocolOptionsFields = message{"envoy.extensions.upstreams.http.v3.HttpProt
 }}
 
 var commonHTTPFields = message{"envoy.config.core.v3.HttpProtocolOptions", Traffic, []field{
-	1: {"idle_timeout", decoded},
+	1: {"idle_timeout", once},
 	2: {"max_headers_count", traffic},
-	3: {"max_connection_duration", decoded},
+	3: {"max_connection_duration", once},
 	4: {"max_stream_duration", traffic},
 	5: {"headers_with_underscores_action", traffic},
-	6: {"max_requests_per_connection", decoded},
+	6: {"max_requests_per_connection", once},
 	7: {"max_response_headers_kb", traffic},
 	8: {"max_connection_duration_jitter", ignored},
 }}
@@ -97,8 +97,8 @@ func (d *decoder) commonHTTP(m wire.Message, h *UpstreamHTTP) {
 }
 
 var explicitHTTPFields = message{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions.ExplicitHttpConfig", Traffic, []field{
-	1: {"http_protocol_options", decoded},
-	2: {"http2_protocol_options", decoded},
+	1: {"http_protocol_options", once},
+	2: {"http2_protocol_options", once},
 	3: {"http3_protocol_options", traffic},
 }}
 
@@ -118,7 +118,7 @@ func (d *decoder) explicitHTTP(m wire.Message, h *UpstreamHTTP) {
 
 var downstreamHTTPFields = message{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions.UseDownstreamHttpConfig", Traffic, []field{
 	1: {"http_protocol_options", ignored},
-	2: {"http2_protocol_options", decoded},
+	2: {"http2_protocol_options", once},
 	3: {"http3_protocol_options", ignored},
 }}
 
@@ -139,7 +139,7 @@ var http1Fields = message{"envoy.config.core.v3.Http1ProtocolOptions", Traffic, 
 
 var http2Fields = message{"envoy.config.core.v3.Http2ProtocolOptions", Traffic, []field{
 	1:  {"hpack_table_size", ignored},
-	2:  {"max_concurrent_streams", decoded},
+	2:  {"max_concurrent_streams", once},
 	3:  {"initial_stream_window_size", ignored},
 	4:  {"initial_connection_window_size", ignored},
 	5:  {"allow_connect", ignored},
@@ -152,7 +152,7 @@ var http2Fields = message{"envoy.config.core.v3.Http2ProtocolOptions", Traffic, 
 	12: {"stream_error_on_invalid_http_messaging", ignored},
 	13: {"custom_settings_parameters", traffic},
 	14: {"override_stream_error_on_invalid_http_message", ignored},
-	15: {"connection_keepalive", decoded},
+	15: {"connection_keepalive", once},
 	16: {"use_oghttp2_codec", ignored},
 	17: {"max_metadata_size", ignored},
 	18: {"enable_huffman_encoding", ignored},
@@ -163,8 +163,8 @@ var http2Fields = message{"envoy.config.core.v3.Http2ProtocolOptions", Traffic, 
 }}
 
 var keepaliveSettingsFields = message{"envoy.config.core.v3.KeepaliveSettings", Traffic, []field{
-	1: {"interval", decoded},
-	2: {"timeout", decoded},
+	1: {"interval", once},
+	2: {"timeout", once},
 	3: {"interval_jitter", ignored},
 	4: {"connection_idle_interval", ignored},
 }}

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -133,3 +134,6 @@ func (d *decoder) any(m wire.Message) (url string, value []byte) {
 	}
 	return url, value
 }
+
+// shortType returns the name of the type in a type URL.
+func shortType(url string) string { return strings.TrimPrefix(url, typePrefix) }

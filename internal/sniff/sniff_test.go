@@ -589,6 +589,26 @@ func TestHeldBeginningsShareABudget(t *testing.T) {
 	})
 }
 
+// A peer has one account, whichever part of the agent holds its bytes.
+func TestHeldBeginningsCountAsThePeers(t *testing.T) {
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		const own, others = 2000, tcp.BufferSize + 1000
+		r.Budget, r.Peer = budget.New(tcp.BufferSize+own+others), netip.MustParseAddr("198.51.100.1")
+		say(t, r.client, "GET /"+strings.Repeat("x", 5000))
+		same, other := new(rival), new(rival)
+		same.Open(r.Budget, same, r.Peer)
+		other.Open(r.Budget, other, netip.MustParseAddr("198.51.100.2"))
+		same.Hold(own)
+		other.Hold(others)
+		nettest.OnceBlocked(t, waiting, func() { other.Hold(others + 1) }) // less than the peer holds in all
+		if _, err := look(); Reason(err) != flow.MemoryBudget || other.Evicted() || same.Evicted() {
+			t.Errorf("detection ended with %v; evicted: the peer's other account %t, the other peer %t", err, same.Evicted(), other.Evicted())
+		}
+		same.Close()
+		other.Close()
+	})
+}
+
 // rival is another owner of an account.
 type rival struct{ budget.Account }
 

@@ -233,7 +233,7 @@ func serve(t *testing.T, p http.Handler) string {
 		t.Fatal(err)
 	}
 	server := ownport.NewServer(p, slog.New(slog.DiscardHandler))
-	server.ReadTimeout, server.WriteTimeout = 100*time.Millisecond, 100*time.Millisecond
+	server.ReadTimeout, server.WriteTimeout = 900*time.Millisecond, 900*time.Millisecond // less than a profile takes
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(ownport.Bound(listener)) }()
 	t.Cleanup(func() {

@@ -10,3 +10,6 @@ func Unsent(c *Conn) int {
 	}
 	return c.layer.unsent.Len()
 }
+
+// Size returns the number of connections in a set.
+func Size(s *Set) int { return s.size() }

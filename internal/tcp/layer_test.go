@@ -525,8 +525,8 @@ func TestALayeredConnectionLeavesTheSetWhenItIsClosed(t *testing.T) {
 	r.conn.Join(&set, nil)
 	local, remote := r.conn.LocalAddr(), r.conn.RemoteAddr()
 	r.conn.Close()
-	if found, _ := set.Returned(local, remote); found != nil {
-		t.Errorf("found %p", found)
+	if found, _ := set.Returned(local, remote); found != nil || tcp.Size(&set) != 0 {
+		t.Errorf("found %p of %d connections", found, tcp.Size(&set))
 	}
 }
 

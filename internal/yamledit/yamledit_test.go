@@ -146,6 +146,82 @@ func TestSourceIsTheTextOfAMember(t *testing.T) {
 	}
 }
 
+func TestItemIsTheTextThatCutItemRemoves(t *testing.T) {
+	text := "a:\n# first\n- x: 1\n# second\n\n- y: 2\n  z: 3\n- w\nf: [1, {b: 2}, 3]\none:\n- x\n"
+	d, err := Parse(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		path  string
+		index int
+		want  Source
+		item  string
+	}{
+		{"a", 0, Source{"\n# first\n- x: 1", 0}, `{"x":1}`}, {"a", 1, Source{"\n# second\n\n- y: 2\n  z: 3", 0}, `{"y":2,"z":3}`}, {"a", 2, Source{"\n- w", 0}, `"w"`},
+		{"f", 0, Source{"1, ", -1}, "1"}, {"f", 1, Source{", {b: 2}", -1}, `{"b":2}`}, {"f", 2, Source{", 3", -1}, "3"},
+	} {
+		got, err := d.Item(keys(c.path), c.index)
+		if err != nil || got != c.want {
+			t.Errorf("%s[%d]: %+v, %v, want %+v", c.path, c.index, got, err, c.want)
+		}
+		if item, err := got.DecodeItem(); err != nil || JSON(item) != c.item {
+			t.Errorf("%s[%d] decodes to %v, %v, want %s", c.path, c.index, item, err, c.item)
+		}
+	}
+	for _, c := range []struct {
+		path  string
+		index int
+	}{{"one", 0}, {"a", 3}, {"a", -1}, {"none", 0}, {"", 0}} {
+		if got, err := d.Item(keys(c.path), c.index); err == nil {
+			t.Errorf("%s[%d]: %+v", c.path, c.index, got)
+		}
+	}
+	for text, column := range map[string]int{"- a\n- b": 0, "1, 2": -1, "a: 1": 0, "": 0, "- [": 0} {
+		if item, err := (Source{text, column}).DecodeItem(); err == nil {
+			t.Errorf("%q is the item %v", text, item)
+		}
+	}
+}
+
+func TestLineIsThatOfTheNode(t *testing.T) {
+	d, err := Parse("# comment\na:\n- x: 1\n\n- y: {z: 2}\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]int{"": 2, "a": 3, "a/0": 3, "a/1": 5, "a/1/y": 5, "b": 1, "a/7": 1} {
+		if got := d.Line(keys(path)); got != want {
+			t.Errorf("%q is at line %d, want %d", path, got, want)
+		}
+	}
+	if d, err = Parse("# only a comment\n"); err != nil || d.Line(nil) != 1 {
+		t.Errorf("without a node: %v", err)
+	}
+}
+
+// A JSON Patch of changes has the same result as the changes.
+func TestItemsInAPatch(t *testing.T) {
+	changes := []Change{
+		{Path: keys("l"), Kind: CutItem, Key: "1"},
+		{Path: keys("l"), Kind: InsertItem, Key: "0", Values: []any{"x"}},
+	}
+	if got, want := JSON(Patch(changes[:1]))+JSON(Patch(changes[1:])), `[{"op":"remove","path":"/l/1"}][{"op":"add","path":"/l/0","value":"x"}]`; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	tree, err := Decode("l: [a, b, c]")
+	if err == nil {
+		tree, err = Apply(tree, changes)
+	}
+	if err != nil || JSON(tree) != `{"l":["x","a","c"]}` {
+		t.Errorf("%v %v", tree, err)
+	}
+	for _, key := range []string{"4", "-1", "x"} {
+		if tree, err := Apply(map[string]any{"l": []any{"a"}}, []Change{{Path: keys("l"), Kind: InsertItem, Key: key, Values: []any{"x"}}}); err == nil {
+			t.Errorf("inserted at %s: %v", key, tree)
+		}
+	}
+}
+
 func TestSplitKeepsEveryByte(t *testing.T) {
 	for stream, want := range map[string][]string{
 		"":                       nil,

@@ -204,7 +204,8 @@ func TestValuesTakeEffect(t *testing.T) {
 	}
 	for name, want := range map[string][]string{
 		"Deployment pillion-system/pillion-webhook": {"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n",
-			"imagePullPolicy: Always\n", "- --image-pull-policy=Always\n", "replicas: 1\n", "memory: 1Gi\n", "memory: 32Mi\n"},
+			"imagePullPolicy: Always\n", "- --image-pull-policy=Always\n", "replicas: 1\n", "memory: 1Gi\n", "memory: 32Mi\n",
+			"- name: GOMEMLIMIT\n          valueFrom:\n            resourceFieldRef:\n              resource: limits.memory\n"},
 		"MutatingWebhookConfiguration <nil>/pillion": {"failurePolicy: Ignore\n", "caBundle: LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0tCkFBPT0K",
 			"namespaceSelector:\n    matchExpressions:\n    - key: team\n      operator: Exists\n    - key: kubernetes.io/metadata.name\n      operator: NotIn\n"},
 		"PodMonitor pillion-system/pillion": {"release: prometheus\n"},

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -549,6 +550,90 @@ func Promises(t *testing.T, place Place) {
 		ExpectRefusal(t, r.Peer, netip.AddrPortFrom(nettest.PodIP4, 15006))
 		if got := r.Await(t); got.Reason != flow.Loop {
 			t.Errorf("the record is %+v", got)
+		}
+	})
+
+	// As with rules that do not exempt the agent's user.
+	t.Run("connections of the role that a rule sends back to it end as a loop", func(t *testing.T) {
+		r := start(t, func(s *serve.Settings) { s.OpaquePorts = portList(t, "82") })
+		r.Pod.MustRun(t, "iptables", "-t", "nat", "-I", "OUTPUT", "-p", "tcp", "--dport", "81:82", "-j", "REDIRECT", "--to-ports", "15006")
+		http2 := &http.Transport{Protocols: new(http.Protocols), DialContext: func(_ context.Context, _, address string) (net.Conn, error) {
+			return r.dial(netip.MustParseAddrPort(address))
+		}}
+		http2.Protocols.SetUnencryptedHTTP2(true)
+		defer http2.CloseIdleConnections()
+		unavailable := func(response *http.Response, err error) {
+			t.Helper()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer response.Body.Close()
+			if response.StatusCode != 503 {
+				t.Errorf("the client got %d", response.StatusCode)
+			}
+		}
+		reset := func(port uint16, sent string) {
+			t.Helper()
+			client, err := r.dial(r.At(port))
+			if err == nil {
+				defer client.Close()
+				if sent != "" {
+					_, err = io.WriteString(client, sent)
+				}
+				if err == nil {
+					_, err = client.Read(make([]byte, 1))
+				}
+			}
+			if !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the client got %v for %q to port %d, want a reset", err, sent, port)
+			}
+		}
+		for _, c := range []struct {
+			name    string
+			connect func()
+		}{
+			{"HTTP/1", func() {
+				client := r.Dial(t, r.At(81))
+				defer client.Close()
+				Send(t, client, request)
+				unavailable(http.ReadResponse(bufio.NewReader(client), nil))
+			}},
+			{"HTTP/2", func() {
+				ask, _ := http.NewRequest("POST", "http://"+r.At(81).String(), strings.NewReader("body"))
+				if response, err := http2.RoundTrip(ask); err == nil { // else GOAWAY came before the request
+					unavailable(response, nil)
+				}
+				http2.CloseIdleConnections()
+			}},
+			{"opaque bytes", func() { reset(81, "\x00question") }},
+			{"an opaque port", func() { reset(82, "") }},
+			{"silence", func() {
+				settings := r.Settings
+				settings.DetectionDelay = 0
+				if err := r.Role.Apply(settings); err != nil {
+					t.Fatal(err)
+				}
+				reset(81, "")
+				if err := r.Role.Apply(r.Settings); err != nil {
+					t.Fatal(err)
+				}
+			}},
+		} {
+			c.connect()
+			ends := []Ended{r.Await(t)}
+			r.AwaitListed(t, 0)
+			for len(r.records) > 0 {
+				ends = append(ends, r.Await(t))
+			}
+			loops := 0
+			for _, end := range ends {
+				if end.Reason == flow.Loop && errors.Is(end.Err, upstream.ErrLoop) {
+					loops++
+				}
+			}
+			if loops == 0 || len(ends) > 20 { // an HTTP/2 client retries by itself
+				t.Errorf("%s: %d loops, and the records are %+v", c.name, loops, ends)
+			}
 		}
 	})
 }

@@ -1,0 +1,117 @@
+package mesh
+
+import (
+	"bytes"
+
+	"github.com/pillion-proxy/pillion/internal/wire"
+)
+
+// AccessLog is a file that records are written to (envoy.extensions.access_loggers.file.v3.FileAccessLog).
+type AccessLog struct {
+	Path string
+
+	// Text is the format of a line. JSON is a google.protobuf.Struct: the format of a line that is a JSON object. If both
+	// are empty, the format is Envoy's.
+	Text      string
+	JSON      []byte
+	OmitEmpty bool // fields without a value
+
+	Flags []string // response flags, of which a record must have one; empty: all records are written
+}
+
+const fileLogType = typePrefix + "envoy.extensions.access_loggers.file.v3.FileAccessLog"
+
+var accessLogFields = message{"envoy.config.accesslog.v3.AccessLog", Cosmetic, []field{
+	1: {"name", ignored}, // the type counts
+	2: {"filter", once},
+	4: {"typed_config", once},
+}}
+
+// Filters of access logs that are not supported let all records pass.
+var accessLogFilterFields = message{"envoy.config.accesslog.v3.AccessLogFilter", Cosmetic, []field{
+	1:  {"status_code_filter", cosmetic},
+	2:  {"duration_filter", cosmetic},
+	3:  {"not_health_check_filter", cosmetic},
+	4:  {"traceable_filter", cosmetic},
+	5:  {"runtime_filter", cosmetic},
+	6:  {"and_filter", cosmetic},
+	7:  {"or_filter", cosmetic},
+	8:  {"header_filter", cosmetic},
+	9:  {"response_flag_filter", once},
+	10: {"grpc_status_filter", cosmetic},
+	11: {"extension_filter", cosmetic}, // an expression of CEL
+	12: {"metadata_filter", cosmetic},
+	13: {"log_type_filter", cosmetic},
+}}
+
+var responseFlagFields = message{"envoy.config.accesslog.v3.ResponseFlagFilter", Cosmetic, []field{1: {"flags", decoded}}}
+
+// accessLog adds a log to logs, if it is a file. Other logs are reported.
+func (d *decoder) accessLog(m wire.Message, logs *[]AccessLog) {
+	var log AccessLog
+	supported := false
+	for d.next(&m, &accessLogFields) {
+		switch m.Number {
+		case 2:
+			for m := m.Message(); d.next(&m, &accessLogFilterFields); {
+				for m := m.Message(); d.next(&m, &responseFlagFields); {
+					log.Flags = append(log.Flags, m.String())
+				}
+			}
+		case 4:
+			url, value := d.any(m.Message())
+			if supported = url == fileLogType; supported {
+				d.fileLog(m.Nested(value), &log)
+			} else {
+				d.report(Traffic, "access logs of type "+shortType(url)+" are not supported")
+			}
+		}
+	}
+	if supported {
+		*logs = append(*logs, log)
+	}
+}
+
+var fileLogFields = message{"envoy.extensions.access_loggers.file.v3.FileAccessLog", Cosmetic, []field{
+	1: {"path", decoded},
+	2: {"format", decoded},
+	3: {"json_format", once},
+	4: {"typed_json_format", once},
+	5: {"log_format", once},
+}}
+
+var logFormatFields = message{"envoy.config.core.v3.SubstitutionFormatString", Cosmetic, []field{
+	1: {"text_format", decoded},
+	2: {"json_format", once},
+	3: {"omit_empty_values", decoded},
+	4: {"content_type", ignored}, // of local replies
+	5: {"text_format_source", once},
+	6: {"formatters", cosmetic},
+	7: {"json_format_options", cosmetic},
+}}
+
+func (d *decoder) fileLog(m wire.Message, log *AccessLog) {
+	for d.next(&m, &fileLogFields) {
+		switch m.Number {
+		case 1:
+			log.Path = m.String()
+		case 2:
+			log.Text, log.JSON = m.String(), nil
+		case 3, 4:
+			log.Text, log.JSON = "", bytes.Clone(m.Bytes())
+		case 5:
+			for m := m.Message(); d.next(&m, &logFormatFields); {
+				switch m.Number {
+				case 1:
+					log.Text, log.JSON = m.String(), nil
+				case 2:
+					log.Text, log.JSON = "", bytes.Clone(m.Bytes())
+				case 3:
+					log.OmitEmpty = m.Bool()
+				case 5:
+					log.Text, log.JSON = string(d.inline(m.Message())), nil
+				}
+			}
+		}
+	}
+}
