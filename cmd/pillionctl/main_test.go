@@ -156,15 +156,21 @@ func TestTheCommandLineIsChecked(t *testing.T) {
 		{"inject -f x y", 2, `unexpected argument "y": values belong to flags`},
 		{"inject --nonsense", 2, "unknown flag: --nonsense"},
 		{"inject -f /nonexistent", 1, "-f /nonexistent: open /nonexistent: no such file"},
-		{"inject -f - --image=", 1, `--image: "" is not an image`},
-		{"inject -f - --image-pull-policy=Often", 1, `--image-pull-policy "Often": use Always, IfNotPresent or Never`},
-		{"inject -f - --sidecar-name=A_b", 1, `--sidecar-name "A_b": use`},
-		{"inject -f - --namespace=A_b", 1, `--namespace "A_b" is not a namespace`},
-		{"inject -f - --sidecar-memory=lots", 1, `--sidecar-memory: "lots" is not a quantity`},
-		{"inject -f - --sidecar-memory=2Gi --sidecar-memory-limit=1Gi", 1, `--sidecar-memory: "2Gi" is more than the limit of 1Gi`},
-		{"inject -f - --sidecar-access-log-format=%NONE%", 1, `--sidecar-access-log-format: access log format: `},
-		{"webhook --log-level=loud", 1, `--log-level "loud": use debug, info, warn or error`},
-		{"webhook --listen=nowhere", 1, `--listen nowhere: `},
+		{"inject -f - --image=", 2, `--image: "" is not an image`},
+		{"inject -f - --image-pull-policy=Often", 2, `--image-pull-policy "Often": use Always, IfNotPresent or Never`},
+		{"inject -f - --sidecar-name=A_b", 2, `--sidecar-name "A_b": use`},
+		{"inject -f - --namespace=A_b", 2, `--namespace "A_b" is not a namespace`},
+		{"inject -f - --sidecar-memory=lots", 2, `--sidecar-memory: "lots" is not a quantity`},
+		{"inject -f - --sidecar-memory=2Gi --sidecar-memory-limit=1Gi", 2, `--sidecar-memory: "2Gi" is more than the limit of 1Gi`},
+		{"inject -f - --sidecar-access-log-format=%NONE%", 2, `--sidecar-access-log-format: access log format: `},
+		{"webhook --log-level=loud", 2, `--log-level "loud": use debug, info, warn or error`},
+		{"webhook --listen=nowhere", 2, `--listen nowhere: `},
+		{"webhook --listen=:99999", 2, `--listen :99999: `},
+		{"webhook --sidecar-cpu=banana", 2, `--sidecar-cpu: "banana" is not a quantity`},
+		{"webhook --pod-security=foo", 2, `--pod-security "foo": use restricted, baseline or privileged`},
+		{"webhook --service=a/b", 2, `--service "a/b" is not the name of an object`},
+		{"webhook --authority-secret=", 2, `--authority-secret "" is not the name of an object`},
+		{"webhook --configuration=..", 2, `--configuration ".." is not the name of an object`},
 		{"webhook --listen=127.0.0.1:0 --tls-cert=/nonexistent", 1, "--tls-cert /nonexistent"},
 		{"webhook --listen=127.0.0.1:0 --issue-certificate", 1, "--issue-certificate: KUBERNETES_SERVICE_HOST or KUBERNETES_SERVICE_PORT is not set: run it in a pod"},
 	} {
@@ -172,6 +178,32 @@ func TestTheCommandLineIsChecked(t *testing.T) {
 		if got.code != c.code || !strings.Contains(got.stderr, "pillionctl: error: "+c.want) {
 			t.Errorf("%s: %+v", c.args, got)
 		}
+	}
+}
+
+func TestCompletionKnowsTheValuesOfFlags(t *testing.T) {
+	for args, want := range map[string]string{
+		"inject --image-pull-policy":           "Always IfNotPresent Never",
+		"webhook --image-pull-policy":          "Always IfNotPresent Never",
+		"inject --sidecar-log-level":           "debug info warn error",
+		"inject --sidecar-interception-mode":   "REDIRECT TPROXY",
+		"inject --sidecar-access-log-encoding": "text json",
+		"inject --sidecar-dns-capture":         "true false",
+		"inject --sidecar-opaque-ports":        "",
+		"inject --sidecar-access-log":          "",
+		"check --output":                       "text json",
+	} {
+		got := runWith("", append(append([]string{"__complete"}, strings.Fields(args)...), "")...)
+		words, _, _ := strings.Cut(got.stdout, ":")
+		if words = strings.Join(strings.Fields(words), " "); words != want {
+			t.Errorf("%s: %q, want %q", args, words, want)
+		}
+	}
+}
+
+func TestHelpNamesTheNearestCommand(t *testing.T) {
+	if got := runWith("", "help", "injct"); got.code != 2 || got.stdout != "" || got.stderr != "pillionctl: error: unknown command \"injct\" for \"pillionctl\": did you mean \"inject\"?\n" {
+		t.Errorf("%+v", got)
 	}
 }
 

@@ -2,6 +2,7 @@ package certificate
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -15,6 +16,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/big"
+	"net"
 	"slices"
 	"sync"
 	"time"
@@ -53,7 +55,7 @@ type IssuerConfig struct {
 	Secret string
 	// Configuration is the MutatingWebhookConfiguration in which the authority is published.
 	Configuration string
-	// PodSecurity is the Pod Security level for a namespace without one; "" leaves the namespace alone.
+	// PodSecurity is the Pod Security level for a namespace that is the webhook's own and has no level; "" leaves it alone.
 	PodSecurity string
 	Log         *slog.Logger
 }
@@ -108,18 +110,18 @@ func (i *Issuer) check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	changed, err := i.publish(ctx, authority.Leaf)
-	if err != nil {
+	if err := i.publish(ctx, authority.Leaf); err != nil {
 		return err
 	}
 	i.labelNamespace(ctx)
 	i.mu.Lock()
 	current, of := i.leaf, i.of
 	i.mu.Unlock()
-	if current != nil && bytes.Equal(of, authority.Leaf.Raw) && time.Until(current.Leaf.NotAfter) > leafRenew {
+	known := bytes.Equal(of, authority.Leaf.Raw)
+	if current != nil && known && time.Until(current.Leaf.NotAfter) > leafRenew {
 		return nil
 	}
-	if changed && current != nil {
+	if current != nil && !known { // another replica may have published the authority only now
 		if err := sleep(ctx, spread); err != nil {
 			return err
 		}
@@ -206,10 +208,20 @@ func (i *Issuer) parseAuthority(certificate, key []byte) (*tls.Certificate, erro
 	if err != nil {
 		return nil, err
 	}
-	if !pair.Leaf.IsCA || !slices.Equal(pair.Leaf.PermittedDNSDomains, []string{i.host()}) {
-		return nil, fmt.Errorf("it is not an authority for %s", i.host())
+	ca := pair.Leaf
+	if !ca.IsCA || ca.KeyUsage&x509.KeyUsageCertSign == 0 || !slices.Equal(ca.PermittedDNSDomains, []string{i.host()}) || len(ca.ExcludedIPRanges) != len(allAddresses) {
+		return nil, fmt.Errorf("it is not an authority for %s alone", i.host())
+	}
+	if time.Until(ca.NotBefore) > backdate {
+		return nil, fmt.Errorf("it is not valid before %v", ca.NotBefore)
 	}
 	return &pair, nil
+}
+
+// allAddresses are the IP ranges for which the authority must not sign.
+var allAddresses = []*net.IPNet{
+	{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)},
+	{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)},
 }
 
 func (i *Issuer) newAuthority() (pair *tls.Certificate, certificate, key []byte, err error) {
@@ -222,8 +234,8 @@ func (i *Issuer) newAuthority() (pair *tls.Certificate, certificate, key []byte,
 		Subject:   pkix.Name{CommonName: "authority of " + i.Service},
 		NotBefore: now.Add(-backdate), NotAfter: now.Add(authorityLife),
 		IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign,
-		// The key can sign for the webhook only.
-		PermittedDNSDomainsCritical: true, PermittedDNSDomains: []string{i.host()},
+		// The key can sign for the webhook's name, and names below it, only.
+		PermittedDNSDomainsCritical: true, PermittedDNSDomains: []string{i.host()}, ExcludedIPRanges: allAddresses,
 	}
 	der, err := sign(template, template, private.Public(), private)
 	if err != nil {
@@ -256,7 +268,18 @@ func (i *Issuer) issue(authority *tls.Certificate) (*tls.Certificate, error) {
 		return nil, err
 	}
 	leaf, err := x509.ParseCertificate(der)
-	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private, Leaf: leaf}, err
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(authority.Leaf)
+	if now.Before(authority.Leaf.NotBefore) { // by less than backdate; API servers have their own clocks
+		now = authority.Leaf.NotBefore
+	}
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: i.host(), CurrentTime: now}); err != nil {
+		return nil, err
+	}
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private, Leaf: leaf}, nil
 }
 
 func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypto.PrivateKey) ([]byte, error) {
@@ -268,9 +291,8 @@ func sign(template, parent *x509.Certificate, public crypto.PublicKey, key crypt
 	return x509.CreateCertificate(rand.Reader, template, parent, public, key)
 }
 
-// publish writes the authority to the webhook's configuration and reports whether it had to. Other authorities stay
-// there until overlap has passed: other replicas still use them.
-func (i *Issuer) publish(ctx context.Context, authority *x509.Certificate) (changed bool, err error) {
+// publish writes the authority to the webhook's configuration. Others stay there as long as other replicas may use them.
+func (i *Issuer) publish(ctx context.Context, authority *x509.Certificate) (err error) {
 	path := "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/" + i.Configuration
 	for range attempts {
 		var configuration struct {
@@ -285,7 +307,7 @@ func (i *Issuer) publish(ctx context.Context, authority *x509.Certificate) (chan
 			} `json:"webhooks"`
 		}
 		if err := i.API.Get(ctx, path, &configuration); err != nil {
-			return false, fmt.Errorf("reading the MutatingWebhookConfiguration %s: %w", i.Configuration, err)
+			return fmt.Errorf("reading the MutatingWebhookConfiguration %s: %w", i.Configuration, err)
 		}
 		patch, ours := []any{object{"op": "test", "path": "/metadata/resourceVersion", "value": configuration.Metadata.ResourceVersion}}, false
 		for n, webhook := range configuration.Webhooks {
@@ -299,46 +321,63 @@ func (i *Issuer) publish(ctx context.Context, authority *x509.Certificate) (chan
 			}
 		}
 		if !ours {
-			return false, fmt.Errorf("MutatingWebhookConfiguration %s has no webhook for the service %s/%s", i.Configuration, i.Namespace, i.Service)
+			return fmt.Errorf("MutatingWebhookConfiguration %s has no webhook for the service %s/%s", i.Configuration, i.Namespace, i.Service)
 		}
 		if len(patch) == 1 {
-			return false, nil
+			return nil
 		}
 		if err = i.API.Patch(ctx, path, "application/json-patch+json", patch); err == nil {
 			i.Log.Info("authority published", "configuration", i.Configuration)
-			return true, nil
+			return nil
 		} else if !kubeapi.IsConflict(err) {
 			break
 		}
 	}
-	return false, fmt.Errorf("patching the MutatingWebhookConfiguration %s: %w", i.Configuration, err)
+	return fmt.Errorf("patching the MutatingWebhookConfiguration %s: %w", i.Configuration, err)
 }
 
 const maxAuthorities = 8 // in the configuration
 
-// bundle returns the authorities for a configuration that now has was, as PEM.
+// bundle returns the authorities for a configuration that now has was, as PEM, the newest first. Older ones than ours stay
+// until overlap has passed. A newer one always stays: ours may have been read from the Secret just before it was replaced.
 func (i *Issuer) bundle(authority *x509.Certificate, was []byte) []byte {
-	bundle := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: authority.Raw})
 	now := time.Now()
-	if now.Sub(authority.NotBefore) > overlap+backdate {
-		return bundle
+	settled := now.Sub(authority.NotBefore) > overlap+backdate
+	newest := func(a, b *x509.Certificate) int {
+		return cmp.Or(b.NotBefore.Compare(a.NotBefore), bytes.Compare(a.Raw, b.Raw))
 	}
-	kept := 1
-	for block, rest := pem.Decode(was); block != nil && kept < maxAuthorities; block, rest = pem.Decode(rest) {
+	var all []*x509.Certificate
+	for block, rest := pem.Decode(was); block != nil; block, rest = pem.Decode(rest) {
 		other, err := x509.ParseCertificate(block.Bytes)
-		if err != nil || other.Equal(authority) || now.After(other.NotAfter) {
+		if err != nil || other.Equal(authority) || now.After(other.NotAfter) || settled && !other.NotBefore.After(authority.NotBefore) {
 			continue
 		}
-		bundle = append(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: other.Raw})...)
-		kept++
+		all = append(all, other)
+	}
+	slices.SortFunc(all, newest)
+	all = append(slices.CompactFunc(all, (*x509.Certificate).Equal), authority)
+	if len(all) > maxAuthorities {
+		all = append(all[:maxAuthorities-1], authority)
+	}
+	slices.SortFunc(all, newest)
+	var bundle []byte
+	for _, one := range all {
+		bundle = append(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: one.Raw})...)
 	}
 	return bundle
 }
 
 const podSecurityLabel = "pod-security.kubernetes.io/enforce"
 
-// labelNamespace sets the Pod Security level of the webhook's namespace, unless it has one. `helm install
-// --create-namespace` cannot do that. The webhook works without it, so a failure is only logged.
+// ownNamespace is the namespace that the documents use. Helm labels a namespace that it creates with its name.
+const (
+	ownNamespace = "pillion-system"
+	createdLabel = "name"
+)
+
+// labelNamespace sets the Pod Security level of the webhook's namespace if the namespace is its own and has no level. In
+// another one, pods of others could violate the level. `helm install --create-namespace` cannot set it. The webhook works
+// without it, so a failure is only logged.
 func (i *Issuer) labelNamespace(ctx context.Context) {
 	if i.PodSecurity == "" {
 		return
@@ -350,7 +389,9 @@ func (i *Issuer) labelNamespace(ctx context.Context) {
 		} `json:"metadata"`
 	}
 	err := i.API.Get(ctx, path, &namespace)
-	if _, has := namespace.Metadata.Labels[podSecurityLabel]; err == nil && !has {
+	labels := namespace.Metadata.Labels
+	own := i.Namespace == ownNamespace || labels[createdLabel] == i.Namespace
+	if _, has := labels[podSecurityLabel]; err == nil && own && !has {
 		err = i.API.Patch(ctx, path, "application/merge-patch+json", object{"metadata": object{"labels": object{podSecurityLabel: i.PodSecurity}}})
 	}
 	if err != nil {

@@ -3,12 +3,15 @@ package certificate
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -34,6 +37,14 @@ type server struct {
 	requests []string
 	refuse   map[string]int    // status by "METHOD path"
 	before   map[string]func() // runs once before a request, without the lock
+
+	published []publication
+}
+
+// publication is a caBundle and the time since which the configuration has it.
+type publication struct {
+	at     time.Time
+	bundle string
 }
 
 func newServer() *server {
@@ -120,6 +131,7 @@ func (s *server) do(method, path, contentType string, content, into any) error {
 				return err
 			}
 			o["webhooks"].([]any)[n].(object)["clientConfig"].(object)["caBundle"] = step.Value
+			s.published = append(s.published, publication{time.Now(), step.Value.(string)})
 		}
 	}
 	if method != http.MethodGet {
@@ -162,10 +174,32 @@ func (s *server) trusted(t *testing.T, i *Issuer) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	trustedBy(t, certificate.Leaf, s.bundle())
+}
+
+func trustedBy(t *testing.T, leaf *x509.Certificate, bundle []byte) {
+	t.Helper()
 	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(s.bundle())
-	if _, err := certificate.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: host, CurrentTime: time.Now()}); err != nil {
+	roots.AppendCertsFromPEM(bundle)
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: host, CurrentTime: time.Now()}); err != nil {
 		t.Errorf("at %v the certificate is not trusted: %v", time.Now(), err)
+	}
+}
+
+// trustedByAll is trusted for every API server: each may use a configuration that was changed less than spread ago.
+func (s *server) trustedByAll(t *testing.T, i *Issuer) {
+	t.Helper()
+	certificate, err := i.Get(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for n, p := range s.published {
+		if n+1 == len(s.published) || time.Since(s.published[n+1].at) < spread {
+			bundle, _ := base64.StdEncoding.DecodeString(p.bundle)
+			trustedBy(t, certificate.Leaf, bundle)
+		}
 	}
 }
 
@@ -200,21 +234,32 @@ func TestReplicasShareAnAuthorityThatIsPublished(t *testing.T) {
 	if s.objects[configurationPath]["webhooks"].([]any)[0].(object)["clientConfig"].(object)["caBundle"] != nil {
 		t.Error("the webhook of another service was changed")
 	}
-	// The authority can sign for nothing but the webhook.
+	// The authority can sign for the webhook only.
 	other, err := first.authority(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	wrong := &Issuer{IssuerConfig: first.IssuerConfig}
 	wrong.Service = "kubernetes"
-	leaf, err := wrong.issue(other)
-	if err != nil {
-		t.Fatal(err)
-	}
 	roots := x509.NewCertPool()
 	roots.AddCert(other.Leaf)
-	if _, err := leaf.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: wrong.host()}); err == nil {
-		t.Error("the authority can sign for another name")
+	if _, err := wrong.issue(other); err == nil {
+		t.Error("the authority can sign for another name, or a certificate that is not trusted was issued")
+	}
+	for _, address := range []string{"203.0.113.1", "2001:db8::1"} {
+		key := other.PrivateKey.(*ecdsa.PrivateKey)
+		template := &x509.Certificate{IPAddresses: []net.IP{net.ParseIP(address)}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+		der, err := sign(template, other.Leaf, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		forged, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := forged.Verify(x509.VerifyOptions{Roots: roots, DNSName: address}); err == nil {
+			t.Errorf("the authority can sign for %s", address)
+		}
 	}
 }
 
@@ -236,7 +281,8 @@ func TestReplicasThatStartTogetherAgree(t *testing.T) {
 	}
 }
 
-// Two replicas that check at different times are trusted at every moment, while the authority and certificates are renewed.
+// Replicas that check at different times, two of them shortly after each other, are trusted at every moment while the
+// authority and certificates are renewed.
 func TestRenewalIsNeverNoticed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer()
@@ -246,21 +292,24 @@ func TestRenewalIsNeverNoticed(t *testing.T) {
 		defer cancel()
 		var replicas []*Issuer
 		var running sync.WaitGroup
-		for range 2 {
+		for _, delay := range []time.Duration{0, checkEvery / 2, spread / 3} {
+			<-time.After(delay)
 			i := s.issuer(t)
 			replicas = append(replicas, i)
 			running.Go(func() { i.Run(ctx) })
-			<-time.After(checkEvery / 2)
 		}
 		certificates, authorities, most := map[string]bool{}, map[string]bool{}, 0
 		for begin := time.Now(); time.Since(begin) < 23*24*time.Hour && !t.Failed(); {
 			step := 50 * time.Minute
 			if at := time.Since(begin); at > 22*time.Hour && at < 27*time.Hour { // the authority is renewed
 				step = 15 * time.Second
+				if at > 24*time.Hour-2*checkEvery && at < 24*time.Hour+2*checkEvery {
+					step = time.Second
+				}
 			}
 			<-time.After(step)
 			for _, i := range replicas {
-				s.trusted(t, i)
+				s.trustedByAll(t, i)
 				certificate, _ := i.Get(nil)
 				certificates[certificate.Leaf.SerialNumber.String()] = true
 				authorities[string(certificate.Leaf.AuthorityKeyId)] = true
@@ -289,7 +338,10 @@ func TestADamagedStateIsRepaired(t *testing.T) {
 			s.objects[secretPath]["data"] = object{"ca.crt": "AAAA", "ca.key": "AAAA"}
 		},
 		"the key is another one": func(t *testing.T, s *server) { data(s)["ca.key"] = data(newServerWithAuthority(t))["ca.key"] },
-		"a foreign authority":    func(t *testing.T, s *server) { s.objects[secretPath]["data"] = data(foreignAuthority(t)) },
+		"the authority is of the future": func(t *testing.T, s *server) {
+			s.objects[secretPath]["data"] = authorityFrom(t, time.Now().Add(24*time.Hour))
+		},
+		"a foreign authority": func(t *testing.T, s *server) { s.objects[secretPath]["data"] = data(foreignAuthority(t)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -303,6 +355,71 @@ func TestADamagedStateIsRepaired(t *testing.T) {
 				s.trusted(t, s.issuer(t))
 			})
 		})
+	}
+}
+
+// authorityFrom returns the data of a Secret with an authority that is valid from a time on.
+func authorityFrom(t *testing.T, begin time.Time) object {
+	t.Helper()
+	pair, _, key, err := (&Issuer{IssuerConfig: newServer().config(io.Discard)}).newAuthority()
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := *pair.Leaf
+	template.NotBefore = begin
+	der, err := sign(&template, &template, pair.Leaf.PublicKey, pair.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	return object{"ca.crt": base64.StdEncoding.EncodeToString(certificate), "ca.key": base64.StdEncoding.EncodeToString(key)}
+}
+
+// A replica that has read the Secret before it was replaced, and is slow to publish, does not undo the replacement.
+func TestASlowReplicaKeepsTheNewerAuthority(t *testing.T) {
+	for _, age := range []time.Duration{0, 2 * overlap} { // of the older one
+		now := time.Now()
+		s := newServer()
+		s.objects[secretPath]["data"] = authorityFrom(t, now.Add(-backdate-age))
+		slow := s.issuer(t)
+		old, err := slow.authority(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.objects[secretPath]["data"] = authorityFrom(t, now.Add(-backdate+time.Minute))
+		fresh := s.issuer(t)
+		if err := slow.publish(t.Context(), old.Leaf); err != nil {
+			t.Fatal(err)
+		}
+		s.trusted(t, fresh)
+		s.trusted(t, slow)
+	}
+}
+
+func TestTheNewestAuthoritiesArePublished(t *testing.T) {
+	s := newServer()
+	var last *Issuer
+	for n := range maxAuthorities + 2 {
+		s.objects[secretPath]["data"] = authorityFrom(t, time.Now().Add(-backdate+time.Duration(n)*time.Minute/2))
+		last = s.issuer(t)
+	}
+	s.trusted(t, last)
+	if n := bytes.Count(s.bundle(), []byte("BEGIN")); n != maxAuthorities {
+		t.Errorf("%d authorities, want %d", n, maxAuthorities)
+	}
+}
+
+// The procedure of docs/kubernetes.md for a leaked key.
+func TestALeakedAuthorityIsReplacedAtOnce(t *testing.T) {
+	s := newServer()
+	leaked := s.issuer(t)
+	delete(s.objects[secretPath], "data")
+	delete(s.objects[configurationPath]["webhooks"].([]any)[1].(object)["clientConfig"].(object), "caBundle")
+	s.trusted(t, s.issuer(t))
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(s.bundle())
+	if _, err := leaked.leaf.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: host}); err == nil {
+		t.Error("API servers still trust the leaked authority")
 	}
 }
 
@@ -355,6 +472,12 @@ func TestARefusalNamesTheRequest(t *testing.T) {
 	}
 }
 
+// move changes the namespace of the webhook's service and Secret.
+func (s *server) move(namespace string) {
+	s.objects["/api/v1/namespaces/"+namespace+"/secrets/authority"] = s.objects[secretPath]
+	s.objects[configurationPath]["webhooks"].([]any)[1].(object)["clientConfig"].(object)["service"].(object)["namespace"] = namespace
+}
+
 func TestTheNamespaceGetsItsLevelUnlessItHasOne(t *testing.T) {
 	level := func(s *server) any {
 		labels, _ := s.objects[namespacePath]["metadata"].(object)["labels"].(object)
@@ -364,6 +487,28 @@ func TestTheNamespaceGetsItsLevelUnlessItHasOne(t *testing.T) {
 	s.issuer(t)
 	if got := level(s); got != "restricted" {
 		t.Errorf("without a level: %v", got)
+	}
+	for _, c := range []struct {
+		labels object
+		want   any
+	}{
+		{object{"team": "web"}, nil},
+		{object{"name": "shared"}, nil},
+		{object{"name": "elsewhere"}, "restricted"}, // Helm created it
+		{object{"name": "elsewhere", podSecurityLabel: "baseline"}, "baseline"},
+	} {
+		s := newServer()
+		s.move("elsewhere")
+		s.objects["/api/v1/namespaces/elsewhere"] = object{"metadata": object{"resourceVersion": "1", "labels": c.labels}}
+		config := s.config(io.Discard)
+		config.Namespace = "elsewhere"
+		if _, err := NewIssuer(t.Context(), config); err != nil {
+			t.Fatal(err)
+		}
+		labels := s.objects["/api/v1/namespaces/elsewhere"]["metadata"].(object)["labels"].(object)
+		if got := labels[podSecurityLabel]; got != c.want {
+			t.Errorf("namespace elsewhere with labels %v: %v, want %v", c.labels, got, c.want)
+		}
 	}
 	s = newServer()
 	s.objects[namespacePath]["metadata"].(object)["labels"] = object{podSecurityLabel: "privileged"}

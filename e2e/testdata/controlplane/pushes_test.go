@@ -301,17 +301,7 @@ func TestDamagedClustersAreNeverMisread(t *testing.T) {
 	same, found, failed := 0, 0, 0
 	each(t, "cds.json", func(t *testing.T, place string, b []byte) {
 		for range 20 {
-			damaged := slices.Clone(b)
-			switch i := random.IntN(len(damaged)); random.IntN(4) {
-			case 0:
-				damaged[i] ^= 1 << random.IntN(8)
-			case 1:
-				damaged = damaged[:i]
-			case 2:
-				damaged = slices.Delete(damaged, i, min(i+1+random.IntN(8), len(damaged)))
-			case 3:
-				damaged = slices.Insert(damaged, i, byte(random.Uint32()))
-			}
+			damaged := damage(random, b)
 			got, findings, err := mesh.DecodeCluster(damaged)
 			var judge cluster.Cluster
 			switch problem := proto.Unmarshal(damaged, &judge); {
@@ -322,25 +312,13 @@ func TestDamagedClustersAreNeverMisread(t *testing.T) {
 			case problem != nil: // within a field that is ignored
 			default:
 				same++
-				if want, ok := tryReadCluster(&judge); ok && !reflect.DeepEqual(got, want) {
+				if want, ok := attempt(readCluster, &judge); ok && !reflect.DeepEqual(got, want) {
 					t.Fatalf("%s: got\n%+v\nwant\n%+v", place, got, want)
 				}
 			}
 		}
 	})
-	if min(same, found, failed) < 50 {
-		t.Errorf("%d decoded, %d with findings, %d failed: each should occur", same, found, failed)
-	}
-}
-
-// tryReadCluster is readCluster, and not ok for what that does not expect.
-func tryReadCluster(c *cluster.Cluster) (want *mesh.Cluster, ok bool) {
-	defer func() {
-		if recover() != nil {
-			ok = false
-		}
-	}()
-	return readCluster(c), true
+	allOccur(t, same, found, failed)
 }
 
 // The tables have each field of each message that they are about, under its own name, and no other.
@@ -374,34 +352,7 @@ func TestTheTablesHaveEveryField(t *testing.T) {
 
 // BenchmarkClusters decodes all recorded clusters, by hand and by the generated types.
 func BenchmarkClusters(b *testing.B) {
-	all, err := pushes()
-	if err != nil {
-		b.Fatal(err)
-	}
-	var clusters [][]byte
-	for name, resources := range all {
-		if path.Base(name) == "cds.json" {
-			for _, resource := range resources {
-				clusters = append(clusters, resource.Value)
-			}
-		}
-	}
-	b.Run("by hand", func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			for _, bytes := range clusters {
-				if _, _, err := mesh.DecodeCluster(bytes); err != nil {
-					b.Fatal(err)
-				}
-			}
-		}
-	})
-	b.Run("generated", func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			for _, bytes := range clusters {
-				readCluster(unpack(bytes, &cluster.Cluster{}))
-			}
-		}
-	})
+	benchmark(b, "cds.json",
+		func(resource []byte) error { _, _, err := mesh.DecodeCluster(resource); return err },
+		func(resource []byte) { readCluster(unpack(resource, &cluster.Cluster{})) })
 }
