@@ -64,7 +64,7 @@ var flagNames = map[string]string{
 	"Image": "--image", "PullPolicy": "--image-pull-policy", "SidecarName": "--sidecar-name", "Namespace": "--namespace",
 }
 
-// flagNamed rewrites an error about a field of inject.Options to name the field's flag.
+// flagNamed turns an error about a field of inject.Options into a usageError that names the field's flag.
 func flagNamed(err error) error {
 	var field *inject.FieldError
 	if !errors.As(err, &field) {
@@ -76,7 +76,7 @@ func flagNamed(err error) error {
 			name = "--" + sidecarFlag(a.Option)
 		}
 	}
-	return fmt.Errorf("%s%w", name, field.Err)
+	return usageError{Err: fmt.Errorf("%s%w", name, field.Err)}
 }
 
 // newInject is `pillionctl inject`.

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"net"
 	"os/signal"
+	"regexp"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -37,7 +39,13 @@ deploy/kustomize and deploy/helm install it.`,
 			}
 			var from slog.Level
 			if err := from.UnmarshalText([]byte(level)); err != nil {
-				return fmt.Errorf("--log-level %q: use debug, info, warn or error", level)
+				return usageError{Err: fmt.Errorf("--log-level %q: use debug, info, warn or error", level)}
+			}
+			if err := checkAddress(address); err != nil {
+				return usageError{Err: fmt.Errorf("--listen %s: %w", address, err)}
+			}
+			if err := source.validate(); err != nil {
+				return usageError{Err: err}
 			}
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: from}))
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
@@ -68,6 +76,15 @@ deploy/kustomize and deploy/helm install it.`,
 	return cmd
 }
 
+// checkAddress checks the form of an address to listen at.
+func checkAddress(address string) error {
+	_, port, err := net.SplitHostPort(address)
+	if err == nil {
+		_, err = net.LookupPort("tcp", port)
+	}
+	return err
+}
+
 // certificateSource names the files of the certificate, or the objects with which it is issued.
 type certificateSource struct {
 	cert, key string
@@ -82,7 +99,25 @@ func (s *certificateSource) bind(flags *pflag.FlagSet) {
 	flags.StringVar(&s.config.Service, "service", "pillion-webhook", "with --issue-certificate: the webhook's service, in its own namespace")
 	flags.StringVar(&s.config.Secret, "authority-secret", "pillion-webhook-authority", "with --issue-certificate: the Secret of the authority; it must exist")
 	flags.StringVar(&s.config.Configuration, "configuration", "pillion", "with --issue-certificate: the MutatingWebhookConfiguration that gets the authority")
-	flags.StringVar(&s.config.PodSecurity, "pod-security", "", "with --issue-certificate: Pod Security level for the webhook's namespace, unless it has one")
+	flags.StringVar(&s.config.PodSecurity, "pod-security", "", "with --issue-certificate: Pod Security level (restricted, baseline or privileged) for the webhook's own namespace, unless it has one")
+}
+
+// objectName is the form of the names of objects, which are parts of paths.
+var objectName = regexp.MustCompile(`^[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?$`)
+
+// validate checks the flags that have a form. Its error names the flag.
+func (s *certificateSource) validate() error {
+	for _, f := range []struct{ flag, value string }{
+		{"--service", s.config.Service}, {"--authority-secret", s.config.Secret}, {"--configuration", s.config.Configuration},
+	} {
+		if !objectName.MatchString(f.value) {
+			return fmt.Errorf("%s %q is not the name of an object", f.flag, f.value)
+		}
+	}
+	if !slices.Contains([]string{"", "restricted", "baseline", "privileged"}, s.config.PodSecurity) {
+		return fmt.Errorf("--pod-security %q: use restricted, baseline or privileged", s.config.PodSecurity)
+	}
+	return nil
 }
 
 // open returns the source of certificates. wait returns after ctx has ended and all work is done.

@@ -57,7 +57,7 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = json.NewDecoder(r.Body).Decode(&patch)
 		s.bundle = patch[1].Value
 	case "GET /api/v1/namespaces/mesh":
-		answer = map[string]any{"metadata": map[string]any{"name": "mesh"}}
+		answer = map[string]any{"metadata": map[string]any{"name": "mesh", "labels": map[string]any{"name": "mesh"}}} // as Helm creates it
 	case "PATCH /api/v1/namespaces/mesh":
 		var patch struct {
 			Metadata struct{ Labels map[string]any }

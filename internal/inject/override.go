@@ -51,16 +51,56 @@ func (o *override) apply(sidecar object, s *settings) (object, error) {
 			theirs[key] = value
 		}
 	}
-	for _, id := range []string{"runAsUser", "runAsGroup"} {
-		want := memberOf(memberOf(sidecar, "securityContext").(object), id)
-		if got := yamledit.Get(theirs, "securityContext", id); got != nil && fmt.Sprint(got) != fmt.Sprint(want) {
-			return nil, fmt.Errorf("container %s: securityContext.%s is %v: the rules recognise the agent by %v; remove the field", o.name, id, got, want)
-		}
-	}
 	if policy := theirs["restartPolicy"]; policy != nil && (!s.native || policy != "Always") {
 		return nil, fmt.Errorf("container %s: restartPolicy is %v: the annotation %s decides that; remove the field", o.name, policy, nativeAnnotation)
 	}
-	return overlay(sidecar, theirs), nil
+	merged := overlay(sidecar, theirs)
+	for _, id := range []string{"runAsUser", "runAsGroup"} {
+		want, got := within(sidecar, "securityContext", id), within(merged, "securityContext", id)
+		if got == nil { // as in securityContext: null
+			return nil, fmt.Errorf("container %s: securityContext has no %s: the rules recognise the agent by %v; remove the field that is null", o.name, id, want)
+		}
+		if fmt.Sprint(got) != fmt.Sprint(want) {
+			return nil, fmt.Errorf("container %s: securityContext.%s is %v: the rules recognise the agent by %v; remove the field", o.name, id, got, want)
+		}
+	}
+	return o.fitResources(merged, theirs)
+}
+
+// fitResources adjusts a request or limit of ours to that of the override, because a request above the limit makes the pod
+// invalid.
+func (o *override) fitResources(merged object, theirs map[string]any) (object, error) {
+	for _, name := range []string{"cpu", "memory"} {
+		request, limit := within(merged, "resources", "requests", name), within(merged, "resources", "limits", name)
+		if request == nil || limit == nil {
+			continue
+		}
+		requested, allowed := quantity(fmt.Sprint(request)), quantity(fmt.Sprint(limit))
+		if requested <= allowed || allowed < 0 {
+			continue
+		}
+		fitted := map[string]any{}
+		switch {
+		case yamledit.Get(theirs, "resources", "limits", name) == nil:
+			fitted["limits"] = map[string]any{name: request}
+		case yamledit.Get(theirs, "resources", "requests", name) == nil:
+			fitted["requests"] = map[string]any{name: limit}
+		default:
+			return nil, fmt.Errorf("container %s: resources.requests.%s is %v, more than the limit of %v", o.name, name, request, limit)
+		}
+		merged = overlay(merged, map[string]any{"resources": fitted})
+	}
+	return merged, nil
+}
+
+// within returns the value at a path, or nil.
+func within(o object, path ...string) any {
+	value := memberOf(o, path[0])
+	if len(path) == 1 {
+		return value
+	}
+	below, _ := value.(object)
+	return within(below, path[1:]...)
 }
 
 // overlay returns ours with the members of theirs. Mappings are merged, lists of named items by item; other values of

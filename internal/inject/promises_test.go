@@ -115,6 +115,10 @@ func TestAnOverrideThatCannotWorkIsRefused(t *testing.T) {
 		pod("securityContext: {runAsUser: 1000}", ""):                           "securityContext.runAsUser is 1000: the rules recognise the agent by 1337",
 		pod("securityContext: {runAsGroup: 0}", ""):                             "securityContext.runAsGroup is 0: the rules recognise the agent by 1337",
 		pod("securityContext: {runAsUser: 1337}", tproxy):                       "securityContext.runAsUser is 1337: the rules recognise the agent by 0",
+		pod("securityContext: null", ""):                                        "securityContext has no runAsUser: the rules recognise the agent by 1337",
+		pod("securityContext: {runAsGroup: null}", ""):                          "securityContext has no runAsGroup: the rules recognise the agent by 1337",
+		pod("securityContext: 1", ""):                                           "securityContext has no runAsUser",
+		pod("resources: {requests: {cpu: 2}, limits: {cpu: 1}}", ""):            "resources.requests.cpu is 2, more than the limit of 1",
 		pod("restartPolicy: Never", ""):                                         "restartPolicy is Never: the annotation sidecar.istio.io/nativeSidecar decides that",
 		pod("restartPolicy: Always", `sidecar.istio.io/nativeSidecar: "false"`): "restartPolicy is Always: the annotation",
 		strings.Replace(pod("", ""), "  - {name: app, image: x}\n", "", 1):      "spec.containers is empty",
@@ -122,6 +126,45 @@ func TestAnOverrideThatCannotWorkIsRefused(t *testing.T) {
 		_, err := inject(text, "in", Options{Image: "pillion"}, ignore)
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s\n%v, want %s", text, err, want)
+		}
+	}
+}
+
+// A request above a limit would make the pod invalid.
+func TestALimitOfOursFollowsARequestOfTheOverride(t *testing.T) {
+	const cpuLimit = `sidecar.istio.io/proxyCPULimit: "1"`
+	for _, c := range []struct{ annotations, override, want string }{
+		{"", "{requests: {memory: 1Gi}}", "{requests: {cpu: 10m, memory: 1Gi}, limits: {memory: 1Gi}}"},
+		{"", "{requests: {memory: 64Mi}}", "{requests: {cpu: 10m, memory: 64Mi}, limits: {memory: 128Mi}}"},
+		{"", "{limits: {memory: 8Mi}}", "{requests: {cpu: 10m, memory: 8Mi}, limits: {memory: 8Mi}}"},
+		{"", "{limits: {cpu: 5m}}", "{requests: {cpu: 5m, memory: 16Mi}, limits: {memory: 128Mi, cpu: 5m}}"},
+		{cpuLimit, "{requests: {cpu: 2}}", "{requests: {cpu: 2, memory: 16Mi}, limits: {cpu: 2, memory: 128Mi}}"},
+		{"", "{requests: {memory: 1Gi}, limits: {memory: 2Gi}}", "{requests: {cpu: 10m, memory: 1Gi}, limits: {memory: 2Gi}}"},
+		{"", "{requests: {memory: 1Gi}, limits: null}", "{requests: {cpu: 10m, memory: 1Gi}, limits: null}"},
+	} {
+		text := "apiVersion: v1\nkind: Pod\nmetadata: {name: p, annotations: {" + c.annotations + "}}\nspec:\n  containers:\n  - {name: app, image: x}\n" +
+			"  - {name: istio-proxy, image: auto, resources: " + c.override + "}\n"
+		out, err := inject(text, "in", Options{Image: "pillion"}, ignore)
+		if err != nil {
+			t.Errorf("%s: %v", c.override, err)
+			continue
+		}
+		made, err := yamledit.Parse(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := yamledit.Parse(c.want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got any
+		for _, container := range yamledit.Get(made.Tree(), "spec", "initContainers").([]any) {
+			if yamledit.Text(container, "name") == SidecarName {
+				got = yamledit.Get(container, "resources")
+			}
+		}
+		if yamledit.JSON(got) != yamledit.JSON(want.Tree()) {
+			t.Errorf("%q, %s makes %s, want %s", c.annotations, c.override, yamledit.JSON(got), yamledit.JSON(want.Tree()))
 		}
 	}
 }

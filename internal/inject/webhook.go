@@ -160,6 +160,19 @@ type bodies struct {
 	large places       // larger requests. A client that sends one slowly delays only other large ones
 }
 
+// take reserves n bytes and reports whether they were free.
+func (b *bodies) take(n int64) bool {
+	for {
+		held := b.held.Load()
+		if held+n > maxHeld {
+			return false
+		}
+		if b.held.CompareAndSwap(held, held+n) {
+			return true
+		}
+	}
+}
+
 // firstRead is the first size of a buffer. It grows as bytes arrive, so that an announced length costs nothing.
 const firstRead = 4 << 10
 
@@ -180,11 +193,11 @@ func (b *bodies) read(w http.ResponseWriter, r *http.Request) (body []byte, free
 			switch {
 			case size <= smallReview:
 				more := int64(size - cap(body))
-				taken += more
-				if b.held.Add(more) > maxHeld {
+				if !b.take(more) {
 					http.Error(w, fmt.Sprintf("too many reviews: %d bytes in progress", maxHeld), http.StatusServiceUnavailable)
 					return nil, free
 				}
+				taken += more
 			case !isLarge:
 				if isLarge = b.large.take(w, r); !isLarge {
 					return nil, free
