@@ -76,7 +76,7 @@ func (o *initOptions) bindInbound(flags *pflag.FlagSet) {
 		"inbound ports to capture, * for all; empty: none")
 	twin(flags, "istio-inbound-ports", "ISTIO_INBOUND_PORTS")
 	parsed(flags, &s.InboundExcluded, capture.ParsePortList, "istio-local-exclude-ports", "d", "", "ports",
-		"inbound ports not captured; only with -b '*'")
+		"inbound ports not captured, such as the agent's own 15090,15021,15020; only with -b '*'")
 	twin(flags, "istio-local-exclude-ports", "ISTIO_LOCAL_EXCLUDE_PORTS")
 	parsed(flags, &s.TunnelPort, capture.ParsePort, "inbound-tunnel-port", "e", fmt.Sprint(s.TunnelPort), "port",
 		"inbound tunnel (HBONE) port; not captured")
