@@ -44,12 +44,14 @@ IN_NAMESPACES = git grep -l --untracked -E 'pillion/internal/nettest"|^package n
 
 ##@ Try it
 .PHONY: demo
-demo: tools-demo build ## show real traffic captured and carried, in namespaces that vanish afterwards
+demo: tools-demo build ## show real traffic captured and forwarded, in namespaces that vanish afterwards
 	scripts/demo bin/pillion
 
+# The environment passes CMD as it was typed, so that one shell in the namespace runs all of a compound command.
 .PHONY: try
+try: export TRY_COMMAND = $(value CMD)
 try: tools-try build ## run CMD, a shell by default, in a namespace where pillion captures and logs its traffic
-	@scripts/try bin/pillion $(or $(CMD),$${SHELL:-bash})
+	@if [[ -n $$TRY_COMMAND ]]; then scripts/try bin/pillion bash -c "$$TRY_COMMAND"; else scripts/try bin/pillion "$${SHELL:-bash}"; fi
 
 ##@ Build
 .PHONY: build

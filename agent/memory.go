@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The default of HTTP.MaxHeldBytes: a share of the runtime's memory limit, which cmd has set from the container's. The
+// The default of HTTP.MaxHeldBytes: a share of the runtime's memory limit. cmd sets that from the container's. The
 // rest is for the program, stacks and buffers in use, and for the garbage collector.
 const (
 	heldShare     = 4         // 1/heldShare

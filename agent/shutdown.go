@@ -18,8 +18,6 @@ func (a *Agent) shutdown(force context.Context) error {
 	deadline, cancel := context.WithTimeout(force, a.config.Drain.Timeout)
 	defer cancel()
 	stopProgress := a.logProgress()
-	defer stopProgress()
-
 	a.announceInTime(deadline)
 	for _, l := range a.listeners {
 		a.drain(deadline, l)
@@ -33,6 +31,7 @@ func (a *Agent) shutdown(force context.Context) error {
 	for _, s := range a.servers {
 		s.http.Close()
 	}
+	stopProgress() // its last line precedes the result
 
 	if cut > 0 {
 		cause := "the drain timeout passed"

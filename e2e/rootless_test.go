@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -67,19 +68,56 @@ func TestTheDemoWorksAsAnOrdinaryUser(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	words := []string{demo, pillion}
-	mapping, err := os.ReadFile("/proc/self/uid_map")
-	if err != nil {
-		t.Fatal(err)
+	out, err := asNobody(t, ranges, demo)
+	if err != nil || !strings.Contains(out, "pillion cleanup") || !strings.Contains(out, "0 rules left") {
+		t.Errorf("%v\n%s", err, out)
 	}
-	if fields := strings.Fields(string(mapping)); len(fields) == 3 && fields[2] == "4294967295" { // else these tests are rootless already
+}
+
+// asNobody runs the script with the file of subordinate uids and gids in place of the machine's. It runs it as user nobody,
+// unless the tests are rootless already.
+func asNobody(t *testing.T, ranges, script string) (string, error) {
+	t.Helper()
+	words := []string{script, pillion}
+	if !rootless(t) {
 		words = append([]string{"unshare", "--mount", "sh", "-c",
 			"mount --bind " + ranges + " /etc/subuid && mount --bind " + ranges + " /etc/subgid && exec setpriv --reuid nobody --regid nogroup --clear-groups \"$@\"", "sh"}, words...)
 	}
 	cmd := exec.Command(words[0], words[1:]...)
-	cmd.Dir, cmd.Env = dir, append(os.Environ(), initEnvironment, "TMPDIR=/tmp")
+	cmd.Dir, cmd.Env = filepath.Dir(script), append(os.Environ(), initEnvironment, "TMPDIR=/tmp")
 	out, err := cmd.CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "pillion cleanup") || !strings.Contains(string(out), "0 rules left") {
+	return string(out), err
+}
+
+// Without a range, the demo must name it as what is missing: the user may well create namespaces.
+func TestTheDemoNamesAMissingRangeOfUIDs(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	if rootless(t) {
+		return // there the demo runs as root
+	}
+	directory := filepath.Dir(pillion)
+	script, err := os.ReadFile("../scripts/demo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	demo, ranges := filepath.Join(directory, "demo-without-range"), filepath.Join(directory, "no-range")
+	if err := errors.Join(os.WriteFile(demo, script, 0o755), os.WriteFile(ranges, nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	out, err := asNobody(t, ranges, demo)
+	if err == nil || !strings.Contains(out, "but this user has no range of uids in /etc/subuid") || !strings.Contains(out, "sudo make demo") {
 		t.Errorf("%v\n%s", err, out)
 	}
+}
+
+// rootless reports whether the tests run in a user namespace.
+func rootless(t *testing.T) bool {
+	t.Helper()
+	mapping, err := os.ReadFile("/proc/self/uid_map")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := strings.Fields(string(mapping))
+	return len(fields) != 3 || fields[2] != "4294967295"
 }

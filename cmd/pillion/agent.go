@@ -107,7 +107,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	parsedSwitch(flags, &config.DNS.Capture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns redirects to port 15053")
 	parsed(flags, &config.DNS.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in "+agent.ResolvConf)
 	countFlag(flags, &config.DNS.CacheSize, "dns-cache-size", "number of cached DNS answers; 0: no cache")
-	textFlag(flags, &config.AccessLog.Path, "access-log", "path|off", "file of the access log, with a line for each connection and request; /dev/stdout is standard output; off: no log")
+	textFlag(flags, &config.AccessLog.Path, "access-log", "path", "file of the access log, with a line for each connection and request; /dev/stdout is standard output; off: no log")
 	choiceFlag(flags, &config.AccessLog.Encoding, "access-log-encoding", "encoding of the lines", "text", "json")
 	textFlag(flags, &config.AccessLog.Format, "access-log-format", "format", "format of a line, in Envoy's command operators; with json, an object of them; empty: Istio's format")
 	textFlag(flags, &config.AccessLog.Filter, "access-log-filter", "filter", "filter of the lines, such as \"errors; status=4xx,slower=250ms; sample=1%\"")

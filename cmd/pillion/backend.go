@@ -6,6 +6,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/commandline"
 	"github.com/pillion-proxy/pillion/iptables"
 )
 
@@ -25,6 +26,8 @@ func (o *backendOptions) bind(flags *pflag.FlagSet) {
 	parsed(flags, &o.forced, parseForced, "force-iptables-binary", "", "", "name",
 		"legacy or nft: same as --backend iptables-legacy or iptables-nft")
 	o.backendFlag, o.nativeFlag, o.forcedFlag = flags.Lookup("backend"), flags.Lookup("native-nftables"), flags.Lookup("force-iptables-binary")
+	commandline.SetChoices(o.backendFlag, "auto", "iptables", "iptables-nft", "iptables-legacy", "nftables")
+	commandline.SetChoices(o.forcedFlag, "legacy", "nft")
 	twin(flags, "native-nftables", "NATIVE_NFTABLES")
 	twin(flags, "force-iptables-binary", "FORCE_IPTABLES_BINARY")
 }

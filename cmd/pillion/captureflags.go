@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/commandline"
 )
 
 // bind adds the flags of istio-iptables by subject, with their environment variables.
@@ -67,14 +68,15 @@ func (o *initOptions) bindAgent(flags *pflag.FlagSet) {
 
 func (o *initOptions) bindInbound(flags *pflag.FlagSet) {
 	s := &o.spec
-	parsed(flags, &s.Mode, o.parseMode, "istio-inbound-interception-mode", "m", "", "mode",
+	mode := parsed(flags, &s.Mode, o.parseMode, "istio-inbound-interception-mode", "m", "", "mode",
 		"how inbound connections are captured: REDIRECT (also if empty) or TPROXY")
+	commandline.SetChoices(mode, string(capture.Redirect), string(capture.TPROXY))
 	twin(flags, "istio-inbound-interception-mode", "ISTIO_INBOUND_INTERCEPTION_MODE")
 	parsed(flags, &s.Inbound, capture.ParsePorts, "istio-inbound-ports", "b", "", "ports",
 		"inbound ports to capture, * for all; empty: none")
 	twin(flags, "istio-inbound-ports", "ISTIO_INBOUND_PORTS")
 	parsed(flags, &s.InboundExcluded, capture.ParsePortList, "istio-local-exclude-ports", "d", "", "ports",
-		"inbound ports not captured; only with -b '*'")
+		"inbound ports not captured, such as the agent's own 15090,15021,15020; only with -b '*'")
 	twin(flags, "istio-local-exclude-ports", "ISTIO_LOCAL_EXCLUDE_PORTS")
 	parsed(flags, &s.TunnelPort, capture.ParsePort, "inbound-tunnel-port", "e", fmt.Sprint(s.TunnelPort), "port",
 		"inbound tunnel (HBONE) port; not captured")

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/commandline"
 	"github.com/pillion-proxy/pillion/internal/netns"
 	"github.com/pillion-proxy/pillion/iptables"
 )
@@ -40,7 +41,7 @@ func (o *changeOptions) bind(flags *pflag.FlagSet, dryRun string) {
 // bindView adds flags for the namespace, the output and the log.
 func (o *changeOptions) bindView(flags *pflag.FlagSet) {
 	o.output = outputText
-	parsed(flags, &o.output, parseOutput, "output", "", string(outputText), "form", "output format: text or json")
+	parsed(flags, &o.output, parseOutput, "output", "", string(outputText), "text|json", "output format")
 	o.log.bind(flags)
 	o.namespaceFlag = parsed(flags, &o.namespace, asItIs, "network-namespace", "", "", "path", "work in this network namespace, such as /proc/4711/ns/net")
 	twin(flags, "network-namespace", "NETWORK_NAMESPACE")
@@ -159,8 +160,9 @@ type logOptions struct {
 }
 
 func (o *logOptions) bind(flags *pflag.FlagSet) {
-	parsed(flags, &o.level, parseLogLevel, "log_output_level", "", "default:info", "level",
+	level := parsed(flags, &o.level, parseLogLevel, "log_output_level", "", "default:info", "level",
 		"minimum log level: debug, info, warn, error or none, optionally with the prefix \"default:\"")
+	commandline.SetChoices(level, "debug", "info", "warn", "error", "none")
 	parsedSwitch(flags, &o.json, "log_as_json", "", "log JSON instead of text")
 }
 

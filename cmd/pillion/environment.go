@@ -43,7 +43,7 @@ func applyEnvironment(flags *pflag.FlagSet) error {
 				continue
 			}
 			if err := flags.Set(flag.Name, value); err != nil {
-				failed = valueError{fmt.Errorf("environment variable %s=%s (for --%s): %w", variable, capture.Quoted(value), flag.Name, shortened(err))}
+				failed = valueError{fmt.Errorf("environment variable %s=%s (for --%s): %w", variable, capture.Quoted(value), flag.Name, cause(err))}
 				return
 			}
 			flag.Annotations[setByAnnotation] = []string{variable}

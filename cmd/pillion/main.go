@@ -1,4 +1,4 @@
-// Command pillion is a sidecar that captures and carries a workload's network traffic.
+// Command pillion is a sidecar that captures and forwards a workload's network traffic.
 //
 // This package translates flags and environment into the configuration of the packages behind it, and their errors into
 // exit statuses, and prints what a running agent reports.
@@ -99,11 +99,12 @@ func newRoot(args []string) *cobra.Command {
 	root := commandline.Group(&cobra.Command{
 		Use:           "pillion",
 		Version:       version,
-		Short:         "A sidecar that captures and carries a workload's network traffic",
+		Short:         "A sidecar that captures and forwards a workload's network traffic",
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	})
 	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetHelpCommand(commandline.NewHelp())
 	root.SetFlagErrorFunc(flagError)
 	for _, c := range commands {
 		if len(args) > 0 && args[0] == c.name {

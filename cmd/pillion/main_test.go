@@ -32,6 +32,8 @@ func TestACommandLineThatMakesNoSenseHasOneExitStatus(t *testing.T) {
 	for args, want := range map[string]string{
 		"stauts":                        `unknown command "stauts" for "pillion": did you mean "status"?`,
 		"rules shwo":                    `unknown command "shwo" for "pillion rules": did you mean "show"?`,
+		"help agnet":                    `unknown command "agnet" for "pillion": did you mean "agent"?`,
+		"help rules shwo":               `unknown command "shwo" for "pillion rules": did you mean "show"?`,
 		"agent --conect-timeout 5s":     `unknown flag: --conect-timeout: did you mean --connect-timeout?`,
 		"agent --connect-timeout soon":  `invalid argument "soon" for "--connect-timeout" flag: not a time span: use a number with a unit, such as 500ms, 10s or 5m`,
 		"agent --max-head-bytes 1":      `--max-head-bytes: 1 is out of range; use 1024 to 8388608`,
@@ -130,6 +132,34 @@ printf '%s\n' "${COMPREPLY[@]}"`)
 	complete.Stderr = &complaints
 	if out, err := complete.Output(); err != nil || !regexp.MustCompile(`^status *\n$`).Match(out) {
 		t.Errorf("%v: %q %s", err, out, &complaints)
+	}
+}
+
+// The help of completion promises the values of each flag that accepts one of some words.
+func TestCompletionKnowsTheValuesOfFlags(t *testing.T) {
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "pod")
+	for args, want := range map[string]string{
+		"init --backend":               "auto iptables iptables-nft iptables-legacy nftables",
+		"init --force-iptables-binary": "legacy nft",
+		"istio-iptables -m":            "REDIRECT TPROXY",
+		"init --log_output_level":      "debug info warn error none",
+		"init --output":                "text json",
+		"agent --log-level":            "debug info warn error",
+		"agent --interception-mode":    "REDIRECT TPROXY",
+		"agent --access-log-encoding":  "text json",
+		"agent --x-forwarded-for":      "set-if-absent append off",
+		"agent --profiling":            "true false",
+		"rules explain --proto":        "tcp udp",
+		"rules explain --like":         "init istio-iptables",
+		"top --sort":                   "rate total errors p99 bytes name",
+		"version --output":             "json yaml",
+	} {
+		got := here(t, ns, append(append([]string{"__complete"}, strings.Fields(args)...), "")...)
+		words, _, _ := strings.Cut(got.stdout, ":")
+		if words = strings.Join(strings.Fields(words), " "); words != want {
+			t.Errorf("%s: %q, want %q", args, words, want)
+		}
 	}
 }
 

@@ -62,6 +62,15 @@ func shortened(err error) error {
 	return &namedError{strings.Replace(err.Error(), strconv.Quote(invalid.GetValue()), capture.Quoted(invalid.GetValue()), 1), err}
 }
 
+// cause returns the error of a flag's parser without what pflag adds, the flag and the value.
+func cause(err error) error {
+	var invalid *pflag.InvalidValueError
+	if errors.As(err, &invalid) {
+		return errors.Unwrap(invalid)
+	}
+	return err
+}
+
 // flagError distinguishes an invalid value from an invalid command line. istio-iptables counts the values that its flags
 // parse themselves as invalid command lines.
 func flagError(cmd *cobra.Command, err error) error {

@@ -86,11 +86,24 @@ func (p *proxyOptions) bind(flags *pflag.FlagSet) {
 	parsed(flags, &p.istioLevel, parseIstioLevel, "log_output_level", "", "", "level", "lowest level that is logged, as default:info; --log-level overrides it")
 	parsedSwitch(flags, &p.json, "log_as_json", "", "same as --log-format json")
 	textFlag(flags, &p.domain, "domain", "domain", "the pod's DNS domain, as NAMESPACE.svc.DOMAIN; --cluster-domain overrides it")
-	for _, name := range []string{"stsPort", "tokenManagerPlugin", "serviceCluster", "proxyLogLevel", "proxyComponentLogLevel",
-		"templateFile", "outlierLogPath", "log_target", "log_stacktrace_level", "log_caller"} {
+	for _, name := range ignoredFlags {
 		textFlag(flags, new(string), name, "text", "accepted and ignored")
 	}
 	parsedSwitch(flags, new(bool), "vklog", "", "accepted and ignored")
+}
+
+// ignoredFlags are pilot-agent's flags with a value and without a meaning here.
+var ignoredFlags = []string{"stsPort", "tokenManagerPlugin", "serviceCluster", "proxyLogLevel", "proxyComponentLogLevel",
+	"templateFile", "outlierLogPath", "log_target", "log_stacktrace_level", "log_caller"}
+
+// idleFlags lists the flags without effect on the command line, those of pilot-agent first.
+func (p *proxyOptions) idleFlags(flags *pflag.FlagSet) (names []string) {
+	for _, name := range append(slices.Clone(ignoredFlags), "vklog") {
+		if flags.Changed(name) {
+			names = append(names, "--"+name)
+		}
+	}
+	return append(names, p.unknown...)
 }
 
 // unknownFlags lists the flags in args that are not in flags.
@@ -142,7 +155,7 @@ func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
 		return err
 	}
 	log.Info("running as Istio's sidecar", "cores", runtime.GOMAXPROCS(0),
-		"without_effect", slices.Concat(slices.Sorted(slices.Values(p.idle)), p.unknown, idleVariables(os.Environ())))
+		"without_effect", slices.Concat(slices.Sorted(slices.Values(p.idle)), p.idleFlags(flags), idleVariables(os.Environ())))
 	return nil
 }
 
@@ -284,7 +297,7 @@ func (s setting) apply(flags *pflag.FlagSet) error {
 		return s.complaint()
 	}
 	if err := flags.Set(s.flag, s.Text); err != nil {
-		return valueError{fmt.Errorf("%s: %q (for --%s): %w", s.by, s.Text, s.flag, err)}
+		return valueError{fmt.Errorf("%s: %q (for --%s): %w", s.by, s.Text, s.flag, cause(err))}
 	}
 	return nil
 }

@@ -17,7 +17,7 @@ func newStatus() *cobra.Command {
 		Use:   "status",
 		Short: "Show the state of a running agent",
 		Long: `Show the state of a running agent on one screen: its version and age, whether it is ready or which gates are closed, how
-much it carries and has carried, and why requests and connections failed.
+much it forwards and has forwarded, and why requests and connections failed.
 
 The exit status is 0 if the agent answers, ready or not; "pillion wait" waits for readiness.`,
 		Args: noArguments,

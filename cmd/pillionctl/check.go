@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/pillion-proxy/pillion/internal/clustercheck"
+	"github.com/pillion-proxy/pillion/internal/commandline"
 	"github.com/pillion-proxy/pillion/internal/kubeapi"
 )
 
@@ -57,5 +58,6 @@ The exit status is 1 if a check failed. A check that the credentials do not perm
 	flags.StringVar(&kubeconfig, "kubeconfig", "", "kubeconfig file (default: $KUBECONFIG, ~/.kube/config, or the pod's service account)")
 	flags.StringVar(&context, "context", "", "context of the kubeconfig (default: the current one)")
 	flags.StringVarP(&output, "output", "o", "text", "output format: text or json")
+	commandline.SetChoices(flags.Lookup("output"), "text", "json")
 	return cmd
 }

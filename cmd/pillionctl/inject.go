@@ -8,10 +8,12 @@ import (
 	"os"
 	"runtime/debug"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/pillion-proxy/pillion/internal/commandline"
 	"github.com/pillion-proxy/pillion/internal/inject"
 )
 
@@ -19,14 +21,30 @@ import (
 func bindOptions(flags *pflag.FlagSet, o *inject.Options) {
 	flags.StringVar(&o.Image, "image", defaultImage, "image of both containers, unless a pod's annotation names another")
 	flags.StringVar(&o.PullPolicy, "image-pull-policy", "", "Always, IfNotPresent or Never; empty: Kubernetes' default")
+	commandline.SetChoices(flags.Lookup("image-pull-policy"), "Always", "IfNotPresent", "Never")
 	flags.StringVar(&o.SidecarName, "sidecar-name", inject.SidecarName, "name of the agent's container; tools expect the default")
 	flags.BoolVar(&o.Classic, "classic", false, "make the agent an ordinary container, for Kubernetes before 1.29")
 	o.Defaults = make(map[string]string)
 	for _, a := range inject.Annotations {
 		if a.Option != "" {
 			flags.Var(defaultOf{o.Defaults, a.Name}, sidecarFlag(a.Option), "default of the annotation "+a.Name)
+			if words := choices(a.Value); len(words) > 1 {
+				commandline.SetChoices(flags.Lookup(sidecarFlag(a.Option)), words...)
+			}
 		}
 	}
+}
+
+// choices returns the words of an annotation's value if it is one of some words, as "`text`, `json`".
+func choices(value string) (words []string) {
+	for item := range strings.SplitSeq(value, ", ") {
+		word := strings.Trim(item, "`")
+		if word == item {
+			return nil
+		}
+		words = append(words, word)
+	}
+	return words
 }
 
 func sidecarFlag(option string) string { return "sidecar-" + option }

@@ -64,6 +64,7 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 	})
 	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetHelpCommand(commandline.NewHelp())
 	root.SetFlagErrorFunc(flagError)
 	root.AddCommand(newInject(), newUninject(), newWebhook(), newCheck(),
 		commandline.NewVersion(version), commandline.NewCompletion("pillionctl"))

@@ -181,6 +181,32 @@ func TestTheCommandLineIsChecked(t *testing.T) {
 	}
 }
 
+func TestCompletionKnowsTheValuesOfFlags(t *testing.T) {
+	for args, want := range map[string]string{
+		"inject --image-pull-policy":           "Always IfNotPresent Never",
+		"webhook --image-pull-policy":          "Always IfNotPresent Never",
+		"inject --sidecar-log-level":           "debug info warn error",
+		"inject --sidecar-interception-mode":   "REDIRECT TPROXY",
+		"inject --sidecar-access-log-encoding": "text json",
+		"inject --sidecar-dns-capture":         "true false",
+		"inject --sidecar-opaque-ports":        "",
+		"inject --sidecar-access-log":          "",
+		"check --output":                       "text json",
+	} {
+		got := runWith("", append(append([]string{"__complete"}, strings.Fields(args)...), "")...)
+		words, _, _ := strings.Cut(got.stdout, ":")
+		if words = strings.Join(strings.Fields(words), " "); words != want {
+			t.Errorf("%s: %q, want %q", args, words, want)
+		}
+	}
+}
+
+func TestHelpNamesTheNearestCommand(t *testing.T) {
+	if got := runWith("", "help", "injct"); got.code != 2 || got.stdout != "" || got.stderr != "pillionctl: error: unknown command \"injct\" for \"pillionctl\": did you mean \"inject\"?\n" {
+		t.Errorf("%+v", got)
+	}
+}
+
 func TestTheDocumentNamesEveryFlag(t *testing.T) {
 	for _, cmd := range newRoot().Commands() {
 		document := "../../docs/inject.md"

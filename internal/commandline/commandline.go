@@ -5,6 +5,7 @@ package commandline
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -28,19 +29,63 @@ func Group(cmd *cobra.Command) *cobra.Command {
 		if len(args) == 0 {
 			return nil
 		}
-		var names []string
-		for _, sub := range cmd.Commands() {
+		return unknownCommand(cmd, args[0])
+	}
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	return cmd
+}
+
+// unknownCommand is the error for a word that is not a subcommand of cmd.
+func unknownCommand(cmd *cobra.Command, word string) error {
+	var names []string
+	for _, sub := range cmd.Commands() {
+		if sub.IsAvailableCommand() {
+			names = append(names, sub.Name())
+		}
+	}
+	remedy := fmt.Sprintf("%q lists the commands", cmd.CommandPath()+" --help")
+	if near := Nearest(word, names); near != "" {
+		remedy = fmt.Sprintf("did you mean %q?", near)
+	}
+	return UsageError{fmt.Errorf("unknown command %s for %q: %s", capture.Quoted(word), cmd.CommandPath(), remedy)}
+}
+
+// NewHelp is the command help, for Command.SetHelpCommand. cobra's own prints the general help for an unknown command, and
+// its exit status is 0.
+func NewHelp() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "help [command]",
+		Short: "Print the help of a command",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			of := cmd.Root()
+			for _, word := range args {
+				if !of.HasSubCommands() {
+					return UsageError{fmt.Errorf("unexpected argument %s: %q has no commands", capture.Quoted(word), of.CommandPath())}
+				}
+				subs := of.Commands()
+				i := slices.IndexFunc(subs, func(sub *cobra.Command) bool { return sub.Name() == word })
+				if i < 0 {
+					return unknownCommand(of, word)
+				}
+				of = subs[i]
+			}
+			of.InitDefaultHelpFlag()
+			of.InitDefaultVersionFlag()
+			return of.Help()
+		},
+	}
+	cmd.ValidArgsFunction = func(cmd *cobra.Command, args []string, _ string) (names []string, _ cobra.ShellCompDirective) {
+		of, rest, err := cmd.Root().Find(args)
+		if err != nil || len(rest) > 0 {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		for _, sub := range of.Commands() {
 			if sub.IsAvailableCommand() {
 				names = append(names, sub.Name())
 			}
 		}
-		remedy := fmt.Sprintf("%q lists the commands", cmd.CommandPath()+" --help")
-		if near := Nearest(args[0], names); near != "" {
-			remedy = fmt.Sprintf("did you mean %q?", near)
-		}
-		return UsageError{fmt.Errorf("unknown command %s for %q: %s", capture.Quoted(args[0]), cmd.CommandPath(), remedy)}
+		return names, cobra.ShellCompDirectiveNoFileComp
 	}
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
 	return cmd
 }
 

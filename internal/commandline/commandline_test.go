@@ -15,6 +15,7 @@ import (
 func program() *cobra.Command {
 	root := Group(&cobra.Command{Use: "tool", SilenceErrors: true, SilenceUsage: true})
 	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetHelpCommand(NewHelp())
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		if usage := FlagError(cmd, err); usage != nil {
 			return usage
@@ -25,6 +26,8 @@ func program() *cobra.Command {
 	status.Flags().Duration("connect-timeout", 0, "")
 	status.Flags().StringP("admin-port", "p", "", "")
 	status.Flags().VarP(&choice{choices: []string{"text", "json"}}, "output", "o", "")
+	status.Flags().String("mode", "", "")
+	SetChoices(status.Flags().Lookup("mode"), "REDIRECT", "TPROXY")
 	rules := Group(&cobra.Command{Use: "rules"})
 	rules.AddCommand(&cobra.Command{Use: "show", RunE: func(*cobra.Command, []string) error { return nil }})
 	root.AddCommand(status, rules, NewVersion("v1.2.3"), NewCompletion("tool"))
@@ -48,6 +51,10 @@ func TestErrorsNameTheNearestWord(t *testing.T) {
 		"stauts":                      `unknown command "stauts" for "tool": did you mean "status"?`,
 		"sta":                         `unknown command "sta" for "tool": did you mean "status"?`,
 		"inject":                      `unknown command "inject" for "tool": "tool --help" lists the commands`,
+		"help stauts":                 `unknown command "stauts" for "tool": did you mean "status"?`,
+		"help rules shwo":             `unknown command "shwo" for "tool rules": did you mean "show"?`,
+		"help rules show now":         `unexpected argument "now": "tool rules show" has no commands`,
+		"help inject":                 `unknown command "inject" for "tool": "tool --help" lists the commands`,
 		"rules shwo":                  `unknown command "shwo" for "tool rules": did you mean "show"?`,
 		"status --conect-timeout 5s":  `unknown flag: --conect-timeout: did you mean --connect-timeout?`,
 		"status --admin=1":            `unknown flag: --admin: did you mean --admin-port?`,
@@ -71,6 +78,11 @@ func TestErrorsNameTheNearestWord(t *testing.T) {
 	}
 	if _, err := run("status", "--connect-timeout", "soon"); err == nil || errors.As(err, new(UsageError)) || !errors.As(err, new(*pflag.InvalidValueError)) {
 		t.Errorf("an invalid value: %v", err)
+	}
+	for args, want := range map[string]string{"help": "Available Commands:", "help rules": "tool rules [command]", "help rules show": "tool rules show", "help help": "help of a command"} {
+		if out, err := run(strings.Fields(args)...); err != nil || !strings.Contains(out, want) {
+			t.Errorf("%q: %v %q, want %q", args, err, out, want)
+		}
 	}
 	for _, args := range []string{"", "rules"} {
 		if out, err := run(strings.Fields(args)...); err != nil || !strings.Contains(out, "Available Commands:") {
@@ -97,6 +109,8 @@ func TestCompletionCompletesCommandsFlagsAndValues(t *testing.T) {
 		"__complete rules ":           "show\n:4\n",
 		"__complete status --adm":     "--admin-port\n:4\n",
 		"__complete status --output ": "text\njson\n:4\n",
+		"__complete status --mode ":   "REDIRECT\nTPROXY\n:4\n",
+		"__complete help rules ":      "show\n:4\n",
 		"__complete completion ":      "bash\nzsh\nfish\n:4\n",
 	} {
 		out, err := run(strings.Split(args, " ")...)

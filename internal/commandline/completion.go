@@ -16,7 +16,8 @@ func NewCompletion(program string) *cobra.Command {
 	return &cobra.Command{
 		Use:   "completion bash|zsh|fish",
 		Short: "Print a completion script for a shell",
-		Long: fmt.Sprintf(`Print a completion script for a shell. It completes commands, flags and their values.
+		Long: fmt.Sprintf(`Print a completion script for a shell. It completes commands, flags, and the values of flags that
+accept one of some words.
 
     source <(%[1]s completion bash)                                    # this shell; needs the package bash-completion
     %[1]s completion bash > /etc/bash_completion.d/%[1]s               # every shell
@@ -43,7 +44,17 @@ func NewCompletion(program string) *cobra.Command {
 	}
 }
 
-// CompleteValues makes the values of flags complete whose type lists them, such as text|json. Only the hidden commands of
+const choicesAnnotation = "pillion.dev/choices"
+
+// SetChoices sets the values that CompleteValues completes for a flag whose type does not list them.
+func SetChoices(flag *pflag.Flag, words ...string) {
+	if flag.Annotations == nil {
+		flag.Annotations = make(map[string][]string)
+	}
+	flag.Annotations[choicesAnnotation] = words
+}
+
+// CompleteValues makes the values of flags complete that have choices: by SetChoices or in their type, such as text|json. Only the hidden commands of
 // completion need it, so it does nothing for other command lines.
 func CompleteValues(root *cobra.Command, args []string) {
 	if len(args) == 0 || args[0] != cobra.ShellCompRequestCmd && args[0] != cobra.ShellCompNoDescRequestCmd {
@@ -51,7 +62,10 @@ func CompleteValues(root *cobra.Command, args []string) {
 	}
 	for _, cmd := range all(root) {
 		cmd.LocalFlags().VisitAll(func(flag *pflag.Flag) {
-			choices := strings.Split(flag.Value.Type(), "|")
+			choices := flag.Annotations[choicesAnnotation]
+			if len(choices) == 0 {
+				choices = strings.Split(flag.Value.Type(), "|")
+			}
 			if len(choices) < 2 {
 				return
 			}

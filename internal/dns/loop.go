@@ -22,7 +22,7 @@ type ownSockets struct {
 	logged sync.Once
 }
 
-// add adds a socket until remove is called. It must be called before the socket sends query, which must not change.
+// add adds a socket until remove is called. It must be called before the socket sends query. The query must not change.
 func (o *ownSockets) add(conn net.Conn, query []byte) (remove func()) {
 	udp, ok := conn.LocalAddr().(*net.UDPAddr)
 	if !ok {

@@ -154,7 +154,7 @@ func (x *exchange) refuse(r reply, err error) ending {
 	if x.response.out.Len() > 0 && x.response.bad == nil {
 		return x.close(r.reason, err, cut)
 	}
-	if r.reason == flow.Loop && x.s.Returned != nil { // downstream is the agent itself: a reset shows it that it has looped, too
+	if r.reason == flow.Loop && x.s.Returned != nil { // downstream is the agent itself, and reports the loop after a reset
 		x.record.HTTP.Flags, x.record.HTTP.Details = r.flags, r.details
 		return x.close(r.reason, err, cut)
 	}

@@ -40,8 +40,8 @@ func (c *Conn) Refuse(reason flow.Reason, err error) {
 	c.Record.Close(c.role.flows, reason, err)
 }
 
-// Loops reports whether the connection is certain to be one of the role's own upstream connections, which the rules have
-// sent back to the agent. Its record must name the original destination by then.
+// Loops reports whether the rules have certainly sent one of the role's own upstream connections back to the agent as this
+// connection. The record must name the original destination by then.
 func (c *Conn) Loops() (loop bool) {
 	c.returned, loop = c.role.dialer.Stats.Returned(c.Record.Downstream, c.Record.OriginalDestination)
 	return loop

@@ -44,7 +44,7 @@ type Stats struct {
 }
 
 // Returned returns the upstream connection that the rules seem to have sent back to the agent as the downstream connection
-// from peer to original destination dst. It is nil if there is none. One match may be a coincidence, so it does not prove
+// from peer to original destination dst. It is nil in general. One match may be a coincidence, so it does not prove
 // a loop: Dial for such a downstream connection with Dialer.Returned. If that upstream connection returns too, a loop is
 // proven, and tcp.Conn.Looped reports it for both. See tcp.Set.Returned.
 //
