@@ -102,7 +102,7 @@ func (s *certificateSource) bind(flags *pflag.FlagSet) {
 	flags.StringVar(&s.config.PodSecurity, "pod-security", "", "with --issue-certificate: Pod Security level (restricted, baseline or privileged) for the webhook's own namespace, unless it has one")
 }
 
-// objectName is the form of the names of objects, which are parts of paths.
+// objectName matches the name of an object. Such names become parts of paths.
 var objectName = regexp.MustCompile(`^[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?$`)
 
 // validate checks the flags that have a form. Its error names the flag.
