@@ -11,9 +11,10 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"golang.org/x/net/netutil"
@@ -156,21 +157,58 @@ func (p places) leave() { <-p }
 
 // bodies bounds the memory of requests.
 type bodies struct {
-	held  atomic.Int64 // bytes of buffers of at most smallReview
-	large places       // larger requests. A client that sends one slowly delays only other large ones
+	large places // larger requests than smallReview. A client that sends one slowly delays only other large ones
+
+	mu      sync.Mutex
+	held    int64     // bytes of buffers of at most smallReview
+	reading []*upload // those not read to their end, oldest first
 }
 
-// take reserves n bytes and reports whether they were free.
-func (b *bodies) take(n int64) bool {
-	for {
-		held := b.held.Load()
-		if held+n > maxHeld {
+// upload is a request whose body is read.
+type upload struct {
+	held    int64  // its part of bodies.held
+	stop    func() // ends the reading
+	evicted bool
+}
+
+// take reserves n bytes for u and reports whether it could. Without free bytes it evicts the oldest uploads: an API server
+// sends a review at once, so these are the slow ones.
+func (b *bodies) take(u *upload, n int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for !u.evicted && b.held+n > maxHeld {
+		i := slices.IndexFunc(b.reading, func(other *upload) bool { return other != u })
+		if i < 0 {
 			return false
 		}
-		if b.held.CompareAndSwap(held, held+n) {
-			return true
-		}
+		oldest := b.reading[i]
+		b.reading = slices.Delete(b.reading, i, i+1)
+		b.held -= oldest.held
+		oldest.held, oldest.evicted = 0, true
+		oldest.stop()
 	}
+	if u.evicted {
+		return false
+	}
+	b.held += n
+	u.held += n
+	return true
+}
+
+// finish protects u from eviction and reports whether it has not been evicted.
+func (b *bodies) finish(u *upload) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.reading = slices.DeleteFunc(b.reading, func(other *upload) bool { return other == u })
+	return !u.evicted
+}
+
+func (b *bodies) free(u *upload) {
+	b.finish(u)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.held -= u.held
+	u.held = 0
 }
 
 // firstRead is the first size of a buffer. It grows as bytes arrive, so that an announced length costs nothing.
@@ -179,12 +217,25 @@ const firstRead = 4 << 10
 // read returns the body, or nil after an error that it has answered. The body may be used until free is called.
 func (b *bodies) read(w http.ResponseWriter, r *http.Request) (body []byte, free func()) {
 	sent := http.MaxBytesReader(w, r.Body, maxReview)
-	taken, isLarge := int64(0), false
+	ctx, cancel := context.WithCancel(r.Context())
+	u := &upload{stop: func() {
+		cancel()
+		http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0))
+	}}
+	b.mu.Lock()
+	b.reading = append(b.reading, u)
+	b.mu.Unlock()
+	isLarge := false
 	free = func() {
-		b.held.Add(-taken)
+		cancel()
+		b.free(u)
 		if isLarge {
 			b.large.leave()
 		}
+	}
+	busy := func() ([]byte, func()) {
+		http.Error(w, fmt.Sprintf("too many reviews: %d bytes in progress", maxHeld), http.StatusServiceUnavailable)
+		return nil, free
 	}
 	body = []byte{}
 	for {
@@ -192,30 +243,38 @@ func (b *bodies) read(w http.ResponseWriter, r *http.Request) (body []byte, free
 			size := max(firstRead, 4*cap(body))
 			switch {
 			case size <= smallReview:
-				more := int64(size - cap(body))
-				if !b.take(more) {
-					http.Error(w, fmt.Sprintf("too many reviews: %d bytes in progress", maxHeld), http.StatusServiceUnavailable)
-					return nil, free
+				if !b.take(u, int64(size-cap(body))) {
+					return busy()
 				}
-				taken += more
 			case !isLarge:
-				if isLarge = b.large.take(w, r); !isLarge {
+				isLarge = b.large.take(w, r.WithContext(ctx))
+				if !b.finish(u) {
+					return busy()
+				} else if !isLarge {
 					return nil, free
 				}
 				size = maxReview + 1 // a Reader reports the end only if there is room
 			}
 			body = append(make([]byte, 0, size), body...)
+			if isLarge {
+				b.free(u) // the small buffer
+			}
 		}
 		n, err := sent.Read(body[len(body):cap(body)])
 		body = body[:len(body)+n]
-		if err == io.EOF {
-			return body, free
-		} else if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-			http.Error(w, fmt.Sprintf("a review has at most %d bytes", maxReview), http.StatusRequestEntityTooLarge)
-			return nil, free
-		} else if err != nil { // the connection is closed or the time is over
-			return nil, free
+		if err == nil {
+			continue
 		}
+		tooLarge := new(http.MaxBytesError)
+		switch {
+		case !b.finish(u):
+			return busy()
+		case err == io.EOF:
+			return body, free
+		case errors.As(err, &tooLarge):
+			http.Error(w, fmt.Sprintf("a review has at most %d bytes", maxReview), http.StatusRequestEntityTooLarge)
+		}
+		return nil, free // otherwise the connection is closed or the time is over
 	}
 }
 

@@ -459,11 +459,13 @@ func TestAConnectionHasOneRequestAtATime(t *testing.T) {
 	}
 }
 
-// stalled is a body that ends when its channel is closed.
+// stalled is a request whose body ends when end is closed, or when its read deadline is set.
 type stalled struct {
-	bytes int
-	begun chan<- bool
-	end   <-chan struct{}
+	*httptest.ResponseRecorder
+	bytes      int
+	begun      chan<- bool
+	end        <-chan struct{}
+	terminated chan struct{}
 }
 
 func (s *stalled) Read(b []byte) (int, error) {
@@ -473,54 +475,82 @@ func (s *stalled) Read(b []byte) (int, error) {
 		return n, nil
 	}
 	s.begun <- true
-	<-s.end
-	return 0, io.EOF
+	select {
+	case <-s.end:
+		return 0, io.EOF
+	case <-s.terminated:
+		return 0, os.ErrDeadlineExceeded
+	}
 }
 
-// Requests of any number and speed hold at most maxHeld bytes and maxLarge buffers. The memory is free after they end.
+func (s *stalled) SetReadDeadline(time.Time) error { close(s.terminated); return nil }
+
+// Requests of any number and speed hold at most maxHeld bytes. The oldest make room for others.
 func TestUnfinishedRequestsHoldABoundedMemory(t *testing.T) {
 	handler := NewWebhook(Options{Image: "pillion"}, slog.New(slog.DiscardHandler))
-	post := func(body io.Reader) int {
+	post := func(w http.ResponseWriter, body io.Reader) {
 		r := httptest.NewRequest(http.MethodPost, "/inject", body)
 		r.Header.Set("Content-Type", "application/json")
-		w := httptest.NewRecorder()
 		handler.ServeHTTP(w, r)
-		return w.Code
 	}
 	begun, end := make(chan bool), make(chan struct{})
-	var running sync.WaitGroup
-	stall := func(bytes int) {
-		running.Go(func() {
-			if post(&stalled{bytes, begun, end}) == http.StatusServiceUnavailable {
-				begun <- false
-			}
-		})
-	}
 	const requests = maxConnections - 1
+	evicted := make(chan int, requests)
+	var running sync.WaitGroup
 	var before, during runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
-	accepted := 0
-	for range requests {
-		stall(smallReview - 1)
-		if <-begun {
-			accepted++
-		}
+	for n := range requests {
+		running.Go(func() {
+			s := &stalled{httptest.NewRecorder(), smallReview - 1, begun, end, make(chan struct{})}
+			post(s, s)
+			if s.Code == http.StatusServiceUnavailable {
+				evicted <- n
+			}
+		})
+		<-begun
 	}
-	if want := maxHeld / smallReview; accepted != want {
-		t.Errorf("%d of %d requests were accepted, want %d", accepted, requests, want)
+	const room = maxHeld / smallReview
+	for range requests - room {
+		if n := <-evicted; n >= requests-room {
+			t.Errorf("request %d of %d was evicted, though older ones were there", n, requests)
+		}
 	}
 	runtime.GC()
 	runtime.ReadMemStats(&during)
 	if grown := int64(during.HeapAlloc) - int64(before.HeapAlloc); grown > maxHeld*3/2 {
 		t.Errorf("they hold %d MiB", grown>>20)
 	}
-	if code := post(bytes.NewReader(ask(`{"kind":"Other"}`))); code != http.StatusServiceUnavailable {
-		t.Errorf("without memory: %d", code)
+	w := httptest.NewRecorder()
+	post(w, bytes.NewReader(ask(`{"kind":"Other"}`)))
+	if w.Code != http.StatusOK {
+		t.Errorf("a quick request: %d %s", w.Code, w.Body)
+	}
+	if n := <-evicted; n != requests-room {
+		t.Errorf("request %d made room, want the oldest, %d", n, requests-room)
 	}
 	close(end)
 	running.Wait()
-	if code := post(bytes.NewReader(ask(`{"kind":"Other"}`))); code != http.StatusOK {
-		t.Errorf("after they ended: %d", code)
+	if len(evicted) > 0 {
+		t.Errorf("%d more requests were evicted", len(evicted))
 	}
+}
+
+func TestAFloodOfSlowSendersDoesNotStopOthers(t *testing.T) {
+	dir := t.TempDir()
+	pool := certify(t, dir, "x")
+	address, _ := served(t, dir)
+	for _, bytes := range []int{smallReview - 1, smallReview + 1} {
+		for range maxHeld/smallReview + 10 {
+			connection, _ := begun(t, address, pool, maxReview)
+			if _, err := connection.Write(make([]byte, bytes)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	response, err := trusting(pool).Post("https://"+address+"/inject", "application/json", bytes.NewReader(ask(`{"kind":"Other"}`)))
+	if err != nil || response.StatusCode != 200 {
+		t.Fatalf("%+v %v", response, err)
+	}
+	response.Body.Close()
 }
