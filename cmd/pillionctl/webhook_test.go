@@ -8,12 +8,14 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -146,6 +148,20 @@ func TestTheWebhookNeedsNothingButItsPermissions(t *testing.T) {
 	}
 	if strings.Contains(log.String(), "level=WARN") {
 		t.Errorf("warnings in the log\n%s", log)
+	}
+}
+
+func TestGoUsesLessMemoryThanTheContainerMay(t *testing.T) {
+	before := debug.SetMemoryLimit(256 << 20)
+	defer debug.SetMemoryLimit(before)
+	leaveRoom()
+	if got := debug.SetMemoryLimit(-1); got != 224<<20 {
+		t.Errorf("within 256 MiB the limit is %d", got)
+	}
+	debug.SetMemoryLimit(math.MaxInt64)
+	leaveRoom()
+	if got := debug.SetMemoryLimit(-1); got != math.MaxInt64 {
+		t.Errorf("without GOMEMLIMIT the limit is %d", got)
 	}
 }
 
