@@ -136,10 +136,12 @@ func TestHeadsKeptForARepeatShareTheBudget(t *testing.T) {
 			t.Fatal(err)
 		}
 		conns, ups = append(conns, conn), append(ups, up)
-		if i >= 4 {
-			r.wantOverloaded(t, conns[i-4])
-			readsReset(t, ups[i-4], "upstream")
+		if i < 4 {
+			nettest.Eventually(t, "the head is accounted for", func() bool { return r.engine.config.Budget.Used() >= (i+1)*len(largeHead) })
+			continue
 		}
+		r.wantOverloaded(t, conns[i-4])
+		readsReset(t, ups[i-4], "upstream")
 	}
 	for i := 2; i < 6; i++ {
 		send(t, ups[i], ok("late"))
