@@ -189,9 +189,6 @@ func mayBeInCluster(to netip.Addr) bool {
 	return to.IsPrivate() || sharedAddresses.Contains(to) || gkeServices.Contains(to)
 }
 
-// maxHost is the longest valid host: a name with a dot at its end and a port.
-const maxHost = maxDestination + len(".:65535")
-
 // maxBuffer is as much as destination appends before it checks the length.
 const maxBuffer = 2*maxLabel + len(".") + len(".svc.") + maxDestination
 

@@ -478,7 +478,6 @@ func readDownstream(c *tlsv3.DownstreamTlsContext) *mesh.DownstreamTLS {
 		want.Certificates = append(want.Certificates, secret.Name)
 	}
 	validation := common.GetCombinedValidationContext().GetDefaultValidationContext()
-	//lint:ignore SA1019 istiod sends this field
 	for _, name := range validation.GetMatchSubjectAltNames() {
 		want.Names = append(want.Names, mesh.NameMatcher{StringMatcher: readMatcher(name)})
 	}

@@ -271,7 +271,6 @@ func readTransport(socket *core.TransportSocket) mesh.Transport {
 	for _, secret := range common.TlsCertificateSdsSecretConfigs {
 		want.TLS.Certificate = secret.Name
 	}
-	//lint:ignore SA1019 istiod sends this field
 	for _, name := range common.GetCombinedValidationContext().GetDefaultValidationContext().GetMatchSubjectAltNames() {
 		want.TLS.Names = append(want.TLS.Names, mesh.NameMatcher{StringMatcher: readMatcher(name)})
 	}
