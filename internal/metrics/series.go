@@ -217,10 +217,15 @@ func (d *direction) newRequestSet(key setKey) *requestSet {
 		label("connection_security_policy", d.security))}
 }
 
+// nameBuffers has memory for names. On the stack of the goroutine that serves a connection it would double that stack, which
+// stays while the connection is idle.
+var nameBuffers = sync.Pool{New: func() any { return new([maxBuffer]byte) }}
+
 // service finds or creates the service of a request's host. named is false if the host was counted as unknown and may be
 // counted by its name later.
 func (d *direction) service(r *flow.Record) (of *service, named bool) {
-	var buf [maxBuffer]byte
+	buf := nameBuffers.Get().(*[maxBuffer]byte)
+	defer nameBuffers.Put(buf)
 	name, kind := d.naming.destination(buf[:0], r.HTTP.Authority, r.OriginalDestination.Addr())
 	switch kind {
 	case noHost, addressHost:
