@@ -1,0 +1,35 @@
+//go:build !race
+
+package metrics
+
+import (
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// Counting does not allocate: neither for a request with known labels nor for one whose host is not counted by itself.
+func TestClosedDoesNotAllocate(t *testing.T) {
+	m := New(pod, Options{Version: "v"})
+	table := flow.NewTable(m)
+	in := connection(table, flow.Inbound, flow.HTTP11)
+	ok, created := request(in, "reviews.shop.svc.cluster.local:9080", 200), request(in, "Reviews", 201)
+	odd, rpc := request(in, "no such host", 404), call(in, "reviews", "16")
+	never := request(flow.Open(flow.Outbound, peer), "a.example", 200)
+	tcp := connection(table, flow.Outbound, flow.TLS)
+	tcp.Reason = flow.DownstreamReset
+	for name, records := range map[string][]*flow.Record{
+		"the same": {ok}, "in turn": {ok, created, odd, rpc}, "not carried": {never}, "a connection": {tcp},
+	} {
+		if n := testing.AllocsPerRun(100, func() {
+			for _, r := range records {
+				m.Closed(r)
+			}
+		}); n != 0 {
+			t.Errorf("%s: %v allocations", name, n)
+		}
+	}
+	if n := testing.AllocsPerRun(100, func() { m.Progress(table) }); n != 0 {
+		t.Errorf("progress: %v allocations", n)
+	}
+}
