@@ -95,6 +95,7 @@ func (m *multiplex) evicted() {
 	m.w.Continue()
 	m.terminate(http2.EnhanceYourCalm, "out of memory", flow.MemoryBudget, budget.ErrEvicted)
 	m.toUp.release()
+	m.toDown.block.free() // its output is still to be sent
 	m.account.Hold(0)
 	if !m.toDown.flush() { // downstream does not read
 		m.over = isReset

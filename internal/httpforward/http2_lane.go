@@ -89,6 +89,27 @@ type block struct {
 	err           error // a stream error found in the first frame
 }
 
+// add appends a fragment. Long blocks are collected in slabs: the garbage of growing slices would be several times the size
+// of the blocks, which peers choose.
+func (b *block) add(fragment []byte) {
+	if n := len(b.fragments) + len(fragment); n > keptFragment && n > cap(b.fragments) {
+		longer := append(tcp.TakeSlab(n), b.fragments...)
+		tcp.GiveSlab(b.fragments)
+		b.fragments = longer
+	}
+	b.fragments = append(b.fragments, fragment...)
+}
+
+// free empties the block. Only the memory of a short one is kept.
+func (b *block) free() {
+	fragments := b.fragments[:0]
+	if cap(fragments) > keptFragment {
+		tcp.GiveSlab(fragments)
+		fragments = nil
+	}
+	*b = block{fragments: fragments}
+}
+
 func (l *lane) init(m *multiplex, other *lane) {
 	l.m, l.other = m, other
 	l.frameLimit = http2.MinFrameSize
@@ -420,7 +441,7 @@ func (l *lane) headers(h http2.Header, payload []byte) error {
 		return l.message(h.Stream, h.Has(http2.EndStream), fragment, err)
 	}
 	l.block.open, l.block.stream, l.block.end, l.block.err = true, h.Stream, h.Has(http2.EndStream), err
-	l.block.fragments = append(l.block.fragments, fragment...)
+	l.block.add(fragment)
 	return nil
 }
 
@@ -430,16 +451,15 @@ func (l *lane) continuation(h http2.Header, fragment []byte) error {
 	if b.continuations++; b.continuations > maxContinuations {
 		return http2.ConnectionError(http2.EnhanceYourCalm, "too many CONTINUATION frames")
 	}
-	b.fragments = append(b.fragments, fragment...)
+	b.add(fragment)
 	if !h.Has(http2.EndHeaders) {
 		return nil
 	}
 	whole := *b
 	*b = block{}
 	err := l.message(whole.stream, whole.end, whole.fragments, whole.err)
-	if cap(whole.fragments) <= keptFragment {
-		b.fragments = whole.fragments[:0]
-	}
+	whole.free()
+	b.fragments = whole.fragments
 	return err
 }
 
@@ -510,4 +530,5 @@ func (l *lane) release() {
 	l.out.Reset()
 	l.in.Release()
 	l.in = nil
+	l.block.free()
 }
