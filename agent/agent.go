@@ -122,7 +122,9 @@ func (a *Agent) bind() error {
 	return nil
 }
 
-// Run serves until drain ends, and then shuts down: see shutdown.go. When force ends too, it cuts the remaining connections. It returns ErrForced when connections were cut, and nil otherwise or when the agent was ordered to quit at once.
+// Run serves until drain ends, and then shuts down: see shutdown.go. When force ends too, it cuts the remaining
+// connections. It returns ErrForced when connections were cut, and nil otherwise or when the agent was ordered to quit
+// at once.
 func (a *Agent) Run(drain, force context.Context) error {
 	defer a.close()
 	for _, l := range slices.Backward(a.listeners) {

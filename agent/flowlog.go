@@ -67,7 +67,8 @@ func (l *flowLog) logLoop(r *flow.Record) {
 		slog.Int("uid", os.Geteuid()), slog.Int("gid", os.Getegid()), slog.String("remedy", remedy))
 }
 
-// admit reports whether r may be logged, and how many refusals of its reason were skipped since the last one that was logged.
+// admit reports whether r may be logged, and how many refusals of its reason were skipped since the last one that was
+// logged.
 func (l *flowLog) admit(r *flow.Record) (skipped int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -33,8 +33,9 @@ func (c HTTP) heldBytes(limit int64) int {
 
 // unmapStart unmaps the resident pages of the program file. The start touches nearly all of them, mostly when the runtime
 // verifies its own tables; later a third of them is used: 12.8 MB resident become 7.8. A page that is needed again is mapped
-// from the page cache, in some microseconds for each 64 KiB. No data can be lost: only mappings without write permission whose
-// pages are all unmodified are dropped. Modified pages, by a loader's relocations or a debugger, exist only in memory.
+// from the page cache, in some microseconds for each 64 KiB. No data can be lost: only mappings without write
+// permission whose pages are all unmodified are dropped. Modified pages, by a loader's relocations or a debugger, exist
+// only in memory.
 func unmapStart() error {
 	program, err := os.Readlink("/proc/self/exe")
 	if err != nil {

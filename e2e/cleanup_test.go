@@ -67,8 +67,8 @@ func TestInitIsIdempotentAndCleanupRestoresTheFormerState(t *testing.T) {
 	}
 }
 
-// In a namespace that had no rules, nftables is empty again afterwards. The legacy flavour cannot unload a table, so only its
-// rules must be gone.
+// In a namespace that had no rules, nftables is empty again afterwards. The legacy flavour cannot unload a table, so
+// only its rules must be gone.
 func TestCleanupLeavesAnEmptyNamespaceEmpty(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)
@@ -186,8 +186,8 @@ func trafficIsDirect(t *testing.T, pod, peer *nettest.Namespace) {
 	}
 }
 
-// Injectors run the program of the init container under this name. With init's defaults it installs init's rules, except those
-// for processes that have only the agent's group.
+// Injectors run the program of the init container under this name. With init's defaults it installs init's rules,
+// except those for processes that have only the agent's group.
 func TestInitWorksUnderTheNameIstioIPTables(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)

@@ -291,9 +291,9 @@ func bodyOf(message string) string {
 	return body
 }
 
-// readMessage reads a head and as many bytes after it as the body should have. It leaves what follows in the socket: the head
-// is read up to a terminator that peek has seen. Its deadline is for each read, so that it bounds silence and not the
-// time of a large head.
+// readMessage reads a head and as many bytes after it as the body should have. It leaves what follows in the socket:
+// the head is read up to a terminator that peek has seen. Its deadline is for each read, so that it bounds silence and
+// not the time of a large head.
 func readMessage(t testing.TB, conn *net.TCPConn, body string) string {
 	t.Helper()
 	end := []byte("\r\n\r\n")

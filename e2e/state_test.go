@@ -131,8 +131,8 @@ func serveTalks(t *testing.T, w way) {
 }
 
 // work opens connections along the way, and asks on these and all that it has kept, until stop is closed. It keeps two of
-// each arrangement: those of the first two until the end, others for the next six. No byte may be lost, and no connection may
-// bypass the agent.
+// each arrangement: those of the first two until the end, others for the next six. No byte may be lost, and no
+// connection may bypass the agent.
 func (p *workingPod) work(t *testing.T, w way, rounds *atomic.Int64, stop <-chan struct{}) {
 	var kept []*talk
 	defer func() {
@@ -192,8 +192,8 @@ func (p *workingPod) work(t *testing.T, w way, rounds *atomic.Int64, stop <-chan
 }
 
 // When init runs again with other arguments, neither open nor new connections are disturbed, whether the rules move to
-// another back end or the mode of inbound connections changes. The marks and routes of TPROXY are removed only after its last
-// connection has ended.
+// another back end or the mode of inbound connections changes. The marks and routes of TPROXY are removed only after
+// its last connection has ended.
 func TestTrafficContinuesWhileInitRunsRepeatedly(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)

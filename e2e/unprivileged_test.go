@@ -8,8 +8,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// The agent is the part that is exposed to untrusted clients. It runs without privileges: no root, no capability, no way to get one,
-// and a file system that it cannot write to.
+// The agent is the part that is exposed to untrusted clients. It runs without privileges: no root, no capability, no
+// way to get one, and a file system that it cannot write to.
 func TestAgentNeedsNoPrivilegeAndNoWritableFile(t *testing.T) {
 	t.Parallel()
 	nettest.RequireRoot(t)

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Wait requests url every period until it answers 200, and then returns nil. One request may take requestTimeout. If ctx ends
-// first, the error has the last answer.
+// Wait requests url every period until it answers 200, and then returns nil. One request may take requestTimeout. If
+// ctx ends first, the error has the last answer.
 func Wait(ctx context.Context, url string, requestTimeout, period time.Duration) error {
 	client := &http.Client{
 		Timeout:   requestTimeout,

@@ -133,7 +133,8 @@ func TestOurTableIsRepairedAfterAnyChange(t *testing.T) {
 	}
 }
 
-// A table of our name without a chain or rule of ours belongs to others: it neither decides about the back end nor is removed.
+// A table of our name without a chain or rule of ours belongs to others: it neither decides about the back end nor is
+// removed.
 func TestATableOfOthersWithOurNameIsNamedAndKept(t *testing.T) {
 	nettest.RequireRoot(t)
 	for name, test := range map[string]struct{ commands, holds string }{

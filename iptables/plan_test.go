@@ -449,7 +449,8 @@ func TestAFailureInAFreshNamespaceLeavesItFresh(t *testing.T) {
 	}
 }
 
-// ruleMadeWithNFT makes a rule in iptables' own table with nft, in a way that iptables cannot show: it then shows nothing at all.
+// ruleMadeWithNFT makes a rule in iptables' own table with nft, in a way that iptables cannot show: it then shows
+// nothing at all.
 func ruleMadeWithNFT(t *testing.T, ns *nettest.Namespace) {
 	t.Helper()
 	ns.MustRun(t, "/usr/sbin/iptables-nft", "-t", "nat", "-A", "OUTPUT", "-d", "203.0.113.9/32", "-j", "ACCEPT")

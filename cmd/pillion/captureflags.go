@@ -157,8 +157,8 @@ func (o *initOptions) bindTolerated(flags *pflag.FlagSet) {
 	}
 }
 
-// readEnvironmentAlone reads the variables of istio-iptables that have no flag. The first invalid value is an error that names
-// the variable.
+// readEnvironmentAlone reads the variables of istio-iptables that have no flag. The first invalid value is an error
+// that names the variable.
 func (o *initOptions) readEnvironmentAlone() error {
 	s := &o.spec
 	variables := []struct {

@@ -443,8 +443,8 @@ func resize(t *testing.T, tty *os.File, columns, rows uint16) {
 	}
 }
 
-// On a terminal top fills the screen and not more, follows its size, sorts by key and ends with q. Afterwards the terminal is
-// as before.
+// On a terminal top fills the screen and not more, follows its size, sorts by key and ends with q. Afterwards the
+// terminal is as before.
 func TestTopFitsTheTerminalAndFollowsKeysAndSize(t *testing.T) {
 	t.Setenv("NO_COLOR", "1")
 	t.Setenv("TERM", "xterm")

@@ -93,8 +93,8 @@ func TestAListTakesTenTimesItsSizeAtMost(t *testing.T) {
 	}
 }
 
-// peak returns the most memory that a process has had at once, in bytes. (Its rusage would include this process' memory, from
-// before it was executed.)
+// peak returns the most memory that a process has had at once, in bytes. (Its rusage would include this process'
+// memory, from before it was executed.)
 func peak(t *testing.T, status string) int {
 	t.Helper()
 	text, err := os.ReadFile(status)

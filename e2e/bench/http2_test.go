@@ -68,8 +68,9 @@ func appendFrame(to []byte, kind, flags byte, stream uint32, payload []byte) []b
 	return append(to, payload...)
 }
 
-// fields is a list of fields in HPACK (RFC 7541), encoded beforehand. A connection sends first once, to add the fields to the
-// dynamic table. Later blocks are again, with references to the table. If the other side disables the table, all are plain.
+// fields is a list of fields in HPACK (RFC 7541), encoded beforehand. A connection sends first once, to add the fields
+// to the dynamic table. Later blocks are again, with references to the table. If the other side disables the table, all
+// are plain.
 type fields struct{ first, again, plain []byte }
 
 // field has a name of the static table and a value of less than 127 bytes.

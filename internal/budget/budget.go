@@ -109,8 +109,9 @@ func (a *Account) Open(b *Budget, owner Owner, peer netip.Addr) {
 	a.budget, a.owner, a.peer = b, owner, peer
 }
 
-// Hold reports that the account holds n bytes from now on; less than 0 counts as 0. It returns false if the account has been evicted, now or
-// before, or if there is no memory at all: the owner must end the connection, free the memory, and report that.
+// Hold reports that the account holds n bytes from now on; less than 0 counts as 0. It returns false if the account has
+// been evicted, now or before, or if there is no memory at all: the owner must end the connection, free the memory, and
+// report that.
 func (a *Account) Hold(n int) bool {
 	if a.budget == nil {
 		return true

@@ -216,8 +216,8 @@ func (c *checker) webhook(ctx context.Context) {
 	}
 }
 
-// certificate checks how many days a certificate in PEM remains valid: the first one of a chain, or the latest of a bundle of
-// authorities. During a rotation a bundle has an old and a new one.
+// certificate checks how many days a certificate in PEM remains valid: the first one of a chain, or the latest of a
+// bundle of authorities. During a rotation a bundle has an old and a new one.
 func (c *checker) certificate(name string, text []byte, bundle bool) {
 	var certificate *x509.Certificate
 	for block, rest := pem.Decode(text); block != nil && (certificate == nil || bundle); block, rest = pem.Decode(rest) {

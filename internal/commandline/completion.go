@@ -54,8 +54,8 @@ func SetChoices(flag *pflag.Flag, words ...string) {
 	flag.Annotations[choicesAnnotation] = words
 }
 
-// CompleteValues makes the values of flags complete that have choices: by SetChoices or in their type, such as text|json. Only the hidden commands of
-// completion need it, so it does nothing for other command lines.
+// CompleteValues makes the values of flags complete that have choices: by SetChoices or in their type, such as
+// text|json. Only the hidden commands of completion need it, so it does nothing for other command lines.
 func CompleteValues(root *cobra.Command, args []string) {
 	if len(args) == 0 || args[0] != cobra.ShellCompRequestCmd && args[0] != cobra.ShellCompNoDescRequestCmd {
 		return

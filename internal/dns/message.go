@@ -52,8 +52,8 @@ type record struct {
 
 var errMalformed = errors.New("malformed message")
 
-// parse walks through raw. More than one question is an error. Bytes after the last record are not part of the message. If it
-// fails, the returned message has the header and the question, as far as they could be parsed.
+// parse walks through raw. More than one question is an error. Bytes after the last record are not part of the message.
+// If it fails, the returned message has the header and the question, as far as they could be parsed.
 func parse(raw []byte) (message, error) {
 	m := message{raw: raw}
 	if len(raw) < headerSize || len(raw) > maxMessage {

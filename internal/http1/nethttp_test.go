@@ -179,7 +179,8 @@ func sameFields(t *testing.T, text string, h *Head) {
 
 // refusedByNetHTTP reports whether a message contains something that net/http rejects and this package forwards: a
 // target that is not a URI (the workload judges it); control characters in values, harmless for the decisions made
-// here; a Trailer that announces fields rejected later; equal Content-Lengths in a list. net/http leaves the response that opens a tunnel to its caller.
+// here; a Trailer that announces fields rejected later; equal Content-Lengths in a list. net/http leaves the response
+// that opens a tunnel to its caller.
 func refusedByNetHTTP(h *Head, b []byte, f Framing) bool {
 	if target := string(h.Target.In(b)); target != "" {
 		if string(h.Method.In(b)) == "CONNECT" && target[0] != '/' {

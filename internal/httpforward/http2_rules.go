@@ -40,6 +40,7 @@ func (b *body) endsWith(stream uint32, end bool, fields []http2.Field) error {
 
 func errBodyLength(stream uint32) error { return http2.MessageError(stream, http2.LengthMismatch) }
 
-// maxInterim is the default of Config.maxInterim: how many interim responses a request may get. A server that reports progress (102) once a second stays
-// below it for a quarter of an hour; without a limit, a server could send them forever.
+// maxInterim is the default of Config.maxInterim: how many interim responses a request may get. A server that reports
+// progress (102) once a second stays below it for a quarter of an hour; without a limit, a server could send them
+// forever.
 const maxInterim = 1000

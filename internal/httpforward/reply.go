@@ -138,7 +138,8 @@ func dialReply(err error, retried bool) reply {
 }
 
 // endsConnection reports whether a reply ends its connection. After a malformed request, or one whose memory was freed,
-// the next one cannot be found. When upstream cannot be reached, a client that has to connect again may reach another server, or another pod.
+// the next one cannot be found. When upstream cannot be reached, a client that has to connect again may reach another
+// server, or another pod.
 func (r *reply) endsConnection() bool {
 	switch r.reason {
 	case flow.BadFraming, flow.MemoryBudget, flow.UpstreamRefused, flow.UpstreamTimeout, flow.UpstreamUnreachable:

@@ -1,7 +1,8 @@
 // Package kubeapi sends single requests to a Kubernetes API server, with the credentials of a kubeconfig or of a pod.
 //
 // It supports the credentials that kubectl supports: client certificates, tokens, token files and plugins (exec). It is ours
-// because the Kubernetes client libraries are larger than all of pillionctl, and pillionctl sends a dozen different requests.
+// because the Kubernetes client libraries are larger than all of pillionctl, and pillionctl sends a dozen different
+// requests.
 package kubeapi
 
 import (

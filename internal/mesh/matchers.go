@@ -167,8 +167,8 @@ var dataSourceFields = message{"envoy.config.core.v3.DataSource", Security, []fi
 	5: {"watched_directory", ignored}, // of a file
 }}
 
-// inline returns a copy of the content of a DataSource. Files and variables of the environment are reported: the control plane must
-// not choose what is read.
+// inline returns a copy of the content of a DataSource. Files and variables of the environment are reported: the
+// control plane must not choose what is read.
 func (d *decoder) inline(m wire.Message) (content []byte) {
 	for d.next(&m, &dataSourceFields) {
 		content = bytes.Clone(m.Bytes())

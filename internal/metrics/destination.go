@@ -150,8 +150,8 @@ func cutSuffix(name []byte, first, second string) (before []byte, found bool) {
 // maxLabel is the longest label of a DNS name.
 const maxLabel = 63
 
-// isLabel reports whether a label in lower case can be the name of a namespace (RFC 1123). A Service's begins with a letter. Its
-// characters are those of a name.
+// isLabel reports whether a label in lower case can be the name of a namespace (RFC 1123). A Service's begins with a
+// letter. Its characters are those of a name.
 func isLabel(label []byte) bool {
 	if len(label) == 0 || label[0] == '-' || label[len(label)-1] == '-' {
 		return false

@@ -15,8 +15,8 @@ import (
 // port must not be able to use up the agent's descriptors.
 const maxConnections = 100
 
-// NewServer serves handler with bounds on what a client can make it keep: bytes, time and, with Bound, connections. Errors of
-// client connections are logged at debug level.
+// NewServer serves handler with bounds on what a client can make it keep: bytes, time and, with Bound, connections.
+// Errors of client connections are logged at debug level.
 func NewServer(handler http.Handler, log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler:        handler,

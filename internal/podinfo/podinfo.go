@@ -129,8 +129,8 @@ func readPairs(what, name string) (map[string]string, error) {
 	return labels, nil
 }
 
-// parseLabels reads lines of key="value", where value is quoted as in Go. It skips other lines and returns an error about the
-// first of them.
+// parseLabels reads lines of key="value", where value is quoted as in Go. It skips other lines and returns an error
+// about the first of them.
 func parseLabels(r io.Reader) (map[string]string, error) {
 	labels := make(map[string]string)
 	var broken error

@@ -75,8 +75,8 @@ func newProbeClient(config Config) *http.Client {
 	}
 }
 
-// askedConn blocks reads until the first write. Package net/http logs bytes that arrive before a request to the standard log;
-// a workload that sends first would fill it.
+// askedConn blocks reads until the first write. Package net/http logs bytes that arrive before a request to the
+// standard log; a workload that sends first would fill it.
 type askedConn struct {
 	net.Conn
 	asked <-chan struct{}

@@ -1,8 +1,8 @@
 // Package probe runs the workload's own probes for the kubelet.
 //
-// The injector redirects a pod's probes to the agent and records the originals. Without that, a probe would be carried by the
-// agent like other traffic, and a TCP probe would succeed whenever the agent accepts. A probe is sent from the address that
-// the rules let pass, so it meets the workload itself, and the kubelet receives the workload's answer.
+// The injector redirects a pod's probes to the agent and records the originals. Without that, a probe would be carried
+// by the agent like other traffic, and a TCP probe would succeed whenever the agent accepts. A probe is sent from the
+// address that the rules let pass, so it meets the workload itself, and the kubelet receives the workload's answer.
 package probe
 
 import (
@@ -240,9 +240,9 @@ func (p probePort) at(address netip.Addr) (string, error) {
 	return netip.AddrPortFrom(address, uint16(p)).String(), nil
 }
 
-// ServeHTTP runs the probe of the request's path and returns the workload's answer; for redirects see httpProbe. If the probe
-// fails, the status is 500 and the body is one line with the reason. Only status and body are taken from the workload, and
-// the body is sent as plain text: a browser must not take it for a page of this port.
+// ServeHTTP runs the probe of the request's path and returns the workload's answer; for redirects see httpProbe. If the
+// probe fails, the status is 500 and the body is one line with the reason. Only status and body are taken from the
+// workload, and the body is sent as plain text: a browser must not take it for a page of this port.
 func (p *Probers) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	prober, known := p.byPath[r.URL.Path]
 	if !known {

@@ -223,8 +223,9 @@ func classifyVersion(text []byte, whole bool) Protocol {
 const maxMethod = 32
 
 // methodByte reports whether c is accepted in a method that is not a common one. The grammar allows any token, but all
-// registered methods, and nearly all others, consist of these characters. The set is small on purpose: input that may begin a request is held until
-// it is decided, and this set lets most words of other protocols pass at their first letter.
+// registered methods, and nearly all others, consist of these characters. The set is small on purpose: input that may
+// begin a request is held until it is decided, and this set lets most words of other protocols pass at their first
+// letter.
 func methodByte(c byte) bool { return 'A' <= c && c <= 'Z' || digit(c) || c == '-' || c == '_' }
 
 // targetByte reports whether c is accepted in a request target. The grammar forbids bytes above ASCII, but clients send

@@ -1,9 +1,9 @@
 // Package sniff decides from the first bytes of a connection which protocol it speaks: HTTP/1, HTTP/2, TLS, or something
 // that stays opaque.
 //
-// The bytes are read into a buffer that travels with the connection, so no byte is lost. No wait is long: a silent downstream
-// does not keep the upstream from being dialled, and first bytes that do not decide are held for a bounded time; see Late for
-// what follows. Detection needs no list of ports.
+// The bytes are read into a buffer that travels with the connection, so no byte is lost. No wait is long: a silent
+// downstream does not keep the upstream from being dialled, and first bytes that do not decide are held for a bounded
+// time; see Late for what follows. Detection needs no list of ports.
 //
 // Detection has three steps, and the caller may put others between them. First reads downstream's first bytes. Then the
 // caller dials the upstream, unless the protocol is HTTP. Both watches both sides if downstream was silent.

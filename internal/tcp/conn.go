@@ -93,8 +93,8 @@ func (c *Conn) Writable() bool { return c.ready.Load()&(writable|failed|hungUp) 
 // Ended reports whether the poller has seen the end of the peer's data: the peer has closed, or the connection is dead.
 func (c *Conn) Ended() bool { return c.ready.Load()&(gone|failed|hungUp) != 0 }
 
-// hadUrgent reports whether the peer has ever sent urgent data. SpliceTo stops before urgent data and cannot distinguish that
-// from an empty or ended connection: read such a connection instead.
+// hadUrgent reports whether the peer has ever sent urgent data. SpliceTo stops before urgent data and cannot
+// distinguish that from an empty or ended connection: read such a connection instead.
 func (c *Conn) hadUrgent() bool { return c.ready.Load()&urgent != 0 }
 
 // Failed returns an error if the connection is dead because it was reset or the peer vanished. It does not read. It returns

@@ -133,8 +133,8 @@ type portRange struct{ low, high uint16 }
 
 func (r portRange) contain(port uint16) bool { return r.low <= port && port <= r.high }
 
-// localPorts reads the range of this network namespace. It is the same for both families. If that fails, it returns the range
-// of all ports.
+// localPorts reads the range of this network namespace. It is the same for both families. If that fails, it returns the
+// range of all ports.
 func localPorts() (r portRange) {
 	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
 	if err == nil {

@@ -137,8 +137,8 @@ func (c Chain) describe() string {
 	return fmt.Sprintf("%s, type %s, hook %d, priority %d, policy %d", c.Name, c.hook.kind, c.hook.number, c.hook.priority, c.hook.policy)
 }
 
-// readTable returns whether our table has the flag dormant, so that the kernel skips its chains, and the number of its chains,
-// sets, maps and other objects: 0 if there is no table.
+// readTable returns whether our table has the flag dormant, so that the kernel skips its chains, and the number of its
+// chains, sets, maps and other objects: 0 if there is no table.
 func readTable() (dormant bool, uses uint32, err error) {
 	request := newRequest(unix.NFT_MSG_GETTABLE, 0, unix.NFPROTO_INET, nameAttribute(unix.NFTA_TABLE_NAME, TableName))
 	messages, err := request.Execute(unix.NETLINK_NETFILTER, uint16(messageType(unix.NFT_MSG_NEWTABLE)))

@@ -5,8 +5,9 @@ import (
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
 )
 
-// captureZone is the conntrack zone of captured DNS queries over UDP and of the agent's answers to them. A captured query and
-// a query of the agent can have the same addresses and ports, and conntrack would take the second for a packet of the first.
+// captureZone is the conntrack zone of captured DNS queries over UDP and of the agent's answers to them. A captured
+// query and a query of the agent can have the same addresses and ports, and conntrack would take the second for a
+// packet of the first.
 //
 // Queries that are not captured stay in the default zone. Their answers need no rule then, wherever they come from: another
 // NAT rule may have sent the query to another address or port, as the rules of Docker's resolver do with queries to

@@ -85,7 +85,8 @@ func beside(c ruleset.ForeignChain) string {
 	return fmt.Sprintf("%s may decide about captured packets: %s", c, c.Effects())
 }
 
-// String returns one line for each difference and warning. One line replaces the differences if no rule of ours is installed.
+// String returns one line for each difference and warning. One line replaces the differences if no rule of ours is
+// installed.
 func (f Findings) String() string {
 	var text strings.Builder
 	if !f.Installed {

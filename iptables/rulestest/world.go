@@ -198,8 +198,8 @@ func (w *World) dial(t *testing.T, where *nettest.Namespace, uid, gid uint32, re
 	return w.diallers[key].dial(t, request)
 }
 
-// DockersResolver installs the nat rules of Docker's embedded name server, and a listener behind them. That server listens at
-// 127.0.0.11, on other ports than 53.
+// DockersResolver installs the nat rules of Docker's embedded name server, and a listener behind them. That server
+// listens at 127.0.0.11, on other ports than 53.
 func (w *World) DockersResolver(t *testing.T, flavour ruleset.Flavour) {
 	t.Helper()
 	const address = "127.0.0.11:39321"

@@ -10,8 +10,8 @@ import (
 // priorities are those of legacy tables. The nat table has another one at hooks where it translates sources.
 var priorities = map[string]int{"raw": -300, "mangle": -150, "nat": ruleset.OwnNATPriority, "filter": 0, "security": 50}
 
-// ForeignChains returns the base chains in the output of iptables-legacy-save that may decide about packets, except those that
-// ruleset.Parse reads and trace follows: PREROUTING and OUTPUT of the tables raw, mangle and nat.
+// ForeignChains returns the base chains in the output of iptables-legacy-save that may decide about packets, except
+// those that ruleset.Parse reads and trace follows: PREROUTING and OUTPUT of the tables raw, mangle and nat.
 func ForeignChains(family ruleset.Family, text string) []ruleset.ForeignChain {
 	var foreign []ruleset.ForeignChain
 	for table := range strings.SplitSeq(text, "COMMIT\n") {

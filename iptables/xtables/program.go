@@ -2,8 +2,8 @@
 // iptables-restore --noflush.
 //
 // A table is committed as a whole or not at all. Declaring a chain of ours empties it, so it is filled again. Rules that
-// jump to ours are in built-in chains, among rules of others, and are deleted and appended one by one. Errors name the failed line
-// of the input and, where the program's message is known, the cause with its remedy.
+// jump to ours are in built-in chains, among rules of others, and are deleted and appended one by one. Errors name the
+// failed line of the input and, where the program's message is known, the cause with its remedy.
 //
 // github.com/coreos/go-iptables runs a program once and parses its version. It neither lists nor commits: it would start a
 // program for each chain to list and for each rule to change, where one iptables-save lists all tables of a family and one

@@ -51,8 +51,8 @@ var nameTable = func() protoreflect.MessageDescriptor {
 	})
 }()
 
-// The descriptor of istio.mesh.v1alpha1.ProxyConfig, after mesh/v1alpha1/proxy.proto of istio.io/api 1.31, has all fields with
-// their numbers, but only the one that is decoded with its type.
+// The descriptor of istio.mesh.v1alpha1.ProxyConfig, after mesh/v1alpha1/proxy.proto of istio.io/api 1.31, has all
+// fields with their numbers, but only the one that is decoded with its type.
 var proxyConfig = func() protoreflect.MessageDescriptor {
 	fields := map[int32]string{
 		1: "config_path", 2: "binary_path", 3: "service_cluster", 4: "drain_duration", 6: "discovery_address", 7: "discovery_refresh_delay", 8: "zipkin_address",

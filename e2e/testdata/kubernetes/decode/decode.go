@@ -21,8 +21,8 @@ import (
 	"k8s.io/apimachinery/pkg/util/yaml"
 )
 
-// Stream reads YAML or JSON documents. Objects of unknown kinds are omitted. The error names each document that cannot be decoded
-// by its number.
+// Stream reads YAML or JSON documents. Objects of unknown kinds are omitted. The error names each document that cannot
+// be decoded by its number.
 func Stream(r io.Reader) (objects []runtime.Object, err error) {
 	scheme := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
