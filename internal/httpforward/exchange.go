@@ -8,6 +8,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // exchange is one request and its response. Exchanges are pooled together with their memory.
@@ -15,9 +16,10 @@ type exchange struct {
 	s        *session
 	settings *Settings // for this request
 	record   flow.Record
-	names    names          // backing memory of the slices in record
-	held     budget.Account // what the exchange holds while it waits
-	routed   Request        // the router's argument; a field, so that it is not allocated
+	names    names           // backing memory of the slices in record
+	held     budget.Account  // what the exchange holds while it waits
+	routed   Request         // the router's argument; a field, so that it is not allocated
+	wanted   upstream.Target // what the router decided
 
 	requestHead, responseHead http1.Head
 	request, response         message
@@ -83,7 +85,7 @@ func (x *exchange) release() {
 	fields, responseFields := x.record.HTTP.Fields[:0], x.record.HTTP.ResponseFields[:0]
 	x.record = flow.Record{}
 	x.record.HTTP.Fields, x.record.HTTP.ResponseFields = fields, responseFields
-	x.routed = Request{}
+	x.routed, x.wanted = Request{}, upstream.Target{}
 	x.s, x.settings, x.progress = nil, nil, progress{}
 	exchanges.Put(x)
 }

@@ -29,7 +29,7 @@ func (x *exchange) run() ending {
 	if x.s.up == nil && !x.holdDial() {
 		return x.evicted()
 	}
-	attempts, err := x.s.connect(x.settings, x.record.Opened, idempotent(x.record.HTTP.Method))
+	attempts, err := x.s.connect(&x.wanted, x.settings, x.record.Opened, idempotent(x.record.HTTP.Method))
 	x.record.Attempts = uint8(attempts)
 	if err != nil {
 		return x.noUpstream(err)
@@ -142,7 +142,8 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	decision := x.s.route(x.view(b))
 	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
 	if !decision.noRoute() { // otherwise the kept connection serves the next request
-		x.s.turnTo(decision.Target)
+		x.wanted = decision.Target
+		x.s.turnTo(&x.wanted)
 	}
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields), b)
@@ -165,7 +166,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 // send connects the request and the response to the upstream connection.
 func (x *exchange) send() {
 	s := x.s
-	x.record.Upstream, x.record.UpstreamLocal = s.wanted.Address, s.upLocal
+	x.record.Upstream, x.record.UpstreamLocal = x.wanted.Address, s.up.LocalAddr()
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}
@@ -464,7 +465,7 @@ func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
 	x.s.engine.config.Pool.Stats.Retried.Add(1)
 	x.response.srcErr, x.repeated = nil, true
-	attempts, err := x.s.dial(x.settings)
+	attempts, err := x.s.dial(&x.wanted, x.settings)
 	x.record.Attempts += uint8(attempts)
 	if err != nil {
 		return x.noUpstream(err), true
@@ -532,7 +533,7 @@ func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrInterrupted) {
 		return x.evicted()
 	}
-	x.record.Upstream, x.record.TransportFailure = x.s.wanted.Address, upstream.TransportFailure(err)
+	x.record.Upstream, x.record.TransportFailure = x.wanted.Address, upstream.TransportFailure(err)
 	return x.refuse(dialReply(err, x.record.Attempts > 1), err)
 }
 
