@@ -94,7 +94,7 @@ func appendPieces(dst []byte, pieces []piece, l *line, r *flow.Record, lasted ti
 
 // value appends the value of the operator, and reports whether the record has one.
 func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration) ([]byte, bool) {
-	h := &r.HTTP
+	h := r.HTTP
 	switch p.does {
 	case verbStartTime:
 		if p.layout == "" {

@@ -177,7 +177,7 @@ type lastRequest struct {
 }
 
 func (l *lastRequest) like(r *flow.Record) bool {
-	h := &r.HTTP
+	h := r.HTTP
 	return l.set != nil && h.Status == l.status && h.GRPC == l.grpc && r.Reason == l.reason && h.Flags == l.flags &&
 		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == l.grpcStatus
 }
