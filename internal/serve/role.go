@@ -75,6 +75,7 @@ type Role struct {
 	dialer    upstream.Dialer
 	engine    *httpforward.Engine
 	budget    *budget.Budget
+	draining  func() bool // engine.Draining; here, so that it is allocated once
 	settings  atomic.Pointer[Settings]
 }
 
@@ -99,6 +100,7 @@ func NewRole(config Config) (*Role, error) {
 	if r.engine, err = httpforward.New(forwarding); err != nil {
 		return nil, err
 	}
+	r.draining = r.engine.Draining
 	r.settings.Store(&config.Settings)
 	return r, nil
 }
