@@ -77,7 +77,7 @@ var arrows = []struct {
 	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA is asked by a call, and its status decides whether to ask again"},
 	{"internal/mesh", []string{"internal/wire"}, "resources are read field by field"},
 	{"internal/secure", []string{"internal/identity", "internal/mesh", "internal/tcp"}, "TLS is a layer of a connection; peers are verified with the roots of the identity, by names that the mesh configures"},
-	{"internal/controlplane", []string{"internal/mesh", "internal/xds"}, "resources are compiled as they are received"},
+	{"internal/controlplane", []string{"internal/mesh", "internal/wire", "internal/xds"}, "resources are compiled as they are received, and kept as protobuf"},
 	{"internal/istiod", []string{"internal/grpcwire", "internal/identity", "internal/wire"}, "istiod is called over one connection, verified by roots in a file, by a node that is described in protobuf"},
 	{"internal/grpcwire", []string{"internal/envoy"}, "the table of gRPC's codes"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
