@@ -76,6 +76,7 @@ var arrows = []struct {
 	{"internal/xds", []string{"internal/envoy", "internal/wire"}, "discovery messages are read field by field; a rejection is a status of gRPC"},
 	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA is asked by a call, and its status decides whether to ask again"},
 	{"internal/mesh", []string{"internal/wire"}, "resources are read field by field"},
+	{"internal/configdump", []string{"internal/wire"}, "descriptions of messages are read field by field"},
 	{"internal/controlplane", []string{"internal/mesh", "internal/xds"}, "resources are compiled as they are received"},
 	{"internal/istiod", []string{"internal/grpcwire", "internal/identity", "internal/wire"}, "istiod is called over one connection, verified by roots in a file, by a node that is described in protobuf"},
 	{"internal/grpcwire", []string{"internal/envoy"}, "the table of gRPC's codes"},
