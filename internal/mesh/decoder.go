@@ -114,7 +114,7 @@ func (d *decoder) report(class Class, problem string) {
 		last.Class, last.Path, last.Problem = max(last.Class, class), "", "more findings than are kept"
 		return
 	}
-	d.findings = append(d.findings, Finding{class, d.place(), problem})
+	d.findings = append(d.findings, Finding{Class: class, Path: d.place(), Problem: problem})
 }
 
 // place returns the path of the field that is being read.
@@ -133,4 +133,13 @@ func (d *decoder) place() string {
 		}
 	}
 	return b.String()
+}
+
+// attribute sets the origin of the findings from index first on that have none: an inner message has named its own.
+func (d *decoder) attribute(first int, origin string) {
+	for i := min(first, len(d.findings)); i < len(d.findings); i++ {
+		if d.findings[i].Origin == "" {
+			d.findings[i].Origin = origin
+		}
+	}
 }

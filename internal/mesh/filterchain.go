@@ -49,7 +49,7 @@ var filterChainFields = message{"envoy.config.listener.v3.FilterChain", Security
 // filterChain reads a chain. It returns the number of security findings that concern this chain only. Those in the match
 // concern all chains: with another match, a connection could get a chain that is not meant for it.
 func (d *decoder) filterChain(m wire.Message, c *FilterChain) (inChain int) {
-	before, narrow, inMatch := d.refusals, d.narrow, 0
+	before, narrow, inMatch, first := d.refusals, d.narrow, 0, len(d.findings)
 	for d.next(&m, &filterChainFields) {
 		switch m.Number {
 		case 1:
@@ -72,6 +72,7 @@ func (d *decoder) filterChain(m wire.Message, c *FilterChain) (inChain int) {
 		d.report(Security, "no filter that forwards connections")
 	}
 	c.Refused = d.refusals-before > d.narrow-narrow
+	d.attribute(first, c.Origin)
 	return d.refusals - before - inMatch
 }
 

@@ -21,6 +21,7 @@ type Finding struct {
 	Class   Class
 	Path    string // of the field in the resource, such as "circuit_breakers.thresholds[0].retry_budget"
 	Problem string
+	Origin  string // resource of the configuration that this part stems from, as istiod names it; may be empty
 }
 
 func (f Finding) String() string { return fmt.Sprintf("%s: %s", f.Path, f.Problem) }

@@ -271,7 +271,7 @@ func TestHostsWithTheSameDomainAreRefused(t *testing.T) {
 	for _, domain := range []string{"a.example", "*.a.example", "a.*", "*"} {
 		host := func(name, domain string) []byte { return nest(join(text(1, name), text(2, domain)), 2) }
 		got, findings, err := DecodeRoutes(join(tableName, host("one", domain), host("two", "other"), host("three", strings.ToUpper(domain))))
-		want := []Finding{{Security, "", "the virtual hosts one and three have the same domain " + domain}}
+		want := []Finding{{Class: Security, Problem: "the virtual hosts one and three have the same domain " + domain}}
 		if err != nil || !reflect.DeepEqual(findings, want) {
 			t.Errorf("error %v, findings %+v, want %+v", err, findings, want)
 		}
