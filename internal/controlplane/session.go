@@ -14,19 +14,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
 
-// Configuration takes updates, and keeps what is in force.
-type Configuration interface {
-	xds.Handler
-
-	// Initialized returns a channel that is closed when the first clusters and listeners are in force.
-	Initialized() <-chan struct{}
-}
-
 // SessionConfig is the configuration of a Session. All fields are required.
 type SessionConfig struct {
-	Pod           *istiod.Pod
-	Configuration Configuration
-	Log           *slog.Logger
+	Pod   *istiod.Pod
+	Store *Store
+	Log   *slog.Logger
 }
 
 // Session is a pod's relation with istiod: an identity that is renewed, and a stream of configuration. Losing istiod
@@ -49,8 +41,8 @@ type Counts struct {
 
 // NewSession returns a session that has not begun.
 func NewSession(config SessionConfig) (*Session, error) {
-	if config.Pod == nil || config.Configuration == nil || config.Log == nil {
-		return nil, errors.New("controlplane: Pod, Configuration and Log are required")
+	if config.Pod == nil || config.Store == nil || config.Log == nil {
+		return nil, errors.New("controlplane: Pod, Store and Log are required")
 	}
 	node, err := config.Pod.Node.Encode()
 	if err != nil {
@@ -85,6 +77,7 @@ func (s *Session) Run(ctx context.Context) {
 	} else {
 		s.config.Log.Warn("no workload certificate: the control plane is reached without TLS, and no certificate is mounted")
 	}
+	parts.Go(func() { s.config.Store.Run(ctx) })
 	parts.Go(func() { s.client.Run(ctx) })
 	parts.Wait()
 }
@@ -97,8 +90,11 @@ func (s *Session) Identity() *identity.Identity {
 	return s.keeper.Current()
 }
 
+// Snapshot returns the configuration in force, or nil before the first.
+func (s *Session) Snapshot() *mesh.Snapshot { return s.config.Store.Snapshot() }
+
 // Initialized returns a channel that is closed when the first configuration is in force.
-func (s *Session) Initialized() <-chan struct{} { return s.config.Configuration.Initialized() }
+func (s *Session) Initialized() <-chan struct{} { return s.config.Store.Initialized() }
 
 // callTimeout bounds one call of the CA.
 const callTimeout = 10 * time.Second
@@ -151,7 +147,7 @@ func (h *handler) Update(u xds.Update) xds.Outcome {
 		bytes += len(u.Resources[i].Value)
 	}
 	start := time.Now()
-	outcome := h.config.Configuration.Update(u)
+	outcome := h.config.Store.Update(u)
 	h.mu.Lock()
 	counts := &h.counts[u.Type]
 	counts.Bytes += int64(bytes)

@@ -3,6 +3,7 @@ package controlplane
 import (
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
 
@@ -11,7 +12,8 @@ type Status struct {
 	Address     string
 	Stream      xds.Status
 	Counts      [xds.Types]Counts
-	LastPush    time.Time // of any type; zero: nothing was received
+	Findings    [xds.Types][mesh.Security + 1]int // of the resources, by class
+	LastPush    time.Time                         // of any type; zero: nothing was received
 	Initialized bool
 	Identity    IdentityStatus
 }
@@ -37,6 +39,9 @@ func (s *Session) Status() Status {
 		if t.Last.After(status.LastPush) {
 			status.LastPush = t.Last
 		}
+	}
+	for _, finding := range s.config.Store.Findings() {
+		status.Findings[finding.Type][finding.Class]++
 	}
 	select {
 	case <-s.Initialized():
