@@ -31,6 +31,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	security "istio.io/api/security/v1alpha1"
 
+	"github.com/pillion-proxy/pillion/e2e/testdata/controlplane/ca"
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
@@ -43,7 +44,7 @@ type plane struct {
 	cache   cache.SnapshotCache
 	address string
 	server  *grpc.Server
-	ca      *authority // nil: without TLS and a CA
+	ca      *ca.Authority // nil: without TLS and a CA
 
 	mu       sync.Mutex
 	nodes    []*core.Node
@@ -70,7 +71,7 @@ func (p *plane) start(t *testing.T) {
 	if p.ca == nil {
 		p.server = grpc.NewServer()
 	} else {
-		p.server = grpc.NewServer(grpc.Creds(p.ca.credentials()))
+		p.server = grpc.NewServer(grpc.Creds(p.ca.Credentials()))
 		security.RegisterIstioCertificateServiceServer(p.server, p.ca)
 	}
 	discovery.RegisterAggregatedDiscoveryServiceServer(p.server, server.NewServer(context.Background(), p.cache, server.CallbackFuncs{

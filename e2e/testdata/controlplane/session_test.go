@@ -12,18 +12,19 @@ import (
 
 	"github.com/envoyproxy/go-control-plane/pkg/cache/v3"
 
+	"github.com/pillion-proxy/pillion/e2e/testdata/controlplane/ca"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
 
 // injected returns the directory of a pod with the volumes that the injector mounts, and its variables.
-func injected(t *testing.T, ca *authority) *istiod.Environment {
+func injected(t *testing.T, authority *ca.Authority) *istiod.Environment {
 	t.Helper()
 	e := &istiod.Environment{Directory: t.TempDir(), Variables: []string{
 		"POD_NAME=web-1", "POD_NAMESPACE=shop", "INSTANCE_IP=192.0.2.1", "SERVICE_ACCOUNT=web", "ISTIO_META_CLUSTER_ID=Kubernetes",
 	}}
-	for path, text := range map[string]string{istiod.TokenFile: "secret\n", "var/run/secrets/istio/root-cert.pem": string(ca.rootPEM())} {
+	for path, text := range map[string]string{istiod.TokenFile: "secret\n", "var/run/secrets/istio/root-cert.pem": string(authority.RootPEM())} {
 		path = filepath.Join(e.Directory, path)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			t.Fatal(err)
@@ -86,6 +87,15 @@ func awaitClusters(t *testing.T, session *controlplane.Session, names ...string)
 	})
 }
 
+func newAuthority(t *testing.T, token string) *ca.Authority {
+	t.Helper()
+	authority, err := ca.New(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return authority
+}
+
 // secured starts a plane with TLS and a CA.
 func secured(t *testing.T) *plane {
 	t.Helper()
@@ -117,14 +127,14 @@ func TestAnInjectedPodGetsItsIdentityAndItsConfiguration(t *testing.T) {
 
 func TestAConfigurationArrivesWithoutTheCA(t *testing.T) {
 	p := secured(t)
-	p.ca.setAway(true)
+	p.ca.SetAway(true)
 	p.serve(t, "1", "web")
 	session := hold(t, p, injected(t, p.ca))
 	awaitClusters(t, session, "web")
 	if session.Identity() != nil {
 		t.Error("an identity without a CA")
 	}
-	p.ca.setAway(false)
+	p.ca.SetAway(false)
 	awaitStatus(t, session, "an identity", func(s *controlplane.Status) bool { return s.Identity.SPIFFE != "" })
 }
 
@@ -151,7 +161,7 @@ func TestAnIstiodThatTheRootsDoNotVerifyIsRefused(t *testing.T) {
 	e := injected(t, newAuthority(t, ""))
 	session := hold(t, p, e)
 	awaitStatus(t, session, "a failure", func(s *controlplane.Status) bool { return s.Stream.LastError != nil && s.Stream.Failures > 0 })
-	if err := os.WriteFile(filepath.Join(e.Directory, "var/run/secrets/istio/root-cert.pem"), p.ca.rootPEM(), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(e.Directory, "var/run/secrets/istio/root-cert.pem"), p.ca.RootPEM(), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	awaitClusters(t, session, "web")

@@ -1,4 +1,5 @@
-package controlplane
+// Package ca is a CA as istiod has it, for tests: it signs whatever the bearer of its token asks for.
+package ca
 
 import (
 	"context"
@@ -12,8 +13,8 @@ import (
 	"encoding/pem"
 	"math/big"
 	"net"
+	"os"
 	"sync"
-	"testing"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -23,53 +24,78 @@ import (
 	security "istio.io/api/security/v1alpha1"
 )
 
-// authority is a CA as istiod's: it signs for the bearer of its token. It also issues the server's own certificate.
-type authority struct {
+// Authority is a CA. It also issues the server's own certificate.
+type Authority struct {
 	security.UnimplementedIstioCertificateServiceServer
 	root  *x509.Certificate
 	key   *ecdsa.PrivateKey
 	token string
 
-	mu     sync.Mutex
-	away   bool // calls fail as those of an istiod that is starting
-	issued int
+	mu   sync.Mutex
+	away bool
 }
 
-func newAuthority(t *testing.T, token string) *authority {
-	t.Helper()
+// New returns a CA with a new root.
+func New(token string) (*Authority, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	a := &authority{key: key, token: token}
+	return of(key, token)
+}
+
+// Load returns the CA whose key is in a file. Without the file it writes a new one.
+func Load(path, token string) (*Authority, error) {
+	der, err := os.ReadFile(path)
+	if os.IsNotExist(err) {
+		a, err := New(token)
+		if err != nil {
+			return nil, err
+		}
+		if der, err = x509.MarshalECPrivateKey(a.key); err != nil {
+			return nil, err
+		}
+		return a, os.WriteFile(path, der, 0o600)
+	}
+	if err != nil {
+		return nil, err
+	}
+	key, err := x509.ParseECPrivateKey(der)
+	if err != nil {
+		return nil, err
+	}
+	return of(key, token)
+}
+
+// of returns a CA with a key. Roots with one key and one name are interchangeable.
+func of(key *ecdsa.PrivateKey, token string) (*Authority, error) {
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	if a.root, err = x509.ParseCertificate(der); err != nil {
-		t.Fatal(err)
-	}
-	return a
+	root, err := x509.ParseCertificate(der)
+	return &Authority{root: root, key: key, token: token}, err
 }
 
 // sign issues a certificate for what template names.
-func (a *authority) sign(template *x509.Certificate, public crypto.PublicKey) ([]byte, error) {
+func (a *Authority) sign(template *x509.Certificate, public crypto.PublicKey) ([]byte, error) {
 	template.SerialNumber = big.NewInt(time.Now().UnixNano())
 	template.NotBefore, template.NotAfter = time.Now().Add(-time.Minute), time.Now().Add(time.Hour)
 	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
 	return x509.CreateCertificate(rand.Reader, template, a.root, public, a.key)
 }
 
-func (a *authority) rootPEM() []byte {
+// RootPEM returns the root.
+func (a *Authority) RootPEM() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.root.Raw})
 }
 
-// credentials are those of a server at loopback.
-func (a *authority) credentials() credentials.TransportCredentials {
+// Credentials are those of a server at 127.0.0.1.
+func (a *Authority) Credentials() credentials.TransportCredentials {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		panic(err)
@@ -81,14 +107,15 @@ func (a *authority) credentials() credentials.TransportCredentials {
 	return credentials.NewServerTLSFromCert(&tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key})
 }
 
-func (a *authority) setAway(away bool) {
+// SetAway makes calls fail as those of an istiod that is starting.
+func (a *Authority) SetAway(away bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.away = away
 }
 
 // CreateCertificate implements istiod's service.
-func (a *authority) CreateCertificate(ctx context.Context, r *security.IstioCertificateRequest) (*security.IstioCertificateResponse, error) {
+func (a *Authority) CreateCertificate(ctx context.Context, r *security.IstioCertificateRequest) (*security.IstioCertificateResponse, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.away {
@@ -110,7 +137,6 @@ func (a *authority) CreateCertificate(ctx context.Context, r *security.IstioCert
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
-	a.issued++
 	leaf := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	return &security.IstioCertificateResponse{CertChain: []string{string(leaf), string(a.rootPEM())}}, nil
+	return &security.IstioCertificateResponse{CertChain: []string{string(leaf), string(a.RootPEM())}}, nil
 }
