@@ -51,7 +51,7 @@ import (
 )
 
 // patience is how long a test waits for what must happen.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 const (
 	istiodName  = "istiod.istio-system.svc"
