@@ -6,6 +6,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/sniff"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -19,7 +20,8 @@ import (
 type Conn struct {
 	Down     *tcp.Conn
 	Record   *flow.Record
-	Settings *Settings // the role's when the connection was opened
+	Settings *Settings      // the role's when the connection was opened
+	Mesh     *mesh.Snapshot // what the control plane had configured when the connection was opened; nil: there is none
 
 	role     *Role
 	w        *tcp.Waiter
