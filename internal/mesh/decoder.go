@@ -40,7 +40,7 @@ type message struct {
 type decoder struct {
 	err      error
 	findings []Finding
-	refusals int  // findings of security, also those that are not kept
+	refusals int  // findings that close what they concern, also those that are not kept
 	narrow   int  // those of refusals that refuse less than a filter chain
 	shadow   bool // what is read cannot restrict anything, so its findings are of the class of traffic at most
 
@@ -117,7 +117,7 @@ const unsupported = "not supported"
 
 // report adds a finding about the field that is being read.
 func (d *decoder) report(class Class, problem string) {
-	if class == Security {
+	if class >= Unenforced {
 		d.refusals++
 	}
 	if d.shadow {
@@ -128,7 +128,7 @@ func (d *decoder) report(class Class, problem string) {
 		last.Class, last.Path, last.Problem = max(last.Class, class), "", "more findings than are kept"
 		return
 	}
-	d.findings = append(d.findings, Finding{class, d.place(), problem})
+	d.findings = append(d.findings, Finding{Class: class, Path: d.place(), Problem: problem})
 }
 
 // place returns the path of the field that is being read.
@@ -147,4 +147,13 @@ func (d *decoder) place() string {
 		}
 	}
 	return b.String()
+}
+
+// attribute sets the origin of the findings from index first on that have none: an inner message has named its own.
+func (d *decoder) attribute(first int, origin string) {
+	for i := min(first, len(d.findings)); i < len(d.findings); i++ {
+		if d.findings[i].Origin == "" {
+			d.findings[i].Origin = origin
+		}
+	}
 }

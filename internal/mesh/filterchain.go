@@ -38,6 +38,17 @@ type NetworkFilter struct {
 	ExtAuthz *ExtAuthz
 }
 
+// Restricts reports whether f can refuse a connection.
+func (f NetworkFilter) Restricts() bool {
+	switch {
+	case f.RBAC != nil:
+		return f.RBAC.Restricts()
+	case f.ExtAuthz != nil:
+		return f.ExtAuthz.Restricts()
+	}
+	return true
+}
+
 var filterChainFields = message{"envoy.config.listener.v3.FilterChain", Security, []field{
 	1: {"filter_chain_match", once},
 	3: {"filters", decoded},
@@ -51,7 +62,7 @@ var filterChainFields = message{"envoy.config.listener.v3.FilterChain", Security
 // filterChain reads a chain. It returns the number of security findings that concern this chain only. Those in the match
 // concern all chains: with another match, a connection could get a chain that is not meant for it.
 func (d *decoder) filterChain(m wire.Message, c *FilterChain) (inChain int) {
-	before, narrow, inMatch := d.refusals, d.narrow, 0
+	before, narrow, inMatch, first := d.refusals, d.narrow, 0, len(d.findings)
 	for d.next(&m, &filterChainFields) {
 		switch m.Number {
 		case 1:
@@ -74,6 +85,7 @@ func (d *decoder) filterChain(m wire.Message, c *FilterChain) (inChain int) {
 		d.report(Security, "no filter that forwards connections")
 	}
 	c.Refused = d.refusals-before > d.narrow-narrow
+	d.attribute(first, c.Origin)
 	return d.refusals - before - inMatch
 }
 
@@ -129,10 +141,10 @@ func (d *decoder) networkFilter(m wire.Message, c *FilterChain) {
 				http = d.httpManager(value)
 			case networkRBACType:
 				f.RBAC = share(d, url, config, func() *RBAC { return d.networkRBAC(value) })
-				d.carry(url, f.RBAC.Restricts())
+				d.carry(url, f.Restricts())
 			case networkExtAuthzType:
 				f.ExtAuthz = share(d, url, config, func() *ExtAuthz { return d.networkExtAuthz(value) })
-				d.carry(url, f.ExtAuthz.Restricts())
+				d.carry(url, f.Restricts())
 			case sniClusterType:
 				d.fields(value, &sniClusterFields)
 			}

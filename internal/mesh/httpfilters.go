@@ -29,6 +29,22 @@ type HTTPFilter struct {
 	Router   *Router
 }
 
+// Restricts reports whether f is a policy that can refuse a request. Filters of other types are judged when they are
+// decoded.
+func (f *HTTPFilter) Restricts() bool {
+	switch {
+	case f.Disabled:
+		return false
+	case f.RBAC != nil:
+		return f.RBAC.Restricts()
+	case f.JWT != nil:
+		return f.JWT.Restricts()
+	case f.ExtAuthz != nil:
+		return f.ExtAuthz.Restricts()
+	}
+	return slices.Contains(policyFilters, f.Type)
+}
+
 // ALPN has the protocols that are offered to an endpoint in TLS, by the version of HTTP that a request is forwarded with
 // (istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig). Empty: those of the cluster.
 type ALPN struct {
@@ -151,9 +167,7 @@ func (d *decoder) httpFilter(m wire.Message) (f HTTPFilter) {
 			f.Disabled = m.Bool()
 		}
 	}
-	if !f.Disabled {
-		d.carryFilter(&f)
-	}
+	d.carry(f.Type, f.Restricts())
 	f.Refused = d.refusals > before
 	return f
 }
@@ -164,18 +178,6 @@ func (d *decoder) httpFilterConfig(m wire.Message, f *HTTPFilter) {
 	f.Type, config = d.extension(m)
 	if read := knownFilters[f.Type]; read != nil {
 		read(d, m.Nested(config), config, f)
-	}
-}
-
-// carryFilter reports a policy that is not carried out.
-func (d *decoder) carryFilter(f *HTTPFilter) {
-	switch {
-	case f.RBAC != nil:
-		d.carry(f.Type, f.RBAC.Restricts())
-	case f.JWT != nil:
-		d.carry(f.Type, f.JWT.Restricts())
-	case f.ExtAuthz != nil:
-		d.carry(f.Type, f.ExtAuthz.Restricts())
 	}
 }
 
@@ -264,7 +266,7 @@ func (d *decoder) extensionConfig(m wire.Message) *HTTPFilter {
 			d.httpFilterConfig(m.Message(), f)
 		}
 	}
-	d.carryFilter(f)
+	d.carry(f.Type, f.Restricts())
 	d.judgeFilter(f, false)
 	f.Refused = d.refusals > before
 	return f

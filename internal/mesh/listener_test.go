@@ -143,7 +143,7 @@ func TestFindingsOfListeners(t *testing.T) {
 		{"an optional one", chain(httpManager(nest(join(field1("w"), nest(nil, 5), number(6, 1)), 5))), "cosmetic " + manager + ": the optional HTTP filter w of type  is not supported", ""},
 		{"its default", chain(httpManager(nest(join(field1("w"), nest(packed(rbacType, nil), 5, 2)), 5))), "traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used", ""},
 		{"its default that restricts", chain(httpManager(nest(join(field1("w"), nest(packed(rbacType, nest(nil, 1)), 5, 2)), 5))),
-			"security " + manager + ".http_filters: policies of type " + rbacType + " are not carried out yet; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used", "chain"},
+			"unenforced " + manager + ".http_filters: policies of type " + rbacType + " are not carried out yet; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used", "chain"},
 		{"its default that is not supported", chain(httpManager(nest(join(field1("w"), nest(packed(wasmType, nil), 5, 2)), 5))), "traffic " + manager + ": the HTTP filter w of type " + wasmType + " is not supported", ""},
 		{"two configurations", chain(httpManager(nest(join(field1("w"), nest(packed(rbacType, nil), 4), nest(packed(rbacType, nil), 5, 2)), 5))),
 			"security " + manager + ".http_filters.config_discovery: more than one member of a oneof; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used", "chain"},

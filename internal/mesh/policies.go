@@ -1,7 +1,7 @@
 package mesh
 
-// carriedOut has the types of policies, and whether the data plane carries them out. A policy that is not carried out is a
-// finding of security if it can refuse anything: what it concerns is closed.
+// carriedOut has the types of policies, and whether the data plane carries them out. A policy that is not carried out is
+// Unenforced if it can refuse anything: what it concerns is closed.
 var carriedOut = map[string]bool{
 	networkRBACType:     false,
 	networkExtAuthzType: false,
@@ -22,7 +22,7 @@ const filterOff = "envoy.config.route.v3.FilterConfig"
 // carry reports a policy that can restrict what passes, unless it is carried out.
 func (d *decoder) carry(policy string, restricts bool) {
 	if restricts && !carriedOut[policy] {
-		d.report(Security, "policies of type "+policy+" are not carried out yet")
+		d.report(Unenforced, "policies of type "+policy+" are not carried out yet")
 	}
 }
 
@@ -32,7 +32,7 @@ func (d *decoder) override(policy string, restricts bool) {
 	switch {
 	case carriedOut[policy]:
 	case restricts:
-		d.report(Security, "policies of type "+policy+" are not carried out yet")
+		d.report(Unenforced, "policies of type "+policy+" are not carried out yet")
 	default:
 		d.report(Traffic, "exceptions by "+policy+" are not carried out yet")
 	}

@@ -144,20 +144,20 @@ func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T)
 		{"an operator that is not closed", route(nest(headerEdit("a", "%REQ(x%"), 9)), "", "traffic " + r + ".request_headers_to_add: the operator REQ is not closed"},
 		{"two forms of appending", route(nest(headerEdit("a", "b", nest(number(1, 1), 2), number(3, 2)), 9)), "", "traffic " + r + ".request_headers_to_add: append and append_action are both set; append is used"},
 
-		{"a policy of one route", route(filter("rbac", rbacPerRoute, nest(nil, 2, 1))), "route", "security " + f + ": policies of type " + rbacPerRoute + " are not carried out yet"},
+		{"a policy of one route", route(filter("rbac", rbacPerRoute, nest(nil, 2, 1))), "route", "unenforced " + f + ": policies of type " + rbacPerRoute + " are not carried out yet"},
 		{"an exception from a policy", route(filter("rbac", rbacPerRoute, nil)), "", "traffic " + f + ": exceptions by " + rbacPerRoute + " are not carried out yet"},
 		{"a policy of one route that allows all", route(filter("rbac", rbacPerRoute, nest(nil, 2))), "", "traffic " + f + ": exceptions by " + rbacPerRoute + " are not carried out yet"},
 		{"a policy of one route that is not understood", route(filter("rbac", rbacPerRoute, nest(nil, 2, 4))), "route",
-			"security " + f + ".rbac.matcher: not supported; security " + f + ": policies of type " + rbacPerRoute + " are not carried out yet"},
-		{"tokens of one route", route(filter("jwt", routeJWTType, text(2, "name"))), "route", "security " + f + ": policies of type " + routeJWTType + " are not carried out yet"},
+			"security " + f + ".rbac.matcher: not supported; unenforced " + f + ": policies of type " + rbacPerRoute + " are not carried out yet"},
+		{"tokens of one route", route(filter("jwt", routeJWTType, text(2, "name"))), "route", "unenforced " + f + ": policies of type " + routeJWTType + " are not carried out yet"},
 		{"no tokens of one route", route(filter("jwt", routeJWTType, number(1, 1))), "", "traffic " + f + ": exceptions by " + routeJWTType + " are not carried out yet"},
 		{"nothing about tokens", route(filter("jwt", routeJWTType, nil)), "route",
-			"security " + f + ": a configuration of a route without content, which Envoy rejects; security " + f + ": policies of type " + routeJWTType + " are not carried out yet"},
+			"security " + f + ": a configuration of a route without content, which Envoy rejects; unenforced " + f + ": policies of type " + routeJWTType + " are not carried out yet"},
 		{"two changes about tokens", route(filter("jwt", routeJWTType, join(text(2, "name"), number(1, 1)))), "route",
 			"security " + f + ".disabled: more than one member of a oneof; traffic " + f + ": exceptions by " + routeJWTType + " are not carried out yet"},
-		{"questions of one route", route(filter("authz", routeExtAuthzType, nest(nil, 2))), "route", "security " + f + ": policies of type " + routeExtAuthzType + " are not carried out yet"},
+		{"questions of one route", route(filter("authz", routeExtAuthzType, nest(nil, 2))), "route", "unenforced " + f + ": policies of type " + routeExtAuthzType + " are not carried out yet"},
 		{"another server of one route", route(filter("authz", routeExtAuthzType, nest(nil, 2, 5))), "route",
-			"security " + f + ".check_settings.http_service: not supported; security " + f + ": policies of type " + routeExtAuthzType + " are not carried out yet"},
+			"security " + f + ".check_settings.http_service: not supported; unenforced " + f + ": policies of type " + routeExtAuthzType + " are not carried out yet"},
 		{"no questions of one route", route(filter("authz", routeExtAuthzType, number(1, 1))), "", "traffic " + f + ": exceptions by " + routeExtAuthzType + " are not carried out yet"},
 		{"a change of a filter twice", route(filter("jwt", routeJWTType, number(1, 1)), filter("jwt", routeJWTType, number(1, 1))), "route",
 			"traffic " + f + ": exceptions by " + routeJWTType + " are not carried out yet; traffic " + f + "[1]: exceptions by " + routeJWTType + " are not carried out yet; security " + f + "[1]: two configurations of the filter jwt"},
@@ -286,7 +286,7 @@ func TestHostsWithTheSameDomainAreRefused(t *testing.T) {
 	for _, domain := range []string{"a.example", "*.a.example", "a.*", "*"} {
 		host := func(name, domain string) []byte { return nest(join(text(1, name), text(2, domain)), 2) }
 		got, findings, err := DecodeRoutes(join(tableName, host("one", domain), host("two", "other"), host("three", strings.ToUpper(domain))))
-		want := []Finding{{Security, "", "the virtual hosts one and three have the same domain " + domain}}
+		want := []Finding{{Class: Security, Problem: "the virtual hosts one and three have the same domain " + domain}}
 		if err != nil || !reflect.DeepEqual(findings, want) {
 			t.Errorf("error %v, findings %+v, want %+v", err, findings, want)
 		}
