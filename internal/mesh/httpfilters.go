@@ -13,12 +13,13 @@ type HTTPFilter struct {
 	Disabled   bool   // unless a route has a configuration for it
 	Optional   bool   // may be left out if it is not supported
 
-	// OnItsOwn is set if the configuration is a resource with the filter's name. The configuration below is the default
-	// until it comes.
-	OnItsOwn bool
+	// OnItsOwn is set if the configuration is a resource with the filter's name. Until it comes, Type and the configuration
+	// below are the default; without a default, requests are refused. See Snapshot.Filter.
+	OnItsOwn     bool
+	BeforePolicy bool // a policy comes after it
 
 	// Refused is set if the filter is not understood or not carried out, and could refuse or prepare requests. Its filter
-	// chain is refused as well.
+	// chain is refused as well, unless OnItsOwn is set and there is no default.
 	Refused bool
 
 	RBAC     *RBAC
@@ -211,7 +212,8 @@ func (d *decoder) judgeFilters(filters []HTTPFilter) {
 		if (f.Type == routerType) != (i == len(filters)-1) {
 			d.report(Security, "the router is not the last HTTP filter")
 		} else {
-			d.judgeFilter(f, i < lastPolicy)
+			f.BeforePolicy = i < lastPolicy
+			d.judgeFilter(f)
 		}
 		f.Refused = f.Refused || d.refusals > before
 	}
@@ -222,19 +224,20 @@ func (d *decoder) judgeFilters(filters []HTTPFilter) {
 
 // judgeFilter reports f if it is not supported. It may be left out without loss of security if it is optional, is turned
 // off, or has no influence on a policy.
-func (d *decoder) judgeFilter(f *HTTPFilter, beforePolicy bool) {
+func (d *decoder) judgeFilter(f *HTTPFilter) {
 	problem := "the HTTP filter " + f.Name + " of type " + f.Type + " is not supported"
 	switch {
 	case f.OnItsOwn && f.Type != "" && knownFilters[f.Type] != nil:
-		d.report(Traffic, "the configuration of the HTTP filter "+f.Name+" comes on its own; its default is used")
+		d.report(Traffic, "the configuration of the HTTP filter "+f.Name+" comes on its own; its default is used until then")
 	case knownFilters[f.Type] != nil:
 	case f.Disabled:
 		d.report(Cosmetic, problem+"; it is turned off")
 	case f.Optional:
 		d.report(Cosmetic, "the optional HTTP filter "+f.Name+" of type "+f.Type+" is not supported")
 	case f.Type == "" && f.OnItsOwn:
-		d.report(Security, "the configuration of the HTTP filter "+f.Name+" comes on its own, and has no default")
-	case slices.Contains(plainFilters, f.Type), slices.Contains(preparingFilters, f.Type) && !beforePolicy:
+		d.report(Unenforced, "the configuration of the HTTP filter "+f.Name+" comes on its own; requests are refused until then")
+		d.narrow++
+	case slices.Contains(plainFilters, f.Type), slices.Contains(preparingFilters, f.Type) && !f.BeforePolicy:
 		d.report(Traffic, problem)
 	default:
 		d.report(Security, problem)
@@ -267,7 +270,7 @@ func (d *decoder) extensionConfig(m wire.Message) *HTTPFilter {
 		}
 	}
 	d.carry(f.Type, f.Restricts())
-	d.judgeFilter(f, false)
+	d.judgeFilter(f)
 	f.Refused = d.refusals > before
 	return f
 }

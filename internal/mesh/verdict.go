@@ -26,12 +26,12 @@ func (s *Snapshot) inbound(c *ConnInfo) string {
 	if l == nil {
 		return ""
 	}
-	_, refusal := l.judge(c)
+	_, refusal := l.judge(s, c)
 	return refusal
 }
 
 // judge returns the filter chain of a connection, or why it is refused.
-func (l *Listener) judge(c *ConnInfo) (*FilterChain, string) {
+func (l *Listener) judge(s *Snapshot, c *ConnInfo) (*FilterChain, string) {
 	info := l.inspected(c)
 	chain, ok := l.Match(&info)
 	switch {
@@ -48,7 +48,7 @@ func (l *Listener) judge(c *ConnInfo) (*FilterChain, string) {
 	case slices.ContainsFunc(chain.Policies, NetworkFilter.Restricts):
 		return nil, "its filter chain in " + l.Name + " has policies, which are not supported yet"
 	}
-	return chain, judgeHTTP(chain.HTTP)
+	return chain, s.judgeHTTP(chain.HTTP)
 }
 
 // inspected returns what the listener's filters find out about a connection.
@@ -66,12 +66,17 @@ func (l *Listener) inspected(c *ConnInfo) ConnInfo {
 
 // judgeHTTP returns why no request may pass. A part of the routes that is refused closes the connection: which requests it
 // concerns is seen only later.
-func judgeHTTP(h *HTTPManager) string {
+func (s *Snapshot) judgeHTTP(h *HTTPManager) string {
 	if h == nil {
 		return ""
 	}
 	for i := range h.Filters {
-		if f := &h.Filters[i]; f.Restricts() {
+		switch f := s.Filter(&h.Filters[i]); {
+		case f == nil:
+			return "the configuration of the HTTP filter " + h.Filters[i].Name + " has not come"
+		case f.Refused:
+			return "the HTTP filter " + h.Filters[i].Name + " is refused"
+		case f.Restricts():
 			return "the HTTP filter " + f.Name + " is not supported yet"
 		}
 	}
@@ -89,7 +94,7 @@ func (s *Snapshot) outbound(c *ConnInfo) string {
 	if l == nil {
 		return ""
 	}
-	chain, refusal := l.judge(c)
+	chain, refusal := l.judge(s, c)
 	switch {
 	case refusal != "":
 		return refusal

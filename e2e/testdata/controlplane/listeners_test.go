@@ -554,10 +554,17 @@ func readHTTP(h *hcm.HttpConnectionManager) *mesh.HTTPManager {
 	for _, upgrade := range h.UpgradeConfigs {
 		want.Upgrades = append(want.Upgrades, mesh.Upgrade{Protocol: upgrade.UpgradeType, Disabled: upgrade.Enabled != nil && !upgrade.Enabled.Value})
 	}
-	for _, filter := range h.HttpFilters {
+	lastPolicy := -1
+	for i, filter := range h.HttpFilters {
+		if url := path.Ext(filter.GetTypedConfig().GetTypeUrl()); url == ".RBAC" || url == ".JwtAuthentication" || url == ".ExtAuthz" {
+			lastPolicy = i
+		}
+	}
+	for i, filter := range h.HttpFilters {
 		f := readHTTPFilter(filter.GetTypedConfig())
 		f.Name, f.Optional, f.Disabled = filter.Name, filter.IsOptional, filter.Disabled
 		f.Refused = f.Refused && !f.Disabled
+		f.BeforePolicy = i < lastPolicy
 		want.Filters = append(want.Filters, f)
 	}
 	return want
