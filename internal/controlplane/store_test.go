@@ -287,6 +287,39 @@ func TestTheFirstSnapshotDoesNotWaitForever(t *testing.T) {
 	<-r.Initialized()
 }
 
+// The configuration of an HTTP filter that is a resource of its own is asked for by the listener that names it, and is in
+// force when it comes. One that is not understood refuses requests.
+func TestConfigurationsOfFiltersAreAskedFor(t *testing.T) {
+	const rbacType = "envoy.extensions.filters.http.rbac.v3.RBAC"
+	extension := func(value []byte) xds.Resource {
+		return resource(xds.Extensions, "e", join(text(1, "e"), nest(value, 2)))
+	}
+	r := begin(t)
+	named := join(text(1, "e"), nest(text(4, rbacType), 5))
+	router := join(text(1, "router"), nest(packed(routerType, nil), 4))
+	outcome := r.Update(update(xds.Listeners, listenerOf("http", "2", managerType, join(nest(text(2, "80"), 3), nest(named, 5), nest(router, 5)))))
+	if !slices.Equal(outcome.Wanted[xds.Extensions], []string{"e"}) || len(outcome.Rejected) > 0 {
+		t.Fatalf("outcome %+v", outcome)
+	}
+	filter := &r.Snapshot().Listener("http").Chains[0].HTTP.Filters[0]
+	if f := r.Snapshot().Filter(filter); f != nil {
+		t.Errorf("before it comes: %+v", f)
+	}
+	r.accepts(update(xds.Extensions, extension(packed(rbacType, nil))))
+	if f := r.Snapshot().Filter(filter); f == nil || f.RBAC == nil || f.Refused {
+		t.Errorf("when it has come: %+v", f)
+	}
+	if outcome := r.Update(update(xds.Extensions, extension(packed("x.Y", nil)))); len(outcome.Rejected) != 1 || r.Snapshot().Filter(filter).Refused {
+		t.Errorf("another version that is not understood: outcome %+v, filter %+v", outcome, r.Snapshot().Filter(filter))
+	}
+	r = begin(t)
+	r.Update(update(xds.Listeners, listenerOf("http", "2", managerType, join(nest(text(2, "80"), 3), nest(named, 5), nest(router, 5)))))
+	r.Update(update(xds.Extensions, extension(packed("x.Y", nil))))
+	if f := r.Snapshot().Filter(filter); f == nil || !f.Refused {
+		t.Errorf("without a good version: %+v", f)
+	}
+}
+
 func TestTheLastGoodVersionStaysInForce(t *testing.T) {
 	refused := cluster("web", "web", "2")
 	refused.Value = append(refused.Value, nest(nil, 59)...) // transport_socket_matcher

@@ -19,7 +19,7 @@ func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	if l == nil {
 		return nil, ""
 	}
-	return l.judge(c)
+	return l.judge(s, c)
 }
 
 // Outbound returns why a connection must not be carried to its original destination, and nothing if it may be. It closes
@@ -33,7 +33,7 @@ func (s *Snapshot) Outbound(c *ConnInfo) (refusal string) {
 	if l == nil {
 		return ""
 	}
-	chain, refusal := l.judge(c)
+	chain, refusal := l.judge(s, c)
 	switch {
 	case refusal != "":
 		return refusal
@@ -52,7 +52,7 @@ func (s *Snapshot) Outbound(c *ConnInfo) (refusal string) {
 }
 
 // judge returns the filter chain of a connection, or why it is refused.
-func (l *Listener) judge(c *ConnInfo) (*FilterChain, string) {
+func (l *Listener) judge(s *Snapshot, c *ConnInfo) (*FilterChain, string) {
 	info := l.inspected(c)
 	chain, ok := l.Match(&info)
 	switch {
@@ -64,10 +64,10 @@ func (l *Listener) judge(c *ConnInfo) (*FilterChain, string) {
 		return nil, "no filter chain of " + l.Name + " accepts it"
 	case chain.Refused:
 		return nil, "its filter chain in " + l.Name + " is refused"
-	case slices.ContainsFunc(chain.Policies, func(f NetworkFilter) bool { return f.RBAC == nil || f.RBAC.Restricts() }):
+	case slices.ContainsFunc(chain.Policies, NetworkFilter.Restricts):
 		return nil, "its filter chain in " + l.Name + " has policies, which are not supported yet"
 	}
-	return chain, judgeHTTP(chain.HTTP)
+	return chain, s.judgeHTTP(chain.HTTP)
 }
 
 // inspected returns what the listener's filters find out about a connection.
@@ -85,12 +85,17 @@ func (l *Listener) inspected(c *ConnInfo) ConnInfo {
 
 // judgeHTTP returns why no request may pass. A part of the routes that is refused closes the connection: which requests it
 // concerns is seen only later.
-func judgeHTTP(h *HTTPManager) string {
+func (s *Snapshot) judgeHTTP(h *HTTPManager) string {
 	if h == nil {
 		return ""
 	}
-	for _, f := range h.Filters {
-		if slices.Contains(policyFilters, f.Type) && (f.RBAC == nil || f.RBAC.Restricts()) {
+	for i := range h.Filters {
+		switch f := s.Filter(&h.Filters[i]); {
+		case f == nil:
+			return "the configuration of the HTTP filter " + h.Filters[i].Name + " has not come"
+		case f.Refused:
+			return "the HTTP filter " + h.Filters[i].Name + " is refused"
+		case f.Restricts():
 			return "the HTTP filter " + f.Name + " is not supported yet"
 		}
 	}

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -18,6 +19,8 @@ func snapshotOf(t *testing.T, values ...any) *Snapshot {
 			edit.SetAssignment(value.Name, value)
 		case *Routes:
 			edit.SetRoutes(value.Name, value)
+		case *HTTPFilter:
+			edit.SetExtension(value.Name, value)
 		case *Listener:
 			if err := value.index.build(value.Chains); err != nil {
 				t.Fatal(err)
@@ -95,6 +98,60 @@ func TestWhatConcernsSecurityAndIsNotCarriedOutIsClosed(t *testing.T) {
 				t.Errorf("TLS is ended: %v", ended)
 			}
 		})
+	}
+}
+
+// An HTTP filter whose configuration is a resource of its own refuses requests until it comes, unless it has a default.
+func TestConfigurationsOfFiltersThatComeOnTheirOwn(t *testing.T) {
+	waits := HTTPFilter{Name: "e", OnItsOwn: true, Refused: true}
+	byDefault := HTTPFilter{Name: "e", OnItsOwn: true, Type: rbacType, RBAC: &RBAC{}}
+	optional := HTTPFilter{Name: "e", OnItsOwn: true, Optional: true}
+	before := HTTPFilter{Name: "e", OnItsOwn: true, Refused: true, BeforePolicy: true}
+	for name, c := range map[string]struct {
+		filter    HTTPFilter
+		extension *HTTPFilter // nil: it has not come
+		refusal   string      // empty: requests pass
+	}{
+		"it has not come":                            {waits, nil, "the configuration of the HTTP filter e has not come"},
+		"it has come":                                {waits, &HTTPFilter{Name: "e", Type: rbacType, RBAC: &RBAC{}}, ""},
+		"another one has come":                       {waits, &HTTPFilter{Name: "f", Type: rbacType, RBAC: &RBAC{}}, "has not come"},
+		"it restricts":                               {waits, &HTTPFilter{Name: "e", Type: rbacType, RBAC: &RBAC{Rules: &Rules{}}}, "is not supported yet"},
+		"it is refused":                              {waits, &HTTPFilter{Name: "e", Refused: true}, "is refused"},
+		"its default":                                {byDefault, nil, ""},
+		"it takes the place of the default":          {byDefault, &HTTPFilter{Name: "e", Refused: true}, "is refused"},
+		"it may be left out":                         {optional, nil, ""},
+		"a program":                                  {waits, &HTTPFilter{Name: "e", Type: wasmType}, ""},
+		"a program that may prepare a policy":        {before, &HTTPFilter{Name: "e", Type: wasmType}, "is refused"},
+		"a configuration before a policy":            {before, &HTTPFilter{Name: "e", Type: rbacType, RBAC: &RBAC{}}, ""},
+		"a filter that is not a resource of its own": {HTTPFilter{Name: "e", Type: routerType}, &HTTPFilter{Name: "e", Refused: true}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			values := []any{accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{c.filter}, Routes: &Routes{}}})}
+			if c.extension != nil {
+				values = append(values, c.extension)
+			}
+			s := snapshotOf(t, values...)
+			conn := ConnInfo{Destination: netip.MustParseAddrPort("192.0.2.7:8080"), Source: netip.MustParseAddrPort("192.0.2.9:40000")}
+			judged(t, s.Verdict(Inbound, &conn), c.refusal)
+		})
+	}
+}
+
+// Clusters that policies ask stay in force as long as the listener names them.
+func TestAListenerNamesTheClustersOfItsPolicies(t *testing.T) {
+	l := accepting(&FilterChain{
+		Policies: []NetworkFilter{{RBAC: &RBAC{}}, {ExtAuthz: &ExtAuthz{GRPC: &GRPCService{Cluster: "a"}}}},
+		HTTP: &HTTPManager{Filters: []HTTPFilter{
+			{ExtAuthz: &ExtAuthz{HTTP: &HTTPAuthz{Service: HTTPService{Cluster: "b"}}}},
+			{JWT: &JWT{Providers: []JWTProvider{{Keys: []byte("{}")}, {Remote: &RemoteKeys{Service: HTTPService{Cluster: "c"}}}}}},
+			{Name: "e", OnItsOwn: true, Type: rbacType},
+		}},
+	})
+	if names := slices.Collect(l.ClusterNames()); !slices.Equal(names, []string{"a", "b", "c"}) {
+		t.Errorf("clusters %v", names)
+	}
+	if names := slices.Collect(l.ExtensionNames()); !slices.Equal(names, []string{"e"}) {
+		t.Errorf("extensions %v", names)
 	}
 }
 
