@@ -201,21 +201,8 @@ func BenchmarkThousandServices(b *testing.B) {
 	if s.Snapshot() == nil {
 		b.Fatal("not in force")
 	}
-	packed := 0
-	seen := map[*chunk]bool{}
-	for t := range s.entries {
-		for _, e := range s.entries[t] {
-			for v := range e.versions() {
-				if c := v.raw.in; c != nil && !seen[c] {
-					seen[c] = true
-					packed += len(c.packed) + cap(c.plain)
-				}
-			}
-		}
-	}
 	b.ReportMetric(float64(size)/1e6, "MB")
-	b.ReportMetric(float64(packed)/1e3, "packed-KB")
-	b.ReportMetric(float64(len(seen)), "chunks")
+	b.ReportMetric(float64(keptSize(s))/1e3, "packed-KB")
 	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/1e6, "heap-MB")
 	runtime.KeepAlive(s)
 }

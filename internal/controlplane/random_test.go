@@ -265,7 +265,7 @@ func (w *world) contents() string {
 }
 
 func TestResponsesInAnyOrderConverge(t *testing.T) {
-	seeds := uint64(300)
+	seeds := uint64(150)
 	if testing.Short() {
 		seeds = 30
 	}
