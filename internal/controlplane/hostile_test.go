@@ -30,7 +30,7 @@ func TestARecordedStreamLosesNoCluster(t *testing.T) {
 	}
 	// What a restarted agent is given by the same stream is the same.
 	again := newRig(t)
-	for r := range w.LastGood() {
+	for r := range w.Resources() {
 		b, err := r.Bytes()
 		if err != nil {
 			t.Fatal(err)

@@ -216,3 +216,20 @@ func BenchmarkOneEndpointOfThousandServices(b *testing.B) {
 		s.Update(u)
 	}
 }
+
+// Showing and saving resources must not unpack the same chunk again and again.
+func BenchmarkShowThousandServices(b *testing.B) {
+	s := quietStore(b)
+	takeAll(b, s, thousand(b))
+	for name, all := range map[string]func() Resources{"in order": s.Resources, "to keep": s.LastGood} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				for r := range all() {
+					if _, err := r.Bytes(); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+		})
+	}
+}

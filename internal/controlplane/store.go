@@ -509,13 +509,13 @@ func (s *Store) complete(now time.Time) bool {
 
 // pack compresses what was added, together with what is left of chunks that are mostly unused.
 func (s *Store) pack() {
+	var u unpacker
 	for t := range s.entries {
 		for _, e := range s.entries[t] {
 			for v := range e.versions() {
 				if !v.raw.sparse() {
 					continue
 				}
-				var u unpacker
 				if b, err := u.read(v.raw.view()); err == nil {
 					v.raw.free()
 					v.raw = s.archive.add(b)
