@@ -260,6 +260,8 @@ func BenchmarkRestartWithThousandServices(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
+	start := processorTime(b)
+	defer func() { reportProcessorTime(b, start) }()
 	for b.Loop() {
 		if s := quietStore(b); !k.Restore(s, slog.New(slog.DiscardHandler)) {
 			b.Fatal("not in force")
