@@ -98,6 +98,7 @@ type view struct {
 	plain        []byte // of the span
 	packed       []byte // of its chunk
 	offset, size uint32
+	unpacked     int // bytes of its chunk
 }
 
 func (s span) view() view {
@@ -107,7 +108,7 @@ func (s span) view() view {
 	if s.in.plain != nil {
 		return view{plain: s.in.plain[s.offset : s.offset+s.size : s.offset+s.size]}
 	}
-	return view{packed: s.in.packed, offset: s.offset, size: s.size}
+	return view{packed: s.in.packed, offset: s.offset, size: s.size, unpacked: s.in.size}
 }
 
 // maxUnpacked bounds the chunks that are kept unpacked while resources are shown: 8 MB.
@@ -130,8 +131,8 @@ func (u *unpacker) read(v view) ([]byte, error) {
 	defer u.mu.Unlock()
 	plain, ok := u.plain[&v.packed[0]]
 	if !ok {
-		var err error
-		if plain, err = io.ReadAll(flate.NewReader(bytes.NewReader(v.packed))); err != nil {
+		plain = make([]byte, v.unpacked)
+		if _, err := io.ReadFull(flate.NewReader(bytes.NewReader(v.packed)), plain); err != nil {
 			return nil, fmt.Errorf("unpacking resources: %w", err)
 		}
 		if len(u.plain) >= max(u.limit, 1) {
