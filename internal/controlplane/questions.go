@@ -41,6 +41,22 @@ func (e *entry) resources(all []Resource, t xds.Type, u *unpacker) []Resource {
 	return all
 }
 
+// LastGood returns the last good version of each resource that was not removed, in the order of Resources.
+func (s *Store) LastGood() Resources {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var all []Resource
+	var u unpacker
+	for t := range xds.Type(xds.Types) {
+		for _, e := range slices.SortedFunc(maps.Values(s.entries[t]), compareNames) {
+			if v := latest(e); v != nil && !v.closed && !e.removed {
+				all = append(all, Resource{Type: t, Name: e.name, TypeURL: t.URL(), Updated: v.updated, Version: v.text(), Bytes: v.reader(&u), Findings: v.findings})
+			}
+		}
+	}
+	return slices.Values(all)
+}
+
 func latest(e *entry) *version {
 	if e.next != nil {
 		return e.next

@@ -55,6 +55,9 @@ func (s *Store) warm(edit *mesh.Edit, t xds.Type, e *entry, now time.Time, state
 		is = ready
 	}
 	if is == ready {
+		if e.active != nil {
+			s.needs = nil // the version that it replaces needs nothing any more
+		}
 		s.drop(e.active)
 		e.active, e.next, e.since = e.next, nil, time.Time{}
 		put(edit, t, e.name, e.active.value)
@@ -126,49 +129,66 @@ func (n *names) add(t xds.Type, all iter.Seq[string]) {
 	}
 }
 
-// needs returns the names that are needed by versions in force and by those that wait. Of clusters that were removed it
-// returns the needs only if those are included.
-func (s *Store) needs(includeRemoved bool) *names {
-	var n names
-	for _, t := range []xds.Type{xds.Endpoints, xds.Routes, xds.Secrets, xds.Extensions} {
+// needs is what is asked for by name: what the versions in force and those that wait name.
+type needs struct {
+	wanted    names
+	lingering names // besides, by clusters that were removed: it is not asked for any more
+}
+
+// name adds what a version names to n.
+func (n *names) name(value any) {
+	switch value := value.(type) {
+	case *mesh.Cluster:
+		if value.Discovery == mesh.ByEDS {
+			n[xds.Endpoints][value.Assignment] = struct{}{}
+		}
+		n.add(xds.Secrets, value.SecretNames())
+	case *mesh.Listener:
+		n.add(xds.Routes, value.RouteNames())
+		n.add(xds.Secrets, value.SecretNames())
+		n.add(xds.Extensions, value.ExtensionNames())
+	}
+}
+
+// needed returns what is needed. It is computed again after clusters or listeners changed.
+func (s *Store) needed() *needs {
+	if s.needs != nil {
+		return s.needs
+	}
+	n := &needs{wanted: newNames(), lingering: newNames()}
+	for _, t := range []xds.Type{xds.Clusters, xds.Listeners} {
+		for _, e := range s.entries[t] {
+			set := &n.wanted
+			if e.removed {
+				set = &n.lingering
+			}
+			for v := range e.used() {
+				set.name(v.value)
+			}
+		}
+	}
+	maps.DeleteFunc(n.wanted[xds.Secrets], func(name string, _ struct{}) bool { return local(name) })
+	s.needs = n
+	return n
+}
+
+func newNames() (n names) {
+	for t := range n {
 		n[t] = map[string]struct{}{}
 	}
-	for _, e := range s.entries[xds.Clusters] {
-		if e.removed && !includeRemoved {
-			continue
-		}
-		for v := range e.used() {
-			if c, ok := v.value.(*mesh.Cluster); ok {
-				if c.Discovery == mesh.ByEDS {
-					n[xds.Endpoints][c.Assignment] = struct{}{}
-				}
-				n.add(xds.Secrets, c.SecretNames())
-			}
-		}
-	}
-	for _, e := range s.entries[xds.Listeners] {
-		for v := range e.used() {
-			if l, ok := v.value.(*mesh.Listener); ok {
-				n.add(xds.Routes, l.RouteNames())
-				n.add(xds.Secrets, l.SecretNames())
-				n.add(xds.Extensions, l.ExtensionNames())
-			}
-		}
-	}
-	maps.DeleteFunc(n[xds.Secrets], func(name string, _ struct{}) bool { return local(name) })
-	return &n
+	return n
 }
 
 // dropUnnamed takes away what is asked for by name and needed by nothing any more. A name that is still asked for keeps
 // its resource: it would not be sent again.
 func (s *Store) dropUnnamed(edit *mesh.Edit) {
-	needed := s.needs(true)
+	needs := s.needed()
 	for t := range xds.Type(xds.Types) {
 		if t.Wildcard() {
 			continue
 		}
 		for name, e := range s.entries[t] {
-			if !has(needed[t], name) && !has(s.asked[t], name) {
+			if !has(needs.wanted[t], name) && !has(needs.lingering[t], name) && !has(s.asked[t], name) {
 				s.erase(edit, t, e)
 			}
 		}
@@ -207,17 +227,14 @@ func (s *Store) namedClusters() map[string]struct{} {
 			named[name] = struct{}{}
 		}
 	}
-	for _, t := range []xds.Type{xds.Routes, xds.Listeners} {
-		for _, e := range s.entries[t] {
-			if e.active == nil {
-				continue
-			}
-			switch value := e.active.value.(type) {
-			case *mesh.Routes:
-				add(value.ClusterNames())
-			case *mesh.Listener:
-				add(value.ClusterNames())
-			}
+	for _, e := range s.entries[xds.Listeners] {
+		if l, ok := e.value().(*mesh.Listener); ok {
+			add(l.ClusterNames())
+		}
+	}
+	for name := range s.needed().wanted[xds.Routes] { // other routes are about to be dropped
+		if r, ok := s.entries[xds.Routes][name].value().(*mesh.Routes); ok {
+			add(r.ClusterNames())
 		}
 	}
 	return named
@@ -226,17 +243,25 @@ func (s *Store) namedClusters() map[string]struct{} {
 // ask returns the names that are to be asked for from now on, of the types in which that is a change.
 func (s *Store) ask() map[xds.Type][]string {
 	wanted := map[xds.Type][]string{}
-	needed := s.needs(false)
+	needs := s.needed()
 	for t := range xds.Type(xds.Types) {
 		switch {
-		case !t.Wildcard() && !maps.Equal(needed[t], s.asked[t]):
-			wanted[t], s.asked[t] = sorted(needed[t]), needed[t]
+		case !t.Wildcard() && !maps.Equal(needs.wanted[t], s.asked[t]):
+			wanted[t], s.asked[t] = sorted(needs.wanted[t]), needs.wanted[t]
 		case t.Wildcard() && t != xds.Clusters && !s.began:
 			wanted[t] = nil
 		}
 	}
 	s.began = true
 	return wanted
+}
+
+// value returns the value in force, or nil. e may be nil.
+func (e *entry) value() any {
+	if e == nil || e.active == nil {
+		return nil
+	}
+	return e.active.value
 }
 
 // versions yields all versions of an entry.

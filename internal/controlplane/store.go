@@ -61,6 +61,7 @@ type Store struct {
 	snapshot    atomic.Pointer[mesh.Snapshot]
 	initialized chan struct{}
 	kick        chan struct{} // after each change of deadline
+	changes     chan struct{} // after each change of the resources
 
 	mu       sync.Mutex
 	current  *mesh.Snapshot // what is in force; published once it is whole
@@ -72,7 +73,9 @@ type Store struct {
 	started  time.Time                      // of the first update of listeners
 	deadline time.Time                      // when a wait is over; zero: none
 	pending  int                            // resources that wait
+	needs    *needs                         // nil: to be computed
 	bytes    int64
+	altered  bool // the resources were, since changes was notified
 	archive  archive
 	log      findingLog
 }
@@ -112,7 +115,7 @@ func NewStore(config StoreConfig) (*Store, error) {
 	if config.Now == nil {
 		config.Now = time.Now
 	}
-	s := &Store{config: config, initialized: make(chan struct{}), kick: make(chan struct{}, 1), current: &mesh.Snapshot{}}
+	s := &Store{config: config, initialized: make(chan struct{}), kick: make(chan struct{}, 1), changes: make(chan struct{}, 1), current: &mesh.Snapshot{}}
 	for t := range s.entries {
 		s.entries[t] = map[string]*entry{}
 	}
@@ -132,6 +135,9 @@ func (s *Store) Update(u xds.Update) xds.Outcome {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.config.Now()
+	if u.Type == xds.Clusters || u.Type == xds.Listeners {
+		s.needs = nil
+	}
 	rejected := s.receive(&u, now)
 	s.seen[u.Type] = true
 	if u.Type == xds.Listeners && s.started.IsZero() {
@@ -149,8 +155,29 @@ func (s *Store) Update(u xds.Update) xds.Outcome {
 	if s.archive.loose() {
 		s.pack()
 	}
+	s.archive.release()
+	if s.altered {
+		s.altered = false
+		notify(s.changes)
+	}
 	return xds.Outcome{Rejected: rejected, Wanted: wanted}
 }
+
+// Restore takes resources that were kept by LastGood. They are in force until the control plane has answered: its first
+// responses replace all clusters and listeners, and everything is asked for again. Call it before the first Update.
+func (s *Store) Restore(updates []xds.Update) (rejected []xds.Rejected) {
+	for _, u := range updates {
+		rejected = append(rejected, s.Update(u).Rejected...)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asked, s.began = [xds.Types]map[string]struct{}{}, false
+	s.whole[xds.Clusters], s.whole[xds.Listeners] = true, true
+	return rejected
+}
+
+// Changes returns a channel that receives after resources changed. It has one receiver.
+func (s *Store) Changes() <-chan struct{} { return s.changes }
 
 // Tick ends the waits whose time is over.
 func (s *Store) Tick() {
@@ -359,6 +386,7 @@ func (s *Store) refuse(t xds.Type, e *entry, v version, reason string, raw []byt
 // keep keeps the bytes of a version.
 func (s *Store) keep(v *version, raw []byte) {
 	v.raw = s.archive.add(raw)
+	s.altered = true
 	s.bytes += int64(len(raw))
 }
 
@@ -388,6 +416,7 @@ func (s *Store) remove(t xds.Type, name string, now time.Time) {
 	s.forget(e)
 	s.drop(e.next)
 	e.next = nil
+	s.altered = true
 	if t == xds.Clusters && e.active != nil {
 		e.removed, e.since = true, now
 		return
@@ -410,6 +439,9 @@ func (s *Store) removeOthers(u *xds.Update, now time.Time) {
 
 // erase takes a resource out of the store and out of force.
 func (s *Store) erase(edit *mesh.Edit, t xds.Type, e *entry) {
+	if t == xds.Clusters || t == xds.Listeners {
+		s.needs = nil
+	}
 	s.forget(e)
 	s.drop(e.next)
 	s.drop(e.active)
@@ -455,8 +487,13 @@ func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 		s.snapshot.Store(s.current)
 		close(s.initialized)
 	}
+	notify(s.kick)
+}
+
+// notify wakes the receiver of a channel with room for one value, now or when it receives next.
+func notify(c chan struct{}) {
 	select {
-	case s.kick <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }

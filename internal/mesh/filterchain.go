@@ -30,10 +30,11 @@ type FilterChain struct {
 	Refused bool
 }
 
-// NetworkFilter is a filter whose configuration is decoded elsewhere.
+// NetworkFilter is a filter that judges connections.
 type NetworkFilter struct {
 	Name, Type string // the type without its URL's prefix
-	Config     []byte // of the type
+	RBAC       *RBAC
+	Config     []byte // of the other types, which are decoded elsewhere
 }
 
 var filterChainFields = message{"envoy.config.listener.v3.FilterChain", Security, []field{
@@ -124,6 +125,10 @@ func (d *decoder) networkFilter(m wire.Message, c *FilterChain) {
 				tcp = d.tcpProxy(value)
 			case httpManagerType:
 				http = d.httpManager(value)
+			case networkRBACType:
+				f.Config = nil
+				f.RBAC = share(d, url, config, func() *RBAC { return d.networkRBAC(value) })
+				d.carry(url, f.RBAC.Restricts())
 			}
 		}
 	}

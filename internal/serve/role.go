@@ -87,6 +87,7 @@ type Role struct {
 	dialer    upstream.Dialer
 	engine    *httpforward.Engine
 	budget    *budget.Budget
+	draining  func() bool // engine.Draining; here, so that it is allocated once
 	settings  atomic.Pointer[Settings]
 	mesh      Mesh
 	wait      time.Duration
@@ -115,6 +116,7 @@ func NewRole(config Config) (*Role, error) {
 	if r.engine, err = httpforward.New(forwarding); err != nil {
 		return nil, err
 	}
+	r.draining = r.engine.Draining
 	r.settings.Store(&config.Settings)
 	return r, nil
 }
