@@ -40,7 +40,7 @@ type message struct {
 type decoder struct {
 	err      error
 	findings []Finding
-	refusals int  // findings of security, also those that are not kept
+	refusals int  // findings that close what they concern, also those that are not kept
 	narrow   int  // those of refusals that refuse less than a filter chain
 	shadow   bool // what is read cannot restrict anything, so its findings are of the class of traffic at most
 
@@ -117,7 +117,7 @@ const unsupported = "not supported"
 
 // report adds a finding about the field that is being read.
 func (d *decoder) report(class Class, problem string) {
-	if class == Security {
+	if class >= Unenforced {
 		d.refusals++
 	}
 	if d.shadow {

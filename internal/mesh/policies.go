@@ -1,7 +1,7 @@
 package mesh
 
-// carriedOut has the types of policies, and whether the data plane carries them out. A policy that is not carried out is a
-// finding of security if it can refuse anything: what it concerns is closed.
+// carriedOut has the types of policies, and whether the data plane carries them out. A policy that is not carried out is
+// Unenforced if it can refuse anything: what it concerns is closed.
 var carriedOut = map[string]bool{
 	networkRBACType: false,
 	rbacType:        false,
@@ -10,7 +10,7 @@ var carriedOut = map[string]bool{
 // carry reports a policy that can restrict what passes, unless it is carried out.
 func (d *decoder) carry(policy string, restricts bool) {
 	if restricts && !carriedOut[policy] {
-		d.report(Security, "policies of type "+policy+" are not carried out yet")
+		d.report(Unenforced, "policies of type "+policy+" are not carried out yet")
 	}
 }
 

@@ -113,8 +113,8 @@ var expectedFindings = map[string]mesh.Class{
 	"filter.extension_filter: not supported": mesh.Cosmetic,
 	"filter.and_filter: not supported":       mesh.Cosmetic,
 	// Cases with policies, and the ports of the sidecar's dump with rules that are empty. They close their chains.
-	"policies of type envoy.extensions.filters.network.rbac.v3.RBAC are not carried out yet": mesh.Security,
-	"policies of type envoy.extensions.filters.http.rbac.v3.RBAC are not carried out yet":    mesh.Security,
+	"policies of type envoy.extensions.filters.network.rbac.v3.RBAC are not carried out yet": mesh.Unenforced,
+	"policies of type envoy.extensions.filters.http.rbac.v3.RBAC are not carried out yet":    mesh.Unenforced,
 	// Case 14-envoyfilter-proxyconfig: an EnvoyFilter adds a Lua program. It does not run.
 	"the HTTP filter envoy.filters.http.lua of type envoy.extensions.filters.http.lua.v3.Lua is not supported": mesh.Traffic,
 }
