@@ -8,6 +8,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/configdump"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/metrics"
+	"github.com/pillion-proxy/pillion/internal/xds"
 )
 
 // shown is what the admin server shows of the control plane.
@@ -83,4 +85,30 @@ func (s shown) Identity() *admin.Identity {
 		}
 	}
 	return identity
+}
+
+// controlPlaneCounts are the numbers of the session, for the metrics.
+func (a *Agent) controlPlaneCounts() metrics.ControlPlane {
+	s := a.plane.session.Status()
+	counts := metrics.ControlPlane{
+		Connected: s.Stream.Connected, Streams: s.Stream.Streams, Failed: s.Stream.Failed, Lost: s.Stream.Lost,
+		LastPush: s.LastPush, Initialized: s.Initialized,
+		Expiry: s.Identity.NotAfter, Renewals: s.Identity.Renewals, Failures: s.Identity.Failures,
+		Calls: s.Calls.All, FailedCalls: s.Calls.Failed,
+	}
+	for t := range xds.Type(xds.Types) {
+		of := &s.Stream.Types[t]
+		counts.Types = append(counts.Types, metrics.PushType{
+			Name: t.String(), Resources: of.Held, Accepted: of.Updates - of.Rejected, Rejected: of.Rejected,
+			Bytes: s.Counts[t].Bytes, Decoding: s.Counts[t].Decoded,
+		})
+	}
+	for class := mesh.Cosmetic; class <= mesh.Security; class++ {
+		sum := 0
+		for t := range s.Findings {
+			sum += s.Findings[t][class]
+		}
+		counts.Findings = append(counts.Findings, metrics.Findings{Class: class.String(), Count: sum})
+	}
+	return counts
 }

@@ -31,6 +31,7 @@ type Session struct {
 
 	mu     sync.Mutex
 	counts [xds.Types]Counts
+	calls  Calls
 }
 
 // Counts are what a Session has received of one type.
@@ -39,6 +40,9 @@ type Counts struct {
 	Decoded time.Duration // spent in taking updates
 	Last    int64         // bytes of the last update
 }
+
+// Calls counts the calls of the CA.
+type Calls struct{ All, Failed int64 }
 
 // NewSession returns a session that has not begun.
 func NewSession(config SessionConfig) (*Session, error) {
@@ -123,7 +127,14 @@ func (s *Session) call(ctx context.Context, method string, message []byte) ([]by
 		return nil, err
 	}
 	defer connection.Close()
-	return connection.Call(ctx, method, message)
+	response, err := connection.Call(ctx, method, message)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.calls.All++
+	if err != nil {
+		s.calls.Failed++
+	}
+	return response, err
 }
 
 // connect opens a stream on a connection of its own, so that each stream reads the roots again.

@@ -13,7 +13,8 @@ type Status struct {
 	Stream      xds.Status
 	Counts      [xds.Types]Counts
 	Findings    [xds.Types][mesh.Security + 1]int // of the resources, by class
-	LastPush    time.Time                         // of any type; zero: nothing was received
+	Calls       Calls
+	LastPush    time.Time // of any type; zero: nothing was received
 	Initialized bool
 	Identity    IdentityStatus
 }
@@ -33,7 +34,7 @@ type IdentityStatus struct {
 func (s *Session) Status() Status {
 	status := Status{Address: s.config.Pod.Discovery.Address, Stream: s.client.Status(), Identity: s.identityStatus()}
 	s.mu.Lock()
-	status.Counts = s.counts
+	status.Counts, status.Calls = s.counts, s.calls
 	s.mu.Unlock()
 	for _, t := range status.Stream.Types {
 		if t.Last.After(status.LastPush) {

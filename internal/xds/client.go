@@ -82,6 +82,9 @@ type Status struct {
 	Since     time.Time // of Connected's last change; zero before the first
 	LastError error     // that ended the last stream, or kept it from being opened
 	Failures  int       // in sequence: streams that ended before a response
+	Streams   int64     // that were answered
+	Failed    int64     // streams that ended before a response
+	Lost      int64     // streams that ended after one
 	Types     [Types]TypeStatus
 }
 
@@ -210,6 +213,7 @@ func (c *Client) connected() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.status.Connected, c.status.Since, c.status.Failures = true, time.Now(), 0
+	c.status.Streams++
 }
 
 func (c *Client) disconnected(answered bool, err error) {
@@ -219,8 +223,11 @@ func (c *Client) disconnected(answered bool, err error) {
 		c.status.Since = time.Now()
 	}
 	c.status.Connected, c.status.LastError = false, err
-	if !answered {
+	if answered {
+		c.status.Lost++
+	} else {
 		c.status.Failures++
+		c.status.Failed++
 	}
 }
 
