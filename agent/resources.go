@@ -2,11 +2,15 @@ package agent
 
 import (
 	"crypto/x509"
+	"encoding/json"
 	"iter"
+	"strings"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/admin"
 	"github.com/pillion-proxy/pillion/internal/configdump"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
+	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/xds"
@@ -111,4 +115,66 @@ func (a *Agent) controlPlaneCounts() metrics.ControlPlane {
 		counts.Findings = append(counts.Findings, metrics.Findings{Class: class.String(), Count: sum})
 	}
 	return counts
+}
+
+// livePlane returns the function that describes the session to people, or nil without a control plane.
+func (a *Agent) livePlane() func() *live.ControlPlane {
+	if a.plane.session == nil {
+		return nil
+	}
+	return a.describeSession
+}
+
+func (a *Agent) describeSession() *live.ControlPlane {
+	s, now := a.plane.session.Status(), time.Now()
+	c := &live.ControlPlane{
+		Address: s.Address, Server: serverName(s.Stream.Server), Connected: s.Stream.Connected, Configured: s.Initialized,
+		Types: []live.PushType{}, Identity: describeIdentity(&s.Identity, now),
+	}
+	if !s.Stream.Since.IsZero() {
+		c.SinceSeconds = now.Sub(s.Stream.Since).Seconds()
+	}
+	if !s.Stream.Connected && s.Stream.LastError != nil {
+		c.Why = s.Stream.LastError.Error()
+	}
+	if !s.LastPush.IsZero() {
+		c.PushAgeSeconds = now.Sub(s.LastPush).Seconds()
+	}
+	for t := range xds.Type(xds.Types) {
+		c.SecurityFindings += s.Findings[t][mesh.Security]
+		c.TrafficFindings += s.Findings[t][mesh.Traffic]
+		c.CosmeticFindings += s.Findings[t][mesh.Cosmetic]
+		if of := &s.Stream.Types[t]; of.Updates > 0 {
+			c.Types = append(c.Types, live.PushType{
+				Type: t.String(), Resources: of.Held, Pushes: of.Updates, Rejected: of.Rejected, AgeSeconds: now.Sub(of.Last).Seconds(), Error: of.LastError,
+			})
+		}
+	}
+	return c
+}
+
+func describeIdentity(s *controlplane.IdentityStatus, now time.Time) *live.Identity {
+	if s.Source == "" {
+		return nil
+	}
+	i := &live.Identity{Source: s.Source, SPIFFE: s.SPIFFE, Expires: s.NotAfter, Renewals: s.Renewals, Failures: s.Failures}
+	if !s.NotAfter.IsZero() {
+		i.ExpiresSeconds = s.NotAfter.Sub(now).Seconds()
+	}
+	if s.LastError != nil {
+		i.Why = s.LastError.Error()
+	}
+	return i
+}
+
+// serverName returns name and version of an istiod from what it sends, or the text as it is.
+func serverName(identifier string) string {
+	var istiod struct {
+		ID   string
+		Info struct{ Version string }
+	}
+	if json.Unmarshal([]byte(identifier), &istiod) != nil || istiod.ID == "" {
+		return identifier
+	}
+	return strings.TrimSpace(istiod.ID + " " + istiod.Info.Version)
 }

@@ -127,7 +127,7 @@ func (a *Agent) liveGates() (gates []live.Gate) {
 
 // adminHandler is the admin server's handler.
 func (a *Agent) adminHandler() http.Handler {
-	looking := a.telling.live.Handler(live.Sources{Table: a.telling.table, Gates: a.liveGates})
+	looking := a.telling.live.Handler(live.Sources{Table: a.telling.table, Gates: a.liveGates, Plane: a.livePlane()})
 	return admin.NewHandler(admin.Config{
 		Version:   a.config.Version,
 		Started:   a.started,

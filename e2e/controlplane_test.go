@@ -127,6 +127,12 @@ func TestConnectionsAreHeldUntilTheFirstConfiguration(t *testing.T) {
 	}
 	awaitReady(t, s.pod, s.agent)
 	s.agent.log.await(t, "workload certificate renewed", "spiffe_id=spiffe://cluster.local/ns/shop/sa/reader")
+	status, _, _ := execute(t, s.pod, nil, "status")
+	for _, want := range []string{"istiod       127.0.0.1:15012, connected for", "2 CDS, 1 EDS, 1 LDS", "identity     spiffe://cluster.local/ns/shop/sa/reader, expires in"} {
+		if !strings.Contains(status, want) {
+			t.Errorf("pillion status does not have %q:\n%s", want, status)
+		}
+	}
 }
 
 func TestALostControlPlaneDisturbsNoConnection(t *testing.T) {

@@ -85,6 +85,7 @@ type Status struct {
 	Streams   int64     // that were answered
 	Failed    int64     // streams that ended before a response
 	Lost      int64     // streams that ended after one
+	Server    string    // that answered last, as it names itself; empty: it does not
 	Types     [Types]TypeStatus
 }
 
@@ -192,7 +193,7 @@ func (c *Client) handle(stream Stream, message []byte) error {
 			requests = append(requests, c.session.subscribe(t, names)...)
 		}
 	}
-	c.updated(r.typ, requests[0].err)
+	c.updated(r, requests[0].err)
 	if err := c.send(stream, requests...); err != nil {
 		return reason(stream, err)
 	}
@@ -231,13 +232,16 @@ func (c *Client) disconnected(answered bool, err error) {
 	}
 }
 
-func (c *Client) updated(t Type, rejection string) {
+func (c *Client) updated(r *response, rejection string) {
 	if rejection != "" {
-		c.config.Log.Warn("configuration rejected", "type", t, "err", rejection)
+		c.config.Log.Warn("configuration rejected", "type", r.typ, "err", rejection)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := &c.status.Types[t]
+	if r.server != "" {
+		c.status.Server = r.server
+	}
+	s := &c.status.Types[r.typ]
 	s.Updates++
 	s.Last, s.LastError = time.Now(), rejection
 	if rejection != "" {
