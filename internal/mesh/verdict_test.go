@@ -132,7 +132,8 @@ func TestConfigurationsOfFiltersThatComeOnTheirOwn(t *testing.T) {
 			}
 			s := snapshotOf(t, values...)
 			conn := ConnInfo{Destination: netip.MustParseAddrPort("192.0.2.7:8080"), Source: netip.MustParseAddrPort("192.0.2.9:40000")}
-			judged(t, s.Verdict(Inbound, &conn), c.refusal)
+			_, refusal := s.Inbound(&conn)
+			judged(t, refusal, c.refusal)
 		})
 	}
 }
