@@ -183,6 +183,7 @@ func sample(t *commanded) Config {
 		ReopenLogs:  t.note("reopen"),
 		Page:        text("a page"),
 		Live:        text("live"),
+		View:        text("view"),
 		Log:         slog.New(slog.DiscardHandler),
 	}
 }
@@ -249,6 +250,9 @@ func TestPaths(t *testing.T) {
 		{"POST", "/ready", 200, "LIVE\n", ""},
 		{"GET", "/live", 200, "live", ""},
 		{"GET", "/live/events", 200, "live", ""},
+		{"GET", "/config/", 200, "view", ""},
+		{"GET", "/config/cluster?name=a", 200, "view", ""},
+		{"GET", "/config", 404, "invalid path. admin commands are:\n" + list(), ""},
 		{"GET", "/listeners", 200, "virtualOutbound::127.0.0.1:15001\nvirtualOutbound::[::1]:15001\nvirtualInbound::0.0.0.0:15006\nvirtualInbound::[::]:15006\nreadiness::0.0.0.0:15021\n", ""},
 		{"GET", "/listeners?format=xml", 400, "format=\"xml\": use text or json\n", ""},
 		{"GET", "/clusters?format=xml", 400, "format=\"xml\": use text or json\n", ""},
