@@ -57,5 +57,5 @@ func (a *Agent) resolved(q dns.Query) {
 		slog.String("name", q.Name), slog.String("type", q.Type), slog.String("rcode", q.Rcode),
 		slog.String("transport", q.Transport), slog.String("upstream", orDash(q.Upstream)),
 		slog.Duration("duration", q.Duration.Round(time.Microsecond)),
-		slog.Bool("cached", q.Cached), slog.Bool("joined", q.Joined), slog.Bool("truncated", q.Truncated))
+		slog.Bool("mesh", q.Named), slog.Bool("cached", q.Cached), slog.Bool("joined", q.Joined), slog.Bool("truncated", q.Truncated))
 }

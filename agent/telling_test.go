@@ -56,13 +56,17 @@ var (
 
 // request makes r a completed request, in memory that is reused, as the engines do.
 func request(r *flow.Record, c *flow.Record) {
+	h := r.HTTP
+	if h == nil {
+		h = new(flow.Request)
+	}
+	*h = flow.Request{Method: method, Path: path, Authority: authority, ID: requestID, UserAgent: agentName,
+		Status: 200, Details: "via_upstream", ServiceTime: 1_000_000}
 	*r = flow.Record{
 		Direction: c.Direction, Protocol: c.Protocol, Opened: c.Opened, Connection: c,
 		Downstream: c.Downstream, OriginalDestination: c.OriginalDestination,
-		Upstream: c.OriginalDestination, UpstreamLocal: netip.AddrPortFrom(c.OriginalDestination.Addr(), 40001),
+		Upstream: c.OriginalDestination, UpstreamLocal: netip.AddrPortFrom(c.OriginalDestination.Addr(), 40001), HTTP: h,
 	}
-	r.HTTP = flow.Request{Method: method, Path: path, Authority: authority, ID: requestID, UserAgent: agentName,
-		Status: 200, Details: "via_upstream", ServiceTime: 1_000_000}
 	r.Sent.Store(615)
 }
 
@@ -184,7 +188,7 @@ func TestDebugLinesOfRequestsAndQueries(t *testing.T) {
 	a.resolved(dns.Query{Name: "example.", Type: "A", Rcode: "NXDOMAIN", Transport: "udp", Duration: 1500 * time.Microsecond, Cached: true})
 	for _, want := range []string{
 		"msg=request direction=inbound", "method=GET", "path=\"/catalogue/items?page=2\"", "status=200", "grpc_status=14",
-		"msg=query name=example. type=A rcode=NXDOMAIN transport=udp upstream=- duration=1.5ms cached=true joined=false truncated=false",
+		"msg=query name=example. type=A rcode=NXDOMAIN transport=udp upstream=- duration=1.5ms mesh=false cached=true joined=false truncated=false",
 	} {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("the log does not have %q:\n%s", want, log)

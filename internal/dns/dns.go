@@ -1,5 +1,5 @@
 // Package dns is the agent's resolver. The rules redirect the workload's queries to it, and it forwards them to the servers
-// that the workload would have queried.
+// that the workload would have queried. Names of the control plane, if there is one, it answers itself.
 //
 // Messages keep their bytes in both directions, except for the ID and for the OPT record that is added for downstreams
 // without EDNS and removed from their answers. Names are never completed, rewritten or sorted. The walker of messages is
@@ -63,6 +63,8 @@ type Config struct {
 	MaxInFlight int
 	// CacheSize is the number of answers that are cached, at about a kilobyte each. Zero turns the cache off.
 	CacheSize int
+	// AwaitNames answers every query SERVFAIL until the first call of SetNames.
+	AwaitNames bool
 
 	// Dial opens sockets to upstreams; network is udp or tcp. Nil means net.Dialer. Each query over UDP has a socket of
 	// its own, so that the kernel draws its source port. The rules must not redirect these sockets.
@@ -82,11 +84,12 @@ type Query struct {
 	Upstream  netip.AddrPort // source of the answer; invalid if no upstream answered
 	Duration  time.Duration
 	Cached    bool // answered from the cache
+	Named     bool // answered from the control plane's names
 	Joined    bool // shared the answer of an identical query in progress
 	Truncated bool // the answer did not fit; downstream has to repeat the query over TCP
 }
 
-// Stats holds counters, and the gauges InFlight, TCPConns, CacheEntries and CacheBytes.
+// Stats holds counters, and the gauges InFlight, TCPConns, CacheEntries, CacheBytes and Hosts.
 type Stats struct {
 	UDPQueries, TCPQueries atomic.Int64     // received packets and frames, also malformed ones
 	Answers                [16]atomic.Int64 // by response code of the header
@@ -98,6 +101,8 @@ type Stats struct {
 	Unanswered             atomic.Int64     // answered SERVFAIL because no upstream answered
 	Truncated              atomic.Int64     // answers that did not fit
 	Cached, Joined         atomic.Int64     // answers without an upstream query of their own
+	Named                  atomic.Int64     // answers from the control plane's names
+	Early                  atomic.Int64     // before these names had arrived, answered SERVFAIL
 	InFlight               atomic.Int64     // queries in progress
 
 	UpstreamQueries  atomic.Int64 // over either transport
@@ -107,6 +112,7 @@ type Stats struct {
 
 	TCPConns, TCPEvicted     atomic.Int64 // open connections; idle ones closed to make room for a new one
 	CacheEntries, CacheBytes atomic.Int64 // in the cache
+	Hosts                    atomic.Int64 // of the control plane
 }
 
 // Server is the resolver. New makes it and binds its sockets.
@@ -116,6 +122,7 @@ type Server struct {
 
 	upstreams []*upstream
 	cache     *cache // nil: no cache
+	names     atomic.Pointer[Table]
 	now       func() time.Time
 	idle      time.Duration // of a TCP connection
 
@@ -239,6 +246,13 @@ func (s *Server) bind() error {
 		}
 	}
 	return nil
+}
+
+// SetNames replaces the names that are answered without upstreams. Queries in progress are not affected. It may be called
+// at any time.
+func (s *Server) SetNames(names *Table) {
+	s.names.Store(names)
+	s.Stats.Hosts.Store(int64(names.Hosts()))
 }
 
 // Start starts to serve and returns.

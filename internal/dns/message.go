@@ -21,6 +21,7 @@ const (
 // Bits of the header's bytes 2 and 3 (RFC 1035 §4.1.1, RFC 4035 §3).
 const (
 	bitQR = 1 << 7
+	bitAA = 1 << 2
 	bitTC = 1 << 1
 	bitRD = 1 << 0
 	bitRA = 1 << 7
@@ -157,6 +158,8 @@ func (m *message) name() []byte { return m.question[:len(m.question)-4] }
 
 func (m *message) kind() uint16 { return binary.BigEndian.Uint16(m.question[len(m.question)-4:]) }
 
+func (m *message) class() uint16 { return binary.BigEndian.Uint16(m.question[len(m.question)-2:]) }
+
 func (m *message) ttl(r record) []byte  { return m.raw[r.fixed+4 : r.fixed+8] }
 func (m *message) data(r record) []byte { return m.raw[r.fixed+10 : r.end] }
 
@@ -232,7 +235,12 @@ func (m *message) fit(limit int) (prefixed []byte, cut bool) {
 
 // failure returns an answer of our own to query, without records. It repeats the question if that could be parsed.
 func failure(query *message, rcode int) []byte {
-	raw := make([]byte, headerSize, headerSize+len(query.question)+optSize)
+	return end(begin(query, rcode, optSize), query)
+}
+
+// begin returns the header and the question of an answer of our own to query. It has room for more bytes.
+func begin(query *message, rcode, room int) []byte {
+	raw := make([]byte, headerSize, headerSize+len(query.question)+room)
 	copy(raw, query.raw[:2])
 	raw[2] = bitQR | query.raw[2]&(0xf<<3|bitRD)
 	raw[3] = bitRA | query.raw[3]&bitCD | byte(rcode)
@@ -240,6 +248,11 @@ func failure(query *message, rcode int) []byte {
 		raw[5] = 1
 		raw = append(raw, query.question...)
 	}
+	return raw
+}
+
+// end returns an answer with its OPT, if query has one.
+func end(raw []byte, query *message) []byte {
 	if query.edns() {
 		raw = appendOPT(raw, ednsSize, []byte{0, 0, query.ttl(query.opt)[2] & 0x80, 0}) // DO as asked (RFC 3225 §3)
 	}

@@ -55,9 +55,31 @@ func (s *Server) answer(raw []byte, transport string, limit int) []byte {
 		bad := message{raw: raw} // only the header is repeated
 		return s.deliver(&bad, reply{raw: failure(&bad, dns.RcodeFormatError)}, transport, limit, Query{}, start)
 	}
+	if r, report, ok := s.known(&m); ok {
+		return s.deliver(&m, r, transport, limit, report, start)
+	}
 	q := newQuery(m)
 	r, report := s.resolve(q)
 	return s.deliver(&q.message, r, transport, limit, report, start)
+}
+
+// known returns the answer that needs no upstream: from the control plane's names, or SERVFAIL while they are awaited. An
+// upstream could answer that a name does not exist, and the workload would remember that.
+func (s *Server) known(m *message) (reply, Query, bool) {
+	names := s.names.Load()
+	if names == nil {
+		if !s.AwaitNames {
+			return reply{}, Query{}, false
+		}
+		s.Stats.Early.Add(1)
+		return reply{raw: failure(m, dns.RcodeServerFailure)}, Query{}, true
+	}
+	raw := names.answer(m)
+	if raw == nil {
+		return reply{}, Query{}, false
+	}
+	s.Stats.Named.Add(1)
+	return reply{raw: raw}, Query{Named: true}, true
 }
 
 func newQuery(m message) *query {

@@ -1,16 +1,12 @@
 package identity
 
 import (
-	"bytes"
 	"context"
-	"crypto"
-	"crypto/tls"
-	"crypto/x509"
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 )
 
@@ -18,7 +14,7 @@ import (
 type Files struct {
 	Certificate, Key, Roots string // paths
 
-	texts    [3][]byte // of identity
+	hashes   [3][sha256.Size]byte // of the files of identity
 	identity *Identity
 }
 
@@ -79,39 +75,24 @@ func (f *Files) Fetch(ctx context.Context) (*Identity, error) {
 
 func (f *Files) read() (*Identity, error) {
 	var texts [3][]byte
+	var hashes [3][sha256.Size]byte
 	for i, path := range []string{f.Certificate, f.Key, f.Roots} {
 		var err error
 		if texts[i], err = ReadFile(path); err != nil {
 			return nil, err
 		}
+		hashes[i] = sha256.Sum256(texts[i])
 	}
-	if f.identity != nil && slices.EqualFunc(texts[:], f.texts[:], bytes.Equal) {
+	if f.identity != nil && hashes == f.hashes {
 		return f.identity, nil
 	}
-	pair, err := tls.X509KeyPair(texts[0], texts[1])
+	identity, err := parseIdentity(texts[0], texts[1], texts[2], f.Certificate+" and "+f.Key, f.Roots)
 	if err != nil {
-		return nil, fmt.Errorf("%s and %s: %w", f.Certificate, f.Key, err)
+		return nil, err
 	}
-	roots, err := ParseRoots(texts[2])
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Roots, err)
-	}
-	chain := make([]*x509.Certificate, len(pair.Certificate))
-	for i, raw := range pair.Certificate {
-		if chain[i], err = x509.ParseCertificate(raw); err != nil {
-			return nil, fmt.Errorf("%s: certificate %d: %w", f.Certificate, i+1, err)
-		}
-	}
-	identity, err := New(chain, signer(pair.PrivateKey), roots, time.Now())
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Certificate, err)
-	}
-	f.texts, f.identity = texts, identity
+	f.hashes, f.identity = hashes, identity
 	return identity, nil
 }
-
-// signer returns the key of a tls.Certificate. It is always a Signer, because tls.X509KeyPair accepts no other.
-func signer(key any) crypto.Signer { return key.(crypto.Signer) }
 
 // ReadFile returns the content of a file of at most maxFile bytes.
 func ReadFile(path string) ([]byte, error) {
@@ -126,9 +107,6 @@ func ReadFile(path string) ([]byte, error) {
 	}
 	return content, err
 }
-
-// filePoll is how often files are read again. Polling finds every kind of rotation, and three small files cost little.
-const filePoll = 10 * time.Second
 
 // Next returns filePoll.
 func (f *Files) Next(*Identity) time.Duration { return filePoll }

@@ -13,6 +13,8 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"slices"
 	"time"
 )
 
@@ -22,10 +24,23 @@ type Identity struct {
 	Certificate tls.Certificate // leaf, intermediates, and the key; Leaf is set
 	SPIFFE      string          // the leaf's only URI, such as "spiffe://cluster.local/ns/default/sa/web"
 	Roots       *Roots
+	Revocations *Revocations // nil: no certificate has been revoked
 }
 
 // NotAfter returns when the leaf expires.
 func (i *Identity) NotAfter() time.Time { return i.Certificate.Leaf.NotAfter }
+
+// Equal reports whether both have the same certificates, roots and revocation lists. other may be nil.
+func (i *Identity) Equal(other *Identity) bool {
+	return other != nil && slices.EqualFunc(i.Certificate.Certificate, other.Certificate.Certificate, bytes.Equal) &&
+		i.Roots.Equal(other.Roots) && i.Revocations.Equal(other.Revocations)
+}
+
+// MarshalText returns the SPIFFE ID, so that no encoder reaches the key.
+func (i Identity) MarshalText() ([]byte, error) { return []byte(i.SPIFFE), nil }
+
+// Format writes the SPIFFE ID for every verb, so that the key is in no log and no dump.
+func (i Identity) Format(f fmt.State, _ rune) { io.WriteString(f, i.SPIFFE) }
 
 // Roots are the roots of trust.
 type Roots struct {
@@ -114,6 +129,33 @@ func New(chain []*x509.Certificate, key crypto.Signer, roots *Roots, now time.Ti
 	}
 	return &Identity{Certificate: certificate, SPIFFE: leaf.URIs[0].String(), Roots: roots}, nil
 }
+
+// parseIdentity returns the identity that three texts of PEM make. Errors have the name of the certificate or that of the
+// roots.
+func parseIdentity(chain, key, roots []byte, certificateName, rootsName string) (*Identity, error) {
+	pair, err := tls.X509KeyPair(chain, key)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", certificateName, err)
+	}
+	trusted, err := ParseRoots(roots)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", rootsName, err)
+	}
+	certificates := make([]*x509.Certificate, len(pair.Certificate))
+	for i, raw := range pair.Certificate {
+		if certificates[i], err = x509.ParseCertificate(raw); err != nil {
+			return nil, fmt.Errorf("%s: certificate %d: %w", certificateName, i+1, err)
+		}
+	}
+	identity, err := New(certificates, signer(pair.PrivateKey), trusted, time.Now())
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", certificateName, err)
+	}
+	return identity, nil
+}
+
+// signer returns the key of a tls.Certificate. It is always a Signer, because tls.X509KeyPair accepts no other.
+func signer(key any) crypto.Signer { return key.(crypto.Signer) }
 
 // isPublicKeyOf reports whether public belongs to key. All public keys of the standard library have Equal.
 func isPublicKeyOf(public any, key crypto.Signer) bool {

@@ -6,7 +6,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -43,7 +42,7 @@ func newAuthority(t *testing.T, name string) *authority {
 	}
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, IsCA: true, BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * 365 * time.Hour),
+		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * 365 * time.Hour),
 	}
 	a := &authority{key: key}
 	a.certificate = a.sign(t, template, &authority{template, key}, key.Public())
@@ -327,16 +326,28 @@ func TestAFailedRenewalKeepsTheIdentity(t *testing.T) {
 func TestAnchorsAreTrustedToo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		root, next := newAuthority(t, "root"), newAuthority(t, "next root")
-		fetches := 0
-		s := &source{next: 24 * time.Hour, fetch: func() (*Identity, error) { fetches++; return root.identity(t, 48*time.Hour), nil }}
+		fetches, away := 0, false
+		s := &source{next: 24 * time.Hour, fetch: func() (*Identity, error) {
+			if away {
+				return nil, errors.New("istiod is away")
+			}
+			fetches++
+			return root.identity(t, 48*time.Hour), nil
+		}}
 		k, log := keep(t, s, "")
 		synctest.Wait()
 		anchors, err := ParseRoots([]byte(text(next.certificate)))
 		if err != nil {
 			t.Fatal(err)
 		}
+		away = true
 		k.Anchor(anchors)
 		synctest.Wait()
+		if want := text(root.certificate, next.certificate); string(k.Current().Roots.PEM) != want || k.Status().Renewals != 1 {
+			t.Errorf("while the CA is away, status %+v, the roots are\n%s", k.Status(), k.Current().Roots.PEM)
+		}
+		away = false
+		time.Sleep(2 * time.Second)
 		if want := text(root.certificate, next.certificate); string(k.Current().Roots.PEM) != want || fetches != 2 {
 			t.Errorf("after %d fetches the roots are\n%s", fetches, k.Current().Roots.PEM)
 		}
@@ -348,46 +359,32 @@ func TestAnchorsAreTrustedToo(t *testing.T) {
 		if fetches != 2 {
 			t.Errorf("the same roots cause a fetch: %d", fetches)
 		}
+		k.Anchor(nil)
+		synctest.Wait()
+		if want := text(root.certificate); string(k.Current().Roots.PEM) != want {
+			t.Errorf("roots that were withdrawn are trusted:\n%s", k.Current().Roots.PEM)
+		}
 	})
 }
 
-func TestTheIdentityIsWrittenWhereItIsAskedFor(t *testing.T) {
-	root := newAuthority(t, "root")
-	directory := t.TempDir()
-	want := root.identity(t, time.Hour)
-	written := make(chan struct{})
-	k := NewKeeper(Config{Source: &source{next: time.Hour, fetch: func() (*Identity, error) { return want, nil }}, Log: slog.New(slog.DiscardHandler),
-		Output: directory, Changed: func(*Identity) { close(written) }})
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() { k.Run(ctx); close(done) }()
-	<-written
-	cancel()
-	<-done
-	pair, err := tls.LoadX509KeyPair(filepath.Join(directory, "cert-chain.pem"), filepath.Join(directory, "key.pem"))
-	if err != nil || string(pair.Certificate[0]) != string(want.Certificate.Certificate[0]) {
-		t.Error(err)
-	}
-	if roots, err := os.ReadFile(filepath.Join(directory, "root-cert.pem")); err != nil || string(roots) != text(root.certificate) {
-		t.Errorf("roots %s, error %v", roots, err)
-	}
-	entries, err := os.ReadDir(directory)
-	if err != nil || len(entries) != 3 {
-		t.Errorf("%d files, error %v", len(entries), err)
-	}
-	if info, err := os.Stat(filepath.Join(directory, "key.pem")); err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("mode %v, error %v", info.Mode(), err)
-	}
-}
-
-func write(t *testing.T, directory string, identity *Identity) {
+// store writes an identity into a directory, as three files.
+func store(t *testing.T, directory string, identity *Identity) {
 	t.Helper()
 	if err := os.MkdirAll(directory, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	k := NewKeeper(Config{Output: directory})
-	if err := k.output(identity); err != nil {
+	scratch := t.TempDir()
+	if err := write(scratch, identity, false); err != nil {
 		t.Fatal(err)
+	}
+	for _, name := range []string{"cert-chain.pem", "key.pem", "root-cert.pem"} {
+		text, err := os.ReadFile(filepath.Join(scratch, name))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(directory, name), text, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
@@ -401,8 +398,8 @@ func TestMountedFilesAreFoundAndFollowed(t *testing.T) {
 		first, second, third := a.identity(t, 24*time.Hour), a.identity(t, 24*time.Hour), a.identity(t, 24*time.Hour)
 		// A projected volume: the files are symbolic links through ..data. A rotation replaces that link.
 		volume := filepath.Join(root, "var/run/secrets/workload-spiffe-credentials")
-		write(t, filepath.Join(volume, "..1"), first)
-		write(t, filepath.Join(volume, "..2"), second)
+		store(t, filepath.Join(volume, "..1"), first)
+		store(t, filepath.Join(volume, "..2"), second)
 		link := func(target, name string) {
 			if err := os.Symlink(target, filepath.Join(volume, "new")); err != nil {
 				t.Fatal(err)
@@ -435,7 +432,7 @@ func TestMountedFilesAreFoundAndFollowed(t *testing.T) {
 			t.Error("the rotation was not followed")
 		}
 		// A rotation that is half done: the certificate has come and its key has not.
-		write(t, filepath.Join(volume, "..3"), third)
+		store(t, filepath.Join(volume, "..3"), third)
 		link("..3/cert-chain.pem", "cert-chain.pem")
 		time.Sleep(filePoll + 2*time.Second)
 		synctest.Wait()
@@ -465,7 +462,7 @@ func TestFilesThatCannotBeAnIdentityAreNamed(t *testing.T) {
 		}, "unknown authority"},
 	} {
 		directory := t.TempDir()
-		write(t, directory, a.identity(t, time.Hour))
+		store(t, directory, a.identity(t, time.Hour))
 		if err := test.change(directory); err != nil {
 			t.Fatal(err)
 		}

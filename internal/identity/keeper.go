@@ -1,19 +1,17 @@
 package identity
 
 import (
+	"bytes"
 	"context"
-	"crypto/x509"
-	"encoding/pem"
-	"fmt"
+	"errors"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// Source is where identities come from: a *CA or *Files.
+// Source is where identities come from: a *CA, *Files or *Socket.
 type Source interface {
 	Fetch(ctx context.Context) (*Identity, error)
 
@@ -26,11 +24,18 @@ type Config struct {
 	Source Source
 	Log    *slog.Logger
 
-	// Output is a directory into which the identity is written as cert-chain.pem, key.pem and root-cert.pem, for programs
-	// that make connections of their own. Empty: the key does not leave memory.
-	Output string
+	// Revocations is the path of a file with revocation lists, in PEM. It is read again and again, and need not exist.
+	// Empty: there are no lists.
+	Revocations string
 
-	// Changed is called after the identity has changed, by Run's goroutine. It may be nil.
+	// Output is a directory into which the identity is written as cert-chain.pem, key.pem and root-cert.pem, for programs
+	// that make connections of their own. Empty: the key does not leave memory. OutputShared makes the files readable for
+	// all users, as Istio's agent does in a pod: its containers run as different users.
+	Output       string
+	OutputShared bool
+
+	// Changed is called after the identity has changed, one call at a time, by Run's goroutines and by Anchor. It must
+	// not call Anchor. It may be nil.
 	Changed func(*Identity)
 }
 
@@ -38,23 +43,31 @@ type Config struct {
 type Keeper struct {
 	config  Config
 	current atomic.Pointer[Identity]
-	again   chan struct{} // asks Run to fetch now
+	again   chan struct{}    // asks Run to fetch now
+	wall    func() time.Time // without a monotonic reading
 
-	mu      sync.Mutex
-	anchors *Roots // of the mesh, besides those of the source; may be nil
-	status  Status
+	publishing sync.Mutex // held while the identity changes
+	written    *Identity  // in the output directory; guarded by publishing
+
+	mu          sync.Mutex
+	fetched     *Identity    // by the last successful fetch
+	anchors     *Roots       // of the mesh, besides those of the source; may be nil
+	revocations *Revocations // may be nil
+	status      Status
 }
 
 // Status is what a Keeper has done, for people and metrics.
 type Status struct {
-	Renewals  int64 // successful fetches that changed the identity
-	Failures  int64
-	LastError error // of the last fetch; nil if it succeeded
+	Renewals        int64 // fetches of another certificate than the one before
+	Failures        int64
+	LastError       error // of the last fetch; nil if it succeeded
+	RevocationError error // why the file of revocation lists is not used as it is; nil if it is, or does not exist
+	OutputError     error // why the output directory does not have the current identity; nil if it does
 }
 
 // NewKeeper returns a Keeper without an identity.
 func NewKeeper(config Config) *Keeper {
-	return &Keeper{config: config, again: make(chan struct{}, 1)}
+	return &Keeper{config: config, again: make(chan struct{}, 1), wall: func() time.Time { return time.Now().Round(0) }}
 }
 
 // Current returns the identity, or nil before the first one has come. It may have expired.
@@ -67,8 +80,8 @@ func (k *Keeper) Status() Status {
 	return k.status
 }
 
-// Anchor sets roots of the mesh. They are trusted besides those of the source. A new certificate is fetched, because
-// istiod announces new roots before it signs with them.
+// Anchor sets roots of the mesh. They are trusted at once, besides those of the source. A new certificate is fetched,
+// because istiod announces new roots before it signs with them.
 func (k *Keeper) Anchor(anchors *Roots) {
 	k.mu.Lock()
 	same := k.anchors.Equal(anchors)
@@ -77,6 +90,7 @@ func (k *Keeper) Anchor(anchors *Roots) {
 	if same {
 		return
 	}
+	k.publish()
 	select {
 	case k.again <- struct{}{}:
 	default:
@@ -91,8 +105,11 @@ const (
 
 // Run fetches identities until ctx ends. A failed fetch leaves the current identity in place.
 func (k *Keeper) Run(ctx context.Context) {
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	k.readRevocations()
+	watch.Go(func() { k.watch(ctx) })
 	retry := minRetry
-	var fetched *Identity
 	for ctx.Err() == nil {
 		identity, err := k.config.Source.Fetch(ctx)
 		if ctx.Err() != nil {
@@ -103,24 +120,25 @@ func (k *Keeper) Run(ctx context.Context) {
 			pause, retry = jitter(retry, 0.2), min(2*retry, maxRetry)
 			k.failed(err, pause)
 		} else {
-			k.accept(identity, identity != fetched)
-			fetched, retry = identity, minRetry
+			k.accept(identity)
+			retry = minRetry
 			pause = max(k.config.Source.Next(identity), minRetry)
 		}
 		k.wait(ctx, pause)
 	}
 }
 
-// wait returns when the wall clock has advanced by d, a fetch was asked for, or ctx has ended. A timer alone would stand
-// still while the machine is suspended, and an identity would expire.
+// wait returns after d by the wall clock or by the time that this process has run, whichever comes first, when a fetch is
+// asked for, or when ctx ends. Certificates expire by the wall clock, which advances while the machine is suspended and
+// may be set. The other clock ends waits that began before the wall clock was set back.
 func (k *Keeper) wait(ctx context.Context, d time.Duration) {
-	until := time.Now().Round(0).Add(d)
+	start, end := time.Now(), k.wall().Add(d)
 	for {
-		left := time.Until(until)
+		left := min(end.Sub(k.wall()), d-time.Since(start))
 		if left <= 0 {
 			return
 		}
-		timer := time.NewTimer(min(left, time.Minute))
+		timer := time.NewTimer(min(left, maxRetry))
 		select {
 		case <-ctx.Done():
 			timer.Stop()
@@ -145,81 +163,134 @@ func (k *Keeper) failed(err error, pause time.Duration) {
 	k.config.Log.Warn("workload certificate not renewed", attributes...)
 }
 
-// accept makes an identity the current one, with the mesh's roots added.
-func (k *Keeper) accept(identity *Identity, isNew bool) {
+// accept makes a fetched identity the current one.
+func (k *Keeper) accept(identity *Identity) {
 	k.mu.Lock()
 	k.status.LastError = nil
-	anchors := k.anchors
+	k.fetched = identity
 	k.mu.Unlock()
-	old := k.Current()
-	if anchors != nil {
-		if roots, err := ParseRoots(identity.Roots.PEM, anchors.PEM); err == nil { // both were parsed before
-			merged := *identity
-			merged.Roots = roots
-			identity = &merged
-		}
-	}
-	if old != nil && !isNew && old.Roots.Equal(identity.Roots) {
+	k.publish()
+}
+
+// publish makes the fetched identity, the mesh's roots and the revocation lists the current identity, if that differs.
+func (k *Keeper) publish() {
+	k.publishing.Lock()
+	defer k.publishing.Unlock()
+	next, old := k.merged(), k.Current()
+	if next == nil || next.Equal(old) {
 		return
 	}
-	k.current.Store(identity)
-	k.mu.Lock()
-	k.status.Renewals++
-	k.mu.Unlock()
-	k.config.Log.Info("workload certificate renewed", "spiffe_id", identity.SPIFFE, "expires", identity.NotAfter(), "roots_changed", old != nil && !old.Roots.Equal(identity.Roots))
-	if err := k.output(identity); err != nil {
-		k.config.Log.Error("cannot write the workload certificate", "directory", k.config.Output, "err", err)
+	k.current.Store(next)
+	renewed := old == nil || !old.Certificate.Leaf.Equal(next.Certificate.Leaf)
+	if renewed {
+		k.mu.Lock()
+		k.status.Renewals++
+		k.mu.Unlock()
 	}
+	message := "workload certificate renewed"
+	if !renewed {
+		message = "trust in peers changed"
+	}
+	k.config.Log.Info(message, "spiffe_id", next.SPIFFE, "expires", next.NotAfter(), "roots_changed", old != nil && !old.Roots.Equal(next.Roots))
+	k.write()
 	if k.config.Changed != nil {
-		k.config.Changed(identity)
+		k.config.Changed(next)
 	}
 }
 
-// output writes the identity into the Output directory. Each file is replaced as a whole.
-func (k *Keeper) output(identity *Identity) error {
-	if k.config.Output == "" {
-		return nil
+// merged returns the fetched identity with the mesh's roots and the revocation lists added, or nil before the first fetch.
+func (k *Keeper) merged() *Identity {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.fetched == nil || k.anchors == nil && k.revocations == nil {
+		return k.fetched
 	}
-	key, err := x509.MarshalPKCS8PrivateKey(identity.Certificate.PrivateKey)
-	if err != nil {
-		return err
-	}
-	var chain []byte
-	for _, raw := range identity.Certificate.Certificate {
-		chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: raw})...)
-	}
-	for _, file := range []struct {
-		name string
-		text []byte
-		mode os.FileMode
-	}{
-		{"key.pem", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}), 0o600},
-		{"root-cert.pem", identity.Roots.PEM, 0o644},
-		{"cert-chain.pem", chain, 0o644},
-	} {
-		if err := replaceFile(filepath.Join(k.config.Output, file.name), file.text, file.mode); err != nil {
-			return err
+	merged := *k.fetched
+	merged.Revocations = k.revocations
+	if k.anchors != nil {
+		if roots, err := ParseRoots(merged.Roots.PEM, k.anchors.PEM); err == nil { // both were parsed before
+			merged.Roots = roots
 		}
 	}
-	return nil
+	return &merged
 }
 
-// replaceFile writes a file beside path and renames it to path.
-func replaceFile(path string, text []byte, mode os.FileMode) error {
-	file, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
+// filePoll is how often files are read again. Polling finds every kind of rotation, and small files cost little.
+const filePoll = 10 * time.Second
+
+// watch follows the file of revocation lists, and writes the output again that could not be written, until ctx ends.
+func (k *Keeper) watch(ctx context.Context) {
+	if k.config.Revocations == "" && k.config.Output == "" {
+		return
 	}
-	defer os.Remove(file.Name()) // fails after the rename
-	_, err = file.Write(text)
+	ticker := time.NewTicker(filePoll)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		if k.readRevocations() {
+			k.publish()
+		}
+		k.publishing.Lock()
+		k.write()
+		k.publishing.Unlock()
+	}
+}
+
+// readRevocations reads the lists and reports whether they have changed. Lists that cannot be read leave those before them
+// in force; a file that is gone revokes nothing.
+func (k *Keeper) readRevocations() (changed bool) {
+	if k.config.Revocations == "" {
+		return false
+	}
+	k.mu.Lock()
+	old := k.revocations
+	k.mu.Unlock()
+	next, err := k.parseRevocations(old)
+	k.mu.Lock()
+	before := k.status.RevocationError
+	k.status.RevocationError = err
 	if err == nil {
-		err = file.Chmod(mode)
+		k.revocations = next
 	}
-	if closing := file.Close(); err == nil {
-		err = closing
+	k.mu.Unlock()
+	if err != nil && (before == nil || before.Error() != err.Error()) {
+		k.config.Log.Error("cannot use the revocation lists", "file", k.config.Revocations, "err", err, "kept", old != nil)
 	}
-	if err != nil {
-		return fmt.Errorf("writing %s: %w", path, err)
+	return err == nil && !next.Equal(old)
+}
+
+func (k *Keeper) parseRevocations(old *Revocations) (*Revocations, error) {
+	text, err := ReadFile(k.config.Revocations)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	case old != nil && bytes.Equal(text, old.PEM):
+		return old, nil
 	}
-	return os.Rename(file.Name(), path)
+	return ParseRevocations(text)
+}
+
+// write writes the current identity into the output directory, unless it is there.
+func (k *Keeper) write() {
+	current := k.Current()
+	if k.config.Output == "" || current == nil || k.written == current {
+		return
+	}
+	err := write(k.config.Output, current, k.config.OutputShared)
+	if err == nil {
+		k.written = current
+	}
+	k.mu.Lock()
+	before := k.status.OutputError
+	k.status.OutputError = err
+	k.mu.Unlock()
+	if err != nil && (before == nil || before.Error() != err.Error()) {
+		k.config.Log.Error("cannot write the workload certificate", "directory", k.config.Output, "err", err)
+	}
 }

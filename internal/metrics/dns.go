@@ -26,6 +26,8 @@ func (f *families) resolver(s *dns.Stats) {
 	}
 	f.counter("pillion_dns_cached_answers_total", "Answers served from the cache.").counts(uint64(s.Cached.Load()))
 	f.counter("pillion_dns_joined_queries_total", "Queries that joined an identical one in progress.").counts(uint64(s.Joined.Load()))
+	f.counter("pillion_dns_mesh_answers_total", "Answers from the control plane's names.").counts(uint64(s.Named.Load()))
+	f.counter("pillion_dns_early_queries_total", "Queries before the control plane's names arrived, answered SERVFAIL.").counts(uint64(s.Early.Load()))
 	f.counter("pillion_dns_truncated_answers_total", "Answers truncated to the size limit of UDP.").counts(uint64(s.Truncated.Load()))
 	f.counter("pillion_dns_overloaded_queries_total", "Queries that exceeded the limit and were answered SERVFAIL.").counts(uint64(s.Overloaded.Load()))
 	f.counter("pillion_dns_loops_total", "Queries of the resolver that the rules sent back to it, answered SERVFAIL.").counts(uint64(s.Loops.Load()))
@@ -41,6 +43,7 @@ func (f *families) resolver(s *dns.Stats) {
 	f.counter("pillion_dns_upstream_strays_total", "Upstream packets with a wrong ID or question.").counts(uint64(s.UpstreamStrays.Load()))
 	f.gauge("pillion_dns_queries_open", "Queries waiting for an answer.").is(float64(s.InFlight.Load()))
 	f.gauge("pillion_dns_connections", "Open TCP connections of clients.").is(float64(s.TCPConns.Load()))
+	f.gauge("pillion_dns_mesh_hosts", "Hosts of the control plane that are answered.").is(float64(s.Hosts.Load()))
 	f.gauge("pillion_dns_cache_entries", "Cached answers.").is(float64(s.CacheEntries.Load()))
 	f.gauge("pillion_dns_cache_bytes", "Bytes of cached answers.").is(float64(s.CacheBytes.Load()))
 }

@@ -3,6 +3,7 @@ package podinfo
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -24,6 +25,13 @@ func TestClusterDomain(t *testing.T) {
 		if got := ClusterDomain(path); got != c.want {
 			t.Errorf("%q: %q, want %q", c.text, got, c.want)
 		}
+	}
+	path := filepath.Join(t.TempDir(), "resolv.conf")
+	if err := os.WriteFile(path, []byte("search old\nnameserver 203.0.113.1\nsearch Shop.svc.k8s.example. svc.k8s.example\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got := SearchList(path); !slices.Equal(got, []string{"shop.svc.k8s.example", "svc.k8s.example"}) {
+		t.Errorf("search list %q", got)
 	}
 	if got := ClusterDomain(filepath.Join(t.TempDir(), "missing")); got != "cluster.local" {
 		t.Errorf("without a file: %q", got)

@@ -1,0 +1,157 @@
+package identity
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"encoding/pem"
+	"errors"
+	"log/slog"
+	"math/big"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// revoke returns a revocation list of a that is valid for an hour around now.
+func (a *authority) revoke(t *testing.T, change func(*x509.RevocationList), revoked ...*x509.Certificate) string {
+	t.Helper()
+	list := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Hour), NextUpdate: time.Now().Add(time.Hour)}
+	for _, certificate := range revoked {
+		list.RevokedCertificateEntries = append(list.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: certificate.SerialNumber, RevocationTime: time.Now()})
+	}
+	if change != nil {
+		change(list)
+	}
+	raw, err := x509.CreateRevocationList(rand.Reader, list, a.certificate, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: raw}))
+}
+
+func TestARevokedCertificateIsFound(t *testing.T) {
+	root, other := newAuthority(t, "root"), newAuthority(t, "other")
+	intermediate := newAuthority(t, "intermediate")
+	intermediate.certificate.SerialNumber = big.NewInt(77)
+	intermediate.certificate = root.sign(t, intermediate.certificate, root, intermediate.key.Public())
+	forger := newAuthority(t, "intermediate") // the same name with another key
+	first, second := intermediate.leaf(t, forger.key.Public(), time.Hour, web), intermediate.leaf(t, other.key.Public(), time.Hour, web)
+	chain := []*x509.Certificate{first, intermediate.certificate, root.certificate}
+	expired := func(l *x509.RevocationList) { l.NextUpdate = time.Now().Add(-time.Minute) }
+	early := func(l *x509.RevocationList) { l.ThisUpdate = time.Now().Add(time.Minute) }
+	endless := func(l *x509.RevocationList) { l.NextUpdate = time.Now().Add(100 * 365 * 24 * time.Hour) }
+	for name, test := range map[string]struct {
+		text string
+		want error
+	}{
+		"of neither issuer":        {other.revoke(t, nil, first), ErrNoList},
+		"of the root alone":        {root.revoke(t, nil), ErrNoList},
+		"of both issuers":          {root.revoke(t, nil) + intermediate.revoke(t, nil, second), nil},
+		"valid for long":           {root.revoke(t, endless) + intermediate.revoke(t, endless), nil},
+		"with the leaf":            {root.revoke(t, nil) + intermediate.revoke(t, nil, second, first), ErrRevoked},
+		"with the intermediate":    {intermediate.revoke(t, nil) + root.revoke(t, nil, intermediate.certificate), ErrRevoked},
+		"with the root":            {intermediate.revoke(t, nil) + root.revoke(t, nil, root.certificate), ErrRevoked},
+		"forged":                   {root.revoke(t, nil) + forger.revoke(t, nil), ErrNoList},
+		"forged, and a good one":   {root.revoke(t, nil) + forger.revoke(t, nil, first) + intermediate.revoke(t, nil), nil},
+		"expired":                  {root.revoke(t, nil) + intermediate.revoke(t, expired), ErrListExpired},
+		"not valid yet":            {root.revoke(t, nil) + intermediate.revoke(t, early), ErrListExpired},
+		"expired, and a good one":  {root.revoke(t, nil) + intermediate.revoke(t, expired) + intermediate.revoke(t, nil), nil},
+		"a good one, and expired":  {root.revoke(t, nil) + intermediate.revoke(t, nil) + intermediate.revoke(t, expired), nil},
+		"expired, with the leaf":   {root.revoke(t, nil) + intermediate.revoke(t, nil) + intermediate.revoke(t, expired, first), ErrRevoked},
+		"between other PEM blocks": {text(first) + root.revoke(t, nil) + "x\n" + intermediate.revoke(t, nil) + text(second), nil},
+	} {
+		lists, err := ParseRevocations([]byte(test.text))
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if err := lists.Check(chain, time.Now()); !errors.Is(err, test.want) {
+			t.Errorf("lists %s: error %v, want %v", name, err, test.want)
+		}
+	}
+	if err := (*Revocations)(nil).Check(chain, time.Now()); err != nil {
+		t.Errorf("without lists: %v", err)
+	}
+	lists, err := ParseRevocations([]byte(root.revoke(t, nil, intermediate.certificate)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lists.Check(chain[1:], time.Now()); err == nil || !strings.Contains(err.Error(), "4d") || !strings.Contains(err.Error(), "CN=root") {
+		t.Errorf("error %v, want one with the serial number and the issuer", err)
+	}
+}
+
+func TestTextThatIsNotARevocationListIsNamed(t *testing.T) {
+	root := newAuthority(t, "root")
+	critical := pkix.Extension{Id: asn1.ObjectIdentifier{2, 5, 29, 27}, Critical: true, Value: []byte{2, 1, 1}}
+	for want, text := range map[string]string{
+		"no revocation list":                            text(root.certificate),
+		"revocation list 1: ":                           string(pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: []byte("x")})),
+		"critical extension 2.5.29.27 is not supported": root.revoke(t, func(l *x509.RevocationList) { l.ExtraExtensions = []pkix.Extension{critical} }),
+		"critical extension 2.5.29.27 of an entry": root.revoke(t, func(l *x509.RevocationList) {
+			l.RevokedCertificateEntries[0].ExtraExtensions = []pkix.Extension{critical}
+		}, root.certificate),
+		"more than 256 revocation lists": strings.Repeat(root.revoke(t, nil), maxCertificates+1),
+	} {
+		if lists, err := ParseRevocations([]byte(text)); err == nil || !strings.Contains(err.Error(), want) || lists != nil {
+			t.Errorf("error %v, want one with %q", err, want)
+		}
+	}
+}
+
+func TestRevocationListsAreFollowed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		root := newAuthority(t, "root")
+		file := filepath.Join(t.TempDir(), "ca-crl.pem")
+		s := &source{next: 24 * time.Hour, fetch: func() (*Identity, error) { return root.identity(t, 48*time.Hour), nil }}
+		var log strings.Builder
+		changes := 0
+		k := NewKeeper(Config{Source: s, Log: slog.New(slog.NewTextHandler(&log, nil)), Revocations: file, Changed: func(*Identity) { changes++ }})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { k.Run(ctx); close(done) }()
+		defer func() { cancel(); <-done }()
+		step := func(name, text string, want *Revocations, wantChanges int, wantError string) {
+			t.Helper()
+			err := os.WriteFile(file, []byte(text), 0o600)
+			if text == "" {
+				err = os.Remove(file)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(2 * filePoll)
+			synctest.Wait()
+			problem := k.Status().RevocationError
+			if !k.Current().Revocations.Equal(want) || changes != wantChanges || (problem == nil) != (wantError == "") || problem != nil && !strings.Contains(problem.Error(), wantError) {
+				t.Errorf("%s: lists %v, %d changes, error %v", name, k.Current().Revocations, changes, problem)
+			}
+		}
+		synctest.Wait()
+		if k.Current().Revocations != nil || changes != 1 {
+			t.Fatalf("without a file: %v, %d changes", k.Current().Revocations, changes)
+		}
+		first, second := root.revoke(t, nil), root.revoke(t, nil, root.certificate)
+		parse := func(text string) *Revocations {
+			lists, err := ParseRevocations([]byte(text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return lists
+		}
+		step("a file", first, parse(first), 2, "")
+		step("a changed file", second, parse(second), 3, "")
+		step("the same file", second, parse(second), 3, "")
+		step("a broken file", "x", parse(second), 3, "no revocation list")
+		if n := strings.Count(log.String(), "cannot use the revocation lists"); n != 1 {
+			t.Errorf("the broken file is logged %d times", n)
+		}
+		step("a good file again", second, parse(second), 3, "")
+		step("no file", "", nil, 4, "")
+	})
+}
