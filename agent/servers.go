@@ -132,7 +132,7 @@ func (a *Agent) adminHandler() http.Handler {
 		Version:   a.config.Version,
 		Started:   a.started,
 		Address:   netip.AddrPortFrom(loopback[0], a.config.Ports.Admin),
-		Node:      node(a.config.Workload.Pod, a.config.Workload.ClusterDomain),
+		Node:      a.node(),
 		Options:   admin.Options{Concurrency: runtime.GOMAXPROCS(0), LogLevel: a.logLevel().String(), DrainTime: a.config.Drain.Timeout},
 		Listeners: a.bound,
 		Carrying: admin.Carrying{
@@ -143,20 +143,21 @@ func (a *Agent) adminHandler() http.Handler {
 			UpstreamIdleTimeout: a.config.HTTP.UpstreamIdleTimeout,
 			MaxHeadBytes:        a.config.HTTP.MaxHeadBytes, MaxHeadFields: a.config.HTTP.MaxHeadFields,
 		},
-		Flows:       a.telling.table,
-		Ready:       a.state,
-		Unready:     func() []string { return healthz.Closed(a.gates()) },
-		Metrics:     a.telling.metrics,
-		RecentLog:   a.config.RecentLog,
-		LogLevel:    a.logLevel,
-		SetLogLevel: a.config.LogLevel.Set,
-		Drain:       a.drainListeners,
-		Quit:        a.quit,
-		Health:      func(ok bool) { a.failedByHand.Store(!ok) },
-		ReopenLogs:  a.ReopenLogs,
-		Page:        looking,
-		Live:        looking,
-		Log:         a.log,
+		Flows:        a.telling.table,
+		Ready:        a.state,
+		Unready:      func() []string { return healthz.Closed(a.gates()) },
+		Metrics:      a.telling.metrics,
+		RecentLog:    a.config.RecentLog,
+		LogLevel:     a.logLevel,
+		SetLogLevel:  a.config.LogLevel.Set,
+		Drain:        a.drainListeners,
+		Quit:         a.quit,
+		Health:       func(ok bool) { a.failedByHand.Store(!ok) },
+		ReopenLogs:   a.ReopenLogs,
+		ControlPlane: a.shownControlPlane(),
+		Page:         looking,
+		Live:         looking,
+		Log:          a.log,
 	})
 }
 
@@ -199,6 +200,22 @@ func (a *Agent) state() (string, bool) {
 		return "INITIALIZING", false
 	}
 	return "LIVE", true
+}
+
+// node names the agent as the control plane has it, or as pilot-agent does without one.
+func (a *Agent) node() admin.Node {
+	if pod := a.plane.pod; pod != nil {
+		return admin.Node{ID: pod.Node.ID(), Cluster: pod.Node.Cluster, Metadata: pod.Node.Metadata}
+	}
+	return node(a.config.Workload.Pod, a.config.Workload.ClusterDomain)
+}
+
+// shownControlPlane returns what the admin server shows, or nil without a control plane.
+func (a *Agent) shownControlPlane() admin.ControlPlane {
+	if a.plane.session == nil {
+		return nil
+	}
+	return shown{a.plane.session}
 }
 
 // node names the agent as pilot-agent does. Unknown parts are left out.

@@ -14,10 +14,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
 
-// SessionConfig is the configuration of a Session. All fields are required.
+// SessionConfig is the configuration of a Session. All fields without a stated nil are required.
 type SessionConfig struct {
 	Pod   *istiod.Pod
 	Store *Store
+	Kept  *Kept // the file with the last good resources; nil: they are not kept
 	Log   *slog.Logger
 }
 
@@ -50,7 +51,9 @@ func NewSession(config SessionConfig) (*Session, error) {
 	}
 	s := &Session{config: config}
 	if source := s.source(); source != nil {
-		s.keeper = identity.NewKeeper(identity.Config{Source: source, Log: config.Log, Output: config.Pod.Output})
+		s.keeper = identity.NewKeeper(identity.Config{
+			Source: source, Log: config.Log, Output: config.Pod.Output, OutputShared: true, Revocations: config.Pod.Revocations,
+		})
 	}
 	s.client = xds.New(xds.Config{Delta: config.Pod.Delta, Node: node, Connect: s.connect, Handler: (*handler)(s), Log: config.Log})
 	return s, nil
@@ -60,6 +63,8 @@ func NewSession(config SessionConfig) (*Session, error) {
 func (s *Session) source() identity.Source {
 	pod := s.config.Pod
 	switch {
+	case pod.Socket != nil:
+		return pod.Socket
 	case pod.Files != nil:
 		return pod.Files
 	case pod.CA.Address != "":
@@ -71,6 +76,9 @@ func (s *Session) source() identity.Source {
 // Run keeps the identity and the stream until ctx ends. The stream does not wait for the identity: istiod authenticates
 // it by the token.
 func (s *Session) Run(ctx context.Context) {
+	if kept := s.config.Kept; kept != nil {
+		kept.Restore(s.config.Store, s.config.Log)
+	}
 	var parts sync.WaitGroup
 	if s.keeper != nil {
 		parts.Go(func() { s.keeper.Run(ctx) })
@@ -78,6 +86,9 @@ func (s *Session) Run(ctx context.Context) {
 		s.config.Log.Warn("no workload certificate: the control plane is reached without TLS, and no certificate is mounted")
 	}
 	parts.Go(func() { s.config.Store.Run(ctx) })
+	if s.config.Kept != nil {
+		parts.Go(func() { s.config.Kept.Run(ctx, s.config.Store, s.config.Log) })
+	}
 	parts.Go(func() { s.client.Run(ctx) })
 	parts.Wait()
 }
@@ -89,6 +100,9 @@ func (s *Session) Identity() *identity.Identity {
 	}
 	return s.keeper.Current()
 }
+
+// Resources returns the resources as they are now.
+func (s *Session) Resources() Resources { return s.config.Store.Resources() }
 
 // Snapshot returns the configuration in force, or nil before the first.
 func (s *Session) Snapshot() *mesh.Snapshot { return s.config.Store.Snapshot() }

@@ -20,7 +20,7 @@ type Status struct {
 
 // IdentityStatus is the state of the workload's identity.
 type IdentityStatus struct {
-	Source    string // "CA", "files", or empty: the pod has no identity
+	Source    string // "CA", "files", "socket", or empty: the pod has no identity
 	SPIFFE    string // empty before the first certificate
 	NotBefore time.Time
 	NotAfter  time.Time
@@ -57,7 +57,10 @@ func (s *Session) identityStatus() IdentityStatus {
 	}
 	kept := s.keeper.Status()
 	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError}
-	if s.config.Pod.Files != nil {
+	switch {
+	case s.config.Pod.Socket != nil:
+		status.Source = "socket"
+	case s.config.Pod.Files != nil:
 		status.Source = "files"
 	}
 	if current := s.keeper.Current(); current != nil {
