@@ -18,7 +18,7 @@ var arrows = []struct {
 		"internal/capture", "internal/checklist", "internal/commandline", "internal/configview", "internal/httpforward", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/terminal"},
 		"flags become configuration; everything else is decided below"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/budget", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
-		"internal/accesslog", "internal/admin", "internal/configdump", "internal/controlplane", "internal/dns", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh",
+		"internal/accesslog", "internal/admin", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh",
 		"internal/metrics", "internal/podinfo", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream"},
 		"the agent builds all parts and stops them in order"},
 	{"inbound", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},

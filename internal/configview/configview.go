@@ -180,7 +180,7 @@ func findings(r *controlplane.Resource) (all []Finding) {
 		}
 	}
 	for _, f := range list {
-		all = append(all, Finding{Class: f.Class.String(), Type: r.Type.String(), Resource: r.Name, Path: f.Path, Problem: f.Problem})
+		all = append(all, Finding{Class: f.Class.String(), Type: r.Type.String(), Resource: r.Name, Path: f.Path, Problem: f.Problem, Origin: f.Origin})
 	}
 	return all
 }

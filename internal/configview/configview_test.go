@@ -257,3 +257,23 @@ func TestDestinationsOfRoutesInWords(t *testing.T) {
 		}
 	}
 }
+
+func TestPoliciesInWords(t *testing.T) {
+	some := []mesh.AccessPolicy{{Name: "ns[shop]-policy[a]-rule[0]"}, {Name: "b"}}
+	for want, r := range map[string]mesh.RBAC{
+		"allows all": {},
+		"denies all": {Rules: &mesh.Rules{}}, // present, and without a policy that allows something
+		"allows only ns[shop]-policy[a]-rule[0], b":                  {Rules: &mesh.Rules{Policies: some}},
+		"denies ns[shop]-policy[a]-rule[0], b; dry run: denies all":  {Rules: &mesh.Rules{Action: mesh.Deny, Policies: some}, Shadow: &mesh.Rules{}},
+		"allows all; dry run: records ns[shop]-policy[a]-rule[0], b": {Shadow: &mesh.Rules{Action: mesh.Log, Policies: some}},
+		"denies all: not understood":                                 {Refused: true},
+		"denies all: not understood; dry run: allows all":            {Rules: &mesh.Rules{Refused: true}, Shadow: &mesh.Rules{Action: mesh.Deny}},
+	} {
+		if got := rbacWords(&r); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	if got := rbacWords(nil); got != "" {
+		t.Errorf("another filter: %q", got)
+	}
+}

@@ -234,18 +234,52 @@ func (c *collection) policies(name string) (list []Policy) {
 }
 
 func policiesOf(listener, match string, c *mesh.FilterChain, refused bool) (list []Policy) {
-	add := func(name, kind, per string) {
+	add := func(name, kind, per string, rbac *mesh.RBAC) {
 		if slices.ContainsFunc(judging, func(part string) bool { return strings.Contains(kind, part) }) {
-			list = append(list, Policy{Listener: listener, Chain: match, Name: name, Type: kind, Per: per, Refused: refused})
+			list = append(list, Policy{Listener: listener, Chain: match, Name: name, Type: kind, Per: per, Rules: rbacWords(rbac), Refused: refused})
 		}
 	}
 	for _, f := range c.Policies {
-		add(f.Name, f.Type, "connection")
+		add(f.Name, f.Type, "connection", f.RBAC)
 	}
 	if c.HTTP != nil {
 		for _, f := range c.HTTP.Filters {
-			add(f.Name, f.Type, "request")
+			add(f.Name, f.Type, "request", f.RBAC)
 		}
 	}
 	return list
+}
+
+// rbacWords describes what a policy does, by the names of its rules. In Istio they have the names of AuthorizationPolicies.
+func rbacWords(r *mesh.RBAC) string {
+	switch {
+	case r == nil:
+		return ""
+	case r.Refused:
+		return "denies all: not understood"
+	}
+	words := rulesWords(r.Rules)
+	if r.Shadow != nil {
+		words += "; dry run: " + rulesWords(r.Shadow)
+	}
+	return words
+}
+
+func rulesWords(r *mesh.Rules) string {
+	switch {
+	case r == nil:
+		return "allows all"
+	case r.Refused:
+		return "denies all: not understood"
+	case r.Action == mesh.Allow && len(r.Policies) == 0:
+		return "denies all"
+	case len(r.Policies) == 0:
+		return "allows all"
+	}
+	var names []string
+	for _, policy := range r.Policies {
+		names = append(names, policy.Name)
+	}
+	action := map[mesh.Action]string{mesh.Allow: "allows only ", mesh.Deny: "denies ", mesh.Log: "records "}[r.Action]
+	return action + strings.Join(names, ", ")
 }
