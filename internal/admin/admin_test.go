@@ -517,6 +517,9 @@ var golden = []struct{ file, target, message string }{
 	{"init_dump.json", "/init_dump", "envoy.admin.v3.UnreadyTargetsDumps"},
 	{"certs.json", "/certs", "envoy.admin.v3.Certificates"},
 	{"controlled_config_dump.json", "/config_dump?include_eds&name_regex=(?:out|coming|ref|198|80|kube|wasm).*", "envoy.admin.v3.ConfigDump"},
+	{"controlled_clusters.txt", "/clusters", ""},
+	{"controlled_clusters.json", "/clusters?format=json", "envoy.admin.v3.Clusters"},
+	{"controlled_init_dump.json", "/init_dump", "envoy.admin.v3.UnreadyTargetsDumps"},
 	{"stats.json", "/stats?format=json", ""},
 	{"help.txt", "/help", ""},
 }
