@@ -56,6 +56,9 @@ func decode(t xds.Type, b []byte) (value any, name string, findings []mesh.Findi
 	case xds.Secrets:
 		s, findings, err := mesh.DecodeSecret(b)
 		return s, s.Name, findings, err
+	case xds.Extensions:
+		f, findings, err := mesh.DecodeExtension(b)
+		return f, f.Name, findings, err
 	case xds.Names:
 		n, findings, err := mesh.DecodeNames(b)
 		return n, "", findings, err
@@ -74,6 +77,8 @@ func closed(t xds.Type, name string) any {
 		return &mesh.Routes{Name: name, Refused: true}
 	case xds.Secrets:
 		return &mesh.Secret{Name: name, Refused: true}
+	case xds.Extensions:
+		return &mesh.HTTPFilter{Name: name, Refused: true}
 	}
 	return nil
 }
@@ -115,6 +120,9 @@ func put(edit *mesh.Edit, t xds.Type, name string, value any) {
 	case xds.Secrets:
 		s, _ := value.(*mesh.Secret)
 		edit.SetSecret(name, s)
+	case xds.Extensions:
+		f, _ := value.(*mesh.HTTPFilter)
+		edit.SetExtension(name, f)
 	case xds.Names:
 		n, _ := value.(*mesh.Names)
 		edit.SetNames(n)

@@ -1,7 +1,6 @@
 package mesh
 
 import (
-	"bytes"
 	"slices"
 	"time"
 
@@ -33,8 +32,21 @@ type FilterChain struct {
 // NetworkFilter is a filter that judges connections.
 type NetworkFilter struct {
 	Name, Type string // the type without its URL's prefix
-	RBAC       *RBAC
-	Config     []byte // of the other types, which are decoded elsewhere
+
+	// One of these is set.
+	RBAC     *RBAC
+	ExtAuthz *ExtAuthz
+}
+
+// Restricts reports whether f can refuse a connection.
+func (f NetworkFilter) Restricts() bool {
+	switch {
+	case f.RBAC != nil:
+		return f.RBAC.Restricts()
+	case f.ExtAuthz != nil:
+		return f.ExtAuthz.Restricts()
+	}
+	return true
 }
 
 var filterChainFields = message{"envoy.config.listener.v3.FilterChain", Security, []field{
@@ -102,6 +114,8 @@ var networkFilterFields = message{"envoy.config.listener.v3.Filter", Security, [
 	5: {"config_discovery", security},
 }}
 
+var sniClusterFields = message{sniClusterType, Security, nil}
+
 func (d *decoder) networkFilter(m wire.Message, c *FilterChain) {
 	if c.terminated() {
 		d.report(Security, "a filter after the one that forwards connections")
@@ -118,7 +132,7 @@ func (d *decoder) networkFilter(m wire.Message, c *FilterChain) {
 			configured = true
 			tcp, http = nil, nil
 			url, config := d.extension(m.Message())
-			f.Type, f.Config = url, config
+			f = NetworkFilter{Name: f.Name, Type: url}
 			// Decoded here, so that findings have their path.
 			switch value := m.Nested(config); url {
 			case tcpProxyType:
@@ -126,9 +140,13 @@ func (d *decoder) networkFilter(m wire.Message, c *FilterChain) {
 			case httpManagerType:
 				http = d.httpManager(value)
 			case networkRBACType:
-				f.Config = nil
 				f.RBAC = share(d, url, config, func() *RBAC { return d.networkRBAC(value) })
-				d.carry(url, f.RBAC.Restricts())
+				d.carry(url, f.Restricts())
+			case networkExtAuthzType:
+				f.ExtAuthz = share(d, url, config, func() *ExtAuthz { return d.networkExtAuthz(value) })
+				d.carry(url, f.Restricts())
+			case sniClusterType:
+				d.fields(value, &sniClusterFields)
 			}
 		}
 	}
@@ -136,7 +154,6 @@ func (d *decoder) networkFilter(m wire.Message, c *FilterChain) {
 	case tcpProxyType, httpManagerType:
 		c.TCP, c.HTTP = tcp, http
 	case networkRBACType, networkExtAuthzType:
-		f.Config = bytes.Clone(f.Config)
 		c.Policies = append(c.Policies, f)
 	case sniClusterType:
 		c.ClusterIsSNI = true
@@ -159,7 +176,7 @@ const (
 )
 
 // structTypes are the types that may come in such a message: their configurations are not read.
-var structTypes = []string{metadataExchangeType, peerMetadataType, statsType, alpnType}
+var structTypes = []string{metadataExchangeType, peerMetadataType, statsType}
 
 // extension returns the type and the bytes of the configuration of an extension. For one of structTypes in a TypedStruct,
 // the bytes are a google.protobuf.Struct.

@@ -1,9 +1,7 @@
 package mesh
 
 import (
-	"bytes"
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -126,15 +124,6 @@ const (
 type Upgrade struct {
 	Protocol string
 	Disabled bool
-}
-
-// HTTPFilter is a filter of requests.
-type HTTPFilter struct {
-	Name, Type string // the type without its URL's prefix
-	RBAC       *RBAC
-	Config     []byte // of the other types, which are decoded elsewhere
-	Optional   bool   // may be left out if it is not supported
-	Disabled   bool   // unless a route has a configuration for it
 }
 
 // Envoy's defaults of fields that are absent.
@@ -456,108 +445,5 @@ func (d *decoder) downstreamHTTP(m wire.Message, h *HTTPManager) {
 		case 6:
 			h.MaxRequests = d.uint32Value(m.Message())
 		}
-	}
-}
-
-// Types of HTTP filters.
-const (
-	httpPrefix = "envoy.extensions.filters.http."
-
-	routerType   = httpPrefix + "router.v3.Router"
-	rbacType     = httpPrefix + "rbac.v3.RBAC"
-	jwtType      = httpPrefix + "jwt_authn.v3.JwtAuthentication"
-	extAuthzType = httpPrefix + "ext_authz.v3.ExtAuthz"
-	extProcType  = httpPrefix + "ext_proc.v3.ExternalProcessor"
-	luaType      = httpPrefix + "lua.v3.Lua"
-	wasmType     = httpPrefix + "wasm.v3.Wasm"
-
-	alpnType         = "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig"
-	peerMetadataType = "io.istio.http.peer_metadata.Config"
-)
-
-var (
-	// policyFilters judge requests.
-	policyFilters = []string{rbacType, jwtType, extAuthzType}
-
-	// otherFilters are those that istiod configures besides. Their configurations are decoded elsewhere.
-	otherFilters = []string{
-		httpPrefix + "cors.v3.Cors",
-		httpPrefix + "fault.v3.HTTPFault",
-		httpPrefix + "grpc_web.v3.GrpcWeb",
-		httpPrefix + "stateful_session.v3.StatefulSession",
-		httpPrefix + "grpc_stats.v3.FilterConfig",
-		alpnType,
-		peerMetadataType,
-		statsType,
-		routerType,
-	}
-
-	// programFilters run programs. One before a policy may prepare requests for it.
-	programFilters = []string{extProcType, luaType, wasmType}
-)
-
-var httpFilterFields = message{"envoy.extensions.filters.network.http_connection_manager.v3.HttpFilter", Security, []field{
-	1: {"name", decoded},
-	4: {"typed_config", once},
-	5: {"config_discovery", once},
-	6: {"is_optional", decoded},
-	7: {"disabled", decoded},
-}}
-
-// httpFilter returns a filter. One whose configuration comes on its own has no type; istiod does that for Wasm.
-func (d *decoder) httpFilter(m wire.Message) (f HTTPFilter) {
-	for d.next(&m, &httpFilterFields) {
-		switch m.Number {
-		case 1:
-			f.Name = m.String()
-		case 4:
-			var config []byte
-			f.Type, config = d.extension(m.Message())
-			f.RBAC, f.Config = nil, nil
-			switch f.Type {
-			case rbacType:
-				value := m.Nested(config)
-				f.RBAC = share(d, f.Type, config, func() *RBAC { return d.httpRBAC(value) })
-			default:
-				f.Config = bytes.Clone(config)
-			}
-		case 5:
-			m.Bytes()
-			f.Type, f.Config = wasmType, nil
-		case 6:
-			f.Optional = m.Bool()
-		case 7:
-			f.Disabled = m.Bool()
-		}
-	}
-	if f.RBAC != nil && !f.Disabled {
-		d.carry(f.Type, f.RBAC.Restricts())
-	}
-	return f
-}
-
-// judgeFilters reports the filters that are not supported.
-func (d *decoder) judgeFilters(filters []HTTPFilter) {
-	lastPolicy := -1
-	for i, f := range filters {
-		if slices.Contains(policyFilters, f.Type) {
-			lastPolicy = i
-		}
-	}
-	for i, f := range filters {
-		switch {
-		case (f.Type == routerType) != (i == len(filters)-1):
-			d.report(Security, "the router is not the last HTTP filter")
-		case slices.Contains(policyFilters, f.Type) || slices.Contains(otherFilters, f.Type):
-		case f.Optional:
-			d.report(Cosmetic, "the optional HTTP filter "+f.Name+" of type "+f.Type+" is not supported")
-		case slices.Contains(programFilters, f.Type) && i > lastPolicy:
-			d.report(Traffic, "the HTTP filter "+f.Name+" of type "+f.Type+" is not supported")
-		default:
-			d.report(Security, "the HTTP filter "+f.Name+" of type "+f.Type+" is not supported")
-		}
-	}
-	if len(filters) == 0 {
-		d.report(Security, "no router")
 	}
 }

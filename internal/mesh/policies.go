@@ -3,14 +3,38 @@ package mesh
 // carriedOut has the types of policies, and whether the data plane carries them out. A policy that is not carried out is
 // Unenforced if it can refuse anything: what it concerns is closed.
 var carriedOut = map[string]bool{
-	networkRBACType: false,
-	rbacType:        false,
+	networkRBACType:     false,
+	networkExtAuthzType: false,
+	rbacType:            false,
+	jwtType:             false,
+	extAuthzType:        false,
+
+	// Changes of policies by routes.
+	routeRBACType:     false,
+	routeJWTType:      false,
+	routeExtAuthzType: false,
+	filterOff:         false,
 }
+
+// filterOff stands for filters that a route turns off.
+const filterOff = "envoy.config.route.v3.FilterConfig"
 
 // carry reports a policy that can restrict what passes, unless it is carried out.
 func (d *decoder) carry(policy string, restricts bool) {
 	if restricts && !carriedOut[policy] {
 		d.report(Unenforced, "policies of type "+policy+" are not carried out yet")
+	}
+}
+
+// override reports what a route changes of a policy, unless that is carried out. If the route restricts less than the
+// policy, more is refused than was configured.
+func (d *decoder) override(policy string, restricts bool) {
+	switch {
+	case carriedOut[policy]:
+	case restricts:
+		d.report(Unenforced, "policies of type "+policy+" are not carried out yet")
+	default:
+		d.report(Traffic, "exceptions by "+policy+" are not carried out yet")
 	}
 }
 

@@ -45,7 +45,7 @@ func (l *Listener) ExtensionNames() iter.Seq[string] {
 				continue
 			}
 			for _, f := range chain.HTTP.Filters {
-				if f.Type == wasmType && f.Config == nil && !each(yield, f.Name) {
+				if f.OnItsOwn && !each(yield, f.Name) {
 					return
 				}
 			}
@@ -53,7 +53,8 @@ func (l *Listener) ExtensionNames() iter.Seq[string] {
 	}
 }
 
-// ClusterNames yields the names of the clusters that a listener forwards to without RouteNames.
+// ClusterNames yields the names of the clusters that a listener forwards to without RouteNames, and of those that its
+// policies ask.
 func (l *Listener) ClusterNames() iter.Seq[string] {
 	return func(yield func(string) bool) {
 		for chain := range l.chains() {
@@ -64,11 +65,44 @@ func (l *Listener) ClusterNames() iter.Seq[string] {
 					}
 				}
 			}
-			if chain.HTTP != nil && chain.HTTP.Routes != nil && !chain.HTTP.Routes.clusterNames(yield) {
+			if !chain.policyClusters(yield) || chain.HTTP != nil && chain.HTTP.Routes != nil && !chain.HTTP.Routes.clusterNames(yield) {
 				return
 			}
 		}
 	}
+}
+
+func (c *FilterChain) policyClusters(yield func(string) bool) bool {
+	for i := range c.Policies {
+		if !c.Policies[i].ExtAuthz.clusterNames(yield) {
+			return false
+		}
+	}
+	if c.HTTP == nil {
+		return true
+	}
+	for i := range c.HTTP.Filters {
+		f := &c.HTTP.Filters[i]
+		if !f.ExtAuthz.clusterNames(yield) {
+			return false
+		}
+		if f.JWT == nil {
+			continue
+		}
+		for _, p := range f.JWT.Providers {
+			if p.Remote != nil && !each(yield, p.Remote.Service.Cluster) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+func (e *ExtAuthz) clusterNames(yield func(string) bool) bool {
+	if e == nil {
+		return true
+	}
+	return (e.GRPC == nil || each(yield, e.GRPC.Cluster)) && (e.HTTP == nil || each(yield, e.HTTP.Service.Cluster))
 }
 
 // ClusterNames yields the names of the clusters that requests are sent or mirrored to.

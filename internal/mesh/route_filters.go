@@ -1,7 +1,6 @@
 package mesh
 
 import (
-	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -10,8 +9,28 @@ import (
 // RouteFilters is what a route, or what contains it, changes of HTTP filters. For each filter the most specific one counts:
 // the cluster's, else the route's, else the virtual host's, else the table's. The fields of CORS are looked up one by one.
 type RouteFilters struct {
-	Fault *Fault
-	CORS  *CORS
+	Fault    *Fault
+	CORS     *CORS
+	Policies []RoutePolicy // at most one for each filter
+}
+
+// RoutePolicy is what a route changes of a policy.
+type RoutePolicy struct {
+	Filter   string // name of the HTTP filter, which may be of any type if it is turned off
+	Disabled bool   // the filter is turned off; the other fields are not set
+
+	// One of these is set.
+	RBAC        *RBAC          // instead of the filter's
+	Requirement string         // name of the requirement in the filter's JWT that tokens have to meet, instead of its rules
+	Check       *CheckSettings // of ext_authz
+}
+
+// CheckSettings are what a route changes of the questions to a server
+// (envoy.extensions.filters.http.ext_authz.v3.CheckSettings).
+type CheckSettings struct {
+	Context []NamedValue // sent to the server, in the order of their names
+	NoBody  bool         // the body is not sent
+	Body    *AuthzBody   // instead of the filter's; may be nil
 }
 
 // Fault is faults that requests are given (envoy.extensions.filters.http.fault.v3.HTTPFault).
@@ -62,10 +81,9 @@ const (
 
 // harmlessFilters has the types of configurations of filters that decide nothing about security.
 var harmlessFilters = map[string]bool{
-	typePrefix + "envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute":                 true,
-	typePrefix + "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit":           true,
-	typePrefix + "envoy.extensions.filters.http.ratelimit.v3.RateLimitPerRoute":              true,
-	typePrefix + "envoy.extensions.filters.http.stateful_session.v3.StatefulSessionPerRoute": true,
+	typePrefix + httpPrefix + "ext_proc.v3.ExtProcPerRoute":       true,
+	typePrefix + httpPrefix + "local_ratelimit.v3.LocalRateLimit": true,
+	typePrefix + httpPrefix + "ratelimit.v3.RateLimitPerRoute":    true,
 }
 
 // routeFilter reads an entry of typed_per_filter_config. A configuration of a filter that may concern security, or that
@@ -79,22 +97,41 @@ func (d *decoder) routeFilter(m wire.Message, f *RouteFilters) {
 		url, m, optional, disabled = d.filterConfig(m)
 	}
 	switch {
-	case key == faultKey && (url == faultType || url == "" && disabled):
+	case key == faultKey && disabled:
+		f.Fault = &Fault{Disabled: true}
+	case key == corsKey && disabled:
+		f.CORS = &CORS{Disabled: true}
+	case disabled:
+		d.override(filterOff, false)
+		d.routePolicy(f, RoutePolicy{Filter: key, Disabled: true})
+	case key == faultKey && url == faultType:
 		f.Fault = d.fault(m)
-		if disabled {
-			f.Fault = &Fault{Disabled: true}
-		}
-	case key == corsKey && (url == corsType || url == "" && disabled):
+	case key == corsKey && url == corsType:
 		f.CORS = d.cors(m)
-		if disabled {
-			f.CORS = &CORS{Disabled: true}
-		}
+	case url == typePrefix+routeRBACType:
+		d.routePolicy(f, d.routeRBAC(m, key))
+	case url == typePrefix+routeJWTType:
+		d.routePolicy(f, d.routeJWT(m, key))
+	case url == typePrefix+routeExtAuthzType:
+		d.routePolicy(f, d.routeExtAuthz(m, key))
+	case url == typePrefix+routeSessionType:
+		d.fields(m, &routeSessionFields)
 	case optional:
 	case harmlessFilters[url]:
 		d.report(Traffic, "the configuration of the filter "+key+" is not supported")
 	default:
-		d.report(Security, "the configuration of the filter "+key+" of type "+strings.TrimPrefix(url, typePrefix)+" is not supported")
+		d.report(Security, "the configuration of the filter "+key+" of type "+shortType(url)+" is not supported")
 	}
+}
+
+// routePolicy adds p. Of two of one filter protobuf keeps the last.
+func (d *decoder) routePolicy(f *RouteFilters, p RoutePolicy) {
+	for _, other := range f.Policies {
+		if other.Filter == p.Filter {
+			d.report(Security, "two configurations of the filter "+p.Filter)
+		}
+	}
+	f.Policies = append(f.Policies, p)
 }
 
 var filterConfigFields = message{"envoy.config.route.v3.FilterConfig", Security, []field{1: {"config", once}, 2: {"is_optional", decoded}, 3: {"disabled", decoded}}}

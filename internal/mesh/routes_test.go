@@ -71,7 +71,7 @@ const (
 
 // Findings of security refuse exactly what they concern: the table, a virtual host or a route.
 func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T) {
-	const r, a = "virtual_hosts.routes", "virtual_hosts.routes.route"
+	const r, a, f = "virtual_hosts.routes", "virtual_hosts.routes.route", "virtual_hosts.routes.typed_per_filter_config"
 	for _, test := range []struct {
 		name    string
 		bytes   []byte
@@ -81,8 +81,8 @@ func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T)
 		{"nothing to find", route(), "", ""},
 		{"an unknown field of the table", join(route(), number(1000, 1)), "", "traffic : unknown field 1000 of envoy.config.route.v3.RouteConfiguration"},
 		{"another choice of hosts", join(route(), text(18, "x")), "table", "security vhost_header: not supported"},
-		{"a filter of the whole table", join(route(), nest(join(text(1, "rbac"), nest(packed(rbacPerRoute, nil), 2)), 16)), "table",
-			"security typed_per_filter_config: the configuration of the filter rbac of type " + rbacPerRoute + " is not supported"},
+		{"a filter of the whole table", join(route(), nest(join(text(1, "rbac"), nest(packed("x.Y", nil), 2)), 16)), "table",
+			"security typed_per_filter_config: the configuration of the filter rbac of type x.Y is not supported"},
 		{"hosts that are discovered", join(route(), nest(nil, 9)), "", "traffic vhds: not supported"},
 		{"a matcher in place of routes", table(nest(nil, 21)), "host", "security virtual_hosts.matcher: not supported"},
 		{"limits of rates", table(nest(nil, 6)), "", "traffic virtual_hosts.rate_limits: not supported"},
@@ -144,15 +144,30 @@ func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T)
 		{"an operator that is not closed", route(nest(headerEdit("a", "%REQ(x%"), 9)), "", "traffic " + r + ".request_headers_to_add: the operator REQ is not closed"},
 		{"two forms of appending", route(nest(headerEdit("a", "b", nest(number(1, 1), 2), number(3, 2)), 9)), "", "traffic " + r + ".request_headers_to_add: append and append_action are both set; append is used"},
 
-		{"a policy of one route", route(filter("envoy.filters.http.rbac", rbacPerRoute, nil)), "route",
-			"security " + r + ".typed_per_filter_config: the configuration of the filter envoy.filters.http.rbac of type " + rbacPerRoute + " is not supported"},
+		{"a policy of one route", route(filter("rbac", rbacPerRoute, nest(nil, 2, 1))), "route", "unenforced " + f + ": policies of type " + rbacPerRoute + " are not carried out yet"},
+		{"an exception from a policy", route(filter("rbac", rbacPerRoute, nil)), "", "traffic " + f + ": exceptions by " + rbacPerRoute + " are not carried out yet"},
+		{"a policy of one route that allows all", route(filter("rbac", rbacPerRoute, nest(nil, 2))), "", "traffic " + f + ": exceptions by " + rbacPerRoute + " are not carried out yet"},
+		{"a policy of one route that is not understood", route(filter("rbac", rbacPerRoute, nest(nil, 2, 4))), "route",
+			"security " + f + ".rbac.matcher: not supported; unenforced " + f + ": policies of type " + rbacPerRoute + " are not carried out yet"},
+		{"tokens of one route", route(filter("jwt", routeJWTType, text(2, "name"))), "route", "unenforced " + f + ": policies of type " + routeJWTType + " are not carried out yet"},
+		{"no tokens of one route", route(filter("jwt", routeJWTType, number(1, 1))), "", "traffic " + f + ": exceptions by " + routeJWTType + " are not carried out yet"},
+		{"nothing about tokens", route(filter("jwt", routeJWTType, nil)), "route",
+			"security " + f + ": a configuration of a route without content, which Envoy rejects; unenforced " + f + ": policies of type " + routeJWTType + " are not carried out yet"},
+		{"two changes about tokens", route(filter("jwt", routeJWTType, join(text(2, "name"), number(1, 1)))), "route",
+			"security " + f + ".disabled: more than one member of a oneof; traffic " + f + ": exceptions by " + routeJWTType + " are not carried out yet"},
+		{"questions of one route", route(filter("authz", routeExtAuthzType, nest(nil, 2))), "route", "unenforced " + f + ": policies of type " + routeExtAuthzType + " are not carried out yet"},
+		{"another server of one route", route(filter("authz", routeExtAuthzType, nest(nil, 2, 5))), "route",
+			"security " + f + ".check_settings.http_service: not supported; unenforced " + f + ": policies of type " + routeExtAuthzType + " are not carried out yet"},
+		{"no questions of one route", route(filter("authz", routeExtAuthzType, number(1, 1))), "", "traffic " + f + ": exceptions by " + routeExtAuthzType + " are not carried out yet"},
+		{"a change of a filter twice", route(filter("jwt", routeJWTType, number(1, 1)), filter("jwt", routeJWTType, number(1, 1))), "route",
+			"traffic " + f + ": exceptions by " + routeJWTType + " are not carried out yet; traffic " + f + "[1]: exceptions by " + routeJWTType + " are not carried out yet; security " + f + "[1]: two configurations of the filter jwt"},
 		{"an unknown filter that may be left out", route(filter("x", filterConf, filterConfig("x.Y", nil, number(2, 1)))), "", ""},
 		{"an unknown filter that may not", route(filter("x", filterConf, filterConfig("x.Y", nil))), "route", "security " + r + ".typed_per_filter_config: the configuration of the filter x of type x.Y is not supported"},
-		{"a policy that is turned off", route(filter("envoy.filters.http.rbac", filterConf, number(3, 1))), "route",
-			"security " + r + ".typed_per_filter_config: the configuration of the filter envoy.filters.http.rbac of type  is not supported"},
+		{"a filter that is turned off", route(filter("envoy.filters.http.rbac", filterConf, number(3, 1))), "", "traffic " + f + ": exceptions by " + filterConf + " are not carried out yet"},
 		{"a filter of another name", route(filter("x", httpFault, nil)), "route", "security " + r + ".typed_per_filter_config: the configuration of the filter x of type " + httpFault + " is not supported"},
-		{"sessions", route(filter("s", "envoy.extensions.filters.http.stateful_session.v3.StatefulSessionPerRoute", nil)), "",
-			"traffic " + r + ".typed_per_filter_config: the configuration of the filter s is not supported"},
+		{"sessions", route(filter("s", routeSessionType, nest(nil, 2))), "", "traffic " + f + ".stateful_session: not supported"},
+		{"no sessions", route(filter("s", routeSessionType, number(1, 1))), "", ""},
+		{"a limit of rates", route(filter("s", "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit", nil)), "", "traffic " + f + ": the configuration of the filter s is not supported"},
 		{"a limit of a fault's rate", route(filter(faultKey, httpFault, nest(nil, 7))), "", "traffic " + r + ".typed_per_filter_config.response_rate_limit: not supported"},
 		{"faults of some clients", route(filter(faultKey, httpFault, text(5, "n"))), "route", "security " + r + ".typed_per_filter_config.downstream_nodes: not supported"},
 		{"a status of a fault", route(filter(faultKey, httpFault, nest(number(2, 42), 2))), "", "traffic " + r + ".typed_per_filter_config.abort.http_status: not the status of a response; requests are not aborted"},

@@ -16,6 +16,7 @@ type Snapshot struct {
 	listeners   shared[Listener]
 	routes      shared[Routes]
 	secrets     shared[Secret]
+	extensions  shared[HTTPFilter]
 	names       *Names
 	roots       []string
 
@@ -54,6 +55,24 @@ func (s *Snapshot) RouteTable(name string) *Routes { return s.routes.get(name) }
 
 // Secret returns a secret. It returns nil if the control plane has not sent it: whatever needs it is closed.
 func (s *Snapshot) Secret(name string) *Secret { return s.secrets.get(name) }
+
+// Filter returns the filter that is in force instead of one with OnItsOwn: the resource with its name, or else the default.
+// It returns nil if there is neither, and requests must be refused. Other filters are returned as they are.
+func (s *Snapshot) Filter(f *HTTPFilter) *HTTPFilter {
+	if !f.OnItsOwn {
+		return f
+	}
+	switch extension := s.extensions.get(f.Name); {
+	case extension == nil && f.Type == "" && !f.Optional:
+		return nil
+	case extension == nil:
+		return f
+	case f.BeforePolicy && slices.Contains(preparingFilters, extension.Type) && !f.Optional:
+		return &HTTPFilter{Name: f.Name, Type: extension.Type, Refused: true} // it might prepare requests for the policy
+	default:
+		return extension
+	}
+}
 
 // Names returns the hosts for DNS. It returns nil before the control plane has sent them.
 func (s *Snapshot) Names() *Names { return s.names }
@@ -101,7 +120,7 @@ type Edit struct {
 	changed bool
 
 	// The shards that are the edit's own, and so may be changed.
-	clusters, assignments, listeners, routes, secrets uint64
+	clusters, assignments, listeners, routes, secrets, extensions uint64
 }
 
 // Edit begins a snapshot with the content of s. A nil s is empty.
@@ -138,6 +157,11 @@ func (e *Edit) SetRoutes(name string, r *Routes) {
 // SetSecret sets a secret.
 func (e *Edit) SetSecret(name string, s *Secret) {
 	e.changed = e.next.secrets.set(&e.secrets, name, s) || e.changed
+}
+
+// SetExtension sets the configuration of an HTTP filter.
+func (e *Edit) SetExtension(name string, f *HTTPFilter) {
+	e.changed = e.next.extensions.set(&e.extensions, name, f) || e.changed
 }
 
 // SetNames sets the hosts for DNS.

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -18,6 +19,8 @@ func snapshotOf(t *testing.T, values ...any) *Snapshot {
 			edit.SetAssignment(value.Name, value)
 		case *Routes:
 			edit.SetRoutes(value.Name, value)
+		case *HTTPFilter:
+			edit.SetExtension(value.Name, value)
 		case *Listener:
 			if err := value.index.build(value.Chains); err != nil {
 				t.Fatal(err)
@@ -60,25 +63,28 @@ func TestWhatConcernsSecurityAndIsNotCarriedOutIsClosed(t *testing.T) {
 		listener *Listener // nil: there is none
 		conn     ConnInfo
 		refusal  string // empty: it is carried
+		tls      bool   // is ended
 	}{
-		"no listener":                         {nil, ConnInfo{}, ""},
-		"STRICT and plain":                    {accepting(secure(ChainMatch{})), ConnInfo{}, "accepts it without TLS"},
-		"STRICT and TLS":                      {accepting(secure(ChainMatch{})), over("istio"), "ends TLS, which is not supported yet"},
-		"PERMISSIVE and plain":                {accepting(permissive...), ConnInfo{}, ""},
-		"PERMISSIVE and TLS of the mesh":      {accepting(permissive...), over("istio"), "ends TLS"},
-		"PERMISSIVE and TLS of the workload":  {accepting(permissive...), over("h2"), ""},
-		"PERMISSIVE and TLS without ALPN":     {accepting(permissive...), over(), ""},
-		"another port is STRICT":              {accepting(secure(ChainMatch{Port: 9}), plain(ChainMatch{})), ConnInfo{}, ""},
-		"no chain for the port":               {accepting(plain(ChainMatch{Port: 9})), ConnInfo{}, "no filter chain of virtualInbound accepts it"},
-		"a refused chain":                     {accepting(&FilterChain{Refused: true}), ConnInfo{}, "is refused"},
-		"a refused listener":                  {&Listener{Name: virtualInbound, Refused: true, Default: plain(ChainMatch{})}, ConnInfo{}, "the listener virtualInbound is refused"},
-		"a default chain":                     {&Listener{Name: virtualInbound, Default: plain(ChainMatch{})}, ConnInfo{}, ""},
-		"network policies":                    {accepting(&FilterChain{TCP: forwarding("inbound"), Policies: []NetworkFilter{{Name: "rbac"}}}), ConnInfo{}, "has policies"},
-		"HTTP policies":                       {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Name: "jwt", Type: jwtType}}}}), ConnInfo{}, "the HTTP filter jwt"},
-		"other HTTP filters":                  {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Type: routerType}}, Routes: &Routes{}}}), ConnInfo{}, ""},
-		"refused routes":                      {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Refused: true}}}), ConnInfo{}, "routes are refused"},
-		"a refused virtual host":              {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Hosts: []VirtualHost{{}, {Refused: true}}}}}), ConnInfo{}, "routes are refused"},
-		"TLS that the listener does not look": {&Listener{Name: virtualInbound, Chains: permissive}, over("istio"), ""},
+		"no listener":                         {nil, ConnInfo{}, "", false},
+		"STRICT and plain":                    {accepting(secure(ChainMatch{})), ConnInfo{}, "accepts it without TLS", false},
+		"STRICT and TLS":                      {accepting(secure(ChainMatch{})), over("istio"), "", true},
+		"PERMISSIVE and plain":                {accepting(permissive...), ConnInfo{}, "", false},
+		"PERMISSIVE and TLS of the mesh":      {accepting(permissive...), over("istio"), "", true},
+		"PERMISSIVE and TLS of the workload":  {accepting(permissive...), over("h2"), "", false},
+		"PERMISSIVE and TLS without ALPN":     {accepting(permissive...), over(), "", false},
+		"another port is STRICT":              {accepting(secure(ChainMatch{Port: 9}), plain(ChainMatch{})), ConnInfo{}, "", false},
+		"no chain for the port":               {accepting(plain(ChainMatch{Port: 9})), ConnInfo{}, "no filter chain of virtualInbound accepts it", false},
+		"a refused chain":                     {accepting(&FilterChain{Refused: true}), ConnInfo{}, "is refused", false},
+		"a refused listener":                  {&Listener{Name: virtualInbound, Refused: true, Default: plain(ChainMatch{})}, ConnInfo{}, "the listener virtualInbound is refused", false},
+		"a default chain":                     {&Listener{Name: virtualInbound, Default: plain(ChainMatch{})}, ConnInfo{}, "", false},
+		"network policies":                    {accepting(&FilterChain{TCP: forwarding("inbound"), Policies: []NetworkFilter{{Name: "rbac"}}}), ConnInfo{}, "has policies", false},
+		"network policies that allow all":     {accepting(&FilterChain{TCP: forwarding("inbound"), Policies: []NetworkFilter{{Name: "rbac", RBAC: &RBAC{}}}}), ConnInfo{}, "", false},
+		"HTTP policies that allow all":        {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Name: "rbac", Type: rbacType, RBAC: &RBAC{}}}}}), ConnInfo{}, "", false},
+		"HTTP policies":                       {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Name: "jwt", Type: jwtType}}}}), ConnInfo{}, "the HTTP filter jwt", false},
+		"other HTTP filters":                  {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Type: routerType}}, Routes: &Routes{}}}), ConnInfo{}, "", false},
+		"refused routes":                      {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Refused: true}}}), ConnInfo{}, "routes are refused", false},
+		"a refused virtual host":              {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Hosts: []VirtualHost{{}, {Refused: true}}}}}), ConnInfo{}, "routes are refused", false},
+		"TLS that the listener does not look": {&Listener{Name: virtualInbound, Chains: permissive}, over("istio"), "", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := snapshotOf(t)
@@ -86,8 +92,67 @@ func TestWhatConcernsSecurityAndIsNotCarriedOutIsClosed(t *testing.T) {
 				s = snapshotOf(t, c.listener)
 			}
 			c.conn.Destination, c.conn.Source = netip.MustParseAddrPort("192.0.2.7:8080"), netip.MustParseAddrPort("192.0.2.9:40000")
-			judged(t, s.Verdict(Inbound, &c.conn), c.refusal)
+			chain, refusal := s.Inbound(&c.conn)
+			judged(t, refusal, c.refusal)
+			if ended := chain != nil && chain.TLS != nil; ended != c.tls {
+				t.Errorf("TLS is ended: %v", ended)
+			}
 		})
+	}
+}
+
+// An HTTP filter whose configuration is a resource of its own refuses requests until it comes, unless it has a default.
+func TestConfigurationsOfFiltersThatComeOnTheirOwn(t *testing.T) {
+	waits := HTTPFilter{Name: "e", OnItsOwn: true, Refused: true}
+	byDefault := HTTPFilter{Name: "e", OnItsOwn: true, Type: rbacType, RBAC: &RBAC{}}
+	optional := HTTPFilter{Name: "e", OnItsOwn: true, Optional: true}
+	before := HTTPFilter{Name: "e", OnItsOwn: true, Refused: true, BeforePolicy: true}
+	for name, c := range map[string]struct {
+		filter    HTTPFilter
+		extension *HTTPFilter // nil: it has not come
+		refusal   string      // empty: requests pass
+	}{
+		"it has not come":                            {waits, nil, "the configuration of the HTTP filter e has not come"},
+		"it has come":                                {waits, &HTTPFilter{Name: "e", Type: rbacType, RBAC: &RBAC{}}, ""},
+		"another one has come":                       {waits, &HTTPFilter{Name: "f", Type: rbacType, RBAC: &RBAC{}}, "has not come"},
+		"it restricts":                               {waits, &HTTPFilter{Name: "e", Type: rbacType, RBAC: &RBAC{Rules: &Rules{}}}, "is not supported yet"},
+		"it is refused":                              {waits, &HTTPFilter{Name: "e", Refused: true}, "is refused"},
+		"its default":                                {byDefault, nil, ""},
+		"it takes the place of the default":          {byDefault, &HTTPFilter{Name: "e", Refused: true}, "is refused"},
+		"it may be left out":                         {optional, nil, ""},
+		"a program":                                  {waits, &HTTPFilter{Name: "e", Type: wasmType}, ""},
+		"a program that may prepare a policy":        {before, &HTTPFilter{Name: "e", Type: wasmType}, "is refused"},
+		"a configuration before a policy":            {before, &HTTPFilter{Name: "e", Type: rbacType, RBAC: &RBAC{}}, ""},
+		"a filter that is not a resource of its own": {HTTPFilter{Name: "e", Type: routerType}, &HTTPFilter{Name: "e", Refused: true}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			values := []any{accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{c.filter}, Routes: &Routes{}}})}
+			if c.extension != nil {
+				values = append(values, c.extension)
+			}
+			s := snapshotOf(t, values...)
+			conn := ConnInfo{Destination: netip.MustParseAddrPort("192.0.2.7:8080"), Source: netip.MustParseAddrPort("192.0.2.9:40000")}
+			_, refusal := s.Inbound(&conn)
+			judged(t, refusal, c.refusal)
+		})
+	}
+}
+
+// Clusters that policies ask stay in force as long as the listener names them.
+func TestAListenerNamesTheClustersOfItsPolicies(t *testing.T) {
+	l := accepting(&FilterChain{
+		Policies: []NetworkFilter{{RBAC: &RBAC{}}, {ExtAuthz: &ExtAuthz{GRPC: &GRPCService{Cluster: "a"}}}},
+		HTTP: &HTTPManager{Filters: []HTTPFilter{
+			{ExtAuthz: &ExtAuthz{HTTP: &HTTPAuthz{Service: HTTPService{Cluster: "b"}}}},
+			{JWT: &JWT{Providers: []JWTProvider{{Keys: []byte("{}")}, {Remote: &RemoteKeys{Service: HTTPService{Cluster: "c"}}}}}},
+			{Name: "e", OnItsOwn: true, Type: rbacType},
+		}},
+	})
+	if names := slices.Collect(l.ClusterNames()); !slices.Equal(names, []string{"a", "b", "c"}) {
+		t.Errorf("clusters %v", names)
+	}
+	if names := slices.Collect(l.ExtensionNames()); !slices.Equal(names, []string{"e"}) {
+		t.Errorf("extensions %v", names)
 	}
 }
 
@@ -150,7 +215,7 @@ func TestOutboundConnectionsThatNeedTLSAreClosed(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			conn := ConnInfo{Destination: service, Source: netip.MustParseAddrPort("192.0.2.7:40000")}
-			judged(t, snapshotOf(t, c.values...).Verdict(Outbound, &conn), c.refusal)
+			judged(t, snapshotOf(t, c.values...).Outbound(&conn), c.refusal)
 		})
 	}
 }

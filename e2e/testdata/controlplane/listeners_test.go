@@ -21,24 +21,26 @@ import (
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	filelog "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/file/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
-	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/grpc_stats/v3"
-	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/jwt_authn/v3"
+	cors "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/cors/v3"
+	fault "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
+	grpcstats "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/grpc_stats/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/lua/v3"
-	httprbac "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
-	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	session "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/stateful_session/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/http_inspector/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
 	originalsrc "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_src/v3"
 	proxyprotocol "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/proxy_protocol/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
+	networkauthz "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/ext_authz/v3"
 	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	networkrbac "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/rbac/v3"
+	snicluster "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/sni_cluster/v3"
 	tcpproxy "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/request_id/uuid/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	matcher "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
-	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protodesc"
 	"google.golang.org/protobuf/reflect/protoregistry"
@@ -52,9 +54,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
-// istioTypes are configurations of Istio's filters. Their descriptors are not available here, so their contents are dropped
-// from the recorded resources.
-var istioTypes = []string{"stats.PluginConfig", "istio.envoy.config.filter.http.alpn.v2alpha1.FilterConfig"}
+// istioTypes are configurations of Istio's filters that are not decoded. Their descriptors are not available here, so their
+// contents are dropped from the recorded resources.
+var istioTypes = []string{"stats.PluginConfig"}
 
 func init() {
 	for i, name := range istioTypes {
@@ -72,7 +74,7 @@ func init() {
 
 // withoutIstioTypes drops the fields of messages of istioTypes from a resource.
 func withoutIstioTypes(resource json.RawMessage) json.RawMessage {
-	if !bytes.Contains(resource, []byte("stats.PluginConfig")) && !bytes.Contains(resource, []byte("alpn.v2alpha1")) {
+	if !bytes.Contains(resource, []byte("stats.PluginConfig")) {
 		return resource
 	}
 	var value any
@@ -113,8 +115,9 @@ var expectedFindings = map[string]mesh.Class{
 	"filter.extension_filter: not supported": mesh.Cosmetic,
 	"filter.and_filter: not supported":       mesh.Cosmetic,
 	// Cases with policies, and the ports of the sidecar's dump with rules that are empty. They close their chains.
-	"policies of type envoy.extensions.filters.network.rbac.v3.RBAC are not carried out yet": mesh.Unenforced,
-	"policies of type envoy.extensions.filters.http.rbac.v3.RBAC are not carried out yet":    mesh.Unenforced,
+	"policies of type envoy.extensions.filters.network.rbac.v3.RBAC are not carried out yet":                mesh.Unenforced,
+	"policies of type envoy.extensions.filters.http.rbac.v3.RBAC are not carried out yet":                   mesh.Unenforced,
+	"policies of type envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication are not carried out yet": mesh.Unenforced,
 	// Case 14-envoyfilter-proxyconfig: an EnvoyFilter adds a Lua program. It does not run.
 	"the HTTP filter envoy.filters.http.lua of type envoy.extensions.filters.http.lua.v3.Lua is not supported": mesh.Traffic,
 }
@@ -303,7 +306,16 @@ func wideListener() *listener.Listener {
 					RouteSpecifier: &hcm.HttpConnectionManager_Rds{Rds: &hcm.Rds{RouteConfigName: "routes"}},
 					HttpFilters: []*hcm.HttpFilter{
 						{Name: "optional", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&udpa.TypedStruct{TypeUrl: "type.googleapis.com/stats.PluginConfig"})}, IsOptional: true, Disabled: true},
-						{Name: "router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: &anypb.Any{TypeUrl: "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}}},
+						{Name: "rbac", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(wideHTTPRBAC())}},
+						{Name: "jwt", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(wideJWT())}, Disabled: true},
+						{Name: "grpc", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(wideGRPCAuthz())}},
+						{Name: "http", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(wideHTTPAuthz())}},
+						{Name: "fault", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&fault.HTTPFault{UpstreamCluster: "c"})}},
+						{Name: "cors", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&cors.Cors{})}},
+						{Name: "stats", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&grpcstats.FilterConfig{EmitFilterState: true})}},
+						{Name: "alpn", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: wideALPN()}},
+						{Name: "session", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&session.StatefulSession{})}},
+						{Name: "router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{SuppressEnvoyHeaders: true})}},
 					},
 					CommonHttpProtocolOptions: &core.HttpProtocolOptions{IdleTimeout: seconds(1), MaxConnectionDuration: seconds(2), MaxStreamDuration: seconds(3.5),
 						MaxHeadersCount: wrapperspb.UInt32(7), HeadersWithUnderscoresAction: core.HttpProtocolOptions_REJECT_REQUEST, MaxRequestsPerConnection: wrapperspb.UInt32(8)},
@@ -337,8 +349,8 @@ func wideListener() *listener.Listener {
 			},
 			{
 				Filters: []*listener.Filter{
-					{Name: "sni", ConfigType: &listener.Filter_TypedConfig{TypedConfig: &anypb.Any{TypeUrl: "type.googleapis.com/envoy.extensions.filters.network.sni_cluster.v3.SniCluster"}}},
-					{Name: "authz", ConfigType: &listener.Filter_TypedConfig{TypedConfig: &anypb.Any{TypeUrl: "type.googleapis.com/envoy.extensions.filters.network.ext_authz.v3.ExtAuthz", Value: []byte("x")}}},
+					{Name: "sni", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(&snicluster.SniCluster{})}},
+					{Name: "authz", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(wideNetworkAuthz())}},
 					{Name: "tcp", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(&tcpproxy.TcpProxy{
 						ClusterSpecifier: &tcpproxy.TcpProxy_Cluster{Cluster: "c"}, IdleTimeout: seconds(0), MaxDownstreamConnectionDuration: seconds(60), MaxConnectAttempts: wrapperspb.UInt32(3),
 						HashPolicy: []*typev3.HashPolicy{{PolicySpecifier: &typev3.HashPolicy_SourceIp_{SourceIp: &typev3.HashPolicy_SourceIp{}}}},
@@ -459,14 +471,16 @@ func readChain(c *listener.FilterChain) *mesh.FilterChain {
 		case ".HttpConnectionManager":
 			want.HTTP = readHTTP(unpack(config.Value, &hcm.HttpConnectionManager{}))
 			for _, f := range want.HTTP.Filters {
-				want.Refused = want.Refused || f.RBAC != nil && restricts(f.RBAC)
+				want.Refused = want.Refused || f.Refused
 			}
 		case ".RBAC":
 			policy := readNetworkRBAC(unpack(config.Value, &networkrbac.RBAC{}))
 			want.Policies = append(want.Policies, mesh.NetworkFilter{Name: filter.Name, Type: strings.TrimPrefix(config.TypeUrl, "type.googleapis.com/"), RBAC: policy})
 			want.Refused = want.Refused || restricts(policy)
 		case ".ExtAuthz":
-			want.Policies = append(want.Policies, mesh.NetworkFilter{Name: filter.Name, Type: strings.TrimPrefix(config.TypeUrl, "type.googleapis.com/"), Config: config.Value})
+			policy := readNetworkAuthz(unpack(config.Value, &networkauthz.ExtAuthz{}))
+			want.Policies = append(want.Policies, mesh.NetworkFilter{Name: filter.Name, Type: strings.TrimPrefix(config.TypeUrl, "type.googleapis.com/"), ExtAuthz: policy})
+			want.Refused = want.Refused || !policy.Shadow
 		case ".SniCluster":
 			want.ClusterIsSNI = true
 		case ".TypedStruct":
@@ -540,15 +554,17 @@ func readHTTP(h *hcm.HttpConnectionManager) *mesh.HTTPManager {
 	for _, upgrade := range h.UpgradeConfigs {
 		want.Upgrades = append(want.Upgrades, mesh.Upgrade{Protocol: upgrade.UpgradeType, Disabled: upgrade.Enabled != nil && !upgrade.Enabled.Value})
 	}
-	for _, filter := range h.HttpFilters {
-		config := filter.GetTypedConfig()
-		f := mesh.HTTPFilter{Name: filter.Name, Type: strings.TrimPrefix(config.GetTypeUrl(), "type.googleapis.com/"), Config: config.GetValue(), Optional: filter.IsOptional, Disabled: filter.Disabled}
-		if f.Type == "udpa.type.v1.TypedStruct" {
-			f.Type, f.Config = strings.TrimPrefix(unpack(config.Value, &udpa.TypedStruct{}).TypeUrl, "type.googleapis.com/"), rawField(config.Value, 2)
+	lastPolicy := -1
+	for i, filter := range h.HttpFilters {
+		if url := path.Ext(filter.GetTypedConfig().GetTypeUrl()); url == ".RBAC" || url == ".JwtAuthentication" || url == ".ExtAuthz" {
+			lastPolicy = i
 		}
-		if f.Type == "envoy.extensions.filters.http.rbac.v3.RBAC" {
-			f.RBAC, f.Config = readHTTPRBAC(unpack(f.Config, &httprbac.RBAC{})), nil
-		}
+	}
+	for i, filter := range h.HttpFilters {
+		f := readHTTPFilter(filter.GetTypedConfig())
+		f.Name, f.Optional, f.Disabled = filter.Name, filter.IsOptional, filter.Disabled
+		f.Refused = f.Refused && !f.Disabled
+		f.BeforePolicy = i < lastPolicy
 		want.Filters = append(want.Filters, f)
 	}
 	return want
@@ -578,27 +594,6 @@ func readLogs(logs []*accesslog.AccessLog) (want []mesh.AccessLog) {
 		want = append(want, w)
 	}
 	return want
-}
-
-// rawField returns the bytes of a field of a message; occurrences are merged.
-func rawField(b []byte, number protowire.Number) (value []byte) {
-	for len(b) > 0 {
-		n, typ, size := protowire.ConsumeTag(b)
-		if size < 0 {
-			panic(size)
-		}
-		b = b[size:]
-		size = protowire.ConsumeFieldValue(n, typ, b)
-		if size < 0 {
-			panic(size)
-		}
-		if n == number {
-			more, _ := protowire.ConsumeBytes(b)
-			value = append(value, more...)
-		}
-		b = b[size:]
-	}
-	return value
 }
 
 // A listener that was changed at random is decoded as by the generated types, has findings, or is an error.

@@ -113,6 +113,10 @@ func wideNetworkRBAC() *networkrbac.RBAC {
 	return &networkrbac.RBAC{Rules: &rbac.RBAC{Action: rbac.RBAC_LOG}, ShadowRules: wideRules(), ShadowRulesStatPrefix: "s", StatPrefix: "tcp."}
 }
 
+func wideHTTPRBAC() *httprbac.RBAC {
+	return &httprbac.RBAC{ShadowRules: wideRules(), ShadowRulesStatPrefix: "s"}
+}
+
 func readNetworkRBAC(r *networkrbac.RBAC) *mesh.RBAC {
 	return &mesh.RBAC{Rules: readRules(r.Rules), Shadow: readRules(r.ShadowRules), ShadowPrefix: r.ShadowRulesStatPrefix}
 }
