@@ -140,34 +140,32 @@ func TestWaitsThatEndAtOnceYield(t *testing.T) {
 	defer other.Close()
 	w := NewWaiter(t.Context())
 	defer w.Close()
-	wait := func(events bool) {
+	endsAtOnce := func() {
 		t.Helper()
-		if events {
-			w.wake()
-		} else {
-			time.AfterFunc(time.Millisecond, w.wake)
-		}
+		w.wake()
 		if err := w.Wait(time.Time{}, c, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
 	isBusy := func() bool { return w.turn != nil && w.turn.holds }
 	for range busyWaits - 1 {
-		wait(true)
+		endsAtOnce()
 	}
 	if isBusy() {
 		t.Errorf("busy after %d waits", busyWaits-1)
 	}
-	wait(true)
+	endsAtOnce()
 	if !isBusy() {
 		t.Errorf("not busy after %d waits", busyWaits)
 	}
-	wait(true)
+	endsAtOnce()
 	if !isBusy() {
 		t.Error("not busy after one more")
 	}
-	wait(false)
+	if err := w.Wait(time.Now().Add(time.Millisecond), c, nil); err != ErrDeadline {
+		t.Fatal(err)
+	}
 	if isBusy() {
-		t.Error("busy after a real wait")
+		t.Error("busy after a wait without an event")
 	}
 }
