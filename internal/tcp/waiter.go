@@ -25,6 +25,8 @@ type Waiter struct {
 	token chan struct{} // holds a token if there is news; see signal
 	news  atomic.Uint32 // the bits below
 	round uint32        // last call of Poller.WakeAll that the owner has seen
+	waits uint8         // in succession that ended at once; see busyWaits
+	turn  *turn         // made by the first Yield
 
 	// The timer is made by the first wait with a deadline, and goes on after a wait that was not brief: most waits of a
 	// connection have a later deadline than the one before. If it expires too early, the wait continues.
@@ -47,6 +49,9 @@ func NewWaiter(ctx context.Context) *Waiter {
 
 // Close releases the waiter. It must not be used afterwards. Without Close, its memory may be kept until the last deadline.
 func (w *Waiter) Close() {
+	if w.turn != nil {
+		w.turn.rest()
+	}
 	if w.timer != nil {
 		w.timer.Stop()
 	}
@@ -108,10 +113,32 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 	if missed {
 		return nil
 	}
+	if w.news.Load()&event != 0 {
+		w.yieldSometimes(a, b)
+	} else {
+		w.waits = 0
+		if w.turn != nil {
+			w.turn.rest()
+		}
+	}
 	if !w.waitUntil(deadline) {
 		return ErrDeadline
 	}
 	return w.ended()
+}
+
+// yieldSometimes yields instead of a wait that ends at once: always if the goroutine is busy already.
+func (w *Waiter) yieldSometimes(a, b *Conn) {
+	if w.waits++; w.waits < busyWaits && (w.turn == nil || !w.turn.holds) {
+		return
+	}
+	w.waits = 0
+	if a == nil {
+		a = b
+	}
+	if a != nil {
+		w.Yield(a)
+	}
 }
 
 // ended returns why a wait ends without an event, nil if it need not.
