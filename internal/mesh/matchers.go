@@ -98,12 +98,6 @@ func (d *decoder) headerMatcher(m wire.Message) HeaderMatcher {
 	if h.Name == "" {
 		d.report(Security, "a header matcher without a name")
 	}
-	if h.Kind != HeaderText {
-		h.Text = StringMatcher{}
-	}
-	if h.Kind != HeaderRange {
-		h.Start, h.End = 0, 0
-	}
 	return h
 }
 
