@@ -4,18 +4,21 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
+	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/serve"
 )
 
 // controlPlane is the agent's session with its control plane.
 type controlPlane struct {
-	session *controlplane.Session // nil: there is no control plane
+	pod     *istiod.Pod           // how it is reached; nil: there is no control plane
+	session *controlplane.Session // likewise
 	end     context.CancelFunc
 	ended   chan struct{} // nil before start
 }
@@ -35,13 +38,21 @@ func (a *Agent) addControlPlane() error {
 	if err != nil {
 		return err
 	}
-	session, err := controlplane.NewSession(controlplane.SessionConfig{Pod: &pod, Store: store, Log: a.log})
+	config := controlplane.SessionConfig{Pod: &pod, Store: store, Log: a.log}
+	if c.Kept != "" {
+		cluster, _ := pod.Node.Metadata["CLUSTER_ID"].(string)
+		config.Kept = &controlplane.Kept{Path: filepath.Join(c.Kept, keptFile), Node: pod.Node.ID(), Cluster: cluster}
+	}
+	session, err := controlplane.NewSession(config)
 	if err != nil {
 		return &FieldError{Field: "ControlPlane.Pod", Err: err}
 	}
-	a.plane.session = session
+	a.plane.pod, a.plane.session = &pod, session
 	return nil
 }
+
+// keptFile is the file with the last configuration.
+const keptFile = "pillion-configuration"
 
 // withAddresses returns the node's metadata with the pod's other addresses: istiod computes inbound listeners for all of
 // them. The first stays first.

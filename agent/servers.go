@@ -13,6 +13,8 @@ import (
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/admin"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/configview"
+	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/ownport"
@@ -127,12 +129,12 @@ func (a *Agent) liveGates() (gates []live.Gate) {
 
 // adminHandler is the admin server's handler.
 func (a *Agent) adminHandler() http.Handler {
-	looking := a.telling.live.Handler(live.Sources{Table: a.telling.table, Gates: a.liveGates})
+	looking := a.telling.live.Handler(live.Sources{Table: a.telling.table, Gates: a.liveGates, Plane: a.livePlane()})
 	return admin.NewHandler(admin.Config{
 		Version:   a.config.Version,
 		Started:   a.started,
 		Address:   netip.AddrPortFrom(loopback[0], a.config.Ports.Admin),
-		Node:      node(a.config.Workload.Pod, a.config.Workload.ClusterDomain),
+		Node:      a.node(),
 		Options:   admin.Options{Concurrency: runtime.GOMAXPROCS(0), LogLevel: a.logLevel().String(), DrainTime: a.config.Drain.Timeout},
 		Listeners: a.bound,
 		Carrying: admin.Carrying{
@@ -143,20 +145,22 @@ func (a *Agent) adminHandler() http.Handler {
 			UpstreamIdleTimeout: a.config.HTTP.UpstreamIdleTimeout,
 			MaxHeadBytes:        a.config.HTTP.MaxHeadBytes, MaxHeadFields: a.config.HTTP.MaxHeadFields,
 		},
-		Flows:       a.telling.table,
-		Ready:       a.state,
-		Unready:     func() []string { return healthz.Closed(a.gates()) },
-		Metrics:     a.telling.metrics,
-		RecentLog:   a.config.RecentLog,
-		LogLevel:    a.logLevel,
-		SetLogLevel: a.config.LogLevel.Set,
-		Drain:       a.drainListeners,
-		Quit:        a.quit,
-		Health:      func(ok bool) { a.failedByHand.Store(!ok) },
-		ReopenLogs:  a.ReopenLogs,
-		Page:        looking,
-		Live:        looking,
-		Log:         a.log,
+		Flows:        a.telling.table,
+		Ready:        a.state,
+		Unready:      func() []string { return healthz.Closed(a.gates()) },
+		Metrics:      a.telling.metrics,
+		RecentLog:    a.config.RecentLog,
+		LogLevel:     a.logLevel,
+		SetLogLevel:  a.config.LogLevel.Set,
+		Drain:        a.drainListeners,
+		Quit:         a.quit,
+		Health:       func(ok bool) { a.failedByHand.Store(!ok) },
+		ReopenLogs:   a.ReopenLogs,
+		ControlPlane: a.shownControlPlane(),
+		Page:         looking,
+		Live:         looking,
+		View:         configview.Handler(a.resources()),
+		Log:          a.log,
 	})
 }
 
@@ -199,6 +203,30 @@ func (a *Agent) state() (string, bool) {
 		return "INITIALIZING", false
 	}
 	return "LIVE", true
+}
+
+// node names the agent as the control plane has it, or as pilot-agent does without one.
+func (a *Agent) node() admin.Node {
+	if pod := a.plane.pod; pod != nil {
+		return admin.Node{ID: pod.Node.ID(), Cluster: pod.Node.Cluster, Metadata: pod.Node.Metadata}
+	}
+	return node(a.config.Workload.Pod, a.config.Workload.ClusterDomain)
+}
+
+// shownControlPlane returns what the admin server shows, or nil without a control plane.
+func (a *Agent) shownControlPlane() admin.ControlPlane {
+	if a.plane.session == nil {
+		return nil
+	}
+	return shown{a.plane.session}
+}
+
+// resources returns the function that returns the control plane's resources, or nil without a control plane.
+func (a *Agent) resources() func() controlplane.Resources {
+	if a.plane.session == nil {
+		return nil
+	}
+	return a.plane.session.Resources
 }
 
 // node names the agent as pilot-agent does. Unknown parts are left out.

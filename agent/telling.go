@@ -143,6 +143,9 @@ func (t *telling) watch(a *Agent) {
 		if t.access != nil {
 			sources.AccessLog = func() (written, dropped uint64) { return t.access.Written(), t.access.Dropped() }
 		}
+		if a.plane.session != nil {
+			sources.ControlPlane = a.controlPlaneCounts
+		}
 		if a.resolver != nil {
 			sources.DNS = &a.resolver.Stats
 		}

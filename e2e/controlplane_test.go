@@ -60,6 +60,13 @@ func newMeshStage(t *testing.T, flags ...string) (*stage, *istiod) {
 	if out, err := exec.Command(program, "-directory", i.directory, "-port", "0").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
+	s.launchMeshAgent(t, i, flags...)
+	return s, i
+}
+
+// launchMeshAgent starts an agent with the volumes of Istio's injector.
+func (s *stage) launchMeshAgent(t *testing.T, i *istiod, flags ...string) {
+	t.Helper()
 	mount := "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && echo secret > /run/secrets/tokens/istio-token" +
 		" && cp " + i.directory + "/root-cert.pem /run/secrets/istio/ && exec \"$@\""
 	wrapper := append([]string{"env"}, injected...)
@@ -67,7 +74,6 @@ func newMeshStage(t *testing.T, flags ...string) (*stage, *istiod) {
 	s.agent = launchAgent(t, s.pod, wrapper, append([]string{"--control-plane", "auto"}, flags...)...)
 	awaitListener(t, s.pod, 15006)
 	awaitListener(t, s.pod, 15021)
-	return s, i
 }
 
 // closedGates returns what readiness answers.
@@ -121,6 +127,12 @@ func TestConnectionsAreHeldUntilTheFirstConfiguration(t *testing.T) {
 	}
 	awaitReady(t, s.pod, s.agent)
 	s.agent.log.await(t, "workload certificate renewed", "spiffe_id=spiffe://cluster.local/ns/shop/sa/reader")
+	status, _, _ := execute(t, s.pod, nil, "status")
+	for _, want := range []string{"istiod       127.0.0.1:15012, connected for", "2 CDS, 1 EDS, 1 LDS", "identity     spiffe://cluster.local/ns/shop/sa/reader, expires in"} {
+		if !strings.Contains(status, want) {
+			t.Errorf("pillion status does not have %q:\n%s", want, status)
+		}
+	}
 }
 
 func TestALostControlPlaneDisturbsNoConnection(t *testing.T) {
@@ -153,6 +165,36 @@ func refusedAtOnce(t *testing.T, w way) bool {
 	client.Write([]byte("plain\n"))
 	_, err := client.Read(make([]byte, 1))
 	return isReset(err)
+}
+
+func TestARestartedAgentIsReadyWithoutItsControlPlane(t *testing.T) {
+	t.Parallel()
+	kept, err := os.MkdirTemp(filepath.Dir(pillion), "kept") // below a directory that the agent's user may enter
+	if err == nil {
+		err = os.Chmod(kept, 0o777)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags := []string{"--kept-configuration", kept, "--drain-delay", "0s"}
+	s, control := newMeshStage(t, flags...)
+	control.start(t, "STRICT")
+	awaitReady(t, s.pod, s.agent)
+	s.agent.Signal(syscall.SIGTERM)
+	if code := s.agent.ends(t, nettest.Patience); code != 0 {
+		t.Fatalf("exit code %d\n%s", code, s.agent.log)
+	}
+	control.process.Kill()
+	s.launchMeshAgent(t, control, flags...)
+	awaitReady(t, s.pod, s.agent)
+	s.agent.log.await(t, "kept configuration in force")
+	if !refusedAtOnce(t, s.inbound()) {
+		t.Error("the kept configuration is not obeyed")
+	}
+	file := filepath.Join(kept, "pillion-configuration")
+	if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%s: %v, %v", file, info.Mode(), err)
+	}
 }
 
 func TestStrictPortsRefusePlainConnectionsByName(t *testing.T) {

@@ -61,6 +61,12 @@ func TestDocumentedMetricsAreServed(t *testing.T) {
 		return sample(f, "istio_requests_total") >= 16 && sample(f, "istio_tcp_connections_closed_total") >= 2
 	})
 
+	for name, family := range meshMetrics(t) {
+		if f[name] == nil {
+			f[name] = family
+		}
+	}
+
 	listed := make(map[string]bool)
 	list, err := os.ReadFile("../internal/metrics/testdata/names.golden")
 	if err != nil {
@@ -109,6 +115,16 @@ func TestDocumentedMetricsAreServed(t *testing.T) {
 	if named < 40 {
 		t.Errorf("the documents name %d metrics: too few: the pattern does not match", named)
 	}
+}
+
+// meshMetrics returns the metrics of an agent with a control plane and an identity.
+func meshMetrics(t *testing.T) families {
+	t.Helper()
+	s, control := newMeshStage(t)
+	control.start(t, "PERMISSIVE")
+	awaitReady(t, s.pod, s.agent)
+	s.agent.log.await(t, "workload certificate renewed")
+	return s.scrape(t)
 }
 
 // notOfTheMetricsPort are names that look like a metric's but are not served at the metrics port.

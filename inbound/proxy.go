@@ -102,13 +102,13 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 
 	// The side that sends first decides the protocol. If downstream is silent, the upstream is dialled anyway, because it
 	// may be the side that sends first.
-	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Admit() {
+	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Admit() || !c.Secure() {
 		return
 	}
 	if !c.HTTP() && !p.dial(&c, to) {
 		return
 	}
-	if !c.WatchBoth() {
+	if !c.WatchBoth() || !c.Admit() || !c.Secure() || !c.WatchBoth() {
 		return
 	}
 	c.Carry(to)

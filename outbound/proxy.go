@@ -94,7 +94,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if !c.HTTP() && !c.Dial(to) {
 		return
 	}
-	if !c.WatchBoth() {
+	if !c.WatchBoth() || !c.Admit() {
 		return
 	}
 	c.Carry(to)

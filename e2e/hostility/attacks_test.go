@@ -47,12 +47,8 @@ var attacks = []attack{
 const shortForm = 4000
 
 // runAttack attacks until its standard input ends. It prints "ready" when every connection has been at its worst. pause is
-// the time before a connection that the agent has ended is opened again, most the largest number of connections, and nice
-// the priority.
-func runAttack(name, pause, most, nice string) {
-	if n, err := strconv.Atoi(nice); err == nil {
-		_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, n)
-	}
+// the time before a connection that the agent has ended is opened again, and most the largest number of connections.
+func runAttack(name, pause, most string) {
 	duration, err := time.ParseDuration(pause)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -4,8 +4,12 @@
 //
 // The agent stands behind the rules of `pillion init`, as uid 1337. Where a memory cgroup can be made, it runs in one of
 // 128 MiB, so that the kernel kills an agent that needs more, memory of the kernel included. Its largest resident memory
-// is checked everywhere. The attackers are a process of their own in the peer's namespace. In the benchmark they have the
-// lowest priority, and the agent has a core for itself; it fails if another client's 99th percentile more than doubles,
-// and needs an otherwise idle machine. The other client has an address of its own, because the budget takes
-// memory from the peer that holds the most: see internal/budget.
+// is checked everywhere. The attackers are a process of their own in the peer's namespace. The other client has an address
+// of its own, because the budget takes memory from the peer that holds the most: see internal/budget.
+//
+// The benchmark needs an otherwise idle machine. The agent has a core for itself. The attackers, the other client and the
+// servers share another one, on which the attackers have the lowest priority. So the attack delays the client there as
+// well, and the client measures that: it also sends requests past the agent, to a second server that is not attacked. The
+// benchmark fails if the 99th percentile of the client's latencies through the agent is more than twice that before the
+// attack, after the delay on the way past the agent has been added to the latter.
 package hostility

@@ -22,9 +22,9 @@ func TestMain(m *testing.M) {
 	case "":
 		os.Exit(run(m))
 	case "origin":
-		runOrigin()
+		runOrigin(os.Args[1])
 	case "attack":
-		runAttack(os.Args[1], os.Args[2], os.Args[3], os.Args[4])
+		runAttack(os.Args[1], os.Args[2], os.Args[3])
 	default:
 		fmt.Fprintf(os.Stderr, "unknown %s %q\n", roleVariable, role)
 		os.Exit(1)

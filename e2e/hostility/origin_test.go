@@ -10,19 +10,23 @@ import (
 	"strings"
 )
 
-// originAddress is where the workload serves, in the pod.
-const originAddress = "198.51.100.2:8080"
+// originAddress is where the workload serves, in the pod. bystanderAddress is where a second process of the same program
+// serves. The rules exclude its port, so that connections to it go past the agent.
+const (
+	originAddress    = "198.51.100.2:8080"
+	bystanderAddress = "198.51.100.2:8081"
+)
 
 // piece is a part of the large response. All responses share it.
 var piece [64 << 10]byte
 
-// runOrigin serves, over HTTP/1 and HTTP/2, until its standard input ends.
+// runOrigin serves on address, over HTTP/1 and HTTP/2, until its standard input ends.
 //
 //	/        a short response
 //	/never   no response, as long as the client is there
 //	/large   a response of 64 MiB
 //	/interim interim responses without end, over HTTP/1
-func runOrigin() {
+func runOrigin(address string) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "hello") })
 	mux.HandleFunc("/never", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
@@ -46,7 +50,7 @@ func runOrigin() {
 			}
 		}
 	})
-	listener, err := net.Listen("tcp", originAddress)
+	listener, err := net.Listen("tcp", address)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -32,7 +33,7 @@ const customer = "198.51.100.3"
 
 // initArguments are what an Istio injector passes to the init container.
 var initArguments = []string{
-	"init", "-p", "15001", "-z", "15006", "-u", agentUser, "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*", "-d", "15090,15021,15020",
+	"init", "-p", "15001", "-z", "15006", "-u", agentUser, "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*", "-d", "15090,15021,15020,8081",
 }
 
 // world is a pod with its origin and its agent, and a peer from which attackers and another client connect.
@@ -53,7 +54,8 @@ func newWorld(t testing.TB, pinned bool) *world {
 	if out, err := w.pod.Run(w.pod.Command(0, 0, pillion, initArguments...)); err != nil {
 		t.Fatalf("pillion init: %v\n%s", err, out)
 	}
-	w.start(t, w.pod, "origin")
+	w.start(t, w.pod, nil, "origin", originAddress)
+	w.start(t, w.pod, nil, "origin", bystanderAddress)
 	w.startAgent(t)
 	return w
 }
@@ -109,9 +111,13 @@ type helper struct {
 	lines *bufio.Reader
 }
 
-func (w *world) start(t testing.TB, ns *nettest.Namespace, role string, args ...string) *helper {
+// lowest are the words before a command that give all its threads the lowest priority.
+var lowest = []string{"nice", "-n", "19"}
+
+// start starts the helper. before are words before its command.
+func (w *world) start(t testing.TB, ns *nettest.Namespace, before []string, role string, args ...string) *helper {
 	t.Helper()
-	words := append(append(w.on(0), os.Args[0]), args...)
+	words := slices.Concat(w.on(0), before, []string{os.Args[0]}, args)
 	cmd := ns.Command(0, 0, words[0], words[1:]...)
 	cmd.Env = append(os.Environ(), roleVariable+"="+role)
 	input, err := cmd.StdinPipe()
@@ -174,10 +180,11 @@ func (w *world) peakResident(t testing.TB) int {
 type client struct {
 	*http.Client
 	transport *http.Transport
+	server    string
 }
 
-// newClient returns a client that connects from an address of the peer's, over HTTP/2 or HTTP/1.
-func (w *world) newClient(t testing.TB, two bool) *client {
+// newClient returns a client of the server that connects from an address of the peer's, over HTTP/2 or HTTP/1.
+func (w *world) newClient(t testing.TB, server string, two bool) *client {
 	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(customer), 0)), Timeout: nettest.Patience}
 	transport := &http.Transport{
 		MaxIdleConnsPerHost: 10,
@@ -193,12 +200,12 @@ func (w *world) newClient(t testing.TB, two bool) *client {
 	transport.Protocols.SetUnencryptedHTTP2(two)
 	transport.Protocols.SetHTTP1(!two)
 	t.Cleanup(transport.CloseIdleConnections)
-	return &client{&http.Client{Transport: transport, Timeout: nettest.Patience}, transport}
+	return &client{&http.Client{Transport: transport, Timeout: nettest.Patience}, transport, server}
 }
 
 // ask sends a request, and returns an error unless it is served.
 func (c *client) ask() error {
-	response, err := c.Get("http://" + originAddress + "/")
+	response, err := c.Get("http://" + c.server + "/")
 	if err != nil {
 		return err
 	}

@@ -42,6 +42,9 @@ func (a *archive) add(b []byte) span {
 	}
 	if a.open == nil {
 		a.open = &chunk{}
+		if a.writer != nil { // one of many in this update
+			a.open.plain = make([]byte, 0, chunkSize)
+		}
 	}
 	c := a.open
 	s := span{in: c, offset: uint32(len(c.plain)), size: uint32(len(b))}
@@ -95,6 +98,7 @@ type view struct {
 	plain        []byte // of the span
 	packed       []byte // of its chunk
 	offset, size uint32
+	unpacked     int // bytes of its chunk
 }
 
 func (s span) view() view {
@@ -104,15 +108,18 @@ func (s span) view() view {
 	if s.in.plain != nil {
 		return view{plain: s.in.plain[s.offset : s.offset+s.size : s.offset+s.size]}
 	}
-	return view{packed: s.in.packed, offset: s.offset, size: s.size}
+	return view{packed: s.in.packed, offset: s.offset, size: s.size, unpacked: s.in.size}
 }
 
-// unpacker reads views. It keeps the last chunk that it unpacked, because resources in order share chunks. It may be used
-// by several goroutines.
+// maxUnpacked bounds the chunks that are kept unpacked while resources are shown: 8 MB.
+const maxUnpacked = 64
+
+// unpacker reads views. It keeps chunks that it unpacked, because resources in the order of their names may be in any
+// chunk. It may be used by several goroutines.
 type unpacker struct {
+	limit int // chunks; 0 counts as 1
 	mu    sync.Mutex
-	from  *byte // the first of packed
-	plain []byte
+	plain map[*byte][]byte // by the first of the packed bytes
 }
 
 // read returns the bytes of a view, which the caller may keep but not change.
@@ -122,12 +129,19 @@ func (u *unpacker) read(v view) ([]byte, error) {
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.from != &v.packed[0] {
-		plain, err := io.ReadAll(flate.NewReader(bytes.NewReader(v.packed)))
-		if err != nil {
+	plain, ok := u.plain[&v.packed[0]]
+	if !ok {
+		plain = make([]byte, v.unpacked)
+		if _, err := io.ReadFull(flate.NewReader(bytes.NewReader(v.packed)), plain); err != nil {
 			return nil, fmt.Errorf("unpacking resources: %w", err)
 		}
-		u.from, u.plain = &v.packed[0], plain
+		if len(u.plain) >= max(u.limit, 1) {
+			clear(u.plain)
+		}
+		if u.plain == nil {
+			u.plain = map[*byte][]byte{}
+		}
+		u.plain[&v.packed[0]] = plain
 	}
-	return u.plain[v.offset : v.offset+v.size : v.offset+v.size], nil
+	return plain[v.offset : v.offset+v.size : v.offset+v.size], nil
 }

@@ -38,7 +38,7 @@ func (l *findingLog) findings(log *slog.Logger, t xds.Type, name string, finding
 			l.seen = map[uint64]struct{}{}
 		}
 		l.seen[key] = struct{}{}
-		log.Warn("configuration not honoured", "class", f.Class, "type", t, "resource", name, "field", f.Path, "problem", f.Problem, "origin", f.Origin)
+		log.Warn("configuration not honoured", "class", f.Class, "type", t, "resource", name, "field", f.Path, "problem", f.Problem, "origin", f.OriginText())
 	}
 }
 

@@ -24,7 +24,7 @@ const (
 	keptInterval   = time.Minute     // between two writes, at least
 	clockTolerance = time.Minute     // by which a file may be from the future
 	maxKeptFile    = 32 << 20
-	maxKept        = defaultMaxBytes + 1<<20 // bytes of resources with their names
+	maxKept        = defaultMaxBytes + 16<<20 // bytes of resources with their names
 )
 
 // Kept is a file with the last good resources, for an agent that is restarted while the control plane is away. The file is
@@ -51,6 +51,7 @@ type keptHeader struct {
 	Node    string    `json:"node"`
 	Cluster string    `json:"cluster"`
 	Saved   time.Time `json:"saved"`
+	Size    int       `json:"size"` // of the resources, unpacked
 }
 
 // Field numbers of a resource in the file. The file is a message whose field 1 are the resources.
@@ -62,17 +63,12 @@ const (
 
 // Save writes resources. A file that is there is replaced when the new one is complete.
 func (k *Kept) Save(resources Resources) error {
-	header, err := json.Marshal(keptHeader{k.Node, k.Cluster, k.now().UTC().Truncate(time.Second)})
+	var packed bytes.Buffer
+	packer, err := flate.NewWriter(&packed, flate.BestSpeed)
 	if err != nil {
 		return fmt.Errorf("keeping resources: %w", err)
 	}
-	var file bytes.Buffer
-	file.WriteString(keptMagic)
-	file.Write(append(header, '\n'))
-	packer, err := flate.NewWriter(&file, flate.BestSpeed)
-	if err != nil {
-		return fmt.Errorf("keeping resources: %w", err)
-	}
+	header := keptHeader{Node: k.Node, Cluster: k.Cluster, Saved: k.now().UTC().Truncate(time.Second)}
 	for r := range resources {
 		if r.Type == xds.Secrets {
 			continue
@@ -82,12 +78,18 @@ func (k *Kept) Save(resources Resources) error {
 			return fmt.Errorf("keeping %v %s: %w", r.Type, r.Name, err)
 		}
 		fields := wire.AppendString(wire.AppendString(nil, keptType, r.Type.URL()), keptName, r.Name)
-		packer.Write(wire.AppendBytes(nil, keptResources, wire.AppendBytes(fields, keptValue, value))) // a bytes.Buffer does not fail
+		message := wire.AppendBytes(nil, keptResources, wire.AppendBytes(fields, keptValue, value))
+		header.Size += len(message)
+		packer.Write(message) // a bytes.Buffer does not fail
 	}
 	packer.Close()
-	sum := sha256.Sum256(file.Bytes())
-	file.Write(sum[:])
-	return writePrivate(k.Path, file.Bytes())
+	line, err := json.Marshal(header)
+	if err != nil {
+		return fmt.Errorf("keeping resources: %w", err)
+	}
+	file := slices.Concat([]byte(keptMagic), line, []byte("\n"), packed.Bytes())
+	sum := sha256.Sum256(file)
+	return writePrivate(k.Path, append(file, sum[:]...))
 }
 
 // Load returns the resources in the file, for Store.Restore, and when they were written. The error wraps fs.ErrNotExist
@@ -124,12 +126,9 @@ func (k *Kept) parse(content []byte) ([]xds.Update, time.Time, error) {
 	if err := k.check(&header); err != nil {
 		return nil, time.Time{}, err
 	}
-	plain, err := io.ReadAll(io.LimitReader(flate.NewReader(bytes.NewReader(packed)), maxKept+1))
-	if err != nil {
+	plain := make([]byte, header.Size)
+	if _, err := io.ReadFull(flate.NewReader(bytes.NewReader(packed)), plain); err != nil {
 		return nil, time.Time{}, fmt.Errorf("unpacking: %w", err)
-	}
-	if len(plain) > maxKept {
-		return nil, time.Time{}, fmt.Errorf("more than %d bytes", maxKept)
 	}
 	updates, err := parseKept(plain)
 	return updates, header.Saved, err
@@ -148,6 +147,8 @@ func (k *Kept) check(header *keptHeader) error {
 		return fmt.Errorf("of another cluster, %.200q", header.Cluster)
 	case age > maxAge:
 		return fmt.Errorf("%v old, more than %v", age.Round(time.Second), maxAge)
+	case header.Size < 0 || header.Size > maxKept:
+		return fmt.Errorf("%d bytes of resources, more than %d", header.Size, maxKept)
 	case age < -clockTolerance:
 		return fmt.Errorf("from the future, by %v", -age.Round(time.Second))
 	}

@@ -104,7 +104,7 @@ func signed(content string) []byte {
 }
 
 func TestAFileThatCannotBeTrustedIsIgnoredByName(t *testing.T) {
-	header := fmt.Sprintf(`{"node":%q,"cluster":"Kubernetes","saved":"1970-01-24T03:33:20Z"}`, keptIn(t, time.Time{}).Node)
+	header := fmt.Sprintf(`{"node":%q,"cluster":"Kubernetes","saved":"1970-01-24T03:33:20Z","size":10}`, keptIn(t, time.Time{}).Node)
 	rewrite := func(content []byte) func(*Kept) {
 		return func(k *Kept) {
 			if err := os.WriteFile(k.Path, content, 0o600); err != nil {
@@ -125,6 +125,7 @@ func TestAFileThatCannotBeTrustedIsIgnoredByName(t *testing.T) {
 		{"another format", "another format", rewrite(signed("pillion kept resources 2\n" + header))},
 		{"a malformed header", "its header", rewrite(signed(keptMagic + "{\n"))},
 		{"not compressed", "unpacking", rewrite(signed(keptMagic + header + "\n\xff\xff\xff"))},
+		{"more resources than the limit", "bytes of resources", rewrite(signed(keptMagic + strings.Replace(header, ":10}", ":1000000000}", 1) + "\n"))},
 		{"another node", "another node", func(k *Kept) { k.Node = "sidecar~192.0.2.2~pay-1.shop~shop.svc.cluster.local" }},
 		{"another cluster", "another cluster", func(k *Kept) { k.Cluster = "east" }},
 		{"too old", "more than 24h", func(k *Kept) {
@@ -260,6 +261,8 @@ func BenchmarkRestartWithThousandServices(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
+	start := processorTime(b)
+	defer func() { reportProcessorTime(b, start) }()
 	for b.Loop() {
 		if s := quietStore(b); !k.Restore(s, slog.New(slog.DiscardHandler)) {
 			b.Fatal("not in force")

@@ -15,10 +15,10 @@ func (s *Store) Resources() Resources {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var all []Resource
-	var u unpacker
+	u := &unpacker{limit: maxUnpacked}
 	for t := range xds.Type(xds.Types) {
 		for _, e := range slices.SortedFunc(maps.Values(s.entries[t]), compareNames) {
-			all = e.resources(all, t, &u)
+			all = e.resources(all, t, u)
 		}
 	}
 	return slices.Values(all)
@@ -41,20 +41,31 @@ func (e *entry) resources(all []Resource, t xds.Type, u *unpacker) []Resource {
 	return all
 }
 
-// LastGood returns the last good version of each resource that was not removed, in the order of Resources.
+// LastGood returns the last good version of each resource that was not removed. Reading the bytes in the order that is
+// returned unpacks each chunk once.
 func (s *Store) LastGood() Resources {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var all []Resource
-	var u unpacker
+	byChunk, u := map[*chunk][]Resource{}, &unpacker{}
 	for t := range xds.Type(xds.Types) {
-		for _, e := range slices.SortedFunc(maps.Values(s.entries[t]), compareNames) {
+		for _, e := range s.entries[t] {
 			if v := latest(e); v != nil && !v.closed && !e.removed {
-				all = append(all, Resource{Type: t, Name: e.name, TypeURL: t.URL(), Updated: v.updated, Version: v.text(), Bytes: v.reader(&u), Findings: v.findings})
+				in := v.raw.in
+				byChunk[in] = append(byChunk[in], Resource{
+					Type: t, Name: e.name, TypeURL: t.URL(), Updated: v.updated, Version: v.text(), Bytes: v.reader(u), Findings: v.findings,
+				})
 			}
 		}
 	}
-	return slices.Values(all)
+	return func(yield func(Resource) bool) {
+		for _, resources := range byChunk {
+			for _, r := range resources {
+				if !yield(r) {
+					return
+				}
+			}
+		}
+	}
 }
 
 func latest(e *entry) *version {

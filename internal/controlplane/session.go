@@ -14,10 +14,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
 
-// SessionConfig is the configuration of a Session. All fields are required.
+// SessionConfig is the configuration of a Session. All fields without a stated nil are required.
 type SessionConfig struct {
 	Pod   *istiod.Pod
 	Store *Store
+	Kept  *Kept // the file with the last good resources; nil: they are not kept
 	Log   *slog.Logger
 }
 
@@ -30,6 +31,7 @@ type Session struct {
 
 	mu     sync.Mutex
 	counts [xds.Types]Counts
+	calls  Calls
 }
 
 // Counts are what a Session has received of one type.
@@ -38,6 +40,9 @@ type Counts struct {
 	Decoded time.Duration // spent in taking updates
 	Last    int64         // bytes of the last update
 }
+
+// Calls counts the calls of the CA.
+type Calls struct{ All, Failed int64 }
 
 // NewSession returns a session that has not begun.
 func NewSession(config SessionConfig) (*Session, error) {
@@ -50,7 +55,9 @@ func NewSession(config SessionConfig) (*Session, error) {
 	}
 	s := &Session{config: config}
 	if source := s.source(); source != nil {
-		s.keeper = identity.NewKeeper(identity.Config{Source: source, Log: config.Log, Output: config.Pod.Output})
+		s.keeper = identity.NewKeeper(identity.Config{
+			Source: source, Log: config.Log, Output: config.Pod.Output, OutputShared: true, Revocations: config.Pod.Revocations,
+		})
 	}
 	s.client = xds.New(xds.Config{Delta: config.Pod.Delta, Node: node, Connect: s.connect, Handler: (*handler)(s), Log: config.Log})
 	return s, nil
@@ -60,6 +67,8 @@ func NewSession(config SessionConfig) (*Session, error) {
 func (s *Session) source() identity.Source {
 	pod := s.config.Pod
 	switch {
+	case pod.Socket != nil:
+		return pod.Socket
 	case pod.Files != nil:
 		return pod.Files
 	case pod.CA.Address != "":
@@ -71,6 +80,9 @@ func (s *Session) source() identity.Source {
 // Run keeps the identity and the stream until ctx ends. The stream does not wait for the identity: istiod authenticates
 // it by the token.
 func (s *Session) Run(ctx context.Context) {
+	if kept := s.config.Kept; kept != nil {
+		kept.Restore(s.config.Store, s.config.Log)
+	}
 	var parts sync.WaitGroup
 	if s.keeper != nil {
 		parts.Go(func() { s.keeper.Run(ctx) })
@@ -78,6 +90,9 @@ func (s *Session) Run(ctx context.Context) {
 		s.config.Log.Warn("no workload certificate: the control plane is reached without TLS, and no certificate is mounted")
 	}
 	parts.Go(func() { s.config.Store.Run(ctx) })
+	if s.config.Kept != nil {
+		parts.Go(func() { s.config.Kept.Run(ctx, s.config.Store, s.config.Log) })
+	}
 	parts.Go(func() { s.client.Run(ctx) })
 	parts.Wait()
 }
@@ -89,6 +104,9 @@ func (s *Session) Identity() *identity.Identity {
 	}
 	return s.keeper.Current()
 }
+
+// Resources returns the resources as they are now.
+func (s *Session) Resources() Resources { return s.config.Store.Resources() }
 
 // Snapshot returns the configuration in force, or nil before the first.
 func (s *Session) Snapshot() *mesh.Snapshot { return s.config.Store.Snapshot() }
@@ -109,7 +127,14 @@ func (s *Session) call(ctx context.Context, method string, message []byte) ([]by
 		return nil, err
 	}
 	defer connection.Close()
-	return connection.Call(ctx, method, message)
+	response, err := connection.Call(ctx, method, message)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.calls.All++
+	if err != nil {
+		s.calls.Failed++
+	}
+	return response, err
 }
 
 // connect opens a stream on a connection of its own, so that each stream reads the roots again.

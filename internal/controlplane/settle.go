@@ -31,6 +31,7 @@ func (s *Store) settle(edit *mesh.Edit, now time.Time) {
 		}
 	}
 	s.dropClusters(edit, now)
+	s.tellAbsent(now)
 }
 
 // readiness is whether a resource can be in force: at once, when its time is over, or when something else has come.
@@ -241,13 +242,14 @@ func (s *Store) namedClusters() map[string]struct{} {
 }
 
 // ask returns the names that are to be asked for from now on, of the types in which that is a change.
-func (s *Store) ask() map[xds.Type][]string {
+func (s *Store) ask(now time.Time) map[xds.Type][]string {
 	wanted := map[xds.Type][]string{}
 	needs := s.needed()
 	for t := range xds.Type(xds.Types) {
 		switch {
 		case !t.Wildcard() && !maps.Equal(needs.wanted[t], s.asked[t]):
 			wanted[t], s.asked[t] = sorted(needs.wanted[t]), needs.wanted[t]
+			s.miss(t, now)
 		case t.Wildcard() && t != xds.Clusters && !s.began:
 			wanted[t] = nil
 		}

@@ -13,14 +13,15 @@ type Status struct {
 	Stream      xds.Status
 	Counts      [xds.Types]Counts
 	Findings    [xds.Types][mesh.Security + 1]int // of the resources, by class
-	LastPush    time.Time                         // of any type; zero: nothing was received
+	Calls       Calls
+	LastPush    time.Time // of any type; zero: nothing was received
 	Initialized bool
 	Identity    IdentityStatus
 }
 
 // IdentityStatus is the state of the workload's identity.
 type IdentityStatus struct {
-	Source    string // "CA", "files", or empty: the pod has no identity
+	Source    string // "CA", "files", "socket", or empty: the pod has no identity
 	SPIFFE    string // empty before the first certificate
 	NotBefore time.Time
 	NotAfter  time.Time
@@ -33,7 +34,7 @@ type IdentityStatus struct {
 func (s *Session) Status() Status {
 	status := Status{Address: s.config.Pod.Discovery.Address, Stream: s.client.Status(), Identity: s.identityStatus()}
 	s.mu.Lock()
-	status.Counts = s.counts
+	status.Counts, status.Calls = s.counts, s.calls
 	s.mu.Unlock()
 	for _, t := range status.Stream.Types {
 		if t.Last.After(status.LastPush) {
@@ -57,7 +58,10 @@ func (s *Session) identityStatus() IdentityStatus {
 	}
 	kept := s.keeper.Status()
 	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError}
-	if s.config.Pod.Files != nil {
+	switch {
+	case s.config.Pod.Socket != nil:
+		status.Source = "socket"
+	case s.config.Pod.Files != nil:
 		status.Source = "files"
 	}
 	if current := s.keeper.Current(); current != nil {

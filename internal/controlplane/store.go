@@ -74,6 +74,7 @@ type Store struct {
 	deadline time.Time                      // when a wait is over; zero: none
 	pending  int                            // resources that wait
 	needs    *needs                         // nil: to be computed
+	absent   [xds.Types]map[string]absence  // names that are asked for and have not come
 	bytes    int64
 	altered  bool // the resources were, since changes was notified
 	archive  archive
@@ -148,7 +149,7 @@ func (s *Store) Update(u xds.Update) xds.Outcome {
 	var wanted map[xds.Type][]string
 	if u.Type <= xds.Routes && (u.Type != xds.Endpoints || s.pending > 0) {
 		s.settle(edit, now)
-		wanted = s.ask()
+		wanted = s.ask(now)
 		s.dropUnnamed(edit)
 	}
 	s.publish(edit, now)
@@ -230,13 +231,21 @@ func (s *Store) receive(u *xds.Update, now time.Time) (rejected []xds.Rejected) 
 			u.Resources[i].Name = ""
 		}
 	}
-	twice := duplicates(u.Resources)
+	times := occurrences(u.Resources)
 	for i := range u.Resources {
 		r := &u.Resources[i]
 		if !u.Type.Wildcard() && !has(s.asked[u.Type], r.Name) {
 			continue
 		}
-		if reason := s.take(u.Type, r, twice[r.Name], now); reason != "" {
+		count := times[r.Name]
+		if count < 0 {
+			continue // it was rejected
+		}
+		if count > 1 {
+			times[r.Name] = -1
+		}
+		delete(s.absent[u.Type], r.Name)
+		if reason := s.take(u.Type, r, count > 1, now); reason != "" {
 			rejected = append(rejected, xds.Rejected{Name: r.Name, Reason: reason})
 		}
 	}
@@ -250,24 +259,16 @@ func (s *Store) receive(u *xds.Update, now time.Time) (rejected []xds.Rejected) 
 	return rejected
 }
 
-// duplicates returns the names that occur more than once.
-func duplicates(resources []xds.Resource) map[string]bool {
+// occurrences returns how often each name occurs. It returns nil for one resource.
+func occurrences(resources []xds.Resource) map[string]int {
 	if len(resources) < 2 {
 		return nil
 	}
-	seen := make(map[string]struct{}, len(resources))
-	var twice map[string]bool
+	times := make(map[string]int, len(resources))
 	for i := range resources {
-		name := resources[i].Name
-		if _, ok := seen[name]; ok {
-			if twice == nil {
-				twice = map[string]bool{}
-			}
-			twice[name] = true
-		}
-		seen[name] = struct{}{}
+		times[resources[i].Name]++
 	}
-	return twice
+	return times
 }
 
 // take takes one resource, which may come more than once in the same update. It returns why it is rejected, or nothing.
@@ -508,13 +509,13 @@ func (s *Store) complete(now time.Time) bool {
 
 // pack compresses what was added, together with what is left of chunks that are mostly unused.
 func (s *Store) pack() {
+	var u unpacker
 	for t := range s.entries {
 		for _, e := range s.entries[t] {
 			for v := range e.versions() {
 				if !v.raw.sparse() {
 					continue
 				}
-				var u unpacker
 				if b, err := u.read(v.raw.view()); err == nil {
 					v.raw.free()
 					v.raw = s.archive.add(b)

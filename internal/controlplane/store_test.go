@@ -141,6 +141,15 @@ func (r *rig) inForce() string {
 	return strings.Join(all, " ")
 }
 
+func (r *rig) mustBeInitialized() {
+	r.t.Helper()
+	select {
+	case <-r.Initialized():
+	default:
+		r.t.Error("not initialized")
+	}
+}
+
 func (r *rig) want(want string) {
 	r.t.Helper()
 	if got := r.inForce(); got != want {
@@ -206,6 +215,16 @@ func TestChangesAreMadeBeforeWhatTheyReplaceIsBroken(t *testing.T) {
 			r.want("web=192.0.2.10 80→web http→80")
 			r.accepts(update(xds.Endpoints, assignment("other", "192.0.2.20")))
 		}, "web=192.0.2.20 80→web http→80"},
+		{"a change that is taken back while it waits", func(r *rig) {
+			r.accepts(update(xds.Clusters, cluster("web", "other", "1")), update(xds.Clusters, cluster("web", "web", "1")))
+			r.advance(time.Hour)
+		}, "web=192.0.2.10 80→web http→80"},
+		{"endpoints stay until they are not asked for any more", func(r *rig) {
+			r.accepts(update(xds.Clusters, cluster("web", "other", "1")))
+			r.advance(time.Hour)
+			r.want("web=- 80→web http→80")
+			r.accepts(update(xds.Clusters, cluster("web", "web", "1")))
+		}, "web=192.0.2.10 80→web http→80"},
 		{"routes wait for a cluster that waits", func(r *rig) {
 			r.accepts(update(xds.Clusters, cluster("pay", "pay", "1")), update(xds.Routes, routes("80", "pay")))
 			r.want("web=192.0.2.10 80→web http→80")
@@ -276,7 +295,7 @@ func TestTheFirstSnapshotIsWhole(t *testing.T) {
 	}
 	r.accepts(update(xds.Endpoints, assignment("web", "192.0.2.10")))
 	r.want("web=192.0.2.10 80→web http→80")
-	<-r.Initialized()
+	r.mustBeInitialized()
 }
 
 func TestTheFirstSnapshotDoesNotWaitForever(t *testing.T) {
@@ -284,7 +303,7 @@ func TestTheFirstSnapshotDoesNotWaitForever(t *testing.T) {
 	r.accepts(update(xds.Clusters, cluster("web", "web", "1")), update(xds.Listeners, httpListener("http", "80", "1")))
 	r.advance(warmingTimeout)
 	r.want("web=-")
-	<-r.Initialized()
+	r.mustBeInitialized()
 }
 
 // The configuration of an HTTP filter that is a resource of its own is asked for by the listener that names it, and is in
@@ -343,5 +362,238 @@ func TestTheLastGoodVersionStaysInForce(t *testing.T) {
 	}
 	if r.Snapshot().Cluster("web") != good {
 		t.Error("the same version was compiled again")
+	}
+}
+
+func TestWhatCannotBeUsedIsRejectedByName(t *testing.T) {
+	malformed := func(r xds.Resource) xds.Resource {
+		r.Value = append(slices.Clone(r.Value), 0xff)
+		return r
+	}
+	renamed := cluster("web", "web", "2")
+	renamed.Name = "other"
+	mistyped := cluster("web", "web", "2")
+	mistyped.TypeURL = xds.Listeners.URL()
+	large := cluster("web", "web", strings.Repeat("x", maxResource))
+	long := strings.Repeat("n", maxName+1)
+	for _, test := range []struct {
+		name   string
+		update xds.Update
+		want   string // resource: reason
+	}{
+		{"malformed bytes", update(xds.Clusters, malformed(cluster("web", "web", "2"))), "web: malformed"},
+		{"another name in it", update(xds.Clusters, renamed), `other: the name in it is "web"`},
+		{"another type", update(xds.Clusters, mistyped), `web: its type is "type.googleapis.com/envoy.config.listener.v3.Listener"`},
+		{"twice in a response", update(xds.Clusters, cluster("web", "web", "2"), cluster("web", "web", "3")), "web: more than one"},
+		{"a large resource", update(xds.Clusters, large), "web: "},
+		{"a long name", update(xds.Clusters, cluster(long, "web", "1")), long + ": its name has"},
+		{"malformed routes", update(xds.Routes, malformed(routes("80", "other"))), "80: malformed"},
+		{"a malformed listener", update(xds.Listeners, malformed(httpListener("http", "81", "2"))), "http: malformed"},
+		{"a finding of security", update(xds.Listeners, listenerOf("http", "", "x.Y", nil)), "http: "},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			r := begin(t)
+			before := r.Snapshot()
+			outcome := r.Update(test.update)
+			if len(outcome.Rejected) != 1 || !strings.HasPrefix(outcome.Rejected[0].Name+": "+outcome.Rejected[0].Reason, test.want) {
+				t.Errorf("outcome %.300v, want %.300s", outcome, test.want)
+			}
+			r.want("web=192.0.2.10 80→web http→80")
+			for name, c := range before.Clusters() {
+				if r.Snapshot().Cluster(name) != c {
+					t.Errorf("another version of %s is in force", name)
+				}
+			}
+			// The other resources of a response are used.
+			good := cluster("good", "web", "1")
+			if test.update.Type == xds.Clusters {
+				test.update.Resources = append(test.update.Resources, good)
+				r.Update(test.update)
+				r.want("good=192.0.2.10 web=192.0.2.10 80→web http→80")
+			}
+		})
+	}
+}
+
+func TestWithoutAGoodVersionARefusedOneCloses(t *testing.T) {
+	r := newRig(t)
+	r.accepts(update(xds.Clusters), update(xds.Listeners, httpListener("http", "80", "1")))
+	bad := routes("80", "web")
+	bad.Value = append(bad.Value, 0xff)
+	if outcome := r.Update(update(xds.Routes, bad)); len(outcome.Rejected) != 1 {
+		t.Errorf("outcome %+v", outcome)
+	}
+	if table := r.Snapshot().RouteTable("80"); table == nil || !table.Refused {
+		t.Errorf("routes %+v", table)
+	}
+	refused := listenerOf("tcp", "", "x.Y", nil)
+	r.Update(update(xds.Listeners, refused))
+	l := r.Snapshot().Listener("tcp")
+	if l == nil || !l.Chains[0].Refused {
+		t.Errorf("listener %+v", l)
+	}
+	broken := refused
+	broken.Value = append(slices.Clone(refused.Value), 0xff)
+	r.Update(update(xds.Listeners, broken))
+	l = r.Snapshot().Listener("tcp")
+	if l == nil || !l.Refused || len(l.Addresses) != 1 {
+		t.Errorf("a malformed listener does not refuse connections to its address: %+v", l)
+	}
+	for resource := range r.Resources() {
+		if resource.Name == "tcp" && (resource.Bytes != nil || resource.Refusal == nil) {
+			t.Errorf("shown as in force: %+v", resource)
+		}
+	}
+	r.accepts(update(xds.Routes, routes("80", "web")), update(xds.Listeners, tcpListener("tcp", "web", "1")))
+	if r.Snapshot().RouteTable("80").Refused || r.Snapshot().Listener("tcp").Refused {
+		t.Error("a good version does not open it")
+	}
+}
+
+func TestOneTypeOfResourceIsBoundedInSum(t *testing.T) {
+	s, err := NewStore(StoreConfig{Log: slog.New(slog.DiscardHandler), MaxBytes: 10_000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var resources []xds.Resource
+	for i := range 100 {
+		resources = append(resources, cluster(string(rune('a'+i%26))+string(rune('a'+i/26)), "web", strings.Repeat("x", 1000)))
+	}
+	outcome := s.Update(update(xds.Clusters, resources...))
+	if n := len(outcome.Rejected); n != 91 || s.bytes > 10_000 {
+		t.Errorf("%d are rejected, %d bytes are kept", n, s.bytes)
+	}
+	// What is removed makes room.
+	s.Update(removal(xds.Clusters, resources[0].Name, resources[1].Name))
+	if outcome := s.Update(update(xds.Clusters, resources[99])); len(outcome.Rejected) > 0 {
+		t.Errorf("rejected: %v", outcome.Rejected)
+	}
+}
+
+func TestSecretsOfTheControlPlaneAreAskedFor(t *testing.T) {
+	tls := func(secrets ...string) []byte {
+		var all []byte
+		for _, name := range secrets {
+			all = append(all, nest(text(1, name), 6)...)
+		}
+		return nest(packed("envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext", nest(all, 1)), 3)
+	}
+	l := tcpListener("tls", "web", "1")
+	l.Value = join(l.Value, nest(join(nest(tls("default", "kubernetes://cert", "ROOTCA", "file-cert:a~b", "file-root:c"), 6),
+		nest(join(text(1, "f"), nest(packed(tcpProxyType, text(2, "web")), 4)), 3), nest(text(9, "tls"), 1)), 3))
+	r := newRig(t)
+	r.accepts(update(xds.Clusters))
+	outcome := r.Update(update(xds.Listeners, l))
+	if !slices.Equal(outcome.Wanted[xds.Secrets], []string{"kubernetes://cert"}) || len(outcome.Rejected) > 0 {
+		t.Errorf("outcome %+v", outcome)
+	}
+	if r.Snapshot().Listener("tls") == nil || r.Snapshot().Secret("kubernetes://cert") != nil {
+		t.Error("the listener waits for its secret")
+	}
+	if absent := r.Absent(); len(absent) != 1 || absent[0].Name != "kubernetes://cert" {
+		t.Errorf("absent: %+v", absent)
+	}
+	r.advance(warmingTimeout)
+	if line := r.log.String(); strings.Count(line, "\n") != 1 || !strings.Contains(line, "kubernetes://cert") {
+		t.Errorf("logged %s", line)
+	}
+	r.advance(time.Hour)
+	certificate := join(nest(text(2, "chain"), 1), nest(text(2, "key"), 2))
+	r.accepts(update(xds.Secrets, resource(xds.Secrets, "kubernetes://cert", join(text(1, "kubernetes://cert"), nest(certificate, 2)))))
+	if r.Snapshot().Secret("kubernetes://cert") == nil || len(r.Absent()) != 0 || strings.Count(r.log.String(), "\n") != 1 {
+		t.Errorf("secret %v, absent %v, logged %s", r.Snapshot().Secret("kubernetes://cert"), r.Absent(), r.log.String())
+	}
+	// A secret that is taken back closes what needs it.
+	r.accepts(removal(xds.Secrets, "kubernetes://cert"))
+	if r.Snapshot().Secret("kubernetes://cert") != nil {
+		t.Error("a secret that was removed is in force")
+	}
+}
+
+func TestAFindingIsLoggedOnceWithItsOrigin(t *testing.T) {
+	r := newRig(t)
+	origin := nest(join(text(1, "istio"), nest(nest(join(text(1, "config"), nest(text(3, "/apis/networking.istio.io/v1/namespaces/shop/destination-rule/web"), 2)), 1), 2)), 25, 1)
+	var resources []xds.Resource
+	for _, name := range []string{"a", "b", "c"} {
+		c := cluster(name, "web", "1")
+		c.Value = join(c.Value, origin, nest(nil, 22), nest(nil, 50)) // lb_subset_config, preconnect_policy
+		resources = append(resources, c)
+	}
+	r.accepts(update(xds.Clusters, resources...))
+	resources[0].Value = join(resources[0].Value, text(28, "2"))
+	r.accepts(update(xds.Clusters, resources...))
+	line := r.log.String()
+	for _, want := range []string{"lb_subset_config", "class=traffic", "resource=a", `origin="destination-rule shop/web"`} {
+		if !strings.Contains(line, want) {
+			t.Errorf("%s is not in the log", want)
+		}
+	}
+	if strings.Count(line, "\n") != 1 {
+		t.Errorf("logged more than once:\n%s", line)
+	}
+	findings := r.Findings()
+	if len(findings) != 6 || findings[0].Name != "a" || findings[0].Type != xds.Clusters || findings[0].Origin == "" {
+		t.Errorf("findings %+v", findings)
+	}
+}
+
+func TestTheLogOfFindingsIsBounded(t *testing.T) {
+	r := newRig(t)
+	for i := range 2 * maxLogged {
+		c := cluster("web", "web", "1")
+		c.Value = join(c.Value, number(1000+i, 1))
+		r.accepts(update(xds.Clusters, c))
+	}
+	if n := strings.Count(r.log.String(), "\n"); n != maxLogged+1 {
+		t.Errorf("%d lines, want %d", n, maxLogged+1)
+	}
+}
+
+func TestNamesAndRootsAreInForceAtOnce(t *testing.T) {
+	r := begin(t)
+	host := nest(join(text(1, "web.shop"), nest(text(1, "192.0.2.1"), 2)), 1)
+	r.accepts(
+		update(xds.Names, resource(xds.Names, "", host)),
+		update(xds.ProxyConfigs, resource(xds.ProxyConfigs, "a name that does not count", text(34, "root"))),
+	)
+	if s := r.Snapshot(); len(s.Names().Hosts) != 1 || !slices.Equal(s.TrustBundle(), []string{"root"}) {
+		t.Errorf("names %v, roots %v", s.Names(), s.TrustBundle())
+	}
+}
+
+func TestResourcesAreShownWithTheirBytes(t *testing.T) {
+	r := begin(t)
+	waiting := cluster("web", "other", "2")
+	r.accepts(update(xds.Clusters, waiting))
+	bad := httpListener("http", "80", "3")
+	bad.Value = append(bad.Value, 0xff)
+	r.Update(update(xds.Listeners, bad))
+	want := map[string][]byte{
+		"CDS web":         cluster("web", "web", "1").Value,
+		"CDS web warming": waiting.Value,
+		"EDS web":         assignment("web", "192.0.2.10").Value,
+		"LDS http":        httpListener("http", "80", "1").Value,
+		"RDS 80":          routes("80", "web").Value,
+	}
+	for resource := range r.Resources() {
+		key := resource.Type.String() + " " + resource.Name
+		if resource.Warming {
+			key += " warming"
+		}
+		b, err := resource.Bytes()
+		if err != nil || string(b) != string(want[key]) || !resource.Updated.Equal(r.now) || resource.Version == "" {
+			t.Errorf("%s: error %v, bytes %q, want %q; %+v", key, err, b, want[key], resource)
+		}
+		delete(want, key)
+		if refused := resource.Refusal != nil; refused != (key == "LDS http") {
+			t.Errorf("%s: refusal %+v", key, resource.Refusal)
+		} else if refused {
+			if b, err := resource.Refusal.Bytes(); err != nil || string(b) != string(bad.Value) {
+				t.Errorf("refused bytes %q, error %v", b, err)
+			}
+		}
+	}
+	if len(want) > 0 {
+		t.Errorf("not shown: %v", slices.Collect(maps.Keys(want)))
 	}
 }

@@ -49,6 +49,10 @@ const (
 	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
 	NoConfiguration       Reason = "no_configuration"        // the control plane has sent no configuration in time
 	MeshRefused           Reason = "mesh_refused"            // the control plane's configuration does not let it pass
+	TLSFailed             Reason = "tls_failed"              // the TLS handshake failed otherwise than by the peer's certificate
+	TLSTimeout            Reason = "tls_timeout"             // the peer did not finish the TLS handshake in time
+	TLSPeerRefused        Reason = "tls_peer_refused"        // the peer's certificate is missing, or not accepted
+	TLSNoIdentity         Reason = "tls_no_identity"         // this workload has no certificate, or no roots of trust
 )
 
 // Ended by the agent. Both sides are reset, except for Drained.
@@ -140,6 +144,14 @@ var Explanations = []Explanation{
 		"The control plane sent no configuration within `{ConfigurationWait}`."},
 	{MeshRefused, envoy.FlagNoRouteFound, "", "",
 		"The control plane's configuration closes the connection, or secures it by TLS or policies, which are not supported yet; the log has the cause."},
+	{TLSFailed, "", "", "",
+		"The TLS handshake failed: the peer does not speak TLS, has no version or cipher suite in common with pillion, or rejected pillion's certificate; the log has the cause."},
+	{TLSTimeout, "", "", "",
+		"The peer did not finish the TLS handshake within the time that the control plane configures (15 s)."},
+	{TLSPeerRefused, "", "", "",
+		"The peer's certificate is missing, expired, not valid yet, revoked, issued under another root, or for another name; the log has the cause."},
+	{TLSNoIdentity, "", "", "",
+		"TLS is required, and this workload has no certificate or no roots of trust yet."},
 	{IdleTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
 		"Nothing moved for `{IdleTimeout}`; both sides were reset."},
 	{HalfCloseTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,

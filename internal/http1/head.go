@@ -193,6 +193,13 @@ func (h *Head) statusLine(b []byte, start, end int) error {
 	return nil
 }
 
+// BeginsInterim reports whether b begins with the status line of an interim response, or is malformed (RFC 9110 §15.2).
+// 101 is not one: no other response follows it.
+func BeginsInterim(b []byte) bool {
+	const code = len("HTTP/1.1 ")
+	return len(b) >= code+3 && b[code] == '1' && string(b[code:code+3]) != "101"
+}
+
 // minor returns the digit x of HTTP/1.x.
 func minor(version []byte) (int, bool) {
 	if len(version) != len("HTTP/1.x") || string(version[:7]) != "HTTP/1." || !digit(version[7]) {

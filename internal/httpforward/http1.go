@@ -1,6 +1,7 @@
 package httpforward
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"runtime"
@@ -180,9 +181,12 @@ func (x *exchange) send() {
 	}
 }
 
-// interimCost is how many bytes of a turn an interim response stands for. Each costs a system call, and an upstream may
-// send them without end.
-const interimCost = 8 << 10
+// interimCost is how many bytes of a turn a write of interim responses stands for, and interimBatch how many bytes of them
+// are collected for one write. An upstream may send them without end.
+const (
+	interimCost  = 8 << 10
+	interimBatch = 8 << 10
+)
 
 // receive reads the response and forwards it. It reports whether there is more to do without waiting.
 func (x *exchange) receive() (longTurn bool) {
@@ -191,7 +195,7 @@ func (x *exchange) receive() (longTurn bool) {
 		if left <= 0 {
 			return true
 		}
-		if m.out.Len() > 0 { // of an interim response
+		if m.out.Len() > 0 && !x.interimFollows() {
 			n := m.put()
 			if n == 0 {
 				return false
@@ -205,6 +209,16 @@ func (x *exchange) receive() (longTurn bool) {
 		left--
 	}
 	return m.move()
+}
+
+// interimFollows reports whether another whole interim response is in the buffer, to be written together with those in out.
+func (x *exchange) interimFollows() bool {
+	m := &x.response
+	if m.held() == 0 || m.out.Len() != len(m.head) || m.out.Len() >= interimBatch { // nothing read, partly written, or enough
+		return false
+	}
+	b := m.in.Bytes()
+	return http1.BeginsInterim(b) && bytes.Contains(b, []byte("\r\n\r\n"))
 }
 
 // parseResponse reads the head of an interim or final response. It reports false if the head is incomplete.
@@ -288,8 +302,9 @@ func (x *exchange) interim(b []byte) error {
 	}
 	if x.requestHead.Minor > 0 {
 		h.DropHopByHop(b)
-		m.head = append(h.AppendLines(m.head[:0], b), "\r\n"...)
-		m.out.Append(m.head)
+		start := len(m.head) // interim responses that are not yet written; see interimFollows
+		m.head = append(h.AppendLines(m.head, b), "\r\n"...)
+		m.out.Append(m.head[start:])
 	}
 	m.in.Discard(h.Length)
 	h.Reset()

@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"bufio"
+	"fmt"
 	"io"
 	"math"
 	"net"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // Malformed messages, and those that concern the connection only, end at the engine.
@@ -272,4 +274,57 @@ func TestTheRecordHasTheAuthorityThatTheOriginUses(t *testing.T) {
 	if got := r.records.await(t, 0); got.authority != "b.test:8080" {
 		t.Errorf("the record has the authority %q", got.authority)
 	}
+}
+
+// Interim responses that arrive together are written together. A final response, and one that is incomplete, must wait until
+// they are written, and nothing is appended to a part.
+func TestInterimResponsesAreWrittenTogether(t *testing.T) {
+	const interim = "HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+	for name, c := range map[string]struct {
+		in      string
+		written int // bytes of the responses that came before
+		queued  int // such responses
+		want    bool
+	}{
+		"another interim response":     {interim + interim, 0, 1, true},
+		"an incomplete one":            {interim[:len(interim)-1], 0, 1, false},
+		"the final response":           {ok(""), 0, 1, false},
+		"another protocol":             {"HTTP/1.1 101 Switching Protocols\r\n\r\n", 0, 1, false},
+		"after a part":                 {interim, 1, 1, false},
+		"enough of them":               {interim, 0, interimBatch/len(interim) + 1, false},
+		"no bytes after the last head": {"", 0, 1, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			x := &exchange{}
+			m := &x.response
+			m.head = []byte(strings.Repeat(interim, c.queued))
+			m.out.Append(m.head[c.written:])
+			if c.in != "" {
+				m.in = tcp.TakeBuffer()
+				defer m.in.Release()
+				m.in.Append([]byte(c.in))
+			}
+			if got := x.interimFollows(); got != c.want {
+				t.Errorf("interimFollows = %t", got)
+			}
+		})
+	}
+}
+
+// A batch may outgrow the memory of its first response, of which a part is queued.
+func TestManyInterimResponsesArriveWhole(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	r := newRig(t, o.address, false, plain)
+	client := r.dial(t)
+	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+	upstream := o.accept()
+	head(t, bufio.NewReader(upstream))
+	var all strings.Builder
+	for i := range 900 {
+		fmt.Fprintf(&all, "HTTP/1.1 103 Early Hints\r\nLink: <%d>%s\r\n\r\n", i, strings.Repeat("x", i%300))
+	}
+	all.WriteString(ok("hello"))
+	go io.WriteString(upstream, all.String())
+	expect(t, client, all.String())
 }

@@ -2,6 +2,7 @@ package istiod
 
 import (
 	"cmp"
+	"context"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -24,6 +25,9 @@ const DefaultAddress = "istiod.istio-system.svc:15012"
 // proxy-status shows it.
 const Version = "1.32.0"
 
+// revocationsFile is where the injector mounts the ConfigMap istio-ca-crl, below the root directory.
+const revocationsFile = "var/run/secrets/istio/crl/ca-crl.pem"
+
 // Environment is what an injected pod gives to its sidecar.
 type Environment struct {
 	Variables []string          // as os.Environ returns them
@@ -43,11 +47,14 @@ type Pod struct {
 	Node      Node
 	Delta     bool // the protocol of discovery; otherwise the state of the world
 
-	SPIFFE   string          // the identity that certificates are requested for
-	Lifetime time.Duration   // of a requested certificate
-	Signer   string          // CertSigner of the CA; may be empty
-	Files    *identity.Files // mounted in place of a CA; nil: not mounted
-	Output   string          // directory that the identity is written to; empty: none
+	SPIFFE   string           // the identity that certificates are requested for
+	Lifetime time.Duration    // of a requested certificate
+	Signer   string           // CertSigner of the CA; may be empty
+	Files    *identity.Files  // mounted in place of a CA; nil: not mounted
+	Socket   *identity.Socket // that serves the identity in place of both; nil: there is none
+
+	Revocations string // path of the lists of revoked certificates, which need not exist
+	Output      string // directory that the identity is written to; empty: none
 }
 
 // ReadPod returns how the pod reaches the istiod at address (host:port). An error names the variable and its remedy.
@@ -68,8 +75,20 @@ func ReadPod(address string, e *Environment) (*Pod, error) {
 	if err != nil {
 		return nil, err
 	}
+	socket, err := identity.FindSocket(context.Background(), e.directory(), variables["WORKLOAD_IDENTITY_SOCKET_FILE"])
+	if err != nil {
+		return nil, fmt.Errorf("environment variable WORKLOAD_IDENTITY_SOCKET_FILE: %w", err)
+	}
 	p := &Pod{Node: *node, Delta: delta, Lifetime: lifetime, Signer: variables["ISTIO_META_CERT_SIGNER"], Output: variables["OUTPUT_CERTS"]}
 	p.Discovery = e.discovery(address, variables)
+	p.Revocations = filepath.Join(e.directory(), revocationsFile)
+	if socket != nil {
+		if socket.Node, err = node.Encode(); err != nil {
+			return nil, err
+		}
+		p.Socket = socket
+		return p, nil
+	}
 	if files, ok := identity.FindFiles(e.directory()); ok {
 		p.Files = files
 		return p, nil

@@ -14,9 +14,10 @@ import (
 
 // Sources are what the handlers show in addition to the View. They are read at each request.
 type Sources struct {
-	Table *flow.Table   // open connections; optional
-	Gates func() []Gate // conditions of readiness; optional
-	Index func() string // answer of "/" for clients other than browsers, such as a list of paths; nil: empty
+	Table *flow.Table          // open connections; optional
+	Gates func() []Gate        // conditions of readiness; optional
+	Plane func() *ControlPlane // the session with the control plane; nil: there is none
+	Index func() string        // answer of "/" for clients other than browsers, such as a list of paths; nil: empty
 }
 
 // Bounds of what is streamed.

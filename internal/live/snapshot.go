@@ -26,6 +26,7 @@ type Snapshot struct {
 	UptimeSeconds float64       `json:"uptimeSeconds"`
 	Ready         bool          `json:"ready"` // every gate is open
 	Gates         []Gate        `json:"gates"`
+	ControlPlane  *ControlPlane `json:"controlPlane,omitempty"` // absent if the agent decides alone
 	Inbound       Totals        `json:"inbound"`
 	Outbound      Totals        `json:"outbound"`
 	Reasons       []Reason      `json:"reasons"`      // why flows failed, the most frequent in the last minute first
@@ -124,6 +125,9 @@ func (v *View) snapshot(sources *Sources) *Snapshot {
 	}
 	if sources.Gates != nil {
 		s.Gates = append(s.Gates, sources.Gates()...)
+	}
+	if sources.Plane != nil {
+		s.ControlPlane = sources.Plane()
 	}
 	s.Ready = !slices.ContainsFunc(s.Gates, func(g Gate) bool { return !g.Open })
 	second := v.second(now)

@@ -143,6 +143,10 @@ const (
 	plainTransport = "raw_buffer"
 )
 
+// Index prepares Match after Chains were set. DecodeListener has called it. An error means that two chains have the same
+// match.
+func (l *Listener) Index() error { return l.index.build(l.Chains) }
+
 // Match returns the filter chain of a connection. Without a chain it returns false, and the connection must be closed. The
 // chain may be Refused.
 //

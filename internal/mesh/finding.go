@@ -1,6 +1,9 @@
 package mesh
 
-import "fmt"
+import (
+	"fmt"
+	"strings"
+)
 
 // Class is what a finding concerns.
 type Class uint8
@@ -27,6 +30,15 @@ type Finding struct {
 	Path    string // of the field in the resource, such as "circuit_breakers.thresholds[0].retry_budget"
 	Problem string
 	Origin  string // resource of the configuration that this part stems from, as istiod names it; may be empty
+}
+
+// OriginText returns the finding's Origin as "virtual-service shop/web", or as istiod names it if that has another form.
+func (f Finding) OriginText() string {
+	parts := strings.Split(f.Origin, "/") // /apis/GROUP/VERSION/namespaces/NAMESPACE/KIND/NAME
+	if len(parts) != 8 || parts[1] != "apis" || parts[4] != "namespaces" {
+		return f.Origin
+	}
+	return parts[6] + " " + parts[5] + "/" + parts[7]
 }
 
 func (f Finding) String() string { return fmt.Sprintf("%s: %s", f.Path, f.Problem) }

@@ -11,23 +11,44 @@ const (
 	virtualOutbound = "virtualOutbound"
 )
 
-// Verdict returns why a connection must not be carried to its original destination, and nothing if it may be. It closes
-// whatever the configuration refuses, and whatever it secures in a way that is not carried out: TLS with the client or
-// with the endpoint, and policies. A destination that no listener is for is carried.
-func (s *Snapshot) Verdict(direction Direction, c *ConnInfo) (refusal string) {
-	if direction == Inbound {
-		return s.inbound(c)
+// Inbound returns the filter chain that an inbound connection meets, or why it is refused: the configuration refuses it, or
+// restricts it in a way that is not carried out. Both are empty if there is no listener: the connection is carried. The
+// caller ends TLS if the chain has it.
+func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
+	l := s.Listener(virtualInbound)
+	if l == nil {
+		return nil, ""
 	}
-	return s.outbound(c)
+	return l.judge(s, c)
 }
 
-func (s *Snapshot) inbound(c *ConnInfo) string {
-	l := s.Listener(virtualInbound)
+// Outbound returns why a connection must not be carried to its original destination, and nothing if it may be. It closes
+// whatever the configuration refuses, and whatever it secures in a way that is not carried out: TLS with the endpoint, and
+// policies. A destination that no listener is for is carried.
+func (s *Snapshot) Outbound(c *ConnInfo) (refusal string) {
+	l := s.Destination(c.Destination)
+	if l == nil {
+		l = s.Listener(virtualOutbound)
+	}
 	if l == nil {
 		return ""
 	}
-	_, refusal := l.judge(s, c)
-	return refusal
+	chain, refusal := l.judge(s, c)
+	switch {
+	case refusal != "":
+		return refusal
+	case chain.TLS != nil:
+		return "its filter chain in " + l.Name + " ends TLS, which is not supported yet"
+	case chain.TCP != nil:
+		for _, cluster := range chain.TCP.Clusters {
+			if refusal := s.secured(cluster.Name); refusal != "" {
+				return refusal
+			}
+		}
+	case chain.HTTP != nil:
+		return s.judgeRoutes(s.Routes(chain.HTTP), c.Destination)
+	}
+	return ""
 }
 
 // judge returns the filter chain of a connection, or why it is refused.
@@ -43,8 +64,6 @@ func (l *Listener) judge(s *Snapshot, c *ConnInfo) (*FilterChain, string) {
 		return nil, "no filter chain of " + l.Name + " accepts it"
 	case chain.Refused:
 		return nil, "its filter chain in " + l.Name + " is refused"
-	case chain.TLS != nil:
-		return nil, "its filter chain in " + l.Name + " ends TLS, which is not supported yet"
 	case slices.ContainsFunc(chain.Policies, NetworkFilter.Restricts):
 		return nil, "its filter chain in " + l.Name + " has policies, which are not supported yet"
 	}
@@ -82,30 +101,6 @@ func (s *Snapshot) judgeHTTP(h *HTTPManager) string {
 	}
 	if h.Routes != nil && (h.Routes.Refused || slices.ContainsFunc(h.Routes.Hosts, func(v VirtualHost) bool { return v.Refused })) {
 		return "routes are refused"
-	}
-	return ""
-}
-
-func (s *Snapshot) outbound(c *ConnInfo) string {
-	l := s.Destination(c.Destination)
-	if l == nil {
-		l = s.Listener(virtualOutbound)
-	}
-	if l == nil {
-		return ""
-	}
-	chain, refusal := l.judge(s, c)
-	switch {
-	case refusal != "":
-		return refusal
-	case chain.TCP != nil:
-		for _, cluster := range chain.TCP.Clusters {
-			if refusal := s.secured(cluster.Name); refusal != "" {
-				return refusal
-			}
-		}
-	case chain.HTTP != nil:
-		return s.judgeRoutes(s.Routes(chain.HTTP), c.Destination)
 	}
 	return ""
 }

@@ -63,25 +63,28 @@ func TestWhatConcernsSecurityAndIsNotCarriedOutIsClosed(t *testing.T) {
 		listener *Listener // nil: there is none
 		conn     ConnInfo
 		refusal  string // empty: it is carried
+		tls      bool   // is ended
 	}{
-		"no listener":                         {nil, ConnInfo{}, ""},
-		"STRICT and plain":                    {accepting(secure(ChainMatch{})), ConnInfo{}, "accepts it without TLS"},
-		"STRICT and TLS":                      {accepting(secure(ChainMatch{})), over("istio"), "ends TLS, which is not supported yet"},
-		"PERMISSIVE and plain":                {accepting(permissive...), ConnInfo{}, ""},
-		"PERMISSIVE and TLS of the mesh":      {accepting(permissive...), over("istio"), "ends TLS"},
-		"PERMISSIVE and TLS of the workload":  {accepting(permissive...), over("h2"), ""},
-		"PERMISSIVE and TLS without ALPN":     {accepting(permissive...), over(), ""},
-		"another port is STRICT":              {accepting(secure(ChainMatch{Port: 9}), plain(ChainMatch{})), ConnInfo{}, ""},
-		"no chain for the port":               {accepting(plain(ChainMatch{Port: 9})), ConnInfo{}, "no filter chain of virtualInbound accepts it"},
-		"a refused chain":                     {accepting(&FilterChain{Refused: true}), ConnInfo{}, "is refused"},
-		"a refused listener":                  {&Listener{Name: virtualInbound, Refused: true, Default: plain(ChainMatch{})}, ConnInfo{}, "the listener virtualInbound is refused"},
-		"a default chain":                     {&Listener{Name: virtualInbound, Default: plain(ChainMatch{})}, ConnInfo{}, ""},
-		"network policies":                    {accepting(&FilterChain{TCP: forwarding("inbound"), Policies: []NetworkFilter{{Name: "rbac"}}}), ConnInfo{}, "has policies"},
-		"HTTP policies":                       {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Name: "jwt", Type: jwtType}}}}), ConnInfo{}, "the HTTP filter jwt"},
-		"other HTTP filters":                  {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Type: routerType}}, Routes: &Routes{}}}), ConnInfo{}, ""},
-		"refused routes":                      {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Refused: true}}}), ConnInfo{}, "routes are refused"},
-		"a refused virtual host":              {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Hosts: []VirtualHost{{}, {Refused: true}}}}}), ConnInfo{}, "routes are refused"},
-		"TLS that the listener does not look": {&Listener{Name: virtualInbound, Chains: permissive}, over("istio"), ""},
+		"no listener":                         {nil, ConnInfo{}, "", false},
+		"STRICT and plain":                    {accepting(secure(ChainMatch{})), ConnInfo{}, "accepts it without TLS", false},
+		"STRICT and TLS":                      {accepting(secure(ChainMatch{})), over("istio"), "", true},
+		"PERMISSIVE and plain":                {accepting(permissive...), ConnInfo{}, "", false},
+		"PERMISSIVE and TLS of the mesh":      {accepting(permissive...), over("istio"), "", true},
+		"PERMISSIVE and TLS of the workload":  {accepting(permissive...), over("h2"), "", false},
+		"PERMISSIVE and TLS without ALPN":     {accepting(permissive...), over(), "", false},
+		"another port is STRICT":              {accepting(secure(ChainMatch{Port: 9}), plain(ChainMatch{})), ConnInfo{}, "", false},
+		"no chain for the port":               {accepting(plain(ChainMatch{Port: 9})), ConnInfo{}, "no filter chain of virtualInbound accepts it", false},
+		"a refused chain":                     {accepting(&FilterChain{Refused: true}), ConnInfo{}, "is refused", false},
+		"a refused listener":                  {&Listener{Name: virtualInbound, Refused: true, Default: plain(ChainMatch{})}, ConnInfo{}, "the listener virtualInbound is refused", false},
+		"a default chain":                     {&Listener{Name: virtualInbound, Default: plain(ChainMatch{})}, ConnInfo{}, "", false},
+		"network policies":                    {accepting(&FilterChain{TCP: forwarding("inbound"), Policies: []NetworkFilter{{Name: "rbac"}}}), ConnInfo{}, "has policies", false},
+		"network policies that allow all":     {accepting(&FilterChain{TCP: forwarding("inbound"), Policies: []NetworkFilter{{Name: "rbac", RBAC: &RBAC{}}}}), ConnInfo{}, "", false},
+		"HTTP policies that allow all":        {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Name: "rbac", Type: rbacType, RBAC: &RBAC{}}}}}), ConnInfo{}, "", false},
+		"HTTP policies":                       {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Name: "jwt", Type: jwtType}}}}), ConnInfo{}, "the HTTP filter jwt", false},
+		"other HTTP filters":                  {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Type: routerType}}, Routes: &Routes{}}}), ConnInfo{}, "", false},
+		"refused routes":                      {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Refused: true}}}), ConnInfo{}, "routes are refused", false},
+		"a refused virtual host":              {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Hosts: []VirtualHost{{}, {Refused: true}}}}}), ConnInfo{}, "routes are refused", false},
+		"TLS that the listener does not look": {&Listener{Name: virtualInbound, Chains: permissive}, over("istio"), "", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := snapshotOf(t)
@@ -89,7 +92,11 @@ func TestWhatConcernsSecurityAndIsNotCarriedOutIsClosed(t *testing.T) {
 				s = snapshotOf(t, c.listener)
 			}
 			c.conn.Destination, c.conn.Source = netip.MustParseAddrPort("192.0.2.7:8080"), netip.MustParseAddrPort("192.0.2.9:40000")
-			judged(t, s.Verdict(Inbound, &c.conn), c.refusal)
+			chain, refusal := s.Inbound(&c.conn)
+			judged(t, refusal, c.refusal)
+			if ended := chain != nil && chain.TLS != nil; ended != c.tls {
+				t.Errorf("TLS is ended: %v", ended)
+			}
 		})
 	}
 }
@@ -125,7 +132,8 @@ func TestConfigurationsOfFiltersThatComeOnTheirOwn(t *testing.T) {
 			}
 			s := snapshotOf(t, values...)
 			conn := ConnInfo{Destination: netip.MustParseAddrPort("192.0.2.7:8080"), Source: netip.MustParseAddrPort("192.0.2.9:40000")}
-			judged(t, s.Verdict(Inbound, &conn), c.refusal)
+			_, refusal := s.Inbound(&conn)
+			judged(t, refusal, c.refusal)
 		})
 	}
 }
@@ -207,7 +215,7 @@ func TestOutboundConnectionsThatNeedTLSAreClosed(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			conn := ConnInfo{Destination: service, Source: netip.MustParseAddrPort("192.0.2.7:40000")}
-			judged(t, snapshotOf(t, c.values...).Verdict(Outbound, &conn), c.refusal)
+			judged(t, snapshotOf(t, c.values...).Outbound(&conn), c.refusal)
 		})
 	}
 }

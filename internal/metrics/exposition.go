@@ -42,6 +42,8 @@ type Sources struct {
 	Gates     func() []Gate                              // readiness gates
 	Draining  func() bool
 	DNS       *dns.Stats // nil: no resolver
+
+	ControlPlane func() ControlPlane // nil: there is none
 }
 
 // Upstream holds the counters of a direction's upstream connections.
@@ -149,6 +151,10 @@ type family dto.MetricFamily
 
 func (f *family) counts(n uint64, labels ...*dto.LabelPair) {
 	f.Metric = append(f.Metric, &dto.Metric{Label: labels, Counter: &dto.Counter{Value: new(float64(n))}})
+}
+
+func (f *family) sum(value float64, labels ...*dto.LabelPair) {
+	f.Metric = append(f.Metric, &dto.Metric{Label: labels, Counter: &dto.Counter{Value: &value}})
 }
 
 func (f *family) is(value float64, labels ...*dto.LabelPair) {
@@ -317,6 +323,10 @@ func (m *Metrics) fromSources(f *families) {
 	}
 	if s.DNS != nil {
 		f.resolver(s.DNS)
+	}
+	if s.ControlPlane != nil {
+		c := s.ControlPlane()
+		f.controlPlane(&c, s.Draining != nil && s.Draining())
 	}
 	if s.Backoffs != nil {
 		f.counter("pillion_accept_backoffs_total", "Times an accept loop backed off.").counts(s.Backoffs())

@@ -47,6 +47,17 @@ func everythingWith(o Options) *Metrics {
 		Held:      func() (int, int, uint64) { return 1000, 2000, 3 },
 		Gates:     func() []Gate { return []Gate{{"listeners", true}, {"addresses", false}} },
 		Draining:  func() bool { return true },
+		ControlPlane: func() ControlPlane {
+			return ControlPlane{
+				Connected: true, Streams: 3, Failed: 4, Lost: 2, LastPush: time.Now(), Initialized: true,
+				Types: []PushType{
+					{Name: "CDS", Resources: 40, Accepted: 5, Rejected: 1, Bytes: 50_000, Decoding: 1500 * time.Microsecond},
+					{Name: "LDS", Resources: 21, Accepted: 6, Rejected: 2, Bytes: 60_000, Decoding: 2500 * time.Microsecond},
+				},
+				Findings: []Findings{{"cosmetic", 3}, {"traffic", 2}, {"security", 1}},
+				Expiry:   time.Now().Add(time.Hour), Renewals: 2, Failures: 1, Calls: 7, FailedCalls: 5,
+			}
+		},
 	})
 	in, out := connection(table, flow.Inbound, flow.HTTP11), connection(table, flow.Outbound, flow.HTTP2)
 	r := request(in, "reviews:9080", 200)
@@ -71,7 +82,7 @@ func everythingWith(o Options) *Metrics {
 // metrics share are listed only for requests and opened connections.
 func TestGolden(t *testing.T) {
 	const golden = "testdata/exposition.golden"
-	out := regexp.MustCompile(`^(# (HELP|TYPE) )?(go_|process_|envoy_server_(uptime|memory|concurrency))|_bucket{.*le="([1-9][0-9]*)"|^pillion_flows_total.* 0\n`)
+	out := regexp.MustCompile(`^(# (HELP|TYPE) )?(go_|process_|envoy_server_(uptime|memory|concurrency)|pillion_mesh_push_age|istio_agent_cert_expiry)|_bucket{.*le="([1-9][0-9]*)"|^pillion_flows_total.* 0\n`)
 	shared := regexp.MustCompile(`source_workload=.*destination_cluster="[^"]*"`)
 	var got strings.Builder
 	for line := range strings.Lines(text(t, everything())) {
@@ -166,7 +177,10 @@ func TestNamesPassPromlint(t *testing.T) {
 	}
 	// Names of Istio and Envoy; existing queries depend on them.
 	given := []string{"istio_request_duration_milliseconds", "envoy_cluster_upstream_cx_connect_fail", "envoy_cluster_upstream_rq",
-		"envoy_cluster_upstream_rq_retry", "envoy_listener_http_downstream_rq"}
+		"envoy_cluster_upstream_rq_retry", "envoy_listener_http_downstream_rq", "envoy_cluster_manager_cds_update_rejected",
+		"envoy_cluster_manager_cds_update_success", "envoy_listener_manager_lds_update_rejected", "envoy_listener_manager_lds_update_success",
+		"istio_agent_istiod_connection_failures", "istio_agent_istiod_connection_terminations", "istio_agent_num_failed_outgoing_requests",
+		"istio_agent_num_outgoing_requests"}
 	for _, p := range problems {
 		if !slices.Contains(given, p.Metric) {
 			t.Errorf("%s: %s", p.Metric, p.Text)

@@ -3,7 +3,6 @@ package secure
 import (
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"slices"
 	"strings"
 	"time"
@@ -134,14 +133,20 @@ func newConfig(minVersion, maxVersion uint16) *tls.Config {
 
 // Verifier verifies a peer's certificate.
 type Verifier struct {
-	// Roots returns the current roots of trust. Without roots every peer is rejected.
-	Roots func() *identity.Roots
+	// Trust returns the current roots, at each handshake. An error is told as NoIdentity.
+	Trust func() (Trust, error)
 
 	// Names has names of which the certificate must have one. Empty: every name is accepted. An empty Names from a
 	// configuration that has names must not occur, because it opens the door.
 	Names []Name
 
 	SPIFFE bool // the certificate must have exactly one URI, a SPIFFE ID
+}
+
+// Trust is what chains are verified with.
+type Trust struct {
+	Roots       *identity.Roots
+	Revocations *identity.Revocations // nil: no certificate has been revoked
 }
 
 // Name matches a subject alternative name.
@@ -153,19 +158,24 @@ type Name interface {
 
 // verify is called during a handshake, after the peer has proved that it has the key of the first certificate.
 func (v *Verifier) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage) error {
-	roots, leaf, now := v.Roots(), chain[0], time.Now()
-	if roots == nil {
-		return &Error{Failure: NoIdentity, Detail: "no roots to verify the peer with"}
+	trust, err := v.Trust()
+	if err != nil {
+		return &Error{NoIdentity, err.Error(), err}
 	}
-	options := x509.VerifyOptions{Roots: roots.Pool, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage}}
+	leaf, now := chain[0], time.Now()
+	options := x509.VerifyOptions{Roots: trust.Roots.Pool, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage}}
 	if len(chain) > 1 {
 		options.Intermediates = x509.NewCertPool()
 		for _, intermediate := range chain[1:] {
 			options.Intermediates.AddCert(intermediate)
 		}
 	}
-	if _, err := leaf.Verify(options); err != nil {
+	chains, err := leaf.Verify(options)
+	if err != nil {
 		return invalid(leaf, now, err)
+	}
+	if err := trust.revoked(chains, now); err != nil {
+		return &Error{Revoked, describe(leaf) + ": " + err.Error(), err}
 	}
 	if v.SPIFFE && spiffeID(leaf) == "" {
 		return &Error{Failure: NoSPIFFE, Detail: describe(leaf)}
@@ -197,15 +207,12 @@ func spiffeID(leaf *x509.Certificate) string {
 	return leaf.URIs[0].String()
 }
 
-// errNoIdentity is returned before the first certificate has come.
-var errNoIdentity = errors.New("the control plane has not issued one yet")
-
-// Present returns a Certificate function for an identity that changes.
-func Present(current func() *identity.Identity) func() (*tls.Certificate, error) {
-	return func() (*tls.Certificate, error) {
-		if i := current(); i != nil {
-			return &i.Certificate, nil
+// revoked returns why each of the chains has a certificate that is revoked.
+func (t Trust) revoked(chains [][]*x509.Certificate, now time.Time) (err error) {
+	for _, chain := range chains {
+		if err = t.Revocations.Check(chain, now); err == nil {
+			return nil
 		}
-		return nil, errNoIdentity
 	}
+	return err
 }

@@ -33,7 +33,7 @@ const (
 	NotYetValid                  // a certificate of the peer's chain is not valid yet
 	UnknownRoot                  // the peer's chain does not end in a root that we trust
 	WrongUsage                   // the peer's certificate is not for this side of TLS
-	Revoked                      // a certificate of the peer's chain is on a revocation list
+	Revoked                      // a certificate of the peer's chain is on a revocation list, or its issuer has no valid list
 	NoSPIFFE                     // the peer's certificate has not exactly one SPIFFE ID
 	NameRefused                  // the peer's names are not among those that are expected
 	Alert                        // the peer has rejected our part of the handshake
@@ -52,7 +52,7 @@ var failureNames = [...]string{
 	NotYetValid:   "the peer's certificate is not valid yet",
 	UnknownRoot:   "the peer's certificate is not issued under a trusted root",
 	WrongUsage:    "the peer's certificate is not for this use",
-	Revoked:       "the peer's certificate is revoked",
+	Revoked:       "the peer's certificate is revoked, or that cannot be known",
 	NoSPIFFE:      "the peer's certificate has not exactly one SPIFFE ID",
 	NameRefused:   "the peer's names are not accepted",
 	Alert:         "the peer rejected the handshake",

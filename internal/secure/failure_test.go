@@ -13,9 +13,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/secure/securetest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
@@ -42,12 +42,12 @@ func TestALPNWithoutOverlapIsNoError(t *testing.T) {
 // Each way in which a client can be wrong has a failure of its own, whose text has what an operator needs.
 func TestClientsAreRejectedByName(t *testing.T) {
 	w := newWorld(t)
-	other := newAuthority(t, "root of another mesh")
+	other := securetest.New(t, "root of another mesh")
 	uris := func(texts ...string) func(*x509.Certificate) {
 		return func(c *x509.Certificate) {
 			c.URIs = nil
 			for _, text := range texts {
-				c.URIs = append(c.URIs, parseURL(t, text))
+				c.URIs = append(c.URIs, securetest.URL(t, text))
 			}
 		}
 	}
@@ -59,14 +59,14 @@ func TestClientsAreRejectedByName(t *testing.T) {
 		detail  string
 	}{
 		"no certificate":   {nil, nil, nil, NoCertificate, ""},
-		"expired":          {w.leaf(t, idOfClient, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), nil, nil, Expired, "sa/client"},
-		"not yet valid":    {w.leaf(t, idOfClient, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }), nil, nil, NotYetValid, "sa/client"},
-		"another root":     {other.leaf(t, idOfClient, nil), nil, nil, UnknownRoot, "root of another mesh"},
-		"for servers only": {w.leaf(t, idOfClient, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }), nil, nil, WrongUsage, "sa/client"},
-		"no URI":           {w.leaf(t, "", func(c *x509.Certificate) { c.DNSNames = []string{"web.example"} }), nil, nil, NoSPIFFE, "web.example"},
-		"two URIs":         {w.leaf(t, "", uris(idOfClient, idOfServer)), nil, nil, NoSPIFFE, "sa/client"},
-		"a URI of the web": {w.leaf(t, "", uris("https://cluster.local/ns/shop/sa/client")), nil, nil, NoSPIFFE, "https://"},
-		"a foreign domain": {w.leaf(t, "spiffe://other.example/ns/shop/sa/client", nil), func(s *ServerConfig) {
+		"expired":          {w.Leaf(t, idOfClient, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), nil, nil, Expired, "sa/client"},
+		"not yet valid":    {w.Leaf(t, idOfClient, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }), nil, nil, NotYetValid, "sa/client"},
+		"another root":     {other.Leaf(t, idOfClient, nil), nil, nil, UnknownRoot, "root of another mesh"},
+		"for servers only": {w.Leaf(t, idOfClient, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }), nil, nil, WrongUsage, "sa/client"},
+		"no URI":           {w.Leaf(t, "", func(c *x509.Certificate) { c.DNSNames = []string{"web.example"} }), nil, nil, NoSPIFFE, "web.example"},
+		"two URIs":         {w.Leaf(t, "", uris(idOfClient, idOfServer)), nil, nil, NoSPIFFE, "sa/client"},
+		"a URI of the web": {w.Leaf(t, "", uris("https://cluster.local/ns/shop/sa/client")), nil, nil, NoSPIFFE, "https://"},
+		"a foreign domain": {w.Leaf(t, "spiffe://other.example/ns/shop/sa/client", nil), func(s *ServerConfig) {
 			s.Clients.Names = names(t, mesh.NameMatcher{StringMatcher: mesh.StringMatcher{Kind: mesh.MatchPrefix, Text: "spiffe://cluster.local/"}})
 		}, nil, NameRefused, `"spiffe://other.example/ns/shop/sa/client", want "spiffe://cluster.local/"…`},
 		"a certificate of a leaf": {issuedByLeaf(t, w), nil, nil, UnknownRoot, ""},
@@ -75,9 +75,9 @@ func TestClientsAreRejectedByName(t *testing.T) {
 			p.MaxVersion = tls.VersionTLS12
 			p.CipherSuites = []uint16{tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256}
 		}, Version, ""},
-		"no roots yet": {w.client, func(s *ServerConfig) { s.Clients.Roots = func() *identity.Roots { return nil } }, nil, NoIdentity, "roots"},
+		"no roots yet": {w.client, func(s *ServerConfig) { s.Clients.Trust = func() (Trust, error) { return Trust{}, errNoRoots } }, nil, NoIdentity, "roots"},
 		"no certificate of ours": {w.client, func(s *ServerConfig) {
-			s.Certificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return nil, errNoIdentity }
+			s.Certificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return nil, errNoCertificate }
 		}, nil, NoIdentity, "issued"},
 		"a client that rejects us": {w.client, nil, func(p *tls.Config) { p.InsecureSkipVerify, p.ServerName = false, "web.example" }, Alert, "bad certificate"},
 	} {
@@ -107,8 +107,8 @@ func TestClientsAreRejectedByName(t *testing.T) {
 
 // issuedByLeaf returns a certificate that a workload has issued with its own certificate.
 func issuedByLeaf(t *testing.T, w *world) *tls.Certificate {
-	workload := &authority{certificate: w.client.Leaf, key: w.client.PrivateKey.(crypto.Signer)}
-	forged := workload.leaf(t, idOfServer, nil)
+	workload := &securetest.Authority{Certificate: w.client.Leaf, Key: w.client.PrivateKey.(crypto.Signer)}
+	forged := workload.Leaf(t, idOfServer, nil)
 	forged.Certificate = append(forged.Certificate, w.client.Certificate...)
 	return forged
 }
@@ -140,7 +140,7 @@ func TestABadCertificateIsRejectedWhereItIsOptional(t *testing.T) {
 	w := newWorld(t)
 	server, peer := w.mutual(), w.peer()
 	server.Optional = true
-	peer.Certificates = []tls.Certificate{*newAuthority(t, "another root").leaf(t, idOfClient, nil)}
+	peer.Certificates = []tls.Certificate{*securetest.New(t, "another root").Leaf(t, idOfClient, nil)}
 	peer.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &peer.Certificates[0], nil }
 	var failed *Error
 	if _, _, err := w.serve(t, server, peer, nil); !errors.As(err, &failed) || failed.Failure != UnknownRoot {

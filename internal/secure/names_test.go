@@ -7,10 +7,13 @@ import (
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/secure/securetest"
 )
 
 func TestNamesAreMatchedByTheirType(t *testing.T) {
-	uri := func(text string) *x509.Certificate { return &x509.Certificate{URIs: []*url.URL{parseURL(t, text)}} }
+	uri := func(text string) *x509.Certificate {
+		return &x509.Certificate{URIs: []*url.URL{securetest.URL(t, text)}}
+	}
 	host := func(text string) *x509.Certificate { return &x509.Certificate{DNSNames: []string{text}} }
 	text := func(kind mesh.MatchKind, text string) mesh.StringMatcher {
 		return mesh.StringMatcher{Kind: kind, Text: text}

@@ -2,102 +2,22 @@ package secure
 
 import (
 	"bytes"
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	crand "crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"io"
-	"math/big"
 	"net"
 	"net/netip"
-	"net/url"
 	"os"
 	"testing"
 	"time"
 
-	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/secure/securetest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
-
-// authority issues certificates.
-type authority struct {
-	certificate *x509.Certificate
-	key         crypto.Signer
-	roots       *identity.Roots
-}
-
-func newAuthority(t testing.TB, name string) *authority {
-	t.Helper()
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	a := &authority{}
-	a.certificate, a.key = sign(t, template, nil, nil)
-	var err error
-	a.roots, err = identity.ParseRoots(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.certificate.Raw}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return a
-}
-
-// sign makes a key and a certificate for it; without a parent it signs itself.
-func sign(t testing.TB, template, parent *x509.Certificate, by crypto.Signer) (*x509.Certificate, crypto.Signer) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if parent == nil {
-		parent, by = template, key
-	}
-	der, err := x509.CreateCertificate(crand.Reader, template, parent, key.Public(), by)
-	if err != nil {
-		t.Fatal(err)
-	}
-	certificate, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return certificate, key
-}
-
-// leaf issues a workload's certificate for a SPIFFE ID, after change.
-func (a *authority) leaf(t testing.TB, id string, change func(*x509.Certificate)) *tls.Certificate {
-	t.Helper()
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(2), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		KeyUsage:    x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	if id != "" {
-		template.URIs = []*url.URL{parseURL(t, id)}
-	}
-	if change != nil {
-		change(template)
-	}
-	certificate, key := sign(t, template, a.certificate, a.key)
-	return &tls.Certificate{Certificate: [][]byte{certificate.Raw}, PrivateKey: key, Leaf: certificate}
-}
-
-func parseURL(t testing.TB, text string) *url.URL {
-	t.Helper()
-	u, err := url.Parse(text)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return u
-}
 
 const (
 	idOfServer = "spiffe://cluster.local/ns/shop/sa/server"
@@ -106,7 +26,7 @@ const (
 
 // world is a mesh with one authority.
 type world struct {
-	*authority
+	*securetest.Authority
 	server, client *tls.Certificate
 	poller         *tcp.Poller
 }
@@ -118,12 +38,12 @@ func newWorld(t testing.TB) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { poller.Close() })
-	a := newAuthority(t, "root of the mesh")
-	return &world{a, a.leaf(t, idOfServer, nil), a.leaf(t, idOfClient, nil), poller}
+	a := securetest.New(t, "root of the mesh")
+	return &world{a, a.Leaf(t, idOfServer, nil), a.Leaf(t, idOfClient, nil), poller}
 }
 
 func (w *world) verifier() *Verifier {
-	return &Verifier{Roots: func() *identity.Roots { return w.roots }, SPIFFE: true}
+	return &Verifier{Trust: func() (Trust, error) { return Trust{Roots: w.Roots}, nil }, SPIFFE: true}
 }
 
 // mutual is how an inbound filter chain of the mesh ends TLS.
@@ -137,7 +57,7 @@ func (w *world) mutual(protocols ...string) ServerConfig {
 // peer is a configuration of crypto/tls for the other end.
 func (w *world) peer(protocols ...string) *tls.Config {
 	return &tls.Config{
-		Certificates: []tls.Certificate{*w.client}, RootCAs: w.roots.Pool, ClientCAs: w.roots.Pool, InsecureSkipVerify: true,
+		Certificates: []tls.Certificate{*w.client}, RootCAs: w.Roots.Pool, ClientCAs: w.Roots.Pool, InsecureSkipVerify: true,
 		NextProtos: protocols, ClientAuth: tls.RequireAnyClientCert,
 	}
 }

@@ -47,11 +47,38 @@ func (c *Conn) hold(deadline time.Time) bool {
 	}
 }
 
-// Admit refuses a connection that the control plane's configuration does not let pass to its original destination. Call it
-// after ReadFirst. Without a control plane it does nothing.
-func (c *Conn) Admit() bool { return c.Mesh == nil || c.judge() }
+// Admit refuses a connection that the control plane's configuration does not let pass. Call it after ReadFirst, and after
+// WatchBoth: a client that was silent is judged again by what it sends. Without a control plane it does nothing.
+func (c *Conn) Admit() bool {
+	if c.Mesh == nil || c.secured || c.admitted && c.judged == c.protocol {
+		return true
+	}
+	c.admitted, c.judged = true, c.protocol
+	var refusal string
+	if info := c.info(); c.role.direction == flow.Inbound {
+		c.chain, refusal = c.Mesh.Inbound(&info)
+	} else {
+		refusal = c.Mesh.Outbound(&info)
+	}
+	if refusal != "" {
+		return c.abandon(flow.MeshRefused, errors.New(refusal))
+	}
+	return c.chain == nil || c.chain.TLS != nil || c.expect()
+}
 
-func (c *Conn) judge() bool {
+var errNotHTTP = errors.New("its filter chain is for HTTP, and the connection is not HTTP")
+
+// expect refuses a connection of another protocol if its filter chain is for HTTP: carried as opaque bytes, it would pass
+// policies of HTTP unseen. Envoy answers it 400.
+func (c *Conn) expect() bool {
+	if c.chain.HTTP != nil && (c.protocol == sniff.Opaque || c.protocol == sniff.TLS) {
+		return c.abandon(flow.MeshRefused, errNotHTTP)
+	}
+	return true
+}
+
+// info returns what filter chains are chosen by.
+func (c *Conn) info() mesh.ConnInfo {
 	info := mesh.ConnInfo{
 		Destination: c.Record.OriginalDestination, Source: c.Record.Downstream, DirectSource: c.Record.Downstream.Addr(),
 	}
@@ -63,14 +90,15 @@ func (c *Conn) judge() bool {
 	case sniff.HTTP2:
 		info.Protocols = http2Protocols
 	}
-	direction := mesh.Outbound
-	if c.role.direction == flow.Inbound {
-		direction = mesh.Inbound
-	}
-	if refusal := c.Mesh.Verdict(direction, &info); refusal != "" {
-		return c.abandon(flow.MeshRefused, errors.New(refusal))
-	}
-	return true
+	return info
+}
+
+// mustSpeak reports whether an inbound connection cannot be carried before its client has sent anything, because no chain
+// for its destination accepts it without TLS.
+func (c *Conn) mustSpeak() bool {
+	info := c.info()
+	_, refusal := c.Mesh.Inbound(&info)
+	return refusal != ""
 }
 
 // What Envoy's HTTP inspector calls the versions of HTTP.

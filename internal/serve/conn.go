@@ -28,6 +28,12 @@ type Conn struct {
 	protocol sniff.Protocol
 	sniffer  *sniff.Sniffer // from ReadFirst until the connection is carried; of sniffers
 	returned *tcp.Conn      // set by Loops; see upstream.Stats.Returned
+
+	// Of the control plane's configuration.
+	chain    *mesh.FilterChain // of an inbound connection; set by Admit, may be nil
+	judged   sniff.Protocol    // by the last call of Admit
+	admitted bool              // Admit was called
+	secured  bool              // TLS with downstream is ended here
 }
 
 // Close releases what the walk holds once the connection has ended.
@@ -56,17 +62,30 @@ func (c *Conn) Loops() (loop bool) {
 func (c *Conn) List() { c.role.flows.List(c.Record) }
 
 // ReadFirst reads first bytes until they decide the protocol, or until downstream has been silent for the detection
-// delay. Without detection, the connection is opaque and is not read.
+// delay. Without detection, the connection is opaque and is not read. With a control plane, inbound
+// connections are detected in any case, and a client that must begin with TLS may be silent for as long as a handshake may
+// take.
 func (c *Conn) ReadFirst(detect bool) bool {
 	s := sniffers.Get().(*sniff.Sniffer)
 	s.Down, s.Peer = c.Down, c.Record.Remote()
 	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout
+	if c.Mesh != nil && c.role.direction == flow.Inbound {
+		detect = true // the filter chain depends on it
+		if c.mustSpeak() {
+			s.Delay = handshakeTimeout
+		}
+	}
 	s.Draining, s.Budget = c.role.draining, c.role.budget
 	c.sniffer = s
 	if !detect {
 		c.protocol = sniff.Opaque
 		return true
 	}
+	return c.first()
+}
+
+// first detects the protocol by downstream's first bytes.
+func (c *Conn) first() bool {
 	var err error
 	if c.protocol, err = c.sniffer.First(c.w); err != nil {
 		return c.abandon(sniff.Reason(err), err)
@@ -150,7 +169,7 @@ func (c *Conn) Carry(to upstream.Target) {
 // reported.
 func (c *Conn) forward(to upstream.Target) {
 	c.Record.Route = routes[c.role.direction]
-	c.role.flows.Carry(c.Record, c.protocol.Flow(), flow.Hello{})
+	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.Record.TLS)
 	c.role.engine.Serve(c.w, c.protocol == sniff.HTTP2, c.connection(to))
 	c.role.flows.Leave(c.Record)
 }
@@ -185,7 +204,11 @@ func (c *Conn) relay() {
 		DownRead:         c.sniffer.Read,
 		UpRead:           c.sniffer.UpRead,
 	}
-	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.sniffer.Hello)
+	hello := c.sniffer.Hello
+	if c.secured {
+		hello = c.Record.TLS
+	}
+	c.role.flows.Carry(c.Record, c.protocol.Flow(), hello)
 	c.releaseSniffer()
 	end, err := relay.Run(c.w, c.Down, up, options)
 	reason := flow.Reason(end)

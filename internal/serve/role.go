@@ -4,7 +4,7 @@
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
 //
-//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Admit → Dial → WatchBoth → Carry) → Close
+//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Admit → Secure → Dial → WatchBoth → Admit → Secure → WatchBoth → Carry) → Close
 //
 // The policies of a role, its choice of a target and everything that differs between roles stay in the role.
 package serve
@@ -19,7 +19,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -46,6 +48,9 @@ type Config struct {
 type Mesh interface {
 	// Snapshot returns what is in force, and nil before the first configuration.
 	Snapshot() *mesh.Snapshot
+
+	// Identity returns the workload's certificate and the roots of trust, and nil before they have come.
+	Identity() *identity.Identity
 }
 
 // Settings is what may change while connections are open. A value is never modified: Apply replaces it. A connection uses
@@ -90,6 +95,7 @@ type Role struct {
 	draining  func() bool // engine.Draining; here, so that it is allocated once
 	settings  atomic.Pointer[Settings]
 	mesh      Mesh
+	contexts  *secure.Contexts // nil without mesh
 	wait      time.Duration
 }
 
@@ -117,6 +123,9 @@ func NewRole(config Config) (*Role, error) {
 		return nil, err
 	}
 	r.draining = r.engine.Draining
+	if r.mesh != nil {
+		r.contexts = secure.NewContexts(r.mesh)
+	}
 	r.settings.Store(&config.Settings)
 	return r, nil
 }

@@ -206,6 +206,14 @@ func (s *Sniffer) greet() (spoke bool, err error) {
 	return false, fmt.Errorf("%w: %w", errUpstream, err)
 }
 
+// Take returns what was read from Down, and prepares the Sniffer for another detection on the same connection, inside the
+// TLS that these bytes begin.
+func (s *Sniffer) Take() *tcp.Buffer {
+	read := s.Read
+	s.Read, s.Hello, s.began = nil, flow.Hello{}, time.Time{}
+	return read
+}
+
 // Abandon releases everything that a failed detection holds, except Down: the caller ends it. When the agent drains, Up is
 // closed in order; otherwise it is reset.
 func (s *Sniffer) Abandon(err error) {

@@ -56,7 +56,7 @@ func (p *Poller) open(w *Waiter, from origin, remote netip.AddrPort, deadline ti
 		return nil, os.NewSyscallError("socket", err)
 	}
 	c := newConn(p, fd, remote, writable)
-	if err := c.connect(w, from, destination, deadline); err != nil {
+	if err := c.connect(w, from, &destination, deadline); err != nil {
 		c.Close()
 		return nil, err
 	}
@@ -76,7 +76,7 @@ func (c *Conn) connect(w *Waiter, from origin, destination *socketAddress, deadl
 		if err != nil {
 			return err
 		}
-		if err := bind(c.fd, source); err != nil {
+		if err := bind(c.fd, &source); err != nil {
 			return os.NewSyscallError("bind", err)
 		}
 	}

@@ -251,3 +251,33 @@ func TestANewConnectionHasNoEvent(t *testing.T) {
 	near.Close()
 	<-drained
 }
+
+// The timer of a waiter outlives a wait. Each wait must end at its own deadline, and not before.
+func TestEachWaitHasItsOwnDeadline(t *testing.T) {
+	poller := newPoller(t)
+	_, silent := connected(t, poller, "127.0.0.1:0")
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	exhaust(t, w, silent)
+	later := 20 * time.Millisecond
+	for _, waits := range [][]time.Duration{{time.Hour, later}, {later, 3 * later}, {later, time.Hour, later}, {-later, later, later}} {
+		for i, length := range waits {
+			if i+1 < len(waits) {
+				w.wake() // ends the wait: the timer goes on
+			}
+			deadline := time.Now().Add(length)
+			err := w.Wait(deadline, silent, nil)
+			if i+1 < len(waits) {
+				if err != nil {
+					t.Errorf("%v, wait %d: %v in spite of an event", waits, i, err)
+				}
+			} else if err != ErrDeadline || time.Now().Before(deadline) {
+				t.Errorf("%v, wait %d: %v, %v before its deadline", waits, i, err, time.Until(deadline))
+			}
+		}
+	}
+	time.AfterFunc(2*later, w.wake)
+	if err := w.Wait(time.Time{}, silent, nil); err != nil || w.news.Load() != 0 {
+		t.Errorf("without a deadline: %v", err)
+	}
+}

@@ -16,11 +16,20 @@ import (
 )
 
 // Listener accepts connections for a Poller. Unlike the methods of a Conn, Accept blocks, as that of a net.Listener does.
+// Calls of Accept and TryAccept must not be concurrent.
 type Listener struct {
 	poller *Poller
 	addr   netip.AddrPort
 	file   *os.File // owns the socket
 	raw    syscall.RawConn
+
+	// The results of the functions below, which are values made once: a closure for each call would be allocated.
+	woken          bool // try has waited
+	fd             int
+	peer           netip.AddrPort
+	err            error
+	try            func(listening uintptr) (done bool)
+	tryWithoutWait func(listening uintptr)
 }
 
 // Listen binds address for its own family only. Accepted connections inherit the options of sockopt.SetConn.
@@ -68,7 +77,17 @@ func (p *Poller) listen(address netip.AddrPort, control func(string, string, sys
 		file.Close()
 		return nil, fmt.Errorf("listening on %v: %w", address, err)
 	}
-	return &Listener{poller: p, addr: bound.Addr().(*net.TCPAddr).AddrPort(), file: file, raw: raw}, nil
+	l := &Listener{poller: p, addr: bound.Addr().(*net.TCPAddr).AddrPort(), file: file, raw: raw}
+	l.try = func(listening uintptr) bool {
+		if !l.woken && !queued(int(listening)) {
+			l.woken = true // the next run follows an event
+			return false
+		}
+		l.tryWithoutWait(listening)
+		return l.err != ErrAgain
+	}
+	l.tryWithoutWait = func(listening uintptr) { l.fd, l.peer, l.err = acceptNext(int(listening)) }
+	return l, nil
 }
 
 // Addr returns the bound address. Port 0 is replaced by the port that the kernel chose.
@@ -86,27 +105,16 @@ func (l *Listener) Close() error { return l.file.Close() }
 // Accept waits for a connection. The error is os.ErrDeadlineExceeded after the deadline, os.ErrClosed after Close, and
 // the kernel's otherwise; after an error of the kernel, a later call may succeed.
 func (l *Listener) Accept() (*Conn, error) {
-	var fd int
-	var peer netip.AddrPort
-	var err error
-	woken := false
-	waitErr := l.raw.Read(func(listening uintptr) bool {
-		if !woken && !queued(int(listening)) {
-			woken = true // the next run follows an event
-			return false
-		}
-		fd, peer, err = acceptNext(int(listening))
-		return err != ErrAgain
-	})
-	switch {
-	case errors.Is(waitErr, os.ErrDeadlineExceeded):
+	l.woken = false
+	switch err := l.raw.Read(l.try); {
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		return nil, os.ErrDeadlineExceeded
-	case waitErr != nil:
-		return nil, os.ErrClosed
 	case err != nil:
-		return nil, os.NewSyscallError("accept4", err)
+		return nil, os.ErrClosed
+	case l.err != nil:
+		return nil, os.NewSyscallError("accept4", l.err)
 	}
-	return newConn(l.poller, fd, peer, readable|writable), nil
+	return newConn(l.poller, l.fd, l.peer, readable|writable), nil
 }
 
 // Listens reports whether a socket of this network namespace listens at an address; see package sockopt.
@@ -114,19 +122,16 @@ func Listens(at netip.AddrPort) bool { return sockopt.Listens(at) }
 
 // TryAccept is like Accept, but does not wait and ignores the deadline. It returns ErrAgain if the queue is empty.
 func (l *Listener) TryAccept() (*Conn, error) {
-	var fd int
-	var peer netip.AddrPort
-	var err error
-	if closed := l.raw.Control(func(listening uintptr) { fd, peer, err = acceptNext(int(listening)) }); closed != nil {
+	if l.raw.Control(l.tryWithoutWait) != nil {
 		return nil, os.ErrClosed
 	}
-	if err == ErrAgain {
+	if l.err == ErrAgain {
 		return nil, ErrAgain
 	}
-	if err != nil {
-		return nil, os.NewSyscallError("accept4", err)
+	if l.err != nil {
+		return nil, os.NewSyscallError("accept4", l.err)
 	}
-	return newConn(l.poller, fd, peer, readable|writable), nil
+	return newConn(l.poller, l.fd, l.peer, readable|writable), nil
 }
 
 // acceptNext accepts one connection. It skips connections that were aborted in the queue.

@@ -141,8 +141,7 @@ type socketAddress struct {
 	length uint32
 }
 
-func newSocketAddress(address netip.AddrPort) (*socketAddress, error) {
-	var s socketAddress
+func newSocketAddress(address netip.AddrPort) (s socketAddress, err error) {
 	binary.BigEndian.PutUint16(s.bytes[2:], address.Port())
 	ip := address.Addr()
 	if ip.Is4() {
@@ -150,7 +149,7 @@ func newSocketAddress(address netip.AddrPort) (*socketAddress, error) {
 		octets := ip.As4()
 		copy(s.bytes[4:], octets[:])
 		s.length = 16
-		return &s, nil
+		return s, nil
 	}
 	binary.NativeEndian.PutUint16(s.bytes[:], unix.AF_INET6)
 	octets := ip.As16()
@@ -158,12 +157,12 @@ func newSocketAddress(address netip.AddrPort) (*socketAddress, error) {
 	if zone := ip.Zone(); zone != "" {
 		index, err := strconv.ParseUint(zone, 10, 32)
 		if err != nil {
-			return nil, &net.AddrError{Err: "zone is not an interface index", Addr: address.String()}
+			return s, &net.AddrError{Err: "zone is not an interface index", Addr: address.String()}
 		}
 		binary.NativeEndian.PutUint32(s.bytes[24:], uint32(index))
 	}
 	s.length = 28
-	return &s, nil
+	return s, nil
 }
 
 // addrPort returns the zero AddrPort if the family is neither IPv4 nor IPv6.

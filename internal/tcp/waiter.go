@@ -21,12 +21,22 @@ var (
 // connections.
 type Waiter struct {
 	ctx   context.Context
-	token chan struct{} // holds a token if an event arrived since the last wait
+	token chan struct{} // holds a token if there is news; see signal
+	news  atomic.Uint32 // the bits below
 	round uint32        // last call of Poller.WakeAll that the owner has seen
-	timer *time.Timer   // made by the first wait with a deadline
 
-	interrupted atomic.Bool
+	// The timer is made by the first wait with a deadline, and not stopped when a wait ends: most waits of a connection have
+	// a later deadline than the one before. If it expires too early, the wait goes on.
+	timer *time.Timer
+	armed time.Duration // when it expires, after started; zero: it has expired, or there is none
 }
+
+// The bits of Waiter.news.
+const (
+	event     = 1 << iota // a connection had an event
+	expiry                // the timer has expired
+	interrupt             // Interrupt was called; stays until a wait reports it
+)
 
 // NewWaiter returns a Waiter whose waits fail once ctx is cancelled. Cancelling ctx does not wake waits in progress: the
 // caller must call Poller.WakeAll afterwards. One WakeAll is cheaper than one context.AfterFunc for each connection.
@@ -34,7 +44,7 @@ func NewWaiter(ctx context.Context) *Waiter {
 	return &Waiter{ctx: ctx, token: make(chan struct{}, 1)}
 }
 
-// Close releases the waiter. It must not be used afterwards.
+// Close releases the waiter. It must not be used afterwards. Without Close, its memory may be kept until the last deadline.
 func (w *Waiter) Close() {
 	if w.timer != nil {
 		w.timer.Stop()
@@ -46,18 +56,31 @@ func (w *Waiter) Canceled() bool { return w.ctx.Err() != nil }
 
 // Interrupt ends the wait in progress, or else the next one, with ErrInterrupted. It may be called from any goroutine.
 func (w *Waiter) Interrupt() {
-	w.interrupted.Store(true)
+	w.news.Or(interrupt)
 	w.wake()
 }
 
 // Continue takes back an Interrupt that no wait has reported.
-func (w *Waiter) Continue() { w.interrupted.Store(false) }
+func (w *Waiter) Continue() { w.news.And(^uint32(interrupt)) }
 
-func (w *Waiter) wake() {
-	select {
-	case w.token <- struct{}{}:
-	default:
+func (w *Waiter) wake()   { w.signal(event) }
+func (w *Waiter) expire() { w.signal(expiry) }
+
+// signal wakes the owner with a bit of news. The send does not block: only the first bit puts a token into the channel,
+// and the owner clears the bits only after it has taken the token.
+func (w *Waiter) signal(bit uint32) {
+	if w.news.Or(bit)&(event|expiry) == 0 {
+		w.token <- struct{}{}
 	}
+}
+
+// take clears the bits, after the token was taken. It reports whether there was an event.
+func (w *Waiter) take() bool {
+	bits := w.news.And(interrupt)
+	if bits&expiry != 0 {
+		w.armed = 0
+	}
+	return bits&event != 0
 }
 
 // Wait blocks until a connection of this waiter may have had an event, and then returns nil; the caller tries its reads
@@ -84,9 +107,7 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 	if missed {
 		return nil
 	}
-	if deadline.IsZero() {
-		<-w.token
-	} else if !w.waitUntil(deadline) {
+	if !w.waitUntil(deadline) {
 		return ErrDeadline
 	}
 	return w.ended()
@@ -97,7 +118,7 @@ func (w *Waiter) ended() error {
 	switch {
 	case w.Canceled():
 		return ErrCanceled
-	case w.interrupted.Load() && w.interrupted.Swap(false):
+	case w.news.Load()&interrupt != 0 && w.news.And(^uint32(interrupt))&interrupt != 0:
 		return ErrInterrupted
 	}
 	return nil
@@ -130,32 +151,44 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 	return missed, err
 }
 
-// waitUntil reports whether there was an event before the deadline. An event counts even if the deadline has passed since:
-// a process that was descheduled must not mistake its own delay for a silent peer.
+// waitUntil waits for an event, and reports whether there was one before the deadline; zero means no deadline. An event
+// counts even if the deadline has passed since: a process that was descheduled must not mistake its own delay for a silent
+// peer.
 func (w *Waiter) waitUntil(deadline time.Time) bool {
-	left := time.Until(deadline)
-	if left <= 0 {
-		return w.happened()
-	}
-	if w.timer == nil {
-		w.timer = time.NewTimer(left)
-	} else {
-		w.timer.Reset(left)
-	}
-	defer w.timer.Stop()
-	select {
-	case <-w.token:
-		return true
-	case <-w.timer.C:
-		return w.happened()
+	for {
+		if !deadline.IsZero() && !w.arm(deadline) {
+			return w.happened()
+		}
+		if <-w.token; w.take() {
+			return true
+		}
 	}
 }
 
 func (w *Waiter) happened() bool {
 	select {
 	case <-w.token:
-		return true
+		return w.take()
 	default:
 		return false
 	}
+}
+
+// arm makes the timer expire at the deadline or earlier. It returns false if the deadline has passed.
+func (w *Waiter) arm(deadline time.Time) bool {
+	left := time.Until(deadline)
+	if left <= 0 {
+		return false
+	}
+	at := deadline.Sub(started)
+	switch {
+	case w.armed != 0 && w.armed <= at:
+		return true
+	case w.timer == nil:
+		w.timer = time.AfterFunc(left, w.expire)
+	default:
+		w.timer.Reset(left)
+	}
+	w.armed = at
+	return true
 }

@@ -234,6 +234,9 @@ func Status(s *live.Snapshot, paint Painter) string {
 			}
 		}
 	}
+	if s.ControlPlane != nil {
+		planeStatus(row, s.ControlPlane, paint)
+	}
 	in, out := &s.Inbound, &s.Outbound
 	row("connections", "%d open; %d in, %d out in total; new per second: %s in, %s out", s.Open, in.Connections, out.Connections,
 		showRate(in.ConnectionsPerSecond), showRate(out.ConnectionsPerSecond))
@@ -255,6 +258,55 @@ func Status(s *live.Snapshot, paint Painter) string {
 		row("", "%6d %s: %s", reason.Count, reason.Reason, reason.Text)
 	}
 	return text.String()
+}
+
+// planeStatus prints the session with the control plane and the workload's identity.
+func planeStatus(row func(name, format string, values ...any), c *live.ControlPlane, paint Painter) {
+	server := ""
+	if c.Server != "" {
+		server = " (" + printable(c.Server) + ")"
+	}
+	switch {
+	case c.Connected:
+		row("istiod", "%s%s, %s for %s", printable(c.Address), server, paint.Paint(green, "connected"), showAge(c.SinceSeconds))
+	case c.SinceSeconds > 0:
+		row("istiod", "%s%s, %s for %s: %s", printable(c.Address), server, paint.Paint(red, "not connected"), showAge(c.SinceSeconds), printable(c.Why))
+	default:
+		row("istiod", "%s, connecting", printable(c.Address))
+	}
+	var held []string
+	for _, t := range c.Types {
+		held = append(held, fmt.Sprintf("%d %s", t.Resources, printable(t.Type)))
+	}
+	if len(held) > 0 {
+		row("", "%s; the last push was %s ago", strings.Join(held, ", "), showAge(c.PushAgeSeconds))
+	}
+	for _, t := range c.Types {
+		if t.Error != "" {
+			row("", "%s: %s", paint.Paint(red, printable(t.Type)+" rejected"), printable(t.Error))
+		}
+	}
+	if all := c.SecurityFindings + c.TrafficFindings + c.CosmeticFindings; all > 0 {
+		row("findings", "%d security, %d traffic, %d cosmetic", c.SecurityFindings, c.TrafficFindings, c.CosmeticFindings)
+	}
+	identityStatus(row, c.Identity, paint)
+}
+
+func identityStatus(row func(name, format string, values ...any), i *live.Identity, paint Painter) {
+	switch {
+	case i == nil:
+		return
+	case i.SPIFFE == "":
+		row("identity", "%s from the %s: %s", paint.Paint(red, "none yet"), printable(i.Source), printable(i.Why))
+		return
+	case i.ExpiresSeconds <= 0:
+		row("identity", "%s, %s %s ago", printable(i.SPIFFE), paint.Paint(red, "expired"), showAge(-i.ExpiresSeconds))
+	default:
+		row("identity", "%s, expires in %s, %d received from the %s", printable(i.SPIFFE), showAge(i.ExpiresSeconds), i.Renewals, printable(i.Source))
+	}
+	if i.Why != "" {
+		row("", "%s: %s", paint.Paint(red, "not renewed"), printable(i.Why))
+	}
 }
 
 // narrow is the width below which a record has shorter columns.

@@ -90,6 +90,39 @@ errors       41 of 4802 that ended; now 1.6%, 2.0 per second
 	}
 }
 
+func TestStatusShowsTheControlPlane(t *testing.T) {
+	s := &live.Snapshot{Version: "v1", Ready: true, ControlPlane: &live.ControlPlane{
+		Address: "istiod.istio-system.svc:15012", Server: "istiod-1 1.32.0", Connected: true, SinceSeconds: 3723, Configured: true, PushAgeSeconds: 12,
+		Types:            []live.PushType{{Type: "CDS", Resources: 40}, {Type: "LDS", Resources: 21, Rejected: 1, Error: "virtualInbound: \x1b[2J"}},
+		SecurityFindings: 1, TrafficFindings: 2, CosmeticFindings: 3,
+		Identity: &live.Identity{Source: "CA", SPIFFE: "spiffe://cluster.local/ns/shop/sa/web", ExpiresSeconds: 7200, Renewals: 2, Failures: 1, Why: "no route"},
+	}}
+	plane := func() string {
+		_, rest, _ := strings.Cut(terminal.Status(s, false), "yes\n")
+		text, _, _ := strings.Cut(rest, "connections ")
+		return text
+	}
+	const connected = `istiod       istiod.istio-system.svc:15012 (istiod-1 1.32.0), connected for 1h2m3s
+             40 CDS, 21 LDS; the last push was 12s ago
+             LDS rejected: virtualInbound: �[2J
+findings     1 security, 2 traffic, 3 cosmetic
+identity     spiffe://cluster.local/ns/shop/sa/web, expires in 2h0m0s, 2 received from the CA
+             not renewed: no route
+`
+	if got := plane(); got != strings.ReplaceAll(connected, `�`, "\uFFFD") {
+		t.Errorf("got\n%s\nwant\n%s", got, connected)
+	}
+	s.ControlPlane = &live.ControlPlane{Address: "istiod:15012", SinceSeconds: 5, Why: "connection refused", Identity: &live.Identity{Source: "CA", Why: "no token"}}
+	const lost = "istiod       istiod:15012, not connected for 5s: connection refused\nidentity     none yet from the CA: no token\n"
+	if got := plane(); got != lost {
+		t.Errorf("got\n%s\nwant\n%s", got, lost)
+	}
+	s.ControlPlane = &live.ControlPlane{Address: "istiod:15012", Identity: &live.Identity{Source: "CA", SPIFFE: "spiffe://a/b", ExpiresSeconds: -60}}
+	if got, want := plane(), "istiod       istiod:15012, connecting\nidentity     spiffe://a/b, expired 1m0s ago\n"; got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
 // busy is the state of an agent with a number of destinations.
 func busy(destinations int) *live.Snapshot {
 	s := &live.Snapshot{Version: "v1.2.3", UptimeSeconds: 61, Open: 3}

@@ -82,6 +82,10 @@ type Status struct {
 	Since     time.Time // of Connected's last change; zero before the first
 	LastError error     // that ended the last stream, or kept it from being opened
 	Failures  int       // in sequence: streams that ended before a response
+	Streams   int64     // that were answered
+	Failed    int64     // streams that ended before a response
+	Lost      int64     // streams that ended after one
+	Server    string    // that answered last, as it names itself; empty: it does not
 	Types     [Types]TypeStatus
 }
 
@@ -189,7 +193,7 @@ func (c *Client) handle(stream Stream, message []byte) error {
 			requests = append(requests, c.session.subscribe(t, names)...)
 		}
 	}
-	c.updated(r.typ, requests[0].err)
+	c.updated(r, requests[0].err)
 	if err := c.send(stream, requests...); err != nil {
 		return reason(stream, err)
 	}
@@ -210,6 +214,7 @@ func (c *Client) connected() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.status.Connected, c.status.Since, c.status.Failures = true, time.Now(), 0
+	c.status.Streams++
 }
 
 func (c *Client) disconnected(answered bool, err error) {
@@ -219,18 +224,24 @@ func (c *Client) disconnected(answered bool, err error) {
 		c.status.Since = time.Now()
 	}
 	c.status.Connected, c.status.LastError = false, err
-	if !answered {
+	if answered {
+		c.status.Lost++
+	} else {
 		c.status.Failures++
+		c.status.Failed++
 	}
 }
 
-func (c *Client) updated(t Type, rejection string) {
+func (c *Client) updated(r *response, rejection string) {
 	if rejection != "" {
-		c.config.Log.Warn("configuration rejected", "type", t, "err", rejection)
+		c.config.Log.Warn("configuration rejected", "type", r.typ, "err", rejection)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := &c.status.Types[t]
+	if r.server != "" {
+		c.status.Server = r.server
+	}
+	s := &c.status.Types[r.typ]
 	s.Updates++
 	s.Last, s.LastError = time.Now(), rejection
 	if rejection != "" {

@@ -17,6 +17,7 @@ type Resource struct {
 
 // response is a message from the control plane, of either protocol.
 type response struct {
+	server    string // as it names itself; may be empty
 	typ       Type
 	version   string // state of the world only
 	nonce     string
@@ -111,6 +112,8 @@ func decode(b []byte, delta bool) (*response, error) {
 			r.nonce = m.String()
 		case m.Number == 2 && delta:
 			r.resources = append(r.resources, decodeResource(m.Message()))
+		case m.Number == 7 && delta || m.Number == 6 && !delta:
+			r.server = decodeServer(m.Message())
 		case m.Number == 6 && delta:
 			r.removed = append(r.removed, m.String())
 		case m.Number == 1 && !delta:
@@ -129,6 +132,19 @@ func decode(b []byte, delta bool) (*response, error) {
 		err = r.nameResources()
 	}
 	return &r, err
+}
+
+// maxServer bounds the name of a server that is kept, in bytes.
+const maxServer = 1 << 10
+
+// decodeServer returns the identifier in an envoy.config.core.v3.ControlPlane.
+func decodeServer(m wire.Message) (name string) {
+	for m.Next() {
+		if m.Number == 1 {
+			name = m.String()
+		}
+	}
+	return name[:min(len(name), maxServer)]
 }
 
 func decodeResource(m wire.Message) Resource {

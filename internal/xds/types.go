@@ -25,14 +25,14 @@ var types = [Types]struct {
 	short, url string
 	wildcard   bool
 }{
-	Clusters:     {"CDS", "envoy.config.cluster.v3.Cluster", true},
-	Endpoints:    {"EDS", "envoy.config.endpoint.v3.ClusterLoadAssignment", false},
-	Listeners:    {"LDS", "envoy.config.listener.v3.Listener", true},
-	Routes:       {"RDS", "envoy.config.route.v3.RouteConfiguration", false},
-	Secrets:      {"SDS", "envoy.extensions.transport_sockets.tls.v3.Secret", false},
-	Extensions:   {"ECDS", "envoy.config.core.v3.TypedExtensionConfig", false},
-	Names:        {"NDS", "istio.networking.nds.v1.NameTable", true},
-	ProxyConfigs: {"PCDS", "istio.mesh.v1alpha1.ProxyConfig", true},
+	Clusters:     {"CDS", urlPrefix + "envoy.config.cluster.v3.Cluster", true},
+	Endpoints:    {"EDS", urlPrefix + "envoy.config.endpoint.v3.ClusterLoadAssignment", false},
+	Listeners:    {"LDS", urlPrefix + "envoy.config.listener.v3.Listener", true},
+	Routes:       {"RDS", urlPrefix + "envoy.config.route.v3.RouteConfiguration", false},
+	Secrets:      {"SDS", urlPrefix + "envoy.extensions.transport_sockets.tls.v3.Secret", false},
+	Extensions:   {"ECDS", urlPrefix + "envoy.config.core.v3.TypedExtensionConfig", false},
+	Names:        {"NDS", urlPrefix + "istio.networking.nds.v1.NameTable", true},
+	ProxyConfigs: {"PCDS", urlPrefix + "istio.mesh.v1alpha1.ProxyConfig", true},
 }
 
 const urlPrefix = "type.googleapis.com/"
@@ -41,7 +41,7 @@ const urlPrefix = "type.googleapis.com/"
 func (t Type) String() string { return types[t].short }
 
 // URL returns the type URL, such as "type.googleapis.com/envoy.config.cluster.v3.Cluster".
-func (t Type) URL() string { return urlPrefix + types[t].url }
+func (t Type) URL() string { return types[t].url }
 
 // Wildcard reports whether all resources of the type are served, instead of those with given names.
 func (t Type) Wildcard() bool { return types[t].wildcard }

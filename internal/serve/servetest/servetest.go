@@ -78,7 +78,7 @@ type Ended struct {
 	Reason                                                 flow.Reason
 	Err                                                    error
 	Downstream, OriginalDestination, Upstream, UpstreamEnd netip.AddrPort
-	TransportFailure                                       string
+	TransportFailure, Peer                                 string
 	Received, Sent                                         uint64
 	Attempts                                               uint8
 }
@@ -87,7 +87,7 @@ type Ended struct {
 func (r *Rig) Closed(record *flow.Record) {
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
-		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Received.Load(), record.Sent.Load(),
+		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer, record.Received.Load(), record.Sent.Load(),
 		record.Attempts,
 	}
 }

@@ -1,0 +1,180 @@
+package agent
+
+import (
+	"crypto/x509"
+	"encoding/json"
+	"iter"
+	"strings"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/admin"
+	"github.com/pillion-proxy/pillion/internal/configdump"
+	"github.com/pillion-proxy/pillion/internal/controlplane"
+	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/metrics"
+	"github.com/pillion-proxy/pillion/internal/xds"
+)
+
+// shown is what the admin server shows of the control plane.
+type shown struct{ *controlplane.Session }
+
+// Resources implements admin.ControlPlane.
+func (s shown) Resources() iter.Seq[configdump.Resource] {
+	return func(yield func(configdump.Resource) bool) {
+		for r := range s.Session.Resources() {
+			resource := configdump.Resource{TypeURL: r.TypeURL, Name: r.Name, Version: r.Version, Updated: r.Updated, Warming: r.Warming, Bytes: r.Bytes}
+			if r.Refusal != nil {
+				resource.Refusal = &configdump.Refusal{Reason: r.Refusal.Reason, At: r.Refusal.At, Bytes: r.Refusal.Bytes}
+			}
+			if !yield(resource) {
+				return
+			}
+		}
+	}
+}
+
+// Clusters implements admin.ControlPlane.
+func (s shown) Clusters() iter.Seq[admin.Cluster] {
+	return func(yield func(admin.Cluster) bool) {
+		snapshot := s.Snapshot()
+		if snapshot == nil {
+			return
+		}
+		for name, cluster := range snapshot.Clusters() {
+			if !yield(admin.Cluster{Name: name, Hosts: hosts(snapshot.Hosts(cluster))}) {
+				return
+			}
+		}
+	}
+}
+
+func hosts(assignment *mesh.Assignment) (list []admin.Host) {
+	if assignment == nil {
+		return nil
+	}
+	for i := range assignment.Localities {
+		l := &assignment.Localities[i]
+		for j := range l.Endpoints {
+			e := &l.Endpoints[j]
+			host := admin.Host{
+				Address: e.Host, Port: e.Port, Weight: e.Weight, Priority: l.Priority, Health: healths[e.Health],
+				Region: l.Region, Zone: l.Zone, SubZone: l.SubZone,
+			}
+			if e.Address.IsValid() {
+				host.Address, host.Port = e.Address.Addr().String(), e.Address.Port()
+			}
+			list = append(list, host)
+		}
+	}
+	return list
+}
+
+// healths are the names in envoy.config.core.v3.HealthStatus. An endpoint of unknown health counts as healthy.
+var healths = [...]string{
+	mesh.HealthUnknown: "HEALTHY", mesh.Healthy: "HEALTHY", mesh.Unhealthy: "UNHEALTHY", mesh.Draining: "DRAINING",
+	mesh.TimedOut: "TIMEOUT", mesh.Degraded: "DEGRADED",
+}
+
+// Identity implements admin.ControlPlane.
+func (s shown) Identity() *admin.Identity {
+	current := s.Session.Identity()
+	if current == nil {
+		return nil
+	}
+	identity := &admin.Identity{Roots: current.Roots.PEM, Since: current.Certificate.Leaf.NotBefore}
+	for _, raw := range current.Certificate.Certificate {
+		if certificate, err := x509.ParseCertificate(raw); err == nil {
+			identity.Chain = append(identity.Chain, certificate)
+		}
+	}
+	return identity
+}
+
+// controlPlaneCounts are the numbers of the session, for the metrics.
+func (a *Agent) controlPlaneCounts() metrics.ControlPlane {
+	s := a.plane.session.Status()
+	counts := metrics.ControlPlane{
+		Connected: s.Stream.Connected, Streams: s.Stream.Streams, Failed: s.Stream.Failed, Lost: s.Stream.Lost,
+		LastPush: s.LastPush, Initialized: s.Initialized,
+		Expiry: s.Identity.NotAfter, Renewals: s.Identity.Renewals, Failures: s.Identity.Failures,
+		Calls: s.Calls.All, FailedCalls: s.Calls.Failed,
+	}
+	for t := range xds.Type(xds.Types) {
+		of := &s.Stream.Types[t]
+		counts.Types = append(counts.Types, metrics.PushType{
+			Name: t.String(), Resources: of.Held, Accepted: of.Updates - of.Rejected, Rejected: of.Rejected,
+			Bytes: s.Counts[t].Bytes, Decoding: s.Counts[t].Decoded,
+		})
+	}
+	for class := mesh.Cosmetic; class <= mesh.Security; class++ {
+		sum := 0
+		for t := range s.Findings {
+			sum += s.Findings[t][class]
+		}
+		counts.Findings = append(counts.Findings, metrics.Findings{Class: class.String(), Count: sum})
+	}
+	return counts
+}
+
+// livePlane returns the function that describes the session to people, or nil without a control plane.
+func (a *Agent) livePlane() func() *live.ControlPlane {
+	if a.plane.session == nil {
+		return nil
+	}
+	return a.describeSession
+}
+
+func (a *Agent) describeSession() *live.ControlPlane {
+	s, now := a.plane.session.Status(), time.Now()
+	c := &live.ControlPlane{
+		Address: s.Address, Server: serverName(s.Stream.Server), Connected: s.Stream.Connected, Configured: s.Initialized,
+		Types: []live.PushType{}, Identity: describeIdentity(&s.Identity, now),
+	}
+	if !s.Stream.Since.IsZero() {
+		c.SinceSeconds = now.Sub(s.Stream.Since).Seconds()
+	}
+	if !s.Stream.Connected && s.Stream.LastError != nil {
+		c.Why = s.Stream.LastError.Error()
+	}
+	if !s.LastPush.IsZero() {
+		c.PushAgeSeconds = now.Sub(s.LastPush).Seconds()
+	}
+	for t := range xds.Type(xds.Types) {
+		c.SecurityFindings += s.Findings[t][mesh.Security]
+		c.TrafficFindings += s.Findings[t][mesh.Traffic]
+		c.CosmeticFindings += s.Findings[t][mesh.Cosmetic]
+		if of := &s.Stream.Types[t]; of.Updates > 0 {
+			c.Types = append(c.Types, live.PushType{
+				Type: t.String(), Resources: of.Held, Pushes: of.Updates, Rejected: of.Rejected, AgeSeconds: now.Sub(of.Last).Seconds(), Error: of.LastError,
+			})
+		}
+	}
+	return c
+}
+
+func describeIdentity(s *controlplane.IdentityStatus, now time.Time) *live.Identity {
+	if s.Source == "" {
+		return nil
+	}
+	i := &live.Identity{Source: s.Source, SPIFFE: s.SPIFFE, Expires: s.NotAfter, Renewals: s.Renewals, Failures: s.Failures}
+	if !s.NotAfter.IsZero() {
+		i.ExpiresSeconds = s.NotAfter.Sub(now).Seconds()
+	}
+	if s.LastError != nil {
+		i.Why = s.LastError.Error()
+	}
+	return i
+}
+
+// serverName returns name and version of an istiod from what it sends, or the text as it is.
+func serverName(identifier string) string {
+	var istiod struct {
+		ID   string
+		Info struct{ Version string }
+	}
+	if json.Unmarshal([]byte(identifier), &istiod) != nil || istiod.ID == "" {
+		return identifier
+	}
+	return strings.TrimSpace(istiod.ID + " " + istiod.Info.Version)
+}

@@ -1,0 +1,345 @@
+package inbound
+
+import (
+	"bufio"
+	"crypto/tls"
+	"crypto/x509"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/identity"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/secure/securetest"
+	"github.com/pillion-proxy/pillion/internal/serve/servetest"
+)
+
+const (
+	idOfServer = "spiffe://cluster.local/ns/shop/sa/server"
+	idOfClient = "spiffe://cluster.local/ns/shop/sa/client"
+)
+
+// configured is a control plane that has configured an inbound listener.
+type configured struct {
+	snapshot *mesh.Snapshot
+	identity *identity.Identity
+}
+
+func (c *configured) Snapshot() *mesh.Snapshot     { return c.snapshot }
+func (c *configured) Identity() *identity.Identity { return c.identity }
+
+// Protocols that filter chains of istiod match: of HTTP and of TCP inside mutual TLS, and of HTTP without TLS.
+var (
+	meshHTTP = []string{"istio-http/1.0", "istio-http/1.1", "istio-h2"}
+	meshTCP  = []string{"istio-peer-exchange", "istio"}
+	plain    = []string{"http/1.1", "h2c"}
+)
+
+// chain is a filter chain as istiod makes them.
+func chain(transport string, protocols []string, isHTTP, ended bool) *mesh.FilterChain {
+	c := &mesh.FilterChain{Match: mesh.ChainMatch{Transport: transport, Protocols: protocols}}
+	if isHTTP {
+		c.HTTP = &mesh.HTTPManager{Routes: &mesh.Routes{}}
+	} else {
+		c.TCP = &mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "inbound|81||", Weight: 1}}}
+	}
+	if ended {
+		c.TLS = &mesh.DownstreamTLS{ALPN: []string{"h2", "http/1.1"}, Certificates: []string{"default"}, Roots: "ROOTCA", RequireClient: true}
+	}
+	return c
+}
+
+// modes are the filter chains that istiod makes for a mode of PeerAuthentication and the protocol of a port.
+var modes = map[string][]*mesh.FilterChain{
+	"PERMISSIVE, HTTP": {chain("tls", append(meshHTTP, meshTCP...), true, true), chain("raw_buffer", nil, true, false)},
+	"PERMISSIVE, TCP":  {chain("tls", append(meshTCP, meshHTTP...), false, true), chain("raw_buffer", nil, false, false), chain("tls", nil, false, false)},
+	"PERMISSIVE, auto": {
+		chain("tls", meshHTTP, true, true), chain("tls", meshTCP, false, true),
+		chain("raw_buffer", plain, true, false), chain("raw_buffer", nil, false, false), chain("tls", nil, false, false),
+	},
+	"STRICT, HTTP":  {chain("tls", nil, true, true)},
+	"STRICT, TCP":   {chain("tls", nil, false, true)},
+	"STRICT, auto":  {chain("tls", meshHTTP, true, true), chain("tls", nil, false, true)},
+	"DISABLE, HTTP": {chain("raw_buffer", nil, true, false)},
+	"DISABLE, auto": {chain("raw_buffer", plain, true, false), chain("raw_buffer", nil, false, false)},
+}
+
+// What a client sends, in the order of the columns of the table.
+const (
+	plainHTTP = iota
+	plainOther
+	tlsOfHTTP
+	tlsOfTCP
+	tlsOfOthers
+)
+
+// Outcomes of a connection.
+const (
+	closed  = "closed"
+	carried = "carried"
+	mutual  = "mutual"  // TLS is ended, and the client known
+	through = "through" // TLS is not ended
+)
+
+func TestEveryModeTreatsEveryClientAsConfigured(t *testing.T) {
+	for mode, want := range map[string][5]string{
+		"PERMISSIVE, HTTP": {carried, closed, mutual, closed, closed},
+		"PERMISSIVE, TCP":  {carried, carried, mutual, mutual, through},
+		"PERMISSIVE, auto": {carried, carried, mutual, mutual, through},
+		"STRICT, HTTP":     {closed, closed, mutual, closed, mutual},
+		"STRICT, TCP":      {closed, closed, mutual, mutual, mutual},
+		"STRICT, auto":     {closed, closed, mutual, mutual, mutual},
+		"DISABLE, HTTP":    {carried, closed, closed, closed, closed},
+		"DISABLE, auto":    {carried, carried, through, through, through},
+	} {
+		t.Run(mode, func(t *testing.T) {
+			m := newMeshRig(t, mode)
+			for sends := range want {
+				if got := m.outcome(t, sends); got != want[sends] {
+					t.Errorf("client %d: %s, want %s", sends, got, want[sends])
+				}
+			}
+		})
+	}
+}
+
+const detectionDelay = 5 * time.Millisecond
+
+// meshRig is a role with a control plane, in front of a workload that answers HTTP and TLS and echoes everything else.
+type meshRig struct {
+	*servetest.Rig
+	authority *securetest.Authority
+	client    *tls.Certificate
+}
+
+func newMeshRig(t *testing.T, mode string) *meshRig {
+	t.Helper()
+	m := &meshRig{authority: securetest.New(t, "root of the mesh")}
+	m.client = m.authority.Leaf(t, idOfClient, nil)
+	plane := &configured{snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")), m.authority.Identity(t, idOfServer)}
+	at := servetest.Place{Rules: true, New: func(t testing.TB, parts servetest.Parts) servetest.Role {
+		proxy, err := New(Config{
+			Poller: parts.Poller, OwnPorts: servetest.OwnPorts(), OwnAddresses: parts.Addresses, Flows: parts.Flows,
+			Settings: parts.Settings, HTTP: parts.HTTP, Mesh: plane, Wait: nettest.Patience,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return proxy
+	}}
+	settings := servetest.Defaults()
+	settings.DetectionDelay = detectionDelay
+	m.Rig = servetest.NewRig(t, at, settings)
+	own := m.authority.Leaf(t, "", func(c *x509.Certificate) { c.DNSNames = []string{"workload.example"} })
+	conns, served := m.Listen(t, "81"), make(chan struct{})
+	go func() {
+		for {
+			select {
+			case conn := <-conns:
+				go answer(conn, own)
+			case <-served:
+				return
+			}
+		}
+	}()
+	t.Cleanup(func() { close(served) })
+	return m
+}
+
+// snapshotOf returns a snapshot with an inbound listener. inspected is whether the listener looks at first bytes.
+func snapshotOf(t *testing.T, chains []*mesh.FilterChain, inspected bool) *mesh.Snapshot {
+	t.Helper()
+	l := &mesh.Listener{Name: "virtualInbound", Direction: mesh.Inbound, UseOriginalDst: true, Chains: chains}
+	if inspected {
+		l.Filters = []mesh.ListenerFilter{{Kind: mesh.TLSInspector}, {Kind: mesh.HTTPInspector}}
+	}
+	if err := l.Index(); err != nil {
+		t.Fatal(err)
+	}
+	edit := (*mesh.Snapshot)(nil).Edit()
+	edit.SetListener(l.Name, l)
+	s, _ := edit.Snapshot()
+	return s
+}
+
+// answer serves a connection of the workload.
+func answer(conn net.Conn, certificate *tls.Certificate) {
+	defer conn.Close()
+	in := bufio.NewReader(conn)
+	first, err := in.Peek(1)
+	if err != nil {
+		return
+	}
+	switch first[0] {
+	case 'G':
+		for {
+			request, err := http.ReadRequest(in)
+			if err != nil {
+				return
+			}
+			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSeen-Cert: "+request.Header.Get("X-Forwarded-Client-Cert")+"\r\n\r\n")
+		}
+	case 22:
+		inner := tls.Server(begun{conn, in}, &tls.Config{Certificates: []tls.Certificate{*certificate}})
+		io.Copy(inner, inner)
+	default:
+		io.Copy(conn, in)
+	}
+}
+
+// begun is a connection of which some bytes were read.
+type begun struct {
+	net.Conn
+	in *bufio.Reader
+}
+
+func (b begun) Read(p []byte) (int, error) { return b.in.Read(p) }
+
+// outcome makes a connection and returns what becomes of it.
+func (m *meshRig) outcome(t *testing.T, sends int) string {
+	t.Helper()
+	raw := m.Dial(t, m.At(81))
+	raw.SetDeadline(time.Now().Add(nettest.Patience))
+	var conn net.Conn = raw
+	text := "GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+	alpn := []string{"istio-http/1.1", "istio", "http/1.1"}
+	switch sends {
+	case plainOther:
+		text = "\x00other bytes"
+	case tlsOfTCP:
+		text, alpn = "\x00other bytes", []string{"istio-peer-exchange", "istio"}
+	case tlsOfOthers:
+		alpn = []string{"http/1.1"}
+	}
+	ended := false
+	if sends >= tlsOfHTTP {
+		secured := tls.Client(raw, &tls.Config{Certificates: []tls.Certificate{*m.client}, InsecureSkipVerify: true, NextProtos: alpn})
+		if err := secured.Handshake(); err != nil {
+			raw.Close()
+			m.Await(t)
+			return closed
+		}
+		peer := secured.ConnectionState().PeerCertificates[0]
+		ended = len(peer.URIs) == 1 && peer.URIs[0].String() == idOfServer
+		conn = secured
+	}
+	io.WriteString(conn, text)
+	var first [12]byte
+	n, err := io.ReadFull(conn, first[:])
+	if err != nil && string(first[:n]) == text {
+		err = nil // the echo
+	}
+	conn.Close()
+	got := m.Await(t)
+	switch {
+	case got.Reason == flow.MeshRefused && err != nil:
+		return closed
+	case err != nil:
+		return err.Error()
+	case ended && got.Peer == idOfClient:
+		return mutual
+	case sends >= tlsOfHTTP && !ended && got.Peer == "":
+		return through
+	case sends < tlsOfHTTP && got.Peer == "":
+		return carried
+	}
+	return "peer " + got.Peer
+}
+
+// handshake begins TLS as a client of the mesh.
+func (m *meshRig) handshake(t *testing.T, raw net.Conn, certificate *tls.Certificate, alpn ...string) (*tls.Conn, error) {
+	t.Helper()
+	raw.SetDeadline(time.Now().Add(nettest.Patience))
+	conn := tls.Client(raw, &tls.Config{
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certificate, nil },
+		InsecureSkipVerify:   true, NextProtos: alpn,
+	})
+	return conn, conn.Handshake()
+}
+
+// A server that speaks first is heard by a client that is silent, without TLS and inside it.
+func TestAServerThatSpeaksFirstIsHeard(t *testing.T) {
+	for _, ended := range []bool{false, true} {
+		m := newMeshRig(t, "PERMISSIVE, TCP")
+		conns := m.Listen(t, "82")
+		var conn net.Conn = m.Dial(t, m.At(82))
+		if ended {
+			var err error
+			if conn, err = m.handshake(t, conn, m.client, meshTCP...); err != nil {
+				t.Fatal(err)
+			}
+		}
+		workload := servetest.Take(t, conns)
+		servetest.Send(t, workload, "hello")
+		servetest.Expect(t, conn, "hello")
+		conn.Close()
+		workload.Close()
+		if got := m.Await(t); ended != (got.Peer == idOfClient) {
+			t.Errorf("TLS %v: the record has the peer %q", ended, got.Peer)
+		}
+	}
+}
+
+// A client whose first bytes come after the workload was dialled is judged by them.
+func TestATLSClientMayBeLate(t *testing.T) {
+	m := newMeshRig(t, "PERMISSIVE, TCP")
+	conns := m.Listen(t, "82")
+	raw := m.Dial(t, m.At(82))
+	workload := servetest.Take(t, conns)
+	conn, err := m.handshake(t, raw, m.client, meshTCP...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(conn, "question")
+	servetest.Expect(t, workload, "question")
+	servetest.Send(t, workload, "answer")
+	servetest.Expect(t, conn, "answer")
+	conn.Close()
+	workload.Close()
+	if got := m.Await(t); got.Peer != idOfClient {
+		t.Errorf("the record has the peer %q", got.Peer)
+	}
+}
+
+// Where no connection passes without TLS, silence is not taken for another protocol after the detection delay.
+func TestAClientThatMustBeginWithTLSIsWaitedFor(t *testing.T) {
+	m := newMeshRig(t, "STRICT, TCP")
+	raw := m.Dial(t, m.At(81))
+	m.AwaitListed(t, 1)
+	time.Sleep(3 * detectionDelay) // so that the delay is over if it is applied
+	if _, err := m.handshake(t, raw, m.client, meshTCP...); err != nil {
+		t.Error(err)
+	}
+	raw.Close()
+	m.Await(t)
+}
+
+func TestAFailedHandshakeHasAReason(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	foreign := securetest.New(t, "root of another mesh").Leaf(t, idOfClient, nil)
+	for name, c := range map[string]struct {
+		certificate *tls.Certificate
+		reason      flow.Reason
+		text        string
+	}{
+		"no certificate": {&tls.Certificate{}, flow.TLSPeerRefused, "the client has no certificate"},
+		"another root":   {foreign, flow.TLSPeerRefused, `issued by "CN=root of another mesh"`},
+	} {
+		conn, err := m.handshake(t, m.Dial(t, m.At(81)), c.certificate, meshHTTP...)
+		if err == nil {
+			_, err = conn.Read(make([]byte, 1)) // in TLS 1.3 the client learns it later
+		}
+		if err == nil || !strings.Contains(err.Error(), "certificate") {
+			t.Errorf("%s: the client learns %v, want an alert", name, err)
+		}
+		conn.Close()
+		if got := m.Await(t); got.Reason != c.reason || !strings.Contains(got.Err.Error(), c.text) {
+			t.Errorf("%s: %v, %v", name, got.Reason, got.Err)
+		}
+	}
+}

@@ -1,0 +1,215 @@
+package secure
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"github.com/pillion-proxy/pillion/internal/identity"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+)
+
+// Source is what Contexts take certificates and roots from: the session with the control plane.
+type Source interface {
+	Snapshot() *mesh.Snapshot     // nil before the first configuration
+	Identity() *identity.Identity // nil before the first certificate
+}
+
+// Contexts compiles the TLS of a mesh's configuration. It keeps what it has compiled while a configuration uses it.
+// Certificates and roots are looked up at each handshake, so a renewal needs no new context.
+type Contexts struct {
+	source Source
+
+	mu           sync.Mutex
+	of           *mesh.Snapshot // what generations are of
+	servers      generations[*mesh.DownstreamTLS, *ServerContext]
+	certificates generations[*mesh.Secret, *tls.Certificate]
+	trusts       generations[*mesh.Secret, Trust]
+}
+
+// NewContexts returns an empty Contexts.
+func NewContexts(source Source) *Contexts { return &Contexts{source: source} }
+
+// Names that istiod gives to the workload's own certificate and roots, in the place of a secret.
+const (
+	ownCertificate = "default"
+	ownRoots       = "ROOTCA"
+)
+
+var (
+	errNoCertificate = errors.New("the control plane has issued no certificate yet")
+	errNoRoots       = errors.New("the control plane has sent no roots of trust yet")
+)
+
+// Server returns the context of a filter chain.
+func (c *Contexts) Server(t *mesh.DownstreamTLS) (*ServerContext, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.turn()
+	return c.servers.get(t, func() (*ServerContext, error) { return c.newServer(t) })
+}
+
+// turn begins a new generation with each snapshot. c.mu is held.
+func (c *Contexts) turn() {
+	if s := c.source.Snapshot(); s != c.of {
+		c.of = s
+		c.servers.turn()
+		c.certificates.turn()
+		c.trusts.turn()
+	}
+}
+
+func (c *Contexts) newServer(t *mesh.DownstreamTLS) (*ServerContext, error) {
+	config := ServerConfig{
+		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return c.choose(t.Certificates, hello) },
+		Protocols:   t.ALPN,
+		Optional:    !t.RequireClient,
+		MinVersion:  version(t.MinVersion), MaxVersion: version(t.MaxVersion),
+	}
+	if t.Roots == "" {
+		return NewServer(config), nil
+	}
+	names, err := Names(t.Names)
+	if err != nil {
+		return nil, err
+	}
+	config.Clients = &Verifier{
+		Trust:  func() (Trust, error) { return c.trust(t.Roots) },
+		Names:  names,
+		SPIFFE: t.Roots == ownRoots,
+	}
+	return NewServer(config), nil
+}
+
+// version returns the number of crypto/tls for a version of Envoy; 0 is the default of both. Versions before 1.2 are
+// raised to it: crypto/tls does not serve them by default.
+func version(v mesh.TLSVersion) uint16 {
+	const tls10 = 1
+	if v == 0 {
+		return 0
+	}
+	return max(tls.VersionTLS12, tls.VersionTLS10+uint16(v)-tls10)
+}
+
+// choose returns the first of the certificates that the client can use. If it can use none of them, that is the first, as
+// in Envoy.
+func (c *Contexts) choose(names []string, hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	first, err := c.certificate(names[0])
+	if err != nil || len(names) == 1 || hello.SupportsCertificate(first) == nil {
+		return first, err
+	}
+	for _, name := range names[1:] {
+		certificate, err := c.certificate(name)
+		if err != nil {
+			return nil, err
+		}
+		if hello.SupportsCertificate(certificate) == nil {
+			return certificate, nil
+		}
+	}
+	return first, nil
+}
+
+// certificate returns the current certificate with a name.
+func (c *Contexts) certificate(name string) (*tls.Certificate, error) {
+	if name == ownCertificate {
+		if i := c.source.Identity(); i != nil {
+			return &i.Certificate, nil
+		}
+		return nil, errNoCertificate
+	}
+	secret, err := c.secret(name)
+	if err != nil {
+		return nil, err
+	}
+	if secret.Certificate == nil {
+		return nil, fmt.Errorf("the secret %s has no certificate", name)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.turn()
+	return c.certificates.get(secret, func() (*tls.Certificate, error) {
+		pair, err := tls.X509KeyPair(secret.Certificate.Chain, secret.Certificate.Key.PEM())
+		if err != nil {
+			return nil, fmt.Errorf("the secret %s: %w", name, err)
+		}
+		pair.OCSPStaple = secret.Certificate.OCSP
+		return &pair, nil
+	})
+}
+
+// trust returns the current roots with a name.
+func (c *Contexts) trust(name string) (Trust, error) {
+	if name == ownRoots {
+		if i := c.source.Identity(); i != nil {
+			return Trust{i.Roots, i.Revocations}, nil
+		}
+		return Trust{}, errNoRoots
+	}
+	secret, err := c.secret(name)
+	if err != nil {
+		return Trust{}, err
+	}
+	if secret.Roots == nil {
+		return Trust{}, fmt.Errorf("the secret %s has no roots of trust", name)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.turn()
+	return c.trusts.get(secret, func() (Trust, error) { return parseTrust(secret) })
+}
+
+func parseTrust(secret *mesh.Secret) (t Trust, err error) {
+	if t.Roots, err = identity.ParseRoots(secret.Roots.CA); err != nil {
+		return Trust{}, fmt.Errorf("the secret %s: %w", secret.Name, err)
+	}
+	if len(secret.Roots.CRL) > 0 {
+		if t.Revocations, err = identity.ParseRevocations(secret.Roots.CRL); err != nil {
+			return Trust{}, fmt.Errorf("the secret %s: %w", secret.Name, err)
+		}
+	}
+	return t, nil
+}
+
+// secret returns a secret of the control plane that is in force and usable.
+func (c *Contexts) secret(name string) (*mesh.Secret, error) {
+	if strings.HasPrefix(name, "file-") {
+		return nil, fmt.Errorf("certificates in files (%s) are not supported yet", name)
+	}
+	var secret *mesh.Secret
+	if s := c.source.Snapshot(); s != nil {
+		secret = s.Secret(name)
+	}
+	switch {
+	case secret == nil:
+		return nil, fmt.Errorf("the control plane has not sent the secret %s", name)
+	case secret.Refused:
+		return nil, fmt.Errorf("the secret %s is not supported", name)
+	}
+	return secret, nil
+}
+
+// generations keeps values that were used since the turn before the last.
+type generations[K comparable, V any] struct{ now, before map[K]V }
+
+func (g *generations[K, V]) turn() { g.before, g.now = g.now, nil }
+
+// get returns the value of a key, which it makes if necessary. An error is not kept.
+func (g *generations[K, V]) get(key K, make func() (V, error)) (value V, err error) {
+	value, ok := g.now[key]
+	if ok {
+		return value, nil
+	}
+	if value, ok = g.before[key]; !ok {
+		if value, err = make(); err != nil {
+			return value, err
+		}
+	}
+	if g.now == nil {
+		g.now = map[K]V{}
+	}
+	g.now[key] = value
+	return value, nil
+}
