@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
@@ -262,6 +263,19 @@ func TestChangesAreMadeBeforeWhatTheyReplaceIsBroken(t *testing.T) {
 			r.want("web=192.0.2.10 80→web http→80")
 			r.accepts(update(xds.Endpoints, assignment("tcp", "192.0.2.30")))
 		}, "tcp=192.0.2.30 web=192.0.2.10 80→web http→80 tcp→tcp"},
+		{"a listener of inbound traffic does not wait for clusters", func(r *rig) {
+			l := tcpListener("tcp", "tcp", "1")
+			l.Value = join(l.Value, number(16, 1))
+			r.accepts(update(xds.Clusters, cluster("tcp", "tcp", "1")), update(xds.Listeners, l))
+		}, "web=192.0.2.10 80→web http→80 tcp→tcp"},
+		{"routes do not wait for the endpoints of ever new clusters", func(r *rig) {
+			for i := range 31 {
+				name := string(rune('a' + i))
+				r.accepts(update(xds.Clusters, cluster(name, name, "1")), update(xds.Routes, routes("80", "web", name)))
+				r.advance(time.Second)
+			}
+			r.accepts(removal(xds.Clusters, strings.Split("abcdefghijklmnopqrstuvwxyz{|}~", "")...))
+		}, "web=192.0.2.10 80→web,~ http→80"},
 		{"a listener that is removed goes at once, and with it its routes", func(r *rig) {
 			r.accepts(removal(xds.Listeners, "http"))
 		}, "web=192.0.2.10"},
@@ -595,5 +609,41 @@ func TestResourcesAreShownWithTheirBytes(t *testing.T) {
 	}
 	if len(want) > 0 {
 		t.Errorf("not shown: %v", slices.Collect(maps.Keys(want)))
+	}
+}
+
+func TestFindingsAreBoundedInSum(t *testing.T) {
+	s := quietStore(t)
+	unknown := func(name string) xds.Resource {
+		c := cluster(name, "web", "1")
+		for i := range 50 {
+			c.Value = append(c.Value, number(1000+i, 1)...)
+		}
+		return c
+	}
+	var resources []xds.Resource
+	for i := range 300 {
+		resources = append(resources, unknown(fmt.Sprint(i)))
+	}
+	for range 2 { // the same findings do not count twice
+		s.Update(update(xds.Clusters, resources...))
+		if n := len(s.Findings()); n != maxFindings+100 || s.findings != n {
+			t.Errorf("%d findings, %d are counted", n, s.findings)
+		}
+	}
+	for _, f := range s.Findings() {
+		if many := strings.Contains(f.Problem, "and 49 more findings"); many != (len(f.Name) == 3 && f.Name >= "200") {
+			t.Errorf("finding %+v", f)
+		}
+	}
+	s.Update(removal(xds.Clusters, "0", "1"))
+	s.Update(update(xds.Clusters, unknown("1")))
+	var names []string
+	for i := range resources {
+		names = append(names, resources[i].Name)
+	}
+	s.Update(removal(xds.Clusters, names...))
+	if s.findings != 0 || s.bytes != 0 {
+		t.Errorf("%d findings and %d bytes are counted of no resources", s.findings, s.bytes)
 	}
 }
