@@ -13,6 +13,8 @@ import (
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/admin"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/configview"
+	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/ownport"
@@ -157,6 +159,7 @@ func (a *Agent) adminHandler() http.Handler {
 		ControlPlane: a.shownControlPlane(),
 		Page:         looking,
 		Live:         looking,
+		View:         configview.Handler(a.resources()),
 		Log:          a.log,
 	})
 }
@@ -216,6 +219,14 @@ func (a *Agent) shownControlPlane() admin.ControlPlane {
 		return nil
 	}
 	return shown{a.plane.session}
+}
+
+// resources returns the function that returns the control plane's resources, or nil without a control plane.
+func (a *Agent) resources() func() controlplane.Resources {
+	if a.plane.session == nil {
+		return nil
+	}
+	return a.plane.session.Resources
 }
 
 // node names the agent as pilot-agent does. Unknown parts are left out.

@@ -98,8 +98,8 @@ func (o *adminOptions) read(ctx context.Context, path, query string) ([]byte, er
 }
 
 // readJSON requests a path that serves JSON.
-func (o *adminOptions) readJSON(ctx context.Context, path string, into any) error {
-	text, err := o.read(ctx, path, "")
+func (o *adminOptions) readJSON(ctx context.Context, path, query string, into any) error {
+	text, err := o.read(ctx, path, query)
 	if err != nil {
 		return err
 	}

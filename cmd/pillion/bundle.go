@@ -158,7 +158,7 @@ func versions(context.Context, *adminOptions) ([]byte, error) {
 // gates lists the gates of readiness, and why those are closed that are.
 func gates(ctx context.Context, admin *adminOptions) ([]byte, error) {
 	var s live.Snapshot
-	if err := admin.readJSON(ctx, "/live", &s); err != nil {
+	if err := admin.readJSON(ctx, "/live", "", &s); err != nil {
 		return nil, err
 	}
 	var text strings.Builder
@@ -176,7 +176,7 @@ func gates(ctx context.Context, admin *adminOptions) ([]byte, error) {
 // recordsWithoutSecrets returns the last records without the parts of requests that may be confidential.
 func recordsWithoutSecrets(ctx context.Context, admin *adminOptions) ([]byte, error) {
 	var answer live.Records
-	if err := admin.readJSON(ctx, "/live/records", &answer); err != nil {
+	if err := admin.readJSON(ctx, "/live/records", "", &answer); err != nil {
 		return nil, err
 	}
 	for i := range answer.Records {

@@ -24,6 +24,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/configview"
+	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -31,9 +33,12 @@ import (
 
 // running serves the state of an agent with traffic to the commands that show it.
 type running struct {
-	view    *live.View
-	table   *flow.Table
-	gates   []live.Gate
+	view  *live.View
+	table *flow.Table
+	gates []live.Gate
+
+	resources func() controlplane.Resources // nil: without a control plane
+
 	broken  string // the path that answers 500
 	address string
 	c       *flow.Record
@@ -49,6 +54,8 @@ func newRunning(t *testing.T) *running {
 			http.Error(w, "out of order", http.StatusInternalServerError)
 		case strings.HasPrefix(path, "/live"):
 			shown.ServeHTTP(w, request)
+		case strings.HasPrefix(path, "/config/"):
+			configview.Handler(r.resources).ServeHTTP(w, request)
 		default:
 			fmt.Fprintf(w, "the answer of %s\n", request.URL)
 		}

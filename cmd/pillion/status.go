@@ -26,7 +26,7 @@ The exit status is 0 if the agent answers, ready or not; "pillion wait" waits fo
 				return err
 			}
 			var s live.Snapshot
-			if err := admin.readJSON(cmd.Context(), "/live", &s); err != nil {
+			if err := admin.readJSON(cmd.Context(), "/live", "", &s); err != nil {
 				return err
 			}
 			out := cmd.OutOrStdout()

@@ -80,7 +80,7 @@ total, errors, p99 latency, bytes and name. Elsewhere the table is printed once.
 // read returns the agent's state, with its destinations in order.
 func (o *topOptions) read(ctx context.Context) (*live.Snapshot, error) {
 	s := new(live.Snapshot)
-	if err := o.admin.readJSON(ctx, "/live", s); err != nil {
+	if err := o.admin.readJSON(ctx, "/live", "", s); err != nil {
 		return nil, err
 	}
 	return s, nil

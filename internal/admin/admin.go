@@ -56,6 +56,7 @@ type Config struct {
 
 	Page http.Handler // for a browser at /; nil serves the list of paths
 	Live http.Handler // for /live and below; optional
+	View http.Handler // for what is below /config/; optional
 
 	Log *slog.Logger // of commands; required
 }
@@ -118,6 +119,8 @@ func init() {
 		{path: "/certs", help: "print certs on machine", run: (*handler).certs},
 		{path: "/clusters", help: "print destinations of open connections, at most 4096",
 			parameters: []string{"format: text or json"}, run: (*handler).clusters},
+		{path: "/config/", help: "what the control plane has configured, in short, as JSON: /config/findings, and by kind: " + viewKinds,
+			parameters: []string{"name: of the objects, with their details"}, run: (*handler).view},
 		{path: "/config_dump", help: "print the configuration in Envoy's terms", parameters: []string{
 			"resource: the list to print, such as static_listeners", "mask: the fields to print, such as listener.name",
 			"name_regex: print resources whose whole name matches", "include_eds: print endpoints too",
@@ -149,6 +152,9 @@ func init() {
 			parameters: []string{"filter, usedonly, type: as above"}, run: (*handler).prometheus},
 	}
 }
+
+// viewKinds are the kinds of objects below /config/.
+const viewKinds = "cluster, listener, route, endpoint, policy, name"
 
 type handler struct {
 	Config
@@ -209,7 +215,7 @@ func find(path string) *command {
 	for i := range commands {
 		c := &commands[i]
 		if c.path == path || c.path == "/live" && strings.HasPrefix(path, "/live/") ||
-			c.path == "/debug/pprof/" && strings.HasPrefix(path, c.path) {
+			strings.HasSuffix(c.path, "/") && c.path != "/" && strings.HasPrefix(path, c.path) {
 			return c
 		}
 	}
@@ -266,6 +272,14 @@ func (h *handler) live(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	h.Live.ServeHTTP(w, r)
+}
+
+func (h *handler) view(w http.ResponseWriter, r *http.Request) {
+	if h.View == nil {
+		notSupported(w)
+		return
+	}
+	h.View.ServeHTTP(w, r)
 }
 
 func (h *handler) help(w http.ResponseWriter, _ *http.Request) {

@@ -183,6 +183,7 @@ func sample(t *commanded) Config {
 		ReopenLogs:  t.note("reopen"),
 		Page:        text("a page"),
 		Live:        text("live"),
+		View:        text("view"),
 		Log:         slog.New(slog.DiscardHandler),
 	}
 }
@@ -249,6 +250,9 @@ func TestPaths(t *testing.T) {
 		{"POST", "/ready", 200, "LIVE\n", ""},
 		{"GET", "/live", 200, "live", ""},
 		{"GET", "/live/events", 200, "live", ""},
+		{"GET", "/config/", 200, "view", ""},
+		{"GET", "/config/cluster?name=a", 200, "view", ""},
+		{"GET", "/config", 404, "invalid path. admin commands are:\n" + list(), ""},
 		{"GET", "/listeners", 200, "virtualOutbound::127.0.0.1:15001\nvirtualOutbound::[::1]:15001\nvirtualInbound::0.0.0.0:15006\nvirtualInbound::[::]:15006\nreadiness::0.0.0.0:15021\n", ""},
 		{"GET", "/listeners?format=xml", 400, "format=\"xml\": use text or json\n", ""},
 		{"GET", "/clusters?format=xml", 400, "format=\"xml\": use text or json\n", ""},
@@ -513,6 +517,9 @@ var golden = []struct{ file, target, message string }{
 	{"init_dump.json", "/init_dump", "envoy.admin.v3.UnreadyTargetsDumps"},
 	{"certs.json", "/certs", "envoy.admin.v3.Certificates"},
 	{"controlled_config_dump.json", "/config_dump?include_eds&name_regex=(?:out|coming|ref|198|80|kube|wasm).*", "envoy.admin.v3.ConfigDump"},
+	{"controlled_clusters.txt", "/clusters", ""},
+	{"controlled_clusters.json", "/clusters?format=json", "envoy.admin.v3.Clusters"},
+	{"controlled_init_dump.json", "/init_dump", "envoy.admin.v3.UnreadyTargetsDumps"},
 	{"stats.json", "/stats?format=json", ""},
 	{"help.txt", "/help", ""},
 }

@@ -3,6 +3,8 @@ package admin
 import (
 	"cmp"
 	"fmt"
+	"iter"
+	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -48,6 +50,54 @@ func (h *handler) hosts() []host {
 	return hosts
 }
 
+// clusterStatus is a cluster with its hosts.
+type clusterStatus struct {
+	name  string
+	added bool // by the control plane
+	hosts []hostStatus
+}
+
+// hostStatus is a host. open is negative if the connections to it are not counted.
+type hostStatus struct {
+	Host
+	open int
+}
+
+// statuses returns the agent's own clusters with the destinations of open connections, and the control plane's with their
+// endpoints. One of the same name is both.
+func (h *handler) statuses() iter.Seq[clusterStatus] {
+	return func(yield func(clusterStatus) bool) {
+		open := h.hosts()
+		own := []string{envoy.BlackHoleCluster, envoy.InboundPassthroughCluster, envoy.PassthroughCluster}
+		opened := func(name string) (list []hostStatus) {
+			for _, host := range open {
+				if host.cluster == name {
+					address := host.address
+					list = append(list, hostStatus{Host{Address: address.Addr().String(), Port: address.Port(), Weight: 1, Health: "HEALTHY"}, host.open})
+				}
+			}
+			return list
+		}
+		if h.ControlPlane != nil {
+			for c := range h.ControlPlane.Clusters() {
+				status := clusterStatus{c.Name, true, opened(c.Name)}
+				for _, host := range c.Hosts {
+					status.hosts = append(status.hosts, hostStatus{host, -1})
+				}
+				own = slices.DeleteFunc(own, func(name string) bool { return name == c.Name })
+				if !yield(status) {
+					return
+				}
+			}
+		}
+		for _, name := range own {
+			if !yield(clusterStatus{name, false, opened(name)}) {
+				return
+			}
+		}
+	}
+}
+
 // clusters prints those of Envoy's fields that the agent has values for. cx_active counts downstream connections. There are
 // as many upstream, except with HTTP/1, where idle upstream connections are pooled.
 func (h *handler) clusters(w http.ResponseWriter, r *http.Request) {
@@ -55,49 +105,105 @@ func (h *handler) clusters(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	hosts := h.hosts()
-	names := []string{envoy.BlackHoleCluster, envoy.InboundPassthroughCluster, envoy.PassthroughCluster}
 	if !asJSON {
-		answer(w, http.StatusOK, clustersText(names, hosts))
+		w.Header().Set("Content-Type", "text/plain; charset=UTF-8")
+		out := &indented{w: w}
+		for c := range h.statuses() {
+			if out.text(c.text()); out.failed {
+				return
+			}
+		}
 		return
 	}
-	statuses := []object{}
-	for _, name := range names {
-		status := object{"name": name, "observability_name": name, "added_via_api": false}
-		var of []object
-		for _, host := range hosts {
-			if host.cluster == name {
-				of = append(of, object{
-					"address":       socketAddress(host.address),
-					"stats":         []object{{"type": "GAUGE", "name": "cx_active", "value": strconv.Itoa(host.open)}},
-					"health_status": object{"eds_health_status": "HEALTHY"},
-					"weight":        1,
-				})
-			}
+	w.Header().Set("Content-Type", "application/json")
+	out := &indented{w: w}
+	out.open("{\n \"cluster_statuses\": [")
+	for c := range h.statuses() {
+		if out.failed {
+			return
 		}
-		if of != nil {
-			status["host_statuses"] = of
-		}
-		statuses = append(statuses, status)
+		out.element(2)
+		out.value(c.object(), 2)
 	}
-	answerJSON(w, object{"cluster_statuses": statuses})
+	out.close("\n ]")
+	out.text("\n}\n")
 }
 
-func clustersText(names []string, hosts []host) string {
+func (c *clusterStatus) object() object {
+	o := object{"name": c.name, "observability_name": c.name, "added_via_api": c.added}
+	var hosts []object
+	for i := range c.hosts {
+		hosts = append(hosts, c.hosts[i].object())
+	}
+	if hosts != nil {
+		o["host_statuses"] = hosts
+	}
+	return o
+}
+
+func (h *hostStatus) object() object {
+	health := object{"eds_health_status": h.Health}
+	if h.Ejected {
+		health["failed_outlier_check"] = true
+	}
+	o := object{
+		"address":       object{"socket_address": object{"address": h.Address, "port_value": h.Port}},
+		"health_status": health, "weight": h.Weight,
+	}
+	if h.Priority > 0 {
+		o["priority"] = h.Priority
+	}
+	if h.open >= 0 {
+		o["stats"] = []object{{"type": "GAUGE", "name": "cx_active", "value": strconv.Itoa(h.open)}}
+	}
+	locality := object{}
+	for field, value := range map[string]string{"region": h.Region, "zone": h.Zone, "sub_zone": h.SubZone} {
+		if value != "" {
+			locality[field] = value
+		}
+	}
+	if len(locality) > 0 {
+		o["locality"] = locality
+	}
+	return o
+}
+
+func (c *clusterStatus) text() string {
 	var b strings.Builder
-	for _, name := range names {
-		fmt.Fprintf(&b, "%s::observability_name::%s\n%s::added_via_api::false\n", name, name, name)
-		for _, host := range hosts {
-			if host.cluster != name {
-				continue
-			}
-			for _, line := range []string{
-				"cx_active::" + strconv.Itoa(host.open), "hostname::", "health_flags::healthy", "weight::1", "region::", "zone::",
-				"sub_zone::", "canary::false", "priority::0", "success_rate::-1", "local_origin_success_rate::-1",
-			} {
-				fmt.Fprintf(&b, "%s::%s::%s\n", name, host.address, line)
-			}
+	fmt.Fprintf(&b, "%s::observability_name::%s\n%s::added_via_api::%t\n", c.name, c.name, c.name, c.added)
+	for i := range c.hosts {
+		h := &c.hosts[i]
+		address := joinHostPort(h.Address, h.Port)
+		lines := []string{
+			"hostname::", "health_flags::" + h.flags(), "weight::" + strconv.Itoa(int(h.Weight)), "region::" + h.Region, "zone::" + h.Zone,
+			"sub_zone::" + h.SubZone, "canary::false", "priority::" + strconv.Itoa(int(h.Priority)), "success_rate::-1", "local_origin_success_rate::-1",
+		}
+		if h.open >= 0 {
+			lines = append([]string{"cx_active::" + strconv.Itoa(h.open)}, lines...)
+		}
+		for _, line := range lines {
+			fmt.Fprintf(&b, "%s::%s::%s\n", c.name, address, line)
 		}
 	}
 	return b.String()
+}
+
+// joinHostPort returns the address of a host as Envoy prints it.
+func joinHostPort(address string, port uint16) string {
+	return net.JoinHostPort(address, strconv.Itoa(int(port)))
+}
+
+// flags returns Envoy's names of the reasons why a host gets no connections.
+func (h *hostStatus) flags() string {
+	var flags string
+	if h.Ejected {
+		flags += "/failed_outlier_check"
+	}
+	switch h.Health {
+	case "UNHEALTHY", "TIMEOUT", "DRAINING":
+		flags += "/failed_eds_health"
+	case "DEGRADED":
+		flags += "/degraded_eds_health"
+	}
+	return cmp.Or(flags, "healthy")
 }

@@ -8,7 +8,9 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"iter"
+	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/configdump"
@@ -26,6 +28,22 @@ type ControlPlane interface {
 
 	// Identity returns the workload's certificate and its roots of trust; nil: there is none yet.
 	Identity() *Identity
+}
+
+// Cluster is a cluster of the control plane with the hosts that it has now.
+type Cluster struct {
+	Name  string
+	Hosts []Host
+}
+
+// Host is one host of a cluster.
+type Host struct {
+	Address               string // IP address or name
+	Port                  uint16
+	Weight, Priority      uint32
+	Health                string // as in envoy.config.core.v3.HealthStatus, such as "HEALTHY"
+	Ejected               bool   // by outlier detection
+	Region, Zone, SubZone string
 }
 
 // Identity is the workload's certificate and the roots that peers are verified with.
@@ -290,18 +308,16 @@ func (d *dump) print(url string, read func() ([]byte, error)) any {
 
 func timestamp(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
 
-// Cluster is a cluster of the control plane with the hosts that it has now.
-type Cluster struct {
-	Name  string
-	Hosts []Host
-}
-
-// Host is one host of a cluster.
-type Host struct {
-	Address               string // IP address or name
-	Port                  uint16
-	Weight, Priority      uint32
-	Health                string // as in envoy.config.core.v3.HealthStatus, such as "HEALTHY"
-	Ejected               bool   // by outlier detection
-	Region, Zone, SubZone string
+// warmingTargets returns the resources that wait for others, by type.
+func warmingTargets(resources iter.Seq[configdump.Resource]) (dumps []object) {
+	waiting := make(map[string][]string)
+	for r := range resources {
+		if r.Warming {
+			waiting[r.TypeURL] = append(waiting[r.TypeURL], r.Name)
+		}
+	}
+	for _, url := range slices.Sorted(maps.Keys(waiting)) {
+		dumps = append(dumps, object{"name": strings.TrimPrefix(url, typePrefix), "target_names": waiting[url]})
+	}
+	return dumps
 }

@@ -160,6 +160,33 @@ func TestTheIdentityIsShownAsTwoSecretsWithoutAKey(t *testing.T) {
 	}
 }
 
+func TestCertificatesAreDescribed(t *testing.T) {
+	c := controlled()
+	c.identity = selfSigned(t, "spiffe://cluster.local/ns/shop/sa/web")
+	root := selfSigned(t, "spiffe://cluster.local/root").Roots
+	c.resources = append(c.resources, configdump.Resource{TypeURL: typePrefix + secretType, Name: "kubernetes://cert-cacert",
+		Bytes: bytesOf(message(1, "kubernetes://cert-cacert", 4, message(1, message(2, append(root, "no certificate"...)))))})
+	var got struct {
+		Certificates []struct {
+			CA    []map[string]any `json:"ca_cert"`
+			Chain []map[string]any `json:"cert_chain"`
+		}
+	}
+	body := ask(NewHandler(withControlPlane(c)), "GET", "/certs").Body.String()
+	if err := json.Unmarshal([]byte(body), &got); err != nil || len(got.Certificates) != 2 {
+		t.Fatalf("error %v: %s", err, body)
+	}
+	own, other := got.Certificates[0], got.Certificates[1]
+	if len(own.CA) != 1 || len(own.Chain) != 1 || len(other.CA) != 1 || len(other.Chain) != 0 || other.CA[0]["path"] != "kubernetes://cert-cacert" {
+		t.Fatalf("certificates: %s", body)
+	}
+	want := map[string]any{"path": "<inline>", "serial_number": "abc", "days_until_expiration": "1", "valid_from": "2026-02-03T04:05:00Z",
+		"expiration_time": timestamp(c.identity.Chain[0].NotAfter), "subject_alt_names": []any{map[string]any{"uri": "spiffe://cluster.local/ns/shop/sa/web"}}}
+	if asText(own.Chain[0]) != asText(want) {
+		t.Errorf("got %s, want %s", asText(own.Chain[0]), asText(want))
+	}
+}
+
 func TestKeysAreNeverShown(t *testing.T) {
 	c := controlled()
 	broken := c.resources[0]

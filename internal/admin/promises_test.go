@@ -135,3 +135,18 @@ func TestTheLogIsServedAsText(t *testing.T) {
 		t.Errorf("%v %q", got.Header(), got.Body)
 	}
 }
+
+// pilot-agent's readiness and dashboards ask for these names.
+func TestStatsOfTheControlPlaneHaveEnvoysNames(t *testing.T) {
+	for name, want := range map[string]string{
+		"envoy_cluster_manager_cds_update_success":       "cluster_manager.cds.update_success",
+		"envoy_listener_manager_lds_update_rejected":     "listener_manager.lds.update_rejected",
+		"envoy_cluster_manager_active_clusters":          "cluster_manager.active_clusters",
+		"envoy_server_initialization_time_ms":            "server.initialization_time_ms",
+		"envoy_listener_manager_total_listeners_warming": "listener_manager.total_listeners_warming",
+	} {
+		if got := dotted(name, nil); got != want {
+			t.Errorf("%s is %s, want %s", name, got, want)
+		}
+	}
+}

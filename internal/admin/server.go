@@ -2,6 +2,7 @@ package admin
 
 import (
 	"fmt"
+	"maps"
 	"net/http"
 	"net/http/pprof"
 	"regexp"
@@ -48,10 +49,8 @@ func (h *handler) serverInfo(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (h *handler) node() object {
-	metadata := h.Node.Metadata
-	if metadata == nil {
-		metadata = map[string]any{}
-	}
+	metadata := map[string]any{"ISTIO_PROXY_SHA": "pillion:" + h.Version} // istioctl prints what follows the colon
+	maps.Copy(metadata, h.Node.Metadata)
 	return object{
 		"id": h.Node.ID, "cluster": h.Node.Cluster, "metadata": metadata,
 		"user_agent_name": "pillion", "user_agent_build_version": buildVersion(h.Version),
@@ -76,16 +75,15 @@ func buildVersion(version string) object {
 	return object{"version": number, "metadata": object{"build.label": label}}
 }
 
-func (h *handler) certs(w http.ResponseWriter, _ *http.Request) {
-	answerJSON(w, object{"certificates": []object{}})
-}
-
 func (h *handler) initDump(w http.ResponseWriter, _ *http.Request) {
 	dumps := []object{}
 	if h.Unready != nil {
 		if targets := h.Unready(); len(targets) > 0 {
 			dumps = append(dumps, object{"name": "readiness", "target_names": targets})
 		}
+	}
+	if h.ControlPlane != nil {
+		dumps = append(dumps, warmingTargets(h.ControlPlane.Resources())...)
 	}
 	answerJSON(w, object{"unready_targets_dumps": dumps})
 }

@@ -243,6 +243,8 @@ var scopes = []struct {
 	prefix string
 	of     []scope
 }{
+	{"envoy_cluster_manager_cds_", []scope{{"cluster_manager", ""}, {"cds", ""}}},
+	{"envoy_listener_manager_lds_", []scope{{"listener_manager", ""}, {"lds", ""}}},
 	{"envoy_cluster_manager_", []scope{{"cluster_manager", ""}}},
 	{"envoy_listener_manager_", []scope{{"listener_manager", ""}}},
 	{"envoy_server_", []scope{{"server", ""}}},

@@ -15,10 +15,10 @@ var arrows = []struct {
 	why  string
 }{
 	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz",
-		"internal/capture", "internal/checklist", "internal/commandline", "internal/httpforward", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/terminal"},
+		"internal/capture", "internal/checklist", "internal/commandline", "internal/configview", "internal/httpforward", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/terminal"},
 		"flags become configuration; everything else is decided below"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/budget", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
-		"internal/accesslog", "internal/admin", "internal/configdump", "internal/controlplane", "internal/dns", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh",
+		"internal/accesslog", "internal/admin", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh",
 		"internal/metrics", "internal/podinfo", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream", "internal/xds"},
 		"the agent builds all parts and stops them in order"},
 	{"inbound", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
@@ -63,7 +63,8 @@ var arrows = []struct {
 	{"internal/commandline", []string{"internal/capture"}, "an error repeats a value cut at the same length everywhere"},
 	{"internal/preflight", []string{"internal/capture", "internal/checklist", "internal/live", "internal/netns", "iptables", "iptables/kernel"},
 		"rules are tried in a namespace of their own; the agent reports its state as the live view"},
-	{"internal/terminal", []string{"internal/live"}, "the terminal prints values of the live view"},
+	{"internal/terminal", []string{"internal/configview", "internal/live"}, "the terminal prints values of the live view, and of what is configured"},
+	{"internal/configview", []string{"internal/controlplane", "internal/mesh", "internal/xds"}, "objects in short are compiled from the resources of a control plane"},
 	{"internal/live", []string{"internal/flow", "internal/ownport"}, "the view is built from records, and serves local clients only"},
 	{"internal/certificate", []string{"internal/kubeapi"}, "an authority is published by requests to the API server"},
 	{"internal/clustercheck", []string{"internal/checklist", "internal/kubeapi"}, "checks are requests to the API server"},

@@ -29,10 +29,10 @@ type Resource struct {
 	Updated time.Time // when these bytes were received first
 	Warming bool      // received, and not in use before what it needs has come
 
-	// Bytes returns the version in force. It is nil if there is none.
+	// Bytes returns the version in force. It is nil if no version is in force.
 	Bytes func() ([]byte, error)
 
-	Refusal *Refusal // of a later version; nil: there is none
+	Refusal *Refusal // of a later version; nil: no later version was refused
 }
 
 // Refusal is a version of a resource that is not used.
@@ -181,7 +181,7 @@ func (t *Types) addEnum(in string, m wire.Message) {
 	t.enums[name] = values
 }
 
-// message returns the description of a type; nil if there is none.
+// message returns the description of a type; nil if it is unknown.
 func (t *Types) message(name string) *message {
 	found := t.messages[name]
 	if found == nil || found.raw == nil {

@@ -400,7 +400,7 @@ func (p *printer) entries(m *message, values []value, depth int, hide bool) erro
 	return nil
 }
 
-// entry returns the key of an entry of a map as text, and its value. Both may be absent, which means zero.
+// entry returns the key of an entry of a map as text, and its value. An absent one is zero.
 func (p *printer) entry(m *message, b []byte) (name string, held value, err error) {
 	start := len(p.values)
 	defer func() { p.values = p.values[:start] }()

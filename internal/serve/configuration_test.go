@@ -13,6 +13,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -23,6 +24,8 @@ import (
 type plane struct{ current atomic.Pointer[mesh.Snapshot] }
 
 func (p *plane) Snapshot() *mesh.Snapshot { return p.current.Load() }
+
+func (p *plane) Identity() *identity.Identity { return nil }
 
 // held is one connection of a role with a control plane, on its walk until it may be carried.
 type held struct {

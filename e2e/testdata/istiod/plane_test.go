@@ -36,10 +36,13 @@ import (
 	v3 "istio.io/istio/pilot/pkg/xds/v3"
 	xdstest "istio.io/istio/pilot/test/xds"
 	"istio.io/istio/pkg/config"
+	"istio.io/istio/pkg/config/mesh"
+	"istio.io/istio/pkg/config/schema/kind"
 	"istio.io/istio/pkg/keepalive"
 	kubelib "istio.io/istio/pkg/kube"
 	"istio.io/istio/pkg/log"
 	"istio.io/istio/pkg/security"
+	"istio.io/istio/pkg/util/sets"
 	"istio.io/istio/security/pkg/pki/ca"
 	"istio.io/istio/security/pkg/pki/util"
 	caserver "istio.io/istio/security/pkg/server/ca"
@@ -48,7 +51,7 @@ import (
 )
 
 // patience is how long a test waits for what must happen.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 const (
 	istiodName  = "istiod.istio-system.svc"
@@ -63,6 +66,8 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	features.MultiRootMesh = true // istiod pushes its roots
+	// A configuration dump during a push fills the cache with what was before, and istiod pushes that.
+	features.EnableXDSCaching = false
 	os.Exit(m.Run())
 }
 
@@ -112,8 +117,9 @@ func (s *scope) end() {
 	}
 }
 
-// startPlane starts an istiod over the cluster of testdata, with objects of Istio's types as YAML.
-func startPlane(t *testing.T, configs string) *plane {
+// startPlane starts an istiod over the cluster of testdata and further objects of Kubernetes, with objects of Istio's
+// types. All are YAML.
+func startPlane(t *testing.T, configs string, objects ...string) *plane {
 	t.Helper()
 	cluster, err := os.ReadFile("testdata/cluster.yaml")
 	if err != nil {
@@ -127,7 +133,7 @@ func startPlane(t *testing.T, configs string) *plane {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &plane{t: t, address: "127.0.0.1:0", roots: filepath.Join(t.TempDir(), "root-cert.pem"), ca: authority, cluster: string(cluster),
+	p := &plane{t: t, address: "127.0.0.1:0", roots: filepath.Join(t.TempDir(), "root-cert.pem"), ca: authority, cluster: strings.Join(append([]string{string(cluster)}, objects...), "\n---\n"),
 		tokens: map[string]string{"nginx-token": "default:nginx", "ingress-token": "default:ingress", "istioctl-token": "istio-system:istioctl"}}
 	p.configs = parse(t, configs)
 	p.publishRoots()
@@ -148,9 +154,12 @@ func (p *plane) start() {
 	p.t.Helper()
 	scope := &scope{T: p.t}
 	p.run = &run{scope: scope}
+	settings := mesh.DefaultMeshConfig()
+	settings.AccessLogFile = "/dev/stdout"
 	p.FakeDiscoveryServer = xdstest.NewFakeDiscoveryServer(scope, xdstest.FakeOptions{
 		KubernetesObjectString:     p.cluster,
 		Configs:                    p.configs,
+		MeshConfig:                 settings,
 		DisableSecretAuthorization: true,
 		KubeClientModifier:         p.reviewTokens,
 	})
@@ -233,13 +242,6 @@ func (p *plane) stop() {
 	}
 }
 
-// accept replaces the tokens that the API server accepts.
-func (p *plane) accept(tokens map[string]string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.tokens = tokens
-}
-
 // reviewTokens makes the API server in memory answer reviews of tokens.
 func (p *plane) reviewTokens(client kubelib.Client) {
 	client.Kube().(*fake.Clientset).PrependReactor("create", "tokenreviews", func(action ktesting.Action) (bool, runtime.Object, error) {
@@ -301,21 +303,22 @@ func (p *plane) forget(object config.Config) bool {
 	return len(p.configs) < before
 }
 
-// rotate replaces the CA's key. Its roots become those before and the new one, so both are trusted; without old, the new
-// one only.
-func (p *plane) rotate(old bool) {
+// rotate replaces the CA's key. Its old and its new roots are trusted.
+func (p *plane) rotate() {
 	p.t.Helper()
 	cert, key, err := util.GenCertKeyFromOptions(util.CertOptions{TTL: 10 * certificate, Org: "cluster.local", IsCA: true, IsSelfSigned: true, RSAKeySize: 2048, IsDualUse: true})
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	roots := cert
-	if old {
-		roots = slices.Concat(p.ca.GetCAKeyCertBundle().GetRootCertPem(), cert)
-	}
+	roots := slices.Concat(p.ca.GetCAKeyCertBundle().GetRootCertPem(), cert)
 	if err := p.ca.GetCAKeyCertBundle().VerifyAndSetAll(cert, key, nil, roots, nil); err != nil {
 		p.t.Fatal(err)
 	}
+}
+
+// secretChanged makes the discovery server push a Secret of the cluster, as a handler of istiod's bootstrap does.
+func (p *plane) secretChanged(namespace, name string) {
+	p.Discovery.ConfigUpdate(&model.PushRequest{ConfigsUpdated: sets.New(model.ConfigKey{Kind: kind.Secret, Name: name, Namespace: namespace})})
 }
 
 // debug returns what istiod's debugging interface answers to path.

@@ -60,6 +60,14 @@ type proxy struct {
 // startProxy starts a client. Its token is the one of its service account.
 func startProxy(t *testing.T, p *plane, node istiod.Node, delta bool) *proxy {
 	t.Helper()
+	x := newProxy(t, p, node, delta)
+	x.start(t)
+	return x
+}
+
+// newProxy returns a client. Start it.
+func newProxy(t *testing.T, p *plane, node istiod.Node, delta bool) *proxy {
+	t.Helper()
 	account := node.Metadata["SERVICE_ACCOUNT"].(string)
 	token := filepath.Join(t.TempDir(), "token")
 	if err := os.WriteFile(token, []byte(account+"-token"), 0o600); err != nil {
@@ -78,6 +86,11 @@ func startProxy(t *testing.T, p *plane, node istiod.Node, delta bool) *proxy {
 	}})
 	x.client = xds.New(xds.Config{Delta: delta, Node: encoded, Connect: x.connect, Handler: x.view, Log: log, MinBackoff: 10 * time.Millisecond, MaxBackoff: 100 * time.Millisecond})
 	x.view.anchor = x.keeper.Anchor
+	return x
+}
+
+// start runs the client until stop is called or the test ends.
+func (x *proxy) start(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { x.keeper.Run(ctx) })
@@ -87,7 +100,6 @@ func startProxy(t *testing.T, p *plane, node istiod.Node, delta bool) *proxy {
 		running.Wait()
 	})
 	t.Cleanup(x.stop)
-	return x
 }
 
 // call makes one call on a connection of its own, as the identity's source does.
@@ -145,7 +157,7 @@ type view struct {
 	held     [xds.Types]map[string][]byte
 	findings [xds.Types]map[string][]mesh.Finding
 	wanted   [xds.Types][]string
-	updates  [xds.Types]int // resources that were received
+	updates  [xds.Types]int // responses
 	problems []error
 	reject   func(xds.Type, string) string // why a resource is rejected; empty: it is not
 	anchor   func(*identity.Roots)
@@ -162,9 +174,9 @@ func newView() *view {
 func (v *view) Update(u xds.Update) xds.Outcome {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	v.updates[u.Type]++
 	var outcome xds.Outcome
 	for _, r := range u.Resources {
-		v.updates[u.Type]++
 		if r.TypeURL != u.Type.URL() {
 			v.problems = append(v.problems, fmt.Errorf("%v %s with type %s", u.Type, r.Name, r.TypeURL))
 		}
@@ -286,7 +298,7 @@ func fromIstiod(secrets []string) []string {
 func (v *view) complete() error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if len(v.held[xds.Clusters]) == 0 || len(v.held[xds.Listeners]) == 0 && v.updates[xds.Listeners] == 0 {
+	if v.updates[xds.Clusters] == 0 || v.updates[xds.Listeners] == 0 {
 		return errors.New("neither clusters nor listeners yet")
 	}
 	for t, names := range v.wanted {
@@ -311,6 +323,13 @@ func (v *view) get(t xds.Type, name string) []byte {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.held[t][name]
+}
+
+// count returns how many responses of a type have come.
+func (v *view) count(t xds.Type) int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.updates[t]
 }
 
 // rejecting sets which resources are rejected from now on.

@@ -140,7 +140,7 @@ func asText(value any) []byte {
 	return text
 }
 
-// TestEachTypeIsPrintedAsByProtojson fills each type with random values, twice, and puts both in a row, which merges them.
+// TestEachTypeIsPrintedAsByProtojson fills each type with random values, twice, and puts both in a row, as a message that is to be merged.
 func TestEachTypeIsPrintedAsByProtojson(t *testing.T) {
 	registerNameTable(t)
 	types, random := load(t), rand.New(rand.NewPCG(1, 2))
@@ -322,8 +322,8 @@ func redact(m protoreflect.Message, hide bool) {
 	})
 }
 
-// TestDamagedResourcesArePrintedOrReported changes recorded resources. What protojson prints, configdump prints; what is
-// malformed at the outermost level is an error, and nothing of it is shown.
+// TestDamagedResourcesArePrintedOrReported changes recorded resources. configdump prints all that protojson prints. A
+// message that is malformed at the outermost level is an error, and its bytes are not shown.
 func TestDamagedResourcesArePrintedOrReported(t *testing.T) {
 	types, random := load(t), rand.New(rand.NewPCG(3, 4))
 	printed, failed := 0, 0

@@ -1,0 +1,279 @@
+package configview
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"flag"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/pillion-proxy/pillion/internal/controlplane"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/xds"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+// message returns a protobuf message: numbers of fields, each with a text, a message or a number.
+func message(fields ...any) (b []byte) {
+	for i := 0; i < len(fields); i += 2 {
+		number := protowire.Number(fields[i].(int))
+		switch v := fields[i+1].(type) {
+		case string:
+			b = protowire.AppendString(protowire.AppendTag(b, number, protowire.BytesType), v)
+		case []byte:
+			b = protowire.AppendBytes(protowire.AppendTag(b, number, protowire.BytesType), v)
+		case int:
+			b = protowire.AppendVarint(protowire.AppendTag(b, number, protowire.VarintType), uint64(v))
+		}
+	}
+	return b
+}
+
+var at = time.Date(2026, 2, 3, 4, 5, 6, 0, time.UTC)
+
+func resource(kind xds.Type, name string, b []byte, change func(*controlplane.Resource)) controlplane.Resource {
+	r := controlplane.Resource{Type: kind, Name: name, TypeURL: kind.URL(), Updated: at, Version: "0123", Bytes: func() ([]byte, error) { return b, nil }}
+	if change != nil {
+		change(&r)
+	}
+	return r
+}
+
+// fromFile returns a resource with all fields that internal/mesh decodes.
+func fromFile(t *testing.T, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// sample has resources of each type, and each state.
+func sample(t *testing.T) controlplane.Resources {
+	endpoint := func(ip string, health int, mode string) []byte {
+		metadata := message(1, message(1, "envoy.transport_socket_match", 2, message(1, message(1, "tlsMode", 2, message(3, mode)))),
+			1, message(1, "istio", 2, message(1, message(1, "workload", 2, message(3, "web-v1;shop;web;v1;cluster-1")))))
+		return message(1, message(1, message(1, message(2, ip, 3, 8080))), 2, health, 3, metadata, 4, message(1, 3))
+	}
+	refusal := &controlplane.Refusal{Reason: "lb_policy: unknown value 77", At: at,
+		Bytes:    func() ([]byte, error) { return message(1, "refused", 2, 3), nil },
+		Findings: []mesh.Finding{{Class: mesh.Security, Path: "lb_policy", Problem: "unknown value 77"}}}
+	const web = "outbound|80||web.shop.svc.cluster.local"
+	return slices.Values([]controlplane.Resource{
+		resource(xds.Clusters, web, message(1, web, 2, 3, 3, message(2, web), 4, message(1, 10), 6, 1), func(r *controlplane.Resource) {
+			r.Refusal, r.Findings = refusal, []mesh.Finding{{Class: mesh.Cosmetic, Path: "a", Problem: "not supported"}}
+		}),
+		resource(xds.Clusters, "passthrough", message(1, "passthrough", 2, 4, 6, 6), func(r *controlplane.Resource) { r.Warming = true }),
+		resource(xds.Clusters, "refused", nil, func(r *controlplane.Resource) { r.Bytes, r.Refusal = nil, refusal }),
+		resource(xds.Clusters, "malformed", []byte{0xff}, func(r *controlplane.Resource) {
+			r.Bytes, r.Refusal = nil, &controlplane.Refusal{Reason: "malformed", Bytes: r.Bytes}
+		}),
+		resource(xds.Endpoints, web, message(1, web, 2, message(1, message(1, "here", 2, "zone"), 2, endpoint("198.51.100.8", 2, "disabled"), 5, 1),
+			2, message(2, endpoint("198.51.100.7", 1, "istio"))), nil),
+		resource(xds.Listeners, "wide", fromFile(t, "listener.pb"), func(r *controlplane.Resource) {
+			r.Findings = []mesh.Finding{{Class: mesh.Traffic, Path: "freebind", Problem: "not supported"}}
+		}),
+		resource(xds.Routes, "wide", fromFile(t, "routes.pb"), nil),
+		resource(xds.Names, "", message(1, message(1, "web.shop.svc.cluster.local", 2, message(1, "198.51.100.1", 1, "2001:db8::1", 2, "Kubernetes", 3, "web", 4, "shop")),
+			1, message(1, "a.example", 2, message(1, "198.51.100.2", 2, "External"))), nil),
+	})
+}
+
+func TestEachKindIsShown(t *testing.T) {
+	for _, kind := range Kinds {
+		for _, name := range []string{"", "web.shop.svc.cluster.local"} {
+			if name != "" && kind != Clusters && kind != Endpoints && kind != Names {
+				continue
+			}
+			view, err := Show(sample(t), kind, name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := json.MarshalIndent(view, "", " ")
+			if err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join("testdata", string(kind)+strings.ReplaceAll(name, "web.shop.svc.cluster.local", "_named")+".json")
+			if *update {
+				if err := os.WriteFile(file, append(got, '\n'), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil || !bytes.Equal(append(got, '\n'), want) {
+				t.Errorf("%s is not as %s (%v):\n%s", kind, file, err, got)
+			}
+		}
+	}
+}
+
+func TestFindingsAreListedByImportance(t *testing.T) {
+	var got []string
+	for _, f := range FindingsOf(sample(t)) {
+		got = append(got, strings.Join([]string{f.Class, f.Type, f.Resource, f.Path, f.Problem}, " "))
+	}
+	want := []string{
+		"security CDS outbound|80||web.shop.svc.cluster.local lb_policy unknown value 77",
+		"security CDS refused lb_policy unknown value 77",
+		"security CDS malformed  malformed",
+		"traffic LDS wide freebind not supported",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+func TestAnUnknownNameIsAnError(t *testing.T) {
+	for _, kind := range Kinds {
+		if _, err := Show(sample(t), kind, "nothing"); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%s: %v", kind, err)
+		}
+	}
+	if v, err := Show(slices.Values([]controlplane.Resource(nil)), Clusters, ""); err != nil || v.Len() != 0 {
+		t.Errorf("without a name: %v, %v", v, err)
+	}
+}
+
+// Each object can be asked for by a name that ObjectNames has.
+func TestObjectsAreFoundByTheirNames(t *testing.T) {
+	for _, kind := range Kinds {
+		all, err := Show(sample(t), kind, "")
+		if err != nil || all.Len() == 0 {
+			t.Fatalf("%s: %v", kind, err)
+		}
+		found := 0
+		for _, name := range all.ObjectNames() {
+			some, err := Show(sample(t), kind, name)
+			if err != nil {
+				t.Errorf("%s: %v", kind, err)
+				continue
+			}
+			found += some.Len()
+		}
+		if found != all.Len() {
+			t.Errorf("%s: %d objects by name, %d in all", kind, found, all.Len())
+		}
+	}
+}
+
+func TestHandler(t *testing.T) {
+	handler := Handler(func() controlplane.Resources { return sample(t) })
+	for target, want := range map[string]struct {
+		code int
+		part string
+	}{
+		"/config/clusters":                 {200, `"kind":"cluster"`},
+		"/config/policy":                   {200, `"kind":"policy"`},
+		"/config/cluster?name=passthrough": {200, `"discovery":"original destination"`},
+		"/config/cluster?name=x":           {404, `no cluster is named "x"`},
+		"/config/secret":                   {404, `"secret" is not a kind of object: use cluster, listener, route, endpoint, policy, name`},
+		"/config/findings":                 {200, `"problem":"unknown value 77"`},
+		"/other":                           {404, ""},
+	} {
+		got := httptest.NewRecorder()
+		handler.ServeHTTP(got, httptest.NewRequest("GET", target, nil))
+		if got.Code != want.code || !strings.Contains(got.Body.String(), want.part) {
+			t.Errorf("%s: %d %s, want %d with %s", target, got.Code, got.Body, want.code, want.part)
+		}
+	}
+	got := httptest.NewRecorder()
+	Handler(nil).ServeHTTP(got, httptest.NewRequest("GET", "/config/cluster", nil))
+	if got.Code != 404 || !strings.Contains(got.Body.String(), "no control plane") {
+		t.Errorf("without a control plane: %d %s", got.Code, got.Body)
+	}
+}
+
+func TestChainsAreMatchedInWords(t *testing.T) {
+	prefix := netip.MustParsePrefix
+	for want, m := range map[string]mesh.ChainMatch{
+		"all":                                {},
+		"port 15006":                         {Port: 15006},
+		"plain HTTP":                         {Transport: "raw_buffer", Protocols: []string{"http/1.1", "h2c"}},
+		"plain":                              {Transport: "raw_buffer"},
+		"port 80, HTTP over TLS of the mesh": {Port: 80, Transport: "tls", Protocols: []string{"istio-http/1.0", "istio-http/1.1", "istio-h2"}},
+		"TCP over TLS of the mesh":           {Transport: "tls", Protocols: []string{"istio-peer-exchange", "istio"}},
+		"TLS of the mesh":                    {Transport: "tls", Protocols: []string{"istio", "istio-peer-exchange", "istio-h2"}},
+		"TLS with ALPN h2, istio":            {Transport: "tls", Protocols: []string{"h2", "istio"}},
+		"SNI a.example or *.b.example, TLS":  {Transport: "tls", ServerNames: []string{"a.example", "*.b.example"}},
+		"to 198.51.100.1 or 2001:db8::/32":   {Destinations: []netip.Prefix{prefix("198.51.100.1/32"), prefix("2001:db8::/32")}},
+		"from this host":                     {SourceType: mesh.LocalSource},
+		"from other hosts, from 203.0.113.0/24, from ports 1 2": {SourceType: mesh.ExternalSource, Sources: []netip.Prefix{prefix("203.0.113.0/24")}, SourcePorts: []uint16{1, 2}},
+	} {
+		if got := matchWords(&m); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
+func TestRequestsAreMatchedInWords(t *testing.T) {
+	exact := func(s string) mesh.StringMatcher { return mesh.StringMatcher{Text: s} }
+	for want, m := range map[string]mesh.RouteMatch{
+		"/*":              {Path: "/"},
+		"/a":              {Kind: mesh.PathExact, Path: "/a"},
+		"~/[a-z]":         {Kind: mesh.PathRegex, Path: "/[a-z]"},
+		"/a[/*]":          {Kind: mesh.PathSeparatedPrefix, Path: "/a"},
+		"/A* in any case": {Path: "/A", IgnoreCase: true},
+		"/*, x=1, not y~b|c, with z, no w, n from 1 to 4": {Path: "/", Headers: []mesh.HeaderMatcher{
+			{Name: "x", Kind: mesh.HeaderText, Text: exact("1")},
+			{Name: "y", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Kind: mesh.MatchRegex, Text: "b|c"}, Invert: true},
+			{Name: "z", Present: true}, {Name: "w", Present: true, Invert: true}, {Name: "n", Kind: mesh.HeaderRange, Start: 1, End: 5}}},
+		"/*, ?q=a*, ?p, no ?r":        {Path: "/", Query: []mesh.QueryMatcher{{Name: "q", Text: &mesh.StringMatcher{Kind: mesh.MatchPrefix, Text: "a"}}, {Name: "p", Present: true}, {Name: "r"}}},
+		"/*, metadata jwt.claims.sub": {Path: "/", Metadata: []mesh.MetadataMatcher{{Filter: "jwt", Path: []string{"claims", "sub"}}}},
+	} {
+		if got := routeMatch(&m); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
+func TestDestinationsOfRoutesInWords(t *testing.T) {
+	for want, r := range map[string]mesh.Route{
+		"a": {Forward: &mesh.Forward{Clusters: []mesh.WeightedCluster{{Name: "a", Weight: 1}}}},
+		"a (90), b (10); timeout 3s, 2 retries, mirrored to c, prefix becomes /x, host becomes h, by hash": {Forward: &mesh.Forward{
+			Clusters: []mesh.WeightedCluster{{Name: "a", Weight: 90}, {Name: "b", Weight: 10}}, Timeout: 3 * time.Second,
+			Mirrors: []mesh.Mirror{{Cluster: "c"}}, PrefixRewrite: "/x", HostRewrite: "h", Hash: []mesh.HashPolicy{{}}}},
+		"redirect 307 https://{host}":           {Redirect: &mesh.Redirect{Scheme: "https", Code: 307}},
+		"redirect 301 https://b.example:8443/x": {Redirect: &mesh.Redirect{Scheme: "https", Host: "b.example", Port: 8443, Path: "/x", Code: 301}},
+		"answer 503":                            {Respond: &mesh.Response{Status: 503}},
+		"nowhere":                               {},
+	} {
+		got := routeTo(&r)
+		if with := routeWith(&r, &mesh.VirtualHost{Retry: &mesh.RetryPolicy{Retries: 2}}); with != "" && strings.Contains(want, ";") {
+			got += "; " + with
+		}
+		if got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
+func TestPoliciesInWords(t *testing.T) {
+	some := []mesh.AccessPolicy{{Name: "ns[shop]-policy[a]-rule[0]"}, {Name: "b"}}
+	for want, r := range map[string]mesh.RBAC{
+		"allows all": {},
+		"denies all": {Rules: &mesh.Rules{}}, // present, and without a policy that allows something
+		"allows only ns[shop]-policy[a]-rule[0], b":                  {Rules: &mesh.Rules{Policies: some}},
+		"denies ns[shop]-policy[a]-rule[0], b; dry run: denies all":  {Rules: &mesh.Rules{Action: mesh.Deny, Policies: some}, Shadow: &mesh.Rules{}},
+		"allows all; dry run: records ns[shop]-policy[a]-rule[0], b": {Shadow: &mesh.Rules{Action: mesh.Log, Policies: some}},
+		"denies all: not understood":                                 {Refused: true},
+		"denies all: not understood; dry run: allows all":            {Rules: &mesh.Rules{Refused: true}, Shadow: &mesh.Rules{Action: mesh.Deny}},
+	} {
+		if got := rbacWords(&r); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	if got := rbacWords(nil); got != "" {
+		t.Errorf("another filter: %q", got)
+	}
+}

@@ -1,0 +1,86 @@
+package terminal_test
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/configview"
+	"github.com/pillion-proxy/pillion/internal/terminal"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+const virtualService = "/apis/networking.istio.io/v1/namespaces/shop/virtual-service/web"
+
+// views has an object of each kind, in each state, with text that must not reach the terminal as it is.
+func views() map[string]configview.View {
+	at := time.Date(2026, 2, 3, 4, 5, 6, 0, time.Local)
+	finding := configview.Finding{Class: "traffic", Type: "RDS", Resource: "80", Path: "virtual_hosts[1].x", Problem: "not supported", Origin: virtualService}
+	hosts := []configview.Endpoint{
+		{Cluster: "outbound|80||web", Address: "198.51.100.7:8080", Health: "HEALTHY", Usable: true, Weight: 3, MeshTLS: true, Workload: "web-v1.shop"},
+		{Cluster: "outbound|80||web", Address: "198.51.100.8:8080", Health: "UNHEALTHY", Weight: 1, Priority: 1, Locality: "here/zone"},
+	}
+	return map[string]configview.View{
+		"clusters": {Kind: configview.Clusters, Clusters: []configview.Cluster{
+			{Object: configview.Object{Name: "outbound|80||web", State: configview.Active, Version: "0123", Updated: at, Origin: virtualService},
+				Discovery: "EDS", Balancing: "least request", TLS: "mutual TLS in the mesh", HTTP: "HTTP/2", Endpoints: 2, Healthy: 1,
+				ConnectTimeout: "10s", Limits: "3 retries", Outliers: "no host is ejected", Hosts: hosts},
+			{Object: configview.Object{Name: "Passthrough\x1b[2J", State: configview.Stale, Refusal: "bad\nline", Findings: []configview.Finding{finding, {Class: "security", Problem: "x"}}},
+				Discovery: "original destination", Balancing: "original destination", TLS: "plain"},
+			{Object: configview.Object{Name: "refused", State: configview.Refused, Refusal: "malformed"}},
+		}},
+		"listeners": {Kind: configview.Listeners, Listeners: []configview.Listener{
+			{Object: configview.Object{Name: "virtualInbound", State: configview.Active}, Addresses: []string{"0.0.0.0:15006", "[::]:15006"}, Direction: "inbound", Bound: true,
+				Chains: []configview.Chain{{Name: "http", Match: "port 80, plain HTTP", TLS: "none", To: "routes inbound|80||", Filters: []string{"rbac", "router"}},
+					{Match: "others", TLS: "mutual", To: "InboundPassthroughCluster", Origin: virtualService, Refused: true}}},
+			{Object: configview.Object{Name: "10.0.0.1_80", State: configview.Warming}, Addresses: []string{"10.0.0.1:80"}},
+		}},
+		"routes": {Kind: configview.Routes, Routes: []configview.Table{
+			{Object: configview.Object{Name: "80", State: configview.Active, Findings: []configview.Finding{finding}}, Hosts: []configview.Host{
+				{Name: "web:80", Domains: []string{"web.shop", "web"}, TLS: true, Routes: []configview.Route{
+					{Name: "a", Match: "/v2*", To: "v1 (90), v2 (10)", With: "2 retries", Origin: virtualService},
+					{Match: "/*", To: "answer 404", Refused: true}}},
+				{Name: "any", Domains: []string{"*"}},
+			}},
+			{Object: configview.Object{Name: "inbound|80||", State: configview.Active}, Listener: "virtualInbound", Hosts: []configview.Host{}},
+		}},
+		"endpoints": {Kind: configview.Endpoints, Endpoints: hosts},
+		"policies": {Kind: configview.Policies, Policies: []configview.Policy{
+			{Listener: "virtualInbound", Chain: "port 80", Name: "rbac", Per: "request", Rules: "ALLOW ns[shop]-policy[a]"},
+			{Listener: "virtualInbound", Chain: "others", Name: "jwt", Per: "request", Refused: true}}},
+		"names": {Kind: configview.Names, Names: []configview.Name{
+			{Host: "web.shop.svc.cluster.local", Addresses: []string{"10.0.0.1", "2001:db8::1"}, Registry: "Kubernetes", ShortName: "web", Namespace: "shop"},
+			{Host: "a.example", Addresses: []string{"240.240.0.1"}, Registry: "External"}}},
+		"no_names": {Kind: configview.Names},
+	}
+}
+
+func TestConfigAsText(t *testing.T) {
+	for name, view := range views() {
+		golden(t, name+".txt", terminal.Config(&view, false, false))
+		golden(t, name+"_detailed.txt", terminal.Config(&view, true, false))
+		golden(t, name+"_colour.txt", terminal.Config(&view, true, true))
+	}
+	golden(t, "findings.txt", terminal.Findings([]configview.Finding{
+		{Class: "security", Type: "LDS", Resource: "virtualInbound", Path: "filter_chains[1]", Problem: "not supported"},
+		{Class: "traffic", Type: "RDS", Resource: "80\x07", Problem: "unknown field 7", Origin: virtualService},
+	}, false))
+	golden(t, "no_findings.txt", terminal.Findings(nil, false))
+}
+
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	file := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil || got != string(want) {
+		t.Errorf("%s (%v): got\n%s\nwant\n%s", name, err, got, want)
+	}
+}
