@@ -30,7 +30,7 @@ const (
 // Kept is a file with the last good resources, for an agent that is restarted while the control plane is away. The file is
 // compressed, and readable by its owner only.
 //
-// The file is read like a response of the control plane: by Store.Restore, which compiles and judges each resource.
+// The file is read like a response of the control plane: Store.Restore compiles and judges each resource.
 // Secrets of the control plane are left out, because they have private keys; they are asked for again.
 type Kept struct {
 	Path string
@@ -93,7 +93,7 @@ func (k *Kept) Save(resources Resources) error {
 }
 
 // Load returns the resources in the file, for Store.Restore, and when they were written. The error wraps fs.ErrNotExist
-// if there is no file. Any other error says why the file is not to be used.
+// if there is no file. Any other error is a reason not to use the file.
 func (k *Kept) Load() (updates []xds.Update, saved time.Time, err error) {
 	content, err := readPrivate(k.Path, maxKeptFile)
 	if err != nil {

@@ -31,7 +31,7 @@ func (s *Store) settle(edit *mesh.Edit, now time.Time) {
 		}
 	}
 	s.dropClusters(edit, now)
-	s.tellAbsent(now)
+	s.reportAbsent(now)
 }
 
 // readiness is whether a resource can be in force: at once, when its time is over, or when something else has come.
@@ -252,7 +252,7 @@ func (s *Store) ask(now time.Time) map[xds.Type][]string {
 		switch {
 		case !t.Wildcard() && !maps.Equal(needs.wanted[t], s.asked[t]):
 			wanted[t], s.asked[t] = sorted(needs.wanted[t]), needs.wanted[t]
-			s.miss(t, now)
+			s.noteAbsent(t, now)
 		case t.Wildcard() && t != xds.Clusters && !s.began:
 			wanted[t] = nil
 		}

@@ -45,7 +45,7 @@ type StoreConfig struct {
 }
 
 // Store compiles the resources that it receives into a snapshot, and keeps the last good version of each. It does no I/O
-// but for its log.
+// except for its log.
 //
 // A change is made before what it replaces is broken:
 //   - A cluster is in force when its endpoints have come, or 15 s after the cluster. Until then its last version is.
@@ -74,7 +74,7 @@ type Store struct {
 	seen     [xds.Types]bool                // an update of the type was received
 	whole    [xds.Types]bool                // the next update of the type replaces all resources
 	started  time.Time                      // of the first update of listeners
-	deadline time.Time                      // when a wait is over; zero: none
+	deadline time.Time                      // when a wait is over; zero if nothing waits
 	pending  int                            // resources that wait
 	needs    *needs                         // nil: to be computed
 	absent   [xds.Types]map[string]absence  // names that are asked for and have not come
@@ -88,7 +88,7 @@ type Store struct {
 // entry is a resource.
 type entry struct {
 	name    string
-	active  *version // in force; nil: there is none yet
+	active  *version // in force; nil before the first
 	next    *version // accepted, and waiting for what it needs
 	refused *refused // a later version that was not accepted
 	removed bool     // and in force until nothing names it
@@ -275,7 +275,8 @@ func occurrences(resources []xds.Resource) map[string]int {
 	return times
 }
 
-// take takes one resource, which may come more than once in the same update. It returns why it is rejected, or nothing.
+// take takes one resource; twice reports whether the update has another one of the name. It returns why the resource is
+// rejected, or "".
 func (s *Store) take(t xds.Type, r *xds.Resource, twice bool, now time.Time) (reason string) {
 	hash := maphash.Bytes(hashSeed, r.Value)
 	e := s.entries[t][r.Name]

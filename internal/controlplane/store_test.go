@@ -477,7 +477,7 @@ func TestOneTypeOfResourceIsBoundedInSum(t *testing.T) {
 	if n := len(outcome.Rejected); n != 91 || s.bytes > 10_000 {
 		t.Errorf("%d are rejected, %d bytes are kept", n, s.bytes)
 	}
-	// What is removed makes room.
+	// A removed resource makes room.
 	s.Update(removal(xds.Clusters, resources[0].Name, resources[1].Name))
 	if outcome := s.Update(update(xds.Clusters, resources[99])); len(outcome.Rejected) > 0 {
 		t.Errorf("rejected: %v", outcome.Rejected)
