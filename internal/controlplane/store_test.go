@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/wire"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
@@ -627,6 +628,9 @@ func TestFindingsAreBoundedInSum(t *testing.T) {
 	}
 	for range 2 { // the same findings do not count twice
 		s.Update(update(xds.Clusters, resources...))
+		if n := s.TypeCounts()[xds.Clusters].Findings[mesh.Traffic]; n != len(s.Findings()) {
+			t.Errorf("%d findings by class", n)
+		}
 		if n := len(s.Findings()); n != maxFindings+100 || s.findings != n {
 			t.Errorf("%d findings, %d are counted", n, s.findings)
 		}
@@ -645,5 +649,23 @@ func TestFindingsAreBoundedInSum(t *testing.T) {
 	s.Update(removal(xds.Clusters, names...))
 	if s.findings != 0 || s.bytes != 0 {
 		t.Errorf("%d findings and %d bytes are counted of no resources", s.findings, s.bytes)
+	}
+}
+
+func TestResourcesAreCounted(t *testing.T) {
+	r := begin(t)
+	bad := httpListener("http", "80", "3")
+	bad.Value = join(bad.Value, nest(nil, 32)) // filter_chain_matcher
+	r.accepts(update(xds.Clusters, cluster("pay", "pay", "1"), cluster("web", "other", "1")))
+	r.Update(update(xds.Listeners, bad))
+	counts := r.TypeCounts()
+	if c := counts[xds.Clusters]; c.InForce != 1 || c.Warming != 2 || c.Refused != 0 {
+		t.Errorf("clusters %+v", c)
+	}
+	if l := counts[xds.Listeners]; l.InForce != 1 || l.Warming != 0 || l.Refused != 1 || l.Findings[mesh.Security] != 1 {
+		t.Errorf("listeners %+v", l)
+	}
+	if allocations := testing.AllocsPerRun(10, func() { r.TypeCounts() }); allocations > 0 {
+		t.Errorf("%v allocations", allocations)
 	}
 }
