@@ -510,6 +510,8 @@ func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 	case s.complete(now):
 		s.snapshot.Store(s.current)
 		close(s.initialized)
+		s.config.Log.Info("first configuration in force",
+			"clusters", len(s.entries[xds.Clusters]), "listeners", len(s.entries[xds.Listeners]), "routes", len(s.entries[xds.Routes]), "waiting", s.pending)
 	}
 	notify(s.kick)
 }

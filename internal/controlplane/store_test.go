@@ -95,7 +95,7 @@ type rig struct {
 func newRig(t *testing.T) *rig {
 	t.Helper()
 	r := &rig{t: t, now: time.Unix(1_000_000, 0)}
-	s, err := NewStore(StoreConfig{Log: slog.New(slog.NewTextHandler(&r.log, nil)), Now: func() time.Time { return r.now }})
+	s, err := NewStore(StoreConfig{Log: slog.New(slog.NewTextHandler(&r.log, &slog.HandlerOptions{Level: slog.LevelWarn})), Now: func() time.Time { return r.now }})
 	if err != nil {
 		t.Fatal(err)
 	}
