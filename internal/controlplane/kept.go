@@ -22,6 +22,7 @@ const (
 	defaultKeptAge = 24 * time.Hour
 	keptSettle     = 2 * time.Second // from a change to writing: a push is several updates
 	keptInterval   = time.Minute     // between two writes, at least
+	keptRenewal    = time.Hour       // between two writes of the same configuration
 	clockTolerance = time.Minute     // by which a file may be from the future
 	maxKeptFile    = 32 << 20
 	maxKept        = defaultMaxBytes + 16<<20 // bytes of resources with their names
@@ -40,6 +41,10 @@ type Kept struct {
 
 	MaxAge time.Duration    // of the file; 0: 24 h
 	Now    func() time.Time // nil: time.Now
+
+	// Current reports whether the control plane is connected, so that a configuration that has not changed is the current
+	// one: Run renews the file each hour. nil: it is not renewed.
+	Current func() bool
 }
 
 // keptMagic begins a file. The number is the version of the format.
@@ -199,10 +204,9 @@ func parseKeptResource(m wire.Message) (xds.Type, xds.Resource) {
 }
 
 // Run saves the resources of a store after they changed, until ctx ends. A push is saved once, and many pushes at most
-// once a minute.
+// once a minute. Restored resources are not saved before the control plane has answered: they keep their age.
 func (k *Kept) Run(ctx context.Context, s *Store, log *slog.Logger) {
-	timer := time.NewTimer(0)
-	<-timer.C
+	timer := time.NewTimer(keptRenewal)
 	defer timer.Stop()
 	var last time.Time
 	due := false
@@ -221,8 +225,11 @@ func (k *Kept) Run(ctx context.Context, s *Store, log *slog.Logger) {
 			}
 			return
 		}
+		if due || k.Current != nil && k.Current() {
+			k.save(s, log)
+		}
 		due, last = false, time.Now()
-		k.save(s, log)
+		timer.Reset(keptRenewal)
 	}
 }
 

@@ -178,6 +178,10 @@ func (s *Store) Restore(updates []xds.Update) (rejected []xds.Rejected) {
 	defer s.mu.Unlock()
 	s.asked, s.began = [xds.Types]map[string]struct{}{}, false
 	s.whole[xds.Clusters], s.whole[xds.Listeners] = true, true
+	select { // restored resources are no change
+	case <-s.changes:
+	default:
+	}
 	return rejected
 }
 
@@ -279,6 +283,9 @@ func occurrences(resources []xds.Resource) map[string]int {
 // rejected, or "".
 func (s *Store) take(t xds.Type, r *xds.Resource, twice bool, now time.Time) (reason string) {
 	hash := maphash.Bytes(hashSeed, r.Value)
+	if r.TypeURL != t.URL() {
+		hash = ^hash // the same bytes mean something else
+	}
 	e := s.entries[t][r.Name]
 	if e != nil && !e.removed && !twice {
 		if reason, same := s.unchanged(e, hash); same {

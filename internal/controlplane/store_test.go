@@ -430,6 +430,16 @@ func TestWhatCannotBeUsedIsRejectedByName(t *testing.T) {
 	}
 }
 
+func TestTheSameBytesOfTheRightTypeAreAccepted(t *testing.T) {
+	r := begin(t)
+	mistyped := cluster("web", "web", "2")
+	mistyped.TypeURL = xds.Listeners.URL()
+	if outcome := r.Update(update(xds.Clusters, mistyped)); len(outcome.Rejected) != 1 {
+		t.Errorf("outcome %+v", outcome)
+	}
+	r.accepts(update(xds.Clusters, cluster("web", "web", "2")))
+}
+
 func TestWithoutAGoodVersionARefusedOneCloses(t *testing.T) {
 	r := newRig(t)
 	r.accepts(update(xds.Clusters), update(xds.Listeners, httpListener("http", "80", "1")))
