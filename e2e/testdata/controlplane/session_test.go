@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -106,9 +107,15 @@ func secured(t *testing.T) *plane {
 }
 
 func TestAnInjectedPodGetsItsIdentityAndItsConfiguration(t *testing.T) {
+	bothProtocols(t, testInjectedPod)
+}
+
+func testInjectedPod(t *testing.T, delta bool) {
 	p := secured(t)
 	p.serve(t, "1", "cart", "web")
-	session := hold(t, p, injected(t, p.ca))
+	environment := injected(t, p.ca)
+	environment.Variables = append(environment.Variables, "ISTIO_DELTA_XDS="+strconv.FormatBool(delta))
+	session := hold(t, p, environment)
 	awaitClusters(t, session, "cart", "web")
 	status := awaitStatus(t, session, "an identity", func(s *controlplane.Status) bool { return s.Identity.SPIFFE != "" && s.Initialized })
 	if got := status.Identity; got.SPIFFE != "spiffe://cluster.local/ns/shop/sa/web" || got.Source != "CA" || got.Renewals != 1 || got.NotAfter.IsZero() {
