@@ -116,7 +116,7 @@ func (a *Agent) wakeHeld(ctx context.Context, done chan<- struct{}) {
 	}
 }
 
-// stopControlPlane ends the session. What it configured stays in force. A second call does nothing.
+// stopControlPlane ends the session. Its configuration stays in force. A second call does nothing.
 func (a *Agent) stopControlPlane() {
 	if a.plane.ended != nil {
 		a.plane.end()

@@ -58,7 +58,7 @@ func (o *agentOptions) findControlPlane() error {
 	return nil
 }
 
-// keptDirectory returns the directory of --kept-configuration; empty if nothing is kept.
+// keptDirectory returns the directory of --kept-configuration, or "" if the configuration is not kept.
 func keptDirectory(flag string) string {
 	if flag != automatic {
 		if flag == turnedOff {

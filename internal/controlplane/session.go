@@ -63,7 +63,7 @@ func NewSession(config SessionConfig) (*Session, error) {
 	return s, nil
 }
 
-// source returns where the identity comes from, or nil if the pod has none.
+// source returns the source of the identity, or nil if the pod has no identity.
 func (s *Session) source() identity.Source {
 	pod := s.config.Pod
 	switch {

@@ -40,7 +40,7 @@ type Environment struct {
 	Domain string // DNS domain of the cluster; empty: cluster.local
 }
 
-// Pod is how a pod reaches istiod, and what it tells istiod about itself. A Pod without an address has no control plane.
+// Pod is how a pod reaches istiod, and how it describes itself. A Pod without an address has no control plane.
 type Pod struct {
 	Discovery Server
 	CA        Server // without an address, certificates are not issued by a CA
@@ -51,10 +51,10 @@ type Pod struct {
 	Lifetime time.Duration    // of a requested certificate
 	Signer   string           // CertSigner of the CA; may be empty
 	Files    *identity.Files  // mounted in place of a CA; nil: not mounted
-	Socket   *identity.Socket // that serves the identity in place of both; nil: there is none
+	Socket   *identity.Socket // that serves the identity in place of both; may be nil
 
-	Revocations string // path of the lists of revoked certificates, which need not exist
-	Output      string // directory that the identity is written to; empty: none
+	Revocations string // path of the lists of revoked certificates; the file may be missing
+	Output      string // directory that the identity is written to; empty: it is not written
 }
 
 // ReadPod returns how the pod reaches the istiod at address (host:port). An error names the variable and its remedy.
