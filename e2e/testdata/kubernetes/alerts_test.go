@@ -116,10 +116,10 @@ var faults = map[string]string{
 	"PillionConfigurationRefused":   `pillion_mesh_findings{namespace="shop", pod="bad", class="security"} 2x60`,
 	"PillionCertificateExpiring": "istio_agent_cert_expiry_seconds{namespace=\"shop\", pod=\"bad\", resource_name=\"default\"} 1800x60\n" +
 		`  pillion_identity_failures_total{namespace="shop", pod="bad"} 0+1x60`,
-	"PillionDescriptorsLow":         "process_open_fds{namespace=\"shop\", pod=\"bad\"} 950x60\n  process_max_fds{namespace=\"shop\", pod=\"bad\"} 1000x60",
-	"PillionAcceptStalled":          `pillion_accept_backoffs_total{namespace="shop", pod="bad"} 0+1x60`,
-	"PillionAccessLogLost":          `pillion_access_log_dropped_total{namespace="shop", pod="bad"} 0+1x60`,
-	"PillionMetricsFolded":          `pillion_metrics_folded_requests_total{namespace="shop", pod="bad", direction="inbound"} 0+1x60`,
+	"PillionDescriptorsLow": "process_open_fds{namespace=\"shop\", pod=\"bad\"} 950x60\n  process_max_fds{namespace=\"shop\", pod=\"bad\"} 1000x60",
+	"PillionAcceptStalled":  `pillion_accept_backoffs_total{namespace="shop", pod="bad"} 0+1x60`,
+	"PillionAccessLogLost":  `pillion_access_log_dropped_total{namespace="shop", pod="bad"} 0+1x60`,
+	"PillionMetricsFolded":  `pillion_metrics_folded_requests_total{namespace="shop", pod="bad", direction="inbound"} 0+1x60`,
 	"PillionDNSFailures": "pillion_dns_queries_total{namespace=\"shop\", pod=\"bad\", transport=\"udp\"} 0+60x60\n" +
 		`  pillion_dns_unanswered_queries_total{namespace="shop", pod="bad"} 0+30x60`,
 	"PillionWebhookFailing": `apiserver_admission_webhook_rejection_count{name="inject.pillion.dev", error_type="calling_webhook_error", operation="CREATE"} 0+1x60`,
