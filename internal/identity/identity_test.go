@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -260,9 +261,9 @@ func (a *authority) identity(t *testing.T, lifetime time.Duration) *Identity {
 	return identity
 }
 
-func keep(t *testing.T, s Source, output string) (*Keeper, *strings.Builder) {
+func keep(t *testing.T, s Source, output string) (*Keeper, *lockedBuilder) {
 	t.Helper()
-	var log strings.Builder
+	var log lockedBuilder
 	k := NewKeeper(Config{Source: s, Log: slog.New(slog.NewTextHandler(&log, nil)), Output: output})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
@@ -326,12 +327,13 @@ func TestAFailedRenewalKeepsTheIdentity(t *testing.T) {
 func TestAnchorsAreTrustedToo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		root, next := newAuthority(t, "root"), newAuthority(t, "next root")
-		fetches, away := 0, false
+		var fetches atomic.Int32
+		var away atomic.Bool
 		s := &source{next: 24 * time.Hour, fetch: func() (*Identity, error) {
-			if away {
+			if away.Load() {
 				return nil, errors.New("istiod is away")
 			}
-			fetches++
+			fetches.Add(1)
 			return root.identity(t, 48*time.Hour), nil
 		}}
 		k, log := keep(t, s, "")
@@ -340,24 +342,24 @@ func TestAnchorsAreTrustedToo(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		away = true
+		away.Store(true)
 		k.Anchor(anchors)
 		synctest.Wait()
 		if want := text(root.certificate, next.certificate); string(k.Current().Roots.PEM) != want || k.Status().Renewals != 1 {
 			t.Errorf("while the CA is away, status %+v, the roots are\n%s", k.Status(), k.Current().Roots.PEM)
 		}
-		away = false
+		away.Store(false)
 		time.Sleep(2 * time.Second)
-		if want := text(root.certificate, next.certificate); string(k.Current().Roots.PEM) != want || fetches != 2 {
-			t.Errorf("after %d fetches the roots are\n%s", fetches, k.Current().Roots.PEM)
+		if want := text(root.certificate, next.certificate); string(k.Current().Roots.PEM) != want || fetches.Load() != 2 {
+			t.Errorf("after %d fetches the roots are\n%s", fetches.Load(), k.Current().Roots.PEM)
 		}
 		if !strings.Contains(log.String(), "roots_changed=true") {
 			t.Errorf("log:\n%s", log)
 		}
 		k.Anchor(anchors)
 		synctest.Wait()
-		if fetches != 2 {
-			t.Errorf("the same roots cause a fetch: %d", fetches)
+		if fetches.Load() != 2 {
+			t.Errorf("the same roots cause a fetch: %d", fetches.Load())
 		}
 		k.Anchor(nil)
 		synctest.Wait()
