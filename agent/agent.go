@@ -33,6 +33,7 @@ type Agent struct {
 	listeners []*trafficListener // in the order of shutdown; they start and are shown in reverse
 	doors     sync.Mutex         // guards trafficListener.door
 
+	plane       controlPlane
 	resolver    *dns.Server // nil: DNS is not captured
 	probers     *probe.Probers
 	servers     []*server // in the order of shutdown
@@ -90,6 +91,9 @@ func (a *Agent) build() error {
 	if err := a.tell(); err != nil {
 		return err
 	}
+	if err := a.addControlPlane(); err != nil {
+		return err
+	}
 	if err := a.addListeners(); err != nil {
 		return err
 	}
@@ -136,6 +140,7 @@ func (a *Agent) Run(drain, force context.Context) error {
 	for _, s := range a.servers {
 		a.start(s)
 	}
+	a.startControlPlane()
 	if err := unmapStart(); err != nil {
 		a.log.Debug("cannot release startup memory", "error", err)
 	}
@@ -178,6 +183,7 @@ func (a *Agent) close() {
 	if a.resolver != nil {
 		_ = a.resolver.Shutdown(a.over) // over has ended, so queries that are left are cut
 	}
+	a.stopControlPlane()
 	if a.addresses != nil {
 		a.stopAddresses()
 		a.addresses.Wait()

@@ -13,6 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
@@ -23,6 +24,7 @@ type Config struct {
 	Interception Interception
 	Connections  Connections
 	HTTP         HTTP
+	ControlPlane ControlPlane
 	DNS          DNS
 	Drain        Drain
 	AccessLog    AccessLog
@@ -79,6 +81,13 @@ type HTTP struct {
 	UpstreamIdleTimeout time.Duration // closes idle HTTP/1 connections to upstreams; zero: no reuse
 	InboundFields       httpforward.Fields
 	OutboundFields      httpforward.Fields
+}
+
+// ControlPlane is who configures the agent.
+type ControlPlane struct {
+	Pod  *istiod.Pod   // how istiod is reached; nil: the agent decides alone
+	Wait time.Duration // how long connections are held for the first configuration; zero: they are refused at once
+	Kept string        // directory that keeps the last configuration for a restart; empty: it is not kept
 }
 
 // DNS configures the resolver.
@@ -153,13 +162,14 @@ func Default() Config {
 			},
 			OutboundFields: httpforward.Fields{ForwardedProto: true, RequestID: true, ServiceTime: true},
 		},
-		DNS:       DNS{CacheSize: dns.DefaultCacheSize},
-		Drain:     Drain{Delay: 5 * time.Second, Timeout: 20 * time.Second},
-		AccessLog: AccessLog{Path: "/dev/stdout", Encoding: "text"},
-		Metrics:   Metrics{MaxSeries: metrics.DefaultMaxSeries},
-		Status:    Status{Profiling: true},
-		Workload:  Workload{Pod: podinfo.UnknownPod()},
-		LogLevel:  new(slog.LevelVar),
+		ControlPlane: ControlPlane{Wait: 10 * time.Second},
+		DNS:          DNS{CacheSize: dns.DefaultCacheSize},
+		Drain:        Drain{Delay: 5 * time.Second, Timeout: 20 * time.Second},
+		AccessLog:    AccessLog{Path: "/dev/stdout", Encoding: "text"},
+		Metrics:      Metrics{MaxSeries: metrics.DefaultMaxSeries},
+		Status:       Status{Profiling: true},
+		Workload:     Workload{Pod: podinfo.UnknownPod()},
+		LogLevel:     new(slog.LevelVar),
 	}
 }
 
@@ -219,6 +229,7 @@ func (c Config) validateDurations() error {
 		{"HTTP.RequestHeadTimeout", c.HTTP.RequestHeadTimeout},
 		{"HTTP.RequestTimeout", c.HTTP.RequestTimeout},
 		{"HTTP.UpstreamIdleTimeout", c.HTTP.UpstreamIdleTimeout},
+		{"ControlPlane.Wait", c.ControlPlane.Wait},
 		{"Drain.Delay", c.Drain.Delay},
 		{"Drain.Timeout", c.Drain.Timeout},
 	} {

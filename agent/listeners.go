@@ -70,6 +70,8 @@ func (a *Agent) addListeners() error {
 		Flows:        a.telling.table,
 		Settings:     a.settings(a.config.Connections.InboundProxyProtocol),
 		HTTP:         a.forwarding(inboundPool, a.config.HTTP.InboundFields),
+		Mesh:         a.mesh(),
+		Wait:         a.config.ControlPlane.Wait,
 	})
 	if err != nil {
 		return err
@@ -88,6 +90,8 @@ func (a *Agent) addListeners() error {
 		Flows:        a.telling.table,
 		Settings:     a.settings(capture.Ports{}),
 		HTTP:         a.forwarding(outboundPool, a.config.HTTP.OutboundFields),
+		Mesh:         a.mesh(),
+		Wait:         a.config.ControlPlane.Wait,
 	})
 	if err != nil {
 		return err

@@ -103,7 +103,8 @@ func (a *Agent) gates() []healthz.Gate {
 	for _, l := range slices.Backward(a.listeners) {
 		gates = append(gates, healthz.Gate{Name: l.name, Open: l.server.Accepting})
 	}
-	return append(gates, healthz.Gate{Name: "addresses", Open: a.addresses.Current})
+	gates = append(gates, healthz.Gate{Name: "addresses", Open: a.addresses.Current})
+	return append(gates, a.controlPlaneGates()...)
 }
 
 func (a *Agent) gateStates() (states []metrics.Gate) {

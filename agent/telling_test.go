@@ -56,13 +56,17 @@ var (
 
 // request makes r a completed request, in memory that is reused, as the engines do.
 func request(r *flow.Record, c *flow.Record) {
+	h := r.HTTP
+	if h == nil {
+		h = new(flow.Request)
+	}
+	*h = flow.Request{Method: method, Path: path, Authority: authority, ID: requestID, UserAgent: agentName,
+		Status: 200, Details: "via_upstream", ServiceTime: 1_000_000}
 	*r = flow.Record{
 		Direction: c.Direction, Protocol: c.Protocol, Opened: c.Opened, Connection: c,
 		Downstream: c.Downstream, OriginalDestination: c.OriginalDestination,
-		Upstream: c.OriginalDestination, UpstreamLocal: netip.AddrPortFrom(c.OriginalDestination.Addr(), 40001),
+		Upstream: c.OriginalDestination, UpstreamLocal: netip.AddrPortFrom(c.OriginalDestination.Addr(), 40001), HTTP: h,
 	}
-	r.HTTP = flow.Request{Method: method, Path: path, Authority: authority, ID: requestID, UserAgent: agentName,
-		Status: 200, Details: "via_upstream", ServiceTime: 1_000_000}
 	r.Sent.Store(615)
 }
 

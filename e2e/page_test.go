@@ -104,7 +104,7 @@ func (s *pageStage) request(c *flow.Record, method, authority, path string, stat
 	r.Protocol, r.Connection, r.OriginalDestination, r.Upstream = c.Protocol, c, c.OriginalDestination, c.Upstream
 	r.Received.Store(uint64(len(path)))
 	r.Sent.Store(uint64(900 + s.made*137%5000))
-	r.HTTP = flow.Request{Method: []byte(method), Path: []byte(path), Authority: []byte(authority), Status: status, ServiceTime: took,
+	r.HTTP = &flow.Request{Method: []byte(method), Path: []byte(path), Authority: []byte(authority), Status: status, ServiceTime: took,
 		ID: fmt.Appendf(nil, "5f0c6c1e-27d4-4f6e-9d0a-%012d", s.made), UserAgent: []byte("Mozilla/5.0")}
 	reason := flow.Completed
 	if status == 504 {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
@@ -28,6 +29,8 @@ type Config struct {
 	Flows        *flow.Table        // lists open connections and takes their records when they end
 	Settings     serve.Settings     // until the first Apply
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
+	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
+	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
 }
 
 // Addresses distinguishes this workload's own addresses from others.
@@ -59,6 +62,8 @@ func New(config Config) (*Proxy, error) {
 		Borrower:  p.borrower,
 		Settings:  config.Settings,
 		HTTP:      config.HTTP,
+		Mesh:      config.Mesh,
+		Wait:      config.Wait,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("inbound: %w", err)
@@ -91,10 +96,13 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		return
 	}
 	c.List()
+	if !c.AwaitConfiguration() {
+		return
+	}
 
 	// The side that sends first decides the protocol. If downstream is silent, the upstream is dialled anyway, because it
 	// may be the side that sends first.
-	if !c.ReadFirst(c.Settings.Detects(dst.Port())) {
+	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Admit() {
 		return
 	}
 	if !c.HTTP() && !p.dial(&c, to) {

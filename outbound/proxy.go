@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
@@ -17,7 +18,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// Config is what a Proxy needs. All fields are required.
+// Config is what a Proxy needs. All fields without a stated zero are required.
 type Config struct {
 	Poller       *tcp.Poller        // for upstream connections
 	OwnPorts     []uint16           // ports of the agent, refused as destinations at OwnAddresses
@@ -25,6 +26,8 @@ type Config struct {
 	Flows        *flow.Table        // lists open connections and takes their records when they end
 	Settings     serve.Settings     // until the first Apply
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
+	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
+	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
 }
 
 // Addresses distinguishes this workload's own addresses from others.
@@ -49,6 +52,8 @@ func New(config Config) (*Proxy, error) {
 		Flows:     config.Flows,
 		Settings:  config.Settings,
 		HTTP:      config.HTTP,
+		Mesh:      config.Mesh,
+		Wait:      config.Wait,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("outbound: %w", err)
@@ -76,11 +81,14 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		return
 	}
 	c.List()
+	if !c.AwaitConfiguration() {
+		return
+	}
 
 	// The side that sends first decides the protocol. If downstream is silent, the upstream is dialled anyway, because it
 	// may be the side that sends first.
 	to := target(dst)
-	if !c.ReadFirst(c.Settings.Detects(dst.Port())) {
+	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Admit() {
 		return
 	}
 	if !c.HTTP() && !c.Dial(to) {

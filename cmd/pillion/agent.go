@@ -36,7 +36,8 @@ SIGTERM starts a shutdown that lets connections finish; a second SIGTERM cuts th
 connections finished, and 1 if some were cut. SIGHUP reopens the access log.
 
 The workload's identity, probes and metrics are read from the variables of Istio's injector, such as POD_NAME,
-INSTANCE_IP, ISTIO_KUBE_APP_PROBERS and ISTIO_PROMETHEUS_ANNOTATIONS.
+INSTANCE_IP, ISTIO_KUBE_APP_PROBERS and ISTIO_PROMETHEUS_ANNOTATIONS. With --control-plane, so is what identifies the
+workload to istiod, such as CA_ADDR and ISTIO_META_CLUSTER_ID.
 
 Each flag can also be set by the environment variable in brackets.`,
 		Args: noArguments,
@@ -57,11 +58,17 @@ type agentOptions struct {
 	level, format string        // of the log
 	grace         time.Duration // terminationGracePeriodSeconds of the pod; zero: unknown
 	memory        int           // limit in bytes; zero: the container's
+	controlPlane  string        // auto, off or an address
+	kept          string        // auto, off or a directory
 	recent        logring.Ring  // the last lines of the log
+
+	asSidecar   bool           // started as Istio's sidecar
+	proxyConfig map[string]any // Istio's ProxyConfig; nil: there is none
+	volumes     string         // below which the injector's volumes are mounted; empty: the root directory
 }
 
 func newAgentOptions() *agentOptions {
-	return &agentOptions{config: agent.Default(), level: "info", format: "text"}
+	return &agentOptions{config: agent.Default(), level: "info", format: "text", controlPlane: turnedOff, kept: automatic}
 }
 
 // bind adds the flags and the environment variables that set them.
@@ -104,6 +111,9 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	durationFlag(flags, &config.Drain.Delay, "drain-delay", "on shutdown, keep accepting this long after readiness fails")
 	durationFlag(flags, &config.Drain.Timeout, "drain-timeout", "on shutdown, cut the remaining connections this long after readiness fails")
 	parsed(flags, &o.grace, parseGrace, "termination-grace-period", "", "0s", "duration", "the pod's terminationGracePeriodSeconds, as 30 or 30s; minus a margin, it is the limit of --drain-timeout and its default; 0s: unknown")
+	parsed(flags, &o.controlPlane, parseControlPlane, "control-plane", "", o.controlPlane, "auto|off|address", "address of the istiod that configures the agent, as HOST:PORT; auto: that of the pod, if it has a root certificate or a token for it")
+	durationFlag(flags, &config.ControlPlane.Wait, "configuration-wait", "with a control plane, hold connections at most this long for the first configuration, then refuse them; 0s: refuse at once")
+	textFlag(flags, &o.kept, "kept-configuration", "path|off|auto", "directory that keeps the last configuration for a restart; auto: "+memoryVolume+" if it exists")
 	parsedSwitch(flags, &config.DNS.Capture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns redirects to port 15053")
 	parsed(flags, &config.DNS.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in "+agent.ResolvConf)
 	countFlag(flags, &config.DNS.CacheSize, "dns-cache-size", "number of cached DNS answers; 0: no cache")
@@ -144,6 +154,9 @@ func (o *agentOptions) run(flags *pflag.FlagSet) error {
 	o.config.Version, o.config.SettingName = version, settingFlag
 	o.fitDrain(flags)
 	readPod(&o.config)
+	if err := o.findControlPlane(); err != nil {
+		return err
+	}
 	if err := limitMemory(int64(o.memory), controlGroup); err != nil {
 		o.config.Log.Warn("cannot apply the container's memory limit", "error", err)
 	}

@@ -71,7 +71,7 @@ func (r *running) requestFor(host, path string, status int, reason flow.Reason) 
 	record := flow.Open(flow.Outbound, r.c.Downstream)
 	record.Opened = record.Opened.Add(-20 * time.Millisecond)
 	record.Protocol, record.Connection = flow.HTTP11, r.c
-	record.HTTP = flow.Request{Method: []byte("GET"), Path: []byte(path), Authority: []byte(host), Status: status,
+	record.HTTP = &flow.Request{Method: []byte("GET"), Path: []byte(path), Authority: []byte(host), Status: status,
 		UserAgent: []byte("agent/of-somebody"), ID: []byte("an-id-of-a-request")}
 	record.Sent.Store(2048)
 	record.Close(r.table, reason, nil)

@@ -30,7 +30,7 @@ func newProxy() *cobra.Command {
 
 Istio's configuration is read from the annotation proxy.istio.io/config in ` + podinfo.AnnotationsFile + `, the variable
 PROXY_CONFIG and the file of --meshConfig, in this order of precedence. Flags of "pillion agent" and their PILLION_
-variables override all three. There is no control plane, and the agent does not wait for one. Unknown flags are ignored.
+variables override all three. The control plane configures the agent only with --control-plane. Unknown flags are ignored.
 The log names each setting without effect once.`,
 		// RunE parses the flags itself, because the log names the unknown ones.
 		DisableFlagParsing: true,
@@ -71,8 +71,10 @@ type proxyOptions struct {
 }
 
 func newProxyOptions() *proxyOptions {
+	options := newAgentOptions()
+	options.asSidecar, options.proxyConfig = true, map[string]any{}
 	return &proxyOptions{
-		agentOptions: newAgentOptions(),
+		agentOptions: options,
 		meshConfig:   "./etc/istio/config/mesh",
 		annotations:  podinfo.AnnotationsFile,
 	}
@@ -155,18 +157,24 @@ func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
 		return err
 	}
 	log.Info("running as Istio's sidecar", "cores", runtime.GOMAXPROCS(0),
-		"without_effect", slices.Concat(slices.Sorted(slices.Values(p.idle)), p.idleFlags(flags), idleVariables(os.Environ())))
+		"without_effect", slices.Concat(slices.Sorted(slices.Values(p.idle)), p.idleFlags(flags), idleVariables(os.Environ(), p.controlPlane != turnedOff)))
 	return nil
 }
 
-// idleVariables lists variables that configure Istio's agent and have no effect here. Metadata has no effect in either.
-func idleVariables(environment []string) (names []string) {
-	known := strings.Fields(`CA_ADDR CA_PROVIDER CA_ROOT_CA DISABLE_ENVOY DNS_PROXY_ADDR ENVOY_SECURE_METRICS_PORT
-		ENVOY_SECURE_MERGED_METRICS_PORT FILE_MOUNTED_CERTS ISTIO_BOOTSTRAP_OVERRIDE JWT_POLICY OUTPUT_CERTS PILOT_CERT_PROVIDER
-		PROV_CERT SECRET_TTL XDS_ROOT_CA`)
+// idleVariables lists variables that configure Istio's agent and have no effect here. Metadata has no effect without a
+// control plane.
+func idleVariables(environment []string, controlPlane bool) (names []string) {
+	known := strings.Fields(`DISABLE_ENVOY DNS_PROXY_ADDR ENVOY_SECURE_METRICS_PORT ENVOY_SECURE_MERGED_METRICS_PORT
+		ISTIO_BOOTSTRAP_OVERRIDE JWT_POLICY PILOT_CERT_PROVIDER`)
+	prefixes := []string{}
+	if !controlPlane {
+		known = append(known, strings.Fields("CA_ADDR CA_PROVIDER CA_ROOT_CA FILE_MOUNTED_CERTS OUTPUT_CERTS PROV_CERT SECRET_TTL XDS_ROOT_CA")...)
+		prefixes = append(prefixes, "XDS_HEADER_", "CA_HEADER_")
+	}
 	for _, variable := range environment {
 		name, _, _ := strings.Cut(variable, "=")
-		if slices.Contains(known, name) || strings.HasPrefix(name, "XDS_HEADER_") || strings.HasPrefix(name, "CA_HEADER_") {
+		hasPrefix := func(prefix string) bool { return strings.HasPrefix(name, prefix) }
+		if slices.Contains(known, name) || slices.ContainsFunc(prefixes, hasPrefix) {
 			names = append(names, name)
 		}
 	}
@@ -201,9 +209,15 @@ func (p *proxyOptions) readIstio() (config map[string]sourced, broken, err error
 		if err != nil {
 			return nil, broken, valueError{fmt.Errorf("%s: %w", source.name, err)}
 		}
+		object, err := proxyconfig.Object(source.text)
+		if err != nil {
+			return nil, broken, valueError{fmt.Errorf("%s: %w", source.name, err)}
+		}
 		if source.under != "" {
 			part = part.Under(source.under)
+			object, _ = object[source.under].(map[string]any)
 		}
+		proxyconfig.Merge(p.proxyConfig, object)
 		for key, value := range part {
 			config[key] = sourced{value, source.name + ": " + key}
 		}
@@ -214,7 +228,7 @@ func (p *proxyOptions) readIstio() (config map[string]sourced, broken, err error
 	}
 	for key := range maps.Keys(config) {
 		top, _, _ := strings.Cut(key, ".")
-		if !slices.Contains(effective, top) && !slices.Contains(p.idle, top) {
+		if !slices.Contains(effective, top) && !slices.Contains(p.idle, top) && !(p.controlPlane != turnedOff && slices.Contains(discovery, top)) {
 			p.idle = append(p.idle, top)
 		}
 	}
@@ -226,6 +240,9 @@ var effective = []string{
 	"statusPort", "proxyAdminPort", "interceptionMode", "terminationDrainDuration", "drainDuration", "concurrency",
 	"holdApplicationUntilProxyStarts", "proxyMetadata", // both in the injector
 }
+
+// discovery are the keys that have an effect with a control plane.
+var discovery = []string{"discoveryAddress", "controlPlaneAuthPolicy"}
 
 // readBounded reads a file that may be missing.
 func readBounded(name string) (string, error) {

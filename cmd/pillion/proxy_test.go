@@ -153,9 +153,12 @@ func TestInvalidIstioSettingsAreNamedWithTheirSource(t *testing.T) {
 }
 
 func TestVariablesWithoutEffectAreNamed(t *testing.T) {
-	got := idleVariables([]string{"XDS_HEADER_A=1", "PATH=/", "CA_ADDR=", "ISTIO_META_MESH_ID=m", "POD_NAME=p", "ISTIOD_SERVICE_PORT=1"})
-	if !slices.Equal(got, []string{"CA_ADDR", "XDS_HEADER_A"}) {
-		t.Errorf("got %v", got)
+	environment := []string{"XDS_HEADER_A=1", "PATH=/", "CA_ADDR=", "ISTIO_META_MESH_ID=m", "POD_NAME=p", "ISTIOD_SERVICE_PORT=1", "DISABLE_ENVOY=true"}
+	if got := idleVariables(environment, false); !slices.Equal(got, []string{"CA_ADDR", "DISABLE_ENVOY", "XDS_HEADER_A"}) {
+		t.Errorf("without a control plane: %v", got)
+	}
+	if got := idleVariables(environment, true); !slices.Equal(got, []string{"DISABLE_ENVOY"}) {
+		t.Errorf("with a control plane: %v", got)
 	}
 }
 

@@ -247,7 +247,7 @@ func FuzzLineCannotBeForged(f *testing.F) {
 	text, object := mustParse(f, ParseFormat, ""), mustParse(f, ParseJSONFormat, "")
 	custom := mustParse(f, ParseFormat, `%REQ(:PATH)% %REQ(USER-AGENT):7% "%REQ(X-ENVOY-ORIGINAL-PATH)%" %GRPC_STATUS%`)
 	for _, s := range stories {
-		h := &s.HTTP
+		h := s.HTTP
 		f.Add(h.Method, h.Path, h.Authority, h.UserAgent, h.ForwardedFor, h.ID, h.GRPCStatus, s.TLS.ServerName, uint16(1), s.IsRequest())
 	}
 	f.Add([]byte("\""), []byte(" "), []byte("\\\""), []byte("\u2028\u0085"), []byte("fe80::1%\" \n"), []byte{}, []byte("99999999999999999999"), "\" ", uint16(9000), true)

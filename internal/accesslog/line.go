@@ -40,28 +40,29 @@ var place = flow.NewPlace()
 // steadyText is the part of a line that nearly all requests of a connection share. Formatting its addresses would take
 // longer than the rest of the line. It is kept with the connection.
 type steadyText struct {
-	by                                       *Format
-	upstream, local, destination, downstream netip.AddrPort
-	cluster, route                           string
-	text                                     []byte // empty: not built yet
+	by              *Format
+	upstream, local netip.AddrPort
+	cluster, route  string
+	text            []byte // empty: not built yet
 }
 
 // steadyOf returns the text of the request's connection, or nil if the record is not a request or its line differs in that
 // part.
 func (f *Format) steadyOf(r *flow.Record) *steadyText {
-	if r.Connection == nil || r.Reason != flow.Completed || r.HTTP.Method == nil || r.HTTP.ForwardedFor != nil || r.TLS.ServerName != "" {
+	c := r.Connection
+	if c == nil || r.Reason != flow.Completed || r.HTTP.Method == nil || r.HTTP.ForwardedFor != nil || r.TLS.ServerName != "" ||
+		r.Downstream != c.Downstream || r.OriginalDestination != c.OriginalDestination {
 		return nil
 	}
-	s, _ := place.Get(r.Connection).(*steadyText)
+	s, _ := place.Get(c).(*steadyText)
 	switch {
 	case s == nil:
 		s = new(steadyText)
-		place.Set(r.Connection, s)
-	case s.by == f && s.upstream == r.Upstream && s.local == r.UpstreamLocal &&
-		s.destination == r.OriginalDestination && s.downstream == r.Downstream && s.cluster == r.Cluster && s.route == r.Route:
+		place.Set(c, s)
+	case s.by == f && s.upstream == r.Upstream && s.local == r.UpstreamLocal && s.cluster == r.Cluster && s.route == r.Route:
 		return s
 	}
-	*s = steadyText{f, r.Upstream, r.UpstreamLocal, r.OriginalDestination, r.Downstream, r.Cluster, r.Route, s.text[:0]}
+	*s = steadyText{f, r.Upstream, r.UpstreamLocal, r.Cluster, r.Route, s.text[:0]}
 	return s
 }
 
@@ -94,7 +95,7 @@ func appendPieces(dst []byte, pieces []piece, l *line, r *flow.Record, lasted ti
 
 // value appends the value of the operator, and reports whether the record has one.
 func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration) ([]byte, bool) {
-	h := &r.HTTP
+	h := r.HTTP
 	switch p.does {
 	case verbStartTime:
 		if p.layout == "" {

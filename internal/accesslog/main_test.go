@@ -40,7 +40,8 @@ var (
 // connection returns the record of an ended connection.
 func connection(direction flow.Direction, protocol flow.Protocol, reason flow.Reason) *flow.Record {
 	r := &flow.Record{Direction: direction, Protocol: protocol, Opened: opened, Downstream: peer, OriginalDestination: pod,
-		Upstream: pod, UpstreamLocal: bound, Cluster: envoy.InboundCluster(pod.Port()), Reason: reason, Duration: 231*time.Millisecond + 999*time.Microsecond}
+		Upstream: pod, UpstreamLocal: bound, Cluster: envoy.InboundCluster(pod.Port()), Reason: reason, Duration: 231*time.Millisecond + 999*time.Microsecond,
+		HTTP: new(flow.Request)}
 	if direction == flow.Outbound {
 		r.Downstream, r.OriginalDestination, r.Upstream, r.UpstreamLocal = local, far, far, netip.AddrPortFrom(local.Addr(), 50123)
 		r.Cluster = envoy.PassthroughCluster
@@ -60,7 +61,7 @@ func request(direction flow.Direction, reason flow.Reason) *flow.Record {
 	r.Received.Store(0)
 	r.Sent.Store(615)
 	r.Duration = 1500 * time.Microsecond
-	r.HTTP = flow.Request{
+	r.HTTP = &flow.Request{
 		Method: []byte("GET"), Path: []byte("/a?b=c"), Authority: []byte("www.example:30293"), UserAgent: []byte("curl/7.81.0"),
 		ID: []byte("6e460fea-9b38-97c5-8f5c-8a5b3e5f3a11"), Fields: [][]byte{nil},
 		Status: 200, Details: "via_upstream", ServiceTime: 1200 * time.Microsecond,
@@ -127,7 +128,7 @@ var stories = []struct {
 	{"malformed", story(request(flow.Inbound, flow.BadFraming), func(r *flow.Record) {
 		r.Upstream, r.UpstreamLocal = netip.AddrPort{}, netip.AddrPort{}
 		r.Cluster, r.Route = "", ""
-		r.HTTP = flow.Request{Status: 400, Flags: "DPE", Details: "http1.codec_error"}
+		r.HTTP = &flow.Request{Status: 400, Flags: "DPE", Details: "http1.codec_error"}
 	})},
 	{"tunnel", story(request(flow.Outbound, flow.Closed), func(r *flow.Record) {
 		r.HTTP.Method, r.HTTP.Path, r.HTTP.Authority = []byte("CONNECT"), []byte("db.example:5432"), []byte("db.example:5432")

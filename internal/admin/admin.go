@@ -52,6 +52,8 @@ type Config struct {
 	Health      func(ok bool)
 	ReopenLogs  func()
 
+	ControlPlane ControlPlane // nil: the agent decides alone
+
 	Page http.Handler // for a browser at /; nil serves the list of paths
 	Live http.Handler // for /live and below; optional
 
@@ -152,13 +154,15 @@ type handler struct {
 	Config
 	loggers loggers
 	slots   chan struct{}
+	dumping chan struct{} // holds one element while a config dump is written
 	foreign *http.CrossOriginProtection
 }
 
 // NewHandler serves the admin paths. Serve it on loopback only, with bounds on heads, time and connections. A path that
 // takes longer than the server's write timeout extends its own deadline.
 func NewHandler(config Config) http.Handler {
-	h := &handler{Config: config, slots: make(chan struct{}, maxRequests), foreign: http.NewCrossOriginProtection()}
+	h := &handler{Config: config, slots: make(chan struct{}, maxRequests), dumping: make(chan struct{}, 1),
+		foreign: http.NewCrossOriginProtection()}
 	h.loggers.others = make(map[string]slog.Level)
 	if config.LogLevel != nil {
 		h.loggers.byDefault = config.LogLevel()

@@ -512,6 +512,7 @@ var golden = []struct{ file, target, message string }{
 	{"listeners.json", "/listeners?format=json", "envoy.admin.v3.Listeners"},
 	{"init_dump.json", "/init_dump", "envoy.admin.v3.UnreadyTargetsDumps"},
 	{"certs.json", "/certs", "envoy.admin.v3.Certificates"},
+	{"controlled_config_dump.json", "/config_dump?include_eds&name_regex=(?:out|coming|ref|198|80|kube|wasm).*", "envoy.admin.v3.ConfigDump"},
 	{"stats.json", "/stats?format=json", ""},
 	{"help.txt", "/help", ""},
 }
@@ -519,7 +520,12 @@ var golden = []struct{ file, target, message string }{
 func TestGoldens(t *testing.T) {
 	var told commanded
 	handler := NewHandler(sample(&told))
+	controlled := NewHandler(withControlPlane(controlled()))
 	for _, g := range golden {
+		handler := handler
+		if strings.HasPrefix(g.file, "controlled_") {
+			handler = controlled
+		}
 		got := ask(handler, "GET", g.target)
 		name := filepath.Join("testdata", g.file)
 		if *update {
@@ -568,7 +574,7 @@ func TestEveryJSONIsEnvoysMessage(t *testing.T) {
 	}
 	var given bytes.Buffer
 	encoder := json.NewEncoder(&given)
-	for _, config := range []Config{full, bare} {
+	for _, config := range []Config{full, bare, withControlPlane(controlled())} {
 		handler := NewHandler(config)
 		add := func(target, message string) {
 			if message != "" {

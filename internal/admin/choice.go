@@ -1,6 +1,8 @@
 package admin
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
 	"net/url"
 	"regexp"
@@ -81,60 +83,6 @@ func parseMask(text string) (fields, error) {
 	return mask, nil
 }
 
-// choose returns the selected part of the configs. found is false if no config has a list of the resource's name.
-func (c choice) choose(configs []object) (chosen []object, found bool) {
-	chosen = []object{}
-	for _, config := range configs {
-		for key, value := range config {
-			items, ok := value.([]object)
-			if !ok {
-				continue
-			}
-			items = c.named(items)
-			config[key] = items
-			if key == c.resource {
-				found = true
-				for _, item := range items {
-					chosen = append(chosen, c.mask.of(typed(itemType[key], item)).(object))
-				}
-			}
-		}
-		if c.resource == "" {
-			chosen = append(chosen, c.mask.of(config).(object))
-		}
-	}
-	return chosen, found || c.resource == ""
-}
-
-// itemType is the message type of the items of a list.
-var itemType = map[string]string{
-	"static_clusters":         "envoy.admin.v3.ClustersConfigDump.StaticCluster",
-	"static_listeners":        "envoy.admin.v3.ListenersConfigDump.StaticListener",
-	"static_route_configs":    "envoy.admin.v3.RoutesConfigDump.StaticRouteConfig",
-	"static_endpoint_configs": "envoy.admin.v3.EndpointsConfigDump.StaticEndpointConfig",
-}
-
-// named returns the items whose resource has a matching name.
-func (c choice) named(items []object) []object {
-	if c.name == nil {
-		return items
-	}
-	kept := []object{}
-	for _, item := range items {
-		for _, value := range item {
-			resource, _ := value.(object)
-			name, ok := resource["name"].(string)
-			if !ok {
-				name, ok = resource["cluster_name"].(string)
-			}
-			if ok && c.name.MatchString(name) {
-				kept = append(kept, item)
-			}
-		}
-	}
-	return kept
-}
-
 // of returns a message, or each message of a list, with only the fields of the mask and @type.
 func (f fields) of(value any) any {
 	if len(f) == 0 {
@@ -147,6 +95,12 @@ func (f fields) of(value any) any {
 			kept = append(kept, f.of(item).(object))
 		}
 		return kept
+	case []any:
+		kept := []any{}
+		for _, item := range value {
+			kept = append(kept, f.of(item))
+		}
+		return kept
 	case object:
 		kept := object{}
 		for key, inner := range value {
@@ -157,6 +111,16 @@ func (f fields) of(value any) any {
 			}
 		}
 		return kept
+	case map[string]any:
+		return f.of(object(value))
+	case json.RawMessage:
+		var parsed map[string]any
+		decoder := json.NewDecoder(bytes.NewReader(value))
+		decoder.UseNumber()
+		if err := decoder.Decode(&parsed); err != nil {
+			return value // it is no message, so it has no fields
+		}
+		return f.of(parsed)
 	}
 	return value
 }

@@ -26,36 +26,44 @@ func (h *handler) configDump(w http.ResponseWriter, r *http.Request) {
 		refuse(w, "%v", err)
 		return
 	}
-	configs := []object{h.bootstrapDump(), h.clustersDump()}
-	if query.Has("include_eds") {
-		configs = append(configs, h.endpointsDump())
-	}
-	configs = append(configs,
-		h.listenersDump(),
-		typed("envoy.admin.v3.ScopedRoutesConfigDump", object{}),
-		h.routesDump(),
-		typed("envoy.admin.v3.SecretsConfigDump", object{}),
-		typed("envoy.admin.v3.EcdsConfigDump", object{}),
-	)
-	configs, found := choice.choose(configs)
-	if !found {
-		answer(w, http.StatusNotFound, choice.resource+" not found in config dump\n")
+	select { // one at a time: a dump holds the descriptions of types
+	case h.dumping <- struct{}{}:
+		defer func() { <-h.dumping }()
+	case <-r.Context().Done():
 		return
 	}
-	answerJSON(w, object{"configs": configs})
+	d, err := h.newDump(r.Context())
+	if err != nil {
+		answer(w, http.StatusInternalServerError, err.Error()+"\n")
+		return
+	}
+	sections := []section{d.bootstrap(), d.clusters()}
+	if query.Has("include_eds") {
+		sections = append(sections, d.endpoints())
+	}
+	sections = append(sections,
+		d.listeners(),
+		section{message: "envoy.admin.v3.ScopedRoutesConfigDump"},
+		d.routes(),
+		d.secrets(),
+		d.extensions(),
+	)
+	if !choice.write(w, sections) {
+		answer(w, http.StatusNotFound, choice.resource+" not found in config dump\n")
+	}
 }
 
-func (h *handler) bootstrapDump() object {
-	return typed("envoy.admin.v3.BootstrapConfigDump", object{
-		"bootstrap":    object{"node": h.node(), "admin": object{"address": socketAddress(h.Address)}},
-		"last_updated": h.updated(),
-	})
+func (d *dump) bootstrap() section {
+	return section{message: "envoy.admin.v3.BootstrapConfigDump", fields: object{
+		"bootstrap":    object{"node": d.node(), "admin": object{"address": socketAddress(d.Address)}},
+		"last_updated": d.updated(),
+	}}
 }
 
 // updated returns the time of the configuration. It never changes after the start.
 func (h *handler) updated() string { return h.Started.UTC().Format(time.RFC3339Nano) }
 
-func (h *handler) clustersDump() object {
+func (h *handler) staticClusters() []object {
 	inbound := h.originalDestinationCluster(envoy.InboundPassthroughCluster)
 	if sources := h.Carrying.InboundSources; len(sources) > 0 && h.Carrying.TPROXYMark == 0 {
 		bind := object{"source_address": socketAddress(netip.AddrPortFrom(sources[0], 0))["socket_address"]}
@@ -68,15 +76,11 @@ func (h *handler) clustersDump() object {
 		}
 		inbound["upstream_bind_config"] = bind
 	}
-	clusters := []object{}
-	for _, cluster := range []object{
+	return []object{
 		{"name": envoy.BlackHoleCluster, "type": "STATIC"}, // without endpoints, so connections to it are refused
 		inbound,
 		h.originalDestinationCluster(envoy.PassthroughCluster),
-	} {
-		clusters = append(clusters, object{"cluster": typed("envoy.config.cluster.v3.Cluster", cluster), "last_updated": h.updated()})
 	}
-	return typed("envoy.admin.v3.ClustersConfigDump", object{"static_clusters": clusters})
 }
 
 func (h *handler) originalDestinationCluster(name string) object {
@@ -95,8 +99,7 @@ func (h *handler) originalDestinationCluster(name string) object {
 	return cluster
 }
 
-func (h *handler) listenersDump() object {
-	listeners := []object{}
+func (h *handler) staticListeners() (listeners []object) {
 	for _, l := range h.Listeners() {
 		listener := object{"name": l.Name}
 		for i, address := range l.Addresses {
@@ -115,9 +118,9 @@ func (h *handler) listenersDump() object {
 		default:
 			listener["filter_chains"] = []object{{"filters": []object{connectionManager(l.Name, serves(l))}}}
 		}
-		listeners = append(listeners, object{"listener": typed("envoy.config.listener.v3.Listener", listener), "last_updated": h.updated()})
+		listeners = append(listeners, listener)
 	}
-	return typed("envoy.admin.v3.ListenersConfigDump", object{"static_listeners": listeners})
+	return listeners
 }
 
 // carries adds the filter chains of a direction: first the policy, then one chain per detected protocol. An inbound
@@ -251,26 +254,21 @@ func routeConfig(name, host string, routes []object) object {
 	return object{"name": name, "virtual_hosts": []object{{"name": host, "domains": []string{"*"}, "routes": routes}}}
 }
 
-func (h *handler) routesDump() object {
-	routes := []object{}
-	add := func(config object) {
-		routes = append(routes, object{"route_config": typed("envoy.config.route.v3.RouteConfiguration", config), "last_updated": h.updated()})
-	}
+func (h *handler) staticRoutes() (routes []object) {
 	for _, l := range h.Listeners() {
 		switch l.Name {
 		case VirtualOutbound:
-			add(h.route(flow.Outbound))
+			routes = append(routes, h.route(flow.Outbound))
 		case VirtualInbound:
-			add(h.route(flow.Inbound))
+			routes = append(routes, h.route(flow.Inbound))
 		default:
-			add(serves(l))
+			routes = append(routes, serves(l))
 		}
 	}
-	return typed("envoy.admin.v3.RoutesConfigDump", object{"static_route_configs": routes})
+	return routes
 }
 
-func (h *handler) endpointsDump() object {
-	endpoints := []object{}
+func (h *handler) staticEndpoints() (assignments []object) {
 	hosts := h.hosts()
 	for _, cluster := range []string{envoy.InboundPassthroughCluster, envoy.PassthroughCluster} {
 		assigned := []object{}
@@ -283,9 +281,7 @@ func (h *handler) endpointsDump() object {
 		if len(assigned) > 0 {
 			assignment["endpoints"] = []object{{"lb_endpoints": assigned}}
 		}
-		endpoints = append(endpoints, object{
-			"endpoint_config": typed("envoy.config.endpoint.v3.ClusterLoadAssignment", assignment),
-		})
+		assignments = append(assignments, assignment)
 	}
-	return typed("envoy.admin.v3.EndpointsConfigDump", object{"static_endpoint_configs": endpoints})
+	return assignments
 }

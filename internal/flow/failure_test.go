@@ -30,8 +30,7 @@ func TestARecordCountsAsAnErrorForOneReason(t *testing.T) {
 		{reason: Completed, status: 401, grpc: true},                                      // UNAUTHENTICATED
 		{reason: Completed, status: 200, grpcStatus: "14"},                                // not a gRPC call
 	} {
-		r := &Record{Reason: c.reason}
-		r.HTTP.Status, r.HTTP.GRPC, r.HTTP.GRPCStatus = c.status, c.grpc, []byte(c.grpcStatus)
+		r := &Record{Reason: c.reason, HTTP: &Request{Status: c.status, GRPC: c.grpc, GRPCStatus: []byte(c.grpcStatus)}}
 		if got := r.Failure(); got != c.want {
 			t.Errorf("%+v: %q", c, got)
 		}

@@ -74,8 +74,8 @@ type Record struct {
 	Sent                atomic.Uint64  // bytes written to downstream; of a response, its body
 	Requests            atomic.Uint64  // of a connection: requests that have ended
 
-	TLS  Hello   // of a TLS connection
-	HTTP Request // of a request
+	TLS  Hello    // of a TLS connection
+	HTTP *Request // of a request, never nil. All connections share an empty one, which must not be changed
 
 	// Of a request: its connection, whose counters add up all its requests. nil for a connection.
 	Connection *Record
@@ -164,9 +164,12 @@ func (r *Record) Details() string {
 	return ""
 }
 
+// noRequest stands for the request in the record of a connection. A Request of its own would take 288 bytes of each.
+var noRequest Request
+
 // Open returns the record of a connection that begins now.
 func Open(direction Direction, downstream netip.AddrPort) *Record {
-	return &Record{Direction: direction, Opened: time.Now(), Downstream: downstream}
+	return &Record{Direction: direction, Opened: time.Now(), Downstream: downstream, HTTP: &noRequest}
 }
 
 // Close ends the record and passes it to sink. A Table first removes the record, so that readers of the open connections

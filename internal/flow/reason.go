@@ -47,6 +47,8 @@ const (
 	IPv6SourceMissing     Reason = "ipv6_source_missing"     // inbound IPv6, and lo lacks ::6 to dial the workload from
 	MaxConnections        Reason = "max_connections"         // the limit of connections is reached
 	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
+	NoConfiguration       Reason = "no_configuration"        // the control plane has sent no configuration in time
+	MeshRefused           Reason = "mesh_refused"            // the control plane's configuration does not let it pass
 )
 
 // Ended by the agent. Both sides are reset, except for Drained.
@@ -134,6 +136,10 @@ var Explanations = []Explanation{
 		"`{MaxConnections}` is reached."},
 	{NoDescriptors, envoy.FlagOverloadManager, envoy.FlagOverloadManager, envoy.DetailsOverload,
 		"The process may open or watch no further connection; raise its `nofile` limit, `fs.epoll.max_user_watches`, or its memory."},
+	{NoConfiguration, envoy.FlagNoRouteFound, "", "",
+		"The control plane sent no configuration within `{ConfigurationWait}`."},
+	{MeshRefused, envoy.FlagNoRouteFound, "", "",
+		"The control plane's configuration closes the connection, or secures it by TLS or policies, which are not supported yet; the log has the cause."},
 	{IdleTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
 		"Nothing moved for `{IdleTimeout}`; both sides were reset."},
 	{HalfCloseTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
@@ -155,7 +161,7 @@ var explanations = func() map[Reason]*Explanation {
 // ByPolicy reports whether the agent refused the flow, as opposed to an end that the two sides caused.
 func (r Reason) ByPolicy() bool {
 	switch r {
-	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors, MemoryBudget:
+	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors, MemoryBudget, NoConfiguration, MeshRefused:
 		return true
 	}
 	return false

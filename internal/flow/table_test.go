@@ -149,7 +149,7 @@ func TestFlagsAndDetails(t *testing.T) {
 		if r.Flags() != "" || r.Details() != "" {
 			t.Errorf("%s: %q, %q before the end", c.reason, r.Flags(), r.Details())
 		}
-		r.HTTP.Flags, r.HTTP.Details = c.flags, c.details
+		r.HTTP = &Request{Flags: c.flags, Details: c.details}
 		r.Close(NewTable(), c.reason, nil)
 		if r.Flags() != c.wantFlags || r.Details() != c.wantDetails {
 			t.Errorf("%+v: %q, %q", c, r.Flags(), r.Details())

@@ -8,6 +8,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // exchange is one request and its response. Exchanges are pooled together with their memory.
@@ -15,9 +16,11 @@ type exchange struct {
 	s        *session
 	settings *Settings // for this request
 	record   flow.Record
-	names    names          // backing memory of the slices in record
-	held     budget.Account // what the exchange holds while it waits
-	routed   Request        // the router's argument; a field, so that it is not allocated
+	http     flow.Request    // record.HTTP
+	names    names           // backing memory of the slices in record
+	held     budget.Account  // what the exchange holds while it waits
+	routed   Request         // the router's argument; a field, so that it is not allocated
+	wanted   upstream.Target // what the router decided
 
 	requestHead, responseHead http1.Head
 	request, response         message
@@ -48,6 +51,7 @@ func takeExchange(s *session) *exchange {
 	x := exchanges.Get().(*exchange)
 	x.s, x.settings = s, s.engine.settings.Load()
 	x.held.Open(s.engine.config.Budget, s.w, s.Record.Remote())
+	x.record.HTTP = &x.http
 	x.record.Direction = s.engine.config.Direction
 	x.record.Protocol = flow.HTTP11
 	x.record.Connection = s.Record
@@ -76,21 +80,21 @@ func (x *exchange) release() {
 	x.shed()
 	x.names.clear()
 	x.held.Close()
-	clear(x.record.HTTP.Fields)
-	clear(x.record.HTTP.ResponseFields)
+	clear(x.http.Fields)
+	clear(x.http.ResponseFields)
 	// Reset field by field: a composite literal of an exchange would be built on the stack first and double the stack.
 	// It then stays large while the connection is idle.
-	fields, responseFields := x.record.HTTP.Fields[:0], x.record.HTTP.ResponseFields[:0]
-	x.record = flow.Record{}
-	x.record.HTTP.Fields, x.record.HTTP.ResponseFields = fields, responseFields
-	x.routed = Request{}
+	fields, responseFields := x.http.Fields[:0], x.http.ResponseFields[:0]
+	x.record, x.http = flow.Record{}, flow.Request{}
+	x.http.Fields, x.http.ResponseFields = fields, responseFields
+	x.routed, x.wanted = Request{}, upstream.Target{}
 	x.s, x.settings, x.progress = nil, nil, progress{}
 	exchanges.Put(x)
 }
 
 // recordRequest copies the recorded parts of the request head.
 func (x *exchange) recordRequest(b []byte) {
-	h, to := &x.requestHead, &x.record.HTTP
+	h, to := &x.requestHead, &x.http
 	x.record.Cluster, x.record.Route, x.record.Peer = x.s.Record.Cluster, x.s.Record.Route, x.s.Record.Peer
 	x.recordLine(b)
 	x.recordAuthority(b)
@@ -104,7 +108,7 @@ func (x *exchange) recordRequest(b []byte) {
 // recorded every other one.
 func (x *exchange) recordPart() {
 	h, s := &x.requestHead, x.s
-	if x.record.HTTP.Method != nil || h.Method.Empty() || s.Read == nil {
+	if x.http.Method != nil || h.Method.Empty() || s.Read == nil {
 		return
 	}
 	x.recordLine(s.Read.Bytes())
@@ -114,13 +118,13 @@ func (x *exchange) recordPart() {
 // recordAuthority copies the host that the request is for.
 func (x *exchange) recordAuthority(b []byte) {
 	if authority := x.requestHead.Authority(b); authority != nil {
-		x.record.HTTP.Authority = x.copyName(authority)
+		x.http.Authority = x.copyName(authority)
 	}
 }
 
 // recordLine copies the request line.
 func (x *exchange) recordLine(b []byte) {
-	h, to := &x.requestHead, &x.record.HTTP
+	h, to := &x.requestHead, &x.http
 	if h.Minor == 0 {
 		x.record.Protocol = flow.HTTP10
 	}

@@ -31,8 +31,8 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	}
 	if fields.RequestID && !h.Has(http1.XRequestID) {
 		dst = append(dst, "x-request-id: "...)
-		x.record.HTTP.ID = appendUUID(x.names.take(uuidLength))
-		dst = append(dst, x.record.HTTP.ID...)
+		x.http.ID = appendUUID(x.names.take(uuidLength))
+		dst = append(dst, x.http.ID...)
 		dst = append(dst, "\r\n"...)
 	}
 	if fields.ForwardedProto && !h.Has(http1.XForwardedProto) {
@@ -76,7 +76,7 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	}
 	if x.settings.Fields.ServiceTime {
 		dst = append(dst, "x-envoy-upstream-service-time: "...)
-		dst = strconv.AppendInt(dst, x.record.HTTP.ServiceTime.Milliseconds(), 10)
+		dst = strconv.AppendInt(dst, x.http.ServiceTime.Milliseconds(), 10)
 		dst = append(dst, "\r\n"...)
 	}
 	x.response.head = append(dst, "\r\n"...)

@@ -29,7 +29,7 @@ func (x *exchange) run() ending {
 	if x.s.up == nil && !x.holdDial() {
 		return x.evicted()
 	}
-	attempts, err := x.s.connect(x.settings, x.record.Opened, idempotent(x.record.HTTP.Method))
+	attempts, err := x.s.connect(&x.wanted, x.settings, x.record.Opened, idempotent(x.http.Method))
 	x.record.Attempts = uint8(attempts)
 	if err != nil {
 		return x.noUpstream(err)
@@ -38,7 +38,7 @@ func (x *exchange) run() ending {
 	for {
 		long := x.request.move()
 		x.s.Read = x.request.in // move takes a buffer when it has none
-		if x.request.retain && !idempotent(x.record.HTTP.Method) && !x.request.untouched() {
+		if x.request.retain && !idempotent(x.http.Method) && !x.request.untouched() {
 			x.request.stopRetaining() // it will not be sent again
 		}
 		long = x.receive() || long
@@ -142,7 +142,8 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	decision := x.s.route(x.view(b))
 	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
 	if !decision.noRoute() { // otherwise the kept connection serves the next request
-		x.s.turnTo(decision.Target)
+		x.wanted = decision.Target
+		x.s.turnTo(&x.wanted)
 	}
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields), b)
@@ -165,7 +166,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 // send connects the request and the response to the upstream connection.
 func (x *exchange) send() {
 	s := x.s
-	x.record.Upstream, x.record.UpstreamLocal = s.wanted.Address, s.upLocal
+	x.record.Upstream, x.record.UpstreamLocal = x.wanted.Address, s.up.LocalAddr()
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}
@@ -257,7 +258,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	m, h := &x.response, &x.responseHead
 	b := m.in.Bytes()
 	x.request.stopRetaining()
-	framing, err := h.ResponseFraming(b, x.record.HTTP.Method)
+	framing, err := h.ResponseFraming(b, x.http.Method)
 	if err != nil {
 		return err
 	}
@@ -268,10 +269,10 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 		return x.interim(b)
 	}
 	x.upgraded = framing.Kind == http1.Tunnel
-	x.record.HTTP.Status = h.Status
-	x.record.HTTP.Details = envoy.DetailsViaUpstream
-	x.record.HTTP.ServiceTime = time.Since(x.sentAt)
-	x.record.HTTP.ResponseFields = x.copyFields(x.record.HTTP.ResponseFields, h, b, x.settings.Note.Response)
+	x.http.Status = h.Status
+	x.http.Details = envoy.DetailsViaUpstream
+	x.http.ServiceTime = time.Since(x.sentAt)
+	x.http.ResponseFields = x.copyFields(x.http.ResponseFields, h, b, x.settings.Note.Response)
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
 	m.start(m.in, framing, limits) // a tunnel has no body: the bytes after the head are not HTTP
@@ -314,7 +315,7 @@ func (x *exchange) judge() (ending, bool) {
 	case request.bad != nil:
 		return x.close(flow.BadFraming, request.bad, cut), true
 	case x.answered && response.bad != nil:
-		x.record.HTTP.Details = envoy.ProtocolErrorAfterResponse(ruleOfResponse(response.bad))
+		x.http.Details = envoy.ProtocolErrorAfterResponse(ruleOfResponse(response.bad))
 		return x.close(flow.BadResponse, response.bad, cut), true
 	case response.bad != nil:
 		return x.refuse(badResponse(response.bad), response.bad), true
@@ -384,7 +385,7 @@ func (x *exchange) downstreamGone() error {
 
 // downstreamLeft ends an exchange whose downstream has left, and with it the upstream connection.
 func (x *exchange) downstreamLeft(err error) ending {
-	x.record.HTTP.Flags, x.record.HTTP.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
+	x.http.Flags, x.http.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
 	if err == io.EOF {
 		return x.close(flow.DownstreamLeft, io.ErrUnexpectedEOF, shut)
 	}
@@ -421,7 +422,7 @@ func (x *exchange) last() bool { return x.s.ended && x.request.held() == x.reque
 // truncated ends an exchange whose response stops early. Downstream sees the same kind of end as on a direct
 // connection.
 func (x *exchange) truncated(err error) ending {
-	x.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByTermination)
+	x.http.Details = envoy.ResetAfterResponse(envoy.ResetByTermination)
 	if err == io.EOF {
 		return x.close(flow.ResponseIncomplete, io.ErrUnexpectedEOF, shut)
 	}
@@ -446,7 +447,7 @@ func (x *exchange) mayRepeat() bool {
 	if !s.used && (!s.target.Balanced || x.last() || time.Since(x.sentAt) > takeover) {
 		return false
 	}
-	return idempotent(x.record.HTTP.Method) || x.request.untouched()
+	return idempotent(x.http.Method) || x.request.untouched()
 }
 
 // idempotent reports whether the method is idempotent by RFC 9110 §9.2.2.
@@ -464,7 +465,7 @@ func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
 	x.s.engine.config.Pool.Stats.Retried.Add(1)
 	x.response.srcErr, x.repeated = nil, true
-	attempts, err := x.s.dial(x.settings)
+	attempts, err := x.s.dial(&x.wanted, x.settings)
 	x.record.Attempts += uint8(attempts)
 	if err != nil {
 		return x.noUpstream(err), true
@@ -532,7 +533,7 @@ func (x *exchange) noUpstream(err error) ending {
 	if errors.Is(err, tcp.ErrInterrupted) {
 		return x.evicted()
 	}
-	x.record.Upstream, x.record.TransportFailure = x.s.wanted.Address, upstream.TransportFailure(err)
+	x.record.Upstream, x.record.TransportFailure = x.wanted.Address, upstream.TransportFailure(err)
 	return x.refuse(dialReply(err, x.record.Attempts > 1), err)
 }
 
@@ -542,7 +543,7 @@ func (x *exchange) tunnel() ending {
 	s, config := x.s, x.settings
 	down, up := s.Read, x.response.in
 	s.Read, x.request.in, x.response.in = nil, nil, nil
-	x.record.HTTP.Upgraded = true
+	x.http.Upgraded = true
 	x.hold() // the relay ends if the exchange has been evicted
 	received, sent := &s.Record.Received, &s.Record.Sent
 	receivedBefore, sentBefore := received.Load(), sent.Load()

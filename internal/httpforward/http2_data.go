@@ -134,7 +134,7 @@ func (l *lane) countData(s *stream, data []byte, end bool) error {
 		l.owed += n
 		return errBodyLength(s.id)
 	}
-	if s.record.HTTP.GRPC {
+	if s.http.GRPC {
 		body.messages.scan(data)
 	}
 	if l.fromDown() {
@@ -205,7 +205,7 @@ func (l *lane) resetStream(h http2.Header, b []byte) error {
 	l.out.Append(b)
 	code := http2.Code(http2.Uint32(b[http2.HeaderLength:]))
 	why := http2.StreamError(h.Stream, code, "reset by its peer")
-	r := &s.record.HTTP
+	r := &s.http
 	if !l.fromDown() {
 		m.streams.noteReset(h.Stream)
 	}

@@ -39,8 +39,8 @@ func (m *multiplex) downstreamError(s *stream, violation *http2.Error) error {
 		return m.countReset()
 	}
 	m.resetUpstream(violation.Stream, http2.Cancel)
-	s.record.HTTP.Flags = envoy.FlagDownstreamProtocolError
-	s.record.HTTP.Details = envoy.WithRule(envoy.DetailsHTTP2Violation, ruleOf(violation))
+	s.http.Flags = envoy.FlagDownstreamProtocolError
+	s.http.Details = envoy.WithRule(envoy.DetailsHTTP2Violation, ruleOf(violation))
 	return m.reject(s, violation.Code, flow.BadFraming, violation)
 }
 
@@ -79,11 +79,11 @@ func (m *multiplex) abandon(s *stream, r *reply, begun flow.Reason, err error) {
 		m.finish(s, flow.Completed, nil)
 		return
 	}
-	s.record.HTTP.Flags, s.record.HTTP.Details = r.flags, r.details
+	s.http.Flags, s.http.Details = r.flags, r.details
 	if envoy.IsResetBeforeResponse(r.details) {
-		s.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByTermination)
+		s.http.Details = envoy.ResetAfterResponse(envoy.ResetByTermination)
 		if begun == flow.BadResponse {
-			s.record.HTTP.Details = envoy.ResetAfterResponse(envoy.ResetByProtocolError)
+			s.http.Details = envoy.ResetAfterResponse(envoy.ResetByProtocolError)
 		}
 	}
 	m.resetDownstream(s.id, http2.InternalError)
@@ -201,7 +201,7 @@ func (l *lane) goAway(b []byte) error {
 	for id, s := range m.streams.open {
 		if id > m.lastServed {
 			m.resetDownstream(id, http2.RefusedStream)
-			s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagUpstreamRemoteReset, resetDetails(s, http2.RefusedStream)
+			s.http.Flags, s.http.Details = envoy.FlagUpstreamRemoteReset, resetDetails(s, http2.RefusedStream)
 			m.finish(s, flow.UpstreamReset, nil)
 		}
 	}

@@ -85,8 +85,8 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 		block = l.encoder.AppendField(block, fields[i])
 	}
 	if add.RequestID && !has.id {
-		s.record.HTTP.ID = appendUUID(s.names.take(uuidLength))
-		block = http2.AppendLiteral(block, "x-request-id", s.record.HTTP.ID)
+		s.http.ID = appendUUID(s.names.take(uuidLength))
+		block = http2.AppendLiteral(block, "x-request-id", s.http.ID)
 	}
 	if add.ForwardedProto && !has.forwardedProto {
 		block = l.encoder.AppendField(block, http2.Field{Name: "x-forwarded-proto", Value: "http"})
@@ -180,7 +180,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	if err := s.beginResponse(&response, end); err != nil {
 		return err
 	}
-	r := &s.record.HTTP
+	r := &s.http
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
 	m.squeeze(s)
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
@@ -236,13 +236,13 @@ func (m *multiplex) malformed(s *stream, err error) error {
 	if errors.As(err, &rule) {
 		details = envoy.WithRule(details, rule.Name())
 	}
-	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagDownstreamProtocolError, details
+	s.http.Flags, s.http.Details = envoy.FlagDownstreamProtocolError, details
 	return m.reject(s, http2.ProtocolError, flow.BadFraming, err)
 }
 
 // tooMany resets a stream that exceeds the announced limit. The client may send the request again.
 func (m *multiplex) tooMany(s *stream) error {
-	s.record.HTTP.Flags, s.record.HTTP.Details = envoy.FlagUpstreamOverflow, envoy.DetailsOverload
+	s.http.Flags, s.http.Details = envoy.FlagUpstreamOverflow, envoy.DetailsOverload
 	return m.reject(s, http2.RefusedStream, flow.Overload, nil)
 }
 
@@ -281,7 +281,7 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 	l := &m.toDown
 	text := r.body
 	size := int64(len(text))
-	if s.record.HTTP.GRPC || s.head || m.lost == nil || m.window.stream < size || m.window.connection < size {
+	if s.http.GRPC || s.head || m.lost == nil || m.window.stream < size || m.window.connection < size {
 		text = ""
 	}
 	block := s.appendReply(l.beginBlock(), l.encoder, r, m.now(), text != "")

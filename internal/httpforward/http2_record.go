@@ -43,7 +43,7 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 		case "x-forwarded-proto":
 			has.forwardedProto = true
 		case "content-type":
-			s.record.HTTP.GRPC = isGRPC(f.Value)
+			s.http.GRPC = isGRPC(f.Value)
 		case "user-agent":
 			agent = f.Value
 		case "host":
@@ -55,7 +55,7 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 	// A record without a request, such as that of a connection that broke before one, went to no cluster.
 	c := s.record.Connection
 	s.record.Cluster, s.record.Route, s.record.Peer = c.Cluster, c.Route, c.Peer
-	to := &s.record.HTTP
+	to := &s.http
 	to.Method, to.Path, to.Authority = s.name(request.Method), s.name(request.Path), s.name(authority)
 	if has.id {
 		to.ID = s.name(id)
@@ -72,8 +72,8 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 
 // recordGRPCStatus records grpc-status. It has a meaning in the response to a gRPC request only.
 func (s *stream) recordGRPCStatus(status string) {
-	if s.record.HTTP.GRPC {
-		s.record.HTTP.GRPCStatus = s.name(status)
+	if s.http.GRPC {
+		s.http.GRPCStatus = s.name(status)
 	}
 }
 
@@ -93,8 +93,8 @@ func (s *stream) close(flows flow.Sink, undelivered error) {
 	clear(r.HTTP.ResponseFields)
 	s.names.clear()
 	*s = stream{
-		record: flow.Record{HTTP: flow.Request{Fields: r.HTTP.Fields[:0], ResponseFields: r.HTTP.ResponseFields[:0]}},
-		names:  s.names,
+		http:  flow.Request{Fields: r.HTTP.Fields[:0], ResponseFields: r.HTTP.ResponseFields[:0]},
+		names: s.names,
 	}
 	streamPool.Put(s)
 }
@@ -138,7 +138,7 @@ func (s *stream) nameFields(dst [][]byte, fields []http2.Field, names []string) 
 
 // setFailure records why a stream ends with its connection.
 func (s *stream) setFailure(reason flow.Reason, err error) {
-	r := &s.record.HTTP
+	r := &s.http
 	switch reason {
 	case flow.DownstreamLeft:
 		r.Flags, r.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft

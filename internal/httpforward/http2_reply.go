@@ -24,7 +24,7 @@ var replyHeaderListTooLarge = reply{replyHeadTooLarge.status, replyHeadTooLarge.
 // appendReply records a reply in place of upstream, and appends its header block. gRPC clients ignore the HTTP status, so
 // they get the status in trailers without a body. hasBody is whether the caller sends the reply's body as data.
 func (s *stream) appendReply(block []byte, encoder *http2.Encoder, r *reply, now time.Time, hasBody bool) []byte {
-	to := &s.record.HTTP
+	to := &s.http
 	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
 	if to.GRPC {
 		to.Status = http.StatusOK

@@ -14,7 +14,7 @@ func (s *stream) beginResponse(response *http2.Response, end bool) error {
 	switch {
 	case s.tunnel && response.Status < 300:
 		s.response.declared = -1
-		s.record.HTTP.Upgraded = true
+		s.http.Upgraded = true
 	case s.head, response.Status == http.StatusNoContent, response.Status == http.StatusNotModified:
 		s.response.declared = 0
 	}

@@ -12,8 +12,9 @@ type stream struct {
 	id       uint32
 	settings *Settings // for this request: Note and Fields
 	record   flow.Record
-	names    names // backing memory of the slices in record
-	counted  int   // what of the stream is in multiplex.kept
+	http     flow.Request // record.HTTP
+	names    names        // backing memory of the slices in record
+	counted  int          // what of the stream is in multiplex.kept
 
 	request, response body
 
@@ -35,6 +36,7 @@ func takeStream(e *Engine, connection *flow.Record, id uint32, opened time.Time)
 	s := streamPool.Get().(*stream)
 	s.id, s.settings = id, e.settings.Load()
 	r := &s.record
+	r.HTTP = &s.http
 	r.Direction, r.Protocol = e.config.Direction, flow.HTTP2
 	r.Opened = opened
 	r.Connection = connection

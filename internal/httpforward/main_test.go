@@ -67,7 +67,7 @@ type recorded struct {
 func (r *records) Closed(record *flow.Record) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	h := &record.HTTP
+	h := record.HTTP
 	r.closed = append(r.closed, recorded{
 		record.Protocol, string(h.Method), string(h.Path), string(h.Authority), string(h.ID), string(h.GRPCStatus), string(h.ForwardedFor),
 		h.Status, record.Flags(), record.Details(), record.Received.Load(), record.Sent.Load(), record.Reason, record.Err, h.Upgraded,

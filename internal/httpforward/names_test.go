@@ -27,10 +27,12 @@ func recordBoth(t *testing.T, path string, fields []http2.Field, note []string, 
 	if done, err := x.requestHead.ParseRequest(b, http1.Limits{Head: 1 << 20, Fields: 1000}); !done || err != nil {
 		t.Fatal(done, err)
 	}
+	x.record.HTTP = &x.http
 	x.recordRequest(b)
 	check("HTTP/1", &x.record, x.names.size)
 
 	s := &stream{settings: settings, record: flow.Record{Connection: connection}}
+	s.record.HTTP = &s.http
 	request := http2.Request{Method: "GET", Path: path}
 	s.recordRequest(&request, fields)
 	check("HTTP/2", &s.record, s.names.size)
@@ -44,7 +46,7 @@ func TestARecordKeepsWhatCanBeReported(t *testing.T) {
 		{Name: "b", Value: ""},
 	}
 	recordBoth(t, "/"+long, fields, []string{"a", "b", "c", "user-agent"}, func(name string, r *flow.Record, size int) {
-		h := &r.HTTP
+		h := r.HTTP
 		for field, c := range map[string]struct {
 			got  []byte
 			want string

@@ -29,9 +29,9 @@ func TestWhichRequestsAreSentAgain(t *testing.T) {
 		{"a second time, on a reused connection", reused, func(_ *session, x *exchange) { x.repeated = true }, false},
 		{"on an authenticated connection", reused, func(s *session, _ *exchange) { s.bound = true }, false},
 		{"after a part of it was let go", reused, func(_ *session, x *exchange) { x.request.retain = false }, false},
-		{"with another method", reused, func(_ *session, x *exchange) { x.record.HTTP.Method = []byte("POST") }, false},
+		{"with another method", reused, func(_ *session, x *exchange) { x.http.Method = []byte("POST") }, false},
 		{"with another method of which no byte was sent", reused, func(_ *session, x *exchange) {
-			x.record.HTTP.Method = []byte("POST")
+			x.http.Method = []byte("POST")
 			x.request.out.Append(x.request.head)
 		}, true},
 		{"after a byte of its response", reused, func(_ *session, x *exchange) {
@@ -41,7 +41,7 @@ func TestWhichRequestsAreSentAgain(t *testing.T) {
 	} {
 		s := &session{target: upstream.Target{Balanced: true}}
 		x := &exchange{s: s}
-		x.record.HTTP.Method, x.request.head, x.request.retain, x.sentAt = []byte("GET"), []byte("head"), true, time.Now()
+		x.http.Method, x.request.head, x.request.retain, x.sentAt = []byte("GET"), []byte("head"), true, time.Now()
 		c.on(s, x)
 		c.change(s, x)
 		if got := x.mayRepeat(); got != c.want {

@@ -156,7 +156,7 @@ func (x *exchange) refuse(r reply, err error) ending {
 		return x.close(r.reason, err, cut)
 	}
 	if r.reason == flow.Loop && x.s.Returned != nil { // downstream is the agent itself, and reports the loop after a reset
-		x.record.HTTP.Flags, x.record.HTTP.Details = r.flags, r.details
+		x.http.Flags, x.http.Details = r.flags, r.details
 		return x.close(r.reason, err, cut)
 	}
 	end := linger
@@ -181,7 +181,7 @@ func (x *exchange) refuse(r reply, err error) ending {
 
 // appendReply appends a whole response, and records it.
 func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
-	to := &x.record.HTTP
+	to := &x.http
 	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
 	dst = append(dst, "HTTP/1.1 "...)
 	dst = strconv.AppendInt(dst, int64(to.Status), 10)

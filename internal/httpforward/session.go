@@ -3,7 +3,6 @@ package httpforward
 import (
 	"bytes"
 	"errors"
-	"net/netip"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/http1"
@@ -22,11 +21,9 @@ type session struct {
 	w      *tcp.Waiter
 	*Connection
 
-	up      *tcp.Conn // kept between requests; nil if there is no connection
-	upLocal netip.AddrPort
+	up      *tcp.Conn       // kept between requests; nil if there is no connection
 	target  upstream.Target // of up
 	lastUse time.Time       // of up; zero before its first response
-	wanted  upstream.Target // for the current request: what the router decided
 	idleEnd time.Time       // when a downstream without a request is closed; zero: never, or not waiting for one yet
 
 	used     bool // the server may close up at any time: it has served a request or has been idle
@@ -53,7 +50,7 @@ const (
 func newSession(e *Engine, w *tcp.Waiter, c *Connection) *session {
 	s := &session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil}
 	if s.up != nil {
-		s.upLocal, s.target = s.up.LocalAddr(), c.Target
+		s.target = c.Target
 	}
 	return s
 }
@@ -245,15 +242,14 @@ func (s *session) giveUpstream() {
 	s.up = nil
 }
 
-// turnTo sets the target of the next request. A connection to another target goes back to the pool, and bound is
-// cleared because the next connection is not authenticated. It must run before appendRequestHead reads the request's
-// own authentication fields.
-func (s *session) turnTo(target upstream.Target) {
-	if s.up != nil && s.target != target {
+// turnTo prepares for a request to target. A connection to another target goes back to the pool, and bound is cleared
+// because the next connection is not authenticated. It must run before appendRequestHead reads the request's own
+// authentication fields.
+func (s *session) turnTo(target *upstream.Target) {
+	if s.up != nil && s.target != *target {
 		s.giveUpstream()
 		s.bound = false
 	}
-	s.wanted = target
 }
 
 // closeUpstream closes an upstream connection that cannot be used again.
@@ -270,11 +266,11 @@ func (s *session) dropUpstream() {
 	}
 }
 
-// connect finds an upstream connection to the decided target: that of the last request, one from the pool, or a new
+// connect finds an upstream connection to wanted, the decided target: that of the last request, one from the pool, or a new
 // one. A pooled connection may be closed by its server at this moment, so it is only used for repeatable requests. A
 // non-repeatable request on a stale pooled connection would fail where a direct connection would not. attempts is the
 // number of dials, or 1 for a connection that was open.
-func (s *session) connect(settings *Settings, now time.Time, repeatable bool) (attempts int, err error) {
+func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.Time, repeatable bool) (attempts int, err error) {
 	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
@@ -282,24 +278,24 @@ func (s *session) connect(settings *Settings, now time.Time, repeatable bool) (a
 		return 1, nil
 	}
 	s.orphaned = false
-	if repeatable && !s.wanted.Balanced {
-		s.up = s.engine.config.Pool.Take(s.wanted)
+	if repeatable && !wanted.Balanced {
+		s.up = s.engine.config.Pool.Take(*wanted)
 	}
 	if s.up != nil {
 		s.used, s.lastUse = true, now
-		s.upLocal, s.target = s.up.LocalAddr(), s.wanted
+		s.target = *wanted
 		return 1, nil
 	}
-	return s.dial(settings)
+	return s.dial(wanted, settings)
 }
 
 // dial opens a new upstream connection.
-func (s *session) dial(settings *Settings) (attempts int, err error) {
-	s.target = s.wanted
+func (s *session) dial(wanted *upstream.Target, settings *Settings) (attempts int, err error) {
+	s.target = *wanted
 	up, attempts, err := s.engine.dialer(s.Connection, settings).Dial(s.w, s.target)
 	if err != nil {
 		return attempts, err
 	}
-	s.up, s.used, s.lastUse, s.upLocal = up, false, time.Time{}, up.LocalAddr()
+	s.up, s.used, s.lastUse = up, false, time.Time{}
 	return attempts, nil
 }

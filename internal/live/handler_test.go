@@ -445,7 +445,7 @@ func FuzzFilter(f *testing.F) {
 		}
 		if filter, err := ParseFilter(query); err == nil {
 			e := &entry{number: 1}
-			e.fill(&flow.Record{HTTP: flow.Request{Path: []byte("/")}})
+			e.fill(&flow.Record{HTTP: &flow.Request{Path: []byte("/")}})
 			filter.matches(e)
 		}
 	})

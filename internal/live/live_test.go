@@ -31,7 +31,7 @@ func open(table *flow.Table, direction flow.Direction, protocol flow.Protocol) *
 func request(c *flow.Record, change func(*flow.Record)) *flow.Record {
 	r := flow.Open(c.Direction, c.Downstream)
 	r.Protocol, r.Connection, r.OriginalDestination, r.Upstream = c.Protocol, c, c.OriginalDestination, c.Upstream
-	r.HTTP = flow.Request{Method: []byte("GET"), Path: []byte("/a"), Authority: []byte("example.test"), Status: 200,
+	r.HTTP = &flow.Request{Method: []byte("GET"), Path: []byte("/a"), Authority: []byte("example.test"), Status: 200,
 		ID: []byte("3f7b6f0e-0000-4000-8000-000000000000"), UserAgent: []byte("curl/7.88.1")}
 	if change != nil {
 		change(r)

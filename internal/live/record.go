@@ -85,7 +85,7 @@ func (e *entry) fill(r *flow.Record) {
 	if r.IsRequest() {
 		connection = r.Connection
 	}
-	h := &r.HTTP
+	h := r.HTTP
 	e.closed = r.Opened.Add(r.Duration)
 	e.direction, e.protocol = r.Direction, r.Protocol
 	e.request, e.failed = r.IsRequest(), failure(r) != noFailure

@@ -247,6 +247,7 @@ func (d *decoder) cluster(m wire.Message) *Cluster {
 	if c.Assignment == "" {
 		c.Assignment = c.Name
 	}
+	d.attribute(0, c.Origin)
 	return c
 }
 

@@ -15,6 +15,7 @@ const (
 	unknown  treatment = iota // not in the table: a finding of the message's class
 	decoded                   // by the switch of the function that reads the message
 	once                      // decoded: a message that occurs once; protobuf would merge another one, so that is a finding of security
+	choice                    // decoded: a member of the message's only oneof; a further member that is read is a finding of security
 	ignored                   // it concerns nothing that pillion does
 	cosmetic                  // a finding
 	traffic                   // a finding
@@ -39,8 +40,12 @@ type message struct {
 type decoder struct {
 	err      error
 	findings []Finding
-	refusals int // findings of security, also those that are not kept
-	narrow   int // those of refusals that refuse less than a filter chain
+	refusals int  // findings that close what they concern, also those that are not kept
+	narrow   int  // those of refusals that refuse less than a filter chain
+	shadow   bool // what is read cannot restrict anything, so its findings are of the class of traffic at most
+
+	conditions int               // nodes of policies that were read
+	shared     map[sharedKey]any // policies that had no findings
 
 	// path has the field that is being read of each message that is being read, from the resource inwards; depth is the
 	// index of the innermost. Messages without a table have no step of their own.
@@ -89,6 +94,12 @@ func (d *decoder) next(m *wire.Message, table *message) bool {
 			}
 			here.seen |= 1 << m.Number
 			return true
+		case choice: // number 0 is not a field's
+			if here.seen&1 != 0 {
+				d.report(Security, "more than one member of a oneof")
+			}
+			here.seen |= 1
+			return true
 		case cosmetic:
 			d.report(Cosmetic, unsupported)
 		case traffic:
@@ -106,15 +117,18 @@ const unsupported = "not supported"
 
 // report adds a finding about the field that is being read.
 func (d *decoder) report(class Class, problem string) {
-	if class == Security {
+	if class >= Unenforced {
 		d.refusals++
+	}
+	if d.shadow {
+		class = min(class, Traffic)
 	}
 	if len(d.findings) == maxFindings {
 		last := &d.findings[maxFindings-1]
 		last.Class, last.Path, last.Problem = max(last.Class, class), "", "more findings than are kept"
 		return
 	}
-	d.findings = append(d.findings, Finding{class, d.place(), problem})
+	d.findings = append(d.findings, Finding{Class: class, Path: d.place(), Problem: problem})
 }
 
 // place returns the path of the field that is being read.
@@ -133,4 +147,13 @@ func (d *decoder) place() string {
 		}
 	}
 	return b.String()
+}
+
+// attribute sets the origin of the findings from index first on that have none: an inner message has named its own.
+func (d *decoder) attribute(first int, origin string) {
+	for i := min(first, len(d.findings)); i < len(d.findings); i++ {
+		if d.findings[i].Origin == "" {
+			d.findings[i].Origin = origin
+		}
+	}
 }

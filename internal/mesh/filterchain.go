@@ -30,10 +30,11 @@ type FilterChain struct {
 	Refused bool
 }
 
-// NetworkFilter is a filter whose configuration is decoded elsewhere.
+// NetworkFilter is a filter that judges connections.
 type NetworkFilter struct {
 	Name, Type string // the type without its URL's prefix
-	Config     []byte // of the type
+	RBAC       *RBAC
+	Config     []byte // of the other types, which are decoded elsewhere
 }
 
 var filterChainFields = message{"envoy.config.listener.v3.FilterChain", Security, []field{
@@ -49,7 +50,7 @@ var filterChainFields = message{"envoy.config.listener.v3.FilterChain", Security
 // filterChain reads a chain. It returns the number of security findings that concern this chain only. Those in the match
 // concern all chains: with another match, a connection could get a chain that is not meant for it.
 func (d *decoder) filterChain(m wire.Message, c *FilterChain) (inChain int) {
-	before, narrow, inMatch := d.refusals, d.narrow, 0
+	before, narrow, inMatch, first := d.refusals, d.narrow, 0, len(d.findings)
 	for d.next(&m, &filterChainFields) {
 		switch m.Number {
 		case 1:
@@ -72,6 +73,7 @@ func (d *decoder) filterChain(m wire.Message, c *FilterChain) (inChain int) {
 		d.report(Security, "no filter that forwards connections")
 	}
 	c.Refused = d.refusals-before > d.narrow-narrow
+	d.attribute(first, c.Origin)
 	return d.refusals - before - inMatch
 }
 
@@ -123,6 +125,10 @@ func (d *decoder) networkFilter(m wire.Message, c *FilterChain) {
 				tcp = d.tcpProxy(value)
 			case httpManagerType:
 				http = d.httpManager(value)
+			case networkRBACType:
+				f.Config = nil
+				f.RBAC = share(d, url, config, func() *RBAC { return d.networkRBAC(value) })
+				d.carry(url, f.RBAC.Restricts())
 			}
 		}
 	}

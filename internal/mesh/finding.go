@@ -9,10 +9,15 @@ type Class uint8
 const (
 	Cosmetic Class = iota // nothing that traffic depends on
 	Traffic               // traffic goes otherwise than it was configured; the rest of the resource is honoured
-	Security              // the resource cannot be used as it stands, and what it concerns is closed
+
+	// Unenforced is a restriction that is understood and not carried out. What it concerns is closed, so the resource can be
+	// used as it stands.
+	Unenforced
+
+	Security // the resource cannot be used as it stands, and what it concerns is closed
 )
 
-var classNames = [...]string{Cosmetic: "cosmetic", Traffic: "traffic", Security: "security"}
+var classNames = [...]string{Cosmetic: "cosmetic", Traffic: "traffic", Unenforced: "unenforced", Security: "security"}
 
 func (c Class) String() string { return classNames[c] }
 
@@ -21,6 +26,7 @@ type Finding struct {
 	Class   Class
 	Path    string // of the field in the resource, such as "circuit_breakers.thresholds[0].retry_budget"
 	Problem string
+	Origin  string // resource of the configuration that this part stems from, as istiod names it; may be empty
 }
 
 func (f Finding) String() string { return fmt.Sprintf("%s: %s", f.Path, f.Problem) }

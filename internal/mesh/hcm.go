@@ -128,10 +128,11 @@ type Upgrade struct {
 	Disabled bool
 }
 
-// HTTPFilter is a filter of requests. Its configuration is decoded elsewhere.
+// HTTPFilter is a filter of requests.
 type HTTPFilter struct {
 	Name, Type string // the type without its URL's prefix
-	Config     []byte // of the type
+	RBAC       *RBAC
+	Config     []byte // of the other types, which are decoded elsewhere
 	Optional   bool   // may be left out if it is not supported
 	Disabled   bool   // unless a route has a configuration for it
 }
@@ -510,8 +511,16 @@ func (d *decoder) httpFilter(m wire.Message) (f HTTPFilter) {
 		case 1:
 			f.Name = m.String()
 		case 4:
-			f.Type, f.Config = d.extension(m.Message())
-			f.Config = bytes.Clone(f.Config)
+			var config []byte
+			f.Type, config = d.extension(m.Message())
+			f.RBAC, f.Config = nil, nil
+			switch f.Type {
+			case rbacType:
+				value := m.Nested(config)
+				f.RBAC = share(d, f.Type, config, func() *RBAC { return d.httpRBAC(value) })
+			default:
+				f.Config = bytes.Clone(config)
+			}
 		case 5:
 			m.Bytes()
 			f.Type, f.Config = wasmType, nil
@@ -520,6 +529,9 @@ func (d *decoder) httpFilter(m wire.Message) (f HTTPFilter) {
 		case 7:
 			f.Disabled = m.Bool()
 		}
+	}
+	if f.RBAC != nil && !f.Disabled {
+		d.carry(f.Type, f.RBAC.Restricts())
 	}
 	return f
 }

@@ -296,17 +296,6 @@ func TestAConnectionWithoutAChainIsClosed(t *testing.T) {
 	}
 }
 
-func TestAnEmptyPolicyIsKept(t *testing.T) {
-	rbac := func(config []byte) []byte { return nest(packed(networkRBACType, config), 3, 4) }
-	l, findings, err := DecodeListener(join(chain(rbac(nest(nil, 1)), rbac(nil), tcpFilter()), field1(lName)))
-	if err != nil || len(findings) > 0 || len(l.Chains[0].Policies) != 2 {
-		t.Fatal(err, findings, l.Chains)
-	}
-	if present, absent := l.Chains[0].Policies[0].Config, l.Chains[0].Policies[1].Config; len(present) != 2 || len(absent) != 0 {
-		t.Errorf("present, empty rules are %x, absent rules %x", present, absent)
-	}
-}
-
 // The resource has each field that listeners have. The tests with generated types made it and compare its value with theirs.
 func TestEachFieldOfListenersIsDecoded(t *testing.T) {
 	b, err := os.ReadFile("testdata/listener.pb")

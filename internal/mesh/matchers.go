@@ -43,21 +43,21 @@ var (
 
 var headerMatcherFields = message{"envoy.config.route.v3.HeaderMatcher", Security, []field{
 	1:  {"name", decoded},
-	4:  {"exact_match", decoded},
-	6:  {"range_match", once},
-	7:  {"present_match", decoded},
+	4:  {"exact_match", choice},
+	6:  {"range_match", choice},
+	7:  {"present_match", choice},
 	8:  {"invert_match", decoded},
-	9:  {"prefix_match", decoded},
-	10: {"suffix_match", decoded},
-	11: {"safe_regex_match", once},
-	12: {"contains_match", decoded},
-	13: {"string_match", once},
+	9:  {"prefix_match", choice},
+	10: {"suffix_match", choice},
+	11: {"safe_regex_match", choice},
+	12: {"contains_match", choice},
+	13: {"string_match", choice},
 	14: {"treat_missing_header_as_empty", decoded},
 }}
 
 var rangeFields = message{"envoy.type.v3.Int64Range", Security, []field{1: {"start", decoded}, 2: {"end", decoded}}}
 
-// headerMatcher returns a matcher of a header field. In the oneof of its patterns the last field counts.
+// headerMatcher returns a matcher of a header field.
 func (d *decoder) headerMatcher(m wire.Message) HeaderMatcher {
 	h := HeaderMatcher{Present: true}
 	text := func(s StringMatcher) { h.Kind, h.Present, h.Text = HeaderText, false, s }
@@ -109,16 +109,45 @@ func (d *decoder) headerMatcher(m wire.Message) HeaderMatcher {
 
 var regexFields = message{"envoy.type.matcher.v3.RegexMatcher", Security, []field{1: {"google_re2", ignored}, 2: {"regex", decoded}}}
 
-// regex returns a regular expression. It has to match the whole of a text. If regexp cannot compile it, that is reported.
-// RE2 and regexp have the same syntax, except for \C.
+// Bounds of a regular expression. Envoy's limit of a program's size is the one that istiod configures.
+const (
+	maxRegexLength = 8 << 10
+	maxRegexSize   = 32768
+)
+
+// regex returns a regular expression. It has to match the whole of a text. If regexp cannot compile it within the bounds,
+// that is reported. RE2 and regexp have the same syntax, except for \C.
 func (d *decoder) regex(m wire.Message) (expression string) {
 	for d.next(&m, &regexFields) {
 		expression = m.String()
 	}
-	if _, err := syntax.Parse(expression, syntax.Perl); err != nil {
+	if len(expression) > maxRegexLength {
+		d.report(Security, "a regular expression that is too long")
+		return ""
+	}
+	parsed, err := syntax.Parse(expression, syntax.Perl)
+	switch {
+	case err != nil:
 		d.report(Security, "not a regular expression: "+err.Error())
+	case programSize(parsed) > maxRegexSize:
+		d.report(Security, "a regular expression whose program is too large")
 	}
 	return expression
+}
+
+// programSize estimates the number of instructions that re is compiled to.
+func programSize(re *syntax.Regexp) int {
+	size := 1
+	if re.Op == syntax.OpLiteral {
+		size = len(re.Rune)
+	}
+	for _, sub := range re.Sub {
+		size += programSize(sub)
+	}
+	if re.Op == syntax.OpRepeat {
+		size *= max(re.Min, re.Max, 1)
+	}
+	return min(size, maxRegexSize+1)
 }
 
 var fractionFields = message{"envoy.type.v3.FractionalPercent", Security, []field{1: {"numerator", decoded}, 2: {"denominator", decoded}}}
@@ -161,8 +190,8 @@ func (d *decoder) boolValue(m wire.Message) (value bool) {
 
 var dataSourceFields = message{"envoy.config.core.v3.DataSource", Security, []field{
 	1: {"filename", security},
-	2: {"inline_bytes", decoded},
-	3: {"inline_string", decoded},
+	2: {"inline_bytes", choice},
+	3: {"inline_string", choice},
 	4: {"environment_variable", security},
 	5: {"watched_directory", ignored}, // of a file
 }}
@@ -217,7 +246,7 @@ var metadataMatcherFields = message{"envoy.type.matcher.v3.MetadataMatcher", Sec
 	4: {"invert", decoded},
 }}
 
-var pathSegmentFields = message{"envoy.type.matcher.v3.MetadataMatcher.PathSegment", Security, []field{1: {"key", decoded}}}
+var pathSegmentFields = message{"envoy.type.matcher.v3.MetadataMatcher.PathSegment", Security, []field{1: {"key", choice}}}
 
 func (d *decoder) metadataMatcher(m wire.Message) MetadataMatcher {
 	var matcher MetadataMatcher
@@ -248,22 +277,22 @@ func (d *decoder) metadataMatcher(m wire.Message) MetadataMatcher {
 }
 
 var valueMatcherFields = message{"envoy.type.matcher.v3.ValueMatcher", Security, []field{
-	1: {"null_match", once},
+	1: {"null_match", choice},
 	2: {"double_match", security},
-	3: {"string_match", once},
-	4: {"bool_match", decoded},
-	5: {"present_match", decoded},
-	6: {"list_match", once},
-	7: {"or_match", once},
+	3: {"string_match", choice},
+	4: {"bool_match", choice},
+	5: {"present_match", choice},
+	6: {"list_match", choice},
+	7: {"or_match", choice},
 }}
 
 var (
 	nullMatchFields   = message{"envoy.type.matcher.v3.ValueMatcher.NullMatch", Security, nil}
-	listMatcherFields = message{"envoy.type.matcher.v3.ListMatcher", Security, []field{1: {"one_of", once}}}
+	listMatcherFields = message{"envoy.type.matcher.v3.ListMatcher", Security, []field{1: {"one_of", choice}}}
 	orMatcherFields   = message{"envoy.type.matcher.v3.OrMatcher", Security, []field{1: {"value_matchers", decoded}}}
 )
 
-// valueMatcher returns a matcher of a value. In the oneof of its patterns the last field counts.
+// valueMatcher returns a matcher of a value.
 func (d *decoder) valueMatcher(m wire.Message) (v ValueMatcher) {
 	for d.next(&m, &valueMatcherFields) {
 		switch m.Number {

@@ -279,7 +279,7 @@ var routeFields = message{"envoy.config.route.v3.Route", Traffic, []field{
 // actions the last field counts.
 func (d *decoder) route(m wire.Message) Route {
 	var r Route
-	refused, matched := d.refusals, false
+	refused, matched, first := d.refusals, false, len(d.findings)
 	for d.next(&m, &routeFields) {
 		switch m.Number {
 		case 2, 3, 7, 17, 18:
@@ -323,6 +323,7 @@ func (d *decoder) route(m wire.Message) Route {
 		r.Refused = true
 	}
 	r.Refused = r.Refused || d.refusals > refused || r.Forward != nil && len(r.Forward.Clusters) == 0
+	d.attribute(first, r.Origin)
 	return r
 }
 

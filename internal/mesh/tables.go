@@ -9,6 +9,7 @@ type Row struct {
 	Field     string
 	Treatment string // "decoded", "ignored", or the class of the finding that its presence is
 	Once      bool   // a message of which another occurrence is a finding
+	Choice    bool   // a member of a oneof of which another member is a finding
 }
 
 // tables has all tables whose messages have a name.
@@ -143,16 +144,29 @@ var tables = []*message{
 	&downstreamHTTP1Fields,
 	&downstreamCommonFields,
 	&httpFilterFields,
+	&networkRBACFields,
+	&httpRBACFields,
+	&rulesFields,
+	&policyEntryFields,
+	&policyFields,
+	&permissionFields,
+	&permissionSetFields,
+	&principalFields,
+	&principalSetFields,
+	&authenticatedFields,
+	&pathMatcherFields,
+	&extensionFields,
+	&uriTemplateFields,
 }
 
-var treatments = [...]string{decoded: "decoded", once: "decoded", ignored: "ignored", cosmetic: "cosmetic", traffic: "traffic", security: "security"}
+var treatments = [...]string{decoded: "decoded", once: "decoded", choice: "decoded", ignored: "ignored", cosmetic: "cosmetic", traffic: "traffic", security: "security"}
 
 // Rows yields the rows of all tables.
 func Rows() iter.Seq[Row] {
 	return func(yield func(Row) bool) {
 		for _, table := range tables {
 			for number, field := range table.fields {
-				if field.is != unknown && !yield(Row{table.name, number, field.name, treatments[field.is], field.is == once}) {
+				if field.is != unknown && !yield(Row{table.name, number, field.name, treatments[field.is], field.is == once, field.is == choice}) {
 					return
 				}
 			}

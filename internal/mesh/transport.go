@@ -324,16 +324,16 @@ func (d *decoder) secretName(m wire.Message) (name string) {
 }
 
 var stringMatcherFields = message{"envoy.type.matcher.v3.StringMatcher", Security, []field{
-	1: {"exact", decoded},
-	2: {"prefix", decoded},
-	3: {"suffix", decoded},
-	5: {"safe_regex", once},
+	1: {"exact", choice},
+	2: {"prefix", choice},
+	3: {"suffix", choice},
+	5: {"safe_regex", choice},
 	6: {"ignore_case", decoded},
-	7: {"contains", decoded},
+	7: {"contains", choice},
 	8: {"custom", security},
 }}
 
-// stringMatcher returns a matcher. In a oneof the last field counts.
+// stringMatcher returns a matcher.
 func (d *decoder) stringMatcher(m wire.Message) StringMatcher {
 	var s StringMatcher
 	set := false

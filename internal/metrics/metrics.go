@@ -167,19 +167,19 @@ func (d *direction) connection(r *flow.Record) {
 // lastRequest caches the counters of a connection's last request, since most requests resemble the one before. Only the
 // goroutine that owns the connection uses it.
 type lastRequest struct {
-	host              []byte // as the client sent it
-	grpcStatus, flags string
-	reason            flow.Reason
-	status            int
-	grpc              bool
-	set               *requestSet // nil: no request yet, or its labels were folded into those of others
-	end               *end
+	host   []byte // as the client sent it
+	flags  string
+	reason flow.Reason
+	status int32
+	grpc   bool
+	set    *requestSet // nil: no request yet, or its labels were folded into those of others
+	end    *end
 }
 
 func (l *lastRequest) like(r *flow.Record) bool {
-	h := &r.HTTP
-	return l.set != nil && h.Status == l.status && h.GRPC == l.grpc && r.Reason == l.reason && h.Flags == l.flags &&
-		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == l.grpcStatus
+	h := r.HTTP
+	return l.set != nil && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.reason && h.Flags == l.flags &&
+		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus]
 }
 
 func (d *direction) request(r *flow.Record) {
@@ -194,8 +194,8 @@ func (d *direction) request(r *flow.Record) {
 		set, named = d.requestSet(r)
 		end = d.end(r.Reason)
 		*last = lastRequest{
-			host: last.host[:0], grpcStatus: grpcStatuses[set.grpcStatus], flags: r.HTTP.Flags,
-			reason: r.Reason, status: r.HTTP.Status, grpc: r.HTTP.GRPC, end: end,
+			host: last.host[:0], flags: r.HTTP.Flags,
+			reason: r.Reason, status: int32(r.HTTP.Status), grpc: r.HTTP.GRPC, end: end,
 		}
 		if named {
 			last.set = set

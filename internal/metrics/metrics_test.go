@@ -47,7 +47,7 @@ func request(c *flow.Record, host string, status int) *flow.Record {
 	r := flow.Open(c.Direction, peer)
 	r.Connection, r.Protocol, r.Reason = c, c.Protocol, flow.Completed
 	r.UpstreamLocal = own
-	r.HTTP.Authority, r.HTTP.Status = []byte(host), status
+	r.HTTP = &flow.Request{Authority: []byte(host), Status: status}
 	return r
 }
 
@@ -274,7 +274,7 @@ func TestEachReasonIsCounted(t *testing.T) {
 	table := flow.NewTable(m)
 	for _, e := range flow.Explanations {
 		flow.Open(flow.Inbound, peer).Close(table, e.Reason, nil)
-		m.Closed(&flow.Record{Direction: flow.Outbound, Reason: e.Reason, Connection: flow.Open(flow.Outbound, peer)})
+		m.Closed(&flow.Record{Direction: flow.Outbound, Reason: e.Reason, Connection: flow.Open(flow.Outbound, peer), HTTP: new(flow.Request)})
 	}
 	for _, e := range flow.Explanations {
 		for _, direction := range []string{"inbound", "outbound"} {

@@ -114,6 +114,9 @@ func number(s string) bool { return s != "" && strings.Trim(s, "0123456789") == 
 // file is malformed, Annotations returns an error and everything that could be parsed.
 func Annotations(file string) (map[string]string, error) { return readPairs("annotations", file) }
 
+// Labels reads the pod's labels, as Annotations does.
+func Labels(file string) (map[string]string, error) { return readPairs("labels", file) }
+
 func readPairs(what, name string) (map[string]string, error) {
 	file, err := os.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {

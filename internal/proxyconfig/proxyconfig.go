@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"unicode"
 )
@@ -40,6 +41,56 @@ func Parse(text string) (Config, error) {
 		return config, nil
 	}
 	return config, config.addYAML(text)
+}
+
+// Object returns JSON or YAML as the values of its JSON form: objects, lists, strings, float64s and bools. Of YAML it has
+// what Parse reads. Numbers are strings then, which protobuf's JSON allows; true and false are bools, except in
+// proxyMetadata, whose values are strings.
+func Object(text string) (map[string]any, error) {
+	config, err := Parse(text)
+	if err != nil {
+		return nil, err
+	}
+	object := map[string]any{}
+	if strings.HasPrefix(strings.TrimSpace(text), "{") {
+		return object, json.Unmarshal([]byte(text), &object)
+	}
+	for path, value := range config {
+		if !value.Unreadable {
+			set(object, strings.Split(path, "."), value.Text)
+		}
+	}
+	return object, nil
+}
+
+// set puts a scalar of YAML at a path.
+func set(object map[string]any, path []string, text string) {
+	for _, key := range path[:len(path)-1] {
+		inner, ok := object[key].(map[string]any)
+		if !ok {
+			inner = map[string]any{}
+			object[key] = inner
+		}
+		object = inner
+	}
+	key := path[len(path)-1]
+	object[key] = text
+	if inStrings := slices.Contains(path[:len(path)-1], "proxyMetadata"); !inStrings && (text == "true" || text == "false") {
+		object[key] = text == "true"
+	}
+}
+
+// Merge adds the values of from to into. Objects are merged; other values of from replace those of into.
+func Merge(into, from map[string]any) {
+	for key, value := range from {
+		if inner, ok := value.(map[string]any); ok {
+			if old, ok := into[key].(map[string]any); ok {
+				Merge(old, inner)
+				continue
+			}
+		}
+		into[key] = value
+	}
 }
 
 // Under returns the part of c below key, with paths relative to key.

@@ -2,6 +2,7 @@ package proxyconfig
 
 import (
 	"maps"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -103,4 +104,29 @@ func lookUp(node *yaml.Node, path string) (string, bool) {
 		}
 	}
 	return "", false
+}
+
+func TestObjectsHaveTheFormOfJSON(t *testing.T) {
+	want := map[string]any{"concurrency": "2", "holdApplicationUntilProxyStarts": true, "proxyMetadata": map[string]any{"ISTIO_META_DNS_CAPTURE": "true"}}
+	got, err := Object("concurrency: 2\nholdApplicationUntilProxyStarts: true\nproxyMetadata:\n  ISTIO_META_DNS_CAPTURE: \"true\"\n")
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("YAML: %v, %v", got, err)
+	}
+	want["concurrency"], want["extraStatTags"] = 2.0, []any{"a"}
+	got, err = Object(`{"concurrency":2,"holdApplicationUntilProxyStarts":true,"proxyMetadata":{"ISTIO_META_DNS_CAPTURE":"true"},"extraStatTags":["a"]}`)
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("JSON: %v, %v", got, err)
+	}
+	if _, err := Object("{"); err == nil {
+		t.Error("a malformed text is an object")
+	}
+}
+
+func TestMergedObjectsKeepWhatTheOtherLacks(t *testing.T) {
+	into := map[string]any{"a": "1", "tracing": map[string]any{"sampling": "1", "zipkin": "z"}, "b": map[string]any{"c": "1"}}
+	Merge(into, map[string]any{"a": "2", "tracing": map[string]any{"sampling": "2"}, "b": "3", "d": true})
+	want := map[string]any{"a": "2", "tracing": map[string]any{"sampling": "2", "zipkin": "z"}, "b": "3", "d": true}
+	if !reflect.DeepEqual(into, want) {
+		t.Errorf("%v", into)
+	}
 }

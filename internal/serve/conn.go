@@ -1,9 +1,12 @@
 package serve
 
 import (
+	"sync"
+
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/sniff"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -17,12 +20,13 @@ import (
 type Conn struct {
 	Down     *tcp.Conn
 	Record   *flow.Record
-	Settings *Settings // the role's when the connection was opened
+	Settings *Settings      // the role's when the connection was opened
+	Mesh     *mesh.Snapshot // what the control plane had configured when the connection was opened; nil: there is none
 
 	role     *Role
 	w        *tcp.Waiter
 	protocol sniff.Protocol
-	sniffer  *sniff.Sniffer // since ReadFirst
+	sniffer  *sniff.Sniffer // from ReadFirst until the connection is carried; of sniffers
 	returned *tcp.Conn      // set by Loops; see upstream.Stats.Returned
 }
 
@@ -54,15 +58,11 @@ func (c *Conn) List() { c.role.flows.List(c.Record) }
 // ReadFirst reads first bytes until they decide the protocol, or until downstream has been silent for the detection
 // delay. Without detection, the connection is opaque and is not read.
 func (c *Conn) ReadFirst(detect bool) bool {
-	c.sniffer = &sniff.Sniffer{
-		Down:     c.Down,
-		Delay:    c.Settings.DetectionDelay,
-		Hold:     c.Settings.DetectionHold,
-		Idle:     c.Settings.IdleTimeout,
-		Draining: c.role.engine.Draining,
-		Budget:   c.role.budget,
-		Peer:     c.Record.Remote(),
-	}
+	s := sniffers.Get().(*sniff.Sniffer)
+	s.Down, s.Peer = c.Down, c.Record.Remote()
+	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout
+	s.Draining, s.Budget = c.role.draining, c.role.budget
+	c.sniffer = s
 	if !detect {
 		c.protocol = sniff.Opaque
 		return true
@@ -72,6 +72,16 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		return c.abandon(sniff.Reason(err), err)
 	}
 	return true
+}
+
+// sniffers holds zero Sniffers.
+var sniffers = sync.Pool{New: func() any { return new(sniff.Sniffer) }}
+
+// releaseSniffer returns the sniffer to the pool, after its results were taken over.
+func (c *Conn) releaseSniffer() {
+	*c.sniffer = sniff.Sniffer{}
+	sniffers.Put(c.sniffer)
+	c.sniffer = nil
 }
 
 // HTTP reports whether the protocol is HTTP. The HTTP engine finds an upstream for each request, so such a connection
@@ -122,6 +132,7 @@ func (c *Conn) abandon(reason flow.Reason, err error) bool {
 		reason, err = flow.Loop, upstream.ErrLoop
 	}
 	c.sniffer.Abandon(err)
+	c.releaseSniffer()
 	c.Refuse(reason, err)
 	return false
 }
@@ -150,7 +161,7 @@ func (c *Conn) forward(to upstream.Target) {
 //go:noinline
 func (c *Conn) connection(to upstream.Target) *httpforward.Connection {
 	s := c.sniffer
-	c.sniffer = nil // frees its memory
+	defer c.releaseSniffer()
 	return &httpforward.Connection{
 		Down:      c.Down,
 		Read:      s.Read,
@@ -166,17 +177,19 @@ func (c *Conn) connection(to upstream.Target) *httpforward.Connection {
 var routes = [...]string{flow.Inbound: envoy.RouteInbound, flow.Outbound: envoy.RouteOutbound}
 
 func (c *Conn) relay() {
-	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.sniffer.Hello)
-	end, err := relay.Run(c.w, c.Down, c.sniffer.Up, relay.Options{
+	up, options := c.sniffer.Up, relay.Options{
 		IdleTimeout:      c.Settings.IdleTimeout,
 		HalfCloseTimeout: c.Settings.HalfCloseTimeout,
 		FromDown:         &c.Record.Received,
 		FromUp:           &c.Record.Sent,
 		DownRead:         c.sniffer.Read,
 		UpRead:           c.sniffer.UpRead,
-	})
+	}
+	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.sniffer.Hello)
+	c.releaseSniffer()
+	end, err := relay.Run(c.w, c.Down, up, options)
 	reason := flow.Reason(end)
-	if reason == flow.UpstreamReset && c.sniffer.Up.Looped() {
+	if reason == flow.UpstreamReset && up.Looped() {
 		reason, err = flow.Loop, upstream.ErrLoop
 	}
 	c.Record.Close(c.role.flows, reason, err)

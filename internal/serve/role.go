@@ -4,7 +4,7 @@
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
 //
-//	Open → (Refuse | List → ReadFirst → Dial → WatchBoth → Carry) → Close
+//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Admit → Dial → WatchBoth → Carry) → Close
 //
 // The policies of a role, its choice of a target and everything that differs between roles stay in the role.
 package serve
@@ -19,6 +19,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -31,9 +32,20 @@ type Config struct {
 	Borrower  *upstream.Borrower // dials from clients' addresses; nil: targets with a borrowed source never occur
 	Settings  Settings           // until the first Apply
 
+	// Mesh is the configuration of a control plane; nil: there is none. Connections are held at most Wait for its first
+	// snapshot.
+	Mesh Mesh
+	Wait time.Duration
+
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
 	// has itself.
 	HTTP httpforward.Config
+}
+
+// Mesh is the configuration of a control plane. Whoever publishes the first snapshot wakes the waits of the poller.
+type Mesh interface {
+	// Snapshot returns what is in force, and nil before the first configuration.
+	Snapshot() *mesh.Snapshot
 }
 
 // Settings is what may change while connections are open. A value is never modified: Apply replaces it. A connection uses
@@ -75,7 +87,10 @@ type Role struct {
 	dialer    upstream.Dialer
 	engine    *httpforward.Engine
 	budget    *budget.Budget
+	draining  func() bool // engine.Draining; here, so that it is allocated once
 	settings  atomic.Pointer[Settings]
+	mesh      Mesh
+	wait      time.Duration
 }
 
 // NewRole checks the configuration.
@@ -86,6 +101,8 @@ func NewRole(config Config) (*Role, error) {
 	r := &Role{
 		direction: config.Direction,
 		flows:     config.Flows,
+		mesh:      config.Mesh,
+		wait:      config.Wait,
 		budget:    config.HTTP.Budget,
 		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
@@ -99,6 +116,7 @@ func NewRole(config Config) (*Role, error) {
 	if r.engine, err = httpforward.New(forwarding); err != nil {
 		return nil, err
 	}
+	r.draining = r.engine.Draining
 	r.settings.Store(&config.Settings)
 	return r, nil
 }

@@ -31,47 +31,51 @@ const (
 
 // Conn is a TCP connection that never blocks. Only the goroutine that owns it may call its methods. It may be passed to
 // another owner: events wake the goroutine that waited for it last.
+//
+// Every proxied connection has two. The order of the fields leaves no gaps, and addresses are kept apart from their ports
+// because a netip.AddrPort has one: 128 bytes are a size of the allocator, and the next is 144.
 type Conn struct {
-	poller *Poller
-	fd     int
-	remote netip.AddrPort
-	local  netip.AddrPort // invalid until LocalAddr is called
-
-	ready         atomic.Uint32          // events, set by the poller
-	joined        uint32                 // uptime when it joined set
+	poller        *Poller
+	fd            int
+	remote, local netip.Addr             // local is invalid until LocalAddr is called
 	waiter        atomic.Pointer[Waiter] // woken by events; may be nil
-	watched       bool                   // in the epoll set; set by the first wait
-	serial        uint32                 // set with watched
-	watchesWrites bool                   // room in the send buffer is an event
-	shut          bool                   // CloseWrite was called
-	closed        bool
-	open          *atomic.Int64 // counts this connection while it is open; nil: it is not tracked
-	set           *Set          // contains this connection until it is closed; may be nil
-	returned      *Conn         // see Join
-	layer         *layered      // nil: the connection is bare
+	open          *atomic.Int64          // counts this connection while it is open; nil: it is not tracked
+	set           *Set                   // contains this connection until it is closed; may be nil
+	returned      *Conn                  // see Join
+	layer         *layered               // nil: the connection is bare
+
+	ready                 atomic.Uint32 // events, set by the poller
+	joined                uint32        // uptime when it joined set
+	serial                uint32        // set with watched
+	remotePort, localPort uint16
+	watched               bool // in the epoll set; set by the first wait
+	watchesWrites         bool // room in the send buffer is an event
+	shut                  bool // CloseWrite was called
+	closed                bool
 }
 
 // newConn takes ownership of fd. ready is the assumed state until a system call shows otherwise.
 func newConn(p *Poller, fd int, remote netip.AddrPort, ready uint32) *Conn {
-	c := &Conn{poller: p, fd: fd, remote: remote}
+	c := &Conn{poller: p, fd: fd, remote: remote.Addr(), remotePort: remote.Port()}
 	c.ready.Store(ready)
 	return c
 }
 
 // RemoteAddr returns the peer's address. A link-local one has the interface's index as its zone.
-func (c *Conn) RemoteAddr() netip.AddrPort { return c.remote }
+func (c *Conn) RemoteAddr() netip.AddrPort { return netip.AddrPortFrom(c.remote, c.remotePort) }
 
-// LocalAddr returns the address of our end. It is invalid if the system call fails.
+// LocalAddr returns the address of our end. It is invalid if the system call fails. The result is kept.
 func (c *Conn) LocalAddr() netip.AddrPort {
 	if !c.local.IsValid() {
-		c.local, _ = getsockname(c.fd)
+		local, _ := getsockname(c.fd)
+		c.local, c.localPort = local.Addr(), local.Port()
 	}
-	return c.local
+	return netip.AddrPortFrom(c.local, c.localPort)
 }
 
 // OriginalDst returns the destination of the connection before a rule redirected it; see package sockopt.
 func (c *Conn) OriginalDst() (netip.AddrPort, error) {
-	return sockopt.OriginalDst(c.fd, c.remote.Addr())
+	return sockopt.OriginalDst(c.fd, c.remote)
 }
 
 // ClearTransparent makes a connection that a transparent listener has accepted an ordinary one. This is required for a
@@ -79,7 +83,7 @@ func (c *Conn) OriginalDst() (netip.AddrPort, error) {
 // changes that connection's source port to distinguish the two. It looks up the socket before that change, finds ours, and
 // delivers the other connection's packets to it if it is transparent.
 func (c *Conn) ClearTransparent() error {
-	return os.NewSyscallError("setsockopt", sockopt.ClearTransparent(c.fd, c.remote.Addr().Is6()))
+	return os.NewSyscallError("setsockopt", sockopt.ClearTransparent(c.fd, c.remote.Is6()))
 }
 
 // Readable reports whether a read may return something other than ErrAgain.

@@ -124,8 +124,8 @@ func (o origin) setOptions(fd int) error {
 // has no listener ends like that when the kernel happens to choose the same port as the source: the SYN meets its own
 // socket (RFC 9293 §3.5, simultaneous open). The conditions before LocalAddr save a system call where that is impossible.
 func (c *Conn) connectedToItself(local netip.Addr) bool {
-	return c.poller.ports.contain(c.remote.Port()) && (!local.IsValid() || local == c.remote.Addr()) &&
-		c.LocalAddr() == c.remote
+	return c.poller.ports.contain(c.remotePort) && (!local.IsValid() || local == c.remote) &&
+		c.LocalAddr() == c.RemoteAddr()
 }
 
 // portRange is the inclusive range from which the kernel chooses source ports.

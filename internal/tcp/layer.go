@@ -259,7 +259,8 @@ func (c *Conn) closeLayered() {
 	if c.set != nil {
 		c.leave() // Returned must not read fd while it changes
 	}
-	rest := &Conn{poller: c.poller, fd: c.fd, remote: c.remote, local: c.local, layer: c.layer, open: c.open}
+	rest := newConn(c.poller, c.fd, c.RemoteAddr(), 0)
+	rest.layer, rest.open = c.layer, c.open
 	if c.watched {
 		c.poller.forget(c)
 	}

@@ -26,7 +26,7 @@ type setShard struct {
 type ends struct{ local, remote netip.AddrPort }
 
 // ends returns those of c. The local one is invalid if the system call fails.
-func (c *Conn) ends() ends { return ends{c.LocalAddr(), c.remote} }
+func (c *Conn) ends() ends { return ends{c.LocalAddr(), c.RemoteAddr()} }
 
 // place returns the shard and the key of a connection.
 func (s *Set) place(e ends) (*setShard, uint64) {

@@ -29,7 +29,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
+	security "istio.io/api/security/v1alpha1"
 
+	"github.com/pillion-proxy/pillion/e2e/testdata/controlplane/ca"
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
@@ -42,6 +44,7 @@ type plane struct {
 	cache   cache.SnapshotCache
 	address string
 	server  *grpc.Server
+	ca      *ca.Authority // nil: without TLS and a CA
 
 	mu       sync.Mutex
 	nodes    []*core.Node
@@ -65,7 +68,12 @@ func (p *plane) start(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.address = socket.Addr().String()
-	p.server = grpc.NewServer()
+	if p.ca == nil {
+		p.server = grpc.NewServer()
+	} else {
+		p.server = grpc.NewServer(grpc.Creds(p.ca.Credentials()))
+		security.RegisterIstioCertificateServiceServer(p.server, p.ca)
+	}
 	discovery.RegisterAggregatedDiscoveryServiceServer(p.server, server.NewServer(context.Background(), p.cache, server.CallbackFuncs{
 		StreamOpenFunc:      func(ctx context.Context, _ int64, _ string) error { return p.opened(ctx) },
 		DeltaStreamOpenFunc: func(ctx context.Context, _ int64, _ string) error { return p.opened(ctx) },

@@ -24,7 +24,7 @@ import (
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/grpc_stats/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/jwt_authn/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/lua/v3"
-	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
+	httprbac "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/http_inspector/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
@@ -32,7 +32,7 @@ import (
 	proxyprotocol "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/proxy_protocol/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
 	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
-	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/rbac/v3"
+	networkrbac "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/rbac/v3"
 	tcpproxy "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/request_id/uuid/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -112,6 +112,9 @@ var expectedFindings = map[string]mesh.Class{
 	// logged.
 	"filter.extension_filter: not supported": mesh.Cosmetic,
 	"filter.and_filter: not supported":       mesh.Cosmetic,
+	// Cases with policies, and the ports of the sidecar's dump with rules that are empty. They close their chains.
+	"policies of type envoy.extensions.filters.network.rbac.v3.RBAC are not carried out yet": mesh.Unenforced,
+	"policies of type envoy.extensions.filters.http.rbac.v3.RBAC are not carried out yet":    mesh.Unenforced,
 	// Case 14-envoyfilter-proxyconfig: an EnvoyFilter adds a Lua program. It does not run.
 	"the HTTP filter envoy.filters.http.lua of type envoy.extensions.filters.http.lua.v3.Lua is not supported": mesh.Traffic,
 }
@@ -213,11 +216,11 @@ func TestOtherListenersAreDecodedAsByGeneratedTypes(t *testing.T) {
 }
 
 func packed(m proto.Message) *anypb.Any {
-	a, err := anypb.New(m)
-	if err != nil {
+	var a anypb.Any
+	if err := anypb.MarshalFrom(&a, m, proto.MarshalOptions{Deterministic: true}); err != nil {
 		panic(err)
 	}
-	return a
+	return &a
 }
 
 // wideListener has fields that istiod sends and that the recorded listeners do not have.
@@ -266,7 +269,7 @@ func wideListener() *listener.Listener {
 			Name: "default", TransportSocketConnectTimeout: seconds(15),
 			Metadata: &core.Metadata{FilterMetadata: map[string]*structpb.Struct{"istio": {Fields: map[string]*structpb.Value{"config": structpb.NewStringValue("/apis/x")}}}},
 			Filters: []*listener.Filter{
-				{Name: "rbac", ConfigType: &listener.Filter_TypedConfig{TypedConfig: &anypb.Any{TypeUrl: "type.googleapis.com/envoy.extensions.filters.network.rbac.v3.RBAC", Value: []byte{10, 0}}}},
+				{Name: "rbac", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(wideNetworkRBAC())}},
 				{Name: "mx", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(&udpa.TypedStruct{TypeUrl: "type.googleapis.com/envoy.tcp.metadataexchange.config.MetadataExchange"})}},
 				{Name: "hcm", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(&hcm.HttpConnectionManager{
 					RouteSpecifier:              &hcm.HttpConnectionManager_RouteConfig{RouteConfig: &route.RouteConfiguration{Name: "inline"}},
@@ -455,7 +458,14 @@ func readChain(c *listener.FilterChain) *mesh.FilterChain {
 			want.TCP = readTCP(unpack(config.Value, &tcpproxy.TcpProxy{}))
 		case ".HttpConnectionManager":
 			want.HTTP = readHTTP(unpack(config.Value, &hcm.HttpConnectionManager{}))
-		case ".RBAC", ".ExtAuthz":
+			for _, f := range want.HTTP.Filters {
+				want.Refused = want.Refused || f.RBAC != nil && restricts(f.RBAC)
+			}
+		case ".RBAC":
+			policy := readNetworkRBAC(unpack(config.Value, &networkrbac.RBAC{}))
+			want.Policies = append(want.Policies, mesh.NetworkFilter{Name: filter.Name, Type: strings.TrimPrefix(config.TypeUrl, "type.googleapis.com/"), RBAC: policy})
+			want.Refused = want.Refused || restricts(policy)
+		case ".ExtAuthz":
 			want.Policies = append(want.Policies, mesh.NetworkFilter{Name: filter.Name, Type: strings.TrimPrefix(config.TypeUrl, "type.googleapis.com/"), Config: config.Value})
 		case ".SniCluster":
 			want.ClusterIsSNI = true
@@ -536,6 +546,9 @@ func readHTTP(h *hcm.HttpConnectionManager) *mesh.HTTPManager {
 		if f.Type == "udpa.type.v1.TypedStruct" {
 			f.Type, f.Config = strings.TrimPrefix(unpack(config.Value, &udpa.TypedStruct{}).TypeUrl, "type.googleapis.com/"), rawField(config.Value, 2)
 		}
+		if f.Type == "envoy.extensions.filters.http.rbac.v3.RBAC" {
+			f.RBAC, f.Config = readHTTPRBAC(unpack(f.Config, &httprbac.RBAC{})), nil
+		}
 		want.Filters = append(want.Filters, f)
 	}
 	return want
@@ -599,7 +612,7 @@ func TestDamagedListenersAreNeverMisread(t *testing.T) {
 		switch problem := proto.Unmarshal(damaged, &judge); {
 		case err != nil:
 			failed++
-		case len(findings) > 0:
+		case len(understood(findings)) > 0:
 			found++
 		case problem != nil: // within a field that is ignored
 		default:

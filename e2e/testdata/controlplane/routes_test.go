@@ -243,11 +243,7 @@ func readRouteMatch(m *route.RouteMatch) mesh.RouteMatch {
 		want.Query = append(want.Query, q)
 	}
 	for _, metadata := range m.DynamicMetadata {
-		w := mesh.MetadataMatcher{Filter: metadata.Filter, Value: readValue(metadata.Value), Invert: metadata.Invert}
-		for _, segment := range metadata.Path {
-			w.Path = append(w.Path, segment.GetKey())
-		}
-		want.Metadata = append(want.Metadata, w)
+		want.Metadata = append(want.Metadata, *readMetadata(metadata))
 	}
 	return want
 }
@@ -522,6 +518,10 @@ func TestMessagesThatOccurOnceAreMarked(t *testing.T) {
 		}
 		field := found.(protoreflect.MessageDescriptor).Fields().ByNumber(protoreflect.FieldNumber(row.Number))
 		single := field.Message() != nil && field.Cardinality() != protoreflect.Repeated
+		if row.Choice {
+			marked++
+			continue // see TestMembersOfOneofsAreMarked
+		}
 		if row.Once != (single && row.Treatment == "decoded" && !merged[row.Message+"."+row.Field]) {
 			t.Errorf("%s.%s: marked %v, a message that occurs once %v", row.Message, row.Field, row.Once, single)
 		}
@@ -531,6 +531,35 @@ func TestMessagesThatOccurOnceAreMarked(t *testing.T) {
 	}
 	if marked < 150 {
 		t.Errorf("%d are marked", marked)
+	}
+}
+
+// Of two members of a oneof, protobuf keeps the last. The decoders of policies report them, so in a message with a member that
+// is marked all have to be.
+func TestMembersOfOneofsAreMarked(t *testing.T) {
+	marked := map[string]int{}
+	for row := range mesh.Rows() {
+		if row.Choice {
+			marked[row.Message]++
+		}
+	}
+	if len(marked) < 9 {
+		t.Errorf("members are marked in %d messages", len(marked))
+	}
+	for row := range mesh.Rows() {
+		if marked[row.Message] == 0 {
+			continue
+		}
+		found, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(row.Message))
+		if err != nil {
+			t.Errorf("%s: %v", row.Message, err)
+			continue
+		}
+		message := found.(protoreflect.MessageDescriptor)
+		member := message.Fields().ByNumber(protoreflect.FieldNumber(row.Number)).ContainingOneof() != nil
+		if row.Choice != (member && row.Treatment == "decoded") || message.Oneofs().Len() != 1 {
+			t.Errorf("%s.%s: marked %v, a member %v, %d oneofs", row.Message, row.Field, row.Choice, member, message.Oneofs().Len())
+		}
 	}
 }
 

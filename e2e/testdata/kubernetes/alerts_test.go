@@ -106,6 +106,7 @@ var faults = map[string]string{
 	"PillionUpstreamFailures":       `pillion_flows_total{namespace="shop", pod="bad", direction="outbound", reason="upstream_timeout"} 0+60x60`,
 	"PillionConnectionsRefused":     `pillion_flows_total{namespace="shop", pod="bad", direction="inbound", reason="no_descriptors"} 0+1x60`,
 	"PillionMisdirectedConnections": `pillion_flows_total{namespace="shop", pod="bad", direction="inbound", reason="no_original_destination"} 0+1x60`,
+	"PillionMeshRefusals":           `pillion_flows_total{namespace="shop", pod="bad", direction="inbound", reason="mesh_refused"} 0+1x60`,
 	"PillionDescriptorsLow":         "process_open_fds{namespace=\"shop\", pod=\"bad\"} 950x60\n  process_max_fds{namespace=\"shop\", pod=\"bad\"} 1000x60",
 	"PillionAcceptStalled":          `pillion_accept_backoffs_total{namespace="shop", pod="bad"} 0+1x60`,
 	"PillionAccessLogLost":          `pillion_access_log_dropped_total{namespace="shop", pod="bad"} 0+1x60`,

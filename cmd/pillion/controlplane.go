@@ -1,0 +1,103 @@
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/pillion-proxy/pillion/internal/istiod"
+	"github.com/pillion-proxy/pillion/internal/podinfo"
+	"github.com/pillion-proxy/pillion/internal/proxyconfig"
+)
+
+// Values of --control-plane and --kept-configuration besides an address and a path.
+const (
+	automatic = "auto"
+	turnedOff = "off"
+)
+
+func parseControlPlane(text string) (string, error) {
+	if text == automatic || text == turnedOff {
+		return text, nil
+	}
+	if err := istiod.CheckAddress(text); err != nil {
+		return "", fmt.Errorf("%w, or one of %s, %s", err, automatic, turnedOff)
+	}
+	return text, nil
+}
+
+// memoryVolume is where Istio's injector mounts a volume in memory.
+const memoryVolume = "/etc/istio/proxy"
+
+// findControlPlane decides whether the agent has a control plane, and how it is reached.
+func (o *agentOptions) findControlPlane() error {
+	if o.controlPlane == turnedOff && !o.asSidecar {
+		return nil
+	}
+	environment, err := o.podEnvironment()
+	if err != nil {
+		return err
+	}
+	address := o.discoveryAddress(environment)
+	log := o.config.Log
+	switch {
+	case o.controlPlane == turnedOff:
+		if istiod.HasCredentials(environment) {
+			log.Info("control plane not used", "discovery_address", address, "remedy", "set --control-plane auto")
+		}
+		return nil
+	case o.controlPlane == automatic && (address == "" || !istiod.HasCredentials(environment)):
+		log.Info("no control plane: the pod has no discovery address, or neither a root certificate nor a token")
+		return nil
+	}
+	pod, err := istiod.ReadPod(address, environment)
+	if err != nil {
+		return valueError{err}
+	}
+	o.config.ControlPlane.Pod = pod
+	o.config.ControlPlane.Kept = keptDirectory(o.kept)
+	return nil
+}
+
+// keptDirectory returns the directory of --kept-configuration; empty if nothing is kept.
+func keptDirectory(flag string) string {
+	if flag != automatic {
+		if flag == turnedOff {
+			return ""
+		}
+		return flag
+	}
+	if info, err := os.Stat(memoryVolume); err != nil || !info.IsDir() {
+		return ""
+	}
+	return memoryVolume
+}
+
+// podEnvironment is what the injector gives. PROXY_CONFIG is read unless Istio's configuration has been.
+func (o *agentOptions) podEnvironment() (*istiod.Environment, error) {
+	labels, err := podinfo.Labels(podinfo.LabelsFile)
+	if err != nil {
+		labels = nil // readPod has logged it
+	}
+	if text := os.Getenv("PROXY_CONFIG"); text != "" && o.proxyConfig == nil {
+		if o.proxyConfig, err = proxyconfig.Object(text); err != nil {
+			return nil, valueError{fmt.Errorf("environment variable PROXY_CONFIG: %w", err)}
+		}
+	}
+	return &istiod.Environment{
+		Variables: os.Environ(), Labels: labels, ProxyConfig: o.proxyConfig, Directory: o.volumes, Domain: o.config.Workload.ClusterDomain,
+	}, nil
+}
+
+// discoveryAddress returns the address that the flag or the pod names. A pod with Istio's configuration has Istio's default.
+func (o *agentOptions) discoveryAddress(environment *istiod.Environment) string {
+	if o.controlPlane != automatic && o.controlPlane != turnedOff {
+		return o.controlPlane
+	}
+	if address, _ := environment.ProxyConfig["discoveryAddress"].(string); address != "" {
+		return address
+	}
+	if environment.ProxyConfig != nil {
+		return istiod.DefaultAddress
+	}
+	return ""
+}

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"bytes"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/istiod"
+)
+
+// found returns the options after findControlPlane, and its log. token mounts a token for istiod.
+func found(t *testing.T, token bool, prepare func(*agentOptions)) (*agentOptions, string, error) {
+	t.Helper()
+	var log bytes.Buffer
+	o := newAgentOptions()
+	o.config.Log, o.volumes = slog.New(slog.NewTextHandler(&log, nil)), t.TempDir()
+	if token {
+		path := filepath.Join(o.volumes, istiod.TokenFile)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte("token"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	prepare(o)
+	err := o.findControlPlane()
+	return o, log.String(), err
+}
+
+func TestTheControlPlaneIsTheOneThatTheFlagOrThePodNames(t *testing.T) {
+	const named = `{"discoveryAddress":"istiod.mesh.svc:15012"}`
+	for name, c := range map[string]struct {
+		flag        string
+		sidecar     bool
+		token       bool
+		proxyConfig string
+		address     string // empty: no control plane
+		log         string
+	}{
+		"off":                                 {flag: "off", token: true, proxyConfig: named},
+		"off, as a sidecar":                   {flag: "off", sidecar: true, token: true, proxyConfig: named, log: "control plane not used"},
+		"off, as a sidecar without a token":   {flag: "off", sidecar: true, proxyConfig: named},
+		"auto":                                {flag: "auto", token: true, proxyConfig: named, address: "istiod.mesh.svc:15012"},
+		"auto without a token":                {flag: "auto", proxyConfig: named, log: "no control plane"},
+		"auto outside of a pod":               {flag: "auto", token: true, log: "no control plane"},
+		"auto, the address is Istio's":        {flag: "auto", token: true, proxyConfig: "{}", address: istiod.DefaultAddress},
+		"an address, with or without a token": {flag: "istiod:15012", proxyConfig: named, address: "istiod:15012"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Setenv("PROXY_CONFIG", c.proxyConfig)
+			o, log, err := found(t, c.token, func(o *agentOptions) { o.controlPlane, o.asSidecar = c.flag, c.sidecar })
+			if err != nil {
+				t.Fatal(err)
+			}
+			address := ""
+			if o.config.ControlPlane.Pod != nil {
+				address = o.config.ControlPlane.Pod.Discovery.Address
+			}
+			if address != c.address {
+				t.Errorf("address %q, want %q", address, c.address)
+			}
+			if c.log == "" && strings.Contains(log, "control plane") || !strings.Contains(log, c.log) {
+				t.Errorf("log %q, want %q", log, c.log)
+			}
+		})
+	}
+}
+
+func TestIstiosConfigurationReachesIstiodAsAnObject(t *testing.T) {
+	t.Setenv("PROXY_CONFIG", `{"holdApplicationUntilProxyStarts":true}`)
+	o, _, err := found(t, true, func(o *agentOptions) { o.controlPlane = automatic })
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, ok := o.config.ControlPlane.Pod.Node.Metadata["PROXY_CONFIG"].(map[string]any)
+	if !ok || config["holdApplicationUntilProxyStarts"] != true {
+		t.Errorf("PROXY_CONFIG %v", config)
+	}
+}
+
+func TestInvalidControlPlanesAreNamed(t *testing.T) {
+	for variable, complaint := range map[string]string{
+		"SECRET_TTL=x":   `environment variable SECRET_TTL="x": use a duration`,
+		"PROXY_CONFIG={": "environment variable PROXY_CONFIG: it begins with {",
+	} {
+		name, value, _ := strings.Cut(variable, "=")
+		t.Run(name, func(t *testing.T) {
+			t.Setenv(name, value)
+			if _, _, err := found(t, true, func(o *agentOptions) { o.controlPlane = "istiod:15012" }); err == nil || !strings.Contains(err.Error(), complaint) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+	flags := newAgent().Flags()
+	if err := flags.Set("control-plane", "istiod"); err == nil || !strings.Contains(err.Error(), "use HOST:PORT") {
+		t.Errorf("--control-plane istiod: %v", err)
+	}
+}
+
+func TestTheConfigurationIsKeptWhereTheFlagSays(t *testing.T) {
+	for flag, want := range map[string]string{"off": "", "/kept": "/kept"} {
+		o, _, err := found(t, true, func(o *agentOptions) { o.controlPlane, o.kept = "istiod:15012", flag })
+		if err != nil || o.config.ControlPlane.Kept != want {
+			t.Errorf("%s: %q, %v", flag, o.config.ControlPlane.Kept, err)
+		}
+	}
+}

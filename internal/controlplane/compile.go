@@ -1,0 +1,133 @@
+package controlplane
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/xds"
+)
+
+// compiled is what a resource's bytes mean.
+type compiled struct {
+	value    any // of a type of mesh's; nil: there is none
+	findings []mesh.Finding
+	reason   string // why it is not to take the place of a good version; empty if it may
+}
+
+// bundle is the roots of trust in a resource.
+type bundle struct{ roots []string }
+
+// compile decodes a resource. A resource that is refused has a value as well where its name is enough to close what it
+// concerns.
+func compile(t xds.Type, r *xds.Resource) compiled {
+	if r.TypeURL != t.URL() {
+		return compiled{value: closed(t, r.Name), reason: fmt.Sprintf("its type is %.200q", r.TypeURL)}
+	}
+	value, name, findings, err := decode(t, r.Value)
+	switch l, _ := value.(*mesh.Listener); {
+	case err != nil && t == xds.Listeners && name == r.Name:
+		// What came before the malformed part may have the address.
+		l.Refused, l.Chains, l.Default = true, nil, nil
+		return compiled{value: l, findings: findings, reason: "malformed: " + err.Error()}
+	case err != nil:
+		return compiled{value: closed(t, r.Name), findings: findings, reason: "malformed: " + err.Error()}
+	case name != r.Name:
+		return compiled{value: closed(t, r.Name), reason: fmt.Sprintf("the name in it is %.200q", name)}
+	}
+	return compiled{value, findings, refusal(findings)}
+}
+
+// decode returns a value and the name in it.
+func decode(t xds.Type, b []byte) (value any, name string, findings []mesh.Finding, err error) {
+	switch t {
+	case xds.Clusters:
+		c, findings, err := mesh.DecodeCluster(b)
+		return c, c.Name, findings, err
+	case xds.Endpoints:
+		a, findings, err := mesh.DecodeAssignment(b)
+		return a, a.Name, findings, err
+	case xds.Listeners:
+		l, findings, err := mesh.DecodeListener(b)
+		return l, l.Name, findings, err
+	case xds.Routes:
+		r, findings, err := mesh.DecodeRoutes(b)
+		return r, r.Name, findings, err
+	case xds.Secrets:
+		s, findings, err := mesh.DecodeSecret(b)
+		return s, s.Name, findings, err
+	case xds.Names:
+		n, findings, err := mesh.DecodeNames(b)
+		return n, "", findings, err
+	case xds.ProxyConfigs:
+		roots, findings, err := mesh.DecodeTrustBundle(b)
+		return &bundle{roots}, "", findings, err
+	}
+	return nil, "", nil, fmt.Errorf("resources of %v are not supported", t)
+}
+
+// closed returns a value that refuses everything that uses the resource. Without a cluster, requests fail already; a
+// listener without an address cannot be found.
+func closed(t xds.Type, name string) any {
+	switch t {
+	case xds.Routes:
+		return &mesh.Routes{Name: name, Refused: true}
+	case xds.Secrets:
+		return &mesh.Secret{Name: name, Refused: true}
+	}
+	return nil
+}
+
+// refusal returns the findings of security as one text.
+func refusal(findings []mesh.Finding) string {
+	var first string
+	count := 0
+	for _, f := range findings {
+		if f.Class != mesh.Security {
+			continue
+		}
+		if count == 0 {
+			first = f.String()
+		}
+		count++
+	}
+	if count > 1 {
+		first += fmt.Sprintf(" (and %d more findings of security)", count-1)
+	}
+	return first
+}
+
+// put sets a value in the snapshot, or removes it if value is nil.
+func put(edit *mesh.Edit, t xds.Type, name string, value any) {
+	switch t {
+	case xds.Clusters:
+		c, _ := value.(*mesh.Cluster)
+		edit.SetCluster(name, c)
+	case xds.Endpoints:
+		a, _ := value.(*mesh.Assignment)
+		edit.SetAssignment(name, a)
+	case xds.Listeners:
+		l, _ := value.(*mesh.Listener)
+		edit.SetListener(name, l)
+	case xds.Routes:
+		r, _ := value.(*mesh.Routes)
+		edit.SetRoutes(name, r)
+	case xds.Secrets:
+		s, _ := value.(*mesh.Secret)
+		edit.SetSecret(name, s)
+	case xds.Names:
+		n, _ := value.(*mesh.Names)
+		edit.SetNames(n)
+	case xds.ProxyConfigs:
+		if b, ok := value.(*bundle); ok {
+			edit.SetTrustBundle(b.roots)
+		} else {
+			edit.SetTrustBundle(nil)
+		}
+	}
+}
+
+// local reports whether a secret comes from the agent's identity or from a file, and not from the control plane.
+func local(secret string) bool {
+	return secret == "default" || secret == "ROOTCA" || strings.HasPrefix(secret, "file-cert:") || strings.HasPrefix(secret, "file-root:")
+}

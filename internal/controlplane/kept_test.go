@@ -1,0 +1,269 @@
+package controlplane
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/xds"
+)
+
+func keptIn(t testing.TB, now time.Time) *Kept {
+	return &Kept{Path: filepath.Join(t.TempDir(), "kept"), Node: "sidecar~192.0.2.1~web-1.shop~shop.svc.cluster.local", Cluster: "Kubernetes",
+		Now: func() time.Time { return now }}
+}
+
+func TestARestartedAgentHasTheKeptConfiguration(t *testing.T) {
+	before := quietStore(t)
+	takeAll(t, before, recorded(t, "sidecar.gz"))
+	k := keptIn(t, time.Now())
+	if err := k.Save(before.LastGood()); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(k.Path); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("error %v, mode %v", err, info.Mode())
+	}
+	after := newRig(t)
+	if !k.Restore(after.Store, slog.New(slog.DiscardHandler)) {
+		t.Fatal("not in force")
+	}
+	if got, want := after.inForce(), (&rig{Store: before}).inForce(); got != want {
+		t.Errorf("in force:\n%s\nwant:\n%s", got, want)
+	}
+	if entries, err := os.ReadDir(filepath.Dir(k.Path)); err != nil || len(entries) != 1 {
+		t.Errorf("files %v, error %v", entries, err)
+	}
+}
+
+func TestTheFirstAnswersReplaceWhatWasKept(t *testing.T) {
+	r := newRig(t)
+	r.Restore([]xds.Update{
+		update(xds.Clusters, cluster("gone", "gone", "1"), cluster("web", "web", "1")),
+		update(xds.Endpoints, assignment("gone", "192.0.2.10"), assignment("web", "192.0.2.10")),
+		update(xds.Listeners, httpListener("gone", "81", "1"), httpListener("http", "80", "1")),
+		update(xds.Routes, routes("80", "web"), routes("81", "gone")),
+	})
+	r.want("gone=192.0.2.10 web=192.0.2.10 80→web 81→gone gone→81 http→80")
+	outcome := r.Update(update(xds.Clusters, cluster("web", "web", "1")))
+	for _, want := range []struct {
+		t     xds.Type
+		names []string
+	}{{xds.Endpoints, []string{"web"}}, {xds.Listeners, nil}, {xds.Routes, []string{"80", "81"}}, {xds.Names, nil}} {
+		if names, ok := outcome.Wanted[want.t]; !ok || !slices.Equal(names, want.names) {
+			t.Errorf("%v: asks for %q (%v), want %q", want.t, names, ok, want.names)
+		}
+	}
+	r.want("gone=192.0.2.10 web=192.0.2.10 80→web 81→gone gone→81 http→80")
+	r.accepts(update(xds.Listeners, httpListener("http", "80", "1")))
+	r.want("web=192.0.2.10 80→web http→80")
+}
+
+func TestSecretsAreNotKept(t *testing.T) {
+	secret := Resource{Type: xds.Secrets, Name: "kubernetes://cert", TypeURL: xds.Secrets.URL(), Bytes: func() ([]byte, error) { return []byte("key"), nil }}
+	k := keptIn(t, time.Now())
+	if err := k.Save(slices.Values([]Resource{secret})); err != nil {
+		t.Fatal(err)
+	}
+	if updates, _, err := k.Load(); err != nil || len(updates) != 0 {
+		t.Errorf("loaded %v, error %v", updates, err)
+	}
+}
+
+// saved returns a file with one cluster and a file's content.
+func saved(t testing.TB) (*Kept, []byte) {
+	t.Helper()
+	k := keptIn(t, time.Unix(2_000_000, 0))
+	r := cluster("web", "web", "1")
+	resource := Resource{Type: xds.Clusters, Name: r.Name, Bytes: func() ([]byte, error) { return r.Value, nil }}
+	if err := k.Save(slices.Values([]Resource{resource})); err != nil {
+		t.Fatal(err)
+	}
+	content, err := os.ReadFile(k.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k, content
+}
+
+// signed returns content with a valid checksum.
+func signed(content string) []byte {
+	sum := sha256.Sum256([]byte(content))
+	return append([]byte(content), sum[:]...)
+}
+
+func TestAFileThatCannotBeTrustedIsIgnoredByName(t *testing.T) {
+	header := fmt.Sprintf(`{"node":%q,"cluster":"Kubernetes","saved":"1970-01-24T03:33:20Z"}`, keptIn(t, time.Time{}).Node)
+	rewrite := func(content []byte) func(*Kept) {
+		return func(k *Kept) {
+			if err := os.WriteFile(k.Path, content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	_, good := saved(t)
+	flipped := bytes.Clone(good)
+	flipped[len(flipped)/2] ^= 1
+	for _, test := range []struct {
+		name, want string
+		spoil      func(*Kept)
+	}{
+		{"empty", "truncated", rewrite(nil)},
+		{"cut", "checksum", rewrite(good[:len(good)-1])},
+		{"a flipped bit", "checksum", rewrite(flipped)},
+		{"another format", "another format", rewrite(signed("pillion kept resources 2\n" + header))},
+		{"a malformed header", "its header", rewrite(signed(keptMagic + "{\n"))},
+		{"not compressed", "unpacking", rewrite(signed(keptMagic + header + "\n\xff\xff\xff"))},
+		{"another node", "another node", func(k *Kept) { k.Node = "sidecar~192.0.2.2~pay-1.shop~shop.svc.cluster.local" }},
+		{"another cluster", "another cluster", func(k *Kept) { k.Cluster = "east" }},
+		{"too old", "more than 24h", func(k *Kept) {
+			k.Now = func() time.Time { return time.Unix(2_000_000, 0).Add(24*time.Hour + time.Second) }
+		}},
+		{"from the future", "from the future", func(k *Kept) { k.Now = func() time.Time { return time.Unix(2_000_000, 0).Add(-time.Hour) } }},
+		{"readable by others", "mode 0640", func(k *Kept) { os.Chmod(k.Path, 0o640) }},
+		{"too large", "more than", func(k *Kept) { os.Truncate(k.Path, maxKeptFile+1) }},
+		{"a symbolic link", "symbolic link", func(k *Kept) { os.Rename(k.Path, k.Path+"2"); os.Symlink(k.Path+"2", k.Path) }},
+		{"a directory", "not a regular file", func(k *Kept) { os.Remove(k.Path); os.Mkdir(k.Path, 0o700) }},
+		{"a FIFO", "not a regular file", func(k *Kept) { os.Remove(k.Path); syscall.Mkfifo(k.Path, 0o600) }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			k, _ := saved(t)
+			test.spoil(k)
+			updates, _, err := k.Load()
+			if err == nil || !strings.Contains(err.Error(), test.want) || !strings.Contains(err.Error(), k.Path) || updates != nil {
+				t.Errorf("error %v, want %s in %s", err, test.want, k.Path)
+			}
+		})
+	}
+}
+
+func TestAFileOfAnotherUserIsIgnored(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Log("only root can give a file away")
+		return
+	}
+	k, _ := saved(t)
+	if err := os.Chown(k.Path, 12345, -1); err != nil {
+		t.Log("this user namespace has one user:", err)
+		return
+	}
+	if _, _, err := k.Load(); err == nil || !strings.Contains(err.Error(), "another user") {
+		t.Error(err)
+	}
+}
+
+func TestWithoutAFileThereIsNoConfiguration(t *testing.T) {
+	k := keptIn(t, time.Now())
+	if _, _, err := k.Load(); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	r := newRig(t)
+	if k.Restore(r.Store, r.config.Log) || r.log.String() != "" {
+		t.Errorf("restored, or logged %s", r.log.String())
+	}
+}
+
+// A crash while the file is written leaves a temporary file, or a part of it.
+func TestACrashWhileWritingLeavesTheOldFile(t *testing.T) {
+	k, content := saved(t)
+	if err := os.WriteFile(k.Path+".new", content[:len(content)/2], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := k.Load(); err != nil {
+		t.Error(err)
+	}
+	if err := k.Save(slices.Values([]Resource{})); err != nil {
+		t.Error(err)
+	}
+	if updates, _, err := k.Load(); err != nil || len(updates) != 0 {
+		t.Errorf("loaded %v, error %v", updates, err)
+	}
+}
+
+func TestWhatCannotBeWrittenLeavesNothing(t *testing.T) {
+	k := keptIn(t, time.Now())
+	if err := os.Mkdir(k.Path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.Save(slices.Values([]Resource{})); err == nil {
+		t.Error("no error")
+	}
+	if _, err := os.Stat(k.Path + ".new"); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
+func TestManyPushesAreSavedOnceAMinute(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s := quietStore(t)
+		k := &Kept{Path: filepath.Join(dir, "kept")}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { k.Run(ctx, s, slog.New(slog.DiscardHandler)); close(done) }()
+		start := time.Now()
+		var writes []time.Duration
+		var last time.Time
+		for i := range 150 {
+			s.Update(update(xds.Clusters, cluster("web", "web", fmt.Sprint(i))))
+			time.Sleep(time.Second)
+			synctest.Wait()
+			if _, at, err := k.Load(); err == nil && !at.Equal(last) {
+				last = at
+				writes = append(writes, time.Since(start))
+			}
+		}
+		cancel()
+		<-done
+		if want := []time.Duration{2 * time.Second, 62 * time.Second, 122 * time.Second}; !slices.Equal(writes, want) {
+			t.Errorf("written after %v, want %v", writes, want)
+		}
+		updates, _, err := k.Load()
+		if err != nil || len(updates) != 1 || !bytes.Equal(updates[0].Resources[0].Value, cluster("web", "web", "149").Value) {
+			t.Errorf("the last version was not written at the end: %v, error %v", updates, err)
+		}
+	})
+}
+
+func FuzzKept(f *testing.F) {
+	k, good := saved(f)
+	f.Add(good)
+	f.Add([]byte(keptMagic))
+	f.Fuzz(func(t *testing.T, content []byte) {
+		for _, content := range [][]byte{content, signed(string(content))} {
+			if updates, _, err := k.parse(content); err == nil {
+				quietStore(t).Restore(updates)
+			}
+		}
+	})
+}
+
+func BenchmarkRestartWithThousandServices(b *testing.B) {
+	before := quietStore(b)
+	takeAll(b, before, thousand(b))
+	k := keptIn(b, time.Now())
+	if err := k.Save(before.LastGood()); err != nil {
+		b.Fatal(err)
+	}
+	info, err := os.Stat(k.Path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		if s := quietStore(b); !k.Restore(s, slog.New(slog.DiscardHandler)) {
+			b.Fatal("not in force")
+		}
+	}
+	b.ReportMetric(float64(info.Size())/1e3, "file-KB")
+}

@@ -1,0 +1,188 @@
+package controlplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/identity"
+	"github.com/pillion-proxy/pillion/internal/istiod"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/xds"
+)
+
+// SessionConfig is the configuration of a Session. All fields are required.
+type SessionConfig struct {
+	Pod   *istiod.Pod
+	Store *Store
+	Log   *slog.Logger
+}
+
+// Session is a pod's relation with istiod: an identity that is renewed, and a stream of configuration. Losing istiod
+// changes neither. Make it with NewSession and start it with Run.
+type Session struct {
+	config SessionConfig
+	client *xds.Client
+	keeper *identity.Keeper // nil: the pod has no identity
+
+	mu     sync.Mutex
+	counts [xds.Types]Counts
+}
+
+// Counts are what a Session has received of one type.
+type Counts struct {
+	Bytes   int64         // of resources
+	Decoded time.Duration // spent in taking updates
+	Last    int64         // bytes of the last update
+}
+
+// NewSession returns a session that has not begun.
+func NewSession(config SessionConfig) (*Session, error) {
+	if config.Pod == nil || config.Store == nil || config.Log == nil {
+		return nil, errors.New("controlplane: Pod, Store and Log are required")
+	}
+	node, err := config.Pod.Node.Encode()
+	if err != nil {
+		return nil, err
+	}
+	s := &Session{config: config}
+	if source := s.source(); source != nil {
+		s.keeper = identity.NewKeeper(identity.Config{Source: source, Log: config.Log, Output: config.Pod.Output})
+	}
+	s.client = xds.New(xds.Config{Delta: config.Pod.Delta, Node: node, Connect: s.connect, Handler: (*handler)(s), Log: config.Log})
+	return s, nil
+}
+
+// source returns where the identity comes from, or nil if the pod has none.
+func (s *Session) source() identity.Source {
+	pod := s.config.Pod
+	switch {
+	case pod.Files != nil:
+		return pod.Files
+	case pod.CA.Address != "":
+		return &identity.CA{Call: s.call, SPIFFE: pod.SPIFFE, Lifetime: pod.Lifetime, Signer: pod.Signer}
+	}
+	return nil
+}
+
+// Run keeps the identity and the stream until ctx ends. The stream does not wait for the identity: istiod authenticates
+// it by the token.
+func (s *Session) Run(ctx context.Context) {
+	var parts sync.WaitGroup
+	if s.keeper != nil {
+		parts.Go(func() { s.keeper.Run(ctx) })
+	} else {
+		s.config.Log.Warn("no workload certificate: the control plane is reached without TLS, and no certificate is mounted")
+	}
+	parts.Go(func() { s.config.Store.Run(ctx) })
+	parts.Go(func() { s.client.Run(ctx) })
+	parts.Wait()
+}
+
+// Identity returns the workload's identity, or nil without one. It may have expired.
+func (s *Session) Identity() *identity.Identity {
+	if s.keeper == nil {
+		return nil
+	}
+	return s.keeper.Current()
+}
+
+// Snapshot returns the configuration in force, or nil before the first.
+func (s *Session) Snapshot() *mesh.Snapshot { return s.config.Store.Snapshot() }
+
+// Initialized returns a channel that is closed when the first configuration is in force.
+func (s *Session) Initialized() <-chan struct{} { return s.config.Store.Initialized() }
+
+// callTimeout bounds one call of the CA.
+const callTimeout = 10 * time.Second
+
+// call makes one call of the CA, on a connection of its own: calls are hours apart, and a new connection reads the roots
+// again.
+func (s *Session) call(ctx context.Context, method string, message []byte) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	connection, err := s.config.Pod.CA.Connect()
+	if err != nil {
+		return nil, err
+	}
+	defer connection.Close()
+	return connection.Call(ctx, method, message)
+}
+
+// connect opens a stream on a connection of its own, so that each stream reads the roots again.
+func (s *Session) connect(ctx context.Context) (xds.Stream, error) {
+	connection, err := s.config.Pod.Discovery.Connect()
+	if err != nil {
+		return nil, err
+	}
+	stream, err := connection.Stream(ctx, xds.Method(s.config.Pod.Delta))
+	if err != nil {
+		connection.Close()
+		return nil, err
+	}
+	return &ownStream{stream, connection}, nil
+}
+
+// ownStream is a stream with a connection of its own.
+type ownStream struct {
+	xds.Stream
+	connection *istiod.Connection
+}
+
+func (s *ownStream) Close() {
+	s.Stream.Close()
+	s.connection.Close()
+}
+
+// handler is a Session that takes updates.
+type handler Session
+
+// Update passes an update on. Roots of the mesh concern the identity as well.
+func (h *handler) Update(u xds.Update) xds.Outcome {
+	bytes := 0
+	for i := range u.Resources {
+		bytes += len(u.Resources[i].Value)
+	}
+	start := time.Now()
+	outcome := h.config.Store.Update(u)
+	h.mu.Lock()
+	counts := &h.counts[u.Type]
+	counts.Bytes += int64(bytes)
+	counts.Last = int64(bytes)
+	counts.Decoded += time.Since(start)
+	h.mu.Unlock()
+	if u.Type == xds.ProxyConfigs && len(outcome.Rejected) == 0 {
+		h.anchor(u.Resources)
+	}
+	return outcome
+}
+
+// anchor trusts the roots that istiod announces for the mesh.
+func (h *handler) anchor(resources []xds.Resource) {
+	if h.keeper == nil {
+		return
+	}
+	var texts [][]byte
+	for _, resource := range resources {
+		roots, _, err := mesh.DecodeTrustBundle(resource.Value)
+		if err != nil {
+			h.config.Log.Warn("roots of the mesh not used", "err", fmt.Errorf("decoding them: %w", err))
+			return
+		}
+		for _, root := range roots {
+			texts = append(texts, []byte(root))
+		}
+	}
+	if len(texts) == 0 {
+		return
+	}
+	roots, err := identity.ParseRoots(texts...)
+	if err != nil {
+		h.config.Log.Warn("roots of the mesh not used", "err", err)
+		return
+	}
+	h.keeper.Anchor(roots)
+}

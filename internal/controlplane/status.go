@@ -1,0 +1,67 @@
+package controlplane
+
+import (
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/xds"
+)
+
+// Status is the state of a Session, for people and metrics.
+type Status struct {
+	Address     string
+	Stream      xds.Status
+	Counts      [xds.Types]Counts
+	Findings    [xds.Types][mesh.Security + 1]int // of the resources, by class
+	LastPush    time.Time                         // of any type; zero: nothing was received
+	Initialized bool
+	Identity    IdentityStatus
+}
+
+// IdentityStatus is the state of the workload's identity.
+type IdentityStatus struct {
+	Source    string // "CA", "files", or empty: the pod has no identity
+	SPIFFE    string // empty before the first certificate
+	NotBefore time.Time
+	NotAfter  time.Time
+	Renewals  int64
+	Failures  int64
+	LastError error
+}
+
+// Status returns the current state.
+func (s *Session) Status() Status {
+	status := Status{Address: s.config.Pod.Discovery.Address, Stream: s.client.Status(), Identity: s.identityStatus()}
+	s.mu.Lock()
+	status.Counts = s.counts
+	s.mu.Unlock()
+	for _, t := range status.Stream.Types {
+		if t.Last.After(status.LastPush) {
+			status.LastPush = t.Last
+		}
+	}
+	for _, finding := range s.config.Store.Findings() {
+		status.Findings[finding.Type][finding.Class]++
+	}
+	select {
+	case <-s.Initialized():
+		status.Initialized = true
+	default:
+	}
+	return status
+}
+
+func (s *Session) identityStatus() IdentityStatus {
+	if s.keeper == nil {
+		return IdentityStatus{}
+	}
+	kept := s.keeper.Status()
+	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError}
+	if s.config.Pod.Files != nil {
+		status.Source = "files"
+	}
+	if current := s.keeper.Current(); current != nil {
+		status.SPIFFE, status.NotBefore, status.NotAfter = current.SPIFFE, current.Certificate.Leaf.NotBefore, current.NotAfter()
+	}
+	return status
+}

@@ -1,0 +1,533 @@
+package controlplane
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/xds"
+)
+
+const (
+	// warmingTimeout is how long a cluster waits for its endpoints, and whatever names the cluster for it. It is Envoy's
+	// initial_fetch_timeout.
+	warmingTimeout = 15 * time.Second
+
+	// lingerTimeout is how long a cluster that was removed is kept for routes and listeners that still name it. It is
+	// bounded, because the addresses of its endpoints may soon belong to other pods.
+	lingerTimeout = time.Minute
+
+	defaultMaxBytes = 64 << 20
+	maxResource     = 16 << 20 // bytes of one resource
+	maxResources    = 100_000  // of all types
+	maxName         = 4 << 10  // bytes
+)
+
+// StoreConfig is the configuration of a Store. Log is required.
+type StoreConfig struct {
+	Log *slog.Logger
+	Now func() time.Time // nil: time.Now
+
+	// MaxBytes bounds the resources in sum. Resources beyond it are rejected. 0: 64 MiB.
+	MaxBytes int64
+}
+
+// Store compiles the resources that it receives into a snapshot, and keeps the last good version of each. It does no I/O
+// but for its log.
+//
+// A change is made before what it replaces is broken:
+//   - A cluster is in force when its endpoints have come, or 15 s after the cluster. Until then its last version is.
+//   - A cluster that was removed stays with its endpoints until no route and no listener in force names it, or for 1 min.
+//   - Routes are in force when the clusters that they name are, of those that the control plane has, or after 15 s.
+//   - A listener is in force when its routes and its clusters are. A listener without its routes waits for them without
+//     limit, as Envoy's do.
+//   - A secret that is missing holds nothing back: the chain or cluster that names it is closed until it comes.
+//
+// A version with a finding of security is rejected, and the last good one stays in force. Without a good version, the
+// rejected one is in force where it can be: it refuses what it concerns.
+//
+// Update is called by one goroutine, the other methods by any.
+type Store struct {
+	config      StoreConfig
+	snapshot    atomic.Pointer[mesh.Snapshot]
+	initialized chan struct{}
+	kick        chan struct{} // after each change of deadline
+	changes     chan struct{} // after each change of the resources
+
+	mu       sync.Mutex
+	current  *mesh.Snapshot // what is in force; published once it is whole
+	entries  [xds.Types]map[string]*entry
+	asked    [xds.Types]map[string]struct{} // names that the last outcome asked for
+	began    bool                           // wildcard types were asked for
+	seen     [xds.Types]bool                // an update of the type was received
+	whole    [xds.Types]bool                // the next update of the type replaces all resources
+	started  time.Time                      // of the first update of listeners
+	deadline time.Time                      // when a wait is over; zero: none
+	pending  int                            // resources that wait
+	needs    *needs                         // nil: to be computed
+	bytes    int64
+	altered  bool // the resources were, since changes was notified
+	archive  archive
+	log      findingLog
+}
+
+// entry is a resource.
+type entry struct {
+	name    string
+	active  *version // in force; nil: there is none yet
+	next    *version // accepted, and waiting for what it needs
+	refused *refused // a later version that was not accepted
+	removed bool     // and in force until nothing names it
+	since   time.Time
+}
+
+// version is one version of a resource.
+type version struct {
+	hash     uint64
+	updated  time.Time
+	value    any
+	closed   bool // it was refused, and there was no good version
+	findings []mesh.Finding
+	raw      span
+}
+
+// refused is a version that is not in force, or closes what it concerns.
+type refused struct {
+	version
+	reason string
+}
+
+// NewStore returns an empty store.
+func NewStore(config StoreConfig) (*Store, error) {
+	if config.Log == nil {
+		return nil, errors.New("controlplane: a store needs a log")
+	}
+	config.MaxBytes = cmp.Or(config.MaxBytes, defaultMaxBytes)
+	if config.Now == nil {
+		config.Now = time.Now
+	}
+	s := &Store{config: config, initialized: make(chan struct{}), kick: make(chan struct{}, 1), changes: make(chan struct{}, 1), current: &mesh.Snapshot{}}
+	for t := range s.entries {
+		s.entries[t] = map[string]*entry{}
+	}
+	return s, nil
+}
+
+// Snapshot returns what is in force. It returns nil before the store is initialized.
+func (s *Store) Snapshot() *mesh.Snapshot { return s.snapshot.Load() }
+
+// Initialized returns a channel that is closed when the first clusters are in force with their endpoints, and the first
+// listeners with their routes, or 15 s after the first listeners came.
+func (s *Store) Initialized() <-chan struct{} { return s.initialized }
+
+// Update takes a response of the control plane. Names of types that are asked for by name and were not asked for are
+// ignored.
+func (s *Store) Update(u xds.Update) xds.Outcome {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.config.Now()
+	if u.Type == xds.Clusters || u.Type == xds.Listeners {
+		s.needs = nil
+	}
+	rejected := s.receive(&u, now)
+	s.seen[u.Type] = true
+	if u.Type == xds.Listeners && s.started.IsZero() {
+		s.started = now
+	}
+	edit := s.current.Edit()
+	s.applyDirect(edit, &u)
+	var wanted map[xds.Type][]string
+	if u.Type <= xds.Routes && (u.Type != xds.Endpoints || s.pending > 0) {
+		s.settle(edit, now)
+		wanted = s.ask()
+		s.dropUnnamed(edit)
+	}
+	s.publish(edit, now)
+	if s.archive.loose() {
+		s.pack()
+	}
+	s.archive.release()
+	if s.altered {
+		s.altered = false
+		notify(s.changes)
+	}
+	return xds.Outcome{Rejected: rejected, Wanted: wanted}
+}
+
+// Restore takes resources that were kept by LastGood. They are in force until the control plane has answered: its first
+// responses replace all clusters and listeners, and everything is asked for again. Call it before the first Update.
+func (s *Store) Restore(updates []xds.Update) (rejected []xds.Rejected) {
+	for _, u := range updates {
+		rejected = append(rejected, s.Update(u).Rejected...)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asked, s.began = [xds.Types]map[string]struct{}{}, false
+	s.whole[xds.Clusters], s.whole[xds.Listeners] = true, true
+	return rejected
+}
+
+// Changes returns a channel that receives after resources changed. It has one receiver.
+func (s *Store) Changes() <-chan struct{} { return s.changes }
+
+// Tick ends the waits whose time is over.
+func (s *Store) Tick() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.config.Now()
+	if s.deadline.IsZero() || now.Before(s.deadline) {
+		return
+	}
+	edit := s.current.Edit()
+	s.settle(edit, now)
+	s.dropUnnamed(edit)
+	s.publish(edit, now)
+}
+
+// Run calls Tick when it is time, until ctx ends.
+func (s *Store) Run(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.kick:
+		case <-timer.C:
+			s.Tick()
+		}
+		if deadline, ok := s.Deadline(); ok {
+			timer.Reset(max(deadline.Sub(s.config.Now()), 0))
+		} else {
+			timer.Stop()
+		}
+	}
+}
+
+// Deadline returns when Tick is to be called, and false if nothing waits.
+func (s *Store) Deadline() (time.Time, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.deadline, !s.deadline.IsZero()
+}
+
+var hashSeed = maphash.MakeSeed()
+
+// receive takes the resources of an update, and returns those that are rejected.
+func (s *Store) receive(u *xds.Update, now time.Time) (rejected []xds.Rejected) {
+	if u.Type == xds.Names || u.Type == xds.ProxyConfigs { // one resource, whose name does not count
+		u.Resources = slices.Clone(u.Resources)
+		for i := range u.Resources {
+			u.Resources[i].Name = ""
+		}
+	}
+	twice := duplicates(u.Resources)
+	for i := range u.Resources {
+		r := &u.Resources[i]
+		if !u.Type.Wildcard() && !has(s.asked[u.Type], r.Name) {
+			continue
+		}
+		if reason := s.take(u.Type, r, twice[r.Name], now); reason != "" {
+			rejected = append(rejected, xds.Rejected{Name: r.Name, Reason: reason})
+		}
+	}
+	for _, name := range u.Removed {
+		s.remove(u.Type, name, now)
+	}
+	if s.whole[u.Type] {
+		s.whole[u.Type] = false
+		s.removeOthers(u, now)
+	}
+	return rejected
+}
+
+// duplicates returns the names that occur more than once.
+func duplicates(resources []xds.Resource) map[string]bool {
+	if len(resources) < 2 {
+		return nil
+	}
+	seen := make(map[string]struct{}, len(resources))
+	var twice map[string]bool
+	for i := range resources {
+		name := resources[i].Name
+		if _, ok := seen[name]; ok {
+			if twice == nil {
+				twice = map[string]bool{}
+			}
+			twice[name] = true
+		}
+		seen[name] = struct{}{}
+	}
+	return twice
+}
+
+// take takes one resource, which may come more than once in the same update. It returns why it is rejected, or nothing.
+func (s *Store) take(t xds.Type, r *xds.Resource, twice bool, now time.Time) (reason string) {
+	hash := maphash.Bytes(hashSeed, r.Value)
+	e := s.entries[t][r.Name]
+	if e != nil && !e.removed && !twice {
+		if reason, same := s.unchanged(e, hash); same {
+			return reason
+		}
+	}
+	if e == nil {
+		if reason := s.full(r.Name); reason != "" {
+			return reason
+		}
+		e = &entry{name: r.Name}
+		s.entries[t][r.Name] = e
+	}
+	if e.removed {
+		e.removed, e.since = false, time.Time{}
+	}
+	v := version{hash: hash, updated: now}
+	reason = s.tooLarge(r)
+	if twice {
+		reason = "more than one resource with this name in a response"
+	}
+	if reason != "" {
+		v.hash, v.value = 0, closed(t, r.Name) // it is judged again when it comes again
+		s.refuse(t, e, v, reason, nil)
+		return reason
+	}
+	c := compile(t, r)
+	v.value, v.findings = c.value, c.findings
+	s.log.findings(s.config.Log, t, r.Name, c.findings)
+	if c.reason == "" {
+		s.accept(t, e, &v, r.Value)
+		return ""
+	}
+	s.refuse(t, e, v, c.reason, r.Value)
+	return c.reason
+}
+
+// unchanged reports whether a version has been received already, and why it was rejected.
+func (s *Store) unchanged(e *entry, hash uint64) (reason string, same bool) {
+	switch {
+	case e.refused != nil && e.refused.hash == hash:
+		return e.refused.reason, true
+	case e.next != nil && e.next.hash == hash:
+		s.forget(e)
+		return "", true
+	case e.active != nil && !e.active.closed && e.active.hash == hash:
+		s.forget(e)
+		s.drop(e.next)
+		e.next, e.since = nil, time.Time{}
+		return "", true
+	}
+	return "", false
+}
+
+// tooLarge returns why a resource is too large, or nothing.
+func (s *Store) tooLarge(r *xds.Resource) string {
+	if len(r.Value) > maxResource {
+		return fmt.Sprintf("%d bytes are more than the limit of %d for a resource", len(r.Value), maxResource)
+	}
+	if s.bytes+int64(len(r.Value)) > s.config.MaxBytes {
+		return fmt.Sprintf("the resources have more than %d bytes", s.config.MaxBytes)
+	}
+	return ""
+}
+
+// full returns why a resource with another name cannot be kept, or nothing.
+func (s *Store) full(name string) string {
+	if len(name) > maxName {
+		return fmt.Sprintf("its name has %d bytes, more than %d", len(name), maxName)
+	}
+	count := 0
+	for t := range s.entries {
+		count += len(s.entries[t])
+	}
+	if count >= maxResources {
+		return fmt.Sprintf("more than %d resources", maxResources)
+	}
+	return ""
+}
+
+// accept makes v the version that is in force, or that is next.
+func (s *Store) accept(t xds.Type, e *entry, v *version, raw []byte) {
+	s.forget(e)
+	s.keep(v, raw)
+	s.drop(e.next)
+	if t == xds.Clusters || t == xds.Listeners || t == xds.Routes {
+		e.next = v
+		return
+	}
+	s.drop(e.active)
+	e.active = v
+}
+
+// refuse records a version that is refused. Without a good one it closes what it concerns.
+func (s *Store) refuse(t xds.Type, e *entry, v version, reason string, raw []byte) {
+	s.forget(e)
+	s.keep(&v, raw)
+	e.refused = &refused{v, reason}
+	latest := cmp.Or(e.next, e.active)
+	if latest != nil && !latest.closed {
+		return
+	}
+	stand := &version{hash: v.hash, updated: v.updated, value: v.value, findings: v.findings, closed: true}
+	if t == xds.Clusters || t == xds.Listeners || t == xds.Routes {
+		e.next = stand
+	} else {
+		e.active = stand
+	}
+}
+
+// keep keeps the bytes of a version.
+func (s *Store) keep(v *version, raw []byte) {
+	v.raw = s.archive.add(raw)
+	s.altered = true
+	s.bytes += int64(len(raw))
+}
+
+// drop gives up the bytes of a version.
+func (s *Store) drop(v *version) {
+	if v != nil {
+		v.raw.free()
+		s.bytes -= int64(v.raw.size)
+	}
+}
+
+// forget gives up the version that was refused.
+func (s *Store) forget(e *entry) {
+	if e.refused != nil {
+		s.drop(&e.refused.version)
+		e.refused = nil
+	}
+}
+
+// remove takes a resource away. Endpoints and routes stay for as long as they are asked for: their removal comes with that
+// of what names them.
+func (s *Store) remove(t xds.Type, name string, now time.Time) {
+	e := s.entries[t][name]
+	if e == nil || t == xds.Endpoints || t == xds.Routes {
+		return
+	}
+	s.forget(e)
+	s.drop(e.next)
+	e.next = nil
+	s.altered = true
+	if t == xds.Clusters && e.active != nil {
+		e.removed, e.since = true, now
+		return
+	}
+	e.removed = true
+}
+
+// removeOthers removes the resources that an update does not have.
+func (s *Store) removeOthers(u *xds.Update, now time.Time) {
+	present := make(map[string]struct{}, len(u.Resources))
+	for i := range u.Resources {
+		present[u.Resources[i].Name] = struct{}{}
+	}
+	for name := range s.entries[u.Type] {
+		if !has(present, name) {
+			s.remove(u.Type, name, now)
+		}
+	}
+}
+
+// erase takes a resource out of the store and out of force.
+func (s *Store) erase(edit *mesh.Edit, t xds.Type, e *entry) {
+	if t == xds.Clusters || t == xds.Listeners {
+		s.needs = nil
+	}
+	s.forget(e)
+	s.drop(e.next)
+	s.drop(e.active)
+	delete(s.entries[t], e.name)
+	put(edit, t, e.name, nil)
+}
+
+// applyDirect puts resources in force that wait for nothing.
+func (s *Store) applyDirect(edit *mesh.Edit, u *xds.Update) {
+	if u.Type == xds.Clusters || u.Type == xds.Listeners || u.Type == xds.Routes {
+		return
+	}
+	apply := func(name string) {
+		e := s.entries[u.Type][name]
+		switch {
+		case e == nil:
+		case e.removed:
+			s.erase(edit, u.Type, e)
+		case e.active != nil:
+			put(edit, u.Type, name, e.active.value)
+		}
+	}
+	for i := range u.Resources {
+		apply(u.Resources[i].Name)
+	}
+	for _, name := range u.Removed {
+		apply(name)
+	}
+}
+
+// publish makes the edit's snapshot the current one.
+func (s *Store) publish(edit *mesh.Edit, now time.Time) {
+	snapshot, changed := edit.Snapshot()
+	if changed {
+		s.current = snapshot
+	}
+	switch {
+	case s.snapshot.Load() != nil:
+		if changed {
+			s.snapshot.Store(snapshot)
+		}
+	case s.complete(now):
+		s.snapshot.Store(s.current)
+		close(s.initialized)
+	}
+	notify(s.kick)
+}
+
+// notify wakes the receiver of a channel with room for one value, now or when it receives next.
+func notify(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// complete reports whether the first configuration is in force.
+func (s *Store) complete(now time.Time) bool {
+	if !s.seen[xds.Clusters] || !s.seen[xds.Listeners] {
+		return false
+	}
+	return s.pending == 0 || !now.Before(s.started.Add(warmingTimeout))
+}
+
+// pack compresses what was added, together with what is left of chunks that are mostly unused.
+func (s *Store) pack() {
+	for t := range s.entries {
+		for _, e := range s.entries[t] {
+			for v := range e.versions() {
+				if !v.raw.sparse() {
+					continue
+				}
+				var u unpacker
+				if b, err := u.read(v.raw.view()); err == nil {
+					v.raw.free()
+					v.raw = s.archive.add(b)
+				}
+			}
+		}
+	}
+	s.archive.seal()
+}
+
+func has(set map[string]struct{}, name string) bool {
+	_, ok := set[name]
+	return ok
+}
+
+func sorted(set map[string]struct{}) []string { return slices.Sorted(maps.Keys(set)) }

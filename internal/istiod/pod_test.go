@@ -1,0 +1,155 @@
+package istiod
+
+import (
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+// injected has the variables that Istio's injector sets.
+func injected(more ...string) []string {
+	return append([]string{
+		"CA_ADDR=istiod.istio-system.svc:15012", "POD_NAME=app-inj", "POD_NAMESPACE=shop", "INSTANCE_IP=192.0.2.7", "SERVICE_ACCOUNT=app",
+		"HOST_IP=192.0.2.1", "ISTIO_META_CLUSTER_ID=Kubernetes", "ISTIO_META_NODE_NAME=node-1", "ISTIO_META_INTERCEPTION_MODE=REDIRECT",
+		"ISTIO_META_WORKLOAD_NAME=app", "ISTIO_META_OWNER=kubernetes://apis/v1/namespaces/shop/pods/app-inj", "ISTIO_META_MESH_ID=mesh1",
+		"TRUST_DOMAIN=mesh.example", "ISTIO_META_DNS_CAPTURE=true", "ISTIO_META_ENABLE_HBONE=true", `ISTIO_METAJSON_EXTRA={"NETWORK":"east"}`,
+	}, more...)
+}
+
+func TestAnInjectedPodDescribesItselfToIstiod(t *testing.T) {
+	p, err := ReadPod(DefaultAddress, &Environment{
+		Variables: injected("XDS_HEADER_X-Tenant=a", "CA_HEADER_X-Tenant=b"), Directory: t.TempDir(),
+		Labels:      map[string]string{"app": "web", "service.istio.io/canonical-name": "front"},
+		ProxyConfig: map[string]any{"holdApplicationUntilProxyStarts": true},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if id := p.Node.ID(); id != "sidecar~192.0.2.7~app-inj.shop~shop.svc.cluster.local" {
+		t.Errorf("ID %s", id)
+	}
+	if p.Node.Cluster != "front.shop" {
+		t.Errorf("cluster %s", p.Node.Cluster)
+	}
+	want := map[string]any{
+		"NAME": "app-inj", "NAMESPACE": "shop", "SERVICE_ACCOUNT": "app", "INSTANCE_IPS": "192.0.2.7", "ISTIO_VERSION": Version,
+		"CLUSTER_ID": "Kubernetes", "NODE_NAME": "node-1", "INTERCEPTION_MODE": "REDIRECT", "WORKLOAD_NAME": "app",
+		"OWNER": "kubernetes://apis/v1/namespaces/shop/pods/app-inj", "MESH_ID": "mesh1", "DNS_CAPTURE": "true", "NETWORK": "east",
+		"LABELS":       map[string]any{"app": "web", "service.istio.io/canonical-name": "front"},
+		"PROXY_CONFIG": map[string]any{"holdApplicationUntilProxyStarts": true},
+	}
+	if !reflect.DeepEqual(p.Node.Metadata, want) {
+		t.Errorf("metadata %v\nwant     %v", p.Node.Metadata, want)
+	}
+	if p.SPIFFE != "spiffe://mesh.example/ns/shop/sa/app" || p.Lifetime != 24*time.Hour || !p.Delta {
+		t.Errorf("%+v", p)
+	}
+	if got := p.Discovery.Header; got.Get("clusterid") != "Kubernetes" || got.Get("x-tenant") != "a" || p.CA.Header.Get("x-tenant") != "b" {
+		t.Errorf("headers %v and %v", got, p.CA.Header)
+	}
+	if _, err := p.Node.Encode(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestProxyConfigIsPresentInTheMetadataOfEveryNode(t *testing.T) {
+	p, err := ReadPod(DefaultAddress, &Environment{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if config, ok := p.Node.Metadata["PROXY_CONFIG"].(map[string]any); !ok || config == nil {
+		t.Errorf("PROXY_CONFIG %v", p.Node.Metadata["PROXY_CONFIG"])
+	}
+}
+
+func TestATokenIsNotSentInTheClear(t *testing.T) {
+	plain := map[string]any{"controlPlaneAuthPolicy": "NONE"}
+	p, err := ReadPod("istiod:15010", &Environment{ProxyConfig: plain, Directory: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !p.Discovery.Plaintext || p.Discovery.Token != "" || p.CA.Address != "" {
+		t.Errorf("discovery %+v, CA %+v", p.Discovery, p.CA)
+	}
+	p, err = ReadPod("istiod:15010", &Environment{ProxyConfig: plain, Directory: t.TempDir(), Variables: []string{"CA_ADDR=istiod:15012"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.CA.Address != "istiod:15012" || p.CA.Plaintext || p.CA.Token == "" {
+		t.Errorf("CA %+v", p.CA)
+	}
+}
+
+func TestMountedCertificatesReplaceTheCA(t *testing.T) {
+	directory := t.TempDir()
+	certificates := filepath.Join(directory, "var/run/secrets/workload-spiffe-credentials")
+	if err := os.MkdirAll(certificates, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"cert-chain.pem", "key.pem", "root-cert.pem"} {
+		if err := os.WriteFile(filepath.Join(certificates, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p, err := ReadPod(DefaultAddress, &Environment{Directory: directory})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.Files == nil || p.CA.Address != "" {
+		t.Errorf("files %v, CA %+v", p.Files, p.CA)
+	}
+}
+
+func TestInvalidVariablesOfThePodAreNamed(t *testing.T) {
+	for variable, remedy := range map[string]string{
+		"SECRET_TTL=soon":              "such as 24h",
+		"SECRET_TTL=-1h":               "such as 24h",
+		"ISTIO_DELTA_XDS=maybe":        "use true or false",
+		"CA_PROVIDER=GoogleCAS":        "use Citadel",
+		"ISTIO_METAJSON_LABELS=app=we": "use a JSON object",
+	} {
+		_, err := ReadPod(DefaultAddress, &Environment{Variables: []string{variable}})
+		name, _, _ := strings.Cut(variable, "=")
+		if err == nil || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), remedy) {
+			t.Errorf("%s: %v", variable, err)
+		}
+	}
+}
+
+func TestTheStateOfTheWorldIsChosenByAVariable(t *testing.T) {
+	p, err := ReadPod(DefaultAddress, &Environment{Variables: []string{"ISTIO_DELTA_XDS=false"}})
+	if err != nil || p.Delta {
+		t.Errorf("delta %v, %v", p.Delta, err)
+	}
+}
+
+func TestCredentialsAreRootsOrAToken(t *testing.T) {
+	e := &Environment{Directory: t.TempDir()}
+	if HasCredentials(e) {
+		t.Error("credentials in an empty directory")
+	}
+	token := filepath.Join(e.Directory, TokenFile)
+	if err := os.MkdirAll(filepath.Dir(token), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(token, []byte("t"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if !HasCredentials(e) {
+		t.Error("a token is not a credential")
+	}
+}
+
+func TestAddressesNeedAHostAndAPort(t *testing.T) {
+	for address, valid := range map[string]bool{
+		DefaultAddress: true, "[2001:db8::1]:15012": true, "localhost:15012": true,
+		"istiod": false, "istiod:": false, ":15012": false, "istiod:0": false, "istiod:70000": false, "https://istiod:15012": false,
+	} {
+		if err := CheckAddress(address); (err == nil) != valid {
+			t.Errorf("%s: %v", address, err)
+		}
+	}
+}

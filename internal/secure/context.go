@@ -1,0 +1,211 @@
+package secure
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/identity"
+)
+
+// ServerConfig is TLS with the clients of a filter chain.
+type ServerConfig struct {
+	// Certificate returns the certificate that is presented, at each handshake. An error is told as NoIdentity.
+	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+
+	Protocols []string  // ALPN, in the order of preference. A client that offers none of them goes on without ALPN
+	Clients   *Verifier // nil: clients are not asked for a certificate
+	Optional  bool      // a client without a certificate is accepted
+
+	MinVersion, MaxVersion uint16 // numbers of crypto/tls; 0: 1.2 and 1.3
+}
+
+// ServerContext is a compiled ServerConfig. It is used by any number of handshakes at a time.
+type ServerContext struct{ config *tls.Config }
+
+// NewServer compiles a configuration.
+//
+// Sessions are not resumed: a ticket would outlive a change of the roots (CVE-2022-21654).
+func NewServer(config ServerConfig) *ServerContext {
+	base := newConfig(config.MinVersion, config.MaxVersion)
+	base.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+		certificate, err := config.Certificate(hello)
+		if err != nil {
+			return nil, &Error{NoIdentity, err.Error(), err}
+		}
+		return certificate, nil
+	}
+	if config.Clients != nil {
+		base.ClientAuth = tls.RequireAnyClientCert
+		if config.Optional {
+			base.ClientAuth = tls.RequestClientCert
+		}
+		base.VerifyConnection = func(state tls.ConnectionState) error {
+			if len(state.PeerCertificates) == 0 {
+				return nil // Optional
+			}
+			return config.Clients.verify(state.PeerCertificates, x509.ExtKeyUsageClientAuth)
+		}
+	}
+	if len(config.Protocols) > 0 {
+		base.GetConfigForClient = chooseProtocol(base, config.Protocols)
+	}
+	return &ServerContext{base}
+}
+
+// chooseProtocol returns a GetConfigForClient that offers just the protocol to agree on. crypto/tls ends a handshake
+// without a protocol in common by an alert, and Envoy goes on without ALPN, which Istio's clients rely on.
+func chooseProtocol(base *tls.Config, protocols []string) func(*tls.ClientHelloInfo) (*tls.Config, error) {
+	configs := make(map[string]*tls.Config, len(protocols))
+	for _, protocol := range protocols {
+		configs[protocol] = base.Clone()
+		configs[protocol].NextProtos = []string{protocol}
+	}
+	return func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		for _, protocol := range protocols {
+			if slices.Contains(hello.SupportedProtos, protocol) {
+				return configs[protocol], nil
+			}
+		}
+		return nil, nil
+	}
+}
+
+// ClientConfig is TLS with the servers of a cluster.
+type ClientConfig struct {
+	ServerName string   // sent as SNI; empty: none is sent
+	Protocols  []string // ALPN that is offered; empty: none
+
+	// Certificate returns the certificate that is presented if the server asks for one. Nil: none is presented.
+	Certificate func() (*tls.Certificate, error)
+
+	Servers *Verifier // nil: the server is not verified
+
+	MinVersion, MaxVersion uint16 // numbers of crypto/tls; 0: 1.2 and 1.3
+}
+
+// ClientContext is a compiled ClientConfig. It is used by any number of handshakes at a time.
+type ClientContext struct{ config *tls.Config }
+
+// NewClient compiles a configuration.
+func NewClient(config ClientConfig) *ClientContext {
+	base := newConfig(config.MinVersion, config.MaxVersion)
+	base.ServerName, base.NextProtos = config.ServerName, config.Protocols
+	base.InsecureSkipVerify = true // VerifyConnection verifies instead, without comparing ServerName
+	if config.Certificate != nil {
+		base.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			certificate, err := config.Certificate()
+			if err != nil {
+				return nil, &Error{NoIdentity, err.Error(), err}
+			}
+			return certificate, nil
+		}
+	}
+	if config.Servers != nil {
+		base.VerifyConnection = func(state tls.ConnectionState) error {
+			return config.Servers.verify(state.PeerCertificates, x509.ExtKeyUsageServerAuth)
+		}
+	}
+	return &ClientContext{base}
+}
+
+func newConfig(minVersion, maxVersion uint16) *tls.Config {
+	if minVersion == 0 {
+		minVersion = tls.VersionTLS12
+	}
+	return &tls.Config{
+		MinVersion: minVersion,
+		MaxVersion: maxVersion,
+
+		// The suites of Istio's proxies for TLS 1.2 that have forward secrecy. Those of TLS 1.3 are not configurable.
+		CipherSuites: []uint16{
+			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+			tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+		},
+		SessionTicketsDisabled: true,
+
+		// Small first records help a browser to render early. Records of a proxy are as large as what it has read.
+		DynamicRecordSizingDisabled: true,
+	}
+}
+
+// Verifier verifies a peer's certificate.
+type Verifier struct {
+	// Roots returns the current roots of trust. Without roots every peer is rejected.
+	Roots func() *identity.Roots
+
+	// Names has names of which the certificate must have one. Empty: every name is accepted. An empty Names from a
+	// configuration that has names must not occur, because it opens the door.
+	Names []Name
+
+	SPIFFE bool // the certificate must have exactly one URI, a SPIFFE ID
+}
+
+// Name matches a subject alternative name.
+type Name interface {
+	// Match reports whether the certificate has a name that matches.
+	Match(*x509.Certificate) bool
+	String() string
+}
+
+// verify is called during a handshake, after the peer has proved that it has the key of the first certificate.
+func (v *Verifier) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage) error {
+	roots, leaf, now := v.Roots(), chain[0], time.Now()
+	if roots == nil {
+		return &Error{Failure: NoIdentity, Detail: "no roots to verify the peer with"}
+	}
+	options := x509.VerifyOptions{Roots: roots.Pool, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage}}
+	if len(chain) > 1 {
+		options.Intermediates = x509.NewCertPool()
+		for _, intermediate := range chain[1:] {
+			options.Intermediates.AddCert(intermediate)
+		}
+	}
+	if _, err := leaf.Verify(options); err != nil {
+		return invalid(leaf, now, err)
+	}
+	if v.SPIFFE && spiffeID(leaf) == "" {
+		return &Error{Failure: NoSPIFFE, Detail: describe(leaf)}
+	}
+	if len(v.Names) > 0 && !slices.ContainsFunc(v.Names, func(n Name) bool { return n.Match(leaf) }) {
+		return &Error{Failure: NameRefused, Detail: describe(leaf) + ", want " + v.expected()}
+	}
+	return nil
+}
+
+// expected lists the names that are accepted.
+func (v *Verifier) expected() string {
+	const most = 5
+	var names []string
+	for _, name := range v.Names[:min(len(v.Names), most)] {
+		names = append(names, name.String())
+	}
+	if more := len(v.Names) - most; more > 0 {
+		names = append(names, "…")
+	}
+	return strings.Join(names, " or ")
+}
+
+// spiffeID returns the SPIFFE ID of a certificate that has exactly one URI, and otherwise "" (SPIFFE X.509-SVID §2).
+func spiffeID(leaf *x509.Certificate) string {
+	if len(leaf.URIs) != 1 || leaf.URIs[0].Scheme != "spiffe" {
+		return ""
+	}
+	return leaf.URIs[0].String()
+}
+
+// errNoIdentity is returned before the first certificate has come.
+var errNoIdentity = errors.New("the control plane has not issued one yet")
+
+// Present returns a Certificate function for an identity that changes.
+func Present(current func() *identity.Identity) func() (*tls.Certificate, error) {
+	return func() (*tls.Certificate, error) {
+		if i := current(); i != nil {
+			return &i.Certificate, nil
+		}
+		return nil, errNoIdentity
+	}
+}

@@ -1,0 +1,156 @@
+// Package secure is TLS between connections of package tcp and their sockets, by crypto/tls, and the verification of peers.
+package secure
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/binary"
+	"net"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/tcp"
+)
+
+// Session is what a handshake has agreed on.
+type Session struct {
+	Version, Suite uint16 // numbers of crypto/tls
+	Protocol       string // ALPN; empty: none was agreed on
+	ServerName     string // that the client asked for
+
+	// Peer is the peer's verified certificate. It is nil if a client was not asked for one or, where that is allowed, had
+	// none. SPIFFE is its identity; empty if it has not exactly one URI, with that scheme.
+	Peer   *x509.Certificate
+	SPIFFE string
+}
+
+// Server performs the server's part of a handshake, and leaves TLS between c and its socket. read has bytes of c that were
+// read before; it may be nil, and belongs to c from now on. w is the waiter of c's owner, who is blocked until the handshake
+// has ended or the deadline has passed; a zero deadline is none. An error is an *Error. The caller closes c after it, so
+// that the peer receives the alert, or resets it.
+func Server(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, context *ServerContext, deadline time.Time) (*Session, error) {
+	return handshake(w, c, read, deadline, func(s *socket) *tls.Conn { return tls.Server(s, context.config) })
+}
+
+// Client performs the client's part, as Server does the server's.
+func Client(w *tcp.Waiter, c *tcp.Conn, context *ClientContext, deadline time.Time) (*Session, error) {
+	return handshake(w, c, nil, deadline, func(s *socket) *tls.Conn { return tls.Client(s, context.config) })
+}
+
+// handshake runs the handshake in a goroutine of its own. It needs a stack of 16 KiB or more, and the stack of a goroutine
+// shrinks late; that of the connection lives as long as the connection.
+func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, deadline time.Time, start func(*socket) *tls.Conn) (*Session, error) {
+	l := &layer{}
+	c.SetLayer(read, func(raw *tcp.Socket) tcp.Layer {
+		l.socket = socket{raw: raw, wait: func() error { return w.Wait(deadline, c, nil) }}
+		l.conn = start(&l.socket)
+		return l
+	})
+	done := make(chan error)
+	go func() { done <- l.conn.Handshake() }()
+	err := <-done
+	l.socket.wait = nil
+	if err != nil {
+		return nil, failureOf(err)
+	}
+	return sessionOf(l.conn.ConnectionState()), nil
+}
+
+func sessionOf(state tls.ConnectionState) *Session {
+	s := &Session{Version: state.Version, Suite: state.CipherSuite, Protocol: state.NegotiatedProtocol, ServerName: state.ServerName}
+	if len(state.PeerCertificates) > 0 {
+		s.Peer = state.PeerCertificates[0]
+		s.SPIFFE = spiffeID(s.Peer)
+	}
+	return s
+}
+
+// layer is a tcp.Layer by crypto/tls. A read that finds no whole record fails with the socket's ErrAgain. That error is
+// temporary in the sense of package net, so crypto/tls keeps what it has and goes on with the next read.
+type layer struct {
+	conn   *tls.Conn
+	socket socket
+	filled bool // the last read has filled its slice, so that there may be more of the record
+}
+
+func (l *layer) Read(p []byte) (int, error) {
+	n, err := l.conn.Read(p)
+	if n > 0 && !l.filled && l.socket.whole > 0 {
+		l.socket.whole-- // the rest of the last record had been read before, so this is another one
+	}
+	l.filled = n == len(p)
+	return n, err
+}
+
+func (l *layer) Write(p []byte) (int, error) { return l.conn.Write(p) }
+
+func (l *layer) CloseWrite() error { return l.conn.CloseWrite() }
+
+func (l *layer) Buffered() bool { return l.filled || l.socket.whole > 0 }
+
+// socket is the net.Conn of crypto/tls.
+type socket struct {
+	raw  *tcp.Socket
+	wait func() error // blocks in a handshake; nil: reads do not block
+
+	// Where the bytes that were read end among the records.
+	header [5]byte // of the record that begins, while have < len(header)
+	have   int
+	left   int // bytes of the record that begins
+	whole  int // records that have ended since crypto/tls last had no whole one, and that it may not have read
+}
+
+// Read is called when crypto/tls has no whole record.
+func (s *socket) Read(p []byte) (int, error) {
+	for {
+		n, err := s.raw.Read(p)
+		if err == tcp.ErrAgain && s.wait != nil {
+			if err = s.wait(); err == nil {
+				continue
+			}
+		}
+		s.whole = 0
+		s.follow(p[:n])
+		return n, err
+	}
+}
+
+// follow counts the records that end in p.
+func (s *socket) follow(p []byte) {
+	for len(p) > 0 {
+		if s.left == 0 {
+			n := copy(s.header[s.have:], p)
+			s.have, p = s.have+n, p[n:]
+			if s.have < len(s.header) {
+				return
+			}
+			s.left, s.have = int(binary.BigEndian.Uint16(s.header[3:])), 0
+		}
+		n := min(s.left, len(p))
+		if s.left, p = s.left-n, p[n:]; s.left == 0 {
+			s.whole++
+		}
+	}
+}
+
+// Write implements net.Conn. It accepts all of p; see tcp.Socket.
+func (s *socket) Write(p []byte) (int, error) { return s.raw.Write(p) }
+
+// Close implements net.Conn. The connection is closed by its owner.
+func (s *socket) Close() error { return nil }
+
+// LocalAddr implements net.Conn.
+func (s *socket) LocalAddr() net.Addr { return nil }
+
+// RemoteAddr implements net.Conn.
+func (s *socket) RemoteAddr() net.Addr { return nil }
+
+// SetDeadline implements net.Conn. Reads and writes do not block after the handshake, and that has its own deadline.
+func (s *socket) SetDeadline(time.Time) error { return nil }
+
+// SetReadDeadline implements net.Conn.
+func (s *socket) SetReadDeadline(time.Time) error { return nil }
+
+// SetWriteDeadline implements net.Conn.
+func (s *socket) SetWriteDeadline(time.Time) error { return nil }
+
+var _ tcp.Layer = (*layer)(nil)

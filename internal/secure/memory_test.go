@@ -1,0 +1,84 @@
+//go:build !race
+
+package secure
+
+import (
+	"crypto/tls"
+	"io"
+	"net"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+)
+
+// The allocation is a reader of crypto/tls, one for each time that it reads from the socket. Half of them are the peer's.
+func TestARequestAllocatesOnce(t *testing.T) {
+	w := newWorld(t)
+	peer, e, err := w.serve(t, w.mutual(), w.peer(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go io.Copy(peer, peer)
+	p := make([]byte, 1000)
+	once := func() {
+		if _, err := e.Write(p[:100]); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := e.read(p); n != 100 || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	once()
+	if n := testing.AllocsPerRun(100, once); n > 2 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// An idle connection keeps the state of crypto/tls: two ciphers, the peer's certificate, and the slices of the last small
+// records.
+func TestMemoryOfAnIdleConnection(t *testing.T) {
+	w := newWorld(t)
+	const conns, most = 200, 10_500
+	config := w.mutual("h2", "http/1.1")
+	heap := func() uint64 {
+		runtime.GC()
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	var ends []*end
+	var far []net.Conn
+	for range conns {
+		conn, near := w.pair(t)
+		ends, far = append(ends, &end{Conn: near, w: tcp.NewWaiter(t.Context())}), append(far, conn)
+	}
+	context, before := NewServer(config), heap()
+	for i, e := range ends {
+		peer := tls.Client(far[i], w.peer("http/1.1"))
+		go io.WriteString(peer, "a request")
+		session, err := Server(e.w, e.Conn, nil, context, time.Now().Add(nettest.Patience))
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.session = session
+		if _, err := e.read(make([]byte, 100)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := e.Write([]byte("a response")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if each := (heap() - before) / conns; each > most {
+		t.Errorf("%d bytes, want at most %d", each, most)
+	} else {
+		t.Logf("%d bytes", each)
+	}
+	for _, e := range ends {
+		e.Reset()
+		e.w.Close()
+	}
+}
