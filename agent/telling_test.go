@@ -188,7 +188,7 @@ func TestDebugLinesOfRequestsAndQueries(t *testing.T) {
 	a.resolved(dns.Query{Name: "example.", Type: "A", Rcode: "NXDOMAIN", Transport: "udp", Duration: 1500 * time.Microsecond, Cached: true})
 	for _, want := range []string{
 		"msg=request direction=inbound", "method=GET", "path=\"/catalogue/items?page=2\"", "status=200", "grpc_status=14",
-		"msg=query name=example. type=A rcode=NXDOMAIN transport=udp upstream=- duration=1.5ms cached=true joined=false truncated=false",
+		"msg=query name=example. type=A rcode=NXDOMAIN transport=udp upstream=- duration=1.5ms mesh=false cached=true joined=false truncated=false",
 	} {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("the log does not have %q:\n%s", want, log)
