@@ -2,6 +2,7 @@ package istiod
 
 import (
 	"cmp"
+	"context"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -43,15 +44,20 @@ type Pod struct {
 	Node      Node
 	Delta     bool // the protocol of discovery; otherwise the state of the world
 
-	SPIFFE   string          // the identity that certificates are requested for
-	Lifetime time.Duration   // of a requested certificate
-	Signer   string          // CertSigner of the CA; may be empty
-	Files    *identity.Files // mounted in place of a CA; nil: not mounted
-	Output   string          // directory that the identity is written to; empty: none
+	SPIFFE   string           // the identity that certificates are requested for
+	Lifetime time.Duration    // of a requested certificate
+	Signer   string           // CertSigner of the CA; may be empty
+	Socket   *identity.Socket // in place of a CA and of Files; nil: there is none, or it does not answer
+	Files    *identity.Files  // mounted in place of a CA; nil: not mounted
+
+	Revocations  string // path of the file of revocation lists, which may be absent
+	Output       string // directory that the identity is written to; empty: none
+	OutputShared bool   // other users of the pod read it
 }
 
-// ReadPod returns how the pod reaches the istiod at address (host:port). An error names the variable and its remedy.
-func ReadPod(address string, e *Environment) (*Pod, error) {
+// ReadPod returns how the pod reaches the istiod at address (host:port). An error names the variable and its remedy. A
+// SPIFFE workload socket has a second to answer.
+func ReadPod(ctx context.Context, address string, e *Environment) (*Pod, error) {
 	variables := e.variables()
 	lifetime, err := variables.duration("SECRET_TTL", 24*time.Hour)
 	if err != nil {
@@ -69,7 +75,16 @@ func ReadPod(address string, e *Environment) (*Pod, error) {
 		return nil, err
 	}
 	p := &Pod{Node: *node, Delta: delta, Lifetime: lifetime, Signer: variables["ISTIO_META_CERT_SIGNER"], Output: variables["OUTPUT_CERTS"]}
+	p.OutputShared = variables["KUBERNETES_SERVICE_HOST"] != "" // as istio-agent decides it
+	p.Revocations = filepath.Join(e.directory(), identity.CRLFile)
 	p.Discovery = e.discovery(address, variables)
+	const socketFile = "WORKLOAD_IDENTITY_SOCKET_FILE"
+	if p.Socket, err = identity.FindSocket(ctx, e.directory(), variables[socketFile]); err != nil {
+		return nil, fmt.Errorf("environment variable %s=%q: %w", socketFile, variables[socketFile], err)
+	}
+	if p.Socket != nil {
+		return p, nil
+	}
 	if files, ok := identity.FindFiles(e.directory()); ok {
 		p.Files = files
 		return p, nil
