@@ -173,5 +173,8 @@ func TestRevocationListsAreFollowed(t *testing.T) {
 		}
 		step("a good file again", second, parse(second), 3, "")
 		step("no file", "", nil, 4, "")
+		if n := strings.Count(log.String(), "level=ERROR"); n != 1 {
+			t.Errorf("%d errors in the log, want 1:\n%s", n, log.String())
+		}
 	})
 }
