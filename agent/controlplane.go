@@ -34,7 +34,7 @@ func (a *Agent) addControlPlane() error {
 	if addresses, _ := pod.Node.Metadata["INSTANCE_IPS"].(string); pod.Node.IP == "" {
 		pod.Node.IP, _, _ = strings.Cut(addresses, ",")
 	}
-	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log})
+	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames})
 	if err != nil {
 		return err
 	}

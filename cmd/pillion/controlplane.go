@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 
@@ -49,7 +50,7 @@ func (o *agentOptions) findControlPlane() error {
 		log.Info("no control plane: the pod has no discovery address, or neither a root certificate nor a token")
 		return nil
 	}
-	pod, err := istiod.ReadPod(address, environment)
+	pod, err := istiod.ReadPod(context.Background(), address, environment)
 	if err != nil {
 		return valueError{err}
 	}

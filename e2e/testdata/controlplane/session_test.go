@@ -40,7 +40,7 @@ func injected(t *testing.T, authority *ca.Authority) *istiod.Environment {
 // hold starts a session of an injected pod with p.
 func hold(t *testing.T, p *plane, e *istiod.Environment) *controlplane.Session {
 	t.Helper()
-	pod, err := istiod.ReadPod(p.address, e)
+	pod, err := istiod.ReadPod(t.Context(), p.address, e)
 	if err != nil {
 		t.Fatal(err)
 	}
