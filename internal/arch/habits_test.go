@@ -93,6 +93,7 @@ var sleepers = map[string]string{
 	"internal/scrape/scrape_test.go TestSlowWorkloadMayTakeLongerThanTheServersTimeouts": "the workload's delay is tested",
 	"inbound/secure_test.go TestAClientThatMustBeginWithTLSIsWaitedFor":                  "the client's silence is tested",
 	"internal/relay/random_test.go speak":                                                "peers that pause now and then",
+	"internal/tcp/handover_test.go TestEachWaitHasItsOwnDeadline":                        "deadlines are tested",
 	"internal/relay/relay_test.go TestIdleTimeoutEndsAnIdleConnection":                   "a time-out of real sockets",
 	"internal/relay/relay_test.go TestHalfCloseTimeoutEndsAnIdleHalfClosedConnection":    "a time-out of real sockets",
 	"internal/relay/relay_test.go TestHalfCloseTimeoutLeavesOpenConnectionsAlone":        "a time-out of real sockets",
