@@ -75,22 +75,16 @@ func stream(t *testing.T, conn net.Conn) *grpcwire.Stream {
 	return stream
 }
 
-// lostAfter waits for the end of the stream and checks that it comes with the second ping that is due.
-func lostAfter(t *testing.T, stream *grpcwire.Stream) {
-	t.Helper()
-	begun := time.Now()
-	_, err := stream.Receive()
-	if took := time.Since(begun); err == nil || !strings.Contains(err.Error(), "connection lost") || took < pingAfter || took > pingAfter+pingTimeout {
-		t.Errorf("error %v after %v, want a lost connection within %v", err, took, pingAfter+pingTimeout)
-	}
-	stream.Close()
-}
-
 func TestAnIstiodThatAcceptsAndIsSilentIsLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ours, theirs := net.Pipe()
 		go io.Copy(io.Discard, theirs)
-		lostAfter(t, stream(t, ours))
+		stream, begun := stream(t, ours), time.Now()
+		_, err := stream.Receive()
+		if took := time.Since(begun); err == nil || !strings.Contains(err.Error(), "connection lost") || took < pingAfter || took > pingAfter+pingTimeout {
+			t.Errorf("error %v after %v, want a lost connection within %v", err, took, pingAfter+pingTimeout)
+		}
+		stream.Close()
 	})
 }
 
