@@ -77,6 +77,7 @@ var arrows = []struct {
 	{"internal/xds", []string{"internal/envoy", "internal/wire"}, "discovery messages are read field by field; a rejection is a status of gRPC"},
 	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA and a workload socket are asked by calls, and their status decides whether to ask again"},
 	{"internal/mesh", []string{"internal/wire"}, "resources are read field by field"},
+	{"internal/controlplane/pushtest", []string{"internal/wire", "internal/xds"}, "recorded pushes are updates"},
 	{"internal/secure/securetest", []string{"internal/identity"}, "test certificates are identities"},
 	{"internal/secure", []string{"internal/identity", "internal/mesh", "internal/tcp"}, "TLS is a layer of a connection; peers are verified with the roots of the identity, by names that the mesh configures"},
 	{"internal/configdump", []string{"internal/wire"}, "descriptions of messages are read field by field"},
