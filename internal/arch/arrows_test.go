@@ -71,7 +71,7 @@ var arrows = []struct {
 	{"cmd/pillionctl", []string{"internal/certificate", "internal/clustercheck", "internal/commandline", "internal/inject", "internal/kubeapi"}, "the operator's program; its dependencies do not belong into a sidecar"},
 	{"internal/inject", []string{"internal/accesslog", "internal/capture", "internal/podinfo", "internal/probe", "internal/scrape", "internal/yamledit"},
 		"values for init and agent are checked by the code that reads them"},
-	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/localaddr", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
+	{"internal/serve/servetest", []string{"internal/capture", "internal/flow", "internal/httpforward", "internal/identity", "internal/localaddr", "internal/mesh", "internal/nettest", "internal/serve", "internal/tcp", "internal/upstream"},
 		"roles are tested in namespaces, with real parts"},
 	{"internal/tcp/layertest", []string{"internal/tcp"}, "a toy layer is put under real connections"},
 	{"internal/xds", []string{"internal/envoy", "internal/wire"}, "discovery messages are read field by field; a rejection is a status of gRPC"},

@@ -69,6 +69,11 @@ func NewSession(config SessionConfig) (*Session, error) {
 		})
 	}
 	s.client = xds.New(xds.Config{Delta: config.Pod.Delta, Node: node, Connect: s.connect, Handler: (*handler)(s), Log: config.Log})
+	if config.Kept != nil {
+		kept := *config.Kept
+		kept.Current = func() bool { return s.client.Status().Connected }
+		s.config.Kept = &kept
+	}
 	return s, nil
 }
 

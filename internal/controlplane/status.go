@@ -41,8 +41,8 @@ func (s *Session) Status() Status {
 			status.LastPush = t.Last
 		}
 	}
-	for _, finding := range s.config.Store.Findings() {
-		status.Findings[finding.Type][finding.Class]++
+	for t, counts := range s.config.Store.TypeCounts() {
+		status.Findings[t] = counts.Findings
 	}
 	select {
 	case <-s.Initialized():
