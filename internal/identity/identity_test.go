@@ -417,6 +417,9 @@ func TestAnchorsAreTrustedToo(t *testing.T) {
 		away.Store(true)
 		k.Anchor(anchors)
 		synctest.Wait()
+		if !strings.Contains(log.String(), "trust in peers changed") {
+			t.Errorf("log:\n%s", log)
+		}
 		if want := text(root.certificate, next.certificate); string(k.Current().Roots.PEM) != want || k.Status().Renewals != 1 {
 			t.Errorf("while the CA is away, status %+v, the roots are\n%s", k.Status(), k.Current().Roots.PEM)
 		}
@@ -543,6 +546,18 @@ func TestFilesThatCannotBeAnIdentityAreNamed(t *testing.T) {
 		files := Files{Certificate: filepath.Join(directory, "cert-chain.pem"), Key: filepath.Join(directory, "key.pem"), Roots: filepath.Join(directory, "root-cert.pem")}
 		if _, err := files.read(); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s: error %v, want one with %q", name, err, test.want)
+		}
+	}
+}
+
+func TestAFileMayHaveAsManyBytesAsTheLimit(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	for size, ok := range map[int]bool{maxFile: true, maxFile + 1: false} {
+		if err := os.WriteFile(path, make([]byte, size), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if content, err := ReadFile(path); (err == nil) != ok || ok && len(content) != size {
+			t.Errorf("%d bytes: read %d, error %v", size, len(content), err)
 		}
 	}
 }
