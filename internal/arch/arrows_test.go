@@ -174,7 +174,7 @@ var rawCalls = map[string]string{
 	"internal/sockopt":   "original destinations and the other socket options",
 	"internal/tcp":       "connections that never block, and the epoll set that watches them",
 	"internal/relay":     "the pipes that splice needs",
-	"agent":              "unmapping the program's pages after the start",
+	"agent":              "unmapping the program's pages after the start; whether a directory is in memory",
 	"internal/localaddr": "netlink groups that announce addresses",
 	"internal/nettest":   "namespaces and links for tests",
 	"iptables/nft":       "nftables by netlink",
