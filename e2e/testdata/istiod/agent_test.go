@@ -77,13 +77,14 @@ func newPod(t *testing.T) *pod {
 	return d
 }
 
-// keptDirectory returns an empty directory of the agent's.
+// keptDirectory returns an empty directory of the agent's, in memory: an agent keeps no key on a disk.
 func keptDirectory(t *testing.T) string {
 	t.Helper()
-	kept, err := os.MkdirTemp(directory, "kept")
+	kept, err := os.MkdirTemp("/dev/shm", "pillion-kept-")
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { os.RemoveAll(kept) })
 	if err := os.Chown(kept, agentUID, agentUID); err != nil {
 		t.Fatal(err)
 	}
@@ -377,12 +378,26 @@ spec:
           tokenBucket: {maxTokens: 1, fillInterval: 1s}
 `
 
-// The agent answers istiod's name table, as the workload asks: over the resolver's port, by short and full names.
+// The agent answers istiod's name table, as the workload asks: over the resolver's port, by short and full names. A restarted
+// agent does so while istiod is away.
 func TestTheAgentResolvesIstiodsHosts(t *testing.T) {
 	d := newPod(t)
 	p := startPlaneIn(t, d, readCase(t, "01-weighted"))
-	d.launch(t, p, "PILLION_DNS_CAPTURE=true", "PILLION_DNS_SERVERS=198.51.100.53", "PILLION_CLUSTER_DOMAIN=cluster.local")
+	variables := []string{"PILLION_DNS_CAPTURE=true", "PILLION_DNS_SERVERS=198.51.100.53", "PILLION_CLUSTER_DOMAIN=cluster.local"}
+	first := d.launch(t, p, variables...)
 	d.awaitReady(t)
+	d.checkNames(t)
+	d.awaitConverged(t, p)
+	end(t, first)
+	p.stop()
+	d.launch(t, p, variables...)
+	d.awaitReady(t)
+	d.checkNames(t)
+}
+
+// checkNames asks for names of the service reviews.
+func (d *pod) checkNames(t *testing.T) {
+	t.Helper()
 	await(t, func() error {
 		hosts, err := d.metric("pillion_dns_mesh_hosts")
 		if err == nil && hosts == 0 {
