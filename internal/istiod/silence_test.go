@@ -146,3 +146,22 @@ func TestAnIstiodThatAnswersPingsIsWaitedFor(t *testing.T) {
 		stream.Close()
 	})
 }
+
+// A server that accepts and does not begin TLS is given up after the time for a dial.
+func TestAHandshakeWithoutAnAnswerIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := net.Pipe()
+		go io.Copy(io.Discard, theirs)
+		s := &Server{Address: "istiod:15012", ServerName: "istiod", Roots: SystemRoots, Dial: func(context.Context, string, string) (net.Conn, error) { return ours, nil }}
+		connection, err := s.Connect()
+		if err != nil {
+			t.Fatal(err)
+		}
+		begun := time.Now()
+		_, err = connection.Call(t.Context(), "/s/m", nil)
+		if took := time.Since(begun); err == nil || !strings.Contains(err.Error(), "TLS handshake timeout") || took != dialTimeout {
+			t.Errorf("error %v after %v, want one after %v", err, took, dialTimeout)
+		}
+		connection.Close()
+	})
+}
