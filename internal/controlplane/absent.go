@@ -32,6 +32,7 @@ func (s *Store) noteAbsent(t xds.Type, now time.Time) {
 		a, ok := s.absent[t][name]
 		if !ok {
 			a.since = now
+			s.await(now.Add(warmingTimeout), now)
 		}
 		absent[name] = a
 	}

@@ -79,6 +79,10 @@ func TestSecretsAreNotKept(t *testing.T) {
 	if updates, _, err := k.Load(); err != nil || len(updates) != 0 {
 		t.Errorf("loaded %v, error %v", updates, err)
 	}
+	fields := join(text(keptType, xds.Secrets.URL()), text(keptName, "kubernetes://cert"), text(keptValue, "key"))
+	if _, err := parseKept(nest(fields, keptResources)); err == nil {
+		t.Error("a file with secrets is accepted")
+	}
 }
 
 // saved returns a file with one cluster and a file's content.
