@@ -14,7 +14,7 @@ type Status struct {
 	Counts      [xds.Types]Counts
 	Findings    [xds.Types][mesh.Security + 1]int // of the resources, by class
 	Calls       Calls
-	LastPush    time.Time // of any type; zero: nothing was received
+	LastPush    time.Time // of any type; zero before the first
 	Initialized bool
 	Identity    IdentityStatus
 }

@@ -40,6 +40,10 @@ type StoreConfig struct {
 	Log *slog.Logger
 	Now func() time.Time // nil: time.Now
 
+	// Names receives the hosts for DNS when they have changed, also before the store is initialized. It must not call the
+	// store. It may be nil.
+	Names func(*mesh.Names)
+
 	// MaxBytes bounds the resources in sum. Resources beyond it are rejected. 0: 64 MiB.
 	MaxBytes int64
 }
@@ -507,6 +511,9 @@ func (s *Store) applyDirect(edit *mesh.Edit, u *xds.Update) {
 func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 	snapshot, changed := edit.Snapshot()
 	if changed {
+		if names := snapshot.Names(); s.config.Names != nil && names != nil && names != s.current.Names() {
+			s.config.Names(names)
+		}
 		s.current = snapshot
 	}
 	switch {

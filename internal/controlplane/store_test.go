@@ -717,3 +717,26 @@ func TestRemovedResourcesAreNotGood(t *testing.T) {
 		}
 	}
 }
+
+func TestHostsForDNSArePassedOnWhenTheyChange(t *testing.T) {
+	var got []*mesh.Names
+	s, err := NewStore(StoreConfig{Log: slog.New(slog.DiscardHandler), Names: func(n *mesh.Names) { got = append(got, n) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := func(host string) xds.Update {
+		entry := join(text(1, host), nest(text(1, "10.96.0.1"), 2))
+		return xds.Update{Type: xds.Names, Resources: []xds.Resource{resource(xds.Names, "", nest(entry, 1))}}
+	}
+	s.Update(table("a.example"))
+	s.Update(table("a.example"))
+	s.Update(xds.Update{Type: xds.Clusters})
+	s.Update(table("b.example"))
+	s.Update(xds.Update{Type: xds.Names, Resources: []xds.Resource{resource(xds.Names, "", []byte{0xff})}})
+	if len(got) != 2 || len(got[0].Hosts["a.example"].Addresses) != 1 || len(got[1].Hosts["b.example"].Addresses) != 1 {
+		t.Errorf("passed on: %+v", got)
+	}
+	if s.Snapshot() != nil {
+		t.Error("the store is initialized")
+	}
+}

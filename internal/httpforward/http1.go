@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -51,7 +50,7 @@ func (x *exchange) run() ending {
 		}
 		if (long || x.redialled) && !x.s.w.Canceled() {
 			x.redialled = false
-			runtime.Gosched() // let other connections run
+			x.s.w.Yield(x.s.Down)
 			continue
 		}
 		x.releaseIdleBuffers()
@@ -83,6 +82,9 @@ func (x *exchange) releaseIdleBuffers() {
 	}
 }
 
+// ordinaryHead is the largest buffer that a head fills in one turn.
+const ordinaryHead = 64 << 10
+
 // readHead reads the request head and builds the one for upstream. It returns a reply if the request is rejected, and
 // an error if downstream is gone.
 func (x *exchange) readHead() (*reply, error) {
@@ -102,6 +104,13 @@ func (x *exchange) readHead() (*reply, error) {
 		case err == nil:
 			continue
 		case err == tcp.ErrFull && s.Read.Grow(limits.Head+1): // one byte more, to detect a head that exceeds the limit
+			if s.Read.Cap() <= ordinaryHead {
+				continue
+			}
+			if !x.holdHead() {
+				return nil, tcp.ErrInterrupted
+			}
+			s.w.Yield(s.Down)
 			continue
 		case err != tcp.ErrAgain:
 			return nil, err
@@ -168,6 +177,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 func (x *exchange) send() {
 	s := x.s
 	x.record.Upstream, x.record.UpstreamLocal = x.wanted.Address, s.up.LocalAddr()
+	x.record.Peer = s.Record.Peer // a dial may have verified it
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}

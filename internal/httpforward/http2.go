@@ -4,7 +4,6 @@ import (
 	"errors"
 	"io"
 	"net/netip"
-	"runtime"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/budget"
@@ -43,6 +42,7 @@ type multiplex struct {
 	resets   bucket  // for streams that downstream resets or that break the protocol
 
 	downEnded bool      // downstream has half-closed
+	flooded   bool      // downstream has exceeded a bound on what it may send in vain
 	waiting   []waiting // requests waiting for a response head, oldest first; only with a RequestTimeout
 	from      string    // downstream's address for x-forwarded-for; empty until first used
 
@@ -155,7 +155,7 @@ func (m *multiplex) run() {
 	for m.over == running {
 		down, up := m.toDown.pump(), m.toUp.pump()
 		m.judge()
-		yields := m.toUp.yielded || m.toDown.yielded
+		yields := m.toUp.turnOver() || m.toDown.turnOver()
 		switch {
 		case m.over != running:
 			return
@@ -168,10 +168,12 @@ func (m *multiplex) run() {
 				m.requestsTimedOut()
 			}
 			if yields {
-				runtime.Gosched() // let other connections run
+				m.w.Yield(m.Down)
+				m.newTurn()
 			}
 			continue
 		}
+		m.newTurn()
 		deadline, limit := m.deadline()
 		err := m.w.Wait(deadline, m.Down, m.up)
 		m.clock = time.Time{}
@@ -190,6 +192,9 @@ func (m *multiplex) run() {
 		}
 	}
 }
+
+// newTurn begins a turn of both lanes.
+func (m *multiplex) newTurn() { m.toUp.left, m.toDown.left = laneTurn, laneTurn }
 
 // now returns the time, read once per round.
 func (m *multiplex) now() time.Time {
@@ -296,7 +301,8 @@ func (m *multiplex) end() {
 	m.account.Close()
 }
 
-// closeInOrder flushes the output, shuts down our half, and discards input until downstream closes.
+// closeInOrder flushes the output, shuts down our half, and waits until downstream closes. Its input is discarded, unless
+// the connection ends because there was too much of it.
 func (m *multiplex) closeInOrder() {
 	deadline := time.Now().Add(lingerTime)
 	for !m.toDown.flush() {
@@ -304,7 +310,11 @@ func (m *multiplex) closeInOrder() {
 			return
 		}
 	}
-	if !m.downEnded {
+	switch {
+	case m.downEnded:
+	case m.flooded:
+		awaitEnd(m.w, m.Down, deadline)
+	default:
 		readOut(m.w, m.Down, deadline)
 	}
 }

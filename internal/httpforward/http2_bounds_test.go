@@ -14,6 +14,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // meet makes two speakers that have met through an engine.
@@ -618,5 +619,52 @@ func TestAHeadThatWaitsForUpstreamIsNotLate(t *testing.T) {
 	}
 	if err := <-sent; err != nil {
 		t.Error(err)
+	}
+}
+
+// A peer that floods is not read from any more: its flood fills the kernel's buffers, and then it has to wait.
+func TestAFloodIsNotReadToItsEnd(t *testing.T) {
+	_, client, server := meet(t)
+	server.quietly()
+	goodbye := client.quietly()
+	flood := bytes.Repeat([]byte(rawFrame(6, 0, 0, "12345678")), 4096)
+	sent := 0
+	for err := error(nil); err == nil; {
+		var n int
+		n, err = client.conn.Write(flood)
+		if sent += n; sent > 64<<20 {
+			t.Fatal("the flood is read")
+		}
+	}
+	if got := goodbye(); !strings.HasPrefix(got, "GOAWAY ENHANCE_YOUR_CALM") {
+		t.Errorf("after %d bytes, the client received %q", sent, got)
+	}
+}
+
+// One buffer can hold more frames than a goroutine may handle while others wait.
+func TestATurnOfALaneEndsAmongSmallFrames(t *testing.T) {
+	const turns, frames = 3, laneTurn / frameCost
+	m := &multiplex{settings: &Settings{MaxHeadBytes: 64 << 10, MaxHeadFields: 1000}}
+	m.toUp.init(m, &m.toDown)
+	m.toDown.init(m, &m.toUp)
+	l := &m.toUp
+	l.settingsSent = true
+	l.idleFrames.left = turns * frames
+	l.in = tcp.TakeBuffer()
+	defer l.release()
+	ping := rawFrame(6, 0, 0, "12345678")
+	l.in.Append([]byte(strings.Repeat(ping, turns*frames)))
+	for turn := range turns {
+		m.newTurn()
+		l.parse()
+		if l.parsed != (turn+1)*frames*len(ping) || !l.turnOver() {
+			t.Fatalf("after turn %d, %d frames are handled; turnOver = %t", turn, l.parsed/len(ping), l.turnOver())
+		}
+	}
+	if m.newTurn(); !l.pending {
+		t.Error("the turn ended with the last frame, and not before the next")
+	}
+	if l.parse(); l.pending || l.turnOver() {
+		t.Errorf("pending = %t, turnOver = %t without frames", l.pending, l.turnOver())
 	}
 }

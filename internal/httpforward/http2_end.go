@@ -110,7 +110,7 @@ func (m *multiplex) fail(l *lane, err error) {
 	}
 	reason := flow.BadFraming
 	if code == http2.EnhanceYourCalm {
-		reason = flow.Overload
+		reason, m.flooded = flow.Overload, true
 	}
 	m.terminate(code, text, reason, err)
 }
@@ -170,8 +170,12 @@ func (m *multiplex) upstreamLost(r *reply, begun flow.Reason, err error) {
 		m.toDown.insert(appendSettingsAck(m.toDown.scratch))
 	}
 	m.toUp.unacked = m.toUp.unacked[:0]
+	abandoned := 0
 	for _, s := range m.streams.open {
 		m.abandon(s, r, begun, err)
+		if abandoned++; abandoned%closeTurn == 0 {
+			m.w.Yield(m.Down)
+		}
 	}
 	if m.lastServed == http2.MaxStream {
 		m.sendGoAway(http2.NoError, "")
@@ -333,11 +337,18 @@ func (m *multiplex) requestsTimedOut() {
 	}
 }
 
-// closeAll closes the records of all open streams.
+// closeTurn is how many streams are closed in one turn. The sinks of a record take some microseconds.
+const closeTurn = 16
+
+// closeAll closes the records of all open streams. Several turns may pass.
 func (m *multiplex) closeAll(reason flow.Reason, err error) {
+	closed := 0
 	for _, s := range m.streams.open {
 		s.setFailure(reason, err)
 		m.streams.remove(s)
 		m.closeStream(s, nil)
+		if closed++; closed%closeTurn == 0 {
+			m.w.Yield(m.Down)
+		}
 	}
 }

@@ -8,11 +8,20 @@ import (
 )
 
 const (
-	laneTurn     = 1 << 20   // bytes a lane may read before the goroutine yields
 	maxCredit    = 16 << 10  // bytes of our WINDOW_UPDATEs that may queue for a peer before we stop reading from it
 	maxOut       = 256 << 10 // output size at which parsing stops until it is written
 	keptScratch  = 4 << 10   // scratch memory that an idle connection keeps
 	keptFragment = 16 << 10
+)
+
+// A turn of a lane is over after it has read laneTurn bytes, or less if they were expensive: some 0.1 ms. A frame that arrives
+// is counted with the time that it takes, as bytes that could be copied in it: a peer can send 1,800 frames, or header
+// blocks of 3 MB that refer to table entries, in one buffer.
+const (
+	laneTurn  = 256 << 10
+	frameCost = 256 // of each frame
+	blockCost = 8 << 10
+	fieldCost = 256 // of each field in a block, besides its length
 )
 
 // lane forwards the frames of one direction. It reads, handles the frames that arrived, and does not read again until
@@ -38,8 +47,8 @@ type laneInput struct {
 	large   bool        // in is a large buffer
 	parsed  int         // handled bytes of in; out may point at them
 	bulk    bool        // the last read left bytes in the socket
-	yielded bool        // the turn ended while more could be read
-	outFull bool        // in has unhandled frames, because out is full
+	left    int         // of the turn: see laneTurn
+	pending bool        // in has unhandled frames, because out is full or the turn is over
 }
 
 // laneOutput is the output of a lane.
@@ -111,7 +120,7 @@ func (b *block) free() {
 }
 
 func (l *lane) init(m *multiplex, other *lane) {
-	l.m, l.other = m, other
+	l.m, l.other, l.left = m, other, laneTurn
 	l.frameLimit = http2.MinFrameSize
 	l.decoder = http2.NewDecoder(m.settings.MaxHeadBytes, m.settings.MaxHeadFields)
 	l.encoder = http2.NewEncoder()
@@ -124,17 +133,18 @@ func (l *lane) fromDown() bool { return l == &l.m.toUp }
 // idle reports whether all output is written.
 func (l *lane) idle() bool { return l.out.Len() == 0 }
 
-// pump forwards frames until src has no more, dst accepts no more, or the turn ends. It reports whether any bytes
+// turnOver reports whether the lane may do no more before the goroutine yields.
+func (l *lane) turnOver() bool { return l.left <= 0 }
+
+// pump forwards frames until src has no more, dst accepts no more, or the turn is over. It reports whether any bytes
 // moved.
 func (l *lane) pump() (moved bool) {
-	l.yielded = false
-	for left := laneTurn; left > 0; {
+	for !l.turnOver() {
 		waits := l.out.Len()
 		done := l.flush()
 		moved = moved || l.out.Len() < waits
-		if done && l.outFull {
+		if done && l.pending {
 			moved = true
-			left -= maxOut
 			l.parse()
 			continue
 		}
@@ -146,11 +156,10 @@ func (l *lane) pump() (moved bool) {
 			return moved || l.srcErr != nil
 		}
 		moved = true
-		left -= n
+		l.left -= n
 		l.parse()
 	}
-	l.yielded = true
-	return moved
+	return true
 }
 
 // flush writes out, and reports whether all of it is written. Output for a peer that is gone is dropped.
@@ -262,14 +271,15 @@ func (l *lane) needs() int { return http2.HeaderLength + max(http2.MinFrameSize,
 func (l *lane) blockLimit() int { return l.m.settings.MaxHeadBytes + 262 }
 
 // parse handles the frames in the buffer. A header block may grow when it is re-encoded, most of all a reference to a
-// large table entry: parse stops when out is full, and sets outFull.
+// large table entry: parse stops when out is full, or the turn is over, and sets pending.
 func (l *lane) parse() {
-	l.outFull = false
+	l.pending = false
 	for l.in != nil && l.m.over == running {
-		if l.out.Len() > maxOut {
-			l.outFull = true
+		if l.out.Len() > maxOut || l.turnOver() {
+			l.pending = true
 			break
 		}
+		l.left -= frameCost
 		progress, err := l.step(l.in.Bytes()[l.parsed:])
 		if err != nil && !l.m.handleError(l, err) {
 			return
@@ -470,6 +480,10 @@ func (l *lane) message(stream uint32, end bool, encoded []byte, broken error) er
 	fields, whole, err := l.decoder.Decode(encoded)
 	if err != nil {
 		return err
+	}
+	l.left -= blockCost
+	for i := range fields {
+		l.left -= fieldCost + len(fields[i].Value)
 	}
 	if l.fromDown() {
 		return l.m.fromDownstream(stream, end, fields, whole, broken)

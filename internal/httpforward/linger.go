@@ -15,10 +15,11 @@ func readOut(w *tcp.Waiter, down *tcp.Conn, deadline time.Time) {
 	if down.CloseWrite() != nil {
 		return
 	}
-	for {
+	for left := turn; ; {
 		waste := tcp.TakeBuffer()
-		_, err := waste.Fill(down)
+		n, err := waste.Fill(down)
 		waste.Release()
+		left -= n
 		if err == tcp.ErrAgain {
 			err = w.Wait(deadline, down, nil)
 		} else if err == nil && time.Now().After(deadline) {
@@ -27,5 +28,19 @@ func readOut(w *tcp.Waiter, down *tcp.Conn, deadline time.Time) {
 		if err != nil {
 			return
 		}
+		if left <= 0 {
+			w.Yield(down)
+			left = turn
+		}
+	}
+}
+
+// awaitEnd is readOut for a peer whose input is a flood: it reads nothing, so that the peer's window closes, and the flood
+// costs no more than the connection. Most systems still deliver what was written before.
+func awaitEnd(w *tcp.Waiter, down *tcp.Conn, deadline time.Time) {
+	if down.CloseWrite() != nil {
+		return
+	}
+	for !down.Ended() && w.Wait(deadline, down, nil) == nil {
 	}
 }

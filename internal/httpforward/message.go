@@ -10,7 +10,7 @@ import (
 
 const (
 	// turn is how many bytes a message may move before the goroutine yields to other connections.
-	turn = 1 << 20
+	turn = 256 << 10
 
 	// spliceFrom is the smallest remaining payload for which splice is cheaper than copying.
 	spliceFrom = tcp.BufferSize

@@ -8,7 +8,7 @@ import (
 )
 
 // turn bounds the bytes that a half moves before other connections run.
-const turn = 1 << 20
+const turn = 256 << 10
 
 // half carries one direction of a relay to its end.
 type half struct {

@@ -7,7 +7,6 @@ package relay
 
 import (
 	"errors"
-	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -90,7 +89,7 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 			return how, err
 		}
 		if (down == longTurn || up == longTurn) && !w.Canceled() {
-			runtime.Gosched() // other connections may be waiting
+			w.Yield(r.down.Conn)
 			continue
 		}
 		how, deadline := r.deadline(down != nothing || up != nothing)

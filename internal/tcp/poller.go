@@ -13,6 +13,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,6 +29,7 @@ type Poller struct {
 	serial atomic.Uint32
 	rounds atomic.Uint32 // calls of WakeAll
 	conns  table
+	turns  turns
 	ports  portRange // of the network namespace in which the poller was made
 
 	life      context.Context // ends with the poller
@@ -57,6 +59,7 @@ func pollerOf(epfd int) (*Poller, error) {
 		return nil, err
 	}
 	p := &Poller{epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll"), done: make(chan struct{}), ports: localPorts()}
+	p.turns.free = runtime.GOMAXPROCS(0)
 	// os.NewFile does not report that the runtime cannot watch a file, but such a file does not support deadlines.
 	if err := p.file.SetReadDeadline(time.Time{}); err != nil {
 		p.file.Close()
