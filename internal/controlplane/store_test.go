@@ -126,6 +126,9 @@ func (r *rig) inForce() string {
 	}
 	var all []string
 	for name, c := range s.Clusters() {
+		if c.Refused {
+			continue
+		}
 		hosts := "-"
 		if a := s.Hosts(c); a != nil && len(a.Localities) > 0 {
 			hosts = a.Localities[0].Endpoints[0].Address.Addr().String()
@@ -451,6 +454,12 @@ func TestWithoutAGoodVersionARefusedOneCloses(t *testing.T) {
 	if table := r.Snapshot().RouteTable("80"); table == nil || !table.Refused {
 		t.Errorf("routes %+v", table)
 	}
+	badCluster := cluster("bad", "web", "1")
+	badCluster.Value = append(badCluster.Value, 0xff)
+	r.Update(update(xds.Clusters, badCluster))
+	if c := r.Snapshot().Cluster("bad"); c == nil || !c.Refused {
+		t.Errorf("cluster %+v", c)
+	}
 	refused := listenerOf("tcp", "", "x.Y", nil)
 	r.Update(update(xds.Listeners, refused))
 	l := r.Snapshot().Listener("tcp")
@@ -739,4 +748,20 @@ func TestHostsForDNSArePassedOnWhenTheyChange(t *testing.T) {
 	if s.Snapshot() != nil {
 		t.Error("the store is initialized")
 	}
+}
+
+// Endpoints that may require TLS in a way that is not understood must not be reached without it.
+func TestRefusedEndpointsAreNotUsed(t *testing.T) {
+	r := newRig(t)
+	r.accepts(update(xds.Clusters, cluster("web", "web", "1")), update(xds.Listeners))
+	match := join(text(1, "envoy.transport_socket_match"), nest(nest(join(text(1, "other"), nest(text(3, "v"), 2)), 1), 2))
+	host := join(nest(nest(join(text(2, "192.0.2.1"), number(3, 80)), 1, 1), 1), nest(match, 3, 1))
+	refused := resource(xds.Endpoints, "web", join(text(1, "web"), nest(host, 2, 2)))
+	if outcome := r.Update(update(xds.Endpoints, refused)); len(outcome.Rejected) != 1 {
+		t.Errorf("outcome %+v", outcome)
+	}
+	r.want("web=-")
+	r.accepts(update(xds.Endpoints, assignment("web", "192.0.2.10")))
+	r.Update(update(xds.Endpoints, refused))
+	r.want("web=192.0.2.10")
 }
