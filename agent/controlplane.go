@@ -34,7 +34,7 @@ func (a *Agent) addControlPlane() error {
 	if addresses, _ := pod.Node.Metadata["INSTANCE_IPS"].(string); pod.Node.IP == "" {
 		pod.Node.IP, _, _ = strings.Cut(addresses, ",")
 	}
-	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log})
+	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames})
 	if err != nil {
 		return err
 	}
@@ -116,7 +116,7 @@ func (a *Agent) wakeHeld(ctx context.Context, done chan<- struct{}) {
 	}
 }
 
-// stopControlPlane ends the session. What it configured stays in force. A second call does nothing.
+// stopControlPlane ends the session. Its configuration stays in force. A second call does nothing.
 func (a *Agent) stopControlPlane() {
 	if a.plane.ended != nil {
 		a.plane.end()

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -8,6 +9,8 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/dns"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/podinfo"
 )
 
 // ResolvConf lists the workload's name servers. The containers of a pod share the list.
@@ -24,16 +27,43 @@ func (a *Agent) resolve() error {
 		return &FieldError{Field: "DNS.Servers", Err: err}
 	}
 	resolver, err := dns.New(dns.Config{
-		Upstreams: servers,
-		CacheSize: a.config.DNS.CacheSize,
-		Sink:      a.resolved,
-		Log:       a.log,
+		Upstreams:  servers,
+		CacheSize:  a.config.DNS.CacheSize,
+		AwaitNames: a.config.ControlPlane.Pod != nil,
+		Sink:       a.resolved,
+		Log:        a.log,
 	})
 	if err != nil {
 		return &FieldError{Field: "DNS.Capture", Err: err}
 	}
 	a.resolver = resolver
+	if session := a.plane.session; session != nil && session.Snapshot() != nil && session.Snapshot().Names() != nil {
+		a.setNames(session.Snapshot().Names()) // of kept resources
+	}
 	return nil
+}
+
+// setNames makes the control plane's hosts those that the resolver answers.
+func (a *Agent) setNames(names *mesh.Names) {
+	if a.resolver == nil {
+		return
+	}
+	hosts := make([]dns.Host, 0, len(names.Hosts))
+	for name, host := range names.Hosts {
+		hosts = append(hosts, dns.Host{
+			Name: name, Addresses: host.Addresses, Kubernetes: host.Registry == "Kubernetes", ShortName: host.ShortName, Namespace: host.Namespace,
+		})
+	}
+	node := &a.config.ControlPlane.Pod.Node
+	scope := dns.Scope{Namespace: node.Namespace, Domain: "svc." + cmp.Or(node.Domain, podinfo.DefaultClusterDomain)}
+	if search := podinfo.SearchList(ResolvConf); len(search) > 0 {
+		scope.Search = search[0]
+	}
+	table, invalid := dns.NewTable(hosts, scope)
+	if len(invalid) > 0 {
+		a.log.Warn("hosts of the control plane that DNS cannot have", "count", len(invalid), "first", invalid[0])
+	}
+	a.resolver.SetNames(table)
 }
 
 // nameServers returns the configured servers, or else those in the file at path.

@@ -23,7 +23,7 @@ func (a *Agent) shutdown(force context.Context) error {
 		a.drain(deadline, l)
 	}
 	a.drainResolver(deadline)
-	a.stopControlPlane()                           // after the connections, which follow its configuration to the end
+	a.stopControlPlane()                           // after the connections: they follow its configuration to the end
 	cut := a.cutRest() + a.poller.Settle(deadline) // those that settle later are reset when the poller closes
 	a.closeDoors()
 	if err := a.telling.close(); err != nil {

@@ -105,13 +105,13 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Admit() || !c.Secure() {
 		return
 	}
-	if !c.HTTP() && !p.dial(&c, to) {
+	if !c.HTTP() && !p.dial(&c, &to) {
 		return
 	}
 	if !c.WatchBoth() || !c.Admit() || !c.Secure() || !c.WatchBoth() {
 		return
 	}
-	c.Carry(to)
+	c.Carry(&to)
 }
 
 // originalDestination returns where a connection was going, and whether TPROXY delivered it unchanged, with both of its
@@ -135,6 +135,6 @@ func (p *Proxy) originalDestination(down *tcp.Conn) (dst netip.AddrPort, transpa
 }
 
 // dial connects to the workload, and sends a PROXY protocol header where the settings ask for one.
-func (p *Proxy) dial(c *serve.Conn, to upstream.Target) bool {
+func (p *Proxy) dial(c *serve.Conn, to *upstream.Target) bool {
 	return c.Dial(to) && (!c.Settings.ProxyProtocol.Contains(to.Address.Port()) || c.SendProxyHeader())
 }

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
-	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/secure/securetest"
@@ -23,15 +22,6 @@ const (
 	idOfServer = "spiffe://cluster.local/ns/shop/sa/server"
 	idOfClient = "spiffe://cluster.local/ns/shop/sa/client"
 )
-
-// configured is a control plane that has configured an inbound listener.
-type configured struct {
-	snapshot *mesh.Snapshot
-	identity *identity.Identity
-}
-
-func (c *configured) Snapshot() *mesh.Snapshot     { return c.snapshot }
-func (c *configured) Identity() *identity.Identity { return c.identity }
 
 // Protocols that filter chains of istiod match: of HTTP and of TCP inside mutual TLS, and of HTTP without TLS.
 var (
@@ -121,7 +111,8 @@ func newMeshRig(t *testing.T, mode string) *meshRig {
 	t.Helper()
 	m := &meshRig{authority: securetest.New(t, "root of the mesh")}
 	m.client = m.authority.Leaf(t, idOfClient, nil)
-	plane := &configured{snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")), m.authority.Identity(t, idOfServer)}
+	plane := &servetest.Configured{Own: m.authority.Identity(t, idOfServer)}
+	plane.InForce.Store(snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")))
 	at := servetest.Place{Rules: true, New: func(t testing.TB, parts servetest.Parts) servetest.Role {
 		proxy, err := New(Config{
 			Poller: parts.Poller, OwnPorts: servetest.OwnPorts(), OwnAddresses: parts.Addresses, Flows: parts.Flows,

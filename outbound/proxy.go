@@ -87,15 +87,16 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 
 	// The side that sends first decides the protocol. If downstream is silent, the upstream is dialled anyway, because it
 	// may be the side that sends first.
-	to := target(dst)
 	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Admit() {
 		return
 	}
-	if !c.HTTP() && !c.Dial(to) {
+	to := target(dst)
+	c.Direct(&to)
+	if !c.HTTP() && !c.Dial(&to) {
 		return
 	}
-	if !c.WatchBoth() || !c.Admit() {
+	if !c.WatchBoth() || !c.Confirm() {
 		return
 	}
-	c.Carry(to)
+	c.Carry(&to)
 }

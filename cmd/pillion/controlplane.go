@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 
@@ -49,7 +50,7 @@ func (o *agentOptions) findControlPlane() error {
 		log.Info("no control plane: the pod has no discovery address, or neither a root certificate nor a token")
 		return nil
 	}
-	pod, err := istiod.ReadPod(address, environment)
+	pod, err := istiod.ReadPod(context.Background(), address, environment)
 	if err != nil {
 		return valueError{err}
 	}
@@ -58,7 +59,7 @@ func (o *agentOptions) findControlPlane() error {
 	return nil
 }
 
-// keptDirectory returns the directory of --kept-configuration; empty if nothing is kept.
+// keptDirectory returns the directory of --kept-configuration, or "" if the configuration is not kept.
 func keptDirectory(flag string) string {
 	if flag != automatic {
 		if flag == turnedOff {

@@ -168,7 +168,7 @@ func idleVariables(environment []string, controlPlane bool) (names []string) {
 		ISTIO_BOOTSTRAP_OVERRIDE JWT_POLICY PILOT_CERT_PROVIDER`)
 	prefixes := []string{}
 	if !controlPlane {
-		known = append(known, strings.Fields("CA_ADDR CA_PROVIDER CA_ROOT_CA FILE_MOUNTED_CERTS OUTPUT_CERTS PROV_CERT SECRET_TTL XDS_ROOT_CA")...)
+		known = append(known, strings.Fields("CA_ADDR CA_PROVIDER CA_ROOT_CA FILE_MOUNTED_CERTS OUTPUT_CERTS PROV_CERT SECRET_TTL WORKLOAD_IDENTITY_SOCKET_FILE XDS_ROOT_CA")...)
 		prefixes = append(prefixes, "XDS_HEADER_", "CA_HEADER_")
 	}
 	for _, variable := range environment {

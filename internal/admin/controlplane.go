@@ -167,15 +167,38 @@ func (d *dump) extensions() section {
 
 func (d *dump) listeners() section {
 	const static, dynamic = "envoy.admin.v3.ListenersConfigDump.StaticListener", "envoy.admin.v3.ListenersConfigDump.DynamicListener"
-	all := func(*configdump.Resource) bool { return true }
 	return d.dynamic(section{message: "envoy.admin.v3.ListenersConfigDump",
 		lists: []resourceList{d.static("static_listeners", static, "listener", listenerType, d.staticListeners())}},
-		resourceList{"dynamic_listeners", dynamic, d.each(listenerType, all, d.listener)})
+		resourceList{"dynamic_listeners", dynamic, d.listenerItems()})
 }
 
-// listener returns the states of a listener.
-func (d *dump) listener(r *configdump.Resource) object {
-	o := object{"name": r.Name}
+// listenerItems returns the listeners. One of which a version is in force and another one waits has both.
+func (d *dump) listenerItems() iter.Seq[item] {
+	return func(yield func(item) bool) {
+		all := slices.Collect(d.of(listenerType, func(*configdump.Resource) bool { return true }))
+		for len(all) > 0 {
+			n := 1
+			for n < len(all) && all[n].Name == all[0].Name {
+				n++
+			}
+			versions := all[:n]
+			all = all[n:]
+			value := func() object {
+				o := object{"name": versions[0].Name}
+				for _, r := range versions {
+					d.addListener(o, r)
+				}
+				return o
+			}
+			if !yield(item{versions[0].Name, value}) {
+				return
+			}
+		}
+	}
+}
+
+// addListener adds the states of a listener to an item.
+func (d *dump) addListener(o object, r *configdump.Resource) {
 	if r.Bytes != nil {
 		state := version(r)
 		state["listener"] = d.print(r.TypeURL, r.Bytes)
@@ -188,7 +211,6 @@ func (d *dump) listener(r *configdump.Resource) object {
 	if r.Refusal != nil {
 		o["error_state"] = d.refusal(r)
 	}
-	return o
 }
 
 // items returns the resources of a type, each in the field of an item.

@@ -75,6 +75,8 @@ func controlled() configured {
 	changed.Refusal = refusal
 	coming := in("coming", 1, "coming")
 	coming.Warming = true
+	later := in("198.51.100.7_80", 1, "198.51.100.7_80", 28, "later")
+	later.Warming = true
 	refused := func(name string) configdump.Resource {
 		return configdump.Resource{Name: name, Refusal: &configdump.Refusal{Reason: "why", At: at, Bytes: bytesOf(message(1, name))}}
 	}
@@ -82,7 +84,7 @@ func controlled() configured {
 		typed(clusterType, in("PassthroughCluster", 1, "PassthroughCluster"), coming, refused("refused"),
 			in("outbound|80||web.shop.svc.cluster.local", 1, "outbound|80||web.shop.svc.cluster.local", 36, message(1, "x", 2, message(1, typePrefix+clusterType, 2, message(1, "inner"))))),
 		typed(assignmentType, in("outbound|80||web.shop.svc.cluster.local", 1, "outbound|80||web.shop.svc.cluster.local")),
-		typed(listenerType, changed, coming, refused("refused")),
+		typed(listenerType, changed, later, coming, refused("refused")),
 		typed(routesType, in("80", 1, "80", 2, message(1, "web:80", 2, "*")), refused("refused")),
 		typed(secretType, in("kubernetes://cert", 1, "kubernetes://cert", 2, message(1, message(2, "chain"), 2, message(2, secretKey))), refused("kubernetes://other")),
 		typed(extensionType, in("wasm", 1, "wasm", 2, message(1, typePrefix+secretType, 2, message(1, "inner")))),

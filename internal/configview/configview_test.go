@@ -59,6 +59,27 @@ func fromFile(t *testing.T, name string) []byte {
 	return b
 }
 
+// inboundListener has a chain of HTTP with a policy and inline routes, one with routes of their own, and a default of TCP.
+func inboundListener() []byte {
+	const filters = "type.googleapis.com/envoy.extensions.filters."
+	typed := func(kind string, b []byte) []byte { return message(1, filters+kind, 2, b) }
+	rbac := func(kind string, action int) []byte {
+		everything := message(3, 1)
+		return typed(kind+".rbac.v3.RBAC", message(1, message(1, action, 2, message(1, "ns[shop]-policy[a]-rule[0]", 2, message(1, everything, 2, everything)))))
+	}
+	router := message(1, "router", 4, typed("http.router.v3.Router", nil))
+	manager := func(fields ...any) []byte {
+		fields = append(fields, 5, message(1, "rbac", 4, rbac("http", 1)), 5, router)
+		return message(3, message(1, "hcm", 4, typed("network.http_connection_manager.v3.HttpConnectionManager", message(fields...))))
+	}
+	routes := message(1, "inbound|80||", 2, message(1, "web", 2, "*", 3, message(1, message(1, "/"), 2, message(1, "inbound|80||"))))
+	inline := append(message(1, message(8, message(1, 80), 9, "raw_buffer", 10, "http/1.1")), manager(4, routes)...)
+	own := append(message(1, message(9, "tls", 10, "istio-h2")), manager(3, message(1, message(3, message()), 2, "own"))...)
+	byDefault := message(3, message(1, "rbac", 4, rbac("network", 0)),
+		3, message(1, "tcp", 4, typed("network.tcp_proxy.v3.TcpProxy", message(1, "x", 2, "InboundPassthroughCluster"))))
+	return message(1, "virtualInbound", 2, message(1, message(2, "0.0.0.0", 3, 15006)), 16, 1, 3, inline, 3, own, 25, byDefault)
+}
+
 // sample has resources of each type, and each state.
 func sample(t *testing.T) controlplane.Resources {
 	endpoint := func(ip string, health int, mode string) []byte {
@@ -81,7 +102,7 @@ func sample(t *testing.T) controlplane.Resources {
 		}),
 		resource(xds.Endpoints, web, message(1, web, 2, message(1, message(1, "here", 2, "zone"), 2, endpoint("198.51.100.8", 2, "disabled"), 5, 1),
 			2, message(2, endpoint("198.51.100.7", 1, "istio"))), nil),
-		resource(xds.Listeners, "wide", fromFile(t, "listener.pb"), func(r *controlplane.Resource) {
+		resource(xds.Listeners, "virtualInbound", inboundListener(), func(r *controlplane.Resource) {
 			r.Findings = []mesh.Finding{{Class: mesh.Traffic, Path: "freebind", Problem: "not supported"}}
 		}),
 		resource(xds.Routes, "wide", fromFile(t, "routes.pb"), nil),
@@ -99,6 +120,14 @@ func TestEachKindIsShown(t *testing.T) {
 			view, err := Show(sample(t), kind, name)
 			if err != nil {
 				t.Fatal(err)
+			}
+			for _, l := range view.Listeners { // whether policies are carried out is not a matter of this package
+				for i := range l.Chains {
+					l.Chains[i].Refused = false
+				}
+			}
+			for i := range view.Policies {
+				view.Policies[i].Refused = false
 			}
 			got, err := json.MarshalIndent(view, "", " ")
 			if err != nil {
@@ -118,6 +147,19 @@ func TestEachKindIsShown(t *testing.T) {
 	}
 }
 
+func TestARefusedChainIsShown(t *testing.T) {
+	typed := message(1, "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy", 2, message(1, "x", 2, "a"))
+	filter := message(1, "tcp", 4, typed)
+	l := message(1, "l", 3, message(4, message(1, 1), 3, filter), 25, message(3, filter)) // use_proxy_proto
+	view, err := Show(slices.Values([]controlplane.Resource{resource(xds.Listeners, "l", l, nil)}), Listeners, "")
+	if err != nil || len(view.Listeners) != 1 || len(view.Listeners[0].Chains) != 2 {
+		t.Fatalf("error %v: %+v", err, view)
+	}
+	if chains := view.Listeners[0].Chains; !chains[0].Refused || chains[1].Refused {
+		t.Errorf("chains: %+v", chains)
+	}
+}
+
 func TestFindingsAreListedByImportance(t *testing.T) {
 	var got []string
 	for _, f := range FindingsOf(sample(t)) {
@@ -127,7 +169,7 @@ func TestFindingsAreListedByImportance(t *testing.T) {
 		"security CDS outbound|80||web.shop.svc.cluster.local lb_policy unknown value 77",
 		"security CDS refused lb_policy unknown value 77",
 		"security CDS malformed  malformed",
-		"traffic LDS wide freebind not supported",
+		"traffic LDS virtualInbound freebind not supported",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
@@ -273,7 +315,17 @@ func TestPoliciesInWords(t *testing.T) {
 			t.Errorf("got %q, want %q", got, want)
 		}
 	}
-	if got := rbacWords(nil); got != "" {
+	for want, got := range map[string]string{
+		"verifies tokens of https://a.example, b":          jwtWords(&mesh.JWT{Providers: []mesh.JWTProvider{{Name: "a", Issuer: "https://a.example"}, {Name: "b"}}}),
+		"asks outbound|9000||authz":                        authzWords(&mesh.ExtAuthz{GRPC: &mesh.GRPCService{Cluster: "outbound|9000||authz"}}),
+		"asks a, and allows what it cannot be asked about": authzWords(&mesh.ExtAuthz{HTTP: &mesh.HTTPAuthz{Service: mesh.HTTPService{Cluster: "a"}}, AllowFailure: true}),
+		"asks a server that is not understood":             authzWords(&mesh.ExtAuthz{Refused: true}),
+	} {
+		if got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	if got := rbacWords(nil) + jwtWords(nil) + authzWords(nil); got != "" {
 		t.Errorf("another filter: %q", got)
 	}
 }

@@ -1,6 +1,7 @@
 package configview
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -234,20 +235,52 @@ func (c *collection) policies(name string) (list []Policy) {
 }
 
 func policiesOf(listener, match string, c *mesh.FilterChain, refused bool) (list []Policy) {
-	add := func(name, kind, per string, rbac *mesh.RBAC) {
+	add := func(name, kind, per, rules string) {
 		if slices.ContainsFunc(judging, func(part string) bool { return strings.Contains(kind, part) }) {
-			list = append(list, Policy{Listener: listener, Chain: match, Name: name, Type: kind, Per: per, Rules: rbacWords(rbac), Refused: refused})
+			list = append(list, Policy{Listener: listener, Chain: match, Name: name, Type: kind, Per: per, Rules: rules, Refused: refused})
 		}
 	}
 	for _, f := range c.Policies {
-		add(f.Name, f.Type, "connection", f.RBAC)
+		add(f.Name, f.Type, "connection", rbacWords(f.RBAC)+authzWords(f.ExtAuthz))
 	}
 	if c.HTTP != nil {
-		for _, f := range c.HTTP.Filters {
-			add(f.Name, f.Type, "request", f.RBAC)
+		for i := range c.HTTP.Filters {
+			f := &c.HTTP.Filters[i]
+			add(f.Name, f.Type, "request", rbacWords(f.RBAC)+jwtWords(f.JWT)+authzWords(f.ExtAuthz))
 		}
 	}
 	return list
+}
+
+// jwtWords describes which tokens are verified.
+func jwtWords(j *mesh.JWT) string {
+	if j == nil {
+		return ""
+	}
+	var issuers []string
+	for _, p := range j.Providers {
+		issuers = append(issuers, cmp.Or(p.Issuer, p.Name))
+	}
+	return "verifies tokens of " + strings.Join(issuers, ", ")
+}
+
+// authzWords describes which server is asked.
+func authzWords(e *mesh.ExtAuthz) string {
+	if e == nil {
+		return ""
+	}
+	server := "a server that is not understood"
+	switch {
+	case e.GRPC != nil:
+		server = e.GRPC.Cluster
+	case e.HTTP != nil:
+		server = e.HTTP.Service.Cluster
+	}
+	words := "asks " + server
+	if e.AllowFailure {
+		words += ", and allows what it cannot be asked about"
+	}
+	return words
 }
 
 // rbacWords describes what a policy does, by the names of its rules. In Istio they have the names of AuthorizationPolicies.

@@ -22,8 +22,8 @@ var effects = [xds.Types]string{
 	xds.Extensions: "filters have no configuration",
 }
 
-// miss records which of the names that are asked for have not come.
-func (s *Store) miss(t xds.Type, now time.Time) {
+// noteAbsent records which of the names that are asked for have not come.
+func (s *Store) noteAbsent(t xds.Type, now time.Time) {
 	absent := map[string]absence{}
 	for name := range s.asked[t] {
 		if s.entries[t][name] != nil {
@@ -41,8 +41,8 @@ func (s *Store) miss(t xds.Type, now time.Time) {
 // maxAbsentNames bounds the names in one line of the log.
 const maxAbsentNames = 10
 
-// tellAbsent logs the resources that are absent for too long, once.
-func (s *Store) tellAbsent(now time.Time) {
+// reportAbsent logs the resources that are absent for too long, once.
+func (s *Store) reportAbsent(now time.Time) {
 	for t := range xds.Type(xds.Types) {
 		var late []string
 		for name, a := range s.absent[t] {

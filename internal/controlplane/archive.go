@@ -14,8 +14,8 @@ const (
 	looseSize = 32 << 10  // bytes that may stay as they are after an update
 )
 
-// archive keeps bytes in chunks. Bytes that arrive are appended to the open chunk, which is compressed when it is large
-// enough: one resource that changes costs a copy.
+// archive keeps bytes in chunks. New bytes are appended to the open chunk. It is compressed when it is large, so a resource
+// that changes costs a copy.
 type archive struct {
 	open   *chunk
 	writer *flate.Writer // nil, or kept until release: it takes 1.2 MB
@@ -122,7 +122,7 @@ type unpacker struct {
 	plain map[*byte][]byte // by the first of the packed bytes
 }
 
-// read returns the bytes of a view, which the caller may keep but not change.
+// read returns the bytes of a view. The caller may keep them but not change them.
 func (u *unpacker) read(v view) ([]byte, error) {
 	if v.packed == nil {
 		return v.plain, nil

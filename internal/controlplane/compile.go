@@ -10,7 +10,7 @@ import (
 
 // compiled is what a resource's bytes mean.
 type compiled struct {
-	value    any // of a type of mesh's; nil: there is none
+	value    any // of a type of mesh's; may be nil
 	findings []mesh.Finding
 	reason   string // why it is not to take the place of a good version; empty if it may
 }
@@ -27,7 +27,7 @@ func compile(t xds.Type, r *xds.Resource) compiled {
 	value, name, findings, err := decode(t, r.Value)
 	switch l, _ := value.(*mesh.Listener); {
 	case err != nil && t == xds.Listeners && name == r.Name:
-		// What came before the malformed part may have the address.
+		// The fields before the malformed one may have the address.
 		l.Refused, l.Chains, l.Default = true, nil, nil
 		return compiled{value: l, findings: findings, reason: "malformed: " + err.Error()}
 	case err != nil:

@@ -28,7 +28,7 @@ func TestARecordedStreamLosesNoCluster(t *testing.T) {
 	if strings.Contains(got, "outbound|80||extra") || !strings.Contains(got, "outbound|9080||reviews") {
 		t.Errorf("in force: %s", got)
 	}
-	// What a restarted agent is given by the same stream is the same.
+	// An agent that gets the last resources only has the same in force.
 	again := newRig(t)
 	for r := range w.Resources() {
 		b, err := r.Bytes()

@@ -22,6 +22,7 @@ const (
 	defaultKeptAge = 24 * time.Hour
 	keptSettle     = 2 * time.Second // from a change to writing: a push is several updates
 	keptInterval   = time.Minute     // between two writes, at least
+	keptRenewal    = time.Hour       // between two writes of the same configuration
 	clockTolerance = time.Minute     // by which a file may be from the future
 	maxKeptFile    = 32 << 20
 	maxKept        = defaultMaxBytes + 16<<20 // bytes of resources with their names
@@ -30,7 +31,7 @@ const (
 // Kept is a file with the last good resources, for an agent that is restarted while the control plane is away. The file is
 // compressed, and readable by its owner only.
 //
-// The file is read like a response of the control plane: by Store.Restore, which compiles and judges each resource.
+// The file is read like a response of the control plane: Store.Restore compiles and judges each resource.
 // Secrets of the control plane are left out, because they have private keys; they are asked for again.
 type Kept struct {
 	Path string
@@ -40,6 +41,10 @@ type Kept struct {
 
 	MaxAge time.Duration    // of the file; 0: 24 h
 	Now    func() time.Time // nil: time.Now
+
+	// Current reports whether the control plane is connected, so that a configuration that has not changed is the current
+	// one: Run renews the file each hour. nil: it is not renewed.
+	Current func() bool
 }
 
 // keptMagic begins a file. The number is the version of the format.
@@ -93,7 +98,7 @@ func (k *Kept) Save(resources Resources) error {
 }
 
 // Load returns the resources in the file, for Store.Restore, and when they were written. The error wraps fs.ErrNotExist
-// if there is no file. Any other error says why the file is not to be used.
+// if there is no file. Any other error is a reason not to use the file.
 func (k *Kept) Load() (updates []xds.Update, saved time.Time, err error) {
 	content, err := readPrivate(k.Path, maxKeptFile)
 	if err != nil {
@@ -199,10 +204,9 @@ func parseKeptResource(m wire.Message) (xds.Type, xds.Resource) {
 }
 
 // Run saves the resources of a store after they changed, until ctx ends. A push is saved once, and many pushes at most
-// once a minute.
+// once a minute. Restored resources are not saved before the control plane has answered: they keep their age.
 func (k *Kept) Run(ctx context.Context, s *Store, log *slog.Logger) {
-	timer := time.NewTimer(0)
-	<-timer.C
+	timer := time.NewTimer(keptRenewal)
 	defer timer.Stop()
 	var last time.Time
 	due := false
@@ -221,8 +225,11 @@ func (k *Kept) Run(ctx context.Context, s *Store, log *slog.Logger) {
 			}
 			return
 		}
+		if due || k.Current != nil && k.Current() {
+			k.save(s, log)
+		}
 		due, last = false, time.Now()
-		k.save(s, log)
+		timer.Reset(keptRenewal)
 	}
 }
 

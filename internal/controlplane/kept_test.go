@@ -237,6 +237,44 @@ func TestManyPushesAreSavedOnceAMinute(t *testing.T) {
 	})
 }
 
+func TestAConfigurationIsAsOldAsTheLastContact(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		before, connected := quietStore(t), false
+		takeAll(t, before, recorded(t, "sidecar.gz"))
+		k := &Kept{Path: filepath.Join(dir, "kept"), Current: func() bool { return connected }}
+		if err := k.Save(before.LastGood()); err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		age := func() time.Duration {
+			_, at, err := k.Load()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return at.Sub(start)
+		}
+		s := quietStore(t)
+		if !k.Restore(s, slog.New(slog.DiscardHandler)) {
+			t.Fatal("not restored")
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { k.Run(ctx, s, slog.New(slog.DiscardHandler)); close(done) }()
+		time.Sleep(20*time.Hour + time.Minute)
+		if got := age(); got != 0 {
+			t.Errorf("without the control plane it is from %v", got)
+		}
+		connected = true
+		time.Sleep(time.Hour)
+		if got := age(); got != 21*time.Hour {
+			t.Errorf("with the control plane it is from %v", got)
+		}
+		cancel()
+		<-done
+	})
+}
+
 func FuzzKept(f *testing.F) {
 	k, good := saved(f)
 	f.Add(good)

@@ -84,6 +84,48 @@ func (v *version) reader(u *unpacker) func() ([]byte, error) {
 // text returns the version as it is shown.
 func (v *version) text() string { return fmt.Sprintf("%016x", v.hash) }
 
+// TypeCounts is what a Store has of one type.
+type TypeCounts struct {
+	InForce  int
+	Warming  int                    // versions that wait
+	Refused  int                    // resources of which a later version was refused
+	Findings [mesh.Security + 1]int // by class, as Findings returns them
+}
+
+// TypeCounts returns how many resources and findings there are. It is cheap enough for each scrape.
+func (s *Store) TypeCounts() (all [xds.Types]TypeCounts) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for t := range s.entries {
+		counts := &all[t]
+		for _, e := range s.entries[t] {
+			if e.active != nil {
+				counts.InForce++
+			}
+			if e.next != nil {
+				counts.Warming++
+			}
+			if e.refused != nil {
+				counts.Refused++
+			}
+			for v := range e.used() {
+				for _, f := range e.shown(v) {
+					counts.Findings[f.Class]++
+				}
+			}
+		}
+	}
+	return all
+}
+
+// shown returns the findings that concern a version: those of the refused one, if that came after it.
+func (e *entry) shown(v *version) []mesh.Finding {
+	if e.refused != nil && v == latest(e) {
+		return e.refused.findings
+	}
+	return v.findings
+}
+
 // ResourceFinding is a finding with its resource.
 type ResourceFinding struct {
 	Type xds.Type

@@ -54,20 +54,26 @@ func NewSession(config SessionConfig) (*Session, error) {
 		return nil, err
 	}
 	s := &Session{config: config}
-	if source := s.source(); source != nil {
+	if source := s.source(node); source != nil {
 		s.keeper = identity.NewKeeper(identity.Config{
-			Source: source, Log: config.Log, Output: config.Pod.Output, OutputShared: true, Revocations: config.Pod.Revocations,
+			Source: source, Log: config.Log, Revocations: config.Pod.Revocations, Output: config.Pod.Output, OutputShared: config.Pod.OutputShared,
 		})
 	}
 	s.client = xds.New(xds.Config{Delta: config.Pod.Delta, Node: node, Connect: s.connect, Handler: (*handler)(s), Log: config.Log})
+	if config.Kept != nil {
+		kept := *config.Kept
+		kept.Current = func() bool { return s.client.Status().Connected }
+		s.config.Kept = &kept
+	}
 	return s, nil
 }
 
 // source returns where the identity comes from, or nil if the pod has none.
-func (s *Session) source() identity.Source {
+func (s *Session) source(node []byte) identity.Source {
 	pod := s.config.Pod
 	switch {
 	case pod.Socket != nil:
+		pod.Socket.Node = node
 		return pod.Socket
 	case pod.Files != nil:
 		return pod.Files

@@ -18,20 +18,20 @@ func (s *Store) settle(edit *mesh.Edit, now time.Time) {
 		s.await(s.started.Add(warmingTimeout), now)
 	}
 	for _, e := range s.entries[xds.Clusters] {
-		s.warm(edit, xds.Clusters, e, now, s.hasEndpoints)
+		s.warm(edit, xds.Clusters, e, now, warmingTimeout, s.hasEndpoints)
 	}
 	for _, e := range s.entries[xds.Routes] {
-		s.warm(edit, xds.Routes, e, now, s.hasClusters)
+		s.warm(edit, xds.Routes, e, now, namingTimeout, s.hasClusters)
 	}
 	for _, e := range s.entries[xds.Listeners] {
 		if e.removed {
 			s.erase(edit, xds.Listeners, e)
 		} else {
-			s.warm(edit, xds.Listeners, e, now, s.hasRoutes)
+			s.warm(edit, xds.Listeners, e, now, namingTimeout, s.hasRoutes)
 		}
 	}
 	s.dropClusters(edit, now)
-	s.tellAbsent(now)
+	s.reportAbsent(now)
 }
 
 // readiness is whether a resource can be in force: at once, when its time is over, or when something else has come.
@@ -43,8 +43,8 @@ const (
 	stuck // without limit
 )
 
-// warm makes an entry's next version the active one when it is ready.
-func (s *Store) warm(edit *mesh.Edit, t xds.Type, e *entry, now time.Time, state func(value any) readiness) {
+// warm makes an entry's next version the active one when it is ready, or when it has waited for timeout.
+func (s *Store) warm(edit *mesh.Edit, t xds.Type, e *entry, now time.Time, timeout time.Duration, state func(value any) readiness) {
 	if e.next == nil {
 		return
 	}
@@ -52,7 +52,7 @@ func (s *Store) warm(edit *mesh.Edit, t xds.Type, e *entry, now time.Time, state
 	if is != ready && e.since.IsZero() {
 		e.since = now
 	}
-	if is == waits && !now.Before(e.since.Add(warmingTimeout)) {
+	if is == waits && !now.Before(e.since.Add(timeout)) {
 		is = ready
 	}
 	if is == ready {
@@ -66,7 +66,7 @@ func (s *Store) warm(edit *mesh.Edit, t xds.Type, e *entry, now time.Time, state
 	}
 	s.pending++
 	if is == waits {
-		s.await(e.since.Add(warmingTimeout), now)
+		s.await(e.since.Add(timeout), now)
 	}
 }
 
@@ -101,6 +101,9 @@ func (s *Store) hasRoutes(value any) readiness {
 		if !s.active(xds.Routes, name) {
 			return stuck
 		}
+	}
+	if l.Direction == mesh.Inbound {
+		return ready // its policies must not wait; only clusters that policies ask have endpoints to wait for
 	}
 	return s.clustersReady(l.ClusterNames())
 }
@@ -249,7 +252,7 @@ func (s *Store) ask(now time.Time) map[xds.Type][]string {
 		switch {
 		case !t.Wildcard() && !maps.Equal(needs.wanted[t], s.asked[t]):
 			wanted[t], s.asked[t] = sorted(needs.wanted[t]), needs.wanted[t]
-			s.miss(t, now)
+			s.noteAbsent(t, now)
 		case t.Wildcard() && t != xds.Clusters && !s.began:
 			wanted[t] = nil
 		}

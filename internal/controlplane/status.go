@@ -14,7 +14,7 @@ type Status struct {
 	Counts      [xds.Types]Counts
 	Findings    [xds.Types][mesh.Security + 1]int // of the resources, by class
 	Calls       Calls
-	LastPush    time.Time // of any type; zero: nothing was received
+	LastPush    time.Time // of any type; zero before the first
 	Initialized bool
 	Identity    IdentityStatus
 }
@@ -41,8 +41,8 @@ func (s *Session) Status() Status {
 			status.LastPush = t.Last
 		}
 	}
-	for _, finding := range s.config.Store.Findings() {
-		status.Findings[finding.Type][finding.Class]++
+	for t, counts := range s.config.Store.TypeCounts() {
+		status.Findings[t] = counts.Findings
 	}
 	select {
 	case <-s.Initialized():

@@ -18,9 +18,11 @@ import (
 )
 
 const (
-	// warmingTimeout is how long a cluster waits for its endpoints, and whatever names the cluster for it. It is Envoy's
-	// initial_fetch_timeout.
+	// warmingTimeout is how long a cluster waits for its endpoints. It is Envoy's initial_fetch_timeout.
 	warmingTimeout = 15 * time.Second
+
+	// namingTimeout bounds how long routes and listeners wait for clusters, if there are always new ones that wait.
+	namingTimeout = 2 * warmingTimeout
 
 	// lingerTimeout is how long a cluster that was removed is kept for routes and listeners that still name it. It is
 	// bounded, because the addresses of its endpoints may soon belong to other pods.
@@ -30,6 +32,7 @@ const (
 	maxResource     = 16 << 20 // bytes of one resource
 	maxResources    = 100_000  // of all types
 	maxName         = 4 << 10  // bytes
+	maxFindings     = 10_000   // of all resources; beyond it, one of each
 )
 
 // StoreConfig is the configuration of a Store. Log is required.
@@ -37,19 +40,23 @@ type StoreConfig struct {
 	Log *slog.Logger
 	Now func() time.Time // nil: time.Now
 
+	// Names receives the hosts for DNS when they have changed, also before the store is initialized. It must not call the
+	// store. It may be nil.
+	Names func(*mesh.Names)
+
 	// MaxBytes bounds the resources in sum. Resources beyond it are rejected. 0: 64 MiB.
 	MaxBytes int64
 }
 
 // Store compiles the resources that it receives into a snapshot, and keeps the last good version of each. It does no I/O
-// but for its log.
+// except for its log.
 //
 // A change is made before what it replaces is broken:
 //   - A cluster is in force when its endpoints have come, or 15 s after the cluster. Until then its last version is.
 //   - A cluster that was removed stays with its endpoints until no route and no listener in force names it, or for 1 min.
-//   - Routes are in force when the clusters that they name are, of those that the control plane has, or after 15 s.
-//   - A listener is in force when its routes and its clusters are. A listener without its routes waits for them without
-//     limit, as Envoy's do.
+//   - Routes are in force when the clusters that they name are, of those that the control plane has, or after 30 s.
+//   - A listener is in force when its routes are, without limit, as in Envoy; and when its clusters are, or after 30 s. A
+//     listener of inbound traffic does not wait for clusters.
 //   - A secret that is missing holds nothing back: the chain or cluster that names it is closed until it comes.
 //
 // A version with a finding of security is rejected, and the last good one stays in force. Without a good version, the
@@ -71,11 +78,12 @@ type Store struct {
 	seen     [xds.Types]bool                // an update of the type was received
 	whole    [xds.Types]bool                // the next update of the type replaces all resources
 	started  time.Time                      // of the first update of listeners
-	deadline time.Time                      // when a wait is over; zero: none
+	deadline time.Time                      // when a wait is over; zero if nothing waits
 	pending  int                            // resources that wait
 	needs    *needs                         // nil: to be computed
 	absent   [xds.Types]map[string]absence  // names that are asked for and have not come
 	bytes    int64
+	findings int  // of all versions
 	altered  bool // the resources were, since changes was notified
 	archive  archive
 	log      findingLog
@@ -84,7 +92,7 @@ type Store struct {
 // entry is a resource.
 type entry struct {
 	name    string
-	active  *version // in force; nil: there is none yet
+	active  *version // in force; nil before the first
 	next    *version // accepted, and waiting for what it needs
 	refused *refused // a later version that was not accepted
 	removed bool     // and in force until nothing names it
@@ -174,6 +182,10 @@ func (s *Store) Restore(updates []xds.Update) (rejected []xds.Rejected) {
 	defer s.mu.Unlock()
 	s.asked, s.began = [xds.Types]map[string]struct{}{}, false
 	s.whole[xds.Clusters], s.whole[xds.Listeners] = true, true
+	select { // restored resources are no change
+	case <-s.changes:
+	default:
+	}
 	return rejected
 }
 
@@ -271,9 +283,13 @@ func occurrences(resources []xds.Resource) map[string]int {
 	return times
 }
 
-// take takes one resource, which may come more than once in the same update. It returns why it is rejected, or nothing.
+// take takes one resource; twice reports whether the update has another one of the name. It returns why the resource is
+// rejected, or "".
 func (s *Store) take(t xds.Type, r *xds.Resource, twice bool, now time.Time) (reason string) {
 	hash := maphash.Bytes(hashSeed, r.Value)
+	if r.TypeURL != t.URL() {
+		hash = ^hash // the same bytes mean something else
+	}
 	e := s.entries[t][r.Name]
 	if e != nil && !e.removed && !twice {
 		if reason, same := s.unchanged(e, hash); same {
@@ -376,24 +392,42 @@ func (s *Store) refuse(t xds.Type, e *entry, v version, reason string, raw []byt
 	if latest != nil && !latest.closed {
 		return
 	}
+	s.findings += len(v.findings)
 	stand := &version{hash: v.hash, updated: v.updated, value: v.value, findings: v.findings, closed: true}
 	if t == xds.Clusters || t == xds.Listeners || t == xds.Routes {
+		s.drop(e.next)
 		e.next = stand
 	} else {
+		s.drop(e.active)
 		e.active = stand
 	}
 }
 
-// keep keeps the bytes of a version.
+// keep keeps the bytes and the findings of a version.
 func (s *Store) keep(v *version, raw []byte) {
+	if s.findings+len(v.findings) > maxFindings {
+		v.findings = worst(v.findings)
+	}
+	s.findings += len(v.findings)
 	v.raw = s.archive.add(raw)
 	s.altered = true
 	s.bytes += int64(len(raw))
 }
 
-// drop gives up the bytes of a version.
+// worst returns the finding of the highest class, for all.
+func worst(findings []mesh.Finding) []mesh.Finding {
+	if len(findings) < 2 {
+		return findings
+	}
+	f := slices.MaxFunc(findings, func(a, b mesh.Finding) int { return cmp.Compare(a.Class, b.Class) })
+	f.Problem += fmt.Sprintf(" (and %d more findings)", len(findings)-1)
+	return []mesh.Finding{f}
+}
+
+// drop gives up the bytes and the findings of a version.
 func (s *Store) drop(v *version) {
 	if v != nil {
+		s.findings -= len(v.findings)
 		v.raw.free()
 		s.bytes -= int64(v.raw.size)
 	}
@@ -477,6 +511,9 @@ func (s *Store) applyDirect(edit *mesh.Edit, u *xds.Update) {
 func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 	snapshot, changed := edit.Snapshot()
 	if changed {
+		if names := snapshot.Names(); s.config.Names != nil && names != nil && names != s.current.Names() {
+			s.config.Names(names)
+		}
 		s.current = snapshot
 	}
 	switch {
@@ -487,6 +524,8 @@ func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 	case s.complete(now):
 		s.snapshot.Store(s.current)
 		close(s.initialized)
+		s.config.Log.Info("first configuration in force",
+			"clusters", len(s.entries[xds.Clusters]), "listeners", len(s.entries[xds.Listeners]), "routes", len(s.entries[xds.Routes]), "waiting", s.pending)
 	}
 	notify(s.kick)
 }

@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
@@ -8,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/wire"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
@@ -93,7 +95,7 @@ type rig struct {
 func newRig(t *testing.T) *rig {
 	t.Helper()
 	r := &rig{t: t, now: time.Unix(1_000_000, 0)}
-	s, err := NewStore(StoreConfig{Log: slog.New(slog.NewTextHandler(&r.log, nil)), Now: func() time.Time { return r.now }})
+	s, err := NewStore(StoreConfig{Log: slog.New(slog.NewTextHandler(&r.log, &slog.HandlerOptions{Level: slog.LevelWarn})), Now: func() time.Time { return r.now }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -262,6 +264,19 @@ func TestChangesAreMadeBeforeWhatTheyReplaceIsBroken(t *testing.T) {
 			r.want("web=192.0.2.10 80→web http→80")
 			r.accepts(update(xds.Endpoints, assignment("tcp", "192.0.2.30")))
 		}, "tcp=192.0.2.30 web=192.0.2.10 80→web http→80 tcp→tcp"},
+		{"a listener of inbound traffic does not wait for clusters", func(r *rig) {
+			l := tcpListener("tcp", "tcp", "1")
+			l.Value = join(l.Value, number(16, 1))
+			r.accepts(update(xds.Clusters, cluster("tcp", "tcp", "1")), update(xds.Listeners, l))
+		}, "web=192.0.2.10 80→web http→80 tcp→tcp"},
+		{"routes do not wait for the endpoints of ever new clusters", func(r *rig) {
+			for i := range 31 {
+				name := string(rune('a' + i))
+				r.accepts(update(xds.Clusters, cluster(name, name, "1")), update(xds.Routes, routes("80", "web", name)))
+				r.advance(time.Second)
+			}
+			r.accepts(removal(xds.Clusters, strings.Split("abcdefghijklmnopqrstuvwxyz{|}~", "")...))
+		}, "web=192.0.2.10 80→web,~ http→80"},
 		{"a listener that is removed goes at once, and with it its routes", func(r *rig) {
 			r.accepts(removal(xds.Listeners, "http"))
 		}, "web=192.0.2.10"},
@@ -415,6 +430,16 @@ func TestWhatCannotBeUsedIsRejectedByName(t *testing.T) {
 	}
 }
 
+func TestTheSameBytesOfTheRightTypeAreAccepted(t *testing.T) {
+	r := begin(t)
+	mistyped := cluster("web", "web", "2")
+	mistyped.TypeURL = xds.Listeners.URL()
+	if outcome := r.Update(update(xds.Clusters, mistyped)); len(outcome.Rejected) != 1 {
+		t.Errorf("outcome %+v", outcome)
+	}
+	r.accepts(update(xds.Clusters, cluster("web", "web", "2")))
+}
+
 func TestWithoutAGoodVersionARefusedOneCloses(t *testing.T) {
 	r := newRig(t)
 	r.accepts(update(xds.Clusters), update(xds.Listeners, httpListener("http", "80", "1")))
@@ -463,7 +488,7 @@ func TestOneTypeOfResourceIsBoundedInSum(t *testing.T) {
 	if n := len(outcome.Rejected); n != 91 || s.bytes > 10_000 {
 		t.Errorf("%d are rejected, %d bytes are kept", n, s.bytes)
 	}
-	// What is removed makes room.
+	// A removed resource makes room.
 	s.Update(removal(xds.Clusters, resources[0].Name, resources[1].Name))
 	if outcome := s.Update(update(xds.Clusters, resources[99])); len(outcome.Rejected) > 0 {
 		t.Errorf("rejected: %v", outcome.Rejected)
@@ -595,5 +620,85 @@ func TestResourcesAreShownWithTheirBytes(t *testing.T) {
 	}
 	if len(want) > 0 {
 		t.Errorf("not shown: %v", slices.Collect(maps.Keys(want)))
+	}
+}
+
+func TestFindingsAreBoundedInSum(t *testing.T) {
+	s := quietStore(t)
+	unknown := func(name string) xds.Resource {
+		c := cluster(name, "web", "1")
+		for i := range 50 {
+			c.Value = append(c.Value, number(1000+i, 1)...)
+		}
+		return c
+	}
+	var resources []xds.Resource
+	for i := range 300 {
+		resources = append(resources, unknown(fmt.Sprint(i)))
+	}
+	for range 2 { // the same findings do not count twice
+		s.Update(update(xds.Clusters, resources...))
+		if n := s.TypeCounts()[xds.Clusters].Findings[mesh.Traffic]; n != len(s.Findings()) {
+			t.Errorf("%d findings by class", n)
+		}
+		if n := len(s.Findings()); n != maxFindings+100 || s.findings != n {
+			t.Errorf("%d findings, %d are counted", n, s.findings)
+		}
+	}
+	for _, f := range s.Findings() {
+		if many := strings.Contains(f.Problem, "and 49 more findings"); many != (len(f.Name) == 3 && f.Name >= "200") {
+			t.Errorf("finding %+v", f)
+		}
+	}
+	s.Update(removal(xds.Clusters, "0", "1"))
+	s.Update(update(xds.Clusters, unknown("1")))
+	var names []string
+	for i := range resources {
+		names = append(names, resources[i].Name)
+	}
+	s.Update(removal(xds.Clusters, names...))
+	if s.findings != 0 || s.bytes != 0 {
+		t.Errorf("%d findings and %d bytes are counted of no resources", s.findings, s.bytes)
+	}
+}
+
+func TestResourcesAreCounted(t *testing.T) {
+	r := begin(t)
+	bad := httpListener("http", "80", "3")
+	bad.Value = join(bad.Value, nest(nil, 32)) // filter_chain_matcher
+	r.accepts(update(xds.Clusters, cluster("pay", "pay", "1"), cluster("web", "other", "1")))
+	r.Update(update(xds.Listeners, bad))
+	counts := r.TypeCounts()
+	if c := counts[xds.Clusters]; c.InForce != 1 || c.Warming != 2 || c.Refused != 0 {
+		t.Errorf("clusters %+v", c)
+	}
+	if l := counts[xds.Listeners]; l.InForce != 1 || l.Warming != 0 || l.Refused != 1 || l.Findings[mesh.Security] != 1 {
+		t.Errorf("listeners %+v", l)
+	}
+	if allocations := testing.AllocsPerRun(10, func() { r.TypeCounts() }); allocations > 0 {
+		t.Errorf("%v allocations", allocations)
+	}
+}
+
+func TestHostsForDNSArePassedOnWhenTheyChange(t *testing.T) {
+	var got []*mesh.Names
+	s, err := NewStore(StoreConfig{Log: slog.New(slog.DiscardHandler), Names: func(n *mesh.Names) { got = append(got, n) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := func(host string) xds.Update {
+		entry := join(text(1, host), nest(text(1, "10.96.0.1"), 2))
+		return xds.Update{Type: xds.Names, Resources: []xds.Resource{resource(xds.Names, "", nest(entry, 1))}}
+	}
+	s.Update(table("a.example"))
+	s.Update(table("a.example"))
+	s.Update(xds.Update{Type: xds.Clusters})
+	s.Update(table("b.example"))
+	s.Update(xds.Update{Type: xds.Names, Resources: []xds.Resource{resource(xds.Names, "", []byte{0xff})}})
+	if len(got) != 2 || len(got[0].Hosts["a.example"].Addresses) != 1 || len(got[1].Hosts["b.example"].Addresses) != 1 {
+		t.Errorf("passed on: %+v", got)
+	}
+	if s.Snapshot() != nil {
+		t.Error("the store is initialized")
 	}
 }

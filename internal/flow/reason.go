@@ -22,6 +22,7 @@ const (
 	UpstreamRefused     Reason = "upstream_refused"     // nothing listens there, or a firewall rejects
 	UpstreamTimeout     Reason = "upstream_timeout"     // no answer within the connect timeout
 	UpstreamUnreachable Reason = "upstream_unreachable" // no route, or the dial failed in another way
+	UpstreamTLS         Reason = "upstream_tls"         // the TLS handshake failed
 )
 
 // Ends of a request.
@@ -106,6 +107,8 @@ var Explanations = []Explanation{
 		"Upstream did not answer within `{ConnectTimeout}`."},
 	{UpstreamUnreachable, envoy.FlagsConnectFailed, envoy.FlagUpstreamConnectionFailure, envoy.ResetBeforeResponse(envoy.ResetByRemoteConnectFailure),
 		"There is no route to upstream, or the dial failed in another way."},
+	{UpstreamTLS, envoy.FlagsConnectFailed, envoy.FlagUpstreamConnectionFailure, envoy.ResetBeforeResponse(envoy.ResetByRemoteConnectFailure),
+		"The TLS handshake with upstream failed: its certificate is not accepted, it rejected ours, or it does not speak TLS; the log has the cause."},
 	{Completed, "", "", envoy.DetailsViaUpstream,
 		"The response to a request was delivered to its end."},
 	{DownstreamLeft, "", envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft,

@@ -50,7 +50,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.malformed(s, http2.LengthMismatch)
 	case m.lost != nil:
 		m.answered = true
-		s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
+		s.record.Upstream, s.record.UpstreamLocal, s.record.Peer = m.Target.Address, m.upLocal, m.Record.Peer
 		if !m.upLocal.IsValid() {
 			s.record.Attempts, s.record.TransportFailure = m.attempts, upstream.TransportFailure(m.lostErr)
 		}
@@ -78,7 +78,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 // forwardRequest sends a request upstream, with the added fields.
 func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
 	l, add := &m.toUp, &s.settings.Fields
-	s.record.Upstream, s.record.UpstreamLocal = m.Target.Address, m.upLocal
+	s.record.Upstream, s.record.UpstreamLocal, s.record.Peer = m.Target.Address, m.upLocal, m.Record.Peer
 	s.record.Attempts, m.attempts = max(m.attempts, 1), 1
 	block := l.beginBlock()
 	for i := range fields {

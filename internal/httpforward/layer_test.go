@@ -32,15 +32,15 @@ func layers(t *testing.T, test func(t *testing.T, http2, down, up bool)) {
 
 // newLayeredRig is a rig whose connections have record layers.
 func newLayeredRig(t *testing.T, origin netip.AddrPort, http2, down, up bool) *rig {
-	r := newRig(t, origin, http2, func(config *Config) {
-		if up {
-			config.Dialer.Layer = func(_ *tcp.Waiter, c *tcp.Conn, _ upstream.Target, _ time.Time) error {
+	r := newRig(t, origin, http2)
+	r.set(func() {
+		if r.layered = down; up {
+			r.security = &upstream.Security{Handshake: func(_ *tcp.Waiter, c *tcp.Conn, _ time.Time) error {
 				layertest.Under(c, nil)
 				return nil
-			}
+			}}
 		}
 	})
-	r.set(func() { r.layered = down })
 	return r
 }
 

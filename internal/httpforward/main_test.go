@@ -36,6 +36,7 @@ type rig struct {
 	last     atomic.Pointer[flow.Record] // of the connection that was served last
 	open     atomic.Int32                // connections that the engine has
 	layered  bool                        // downstream connections have a record layer
+	security *upstream.Security          // of upstream connections
 	balanced bool                        // the network may have several servers behind the origin's address
 	early    bool                        // dial the origin before the engine begins, for HTTP/1
 	router   Router                      // of all connections; nil: everything goes to the origin
@@ -178,7 +179,7 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	defer w.Close()
 	r.mu.Lock()
 	layered, early, router := r.layered, r.early, r.router
-	to.Balanced = r.balanced
+	to.Balanced, to.Security = r.balanced, r.security
 	r.mu.Unlock()
 	if layered {
 		layertest.Under(down, nil)

@@ -16,7 +16,9 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -65,17 +67,27 @@ func (a *authority) sign(t *testing.T, template *x509.Certificate, parent *autho
 // leaf issues a workload certificate that lives from now.
 func (a *authority) leaf(t *testing.T, public crypto.PublicKey, lifetime time.Duration, ids ...string) *x509.Certificate {
 	t.Helper()
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now(), NotAfter: time.Now().Add(lifetime),
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	for _, id := range ids {
-		uri, err := url.Parse(id)
-		if err != nil {
-			t.Fatal(err)
+	return a.change(t, public, func(c *x509.Certificate) {
+		c.NotAfter, c.URIs = time.Now().Add(lifetime), nil
+		for _, id := range ids {
+			uri, err := url.Parse(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.URIs = append(c.URIs, uri)
 		}
-		template.URIs = append(template.URIs, uri)
+	})
+}
+
+// change issues a workload certificate whose template has been changed.
+func (a *authority) change(t *testing.T, public crypto.PublicKey, change func(*x509.Certificate)) *x509.Certificate {
+	t.Helper()
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now(), NotAfter: time.Now().Add(time.Hour),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		URIs:        []*url.URL{{Scheme: "spiffe", Host: "cluster.local", Path: "/ns/default/sa/web"}},
 	}
+	change(template)
 	return a.sign(t, template, a, public)
 }
 
@@ -163,7 +175,8 @@ func TestTheCACertifiesAKeyOfOurOwn(t *testing.T) {
 }
 
 func TestAResponseThatIsNotACertificateForUsIsRejected(t *testing.T) {
-	root, foreign := newAuthority(t, "root"), newAuthority(t, "foreign")
+	root, foreign, intermediate := newAuthority(t, "root"), newAuthority(t, "foreign"), newAuthority(t, "intermediate")
+	intermediate.certificate = root.sign(t, intermediate.certificate, root, intermediate.key.Public())
 	other, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -176,7 +189,16 @@ func TestAResponseThatIsNotACertificateForUsIsRejected(t *testing.T) {
 		"for another key": {func(crypto.PublicKey) []byte {
 			return response(text(root.leaf(t, other.Public(), time.Hour, web)), roots)
 		}, "another key"},
-		"expired":           {func(p crypto.PublicKey) []byte { return response(text(root.leaf(t, p, -time.Minute, web)), roots) }, "expired"},
+		"expired": {func(p crypto.PublicKey) []byte { return response(text(root.leaf(t, p, -time.Minute, web)), roots) }, "expired"},
+		"not valid yet": {func(p crypto.PublicKey) []byte {
+			return response(text(root.change(t, p, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) })), roots)
+		}, "not yet valid"},
+		"for mail alone": {func(p crypto.PublicKey) []byte {
+			return response(text(root.change(t, p, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageEmailProtection} })), roots)
+		}, "incompatible key usage"},
+		"behind a missing intermediate": {func(p crypto.PublicKey) []byte {
+			return response(text(intermediate.leaf(t, p, time.Hour, web)), roots)
+		}, "unknown authority"},
 		"of a foreign root": {func(p crypto.PublicKey) []byte { return response(text(foreign.leaf(t, p, time.Hour, web)), roots) }, "unknown authority"},
 		"without an ID":     {func(p crypto.PublicKey) []byte { return response(text(root.leaf(t, p, time.Hour)), roots) }, "want one SPIFFE ID"},
 		"with two IDs": {func(p crypto.PublicKey) []byte {
@@ -209,18 +231,69 @@ func TestAResponseThatIsNotACertificateForUsIsRejected(t *testing.T) {
 	}
 }
 
+// Elements of cert_chain may have several certificates each, and other text between them.
+func TestElementsOfAChainMayHaveSeveralCertificates(t *testing.T) {
+	root, old := newAuthority(t, "root"), newAuthority(t, "old root")
+	first, second := newAuthority(t, "first"), newAuthority(t, "second")
+	first.certificate = root.sign(t, first.certificate, root, first.key.Public())
+	second.certificate = first.sign(t, second.certificate, first, second.key.Public())
+	ca := newCA(func(_ context.Context, _ string, message []byte) ([]byte, error) {
+		leaf := second.leaf(t, csr(t, message).PublicKey, time.Hour, web)
+		return response(text(leaf, second.certificate), "comment\n"+text(first.certificate), "", text(old.certificate)+"comment\n"+text(root.certificate)), nil
+	})
+	identity, err := ca.Fetch(t.Context())
+	if err != nil || len(identity.Certificate.Certificate) != 3 || string(identity.Roots.PEM) != text(old.certificate, root.certificate) {
+		t.Errorf("identity %v, error %v", identity, err)
+	}
+}
+
+func TestMountedCertificatesAreFoundInIstiosOrder(t *testing.T) {
+	spiffe, certs := "var/run/secrets/workload-spiffe-credentials/", "etc/certs/"
+	sets := [][]string{
+		{spiffe + "cert-chain.pem", spiffe + "key.pem", spiffe + "root-cert.pem"},
+		{spiffe + "certificates.pem", spiffe + "private_key.pem", spiffe + "ca_certificates.pem"},
+		{certs + "cert-chain.pem", certs + "key.pem", certs + "root-cert.pem"},
+	}
+	for present := range 1 << len(sets) {
+		root, want := t.TempDir(), ""
+		for i, set := range sets {
+			files := set
+			if present>>i&1 == 0 {
+				files = set[:2] // incomplete
+			} else if want == "" {
+				want = filepath.Join(root, set[0])
+			}
+			for _, file := range files {
+				if err := os.MkdirAll(filepath.Dir(filepath.Join(root, file)), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(filepath.Join(root, file), nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		files, ok := FindFiles(root)
+		if ok != (want != "") || ok && files.Certificate != want {
+			t.Errorf("sets %03b: %+v, want %s", present, files, want)
+		}
+	}
+}
+
 func TestCallsThatMaySucceedLaterAreTriedAgain(t *testing.T) {
-	for _, test := range []struct {
+	type call struct {
 		err  error
 		want int
-	}{
-		{errors.New("connection refused"), 5},
-		{&grpcwire.Error{Code: envoy.GRPCUnavailable}, 5},
-		{fmt.Errorf("calling: %w", &grpcwire.Error{Code: envoy.GRPCResourceExhausted}), 5},
-		{&grpcwire.Error{Code: envoy.GRPCUnauthenticated}, 1},
-		{&grpcwire.Error{Code: envoy.GRPCPermissionDenied}, 1},
-		{&grpcwire.Error{Code: envoy.GRPCInvalidArgument}, 1},
-	} {
+	}
+	tests := []call{{errors.New("connection refused"), 5}, {fmt.Errorf("calling: %w", &grpcwire.Error{Code: envoy.GRPCResourceExhausted}), 5}}
+	again := []envoy.GRPCCode{envoy.GRPCCanceled, envoy.GRPCDeadlineExceeded, envoy.GRPCResourceExhausted, envoy.GRPCAborted, envoy.GRPCInternal, envoy.GRPCUnavailable}
+	for code := envoy.GRPCCanceled; code <= envoy.GRPCUnauthenticated; code++ {
+		want := 1
+		if slices.Contains(again, code) {
+			want = 5
+		}
+		tests = append(tests, call{&grpcwire.Error{Code: code}, want})
+	}
+	for _, test := range tests {
 		synctest.Test(t, func(t *testing.T) {
 			calls, begun := 0, time.Now()
 			ca := newCA(func(context.Context, string, []byte) ([]byte, error) { calls++; return nil, test.err })
@@ -260,9 +333,9 @@ func (a *authority) identity(t *testing.T, lifetime time.Duration) *Identity {
 	return identity
 }
 
-func keep(t *testing.T, s Source, output string) (*Keeper, *strings.Builder) {
+func keep(t *testing.T, s Source, output string) (*Keeper, *lockedBuilder) {
 	t.Helper()
-	var log strings.Builder
+	var log lockedBuilder
 	k := NewKeeper(Config{Source: s, Log: slog.New(slog.NewTextHandler(&log, nil)), Output: output})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
@@ -326,12 +399,13 @@ func TestAFailedRenewalKeepsTheIdentity(t *testing.T) {
 func TestAnchorsAreTrustedToo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		root, next := newAuthority(t, "root"), newAuthority(t, "next root")
-		fetches, away := 0, false
+		var fetches atomic.Int32
+		var away atomic.Bool
 		s := &source{next: 24 * time.Hour, fetch: func() (*Identity, error) {
-			if away {
+			if away.Load() {
 				return nil, errors.New("istiod is away")
 			}
-			fetches++
+			fetches.Add(1)
 			return root.identity(t, 48*time.Hour), nil
 		}}
 		k, log := keep(t, s, "")
@@ -340,24 +414,27 @@ func TestAnchorsAreTrustedToo(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		away = true
+		away.Store(true)
 		k.Anchor(anchors)
 		synctest.Wait()
+		if !strings.Contains(log.String(), "trust in peers changed") {
+			t.Errorf("log:\n%s", log)
+		}
 		if want := text(root.certificate, next.certificate); string(k.Current().Roots.PEM) != want || k.Status().Renewals != 1 {
 			t.Errorf("while the CA is away, status %+v, the roots are\n%s", k.Status(), k.Current().Roots.PEM)
 		}
-		away = false
+		away.Store(false)
 		time.Sleep(2 * time.Second)
-		if want := text(root.certificate, next.certificate); string(k.Current().Roots.PEM) != want || fetches != 2 {
-			t.Errorf("after %d fetches the roots are\n%s", fetches, k.Current().Roots.PEM)
+		if want := text(root.certificate, next.certificate); string(k.Current().Roots.PEM) != want || fetches.Load() != 2 {
+			t.Errorf("after %d fetches the roots are\n%s", fetches.Load(), k.Current().Roots.PEM)
 		}
 		if !strings.Contains(log.String(), "roots_changed=true") {
 			t.Errorf("log:\n%s", log)
 		}
 		k.Anchor(anchors)
 		synctest.Wait()
-		if fetches != 2 {
-			t.Errorf("the same roots cause a fetch: %d", fetches)
+		if fetches.Load() != 2 {
+			t.Errorf("the same roots cause a fetch: %d", fetches.Load())
 		}
 		k.Anchor(nil)
 		synctest.Wait()
@@ -469,6 +546,18 @@ func TestFilesThatCannotBeAnIdentityAreNamed(t *testing.T) {
 		files := Files{Certificate: filepath.Join(directory, "cert-chain.pem"), Key: filepath.Join(directory, "key.pem"), Roots: filepath.Join(directory, "root-cert.pem")}
 		if _, err := files.read(); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s: error %v, want one with %q", name, err, test.want)
+		}
+	}
+}
+
+func TestAFileMayHaveAsManyBytesAsTheLimit(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	for size, ok := range map[int]bool{maxFile: true, maxFile + 1: false} {
+		if err := os.WriteFile(path, make([]byte, size), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if content, err := ReadFile(path); (err == nil) != ok || ok && len(content) != size {
+			t.Errorf("%d bytes: read %d, error %v", size, len(content), err)
 		}
 	}
 }

@@ -13,6 +13,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -104,19 +106,37 @@ func TestTextThatIsNotARevocationListIsNamed(t *testing.T) {
 	}
 }
 
+// lockedBuilder is a strings.Builder for several goroutines.
+type lockedBuilder struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *lockedBuilder) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuilder) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
 func TestRevocationListsAreFollowed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		root := newAuthority(t, "root")
 		file := filepath.Join(t.TempDir(), "ca-crl.pem")
 		s := &source{next: 24 * time.Hour, fetch: func() (*Identity, error) { return root.identity(t, 48*time.Hour), nil }}
-		var log strings.Builder
-		changes := 0
-		k := NewKeeper(Config{Source: s, Log: slog.New(slog.NewTextHandler(&log, nil)), Revocations: file, Changed: func(*Identity) { changes++ }})
+		var log lockedBuilder
+		var changes atomic.Int32
+		k := NewKeeper(Config{Source: s, Log: slog.New(slog.NewTextHandler(&log, nil)), Revocations: file, Changed: func(*Identity) { changes.Add(1) }})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { k.Run(ctx); close(done) }()
 		defer func() { cancel(); <-done }()
-		step := func(name, text string, want *Revocations, wantChanges int, wantError string) {
+		step := func(name, text string, want *Revocations, wantChanges int32, wantError string) {
 			t.Helper()
 			err := os.WriteFile(file, []byte(text), 0o600)
 			if text == "" {
@@ -128,13 +148,13 @@ func TestRevocationListsAreFollowed(t *testing.T) {
 			time.Sleep(2 * filePoll)
 			synctest.Wait()
 			problem := k.Status().RevocationError
-			if !k.Current().Revocations.Equal(want) || changes != wantChanges || (problem == nil) != (wantError == "") || problem != nil && !strings.Contains(problem.Error(), wantError) {
-				t.Errorf("%s: lists %v, %d changes, error %v", name, k.Current().Revocations, changes, problem)
+			if !k.Current().Revocations.Equal(want) || changes.Load() != wantChanges || (problem == nil) != (wantError == "") || problem != nil && !strings.Contains(problem.Error(), wantError) {
+				t.Errorf("%s: lists %v, %d changes, error %v", name, k.Current().Revocations, changes.Load(), problem)
 			}
 		}
 		synctest.Wait()
-		if k.Current().Revocations != nil || changes != 1 {
-			t.Fatalf("without a file: %v, %d changes", k.Current().Revocations, changes)
+		if k.Current().Revocations != nil || changes.Load() != 1 {
+			t.Fatalf("without a file: %v, %d changes", k.Current().Revocations, changes.Load())
 		}
 		first, second := root.revoke(t, nil), root.revoke(t, nil, root.certificate)
 		parse := func(text string) *Revocations {
@@ -153,5 +173,8 @@ func TestRevocationListsAreFollowed(t *testing.T) {
 		}
 		step("a good file again", second, parse(second), 3, "")
 		step("no file", "", nil, 4, "")
+		if n := strings.Count(log.String(), "level=ERROR"); n != 1 {
+			t.Errorf("%d errors in the log, want 1:\n%s", n, log.String())
+		}
 	})
 }

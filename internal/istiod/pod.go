@@ -25,9 +25,6 @@ const DefaultAddress = "istiod.istio-system.svc:15012"
 // proxy-status shows it.
 const Version = "1.32.0"
 
-// revocationsFile is where the injector mounts the ConfigMap istio-ca-crl, below the root directory.
-const revocationsFile = "var/run/secrets/istio/crl/ca-crl.pem"
-
 // Environment is what an injected pod gives to its sidecar.
 type Environment struct {
 	Variables []string          // as os.Environ returns them
@@ -40,7 +37,7 @@ type Environment struct {
 	Domain string // DNS domain of the cluster; empty: cluster.local
 }
 
-// Pod is how a pod reaches istiod, and what it tells istiod about itself. A Pod without an address has no control plane.
+// Pod is how a pod reaches istiod, and how it describes itself. A Pod without an address has no control plane.
 type Pod struct {
 	Discovery Server
 	CA        Server // without an address, certificates are not issued by a CA
@@ -50,15 +47,17 @@ type Pod struct {
 	SPIFFE   string           // the identity that certificates are requested for
 	Lifetime time.Duration    // of a requested certificate
 	Signer   string           // CertSigner of the CA; may be empty
+	Socket   *identity.Socket // in place of a CA and of Files; nil: there is none, or it does not answer
 	Files    *identity.Files  // mounted in place of a CA; nil: not mounted
-	Socket   *identity.Socket // that serves the identity in place of both; nil: there is none
 
-	Revocations string // path of the lists of revoked certificates, which need not exist
-	Output      string // directory that the identity is written to; empty: none
+	Revocations  string // path of the file of revocation lists; it may be missing
+	Output       string // directory that the identity is written to; empty: none
+	OutputShared bool   // other users of the pod read it
 }
 
-// ReadPod returns how the pod reaches the istiod at address (host:port). An error names the variable and its remedy.
-func ReadPod(address string, e *Environment) (*Pod, error) {
+// ReadPod returns how the pod reaches the istiod at address (host:port). An error names the variable and its remedy. A
+// SPIFFE workload socket has a second to answer.
+func ReadPod(ctx context.Context, address string, e *Environment) (*Pod, error) {
 	variables := e.variables()
 	lifetime, err := variables.duration("SECRET_TTL", 24*time.Hour)
 	if err != nil {
@@ -75,18 +74,15 @@ func ReadPod(address string, e *Environment) (*Pod, error) {
 	if err != nil {
 		return nil, err
 	}
-	socket, err := identity.FindSocket(context.Background(), e.directory(), variables["WORKLOAD_IDENTITY_SOCKET_FILE"])
-	if err != nil {
-		return nil, fmt.Errorf("environment variable WORKLOAD_IDENTITY_SOCKET_FILE: %w", err)
-	}
 	p := &Pod{Node: *node, Delta: delta, Lifetime: lifetime, Signer: variables["ISTIO_META_CERT_SIGNER"], Output: variables["OUTPUT_CERTS"]}
+	p.OutputShared = variables["KUBERNETES_SERVICE_HOST"] != "" // as istio-agent decides it
+	p.Revocations = filepath.Join(e.directory(), identity.CRLFile)
 	p.Discovery = e.discovery(address, variables)
-	p.Revocations = filepath.Join(e.directory(), revocationsFile)
-	if socket != nil {
-		if socket.Node, err = node.Encode(); err != nil {
-			return nil, err
-		}
-		p.Socket = socket
+	const socketFile = "WORKLOAD_IDENTITY_SOCKET_FILE"
+	if p.Socket, err = identity.FindSocket(ctx, e.directory(), variables[socketFile]); err != nil {
+		return nil, fmt.Errorf("environment variable %s=%q: %w", socketFile, variables[socketFile], err)
+	}
+	if p.Socket != nil {
 		return p, nil
 	}
 	if files, ok := identity.FindFiles(e.directory()); ok {

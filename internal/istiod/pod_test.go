@@ -1,6 +1,8 @@
 package istiod
 
 import (
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -20,7 +22,7 @@ func injected(more ...string) []string {
 }
 
 func TestAnInjectedPodDescribesItselfToIstiod(t *testing.T) {
-	p, err := ReadPod(DefaultAddress, &Environment{
+	p, err := ReadPod(t.Context(), DefaultAddress, &Environment{
 		Variables: injected("XDS_HEADER_X-Tenant=a", "CA_HEADER_X-Tenant=b"), Directory: t.TempDir(),
 		Labels:      map[string]string{"app": "web", "service.istio.io/canonical-name": "front"},
 		ProxyConfig: map[string]any{"holdApplicationUntilProxyStarts": true},
@@ -56,7 +58,7 @@ func TestAnInjectedPodDescribesItselfToIstiod(t *testing.T) {
 }
 
 func TestProxyConfigIsPresentInTheMetadataOfEveryNode(t *testing.T) {
-	p, err := ReadPod(DefaultAddress, &Environment{})
+	p, err := ReadPod(t.Context(), DefaultAddress, &Environment{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,14 +69,14 @@ func TestProxyConfigIsPresentInTheMetadataOfEveryNode(t *testing.T) {
 
 func TestATokenIsNotSentInTheClear(t *testing.T) {
 	plain := map[string]any{"controlPlaneAuthPolicy": "NONE"}
-	p, err := ReadPod("istiod:15010", &Environment{ProxyConfig: plain, Directory: t.TempDir()})
+	p, err := ReadPod(t.Context(), "istiod:15010", &Environment{ProxyConfig: plain, Directory: t.TempDir()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !p.Discovery.Plaintext || p.Discovery.Token != "" || p.CA.Address != "" {
 		t.Errorf("discovery %+v, CA %+v", p.Discovery, p.CA)
 	}
-	p, err = ReadPod("istiod:15010", &Environment{ProxyConfig: plain, Directory: t.TempDir(), Variables: []string{"CA_ADDR=istiod:15012"}})
+	p, err = ReadPod(t.Context(), "istiod:15010", &Environment{ProxyConfig: plain, Directory: t.TempDir(), Variables: []string{"CA_ADDR=istiod:15012"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -94,12 +96,47 @@ func TestMountedCertificatesReplaceTheCA(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	p, err := ReadPod(DefaultAddress, &Environment{Directory: directory})
+	p, err := ReadPod(t.Context(), DefaultAddress, &Environment{Directory: directory})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if p.Files == nil || p.CA.Address != "" {
 		t.Errorf("files %v, CA %+v", p.Files, p.CA)
+	}
+}
+
+func TestAWorkloadSocketReplacesTheCAAndFiles(t *testing.T) {
+	directory, err := os.MkdirTemp("", "") // the path of a Unix socket has at most 107 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(directory) })
+	mounts := filepath.Join(directory, "var/run/secrets/workload-spiffe-uds")
+	if err := os.MkdirAll(mounts, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	e := &Environment{Directory: directory, Variables: []string{"WORKLOAD_IDENTITY_SOCKET_FILE=own", "KUBERNETES_SERVICE_HOST=10.96.0.1"}}
+	if _, err := ReadPod(t.Context(), DefaultAddress, e); err == nil || !strings.Contains(err.Error(), "WORKLOAD_IDENTITY_SOCKET_FILE=\"own\"") {
+		t.Errorf("without the socket: error %v", err)
+	}
+	socket, err := net.Listen("unix", filepath.Join(mounts, "own"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Protocols: new(http.Protocols)}
+	server.Protocols.SetUnencryptedHTTP2(true)
+	go server.Serve(socket)
+	t.Cleanup(func() { server.Close() })
+	p, err := ReadPod(t.Context(), DefaultAddress, e)
+	if err != nil || p.Socket == nil || p.Socket.Path != filepath.Join(mounts, "own") || p.CA.Address != "" || p.Files != nil {
+		t.Fatalf("%+v, error %v", p, err)
+	}
+	if want := filepath.Join(directory, "var/run/secrets/istio/crl/ca-crl.pem"); p.Revocations != want || !p.OutputShared {
+		t.Errorf("revocation lists %s, output shared: %v", p.Revocations, p.OutputShared)
+	}
+	e.Variables = nil // a socket of another name does not count
+	if p, err = ReadPod(t.Context(), DefaultAddress, e); err != nil || p.Socket != nil || p.CA.Address == "" || p.OutputShared {
+		t.Errorf("%+v, error %v", p, err)
 	}
 }
 
@@ -111,7 +148,7 @@ func TestInvalidVariablesOfThePodAreNamed(t *testing.T) {
 		"CA_PROVIDER=GoogleCAS":        "use Citadel",
 		"ISTIO_METAJSON_LABELS=app=we": "use a JSON object",
 	} {
-		_, err := ReadPod(DefaultAddress, &Environment{Variables: []string{variable}})
+		_, err := ReadPod(t.Context(), DefaultAddress, &Environment{Variables: []string{variable}})
 		name, _, _ := strings.Cut(variable, "=")
 		if err == nil || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), remedy) {
 			t.Errorf("%s: %v", variable, err)
@@ -120,7 +157,7 @@ func TestInvalidVariablesOfThePodAreNamed(t *testing.T) {
 }
 
 func TestTheStateOfTheWorldIsChosenByAVariable(t *testing.T) {
-	p, err := ReadPod(DefaultAddress, &Environment{Variables: []string{"ISTIO_DELTA_XDS=false"}})
+	p, err := ReadPod(t.Context(), DefaultAddress, &Environment{Variables: []string{"ISTIO_DELTA_XDS=false"}})
 	if err != nil || p.Delta {
 		t.Errorf("delta %v, %v", p.Delta, err)
 	}

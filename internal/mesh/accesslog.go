@@ -109,7 +109,7 @@ func (d *decoder) fileLog(m wire.Message, log *AccessLog) {
 				case 3:
 					log.OmitEmpty = m.Bool()
 				case 5:
-					log.Text, log.JSON = string(d.inline(m.Message())), nil
+					log.Text, log.JSON = d.inlineText(m.Message()), nil
 				}
 			}
 		}

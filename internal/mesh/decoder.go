@@ -128,7 +128,17 @@ func (d *decoder) report(class Class, problem string) {
 		last.Class, last.Path, last.Problem = max(last.Class, class), "", "more findings than are kept"
 		return
 	}
-	d.findings = append(d.findings, Finding{Class: class, Path: d.place(), Problem: problem})
+	d.findings = append(d.findings, Finding{Class: class, Path: d.place(), Problem: clip(problem)})
+}
+
+// maxProblem bounds the text of a finding, in bytes: names in resources have no limit.
+const maxProblem = 500
+
+func clip(text string) string {
+	if len(text) <= maxProblem {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxProblem], "") + "…"
 }
 
 // place returns the path of the field that is being read.
@@ -153,7 +163,7 @@ func (d *decoder) place() string {
 func (d *decoder) attribute(first int, origin string) {
 	for i := min(first, len(d.findings)); i < len(d.findings); i++ {
 		if d.findings[i].Origin == "" {
-			d.findings[i].Origin = origin
+			d.findings[i].Origin = clip(origin)
 		}
 	}
 }

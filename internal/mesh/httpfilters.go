@@ -225,22 +225,25 @@ func (d *decoder) judgeFilters(filters []HTTPFilter) {
 // judgeFilter reports f if it is not supported. It may be left out without loss of security if it is optional, is turned
 // off, or has no influence on a policy.
 func (d *decoder) judgeFilter(f *HTTPFilter) {
-	problem := "the HTTP filter " + f.Name + " of type " + f.Type + " is not supported"
+	known := knownFilters[f.Type] != nil
+	if known && !f.OnItsOwn {
+		return
+	}
+	what := "the HTTP filter " + f.Name + " of type " + f.Type + " is not supported"
 	switch {
-	case f.OnItsOwn && f.Type != "" && knownFilters[f.Type] != nil:
+	case known:
 		d.report(Traffic, "the configuration of the HTTP filter "+f.Name+" comes on its own; its default is used until then")
-	case knownFilters[f.Type] != nil:
 	case f.Disabled:
-		d.report(Cosmetic, problem+"; it is turned off")
+		d.report(Cosmetic, what+"; it is turned off")
 	case f.Optional:
-		d.report(Cosmetic, "the optional HTTP filter "+f.Name+" of type "+f.Type+" is not supported")
+		d.report(Cosmetic, what+"; it is optional")
 	case f.Type == "" && f.OnItsOwn:
 		d.report(Unenforced, "the configuration of the HTTP filter "+f.Name+" comes on its own; requests are refused until then")
 		d.narrow++
 	case slices.Contains(plainFilters, f.Type), slices.Contains(preparingFilters, f.Type) && !f.BeforePolicy:
-		d.report(Traffic, problem)
+		d.report(Traffic, what)
 	default:
-		d.report(Security, problem)
+		d.report(Security, what)
 	}
 }
 

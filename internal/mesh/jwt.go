@@ -261,7 +261,7 @@ func (d *decoder) jwtProvider(m wire.Message, p *JWTProvider) {
 		case 3:
 			p.Remote = d.remoteKeys(m.Message())
 		case 4:
-			p.Keys = append([]byte{}, d.inline(m.Message())...)
+			p.Keys = d.inline(m.Message())
 		case 5:
 			p.Forward = m.Bool()
 		case 6:

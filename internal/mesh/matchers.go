@@ -98,12 +98,6 @@ func (d *decoder) headerMatcher(m wire.Message) HeaderMatcher {
 	if h.Name == "" {
 		d.report(Security, "a header matcher without a name")
 	}
-	if h.Kind != HeaderText {
-		h.Text = StringMatcher{}
-	}
-	if h.Kind != HeaderRange {
-		h.Start, h.End = 0, 0
-	}
 	return h
 }
 
@@ -198,11 +192,23 @@ var dataSourceFields = message{"envoy.config.core.v3.DataSource", Security, []fi
 
 // inline returns a copy of the content of a DataSource. Files and variables of the environment are reported: the
 // control plane must not choose what is read.
-func (d *decoder) inline(m wire.Message) (content []byte) {
+func (d *decoder) inline(m wire.Message) []byte {
+	content := []byte{}
 	for d.next(&m, &dataSourceFields) {
-		content = bytes.Clone(m.Bytes())
+		if content = bytes.Clone(m.Bytes()); m.Number == 3 {
+			_ = m.String() // it must be UTF-8
+		}
+	}
+	return content
+}
+
+// inlineText returns the content of a DataSource as text.
+func (d *decoder) inlineText(m wire.Message) (content string) {
+	for d.next(&m, &dataSourceFields) {
 		if m.Number == 3 {
-			content = []byte(m.String())
+			content = m.String()
+		} else {
+			content = string(m.Bytes())
 		}
 	}
 	return content

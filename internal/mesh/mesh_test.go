@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -100,5 +101,13 @@ func TestResourcesWithoutANameAreErrors(t *testing.T) {
 	}
 	if _, _, err := DecodeAssignment(nil); err != errNoName {
 		t.Error(err)
+	}
+}
+
+func TestTheTextOfAFindingIsBounded(t *testing.T) {
+	long := strings.Repeat("ü", 1<<20)
+	_, findings, err := DecodeCluster(append(nest(packed(long, nil), 24, 3), name...))
+	if err != nil || len(findings) != 1 || len(findings[0].Problem) > maxProblem+3 || !utf8.ValidString(findings[0].Problem) {
+		t.Errorf("error %v, %d findings, the first of %d bytes", err, len(findings), len(findings[0].Problem))
 	}
 }

@@ -91,7 +91,7 @@ const (
 	ConditionClient                    // the client's address, from X-Forwarded-For if that is configured
 )
 
-// maxConditions bounds the conditions of one resource. A condition takes 150 bytes, but may be encoded in two.
+// maxConditions bounds the conditions of one resource. A condition takes more than 100 bytes, but may be encoded in two.
 const maxConditions = 100_000
 
 var networkRBACFields = message{networkRBACType, Security, []field{
@@ -114,7 +114,7 @@ func (d *decoder) networkRBAC(m wire.Message) *RBAC {
 		case 1:
 			own += d.enforcedRules(m.Message(), &r.Rules)
 		case 2:
-			own += d.shadowRules(m.Message(), &r.Shadow)
+			d.shadowRules(m.Message(), &r.Shadow)
 		case 4:
 			if m.Uint64() != 0 {
 				d.report(Security, "connections are judged once only")
@@ -146,7 +146,7 @@ func (d *decoder) httpRBAC(m wire.Message) *RBAC {
 		case 1:
 			own += d.enforcedRules(m.Message(), &r.Rules)
 		case 2:
-			own += d.shadowRules(m.Message(), &r.Shadow)
+			d.shadowRules(m.Message(), &r.Shadow)
 		case 3:
 			r.ShadowPrefix = m.String()
 		}
@@ -170,19 +170,18 @@ func (d *decoder) enforcedRules(m wire.Message, r **Rules) (refusals int) {
 		}
 	}
 	if action == Log {
-		return d.shadowRules(m, r)
+		d.shadowRules(m, r)
+		return 0
 	}
 	return d.rules(m, r)
 }
 
 // shadowRules sets r to rules that are not enforced. Findings in them restrict nothing.
-func (d *decoder) shadowRules(m wire.Message, r **Rules) (refusals int) {
+func (d *decoder) shadowRules(m wire.Message, r **Rules) {
 	shadow := d.shadow
 	d.shadow = true
-	refusals = d.rules(m, r)
+	d.refusals -= d.rules(m, r)
 	d.shadow = shadow
-	d.narrow += refusals
-	return refusals
 }
 
 // rules sets r. It returns the number of findings in them. Those outside of the policies refuse the rules.

@@ -266,6 +266,15 @@ func TestFindingsInShadowRulesCloseNothing(t *testing.T) {
 	if findings != "traffic rules.policies.value.permissions.matcher: not supported" || chain.Refused || r.Restricts() {
 		t.Errorf("findings %s, refused %v, %+v", findings, chain.Refused, r)
 	}
+	// Nor do those in the policy of a route, or in a configuration that comes on its own.
+	bad := nest(accessPolicy("p", nest(nil, 12), anyRule), 2)
+	table, routeFindings, err := DecodeRoutes(route(filter("rbac", rbacPerRoute, nest(bad, 2))))
+	if err != nil || len(routeFindings) != 2 || table.Hosts[0].Routes[0].Refused {
+		t.Errorf("error %v, findings %v, route refused %v", err, routeFindings, table.Hosts[0].Routes[0].Refused)
+	}
+	if f, findings := decodeExtension(t, rbacType, bad); f.Refused || !strings.HasPrefix(findings, "traffic") {
+		t.Errorf("findings %s, refused %v", findings, f.Refused)
+	}
 	// Findings after them are of their own class again.
 	if _, findings, chain = decodeRBAC(t, nest(nil, 2), nest(nil, 6)); findings != "security matcher: not supported" || !chain.Refused {
 		t.Errorf("findings %s, refused %v", findings, chain.Refused)

@@ -116,7 +116,7 @@ func (d *decoder) routeFilter(m wire.Message, f *RouteFilters) {
 		d.routePolicy(f, d.routeExtAuthz(m, key))
 	case url == typePrefix+routeSessionType:
 		d.fields(m, &routeSessionFields)
-	case optional:
+	case optional && url != "": // without a type it turns on a filter
 	case harmlessFilters[url]:
 		d.report(Traffic, "the configuration of the filter "+key+" is not supported")
 	default:

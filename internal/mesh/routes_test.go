@@ -163,6 +163,7 @@ func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T)
 			"traffic " + f + ": exceptions by " + routeJWTType + " are not carried out yet; traffic " + f + "[1]: exceptions by " + routeJWTType + " are not carried out yet; security " + f + "[1]: two configurations of the filter jwt"},
 		{"an unknown filter that may be left out", route(filter("x", filterConf, filterConfig("x.Y", nil, number(2, 1)))), "", ""},
 		{"an unknown filter that may not", route(filter("x", filterConf, filterConfig("x.Y", nil))), "route", "security " + r + ".typed_per_filter_config: the configuration of the filter x of type x.Y is not supported"},
+		{"a filter that is turned on", route(filter("rbac", filterConf, number(2, 1))), "route", "security " + f + ": the configuration of the filter rbac of type  is not supported"},
 		{"a filter that is turned off", route(filter("envoy.filters.http.rbac", filterConf, number(3, 1))), "", "traffic " + f + ": exceptions by " + filterConf + " are not carried out yet"},
 		{"a filter of another name", route(filter("x", httpFault, nil)), "route", "security " + r + ".typed_per_filter_config: the configuration of the filter x of type " + httpFault + " is not supported"},
 		{"sessions", route(filter("s", routeSessionType, nest(nil, 2))), "", "traffic " + f + ".stateful_session: not supported"},

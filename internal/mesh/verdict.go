@@ -1,6 +1,8 @@
 package mesh
 
 import (
+	"cmp"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 )
@@ -22,33 +24,43 @@ func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	return l.judge(s, c)
 }
 
-// Outbound returns why a connection must not be carried to its original destination, and nothing if it may be. It closes
-// whatever the configuration refuses, and whatever it secures in a way that is not carried out: TLS with the endpoint, and
-// policies. A destination that no listener is for is carried.
-func (s *Snapshot) Outbound(c *ConnInfo) (refusal string) {
+// Way is how an outbound connection is made. The zero value goes to the original destination without TLS.
+type Way struct {
+	Cluster *Cluster     // nil: of none
+	TLS     *UpstreamTLS // nil: plain
+
+	// Endpoint is dialled instead of the original destination if the endpoints of the cluster are reached in different ways.
+	Endpoint netip.AddrPort
+}
+
+// Outbound returns the way of an outbound connection, or why it is refused: the configuration refuses it, or restricts it
+// in a way that is not carried out. A destination that no listener is for is carried as it is. Routes are not followed yet:
+// if the routes of a destination lead to several clusters, and to one of them by TLS, the connection is refused.
+func (s *Snapshot) Outbound(c *ConnInfo) (way Way, refusal string) {
 	l := s.Destination(c.Destination)
 	if l == nil {
 		l = s.Listener(virtualOutbound)
 	}
 	if l == nil {
-		return ""
+		return Way{}, ""
 	}
 	chain, refusal := l.judge(s, c)
 	switch {
 	case refusal != "":
-		return refusal
+		return Way{}, refusal
 	case chain.TLS != nil:
-		return "its filter chain in " + l.Name + " ends TLS, which is not supported yet"
+		return Way{}, "its filter chain in " + l.Name + " ends TLS, which is not supported yet"
+	}
+	j := journey{snapshot: s}
+	switch {
 	case chain.TCP != nil:
 		for _, cluster := range chain.TCP.Clusters {
-			if refusal := s.secured(cluster.Name); refusal != "" {
-				return refusal
-			}
+			j.visit(cluster.Name)
 		}
 	case chain.HTTP != nil:
-		return s.judgeRoutes(s.Routes(chain.HTTP), c.Destination)
+		j.routes(s.Routes(chain.HTTP), c.Destination)
 	}
-	return ""
+	return j.way, j.refusal
 }
 
 // judge returns the filter chain of a connection, or why it is refused.
@@ -105,14 +117,24 @@ func (s *Snapshot) judgeHTTP(h *HTTPManager) string {
 	return ""
 }
 
-// judgeRoutes judges the virtual host of an original destination: istiod lists a service's addresses among its domains.
-// Without such a host the connection goes to no service of the mesh.
-func (s *Snapshot) judgeRoutes(routes *Routes, destination netip.AddrPort) string {
+// journey collects the ways of the clusters that a connection may go to.
+type journey struct {
+	snapshot *Snapshot
+	way      Way
+	visited  bool   // way is that of a cluster
+	refusal  string // the first one
+}
+
+// routes visits the clusters in the virtual host of an original destination: istiod lists a service's addresses among its
+// domains. Without such a host the connection goes to no service of the mesh.
+func (j *journey) routes(routes *Routes, destination netip.AddrPort) {
 	switch {
 	case routes == nil:
-		return "the listener's routes are missing"
+		j.refuse("the listener's routes are missing")
+		return
 	case routes.Refused:
-		return "the routes " + routes.Name + " are refused"
+		j.refuse("the routes " + routes.Name + " are refused")
+		return
 	}
 	for i := range routes.Hosts {
 		host := &routes.Hosts[i]
@@ -120,30 +142,99 @@ func (s *Snapshot) judgeRoutes(routes *Routes, destination netip.AddrPort) strin
 			continue
 		}
 		if host.Refused {
-			return "the virtual host " + host.Name + " is refused"
+			j.refuse("the virtual host " + host.Name + " is refused")
 		}
-		for j := range host.Routes {
-			if refusal := s.judgeRoute(&host.Routes[j]); refusal != "" {
-				return refusal
-			}
+		for k := range host.Routes {
+			j.route(&host.Routes[k])
 		}
 	}
-	return ""
 }
 
-func (s *Snapshot) judgeRoute(r *Route) string {
+func (j *journey) route(r *Route) {
 	if r.Refused {
-		return "the route " + r.Name + " is refused"
+		j.refuse("the route " + r.Name + " is refused")
 	}
 	if r.Forward == nil {
-		return ""
+		return
 	}
 	for i := range r.Forward.Clusters {
-		if refusal := s.secured(r.Forward.Clusters[i].Name); refusal != "" {
-			return refusal
+		j.visit(r.Forward.Clusters[i].Name)
+	}
+}
+
+func (j *journey) refuse(why string) { j.refusal = cmp.Or(j.refusal, why) }
+
+// visit adds a cluster. All clusters must be reached in the same way.
+func (j *journey) visit(name string) {
+	c := j.snapshot.Cluster(name)
+	if c == nil {
+		return
+	}
+	way, refusal := j.snapshot.to(c)
+	j.refuse(refusal)
+	switch {
+	case !j.visited:
+		j.way, j.visited = way, true
+	case j.way.Cluster != c && (j.way.TLS != nil || way.TLS != nil):
+		j.refuse("its routes lead to several clusters, and to one of them by TLS, which is not supported yet")
+	}
+}
+
+// to returns the way to a cluster. If its endpoints are reached in different ways, one of those that are healthy is chosen
+// by weight. Endpoints that are not known might require TLS, so a cluster that may do so is refused without any.
+func (s *Snapshot) to(c *Cluster) (way Way, refusal string) {
+	endpoints, mixed := s.transports(c)
+	t := c.transport(&Endpoint{})
+	switch {
+	case endpoints == nil && (c.Discovery == Static || c.Discovery == ByEDS && slices.ContainsFunc(c.Transports, func(t Transport) bool { return !t.plain() })):
+		return Way{}, "the cluster " + c.Name + " has no endpoints"
+	case endpoints != nil && !mixed:
+		t = c.transport(endpoints[0])
+	case mixed:
+		chosen := choose(endpoints)
+		if chosen == nil || !chosen.Address.IsValid() {
+			return Way{}, "the cluster " + c.Name + " has no healthy endpoints"
+		}
+		t, way.Endpoint = c.transport(chosen), chosen.Address
+	}
+	if way.Cluster = c; t == nil {
+		return way, ""
+	}
+	if t.Refused {
+		return Way{}, "the transport " + t.Name + " of the cluster " + c.Name + " is not supported"
+	}
+	way.TLS = t.TLS
+	return way, ""
+}
+
+// transports returns the endpoints of a cluster, and whether they are reached by different transports.
+func (s *Snapshot) transports(c *Cluster) (endpoints []*Endpoint, mixed bool) {
+	hosts := s.Hosts(c)
+	if hosts == nil {
+		return nil, false
+	}
+	for i := range hosts.Localities {
+		for k := range hosts.Localities[i].Endpoints {
+			e := &hosts.Localities[i].Endpoints[k]
+			mixed = mixed || endpoints != nil && c.transport(e) != c.transport(endpoints[0])
+			endpoints = append(endpoints, e)
 		}
 	}
-	return ""
+	return endpoints, mixed
+}
+
+// choose returns a healthy endpoint by weight, or nil.
+func choose(endpoints []*Endpoint) (chosen *Endpoint) {
+	var sum uint64
+	for _, e := range endpoints {
+		if !e.Health.Usable() {
+			continue
+		}
+		if sum += uint64(e.Weight); chosen == nil || rand.Uint64N(sum) < uint64(e.Weight) {
+			chosen = e
+		}
+	}
+	return chosen
 }
 
 // has reports whether an address is one of the host's domains, with or without the port.
@@ -156,37 +247,6 @@ func (v *VirtualHost) has(address netip.AddrPort) bool {
 	})
 }
 
-// secured returns why plain connections to a cluster are refused, if they are: one of its endpoints must be reached by
-// TLS, or the cluster has no endpoint at all by configuration.
-func (s *Snapshot) secured(name string) string {
-	c := s.Cluster(name)
-	if c == nil {
-		return ""
-	}
-	if len(c.Transports) > 0 && !c.Transports[0].plain() && c.Transports[0].TLSMode == "" {
-		return "the cluster " + name + " requires TLS, which is not supported yet"
-	}
-	hosts := s.Hosts(c)
-	if hosts == nil {
-		return ""
-	}
-	endpoints := 0
-	for i := range hosts.Localities {
-		for j := range hosts.Localities[i].Endpoints {
-			endpoints++
-			if t := c.transport(&hosts.Localities[i].Endpoints[j]); t != nil && !t.plain() {
-				return "endpoints of the cluster " + name + " require TLS, which is not supported yet"
-			}
-		}
-	}
-	if c.Discovery == Static && endpoints == 0 {
-		return "the cluster " + name + " has no endpoints"
-	}
-	return ""
-}
-
-func (t *Transport) plain() bool { return t.TLS == nil && !t.Refused }
-
 // transport returns the transport to an endpoint; nil is plain.
 func (c *Cluster) transport(e *Endpoint) *Transport {
 	for i := range c.Transports {
@@ -196,3 +256,5 @@ func (c *Cluster) transport(e *Endpoint) *Transport {
 	}
 	return nil
 }
+
+func (t *Transport) plain() bool { return t.TLS == nil && !t.Refused }

@@ -163,7 +163,7 @@ func judged(t *testing.T, refusal, want string) {
 	}
 }
 
-func TestOutboundConnectionsThatNeedTLSAreClosed(t *testing.T) {
+func TestTheWayOfAnOutboundConnection(t *testing.T) {
 	service := netip.MustParseAddrPort("198.51.100.1:80")
 	listener := func(chain *FilterChain) *Listener {
 		return &Listener{Name: "198.51.100.1_80", Direction: Outbound, Virtual: true, Addresses: []netip.AddrPort{service}, Default: chain}
@@ -175,6 +175,7 @@ func TestOutboundConnectionsThatNeedTLSAreClosed(t *testing.T) {
 		return &Routes{Name: "80", Hosts: []VirtualHost{{Name: "other"}, host}}
 	}
 	to := []Route{{Forward: &Forward{Clusters: []WeightedCluster{{Name: "d", Weight: 1}, {Name: "c", Weight: 1}}}}}
+	one := []Route{{Forward: &Forward{Clusters: []WeightedCluster{{Name: "c", Weight: 1}}}}}
 	at := func(text string) []Domain { return []Domain{{DomainExact, "web"}, {DomainExact, text}} }
 	auto := []Transport{{TLSMode: "istio", TLS: &UpstreamTLS{}}, {}}
 	cluster := func(transports ...Transport) *Cluster {
@@ -183,39 +184,57 @@ func TestOutboundConnectionsThatNeedTLSAreClosed(t *testing.T) {
 	hosts := func(modes ...string) *Assignment {
 		a := &Assignment{Name: "c", Localities: []Locality{{}}}
 		for _, mode := range modes {
-			a.Localities[0].Endpoints = append(a.Localities[0].Endpoints, Endpoint{TLSMode: mode})
+			a.Localities[0].Endpoints = append(a.Localities[0].Endpoints, Endpoint{TLSMode: mode, Weight: 1, Address: netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), uint16(len(a.Localities[0].Endpoints)+1))})
 		}
 		return a
 	}
+	down := hosts("", "istio")
+	down.Localities[0].Endpoints[0].Health = Unhealthy
 	passthrough := &Listener{Name: virtualOutbound, UseOriginalDst: true, Default: &FilterChain{TCP: forwarding("PassthroughCluster")}}
 	blackHole := &Listener{Name: virtualOutbound, UseOriginalDst: true, Default: &FilterChain{TCP: forwarding("c")}}
+	const plain, secured, byEndpoint = "", "TLS", "TLS to 192.0.2.1:2"
 	for name, c := range map[string]struct {
 		values  []any
 		refusal string
+		way     string
 	}{
-		"no listener":                        {nil, ""},
-		"no listener but the catch-all":      {[]any{passthrough}, ""},
-		"no listener and no other traffic":   {[]any{blackHole, &Cluster{Name: "c", Hosts: &Assignment{}}}, "the cluster c has no endpoints"},
-		"an unknown cluster":                 {[]any{tcp}, ""},
-		"a plain cluster":                    {[]any{tcp, cluster(), hosts("")}, ""},
-		"endpoints without a sidecar":        {[]any{tcp, cluster(auto...), hosts("", "")}, ""},
-		"an endpoint with a sidecar":         {[]any{tcp, cluster(auto...), hosts("", "istio")}, "endpoints of the cluster c require TLS"},
-		"no endpoints yet":                   {[]any{tcp, cluster(auto...)}, ""},
-		"TLS in any case":                    {[]any{tcp, cluster(Transport{TLS: &UpstreamTLS{}})}, "the cluster c requires TLS"},
-		"a transport that is not understood": {[]any{tcp, cluster(Transport{Refused: true})}, "the cluster c requires TLS"},
-		"a refused chain":                    {[]any{listener(&FilterChain{Refused: true})}, "is refused"},
-		"TLS in a route to the service":      {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: to}), cluster(auto...), hosts("istio")}, "endpoints of the cluster c"},
-		"TLS in a route to the service's port": {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1:80"), Routes: to}), cluster(auto...), hosts("istio")},
-			"endpoints of the cluster c"},
-		"TLS in a route to another service": {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.2"), Routes: to}), cluster(auto...), hosts("istio")}, ""},
-		"a refused host":                    {[]any{wildcard, routes(VirtualHost{Name: "h", Domains: at("198.51.100.1"), Refused: true})}, "the virtual host h is refused"},
-		"a refused route":                   {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: []Route{{Name: "r", Refused: true}}})}, "the route r is refused"},
-		"refused routes":                    {[]any{wildcard, &Routes{Name: "80", Refused: true}}, "the routes 80 are refused"},
-		"no routes":                         {[]any{wildcard}, "routes are missing"},
+		"no listener":                          {nil, "", plain},
+		"no listener but the catch-all":        {[]any{passthrough}, "", plain},
+		"no listener and no other traffic":     {[]any{blackHole, &Cluster{Name: "c", Hosts: &Assignment{}}}, "the cluster c has no endpoints", plain},
+		"an unknown cluster":                   {[]any{tcp}, "", plain},
+		"a plain cluster":                      {[]any{tcp, cluster(), hosts("")}, "", plain},
+		"a plain cluster without endpoints":    {[]any{tcp, cluster()}, "", plain},
+		"endpoints without a sidecar":          {[]any{tcp, cluster(auto...), hosts("", "")}, "", plain},
+		"endpoints with sidecars":              {[]any{tcp, cluster(auto...), hosts("istio", "istio")}, "", secured},
+		"one of two endpoints has a sidecar":   {[]any{tcp, cluster(auto...), down}, "", byEndpoint},
+		"no endpoints yet":                     {[]any{tcp, cluster(auto...)}, "the cluster c has no endpoints", plain},
+		"TLS in any case":                      {[]any{tcp, cluster(Transport{TLS: &UpstreamTLS{}}), hosts("")}, "", secured},
+		"a transport that is not understood":   {[]any{tcp, cluster(Transport{Name: "t", Refused: true}), hosts("")}, "the transport t of the cluster c", plain},
+		"a refused chain":                      {[]any{listener(&FilterChain{Refused: true})}, "is refused", plain},
+		"TLS in a route to the service":        {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: one}), cluster(auto...), hosts("istio")}, "", secured},
+		"TLS in a route to the service's port": {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1:80"), Routes: one}), cluster(auto...), hosts("istio")}, "", secured},
+		"two clusters, one with TLS":           {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: to}), &Cluster{Name: "d", Discovery: ByEDS}, cluster(auto...), hosts("istio")}, "lead to several clusters", plain},
+		"two clusters without TLS":             {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: to}), &Cluster{Name: "d", Discovery: ByEDS}, cluster(), hosts("istio")}, "", plain},
+		"TLS in a route to another service":    {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.2"), Routes: one}), cluster(auto...), hosts("istio")}, "", plain},
+		"a refused host":                       {[]any{wildcard, routes(VirtualHost{Name: "h", Domains: at("198.51.100.1"), Refused: true})}, "the virtual host h is refused", plain},
+		"a refused route":                      {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: []Route{{Name: "r", Refused: true}}})}, "the route r is refused", plain},
+		"refused routes":                       {[]any{wildcard, &Routes{Name: "80", Refused: true}}, "the routes 80 are refused", plain},
+		"no routes":                            {[]any{wildcard}, "routes are missing", plain},
 	} {
 		t.Run(name, func(t *testing.T) {
 			conn := ConnInfo{Destination: service, Source: netip.MustParseAddrPort("192.0.2.7:40000")}
-			judged(t, snapshotOf(t, c.values...).Outbound(&conn), c.refusal)
+			way, refusal := snapshotOf(t, c.values...).Outbound(&conn)
+			judged(t, refusal, c.refusal)
+			got := plain
+			if refusal == "" && way.TLS != nil {
+				got = secured
+			}
+			if way.Endpoint.IsValid() {
+				got += " to " + way.Endpoint.String()
+			}
+			if got != c.way {
+				t.Errorf("the way is %q, want %q", got, c.way)
+			}
 		})
 	}
 }

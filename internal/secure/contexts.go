@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -25,6 +26,7 @@ type Contexts struct {
 	mu           sync.Mutex
 	of           *mesh.Snapshot // what generations are of
 	servers      generations[*mesh.DownstreamTLS, *ServerContext]
+	clients      generations[client, *ClientContext]
 	certificates generations[*mesh.Secret, *tls.Certificate]
 	trusts       generations[*mesh.Secret, Trust]
 }
@@ -56,6 +58,7 @@ func (c *Contexts) turn() {
 	if s := c.source.Snapshot(); s != c.of {
 		c.of = s
 		c.servers.turn()
+		c.clients.turn()
 		c.certificates.turn()
 		c.trusts.turn()
 	}
@@ -81,6 +84,55 @@ func (c *Contexts) newServer(t *mesh.DownstreamTLS) (*ServerContext, error) {
 		SPIFFE: t.Roots == ownRoots,
 	}
 	return NewServer(config), nil
+}
+
+// client is TLS with the endpoints of a cluster, and what is spoken inside.
+type client struct {
+	*mesh.UpstreamTLS
+	inside Inside
+}
+
+// Inside is what is spoken inside TLS. Istio's proxies find their filter chain by the ALPN that stands for it.
+type Inside uint8
+
+// The protocols.
+const (
+	TCP Inside = iota
+	HTTP1
+	HTTP2
+)
+
+// meshProtocols are the ALPN of Istio's clients (mesh metadata over TCP is not spoken, so istio-peer-exchange is not
+// offered).
+var meshProtocols = [...][]string{TCP: {"istio"}, HTTP1: {"istio-http/1.1", "istio", "http/1.1"}, HTTP2: {"istio-h2", "istio", "h2"}}
+
+// Client returns the context of a cluster.
+func (c *Contexts) Client(t *mesh.UpstreamTLS, inside Inside) (*ClientContext, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.turn()
+	return c.clients.get(client{t, inside}, func() (*ClientContext, error) { return c.newClient(t, inside) })
+}
+
+func (c *Contexts) newClient(t *mesh.UpstreamTLS, inside Inside) (*ClientContext, error) {
+	config := ClientConfig{ServerName: t.SNI, Protocols: t.ALPN, MinVersion: version(t.MinVersion), MaxVersion: version(t.MaxVersion)}
+	if slices.Contains(t.ALPN, "istio") {
+		config.Protocols = meshProtocols[inside]
+	}
+	if t.Certificate != "" {
+		config.Certificate = func() (*tls.Certificate, error) { return c.certificate(t.Certificate) }
+	}
+	if t.Roots != "" {
+		names, err := Names(t.Names)
+		if err != nil {
+			return nil, err
+		}
+		config.Servers = &Verifier{
+			Trust: func() (Trust, error) { return c.trust(t.Roots) },
+			Names: names, SPIFFE: t.Roots == ownRoots,
+		}
+	}
+	return NewClient(config), nil
 }
 
 // version returns the number of crypto/tls for a version of Envoy; 0 is the default of both. Versions before 1.2 are

@@ -10,22 +10,31 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
+// governed is what the control plane's configuration says about a connection. It is an object of its own, because without
+// a control plane every connection would keep its fields on its stack.
+type governed struct {
+	snapshot *mesh.Snapshot    // in force when the connection was opened
+	chain    *mesh.FilterChain // of an inbound connection; set by Admit, may be nil
+	way      mesh.Way          // of an outbound connection; set by Admit
+	judged   sniff.Protocol    // by the last call of Admit
+	admitted bool              // Admit was called
+	secured  bool              // TLS with downstream is ended here
+}
+
 // AwaitConfiguration holds a connection until the control plane has sent the first configuration. It does not read: the
 // bytes that downstream sends stay in the kernel. Without a control plane it does nothing.
 func (c *Conn) AwaitConfiguration() bool {
 	if c.role.mesh == nil {
 		return true
 	}
-	if c.Mesh = c.role.mesh.Snapshot(); c.Mesh != nil {
-		return true
-	}
-	return c.hold(c.Record.Opened.Add(c.role.wait))
+	c.governed = &governed{snapshot: c.role.mesh.Snapshot()}
+	return c.governed.snapshot != nil || c.hold(c.Record.Opened.Add(c.role.wait))
 }
 
 // hold waits for the first snapshot until deadline. Its publisher wakes all waits.
 func (c *Conn) hold(deadline time.Time) bool {
 	for {
-		if c.Mesh = c.role.mesh.Snapshot(); c.Mesh != nil {
+		if c.governed.snapshot = c.role.mesh.Snapshot(); c.governed.snapshot != nil {
 			return true
 		}
 		if c.role.engine.Draining() {
@@ -50,28 +59,33 @@ func (c *Conn) hold(deadline time.Time) bool {
 // Admit refuses a connection that the control plane's configuration does not let pass. Call it after ReadFirst, and after
 // WatchBoth: a client that was silent is judged again by what it sends. Without a control plane it does nothing.
 func (c *Conn) Admit() bool {
-	if c.Mesh == nil || c.secured || c.admitted && c.judged == c.protocol {
+	g := c.governed
+	if g == nil || g.secured || g.admitted && g.judged == c.protocol {
 		return true
 	}
-	c.admitted, c.judged = true, c.protocol
+	return c.judge(g)
+}
+
+func (c *Conn) judge(g *governed) bool {
+	g.admitted, g.judged = true, c.protocol
 	var refusal string
 	if info := c.info(); c.role.direction == flow.Inbound {
-		c.chain, refusal = c.Mesh.Inbound(&info)
+		g.chain, refusal = g.snapshot.Inbound(&info)
 	} else {
-		refusal = c.Mesh.Outbound(&info)
+		g.way, refusal = g.snapshot.Outbound(&info)
 	}
 	if refusal != "" {
 		return c.abandon(flow.MeshRefused, errors.New(refusal))
 	}
-	return c.chain == nil || c.chain.TLS != nil || c.expect()
+	return g.chain == nil || g.chain.TLS != nil || c.expect(g.chain)
 }
 
 var errNotHTTP = errors.New("its filter chain is for HTTP, and the connection is not HTTP")
 
 // expect refuses a connection of another protocol if its filter chain is for HTTP: carried as opaque bytes, it would pass
 // policies of HTTP unseen. Envoy answers it 400.
-func (c *Conn) expect() bool {
-	if c.chain.HTTP != nil && (c.protocol == sniff.Opaque || c.protocol == sniff.TLS) {
+func (c *Conn) expect(chain *mesh.FilterChain) bool {
+	if chain.HTTP != nil && (c.protocol == sniff.Opaque || c.protocol == sniff.TLS) {
 		return c.abandon(flow.MeshRefused, errNotHTTP)
 	}
 	return true
@@ -97,7 +111,7 @@ func (c *Conn) info() mesh.ConnInfo {
 // for its destination accepts it without TLS.
 func (c *Conn) mustSpeak() bool {
 	info := c.info()
-	_, refusal := c.Mesh.Inbound(&info)
+	_, refusal := c.governed.snapshot.Inbound(&info)
 	return refusal != ""
 }
 

@@ -98,7 +98,11 @@ func (h *held) walk(ctx context.Context, down *tcp.Conn) {
 	c.Record.OriginalDestination = netip.MustParseAddrPort("198.51.100.1:80")
 	c.List()
 	if c.AwaitConfiguration() && c.ReadFirst(false) && c.Admit() {
-		h.passed <- c.Mesh
+		var obeyed *mesh.Snapshot
+		if c.governed != nil {
+			obeyed = c.governed.snapshot
+		}
+		h.passed <- obeyed
 		c.Refuse(flow.Closed, nil)
 	}
 }

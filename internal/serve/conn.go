@@ -6,7 +6,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
-	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/sniff"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -20,20 +19,14 @@ import (
 type Conn struct {
 	Down     *tcp.Conn
 	Record   *flow.Record
-	Settings *Settings      // the role's when the connection was opened
-	Mesh     *mesh.Snapshot // what the control plane had configured when the connection was opened; nil: there is none
+	Settings *Settings // the role's when the connection was opened
 
 	role     *Role
 	w        *tcp.Waiter
 	protocol sniff.Protocol
 	sniffer  *sniff.Sniffer // from ReadFirst until the connection is carried; of sniffers
 	returned *tcp.Conn      // set by Loops; see upstream.Stats.Returned
-
-	// Of the control plane's configuration.
-	chain    *mesh.FilterChain // of an inbound connection; set by Admit, may be nil
-	judged   sniff.Protocol    // by the last call of Admit
-	admitted bool              // Admit was called
-	secured  bool              // TLS with downstream is ended here
+	governed *governed      // set by AwaitConfiguration; nil without a control plane
 }
 
 // Close releases what the walk holds once the connection has ended.
@@ -69,7 +62,7 @@ func (c *Conn) ReadFirst(detect bool) bool {
 	s := sniffers.Get().(*sniff.Sniffer)
 	s.Down, s.Peer = c.Down, c.Record.Remote()
 	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout
-	if c.Mesh != nil && c.role.direction == flow.Inbound {
+	if c.governed != nil && c.role.direction == flow.Inbound {
 		detect = true // the filter chain depends on it
 		if c.mustSpeak() {
 			s.Delay = handshakeTimeout
@@ -109,11 +102,11 @@ func (c *Conn) HTTP() bool { return c.protocol == sniff.HTTP1 || c.protocol == s
 
 // Dial opens the upstream connection of an opaque connection, or of one whose protocol is undecided because downstream
 // has been silent.
-func (c *Conn) Dial(to upstream.Target) bool {
+func (c *Conn) Dial(to *upstream.Target) bool {
 	c.Record.Upstream = to.Address
 	dialer := c.role.dialer
 	dialer.Timeout, dialer.Returned = c.Settings.ConnectTimeout, c.returned
-	up, attempts, err := dialer.Dial(c.w, to)
+	up, attempts, err := dialer.Dial(c.w, *to)
 	c.Record.Attempts = uint8(attempts)
 	if err != nil {
 		c.Record.TransportFailure = upstream.TransportFailure(err)
@@ -157,7 +150,7 @@ func (c *Conn) abandon(reason flow.Reason, err error) bool {
 }
 
 // Carry carries the connection to its end: HTTP by the engine, everything else by the relay.
-func (c *Conn) Carry(to upstream.Target) {
+func (c *Conn) Carry(to *upstream.Target) {
 	if c.HTTP() {
 		c.forward(to)
 	} else {
@@ -167,7 +160,7 @@ func (c *Conn) Carry(to upstream.Target) {
 
 // forward has the engine serve the connection's requests. Each has a record of its own, so the connection's is not
 // reported.
-func (c *Conn) forward(to upstream.Target) {
+func (c *Conn) forward(to *upstream.Target) {
 	c.Record.Route = routes[c.role.direction]
 	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.Record.TLS)
 	c.role.engine.Serve(c.w, c.protocol == sniff.HTTP2, c.connection(to))
@@ -178,7 +171,7 @@ func (c *Conn) forward(to upstream.Target) {
 // connection is idle: see httpforward.Engine.Serve.
 //
 //go:noinline
-func (c *Conn) connection(to upstream.Target) *httpforward.Connection {
+func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 	s := c.sniffer
 	defer c.releaseSniffer()
 	return &httpforward.Connection{
@@ -187,7 +180,7 @@ func (c *Conn) connection(to upstream.Target) *httpforward.Connection {
 		Early:     s.Up,
 		EarlyRead: s.UpRead,
 		Record:    c.Record,
-		Target:    to,
+		Target:    *to,
 		Returned:  c.returned,
 	}
 }
@@ -205,7 +198,7 @@ func (c *Conn) relay() {
 		UpRead:           c.sniffer.UpRead,
 	}
 	hello := c.sniffer.Hello
-	if c.secured {
+	if c.governed != nil && c.governed.secured {
 		hello = c.Record.TLS
 	}
 	c.role.flows.Carry(c.Record, c.protocol.Flow(), hello)

@@ -99,8 +99,8 @@ func (r *rig) walk(ctx context.Context, down *tcp.Conn, to upstream.Target) {
 	defer c.Close()
 	c.Record.OriginalDestination = to.Address
 	c.List()
-	if c.ReadFirst(true) && (c.HTTP() || c.Dial(to)) && c.WatchBoth() {
-		c.Carry(to)
+	if c.ReadFirst(true) && (c.HTTP() || c.Dial(&to)) && c.WatchBoth() {
+		c.Carry(&to)
 	}
 }
 

@@ -5,8 +5,11 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/secure"
+	"github.com/pillion-proxy/pillion/internal/sniff"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // handshakeTimeout is how long a handshake of TLS may take, unless the configuration limits it. Istio configures 15 s as
@@ -16,14 +19,19 @@ const handshakeTimeout = 15 * time.Second
 // Secure ends TLS with downstream if the filter chain that Admit has found says so, and detects the protocol inside it.
 // The connection goes on like one without TLS. It does nothing without such a chain, or if TLS is ended already.
 func (c *Conn) Secure() bool {
-	if c.chain == nil || c.chain.TLS == nil || c.secured {
+	g := c.governed
+	if g == nil || g.chain == nil || g.chain.TLS == nil || g.secured {
 		return true
 	}
-	context, err := c.role.contexts.Server(c.chain.TLS)
+	return c.terminate(g)
+}
+
+func (c *Conn) terminate(g *governed) bool {
+	context, err := c.role.contexts.Server(g.chain.TLS)
 	if err != nil {
 		return c.abandon(flow.MeshRefused, err)
 	}
-	timeout := c.chain.HandshakeTimeout
+	timeout := g.chain.HandshakeTimeout
 	if timeout <= 0 {
 		timeout = handshakeTimeout
 	}
@@ -32,8 +40,81 @@ func (c *Conn) Secure() bool {
 	if err != nil {
 		return c.rejectTLS(err)
 	}
-	c.secured, c.Record.Peer = true, session.SPIFFE
-	return c.first() && c.expect()
+	g.secured, c.Record.Peer = true, session.SPIFFE
+	return c.first() && c.expect(g.chain)
+}
+
+// Confirm judges an outbound connection again by what a client sent that was silent before. It is refused if it needed
+// another TLS than that of the connection that was dialled meanwhile.
+func (c *Conn) Confirm() bool {
+	g := c.governed
+	if g == nil {
+		return true
+	}
+	dialled := g.way.TLS
+	if !c.Admit() {
+		return false
+	}
+	if c.sniffer.Up != nil && g.way.TLS != dialled {
+		return c.abandon(flow.MeshRefused, errLate)
+	}
+	return true
+}
+
+var errLate = errors.New("its first bytes came late, and the connection that was dialled is secured otherwise than they need")
+
+// Direct sets the endpoint and the TLS of the way that Admit has found in the target of an outbound connection.
+func (c *Conn) Direct(to *upstream.Target) {
+	g := c.governed
+	if g == nil {
+		return
+	}
+	if g.way.Endpoint.IsValid() {
+		to.Address, to.Balanced = g.way.Endpoint, false
+	}
+	if g.way.TLS != nil {
+		to.Security = &upstream.Security{Handshake: c.handshake(g.way.TLS, inside(c.protocol))}
+	}
+}
+
+func inside(protocol sniff.Protocol) secure.Inside {
+	switch protocol {
+	case sniff.HTTP1:
+		return secure.HTTP1
+	case sniff.HTTP2:
+		return secure.HTTP2
+	}
+	return secure.TCP
+}
+
+// handshake returns what secures an upstream connection of c.
+func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
+	contexts, record := c.role.contexts, c.Record
+	return func(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) error {
+		context, err := contexts.Client(t, inside)
+		if err != nil {
+			return &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
+		}
+		if deadline.IsZero() {
+			deadline = time.Now().Add(handshakeTimeout)
+		}
+		session, err := secure.Client(w, up, context, deadline)
+		if err != nil {
+			return &upstream.HandshakeError{Reason: upstreamReason(err), Err: err}
+		}
+		record.Peer = session.SPIFFE
+		return nil
+	}
+}
+
+func upstreamReason(err error) flow.Reason {
+	switch {
+	case errors.Is(err, tcp.ErrCanceled):
+		return flow.DrainDeadline
+	case errors.Is(err, tcp.ErrDeadline):
+		return flow.UpstreamTimeout
+	}
+	return flow.UpstreamTLS
 }
 
 // rejectTLS ends a connection whose handshake failed. It closes downstream in order, because a reset could overtake the

@@ -276,6 +276,15 @@ func TestEachWaitHasItsOwnDeadline(t *testing.T) {
 			}
 		}
 	}
+	for _, c := range []struct {
+		length time.Duration
+		goesOn bool
+	}{{time.Hour, true}, {brief, false}, {2 * time.Hour, true}} {
+		w.wake()
+		if err := w.Wait(time.Now().Add(c.length), silent, nil); err != nil || w.armed != 0 != c.goesOn {
+			t.Errorf("after a wait of up to %v, the timer goes on: %v, %v", c.length, w.armed != 0, err)
+		}
+	}
 	time.AfterFunc(2*later, w.wake)
 	if err := w.Wait(time.Time{}, silent, nil); err != nil || w.news.Load() != 0 {
 		t.Errorf("without a deadline: %v", err)

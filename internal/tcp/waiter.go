@@ -3,6 +3,7 @@ package tcp
 import (
 	"context"
 	"errors"
+	"math"
 	"os"
 	"sync/atomic"
 	"time"
@@ -27,8 +28,8 @@ type Waiter struct {
 	waits uint8         // in succession that ended at once; see busyWaits
 	turn  *turn         // made by the first Yield
 
-	// The timer is made by the first wait with a deadline, and not stopped when a wait ends: most waits of a connection have
-	// a later deadline than the one before. If it expires too early, the wait goes on.
+	// The timer is made by the first wait with a deadline, and goes on after a wait that was not brief: most waits of a
+	// connection have a later deadline than the one before. If it expires too early, the wait continues.
 	timer *time.Timer
 	armed time.Duration // when it expires, after started; zero: it has expired, or there is none
 }
@@ -178,17 +179,29 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 	return missed, err
 }
 
+// brief is the length of waits after which the timer is stopped. It would expire soon, and that costs more than the stop.
+const brief = time.Second
+
 // waitUntil waits for an event, and reports whether there was one before the deadline; zero means no deadline. An event
 // counts even if the deadline has passed since: a process that was descheduled must not mistake its own delay for a silent
 // peer.
 func (w *Waiter) waitUntil(deadline time.Time) bool {
 	for {
-		if !deadline.IsZero() && !w.arm(deadline) {
-			return w.happened()
+		left := time.Duration(math.MaxInt64)
+		if !deadline.IsZero() {
+			if left = time.Until(deadline); left <= 0 {
+				return w.happened()
+			}
+			w.arm(deadline, left)
 		}
-		if <-w.token; w.take() {
-			return true
+		if <-w.token; !w.take() {
+			continue
 		}
+		if left < brief {
+			w.timer.Stop()
+			w.armed = 0
+		}
+		return true
 	}
 }
 
@@ -201,21 +214,16 @@ func (w *Waiter) happened() bool {
 	}
 }
 
-// arm makes the timer expire at the deadline or earlier. It returns false if the deadline has passed.
-func (w *Waiter) arm(deadline time.Time) bool {
-	left := time.Until(deadline)
-	if left <= 0 {
-		return false
-	}
+// arm makes the timer expire at the deadline or earlier. left is the time until then.
+func (w *Waiter) arm(deadline time.Time, left time.Duration) {
 	at := deadline.Sub(started)
 	switch {
 	case w.armed != 0 && w.armed <= at:
-		return true
+		return
 	case w.timer == nil:
 		w.timer = time.AfterFunc(left, w.expire)
 	default:
 		w.timer.Reset(left)
 	}
 	w.armed = at
-	return true
 }

@@ -26,10 +26,6 @@ type Dialer struct {
 
 	// Returned is the result of Stats.Returned for the downstream connection on whose behalf Dial connects.
 	Returned *tcp.Conn
-
-	// Layer puts a record layer under a fresh connection to a target, until the deadline; zero means no deadline. Its error
-	// is the dial's. nil: connections are bare.
-	Layer func(w *tcp.Waiter, up *tcp.Conn, target Target, deadline time.Time) error
 }
 
 // Stats counts the upstream connections of one direction. The zero value is ready to use.
@@ -91,9 +87,9 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 		}
 		d.count(func(s *Stats) { s.Failed.Add(1); s.Redialled.Add(1) })
 	}
-	if err == nil && d.Layer != nil {
-		if err = d.Layer(w, up, target, deadline); err != nil {
-			up.Reset()
+	if err == nil && target.Security != nil {
+		if err = target.Security.Handshake(w, up, deadline); err != nil {
+			up.Close() // not with a reset, which could overtake the alert that names the cause
 		}
 	}
 	if err != nil {
@@ -154,7 +150,10 @@ func pause(w *tcp.Waiter, deadline time.Time) error {
 
 // Reason maps a dial error to the reason with which the flow ends.
 func Reason(err error) flow.Reason {
+	var handshake *HandshakeError
 	switch {
+	case errors.As(err, &handshake):
+		return handshake.Reason
 	case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET):
 		return flow.UpstreamRefused
 	case errors.Is(err, tcp.ErrDeadline), errors.Is(err, unix.ETIMEDOUT):
@@ -169,9 +168,23 @@ func Reason(err error) flow.Reason {
 	}
 }
 
+// HandshakeError is the error of a connection that could not be secured.
+type HandshakeError struct {
+	Reason flow.Reason
+	Err    error
+}
+
+func (e *HandshakeError) Error() string { return e.Err.Error() }
+
+func (e *HandshakeError) Unwrap() error { return e.Err }
+
 // TransportFailure is Envoy's text for a dial error, such as "delayed connect error: Connection refused". It is empty
 // for a timeout and for a lack of descriptors: Envoy reports these differently.
 func TransportFailure(err error) string {
+	var handshake *HandshakeError
+	if errors.As(err, &handshake) {
+		return "TLS_error: " + handshake.Err.Error()
+	}
 	var errno syscall.Errno
 	if Reason(err) == flow.NoDescriptors || !errors.As(err, &errno) {
 		return ""

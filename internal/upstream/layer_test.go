@@ -72,8 +72,9 @@ func TestErrorOfALayerIsADialError(t *testing.T) {
 	s := newServer(t)
 	refused := errors.New("handshake failed")
 	var stats Stats
-	dialer := Dialer{Poller: s.poller, Stats: &stats, Layer: func(*tcp.Waiter, *tcp.Conn, Target, time.Time) error { return refused }}
-	up, _, err := dialer.Dial(s.w, s.target())
+	target := s.target()
+	target.Security = &Security{func(*tcp.Waiter, *tcp.Conn, time.Time) error { return refused }}
+	up, _, err := Dialer{Poller: s.poller, Stats: &stats}.Dial(s.w, target)
 	if up != nil || err != refused || stats.Failed.Load() != 1 || stats.Connected.Load() != 0 || stats.Active.Load() != 0 {
 		t.Errorf("Dial = %v, %v; counted %d failures", up, err, stats.Failed.Load())
 	}
@@ -91,11 +92,12 @@ func TestALayerHasTheDialsDeadline(t *testing.T) {
 	for _, timeout := range []time.Duration{0, time.Hour} {
 		began := time.Now()
 		var got time.Time
-		dialer := Dialer{Poller: s.poller, Timeout: timeout, Layer: func(_ *tcp.Waiter, _ *tcp.Conn, _ Target, deadline time.Time) error {
+		target := s.target()
+		target.Security = &Security{func(_ *tcp.Waiter, _ *tcp.Conn, deadline time.Time) error {
 			got = deadline
 			return nil
 		}}
-		up, _, err := dialer.Dial(s.w, s.target())
+		up, _, err := Dialer{Poller: s.poller, Timeout: timeout}.Dial(s.w, target)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -22,6 +22,15 @@ type Target struct {
 	// connection to a balanced Target serves one downstream connection only, and never enters a Pool. When a dial fails,
 	// the next one may reach another server: see Dialer.Dial.
 	Balanced bool
+
+	// Security secures the connections; nil: they are plain. Connections with different values are not interchangeable.
+	Security *Security
+}
+
+// Security secures fresh connections to a Target.
+type Security struct {
+	// Handshake puts a record layer under a connection, until the deadline; zero is none. Its error is the dial's.
+	Handshake func(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) error
 }
 
 // maxIdle bounds the connections that a Pool keeps, for one target and for all.

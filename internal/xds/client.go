@@ -185,7 +185,9 @@ func (c *Client) handle(stream Stream, message []byte) error {
 	if err != nil {
 		return err // it cannot be answered without its nonce
 	}
-	c.session.receive(r)
+	if err := c.session.receive(r); err != nil {
+		return err
+	}
 	outcome := c.config.Handler.Update(Update{Type: r.typ, Resources: r.resources, Removed: r.removed})
 	requests := []request{c.session.answer(r, outcome.Rejected)}
 	for t := range Type(Types) {

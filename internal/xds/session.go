@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -78,9 +79,10 @@ func (s *session) appendAsk(requests []request, t Type) []request {
 	return append(requests, r)
 }
 
-// receive records which resources a response adds and removes. It drops resources that are no longer asked for. In the
-// state-of-the-world protocol it sets r.removed, because a wildcard response removes what it leaves out.
-func (s *session) receive(r *response) {
+// receive records which resources a response adds and removes. It drops resources that are no longer asked for, and names
+// of removed resources that are not held. In the state-of-the-world protocol it sets r.removed, because a wildcard response
+// removes what it leaves out. It returns an error if there are too many resources; the response is not recorded then.
+func (s *session) receive(r *response) error {
 	sub := &s.types[r.typ]
 	sub.nonce = r.nonce
 	if !r.typ.Wildcard() {
@@ -101,12 +103,30 @@ func (s *session) receive(r *response) {
 		}
 		slices.Sort(r.removed)
 	}
+	if len(sub.held)+len(r.resources) > maxNames && s.grown(r) > maxNames {
+		return fmt.Errorf("%v: more than %d resources", r.typ, maxNames)
+	}
 	for i := range r.resources {
 		sub.held[r.resources[i].Name] = struct{}{}
 	}
-	for _, name := range r.removed {
+	r.removed = slices.DeleteFunc(r.removed, func(name string) bool {
+		_, ok := sub.held[name]
 		delete(sub.held, name)
+		return !ok
+	})
+	return nil
+}
+
+// grown returns how many resources are held after a response, unless it removes some.
+func (s *session) grown(r *response) int {
+	held := s.types[r.typ].held
+	n := len(held)
+	for i := range r.resources {
+		if _, ok := held[r.resources[i].Name]; !ok {
+			n++
+		}
 	}
+	return n
 }
 
 // answer returns the acknowledgement of a response, or its rejection if resources of it were rejected.
@@ -167,17 +187,21 @@ const maxReasons = 4 << 10
 func describe(rejected []Rejected) string {
 	var b strings.Builder
 	for i, r := range rejected {
-		if b.Len() > maxReasons {
-			b.WriteString("; and others")
+		text := r.Reason
+		if r.Name != "" {
+			text = r.Name + ": " + text
+		}
+		if b.Len()+len(text) > maxReasons {
+			if i == 0 {
+				b.WriteString(text[:maxReasons])
+			}
+			b.WriteString("; and more")
 			break
 		}
 		if i > 0 {
 			b.WriteString("; ")
 		}
-		if r.Name != "" {
-			b.WriteString(r.Name + ": ")
-		}
-		b.WriteString(r.Reason)
+		b.WriteString(text)
 	}
-	return b.String()
+	return strings.ToValidUTF8(b.String(), "\uFFFD") // a character may have been cut
 }

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 // text returns requests in the notation of the table below.
@@ -167,8 +168,12 @@ func TestARejectionNamesItsResourcesWithinABound(t *testing.T) {
 		many = append(many, Rejected{fmt.Sprint(i), strings.Repeat("r", 100)})
 	}
 	got := describe(many)
-	if len(got) > maxReasons+300 || !strings.HasSuffix(got, "; and others") || !strings.HasPrefix(got, "0: rrr") {
+	if len(got) > maxReasons+20 || !strings.HasSuffix(got, "; and more") || !strings.HasPrefix(got, "0: rrr") {
 		t.Errorf("%d bytes, ending in %q", len(got), got[len(got)-20:])
+	}
+	long := describe([]Rejected{{strings.Repeat("ä", maxReasons), "x"}, {"b", "y"}})
+	if len(long) > maxReasons+20 || !strings.HasPrefix(long, "äää") || !utf8.ValidString(long) {
+		t.Errorf("%d bytes, beginning with %q", len(long), long[:20])
 	}
 }
 

@@ -238,7 +238,7 @@ func bothProtocols(t *testing.T, test func(t *testing.T, delta bool)) {
 }
 
 // run starts a client of p, and returns it.
-func run(t *testing.T, p *plane, delta bool, m *mirror) *xds.Client {
+func run(t *testing.T, p *plane, delta bool, h xds.Handler) *xds.Client {
 	t.Helper()
 	encoded, err := node.Encode()
 	if err != nil {
@@ -250,7 +250,7 @@ func run(t *testing.T, p *plane, delta bool, m *mirror) *xds.Client {
 	}
 	peer := &istiod.Server{Address: p.address, Plaintext: true, Token: token, Header: map[string][]string{"Clusterid": {"Kubernetes"}}}
 	client := xds.New(xds.Config{
-		Delta: delta, Node: encoded, Handler: m, Log: slog.New(slog.DiscardHandler), MinBackoff: time.Millisecond, MaxBackoff: 50 * time.Millisecond,
+		Delta: delta, Node: encoded, Handler: h, Log: slog.New(slog.DiscardHandler), MinBackoff: time.Millisecond, MaxBackoff: 50 * time.Millisecond,
 		Connect: func(ctx context.Context) (xds.Stream, error) {
 			connection, err := peer.Connect()
 			if err != nil {

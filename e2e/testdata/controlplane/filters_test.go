@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"maps"
 	"math/rand/v2"
 	"reflect"
 	"slices"
@@ -409,46 +410,110 @@ func problemOf(config *anypb.Any) error {
 	return err
 }
 
-// Changes of policies by routes are decoded as by the generated types.
-func TestPoliciesOfRoutesAreDecodedAsByGeneratedTypes(t *testing.T) {
-	body := &httpauthz.BufferSettings{MaxRequestBytes: 5}
-	policies := map[string]*anypb.Any{
-		"a": packed(&httprbac.RBACPerRoute{}),
-		"b": packed(&httprbac.RBACPerRoute{Rbac: &httprbac.RBAC{}}),
-		"c": packed(&httprbac.RBACPerRoute{Rbac: &httprbac.RBAC{Rules: wideRules()}}),
-		"d": packed(&jwt.PerRouteConfig{RequirementSpecifier: &jwt.PerRouteConfig_Disabled{Disabled: true}}),
-		"e": packed(&jwt.PerRouteConfig{RequirementSpecifier: &jwt.PerRouteConfig_RequirementName{RequirementName: "n"}}),
-		"f": packed(&httpauthz.ExtAuthzPerRoute{Override: &httpauthz.ExtAuthzPerRoute_Disabled{Disabled: true}}),
-		"g": packed(&httpauthz.ExtAuthzPerRoute{Override: &httpauthz.ExtAuthzPerRoute_CheckSettings{CheckSettings: &httpauthz.CheckSettings{
-			ContextExtensions: map[string]string{"x": "1", "a": "2"}, DisableRequestBodyBuffering: true, WithRequestBody: body}}}),
-		"h": packed(&route.FilterConfig{Disabled: true}),
+// changedPolicies are changes of policies by routes.
+func changedPolicies() []*anypb.Any {
+	settings := &httpauthz.CheckSettings{ContextExtensions: map[string]string{"x": "1", "a": "2"}, DisableRequestBodyBuffering: true, WithRequestBody: &httpauthz.BufferSettings{MaxRequestBytes: 5}}
+	return []*anypb.Any{
+		packed(&httprbac.RBACPerRoute{}),
+		packed(&httprbac.RBACPerRoute{Rbac: &httprbac.RBAC{}}),
+		packed(&httprbac.RBACPerRoute{Rbac: &httprbac.RBAC{Rules: wideRules()}}),
+		packed(&jwt.PerRouteConfig{RequirementSpecifier: &jwt.PerRouteConfig_Disabled{Disabled: true}}),
+		packed(&jwt.PerRouteConfig{RequirementSpecifier: &jwt.PerRouteConfig_RequirementName{RequirementName: "n"}}),
+		packed(&httpauthz.ExtAuthzPerRoute{Override: &httpauthz.ExtAuthzPerRoute_Disabled{Disabled: true}}),
+		packed(&httpauthz.ExtAuthzPerRoute{Override: &httpauthz.ExtAuthzPerRoute_CheckSettings{CheckSettings: settings}}),
+		packed(&route.FilterConfig{Disabled: true}),
 	}
-	want := []mesh.RoutePolicy{
-		{Filter: "a", Disabled: true},
-		{Filter: "b", RBAC: &mesh.RBAC{}},
-		{Filter: "c", RBAC: &mesh.RBAC{Rules: readRules(wideRules())}},
-		{Filter: "d", Disabled: true},
-		{Filter: "e", Requirement: "n"},
-		{Filter: "f", Disabled: true},
-		{Filter: "g", Check: &mesh.CheckSettings{Context: []mesh.NamedValue{{Name: "a", Value: "2"}, {Name: "x", Value: "1"}}, NoBody: true, Body: readBody(body)}},
-		{Filter: "h", Disabled: true},
-	}
-	refused := map[string]bool{"c": true, "e": true, "g": true}
-	for _, w := range want {
-		r := &route.Route{Match: &route.RouteMatch{PathSpecifier: &route.RouteMatch_Prefix{Prefix: "/"}}, TypedPerFilterConfig: map[string]*anypb.Any{w.Filter: policies[w.Filter]},
-			Action: &route.Route_Route{Route: &route.RouteAction{ClusterSpecifier: &route.RouteAction_Cluster{Cluster: "c"}}}}
-		b, err := proto.Marshal(&route.RouteConfiguration{Name: "r", VirtualHosts: []*route.VirtualHost{{Name: "h", Domains: []string{"*"}, Routes: []*route.Route{r}}}})
-		if err != nil {
-			t.Fatal(err)
+}
+
+// readRoutePolicy reads a change of the filter f.
+func readRoutePolicy(config *anypb.Any) (want mesh.RoutePolicy, restricting bool) {
+	want.Filter = "f"
+	switch message, _ := config.UnmarshalNew(); m := message.(type) {
+	case *httprbac.RBACPerRoute:
+		want.Disabled = m.Rbac == nil
+		if m.Rbac != nil {
+			want.RBAC = readHTTPRBAC(m.Rbac)
+			restricting = restricts(want.RBAC)
 		}
-		got, findings, err := mesh.DecodeRoutes(b)
+	case *jwt.PerRouteConfig:
+		want.Disabled, want.Requirement = m.GetDisabled(), m.GetRequirementName()
+		restricting = !want.Disabled
+	case *httpauthz.ExtAuthzPerRoute:
+		want.Disabled = m.GetDisabled()
+		if settings := m.GetCheckSettings(); settings != nil {
+			want.Check = &mesh.CheckSettings{NoBody: settings.DisableRequestBodyBuffering, Body: readBody(settings.WithRequestBody)}
+			for _, name := range slices.Sorted(maps.Keys(settings.ContextExtensions)) {
+				want.Check.Context = append(want.Check.Context, mesh.NamedValue{Name: name, Value: settings.ContextExtensions[name]})
+			}
+		}
+		restricting = !want.Disabled
+	case *route.FilterConfig:
+		want.Disabled = m.Disabled
+	default:
+		panic(message)
+	}
+	return want, restricting
+}
+
+// changing returns a table with a route that changes the filter f.
+func changing(t *testing.T, config *anypb.Any) []byte {
+	t.Helper()
+	r := &route.Route{Match: &route.RouteMatch{PathSpecifier: &route.RouteMatch_Prefix{Prefix: "/"}}, TypedPerFilterConfig: map[string]*anypb.Any{"f": config},
+		Action: &route.Route_Route{Route: &route.RouteAction{ClusterSpecifier: &route.RouteAction_Cluster{Cluster: "c"}}}}
+	b, err := proto.Marshal(&route.RouteConfiguration{Name: "r", VirtualHosts: []*route.VirtualHost{{Name: "h", Domains: []string{"*"}, Routes: []*route.Route{r}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// Changes of policies by routes are decoded as by the generated types. A change that restricts refuses the route.
+func TestPoliciesOfRoutesAreDecodedAsByGeneratedTypes(t *testing.T) {
+	refused := 0
+	for _, config := range changedPolicies() {
+		got, findings, err := mesh.DecodeRoutes(changing(t, config))
 		if err != nil || len(findings) != 1 || len(understood(findings)) > 0 {
-			t.Errorf("%s: error %v, findings %v", w.Filter, err, findings)
+			t.Errorf("%s: error %v, findings %v", config.TypeUrl, err, findings)
 			continue
 		}
-		route := got.Hosts[0].Routes[0]
-		if !reflect.DeepEqual(route.Filters.Policies, []mesh.RoutePolicy{w}) || route.Refused != refused[w.Filter] {
-			t.Errorf("%s: got %s\nwant %s, refused %v", w.Filter, text(route.Filters.Policies), text(w), route.Refused)
+		want, restricting := readRoutePolicy(config)
+		if route := got.Hosts[0].Routes[0]; !reflect.DeepEqual(route.Filters.Policies, []mesh.RoutePolicy{want}) || route.Refused != restricting {
+			t.Errorf("%s: got %s\nwant %s, refused %v", config.TypeUrl, text(route.Filters.Policies), text(want), route.Refused)
+		} else if route.Refused {
+			refused++
 		}
 	}
+	if refused != 3 {
+		t.Errorf("%d routes are refused", refused)
+	}
+}
+
+// A change that was changed at random is decoded as by the generated types, has findings, or is an error.
+func TestDamagedPoliciesOfRoutesAreNeverMisread(t *testing.T) {
+	random := rand.New(rand.NewPCG(9, 2))
+	same, found, failed := 0, 0, 0
+	for _, config := range changedPolicies() {
+		for range 1000 {
+			if len(config.Value) == 0 {
+				break
+			}
+			damaged := &anypb.Any{TypeUrl: config.TypeUrl, Value: damage(random, config.Value)}
+			got, findings, err := mesh.DecodeRoutes(changing(t, damaged))
+			problem := problemOf(damaged)
+			switch {
+			case err != nil:
+				failed++
+			case len(understood(findings)) > 0:
+				found++
+			case problem != nil: // within a field that is ignored
+			default:
+				same++
+				want, ok := attempt(func(a *anypb.Any) mesh.RoutePolicy { want, _ := readRoutePolicy(a); return want }, damaged)
+				if ok && !reflect.DeepEqual(got.Hosts[0].Routes[0].Filters.Policies, []mesh.RoutePolicy{want}) {
+					t.Fatalf("%s: got %s\nwant %s", config.TypeUrl, text(got.Hosts[0].Routes[0].Filters.Policies), text(want))
+				}
+			}
+		}
+	}
+	allOccur(t, same, found, failed)
 }

@@ -29,6 +29,45 @@ func understood(findings []mesh.Finding) []mesh.Finding {
 	return slices.DeleteFunc(slices.Clone(findings), func(f mesh.Finding) bool { return strings.HasSuffix(f.Problem, "are not carried out yet") })
 }
 
+// Rules that are present and empty deny everything, and absent rules allow everything. The dump of a sidecar has rules of
+// both actions that are empty, and others.
+func TestRecordedPoliciesKeepThePresenceOfRules(t *testing.T) {
+	empty, denied := 0, 0
+	each(t, "lds.json", func(t *testing.T, place string, b []byte) {
+		var judge listener.Listener
+		unpack(b, &judge)
+		got, _, err := mesh.DecodeListener(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, chain := range judge.FilterChains {
+			policies := got.Chains[i].Policies
+			for _, filter := range chain.Filters {
+				if !filter.GetTypedConfig().MessageIs(&networkrbac.RBAC{}) {
+					continue
+				}
+				rules := unpack(filter.GetTypedConfig().Value, &networkrbac.RBAC{}).Rules
+				if (policies[0].RBAC.Rules == nil) != (rules == nil) || len(rules.GetPolicies()) != len(policies[0].RBAC.Rules.Policies) {
+					t.Errorf("%s: %+v, want %v", place, policies[0].RBAC.Rules, rules)
+				}
+				if rules != nil && len(rules.Policies) == 0 {
+					empty++
+					if !policies[0].RBAC.Restricts() || !got.Chains[i].Refused {
+						t.Errorf("%s: empty rules restrict nothing", place)
+					}
+				}
+				if rules.GetAction() == rbac.RBAC_DENY {
+					denied++
+				}
+				policies = policies[1:]
+			}
+		}
+	})
+	if empty < 10 || denied < 4 {
+		t.Errorf("%d rules are empty, %d deny", empty, denied)
+	}
+}
+
 // A policy that was changed at random is decoded as by the generated types, has findings, or is an error.
 func TestDamagedPoliciesOfConnectionsAreNeverMisread(t *testing.T) {
 	random := rand.New(rand.NewPCG(5, 1))

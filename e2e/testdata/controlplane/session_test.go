@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -39,7 +40,7 @@ func injected(t *testing.T, authority *ca.Authority) *istiod.Environment {
 // hold starts a session of an injected pod with p.
 func hold(t *testing.T, p *plane, e *istiod.Environment) *controlplane.Session {
 	t.Helper()
-	pod, err := istiod.ReadPod(p.address, e)
+	pod, err := istiod.ReadPod(t.Context(), p.address, e)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,9 +107,15 @@ func secured(t *testing.T) *plane {
 }
 
 func TestAnInjectedPodGetsItsIdentityAndItsConfiguration(t *testing.T) {
+	bothProtocols(t, testInjectedPod)
+}
+
+func testInjectedPod(t *testing.T, delta bool) {
 	p := secured(t)
 	p.serve(t, "1", "cart", "web")
-	session := hold(t, p, injected(t, p.ca))
+	environment := injected(t, p.ca)
+	environment.Variables = append(environment.Variables, "ISTIO_DELTA_XDS="+strconv.FormatBool(delta))
+	session := hold(t, p, environment)
 	awaitClusters(t, session, "cart", "web")
 	status := awaitStatus(t, session, "an identity", func(s *controlplane.Status) bool { return s.Identity.SPIFFE != "" && s.Initialized })
 	if got := status.Identity; got.SPIFFE != "spiffe://cluster.local/ns/shop/sa/web" || got.Source != "CA" || got.Renewals != 1 || got.NotAfter.IsZero() {

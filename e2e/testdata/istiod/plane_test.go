@@ -68,14 +68,24 @@ func TestMain(m *testing.M) {
 	features.MultiRootMesh = true // istiod pushes its roots
 	// A configuration dump during a push fills the cache with what was before, and istiod pushes that.
 	features.EnableXDSCaching = false
-	os.Exit(m.Run())
+	var err error
+	if directory, err = os.MkdirTemp("", "pillion-istiod-"); err != nil {
+		panic(err)
+	}
+	if err := os.Chmod(directory, 0o755); err != nil { // the agent has a user of its own
+		panic(err)
+	}
+	code := m.Run()
+	os.RemoveAll(directory)
+	os.Exit(code)
 }
 
 // plane is an istiod that can be restarted. Its address, its CA and its cluster survive that.
 type plane struct {
 	t       *testing.T
 	address string
-	roots   string // path of the file that the ConfigMap istio-ca-root-cert becomes in a pod
+	local   func() net.Listener // a further place to listen at; may be nil
+	roots   string              // path of the file that the ConfigMap istio-ca-root-cert becomes in a pod
 	ca      *ca.IstioCA
 
 	mu     sync.Mutex
@@ -117,9 +127,18 @@ func (s *scope) end() {
 	}
 }
 
-// startPlane starts an istiod over the cluster of testdata and further objects of Kubernetes, with objects of Istio's
-// types. All are YAML.
+// startPlane starts an istiod.
 func startPlane(t *testing.T, configs string, objects ...string) *plane {
+	t.Helper()
+	p := newPlane(t, configs, objects...)
+	p.start()
+	t.Cleanup(p.stop)
+	return p
+}
+
+// newPlane returns an istiod over the cluster of testdata and further objects of Kubernetes, with objects of Istio's types.
+// All are YAML.
+func newPlane(t *testing.T, configs string, objects ...string) *plane {
 	t.Helper()
 	cluster, err := os.ReadFile("testdata/cluster.yaml")
 	if err != nil {
@@ -134,11 +153,9 @@ func startPlane(t *testing.T, configs string, objects ...string) *plane {
 		t.Fatal(err)
 	}
 	p := &plane{t: t, address: "127.0.0.1:0", roots: filepath.Join(t.TempDir(), "root-cert.pem"), ca: authority, cluster: strings.Join(append([]string{string(cluster)}, objects...), "\n---\n"),
-		tokens: map[string]string{"nginx-token": "default:nginx", "ingress-token": "default:ingress", "istioctl-token": "istio-system:istioctl"}}
+		tokens: map[string]string{"nginx-token": "default:nginx", "ingress-token": "default:ingress", "istioctl-token": "istio-system:default"}}
 	p.configs = parse(t, configs)
 	p.publishRoots()
-	p.start()
-	t.Cleanup(p.stop)
 	return p
 }
 
@@ -214,14 +231,17 @@ func (p *plane) listen(authenticators []security.Authenticator) {
 		p.t.Fatal(err)
 	}
 	signer.Register(server)
-	served := make(chan struct{})
-	go func() {
-		defer close(served)
-		server.Serve(socket)
-	}()
+	sockets := []net.Listener{socket}
+	if p.local != nil {
+		sockets = append(sockets, p.local())
+	}
+	var served sync.WaitGroup
+	for _, socket := range sockets {
+		served.Go(func() { server.Serve(socket) })
+	}
 	p.scope.Cleanup(func() {
 		server.Stop()
-		<-served
+		served.Wait()
 	})
 }
 
@@ -269,14 +289,18 @@ func parse(t *testing.T, text string) []config.Config {
 func (p *plane) apply(text string) {
 	p.t.Helper()
 	for _, object := range parse(p.t, text) {
-		change := p.Store().Update
-		if !p.forget(object) {
-			change = p.Store().Create
+		known := p.forget(object)
+		p.configs = append(p.configs, object)
+		if p.run == nil {
+			continue
+		}
+		change := p.Store().Create
+		if known {
+			change = p.Store().Update
 		}
 		if _, err := change(object); err != nil {
 			p.t.Fatal(err)
 		}
-		p.configs = append(p.configs, object)
 	}
 }
 

@@ -89,6 +89,11 @@ const healthy = `
   process_open_fds{namespace="shop", pod="web"} 100x60
   process_max_fds{namespace="shop", pod="web"} 1000x60
   pillion_accept_backoffs_total{namespace="shop", pod="web"} 3x60
+  pillion_mesh_connected{namespace="shop", pod="web"} 1x60
+  pillion_mesh_findings{namespace="shop", pod="web", class="security"} 0x60
+  pillion_mesh_findings{namespace="shop", pod="web", class="traffic"} 2x60
+  istio_agent_cert_expiry_seconds{namespace="shop", pod="web", resource_name="default"} 1800x60
+  pillion_identity_failures_total{namespace="shop", pod="web"} 3x60
   pillion_access_log_dropped_total{namespace="shop", pod="web"} 7x60
   pillion_metrics_folded_requests_total{namespace="shop", pod="web", direction="inbound"} 2x60
   pillion_dns_queries_total{namespace="shop", pod="web", transport="udp"} 0+600x60
@@ -107,10 +112,14 @@ var faults = map[string]string{
 	"PillionConnectionsRefused":     `pillion_flows_total{namespace="shop", pod="bad", direction="inbound", reason="no_descriptors"} 0+1x60`,
 	"PillionMisdirectedConnections": `pillion_flows_total{namespace="shop", pod="bad", direction="inbound", reason="no_original_destination"} 0+1x60`,
 	"PillionMeshRefusals":           `pillion_flows_total{namespace="shop", pod="bad", direction="inbound", reason="mesh_refused"} 0+1x60`,
-	"PillionDescriptorsLow":         "process_open_fds{namespace=\"shop\", pod=\"bad\"} 950x60\n  process_max_fds{namespace=\"shop\", pod=\"bad\"} 1000x60",
-	"PillionAcceptStalled":          `pillion_accept_backoffs_total{namespace="shop", pod="bad"} 0+1x60`,
-	"PillionAccessLogLost":          `pillion_access_log_dropped_total{namespace="shop", pod="bad"} 0+1x60`,
-	"PillionMetricsFolded":          `pillion_metrics_folded_requests_total{namespace="shop", pod="bad", direction="inbound"} 0+1x60`,
+	"PillionControlPlaneLost":       `pillion_mesh_connected{namespace="shop", pod="bad"} 0x60`,
+	"PillionConfigurationRefused":   `pillion_mesh_findings{namespace="shop", pod="bad", class="security"} 2x60`,
+	"PillionCertificateExpiring": "istio_agent_cert_expiry_seconds{namespace=\"shop\", pod=\"bad\", resource_name=\"default\"} 1800x60\n" +
+		`  pillion_identity_failures_total{namespace="shop", pod="bad"} 0+1x60`,
+	"PillionDescriptorsLow": "process_open_fds{namespace=\"shop\", pod=\"bad\"} 950x60\n  process_max_fds{namespace=\"shop\", pod=\"bad\"} 1000x60",
+	"PillionAcceptStalled":  `pillion_accept_backoffs_total{namespace="shop", pod="bad"} 0+1x60`,
+	"PillionAccessLogLost":  `pillion_access_log_dropped_total{namespace="shop", pod="bad"} 0+1x60`,
+	"PillionMetricsFolded":  `pillion_metrics_folded_requests_total{namespace="shop", pod="bad", direction="inbound"} 0+1x60`,
 	"PillionDNSFailures": "pillion_dns_queries_total{namespace=\"shop\", pod=\"bad\", transport=\"udp\"} 0+60x60\n" +
 		`  pillion_dns_unanswered_queries_total{namespace="shop", pod="bad"} 0+30x60`,
 	"PillionWebhookFailing": `apiserver_admission_webhook_rejection_count{name="inject.pillion.dev", error_type="calling_webhook_error", operation="CREATE"} 0+1x60`,

@@ -180,7 +180,7 @@ func ask(t *testing.T, what, text, grouped string, variables []string, known map
 				t.Errorf("%s: %s has no label %s", what, node.Name, grouped)
 			}
 			if rated := slices.ContainsFunc(path, func(n parser.Node) bool { _, ok := n.(*parser.MatrixSelector); return ok }); rated !=
-				regexp.MustCompile(`_(total|sum|count|bucket)$|^envoy_.*_(fail|retry)$`).MatchString(node.Name) {
+				regexp.MustCompile(`_(total|sum|count|bucket)$|^envoy_.*_(fail|retry)$|^istio_agent_.*_(failures|terminations|requests)$`).MatchString(node.Name) {
 				t.Errorf("%s: the rate of a gauge, or a counter itself: %s", what, node.Name)
 			}
 		case *parser.AggregateExpr:

@@ -23,7 +23,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -646,6 +648,18 @@ func portList(t *testing.T, text string) capture.Ports {
 	}
 	return ports
 }
+
+// Configured is a control plane that has configured the role.
+type Configured struct {
+	InForce atomic.Pointer[mesh.Snapshot]
+	Own     *identity.Identity
+}
+
+// Snapshot implements serve.Mesh.
+func (c *Configured) Snapshot() *mesh.Snapshot { return c.InForce.Load() }
+
+// Identity implements serve.Mesh.
+func (c *Configured) Identity() *identity.Identity { return c.Own }
 
 // OwnPorts are the agent's ports.
 func OwnPorts() []uint16 { return capture.Default().OwnPorts() }

@@ -1,0 +1,215 @@
+package istiod
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/credentials"
+	core "k8s.io/api/core/v1"
+	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"istio.io/istio/istioctl/pkg/authz"
+	"istio.io/istio/istioctl/pkg/cli"
+	"istio.io/istio/istioctl/pkg/describe"
+	"istio.io/istio/istioctl/pkg/proxyconfig"
+	"istio.io/istio/istioctl/pkg/proxystatus"
+	"istio.io/istio/istioctl/pkg/util/configdump"
+	"istio.io/istio/istioctl/pkg/writer/compare"
+	kubelib "istio.io/istio/pkg/kube"
+)
+
+// istioctl runs a command of istioctl in a cluster in memory, against the pod's agent and istiod.
+func (d *pod) istioctl(p *plane, command func(cli.Context) *cobra.Command, arguments ...string) (string, error) {
+	cluster := &operator{Context: cli.NewFakeContext(&cli.NewFakeContextOption{Namespace: "default", IstioNamespace: "istio-system"}), pod: d, plane: p}
+	c := command(cluster)
+	var out bytes.Buffer
+	c.SetOut(&out)
+	c.SetErr(&out)
+	c.SetArgs(arguments)
+	c.SilenceUsage = true
+	err := c.Execute()
+	return out.String(), err
+}
+
+// operator is the context of istioctl's commands.
+type operator struct {
+	cli.Context
+	pod   *pod
+	plane *plane
+}
+
+func (o *operator) CLIClient() (kubelib.CLIClient, error) { return o.CLIClientWithRevision("") }
+
+func (o *operator) CLIClientWithRevision(revision string) (kubelib.CLIClient, error) {
+	return &cluster{CLIClient: o.plane.KubeClient().(kubelib.CLIClient), pod: o.pod}, nil
+}
+
+// cluster is the API server, which forwards to the pod's ports.
+type cluster struct {
+	kubelib.CLIClient
+	pod *pod
+}
+
+func (c *cluster) EnvoyDoWithPort(_ context.Context, _, _, _, path string, port int) ([]byte, error) {
+	text, err := c.pod.get(port, path)
+	return []byte(text), err
+}
+
+func (c *cluster) CreatePerRPCCredentials(context.Context, string, string, []string, int64) (credentials.PerRPCCredentials, error) {
+	return bearer("istioctl-token"), nil
+}
+
+// GetIstioPods honours the selector by name, unlike the API server in memory.
+func (c *cluster) GetIstioPods(ctx context.Context, namespace string, options meta.ListOptions) ([]core.Pod, error) {
+	name, ok := strings.CutPrefix(options.FieldSelector, "metadata.name=")
+	if !ok {
+		return c.CLIClient.GetIstioPods(ctx, namespace, options)
+	}
+	pod, err := c.Kube().CoreV1().Pods(namespace).Get(ctx, name, meta.GetOptions{})
+	if err != nil {
+		return nil, err
+	}
+	return []core.Pod{*pod}, nil
+}
+
+// bearer is a token for each call.
+type bearer string
+
+func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	return map[string]string{"authorization": "Bearer " + string(b)}, nil
+}
+
+func (b bearer) RequireTransportSecurity() bool { return true }
+
+// sameAsDump returns an error if istioctl's comparison finds a difference between the agent's dump and istiod's.
+func (d *pod) sameAsDump(p *plane) error {
+	mine, err := d.get(adminPort, "config_dump")
+	if err != nil {
+		return err
+	}
+	var theirs json.RawMessage
+	if err := p.debug("/debug/config_dump?proxyID="+sidecarPod+".default", &theirs); err != nil {
+		return err
+	}
+	var out strings.Builder
+	comparator, err := compare.NewComparator(&out, map[string][]byte{"istiod": theirs}, []byte(mine))
+	if err != nil {
+		return err
+	}
+	if err := comparator.Diff(); err != nil {
+		return err
+	}
+	for _, kind := range []string{"Clusters", "Listeners", "Routes"} {
+		if !strings.Contains(out.String(), kind+" Match") {
+			return fmt.Errorf("istioctl proxy-status: %s", out.String())
+		}
+	}
+	return nil
+}
+
+// sameResources returns an error if two dumps differ in their clusters, listeners or routes.
+func sameResources(a, b string) error {
+	var out strings.Builder
+	comparator, err := compare.NewComparator(&out, map[string][]byte{"": []byte(a)}, []byte(b))
+	if err != nil {
+		return err
+	}
+	if err := comparator.Diff(); err != nil {
+		return err
+	}
+	for _, kind := range []string{"Clusters", "Listeners", "Routes"} {
+		if !strings.Contains(out.String(), kind+" Match") {
+			return fmt.Errorf("the dumps differ: %s", out.String())
+		}
+	}
+	return nil
+}
+
+// listenersOf returns the names of the listeners in a dump, and of those with a rejected version.
+func listenersOf(t *testing.T, dump string) (names, rejected []string) {
+	t.Helper()
+	var wrapper configdump.Wrapper
+	if err := json.Unmarshal([]byte(dump), &wrapper); err != nil {
+		t.Fatal(err)
+	}
+	listeners, err := wrapper.GetListenerConfigDump()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range listeners.DynamicListeners {
+		if l.ActiveState != nil {
+			names = append(names, l.Name)
+		}
+		if l.ErrorState != nil {
+			rejected = append(rejected, l.Name)
+		}
+	}
+	slices.Sort(names)
+	return names, rejected
+}
+
+// Texts in the output of istioctl that differ from run to run.
+var (
+	timePattern   = regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ|\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d \w+`)
+	serialPattern = regexp.MustCompile(`\b[0-9a-f]{24,40}\b`)
+	agePattern    = regexp.MustCompile(`\(\d+s\)`)
+	spacePattern  = regexp.MustCompile(`(\S) {2,}`)
+)
+
+// steady replaces what differs from run to run.
+func steady(text string) string {
+	text = timePattern.ReplaceAllString(text, "TIME")
+	text = serialPattern.ReplaceAllString(text, "SERIAL")
+	text = agePattern.ReplaceAllString(text, "(AGE)")
+	// protojson puts one or two spaces after a colon, and describe lists policies in any order.
+	text = strings.ReplaceAll(text, ":  ", ": ")
+	text = strings.ReplaceAll(text, "ns[default]-policy[deny]-rule[1], ns[default]-policy[deny]-rule[0]", "ns[default]-policy[deny]-rule[0], ns[default]-policy[deny]-rule[1]")
+	return spacePattern.ReplaceAllString(text, "$1  ")
+}
+
+func TestIstioctlReadsTheAgent(t *testing.T) {
+	d := newPod(t)
+	configs := readCase(t, "01-weighted") + "\n---\n" + readCase(t, "06-authz")
+	p := startPlaneIn(t, d, configs, configs) // istiod's configuration and, for istioctl, that of the API server
+	d.launch(t, p)
+	d.awaitReady(t)
+	d.awaitConverged(t, p)
+	var all strings.Builder
+	for _, test := range []struct {
+		name      string
+		command   func(cli.Context) *cobra.Command
+		arguments []string
+	}{
+		{"proxy-config cluster", proxyconfig.ProxyConfig, []string{"cluster", sidecarPod}},
+		{"proxy-config listener", proxyconfig.ProxyConfig, []string{"listener", sidecarPod}},
+		{"proxy-config route", proxyconfig.ProxyConfig, []string{"route", sidecarPod}},
+		{"proxy-config endpoint", proxyconfig.ProxyConfig, []string{"endpoint", sidecarPod}},
+		{"proxy-config secret", proxyconfig.ProxyConfig, []string{"secret", sidecarPod}},
+		{"proxy-config bootstrap", proxyconfig.ProxyConfig, []string{"bootstrap", sidecarPod}},
+		{"proxy-status", proxystatus.StableXdsStatusCommand, []string{"--xds-address", p.address}},
+		{"proxy-status -v 1", proxystatus.StableXdsStatusCommand, []string{"-v", "1", "--xds-address", p.address}},
+		{"proxy-status POD", proxystatus.StableXdsStatusCommand, []string{sidecarPod, "--xds-address", p.address}},
+		{"experimental authz check", authz.AuthZ, []string{"check", sidecarPod}},
+		{"experimental describe pod", describe.Cmd, []string{"pod", sidecarPod}},
+	} {
+		out, err := d.istioctl(p, test.command, test.arguments...)
+		if err != nil {
+			t.Errorf("istioctl %s: %v", test.name, err)
+		}
+		fmt.Fprintf(&all, "## %s\n%s", test.name, steady(out))
+	}
+	compareGolden(t, "testdata/istioctl.golden", all.String())
+	out, err := d.istioctl(p, proxyconfig.ProxyConfig, "all", sidecarPod)
+	for _, part := range []string{"Istio Version:", "cluster/outbound|", "listener/virtualInbound", "route/9080", "secret/default", "endpoint/203.0.113.4:8080"} {
+		if err != nil || !strings.Contains(out, part) {
+			t.Errorf("istioctl proxy-config all, error %v: no %q in\n%s", err, part, out)
+		}
+	}
+}

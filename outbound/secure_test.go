@@ -1,0 +1,268 @@
+package outbound
+
+import (
+	"crypto/tls"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/secure/securetest"
+	"github.com/pillion-proxy/pillion/internal/serve/servetest"
+)
+
+const (
+	idOfServer = "spiffe://cluster.local/ns/shop/sa/server"
+	idOfClient = "spiffe://cluster.local/ns/shop/sa/client"
+	sni        = "outbound_.81_._.web.shop.svc.cluster.local"
+)
+
+// meshRig is a role with a control plane, and a service whose endpoints have the given TLS modes.
+type meshRig struct {
+	*servetest.Rig
+	authority *securetest.Authority
+	plane     *servetest.Configured
+}
+
+// newMeshRig configures a cluster whose endpoint must be expected.
+func newMeshRig(t *testing.T, expected string, endpoints ...mesh.Endpoint) *meshRig {
+	t.Helper()
+	m := &meshRig{authority: securetest.New(t, "root of the mesh")}
+	m.plane = &servetest.Configured{Own: m.authority.Identity(t, idOfClient)}
+	at := servetest.Place{Outbound: true, Rules: true, New: func(t testing.TB, parts servetest.Parts) servetest.Role {
+		proxy, err := New(Config{
+			Poller: parts.Poller, OwnPorts: servetest.OwnPorts(), OwnAddresses: parts.Addresses, Flows: parts.Flows,
+			Settings: parts.Settings, HTTP: parts.HTTP, Mesh: m.plane, Wait: nettest.Patience,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return proxy
+	}}
+	edit := (*mesh.Snapshot)(nil).Edit()
+	edit.SetCluster("web", &mesh.Cluster{Name: "web", Discovery: mesh.ByEDS, Assignment: "web", Transports: []mesh.Transport{
+		{Name: "tlsMode-istio", TLSMode: "istio", TLS: &mesh.UpstreamTLS{
+			SNI: sni, ALPN: []string{"istio-peer-exchange", "istio"}, Certificate: "default", Roots: "ROOTCA",
+			Names: []mesh.NameMatcher{{StringMatcher: mesh.StringMatcher{Text: expected}}},
+		}},
+		{Name: "tlsMode-disabled"},
+	}})
+	edit.SetAssignment("web", &mesh.Assignment{Name: "web", Localities: []mesh.Locality{{Endpoints: endpoints}}})
+	edit.SetListener("0.0.0.0_81", &mesh.Listener{
+		Name: "0.0.0.0_81", Direction: mesh.Outbound, Virtual: true,
+		Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:81")},
+		Default:   &mesh.FilterChain{TCP: &mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "web", Weight: 1}}}},
+	})
+	snapshot, _ := edit.Snapshot()
+	m.plane.InForce.Store(snapshot)
+	m.Rig = servetest.NewRig(t, at, servetest.Defaults())
+	return m
+}
+
+// reconfigure sets the endpoints before the first connection.
+func (m *meshRig) reconfigure(endpoints []mesh.Endpoint) {
+	edit := m.plane.InForce.Load().Edit()
+	edit.SetAssignment("web", &mesh.Assignment{Name: "web", Localities: []mesh.Locality{{Endpoints: endpoints}}})
+	snapshot, _ := edit.Snapshot()
+	m.plane.InForce.Store(snapshot)
+}
+
+func istio(address netip.AddrPort) mesh.Endpoint {
+	return mesh.Endpoint{Address: address, Weight: 1, TLSMode: "istio"}
+}
+
+// seen is what an endpoint has seen of a connection.
+type seen struct {
+	sni, alpn, peer string
+	proto           string // of HTTP
+}
+
+// serveTLS serves HTTP of both versions over mutual TLS, and echoes other protocols.
+func (m *meshRig) serveTLS(t *testing.T, port string) <-chan seen {
+	t.Helper()
+	conns, all, done := m.Listen(t, port), make(chan seen, 10), make(chan struct{})
+	config := &tls.Config{
+		Certificates: []tls.Certificate{*m.authority.Leaf(t, idOfServer, nil)}, ClientAuth: tls.RequireAndVerifyClientCert,
+		ClientCAs: m.authority.Roots.Pool, NextProtos: []string{"istio-http/1.1", "istio-h2", "istio"},
+	}
+	serve := func(raw net.Conn) {
+		defer raw.Close()
+		conn := tls.Server(raw, config)
+		if conn.Handshake() != nil {
+			return
+		}
+		state := conn.ConnectionState()
+		s := seen{sni: state.ServerName, alpn: state.NegotiatedProtocol, peer: state.PeerCertificates[0].URIs[0].String()}
+		if s.alpn == "istio" {
+			all <- s
+			io.Copy(conn, conn)
+			return
+		}
+		server := &http.Server{Protocols: new(http.Protocols), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			s.proto = r.Proto
+			all <- s
+			io.WriteString(w, "hello")
+		})}
+		server.Protocols.SetUnencryptedHTTP2(true)
+		server.Protocols.SetHTTP1(true)
+		listener := &single{conns: make(chan net.Conn, 1), done: done}
+		listener.conns <- struct{ net.Conn }{conn}
+		server.Serve(listener)
+	}
+	go func() {
+		for {
+			select {
+			case conn := <-conns:
+				go serve(conn)
+			case <-done:
+				return
+			}
+		}
+	}()
+	t.Cleanup(func() { close(done) })
+	return all
+}
+
+// single is a listener of one connection.
+type single struct {
+	conns chan net.Conn
+	done  chan struct{}
+}
+
+func (l *single) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *single) Close() error   { return nil }
+func (l *single) Addr() net.Addr { return &net.TCPAddr{} }
+
+// request makes a request over a connection of the rig.
+func (m *meshRig) request(t *testing.T, conn net.Conn, http2 bool) (*http.Response, error) {
+	t.Helper()
+	transport := &http.Transport{Protocols: new(http.Protocols)}
+	transport.Protocols.SetUnencryptedHTTP2(http2)
+	transport.Protocols.SetHTTP1(!http2)
+	transport.Dial = func(string, string) (net.Conn, error) { return conn, nil }
+	defer transport.CloseIdleConnections()
+	response, err := (&http.Client{Transport: transport, Timeout: nettest.Patience}).Get("http://web/")
+	if err == nil {
+		io.Copy(io.Discard, response.Body)
+		response.Body.Close()
+	}
+	return response, err
+}
+
+func TestEndpointsWithSidecarsAreReachedByMutualTLS(t *testing.T) {
+	m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
+	endpoint := m.serveTLS(t, "81")
+	for _, http2 := range []bool{false, true} {
+		want := seen{sni, "istio-http/1.1", idOfClient, "HTTP/1.1"}
+		if http2 {
+			want.alpn, want.proto = "istio-h2", "HTTP/2.0"
+		}
+		if response, err := m.request(t, m.Dial(t, m.At(81)), http2); err != nil || response.StatusCode != 200 {
+			t.Fatalf("HTTP/2 %v: %v, %v", http2, response, err)
+		}
+		if got := <-endpoint; got != want {
+			t.Errorf("the endpoint saw %+v, want %+v", got, want)
+		}
+		if got := m.Await(t); got.Peer != idOfServer || got.Reason != flow.Completed {
+			t.Errorf("HTTP/2 %v: the record has the peer %q and the reason %v", http2, got.Peer, got.Reason)
+		}
+	}
+	conn := m.Dial(t, m.At(81))
+	servetest.Send(t, conn, "\x00opaque")
+	servetest.Expect(t, conn, "\x00opaque")
+	conn.Close()
+	if got, want := <-endpoint, (seen{sni, "istio", idOfClient, ""}); got != want {
+		t.Errorf("the endpoint saw %+v, want %+v", got, want)
+	}
+	if got := m.Await(t); got.Peer != idOfServer {
+		t.Errorf("the record has the peer %q", got.Peer)
+	}
+}
+
+// A server that is not the one that the configuration expects gets no byte of the client.
+func TestAnotherServerGetsNothing(t *testing.T) {
+	m := newMeshRig(t, "spiffe://cluster.local/ns/shop/sa/another", istio(netip.MustParseAddrPort("192.0.2.1:81")))
+	endpoint := m.serveTLS(t, "81")
+	response, err := m.request(t, m.Dial(t, m.At(81)), false)
+	if err != nil || response.StatusCode != http.StatusServiceUnavailable {
+		t.Fatalf("%v, %v", response, err)
+	}
+	got := m.Await(t)
+	if got.Reason != flow.UpstreamTLS || !strings.HasPrefix(got.TransportFailure, "TLS_error: the peer's names are not accepted") || got.Peer != "" {
+		t.Errorf("the record is %+v", got)
+	}
+	if !strings.Contains(got.TransportFailure, idOfServer) || !strings.Contains(got.TransportFailure, "sa/another") {
+		t.Errorf("%q does not have the name and the one that is expected", got.TransportFailure)
+	}
+	if len(endpoint) > 0 {
+		t.Errorf("the server saw %+v", <-endpoint)
+	}
+}
+
+// A plain server behind an endpoint that must be reached by TLS gets a ClientHello and nothing else.
+func TestNothingIsSentWithoutTLS(t *testing.T) {
+	m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
+	conns := m.Listen(t, "81")
+	client := m.Dial(t, m.At(81))
+	servetest.Send(t, client, "\x00secret")
+	server := servetest.Take(t, conns)
+	server.SetDeadline(time.Now().Add(nettest.Patience))
+	var hello [3]byte
+	if _, err := io.ReadFull(server, hello[:]); err != nil || hello[0] != 22 {
+		t.Fatalf("the server receives % x, %v", hello, err)
+	}
+	io.WriteString(server, "220 ready\r\n")
+	rest, _ := io.ReadAll(server)
+	if strings.Contains(string(rest), "secret") {
+		t.Error("the server received the client's bytes")
+	}
+	if got := m.Await(t); got.Reason != flow.UpstreamTLS {
+		t.Errorf("the reason is %v", got.Reason)
+	}
+}
+
+// If only some endpoints have a sidecar, one is chosen here, because the network could choose another one.
+func TestOneOfDifferentEndpointsIsDialled(t *testing.T) {
+	for _, mode := range []string{"istio", ""} {
+		m := newMeshRig(t, idOfServer)
+		near := m.At(82)
+		endpoints := []mesh.Endpoint{
+			{Address: near, Weight: 1, TLSMode: mode},
+			{Address: netip.MustParseAddrPort("192.0.2.9:9"), Weight: 1, Health: mesh.Unhealthy},
+		}
+		if mode == "" {
+			endpoints[1].TLSMode = "istio"
+		}
+		m.reconfigure(endpoints)
+		var saw <-chan seen
+		var conns <-chan *net.TCPConn
+		if mode == "istio" {
+			saw = m.serveTLS(t, "82")
+		} else {
+			conns = m.Listen(t, "82")
+		}
+		client := m.Dial(t, m.At(81))
+		servetest.Send(t, client, "\x00opaque")
+		if mode == "istio" {
+			servetest.Expect(t, client, "\x00opaque")
+			<-saw
+		} else {
+			servetest.Expect(t, servetest.Take(t, conns), "\x00opaque")
+		}
+		client.Close()
+	}
+}
