@@ -165,6 +165,7 @@ func pauses(file *ast.File) []pause {
 // judges are the functions of tests that may fail because of a long duration, and why.
 var judges = map[string]string{
 	"internal/dns/serve_test.go TestShutdownDoesNotWaitForADownstreamThatReadsNothing": "Shutdown must not wait for the write deadline of 5s",
+	"internal/istiod/silence_test.go lostAfter":                                        "its callers are in synctest bubbles",
 }
 
 // Only `make bench` judges durations, as ratios: a test with an upper bound on a duration fails on a slow machine. A lower
