@@ -69,6 +69,7 @@ type dump struct {
 	*handler
 	types     *configdump.Types // nil without a control plane
 	resources []configdump.Resource
+	text      []byte // memory for printing
 }
 
 func (h *handler) newDump(ctx context.Context) (*dump, error) {
@@ -155,9 +156,18 @@ func (d *dump) endpoints() section {
 
 func (d *dump) routes() section {
 	const static, dynamic = "envoy.admin.v3.RoutesConfigDump.StaticRouteConfig", "envoy.admin.v3.RoutesConfigDump.DynamicRouteConfig"
-	own := d.static("static_route_configs", static, "route_config", routesType, d.staticRoutes())
+	own := d.static("static_route_configs", static, "route_config", routesType, d.routesInForce())
 	return d.dynamic(section{message: "envoy.admin.v3.RoutesConfigDump", lists: []resourceList{own}},
 		resourceList{"dynamic_route_configs", dynamic, d.items(routesType, "route_config", known)})
+}
+
+// routesInForce returns the agent's own routes, without those of listeners that the control plane's replace.
+func (d *dump) routesInForce() []object {
+	replaced := make(map[string]bool)
+	for r := range d.of(listenerType, active) {
+		replaced[r.Name] = true
+	}
+	return d.staticRoutes(func(l Listener) bool { return !replaced[l.Name] })
 }
 
 func (d *dump) extensions() section {
@@ -184,6 +194,7 @@ func (d *dump) listenerItems() iter.Seq[item] {
 			versions := all[:n]
 			all = all[n:]
 			value := func() object {
+				d.begin()
 				o := object{"name": versions[0].Name}
 				for _, r := range versions {
 					d.addListener(o, r)
@@ -243,7 +254,7 @@ func version(r *configdump.Resource) object {
 func (d *dump) each(kind string, wanted func(*configdump.Resource) bool, show func(*configdump.Resource) object) iter.Seq[item] {
 	return func(yield func(item) bool) {
 		for r := range d.of(kind, wanted) {
-			if !yield(item{r.Name, func() object { return show(r) }}) {
+			if !yield(item{r.Name, func() object { d.begin(); return show(r) }}) {
 				return
 			}
 		}
@@ -317,15 +328,26 @@ func (d *dump) refusal(r *configdump.Resource) object {
 	return o
 }
 
-// print returns a resource as JSON.
+// print returns a resource as JSON. The result is valid until a later item is printed.
 func (d *dump) print(url string, read func() ([]byte, error)) any {
 	b, err := read()
 	if err != nil {
 		d.Log.Warn("cannot read a kept resource", "type", url, "err", err)
 		return object{"@type": url}
 	}
-	text, _ := d.types.Append(nil, url, b) // a malformed resource is shown as such
-	return json.RawMessage(text)
+	start := len(d.text)
+	d.text, _ = d.types.Append(d.text, url, b) // a malformed resource is shown as such
+	return json.RawMessage(d.text[start:])
+}
+
+// maxReused bounds the memory that is kept for printing.
+const maxReused = 1 << 20
+
+// begin lets print use the memory of earlier results again.
+func (d *dump) begin() {
+	if d.text = d.text[:0]; cap(d.text) > maxReused {
+		d.text = nil
+	}
 }
 
 func timestamp(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }

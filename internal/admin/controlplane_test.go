@@ -84,7 +84,7 @@ func controlled() configured {
 		typed(clusterType, in("PassthroughCluster", 1, "PassthroughCluster"), coming, refused("refused"),
 			in("outbound|80||web.shop.svc.cluster.local", 1, "outbound|80||web.shop.svc.cluster.local", 36, message(1, "x", 2, message(1, typePrefix+clusterType, 2, message(1, "inner"))))),
 		typed(assignmentType, in("outbound|80||web.shop.svc.cluster.local", 1, "outbound|80||web.shop.svc.cluster.local")),
-		typed(listenerType, changed, later, coming, refused("refused")),
+		typed(listenerType, in(VirtualOutbound, 1, VirtualOutbound), changed, later, coming, refused("refused")),
 		typed(routesType, in("80", 1, "80", 2, message(1, "web:80", 2, "*")), refused("refused")),
 		typed(secretType, in("kubernetes://cert", 1, "kubernetes://cert", 2, message(1, message(2, "chain"), 2, message(2, secretKey))), refused("kubernetes://other")),
 		typed(extensionType, in("wasm", 1, "wasm", 2, message(1, typePrefix+secretType, 2, message(1, "inner")))),
@@ -218,7 +218,11 @@ func TestAPartOfTheControlPlanesResourcesIsDumped(t *testing.T) {
 		"resource=dynamic_route_configs&mask=route_config.virtual_hosts.domains&name_regex=80": `[{"@type":"type.googleapis.com/envoy.admin.v3.RoutesConfigDump.DynamicRouteConfig",` +
 			`"route_config":{"@type":"type.googleapis.com/envoy.config.route.v3.RouteConfiguration","virtual_hosts":[{"domains":["*"]}]}}]`,
 		"resource=static_clusters&mask=cluster.name&name_regex=Pass.*": `[]`, // the control plane's replaces it
-		"resource=ecds_filters&mask=version_info":                      `[{"@type":"type.googleapis.com/envoy.admin.v3.EcdsConfigDump.EcdsFilterConfig","version_info":"v-wasm"}]`,
+		"resource=static_route_configs&mask=route_config.name": `[{"@type":"type.googleapis.com/envoy.admin.v3.RoutesConfigDump.StaticRouteConfig","route_config":` +
+			`{"@type":"type.googleapis.com/envoy.config.route.v3.RouteConfiguration","name":"virtualInbound"}},` +
+			`{"@type":"type.googleapis.com/envoy.admin.v3.RoutesConfigDump.StaticRouteConfig","route_config":` +
+			`{"@type":"type.googleapis.com/envoy.config.route.v3.RouteConfiguration","name":"readiness"}}]`, // virtualOutbound's has gone with its listener
+		"resource=ecds_filters&mask=version_info": `[{"@type":"type.googleapis.com/envoy.admin.v3.EcdsConfigDump.EcdsFilterConfig","version_info":"v-wasm"}]`,
 	} {
 		var dump struct{ Configs json.RawMessage }
 		body := ask(handler, "GET", "/config_dump?"+target).Body

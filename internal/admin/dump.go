@@ -254,12 +254,13 @@ func routeConfig(name, host string, routes []object) object {
 	return object{"name": name, "virtual_hosts": []object{{"name": host, "domains": []string{"*"}, "routes": routes}}}
 }
 
-func (h *handler) staticRoutes() (routes []object) {
+func (h *handler) staticRoutes(wanted func(Listener) bool) (routes []object) {
 	for _, l := range h.Listeners() {
-		switch l.Name {
-		case VirtualOutbound:
+		switch {
+		case !wanted(l):
+		case l.Name == VirtualOutbound:
 			routes = append(routes, h.route(flow.Outbound))
-		case VirtualInbound:
+		case l.Name == VirtualInbound:
 			routes = append(routes, h.route(flow.Inbound))
 		default:
 			routes = append(routes, serves(l))
