@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -38,7 +39,7 @@ func (a *Agent) addControlPlane() error {
 	if err != nil {
 		return err
 	}
-	config := controlplane.SessionConfig{Pod: &pod, Store: store, Log: a.log}
+	config := controlplane.SessionConfig{Pod: &pod, Store: store, Log: a.log, KeptIdentity: identityDirectory(c.Kept)}
 	if c.Kept != "" {
 		cluster, _ := pod.Node.Metadata["CLUSTER_ID"].(string)
 		config.Kept = &controlplane.Kept{Path: filepath.Join(c.Kept, keptFile), Node: pod.Node.ID(), Cluster: cluster}
@@ -129,7 +130,23 @@ func (a *Agent) controlPlaneGates() []healthz.Gate {
 	if a.plane.session == nil {
 		return nil
 	}
-	return []healthz.Gate{{Name: "configuration", Open: a.configured}}
+	gates := []healthz.Gate{{Name: "configuration", Open: a.configured}}
+	if a.plane.session.HasIdentity() {
+		gates = append(gates, healthz.Gate{Name: "identity", Open: a.identified})
+	}
+	return gates
+}
+
+// identified is the gate of the first certificate. An expired one does not close it again: a pod that cannot be reached by
+// mutual TLS may still be reached otherwise.
+func (a *Agent) identified() error {
+	if a.plane.session.Identity() != nil {
+		return nil
+	}
+	if status := a.plane.session.Status().Identity; status.LastError != nil {
+		return fmt.Errorf("no workload certificate from the %s: %w", status.Source, status.LastError)
+	}
+	return errors.New("no workload certificate yet")
 }
 
 // configured is the gate of the first configuration. Losing the control plane does not close it again.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 	"github.com/pillion-proxy/pillion/internal/proxyconfig"
@@ -55,22 +56,27 @@ func (o *agentOptions) findControlPlane() error {
 		return valueError{err}
 	}
 	o.config.ControlPlane.Pod = pod
-	o.config.ControlPlane.Kept = keptDirectory(o.kept)
-	return nil
+	o.config.ControlPlane.Kept, err = keptDirectory(o.kept)
+	return err
 }
 
 // keptDirectory returns the directory of --kept-configuration, or "" if the configuration is not kept.
-func keptDirectory(flag string) string {
-	if flag != automatic {
-		if flag == turnedOff {
-			return ""
-		}
-		return flag
+func keptDirectory(flag string) (string, error) {
+	directory := flag
+	switch flag {
+	case turnedOff:
+		return "", nil
+	case automatic:
+		directory = memoryVolume
 	}
-	if info, err := os.Stat(memoryVolume); err != nil || !info.IsDir() {
-		return ""
+	info, err := os.Stat(directory)
+	switch {
+	case err == nil && info.IsDir():
+		return directory, nil
+	case flag == automatic:
+		return "", nil
 	}
-	return memoryVolume
+	return "", valueError{fmt.Errorf("--kept-configuration %s: not a directory: create it, or use %s", capture.Quoted(flag), turnedOff)}
 }
 
 // podEnvironment is what the injector gives. PROXY_CONFIG is read unless Istio's configuration has been.

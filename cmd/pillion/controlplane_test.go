@@ -102,10 +102,34 @@ func TestInvalidControlPlanesAreNamed(t *testing.T) {
 }
 
 func TestTheConfigurationIsKeptWhereTheFlagSays(t *testing.T) {
-	for flag, want := range map[string]string{"off": "", "/kept": "/kept"} {
+	directory := t.TempDir()
+	for flag, want := range map[string]string{"off": "", directory: directory} {
 		o, _, err := found(t, true, func(o *agentOptions) { o.controlPlane, o.kept = "istiod:15012", flag })
 		if err != nil || o.config.ControlPlane.Kept != want {
 			t.Errorf("%s: %q, %v", flag, o.config.ControlPlane.Kept, err)
 		}
+	}
+	_, _, err := found(t, true, func(o *agentOptions) { o.controlPlane, o.kept = "istiod:15012", "/missing" })
+	if err == nil || !strings.Contains(err.Error(), "--kept-configuration \"/missing\": not a directory: create it") {
+		t.Errorf("a missing directory: %v", err)
+	}
+}
+
+func TestASidecarsControlPlaneIsThatOfItsAnnotation(t *testing.T) {
+	p, err := settled(t, nil, map[string]string{"PROXY_CONFIG": `{"discoveryAddress":"istiod-a:15012","concurrency":1}`},
+		`proxy.istio.io/config="discoveryAddress: istiod-b:15012"`, "defaultConfig:\n  discoveryAddress: istiod-c:15012\n  meshId: east\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	environment, err := p.podEnvironment()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.controlPlane = automatic
+	if address := p.discoveryAddress(environment); address != "istiod-b:15012" {
+		t.Errorf("address %s", address)
+	}
+	if config := environment.ProxyConfig; config["concurrency"] != 1.0 || config["meshId"] != "east" {
+		t.Errorf("ProxyConfig %v", config)
 	}
 }

@@ -8,12 +8,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/controlplane/pushtest"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
 
 func TestARecordedStreamLosesNoCluster(t *testing.T) {
 	w := newWorld(t, 1)
-	updates := recorded(t, "watch.gz")
+	updates := pushtest.Watch()
 	if len(updates) < 30 {
 		t.Fatalf("%d updates", len(updates))
 	}
@@ -46,7 +47,7 @@ func TestARecordedStreamLosesNoCluster(t *testing.T) {
 // Readers use snapshots and ask questions while updates come. The race detector judges.
 func TestReadersDoNotMeetUpdates(t *testing.T) {
 	s := quietStore(t)
-	takeAll(t, s, recorded(t, "sidecar.gz"))
+	takeAll(t, s, pushtest.Sidecar())
 	stop := make(chan struct{})
 	var readers sync.WaitGroup
 	for range 2 {
@@ -77,7 +78,7 @@ func TestReadersDoNotMeetUpdates(t *testing.T) {
 		})
 	}
 	for i := range 10 {
-		for _, u := range recorded(t, "sidecar.gz") {
+		for _, u := range pushtest.Sidecar() {
 			u.Resources = u.Resources[i%len(u.Resources):]
 			for j := range u.Resources {
 				r := &u.Resources[j]
@@ -93,7 +94,7 @@ func TestReadersDoNotMeetUpdates(t *testing.T) {
 // A resource's bytes are in a chunk with others. Chunks whose resources were replaced must not accumulate.
 func TestReplacedResourcesAreNotKept(t *testing.T) {
 	s := quietStore(t)
-	takeAll(t, s, recorded(t, "sidecar.gz"))
+	takeAll(t, s, pushtest.Sidecar())
 	names := s.asked[xds.Endpoints]
 	for i := range 20_000 {
 		for name := range names {
@@ -124,7 +125,7 @@ func keptSize(s *Store) (size int) {
 
 // FuzzUpdate gives a store that has a configuration resources of any bytes. It must take or reject them, and go on.
 func FuzzUpdate(f *testing.F) {
-	for _, u := range recorded(f, "sidecar.gz") {
+	for _, u := range pushtest.Sidecar() {
 		for i, r := range u.Resources {
 			if i%5 == 0 {
 				f.Add(uint8(u.Type), r.Name, r.Value, uint8(i))

@@ -17,6 +17,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/controlplane/pushtest"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
 
@@ -27,7 +28,7 @@ func keptIn(t testing.TB, now time.Time) *Kept {
 
 func TestARestartedAgentHasTheKeptConfiguration(t *testing.T) {
 	before := quietStore(t)
-	takeAll(t, before, recorded(t, "sidecar.gz"))
+	takeAll(t, before, pushtest.Sidecar())
 	k := keptIn(t, time.Now())
 	if err := k.Save(before.LastGood()); err != nil {
 		t.Fatal(err)
@@ -241,7 +242,7 @@ func TestAConfigurationIsAsOldAsTheLastContact(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		before, connected := quietStore(t), false
-		takeAll(t, before, recorded(t, "sidecar.gz"))
+		takeAll(t, before, pushtest.Sidecar())
 		k := &Kept{Path: filepath.Join(dir, "kept"), Current: func() bool { return connected }}
 		if err := k.Save(before.LastGood()); err != nil {
 			t.Fatal(err)
@@ -290,7 +291,7 @@ func FuzzKept(f *testing.F) {
 
 func BenchmarkRestartWithThousandServices(b *testing.B) {
 	before := quietStore(b)
-	takeAll(b, before, thousand(b))
+	takeAll(b, before, pushtest.Thousand())
 	k := keptIn(b, time.Now())
 	if err := k.Save(before.LastGood()); err != nil {
 		b.Fatal(err)

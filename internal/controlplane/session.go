@@ -19,7 +19,12 @@ type SessionConfig struct {
 	Pod   *istiod.Pod
 	Store *Store
 	Kept  *Kept // the file with the last good resources; nil: they are not kept
-	Log   *slog.Logger
+
+	// KeptIdentity is a directory in memory that keeps certificates of the CA, with their keys, for a restart. Empty: they
+	// are not kept.
+	KeptIdentity string
+
+	Log *slog.Logger
 }
 
 // Session is a pod's relation with istiod: an identity that is renewed, and a stream of configuration. Losing istiod
@@ -55,8 +60,12 @@ func NewSession(config SessionConfig) (*Session, error) {
 	}
 	s := &Session{config: config}
 	if source := s.source(node); source != nil {
+		var changed func(*identity.Identity)
+		if kept, ok := source.(*keptIdentity); ok {
+			changed = kept.save
+		}
 		s.keeper = identity.NewKeeper(identity.Config{
-			Source: source, Log: config.Log, Revocations: config.Pod.Revocations, Output: config.Pod.Output, OutputShared: config.Pod.OutputShared,
+			Changed: changed, Source: source, Log: config.Log, Revocations: config.Pod.Revocations, Output: config.Pod.Output, OutputShared: config.Pod.OutputShared,
 		})
 	}
 	s.client = xds.New(xds.Config{Delta: config.Pod.Delta, Node: node, Connect: s.connect, Handler: (*handler)(s), Log: config.Log})
@@ -78,7 +87,11 @@ func (s *Session) source(node []byte) identity.Source {
 	case pod.Files != nil:
 		return pod.Files
 	case pod.CA.Address != "":
-		return &identity.CA{Call: s.call, SPIFFE: pod.SPIFFE, Lifetime: pod.Lifetime, Signer: pod.Signer}
+		ca := &identity.CA{Call: s.call, SPIFFE: pod.SPIFFE, Lifetime: pod.Lifetime, Signer: pod.Signer}
+		if s.config.KeptIdentity == "" {
+			return ca
+		}
+		return &keptIdentity{CA: ca, directory: s.config.KeptIdentity, log: s.config.Log}
 	}
 	return nil
 }
@@ -102,6 +115,9 @@ func (s *Session) Run(ctx context.Context) {
 	parts.Go(func() { s.client.Run(ctx) })
 	parts.Wait()
 }
+
+// HasIdentity reports whether the pod has a source of an identity.
+func (s *Session) HasIdentity() bool { return s.keeper != nil }
 
 // Identity returns the workload's identity, or nil without one. It may have expired.
 func (s *Session) Identity() *identity.Identity {

@@ -48,10 +48,9 @@ func selfSigned(t *testing.T, name string) (certificate, key []byte) {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: encoded})
 }
 
-// withFiles returns a session whose identity is in files, and whose istiod is away.
-func withFiles(t *testing.T) *Session {
+// writeFiles writes an identity that is its own root.
+func writeFiles(t *testing.T, certificate, key []byte) *identity.Files {
 	t.Helper()
-	certificate, key := selfSigned(t, "web")
 	directory := t.TempDir()
 	files := &identity.Files{Certificate: filepath.Join(directory, "c"), Key: filepath.Join(directory, "k"), Roots: filepath.Join(directory, "r")}
 	for path, text := range map[string][]byte{files.Certificate: certificate, files.Key: key, files.Roots: certificate} {
@@ -59,6 +58,14 @@ func withFiles(t *testing.T) *Session {
 			t.Fatal(err)
 		}
 	}
+	return files
+}
+
+// withFiles returns a session whose identity is in files, and whose istiod is away.
+func withFiles(t *testing.T) *Session {
+	t.Helper()
+	certificate, key := selfSigned(t, "web")
+	files := writeFiles(t, certificate, key)
 	log := slog.New(slog.DiscardHandler)
 	store, err := NewStore(StoreConfig{Log: log})
 	if err != nil {

@@ -85,9 +85,11 @@ func (x *exchange) release() {
 	// Reset field by field: a composite literal of an exchange would be built on the stack first and double the stack.
 	// It then stays large while the connection is idle.
 	fields, responseFields := x.http.Fields[:0], x.http.ResponseFields[:0]
-	x.record, x.http = flow.Record{}, flow.Request{}
+	x.record = flow.Record{}
+	x.http = flow.Request{}
 	x.http.Fields, x.http.ResponseFields = fields, responseFields
-	x.routed, x.wanted = Request{}, upstream.Target{}
+	x.routed = Request{}
+	x.wanted = upstream.Target{}
 	x.s, x.settings, x.progress = nil, nil, progress{}
 	exchanges.Put(x)
 }

@@ -16,6 +16,15 @@ const (
 	dataPrefix = "..pillion-"
 )
 
+// Save writes an identity into a directory, for FilesIn. Only this user can read it.
+func Save(directory string, identity *Identity) error { return write(directory, identity, false) }
+
+// FilesIn returns the files that Save writes.
+func FilesIn(directory string) *Files {
+	in := func(name string) string { return filepath.Join(directory, name) }
+	return &Files{Certificate: in("cert-chain.pem"), Key: in("key.pem"), Roots: in("root-cert.pem")}
+}
+
 // write writes an identity into a directory, for programs that make connections of their own. shared makes the files
 // readable for all users of the pod; otherwise only this one can read them.
 func write(directory string, identity *Identity, shared bool) error {

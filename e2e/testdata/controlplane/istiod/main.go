@@ -36,13 +36,14 @@ func main() {
 	directory := flag.String("directory", "", "where root-cert.pem is written, and where the CA's key is kept for a restart")
 	mtls := flag.String("mtls", "PERMISSIVE", "PERMISSIVE or STRICT")
 	token := flag.String("token", "secret", "that nodes authenticate with")
+	push := flag.String("push", "", "recorded push that is served in place of a configuration: sidecar, or thousand with 1,000 services")
 	flag.Parse()
-	if err := run(*port, *directory, *mtls, *token); err != nil {
+	if err := run(*port, *directory, *mtls, *token, *push); err != nil {
 		log.Fatal(err)
 	}
 }
 
-func run(port, directory, mtls, token string) error {
+func run(port, directory, mtls, token, push string) error {
 	authority, err := ca.Load(filepath.Join(directory, "key.der"), token)
 	if err != nil {
 		return err
@@ -53,12 +54,8 @@ func run(port, directory, mtls, token string) error {
 	if port == "0" { // only the files
 		return nil
 	}
-	snapshots := cache.NewSnapshotCache(true, everyNode{}, nil)
-	snapshot, err := cache.NewSnapshot("1", configuration(mtls == "STRICT"))
+	service, err := discoveryOf(mtls, push)
 	if err != nil {
-		return err
-	}
-	if err := snapshots.SetSnapshot(context.Background(), "", snapshot); err != nil {
 		return err
 	}
 	socket, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", port))
@@ -66,9 +63,25 @@ func run(port, directory, mtls, token string) error {
 		return err
 	}
 	s := grpc.NewServer(grpc.Creds(authority.Credentials()))
-	discovery.RegisterAggregatedDiscoveryServiceServer(s, server.NewServer(context.Background(), snapshots, server.CallbackFuncs{}))
+	discovery.RegisterAggregatedDiscoveryServiceServer(s, service)
 	security.RegisterIstioCertificateServiceServer(s, authority)
 	return s.Serve(socket)
+}
+
+// discoveryOf returns what serves resources.
+func discoveryOf(mtls, push string) (discovery.AggregatedDiscoveryServiceServer, error) {
+	if push != "" {
+		return newReplay(push)
+	}
+	snapshots := cache.NewSnapshotCache(true, everyNode{}, nil)
+	snapshot, err := cache.NewSnapshot("1", configuration(mtls == "STRICT"))
+	if err != nil {
+		return nil, err
+	}
+	if err := snapshots.SetSnapshot(context.Background(), "", snapshot); err != nil {
+		return nil, err
+	}
+	return server.NewServer(context.Background(), snapshots, server.CallbackFuncs{}), nil
 }
 
 // everyNode gives all nodes one snapshot.
