@@ -1,7 +1,6 @@
 package admin
 
 import (
-	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/base64"
@@ -129,13 +128,12 @@ func (d *dump) static(name, message, field, kind string, resources []object) res
 	}}
 }
 
-// dynamic adds lists of the control plane's resources, if there is a control plane.
+// dynamic adds lists of the control plane's resources, if there is a control plane. Their names precede those of static lists.
 func (d *dump) dynamic(s section, lists ...resourceList) section {
 	if d.types == nil {
 		return s
 	}
 	s.lists = append(lists, s.lists...)
-	slices.SortFunc(s.lists, func(a, b resourceList) int { return cmp.Compare(a.name, b.name) })
 	return s
 }
 

@@ -315,3 +315,32 @@ func (l *leaving) Write(b []byte) (int, error) {
 }
 
 func (l *leaving) WriteString(s string) (int, error) { return l.Write([]byte(s)) }
+
+// A bundle for a support case has the configuration, and no values of header fields.
+func TestValuesOfHeadersCanBeLeftOut(t *testing.T) {
+	add := func(key, value string) []byte { return message(1, message(1, key, 2, value)) }
+	matcher := func(name, text string) []byte { return message(1, name, 13, message(1, text)) }
+	route := message(1, message(1, "/shown-path", 6, matcher("x-key", "matched-secret"), 6, matcher(":authority", "shown-host")), 2, message(1, "shown-cluster"),
+		9, add("authorization", "added-secret"))
+	c := configured{resources: []configdump.Resource{{TypeURL: typePrefix + routesType, Name: "80",
+		Bytes: bytesOf(message(1, "80", 2, message(1, "web", 2, "*", 3, route), 4, add("x-answer", "answer-secret")))}}}
+	handler := NewHandler(withControlPlane(c))
+	all := ask(handler, "GET", "/config_dump").Body.String()
+	some := ask(handler, "GET", "/config_dump?redact=headers").Body.String()
+	if !json.Valid([]byte(some)) {
+		t.Errorf("not JSON: %s", some)
+	}
+	for _, secret := range []string{"matched-secret", "added-secret", "answer-secret"} {
+		if !strings.Contains(all, secret) || strings.Contains(some, secret) {
+			t.Errorf("%s: in the whole dump %t, in the other %t", secret, strings.Contains(all, secret), strings.Contains(some, secret))
+		}
+	}
+	for _, shown := range []string{"x-key", "authorization", "x-answer", "shown-path", "shown-host", "shown-cluster"} {
+		if !strings.Contains(some, shown) {
+			t.Errorf("%s is left out: %s", shown, some)
+		}
+	}
+	if got := ask(handler, "GET", "/config_dump?redact=all"); got.Code != http.StatusBadRequest {
+		t.Errorf("another redaction: %d", got.Code)
+	}
+}

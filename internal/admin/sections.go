@@ -104,8 +104,12 @@ func (c choice) writeItems(out *indented, l resourceList, depth int, mask func(o
 			return
 		}
 		if c.name == nil || c.name.MatchString(item.name) {
+			value := any(mask(item.value()))
+			if c.redact {
+				value = withoutHeaders(value)
+			}
 			out.element(depth)
-			out.value(mask(item.value()), depth)
+			out.value(value, depth)
 		}
 	}
 }

@@ -1,10 +1,9 @@
 package configview
 
 import (
-	"cmp"
 	"fmt"
 	"net"
-	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"time"
@@ -102,7 +101,7 @@ func hostsOf(c *mesh.Cluster, assignments map[string]*mesh.Assignment) []Endpoin
 				Priority: l.Priority, Locality: locality, MeshTLS: e.TLSMode == "istio", Workload: workload(e.Workload)})
 		}
 	}
-	slices.SortStableFunc(list, func(a, b Endpoint) int { return cmp.Compare(a.Priority, b.Priority) })
+	sort.SliceStable(list, func(i, j int) bool { return list[i].Priority < list[j].Priority })
 	return list
 }
 

@@ -102,6 +102,7 @@ func sample(t *testing.T) controlplane.Resources {
 		}),
 		resource(xds.Endpoints, web, message(1, web, 2, message(1, message(1, "here", 2, "zone"), 2, endpoint("198.51.100.8", 2, "disabled"), 5, 1),
 			2, message(2, endpoint("198.51.100.7", 1, "istio"))), nil),
+		resource(xds.Endpoints, web, message(1, web), func(r *controlplane.Resource) { r.Warming = true }),
 		resource(xds.Listeners, "virtualInbound", inboundListener(), func(r *controlplane.Resource) {
 			r.Findings = []mesh.Finding{{Class: mesh.Traffic, Path: "freebind", Problem: "not supported"}}
 		}),
