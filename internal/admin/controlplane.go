@@ -15,8 +15,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/configdump"
 )
 
-// ControlPlane is what a control plane has configured. Its methods are called from any goroutine. What they return is not
-// changed afterwards.
+// ControlPlane returns the configuration of a control plane. Its methods are called from any goroutine. The values that they
+// return are not changed afterwards.
 type ControlPlane interface {
 	// Resources returns all resources, those of each type in the order of their names. Their Bytes are called once in a
 	// dump that shows them.
@@ -25,7 +25,7 @@ type ControlPlane interface {
 	// Clusters returns the clusters in force with their hosts.
 	Clusters() iter.Seq[Cluster]
 
-	// Identity returns the workload's certificate and its roots of trust; nil: there is none yet.
+	// Identity returns the workload's certificate and its roots of trust; nil: it has not been issued yet.
 	Identity() *Identity
 }
 

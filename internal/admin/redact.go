@@ -1,7 +1,6 @@
 package admin
 
 import (
-	"bytes"
 	"encoding/json"
 	"strings"
 )
@@ -14,9 +13,7 @@ func withoutHeaders(value any) any {
 	switch value := value.(type) {
 	case json.RawMessage:
 		var parsed any
-		decoder := json.NewDecoder(bytes.NewReader(value))
-		decoder.UseNumber()
-		if err := decoder.Decode(&parsed); err != nil {
+		if err := json.Unmarshal(value, &parsed); err != nil {
 			return redacted
 		}
 		return withoutHeaders(parsed)
