@@ -161,7 +161,7 @@ type handler struct {
 	Config
 	loggers loggers
 	slots   chan struct{}
-	dumping chan struct{} // holds one element while a config dump is written
+	dumping chan struct{} // holds one element while the control plane's resources are shown
 	foreign *http.CrossOriginProtection
 }
 
@@ -280,6 +280,10 @@ func (h *handler) view(w http.ResponseWriter, r *http.Request) {
 		notSupported(w)
 		return
 	}
+	if !h.begin(w, r) {
+		return
+	}
+	defer h.end()
 	h.View.ServeHTTP(w, r)
 }
 

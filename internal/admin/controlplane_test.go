@@ -253,32 +253,38 @@ func TestAnUnreadableResourceIsLeftOut(t *testing.T) {
 	}
 }
 
-// Dumps hold much memory, so one is made at a time, and a resource is read when it is written.
-func TestOneDumpIsMadeAtATime(t *testing.T) {
-	started, release := make(chan bool, 2), make(chan bool)
-	c := controlled()
-	c.resources = c.resources[:1]
-	c.resources[0].Bytes = func() ([]byte, error) {
-		started <- true
-		<-release
-		return message(1, "c"), nil
-	}
-	handler := NewHandler(withControlPlane(c))
-	var done sync.WaitGroup
-	for range 2 {
+// Resources take memory while they are decoded and printed, so one request at a time does that, and a resource is read when
+// it is written.
+func TestResourcesAreShownToOneClientAtATime(t *testing.T) {
+	for _, second := range []string{"/config_dump", "/certs", "/config/cluster"} {
+		started, release := make(chan bool, 2), make(chan bool)
+		wait := func() {
+			started <- true
+			<-release
+		}
+		c := controlled()
+		c.resources = []configdump.Resource{{TypeURL: typePrefix + secretType, Name: "s", Bytes: func() ([]byte, error) {
+			wait()
+			return message(1, "s"), nil
+		}}}
+		config := withControlPlane(c)
+		config.View = http.HandlerFunc(func(http.ResponseWriter, *http.Request) { wait() })
+		handler := NewHandler(config)
+		var done sync.WaitGroup
 		done.Go(func() { ask(handler, "GET", "/config_dump") })
+		<-started
+		done.Go(func() { ask(handler, "GET", second) })
+		for range 100 {
+			runtime.Gosched()
+		}
+		select {
+		case <-started:
+			t.Errorf("%s is answered during a dump", second)
+		default:
+		}
+		close(release)
+		done.Wait()
 	}
-	<-started
-	for range 100 {
-		runtime.Gosched()
-	}
-	select {
-	case <-started:
-		t.Error("two dumps at the same time")
-	default:
-	}
-	close(release)
-	done.Wait()
 }
 
 // A client that leaves ends its dump, and does not keep the next from being made.
