@@ -156,7 +156,7 @@ lint: ## formatting, vet, module files, shell syntax, plain English
 	$(GO) run -buildvcs=false ./scripts/prose -comments $(PROSE_COMMENTS) -documents $(PROSE_DOCUMENTS)
 
 .PHONY: staticcheck
-staticcheck: modules ## staticcheck, in every module
+staticcheck: modules ## staticcheck, in every module except istiod's, where it would analyse a thousand packages
 	$(GO) tool -modfile=$(TOOLS)/go.mod staticcheck ./...
 	cd $(PEERS) && $(GO) tool -modfile=$(CURDIR)/$(TOOLS)/go.mod staticcheck ./...
 	cd $(CONTROLPLANE) && $(GO) tool -modfile=$(CURDIR)/$(TOOLS)/go.mod staticcheck -checks inherit,-SA1019 ./... # istiod sends deprecated fields
