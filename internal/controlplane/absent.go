@@ -24,7 +24,7 @@ var effects = [xds.Types]string{
 
 // noteAbsent records which of the names that are asked for have not come.
 func (s *Store) noteAbsent(t xds.Type, now time.Time) {
-	absent := map[string]absence{}
+	absent := make(map[string]absence, max(len(s.asked[t])-len(s.entries[t]), 0))
 	for name := range s.asked[t] {
 		if s.entries[t][name] != nil {
 			continue
@@ -32,6 +32,7 @@ func (s *Store) noteAbsent(t xds.Type, now time.Time) {
 		a, ok := s.absent[t][name]
 		if !ok {
 			a.since = now
+			s.await(now.Add(warmingTimeout), now)
 		}
 		absent[name] = a
 	}

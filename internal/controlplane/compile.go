@@ -35,7 +35,11 @@ func compile(t xds.Type, r *xds.Resource) compiled {
 	case name != r.Name:
 		return compiled{value: closed(t, r.Name), reason: fmt.Sprintf("the name in it is %.200q", name)}
 	}
-	return compiled{value, findings, refusal(findings)}
+	reason := refusal(findings)
+	if reason != "" && t == xds.Endpoints {
+		value = nil // how they are to be reached may be what is not understood
+	}
+	return compiled{value, findings, reason}
 }
 
 // decode returns a value and the name in it.
@@ -69,10 +73,12 @@ func decode(t xds.Type, b []byte) (value any, name string, findings []mesh.Findi
 	return nil, "", nil, fmt.Errorf("resources of %v are not supported", t)
 }
 
-// closed returns a value that refuses everything that uses the resource. Without a cluster, requests fail already; a
-// listener without an address cannot be found.
+// closed returns a value that refuses everything that uses the resource. It is nil for endpoints, without which a cluster
+// has no host; and for a listener, which cannot be found without its address.
 func closed(t xds.Type, name string) any {
 	switch t {
+	case xds.Clusters:
+		return &mesh.Cluster{Name: name, Refused: true}
 	case xds.Routes:
 		return &mesh.Routes{Name: name, Refused: true}
 	case xds.Secrets:

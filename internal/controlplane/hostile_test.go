@@ -2,6 +2,7 @@ package controlplane
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -104,6 +105,38 @@ func TestReplacedResourcesAreNotKept(t *testing.T) {
 	}
 	if size := keptSize(s); size > 200_000 {
 		t.Errorf("%d bytes are kept of %d", size, s.bytes)
+	}
+}
+
+// A chunk goes when its last resource is replaced. Resources that are replaced at random leave few in each chunk.
+func TestChunksThatAreMostlyUnusedAreMerged(t *testing.T) {
+	r := begin(t)
+	random := rand.New(rand.NewPCG(1, 2))
+	const names = 200
+	for i := range 20 * names {
+		mark := make([]byte, 500)
+		for j := range mark {
+			mark[j] = 'a' + byte(random.IntN(26))
+		}
+		n := random.IntN(names)
+		if i < names {
+			n = i
+		}
+		r.accepts(update(xds.Clusters, cluster(fmt.Sprint(n), "web", string(mark))))
+	}
+	size, seen := 0, map[*chunk]bool{nil: true}
+	for t := range r.entries {
+		for _, e := range r.entries[t] {
+			for v := range e.versions() {
+				if c := v.raw.in; !seen[c] {
+					seen[c] = true
+					size += c.size
+				}
+			}
+		}
+	}
+	if size > 2*int(r.bytes)+looseSize {
+		t.Errorf("chunks have %d bytes for %d of resources", size, r.bytes)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -79,6 +80,10 @@ func TestSecretsAreNotKept(t *testing.T) {
 	}
 	if updates, _, err := k.Load(); err != nil || len(updates) != 0 {
 		t.Errorf("loaded %v, error %v", updates, err)
+	}
+	fields := join(text(keptType, xds.Secrets.URL()), text(keptName, "kubernetes://cert"), text(keptValue, "key"))
+	if _, err := parseKept(nest(fields, keptResources)); err == nil {
+		t.Error("a file with secrets is accepted")
 	}
 }
 
@@ -241,9 +246,10 @@ func TestManyPushesAreSavedOnceAMinute(t *testing.T) {
 func TestAConfigurationIsAsOldAsTheLastContact(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
-		before, connected := quietStore(t), false
+		before := quietStore(t)
+		var connected atomic.Bool
 		takeAll(t, before, pushtest.Sidecar())
-		k := &Kept{Path: filepath.Join(dir, "kept"), Current: func() bool { return connected }}
+		k := &Kept{Path: filepath.Join(dir, "kept"), Current: connected.Load}
 		if err := k.Save(before.LastGood()); err != nil {
 			t.Fatal(err)
 		}
@@ -266,7 +272,7 @@ func TestAConfigurationIsAsOldAsTheLastContact(t *testing.T) {
 		if got := age(); got != 0 {
 			t.Errorf("without the control plane it is from %v", got)
 		}
-		connected = true
+		connected.Store(true)
 		time.Sleep(time.Hour)
 		if got := age(); got != 21*time.Hour {
 			t.Errorf("with the control plane it is from %v", got)

@@ -160,6 +160,7 @@ func (s *Store) needed() *needs {
 		return s.needs
 	}
 	n := &needs{wanted: newNames(), lingering: newNames()}
+	n.wanted[xds.Endpoints] = make(map[string]struct{}, len(s.entries[xds.Clusters]))
 	for _, t := range []xds.Type{xds.Clusters, xds.Listeners} {
 		for _, e := range s.entries[t] {
 			set := &n.wanted

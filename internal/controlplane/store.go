@@ -261,6 +261,9 @@ func (s *Store) receive(u *xds.Update, now time.Time) (rejected []xds.Rejected) 
 			rejected = append(rejected, xds.Rejected{Name: r.Name, Reason: reason})
 		}
 	}
+	if len(s.absent[u.Type]) == 0 {
+		s.absent[u.Type] = nil // a map keeps its room
+	}
 	for _, name := range u.Removed {
 		s.remove(u.Type, name, now)
 	}

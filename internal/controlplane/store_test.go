@@ -126,6 +126,9 @@ func (r *rig) inForce() string {
 	}
 	var all []string
 	for name, c := range s.Clusters() {
+		if c.Refused {
+			continue
+		}
 		hosts := "-"
 		if a := s.Hosts(c); a != nil && len(a.Localities) > 0 {
 			hosts = a.Localities[0].Endpoints[0].Address.Addr().String()
@@ -451,6 +454,12 @@ func TestWithoutAGoodVersionARefusedOneCloses(t *testing.T) {
 	if table := r.Snapshot().RouteTable("80"); table == nil || !table.Refused {
 		t.Errorf("routes %+v", table)
 	}
+	badCluster := cluster("bad", "web", "1")
+	badCluster.Value = append(badCluster.Value, 0xff)
+	r.Update(update(xds.Clusters, badCluster))
+	if c := r.Snapshot().Cluster("bad"); c == nil || !c.Refused {
+		t.Errorf("cluster %+v", c)
+	}
 	refused := listenerOf("tcp", "", "x.Y", nil)
 	r.Update(update(xds.Listeners, refused))
 	l := r.Snapshot().Listener("tcp")
@@ -463,6 +472,12 @@ func TestWithoutAGoodVersionARefusedOneCloses(t *testing.T) {
 	l = r.Snapshot().Listener("tcp")
 	if l == nil || !l.Refused || len(l.Addresses) != 1 {
 		t.Errorf("a malformed listener does not refuse connections to its address: %+v", l)
+	}
+	whole := httpListener("whole", "none", "1")
+	whole.Value = join(whole.Value, nest(nil, 32)) // filter_chain_matcher
+	r.Update(update(xds.Listeners, whole))
+	if l := r.Snapshot().Listener("whole"); l == nil || !l.Refused {
+		t.Errorf("a listener that refuses everything waits for its routes: %+v", l)
 	}
 	for resource := range r.Resources() {
 		if resource.Name == "tcp" && (resource.Bytes != nil || resource.Refusal == nil) {
@@ -506,8 +521,8 @@ func TestSecretsOfTheControlPlaneAreAskedFor(t *testing.T) {
 	l := tcpListener("tls", "web", "1")
 	l.Value = join(l.Value, nest(join(nest(tls("default", "kubernetes://cert", "ROOTCA", "file-cert:a~b", "file-root:c"), 6),
 		nest(join(text(1, "f"), nest(packed(tcpProxyType, text(2, "web")), 4)), 3), nest(text(9, "tls"), 1)), 3))
-	r := newRig(t)
-	r.accepts(update(xds.Clusters))
+	r := begin(t)
+	r.advance(time.Hour)
 	outcome := r.Update(update(xds.Listeners, l))
 	if !slices.Equal(outcome.Wanted[xds.Secrets], []string{"kubernetes://cert"}) || len(outcome.Rejected) > 0 {
 		t.Errorf("outcome %+v", outcome)
@@ -523,6 +538,7 @@ func TestSecretsOfTheControlPlaneAreAskedFor(t *testing.T) {
 		t.Errorf("logged %s", line)
 	}
 	r.advance(time.Hour)
+	r.accepts(update(xds.Clusters, cluster("web", "web", "2")))
 	certificate := join(nest(text(2, "chain"), 1), nest(text(2, "key"), 2))
 	r.accepts(update(xds.Secrets, resource(xds.Secrets, "kubernetes://cert", join(text(1, "kubernetes://cert"), nest(certificate, 2)))))
 	if r.Snapshot().Secret("kubernetes://cert") == nil || len(r.Absent()) != 0 || strings.Count(r.log.String(), "\n") != 1 {
@@ -541,7 +557,7 @@ func TestAFindingIsLoggedOnceWithItsOrigin(t *testing.T) {
 	var resources []xds.Resource
 	for _, name := range []string{"a", "b", "c"} {
 		c := cluster(name, "web", "1")
-		c.Value = join(c.Value, origin, nest(nil, 22), nest(nil, 50)) // lb_subset_config, preconnect_policy
+		c.Value = join(c.Value, origin, nest(nil, 22), nest(nil, 22), nest(nil, 50)) // lb_subset_config twice, preconnect_policy
 		resources = append(resources, c)
 	}
 	r.accepts(update(xds.Clusters, resources...))
@@ -557,7 +573,7 @@ func TestAFindingIsLoggedOnceWithItsOrigin(t *testing.T) {
 		t.Errorf("logged more than once:\n%s", line)
 	}
 	findings := r.Findings()
-	if len(findings) != 6 || findings[0].Name != "a" || findings[0].Type != xds.Clusters || findings[0].Origin == "" {
+	if len(findings) != 9 || findings[0].Name != "a" || findings[0].Type != xds.Clusters || findings[0].Origin == "" {
 		t.Errorf("findings %+v", findings)
 	}
 }
@@ -680,6 +696,37 @@ func TestResourcesAreCounted(t *testing.T) {
 	}
 }
 
+func TestTheNumberOfResourcesIsBounded(t *testing.T) {
+	r := begin(t)
+	for i := range maxResources {
+		name := fmt.Sprint("other ", i)
+		r.entries[xds.Names][name] = &entry{name: name}
+	}
+	outcome := r.Update(update(xds.Clusters, cluster("web", "web", "2"), cluster("more", "web", "1")))
+	if len(outcome.Rejected) != 1 || outcome.Rejected[0].Name != "more" {
+		t.Errorf("outcome %+v", outcome)
+	}
+}
+
+func TestNamesThatWereNotAskedForAreIgnored(t *testing.T) {
+	r := begin(t)
+	r.accepts(update(xds.Endpoints, assignment("other", "192.0.2.1")), update(xds.Routes, routes("other", "web")))
+	if r.entries[xds.Endpoints]["other"] != nil || r.entries[xds.Routes]["other"] != nil {
+		t.Error("they are kept")
+	}
+}
+
+func TestRemovedResourcesAreNotGood(t *testing.T) {
+	r := begin(t)
+	r.accepts(removal(xds.Clusters, "web"))
+	r.want("web=192.0.2.10 80→web http→80")
+	for resource := range r.LastGood() {
+		if resource.Type == xds.Clusters {
+			t.Errorf("%s is kept for a restart", resource.Name)
+		}
+	}
+}
+
 func TestHostsForDNSArePassedOnWhenTheyChange(t *testing.T) {
 	var got []*mesh.Names
 	s, err := NewStore(StoreConfig{Log: slog.New(slog.DiscardHandler), Names: func(n *mesh.Names) { got = append(got, n) }})
@@ -701,4 +748,20 @@ func TestHostsForDNSArePassedOnWhenTheyChange(t *testing.T) {
 	if s.Snapshot() != nil {
 		t.Error("the store is initialized")
 	}
+}
+
+// Endpoints that may require TLS in a way that is not understood must not be reached without it.
+func TestRefusedEndpointsAreNotUsed(t *testing.T) {
+	r := newRig(t)
+	r.accepts(update(xds.Clusters, cluster("web", "web", "1")), update(xds.Listeners))
+	match := join(text(1, "envoy.transport_socket_match"), nest(nest(join(text(1, "other"), nest(text(3, "v"), 2)), 1), 2))
+	host := join(nest(nest(join(text(2, "192.0.2.1"), number(3, 80)), 1, 1), 1), nest(match, 3, 1))
+	refused := resource(xds.Endpoints, "web", join(text(1, "web"), nest(host, 2, 2)))
+	if outcome := r.Update(update(xds.Endpoints, refused)); len(outcome.Rejected) != 1 {
+		t.Errorf("outcome %+v", outcome)
+	}
+	r.want("web=-")
+	r.accepts(update(xds.Endpoints, assignment("web", "192.0.2.10")))
+	r.Update(update(xds.Endpoints, refused))
+	r.want("web=192.0.2.10")
 }

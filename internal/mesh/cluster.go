@@ -32,6 +32,9 @@ type Cluster struct {
 	KeepALPN        bool   // the ALPN of the transport is not replaced by that of the request's protocol
 	Origin          string // resource of the configuration that the cluster stems from
 	HasMetadataPeer bool   // istio.metadata_exchange is configured
+
+	// Refused is set if a part outside of Transports concerns security and is not understood. Connections are refused.
+	Refused bool
 }
 
 // Discovery is how a cluster finds its hosts.
@@ -186,6 +189,7 @@ func (d *decoder) cluster(m wire.Message) *Cluster {
 		Breakers:       Breakers{defaultBreaker, defaultBreaker, defaultBreaker, defaultRetries},
 	}
 	var unconditional *Transport
+	inTransports := 0 // findings of security that refuse a transport only
 	for d.next(&m, &clusterFields) {
 		switch m.Number {
 		case 1:
@@ -211,8 +215,10 @@ func (d *decoder) cluster(m wire.Message) *Cluster {
 		case 23:
 			d.ringHash(m.Message(), &c.Balancing)
 		case 24:
+			before := d.refusals
 			transport := d.transport(m.Message())
 			unconditional = &transport
+			inTransports += d.refusals - before
 		case 25:
 			d.clusterMetadata(m.Message(), c)
 		case 27:
@@ -230,7 +236,9 @@ func (d *decoder) cluster(m wire.Message) *Cluster {
 		case 40:
 			d.clusterFilter(m.Message(), c)
 		case 43:
+			before := d.refusals
 			c.Transports = append(c.Transports, d.transportMatch(m.Message()))
+			inTransports += d.refusals - before
 		case 52:
 			for m := m.Message(); d.next(&m, &maglevFields); {
 				c.Balancing.Table = d.uint64Value(m.Message())
@@ -247,6 +255,7 @@ func (d *decoder) cluster(m wire.Message) *Cluster {
 	if c.Assignment == "" {
 		c.Assignment = c.Name
 	}
+	c.Refused = d.refusals > inTransports
 	d.attribute(0, c.Origin)
 	return c
 }

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -109,5 +110,28 @@ func TestTheTextOfAFindingIsBounded(t *testing.T) {
 	_, findings, err := DecodeCluster(append(nest(packed(long, nil), 24, 3), name...))
 	if err != nil || len(findings) != 1 || len(findings[0].Problem) > maxProblem+3 || !utf8.ValidString(findings[0].Problem) {
 		t.Errorf("error %v, %d findings, the first of %d bytes", err, len(findings), len(findings[0].Problem))
+	}
+}
+
+// A cluster may be of use although one of its transports is refused. Other findings of security concern all connections.
+func TestFindingsOfSecurityRefuseAClusterOrATransport(t *testing.T) {
+	match := func(key string) []byte {
+		return nest(wire.AppendString(nest(wire.AppendString(nil, 3, "v"), 2), 1, key), 43, 2, 1)
+	}
+	for _, test := range []struct {
+		name               string
+		bytes              []byte
+		cluster, transport bool // is refused
+	}{
+		{"understood", match("tlsMode"), false, false},
+		{"a transport", nest(packed("x.Y", nil), 24, 3), false, true},
+		{"a match of a transport", match("other"), false, true},
+		{"a choice of what is verified", append(match("tlsMode"), nest(nil, 46)...), true, false},
+		{"another way to match transports", append(match("tlsMode"), nest(nil, 59)...), true, false},
+	} {
+		c, _, err := DecodeCluster(append(slices.Clone(test.bytes), name...))
+		if err != nil || c.Refused != test.cluster || len(c.Transports) != 1 || c.Transports[0].Refused != test.transport {
+			t.Errorf("%s: error %v, cluster %+v", test.name, err, c)
+		}
 	}
 }

@@ -84,6 +84,7 @@ var transportMatchFields = message{"envoy.config.cluster.v3.Cluster.TransportSoc
 func (d *decoder) transportMatch(m wire.Message) Transport {
 	var name, mode string
 	var t Transport
+	before := d.refusals
 	for d.next(&m, &transportMatchFields) {
 		switch m.Number {
 		case 1:
@@ -100,7 +101,7 @@ func (d *decoder) transportMatch(m wire.Message) Transport {
 			t = d.transport(m.Message())
 		}
 	}
-	t.Name, t.TLSMode = name, mode
+	t.Name, t.TLSMode, t.Refused = name, mode, d.refusals > before
 	return t
 }
 

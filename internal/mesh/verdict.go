@@ -185,6 +185,9 @@ func (j *journey) visit(name string) {
 // to returns the way to a cluster. If its endpoints are reached in different ways, one of those that are healthy is chosen
 // by weight. Endpoints that are not known might require TLS, so a cluster that may do so is refused without any.
 func (s *Snapshot) to(c *Cluster) (way Way, refusal string) {
+	if c.Refused {
+		return Way{}, "the cluster " + c.Name + " is refused"
+	}
 	endpoints, mixed := s.transports(c)
 	t := c.transport(&Endpoint{})
 	switch {

@@ -210,6 +210,7 @@ func TestTheWayOfAnOutboundConnection(t *testing.T) {
 		"no endpoints yet":                     {[]any{tcp, cluster(auto...)}, "the cluster c has no endpoints", plain},
 		"TLS in any case":                      {[]any{tcp, cluster(Transport{TLS: &UpstreamTLS{}}), hosts("")}, "", secured},
 		"a transport that is not understood":   {[]any{tcp, cluster(Transport{Name: "t", Refused: true}), hosts("")}, "the transport t of the cluster c", plain},
+		"a refused cluster":                    {[]any{tcp, &Cluster{Name: "c", Refused: true}}, "the cluster c is refused", plain},
 		"a refused chain":                      {[]any{listener(&FilterChain{Refused: true})}, "is refused", plain},
 		"TLS in a route to the service":        {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: one}), cluster(auto...), hosts("istio")}, "", secured},
 		"TLS in a route to the service's port": {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1:80"), Routes: one}), cluster(auto...), hosts("istio")}, "", secured},
