@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"math"
 	"strings"
 	"testing"
 
@@ -60,6 +61,40 @@ func TestMessagesArePrinted(t *testing.T) {
 		want := strings.ReplaceAll(test.want, "URL", test.url)
 		if got, err := types.Append(nil, test.url, b); err != nil || string(got) != want {
 			t.Errorf("%s: error %v, got\n%s\nwant\n%s", test.name, err, got, want)
+		}
+	}
+}
+
+func TestTypesWithAFormOfTheirOwn(t *testing.T) {
+	types, err := Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	entry := func(key string, value []byte) []byte {
+		return wire.AppendBytes(nil, 1, join(wire.AppendString(nil, 1, key), wire.AppendBytes(nil, 2, value)))
+	}
+	number := wire.AppendDouble(nil, 2, 1.5)
+	for want, b := range map[string][]byte{
+		`Struct {}`: nil,
+		`Struct {"a":1.5,"b":"x","c":true,"d":null,"e":null,"f":[1.5],"g":{"a":"x"},"h":[],"i":{}}`: join(
+			entry("b", wire.AppendString(nil, 3, "x")), entry("a", number), entry("c", wire.AppendVarint(nil, 4, 1)), entry("d", wire.AppendVarint(nil, 1, 0)),
+			entry("e", nil), entry("f", wire.AppendBytes(nil, 6, wire.AppendBytes(nil, 1, number))), entry("g", wire.AppendBytes(nil, 5, entry("a", wire.AppendString(nil, 3, "x")))),
+			entry("h", wire.AppendBytes(nil, 6, nil)), entry("i", wire.AppendBytes(nil, 5, nil))),
+		`Timestamp "2026-02-03T04:05:06.070Z"`: join(wire.AppendVarint(nil, 1, 1770091506), wire.AppendVarint(nil, 2, 70_000_000)),
+		`Duration "0s"`:                        nil,
+		`Duration "1.000000001s"`:              join(wire.AppendVarint(nil, 1, 1), wire.AppendVarint(nil, 2, 1)),
+		`FieldMask "aB,c.dE"`:                  join(wire.AppendString(nil, 1, "a_b"), wire.AppendString(nil, 1, "c.d_e")),
+		`UInt32Value 0`:                        nil,
+		`UInt64Value "7"`:                      wire.AppendVarint(nil, 1, 7),
+		`DoubleValue "-Infinity"`:              wire.AppendDouble(nil, 1, math.Inf(-1)),
+		`BytesValue "YQ=="`:                    wire.AppendString(nil, 1, "a"),
+		`BoolValue true`:                       join(wire.AppendVarint(nil, 1, 0), wire.AppendVarint(nil, 1, 1)),
+	} {
+		name, want, _ := strings.Cut(want, " ")
+		url := prefix + "google.protobuf." + name
+		got, err := types.Append(nil, url, b)
+		if want := `{"@type":"` + url + `","value":` + want + `}`; err != nil || string(got) != want {
+			t.Errorf("error %v, got %s, want %s", err, got, want)
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sort"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -67,7 +68,7 @@ func (c *collection) tables(name string) (list []Table) {
 			add(Table{Object: part, Listener: object.Name}, routes)
 		}
 	}
-	slices.SortStableFunc(list, func(a, b Table) int { return cmp.Compare(a.Name, b.Name) })
+	sort.SliceStable(list, func(i, j int) bool { return list[i].Name < list[j].Name })
 	return list
 }
 

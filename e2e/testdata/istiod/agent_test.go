@@ -77,7 +77,7 @@ func newPod(t *testing.T) *pod {
 	return d
 }
 
-// keptDirectory returns an empty directory of the agent's, in memory: an agent keeps no key on a disk.
+// keptDirectory returns an empty directory of the agent's. It is in memory, or the agent would not keep its key.
 func keptDirectory(t *testing.T) string {
 	t.Helper()
 	kept, err := os.MkdirTemp("/dev/shm", "pillion-kept-")
