@@ -123,7 +123,7 @@ controlplane: modules ## the client of a control plane, against go-control-plane
 test-istiod: ## the client of a control plane and the built agent, against a real istiod and istioctl; its first compilation takes 5 minutes (RUN=pattern chooses)
 	$(IN_ISTIOD) $(GO) mod tidy -diff
 	$(IN_ISTIOD) $(GO) vet $(ISTIOD_BUILD) ./...
-	($(IN_ISTIOD) $(CURDIR)/scripts/with-namespaces $(GO) test -vet=off $(ISTIOD_BUILD) -count=1 -json -timeout 8m -run '$(RUN)' ./...) | $(REPORT)
+	($(IN_ISTIOD) $(CURDIR)/scripts/with-namespaces $(GO) test -vet=off $(ISTIOD_BUILD) -count=1 -json -timeout 15m -run '$(RUN)' ./...) | $(REPORT)
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (10s)
@@ -156,7 +156,7 @@ lint: ## formatting, vet, module files, shell syntax, plain English
 	$(GO) run -buildvcs=false ./scripts/prose -comments $(PROSE_COMMENTS) -documents $(PROSE_DOCUMENTS)
 
 .PHONY: staticcheck
-staticcheck: modules ## staticcheck, in every module
+staticcheck: modules ## staticcheck, in every module except istiod's, where it would analyse a thousand packages
 	$(GO) tool -modfile=$(TOOLS)/go.mod staticcheck ./...
 	cd $(PEERS) && $(GO) tool -modfile=$(CURDIR)/$(TOOLS)/go.mod staticcheck ./...
 	cd $(CONTROLPLANE) && $(GO) tool -modfile=$(CURDIR)/$(TOOLS)/go.mod staticcheck -checks inherit,-SA1019 ./... # istiod sends deprecated fields

@@ -75,13 +75,14 @@ func newPod(t *testing.T) *pod {
 	return d
 }
 
-// keptDirectory returns an empty directory of the agent's.
+// keptDirectory returns an empty directory of the agent's. It is in memory, or the agent would not keep its key.
 func keptDirectory(t *testing.T) string {
 	t.Helper()
-	kept, err := os.MkdirTemp(directory, "kept")
+	kept, err := os.MkdirTemp("/dev/shm", "pillion-kept-")
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { os.RemoveAll(kept) })
 	if err := os.Chown(kept, agentUID, agentUID); err != nil {
 		t.Fatal(err)
 	}
