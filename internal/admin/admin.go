@@ -17,8 +17,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -42,7 +40,7 @@ type Config struct {
 
 	Ready   func() (state string, ok bool) // LIVE and true, else PRE_INITIALIZING, INITIALIZING or DRAINING; required
 	Unready func() []string                // closed gates; optional
-	Metrics prometheus.Gatherer            // required
+	Metrics Gatherer                       // required
 
 	RecentLog   io.WriterTo       // the last lines of the agent's log; nil: not kept
 	LogLevel    func() slog.Level // required
