@@ -2,8 +2,10 @@ package inbound
 
 import (
 	"bufio"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"io"
 	"net"
 	"net/http"
@@ -332,5 +334,44 @@ func TestAFailedHandshakeHasAReason(t *testing.T) {
 		if got := m.Await(t); got.Reason != c.reason || !strings.Contains(got.Err.Error(), c.text) {
 			t.Errorf("%s: %v, %v", name, got.Reason, got.Err)
 		}
+	}
+}
+
+// The workload learns who calls, and never what a client without a certificate claims.
+func TestTheWorkloadLearnsItsClient(t *testing.T) {
+	http := func(tls bool) *mesh.FilterChain {
+		c := chain("raw_buffer", nil, true, false)
+		if tls {
+			c = chain("tls", nil, true, true)
+		}
+		c.HTTP.ClientCert, c.HTTP.ClientCertDetails = mesh.AppendClientCert, mesh.ClientCertDetails{Subject: true, URI: true}
+		return c
+	}
+	modes["with client certificates"] = []*mesh.FilterChain{http(true), http(false)}
+	defer delete(modes, "with client certificates")
+	m := newMeshRig(t, "with client certificates")
+	digest := sha256.Sum256(m.client.Certificate[0])
+	element := "By=" + idOfServer + ";Hash=" + hex.EncodeToString(digest[:]) + `;Subject="";URI=` + idOfClient
+	const ask, claim = "GET / HTTP/1.1\r\nHost: a\r\n", "X-Forwarded-Client-Cert: By=a;URI=forged\r\n"
+	for _, c := range []struct {
+		tls        bool
+		text, want string
+	}{
+		{true, ask, element}, {true, ask + claim, "By=a;URI=forged," + element}, {false, ask, ""}, {false, ask + claim, ""},
+	} {
+		var conn net.Conn = m.Dial(t, m.At(81))
+		if c.tls {
+			var err error
+			if conn, err = m.handshake(t, conn, m.client, meshHTTP...); err != nil {
+				t.Fatal(err)
+			}
+		}
+		servetest.Send(t, conn, c.text+"Connection: close\r\n\r\n")
+		all, _ := io.ReadAll(conn)
+		if _, got, _ := strings.Cut(string(all), "Seen-Cert: "); !strings.HasPrefix(got, c.want+"\r\n") {
+			t.Errorf("TLS %v, %q: the workload sees %q, want %q", c.tls, c.text, got, c.want)
+		}
+		conn.Close()
+		m.Await(t)
 	}
 }

@@ -30,6 +30,8 @@ const (
 	XForwardedPort
 	XForwardedProto
 	XForwardedClientCert
+	PeerMetadata
+	PeerMetadataID
 	XRealIP
 
 	// Identity.
@@ -80,6 +82,8 @@ var knownNames = [knownCount]string{
 	XForwardedPort:       "x-forwarded-port",
 	XForwardedProto:      "x-forwarded-proto",
 	XForwardedClientCert: "x-forwarded-client-cert",
+	PeerMetadata:         "x-envoy-peer-metadata",
+	PeerMetadataID:       "x-envoy-peer-metadata-id",
 	XRealIP:              "x-real-ip",
 	Authorization:        "authorization",
 	ProxyAuthorization:   "proxy-authorization",

@@ -145,9 +145,14 @@ func (e *Encoder) Write(p []byte) (int, error) {
 // AppendLiteral appends a field that will not repeat, without adding it to the table (RFC 7541 §6.2.2). It must not be
 // the first field of a block, because only AppendField emits a pending table size update.
 func AppendLiteral(dst []byte, name string, value []byte) []byte {
+	return append(AppendLiteralName(dst, name, len(value)), value...)
+}
+
+// AppendLiteralName is AppendLiteral without the value: the caller appends exactly length bytes.
+func AppendLiteralName(dst []byte, name string, length int) []byte {
 	dst = append(dst, 0)
 	dst = append(appendLength(dst, len(name)), name...)
-	return append(appendLength(dst, len(value)), value...)
+	return appendLength(dst, length)
 }
 
 // appendLength appends the length of a string without Huffman coding: an integer with a 7-bit prefix (RFC 7541 §5.1).

@@ -19,6 +19,7 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	if x.upgrade = x.options.Upgrade && h.Minor > 0 && !upgradesTo(h, b, "h2c"); x.upgrade {
 		keep(h, http1.Upgrade)
 	}
+	x.s.Peers.dropRequest(h)
 
 	dst = h.AppendLines(dst, b)
 	switch {
@@ -34,6 +35,9 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 		x.http.ID = appendUUID(x.names.take(uuidLength))
 		dst = append(dst, x.http.ID...)
 		dst = append(dst, "\r\n"...)
+	}
+	if x.s.Peers.adds() {
+		dst = x.s.Peers.appendLine(dst, h, b)
 	}
 	if fields.ForwardedProto && !h.Has(http1.XForwardedProto) {
 		dst = append(dst, "x-forwarded-proto: http\r\n"...)
@@ -64,6 +68,7 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	if x.settings.Fields.ServiceTime {
 		drop(h, http1.UpstreamServiceTime) // an agent between here and the server set it; our time includes that agent's
 	}
+	s.Peers.drop(h)
 	dst := h.AppendLines(x.response.reserve(h.Length+addedFields), b)
 	switch {
 	case h.Status == 101:

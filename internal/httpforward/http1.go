@@ -156,9 +156,9 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 		x.s.turnTo(&x.wanted)
 	}
 	x.request.src = x.s.Down
-	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields), b)
-	if x.options.Nominates && framing.Kind == http1.Chunked {
-		x.request.nominated = x.requestHead.Nominated(b)
+	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields+x.s.Peers.added()), b)
+	if framing.Kind == http1.Chunked {
+		x.request.nominated = x.forbidden(b)
 	}
 	x.s.Read.Discard(x.requestHead.Length)
 	x.started, x.request.retain = true, true
@@ -171,6 +171,14 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 		return &replyNoRoute
 	}
 	return nil
+}
+
+// forbidden returns the names that are forbidden in the trailers of the request.
+func (x *exchange) forbidden(b []byte) (names []byte) {
+	if x.options.Nominates {
+		names = x.requestHead.Nominated(b)
+	}
+	return x.s.Peers.forbid(names)
 }
 
 // send connects the request and the response to the upstream connection.
@@ -312,6 +320,7 @@ func (x *exchange) interim(b []byte) error {
 	}
 	if x.requestHead.Minor > 0 {
 		h.DropHopByHop(b)
+		x.s.Peers.drop(h)
 		start := len(m.head) // interim responses that are not yet written; see interimFollows
 		m.head = append(h.AppendLines(m.head, b), "\r\n"...)
 		m.out.Append(m.head[start:])

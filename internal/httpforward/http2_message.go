@@ -77,12 +77,12 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 
 // forwardRequest sends a request upstream, with the added fields.
 func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
-	l, add := &m.toUp, &s.settings.Fields
+	l, add, peers := &m.toUp, &s.settings.Fields, m.Peers
 	s.record.Upstream, s.record.UpstreamLocal, s.record.Peer = m.Target.Address, m.upLocal, m.Record.Peer
 	s.record.Attempts, m.attempts = max(m.attempts, 1), 1
-	block := l.beginBlock()
-	for i := range fields {
-		block = l.encoder.AppendField(block, fields[i])
+	block := l.appendFields(l.beginBlock(), fields)
+	if peers.adds() {
+		block = peers.appendField(block, l.encoder, fields)
 	}
 	if add.RequestID && !has.id {
 		s.http.ID = appendUUID(s.names.take(uuidLength))
@@ -118,11 +118,17 @@ func (l *lane) endBlock(block []byte, stream uint32, end bool) {
 
 // forwardBlock re-encodes fields and sends them.
 func (l *lane) forwardBlock(s *stream, end bool, fields []http2.Field) {
-	block := l.beginBlock()
+	l.endBlock(l.appendFields(l.beginBlock(), fields), s.id, end)
+}
+
+// appendFields re-encodes fields, except those that are not forwarded.
+func (l *lane) appendFields(block []byte, fields []http2.Field) []byte {
 	for i := range fields {
-		block = l.encoder.AppendField(block, fields[i])
+		if !l.m.Peers.drops(fields[i].Name) {
+			block = l.encoder.AppendField(block, fields[i])
+		}
 	}
-	l.endBlock(block, s.id, end)
+	return block
 }
 
 // requestTrailers handles a header block after the head of a request.
@@ -193,6 +199,10 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 		case serviceTimeField:
 			if timed {
 				continue // an agent between here and the server set it; our time includes that agent's
+			}
+		case peerMetadataField, peerMetadataIDField:
+			if m.Peers != nil {
+				continue
 			}
 		}
 		block = l.encoder.AppendField(block, fields[i])

@@ -79,6 +79,8 @@ type Connection struct {
 
 	Router Router // chooses the upstream of each request; nil: Target for all
 
+	Peers *PeerFields // fields about peers; nil: they are fields like any other
+
 	Returned *tcp.Conn // the upstream connection whose other end Down seems to be; see upstream.Stats.Returned
 }
 

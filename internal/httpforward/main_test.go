@@ -40,6 +40,7 @@ type rig struct {
 	balanced bool                        // the network may have several servers behind the origin's address
 	early    bool                        // dial the origin before the engine begins, for HTTP/1
 	router   Router                      // of all connections; nil: everything goes to the origin
+	peers    *PeerFields                 // of all connections
 }
 
 // records collects the records that the engine has closed.
@@ -178,7 +179,7 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
 	r.mu.Lock()
-	layered, early, router := r.layered, r.early, r.router
+	layered, early, router, peers := r.layered, r.early, r.router, r.peers
 	to.Balanced, to.Security = r.balanced, r.security
 	r.mu.Unlock()
 	if layered {
@@ -203,7 +204,7 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 			panic(err)
 		}
 	}
-	r.engine.Serve(w, http2, &Connection{Down: down, Read: read, Early: up, Target: to, Router: router, Record: record})
+	r.engine.Serve(w, http2, &Connection{Down: down, Read: read, Early: up, Target: to, Router: router, Record: record, Peers: peers})
 }
 
 // place is where the sink of these tests keeps a value with each connection.

@@ -29,7 +29,7 @@ type message struct {
 	out      tcp.Vector  // parts of head and in that dst has not accepted yet
 	body     http1.Body
 
-	nominated []byte // fields that Connection names; forbidden in the trailers
+	nominated []byte // fields that are forbidden in the trailers, such as those that Connection names
 
 	bulk   relay.Mover
 	retain bool // head and in keep everything sent, so that it can be sent again

@@ -28,6 +28,7 @@ func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 type Way struct {
 	Cluster *Cluster     // nil: of none
 	TLS     *UpstreamTLS // nil: plain
+	HTTP    *HTTPManager // of the filter chain that the connection meets; nil: it has none
 
 	// Endpoint is dialled instead of the original destination if the endpoints of the cluster are reached in different ways.
 	Endpoint netip.AddrPort
@@ -60,6 +61,7 @@ func (s *Snapshot) Outbound(c *ConnInfo) (way Way, refusal string) {
 	case chain.HTTP != nil:
 		j.routes(s.Routes(chain.HTTP), c.Destination)
 	}
+	j.way.HTTP = chain.HTTP
 	return j.way, j.refusal
 }
 

@@ -35,6 +35,9 @@ func NewServer(config ServerConfig) *ServerContext {
 		if err != nil {
 			return nil, &Error{NoIdentity, err.Error(), err}
 		}
+		if s, ok := hello.Conn.(*socket); ok {
+			s.presented = certificate.Leaf
+		}
 		return certificate, nil
 	}
 	if config.Clients != nil {

@@ -21,6 +21,9 @@ type Session struct {
 	// none. SPIFFE is its identity; empty if it has not exactly one URI, with that scheme.
 	Peer   *x509.Certificate
 	SPIFFE string
+
+	Chain []*x509.Certificate // of the peer, as it was sent; empty without Peer
+	Local *x509.Certificate   // that the server presented; nil in a client's session
 }
 
 // Server performs the server's part of a handshake, and leaves TLS between c and its socket. read has bytes of c that were
@@ -52,13 +55,15 @@ func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, deadline time.Time,
 	if err != nil {
 		return nil, failureOf(err)
 	}
-	return sessionOf(l.conn.ConnectionState()), nil
+	session := sessionOf(l.conn.ConnectionState())
+	session.Local, l.socket.presented = l.socket.presented, nil
+	return session, nil
 }
 
 func sessionOf(state tls.ConnectionState) *Session {
 	s := &Session{Version: state.Version, Suite: state.CipherSuite, Protocol: state.NegotiatedProtocol, ServerName: state.ServerName}
 	if len(state.PeerCertificates) > 0 {
-		s.Peer = state.PeerCertificates[0]
+		s.Peer, s.Chain = state.PeerCertificates[0], state.PeerCertificates
 		s.SPIFFE = spiffeID(s.Peer)
 	}
 	return s
@@ -91,6 +96,8 @@ func (l *layer) Buffered() bool { return l.filled || l.socket.whole > 0 }
 type socket struct {
 	raw  *tcp.Socket
 	wait func() error // blocks in a handshake; nil: reads do not block
+
+	presented *x509.Certificate // by a server, during the handshake
 
 	// Where the bytes that were read end among the records.
 	header [5]byte // of the record that begins, while have < len(header)

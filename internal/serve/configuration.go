@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/sniff"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -13,12 +14,13 @@ import (
 // governed is what the control plane's configuration says about a connection. It is an object of its own, because without
 // a control plane every connection would keep its fields on its stack.
 type governed struct {
-	snapshot *mesh.Snapshot    // in force when the connection was opened
-	chain    *mesh.FilterChain // of an inbound connection; set by Admit, may be nil
-	way      mesh.Way          // of an outbound connection; set by Admit
-	judged   sniff.Protocol    // by the last call of Admit
-	admitted bool              // Admit was called
-	secured  bool              // TLS with downstream is ended here
+	snapshot *mesh.Snapshot          // in force when the connection was opened
+	chain    *mesh.FilterChain       // of an inbound connection; set by Admit, may be nil
+	way      mesh.Way                // of an outbound connection; set by Admit
+	judged   sniff.Protocol          // by the last call of Admit
+	admitted bool                    // Admit was called
+	secured  bool                    // TLS with downstream is ended here
+	peers    *httpforward.PeerFields // of HTTP inside that TLS
 }
 
 // AwaitConfiguration holds a connection until the control plane has sent the first configuration. It does not read: the

@@ -182,6 +182,7 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Record:    c.Record,
 		Target:    *to,
 		Returned:  c.returned,
+		Peers:     c.peers(),
 	}
 }
 

@@ -41,6 +41,11 @@ func (c *Conn) terminate(g *governed) bool {
 		return c.rejectTLS(err)
 	}
 	g.secured, c.Record.Peer = true, session.SPIFFE
+	if g.chain.HTTP != nil {
+		if g.peers, err = peerFields(g.chain.HTTP, session); err != nil {
+			return c.rejectTLS(err)
+		}
+	}
 	return c.first() && c.expect(g.chain)
 }
 

@@ -1,0 +1,128 @@
+package httpforward
+
+import (
+	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http2"
+)
+
+// PeerFields is the treatment of fields in which proxies of a mesh describe peers: x-forwarded-client-cert of requests, by
+// ClientCert; and x-envoy-peer-metadata and x-envoy-peer-metadata-id, in which proxies describe themselves to each other.
+// The latter are always removed, from requests and responses: applications must not see them, and they are not
+// authenticated. A PeerFields may be shared, and is never modified.
+type PeerFields struct {
+	ClientCert ClientCert
+	Element    string // that AppendClientCert and ReplaceClientCert add to the field
+}
+
+// ClientCert is what becomes of x-forwarded-client-cert in a request. Several fields are forwarded as one list.
+type ClientCert uint8
+
+// The choices.
+const (
+	KeepClientCert    ClientCert = iota // leave the field unchanged
+	RemoveClientCert                    // remove it
+	AppendClientCert                    // append Element
+	ReplaceClientCert                   // set it to Element
+)
+
+// Names of fields. Messages over HTTP/2 have them in lower case.
+const (
+	clientCertField     = "x-forwarded-client-cert"
+	peerMetadataField   = "x-envoy-peer-metadata"
+	peerMetadataIDField = "x-envoy-peer-metadata-id"
+)
+
+// added is more than the field that is added takes, in bytes, without what it had before. p may be nil.
+func (p *PeerFields) added() int {
+	if p == nil || p.Element == "" {
+		return 0
+	}
+	return len(clientCertField) + len(": ,\r\n") + len(p.Element)
+}
+
+// adds reports whether requests get a field.
+func (p *PeerFields) adds() bool {
+	return p != nil && (p.ClientCert == AppendClientCert || p.ClientCert == ReplaceClientCert)
+}
+
+// dropRequest and drop mark the fields of a head that are not forwarded. p may be nil.
+func (p *PeerFields) dropRequest(h *http1.Head) {
+	p.drop(h)
+	if p != nil && p.ClientCert != KeepClientCert && h.Has(http1.XForwardedClientCert) {
+		drop(h, http1.XForwardedClientCert)
+	}
+}
+
+func (p *PeerFields) drop(h *http1.Head) {
+	if p == nil {
+		return
+	}
+	for _, k := range [...]http1.Known{http1.PeerMetadata, http1.PeerMetadataID} {
+		if h.Has(k) {
+			drop(h, k)
+		}
+	}
+}
+
+// appendLine appends the field that a request gets. h is its head, whose fields may have been dropped, and b h's buffer.
+func (p *PeerFields) appendLine(dst []byte, h *http1.Head, b []byte) []byte {
+	dst = append(dst, clientCertField+": "...)
+	if p.ClientCert == AppendClientCert {
+		for i := range h.Fields {
+			if f := &h.Fields[i]; f.Known == http1.XForwardedClientCert && !f.Value.Empty() {
+				dst = append(append(dst, f.Value.In(b)...), ',')
+			}
+		}
+	}
+	return append(append(dst, p.Element...), "\r\n"...)
+}
+
+// forbid returns the names that are forbidden in the trailers of a request, given those that Connection names: recipients
+// may read trailers like a head. p may be nil.
+func (p *PeerFields) forbid(nominated []byte) []byte {
+	switch {
+	case p == nil || p.ClientCert == KeepClientCert:
+		return nominated
+	case len(nominated) == 0:
+		return onlyClientCert
+	}
+	return append(nominated, clientCertField...)
+}
+
+var onlyClientCert = []byte(clientCertField)
+
+// drops reports whether a field of a message over HTTP/2 is not forwarded. p may be nil.
+func (p *PeerFields) drops(name string) bool {
+	if p == nil {
+		return false
+	}
+	switch name {
+	case peerMetadataField, peerMetadataIDField:
+		return true
+	case clientCertField:
+		return p.ClientCert != KeepClientCert
+	}
+	return false
+}
+
+// appendField appends the field that a request gets to its header block, given the fields of the request.
+func (p *PeerFields) appendField(block []byte, e *http2.Encoder, fields []http2.Field) []byte {
+	size := 0
+	if p.ClientCert == AppendClientCert {
+		for i := range fields {
+			if f := &fields[i]; f.Name == clientCertField && f.Value != "" {
+				size += len(f.Value) + len(",")
+			}
+		}
+	}
+	if size == 0 {
+		return e.AppendField(block, http2.Field{Name: clientCertField, Value: p.Element})
+	}
+	block = http2.AppendLiteralName(block, clientCertField, size+len(p.Element))
+	for i := range fields {
+		if f := &fields[i]; f.Name == clientCertField && f.Value != "" {
+			block = append(append(block, f.Value...), ',')
+		}
+	}
+	return append(block, p.Element...)
+}

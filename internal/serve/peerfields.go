@@ -1,0 +1,65 @@
+package serve
+
+import (
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/secure"
+)
+
+// The treatments without a field of the connection's own.
+var (
+	keptClientCert    = &httpforward.PeerFields{ClientCert: httpforward.KeepClientCert}
+	removedClientCert = &httpforward.PeerFields{ClientCert: httpforward.RemoveClientCert}
+)
+
+// peers returns the treatment of fields about peers in the HTTP of a connection. Without a control plane, and in a filter
+// chain for TCP, they are fields like any other.
+func (c *Conn) peers() *httpforward.PeerFields {
+	g := c.governed
+	switch {
+	case g == nil:
+		return nil
+	case g.peers != nil:
+		return g.peers
+	case c.role.direction == flow.Outbound:
+		return withoutClient(g.way.HTTP)
+	case g.chain == nil:
+		return removedClientCert
+	}
+	return withoutClient(g.chain.HTTP)
+}
+
+// withoutClient is peerFields for clients without a certificate. h may be nil.
+func withoutClient(h *mesh.HTTPManager) *httpforward.PeerFields {
+	switch {
+	case h == nil:
+		return nil
+	case h.ClientCert == mesh.AlwaysForwardClientCert:
+		return keptClientCert
+	}
+	return removedClientCert
+}
+
+// peerFields returns the treatment of the requests of a client: an x-forwarded-client-cert that it sends is kept only if
+// it has a certificate, or if the configuration keeps it in any case (mutateXfccRequestHeader of Envoy).
+func peerFields(h *mesh.HTTPManager, session *secure.Session) (*httpforward.PeerFields, error) {
+	if session.Peer == nil {
+		return withoutClient(h), nil
+	}
+	action := httpforward.AppendClientCert
+	switch h.ClientCert {
+	case mesh.ForwardClientCert, mesh.AlwaysForwardClientCert:
+		return keptClientCert, nil
+	case mesh.AppendClientCert:
+	case mesh.ReplaceClientCert:
+		action = httpforward.ReplaceClientCert
+	default:
+		return removedClientCert, nil
+	}
+	element, err := secure.ClientCertElement(session, h.ClientCertDetails)
+	if err != nil {
+		return nil, &secure.Error{Failure: secure.Malformed, Detail: err.Error(), Err: err}
+	}
+	return &httpforward.PeerFields{ClientCert: action, Element: element}, nil
+}

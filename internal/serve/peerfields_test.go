@@ -1,0 +1,56 @@
+package serve
+
+import (
+	"crypto/x509"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/secure"
+)
+
+// Every mode of Envoy's, for clients without and with a certificate.
+func TestAClientWithoutACertificateClaimsNoIdentity(t *testing.T) {
+	const keep, remove = httpforward.KeepClientCert, httpforward.RemoveClientCert
+	for mode, want := range map[mesh.ClientCertAction][2]httpforward.ClientCert{
+		mesh.RemoveClientCert:        {remove, remove},
+		mesh.ForwardClientCert:       {remove, keep},
+		mesh.AppendClientCert:        {remove, httpforward.AppendClientCert},
+		mesh.ReplaceClientCert:       {remove, httpforward.ReplaceClientCert},
+		mesh.AlwaysForwardClientCert: {keep, keep},
+	} {
+		for i, peer := range []*x509.Certificate{nil, {}} {
+			h := &mesh.HTTPManager{ClientCert: mode}
+			got, err := peerFields(h, &secure.Session{Peer: peer})
+			if err != nil || got.ClientCert != want[i] || (got.Element != "") != (want[i] > remove) {
+				t.Errorf("mode %d, certificate %v: %+v, %v, want %d", mode, peer != nil, got, err, want[i])
+			}
+			plain := (&Conn{role: &Role{direction: flow.Inbound}, governed: &governed{chain: &mesh.FilterChain{HTTP: h}}}).peers()
+			if plain.ClientCert != want[0] {
+				t.Errorf("mode %d, without TLS: %+v", mode, plain)
+			}
+		}
+	}
+}
+
+func TestWhichConnectionsHaveFieldsAboutPeers(t *testing.T) {
+	http, opaque := &mesh.FilterChain{HTTP: &mesh.HTTPManager{}}, &mesh.FilterChain{TCP: &mesh.TCPProxy{}}
+	for name, c := range map[string]struct {
+		direction flow.Direction
+		governed  *governed
+		want      *httpforward.PeerFields
+	}{
+		"no control plane":         {flow.Inbound, nil, nil},
+		"inbound HTTP":             {flow.Inbound, &governed{chain: http}, removedClientCert},
+		"inbound TCP":              {flow.Inbound, &governed{chain: opaque}, nil},
+		"inbound without a chain":  {flow.Inbound, &governed{}, removedClientCert},
+		"outbound HTTP":            {flow.Outbound, &governed{way: mesh.Way{HTTP: http.HTTP}}, removedClientCert},
+		"outbound TCP or no chain": {flow.Outbound, &governed{}, nil},
+		"outbound, no plane":       {flow.Outbound, nil, nil},
+	} {
+		if got := (&Conn{role: &Role{direction: c.direction}, governed: c.governed}).peers(); got != c.want {
+			t.Errorf("%s: %+v, want %+v", name, got, c.want)
+		}
+	}
+}
