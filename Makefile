@@ -18,6 +18,9 @@ PACKAGES ?= ./internal/...
 PROSE_COMMENTS  ?= 2
 PROSE_DOCUMENTS ?= 2
 
+# The largest binary that `make size` accepts, in bytes.
+MAX_BINARY ?= 15500000
+
 BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 TEST     := CGO_ENABLED=1 scripts/with-namespaces $(GO) test -buildvcs=false -race -count=1 -json
 REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
@@ -78,6 +81,10 @@ image image-iptables image-pillionctl:
 		scripts/image $@ bin/%/$(PROGRAM) bin/$@.tar
 	@[ $@ = image-iptables ] || for arch in $(ARCHS); do env -u GOARCH $(GO) tool -modfile=$(TOOLS)/go.mod cyclonedx-gomod bin \
 		-json -std -noserial -version $(VERSION) -output bin/$@-$$arch.cdx.json bin/$$arch/$(PROGRAM); done
+
+.PHONY: size
+size: build ## build, and fail if bin/pillion is larger than MAX_BINARY bytes
+	@size=$$(stat -c %s bin/pillion); echo "bin/pillion: $$size bytes of at most $(MAX_BINARY)"; [ $$size -le $(MAX_BINARY) ]
 
 .PHONY: clean
 clean: ## remove what build and the tests leave in this directory

@@ -44,6 +44,7 @@ func TestMessagesArePrinted(t *testing.T) {
 		{"a map, whose last entry counts", names, `{"@type":"URL","table":{"a":{"ips":["2"]},"b":{}}}`},
 		{"the last of a oneof", secret, `{"@type":"URL","validation_context":{"trusted_ca":{"filename":"2"}}}`},
 		{"a message in parts", secret, `{"@type":"URL","validation_context":{"trusted_ca":{"filename":"1"},"crl":{"filename":"2"}}}`},
+		{"numbers, packed and not", listener, `{"@type":"URL","filter_chains":[{"filter_chain_match":{"source_ports":[80,443,8080]}}]}`},
 		{"a duration", cluster, `{"@type":"URL","connect_timeout":"-1.500s"}`},
 	} {
 		b := map[string][]byte{
@@ -56,6 +57,7 @@ func TestMessagesArePrinted(t *testing.T) {
 			"a map, whose last entry counts":              join(message(1, text(1, "b")), message(1, text(1, "a"), message(2, text(1, "1"))), message(1, text(1, "a"), message(2, text(1, "2")))),
 			"the last of a oneof":                         join(message(4, message(1, text(1, "1"))), message(2, text(4, "x")), message(4, message(1, text(1, "2")))),
 			"a message in parts":                          join(message(4, message(1, text(1, "1"))), message(4, message(7, text(1, "2")))),
+			"numbers, packed and not":                     message(3, message(1, wire.AppendBytes(nil, 7, []byte{80, 0xbb, 3}), varint(7, 8080))),
 			"a duration":                                  message(4, varint(1, ^uint64(0)), varint(2, uint64(0xffffffffffffffff-499_999_999))),
 		}[test.name]
 		want := strings.ReplaceAll(test.want, "URL", test.url)
@@ -117,6 +119,7 @@ func TestWhatCannotBePrintedIsReported(t *testing.T) {
 	}{
 		"unknown":   {prefix + "some.Type", []byte("a"), nil},
 		"malformed": {cluster, []byte{0x0a}, errMalformed},
+		"packed":    {prefix + "envoy.config.listener.v3.FilterChainMatch", wire.AppendBytes(nil, 7, []byte{80, 0xbb}), errMalformed},
 		"not UTF-8": {cluster, wire.AppendString(nil, 1, "\xff"), wire.ErrUTF8},
 		"nested":    {prefix + "google.protobuf.Value", deep, wire.ErrDepth},
 		"too long":  {cluster, long, errTooLong},

@@ -286,6 +286,13 @@ func TestDestinationsOfRoutesInWords(t *testing.T) {
 		"a (90), b (10); timeout 3s, 2 retries, mirrored to c, prefix becomes /x, host becomes h, by hash": {Forward: &mesh.Forward{
 			Clusters: []mesh.WeightedCluster{{Name: "a", Weight: 90}, {Name: "b", Weight: 10}}, Timeout: 3 * time.Second,
 			Mirrors: []mesh.Mirror{{Cluster: "c"}}, PrefixRewrite: "/x", HostRewrite: "h", Hash: []mesh.HashPolicy{{}}}},
+		"b; 2 retries, delayed by 5s for 50%, answered 503 for 0.1%, CORS, own rbac, without jwt": {
+			Forward: &mesh.Forward{Clusters: []mesh.WeightedCluster{{Name: "b", Weight: 1}}},
+			Filters: mesh.RouteFilters{CORS: &mesh.CORS{}, Policies: []mesh.RoutePolicy{{Filter: "rbac"}, {Filter: "jwt", Disabled: true}},
+				Fault: &mesh.Fault{Delay: 5 * time.Second, DelayFraction: mesh.Fraction{Numerator: 50, Denominator: 100},
+					Abort: &mesh.Abort{Status: 503}, AbortFraction: mesh.Fraction{Numerator: 10, Denominator: 10_000}}}},
+		"answer 200; answered with gRPC status 14 for 100%": {Respond: &mesh.Response{Status: 200}, Filters: mesh.RouteFilters{
+			Fault: &mesh.Fault{Abort: &mesh.Abort{GRPC: new(uint32(14))}, AbortFraction: mesh.Fraction{Numerator: 100, Denominator: 100}}}},
 		"redirect 307 https://{host}":           {Redirect: &mesh.Redirect{Scheme: "https", Code: 307}},
 		"redirect 301 https://b.example:8443/x": {Redirect: &mesh.Redirect{Scheme: "https", Host: "b.example", Port: 8443, Path: "/x", Code: 301}},
 		"answer 503":                            {Respond: &mesh.Response{Status: 503}},
