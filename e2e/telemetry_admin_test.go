@@ -352,7 +352,7 @@ func TestBundleHasNoSecrets(t *testing.T) {
 			}
 		}
 	}
-	if len(parts) != 11 {
+	if len(parts) != 12 {
 		t.Errorf("%d parts, want 11", len(parts))
 	}
 	for name, content := range parts {
@@ -367,7 +367,7 @@ func TestBundleHasNoSecrets(t *testing.T) {
 	if _, err := s.pod.Run(bundle); err != nil {
 		t.Fatal(err)
 	}
-	if parts := unpack(t, out.String()); len(parts) != 11 || !strings.Contains(parts["rules.txt.note"], "NET_ADMIN") {
+	if parts := unpack(t, out.String()); len(parts) != 12 || !strings.Contains(parts["rules.txt.note"], "NET_ADMIN") {
 		t.Errorf("%d parts; the note is %q", len(parts), parts["rules.txt.note"])
 	}
 }

@@ -42,6 +42,11 @@ const (
 // adminClient ignores the environment's HTTP proxies: the agent is on this machine.
 var adminClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, ResponseHeaderTimeout: adminTimeout}}
 
+// statusError is the status of a response that is not 200.
+type statusError int
+
+func (e statusError) Error() string { return fmt.Sprintf("%d %s", int(e), http.StatusText(int(e))) }
+
 // open requests a path and returns the body of the response. The caller closes it.
 func (o *adminOptions) open(ctx context.Context, path, query string) (io.ReadCloser, error) {
 	where := url.URL{Scheme: "http", Host: o.address, Path: path, RawQuery: query}
@@ -56,7 +61,7 @@ func (o *adminOptions) open(ctx context.Context, path, query string) (io.ReadClo
 	if response.StatusCode != http.StatusOK {
 		defer response.Body.Close()
 		text, _ := io.ReadAll(io.LimitReader(response.Body, 500))
-		return nil, fmt.Errorf("%s answered %s: %s", &where, response.Status, strings.TrimSpace(string(text)))
+		return nil, fmt.Errorf("%s answered %w: %s", &where, statusError(response.StatusCode), strings.TrimSpace(string(text)))
 	}
 	return response.Body, nil
 }

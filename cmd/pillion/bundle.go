@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/signal"
 	"runtime"
@@ -96,7 +97,8 @@ var bundleParts = []part{
 	{"rules.txt", installedRules},
 	{"environment.txt", environmentNames},
 	{"server_info.json", fromAdmin("/server_info")},
-	{"config_dump.json", fromAdmin("/config_dump")},
+	{"config_dump.json", fromAdmin("/config_dump?redact=headers")},
+	{"findings.json", findings},
 	{"metrics.txt", fromAdmin("/stats/prometheus")},
 	{"goroutines.txt", fromAdmin("/debug/pprof/goroutine?debug=2")},
 }
@@ -148,6 +150,15 @@ func fromAdmin(path string) func(context.Context, *adminOptions) ([]byte, error)
 	return func(ctx context.Context, admin *adminOptions) ([]byte, error) {
 		return admin.read(ctx, path, query)
 	}
+}
+
+// findings has what of the control plane's configuration is not honoured.
+func findings(ctx context.Context, admin *adminOptions) ([]byte, error) {
+	content, err := admin.read(ctx, "/config/findings", "")
+	if code := new(statusError); errors.As(err, code) && *code == http.StatusNotFound {
+		return nil, errNote{err} // without a control plane
+	}
+	return content, err
 }
 
 func versions(context.Context, *adminOptions) ([]byte, error) {

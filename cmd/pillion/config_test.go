@@ -69,6 +69,13 @@ func TestConfigAsJSON(t *testing.T) {
 	}
 }
 
+func TestABundleHasTheFindings(t *testing.T) {
+	out, _, err := configured(t).look(t, "bundle", "-f", "-")
+	if parts := unpack(t, strings.NewReader(out)); err != nil || !strings.Contains(parts["findings.json"], "health_checks") {
+		t.Errorf("%v: %q", err, parts["findings.json"])
+	}
+}
+
 func TestConfigErrors(t *testing.T) {
 	r, alone := configured(t), newRunning(t)
 	for _, c := range []struct {

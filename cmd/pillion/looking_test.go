@@ -293,9 +293,12 @@ func TestABundleHasEveryPartAndNoSecrets(t *testing.T) {
 		"log.txt":          "the answer of /log",
 		"environment.txt":  "DATABASE_PASSWORD\n",
 		"server_info.json": "the answer of /server_info",
-		"config_dump.json": "the answer of /config_dump",
-		"metrics.txt":      "the answer of /stats/prometheus",
-		"goroutines.txt":   "the answer of /debug/pprof/goroutine?debug=2",
+		"config_dump.json": "the answer of /config_dump?redact=headers",
+
+		"findings.json.note": "this agent has no control plane",
+
+		"metrics.txt":    "the answer of /stats/prometheus",
+		"goroutines.txt": "the answer of /debug/pprof/goroutine?debug=2",
 	} {
 		if !strings.Contains(parts[name], want) {
 			t.Errorf("%s lacks %q:\n%s", name, want, parts[name])

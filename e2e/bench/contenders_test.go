@@ -46,10 +46,11 @@ const (
 	nameReverseProxy  = "ReverseProxy"
 	namePlain         = "io.Copy"
 	nameDirect        = "direct"
-	nameSilent        = "silent pillion" // no access log, metrics, status and admin ports
+	nameGenerated     = "generated types" // go-control-plane's decode the control plane's resources
+	nameSilent        = "silent pillion"  // no access log, metrics, status and admin ports
 )
 
-var columns = []string{namePillion, nameHAProxy, nameHAProxySplice, nameReverseProxy, namePlain, nameDirect, nameSilent}
+var columns = []string{namePillion, nameHAProxy, nameHAProxySplice, nameReverseProxy, namePlain, nameDirect, nameSilent, nameGenerated}
 
 var (
 	//go:embed testdata/haproxy-tcp.cfg

@@ -19,29 +19,33 @@ import (
 
 // attack is one kind of hostility: a number of connections, each served by a function until it is cut off. Connections
 // that the agent ends are opened again. The short form has at most shortForm of them.
+//
+// An attack of valid requests makes work for the origin, with and without the agent. The client that goes past the agent asks
+// the origin itself then. Floods, on the other hand, are for the agent to stop, and that client asks the bystander.
 type attack struct {
 	name        string
 	connections int
+	past        string                            // where the other client sends requests past the agent
 	carry       func(conn net.Conn, begun func()) // calls begun when the connection is at its worst
 }
 
 var attacks = []attack{
-	{"fields repeated by their HPACK index", 4, repeatedFields},
-	{"unfinished heads of 250 KiB", 600, unfinishedHead},
-	{"heads of 250 KiB without a response", 600, unansweredHead},
-	{"unfinished header blocks of 250 KiB", 600, unfinishedBlock},
-	{"first bytes that do not decide", 2000, undecided},
-	{"stalled windows", 50, stalledWindow},
-	{"stalled downloads", 1000, stalledDownload},
-	{"stalled downloads over HTTP/2", 1000, stalledDownload2},
-	{"slow heads, a byte a second", 2000, slowHead},
-	{"rapid reset", 20, rapidReset},
-	{"CONTINUATION flood", 20, continuationFlood},
-	{"PING flood", 20, flood(http2.FramePing, 8)},
-	{"SETTINGS flood", 20, flood(http2.FrameSettings, 6)},
-	{"GOAWAY flood", 20, flood(http2.FrameGoAway, 8)},
-	{"interim responses without end", 50, interimResponses},
-	{"silent connections", 9000, silent},
+	{"fields repeated by their HPACK index", 4, directAddress, repeatedFields},
+	{"unfinished heads of 250 KiB", 600, bystanderAddress, unfinishedHead},
+	{"heads of 250 KiB without a response", 600, directAddress, unansweredHead},
+	{"unfinished header blocks of 250 KiB", 600, bystanderAddress, unfinishedBlock},
+	{"first bytes that do not decide", 2000, bystanderAddress, undecided},
+	{"stalled windows", 50, directAddress, stalledWindow},
+	{"stalled downloads", 1000, directAddress, stalledDownload},
+	{"stalled downloads over HTTP/2", 1000, directAddress, stalledDownload2},
+	{"slow heads, a byte a second", 2000, bystanderAddress, slowHead},
+	{"rapid reset", 20, bystanderAddress, rapidReset},
+	{"CONTINUATION flood", 20, bystanderAddress, continuationFlood},
+	{"PING flood", 20, bystanderAddress, flood(http2.FramePing, 8)},
+	{"SETTINGS flood", 20, bystanderAddress, flood(http2.FrameSettings, 6)},
+	{"GOAWAY flood", 20, bystanderAddress, flood(http2.FrameGoAway, 8)},
+	{"interim responses without end", 50, directAddress, interimResponses},
+	{"silent connections", 9000, bystanderAddress, silent},
 }
 
 const shortForm = 4000

@@ -9,7 +9,8 @@
 //
 // The benchmark needs an otherwise idle machine. The agent has a core for itself. The attackers, the other client and the
 // servers share another one, on which the attackers have the lowest priority. So the attack delays the client there as
-// well, and the client measures that: it also sends requests past the agent, to a second server that is not attacked. The
+// well, and the client measures that: it also sends requests past the agent, to a second server that is not attacked, or to
+// the origin itself if the attack consists of valid requests, which are work for the origin with and without the agent. The
 // benchmark fails if the 99th percentile of the client's latencies through the agent is more than twice that before the
 // attack, after the delay on the way past the agent has been added to the latter.
 package hostility

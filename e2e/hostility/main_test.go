@@ -22,7 +22,7 @@ func TestMain(m *testing.M) {
 	case "":
 		os.Exit(run(m))
 	case "origin":
-		runOrigin(os.Args[1])
+		runOrigin(os.Args[1:])
 	case "attack":
 		runAttack(os.Args[1], os.Args[2], os.Args[3])
 	default:

@@ -10,23 +10,24 @@ import (
 	"strings"
 )
 
-// originAddress is where the workload serves, in the pod. bystanderAddress is where a second process of the same program
-// serves. The rules exclude its port, so that connections to it go past the agent.
+// originAddress is where the workload serves, in the pod. The rules exclude the ports of the others, so that connections to
+// them go past the agent: directAddress leads to the same process, bystanderAddress to another one of the same program.
 const (
 	originAddress    = "198.51.100.2:8080"
+	directAddress    = "198.51.100.2:8082"
 	bystanderAddress = "198.51.100.2:8081"
 )
 
 // piece is a part of the large response. All responses share it.
 var piece [64 << 10]byte
 
-// runOrigin serves on address, over HTTP/1 and HTTP/2, until its standard input ends.
+// runOrigin serves on all addresses, over HTTP/1 and HTTP/2, until its standard input ends.
 //
 //	/        a short response
 //	/never   no response, as long as the client is there
 //	/large   a response of 64 MiB
 //	/interim interim responses without end, over HTTP/1
-func runOrigin(address string) {
+func runOrigin(addresses []string) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "hello") })
 	mux.HandleFunc("/never", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
@@ -50,16 +51,18 @@ func runOrigin(address string) {
 			}
 		}
 	})
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
 	server := &http.Server{Handler: mux, Protocols: new(http.Protocols), ErrorLog: log.New(io.Discard, "", 0), MaxHeaderBytes: 4 << 20}
 	server.Protocols.SetHTTP1(true)
 	server.Protocols.SetUnencryptedHTTP2(true)
 	server.HTTP2 = &http.HTTP2Config{MaxConcurrentStreams: 100_000}
-	go server.Serve(listener)
+	for _, address := range addresses {
+		listener, err := net.Listen("tcp", address)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		go server.Serve(listener)
+	}
 	fmt.Println("ready")
 	io.Copy(io.Discard, os.Stdin)
 	os.Exit(0)

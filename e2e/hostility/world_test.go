@@ -33,7 +33,7 @@ const customer = "198.51.100.3"
 
 // initArguments are what an Istio injector passes to the init container.
 var initArguments = []string{
-	"init", "-p", "15001", "-z", "15006", "-u", agentUser, "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*", "-d", "15090,15021,15020,8081",
+	"init", "-p", "15001", "-z", "15006", "-u", agentUser, "-m", "REDIRECT", "-i", "*", "-x", "", "-b", "*", "-d", "15090,15021,15020,8081,8082",
 }
 
 // world is a pod with its origin and its agent, and a peer from which attackers and another client connect.
@@ -54,7 +54,7 @@ func newWorld(t testing.TB, pinned bool) *world {
 	if out, err := w.pod.Run(w.pod.Command(0, 0, pillion, initArguments...)); err != nil {
 		t.Fatalf("pillion init: %v\n%s", err, out)
 	}
-	w.start(t, w.pod, nil, "origin", originAddress)
+	w.start(t, w.pod, nil, "origin", originAddress, directAddress)
 	w.start(t, w.pod, nil, "origin", bystanderAddress)
 	w.startAgent(t)
 	return w

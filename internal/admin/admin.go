@@ -17,8 +17,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -42,7 +40,7 @@ type Config struct {
 
 	Ready   func() (state string, ok bool) // LIVE and true, else PRE_INITIALIZING, INITIALIZING or DRAINING; required
 	Unready func() []string                // closed gates; optional
-	Metrics prometheus.Gatherer            // required
+	Metrics Gatherer                       // required
 
 	RecentLog   io.WriterTo       // the last lines of the agent's log; nil: not kept
 	LogLevel    func() slog.Level // required
@@ -124,6 +122,7 @@ func init() {
 		{path: "/config_dump", help: "print the configuration in Envoy's terms", parameters: []string{
 			"resource: the list to print, such as static_listeners", "mask: the fields to print, such as listener.name",
 			"name_regex: print resources whose whole name matches", "include_eds: print endpoints too",
+			"redact: headers, to leave out their values",
 		}, run: (*handler).configDump},
 		{path: "/debug/pprof/", help: "Go profiles", run: (*handler).profile},
 		{path: "/drain_listeners", help: "drain listeners", changes: true, parameters: []string{
@@ -160,7 +159,7 @@ type handler struct {
 	Config
 	loggers loggers
 	slots   chan struct{}
-	dumping chan struct{} // holds one element while a config dump is written
+	dumping chan struct{} // holds one element while the control plane's resources are shown
 	foreign *http.CrossOriginProtection
 }
 
@@ -279,6 +278,10 @@ func (h *handler) view(w http.ResponseWriter, r *http.Request) {
 		notSupported(w)
 		return
 	}
+	if !h.begin(w, r) {
+		return
+	}
+	defer h.end()
 	h.View.ServeHTTP(w, r)
 }
 

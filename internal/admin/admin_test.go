@@ -20,13 +20,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/promtext"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -87,17 +87,48 @@ istio_request_duration_milliseconds.reporter.destination: P0(nan,0) P25(nan,0.5)
 istio_request_duration_milliseconds.reporter.source: No recorded values
 `
 
+// gatherer is a function as a Gatherer.
+type gatherer func() []promtext.MetricFamily
+
+func (g gatherer) Gather() []promtext.MetricFamily { return g() }
+
 // gathered returns a gatherer of the families in text, in their order.
-func gathered(text string) prometheus.Gatherer {
+func gathered(text string) gatherer {
 	parser := expfmt.NewTextParser(model.LegacyValidation)
-	byName, err := parser.TextToMetricFamilies(strings.NewReader(text))
-	var families []*dto.MetricFamily
+	byName, _ := parser.TextToMetricFamilies(strings.NewReader(text))
+	var families []promtext.MetricFamily
 	for _, family := range byName {
-		families = append(families, family)
+		families = append(families, fromProtobuf(family))
 	}
-	at := func(f *dto.MetricFamily) int { return strings.Index(text, "# TYPE "+f.GetName()+" ") }
-	slices.SortFunc(families, func(a, b *dto.MetricFamily) int { return cmp.Compare(at(a), at(b)) })
-	return prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return families, err })
+	at := func(f promtext.MetricFamily) int { return strings.Index(text, "# TYPE "+f.Name+" ") }
+	slices.SortFunc(families, func(a, b promtext.MetricFamily) int { return cmp.Compare(at(a), at(b)) })
+	return func() []promtext.MetricFamily { return families }
+}
+
+// fromProtobuf returns a family that Prometheus' library has parsed.
+func fromProtobuf(f *dto.MetricFamily) promtext.MetricFamily {
+	out := promtext.MetricFamily{Name: f.GetName(), Help: f.GetHelp(), Type: promtext.Type(strings.ToLower(f.GetType().String()))}
+	if f.GetType() == dto.MetricType_UNTYPED {
+		out.Type = promtext.Unknown
+	}
+	for _, m := range f.Metric {
+		metric := promtext.Metric{
+			Value: m.GetCounter().GetValue() + m.GetGauge().GetValue() + m.GetUntyped().GetValue(),
+			Sum:   m.GetHistogram().GetSampleSum() + m.GetSummary().GetSampleSum(),
+			Count: m.GetHistogram().GetSampleCount() + m.GetSummary().GetSampleCount(),
+		}
+		for _, l := range m.Label {
+			metric.Labels = append(metric.Labels, promtext.Label{Name: l.GetName(), Value: l.GetValue()})
+		}
+		for _, b := range m.GetHistogram().GetBucket() {
+			metric.Buckets = append(metric.Buckets, promtext.Bucket{Bound: b.GetUpperBound(), Count: b.GetCumulativeCount()})
+		}
+		for _, q := range m.GetSummary().GetQuantile() {
+			metric.Quantiles = append(metric.Quantiles, promtext.Quantile{Share: q.GetQuantile(), Value: q.GetValue()})
+		}
+		out.Metrics = append(out.Metrics, metric)
+	}
+	return out
 }
 
 // commanded records the commands that the handler passes on.
@@ -367,11 +398,10 @@ func TestUnsupportedCommandsAreAnswered501(t *testing.T) {
 	config.SetLogLevel, config.Drain, config.Quit, config.Health, config.ReopenLogs, config.RecentLog = nil, nil, nil, nil, nil, nil
 	config.Page, config.Live, config.Unready = nil, nil, nil
 	config.Ready = func() (string, bool) { return "DRAINING", false }
-	config.Metrics = prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return nil, io.ErrUnexpectedEOF })
 	handler := NewHandler(config)
 	for target, want := range map[string]int{
 		"/logging": 200, "/logging?level=debug": 501, "/drain_listeners": 501, "/quitquitquit": 501, "/healthcheck/fail": 501,
-		"/reopen_logs": 501, "/log": 501, "/live": 404, "/ready": 503, "/stats": 500, "/init_dump": 200,
+		"/reopen_logs": 501, "/log": 501, "/live": 404, "/ready": 503, "/init_dump": 200,
 	} {
 		if got := ask(handler, "POST", target); got.Code != want {
 			t.Errorf("%s: %d %q, want %d", target, got.Code, got.Body, want)
@@ -463,10 +493,10 @@ func TestRequestsBeyondTheLimitAreTurnedAway(t *testing.T) {
 	var told commanded
 	config := sample(&told)
 	entered, leave := make(chan struct{}), make(chan struct{})
-	config.Metrics = prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
+	config.Metrics = gatherer(func() []promtext.MetricFamily {
 		entered <- struct{}{}
 		<-leave
-		return nil, nil
+		return nil
 	})
 	handler := NewHandler(config)
 	var asking sync.WaitGroup
@@ -825,8 +855,7 @@ func FuzzMetrics(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		families, _ := gathered(text).Gather()
-		for _, family := range statsOf(families) {
+		for _, family := range statsOf(gathered(text).Gather()) {
 			for _, s := range family.stats {
 				if n := number(s.value) + s.quantiles(); n == "" || strings.Contains(s.name, "\n") {
 					t.Errorf("%q", s.name)

@@ -14,6 +14,10 @@ import (
 
 // certs prints the certificates in use: the workload's, then those of the control plane's secrets. Keys are not read.
 func (h *handler) certs(w http.ResponseWriter, r *http.Request) {
+	if !h.begin(w, r) {
+		return
+	}
+	defer h.end()
 	certificates := []object{}
 	add := func(roots, chain []*x509.Certificate, path string) {
 		if len(roots)+len(chain) > 0 {

@@ -18,6 +18,7 @@ type choice struct {
 	resource string         // only the items of this list; empty: everything
 	mask     fields         // the fields kept of a message; nil: all
 	name     *regexp.Regexp // of resources; nil: any
+	redact   bool           // without the values of header fields
 }
 
 // fields is a tree of field paths. A leaf keeps everything below it.
@@ -25,6 +26,13 @@ type fields map[string]fields
 
 func parseChoice(query url.Values) (choice, error) {
 	c := choice{resource: query.Get("resource")}
+	switch text := query.Get("redact"); text {
+	case "":
+	case "headers":
+		c.redact = true
+	default:
+		return c, fmt.Errorf("redact=%.50q: use headers", text)
+	}
 	if c.resource != "" && !fieldName().MatchString(c.resource) {
 		return c, fmt.Errorf("resource=%.50q is not the name of a list: use one such as static_listeners", c.resource)
 	}

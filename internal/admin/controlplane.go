@@ -1,7 +1,6 @@
 package admin
 
 import (
-	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/base64"
@@ -16,8 +15,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/configdump"
 )
 
-// ControlPlane is what a control plane has configured. Its methods are called from any goroutine. What they return is not
-// changed afterwards.
+// ControlPlane returns the configuration of a control plane. Its methods are called from any goroutine. The values that they
+// return are not changed afterwards.
 type ControlPlane interface {
 	// Resources returns all resources, those of each type in the order of their names. Their Bytes are called once in a
 	// dump that shows them.
@@ -26,7 +25,7 @@ type ControlPlane interface {
 	// Clusters returns the clusters in force with their hosts.
 	Clusters() iter.Seq[Cluster]
 
-	// Identity returns the workload's certificate and its roots of trust; nil: there is none yet.
+	// Identity returns the workload's certificate and its roots of trust; nil: it has not been issued yet.
 	Identity() *Identity
 }
 
@@ -69,6 +68,7 @@ type dump struct {
 	*handler
 	types     *configdump.Types // nil without a control plane
 	resources []configdump.Resource
+	text      []byte // memory for printing
 }
 
 func (h *handler) newDump(ctx context.Context) (*dump, error) {
@@ -128,13 +128,12 @@ func (d *dump) static(name, message, field, kind string, resources []object) res
 	}}
 }
 
-// dynamic adds lists of the control plane's resources, if there is a control plane.
+// dynamic adds lists of the control plane's resources, if there is a control plane. Their names precede those of static lists.
 func (d *dump) dynamic(s section, lists ...resourceList) section {
 	if d.types == nil {
 		return s
 	}
 	s.lists = append(lists, s.lists...)
-	slices.SortFunc(s.lists, func(a, b resourceList) int { return cmp.Compare(a.name, b.name) })
 	return s
 }
 
@@ -155,9 +154,18 @@ func (d *dump) endpoints() section {
 
 func (d *dump) routes() section {
 	const static, dynamic = "envoy.admin.v3.RoutesConfigDump.StaticRouteConfig", "envoy.admin.v3.RoutesConfigDump.DynamicRouteConfig"
-	own := d.static("static_route_configs", static, "route_config", routesType, d.staticRoutes())
+	own := d.static("static_route_configs", static, "route_config", routesType, d.routesInForce())
 	return d.dynamic(section{message: "envoy.admin.v3.RoutesConfigDump", lists: []resourceList{own}},
 		resourceList{"dynamic_route_configs", dynamic, d.items(routesType, "route_config", known)})
+}
+
+// routesInForce returns the agent's own routes, without those of listeners that the control plane's replace.
+func (d *dump) routesInForce() []object {
+	replaced := make(map[string]bool)
+	for r := range d.of(listenerType, active) {
+		replaced[r.Name] = true
+	}
+	return d.staticRoutes(func(l Listener) bool { return !replaced[l.Name] })
 }
 
 func (d *dump) extensions() section {
@@ -184,6 +192,7 @@ func (d *dump) listenerItems() iter.Seq[item] {
 			versions := all[:n]
 			all = all[n:]
 			value := func() object {
+				d.begin()
 				o := object{"name": versions[0].Name}
 				for _, r := range versions {
 					d.addListener(o, r)
@@ -243,7 +252,7 @@ func version(r *configdump.Resource) object {
 func (d *dump) each(kind string, wanted func(*configdump.Resource) bool, show func(*configdump.Resource) object) iter.Seq[item] {
 	return func(yield func(item) bool) {
 		for r := range d.of(kind, wanted) {
-			if !yield(item{r.Name, func() object { return show(r) }}) {
+			if !yield(item{r.Name, func() object { d.begin(); return show(r) }}) {
 				return
 			}
 		}
@@ -317,15 +326,26 @@ func (d *dump) refusal(r *configdump.Resource) object {
 	return o
 }
 
-// print returns a resource as JSON.
+// print returns a resource as JSON. The result is valid until a later item is printed.
 func (d *dump) print(url string, read func() ([]byte, error)) any {
 	b, err := read()
 	if err != nil {
 		d.Log.Warn("cannot read a kept resource", "type", url, "err", err)
 		return object{"@type": url}
 	}
-	text, _ := d.types.Append(nil, url, b) // a malformed resource is shown as such
-	return json.RawMessage(text)
+	start := len(d.text)
+	d.text, _ = d.types.Append(d.text, url, b) // a malformed resource is shown as such
+	return json.RawMessage(d.text[start:])
+}
+
+// maxReused bounds the memory that is kept for printing.
+const maxReused = 1 << 20
+
+// begin lets print use the memory of earlier results again.
+func (d *dump) begin() {
+	if d.text = d.text[:0]; cap(d.text) > maxReused {
+		d.text = nil
+	}
 }
 
 func timestamp(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }

@@ -84,7 +84,7 @@ func controlled() configured {
 		typed(clusterType, in("PassthroughCluster", 1, "PassthroughCluster"), coming, refused("refused"),
 			in("outbound|80||web.shop.svc.cluster.local", 1, "outbound|80||web.shop.svc.cluster.local", 36, message(1, "x", 2, message(1, typePrefix+clusterType, 2, message(1, "inner"))))),
 		typed(assignmentType, in("outbound|80||web.shop.svc.cluster.local", 1, "outbound|80||web.shop.svc.cluster.local")),
-		typed(listenerType, changed, later, coming, refused("refused")),
+		typed(listenerType, in(VirtualOutbound, 1, VirtualOutbound), changed, later, coming, refused("refused")),
 		typed(routesType, in("80", 1, "80", 2, message(1, "web:80", 2, "*")), refused("refused")),
 		typed(secretType, in("kubernetes://cert", 1, "kubernetes://cert", 2, message(1, message(2, "chain"), 2, message(2, secretKey))), refused("kubernetes://other")),
 		typed(extensionType, in("wasm", 1, "wasm", 2, message(1, typePrefix+secretType, 2, message(1, "inner")))),
@@ -218,7 +218,11 @@ func TestAPartOfTheControlPlanesResourcesIsDumped(t *testing.T) {
 		"resource=dynamic_route_configs&mask=route_config.virtual_hosts.domains&name_regex=80": `[{"@type":"type.googleapis.com/envoy.admin.v3.RoutesConfigDump.DynamicRouteConfig",` +
 			`"route_config":{"@type":"type.googleapis.com/envoy.config.route.v3.RouteConfiguration","virtual_hosts":[{"domains":["*"]}]}}]`,
 		"resource=static_clusters&mask=cluster.name&name_regex=Pass.*": `[]`, // the control plane's replaces it
-		"resource=ecds_filters&mask=version_info":                      `[{"@type":"type.googleapis.com/envoy.admin.v3.EcdsConfigDump.EcdsFilterConfig","version_info":"v-wasm"}]`,
+		"resource=static_route_configs&mask=route_config.name": `[{"@type":"type.googleapis.com/envoy.admin.v3.RoutesConfigDump.StaticRouteConfig","route_config":` +
+			`{"@type":"type.googleapis.com/envoy.config.route.v3.RouteConfiguration","name":"virtualInbound"}},` +
+			`{"@type":"type.googleapis.com/envoy.admin.v3.RoutesConfigDump.StaticRouteConfig","route_config":` +
+			`{"@type":"type.googleapis.com/envoy.config.route.v3.RouteConfiguration","name":"readiness"}}]`, // virtualOutbound's has gone with its listener
+		"resource=ecds_filters&mask=version_info": `[{"@type":"type.googleapis.com/envoy.admin.v3.EcdsConfigDump.EcdsFilterConfig","version_info":"v-wasm"}]`,
 	} {
 		var dump struct{ Configs json.RawMessage }
 		body := ask(handler, "GET", "/config_dump?"+target).Body
@@ -249,32 +253,38 @@ func TestAnUnreadableResourceIsLeftOut(t *testing.T) {
 	}
 }
 
-// Dumps hold much memory, so one is made at a time, and a resource is read when it is written.
-func TestOneDumpIsMadeAtATime(t *testing.T) {
-	started, release := make(chan bool, 2), make(chan bool)
-	c := controlled()
-	c.resources = c.resources[:1]
-	c.resources[0].Bytes = func() ([]byte, error) {
-		started <- true
-		<-release
-		return message(1, "c"), nil
-	}
-	handler := NewHandler(withControlPlane(c))
-	var done sync.WaitGroup
-	for range 2 {
+// Resources take memory while they are decoded and printed, so one request at a time does that, and a resource is read when
+// it is written.
+func TestResourcesAreShownToOneClientAtATime(t *testing.T) {
+	for _, second := range []string{"/config_dump", "/certs", "/config/cluster"} {
+		started, release := make(chan bool, 2), make(chan bool)
+		wait := func() {
+			started <- true
+			<-release
+		}
+		c := controlled()
+		c.resources = []configdump.Resource{{TypeURL: typePrefix + secretType, Name: "s", Bytes: func() ([]byte, error) {
+			wait()
+			return message(1, "s"), nil
+		}}}
+		config := withControlPlane(c)
+		config.View = http.HandlerFunc(func(http.ResponseWriter, *http.Request) { wait() })
+		handler := NewHandler(config)
+		var done sync.WaitGroup
 		done.Go(func() { ask(handler, "GET", "/config_dump") })
+		<-started
+		done.Go(func() { ask(handler, "GET", second) })
+		for range 100 {
+			runtime.Gosched()
+		}
+		select {
+		case <-started:
+			t.Errorf("%s is answered during a dump", second)
+		default:
+		}
+		close(release)
+		done.Wait()
 	}
-	<-started
-	for range 100 {
-		runtime.Gosched()
-	}
-	select {
-	case <-started:
-		t.Error("two dumps at the same time")
-	default:
-	}
-	close(release)
-	done.Wait()
 }
 
 // A client that leaves ends its dump, and does not keep the next from being made.
@@ -311,3 +321,32 @@ func (l *leaving) Write(b []byte) (int, error) {
 }
 
 func (l *leaving) WriteString(s string) (int, error) { return l.Write([]byte(s)) }
+
+// A bundle for a support case has the configuration, and no values of header fields.
+func TestValuesOfHeadersCanBeLeftOut(t *testing.T) {
+	add := func(key, value string) []byte { return message(1, message(1, key, 2, value)) }
+	matcher := func(name, text string) []byte { return message(1, name, 13, message(1, text)) }
+	route := message(1, message(1, "/shown-path", 6, matcher("x-key", "matched-secret"), 6, matcher(":authority", "shown-host")), 2, message(1, "shown-cluster"),
+		9, add("authorization", "added-secret"))
+	c := configured{resources: []configdump.Resource{{TypeURL: typePrefix + routesType, Name: "80",
+		Bytes: bytesOf(message(1, "80", 2, message(1, "web", 2, "*", 3, route), 4, add("x-answer", "answer-secret")))}}}
+	handler := NewHandler(withControlPlane(c))
+	all := ask(handler, "GET", "/config_dump").Body.String()
+	some := ask(handler, "GET", "/config_dump?redact=headers").Body.String()
+	if !json.Valid([]byte(some)) {
+		t.Errorf("not JSON: %s", some)
+	}
+	for _, secret := range []string{"matched-secret", "added-secret", "answer-secret"} {
+		if !strings.Contains(all, secret) || strings.Contains(some, secret) {
+			t.Errorf("%s: in the whole dump %t, in the other %t", secret, strings.Contains(all, secret), strings.Contains(some, secret))
+		}
+	}
+	for _, shown := range []string{"x-key", "authorization", "x-answer", "shown-path", "shown-host", "shown-cluster"} {
+		if !strings.Contains(some, shown) {
+			t.Errorf("%s is left out: %s", shown, some)
+		}
+	}
+	if got := ask(handler, "GET", "/config_dump?redact=all"); got.Code != http.StatusBadRequest {
+		t.Errorf("another redaction: %d", got.Code)
+	}
+}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/ownport"
 )
 
 // typed returns a protobuf Any: a message with its type.
@@ -26,12 +27,10 @@ func (h *handler) configDump(w http.ResponseWriter, r *http.Request) {
 		refuse(w, "%v", err)
 		return
 	}
-	select { // one at a time: a dump holds the descriptions of types
-	case h.dumping <- struct{}{}:
-		defer func() { <-h.dumping }()
-	case <-r.Context().Done():
+	if !h.begin(w, r) {
 		return
 	}
+	defer h.end()
 	d, err := h.newDump(r.Context())
 	if err != nil {
 		answer(w, http.StatusInternalServerError, err.Error()+"\n")
@@ -52,6 +51,20 @@ func (h *handler) configDump(w http.ResponseWriter, r *http.Request) {
 		answer(w, http.StatusNotFound, choice.resource+" not found in config dump\n")
 	}
 }
+
+// begin waits until no other request decodes or prints the control plane's resources, which takes memory. It returns false
+// if the client left. The caller calls end.
+func (h *handler) begin(w http.ResponseWriter, r *http.Request) bool {
+	select {
+	case h.dumping <- struct{}{}:
+		ownport.Extend(w, writeTime) // waiting does not count
+		return true
+	case <-r.Context().Done():
+		return false
+	}
+}
+
+func (h *handler) end() { <-h.dumping }
 
 func (d *dump) bootstrap() section {
 	return section{message: "envoy.admin.v3.BootstrapConfigDump", fields: object{
@@ -254,12 +267,13 @@ func routeConfig(name, host string, routes []object) object {
 	return object{"name": name, "virtual_hosts": []object{{"name": host, "domains": []string{"*"}, "routes": routes}}}
 }
 
-func (h *handler) staticRoutes() (routes []object) {
+func (h *handler) staticRoutes(wanted func(Listener) bool) (routes []object) {
 	for _, l := range h.Listeners() {
-		switch l.Name {
-		case VirtualOutbound:
+		switch {
+		case !wanted(l):
+		case l.Name == VirtualOutbound:
 			routes = append(routes, h.route(flow.Outbound))
-		case VirtualInbound:
+		case l.Name == VirtualInbound:
 			routes = append(routes, h.route(flow.Inbound))
 		default:
 			routes = append(routes, serves(l))

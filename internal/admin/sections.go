@@ -104,8 +104,12 @@ func (c choice) writeItems(out *indented, l resourceList, depth int, mask func(o
 			return
 		}
 		if c.name == nil || c.name.MatchString(item.name) {
+			value := any(mask(item.value()))
+			if c.redact {
+				value = withoutHeaders(value)
+			}
 			out.element(depth)
-			out.value(mask(item.value()), depth)
+			out.value(value, depth)
 		}
 	}
 }
@@ -124,10 +128,11 @@ const writeTime = 10 * time.Second
 
 // indented writes JSON in Envoy's formatting, value by value.
 type indented struct {
-	w      http.ResponseWriter
-	buffer bytes.Buffer
-	empty  []bool // of each open object and array: it has no element yet
-	failed bool   // the client left
+	w       http.ResponseWriter
+	buffer  bytes.Buffer
+	encoder *json.Encoder // into buffer; nil before the first value
+	empty   []bool        // of each open object and array: it has no element yet
+	failed  bool          // the client left
 }
 
 func (i *indented) text(s string) {
@@ -164,11 +169,13 @@ func (i *indented) element(depth int) {
 // value writes one value whose first line has begun with that many blanks.
 func (i *indented) value(v any, depth int) {
 	ownport.Extend(i.w, writeTime)
+	if i.encoder == nil {
+		i.encoder = json.NewEncoder(&i.buffer)
+		i.encoder.SetEscapeHTML(false)
+	}
 	i.buffer.Reset()
-	encoder := json.NewEncoder(&i.buffer)
-	encoder.SetEscapeHTML(false)
-	encoder.SetIndent(strings.Repeat(" ", depth), " ")
-	encoder.Encode(v) // of types that can be encoded
+	i.encoder.SetIndent(strings.Repeat(" ", depth), " ")
+	i.encoder.Encode(v) // of types that can be encoded
 	if _, err := i.w.Write(bytes.TrimSuffix(i.buffer.Bytes(), []byte("\n"))); err != nil {
 		i.failed = true
 	}

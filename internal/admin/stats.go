@@ -12,13 +12,17 @@ import (
 	"strconv"
 	"strings"
 
-	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/common/expfmt"
+	"github.com/pillion-proxy/pillion/internal/promtext"
 )
+
+// Gatherer returns the current metrics. They are sorted by name.
+type Gatherer interface {
+	Gather() []promtext.MetricFamily
+}
 
 // family is a gathered metric family with its stats.
 type family struct {
-	gathered *dto.MetricFamily
+	gathered *promtext.MetricFamily
 	kind     string // counter, gauge or histogram; all other types count as gauges
 	stats    []stat
 }
@@ -29,7 +33,7 @@ type stat struct {
 	value   float64
 	buckets []bucket // of a histogram, whose value is the number of observations
 
-	metric      *dto.Metric
+	metric      *promtext.Metric
 	first, last int // the lines [first, last) of the metric's text; last 0: all
 }
 
@@ -121,11 +125,7 @@ func (h *handler) prometheus(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	if selection.isAll() {
-		for _, f := range gathered {
-			if _, err := expfmt.MetricFamilyToText(w, f); err != nil {
-				return // the client has left
-			}
-		}
+		_ = promtext.WriteMetrics(w, promtext.Text, gathered) // an error means that the client has left
 		return
 	}
 	for _, f := range statsOf(gathered) {
@@ -146,10 +146,9 @@ func (h *handler) prometheus(w http.ResponseWriter, r *http.Request) {
 // text returns the comments above a family and the lines of one of its stats.
 func (f *family) text(t stat) (head, lines string) {
 	var b strings.Builder
-	alone := &dto.MetricFamily{Name: f.gathered.Name, Help: f.gathered.Help, Type: f.gathered.Type, Metric: []*dto.Metric{t.metric}}
-	if _, err := expfmt.MetricFamilyToText(&b, alone); err != nil {
-		return "", ""
-	}
+	alone := *f.gathered
+	alone.Metrics = []promtext.Metric{*t.metric}
+	_ = promtext.WriteMetrics(&b, promtext.Text, []promtext.MetricFamily{alone})
 	n := 0
 	for line := range strings.Lines(b.String()) {
 		if strings.HasPrefix(line, "#") {
@@ -164,34 +163,27 @@ func (f *family) text(t stat) (head, lines string) {
 	return head, lines
 }
 
-// asked gathers the metrics and parses the query. If either fails, it answers the request and returns false.
-func (h *handler) asked(w http.ResponseWriter, query url.Values) ([]*dto.MetricFamily, selection, bool) {
+// asked parses the query and gathers the metrics. If the query is wrong, it answers the request and returns false.
+func (h *handler) asked(w http.ResponseWriter, query url.Values) ([]promtext.MetricFamily, selection, bool) {
 	selection, err := parseSelection(query)
 	if err != nil {
 		refuse(w, "%v", err)
 		return nil, selection, false
 	}
-	gathered, err := h.Metrics.Gather()
-	if err != nil && len(gathered) == 0 {
-		answer(w, http.StatusInternalServerError, fmt.Sprintf("gathering metrics: %v\n", err))
-		return nil, selection, false
-	}
-	return gathered, selection, true
+	return h.Metrics.Gather(), selection, true
 }
 
 // statsOf returns the values of gathered families under Envoy's names.
-func statsOf(gathered []*dto.MetricFamily) []family {
+func statsOf(gathered []promtext.MetricFamily) []family {
 	families := make([]family, 0, len(gathered))
-	for _, of := range gathered {
+	for i := range gathered {
+		of := &gathered[i]
 		f := family{gathered: of, kind: "gauge"}
-		switch of.GetType() {
-		case dto.MetricType_COUNTER:
-			f.kind = "counter"
-		case dto.MetricType_HISTOGRAM:
-			f.kind = "histogram"
+		if of.Type == promtext.Counter || of.Type == promtext.Histogram {
+			f.kind = string(of.Type)
 		}
-		for _, m := range of.Metric {
-			f.add(m)
+		for i := range of.Metrics {
+			f.add(&of.Metrics[i])
 		}
 		families = append(families, f)
 	}
@@ -199,38 +191,32 @@ func statsOf(gathered []*dto.MetricFamily) []family {
 }
 
 // add adds the stats of one metric. A summary becomes one stat per line, since Envoy has no summaries.
-func (f *family) add(m *dto.Metric) {
-	name := f.gathered.GetName()
-	labels := make([]label, 0, len(m.Label))
-	for _, pair := range m.Label {
-		labels = append(labels, label{pair.GetName(), strings.ReplaceAll(pair.GetValue(), "\n", " ")}) // a stat is one line
+func (f *family) add(m *promtext.Metric) {
+	name := f.gathered.Name
+	labels := make([]label, 0, len(m.Labels))
+	for _, l := range m.Labels {
+		labels = append(labels, label{l.Name, strings.ReplaceAll(l.Value, "\n", " ")}) // a stat is one line
 	}
-	t := stat{name: dotted(name, labels), metric: m}
-	switch {
-	case m.Histogram != nil:
-		t.value = float64(m.Histogram.GetSampleCount())
-		for _, b := range m.Histogram.Bucket {
-			t.buckets = append(t.buckets, bucket{b.GetUpperBound(), float64(b.GetCumulativeCount())})
+	t := stat{name: dotted(name, labels), value: m.Value, metric: m}
+	switch f.gathered.Type {
+	case promtext.Histogram:
+		t.value = float64(m.Count)
+		for _, b := range m.Buckets {
+			t.buckets = append(t.buckets, bucket{b.Bound, float64(b.Count)})
 		}
-	case m.Summary != nil:
+	case promtext.Summary:
 		line := 0
 		add := func(name string, value float64, labels []label) {
 			f.stats = append(f.stats, stat{name: dotted(name, labels), value: value, metric: m, first: line, last: line + 1})
 			line++
 		}
-		for _, q := range m.Summary.Quantile {
-			share := strconv.FormatFloat(q.GetQuantile(), 'g', -1, 64)
-			add(name, q.GetValue(), append(slices.Clone(labels), label{"quantile", share}))
+		for _, q := range m.Quantiles {
+			share := strconv.FormatFloat(q.Share, 'g', -1, 64)
+			add(name, q.Value, append(slices.Clone(labels), label{"quantile", share}))
 		}
-		add(name+"_sum", m.Summary.GetSampleSum(), labels)
-		add(name+"_count", float64(m.Summary.GetSampleCount()), labels)
+		add(name+"_sum", m.Sum, labels)
+		add(name+"_count", float64(m.Count), labels)
 		return
-	case m.Counter != nil:
-		t.value = m.Counter.GetValue()
-	case m.Gauge != nil:
-		t.value = m.Gauge.GetValue()
-	default:
-		t.value = m.Untyped.GetValue()
 	}
 	f.stats = append(f.stats, t)
 }

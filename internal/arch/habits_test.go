@@ -85,6 +85,7 @@ var sleepers = map[string]string{
 	"e2e/bench/proxy_test.go":   "looks for a condition until a deadline",
 
 	"e2e/bench/contenders_test.go awaitReady":                                            "looks for a condition until a deadline",
+	"e2e/bench/controlplane_test.go":                                                     "looks for a condition until a deadline, and takes figures after an interval",
 	"e2e/bench/world_test.go await":                                                      "looks for a condition until a deadline",
 	"e2e/keepalive_test.go TestGetsDoNotFailAtServersThatCloseIdleConnections":           "requests come around the time of the close",
 	"e2e/transparency_test.go TestHalfClosedConnectionSurvivesSeventySecondsOfSilence":   "the silence is tested",

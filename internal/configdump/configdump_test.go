@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"math"
 	"strings"
 	"testing"
 
@@ -43,6 +44,7 @@ func TestMessagesArePrinted(t *testing.T) {
 		{"a map, whose last entry counts", names, `{"@type":"URL","table":{"a":{"ips":["2"]},"b":{}}}`},
 		{"the last of a oneof", secret, `{"@type":"URL","validation_context":{"trusted_ca":{"filename":"2"}}}`},
 		{"a message in parts", secret, `{"@type":"URL","validation_context":{"trusted_ca":{"filename":"1"},"crl":{"filename":"2"}}}`},
+		{"numbers, packed and not", listener, `{"@type":"URL","filter_chains":[{"filter_chain_match":{"source_ports":[80,443,8080]}}]}`},
 		{"a duration", cluster, `{"@type":"URL","connect_timeout":"-1.500s"}`},
 	} {
 		b := map[string][]byte{
@@ -55,11 +57,46 @@ func TestMessagesArePrinted(t *testing.T) {
 			"a map, whose last entry counts":              join(message(1, text(1, "b")), message(1, text(1, "a"), message(2, text(1, "1"))), message(1, text(1, "a"), message(2, text(1, "2")))),
 			"the last of a oneof":                         join(message(4, message(1, text(1, "1"))), message(2, text(4, "x")), message(4, message(1, text(1, "2")))),
 			"a message in parts":                          join(message(4, message(1, text(1, "1"))), message(4, message(7, text(1, "2")))),
+			"numbers, packed and not":                     message(3, message(1, wire.AppendBytes(nil, 7, []byte{80, 0xbb, 3}), varint(7, 8080))),
 			"a duration":                                  message(4, varint(1, ^uint64(0)), varint(2, uint64(0xffffffffffffffff-499_999_999))),
 		}[test.name]
 		want := strings.ReplaceAll(test.want, "URL", test.url)
 		if got, err := types.Append(nil, test.url, b); err != nil || string(got) != want {
 			t.Errorf("%s: error %v, got\n%s\nwant\n%s", test.name, err, got, want)
+		}
+	}
+}
+
+func TestTypesWithAFormOfTheirOwn(t *testing.T) {
+	types, err := Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	entry := func(key string, value []byte) []byte {
+		return wire.AppendBytes(nil, 1, join(wire.AppendString(nil, 1, key), wire.AppendBytes(nil, 2, value)))
+	}
+	number := wire.AppendDouble(nil, 2, 1.5)
+	for want, b := range map[string][]byte{
+		`Struct {}`: nil,
+		`Struct {"a":1.5,"b":"x","c":true,"d":null,"e":null,"f":[1.5],"g":{"a":"x"},"h":[],"i":{}}`: join(
+			entry("b", wire.AppendString(nil, 3, "x")), entry("a", number), entry("c", wire.AppendVarint(nil, 4, 1)), entry("d", wire.AppendVarint(nil, 1, 0)),
+			entry("e", nil), entry("f", wire.AppendBytes(nil, 6, wire.AppendBytes(nil, 1, number))), entry("g", wire.AppendBytes(nil, 5, entry("a", wire.AppendString(nil, 3, "x")))),
+			entry("h", wire.AppendBytes(nil, 6, nil)), entry("i", wire.AppendBytes(nil, 5, nil))),
+		`Timestamp "2026-02-03T04:05:06.070Z"`: join(wire.AppendVarint(nil, 1, 1770091506), wire.AppendVarint(nil, 2, 70_000_000)),
+		`Duration "0s"`:                        nil,
+		`Duration "1.000000001s"`:              join(wire.AppendVarint(nil, 1, 1), wire.AppendVarint(nil, 2, 1)),
+		`FieldMask "aB,c.dE"`:                  join(wire.AppendString(nil, 1, "a_b"), wire.AppendString(nil, 1, "c.d_e")),
+		`UInt32Value 0`:                        nil,
+		`UInt64Value "7"`:                      wire.AppendVarint(nil, 1, 7),
+		`DoubleValue "-Infinity"`:              wire.AppendDouble(nil, 1, math.Inf(-1)),
+		`BytesValue "YQ=="`:                    wire.AppendString(nil, 1, "a"),
+		`BoolValue true`:                       join(wire.AppendVarint(nil, 1, 0), wire.AppendVarint(nil, 1, 1)),
+	} {
+		name, want, _ := strings.Cut(want, " ")
+		url := prefix + "google.protobuf." + name
+		got, err := types.Append(nil, url, b)
+		if want := `{"@type":"` + url + `","value":` + want + `}`; err != nil || string(got) != want {
+			t.Errorf("error %v, got %s, want %s", err, got, want)
 		}
 	}
 }
@@ -82,6 +119,7 @@ func TestWhatCannotBePrintedIsReported(t *testing.T) {
 	}{
 		"unknown":   {prefix + "some.Type", []byte("a"), nil},
 		"malformed": {cluster, []byte{0x0a}, errMalformed},
+		"packed":    {prefix + "envoy.config.listener.v3.FilterChainMatch", wire.AppendBytes(nil, 7, []byte{80, 0xbb}), errMalformed},
 		"not UTF-8": {cluster, wire.AppendString(nil, 1, "\xff"), wire.ErrUTF8},
 		"nested":    {prefix + "google.protobuf.Value", deep, wire.ErrDepth},
 		"too long":  {cluster, long, errTooLong},

@@ -342,7 +342,7 @@ func (p *printer) scalar(f *field, v value) error {
 		if !utf8.Valid(v.bytes) {
 			return wire.ErrUTF8
 		}
-		p.string(string(v.bytes))
+		p.text = appendString(p.text, v.bytes)
 	default:
 		return errValue
 	}
@@ -449,20 +449,25 @@ func (p *printer) string(s string) {
 	if !utf8.ValidString(s) {
 		s = strings.ToValidUTF8(s, "\uFFFD")
 	}
-	p.text = append(p.text, '"')
+	p.text = appendString(p.text, s)
+}
+
+// appendString appends UTF-8 as a JSON string.
+func appendString[T string | []byte](text []byte, s T) []byte {
+	text = append(text, '"')
 	for i := range len(s) {
 		switch c := s[i]; {
 		case c == '"' || c == '\\':
-			p.text = append(p.text, '\\', c)
+			text = append(text, '\\', c)
 		case c == '\n':
-			p.text = append(p.text, '\\', 'n')
+			text = append(text, '\\', 'n')
 		case c < 0x20:
-			p.text = append(p.text, '\\', 'u', '0', '0', hexDigits[c>>4], hexDigits[c&15])
+			text = append(text, '\\', 'u', '0', '0', hexDigits[c>>4], hexDigits[c&15])
 		default:
-			p.text = append(p.text, c)
+			text = append(text, c)
 		}
 	}
-	p.text = append(p.text, '"')
+	return append(text, '"')
 }
 
 // float prints a number. JSON has no form for those that are not finite, so they are strings.

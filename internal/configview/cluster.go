@@ -1,15 +1,13 @@
 package configview
 
 import (
-	"cmp"
 	"fmt"
 	"net"
-	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"time"
 
-	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
@@ -102,7 +100,7 @@ func hostsOf(c *mesh.Cluster, assignments map[string]*mesh.Assignment) []Endpoin
 				Priority: l.Priority, Locality: locality, MeshTLS: e.TLSMode == "istio", Workload: workload(e.Workload)})
 		}
 	}
-	slices.SortStableFunc(list, func(a, b Endpoint) int { return cmp.Compare(a.Priority, b.Priority) })
+	sort.SliceStable(list, func(i, j int) bool { return list[i].Priority < list[j].Priority })
 	return list
 }
 
@@ -210,26 +208,4 @@ func (c *collection) endpoints(name string) (list []Endpoint) {
 		}
 	}
 	return list
-}
-
-// ClusterHosts calls show for each cluster in force with its hosts.
-func ClusterHosts(resources controlplane.Resources, show func(cluster string, localities []mesh.Locality) bool) {
-	c := collect(resources)
-	assignments := c.assignments()
-	for object, cluster := range decoded(c[xds.Clusters], mesh.DecodeCluster) {
-		if cluster == nil || object.State == Warming || object.State == Refused {
-			continue
-		}
-		hosts := cluster.Hosts
-		if cluster.Discovery == mesh.ByEDS {
-			hosts = assignments[cluster.Assignment]
-		}
-		var localities []mesh.Locality
-		if hosts != nil {
-			localities = hosts.Localities
-		}
-		if !show(cluster.Name, localities) {
-			return
-		}
-	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"slices"
+	"sort"
 	"strings"
 	"time"
 
@@ -162,7 +163,7 @@ func FindingsOf(resources controlplane.Resources) []Finding {
 	for r := range resources {
 		all = append(all, findings(&r)...)
 	}
-	slices.SortStableFunc(all, func(a, b Finding) int { return importance(a.Class) - importance(b.Class) })
+	sort.SliceStable(all, func(i, j int) bool { return importance(all[i].Class) < importance(all[j].Class) })
 	return all
 }
 

@@ -102,6 +102,7 @@ func sample(t *testing.T) controlplane.Resources {
 		}),
 		resource(xds.Endpoints, web, message(1, web, 2, message(1, message(1, "here", 2, "zone"), 2, endpoint("198.51.100.8", 2, "disabled"), 5, 1),
 			2, message(2, endpoint("198.51.100.7", 1, "istio"))), nil),
+		resource(xds.Endpoints, web, message(1, web), func(r *controlplane.Resource) { r.Warming = true }),
 		resource(xds.Listeners, "virtualInbound", inboundListener(), func(r *controlplane.Resource) {
 			r.Findings = []mesh.Finding{{Class: mesh.Traffic, Path: "freebind", Problem: "not supported"}}
 		}),
@@ -285,6 +286,13 @@ func TestDestinationsOfRoutesInWords(t *testing.T) {
 		"a (90), b (10); timeout 3s, 2 retries, mirrored to c, prefix becomes /x, host becomes h, by hash": {Forward: &mesh.Forward{
 			Clusters: []mesh.WeightedCluster{{Name: "a", Weight: 90}, {Name: "b", Weight: 10}}, Timeout: 3 * time.Second,
 			Mirrors: []mesh.Mirror{{Cluster: "c"}}, PrefixRewrite: "/x", HostRewrite: "h", Hash: []mesh.HashPolicy{{}}}},
+		"b; 2 retries, delayed by 5s for 50%, answered 503 for 0.1%, CORS, own rbac, without jwt": {
+			Forward: &mesh.Forward{Clusters: []mesh.WeightedCluster{{Name: "b", Weight: 1}}},
+			Filters: mesh.RouteFilters{CORS: &mesh.CORS{}, Policies: []mesh.RoutePolicy{{Filter: "rbac"}, {Filter: "jwt", Disabled: true}},
+				Fault: &mesh.Fault{Delay: 5 * time.Second, DelayFraction: mesh.Fraction{Numerator: 50, Denominator: 100},
+					Abort: &mesh.Abort{Status: 503}, AbortFraction: mesh.Fraction{Numerator: 10, Denominator: 10_000}}}},
+		"answer 200; answered with gRPC status 14 for 100%": {Respond: &mesh.Response{Status: 200}, Filters: mesh.RouteFilters{
+			Fault: &mesh.Fault{Abort: &mesh.Abort{GRPC: new(uint32(14))}, AbortFraction: mesh.Fraction{Numerator: 100, Denominator: 100}}}},
 		"redirect 307 https://{host}":           {Redirect: &mesh.Redirect{Scheme: "https", Code: 307}},
 		"redirect 301 https://b.example:8443/x": {Redirect: &mesh.Redirect{Scheme: "https", Host: "b.example", Port: 8443, Path: "/x", Code: 301}},
 		"answer 503":                            {Respond: &mesh.Response{Status: 503}},
@@ -295,6 +303,47 @@ func TestDestinationsOfRoutesInWords(t *testing.T) {
 			got += "; " + with
 		}
 		if got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
+func TestTransportsInWords(t *testing.T) {
+	for want, transports := range map[string][]mesh.Transport{
+		"plain":                  nil,
+		"mutual TLS in the mesh": {{TLSMode: "istio", TLS: &mesh.UpstreamTLS{Certificate: "default", Roots: "ROOTCA"}}, {}},
+		"TLS":                    {{TLS: &mesh.UpstreamTLS{Roots: "ROOTCA"}}},
+		"TLS, not verified":      {{TLS: &mesh.UpstreamTLS{}}},
+		"refused":                {{TLS: &mesh.UpstreamTLS{Roots: "ROOTCA"}, Refused: true}},
+	} {
+		if got := upstreamTLS(&mesh.Cluster{Transports: transports}); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	for want, tls := range map[string]*mesh.DownstreamTLS{
+		"none":                                   nil,
+		"server only":                            {Certificates: []string{"kubernetes://cert"}},
+		"mutual":                                 {Roots: "ROOTCA", RequireClient: true},
+		"mutual if the client has a certificate": {Roots: "ROOTCA"},
+	} {
+		if got := downstreamTLS(tls); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
+func TestOutliersAndDurationsInWords(t *testing.T) {
+	for want, o := range map[string]*mesh.Outliers{
+		"":                   nil,
+		"no host is ejected": {},
+		"ejected for 1m after 5 5xx or 2 local errors in a row, at most 10%": {Consecutive5xx: 5, ConsecutiveLocal: 2, Ejection: time.Minute, MaxPercent: 10},
+	} {
+		if got := outliers(o); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	for want, d := range map[string]time.Duration{"": 0, "250ms": 250 * time.Millisecond, "1m30s": 90 * time.Second, "2h": 2 * time.Hour, "1h1m": 61 * time.Minute} {
+		if got := duration(d); got != want {
 			t.Errorf("got %q, want %q", got, want)
 		}
 	}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sort"
+	"strconv"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -67,7 +69,7 @@ func (c *collection) tables(name string) (list []Table) {
 			add(Table{Object: part, Listener: object.Name}, routes)
 		}
 	}
-	slices.SortStableFunc(list, func(a, b Table) int { return cmp.Compare(a.Name, b.Name) })
+	sort.SliceStable(list, func(i, j int) bool { return list[i].Name < list[j].Name })
 	return list
 }
 
@@ -184,13 +186,46 @@ func routeTo(r *mesh.Route) string {
 	return "nowhere"
 }
 
-// routeWith describes what is done with a forwarded request on its way.
+// routeWith describes what is done with a request on its way.
 func routeWith(r *mesh.Route, h *mesh.VirtualHost) string {
-	f := r.Forward
-	if f == nil {
-		return ""
+	parts := filterWords(&r.Filters)
+	if r.Forward != nil {
+		parts = append(forwardWords(r.Forward, h), parts...)
 	}
-	var parts []string
+	return strings.Join(parts, ", ")
+}
+
+// filterWords describes what a route configures of filters.
+func filterWords(f *mesh.RouteFilters) (parts []string) {
+	if fault := f.Fault; fault != nil && !fault.Disabled {
+		if fault.Delay != 0 {
+			parts = append(parts, fmt.Sprintf("delayed by %s for %s", duration(fault.Delay), percentage(fault.DelayFraction)))
+		}
+		if fault.Abort != nil && fault.Abort.GRPC != nil {
+			parts = append(parts, fmt.Sprintf("answered with gRPC status %d for %s", *fault.Abort.GRPC, percentage(fault.AbortFraction)))
+		} else if fault.Abort != nil {
+			parts = append(parts, fmt.Sprintf("answered %d for %s", fault.Abort.Status, percentage(fault.AbortFraction)))
+		}
+	}
+	if f.CORS != nil && !f.CORS.Disabled {
+		parts = append(parts, "CORS")
+	}
+	for _, p := range f.Policies {
+		verb := "own "
+		if p.Disabled {
+			verb = "without "
+		}
+		parts = append(parts, verb+p.Filter)
+	}
+	return parts
+}
+
+func percentage(f mesh.Fraction) string {
+	return strconv.FormatFloat(100*float64(f.Numerator)/float64(max(f.Denominator, 1)), 'g', 4, 64) + "%"
+}
+
+// forwardWords describes how a request is forwarded.
+func forwardWords(f *mesh.Forward, h *mesh.VirtualHost) (parts []string) {
 	if f.Timeout != 0 {
 		parts = append(parts, "timeout "+duration(f.Timeout))
 	}
@@ -216,7 +251,7 @@ func routeWith(r *mesh.Route, h *mesh.VirtualHost) string {
 	if len(f.Hash) > 0 {
 		parts = append(parts, "by hash")
 	}
-	return strings.Join(parts, ", ")
+	return parts
 }
 
 // Name is what a host of the control plane's table of names resolves to.

@@ -33,6 +33,7 @@ type Session struct {
 	config SessionConfig
 	client *xds.Client
 	keeper *identity.Keeper // nil: the pod has no identity
+	tidier *tidier
 
 	mu     sync.Mutex
 	counts [xds.Types]Counts
@@ -58,7 +59,7 @@ func NewSession(config SessionConfig) (*Session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Session{config: config}
+	s := &Session{config: config, tidier: newTidier()}
 	if source := s.source(node); source != nil {
 		var changed func(*identity.Identity)
 		if kept, ok := source.(*keptIdentity); ok {
@@ -101,6 +102,10 @@ func (s *Session) source(node []byte) identity.Source {
 func (s *Session) Run(ctx context.Context) {
 	if kept := s.config.Kept; kept != nil {
 		kept.Restore(s.config.Store, s.config.Log)
+	}
+	defer s.tidier.stop()
+	if s.Snapshot() != nil {
+		s.tidier.updated(tidyBytes) // what was restored
 	}
 	var parts sync.WaitGroup
 	if s.keeper != nil {
@@ -201,6 +206,7 @@ func (h *handler) Update(u xds.Update) xds.Outcome {
 	counts.Last = int64(bytes)
 	counts.Decoded += time.Since(start)
 	h.mu.Unlock()
+	h.tidier.updated(bytes)
 	if u.Type == xds.ProxyConfigs && len(outcome.Rejected) == 0 {
 		h.anchor(u.Resources)
 	}

@@ -234,6 +234,24 @@ func TestAnswersRotate(t *testing.T) {
 	}
 }
 
+// The end of an alias' target that the question has as well is a pointer.
+func TestTheTargetOfAnAliasIsCompressed(t *testing.T) {
+	table := mesh(t)
+	for name, target := range map[string]int{
+		"pay.bank.svc.cluster.local.shop.svc.cluster.local.": len("\x03pay\x04bank") + 2,
+		"pay.bank.shop.svc.cluster.local.":                   len("\x03pay\x04bank") + 1,
+	} {
+		q, err := parse(pack(t, question(name, dns.TypeA)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := headerSize + len(q.question) + recordSize + target + recordSize + 4
+		if got := len(table.answer(&q)); got != want {
+			t.Errorf("%s: %d bytes, want %d", name, got, want)
+		}
+	}
+}
+
 // many returns an external host with n addresses of each family.
 func many(name string, n int) Host {
 	host := Host{Name: name}

@@ -203,3 +203,12 @@ func TestAStreamWhoseServerIsAwayFailsInBothDirections(t *testing.T) {
 		t.Error("Send returned no error")
 	}
 }
+
+func TestTheTextOfAStatusIsBounded(t *testing.T) {
+	client := serve(t, true, func(w http.ResponseWriter, _ *http.Request) { reply(w, "", "13", strings.Repeat("x", 10*maxText)) })
+	_, err := client.Call(t.Context(), "/s/m", nil)
+	var status *Error
+	if !errors.As(err, &status) || len(status.Text) != maxText {
+		t.Errorf("error %.100v with %d bytes, want %d", err, len(status.Text), maxText)
+	}
+}

@@ -193,7 +193,7 @@ func (x *exchange) send() {
 		x.sentAt = x.record.Opened
 	} else {
 		x.sentAt = time.Now() // after a dial
-		if !s.target.Balanced {
+		if !s.target().Balanced {
 			x.request.stopRetaining() // see mayRepeat
 		}
 	}
@@ -478,7 +478,7 @@ func (x *exchange) mayRepeat() bool {
 	if x.repeated || s.bound || x.response.held() > 0 || !x.request.retain {
 		return false
 	}
-	if !s.used && (!s.target.Balanced || x.last() || time.Since(x.sentAt) > takeover) {
+	if !s.used && (!s.target().Balanced || x.last() || time.Since(x.sentAt) > takeover) {
 		return false
 	}
 	return idempotent(x.http.Method) || x.request.untouched()

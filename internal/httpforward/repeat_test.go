@@ -10,7 +10,7 @@ import (
 
 // The table changes one thing at a time of an exchange whose request may be sent again.
 func TestWhichRequestsAreSentAgain(t *testing.T) {
-	reused := func(s *session, x *exchange) { s.used, s.target.Balanced = true, false }
+	reused := func(s *session, x *exchange) { s.used, s.Target.Balanced = true, false }
 	fresh := func(*session, *exchange) {}
 	for _, c := range []struct {
 		name   string
@@ -20,7 +20,7 @@ func TestWhichRequestsAreSentAgain(t *testing.T) {
 	}{
 		{"on a reused connection", reused, fresh, true},
 		{"on a new connection to a balanced target", fresh, fresh, true},
-		{"on a new connection to another target", fresh, func(s *session, _ *exchange) { s.target.Balanced = false }, false},
+		{"on a new connection to another target", fresh, func(s *session, _ *exchange) { s.Target.Balanced = false }, false},
 		{"with a server that had it for a while", fresh, func(_ *session, x *exchange) { x.sentAt = time.Now().Add(-2 * takeover) }, false},
 		{"with a server that had it for a while, on a reused connection", reused, func(_ *session, x *exchange) { x.sentAt = time.Now().Add(-2 * takeover) }, true},
 		{"after a half-close", fresh, func(s *session, _ *exchange) { s.ended = true }, false},
@@ -39,7 +39,7 @@ func TestWhichRequestsAreSentAgain(t *testing.T) {
 			x.response.in.Append([]byte("H"))
 		}, false},
 	} {
-		s := &session{target: upstream.Target{Balanced: true}}
+		s := &session{Connection: &Connection{Target: upstream.Target{Balanced: true}}}
 		x := &exchange{s: s}
 		x.http.Method, x.request.head, x.request.retain, x.sentAt = []byte("GET"), []byte("head"), true, time.Now()
 		c.on(s, x)
@@ -59,12 +59,12 @@ func TestADownstreamConnectionOutlivesItsUpstreamConnection(t *testing.T) {
 		s    session
 		want bool
 	}{
-		{"inbound, while the workload listens", session{target: upstream.Target{Address: open.address}}, true},
-		{"inbound, when the workload listens no more", session{target: upstream.Target{Address: closed.address}}, false},
-		{"inbound, authenticated", session{bound: true, target: upstream.Target{Address: open.address}}, false},
-		{"outbound, while a request may be on its way", session{lastUse: now.Add(time.Hour), target: upstream.Target{Balanced: true}}, true},
-		{"outbound, authenticated", session{bound: true, lastUse: now.Add(time.Hour), target: upstream.Target{Balanced: true}}, false},
-		{"outbound, later", session{lastUse: now.Add(-inFlight), target: upstream.Target{Balanced: true, Address: open.address}}, false},
+		{"inbound, while the workload listens", session{Connection: &Connection{Target: upstream.Target{Address: open.address}}}, true},
+		{"inbound, when the workload listens no more", session{Connection: &Connection{Target: upstream.Target{Address: closed.address}}}, false},
+		{"inbound, authenticated", session{bound: true, Connection: &Connection{Target: upstream.Target{Address: open.address}}}, false},
+		{"outbound, while a request may be on its way", session{lastUse: now.Add(time.Hour), Connection: &Connection{Target: upstream.Target{Balanced: true}}}, true},
+		{"outbound, authenticated", session{bound: true, lastUse: now.Add(time.Hour), Connection: &Connection{Target: upstream.Target{Balanced: true}}}, false},
+		{"outbound, later", session{lastUse: now.Add(-inFlight), Connection: &Connection{Target: upstream.Target{Balanced: true, Address: open.address}}}, false},
 	} {
 		if got := c.s.outlives(); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
@@ -80,15 +80,15 @@ func TestAnOrphanedDownstreamConnectionIsCheckedAgain(t *testing.T) {
 		from, to time.Time
 	}{
 		{"with an upstream connection", session{idleEnd: later}, later, later},
-		{"inbound", session{orphaned: true, idleEnd: later}, time.Now().Add(listenCheck), time.Now().Add(listenCheck + time.Minute)},
-		{"inbound, when the idle time ends earlier", session{orphaned: true, idleEnd: soon}, soon, soon},
-		{"outbound", session{orphaned: true, idleEnd: later, lastUse: soon, target: upstream.Target{Balanced: true}}, soon.Add(inFlight), soon.Add(inFlight)},
+		{"inbound", session{orphaned: true, idleEnd: later, Connection: &Connection{}}, time.Now().Add(listenCheck), time.Now().Add(listenCheck + time.Minute)},
+		{"inbound, when the idle time ends earlier", session{orphaned: true, idleEnd: soon, Connection: &Connection{}}, soon, soon},
+		{"outbound", session{orphaned: true, idleEnd: later, lastUse: soon, Connection: &Connection{Target: upstream.Target{Balanced: true}}}, soon.Add(inFlight), soon.Add(inFlight)},
 	} {
 		if got := c.s.nextCheck(); got.Before(c.from) || got.After(c.to) {
 			t.Errorf("%s: %v, want %v to %v", c.name, got, c.from, c.to)
 		}
 	}
-	over := session{orphaned: true, idleEnd: time.Now(), lastUse: later, target: upstream.Target{Balanced: true}}
+	over := session{orphaned: true, idleEnd: time.Now(), lastUse: later, Connection: &Connection{Target: upstream.Target{Balanced: true}}}
 	if over.outlastsWait(tcp.ErrDeadline) {
 		t.Error("a connection outlasts its idle time")
 	}

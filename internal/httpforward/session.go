@@ -21,15 +21,39 @@ type session struct {
 	w      *tcp.Waiter
 	*Connection
 
-	up      *tcp.Conn       // kept between requests; nil if there is no connection
-	target  upstream.Target // of up
-	lastUse time.Time       // of up; zero before its first response
-	idleEnd time.Time       // when a downstream without a request is closed; zero: never, or not waiting for one yet
+	up      *tcp.Conn        // kept between requests; nil if there is no connection
+	other   *upstream.Target // of up, if elsewhere; the memory is kept
+	lastUse time.Time        // of up; zero before its first response
+	idleEnd time.Time        // when a downstream without a request is closed; zero: never, or not waiting for one yet
 
 	used     bool // the server may close up at any time: it has served a request or has been idle
 	bound    bool // up is authenticated for this downstream (NTLM, Negotiate) and must not serve others
 	orphaned bool // the server has closed up, and downstream has stayed open
 	ended    bool // downstream has half-closed
+
+	connected bool // there was an upstream connection, or an attempt
+	elsewhere bool // a router has sent the last request to another target than Connection.Target
+}
+
+// target returns the target of up, or if there is none, of the last one.
+func (s *session) target() *upstream.Target {
+	if s.elsewhere {
+		return s.other
+	}
+	return &s.Target
+}
+
+// setTarget sets the target of up. A target that a router chose is kept in memory of its own, because few sessions have
+// one.
+func (s *session) setTarget(target *upstream.Target) {
+	s.connected, s.elsewhere = true, *target != s.Target
+	if !s.elsewhere {
+		return
+	}
+	if s.other == nil {
+		s.other = new(upstream.Target)
+	}
+	*s.other = *target
 }
 
 // ending is how a connection continues after a request.
@@ -48,11 +72,7 @@ const (
 //
 //go:noinline
 func newSession(e *Engine, w *tcp.Waiter, c *Connection) *session {
-	s := &session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil}
-	if s.up != nil {
-		s.target = c.Target
-	}
-	return s
+	return &session{engine: e, w: w, Connection: c, up: c.Early, used: c.Early != nil, connected: c.Early != nil}
 }
 
 // serveHTTP1 serves the HTTP/1 requests of a connection until it ends.
@@ -136,7 +156,7 @@ func (s *session) nextCheck() time.Time {
 		return s.idleEnd
 	}
 	check := time.Now().Add(listenCheck)
-	if s.target.Balanced {
+	if s.target().Balanced {
 		check = s.lastUse.Add(inFlight)
 	}
 	if !s.idleEnd.IsZero() && s.idleEnd.Before(check) {
@@ -170,19 +190,19 @@ func (s *session) outlives() bool {
 	switch {
 	case s.bound:
 		return false
-	case s.target.Balanced:
+	case s.target().Balanced:
 		return time.Since(s.lastUse) < inFlight
 	}
-	return tcp.Listens(s.target.Address)
+	return tcp.Listens(s.target().Address)
 }
 
 // outlivesReply reports whether downstream stays open after a reply in place of upstream. The reply drops the upstream
 // connection. The client of a balanced target has read the end of it with the reply, and opens a new connection.
 func (s *session) outlivesReply() bool {
-	if s.up == nil && s.target == (upstream.Target{}) {
+	if s.up == nil && !s.connected {
 		return true // there was no upstream connection yet
 	}
-	s.orphaned = !s.target.Balanced && s.outlives()
+	s.orphaned = !s.target().Balanced && s.outlives()
 	return s.orphaned
 }
 
@@ -234,10 +254,10 @@ func (s *session) end(how ending) {
 // giveUpstream returns upstream to the pool under the target it is connected to. A connection that is authenticated for
 // this downstream, that has not served a request, or whose target is balanced, is closed instead.
 func (s *session) giveUpstream() {
-	if s.bound || s.lastUse.IsZero() || s.target.Balanced {
+	if s.bound || s.lastUse.IsZero() || s.target().Balanced {
 		s.up.Close()
 	} else {
-		s.engine.config.Pool.Give(s.target, s.up)
+		s.engine.config.Pool.Give(*s.target(), s.up)
 	}
 	s.up = nil
 }
@@ -246,7 +266,7 @@ func (s *session) giveUpstream() {
 // because the next connection is not authenticated. It must run before appendRequestHead reads the request's own
 // authentication fields.
 func (s *session) turnTo(target *upstream.Target) {
-	if s.up != nil && s.target != *target {
+	if s.up != nil && *s.target() != *target {
 		s.giveUpstream()
 		s.bound = false
 	}
@@ -283,7 +303,7 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.
 	}
 	if s.up != nil {
 		s.used, s.lastUse = true, now
-		s.target = *wanted
+		s.setTarget(wanted)
 		return 1, nil
 	}
 	return s.dial(wanted, settings)
@@ -291,8 +311,8 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.
 
 // dial opens a new upstream connection.
 func (s *session) dial(wanted *upstream.Target, settings *Settings) (attempts int, err error) {
-	s.target = *wanted
-	up, attempts, err := s.engine.dialer(s.Connection, settings).Dial(s.w, s.target)
+	s.setTarget(wanted)
+	up, attempts, err := s.engine.dialer(s.Connection, settings).Dial(s.w, *s.target())
 	if err != nil {
 		return attempts, err
 	}

@@ -80,8 +80,8 @@ func (k *Keeper) Status() Status {
 	return k.status
 }
 
-// Anchor sets roots of the mesh. They are trusted at once, besides those of the source. A new certificate is fetched,
-// because istiod announces new roots before it signs with them.
+// Anchor sets roots of the mesh. They are trusted at once, besides those of the source. If that changes the roots of an
+// identity, a new certificate is fetched, because istiod announces new roots before it signs with them.
 func (k *Keeper) Anchor(anchors *Roots) {
 	k.mu.Lock()
 	same := k.anchors.Equal(anchors)
@@ -90,7 +90,11 @@ func (k *Keeper) Anchor(anchors *Roots) {
 	if same {
 		return
 	}
+	old := k.Current()
 	k.publish()
+	if old == nil || old.Roots.Equal(k.Current().Roots) {
+		return
+	}
 	select {
 	case k.again <- struct{}{}:
 	default:

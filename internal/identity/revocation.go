@@ -27,7 +27,7 @@ type Revocations struct {
 
 // revocationList is one list. The parsed entries are 100 bytes each, so only their serial numbers are kept.
 type revocationList struct {
-	signed  *x509.RevocationList // without its entries
+	signed  *x509.RevocationList // what Check reads
 	serials map[string]struct{}
 }
 
@@ -68,7 +68,11 @@ func parseList(raw []byte) (revocationList, error) {
 			return revocationList{}, fmt.Errorf("critical extension %v is not supported", extension.Id)
 		}
 	}
-	list := revocationList{parsed, make(map[string]struct{}, len(parsed.RevokedCertificateEntries))}
+	signed := &x509.RevocationList{
+		RawIssuer: parsed.RawIssuer, RawTBSRevocationList: parsed.RawTBSRevocationList, Signature: parsed.Signature,
+		SignatureAlgorithm: parsed.SignatureAlgorithm, ThisUpdate: parsed.ThisUpdate, NextUpdate: parsed.NextUpdate,
+	}
+	list := revocationList{signed, make(map[string]struct{}, len(parsed.RevokedCertificateEntries))}
 	for _, entry := range parsed.RevokedCertificateEntries {
 		for _, extension := range entry.Extensions {
 			if extension.Critical {
@@ -77,7 +81,6 @@ func parseList(raw []byte) (revocationList, error) {
 		}
 		list.serials[string(entry.SerialNumber.Bytes())] = struct{}{}
 	}
-	parsed.RevokedCertificateEntries, parsed.RevokedCertificates = nil, nil //nolint:staticcheck // the parser sets the deprecated field as well
 	return list, nil
 }
 

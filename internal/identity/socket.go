@@ -44,7 +44,7 @@ type Socket struct {
 	Node []byte // encoded envoy.config.core.v3.Node; may be nil
 
 	client  *grpcwire.Client
-	stream  *grpcwire.Stream // nil: none is open
+	stream  *grpcwire.Stream // nil: there is no open stream
 	answer  secretRequest    // to the last response of the stream
 	secrets *secrets         // in force
 	current *Identity        // the last identity; nil before the first

@@ -1,6 +1,12 @@
 package istiod
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -187,6 +193,59 @@ func TestAddressesNeedAHostAndAPort(t *testing.T) {
 	} {
 		if err := CheckAddress(address); (err == nil) != valid {
 			t.Errorf("%s: %v", address, err)
+		}
+	}
+}
+
+// A certificate that was provisioned is presented while it is valid.
+func TestAProvisionedCertificateIsPresentedWhileItIsValid(t *testing.T) {
+	if provisioned("") != nil {
+		t.Error("a certificate without a directory")
+	}
+	for name, lifetime := range map[string]time.Duration{"valid": time.Hour, "expired": -time.Hour, "absent": 0} {
+		directory := t.TempDir()
+		if lifetime != 0 {
+			key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(lifetime)}
+			der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			raw, err := x509.MarshalPKCS8PrivateKey(key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for file, block := range map[string]*pem.Block{"cert-chain.pem": {Type: "CERTIFICATE", Bytes: der}, "key.pem": {Type: "PRIVATE KEY", Bytes: raw}} {
+				if err := os.WriteFile(filepath.Join(directory, file), pem.EncodeToMemory(block), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		certificate, err := provisioned(directory)()
+		if err != nil || (len(certificate.Certificate) > 0) != (name == "valid") {
+			t.Errorf("%s: %d certificates, error %v", name, len(certificate.Certificate), err)
+		}
+	}
+}
+
+func TestMountedRootsCountOnlyWithMountedCertificates(t *testing.T) {
+	for on, want := range map[string]string{"true": "/tls/ca.pem", "false": rootFile, "": rootFile} {
+		directory := t.TempDir()
+		e := &Environment{Directory: directory, Variables: []string{"FILE_MOUNTED_CERTS=" + on, "ISTIO_META_TLS_CLIENT_ROOT_CERT=/tls/ca.pem"}}
+		if got := e.roots(e.variables()); got != want && got != filepath.Join(directory, want) {
+			t.Errorf("FILE_MOUNTED_CERTS=%s: %s, want %s", on, got, want)
+		}
+	}
+}
+
+func TestALifetimeHasASecondOrMore(t *testing.T) {
+	for text, ok := range map[string]bool{"1s": true, "999ms": false} {
+		p, err := ReadPod(t.Context(), DefaultAddress, &Environment{Variables: []string{"SECRET_TTL=" + text}})
+		if (err == nil) != ok || ok && p.Lifetime != time.Second {
+			t.Errorf("%s: error %v", text, err)
 		}
 	}
 }

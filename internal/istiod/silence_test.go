@@ -75,22 +75,16 @@ func stream(t *testing.T, conn net.Conn) *grpcwire.Stream {
 	return stream
 }
 
-// lostAfter waits for the end of the stream and checks that it comes with the second ping that is due.
-func lostAfter(t *testing.T, stream *grpcwire.Stream) {
-	t.Helper()
-	begun := time.Now()
-	_, err := stream.Receive()
-	if took := time.Since(begun); err == nil || !strings.Contains(err.Error(), "connection lost") || took < pingAfter || took > pingAfter+pingTimeout {
-		t.Errorf("error %v after %v, want a lost connection within %v", err, took, pingAfter+pingTimeout)
-	}
-	stream.Close()
-}
-
 func TestAnIstiodThatAcceptsAndIsSilentIsLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ours, theirs := net.Pipe()
 		go io.Copy(io.Discard, theirs)
-		lostAfter(t, stream(t, ours))
+		stream, begun := stream(t, ours), time.Now()
+		_, err := stream.Receive()
+		if took := time.Since(begun); err == nil || !strings.Contains(err.Error(), "connection lost") || took < pingAfter || took > pingAfter+pingTimeout {
+			t.Errorf("error %v after %v, want a lost connection within %v", err, took, pingAfter+pingTimeout)
+		}
+		stream.Close()
 	})
 }
 
@@ -150,5 +144,24 @@ func TestAnIstiodThatAnswersPingsIsWaitedFor(t *testing.T) {
 		default:
 		}
 		stream.Close()
+	})
+}
+
+// A server that accepts and does not begin TLS is given up after the time for a dial.
+func TestAHandshakeWithoutAnAnswerIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := net.Pipe()
+		go io.Copy(io.Discard, theirs)
+		s := &Server{Address: "istiod:15012", ServerName: "istiod", Roots: SystemRoots, Dial: func(context.Context, string, string) (net.Conn, error) { return ours, nil }}
+		connection, err := s.Connect()
+		if err != nil {
+			t.Fatal(err)
+		}
+		begun := time.Now()
+		_, err = connection.Call(t.Context(), "/s/m", nil)
+		if took := time.Since(begun); err == nil || !strings.Contains(err.Error(), "TLS handshake timeout") || took != dialTimeout {
+			t.Errorf("error %v after %v, want one after %v", err, took, dialTimeout)
+		}
+		connection.Close()
 	})
 }

@@ -81,7 +81,7 @@ func (f *families) pushes(c *ControlPlane) {
 		pushes.counts(uint64(t.Accepted+t.Rejected), kind)
 		rejected.counts(uint64(t.Rejected), kind)
 		bytes.counts(uint64(t.Bytes), kind)
-		decoding.sum(t.Decoding.Seconds(), kind)
+		decoding.is(t.Decoding.Seconds(), kind)
 		resources.is(float64(t.Resources), kind)
 		switch t.Name {
 		case "CDS":

@@ -2,24 +2,20 @@ package metrics
 
 import (
 	"cmp"
+	"compress/gzip"
 	"fmt"
 	"io"
 	"net/http"
-	"regexp"
 	"runtime"
 	"runtime/metrics"
 	"slices"
 	"strconv"
-	"sync"
+	"strings"
 	"time"
-
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
-	dto "github.com/prometheus/client_model/go"
-	"github.com/prometheus/common/expfmt"
 
 	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/promtext"
 )
 
 // Path is Envoy's path for Prometheus metrics.
@@ -27,10 +23,6 @@ const Path = "/stats/prometheus"
 
 // maxScrapes is the number of concurrent scrapes. Further ones are answered 503.
 const maxScrapes = 4
-
-var runtimeMetrics = sync.OnceValue(func() *regexp.Regexp {
-	return regexp.MustCompile(`^/(memory/classes/(total|heap/objects|heap/stacks|heap/released):bytes|gc/heap/goal:bytes|cpu/classes/gc/total:cpu-seconds)$`)
-})
 
 // Sources are numbers that other packages keep. They are read at each scrape, on its goroutine; nil sources are omitted.
 type Sources struct {
@@ -65,51 +57,69 @@ type Gate struct {
 // methods 405. Few answers are written at a time, so the server must bound how long a reader may take for one.
 func (m *Metrics) Handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET "+Path, promhttp.HandlerFor(prometheus.GathererFunc(m.Gather), promhttp.HandlerOpts{
-		ErrorHandling:       promhttp.ContinueOnError, // the other families are still correct
-		OfferedCompressions: []promhttp.Compression{promhttp.Identity, promhttp.Gzip},
-		MaxRequestsInFlight: maxScrapes,
-		EnableOpenMetrics:   true,
-	}))
+	slots := make(chan struct{}, maxScrapes)
+	mux.HandleFunc("GET "+Path, func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+			m.serve(w, r)
+		default:
+			http.Error(w, "too many concurrent scrapes", http.StatusServiceUnavailable)
+		}
+	})
 	return mux
+}
+
+func (m *Metrics) serve(w http.ResponseWriter, r *http.Request) {
+	format := promtext.Negotiate(strings.Join(r.Header.Values("Accept"), ","))
+	w.Header().Set("Content-Type", format.ContentType())
+	w.Header().Set("Vary", "Accept, Accept-Encoding")
+	out := io.Writer(w)
+	if promtext.AcceptsGzip(r.Header.Values("Accept-Encoding")) {
+		w.Header().Set("Content-Encoding", "gzip")
+		if r.Method == http.MethodHead {
+			return
+		}
+		zip := gzip.NewWriter(w)
+		defer zip.Close()
+		out = zip
+	}
+	_ = m.Write(out, format == promtext.OpenMetrics) // an error means that the scraper has left or reads too slowly
 }
 
 // Write writes everything, in the text format or in OpenMetrics with its end mark.
 func (m *Metrics) Write(w io.Writer, openMetrics bool) error {
-	format := expfmt.NewFormat(expfmt.TypeTextPlain)
+	format := promtext.Text
 	if openMetrics {
-		format = expfmt.NewFormat(expfmt.TypeOpenMetrics)
+		format = promtext.OpenMetrics
 	}
-	families, err := m.Gather()
-	if len(families) == 0 && err != nil {
-		return err
+	err := promtext.WriteMetrics(w, format, m.Gather())
+	if err == nil {
+		_, err = io.WriteString(w, format.End())
 	}
-	encoder := expfmt.NewEncoder(w, format)
-	for _, family := range families {
-		if err := encoder.Encode(family); err != nil {
-			return fmt.Errorf("writing metrics: %w", err)
-		}
-	}
-	if closer, ok := encoder.(expfmt.Closer); ok {
-		return closer.Close()
+	if err != nil {
+		return fmt.Errorf("writing metrics: %w", err)
 	}
 	return nil
 }
 
-// Gather returns all families, sorted by name. An error comes from client_golang's collectors; what they could gather is
-// returned with it.
-func (m *Metrics) Gather() ([]*dto.MetricFamily, error) {
+// Gather returns all families, sorted by name. A number that the kernel does not supply is omitted.
+func (m *Metrics) Gather() []promtext.MetricFamily {
 	var f families
 	open := m.lookAtOpen()
 	m.istio(&f)
 	m.envoy(&f, open)
 	m.own(&f, open)
 	m.fromSources(&f)
-	f = slices.DeleteFunc(f, func(family *dto.MetricFamily) bool { return len(family.Metric) == 0 })
-	of, err := m.runtime.Gather()
-	f = append(f, of...)
-	slices.SortFunc(f, func(a, b *dto.MetricFamily) int { return cmp.Compare(a.GetName(), b.GetName()) })
-	return f, err
+	f.goRuntime()
+	f.process()
+	f = slices.DeleteFunc(f, func(family *family) bool { return len(family.Metrics) == 0 })
+	slices.SortFunc(f, func(a, b *family) int { return cmp.Compare(a.Name, b.Name) })
+	all := make([]promtext.MetricFamily, len(f))
+	for i, family := range f {
+		all[i] = promtext.MetricFamily(*family)
+	}
+	return all
 }
 
 // lookAtOpen counts open connections, and brings their byte counters up to date.
@@ -130,39 +140,35 @@ func (m *Metrics) lookAtOpen() (open [2][len(protocols)]int) {
 }
 
 // families are those gathered so far.
-type families []*dto.MetricFamily
+type families []*family
 
-func (f *families) counter(name, help string) *family {
-	return f.add(name, help, dto.MetricType_COUNTER)
-}
-func (f *families) gauge(name, help string) *family { return f.add(name, help, dto.MetricType_GAUGE) }
+func (f *families) counter(name, help string) *family { return f.add(name, help, promtext.Counter) }
+func (f *families) gauge(name, help string) *family   { return f.add(name, help, promtext.Gauge) }
 func (f *families) histogram(name, help string) *family {
-	return f.add(name, help, dto.MetricType_HISTOGRAM)
+	return f.add(name, help, promtext.Histogram)
 }
 
-func (f *families) add(name, help string, kind dto.MetricType) *family {
-	family := &family{Name: &name, Help: &help, Type: &kind}
-	*f = append(*f, (*dto.MetricFamily)(family))
+func (f *families) add(name, help string, kind promtext.Type) *family {
+	family := &family{Name: name, Help: help, Type: kind}
+	*f = append(*f, family)
 	return family
 }
 
-// family has one metric for each set of labels. Sets of labels may be shared; they are never modified.
-type family dto.MetricFamily
+// family has one metric for each set of labels.
+type family promtext.MetricFamily
 
-func (f *family) counts(n uint64, labels ...*dto.LabelPair) {
-	f.Metric = append(f.Metric, &dto.Metric{Label: labels, Counter: &dto.Counter{Value: new(float64(n))}})
+// counts adds the value of a counter.
+func (f *family) counts(n uint64, labels ...promtext.Label) { f.is(float64(n), labels...) }
+
+// is adds a value.
+func (f *family) is(value float64, labels ...promtext.Label) {
+	f.Metrics = append(f.Metrics, promtext.Metric{Labels: labels, Value: value})
 }
 
-func (f *family) sum(value float64, labels ...*dto.LabelPair) {
-	f.Metric = append(f.Metric, &dto.Metric{Label: labels, Counter: &dto.Counter{Value: &value}})
-}
-
-func (f *family) is(value float64, labels ...*dto.LabelPair) {
-	f.Metric = append(f.Metric, &dto.Metric{Label: labels, Gauge: &dto.Gauge{Value: &value}})
-}
-
-func (f *family) observed(h *dto.Histogram, labels []*dto.LabelPair) {
-	f.Metric = append(f.Metric, &dto.Metric{Label: labels, Histogram: h})
+// observed adds a histogram.
+func (f *family) observed(h promtext.Metric, labels []promtext.Label) {
+	h.Labels = labels
+	f.Metrics = append(f.Metrics, h)
 }
 
 func (m *Metrics) istio(f *families) {
@@ -182,7 +188,7 @@ func (m *Metrics) istio(f *families) {
 		sets, services := d.requests()
 		for _, s := range sets {
 			h := s.duration.expose(float64(time.Millisecond))
-			total.counts(h.GetSampleCount(), s.labels...)
+			total.counts(h.Count, s.labels...)
 			duration.observed(h, s.labels)
 			received.observed(s.received.expose(1), s.labels)
 			sent.observed(s.sent.expose(1), s.labels)

@@ -2,7 +2,6 @@ package metrics
 
 import (
 	"compress/gzip"
-	"errors"
 	"flag"
 	"io"
 	"net/http"
@@ -14,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	dto "github.com/prometheus/client_model/go"
 
@@ -217,25 +215,6 @@ func TestMetricsWithoutSourceAreOmitted(t *testing.T) {
 			t.Errorf("%s is missing", name)
 		}
 	}
-}
-
-// A failed collector of client_golang must not hide the other families.
-func TestWriteWithoutFailedFamilies(t *testing.T) {
-	m := everything()
-	m.runtime.MustRegister(failing{})
-	var text strings.Builder
-	if err := m.Write(&text, false); err != nil || !strings.Contains(text.String(), "\nistio_build{") {
-		t.Errorf("%v:\n%.300s", err, text.String())
-	}
-}
-
-// failing is a collector without a valid metric.
-type failing struct{}
-
-func (failing) Describe(chan<- *prometheus.Desc) {}
-
-func (failing) Collect(metrics chan<- prometheus.Metric) {
-	metrics <- prometheus.NewInvalidMetric(prometheus.NewDesc("bad", "", nil, nil), errors.New("broken"))
 }
 
 func TestHandler(t *testing.T) {

@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	dto "github.com/prometheus/client_model/go"
+	"github.com/pillion-proxy/pillion/internal/promtext"
 )
 
 // buckets are the upper bounds of Istio's histograms, in milliseconds and in bytes.
@@ -39,17 +39,15 @@ func (h *histogram) observe(value uint64, limits *limits) {
 }
 
 // expose returns the histogram in the unit of buckets. unit is the observed value that corresponds to 1 in buckets.
-func (h *histogram) expose(unit float64) *dto.Histogram {
-	out := &dto.Histogram{Bucket: make([]*dto.Bucket, len(h.counts)), SampleSum: new(float64(h.sum.Load()) / unit)}
-	var n uint64
+func (h *histogram) expose(unit float64) promtext.Metric {
+	out := promtext.Metric{Buckets: make([]promtext.Bucket, len(h.counts)), Sum: float64(h.sum.Load()) / unit}
 	for i := range h.counts {
-		n += h.counts[i].Load()
+		out.Count += h.counts[i].Load()
 		bound := math.Inf(1)
 		if i < len(buckets) {
 			bound = buckets[i]
 		}
-		out.Bucket[i] = &dto.Bucket{CumulativeCount: new(n), UpperBound: &bound}
+		out.Buckets[i] = promtext.Bucket{Bound: bound, Count: out.Count}
 	}
-	out.SampleCount = &n
 	return out
 }

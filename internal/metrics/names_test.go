@@ -16,24 +16,20 @@ func TestNames(t *testing.T) {
 	const golden = "testdata/names.golden"
 	m := everything()
 	m.sources.DNS = new(dns.Stats)
-	families, err := m.Gather()
-	if err != nil {
-		t.Fatal(err)
-	}
 	var got strings.Builder
-	for _, family := range families {
-		if strings.HasPrefix(family.GetName(), "go_") {
+	for _, family := range m.Gather() {
+		if strings.HasPrefix(family.Name, "go_") {
 			continue
 		}
 		var labels []string
-		for _, metric := range family.Metric {
-			for _, l := range metric.Label {
-				if !slices.Contains(labels, l.GetName()) {
-					labels = append(labels, l.GetName())
+		for _, metric := range family.Metrics {
+			for _, l := range metric.Labels {
+				if !slices.Contains(labels, l.Name) {
+					labels = append(labels, l.Name)
 				}
 			}
 		}
-		fmt.Fprintln(&got, strings.TrimSpace(family.GetName()+" "+strings.ToLower(family.GetType().String())+" "+strings.Join(labels, " ")))
+		fmt.Fprintln(&got, strings.TrimSpace(family.Name+" "+string(family.Type)+" "+strings.Join(labels, " ")))
 	}
 	if *update {
 		if err := os.WriteFile(golden, []byte(got.String()), 0o644); err != nil {

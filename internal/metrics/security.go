@@ -3,10 +3,9 @@ package metrics
 import (
 	"slices"
 
-	dto "github.com/prometheus/client_model/go"
-
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
+	"github.com/pillion-proxy/pillion/internal/promtext"
 )
 
 // maxPrincipals bounds the pairs of principals, and of the sets of connections by TLS, of each direction. Peers beyond them
@@ -90,7 +89,7 @@ func (d *direction) policy(s *flow.Security) string {
 }
 
 // secured returns labels with the principals of both ends.
-func (d *direction) secured(labels []*dto.LabelPair, s *flow.Security) []*dto.LabelPair {
+func (d *direction) secured(labels []promtext.Label, s *flow.Security) []promtext.Label {
 	if s == nil || s.Peer == "" && s.Own == "" {
 		return labels[:len(labels):len(labels)]
 	}
@@ -100,11 +99,11 @@ func (d *direction) secured(labels []*dto.LabelPair, s *flow.Security) []*dto.La
 	}
 	labels = slices.Clone(labels)
 	for i, l := range labels {
-		switch l.GetName() {
+		switch l.Name {
 		case "source_principal":
-			labels[i] = label(l.GetName(), orUnknown(source))
+			labels[i] = label(l.Name, orUnknown(source))
 		case "destination_principal":
-			labels[i] = label(l.GetName(), orUnknown(destination))
+			labels[i] = label(l.Name, orUnknown(destination))
 		}
 	}
 	return labels
@@ -117,7 +116,7 @@ func orUnknown(principal string) string {
 	return principal
 }
 
-func (d *direction) newTCPSet(of []*dto.LabelPair, flags string, s *flow.Security) *tcpSet {
+func (d *direction) newTCPSet(of []promtext.Label, flags string, s *flow.Security) *tcpSet {
 	return &tcpSet{flags: flags, service: of, labels: append(d.secured(of, s),
 		label("request_protocol", "tcp"),
 		label("response_flags", orDash(flags)),

@@ -6,11 +6,10 @@ import (
 	"sync"
 	"sync/atomic"
 
-	dto "github.com/prometheus/client_model/go"
-
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
+	"github.com/pillion-proxy/pillion/internal/promtext"
 )
 
 // Limits of the number of series. Options.MaxSeries bounds them all.
@@ -80,7 +79,7 @@ type direction struct {
 
 // service is the destination of requests or connections, with the labels that it gives to all series.
 type service struct {
-	labels           []*dto.LabelPair
+	labels           []promtext.Label
 	grpc             atomic.Bool
 	requestMessages  atomic.Uint64
 	responseMessages atomic.Uint64
@@ -97,7 +96,7 @@ type setKey struct {
 // requestSet holds the counters of requests with the same labels. The number of requests is that of the observed durations.
 type requestSet struct {
 	setKey
-	labels                   []*dto.LabelPair
+	labels                   []promtext.Label
 	duration, received, sent histogram
 }
 
@@ -109,9 +108,9 @@ type end struct {
 
 // tcpSet holds the counters of opaque connections with the same labels.
 type tcpSet struct {
-	labels                         []*dto.LabelPair
+	labels                         []promtext.Label
 	flags                          string
-	service                        []*dto.LabelPair // the first of labels, without principals
+	service                        []promtext.Label // the first of labels, without principals
 	opened, closed, received, sent atomic.Uint64
 }
 
@@ -290,7 +289,7 @@ func kubernetesName(service, namespace, domain string) string {
 }
 
 // serviceLabels returns the labels that all of Istio's metrics have, in Istio's order.
-func (d *direction) serviceLabels(destination, name, namespace string) []*dto.LabelPair {
+func (d *direction) serviceLabels(destination, name, namespace string) []promtext.Label {
 	own := d.pod
 	peer := podinfo.Pod{Namespace: podinfo.Unknown, Workload: podinfo.Unknown, App: podinfo.Unknown, Version: podinfo.Unknown,
 		CanonicalService: podinfo.Unknown, CanonicalRevision: podinfo.Latest, Cluster: podinfo.Unknown}
@@ -300,7 +299,7 @@ func (d *direction) serviceLabels(destination, name, namespace string) []*dto.La
 	} else {
 		namespace = own.Namespace // inbound, the destination is this pod
 	}
-	return []*dto.LabelPair{
+	return []promtext.Label{
 		label("reporter", d.reporter),
 		label("source_workload", from.Workload),
 		label("source_canonical_service", from.CanonicalService),
@@ -324,7 +323,7 @@ func (d *direction) serviceLabels(destination, name, namespace string) []*dto.La
 	}
 }
 
-func label(name, value string) *dto.LabelPair { return &dto.LabelPair{Name: &name, Value: &value} }
+func label(name, value string) promtext.Label { return promtext.Label{Name: name, Value: value} }
 
 func orDash(flags string) string {
 	if flags == "" {

@@ -71,3 +71,16 @@ func Negotiate(accept string) Format {
 	}
 	return Text
 }
+
+// AcceptsGzip reports whether Accept-Encoding fields name gzip, with a weight above 0 or without a weight.
+func AcceptsGzip(fields []string) bool {
+	for coding := range strings.SplitSeq(strings.Join(fields, ","), ",") {
+		name, weight, _ := strings.Cut(coding, ";")
+		if strings.EqualFold(strings.TrimSpace(name), "gzip") {
+			_, q, weighted := strings.Cut(weight, "=")
+			number, err := strconv.ParseFloat(strings.TrimSpace(q), 64)
+			return !weighted || err == nil && number > 0
+		}
+	}
+	return false
+}

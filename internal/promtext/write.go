@@ -14,9 +14,7 @@ func Write(w io.Writer, format Format, families []Family) error {
 	for i := range families {
 		out.family(&families[i])
 	}
-	if format == OpenMetrics {
-		out.WriteString("# EOF\n")
-	}
+	out.WriteString(format.End())
 	return out.Flush()
 }
 

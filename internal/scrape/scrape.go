@@ -98,7 +98,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	format := promtext.Negotiate(strings.Join(r.Header.Values("Accept"), ","))
-	zipped := acceptsGzip(r.Header.Values("Accept-Encoding"))
+	zipped := promtext.AcceptsGzip(r.Header.Values("Accept-Encoding"))
 	w.Header().Set("Content-Type", format.ContentType())
 	w.Header().Set("Vary", "Accept, Accept-Encoding")
 	if zipped {
@@ -133,18 +133,6 @@ func timeoutOf(r *http.Request) time.Duration {
 		timeout = time.Duration(math.Min(seconds, maxTimeout.Seconds()) * float64(time.Second))
 	}
 	return timeout - min(maxMargin, timeout/10)
-}
-
-func acceptsGzip(fields []string) bool {
-	for coding := range strings.SplitSeq(strings.Join(fields, ","), ",") {
-		name, weight, _ := strings.Cut(coding, ";")
-		if strings.EqualFold(strings.TrimSpace(name), "gzip") {
-			_, q, weighted := strings.Cut(weight, "=")
-			number, err := strconv.ParseFloat(strings.TrimSpace(q), 64)
-			return !weighted || err == nil && number > 0
-		}
-	}
-	return false
 }
 
 const droppedSeries = "pillion_scrape_dropped_series"

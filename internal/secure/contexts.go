@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 
 	"github.com/pillion-proxy/pillion/internal/identity"
@@ -22,6 +21,7 @@ type Source interface {
 // Certificates and roots are looked up at each handshake, so a renewal needs no new context.
 type Contexts struct {
 	source Source
+	files  identity.FileSecrets
 
 	mu           sync.Mutex
 	of           *mesh.Snapshot // what generations are of
@@ -172,6 +172,9 @@ func (c *Contexts) certificate(name string) (*tls.Certificate, error) {
 		}
 		return nil, errNoCertificate
 	}
+	if identity.IsFileSecret(name) {
+		return c.files.Certificate(name)
+	}
 	secret, err := c.secret(name)
 	if err != nil {
 		return nil, err
@@ -200,6 +203,10 @@ func (c *Contexts) trust(name string) (Trust, error) {
 		}
 		return Trust{}, errNoRoots
 	}
+	if identity.IsFileSecret(name) {
+		roots, err := c.files.Roots(name)
+		return Trust{Roots: roots}, err
+	}
 	secret, err := c.secret(name)
 	if err != nil {
 		return Trust{}, err
@@ -227,9 +234,6 @@ func parseTrust(secret *mesh.Secret) (t Trust, err error) {
 
 // secret returns a secret of the control plane that is in force and usable.
 func (c *Contexts) secret(name string) (*mesh.Secret, error) {
-	if strings.HasPrefix(name, "file-") {
-		return nil, fmt.Errorf("certificates in files (%s) are not supported yet", name)
-	}
 	var secret *mesh.Secret
 	if s := c.source.Snapshot(); s != nil {
 		secret = s.Secret(name)

@@ -20,13 +20,15 @@ var (
 
 // Waiter blocks one goroutine until one of its connections has an event. Make it with NewWaiter, and Close it after its
 // connections.
+//
+// Each connection has one. 48 bytes are a size of the allocator, and the next is 64.
 type Waiter struct {
-	ctx   context.Context
-	token chan struct{} // holds a token if there is news; see signal
-	news  atomic.Uint32 // the bits below
-	round uint32        // last call of Poller.WakeAll that the owner has seen
-	waits uint8         // in succession that ended at once; see busyWaits
-	turn  *turn         // made by the first Yield
+	canceled <-chan struct{} // closed when the context is cancelled; may be nil
+	token    chan struct{}   // holds a token if there is news; see signal
+	news     atomic.Uint32   // the bits below
+	round    uint16          // low bits of the last call of Poller.WakeAll that the owner has seen
+	waits    uint8           // in succession that ended at once; see busyWaits
+	turn     *turn           // made by the first Yield
 
 	// The timer is made by the first wait with a deadline, and goes on after a wait that was not brief: most waits of a
 	// connection have a later deadline than the one before. If it expires too early, the wait continues.
@@ -44,7 +46,7 @@ const (
 // NewWaiter returns a Waiter whose waits fail once ctx is cancelled. Cancelling ctx does not wake waits in progress: the
 // caller must call Poller.WakeAll afterwards. One WakeAll is cheaper than one context.AfterFunc for each connection.
 func NewWaiter(ctx context.Context) *Waiter {
-	return &Waiter{ctx: ctx, token: make(chan struct{}, 1)}
+	return &Waiter{canceled: ctx.Done(), token: make(chan struct{}, 1)}
 }
 
 // Close releases the waiter. It must not be used afterwards. Without Close, its memory may be kept until the last deadline.
@@ -58,7 +60,14 @@ func (w *Waiter) Close() {
 }
 
 // Canceled reports whether the context has been cancelled, for loops that do not reach Wait because they always have work.
-func (w *Waiter) Canceled() bool { return w.ctx.Err() != nil }
+func (w *Waiter) Canceled() bool {
+	select {
+	case <-w.canceled:
+		return true
+	default:
+		return false
+	}
+}
 
 // Interrupt ends the wait in progress, or else the next one, with ErrInterrupted. It may be called from any goroutine.
 func (w *Waiter) Interrupt() {
@@ -172,7 +181,7 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 	}
 	// The connection is in the table now, so a later WakeAll finds it there. The counter shows a WakeAll that has passed
 	// the table before.
-	if round := c.poller.rounds.Load(); round != w.round {
+	if round := uint16(c.poller.rounds.Load()); round != w.round {
 		w.round = round
 		missed = true
 	}

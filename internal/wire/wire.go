@@ -50,7 +50,7 @@ type Message struct {
 
 	rest  []byte
 	bytes []byte // value of a length-delimited field
-	bits  uint64 // value of a varint or fixed-size field
+	bits  uint64 // value of a varint or of a field of 64 bits
 	err   *error
 	depth int32
 	typ   protowire.Type
@@ -75,9 +75,7 @@ func (m *Message) Next() bool {
 	case protowire.VarintType:
 		m.bits, n = protowire.ConsumeVarint(m.rest)
 	case protowire.Fixed32Type:
-		var bits uint32
-		bits, n = protowire.ConsumeFixed32(m.rest)
-		m.bits = uint64(bits)
+		_, n = protowire.ConsumeFixed32(m.rest) // no method reads such a field
 	case protowire.Fixed64Type:
 		m.bits, n = protowire.ConsumeFixed64(m.rest)
 	case protowire.BytesType:

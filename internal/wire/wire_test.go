@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"math"
+	"slices"
 	"strings"
 	"testing"
 
@@ -289,5 +290,86 @@ func TestReadingDoesNotAllocate(t *testing.T) {
 	fields := 0
 	if allocations := testing.AllocsPerRun(100, func() { fields = walk(Read(b, &err)) }); allocations > 0 || fields < 5 {
 		t.Errorf("%v allocations for %d fields", allocations, fields)
+	}
+}
+
+// Each method accepts the wire type of its own kind only, and names the field.
+func TestValuesOfAnotherWireTypeAreErrors(t *testing.T) {
+	fields := map[protowire.Type][]byte{
+		protowire.VarintType:  AppendVarint(nil, 7, 1),
+		protowire.BytesType:   AppendBytes(nil, 7, nil),
+		protowire.Fixed64Type: AppendDouble(nil, 7, 1),
+		protowire.Fixed32Type: protowire.AppendFixed32(protowire.AppendTag(nil, 7, protowire.Fixed32Type), 1),
+	}
+	for name, method := range map[string]struct {
+		typ  protowire.Type
+		read func(*Message)
+	}{
+		"Bytes":   {protowire.BytesType, func(m *Message) { m.Bytes() }},
+		"String":  {protowire.BytesType, func(m *Message) { _ = m.String() }},
+		"Message": {protowire.BytesType, func(m *Message) { m.Message() }},
+		"Uint64":  {protowire.VarintType, func(m *Message) { m.Uint64() }},
+		"Bool":    {protowire.VarintType, func(m *Message) { m.Bool() }},
+		"Double":  {protowire.Fixed64Type, func(m *Message) { m.Double() }},
+	} {
+		for typ, field := range fields {
+			var err error
+			m := Read(field, &err)
+			if !m.Next() {
+				t.Fatal(err)
+			}
+			method.read(&m)
+			if want := typ != method.typ; errors.Is(err, ErrWireType) != want || want && !strings.HasPrefix(err.Error(), "field 7: ") {
+				t.Errorf("%s of wire type %d: error %v", name, typ, err)
+			}
+			if err != nil && m.Next() {
+				t.Errorf("%s of wire type %d: reading goes on after the error", name, typ)
+			}
+		}
+	}
+}
+
+// A field that is not read does not hide the next one, whatever its kind.
+func TestFieldsThatAreNotReadAreSkipped(t *testing.T) {
+	for _, field := range [][]byte{
+		AppendVarint(nil, 7, 1<<40), AppendString(nil, 7, "text"), AppendDouble(nil, 7, 1),
+		protowire.AppendFixed32(protowire.AppendTag(nil, 7, protowire.Fixed32Type), 0x08080808),
+	} {
+		var err error
+		var numbers []int
+		text := ""
+		for m := Read(AppendString(slices.Clone(field), 1, "next"), &err); m.Next(); {
+			if numbers = append(numbers, m.Number); m.Number == 1 {
+				text = m.String()
+			}
+		}
+		if err != nil || !slices.Equal(numbers, []int{7, 1}) || text != "next" {
+			t.Errorf("% x: fields %v, text %q, error %v", field, numbers, text, err)
+		}
+	}
+}
+
+// A tag that cannot be read is not named by the number of the field before it.
+func TestAMalformedTagHasNoNumber(t *testing.T) {
+	var err error
+	m := Read(append(AppendVarint(nil, 7, 1), 0), &err)
+	for m.Next() {
+	}
+	if !errors.Is(err, ErrTag) || !strings.HasPrefix(err.Error(), "field 0: ") {
+		t.Errorf("error %v", err)
+	}
+}
+
+// A message may be nested in MaxDepth-1 others.
+func TestTheDeepestMessageIsRead(t *testing.T) {
+	for depth, want := range map[int]error{MaxDepth - 1: nil, MaxDepth: ErrDepth} {
+		var err error
+		m := Read(nil, &err)
+		for range depth {
+			m = m.Nested(nil)
+		}
+		if !errors.Is(err, want) || m.Depth() != depth {
+			t.Errorf("depth %d: error %v, want %v", m.Depth(), err, want)
+		}
 	}
 }

@@ -487,3 +487,43 @@ func TestASilentControlPlaneIsNotConnected(t *testing.T) {
 		<-stream.closed
 	})
 }
+
+func TestTheMethodIsThatOfTheProtocol(t *testing.T) {
+	const service = "/envoy.service.discovery.v3.AggregatedDiscoveryService/"
+	if delta, world := Method(true), Method(false); delta != service+"DeltaAggregatedResources" || world != service+"StreamAggregatedResources" {
+		t.Errorf("%s, %s", delta, world)
+	}
+}
+
+// The control plane identifies itself in responses, and is shown by its last identifier.
+func TestTheControlPlaneIsShownByItsIdentifier(t *testing.T) {
+	identified := func(number int, name string) []byte {
+		b := wire.AppendString(wire.AppendString(nil, 4, Clusters.URL()), 5, "n")
+		if name == "" {
+			return b
+		}
+		return wire.AppendBytes(b, number, wire.AppendString(nil, 1, name))
+	}
+	for delta, number := range map[bool]int{true: 7, false: 6} {
+		for name, want := range map[string]string{"istiod-1": "istiod-1", "": "", strings.Repeat("n", maxServer+1): strings.Repeat("n", maxServer)} {
+			if r, err := decode(identified(number, name), delta); err != nil || r.server != want {
+				t.Errorf("delta %v, %.10s: server %.10s, error %v", delta, name, r.server, err)
+			}
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		client, streams, cancel, _ := start(t, &handler{})
+		defer cancel()
+		stream := newMemory()
+		streams <- stream
+		<-stream.sent
+		for _, name := range []string{"istiod-1", ""} {
+			stream.served <- identified(7, name)
+			<-stream.sent
+		}
+		synctest.Wait()
+		if server := client.Status().Server; server != "istiod-1" {
+			t.Errorf("server %q", server)
+		}
+	})
+}

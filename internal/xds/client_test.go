@@ -190,8 +190,15 @@ func TestAClientSubscribesAnswersAndResumes(t *testing.T) {
 		if got := h.updates[len(h.updates)-1]; !slices.Equal(got.Removed, []string{"a"}) {
 			t.Errorf("removed %q, want a", got.Removed)
 		}
+		synctest.Wait()
+		if status := client.Status(); status.Streams != 2 {
+			t.Errorf("%d streams, want 2", status.Streams)
+		}
 		cancel()
 		<-second.closed
+		if n := strings.Count(log.String(), "control plane connected"); n != 2 {
+			t.Errorf("the connection is logged %d times, want 2", n)
+		}
 		if !strings.Contains(log.String(), "configuration rejected") || !strings.Contains(log.String(), errLost.Error()) {
 			t.Errorf("log:\n%s", log)
 		}
@@ -275,10 +282,15 @@ func TestTheClientBacksOff(t *testing.T) {
 	})
 }
 
-// The status of the server is the reason of a stream that fails while the client sends.
+// The status of the server is the reason of a stream that fails while the client sends. Without one it is that of sending.
 func TestTheServersStatusIsTheReason(t *testing.T) {
+	for status, want := range map[error]error{errDenied: errDenied, io.EOF: io.ErrClosedPipe, nil: io.ErrClosedPipe} {
+		if err := reason(refusing{status}, io.ErrClosedPipe); !errors.Is(err, want) {
+			t.Errorf("status %v: error %v, want %v", status, err, want)
+		}
+	}
 	synctest.Test(t, func(t *testing.T) {
-		denied := errors.New("PERMISSION_DENIED: wrong namespace")
+		denied := errDenied
 		client := New(Config{Delta: true, Handler: &handler{}, Log: slog.New(slog.DiscardHandler),
 			Connect: func(context.Context) (Stream, error) { return refusing{denied}, nil }})
 		ctx, cancel := context.WithCancel(t.Context())
@@ -290,6 +302,8 @@ func TestTheServersStatusIsTheReason(t *testing.T) {
 		cancel()
 	})
 }
+
+var errDenied = errors.New("PERMISSION_DENIED: wrong namespace")
 
 type refusing struct{ err error }
 

@@ -3,6 +3,7 @@ package istiod
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -18,6 +19,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/miekg/dns"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	prometheus "github.com/prometheus/common/model"
@@ -75,13 +77,14 @@ func newPod(t *testing.T) *pod {
 	return d
 }
 
-// keptDirectory returns an empty directory of the agent's.
+// keptDirectory returns an empty directory of the agent's. It is in memory, or the agent would not keep its key.
 func keptDirectory(t *testing.T) string {
 	t.Helper()
-	kept, err := os.MkdirTemp(directory, "kept")
+	kept, err := os.MkdirTemp("/dev/shm", "pillion-kept-")
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { os.RemoveAll(kept) })
 	if err := os.Chown(kept, agentUID, agentUID); err != nil {
 		t.Fatal(err)
 	}
@@ -374,3 +377,47 @@ spec:
           statPrefix: connections
           tokenBucket: {maxTokens: 1, fillInterval: 1s}
 `
+
+// The agent answers istiod's name table, as the workload asks: over the resolver's port, by short and full names. A restarted
+// agent does so while istiod is away.
+func TestTheAgentResolvesIstiodsHosts(t *testing.T) {
+	d := newPod(t)
+	p := startPlaneIn(t, d, readCase(t, "01-weighted"))
+	variables := []string{"PILLION_DNS_CAPTURE=true", "PILLION_DNS_SERVERS=198.51.100.53", "PILLION_CLUSTER_DOMAIN=cluster.local"}
+	first := d.launch(t, p, variables...)
+	d.awaitReady(t)
+	d.checkNames(t)
+	d.awaitConverged(t, p)
+	end(t, first)
+	p.stop()
+	d.launch(t, p, variables...)
+	d.awaitReady(t)
+	d.checkNames(t)
+}
+
+// checkNames asks for names of the service reviews.
+func (d *pod) checkNames(t *testing.T) {
+	t.Helper()
+	await(t, func() error {
+		hosts, err := d.metric("pillion_dns_mesh_hosts")
+		if err == nil && hosts == 0 {
+			err = errors.New("no hosts")
+		}
+		return err
+	})
+	for _, name := range []string{"reviews.", "reviews.default.", "reviews.default.svc.", "reviews.default.svc.cluster.local.", "Reviews.default."} {
+		for kind, want := range map[uint16]string{dns.TypeA: "198.51.100.200", dns.TypeAAAA: ""} {
+			conn, err := d.Dial("tcp", "127.0.0.1:15053", patience)
+			if err != nil {
+				t.Fatal(err)
+			}
+			client := dns.Client{Net: "tcp", Timeout: patience}
+			answer, _, err := client.ExchangeWithConn(new(dns.Msg).SetQuestion(name, kind), &dns.Conn{Conn: conn})
+			conn.Close()
+			if err != nil || answer.Rcode != dns.RcodeSuccess || !answer.Authoritative || len(answer.Answer) != min(len(want), 1) ||
+				want != "" && !strings.Contains(answer.Answer[0].String(), want) {
+				t.Errorf("%s: %v, error %v", name, answer, err)
+			}
+		}
+	}
+}

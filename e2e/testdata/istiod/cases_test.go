@@ -11,7 +11,6 @@ import (
 	"strings"
 	"testing"
 
-	admin "github.com/envoyproxy/go-control-plane/envoy/admin/v3"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -143,43 +142,30 @@ func parseSecret(t *testing.T, text string) *core.Secret {
 	return &secret
 }
 
-// sameAsDump returns an error if the clusters, listeners and routes that the client holds are not those of istiod's
-// configuration dump for the node. istioctl compares the same.
+// sameAsDump returns an error if the clusters, listeners and routes that the client holds are not those of
+// istiod's configuration dump for the node. istioctl compares the same.
 func (x *proxy) sameAsDump(p *plane) error {
 	var dump struct{ Configs []json.RawMessage }
-	if err := p.debug("/debug/config_dump?proxyID="+x.node.Pod+"."+x.node.Namespace, &dump); err != nil {
+	if err := p.debug("/debug/config_dump?types=CDS,LDS,RDS&proxyID="+x.node.Pod+"."+x.node.Namespace, &dump); err != nil {
 		return err
 	}
+	want := map[string]map[string]proto.Message{} // by type URL and name
 	for _, text := range dump.Configs {
-		var part anypb.Any
-		if err := protojson.Unmarshal(text, &part); err != nil {
+		var resource anypb.Any
+		if err := protojson.Unmarshal(text, &resource); err != nil {
 			return err
 		}
-		message, err := part.UnmarshalNew()
+		message, err := resource.UnmarshalNew()
 		if err != nil {
 			return err
 		}
-		switch message := message.(type) {
-		case *admin.ClustersConfigDump:
-			var clusters []*anypb.Any
-			for _, c := range message.DynamicActiveClusters {
-				clusters = append(clusters, c.Cluster)
-			}
-			err = x.same(xds.Clusters, clusters)
-		case *admin.ListenersConfigDump:
-			var listeners []*anypb.Any
-			for _, l := range message.DynamicListeners {
-				listeners = append(listeners, l.ActiveState.Listener)
-			}
-			err = x.same(xds.Listeners, listeners)
-		case *admin.RoutesConfigDump:
-			var routes []*anypb.Any
-			for _, r := range message.DynamicRouteConfigs {
-				routes = append(routes, r.RouteConfig)
-			}
-			err = x.same(xds.Routes, routes)
+		if want[resource.TypeUrl] == nil {
+			want[resource.TypeUrl] = map[string]proto.Message{}
 		}
-		if err != nil {
+		want[resource.TypeUrl][message.(interface{ GetName() string }).GetName()] = message
+	}
+	for _, t := range []xds.Type{xds.Clusters, xds.Listeners, xds.Routes} {
+		if err := x.same(t, want[t.URL()]); err != nil {
 			return err
 		}
 	}
@@ -187,15 +173,7 @@ func (x *proxy) sameAsDump(p *plane) error {
 }
 
 // same returns an error if the resources that are held of a type are not the given ones.
-func (x *proxy) same(t xds.Type, resources []*anypb.Any) error {
-	want := map[string]proto.Message{}
-	for _, resource := range resources {
-		message, err := resource.UnmarshalNew()
-		if err != nil {
-			return err
-		}
-		want[message.(interface{ GetName() string }).GetName()] = message
-	}
+func (x *proxy) same(t xds.Type, want map[string]proto.Message) error {
 	if got := x.names(t); !slices.Equal(got, slices.Sorted(maps.Keys(want))) {
 		return fmt.Errorf("%v: the client has %q, istiod's dump %q", t, got, slices.Sorted(maps.Keys(want)))
 	}

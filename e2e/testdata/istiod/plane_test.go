@@ -80,6 +80,25 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// meshConfig is the configuration of the mesh. The cases name its providers.
+const meshConfig = `
+accessLogFile: /dev/stdout
+extensionProviders:
+- name: checker-http
+  envoyExtAuthzHttp:
+    {service: nginx-service.default.svc.cluster.local, port: 80, pathPrefix: /check, includeRequestHeadersInCheck: [x-a], headersToUpstreamOnAllow: [x-b], includeRequestBodyInCheck: {maxRequestBytes: 1000}}
+- name: checker-grpc
+  envoyExtAuthzGrpc: {service: reviews.default.svc.cluster.local, port: 9090, failOpen: true, statusOnError: "503"}
+- name: zipkin
+  zipkin: {service: nginx-service.default.svc.cluster.local, port: 80}
+- name: als
+  envoyHttpAls: {service: reviews.default.svc.cluster.local, port: 9090}
+- name: otel-log
+  envoyOtelAls: {service: reviews.default.svc.cluster.local, port: 9090}
+- name: json
+  envoyFileAccessLog: {path: /dev/stdout, logFormat: {labels: {status: "%RESPONSE_CODE%"}}}
+`
+
 // plane is an istiod that can be restarted. Its address, its CA and its cluster survive that.
 type plane struct {
 	t       *testing.T
@@ -171,8 +190,10 @@ func (p *plane) start() {
 	p.t.Helper()
 	scope := &scope{T: p.t}
 	p.run = &run{scope: scope}
-	settings := mesh.DefaultMeshConfig()
-	settings.AccessLogFile = "/dev/stdout"
+	settings, err := mesh.ApplyMeshConfigDefaults(meshConfig)
+	if err != nil {
+		p.t.Fatal(err)
+	}
 	p.FakeDiscoveryServer = xdstest.NewFakeDiscoveryServer(scope, xdstest.FakeOptions{
 		KubernetesObjectString:     p.cluster,
 		Configs:                    p.configs,

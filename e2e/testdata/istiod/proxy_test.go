@@ -155,6 +155,7 @@ func (x *proxy) synced(p *plane) error {
 type view struct {
 	mu       sync.Mutex
 	held     [xds.Types]map[string][]byte
+	values   [xds.Types]map[string]any
 	findings [xds.Types]map[string][]mesh.Finding
 	wanted   [xds.Types][]string
 	updates  [xds.Types]int // responses
@@ -166,7 +167,7 @@ type view struct {
 func newView() *view {
 	v := &view{reject: func(xds.Type, string) string { return "" }}
 	for t := range v.held {
-		v.held[t], v.findings[t] = map[string][]byte{}, map[string][]mesh.Finding{}
+		v.held[t], v.values[t], v.findings[t] = map[string][]byte{}, map[string]any{}, map[string][]mesh.Finding{}
 	}
 	return v
 }
@@ -184,18 +185,17 @@ func (v *view) Update(u xds.Update) xds.Outcome {
 			outcome.Rejected = append(outcome.Rejected, xds.Rejected{Name: r.Name, Reason: reason})
 			continue
 		}
-		findings, err := decode(u.Type, r.Value)
+		value, findings, err := decode(u.Type, r.Value)
 		if err != nil {
 			v.problems = append(v.problems, fmt.Errorf("%v %s: %w", u.Type, r.Name, err))
 		}
 		if u.Type == xds.ProxyConfigs {
 			v.trust(r.Value)
 		}
-		v.held[u.Type][r.Name], v.findings[u.Type][r.Name] = slices.Clone(r.Value), findings
+		v.held[u.Type][r.Name], v.values[u.Type][r.Name], v.findings[u.Type][r.Name] = slices.Clone(r.Value), value, findings
 	}
 	for _, name := range u.Removed {
-		delete(v.held[u.Type], name)
-		delete(v.findings[u.Type], name)
+		v.drop(u.Type, name)
 	}
 	outcome.Wanted = v.follow(u.Type)
 	return outcome
@@ -212,74 +212,72 @@ func (v *view) trust(b []byte) {
 	v.anchor(roots)
 }
 
-// decode returns the findings of a resource.
-func decode(t xds.Type, b []byte) (findings []mesh.Finding, err error) {
+// decode returns the value and the findings of a resource.
+func decode(t xds.Type, b []byte) (value any, findings []mesh.Finding, err error) {
 	switch t {
 	case xds.Clusters:
-		_, findings, err = mesh.DecodeCluster(b)
+		value, findings, err = mesh.DecodeCluster(b)
 	case xds.Endpoints:
-		_, findings, err = mesh.DecodeAssignment(b)
+		value, findings, err = mesh.DecodeAssignment(b)
 	case xds.Listeners:
-		_, findings, err = mesh.DecodeListener(b)
+		value, findings, err = mesh.DecodeListener(b)
 	case xds.Routes:
-		_, findings, err = mesh.DecodeRoutes(b)
+		value, findings, err = mesh.DecodeRoutes(b)
 	case xds.Secrets:
-		_, findings, err = mesh.DecodeSecret(b)
+		value, findings, err = mesh.DecodeSecret(b)
+	case xds.Extensions:
+		value, findings, err = mesh.DecodeExtension(b)
 	case xds.Names:
-		_, findings, err = mesh.DecodeNames(b)
+		value, findings, err = mesh.DecodeNames(b)
 	case xds.ProxyConfigs:
-		_, findings, err = mesh.DecodeTrustBundle(b)
+		value, findings, err = mesh.DecodeTrustBundle(b)
 	}
-	return findings, err
+	return value, findings, err
 }
 
-// follow returns the names that the resources of a type refer to, by their types.
+// follow returns the names that the resources of a type refer to, by their types. What is not referred to any more is
+// dropped.
 func (v *view) follow(t xds.Type) map[xds.Type][]string {
+	var endpoints, routes, secrets, extensions []string
+	for _, value := range v.values[xds.Clusters] {
+		c := value.(*mesh.Cluster)
+		if c.Discovery == mesh.ByEDS {
+			endpoints = append(endpoints, c.Assignment)
+		}
+		secrets = slices.AppendSeq(secrets, c.SecretNames())
+	}
+	for _, value := range v.values[xds.Listeners] {
+		l := value.(*mesh.Listener)
+		routes = slices.AppendSeq(routes, l.RouteNames())
+		secrets = slices.AppendSeq(secrets, l.SecretNames())
+		extensions = slices.AppendSeq(extensions, l.ExtensionNames())
+	}
 	wanted := map[xds.Type][]string{}
 	switch t {
 	case xds.Clusters:
-		var endpoints, secrets []string
-		for _, b := range v.held[xds.Clusters] {
-			c, _, _ := mesh.DecodeCluster(b)
-			if c.Discovery == mesh.ByEDS {
-				endpoints = append(endpoints, c.Assignment)
-			}
-			for _, transport := range c.Transports {
-				if transport.TLS != nil {
-					secrets = append(secrets, transport.TLS.Certificate, transport.TLS.Roots)
-				}
-			}
-		}
 		wanted[xds.Endpoints], wanted[xds.Listeners] = sorted(endpoints), nil
-		v.wanted[xds.Endpoints] = wanted[xds.Endpoints]
-		if remote := fromIstiod(secrets); len(remote) > 0 {
-			v.problems = append(v.problems, fmt.Errorf("clusters with the secrets %q", remote))
-		}
 	case xds.Listeners:
-		var routes, secrets []string
-		for _, b := range v.held[xds.Listeners] {
-			l, _, _ := mesh.DecodeListener(b)
-			for _, chain := range append(slices.Clone(l.Chains), l.Default) {
-				if chain == nil {
-					continue
-				}
-				if chain.HTTP != nil && chain.HTTP.RouteName != "" {
-					routes = append(routes, chain.HTTP.RouteName)
-				}
-				if chain.TLS != nil {
-					secrets = append(append(secrets, chain.TLS.Certificates...), chain.TLS.Roots)
-				}
-			}
-		}
-		wanted[xds.Routes], wanted[xds.Secrets] = sorted(routes), fromIstiod(secrets)
+		wanted[xds.Routes], wanted[xds.Secrets], wanted[xds.Extensions] = sorted(routes), fromIstiod(secrets), sorted(extensions)
 		wanted[xds.Names], wanted[xds.ProxyConfigs] = nil, nil
-		v.wanted[xds.Routes], v.wanted[xds.Secrets] = wanted[xds.Routes], wanted[xds.Secrets]
 	}
 	for t, names := range wanted {
-		maps.DeleteFunc(v.held[t], func(name string, _ []byte) bool { return !t.Wildcard() && !slices.Contains(names, name) })
-		maps.DeleteFunc(v.findings[t], func(name string, _ []mesh.Finding) bool { return !t.Wildcard() && !slices.Contains(names, name) })
+		if t.Wildcard() {
+			continue
+		}
+		v.wanted[t] = names
+		for name := range v.held[t] {
+			if !slices.Contains(names, name) {
+				v.drop(t, name)
+			}
+		}
 	}
 	return wanted
+}
+
+func (v *view) drop(t xds.Type, name string) {
+	delete(v.held[t], name)
+	delete(v.values[t], name)
+	delete(v.findings[t], name)
 }
 
 func sorted(names []string) []string {

@@ -13,6 +13,7 @@ import (
 	"encoding/pem"
 	"math/big"
 	"net"
+	"net/url"
 	"os"
 	"sync"
 	"time"
@@ -105,6 +106,20 @@ func (a *Authority) Credentials() credentials.TransportCredentials {
 		panic(err)
 	}
 	return credentials.NewServerTLSFromCert(&tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key})
+}
+
+// Issue returns a certificate with a SPIFFE ID and its key, in PEM.
+func (a *Authority) Issue(id *url.URL) (chain, key []byte, err error) {
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	leaf, err := a.sign(&x509.Certificate{URIs: []*url.URL{id}}, private.Public())
+	if err != nil {
+		return nil, nil, err
+	}
+	raw, err := x509.MarshalPKCS8PrivateKey(private)
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: leaf}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: raw}), err
 }
 
 // SetAway makes calls fail as those of an istiod that is starting.

@@ -4,6 +4,7 @@ import (
 	"io"
 	"iter"
 	"log/slog"
+	"net/http"
 	"net/http/httptest"
 	"net/netip"
 	"slices"
@@ -54,15 +55,19 @@ func nameOf(packed *anypb.Any) string {
 }
 
 func dumpOf(p admin.ControlPlane, target string) io.Reader {
+	recorder := httptest.NewRecorder()
+	serve(p, target, recorder)
+	return recorder.Body
+}
+
+func serve(p admin.ControlPlane, target string, w http.ResponseWriter) {
 	handler := admin.NewHandler(admin.Config{
 		Version: "v1.2.3", Started: time.Now(), Flows: flow.NewTable(), Log: slog.New(slog.DiscardHandler), ControlPlane: p,
 		Listeners: func() []admin.Listener { return nil }, Carrying: admin.Carrying{OwnAddresses: func() []netip.Addr { return nil }},
 	})
 	request := httptest.NewRequest("GET", target, nil)
 	request.Host, request.RemoteAddr = "localhost", "127.0.0.1:4711"
-	recorder := httptest.NewRecorder()
-	handler.ServeHTTP(recorder, request)
-	return recorder.Body
+	handler.ServeHTTP(w, request)
 }
 
 // TestADumpHasTheMessagesThatWereSent dumps each recorded push. Envoy's messages read it strictly, and have what istiod
@@ -150,4 +155,54 @@ func dynamicResources(t *testing.T, dump *adminv3.ConfigDump) (all []*anypb.Any)
 		}
 	}
 	return all
+}
+
+// named has the names beforehand.
+type named struct {
+	pushedPlane
+	names []string
+}
+
+func (n named) Resources() iter.Seq[configdump.Resource] {
+	return func(yield func(configdump.Resource) bool) {
+		for i, r := range n.pushedPlane {
+			if !yield(configdump.Resource{TypeURL: r.TypeUrl, Name: n.names[i], Bytes: func() ([]byte, error) { return r.Value, nil }}) {
+				return
+			}
+		}
+	}
+}
+
+// discarding counts what is written.
+type discarding struct {
+	header  http.Header
+	written int64
+}
+
+func (d *discarding) Header() http.Header         { return d.header }
+func (d *discarding) WriteHeader(int)             {}
+func (d *discarding) Write(b []byte) (int, error) { d.written += int64(len(b)); return len(b), nil }
+
+// BenchmarkDump dumps as many bytes as a control plane pushes for a thousand services.
+func BenchmarkDump(b *testing.B) {
+	var push pushedPlane
+	size := 0
+	for size < 5<<20 {
+		pushed(&testing.T{}, func(_ string, resource *anypb.Any) {
+			if size < 5<<20 {
+				push, size = append(push, proto.CloneOf(resource)), size+len(resource.Value)
+			}
+		})
+	}
+	names := make([]string, len(push))
+	for i, r := range push {
+		names[i] = nameOf(r)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		recorder := &discarding{header: http.Header{}}
+		serve(named{push, names}, "/config_dump?include_eds", recorder)
+		b.SetBytes(recorder.written)
+	}
+	b.ReportMetric(float64(len(push)), "resources")
 }

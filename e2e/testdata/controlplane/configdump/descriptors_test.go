@@ -30,8 +30,8 @@ var rootPackages = []protoreflect.FullName{
 	"istio.networking.nds.v1", "istio.envoy.config.filter.http.alpn.v2alpha1", "envoy.tcp.metadataexchange.config", "stats",
 }
 
-// rootMessages are single messages of packages that have many others.
-var rootMessages = []protoreflect.FullName{"istio.mesh.v1alpha1.ProxyConfig"}
+// rootMessages are single messages of packages that have many others, and types with a form of their own in JSON.
+var rootMessages = []protoreflect.FullName{"istio.mesh.v1alpha1.ProxyConfig", "google.protobuf.FieldMask", "google.protobuf.BytesValue"}
 
 // TestTypesOfConfigDumpAreThoseOfGeneratedCode compares the embedded descriptions with those of the generated types.
 func TestTypesOfConfigDumpAreThoseOfGeneratedCode(t *testing.T) {

@@ -3,6 +3,8 @@ package configdump
 // The packages of the types that configdump describes: those that istiod's sources import, and those that EnvoyFilters
 // commonly add.
 import (
+	_ "google.golang.org/protobuf/types/known/fieldmaskpb"
+
 	_ "github.com/cncf/xds/go/udpa/type/v1"
 	_ "github.com/cncf/xds/go/xds/type/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"

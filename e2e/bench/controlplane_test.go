@@ -1,0 +1,191 @@
+package bench
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// controlPrograms are built from the module testdata/controlplane: a control plane that replays pushes, and what decodes
+// them by hand and by generated types.
+type controlPrograms struct{ istiod, decode string }
+
+func buildControlPrograms(t testing.TB) controlPrograms {
+	t.Helper()
+	dir := t.TempDir()
+	built := func(name string) string {
+		path := filepath.Join(dir, name)
+		cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", path, "./"+name)
+		cmd.Dir = "../testdata/controlplane"
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("building testdata/controlplane (make modules fetches what it needs): %v\n%s", err, out)
+		}
+		return path
+	}
+	return controlPrograms{built("istiod"), built("decode")}
+}
+
+// decoded runs decode and returns its figures by name.
+func (c controlPrograms) decoded(t testing.TB, arguments ...string) map[string]float64 {
+	t.Helper()
+	out, err := exec.Command(c.decode, arguments...).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	figures := map[string]float64{}
+	for lines := bufio.NewScanner(bytes.NewReader(out)); lines.Scan(); {
+		name, value, _ := strings.Cut(lines.Text(), "\t")
+		if figures[name], err = strconv.ParseFloat(value, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return figures
+}
+
+// meshPod is a pod with the volumes and variables of Istio's injector, whose control plane is at its loopback interface.
+type meshPod struct {
+	*nettest.Namespace
+	k         *kit
+	programs  controlPrograms
+	directory string // the control plane's
+	kept      string // what the agent keeps
+}
+
+func newMeshPod(t testing.TB, k *kit, programs controlPrograms) *meshPod {
+	t.Helper()
+	kept, err := os.MkdirTemp("/dev/shm", "pillion-bench-kept-") // in memory: the agent keeps its key nowhere else
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(kept) })
+	if err := os.Chown(kept, proxyUser, proxyUser); err != nil {
+		t.Fatal(err)
+	}
+	p := &meshPod{k: k, programs: programs, directory: t.TempDir(), kept: kept}
+	p.Namespace, _ = nettest.PodAndPeer(t)
+	if out, err := exec.Command(programs.istiod, "-directory", p.directory, "-port", "0").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return p
+}
+
+// serve starts the control plane with a push.
+func (p *meshPod) serve(t testing.TB, push string) *nettest.Process {
+	t.Helper()
+	cmd := p.Command(0, 0, p.programs.istiod, "-directory", p.directory, "-push", push)
+	cmd.Stderr = os.Stderr
+	return p.Start(t, cmd)
+}
+
+// agent starts the agent, and returns the time until its readiness port answers and, if ready, until it is ready.
+func (p *meshPod) agent(t testing.TB, ready bool) (took time.Duration, a *proxy) {
+	t.Helper()
+	mounts := "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && echo secret > /run/secrets/tokens/istio-token" +
+		" && cp \"$0\"/root-cert.pem /run/secrets/istio/ && exec setpriv --reuid=" + strconv.Itoa(proxyUser) + " --regid=" + strconv.Itoa(proxyUser) + " --clear-groups \"$@\""
+	cmd := p.Command(0, 0, "env", "POD_NAME=reviews-v1", "POD_NAMESPACE=default", "SERVICE_ACCOUNT=reader", "INSTANCE_IP="+nettest.PodIP4.String(),
+		"ISTIO_META_CLUSTER_ID=Kubernetes", `PROXY_CONFIG={"discoveryAddress":"127.0.0.1:15012"}`,
+		"unshare", "--mount", "--propagation", "private", "sh", "-c", mounts, p.directory, p.k.pillion, "agent", "--control-plane", "auto",
+		"--kept-configuration", p.kept, "--log-level", "warn", "--drain-delay", "0s")
+	cmd.Stderr = os.Stderr
+	begin := time.Now()
+	process := p.Start(t, cmd)
+	if ready {
+		awaitReady(t, p.Namespace, "pillion", process)
+	} else {
+		p.awaitListening(t)
+	}
+	return time.Since(begin), &proxy{pid: process.Cmd.Process.Pid}
+}
+
+func (p *meshPod) awaitListening(t testing.TB) {
+	t.Helper()
+	p.Do(t, func() error {
+		for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			err := askReady()
+			if err == nil || strings.HasPrefix(err.Error(), "unexpected answer") {
+				return nil
+			}
+			if time.Now().After(deadline) {
+				return fmt.Errorf("the agent does not listen: %w", err)
+			}
+		}
+	})
+}
+
+// awaitKept waits until the agent has saved its configuration and its certificate.
+func (p *meshPod) awaitKept(t testing.TB) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		entries, err := os.ReadDir(p.kept)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(entries) >= 2 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the agent has kept %v", entries)
+		}
+	}
+}
+
+// measureControlPlane measures what a control plane costs: the agent's memory with pushes of istiod, beside a program that
+// decodes them by go-control-plane's generated types; the CPU time of decoding; and a restart with what was kept.
+func measureControlPlane(t testing.TB, k *kit, s sizes) []*row {
+	programs := buildControlPrograms(t)
+	start := &row{title: "resident memory with a control plane, at start", unit: "MB", promises: []promise{{atMost: 14}}}
+	sidecar := &row{title: "resident memory after a sidecar's push", unit: "MB", promises: []promise{{atMost: 15}}}
+	thousand := &row{title: "resident memory after 1,000 services", unit: "MB", promises: []promise{{atMost: 20}}}
+	decoding := &row{title: "CPU to decode 1,000 services", unit: "ms", promises: []promise{{0.3, nameGenerated}}}
+	endpoint := &row{title: "one endpoint changed, of a full push", unit: "%", promises: []promise{{atMost: 1}}}
+	restart := &row{title: "restart with what was kept to ready", unit: "ms", promises: []promise{{atMost: 100}}}
+	binary := &row{title: "size of the program", unit: "MB", promises: []promise{{atMost: 15.5}}}
+	for range s.rounds {
+		hand, generated := programs.decoded(t), programs.decoded(t, "-generated")
+		decoding.add(namePillion, hand["thousand CPU ms"])
+		decoding.add(nameGenerated, generated["thousand CPU ms"])
+		endpoint.add(namePillion, hand["one endpoint %"])
+		start.add(nameGenerated, generated["start"])
+		sidecar.add(nameGenerated, generated["sidecar"])
+		thousand.add(nameGenerated, generated["thousand"])
+	}
+	for push, r := range map[string]*row{"": start, "sidecar": sidecar, "thousand": thousand} {
+		inScope(t, func(t testing.TB) {
+			p := newMeshPod(t, k, programs)
+			if push != "" {
+				p.serve(t, push)
+			}
+			_, a := p.agent(t, push != "")
+			time.Sleep(s.pushed)
+			r.add(namePillion, float64(a.resident(t))/1e6)
+		})
+	}
+	inScope(t, func(t testing.TB) {
+		p := newMeshPod(t, k, programs)
+		istiod := p.serve(t, "thousand")
+		inScope(t, func(t testing.TB) { p.agent(t, true); p.awaitKept(t) })
+		istiod.Kill()
+		for range s.rounds {
+			inScope(t, func(t testing.TB) {
+				took, _ := p.agent(t, true)
+				restart.add(namePillion, milliseconds(took))
+			})
+		}
+	})
+	info, err := os.Stat(k.pillion)
+	if err != nil {
+		t.Fatal(err)
+	}
+	binary.add(namePillion, float64(info.Size())/1e6)
+	return []*row{start, sidecar, thousand, decoding, endpoint, restart, binary}
+}
