@@ -96,6 +96,8 @@ type Security struct {
 	Peer   string // SPIFFE ID that was verified of the other side; empty: it has none
 	Own    string // SPIFFE ID that the agent presents; empty: it has none
 	Mutual bool   // both sides have presented certificates
+
+	Version, Cipher string // names of the version of TLS and of its cipher suite, as OpenSSL has them
 }
 
 // Peer returns the identity that TLS verified of the other side; empty: it is not authenticated.

@@ -41,8 +41,7 @@ func (d *direction) securityOf(r *flow.Record) *flow.Security {
 	if r.Security == nil {
 		return nil
 	}
-	key := *r.Security
-	key.Mutual = key.Mutual && d.naming.inbound
+	key := flow.Security{Peer: r.Security.Peer, Own: r.Security.Own, Mutual: r.Security.Mutual && d.naming.inbound}
 	if key == (flow.Security{}) {
 		return nil
 	}
@@ -70,9 +69,12 @@ func (d *direction) securityOf(r *flow.Record) *flow.Security {
 	return nil
 }
 
-// sameSecurity reports whether the labels of a set are those of a record.
+// sameSecurity reports whether the labels of a set are those of another record of the same connection.
 func sameSecurity(of, record *flow.Security) bool {
-	return of == record || of != nil && record != nil && *of == *record
+	if of == nil || record == nil {
+		return of == record
+	}
+	return of.Peer == record.Peer && of.Own == record.Own
 }
 
 // policy returns Istio's connection_security_policy. The source of a connection does not report it.
