@@ -62,6 +62,9 @@ func (s *Snapshot) Outbound(c *ConnInfo) (way Way, refusal string) {
 		j.routes(s.Routes(chain.HTTP), c.Destination)
 	}
 	j.way.HTTP = chain.HTTP
+	if !j.visited && j.missing != "" {
+		j.refuse("the cluster " + j.missing + " is not configured") // it may have required TLS
+	}
 	return j.way, j.refusal
 }
 
@@ -124,6 +127,7 @@ type journey struct {
 	snapshot *Snapshot
 	way      Way
 	visited  bool   // way is that of a cluster
+	missing  string // a cluster that does not exist
 	refusal  string // the first one
 }
 
@@ -170,6 +174,7 @@ func (j *journey) refuse(why string) { j.refusal = cmp.Or(j.refusal, why) }
 func (j *journey) visit(name string) {
 	c := j.snapshot.Cluster(name)
 	if c == nil {
+		j.missing = name
 		return
 	}
 	way, refusal := j.snapshot.to(c)

@@ -199,9 +199,9 @@ func TestTheWayOfAnOutboundConnection(t *testing.T) {
 		way     string
 	}{
 		"no listener":                          {nil, "", plain},
-		"no listener but the catch-all":        {[]any{passthrough}, "", plain},
+		"no listener but the catch-all":        {[]any{passthrough, &Cluster{Name: "PassthroughCluster", Discovery: OriginalDestination}}, "", plain},
 		"no listener and no other traffic":     {[]any{blackHole, &Cluster{Name: "c", Hosts: &Assignment{}}}, "the cluster c has no endpoints", plain},
-		"an unknown cluster":                   {[]any{tcp}, "", plain},
+		"an unknown cluster":                   {[]any{tcp}, "the cluster c is not configured", plain},
 		"a plain cluster":                      {[]any{tcp, cluster(), hosts("")}, "", plain},
 		"a plain cluster without endpoints":    {[]any{tcp, cluster()}, "", plain},
 		"endpoints without a sidecar":          {[]any{tcp, cluster(auto...), hosts("", "")}, "", plain},
