@@ -54,6 +54,8 @@ type piece struct {
 	layout  string   // verbStartTime; empty for the default
 	own     string   // verbOwn
 
+	side flow.Direction // of the verbs of TLS: those of downstream have values inbound, those of upstream outbound
+
 	reserve int // bytes of the line reserved for the pieces that follow
 }
 
@@ -83,6 +85,10 @@ const (
 	verbGRPCNumber
 	verbDirection
 	verbReason
+	verbPeerName
+	verbOwnName
+	verbTLSVersion
+	verbTLSCipher
 	verbOwn // a constant of this process
 )
 
@@ -169,6 +175,14 @@ var operators = func() []operator {
 		{"HOSTNAME", takesNone, piece{does: verbOwn}},
 		{"TRAFFIC_DIRECTION", takesNone, piece{does: verbDirection}},
 		{"PILLION_REASON", takesNone, piece{does: verbReason}},
+	}
+	for side, name := range [...]string{flow.Inbound: "DOWNSTREAM", flow.Outbound: "UPSTREAM"} {
+		side := flow.Direction(side)
+		all = append(all,
+			operator{name + "_PEER_URI_SAN", takesNone, piece{does: verbPeerName, side: side}},
+			operator{name + "_LOCAL_URI_SAN", takesNone, piece{does: verbOwnName, side: side}},
+			operator{name + "_TLS_VERSION", takesNone, piece{does: verbTLSVersion, side: side}},
+			operator{name + "_TLS_CIPHER", takesNone, piece{does: verbTLSCipher, side: side}})
 	}
 	for _, a := range []struct {
 		name string

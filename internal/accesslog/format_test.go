@@ -315,6 +315,28 @@ func TestLongValuesAreCutAndTheLineKeepsItsShape(t *testing.T) {
 	}
 }
 
+// Operators of TLS have values on the side with which the agent speaks TLS.
+func TestOperatorsOfTLS(t *testing.T) {
+	format := mustParse(t, ParseFormat, "%DOWNSTREAM_PEER_URI_SAN% %DOWNSTREAM_LOCAL_URI_SAN% %DOWNSTREAM_TLS_VERSION% %DOWNSTREAM_TLS_CIPHER%"+
+		" | %UPSTREAM_PEER_URI_SAN% %UPSTREAM_LOCAL_URI_SAN% %UPSTREAM_TLS_VERSION% %UPSTREAM_TLS_CIPHER%")
+	security := &flow.Security{Peer: "spiffe://a/peer", Own: "spiffe://a/own", Version: "TLSv1.3", Cipher: "TLS_AES_128_GCM_SHA256"}
+	const all, none = "spiffe://a/peer spiffe://a/own TLSv1.3 TLS_AES_128_GCM_SHA256", "- - - -"
+	for _, c := range []struct {
+		direction flow.Direction
+		security  *flow.Security
+		want      string
+	}{
+		{flow.Inbound, security, all + " | " + none}, {flow.Outbound, security, none + " | " + all}, {flow.Inbound, nil, none + " | " + none},
+		{flow.Inbound, &flow.Security{Version: "TLSv1.2"}, "- - TLSv1.2 - | " + none},
+	} {
+		for _, r := range []*flow.Record{request(c.direction, flow.Completed), connection(c.direction, flow.Opaque, flow.Closed)} {
+			if r.Security = c.security; lineOf(format, r) != c.want {
+				t.Errorf("%v, %+v: %s, want %s", c.direction, c.security, lineOf(format, r), c.want)
+			}
+		}
+	}
+}
+
 func TestEachOperatorIsTested(t *testing.T) {
 	source, err := os.ReadFile("format_test.go")
 	if err != nil {

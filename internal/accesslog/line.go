@@ -156,6 +156,8 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 		return orMissing(p, dst, r.Route)
 	case verbGRPCName, verbGRPCNumber:
 		return appendGRPCStatus(dst, h.GRPCStatus, p.does == verbGRPCName)
+	case verbPeerName, verbOwnName, verbTLSVersion, verbTLSCipher:
+		return orMissing(p, dst, p.ofTLS(r))
 	case verbDirection:
 		if r.Direction == flow.Inbound {
 			return append(dst, "INBOUND"...), true
@@ -207,6 +209,23 @@ func cut(value []byte, max int) []byte {
 }
 
 // orMissing is addText, except that an empty value counts as missing.
+// ofTLS returns a fact about TLS with the side that the operator names; empty if the agent does not speak TLS with it.
+func (p *piece) ofTLS(r *flow.Record) string {
+	s := r.Security
+	if s == nil || r.Direction != p.side {
+		return ""
+	}
+	switch p.does {
+	case verbPeerName:
+		return s.Peer
+	case verbOwnName:
+		return s.Own
+	case verbTLSVersion:
+		return s.Version
+	}
+	return s.Cipher
+}
+
 func orMissing(p *piece, dst []byte, value string) ([]byte, bool) {
 	if value == "" {
 		return dst, false

@@ -69,7 +69,7 @@ type Record struct {
 	TransportFailure    string         // why the dial failed, in Envoy's words; empty: it did not
 	Cluster             string         // where it was sent, by Envoy's name; empty if nowhere. See package envoy
 	Route               string         // the route that chose Cluster: a request's, or all of a connection's requests'
-	Peer                string         // identity that TLS verified of the other side; empty: not authenticated
+	Security            *Security      // of TLS that the agent speaks with the other side; nil: none
 	Received            atomic.Uint64  // bytes from downstream written to upstream; of a request, its body
 	Sent                atomic.Uint64  // bytes written to downstream; of a response, its body
 	Requests            atomic.Uint64  // of a connection: requests that have ended
@@ -89,6 +89,23 @@ type Record struct {
 	Err      error // what went wrong, nil for an ordinary end
 
 	next, previous *Record // of the table
+}
+
+// Security describes the two ends of TLS that the agent speaks. It is never modified.
+type Security struct {
+	Peer   string // SPIFFE ID that was verified of the other side; empty: it has none
+	Own    string // SPIFFE ID that the agent presents; empty: it has none
+	Mutual bool   // both sides have presented certificates
+
+	Version, Cipher string // names of the version of TLS and of its cipher suite, as OpenSSL has them
+}
+
+// Peer returns the identity that TLS verified of the other side; empty: it is not authenticated.
+func (r *Record) Peer() string {
+	if r.Security == nil {
+		return ""
+	}
+	return r.Security.Peer
 }
 
 // Hello is the unencrypted part of a TLS handshake that identifies the server.

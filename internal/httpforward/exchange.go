@@ -97,7 +97,7 @@ func (x *exchange) release() {
 // recordRequest copies the recorded parts of the request head.
 func (x *exchange) recordRequest(b []byte) {
 	h, to := &x.requestHead, &x.http
-	x.record.Cluster, x.record.Route, x.record.Peer = x.s.Record.Cluster, x.s.Record.Route, x.s.Record.Peer
+	x.record.Cluster, x.record.Route, x.record.Security = x.s.Record.Cluster, x.s.Record.Route, x.s.Record.Security
 	x.recordLine(b)
 	x.recordAuthority(b)
 	to.ID = x.copyField(h, b, http1.XRequestID)

@@ -50,7 +50,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.malformed(s, http2.LengthMismatch)
 	case m.lost != nil:
 		m.answered = true
-		s.record.Upstream, s.record.UpstreamLocal, s.record.Peer = m.Target.Address, m.upLocal, m.Record.Peer
+		s.record.Upstream, s.record.UpstreamLocal, s.record.Security = m.Target.Address, m.upLocal, m.Record.Security
 		if !m.upLocal.IsValid() {
 			s.record.Attempts, s.record.TransportFailure = m.attempts, upstream.TransportFailure(m.lostErr)
 		}
@@ -78,7 +78,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 // forwardRequest sends a request upstream, with the added fields.
 func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
 	l, add, peers := &m.toUp, &s.settings.Fields, m.Peers
-	s.record.Upstream, s.record.UpstreamLocal, s.record.Peer = m.Target.Address, m.upLocal, m.Record.Peer
+	s.record.Upstream, s.record.UpstreamLocal, s.record.Security = m.Target.Address, m.upLocal, m.Record.Security
 	s.record.Attempts, m.attempts = max(m.attempts, 1), 1
 	block := l.appendFields(l.beginBlock(), fields)
 	if peers.adds() {

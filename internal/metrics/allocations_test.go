@@ -18,8 +18,12 @@ func TestClosedDoesNotAllocate(t *testing.T) {
 	never := request(flow.Open(flow.Outbound, peer), "a.example", 200)
 	tcp := connection(table, flow.Outbound, flow.TLS)
 	tcp.Reason = flow.DownstreamReset
+	tls, other := request(in, "reviews", 200), request(in, "reviews", 200)
+	tls.Security, other.Security = between(idOfClient), between("spiffe://cluster.local/ns/shop/sa/other")
+	secured := connection(table, flow.Inbound, flow.Opaque)
+	secured.Security, secured.Reason = between(idOfClient), flow.DownstreamReset
 	for name, records := range map[string][]*flow.Record{
-		"the same": {ok}, "in turn": {ok, created, odd, rpc}, "not carried": {never}, "a connection": {tcp},
+		"the same": {ok}, "in turn": {ok, created, odd, rpc}, "not carried": {never}, "a connection": {tcp}, "by TLS": {tls, other}, "a connection by TLS": {secured},
 	} {
 		if n := testing.AllocsPerRun(100, func() {
 			for _, r := range records {

@@ -199,7 +199,7 @@ func (m *Metrics) istio(f *families) {
 				responseMessages.counts(s.responseMessages.Load(), s.labels...)
 			}
 		}
-		for _, s := range d.tcp {
+		for _, s := range d.tcpSets() {
 			if s.opened.Load()+s.closed.Load() > 0 {
 				opened.counts(s.opened.Load(), s.labels...)
 				closed.counts(s.closed.Load(), s.labels...)

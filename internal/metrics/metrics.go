@@ -105,7 +105,7 @@ func (m *Metrics) Opened(r *flow.Record) {
 		place.Set(r, new(lastRequest))
 		return
 	}
-	set := d.end(flow.Closed).tcp
+	set := d.tcpSet(d.end(flow.Closed).tcp, r)
 	set.opened.Add(1)
 	place.Set(r, &carried{tcpSet: set})
 }
@@ -146,13 +146,14 @@ func (d *direction) connection(r *flow.Record) {
 	if r.Reason.ByPolicy() && r.Reason != flow.Loop {
 		return
 	}
+	set := d.tcpSet(end.tcp, r)
 	c, ok := place.Get(r).(*carried)
 	if !ok {
-		end.tcp.opened.Add(1)
-		c = &carried{tcpSet: end.tcp}
+		set.opened.Add(1)
+		c = &carried{tcpSet: set}
 	}
 	c.count(r)
-	end.tcp.closed.Add(1)
+	set.closed.Add(1)
 }
 
 // lastRequest caches the counters of a connection's last request, since most requests resemble the one before. Only the
@@ -170,7 +171,7 @@ type lastRequest struct {
 func (l *lastRequest) like(r *flow.Record) bool {
 	h := r.HTTP
 	return l.set != nil && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.reason && h.Flags == l.flags &&
-		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus]
+		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus] && sameSecurity(l.set.security, r.Security)
 }
 
 func (d *direction) request(r *flow.Record) {

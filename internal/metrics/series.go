@@ -59,6 +59,7 @@ type direction struct {
 	naming             naming
 	ownService         string // name of the service that the pod most likely belongs to
 	budget             budget
+	principals
 
 	ends        map[flow.Reason]*end // one for each of flow.Explanations; immutable after init
 	tcp         []*tcpSet            // each once, in the order of flow.Explanations; immutable after init
@@ -89,6 +90,7 @@ type setKey struct {
 	status     int
 	grpcStatus int
 	flags      string
+	security   *flow.Security // of securityOf
 }
 
 // requestSet holds the counters of requests with the same labels. The number of requests is that of the observed durations.
@@ -107,6 +109,8 @@ type end struct {
 // tcpSet holds the counters of opaque connections with the same labels.
 type tcpSet struct {
 	labels                         []promtext.Label
+	flags                          string
+	service                        []promtext.Label // the first of labels, without principals
 	opened, closed, received, sent atomic.Uint64
 }
 
@@ -124,6 +128,7 @@ func (d *direction) init(direction flow.Direction, pod *podinfo.Pod, o Options) 
 	}
 	d.services = make(map[string]*service)
 	d.sets = make(map[setKey]*requestSet)
+	d.initSecurity()
 	d.unknown = d.newService("", noHost)
 	loop := d.serviceLabels(podinfo.Unknown, envoy.BlackHoleCluster, podinfo.Unknown)
 	d.ends = make(map[flow.Reason]*end)
@@ -135,10 +140,7 @@ func (d *direction) init(direction flow.Direction, pod *podinfo.Pod, o Options) 
 		}
 		set := sets[place]
 		if set == nil {
-			set = &tcpSet{labels: append(of[:len(of):len(of)],
-				label("request_protocol", "tcp"),
-				label("response_flags", orDash(e.Flags)),
-				label("connection_security_policy", d.security))}
+			set = d.newTCPSet(of, e.Flags, nil)
 			sets[place] = set
 			d.tcp = append(d.tcp, set)
 		}
@@ -159,7 +161,7 @@ func (d *direction) end(reason flow.Reason) *end {
 // set, because its host or its combination of labels exceeds a limit.
 func (d *direction) requestSet(r *flow.Record) (set *requestSet, named bool) {
 	of, named := d.service(r)
-	key := setKey{of, r.HTTP.Status, notGRPC, orDash(r.Flags())}
+	key := setKey{of, r.HTTP.Status, notGRPC, orDash(r.Flags()), d.securityOf(r)}
 	if statusClass(key.status) == 0 {
 		key.status = 0
 	}
@@ -194,6 +196,7 @@ func (d *direction) requestSet(r *flow.Record) (set *requestSet, named bool) {
 func (d *direction) fold(key setKey) setKey {
 	class := statusClass(key.status)
 	key.service, key.status, key.flags = d.unknown, class*100, "-"
+	key.security = d.foldedSecurity
 	switch {
 	case key.grpcStatus == notGRPC:
 	case class != 2 || key.grpcStatus != int(envoy.GRPCOK) && key.grpcStatus != noGRPCStatus:
@@ -207,13 +210,13 @@ func (d *direction) newRequestSet(key setKey) *requestSet {
 	if key.grpcStatus == notGRPC {
 		protocol = "http"
 	}
-	shared := key.service.labels
+	shared := d.secured(key.service.labels, key.security)
 	return &requestSet{setKey: key, labels: append(shared[:len(shared):len(shared)],
 		label("request_protocol", protocol),
 		label("response_code", strconv.Itoa(key.status)),
 		label("grpc_response_status", grpcStatuses[key.grpcStatus]),
 		label("response_flags", key.flags),
-		label("connection_security_policy", d.security))}
+		label("connection_security_policy", d.policy(key.security)))}
 }
 
 // nameBuffers has memory for names. On the stack of the goroutine that serves a connection it would double that stack, which

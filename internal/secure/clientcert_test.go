@@ -2,6 +2,7 @@ package secure
 
 import (
 	"crypto/sha256"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
@@ -65,6 +66,24 @@ func TestNamesOfAClientCannotAddParts(t *testing.T) {
 	for _, name := range []string{"a\r\nx: y", "a\x00", "a\x7f"} {
 		if got, err := element(func(c *x509.Certificate) { c.DNSNames = []string{name} }); err == nil {
 			t.Errorf("%q is forwarded as %s", name, got)
+		}
+	}
+}
+
+// Names of versions and suites are those of OpenSSL.
+func TestSessionsNameTheirVersionAndSuite(t *testing.T) {
+	w := newWorld(t)
+	for version, want := range map[uint16]string{
+		tls.VersionTLS12: "TLSv1.2 ECDHE-ECDSA-AES128-GCM-SHA256", tls.VersionTLS13: "TLSv1.3 TLS_", // the suite depends on the processor
+	} {
+		peer := w.peer()
+		peer.MaxVersion = version
+		_, e, err := w.serve(t, w.mutual(), peer, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := e.session.VersionName() + " " + e.session.CipherName(); !strings.HasPrefix(got, want) {
+			t.Errorf("%s, want %s", got, want)
 		}
 	}
 }

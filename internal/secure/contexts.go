@@ -36,7 +36,7 @@ func NewContexts(source Source) *Contexts { return &Contexts{source: source} }
 
 // Names that istiod gives to the workload's own certificate and roots, in the place of a secret.
 const (
-	ownCertificate = "default"
+	OwnCertificate = "default"
 	ownRoots       = "ROOTCA"
 )
 
@@ -166,7 +166,7 @@ func (c *Contexts) choose(names []string, hello *tls.ClientHelloInfo) (*tls.Cert
 
 // certificate returns the current certificate with a name.
 func (c *Contexts) certificate(name string) (*tls.Certificate, error) {
-	if name == ownCertificate {
+	if name == OwnCertificate {
 		if i := c.source.Identity(); i != nil {
 			return &i.Certificate, nil
 		}

@@ -26,6 +26,14 @@ type Session struct {
 	Local *x509.Certificate   // that the server presented; nil in a client's session
 }
 
+// Own returns the SPIFFE ID that a server presented, as SPIFFE is that of its peer.
+func (s *Session) Own() string {
+	if s.Local == nil {
+		return ""
+	}
+	return spiffeID(s.Local)
+}
+
 // Server performs the server's part of a handshake, and leaves TLS between c and its socket. read has bytes of c that were
 // read before; it may be nil, and belongs to c from now on. w is the waiter of c's owner, who is blocked until the handshake
 // has ended or the deadline has passed; a zero deadline is none. An error is an *Error. The caller closes c after it, so

@@ -40,7 +40,7 @@ func (c *Conn) terminate(g *governed) bool {
 	if err != nil {
 		return c.rejectTLS(err)
 	}
-	g.secured, c.Record.Peer = true, session.SPIFFE
+	g.secured, c.Record.Security = true, securityOf(session)
 	if g.chain.HTTP != nil {
 		if g.peers, err = peerFields(g.chain.HTTP, session); err != nil {
 			return c.rejectTLS(err)
@@ -107,9 +107,26 @@ func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Wa
 		if err != nil {
 			return &upstream.HandshakeError{Reason: upstreamReason(err), Err: err}
 		}
-		record.Peer = session.SPIFFE
+		record.Security = c.security(t, session)
 		return nil
 	}
+}
+
+// securityOf describes a session with a client.
+func securityOf(s *secure.Session) *flow.Security {
+	return &flow.Security{
+		Peer: s.SPIFFE, Own: s.Own(), Mutual: s.Peer != nil, Version: s.VersionName(), Cipher: s.CipherName(),
+	}
+}
+
+// security describes TLS with an upstream.
+func (c *Conn) security(t *mesh.UpstreamTLS, session *secure.Session) *flow.Security {
+	s := securityOf(session)
+	s.Mutual = t.Certificate != ""
+	if own := c.role.mesh.Identity(); own != nil && t.Certificate == secure.OwnCertificate {
+		s.Own = own.SPIFFE
+	}
+	return s
 }
 
 func upstreamReason(err error) flow.Reason {

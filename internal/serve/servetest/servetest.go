@@ -89,7 +89,7 @@ type Ended struct {
 func (r *Rig) Closed(record *flow.Record) {
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
-		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer, record.Received.Load(), record.Sent.Load(),
+		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer(), record.Received.Load(), record.Sent.Load(),
 		record.Attempts,
 	}
 }

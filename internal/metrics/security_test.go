@@ -1,0 +1,95 @@
+package metrics
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+const (
+	idOfClient = "spiffe://cluster.local/ns/shop/sa/client"
+	idOfServer = "spiffe://cluster.local/ns/shop/sa/server"
+)
+
+// between describes mutual TLS of this pod with a peer.
+func between(peer string) *flow.Security {
+	return &flow.Security{Peer: peer, Own: idOfServer, Mutual: true}
+}
+
+// Requests and connections by TLS have the principals of both ends. The destination reports the policy, as in Istio.
+func TestTLSGivesPrincipals(t *testing.T) {
+	const unknown = "source_principal=unknown destination_principal=unknown"
+	for _, c := range []struct {
+		direction flow.Direction
+		security  *flow.Security
+		want      string
+	}{
+		{flow.Inbound, between(idOfClient), "source_principal=" + idOfClient + " destination_principal=" + idOfServer + " connection_security_policy=mutual_tls"},
+		{flow.Inbound, &flow.Security{Own: idOfServer}, "source_principal=unknown destination_principal=" + idOfServer + " connection_security_policy=none"},
+		{flow.Inbound, &flow.Security{Mutual: true}, unknown + " connection_security_policy=mutual_tls"},
+		{flow.Inbound, nil, unknown + " connection_security_policy=none"},
+		{flow.Outbound, between(idOfClient), "source_principal=" + idOfServer + " destination_principal=" + idOfClient + " connection_security_policy=unknown"},
+		{flow.Outbound, &flow.Security{}, unknown + " connection_security_policy=unknown"},
+		{flow.Outbound, nil, unknown + " connection_security_policy=unknown"},
+	} {
+		m := New(pod, Options{Version: "v"})
+		table := flow.NewTable(m)
+		r := request(connection(table, c.direction, flow.HTTP11), "a.example", 200)
+		r.Security = c.security
+		m.Closed(r)
+		r.Security = nil // on the same connection
+		m.Closed(r)
+		r.Security = c.security
+		m.Closed(r)
+		tcp := flow.Open(c.direction, peer)
+		tcp.Security = c.security
+		table.List(tcp)
+		table.Carry(tcp, flow.Opaque, flow.Hello{})
+		tcp.Sent.Add(7)
+		tcp.Close(table, flow.Completed, nil)
+		requests := 2.0
+		if c.security == nil || *c.security == (flow.Security{}) {
+			requests = 3
+		}
+		for name, want := range map[string]float64{
+			"istio_requests_total": requests, "istio_tcp_connections_opened_total": 1, "istio_tcp_connections_closed_total": 1, "istio_tcp_sent_bytes_total": 7,
+		} {
+			if got := value(t, m, name, strings.Fields(c.want)...); got != want {
+				t.Errorf("%v, %+v: %s is %v with %s, want %v", c.direction, c.security, name, got, c.want, want)
+			}
+		}
+	}
+}
+
+// However many peers there are, series are bounded, and peers without a place are counted without their principals.
+func TestPrincipalsAreBounded(t *testing.T) {
+	for _, direction := range []flow.Direction{flow.Inbound, flow.Outbound} {
+		m := New(pod, Options{Version: "v"})
+		table := flow.NewTable(m)
+		c := connection(table, direction, flow.HTTP11)
+		series := 0
+		for i := range 1000 {
+			r := request(c, "a.example", 200+i%300)
+			r.Security = between(fmt.Sprintf("spiffe://cluster.local/ns/shop/sa/%d", i))
+			m.Closed(r)
+			tcp := flow.Open(direction, peer)
+			tcp.Security = r.Security
+			tcp.Close(m, flow.Explanations[i%len(flow.Explanations)].Reason, nil)
+			if i == 499 {
+				series = strings.Count(text(t, m), "\n")
+			}
+		}
+		if again := strings.Count(text(t, m), "\n"); again > series+100 || again > 10_000 {
+			t.Errorf("%v: %d lines, and %d of half of the peers", direction, again, series)
+		}
+		if got := value(t, m, "istio_requests_total"); got != 1000 {
+			t.Errorf("%v: %v requests, want 1000", direction, got)
+		}
+		policy := map[flow.Direction]string{flow.Inbound: "mutual_tls", flow.Outbound: "unknown"}[direction]
+		if value(t, m, "istio_requests_total", "source_principal=unknown", "destination_principal=unknown", "connection_security_policy="+policy) == 0 {
+			t.Errorf("%v: no request is counted without principals", direction)
+		}
+	}
+}
