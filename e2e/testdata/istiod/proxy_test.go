@@ -323,13 +323,6 @@ func (v *view) get(t xds.Type, name string) []byte {
 	return v.held[t][name]
 }
 
-// count returns how many responses of a type have come.
-func (v *view) count(t xds.Type) int {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.updates[t]
-}
-
 // rejecting sets which resources are rejected from now on.
 func (v *view) rejecting(reject func(xds.Type, string) string) {
 	v.mu.Lock()
