@@ -567,3 +567,35 @@ func TestAFileMayHaveAsManyBytesAsTheLimit(t *testing.T) {
 		}
 	}
 }
+
+// A rotation that is half done when files are read is waited for, for less than a second.
+func TestFilesAreReadAgainUntilTheyFit(t *testing.T) {
+	for _, complete := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			a := newAuthority(t, "root")
+			first, second := a.identity(t, time.Hour), a.identity(t, time.Hour)
+			directory, other := t.TempDir(), t.TempDir()
+			store(t, directory, first)
+			store(t, other, second)
+			move := func(name string) {
+				if err := os.Rename(filepath.Join(other, name), filepath.Join(directory, name)); err != nil {
+					t.Error(err)
+				}
+			}
+			move("cert-chain.pem")
+			if complete {
+				time.AfterFunc(3*filePause/2, func() { move("key.pem") })
+			}
+			files := Files{Certificate: filepath.Join(directory, "cert-chain.pem"), Key: filepath.Join(directory, "key.pem"), Roots: filepath.Join(directory, "root-cert.pem")}
+			begun := time.Now()
+			identity, err := files.Fetch(t.Context())
+			took := time.Since(begun)
+			if complete && (err != nil || !identity.Equal(second) || took != 2*filePause) {
+				t.Errorf("error %v after %v", err, took)
+			}
+			if !complete && (err == nil || !strings.Contains(err.Error(), "does not match") || took != (fileTries-1)*filePause) {
+				t.Errorf("error %v after %v", err, took)
+			}
+		})
+	}
+}

@@ -334,6 +334,16 @@ func TestAWorkloadSocketIsUsedIfItAnswers(t *testing.T) {
 			listener.Close()
 		}, "connection refused"},
 		"of a server that does not answer": {func(t *testing.T, path string) { listen(t, path) }, "it does not answer"},
+		"whose first frame is a ping": {func(t *testing.T, path string) {
+			listener := listen(t, path)
+			go func() {
+				if conn, err := listener.Accept(); err == nil {
+					defer conn.Close()
+					io.WriteString(conn, "\x00\x00\x08\x06\x00\x00\x00\x00\x0012345678")
+					io.Copy(io.Discard, conn)
+				}
+			}()
+		}, "does not serve HTTP/2"},
 		"of another protocol": {func(t *testing.T, path string) {
 			listener := listen(t, path)
 			go func() {

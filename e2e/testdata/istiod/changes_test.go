@@ -37,12 +37,7 @@ func readCase(t *testing.T, name string) string {
 // converged waits until the client has what istiod has, besides what condition asks for.
 func (x *proxy) converged(t *testing.T, p *plane, condition func() error) {
 	t.Helper()
-	await(t, func() error {
-		if err := errors.Join(condition(), x.synced(p)); err != nil {
-			return err
-		}
-		return x.sameAsDump(p)
-	})
+	await(t, func() error { return errors.Join(condition(), x.synced(p), x.sameAsDump(p)) })
 }
 
 // has returns a condition: that the client's resource has, or has not, a text in its bytes.

@@ -53,6 +53,10 @@ import (
 // patience is how long a test waits for what must happen.
 const patience = time.Minute
 
+// debounce is how long istiod waits for further changes before a push. It is istiod's default: without it, a push for the
+// first of several removed services forgets the others, and its delta protocol never names their clusters as removed.
+const debounce = 100 * time.Millisecond
+
 const (
 	istiodName  = "istiod.istio-system.svc"
 	clusterID   = "Kubernetes"
@@ -199,6 +203,7 @@ func (p *plane) start() {
 		Configs:                    p.configs,
 		MeshConfig:                 settings,
 		DisableSecretAuthorization: true,
+		DebounceTime:               debounce,
 		KubeClientModifier:         p.reviewTokens,
 	})
 	p.pushRoots()
