@@ -2,6 +2,7 @@ package accesslog
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -332,6 +333,21 @@ func TestOperatorsOfTLS(t *testing.T) {
 		for _, r := range []*flow.Record{request(c.direction, flow.Completed), connection(c.direction, flow.Opaque, flow.Closed)} {
 			if r.Security = c.security; lineOf(format, r) != c.want {
 				t.Errorf("%v, %+v: %s, want %s", c.direction, c.security, lineOf(format, r), c.want)
+			}
+		}
+	}
+}
+
+// Requests inside TLS have the SNI of their connection.
+func TestRequestsHaveTheServerNameOfTheirConnection(t *testing.T) {
+	format := mustParse(t, ParseFormat, "%REQUESTED_SERVER_NAME% %RESPONSE_CODE%")
+	for _, name := range []string{"", "web.example"} {
+		r := request(flow.Inbound, flow.Completed)
+		r.Connection.TLS.ServerName = name
+		want := cmp.Or(name, "-")
+		for range 2 { // the second line has a part of the first
+			if got, _, _ := strings.Cut(lineOf(format, r), " "); got != want {
+				t.Errorf("%s, want %s", got, want)
 			}
 		}
 	}

@@ -151,7 +151,7 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 	case verbAddress:
 		return p.appendAddress(dst, r)
 	case verbServerName:
-		return orMissing(p, dst, r.TLS.ServerName)
+		return orMissing(p, dst, serverName(r))
 	case verbRoute:
 		return orMissing(p, dst, r.Route)
 	case verbGRPCName, verbGRPCNumber:
@@ -209,6 +209,14 @@ func cut(value []byte, max int) []byte {
 }
 
 // orMissing is addText, except that an empty value counts as missing.
+// serverName returns the SNI of a record's connection.
+func serverName(r *flow.Record) string {
+	if r.TLS.ServerName == "" && r.Connection != nil {
+		return r.Connection.TLS.ServerName
+	}
+	return r.TLS.ServerName
+}
+
 // ofTLS returns a fact about TLS with the side that the operator names; empty if the agent does not speak TLS with it.
 func (p *piece) ofTLS(r *flow.Record) string {
 	s := r.Security
