@@ -174,7 +174,7 @@ func (m *multiplex) upstreamLost(r *reply, begun flow.Reason, err error) {
 	for _, s := range m.streams.open {
 		m.abandon(s, r, begun, err)
 		if abandoned++; abandoned%closeTurn == 0 {
-			m.w.Yield(m.Down)
+			m.w.Pause(m.Down)
 		}
 	}
 	if m.lastServed == http2.MaxStream {
@@ -348,7 +348,7 @@ func (m *multiplex) closeAll(reason flow.Reason, err error) {
 		m.streams.remove(s)
 		m.closeStream(s, nil)
 		if closed++; closed%closeTurn == 0 {
-			m.w.Yield(m.Down)
+			m.w.Pause(m.Down)
 		}
 	}
 }

@@ -19,7 +19,7 @@ type turns struct {
 // turn is the state of a Waiter whose goroutine has yielded.
 type turn struct {
 	of      *turns
-	holds   bool          // a processor; guarded by of.mu
+	holds   bool          // a processor; changed by the owner, or by a grant that the owner waits for
 	granted chan struct{} // receives when the processor is handed over
 	next    *turn         // in the queue; guarded by of.mu
 }
@@ -29,8 +29,15 @@ type turn struct {
 const busyWaits = 8
 
 // Yield lets goroutines with an event run. The owner of c, a connection of w, calls it in place of Wait after it has done as
-// much as it may do at once. It returns when the owner may go on.
+// much as it may do at once. It returns when the owner may go on. As after Wait, the owner must then try its reads and writes
+// again: the next Wait does not end because of an event before Yield returned.
 func (w *Waiter) Yield(c *Conn) {
+	w.Pause(c)
+	w.happened()
+}
+
+// Pause is Yield for an owner in the middle of work without reads and writes. The next Wait still ends because of the events.
+func (w *Waiter) Pause(c *Conn) {
 	c.poller.poll()   // Go's scheduler would not poll before all goroutines wait, or 10 ms have passed
 	runtime.Gosched() // to the end of the global queue: the goroutines that poll has woken run first
 	if w.turn == nil {
@@ -72,15 +79,15 @@ func (t *turn) pass() {
 
 // rest gives the processor up, because the goroutine is about to wait.
 func (t *turn) rest() {
+	if !t.holds {
+		return
+	}
 	q := t.of
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	switch {
-	case !t.holds:
-		return
-	case q.first != nil:
+	if q.first != nil {
 		q.grant()
-	default:
+	} else {
 		q.free++
 	}
 	t.holds = false

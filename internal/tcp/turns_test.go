@@ -169,3 +169,62 @@ func TestWaitsThatEndAtOnceYield(t *testing.T) {
 		t.Error("busy after a wait without an event")
 	}
 }
+
+// The owner reads and writes after Yield, so the events before are no reason for the next wait to end. The owner pauses in
+// the middle of other work, so they are.
+func TestAYieldTakesTheEventsBeforeIt(t *testing.T) {
+	p := newPoller(t)
+	c, _ := connected(t, p, "127.0.0.1:0")
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	if err := w.Wait(time.Now(), c, nil); err != nil && err != ErrDeadline {
+		t.Fatal(err)
+	}
+	w.wake()
+	w.Pause(c)
+	if err := w.Wait(time.Now(), c, nil); err != nil {
+		t.Errorf("after a pause: %v", err)
+	}
+	w.Interrupt()
+	w.Yield(c)
+	if err := w.Wait(time.Now(), c, nil); err != ErrInterrupted {
+		t.Errorf("interrupted before a yield: %v", err)
+	}
+	w.wake()
+	w.Yield(c)
+	if err := w.Wait(time.Now(), c, nil); err != ErrDeadline {
+		t.Errorf("after a yield: %v, want no event", err)
+	}
+	if w.turn.holds {
+		t.Error("the goroutine that waits has a processor")
+	}
+	w.wake()
+	if err := w.Wait(time.Now(), c, nil); err != nil {
+		t.Errorf("an event after the yield: %v", err)
+	}
+}
+
+// A wait whose deadline has passed finds an event whose token is still on its way.
+func TestAnEventAtTheDeadlineIsNotMissed(t *testing.T) {
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	w.news.Or(event)
+	time.AfterFunc(time.Millisecond, func() { w.token <- struct{}{} }) // the rest of signal
+	if err := w.Wait(time.Now(), nil, nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// Connections wait far more often than they are busy.
+func TestARestWithoutAProcessorTakesNoLock(t *testing.T) {
+	q := &turns{free: 1}
+	one := turnsOf(q, 1)[0]
+	one.pass()
+	one.rest()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	one.rest() // would deadlock
+	if q.free != 1 {
+		t.Errorf("%d are free", q.free)
+	}
+}

@@ -146,7 +146,7 @@ func (w *Waiter) yieldSometimes(a, b *Conn) {
 		a = b
 	}
 	if a != nil {
-		w.Yield(a)
+		w.Pause(a)
 	}
 }
 
@@ -214,13 +214,13 @@ func (w *Waiter) waitUntil(deadline time.Time) bool {
 	}
 }
 
+// happened takes the news without waiting, and reports whether there was an event. An interrupt stays.
 func (w *Waiter) happened() bool {
-	select {
-	case <-w.token:
-		return w.take()
-	default:
+	if w.news.Load()&(event|expiry) == 0 {
 		return false
 	}
+	<-w.token // is there, or about to be: see signal
+	return w.take()
 }
 
 // arm makes the timer expire at the deadline or earlier. left is the time until then.
