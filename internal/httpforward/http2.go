@@ -162,7 +162,7 @@ func (m *multiplex) run() {
 		case (yields || !up && !down) && !m.hold():
 			m.evicted()
 			return
-		case (up || down) && !m.w.Canceled(): // Wait reports the cancellation
+		case (up || down) && !m.w.Stopped(): // otherwise Wait reports why
 			m.clock, m.lastMove = time.Time{}, time.Time{}
 			if len(m.waiting) > 0 { // a connection that never rests gets to no deadline below
 				m.requestsTimedOut()
