@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
@@ -110,7 +111,7 @@ func (m *multiplex) fail(l *lane, err error) {
 	}
 	reason := flow.BadFraming
 	if code == http2.EnhanceYourCalm {
-		reason, m.flooded = flow.Overload, true
+		reason, m.flooded = flow.Overload, slices.Contains(floods[:], err)
 	}
 	m.terminate(code, text, reason, err)
 }
