@@ -51,6 +51,14 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	return append(dst, "\r\n"...)
 }
 
+// forbiddenInResponse returns the names that are forbidden in the trailers of the response.
+func (x *exchange) forbiddenInResponse(options http1.Options, b []byte) (names []byte) {
+	if options.Nominates {
+		names = x.responseHead.Nominated(b)
+	}
+	return x.s.Peers.forbid(names)
+}
+
 // appendResponseHead builds the response head for downstream, and decides whether the connection persists.
 func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	h, s := &x.responseHead, x.s
@@ -58,8 +66,8 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	s.bound = s.bound || boundToConnection(h, b, http1.WWWAuthenticate) || boundToConnection(h, b, http1.ProxyAuthenticate)
 	x.upstreamCloses = !persists(h.Minor, options) || framing.Kind == http1.UntilClose
 	x.closing = x.upstreamCloses || x.downstreamCloses()
-	if options.Nominates && framing.Kind == http1.Chunked {
-		x.response.nominated = h.Nominated(b)
+	if framing.Kind == http1.Chunked {
+		x.response.nominated = x.forbiddenInResponse(options, b)
 	}
 
 	if h.Status == 101 {

@@ -178,7 +178,7 @@ func (x *exchange) forbidden(b []byte) (names []byte) {
 	if x.options.Nominates {
 		names = x.requestHead.Nominated(b)
 	}
-	return x.s.Peers.forbid(names)
+	return x.s.Peers.forbidRequest(names)
 }
 
 // send connects the request and the response to the upstream connection.

@@ -8,7 +8,7 @@ import (
 // PeerFields is the treatment of fields in which proxies of a mesh describe peers: x-forwarded-client-cert of requests, by
 // ClientCert; and x-envoy-peer-metadata and x-envoy-peer-metadata-id, in which proxies describe themselves to each other.
 // The latter are always removed, from requests and responses: applications must not see them, and they are not
-// authenticated. A PeerFields may be shared, and is never modified.
+// authenticated. In trailers of HTTP/1, removed fields are malformed, because chunk framing is not rewritten. A PeerFields may be shared, and is never modified.
 type PeerFields struct {
 	ClientCert ClientCert
 	Element    string // that AppendClientCert and ReplaceClientCert add to the field
@@ -77,19 +77,36 @@ func (p *PeerFields) appendLine(dst []byte, h *http1.Head, b []byte) []byte {
 	return append(append(dst, p.Element...), "\r\n"...)
 }
 
-// forbid returns the names that are forbidden in the trailers of a request, given those that Connection names: recipients
+// forbid returns the names that are forbidden in the trailers of a response, given those that Connection names: recipients
 // may read trailers like a head. p may be nil.
 func (p *PeerFields) forbid(nominated []byte) []byte {
 	switch {
-	case p == nil || p.ClientCert == KeepClientCert:
+	case p == nil:
 		return nominated
 	case len(nominated) == 0:
-		return onlyClientCert
+		return onlyMetadata
 	}
-	return append(nominated, clientCertField...)
+	return append(nominated, metadataFields...)
 }
 
-var onlyClientCert = []byte(clientCertField)
+// forbidRequest is forbid for the trailers of a request.
+func (p *PeerFields) forbidRequest(nominated []byte) []byte {
+	switch {
+	case p == nil || p.ClientCert == KeepClientCert:
+		return p.forbid(nominated)
+	case len(nominated) == 0:
+		return onlyPeers
+	}
+	return append(append(nominated, metadataFields+","...), clientCertField...)
+}
+
+// The lists without names that Connection names. They are shared.
+const metadataFields = peerMetadataField + "," + peerMetadataIDField
+
+var (
+	onlyMetadata = []byte(metadataFields)
+	onlyPeers    = []byte(metadataFields + "," + clientCertField)
+)
 
 // drops reports whether a field of a message over HTTP/2 is not forwarded. p may be nil.
 func (p *PeerFields) drops(name string) bool {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
@@ -131,6 +132,41 @@ func TestPeerMetadataIsRemoved(t *testing.T) {
 			checkMetadata(t, "the response", response.Header, peers, two)
 		}
 	}
+}
+
+// Nor do they pass in the trailers of HTTP/1.
+func TestPeerMetadataInTrailersIsMalformed(t *testing.T) {
+	o := newOrigin(t)
+	for _, field := range []string{peerMetadataField, "X-Envoy-Peer-Metadata-Id"} {
+		for _, named := range []string{"", "Connection: a, b\r\n"} {
+			message := named + "Transfer-Encoding: chunked\r\n\r\n0\r\n" + field + ": forged\r\n\r\n"
+			for _, peers := range []*PeerFields{{}, {ClientCert: RemoveClientCert}} {
+				r := newRig(t, o.address, false, plain)
+				r.set(func() { r.peers = peers })
+				client := r.dial(t)
+				send(t, client, "POST / HTTP/1.1\r\nHost: a\r\n"+message)
+				if got := head(t, bufio.NewReader(client)); !strings.HasPrefix(got, "HTTP/1.1 400 ") {
+					t.Errorf("%+v: a request with the trailer %s is answered %q, want 400", peers, field, got)
+				}
+				client = r.dial(t)
+				send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+				server := o.accept()
+				expect(t, server, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+				send(t, server, "HTTP/1.1 200 OK\r\n"+message)
+				if got := head(t, bufio.NewReader(client)); !strings.HasPrefix(got, "HTTP/1.1 502 ") {
+					t.Errorf("%+v: for a response with the trailer %s the client receives %q, want 502", peers, field, got)
+				}
+				if got := r.records.await(t, 1).reason; got != flow.BadResponse {
+					t.Errorf("%+v: the response ends as %v", peers, got)
+				}
+			}
+		}
+	}
+	r := newRig(t, o.address, false, plain) // without a mesh
+	client := r.dial(t)
+	request := "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + peerMetadataField + ": kept\r\n\r\n"
+	send(t, client, request)
+	expect(t, o.accept(), request)
 }
 
 // withHints checks interim responses.
