@@ -416,3 +416,44 @@ func TestAPushBindsAClientThatIsSilent(t *testing.T) {
 		t.Errorf("the reason is %v", got.Reason)
 	}
 }
+
+// A push ends no connection, but binds the next request.
+func TestAPushBindsTheNextRequest(t *testing.T) {
+	for _, secured := range []bool{false, true} {
+		m := newMeshRig(t, "PERMISSIVE, auto")
+		var conn net.Conn = m.Dial(t, m.At(81))
+		if secured {
+			var err error
+			if conn, err = m.handshake(t, conn, m.client, "istio-http/1.1", "istio", "http/1.1"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		in := bufio.NewReader(conn)
+		status := func() int {
+			io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+			response, err := http.ReadResponse(in, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.Copy(io.Discard, response.Body)
+			return response.StatusCode
+		}
+		expect := func(mode string, want int) {
+			t.Helper()
+			m.plane.InForce.Store(snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")))
+			if got := status(); got != want {
+				t.Errorf("TLS %v, %s: %d, want %d", secured, mode, got, want)
+			}
+			m.Await(t)
+		}
+		ok, refused := 200, 404
+		if !secured {
+			ok, refused = refused, ok
+		}
+		expect("PERMISSIVE, auto", 200)
+		expect("STRICT, auto", ok)
+		expect("PERMISSIVE, auto", 200)
+		expect("DISABLE, auto", refused)
+		conn.Close()
+	}
+}

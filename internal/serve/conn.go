@@ -192,6 +192,7 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Target:    *to,
 		Returned:  c.returned,
 		Peers:     c.peers(),
+		Router:    c.router(to),
 	}
 }
 
