@@ -63,7 +63,7 @@ func (c *Conn) ReadFirst(detect bool) bool {
 	s.Down, s.Peer = c.Down, c.Record.Remote()
 	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout
 	if c.governed != nil && c.role.direction == flow.Inbound {
-		detect = true // the filter chain depends on it
+		detect, s.HelloHold = true, handshakeTimeout // the filter chain depends on it
 		if c.mustSpeak() {
 			s.Delay = handshakeTimeout
 		}
