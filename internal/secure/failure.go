@@ -81,10 +81,15 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
+// Is makes every failed handshake a tcp.ErrHandshake.
+func (e *Error) Is(target error) bool { return target == tcp.ErrHandshake }
+
 // failureOf returns an error of a handshake as an *Error.
 func failureOf(err error) *Error {
 	var ours *Error
-	var alert *net.OpError // with an alert, from the peer or to it
+	if rejected, ok := rejection(err); ok {
+		return rejected
+	}
 	switch {
 	case errors.As(err, &ours):
 		return ours
@@ -92,8 +97,6 @@ func failureOf(err error) *Error {
 		return &Error{Deadline, "", err}
 	case errors.Is(err, budget.ErrEvicted):
 		return &Error{NoMemory, err.Error(), err}
-	case errors.As(err, &alert) && alert.Op == "remote error":
-		return &Error{Alert, strings.TrimPrefix(alert.Err.Error(), "tls: "), err}
 	case errors.As(err, new(tls.RecordHeaderError)):
 		return &Error{NotTLS, "", err}
 	}
@@ -107,6 +110,15 @@ func failureOf(err error) *Error {
 		}
 	}
 	return &Error{Protocol, text, err}
+}
+
+// rejection returns the error for an alert of the peer.
+func rejection(err error) (rejected *Error, ok bool) {
+	var alert *net.OpError // with an alert, from the peer or to it
+	if !errors.As(err, &alert) || alert.Op != "remote error" {
+		return nil, false
+	}
+	return &Error{Alert, strings.TrimPrefix(alert.Err.Error(), "tls: "), err}, true
 }
 
 // failureOfSocket maps an error that is not of TLS: of the connection, or of a wait.

@@ -114,6 +114,7 @@ type layer struct {
 	conn   *tls.Conn
 	socket socket
 	filled bool // the last read has filled its slice, so that there may be more of the record
+	begun  bool // the peer has sent data
 }
 
 func (l *layer) Read(p []byte) (int, error) {
@@ -122,6 +123,11 @@ func (l *layer) Read(p []byte) (int, error) {
 		l.socket.whole-- // the rest of the last record had been read before, so this is another one
 	}
 	l.filled = n == len(p)
+	if l.begun = l.begun || n > 0; err != nil && !l.begun {
+		if rejected, ok := rejection(err); ok {
+			return n, rejected
+		}
+	}
 	return n, err
 }
 

@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"errors"
 	"sync"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
@@ -208,6 +209,10 @@ func (c *Conn) relay() {
 	reason := flow.Reason(end)
 	if reason == flow.UpstreamReset && up.Looped() {
 		reason, err = flow.Loop, upstream.ErrLoop
+	}
+	if reason == flow.UpstreamReset && errors.Is(err, tcp.ErrHandshake) {
+		reason, err = flow.UpstreamTLS, &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
+		c.Record.TransportFailure = upstream.TransportFailure(err)
 	}
 	c.Record.Close(c.role.flows, reason, err)
 }
