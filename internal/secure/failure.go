@@ -169,7 +169,8 @@ func invalid(leaf *x509.Certificate, now time.Time, err error) *Error {
 	return &Error{Malformed, who + ": " + cut(err.Error()), err}
 }
 
-// describe names a certificate for people. All its text is quoted, because the peer may have chosen it.
+// describe names a certificate for people. The peer may have chosen all its text, so that is quoted, and has not proved
+// that it has the key.
 func describe(leaf *x509.Certificate) string {
 	name := leaf.Subject.String()
 	switch {
@@ -178,7 +179,7 @@ func describe(leaf *x509.Certificate) string {
 	case len(leaf.DNSNames) > 0:
 		name = leaf.DNSNames[0]
 	}
-	return strconv.Quote(cut(name))
+	return "it claims to be " + strconv.Quote(cut(name))
 }
 
 // cut bounds text of a peer in an error.

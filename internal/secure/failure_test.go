@@ -211,7 +211,7 @@ func TestAHandshakeBeginsWithWhatWasReadBefore(t *testing.T) {
 func TestTextOfAPeerIsQuoted(t *testing.T) {
 	leaf := &x509.Certificate{URIs: []*url.URL{{Scheme: "spiffe", Opaque: "a\"\nb" + strings.Repeat("c", 1000)}}}
 	text := describe(leaf)
-	if strings.ContainsAny(text, "\n") || len(text) > 300 || !strings.HasPrefix(text, `"spiffe:a\"\nb`) {
+	if strings.ContainsAny(text, "\n") || len(text) > 300 || !strings.HasPrefix(text, `it claims to be "spiffe:a\"\nb`) {
 		t.Errorf("shown as %s", text)
 	}
 }
