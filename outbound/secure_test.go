@@ -61,7 +61,9 @@ func newMeshRig(t *testing.T, expected string, endpoints ...mesh.Endpoint) *mesh
 	})
 	snapshot, _ := edit.Snapshot()
 	m.plane.InForce.Store(snapshot)
-	m.Rig = servetest.NewRig(t, at, servetest.Defaults())
+	settings := servetest.Defaults()
+	settings.DetectionDelay = 5 * time.Millisecond
+	m.Rig = servetest.NewRig(t, at, settings)
 	return m
 }
 
@@ -287,6 +289,31 @@ func TestOneOfDifferentEndpointsIsDialled(t *testing.T) {
 			<-saw
 		} else {
 			servetest.Expect(t, servetest.Take(t, conns), "\x00opaque")
+		}
+		client.Close()
+	}
+}
+
+// A silent client of endpoints that differ is not judged by another choice when it speaks.
+func TestALateClientKeepsItsEndpoint(t *testing.T) {
+	for range 6 {
+		m := newMeshRig(t, idOfServer)
+		m.reconfigure([]mesh.Endpoint{
+			istio(m.At(82)),
+			{Address: m.At(83), Weight: 1},
+		})
+		saw, conns := m.serveTLS(t, "82"), m.Listen(t, "83")
+		client := m.Dial(t, m.At(81))
+		select {
+		case got := <-saw:
+			if got.alpn != "istio" {
+				t.Errorf("ALPN %q", got.alpn)
+			}
+			servetest.Send(t, client, "\x00late")
+			servetest.Expect(t, client, "\x00late")
+		case plain := <-conns:
+			servetest.Send(t, client, "\x00late")
+			servetest.Expect(t, plain, "\x00late")
 		}
 		client.Close()
 	}

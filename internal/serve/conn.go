@@ -56,9 +56,8 @@ func (c *Conn) Loops() (loop bool) {
 func (c *Conn) List() { c.role.flows.List(c.Record) }
 
 // ReadFirst reads first bytes until they decide the protocol, or until downstream has been silent for the detection
-// delay. Without detection, the connection is opaque and is not read. With a control plane, inbound
-// connections are detected in any case, and a client that must begin with TLS may be silent for as long as a handshake may
-// take.
+// delay. Without detection, the connection is opaque and is not read. With a control plane, inbound connections are
+// detected in any case, and a client that must begin with TLS may be silent for as long as a handshake may take.
 func (c *Conn) ReadFirst(detect bool) bool {
 	s := sniffers.Get().(*sniff.Sniffer)
 	s.Down, s.Peer = c.Down, c.Record.Remote()
@@ -100,6 +99,16 @@ func (c *Conn) releaseSniffer() {
 // HTTP reports whether the protocol is HTTP. The HTTP engine finds an upstream for each request, so such a connection
 // needs no Dial.
 func (c *Conn) HTTP() bool { return c.protocol == sniff.HTTP1 || c.protocol == sniff.HTTP2 }
+
+// Opaque makes the protocol that was detected opaque, so that the connection is carried as bytes.
+func (c *Conn) Opaque() {
+	if c.HTTP() {
+		c.protocol = sniff.Opaque
+		if g := c.governed; g != nil {
+			g.judged, g.chain = c.protocol, nil
+		}
+	}
+}
 
 // Dial opens the upstream connection of an opaque connection, or of one whose protocol is undecided because downstream
 // has been silent.
@@ -184,6 +193,7 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Target:    *to,
 		Returned:  c.returned,
 		Peers:     c.peers(),
+		Router:    c.router(to),
 	}
 }
 
