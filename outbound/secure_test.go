@@ -215,6 +215,31 @@ func TestAnotherServerGetsNothing(t *testing.T) {
 	}
 }
 
+// A server that does not accept the client's certificate rejects it after the client's part of the handshake has ended
+// (TLS 1.3). That is a failed handshake as well.
+func TestARejectedCertificateIsAFailedHandshake(t *testing.T) {
+	for _, protocol := range []string{"HTTP/1.1", "HTTP/2.0", "other"} {
+		m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
+		m.plane.Own = securetest.New(t, "another root").Identity(t, idOfClient)
+		m.plane.Own.Roots = m.authority.Roots
+		m.serveTLS(t, "81")
+		client := m.Dial(t, m.At(81))
+		if protocol == "other" {
+			servetest.Send(t, client, "\x00question")
+			client.SetDeadline(time.Now().Add(nettest.Patience))
+			io.ReadAll(client)
+		} else if response, err := m.request(t, client, protocol == "HTTP/2.0"); err != nil || response.StatusCode != http.StatusServiceUnavailable {
+			t.Errorf("%s: %v, %v", protocol, response, err)
+		}
+		got := m.Await(t)
+		if got.Reason != flow.UpstreamTLS || !strings.HasPrefix(got.TransportFailure, "TLS_error: the peer rejected the handshake: ") ||
+			!strings.Contains(got.Err.Error(), "certificate") {
+			t.Errorf("%s: %v, %q, %v", protocol, got.Reason, got.TransportFailure, got.Err)
+		}
+		client.Close()
+	}
+}
+
 // A plain server behind an endpoint that must be reached by TLS gets a ClientHello and nothing else.
 func TestNothingIsSentWithoutTLS(t *testing.T) {
 	m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))

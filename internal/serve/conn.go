@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"errors"
 	"sync"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
@@ -62,7 +63,7 @@ func (c *Conn) ReadFirst(detect bool) bool {
 	s.Down, s.Peer = c.Down, c.Record.Remote()
 	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout
 	if c.governed != nil && c.role.direction == flow.Inbound {
-		detect = true // the filter chain depends on it
+		detect, s.HelloHold = true, handshakeTimeout // the filter chain depends on it
 		if c.mustSpeak() {
 			s.Delay = handshakeTimeout
 		}
@@ -218,6 +219,10 @@ func (c *Conn) relay() {
 	reason := flow.Reason(end)
 	if reason == flow.UpstreamReset && up.Looped() {
 		reason, err = flow.Loop, upstream.ErrLoop
+	}
+	if reason == flow.UpstreamReset && errors.Is(err, tcp.ErrHandshake) {
+		reason, err = flow.UpstreamTLS, &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
+		c.Record.TransportFailure = upstream.TransportFailure(err)
 	}
 	c.Record.Close(c.role.flows, reason, err)
 }

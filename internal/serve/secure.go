@@ -36,7 +36,8 @@ func (c *Conn) terminate(g *governed) bool {
 		timeout = handshakeTimeout
 	}
 	c.Record.TLS = c.sniffer.Hello
-	session, err := secure.Server(c.w, c.Down, c.sniffer.Take(), context, time.Now().Add(timeout))
+	memory := secure.Memory{Budget: c.role.budget, Peer: c.Record.Remote()}
+	session, err := secure.Server(c.w, c.Down, c.sniffer.Take(), context, memory, time.Now().Add(timeout))
 	if err != nil {
 		return c.rejectTLS(err)
 	}
@@ -148,8 +149,15 @@ func upstreamReason(err error) flow.Reason {
 		return flow.DrainDeadline
 	case errors.Is(err, tcp.ErrDeadline):
 		return flow.UpstreamTimeout
+	case isFailure(err, secure.NoResources):
+		return flow.NoDescriptors
 	}
 	return flow.UpstreamTLS
+}
+
+func isFailure(err error, failure secure.Failure) bool {
+	var failed *secure.Error
+	return errors.As(err, &failed) && failed.Failure == failure
 }
 
 // rejectTLS ends a connection whose handshake failed. It closes downstream in order, because a reset could overtake the
@@ -176,6 +184,10 @@ func handshakeReason(err error) flow.Reason {
 		return flow.TLSTimeout
 	case secure.Ended:
 		return flow.DownstreamReset
+	case secure.NoMemory:
+		return flow.MemoryBudget
+	case secure.NoResources:
+		return flow.NoDescriptors
 	case secure.NoIdentity:
 		return flow.TLSNoIdentity
 	case secure.Protocol, secure.NotTLS, secure.Version, secure.Alert:
