@@ -107,6 +107,7 @@ type meshRig struct {
 	*servetest.Rig
 	authority *securetest.Authority
 	client    *tls.Certificate
+	plane     *servetest.Configured
 }
 
 func newMeshRig(t *testing.T, mode string) *meshRig {
@@ -114,6 +115,7 @@ func newMeshRig(t *testing.T, mode string) *meshRig {
 	m := &meshRig{authority: securetest.New(t, "root of the mesh")}
 	m.client = m.authority.Leaf(t, idOfClient, nil)
 	plane := &servetest.Configured{Own: m.authority.Identity(t, idOfServer)}
+	m.plane = plane
 	plane.InForce.Store(snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")))
 	at := servetest.Place{Rules: true, New: func(t testing.TB, parts servetest.Parts) servetest.Role {
 		proxy, err := New(Config{
@@ -257,8 +259,9 @@ func (m *meshRig) handshake(t *testing.T, raw net.Conn, certificate *tls.Certifi
 
 // A server that speaks first is heard by a client that is silent, without TLS and inside it.
 func TestAServerThatSpeaksFirstIsHeard(t *testing.T) {
-	for _, ended := range []bool{false, true} {
-		m := newMeshRig(t, "PERMISSIVE, TCP")
+	for _, mode := range []string{"PERMISSIVE, TCP", "PERMISSIVE, TCP with TLS", "STRICT, TCP with TLS"} {
+		mode, ended := strings.CutSuffix(mode, " with TLS")
+		m := newMeshRig(t, mode)
 		conns := m.Listen(t, "82")
 		var conn net.Conn = m.Dial(t, m.At(82))
 		if ended {
@@ -273,7 +276,7 @@ func TestAServerThatSpeaksFirstIsHeard(t *testing.T) {
 		conn.Close()
 		workload.Close()
 		if got := m.Await(t); ended != (got.Peer == idOfClient) {
-			t.Errorf("TLS %v: the record has the peer %q", ended, got.Peer)
+			t.Errorf("%s, TLS %v: the record has the peer %q", mode, ended, got.Peer)
 		}
 	}
 }
@@ -373,5 +376,84 @@ func TestTheWorkloadLearnsItsClient(t *testing.T) {
 		}
 		conn.Close()
 		m.Await(t)
+	}
+}
+
+// A chain for HTTP carries nothing else, also after a client was silent inside TLS: opaque bytes would reach the workload
+// with whatever fields the client gives itself.
+func TestSilenceInsideTLSDoesNotOpenAChainForHTTP(t *testing.T) {
+	for _, mode := range []string{"PERMISSIVE, HTTP", "STRICT, HTTP"} {
+		m := newMeshRig(t, mode)
+		conns := m.Listen(t, "82")
+		conn, err := m.handshake(t, m.Dial(t, m.At(82)), m.client, meshHTTP...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		workload := servetest.Take(t, conns) // the silence was noticed
+		io.WriteString(conn, "\x00foo / HTTP/1.1\r\nX-Forwarded-Client-Cert: URI=spiffe://forged\r\n\r\n")
+		if got, _ := io.ReadAll(workload); len(got) > 0 {
+			t.Errorf("%s: the workload receives %q", mode, got)
+		}
+		conn.Close()
+		if got := m.Await(t); got.Reason != flow.MeshRefused {
+			t.Errorf("%s: the reason is %v", mode, got.Reason)
+		}
+	}
+}
+
+// A client that was silent while the configuration became stricter is judged by the one in force when it sends.
+func TestAPushBindsAClientThatIsSilent(t *testing.T) {
+	m := newMeshRig(t, "PERMISSIVE, TCP")
+	conns := m.Listen(t, "82")
+	conn := m.Dial(t, m.At(82))
+	workload := servetest.Take(t, conns)
+	m.plane.InForce.Store(snapshotOf(t, modes["STRICT, TCP"], true))
+	io.WriteString(conn, "\x00early")
+	if got, _ := io.ReadAll(workload); len(got) > 0 {
+		t.Errorf("the workload receives %q", got)
+	}
+	if got := m.Await(t); got.Reason != flow.MeshRefused {
+		t.Errorf("the reason is %v", got.Reason)
+	}
+}
+
+// A push ends no connection, but binds the next request.
+func TestAPushBindsTheNextRequest(t *testing.T) {
+	for _, secured := range []bool{false, true} {
+		m := newMeshRig(t, "PERMISSIVE, auto")
+		var conn net.Conn = m.Dial(t, m.At(81))
+		if secured {
+			var err error
+			if conn, err = m.handshake(t, conn, m.client, "istio-http/1.1", "istio", "http/1.1"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		in := bufio.NewReader(conn)
+		status := func() int {
+			io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+			response, err := http.ReadResponse(in, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.Copy(io.Discard, response.Body)
+			return response.StatusCode
+		}
+		expect := func(mode string, want int) {
+			t.Helper()
+			m.plane.InForce.Store(snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")))
+			if got := status(); got != want {
+				t.Errorf("TLS %v, %s: %d, want %d", secured, mode, got, want)
+			}
+			m.Await(t)
+		}
+		ok, refused := 200, 404
+		if !secured {
+			ok, refused = refused, ok
+		}
+		expect("PERMISSIVE, auto", 200)
+		expect("STRICT, auto", ok)
+		expect("PERMISSIVE, auto", 200)
+		expect("DISABLE, auto", refused)
+		conn.Close()
 	}
 }

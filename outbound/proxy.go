@@ -95,7 +95,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if !c.HTTP() && !c.Dial(&to) {
 		return
 	}
-	if !c.WatchBoth() || !c.Confirm() {
+	if !c.WatchBoth() || !c.Confirm(&to) {
 		return
 	}
 	c.Carry(&to)

@@ -1,6 +1,7 @@
 package outbound
 
 import (
+	"context"
 	"crypto/tls"
 	"io"
 	"net"
@@ -61,7 +62,9 @@ func newMeshRig(t *testing.T, expected string, endpoints ...mesh.Endpoint) *mesh
 	})
 	snapshot, _ := edit.Snapshot()
 	m.plane.InForce.Store(snapshot)
-	m.Rig = servetest.NewRig(t, at, servetest.Defaults())
+	settings := servetest.Defaults()
+	settings.DetectionDelay = 5 * time.Millisecond
+	m.Rig = servetest.NewRig(t, at, settings)
 	return m
 }
 
@@ -153,7 +156,7 @@ func (m *meshRig) request(t *testing.T, conn net.Conn, http2 bool) (*http.Respon
 	transport := &http.Transport{Protocols: new(http.Protocols)}
 	transport.Protocols.SetUnencryptedHTTP2(http2)
 	transport.Protocols.SetHTTP1(!http2)
-	transport.Dial = func(string, string) (net.Conn, error) { return conn, nil }
+	transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return conn, nil }
 	defer transport.CloseIdleConnections()
 	response, err := (&http.Client{Transport: transport, Timeout: nettest.Patience}).Get("http://web/")
 	if err == nil {
@@ -213,6 +216,31 @@ func TestAnotherServerGetsNothing(t *testing.T) {
 	}
 }
 
+// A server that does not accept the client's certificate rejects it after the client's part of the handshake has ended
+// (TLS 1.3). That is a failed handshake as well.
+func TestARejectedCertificateIsAFailedHandshake(t *testing.T) {
+	for _, protocol := range []string{"HTTP/1.1", "HTTP/2.0", "other"} {
+		m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
+		m.plane.Own = securetest.New(t, "another root").Identity(t, idOfClient)
+		m.plane.Own.Roots = m.authority.Roots
+		m.serveTLS(t, "81")
+		client := m.Dial(t, m.At(81))
+		if protocol == "other" {
+			servetest.Send(t, client, "\x00question")
+			client.SetDeadline(time.Now().Add(nettest.Patience))
+			io.ReadAll(client)
+		} else if response, err := m.request(t, client, protocol == "HTTP/2.0"); err != nil || response.StatusCode != http.StatusServiceUnavailable {
+			t.Errorf("%s: %v, %v", protocol, response, err)
+		}
+		got := m.Await(t)
+		if got.Reason != flow.UpstreamTLS || !strings.HasPrefix(got.TransportFailure, "TLS_error: the peer rejected the handshake: ") ||
+			!strings.Contains(got.Err.Error(), "certificate") {
+			t.Errorf("%s: %v, %q, %v", protocol, got.Reason, got.TransportFailure, got.Err)
+		}
+		client.Close()
+	}
+}
+
 // A plain server behind an endpoint that must be reached by TLS gets a ClientHello and nothing else.
 func TestNothingIsSentWithoutTLS(t *testing.T) {
 	m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
@@ -262,6 +290,31 @@ func TestOneOfDifferentEndpointsIsDialled(t *testing.T) {
 			<-saw
 		} else {
 			servetest.Expect(t, servetest.Take(t, conns), "\x00opaque")
+		}
+		client.Close()
+	}
+}
+
+// A silent client of endpoints that differ is not judged by another choice when it speaks.
+func TestALateClientKeepsItsEndpoint(t *testing.T) {
+	for range 6 {
+		m := newMeshRig(t, idOfServer)
+		m.reconfigure([]mesh.Endpoint{
+			istio(m.At(82)),
+			{Address: m.At(83), Weight: 1},
+		})
+		saw, conns := m.serveTLS(t, "82"), m.Listen(t, "83")
+		client := m.Dial(t, m.At(81))
+		select {
+		case got := <-saw:
+			if got.alpn != "istio" {
+				t.Errorf("ALPN %q", got.alpn)
+			}
+			servetest.Send(t, client, "\x00late")
+			servetest.Expect(t, client, "\x00late")
+		case plain := <-conns:
+			servetest.Send(t, client, "\x00late")
+			servetest.Expect(t, plain, "\x00late")
 		}
 		client.Close()
 	}

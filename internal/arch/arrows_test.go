@@ -80,7 +80,7 @@ var arrows = []struct {
 	{"internal/mesh", []string{"internal/wire"}, "resources are read field by field"},
 	{"internal/controlplane/pushtest", []string{"internal/wire", "internal/xds"}, "recorded pushes are updates"},
 	{"internal/secure/securetest", []string{"internal/identity"}, "test certificates are identities"},
-	{"internal/secure", []string{"internal/identity", "internal/mesh", "internal/tcp"}, "TLS is a layer of a connection; peers are verified with the roots of the identity, by names that the mesh configures"},
+	{"internal/secure", []string{"internal/budget", "internal/identity", "internal/mesh", "internal/tcp"}, "TLS is a layer of a connection, and its handshakes are in the memory budget; peers are verified with the roots of the identity, by names that the mesh configures"},
 	{"internal/configdump", []string{"internal/wire"}, "descriptions of messages are read field by field"},
 	{"internal/controlplane", []string{"internal/identity", "internal/istiod", "internal/mesh", "internal/wire", "internal/xds"},
 		"resources are compiled as they are received, and kept as protobuf; a session with istiod has a stream and an identity"},

@@ -373,6 +373,7 @@ func (x *exchange) upstreamEnded(err error) (ending, bool) {
 		return x.truncated(err), true
 	}
 	r, err := closedReply(x.s.up, err)
+	x.record.TransportFailure = rejection(err)
 	return x.refuse(*r, err), true
 }
 

@@ -72,6 +72,7 @@ func ruleOf(violation *http2.Error) string {
 // abandon ends a stream that will get no more frames from upstream.
 func (m *multiplex) abandon(s *stream, r *reply, begun flow.Reason, err error) {
 	if !s.begun {
+		s.record.TransportFailure = rejection(err)
 		_ = m.answer(s, r, err) // fails only for a rejected request
 		return
 	}
@@ -165,12 +166,15 @@ func (m *multiplex) unreachable(err error) {
 func (m *multiplex) upstreamLost(r *reply, begun flow.Reason, err error) {
 	m.up.Close()
 	m.detachUpstream()
-	m.lost, m.lostErr = r, err
+	m.lost, m.lostErr, m.lostAt = r, err, m.now()
 	m.ensureSettings()
 	for range m.toUp.unacked {
 		m.toDown.insert(appendSettingsAck(m.toDown.scratch))
 	}
 	m.toUp.unacked = m.toUp.unacked[:0]
+	if len(m.streams.open) == 0 && rejection(err) != "" {
+		return // as after a failed dial: the first request is answered
+	}
 	abandoned := 0
 	for _, s := range m.streams.open {
 		m.abandon(s, r, begun, err)

@@ -53,6 +53,8 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		s.record.Upstream, s.record.UpstreamLocal, s.record.Security = m.Target.Address, m.upLocal, m.Record.Security
 		if !m.upLocal.IsValid() {
 			s.record.Attempts, s.record.TransportFailure = m.attempts, upstream.TransportFailure(m.lostErr)
+		} else {
+			s.record.TransportFailure = rejection(m.lostErr)
 		}
 		return m.answer(s, m.lost, m.lostErr)
 	case m.streams.active > maxStreams:

@@ -50,11 +50,24 @@ func resetReply(status int, reason flow.Reason, flags, reset, transport string) 
 	return reply{status, body, reason, flags, envoy.ResetBeforeResponse(details)}
 }
 
+// rejection returns Envoy's text for a handshake that upstream rejected, and "" for other errors.
+func rejection(err error) string {
+	if errors.Is(err, tcp.ErrHandshake) {
+		return upstream.TransportFailure(err)
+	}
+	return ""
+}
+
 // closedReply returns the reply to a request whose upstream connection ended before the response, and the error of its
 // record.
 func closedReply(up *tcp.Conn, err error) (*reply, error) {
 	if up.Looped() {
 		return &replyLoop, upstream.ErrLoop
+	}
+	if errors.Is(err, tcp.ErrHandshake) {
+		err = &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
+		r := dialReply(err, false)
+		return &r, err
 	}
 	return &replyUpstreamClosed, err
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 )
 
@@ -19,7 +20,8 @@ var (
 	ErrListExpired = errors.New("the revocation list of its issuer is not valid at this time")
 )
 
-// Revocations are certificate revocation lists (RFC 5280 §5). They are not changed after they were made.
+// Revocations are certificate revocation lists (RFC 5280 §5). They are not changed after they were made, and used by any
+// number of goroutines.
 type Revocations struct {
 	PEM   []byte // as in the file
 	lists []revocationList
@@ -29,6 +31,36 @@ type Revocations struct {
 type revocationList struct {
 	signed  *x509.RevocationList // what Check reads
 	serials map[string]struct{}
+	signers *signers
+}
+
+// signers remembers which certificates are those that a list is signed with. A verification hashes the whole list.
+type signers struct {
+	mu    sync.Mutex
+	known map[string]bool // by the certificate in DER
+}
+
+// maxSigners bounds the certificates that are remembered for a list: a mesh has some, and intermediate certificates
+// with the name of a list's issuer come from peers.
+const maxSigners = 16
+
+// signedBy reports whether the list is signed with the key of issuer.
+func (l *revocationList) signedBy(issuer *x509.Certificate) bool {
+	s := l.signers
+	s.mu.Lock()
+	signed, ok := s.known[string(issuer.Raw)]
+	s.mu.Unlock()
+	if ok {
+		return signed
+	}
+	signed = l.signed.CheckSignatureFrom(issuer) == nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.known) >= maxSigners {
+		clear(s.known)
+	}
+	s.known[string(issuer.Raw)] = signed
+	return signed
 }
 
 // ParseRevocations returns the lists in PEM text. Text without a list is an error, as are lists of changes and lists that
@@ -72,7 +104,9 @@ func parseList(raw []byte) (revocationList, error) {
 		RawIssuer: parsed.RawIssuer, RawTBSRevocationList: parsed.RawTBSRevocationList, Signature: parsed.Signature,
 		SignatureAlgorithm: parsed.SignatureAlgorithm, ThisUpdate: parsed.ThisUpdate, NextUpdate: parsed.NextUpdate,
 	}
-	list := revocationList{signed, make(map[string]struct{}, len(parsed.RevokedCertificateEntries))}
+	list := revocationList{
+		signed, make(map[string]struct{}, len(parsed.RevokedCertificateEntries)), &signers{known: map[string]bool{}},
+	}
 	for _, entry := range parsed.RevokedCertificateEntries {
 		for _, extension := range entry.Extensions {
 			if extension.Critical {
@@ -109,7 +143,7 @@ func (r *Revocations) check(certificate, issuer *x509.Certificate, now time.Time
 	result := ErrNoList
 	for i := range r.lists {
 		list := &r.lists[i]
-		if !bytes.Equal(list.signed.RawIssuer, issuer.RawSubject) || list.signed.CheckSignatureFrom(issuer) != nil {
+		if !bytes.Equal(list.signed.RawIssuer, issuer.RawSubject) || !list.signedBy(issuer) {
 			continue
 		}
 		if _, revoked := list.serials[string(certificate.SerialNumber.Bytes())]; revoked {

@@ -178,3 +178,29 @@ func TestRevocationListsAreFollowed(t *testing.T) {
 		}
 	})
 }
+
+// The signature of a list is verified once for each issuer. How many issuers are remembered is bounded.
+func TestTheSignatureOfAListIsVerifiedOnce(t *testing.T) {
+	root := newAuthority(t, "root")
+	lists, err := ParseRevocations([]byte(root.revoke(t, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := &lists.lists[0]
+	forger := newAuthority(t, "root") // the same name with another key
+	for range 2 {
+		if err := lists.check(root.certificate, root.certificate, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		if err := lists.check(root.certificate, forger.certificate, time.Now()); !errors.Is(err, ErrNoList) {
+			t.Fatalf("a list of another key: %v", err)
+		}
+		list.signed.Signature = nil // a second verification fails
+	}
+	for range 2 * maxSigners {
+		list.signedBy(newAuthority(t, "root").certificate)
+	}
+	if n := len(list.signers.known); n > maxSigners {
+		t.Errorf("%d issuers are remembered, want at most %d", n, maxSigners)
+	}
+}

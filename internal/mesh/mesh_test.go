@@ -125,6 +125,7 @@ func TestFindingsOfSecurityRefuseAClusterOrATransport(t *testing.T) {
 	}{
 		{"understood", match("tlsMode"), false, false},
 		{"a transport", nest(packed("x.Y", nil), 24, 3), false, true},
+		{"names that are not verified", nest(packed("envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", nest(field1("x"), 1, 8, 1, 9)), 24, 3), false, true},
 		{"a match of a transport", match("other"), false, true},
 		{"a choice of what is verified", append(match("tlsMode"), nest(nil, 46)...), true, false},
 		{"another way to match transports", append(match("tlsMode"), nest(nil, 59)...), true, false},

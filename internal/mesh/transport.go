@@ -157,6 +157,9 @@ func (d *decoder) upstreamTLS(m wire.Message) *UpstreamTLS {
 		t.Certificate = common.certificates[0]
 	}
 	t.ALPN, t.Roots, t.Names, t.MinVersion, t.MaxVersion = common.alpn, common.roots, common.names, common.minVersion, common.maxVersion
+	if t.Roots == "" && len(t.Names) > 0 {
+		d.report(Security, "no roots to verify endpoints with")
+	}
 	return t
 }
 

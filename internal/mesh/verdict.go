@@ -132,7 +132,7 @@ type journey struct {
 }
 
 // routes visits the clusters in the virtual host of an original destination: istiod lists a service's addresses among its
-// domains. Without such a host the connection goes to no service of the mesh.
+// domains. Without such a host the destination may be an endpoint of a headless service, or another address.
 func (j *journey) routes(routes *Routes, destination netip.AddrPort) {
 	switch {
 	case routes == nil:
@@ -142,16 +142,59 @@ func (j *journey) routes(routes *Routes, destination netip.AddrPort) {
 		j.refuse("the routes " + routes.Name + " are refused")
 		return
 	}
+	found := false
 	for i := range routes.Hosts {
 		host := &routes.Hosts[i]
 		if !host.has(destination) {
 			continue
 		}
+		found = true
 		if host.Refused {
 			j.refuse("the virtual host " + host.Name + " is refused")
 		}
 		for k := range host.Routes {
 			j.route(&host.Routes[k])
+		}
+	}
+	if !found {
+		j.unlisted(routes, destination)
+	}
+}
+
+// unlisted judges a destination that is no domain of the routes. Which host a request names is not looked at yet, so the
+// destination decides: an endpoint of a cluster is reached as the cluster says. It is refused if the routes answer all
+// other hosts themselves, as they do with REGISTRY_ONLY, or if it may belong to a cluster whose hosts are found by name and
+// reached by TLS.
+func (j *journey) unlisted(routes *Routes, destination netip.AddrPort) {
+	for i := range routes.Hosts {
+		host := &routes.Hosts[i]
+		if slices.ContainsFunc(host.Domains, func(d Domain) bool { return d.Kind == DomainAny }) {
+			if len(host.Routes) > 0 && host.Routes[0].Respond != nil {
+				j.refuse("the routes " + routes.Name + " have no host for it")
+			}
+			continue
+		}
+		for k := range host.Routes {
+			if f := host.Routes[k].Forward; f != nil {
+				j.endpoint(f.Clusters, destination)
+			}
+		}
+	}
+}
+
+// endpoint visits the clusters that a destination is an endpoint of, or may be one of.
+func (j *journey) endpoint(clusters []WeightedCluster, destination netip.AddrPort) {
+	for i := range clusters {
+		c := j.snapshot.Cluster(clusters[i].Name)
+		if c == nil {
+			continue
+		}
+		endpoints, _ := j.snapshot.transports(c)
+		switch byName := c.Discovery == StrictDNS || c.Discovery == LogicalDNS; {
+		case slices.ContainsFunc(endpoints, func(e *Endpoint) bool { return e.Address == destination }):
+			j.visit(c.Name)
+		case byName && slices.ContainsFunc(c.Transports, func(t Transport) bool { return !t.plain() }):
+			j.refuse("it may be a host of the cluster " + c.Name + ", which requires TLS; routes by host are not supported yet")
 		}
 	}
 }
@@ -240,7 +283,7 @@ func choose(endpoints []*Endpoint) (chosen *Endpoint) {
 		if !e.Health.Usable() {
 			continue
 		}
-		if sum += uint64(e.Weight); chosen == nil || rand.Uint64N(sum) < uint64(e.Weight) {
+		if sum += uint64(e.Weight); chosen == nil || sum > 0 && rand.Uint64N(sum) < uint64(e.Weight) {
 			chosen = e
 		}
 	}

@@ -190,6 +190,8 @@ func TestTheWayOfAnOutboundConnection(t *testing.T) {
 	}
 	down := hosts("", "istio")
 	down.Localities[0].Endpoints[0].Health = Unhealthy
+	headless := hosts("istio", "istio")
+	headless.Localities[0].Endpoints[1].Address = service
 	passthrough := &Listener{Name: virtualOutbound, UseOriginalDst: true, Default: &FilterChain{TCP: forwarding("PassthroughCluster")}}
 	blackHole := &Listener{Name: virtualOutbound, UseOriginalDst: true, Default: &FilterChain{TCP: forwarding("c")}}
 	const plain, secured, byEndpoint = "", "TLS", "TLS to 192.0.2.1:2"
@@ -217,6 +219,11 @@ func TestTheWayOfAnOutboundConnection(t *testing.T) {
 		"two clusters, one with TLS":           {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: to}), &Cluster{Name: "d", Discovery: ByEDS}, cluster(auto...), hosts("istio")}, "lead to several clusters", plain},
 		"two clusters without TLS":             {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: to}), &Cluster{Name: "d", Discovery: ByEDS}, cluster(), hosts("istio")}, "", plain},
 		"TLS in a route to another service":    {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.2"), Routes: one}), cluster(auto...), hosts("istio")}, "", plain},
+		"an endpoint of a headless service":    {[]any{wildcard, routes(VirtualHost{Domains: at("web"), Routes: one}), cluster(auto...), headless}, "", secured},
+		"an address that is no endpoint":       {[]any{wildcard, routes(VirtualHost{Domains: at("web"), Routes: one}), cluster(auto...), hosts("istio")}, "", plain},
+		"a host by name that requires TLS":     {[]any{wildcard, routes(VirtualHost{Domains: at("web"), Routes: one}), &Cluster{Name: "c", Discovery: StrictDNS, Hosts: &Assignment{}, Transports: []Transport{{TLS: &UpstreamTLS{}}}}}, "it may be a host of the cluster c", plain},
+		"no other traffic":                     {[]any{wildcard, routes(VirtualHost{Domains: []Domain{{Kind: DomainAny}}, Routes: []Route{{Respond: &Response{Status: 502}}}})}, "have no host for it", plain},
+		"other traffic":                        {[]any{wildcard, routes(VirtualHost{Domains: []Domain{{Kind: DomainAny}}, Routes: []Route{{Forward: &Forward{Clusters: []WeightedCluster{{Name: "PassthroughCluster"}}}}}})}, "", plain},
 		"a refused host":                       {[]any{wildcard, routes(VirtualHost{Name: "h", Domains: at("198.51.100.1"), Refused: true})}, "the virtual host h is refused", plain},
 		"a refused route":                      {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: []Route{{Name: "r", Refused: true}}})}, "the route r is refused", plain},
 		"refused routes":                       {[]any{wildcard, &Routes{Name: "80", Refused: true}}, "the routes 80 are refused", plain},

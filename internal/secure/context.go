@@ -159,7 +159,8 @@ type Name interface {
 	String() string
 }
 
-// verify is called during a handshake, after the peer has proved that it has the key of the first certificate.
+// verify is called during a handshake, before the peer has proved that it has the key of the first certificate. Until the
+// handshake has ended, the names are a claim.
 func (v *Verifier) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage) error {
 	trust, err := v.Trust()
 	if err != nil {

@@ -67,7 +67,7 @@ func (c *Contexts) turn() {
 func (c *Contexts) newServer(t *mesh.DownstreamTLS) (*ServerContext, error) {
 	config := ServerConfig{
 		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return c.choose(t.Certificates, hello) },
-		Protocols:   t.ALPN,
+		Protocols:   spoken(t.ALPN),
 		Optional:    !t.RequireClient,
 		MinVersion:  version(t.MinVersion), MaxVersion: version(t.MaxVersion),
 	}
@@ -84,6 +84,12 @@ func (c *Contexts) newServer(t *mesh.DownstreamTLS) (*ServerContext, error) {
 		SPIFFE: t.Roots == ownRoots,
 	}
 	return NewServer(config), nil
+}
+
+// spoken returns the protocols without those of Istio's proxies for TCP. A client begins istio-peer-exchange with a preamble
+// of metadata, which would reach the workload; without a protocol in common it sends the connection's bytes only.
+func spoken(protocols []string) []string {
+	return slices.DeleteFunc(slices.Clone(protocols), func(p string) bool { return p == "istio-peer-exchange" || p == "istio" })
 }
 
 // client is TLS with the endpoints of a cluster, and what is spoken inside.
@@ -121,6 +127,9 @@ func (c *Contexts) newClient(t *mesh.UpstreamTLS, inside Inside) (*ClientContext
 	}
 	if t.Certificate != "" {
 		config.Certificate = func() (*tls.Certificate, error) { return c.certificate(t.Certificate) }
+	}
+	if t.Roots == "" && len(t.Names) > 0 {
+		return nil, errors.New("the configuration has names of the server, and no roots to verify them with")
 	}
 	if t.Roots != "" {
 		names, err := Names(t.Names)

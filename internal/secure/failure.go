@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
@@ -37,6 +38,8 @@ const (
 	NoSPIFFE                     // the peer's certificate has not exactly one SPIFFE ID
 	NameRefused                  // the peer's names are not among those that are expected
 	Alert                        // the peer has rejected our part of the handshake
+	NoMemory                     // the memory budget is used up
+	NoResources                  // the kernel has no descriptors or memory left for this process
 )
 
 var failureNames = [...]string{
@@ -56,6 +59,8 @@ var failureNames = [...]string{
 	NoSPIFFE:      "the peer's certificate has not exactly one SPIFFE ID",
 	NameRefused:   "the peer's names are not accepted",
 	Alert:         "the peer rejected the handshake",
+	NoMemory:      "no memory is left for the handshake",
+	NoResources:   "the process has reached a limit of the kernel",
 }
 
 func (f Failure) String() string { return failureNames[f] }
@@ -76,24 +81,27 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
+// Is makes every failed handshake a tcp.ErrHandshake.
+func (e *Error) Is(target error) bool { return target == tcp.ErrHandshake }
+
 // failureOf returns an error of a handshake as an *Error.
 func failureOf(err error) *Error {
 	var ours *Error
-	var alert *net.OpError // with an alert, from the peer or to it
+	if rejected, ok := rejection(err); ok {
+		return rejected
+	}
 	switch {
 	case errors.As(err, &ours):
 		return ours
 	case errors.Is(err, tcp.ErrDeadline):
 		return &Error{Deadline, "", err}
-	case errors.As(err, &alert) && alert.Op == "remote error":
-		return &Error{Alert, strings.TrimPrefix(alert.Err.Error(), "tls: "), err}
+	case errors.Is(err, budget.ErrEvicted):
+		return &Error{NoMemory, err.Error(), err}
 	case errors.As(err, new(tls.RecordHeaderError)):
 		return &Error{NotTLS, "", err}
 	}
-	for _, end := range ends {
-		if errors.Is(err, end) {
-			return &Error{Ended, "", err}
-		}
+	if failure, ok := failureOfSocket(err); ok {
+		return &Error{failure, "", err}
 	}
 	text := strings.TrimPrefix(err.Error(), "tls: ")
 	for _, known := range texts {
@@ -104,8 +112,29 @@ func failureOf(err error) *Error {
 	return &Error{Protocol, text, err}
 }
 
-// ends are errors of a connection that has ended.
-var ends = []error{io.EOF, io.ErrUnexpectedEOF, unix.ECONNRESET, unix.EPIPE, tcp.ErrCanceled, tcp.ErrInterrupted}
+// rejection returns the error for an alert of the peer.
+func rejection(err error) (rejected *Error, ok bool) {
+	var alert *net.OpError // with an alert, from the peer or to it
+	if !errors.As(err, &alert) || alert.Op != "remote error" {
+		return nil, false
+	}
+	return &Error{Alert, strings.TrimPrefix(alert.Err.Error(), "tls: "), err}, true
+}
+
+// failureOfSocket maps an error that is not of TLS: of the connection, or of a wait.
+func failureOfSocket(err error) (failure Failure, ok bool) {
+	for _, limit := range []error{unix.ENOSPC, unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
+		if errors.Is(err, limit) {
+			return NoResources, true
+		}
+	}
+	for _, end := range []error{io.EOF, io.ErrUnexpectedEOF, tcp.ErrCanceled, tcp.ErrInterrupted} {
+		if errors.Is(err, end) {
+			return Ended, true
+		}
+	}
+	return Ended, errors.As(err, new(unix.Errno))
+}
 
 // texts are errors of crypto/tls that have no type. Tests hold each to a handshake that fails with it.
 var texts = []struct {
@@ -140,7 +169,8 @@ func invalid(leaf *x509.Certificate, now time.Time, err error) *Error {
 	return &Error{Malformed, who + ": " + cut(err.Error()), err}
 }
 
-// describe names a certificate for people. All its text is quoted, because the peer may have chosen it.
+// describe names a certificate for people. The peer may have chosen all its text, so that is quoted, and has not proved
+// that it has the key.
 func describe(leaf *x509.Certificate) string {
 	name := leaf.Subject.String()
 	switch {
@@ -149,7 +179,7 @@ func describe(leaf *x509.Certificate) string {
 	case len(leaf.DNSNames) > 0:
 		name = leaf.DNSNames[0]
 	}
-	return strconv.Quote(cut(name))
+	return "it claims to be " + strconv.Quote(cut(name))
 }
 
 // cut bounds text of a peer in an error.

@@ -166,7 +166,7 @@ func TestAHandshakeEnds(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		waiter := tcp.NewWaiter(ctx)
 		go c.act(far, func() { cancel(); w.poller.WakeAll() })
-		_, err := Server(waiter, near, nil, NewServer(w.mutual()), time.Now().Add(c.deadline))
+		_, err := Server(waiter, near, nil, NewServer(w.mutual()), Memory{}, time.Now().Add(c.deadline))
 		var failed *Error
 		if !errors.As(err, &failed) || failed.Failure != c.failure {
 			t.Errorf("%s: %v, want %v", name, err, c.failure)
@@ -199,7 +199,7 @@ func TestAHandshakeBeginsWithWhatWasReadBefore(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := Server(e.w, near, read, NewServer(w.mutual()), time.Now().Add(nettest.Patience)); err != nil {
+	if _, err := Server(e.w, near, read, NewServer(w.mutual()), Memory{}, time.Now().Add(nettest.Patience)); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := e.readAll(100); err != nil || string(got) != "first data" {
@@ -211,7 +211,7 @@ func TestAHandshakeBeginsWithWhatWasReadBefore(t *testing.T) {
 func TestTextOfAPeerIsQuoted(t *testing.T) {
 	leaf := &x509.Certificate{URIs: []*url.URL{{Scheme: "spiffe", Opaque: "a\"\nb" + strings.Repeat("c", 1000)}}}
 	text := describe(leaf)
-	if strings.ContainsAny(text, "\n") || len(text) > 300 || !strings.HasPrefix(text, `"spiffe:a\"\nb`) {
+	if strings.ContainsAny(text, "\n") || len(text) > 300 || !strings.HasPrefix(text, `it claims to be "spiffe:a\"\nb`) {
 		t.Errorf("shown as %s", text)
 	}
 }

@@ -5,9 +5,13 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"net"
+	"net/netip"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
@@ -36,23 +40,50 @@ func (s *Session) Own() string {
 
 // Server performs the server's part of a handshake, and leaves TLS between c and its socket. read has bytes of c that were
 // read before; it may be nil, and belongs to c from now on. w is the waiter of c's owner, who is blocked until the handshake
-// has ended or the deadline has passed; a zero deadline is none. An error is an *Error. The caller closes c after it, so
-// that the peer receives the alert, or resets it.
-func Server(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, context *ServerContext, deadline time.Time) (*Session, error) {
-	return handshake(w, c, read, deadline, func(s *socket) *tls.Conn { return tls.Server(s, context.config) })
+// has ended or the deadline has passed; a zero deadline is none. memory accounts for the handshake while it waits. An error
+// is an *Error. The caller closes c after it, so that the peer receives the alert, or resets it.
+func Server(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, context *ServerContext, memory Memory, deadline time.Time) (*Session, error) {
+	return handshake(w, c, read, memory, deadline, func(s *socket) *tls.Conn { return tls.Server(s, context.config) })
 }
+
+// Memory is the budget of the memory that a handshake holds before the peer is authenticated. Budget may be nil: no limit.
+type Memory struct {
+	Budget *budget.Budget
+	Peer   netip.Addr
+}
+
+// Limits of a handshake.
+const (
+	// maxHandshake is how many bytes a peer may send. A chain of certificates has a few KiB; crypto/tls allows 256 KiB.
+	maxHandshake = 64 << 10
+
+	// handshakeMemory is what a handshake holds besides what the peer has sent: a stack, and the state of crypto/tls.
+	handshakeMemory = 32 << 10
+)
 
 // Client performs the client's part, as Server does the server's.
 func Client(w *tcp.Waiter, c *tcp.Conn, context *ClientContext, deadline time.Time) (*Session, error) {
-	return handshake(w, c, nil, deadline, func(s *socket) *tls.Conn { return tls.Client(s, context.config) })
+	return handshake(w, c, nil, Memory{}, deadline, func(s *socket) *tls.Conn { return tls.Client(s, context.config) })
 }
 
 // handshake runs the handshake in a goroutine of its own. It needs a stack of 16 KiB or more, and the stack of a goroutine
 // shrinks late; that of the connection lives as long as the connection.
-func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, deadline time.Time, start func(*socket) *tls.Conn) (*Session, error) {
+func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, deadline time.Time, start func(*socket) *tls.Conn) (*Session, error) {
+	var held budget.Account
+	held.Open(memory.Budget, w, memory.Peer)
+	defer held.Close()
 	l := &layer{}
 	c.SetLayer(read, func(raw *tcp.Socket) tcp.Layer {
-		l.socket = socket{raw: raw, wait: func() error { return w.Wait(deadline, c, nil) }}
+		l.socket = socket{raw: raw, wait: func() error {
+			if !held.Hold(handshakeMemory + 2*l.socket.received) { // the buffers of crypto/tls grow twofold
+				return budget.ErrEvicted
+			}
+			err := w.Wait(deadline, c, nil)
+			if errors.Is(err, tcp.ErrInterrupted) {
+				return budget.ErrEvicted
+			}
+			return err
+		}}
 		l.conn = start(&l.socket)
 		return l
 	})
@@ -83,6 +114,7 @@ type layer struct {
 	conn   *tls.Conn
 	socket socket
 	filled bool // the last read has filled its slice, so that there may be more of the record
+	begun  bool // the peer has sent data
 }
 
 func (l *layer) Read(p []byte) (int, error) {
@@ -91,6 +123,11 @@ func (l *layer) Read(p []byte) (int, error) {
 		l.socket.whole-- // the rest of the last record had been read before, so this is another one
 	}
 	l.filled = n == len(p)
+	if l.begun = l.begun || n > 0; err != nil && !l.begun {
+		if rejected, ok := rejection(err); ok {
+			return n, rejected
+		}
+	}
 	return n, err
 }
 
@@ -106,6 +143,7 @@ type socket struct {
 	wait func() error // blocks in a handshake; nil: reads do not block
 
 	presented *x509.Certificate // by a server, during the handshake
+	received  int               // bytes, during the handshake
 
 	// Where the bytes that were read end among the records.
 	header [5]byte // of the record that begins, while have < len(header)
@@ -121,6 +159,11 @@ func (s *socket) Read(p []byte) (int, error) {
 		if err == tcp.ErrAgain && s.wait != nil {
 			if err = s.wait(); err == nil {
 				continue
+			}
+		}
+		if s.wait != nil {
+			if s.received += n; s.received > maxHandshake {
+				return 0, &Error{Failure: Protocol, Detail: fmt.Sprintf("the handshake has more than %d bytes", maxHandshake)}
 			}
 		}
 		s.whole = 0

@@ -60,7 +60,7 @@ func TestMemoryOfAnIdleConnection(t *testing.T) {
 	for i, e := range ends {
 		peer := tls.Client(far[i], w.peer("http/1.1"))
 		go io.WriteString(peer, "a request")
-		session, err := Server(e.w, e.Conn, nil, context, time.Now().Add(nettest.Patience))
+		session, err := Server(e.w, e.Conn, nil, context, Memory{}, time.Now().Add(nettest.Patience))
 		if err != nil {
 			t.Fatal(err)
 		}

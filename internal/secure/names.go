@@ -17,7 +17,10 @@ func Names(matchers []mesh.NameMatcher) ([]Name, error) {
 		n := name{NameMatcher: m}
 		switch {
 		case m.Kind == mesh.MatchRegex:
-			var err error
+			_, err := regexp.Compile(m.Text) // alone, so that no parenthesis of it closes the group
+			if err != nil {
+				return nil, fmt.Errorf("the pattern of a subject alternative name: %w", err)
+			}
 			if n.pattern, err = regexp.Compile(`\A(?s:` + m.Text + `)\z`); err != nil {
 				return nil, fmt.Errorf("the pattern of a subject alternative name: %w", err)
 			}

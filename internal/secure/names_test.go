@@ -52,7 +52,9 @@ func TestNamesAreMatchedByTheirType(t *testing.T) {
 			t.Errorf("%+v matches %v %v: %v", matcher, c.leaf.URIs, c.leaf.DNSNames, got)
 		}
 	}
-	if _, err := Names([]mesh.NameMatcher{{StringMatcher: text(mesh.MatchRegex, "(")}}); err == nil {
-		t.Error("a pattern that cannot be compiled is accepted")
+	for _, pattern := range []string{"(", "a)|(b", "a)|(?:b"} {
+		if _, err := Names([]mesh.NameMatcher{{StringMatcher: text(mesh.MatchRegex, pattern)}}); err == nil {
+			t.Errorf("the pattern %q, which cannot be compiled, is accepted", pattern)
+		}
 	}
 }

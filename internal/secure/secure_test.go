@@ -103,7 +103,7 @@ func (w *world) serve(t testing.TB, server ServerConfig, client *tls.Config, wra
 	e := &end{Conn: near, w: tcp.NewWaiter(t.Context())}
 	t.Cleanup(e.w.Close)
 	var err error
-	e.session, err = Server(e.w, near, nil, NewServer(server), time.Now().Add(nettest.Patience))
+	e.session, err = Server(e.w, near, nil, NewServer(server), Memory{}, time.Now().Add(nettest.Patience))
 	return peer, e, err
 }
 

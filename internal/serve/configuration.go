@@ -62,14 +62,20 @@ func (c *Conn) hold(deadline time.Time) bool {
 // WatchBoth: a client that was silent is judged again by what it sends. Without a control plane it does nothing.
 func (c *Conn) Admit() bool {
 	g := c.governed
-	if g == nil || g.secured || g.admitted && g.judged == c.protocol {
+	switch {
+	case g == nil:
+		return true
+	case g.secured:
+		return g.chain == nil || c.expect(g.chain)
+	case g.admitted && g.judged == c.protocol:
 		return true
 	}
 	return c.judge(g)
 }
 
+// judge judges by the snapshot in force now: it may be stricter than the one at the beginning of a client's silence.
 func (c *Conn) judge(g *governed) bool {
-	g.admitted, g.judged = true, c.protocol
+	g.admitted, g.judged, g.snapshot = true, c.protocol, c.role.mesh.Snapshot()
 	var refusal string
 	if info := c.info(); c.role.direction == flow.Inbound {
 		g.chain, refusal = g.snapshot.Inbound(&info)

@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"errors"
 	"sync"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
@@ -55,15 +56,14 @@ func (c *Conn) Loops() (loop bool) {
 func (c *Conn) List() { c.role.flows.List(c.Record) }
 
 // ReadFirst reads first bytes until they decide the protocol, or until downstream has been silent for the detection
-// delay. Without detection, the connection is opaque and is not read. With a control plane, inbound
-// connections are detected in any case, and a client that must begin with TLS may be silent for as long as a handshake may
-// take.
+// delay. Without detection, the connection is opaque and is not read. With a control plane, inbound connections are
+// detected in any case, and a client that must begin with TLS may be silent for as long as a handshake may take.
 func (c *Conn) ReadFirst(detect bool) bool {
 	s := sniffers.Get().(*sniff.Sniffer)
 	s.Down, s.Peer = c.Down, c.Record.Remote()
 	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout
 	if c.governed != nil && c.role.direction == flow.Inbound {
-		detect = true // the filter chain depends on it
+		detect, s.HelloHold = true, handshakeTimeout // the filter chain depends on it
 		if c.mustSpeak() {
 			s.Delay = handshakeTimeout
 		}
@@ -99,6 +99,16 @@ func (c *Conn) releaseSniffer() {
 // HTTP reports whether the protocol is HTTP. The HTTP engine finds an upstream for each request, so such a connection
 // needs no Dial.
 func (c *Conn) HTTP() bool { return c.protocol == sniff.HTTP1 || c.protocol == sniff.HTTP2 }
+
+// Opaque makes the protocol that was detected opaque, so that the connection is carried as bytes.
+func (c *Conn) Opaque() {
+	if c.HTTP() {
+		c.protocol = sniff.Opaque
+		if g := c.governed; g != nil {
+			g.judged, g.chain = c.protocol, nil
+		}
+	}
+}
 
 // Dial opens the upstream connection of an opaque connection, or of one whose protocol is undecided because downstream
 // has been silent.
@@ -183,6 +193,7 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Target:    *to,
 		Returned:  c.returned,
 		Peers:     c.peers(),
+		Router:    c.router(to),
 	}
 }
 
@@ -208,6 +219,10 @@ func (c *Conn) relay() {
 	reason := flow.Reason(end)
 	if reason == flow.UpstreamReset && up.Looped() {
 		reason, err = flow.Loop, upstream.ErrLoop
+	}
+	if reason == flow.UpstreamReset && errors.Is(err, tcp.ErrHandshake) {
+		reason, err = flow.UpstreamTLS, &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
+		c.Record.TransportFailure = upstream.TransportFailure(err)
 	}
 	c.Record.Close(c.role.flows, reason, err)
 }

@@ -36,7 +36,8 @@ func (c *Conn) terminate(g *governed) bool {
 		timeout = handshakeTimeout
 	}
 	c.Record.TLS = c.sniffer.Hello
-	session, err := secure.Server(c.w, c.Down, c.sniffer.Take(), context, time.Now().Add(timeout))
+	memory := secure.Memory{Budget: c.role.budget, Peer: c.Record.Remote()}
+	session, err := secure.Server(c.w, c.Down, c.sniffer.Take(), context, memory, time.Now().Add(timeout))
 	if err != nil {
 		return c.rejectTLS(err)
 	}
@@ -46,22 +47,35 @@ func (c *Conn) terminate(g *governed) bool {
 			return c.rejectTLS(err)
 		}
 	}
+	c.sniffer.Delay = c.Settings.DetectionDelay // it may have been that of a client that must begin with TLS
 	return c.first() && c.expect(g.chain)
 }
 
-// Confirm judges an outbound connection again by what a client sent that was silent before. It is refused if it needed
-// another TLS than that of the connection that was dialled meanwhile.
-func (c *Conn) Confirm() bool {
+// Confirm judges an outbound connection again by what a client sent that was silent before. The way to the same cluster
+// stays. The connection is refused if it needed another TLS than that of the connection that was dialled meanwhile. If it
+// is HTTP inside TLS, that connection is given up, because its ALPN stands for other protocols, and the engine dials.
+func (c *Conn) Confirm(to *upstream.Target) bool {
 	g := c.governed
-	if g == nil {
+	if g == nil || g.judged == c.protocol {
 		return true
 	}
-	dialled := g.way.TLS
+	dialled := g.way
 	if !c.Admit() {
 		return false
 	}
-	if c.sniffer.Up != nil && g.way.TLS != dialled {
+	up := c.sniffer.Up
+	switch {
+	case up == nil:
+		return true
+	case g.way.Cluster == dialled.Cluster && g.way.Cluster != nil:
+		g.way.TLS, g.way.Endpoint = dialled.TLS, dialled.Endpoint
+	case g.way.TLS != dialled.TLS:
 		return c.abandon(flow.MeshRefused, errLate)
+	}
+	if g.way.TLS != nil && c.HTTP() && c.sniffer.UpRead == nil {
+		up.Close()
+		c.sniffer.Up = nil
+		c.Direct(to)
 	}
 	return true
 }
@@ -75,7 +89,7 @@ func (c *Conn) Direct(to *upstream.Target) {
 		return
 	}
 	if g.way.Endpoint.IsValid() {
-		to.Address, to.Balanced = g.way.Endpoint, false
+		to.Address = g.way.Endpoint // still Balanced: the next connection may go to another one
 	}
 	if g.way.TLS != nil {
 		to.Security = &upstream.Security{Handshake: c.handshake(g.way.TLS, inside(c.protocol))}
@@ -135,8 +149,15 @@ func upstreamReason(err error) flow.Reason {
 		return flow.DrainDeadline
 	case errors.Is(err, tcp.ErrDeadline):
 		return flow.UpstreamTimeout
+	case isFailure(err, secure.NoResources):
+		return flow.NoDescriptors
 	}
 	return flow.UpstreamTLS
+}
+
+func isFailure(err error, failure secure.Failure) bool {
+	var failed *secure.Error
+	return errors.As(err, &failed) && failed.Failure == failure
 }
 
 // rejectTLS ends a connection whose handshake failed. It closes downstream in order, because a reset could overtake the
@@ -163,6 +184,10 @@ func handshakeReason(err error) flow.Reason {
 		return flow.TLSTimeout
 	case secure.Ended:
 		return flow.DownstreamReset
+	case secure.NoMemory:
+		return flow.MemoryBudget
+	case secure.NoResources:
+		return flow.NoDescriptors
 	case secure.NoIdentity:
 		return flow.TLSNoIdentity
 	case secure.Protocol, secure.NotTLS, secure.Version, secure.Alert:

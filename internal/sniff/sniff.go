@@ -33,6 +33,10 @@ type Sniffer struct {
 	Idle     time.Duration // how long Both waits while both sides are silent; zero or less: forever
 	Draining func() bool   // ends Both while both sides are silent; nil: never
 
+	// HelloHold is set if the caller may end TLS with Down: how long to hold the beginning of a ClientHello, from its first
+	// byte. A ClientHello then decides whatever Up has sent.
+	HelloHold time.Duration
+
 	// The memory budget for bytes that are held, and the peer they are attributed to: flow.Record.Remote. nil: no limit.
 	Budget *budget.Budget
 	Peer   netip.Addr
@@ -64,11 +68,11 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 	for {
 		protocol, err := s.look()
 		if protocol != Undecided || err != nil {
-			return protocol, err
+			return s.answers(protocol), err
 		}
 		deadline := silence
 		if s.Read != nil {
-			deadline = s.began.Add(s.Hold)
+			deadline = s.heldUntil()
 		} else if silence.IsZero() {
 			silence = time.Now().Add(s.Delay)
 			deadline = silence
@@ -81,7 +85,7 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 		case errors.Is(err, tcp.ErrDeadline) && s.Read == nil:
 			return Undecided, nil
 		case errors.Is(err, tcp.ErrDeadline):
-			return Late(s.Read.Bytes()), nil
+			return s.answers(Late(s.Read.Bytes())), nil
 		case errors.Is(err, tcp.ErrInterrupted):
 			return Undecided, budget.ErrEvicted
 		default:
@@ -97,11 +101,20 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 // An HTTP/2 server may send its settings before a slow client sends anything. They are held, as long as undecided bytes
 // are, until the client's bytes show whether it speaks HTTP/2: an HTTP/2 client never waits for the server (RFC 9113
 // §3.4).
+//
+// With HelloHold, downstream's ClientHello decides even if Up has sent something, because the server is spoken to inside
+// the TLS.
 func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 	var held account
 	defer held.close()
 	for {
+		protocol, err := s.look()
+		if err != nil || protocol == TLS && s.HelloHold > 0 {
+			return protocol, err
+		}
+		hello := protocol == Undecided && s.inHello()
 		switch {
+		case hello:
 		case !s.greeted.IsZero() && s.Up.Ended():
 			return Opaque, nil // it will serve no request, and the client is to receive its greeting now
 		case s.greeted.IsZero() && s.Up.Readable():
@@ -113,19 +126,18 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 				return Opaque, nil
 			}
 		}
-		protocol, err := s.look()
-		if err == nil && protocol != Undecided && protocol != HTTP2 && !s.greeted.IsZero() {
-			return Opaque, nil // the greeting is not a response to that
-		}
-		if protocol != Undecided || err != nil {
-			return protocol, err
+		if protocol != Undecided {
+			return s.answers(protocol), nil
 		}
 		var deadline time.Time
+		up := s.Up
 		switch {
+		case hello:
+			deadline, up = s.heldUntil(), nil
 		case !s.greeted.IsZero():
 			deadline = s.greeted.Add(s.Hold)
 		case s.Read != nil:
-			deadline = s.began.Add(s.Hold)
+			deadline = s.heldUntil()
 		case s.Draining != nil && s.Draining():
 			return Undecided, ErrDraining
 		case s.Idle > 0:
@@ -134,7 +146,7 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 		if !held.hold(s, w) {
 			return Undecided, budget.ErrEvicted
 		}
-		err = w.Wait(deadline, s.Down, s.Up)
+		err = w.Wait(deadline, s.Down, up)
 		switch {
 		case errors.Is(err, tcp.ErrInterrupted):
 			return Undecided, budget.ErrEvicted
@@ -148,6 +160,29 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 			return Undecided, err
 		}
 	}
+}
+
+// answers returns the verdict, given what Up has sent. A greeting of HTTP/2 is not a response to a request of another
+// protocol.
+func (s *Sniffer) answers(protocol Protocol) Protocol {
+	switch {
+	case s.greeted.IsZero(), protocol == Undecided, protocol == HTTP2, protocol == TLS && s.HelloHold > 0:
+		return protocol
+	}
+	return Opaque
+}
+
+// inHello reports whether undecided bytes of downstream are the beginning of a ClientHello that the caller may answer.
+func (s *Sniffer) inHello() bool {
+	return s.HelloHold > 0 && s.Read != nil && s.Read.Bytes()[0] == recordHandshake
+}
+
+// heldUntil returns until when the undecided bytes of downstream are held.
+func (s *Sniffer) heldUntil() time.Time {
+	if s.inHello() {
+		return s.began.Add(max(s.HelloHold, s.Hold))
+	}
+	return s.began.Add(s.Hold)
 }
 
 // account counts the memory of bytes that are held during a wait. It is made by the first wait with many bytes.
@@ -207,10 +242,13 @@ func (s *Sniffer) greet() (spoke bool, err error) {
 }
 
 // Take returns what was read from Down, and prepares the Sniffer for another detection on the same connection, inside the
-// TLS that these bytes begin.
+// TLS that these bytes begin. TLS inside it is not ended.
 func (s *Sniffer) Take() *tcp.Buffer {
 	read := s.Read
-	s.Read, s.Hello, s.began = nil, flow.Hello{}, time.Time{}
+	s.Read, s.Hello, s.began, s.HelloHold = nil, flow.Hello{}, time.Time{}, 0
+	if !s.greeted.IsZero() {
+		s.greeted = time.Now() // the client could not begin during the handshake
+	}
 	return read
 }
 

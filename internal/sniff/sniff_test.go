@@ -283,6 +283,81 @@ func TestDribblingDoesNotProlongTheHold(t *testing.T) {
 	})
 }
 
+// The beginning of a ClientHello that may be answered is held for as long as a handshake may take.
+func TestASlowHelloIsHeld(t *testing.T) {
+	sent := string(record(hello("example.com", "h2")))
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Hold, r.HelloHold = time.Nanosecond, patience
+		say(t, r.client, sent[:20])
+		nettest.OnceBlocked(t, waiting, func() {
+			time.Sleep(blink) // so that the shorter hold ends if it is applied
+			say(t, r.client, sent[20:])
+		})
+		protocol, err := look()
+		r.want(t, protocol, err, TLS)
+		r.wantAll(t, sent)
+	})
+	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+		r.Hold, r.HelloHold = 0, blink
+		say(t, r.client, sent[:20])
+		protocol, err := look()
+		r.want(t, protocol, err, Opaque)
+		r.wantAll(t, sent[:20])
+	})
+}
+
+// A ClientHello that may be answered decides, whatever the server has sent. The server's bytes stay for the detection
+// inside the TLS.
+func TestAHelloDecidesBesideAGreeting(t *testing.T) {
+	sent := string(record(hello("example.com", "h2")))
+	for name, greeting := range map[string]string{"HTTP/2": settings, "another": "220 ready\r\n"} {
+		for _, piece := range []int{len(sent), 20} {
+			r := newRig(t)
+			r.HelloHold = patience
+			say(t, r.server, greeting)
+			r.await(t, "the greeting", r.Up.Readable)
+			if name == "HTTP/2" {
+				if _, err := r.greet(); err != nil || r.greeted.IsZero() {
+					t.Fatal(err)
+				}
+				r.greeted = r.greeted.Add(-patience) // so that its hold is over
+			}
+			say(t, r.client, sent[:piece])
+			r.await(t, "the hello", r.Down.Readable)
+			if piece < len(sent) {
+				nettest.OnceBlocked(t, waiting, func() { say(t, r.client, sent[piece:]) })
+			}
+			protocol, err := r.Both(r.w)
+			r.want(t, protocol, err, TLS)
+			if got := r.Read.Bytes(); string(got) != sent {
+				t.Errorf("%s: %d bytes of the hello", name, len(got))
+			}
+		}
+	}
+}
+
+// Inside TLS, a greeting of HTTP/2 is held again, and answers no request of HTTP/1.
+func TestAGreetingIsKeptForTheDetectionInsideTLS(t *testing.T) {
+	for text, want := range map[string]Protocol{opening: HTTP2, "GET / HTTP/1.1\r\n": Opaque} {
+		r := newRig(t)
+		r.HelloHold, r.Delay = patience, patience
+		say(t, r.server, settings)
+		r.await(t, "the greeting", r.Up.Readable)
+		if _, err := r.greet(); err != nil || r.greeted.IsZero() {
+			t.Fatal(err)
+		}
+		before := r.greeted.Add(-patience)
+		r.greeted = before
+		r.Take().Release()
+		if !r.greeted.After(before) || r.HelloHold != 0 {
+			t.Error("the greeting's hold does not begin again, or TLS inside TLS may be ended")
+		}
+		say(t, r.client, text)
+		protocol, err := r.First(r.w)
+		r.want(t, protocol, err, want)
+	}
+}
+
 func TestAnUndecidedBeginningWithoutAHoldIsOpaque(t *testing.T) {
 	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
 		r.Hold = 0

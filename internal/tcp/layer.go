@@ -11,12 +11,16 @@ import (
 	"github.com/pillion-proxy/pillion/internal/sockopt"
 )
 
+// ErrHandshake is in the error of a read if the peer has rejected the handshake of a Layer after this side had finished it,
+// and before it sent any data. In TLS 1.3 a client finishes before the server has verified its certificate.
+var ErrHandshake = errors.New("the peer rejected the handshake")
+
 // Layer is a record layer between a Conn and its socket, such as TLS. It encodes written bytes into records and decodes
 // received ones. Only the goroutine that owns the connection calls it. It does all its input and output through the Socket
 // that it was created with.
 type Layer interface {
 	// Read decodes into p. p must not be empty. It returns ErrAgain only if Socket.Read has returned that, and there is no
-	// complete record with data. It returns io.EOF only after the peer's close message.
+	// complete record with data. It returns io.EOF only after the peer's close message. See also ErrHandshake.
 	Read(p []byte) (int, error)
 
 	// Write encodes all of p and writes it.

@@ -87,8 +87,12 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 		}
 		d.count(func(s *Stats) { s.Failed.Add(1); s.Redialled.Add(1) })
 	}
-	if err == nil && target.Security != nil {
-		if err = target.Security.Handshake(w, up, deadline); err != nil {
+	if err == nil {
+		d.count(func(s *Stats) { up.Track(&s.Active); up.Join(&s.open, d.Returned) }) // before a handshake, which may return here
+		if target.Security != nil {
+			err = target.Security.Handshake(w, up, deadline)
+		}
+		if err != nil {
 			up.Close() // not with a reset, which could overtake the alert that names the cause
 		}
 	}
@@ -96,7 +100,7 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 		d.count(func(s *Stats) { s.Failed.Add(1) })
 		return nil, attempts, err
 	}
-	d.count(func(s *Stats) { s.Connected.Add(1); up.Track(&s.Active); up.Join(&s.open, d.Returned) })
+	d.count(func(s *Stats) { s.Connected.Add(1) })
 	return up, attempts, nil
 }
 
