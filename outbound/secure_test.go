@@ -1,6 +1,7 @@
 package outbound
 
 import (
+	"context"
 	"crypto/tls"
 	"io"
 	"net"
@@ -155,7 +156,7 @@ func (m *meshRig) request(t *testing.T, conn net.Conn, http2 bool) (*http.Respon
 	transport := &http.Transport{Protocols: new(http.Protocols)}
 	transport.Protocols.SetUnencryptedHTTP2(http2)
 	transport.Protocols.SetHTTP1(!http2)
-	transport.Dial = func(string, string) (net.Conn, error) { return conn, nil }
+	transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return conn, nil }
 	defer transport.CloseIdleConnections()
 	response, err := (&http.Client{Transport: transport, Timeout: nettest.Patience}).Get("http://web/")
 	if err == nil {

@@ -48,7 +48,7 @@ func (x *exchange) run() ending {
 		if x.interims > 0 && x.thinking() && !time.Now().Before(x.deadline()) {
 			return x.timedOut(tcp.ErrDeadline) // a server that never rests gets to no deadline below
 		}
-		if (long || x.redialled) && !x.s.w.Canceled() {
+		if (long || x.redialled) && !x.s.w.Stopped() {
 			x.redialled = false
 			x.s.w.Yield(x.s.Down)
 			continue

@@ -42,7 +42,7 @@ type multiplex struct {
 	resets   bucket  // for streams that downstream resets or that break the protocol
 
 	downEnded bool      // downstream has half-closed
-	flooded   bool      // downstream has exceeded a bound on what it may send in vain
+	flooded   bool      // downstream has exceeded a bound on the number of frames: see floods
 	waiting   []waiting // requests waiting for a response head, oldest first; only with a RequestTimeout
 	from      string    // downstream's address for x-forwarded-for; empty until first used
 
@@ -162,7 +162,7 @@ func (m *multiplex) run() {
 		case (yields || !up && !down) && !m.hold():
 			m.evicted()
 			return
-		case up || down:
+		case (up || down) && !m.w.Stopped(): // otherwise Wait reports why
 			m.clock, m.lastMove = time.Time{}, time.Time{}
 			if len(m.waiting) > 0 { // a connection that never rests gets to no deadline below
 				m.requestsTimedOut()
@@ -304,12 +304,15 @@ func (m *multiplex) end() {
 // closeInOrder flushes the output, shuts down our half, and waits until downstream closes. Its input is discarded, unless
 // the connection ends because there was too much of it.
 func (m *multiplex) closeInOrder() {
+	m.toUp.release()
 	deadline := time.Now().Add(lingerTime)
 	for !m.toDown.flush() {
 		if m.toDown.dstErr != nil || m.w.Wait(deadline, m.Down, nil) != nil {
 			return
 		}
 	}
+	m.toDown.release()
+	m.account.Hold(0)
 	switch {
 	case m.downEnded:
 	case m.flooded:
@@ -354,7 +357,16 @@ func (m *multiplex) relayOpaque() {
 	record.Close(config.Flows, flow.Reason(end), err)
 }
 
+// floods are the errors of peers that send too many frames. A peer with another error may be well-behaved.
+var floods = [...]error{errManyIdle, errManySettings, errManyContinuations, errManyResets, errManyBadRequests}
+
 var (
+	errManyIdle          = http2.ConnectionError(http2.EnhanceYourCalm, "flood of frames that carry nothing")
+	errManySettings      = http2.ConnectionError(http2.EnhanceYourCalm, "too many SETTINGS frames")
+	errManyContinuations = http2.ConnectionError(http2.EnhanceYourCalm, "too many CONTINUATION frames")
+	errManyResets        = http2.ConnectionError(http2.EnhanceYourCalm, "streams are reset too fast")
+	errManyBadRequests   = http2.ConnectionError(http2.EnhanceYourCalm, "too many bad requests")
+
 	errNotHTTP2    = errors.New("upstream does not speak HTTP/2")
 	errUndelivered = errors.New("the connection ended before the response was written")
 )

@@ -2,10 +2,16 @@ package httpforward
 
 import (
 	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -15,6 +21,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // meet makes two speakers that have met through an engine.
@@ -667,4 +674,63 @@ func TestATurnOfALaneEndsAmongSmallFrames(t *testing.T) {
 	if l.parse(); l.pending || l.turnOver() {
 		t.Errorf("pending = %t, turnOver = %t without frames", l.pending, l.turnOver())
 	}
+}
+
+// An upload that always has a next byte, as beside goroutines that keep the processors busy, does not outlive the drain.
+func TestTheEndOfADrainStopsABusyUpload(t *testing.T) {
+	r, client, server := meet(t)
+	crowd(t, r)
+	const window = 1<<31 - 1 - 1<<16
+	server.sends(fmt.Sprintf("WINDOW 0 %d", window))
+	client.sends("POST 1")
+	server.reads("POST 1")
+	server.sends(fmt.Sprintf("WINDOW 1 %d", window))
+	var uploaded atomic.Int64
+	go func() {
+		b := make([]byte, 1<<20)
+		for n, err := 0, error(nil); err == nil; uploaded.Add(int64(n)) {
+			n, err = server.conn.Read(b)
+		}
+	}()
+	ended := make(chan error, 1)
+	go func() {
+		upload := bytes.Repeat([]byte(rawFrame(0, 0, 1, "a little data")), 4096)
+		for err := error(nil); ; {
+			if _, err = client.conn.Write(upload); err != nil {
+				ended <- err
+				return
+			}
+		}
+	}()
+	nettest.Eventually(t, "the upload to flow", func() bool { return uploaded.Load() > 1<<20 })
+	r.cancel()
+	if err := <-ended; errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%d bytes were uploaded, and the upload goes on", uploaded.Load())
+	}
+}
+
+// crowd runs goroutines that always have work until the test ends.
+func crowd(t *testing.T, r *rig) {
+	o, work := newOrigin(t), make([]byte, 64<<10)
+	ctx, cancel := context.WithCancel(t.Context())
+	var crowd sync.WaitGroup
+	for range 20 {
+		w := tcp.NewWaiter(ctx)
+		conn, _, err := r.engine.config.Dialer.Dial(w, upstream.Target{Address: o.address})
+		if err != nil {
+			t.Fatal(err)
+		}
+		crowd.Go(func() {
+			defer w.Close()
+			defer conn.Close()
+			for !w.Canceled() {
+				sha256.Sum256(work) // a turn
+				w.Yield(conn)
+			}
+		})
+	}
+	t.Cleanup(func() {
+		cancel()
+		crowd.Wait()
+	})
 }

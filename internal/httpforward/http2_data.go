@@ -223,7 +223,7 @@ func (l *lane) resetStream(h http2.Header, b []byte) error {
 		begun := s.begun
 		m.finish(s, flow.DownstreamLeft, why)
 		if !begun && !m.resets.spend(m.now) {
-			return http2.ConnectionError(http2.EnhanceYourCalm, "streams are reset too fast")
+			return errManyResets
 		}
 	}
 	return nil

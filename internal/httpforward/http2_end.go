@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
@@ -111,7 +112,7 @@ func (m *multiplex) fail(l *lane, err error) {
 	}
 	reason := flow.BadFraming
 	if code == http2.EnhanceYourCalm {
-		reason, m.flooded = flow.Overload, true
+		reason, m.flooded = flow.Overload, slices.Contains(floods[:], err)
 	}
 	m.terminate(code, text, reason, err)
 }
@@ -178,7 +179,7 @@ func (m *multiplex) upstreamLost(r *reply, begun flow.Reason, err error) {
 	for _, s := range m.streams.open {
 		m.abandon(s, r, begun, err)
 		if abandoned++; abandoned%closeTurn == 0 {
-			m.w.Yield(m.Down)
+			m.w.Pause(m.Down)
 		}
 	}
 	if m.lastServed == http2.MaxStream {
@@ -352,7 +353,7 @@ func (m *multiplex) closeAll(reason flow.Reason, err error) {
 		m.streams.remove(s)
 		m.closeStream(s, nil)
 		if closed++; closed%closeTurn == 0 {
-			m.w.Yield(m.Down)
+			m.w.Pause(m.Down)
 		}
 	}
 }

@@ -430,7 +430,7 @@ func (l *lane) idleFrame() error {
 	if l.idleFrames.spend(l.m.now) {
 		return nil
 	}
-	return http2.ConnectionError(http2.EnhanceYourCalm, "flood of frames that carry nothing")
+	return errManyIdle
 }
 
 // progress counts a frame with effect and the length of its data. The peer may respond with frames without effect: a
@@ -459,7 +459,7 @@ func (l *lane) headers(h http2.Header, payload []byte) error {
 func (l *lane) continuation(h http2.Header, fragment []byte) error {
 	b := &l.block
 	if b.continuations++; b.continuations > maxContinuations {
-		return http2.ConnectionError(http2.EnhanceYourCalm, "too many CONTINUATION frames")
+		return errManyContinuations
 	}
 	b.add(fragment)
 	if !h.Has(http2.EndHeaders) {

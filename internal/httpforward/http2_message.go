@@ -283,7 +283,7 @@ func (m *multiplex) countReset() error {
 	if m.resets.spend(m.now) {
 		return nil
 	}
-	return http2.ConnectionError(http2.EnhanceYourCalm, "too many bad requests")
+	return errManyBadRequests
 }
 
 // answer sends a reply in place of upstream, and closes the stream. gRPC clients ignore the HTTP status, so they get

@@ -46,7 +46,7 @@ func (l *lane) settings(h http2.Header, payload []byte) error {
 		}
 	}
 	if len(l.unacked) == maxUnacked {
-		return http2.ConnectionError(http2.EnhanceYourCalm, "too many SETTINGS frames")
+		return errManySettings
 	}
 	var w settingsFrame
 	var table tableSize

@@ -351,3 +351,46 @@ func TestARecordCountsAttempts(t *testing.T) {
 		}
 	}
 }
+
+// The input of a client that floods is not read any more. One that only exceeds a size may not have finished, and is to read
+// the reason.
+func TestOnlyTooManyFramesAreAFlood(t *testing.T) {
+	r := newRig(t, newOrigin(t).address, true)
+	for text, c := range map[string]struct {
+		cause func(*lane) error
+		flood bool
+	}{
+		"header block too large": {func(l *lane) error {
+			l.frameLimit = 1 << 20
+			return l.check(http2.Header{Type: http2.Headers, Stream: 1, Length: 1 << 20})
+		}, false},
+		"frame too large": {func(l *lane) error {
+			l.frameLimit = 1 << 20
+			return l.check(http2.Header{Type: http2.GoAway, Length: 1 << 20})
+		}, false},
+		"frames that carry nothing": {func(l *lane) (err error) {
+			l.idleFrames = bucket{}
+			return l.idleFrame()
+		}, true},
+		"too many CONTINUATION frames": {func(l *lane) (err error) {
+			l.block.continuations = maxContinuations
+			return l.continuation(http2.Header{}, nil)
+		}, true},
+	} {
+		m := &multiplex{engine: r.engine, settings: r.engine.settings.Load()}
+		m.clock = time.Now()
+		m.Record = flow.Open(flow.Inbound, netip.MustParseAddrPort("203.0.113.7:40000"))
+		m.toUp.init(m, &m.toDown)
+		m.toDown.init(m, &m.toUp)
+		m.toUp.settingsSent = true
+		err := c.cause(&m.toUp)
+		if err == nil || !strings.Contains(err.Error(), text) {
+			t.Fatalf("%s: %v", text, err)
+		}
+		if m.fail(&m.toUp, err); m.flooded != c.flood {
+			t.Errorf("%s: flooded = %t", text, m.flooded)
+		}
+		m.toUp.release()
+		m.toDown.release()
+	}
+}

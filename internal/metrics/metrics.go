@@ -159,19 +159,19 @@ func (d *direction) connection(r *flow.Record) {
 // lastRequest caches the counters of a connection's last request, since most requests resemble the one before. Only the
 // goroutine that owns the connection uses it.
 type lastRequest struct {
-	host   []byte // as the client sent it
-	flags  string
-	reason flow.Reason
-	status int32
-	grpc   bool
-	set    *requestSet // nil: no request yet, or its labels were folded into those of others
-	end    *end
+	host     []byte // as the client sent it
+	flags    string
+	status   int32
+	grpc     bool
+	security *flow.Security // that of the record: requests of a connection share it
+	set      *requestSet    // nil: no request yet, or its labels were folded into those of others
+	end      *end
 }
 
 func (l *lastRequest) like(r *flow.Record) bool {
 	h := r.HTTP
-	return l.set != nil && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.reason && h.Flags == l.flags &&
-		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus] && sameSecurity(l.set.security, r.Security)
+	return l.set != nil && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.end.reason && h.Flags == l.flags &&
+		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus] && l.security == r.Security
 }
 
 func (d *direction) request(r *flow.Record) {
@@ -187,7 +187,7 @@ func (d *direction) request(r *flow.Record) {
 		end = d.end(r.Reason)
 		*last = lastRequest{
 			host: last.host[:0], flags: r.HTTP.Flags,
-			reason: r.Reason, status: int32(r.HTTP.Status), grpc: r.HTTP.GRPC, end: end,
+			status: int32(r.HTTP.Status), grpc: r.HTTP.GRPC, security: r.Security, end: end,
 		}
 		if named {
 			last.set = set

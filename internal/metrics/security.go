@@ -69,14 +69,6 @@ func (d *direction) securityOf(r *flow.Record) *flow.Security {
 	return nil
 }
 
-// sameSecurity reports whether the labels of a set are those of another record of the same connection.
-func sameSecurity(of, record *flow.Security) bool {
-	if of == nil || record == nil {
-		return of == record
-	}
-	return of.Peer == record.Peer && of.Own == record.Own
-}
-
 // policy returns Istio's connection_security_policy. The source of a connection does not report it.
 func (d *direction) policy(s *flow.Security) string {
 	switch {

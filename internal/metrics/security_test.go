@@ -93,3 +93,32 @@ func TestPrincipalsAreBounded(t *testing.T) {
 		}
 	}
 }
+
+// Requests whose labels are not those of their TLS resemble each other as well as others do.
+func TestTheCountersOfRequestsWithoutPrincipalsAreCached(t *testing.T) {
+	m := New(pod, Options{Version: "v"})
+	table := flow.NewTable(m)
+	for i := range 2 * maxPrincipals {
+		for _, c := range []struct {
+			direction flow.Direction
+			security  *flow.Security
+		}{
+			{flow.Inbound, between(fmt.Sprintf("spiffe://cluster.local/ns/shop/sa/%d", i))},
+			{flow.Outbound, between(fmt.Sprintf("spiffe://cluster.local/ns/shop/sa/%d", i))},
+			{flow.Outbound, &flow.Security{}},
+			{flow.Outbound, &flow.Security{Mutual: true}},
+			{flow.Outbound, nil},
+		} {
+			r := request(connection(table, c.direction, flow.HTTP11), "a.example", 200)
+			r.Security = c.security
+			m.Closed(r)
+			last := place.Get(r.Connection).(*lastRequest)
+			if !last.like(r) {
+				t.Errorf("%v, peer %d, %+v: the counters are looked up again", c.direction, i, c.security)
+			}
+			if r.Security = between("another"); last.like(r) {
+				t.Errorf("%v, peer %d, %+v: the counters are those of another peer", c.direction, i, c.security)
+			}
+		}
+	}
+}

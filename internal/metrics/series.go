@@ -102,8 +102,9 @@ type requestSet struct {
 
 // end holds the counters of flows that ended with one reason.
 type end struct {
-	flows atomic.Uint64
-	tcp   *tcpSet // for connections; shared by reasons with the same flags
+	reason flow.Reason
+	flows  atomic.Uint64
+	tcp    *tcpSet // for connections; shared by reasons with the same flags
 }
 
 // tcpSet holds the counters of opaque connections with the same labels.
@@ -144,7 +145,7 @@ func (d *direction) init(direction flow.Direction, pod *podinfo.Pod, o Options) 
 			sets[place] = set
 			d.tcp = append(d.tcp, set)
 		}
-		d.ends[e.Reason] = &end{tcp: set}
+		d.ends[e.Reason] = &end{reason: e.Reason, tcp: set}
 	}
 }
 

@@ -88,7 +88,7 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 		if how, err := r.over(); how != "" {
 			return how, err
 		}
-		if (down == longTurn || up == longTurn) && !w.Canceled() {
+		if (down == longTurn || up == longTurn) && !w.Stopped() {
 			w.Yield(r.down.Conn)
 			continue
 		}

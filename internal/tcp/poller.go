@@ -59,7 +59,7 @@ func pollerOf(epfd int) (*Poller, error) {
 		return nil, err
 	}
 	p := &Poller{epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll"), done: make(chan struct{}), ports: localPorts()}
-	p.turns.free = runtime.GOMAXPROCS(0)
+	p.turns.limit = runtime.GOMAXPROCS(0)
 	// os.NewFile does not report that the runtime cannot watch a file, but such a file does not support deadlines.
 	if err := p.file.SetReadDeadline(time.Time{}); err != nil {
 		p.file.Close()
@@ -137,7 +137,7 @@ func (p *Poller) dispatch(event *unix.EpollEvent) {
 	}
 }
 
-// WakeAll ends all waits in progress, as an event would, so that every owner rechecks state outside its connections, such
+// WakeAll ends all waits in progress, as an event would, and the yields of cancelled waiters, so that every owner rechecks state outside its connections, such
 // as a cancelled context. If an owner checked just before the change, its next wait ends at once.
 func (p *Poller) WakeAll() {
 	p.rounds.Add(1)
@@ -149,7 +149,7 @@ func (p *Poller) WakeAll() {
 		for j := range chunk {
 			if c := chunk[j].Load(); c != nil {
 				if w := c.waiter.Load(); w != nil {
-					w.wake()
+					w.recheck()
 				}
 			}
 		}

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -15,7 +16,7 @@ import (
 // turnsOf returns the states of n goroutines, and a function that awaits how many of them queue.
 func turnsOf(q *turns, n int) (all []*turn) {
 	for range n {
-		all = append(all, &turn{of: q, granted: make(chan struct{}, 1)})
+		all = append(all, newTurn(q, NewWaiter(context.Background())))
 	}
 	return all
 }
@@ -32,7 +33,7 @@ func (q *turns) queued() (n int) {
 
 func TestBusyGoroutinesTakeTurnsInOrder(t *testing.T) {
 	const many, rounds = 5, 4
-	q := &turns{free: 1}
+	q := &turns{limit: 1}
 	all := turnsOf(q, many)
 	var order []int // the race detector reports two goroutines that run at once
 	var done sync.WaitGroup
@@ -59,8 +60,8 @@ func TestBusyGoroutinesTakeTurnsInOrder(t *testing.T) {
 	if !slices.Equal(order, want) {
 		t.Errorf("the order is %v", order)
 	}
-	if q.free != 1 || q.first != nil || q.last != nil {
-		t.Errorf("in the end %d are free, and the queue is %v to %v", q.free, q.first, q.last)
+	if q.held != 0 || q.first != nil || q.last != nil {
+		t.Errorf("in the end %d are held, and the queue is %v to %v", q.held, q.first, q.last)
 	}
 }
 
@@ -147,25 +148,190 @@ func TestWaitsThatEndAtOnceYield(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	isBusy := func() bool { return w.turn != nil && w.turn.holds }
 	for range busyWaits - 1 {
 		endsAtOnce()
 	}
-	if isBusy() {
+	if w.busy() {
 		t.Errorf("busy after %d waits", busyWaits-1)
 	}
 	endsAtOnce()
-	if !isBusy() {
+	if !w.busy() {
 		t.Errorf("not busy after %d waits", busyWaits)
 	}
 	endsAtOnce()
-	if !isBusy() {
+	if !w.busy() {
 		t.Error("not busy after one more")
 	}
 	if err := w.Wait(time.Now().Add(time.Millisecond), c, nil); err != ErrDeadline {
 		t.Fatal(err)
 	}
-	if isBusy() {
+	if w.busy() {
 		t.Error("busy after a wait without an event")
+	}
+}
+
+// The owner reads and writes after Yield, so the events before are no reason for the next wait to end. The owner pauses in
+// the middle of other work, so they are.
+func TestAYieldTakesTheEventsBeforeIt(t *testing.T) {
+	p := newPoller(t)
+	c, _ := connected(t, p, "127.0.0.1:0")
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	if err := w.Wait(time.Now(), c, nil); err != nil && err != ErrDeadline {
+		t.Fatal(err)
+	}
+	w.wake()
+	w.Pause(c)
+	if err := w.Wait(time.Now(), c, nil); err != nil {
+		t.Errorf("after a pause: %v", err)
+	}
+	w.Interrupt()
+	w.Yield(c)
+	if err := w.Wait(time.Now(), c, nil); err != ErrInterrupted {
+		t.Errorf("interrupted before a yield: %v", err)
+	}
+	w.wake()
+	w.Yield(c)
+	if err := w.Wait(time.Now(), c, nil); err != ErrDeadline {
+		t.Errorf("after a yield: %v, want no event", err)
+	}
+	if w.busy() {
+		t.Error("the goroutine that waits has a processor")
+	}
+	w.wake()
+	if err := w.Wait(time.Now(), c, nil); err != nil {
+		t.Errorf("an event after the yield: %v", err)
+	}
+}
+
+// A wait whose deadline has passed finds an event whose token is still on its way.
+func TestAnEventAtTheDeadlineIsNotMissed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := NewWaiter(t.Context())
+		defer w.Close()
+		w.news.Or(event)
+		time.AfterFunc(time.Second, func() { w.token <- struct{}{} }) // the rest of signal
+		if err := w.Wait(time.Now(), nil, nil); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Connections wait far more often than they are busy.
+func TestARestWithoutAProcessorTakesNoLock(t *testing.T) {
+	q := &turns{limit: 1}
+	one := turnsOf(q, 1)[0]
+	one.pass()
+	one.rest()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	one.rest() // would deadlock
+	if q.held != 0 {
+		t.Errorf("%d are held", q.held)
+	}
+}
+
+// Go's runtime follows the CPU limit of the container.
+func TestTheNumberOfBusyGoroutinesFollowsThatOfProcessors(t *testing.T) {
+	q := &turns{limit: 1}
+	all := turnsOf(q, 4)
+	var done sync.WaitGroup
+	defer done.Wait()
+	granted := make(chan *turn)
+	for i, one := range all {
+		done.Go(func() {
+			one.pass()
+			granted <- one
+		})
+		if i > 0 {
+			nettest.Eventually(t, "it queues", func() bool { return q.queued() == i })
+		} else if got := <-granted; got != one {
+			t.Fatal("another turn is granted")
+		}
+	}
+	q.resize(3)
+	for range 2 {
+		<-granted
+	}
+	if q.queued() != 1 || q.held != 3 {
+		t.Fatalf("after a rise, %d queue and %d are held", q.queued(), q.held)
+	}
+	q.resize(1)
+	all[0].rest()
+	all[1].rest()
+	if q.queued() != 1 || q.held != 1 {
+		t.Errorf("after a fall, %d queue and %d are held", q.queued(), q.held)
+	}
+	all[2].rest()
+	<-granted
+	all[3].rest()
+	if q.held != 0 {
+		t.Errorf("in the end, %d are held", q.held)
+	}
+}
+
+// A busy goroutine that is alone queues while more goroutines hold processors than there are.
+func TestABusyGoroutineGivesALostProcessorUp(t *testing.T) {
+	q := &turns{limit: 2}
+	all := turnsOf(q, 2)
+	all[0].pass()
+	all[1].pass()
+	q.resize(1)
+	passed := make(chan bool)
+	go func() { all[0].pass(); close(passed) }()
+	nettest.Eventually(t, "it queues", func() bool { return q.queued() == 1 })
+	all[1].rest()
+	<-passed
+	if q.held != 1 {
+		t.Errorf("%d are held", q.held)
+	}
+}
+
+func TestAYieldChecksTheNumberOfProcessors(t *testing.T) {
+	p := newPoller(t)
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(3))
+	c, _ := connected(t, p, "127.0.0.1:0")
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	for range checkedYields {
+		w.Yield(c)
+	}
+	if p.turns.limit != 3 {
+		t.Errorf("%d goroutines may be busy on 3 processors", p.turns.limit)
+	}
+}
+
+// A connection that is to end does not wait for the turns of others.
+func TestAGoroutineThatIsStoppedLeavesTheQueue(t *testing.T) {
+	p := newPoller(t)
+	p.turns.limit = 1
+	a, b := connected(t, p, "127.0.0.1:0")
+	busy := NewWaiter(t.Context())
+	defer busy.Close()
+	busy.Yield(a) // and never again
+	ctx, cancel := context.WithCancel(t.Context())
+	for want, stop := range map[error]func(*Waiter){
+		ErrInterrupted: func(w *Waiter) { w.Interrupt() },
+		ErrCanceled:    func(*Waiter) { cancel(); p.WakeAll() },
+	} {
+		w := NewWaiter(map[error]context.Context{ErrInterrupted: t.Context(), ErrCanceled: ctx}[want])
+		if err := w.Wait(time.Now(), b, nil); err != nil && err != ErrDeadline {
+			t.Fatal(err)
+		}
+		ended := make(chan error)
+		go func() {
+			w.Yield(b)
+			w.Pause(b) // does not queue
+			ended <- w.Wait(time.Time{}, b, nil)
+		}()
+		nettest.Eventually(t, "it queues", func() bool { return p.turns.queued() == 1 })
+		stop(w)
+		if err := <-ended; err != want {
+			t.Errorf("the wait after it ends with %v, want %v", err, want)
+		}
+		w.Close()
+	}
+	if p.turns.queued() != 0 || p.turns.held != 1 {
+		t.Errorf("%d queue, and %d are held", p.turns.queued(), p.turns.held)
 	}
 }

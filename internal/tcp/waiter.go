@@ -23,12 +23,12 @@ var (
 //
 // Each connection has one. 48 bytes are a size of the allocator, and the next is 64.
 type Waiter struct {
-	canceled <-chan struct{} // closed when the context is cancelled; may be nil
-	token    chan struct{}   // holds a token if there is news; see signal
-	news     atomic.Uint32   // the bits below
-	round    uint16          // low bits of the last call of Poller.WakeAll that the owner has seen
-	waits    uint8           // in succession that ended at once; see busyWaits
-	turn     *turn           // made by the first Yield
+	canceled <-chan struct{}      // closed when the context is cancelled; may be nil
+	token    chan struct{}        // holds a token if there is news; see signal
+	news     atomic.Uint32        // the bits below
+	round    uint16               // low bits of the last call of Poller.WakeAll that the owner has seen
+	waits    uint8                // in succession that ended at once; see busyWaits
+	turn     atomic.Pointer[turn] // made by the first Yield
 
 	// The timer is made by the first wait with a deadline, and goes on after a wait that was not brief: most waits of a
 	// connection have a later deadline than the one before. If it expires too early, the wait continues.
@@ -51,15 +51,13 @@ func NewWaiter(ctx context.Context) *Waiter {
 
 // Close releases the waiter. It must not be used afterwards. Without Close, its memory may be kept until the last deadline.
 func (w *Waiter) Close() {
-	if w.turn != nil {
-		w.turn.rest()
-	}
+	w.rest()
 	if w.timer != nil {
 		w.timer.Stop()
 	}
 }
 
-// Canceled reports whether the context has been cancelled, for loops that do not reach Wait because they always have work.
+// Canceled reports whether the context has been cancelled.
 func (w *Waiter) Canceled() bool {
 	select {
 	case <-w.canceled:
@@ -69,10 +67,31 @@ func (w *Waiter) Canceled() bool {
 	}
 }
 
-// Interrupt ends the wait in progress, or else the next one, with ErrInterrupted. It may be called from any goroutine.
+// Stopped reports whether the next Wait fails at once, because the context has been cancelled or Interrupt was called.
+// Loops that do not reach Wait because they always have work call it before Yield, which returns at once then.
+func (w *Waiter) Stopped() bool { return w.news.Load()&interrupt != 0 || w.Canceled() }
+
+// Interrupt ends the wait or the yield in progress, or else the next one, with ErrInterrupted from the next wait. It may be
+// called from any goroutine.
 func (w *Waiter) Interrupt() {
 	w.news.Or(interrupt)
 	w.wake()
+	w.leave()
+}
+
+// recheck ends the wait in progress, and the yield if the context has been cancelled.
+func (w *Waiter) recheck() {
+	w.wake()
+	if w.Canceled() {
+		w.leave()
+	}
+}
+
+// leave ends the yield in progress.
+func (w *Waiter) leave() {
+	if t := w.turn.Load(); t != nil {
+		t.leave()
+	}
 }
 
 // Continue takes back an Interrupt that no wait has reported.
@@ -126,9 +145,7 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 		w.yieldSometimes(a, b)
 	} else {
 		w.waits = 0
-		if w.turn != nil {
-			w.turn.rest()
-		}
+		w.rest()
 	}
 	if !w.waitUntil(deadline) {
 		return ErrDeadline
@@ -136,9 +153,22 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 	return w.ended()
 }
 
+// rest gives up the processor of a busy goroutine.
+func (w *Waiter) rest() {
+	if t := w.turn.Load(); t != nil {
+		t.rest()
+	}
+}
+
+// busy reports whether the goroutine has yielded since its last wait.
+func (w *Waiter) busy() bool {
+	t := w.turn.Load()
+	return t != nil && t.holds
+}
+
 // yieldSometimes yields instead of a wait that ends at once: always if the goroutine is busy already.
 func (w *Waiter) yieldSometimes(a, b *Conn) {
-	if w.waits++; w.waits < busyWaits && (w.turn == nil || !w.turn.holds) {
+	if w.waits++; w.waits < busyWaits && !w.busy() {
 		return
 	}
 	w.waits = 0
@@ -146,7 +176,7 @@ func (w *Waiter) yieldSometimes(a, b *Conn) {
 		a = b
 	}
 	if a != nil {
-		w.Yield(a)
+		w.Pause(a)
 	}
 }
 
@@ -214,13 +244,13 @@ func (w *Waiter) waitUntil(deadline time.Time) bool {
 	}
 }
 
+// happened takes the news without waiting, and reports whether there was an event. An interrupt stays.
 func (w *Waiter) happened() bool {
-	select {
-	case <-w.token:
-		return w.take()
-	default:
+	if w.news.Load()&(event|expiry) == 0 {
 		return false
 	}
+	<-w.token // is there, or about to be: see signal
+	return w.take()
 }
 
 // arm makes the timer expire at the deadline or earlier. left is the time until then.
