@@ -114,7 +114,8 @@ func newMeshRig(t *testing.T, mode string) *meshRig {
 	t.Helper()
 	m := &meshRig{authority: securetest.New(t, "root of the mesh")}
 	m.client = m.authority.Leaf(t, idOfClient, nil)
-	plane := &servetest.Configured{Own: m.authority.Identity(t, idOfServer)}
+	plane := &servetest.Configured{}
+	plane.Own.Store(m.authority.Identity(t, idOfServer))
 	m.plane = plane
 	plane.InForce.Store(snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")))
 	at := servetest.Place{Rules: true, New: func(t testing.TB, parts servetest.Parts) servetest.Role {

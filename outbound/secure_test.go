@@ -35,7 +35,8 @@ type meshRig struct {
 func newMeshRig(t *testing.T, expected string, endpoints ...mesh.Endpoint) *meshRig {
 	t.Helper()
 	m := &meshRig{authority: securetest.New(t, "root of the mesh")}
-	m.plane = &servetest.Configured{Own: m.authority.Identity(t, idOfClient)}
+	m.plane = &servetest.Configured{}
+	m.plane.Own.Store(m.authority.Identity(t, idOfClient))
 	at := servetest.Place{Outbound: true, Rules: true, New: func(t testing.TB, parts servetest.Parts) servetest.Role {
 		proxy, err := New(Config{
 			Poller: parts.Poller, OwnPorts: servetest.OwnPorts(), OwnAddresses: parts.Addresses, Flows: parts.Flows,
@@ -221,8 +222,9 @@ func TestAnotherServerGetsNothing(t *testing.T) {
 func TestARejectedCertificateIsAFailedHandshake(t *testing.T) {
 	for _, protocol := range []string{"HTTP/1.1", "HTTP/2.0", "other"} {
 		m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
-		m.plane.Own = securetest.New(t, "another root").Identity(t, idOfClient)
-		m.plane.Own.Roots = m.authority.Roots
+		foreign := securetest.New(t, "another root").Identity(t, idOfClient)
+		foreign.Roots = m.authority.Roots
+		m.plane.Own.Store(foreign)
 		m.serveTLS(t, "81")
 		client := m.Dial(t, m.At(81))
 		if protocol == "other" {

@@ -652,14 +652,14 @@ func portList(t *testing.T, text string) capture.Ports {
 // Configured is a control plane that has configured the role.
 type Configured struct {
 	InForce atomic.Pointer[mesh.Snapshot]
-	Own     *identity.Identity
+	Own     atomic.Pointer[identity.Identity]
 }
 
 // Snapshot implements serve.Mesh.
 func (c *Configured) Snapshot() *mesh.Snapshot { return c.InForce.Load() }
 
 // Identity implements serve.Mesh.
-func (c *Configured) Identity() *identity.Identity { return c.Own }
+func (c *Configured) Identity() *identity.Identity { return c.Own.Load() }
 
 // OwnPorts are the agent's ports.
 func OwnPorts() []uint16 { return capture.Default().OwnPorts() }
