@@ -148,6 +148,7 @@ func TestPeerMetadataInTrailersIsMalformed(t *testing.T) {
 				if got := head(t, bufio.NewReader(client)); !strings.HasPrefix(got, "HTTP/1.1 400 ") {
 					t.Errorf("%+v: a request with the trailer %s is answered %q, want 400", peers, field, got)
 				}
+				r.records.await(t, 0)
 				client = r.dial(t)
 				send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
 				server := o.accept()
