@@ -263,8 +263,9 @@ func TestTheClientBacksOff(t *testing.T) {
 		if mean := total / pauses; longest < 25*time.Second || mean < 10*time.Second || mean > 20*time.Second {
 			t.Errorf("the longest pause is %v, their mean %v; want full jitter below 30 s", longest, mean)
 		}
-		if status := client.Status(); status.Failures != pauses {
-			t.Errorf("%d failures, want %d", status.Failures, pauses)
+		synctest.Wait() // until the last attempt has failed
+		if status := client.Status(); status.Failures != pauses+1 {
+			t.Errorf("%d failures, want %d", status.Failures, pauses+1)
 		}
 		stream := newMemory()
 		<-attempts <- stream
