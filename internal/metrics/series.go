@@ -162,6 +162,13 @@ func (d *direction) end(reason flow.Reason) *end {
 // set, because its host or its combination of labels exceeds a limit.
 func (d *direction) requestSet(r *flow.Record) (set *requestSet, named bool) {
 	of, named := d.service(r)
+	return d.setOf(r, of, named)
+}
+
+// setOf is requestSet for a service. It has a frame of its own: with that of service it would double the stack of a
+// connection, which stays while the connection is idle.
+func (d *direction) setOf(r *flow.Record, of *service, named bool) (*requestSet, bool) {
+	var set *requestSet
 	key := setKey{of, r.HTTP.Status, notGRPC, orDash(r.Flags()), d.securityOf(r)}
 	if statusClass(key.status) == 0 {
 		key.status = 0

@@ -77,12 +77,17 @@ func (q *turns) resize(limit int) {
 
 // poll dispatches the events that are there. Poller.run may do that at the same time: each event is reported to one of them.
 func (p *Poller) poll() {
-	var events [64]unix.EpollEvent
+	events := polled.Get().(*[64]unix.EpollEvent)
+	defer polled.Put(events)
 	n, _ := epollReady(p.epfd, events[:]) // an interrupted call is made again by the next turn
 	for i := range n {
 		p.dispatch(&events[i])
 	}
 }
+
+// polled has memory for events. On the stack of a connection's goroutine it would double that stack, which stays while the
+// connection is idle.
+var polled = sync.Pool{New: func() any { return new([64]unix.EpollEvent) }}
 
 // pass hands the processor over to the first in the queue, and waits for its turn at the end of it. A goroutine whose next
 // wait fails does not queue: it is about to end.
