@@ -112,6 +112,11 @@ type meshRig struct {
 
 func newMeshRig(t *testing.T, mode string) *meshRig {
 	t.Helper()
+	return newDelayedMeshRig(t, mode, detectionDelay)
+}
+
+func newDelayedMeshRig(t *testing.T, mode string, delay time.Duration) *meshRig {
+	t.Helper()
 	m := &meshRig{authority: securetest.New(t, "root of the mesh")}
 	m.client = m.authority.Leaf(t, idOfClient, nil)
 	plane := &servetest.Configured{}
@@ -129,7 +134,7 @@ func newMeshRig(t *testing.T, mode string) *meshRig {
 		return proxy
 	}}
 	settings := servetest.Defaults()
-	settings.DetectionDelay = detectionDelay
+	settings.DetectionDelay = delay
 	m.Rig = servetest.NewRig(t, at, settings)
 	own := m.authority.Leaf(t, "", func(c *x509.Certificate) { c.DNSNames = []string{"workload.example"} })
 	conns, served := m.Listen(t, "81"), make(chan struct{})
@@ -305,10 +310,9 @@ func TestATLSClientMayBeLate(t *testing.T) {
 
 // Where no connection passes without TLS, silence is not taken for another protocol after the detection delay.
 func TestAClientThatMustBeginWithTLSIsWaitedFor(t *testing.T) {
-	m := newMeshRig(t, "STRICT, TCP")
+	m := newDelayedMeshRig(t, "STRICT, TCP", 0) // a delay that were applied would be over when the client begins
 	raw := m.Dial(t, m.At(81))
 	m.AwaitListed(t, 1)
-	time.Sleep(3 * detectionDelay) // so that the delay is over if it is applied
 	if _, err := m.handshake(t, raw, m.client, meshTCP...); err != nil {
 		t.Error(err)
 	}

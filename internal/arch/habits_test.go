@@ -92,7 +92,6 @@ var sleepers = map[string]string{
 	"e2e/pods/drain_test.go follow":                                                      "endpoints follow readiness with a delay",
 	"internal/probe/probe_test.go TestAProbeMayTakeLongerThanOtherAnswersOfThePort":      "the workload's delay is tested",
 	"internal/scrape/scrape_test.go TestSlowWorkloadMayTakeLongerThanTheServersTimeouts": "the workload's delay is tested",
-	"inbound/secure_test.go TestAClientThatMustBeginWithTLSIsWaitedFor":                  "the client's silence is tested",
 	"internal/relay/random_test.go speak":                                                "peers that pause now and then",
 	"internal/tcp/handover_test.go TestEachWaitHasItsOwnDeadline":                        "deadlines are tested",
 	"internal/relay/relay_test.go TestIdleTimeoutEndsAnIdleConnection":                   "a time-out of real sockets",
