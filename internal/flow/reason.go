@@ -146,7 +146,7 @@ var Explanations = []Explanation{
 	{NoConfiguration, envoy.FlagNoRouteFound, "", "",
 		"The control plane sent no configuration within `{ConfigurationWait}`."},
 	{MeshRefused, envoy.FlagNoRouteFound, "", "",
-		"The control plane's configuration closes the connection, or secures it by TLS or policies, which are not supported yet; the log has the cause."},
+		"The control plane's configuration closes the connection, or has policies or routes for it that are not supported yet; the log has the cause."},
 	{TLSFailed, "", "", "",
 		"The TLS handshake failed: the peer does not speak TLS, has no version or cipher suite in common with pillion, or rejected pillion's certificate; the log has the cause."},
 	{TLSTimeout, "", "", "",
