@@ -53,6 +53,8 @@ var arrows = []struct {
 		"read bytes stay in a buffer whose memory is accounted for, findings go into the record; http2 recognises a server's first frame"},
 	{"internal/httpforward", []string{"internal/budget", "internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
 		"an engine uses a codec, upstream connections and records, and accounts for its memory; an upgraded connection is relayed; its responses use Envoy's terms"},
+	{"internal/balance", []string{"internal/envoy", "internal/flow", "internal/mesh"},
+		"hosts are chosen as a cluster configures; how a request ended counts for its host, a status of gRPC as one of HTTP"},
 	{"internal/flow", []string{"internal/envoy"}, "each reason has its response flags and details"},
 	{"internal/relay", []string{"internal/tcp"}, "the relay waits for two connections at once"},
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
