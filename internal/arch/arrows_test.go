@@ -79,6 +79,7 @@ var arrows = []struct {
 	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA and a workload socket are asked by calls, and their status decides whether to ask again"},
 	{"internal/mesh", []string{"internal/wire"}, "resources are read field by field"},
 	{"internal/authz", []string{"internal/mesh"}, "policies are compiled from the values of a control plane"},
+	{"internal/route", []string{"internal/envoy", "internal/flow", "internal/mesh"}, "routes of a control plane are compiled; replies have reasons, and Envoy's flags and details"},
 	{"internal/controlplane/pushtest", []string{"internal/wire", "internal/xds"}, "recorded pushes are updates"},
 	{"internal/secure/securetest", []string{"internal/identity"}, "test certificates are identities"},
 	{"internal/secure", []string{"internal/budget", "internal/identity", "internal/mesh", "internal/tcp"}, "TLS is a layer of a connection, and its handshakes are in the memory budget; peers are verified with the roots of the identity, by names that the mesh configures"},
