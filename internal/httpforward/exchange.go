@@ -20,6 +20,7 @@ type exchange struct {
 	names    names            // backing memory of the slices in record
 	held     budget.Account   // what the exchange holds while it waits
 	routed   Request          // the router's argument; a field, so that it is not allocated
+	fields   headFields       // of routed
 	wanted   *upstream.Target // where the request goes; of the connection, or chosen
 	chosen   upstream.Target  // by the router
 
@@ -89,7 +90,7 @@ func (x *exchange) release() {
 	x.record = flow.Record{}
 	x.http = flow.Request{}
 	x.http.Fields, x.http.ResponseFields = fields, responseFields
-	x.routed = Request{}
+	x.routed, x.fields = Request{}, headFields{}
 	x.wanted, x.chosen = nil, upstream.Target{}
 	x.s, x.settings, x.progress = nil, nil, progress{}
 	exchanges.Put(x)
