@@ -28,8 +28,10 @@ func (r *resolver) lookup(ctx context.Context, name string, _ mesh.DNSFamily) ([
 	r.lookups++
 	delay, ttl := r.delay, r.ttl
 	r.mu.Unlock()
+	answered := time.NewTimer(delay)
+	defer answered.Stop()
 	select {
-	case <-time.After(delay):
+	case <-answered.C:
 	case <-ctx.Done():
 		return nil, 0, ctx.Err()
 	}
