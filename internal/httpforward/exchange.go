@@ -8,7 +8,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
-	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // exchange is one request and its response. Exchanges are pooled together with their memory.
@@ -16,12 +15,17 @@ type exchange struct {
 	s        *session
 	settings *Settings // for this request
 	record   flow.Record
-	http     flow.Request    // record.HTTP
-	names    names           // backing memory of the slices in record
-	held     budget.Account  // what the exchange holds while it waits
-	routed   Request         // the router's argument; a field, so that it is not allocated
-	fields   headFields      // of routed
-	wanted   upstream.Target // what the router decided
+	http     flow.Request   // record.HTTP
+	names    names          // backing memory of the slices in record
+	held     budget.Account // what the exchange holds while it waits
+	routed   Request        // the router's argument; a field, so that it is not allocated
+	fields   headFields     // of routed
+	decision Decision       // of the router
+	previous Decision       // of the attempt before
+	kept     []byte         // a copy of the request head, if a retry or an edit of the response may need it
+	edited   *edited        // of a plan that changes heads; nil: not used yet
+
+	carried
 
 	requestHead, responseHead http1.Head
 	request, response         message
@@ -39,6 +43,7 @@ type progress struct {
 	closing        bool          // the response announces the close, or downstream expects it
 	upstreamCloses bool
 	repeated       bool // the request was sent a second time
+	copying        bool // copies of the request are sent when it has arrived
 	redialled      bool // since the last round of reads and writes
 	interims       int  // interim responses so far
 	sentAt         time.Time
@@ -90,7 +95,13 @@ func (x *exchange) release() {
 	x.http = flow.Request{}
 	x.http.Fields, x.http.ResponseFields = fields, responseFields
 	x.routed, x.fields = Request{}, headFields{}
-	x.wanted = upstream.Target{}
+	if x.edited != nil {
+		x.releaseEdited()
+	}
+	if x.kept = x.kept[:0]; cap(x.kept) > smallPiece {
+		x.kept = nil
+	}
+	x.decision, x.previous, x.carried = Decision{}, Decision{}, carried{}
 	x.s, x.settings, x.progress = nil, nil, progress{}
 	exchanges.Put(x)
 }
@@ -199,7 +210,8 @@ func advance(counter, connection *atomic.Uint64, now uint64) {
 
 // close closes the record. It resets upstream unless the exchange completed and the connection is not cut.
 func (x *exchange) close(reason flow.Reason, err error, end ending) ending {
-	if end == cut || reason != flow.Completed {
+	x.endLease(reason)
+	if end == cut || reason != flow.Completed && x.made == nil {
 		x.s.dropUpstream()
 	}
 	x.record.Close(x.s.engine.config.Flows, reason, err)

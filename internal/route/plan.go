@@ -27,12 +27,11 @@ type Plan struct {
 	CountAttempts    bool              // in x-envoy-attempt-count of requests
 	CountInResponses bool              // in x-envoy-attempt-count of responses, replies included
 
-	Mirrors   []mesh.Mirror // each is drawn on its own, by Drawn
+	Mirrors   []mesh.Mirror // each is drawn on its own, by Request.Drawn
 	Operation string        // name of the span; empty: none
 
-	path   pathRewrite
-	host   string // empty: not rewritten
-	faults *faults
+	path pathRewrite
+	host string // empty: not rewritten
 }
 
 // Edit is a change of one header field. An edit with Remove removes all fields of the name.
@@ -42,9 +41,8 @@ type Edit struct {
 	Action    mesh.EditAction
 	KeepEmpty bool // the field is added also if its value is empty
 
-	value     string // of an edit without operators
-	pieces    []piece
-	condition condition
+	value  string // of an edit without operators
+	pieces []piece
 }
 
 // Context has what the values of edits are made of. An engine implements it without allocation.
@@ -65,30 +63,30 @@ type Operator uint8
 
 // The operators that Context gives the values of. Those of addresses are followed by their forms, as Envoy's.
 const (
-	NoOperator                    Operator = iota
-	DownstreamRemoteAddress                // with its port, as "198.51.100.7:41234"; the client's, by X-Forwarded-For if that is trusted
-	DownstreamRemoteHost                   // DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT
-	DownstreamRemotePort                   //
-	DownstreamDirectRemoteAddress          // of the connection
-	DownstreamDirectRemoteHost             //
-	DownstreamDirectRemotePort             //
-	DownstreamLocalAddress                 //
-	DownstreamLocalHost                    //
-	DownstreamLocalPort                    //
-	DownstreamPeerSubject                  //
-	DownstreamPeerURISAN                   //
-	DownstreamLocalURISAN                  //
-	RequestedServerName                    //
-	Protocol                               //
-	Hostname                               // of the pod
-	StartTime                              // as 2006-01-02T15:04:05.000Z
-	RouteName                              //
-	VirtualClusterName                     //
-	UpstreamCluster                        //
-	UpstreamHost                           // with its port
-	UpstreamRemoteAddress                  //
-	ResponseFlags                          //
-	ResponseCodeDetails                    //
+	NoOperator              Operator = iota
+	DownstreamRemoteAddress          // with its port, as "198.51.100.7:41234"; the client's, by X-Forwarded-For if that is trusted
+	DownstreamRemoteHost             // DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT
+	DownstreamRemotePort
+	DownstreamDirectRemoteAddress // of the connection
+	DownstreamDirectRemoteHost
+	DownstreamDirectRemotePort
+	DownstreamLocalAddress
+	DownstreamLocalHost
+	DownstreamLocalPort
+	DownstreamPeerSubject
+	DownstreamPeerURISAN
+	DownstreamLocalURISAN
+	RequestedServerName
+	Protocol
+	Hostname  // of the pod
+	StartTime // as 2006-01-02T15:04:05.000Z
+	RouteName
+	VirtualClusterName
+	UpstreamCluster
+	UpstreamHost // with its port
+	UpstreamRemoteAddress
+	ResponseFlags
+	ResponseCodeDetails
 )
 
 // Reply is a response that is made here.
