@@ -8,6 +8,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // exchange is one request and its response. Exchanges are pooled together with their memory.
@@ -15,15 +16,16 @@ type exchange struct {
 	s        *session
 	settings *Settings // for this request
 	record   flow.Record
-	http     flow.Request   // record.HTTP
-	names    names          // backing memory of the slices in record
-	held     budget.Account // what the exchange holds while it waits
-	routed   Request        // the router's argument; a field, so that it is not allocated
-	fields   headFields     // of routed
-	decision Decision       // of the router
-	previous Decision       // of the attempt before
-	kept     []byte         // a copy of the request head, if a retry or an edit of the response may need it
-	edited   *edited        // of a plan that changes heads; nil: not used yet
+	http     flow.Request     // record.HTTP
+	names    names            // backing memory of the slices in record
+	held     budget.Account   // what the exchange holds while it waits
+	routed   Request          // the router's argument; a field, so that it is not allocated
+	fields   headFields       // of routed
+	wanted   *upstream.Target // where the request goes: that of the connection, or of decision
+	decision Decision         // of the router
+	previous Decision         // of the attempt before
+	kept     []byte           // a copy of the request head, if a retry or an edit of the response may need it
+	edited   *edited          // of a plan that changes heads; nil: not used yet
 
 	carried
 
@@ -101,7 +103,10 @@ func (x *exchange) release() {
 	if x.kept = x.kept[:0]; cap(x.kept) > smallPiece {
 		x.kept = nil
 	}
-	x.decision, x.previous, x.carried = Decision{}, Decision{}, carried{}
+	if s.Router != nil {
+		x.decision, x.previous, x.carried = Decision{}, Decision{}, carried{}
+	}
+	x.wanted = nil
 	x.s, x.settings, x.progress = nil, nil, progress{}
 	exchanges.Put(x)
 }

@@ -34,7 +34,7 @@ func (x *exchange) run() ending {
 	if x.s.up == nil && !x.holdDial() {
 		return x.evicted()
 	}
-	attempts, err := x.s.connect(&x.decision.Target, x.settings, x.record.Opened, idempotent(x.http.Method))
+	attempts, err := x.s.connect(x.wanted, x.settings, x.record.Opened, idempotent(x.http.Method))
 	x.record.Attempts = uint8(attempts)
 	if err == nil {
 		x.send()
@@ -164,14 +164,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if err != nil {
 		return x.malformed(faultOf(err, &x.requestHead, b))
 	}
-	x.decision = x.s.route(x.view(b))
-	x.record.Cluster, x.record.Route = x.decision.Cluster, x.decision.Route
-	if !x.decision.noRoute() { // otherwise the kept connection serves the next request
-		x.s.turnTo(&x.decision.Target)
-	}
-	if x.decision.Plan != nil {
-		x.takePlan(b)
-	}
+	routed := x.route(b)
 	x.request.src = x.s.Down
 	head := x.request.reserve(x.requestHead.Length + addedFields + x.s.Peers.added())
 	if editsRequest(x.decision.Plan) {
@@ -188,11 +181,33 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if x.request.bad != nil {
 		return x.malformed(x.request.bad)
 	}
-	if x.decision.noRoute() && x.decision.Reply == nil {
+	if !routed {
 		x.failure = errNoRoute
 		return &replyNoRoute
 	}
 	return nil
+}
+
+// route decides what becomes of the request. It reports false if the router returned neither upstream nor reply; the kept
+// connection then serves the next request.
+func (x *exchange) route(b []byte) bool {
+	s := x.s
+	if s.Router == nil {
+		x.wanted = &s.Target
+		return true
+	}
+	x.decision = s.Router.Route(x.view(b))
+	d := &x.decision
+	x.record.Cluster, x.record.Route = d.Cluster, d.Route
+	if d.Plan != nil {
+		x.takePlan(b)
+	}
+	if d.noRoute() {
+		return d.Reply != nil
+	}
+	x.wanted = &d.Target
+	s.turnTo(x.wanted)
+	return true
 }
 
 // forbidden returns the names that are forbidden in the trailers of the request.
@@ -206,7 +221,7 @@ func (x *exchange) forbidden(b []byte) (names []byte) {
 // send connects the request and the response to the upstream connection.
 func (x *exchange) send() {
 	s := x.s
-	x.record.Upstream, x.record.UpstreamLocal = x.decision.Target.Address, s.up.LocalAddr()
+	x.record.Upstream, x.record.UpstreamLocal = x.wanted.Address, s.up.LocalAddr()
 	x.record.Security = s.Record.Security // a dial may have verified it
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
@@ -540,7 +555,7 @@ func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
 	x.s.engine.config.Pool.Stats.Retried.Add(1)
 	x.response.srcErr, x.repeated = nil, true
-	attempts, err := x.s.dial(&x.decision.Target, x.settings)
+	attempts, err := x.s.dial(x.wanted, x.settings)
 	x.record.Attempts += uint8(attempts)
 	if err != nil {
 		return x.noUpstream(err)
@@ -627,7 +642,7 @@ func (x *exchange) noUpstream(err error) (ending, bool) {
 	if errors.Is(err, tcp.ErrInterrupted) {
 		return x.evicted(), true
 	}
-	x.record.Upstream, x.record.TransportFailure = x.decision.Target.Address, upstream.TransportFailure(err)
+	x.record.Upstream, x.record.TransportFailure = x.wanted.Address, upstream.TransportFailure(err)
 	return x.failed(failedConnect, dialReply(err, x.record.Attempts > 1 && x.retries == 0 && x.policy == nil), err)
 }
 

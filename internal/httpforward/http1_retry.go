@@ -81,7 +81,7 @@ func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
 		if end, over := x.nextAttempt(reason); over {
 			return end, true
 		}
-		attempts, err := x.s.connect(&x.decision.Target, x.settings, time.Now(), idempotent(x.http.Method))
+		attempts, err := x.s.connect(x.wanted, x.settings, time.Now(), idempotent(x.http.Method))
 		x.record.Attempts += uint8(attempts)
 		if err == nil {
 			x.request.resend(x.s.up)
@@ -94,7 +94,7 @@ func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
 			return x.noUpstream(err)
 		}
 		r := dialReply(err, false)
-		x.record.Upstream, x.record.TransportFailure = x.decision.Target.Address, upstream.TransportFailure(err)
+		x.record.Upstream, x.record.TransportFailure = x.wanted.Address, upstream.TransportFailure(err)
 		if !x.mayRetry(failedConnect) {
 			return x.refuse(x.retried(r), err), true
 		}
@@ -125,7 +125,8 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	case x.decision.noRoute():
 		return x.refuse(replyNoRoute, errNoRoute), true
 	}
-	s.turnTo(&x.decision.Target)
+	x.wanted = &x.decision.Target
+	s.turnTo(x.wanted)
 	x.countAttempt()
 	return 0, false
 }
