@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/serve"
@@ -28,6 +29,7 @@ type Config struct {
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
+	Lookup       balance.Lookup     // resolves the names of Mesh's clusters; nil: they have no endpoints
 }
 
 // Addresses distinguishes this workload's own addresses from others.
@@ -54,6 +56,7 @@ func New(config Config) (*Proxy, error) {
 		HTTP:      config.HTTP,
 		Mesh:      config.Mesh,
 		Wait:      config.Wait,
+		Lookup:    config.Lookup,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("outbound: %w", err)
@@ -91,8 +94,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		return
 	}
 	to := target(dst)
-	c.Direct(&to)
-	if !c.HTTP() && !c.Dial(&to) {
+	if !c.Choose(&to) || !c.HTTP() && !c.Dial(&to) {
 		return
 	}
 	if !c.WatchBoth() || !c.Confirm(&to) {

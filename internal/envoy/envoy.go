@@ -63,6 +63,7 @@ const (
 	ResetByLocalConnectFailure    = "local connection failure"
 	ResetByRemoteConnectFailure   = "remote connection failure"
 	ResetByLocal                  = "local reset"
+	ResetByOverflow               = "overflow"
 	ResetByProtocolError          = "protocol error"
 	ResetByRemote                 = "remote reset"
 	ResetByRemoteRefusingToStream = "remote refused stream reset"

@@ -23,6 +23,8 @@ const (
 	UpstreamTimeout     Reason = "upstream_timeout"     // no answer within the connect timeout
 	UpstreamUnreachable Reason = "upstream_unreachable" // no route, or the dial failed in another way
 	UpstreamTLS         Reason = "upstream_tls"         // the TLS handshake failed
+	NoHealthyUpstream   Reason = "no_healthy_upstream"  // the cluster has no healthy endpoint; nothing was dialled
+	UpstreamOverflow    Reason = "upstream_overflow"    // a limit of the cluster is reached; nothing was dialled
 )
 
 // Ends of a request.
@@ -109,6 +111,10 @@ var Explanations = []Explanation{
 		"There is no route to upstream, or the dial failed in another way."},
 	{UpstreamTLS, envoy.FlagsConnectFailed, envoy.FlagUpstreamConnectionFailure, envoy.ResetBeforeResponse(envoy.ResetByRemoteConnectFailure),
 		"The TLS handshake with upstream failed: its certificate is not accepted, it rejected ours, or it does not speak TLS; the log has the cause."},
+	{NoHealthyUpstream, envoy.FlagNoHealthyUpstream, envoy.FlagNoHealthyUpstream, envoy.DetailsNoHealthyUpstream,
+		"The cluster that the control plane chose has no healthy endpoint; a request was answered 503."},
+	{UpstreamOverflow, envoy.FlagUpstreamOverflow, envoy.FlagUpstreamOverflow, envoy.ResetBeforeResponse(envoy.ResetByOverflow),
+		"A limit of the cluster's connection pool or circuit breaker is reached; a request was answered 503 with `x-envoy-overloaded`."},
 	{Completed, "", "", envoy.DetailsViaUpstream,
 		"The response to a request was delivered to its end."},
 	{DownstreamLeft, "", envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft,

@@ -222,7 +222,7 @@ func (x *exchange) forbidden(b []byte) (names []byte) {
 func (x *exchange) send() {
 	s := x.s
 	x.record.Upstream, x.record.UpstreamLocal = x.wanted.Address, s.up.LocalAddr()
-	x.record.Security = s.Record.Security // a dial may have verified it
+	x.record.Security = s.security(s.up)
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}

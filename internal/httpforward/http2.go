@@ -127,7 +127,7 @@ func (m *multiplex) connect() {
 		}
 		m.up = up
 	}
-	m.upLocal = m.up.LocalAddr()
+	m.upLocal, m.Record.Security = m.up.LocalAddr(), m.security(m.up)
 	m.toUp.dst, m.toDown.src = m.up, m.up
 }
 

@@ -122,7 +122,7 @@ func (s *session) awaitRequest() bool {
 		}
 		if s.up != nil && s.up.Readable() && !s.up.Quiet() {
 			s.closeUpstream()
-			if s.orphaned = s.outlives(); !s.orphaned {
+			if s.orphaned = !s.elsewhere; s.orphaned && !s.outlives() {
 				return false
 			}
 		}
@@ -199,8 +199,8 @@ func (s *session) outlives() bool {
 // outlivesReply reports whether downstream stays open after a reply in place of upstream. The reply drops the upstream
 // connection. The client of a balanced target has read the end of it with the reply, and opens a new connection.
 func (s *session) outlivesReply() bool {
-	if s.up == nil && !s.connected {
-		return true // there was no upstream connection yet
+	if s.up == nil && !s.connected || s.elsewhere {
+		return true // there was no upstream connection yet, or the next request may have another target
 	}
 	s.orphaned = !s.target().Balanced && s.outlives()
 	return s.orphaned
@@ -288,8 +288,10 @@ func (s *session) dropUpstream() {
 
 // connect finds an upstream connection to wanted, the decided target: that of the last request, one from the pool, or a new
 // one. A pooled connection may be closed by its server at this moment, so it is only used for repeatable requests. A
-// non-repeatable request on a stale pooled connection would fail where a direct connection would not. attempts is the
-// number of dials, or 1 for a connection that was open.
+// non-repeatable request on a stale pooled connection would fail where a direct connection would not. Where a router has
+// chosen another target, the alternative is not a direct connection, and a new one to each of the targets would cost a
+// handshake for each request; a server that closes at this moment has accepted no byte of the request, which is sent again.
+// attempts is the number of dials, or 1 for a connection that was open.
 func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.Time, repeatable bool) (attempts int, err error) {
 	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
@@ -298,7 +300,7 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.
 		return 1, nil
 	}
 	s.orphaned = false
-	if repeatable && !wanted.Balanced {
+	if !wanted.Balanced && (repeatable || *wanted != s.Target) {
 		s.up = s.engine.config.Pool.Take(*wanted)
 	}
 	if s.up != nil {

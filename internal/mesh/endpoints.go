@@ -13,6 +13,18 @@ type Assignment struct {
 	Localities []Locality
 }
 
+// Has reports whether an address is one of the endpoints'.
+func (a *Assignment) Has(address netip.AddrPort) bool {
+	for i := range a.Localities {
+		for k := range a.Localities[i].Endpoints {
+			if a.Localities[i].Endpoints[k].Address == address {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // Locality is a group of endpoints.
 type Locality struct {
 	Region, Zone, SubZone string

@@ -22,12 +22,12 @@ func (c *Conn) peers() *httpforward.PeerFields {
 		return nil
 	case g.peers != nil:
 		return g.peers
+	case g.chain != nil:
+		return withoutClient(g.chain.HTTP)
 	case c.role.direction == flow.Outbound:
-		return withoutClient(g.way.HTTP)
-	case g.chain == nil:
-		return removedClientCert
+		return nil
 	}
-	return withoutClient(g.chain.HTTP)
+	return removedClientCert
 }
 
 // withoutClient is peerFields for clients without a certificate. h may be nil.

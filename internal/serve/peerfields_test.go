@@ -45,7 +45,7 @@ func TestWhichConnectionsHaveFieldsAboutPeers(t *testing.T) {
 		"inbound HTTP":             {flow.Inbound, &governed{chain: http}, removedClientCert},
 		"inbound TCP":              {flow.Inbound, &governed{chain: opaque}, nil},
 		"inbound without a chain":  {flow.Inbound, &governed{}, removedClientCert},
-		"outbound HTTP":            {flow.Outbound, &governed{way: mesh.Way{HTTP: http.HTTP}}, removedClientCert},
+		"outbound HTTP":            {flow.Outbound, &governed{chain: http}, removedClientCert},
 		"outbound TCP or no chain": {flow.Outbound, &governed{}, nil},
 		"outbound, no plane":       {flow.Outbound, nil, nil},
 	} {

@@ -23,7 +23,12 @@ type rejudge struct {
 // router returns the Router of a connection; nil: all requests go to its target.
 func (c *Conn) router(to *upstream.Target) httpforward.Router {
 	g := c.governed
-	if g == nil || c.role.direction == flow.Outbound {
+	switch {
+	case g == nil:
+		return nil
+	case g.routing != nil:
+		return g.routing
+	case c.role.direction == flow.Outbound:
 		return nil
 	}
 	info := c.info()

@@ -12,9 +12,11 @@ package serve
 import (
 	"context"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -38,6 +40,9 @@ type Config struct {
 	// snapshot.
 	Mesh Mesh
 	Wait time.Duration
+
+	// Lookup resolves the names of Mesh's clusters; nil: such clusters have no endpoints.
+	Lookup balance.Lookup
 
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
 	// has itself.
@@ -97,6 +102,10 @@ type Role struct {
 	mesh      Mesh
 	contexts  *secure.Contexts // nil without mesh
 	wait      time.Duration
+
+	balancer   *balance.Balancer // nil without mesh, and inbound
+	securities atomic.Pointer[map[secured]*upstream.Security]
+	securing   sync.Mutex // held to replace securities
 }
 
 // NewRole checks the configuration.
@@ -125,6 +134,10 @@ func NewRole(config Config) (*Role, error) {
 	r.draining = r.engine.Draining
 	if r.mesh != nil {
 		r.contexts = secure.NewContexts(r.mesh)
+		r.securities.Store(&map[secured]*upstream.Security{})
+	}
+	if r.mesh != nil && r.direction == flow.Outbound {
+		r.balancer = balance.New(balance.Config{Snapshot: r.mesh.Snapshot, Lookup: config.Lookup})
 	}
 	r.settings.Store(&config.Settings)
 	return r, nil
@@ -145,6 +158,16 @@ func (r *Role) Announce() { r.engine.Announce() }
 
 // Drain ends connections that carry no request; see httpforward.Engine. Wake the poller after it.
 func (r *Role) Drain() { r.engine.Drain() }
+
+// Close stops what the role does in the background. Call it after the role's connections have ended.
+func (r *Role) Close() {
+	if r.balancer != nil {
+		r.balancer.Close()
+	}
+}
+
+// Balancer returns the state of the clusters that outbound requests go to; nil without a control plane, and inbound.
+func (r *Role) Balancer() *balance.Balancer { return r.balancer }
 
 // Refuse resets a connection that exceeds the limit.
 func (r *Role) Refuse(down *tcp.Conn) {

@@ -2,6 +2,7 @@ package serve
 
 import (
 	"errors"
+	"maps"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -51,51 +52,6 @@ func (c *Conn) terminate(g *governed) bool {
 	return c.first() && c.expect(g.chain)
 }
 
-// Confirm judges an outbound connection again by what a client sent that was silent before. The way to the same cluster
-// stays. The connection is refused if it needed another TLS than that of the connection that was dialled meanwhile. If it
-// is HTTP inside TLS, that connection is given up, because its ALPN stands for other protocols, and the engine dials.
-func (c *Conn) Confirm(to *upstream.Target) bool {
-	g := c.governed
-	if g == nil || g.judged == c.protocol {
-		return true
-	}
-	dialled := g.way
-	if !c.Admit() {
-		return false
-	}
-	up := c.sniffer.Up
-	switch {
-	case up == nil:
-		return true
-	case g.way.Cluster == dialled.Cluster && g.way.Cluster != nil:
-		g.way.TLS, g.way.Endpoint = dialled.TLS, dialled.Endpoint
-	case g.way.TLS != dialled.TLS:
-		return c.abandon(flow.MeshRefused, errLate)
-	}
-	if g.way.TLS != nil && c.HTTP() && c.sniffer.UpRead == nil {
-		up.Close()
-		c.sniffer.Up = nil
-		c.Direct(to)
-	}
-	return true
-}
-
-var errLate = errors.New("its first bytes came late, and the connection that was dialled is secured otherwise than they need")
-
-// Direct sets the endpoint and the TLS of the way that Admit has found in the target of an outbound connection.
-func (c *Conn) Direct(to *upstream.Target) {
-	g := c.governed
-	if g == nil {
-		return
-	}
-	if g.way.Endpoint.IsValid() {
-		to.Address = g.way.Endpoint // still Balanced: the next connection may go to another one
-	}
-	if g.way.TLS != nil {
-		to.Security = &upstream.Security{Handshake: c.handshake(g.way.TLS, inside(c.protocol))}
-	}
-}
-
 func inside(protocol sniff.Protocol) secure.Inside {
 	switch protocol {
 	case sniff.HTTP1:
@@ -106,11 +62,47 @@ func inside(protocol sniff.Protocol) secure.Inside {
 	return secure.TCP
 }
 
-// handshake returns what secures an upstream connection of c.
-func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
-	contexts, record := c.role.contexts, c.Record
+// secured identifies upstream connections that are secured in the same way.
+type secured struct {
+	by     *mesh.UpstreamTLS
+	inside secure.Inside
+	roots  any // *identity.Roots or *mesh.Secret: connections that were verified by others are not used for new requests
+}
+
+// maxSecurities bounds the values that are kept for a role. Without them, connections are not reused.
+const maxSecurities = 1024
+
+// security returns what secures connections. The same value is returned for connections that are interchangeable.
+func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snapshot) *upstream.Security {
+	key := secured{by: t, inside: inside}
+	if own := r.mesh.Identity(); t.Roots == secure.OwnRoots && own != nil {
+		key.roots = own.Roots
+	} else if secret := s.Secret(t.Roots); secret != nil {
+		key.roots = secret
+	}
+	if known := (*r.securities.Load())[key]; known != nil {
+		return known
+	}
+	r.securing.Lock()
+	defer r.securing.Unlock()
+	before := *r.securities.Load()
+	if known := before[key]; known != nil {
+		return known
+	}
+	next := make(map[secured]*upstream.Security, len(before)+1)
+	if len(before) < maxSecurities {
+		maps.Copy(next, before)
+	}
+	made := &upstream.Security{Handshake: r.handshake(t, inside)}
+	next[key] = made
+	r.securities.Store(&next)
+	return made
+}
+
+// handshake returns what secures an upstream connection. The connection's label describes the result.
+func (r *Role) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
 	return func(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) error {
-		context, err := contexts.Client(t, inside)
+		context, err := r.contexts.Client(t, inside)
 		if err != nil {
 			return &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
 		}
@@ -121,7 +113,7 @@ func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Wa
 		if err != nil {
 			return &upstream.HandshakeError{Reason: upstreamReason(err), Err: err}
 		}
-		record.Security = c.security(t, session)
+		up.SetLabel(r.describe(t, session))
 		return nil
 	}
 }
@@ -133,11 +125,11 @@ func securityOf(s *secure.Session) *flow.Security {
 	}
 }
 
-// security describes TLS with an upstream.
-func (c *Conn) security(t *mesh.UpstreamTLS, session *secure.Session) *flow.Security {
+// describe describes TLS with an upstream.
+func (r *Role) describe(t *mesh.UpstreamTLS, session *secure.Session) *flow.Security {
 	s := securityOf(session)
 	s.Mutual = t.Certificate != ""
-	if own := c.role.mesh.Identity(); own != nil && t.Certificate == secure.OwnCertificate {
+	if own := r.mesh.Identity(); own != nil && t.Certificate == secure.OwnCertificate {
 		s.Own = own.SPIFFE
 	}
 	return s
