@@ -24,6 +24,10 @@ type SessionConfig struct {
 	// are not kept.
 	KeptIdentity string
 
+	// FreeMemory gives memory back to the system. It is called when updates have paused, and not called again before
+	// further updates. nil: debug.FreeOSMemory.
+	FreeMemory func()
+
 	Log *slog.Logger
 }
 
@@ -59,7 +63,7 @@ func NewSession(config SessionConfig) (*Session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Session{config: config, tidier: newTidier()}
+	s := &Session{config: config, tidier: newTidier(config.FreeMemory)}
 	if source := s.source(node); source != nil {
 		var changed func(*identity.Identity)
 		if kept, ok := source.(*keptIdentity); ok {

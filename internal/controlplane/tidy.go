@@ -14,7 +14,7 @@ const (
 // tidier gives memory back to the system when updates have paused. What they are received and decoded in is many times as
 // large as what is kept, and the runtime would hold it for minutes. It costs one cycle of the garbage collector.
 type tidier struct {
-	free func() // debug.FreeOSMemory
+	free func()
 
 	mu      sync.Mutex
 	timer   *time.Timer // nil before the first update
@@ -22,8 +22,13 @@ type tidier struct {
 	stopped bool
 }
 
-// newTidier returns a tidier that has seen no update.
-func newTidier() *tidier { return &tidier{free: debug.FreeOSMemory, bytes: tidyBytes} }
+// newTidier returns a tidier that has seen no update. It calls free, or debug.FreeOSMemory if that is nil.
+func newTidier(free func()) *tidier {
+	if free == nil {
+		free = debug.FreeOSMemory
+	}
+	return &tidier{free: free, bytes: tidyBytes}
+}
 
 // updated takes the size of an update.
 func (t *tidier) updated(bytes int) {
