@@ -1,7 +1,6 @@
 package controlplane
 
 import (
-	"runtime/debug"
 	"sync"
 	"time"
 )
@@ -22,13 +21,8 @@ type tidier struct {
 	stopped bool
 }
 
-// newTidier returns a tidier that has seen no update. It calls free, or debug.FreeOSMemory if that is nil.
-func newTidier(free func()) *tidier {
-	if free == nil {
-		free = debug.FreeOSMemory
-	}
-	return &tidier{free: free, bytes: tidyBytes}
-}
+// newTidier returns a tidier that has seen no update.
+func newTidier(free func()) *tidier { return &tidier{free: free, bytes: tidyBytes} }
 
 // updated takes the size of an update.
 func (t *tidier) updated(bytes int) {
