@@ -74,6 +74,9 @@ func (c *Conn) SetLayer(read *Buffer, layer func(*Socket) Layer) {
 	c.layer.Layer = layer(&Socket{c})
 }
 
+// Replace sets the connection's layer. The former one has passed on everything that it has read.
+func (s *Socket) Replace(layer Layer) { s.c.layer.Layer = layer }
+
 // Bare reports whether the connection has no layer. Only such a connection can be spliced.
 func (c *Conn) Bare() bool { return c.layer == nil }
 
