@@ -1,7 +1,6 @@
 package secure
 
 import (
-	"bytes"
 	"encoding/binary"
 	"sync"
 
@@ -17,20 +16,25 @@ const (
 	maxRecord     = headerSize + maxCiphertext
 )
 
-// block is memory for raw bytes. Blocks are pooled, so that an idle connection does not occupy one.
-type block [17 << 10]byte
+// Memory for raw bytes is pooled, so that an idle connection does not occupy any.
+type (
+	block [4 * maxRecord]byte // for reading
+	piece [maxRecord]byte     // for the beginning of a record while its rest is awaited
+)
 
-var blocks = sync.Pool{New: func() any { return new(block) }}
+var (
+	blocks = sync.Pool{New: func() any { return new(block) }}
+	pieces = sync.Pool{New: func() any { return new(piece) }}
+)
 
 // input reads raw bytes in large pieces.
 type input struct {
 	raw   *tcp.Socket
-	block *block // of bytes; nil: bytes is empty, or small and on its own
-	bytes []byte // that were read and not yet used
+	bytes []byte // that were read and not yet used; in block or in piece
+	block *block // may be nil
+	piece *piece // may be nil
+	full  bool   // the last read has filled the block: there may be more on the socket
 }
-
-// smallRest is how many bytes are moved out of a block while a connection waits for the rest of a record.
-const smallRest = 1 << 10
 
 // fill reads once. An error is that of the socket.
 func (in *input) fill() error {
@@ -40,8 +44,13 @@ func (in *input) fill() error {
 	have := copy(in.block[:], in.bytes)
 	n, err := in.raw.Read(in.block[have:])
 	in.bytes = in.block[:have+n]
+	in.full = len(in.bytes) == len(in.block)
+	if in.piece != nil {
+		pieces.Put(in.piece)
+		in.piece = nil
+	}
 	if err != nil {
-		in.shrink()
+		in.rest()
 	}
 	return err
 }
@@ -53,21 +62,28 @@ func (in *input) use(n int) []byte {
 	return used
 }
 
-// rest gives the block back, if there are no bytes.
+// rest gives memory back that the bytes do not need, before a wait.
 func (in *input) rest() {
-	if in.block != nil && len(in.bytes) == 0 {
-		blocks.Put(in.block)
-		in.block, in.bytes = nil, nil
+	switch {
+	case len(in.bytes) == 0:
+		in.bytes = nil
+		in.release()
+	case in.block != nil && !in.full && len(in.bytes) <= maxRecord:
+		moved := pieces.Get().(*piece)
+		in.bytes = moved[:copy(moved[:], in.bytes)]
+		in.release()
+		in.piece = moved
 	}
 }
 
-// shrink gives the block back, if there are only a few bytes.
-func (in *input) shrink() {
-	if in.block != nil && len(in.bytes) <= smallRest {
-		in.bytes = bytes.Clone(in.bytes)
+func (in *input) release() {
+	if in.block != nil {
 		blocks.Put(in.block)
-		in.block = nil
 	}
+	if in.piece != nil {
+		pieces.Put(in.piece)
+	}
+	in.block, in.piece = nil, nil
 }
 
 // record returns the size of the first record with its header, and whether it is here as a whole. The size is 0 if the

@@ -186,7 +186,9 @@ func (s *socket) Read(p []byte) (int, error) {
 		}
 	}
 	n := s.follow(p)
-	s.rest()
+	if len(s.bytes) == 0 {
+		s.rest()
+	}
 	if s.wait != nil {
 		if s.received += n; s.received > maxHandshake {
 			return 0, &Error{Failure: Protocol, Detail: fmt.Sprintf("the handshake has more than %d bytes", maxHandshake)}

@@ -237,12 +237,20 @@ func (r *records) Write(p []byte) (int, error) {
 			return 0, err
 		}
 	}
+	if r.fatal != nil {
+		return 0, r.fatal
+	}
+	b := blocks.Get().(*block)
+	defer blocks.Put(b)
 	for rest := p; len(rest) > 0; {
-		piece := rest[:min(len(rest), maxPlaintext)]
-		if err := r.send(typeApplicationData, piece); err != nil {
+		out := b[:0]
+		for len(rest) > 0 && len(out)+maxRecord <= len(b) {
+			piece := rest[:min(len(rest), maxPlaintext)]
+			out, rest = r.out.seal(out, typeApplicationData, piece), rest[len(piece):]
+		}
+		if _, err := r.raw.Write(out); err != nil {
 			return 0, err
 		}
-		rest = rest[len(piece):]
 	}
 	return len(p), nil
 }

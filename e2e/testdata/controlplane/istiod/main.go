@@ -55,7 +55,7 @@ func run(port, directory, mtls, outbound, token, push string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(directory, "root-cert.pem"), authority.RootPEM(), 0o644); err != nil {
+	if err := replace(filepath.Join(directory, "root-cert.pem"), authority.RootPEM()); err != nil {
 		return err
 	}
 	if port == "0" { // only the files
@@ -73,6 +73,14 @@ func run(port, directory, mtls, outbound, token, push string) error {
 	discovery.RegisterAggregatedDiscoveryServiceServer(s, service)
 	security.RegisterIstioCertificateServiceServer(s, authority)
 	return s.Serve(socket)
+}
+
+// replace writes a file that others may be reading.
+func replace(file string, content []byte) error {
+	if err := os.WriteFile(file+".new", content, 0o644); err != nil {
+		return err
+	}
+	return os.Rename(file+".new", file)
 }
 
 func writeCertificate(authority *ca.Authority, file string) error {
