@@ -56,8 +56,8 @@ var arrows = []struct {
 		"records are counted, under the names of this workload, and written; the resolver counts itself"},
 	{"internal/sniff", []string{"internal/budget", "internal/flow", "internal/http2", "internal/tcp"},
 		"read bytes stay in a buffer whose memory is accounted for, findings go into the record; http2 recognises a server's first frame"},
-	{"internal/httpforward", []string{"internal/budget", "internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/relay", "internal/tcp", "internal/upstream"},
-		"an engine uses a codec, upstream connections and records, and accounts for its memory; an upgraded connection is relayed; its responses use Envoy's terms"},
+	{"internal/httpforward", []string{"internal/budget", "internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/mesh", "internal/relay", "internal/route", "internal/tcp", "internal/upstream"},
+		"an engine uses a codec, upstream connections and records, and accounts for its memory; it carries out a route's plan, with a mesh's retry policy; an upgraded connection is relayed; its responses use Envoy's terms"},
 	{"internal/flow", []string{"internal/envoy"}, "each reason has its response flags and details"},
 	{"internal/relay", []string{"internal/tcp"}, "the relay waits for two connections at once"},
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
@@ -83,6 +83,8 @@ var arrows = []struct {
 	{"internal/xds", []string{"internal/envoy", "internal/wire"}, "discovery messages are read field by field; a rejection is a status of gRPC"},
 	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA and a workload socket are asked by calls, and their status decides whether to ask again"},
 	{"internal/mesh", []string{"internal/wire"}, "resources are read field by field"},
+	{"internal/authz", []string{"internal/mesh"}, "policies are compiled from the values of a control plane"},
+	{"internal/route", []string{"internal/envoy", "internal/flow", "internal/mesh"}, "routes of a control plane are compiled; replies have reasons, and Envoy's flags and details"},
 	{"internal/controlplane/pushtest", []string{"internal/wire", "internal/xds"}, "recorded pushes are updates"},
 	{"internal/secure/securetest", []string{"internal/identity"}, "test certificates are identities"},
 	{"internal/secure", []string{"internal/budget", "internal/identity", "internal/mesh", "internal/tcp"}, "TLS is a layer of a connection, and its handshakes are in the memory budget; peers are verified with the roots of the identity, by names that the mesh configures"},
@@ -192,10 +194,11 @@ var rawCalls = map[string]string{
 	"iptables/rulestest": "sockets with addresses that are not the machine's",
 }
 
-// unsafeRooms may use unsafe to pass memory to the kernel.
+// unsafeRooms may use unsafe, most of them to pass memory to the kernel.
 var unsafeRooms = map[string]string{
-	"internal/sockopt": "socket options past the scheduler",
-	"internal/tcp":     "system calls past the scheduler",
+	"internal/httpforward": "a router reads the fields of a header block, which are strings, without a copy",
+	"internal/sockopt":     "socket options past the scheduler",
+	"internal/tcp":         "system calls past the scheduler",
 }
 
 // The names of errors (unix.ECONNREFUSED) are not calls; every room may use them.

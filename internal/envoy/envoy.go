@@ -11,7 +11,10 @@ const (
 	FlagDownstreamConnectionTermination = "DC"
 	FlagDownstreamProtocolError         = "DPE"
 	FlagDownstreamRemoteReset           = "DR"
+	FlagDelayInjected                   = "DI"
+	FlagFaultInjected                   = "FI"
 	FlagLocalReset                      = "LR"
+	FlagNoClusterFound                  = "NC"
 	FlagNoHealthyUpstream               = "UH"
 	FlagNoRouteFound                    = "NR"
 	FlagOverloadManager                 = "OM"
@@ -31,7 +34,11 @@ const (
 // Response code details (%RESPONSE_CODE_DETAILS%), except those of a reset: see ResetBeforeResponse.
 const (
 	DetailsViaUpstream        = "via_upstream"
+	DetailsClusterNotFound    = "cluster_not_found"
+	DetailsCORS               = "cors_response"
+	DetailsDirectResponse     = "direct_response"
 	DetailsDownstreamLeft     = "downstream_remote_disconnect"
+	DetailsFaultAbort         = "fault_filter_abort"
 	DetailsHeadTimeout        = "request_header_timeout"
 	DetailsIdleTimeout        = "stream_idle_timeout"
 	DetailsMisdirected        = "misdirected_request"

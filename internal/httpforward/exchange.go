@@ -16,11 +16,13 @@ type exchange struct {
 	s        *session
 	settings *Settings // for this request
 	record   flow.Record
-	http     flow.Request    // record.HTTP
-	names    names           // backing memory of the slices in record
-	held     budget.Account  // what the exchange holds while it waits
-	routed   Request         // the router's argument; a field, so that it is not allocated
-	wanted   upstream.Target // what the router decided
+	http     flow.Request     // record.HTTP
+	names    names            // backing memory of the slices in record
+	held     budget.Account   // what the exchange holds while it waits
+	routed   Request          // the router's argument; a field, so that it is not allocated
+	fields   headFields       // of routed
+	wanted   *upstream.Target // where the request goes; of the connection, or chosen
+	chosen   upstream.Target  // by the router
 
 	requestHead, responseHead http1.Head
 	request, response         message
@@ -88,8 +90,8 @@ func (x *exchange) release() {
 	x.record = flow.Record{}
 	x.http = flow.Request{}
 	x.http.Fields, x.http.ResponseFields = fields, responseFields
-	x.routed = Request{}
-	x.wanted = upstream.Target{}
+	x.routed, x.fields = Request{}, headFields{}
+	x.wanted, x.chosen = nil, upstream.Target{}
 	x.s, x.settings, x.progress = nil, nil, progress{}
 	exchanges.Put(x)
 }

@@ -29,7 +29,7 @@ func (x *exchange) run() ending {
 	if x.s.up == nil && !x.holdDial() {
 		return x.evicted()
 	}
-	attempts, err := x.s.connect(&x.wanted, x.settings, x.record.Opened, idempotent(x.http.Method))
+	attempts, err := x.s.connect(x.wanted, x.settings, x.record.Opened, idempotent(x.http.Method))
 	x.record.Attempts = uint8(attempts)
 	if err != nil {
 		return x.noUpstream(err)
@@ -149,12 +149,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if err != nil {
 		return x.malformed(faultOf(err, &x.requestHead, b))
 	}
-	decision := x.s.route(x.view(b))
-	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
-	if !decision.noRoute() { // otherwise the kept connection serves the next request
-		x.wanted = decision.Target
-		x.s.turnTo(&x.wanted)
-	}
+	routed := x.route(b)
 	x.request.src = x.s.Down
 	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields+x.s.Peers.added()), b)
 	if framing.Kind == http1.Chunked {
@@ -166,11 +161,29 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if x.request.bad != nil {
 		return x.malformed(x.request.bad)
 	}
-	if decision.noRoute() {
+	if !routed {
 		x.failure = errNoRoute
 		return &replyNoRoute
 	}
 	return nil
+}
+
+// route sets wanted. It reports false if the router returned no upstream; the kept connection then serves the next request.
+func (x *exchange) route(b []byte) bool {
+	s := x.s
+	if s.Router == nil {
+		x.wanted = &s.Target
+		return true
+	}
+	decision := s.Router.Route(x.view(b))
+	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
+	if decision.noRoute() {
+		return false
+	}
+	x.chosen = decision.Target
+	x.wanted = &x.chosen
+	s.turnTo(x.wanted)
+	return true
 }
 
 // forbidden returns the names that are forbidden in the trailers of the request.
@@ -500,7 +513,7 @@ func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
 	x.s.engine.config.Pool.Stats.Retried.Add(1)
 	x.response.srcErr, x.repeated = nil, true
-	attempts, err := x.s.dial(&x.wanted, x.settings)
+	attempts, err := x.s.dial(x.wanted, x.settings)
 	x.record.Attempts += uint8(attempts)
 	if err != nil {
 		return x.noUpstream(err), true

@@ -123,5 +123,10 @@ func (x *exchange) view(b []byte) *Request {
 	r.view(&x.record)
 	r.Method, r.Path = h.Method.In(b), h.Target.In(b)
 	r.Authority = h.Authority(b)
+	x.fields = headFields{h, b}
+	r.Fields = &x.fields
+	if r.Path[0] != '/' {
+		r.absolute()
+	}
 	return r
 }

@@ -227,7 +227,7 @@ const brief = time.Second
 func (w *Waiter) waitUntil(deadline time.Time) bool {
 	for {
 		left := time.Duration(math.MaxInt64)
-		if !deadline.IsZero() {
+		if !deadline.IsZero() && !w.expiresBy(deadline) {
 			if left = time.Until(deadline); left <= 0 {
 				return w.happened()
 			}
@@ -253,16 +253,18 @@ func (w *Waiter) happened() bool {
 	return w.take()
 }
 
-// arm makes the timer expire at the deadline or earlier. left is the time until then.
+// expiresBy reports whether the timer runs and expires at the deadline or earlier. Then the wait needs no clock: if the
+// deadline has passed, the timer ends it.
+func (w *Waiter) expiresBy(deadline time.Time) bool {
+	return w.armed != 0 && w.armed <= deadline.Sub(started)
+}
+
+// arm makes the timer expire at the deadline. left is the time until then.
 func (w *Waiter) arm(deadline time.Time, left time.Duration) {
-	at := deadline.Sub(started)
-	switch {
-	case w.armed != 0 && w.armed <= at:
-		return
-	case w.timer == nil:
+	if w.timer == nil {
 		w.timer = time.AfterFunc(left, w.expire)
-	default:
+	} else {
 		w.timer.Reset(left)
 	}
-	w.armed = at
+	w.armed = deadline.Sub(started)
 }
