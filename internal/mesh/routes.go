@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"strings"
+	"sync/atomic"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -20,6 +21,8 @@ type Routes struct {
 	Edits   Edits
 	Filters RouteFilters
 	Mirrors []Mirror
+
+	Compiled atomic.Value `json:"-"` // of package route, which sets it when the routes are first used
 }
 
 // VirtualHost has the routes of some domains (envoy.config.route.v3.VirtualHost).

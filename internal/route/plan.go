@@ -27,8 +27,11 @@ type Plan struct {
 	CountAttempts    bool              // in x-envoy-attempt-count of requests
 	CountInResponses bool              // in x-envoy-attempt-count of responses, replies included
 
-	Mirrors   []mesh.Mirror // each is drawn on its own, by Drawn
+	Mirrors   []mesh.Mirror // each is drawn on its own, by Request.Drawn
 	Operation string        // name of the span; empty: none
+
+	path pathRewrite
+	host string // empty: not rewritten
 }
 
 // Edit is a change of one header field. An edit with Remove removes all fields of the name.
@@ -37,6 +40,9 @@ type Edit struct {
 	Remove    bool
 	Action    mesh.EditAction
 	KeepEmpty bool // the field is added also if its value is empty
+
+	value  string // of an edit without operators
+	pieces []piece
 }
 
 // Context has what the values of edits are made of. An engine implements it without allocation.

@@ -26,6 +26,7 @@ type Request struct {
 	Local                           netip.AddrPort // address that the client connected to
 	GRPC                            bool           // by its content-type
 	Metadata                        Metadata       // nil: filters left no values
+	Random                          func() uint64  // draws weights and fractions; nil: math/rand/v2
 }
 
 // Metadata has values that filters left about a request, such as the claims of its token.
