@@ -56,6 +56,8 @@ var arrows = []struct {
 		"records are counted, under the names of this workload, and written; the resolver counts itself"},
 	{"internal/sniff", []string{"internal/budget", "internal/flow", "internal/http2", "internal/tcp"},
 		"read bytes stay in a buffer whose memory is accounted for, findings go into the record; http2 recognises a server's first frame"},
+	{"internal/balance", []string{"internal/envoy", "internal/flow", "internal/mesh"},
+		"hosts are chosen as a cluster configures; how a request ended counts for its host, a status of gRPC as one of HTTP"},
 	{"internal/httpforward", []string{"internal/budget", "internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/mesh", "internal/relay", "internal/route", "internal/tcp", "internal/upstream"},
 		"an engine uses a codec, upstream connections and records, and accounts for its memory; it carries out a route's plan, with a mesh's retry policy; an upgraded connection is relayed; its responses use Envoy's terms"},
 	{"internal/flow", []string{"internal/envoy"}, "each reason has its response flags and details"},
