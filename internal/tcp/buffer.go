@@ -116,7 +116,13 @@ func (b *Buffer) FillAtMost(c *Conn, n int) (int, error) {
 		b.start = 0
 	}
 	room := b.bytes[b.end:]
-	n, err := c.Read(room[:min(n, len(room))])
+	room = room[:min(n, len(room))]
+	var err error
+	if c.layer == nil && len(room) > 0 {
+		n, err = c.readSocket(room) // by Read, but with a call less: see Conn.try
+	} else {
+		n, err = c.Read(room)
+	}
 	b.end += n
 	return n, err
 }
