@@ -9,8 +9,8 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"testing"
-	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -369,7 +369,7 @@ func TestRandomCutsKeepTheBytes(t *testing.T) {
 				p.Write(stream[:n])
 				stream = stream[n:]
 				if random.IntN(10) == 0 {
-					time.Sleep(time.Millisecond)
+					runtime.Gosched()
 				}
 			}
 		}()
