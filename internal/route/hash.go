@@ -103,7 +103,7 @@ func (p *hashPolicy) hash(r *Request) (hash uint64, ok bool) {
 	return 0, false
 }
 
-// hashHeader hashes the values of a field in their order by bytes, one behind the other.
+// hashHeader hashes the values of a field, in their order by bytes. The hash of a value is the seed of the next.
 func (p *hashPolicy) hashHeader(r *Request) (hash uint64, ok bool) {
 	value, n := r.field(p.source.Name)
 	switch {
@@ -128,7 +128,10 @@ func (p *hashPolicy) hashHeader(r *Request) (hash uint64, ok bool) {
 		}
 	}
 	slices.SortFunc(values, bytes.Compare)
-	return xxh64(slices.Concat(values...)), true
+	for _, value := range values {
+		hash = xxh64Seeded(value, hash)
+	}
+	return hash, true
 }
 
 func (p *hashPolicy) hashCookie(r *Request) (hash uint64, ok bool) {

@@ -1,6 +1,7 @@
 package route
 
 import (
+	"math"
 	"strconv"
 	"time"
 )
@@ -83,7 +84,7 @@ func parseGRPCTimeout(value []byte) (time.Duration, bool) {
 	}
 	for _, u := range grpcUnits {
 		if u.name == value[len(value)-1] {
-			limit := number * min(u.unit, time.Hour)
+			limit := min(number, math.MaxInt64/u.unit) * u.unit
 			if number > 0 {
 				limit = max(limit, time.Millisecond)
 			}
