@@ -171,6 +171,9 @@ func (f *blockFields) At(i int) (name, value []byte) {
 // readOnly returns the bytes of text, which must not be changed.
 func readOnly(text string) []byte { return unsafe.Slice(unsafe.StringData(text), len(text)) }
 
+// asks reports whether the decision asks for more than a target.
+func (d *Decision) asks() bool { return d.Reply != nil || d.Delay > 0 || len(d.Mirrors) > 0 }
+
 // noRoute reports whether the decision names no upstream.
 func (d *Decision) noRoute() bool { return !d.Target.Address.IsValid() }
 
