@@ -21,7 +21,7 @@ type hashing struct {
 
 type hashPolicy struct {
 	source  *mesh.HashPolicy
-	rewrite *rewrite // of header fields; nil: none
+	rewrite *rewrite // of header fields; may be nil
 }
 
 func compileHashing(policies []mesh.HashPolicy) *hashing {
@@ -193,7 +193,7 @@ func cookie(fields Fields, name string) (value []byte, present bool) {
 
 // rewrite is a compiled mesh.RegexRewrite.
 type rewrite struct {
-	regexp   *regexp.Regexp // nil: the expression is malformed, and nothing is rewritten
+	regexp   *regexp.Regexp // nil: the expression is malformed, and texts stay as they are
 	template []byte         // in the syntax of Regexp.Expand
 }
 

@@ -14,7 +14,7 @@ const (
 	prime5 uint64 = 2870177450012600261
 )
 
-// xxh64 is XXH64 with the seed 0 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md), which Envoy hashes with.
+// xxh64 is XXH64 with the seed 0 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md). Envoy hashes with it.
 func xxh64(b []byte) uint64 { return xxh64Seeded(b, 0) }
 
 func xxh64Seeded(b []byte, seed uint64) uint64 {
