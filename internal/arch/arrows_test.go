@@ -14,13 +14,18 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz",
-		"internal/capture", "internal/checklist", "internal/commandline", "internal/configview", "internal/httpforward", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/terminal"},
+	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz", "run",
+		"internal/capture", "internal/checklist", "internal/commandline", "internal/configview", "internal/httpforward", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal"},
 		"flags become configuration; everything else is decided below"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/budget", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
 		"internal/accesslog", "internal/admin", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh",
 		"internal/metrics", "internal/podinfo", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream", "internal/xds"},
 		"the agent builds all parts and stops them in order"},
+	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/dns", "internal/flow", "internal/httpforward", "internal/listener", "internal/live",
+		"internal/sandbox", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
+		"a command's traffic arrives from a sandbox, is carried by a role and a resolver, and is shown in a terminal"},
+	{"internal/sandbox", []string{"internal/capture", "internal/sockopt", "iptables/kernel"},
+		"a sandbox captures ports, its listening sockets have the options of accepted ones, and capabilities decide how it is made"},
 	{"inbound", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
 	{"outbound", []string{"internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
@@ -51,6 +56,8 @@ var arrows = []struct {
 		"records are counted, under the names of this workload, and written; the resolver counts itself"},
 	{"internal/sniff", []string{"internal/budget", "internal/flow", "internal/http2", "internal/tcp"},
 		"read bytes stay in a buffer whose memory is accounted for, findings go into the record; http2 recognises a server's first frame"},
+	{"internal/balance", []string{"internal/envoy", "internal/flow", "internal/mesh"},
+		"hosts are chosen as a cluster configures; how a request ended counts for its host, a status of gRPC as one of HTTP"},
 	{"internal/httpforward", []string{"internal/budget", "internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/mesh", "internal/relay", "internal/route", "internal/tcp", "internal/upstream"},
 		"an engine uses a codec, upstream connections and records, and accounts for its memory; it carries out a route's plan, with a mesh's retry policy; an upgraded connection is relayed; its responses use Envoy's terms"},
 	{"internal/flow", []string{"internal/envoy"}, "each reason has its response flags and details"},
@@ -184,6 +191,7 @@ var rawCalls = map[string]string{
 	"iptables/kernel":    "capabilities, and the constants of addresses and routes",
 	"iptables/validate":  "sockets of other users that prove the rules",
 	"internal/preflight": "limits of the process",
+	"internal/sandbox":   "namespaces, rules and capabilities of a command, and its terminal",
 	"internal/terminal":  "the size of a terminal, and its keys one by one",
 	"iptables/rulestest": "sockets with addresses that are not the machine's",
 }
