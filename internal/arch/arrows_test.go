@@ -14,13 +14,18 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz",
-		"internal/capture", "internal/checklist", "internal/commandline", "internal/configview", "internal/httpforward", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/terminal"},
+	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz", "run",
+		"internal/capture", "internal/checklist", "internal/commandline", "internal/configview", "internal/httpforward", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal"},
 		"flags become configuration; everything else is decided below"},
 	{"agent", []string{"inbound", "outbound", "healthz", "internal/budget", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
 		"internal/accesslog", "internal/admin", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh",
 		"internal/metrics", "internal/podinfo", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream", "internal/xds"},
 		"the agent builds all parts and stops them in order"},
+	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/dns", "internal/flow", "internal/httpforward", "internal/listener", "internal/live",
+		"internal/sandbox", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
+		"a command's traffic arrives from a sandbox, is carried by a role and a resolver, and is shown in a terminal"},
+	{"internal/sandbox", []string{"internal/capture", "internal/sockopt", "iptables/kernel"},
+		"a sandbox captures ports, its listening sockets have the options of accepted ones, and capabilities decide how it is made"},
 	{"inbound", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
 	{"outbound", []string{"internal/balance", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
@@ -186,6 +191,7 @@ var rawCalls = map[string]string{
 	"iptables/kernel":    "capabilities, and the constants of addresses and routes",
 	"iptables/validate":  "sockets of other users that prove the rules",
 	"internal/preflight": "limits of the process",
+	"internal/sandbox":   "namespaces, rules and capabilities of a command, and its terminal",
 	"internal/terminal":  "the size of a terminal, and its keys one by one",
 	"iptables/rulestest": "sockets with addresses that are not the machine's",
 }

@@ -83,6 +83,7 @@ type Ended struct {
 	TransportFailure, Peer                                 string
 	Received, Sent                                         uint64
 	Attempts                                               uint8
+	Cluster, Route, Flags                                  string
 }
 
 // Closed implements flow.Sink.
@@ -90,9 +91,12 @@ func (r *Rig) Closed(record *flow.Record) {
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
 		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer(), record.Received.Load(), record.Sent.Load(),
-		record.Attempts,
+		record.Attempts, record.Cluster, record.Route, record.Flags(),
 	}
 }
+
+// Records returns the records that are closed; see Await.
+func (r *Rig) Records() <-chan Ended { return r.records }
 
 // clientPort is the last source port of a client. The rules of an outbound role tell clients from the role by it.
 var clientPort atomic.Uint32
