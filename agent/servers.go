@@ -218,7 +218,7 @@ func (a *Agent) shownControlPlane() admin.ControlPlane {
 	if a.plane.session == nil {
 		return nil
 	}
-	return shown{a.plane.session}
+	return shown{a.plane.session, a.balancer}
 }
 
 // resources returns the function that returns the control plane's resources, or nil without a control plane.

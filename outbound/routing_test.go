@@ -25,7 +25,7 @@ type routed struct {
 
 // to is a route to clusters with equal weights.
 func to(clusters ...string) mesh.Route {
-	f := &mesh.Forward{}
+	f := &mesh.Forward{NotFoundCode: http.StatusServiceUnavailable}
 	for _, name := range clusters {
 		f.Clusters = append(f.Clusters, mesh.WeightedCluster{Name: name, Weight: 1})
 	}
@@ -77,7 +77,9 @@ func (r *routed) endpoints(name string, ports ...uint16) {
 	for _, port := range ports {
 		l.Endpoints = append(l.Endpoints, mesh.Endpoint{Address: r.At(port), Weight: 1})
 	}
-	r.push(func(e *mesh.Edit) { e.SetAssignment(name, &mesh.Assignment{Name: name, Localities: []mesh.Locality{l}}) })
+	r.push(func(e *mesh.Edit) {
+		e.SetAssignment(name, &mesh.Assignment{Name: name, Localities: []mesh.Locality{l}})
+	})
 }
 
 // serve starts a server that answers with its port.
@@ -220,10 +222,10 @@ func TestOtherHosts(t *testing.T) {
 	if ended := r.Await(t); ended.Cluster != "PassthroughCluster" {
 		t.Errorf("the cluster is %q", ended.Cluster)
 	}
-	closed := *r.routes
-	closed.Hosts = append([]mesh.VirtualHost(nil), closed.Hosts...)
-	closed.Hosts[1].Routes = []mesh.Route{{Name: "block_all", Match: anyPath, Respond: &mesh.Response{Status: 502}}}
-	r.push(func(e *mesh.Edit) { e.SetRoutes("81", &closed) })
+	blocked := r.routes.Hosts[1]
+	blocked.Routes = []mesh.Route{{Name: "block_all", Match: anyPath, Respond: &mesh.Response{Status: 502}}}
+	closed := &mesh.Routes{Name: "81", Hosts: []mesh.VirtualHost{r.routes.Hosts[0], blocked}}
+	r.push(func(e *mesh.Edit) { e.SetRoutes("81", closed) })
 	c := r.client(t)
 	if status, _ := c.get(t, "elsewhere"); status != 502 {
 		t.Errorf("status %d", status)
