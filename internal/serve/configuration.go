@@ -22,6 +22,7 @@ type governed struct {
 	judged   sniff.Protocol          // by the last call of Admit
 	admitted bool                    // Admit was called
 	secured  bool                    // TLS with downstream is ended here
+	names    []string                // of the client's certificate; see authz.Subject
 	peers    *httpforward.PeerFields // of HTTP inside that TLS
 }
 
@@ -118,15 +119,20 @@ func (c *Conn) info() mesh.ConnInfo {
 }
 
 // mustSpeak reports whether a connection cannot be carried before its client has sent anything: inbound, no chain for its
-// destination accepts it without TLS; outbound, its upstream depends on its requests.
+// destination accepts it without TLS, or a policy denies what has no identity; outbound, its upstream depends on its requests.
 func (c *Conn) mustSpeak() bool {
 	info := c.info()
-	if c.role.direction == flow.Inbound {
-		_, refusal := c.governed.snapshot.Inbound(&info)
+	if c.role.direction == flow.Outbound {
+		chain, _ := c.governed.snapshot.Outbound(&info)
+		return chain != nil && chain.HTTP != nil
+	}
+	chain, refusal := c.governed.snapshot.Inbound(&info)
+	if chain == nil || len(chain.Policies) == 0 {
 		return refusal != ""
 	}
-	chain, _ := c.governed.snapshot.Outbound(&info)
-	return chain != nil && chain.HTTP != nil
+	subject := c.subject()
+	_, denied := authorize(chain.Policies, &subject)
+	return denied
 }
 
 // What Envoy's HTTP inspector calls the versions of HTTP.

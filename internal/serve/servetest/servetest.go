@@ -84,14 +84,19 @@ type Ended struct {
 	Received, Sent                                         uint64
 	Attempts                                               uint8
 	Cluster, Route, Flags                                  string
+	Details                                                string // of a request
 }
 
 // Closed implements flow.Sink.
 func (r *Rig) Closed(record *flow.Record) {
+	details := ""
+	if record.HTTP != nil {
+		details = record.HTTP.Details
+	}
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
 		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer(), record.Received.Load(), record.Sent.Load(),
-		record.Attempts, record.Cluster, record.Route, record.Flags(),
+		record.Attempts, record.Cluster, record.Route, record.Flags(), details,
 	}
 }
 
