@@ -24,6 +24,7 @@ type session struct {
 	up      *tcp.Conn        // kept between requests; nil if there is no connection
 	other   *upstream.Target // of up, if elsewhere; the memory is kept
 	lastUse time.Time        // of up; zero before its first response
+	use     upstream.Use     // of up
 	idleEnd time.Time        // when a downstream without a request is closed; zero: never, or not waiting for one yet
 
 	used     bool // the server may close up at any time: it has served a request or has been idle
@@ -257,7 +258,7 @@ func (s *session) giveUpstream() {
 	if s.bound || s.lastUse.IsZero() || s.target().Balanced {
 		s.up.Close()
 	} else {
-		s.engine.config.Pool.Give(*s.target(), s.up)
+		s.engine.config.Pool.GiveUsed(*s.target(), s.up, s.use)
 	}
 	s.up = nil
 }
@@ -296,12 +297,15 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.
 	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
+	if s.up != nil && s.use.Over(wanted.Options, now) {
+		s.closeUpstream()
+	}
 	if s.up != nil {
 		return 1, nil
 	}
 	s.orphaned = false
 	if !wanted.Balanced && (repeatable || *wanted != s.Target) {
-		s.up = s.engine.config.Pool.Take(*wanted)
+		s.up, s.use = s.engine.config.Pool.TakeUsed(*wanted)
 	}
 	if s.up != nil {
 		s.used, s.lastUse = true, now
@@ -318,6 +322,9 @@ func (s *session) dial(wanted *upstream.Target, settings *Settings) (attempts in
 	if err != nil {
 		return attempts, err
 	}
-	s.up, s.used, s.lastUse = up, false, time.Time{}
+	s.up, s.used, s.lastUse, s.use = up, false, time.Time{}, upstream.Use{}
+	if wanted.Options != nil && wanted.Options.Life > 0 {
+		s.use.Opened = time.Now().UnixNano()
+	}
 	return attempts, nil
 }

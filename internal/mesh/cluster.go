@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -32,6 +33,8 @@ type Cluster struct {
 	KeepALPN        bool   // the ALPN of the transport is not replaced by that of the request's protocol
 	Origin          string // resource of the configuration that the cluster stems from
 	HasMetadataPeer bool   // istio.metadata_exchange is configured
+
+	Compiled atomic.Value `json:"-"` // of package serve, which sets it when the cluster is first used
 
 	// Refused is set if a part outside of Transports concerns security and is not understood. Connections are refused.
 	Refused bool

@@ -60,12 +60,39 @@ func (r *Role) endpoint(s *mesh.Snapshot, config *mesh.Cluster, request *balance
 		choice.Lease.End(balance.Outcome{GRPC: -1})
 		return nil, refusedTransport
 	}
-	// The original destination may be the address of a Service, as without a control plane; see upstream.Target.
-	*to = upstream.Target{Address: choice.Address, Balanced: choice.Endpoint == nil}
-	if t != nil && t.TLS != nil {
-		to.Security = r.security(t.TLS, inside, s)
+	switch {
+	case t != nil && t.TLS != nil:
+		*to = upstream.Target{Address: choice.Address, Security: r.security(t.TLS, inside, s), Options: r.options(config)}
+	case choice.Endpoint == nil: // as without a control plane: it may be the address of a Service
+		*to = upstream.Target{Address: choice.Address, Balanced: true}
+	default:
+		*to = upstream.Target{Address: choice.Address, Options: r.options(config)}
 	}
 	return choice.Lease, nil
+}
+
+// options returns how connections to the hosts of a cluster are made and kept. Equal options are the same value, so that
+// connections are kept when a push changes other parts of a cluster.
+func (r *Role) options(c *mesh.Cluster) *upstream.Options {
+	if known, ok := c.Compiled.Load().(*upstream.Options); ok {
+		return known
+	}
+	o := upstream.Options{ConnectTimeout: c.ConnectTimeout, IdleLife: c.HTTP.IdleTimeout, Life: c.HTTP.MaxLifetime, Requests: c.HTTP.MaxRequests}
+	if k := c.Keepalive; k != nil {
+		o.KeepAliveProbes, o.KeepAliveIdle, o.KeepAliveGap = k.Probes, k.Time, k.Interval
+	}
+	r.securing.Lock()
+	defer r.securing.Unlock()
+	if len(r.allOptions) >= maxSecurities {
+		clear(r.allOptions)
+	}
+	known := r.allOptions[o]
+	if known == nil {
+		known = &o
+		r.allOptions[o] = known
+	}
+	c.Compiled.Store(known)
+	return known
 }
 
 // pick chooses a host, and waits for the addresses of hosts that are looked up for the first time.

@@ -105,7 +105,8 @@ type Role struct {
 
 	balancer   *balance.Balancer // nil without mesh, and inbound
 	securities atomic.Pointer[map[secured]*upstream.Security]
-	securing   sync.Mutex // held to replace securities
+	allOptions map[upstream.Options]*upstream.Options
+	securing   sync.Mutex // held to replace securities, and for allOptions
 }
 
 // NewRole checks the configuration.
@@ -135,6 +136,7 @@ func NewRole(config Config) (*Role, error) {
 	if r.mesh != nil {
 		r.contexts = secure.NewContexts(r.mesh)
 		r.securities.Store(&map[secured]*upstream.Security{})
+		r.allOptions = map[upstream.Options]*upstream.Options{}
 	}
 	if r.mesh != nil && r.direction == flow.Outbound {
 		r.balancer = balance.New(balance.Config{Snapshot: r.mesh.Snapshot, Lookup: config.Lookup})

@@ -10,6 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/secure"
+	"github.com/pillion-proxy/pillion/internal/sniff"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -43,6 +44,9 @@ func (c *Conn) newRouting(g *governed) *routing {
 	r := &routing{role: c.role, info: c.info(), inside: inside(c.protocol)}
 	r.request.Downstream, r.request.Local = c.Record.Downstream, c.Record.OriginalDestination
 	r.pick.Original = c.Record.OriginalDestination
+	if c.protocol == sniff.HTTP2 {
+		r.pick.Kind = balance.HTTP2
+	}
 	r.judge(g.snapshot)
 	return r
 }
@@ -140,7 +144,7 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 	d.AsDownstream = config.HTTP.Protocol == mesh.UpstreamAsDownstream
 	d.HTTP2 = config.HTTP.Protocol == mesh.UpstreamHTTP2
 	if r.pinned != nil {
-		r.sendPinned(config, d)
+		r.sendPinned(s, config, d)
 		return
 	}
 	lease, failed := r.role.endpoint(s, config, &r.pick, r.inside, &d.Target)
@@ -153,8 +157,13 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 
 // sendPinned sends a request of an HTTP/2 connection to the connection's endpoint, if that is one of the request's cluster.
 // Another request cannot be carried on this connection, and is answered 421.
-func (r *routing) sendPinned(config *mesh.Cluster, d *httpforward.Decision) {
+func (r *routing) sendPinned(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
 	if config.Name == r.pinned.cluster {
+		var failed balance.Failure
+		if d.Lease, failed = r.role.balancer.Cluster(s, config).At(r.pinned.target.Address, &r.pick); failed != balance.None {
+			d.Reply = overflow.reply
+			return
+		}
 		d.Target = r.pinned.target
 		return
 	}

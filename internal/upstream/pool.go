@@ -25,6 +25,32 @@ type Target struct {
 
 	// Security secures the connections; nil: they are plain. Connections with different values are not interchangeable.
 	Security *Security
+
+	// Options limit the connections; nil: they have no limits of their own.
+	Options *Options
+}
+
+// Options are how connections to a Target are made, and how long they are used. Zero is no limit, and leaves a setting as it
+// is.
+type Options struct {
+	ConnectTimeout time.Duration // in place of Dialer.Timeout
+	IdleLife       time.Duration // in a Pool, if it is shorter than the Pool's
+	Life           time.Duration // of a connection; it ends with the request in progress
+	Requests       uint32        // on a connection
+
+	KeepAliveProbes             uint32
+	KeepAliveIdle, KeepAliveGap time.Duration // before the first probe, and between two; whole seconds
+}
+
+// Use is what a connection has been used for.
+type Use struct {
+	Opened   int64  // in Unix nanoseconds; 0: not known
+	Requests uint32 // that were sent
+}
+
+// Over reports whether a connection serves no further request because of its target's options.
+func (u *Use) Over(o *Options, now time.Time) bool {
+	return o != nil && (o.Requests > 0 && u.Requests >= o.Requests || o.Life > 0 && u.Opened != 0 && now.UnixNano()-u.Opened >= int64(o.Life))
 }
 
 // Security secures fresh connections to a Target.
@@ -57,6 +83,7 @@ type Pool struct {
 type resting struct {
 	conn  *tcp.Conn
 	since time.Time
+	use   Use
 }
 
 // NewPool makes a pool that does not return a connection that was idle for idleLife, and closes it at most half as long
@@ -68,15 +95,25 @@ func NewPool(idleLife time.Duration) *Pool {
 
 // Take returns a connection to target that was open when Take looked, or nil. The caller owns it.
 func (p *Pool) Take(target Target) *tcp.Conn {
+	conn, _ := p.TakeUsed(target)
+	return conn
+}
+
+// TakeUsed is Take for a target with options: it also returns what the connection has been used for.
+func (p *Pool) TakeUsed(target Target) (*tcp.Conn, Use) {
+	life := p.idleLife
+	if o := target.Options; o != nil && o.IdleLife > 0 {
+		life = min(life, o.IdleLife)
+	}
 	for {
 		last := p.last(target)
 		if last.conn == nil {
 			p.Stats.Missed.Add(1)
-			return nil
+			return nil, Use{}
 		}
-		if time.Since(last.since) < p.idleLife && last.conn.Quiet() {
+		if now := time.Now(); now.Sub(last.since) < life && !last.use.Over(target.Options, now) && last.conn.Quiet() {
 			p.Stats.Reused.Add(1)
-			return last.conn
+			return last.conn, last.use
 		}
 		last.conn.Close()
 	}
@@ -97,21 +134,24 @@ func (p *Pool) last(target Target) resting {
 }
 
 // Give hands over a connection that has no request in progress and can carry another. A full pool closes it.
-func (p *Pool) Give(target Target, conn *tcp.Conn) {
+func (p *Pool) Give(target Target, conn *tcp.Conn) { p.GiveUsed(target, conn, Use{}) }
+
+// GiveUsed is Give for a connection whose use counts; see TakeUsed.
+func (p *Pool) GiveUsed(target Target, conn *tcp.Conn, use Use) {
 	conn.Rest()
-	if !p.put(target, conn) {
+	if use.Over(target.Options, time.Now()) || !p.put(target, conn, use) {
 		conn.Close()
 	}
 }
 
-func (p *Pool) put(target Target, conn *tcp.Conn) bool {
+func (p *Pool) put(target Target, conn *tcp.Conn, use Use) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	list := p.idle[target]
 	if p.closed || p.idleLife <= 0 || p.count >= maxIdle || len(list) >= maxIdlePerTarget {
 		return false
 	}
-	p.keep(target, append(list, resting{conn, time.Now()}))
+	p.keep(target, append(list, resting{conn, time.Now(), use}))
 	if p.sweep == nil {
 		p.sweep = time.AfterFunc(p.idleLife, p.closeUnused)
 	}
