@@ -338,17 +338,42 @@ func TestASilentClientOfAnHTTPListener(t *testing.T) {
 	}
 }
 
-func TestConnectionsOfBytesAreDividedByWeight(t *testing.T) {
-	r := newRouted(t, to("v1"))
-	r.cluster("v1", nil, 82)
-	r.cluster("v2", func(c *mesh.Cluster) { c.Breakers.Connections = 1 }, 83)
+// A connection of bytes ends when it has been silent, or open, for as long as its filter chain permits.
+func TestConnectionsOfBytesHaveTheLimitsOfTheirChain(t *testing.T) {
+	for want, proxy := range map[flow.Reason]*mesh.TCPProxy{
+		flow.IdleTimeout: {IdleTimeout: 100 * time.Millisecond, MaxDuration: time.Hour},
+		flow.MaxDuration: {MaxDuration: 100 * time.Millisecond},
+	} {
+		r := newRouted(t)
+		proxy.Clusters = []mesh.TCPCluster{{Name: "v1", Weight: 1}}
+		r.cluster("v1", nil, 82)
+		r.bytes(proxy)
+		conns := r.Listen(t, "82")
+		client := r.Dial(t, r.At(81))
+		servetest.Send(t, client, "\x00opaque")
+		servetest.Expect(t, servetest.Take(t, conns), "\x00opaque")
+		if ended := r.Await(t); ended.Reason != want {
+			t.Errorf("the reason is %v, want %v", ended.Reason, want)
+		}
+	}
+}
+
+// bytes makes port 81 one of bytes.
+func (r *routed) bytes(proxy *mesh.TCPProxy) {
 	r.push(func(e *mesh.Edit) {
 		e.SetListener("0.0.0.0_81", &mesh.Listener{
 			Name: "0.0.0.0_81", Direction: mesh.Outbound, Virtual: true,
 			Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:81")},
-			Default:   &mesh.FilterChain{TCP: &mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "v1", Weight: 1}, {Name: "v2", Weight: 1}, {Name: "gone", Weight: 0}}}},
+			Default:   &mesh.FilterChain{TCP: proxy},
 		})
 	})
+}
+
+func TestConnectionsOfBytesAreDividedByWeight(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	r.cluster("v1", nil, 82)
+	r.cluster("v2", func(c *mesh.Cluster) { c.Breakers.Connections = 1 }, 83)
+	r.bytes(&mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "v1", Weight: 1}, {Name: "v2", Weight: 1}, {Name: "gone", Weight: 0}}})
 	first, second := r.Listen(t, "82"), r.Listen(t, "83")
 	refused := 0
 	for n := [2]int{}; n[0] < 5 || n[1] < 1 || refused < 1; {

@@ -12,6 +12,7 @@ import (
 const (
 	FlagDownstreamConnectionTermination = "DC"
 	FlagDownstreamProtocolError         = "DPE"
+	FlagDurationTimeout                 = "DT"
 	FlagDownstreamRemoteReset           = "DR"
 	FlagDelayInjected                   = "DI"
 	FlagFaultInjected                   = "FI"

@@ -63,6 +63,7 @@ const (
 const (
 	Drained          Reason = "drained"            // neither side had sent anything when the agent drained; both sides are closed in order
 	IdleTimeout      Reason = "idle_timeout"       // nothing moved for the idle timeout
+	MaxDuration      Reason = "max_duration"       // the connection lasted as long as its configuration permits
 	HalfCloseTimeout Reason = "half_close_timeout" // one side closed, and nothing moved for the half-close timeout
 	DrainDeadline    Reason = "drain_deadline"     // still open at the end of the drain timeout
 )
@@ -168,6 +169,8 @@ var Explanations = []Explanation{
 		"Nothing moved for `{IdleTimeout}`; both sides were reset."},
 	{HalfCloseTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
 		"One side had closed and nothing moved for `{HalfCloseTimeout}`; both sides were reset."},
+	{MaxDuration, envoy.FlagDurationTimeout, "", "",
+		"The connection lasted as long as the control plane permits; both sides were reset."},
 	{Drained, "", "", "",
 		"Neither side had sent anything when the agent drained; both were closed in order."},
 	{DrainDeadline, envoy.FlagLocalReset, envoy.FlagLocalReset, envoy.ResetAfterResponse(envoy.ResetByLocal),

@@ -239,6 +239,7 @@ func (c *Conn) relay() {
 		DownRead:         c.sniffer.Read,
 		UpRead:           c.sniffer.UpRead,
 	}
+	c.limits(&options)
 	hello := c.sniffer.Hello
 	if c.governed != nil && c.governed.secured {
 		hello = c.Record.TLS

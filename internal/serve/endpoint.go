@@ -11,6 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/sniff"
@@ -174,6 +175,17 @@ func (c *Conn) clusterName(chain *mesh.FilterChain) string {
 		}
 	}
 	return chosen
+}
+
+// limits sets the limits of a connection of bytes that the control plane configures.
+func (c *Conn) limits(o *relay.Options) {
+	if c.role.direction == flow.Inbound || c.governed == nil || c.governed.chain == nil || c.governed.chain.TCP == nil {
+		return
+	}
+	proxy := c.governed.chain.TCP
+	if o.IdleTimeout = proxy.IdleTimeout; proxy.MaxDuration > 0 {
+		o.Until = c.Record.Opened.Add(proxy.MaxDuration)
+	}
 }
 
 // endLease ends the place of a connection of bytes at its endpoint.
