@@ -57,6 +57,10 @@ type Decision struct {
 	// upstream in the place of the one that was received, before Plan rewrites it. It is valid until the next call of Route.
 	Path []byte
 
+	// Edits are changes of the request's header besides the Plan's, which are made after them. They may be of this request
+	// only.
+	Edits []route.Edit
+
 	Reply *route.Reply  // is sent in place of a response; nil: the request is forwarded
 	Plan  *route.Plan   // what the route changes; nil: the request passes as it is
 	Delay time.Duration // before anything is dialled or replied, by fault injection
