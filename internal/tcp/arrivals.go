@@ -28,6 +28,9 @@ type arrivals struct {
 	stop, stopped chan struct{}
 }
 
+// keptQueue is the number of elements for which an empty queue keeps room.
+const keptQueue = 64
+
 // queue is a queue whose memory is proportional to the number of its elements.
 type queue[T any] struct {
 	elements []T
@@ -43,7 +46,10 @@ func (q *queue[T]) pop() T {
 	e := q.elements[q.first]
 	q.elements[q.first] = none
 	if q.first++; q.first == len(q.elements) {
-		*q = queue[T]{}
+		q.elements, q.first = q.elements[:0], 0
+		if cap(q.elements) > keptQueue {
+			q.elements = nil
+		}
 	} else if q.first > len(q.elements)/2 {
 		n := copy(q.elements, q.elements[q.first:])
 		clear(q.elements[n:])
@@ -53,7 +59,7 @@ func (q *queue[T]) pop() T {
 }
 
 const (
-	firstShare, maxShare = 64, 128
+	firstShare, maxShare = 16, 16
 
 	// longShare is the time after which fewer goroutines are woken at once, and shortShare the time before which more are.
 	// The time also passes while Go's scheduler runs others.

@@ -84,14 +84,17 @@ func TestAQueueKeepsNoMemoryOfWhatLeft(t *testing.T) {
 			next++
 		}
 	}
-	if cap(q.elements) > 64 {
+	if cap(q.elements) > keptQueue {
 		t.Errorf("the queue of 3 elements has room for %d", cap(q.elements))
+	}
+	for range 2 * keptQueue {
+		q.push(0)
 	}
 	for !q.empty() {
 		q.pop()
 	}
 	if cap(q.elements) != 0 {
-		t.Error("the empty queue has memory")
+		t.Error("the empty queue keeps the memory of many elements")
 	}
 }
 
