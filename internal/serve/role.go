@@ -156,11 +156,13 @@ func (r *Role) Refuse(down *tcp.Conn) {
 // Open begins the walk of a connection. The returned Conn owns it from then on. When ctx ends, the connection is reset.
 // The caller must close the Conn.
 func (r *Role) Open(ctx context.Context, down *tcp.Conn) Conn {
+	w, record := tcp.NewWaiter(ctx), flow.Open(r.direction, down.RemoteAddr())
+	w.Begin(down, down.RemoteAddr().Addr())
 	return Conn{
 		Down:     down,
-		Record:   flow.Open(r.direction, down.RemoteAddr()),
+		Record:   record,
 		Settings: r.settings.Load(),
 		role:     r,
-		w:        tcp.NewWaiter(ctx),
+		w:        w,
 	}
 }
