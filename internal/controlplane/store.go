@@ -55,8 +55,8 @@ type StoreConfig struct {
 //   - A cluster is in force when its endpoints have come, or 15 s after the cluster. Until then its last version is.
 //   - A cluster that was removed stays with its endpoints until no route and no listener in force names it, or for 1 min.
 //   - Routes are in force when the clusters that they name are, of those that the control plane has, or after 30 s.
-//   - A listener is in force when its routes are, without limit, as in Envoy; and when its clusters are, or after 30 s. A
-//     listener of inbound traffic does not wait for clusters.
+//   - A listener is in force when its routes are, without limit, as in Envoy; and when its clusters and the configurations of
+//     its filters are, or after 30 s. A listener of inbound traffic does not wait for clusters.
 //   - A secret that is missing holds nothing back: the chain or cluster that names it is closed until it comes.
 //
 // A version with a finding of security is rejected, and the last good one stays in force. Without a good version, the
@@ -169,7 +169,7 @@ func (s *Store) Update(u xds.Update) xds.Outcome {
 	edit := s.current.Edit()
 	s.applyDirect(edit, &u)
 	var wanted map[xds.Type][]string
-	if u.Type <= xds.Routes && (u.Type != xds.Endpoints || s.pending > 0) {
+	if s.settles(u.Type) {
 		s.settle(edit, now)
 		wanted = s.ask(now)
 		s.dropUnnamed(edit)
@@ -184,6 +184,17 @@ func (s *Store) Update(u xds.Update) xds.Outcome {
 		notify(s.changes)
 	}
 	return xds.Outcome{Rejected: rejected, Wanted: wanted}
+}
+
+// settles reports whether an update of a type may put resources in force or take them away that are not in it.
+func (s *Store) settles(t xds.Type) bool {
+	switch t {
+	case xds.Clusters, xds.Listeners, xds.Routes:
+		return true
+	case xds.Endpoints, xds.Extensions:
+		return s.pending > 0
+	}
+	return false
 }
 
 // Restore takes resources that were kept by LastGood. They are in force until the control plane has answered: its first
