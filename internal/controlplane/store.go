@@ -68,6 +68,7 @@ type Store struct {
 	born        time.Time
 	snapshot    atomic.Pointer[mesh.Snapshot]
 	initialized chan struct{}
+	took        time.Duration // from the start until initialized; set before that is closed
 	kick        chan struct{} // after each change of deadline
 	changes     chan struct{} // after each change of the resources
 
@@ -151,6 +152,16 @@ func (s *Store) Snapshot() *mesh.Snapshot { return s.snapshot.Load() }
 // Initialized returns a channel that is closed when the first clusters are in force with their endpoints, and the first
 // listeners with their routes, or 15 s after the first listeners came.
 func (s *Store) Initialized() <-chan struct{} { return s.initialized }
+
+// Initializing returns how long the store has taken to be initialized, and false before that.
+func (s *Store) Initializing() (time.Duration, bool) {
+	select {
+	case <-s.initialized:
+		return s.took, true
+	default:
+		return 0, false
+	}
+}
 
 // Update takes a response of the control plane. Names of types that are asked for by name and were not asked for are
 // ignored.
@@ -558,6 +569,7 @@ func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 		}
 	case s.complete(now):
 		s.snapshot.Store(s.current)
+		s.took = now.Sub(s.born)
 		close(s.initialized)
 		s.config.Log.Info("first configuration in force",
 			"clusters", len(s.entries[xds.Clusters]), "listeners", len(s.entries[xds.Listeners]), "routes", len(s.entries[xds.Routes]), "waiting", s.pending)

@@ -319,9 +319,15 @@ func TestTheFirstSnapshotIsWhole(t *testing.T) {
 func TestTheFirstSnapshotDoesNotWaitForever(t *testing.T) {
 	r := newRig(t)
 	r.accepts(update(xds.Clusters, cluster("web", "web", "1")), update(xds.Listeners, httpListener("http", "80", "1")))
+	if took, ok := r.Initializing(); took != 0 || ok {
+		t.Error("it is initialized at once")
+	}
 	r.advance(warmingTimeout)
 	r.want("web=-")
 	r.mustBeInitialized()
+	if took, ok := r.Initializing(); took != warmingTimeout || !ok {
+		t.Errorf("initialized after %v", took)
+	}
 }
 
 // The configuration of an HTTP filter that is a resource of its own is asked for by the listener that names it. The listener
