@@ -376,3 +376,30 @@ func TestARefusedChainDoesNotRefuseOthers(t *testing.T) {
 		t.Errorf("refused %v, want %v; the listener: %v", refused, want, l.Refused)
 	}
 }
+
+// A service that is forwarded in a way that is not supported shares its port with others, whose chains stay in force: the
+// listener has no finding of security, so it is not rejected.
+func TestWaysOfForwardingThatAreNotSupportedCloseTheirChainOnly(t *testing.T) {
+	filter := func(kind string) []byte { return nest(packed(networkPrefix+kind, nil), 3, 4) }
+	l, findings, err := DecodeListener(join(
+		chain(nest(portIs(1), 1), tcpFilter()),
+		chain(nest(portIs(2), 1), filter("sni_dynamic_forward_proxy.v3.FilterConfig"), tcpFilter()),
+		chain(nest(portIs(3), 1), filter("redis_proxy.v3.RedisProxy")),
+		field1(lName)))
+	if err != nil || l.Refused || len(l.Chains) != 3 {
+		t.Fatalf("error %v, listener %+v", err, l)
+	}
+	for i, refused := range []bool{false, true, true} {
+		if l.Chains[i].Refused != refused {
+			t.Errorf("chain %d: refused: %v, want %v", i, l.Chains[i].Refused, refused)
+		}
+	}
+	for _, f := range findings {
+		if f.Class != Unenforced {
+			t.Errorf("finding %+v", f)
+		}
+	}
+	if len(findings) != 2 {
+		t.Errorf("findings %v", findings)
+	}
+}
