@@ -28,6 +28,8 @@ type Session struct {
 
 	Chain []*x509.Certificate // of the peer, as it was sent; empty without Peer
 	Local *x509.Certificate   // that the server presented; nil in a client's session
+
+	layer *layer
 }
 
 // Own returns the SPIFFE ID that a server presented, as SPIFFE is that of its peer.
@@ -95,6 +97,7 @@ func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, dead
 		return nil, failureOf(err)
 	}
 	session := sessionOf(l.conn.ConnectionState())
+	session.layer = l
 	session.Local, l.socket.presented = l.socket.presented, nil
 	return session, nil
 }
@@ -115,9 +118,18 @@ type layer struct {
 	socket socket
 	filled bool // the last read has filled its slice, so that there may be more of the record
 	begun  bool // the peer has sent data
+
+	metadata *metadata // nil: the peer's metadata has been read, or is not expected
 }
 
 func (l *layer) Read(p []byte) (int, error) {
+	if l.metadata != nil {
+		return l.metadata.read(l, p)
+	}
+	return l.decode(p)
+}
+
+func (l *layer) decode(p []byte) (int, error) {
 	n, err := l.conn.Read(p)
 	if n > 0 && !l.filled && l.socket.whole > 0 {
 		l.socket.whole-- // the rest of the last record had been read before, so this is another one
@@ -135,7 +147,9 @@ func (l *layer) Write(p []byte) (int, error) { return l.conn.Write(p) }
 
 func (l *layer) CloseWrite() error { return l.conn.CloseWrite() }
 
-func (l *layer) Buffered() bool { return l.filled || l.socket.whole > 0 }
+func (l *layer) Buffered() bool {
+	return l.filled || l.socket.whole > 0 || l.metadata != nil && len(l.metadata.rest) > 0
+}
 
 // socket is the net.Conn of crypto/tls.
 type socket struct {
