@@ -141,9 +141,7 @@ func (a *Agent) Run(drain, force context.Context) error {
 		a.start(s)
 	}
 	a.startControlPlane()
-	if err := unmapStart(); err != nil {
-		a.log.Debug("cannot release startup memory", "error", err)
-	}
+	a.unmapProgram()
 	a.log.Info("carrying traffic", "outbound_port", a.config.Ports.Outbound, "inbound_port", a.config.Ports.Inbound,
 		"readiness_port", a.config.Ports.Readiness)
 

@@ -41,7 +41,7 @@ func (a *Agent) addControlPlane() error {
 	if err != nil {
 		return err
 	}
-	config := controlplane.SessionConfig{Pod: &pod, Store: store, Log: a.log, KeptIdentity: identityDirectory(c.Kept)}
+	config := controlplane.SessionConfig{Pod: &pod, Store: store, Log: a.log, KeptIdentity: identityDirectory(c.Kept), FreeMemory: a.freeMemory}
 	if c.Kept != "" {
 		cluster, _ := pod.Node.Metadata["CLUSTER_ID"].(string)
 		config.Kept = &controlplane.Kept{Path: filepath.Join(c.Kept, keptFile), Node: pod.Node.ID(), Cluster: cluster}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"runtime/debug"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -31,12 +32,25 @@ func (c HTTP) heldBytes(limit int64) int {
 	return int(max(limit/heldShare, leastHeld))
 }
 
-// unmapStart unmaps the resident pages of the program file. The start touches nearly all of them, mostly when the runtime
-// verifies its own tables; later a third of them is used: 12.8 MB resident become 7.8. A page that is needed again is mapped
-// from the page cache, in some microseconds for each 64 KiB. No data can be lost: only mappings without write
-// permission whose pages are all unmodified are dropped. Modified pages, by a loader's relocations or a debugger, exist
-// only in memory.
-func unmapStart() error {
+// freeMemory gives back memory that only past pushes of the control plane needed: free parts of the heap, and pages of the
+// program.
+func (a *Agent) freeMemory() {
+	debug.FreeOSMemory()
+	a.unmapProgram()
+}
+
+func (a *Agent) unmapProgram() {
+	if err := unmapProgram(); err != nil {
+		a.log.Debug("cannot unmap pages of the program", "err", err)
+	}
+}
+
+// unmapProgram unmaps the resident pages of the program file. The start touches nearly all of them, mostly when the runtime
+// verifies its own tables, and so does the first push of a control plane; later a third of them is used: 12.8 MB resident
+// become 7.8. A page that is needed again is mapped from the page cache, in some microseconds for each 64 KiB. No data can be
+// lost: only mappings without write permission whose pages are all unmodified are dropped. Modified pages, by a loader's
+// relocations or a debugger, exist only in memory.
+func unmapProgram() error {
 	program, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return fmt.Errorf("finding the program file: %w", err)

@@ -14,16 +14,22 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
-// The table of flags is generated from their help: go test ./cmd/pillion -run AgentDocument -update
-func TestAgentDocumentHasTheHelpOfEveryFlag(t *testing.T) {
-	references := map[string]string{ // to other documents
+// The tables of flags are generated from their help: go test ./cmd/pillion -run FlagsInDocuments -update
+func TestFlagsInDocumentsHaveTheirHelp(t *testing.T) {
+	hasTable(t, "../../docs/agent.md", flagTable(t, newAgent().Flags(), map[string]string{
 		"metrics-max-series": "[observability.md](observability.md#metrics)",
 		"interception-mode":  "[tproxy.md](tproxy.md)",
 		"access-log-filter":  "[observability.md](observability.md#access-log)",
 		"dns-capture":        "[dns.md](dns.md)",
-	}
+	}))
+	hasTable(t, "../../docs/run.md", flagTable(t, newRun().Flags(), nil))
+}
+
+// flagTable is a table of flags. references are links to other documents.
+func flagTable(t *testing.T, flags *pflag.FlagSet, references map[string]string) string {
+	t.Helper()
 	table := "| Flag | Default | Meaning |\n|---|---|---|\n"
-	newAgent().Flags().VisitAll(func(flag *pflag.Flag) {
+	flags.VisitAll(func(flag *pflag.Flag) {
 		value := flag.DefValue
 		switch {
 		case value == "":
@@ -48,7 +54,7 @@ func TestAgentDocumentHasTheHelpOfEveryFlag(t *testing.T) {
 	if len(references) > 0 {
 		t.Errorf("there are references for unknown flags: %v", references)
 	}
-	hasTable(t, "../../docs/agent.md", table)
+	return table
 }
 
 // codeWords matches flags, paths and examples in a help text, after a word boundary.

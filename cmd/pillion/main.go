@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/pillion-proxy/pillion/internal/commandline"
+	"github.com/pillion-proxy/pillion/internal/sandbox"
 )
 
 // Exit statuses. As with diff(1), a command that compares ends with 1 for a difference, and with 2 if it could not compare.
@@ -32,6 +33,9 @@ const exitUsageIstio = 255
 var version = "devel"
 
 func main() {
+	if sandbox.IsHelper(os.Args) {
+		os.Exit(sandbox.RunHelper(os.Args))
+	}
 	// These commands do one thing after another. Waking further threads takes a tenth of the CPU time of a native init.
 	if len(os.Args) > 1 && slices.Contains([]string{"init", istioIPTables, "cleanup"}, os.Args[1]) {
 		runtime.GOMAXPROCS(1)
@@ -65,7 +69,14 @@ func run(args []string) int {
 	if errors.Is(err, errDifferent) || errors.Is(err, errFailed) { // the findings are printed already
 		return exitFailure
 	}
+	var ended exitStatus
+	if errors.As(err, &ended) && ended.err == nil {
+		return ended.status
+	}
 	fmt.Fprintln(os.Stderr, "pillion: error:", err)
+	if ended.err != nil {
+		return ended.status
+	}
 	istio := cmd.Name() == istioIPTables
 	switch {
 	case errors.As(err, new(validationError)):
@@ -87,7 +98,7 @@ var commands = []struct {
 	name string
 	make func() *cobra.Command
 }{
-	{"init", newInit}, {istioIPTables, newIstioIPTables}, {"cleanup", newCleanup}, {"rules", newRules}, {"agent", newAgent}, {"proxy", newProxy},
+	{"init", newInit}, {istioIPTables, newIstioIPTables}, {"cleanup", newCleanup}, {"rules", newRules}, {"agent", newAgent}, {"proxy", newProxy}, {"run", newRun},
 	{"wait", newWait}, {"status", newStatus}, {"top", newTop}, {"tap", newTap}, {"config", newConfig}, {"request", newRequest}, {"bundle", newBundle}, {"check", newCheck},
 	{"version", func() *cobra.Command { return commandline.NewVersion(version) }},
 	{"completion", func() *cobra.Command { return commandline.NewCompletion("pillion") }},

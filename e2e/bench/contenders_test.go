@@ -36,6 +36,8 @@ type kit struct {
 type contender struct {
 	name    string
 	command []string
+	root    bool                                      // the command itself changes to proxyUser
+	before  func(t testing.TB, ns *nettest.Namespace) // starts what the proxy needs; may be nil
 }
 
 // The contenders' names are the table's columns.
@@ -78,18 +80,18 @@ func newKit(t testing.TB, haproxyNeeded bool) *kit {
 		t.Fatal(err)
 	}
 	k.pillion = build(t, dir, "pillion", "../../cmd/pillion")
-	pillion := contender{namePillion, []string{k.pillion, "agent",
+	pillion := contender{name: namePillion, command: []string{k.pillion, "agent",
 		"--outbound-port", "15001", "--inbound-port", "15006", "--readiness-port", "15021",
 		"--log-level", "warn", "--drain-delay", "0s"}}
-	relay := contender{namePlain, []string{build(t, dir, "relay", "./testdata/relay"), "0.0.0.0:15006", "0.0.0.0:15021"}}
-	reverseProxy := contender{nameReverseProxy,
-		[]string{build(t, dir, "reverseproxy", "./testdata/reverseproxy"), "0.0.0.0:15006", "0.0.0.0:15021"}}
+	relay := contender{name: namePlain, command: []string{build(t, dir, "relay", "./testdata/relay"), "0.0.0.0:15006", "0.0.0.0:15021"}}
+	reverseProxy := contender{name: nameReverseProxy,
+		command: []string{build(t, dir, "reverseproxy", "./testdata/reverseproxy"), "0.0.0.0:15006", "0.0.0.0:15021"}}
 	tcp, splicing, http := findHAProxy(t, dir, haproxyNeeded)
 	k.opaque = append([]contender{pillion, relay}, tcp...)
 	k.bulk = slices.Concat(k.opaque, splicing)
 	k.http = append([]contender{pillion, reverseProxy}, http...)
 	k.http1 = slices.Concat(k.http, []contender{relay})
-	silent := contender{nameSilent, append(slices.Clone(pillion.command),
+	silent := contender{name: nameSilent, command: append(slices.Clone(pillion.command),
 		"--access-log", "off", "--status-port", "0", "--metrics-port", "0", "--admin-port", "0")}
 	k.telemetry = []contender{pillion, silent}
 	k.latency = slices.Concat(k.http, []contender{{name: nameDirect}})
@@ -109,7 +111,7 @@ func findHAProxy(t testing.TB, dir string, needed bool) (tcp, splicing, http []c
 		return nil, nil, nil
 	}
 	configured := func(name, file, config string) []contender {
-		return []contender{{name, []string{program, "-q", "-db", "-f", writeConfig(t, dir, file, config)}}}
+		return []contender{{name: name, command: []string{program, "-q", "-db", "-f", writeConfig(t, dir, file, config)}}}
 	}
 	splice := func(options string) string { return strings.ReplaceAll(haproxyTCP, "    SPLICE\n", options) }
 	return configured(nameHAProxy, "tcp.cfg", splice("")),
@@ -153,8 +155,20 @@ func (c contender) start(t testing.TB, w *world) *proxy {
 	if c.direct() {
 		return nil
 	}
-	process := w.pod.Start(t, pinned(w.pod, w.cores.proxy, proxyUser, c.command[0], c.command[1:]...))
-	awaitReady(t, w.pod, c.name, process)
+	return c.startIn(t, w.pod, w.cores.proxy)
+}
+
+func (c contender) startIn(t testing.TB, ns *nettest.Namespace, core int) *proxy {
+	t.Helper()
+	if c.before != nil {
+		c.before(t, ns)
+	}
+	var user uint32 = proxyUser
+	if c.root {
+		user = 0
+	}
+	process := ns.Start(t, pinned(ns, core, user, c.command[0], c.command[1:]...))
+	awaitReady(t, ns, c.name, process)
 	return &proxy{pid: process.Cmd.Process.Pid}
 }
 

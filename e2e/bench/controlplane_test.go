@@ -87,15 +87,21 @@ func (p *meshPod) serve(t testing.TB, push string) *nettest.Process {
 	return p.Start(t, cmd)
 }
 
+// command returns the words that run the agent as proxyUser, with the volumes and variables of the pod.
+func (p *meshPod) command() []string {
+	mounts := "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && echo secret > /run/secrets/tokens/istio-token" +
+		" && cp \"$0\"/root-cert.pem /run/secrets/istio/ && exec setpriv --reuid=" + strconv.Itoa(proxyUser) + " --regid=" + strconv.Itoa(proxyUser) + " --clear-groups \"$@\""
+	return []string{"env", "POD_NAME=reviews-v1", "POD_NAMESPACE=default", "SERVICE_ACCOUNT=reader", "INSTANCE_IP=" + nettest.PodIP4.String(),
+		"ISTIO_META_CLUSTER_ID=Kubernetes", `PROXY_CONFIG={"discoveryAddress":"127.0.0.1:15012"}`,
+		"unshare", "--mount", "--propagation", "private", "sh", "-c", mounts, p.directory, p.k.pillion, "agent", "--control-plane", "auto",
+		"--kept-configuration", p.kept, "--log-level", "warn", "--drain-delay", "0s"}
+}
+
 // agent starts the agent, and returns the time until its readiness port answers and, if ready, until it is ready.
 func (p *meshPod) agent(t testing.TB, ready bool) (took time.Duration, a *proxy) {
 	t.Helper()
-	mounts := "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && echo secret > /run/secrets/tokens/istio-token" +
-		" && cp \"$0\"/root-cert.pem /run/secrets/istio/ && exec setpriv --reuid=" + strconv.Itoa(proxyUser) + " --regid=" + strconv.Itoa(proxyUser) + " --clear-groups \"$@\""
-	cmd := p.Command(0, 0, "env", "POD_NAME=reviews-v1", "POD_NAMESPACE=default", "SERVICE_ACCOUNT=reader", "INSTANCE_IP="+nettest.PodIP4.String(),
-		"ISTIO_META_CLUSTER_ID=Kubernetes", `PROXY_CONFIG={"discoveryAddress":"127.0.0.1:15012"}`,
-		"unshare", "--mount", "--propagation", "private", "sh", "-c", mounts, p.directory, p.k.pillion, "agent", "--control-plane", "auto",
-		"--kept-configuration", p.kept, "--log-level", "warn", "--drain-delay", "0s")
+	words := p.command()
+	cmd := p.Command(0, 0, words[0], words[1:]...)
 	cmd.Stderr = os.Stderr
 	begin := time.Now()
 	process := p.Start(t, cmd)

@@ -31,6 +31,7 @@ type sizes struct {
 	messages         int64
 	requests         int64 // small HTTP requests at full speed
 	paced            int64 // small HTTP requests at requestsPerSecond
+	handshakes       int64 // TLS connections
 	idle             int64 // connections
 	settle           time.Duration
 	pushed           time.Duration // after a push; the agent saves it and gives memory back meanwhile
@@ -39,7 +40,7 @@ type sizes struct {
 
 var fullSizes = sizes{
 	rounds: 3, connectionRounds: 7, latencyRounds: 5, bulk: 1 << 30, connections: 5000, traced: 200, messages: 40_000,
-	requests: 60_000, paced: 2 * requestsPerSecond, idle: 3000, settle: 3 * time.Second, pushed: 8 * time.Second, starts: 11, inits: 15,
+	requests: 60_000, paced: 2 * requestsPerSecond, handshakes: 3000, idle: 3000, settle: 3 * time.Second, pushed: 8 * time.Second, starts: 11, inits: 15,
 }
 
 // figures are the measurements, in the table's order.
@@ -61,8 +62,16 @@ var figures = []struct {
 	{"http-idle", measureHTTPIdle},
 	{"start", measureStart},
 	{"control-plane", measureControlPlane},
+	{"tls", measureTLS},
+	{"tls-both", measureTLSBothSides},
+	{"tls-connections", measureTLSConnections},
+	{"tls-bulk", measureTLSBulk},
+	{"tls-idle", measureTLSIdle},
 	{"init", measureInit},
 }
+
+// chosen reports whether a figure is to be measured.
+func chosen(name string) bool { return *only == "" || slices.Contains(strings.Split(*only, ","), name) }
 
 func figureNames() (names []string) {
 	for _, f := range figures {
@@ -85,7 +94,7 @@ func BenchmarkFigures(b *testing.B) {
 	k := newKit(b, true)
 	var rows []*row
 	for _, f := range figures {
-		if *only == "" || slices.Contains(strings.Split(*only, ","), f.name) {
+		if chosen(f.name) {
 			rows = append(rows, f.measure(b, k, fullSizes)...)
 		}
 	}
@@ -220,14 +229,18 @@ func measureIdle(t testing.TB, k *kit, s sizes) []*row {
 // restIdle measures what connections cost that a load of the kind has used and then leaves alone.
 func restIdle(t testing.TB, k *kit, s sizes, turns turns, kind string, memory, descriptors *row) {
 	turns.take(t, k, []*row{memory, descriptors}, func(t testing.TB, c contender, w *world, p *proxy) {
-		h := w.startLoad(t, kind, s.idle, atATime)
-		time.Sleep(s.settle / 10) // the warm-up's connections are still closing
-		residentBefore, descriptorsBefore := p.resident(t), p.descriptors(t)
-		h.finish(t)
-		time.Sleep(s.settle)
-		memory.add(c.name, float64(p.resident(t)-residentBefore)/1024/float64(s.idle))
-		descriptors.add(c.name, float64(p.descriptors(t)-descriptorsBefore)/float64(s.idle))
+		rest(t, s, c, w, p, kind, memory, descriptors)
 	})
+}
+
+func rest(t testing.TB, s sizes, c contender, w *world, p *proxy, kind string, memory, descriptors *row) {
+	h := w.startLoad(t, kind, s.idle, atATime)
+	time.Sleep(s.settle / 10) // the warm-up's connections are still closing
+	residentBefore, descriptorsBefore := p.resident(t), p.descriptors(t)
+	h.finish(t)
+	time.Sleep(s.settle)
+	memory.add(c.name, float64(p.resident(t)-residentBefore)/1024/float64(s.idle))
+	descriptors.add(c.name, float64(p.descriptors(t)-descriptorsBefore)/float64(s.idle))
 }
 
 func measureStart(t testing.TB, k *kit, s sizes) []*row {

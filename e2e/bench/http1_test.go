@@ -217,14 +217,14 @@ func requestOnce(serial int64) error {
 }
 
 // request sends a small request and reads the response.
-func request(conn *net.TCPConn) error {
+func request(conn net.Conn) error {
 	if _, err := conn.Write(smallRequest1); err != nil {
 		return err
 	}
 	return awaitSmall(conn)
 }
 
-func awaitSmall(conn *net.TCPConn) error {
+func awaitSmall(conn net.Conn) error {
 	var buf [1024]byte
 	for n := 0; ; {
 		read, err := conn.Read(buf[n:])
@@ -245,6 +245,10 @@ func httpDownloadOnce(size int64) error {
 		return err
 	}
 	defer conn.Close()
+	return httpDownload(conn, size)
+}
+
+func httpDownload(conn net.Conn, size int64) error {
 	if _, err := conn.Write(request1("GET", fmt.Sprintf("/%d", size), 0)); err != nil {
 		return err
 	}
@@ -279,6 +283,10 @@ func httpUploadOnce(size int64) error {
 		return err
 	}
 	defer conn.Close()
+	return httpUpload(conn, size)
+}
+
+func httpUpload(conn net.Conn, size int64) error {
 	if _, err := conn.Write(request1("POST", "/", size)); err != nil {
 		return err
 	}

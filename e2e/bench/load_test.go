@@ -33,11 +33,17 @@ func runLoad(args []string) error {
 	kind := flags.String("kind", "", "what to do")
 	count := flags.Int64("count", 0, "bytes, connections, messages or requests")
 	workers := flags.Int("workers", 1, "how many at a time")
+	certificates := flags.String("certificates", "", "directory with the certificates of a mesh")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	var l load
 	switch *kind {
+	case "tls-http1", "tls-connections", "tls-download", "tls-upload", "tls-idle":
+		var err error
+		if l, err = securedLoad(*certificates, *kind, *workers, *count); err != nil {
+			return err
+		}
 	case "download", "upload", "http-download", "http-upload":
 		move := map[string]func(int64) error{
 			"download": downloadOnce, "upload": uploadOnce, "http-download": httpDownloadOnce, "http-upload": httpUploadOnce,
@@ -159,7 +165,7 @@ func exchangeOnce(serial int64) error {
 	return exchange(conn)
 }
 
-func exchange(conn *net.TCPConn) error {
+func exchange(conn net.Conn) error {
 	var message [messageSize]byte
 	if _, err := conn.Write(message[:]); err != nil {
 		return err
@@ -195,10 +201,14 @@ func messagesLoad(connections int, messages int64) load {
 }
 
 // openIdle opens connections to a port, uses each once and leaves them open.
-func openIdle(workers int, connections int64, port int, use func(*net.TCPConn) error) error {
-	kept := make([]*net.TCPConn, connections)
+func openIdle(workers int, connections int64, port int, use func(net.Conn) error) error {
+	return keepIdle(workers, connections, use, func(serial int64) (net.Conn, error) { return dial(serial, port) })
+}
+
+func keepIdle(workers int, connections int64, use func(net.Conn) error, dial func(serial int64) (net.Conn, error)) error {
+	kept := make([]net.Conn, connections)
 	err := inParallel(workers, connections, func(serial int64) (err error) {
-		if kept[serial-1], err = dial(serial, port); err != nil {
+		if kept[serial-1], err = dial(serial); err != nil {
 			return err
 		}
 		return use(kept[serial-1])
@@ -208,7 +218,7 @@ func openIdle(workers int, connections int64, port int, use func(*net.TCPConn) e
 }
 
 // exchangeThrice moves a few bytes each way.
-func exchangeThrice(conn *net.TCPConn) error {
+func exchangeThrice(conn net.Conn) error {
 	for range 3 {
 		if err := exchange(conn); err != nil {
 			return err
@@ -218,4 +228,4 @@ func exchangeThrice(conn *net.TCPConn) error {
 }
 
 // idle keeps the connections of openIdle reachable, because the garbage collector would close them.
-var idle []*net.TCPConn
+var idle []net.Conn

@@ -16,18 +16,24 @@ import (
 )
 
 // proxy is a running contender.
-type proxy struct{ pid int }
+type proxy struct {
+	pid int
+	far *proxy // the same one in the peer, whose CPU time is added; nil: there is none
+}
 
 // cpu returns the user and system time of the process, including ended threads. It reads the process's CPU clock, in
 // nanoseconds; /proc/PID/stat has only clock ticks.
 func (p *proxy) cpu(t testing.TB) time.Duration {
 	t.Helper()
+	if p == nil {
+		return 0
+	}
 	const cpuClockSched = 2 // the kernel's CPUCLOCK_SCHED: run time as the scheduler accounts it
 	var now unix.Timespec
 	if err := unix.ClockGettime(int32(^p.pid<<3|cpuClockSched), &now); err != nil {
 		t.Fatalf("reading the CPU clock of process %d: %v", p.pid, err)
 	}
-	return time.Duration(now.Nano())
+	return time.Duration(now.Nano()) + p.far.cpu(t)
 }
 
 // resident returns the process's resident memory in bytes, including pages of its program file.

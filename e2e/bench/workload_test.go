@@ -100,7 +100,7 @@ func upload(conn *net.TCPConn) {
 }
 
 // writeBytes writes n bytes, or fewer if the connection fails; the reader detects that by the count.
-func writeBytes(conn *net.TCPConn, n int64) {
+func writeBytes(conn net.Conn, n int64) {
 	buf := make([]byte, bulkBuffer)
 	for n > 0 {
 		wrote, err := conn.Write(buf[:min(n, bulkBuffer)])

@@ -46,8 +46,9 @@ func inScope(t testing.TB, fn func(t testing.TB)) {
 // world is a pod with the workload and a peer with the load. Pillion's rules are installed, except for the direct
 // connection.
 type world struct {
-	pod, peer *nettest.Namespace
-	cores     cores
+	pod, peer    *nettest.Namespace
+	cores        cores
+	certificates string // directory with those of a mesh; empty: there are none
 }
 
 func newWorld(t testing.TB, k *kit, c contender) *world {
@@ -187,7 +188,7 @@ func (h *helper) send(t testing.TB, line string) {
 func (w *world) startLoad(t testing.TB, kind string, count int64, workers int) *helper {
 	t.Helper()
 	h := startHelper(t, w.peer, w.cores.load, "load",
-		"-kind", kind, "-count", fmt.Sprint(count), "-workers", fmt.Sprint(workers))
+		"-kind", kind, "-count", fmt.Sprint(count), "-workers", fmt.Sprint(workers), "-certificates", w.certificates)
 	h.await(t, "warm")
 	return h
 }

@@ -14,16 +14,23 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz",
-		"internal/capture", "internal/checklist", "internal/commandline", "internal/configview", "internal/httpforward", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/terminal"},
+	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz", "run",
+		"internal/capture", "internal/checklist", "internal/commandline", "internal/configview", "internal/httpforward", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal"},
 		"flags become configuration; everything else is decided below"},
-	{"agent", []string{"healthz", "inbound", "internal/accesslog", "internal/admin", "internal/budget", "internal/capture", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/flow", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh", "internal/metrics", "internal/ownport", "internal/peers", "internal/podinfo", "internal/probe", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream", "internal/xds", "outbound"},
+	{"agent", []string{"inbound", "outbound", "healthz", "internal/budget", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
+		"internal/accesslog", "internal/admin", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh",
+		"internal/metrics", "internal/podinfo", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream", "internal/xds", "internal/peers"},
 		"the agent builds all parts and stops them in order"},
-	{"inbound", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/peers", "internal/serve", "internal/tcp", "internal/upstream"},
+	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/dns", "internal/flow", "internal/httpforward", "internal/listener", "internal/live",
+		"internal/sandbox", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
+		"a command's traffic arrives from a sandbox, is carried by a role and a resolver, and is shown in a terminal"},
+	{"internal/sandbox", []string{"internal/capture", "internal/sockopt", "iptables/kernel"},
+		"a sandbox captures ports, its listening sockets have the options of accepted ones, and capabilities decide how it is made"},
+	{"inbound", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream", "internal/peers"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
-	{"outbound", []string{"internal/envoy", "internal/flow", "internal/httpforward", "internal/peers", "internal/serve", "internal/tcp", "internal/upstream"},
+	{"outbound", []string{"internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream", "internal/peers"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
-	{"internal/serve", []string{"internal/budget", "internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/identity", "internal/mesh", "internal/peers", "internal/relay", "internal/secure", "internal/sniff", "internal/tcp", "internal/upstream"},
+	{"internal/serve", []string{"internal/budget", "internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/identity", "internal/mesh", "internal/relay", "internal/secure", "internal/sniff", "internal/tcp", "internal/upstream", "internal/peers"},
 		"the steps of a connection: wait for the configuration, detect its protocol, end TLS, dial, hand it to an engine or the relay, close its record"},
 	{"iptables", []string{"internal/capture", "iptables/kernel", "iptables/nft", "iptables/policy", "iptables/ruleset", "iptables/xtables"},
 		"a plan is the difference between the policy's rules and the installed ones, carried out by a back end"},
@@ -49,8 +56,10 @@ var arrows = []struct {
 		"records are counted, under the names of this workload, and written; the resolver counts itself"},
 	{"internal/sniff", []string{"internal/budget", "internal/flow", "internal/http2", "internal/tcp"},
 		"read bytes stay in a buffer whose memory is accounted for, findings go into the record; http2 recognises a server's first frame"},
-	{"internal/httpforward", []string{"internal/budget", "internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/peers", "internal/relay", "internal/tcp", "internal/upstream"},
-		"an engine uses a codec, upstream connections and records, and accounts for its memory; an upgraded connection is relayed; its responses use Envoy's terms"},
+	{"internal/balance", []string{"internal/envoy", "internal/flow", "internal/mesh"},
+		"hosts are chosen as a cluster configures; how a request ended counts for its host, a status of gRPC as one of HTTP"},
+	{"internal/httpforward", []string{"internal/budget", "internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/mesh", "internal/relay", "internal/route", "internal/tcp", "internal/upstream", "internal/peers"},
+		"an engine uses a codec, upstream connections and records, and accounts for its memory; it carries out a route's plan, with a mesh's retry policy; an upgraded connection is relayed; its responses use Envoy's terms"},
 	{"internal/flow", []string{"internal/envoy"}, "each reason has its response flags and details"},
 	{"internal/relay", []string{"internal/tcp"}, "the relay waits for two connections at once"},
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
@@ -76,10 +85,12 @@ var arrows = []struct {
 	{"internal/xds", []string{"internal/envoy", "internal/wire"}, "discovery messages are read field by field; a rejection is a status of gRPC"},
 	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA and a workload socket are asked by calls, and their status decides whether to ask again"},
 	{"internal/mesh", []string{"internal/wire"}, "resources are read field by field"},
+	{"internal/authz", []string{"internal/mesh"}, "policies are compiled from the values of a control plane"},
+	{"internal/route", []string{"internal/envoy", "internal/flow", "internal/mesh"}, "routes of a control plane are compiled; replies have reasons, and Envoy's flags and details"},
 	{"internal/controlplane/pushtest", []string{"internal/wire", "internal/xds"}, "recorded pushes are updates"},
 	{"internal/peers", []string{"internal/flow", "internal/wire"}, "a description is a protobuf message, and becomes the workload of a record"},
 	{"internal/secure/securetest", []string{"internal/identity"}, "test certificates are identities"},
-	{"internal/secure", []string{"internal/budget", "internal/flow", "internal/identity", "internal/mesh", "internal/peers", "internal/tcp"}, "TLS is a layer of a connection, and its handshakes are in the memory budget; peers are verified with the roots of the identity, by names that the mesh configures"},
+	{"internal/secure", []string{"internal/budget", "internal/identity", "internal/mesh", "internal/tcp", "internal/peers", "internal/flow"}, "TLS is a layer of a connection, and its handshakes are in the memory budget; peers are verified with the roots of the identity, by names that the mesh configures"},
 	{"internal/configdump", []string{"internal/wire"}, "descriptions of messages are read field by field"},
 	{"internal/controlplane", []string{"internal/identity", "internal/istiod", "internal/mesh", "internal/wire", "internal/xds"},
 		"resources are compiled as they are received, and kept as protobuf; a session with istiod has a stream and an identity"},
@@ -181,14 +192,16 @@ var rawCalls = map[string]string{
 	"iptables/kernel":    "capabilities, and the constants of addresses and routes",
 	"iptables/validate":  "sockets of other users that prove the rules",
 	"internal/preflight": "limits of the process",
+	"internal/sandbox":   "namespaces, rules and capabilities of a command, and its terminal",
 	"internal/terminal":  "the size of a terminal, and its keys one by one",
 	"iptables/rulestest": "sockets with addresses that are not the machine's",
 }
 
-// unsafeRooms may use unsafe to pass memory to the kernel.
+// unsafeRooms may use unsafe, most of them to pass memory to the kernel.
 var unsafeRooms = map[string]string{
-	"internal/sockopt": "socket options past the scheduler",
-	"internal/tcp":     "system calls past the scheduler",
+	"internal/httpforward": "a router reads the fields of a header block, which are strings, without a copy",
+	"internal/sockopt":     "socket options past the scheduler",
+	"internal/tcp":         "system calls past the scheduler",
 }
 
 // The names of errors (unix.ECONNREFUSED) are not calls; every room may use them.

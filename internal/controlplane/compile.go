@@ -20,11 +20,12 @@ type bundle struct{ roots []string }
 
 // compile decodes a resource. A resource that is refused has a value as well where its name is enough to close what it
 // concerns.
-func compile(t xds.Type, r *xds.Resource) compiled {
+func compile(c *mesh.Compiler, t xds.Type, r *xds.Resource) compiled {
 	if r.TypeURL != t.URL() {
 		return compiled{value: closed(t, r.Name), reason: fmt.Sprintf("its type is %.200q", r.TypeURL)}
 	}
-	value, name, findings, err := decode(t, r.Value)
+	c.Name(r.Name)
+	value, name, findings, err := decode(c, t, r.Value)
 	switch l, _ := value.(*mesh.Listener); {
 	case err != nil && t == xds.Listeners && name == r.Name:
 		// The fields before the malformed one may have the address.
@@ -43,28 +44,28 @@ func compile(t xds.Type, r *xds.Resource) compiled {
 }
 
 // decode returns a value and the name in it.
-func decode(t xds.Type, b []byte) (value any, name string, findings []mesh.Finding, err error) {
+func decode(c *mesh.Compiler, t xds.Type, b []byte) (value any, name string, findings []mesh.Finding, err error) {
 	switch t {
 	case xds.Clusters:
-		c, findings, err := mesh.DecodeCluster(b)
-		return c, c.Name, findings, err
+		v, findings, err := c.Cluster(b)
+		return v, v.Name, findings, err
 	case xds.Endpoints:
-		a, findings, err := mesh.DecodeAssignment(b)
+		a, findings, err := c.Assignment(b)
 		return a, a.Name, findings, err
 	case xds.Listeners:
-		l, findings, err := mesh.DecodeListener(b)
+		l, findings, err := c.Listener(b)
 		return l, l.Name, findings, err
 	case xds.Routes:
-		r, findings, err := mesh.DecodeRoutes(b)
+		r, findings, err := c.Routes(b)
 		return r, r.Name, findings, err
 	case xds.Secrets:
 		s, findings, err := mesh.DecodeSecret(b)
 		return s, s.Name, findings, err
 	case xds.Extensions:
-		f, findings, err := mesh.DecodeExtension(b)
+		f, findings, err := c.Extension(b)
 		return f, f.Name, findings, err
 	case xds.Names:
-		n, findings, err := mesh.DecodeNames(b)
+		n, findings, err := c.Names(b)
 		return n, "", findings, err
 	case xds.ProxyConfigs:
 		roots, findings, err := mesh.DecodeTrustBundle(b)

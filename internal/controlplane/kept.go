@@ -74,6 +74,7 @@ func (k *Kept) Save(resources Resources) error {
 		return fmt.Errorf("keeping resources: %w", err)
 	}
 	header := keptHeader{Node: k.Node, Cluster: k.Cluster, Saved: k.now().UTC().Truncate(time.Second)}
+	var fields, message []byte // of the resource before
 	for r := range resources {
 		if r.Type == xds.Secrets {
 			continue
@@ -82,8 +83,9 @@ func (k *Kept) Save(resources Resources) error {
 		if err != nil {
 			return fmt.Errorf("keeping %v %s: %w", r.Type, r.Name, err)
 		}
-		fields := wire.AppendString(wire.AppendString(nil, keptType, r.Type.URL()), keptName, r.Name)
-		message := wire.AppendBytes(nil, keptResources, wire.AppendBytes(fields, keptValue, value))
+		fields = wire.AppendString(wire.AppendString(fields[:0], keptType, r.Type.URL()), keptName, r.Name)
+		fields = wire.AppendBytes(fields, keptValue, value)
+		message = wire.AppendBytes(message[:0], keptResources, fields)
 		header.Size += len(message)
 		packer.Write(message) // a bytes.Buffer does not fail
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/xds"
@@ -15,26 +16,26 @@ func (s *Store) Resources() Resources {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var all []Resource
-	u := &unpacker{limit: maxUnpacked}
+	now, u := s.config.Now(), &unpacker{limit: maxUnpacked}
 	for t := range xds.Type(xds.Types) {
 		for _, e := range slices.SortedFunc(maps.Values(s.entries[t]), compareNames) {
-			all = e.resources(all, t, u)
+			all = s.resources(all, t, e, now, u)
 		}
 	}
 	return slices.Values(all)
 }
 
 // resources appends an entry's resources.
-func (e *entry) resources(all []Resource, t xds.Type, u *unpacker) []Resource {
+func (s *Store) resources(all []Resource, t xds.Type, e *entry, now time.Time, u *unpacker) []Resource {
 	for v := range e.used() {
 		r := Resource{
-			Type: t, Name: e.name, TypeURL: t.URL(), Updated: v.updated, Version: v.text(), Findings: v.findings, Warming: v == e.next,
+			Type: t, Name: e.name, TypeURL: t.URL(), Updated: s.after(v.updated, 0, now), Version: v.text(), Findings: v.findings, Warming: v == e.next,
 		}
 		if !v.closed {
 			r.Bytes = v.reader(u)
 		}
 		if e.refused != nil && v == latest(e) {
-			r.Refusal = &Refusal{Reason: e.refused.reason, At: e.refused.updated, Bytes: e.refused.reader(u), Findings: e.refused.findings}
+			r.Refusal = &Refusal{Reason: e.refused.reason, At: s.after(e.refused.updated, 0, now), Bytes: e.refused.reader(u), Findings: e.refused.findings}
 		}
 		all = append(all, r)
 	}
@@ -46,13 +47,13 @@ func (e *entry) resources(all []Resource, t xds.Type, u *unpacker) []Resource {
 func (s *Store) LastGood() Resources {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	byChunk, u := map[*chunk][]Resource{}, &unpacker{}
+	now, byChunk, u := s.config.Now(), map[*chunk][]Resource{}, &unpacker{}
 	for t := range xds.Type(xds.Types) {
 		for _, e := range s.entries[t] {
 			if v := latest(e); v != nil && !v.closed && !e.removed {
 				in := v.raw.in
 				byChunk[in] = append(byChunk[in], Resource{
-					Type: t, Name: e.name, TypeURL: t.URL(), Updated: v.updated, Version: v.text(), Bytes: v.reader(u), Findings: v.findings,
+					Type: t, Name: e.name, TypeURL: t.URL(), Updated: s.after(v.updated, 0, now), Version: v.text(), Bytes: v.reader(u), Findings: v.findings,
 				})
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -23,6 +24,9 @@ type SessionConfig struct {
 	// KeptIdentity is a directory in memory that keeps certificates of the CA, with their keys, for a restart. Empty: they
 	// are not kept.
 	KeptIdentity string
+
+	// FreeMemory gives memory back to the system. It is called when updates have paused. nil: debug.FreeOSMemory.
+	FreeMemory func()
 
 	Log *slog.Logger
 }
@@ -59,7 +63,11 @@ func NewSession(config SessionConfig) (*Session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Session{config: config, tidier: newTidier()}
+	if config.FreeMemory == nil {
+		config.FreeMemory = debug.FreeOSMemory
+	}
+	s := &Session{config: config}
+	s.tidier = newTidier(s.tidy)
 	if source := s.source(node); source != nil {
 		var changed func(*identity.Identity)
 		if kept, ok := source.(*keptIdentity); ok {
@@ -119,6 +127,12 @@ func (s *Session) Run(ctx context.Context) {
 	}
 	parts.Go(func() { s.client.Run(ctx) })
 	parts.Wait()
+}
+
+// tidy gives memory back when updates have paused.
+func (s *Session) tidy() {
+	s.config.Store.Forget()
+	s.config.FreeMemory()
 }
 
 // HasIdentity reports whether the pod has a source of an identity.

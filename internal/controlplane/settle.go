@@ -49,10 +49,11 @@ func (s *Store) warm(edit *mesh.Edit, t xds.Type, e *entry, now time.Time, timeo
 		return
 	}
 	is := state(e.next.value)
-	if is != ready && e.since.IsZero() {
-		e.since = now
+	if is != ready && e.since == 0 {
+		e.since = s.moment(now)
 	}
-	if is == waits && !now.Before(e.since.Add(timeout)) {
+	due := s.after(e.since, timeout, now)
+	if is == waits && !now.Before(due) {
 		is = ready
 	}
 	if is == ready {
@@ -60,13 +61,13 @@ func (s *Store) warm(edit *mesh.Edit, t xds.Type, e *entry, now time.Time, timeo
 			s.needs = nil // the version that it replaces needs nothing any more
 		}
 		s.drop(e.active)
-		e.active, e.next, e.since = e.next, nil, time.Time{}
+		e.active, e.next, e.since = e.next, nil, 0
 		put(edit, t, e.name, e.active.value)
 		return
 	}
 	s.pending++
 	if is == waits {
-		s.await(e.since.Add(timeout), now)
+		s.await(due, now)
 	}
 }
 
@@ -208,7 +209,7 @@ func (s *Store) dropClusters(edit *mesh.Edit, now time.Time) {
 		switch {
 		case !e.removed:
 			continue
-		case e.active == nil, !now.Before(e.since.Add(lingerTimeout)):
+		case e.active == nil, !now.Before(s.after(e.since, lingerTimeout, now)):
 			s.erase(edit, xds.Clusters, e)
 			continue
 		}
@@ -220,7 +221,7 @@ func (s *Store) dropClusters(edit *mesh.Edit, now time.Time) {
 			continue
 		}
 		s.pending++
-		s.await(e.since.Add(lingerTimeout), now)
+		s.await(s.after(e.since, lingerTimeout, now), now)
 	}
 }
 

@@ -65,6 +65,7 @@ type StoreConfig struct {
 // Update is called by one goroutine, the other methods by any.
 type Store struct {
 	config      StoreConfig
+	born        time.Time
 	snapshot    atomic.Pointer[mesh.Snapshot]
 	initialized chan struct{}
 	kick        chan struct{} // after each change of deadline
@@ -86,6 +87,7 @@ type Store struct {
 	findings int  // of all versions
 	altered  bool // the resources were, since changes was notified
 	archive  archive
+	compiler mesh.Compiler
 	log      findingLog
 }
 
@@ -96,13 +98,25 @@ type entry struct {
 	next    *version // accepted, and waiting for what it needs
 	refused *refused // a later version that was not accepted
 	removed bool     // and in force until nothing names it
-	since   time.Time
+	since   moment   // when it began to wait, or was removed
+}
+
+// moment is a time by the store's clock: what has passed since the store was made, of which the system's clock is no part.
+// 0 is no moment.
+type moment time.Duration
+
+// moment returns a time as a moment.
+func (s *Store) moment(t time.Time) moment { return moment(max(t.Sub(s.born), 0) + 1) }
+
+// after returns when a timeout that began at m is over.
+func (s *Store) after(m moment, timeout time.Duration, now time.Time) time.Time {
+	return now.Add(timeout - time.Duration(s.moment(now)-m))
 }
 
 // version is one version of a resource.
 type version struct {
 	hash     uint64
-	updated  time.Time
+	updated  moment
 	value    any
 	closed   bool // it was refused, and there was no good version
 	findings []mesh.Finding
@@ -124,7 +138,7 @@ func NewStore(config StoreConfig) (*Store, error) {
 	if config.Now == nil {
 		config.Now = time.Now
 	}
-	s := &Store{config: config, initialized: make(chan struct{}), kick: make(chan struct{}, 1), changes: make(chan struct{}, 1), current: &mesh.Snapshot{}}
+	s := &Store{config: config, born: config.Now(), initialized: make(chan struct{}), kick: make(chan struct{}, 1), changes: make(chan struct{}, 1), current: &mesh.Snapshot{}}
 	for t := range s.entries {
 		s.entries[t] = map[string]*entry{}
 	}
@@ -187,6 +201,13 @@ func (s *Store) Restore(updates []xds.Update) (rejected []xds.Rejected) {
 	default:
 	}
 	return rejected
+}
+
+// Forget frees what is remembered so that the resources of a push share their parts. Call it when updates have paused.
+func (s *Store) Forget() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.compiler.Forget()
 }
 
 // Changes returns a channel that receives after resources changed. It has one receiver.
@@ -307,9 +328,9 @@ func (s *Store) take(t xds.Type, r *xds.Resource, twice bool, now time.Time) (re
 		s.entries[t][r.Name] = e
 	}
 	if e.removed {
-		e.removed, e.since = false, time.Time{}
+		e.removed, e.since = false, 0
 	}
-	v := version{hash: hash, updated: now}
+	v := version{hash: hash, updated: s.moment(now)}
 	reason = s.tooLarge(r)
 	if twice {
 		reason = "more than one resource with this name in a response"
@@ -319,7 +340,7 @@ func (s *Store) take(t xds.Type, r *xds.Resource, twice bool, now time.Time) (re
 		s.refuse(t, e, v, reason, nil)
 		return reason
 	}
-	c := compile(t, r)
+	c := compile(&s.compiler, t, r)
 	v.value, v.findings = c.value, c.findings
 	s.log.findings(s.config.Log, t, r.Name, c.findings)
 	if c.reason == "" {
@@ -341,7 +362,7 @@ func (s *Store) unchanged(e *entry, hash uint64) (reason string, same bool) {
 	case e.active != nil && !e.active.closed && e.active.hash == hash:
 		s.forget(e)
 		s.drop(e.next)
-		e.next, e.since = nil, time.Time{}
+		e.next, e.since = nil, 0
 		return "", true
 	}
 	return "", false
@@ -456,7 +477,7 @@ func (s *Store) remove(t xds.Type, name string, now time.Time) {
 	e.next = nil
 	s.altered = true
 	if t == xds.Clusters && e.active != nil {
-		e.removed, e.since = true, now
+		e.removed, e.since = true, s.moment(now)
 		return
 	}
 	e.removed = true

@@ -1,7 +1,6 @@
 package controlplane
 
 import (
-	"runtime/debug"
 	"sync"
 	"time"
 )
@@ -14,7 +13,7 @@ const (
 // tidier gives memory back to the system when updates have paused. What they are received and decoded in is many times as
 // large as what is kept, and the runtime would hold it for minutes. It costs one cycle of the garbage collector.
 type tidier struct {
-	free func() // debug.FreeOSMemory
+	free func()
 
 	mu      sync.Mutex
 	timer   *time.Timer // nil before the first update
@@ -23,7 +22,7 @@ type tidier struct {
 }
 
 // newTidier returns a tidier that has seen no update.
-func newTidier() *tidier { return &tidier{free: debug.FreeOSMemory, bytes: tidyBytes} }
+func newTidier(free func()) *tidier { return &tidier{free: free, bytes: tidyBytes} }
 
 // updated takes the size of an update.
 func (t *tidier) updated(bytes int) {

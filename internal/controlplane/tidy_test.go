@@ -10,8 +10,7 @@ import (
 func TestMemoryIsGivenBackWhenUpdatesHavePaused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var freed atomic.Int32
-		tidy := newTidier()
-		tidy.free = func() { freed.Add(1) }
+		tidy := newTidier(func() { freed.Add(1) })
 		expect := func(what string, want int32) {
 			t.Helper()
 			synctest.Wait()

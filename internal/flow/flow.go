@@ -164,6 +164,8 @@ type Request struct {
 	Status                      int           // of the response to downstream; 0 without a response
 	GRPC                        bool          // by the request's content-type
 	Upgraded                    bool          // the connection went on as a relay
+	Delayed                     bool          // a fault was injected: the request waited before it was sent
+	Exhausted                   bool          // the last attempt failed in a way that is retried, and no retry was left
 	GRPCStatus                  []byte        // as received in the response's header or trailers
 	Messages, ResponseMessages  uint64        // of gRPC, over HTTP/2
 	Flags                       string        // Envoy's response flags, if more precise than those of the reason
@@ -188,8 +190,28 @@ func (r *Record) IsRequest() bool { return r.Connection != nil }
 // Carried reports, inside Table.Each, whether the protocol is known and the connection is being carried.
 func (r *Record) Carried() bool { return r.carried }
 
-// Flags returns Envoy's response flags, such as "UF,URX"; empty without flags. Call it on a closed record.
+// Flags returns Envoy's response flags, such as "UF,URX"; empty without flags. Call it on a closed record. The flags of
+// faults and retries come first, as in Envoy.
 func (r *Record) Flags() string {
+	flags := r.ownFlags()
+	if r.HTTP.Exhausted {
+		flags = joinFlags(envoy.FlagUpstreamRetryLimitExceeded, flags)
+	}
+	if r.HTTP.Delayed {
+		flags = joinFlags(envoy.FlagDelayInjected, flags)
+	}
+	return flags
+}
+
+func joinFlags(first, rest string) string {
+	if rest == "" {
+		return first
+	}
+	return first + "," + rest
+}
+
+// ownFlags returns the flags without those of faults and retries.
+func (r *Record) ownFlags() string {
 	if r.HTTP.Flags != "" || r.Reason == Completed { // the common case
 		return r.HTTP.Flags
 	}

@@ -167,8 +167,25 @@ func (h *Head) AppendLines(dst, b []byte) []byte {
 	if h.edited {
 		return h.appendEach(dst, b)
 	}
-	const crlf = 2
-	from, to := h.Line.Start, h.Line.End+crlf // the range of kept lines not yet copied
+	return h.appendKept(dst, b, h.Line.Start, h.Line.End+crlf)
+}
+
+// AppendFields is AppendLines without the start line.
+func (h *Head) AppendFields(dst, b []byte) []byte {
+	switch {
+	case len(h.Fields) == 0:
+		return dst
+	case h.edited:
+		return h.appendEachField(dst, b)
+	}
+	start := h.Fields[0].Line.Start
+	return h.appendKept(dst, b, start, start)
+}
+
+const crlf = 2
+
+// appendKept appends the lines between from and to, and the kept fields behind them.
+func (h *Head) appendKept(dst, b []byte, from, to uint32) []byte { // the range of kept lines not yet copied
 	for i := range h.Fields {
 		f := &h.Fields[i]
 		if f.Dropped {
@@ -182,7 +199,10 @@ func (h *Head) AppendLines(dst, b []byte) []byte {
 
 // appendEach is AppendLines for a head with edited lines.
 func (h *Head) appendEach(dst, b []byte) []byte {
-	dst = append(append(dst, h.Line.In(b)...), "\r\n"...)
+	return h.appendEachField(append(append(dst, h.Line.In(b)...), "\r\n"...), b)
+}
+
+func (h *Head) appendEachField(dst, b []byte) []byte {
 	for i := range h.Fields {
 		if f := &h.Fields[i]; !f.Dropped {
 			dst = append(append(dst, f.Line.In(b)...), "\r\n"...)

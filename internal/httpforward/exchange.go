@@ -16,11 +16,18 @@ type exchange struct {
 	s        *session
 	settings *Settings // for this request
 	record   flow.Record
-	http     flow.Request    // record.HTTP
-	names    names           // backing memory of the slices in record
-	held     budget.Account  // what the exchange holds while it waits
-	routed   Request         // the router's argument; a field, so that it is not allocated
-	wanted   upstream.Target // what the router decided
+	http     flow.Request     // record.HTTP
+	names    names            // backing memory of the slices in record
+	held     budget.Account   // what the exchange holds while it waits
+	routed   Request          // the router's argument; a field, so that it is not allocated
+	fields   headFields       // of routed
+	wanted   *upstream.Target // where the request goes: that of the connection, or of decision
+	decision Decision         // of the router
+	previous Decision         // of the attempt before
+	kept     []byte           // a copy of the request head, if a retry or an edit of the response may need it
+	edited   *edited          // of a plan that changes heads; nil: not used yet
+
+	carried
 
 	requestHead, responseHead http1.Head
 	request, response         message
@@ -39,6 +46,7 @@ type progress struct {
 	closing        bool          // the response announces the close, or downstream expects it
 	upstreamCloses bool
 	repeated       bool // the request was sent a second time
+	copying        bool // copies of the request are sent when it has arrived
 	redialled      bool // since the last round of reads and writes
 	interims       int  // interim responses so far
 	sentAt         time.Time
@@ -89,8 +97,17 @@ func (x *exchange) release() {
 	x.record = flow.Record{}
 	x.http = flow.Request{}
 	x.http.Fields, x.http.ResponseFields = fields, responseFields
-	x.routed = Request{}
-	x.wanted = upstream.Target{}
+	x.routed, x.fields = Request{}, headFields{}
+	if x.edited != nil {
+		x.releaseEdited()
+	}
+	if x.kept = x.kept[:0]; cap(x.kept) > smallPiece {
+		x.kept = nil
+	}
+	if s.Router != nil {
+		x.decision, x.previous, x.carried = Decision{}, Decision{}, carried{}
+	}
+	x.wanted = nil
 	x.s, x.settings, x.progress = nil, nil, progress{}
 	exchanges.Put(x)
 }
@@ -203,7 +220,8 @@ func advance(counter, connection *atomic.Uint64, now uint64) {
 
 // close closes the record. It resets upstream unless the exchange completed and the connection is not cut.
 func (x *exchange) close(reason flow.Reason, err error, end ending) ending {
-	if end == cut || reason != flow.Completed {
+	x.endLease(reason)
+	if end == cut || reason != flow.Completed && x.made == nil {
 		x.s.dropUpstream()
 	}
 	x.record.Close(x.s.engine.config.Flows, reason, err)

@@ -13,23 +13,8 @@ const addedFields = 512
 // appendRequestHead appends the request head for upstream.
 func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	h, fields := &x.requestHead, &x.settings.Fields
-	x.options = h.DropHopByHop(b)
-	x.s.bound = x.s.bound || boundToConnection(h, b, http1.Authorization) || boundToConnection(h, b, http1.ProxyAuthorization)
-	// An upgrade to h2c is not forwarded: the request is served as HTTP/1.1 (RFC 9113 §3.1 deprecates the upgrade).
-	if x.upgrade = x.options.Upgrade && h.Minor > 0 && !upgradesTo(h, b, "h2c"); x.upgrade {
-		keep(h, http1.Upgrade)
-	}
-	x.s.Peers.dropRequest(h)
-
-	dst = h.AppendLines(dst, b)
-	switch {
-	case x.upgrade:
-		dst = append(dst, "Connection: Upgrade\r\n"...)
-	case h.Minor == 0 && x.options.KeepAlive:
-		dst = append(dst, "Connection: keep-alive\r\n"...)
-	case x.options.Trailers:
-		dst = append(dst, "Connection: TE\r\nTE: trailers\r\n"...)
-	}
+	x.dropFromRequest(b)
+	dst = x.appendConnection(h.AppendLines(dst, b))
 	if fields.RequestID && !h.Has(http1.XRequestID) {
 		dst = append(dst, "x-request-id: "...)
 		x.http.ID = appendUUID(x.names.take(uuidLength))
@@ -52,6 +37,31 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 		dst = append(dst, "\r\n"...)
 	}
 	return append(dst, "\r\n"...)
+}
+
+// dropFromRequest marks the fields that are not forwarded.
+func (x *exchange) dropFromRequest(b []byte) {
+	h := &x.requestHead
+	x.options = h.DropHopByHop(b)
+	x.s.bound = x.s.bound || boundToConnection(h, b, http1.Authorization) || boundToConnection(h, b, http1.ProxyAuthorization)
+	// An upgrade to h2c is not forwarded: the request is served as HTTP/1.1 (RFC 9113 §3.1 deprecates the upgrade).
+	if x.upgrade = x.options.Upgrade && h.Minor > 0 && !upgradesTo(h, b, "h2c"); x.upgrade {
+		keep(h, http1.Upgrade)
+	}
+	x.s.Peers.dropRequest(h)
+}
+
+// appendConnection appends the fields that concern the upstream connection.
+func (x *exchange) appendConnection(dst []byte) []byte {
+	switch {
+	case x.upgrade:
+		dst = append(dst, "Connection: Upgrade\r\n"...)
+	case x.requestHead.Minor == 0 && x.options.KeepAlive:
+		dst = append(dst, "Connection: keep-alive\r\n"...)
+	case x.options.Trailers:
+		dst = append(dst, "Connection: TE\r\nTE: trailers\r\n"...)
+	}
+	return dst
 }
 
 // forbiddenInResponse returns the names that are forbidden in the trailers of the response.
@@ -83,7 +93,14 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 		s.meet(&x.record, h, b)
 	}
 	s.Peers.drop(h)
+	var e *edited
+	if editsResponse(x.decision.Plan) {
+		e = x.editResponse(b)
+	}
 	dst := h.AppendLines(x.response.reserve(h.Length+addedFields+s.Peers.described(x.introduced)), b)
+	if e != nil {
+		dst = e.appendLines(dst)
+	}
 	switch {
 	case h.Status == 101:
 		dst = append(dst, "Connection: Upgrade\r\n"...)

@@ -26,27 +26,40 @@ func (x *exchange) run() ending {
 	} else if answer != nil {
 		return x.refuse(*answer, x.failure)
 	}
+	if x.decision.asks() {
+		if end, over := x.carryOut(); over {
+			return end
+		}
+	}
 	if x.s.up == nil && !x.holdDial() {
 		return x.evicted()
 	}
-	attempts, err := x.s.connect(&x.wanted, x.settings, x.record.Opened, idempotent(x.http.Method))
+	attempts, err := x.s.connect(x.wanted, x.settings, x.record.Opened, idempotent(x.http.Method))
 	x.record.Attempts = uint8(attempts)
-	if err != nil {
-		return x.noUpstream(err)
+	if err == nil {
+		x.send()
+	} else if end, over := x.noUpstream(err); over {
+		return end
 	}
-	x.send()
 	for {
 		long := x.request.move()
 		x.s.Read = x.request.in // move takes a buffer when it has none
-		if x.request.retain && !idempotent(x.http.Method) && !x.request.untouched() {
+		if x.request.retain && !idempotent(x.http.Method) && !x.request.untouched() && !x.keeps() {
 			x.request.stopRetaining() // it will not be sent again
 		}
 		long = x.receive() || long
 		if end, over := x.judge(); over {
 			return end
 		}
+		if x.limited {
+			if end, over := x.enforce(); over {
+				return end
+			}
+		}
 		if x.interims > 0 && x.thinking() && !time.Now().Before(x.deadline()) {
-			return x.timedOut(tcp.ErrDeadline) // a server that never rests gets to no deadline below
+			if end, over := x.timedOut(tcp.ErrDeadline); over { // a server that never rests gets to no deadline below
+				return end
+			}
 		}
 		if (long || x.redialled) && !x.s.w.Stopped() {
 			x.redialled = false
@@ -60,7 +73,9 @@ func (x *exchange) run() ending {
 		switch err := x.s.w.Wait(x.deadline(), x.s.Down, x.s.up); {
 		case err == nil:
 		case errors.Is(err, tcp.ErrDeadline):
-			return x.timedOut(err)
+			if end, over := x.timedOut(err); over {
+				return end
+			}
 		default:
 			return x.stopped(err)
 		}
@@ -149,14 +164,14 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if err != nil {
 		return x.malformed(faultOf(err, &x.requestHead, b))
 	}
-	decision := x.s.route(x.view(b))
-	x.record.Cluster, x.record.Route = decision.Cluster, decision.Route
-	if !decision.noRoute() { // otherwise the kept connection serves the next request
-		x.wanted = decision.Target
-		x.s.turnTo(&x.wanted)
-	}
+	routed := x.route(b)
 	x.request.src = x.s.Down
-	x.request.head = x.appendRequestHead(x.request.reserve(x.requestHead.Length+addedFields+x.s.Peers.added()), b)
+	head := x.request.reserve(x.requestHead.Length + addedFields + x.s.Peers.added())
+	if editsRequest(x.decision.Plan) {
+		x.request.head = x.appendEditedRequest(head, b)
+	} else {
+		x.request.head = x.appendRequestHead(head, b)
+	}
 	if framing.Kind == http1.Chunked {
 		x.request.nominated = x.forbidden(b)
 	}
@@ -166,11 +181,33 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if x.request.bad != nil {
 		return x.malformed(x.request.bad)
 	}
-	if decision.noRoute() {
+	if !routed {
 		x.failure = errNoRoute
 		return &replyNoRoute
 	}
 	return nil
+}
+
+// route decides what becomes of the request. It reports false if the router returned neither upstream nor reply; the kept
+// connection then serves the next request.
+func (x *exchange) route(b []byte) bool {
+	s := x.s
+	if s.Router == nil {
+		x.wanted = &s.Target
+		return true
+	}
+	x.decision = s.Router.Route(x.view(b))
+	d := &x.decision
+	x.record.Cluster, x.record.Route = d.Cluster, d.Route
+	if d.Plan != nil {
+		x.takePlan(b)
+	}
+	if d.noRoute() {
+		return d.Reply != nil
+	}
+	x.wanted = &d.Target
+	s.turnTo(x.wanted)
+	return true
 }
 
 // forbidden returns the names that are forbidden in the trailers of the request.
@@ -189,13 +226,15 @@ func (x *exchange) send() {
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}
-	if s.used {
+	switch {
+	case x.retries > 0: // the service time is that of all attempts
+	case s.used:
 		x.sentAt = x.record.Opened
-	} else {
+	default:
 		x.sentAt = time.Now() // after a dial
-		if !s.target().Balanced {
-			x.request.stopRetaining() // see mayRepeat
-		}
+	}
+	if !s.used && !s.target().Balanced && !x.keeps() {
+		x.request.stopRetaining() // see mayRepeat
 	}
 }
 
@@ -289,10 +328,20 @@ var (
 func (x *exchange) acceptResponse(limits http1.Limits) error {
 	m, h := &x.response, &x.responseHead
 	b := m.in.Bytes()
-	x.request.stopRetaining()
 	framing, err := h.ResponseFraming(b, x.http.Method)
 	if err != nil {
 		return err
+	}
+	if h.Status >= 200 || h.Status == 101 {
+		if x.decision.Lease != nil {
+			x.noteResponse(b)
+		}
+		if x.policy != nil && x.retriesResponse() {
+			return errRetry
+		}
+	}
+	if !x.copying {
+		x.request.stopRetaining()
 	}
 	switch {
 	case h.Status == 101 && !x.upgrade:
@@ -348,11 +397,13 @@ func (x *exchange) judge() (ending, bool) {
 		return x.refuse(*x.malformed(request.bad), request.bad), true
 	case request.bad != nil:
 		return x.close(flow.BadFraming, request.bad, cut), true
+	case response.bad == errRetry:
+		return x.attemptAgain(flow.Completed)
 	case x.answered && response.bad != nil:
 		x.http.Details = envoy.ProtocolErrorAfterResponse(ruleOfResponse(response.bad))
 		return x.close(flow.BadResponse, response.bad, cut), true
 	case response.bad != nil:
-		return x.refuse(badResponse(response.bad), response.bad), true
+		return x.failed(failedReset, badResponse(response.bad), response.bad)
 	case response.srcErr == nil:
 		return 0, false
 	}
@@ -373,8 +424,12 @@ func (x *exchange) upstreamEnded(err error) (ending, bool) {
 		return x.truncated(err), true
 	}
 	r, err := closedReply(x.s.up, err)
-	x.record.TransportFailure = rejection(err)
-	return x.refuse(*r, err), true
+	if x.record.TransportFailure = rejection(err); looped {
+		return x.refuse(*r, err), true
+	} else if x.record.TransportFailure != "" {
+		return x.failed(failedConnect, *r, err)
+	}
+	return x.failed(failedReset, *r, err)
 }
 
 // answerDone ends an exchange whose response is delivered. An unfinished request continues as long as downstream is
@@ -500,10 +555,10 @@ func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
 	x.s.engine.config.Pool.Stats.Retried.Add(1)
 	x.response.srcErr, x.repeated = nil, true
-	attempts, err := x.s.dial(&x.wanted, x.settings)
+	attempts, err := x.s.dial(x.wanted, x.settings)
 	x.record.Attempts += uint8(attempts)
 	if err != nil {
-		return x.noUpstream(err), true
+		return x.noUpstream(err)
 	}
 	x.request.resend(x.s.up)
 	x.send()
@@ -511,8 +566,16 @@ func (x *exchange) repeat() (ending, bool) {
 	return 0, false
 }
 
-// deadline returns when the exchange is given up if no byte moves until then.
+// deadline returns when the exchange is given up if no byte moves until then, or a limit of its route passes.
 func (x *exchange) deadline() time.Time {
+	if x.limited {
+		return x.sooner(x.quietDeadline())
+	}
+	return x.quietDeadline()
+}
+
+// quietDeadline returns when the exchange is given up if no byte moves until then.
+func (x *exchange) quietDeadline() time.Time {
 	if !x.thinking() {
 		limit, _ := x.limit()
 		return after(limit)
@@ -523,13 +586,21 @@ func (x *exchange) deadline() time.Time {
 	return x.allSent.Add(x.settings.RequestTimeout)
 }
 
-// timedOut ends an exchange at its deadline.
-func (x *exchange) timedOut(err error) ending {
+// timedOut ends an exchange, or its attempt, at its deadline.
+func (x *exchange) timedOut(err error) (ending, bool) {
+	if x.limited {
+		if end, over := x.enforce(); over || x.redialled {
+			return end, over
+		}
+		if left := x.quietDeadline(); left.IsZero() || time.Now().Before(left) && !x.thinking() {
+			return 0, false
+		}
+	}
 	if x.thinking() {
-		return x.refuse(replyRequestTimeout, err)
+		return x.refuse(replyRequestTimeout, err), true
 	}
 	_, reason := x.limit()
-	return x.close(reason, nil, cut)
+	return x.close(reason, nil, cut), true
 }
 
 // thinking reports whether upstream has the whole request, and RequestTimeout limits the time to its response head.
@@ -541,6 +612,9 @@ func (x *exchange) thinking() bool {
 // that.
 func (x *exchange) limit() (time.Duration, flow.Reason) {
 	idle, halfClosed := x.settings.IdleTimeout, x.settings.HalfCloseTimeout
+	if x.limits.own {
+		idle = x.limits.idle
+	}
 	if x.s.ended && halfClosed > 0 && (idle <= 0 || halfClosed < idle) {
 		return halfClosed, flow.HalfCloseTimeout
 	}
@@ -560,16 +634,16 @@ func (x *exchange) stopped(err error) ending {
 	return x.downstreamLeft(err)
 }
 
-// noUpstream replies to a request whose dial failed.
-func (x *exchange) noUpstream(err error) ending {
+// noUpstream goes on after a dial that failed: with a reply, or with the next attempt.
+func (x *exchange) noUpstream(err error) (ending, bool) {
 	if errors.Is(err, tcp.ErrCanceled) {
-		return x.close(flow.DrainDeadline, err, cut)
+		return x.close(flow.DrainDeadline, err, cut), true
 	}
 	if errors.Is(err, tcp.ErrInterrupted) {
-		return x.evicted()
+		return x.evicted(), true
 	}
 	x.record.Upstream, x.record.TransportFailure = x.wanted.Address, upstream.TransportFailure(err)
-	return x.refuse(dialReply(err, x.record.Attempts > 1), err)
+	return x.failed(failedConnect, dialReply(err, x.record.Attempts > 1 && x.retries == 0 && x.policy == nil), err)
 }
 
 // tunnel relays both ways after an upgrade or CONNECT, until the connection ends. It counts in the connection's record,

@@ -44,11 +44,12 @@ func (x *exchange) holdHead() bool {
 
 // hold reports what the exchange takes. It returns false if the exchange must end.
 func (x *exchange) hold() bool {
-	if x.request.shed(); x.started {
+	if x.request.shed(); x.started && len(x.kept) == 0 {
 		shedFields(&x.requestHead)
 	}
 	x.response.shed()
 	n := piece(cap(x.request.head)) + piece(cap(x.response.head)) + piece(x.names.size) + piece(cap(x.request.nominated)) +
+		piece(cap(x.request.kept)) + piece(cap(x.kept)) +
 		piece(cap(x.response.nominated)) + piece(cap(x.requestHead.Fields)*fieldSize) + piece(cap(x.responseHead.Fields)*fieldSize) +
 		buffered(x.s.Read) + buffered(x.response.in)
 	return x.held.Hold(n)
@@ -71,6 +72,7 @@ func (x *exchange) evicted() ending {
 	s := x.s
 	s.w.Continue()
 	x.request.out.Reset()
+	x.request.freeKept()
 	x.request.ready = 0
 	x.request.head = x.request.head[:0]
 	x.request.shed()
@@ -123,5 +125,10 @@ func (x *exchange) view(b []byte) *Request {
 	r.view(&x.record)
 	r.Method, r.Path = h.Method.In(b), h.Target.In(b)
 	r.Authority = h.Authority(b)
+	x.fields = headFields{h, b}
+	r.Fields = &x.fields
+	if r.Path[0] != '/' {
+		r.absolute()
+	}
 	return r
 }

@@ -37,9 +37,10 @@ type multiplex struct {
 	lostUpstream
 	drainState
 
-	routed   Request // the router's argument; a field, so that it is not allocated
-	attempts uint8   // of the dial, until the first request is recorded with them
-	resets   bucket  // for streams that downstream resets or that break the protocol
+	routed   Request     // the router's argument; a field, so that it is not allocated
+	fields   blockFields // of routed
+	attempts uint8       // of the dial, until the first request is recorded with them
+	resets   bucket      // for streams that downstream resets or that break the protocol
 
 	downEnded bool      // downstream has half-closed
 	flooded   bool      // downstream has exceeded a bound on the number of frames: see floods

@@ -114,5 +114,10 @@ func (m *multiplex) view(s *stream, request *http2.Request, fields []http2.Field
 		}
 	}
 	r.Authority = whole(r.Authority, authority)
+	if request.Scheme != "" {
+		r.Scheme = readOnly(request.Scheme)
+	}
+	m.fields = ofBlock(fields)
+	r.Fields = &m.fields
 	return r
 }

@@ -32,8 +32,11 @@ type message struct {
 	nominated []byte // fields that are forbidden in the trailers, such as those that Connection names
 
 	bulk   relay.Mover
-	retain bool // head and in keep everything sent, so that it can be sent again
+	retain bool // head, kept and in keep everything sent, so that it can be sent again
 	ended  bool // src has closed, and that ends the body
+
+	keepLimit int    // how much of the body kept and in may keep; zero: one buffer
+	kept      []byte // the beginning of the body, in a slab; the rest is in in
 
 	srcErr error // reading ended; io.EOF in the middle of a body
 	dstErr error // writing failed
@@ -63,8 +66,38 @@ func (m *message) resend(dst *tcp.Conn) {
 	m.dst, m.bulk.Dst, m.dstErr = dst, dst, nil
 	m.out.Reset()
 	m.out.Append(m.head)
+	m.out.Append(m.kept)
 	if m.in != nil {
 		m.out.Append(m.in.Bytes()[:m.ready])
+	}
+}
+
+// keepMore makes room in a full buffer of a retained message, or for a body of which ahead bytes are still to arrive. It
+// reports false if the message becomes too large to retain. Everything queued has been written.
+func (m *message) keepMore(ahead int64) bool {
+	n := len(m.kept) + m.held()
+	if m.keepLimit == 0 || int64(n)+ahead > int64(m.keepLimit) {
+		return false
+	}
+	if m.held() < tcp.BufferSize {
+		return true
+	}
+	if need := len(m.kept) + m.ready; need > cap(m.kept) {
+		larger := append(tcp.TakeSlab(min(max(2*need, int(ahead)+n), m.keepLimit)), m.kept...)
+		tcp.GiveSlab(m.kept)
+		m.kept = larger
+	}
+	m.kept = append(m.kept, m.in.Bytes()[:m.ready]...)
+	m.in.Discard(m.ready)
+	m.ready = 0
+	return true
+}
+
+// freeKept frees kept. No part of it is queued.
+func (m *message) freeKept() {
+	if m.kept != nil {
+		tcp.GiveSlab(m.kept)
+		m.kept = nil
 	}
 }
 
@@ -77,7 +110,7 @@ func (m *message) stopRetaining() {
 }
 
 // untouched reports whether dst has accepted no byte of a retained message.
-func (m *message) untouched() bool { return m.out.Len() == len(m.head)+m.ready }
+func (m *message) untouched() bool { return m.out.Len() == len(m.head)+len(m.kept)+m.ready }
 
 // held returns the number of bytes in the buffer.
 func (m *message) held() int {
@@ -154,6 +187,7 @@ func (m *message) put() int {
 // discardSent releases the bytes that dst has accepted.
 func (m *message) discardSent() {
 	m.head = m.head[:0]
+	m.freeKept()
 	if m.ready > 0 {
 		m.in.Discard(m.ready)
 		m.ready = 0
@@ -166,11 +200,11 @@ func (m *message) take() bool {
 		return false
 	}
 	ahead := m.body.Payload()
-	if m.retain && (ahead >= spliceFrom || m.held() >= tcp.BufferSize) {
+	if m.retain && (ahead >= spliceFrom || m.held() >= tcp.BufferSize) && !m.keepMore(ahead) {
 		m.stopRetaining() // too large to retain
 	}
 	var err error
-	if m.held() == 0 && ahead >= spliceFrom {
+	if m.held() == 0 && ahead >= spliceFrom && !m.retain {
 		var n int
 		n, err = m.bulk.Take(ahead)
 		m.body.Skip(int64(n))
@@ -198,5 +232,6 @@ func (m *message) take() bool {
 func (m *message) release() {
 	m.bulk.Release()
 	m.out.Reset()
+	m.freeKept()
 	*m = message{head: m.head[:0], out: m.out}
 }

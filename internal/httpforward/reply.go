@@ -177,17 +177,32 @@ func (x *exchange) refuse(r reply, err error) ending {
 		end = next
 	}
 	x.s.dropUpstream()
+	return x.sendReply(r, err, end)
+}
+
+// sendReply sends a reply, and closes the record. The connection continues as end says.
+func (x *exchange) sendReply(r reply, err error, end ending) ending {
 	m := &x.response
 	m.dst = x.s.Down
-	m.head = x.appendReply(m.head[:0], r, end != next)
 	m.out.Reset()
+	m.head = x.appendReply(m.head[:0], r, end != next)
 	m.out.Append(m.head)
+	if x.made != nil && string(x.http.Method) != http.MethodHead {
+		m.out.Append(readOnly(r.body)) // it may be long, and many requests share it
+	}
 	for deadline := time.Now().Add(lingerTime); m.out.Len() > 0; {
-		if m.put() == 0 && (m.dstErr != nil || x.s.w.Wait(deadline, x.s.Down, nil) != nil) {
-			end = cut
-			x.record.Sent.Store(0)
-			break
+		switch n := m.put(); {
+		case n > 0:
+			if x.made != nil {
+				deadline = time.Now().Add(lingerTime)
+			}
+			continue
+		case m.dstErr == nil && x.s.w.Wait(deadline, x.s.Down, nil) == nil:
+			continue
 		}
+		end = cut
+		x.record.Sent.Store(0)
+		break
 	}
 	return x.close(r.reason, err, end)
 }
@@ -200,23 +215,35 @@ func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 	dst = strconv.AppendInt(dst, int64(to.Status), 10)
 	dst = append(dst, ' ')
 	dst = append(dst, http.StatusText(to.Status)...)
-	dst = append(dst, "\r\nserver: pillion\r\ndate: "...)
-	dst = time.Now().UTC().AppendFormat(dst, http.TimeFormat)
-	dst = append(dst, "\r\ncontent-type: text/plain"...)
-	dst = append(dst, "\r\ncontent-length: "...)
-	dst = strconv.AppendInt(dst, int64(len(r.body)), 10)
-	if closes {
-		dst = append(dst, "\r\nConnection: close"...)
-	} else if x.requestHead.Minor == 0 {
-		dst = append(dst, "\r\nConnection: keep-alive"...)
+	dst = append(dst, "\r\n"...)
+	if x.made != nil {
+		dst = x.appendMade(dst)
+	} else {
+		dst = append(dst, "server: pillion\r\ndate: "...)
+		dst = time.Now().UTC().AppendFormat(dst, httpTime)
+		dst = append(dst, "\r\ncontent-type: text/plain\r\n"...)
 	}
-	dst = append(dst, "\r\n\r\n"...)
+	if to.Status != http.StatusNoContent && to.Status != http.StatusNotModified {
+		dst = append(dst, "content-length: "...)
+		dst = strconv.AppendInt(dst, int64(len(r.body)), 10)
+		dst = append(dst, "\r\n"...)
+	}
+	if closes {
+		dst = append(dst, "Connection: close\r\n"...)
+	} else if x.requestHead.Minor == 0 {
+		dst = append(dst, "Connection: keep-alive\r\n"...)
+	}
+	dst = append(dst, "\r\n"...)
 	if string(to.Method) != http.MethodHead {
-		dst = append(dst, r.body...)
 		x.record.Sent.Store(uint64(len(r.body)))
+		if x.made == nil {
+			dst = append(dst, r.body...)
+		}
 	}
 	return dst
 }
+
+const httpTime = http.TimeFormat
 
 // grpcMessage returns the body as the value of grpc-message, where bytes other than printable ASCII, and the percent
 // sign, are percent-encoded. The only such byte in our bodies is the percent sign.

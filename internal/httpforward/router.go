@@ -1,20 +1,27 @@
 package httpforward
 
 import (
+	"bytes"
 	"errors"
+	"time"
+	"unsafe"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // Router chooses the upstream of each request. It is the only place where that is decided. HTTP/1 calls it once the
-// framing of the request is known, HTTP/2 once the header block is accepted. HTTP/1 then takes a connection to the
-// Decision's Target from the pool or dials one.
+// framing of the request is known, HTTP/2 once the header block is accepted, and both again before a retry. HTTP/1 then
+// takes a connection to the Decision's Target from the pool or dials one.
 //
 // Route runs on the goroutine of the connection and must not block. A Router that serves several connections is called
 // concurrently. The Request and the bytes it points to belong to the engine: Route may read them until it returns, and
-// must neither change nor keep them. Route must not allocate; a test checks that for both engines.
+// must neither change nor keep them. Route must not allocate for an ordinary request; a test checks that for both engines.
 type Router interface {
 	Route(*Request) Decision
 }
@@ -24,11 +31,19 @@ type Request struct {
 	Connection *flow.Record // of the downstream connection: peers and original destination
 	Protocol   flow.Protocol
 	Method     []byte
-	Path       []byte // the request target as received, with its query
-	Authority  []byte // nil if the request has no authority
+	Path       []byte       // with its query; of a target in absolute form, what follows the authority
+	Authority  []byte       // nil if the request has no authority
+	Scheme     []byte       // of the request's target; of a target without one, that of the connection
+	Fields     HeaderFields // never nil when a Router is called
+
+	Attempt  int       // 0: the first; n: the n-th retry
+	Previous *Decision // of the attempt before; nil for the first. Its cluster and route stand, and its Lease has ended
 }
 
-// Decision is where a request goes.
+// HeaderFields are header fields by index, so that a reader needs no closure, which would be allocated.
+type HeaderFields = route.Fields
+
+// Decision is what becomes of a request. One of Target and Reply is set.
 type Decision struct {
 	// Target is the upstream. HTTP/1 requests of one connection may have different targets. The HTTP/2 engine carries
 	// all streams of a connection on one upstream connection: a Target other than Connection.Target is answered with
@@ -37,6 +52,42 @@ type Decision struct {
 
 	// Cluster and Route are Envoy's names of the upstream and of the rule that chose it, for the request's record.
 	Cluster, Route string
+
+	Reply *route.Reply  // is sent in place of a response; nil: the request is forwarded
+	Plan  *route.Plan   // what the route changes; nil: the request passes as it is
+	Delay time.Duration // before anything is dialled or replied, by fault injection
+	Lease Lease         // the request's place at the endpoint; nil: it has none
+
+	HTTP2        bool // the protocol of the endpoint is HTTP/2; without it HTTP/1.1
+	AsDownstream bool // the protocol of the endpoint is downstream's
+
+	Mirrors []Mirror // where copies of the request go, at most MaxMirrors
+}
+
+// MaxMirrors is how many copies of a request are sent at most. Others are left out.
+const MaxMirrors = 4
+
+// Mirror is where a copy of a request goes.
+type Mirror struct {
+	Target upstream.Target
+	Policy *mesh.Mirror // never nil
+	Lease  Lease        // nil: none
+	HTTP2  bool         // as in Decision
+}
+
+// Lease is the place that an attempt of a request takes at its endpoint. The engine ends it exactly once, on the goroutine
+// of the connection or of the copy.
+type Lease interface {
+	End(Outcome)
+}
+
+// Outcome is the result of an attempt.
+type Outcome struct {
+	Status    int           // of the endpoint's response; 0: none arrived
+	GRPC      int           // grpc-status in the head of the response; -1: none
+	Reason    flow.Reason   // flow.Completed, or why the attempt failed
+	Connected bool          // there was a connection to the endpoint
+	Duration  time.Duration // of the attempt
 }
 
 // route returns the decision for a request: the Router's, or the connection's own Target.
@@ -47,7 +98,7 @@ func (c *Connection) route(r *Request) Decision {
 	return Decision{Target: c.Target, Cluster: c.Record.Cluster, Route: c.Record.Route}
 }
 
-// view sets r to the request that record describes.
+// view sets r to the request that record describes. The caller sets Fields.
 func (r *Request) view(record *flow.Record) {
 	*r = Request{
 		Connection: record.Connection,
@@ -55,8 +106,73 @@ func (r *Request) view(record *flow.Record) {
 		Method:     record.HTTP.Method,
 		Path:       record.HTTP.Path,
 		Authority:  record.HTTP.Authority,
+		Scheme:     schemeOf(record.Connection),
 	}
 }
+
+// absolute sets Scheme and Path from a target in absolute form. Other targets, such as that of CONNECT, stay.
+func (r *Request) absolute() {
+	scheme, rest, found := bytes.Cut(r.Path, []byte("://"))
+	if !found || len(scheme) > len("https") {
+		return
+	}
+	r.Scheme, r.Path = scheme, rootPath
+	switch i := bytes.IndexAny(rest, "/?#"); {
+	case i < 0:
+	case rest[i] == '/':
+		r.Path = rest[i:]
+	default:
+		r.Path = append([]byte("/"), rest[i:]...) // so rare that it may be allocated
+	}
+}
+
+var rootPath = []byte("/")
+
+var schemeHTTP, schemeHTTPS = []byte("http"), []byte("https")
+
+// schemeOf returns the scheme of requests whose target has none.
+func schemeOf(connection *flow.Record) []byte {
+	if connection.Security != nil && connection.Direction == flow.Inbound {
+		return schemeHTTPS
+	}
+	return schemeHTTP
+}
+
+// headFields are the fields of an HTTP/1 head.
+type headFields struct {
+	head *http1.Head
+	b    []byte // of head
+}
+
+func (f *headFields) Len() int { return len(f.head.Fields) }
+
+func (f *headFields) At(i int) (name, value []byte) {
+	field := &f.head.Fields[i]
+	return field.Name.In(f.b), field.Value.In(f.b)
+}
+
+// blockFields are the fields of an HTTP/2 header block.
+type blockFields struct{ list []http2.Field }
+
+// ofBlock returns the fields behind the pseudo-fields.
+func ofBlock(list []http2.Field) blockFields {
+	for len(list) > 0 && list[0].IsPseudo() {
+		list = list[1:]
+	}
+	return blockFields{list}
+}
+
+func (f *blockFields) Len() int { return len(f.list) }
+
+func (f *blockFields) At(i int) (name, value []byte) {
+	return readOnly(f.list[i].Name), readOnly(f.list[i].Value)
+}
+
+// readOnly returns the bytes of text, which must not be changed.
+func readOnly(text string) []byte { return unsafe.Slice(unsafe.StringData(text), len(text)) }
+
+// asks reports whether the decision asks for more than a target.
+func (d *Decision) asks() bool { return d.Reply != nil || d.Delay > 0 || len(d.Mirrors) > 0 }
 
 // noRoute reports whether the decision names no upstream.
 func (d *Decision) noRoute() bool { return !d.Target.Address.IsValid() }

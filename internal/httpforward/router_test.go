@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"net/http"
 	"net/netip"
+	"reflect"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -262,7 +263,8 @@ func TestAnHTTP2RequestWithoutARouteIsNotForwarded(t *testing.T) {
 func TestARequestHasTheNamesOfItsConnection(t *testing.T) {
 	record := flow.Record{Cluster: "PassthroughCluster", Route: "allow_any"}
 	c := Connection{Record: &record, Target: upstream.Target{Address: netip.MustParseAddrPort("192.0.2.1:80")}}
-	if got, want := c.route(nil), (Decision{c.Target, "PassthroughCluster", "allow_any"}); got != want {
+	want := Decision{Target: c.Target, Cluster: "PassthroughCluster", Route: "allow_any"}
+	if got := c.route(nil); !reflect.DeepEqual(got, want) {
 		t.Errorf("the decision is %+v, want %+v", got, want)
 	}
 }

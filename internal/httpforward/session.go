@@ -46,7 +46,7 @@ func (s *session) target() *upstream.Target {
 // setTarget sets the target of up. A target that a router chose is kept in memory of its own, because few sessions have
 // one.
 func (s *session) setTarget(target *upstream.Target) {
-	s.connected, s.elsewhere = true, *target != s.Target
+	s.connected, s.elsewhere = true, target != &s.Target && *target != s.Target
 	if !s.elsewhere {
 		return
 	}

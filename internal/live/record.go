@@ -174,3 +174,41 @@ func show(a netip.AddrPort) string {
 
 // milliseconds returns d with a precision of a microsecond.
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// Of returns a closed record with all values in full. Its number is 0. It allocates.
+func Of(r *flow.Record) Record {
+	connection := r
+	if r.IsRequest() {
+		connection = r.Connection
+	}
+	destination := r.OriginalDestination
+	if !destination.IsValid() {
+		destination = connection.OriginalDestination
+	}
+	return Record{
+		Time:        r.Opened.Add(r.Duration).Round(0),
+		Direction:   r.Direction.String(),
+		Protocol:    r.Protocol.String(),
+		Request:     r.IsRequest(),
+		Downstream:  show(r.Downstream),
+		Destination: show(destination),
+		Upstream:    show(r.Upstream),
+		Method:      string(r.HTTP.Method),
+		Path:        string(r.HTTP.Path),
+		Authority:   string(r.HTTP.Authority),
+		Status:      r.HTTP.Status,
+		GRPCStatus:  string(r.HTTP.GRPCStatus),
+		Flags:       r.Flags(),
+		Details:     r.Details(),
+		Reason:      string(r.Reason),
+		Failed:      failure(r) != noFailure,
+		Failure:     r.TransportFailure,
+		DurationMS:  milliseconds(r.Duration),
+		ServiceMS:   milliseconds(r.HTTP.ServiceTime),
+		Received:    r.Received.Load(),
+		Sent:        r.Sent.Load(),
+		RequestID:   string(r.HTTP.ID),
+		UserAgent:   string(r.HTTP.UserAgent),
+		SNI:         connection.TLS.ServerName,
+	}
+}

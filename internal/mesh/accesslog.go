@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"bytes"
+	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -46,8 +47,19 @@ var accessLogFilterFields = message{"envoy.config.accesslog.v3.AccessLogFilter",
 
 var responseFlagFields = message{"envoy.config.accesslog.v3.ResponseFlagFilter", Cosmetic, []field{1: {"flags", decoded}}}
 
-// accessLog adds a log to logs, if it is a file. Other logs are reported.
-func (d *decoder) accessLog(m wire.Message, logs *[]AccessLog) {
+// accessLogs adds the log in the current field to logs, if it is a file. Other logs are reported. Most logs of a push are the
+// same, and alone.
+func (d *decoder) accessLogs(m *wire.Message, logs *[]AccessLog) {
+	log := share(d, accessLogFields.name, m.Bytes(), func() []AccessLog { return d.accessLog(m.Message()) })
+	if *logs == nil {
+		*logs = slices.Clip(log)
+	} else {
+		*logs = append(*logs, log...)
+	}
+}
+
+// accessLog returns a log, if it is supported.
+func (d *decoder) accessLog(m wire.Message) []AccessLog {
 	var log AccessLog
 	supported := false
 	for d.next(&m, &accessLogFields) {
@@ -67,9 +79,10 @@ func (d *decoder) accessLog(m wire.Message, logs *[]AccessLog) {
 			}
 		}
 	}
-	if supported {
-		*logs = append(*logs, log)
+	if !supported {
+		return nil
 	}
+	return []AccessLog{log}
 }
 
 var fileLogFields = message{"envoy.extensions.access_loggers.file.v3.FileAccessLog", Cosmetic, []field{

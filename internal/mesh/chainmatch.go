@@ -143,9 +143,30 @@ const (
 	plainTransport = "raw_buffer"
 )
 
-// Index prepares Match after Chains were set. DecodeListener has called it. An error means that two chains have the same
-// match.
-func (l *Listener) Index() error { return l.index.build(l.Chains) }
+// Index prepares Match after Chains were set. The listeners of a Compiler are ready. An error means that two chains have the
+// same match.
+func (l *Listener) Index() error {
+	l.index = nil
+	if len(l.Chains) == 0 || l.alone() != nil {
+		return nil
+	}
+	l.index = &chainIndex{}
+	return l.index.build(l.Chains)
+}
+
+// alone returns the only chain, if it matches all connections. Such a listener has no index.
+func (l *Listener) alone() *FilterChain {
+	if len(l.Chains) == 1 && l.Chains[0].Match.all() {
+		return l.Chains[0]
+	}
+	return nil
+}
+
+// all reports whether m matches all connections.
+func (m *ChainMatch) all() bool {
+	return m.Port == 0 && m.Transport == "" && m.SourceType == AnySource && len(m.Destinations)+len(m.ServerNames)+
+		len(m.Protocols)+len(m.DirectSources)+len(m.Sources)+len(m.SourcePorts) == 0
+}
 
 // Match returns the filter chain of a connection. Without a chain it returns false, and the connection must be closed. The
 // chain may be Refused.
@@ -156,8 +177,13 @@ func (l *Listener) Match(c *ConnInfo) (*FilterChain, bool) {
 	if l.Refused {
 		return nil, false
 	}
-	if chain := l.index.match(c); chain != nil {
+	if chain := l.alone(); chain != nil {
 		return chain, true
+	}
+	if l.index != nil {
+		if chain := l.index.match(c); chain != nil {
+			return chain, true
+		}
 	}
 	return l.Default, l.Default != nil
 }

@@ -10,10 +10,10 @@ import (
 // Cluster is a set of interchangeable hosts and how they are connected to (envoy.config.cluster.v3.Cluster).
 type Cluster struct {
 	Name       string
-	Discovery  Discovery
 	Assignment string      // name of the Assignment, if Discovery is ByEDS
 	Hosts      *Assignment // the cluster's own hosts, if Discovery is Static, StrictDNS or LogicalDNS
 	DNS        DNS
+	Discovery  Discovery
 
 	ConnectTimeout time.Duration
 	Balancing      Balancing
@@ -84,13 +84,13 @@ const (
 // Balancing is how a host is chosen.
 type Balancing struct {
 	Policy           Policy
+	LocalityWeighted bool
+	Choices          uint32 // of LeastRequest
 	MinRing, MaxRing uint64 // of RingHash
 	Table            uint64 // of Maglev
-	Choices          uint32 // of LeastRequest
 	SlowStart        time.Duration
 	SlowStartMin     float64 // percent of the weight with which slow start begins
 	PanicBelow       float64 // percent of healthy hosts below which health is ignored; 0: never
-	LocalityWeighted bool
 }
 
 // Breakers limit what a cluster carries at a time. Envoy's defaults are 1024, and 3 retries.
@@ -209,7 +209,7 @@ func (d *decoder) cluster(m wire.Message) *Cluster {
 		case 17:
 			c.DNS.Family = DNSFamily(d.enum(&m, uint64(DNSAll)))
 		case 19:
-			c.Outliers = d.outliers(m.Message())
+			c.Outliers = share(d, outlierFields.name, m.Bytes(), func() *Outliers { return d.outliers(m.Message()) })
 		case 21:
 			d.bind(m.Message(), c)
 		case 23:
@@ -224,7 +224,7 @@ func (d *decoder) cluster(m wire.Message) *Cluster {
 		case 27:
 			d.commonBalancing(m.Message(), &c.Balancing)
 		case 30:
-			d.connectionOptions(m.Message(), c)
+			c.Keepalive = share(d, connectionFields.name, m.Bytes(), func() *Keepalive { return d.connectionOptions(m.Message()) })
 		case 33:
 			c.Hosts = d.assignment(m.Message())
 		case 36:
@@ -237,7 +237,7 @@ func (d *decoder) cluster(m wire.Message) *Cluster {
 			d.clusterFilter(m.Message(), c)
 		case 43:
 			before := d.refusals
-			c.Transports = append(c.Transports, d.transportMatch(m.Message()))
+			add(d, &c.Transports, &m, d.transportMatch(m.Message()))
 			inTransports += d.refusals - before
 		case 52:
 			for m := m.Message(); d.next(&m, &maglevFields); {
@@ -511,21 +511,22 @@ var connectionFields = message{"envoy.config.cluster.v3.UpstreamConnectionOption
 
 var keepaliveFields = message{"envoy.config.core.v3.TcpKeepalive", Traffic, []field{1: {"keepalive_probes", once}, 2: {"keepalive_time", once}, 3: {"keepalive_interval", once}}}
 
-func (d *decoder) connectionOptions(m wire.Message, c *Cluster) {
+func (d *decoder) connectionOptions(m wire.Message) (k *Keepalive) {
 	for d.next(&m, &connectionFields) {
-		c.Keepalive = &Keepalive{}
+		k = &Keepalive{}
 		for m := m.Message(); d.next(&m, &keepaliveFields); {
 			value := d.uint32Value(m.Message())
 			switch m.Number {
 			case 1:
-				c.Keepalive.Probes = value
+				k.Probes = value
 			case 2:
-				c.Keepalive.Time = time.Duration(value) * time.Second
+				k.Time = time.Duration(value) * time.Second
 			case 3:
-				c.Keepalive.Interval = time.Duration(value) * time.Second
+				k.Interval = time.Duration(value) * time.Second
 			}
 		}
 	}
+	return k
 }
 
 // clusterMetadata reads the metadata that istiod adds to a cluster.

@@ -1,7 +1,9 @@
 package mesh
 
 import (
+	"errors"
 	"fmt"
+	"reflect"
 	"strconv"
 	"strings"
 
@@ -44,8 +46,12 @@ type decoder struct {
 	narrow   int  // those of refusals that refuse less than a filter chain
 	shadow   bool // what is read cannot restrict anything, so its findings are of the class of traffic at most
 
-	conditions int               // nodes of policies that were read
-	shared     map[sharedKey]any // policies that had no findings
+	conditions int // nodes of policies that were read
+	room       int // bytes that lists may still take
+
+	// Texts and values without findings, which are shared. They may be nil.
+	texts  wire.Texts
+	shared map[sharedKey]any
 
 	// path has the field that is being read of each message that is being read, from the resource inwards; depth is the
 	// index of the innermost. Messages without a table have no step of their own.
@@ -61,7 +67,12 @@ type step struct {
 }
 
 // read returns a reader of the resource b.
-func (d *decoder) read(b []byte) wire.Message { return wire.Read(b, &d.err) }
+func (d *decoder) read(b []byte) wire.Message {
+	m := wire.Read(b, &d.err)
+	m.Texts = d.texts
+	d.room = max(d.room, roomAtLeast+roomForByte*len(b))
+	return m
+}
 
 // next moves m to the next field that table has as decoded, and reports the others.
 func (d *decoder) next(m *wire.Message, table *message) bool {
@@ -114,6 +125,29 @@ func (d *decoder) next(m *wire.Message, table *message) bool {
 }
 
 const unsupported = "not supported"
+
+// Lists may take some bytes for each resource, and some for each of its bytes: an element of 2 bytes takes up to 300.
+const (
+	roomAtLeast = 64 << 10
+	roomForByte = 16
+)
+
+var errRoom = errors.New("its lists take too much memory")
+
+// add appends the value of m's current field to a list of the fields with this number. The list has room for all of them.
+func add[T any](d *decoder, list *[]T, m *wire.Message, value T) {
+	if *list == nil {
+		count := 1 + m.Count(m.Number)
+		if d.room -= count * int(reflect.TypeFor[T]().Size()); d.room < 0 && d.err == nil {
+			d.err = errRoom
+		}
+		if d.err != nil {
+			return
+		}
+		*list = make([]T, 0, count)
+	}
+	*list = append(*list, value)
+}
 
 // report adds a finding about the field that is being read.
 func (d *decoder) report(class Class, problem string) {

@@ -25,9 +25,9 @@ type Locality struct {
 type Endpoint struct {
 	Address  netip.AddrPort   // invalid if Host is a name
 	Host     string           // a name to look up, of a cluster with DNS; otherwise empty
-	Port     uint16           // of Host
 	More     []netip.AddrPort // further addresses of a dual-stack host
 	Weight   uint32           // at least 1
+	Port     uint16           // of Host
 	Health   Health
 	TLSMode  string // "istio": the host ends mutual TLS of the mesh
 	Workload string // istio.workload: name;namespace;canonical name;revision;cluster
@@ -63,7 +63,7 @@ func (d *decoder) assignment(m wire.Message) *Assignment {
 		case 1:
 			a.Name = m.String()
 		case 2:
-			a.Localities = append(a.Localities, d.locality(m.Message()))
+			add(d, &a.Localities, &m, d.locality(m.Message()))
 		}
 	}
 	return a
@@ -88,7 +88,7 @@ func (d *decoder) locality(m wire.Message) Locality {
 			d.place3(m.Message(), &l)
 		case 2:
 			if endpoint, ok := d.endpoint(m.Message()); ok {
-				l.Endpoints = append(l.Endpoints, endpoint)
+				add(d, &l.Endpoints, &m, endpoint)
 			}
 		case 3:
 			l.Weight = d.uint32Value(m.Message())

@@ -215,7 +215,7 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 			h.RouteName, h.Routes = "", d.routes(m.Message())
 			d.narrow += d.refusals - before // they refuse routes or hosts
 		case 5:
-			h.Filters = append(h.Filters, d.httpFilter(m.Message()))
+			add(d, &h.Filters, &m, d.httpFilter(m.Message()))
 		case 7:
 			for m := m.Message(); d.next(&m, &tracingFields); {
 			}
@@ -228,7 +228,7 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 		case 12:
 			h.DrainTimeout = d.duration(m.Message())
 		case 13:
-			d.accessLog(m.Message(), &h.AccessLogs)
+			d.accessLogs(&m, &h.AccessLogs)
 		case 14:
 			h.UseRemoteAddress = d.boolValue(m.Message())
 		case 15:

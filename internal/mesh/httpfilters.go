@@ -252,17 +252,6 @@ func (d *decoder) judgeFilter(f *HTTPFilter) {
 	}
 }
 
-// DecodeExtension compiles an envoy.config.core.v3.TypedExtensionConfig: the configuration of the HTTP filters that have
-// its name and OnItsOwn. An error means that its bytes are malformed.
-func DecodeExtension(b []byte) (*HTTPFilter, []Finding, error) {
-	var d decoder
-	f := d.extensionConfig(d.read(b))
-	if d.err == nil && f.Name == "" {
-		d.err = errNoName
-	}
-	return f, d.findings, d.err
-}
-
 // namedExtensionFields has the fields of extensionFields as they are for a resource.
 var namedExtensionFields = message{extensionFields.name, Security, []field{1: {"name", decoded}, 2: {"typed_config", once}}}
 

@@ -27,7 +27,7 @@ type Listener struct {
 	// Refused is set if the chain of a connection cannot be determined with certainty. All connections are refused.
 	Refused bool
 
-	index chainIndex
+	index *chainIndex // nil without chains, or if the only one matches all connections
 }
 
 // Direction is that of a listener's traffic.
@@ -39,16 +39,6 @@ const (
 	Inbound
 	Outbound
 )
-
-// DecodeListener compiles an envoy.config.listener.v3.Listener. An error means that its bytes are malformed.
-func DecodeListener(b []byte) (*Listener, []Finding, error) {
-	var d decoder
-	l := d.listener(d.read(b))
-	if d.err == nil && l.Name == "" {
-		d.err = errNoName
-	}
-	return l, d.findings, d.err
-}
 
 // defaultFiltersTimeout is Envoy's.
 const defaultFiltersTimeout = 15 * time.Second
@@ -111,11 +101,11 @@ func (d *decoder) listener(m wire.Message) *Listener {
 		case 3:
 			chain := &FilterChain{}
 			inChains += d.filterChain(m.Message(), chain)
-			l.Chains = append(l.Chains, chain)
+			add(d, &l.Chains, &m, chain)
 		case 4:
 			l.UseOriginalDst = d.boolValue(m.Message())
 		case 9:
-			l.Filters = append(l.Filters, d.listenerFilter(m.Message()))
+			add(d, &l.Filters, &m, d.listenerFilter(m.Message()))
 		case 10:
 			l.Transparent = d.boolValue(m.Message())
 		case 15:
@@ -125,7 +115,7 @@ func (d *decoder) listener(m wire.Message) *Listener {
 		case 17:
 			l.ContinueOnTimeout = m.Bool()
 		case 22:
-			d.accessLog(m.Message(), &l.AccessLogs)
+			d.accessLogs(&m, &l.AccessLogs)
 		case 25:
 			l.Default = &FilterChain{}
 			inChains += d.filterChain(m.Message(), l.Default)
@@ -140,7 +130,7 @@ func (d *decoder) listener(m wire.Message) *Listener {
 	if d.err != nil {
 		return l
 	}
-	if err := l.index.build(l.Chains); err != nil {
+	if err := l.Index(); err != nil {
 		d.report(Security, err.Error())
 	}
 	l.Refused = d.refusals > inChains

@@ -49,7 +49,7 @@ func (d *decoder) name(m wire.Message) (n Name) {
 				d.report(Traffic, "not an address")
 				continue
 			}
-			n.Addresses = append(n.Addresses, address.Unmap())
+			add(d, &n.Addresses, &m, address.Unmap())
 		case 2:
 			n.Registry = m.String()
 		case 3:

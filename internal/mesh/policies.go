@@ -38,23 +38,20 @@ func (d *decoder) override(policy string, restricts bool) {
 	}
 }
 
-// sharedKey is the type and the bytes of a configuration.
-type sharedKey struct{ url, config string }
+// sharedKey is the type and the bytes of a part of a resource.
+type sharedKey struct{ kind, config string }
 
-// share returns the value that was decoded from the same bytes of the same type, if there is one. Otherwise it decodes
+// share returns the value that was decoded from the same bytes of the same kind, if there is one. Otherwise it decodes
 // them, and keeps the value unless it has findings, because each place has its own. In a listener the same policies stand
-// in many filter chains.
-func share[T any](d *decoder, url string, config []byte, decode func() T) T {
-	if value, ok := d.shared[sharedKey{url, string(config)}].(T); ok {
+// in many filter chains, and in a push the same access logs, retries and limits in most resources.
+func share[T any](d *decoder, kind string, config []byte, decode func() T) T {
+	if value, ok := d.shared[sharedKey{kind, string(config)}].(T); ok {
 		return value
 	}
 	findings, refusals := len(d.findings), d.refusals
 	value := decode()
-	if d.err == nil && len(d.findings) == findings && d.refusals == refusals && findings < maxFindings {
-		if d.shared == nil {
-			d.shared = map[sharedKey]any{}
-		}
-		d.shared[sharedKey{url, string(config)}] = value
+	if d.shared != nil && d.err == nil && len(d.findings) == findings && d.refusals == refusals && findings < maxFindings {
+		d.shared[sharedKey{kind, string(config)}] = value
 	}
 	return value
 }

@@ -146,13 +146,13 @@ func (d *decoder) forward(m wire.Message) *Forward {
 		case 8:
 			f.Timeout = d.duration(m.Message())
 		case 9:
-			f.Retry = d.retry(m.Message())
+			f.Retry = d.sharedRetry(&m)
 		case 11:
 			if m.Uint64() != 0 {
 				d.report(Traffic, "routing priorities are not supported")
 			}
 		case 15:
-			f.Hash = append(f.Hash, d.hashPolicy(m.Message()))
+			add(d, &f.Hash, &m, d.hashPolicy(m.Message()))
 		case 20:
 			f.NotFoundCode = notFoundCodes[d.enum(&m, uint64(len(notFoundCodes)-1))]
 		case 23:
@@ -160,7 +160,7 @@ func (d *decoder) forward(m wire.Message) *Forward {
 		case 24:
 			f.IdleTimeout = new(d.duration(m.Message()))
 		case 30:
-			f.Mirrors = append(f.Mirrors, d.mirror(m.Message()))
+			add(d, &f.Mirrors, &m, d.mirror(m.Message()))
 		case 32:
 			f.RegexRewrite = d.rewrite(m.Message())
 		case 36:
@@ -201,7 +201,7 @@ func (d *decoder) weightedClusters(m wire.Message) (clusters []WeightedCluster) 
 	var sum uint64
 	for d.next(&m, &weightedClustersFields) {
 		cluster := d.weightedCluster(m.Message())
-		clusters = append(clusters, cluster)
+		add(d, &clusters, &m, cluster)
 		sum += uint64(cluster.Weight)
 	}
 	if sum == 0 || sum > math.MaxUint32 {

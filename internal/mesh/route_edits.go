@@ -147,8 +147,8 @@ var formatted = map[string]bool{
 	"UPSTREAM_CLUSTER": true, "UPSTREAM_HOST": true, "UPSTREAM_REMOTE_ADDRESS": true, "RESPONSE_FLAGS": true, "RESPONSE_CODE_DETAILS": true,
 }
 
-// operators reports the operators in value that cannot be formatted. Their text is "-" then, as that of a value that
-// Envoy does not have.
+// operators reports the operators in value that cannot be formatted. They have no value then, as operators whose value Envoy
+// does not have.
 func (d *decoder) operators(value string) {
 	for {
 		_, rest, found := strings.Cut(value, "%")
@@ -176,7 +176,7 @@ func (d *decoder) operators(value string) {
 			return
 		}
 		if !formatted[name] {
-			d.report(Traffic, "the operator "+name+" is not supported; its text is -")
+			d.report(Traffic, "the operator "+name+" is not supported; it has no value")
 		}
 	}
 }

@@ -10,6 +10,7 @@ type RouteMatch struct {
 	Headers    []HeaderMatcher
 	Query      []QueryMatcher
 	Metadata   []MetadataMatcher
+	Refused    bool // a condition is not understood; so is the route
 }
 
 // PathMatchKind is how a RouteMatch matches a path.
@@ -53,7 +54,7 @@ var routeMatchFields = message{"envoy.config.route.v3.RouteMatch", Security, []f
 // routeMatch returns a match. In the oneof of paths the last field counts.
 func (d *decoder) routeMatch(m wire.Message) RouteMatch {
 	var r RouteMatch
-	pathed := false
+	pathed, refused := false, d.refusals
 	for d.next(&m, &routeMatchFields) {
 		switch m.Number {
 		case 1:
@@ -77,6 +78,7 @@ func (d *decoder) routeMatch(m wire.Message) RouteMatch {
 	if !pathed {
 		d.report(Security, "a match without a path")
 	}
+	r.Refused = d.refusals > refused
 	return r
 }
 

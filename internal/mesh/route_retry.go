@@ -86,6 +86,11 @@ var retryFields = message{"envoy.config.route.v3.RetryPolicy", Traffic, []field{
 	14: {"refresh_cluster_on_retry", traffic},
 }}
 
+// sharedRetry returns the policy in the current field. Most routes have the same.
+func (d *decoder) sharedRetry(m *wire.Message) *RetryPolicy {
+	return share(d, retryFields.name, m.Bytes(), func() *RetryPolicy { return d.retry(m.Message()) })
+}
+
 // retry returns a policy. One without conditions never retries: it takes the place of the virtual host's.
 func (d *decoder) retry(m wire.Message) *RetryPolicy {
 	r := &RetryPolicy{Retries: 1, HostChoices: 1, BackOff: defaultBackOff, MaxBackOff: 10 * defaultBackOff}

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"strings"
+	"sync/atomic"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -20,6 +21,8 @@ type Routes struct {
 	Edits   Edits
 	Filters RouteFilters
 	Mirrors []Mirror
+
+	Compiled atomic.Value `json:"-"` // of package route, which sets it when the routes are first used
 }
 
 // VirtualHost has the routes of some domains (envoy.config.route.v3.VirtualHost).
@@ -114,7 +117,7 @@ func (d *decoder) routes(m wire.Message) *Routes {
 			r.Name = m.String()
 		case 2:
 			before := d.refusals
-			r.Hosts = append(r.Hosts, d.virtualHost(m.Message()))
+			add(d, &r.Hosts, &m, d.virtualHost(m.Message()))
 			hosts += d.refusals - before
 		case 4:
 			d.addHeader(m.Message(), &r.Edits.Response)
@@ -127,7 +130,7 @@ func (d *decoder) routes(m wire.Message) *Routes {
 		case 10:
 			r.SpecificEditsLast = m.Bool()
 		case 13:
-			r.Mirrors = append(r.Mirrors, d.mirror(m.Message()))
+			add(d, &r.Mirrors, &m, d.mirror(m.Message()))
 		case 14:
 			r.IgnorePort = m.Bool()
 		case 15:
@@ -204,10 +207,10 @@ func (d *decoder) virtualHost(m wire.Message) VirtualHost {
 		case 1:
 			h.Name = m.String()
 		case 2:
-			h.Domains = append(h.Domains, domain(m.String()))
+			add(d, &h.Domains, &m, domain(m.String()))
 		case 3:
 			before := d.refusals
-			h.Routes = append(h.Routes, d.route(m.Message()))
+			add(d, &h.Routes, &m, d.route(m.Message()))
 			routes += d.refusals - before
 		case 4:
 			h.RequireTLS = RequireTLS(d.enum(&m, uint64(TLSRequired)))
@@ -224,11 +227,11 @@ func (d *decoder) virtualHost(m wire.Message) VirtualHost {
 		case 15:
 			d.routeFilter(m.Message(), &h.Filters)
 		case 16:
-			h.Retry = d.retry(m.Message())
+			h.Retry = d.sharedRetry(&m)
 		case 19:
 			h.CountInResponses = m.Bool()
 		case 22:
-			h.Mirrors = append(h.Mirrors, d.mirror(m.Message()))
+			add(d, &h.Mirrors, &m, d.mirror(m.Message()))
 		}
 	}
 	h.Refused = d.refusals-routes > refused

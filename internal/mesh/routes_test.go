@@ -138,7 +138,7 @@ func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T)
 		{"a value that ends its field", route(nest(headerEdit("a", "b\nc"), 10)), "route", "security " + r + ".response_headers_to_add: not the value of a header field"},
 		{"two values", route(nest(headerEdit("a", "b"), 9), nest(nest(join(text(1, "a"), text(2, "b"), text(3, "c")), 1), 9)), "route",
 			"security " + r + ".request_headers_to_add[1].header: two values of a header field"},
-		{"an unknown operator", route(nest(headerEdit("a", "%%%REQ(%)%%MOON%"), 9)), "", "traffic " + r + ".request_headers_to_add: the operator MOON is not supported; its text is -"},
+		{"an unknown operator", route(nest(headerEdit("a", "%%%REQ(%)%%MOON%"), 9)), "", "traffic " + r + ".request_headers_to_add: the operator MOON is not supported; it has no value"},
 		{"an operator without a name", route(nest(headerEdit("a", "100%"), 9), nest(headerEdit("b", "%(x)%"), 9)), "",
 			"traffic " + r + ".request_headers_to_add: a % without an operator; traffic " + r + ".request_headers_to_add[1]: a % without an operator"},
 		{"an operator that is not closed", route(nest(headerEdit("a", "%REQ(x%"), 9)), "", "traffic " + r + ".request_headers_to_add: the operator REQ is not closed"},

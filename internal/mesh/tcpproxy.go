@@ -58,7 +58,7 @@ func (d *decoder) tcpProxy(m wire.Message) *TCPProxy {
 		case 2: // a oneof with 10
 			p.Clusters = []TCPCluster{{m.String(), 1}}
 		case 5:
-			d.accessLog(m.Message(), &p.AccessLogs)
+			d.accessLogs(&m, &p.AccessLogs)
 		case 7:
 			p.ConnectAttempts = d.uint32Value(m.Message())
 		case 8:

@@ -141,11 +141,15 @@ var upstreamTLSFields = message{"envoy.extensions.transport_sockets.tls.v3.Upstr
 
 func (d *decoder) upstreamTLS(m wire.Message) *UpstreamTLS {
 	t := &UpstreamTLS{}
-	var common commonTLS
+	common := &commonTLS{}
 	for d.next(&m, &upstreamTLSFields) {
 		switch m.Number {
 		case 1:
-			d.commonTLS(m.Message(), &common)
+			common = share(d, commonTLSFields.name, m.Bytes(), func() *commonTLS {
+				read := &commonTLS{}
+				d.commonTLS(m.Message(), read)
+				return read
+			})
 		case 2:
 			t.SNI = m.String()
 		}
@@ -198,9 +202,9 @@ func (d *decoder) commonTLS(m wire.Message, t *commonTLS) {
 		case 3:
 			d.validation(m.Message(), t)
 		case 4:
-			t.alpn = append(t.alpn, m.String())
+			add(d, &t.alpn, &m, m.String())
 		case 6:
-			t.certificates = append(t.certificates, d.secretName(m.Message()))
+			add(d, &t.certificates, &m, d.secretName(m.Message()))
 		case 7:
 			t.roots = d.secretName(m.Message())
 		case 8:
@@ -285,9 +289,9 @@ func (d *decoder) validation(m wire.Message, t *commonTLS) {
 	for d.next(&m, &validationFields) {
 		switch m.Number {
 		case 9:
-			t.names = append(t.names, NameMatcher{StringMatcher: d.stringMatcher(m.Message())})
+			add(d, &t.names, &m, NameMatcher{StringMatcher: d.stringMatcher(m.Message())})
 		case 15:
-			t.names = append(t.names, d.nameMatcher(m.Message()))
+			add(d, &t.names, &m, d.nameMatcher(m.Message()))
 		}
 	}
 }

@@ -77,7 +77,7 @@ func (d *decoder) endpointMetadata(m wire.Message, e *Endpoint) {
 
 // entry returns the key and the value of an entry of a map from strings to messages.
 func (d *decoder) entry(m wire.Message) (key string, value wire.Message) {
-	value = d.read(nil)
+	value = wire.Read(nil, &d.err)
 	for m.Next() {
 		switch m.Number {
 		case 1:

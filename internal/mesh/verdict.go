@@ -237,18 +237,18 @@ func (s *Snapshot) to(c *Cluster) (way Way, refusal string) {
 		return Way{}, "the cluster " + c.Name + " is refused"
 	}
 	endpoints, mixed := s.transports(c)
-	t := c.transport(&Endpoint{})
+	t := c.TransportTo(&Endpoint{})
 	switch {
 	case endpoints == nil && (c.Discovery == Static || c.Discovery == ByEDS && slices.ContainsFunc(c.Transports, func(t Transport) bool { return !t.plain() })):
 		return Way{}, "the cluster " + c.Name + " has no endpoints"
 	case endpoints != nil && !mixed:
-		t = c.transport(endpoints[0])
+		t = c.TransportTo(endpoints[0])
 	case mixed:
 		chosen := choose(endpoints)
 		if chosen == nil || !chosen.Address.IsValid() {
 			return Way{}, "the cluster " + c.Name + " has no healthy endpoints"
 		}
-		t, way.Endpoint = c.transport(chosen), chosen.Address
+		t, way.Endpoint = c.TransportTo(chosen), chosen.Address
 	}
 	if way.Cluster = c; t == nil {
 		return way, ""
@@ -269,7 +269,7 @@ func (s *Snapshot) transports(c *Cluster) (endpoints []*Endpoint, mixed bool) {
 	for i := range hosts.Localities {
 		for k := range hosts.Localities[i].Endpoints {
 			e := &hosts.Localities[i].Endpoints[k]
-			mixed = mixed || endpoints != nil && c.transport(e) != c.transport(endpoints[0])
+			mixed = mixed || endpoints != nil && c.TransportTo(e) != c.TransportTo(endpoints[0])
 			endpoints = append(endpoints, e)
 		}
 	}
@@ -300,8 +300,8 @@ func (v *VirtualHost) has(address netip.AddrPort) bool {
 	})
 }
 
-// transport returns the transport to an endpoint; nil is plain.
-func (c *Cluster) transport(e *Endpoint) *Transport {
+// TransportTo returns the transport of connections to an endpoint; nil is plain.
+func (c *Cluster) TransportTo(e *Endpoint) *Transport {
 	for i := range c.Transports {
 		if t := &c.Transports[i]; t.TLSMode == "" || t.TLSMode == e.TLSMode {
 			return t

@@ -22,7 +22,7 @@ func snapshotOf(t *testing.T, values ...any) *Snapshot {
 		case *HTTPFilter:
 			edit.SetExtension(value.Name, value)
 		case *Listener:
-			if err := value.index.build(value.Chains); err != nil {
+			if err := value.Index(); err != nil {
 				t.Fatal(err)
 			}
 			edit.SetListener(value.Name, value)

@@ -14,6 +14,12 @@ import (
 // less, the next turn copies. A message is cheaper to copy than to move through a pipe.
 const bulk = tcp.BufferSize
 
+// maxLargeBuffers bounds the large buffers of all movers, as there is a bound for pipes. Peers that do not read decide how
+// long one is held.
+const maxLargeBuffers = 128
+
+var largeBuffers atomic.Int64 // that movers hold
+
 // Mover moves bytes from one connection to another. It copies messages, and moves bulk by splice(2), without copying it to
 // this process.
 //
@@ -24,6 +30,7 @@ type Mover struct {
 	Moved    *atomic.Uint64 // bytes that Dst took; nil: not counted
 
 	buf      *tcp.Buffer
+	large    bool // buf is one of largeBuffers
 	pipe     *pipe
 	piped    int  // bytes in pipe
 	splicing bool // the last turn found bulk
@@ -61,13 +68,26 @@ func (m *Mover) Take(limit int64) (int, error) {
 			return n, err
 		}
 	}
-	m.buf = tcp.TakeBuffer()
-	n, err := m.buf.FillAtMost(m.Src, int(min(limit, bulk)))
+	most := m.takeBuffer()
+	n, err := m.buf.FillAtMost(m.Src, int(min(limit, most)))
 	m.splicing = n >= bulk
 	if n == 0 {
 		m.Release()
 	}
 	return n, err
+}
+
+// takeBuffer takes a buffer, and returns how many bytes to read into it: a large one for bulk that cannot be spliced.
+func (m *Mover) takeBuffer() (most int64) {
+	if m.splicing && !m.maySplice() {
+		if m.large = largeBuffers.Add(1) <= maxLargeBuffers; m.large {
+			m.buf = tcp.TakeLargeBuffer()
+			return tcp.LargeBufferSize
+		}
+		largeBuffers.Add(-1)
+	}
+	m.buf = tcp.TakeBuffer()
+	return bulk
 }
 
 // takePipe fills a pipe from Src. If it moves no bytes, the caller must read to find out why: there are no bytes, the
@@ -122,6 +142,10 @@ func (m *Mover) Release() {
 	if m.buf != nil {
 		m.buf.Release()
 		m.buf = nil
+	}
+	if m.large {
+		largeBuffers.Add(-1)
+		m.large = false
 	}
 	if m.pipe != nil {
 		pipes.give(m.pipe, m.piped == 0)

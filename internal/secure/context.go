@@ -52,28 +52,26 @@ func NewServer(config ServerConfig) *ServerContext {
 			return config.Clients.verify(state.PeerCertificates, x509.ExtKeyUsageClientAuth)
 		}
 	}
-	if len(config.Protocols) > 0 {
-		base.GetConfigForClient = chooseProtocol(base, config.Protocols)
+	base.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		own := base.Clone()
+		own.NextProtos = protocol(config.Protocols, hello.SupportedProtos)
+		if s, ok := hello.Conn.(*socket); ok {
+			own.KeyLogWriter = &s.secrets
+		}
+		return own, nil
 	}
 	return &ServerContext{base}
 }
 
-// chooseProtocol returns a GetConfigForClient that offers just the protocol to agree on. crypto/tls ends a handshake
-// without a protocol in common by an alert, and Envoy goes on without ALPN, which Istio's clients rely on.
-func chooseProtocol(base *tls.Config, protocols []string) func(*tls.ClientHelloInfo) (*tls.Config, error) {
-	configs := make(map[string]*tls.Config, len(protocols))
-	for _, protocol := range protocols {
-		configs[protocol] = base.Clone()
-		configs[protocol].NextProtos = []string{protocol}
-	}
-	return func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-		for _, protocol := range protocols {
-			if slices.Contains(hello.SupportedProtos, protocol) {
-				return configs[protocol], nil
-			}
+// protocol returns just the protocol to agree on, or nil. Crypto/tls ends a handshake without a protocol in common by an
+// alert, and Envoy goes on without ALPN, which Istio's clients rely on.
+func protocol(ours, theirs []string) []string {
+	for i, p := range ours {
+		if slices.Contains(theirs, p) {
+			return ours[i : i+1]
 		}
-		return nil, nil
 	}
+	return nil
 }
 
 // ClientConfig is TLS with the servers of a cluster.

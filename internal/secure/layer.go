@@ -29,7 +29,8 @@ type Session struct {
 	Chain []*x509.Certificate // of the peer, as it was sent; empty without Peer
 	Local *x509.Certificate   // that the server presented; nil in a client's session
 
-	layer *layer
+	raw   *tcp.Socket
+	layer tcp.Layer // of the connection
 }
 
 // Own returns the SPIFFE ID that a server presented, as SPIFFE is that of its peer.
@@ -45,7 +46,7 @@ func (s *Session) Own() string {
 // has ended or the deadline has passed; a zero deadline is none. memory accounts for the handshake while it waits. An error
 // is an *Error. The caller closes c after it, so that the peer receives the alert, or resets it.
 func Server(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, context *ServerContext, memory Memory, deadline time.Time) (*Session, error) {
-	return handshake(w, c, read, memory, deadline, func(s *socket) *tls.Conn { return tls.Server(s, context.config) })
+	return handshake(w, c, read, memory, deadline, true, func(s *socket) *tls.Conn { return tls.Server(s, context.config) })
 }
 
 // Memory is the budget of the memory that a handshake holds before the peer is authenticated. Budget may be nil: no limit.
@@ -65,18 +66,22 @@ const (
 
 // Client performs the client's part, as Server does the server's.
 func Client(w *tcp.Waiter, c *tcp.Conn, context *ClientContext, deadline time.Time) (*Session, error) {
-	return handshake(w, c, nil, Memory{}, deadline, func(s *socket) *tls.Conn { return tls.Client(s, context.config) })
+	return handshake(w, c, nil, Memory{}, deadline, false, func(s *socket) *tls.Conn {
+		config := context.config.Clone()
+		config.KeyLogWriter = &s.secrets
+		return tls.Client(s, config)
+	})
 }
 
 // handshake runs the handshake in a goroutine of its own. It needs a stack of 16 KiB or more, and the stack of a goroutine
 // shrinks late; that of the connection lives as long as the connection.
-func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, deadline time.Time, start func(*socket) *tls.Conn) (*Session, error) {
+func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, deadline time.Time, server bool, start func(*socket) *tls.Conn) (*Session, error) {
 	var held budget.Account
 	held.Open(memory.Budget, w, memory.Peer)
 	defer held.Close()
 	l := &layer{}
 	c.SetLayer(read, func(raw *tcp.Socket) tcp.Layer {
-		l.socket = socket{raw: raw, wait: func() error {
+		l.socket = socket{input: input{raw: raw}, wait: func() error {
 			if !held.Hold(handshakeMemory + 2*l.socket.received) { // the buffers of crypto/tls grow twofold
 				return budget.ErrEvicted
 			}
@@ -91,15 +96,33 @@ func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, dead
 	})
 	done := make(chan error)
 	go func() { done <- l.conn.Handshake() }()
-	err := <-done
-	l.socket.wait = nil
-	if err != nil {
+	if err := <-done; err != nil {
+		l.socket.wait = nil
 		return nil, failureOf(err)
 	}
 	session := sessionOf(l.conn.ConnectionState())
-	session.layer = l
-	session.Local, l.socket.presented = l.socket.presented, nil
+	session.Local = l.socket.presented
+	if err := l.proceed(session, server); err != nil {
+		return nil, failureOf(err)
+	}
 	return session, nil
+}
+
+// proceed prepares the layer for data. Where records can be protected here, crypto/tls has ended its part.
+func (l *layer) proceed(session *Session, server bool) error {
+	s, keys := &l.socket, l.socket.secrets
+	session.raw, session.layer = s.raw, l
+	s.wait, s.presented, s.secrets = nil, nil, secrets{}
+	suite := suiteOf(session)
+	if suite == nil || keys.client == nil || keys.server == nil {
+		return nil
+	}
+	records, err := newRecords(s.input, suite, &keys, server)
+	if err == nil {
+		s.raw.Replace(records)
+		session.layer = records
+	}
+	return err
 }
 
 func sessionOf(state tls.ConnectionState) *Session {
@@ -118,22 +141,10 @@ type layer struct {
 	socket socket
 	filled bool // the last read has filled its slice, so that there may be more of the record
 	begun  bool // the peer has sent data
-
-	metadata *metadata // nil: the peer's metadata has been read, or is not expected
 }
 
 func (l *layer) Read(p []byte) (int, error) {
-	if l.metadata != nil {
-		return l.metadata.read(l, p)
-	}
-	return l.decode(p)
-}
-
-func (l *layer) decode(p []byte) (int, error) {
 	n, err := l.conn.Read(p)
-	if n > 0 && !l.filled && l.socket.whole > 0 {
-		l.socket.whole-- // the rest of the last record had been read before, so this is another one
-	}
 	l.filled = n == len(p)
 	if l.begun = l.begun || n > 0; err != nil && !l.begun {
 		if rejected, ok := rejection(err); ok {
@@ -147,61 +158,63 @@ func (l *layer) Write(p []byte) (int, error) { return l.conn.Write(p) }
 
 func (l *layer) CloseWrite() error { return l.conn.CloseWrite() }
 
+// Buffered relies on the socket: after a read that has returned data, crypto/tls has at most the rest of one record.
 func (l *layer) Buffered() bool {
-	return l.filled || l.socket.whole > 0 || l.metadata != nil && len(l.metadata.rest) > 0
+	_, whole := l.socket.record()
+	return l.filled || whole
 }
 
-// socket is the net.Conn of crypto/tls.
+// socket is the net.Conn of crypto/tls. It passes on at most the rest of one record at a time. So no byte that follows the
+// handshake is in crypto/tls when the handshake has ended.
 type socket struct {
-	raw  *tcp.Socket
+	input
 	wait func() error // blocks in a handshake; nil: reads do not block
 
 	presented *x509.Certificate // by a server, during the handshake
+	secrets   secrets           // of the handshake
 	received  int               // bytes, during the handshake
 
-	// Where the bytes that were read end among the records.
-	header [5]byte // of the record that begins, while have < len(header)
+	header [headerSize]byte // of the record that begins, while have < len(header)
 	have   int
 	left   int // bytes of the record that begins
-	whole  int // records that have ended since crypto/tls last had no whole one, and that it may not have read
 }
 
 // Read is called when crypto/tls has no whole record.
 func (s *socket) Read(p []byte) (int, error) {
-	for {
-		n, err := s.raw.Read(p)
+	for len(s.bytes) == 0 {
+		err := s.fill()
 		if err == tcp.ErrAgain && s.wait != nil {
-			if err = s.wait(); err == nil {
-				continue
-			}
+			err = s.wait()
 		}
-		if s.wait != nil {
-			if s.received += n; s.received > maxHandshake {
-				return 0, &Error{Failure: Protocol, Detail: fmt.Sprintf("the handshake has more than %d bytes", maxHandshake)}
-			}
+		if err != nil {
+			return 0, err
 		}
-		s.whole = 0
-		s.follow(p[:n])
-		return n, err
 	}
+	n := s.follow(p)
+	if len(s.bytes) == 0 {
+		s.rest()
+	}
+	if s.wait != nil {
+		if s.received += n; s.received > maxHandshake {
+			return 0, &Error{Failure: Protocol, Detail: fmt.Sprintf("the handshake has more than %d bytes", maxHandshake)}
+		}
+	}
+	return n, nil
 }
 
-// follow counts the records that end in p.
-func (s *socket) follow(p []byte) {
-	for len(p) > 0 {
-		if s.left == 0 {
-			n := copy(s.header[s.have:], p)
-			s.have, p = s.have+n, p[n:]
-			if s.have < len(s.header) {
-				return
-			}
+// follow moves bytes of one header, or of the rest of one record, to p.
+func (s *socket) follow(p []byte) (n int) {
+	if s.left > 0 {
+		n = copy(p, s.bytes[:min(s.left, len(s.bytes))])
+		s.left -= n
+	} else {
+		n = copy(p, s.bytes[:min(headerSize-s.have, len(s.bytes))])
+		if s.have += copy(s.header[s.have:], p[:n]); s.have == headerSize {
 			s.left, s.have = int(binary.BigEndian.Uint16(s.header[3:])), 0
 		}
-		n := min(s.left, len(p))
-		if s.left, p = s.left-n, p[n:]; s.left == 0 {
-			s.whole++
-		}
 	}
+	s.use(n)
+	return n
 }
 
 // Write implements net.Conn. It accepts all of p; see tcp.Socket.

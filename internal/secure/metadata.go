@@ -5,6 +5,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/peers"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // Exchange begins the exchange of metadata if the ALPN of the session stands for it: it writes the own preamble, and takes
@@ -14,22 +15,24 @@ func (s *Session) Exchange(e *peers.Exchange, found func(*flow.Workload)) bool {
 	if s.Protocol != peers.Protocol || e == nil {
 		return false
 	}
-	s.layer.metadata = &metadata{preamble: e.Reader(found)}
-	_, _ = s.layer.conn.Write(e.Preamble()) // crypto/tls returns the error of it from every later write
+	s.raw.Replace(&metadata{Layer: s.layer, raw: s.raw, preamble: e.Reader(found)})
+	_, _ = s.layer.Write(e.Preamble()) // the error of it is that of every later write
 	return true
 }
 
-// metadata takes the preamble out of what a layer has decoded.
+// metadata takes the preamble out of what the layer below has decoded. It goes when all that came with the preamble is read.
 type metadata struct {
+	tcp.Layer
+	raw      *tcp.Socket
 	preamble *peers.Preamble
 	rest     []byte // behind the preamble, and not returned yet
 	ended    bool   // the preamble is whole, or there is none
 }
 
-// read is layer.Read until the preamble and the bytes that came with it are read.
-func (m *metadata) read(l *layer, p []byte) (int, error) {
+// Read implements tcp.Layer.
+func (m *metadata) Read(p []byte) (int, error) {
 	for !m.ended {
-		n, err := l.decode(p)
+		n, err := m.Layer.Read(p)
 		if n > 0 {
 			var failed error
 			if m.rest, m.ended, failed = m.preamble.Read(p[:n]); failed != nil {
@@ -47,8 +50,11 @@ func (m *metadata) read(l *layer, p []byte) (int, error) {
 	if m.rest = m.rest[n:]; len(m.rest) > 0 {
 		return n, nil
 	}
-	if l.metadata = nil; n == 0 {
-		return l.decode(p)
+	if m.raw.Replace(m.Layer); n == 0 {
+		return m.Layer.Read(p)
 	}
 	return n, nil
 }
+
+// Buffered implements tcp.Layer.
+func (m *metadata) Buffered() bool { return len(m.rest) > 0 || m.Layer.Buffered() }

@@ -107,6 +107,41 @@ func (w *world) serve(t testing.TB, server ServerConfig, client *tls.Config, wra
 	return peer, e, err
 }
 
+// ends returns both ends of a connection of ours, after the handshake.
+func (w *world) ends(t testing.TB) (client, server *end) {
+	t.Helper()
+	listener, err := w.poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	client, server = &end{w: tcp.NewWaiter(t.Context())}, &end{w: tcp.NewWaiter(t.Context())}
+	address := listener.Addr()
+	if client.Conn, err = w.poller.Dial(client.w, netip.Addr{}, address, time.Now().Add(nettest.Patience)); err != nil {
+		t.Fatal(err)
+	}
+	if server.Conn, err = listener.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range []*end{client, server} {
+		t.Cleanup(e.w.Close)
+		t.Cleanup(e.Conn.Close)
+	}
+	done := make(chan error)
+	go func() {
+		var err error
+		client.session, err = Client(client.w, client.Conn, NewClient(ClientConfig{
+			Protocols: []string{"h2"}, Servers: w.verifier(), Certificate: func() (*tls.Certificate, error) { return w.client, nil },
+		}), time.Now().Add(nettest.Patience))
+		done <- err
+	}()
+	server.session, err = Server(server.w, server.Conn, nil, NewServer(w.mutual("h2")), Memory{}, time.Now().Add(nettest.Patience))
+	if err := errors.Join(err, <-done); err != nil {
+		t.Fatal(err)
+	}
+	return client, server
+}
+
 // read reads once, after waits as the engines wait.
 func (e *end) read(p []byte) (int, error) {
 	for {

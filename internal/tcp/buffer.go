@@ -3,14 +3,13 @@ package tcp
 import (
 	"errors"
 	"math"
-	"slices"
 	"sync"
 )
 
 // The capacity of a Buffer before Grow or Append.
 const (
 	BufferSize      = 16 << 10
-	largeBufferSize = 64 << 10 // from TakeLargeBuffer
+	LargeBufferSize = 64 << 10 // from TakeLargeBuffer
 )
 
 // ErrFull means that a Buffer has no room. Discard bytes, or call Grow.
@@ -31,7 +30,7 @@ var buffers, largeBuffers sync.Pool
 
 func init() {
 	buffers.New = func() any { return &Buffer{fixed: make([]byte, BufferSize), pool: &buffers} }
-	largeBuffers.New = func() any { return &Buffer{fixed: make([]byte, largeBufferSize), pool: &largeBuffers} }
+	largeBuffers.New = func() any { return &Buffer{fixed: make([]byte, LargeBufferSize), pool: &largeBuffers} }
 }
 
 // TakeBuffer returns an empty buffer.
@@ -117,7 +116,13 @@ func (b *Buffer) FillAtMost(c *Conn, n int) (int, error) {
 		b.start = 0
 	}
 	room := b.bytes[b.end:]
-	n, err := c.Read(room[:min(n, len(room))])
+	room = room[:min(n, len(room))]
+	var err error
+	if c.layer == nil && len(room) > 0 {
+		n, err = c.readSocket(room) // by Read, but with a call less: see Conn.try
+	} else {
+		n, err = c.Read(room)
+	}
 	b.end += n
 	return n, err
 }
@@ -171,7 +176,17 @@ func GiveSlab(slab []byte) {
 
 // Append appends p to the bytes in the buffer and grows it as needed, without a limit.
 func (b *Buffer) Append(p []byte) {
-	b.bytes = slices.Grow(b.bytes[:b.end], len(p))
-	b.bytes = b.bytes[:cap(b.bytes)]
+	if need := b.end + len(p); need > len(b.bytes) {
+		if need > smallestSlab<<(slabClasses-1) {
+			need = max(need, 2*len(b.bytes))
+		}
+		grown := TakeSlab(need)
+		grown = grown[:cap(grown)]
+		copy(grown[b.start:], b.Bytes())
+		if len(b.bytes) > len(b.fixed) {
+			GiveSlab(b.bytes)
+		}
+		b.bytes = grown
+	}
 	b.end += copy(b.bytes[b.end:], p)
 }

@@ -104,7 +104,7 @@ func TestAShrunkBufferKeepsItsBytes(t *testing.T) {
 	for _, large := range []bool{false, true} {
 		b, size := TakeBuffer(), BufferSize
 		if large {
-			b, size = TakeLargeBuffer(), largeBufferSize
+			b, size = TakeLargeBuffer(), LargeBufferSize
 		}
 		arrive(t, far, near, sent)
 		if n, err := b.FillAtMost(near, ShrunkSize+10); n != ShrunkSize+10 || err != nil {

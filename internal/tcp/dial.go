@@ -51,7 +51,7 @@ func (p *Poller) open(w *Waiter, from origin, remote netip.AddrPort, deadline ti
 	if err != nil {
 		return nil, err
 	}
-	fd, err := socket(family)
+	fd, err := p.socket(family)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}

@@ -39,12 +39,12 @@ type Socket struct{ c *Conn }
 const (
 	// maxEncoded bounds the bytes that one write of a Conn encodes. If the socket takes only a part of the encoded records,
 	// the rest must be kept in memory.
-	maxEncoded = 16 << 10
+	maxEncoded = LargeBufferSize
 
 	// maxUnsent bounds the encoded bytes that wait for the socket while the layer reads. A layer may write when it reads, to
 	// answer a key update for example. A peer that asks without reading the answers is not read from beyond this. It is
-	// much more than one write encodes, because a peer may be waiting to be read before it reads.
-	maxUnsent = 4 * maxEncoded
+	// not less than one write encodes, because a peer may be waiting to be read before it reads.
+	maxUnsent = maxEncoded
 
 	// lingerTime is how long a closed connection with a Layer tries to send its unsent bytes.
 	lingerTime = 30 * time.Second
@@ -73,6 +73,9 @@ func (c *Conn) SetLayer(read *Buffer, layer func(*Socket) Layer) {
 	c.layer = &layered{ahead: read, more: true}
 	c.layer.Layer = layer(&Socket{c})
 }
+
+// Replace sets the connection's layer. The former one has passed on everything that it has read.
+func (s *Socket) Replace(layer Layer) { s.c.layer.Layer = layer }
 
 // Bare reports whether the connection has no layer. Only such a connection can be spliced.
 func (c *Conn) Bare() bool { return c.layer == nil }
@@ -174,7 +177,7 @@ func (l *layered) write(c *Conn, p []byte) (int, error) {
 func (l *layered) writeVector(c *Conn, v *Vector) (int, error) {
 	gathered := TakeBuffer()
 	defer gathered.Release()
-	n, err := l.write(c, v.copyTo(gathered.bytes[:maxEncoded]))
+	n, err := l.write(c, v.copyTo(gathered.bytes))
 	v.took(n)
 	return n, err
 }

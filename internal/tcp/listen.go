@@ -66,8 +66,14 @@ func (p *Poller) listen(address netip.AddrPort, control func(string, string, sys
 	if err != nil {
 		return nil, err
 	}
-	defer listener.Close()
-	bound := listener.(*net.TCPListener)
+	return p.Adopt(listener.(*net.TCPListener))
+}
+
+// Adopt returns a Listener with the socket of bound, and closes bound. The socket may belong to another network namespace.
+// It should have the options of sockopt.ListenControl.
+func (p *Poller) Adopt(bound *net.TCPListener) (*Listener, error) {
+	defer bound.Close()
+	address := bound.Addr()
 	file, err := bound.File() // the same socket; the RawConn of a net.TCPListener does not support Read
 	if err != nil {
 		return nil, fmt.Errorf("listening on %v: %w", address, err)

@@ -30,7 +30,8 @@ type Poller struct {
 	rounds atomic.Uint32 // calls of WakeAll
 	conns  table
 	turns  turns
-	ports  portRange // of the network namespace in which the poller was made
+	ports  portRange                            // of the network namespace in which the poller was made
+	socket func(family int) (fd int, err error) // opens the sockets of Dial
 
 	life      context.Context // ends with the poller
 	end       context.CancelFunc
@@ -52,13 +53,23 @@ func NewPoller() (*Poller, error) {
 	return p, nil
 }
 
+// NewPollerOf is like NewPoller for connections of another network namespace. socket opens a non-blocking TCP socket there;
+// it is called by Dial.
+func NewPollerOf(socket func(family int) (fd int, err error)) (*Poller, error) {
+	p, err := NewPoller()
+	if err == nil {
+		p.socket = socket
+	}
+	return p, err
+}
+
 // pollerOf takes ownership of epfd, also when it fails.
 func pollerOf(epfd int) (*Poller, error) {
 	if err := unix.SetNonblock(epfd, true); err != nil { // makes os.NewFile register it with the runtime's poller
 		unix.Close(epfd)
 		return nil, err
 	}
-	p := &Poller{epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll"), done: make(chan struct{}), ports: localPorts()}
+	p := &Poller{epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll"), done: make(chan struct{}), ports: localPorts(), socket: socket}
 	p.turns.limit = runtime.GOMAXPROCS(0)
 	// os.NewFile does not report that the runtime cannot watch a file, but such a file does not support deadlines.
 	if err := p.file.SetReadDeadline(time.Time{}); err != nil {

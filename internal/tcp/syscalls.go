@@ -20,19 +20,19 @@ import (
 // read and write call recvfrom and sendto. On a socket these have the same effect as read(2) and write(2), with less work
 // in the kernel.
 
-func read(fd int, p []byte) (int, error) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0, 0)
-	return result(n, errno)
+func read(fd int, p []byte) (n uintptr, errno syscall.Errno) {
+	n, _, errno = syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0, 0)
+	return
 }
 
-func write(fd int, p []byte) (int, error) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_NOSIGNAL, 0, 0)
-	return result(n, errno)
+func write(fd int, p []byte) (n uintptr, errno syscall.Errno) {
+	n, _, errno = syscall.RawSyscall6(syscall.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_NOSIGNAL, 0, 0)
+	return
 }
 
-func writev(fd int, pieces []syscall.Iovec) (int, error) {
-	n, _, errno := syscall.RawSyscall(syscall.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(pieces))), uintptr(len(pieces)))
-	return result(n, errno)
+func writev(fd int, pieces []syscall.Iovec) (n uintptr, errno syscall.Errno) {
+	n, _, errno = syscall.RawSyscall6(syscall.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(pieces))), uintptr(len(pieces)), 0, 0, 0)
+	return
 }
 
 // peek reads one byte without consuming it.

@@ -3,6 +3,8 @@ package tcp
 import (
 	"syscall"
 	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxPieces bounds the pieces of one writev. The kernel's limit is 1024 (UIO_MAXIOV).
@@ -95,15 +97,21 @@ func (c *Conn) WriteVector(v *Vector) (int, error) {
 	}
 	pieces := v.pieces[v.next:]
 	pieces = pieces[:min(len(pieces), maxPieces)]
-	n, err := c.try(writable, "write", func() (int, error) {
+	c.ready.And(^uint32(writable)) // see Conn.try
+	n, errno := uintptr(0), unix.EINTR
+	for errno == unix.EINTR {
 		if len(pieces) == 1 {
-			return write(c.fd, unsafe.Slice(pieces[0].Base, pieces[0].Len))
+			n, errno = write(c.fd, unsafe.Slice(pieces[0].Base, pieces[0].Len))
+		} else {
+			n, errno = writev(c.fd, pieces)
 		}
-		return writev(c.fd, pieces)
-	})
+	}
+	if errno != 0 {
+		return 0, callError("write", errno)
+	}
 	if n > 0 {
 		c.ready.Or(writable)
-		v.took(n)
+		v.took(int(n))
 	}
-	return n, err
+	return int(n), nil
 }

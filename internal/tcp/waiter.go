@@ -147,7 +147,11 @@ func (w *Waiter) Wait(deadline time.Time, a, b *Conn) error {
 		w.waits = 0
 		w.rest()
 	}
-	if !w.waitUntil(deadline) {
+	if deadline.IsZero() { // here, not in waitUntil, because most waits have no deadline; see Conn.try for the cost of a call
+		for event := false; !event; event = w.take() {
+			<-w.token
+		}
+	} else if !w.waitUntil(deadline) {
 		return ErrDeadline
 	}
 	return w.ended()
@@ -221,13 +225,12 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 // brief is the length of waits after which the timer is stopped. It would expire soon, and that costs more than the stop.
 const brief = time.Second
 
-// waitUntil waits for an event, and reports whether there was one before the deadline; zero means no deadline. An event
-// counts even if the deadline has passed since: a process that was descheduled must not mistake its own delay for a silent
-// peer.
+// waitUntil waits for an event, and reports whether there was one before the deadline. An event counts even if the deadline
+// has passed since: a process that was descheduled must not mistake its own delay for a silent peer.
 func (w *Waiter) waitUntil(deadline time.Time) bool {
 	for {
 		left := time.Duration(math.MaxInt64)
-		if !deadline.IsZero() {
+		if !w.expiresBy(deadline) {
 			if left = time.Until(deadline); left <= 0 {
 				return w.happened()
 			}
@@ -253,16 +256,18 @@ func (w *Waiter) happened() bool {
 	return w.take()
 }
 
-// arm makes the timer expire at the deadline or earlier. left is the time until then.
+// expiresBy reports whether the timer runs and expires at the deadline or earlier. Then the wait needs no clock: if the
+// deadline has passed, the timer ends it.
+func (w *Waiter) expiresBy(deadline time.Time) bool {
+	return w.armed != 0 && w.armed <= deadline.Sub(started)
+}
+
+// arm makes the timer expire at the deadline. left is the time until then.
 func (w *Waiter) arm(deadline time.Time, left time.Duration) {
-	at := deadline.Sub(started)
-	switch {
-	case w.armed != 0 && w.armed <= at:
-		return
-	case w.timer == nil:
+	if w.timer == nil {
 		w.timer = time.AfterFunc(left, w.expire)
-	default:
+	} else {
 		w.timer.Reset(left)
 	}
-	w.armed = at
+	w.armed = deadline.Sub(started)
 }

@@ -48,12 +48,32 @@ var (
 type Message struct {
 	Number int // of the current field
 
+	// Texts has the strings that were read before: String returns one of them if it is equal, and adds others. Messages
+	// within this one share it. nil: each string is a copy of its own.
+	Texts Texts
+
 	rest  []byte
 	bytes []byte // value of a length-delimited field
 	bits  uint64 // value of a varint or of a field of 64 bits
 	err   *error
 	depth int32
 	typ   protowire.Type
+}
+
+// Texts is a set of strings, each the value of its own key.
+type Texts map[string]string
+
+// maxShared bounds the strings that are shared, in bytes: longer ones are unlikely to occur again.
+const maxShared = 4 << 10
+
+// Get returns the string in t that is equal to b, or else adds one.
+func (t Texts) Get(b []byte) string {
+	text, ok := t[string(b)]
+	if !ok {
+		text = string(b)
+		t[text] = text
+	}
+	return text
 }
 
 // Read returns a reader of the message b. Its results share b's memory. The first error of the message and of those
@@ -108,7 +128,7 @@ func (m *Message) Message() Message { return m.Nested(m.Bytes()) }
 
 // Nested returns a reader of b, a message within the current field, such as the content of a google.protobuf.Any.
 func (m *Message) Nested(b []byte) Message {
-	inner := Message{rest: b, err: m.err, depth: m.depth + 1}
+	inner := Message{Texts: m.Texts, rest: b, err: m.err, depth: m.depth + 1}
 	if inner.depth >= MaxDepth {
 		m.fail(ErrDepth)
 	}
@@ -121,12 +141,30 @@ func (m *Message) Bytes() []byte {
 	return m.bytes
 }
 
-// String returns a copy of the current field, a string.
+// String returns the current field, a string. It does not share memory with the message.
 func (m *Message) String() string {
 	if m.is(protowire.BytesType) && !utf8.Valid(m.bytes) {
 		m.fail(ErrUTF8)
 	}
-	return string(m.bytes)
+	if m.Texts == nil || len(m.bytes) > maxShared {
+		return string(m.bytes)
+	}
+	return m.Texts.Get(m.bytes)
+}
+
+// Count returns how often a field occurs in the rest of the message.
+func (m *Message) Count(number int) (n int) {
+	for rest := m.rest; len(rest) > 0; {
+		found, _, size := protowire.ConsumeField(rest)
+		if size < 0 {
+			break // Next reports it
+		}
+		if int(found) == number {
+			n++
+		}
+		rest = rest[size:]
+	}
+	return n
 }
 
 // Bool returns the current field, a bool.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unsafe"
 
 	dto "github.com/prometheus/client_model/go"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -371,5 +372,57 @@ func TestTheDeepestMessageIsRead(t *testing.T) {
 		if !errors.Is(err, want) || m.Depth() != depth {
 			t.Errorf("depth %d: error %v, want %v", m.Depth(), err, want)
 		}
+	}
+}
+
+func TestMessagesWithTextsShareEqualStrings(t *testing.T) {
+	long := strings.Repeat("x", maxShared+1)
+	b := AppendString(AppendString(nil, 1, "name"), 2, long)
+	texts := Texts{}
+	read := func() (all []string) {
+		var err error
+		outer := Read(AppendBytes(nil, 1, b), &err)
+		outer.Texts = texts
+		for outer.Next() {
+			for m := outer.Message(); m.Next(); {
+				all = append(all, m.String())
+			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return all
+	}
+	first, second := read(), read()
+	if !slices.Equal(first, []string{"name", long}) || !slices.Equal(first, second) {
+		t.Fatalf("read %.50q and %.50q", first, second)
+	}
+	if unsafe.StringData(first[0]) != unsafe.StringData(second[0]) {
+		t.Error("equal strings are not shared")
+	}
+	if len(texts) != 1 {
+		t.Errorf("%d strings are kept, and a long one", len(texts))
+	}
+	if b[len(b)-1] = 'y'; first[1] != long {
+		t.Error("a string shares memory with the message")
+	}
+}
+
+func TestFieldsAreCounted(t *testing.T) {
+	var err error
+	b := slices.Concat(AppendString(nil, 3, "a"), AppendVarint(nil, 1, 7), AppendString(nil, 3, "b"), AppendDouble(nil, 2, 1), AppendString(nil, 3, ""))
+	for want, m := 3, Read(b, &err); ; {
+		if got := m.Count(3); got != want {
+			t.Errorf("%d fields, want %d", got, want)
+		}
+		if !m.Next() {
+			break
+		}
+		if m.Number == 3 {
+			want--
+		}
+	}
+	if m := Read(b[:len(b)-1], &err); m.Count(3) != 2 {
+		t.Errorf("%d whole fields, want 2", m.Count(3))
 	}
 }

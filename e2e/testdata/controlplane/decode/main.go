@@ -63,31 +63,33 @@ func median(work func()) float64 {
 
 func figure(name string, value float64) { fmt.Printf("%s\t%g\n", name, value) }
 
-// byHand decodes as pillion does.
+// byHand decodes as pillion does: with one compiler for a push.
 func byHand(updates []xds.Update) {
+	var c mesh.Compiler
 	for i := range updates {
 		for _, r := range updates[i].Resources {
-			if err := decodeResource(updates[i].Type, r.Value); err != nil {
+			if err := decodeResource(&c, updates[i].Type, r); err != nil {
 				log.Fatalf("%v %s: %v", updates[i].Type, r.Name, err)
 			}
 		}
 	}
 }
 
-func decodeResource(t xds.Type, b []byte) (err error) {
-	switch t {
+func decodeResource(c *mesh.Compiler, t xds.Type, r xds.Resource) (err error) {
+	c.Name(r.Name)
+	switch b := r.Value; t {
 	case xds.Clusters:
-		_, _, err = mesh.DecodeCluster(b)
+		_, _, err = c.Cluster(b)
 	case xds.Endpoints:
-		_, _, err = mesh.DecodeAssignment(b)
+		_, _, err = c.Assignment(b)
 	case xds.Listeners:
-		_, _, err = mesh.DecodeListener(b)
+		_, _, err = c.Listener(b)
 	case xds.Routes:
-		_, _, err = mesh.DecodeRoutes(b)
+		_, _, err = c.Routes(b)
 	case xds.Secrets:
 		_, _, err = mesh.DecodeSecret(b)
 	case xds.Names:
-		_, _, err = mesh.DecodeNames(b)
+		_, _, err = c.Names(b)
 	}
 	return err
 }

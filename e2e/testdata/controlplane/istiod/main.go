@@ -1,12 +1,15 @@
 // Command istiod stands for an istiod in tests of the agent: go-control-plane's server and a CA, with TLS at 127.0.0.1. It
-// configures every node as a sidecar whose inbound ports have the mode of -mtls.
+// configures every node as a sidecar whose inbound ports have the mode of -mtls, and which reaches -outbound by mutual TLS.
 package main
 
 import (
 	"context"
 	"flag"
+	"fmt"
 	"log"
 	"net"
+	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 
@@ -14,7 +17,10 @@ import (
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpoint "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	tlsinspector "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
+	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tcpproxy "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	tls "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
@@ -33,28 +39,29 @@ import (
 
 func main() {
 	port := flag.String("port", "15012", "port at 127.0.0.1")
-	directory := flag.String("directory", "", "where root-cert.pem is written, and where the CA's key is kept for a restart")
+	directory := flag.String("directory", "", "where root-cert.pem and workload.pem, a certificate and its key, are written, and where the CA's key is kept for a restart")
 	mtls := flag.String("mtls", "PERMISSIVE", "PERMISSIVE or STRICT")
 	token := flag.String("token", "secret", "that nodes authenticate with")
 	push := flag.String("push", "", "recorded push that is served in place of a configuration: sidecar, or thousand with 1,000 services")
+	outbound := flag.String("outbound", "", "IPv4 address and port of a server of HTTP whose sidecar requires mutual TLS")
 	flag.Parse()
-	if err := run(*port, *directory, *mtls, *token, *push); err != nil {
+	if err := run(*port, *directory, *mtls, *outbound, *token, *push); err != nil {
 		log.Fatal(err)
 	}
 }
 
-func run(port, directory, mtls, token, push string) error {
+func run(port, directory, mtls, outbound, token, push string) error {
 	authority, err := ca.Load(filepath.Join(directory, "key.der"), token)
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(directory, "root-cert.pem"), authority.RootPEM(), 0o644); err != nil {
+	if err := replace(filepath.Join(directory, "root-cert.pem"), authority.RootPEM()); err != nil {
 		return err
 	}
 	if port == "0" { // only the files
-		return nil
+		return writeCertificate(authority, filepath.Join(directory, "workload.pem"))
 	}
-	service, err := discoveryOf(mtls, push)
+	service, err := discoveryOf(mtls, outbound, push)
 	if err != nil {
 		return err
 	}
@@ -68,13 +75,35 @@ func run(port, directory, mtls, token, push string) error {
 	return s.Serve(socket)
 }
 
+// replace writes a file that others may be reading.
+func replace(file string, content []byte) error {
+	if err := os.WriteFile(file+".new", content, 0o644); err != nil {
+		return err
+	}
+	return os.Rename(file+".new", file)
+}
+
+func writeCertificate(authority *ca.Authority, file string) error {
+	chain, key, err := authority.Issue(&url.URL{Scheme: "spiffe", Host: "cluster.local", Path: "/ns/default/sa/another"})
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, append(chain, key...), 0o600)
+}
+
 // discoveryOf returns what serves resources.
-func discoveryOf(mtls, push string) (discovery.AggregatedDiscoveryServiceServer, error) {
+func discoveryOf(mtls, outbound, push string) (discovery.AggregatedDiscoveryServiceServer, error) {
 	if push != "" {
 		return newReplay(push)
 	}
 	snapshots := cache.NewSnapshotCache(true, everyNode{}, nil)
-	snapshot, err := cache.NewSnapshot("1", configuration(mtls == "STRICT"))
+	resources := configuration(mtls == "STRICT")
+	if outbound != "" {
+		if err := addOutbound(resources, outbound); err != nil {
+			return nil, err
+		}
+	}
+	snapshot, err := cache.NewSnapshot("1", resources)
 	if err != nil {
 		return nil, err
 	}
@@ -116,6 +145,7 @@ func inbound(strict bool) *listener.Listener {
 	mutual := &tls.DownstreamTlsContext{
 		RequireClientCertificate: wrapperspb.Bool(true),
 		CommonTlsContext: &tls.CommonTlsContext{
+			AlpnProtocols:                  []string{"h2", "http/1.1"},
 			TlsCertificateSdsSecretConfigs: []*tls.SdsSecretConfig{secret("default")},
 			ValidationContextType:          &tls.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: secret("ROOTCA")},
 		},
@@ -138,6 +168,46 @@ func inbound(strict bool) *listener.Listener {
 			Name: "envoy.filters.listener.tls_inspector", ConfigType: &listener.ListenerFilter_TypedConfig{TypedConfig: packed(&tlsinspector.TlsInspector{})},
 		}},
 	}
+}
+
+// addOutbound adds a cluster that is reached by mutual TLS, and a listener whose routes lead to it.
+func addOutbound(resources map[resource.Type][]types.Resource, address string) error {
+	at, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return err
+	}
+	const name = "outbound|80||secured.shop.svc.cluster.local"
+	secret := func(name string) *tls.SdsSecretConfig { return &tls.SdsSecretConfig{Name: name} }
+	context := &tls.UpstreamTlsContext{Sni: "outbound_.80_._.secured.shop.svc.cluster.local", CommonTlsContext: &tls.CommonTlsContext{
+		AlpnProtocols:                  []string{"istio-peer-exchange", "istio"},
+		TlsCertificateSdsSecretConfigs: []*tls.SdsSecretConfig{secret("default")},
+		ValidationContextType:          &tls.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: secret("ROOTCA")},
+	}}
+	resources[resource.ClusterType] = append(resources[resource.ClusterType], &cluster.Cluster{
+		Name: name, ClusterDiscoveryType: &cluster.Cluster_Type{Type: cluster.Cluster_ORIGINAL_DST}, LbPolicy: cluster.Cluster_CLUSTER_PROVIDED,
+		TransportSocket: &core.TransportSocket{Name: "envoy.transport_sockets.tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(context)}},
+	})
+	routes := &route.RouteConfiguration{Name: "80", VirtualHosts: []*route.VirtualHost{{
+		Name: "secured.shop.svc.cluster.local:80", Domains: []string{at.String(), fmt.Sprintf("workload.example:%d", at.Port())},
+		Routes: []*route.Route{{
+			Match:  &route.RouteMatch{PathSpecifier: &route.RouteMatch_Prefix{Prefix: "/"}},
+			Action: &route.Route_Route{Route: &route.RouteAction{ClusterSpecifier: &route.RouteAction_Cluster{Cluster: name}}},
+		}},
+	}}}
+	manager := &hcm.HttpConnectionManager{
+		StatPrefix: "outbound", RouteSpecifier: &hcm.HttpConnectionManager_RouteConfig{RouteConfig: routes},
+		HttpFilters: []*hcm.HttpFilter{{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}},
+	}
+	resources[resource.ListenerType] = append(resources[resource.ListenerType], &listener.Listener{
+		Name: "0.0.0.0_" + fmt.Sprint(at.Port()), TrafficDirection: core.TrafficDirection_OUTBOUND, BindToPort: wrapperspb.Bool(false),
+		Address: &core.Address{Address: &core.Address_SocketAddress{SocketAddress: &core.SocketAddress{
+			Address: "0.0.0.0", PortSpecifier: &core.SocketAddress_PortValue{PortValue: uint32(at.Port())},
+		}}},
+		FilterChains: []*listener.FilterChain{{Filters: []*listener.Filter{{
+			Name: "envoy.filters.network.http_connection_manager", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(manager)},
+		}}}},
+	})
+	return nil
 }
 
 func packed(message proto.Message) *anypb.Any {

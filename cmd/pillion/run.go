@@ -1,0 +1,84 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/pillion-proxy/pillion/internal/terminal"
+	command "github.com/pillion-proxy/pillion/run"
+)
+
+// exitStatus ends the program with the status of a command. If it has an error, the command was not started.
+type exitStatus struct {
+	status int
+	err    error
+}
+
+func (e exitStatus) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.status)
+	}
+	return e.err.Error()
+}
+
+func (e exitStatus) Unwrap() error { return e.err }
+
+// runOptions holds the values of the flags of `pillion run`.
+type runOptions struct {
+	config  command.Config
+	summary string // auto, on or off
+}
+
+// newRun is `pillion run`.
+func newRun() *cobra.Command {
+	o := runOptions{config: command.Config{Log: "text"}, summary: automatic}
+	cmd := &cobra.Command{
+		Use:   "run [flags] -- COMMAND [ARGUMENT...]",
+		Short: "Run a command and show its network traffic",
+		Long: `Run a command in a network namespace of its own, and show each connection and request that it makes.
+
+No capability is required where the system permits user namespaces. The command reaches what you reach, over your own
+network, with its own environment, directory, user and terminal. It has no capability and cannot gain one: sudo and other
+set-user-ID programs do not work inside. TCP and DNS are carried; other UDP is rejected, and reported.
+
+The exit status is that of the command, or 128 and the number of the signal that ended it; 126 if it cannot be executed, 127
+if it does not exist. When the command ends, processes that it has left are killed.`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usageError{Err: fmt.Errorf("a command is required, such as %s -- curl http://example.com/", cmd.CommandPath())}
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error { return o.run(args) },
+	}
+	o.bind(cmd)
+	return cmd
+}
+
+func (o *runOptions) bind(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	flags.SetInterspersed(false) // flags after the command are the command's
+	textFlag(flags, &o.config.Log, "log", "off|text|json|path", "where records are written as they end: a line each on standard error, or to a file; JSON if its name ends with .json or .jsonl")
+	choiceFlag(flags, &o.summary, "summary", "print a table of the destinations at the end; auto: on a terminal", automatic, "on", turnedOff)
+	textFlag(flags, &o.config.Record, "record", "path", "file of all records, one line of JSON each")
+	textFlag(flags, &o.config.UI, "ui", "address", "serve the live page at this address of the machine's loopback, such as 127.0.0.1:0 for any free port")
+	portsFlag(flags, &o.config.HostLoopback, "host-loopback", "ports of 127.0.0.1 and ::1 that lead to the machine's loopback, such as 5432,8080; * for all")
+	parsed(flags, &o.config.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in /etc/resolv.conf")
+}
+
+// run runs the command. Its exit status is that of the program.
+func (o *runOptions) run(args []string) error {
+	o.config.Command, o.config.Version = args, version
+	o.config.Errors = os.Stderr
+	o.config.Summary = o.summary == "on" || o.summary == automatic && terminal.IsTerminal(os.Stderr)
+	o.config.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	status, err := command.Run(o.config)
+	if status == 0 && err == nil {
+		return nil
+	}
+	return exitStatus{status, err}
+}

@@ -1,0 +1,375 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// caller is who runs `pillion run`: root, or an ordinary user without a capability. Its network has a peer with servers.
+type caller struct {
+	name      string
+	uid       uint32
+	net, peer *nettest.Namespace
+	names     *nameServer
+}
+
+// eachCaller runs a subtest as root and one as an ordinary user.
+func eachCaller(t *testing.T, test func(t *testing.T, c *caller)) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	for _, c := range []caller{{name: "root"}, {name: "user", uid: workloadUID}} {
+		t.Run(c.name, func(t *testing.T) {
+			c.net, c.peer = nettest.PodAndPeer(t)
+			c.peer.AddAddress(t, "lo", netip.MustParsePrefix("203.0.113.80/32")) // of web.example
+			c.names = startNameServer(t, c.peer, nettest.Elsewhere4)
+			test(t, &c)
+		})
+	}
+}
+
+// command prepares `pillion run` with flags and a command.
+func (c *caller) command(arguments ...string) *exec.Cmd {
+	all := append([]string{"run", "--dns-servers", nettest.Elsewhere4.String()}, arguments...)
+	cmd := c.net.Command(c.uid, c.uid, pillion, all...)
+	cmd.Dir = "/"
+	cmd.Env = append(os.Environ(), "HOME=/nonexistent")
+	return cmd
+}
+
+// run runs `pillion run` and returns the command's output, what was written to standard error, and the exit status.
+func (c *caller) run(t testing.TB, arguments ...string) (stdout, stderr string, status int) {
+	t.Helper()
+	var out, complaint bytes.Buffer
+	cmd := c.command(arguments...)
+	cmd.Stdout, cmd.Stderr = &out, &complaint
+	if _, err := c.net.Run(cmd); cmd.ProcessState == nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(complaint.String(), "DATA RACE") {
+		t.Errorf("pillion run: %s", &complaint)
+	}
+	return out.String(), complaint.String(), cmd.ProcessState.ExitCode()
+}
+
+// serve answers requests at an address of the peer with their path.
+func (c *caller) serve(t testing.TB, address netip.AddrPort) {
+	t.Helper()
+	serveHTTP(t, c.peer.Listen(t, "tcp", address.String()), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, "%s%s from %s\n", r.Host, r.URL.Path, r.RemoteAddr)
+	}))
+}
+
+func serveHTTP(t testing.TB, listener net.Listener, handler http.Handler) {
+	server := &http.Server{Handler: handler}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		server.Serve(listener)
+	}()
+	t.Cleanup(func() {
+		server.Close()
+		<-done
+	})
+}
+
+// recorded parses the records of `--log json`.
+func recorded(t testing.TB, text string) (records []live.Record) {
+	t.Helper()
+	for line := range strings.Lines(text) {
+		var r live.Record
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			t.Fatalf("%q is not a record: %v", line, err)
+		}
+		records = append(records, r)
+	}
+	return records
+}
+
+// A command reaches what its caller reaches, from the caller's address, in both families and by names, and each request is
+// shown.
+func TestRunShowsWhatACommandRequests(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		for _, address := range []string{"203.0.113.80:80", "[" + nettest.Elsewhere6.String() + "]:81"} {
+			c.serve(t, netip.MustParseAddrPort(address))
+		}
+		stdout, stderr, status := c.run(t, "--log", "json", "--", "curl", "-sS", "--noproxy", "*", "http://web.example/by/name",
+			"http://["+nettest.Elsewhere6.String()+"]:81/by/address")
+		if status != 0 {
+			t.Fatalf("exit status %d\n%s", status, stderr)
+		}
+		for _, want := range []string{"web.example/by/name from " + nettest.PodIP4.String(), "/by/address from [" + nettest.PodIP6.String()} {
+			if !strings.Contains(stdout, want) {
+				t.Errorf("the output %q lacks %q", stdout, want)
+			}
+		}
+		records := recorded(t, stderr)
+		if len(records) != 2 {
+			t.Fatalf("%d records:\n%s", len(records), stderr)
+		}
+		for i, want := range []live.Record{
+			{Authority: "web.example", Path: "/by/name", Destination: "203.0.113.80:80"},
+			{Authority: "[2001:db8:2::7]:81", Path: "/by/address", Destination: "[2001:db8:2::7]:81"},
+		} {
+			got := records[i]
+			if got.Authority != want.Authority || got.Path != want.Path || got.Destination != want.Destination || got.Status != 200 ||
+				got.Method != "GET" || got.Failed || got.Reason != "completed" || got.Direction != "outbound" || got.Sent == 0 {
+				t.Errorf("record %d is %+v", i, got)
+			}
+		}
+	})
+}
+
+// For people there is one line for each request, and a table at the end.
+func TestRunPrintsLinesAndATable(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		c.serve(t, netip.MustParseAddrPort("203.0.113.80:80"))
+		_, stderr, status := c.run(t, "--summary", "on", "--", "curl", "-sS", "--noproxy", "*", "http://web.example/a", "http://web.example/b")
+		lines := strings.Split(strings.TrimSpace(stderr), "\n")
+		if status != 0 || len(lines) != 4 {
+			t.Fatalf("exit status %d\n%s", status, stderr)
+		}
+		for i, want := range []string{"200 GET web.example/a ", "200 GET web.example/b ", "destination ", "web.example "} {
+			if !strings.Contains(lines[i], want) {
+				t.Errorf("line %d is %q, without %q", i, lines[i], want)
+			}
+		}
+		if fields := strings.Fields(lines[3]); fields[1] != "2" || fields[2] != "2xx:2" {
+			t.Errorf("the table has %q", lines[3])
+		}
+		if _, stderr, _ := c.run(t, "--log", "off", "--summary", "off", "--", "curl", "-sS", "--noproxy", "*", "http://web.example/a"); stderr != "" {
+			t.Errorf("with --log off, standard error has %q", stderr)
+		}
+	})
+}
+
+// The exit status is the command's, whatever ended it, and that of a shell if it cannot be started.
+func TestRunHasTheExitStatusOfItsCommand(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		notExecutable := filepath.Join(t.TempDir(), "script")
+		if err := os.WriteFile(notExecutable, []byte("echo no"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		for _, test := range []struct {
+			command []string
+			want    int
+		}{
+			{[]string{"true"}, 0},
+			{[]string{"sh", "-c", "exit 37"}, 37},
+			{[]string{"sh", "-c", "kill -TERM $$"}, 128 + 15},
+			{[]string{"sh", "-c", "kill -KILL $$"}, 128 + 9},
+			{[]string{"no-such-program"}, 127},
+			{[]string{"/no/such/program"}, 127},
+			{[]string{notExecutable}, 126},
+		} {
+			stdout, stderr, status := c.run(t, append([]string{"--"}, test.command...)...)
+			if status != test.want || stdout != "" {
+				t.Errorf("%q: exit status %d, output %q, want %d", test.command, status, stdout, test.want)
+			}
+			if said := strings.Contains(stderr, "pillion: error: "); said != (test.want == 126 || test.want == 127) {
+				t.Errorf("%q: standard error is %q", test.command, stderr)
+			}
+		}
+	})
+}
+
+// The command keeps what is its caller's, and has no capability, no way to get one, and no rights over its network.
+func TestRunGivesItsCommandTheCallersPlaceAndNoPower(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		stdout, stderr, status := c.run(t, "--", "sh", "-c",
+			"id -u; id -g; pwd; echo $HOME; grep -E '^(Cap|NoNewPrivs)' /proc/self/status; ip link set pillion0 down; nft flush ruleset; "+
+				"ip route add 203.0.113.0/24 dev lo; unshare --net true; unshare --user --map-root-user ip link set pillion0 down; echo end")
+		if status != 0 {
+			t.Fatalf("exit status %d\n%s", status, stderr)
+		}
+		want := []string{fmt.Sprint(c.uid), fmt.Sprint(c.uid), "/", "/nonexistent", "CapInh:0000000000000000", "CapPrm:0000000000000000",
+			"CapEff:0000000000000000", "CapBnd:0000000000000000", "CapAmb:0000000000000000", "NoNewPrivs:1", "end"}
+		if got := strings.Split(strings.ReplaceAll(strings.TrimSpace(stdout), "\t", ""), "\n"); strings.Join(got, " ") != strings.Join(want, " ") {
+			t.Errorf("the command printed %q, want %q", got, want)
+		}
+		if refused := strings.Count(strings.ToLower(stderr), "not permitted"); refused < 5 {
+			t.Errorf("%d of 5 attempts were refused:\n%s", refused, stderr)
+		}
+	})
+}
+
+// Datagrams are rejected at once, and that is reported.
+func TestRunReportsDatagramsThatItRejects(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		_, stderr, _ := c.run(t, "--log", "json", "--", "python3", "-c", `
+import socket
+for family, address in ((socket.AF_INET, "203.0.113.7"), (socket.AF_INET6, "2001:db8:2::7")):
+    for i in range(3):
+        try:
+            socket.socket(family, socket.SOCK_DGRAM).sendto(b"x", (address, 443))
+            raise SystemExit("a datagram was sent")
+        except PermissionError:
+            pass`)
+		records := recorded(t, stderr)
+		if len(records) != 2 {
+			t.Fatalf("%d records, want one for each destination:\n%s", len(records), stderr)
+		}
+		for i, want := range []string{"203.0.113.7:443", "[2001:db8:2::7]:443"} {
+			if got := records[i]; got.Protocol != "UDP" || got.Destination != want || !got.Failed {
+				t.Errorf("record %d is %+v", i, got)
+			}
+		}
+	})
+}
+
+// Queries to any server, also on loopback, are answered by the resolver, and so are the names of /etc/hosts.
+func TestRunAnswersQueriesToAnyServer(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		requireProgram(t, "python3")
+		stdout, stderr, _ := c.run(t, "--", "python3", "-c", `
+import socket, struct
+def query(name, server, tcp):
+    message = struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + b"".join(bytes([len(l)]) + l.encode() for l in name.split(".")) + b"\0\0\1\0\1"
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
+    s.settimeout(5)
+    s.connect((server, 53))
+    s.send(struct.pack(">H", len(message)) + message if tcp else message)
+    answer = s.recv(4096)
+    return ".".join(str(b) for b in answer[-4:] if answer) if answer[-14:-4].startswith(b"\0\1\0\1") else answer[-15:]
+for server in "127.0.0.53", "127.0.0.11", "203.0.113.99":
+    for tcp in False, True:
+        print(query("web.example", server, tcp))`)
+		if want := strings.Repeat("203.0.113.80\n", 6); stdout != want {
+			t.Errorf("the answers are %q\n%s", stdout, stderr)
+		}
+	})
+}
+
+// --host-loopback leads to servers on the caller's loopback. Without it, the command's loopback is its own.
+func TestRunReachesTheCallersLoopbackIfAsked(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		for _, address := range []string{"127.0.0.1:8099", "[::1]:8099"} {
+			serveHTTP(t, c.net.Listen(t, "tcp", address), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				io.WriteString(w, "the caller's\n")
+			}))
+		}
+		get := []string{"--", "curl", "-sS", "--noproxy", "*", "http://127.0.0.1:8099/", "http://[::1]:8099/"}
+		for _, ports := range []string{"8099", "*"} {
+			stdout, stderr, status := c.run(t, append([]string{"--host-loopback", ports}, get...)...)
+			if status != 0 || stdout != strings.Repeat("the caller's\n", 2) {
+				t.Errorf("--host-loopback %s: exit status %d, output %q\n%s", ports, status, stdout, stderr)
+			}
+		}
+		for _, flags := range [][]string{nil, {"--host-loopback", "1-8098"}} {
+			if stdout, _, status := c.run(t, append(flags, get...)...); status != 7 || stdout != "" {
+				t.Errorf("%q: exit status %d, output %q", flags, status, stdout)
+			}
+		}
+	})
+}
+
+// When the command ends, so does everything that it has started; when pillion is killed, so does the command.
+func TestRunLeavesNothing(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		mark := fmt.Sprintf("%d.%d", os.Getpid(), 1000+c.uid) // an argument of sleep by which its processes are found
+		_, stderr, status := c.run(t, "--", "sh", "-c", "setsid sleep 77"+mark+" & sleep 77"+mark+" & exit 3")
+		if status != 3 || len(processes(t, "77"+mark)) > 0 {
+			t.Errorf("exit status %d, %q is left\n%s", status, processes(t, "77"+mark), stderr)
+		}
+		for _, kill := range []string{"pillion", "its helper"} {
+			p := c.net.Start(t, c.command("--", "sh", "-c", "setsid sleep 78"+mark+" & exec sleep 78"+mark))
+			nettest.Eventually(t, "the command runs", func() bool { return len(processes(t, "78"+mark)) == 2 })
+			victim := p.Cmd.Process.Pid
+			if kill == "its helper" {
+				victim = children(t, victim)[0]
+			}
+			syscall.Kill(victim, syscall.SIGKILL)
+			if _, err := p.Wait(nettest.Patience); err != nil {
+				t.Error(err)
+			}
+			nettest.Eventually(t, "everything ends after "+kill+" was killed", func() bool { return len(processes(t, "78"+mark)) == 0 })
+		}
+	})
+}
+
+// processes returns the processes with an argument.
+func processes(t testing.TB, argument string) (found []string) {
+	t.Helper()
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range lines {
+		text, _ := os.ReadFile(name)
+		if words := strings.Split(string(text), "\x00"); words[0] == "sleep" && words[1] == argument {
+			found = append(found, name)
+		}
+	}
+	return found
+}
+
+// children returns the processes that a process has started.
+func children(t testing.TB, pid int) (all []int) {
+	t.Helper()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range tasks {
+		text, _ := os.ReadFile(name)
+		for word := range strings.FieldsSeq(string(text)) {
+			var child int
+			fmt.Sscan(word, &child)
+			all = append(all, child)
+		}
+	}
+	return all
+}
+
+// A signal to pillion reaches the command, and the command decides.
+func TestRunForwardsSignals(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1} {
+			cmd := c.command("--", "sh", "-c", "trap 'echo caught; exit 9' TERM INT HUP USR1; echo ready; while :; do sleep 0.01; done")
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := c.net.Start(t, cmd)
+			var ready [6]byte
+			if _, err := io.ReadFull(out, ready[:]); err != nil {
+				t.Fatal(err)
+			}
+			p.Signal(s)
+			rest, _ := io.ReadAll(out)
+			if status, err := p.Wait(nettest.Patience); status != 9 || string(rest) != "caught\n" {
+				t.Errorf("%v: exit status %d, %v, output %q", s, status, err, rest)
+			}
+		}
+	})
+}
+
+// Without the permission to make user namespaces, pillion names the setting that forbids them.
+func TestRunNamesTheSettingThatForbidsIt(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	cmd := exec.Command("unshare", "--user", "--map-root-user", "sh", "-c",
+		"echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --bounding-set -all --inh-caps -all "+pillion+" run -- true")
+	out, err := cmd.CombinedOutput()
+	if cmd.ProcessState == nil || cmd.ProcessState.ExitCode() != 1 {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"/proc/sys/user/max_user_namespaces is 0", "sysctl user.max_user_namespaces="} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("the error lacks %q: %s", want, out)
+		}
+	}
+}

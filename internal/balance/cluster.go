@@ -1,0 +1,230 @@
+package balance
+
+import (
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/mesh"
+)
+
+// Cluster is the state of a cluster. Its methods may be called concurrently.
+type Cluster struct {
+	Name  string
+	Stats ClusterStats
+
+	balancer *Balancer
+	view     atomic.Pointer[view] // never nil
+
+	requests, connections, retries atomic.Int64 // in progress
+
+	mu      sync.Mutex
+	hosts   map[netip.AddrPort]*Host // of the view
+	names   *names                   // of a cluster with DNS
+	sweep   *time.Timer              // nil while no host is ejected or has been lately
+	stopped bool
+}
+
+// ClusterStats counts what happened to a cluster.
+type ClusterStats struct {
+	Overflowed         atomic.Uint64 // requests and connections above a limit
+	RetriesOverflowed  atomic.Uint64
+	NoHealthyHost      atomic.Uint64
+	Ejections          atomic.Uint64
+	EjectionsPrevented atomic.Uint64 // by the highest share of hosts that may be ejected
+}
+
+func newCluster(b *Balancer, config *mesh.Cluster, hosts *mesh.Assignment) *Cluster {
+	c := &Cluster{Name: config.Name, balancer: b, hosts: map[netip.AddrPort]*Host{}}
+	c.names = newNames(c, config, hosts)
+	c.compile(config, hosts, time.Time{}) // its first hosts are not new
+	return c
+}
+
+// update takes over a configuration and endpoints. Endpoints that stay keep their state.
+func (c *Cluster) update(config *mesh.Cluster, hosts *mesh.Assignment) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	old := c.view.Load()
+	if old.config == config && old.source == hosts {
+		return
+	}
+	if old.source != hosts || old.config.Discovery != config.Discovery || old.config.DNS != config.DNS {
+		c.names.stop()
+		c.names = newNames(c, config, hosts)
+	}
+	if config.Outliers == nil {
+		c.readmit()
+	}
+	c.compile(config, hosts, time.Now())
+}
+
+// refresh compiles the view again, because the health or the weight of a host has changed. It is called with mu held.
+func (c *Cluster) refresh() {
+	v := c.view.Load()
+	c.compile(v.config, v.source, time.Now())
+}
+
+// stop ends timers and lookups.
+func (c *Cluster) stop() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stopped = true
+	c.names.stop()
+	if c.sweep != nil {
+		c.sweep.Stop()
+	}
+}
+
+// Kind is what a pick is for.
+type Kind uint8
+
+// The kinds.
+const (
+	HTTP1 Kind = iota // a request on an HTTP/1 connection
+	HTTP2             // a request on an HTTP/2 connection
+	TCP               // a connection
+)
+
+// Request is what a host is chosen for.
+type Request struct {
+	Kind Kind
+
+	Hash   uint64 // for RingHash and Maglev
+	Hashed bool   // Hash is set; otherwise these policies choose at random
+
+	Original netip.AddrPort   // where the connection was going; for OriginalDestination
+	Retry    bool             // of a request that was sent before: counts for the limit of retries
+	Avoid    []netip.AddrPort // hosts that are avoided if there are others
+}
+
+// maxRepicks is how often a host is chosen again because it is in Request.Avoid, as in Envoy.
+const maxRepicks = 5
+
+// Choice is a host that was chosen for a request. Its Lease must be ended once.
+type Choice struct {
+	Address   netip.AddrPort
+	Endpoint  *mesh.Endpoint  // nil for OriginalDestination
+	Transport *mesh.Transport // how connections to the host are secured; nil: they are plain
+	Lease     Lease
+}
+
+// Lease is the place that a request or connection takes at a host.
+type Lease interface{ End(Outcome) }
+
+// Failure is why no host was chosen.
+type Failure uint8
+
+// The failures.
+const (
+	None      Failure = iota
+	NoHost            // no healthy host
+	Overflow          // a limit of the cluster is reached
+	Resolving         // the names of the hosts are being looked up: see Cluster.Resolved
+)
+
+// Pick chooses a host.
+func (c *Cluster) Pick(r *Request) (Choice, Failure) {
+	v := c.view.Load()
+	if v.renew != 0 && time.Now().UnixNano() > v.renew {
+		v = c.advance(v)
+	}
+	if v.names != nil && !v.names.ready() {
+		return Choice{}, Resolving
+	}
+	m := v.pick(r)
+	if m == nil {
+		c.Stats.NoHealthyHost.Add(1)
+		return Choice{}, NoHost
+	}
+	lease := c.reserve(v, m.host, r)
+	if lease == nil {
+		return Choice{}, Overflow
+	}
+	choice := Choice{Address: m.host.Address, Endpoint: m.endpoint, Transport: m.transport, Lease: lease}
+	if m.endpoint == nil {
+		choice.Address = r.Original
+	}
+	return choice, None
+}
+
+// advance compiles a view again whose weights change with time. One goroutine does it, the others use the old view.
+func (c *Cluster) advance(v *view) *view {
+	if !c.mu.TryLock() {
+		return v
+	}
+	defer c.mu.Unlock()
+	if c.view.Load() == v {
+		c.refresh()
+	}
+	return c.view.Load()
+}
+
+// reserve takes a place at a host, or returns nil if a limit is reached.
+func (c *Cluster) reserve(v *view, h *Host, r *Request) Lease {
+	if r.Kind == TCP {
+		if !take(&c.connections, v.connections) {
+			c.Stats.Overflowed.Add(1)
+			return nil
+		}
+		h.start()
+		return (*connection)(h)
+	}
+	if r.Retry && !take(&c.retries, int64(v.config.Breakers.Retries)) {
+		c.Stats.RetriesOverflowed.Add(1)
+		return nil
+	}
+	limit := v.requests
+	if r.Kind == HTTP1 {
+		limit = v.queued
+	}
+	if !take(&c.requests, limit) {
+		c.Stats.Overflowed.Add(1)
+		if r.Retry {
+			c.retries.Add(-1)
+		}
+		return nil
+	}
+	h.start()
+	if r.Retry {
+		return (*retry)(h)
+	}
+	return h
+}
+
+// take adds one to a count if that stays within the limit.
+func take(count *atomic.Int64, limit int64) bool {
+	if count.Add(1) > limit {
+		count.Add(-1)
+		return false
+	}
+	return true
+}
+
+// Active returns the requests and connections in progress.
+func (c *Cluster) Active() (requests, connections, retries int64) {
+	return c.requests.Load(), c.connections.Load(), c.retries.Load()
+}
+
+// HostState is a host as it is used now.
+type HostState struct {
+	*Host
+	Endpoint mesh.Endpoint
+	Locality *mesh.Locality
+	Weight   uint32 // as configured
+	Healthy  bool   // gets requests; false for one that is ejected or of which the control plane says so
+}
+
+// Hosts returns the hosts in the order of their priorities.
+func (c *Cluster) Hosts() []HostState {
+	v := c.view.Load()
+	var all []HostState
+	for i := range v.members {
+		m := &v.members[i]
+		if m.endpoint != nil {
+			all = append(all, HostState{m.host, *m.endpoint, m.locality, m.endpoint.Weight, m.usable})
+		}
+	}
+	return all
+}

@@ -1,0 +1,172 @@
+package httpforward
+
+import (
+	"errors"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
+
+// Retries by the policy of a route. The safe resend (see mayRepeat) comes before them: it is no attempt of the policy.
+
+// errRetry is the error of a response that is not forwarded, because the policy retries its request.
+var errRetry = errors.New("the response is retried")
+
+// failed goes on after an attempt that got no response: with the next attempt, or with the reply.
+func (x *exchange) failed(f failure, r reply, err error) (ending, bool) {
+	if x.policy != nil && x.mayRetry(f) {
+		return x.attemptAgain(r.reason)
+	}
+	return x.refuse(x.retried(r), err), true
+}
+
+// retried returns a reply for the last of several attempts, in Envoy's words.
+func (x *exchange) retried(r reply) reply {
+	if x.retries > 0 {
+		r.body = strings.Replace(r.body, "headers. reset reason", "headers. retried and the latest reset reason", 1)
+	}
+	return r
+}
+
+// mayRetry reports whether the policy retries after a failure.
+//
+//go:noinline
+func (x *exchange) mayRetry(f failure) bool {
+	untouched := x.request.dst == nil || x.request.untouched()
+	if !x.repeatable() || !retriesFailure(x.policy, f, untouched) {
+		return false
+	}
+	x.http.Exhausted = x.left == 0
+	return x.left > 0
+}
+
+// repeatable reports whether the request can be sent again: all of it is kept, and downstream got no byte of a response.
+func (x *exchange) repeatable() bool {
+	return x.request.retain && !x.s.bound && !x.answered && x.interims == 0 && !x.s.w.Canceled()
+}
+
+// retriesResponse reports whether the policy retries after the response whose head has arrived. Otherwise that is the last
+// attempt.
+//
+//go:noinline
+func (x *exchange) retriesResponse() bool {
+	p := x.policy
+	if x.repeatable() && retriesResponse(p, x.responseHead.Status, &headFields{&x.responseHead, x.response.in.Bytes()}) {
+		if x.left > 0 {
+			return true
+		}
+		x.http.Exhausted = true
+	}
+	x.policy = nil
+	return false
+}
+
+// noteResponse keeps what the lease of the attempt is told of its response.
+//
+//go:noinline
+func (x *exchange) noteResponse(b []byte) {
+	x.status = x.responseHead.Status
+	x.grpc = grpcStatusOf(&headFields{&x.responseHead, b})
+}
+
+// attemptAgain makes further attempts until one has a connection, or none is left.
+//
+//go:noinline
+func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
+	for {
+		if end, over := x.nextAttempt(reason); over {
+			return end, true
+		}
+		attempts, err := x.s.connect(x.wanted, x.settings, time.Now(), idempotent(x.http.Method))
+		x.record.Attempts += uint8(attempts)
+		if err == nil {
+			x.request.resend(x.s.up)
+			x.send()
+			x.startTry(time.Now())
+			x.redialled = true
+			return 0, false
+		}
+		if errors.Is(err, tcp.ErrCanceled) || errors.Is(err, tcp.ErrInterrupted) {
+			return x.noUpstream(err)
+		}
+		r := dialReply(err, false)
+		x.record.Upstream, x.record.TransportFailure = x.wanted.Address, upstream.TransportFailure(err)
+		if !x.mayRetry(failedConnect) {
+			return x.refuse(x.retried(r), err), true
+		}
+		reason = r.reason
+	}
+}
+
+// nextAttempt ends an attempt, and decides where the next one goes, after the pause that the policy asks for.
+func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
+	s := x.s
+	x.endLease(reason)
+	s.dropUpstream()
+	x.forgetAttempt()
+	x.left--
+	x.retries++
+	if end, over := x.pause(backOff(x.policy, x.retries), false); over {
+		return end, true
+	}
+	s.engine.config.Pool.Stats.Retried.Add(1)
+	x.began = time.Now()
+	x.previous = x.decision
+	x.routed.Attempt, x.routed.Previous = x.retries, &x.previous
+	x.decision = s.route(&x.routed)
+	x.decision.Plan = x.previous.Plan
+	switch {
+	case x.decision.Reply != nil:
+		return x.replyHere(x.decision.Reply), true
+	case x.decision.noRoute():
+		return x.refuse(replyNoRoute, errNoRoute), true
+	}
+	x.wanted = &x.decision.Target
+	s.turnTo(x.wanted)
+	x.countAttempt()
+	return 0, false
+}
+
+// forgetAttempt removes what an attempt has left of its connection and of its response.
+func (x *exchange) forgetAttempt() {
+	m := &x.response
+	m.in.Release()
+	m.in, m.src, m.srcErr, m.bad = nil, nil, nil, nil
+	m.out.Reset()
+	m.head = m.head[:0]
+	x.responseHead.Reset()
+	x.request.out.Reset()
+	x.request.dst, x.request.dstErr = nil, nil
+	x.repeated, x.status, x.grpc = false, 0, -1
+	x.tryEnd = time.Time{}
+}
+
+// countAttempt writes the number of the attempt into the request head, where it is the last field.
+func (x *exchange) countAttempt() {
+	if x.attemptAt > 0 {
+		head := strconv.AppendInt(x.request.head[:x.attemptAt], int64(x.retries+1), 10)
+		x.request.head = append(head, "\r\n\r\n"...)
+	}
+}
+
+// endLease ends the place of the attempt at its endpoint.
+func (x *exchange) endLease(reason flow.Reason) {
+	lease := x.decision.Lease
+	if lease == nil {
+		return
+	}
+	x.decision.Lease = nil
+	began := x.began
+	if began.IsZero() {
+		began = x.record.Opened
+	}
+	outcome := Outcome{Status: x.status, GRPC: -1, Reason: reason, Connected: x.request.dst != nil, Duration: time.Since(began)}
+	if x.status != 0 {
+		outcome.GRPC = x.grpc
+	}
+	lease.End(outcome)
+}

@@ -1,0 +1,91 @@
+//go:build !race
+
+package route
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/mesh"
+)
+
+// large returns a table of 10,000 virtual hosts with ten domains each, of which one has 1,000 routes.
+func large() *mesh.Routes {
+	r := &mesh.Routes{IgnorePort: true}
+	for i := range 10_000 {
+		h := mesh.VirtualHost{Routes: []mesh.Route{to("c")}}
+		for _, form := range []string{"s%d.default.svc.cluster.local", "s%d.default.svc.cluster.local.", "s%d", "s%d.default", "s%d.default.svc", "*.s%d.example", "a%d.*", "b%d", "c%d", "d%d"} {
+			h.Domains = append(h.Domains, domain(fmt.Sprintf(form, i)))
+		}
+		r.Hosts = append(r.Hosts, h)
+	}
+	var routes []mesh.Route
+	for i := range 1000 {
+		route := to(fmt.Sprint(i))
+		route.Match.Path = fmt.Sprintf("/service/%03d/items", i)
+		route.Match.Kind = []mesh.PathMatchKind{mesh.PathExact, mesh.PathPrefix, mesh.PathSeparatedPrefix}[i%3]
+		routes = append(routes, route)
+	}
+	r.Hosts[5000].Routes = routes
+	return r
+}
+
+// searches are requests to the table of large, and the clusters that they go to.
+var searches = []struct {
+	name    string
+	request *Request
+	want    string
+}{
+	{"Exact", request("GET http://s5000.default.svc.cluster.local:80/service/999/items"), "999"},
+	{"Prefix", request("GET http://S5000.default/service/997/items/17?q=1"), "997"},
+	{"Suffix", request("GET http://x.s5000.example/service/001/items", "end-user", "jason", "x-canary", "v1"), "1"},
+	{"None", request("GET http://s5000/other"), "no route"},
+}
+
+func TestSearchesDoNotAllocate(t *testing.T) {
+	table := Of(large())
+	for _, search := range searches {
+		r := *search.request
+		r.Fields = &rawFields{r.Fields.(fieldList)}
+		if got := result(table.Find(&r)); got != search.want {
+			t.Errorf("%s: %s, want %s", search.name, got, search.want)
+		}
+		allocs := testing.AllocsPerRun(100, func() {
+			if c := table.Find(&r); c.Cluster != nil {
+				_ = c.Outcome(&r, false)
+			}
+		})
+		if allocs != 0 {
+			t.Errorf("%s: %v allocations", search.name, allocs)
+		}
+	}
+}
+
+// rawFields are fields that are read without allocation.
+type rawFields struct{ list fieldList }
+
+func (f *rawFields) Len() int { return f.list.Len() }
+
+func (f *rawFields) At(i int) (name, value []byte) { return raw[f.list[2*i]], raw[f.list[2*i+1]] }
+
+var raw = func() map[string][]byte {
+	m := map[string][]byte{}
+	for _, search := range searches {
+		for _, text := range search.request.Fields.(fieldList) {
+			m[text] = []byte(text)
+		}
+	}
+	return m
+}()
+
+func BenchmarkFind(b *testing.B) {
+	table := Of(large())
+	for _, search := range searches {
+		b.Run(search.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				table.Find(search.request)
+			}
+		})
+	}
+}

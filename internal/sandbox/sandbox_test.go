@@ -1,0 +1,76 @@
+package sandbox
+
+import (
+	"encoding/hex"
+	"os"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+func TestListeningSocketsAreFound(t *testing.T) {
+	if !littleEndian {
+		t.Skip("the text is that of a little-endian machine")
+	}
+	const text = `  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0 100 0 0 10 0
+   1: 0100007F:1F91 0200007F:0050 01 00000000:00000000 00:00000000 00000000     0        0 1 1 0 100 0 0 10 0
+   2: B80D0120000000000000000007000000:0050 00000000000000000000000000000000:0000 0A 0 0 0 0 0
+   3: 0000000000000000FFFF00000100007F:0051 00000000000000000000000000000000:0000 0A 0 0 0 0 0
+   4: broken:0050 0 0A
+`
+	want := []string{"127.0.0.1:8080", "[2001:db8::7]:80", "127.0.0.1:81"}
+	if got := parseListening(text); !slices.Equal(got, want) {
+		t.Errorf("parseListening = %q, want %q", got, want)
+	}
+}
+
+// What is reported of a packet is untrusted and may be cut at any byte.
+func TestDestinationsOfPackets(t *testing.T) {
+	for packet, want := range map[string]string{
+		"4500001d000040004011000001020304cb007107" + "c35001bb":                                                   "203.0.113.7:443",
+		"4600001d000040004011000001020304cb007107" + "00000000" + "c3500035":                                      "203.0.113.7:53",
+		"6000000000091140" + "20010db8000000000000000000000001" + "20010db8000200000000000000000007" + "c35001bb": "[2001:db8:2::7]:443",
+	} {
+		raw, err := hex.DecodeString(packet)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := packetDestination(raw); got != want {
+			t.Errorf("packetDestination(%s) = %q, want %q", packet, got, want)
+		}
+		for i := range raw {
+			if got := packetDestination(raw[:i]); got != "" {
+				t.Errorf("packetDestination(%s) = %q", packet[:2*i], got)
+			}
+		}
+	}
+}
+
+func TestOnlyTheHelpersNameIsTheHelper(t *testing.T) {
+	for _, args := range [][]string{{"pillion"}, {"pillion", "8"}, {marker}, {marker, "8", "9"}} {
+		if IsHelper(args) {
+			t.Errorf("IsHelper(%q)", args)
+		}
+	}
+	if !IsHelper([]string{marker, "8"}) {
+		t.Error("the helper is not recognised")
+	}
+	if status := RunHelper([]string{marker, "8"}); status != 1 {
+		t.Errorf("outside a PID namespace, the helper ends with %d", status)
+	}
+}
+
+// Errors that have other causes do not name a setting.
+func TestOtherErrorsAreNotExplained(t *testing.T) {
+	for _, err := range []error{unix.ENOMEM, unix.EAGAIN, os.ErrNotExist} {
+		if got := refused(err, false); got != err {
+			t.Errorf("refused(%v) = %v", err, got)
+		}
+	}
+}

@@ -1,0 +1,226 @@
+package run
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/terminal"
+)
+
+// queueLength is the number of records that wait for the log and the file of records.
+const queueLength = 16 << 10
+
+// records receives closed records, writes them out in a goroutine of its own, and sums them up.
+type records struct {
+	config Config
+	view   *live.View // of the page; nil: there is none
+	sum    summary
+
+	queue   chan live.Record
+	written sync.WaitGroup
+	ending  sync.Once
+	outputs []output
+
+	mu     sync.Mutex
+	number uint64
+	lost   uint64
+	seen   map[string]bool // destinations of rejected datagrams
+}
+
+// output writes records somewhere. It is used by one goroutine.
+type output interface {
+	write(*live.Record) error
+	close() error
+}
+
+func openRecords(config Config) (*records, error) {
+	r := &records{config: config, queue: make(chan live.Record, queueLength), seen: make(map[string]bool)}
+	if config.UI != "" {
+		r.view = live.New(live.Config{Version: config.Version})
+	}
+	if err := r.openLog(); err != nil {
+		r.closeOutputs()
+		return nil, err
+	}
+	if config.Record != "" {
+		if err := r.openFile(config.Record, true); err != nil {
+			r.closeOutputs()
+			return nil, err
+		}
+	}
+	r.written.Go(r.writeAll)
+	return r, nil
+}
+
+// openLog opens the output of Config.Log.
+func (r *records) openLog() error {
+	switch r.config.Log {
+	case "off":
+	case "text":
+		r.outputs = append(r.outputs, &textOutput{out: r.config.Errors, prefix: "pillion: ", file: nopCloser{}})
+	case "json":
+		r.outputs = append(r.outputs, newJSONOutput(r.config.Errors, nopCloser{}))
+	default:
+		return r.openFile(r.config.Log, strings.HasSuffix(r.config.Log, ".json") || strings.HasSuffix(r.config.Log, ".jsonl"))
+	}
+	return nil
+}
+
+// openFile adds an output to a new file. It belongs to the caller alone, because paths and names may be secret.
+func (r *records) openFile(path string, asJSON bool) error {
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return fmt.Errorf("opening the file of records: %w", err)
+	}
+	if asJSON {
+		r.outputs = append(r.outputs, newJSONOutput(file, file))
+	} else {
+		r.outputs = append(r.outputs, &textOutput{out: file, file: file})
+	}
+	return nil
+}
+
+// sinks are the sinks of the flow table.
+func (r *records) sinks() []flow.Sink {
+	if r.view != nil {
+		return []flow.Sink{r.view, r}
+	}
+	return []flow.Sink{r}
+}
+
+// Closed implements flow.Sink. A record that finds the queue full is not written, but summed up.
+func (r *records) Closed(record *flow.Record) { r.add(live.Of(record)) }
+
+func (r *records) add(record live.Record) {
+	r.sum.add(&record)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.number++
+	record.Number = r.number
+	select {
+	case r.queue <- record:
+	default:
+		r.lost++
+	}
+}
+
+// maxSeen bounds the destinations of rejected datagrams that are remembered.
+const maxSeen = 1000
+
+// dropped records a datagram that was rejected, once for each destination.
+func (r *records) dropped(destination string) {
+	r.mu.Lock()
+	known := r.seen[destination] || len(r.seen) >= maxSeen
+	r.seen[destination] = true
+	r.mu.Unlock()
+	if known {
+		return
+	}
+	r.add(live.Record{
+		Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "UDP", Destination: destination,
+		Reason: "udp_rejected", Failed: true, Failure: "UDP is not carried",
+	})
+}
+
+// writeAll writes records until the queue is closed. An output that fails is not used any more.
+func (r *records) writeAll() {
+	for record := range r.queue {
+		for i, o := range r.outputs {
+			if o == nil {
+				continue
+			}
+			if err := o.write(&record); err != nil {
+				r.config.Logger.Warn("cannot write records", "error", err)
+				_ = o.close()
+				r.outputs[i] = nil
+			}
+		}
+	}
+}
+
+// end writes what is queued and the summary. No record may follow. A second call does nothing.
+func (r *records) end() {
+	r.ending.Do(func() {
+		if r.view != nil {
+			r.view.Close()
+		}
+		close(r.queue)
+		r.written.Wait()
+		r.closeOutputs()
+		if r.lost > 0 {
+			r.config.Logger.Warn("records were not written, because their output was too slow", "count", r.lost)
+		}
+		if r.config.Summary {
+			r.sum.print(r.config.Errors)
+		}
+	})
+}
+
+func (r *records) closeOutputs() {
+	for _, o := range r.outputs {
+		if o == nil {
+			continue
+		}
+		if err := o.close(); err != nil {
+			r.config.Logger.Warn("cannot write records", "error", err)
+		}
+	}
+	r.outputs = nil
+}
+
+type nopCloser struct{}
+
+func (nopCloser) Close() error { return nil }
+
+// textOutput writes a line for people. Lines on a terminal end with a carriage return, because the command may have
+// switched off its translation of line feeds.
+type textOutput struct {
+	out    io.Writer
+	prefix string
+	file   io.Closer
+}
+
+func (o *textOutput) write(r *live.Record) error {
+	if !terminal.IsTerminal(o.out) {
+		_, err := fmt.Fprintln(o.out, o.prefix+r.Time.Local().Format("15:04:05.000")+" "+terminal.Brief(r, terminal.Painter(false), 0))
+		return err
+	}
+	columns, _ := terminal.Size(o.out)
+	paint := terminal.NewPainter(o.out)
+	line := terminal.Brief(r, paint, max(0, columns-len(o.prefix)))
+	_, err := io.WriteString(o.out, paint.Paint(terminal.Faint, o.prefix)+line+"\r\n")
+	return err
+}
+
+func (o *textOutput) close() error { return o.file.Close() }
+
+// jsonOutput writes a line of JSON.
+type jsonOutput struct {
+	buffer  *bufio.Writer
+	encoder *json.Encoder
+	file    io.Closer
+}
+
+func newJSONOutput(out io.Writer, file io.Closer) *jsonOutput {
+	o := &jsonOutput{buffer: bufio.NewWriter(out), file: file}
+	o.encoder = json.NewEncoder(o.buffer)
+	o.encoder.SetEscapeHTML(false)
+	return o
+}
+
+func (o *jsonOutput) write(r *live.Record) error {
+	if err := o.encoder.Encode(r); err != nil {
+		return err
+	}
+	return o.buffer.Flush()
+}
+
+func (o *jsonOutput) close() error { return o.file.Close() }

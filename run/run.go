@@ -1,0 +1,155 @@
+// Package run runs a command in a sandbox and carries its traffic: what `pillion run` does.
+//
+// The sandbox redirects the command's connections and DNS queries to sockets that this process holds. They are carried by
+// the outbound role and the resolver of the agent, with sockets of the caller's own network. So the command reaches what
+// the caller reaches, and each connection and request has a record. When the command ends, everything ends.
+package run
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/sandbox"
+)
+
+// Config configures a run. Command, Errors and Log are required.
+type Config struct {
+	Command []string
+	Version string
+
+	Log     string // off, text or json on Errors, or the path of a file; json in a file whose name ends with .json or .jsonl
+	Record  string // file for all records; empty: none
+	Summary bool   // print a table of the destinations at the end
+	UI      string // address of the live page; empty: not served
+
+	HostLoopback capture.Ports    // ports of loopback addresses that lead to the caller's loopback
+	Servers      []netip.AddrPort // DNS servers; empty: those of /etc/resolv.conf
+
+	Errors io.Writer    // for people, such as standard error
+	Logger *slog.Logger // for warnings of the parts
+}
+
+// Exit statuses for a command that could not be started, as those of a shell.
+const (
+	NotExecutable = 126
+	NotFound      = 127
+)
+
+// endTime bounds how long connections may take to end once the command has ended.
+const endTime = 300 * time.Millisecond
+
+// Run runs the command and returns its exit status: 128 and the number of a signal that ended it. An error means that it
+// was not started; status is then what a shell would return.
+func Run(config Config) (status int, err error) {
+	path, status, err := find(config.Command[0])
+	if err != nil {
+		return status, err
+	}
+	r := &run{config: config}
+	defer r.close()
+	if err := r.build(path); err != nil {
+		return 1, err
+	}
+	stop := r.forwardSignals()
+	status, err = r.sandbox.Run()
+	stop()
+	r.end()
+	var start *sandbox.StartError
+	if errors.As(err, &start) {
+		if start.Found {
+			return NotExecutable, err
+		}
+		return NotFound, err
+	}
+	if err != nil {
+		return 1, err
+	}
+	return status, nil
+}
+
+// find returns the program of a command, before anything is set up for it.
+func find(name string) (path string, status int, err error) {
+	path, err = exec.LookPath(name)
+	switch {
+	case err == nil, errors.Is(err, exec.ErrDot):
+		return path, 0, nil
+	case errors.Is(err, os.ErrPermission):
+		return "", NotExecutable, fmt.Errorf("%s: permission denied", name)
+	}
+	return "", NotFound, fmt.Errorf("%s: command not found", name)
+}
+
+// run is a run in progress.
+type run struct {
+	config  Config
+	sandbox *sandbox.Sandbox
+	records *records
+	traffic *traffic
+	page    *page
+}
+
+func (r *run) build(path string) error {
+	var err error
+	if r.records, err = openRecords(r.config); err != nil {
+		return err
+	}
+	r.sandbox, err = sandbox.Start(sandbox.Config{
+		Path: path, Arguments: r.config.Command, IPv6: hasIPv6(), Loopback: r.config.HostLoopback, Dropped: r.records.dropped,
+	})
+	if err != nil {
+		return err
+	}
+	if r.traffic, err = newTraffic(r.config, r.sandbox, r.records); err != nil {
+		return err
+	}
+	if r.config.UI != "" {
+		if r.page, err = servePage(r.config, r.traffic, r.records); err != nil {
+			return err
+		}
+	}
+	r.traffic.start()
+	return nil
+}
+
+// end lets connections end, and prints what is left to print.
+func (r *run) end() {
+	ctx, cancel := context.WithTimeout(context.Background(), endTime)
+	defer cancel()
+	r.traffic.end(ctx)
+	r.records.end()
+}
+
+func (r *run) close() {
+	if r.page != nil {
+		r.page.close()
+	}
+	if r.sandbox != nil {
+		r.sandbox.Close()
+	}
+	if r.traffic != nil {
+		r.traffic.close()
+	}
+	if r.records != nil {
+		r.records.end()
+	}
+}
+
+// hasIPv6 reports whether the caller has a route to IPv6 hosts, global or of a site. Connecting a UDP socket sends nothing.
+func hasIPv6() bool {
+	for _, address := range []string{"[2000::1]:9", "[fd00::1]:9"} {
+		if conn, err := net.Dial("udp6", address); err == nil {
+			conn.Close()
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,100 @@
+package run
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+
+func TestHostsAreRead(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "hosts")
+	text := "127.0.0.1 localhost\n# 203.0.113.1 commented\n203.0.113.2\tDB.example. db # both\n2001:db8::2 db.example\nfe80::1%lo zone\nbroken\n203.0.113.3\n"
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, host := range readHosts(path) {
+		line := host.Name
+		for _, address := range host.Addresses {
+			line += " " + address.String()
+		}
+		got = append(got, line)
+	}
+	if want := []string{"localhost 127.0.0.1", "db.example 203.0.113.2 2001:db8::2", "db 203.0.113.2"}; !slices.Equal(got, want) {
+		t.Errorf("readHosts = %q, want %q", got, want)
+	}
+	if got := readHosts(path + "missing"); got != nil {
+		t.Errorf("a missing file has hosts: %v", got)
+	}
+}
+
+// Each duration is in a bucket whose upper bound exceeds it by at most a sixteenth.
+func TestBucketsAreNarrow(t *testing.T) {
+	for n := uint64(0); n < 1<<40; n += 1 + n/7 {
+		bound := upperBound(bucketOf(n))
+		if bound < n || bound > n+n/perDoubling {
+			t.Fatalf("%d is in a bucket up to %d", n, bound)
+		}
+	}
+}
+
+func TestPercentiles(t *testing.T) {
+	var h histogram
+	for i := 1; i <= 100; i++ {
+		h.add(time.Duration(i) * time.Millisecond)
+	}
+	for share, want := range map[float64]float64{0.5: 50, 0.99: 99, 1: 100} {
+		if got := h.percentile(share); got < want || got > want*(1+1.0/perDoubling) {
+			t.Errorf("percentile(%v) = %v, want %v", share, got, want)
+		}
+	}
+}
+
+func TestTheTableHasARowForEachDestination(t *testing.T) {
+	var s summary
+	s.print(nil) // without traffic there is no table
+	for _, r := range []live.Record{
+		{Request: true, Authority: "b.example", Status: 200, Sent: 10, DurationMS: 2},
+		{Request: true, Authority: "b.example", Status: 503, Failed: true, Reason: "upstream_refused", DurationMS: 2},
+		{Request: true, Authority: "b.example", Status: 302, DurationMS: 2},
+		{SNI: "a.example", Destination: "203.0.113.1:443", Received: 1000, Sent: 1000},
+		{Direction: "inbound", Destination: "127.0.0.1:80", Failed: true, Reason: "upstream_reset"},
+	} {
+		s.add(&r)
+	}
+	var out strings.Builder
+	s.print(&out)
+	var rows [][]string
+	for line := range strings.Lines(out.String()) {
+		rows = append(rows, strings.Fields(line))
+	}
+	want := [][]string{
+		{"destination", "flows", "statuses", "p50", "p99", "bytes", "failures"},
+		{"b.example", "3", "2xx:1", "3xx:1", "5xx:1", "2.0ms", "2.0ms", "10B", "upstream_refused:1"},
+		{"a.example", "1", "-", "0ms", "0ms", "2.0K", "-"},
+		{"←", "127.0.0.1:80", "1", "-", "0ms", "0ms", "0B", "upstream_reset:1"},
+	}
+	for i := range want {
+		if i >= len(rows) || len(rows[i]) != len(want[i]) || i != 1 && !slices.Equal(rows[i][:3], want[i][:3]) {
+			t.Fatalf("the table is\n%s", &out)
+		}
+	}
+}
+
+func TestTheTableIsBounded(t *testing.T) {
+	var s summary
+	for i := range 2 * maxDestinations {
+		s.add(&live.Record{Destination: strings.Repeat("x", i+1)})
+	}
+	if rows := len(s.destinations); rows != maxDestinations+1 || s.destinations[other].flows != maxDestinations {
+		t.Errorf("%d rows", rows)
+	}
+}

@@ -1,0 +1,137 @@
+package run
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/budget"
+	"github.com/pillion-proxy/pillion/internal/dns"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/listener"
+	"github.com/pillion-proxy/pillion/internal/sandbox"
+	"github.com/pillion-proxy/pillion/internal/serve"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+	"github.com/pillion-proxy/pillion/outbound"
+)
+
+// Limits of what the command's connections may hold.
+const (
+	maxHeldBytes  = 64 << 20
+	maxHeadBytes  = 1 << 20
+	maxHeadFields = 10_000
+)
+
+// traffic carries the command's connections and queries.
+type traffic struct {
+	table    *flow.Table
+	poller   *tcp.Poller
+	pool     *upstream.Pool
+	role     *outbound.Proxy
+	listener *listener.Server
+	resolver *dns.Server
+}
+
+func newTraffic(config Config, box *sandbox.Sandbox, records *records) (*traffic, error) {
+	t := &traffic{table: flow.NewTable(records.sinks()...), pool: upstream.NewPool(0)}
+	var err error
+	if t.poller, err = tcp.NewPoller(); err != nil {
+		return nil, err
+	}
+	if err := t.addOutbound(config, box); err != nil {
+		t.close()
+		return nil, err
+	}
+	if err := t.addResolver(config, box); err != nil {
+		t.close()
+		return nil, err
+	}
+	return t, nil
+}
+
+// settings are those of all connections. Bytes that decide the protocol are held for a short time only, because the command
+// runs beside a person.
+func settings() serve.Settings {
+	return serve.Settings{
+		ConnectTimeout: 2 * time.Minute, DetectionDelay: 5 * time.Millisecond, DetectionHold: time.Second,
+	}
+}
+
+func (t *traffic) forwarding() httpforward.Config {
+	return httpforward.Config{
+		Pool: t.pool, Budget: budget.New(maxHeldBytes),
+		Settings: httpforward.Settings{MaxHeadBytes: maxHeadBytes, MaxHeadFields: maxHeadFields},
+	}
+}
+
+func (t *traffic) addOutbound(config Config, box *sandbox.Sandbox) error {
+	server := &listener.Server{Name: "outbound", Limit: listener.NewLimit(0), Log: config.Logger}
+	var ports []uint16
+	for _, bound := range box.TCP {
+		ports = append(ports, bound.Addr().(*net.TCPAddr).AddrPort().Port())
+		adopted, err := t.poller.Adopt(bound)
+		if err != nil {
+			return err
+		}
+		server.Listeners = append(server.Listeners, adopted)
+	}
+	role, err := outbound.New(outbound.Config{
+		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: t.forwarding(),
+	})
+	if err != nil {
+		return err
+	}
+	t.role, server.Handler, t.listener = role, role, server
+	return nil
+}
+
+// closed are the addresses at which the ports of the listeners are not a destination: the sandbox's own.
+type closed struct{}
+
+// Contains implements outbound.Addresses.
+func (closed) Contains(address netip.Addr) bool {
+	return address.IsLoopback() || address == sandbox.Address4 || address == sandbox.Address6
+}
+
+func (t *traffic) addResolver(config Config, box *sandbox.Sandbox) error {
+	servers, err := nameServers(config.Servers)
+	if err != nil {
+		return err
+	}
+	resolver, err := dns.New(dns.Config{
+		UDP: box.DNS, TCP: box.DNSTCP, Upstreams: servers, CacheSize: dns.DefaultCacheSize, Log: config.Logger,
+	})
+	if err != nil {
+		return err
+	}
+	table, _ := dns.NewTable(readHosts(hostsFile), dns.Scope{}) // invalid names cannot be queried
+	resolver.SetNames(table)
+	t.resolver = resolver
+	return nil
+}
+
+func (t *traffic) start() {
+	t.listener.Start()
+	t.resolver.Start()
+}
+
+// end lets connections end in order until ctx is done, and cuts the others.
+func (t *traffic) end(ctx context.Context) {
+	t.listener.Stop()
+	t.role.Drain()
+	t.poller.WakeAll()
+	_ = t.listener.Wait(ctx)
+	t.listener.Abort()
+	_ = t.resolver.Shutdown(ctx)
+	t.poller.Settle(ctx)
+}
+
+func (t *traffic) close() {
+	t.pool.Close()
+	if t.poller != nil {
+		t.poller.Close()
+	}
+}
