@@ -102,6 +102,22 @@ type Security struct {
 	Exchanges bool // the peer describes its workload in a preamble; see SetWorkload
 
 	Version, Cipher string // names of the version of TLS and of its cipher suite, as OpenSSL has them
+
+	// The certificates, if Fields asks for them; nil otherwise, and of a side without one.
+	PeerCertificate, OwnCertificate *Certificate
+}
+
+// Certificate is what access logs print of a certificate. Several values are joined by commas. Its owner has chosen its
+// text. It is never modified.
+type Certificate struct {
+	URIs, DNS, IPs, Emails string // names
+	Subject, Issuer        string // as text of RFC 2253
+	Serial, SHA256, SHA1   string // hexadecimal
+	PEM                    string // with the bytes encoded that URLs do not have
+
+	ChainSerials, ChainSHA256, ChainSHA1 string // of it and of the other certificates that were sent
+
+	NotBefore, NotAfter time.Time // in UTC
 }
 
 // Workload describes the workload of the other side, as its proxy has sent it. The names are not authenticated. Those that
@@ -173,8 +189,12 @@ type Request struct {
 	ServiceTime                 time.Duration // from the end of the dial to the head of the response; with Status from upstream
 }
 
-// Fields names additional header fields, in lower case, whose values records carry.
-type Fields struct{ Request, Response []string }
+// Fields is what records carry in addition: the values of header fields, whose names are in lower case, and the
+// certificates of TLS.
+type Fields struct {
+	Request, Response []string
+	Certificates      bool
+}
 
 // Remote returns the address of the side that is not this workload.
 func (r *Record) Remote() netip.Addr {
@@ -182,6 +202,17 @@ func (r *Record) Remote() netip.Addr {
 		return r.OriginalDestination.Addr()
 	}
 	return r.Downstream.Addr()
+}
+
+// DownstreamFailure returns why TLS with downstream failed, in Envoy's manner; empty if it did not.
+func (r *Record) DownstreamFailure() string {
+	switch r.Reason {
+	case TLSFailed, TLSTimeout, TLSPeerRefused, TLSNoIdentity:
+		if r.Err != nil {
+			return "TLS_error: " + r.Err.Error()
+		}
+	}
+	return ""
 }
 
 // IsRequest reports whether the record describes a request, as opposed to a connection.

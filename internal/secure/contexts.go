@@ -2,6 +2,7 @@ package secure
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -210,6 +211,18 @@ func (c *Contexts) certificate(name string) (*tls.Certificate, error) {
 		pair.OCSPStaple = secret.Certificate.OCSP
 		return &pair, nil
 	})
+}
+
+// Presented returns the chain that servers of a cluster see if they ask for a certificate; nil: none.
+func (c *Contexts) Presented(t *mesh.UpstreamTLS) []*x509.Certificate {
+	if t.Certificate == "" {
+		return nil
+	}
+	certificate, err := c.certificate(t.Certificate)
+	if err != nil || certificate.Leaf == nil {
+		return nil
+	}
+	return []*x509.Certificate{certificate.Leaf}
 }
 
 // trust returns the current roots with a name.

@@ -41,6 +41,14 @@ func (s *Session) Own() string {
 	return spiffeID(s.Local)
 }
 
+// Presented returns the certificate that a server presented; nil: none, or this side is the client.
+func (s *Session) Presented() []*x509.Certificate {
+	if s.Local == nil {
+		return nil
+	}
+	return []*x509.Certificate{s.Local}
+}
+
 // Server performs the server's part of a handshake, and leaves TLS between c and its socket. read has bytes of c that were
 // read before; it may be nil, and belongs to c from now on. w is the waiter of c's owner, who is blocked until the handshake
 // has ended or the deadline has passed; a zero deadline is none. memory accounts for the handshake while it waits. An error

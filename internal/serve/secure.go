@@ -42,6 +42,9 @@ func (c *Conn) terminate(g *governed) bool {
 		return c.rejectTLS(err)
 	}
 	g.secured, c.Record.Security = true, securityOf(session)
+	if c.role.describesCertificates() {
+		c.Record.Security.PeerCertificate, c.Record.Security.OwnCertificate = secure.Describe(session.Chain), secure.Describe(session.Presented())
+	}
 	c.Record.Security.Exchanges = session.Exchange(c.role.peers, describe(c.Record))
 	if g.chain.HTTP != nil {
 		if g.peers, err = peerFields(g.chain.HTTP, session); err != nil {
@@ -110,6 +113,9 @@ func (c *Conn) inside() secure.Inside {
 	return secure.TCP
 }
 
+// describesCertificates reports whether records carry certificates.
+func (r *Role) describesCertificates() bool { return r.engine.Settings().Note.Certificates }
+
 // describe returns a function that sets the workload of the other side in a record, if its identity agrees.
 func describe(record *flow.Record) func(*flow.Workload) {
 	return func(w *flow.Workload) {
@@ -135,6 +141,10 @@ func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Wa
 			return &upstream.HandshakeError{Reason: upstreamReason(err), Err: err}
 		}
 		record.Security = role.security(t, session)
+		if role.describesCertificates() {
+			record.Security.PeerCertificate = secure.Describe(session.Chain)
+			record.Security.OwnCertificate = secure.Describe(role.contexts.Presented(t))
+		}
 		record.Security.Exchanges = session.Exchange(role.peers, describe(record))
 		return nil
 	}
