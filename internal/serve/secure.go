@@ -29,7 +29,8 @@ func (c *Conn) Secure() bool {
 func (c *Conn) terminate(g *governed) bool {
 	var reason flow.Reason
 	var err error
-	apart(func() { reason, err = c.handshakeDown(g) })
+	walk := *c // so that c, which every connection has, need not leave its goroutine's stack
+	apart(func() { reason, err = walk.handshakeDown(g) })
 	switch {
 	case reason == flow.MeshRefused:
 		return c.abandon(reason, err)
