@@ -28,6 +28,7 @@ type IdentityStatus struct {
 	Renewals  int64
 	Failures  int64
 	LastError error
+	Renewal   time.Time // when the next certificate is fetched, or after a failure the next attempt; zero: not known
 }
 
 // Status returns the current state.
@@ -57,7 +58,7 @@ func (s *Session) identityStatus() IdentityStatus {
 		return IdentityStatus{}
 	}
 	kept := s.keeper.Status()
-	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError}
+	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError, Renewal: kept.Next}
 	switch {
 	case s.config.Pod.Socket != nil:
 		status.Source = "socket"
