@@ -29,6 +29,10 @@ type IdentityStatus struct {
 	Failures  int64
 	LastError error
 	Renewal   time.Time // when the next certificate is fetched, or after a failure the next attempt; zero: not known
+
+	// Why revocation lists are not used as they are, and why the output directory does not have the current identity. nil: all
+	// is well.
+	RevocationError, OutputError error
 }
 
 // Status returns the current state.
@@ -58,7 +62,7 @@ func (s *Session) identityStatus() IdentityStatus {
 		return IdentityStatus{}
 	}
 	kept := s.keeper.Status()
-	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError, Renewal: kept.Next}
+	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError, RevocationError: kept.RevocationError, OutputError: kept.OutputError, Renewal: kept.Next}
 	switch {
 	case s.config.Pod.Socket != nil:
 		status.Source = "socket"
