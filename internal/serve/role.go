@@ -21,6 +21,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -38,6 +39,9 @@ type Config struct {
 	// snapshot.
 	Mesh Mesh
 	Wait time.Duration
+
+	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
+	Peers *peers.Exchange
 
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
 	// has itself.
@@ -96,7 +100,10 @@ type Role struct {
 	settings  atomic.Pointer[Settings]
 	mesh      Mesh
 	contexts  *secure.Contexts // nil without mesh
-	wait      time.Duration
+	peers     *peers.Exchange  // nil: metadata is not exchanged
+
+	exchanging [2]*httpforward.PeerFields // with peers, by the treatment of x-forwarded-client-cert
+	wait       time.Duration
 }
 
 // NewRole checks the configuration.
@@ -108,6 +115,7 @@ func NewRole(config Config) (*Role, error) {
 		direction: config.Direction,
 		flows:     config.Flows,
 		mesh:      config.Mesh,
+		peers:     config.Peers,
 		wait:      config.Wait,
 		budget:    config.HTTP.Budget,
 		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
@@ -126,8 +134,16 @@ func NewRole(config Config) (*Role, error) {
 	if r.mesh != nil {
 		r.contexts = secure.NewContexts(r.mesh)
 	}
+	r.initExchange()
 	r.settings.Store(&config.Settings)
 	return r, nil
+}
+
+// initExchange makes the treatments of peers with an exchange of metadata.
+func (r *Role) initExchange() {
+	for _, treatment := range []httpforward.ClientCert{httpforward.KeepClientCert, httpforward.RemoveClientCert} {
+		r.exchanging[treatment] = &httpforward.PeerFields{ClientCert: treatment, Exchange: r.peers, Introduces: r.direction == flow.Outbound}
+	}
 }
 
 // Apply replaces the settings for connections that are opened from now on. Those of HTTP also apply to later requests of
