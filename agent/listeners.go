@@ -73,6 +73,7 @@ func (a *Agent) addListeners() error {
 		HTTP:         a.forwarding(inboundPool, a.config.HTTP.InboundFields),
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
+		Peers:        a.plane.peers,
 	})
 	if err != nil {
 		return err
@@ -94,6 +95,7 @@ func (a *Agent) addListeners() error {
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
 		Lookup:       a.lookup(),
+		Peers:        a.plane.peers,
 	})
 	if err != nil {
 		return err

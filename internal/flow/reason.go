@@ -156,7 +156,7 @@ var Explanations = []Explanation{
 	{MeshRefused, envoy.FlagNoRouteFound, "", "",
 		"The control plane's configuration closes the connection, or has policies or routes for it that are not supported yet; the log has the cause."},
 	{PolicyDenied, "", "", "",
-		"An authorization policy denies the connection or the request, which is answered 403; the details and the log name the policy."},
+		"An authorization policy denies the connection or the request, which is answered 403, or a token is missing or not accepted (401); the details and the log say which."},
 	{TLSFailed, "", "", "",
 		"The TLS handshake failed: the peer does not speak TLS, has no version or cipher suite in common with pillion, or rejected pillion's certificate; the log has the cause."},
 	{TLSTimeout, "", "", "",

@@ -41,6 +41,7 @@ type progress struct {
 	options        http1.Options // connection options of the request
 	upgrade        bool          // the request asks for another protocol, and the upstream head repeats that
 	answered       bool          // the head of the final response is built
+	introduced     introduced    // what the client has sent of itself
 	upgraded       bool          // the final response switches protocols
 	closing        bool          // the response announces the close, or downstream expects it
 	upstreamCloses bool
@@ -115,6 +116,10 @@ func (x *exchange) release() {
 func (x *exchange) recordRequest(b []byte) {
 	h, to := &x.requestHead, &x.http
 	x.record.Cluster, x.record.Route, x.record.Security = x.s.Record.Cluster, x.s.Record.Route, x.s.Record.Security
+	x.record.Workload.Set(x.s.Record.Workload.Get())
+	if x.s.Peers.readsRequests() {
+		x.introduced = x.s.meet(&x.record, h, b)
+	}
 	x.recordLine(b)
 	x.recordAuthority(b)
 	to.ID = x.copyField(h, b, http1.XRequestID)

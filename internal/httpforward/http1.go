@@ -167,7 +167,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	routed := x.route(b)
 	x.request.src = x.s.Down
 	head := x.request.reserve(x.requestHead.Length + addedFields + x.s.Peers.added())
-	if editsRequest(x.decision.Plan) || x.decision.Path != nil {
+	if editsRequest(x.decision.Plan) || x.decision.Path != nil || len(x.decision.Edits) > 0 {
 		x.request.head = x.appendEditedRequest(head, b)
 	} else {
 		x.request.head = x.appendRequestHead(head, b)
@@ -199,11 +199,14 @@ func (x *exchange) route(b []byte) bool {
 	x.decision = s.Router.Route(x.view(b))
 	d := &x.decision
 	x.record.Cluster, x.record.Route = d.Cluster, d.Route
+	if d.Peers != nil {
+		s.Peers = d.Peers
+	}
 	if d.Plan != nil {
 		x.takePlan(b)
 	}
-	if d.Path != nil {
-		x.takePath()
+	if d.Path != nil || len(d.Edits) > 0 {
+		x.takeChanges()
 	}
 	if d.noRoute() {
 		return d.Reply != nil

@@ -24,8 +24,8 @@ func TestTheClientCertificateFieldIsTreatedAsConfigured(t *testing.T) {
 		"no mesh": {nil, "", "Hash=1", `Hash=1|Hash=2;Subject="CN=a,O=b"`},
 		"keep":    {&PeerFields{}, "", "Hash=1", `Hash=1|Hash=2;Subject="CN=a,O=b"`},
 		"remove":  {&PeerFields{ClientCert: RemoveClientCert}, "", "", ""},
-		"append":  {&PeerFields{AppendClientCert, "Hash=own"}, "Hash=own", "Hash=1,Hash=own", `Hash=1,Hash=2;Subject="CN=a,O=b",Hash=own`},
-		"replace": {&PeerFields{ReplaceClientCert, "Hash=own"}, "Hash=own", "Hash=own", "Hash=own"},
+		"append":  {&PeerFields{ClientCert: AppendClientCert, Element: "Hash=own"}, "Hash=own", "Hash=1,Hash=own", `Hash=1,Hash=2;Subject="CN=a,O=b",Hash=own`},
+		"replace": {&PeerFields{ClientCert: ReplaceClientCert, Element: "Hash=own"}, "Hash=own", "Hash=own", "Hash=own"},
 	} {
 		for _, two := range []bool{false, true} {
 			got := seenFields(t, two, c.peers, clientCertField, never, once, twice)
@@ -66,7 +66,7 @@ func seenFields(t *testing.T, two bool, peers *PeerFields, field string, request
 func TestTheClientCertificateFieldCannotBeSmuggled(t *testing.T) {
 	o := newOrigin(t)
 	r := newRig(t, o.address, false, plain)
-	r.set(func() { r.peers = &PeerFields{AppendClientCert, "Hash=own"} })
+	r.set(func() { r.peers = &PeerFields{ClientCert: AppendClientCert, Element: "Hash=own"} })
 	client := r.dial(t)
 	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\nX-FORWARDED-Client-cert:\r\nConnection: x-forwarded-client-cert\r\n\r\n")
 	server := o.accept()
@@ -89,7 +89,7 @@ func TestTrailersOfHTTP2HaveNoClientCertificateField(t *testing.T) {
 		io.Copy(io.Discard, r.Body)
 		seen <- r.Trailer
 	}), true)
-	r.set(func() { r.peers = &PeerFields{AppendClientCert, "Hash=own"} })
+	r.set(func() { r.peers = &PeerFields{ClientCert: AppendClientCert, Element: "Hash=own"} })
 	request, _ := http.NewRequestWithContext(t.Context(), "POST", "http://"+r.address, io.MultiReader(strings.NewReader("body")))
 	request.Trailer = http.Header{http.CanonicalHeaderKey(clientCertField): {"Hash=forged"}, "Other": {"kept"}}
 	response, err := http2Client(t).Do(request)

@@ -59,6 +59,10 @@ type Decision struct {
 	// upstream in the place of the one that was received, before Plan rewrites it. It is valid until the next call of Route.
 	Path []byte
 
+	// Edits are changes of the request's header besides the Plan's, which are made after them. They may be of this request
+	// only.
+	Edits []route.Edit
+
 	Reply *route.Reply  // is sent in place of a response; nil: the request is forwarded
 	Plan  *route.Plan   // what the route changes; nil: the request passes as it is
 	Delay time.Duration // before anything is dialled or replied, by fault injection
@@ -66,6 +70,10 @@ type Decision struct {
 
 	HTTP2        bool // the protocol of the endpoint is HTTP/2; without it HTTP/1.1
 	AsDownstream bool // the protocol of the endpoint is downstream's
+
+	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
+	// cluster: only those of the mesh receive metadata.
+	Peers *PeerFields
 
 	Mirrors []Mirror // where copies of the request go, at most MaxMirrors
 }

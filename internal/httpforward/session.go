@@ -297,7 +297,7 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.
 	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
-	if s.up != nil && s.use.Over(wanted.Options, now) {
+	if s.up != nil && wanted.Over(&s.use, now) {
 		s.closeUpstream()
 	}
 	if s.up != nil {
@@ -323,7 +323,7 @@ func (s *session) dial(wanted *upstream.Target, settings *Settings) (attempts in
 		return attempts, err
 	}
 	s.up, s.used, s.lastUse, s.use = up, false, time.Time{}, upstream.Use{}
-	if wanted.Options != nil && wanted.Options.Life > 0 {
+	if wanted.Security != nil && wanted.Security.Life > 0 {
 		s.use.Opened = time.Now().UnixNano()
 	}
 	return attempts, nil

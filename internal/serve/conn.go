@@ -148,9 +148,7 @@ func (c *Conn) Dial(to *upstream.Target) bool {
 		return c.abandon(upstream.Reason(err), err)
 	}
 	c.Record.UpstreamLocal = up.LocalAddr()
-	if s, secured := up.Label().(*flow.Security); secured {
-		c.Record.Security = s
-	}
+	c.note(up)
 	c.sniffer.Up = up
 	return true
 }

@@ -61,13 +61,14 @@ func (r *Role) endpoint(s *mesh.Snapshot, config *mesh.Cluster, request *balance
 		choice.Lease.End(balance.Outcome{GRPC: -1})
 		return nil, refusedTransport
 	}
-	switch {
-	case t != nil && t.TLS != nil:
-		*to = upstream.Target{Address: choice.Address, Security: r.security(t.TLS, inside, s), Options: r.options(config)}
-	case choice.Endpoint == nil: // as without a control plane: it may be the address of a Service
+	var tls *mesh.UpstreamTLS
+	if t != nil {
+		tls = t.TLS
+	}
+	if tls == nil && choice.Endpoint == nil { // as without a control plane: it may be the address of a Service
 		*to = upstream.Target{Address: choice.Address, Balanced: true}
-	default:
-		*to = upstream.Target{Address: choice.Address, Options: r.options(config)}
+	} else {
+		*to = upstream.Target{Address: choice.Address, Security: r.security(tls, inside, s, r.options(config))}
 	}
 	return choice.Lease, nil
 }
@@ -151,7 +152,11 @@ func (c *Conn) chooseCluster(g *governed, to *upstream.Target) *failure {
 	if g.chain.TCP.HashSource {
 		request.Hash, request.Hashed = balance.HashAddress(c.Record.Downstream.Addr()), true
 	}
-	lease, failed := c.role.endpoint(g.snapshot, config, &request, inside(c.protocol), to)
+	in := inside(c.protocol)
+	if in == secure.TCP && c.role.peers != nil && config.HasMetadataPeer {
+		in = secure.MetadataTCP
+	}
+	lease, failed := c.role.endpoint(g.snapshot, config, &request, in, to)
 	g.lease = lease
 	return failed
 }
@@ -207,7 +212,7 @@ func (c *Conn) Confirm(to *upstream.Target) bool {
 	if !c.Admit() {
 		return false
 	}
-	if g.chain == before && (!c.HTTP() || to.Security == nil) {
+	if g.chain == before && (!c.HTTP() || !to.Secured()) {
 		return true
 	}
 	if up := c.sniffer.Up; up != nil {

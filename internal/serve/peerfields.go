@@ -16,6 +16,32 @@ var (
 // peers returns the treatment of fields about peers in the HTTP of a connection. Without a control plane, and in a filter
 // chain for TCP, they are fields like any other.
 func (c *Conn) peers() *httpforward.PeerFields {
+	switch p := c.clientFields(); {
+	case p == nil || !c.exchanges():
+		return p
+	case p == keptClientCert || p == removedClientCert:
+		return c.role.exchanging[p.ClientCert]
+	default:
+		p.Exchange = c.role.peers // p is the connection's own
+		return p
+	}
+}
+
+// exchanges reports whether metadata is exchanged with the peer of a connection of HTTP, as far as its filters and its
+// cluster decide that. Servers outside of the mesh do not receive it.
+func (c *Conn) exchanges() bool {
+	g := c.governed
+	switch {
+	case c.role.peers == nil:
+		return false
+	case c.role.direction == flow.Outbound:
+		return g.routing != nil && g.routing.pinned != nil && g.routing.exchanges(g.routing.pinned.config)
+	}
+	return g.chain != nil && g.chain.HTTP.ExchangesMetadata()
+}
+
+// clientFields is peers without the exchange of metadata.
+func (c *Conn) clientFields() *httpforward.PeerFields {
 	g := c.governed
 	switch {
 	case g == nil:

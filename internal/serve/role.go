@@ -23,6 +23,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -43,6 +44,9 @@ type Config struct {
 
 	// Lookup resolves the names of Mesh's clusters; nil: such clusters have no endpoints.
 	Lookup balance.Lookup
+
+	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
+	Peers *peers.Exchange
 
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
 	// has itself.
@@ -101,7 +105,10 @@ type Role struct {
 	settings  atomic.Pointer[Settings]
 	mesh      Mesh
 	contexts  *secure.Contexts // nil without mesh
-	wait      time.Duration
+	peers     *peers.Exchange  // nil: metadata is not exchanged
+
+	exchanging [2]*httpforward.PeerFields // with peers, by the treatment of x-forwarded-client-cert
+	wait       time.Duration
 
 	balancer   *balance.Balancer // nil without mesh, and inbound
 	securities atomic.Pointer[map[secured]*upstream.Security]
@@ -118,6 +125,7 @@ func NewRole(config Config) (*Role, error) {
 		direction: config.Direction,
 		flows:     config.Flows,
 		mesh:      config.Mesh,
+		peers:     config.Peers,
 		wait:      config.Wait,
 		budget:    config.HTTP.Budget,
 		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
@@ -141,8 +149,16 @@ func NewRole(config Config) (*Role, error) {
 	if r.mesh != nil && r.direction == flow.Outbound {
 		r.balancer = balance.New(balance.Config{Snapshot: r.mesh.Snapshot, Lookup: config.Lookup})
 	}
+	r.initExchange()
 	r.settings.Store(&config.Settings)
 	return r, nil
+}
+
+// initExchange makes the treatments of peers with an exchange of metadata.
+func (r *Role) initExchange() {
+	for _, treatment := range []httpforward.ClientCert{httpforward.KeepClientCert, httpforward.RemoveClientCert} {
+		r.exchanging[treatment] = &httpforward.PeerFields{ClientCert: treatment, Exchange: r.peers, Introduces: r.direction == flow.Outbound}
+	}
 }
 
 // Apply replaces the settings for connections that are opened from now on. Those of HTTP also apply to later requests of
@@ -181,11 +197,13 @@ func (r *Role) Refuse(down *tcp.Conn) {
 // Open begins the walk of a connection. The returned Conn owns it from then on. When ctx ends, the connection is reset.
 // The caller must close the Conn.
 func (r *Role) Open(ctx context.Context, down *tcp.Conn) Conn {
+	w, record := tcp.NewWaiter(ctx), flow.Open(r.direction, down.RemoteAddr())
+	w.Begin(down, down.RemoteAddr().Addr())
 	return Conn{
 		Down:     down,
-		Record:   flow.Open(r.direction, down.RemoteAddr()),
+		Record:   record,
 		Settings: r.settings.Load(),
 		role:     r,
-		w:        tcp.NewWaiter(ctx),
+		w:        w,
 	}
 }

@@ -23,6 +23,7 @@ type routing struct {
 	inside secure.Inside
 
 	judged  *mesh.Snapshot // by the last request, and what follows from it
+	manager *mesh.HTTPManager
 	routes  *mesh.Routes
 	table   *route.Table
 	refused *route.Reply // not nil: the reply to all requests
@@ -36,8 +37,8 @@ type routing struct {
 
 // pinned is the upstream of an HTTP/2 connection.
 type pinned struct {
-	cluster string
-	target  upstream.Target
+	config *mesh.Cluster
+	target upstream.Target
 }
 
 func (c *Conn) newRouting(g *governed) *routing {
@@ -53,7 +54,7 @@ func (c *Conn) newRouting(g *governed) *routing {
 
 // judge finds the routes of the connection in a snapshot.
 func (r *routing) judge(s *mesh.Snapshot) {
-	r.judged, r.table, r.refused = s, nil, nil
+	r.judged, r.manager, r.table, r.refused = s, nil, nil, nil
 	chain, refusal := s.Outbound(&r.info)
 	switch {
 	case refusal != "":
@@ -61,6 +62,7 @@ func (r *routing) judge(s *mesh.Snapshot) {
 	case chain == nil || chain.HTTP == nil:
 		// The destination is no longer one of HTTP. The connection goes on as one without a listener.
 	default:
+		r.manager = chain.HTTP
 		if r.routes = s.Routes(chain.HTTP); r.routes == nil {
 			r.refused = route.NoRoute
 			return
@@ -153,12 +155,20 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 		return
 	}
 	d.Lease = lease
+	if d.Peers = withoutClient(r.manager); r.exchanges(config) {
+		d.Peers = r.role.exchanging[d.Peers.ClientCert]
+	}
+}
+
+// exchanges reports whether metadata is exchanged with the hosts of a cluster. Those outside of the mesh do not receive it.
+func (r *routing) exchanges(with *mesh.Cluster) bool {
+	return r.role.peers != nil && r.manager.ExchangesMetadata() && !with.External && with.Discovery != mesh.OriginalDestination
 }
 
 // sendPinned sends a request of an HTTP/2 connection to the connection's endpoint, if that is one of the request's cluster.
 // Another request cannot be carried on this connection, and is answered 421.
 func (r *routing) sendPinned(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
-	if config.Name == r.pinned.cluster {
+	if config.Name == r.pinned.config.Name {
 		var failed balance.Failure
 		if d.Lease, failed = r.role.balancer.Cluster(s, config).At(r.pinned.target.Address, &r.pick); failed != balance.None {
 			d.Reply = overflow.reply
@@ -224,7 +234,7 @@ func (r *routing) pin(to *upstream.Target) *failure {
 		return failed
 	}
 	lease.End(balance.Outcome{GRPC: -1}) // its requests have leases of their own
-	r.pinned = &pinned{config.Name, *to}
+	r.pinned = &pinned{config, *to}
 	return nil
 }
 

@@ -59,7 +59,7 @@ func TestARoutedRequestDoesNotAllocate(t *testing.T) {
 	q := &httpforward.Request{Method: []byte("GET"), Path: []byte("/a"), Authority: []byte("web"), Scheme: []byte("http"), Fields: fields(nil)}
 	if n := testing.AllocsPerRun(1000, func() {
 		d := r.Route(q)
-		if d.Reply != nil || d.Lease == nil || d.Target.Security == nil {
+		if d.Reply != nil || d.Lease == nil || !d.Target.Secured() {
 			t.Fatalf("%+v", d)
 		}
 		d.Lease.End(httpforward.Outcome{Status: 200, GRPC: -1, Connected: true})

@@ -55,7 +55,7 @@ func apart(deep func()) {
 
 // handshakeDown performs the handshake with downstream. It returns the reason with an error.
 func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
-	context, err := c.role.contexts.Server(g.chain.TLS)
+	context, err := c.role.contexts.Server(g.chain.TLS, g.chain.HasMetadata && c.role.peers != nil)
 	if err != nil {
 		return flow.MeshRefused, err
 	}
@@ -73,6 +73,10 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 		return handshakeReason(err), err
 	}
 	g.secured, g.names, c.Record.Security = true, session.PeerNames(), securityOf(session)
+	if c.role.describesCertificates() {
+		c.Record.Security.PeerCertificate, c.Record.Security.OwnCertificate = secure.Describe(session.Chain), secure.Describe(session.Presented())
+	}
+	c.Record.Security.Exchanges = session.Exchange(c.role.peers, describe(c.Record))
 	return "", nil
 }
 
@@ -88,21 +92,21 @@ func inside(protocol sniff.Protocol) secure.Inside {
 
 // secured identifies upstream connections that are secured in the same way.
 type secured struct {
-	by     *mesh.UpstreamTLS
-	inside secure.Inside
-	roots  any // *identity.Roots or *mesh.Secret: connections that were verified by others are not used for new requests
+	by      *mesh.UpstreamTLS // nil: they are plain
+	inside  secure.Inside
+	roots   any // *identity.Roots or *mesh.Secret: connections that were verified by others are not used for new requests
+	options *upstream.Options
 }
 
 // maxSecurities bounds the values that are kept for a role. Without them, connections are not reused.
 const maxSecurities = 1024
 
-// security returns what secures connections. The same value is returned for connections that are interchangeable.
-func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snapshot) *upstream.Security {
-	key := secured{by: t, inside: inside}
-	if own := r.mesh.Identity(); t.Roots == secure.OwnRoots && own != nil {
-		key.roots = own.Roots
-	} else if secret := s.Secret(t.Roots); secret != nil {
-		key.roots = secret
+// security returns what secures and limits connections. The same value is returned for connections that are
+// interchangeable.
+func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snapshot, o *upstream.Options) *upstream.Security {
+	key := secured{by: t, options: o}
+	if t != nil {
+		key.inside, key.roots = inside, r.roots(t, s)
 	}
 	if known := (*r.securities.Load())[key]; known != nil {
 		return known
@@ -117,13 +121,46 @@ func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snaps
 	if len(before) < maxSecurities {
 		maps.Copy(next, before)
 	}
-	made := &upstream.Security{Handshake: r.handshake(t, inside)}
+	made := &upstream.Security{Options: *o}
+	if t != nil {
+		made.Handshake = r.handshake(t, inside)
+	}
 	next[key] = made
 	r.securities.Store(&next)
 	return made
 }
 
-// handshake returns what secures an upstream connection. The connection's label describes the result.
+// roots identifies what servers are verified with now; nil: it has not come, or they are not verified.
+func (r *Role) roots(t *mesh.UpstreamTLS, s *mesh.Snapshot) any {
+	if own := r.mesh.Identity(); t.Roots == secure.OwnRoots && own != nil {
+		return own.Roots
+	}
+	if secret := s.Secret(t.Roots); secret != nil {
+		return secret
+	}
+	return nil
+}
+
+// describesCertificates reports whether records carry certificates.
+func (r *Role) describesCertificates() bool { return r.engine.Settings().Note.Certificates }
+
+// describe returns a function that sets the workload of the other side in a record, if its identity agrees.
+func describe(record *flow.Record) func(*flow.Workload) {
+	return func(w *flow.Workload) {
+		if record.Security.Agrees(w) {
+			record.Workload.Set(w)
+		}
+	}
+}
+
+// exchangeable is the label of a connection on which metadata may be exchanged. It is not pooled.
+type exchangeable struct {
+	*flow.Security
+	session *secure.Session
+}
+
+// handshake returns what secures an upstream connection. The connection's label describes the result: a *flow.Security, or
+// for MetadataTCP an exchangeable.
 func (r *Role) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
 	return func(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) error {
 		context, err := r.contexts.Client(t, inside)
@@ -138,8 +175,25 @@ func (r *Role) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Wa
 		if err != nil {
 			return &upstream.HandshakeError{Reason: upstreamReason(err), Err: err}
 		}
-		up.SetLabel(r.describe(t, session))
+		s := r.securityOf(t, session)
+		if inside == secure.MetadataTCP {
+			up.SetLabel(&exchangeable{s, session})
+		} else {
+			up.SetLabel(s)
+		}
 		return nil
+	}
+}
+
+// note records the TLS of the upstream connection, and begins the exchange of metadata on it.
+func (c *Conn) note(up *tcp.Conn) {
+	switch label := up.Label().(type) {
+	case *flow.Security:
+		c.Record.Security = label
+	case *exchangeable:
+		c.Record.Security = label.Security
+		label.Exchanges = label.session.Exchange(c.role.peers, describe(c.Record))
+		up.SetLabel(label.Security)
 	}
 }
 
@@ -150,12 +204,16 @@ func securityOf(s *secure.Session) *flow.Security {
 	}
 }
 
-// describe describes TLS with an upstream.
-func (r *Role) describe(t *mesh.UpstreamTLS, session *secure.Session) *flow.Security {
+// securityOf describes TLS with an upstream.
+func (r *Role) securityOf(t *mesh.UpstreamTLS, session *secure.Session) *flow.Security {
 	s := securityOf(session)
 	s.Mutual = t.Certificate != ""
 	if own := r.mesh.Identity(); own != nil && t.Certificate == secure.OwnCertificate {
 		s.Own = own.SPIFFE
+	}
+	if r.describesCertificates() {
+		s.PeerCertificate = secure.Describe(session.Chain)
+		s.OwnCertificate = secure.Describe(r.contexts.Presented(t))
 	}
 	return s
 }

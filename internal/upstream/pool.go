@@ -23,11 +23,26 @@ type Target struct {
 	// the next one may reach another server: see Dialer.Dial.
 	Balanced bool
 
-	// Security secures the connections; nil: they are plain. Connections with different values are not interchangeable.
+	// Security secures and limits the connections; nil: they are plain, and have no limits of their own. Connections with
+	// different values are not interchangeable.
 	Security *Security
+}
 
-	// Options limit the connections; nil: they have no limits of their own.
-	Options *Options
+// Secured reports whether fresh connections begin with a handshake.
+func (t *Target) Secured() bool { return t.Security != nil && t.Security.Handshake != nil }
+
+// options returns the limits of the connections; nil: none.
+func (t *Target) options() *Options {
+	if t.Security == nil {
+		return nil
+	}
+	return &t.Security.Options
+}
+
+// Over reports whether a connection with a use serves no further request.
+func (t *Target) Over(u *Use, now time.Time) bool {
+	o := t.options()
+	return o != nil && (o.Requests > 0 && u.Requests >= o.Requests || o.Life > 0 && u.Opened != 0 && now.UnixNano()-u.Opened >= int64(o.Life))
 }
 
 // Options are how connections to a Target are made, and how long they are used. Zero is no limit, and leaves a setting as it
@@ -48,15 +63,13 @@ type Use struct {
 	Requests uint32 // that were sent
 }
 
-// Over reports whether a connection serves no further request because of its target's options.
-func (u *Use) Over(o *Options, now time.Time) bool {
-	return o != nil && (o.Requests > 0 && u.Requests >= o.Requests || o.Life > 0 && u.Opened != 0 && now.UnixNano()-u.Opened >= int64(o.Life))
-}
-
-// Security secures fresh connections to a Target.
+// Security secures fresh connections to a Target, and limits them. It is never modified.
 type Security struct {
-	// Handshake puts a record layer under a connection, until the deadline; zero is none. Its error is the dial's.
+	// Handshake puts a record layer under a connection, until the deadline; zero is none. Its error is the dial's. nil: the
+	// connections are plain.
 	Handshake func(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) error
+
+	Options
 }
 
 // maxIdle bounds the connections that a Pool keeps, for one target and for all.
@@ -102,7 +115,7 @@ func (p *Pool) Take(target Target) *tcp.Conn {
 // TakeUsed is Take for a target with options: it also returns what the connection has been used for.
 func (p *Pool) TakeUsed(target Target) (*tcp.Conn, Use) {
 	life := p.idleLife
-	if o := target.Options; o != nil && o.IdleLife > 0 {
+	if o := target.options(); o != nil && o.IdleLife > 0 {
 		life = min(life, o.IdleLife)
 	}
 	for {
@@ -111,7 +124,7 @@ func (p *Pool) TakeUsed(target Target) (*tcp.Conn, Use) {
 			p.Stats.Missed.Add(1)
 			return nil, Use{}
 		}
-		if now := time.Now(); now.Sub(last.since) < life && !last.use.Over(target.Options, now) && last.conn.Quiet() {
+		if now := time.Now(); now.Sub(last.since) < life && !target.Over(&last.use, now) && last.conn.Quiet() {
 			p.Stats.Reused.Add(1)
 			return last.conn, last.use
 		}
@@ -139,7 +152,7 @@ func (p *Pool) Give(target Target, conn *tcp.Conn) { p.GiveUsed(target, conn, Us
 // GiveUsed is Give for a connection whose use counts; see TakeUsed.
 func (p *Pool) GiveUsed(target Target, conn *tcp.Conn, use Use) {
 	conn.Rest()
-	if use.Over(target.Options, time.Now()) || !p.put(target, conn, use) {
+	if target.Over(&use, time.Now()) || !p.put(target, conn, use) {
 		conn.Close()
 	}
 }
