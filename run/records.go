@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/terminal"
@@ -32,7 +33,7 @@ type records struct {
 	mu     sync.Mutex
 	number uint64
 	lost   uint64
-	seen   map[string]bool // destinations of rejected datagrams
+	seen   map[string]bool // destinations and names that were recorded
 }
 
 // output writes records somewhere. It is used by one goroutine.
@@ -112,22 +113,38 @@ func (r *records) add(record live.Record) {
 	}
 }
 
-// maxSeen bounds the destinations of rejected datagrams that are remembered.
+// maxSeen bounds the destinations of datagrams and names of queries that are remembered.
 const maxSeen = 1000
 
 // dropped records a datagram that was rejected, once for each destination.
 func (r *records) dropped(destination string) {
-	r.mu.Lock()
-	known := r.seen[destination] || len(r.seen) >= maxSeen
-	r.seen[destination] = true
-	r.mu.Unlock()
-	if known {
-		return
+	if r.first("udp " + destination) {
+		r.add(live.Record{
+			Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "UDP", Destination: destination,
+			Reason: "udp_rejected", Failed: true, Failure: "UDP is not carried",
+		})
 	}
-	r.add(live.Record{
-		Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "UDP", Destination: destination,
-		Reason: "udp_rejected", Failed: true, Failure: "UDP is not carried",
-	})
+}
+
+// queried records a query that was refused, once for each name.
+func (r *records) queried(q dns.Query) {
+	if name := strings.TrimSuffix(q.Name, "."); q.Refused && r.first("dns "+name) {
+		r.add(live.Record{
+			Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "DNS", Authority: name,
+			Reason: string(flow.Denied), Failed: true, Failure: "no rule allows a connection to this name",
+		})
+	}
+}
+
+// first reports whether something is seen for the first time.
+func (r *records) first(what string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.seen[what] || len(r.seen) >= maxSeen {
+		return false
+	}
+	r.seen[what] = true
+	return true
 }
 
 // writeAll writes records until the queue is closed. An output that fails is not used any more.

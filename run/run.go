@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/egress"
 	"github.com/pillion-proxy/pillion/internal/sandbox"
 )
 
@@ -34,8 +35,15 @@ type Config struct {
 	HostLoopback capture.Ports    // ports of loopback addresses that lead to the caller's loopback
 	Servers      []netip.AddrPort // DNS servers; empty: those of /etc/resolv.conf
 
+	Rules egress.Rules // which destinations the command may reach
+
 	Errors io.Writer    // for people, such as standard error
 	Logger *slog.Logger // for warnings of the parts
+}
+
+// governs reports whether there are rules.
+func (c *Config) governs() bool {
+	return len(c.Rules.Allow)+len(c.Rules.Deny) > 0 || c.Rules.DenyOthers
 }
 
 // Exit statuses for a command that could not be started, as those of a shell.

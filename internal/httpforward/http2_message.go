@@ -65,6 +65,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	decision := m.route(m.view(s, &request, fields))
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
 	switch {
+	case decision.Reply != nil:
+		r := decision.Reply
+		return m.answer(s, &reply{r.Status, r.Body, r.Reason, r.Flags, r.Details}, nil)
 	case decision.noRoute():
 		return m.answer(s, &replyNoRoute, errNoRoute)
 	case decision.Target != m.Target:

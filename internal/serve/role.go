@@ -4,7 +4,7 @@
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
 //
-//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Admit → Secure → Dial → WatchBoth → Admit → Secure → WatchBoth → Carry) → Close
+//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Permit → Admit → Secure → Dial → WatchBoth → Permit → Admit → Secure → WatchBoth → Carry) → Close
 //
 // The policies of a role, its choice of a target and everything that differs between roles stay in the role.
 package serve
@@ -38,6 +38,8 @@ type Config struct {
 	// snapshot.
 	Mesh Mesh
 	Wait time.Duration
+
+	Egress Egress // the policy for outbound connections; nil: everything is allowed
 
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
 	// has itself.
@@ -97,6 +99,7 @@ type Role struct {
 	mesh      Mesh
 	contexts  *secure.Contexts // nil without mesh
 	wait      time.Duration
+	egress    Egress
 }
 
 // NewRole checks the configuration.
@@ -109,6 +112,7 @@ func NewRole(config Config) (*Role, error) {
 		flows:     config.Flows,
 		mesh:      config.Mesh,
 		wait:      config.Wait,
+		egress:    config.Egress,
 		budget:    config.HTTP.Budget,
 		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
