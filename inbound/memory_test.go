@@ -5,6 +5,7 @@ package inbound
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"io"
 	"net"
 	"net/netip"
@@ -16,8 +17,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/secure/securetest"
 	"github.com/pillion-proxy/pillion/internal/serve"
+	"github.com/pillion-proxy/pillion/internal/serve/servetest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -25,6 +29,25 @@ import (
 // An idle HTTP/1 connection keeps a stack of 4 KiB. The sizes of stacks are powers of two: a few bytes more in the frames
 // below which it waits would double what ten thousand of them take.
 func TestAnIdleHTTP1ConnectionHasASmallStack(t *testing.T) {
+	testIdleStack(t, nil, func(conn net.Conn) net.Conn { return conn })
+}
+
+// Nor does a connection inside TLS need more: the deep calls of a handshake have another stack.
+func TestAnIdleTLSConnectionHasASmallStack(t *testing.T) {
+	authority := securetest.New(t, "root of the mesh")
+	plane := &servetest.Configured{}
+	plane.Own.Store(authority.Identity(t, idOfServer))
+	own := chain("tls", nil, true, true)
+	own.HTTP.ClientCert, own.HTTP.ClientCertDetails = mesh.AppendClientCert, mesh.ClientCertDetails{Subject: true, DNS: true, URI: true}
+	plane.InForce.Store(snapshotOf(t, []*mesh.FilterChain{own}, true))
+	config := &tls.Config{
+		Certificates: []tls.Certificate{*authority.Leaf(t, idOfClient, nil)}, InsecureSkipVerify: true, NextProtos: []string{"istio-http/1.1", "istio", "http/1.1"},
+	}
+	testIdleStack(t, plane, func(conn net.Conn) net.Conn { return tls.Client(conn, config) })
+}
+
+// testIdleStack makes requests on many connections with a control plane, which may be nil.
+func testIdleStack(t *testing.T, plane serve.Mesh, secured func(net.Conn) net.Conn) {
 	const many, limit = 400, 6 << 10
 	poller, err := tcp.NewPoller()
 	if err != nil {
@@ -39,6 +62,7 @@ func TestAnIdleHTTP1ConnectionHasASmallStack(t *testing.T) {
 		Flows:      flow.NewTable(),
 		Settings:   serve.Settings{DetectionDelay: time.Hour, DetectionHold: time.Hour, ConnectTimeout: nettest.Patience, IdleTimeout: time.Hour},
 		HTTP:       httpforward.Config{Pool: pool, Settings: httpforward.Settings{MaxHeadBytes: 64 << 10, MaxHeadFields: 100}},
+		Mesh:       plane, Wait: nettest.Patience,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -62,7 +86,7 @@ func TestAnIdleHTTP1ConnectionHasASmallStack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		clients, downs = append(clients, client), append(downs, down)
+		clients, downs = append(clients, secured(client)), append(downs, down)
 	}
 	listener.Close()
 	origin, err := net.Listen("tcp", address)

@@ -42,6 +42,8 @@ func (s *Session) Own() string {
 // read before; it may be nil, and belongs to c from now on. w is the waiter of c's owner, who is blocked until the handshake
 // has ended or the deadline has passed; a zero deadline is none. memory accounts for the handshake while it waits. An error
 // is an *Error. The caller closes c after it, so that the peer receives the alert, or resets it.
+//
+// Call it in a goroutine that ends soon: a handshake needs a large stack, and a connection keeps its own while it is open.
 func Server(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, context *ServerContext, memory Memory, deadline time.Time) (*Session, error) {
 	return handshake(w, c, read, memory, deadline, true, func(s *socket) *tls.Conn { return tls.Server(s, context.config) })
 }
@@ -70,8 +72,7 @@ func Client(w *tcp.Waiter, c *tcp.Conn, context *ClientContext, deadline time.Ti
 	})
 }
 
-// handshake runs the handshake in a goroutine of its own. It needs a stack of 16 KiB or more, and the stack of a goroutine
-// shrinks late; that of the connection lives as long as the connection.
+// handshake needs a stack of 16 KiB or more. The stack of a goroutine shrinks late or not at all.
 func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, deadline time.Time, server bool, start func(*socket) *tls.Conn) (*Session, error) {
 	var held budget.Account
 	held.Open(memory.Budget, w, memory.Peer)
@@ -91,10 +92,9 @@ func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, dead
 		l.conn = start(&l.socket)
 		return l
 	})
-	done := make(chan error)
-	go func() { done <- l.conn.Handshake() }()
-	if err := <-done; err != nil {
-		l.socket.wait = nil
+	err := l.conn.Handshake()
+	l.socket.wait = nil
+	if err != nil {
 		return nil, failureOf(err)
 	}
 	session := sessionOf(l.conn.ConnectionState())
@@ -108,7 +108,7 @@ func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, dead
 // proceed prepares the layer for data. Where records can be protected here, crypto/tls has ended its part.
 func (l *layer) proceed(session *Session, server bool) error {
 	s, keys := &l.socket, l.socket.secrets
-	s.wait, s.presented, s.secrets = nil, nil, secrets{}
+	s.presented, s.secrets = nil, secrets{}
 	suite := suiteOf(session)
 	if suite == nil || keys.client == nil || keys.server == nil {
 		return nil

@@ -84,7 +84,6 @@ func (r *records) Read(p []byte) (n int, err error) {
 		r.rest()
 	}
 	if n > 0 {
-		r.begun = true
 		return n, nil
 	}
 	return 0, r.readErr
@@ -122,7 +121,7 @@ func (r *records) open(p, record []byte) int {
 	case len(r.message) > 0:
 		r.readErr = r.fail(alertUnexpectedMessage) // messages are not interleaved with data
 	default:
-		r.useless = 0
+		r.useless, r.begun = 0, true
 		if direct {
 			return len(content)
 		}

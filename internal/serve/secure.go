@@ -27,9 +27,35 @@ func (c *Conn) Secure() bool {
 }
 
 func (c *Conn) terminate(g *governed) bool {
+	var reason flow.Reason
+	var err error
+	apart(func() { reason, err = c.handshakeDown(g) })
+	switch {
+	case reason == flow.MeshRefused:
+		return c.abandon(reason, err)
+	case err != nil:
+		return c.rejectTLS(reason, err)
+	}
+	c.sniffer.Delay = c.Settings.DetectionDelay // it may have been that of a client that must begin with TLS
+	return c.first() && c.expect(g.chain)
+}
+
+// apart calls deep in another goroutine and waits for its end. The stack of a goroutine shrinks late or not at all, and that
+// of a connection lives as long as the connection.
+func apart(deep func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		deep()
+	}()
+	<-done
+}
+
+// handshakeDown performs the handshake with downstream. It returns the reason with an error.
+func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 	context, err := c.role.contexts.Server(g.chain.TLS)
 	if err != nil {
-		return c.abandon(flow.MeshRefused, err)
+		return flow.MeshRefused, err
 	}
 	timeout := g.chain.HandshakeTimeout
 	if timeout <= 0 {
@@ -38,17 +64,14 @@ func (c *Conn) terminate(g *governed) bool {
 	c.Record.TLS = c.sniffer.Hello
 	memory := secure.Memory{Budget: c.role.budget, Peer: c.Record.Remote()}
 	session, err := secure.Server(c.w, c.Down, c.sniffer.Take(), context, memory, time.Now().Add(timeout))
+	if err == nil && g.chain.HTTP != nil {
+		g.peers, err = peerFields(g.chain.HTTP, session)
+	}
 	if err != nil {
-		return c.rejectTLS(err)
+		return handshakeReason(err), err
 	}
 	g.secured, c.Record.Security = true, securityOf(session)
-	if g.chain.HTTP != nil {
-		if g.peers, err = peerFields(g.chain.HTTP, session); err != nil {
-			return c.rejectTLS(err)
-		}
-	}
-	c.sniffer.Delay = c.Settings.DetectionDelay // it may have been that of a client that must begin with TLS
-	return c.first() && c.expect(g.chain)
+	return "", nil
 }
 
 // Confirm judges an outbound connection again by what a client sent that was silent before. The way to the same cluster
@@ -117,7 +140,8 @@ func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Wa
 		if deadline.IsZero() {
 			deadline = time.Now().Add(handshakeTimeout)
 		}
-		session, err := secure.Client(w, up, context, deadline)
+		var session *secure.Session
+		apart(func() { session, err = secure.Client(w, up, context, deadline) })
 		if err != nil {
 			return &upstream.HandshakeError{Reason: upstreamReason(err), Err: err}
 		}
@@ -162,11 +186,11 @@ func isFailure(err error, failure secure.Failure) bool {
 
 // rejectTLS ends a connection whose handshake failed. It closes downstream in order, because a reset could overtake the
 // alert that names the cause to the peer.
-func (c *Conn) rejectTLS(err error) bool {
+func (c *Conn) rejectTLS(reason flow.Reason, err error) bool {
 	c.sniffer.Abandon(err)
 	c.releaseSniffer()
 	c.Down.Close()
-	c.Record.Close(c.role.flows, handshakeReason(err), err)
+	c.Record.Close(c.role.flows, reason, err)
 	return false
 }
 
