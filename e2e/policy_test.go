@@ -44,7 +44,9 @@ func TestAgentDeniesUnlistedDestinations(t *testing.T) {
 	serveHTTP(t, w.to.Listen(t, "tcp", address), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "served") }))
 
 	get := func() string {
-		dial := func(_ context.Context, network, address string) (net.Conn, error) { return w.from.Dial(network, address, nettest.Patience) }
+		dial := func(_ context.Context, network, address string) (net.Conn, error) {
+			return w.from.Dial(network, address, nettest.Patience)
+		}
 		client := &http.Client{Timeout: nettest.Patience, Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
 		response, err := client.Get("http://" + address + "/")
 		if err != nil {

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -372,4 +373,67 @@ func TestRunNamesTheSettingThatForbidsIt(t *testing.T) {
 			t.Errorf("the error lacks %q: %s", want, out)
 		}
 	}
+}
+
+// --publish and --publish-all make the command's servers reachable from outside, and show what arrives.
+func TestRunPublishesPorts(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		const server = `
+import http.server, socket, sys, threading
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.send_response(200); self.send_header("content-length", "6"); self.end_headers(); self.wfile.write(b"inside")
+    def log_message(self, *_): pass
+class Server6(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+def echo(listener):
+    while True:
+        conn, _ = listener.accept()
+        conn.sendall(b"welcome")
+        conn.close()
+threading.Thread(target=http.server.ThreadingHTTPServer(("127.0.0.1", 9000), Handler).serve_forever).start()
+threading.Thread(target=Server6(("::1", 9001), Handler).serve_forever).start()
+echo(socket.create_server(("0.0.0.0", 9002)))`
+		for _, flags := range [][]string{
+			{"--publish", "198.51.100.2:9000,127.0.0.1:9001", "--publish", "127.0.0.1:9002:9002"},
+			{"--publish", "198.51.100.2:9000:9000", "--publish-all"},
+		} {
+			var log logBook
+			cmd := c.command(append(flags, "--", "python3", "-c", server)...)
+			cmd.Stderr = &log
+			p := c.net.Start(t, cmd)
+			log.await(t, "port 9002 is published")
+			get := func(from *nettest.Namespace, address string) string {
+				client := &http.Client{Timeout: nettest.Patience, Transport: &http.Transport{DisableKeepAlives: true,
+					DialContext: func(_ context.Context, network, address string) (net.Conn, error) {
+						return from.Dial(network, address, nettest.Patience)
+					}}}
+				response, err := client.Get("http://" + address + "/path")
+				if err != nil {
+					return err.Error()
+				}
+				defer response.Body.Close()
+				body, _ := io.ReadAll(response.Body)
+				return response.Status + " " + string(body)
+			}
+			for address, from := range map[string]*nettest.Namespace{"198.51.100.2:9000": c.peer, "127.0.0.1:9001": c.net} {
+				nettest.Eventually(t, "the server at "+address+" answers", func() bool { return get(from, address) == "200 OK inside" })
+				log.await(t, "200 ← GET "+address+"/path")
+			}
+			conn, err := c.net.Dial("tcp", "127.0.0.1:9002", nettest.Patience)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if text, err := io.ReadAll(conn); err != nil || string(text) != "welcome" {
+				t.Errorf("the server that speaks first sent %q, %v", text, err)
+			}
+			conn.Close()
+			p.Signal(syscall.SIGTERM)
+			if status, err := p.Wait(nettest.Patience); status != 128+15 {
+				t.Errorf("exit status %d, %v", status, err)
+			}
+			log.checkHealth(t)
+		}
+	})
 }

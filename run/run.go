@@ -35,6 +35,9 @@ type Config struct {
 	HostLoopback capture.Ports    // ports of loopback addresses that lead to the caller's loopback
 	Servers      []netip.AddrPort // DNS servers; empty: those of /etc/resolv.conf
 
+	Publish    []Port // ports of the command's servers that are reachable from outside
+	PublishAll bool   // publish whatever the command listens at, on loopback
+
 	Rules egress.Rules // which destinations the command may reach
 
 	Errors io.Writer    // for people, such as standard error
@@ -102,6 +105,7 @@ type run struct {
 	sandbox *sandbox.Sandbox
 	records *records
 	traffic *traffic
+	inbound *publisher // nil: no port is published
 	page    *page
 }
 
@@ -119,6 +123,11 @@ func (r *run) build(path string) error {
 	if r.traffic, err = newTraffic(r.config, r.sandbox, r.records); err != nil {
 		return err
 	}
+	if len(r.config.Publish) > 0 || r.config.PublishAll {
+		if r.inbound, err = newPublisher(r.config, r.sandbox, r.traffic); err != nil {
+			return err
+		}
+	}
 	if r.config.UI != "" {
 		if r.page, err = servePage(r.config, r.traffic, r.records); err != nil {
 			return err
@@ -132,6 +141,9 @@ func (r *run) build(path string) error {
 func (r *run) end() {
 	ctx, cancel := context.WithTimeout(context.Background(), endTime)
 	defer cancel()
+	if r.inbound != nil {
+		r.inbound.end(ctx)
+	}
 	r.traffic.end(ctx)
 	r.records.end()
 }
@@ -139,6 +151,9 @@ func (r *run) end() {
 func (r *run) close() {
 	if r.page != nil {
 		r.page.close()
+	}
+	if r.inbound != nil {
+		r.inbound.close()
 	}
 	if r.sandbox != nil {
 		r.sandbox.Close()

@@ -1,6 +1,7 @@
 package run
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -96,5 +97,21 @@ func TestTheTableIsBounded(t *testing.T) {
 	}
 	if rows := len(s.destinations); rows != maxDestinations+1 || s.destinations[other].flows != maxDestinations {
 		t.Errorf("%d rows", rows)
+	}
+}
+
+func TestPublishedPortsAreParsed(t *testing.T) {
+	for text, want := range map[string]string{
+		"8080": "127.0.0.1:8080 8080", "8080:80": "127.0.0.1:8080 80", "0:80": "127.0.0.1:0 80", "0.0.0.0:8080:80": "0.0.0.0:8080 80",
+		"198.51.100.7:8080": "198.51.100.7:8080 8080", "[::1]:8080": "[::1]:8080 8080", "[::]:1:2": "[::]:1 2",
+	} {
+		if p, err := ParsePort(text); err != nil || fmt.Sprint(p.At, " ", p.Inside) != want {
+			t.Errorf("ParsePort(%q) = %v, %v, want %s", text, p, err, want)
+		}
+	}
+	for _, text := range []string{"", "0", "a", "1:0", "70000", "1:70000", "::1", "[::1]", "[::1]8080", "198.51.100.7", "198.51.100:1:2", "1:2:3", "-1", "[x]:1"} {
+		if p, err := ParsePort(text); err == nil {
+			t.Errorf("ParsePort(%q) = %v", text, p)
+		}
 	}
 }

@@ -62,9 +62,9 @@ func settings() serve.Settings {
 	}
 }
 
-func (t *traffic) forwarding() httpforward.Config {
+func forwarding(pool *upstream.Pool) httpforward.Config {
 	return httpforward.Config{
-		Pool: t.pool, Budget: budget.New(maxHeldBytes),
+		Pool: pool, Budget: budget.New(maxHeldBytes),
 		Settings: httpforward.Settings{MaxHeadBytes: maxHeadBytes, MaxHeadFields: maxHeadFields},
 	}
 }
@@ -81,7 +81,7 @@ func (t *traffic) addOutbound(config Config, box *sandbox.Sandbox) error {
 		server.Listeners = append(server.Listeners, adopted)
 	}
 	parts := outbound.Config{
-		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: t.forwarding(),
+		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: forwarding(t.pool),
 	}
 	if t.policy != nil {
 		parts.Egress = t.policy

@@ -75,6 +75,19 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 	rulesFlag(flags, &o.config.Rules.Allow, "allow", "with --default deny, a destination that is allowed: a host such as example.com or *.example.com, an address or a network, with :PORT to allow one port; several are separated by commas")
 	rulesFlag(flags, &o.config.Rules.Deny, "deny", "a destination that is denied, as for --allow; it takes precedence")
 	choiceFlag(flags, &o.others, "default", "whether destinations without a rule are allowed", "allow", "deny")
+	publish := func(text string) ([]command.Port, error) {
+		ports := o.config.Publish
+		for item := range strings.SplitSeq(text, ",") {
+			port, err := command.ParsePort(item)
+			if err != nil {
+				return nil, err
+			}
+			ports = append(ports, port)
+		}
+		return ports, nil
+	}
+	parsed(flags, &o.config.Publish, publish, "publish", "p", "", "[address:]port[:port]", "make a port of the command reachable at a port of this machine, by default on 127.0.0.1, and show what arrives there")
+	parsedSwitch(flags, &o.config.PublishAll, "publish-all", "P", "publish every port at which the command listens, on 127.0.0.1")
 	parsed(flags, &o.config.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in /etc/resolv.conf")
 }
 
