@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -434,6 +435,133 @@ echo(socket.create_server(("0.0.0.0", 9002)))`
 				t.Errorf("exit status %d, %v", status, err)
 			}
 			log.checkHealth(t)
+		}
+	})
+}
+
+// --record writes an HTTP Archive without credentials, or lines of JSON. Only its owner may read it.
+func TestRunRecordsRequests(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		listener := c.peer.Listen(t, "tcp", "203.0.113.80:80")
+		server := &http.Server{Protocols: new(http.Protocols), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			w.Header().Set("Set-Cookie", "id=geheim")
+			w.Header().Set("Content-Type", "text/plain")
+			io.WriteString(w, "hello")
+		})}
+		server.Protocols.SetHTTP1(true)
+		server.Protocols.SetUnencryptedHTTP2(true)
+		done := make(chan struct{})
+		go func() { defer close(done); server.Serve(listener) }()
+		t.Cleanup(func() { server.Close(); <-done })
+
+		dir := t.TempDir()
+		for _, name := range []string{filepath.Dir(dir), dir} {
+			if err := os.Chmod(name, 0o777); err != nil {
+				t.Fatal(err)
+			}
+		}
+		archive, lines := filepath.Join(dir, "all.har"), filepath.Join(dir, "all.jsonl")
+		get := []string{"curl", "-sS", "--noproxy", "*", "-H", "Authorization: Bearer geheim", "-d", "body", "http://web.example/path?a=b&access_token=geheim"}
+		script := `"$@" && "$@" --http2-prior-knowledge && curl -sS --noproxy '*' http://203.0.113.80:81/refused; true`
+		for _, flags := range [][]string{{"--record", archive}, {"--record", archive, "--record-credentials"}, {"--record", lines}} {
+			_, stderr, status := c.run(t, append(append(flags, "--log", "off", "--", "sh", "-c", script, "sh"), get...)...)
+			if status != 0 {
+				t.Fatalf("exit status %d\n%s", status, stderr)
+			}
+			info, err := os.Stat(flags[1])
+			if err != nil || info.Mode().Perm() != 0o600 {
+				t.Fatalf("the file has mode %v, %v", info.Mode(), err)
+			}
+			text, err := os.ReadFile(flags[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if flags[1] == lines {
+				if records := recorded(t, string(text)); len(records) != 3 || records[0].Path != "/path?a=b&access_token=geheim" || records[2].Status != 503 {
+					t.Errorf("the records are %+v", records)
+				}
+				continue
+			}
+			if shown := strings.Contains(string(text), "geheim"); shown != (len(flags) == 3) {
+				t.Errorf("%q: credentials are in clear: %v\n%s", flags, shown, text)
+			}
+			checkArchive(t, text)
+		}
+	})
+}
+
+func checkArchive(t *testing.T, text []byte) {
+	t.Helper()
+	type field struct{ Name, Value string }
+	var archive struct {
+		Log struct {
+			Version string
+			Creator struct{ Name, Version string }
+			Entries []struct {
+				StartedDateTime string
+				Time            float64
+				Request         struct {
+					Method, URL, HTTPVersion string
+					Headers, QueryString     []field
+					BodySize                 int
+				}
+				Response struct {
+					Status      int
+					HTTPVersion string
+					Headers     []field
+					Content     struct {
+						Size     int
+						MimeType string
+					}
+				}
+			}
+		}
+	}
+	if err := json.Unmarshal(text, &archive); err != nil {
+		t.Fatalf("%v in\n%s", err, text)
+	}
+	if archive.Log.Version != "1.2" || archive.Log.Creator.Name != "pillion" || len(archive.Log.Entries) != 3 {
+		t.Fatalf("the archive is\n%s", text)
+	}
+	for i, version := range []string{"HTTP/1.1", "HTTP/2"} {
+		e := archive.Log.Entries[i]
+		if _, err := time.Parse(time.RFC3339, e.StartedDateTime); err != nil || e.Time <= 0 {
+			t.Errorf("entry %d began at %q, and took %v", i, e.StartedDateTime, e.Time)
+		}
+		if e.Request.Method != "POST" || !strings.HasPrefix(e.Request.URL, "http://web.example/path?a=b&access_token=") || e.Request.HTTPVersion != version ||
+			e.Request.BodySize != 4 || len(e.Request.QueryString) != 2 || len(e.Request.Headers) < 5 {
+			t.Errorf("entry %d has the request %+v", i, e.Request)
+		}
+		if e.Response.Status != 200 || e.Response.Content.Size != 5 || e.Response.Content.MimeType != "text/plain" || len(e.Response.Headers) < 4 {
+			t.Errorf("entry %d has the response %+v", i, e.Response)
+		}
+	}
+	if e := archive.Log.Entries[2]; e.Request.URL != "http://203.0.113.80:81/refused" || e.Response.Status != 503 {
+		t.Errorf("the last entry is %+v", e)
+	}
+}
+
+// --ui serves the live page on the caller's loopback while the command runs.
+func TestRunServesTheLivePage(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		var log logBook
+		cmd := c.command("--ui", "127.0.0.1:0", "--", "sleep", "100")
+		cmd.Stderr = &log
+		p := c.net.Start(t, cmd)
+		_, url, _ := strings.Cut(log.await(t, "live page at"), "http://")
+		conn, err := c.net.Dial("tcp", strings.TrimSuffix(strings.TrimSpace(url), "/"), nettest.Patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprint(conn, "GET /live HTTP/1.0\r\nHost: localhost\r\n\r\n")
+		if text, err := io.ReadAll(conn); err != nil || !strings.Contains(string(text), `"destinations":[]`) {
+			t.Errorf("%v, %s", err, text)
+		}
+		p.Signal(syscall.SIGTERM)
+		if status, err := p.Wait(nettest.Patience); status != 128+15 {
+			t.Errorf("exit status %d, %v", status, err)
 		}
 	})
 }

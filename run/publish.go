@@ -86,7 +86,7 @@ func newPublisher(config Config, box *sandbox.Sandbox, t *traffic) (*publisher, 
 		return nil, err
 	}
 	p.role, err = serve.NewRole(serve.Config{
-		Direction: flow.Inbound, Poller: p.poller, Flows: t.table, Settings: settings(), HTTP: forwarding(p.pool),
+		Direction: flow.Inbound, Poller: p.poller, Flows: t.table, Settings: settings(), HTTP: forwarding(&config, p.pool),
 	})
 	if err != nil {
 		p.close()

@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -27,10 +28,11 @@ type Config struct {
 	Command []string
 	Version string
 
-	Log     string // off, text or json on Errors, or the path of a file; json in a file whose name ends with .json or .jsonl
-	Record  string // file for all records; empty: none
-	Summary bool   // print a table of the destinations at the end
-	UI      string // address of the live page; empty: not served
+	Log         string // off, text or json on Errors, or the path of a file; json in a file whose name ends with .json or .jsonl
+	Record      string // file for all records, an HTTP Archive if its name ends with .har; empty: none
+	Credentials bool   // an archive has credentials in clear
+	Summary     bool   // print a table of the destinations at the end
+	UI          string // address of the live page; empty: not served
 
 	HostLoopback capture.Ports    // ports of loopback addresses that lead to the caller's loopback
 	Servers      []netip.AddrPort // DNS servers; empty: those of /etc/resolv.conf
@@ -48,6 +50,9 @@ type Config struct {
 func (c *Config) governs() bool {
 	return len(c.Rules.Allow)+len(c.Rules.Deny) > 0 || c.Rules.DenyOthers
 }
+
+// archives reports whether an HTTP Archive is written, for which heads are recorded.
+func (c *Config) archives() bool { return strings.HasSuffix(c.Record, ".har") }
 
 // Exit statuses for a command that could not be started, as those of a shell.
 const (

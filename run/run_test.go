@@ -115,3 +115,36 @@ func TestPublishedPortsAreParsed(t *testing.T) {
 		}
 	}
 }
+
+func TestCredentialsAreMasked(t *testing.T) {
+	for query, want := range map[string]string{
+		"a=b": "a=b", "": "", "a=b&Access_Token=x&c": "a=b&Access_Token=%28masked%29&c", "key=x&monkey=y": "key=%28masked%29&monkey=y",
+		"api%2Dkey=x": "api%2Dkey=%28masked%29", "X-Amz-Signature=x": "X-Amz-Signature=%28masked%29", "token": "token",
+	} {
+		if got := maskQuery(query); got != want {
+			t.Errorf("maskQuery(%q) = %q, want %q", query, got, want)
+		}
+	}
+	for name, want := range map[string]bool{
+		"Authorization": true, "Proxy-Authorization": true, "cookie": true, "Set-Cookie": true, "X-Api-Key": true, "x-auth-token": true,
+		":authority": false, "WWW-Authenticate": false, "content-type": false, "host": false,
+	} {
+		if got := secretField(name); got != want {
+			t.Errorf("secretField(%q) = %v", name, got)
+		}
+	}
+}
+
+func TestHeadsAreParsed(t *testing.T) {
+	const head = "GET /a:b HTTP/1.1\r\nHost: web\r\nEmpty:\r\nCookie: a=b\r\n\r\n"
+	if got, want := headFields([]byte(head), true), []harField{{"Host", "web"}, {"Empty", ""}, {"Cookie", masked}}; !slices.Equal(got, want) {
+		t.Errorf("headFields = %q, want %q", got, want)
+	}
+	const block = ":method: GET\r\n:path: /p?token=x\r\ncookie: a=b\r\n"
+	if got, want := headFields([]byte(block), true), []harField{{":method", "GET"}, {":path", "/p?token=%28masked%29"}, {"cookie", masked}}; !slices.Equal(got, want) {
+		t.Errorf("headFields = %q, want %q", got, want)
+	}
+	if got := headFields([]byte(head), false); got[2].Value != "a=b" {
+		t.Errorf("headFields = %q", got)
+	}
+}

@@ -62,10 +62,12 @@ func settings() serve.Settings {
 	}
 }
 
-func forwarding(pool *upstream.Pool) httpforward.Config {
+func forwarding(config *Config, pool *upstream.Pool) httpforward.Config {
 	return httpforward.Config{
 		Pool: pool, Budget: budget.New(maxHeldBytes),
-		Settings: httpforward.Settings{MaxHeadBytes: maxHeadBytes, MaxHeadFields: maxHeadFields},
+		Settings: httpforward.Settings{
+			MaxHeadBytes: maxHeadBytes, MaxHeadFields: maxHeadFields, Note: flow.Fields{Heads: config.archives()},
+		},
 	}
 }
 
@@ -81,7 +83,7 @@ func (t *traffic) addOutbound(config Config, box *sandbox.Sandbox) error {
 		server.Listeners = append(server.Listeners, adopted)
 	}
 	parts := outbound.Config{
-		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: forwarding(t.pool),
+		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: forwarding(&config, t.pool),
 	}
 	if t.policy != nil {
 		parts.Egress = t.policy

@@ -69,7 +69,8 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 	flags.SetInterspersed(false) // flags after the command are the command's
 	textFlag(flags, &o.config.Log, "log", "off|text|json|path", "where records are written as they end: a line each on standard error, or to a file; JSON if its name ends with .json or .jsonl")
 	choiceFlag(flags, &o.summary, "summary", "print a table of the destinations at the end; auto: on a terminal", automatic, "on", turnedOff)
-	textFlag(flags, &o.config.Record, "record", "path", "file of all records, one line of JSON each")
+	textFlag(flags, &o.config.Record, "record", "path", "file of all records, one line of JSON each; requests as an HTTP Archive if its name ends with .har")
+	parsedSwitch(flags, &o.config.Credentials, "record-credentials", "", "an HTTP Archive has credentials in clear; otherwise they are masked")
 	textFlag(flags, &o.config.UI, "ui", "address", "serve the live page at this address of the machine's loopback, such as 127.0.0.1:0 for any free port")
 	portsFlag(flags, &o.config.HostLoopback, "host-loopback", "ports of 127.0.0.1 and ::1 that lead to the machine's loopback, such as 5432,8080; * for all")
 	rulesFlag(flags, &o.config.Rules.Allow, "allow", "with --default deny, a destination that is allowed: a host such as example.com or *.example.com, an address or a network, with :PORT to allow one port; several are separated by commas")

@@ -127,6 +127,7 @@ const (
 type Request struct {
 	Method, Path, Authority, ID []byte
 	UserAgent, ForwardedFor     []byte        // as received; several X-Forwarded-For fields are joined by commas. A long list is cut in its middle
+	Head, ResponseHead          []byte        // as received, with Fields.Heads; of HTTP/2, "name: value" lines with pseudo-header fields
 	Fields, ResponseFields      [][]byte      // the fields that Fields names, in its order
 	Status                      int           // of the response to downstream; 0 without a response
 	GRPC                        bool          // by the request's content-type
@@ -141,7 +142,10 @@ type Request struct {
 }
 
 // Fields names additional header fields, in lower case, whose values records carry.
-type Fields struct{ Request, Response []string }
+type Fields struct {
+	Request, Response []string
+	Heads             bool // records also carry whole heads; each is allocated
+}
 
 // Remote returns the address of the side that is not this workload.
 func (r *Record) Remote() netip.Addr {

@@ -210,6 +210,9 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
 	m.squeeze(s)
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
+	if s.settings.Note.Heads {
+		r.ResponseHead = headText(fields)
+	}
 	if s.lease != nil {
 		s.noteResponse(fields)
 	}
