@@ -1,6 +1,7 @@
 package httpforward
 
 import (
+	"bytes"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -126,6 +127,9 @@ func (x *exchange) recordRequest(b []byte) {
 	to.UserAgent = x.copyField(h, b, http1.UserAgent)
 	to.ForwardedFor = x.copyJoined(h, b, http1.XForwardedFor)
 	to.Fields = x.copyFields(to.Fields, h, b, x.settings.Note.Request)
+	if x.settings.Note.Heads {
+		to.Head = bytes.Clone(b[:h.Length])
+	}
 }
 
 // recordPart copies what is known of a request whose head was malformed, late or not sent to its end. recordRequest has

@@ -357,6 +357,9 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	x.http.Details = envoy.DetailsViaUpstream
 	x.http.ServiceTime = time.Since(x.sentAt)
 	x.http.ResponseFields = x.copyFields(x.http.ResponseFields, h, b, x.settings.Note.Response)
+	if x.settings.Note.Heads {
+		x.http.ResponseHead = bytes.Clone(b[:h.Length])
+	}
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
 	m.start(m.in, framing, limits) // a tunnel has no body: the bytes after the head are not HTTP

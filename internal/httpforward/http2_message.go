@@ -219,6 +219,9 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 		m.meetFields(&s.record, fields)
 	}
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
+	if s.settings.Note.Heads {
+		r.ResponseHead = headText(fields)
+	}
 	if s.lease != nil {
 		s.noteResponse(fields)
 	}

@@ -34,6 +34,7 @@ type Request struct {
 	Path       []byte       // with its query; of a target in absolute form, what follows the authority
 	Authority  []byte       // nil if the request has no authority
 	Scheme     []byte       // of the request's target; of a target without one, that of the connection
+	Absolute   bool         // the target is in absolute form, as in requests to proxies
 	Fields     HeaderFields // never nil when a Router is called
 
 	Attempt  int       // 0: the first; n: the n-th retry
@@ -124,7 +125,7 @@ func (r *Request) absolute() {
 	if !found || len(scheme) > len("https") {
 		return
 	}
-	r.Scheme, r.Path = scheme, rootPath
+	r.Scheme, r.Path, r.Absolute = scheme, rootPath, true
 	switch i := bytes.IndexAny(rest, "/?#"); {
 	case i < 0:
 	case rest[i] == '/':

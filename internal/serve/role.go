@@ -4,7 +4,7 @@
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
 //
-//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Admit → Secure → Authorize → Dial → WatchBoth → Admit → Secure → WatchBoth → Authorize → Carry) → Close
+//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Permit → Admit → Secure → Authorize → Dial → WatchBoth → Permit → Admit → Secure → WatchBoth → Authorize → Carry) → Close
 //
 // The policies of a role, its choice of a target and everything that differs between roles stay in the role.
 package serve
@@ -41,7 +41,8 @@ type Config struct {
 	Wait time.Duration
 
 	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
-	Peers *peers.Exchange
+	Peers  *peers.Exchange
+	Egress Egress // the policy for outbound connections; nil: everything is allowed
 
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
 	// has itself.
@@ -104,6 +105,7 @@ type Role struct {
 
 	exchanging [2]*httpforward.PeerFields // with peers, by the treatment of x-forwarded-client-cert
 	wait       time.Duration
+	egress     Egress
 }
 
 // NewRole checks the configuration.
@@ -117,6 +119,7 @@ func NewRole(config Config) (*Role, error) {
 		mesh:      config.Mesh,
 		peers:     config.Peers,
 		wait:      config.Wait,
+		egress:    config.Egress,
 		budget:    config.HTTP.Budget,
 		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
