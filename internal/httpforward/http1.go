@@ -44,6 +44,9 @@ func (x *exchange) run() ending {
 	for {
 		long := x.request.move()
 		x.s.Read = x.request.in // move takes a buffer when it has none
+		if x.copying && x.request.taken() {
+			x.sendCopies()
+		}
 		if x.request.retain && !idempotent(x.http.Method) && !x.request.untouched() && !x.keeps() {
 			x.request.stopRetaining() // it will not be sent again
 		}

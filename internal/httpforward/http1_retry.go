@@ -119,7 +119,8 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	x.previous = x.decision
 	x.routed.Attempt, x.routed.Previous = x.retries, &x.previous
 	x.decision = s.route(&x.routed)
-	x.decision.Plan = x.previous.Plan
+	endMirrors(x.decision.Mirrors, flow.Overload) // the first attempt's are sent
+	x.decision.Plan, x.decision.Mirrors = x.previous.Plan, x.previous.Mirrors
 	switch {
 	case x.decision.Reply != nil:
 		return x.replyHere(x.decision.Reply), true
