@@ -39,6 +39,7 @@ type exchange struct {
 type progress struct {
 	started        bool          // the request head is valid and the upstream head is built
 	options        http1.Options // connection options of the request
+	absolute       bool          // the target of the request is in absolute form
 	upgrade        bool          // the request asks for another protocol, and the upstream head repeats that
 	answered       bool          // the head of the final response is built
 	upgraded       bool          // the final response switches protocols

@@ -571,10 +571,11 @@ func (x *exchange) repeat() (ending, bool) {
 
 // deadline returns when the exchange is given up if no byte moves until then, or a limit of its route passes.
 func (x *exchange) deadline() time.Time {
-	if x.limited {
-		return x.sooner(x.quietDeadline())
+	if !x.limited {
+		return x.quietDeadline()
 	}
-	return x.quietDeadline()
+	x.quietEnd = x.quietDeadline()
+	return x.sooner(x.quietEnd)
 }
 
 // quietDeadline returns when the exchange is given up if no byte moves until then.
@@ -595,14 +596,17 @@ func (x *exchange) timedOut(err error) (ending, bool) {
 		if end, over := x.enforce(); over || x.redialled {
 			return end, over
 		}
-		if left := x.quietDeadline(); left.IsZero() || time.Now().Before(left) && !x.thinking() {
-			return 0, false
+		if x.quietEnd.IsZero() || time.Now().Before(x.quietEnd) {
+			return 0, false // the limit was that of an attempt
 		}
 	}
 	if x.thinking() {
 		return x.refuse(replyRequestTimeout, err), true
 	}
 	_, reason := x.limit()
+	if x.limits.own && reason == flow.IdleTimeout {
+		return x.silent(), true
+	}
 	return x.close(reason, nil, cut), true
 }
 

@@ -72,6 +72,12 @@ func TestEditsChangeTheLinesThatTheyConcern(t *testing.T) {
 			answer, answer,
 		},
 		{
+			"a target without a path, and its response",
+			planOf(t, mesh.Forward{PrefixRewrite: "/v2/", HostRewrite: "new.example"}, mesh.Edits{Response: mesh.HeaderEdits{Remove: []string{"x-a"}}}),
+			"OPTIONS * HTTP/1.1$Host: h$$", "OPTIONS * HTTP/1.1$Host: h$x-envoy-original-path: *$$",
+			answer, answer,
+		},
+		{
 			"the framing and the connection are not edited",
 			planOf(t, mesh.Forward{}, mesh.Edits{
 				Request: mesh.HeaderEdits{

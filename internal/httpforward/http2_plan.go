@@ -125,7 +125,7 @@ func (m *multiplex) appendEditedRequest(block []byte, s *stream, fields []http2.
 	hosted := false
 	for i := range fields[:pseudo] {
 		switch f := &fields[i]; {
-		case f.Name == ":path" && p.RewritesPath:
+		case f.Name == ":path" && p.RewritesPath && f.Value[0] == '/':
 			block = l.encoder.AppendField(block, http2.Field{Name: f.Name, Value: string(p.AppendPath(nil, m.routed.Path))})
 		case f.Name == ":authority" && p.RewritesHost:
 			hosted = true
