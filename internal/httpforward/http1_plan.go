@@ -57,6 +57,20 @@ func (x *exchange) takePlan(b []byte) {
 	}
 }
 
+// takePath has the request go on with the path that the router decided by.
+//
+//go:noinline
+func (x *exchange) takePath() {
+	x.routed.Path = x.decision.Path
+	x.takeEdited().describe(&x.routed)
+	if x.decision.Plan == nil {
+		x.decision.Plan = noPlan
+	}
+}
+
+// noPlan changes nothing.
+var noPlan = &route.Plan{}
+
 // seen returns the request as routes see it.
 func (x *exchange) seen() *route.Request {
 	r := &x.takeEdited().request
@@ -288,7 +302,7 @@ func (x *exchange) addOwn(e *edited) {
 func (x *exchange) appendRewritten(dst, b []byte) []byte {
 	h, p := &x.requestHead, x.decision.Plan
 	target := h.Target.In(b)
-	if !p.RewritesPath && !p.RewritesHost || target[0] != '/' && !x.absolute { // also the targets of CONNECT and OPTIONS *
+	if !p.RewritesPath && !p.RewritesHost && x.decision.Path == nil || target[0] != '/' && !x.absolute { // also the targets of CONNECT and OPTIONS *
 		return append(append(dst, h.Line.In(b)...), "\r\n"...)
 	}
 	dst = append(append(dst, h.Method.In(b)...), ' ')

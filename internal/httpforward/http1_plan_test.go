@@ -107,6 +107,34 @@ func TestEditsChangeTheLinesThatTheyConcern(t *testing.T) {
 	}
 }
 
+// The path by which a router has decided is sent, with the rewrites of a plan.
+func TestTheDecidedPathIsSent(t *testing.T) {
+	rewrite := planOf(t, mesh.Forward{PrefixRewrite: "/v2/"}, mesh.Edits{})
+	for _, test := range []struct {
+		plan           *route.Plan
+		path, original string
+	}{{nil, "/b?c", ""}, {rewrite, "/v2/b?c", "/b?c"}} {
+		decide := func(r *rig) {
+			r.router = &planned{decide: func(_ *Request, d *Decision) { d.Plan, d.Path = test.plan, []byte("/b?c") }}
+		}
+		line, field := "", ""
+		if test.original != "" {
+			line, field = "x-envoy-original-path: "+test.original+"$", " x-envoy-original-path="+test.original
+		}
+		for _, target := range []string{"/a/../b?c", "http://a/a/../b?c"} {
+			conversation{"", `
+				> GET ` + target + ` HTTP/1.1$Host: a$X-A: 1$$
+				>> GET ` + test.path + ` HTTP/1.1$Host: a$X-A: 1$` + line + `$
+				< HTTP/1.1 200 OK$Content-Length: 0$$
+				<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+				[]recorded{answered(200, 0)}}.playOn(t, decide)
+		}
+		_, client, server := meetPlanned(t, decide)
+		client.sends("HEADERS 1 end :method=GET :scheme=http :path=/a/../b?c :authority=a x-a=1")
+		server.reads("HEADERS 1 end :method=GET :scheme=http :path=" + test.path + " :authority=a x-a=1" + field)
+	}
+}
+
 // The fields that the engine adds are there when edits are made.
 func TestEditsSeeTheFieldsThatTheEngineAdds(t *testing.T) {
 	plan := planOf(t, mesh.Forward{}, mesh.Edits{Request: mesh.HeaderEdits{

@@ -117,10 +117,11 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	s.engine.config.Pool.Stats.Retried.Add(1)
 	x.began = time.Now()
 	x.previous = x.decision
+	x.view(x.kept)
 	x.routed.Attempt, x.routed.Previous = x.retries, &x.previous
 	x.decision = s.route(&x.routed)
-	endMirrors(x.decision.Mirrors, flow.Overload) // the first attempt's are sent
-	x.decision.Plan, x.decision.Mirrors = x.previous.Plan, x.previous.Mirrors
+	endMirrors(x.decision.Mirrors, flow.Overload)                                                   // the first attempt's are sent
+	x.decision.Plan, x.decision.Mirrors, x.decision.Path = x.previous.Plan, x.previous.Mirrors, nil // the head is made
 	switch {
 	case x.decision.Reply != nil:
 		return x.replyHere(x.decision.Reply), true

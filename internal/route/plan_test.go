@@ -360,6 +360,10 @@ func TestTheMostSpecificFaultCounts(t *testing.T) {
 		if got != test.want {
 			t.Errorf("%s: %q, want %q", test.name, got, test.want)
 		}
+		c.Fault = abort(5).Fault
+		if reply := c.Outcome(request, false).Reply; (reply != nil && reply.Status == 5) != (test.name == "none") {
+			t.Errorf("%s: %+v with the filter's fault", test.name, reply)
+		}
 	}
 }
 
