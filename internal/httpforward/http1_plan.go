@@ -343,6 +343,9 @@ func (x *exchange) editResponse(b []byte) *edited {
 	for i := range h.Fields {
 		e.gone[i] = h.Fields[i].Dropped
 	}
+	if x.s.Peers.names(h.Has(http1.Server)) { // a field that was to be replaced is dropped already
+		e.addText("server", x.s.Peers.Server)
+	}
 	if p.CountInResponses {
 		e.remove(attemptCountField)
 		e.addNumber(attemptCountField, int64(x.retries+1))
@@ -395,7 +398,7 @@ func (x *exchange) appendMade(dst []byte, r *reply) []byte {
 	e, made, p := x.takeEdited(), x.made, x.decision.Plan
 	e.begin(nil)
 	e.response = nil
-	e.addText("server", "pillion")
+	e.addText("server", x.s.Peers.server())
 	from := len(e.values)
 	e.values = time.Now().UTC().AppendFormat(e.values, httpTime)
 	e.add("date", from)

@@ -63,7 +63,7 @@ func serveSpeed(conn net.Conn) {
 }
 
 func TestARequestAllocatesNothing(t *testing.T) {
-	for _, peers := range []*PeerFields{nil, {AppendClientCert, "Hash=own"}} {
+	for _, peers := range []*PeerFields{nil, {ClientCert: AppendClientCert, Element: "Hash=own"}} {
 		exchange := speedRig(t, peers, nil, "")
 		for range 10 {
 			exchange()

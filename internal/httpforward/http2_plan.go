@@ -180,6 +180,10 @@ func (m *multiplex) editResponse(s *stream, fields []http2.Field) *edited {
 	m.responded = ofBlock(fields)
 	e.begin(&m.responded)
 	e.response = &m.responded
+	if m.names(fields) {
+		e.remove(serverField)
+		e.addText(serverField, m.Peers.Server)
+	}
 	if p.CountInResponses {
 		e.remove(attemptCountField)
 		e.addNumber(attemptCountField, 1)

@@ -141,7 +141,7 @@ func serveHTTP2Speed(conn net.Conn) {
 }
 
 func TestAnHTTP2RequestAllocatesNothing(t *testing.T) {
-	for _, peers := range []*PeerFields{nil, {AppendClientCert, "Hash=own"}} {
+	for _, peers := range []*PeerFields{nil, {ClientCert: AppendClientCert, Element: "Hash=own"}} {
 		exchange := http2SpeedRig(t, peers, nil)
 		for range 10 {
 			exchange()
