@@ -152,6 +152,34 @@ func TestEditsSeeTheFieldsThatTheEngineAdds(t *testing.T) {
 		[]recorded{answered(200, 0)}}.playOn(t, withPlan(plan), all)
 }
 
+func TestEditedRequestsHaveTheFieldsThatTheEngineAdds(t *testing.T) {
+	all := func(c *Config) {
+		c.Fields = Fields{ForwardedFor: ForwardedForAppend, ForwardedProto: true, RequestID: true}
+	}
+	for _, two := range []bool{false, true} {
+		got := make(chan http.Header, 1)
+		origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) { got <- r.Header })
+		r := newRig(t, origin, two, all)
+		r.set(func() { withPlan(&route.Plan{CountAttempts: true})(r) })
+		client := http2Client(t)
+		protocols := client.Transport.(*http.Transport).Protocols
+		protocols.SetUnencryptedHTTP2(two)
+		protocols.SetHTTP1(!two)
+		response, err := client.Get("http://" + r.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		header, record := <-got, r.records.await(t, 0)
+		if id := header.Get("X-Request-Id"); len(id) != uuidLength || id != record.id {
+			t.Errorf("HTTP/2 %v: the request ID is %q, recorded %q", two, id, record.id)
+		}
+		if header.Get("X-Forwarded-For") != "127.0.0.1" || header.Get("X-Forwarded-Proto") != "http" {
+			t.Errorf("HTTP/2 %v: %v", two, header)
+		}
+	}
+}
+
 func TestARouteAnswersRequests(t *testing.T) {
 	code := uint32(8)
 	edits := planOf(t, mesh.Forward{}, mesh.Edits{Response: mesh.HeaderEdits{Add: []mesh.HeaderEdit{add("x-edited", "yes", mesh.AppendOrAdd)}}})

@@ -87,7 +87,9 @@ func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
 		if err == nil {
 			x.request.resend(x.s.up)
 			x.send()
-			x.startTry(time.Now())
+			if x.request.taken() { // otherwise it starts with the end of the request
+				x.startTry(time.Now())
+			}
 			x.redialled = true
 			return 0, false
 		}

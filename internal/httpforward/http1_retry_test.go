@@ -262,6 +262,24 @@ func TestARequestIsKeptUpToALimit(t *testing.T) {
 	}
 }
 
+// The time of an attempt starts with the end of the request, also if an attempt before has failed.
+func TestTheTimeOfAnAttemptStartsWithTheEndOfTheRequest(t *testing.T) {
+	policy := retrying(mesh.Retry5xx, 2)
+	policy.TryTimeout = 400 * time.Millisecond
+	conversation{"", `
+		> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
+		>> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
+		< HTTP/1.1 503 Busy$Content-Length: 0$$
+		upstream is gone
+		>> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
+		a longer time passes
+		> cd
+		>> cd
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]recorded{{reason: flow.Completed, status: 200, received: 4}}}.playOn(t, withPlan(&route.Plan{Retry: policy}))
+}
+
 // A request whose body is still on its way when an attempt fails is sent again with the part that is there, and goes on.
 func TestAnAttemptFailsInTheMiddleOfTheRequest(t *testing.T) {
 	conversation{"", `
