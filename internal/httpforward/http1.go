@@ -562,7 +562,7 @@ func (x *exchange) repeat() (ending, bool) {
 	x.s.engine.config.Pool.Stats.Retried.Add(1)
 	x.response.srcErr, x.repeated = nil, true
 	attempts, err := x.s.dial(x.wanted, x.settings)
-	x.record.Attempts += uint8(attempts)
+	x.countDials(attempts)
 	if err != nil {
 		return x.noUpstream(err)
 	}

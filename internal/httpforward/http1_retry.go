@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"errors"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -83,7 +84,7 @@ func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
 			return end, true
 		}
 		attempts, err := x.s.connect(x.wanted, x.settings, time.Now(), idempotent(x.http.Method))
-		x.record.Attempts += uint8(attempts)
+		x.countDials(attempts)
 		if err == nil {
 			x.request.resend(x.s.up)
 			x.send()
@@ -134,6 +135,11 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	s.turnTo(x.wanted)
 	x.countAttempt()
 	return 0, false
+}
+
+// countDials counts attempts in the record.
+func (x *exchange) countDials(n int) {
+	x.record.Attempts = uint8(min(int(x.record.Attempts)+n, math.MaxUint8))
 }
 
 // forgetAttempt removes what an attempt has left of its connection and of its response.
