@@ -14,6 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
+	"github.com/pillion-proxy/pillion/internal/egress"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
 	"github.com/pillion-proxy/pillion/internal/probe"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -37,6 +38,8 @@ type Agent struct {
 	plane       controlPlane
 	balancer    *balance.Balancer // of the clusters of the control plane; nil without one
 	resolver    *dns.Server       // nil: DNS is not captured
+	policy      *egress.Policy    // nil: the workload may reach everything
+	stopPolicy  func()            // nil: no file is watched
 	probers     *probe.Probers
 	servers     []*server // in the order of shutdown
 	serverLoops sync.WaitGroup
@@ -94,6 +97,9 @@ func (a *Agent) build() error {
 		return err
 	}
 	if err := a.addControlPlane(); err != nil {
+		return err
+	}
+	if err := a.addPolicy(); err != nil {
 		return err
 	}
 	if err := a.addListeners(); err != nil {
@@ -184,6 +190,9 @@ func (a *Agent) close() {
 		_ = a.resolver.Shutdown(a.over) // over has ended, so queries that are left are cut
 	}
 	a.stopControlPlane()
+	if a.stopPolicy != nil {
+		a.stopPolicy()
+	}
 	if a.addresses != nil {
 		a.stopAddresses()
 		a.addresses.Wait()

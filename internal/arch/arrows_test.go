@@ -14,15 +14,11 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "healthz", "run",
-		"internal/capture", "internal/checklist", "internal/commandline", "internal/configview", "internal/httpforward", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal", "internal/certview", "internal/identity"},
+	{"cmd/pillion", []string{"agent", "healthz", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "run", "internal/capture", "internal/certview", "internal/checklist", "internal/commandline", "internal/configview", "internal/egress", "internal/httpforward", "internal/identity", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal"},
 		"flags become configuration; everything else is decided below"},
-	{"agent", []string{"inbound", "outbound", "healthz", "internal/balance", "internal/budget", "internal/capture", "internal/flow", "internal/ownport", "internal/probe",
-		"internal/accesslog", "internal/admin", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh",
-		"internal/metrics", "internal/podinfo", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream", "internal/xds", "internal/peers", "internal/certview"},
+	{"agent", []string{"healthz", "inbound", "outbound", "internal/accesslog", "internal/admin", "internal/balance", "internal/budget", "internal/capture", "internal/certview", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/egress", "internal/flow", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh", "internal/metrics", "internal/ownport", "internal/peers", "internal/podinfo", "internal/probe", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream", "internal/xds"},
 		"the agent builds all parts and stops them in order"},
-	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/dns", "internal/flow", "internal/httpforward", "internal/listener", "internal/live",
-		"internal/sandbox", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
+	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/dns", "internal/egress", "internal/flow", "internal/httpforward", "internal/listener", "internal/live", "internal/sandbox", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
 		"a command's traffic arrives from a sandbox, is carried by a role and a resolver, and is shown in a terminal"},
 	{"internal/sandbox", []string{"internal/capture", "internal/sockopt", "iptables/kernel"},
 		"a sandbox captures ports, its listening sockets have the options of accepted ones, and capabilities decide how it is made"},
@@ -99,6 +95,7 @@ var arrows = []struct {
 	{"internal/istiod", []string{"internal/grpcwire", "internal/identity", "internal/wire"}, "istiod is called over one connection, verified by roots in a file, by a node that is described in protobuf"},
 	{"internal/grpcwire", []string{"internal/envoy"}, "the table of gRPC's codes"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
+	{"internal/egress", []string{"internal/capture"}, "a rule has a port, and its error repeats a value cut at the same length"},
 }
 
 func TestImportsFollowTheArrows(t *testing.T) {

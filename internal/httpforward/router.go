@@ -36,6 +36,7 @@ type Request struct {
 	Path       []byte       // with its query; of a target in absolute form, what follows the authority
 	Authority  []byte       // nil if the request has no authority
 	Scheme     []byte       // of the request's target; of a target without one, that of the connection
+	Absolute   bool         // the target is in absolute form, as in requests to proxies
 	Fields     HeaderFields // never nil when a Router is called
 
 	Attempt  int       // 0: the first; n: the n-th retry
@@ -116,13 +117,13 @@ func (r *Request) view(record *flow.Record) {
 	}
 }
 
-// absolute sets Scheme and Path from a target in absolute form. Other targets, such as that of CONNECT, stay.
-func (r *Request) absolute() {
+// absolute sets Scheme and Path from a target in absolute form. It reports false for other targets, such as that of CONNECT.
+func (r *Request) absolute() bool {
 	scheme, rest, found := bytes.Cut(r.Path, []byte("://"))
 	if !found || len(scheme) > len("https") {
-		return
+		return false
 	}
-	r.Scheme, r.Path = scheme, rootPath
+	r.Scheme, r.Path, r.Absolute = scheme, rootPath, true
 	switch i := bytes.IndexAny(rest, "/?#"); {
 	case i < 0:
 	case rest[i] == '/':
@@ -130,6 +131,7 @@ func (r *Request) absolute() {
 	default:
 		r.Path = append([]byte("/"), rest[i:]...) // so rare that it may be allocated
 	}
+	return true
 }
 
 var rootPath = []byte("/")

@@ -29,6 +29,14 @@ type rejudge struct {
 
 // router returns the Router of a connection; nil: all requests go to its target.
 func (c *Conn) router(to *upstream.Target) httpforward.Router {
+	if c.role.egress != nil {
+		return c.permitted(c.routerOf(to), to)
+	}
+	return c.routerOf(to)
+}
+
+// routerOf returns the Router by the configuration of a control plane.
+func (c *Conn) routerOf(to *upstream.Target) httpforward.Router {
 	g := c.governed
 	switch {
 	case g == nil:

@@ -4,7 +4,7 @@
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
 //
-//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Admit → Secure → Authorize → Dial → WatchBoth → Admit → Secure → WatchBoth → Authorize → Carry) → Close
+//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Permit → Admit → Secure → Authorize → Dial → WatchBoth → Permit → Admit → Secure → WatchBoth → Authorize → Carry) → Close
 //
 // The policies of a role, its choice of a target and everything that differs between roles stay in the role.
 package serve
@@ -46,7 +46,8 @@ type Config struct {
 	Lookup balance.Lookup
 
 	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
-	Peers *peers.Exchange
+	Peers  *peers.Exchange
+	Egress Egress // the policy for outbound connections; nil: everything is allowed
 
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
 	// has itself.
@@ -106,9 +107,8 @@ type Role struct {
 	mesh      Mesh
 	contexts  *secure.Contexts // nil without mesh
 	peers     *peers.Exchange  // nil: metadata is not exchanged
-
-	exchanging [2]*httpforward.PeerFields // with peers, by the treatment of x-forwarded-client-cert
-	wait       time.Duration
+	wait      time.Duration
+	egress    Egress
 
 	balancer   *balance.Balancer // nil without mesh, and inbound
 	securities atomic.Pointer[map[secured]*upstream.Security]
@@ -127,6 +127,7 @@ func NewRole(config Config) (*Role, error) {
 		mesh:      config.Mesh,
 		peers:     config.Peers,
 		wait:      config.Wait,
+		egress:    config.Egress,
 		budget:    config.HTTP.Budget,
 		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
@@ -149,16 +150,8 @@ func NewRole(config Config) (*Role, error) {
 	if r.mesh != nil && r.direction == flow.Outbound {
 		r.balancer = balance.New(balance.Config{Snapshot: r.mesh.Snapshot, Lookup: config.Lookup})
 	}
-	r.initExchange()
 	r.settings.Store(&config.Settings)
 	return r, nil
-}
-
-// initExchange makes the treatments of peers with an exchange of metadata.
-func (r *Role) initExchange() {
-	for _, treatment := range []httpforward.ClientCert{httpforward.KeepClientCert, httpforward.RemoveClientCert} {
-		r.exchanging[treatment] = &httpforward.PeerFields{ClientCert: treatment, Exchange: r.peers, Introduces: r.direction == flow.Outbound}
-	}
 }
 
 // Apply replaces the settings for connections that are opened from now on. Those of HTTP also apply to later requests of

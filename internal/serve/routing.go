@@ -24,6 +24,9 @@ type routing struct {
 
 	judged  *mesh.Snapshot // by the last request, and what follows from it
 	manager *mesh.HTTPManager
+
+	plain, described *httpforward.PeerFields // without and with the exchange of metadata; described may be nil
+
 	routes  *mesh.Routes
 	table   *route.Table
 	refused *route.Reply // not nil: the reply to all requests
@@ -54,7 +57,7 @@ func (c *Conn) newRouting(g *governed) *routing {
 
 // judge finds the routes of the connection in a snapshot.
 func (r *routing) judge(s *mesh.Snapshot) {
-	r.judged, r.manager, r.table, r.refused = s, nil, nil, nil
+	r.judged, r.manager, r.table, r.refused, r.described = s, nil, nil, nil, nil
 	chain, refusal := s.Outbound(&r.info)
 	switch {
 	case refusal != "":
@@ -62,7 +65,10 @@ func (r *routing) judge(s *mesh.Snapshot) {
 	case chain == nil || chain.HTTP == nil:
 		// The destination is no longer one of HTTP. The connection goes on as one without a listener.
 	default:
-		r.manager = chain.HTTP
+		r.manager, r.plain = chain.HTTP, withoutClient(chain.HTTP)
+		if r.role.peers != nil && r.manager.ExchangesMetadata() {
+			r.described = r.role.exchanging(r.plain)
+		}
 		if r.routes = s.Routes(chain.HTTP); r.routes == nil {
 			r.refused = route.NoRoute
 			return
@@ -155,14 +161,14 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 		return
 	}
 	d.Lease = lease
-	if d.Peers = withoutClient(r.manager); r.exchanges(config) {
-		d.Peers = r.role.exchanging[d.Peers.ClientCert]
+	if d.Peers = r.plain; r.exchanges(config) {
+		d.Peers = r.described
 	}
 }
 
 // exchanges reports whether metadata is exchanged with the hosts of a cluster. Those outside of the mesh do not receive it.
 func (r *routing) exchanges(with *mesh.Cluster) bool {
-	return r.role.peers != nil && r.manager.ExchangesMetadata() && !with.External && with.Discovery != mesh.OriginalDestination
+	return r.described != nil && !with.External && with.Discovery != mesh.OriginalDestination
 }
 
 // sendPinned sends a request of an HTTP/2 connection to the connection's endpoint, if that is one of the request's cluster.
