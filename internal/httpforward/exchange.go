@@ -40,6 +40,7 @@ type exchange struct {
 type progress struct {
 	started        bool          // the request head is valid and the upstream head is built
 	options        http1.Options // connection options of the request
+	absolute       bool          // the target of the request is in absolute form
 	upgrade        bool          // the request asks for another protocol, and the upstream head repeats that
 	answered       bool          // the head of the final response is built
 	introduced     introduced    // what the client has sent of itself
@@ -225,6 +226,9 @@ func advance(counter, connection *atomic.Uint64, now uint64) {
 // close closes the record. It resets upstream unless the exchange completed and the connection is not cut.
 func (x *exchange) close(reason flow.Reason, err error, end ending) ending {
 	x.endLease(reason)
+	if len(x.decision.Mirrors) > 0 {
+		x.dropMirrors(reason)
+	}
 	if end == cut || reason != flow.Completed && x.made == nil {
 		x.s.dropUpstream()
 	}

@@ -119,11 +119,11 @@ func (r *Request) view(record *flow.Record) {
 	}
 }
 
-// absolute sets Scheme and Path from a target in absolute form. Other targets, such as that of CONNECT, stay.
-func (r *Request) absolute() {
+// absolute sets Scheme and Path from a target in absolute form. It reports false for other targets, such as that of CONNECT.
+func (r *Request) absolute() bool {
 	scheme, rest, found := bytes.Cut(r.Path, []byte("://"))
 	if !found || len(scheme) > len("https") {
-		return
+		return false
 	}
 	r.Scheme, r.Path, r.Absolute = scheme, rootPath, true
 	switch i := bytes.IndexAny(rest, "/?#"); {
@@ -133,6 +133,7 @@ func (r *Request) absolute() {
 	default:
 		r.Path = append([]byte("/"), rest[i:]...) // so rare that it may be allocated
 	}
+	return true
 }
 
 var rootPath = []byte("/")

@@ -102,10 +102,8 @@ type Role struct {
 	mesh      Mesh
 	contexts  *secure.Contexts // nil without mesh
 	peers     *peers.Exchange  // nil: metadata is not exchanged
-
-	exchanging [2]*httpforward.PeerFields // with peers, by the treatment of x-forwarded-client-cert
-	wait       time.Duration
-	egress     Egress
+	wait      time.Duration
+	egress    Egress
 }
 
 // NewRole checks the configuration.
@@ -137,16 +135,8 @@ func NewRole(config Config) (*Role, error) {
 	if r.mesh != nil {
 		r.contexts = secure.NewContexts(r.mesh)
 	}
-	r.initExchange()
 	r.settings.Store(&config.Settings)
 	return r, nil
-}
-
-// initExchange makes the treatments of peers with an exchange of metadata.
-func (r *Role) initExchange() {
-	for _, treatment := range []httpforward.ClientCert{httpforward.KeepClientCert, httpforward.RemoveClientCert} {
-		r.exchanging[treatment] = &httpforward.PeerFields{ClientCert: treatment, Exchange: r.peers, Introduces: r.direction == flow.Outbound}
-	}
 }
 
 // Apply replaces the settings for connections that are opened from now on. Those of HTTP also apply to later requests of
