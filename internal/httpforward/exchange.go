@@ -1,6 +1,7 @@
 package httpforward
 
 import (
+	"bytes"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -42,6 +43,7 @@ type progress struct {
 	absolute       bool          // the target of the request is in absolute form
 	upgrade        bool          // the request asks for another protocol, and the upstream head repeats that
 	answered       bool          // the head of the final response is built
+	introduced     introduced    // what the client has sent of itself
 	upgraded       bool          // the final response switches protocols
 	closing        bool          // the response announces the close, or downstream expects it
 	upstreamCloses bool
@@ -116,12 +118,19 @@ func (x *exchange) release() {
 func (x *exchange) recordRequest(b []byte) {
 	h, to := &x.requestHead, &x.http
 	x.record.Cluster, x.record.Route, x.record.Security = x.s.Record.Cluster, x.s.Record.Route, x.s.Record.Security
+	x.record.Workload.Set(x.s.Record.Workload.Get())
+	if x.s.Peers.readsRequests() {
+		x.introduced = x.s.meet(&x.record, h, b)
+	}
 	x.recordLine(b)
 	x.recordAuthority(b)
 	to.ID = x.copyField(h, b, http1.XRequestID)
 	to.UserAgent = x.copyField(h, b, http1.UserAgent)
 	to.ForwardedFor = x.copyJoined(h, b, http1.XForwardedFor)
 	to.Fields = x.copyFields(to.Fields, h, b, x.settings.Note.Request)
+	if x.settings.Note.Heads {
+		to.Head = bytes.Clone(b[:h.Length])
+	}
 }
 
 // recordPart copies what is known of a request whose head was malformed, late or not sent to its end. recordRequest has

@@ -170,7 +170,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	routed := x.route(b)
 	x.request.src = x.s.Down
 	head := x.request.reserve(x.requestHead.Length + addedFields + x.s.Peers.added())
-	if editsRequest(x.decision.Plan) || x.decision.Path != nil {
+	if editsRequest(x.decision.Plan) || x.decision.Path != nil || len(x.decision.Edits) > 0 {
 		x.request.head = x.appendEditedRequest(head, b)
 	} else {
 		x.request.head = x.appendRequestHead(head, b)
@@ -205,8 +205,8 @@ func (x *exchange) route(b []byte) bool {
 	if d.Plan != nil {
 		x.takePlan(b)
 	}
-	if d.Path != nil {
-		x.takePath()
+	if d.Path != nil || len(d.Edits) > 0 {
+		x.takeChanges()
 	}
 	if d.noRoute() {
 		return d.Reply != nil
@@ -360,6 +360,9 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	x.http.Details = envoy.DetailsViaUpstream
 	x.http.ServiceTime = time.Since(x.sentAt)
 	x.http.ResponseFields = x.copyFields(x.http.ResponseFields, h, b, x.settings.Note.Response)
+	if x.settings.Note.Heads {
+		x.http.ResponseHead = bytes.Clone(b[:h.Length])
+	}
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
 	m.start(m.in, framing, limits) // a tunnel has no body: the bytes after the head are not HTTP

@@ -57,12 +57,14 @@ func (x *exchange) takePlan(b []byte) {
 	}
 }
 
-// takePath has the request go on with the path that the router decided by.
+// takeChanges prepares for a path or edits of this request only.
 //
 //go:noinline
-func (x *exchange) takePath() {
-	x.routed.Path = x.decision.Path
-	x.takeEdited().describe(&x.routed)
+func (x *exchange) takeChanges() {
+	if x.decision.Path != nil {
+		x.routed.Path = x.decision.Path
+		x.takeEdited().describe(&x.routed)
+	}
 	if x.decision.Plan == nil {
 		x.decision.Plan = noPlan
 	}
@@ -253,6 +255,7 @@ func (x *exchange) appendEditedRequest(dst, b []byte) []byte {
 		e.gone[i] = h.Fields[i].Dropped
 	}
 	x.addOwn(e)
+	e.apply(x.decision.Edits)
 	e.apply(p.RequestEdits)
 	if ms := x.limits.expected().Milliseconds(); ms > 0 {
 		e.remove(expectedTimeoutField)

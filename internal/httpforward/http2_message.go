@@ -40,6 +40,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	tooMuch := m.holdsTooMuch()
 	m.squeeze(s)
 	seen := s.recordRequest(&request, fields)
+	if m.Peers.readsRequests() {
+		s.introduced = m.meetFields(&s.record, fields)
+	}
 	m.keep(s)
 	m.streams.add(s)
 	switch {
@@ -99,6 +102,9 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 	block := l.appendFields(l.beginBlock(), fields)
 	if peers.adds() {
 		block = peers.appendField(block, l.encoder, fields)
+	}
+	if peers.readsResponses() {
+		block = peers.appendFields(block, l.encoder, introduced{true, true})
 	}
 	if add.RequestID && !has.id {
 		s.http.ID = appendUUID(s.names.take(uuidLength))
@@ -210,7 +216,13 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	r := &s.http
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
 	m.squeeze(s)
+	if m.Peers.readsResponses() {
+		m.meetFields(&s.record, fields)
+	}
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
+	if s.settings.Note.Heads {
+		r.ResponseHead = headText(fields)
+	}
 	if s.lease != nil {
 		s.noteResponse(fields)
 	}
@@ -252,6 +264,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 		value := strconv.FormatInt(r.ServiceTime.Milliseconds(), 10)
 		block = l.encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
 	}
+	block = m.Peers.appendFields(block, l.encoder, s.introduced)
 	m.keep(s)
 	l.endBlock(block, s.id, end)
 	l.endMessage(s, end)

@@ -64,6 +64,7 @@ type recorded struct {
 	cluster, route                    string
 	unbound                           bool // a sink does not find what it bound when the connection began to be carried
 	attempts                          uint8
+	workload                          *flow.Workload // of the other side
 }
 
 func (r *records) Closed(record *flow.Record) {
@@ -76,6 +77,7 @@ func (r *records) Closed(record *flow.Record) {
 		record.Cluster, record.Route,
 		place.Get(record) == nil && (record.Connection == nil || place.Get(record.Connection) == nil),
 		record.Attempts,
+		record.Workload.Get(),
 	})
 	select {
 	case r.news <- struct{}{}:

@@ -135,7 +135,7 @@ func (m *Metrics) lookAtOpen() (open [2][len(protocols)]int) {
 			protocol = protocolOf(r)
 		}
 		open[r.Direction][protocol]++
-		progress(r)
+		m.progress(r)
 		return true
 	})
 	return open

@@ -19,7 +19,11 @@ var shared sync.Map
 
 // treatment returns the shared treatment with an action and the server's name of an HTTP manager.
 func treatment(action httpforward.ClientCert, h *mesh.HTTPManager) *httpforward.PeerFields {
-	p := named(httpforward.PeerFields{ClientCert: action}, h)
+	return share(named(httpforward.PeerFields{ClientCert: action}, h))
+}
+
+// share returns p, once for all connections.
+func share(p httpforward.PeerFields) *httpforward.PeerFields {
 	if known, ok := shared.Load(p); ok {
 		return known.(*httpforward.PeerFields)
 	}
@@ -42,6 +46,34 @@ const defaultServerName = "envoy"
 // peers returns the treatment of fields about peers in the HTTP of a connection. Without a control plane, and in a filter
 // chain for TCP, they are fields like any other.
 func (c *Conn) peers() *httpforward.PeerFields {
+	p := c.clientFields()
+	if p == nil || !c.exchanges() {
+		return p
+	}
+	described := *p
+	described.Exchange, described.Introduces = c.role.peers, c.role.direction == flow.Outbound
+	if p.Element == "" {
+		return share(described)
+	}
+	return &described
+}
+
+// exchanges reports whether metadata is exchanged with the peer of a connection of HTTP, as far as its filters and its
+// cluster decide that. Servers outside of the mesh do not receive it.
+func (c *Conn) exchanges() bool {
+	g := c.governed
+	switch {
+	case c.role.peers == nil:
+		return false
+	case c.role.direction == flow.Outbound:
+		to := g.way.Cluster
+		return g.way.HTTP.ExchangesMetadata() && to != nil && !to.External && to.Discovery != mesh.OriginalDestination
+	}
+	return g.chain != nil && g.chain.HTTP.ExchangesMetadata()
+}
+
+// clientFields is peers without the exchange of metadata.
+func (c *Conn) clientFields() *httpforward.PeerFields {
 	g := c.governed
 	switch {
 	case g == nil:

@@ -7,6 +7,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/secure"
 )
 
@@ -52,6 +53,41 @@ func TestWhichConnectionsHaveFieldsAboutPeers(t *testing.T) {
 	} {
 		if got := (&Conn{role: &Role{direction: c.direction}, governed: c.governed}).peers(); got != c.want {
 			t.Errorf("%s: %+v, want %+v", name, got, c.want)
+		}
+	}
+}
+
+// Metadata is exchanged where the configuration has the filter for it, and with no server outside of the mesh.
+func TestWhereMetadataIsExchanged(t *testing.T) {
+	config := mesh.HTTPFilter{Type: "io.istio.http.peer_metadata.Config"}
+	http, off := &mesh.HTTPManager{Filters: []mesh.HTTPFilter{config}}, &mesh.HTTPManager{Filters: []mesh.HTTPFilter{{Type: config.Type, Disabled: true}}}
+	way := func(h *mesh.HTTPManager, c *mesh.Cluster) *governed {
+		return &governed{way: mesh.Way{HTTP: h, Cluster: c}}
+	}
+	for name, c := range map[string]struct {
+		direction flow.Direction
+		governed  *governed
+		want      bool
+	}{
+		"inbound":                     {flow.Inbound, &governed{chain: &mesh.FilterChain{HTTP: http}}, true},
+		"inbound, with a certificate": {flow.Inbound, &governed{chain: &mesh.FilterChain{HTTP: http}, peers: &httpforward.PeerFields{ClientCert: httpforward.AppendClientCert}}, true},
+		"inbound without the filter":  {flow.Inbound, &governed{chain: &mesh.FilterChain{HTTP: &mesh.HTTPManager{}}}, false},
+		"inbound, disabled":           {flow.Inbound, &governed{chain: &mesh.FilterChain{HTTP: off}}, false},
+		"inbound without a chain":     {flow.Inbound, &governed{}, false},
+		"outbound":                    {flow.Outbound, way(http, &mesh.Cluster{Discovery: mesh.ByEDS}), true},
+		"outbound without the filter": {flow.Outbound, way(&mesh.HTTPManager{}, &mesh.Cluster{}), false},
+		"outbound of the mesh":        {flow.Outbound, way(http, &mesh.Cluster{External: true}), false},
+		"outbound, passed through":    {flow.Outbound, way(http, &mesh.Cluster{Discovery: mesh.OriginalDestination}), false},
+		"outbound without a cluster":  {flow.Outbound, way(http, nil), false},
+	} {
+		exchange := peers.New("id", nil)
+		role := &Role{direction: c.direction, peers: exchange}
+		got := (&Conn{role: role, governed: c.governed}).peers()
+		if (got.Exchange != nil) != c.want || c.want && got.Introduces != (c.direction == flow.Outbound) {
+			t.Errorf("%s: %+v", name, got)
+		}
+		if role.peers = nil; (&Conn{role: role, governed: c.governed}).exchanges() {
+			t.Errorf("%s: without a description of its own, it is exchanged", name)
 		}
 	}
 }
