@@ -56,6 +56,19 @@ func (x *exchange) takePlan(b []byte) {
 	}
 }
 
+// takePath has the request go on with the path that the router decided by.
+//
+//go:noinline
+func (x *exchange) takePath() {
+	x.routed.Path = x.decision.Path
+	if x.decision.Plan == nil {
+		x.decision.Plan = noPlan
+	}
+}
+
+// noPlan changes nothing.
+var noPlan = &route.Plan{}
+
 // seen returns the request as routes see it.
 func (x *exchange) seen() *route.Request {
 	r := &x.takeEdited().request
@@ -278,7 +291,7 @@ func (x *exchange) appendRewritten(dst, b []byte) []byte {
 	h, p := &x.requestHead, x.decision.Plan
 	target := h.Target.In(b)
 	absolute := target[0] != '/' && &target[0] != &x.routed.Path[0]
-	if !p.RewritesPath && !p.RewritesHost || target[0] != '/' && !absolute { // also the targets of CONNECT and OPTIONS *
+	if !p.RewritesPath && !p.RewritesHost && x.decision.Path == nil || target[0] != '/' && !absolute { // also the targets of CONNECT and OPTIONS *
 		return append(append(dst, h.Line.In(b)...), "\r\n"...)
 	}
 	dst = append(append(dst, h.Method.In(b)...), ' ')

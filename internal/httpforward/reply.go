@@ -256,4 +256,10 @@ func (r reply) grpcMessage() string { return strings.ReplaceAll(r.body, "%", "%2
 
 // grpcStatus returns the gRPC status for the reply's HTTP status, from gRPC's table for proxies that do not support it
 // (HTTP to gRPC status code mapping).
-func (r reply) grpcStatus() string { return envoy.GRPCCodeOf(r.status).Number() }
+// After a limit of time it is DEADLINE_EXCEEDED, as in Envoy since 2026: UNAVAILABLE would make clients try again.
+func (r reply) grpcStatus() string {
+	if r.reason == flow.RequestTimeout {
+		return envoy.GRPCDeadlineExceeded.Number()
+	}
+	return envoy.GRPCCodeOf(r.status).Number()
+}

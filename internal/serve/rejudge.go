@@ -1,21 +1,28 @@
 package serve
 
 import (
+	"net/http"
+
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // rejudge is the Router of inbound HTTP connections with a control plane: requests go to the connection's target as long as
-// the configuration in force lets the connection pass. A push ends no connection, and its next request is judged anew: it
-// is refused if no chain is left for the connection, or TLS is to end where it does not, or the other way round.
+// the configuration in force lets the connection and the request pass. A push ends no connection, and its next request is
+// judged again: it is refused if no chain is left for the connection, or TLS is to end where it does not, or the other way
+// round, or a policy denies it.
 type rejudge struct {
 	role    *Role
 	info    mesh.ConnInfo
 	secured bool
-	judged  *mesh.Snapshot // by the last request
-	refused bool           // by judged
+	judged  *mesh.Snapshot    // by the last request
+	chain   *mesh.FilterChain // that judged has for the connection; nil: none
+	refusal *route.Reply      // to all requests, by judged; nil: they are judged one by one
+	gate    gate
 
 	allowed httpforward.Decision
 }
@@ -31,20 +38,47 @@ func (c *Conn) router(to *upstream.Target) httpforward.Router {
 		info.TLS, info.ServerName, info.Protocols = true, c.Record.TLS.ServerName, c.Record.TLS.ALPN
 	}
 	return &rejudge{
-		role: c.role, info: info, secured: g.secured, judged: g.snapshot,
+		role: c.role, info: info, secured: g.secured, judged: g.snapshot, chain: g.chain, gate: gate{subject: c.subject()},
 		allowed: httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route},
 	}
 }
 
 // Route implements httpforward.Router.
-func (r *rejudge) Route(*httpforward.Request) httpforward.Decision {
+func (r *rejudge) Route(request *httpforward.Request) httpforward.Decision {
 	if s := r.role.mesh.Snapshot(); s != r.judged {
-		chain, refusal := s.Inbound(&r.info)
-		r.judged = s
-		r.refused = refusal != "" || (chain != nil && chain.TLS != nil) != r.secured
+		r.judge(s)
 	}
-	if r.refused {
-		return httpforward.Decision{}
+	reply, changed := r.refusal, false
+	if reply == nil && r.chain != nil && r.chain.HTTP != nil {
+		changed, reply = r.gate.pass(r.judged, r.chain.HTTP, request)
 	}
-	return r.allowed
+	decision := r.allowed
+	if reply != nil {
+		decision.Reply, decision.Target = reply, upstream.Target{}
+	} else if changed {
+		decision.Path = request.Path
+	}
+	return decision
+}
+
+// judge judges the connection by a snapshot. Policies of connections apply to its next requests as well.
+func (r *rejudge) judge(s *mesh.Snapshot) {
+	chain, refusal := s.Inbound(&r.info)
+	r.judged, r.chain, r.refusal = s, chain, nil
+	if refusal != "" || (chain != nil && chain.TLS != nil) != r.secured {
+		r.refusal = refusedChain
+		return
+	}
+	if chain != nil {
+		r.gate.subject.Request = nil
+		if policy, denied := authorize(chain.Policies, &r.gate.subject); denied {
+			r.refusal = denial(policy)
+		}
+	}
+}
+
+// refusedChain is the reply to requests of a connection that the configuration does not let pass any more, as it was before
+// a router could reply: Envoy closes such a connection.
+var refusedChain = &route.Reply{
+	Status: http.StatusNotFound, Flags: envoy.FlagNoRouteFound, Details: envoy.DetailsRouteNotFound, Reason: flow.MeshRefused,
 }

@@ -70,7 +70,7 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 	if err != nil {
 		return handshakeReason(err), err
 	}
-	g.secured, c.Record.Security = true, securityOf(session)
+	g.secured, g.names, c.Record.Security = true, session.PeerNames(), securityOf(session)
 	return "", nil
 }
 
