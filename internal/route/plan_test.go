@@ -183,6 +183,7 @@ func TestRewrites(t *testing.T) {
 		{separated, "/v2", nil, "/api", "/v2"},
 		{prefix, "/", nil, "http://host/v1/a", "http://host/a"},
 		{prefix, "", &mesh.RegexRewrite{Pattern: "/v1/([a-z]+)/([a-z]+)", Substitution: `/\2/\1/\0`}, "/v1/a/b?q=/v1/x/y", "/b/a//v1/a/b?q=/v1/x/y"},
+		{prefix, "", &mesh.RegexRewrite{Pattern: "(1)()()()()()()()(/)", Substitution: `\9\1`}, "/v1/1", `/v/11`},
 		{prefix, "", &mesh.RegexRewrite{Pattern: "1", Substitution: `$1\\`}, "/v1/1", `/v$1\/$1\`},
 	} {
 		r := to("c")
