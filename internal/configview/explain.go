@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/urlpath"
@@ -431,7 +432,7 @@ func (w *walk) answered(r *route.Reply) {
 		w.Result += ": no virtual host is for " + string(w.request.Authority)
 	case r == route.NoRoute:
 		w.Result += ": no route matches"
-	case r.Flags == "FI":
+	case r.Flags == envoy.FlagFaultInjected:
 		w.Result += " by fault injection"
 	}
 }
