@@ -13,6 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/admin"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/certview"
 	"github.com/pillion-proxy/pillion/internal/configview"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/live"
@@ -162,6 +163,7 @@ func (a *Agent) adminHandler() http.Handler {
 		Live:         looking,
 		View:         configview.Handler(a.resources()),
 		Explain:      configview.ExplainHandler(a.snapshot(), nil),
+		Certificates: certview.Handler(a.certificates()),
 		Log:          a.log,
 	})
 }
@@ -229,6 +231,14 @@ func (a *Agent) snapshot() func() *mesh.Snapshot {
 		return nil
 	}
 	return a.plane.session.Snapshot
+}
+
+// certificates returns the source of the workload's certificates, or nil without one.
+func (a *Agent) certificates() certview.Source {
+	if a.plane.session == nil || !a.plane.session.HasIdentity() {
+		return nil
+	}
+	return certificates{a.plane.session}
 }
 
 // resources returns the function that returns the control plane's resources, or nil without a control plane.

@@ -57,6 +57,8 @@ type Config struct {
 	View    http.Handler // for what is below /config/; optional
 	Explain http.Handler // for /explain; optional
 
+	Certificates http.Handler // for /identity and /identity/handshake; optional
+
 	Log *slog.Logger // of commands; required
 }
 
@@ -136,6 +138,11 @@ func init() {
 		{path: "/healthcheck/fail", help: "cause readiness to fail", changes: true, run: (*handler).healthcheck},
 		{path: "/healthcheck/ok", help: "let readiness succeed again", changes: true, run: (*handler).healthcheck},
 		{path: "/help", help: "print this list", run: (*handler).help},
+		{path: "/identity", help: "the workload's certificate and roots of trust, as JSON", run: (*handler).identity},
+		{path: "/identity/handshake", help: "what a server presents to this workload, as JSON", changes: true, parameters: []string{
+			"to: HOST:PORT", "sni: the name to ask for", "alpn: protocols to offer, with commas", "expect: a name that the server must have",
+			"timeout: a duration",
+		}, run: (*handler).identity},
 		{path: "/init_dump", help: "print closed gates of readiness", run: (*handler).initDump},
 		{path: "/listeners", help: "print listeners", parameters: []string{"format: text or json"}, run: (*handler).listeners},
 		{path: "/live", help: "current traffic as JSON; /live/records, /live/tap, /live/events", run: (*handler).live},
@@ -293,6 +300,15 @@ func (h *handler) show(shown http.Handler, w http.ResponseWriter, r *http.Reques
 	}
 	defer h.end()
 	shown.ServeHTTP(w, r)
+}
+
+// identity serves certificates. A handshake counts as a request in progress.
+func (h *handler) identity(w http.ResponseWriter, r *http.Request) {
+	if h.Certificates == nil {
+		notSupported(w)
+		return
+	}
+	h.Certificates.ServeHTTP(w, r)
 }
 
 func (h *handler) help(w http.ResponseWriter, _ *http.Request) {
