@@ -43,7 +43,7 @@ type Request struct {
 	Previous *Decision // of the attempt before; nil for the first. Its cluster and route stand, and its Lease has ended
 }
 
-// HeaderFields are header fields by index, so that a reader needs no closure, which would be allocated.
+// HeaderFields are header fields by index, so that a reader needs no closure: that would be allocated.
 type HeaderFields = route.Fields
 
 // Decision is what becomes of a request. One of Target and Reply is set.
@@ -67,7 +67,7 @@ type Decision struct {
 	Reply *route.Reply  // is sent in place of a response; nil: the request is forwarded
 	Plan  *route.Plan   // what the route changes; nil: the request passes as it is
 	Delay time.Duration // before anything is dialled or replied, by fault injection
-	Lease Lease         // the request's place at the endpoint; nil: it has none
+	Lease Lease         // the request's place at the endpoint; nil: its place is not counted
 
 	HTTP2        bool // the protocol of the endpoint is HTTP/2; without it HTTP/1.1
 	AsDownstream bool // the protocol of the endpoint is downstream's
@@ -86,7 +86,7 @@ const MaxMirrors = 4
 type Mirror struct {
 	Target upstream.Target
 	Policy *mesh.Mirror // never nil
-	Lease  Lease        // nil: none
+	Lease  Lease        // as in Decision
 	HTTP2  bool         // as in Decision
 }
 
@@ -138,7 +138,7 @@ var rootPath = []byte("/")
 
 var schemeHTTP, schemeHTTPS = []byte("http"), []byte("https")
 
-// schemeOf returns the scheme of requests whose target has none.
+// schemeOf returns the scheme of requests whose target is without one.
 func schemeOf(connection *flow.Record) []byte {
 	if connection.Security != nil && connection.Direction == flow.Inbound {
 		return schemeHTTPS
@@ -176,7 +176,7 @@ func (f *blockFields) At(i int) (name, value []byte) {
 	return readOnly(f.list[i].Name), readOnly(f.list[i].Value)
 }
 
-// readOnly returns the bytes of text, which must not be changed.
+// readOnly returns the bytes of text. They must not be changed.
 func readOnly(text string) []byte { return unsafe.Slice(unsafe.StringData(text), len(text)) }
 
 // asks reports whether the decision asks for more than a target.
