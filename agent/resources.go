@@ -223,3 +223,15 @@ func serverName(identifier string) string {
 	}
 	return strings.TrimSpace(istiod.ID + " " + istiod.Info.Version)
 }
+
+// serviceOf returns the service of a cluster, as metrics name it.
+func (a *Agent) serviceOf(cluster string) (host, name, namespace string) {
+	if a.plane.session == nil || a.plane.session.Snapshot() == nil {
+		return "", "", ""
+	}
+	c := a.plane.session.Snapshot().Cluster(cluster)
+	if c == nil {
+		return "", "", ""
+	}
+	return c.Service.Host, c.Service.Name, c.Service.Namespace
+}
