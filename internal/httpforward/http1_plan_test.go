@@ -263,7 +263,7 @@ func TestAReplyKeepsTheUpstreamConnection(t *testing.T) {
 	expect(t, reader, ok("2"))
 }
 
-// A long body reaches a client that reads slowly, and nothing of it is copied for each request.
+// A long body reaches a client that reads slowly, and is not copied for each request.
 func TestALongReplyIsSentWhole(t *testing.T) {
 	body := strings.Repeat("0123456789abcdef", 1<<16)
 	r := newRig(t, newOrigin(t).address, false, plain)
