@@ -234,7 +234,7 @@ const drainGrace = time.Second
 func (m *multiplex) drain() {
 	switch {
 	case m.drainPhase == notDraining:
-		m.drainRequested = m.drainRequested || m.engine.Draining()
+		m.drainRequested = m.drainRequested || m.engine.Draining() || m.retired()
 		if !m.drainRequested || !m.toDown.settingsSent {
 			return
 		}

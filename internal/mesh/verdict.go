@@ -24,6 +24,23 @@ func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	return l.judge(s, c)
 }
 
+// InboundMode reports whether the configuration has a filter chain for an inbound connection, and whether that ends TLS.
+// Without a listener it is carried as it is. What the chain itself refuses is not looked at.
+func (s *Snapshot) InboundMode(c *ConnInfo) (ended, ok bool) {
+	l := s.Listener(virtualInbound)
+	if l == nil {
+		return false, true
+	}
+	info := l.inspected(c)
+	chain, ok := l.Match(&info)
+	return ok && chain.TLS != nil, ok
+}
+
+// InboundChanged reports whether another inbound listener is in force than before.
+func (s *Snapshot) InboundChanged(before *Snapshot) bool {
+	return s.Listener(virtualInbound) != before.Listener(virtualInbound)
+}
+
 // Way is how an outbound connection is made. The zero value goes to the original destination without TLS.
 type Way struct {
 	Cluster *Cluster     // nil: of none

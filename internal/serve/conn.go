@@ -184,7 +184,7 @@ func (c *Conn) forward(to *upstream.Target) {
 func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 	s := c.sniffer
 	defer c.releaseSniffer()
-	return &httpforward.Connection{
+	connection := &httpforward.Connection{
 		Down:      c.Down,
 		Read:      s.Read,
 		Early:     s.Up,
@@ -193,8 +193,11 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Target:    *to,
 		Returned:  c.returned,
 		Peers:     c.peers(),
-		Router:    c.router(to),
 	}
+	if r := c.rejudge(to); r != nil {
+		connection.Router = r
+	}
+	return connection
 }
 
 // routes are the names of the one route that each direction has.
@@ -209,6 +212,11 @@ func (c *Conn) relay() {
 		DownRead:         c.sniffer.Read,
 		UpRead:           c.sniffer.UpRead,
 	}
+	if c.role.direction == flow.Inbound {
+		if r := c.rejudge(&upstream.Target{}); r != nil {
+			options.Retired, options.Retirement = r.Retired, opaqueRetirement
+		}
+	}
 	hello := c.sniffer.Hello
 	if c.governed != nil && c.governed.secured {
 		hello = c.Record.TLS
@@ -219,6 +227,9 @@ func (c *Conn) relay() {
 	reason := flow.Reason(end)
 	if reason == flow.UpstreamReset && up.Looped() {
 		reason, err = flow.Loop, upstream.ErrLoop
+	}
+	if reason == flow.MeshRefused {
+		err = errRetired
 	}
 	if reason == flow.UpstreamReset && errors.Is(err, tcp.ErrHandshake) {
 		reason, err = flow.UpstreamTLS, &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
