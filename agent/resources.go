@@ -142,11 +142,13 @@ func (a *Agent) describeSession() *live.ControlPlane {
 	}
 	for t := range xds.Type(xds.Types) {
 		c.SecurityFindings += s.Findings[t][mesh.Security]
+		c.Unenforced += s.Findings[t][mesh.Unenforced]
 		c.TrafficFindings += s.Findings[t][mesh.Traffic]
 		c.CosmeticFindings += s.Findings[t][mesh.Cosmetic]
 		if of := &s.Stream.Types[t]; of.Updates > 0 {
 			c.Types = append(c.Types, live.PushType{
-				Type: t.String(), Resources: of.Held, Pushes: of.Updates, Rejected: of.Rejected, AgeSeconds: now.Sub(of.Last).Seconds(), Error: of.LastError,
+				Type: t.String(), Resources: of.Held, Pushes: of.Updates, Rejected: of.Rejected, AgeSeconds: now.Sub(of.Last).Seconds(),
+				Version: of.Version, Error: of.LastError,
 			})
 		}
 	}
@@ -163,6 +165,12 @@ func describeIdentity(s *controlplane.IdentityStatus, now time.Time) *live.Ident
 	}
 	if s.LastError != nil {
 		i.Why = s.LastError.Error()
+	}
+	if s.RevocationError != nil {
+		i.Problems = append(i.Problems, "revocation lists: "+s.RevocationError.Error())
+	}
+	if s.OutputError != nil {
+		i.Problems = append(i.Problems, "not written to the output directory: "+s.OutputError.Error())
 	}
 	return i
 }

@@ -105,13 +105,16 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Admit() || !c.Secure() {
 		return
 	}
-	if c.Settings.ProxyProtocol.Contains(dst.Port()) {
-		c.Opaque() // detected for the filter chain only
+	if !c.Authorize() {
+		return
+	}
+	if c.Settings.ProxyProtocol.Contains(dst.Port()) && !c.Opaque() { // detected for the filter chain only
+		return
 	}
 	if !c.HTTP() && !p.dial(&c, &to) {
 		return
 	}
-	if !c.WatchBoth() || !c.Admit() || !c.Secure() || !c.WatchBoth() || !c.Admit() {
+	if !c.WatchBoth() || !c.Admit() || !c.Secure() || !c.WatchBoth() || !c.Admit() || !c.Authorize() {
 		return
 	}
 	c.Carry(&to)

@@ -183,7 +183,7 @@ func answer(conn net.Conn, certificate *tls.Certificate) {
 			if err != nil {
 				return
 			}
-			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSeen-Cert: "+request.Header.Get("X-Forwarded-Client-Cert")+"\r\n\r\n")
+			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSeen-Target: "+request.RequestURI+"\r\nSeen-Cert: "+request.Header.Get("X-Forwarded-Client-Cert")+"\r\n\r\n")
 		}
 	case 22:
 		inner := tls.Server(begun{conn, in}, &tls.Config{Certificates: []tls.Certificate{*certificate}})

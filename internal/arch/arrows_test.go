@@ -30,7 +30,7 @@ var arrows = []struct {
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
 	{"outbound", []string{"internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
-	{"internal/serve", []string{"internal/budget", "internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/identity", "internal/mesh", "internal/relay", "internal/secure", "internal/sniff", "internal/tcp", "internal/upstream"},
+	{"internal/serve", []string{"internal/authz", "internal/budget", "internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/identity", "internal/mesh", "internal/relay", "internal/route", "internal/secure", "internal/sniff", "internal/tcp", "internal/upstream", "internal/urlpath"},
 		"the steps of a connection: wait for the configuration, detect its protocol, end TLS, dial, hand it to an engine or the relay, close its record"},
 	{"iptables", []string{"internal/capture", "iptables/kernel", "iptables/nft", "iptables/policy", "iptables/ruleset", "iptables/xtables"},
 		"a plan is the difference between the policy's rules and the installed ones, carried out by a back end"},

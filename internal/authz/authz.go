@@ -8,6 +8,7 @@ package authz
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
@@ -56,7 +57,11 @@ type Policy struct {
 	refused          bool
 	enforced, shadow *rules
 	prefix           string
+	client           bool
 }
+
+// LooksAtClient reports whether a condition looks at Subject.Client.
+func (p *Policy) LooksAtClient() bool { return p.client }
 
 type rules struct {
 	action   mesh.Action
@@ -70,9 +75,23 @@ type policy struct {
 	unknown               bool
 }
 
+// Of returns the policy for r. It is compiled once and kept with r, which snapshots share.
+func Of(r *mesh.RBAC) *Policy {
+	if p, ok := r.Compiled.Load().(*Policy); ok {
+		return p
+	}
+	p := Compile(r)
+	if !r.Compiled.CompareAndSwap(nil, p) {
+		return r.Compiled.Load().(*Policy)
+	}
+	return p
+}
+
 // Compile returns the policy for r. A part that cannot be compiled is Unknown.
 func Compile(r *mesh.RBAC) *Policy {
-	return &Policy{refused: r.Refused, enforced: compileRules(r.Rules), shadow: compileRules(r.Shadow), prefix: r.ShadowPrefix}
+	p := &Policy{refused: r.Refused, enforced: compileRules(r.Rules), shadow: compileRules(r.Shadow), prefix: r.ShadowPrefix}
+	p.client = p.enforced.looksAtClient() || p.shadow.looksAtClient()
+	return p
 }
 
 func compileRules(r *mesh.Rules) *rules {
@@ -87,20 +106,15 @@ func compileRules(r *mesh.Rules) *rules {
 	return compiled
 }
 
+func (r *rules) looksAtClient() bool {
+	return r != nil && slices.ContainsFunc(r.policies, func(p policy) bool { return p.permission.looksAtClient() || p.principal.looksAtClient() })
+}
+
 // Verdict is the result of a Policy.
 type Verdict struct {
 	Denied  bool
 	Matched string // name of the policy that decided; empty: no policy matched
 	Refused bool   // denied because the configuration is not understood
-}
-
-// Details returns Envoy's response_code_details of a denied request.
-func (v Verdict) Details() string {
-	name := v.Matched
-	if name == "" {
-		name = "none"
-	}
-	return "rbac_access_denied_matched_policy[" + name + "]"
 }
 
 // Judge returns the verdict of the policies that are enforced.

@@ -3,6 +3,7 @@ package authz
 import (
 	"bytes"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -30,6 +31,10 @@ func compile(c *mesh.Condition) condition {
 		compiled.pattern = compileTemplate(c.Template)
 	}
 	return compiled
+}
+
+func (c *condition) looksAtClient() bool {
+	return c.Kind == mesh.ConditionClient || slices.ContainsFunc(c.of, func(c condition) bool { return c.looksAtClient() })
 }
 
 // met returns the value of a condition.

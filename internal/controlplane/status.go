@@ -28,6 +28,10 @@ type IdentityStatus struct {
 	Renewals  int64
 	Failures  int64
 	LastError error
+
+	// Why revocation lists are not used as they are, and why the output directory does not have the current identity. nil: all
+	// is well.
+	RevocationError, OutputError error
 }
 
 // Status returns the current state.
@@ -57,7 +61,7 @@ func (s *Session) identityStatus() IdentityStatus {
 		return IdentityStatus{}
 	}
 	kept := s.keeper.Status()
-	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError}
+	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError, RevocationError: kept.RevocationError, OutputError: kept.OutputError}
 	switch {
 	case s.config.Pod.Socket != nil:
 		status.Source = "socket"

@@ -3,7 +3,9 @@
 // package holds the rest of the tree to that. It imports no other room.
 package envoy
 
-import "strings"
+import (
+	"strings"
+)
 
 // Response flags (%RESPONSE_FLAGS%), by their long names in Envoy's source/common/stream_info/utility.h. Several are
 // joined by commas, as in "UF,URX".
@@ -45,6 +47,8 @@ const (
 	DetailsMisdirected        = "misdirected_request"
 	DetailsNoHealthyUpstream  = "no_healthy_upstream"
 	DetailsOverload           = "overload"
+	DetailsPathNotNormal      = "path_normalization_failed"
+	DetailsPathNormalized     = "path_normalization_redirect" // Envoy has no details of its own for it
 	DetailsResponseTimeout    = "response_timeout"
 	DetailsTryTimeout         = "upstream_per_try_timeout"
 	DetailsHTTP1CodecError    = "http1.codec_error"
@@ -82,6 +86,15 @@ func ResetAfterResponse(reset string) string { return resetAfter + underscored(r
 // WithRule returns details, such as those of a malformed message, with the rule that was broken in braces behind them. A
 // search for Envoy's words still finds them.
 func WithRule(details, rule string) string { return details + "{" + underscored(rule) + "}" }
+
+// DeniedByPolicy returns the details of a request that an authorization policy denies. An empty name is of none: no policy
+// allowed it.
+func DeniedByPolicy(name string) string {
+	if name == "" {
+		return "rbac_access_denied_matched_policy[none]"
+	}
+	return "rbac_access_denied_matched_policy[" + name + "]"
+}
 
 // ProtocolErrorBeforeResponse and ProtocolErrorAfterResponse return the details of an upstream whose response breaks a
 // rule.

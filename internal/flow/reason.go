@@ -49,6 +49,7 @@ const (
 	MaxConnections        Reason = "max_connections"         // the limit of connections is reached
 	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
 	NoConfiguration       Reason = "no_configuration"        // the control plane has sent no configuration in time
+	PolicyDenied          Reason = "policy_denied"           // an authorization policy denies it
 	MeshRefused           Reason = "mesh_refused"            // the control plane's configuration does not let it pass
 	TLSFailed             Reason = "tls_failed"              // the TLS handshake failed otherwise than by the peer's certificate
 	TLSTimeout            Reason = "tls_timeout"             // the peer did not finish the TLS handshake in time
@@ -147,6 +148,8 @@ var Explanations = []Explanation{
 		"The control plane sent no configuration within `{ConfigurationWait}`."},
 	{MeshRefused, envoy.FlagNoRouteFound, "", "",
 		"The control plane's configuration closes the connection, or has policies or routes for it that are not supported yet; the log has the cause."},
+	{PolicyDenied, "", "", "",
+		"An authorization policy denies the connection or the request, which is answered 403; the details and the log name the policy."},
 	{TLSFailed, "", "", "",
 		"The TLS handshake failed: the peer does not speak TLS, has no version or cipher suite in common with pillion, or rejected pillion's certificate; the log has the cause."},
 	{TLSTimeout, "", "", "",
@@ -176,7 +179,7 @@ var explanations = func() map[Reason]*Explanation {
 // ByPolicy reports whether the agent refused the flow, as opposed to an end that the two sides caused.
 func (r Reason) ByPolicy() bool {
 	switch r {
-	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors, MemoryBudget, NoConfiguration, MeshRefused:
+	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors, MemoryBudget, NoConfiguration, MeshRefused, PolicyDenied:
 		return true
 	}
 	return false

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // A conversation is what a client and an upstream say through the engine, one step a line:
@@ -43,6 +44,9 @@ var deeds = map[string]func(t *testing.T, s *stage){
 	"upstream resets":             func(t *testing.T, s *stage) { s.upstream().SetLinger(0); s.upstream().Close() },
 	"upstream reads the end":      func(t *testing.T, s *stage) { readsEnd(t, s.upstream(), "upstream") },
 	"upstream is reset":           func(t *testing.T, s *stage) { readsReset(t, s.upstream(), "upstream") },
+	"upstream is gone":            func(t *testing.T, s *stage) { s.server = nil }, // the next step is about another connection
+	"some time passes":            func(t *testing.T, s *stage) { time.Sleep(80 * time.Millisecond) },
+	"a longer time passes":        func(t *testing.T, s *stage) { time.Sleep(500 * time.Millisecond) },
 	"upstream gets a connection":  func(t *testing.T, s *stage) { s.server = s.origin.accept() },
 	"upstream listens no more":    func(t *testing.T, s *stage) { s.origin.listener.Close() },
 	"the end is announced":        func(t *testing.T, s *stage) { s.rig.engine.Announce() },

@@ -127,7 +127,6 @@ func (e *edited) edit(edit *route.Edit) {
 	if edit.Action == mesh.OverwriteOrAdd || edit.Action == mesh.OverwriteIfPresent {
 		e.remove(edit.Name)
 	}
-	e.sanitize(from)
 	e.add(edit.Name, from)
 }
 

@@ -167,7 +167,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	routed := x.route(b)
 	x.request.src = x.s.Down
 	head := x.request.reserve(x.requestHead.Length + addedFields + x.s.Peers.added())
-	if editsRequest(x.decision.Plan) {
+	if editsRequest(x.decision.Plan) || x.decision.Path != nil {
 		x.request.head = x.appendEditedRequest(head, b)
 	} else {
 		x.request.head = x.appendRequestHead(head, b)
@@ -201,6 +201,9 @@ func (x *exchange) route(b []byte) bool {
 	x.record.Cluster, x.record.Route = d.Cluster, d.Route
 	if d.Plan != nil {
 		x.takePlan(b)
+	}
+	if d.Path != nil {
+		x.takePath()
 	}
 	if d.noRoute() {
 		return d.Reply != nil

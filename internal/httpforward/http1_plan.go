@@ -31,7 +31,8 @@ type carried struct {
 	limited                     bool // by limits.any
 	totalEnd, tryEnd, streamEnd time.Time
 
-	made *route.Reply // is sent in place of a response
+	made   *route.Reply // is sent in place of a response
+	answer headFields   // of the response
 }
 
 // takePlan prepares for the plan of the decision. b holds the head of the request.
@@ -54,6 +55,19 @@ func (x *exchange) takePlan(b []byte) {
 		x.edited.describe(&x.routed)
 	}
 }
+
+// takePath has the request go on with the path that the router decided by.
+//
+//go:noinline
+func (x *exchange) takePath() {
+	x.routed.Path = x.decision.Path
+	if x.decision.Plan == nil {
+		x.decision.Plan = noPlan
+	}
+}
+
+// noPlan changes nothing.
+var noPlan = &route.Plan{}
 
 // seen returns the request as routes see it.
 func (x *exchange) seen() *route.Request {
@@ -144,8 +158,8 @@ func (x *exchange) sooner(at time.Time) time.Time {
 // The replies to requests that exceed a limit of their route.
 var (
 	replyTryTimeout   = reply{504, replyRequestTimeout.body, flow.RequestTimeout, envoy.FlagUpstreamRequestTimeout, envoy.DetailsTryTimeout}
-	replyMaxDuration  = reply{504, "downstream duration timeout", flow.RequestTimeout, "", envoy.DetailsMaxDuration}
-	replyMaxUnread    = reply{408, replyMaxDuration.body, flow.RequestTimeout, "", envoy.DetailsMaxDuration}
+	replyMaxDuration  = reply{504, "downstream duration timeout", flow.RequestTimeout, envoy.FlagUpstreamRequestTimeout, envoy.DetailsMaxDuration}
+	replyMaxUnread    = reply{408, replyMaxDuration.body, flow.RequestTimeout, replyMaxDuration.flags, envoy.DetailsMaxDuration}
 	replyRouteTimeout = replyRequestTimeout
 )
 
@@ -257,7 +271,9 @@ func (x *exchange) addOwn(e *edited) {
 	h, fields := &x.requestHead, &x.settings.Fields
 	if fields.RequestID && !h.Has(http1.XRequestID) {
 		x.http.ID = appendUUID(x.names.take(uuidLength))
-		e.addText("x-request-id", string(x.http.ID))
+		from := len(e.values)
+		e.values = append(e.values, x.http.ID...)
+		e.add("x-request-id", from)
 	}
 	if fields.ForwardedProto && !h.Has(http1.XForwardedProto) {
 		e.addText("x-forwarded-proto", "http")
@@ -275,7 +291,7 @@ func (x *exchange) appendRewritten(dst, b []byte) []byte {
 	h, p := &x.requestHead, x.decision.Plan
 	target := h.Target.In(b)
 	absolute := target[0] != '/' && &target[0] != &x.routed.Path[0]
-	if !p.RewritesPath && !p.RewritesHost || target[0] != '/' && !absolute { // also the targets of CONNECT and OPTIONS *
+	if !p.RewritesPath && !p.RewritesHost && x.decision.Path == nil || target[0] != '/' && !absolute { // also the targets of CONNECT and OPTIONS *
 		return append(append(dst, h.Line.In(b)...), "\r\n"...)
 	}
 	dst = append(append(dst, h.Method.In(b)...), ' ')
@@ -310,9 +326,9 @@ func (x *exchange) appendRewritten(dst, b []byte) []byte {
 func (x *exchange) editResponse(b []byte) *edited {
 	h, p := &x.responseHead, x.decision.Plan
 	e := x.takeEdited()
-	x.fields = headFields{h, b}
-	e.begin(&x.fields)
-	e.response = &x.fields
+	x.answer = headFields{h, b}
+	e.begin(&x.answer)
+	e.response = &x.answer
 	for i := range h.Fields {
 		e.gone[i] = h.Fields[i].Dropped
 	}
@@ -353,8 +369,8 @@ func (e *edited) appendLines(dst []byte) []byte {
 func (x *exchange) replyHere(made *route.Reply) ending {
 	x.made = made
 	r := reply{made.Status, made.Body, made.Reason, made.Flags, made.Details}
-	if r.reason == "" {
-		r.reason = flow.Completed
+	if r.bodiless() {
+		r.body = ""
 	}
 	end := linger
 	if x.request.body.Done() && !x.downstreamCloses() && !x.last() {
@@ -364,7 +380,7 @@ func (x *exchange) replyHere(made *route.Reply) ending {
 }
 
 // appendMade appends the fields of a made reply, except those of its framing.
-func (x *exchange) appendMade(dst []byte) []byte {
+func (x *exchange) appendMade(dst []byte, r *reply) []byte {
 	e, made, p := x.takeEdited(), x.made, x.decision.Plan
 	e.begin(nil)
 	e.response = nil
@@ -372,7 +388,7 @@ func (x *exchange) appendMade(dst []byte) []byte {
 	from := len(e.values)
 	e.values = time.Now().UTC().AppendFormat(e.values, httpTime)
 	e.add("date", from)
-	if made.Body != "" {
+	if made.Body != "" && !r.bodiless() {
 		e.addText("content-type", "text/plain")
 	}
 	for i := range made.Fields {

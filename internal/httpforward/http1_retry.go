@@ -54,8 +54,8 @@ func (x *exchange) repeatable() bool {
 //
 //go:noinline
 func (x *exchange) retriesResponse() bool {
-	p := x.policy
-	if x.repeatable() && retriesResponse(p, x.responseHead.Status, &headFields{&x.responseHead, x.response.in.Bytes()}) {
+	x.answer = headFields{&x.responseHead, x.response.in.Bytes()}
+	if x.repeatable() && retriesResponse(x.policy, x.responseHead.Status, &x.answer) {
 		if x.left > 0 {
 			return true
 		}
@@ -70,7 +70,8 @@ func (x *exchange) retriesResponse() bool {
 //go:noinline
 func (x *exchange) noteResponse(b []byte) {
 	x.status = x.responseHead.Status
-	x.grpc = grpcStatusOf(&headFields{&x.responseHead, b})
+	x.answer = headFields{&x.responseHead, b}
+	x.grpc = grpcStatusOf(&x.answer)
 }
 
 // attemptAgain makes further attempts until one has a connection, or none is left.

@@ -11,6 +11,9 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/route"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 const (
@@ -19,12 +22,12 @@ const (
 )
 
 // speedRig answers every request on one upstream connection with the same bytes, without allocating.
-func speedRig(t testing.TB, peers *PeerFields) (exchange func()) {
+func speedRig(t testing.TB, peers *PeerFields, router Router, added string) (exchange func()) {
 	o := newOrigin(t)
 	r := newRig(t, o.address, false, func(c *Config) { c.Flows = nowhere{} })
-	r.set(func() { r.peers = peers })
+	r.set(func() { r.peers, r.router = peers, router })
 	client := r.dial(t)
-	answer := len(speedResponse) + len("x-envoy-upstream-service-time: 0\r\n")
+	answer := len(speedResponse) + len("x-envoy-upstream-service-time: 0\r\n") + len(added)
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
@@ -61,7 +64,7 @@ func serveSpeed(conn net.Conn) {
 
 func TestARequestAllocatesNothing(t *testing.T) {
 	for _, peers := range []*PeerFields{nil, {AppendClientCert, "Hash=own"}} {
-		exchange := speedRig(t, peers)
+		exchange := speedRig(t, peers, nil, "")
 		for range 10 {
 			exchange()
 		}
@@ -120,9 +123,68 @@ func cpuTime(b *testing.B) time.Duration {
 }
 
 func BenchmarkRequest(b *testing.B) {
-	exchange := speedRig(b, nil)
-	b.ReportAllocs()
-	for b.Loop() {
-		exchange()
+	for _, of := range speedRouters(b) {
+		b.Run(of.name, func(b *testing.B) {
+			exchange := speedRig(b, nil, of.router, of.added)
+			before := cpuTime(b)
+			b.ReportAllocs()
+			for b.Loop() {
+				exchange()
+			}
+			b.ReportMetric(float64(cpuTime(b)-before)/float64(b.N), "cpu-ns/op") // of the client and the server, too
+		})
+	}
+}
+
+// speedRouter routes each request with the same plan, after it has looked for a field that is not there.
+type speedRouter struct{ plan *route.Plan }
+
+func (s *speedRouter) Route(r *Request) Decision {
+	_ = lookup(r.Fields, "x-absent")
+	return Decision{
+		Target: upstream.Target{Address: r.Connection.OriginalDestination}, Cluster: "c", Route: "r", Plan: s.plan, Lease: speedLease{},
+	}
+}
+
+type speedLease struct{}
+
+func (speedLease) End(Outcome) {}
+
+// speedRouters are routers with what the routes of a mesh usually ask for, and with more. added is what they add to the response.
+func speedRouters(t testing.TB) []struct {
+	name   string
+	router Router
+	added  string
+} {
+	policy := &mesh.RetryPolicy{
+		On:      mesh.RetryConnectFailure | mesh.RetryRefusedStream | mesh.RetryUnavailable | mesh.RetryCancelled | mesh.RetryStatusCodes,
+		Retries: 2, Codes: []uint32{503}, BackOff: 25 * time.Millisecond, MaxBackOff: 250 * time.Millisecond, OtherHosts: true, HostChoices: 5,
+	}
+	edits := planOf(t, mesh.Forward{PrefixRewrite: "/v2/", HostRewrite: "new.example", Retry: policy, Timeout: time.Minute}, mesh.Edits{
+		Request:  mesh.HeaderEdits{Add: []mesh.HeaderEdit{{Name: "x-more", Value: "%REQ(user-agent)%"}}, Remove: []string{"accept"}},
+		Response: mesh.HeaderEdits{Add: []mesh.HeaderEdit{{Name: "x-route", Value: "%ROUTE_NAME%"}}},
+	})
+	return []struct {
+		name   string
+		router Router
+		added  string
+	}{
+		{"unrouted", nil, ""},
+		{"routed", &speedRouter{}, ""},
+		{"retries", &speedRouter{&route.Plan{Retry: policy}}, ""},
+		{"counted", &speedRouter{&route.Plan{Retry: policy, CountAttempts: true}}, ""},
+		{"edited", &speedRouter{edits}, "x-route: r\r\n"},
+	}
+}
+
+func TestARoutedRequestAllocatesNothing(t *testing.T) {
+	for _, of := range speedRouters(t) {
+		exchange := speedRig(t, nil, of.router, of.added)
+		for range 10 {
+			exchange()
+		}
+		if allocs := testing.AllocsPerRun(2000, exchange); allocs >= 0.1 { // the collector may empty the pools
+			t.Errorf("%s: %v allocations for a request, want none", of.name, allocs)
+		}
 	}
 }

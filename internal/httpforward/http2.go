@@ -37,10 +37,15 @@ type multiplex struct {
 	lostUpstream
 	drainState
 
-	routed   Request     // the router's argument; a field, so that it is not allocated
-	fields   blockFields // of routed
-	attempts uint8       // of the dial, until the first request is recorded with them
-	resets   bucket      // for streams that downstream resets or that break the protocol
+	routed Request     // the router's argument; a field, so that it is not allocated
+	fields blockFields // of routed
+
+	responded blockFields // of the response that is edited
+	edited    *edited     // nil: no plan was carried out yet
+	checkAt   time.Time   // when limits of routes are checked next; zero: there are none
+
+	attempts uint8  // of the dial, until the first request is recorded with them
+	resets   bucket // for streams that downstream resets or that break the protocol
 
 	downEnded bool      // downstream has half-closed
 	flooded   bool      // downstream has exceeded a bound on the number of frames: see floods
@@ -167,6 +172,9 @@ func (m *multiplex) run() {
 			m.clock, m.lastMove = time.Time{}, time.Time{}
 			if len(m.waiting) > 0 { // a connection that never rests gets to no deadline below
 				m.requestsTimedOut()
+			}
+			if !m.checkAt.IsZero() {
+				m.enforceLimits()
 			}
 			if yields {
 				m.w.Yield(m.Down)

@@ -29,6 +29,13 @@ func meet(t testing.TB, configure ...func(*Config)) (r *rig, client, server *spe
 	t.Helper()
 	o := newOrigin(t)
 	r = newRig(t, o.address, true, append([]func(*Config){plain}, configure...)...)
+	client, server = meetOn(t, r, o)
+	return r, client, server
+}
+
+// meetOn is meet on a rig.
+func meetOn(t testing.TB, r *rig, o *origin) (client, server *speaker) {
+	t.Helper()
 	client = newSpeaker(t, r.dial(t))
 	send(t, client.conn, http2.ClientPreface)
 	client.sends("SETTINGS")
@@ -41,7 +48,7 @@ func meet(t testing.TB, configure ...func(*Config)) (r *rig, client, server *spe
 	server.reads("SETTINGS ack")
 	server.sends("SETTINGS ack")
 	client.reads("SETTINGS ack")
-	return r, client, server
+	return client, server
 }
 
 // quietly reads all frames sent to a side, so that the engine never waits for it, and returns the last GOAWAY.

@@ -168,6 +168,9 @@ type waiting struct {
 // awaitHead starts the RequestTimeout of a stream. Answered requests can accumulate behind an old one: they are removed
 // when the list is full.
 func (m *multiplex) awaitHead(s *stream) {
+	if s.total > 0 || s.try > 0 {
+		m.startLimits(s)
+	}
 	if m.settings.RequestTimeout <= 0 || s.begun {
 		return
 	}

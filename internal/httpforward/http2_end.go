@@ -259,6 +259,7 @@ const (
 	halfCloseLimit
 	drainLimit
 	requestLimit
+	routeLimit
 	headLimit
 	lostLimit
 )
@@ -288,6 +289,9 @@ func (m *multiplex) deadline() (at time.Time, why limit) {
 		if s, since := m.longestWait(); s != nil {
 			sooner(requestLimit, since, config.RequestTimeout)
 		}
+	}
+	if !m.checkAt.IsZero() {
+		sooner(routeLimit, m.checkAt, 0)
 	}
 	if config.HeadTimeout > 0 {
 		if since := m.toUp.headSince(); !since.IsZero() {
@@ -327,6 +331,8 @@ func (m *multiplex) timedOut(why limit) {
 		m.drainPhase = goAwayFinal
 	case requestLimit:
 		m.requestsTimedOut()
+	case routeLimit:
+		m.enforceLimits()
 	}
 }
 

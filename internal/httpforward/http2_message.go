@@ -64,7 +64,12 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	}
 	decision := m.route(m.view(s, &request, fields))
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
+	if m.Router != nil {
+		m.carry(s, &decision)
+	}
 	switch {
+	case decision.Reply != nil:
+		return m.answerMade(s)
 	case decision.noRoute():
 		return m.answer(s, &replyNoRoute, errNoRoute)
 	case decision.Target != m.Target:
@@ -82,6 +87,14 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 	l, add, peers := &m.toUp, &s.settings.Fields, m.Peers
 	s.record.Upstream, s.record.UpstreamLocal, s.record.Security = m.Target.Address, m.upLocal, m.Record.Security
 	s.record.Attempts, m.attempts = max(m.attempts, 1), 1
+	if editsRequest(s.plan) {
+		block := m.appendEditedRequest(l.beginBlock(), s, fields, has)
+		if peers.adds() {
+			block = peers.appendField(block, l.encoder, fields)
+		}
+		m.sendRequest(s, end, block)
+		return
+	}
 	block := l.appendFields(l.beginBlock(), fields)
 	if peers.adds() {
 		block = peers.appendField(block, l.encoder, fields)
@@ -99,7 +112,12 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 		}
 		block = l.encoder.AppendField(block, http2.Field{Name: "x-forwarded-for", Value: m.from})
 	}
-	l.endBlock(block, s.id, end)
+	m.sendRequest(s, end, block)
+}
+
+// sendRequest sends the head of a request upstream.
+func (m *multiplex) sendRequest(s *stream, end bool, block []byte) {
+	m.toUp.endBlock(block, s.id, end)
 	s.sentAt = m.now()
 	if end {
 		m.awaitHead(s)
@@ -192,9 +210,19 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
 	m.squeeze(s)
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
+	if s.lease != nil {
+		s.noteResponse(fields)
+	}
 	l, timed := &m.toDown, s.settings.Fields.ServiceTime
+	var e *edited
+	if editsResponse(s.plan) {
+		e = m.editResponse(s, fields)
+	}
 	block := l.beginBlock()
 	for i := range fields {
+		if e != nil && i > 0 && e.gone[i-1] { // behind :status
+			continue
+		}
 		switch fields[i].Name {
 		case "grpc-status":
 			s.recordGRPCStatus(fields[i].Value)
@@ -208,6 +236,10 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 			}
 		}
 		block = l.encoder.AppendField(block, fields[i])
+	}
+	if e != nil {
+		e.fields = nil
+		block = e.appendBlock(block, l.encoder)
 	}
 	if timed {
 		value := strconv.FormatInt(r.ServiceTime.Milliseconds(), 10)
@@ -297,6 +329,9 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 		text = ""
 	}
 	block := s.appendReply(l.beginBlock(), l.encoder, r, m.now(), text != "")
+	if s.made != nil {
+		block = m.appendMade(block, s)
+	}
 	l.endBlock(block, s.id, text == "")
 	if text != "" {
 		m.window.connection -= size

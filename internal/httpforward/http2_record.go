@@ -81,6 +81,7 @@ func (s *stream) recordGRPCStatus(status string) {
 // as not delivered.
 func (s *stream) close(flows flow.Sink, undelivered error) {
 	r := &s.record
+	s.endLease(s.reason)
 	if undelivered != nil && s.reason == flow.Completed {
 		s.reason, s.err = flow.DownstreamLeft, undelivered
 		r.HTTP.Flags, r.HTTP.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft

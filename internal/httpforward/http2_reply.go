@@ -35,10 +35,17 @@ func (s *stream) appendReply(block []byte, encoder *http2.Encoder, r *reply, now
 	add("date", now.UTC().Format(http.TimeFormat))
 	switch {
 	case to.GRPC:
-		to.GRPCStatus = s.name(r.grpcStatus())
+		code := r.grpcStatus()
+		if s.made != nil && s.made.GRPC != nil {
+			code = strconv.FormatUint(uint64(*s.made.GRPC), 10)
+		}
+		to.GRPCStatus = s.name(code)
 		add("content-type", "application/grpc")
-		add("grpc-status", r.grpcStatus())
+		add("grpc-status", code)
 		add("grpc-message", r.grpcMessage())
+	case r.bodiless():
+	case s.made != nil && (hasBody || s.head):
+		add("content-length", strconv.Itoa(len(r.body)))
 	case hasBody || s.head:
 		add("content-type", "text/plain")
 		add("content-length", strconv.Itoa(len(r.body)))

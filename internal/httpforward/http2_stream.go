@@ -27,6 +27,8 @@ type stream struct {
 
 	reason flow.Reason // the reason with which the record closes
 	err    error
+
+	carriedStream
 }
 
 var streamPool = sync.Pool{New: func() any { return new(stream) }}
@@ -111,6 +113,7 @@ type downWindow struct {
 // finish closes a stream. Its record closes when all frames queued for downstream are written.
 func (m *multiplex) finish(s *stream, reason flow.Reason, err error) {
 	s.reason, s.err = reason, err
+	s.endLease(reason)
 	m.streams.remove(s)
 	m.toDown.ended = append(m.toDown.ended, s)
 	if m.toDown.idle() {

@@ -217,13 +217,13 @@ func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 	dst = append(dst, http.StatusText(to.Status)...)
 	dst = append(dst, "\r\n"...)
 	if x.made != nil {
-		dst = x.appendMade(dst)
+		dst = x.appendMade(dst, &r)
 	} else {
 		dst = append(dst, "server: pillion\r\ndate: "...)
 		dst = time.Now().UTC().AppendFormat(dst, httpTime)
 		dst = append(dst, "\r\ncontent-type: text/plain\r\n"...)
 	}
-	if to.Status != http.StatusNoContent && to.Status != http.StatusNotModified {
+	if !r.bodiless() {
 		dst = append(dst, "content-length: "...)
 		dst = strconv.AppendInt(dst, int64(len(r.body)), 10)
 		dst = append(dst, "\r\n"...)
@@ -245,10 +245,21 @@ func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 
 const httpTime = http.TimeFormat
 
+// bodiless reports whether the status allows no body (RFC 9110 §6.4.1).
+func (r *reply) bodiless() bool {
+	return r.status == http.StatusNoContent || r.status == http.StatusNotModified
+}
+
 // grpcMessage returns the body as the value of grpc-message, where bytes other than printable ASCII, and the percent
 // sign, are percent-encoded. The only such byte in our bodies is the percent sign.
 func (r reply) grpcMessage() string { return strings.ReplaceAll(r.body, "%", "%25") }
 
 // grpcStatus returns the gRPC status for the reply's HTTP status, from gRPC's table for proxies that do not support it
 // (HTTP to gRPC status code mapping).
-func (r reply) grpcStatus() string { return envoy.GRPCCodeOf(r.status).Number() }
+// After a limit of time it is DEADLINE_EXCEEDED, as in Envoy since 2026: UNAVAILABLE would make clients try again.
+func (r reply) grpcStatus() string {
+	if r.reason == flow.RequestTimeout {
+		return envoy.GRPCDeadlineExceeded.Number()
+	}
+	return envoy.GRPCCodeOf(r.status).Number()
+}

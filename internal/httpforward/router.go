@@ -53,6 +53,10 @@ type Decision struct {
 	// Cluster and Route are Envoy's names of the upstream and of the rule that chose it, for the request's record.
 	Cluster, Route string
 
+	// Path is the path of the request, with its query, by which the Router has decided; nil: as it was received. It is sent
+	// upstream in the place of the one that was received, before Plan rewrites it. It is valid until the next call of Route.
+	Path []byte
+
 	Reply *route.Reply  // is sent in place of a response; nil: the request is forwarded
 	Plan  *route.Plan   // what the route changes; nil: the request passes as it is
 	Delay time.Duration // before anything is dialled or replied, by fault injection

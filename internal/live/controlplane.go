@@ -13,6 +13,7 @@ type ControlPlane struct {
 	PushAgeSeconds   float64    `json:"pushAgeSeconds,omitempty"` // since something was received; absent before
 	Types            []PushType `json:"types"`                    // that were received, in the order in which they are requested
 	SecurityFindings int        `json:"securityFindings"`         // parts of the configuration that are not honoured: they close what they concern
+	Unenforced       int        `json:"unenforcedFindings"`       // restrictions that are not carried out: they close what they concern
 	TrafficFindings  int        `json:"trafficFindings"`          // traffic goes otherwise than it was configured
 	CosmeticFindings int        `json:"cosmeticFindings"`
 	Identity         *Identity  `json:"identity,omitempty"` // of the workload; absent if the agent has no source of it
@@ -25,7 +26,8 @@ type PushType struct {
 	Pushes     int64   `json:"pushes"`   // responses
 	Rejected   int64   `json:"rejected"` // those of which a resource was rejected
 	AgeSeconds float64 `json:"ageSeconds"`
-	Error      string  `json:"error,omitempty"` // why a resource of the last response was rejected
+	Version    string  `json:"version,omitempty"` // of the last push, as the control plane names it
+	Error      string  `json:"error,omitempty"`   // why a resource of the last response was rejected
 }
 
 // Identity is the workload's certificate.
@@ -36,5 +38,6 @@ type Identity struct {
 	ExpiresSeconds float64   `json:"expiresSeconds,omitempty"` // below 0: it has expired
 	Renewals       int64     `json:"renewals"`
 	Failures       int64     `json:"failures"`
-	Why            string    `json:"why,omitempty"` // why the last renewal failed
+	Why            string    `json:"why,omitempty"`      // why the last renewal failed
+	Problems       []string  `json:"problems,omitempty"` // with revocation lists, and with the directory that the certificate is written to
 }

@@ -48,7 +48,8 @@ func TestEachTypeOfFilterIsSupportedOrAFinding(t *testing.T) {
 		{alpnType, nest(number(1, 3), 1), "security alpn_override.upstream_protocol: unknown value 3", true},
 		{statsType, number(1, 1), "", false},
 		{peerMetadataType, nil, "", false},
-		{rbacType, nest(nil, 1), "", true}, // not carried out
+		{rbacType, nest(nil, 1), "", false},
+		{jwtType, nest(nest(text(1, "/"), 1), 2), "", true}, // not carried out
 		{rbacType, nil, "", false},
 		{jwtType, nil, "", false},
 		{wasmType, nil, "traffic : the HTTP filter e of type " + wasmType + unknown, false},
@@ -243,7 +244,7 @@ func FuzzExtension(f *testing.F) {
 		if err != nil {
 			return
 		}
-		restricts := e.RBAC != nil && e.RBAC.Restricts() || e.JWT != nil && e.JWT.Restricts() || e.ExtAuthz != nil && e.ExtAuthz.Restricts()
+		restricts := e.RBAC != nil && e.RBAC.Refused || e.JWT != nil && e.JWT.Restricts() || e.ExtAuthz != nil && e.ExtAuthz.Restricts()
 		if restricts && !e.Refused || e.Refused && len(findings) == 0 {
 			t.Errorf("restricts %v, refused %v, findings %v", restricts, e.Refused, findings)
 		}

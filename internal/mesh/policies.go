@@ -3,9 +3,9 @@ package mesh
 // carriedOut has the types of policies, and whether the data plane carries them out. A policy that is not carried out is
 // Unenforced if it can refuse anything: what it concerns is closed.
 var carriedOut = map[string]bool{
-	networkRBACType:     false,
+	networkRBACType:     true, // of inbound connections
 	networkExtAuthzType: false,
-	rbacType:            false,
+	rbacType:            true, // of inbound requests
 	jwtType:             false,
 	extAuthzType:        false,
 

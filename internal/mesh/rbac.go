@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -19,6 +20,8 @@ type RBAC struct {
 	ShadowPrefix string // of the names under which the result of Shadow is recorded
 
 	Refused bool // something outside of the rules is not understood, so all is denied
+
+	Compiled atomic.Value `json:"-"` // of package authz, which sets it when the policy is first applied
 }
 
 // Restricts reports whether r can deny anything.

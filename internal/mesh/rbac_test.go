@@ -79,8 +79,7 @@ func TestAbsentRulesAllowAndEmptyRulesDeny(t *testing.T) {
 			if test.name == "shadow rules" && (got.Shadow == nil || got.ShadowPrefix != "prefix") {
 				t.Errorf("%s of %s: %+v", test.name, url, got)
 			}
-			// A policy that is not carried out closes the chain, if there is anything to carry out.
-			if l.Chains[0].Refused != test.restricts || l.Refused || (len(findings) == 1) != test.restricts || test.restricts && findings[0].Class != Unenforced {
+			if l.Chains[0].Refused || l.Refused || len(findings) > 0 {
 				t.Errorf("%s of %s: findings %v, refused %v", test.name, url, findings, l.Chains[0].Refused)
 			}
 		}
@@ -165,7 +164,7 @@ func TestConditions(t *testing.T) {
 		if !reflect.DeepEqual(p.Permission, test.want) || p.Unknown || p.Principal.Kind != ConditionTrue || r.Refused || r.Rules.Refused {
 			t.Errorf("%s: got %+v\nwant %+v", test.name, r.Rules, test.want)
 		}
-		if findings != test.findings || !chain.Refused {
+		if findings != test.findings || chain.Refused != (test.findings != "") {
 			t.Errorf("%s: findings %s\nwant %s", test.name, findings, test.findings)
 		}
 	}
@@ -245,7 +244,7 @@ func TestPartsOfPoliciesThatAreNotUnderstood(t *testing.T) {
 		case r.Rules != nil && len(r.Rules.Policies) > 0 && r.Rules.Policies[0].Unknown:
 			where = "policy"
 		}
-		if where != test.where || findings != test.findings || chain.Refused != (strings.HasPrefix(findings, "security") || r.Restricts()) {
+		if where != test.where || findings != test.findings || chain.Refused != strings.HasPrefix(findings, "security") {
 			t.Errorf("%s: not understood: %q, want %q; findings %s\nwant %s", test.name, where, test.where, findings, test.findings)
 		}
 		if test.where != "" && test.where != "policy" && !r.Restricts() {
@@ -294,19 +293,19 @@ func TestPoliciesAreInTheOrderOfTheirNames(t *testing.T) {
 
 // A listener has the same policies in each chain of a port. They are kept once, unless they have findings.
 func TestChainsShareTheirPolicies(t *testing.T) {
-	two := func(config []byte) (*Listener, []Finding) {
+	two := func(config []byte, refused bool) (*Listener, []Finding) {
 		rbac := nest(packed(networkRBACType, config), 3, 4)
 		l, findings, err := DecodeListener(join(chain(nest(portIs(1), 1), rbac, tcpFilter()), chain(nest(portIs(2), 1), rbac, tcpFilter()), field1(lName)))
-		if err != nil || !l.Chains[0].Refused || !l.Chains[1].Refused {
+		if err != nil || l.Chains[0].Refused != refused || l.Chains[1].Refused != refused {
 			t.Error(err, l.Chains[0].Refused, l.Chains[1].Refused)
 		}
 		return l, findings
 	}
-	l, findings := two(nest(accessPolicy("p", anyRule, anyRule), 1))
-	if l.Chains[0].Policies[0].RBAC != l.Chains[1].Policies[0].RBAC || len(findings) != 2 {
+	l, findings := two(nest(accessPolicy("p", anyRule, anyRule), 1), false)
+	if l.Chains[0].Policies[0].RBAC != l.Chains[1].Policies[0].RBAC || len(findings) != 0 {
 		t.Errorf("kept twice; findings %v", findings)
 	}
-	if _, findings = two(nest(nil, 6)); len(findings) != 4 {
+	if _, findings = two(nest(nil, 6), true); len(findings) != 2 {
 		t.Errorf("findings %v", findings)
 	}
 	// The same bytes are something else to a filter of another type.
@@ -346,9 +345,8 @@ func FuzzRBAC(f *testing.F) {
 		if err != nil {
 			return
 		}
-		restricts := l.Chains[0].Policies[0].RBAC.Restricts() || l.Chains[0].HTTP.Filters[0].RBAC.Restricts()
-		if restricts && !l.Chains[0].Refused || l.Chains[0].Refused && len(findings) == 0 {
-			t.Errorf("restricts %v, refused %v, findings %v", restricts, l.Chains[0].Refused, findings)
+		if r := l.Chains[0].HTTP.Filters[0].RBAC; (r.Refused || l.Chains[0].Policies[0].RBAC.Refused) && !l.Chains[0].Refused || l.Chains[0].Refused && len(findings) == 0 {
+			t.Errorf("refused %v, findings %v", l.Chains[0].Refused, findings)
 		}
 	})
 }

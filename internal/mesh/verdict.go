@@ -15,13 +15,17 @@ const (
 
 // Inbound returns the filter chain that an inbound connection meets, or why it is refused: the configuration refuses it, or
 // restricts it in a way that is not carried out. Both are empty if there is no listener: the connection is carried. The
-// caller ends TLS if the chain has it.
+// caller ends TLS if the chain has it, and applies the chain's RBAC to the connection and to each request.
 func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	l := s.Listener(virtualInbound)
 	if l == nil {
 		return nil, ""
 	}
-	return l.judge(s, c)
+	chain, refusal = l.judge(s, c)
+	if refusal != "" {
+		return nil, refusal
+	}
+	return chain, s.unsupported(chain, true)
 }
 
 // InboundMode reports whether the configuration has a filter chain for an inbound connection, and whether that ends TLS.
@@ -63,6 +67,9 @@ func (s *Snapshot) Outbound(c *ConnInfo) (way Way, refusal string) {
 		return Way{}, ""
 	}
 	chain, refusal := l.judge(s, c)
+	if refusal == "" {
+		refusal = s.unsupported(chain, false)
+	}
 	switch {
 	case refusal != "":
 		return Way{}, refusal
@@ -98,10 +105,19 @@ func (l *Listener) judge(s *Snapshot, c *ConnInfo) (*FilterChain, string) {
 		return nil, "no filter chain of " + l.Name + " accepts it"
 	case chain.Refused:
 		return nil, "its filter chain in " + l.Name + " is refused"
-	case slices.ContainsFunc(chain.Policies, NetworkFilter.Restricts):
-		return nil, "its filter chain in " + l.Name + " has policies, which are not supported yet"
 	}
-	return chain, s.judgeHTTP(chain.HTTP)
+	return chain, ""
+}
+
+// unsupported returns why a chain is closed: it has restrictions that are not carried out. With rbac, the caller applies
+// RBAC.
+func (s *Snapshot) unsupported(chain *FilterChain, rbac bool) string {
+	for _, f := range chain.Policies {
+		if f.Restricts() && (f.RBAC == nil || !rbac) {
+			return "its filter chain has the policy " + f.Name + ", which is not supported"
+		}
+	}
+	return s.judgeHTTP(chain.HTTP, rbac)
 }
 
 // inspected returns what the listener's filters find out about a connection.
@@ -117,9 +133,14 @@ func (l *Listener) inspected(c *ConnInfo) ConnInfo {
 	return info
 }
 
+// RestrictsRequests reports whether policies of a chain may deny single requests.
+func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
+	return s.judgeHTTP(chain.HTTP, false) != ""
+}
+
 // judgeHTTP returns why no request may pass. A part of the routes that is refused closes the connection: which requests it
 // concerns is seen only later.
-func (s *Snapshot) judgeHTTP(h *HTTPManager) string {
+func (s *Snapshot) judgeHTTP(h *HTTPManager, rbac bool) string {
 	if h == nil {
 		return ""
 	}
@@ -129,7 +150,7 @@ func (s *Snapshot) judgeHTTP(h *HTTPManager) string {
 			return "the configuration of the HTTP filter " + h.Filters[i].Name + " has not come"
 		case f.Refused:
 			return "the HTTP filter " + h.Filters[i].Name + " is refused"
-		case f.Restricts():
+		case f.Restricts() && (f.RBAC == nil || !rbac):
 			return "the HTTP filter " + f.Name + " is not supported yet"
 		}
 	}

@@ -18,8 +18,8 @@ type Cluster struct {
 	route  *mesh.Route
 	source *mesh.WeightedCluster // nil: the route answers
 	weight uint32
-	faults *faults // nil: none
-	cors   *cors   // nil: none
+	faults *faults // nil if the requests get no faults
+	cors   *cors   // nil without a policy
 	hash   *hashing
 	plans  [4]atomic.Pointer[Plan] // by planKind
 }

@@ -5,6 +5,7 @@ package route
 import (
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
@@ -58,6 +59,43 @@ func TestSearchesDoNotAllocate(t *testing.T) {
 		if allocs != 0 {
 			t.Errorf("%s: %v allocations", search.name, allocs)
 		}
+	}
+}
+
+// All changes that a route can make cost no allocation, except rewrites by regular expressions. Replies may allocate.
+func TestPlansDoNotAllocate(t *testing.T) {
+	ttl := time.Hour
+	route := to("c")
+	route.Edits.Request = add("x", "%REQ(end-user)% %PROTOCOL% %REQ(:path)%", mesh.OverwriteOrAdd)
+	route.Forward.PrefixRewrite, route.Forward.HostRewrite, route.Forward.ForwardedHost = "/new", "host", true
+	route.Forward.MaxGRPCTimeout = new(time.Duration(0))
+	route.Forward.Hash = []mesh.HashPolicy{{Kind: mesh.HashHeader, Name: "end-user"}, {Kind: mesh.HashCookie, Name: "c", TTL: &ttl}, {Kind: mesh.HashSourceIP}, {Kind: mesh.HashQuery, Name: "q"}}
+	route.Filters.Fault = &mesh.Fault{Abort: &mesh.Abort{Status: 503}, AbortFraction: mesh.Fraction{Denominator: 100}, Headers: []mesh.HeaderMatcher{{Name: "end-user", Present: true}}}
+	route.Filters.CORS = &mesh.CORS{Enabled: mesh.Fraction{Numerator: 100, Denominator: 100}, Origins: []mesh.StringMatcher{{Text: "x"}}}
+	route.Match.Headers = []mesh.HeaderMatcher{{Name: "end-user", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Kind: mesh.MatchRegex, Text: "j.*"}}, {Name: ":method", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Text: "GET"}}}
+	route.Match.Query = []mesh.QueryMatcher{{Name: "q", Present: true}}
+	table := Of(everything(mesh.VirtualHost{Routes: []mesh.Route{route}}))
+	r := *request("GET http://a/x?q=1")
+	r.Fields, r.GRPC = &rawFields{fieldList{"end-user", "jason", "x-canary", "v1"}}, true
+	var with Context = &context{request: &r, missing: true}
+	buffer := make([]byte, 0, 4096)
+	allocs := testing.AllocsPerRun(100, func() {
+		c := table.Find(&r)
+		o := c.Outcome(&r, true)
+		if o.Reply != nil {
+			t.Fatal("a reply")
+		}
+		b := o.Plan.AppendHost(o.Plan.AppendPath(buffer, r.Path), r.Authority)
+		for _, edits := range [...][]Edit{o.Plan.RequestEdits, o.Plan.ResponseEdits} {
+			for i := range edits {
+				b = edits[i].AppendValue(b, with)
+			}
+		}
+		c.Cluster.Hash(&r)
+		o.Plan.Timeouts(&r)
+	})
+	if allocs != 0 {
+		t.Errorf("%v allocations", allocs)
 	}
 }
 

@@ -12,7 +12,7 @@ type domains struct {
 	index    index // of hosts by the hash of a domain
 	suffixes []int // the lengths of the domains that are suffixes, ascending
 	prefixes []int
-	any      int // the host of *; -1: none
+	any      int // the host of *; -1 without one
 }
 
 func indexDomains(hosts []mesh.VirtualHost) domains {
@@ -125,7 +125,7 @@ func (d *domains) get(hash uint64, kind mesh.DomainKind, text []byte) int {
 	return -1
 }
 
-// index is a hash table from hashes to small numbers. Its users compare the keys, which it does not have.
+// index is a hash table from hashes to small numbers. It does not have the keys: its users compare them.
 type index struct {
 	slots []slot // a power of two of them, at most half of them used
 }

@@ -15,6 +15,9 @@ type faults struct {
 	abort   *Reply // nil: requests are not aborted
 }
 
+// noFaults stands for faults that are turned off.
+var noFaults = &faults{source: &mesh.Fault{}}
+
 // compileFaults returns the faults that the most specific of the filters has, or nil.
 func compileFaults(filters [4]*mesh.RouteFilters, p *patterns) *faults {
 	for _, level := range filters {
@@ -22,7 +25,7 @@ func compileFaults(filters [4]*mesh.RouteFilters, p *patterns) *faults {
 		case f == nil:
 			continue
 		case f.Disabled:
-			return nil
+			return noFaults
 		default:
 			return compileFault(f, p)
 		}

@@ -21,7 +21,7 @@ type hashing struct {
 
 type hashPolicy struct {
 	source  *mesh.HashPolicy
-	rewrite *rewrite // of header fields; nil: none
+	rewrite *rewrite // of header fields; may be nil
 }
 
 func compileHashing(policies []mesh.HashPolicy) *hashing {
@@ -103,7 +103,7 @@ func (p *hashPolicy) hash(r *Request) (hash uint64, ok bool) {
 	return 0, false
 }
 
-// hashHeader hashes the values of a field in their order by bytes, one behind the other.
+// hashHeader hashes the values of a field, in their order by bytes. The hash of a value is the seed of the next.
 func (p *hashPolicy) hashHeader(r *Request) (hash uint64, ok bool) {
 	value, n := r.field(p.source.Name)
 	switch {
@@ -128,7 +128,10 @@ func (p *hashPolicy) hashHeader(r *Request) (hash uint64, ok bool) {
 		}
 	}
 	slices.SortFunc(values, bytes.Compare)
-	return xxh64(slices.Concat(values...)), true
+	for _, value := range values {
+		hash = xxh64Seeded(value, hash)
+	}
+	return hash, true
 }
 
 func (p *hashPolicy) hashCookie(r *Request) (hash uint64, ok bool) {
@@ -190,7 +193,7 @@ func cookie(fields Fields, name string) (value []byte, present bool) {
 
 // rewrite is a compiled mesh.RegexRewrite.
 type rewrite struct {
-	regexp   *regexp.Regexp // nil: the expression is malformed, and nothing is rewritten
+	regexp   *regexp.Regexp // nil: the expression is malformed, and texts stay as they are
 	template []byte         // in the syntax of Regexp.Expand
 }
 

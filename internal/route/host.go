@@ -11,14 +11,14 @@ import (
 type host struct {
 	source *mesh.VirtualHost
 	routes []route
-	paths  *paths // nil: there are few routes, which are compared one by one
+	paths  *paths // nil: the routes are so few that they are compared one by one
 }
 
 // route is a compiled route. Its clusters are compiled when the first request follows it.
 type route struct {
 	source     *mesh.Route
 	path       *pattern    // of a path that is a regular expression
-	conditions *conditions // besides the path; nil: none
+	conditions *conditions // besides the path; may be nil
 	clusters   atomic.Pointer[clusters]
 }
 
@@ -82,7 +82,7 @@ func (h *host) find(r *Request, path []byte) int {
 // paths is an index of the routes of a virtual host by their paths. Routes of the same kind with the same path are linked.
 type paths struct {
 	index    index
-	next     []int32 // of each route, the next one with its path; 0: none
+	next     []int32 // of each route, the next one with its path; 0: it is the last
 	prefixes []int   // the lengths of the paths that are prefixes, ascending
 	others   []int32 // the routes whose paths are compared one by one, ascending
 }

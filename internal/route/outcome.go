@@ -14,7 +14,11 @@ func (c *Choice) Outcome(r *Request, hashed bool) Outcome {
 		return Outcome{Reply: c.Reply}
 	}
 	var o Outcome
-	o.Delay, o.Reply = c.Cluster.faults.decide(r, c.Cluster.Name)
+	f := c.Cluster.faults
+	if f == nil && c.Fault != nil && (c.Fault.Delay > 0 || c.Fault.Abort != nil) {
+		f = compileFault(c.Fault, new(patterns)) // istiod's filter has no faults, so this is rare
+	}
+	o.Delay, o.Reply = f.decide(r, c.Cluster.Name)
 	var kind planKind
 	if hashed {
 		kind = withCookies

@@ -28,7 +28,7 @@ type Plan struct {
 	CountInResponses bool              // in x-envoy-attempt-count of responses, replies included
 
 	Mirrors   []mesh.Mirror // each is drawn on its own, by Request.Drawn
-	Operation string        // name of the span; empty: none
+	Operation string        // name of the span; may be empty
 
 	path pathRewrite
 	host string // empty: not rewritten

@@ -52,8 +52,8 @@ func requestScheme(r *Request) string {
 	return "http"
 }
 
-// redirectHost returns the host of a request. It has no port if the redirect has one, or if the port is that of the scheme,
-// which the redirect changes.
+// redirectHost returns the host of a request. It has no port if the redirect has one, or if the redirect changes the scheme
+// and the port is that of the old one.
 func redirectHost(to *mesh.Redirect, r *Request, scheme string) string {
 	host := r.Authority
 	start := portStart(host)

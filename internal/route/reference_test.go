@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
@@ -16,12 +18,13 @@ import (
 // The functions below find the route of a request as the facts about Envoy have it: slowly, in the plainest way, and with
 // nothing in common with Table.
 
-// referenceFind returns the cluster of a request, "refused" or "no route".
+// referenceFind returns the first cluster of a request's route, "refused" or "no route". Of a route that answers it returns
+// an empty name.
 func referenceFind(routes *mesh.Routes, r *Request) string {
 	if routes.Refused {
 		return "refused"
 	}
-	name := strings.ToLower(string(r.Authority))
+	name := referenceLower(string(r.Authority))
 	if routes.IgnorePort {
 		name = regexp.MustCompile(`:[^:\]]*$`).ReplaceAllString(name, "")
 	}
@@ -39,9 +42,22 @@ func referenceFind(routes *mesh.Routes, r *Request) string {
 		if route.Refused {
 			return "refused"
 		}
+		if route.Forward == nil {
+			return ""
+		}
 		return route.Forward.Clusters[0].Name
 	}
 	return "no route"
+}
+
+// referenceLower returns text with ASCII in lower case.
+func referenceLower(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r < utf8.RuneSelf {
+			return unicode.ToLower(r)
+		}
+		return r
+	}, text)
 }
 
 func referenceHost(routes *mesh.Routes, name string) *mesh.VirtualHost {
@@ -83,7 +99,10 @@ func referenceMatch(routes *mesh.Routes, route *mesh.Route, r *Request) bool {
 	m := &route.Match
 	want := m.Path
 	if m.IgnoreCase && m.Kind != mesh.PathRegex {
-		path, want = strings.ToLower(path), strings.ToLower(want)
+		path, want = referenceLower(path), referenceLower(want)
+	}
+	if path == "" {
+		return false
 	}
 	var fits bool
 	switch m.Kind {
@@ -118,7 +137,7 @@ func wholly(expression, text string) bool {
 
 func referenceHeader(m *mesh.HeaderMatcher, r *Request) bool {
 	var values []string
-	switch strings.ToLower(m.Name) {
+	switch referenceLower(m.Name) {
 	case ":method":
 		values = []string{string(r.Method)}
 	case ":path":
@@ -128,7 +147,7 @@ func referenceHeader(m *mesh.HeaderMatcher, r *Request) bool {
 	}
 	fields := r.Fields.(fieldList)
 	for i := 0; i < len(fields); i += 2 {
-		if strings.EqualFold(fields[i], m.Name) {
+		if referenceLower(fields[i]) == referenceLower(m.Name) {
 			values = append(values, fields[i+1])
 		}
 	}
@@ -153,7 +172,7 @@ func referenceHeader(m *mesh.HeaderMatcher, r *Request) bool {
 func referenceText(m *mesh.StringMatcher, value string) bool {
 	want := m.Text
 	if m.IgnoreCase && m.Kind != mesh.MatchRegex {
-		value, want = strings.ToLower(value), strings.ToLower(want)
+		value, want = referenceLower(value), referenceLower(want)
 	}
 	return [...]bool{
 		mesh.MatchExact: value == want, mesh.MatchPrefix: strings.HasPrefix(value, want), mesh.MatchSuffix: strings.HasSuffix(value, want),

@@ -21,7 +21,7 @@ type Fields interface {
 // Request is a request as it was received. Its bytes belong to the caller.
 type Request struct {
 	Method, Path, Authority, Scheme []byte
-	Fields                          Fields         // nil: none
+	Fields                          Fields         // nil: the request has no fields
 	Downstream                      netip.AddrPort // address of the client
 	Local                           netip.AddrPort // address that the client connected to
 	GRPC                            bool           // by its content-type

@@ -35,6 +35,7 @@ type Choice struct {
 	Route   *mesh.Route       // nil: no route matches, or the request is refused or redirected to HTTPS
 	Cluster *Cluster          // the one of the route's clusters that was drawn; nil: Route is nil. Its name is empty if the route answers
 	Reply   *Reply            // not nil: there is no route to follow
+	Fault   *mesh.Fault       // the HTTP filter's, for routes without faults; the caller sets it, and may leave it nil
 
 	table *Table
 }

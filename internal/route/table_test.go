@@ -2,6 +2,7 @@ package route
 
 import (
 	"fmt"
+	"sync"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -89,5 +90,28 @@ func TestATableIsCompiledOnce(t *testing.T) {
 	r := hosts("a")
 	if Of(r) != Of(r) || Of(r) == Of(hosts("a")) {
 		t.Error("the table is not that of the routes")
+	}
+}
+
+// Many connections may be the first to need a part of a table.
+func TestTablesAreCompiledConcurrently(t *testing.T) {
+	routes := pushes(t)["02-header-match/9080"]
+	var all sync.WaitGroup
+	var tables [8]*Table
+	for i := range tables {
+		all.Go(func() {
+			tables[i] = Of(routes)
+			r := request("GET http://reviews/v1/a", "x-canary", "v1")
+			c := tables[i].Find(r)
+			if o := c.Outcome(r, true); o.Plan != c.Cluster.plan(0) {
+				t.Error("two plans")
+			}
+		})
+	}
+	all.Wait()
+	for _, table := range tables {
+		if table != tables[0] {
+			t.Error("two tables")
+		}
 	}
 }

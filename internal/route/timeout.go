@@ -1,12 +1,13 @@
 package route
 
 import (
+	"math"
 	"strconv"
 	"time"
 )
 
 // Timeouts returns the limits of a request: from its end to the end of the response, of each try, and of the whole stream. 0
-// is no limit. They follow from the plan and the request's fields grpc-timeout, x-envoy-upstream-rq-timeout-ms and
+// means unlimited. They follow from the plan and the request's fields grpc-timeout, x-envoy-upstream-rq-timeout-ms and
 // x-envoy-upstream-rq-per-try-timeout-ms. A limit of a try that is not below that of the request is not used.
 func (p *Plan) Timeouts(r *Request) (total, try, stream time.Duration) {
 	total = p.Timeout
@@ -43,7 +44,7 @@ func (p *Plan) grpcTimeouts(r *Request, total, stream time.Duration) (time.Durat
 	return total, stream
 }
 
-// bounded returns the smaller of two limits, of which 0 is none.
+// bounded returns the smaller of two limits. 0 means unlimited.
 func bounded(limit, bound time.Duration) time.Duration {
 	if bound != 0 && (limit == 0 || limit > bound) {
 		return bound
@@ -83,7 +84,7 @@ func parseGRPCTimeout(value []byte) (time.Duration, bool) {
 	}
 	for _, u := range grpcUnits {
 		if u.name == value[len(value)-1] {
-			limit := number * min(u.unit, time.Hour)
+			limit := min(number, math.MaxInt64/u.unit) * u.unit
 			if number > 0 {
 				limit = max(limit, time.Millisecond)
 			}

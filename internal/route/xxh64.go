@@ -14,12 +14,14 @@ const (
 	prime5 uint64 = 2870177450012600261
 )
 
-// xxh64 is XXH64 with the seed 0 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md), which Envoy hashes with.
-func xxh64(b []byte) uint64 {
+// xxh64 is XXH64 with the seed 0 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md). Envoy hashes with it.
+func xxh64(b []byte) uint64 { return xxh64Seeded(b, 0) }
+
+func xxh64Seeded(b []byte, seed uint64) uint64 {
 	n := uint64(len(b))
-	h := prime5
+	h := seed + prime5
 	if n >= 32 {
-		h, b = xxh64Stripes(b)
+		h, b = xxh64Stripes(b, seed)
 	}
 	h += n
 	for ; len(b) >= 8; b = b[8:] {
@@ -41,9 +43,9 @@ func xxh64(b []byte) uint64 {
 }
 
 // xxh64Stripes hashes the stripes of 32 bytes that b has, and returns the rest.
-func xxh64Stripes(b []byte) (h uint64, rest []byte) {
+func xxh64Stripes(b []byte, seed uint64) (h uint64, rest []byte) {
 	p1, p2 := prime1, prime2 // variables: the sum and the difference overflow
-	v := [4]uint64{p1 + p2, p2, 0, -p1}
+	v := [4]uint64{seed + p1 + p2, seed + p2, seed, seed - p1}
 	for ; len(b) >= 32; b = b[32:] {
 		for i := range v {
 			v[i] = xxh64Round(v[i], binary.LittleEndian.Uint64(b[8*i:]))

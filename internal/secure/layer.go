@@ -38,6 +38,20 @@ func (s *Session) Own() string {
 	return spiffeID(s.Local)
 }
 
+// PeerNames returns the names in the peer's certificate: its URIs, then its DNS names, then its subject (RFC 2253). It
+// returns nil without a certificate.
+func (s *Session) PeerNames() []string {
+	if s.Peer == nil {
+		return nil
+	}
+	names := make([]string, 0, len(s.Peer.URIs)+len(s.Peer.DNSNames)+1)
+	for _, uri := range s.Peer.URIs {
+		names = append(names, uri.String())
+	}
+	names = append(names, s.Peer.DNSNames...)
+	return append(names, distinguishedName(s.Peer.RawSubject, &s.Peer.Subject))
+}
+
 // Server performs the server's part of a handshake, and leaves TLS between c and its socket. read has bytes of c that were
 // read before; it may be nil, and belongs to c from now on. w is the waiter of c's owner, who is blocked until the handshake
 // has ended or the deadline has passed; a zero deadline is none. memory accounts for the handshake while it waits. An error

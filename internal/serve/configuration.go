@@ -20,6 +20,7 @@ type governed struct {
 	judged   sniff.Protocol          // by the last call of Admit
 	admitted bool                    // Admit was called
 	secured  bool                    // TLS with downstream is ended here
+	names    []string                // of the client's certificate; see authz.Subject
 	peers    *httpforward.PeerFields // of HTTP inside that TLS
 }
 
@@ -116,11 +117,16 @@ func (c *Conn) info() mesh.ConnInfo {
 }
 
 // mustSpeak reports whether an inbound connection cannot be carried before its client has sent anything, because no chain
-// for its destination accepts it without TLS.
+// for its destination accepts it without TLS, or a policy denies what has no identity.
 func (c *Conn) mustSpeak() bool {
 	info := c.info()
-	_, refusal := c.governed.snapshot.Inbound(&info)
-	return refusal != ""
+	chain, refusal := c.governed.snapshot.Inbound(&info)
+	if chain == nil || len(chain.Policies) == 0 {
+		return refusal != ""
+	}
+	subject := c.subject()
+	_, denied := authorize(chain.Policies, &subject)
+	return denied
 }
 
 // What Envoy's HTTP inspector calls the versions of HTTP.

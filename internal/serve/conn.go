@@ -61,6 +61,7 @@ func (c *Conn) List() { c.role.flows.List(c.Record) }
 func (c *Conn) ReadFirst(detect bool) bool {
 	s := sniffers.Get().(*sniff.Sniffer)
 	s.Down, s.Peer = c.Down, c.Record.Remote()
+	c.sniffer = s
 	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout
 	if c.governed != nil && c.role.direction == flow.Inbound {
 		detect, s.HelloHold = true, handshakeTimeout // the filter chain depends on it
@@ -69,7 +70,6 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		}
 	}
 	s.Draining, s.Budget = c.role.draining, c.role.budget
-	c.sniffer = s
 	if !detect {
 		c.protocol = sniff.Opaque
 		return true
@@ -100,15 +100,23 @@ func (c *Conn) releaseSniffer() {
 // needs no Dial.
 func (c *Conn) HTTP() bool { return c.protocol == sniff.HTTP1 || c.protocol == sniff.HTTP2 }
 
-// Opaque makes the protocol that was detected opaque, so that the connection is carried as bytes.
-func (c *Conn) Opaque() {
-	if c.HTTP() {
-		c.protocol = sniff.Opaque
-		if g := c.governed; g != nil {
-			g.judged, g.chain = c.protocol, nil
-		}
+// Opaque makes the protocol that was detected opaque, so that the connection is carried as bytes. It is refused if its
+// requests are subject to policies, which could not be applied to them.
+func (c *Conn) Opaque() bool {
+	if !c.HTTP() {
+		return true
 	}
+	c.protocol = sniff.Opaque
+	if g := c.governed; g != nil {
+		if g.chain != nil && g.snapshot.RestrictsRequests(g.chain) {
+			return c.abandon(flow.MeshRefused, errUnseenRequests)
+		}
+		g.judged, g.chain = c.protocol, nil
+	}
+	return true
 }
+
+var errUnseenRequests = errors.New("authorization policies apply to its requests, which are not looked at on a port with a PROXY header")
 
 // Dial opens the upstream connection of an opaque connection, or of one whose protocol is undecided because downstream
 // has been silent.
@@ -184,7 +192,7 @@ func (c *Conn) forward(to *upstream.Target) {
 func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 	s := c.sniffer
 	defer c.releaseSniffer()
-	connection := &httpforward.Connection{
+	return &httpforward.Connection{
 		Down:      c.Down,
 		Read:      s.Read,
 		Early:     s.Up,
@@ -193,11 +201,8 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Target:    *to,
 		Returned:  c.returned,
 		Peers:     c.peers(),
+		Router:    c.router(to),
 	}
-	if r := c.rejudge(to); r != nil {
-		connection.Router = r
-	}
-	return connection
 }
 
 // routes are the names of the one route that each direction has.
@@ -212,10 +217,8 @@ func (c *Conn) relay() {
 		DownRead:         c.sniffer.Read,
 		UpRead:           c.sniffer.UpRead,
 	}
-	if c.role.direction == flow.Inbound {
-		if r := c.rejudge(&upstream.Target{}); r != nil {
-			options.Retired, options.Retirement = r.Retired, opaqueRetirement
-		}
+	if c.governed != nil && c.role.direction == flow.Inbound {
+		options.Retired, options.Retirement = c.rejudge().Retired, opaqueRetirement
 	}
 	hello := c.sniffer.Hello
 	if c.governed != nil && c.governed.secured {

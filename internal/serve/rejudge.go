@@ -2,90 +2,118 @@ package serve
 
 import (
 	"errors"
+	"net/http"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
-	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
-	"github.com/pillion-proxy/pillion/internal/secure"
+	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// rejudge compares an open connection with the configuration and the identity in force. A push cuts no connection:
+// rejudge is the Router of inbound HTTP connections with a control plane: requests go to the connection's target as long as
+// the configuration in force lets the connection and the request pass. A push cuts no connection, and its next request is
+// judged again: it is refused if its chain or a policy does.
 //
-//   - Inbound, a connection whose mode is no longer allowed is retired: no filter chain is left for it, or TLS is to end
-//     where it does not, or the other way round. HTTP ends as in a drain, and other connections after opaqueRetirement.
-//   - Inbound, a request is refused if its filter chain is.
-//   - Outbound, HTTP inside TLS is retired when the roots that have verified the endpoint are replaced, or when the
-//     configuration secures the destination otherwise. Other connections stay.
+// A connection whose mode is no longer allowed is retired: no chain is left for it, or TLS is to end where it does not, or
+// the other way round. Until it has ended, its requests are judged by the last configuration that allowed it.
 type rejudge struct {
 	role    *Role
 	info    mesh.ConnInfo
-	secured bool                 // TLS with downstream is ended here
-	way     mesh.Way             // of an outbound connection
-	roots   *identity.Roots      // that have verified the endpoint; nil: not the mesh's
-	allowed httpforward.Decision // for every request
+	secured bool
+	seen    *mesh.Snapshot    // by the last request
+	judged  *mesh.Snapshot    // the last one that allows the mode of the connection
+	chain   *mesh.FilterChain // that judged has for the connection; nil: none
+	refusal *route.Reply      // to all requests, by judged; nil: they are judged one by one
+	retired bool              // by seen
+	gate    gate
 
-	snapshot *mesh.Snapshot // that was judged by last
-	own      *identity.Identity
-	refused  bool // by these
-	retired  bool // by these
+	allowed httpforward.Decision
 }
 
-// rejudge returns what judges the connection again, or nil if nothing does.
-func (c *Conn) rejudge(to *upstream.Target) *rejudge {
-	g := c.governed
+// router returns the Router of a connection; nil: all requests go to its target.
+func (c *Conn) router(to *upstream.Target) httpforward.Router {
 	switch {
-	case g == nil, c.role.direction == flow.Outbound && (g.way.TLS == nil || g.way.Endpoint.IsValid()):
+	case c.governed == nil:
 		return nil
+	case c.role.direction == flow.Outbound:
+		return c.verified(to)
 	}
-	r := &rejudge{role: c.role, info: c.info(), secured: g.secured, way: g.way, snapshot: g.snapshot, own: c.role.mesh.Identity()}
-	if g.secured {
-		r.info.TLS, r.info.ServerName, r.info.Protocols = true, c.Record.TLS.ServerName, c.Record.TLS.ALPN
-	}
-	if r.own != nil && g.way.TLS != nil && g.way.TLS.Roots == secure.OwnRoots {
-		r.roots = r.own.Roots
-	}
+	r := c.rejudge()
 	r.allowed = httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route}
 	return r
 }
 
-// Route implements httpforward.Router.
-func (r *rejudge) Route(*httpforward.Request) httpforward.Decision {
-	if r.judge(); r.refused {
-		return httpforward.Decision{}
+// rejudge returns what judges an inbound connection again.
+func (c *Conn) rejudge() *rejudge {
+	g, info := c.governed, c.info()
+	if g.secured {
+		info.TLS, info.ServerName, info.Protocols = true, c.Record.TLS.ServerName, c.Record.TLS.ALPN
 	}
-	return r.allowed
+	return &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{subject: c.subject()}}
+}
+
+// Route implements httpforward.Router.
+func (r *rejudge) Route(request *httpforward.Request) httpforward.Decision {
+	r.look()
+	reply, changed := r.refusal, false
+	if reply == nil && r.chain != nil && r.chain.HTTP != nil {
+		changed, reply = r.gate.pass(r.judged, r.chain.HTTP, request)
+	}
+	decision := r.allowed
+	if reply != nil {
+		decision.Reply, decision.Target = reply, upstream.Target{}
+	} else if changed {
+		decision.Path = request.Path
+	}
+	return decision
 }
 
 // Retired implements httpforward.Retirement.
 func (r *rejudge) Retired() bool {
-	r.judge()
+	r.look()
 	return r.retired
 }
 
-// judge does nothing if nothing has changed.
-func (r *rejudge) judge() {
-	s, own := r.role.mesh.Snapshot(), r.role.mesh.Identity()
-	if s == r.snapshot && own == r.own {
+// look judges the connection by the snapshot in force, if that is another one.
+func (r *rejudge) look() {
+	s := r.role.mesh.Snapshot()
+	if s == r.seen {
 		return
 	}
-	r.snapshot, r.own = s, own
-	if r.role.direction == flow.Outbound {
-		way, refusal := s.Outbound(&r.info)
-		r.retired = refusal != "" || way.TLS != r.way.TLS || r.roots != nil && !r.roots.Equal(own.Roots)
-		return
+	r.seen = s
+	ended, ok := s.InboundMode(&r.info)
+	if r.retired = !ok || ended != r.secured; !r.retired {
+		r.judge(s)
 	}
-	if ended, ok := s.InboundMode(&r.info); !ok || ended != r.secured {
-		r.retired, r.refused = true, false
-		return
-	}
-	_, refusal := s.Inbound(&r.info)
-	r.retired, r.refused = false, refusal != ""
 }
 
-// opaqueRetirement is how long a connection of an unknown protocol may go on: Envoy's time to drain one, as Istio sets it.
+// judge judges the connection by a snapshot. Policies of connections apply to its next requests as well.
+func (r *rejudge) judge(s *mesh.Snapshot) {
+	chain, refusal := s.Inbound(&r.info)
+	r.judged, r.chain, r.refusal = s, chain, nil
+	if refusal != "" {
+		r.refusal = refusedChain
+		return
+	}
+	if chain != nil {
+		r.gate.subject.Request = nil
+		if policy, denied := authorize(chain.Policies, &r.gate.subject); denied {
+			r.refusal = denial(policy)
+		}
+	}
+}
+
+// refusedChain is the reply to requests of a connection that the configuration does not let pass any more, as it was before
+// a router could reply: Envoy closes such a connection.
+var refusedChain = &route.Reply{
+	Status: http.StatusNotFound, Flags: envoy.FlagNoRouteFound, Details: envoy.DetailsRouteNotFound, Reason: flow.MeshRefused,
+}
+
+// opaqueRetirement is how long a retired connection of an unknown protocol goes on: Envoy's time to drain one, as Istio sets
+// it.
 const opaqueRetirement = 45 * time.Second
 
-var errRetired = errors.New("the configuration allows connections of its kind no longer, and the time to end it has passed")
+var errRetired = errors.New("the configuration no longer allows connections of its kind, and the time to end it has passed")

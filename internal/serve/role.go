@@ -4,7 +4,7 @@
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
 //
-//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Admit → Secure → Dial → WatchBoth → Admit → Secure → WatchBoth → Carry) → Close
+//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Admit → Secure → Authorize → Dial → WatchBoth → Admit → Secure → WatchBoth → Authorize → Carry) → Close
 //
 // The policies of a role, its choice of a target and everything that differs between roles stay in the role.
 package serve

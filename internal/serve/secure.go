@@ -29,7 +29,8 @@ func (c *Conn) Secure() bool {
 func (c *Conn) terminate(g *governed) bool {
 	var reason flow.Reason
 	var err error
-	apart(func() { reason, err = c.handshakeDown(g) })
+	conn := *c // of its own, so that c stays on the stack of connections without TLS
+	apart(func() { reason, err = conn.handshakeDown(g) })
 	switch {
 	case reason == flow.MeshRefused:
 		return c.abandon(reason, err)
@@ -70,7 +71,7 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 	if err != nil {
 		return handshakeReason(err), err
 	}
-	g.secured, c.Record.Security = true, securityOf(session)
+	g.secured, g.names, c.Record.Security = true, session.PeerNames(), securityOf(session)
 	return "", nil
 }
 

@@ -281,15 +281,37 @@ func planeStatus(row func(name, format string, values ...any), c *live.ControlPl
 	if len(held) > 0 {
 		row("", "%s; the last push was %s ago", strings.Join(held, ", "), showAge(c.PushAgeSeconds))
 	}
+	if text := pushVersions(c.Types); text != "" {
+		row("", "%s", text)
+	}
 	for _, t := range c.Types {
 		if t.Error != "" {
 			row("", "%s: %s", paint.Paint(red, printable(t.Type)+" rejected"), printable(t.Error))
 		}
 	}
-	if all := c.SecurityFindings + c.TrafficFindings + c.CosmeticFindings; all > 0 {
-		row("findings", "%d security, %d traffic, %d cosmetic", c.SecurityFindings, c.TrafficFindings, c.CosmeticFindings)
+	if all := c.SecurityFindings + c.Unenforced + c.TrafficFindings + c.CosmeticFindings; all > 0 {
+		row("findings", "%d security, %d unenforced, %d traffic, %d cosmetic", c.SecurityFindings, c.Unenforced, c.TrafficFindings, c.CosmeticFindings)
 	}
 	identityStatus(row, c.Identity, paint)
+}
+
+// pushVersions returns the versions of the last pushes, each with its types.
+func pushVersions(types []live.PushType) string {
+	var versions []string
+	of := map[string][]string{}
+	for _, t := range types {
+		if t.Version == "" {
+			continue
+		}
+		if of[t.Version] == nil {
+			versions = append(versions, t.Version)
+		}
+		of[t.Version] = append(of[t.Version], t.Type)
+	}
+	for i, version := range versions {
+		versions[i] = "version " + printable(version) + " of " + printable(strings.Join(of[version], ", "))
+	}
+	return strings.Join(versions, "; ")
 }
 
 func identityStatus(row func(name, format string, values ...any), i *live.Identity, paint Painter) {
@@ -306,6 +328,9 @@ func identityStatus(row func(name, format string, values ...any), i *live.Identi
 	}
 	if i.Why != "" {
 		row("", "%s: %s", paint.Paint(red, "not renewed"), printable(i.Why))
+	}
+	for _, problem := range i.Problems {
+		row("", "%s", paint.Paint(red, printable(problem)))
 	}
 }
 

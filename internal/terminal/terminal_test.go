@@ -93,9 +93,12 @@ errors       41 of 4802 that ended; now 1.6%, 2.0 per second
 func TestStatusShowsTheControlPlane(t *testing.T) {
 	s := &live.Snapshot{Version: "v1", Ready: true, ControlPlane: &live.ControlPlane{
 		Address: "istiod.istio-system.svc:15012", Server: "istiod-1 1.32.0", Connected: true, SinceSeconds: 3723, Configured: true, PushAgeSeconds: 12,
-		Types:            []live.PushType{{Type: "CDS", Resources: 40}, {Type: "LDS", Resources: 21, Rejected: 1, Error: "virtualInbound: \x1b[2J"}},
-		SecurityFindings: 1, TrafficFindings: 2, CosmeticFindings: 3,
-		Identity: &live.Identity{Source: "CA", SPIFFE: "spiffe://cluster.local/ns/shop/sa/web", ExpiresSeconds: 7200, Renewals: 2, Failures: 1, Why: "no route"},
+		Types: []live.PushType{
+			{Type: "CDS", Resources: 40, Version: "2026/7"}, {Type: "EDS", Resources: 30, Version: "2026/6"},
+			{Type: "LDS", Resources: 21, Version: "2026/7", Rejected: 1, Error: "virtualInbound: \x1b[2J"}, {Type: "NDS", Resources: 1},
+		},
+		SecurityFindings: 1, Unenforced: 4, TrafficFindings: 2, CosmeticFindings: 3,
+		Identity: &live.Identity{Source: "CA", SPIFFE: "spiffe://cluster.local/ns/shop/sa/web", ExpiresSeconds: 7200, Renewals: 2, Failures: 1, Why: "no route", Problems: []string{"revocation lists: a", "b"}},
 	}}
 	plane := func() string {
 		_, rest, _ := strings.Cut(terminal.Status(s, false), "yes\n")
@@ -103,11 +106,14 @@ func TestStatusShowsTheControlPlane(t *testing.T) {
 		return text
 	}
 	const connected = `istiod       istiod.istio-system.svc:15012 (istiod-1 1.32.0), connected for 1h2m3s
-             40 CDS, 21 LDS; the last push was 12s ago
+             40 CDS, 30 EDS, 21 LDS, 1 NDS; the last push was 12s ago
+             version 2026/7 of CDS, LDS; version 2026/6 of EDS
              LDS rejected: virtualInbound: �[2J
-findings     1 security, 2 traffic, 3 cosmetic
+findings     1 security, 4 unenforced, 2 traffic, 3 cosmetic
 identity     spiffe://cluster.local/ns/shop/sa/web, expires in 2h0m0s, 2 received from the CA
              not renewed: no route
+             revocation lists: a
+             b
 `
 	if got := plane(); got != strings.ReplaceAll(connected, `�`, "\uFFFD") {
 		t.Errorf("got\n%s\nwant\n%s", got, connected)

@@ -96,6 +96,7 @@ type TypeStatus struct {
 	Updates   int64     // responses
 	Rejected  int64     // responses
 	Last      time.Time // of the last response
+	Version   string    // of the push that the last response belongs to, as the control plane names it; may be empty
 	LastError string    // its rejection; empty if it was accepted
 }
 
@@ -245,7 +246,7 @@ func (c *Client) updated(r *response, rejection string) {
 	}
 	s := &c.status.Types[r.typ]
 	s.Updates++
-	s.Last, s.LastError = time.Now(), rejection
+	s.Last, s.LastError, s.Version = time.Now(), rejection, r.version[:min(len(r.version), maxServer)]
 	if rejection != "" {
 		s.Rejected++
 	}

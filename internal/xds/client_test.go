@@ -66,7 +66,7 @@ func (h *handler) Update(u Update) Outcome {
 
 // encodeDelta returns a DeltaDiscoveryResponse.
 func encodeDelta(t Type, nonce string, names ...string) []byte {
-	b := wire.AppendString(nil, 4, t.URL())
+	b := wire.AppendString(wire.AppendString(nil, 1, "push of "+nonce), 4, t.URL())
 	b = wire.AppendString(b, 5, nonce)
 	for _, name := range names {
 		if gone, ok := strings.CutPrefix(name, "-"); ok {
@@ -170,7 +170,7 @@ func TestAClientSubscribesAnswersAndResumes(t *testing.T) {
 		synctest.Wait()
 		status := client.Status()
 		if !status.Connected || status.Types[Listeners].Rejected != 1 || status.Types[Listeners].Held != 2 || status.Types[Clusters].Updates != 1 ||
-			!strings.HasPrefix(status.Types[Listeners].LastError, "l2: ") || !status.Types[Routes].Asked {
+			!strings.HasPrefix(status.Types[Listeners].LastError, "l2: ") || !strings.HasPrefix(status.Types[Listeners].Version, "push of ") || !status.Types[Routes].Asked {
 			t.Errorf("status %+v", status)
 		}
 		if got := h.updates[0]; got.Type != Clusters || len(got.Resources) != 2 || string(got.Resources[1].Value) != "bytes of b" || got.Resources[1].TypeURL != Clusters.URL() {

@@ -19,7 +19,7 @@ type Resource struct {
 type response struct {
 	server    string // as it names itself; may be empty
 	typ       Type
-	version   string // state of the world only
+	version   string // of the push. In the state-of-the-world protocol an answer repeats it
 	nonce     string
 	resources []Resource
 	removed   []string // delta only
@@ -120,7 +120,7 @@ func decode(b []byte, delta bool) (*response, error) {
 			r.server = decodeServer(m.Message())
 		case m.Number == 6 && delta:
 			r.removed = append(r.removed, m.String())
-		case m.Number == 1 && !delta:
+		case m.Number == 1: // in both
 			r.version = m.String()
 		case m.Number == 2:
 			r.resources = append(r.resources, decodeAny(m.Message()))
@@ -141,7 +141,7 @@ func decode(b []byte, delta bool) (*response, error) {
 	return &r, err
 }
 
-// maxServer bounds the name of a server that is kept, in bytes.
+// maxServer bounds the names of a server and of a version that are kept for people, in bytes.
 const maxServer = 1 << 10
 
 // decodeServer returns the identifier in an envoy.config.core.v3.ControlPlane.

@@ -84,6 +84,7 @@ type Ended struct {
 	TransportFailure, Peer                                 string
 	Received, Sent                                         uint64
 	Attempts                                               uint8
+	Details                                                string // of a request
 }
 
 // Closed implements flow.Sink.
@@ -91,10 +92,14 @@ func (r *Rig) Closed(record *flow.Record) {
 	if r.discard.Load() {
 		return
 	}
+	details := ""
+	if record.HTTP != nil {
+		details = record.HTTP.Details
+	}
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
 		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer(), record.Received.Load(), record.Sent.Load(),
-		record.Attempts,
+		record.Attempts, details,
 	}
 }
 

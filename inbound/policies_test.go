@@ -1,0 +1,284 @@
+package inbound
+
+import (
+	"bufio"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/serve/servetest"
+)
+
+// Conditions of policies.
+var (
+	anything = mesh.Condition{Kind: mesh.ConditionTrue}
+	ofClient = mesh.Condition{Kind: mesh.ConditionPrincipal, Text: &mesh.StringMatcher{Text: idOfClient}}
+	ofOthers = mesh.Condition{Kind: mesh.ConditionPrincipal, Text: &mesh.StringMatcher{Text: idOfServer}}
+	ofAdmin  = mesh.Condition{Kind: mesh.ConditionPath, Text: &mesh.StringMatcher{Kind: mesh.MatchPrefix, Text: "/admin"}}
+)
+
+// rbac returns a policy with one rule.
+func rbac(action mesh.Action, permission, principal mesh.Condition) *mesh.RBAC {
+	return &mesh.RBAC{Rules: &mesh.Rules{Action: action, Policies: []mesh.AccessPolicy{{
+		Name: "ns[shop]-policy[p]-rule[0]", Permission: permission, Principal: principal,
+	}}}}
+}
+
+// enforce puts policies into all chains of a mode, in which they replace those of before.
+func (m *meshRig) enforce(t *testing.T, mode string, policies ...*mesh.RBAC) {
+	t.Helper()
+	var chains []*mesh.FilterChain
+	for _, c := range modes[mode] {
+		changed := *c
+		changed.Policies = nil
+		if c.HTTP != nil {
+			changed.HTTP = &mesh.HTTPManager{Routes: &mesh.Routes{}, NormalizePath: true, MergeSlashes: true}
+		}
+		for _, p := range policies {
+			if c.HTTP != nil {
+				changed.HTTP.Filters = append(changed.HTTP.Filters, mesh.HTTPFilter{Name: "rbac", RBAC: p})
+			} else {
+				changed.Policies = append(changed.Policies, mesh.NetworkFilter{Name: "rbac", RBAC: p})
+			}
+		}
+		chains = append(chains, &changed)
+	}
+	m.plane.InForce.Store(snapshotOf(t, chains, !strings.HasPrefix(mode, "DISABLE")))
+}
+
+// TestPoliciesOfConnections judges clients before the workload is dialled.
+func TestPoliciesOfConnections(t *testing.T) {
+	for name, c := range map[string]struct {
+		policy       *mesh.RBAC
+		plain, known bool // which clients pass
+	}{
+		"no policy":                    {nil, true, true},
+		"no rules":                     {&mesh.RBAC{}, true, true},
+		"all are denied":               {&mesh.RBAC{Rules: &mesh.Rules{}}, false, false},
+		"the client is allowed":        {rbac(mesh.Allow, anything, ofClient), false, true},
+		"another one is allowed":       {rbac(mesh.Allow, anything, ofOthers), false, false},
+		"the client is denied":         {rbac(mesh.Deny, anything, ofClient), true, false},
+		"what is not the client":       {rbac(mesh.Deny, anything, mesh.Condition{Kind: mesh.ConditionNot, Of: []mesh.Condition{ofClient}}), false, true},
+		"a path, which is not known":   {rbac(mesh.Deny, ofAdmin, anything), false, false},
+		"it is only logged":            {rbac(mesh.Log, anything, anything), true, true},
+		"the policy is not understood": {&mesh.RBAC{Refused: true}, false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMeshRig(t, "PERMISSIVE, TCP")
+			dialled := m.Listen(t, "82")
+			if c.policy != nil {
+				m.enforce(t, "PERMISSIVE, TCP", c.policy)
+			}
+			for _, secured := range []bool{false, true} {
+				passes := c.plain
+				var conn net.Conn = m.Dial(t, m.At(82))
+				if secured {
+					passes = c.known
+					var err error
+					if conn, err = m.handshake(t, conn, m.client, meshTCP...); err != nil {
+						t.Fatal(err)
+					}
+				}
+				io.WriteString(conn, "question")
+				if passes {
+					workload := servetest.Take(t, dialled)
+					servetest.Expect(t, workload, "question")
+					workload.Close()
+				}
+				_, err := conn.Read(make([]byte, 1))
+				conn.Close()
+				got := m.Await(t)
+				if denied := got.Reason == flow.PolicyDenied; denied == passes || !passes && err == nil {
+					t.Errorf("secured %v: passes %v; the record has %v, %v; the client %v", secured, passes, got.Reason, got.Err, err)
+				}
+				select {
+				case <-dialled:
+					t.Errorf("secured %v: the workload was dialled", secured)
+				default:
+				}
+			}
+		})
+	}
+}
+
+// A policy that denies plaintext does not deny a client of the mesh that begins late, and nothing is dialled for it.
+func TestAClientThatPoliciesMustKnowIsWaitedFor(t *testing.T) {
+	m := newDelayedMeshRig(t, "PERMISSIVE, TCP", 0)
+	m.enforce(t, "PERMISSIVE, TCP", rbac(mesh.Allow, anything, ofClient))
+	dialled := m.Listen(t, "82")
+	raw := m.Dial(t, m.At(82))
+	m.AwaitListed(t, 1)
+	conn, err := m.handshake(t, raw, m.client, meshTCP...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(conn, "question")
+	workload := servetest.Take(t, dialled)
+	servetest.Expect(t, workload, "question")
+	workload.Close()
+	conn.Close()
+	m.Await(t)
+}
+
+// client is an HTTP/1 client on one connection of the mesh.
+type client struct {
+	net.Conn
+	in *bufio.Reader
+}
+
+func (m *meshRig) connect(t *testing.T, port uint16) *client {
+	t.Helper()
+	conn, err := m.handshake(t, m.Dial(t, m.At(port)), m.client, "istio-http/1.1", "istio", "http/1.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &client{conn, bufio.NewReader(conn)}
+}
+
+// get sends a request with any target.
+func (c *client) get(t *testing.T, target string) (status int, body, seen string) {
+	t.Helper()
+	io.WriteString(c, "GET "+target+" HTTP/1.1\r\nHost: a\r\n\r\n")
+	response, err := http.ReadResponse(c.in, nil)
+	if err != nil {
+		t.Fatalf("%s: %v", target, err)
+	}
+	content, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatalf("%s: %v", target, err)
+	}
+	return response.StatusCode, string(content), response.Header.Get("Seen-Target")
+}
+
+// TestPoliciesOfRequests judges each request by its path in the normal form, which the workload gets as well.
+func TestPoliciesOfRequests(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Deny, ofAdmin, anything), rbac(mesh.Allow, anything, ofClient))
+	c := m.connect(t, 81)
+	for _, r := range []struct {
+		target  string
+		status  int
+		seen    string
+		details string
+	}{
+		{"/", 200, "/", ""},
+		{"/public?/admin", 200, "/public?/admin", ""},
+		{"/admin", 403, "", "rbac_access_denied_matched_policy[ns[shop]-policy[p]-rule[0]]"},
+		{"/admin/x?y", 403, "", "rbac_access_denied_matched_policy[ns[shop]-policy[p]-rule[0]]"},
+		{"/public/../admin", 403, "", "rbac_access_denied_matched_policy[ns[shop]-policy[p]-rule[0]]"},
+		{"//admin", 403, "", "rbac_access_denied_matched_policy[ns[shop]-policy[p]-rule[0]]"},
+		{"/%61dmin", 403, "", "rbac_access_denied_matched_policy[ns[shop]-policy[p]-rule[0]]"},
+		{`/x\..\admin`, 403, "", "rbac_access_denied_matched_policy[ns[shop]-policy[p]-rule[0]]"},
+		{"http://b/x/%2e%2e/admin", 403, "", "rbac_access_denied_matched_policy[ns[shop]-policy[p]-rule[0]]"},
+		{"/admin/../public//x?a//b", 200, "/public/x?a//b", ""},
+		{"/a%2fb", 200, "/a%2fb", ""},
+		{"/%00", 400, "", "path_normalization_failed"},
+		{"*", 400, "", "path_normalization_failed"},
+		{"/last", 200, "/last", ""},
+	} {
+		status, body, seen := c.get(t, r.target)
+		got := m.Await(t)
+		if status != r.status || seen != r.seen {
+			t.Errorf("%s: %d, the workload saw %q; want %d, %q", r.target, status, seen, r.status, r.seen)
+		}
+		if status == 403 && (body != "RBAC: access denied" || got.Reason != flow.PolicyDenied) || r.details != "" && got.Details != r.details {
+			t.Errorf("%s: body %q, reason %q, details %q", r.target, body, got.Reason, got.Details)
+		}
+	}
+	c.Close()
+}
+
+// TestRequestsAreJudgedByThePoliciesInForce changes the policies while connections are open.
+func TestRequestsAreJudgedByThePoliciesInForce(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	c := m.connect(t, 81)
+	for i, policies := range [][]*mesh.RBAC{
+		nil,
+		{rbac(mesh.Allow, anything, ofOthers)},
+		{rbac(mesh.Allow, anything, ofClient)},
+		{rbac(mesh.Allow, anything, ofClient), rbac(mesh.Deny, anything, ofClient)},
+		{},
+		{{Refused: true}},
+	} {
+		want := 403
+		if i%2 == 0 {
+			want = 200
+		}
+		m.enforce(t, "STRICT, HTTP", policies...)
+		if status, _, _ := c.get(t, "/"); status != want {
+			t.Errorf("with the policies %d: %d, want %d", i, status, want)
+		}
+		m.Await(t)
+	}
+	c.Close()
+}
+
+// A shadow policy denies no request.
+func TestShadowPoliciesAreNotEnforced(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP", &mesh.RBAC{Shadow: &mesh.Rules{}, ShadowPrefix: "istio_dry_run_allow_"})
+	c := m.connect(t, 81)
+	if status, _, _ := c.get(t, "/"); status != 200 {
+		t.Errorf("status %d", status)
+	}
+	m.Await(t)
+	c.Close()
+}
+
+// TestRequestsBehindProxyHeadersPassNoPolicy: on a port whose workload gets a PROXY header, requests are not looked at.
+func TestRequestsBehindProxyHeadersPassNoPolicy(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	settings := servetest.Defaults()
+	settings.DetectionDelay = 5 * time.Millisecond
+	var err error
+	if settings.ProxyProtocol, err = capture.ParsePorts("83"); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Role.Apply(settings); err != nil {
+		t.Fatal(err)
+	}
+	dialled := m.Listen(t, "83")
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Deny, ofAdmin, anything))
+	c := m.connect(t, 83)
+	io.WriteString(c, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+	if _, err := c.Read(make([]byte, 1)); err == nil {
+		t.Error("the client got a response")
+	}
+	if got := m.Await(t); got.Reason != flow.MeshRefused || !strings.Contains(got.Err.Error(), "PROXY header") {
+		t.Errorf("the record has %v, %v", got.Reason, got.Err)
+	}
+	select {
+	case <-dialled:
+		t.Error("the workload was dialled")
+	default:
+	}
+	c.Close()
+}
+
+// A client that was silent until the workload was dialled is judged again by the identity that it shows then.
+func TestALateClientIsJudgedByItsIdentity(t *testing.T) {
+	m := newMeshRig(t, "PERMISSIVE, TCP")
+	m.enforce(t, "PERMISSIVE, TCP", rbac(mesh.Deny, anything, ofClient))
+	dialled := m.Listen(t, "82")
+	raw := m.Dial(t, m.At(82))
+	workload := servetest.Take(t, dialled)
+	conn, err := m.handshake(t, raw, m.client, meshTCP...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(conn, "question")
+	if n, _ := workload.Read(make([]byte, 8)); n > 0 {
+		t.Error("the workload got data")
+	}
+	if got := m.Await(t); got.Reason != flow.PolicyDenied {
+		t.Errorf("the record has %v, %v", got.Reason, got.Err)
+	}
+	workload.Close()
+	conn.Close()
+}

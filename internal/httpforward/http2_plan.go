@@ -1,0 +1,291 @@
+package httpforward
+
+import (
+	"strings"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/envoy"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/route"
+)
+
+// What the 1:1 HTTP/2 engine does for a decision besides forwarding: replies, edits, limits and leases. It cannot delay a
+// request, because streams have to be opened in the order of their numbers, nor send one to another endpoint or send it
+// twice: these decisions need an engine whose streams have numbers of their own.
+
+// carriedStream is the state of a stream whose decision is more than a target.
+type carriedStream struct {
+	plan  *route.Plan
+	made  *route.Reply // is sent in place of a response
+	lease Lease        // nil: none, or ended
+	grpc  int          // grpc-status in the head of the response; -1: none
+
+	limits
+	totalEnd, tryEnd, streamEnd time.Time
+
+	asked blockFields // a copy of the request's fields, if an edit of the response may need it
+}
+
+// carry takes what the decision for a request asks for.
+func (m *multiplex) carry(s *stream, d *Decision) {
+	s.lease, s.made, s.plan, s.grpc = d.Lease, d.Reply, d.Plan, -1
+	if d.Plan == nil {
+		return
+	}
+	e := m.takeEdited(s)
+	e.request.GRPC = s.http.GRPC
+	s.limits = limitsOf(d.Plan, &e.request)
+	if s.stream > 0 {
+		s.streamEnd = s.record.Opened.Add(s.stream)
+		m.watch(s.streamEnd)
+	}
+	if editsResponse(d.Plan) {
+		s.asked.list = copyFields(m.fields.list)
+		m.keep(s)
+	}
+}
+
+// copyFields returns a copy whose strings share memory with nothing else.
+func copyFields(fields []http2.Field) []http2.Field {
+	var text strings.Builder
+	for i := range fields {
+		text.WriteString(fields[i].Name)
+		text.WriteString(fields[i].Value)
+	}
+	rest, list := text.String(), make([]http2.Field, len(fields))
+	cut := func(n int) (part string) {
+		part, rest = rest[:n], rest[n:]
+		return part
+	}
+	for i := range fields {
+		list[i].Name = cut(len(fields[i].Name))
+		list[i].Value = cut(len(fields[i].Value))
+	}
+	return list
+}
+
+// size returns about how much memory the fields take.
+func (f *blockFields) size() (n int) {
+	for i := range f.list {
+		n += fieldSize + len(f.list[i].Name) + len(f.list[i].Value)
+	}
+	return n
+}
+
+// takeEdited returns the edits of a stream's request, for the request that the router has just seen.
+func (m *multiplex) takeEdited(s *stream) *edited {
+	if m.edited == nil {
+		m.edited = new(edited)
+	}
+	m.edited.record = &s.record
+	m.edited.describe(&m.routed)
+	return m.edited
+}
+
+// editRequest makes the edits of a request, and returns them with the fields that the engine adds.
+func (m *multiplex) editRequest(s *stream, has seen) *edited {
+	e, p, add := m.edited, s.plan, &s.settings.Fields
+	e.begin(&m.fields)
+	for i := range m.fields.list {
+		name := m.fields.list[i].Name
+		e.gone[i] = m.Peers.drops(name) || p.RewritesHost && name == "host" && len(m.routed.Authority) > 0
+	}
+	if add.RequestID && !has.id {
+		s.http.ID = appendUUID(s.names.take(uuidLength))
+		from := len(e.values)
+		e.values = append(e.values, s.http.ID...)
+		e.add("x-request-id", from)
+	}
+	if add.ForwardedProto && !has.forwardedProto {
+		e.addText("x-forwarded-proto", "http")
+	}
+	if add.ForwardedFor == ForwardedForAppend || add.ForwardedFor == ForwardedForSetIfAbsent && !has.forwardedFor {
+		from := len(e.values)
+		e.values = appendAddress(e.values, m.Record.Downstream.Addr())
+		e.add("x-forwarded-for", from)
+	}
+	e.apply(p.RequestEdits)
+	if ms := s.limits.expected().Milliseconds(); ms > 0 {
+		e.remove(expectedTimeoutField)
+		e.addNumber(expectedTimeoutField, ms)
+	}
+	if p.CountAttempts {
+		e.remove(attemptCountField)
+		e.addNumber(attemptCountField, 1)
+	}
+	return e
+}
+
+// appendEditedRequest appends the header block of a request that its plan changes.
+func (m *multiplex) appendEditedRequest(block []byte, s *stream, fields []http2.Field, has seen) []byte {
+	l, p := &m.toUp, s.plan
+	e := m.editRequest(s, has)
+	pseudo := len(fields) - len(m.fields.list)
+	hosted := false
+	for i := range fields[:pseudo] {
+		switch f := &fields[i]; {
+		case f.Name == ":path" && p.RewritesPath:
+			block = l.encoder.AppendField(block, http2.Field{Name: f.Name, Value: string(p.AppendPath(nil, m.routed.Path))})
+		case f.Name == ":authority" && p.RewritesHost:
+			hosted = true
+			block = l.encoder.AppendField(block, http2.Field{Name: f.Name, Value: string(p.AppendHost(nil, m.routed.Authority))})
+		default:
+			block = l.encoder.AppendField(block, *f)
+		}
+	}
+	block = e.appendBlock(block, l.encoder)
+	if p.RewritesHost && !hosted && len(m.routed.Authority) > 0 { // it came as host
+		block = l.encoder.AppendField(block, http2.Field{Name: "host", Value: string(p.AppendHost(nil, m.routed.Authority))})
+	}
+	return block
+}
+
+// appendBlock appends the fields that are left and those that are added.
+func (e *edited) appendBlock(block []byte, encoder *http2.Encoder) []byte {
+	if e.fields != nil {
+		list := e.fields.(*blockFields).list
+		for i := range list {
+			if !e.gone[i] {
+				block = encoder.AppendField(block, list[i])
+			}
+		}
+	}
+	for i := range e.added {
+		if a := &e.added[i]; !a.gone {
+			block = http2.AppendLiteral(block, a.name, e.value(a))
+		}
+	}
+	return block
+}
+
+// editResponse makes the edits of a response with these fields.
+func (m *multiplex) editResponse(s *stream, fields []http2.Field) *edited {
+	e, p := m.edited, s.plan
+	e.record = &s.record
+	e.request = route.Request{
+		Method: s.http.Method, Path: s.http.Path, Authority: s.http.Authority, Scheme: schemeOf(s.record.Connection),
+		Fields: &s.asked, Downstream: s.record.Downstream, Local: s.record.OriginalDestination, GRPC: s.http.GRPC,
+	}
+	m.responded = ofBlock(fields)
+	e.begin(&m.responded)
+	e.response = &m.responded
+	if p.CountInResponses {
+		e.remove(attemptCountField)
+		e.addNumber(attemptCountField, 1)
+	}
+	e.apply(p.ResponseEdits)
+	e.response = nil
+	return e
+}
+
+// answerMade answers a request as its decision asks, without upstream. The body of a reply is not sent: see answer.
+func (m *multiplex) answerMade(s *stream) error {
+	made := s.made
+	return m.answer(s, &reply{made.Status, made.Body, made.Reason, made.Flags, made.Details}, nil)
+}
+
+// appendMade appends the fields of a made reply, except those of its framing, with the edits of its plan.
+func (m *multiplex) appendMade(block []byte, s *stream) []byte {
+	e := m.takeEdited(s)
+	e.begin(nil)
+	for i := range s.made.Fields {
+		if f := &s.made.Fields[i]; editable(f.Name) && (f.Name != "content-type" || !s.http.GRPC) {
+			e.addText(f.Name, f.Value)
+			e.sanitize(e.added[len(e.added)-1].from)
+		}
+	}
+	if s.plan != nil && s.made.Edited {
+		if s.plan.CountInResponses {
+			e.addNumber(attemptCountField, 1)
+		}
+		e.apply(s.plan.ResponseEdits)
+	}
+	return e.appendBlock(block, m.toDown.encoder)
+}
+
+// watch makes sure that limits are checked at a time.
+func (m *multiplex) watch(at time.Time) {
+	if m.checkAt.IsZero() || at.Before(m.checkAt) {
+		m.checkAt = at
+	}
+}
+
+// startLimits starts the limits of a stream that begin with the end of its request.
+func (m *multiplex) startLimits(s *stream) {
+	if s.total > 0 {
+		s.totalEnd = m.now().Add(s.total)
+		m.watch(s.totalEnd)
+	}
+	if s.try > 0 && !s.begun {
+		s.tryEnd = m.now().Add(s.try)
+		m.watch(s.tryEnd)
+	}
+}
+
+// enforceLimits ends the streams of which a limit has passed.
+func (m *multiplex) enforceLimits() {
+	now := m.now()
+	if m.checkAt.IsZero() || now.Before(m.checkAt) {
+		return
+	}
+	m.checkAt = time.Time{}
+	ended := 0
+	for _, s := range m.streams.open {
+		if r := s.overdue(now); r != nil {
+			m.resetUpstream(s.id, http2.Cancel)
+			m.abandon(s, r, flow.RequestTimeout, nil)
+			if ended++; ended%closeTurn == 0 {
+				m.w.Pause(m.Down)
+			}
+			continue
+		}
+		for _, end := range [...]time.Time{s.totalEnd, s.tryEnd, s.streamEnd} {
+			if now.Before(end) {
+				m.watch(end)
+			}
+		}
+	}
+}
+
+// overdue returns the reply to a request of which a limit has passed, or nil.
+func (s *stream) overdue(now time.Time) *reply {
+	passed := func(end time.Time) bool { return !end.IsZero() && !now.Before(end) }
+	switch {
+	case passed(s.streamEnd) && !s.request.ended:
+		return &replyMaxUnread
+	case passed(s.streamEnd):
+		return &replyMaxDuration
+	case passed(s.totalEnd):
+		return &replyRouteTimeout
+	case passed(s.tryEnd) && !s.begun:
+		return &replyTryTimeout
+	}
+	return nil
+}
+
+// noteResponse keeps what the lease is told of a response with these fields.
+func (s *stream) noteResponse(fields []http2.Field) {
+	for i := range fields {
+		if fields[i].Name == grpcStatusField {
+			if code, ok := envoy.ParseGRPCCode(readOnly(fields[i].Value)); ok {
+				s.grpc = int(code)
+			}
+			return
+		}
+	}
+}
+
+// endLease ends the place of the request at its endpoint.
+func (s *stream) endLease(reason flow.Reason) {
+	lease := s.lease
+	if lease == nil {
+		return
+	}
+	s.lease = nil
+	outcome := Outcome{GRPC: -1, Reason: reason, Connected: !s.sentAt.IsZero(), Duration: time.Since(s.record.Opened)}
+	if s.begun {
+		outcome.Status, outcome.GRPC = s.http.Status, s.grpc
+	}
+	lease.End(outcome)
+}

@@ -1,0 +1,210 @@
+package serve
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/envoy"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/route"
+	"github.com/pillion-proxy/pillion/internal/urlpath"
+)
+
+// Authorize applies the policies of an inbound connection's filter chain to the connection. Those of its requests are
+// applied to each of them. Call it when the client is known, and before anything is dialled on its behalf.
+func (c *Conn) Authorize() bool {
+	g := c.governed
+	if g == nil || g.chain == nil || len(g.chain.Policies) == 0 {
+		return true
+	}
+	subject := c.subject()
+	if policy, denied := authorize(g.chain.Policies, &subject); denied {
+		return c.abandon(flow.PolicyDenied, deniedBy(policy))
+	}
+	return true
+}
+
+// subject returns the connection as policies see it.
+func (c *Conn) subject() authz.Subject {
+	hello := c.Record.TLS
+	if !c.governed.secured {
+		hello = c.sniffer.Hello
+	}
+	return authz.Subject{
+		Destination: c.Record.OriginalDestination,
+		Peer:        c.Record.Downstream.Addr(),
+		Client:      c.Record.Downstream.Addr(),
+		ServerName:  strings.ToLower(hello.ServerName),
+		Secured:     c.governed.secured,
+		Names:       c.governed.names,
+	}
+}
+
+// authorize applies network policies in their order. It returns the name of the policy that denies.
+func authorize(policies []mesh.NetworkFilter, s *authz.Subject) (policy string, denied bool) {
+	for i := range policies {
+		if r := policies[i].RBAC; r != nil {
+			if v := authz.Of(r).Judge(s); v.Denied {
+				return v.Matched, true
+			}
+		}
+	}
+	return "", false
+}
+
+func deniedBy(policy string) error {
+	if policy == "" {
+		return errNotAllowed
+	}
+	return fmt.Errorf("the authorization policy %s denies it", policy)
+}
+
+var errNotAllowed = errors.New("no authorization policy allows it")
+
+// gate applies the configuration of HTTP to the requests of one connection: the normal form of their paths, and policies in
+// the order of the filters. Its memory is reused from request to request.
+type gate struct {
+	subject authz.Subject // of the connection; its Request is request while a request is judged
+	request authz.Request
+	path    []byte // a normal form that differs from the path as it was received
+}
+
+// pass returns the reply to a request that must not pass, or nil. It sets the request's path to its normal form. changed
+// reports whether that differs from the path as it was received.
+func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Request) (changed bool, reply *route.Reply) {
+	if changed, reply = g.normalize(h, r); reply != nil {
+		return changed, reply
+	}
+	set := false
+	for i := range h.Filters {
+		f := s.Filter(&h.Filters[i])
+		if f == nil || f.Refused {
+			return changed, route.Refused // Inbound refuses the connection as well
+		}
+		if f.Disabled || f.RBAC == nil {
+			continue
+		}
+		if !set {
+			g.describe(h, r)
+			set = true
+		}
+		policy := authz.Of(f.RBAC)
+		if policy.LooksAtClient() { // looked up only then, because it allocates
+			g.subject.Client = clientAddress(h, r.Fields, g.subject.Peer)
+		}
+		if v := policy.Judge(&g.subject); v.Denied {
+			return changed, denial(v.Matched)
+		}
+	}
+	return changed, nil
+}
+
+// describe sets the request that policies see.
+func (g *gate) describe(h *mesh.HTTPManager, r *httpforward.Request) {
+	g.subject.Client = g.subject.Peer
+	g.request = authz.Request{
+		Method: r.Method, Authority: r.Authority, Scheme: r.Scheme, Path: r.Path, Fields: r.Fields, Scratch: g.request.Scratch,
+	}
+	if r.Path[0] != '/' && string(r.Method) == "CONNECT" {
+		g.request.Path = nil
+	}
+	g.subject.Request = &g.request
+}
+
+// denial is the reply to a request that a policy denies.
+func denial(policy string) *route.Reply {
+	return &route.Reply{
+		Status: http.StatusForbidden, Body: "RBAC: access denied", Details: envoy.DeniedByPolicy(policy), Reason: flow.PolicyDenied, Edited: true,
+	}
+}
+
+// slashes are the treatments of escaped slashes.
+var slashes = [...]urlpath.Slashes{
+	mesh.DefaultEscapedSlashes:  urlpath.KeepSlashes,
+	mesh.KeepEscapedSlashes:     urlpath.KeepSlashes,
+	mesh.RejectEscapedSlashes:   urlpath.RejectSlashes,
+	mesh.RedirectEscapedSlashes: urlpath.RedirectSlashes,
+	mesh.UnescapeSlashes:        urlpath.UnescapeSlashes,
+}
+
+// normalize sets the request's path to its normal form, which policies, routes and the server see.
+func (g *gate) normalize(h *mesh.HTTPManager, r *httpforward.Request) (changed bool, reply *route.Reply) {
+	switch {
+	case r.Attempt > 0:
+		return false, nil // it is normal since the first attempt
+	case len(r.Path) > 0 && r.Path[0] == '/':
+	case string(r.Method) == "CONNECT", string(r.Path) == "*" && string(r.Method) == "OPTIONS":
+		return false, nil
+	default:
+		return false, badPath
+	}
+	form := urlpath.Form{Normalize: h.NormalizePath, MergeSlashes: h.MergeSlashes, Slashes: slashes[h.EscapedSlashes]}
+	if form.Has(r.Path) {
+		return false, nil
+	}
+	var err error
+	switch g.path, err = form.Append(g.path[:0], r.Path); {
+	case err == urlpath.ErrRedirect:
+		return false, &route.Reply{
+			Status: http.StatusTemporaryRedirect, Fields: []route.Field{{Name: "location", Value: string(g.path)}},
+			Details: envoy.DetailsPathNormalized, Reason: flow.Completed,
+		}
+	case err != nil:
+		return false, badPath
+	case string(g.path) == string(r.Path):
+		return false, nil
+	}
+	r.Path = g.path
+	return true, nil
+}
+
+// badPath is the reply to a request whose path has no normal form.
+var badPath = &route.Reply{
+	Status: http.StatusBadRequest, Flags: envoy.FlagDownstreamProtocolError, Details: envoy.DetailsPathNotNormal, Reason: flow.BadFraming,
+}
+
+// clientAddress returns the address of a request's client. Without UseRemoteAddress it is the last one in
+// X-Forwarded-For, or one before for each trusted proxy; with it, the peer, or one before. If there is no such address, it
+// is the peer's (Envoy's getLastAddressFromXFF).
+func clientAddress(h *mesh.HTTPManager, fields httpforward.HeaderFields, peer netip.Addr) netip.Addr {
+	skip := int(h.TrustedHops)
+	if h.UseRemoteAddress {
+		if skip == 0 {
+			return peer
+		}
+		skip--
+	}
+	for i := fields.Len() - 1; i >= 0; i-- {
+		name, value := fields.At(i)
+		if len(name) != len("x-forwarded-for") || !strings.EqualFold(string(name), "x-forwarded-for") {
+			continue
+		}
+		for text := string(value); ; skip-- {
+			comma := strings.LastIndexByte(text, ',')
+			if skip == 0 {
+				return parseAddress(text[comma+1:], peer)
+			}
+			if comma < 0 {
+				skip--
+				break
+			}
+			text = text[:comma]
+		}
+	}
+	return peer
+}
+
+// parseAddress returns an address without a port. Other text is the peer.
+func parseAddress(text string, peer netip.Addr) netip.Addr {
+	address, err := netip.ParseAddr(strings.Trim(text, " \t"))
+	if err != nil || address.Zone() != "" {
+		return peer
+	}
+	return address.Unmap()
+}
