@@ -40,6 +40,12 @@ func (s *Snapshot) InboundMode(c *ConnInfo) (ended, ok bool) {
 	return ok && chain.TLS != nil, ok
 }
 
+// InboundInspectsTLS reports whether inbound connections to a port are looked at for TLS.
+func (s *Snapshot) InboundInspectsTLS(port uint16) bool {
+	l := s.Listener(virtualInbound)
+	return l != nil && l.inspects(TLSInspector, port)
+}
+
 // InboundChanged reports whether another inbound listener is in force than before.
 func (s *Snapshot) InboundChanged(before *Snapshot) bool {
 	return s.Listener(virtualInbound) != before.Listener(virtualInbound)
@@ -127,7 +133,7 @@ func (l *Listener) inspected(c *ConnInfo) ConnInfo {
 	if c.TLS {
 		kind = TLSInspector
 	}
-	if !slices.ContainsFunc(l.Filters, func(f ListenerFilter) bool { return f.Kind == kind && f.Applies(c.Destination.Port()) }) {
+	if !l.inspects(kind, c.Destination.Port()) {
 		info.TLS, info.ServerName, info.Protocols = false, "", nil
 	}
 	return info
@@ -136,6 +142,10 @@ func (l *Listener) inspected(c *ConnInfo) ConnInfo {
 // RestrictsRequests reports whether policies of a chain may deny single requests.
 func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
 	return s.judgeHTTP(chain.HTTP, false) != ""
+}
+
+func (l *Listener) inspects(kind ListenerFilterKind, port uint16) bool {
+	return slices.ContainsFunc(l.Filters, func(f ListenerFilter) bool { return f.Kind == kind && f.Applies(port) })
 }
 
 // judgeHTTP returns why no request may pass. A part of the routes that is refused closes the connection: which requests it

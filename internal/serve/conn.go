@@ -64,7 +64,10 @@ func (c *Conn) ReadFirst(detect bool) bool {
 	c.sniffer = s
 	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout
 	if c.governed != nil && c.role.direction == flow.Inbound {
-		detect, s.HelloHold = true, handshakeTimeout // the filter chain depends on it
+		detect = true // the filter chain depends on it
+		if c.governed.snapshot.InboundInspectsTLS(c.Record.OriginalDestination.Port()) {
+			s.HelloHold = handshakeTimeout
+		}
 		if c.mustSpeak() {
 			s.Delay = handshakeTimeout
 		}
