@@ -220,7 +220,7 @@ func TestAnotherServerGetsNothing(t *testing.T) {
 // A server that does not accept the client's certificate rejects it after the client's part of the handshake has ended
 // (TLS 1.3). That is a failed handshake as well.
 func TestARejectedCertificateIsAFailedHandshake(t *testing.T) {
-	for _, protocol := range []string{"HTTP/1.1", "other"} {
+	for _, protocol := range []string{"HTTP/1.1", "HTTP/2", "other"} {
 		m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
 		foreign := securetest.New(t, "another root").Identity(t, idOfClient)
 		foreign.Roots = m.authority.Roots
@@ -231,7 +231,7 @@ func TestARejectedCertificateIsAFailedHandshake(t *testing.T) {
 			servetest.Send(t, client, "\x00question")
 			client.SetDeadline(time.Now().Add(nettest.Patience))
 			io.ReadAll(client)
-		} else if response, err := m.request(t, client, false); err != nil || response.StatusCode != http.StatusServiceUnavailable {
+		} else if response, err := m.request(t, client, protocol == "HTTP/2"); err != nil || response.StatusCode != http.StatusServiceUnavailable {
 			t.Errorf("%s: %v, %v", protocol, response, err)
 		}
 		got := m.Await(t)
