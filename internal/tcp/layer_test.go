@@ -337,8 +337,11 @@ func TestPollerCloseResetsSendingConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	peer, conn := layertest.Accept(t, poller)
-	r := &layerRig{peer: peer, conn: conn}
-	r.fill(t, random(64<<20))
+	r, w := &layerRig{peer: peer, conn: conn}, tcp.NewWaiter(t.Context())
+	defer w.Close()
+	for len(r.fill(t, random(64<<20))) > 0 { // the kernels may find room after it
+		w.Wait(time.Now().Add(20*time.Millisecond), conn, nil)
+	}
 	conn.Close()
 	poller.Close()
 	if _, err := io.ReadAll(peer); !errors.Is(err, syscall.ECONNRESET) {
