@@ -72,6 +72,7 @@ func (a *Agent) addListeners() error {
 		HTTP:         a.forwarding(inboundPool, a.config.HTTP.InboundFields),
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
+		Peers:        a.plane.peers,
 	})
 	if err != nil {
 		return err
@@ -93,6 +94,7 @@ func (a *Agent) addListeners() error {
 		HTTP:         a.forwarding(outboundPool, a.config.HTTP.OutboundFields),
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
+		Peers:        a.plane.peers,
 	})
 	if err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/admin"
+	"github.com/pillion-proxy/pillion/internal/certview"
 	"github.com/pillion-proxy/pillion/internal/configdump"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/live"
@@ -91,12 +92,21 @@ func (s shown) Identity() *admin.Identity {
 	return identity
 }
 
+// certificates implements certview.Source.
+type certificates struct{ *controlplane.Session }
+
+// Certificates implements certview.Source.
+func (c certificates) Certificates() certview.Status {
+	s := c.Status().Identity
+	return certview.Status{Source: s.Source, Renewal: s.Renewal, Renewals: s.Renewals, Failures: s.Failures, LastError: s.LastError}
+}
+
 // controlPlaneCounts are the numbers of the session, for the metrics.
 func (a *Agent) controlPlaneCounts() metrics.ControlPlane {
 	s := a.plane.session.Status()
 	counts := metrics.ControlPlane{
 		Connected: s.Stream.Connected, Streams: s.Stream.Streams, Failed: s.Stream.Failed, Lost: s.Stream.Lost,
-		LastPush: s.LastPush, Initialized: s.Initialized,
+		LastPush: s.LastPush, Initialized: s.Initialized, Initializing: s.Initializing,
 		Expiry: s.Identity.NotAfter, Renewals: s.Identity.Renewals, Failures: s.Identity.Failures,
 		Calls: s.Calls.All, FailedCalls: s.Calls.Failed,
 	}

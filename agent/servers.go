@@ -13,6 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/admin"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/certview"
 	"github.com/pillion-proxy/pillion/internal/configview"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/live"
@@ -160,6 +161,7 @@ func (a *Agent) adminHandler() http.Handler {
 		Page:         looking,
 		Live:         looking,
 		View:         configview.Handler(a.resources()),
+		Certificates: certview.Handler(a.certificates()),
 		Log:          a.log,
 	})
 }
@@ -219,6 +221,14 @@ func (a *Agent) shownControlPlane() admin.ControlPlane {
 		return nil
 	}
 	return shown{a.plane.session}
+}
+
+// certificates returns the source of the workload's certificates, or nil without one.
+func (a *Agent) certificates() certview.Source {
+	if a.plane.session == nil || !a.plane.session.HasIdentity() {
+		return nil
+	}
+	return certificates{a.plane.session}
 }
 
 // resources returns the function that returns the control plane's resources, or nil without a control plane.

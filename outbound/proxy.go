@@ -13,6 +13,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -30,6 +31,7 @@ type Config struct {
 	Decryption   serve.Decryption   // of TLS; nil: none is decrypted
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
+	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
 // Addresses distinguishes this workload's own addresses from others.
@@ -58,6 +60,7 @@ func New(config Config) (*Proxy, error) {
 		Decryption: config.Decryption,
 		Mesh:       config.Mesh,
 		Wait:       config.Wait,
+		Peers:      config.Peers,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("outbound: %w", err)

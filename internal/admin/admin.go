@@ -56,6 +56,8 @@ type Config struct {
 	Live http.Handler // for /live and below; optional
 	View http.Handler // for what is below /config/; optional
 
+	Certificates http.Handler // for /identity and /identity/handshake; optional
+
 	Log *slog.Logger // of commands; required
 }
 
@@ -131,6 +133,11 @@ func init() {
 		{path: "/healthcheck/fail", help: "cause readiness to fail", changes: true, run: (*handler).healthcheck},
 		{path: "/healthcheck/ok", help: "let readiness succeed again", changes: true, run: (*handler).healthcheck},
 		{path: "/help", help: "print this list", run: (*handler).help},
+		{path: "/identity", help: "the workload's certificate and roots of trust, as JSON", run: (*handler).identity},
+		{path: "/identity/handshake", help: "what a server presents to this workload, as JSON", changes: true, parameters: []string{
+			"to: HOST:PORT", "sni: the name to ask for", "alpn: protocols to offer, with commas", "expect: a name that the server must have",
+			"timeout: a duration",
+		}, run: (*handler).identity},
 		{path: "/init_dump", help: "print closed gates of readiness", run: (*handler).initDump},
 		{path: "/listeners", help: "print listeners", parameters: []string{"format: text or json"}, run: (*handler).listeners},
 		{path: "/live", help: "current traffic as JSON; /live/records, /live/tap, /live/events", run: (*handler).live},
@@ -283,6 +290,15 @@ func (h *handler) view(w http.ResponseWriter, r *http.Request) {
 	}
 	defer h.end()
 	h.View.ServeHTTP(w, r)
+}
+
+// identity serves certificates. A handshake counts as a request in progress.
+func (h *handler) identity(w http.ResponseWriter, r *http.Request) {
+	if h.Certificates == nil {
+		notSupported(w)
+		return
+	}
+	h.Certificates.ServeHTTP(w, r)
 }
 
 func (h *handler) help(w http.ResponseWriter, _ *http.Request) {

@@ -288,6 +288,9 @@ func TestPaths(t *testing.T) {
 		{"GET", "/listeners?format=xml", 400, "format=\"xml\": use text or json\n", ""},
 		{"GET", "/clusters?format=xml", 400, "format=\"xml\": use text or json\n", ""},
 		{"GET", "/certs", 200, "{\n \"certificates\": []\n}\n", ""},
+		{"GET", "/identity", 501, any, ""},
+		{"GET", "/identity/handshake", 405, any, ""},
+		{"POST", "/identity/handshake?to=a:1", 501, any, ""},
 		{"GET", "/init_dump", 200, any, ""},
 		{"GET", "/memory", 200, any, ""},
 		{"GET", "/server_info", 200, any, ""},
@@ -401,7 +404,7 @@ func TestUnsupportedCommandsAreAnswered501(t *testing.T) {
 	handler := NewHandler(config)
 	for target, want := range map[string]int{
 		"/logging": 200, "/logging?level=debug": 501, "/drain_listeners": 501, "/quitquitquit": 501, "/healthcheck/fail": 501,
-		"/reopen_logs": 501, "/log": 501, "/live": 404, "/ready": 503, "/init_dump": 200,
+		"/reopen_logs": 501, "/log": 501, "/live": 404, "/ready": 503, "/init_dump": 200, "/identity": 501, "/identity/handshake": 501,
 	} {
 		if got := ask(handler, "POST", target); got.Code != want {
 			t.Errorf("%s: %d %q, want %d", target, got.Code, got.Body, want)

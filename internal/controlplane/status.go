@@ -9,14 +9,15 @@ import (
 
 // Status is the state of a Session, for people and metrics.
 type Status struct {
-	Address     string
-	Stream      xds.Status
-	Counts      [xds.Types]Counts
-	Findings    [xds.Types][mesh.Security + 1]int // of the resources, by class
-	Calls       Calls
-	LastPush    time.Time // of any type; zero before the first
-	Initialized bool
-	Identity    IdentityStatus
+	Address      string
+	Stream       xds.Status
+	Counts       [xds.Types]Counts
+	Findings     [xds.Types][mesh.Security + 1]int // of the resources, by class
+	Calls        Calls
+	LastPush     time.Time // of any type; zero before the first
+	Initialized  bool
+	Initializing time.Duration // how long it has taken
+	Identity     IdentityStatus
 }
 
 // IdentityStatus is the state of the workload's identity.
@@ -28,6 +29,7 @@ type IdentityStatus struct {
 	Renewals  int64
 	Failures  int64
 	LastError error
+	Renewal   time.Time // when the next certificate is fetched, or after a failure the next attempt; zero: not known
 
 	// Why revocation lists are not used as they are, and why the output directory does not have the current identity. nil: all
 	// is well.
@@ -48,11 +50,7 @@ func (s *Session) Status() Status {
 	for t, counts := range s.config.Store.TypeCounts() {
 		status.Findings[t] = counts.Findings
 	}
-	select {
-	case <-s.Initialized():
-		status.Initialized = true
-	default:
-	}
+	status.Initializing, status.Initialized = s.config.Store.Initializing()
 	return status
 }
 
@@ -61,7 +59,7 @@ func (s *Session) identityStatus() IdentityStatus {
 		return IdentityStatus{}
 	}
 	kept := s.keeper.Status()
-	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError, RevocationError: kept.RevocationError, OutputError: kept.OutputError}
+	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError, RevocationError: kept.RevocationError, OutputError: kept.OutputError, Renewal: kept.Next}
 	switch {
 	case s.config.Pod.Socket != nil:
 		status.Source = "socket"

@@ -40,8 +40,10 @@ type exchange struct {
 type progress struct {
 	started        bool          // the request head is valid and the upstream head is built
 	options        http1.Options // connection options of the request
+	absolute       bool          // the target of the request is in absolute form
 	upgrade        bool          // the request asks for another protocol, and the upstream head repeats that
 	answered       bool          // the head of the final response is built
+	introduced     introduced    // what the client has sent of itself
 	upgraded       bool          // the final response switches protocols
 	closing        bool          // the response announces the close, or downstream expects it
 	upstreamCloses bool
@@ -116,6 +118,10 @@ func (x *exchange) release() {
 func (x *exchange) recordRequest(b []byte) {
 	h, to := &x.requestHead, &x.http
 	x.record.Cluster, x.record.Route, x.record.Security = x.s.Record.Cluster, x.s.Record.Route, x.s.Record.Security
+	x.record.Workload.Set(x.s.Record.Workload.Get())
+	if x.s.Peers.readsRequests() {
+		x.introduced = x.s.meet(&x.record, h, b)
+	}
 	x.recordLine(b)
 	x.recordAuthority(b)
 	to.ID = x.copyField(h, b, http1.XRequestID)
@@ -220,6 +226,9 @@ func advance(counter, connection *atomic.Uint64, now uint64) {
 // close closes the record. It resets upstream unless the exchange completed and the connection is not cut.
 func (x *exchange) close(reason flow.Reason, err error, end ending) ending {
 	x.endLease(reason)
+	if len(x.decision.Mirrors) > 0 {
+		x.dropMirrors(reason)
+	}
 	if end == cut || reason != flow.Completed && x.made == nil {
 		x.s.dropUpstream()
 	}

@@ -55,6 +55,7 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 	// A record without a request, such as that of a connection that broke before one, went to no cluster.
 	c := s.record.Connection
 	s.record.Cluster, s.record.Route, s.record.Security = c.Cluster, c.Route, c.Security
+	s.record.Workload.Set(c.Workload.Get())
 	to := &s.http
 	to.Method, to.Path, to.Authority = s.name(request.Method), s.name(request.Path), s.name(authority)
 	if has.id {

@@ -25,6 +25,8 @@ type stream struct {
 	head   bool      // the response to HEAD has no body
 	sentAt time.Time // when the request was sent upstream
 
+	introduced introduced // what the client has sent of itself
+
 	reason flow.Reason // the reason with which the record closes
 	err    error
 

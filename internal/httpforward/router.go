@@ -58,6 +58,10 @@ type Decision struct {
 	// upstream in the place of the one that was received, before Plan rewrites it. It is valid until the next call of Route.
 	Path []byte
 
+	// Edits are changes of the request's header besides the Plan's, which are made after them. They may be of this request
+	// only.
+	Edits []route.Edit
+
 	Reply *route.Reply  // is sent in place of a response; nil: the request is forwarded
 	Plan  *route.Plan   // what the route changes; nil: the request passes as it is
 	Delay time.Duration // before anything is dialled or replied, by fault injection
@@ -115,11 +119,11 @@ func (r *Request) view(record *flow.Record) {
 	}
 }
 
-// absolute sets Scheme and Path from a target in absolute form. Other targets, such as that of CONNECT, stay.
-func (r *Request) absolute() {
+// absolute sets Scheme and Path from a target in absolute form. It reports false for other targets, such as that of CONNECT.
+func (r *Request) absolute() bool {
 	scheme, rest, found := bytes.Cut(r.Path, []byte("://"))
 	if !found || len(scheme) > len("https") {
-		return
+		return false
 	}
 	r.Scheme, r.Path, r.Absolute = scheme, rootPath, true
 	switch i := bytes.IndexAny(rest, "/?#"); {
@@ -129,6 +133,7 @@ func (r *Request) absolute() {
 	default:
 		r.Path = append([]byte("/"), rest[i:]...) // so rare that it may be allocated
 	}
+	return true
 }
 
 var rootPath = []byte("/")

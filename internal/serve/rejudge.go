@@ -63,7 +63,10 @@ func (r *rejudge) Route(request *httpforward.Request) httpforward.Decision {
 	decision := r.allowed
 	if reply != nil {
 		decision.Reply, decision.Target = reply, upstream.Target{}
-	} else if changed {
+		return decision
+	}
+	decision.Edits = r.gate.edits
+	if changed {
 		decision.Path = request.Path
 	}
 	return decision

@@ -21,6 +21,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -39,6 +40,8 @@ type Config struct {
 	Mesh Mesh
 	Wait time.Duration
 
+	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
+	Peers  *peers.Exchange
 	Egress Egress // the policy for outbound connections; nil: everything is allowed
 
 	Decryption Decryption // of outbound connections; nil: none is decrypted
@@ -100,6 +103,7 @@ type Role struct {
 	settings   atomic.Pointer[Settings]
 	mesh       Mesh
 	contexts   *secure.Contexts // nil without mesh
+	peers      *peers.Exchange  // nil: metadata is not exchanged
 	wait       time.Duration
 	egress     Egress
 	decryption Decryption
@@ -114,6 +118,7 @@ func NewRole(config Config) (*Role, error) {
 		direction:  config.Direction,
 		flows:      config.Flows,
 		mesh:       config.Mesh,
+		peers:      config.Peers,
 		wait:       config.Wait,
 		egress:     config.Egress,
 		decryption: config.Decryption,
@@ -164,11 +169,13 @@ func (r *Role) Refuse(down *tcp.Conn) {
 // Open begins the walk of a connection. The returned Conn owns it from then on. When ctx ends, the connection is reset.
 // The caller must close the Conn.
 func (r *Role) Open(ctx context.Context, down *tcp.Conn) Conn {
+	w, record := tcp.NewWaiter(ctx), flow.Open(r.direction, down.RemoteAddr())
+	w.Begin(down, down.RemoteAddr().Addr())
 	return Conn{
 		Down:     down,
-		Record:   flow.Open(r.direction, down.RemoteAddr()),
+		Record:   record,
 		Settings: r.settings.Load(),
 		role:     r,
-		w:        tcp.NewWaiter(ctx),
+		w:        w,
 	}
 }
