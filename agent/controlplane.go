@@ -13,6 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/istiod"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/serve"
 )
 
@@ -20,6 +21,7 @@ import (
 type controlPlane struct {
 	pod     *istiod.Pod           // how it is reached; nil: there is no control plane
 	session *controlplane.Session // likewise
+	peers   *peers.Exchange       // likewise
 	end     context.CancelFunc
 	ended   chan struct{} // nil before start
 }
@@ -48,7 +50,11 @@ func (a *Agent) addControlPlane() error {
 	if err != nil {
 		return &FieldError{Field: "ControlPlane.Pod", Err: err}
 	}
-	a.plane.pod, a.plane.session = &pod, session
+	description, err := pod.Node.Description()
+	if err != nil {
+		return &FieldError{Field: "ControlPlane.Pod", Err: err}
+	}
+	a.plane.pod, a.plane.session, a.plane.peers = &pod, session, peers.New(pod.Node.ID(), description)
 	return nil
 }
 

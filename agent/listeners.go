@@ -72,6 +72,7 @@ func (a *Agent) addListeners() error {
 		HTTP:         a.forwarding(inboundPool, a.config.HTTP.InboundFields),
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
+		Peers:        a.plane.peers,
 	})
 	if err != nil {
 		return err
@@ -88,10 +89,12 @@ func (a *Agent) addListeners() error {
 		OwnPorts:     a.ownPorts(),
 		OwnAddresses: a.addresses,
 		Flows:        a.telling.table,
+		Egress:       a.egressPolicy(),
 		Settings:     a.settings(capture.Ports{}),
 		HTTP:         a.forwarding(outboundPool, a.config.HTTP.OutboundFields),
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
+		Peers:        a.plane.peers,
 	})
 	if err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/admin"
+	"github.com/pillion-proxy/pillion/internal/certview"
 	"github.com/pillion-proxy/pillion/internal/configdump"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/live"
@@ -89,6 +90,15 @@ func (s shown) Identity() *admin.Identity {
 		}
 	}
 	return identity
+}
+
+// certificates implements certview.Source.
+type certificates struct{ *controlplane.Session }
+
+// Certificates implements certview.Source.
+func (c certificates) Certificates() certview.Status {
+	s := c.Status().Identity
+	return certview.Status{Source: s.Source, Renewal: s.Renewal, Renewals: s.Renewals, Failures: s.Failures, LastError: s.LastError}
 }
 
 // controlPlaneCounts are the numbers of the session, for the metrics.

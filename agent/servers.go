@@ -13,9 +13,11 @@ import (
 	"github.com/pillion-proxy/pillion/healthz"
 	"github.com/pillion-proxy/pillion/internal/admin"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/certview"
 	"github.com/pillion-proxy/pillion/internal/configview"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/ownport"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
@@ -160,6 +162,8 @@ func (a *Agent) adminHandler() http.Handler {
 		Page:         looking,
 		Live:         looking,
 		View:         configview.Handler(a.resources()),
+		Explain:      configview.ExplainHandler(a.snapshot(), nil),
+		Certificates: certview.Handler(a.certificates()),
 		Log:          a.log,
 	})
 }
@@ -219,6 +223,22 @@ func (a *Agent) shownControlPlane() admin.ControlPlane {
 		return nil
 	}
 	return shown{a.plane.session}
+}
+
+// snapshot returns the function that returns the configuration in force, or nil without a control plane.
+func (a *Agent) snapshot() func() *mesh.Snapshot {
+	if a.plane.session == nil {
+		return nil
+	}
+	return a.plane.session.Snapshot
+}
+
+// certificates returns the source of the workload's certificates, or nil without one.
+func (a *Agent) certificates() certview.Source {
+	if a.plane.session == nil || !a.plane.session.HasIdentity() {
+		return nil
+	}
+	return certificates{a.plane.session}
 }
 
 // resources returns the function that returns the control plane's resources, or nil without a control plane.

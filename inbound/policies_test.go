@@ -2,12 +2,20 @@ package inbound
 
 import (
 	"bufio"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/go-jose/go-jose/v4"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -281,4 +289,145 @@ func TestALateClientIsJudgedByItsIdentity(t *testing.T) {
 	}
 	workload.Close()
 	conn.Close()
+}
+
+// TestTokens: a token is verified before policies look at its claims, and a client cannot send what claims become.
+func TestTokens(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: key}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bearer := func(claims string) string {
+		signed, err := signer.Sign([]byte(claims))
+		if err != nil {
+			t.Fatal(err)
+		}
+		token, err := signed.CompactSerialize()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return "Authorization: Bearer " + token + "\r\n"
+	}
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Allow, anything, mesh.Condition{Kind: mesh.ConditionMetadata, Metadata: &mesh.MetadataMatcher{
+		Filter: "envoy.filters.http.jwt_authn", Path: []string{"payload", "sub"},
+		Value: mesh.ValueMatcher{Kind: mesh.ValueText, Text: mesh.StringMatcher{Text: "you"}},
+	}}))
+	h := m.plane.InForce.Load().Listener("virtualInbound").Chains[0].HTTP
+	h.Filters = append([]mesh.HTTPFilter{{Name: "jwt", JWT: &mesh.JWT{
+		Providers: []mesh.JWTProvider{{
+			Name: "me", Issuer: "me", Keys: keys, ClockSkew: time.Minute, Metadata: "payload", PayloadHeader: "x-payload",
+			ClaimHeaders: []mesh.ClaimHeader{{Header: "Seen-Sub", Claim: "sub"}},
+		}},
+		Rules: []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/"}, Requires: mesh.JWTRequirement{Kind: mesh.JWTAny, Of: []mesh.JWTRequirement{
+			{Kind: mesh.JWTProvided, Name: "me"}, {Kind: mesh.JWTAllowMissing},
+		}}}},
+	}}}, h.Filters...)
+	c := m.connect(t, 81)
+	for _, r := range []struct {
+		fields string
+		status int
+		seen   string // the claim, and whether there is a token, a payload
+	}{
+		{bearer(`{"iss":"me","sub":"you"}`), 200, "you, false, true"},
+		{bearer(`{"iss":"me","sub":"you"}`) + "Seen-Sub: forged\r\nX-Payload: forged\r\n", 200, "you, false, true"},
+		{bearer(`{"iss":"me","sub":"other"}`), 403, ""},
+		{bearer(`{"iss":"other","sub":"you"}`), 401, ""},
+		{"Authorization: Bearer a.b.c\r\n", 401, ""},
+		{"", 403, ""},
+		{"Seen-Sub: you\r\n", 403, ""},
+		{bearer(`{"iss":"me","sub":"you"}`), 200, "you, false, true"},
+	} {
+		io.WriteString(c, "GET / HTTP/1.1\r\nHost: a\r\n"+r.fields+"\r\n")
+		response, err := http.ReadResponse(c.in, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", r.fields, err)
+		}
+		io.Copy(io.Discard, response.Body)
+		if got := m.Await(t); response.StatusCode != r.status || response.Header.Get("Seen-Claims") != r.seen || (got.Reason == flow.PolicyDenied) != (r.status != 200) {
+			t.Errorf("%s: %d, the workload saw %q; want %d, %q; the record has %v", r.fields, response.StatusCode, response.Header.Get("Seen-Claims"), r.status, r.seen, got.Reason)
+		}
+	}
+	c.Close()
+}
+
+// http2 returns a client that speaks HTTP/2 on one connection of the mesh.
+func (m *meshRig) http2(t *testing.T, port uint16) *http.Client {
+	t.Helper()
+	conn, err := m.handshake(t, m.Dial(t, m.At(port)), m.client, "istio-h2", "istio", "h2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var protocols http.Protocols
+	protocols.SetUnencryptedHTTP2(true)
+	transport := &http.Transport{Protocols: &protocols, DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+// TestPoliciesOfRequestsOverHTTP2 judges each stream as requests of HTTP/1 are judged.
+func TestPoliciesOfRequestsOverHTTP2(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Deny, ofAdmin, anything), rbac(mesh.Allow, anything, ofClient))
+	c := m.http2(t, 81)
+	for _, r := range []struct {
+		path, raw string
+		status    int
+		seen      string
+	}{
+		{"/", "", 200, "/"},
+		{"/admin", "", 403, ""},
+		{"/public/../admin", "", 403, ""},
+		{"//admin", "", 403, ""},
+		{"/admin", "/%61dmin", 403, ""},
+		{"/admin/../public//x", "", 200, "/public/x"},
+		{"/\x00", "/%00", 400, ""},
+		{"/last", "", 200, "/last"},
+	} {
+		request := &http.Request{Method: "GET", URL: &url.URL{Scheme: "http", Host: "a", Path: r.path, RawPath: r.raw}, Header: http.Header{}}
+		response, err := c.Do(request)
+		if err != nil {
+			t.Fatalf("%s: %v", r.path, err)
+		}
+		io.Copy(io.Discard, response.Body)
+		response.Body.Close()
+		got := m.Await(t)
+		if seen := response.Header.Get("Seen-Target"); response.StatusCode != r.status || seen != r.seen || (got.Reason == flow.PolicyDenied) != (r.status == 403) {
+			t.Errorf("%s: %d, the workload saw %q; want %d, %q; the record has %v", r.path, response.StatusCode, seen, r.status, r.seen, got.Reason)
+		}
+	}
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Allow, anything, ofOthers))
+	response, err := c.Get("http://a/")
+	if err != nil || response.StatusCode != 403 {
+		t.Errorf("after the policies changed: %v, %v", response, err)
+	}
+	m.Await(t)
+}
+
+// A client's own copies of the fields that claims become are removed from streams, too.
+func TestForgedClaimsOverHTTP2(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP")
+	h := m.plane.InForce.Load().Listener("virtualInbound").Chains[0].HTTP
+	h.Filters = []mesh.HTTPFilter{{Name: "jwt", JWT: &mesh.JWT{Providers: []mesh.JWTProvider{{
+		Name: "me", Issuer: "me", ClaimHeaders: []mesh.ClaimHeader{{Header: "Seen-Sub", Claim: "sub"}},
+	}}}}}
+	request, err := http.NewRequest("GET", "http://a/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Header.Set("Seen-Sub", "forged")
+	response, err := m.http2(t, 81).Do(request)
+	if err != nil || response.StatusCode != 200 || response.Header.Get("Seen-Target") != "/" || response.Header.Get("Seen-Claims") != "" {
+		t.Errorf("%+v, %v", response, err)
+	}
+	m.Await(t)
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -31,6 +32,7 @@ type Config struct {
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
+	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
 // Addresses distinguishes this workload's own addresses from others.
@@ -64,6 +66,7 @@ func New(config Config) (*Proxy, error) {
 		HTTP:      config.HTTP,
 		Mesh:      config.Mesh,
 		Wait:      config.Wait,
+		Peers:     config.Peers,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("inbound: %w", err)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -26,8 +27,10 @@ type Config struct {
 	Flows        *flow.Table        // lists open connections and takes their records when they end
 	Settings     serve.Settings     // until the first Apply
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
+	Egress       serve.Egress       // the policy for destinations; nil: all are allowed
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
+	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
 // Addresses distinguishes this workload's own addresses from others.
@@ -52,8 +55,10 @@ func New(config Config) (*Proxy, error) {
 		Flows:     config.Flows,
 		Settings:  config.Settings,
 		HTTP:      config.HTTP,
+		Egress:    config.Egress,
 		Mesh:      config.Mesh,
 		Wait:      config.Wait,
+		Peers:     config.Peers,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("outbound: %w", err)
@@ -87,7 +92,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 
 	// The side that sends first decides the protocol. If downstream is silent, the upstream is dialled anyway, because it
 	// may be the side that sends first.
-	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Admit() {
+	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Permit() || !c.Admit() {
 		return
 	}
 	to := target(dst)
@@ -95,7 +100,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if !c.HTTP() && !c.Dial(&to) {
 		return
 	}
-	if !c.WatchBoth() || !c.Confirm(&to) {
+	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) {
 		return
 	}
 	c.Carry(&to)

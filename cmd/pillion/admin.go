@@ -50,8 +50,13 @@ func (e statusError) Error() string { return fmt.Sprintf("%d %s", int(e), http.S
 
 // open requests a path and returns the body of the response. The caller closes it.
 func (o *adminOptions) open(ctx context.Context, path, query string) (io.ReadCloser, error) {
+	return o.send(ctx, http.MethodGet, path, query)
+}
+
+// send is open with any method.
+func (o *adminOptions) send(ctx context.Context, method, path, query string) (io.ReadCloser, error) {
 	where := url.URL{Scheme: "http", Host: o.address, Path: path, RawQuery: query}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, where.String(), nil)
+	request, err := http.NewRequestWithContext(ctx, method, where.String(), nil)
 	if err != nil {
 		return nil, fmt.Errorf("requesting %s: %w", &where, err)
 	}

@@ -54,7 +54,10 @@ type piece struct {
 	layout  string   // verbStartTime; empty for the default
 	own     string   // verbOwn
 
-	side flow.Direction // of the verbs of TLS: those of downstream have values inbound, those of upstream outbound
+	side  flow.Direction              // of the verbs of TLS: those of downstream have values inbound, those of upstream outbound
+	of    certificateOf               // verbCertificate, verbValidity
+	local bool                        // verbCertificate: of the own certificate, not of the peer's
+	name  func(*flow.Workload) string // verbWorkload
 
 	reserve int // bytes of the line reserved for the pieces that follow
 }
@@ -89,6 +92,10 @@ const (
 	verbOwnName
 	verbTLSVersion
 	verbTLSCipher
+	verbCertificate
+	verbValidity
+	verbDownstreamFailure
+	verbWorkload
 	verbOwn // a constant of this process
 )
 
@@ -141,6 +148,7 @@ const (
 	takesRequestField
 	takesResponseField
 	takesLayout // optional
+	takesState  // of a filter of Envoy's
 )
 
 // operator is a row of the table of known operators.
@@ -161,6 +169,8 @@ var operators = func() []operator {
 		{"RESPONSE_CODE_DETAILS", takesNone, piece{does: verbDetails}},
 		{"CONNECTION_TERMINATION_DETAILS", takesNone, piece{does: verbMissing}},
 		{"UPSTREAM_TRANSPORT_FAILURE_REASON", takesNone, piece{does: verbTransportFailure}},
+		{"DOWNSTREAM_TRANSPORT_FAILURE_REASON", takesNone, piece{does: verbDownstreamFailure}},
+		{"FILTER_STATE", takesState, piece{does: verbWorkload}},
 		{"BYTES_RECEIVED", takesNone, piece{does: verbReceived, number: true}},
 		{"BYTES_SENT", takesNone, piece{does: verbSent, number: true}},
 		{"DURATION", takesNone, piece{does: verbDuration, number: true}},
@@ -183,6 +193,7 @@ var operators = func() []operator {
 			operator{name + "_LOCAL_URI_SAN", takesNone, piece{does: verbOwnName, side: side}},
 			operator{name + "_TLS_VERSION", takesNone, piece{does: verbTLSVersion, side: side}},
 			operator{name + "_TLS_CIPHER", takesNone, piece{does: verbTLSCipher, side: side}})
+		all = append(all, certificateOperators(name, side)...)
 	}
 	for _, a := range []struct {
 		name string
@@ -382,10 +393,12 @@ func (c *compiler) operator(text string, start int, s style) (int, error) {
 	}
 	p := operators[i].piece
 	switch takes := operators[i].takes; {
-	case max >= 0 && takes != takesRequestField && takes != takesResponseField:
+	case max >= 0 && takes != takesRequestField && takes != takesResponseField && takes != takesState:
 		err = errors.New("takes no length")
 	case takes == takesNone && arg != nil:
 		err = errors.New("takes no argument")
+	case takes == takesState:
+		err = p.filterState(arg)
 	case takes == takesLayout && arg != nil:
 		p.layout = *arg
 		err = checkLayout(*arg)
@@ -398,7 +411,10 @@ func (c *compiler) operator(text string, start int, s style) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("operator %%%s%% at column %d: %w", name, column(text, start), err)
 	}
-	if p.does == verbOwn {
+	switch p.does {
+	case verbCertificate, verbValidity, verbPeerName, verbOwnName:
+		c.fields.Certificates = true
+	case verbOwn:
 		if p.own, err = os.Hostname(); err != nil {
 			return 0, fmt.Errorf("operator %%HOSTNAME%%: %w", err)
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -338,6 +339,121 @@ func TestOperatorsOfTLS(t *testing.T) {
 	}
 }
 
+// What Envoy prints of certificates: see its tests of the same operators.
+func TestOperatorsOfCertificates(t *testing.T) {
+	at := time.Date(2018, 12, 18, 1, 50, 34, 567_000_000, time.UTC)
+	peer := &flow.Certificate{
+		URIs: "spiffe://a/peer,spiffe://a/other", DNS: "a.example,b.example", IPs: "192.0.2.1", Emails: "a@b.example", Subject: `CN=a b,O="c"`, Issuer: "CN=ca",
+		Serial: "b8b5ecc898f2124a", SHA256: "685a2db5", SHA1: "3f1e", PEM: "-----BEGIN%20CERTIFICATE-----%0A", NotBefore: at, NotAfter: at.AddDate(1, 0, 0),
+		ChainSerials: "b8b5ecc898f2124a,01", ChainSHA256: "685a2db5,02", ChainSHA1: "3f1e,03",
+	}
+	own := &flow.Certificate{URIs: "spiffe://a/own", DNS: "own.example", IPs: "2001:db8::1", Emails: "own@b.example", Subject: "CN=own"}
+	both := map[string]string{
+		"%_PEER_URI_SAN% %_PEER_DNS_SAN% %_PEER_IP_SAN% %_PEER_EMAIL_SAN%":     "spiffe://a/peer,spiffe://a/other a.example,b.example 192.0.2.1 a@b.example",
+		"%_LOCAL_URI_SAN% %_LOCAL_DNS_SAN% %_LOCAL_IP_SAN% %_LOCAL_EMAIL_SAN%": "spiffe://a/own own.example 2001:db8::1 own@b.example",
+		`"%_PEER_SUBJECT%" %_PEER_ISSUER% %_LOCAL_SUBJECT%`:                    `"CN=a b,O=\x22c\x22" CN=ca CN=own`,
+		"%_PEER_CERT%": "-----BEGIN%20CERTIFICATE-----%0A",
+		"%_PEER_CERT_V_START% %_PEER_CERT_V_END%":                              "2018-12-18T01:50:34.567Z 2019-12-18T01:50:34.567Z",
+		"%_PEER_CERT_V_START(%Y/%m/%dT%H:%M:%S%z)% %_PEER_CERT_V_END(%s.%3f)%": "2018/12/18T01:50:34+0000 1576633834.567",
+	}
+	downstream := map[string]string{
+		"%_PEER_SERIAL% %_PEER_FINGERPRINT_256% %_PEER_FINGERPRINT_1%":                      "b8b5ecc898f2124a 685a2db5 3f1e",
+		"%_PEER_CHAIN_SERIALS% %_PEER_CHAIN_FINGERPRINTS_256% %_PEER_CHAIN_FINGERPRINTS_1%": "b8b5ecc898f2124a,01 685a2db5,02 3f1e,03",
+	}
+	security := &flow.Security{Peer: "spiffe://a/peer", Own: "spiffe://a/own", PeerCertificate: peer, OwnCertificate: own}
+	for side, direction := range map[string]flow.Direction{"DOWNSTREAM": flow.Inbound, "UPSTREAM": flow.Outbound} {
+		check := func(text, want string) {
+			text = strings.NewReplacer("%_", "%"+side+"_").Replace(text)
+			format := mustParse(t, ParseFormat, text)
+			if !format.Fields().Certificates {
+				t.Errorf("%s: records will not carry certificates", text)
+			}
+			for _, r := range []*flow.Record{request(direction, flow.Completed), connection(direction, flow.Opaque, flow.Closed)} {
+				if r.Security = security; lineOf(format, r) != want {
+					t.Errorf("%s: %s, want %s", text, lineOf(format, r), want)
+				}
+				for _, none := range []*flow.Security{nil, {}} {
+					if r.Security = none; strings.Trim(lineOf(format, r), `- "`) != "" {
+						t.Errorf("%s without certificates: %s", text, lineOf(format, r))
+					}
+				}
+				r.Security, r.Direction = security, 1-r.Direction
+				if strings.Trim(lineOf(format, r), `- "`) != "" {
+					t.Errorf("%s of the other side: %s", text, lineOf(format, r))
+				}
+			}
+		}
+		for text, want := range both {
+			check(text, want)
+		}
+		for text, want := range downstream {
+			if side == "DOWNSTREAM" {
+				check(text, want)
+			} else if _, err := ParseFormat(strings.ReplaceAll(text, "%_", "%UPSTREAM_")); err == nil {
+				t.Errorf("%s has operators of upstream that Envoy lacks", text)
+			}
+		}
+	}
+	if mustParse(t, ParseFormat, "%DOWNSTREAM_TLS_VERSION% %START_TIME%").Fields().Certificates {
+		t.Error("certificates are described that are not printed")
+	}
+	if _, err := ParseFormat("%DOWNSTREAM_PEER_CERT_V_START(%Q)%"); err == nil {
+		t.Error("an unknown conversion is accepted")
+	}
+	if got := lineOf(mustParse(t, ParseJSONFormat, `{"end":"%DOWNSTREAM_PEER_CERT_V_END%"}`), request(flow.Inbound, flow.Completed)); got != `{"end":null}` {
+		t.Error(got)
+	}
+}
+
+// Why a handshake failed, in one word.
+func TestFailedHandshakesAreTold(t *testing.T) {
+	format := mustParse(t, ParseFormat, "%DOWNSTREAM_TRANSPORT_FAILURE_REASON% %UPSTREAM_TRANSPORT_FAILURE_REASON%")
+	r := connection(flow.Inbound, flow.Opaque, flow.TLSPeerRefused)
+	for text, want := range map[string]string{
+		"the client has no certificate": "TLS_error:_the_client_has_no_certificate -",
+		`a \ "b\x20c" d`:                `TLS_error:_a_\\_\x22b\\x20c\x22_d -`,
+	} {
+		if r.Err = errors.New(text); lineOf(format, r) != want {
+			t.Errorf("%s, want %s", lineOf(format, r), want)
+		}
+	}
+	if got := lineOf(mustParse(t, ParseFormat, `"%DOWNSTREAM_TRANSPORT_FAILURE_REASON%"`), r); strings.Contains(got, " ") {
+		t.Error(got)
+	}
+	for _, reason := range []flow.Reason{flow.Closed, flow.DownstreamReset, flow.MeshRefused} {
+		if r.Reason = reason; lineOf(format, r) != "- -" {
+			t.Errorf("%s: %s", reason, lineOf(format, r))
+		}
+	}
+}
+
+// Envoy keeps the peers of Istio's metadata exchange in a filter state.
+func TestWorkloadsOfPeersAreAFilterState(t *testing.T) {
+	text := ""
+	for _, name := range []string{"workload", "namespace", "cluster", "service", "revision", "app", "version"} {
+		text += "%FILTER_STATE(downstream_peer:FIELD:" + name + ")% %FILTER_STATE(upstream_peer:FIELD:" + name + "):3% "
+	}
+	format := mustParse(t, ParseFormat, strings.TrimSpace(text))
+	w := &flow.Workload{Name: "reviews-v1", Namespace: "shop", Cluster: "east", CanonicalService: "reviews", CanonicalRevision: "v1", App: "rev"}
+	for direction, want := range map[flow.Direction]string{
+		flow.Inbound: "reviews-v1 - shop - east - reviews - v1 - rev - - -", flow.Outbound: "- rev - sho - eas - rev - v1 - rev - -",
+	} {
+		r := request(direction, flow.Completed)
+		if got := lineOf(format, r); strings.Trim(got, "- ") != "" {
+			t.Errorf("%v: unknown peers are %s", direction, got)
+		}
+		r.Workload.Set(w)
+		if got := lineOf(format, r); got != want {
+			t.Errorf("%v: %s, want %s", direction, got, want)
+		}
+	}
+	for _, wrong := range []string{"%FILTER_STATE%", "%FILTER_STATE(downstream_peer)%", "%FILTER_STATE(other:FIELD:app)%", "%FILTER_STATE(upstream_peer:FIELD:other)%"} {
+		if _, err := ParseFormat(wrong); err == nil || !strings.Contains(err.Error(), "downstream_peer:FIELD:workload") {
+			t.Errorf("%s: %v", wrong, err)
+		}
+	}
+}
+
 // Requests inside TLS have the SNI of their connection.
 func TestRequestsHaveTheServerNameOfTheirConnection(t *testing.T) {
 	format := mustParse(t, ParseFormat, "%REQUESTED_SERVER_NAME% %RESPONSE_CODE%")
@@ -360,6 +476,9 @@ func TestEachOperatorIsTested(t *testing.T) {
 	}
 	tested := Default + string(source)
 	for _, o := range operators {
+		if _, rest, of := strings.Cut(o.name, "STREAM_"); of && (strings.Contains(tested, "%_"+rest+"%") || strings.Contains(tested, "%_"+rest+"(")) {
+			continue
+		}
 		if !strings.Contains(tested, "%"+o.name+"%") && !strings.Contains(tested, "%"+o.name+"(") {
 			t.Errorf("no test has %%%s%%", o.name)
 		}

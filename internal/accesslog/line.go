@@ -130,14 +130,7 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 	case verbDetails:
 		return orMissing(p, dst, r.Details())
 	case verbTransportFailure:
-		start := len(dst)
-		dst, ok := orMissing(p, dst, r.TransportFailure)
-		for i := start; i < len(dst); i++ {
-			if dst[i] == ' ' {
-				dst[i] = '_'
-			}
-		}
-		return dst, ok
+		return appendFailure(p, dst, r.TransportFailure)
 	case verbReceived:
 		return strconv.AppendUint(dst, r.Received.Load(), 10), true
 	case verbSent:
@@ -158,6 +151,14 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 		return appendGRPCStatus(dst, h.GRPCStatus, p.does == verbGRPCName)
 	case verbPeerName, verbOwnName, verbTLSVersion, verbTLSCipher:
 		return orMissing(p, dst, p.ofTLS(r))
+	case verbCertificate:
+		return orMissing(p, dst, p.ofCertificate(r))
+	case verbValidity:
+		return p.appendValidity(dst, l, r)
+	case verbDownstreamFailure:
+		return appendFailure(p, dst, r.DownstreamFailure())
+	case verbWorkload:
+		return p.appendWorkload(dst, r)
 	case verbDirection:
 		if r.Direction == flow.Inbound {
 			return append(dst, "INBOUND"...), true
@@ -208,7 +209,6 @@ func cut(value []byte, max int) []byte {
 	return value[:max]
 }
 
-// orMissing is addText, except that an empty value counts as missing.
 // serverName returns the SNI of a record's connection.
 func serverName(r *flow.Record) string {
 	if r.TLS.ServerName == "" && r.Connection != nil {
@@ -225,15 +225,39 @@ func (p *piece) ofTLS(r *flow.Record) string {
 	}
 	switch p.does {
 	case verbPeerName:
-		return s.Peer
+		return uris(s.PeerCertificate, s.Peer)
 	case verbOwnName:
-		return s.Own
+		return uris(s.OwnCertificate, s.Own)
 	case verbTLSVersion:
 		return s.Version
 	}
 	return s.Cipher
 }
 
+// appendFailure appends a failure as one word.
+func appendFailure(p *piece, dst []byte, text string) ([]byte, bool) {
+	const escaped = `\x20` // of a space in the bare style
+	start := len(dst)
+	dst, ok := orMissing(p, dst, text)
+	end := start
+	for i := start; i < len(dst); {
+		b, size := dst[i], 1
+		switch rest := dst[i:]; {
+		case b == ' ':
+			b = '_'
+		case len(rest) >= len(escaped) && string(rest[:len(escaped)]) == escaped:
+			b, size = '_', len(escaped)
+		case b == '\\' && len(rest) > 1: // another escape, or a backslash
+			dst[end] = b
+			end, i, b = end+1, i+1, rest[1]
+		}
+		dst[end] = b
+		end, i = end+1, i+size
+	}
+	return dst[:end], ok
+}
+
+// orMissing is addText, except that an empty value counts as missing.
 func orMissing(p *piece, dst []byte, value string) ([]byte, bool) {
 	if value == "" {
 		return dst, false

@@ -215,6 +215,7 @@ func sample(t *commanded) Config {
 		Page:        text("a page"),
 		Live:        text("live"),
 		View:        text("view"),
+		Explain:     text("explanation"),
 		Log:         slog.New(slog.DiscardHandler),
 	}
 }
@@ -283,11 +284,15 @@ func TestPaths(t *testing.T) {
 		{"GET", "/live/events", 200, "live", ""},
 		{"GET", "/config/", 200, "view", ""},
 		{"GET", "/config/cluster?name=a", 200, "view", ""},
+		{"GET", "/explain?url=http://web/", 200, "explanation", ""},
 		{"GET", "/config", 404, "invalid path. admin commands are:\n" + list(), ""},
 		{"GET", "/listeners", 200, "virtualOutbound::127.0.0.1:15001\nvirtualOutbound::[::1]:15001\nvirtualInbound::0.0.0.0:15006\nvirtualInbound::[::]:15006\nreadiness::0.0.0.0:15021\n", ""},
 		{"GET", "/listeners?format=xml", 400, "format=\"xml\": use text or json\n", ""},
 		{"GET", "/clusters?format=xml", 400, "format=\"xml\": use text or json\n", ""},
 		{"GET", "/certs", 200, "{\n \"certificates\": []\n}\n", ""},
+		{"GET", "/identity", 501, any, ""},
+		{"GET", "/identity/handshake", 405, any, ""},
+		{"POST", "/identity/handshake?to=a:1", 501, any, ""},
 		{"GET", "/init_dump", 200, any, ""},
 		{"GET", "/memory", 200, any, ""},
 		{"GET", "/server_info", 200, any, ""},
@@ -401,7 +406,7 @@ func TestUnsupportedCommandsAreAnswered501(t *testing.T) {
 	handler := NewHandler(config)
 	for target, want := range map[string]int{
 		"/logging": 200, "/logging?level=debug": 501, "/drain_listeners": 501, "/quitquitquit": 501, "/healthcheck/fail": 501,
-		"/reopen_logs": 501, "/log": 501, "/live": 404, "/ready": 503, "/init_dump": 200,
+		"/reopen_logs": 501, "/log": 501, "/live": 404, "/ready": 503, "/init_dump": 200, "/identity": 501, "/identity/handshake": 501,
 	} {
 		if got := ask(handler, "POST", target); got.Code != want {
 			t.Errorf("%s: %d %q, want %d", target, got.Code, got.Body, want)

@@ -29,6 +29,7 @@ type IdentityStatus struct {
 	Renewals  int64
 	Failures  int64
 	LastError error
+	Renewal   time.Time // when the next certificate is fetched, or after a failure the next attempt; zero: not known
 
 	// Why revocation lists are not used as they are, and why the output directory does not have the current identity. nil: all
 	// is well.
@@ -58,7 +59,7 @@ func (s *Session) identityStatus() IdentityStatus {
 		return IdentityStatus{}
 	}
 	kept := s.keeper.Status()
-	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError, RevocationError: kept.RevocationError, OutputError: kept.OutputError}
+	status := IdentityStatus{Source: "CA", Renewals: kept.Renewals, Failures: kept.Failures, LastError: kept.LastError, RevocationError: kept.RevocationError, OutputError: kept.OutputError, Renewal: kept.Next}
 	switch {
 	case s.config.Pod.Socket != nil:
 		status.Source = "socket"

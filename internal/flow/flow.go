@@ -7,6 +7,7 @@ package flow
 
 import (
 	"net/netip"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -70,6 +71,7 @@ type Record struct {
 	Cluster             string         // where it was sent, by Envoy's name; empty if nowhere. See package envoy
 	Route               string         // the route that chose Cluster: a request's, or all of a connection's requests'
 	Security            *Security      // of TLS that the agent speaks with the other side; nil: none
+	Workload            SetWorkload    // of the other side, as its proxy describes it
 	Received            atomic.Uint64  // bytes from downstream written to upstream; of a request, its body
 	Sent                atomic.Uint64  // bytes written to downstream; of a response, its body
 	Requests            atomic.Uint64  // of a connection: requests that have ended
@@ -97,8 +99,44 @@ type Security struct {
 	Own    string // SPIFFE ID that the agent presents; empty: it has none
 	Mutual bool   // both sides have presented certificates
 
+	Exchanges bool // the peer describes its workload in a preamble; see SetWorkload
+
 	Version, Cipher string // names of the version of TLS and of its cipher suite, as OpenSSL has them
+
+	// The certificates, if Fields asks for them; nil otherwise, and of a side without one.
+	PeerCertificate, OwnCertificate *Certificate
 }
+
+// Certificate is what access logs print of a certificate. Several values are joined by commas. Its owner has chosen its
+// text. It is never modified.
+type Certificate struct {
+	URIs, DNS, IPs, Emails string // names
+	Subject, Issuer        string // as text of RFC 2253
+	Serial, SHA256, SHA1   string // hexadecimal
+	PEM                    string // with the bytes encoded that URLs do not have
+
+	ChainSerials, ChainSHA256, ChainSHA1 string // of it and of the other certificates that were sent
+
+	NotBefore, NotAfter time.Time // in UTC
+}
+
+// Workload describes the workload of the other side, as its proxy has sent it. The names are not authenticated. Those that
+// are not known are empty. It is never modified.
+type Workload struct {
+	Name, Namespace, Cluster            string // of the Deployment or the like; the ID of the cluster
+	App, Version                        string // labels of these names
+	CanonicalService, CanonicalRevision string // the grouping of Istio's dashboards
+}
+
+// SetWorkload is a *Workload that the owner of a record may set at any time before Close: a peer that waits for the other
+// side describes itself late. It may be read from any goroutine.
+type SetWorkload struct{ p atomic.Pointer[Workload] }
+
+// Get returns the workload, or nil as long as it is not known.
+func (s *SetWorkload) Get() *Workload { return s.p.Load() }
+
+// Set sets the workload.
+func (s *SetWorkload) Set(w *Workload) { s.p.Store(w) }
 
 // Peer returns the identity that TLS verified of the other side; empty: it is not authenticated.
 func (r *Record) Peer() string {
@@ -106,6 +144,17 @@ func (r *Record) Peer() string {
 		return ""
 	}
 	return r.Security.Peer
+}
+
+// Agrees reports whether what a peer says about its workload can be true: its verified identity, if it has one, is of the
+// same namespace (spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT). s may be nil.
+func (s *Security) Agrees(w *Workload) bool {
+	if s == nil || s.Peer == "" {
+		return true
+	}
+	_, rest, found := strings.Cut(s.Peer, "/ns/")
+	namespace, _, _ := strings.Cut(rest, "/")
+	return !found || namespace == w.Namespace
 }
 
 // Hello is the unencrypted part of a TLS handshake that identifies the server.
@@ -127,6 +176,7 @@ const (
 type Request struct {
 	Method, Path, Authority, ID []byte
 	UserAgent, ForwardedFor     []byte        // as received; several X-Forwarded-For fields are joined by commas. A long list is cut in its middle
+	Head, ResponseHead          []byte        // as received, with Fields.Heads; of HTTP/2, "name: value" lines with pseudo-header fields
 	Fields, ResponseFields      [][]byte      // the fields that Fields names, in its order
 	Status                      int           // of the response to downstream; 0 without a response
 	GRPC                        bool          // by the request's content-type
@@ -140,8 +190,13 @@ type Request struct {
 	ServiceTime                 time.Duration // from the end of the dial to the head of the response; with Status from upstream
 }
 
-// Fields names additional header fields, in lower case, whose values records carry.
-type Fields struct{ Request, Response []string }
+// Fields is what records carry in addition: the values of header fields, whose names are in lower case, the certificates
+// of TLS, and whole heads.
+type Fields struct {
+	Request, Response []string
+	Certificates      bool
+	Heads             bool // each is allocated
+}
 
 // Remote returns the address of the side that is not this workload.
 func (r *Record) Remote() netip.Addr {
@@ -149,6 +204,17 @@ func (r *Record) Remote() netip.Addr {
 		return r.OriginalDestination.Addr()
 	}
 	return r.Downstream.Addr()
+}
+
+// DownstreamFailure returns why TLS with downstream failed, in Envoy's manner; empty if it did not.
+func (r *Record) DownstreamFailure() string {
+	switch r.Reason {
+	case TLSFailed, TLSTimeout, TLSPeerRefused, TLSNoIdentity:
+		if r.Err != nil {
+			return "TLS_error: " + r.Err.Error()
+		}
+	}
+	return ""
 }
 
 // IsRequest reports whether the record describes a request, as opposed to a connection.

@@ -24,6 +24,9 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	if x.s.Peers.adds() {
 		dst = x.s.Peers.appendLine(dst, h, b)
 	}
+	if x.s.Peers.readsResponses() {
+		dst = x.s.Peers.appendLines(dst, introduced{true, true})
+	}
 	if fields.ForwardedProto && !h.Has(http1.XForwardedProto) {
 		dst = append(dst, "x-forwarded-proto: http\r\n"...)
 	}
@@ -86,14 +89,23 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	if x.settings.Fields.ServiceTime {
 		drop(h, http1.UpstreamServiceTime) // an agent between here and the server set it; our time includes that agent's
 	}
+	if s.Peers.readsResponses() {
+		s.meet(&x.record, h, b)
+	}
 	s.Peers.drop(h)
+	named := s.Peers.names(h.Has(http1.Server))
+	if named {
+		drop(h, http1.Server)
+	}
 	var e *edited
 	if editsResponse(x.decision.Plan) {
 		e = x.editResponse(b)
 	}
-	dst := h.AppendLines(x.response.reserve(h.Length+addedFields), b)
+	dst := h.AppendLines(x.response.reserve(h.Length+addedFields+s.Peers.described(x.introduced)), b)
 	if e != nil {
 		dst = e.appendLines(dst)
+	} else if named {
+		dst = append(append(append(dst, "server: "...), s.Peers.Server...), "\r\n"...)
 	}
 	switch {
 	case h.Status == 101:
@@ -109,6 +121,7 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 		dst = strconv.AppendInt(dst, x.http.ServiceTime.Milliseconds(), 10)
 		dst = append(dst, "\r\n"...)
 	}
+	dst = s.Peers.appendLines(dst, x.introduced)
 	x.response.head = append(dst, "\r\n"...)
 }
 

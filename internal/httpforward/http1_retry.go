@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"errors"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -11,7 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// Retries by the policy of a route. The safe resend (see mayRepeat) comes before them: it is no attempt of the policy.
+// Retries by the policy of a route. The safe resend (see mayRepeat) comes before them: the policy does not count it.
 
 // errRetry is the error of a response that is not forwarded, because the policy retries its request.
 var errRetry = errors.New("the response is retried")
@@ -65,7 +66,7 @@ func (x *exchange) retriesResponse() bool {
 	return false
 }
 
-// noteResponse keeps what the lease of the attempt is told of its response.
+// noteResponse keeps the parts of a response that the lease of the attempt ends with.
 //
 //go:noinline
 func (x *exchange) noteResponse(b []byte) {
@@ -74,7 +75,7 @@ func (x *exchange) noteResponse(b []byte) {
 	x.grpc = grpcStatusOf(&x.answer)
 }
 
-// attemptAgain makes further attempts until one has a connection, or none is left.
+// attemptAgain makes further attempts until one has a connection, or the policy allows no more.
 //
 //go:noinline
 func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
@@ -83,11 +84,13 @@ func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
 			return end, true
 		}
 		attempts, err := x.s.connect(x.wanted, x.settings, time.Now(), idempotent(x.http.Method))
-		x.record.Attempts += uint8(attempts)
+		x.countDials(attempts)
 		if err == nil {
 			x.request.resend(x.s.up)
 			x.send()
-			x.startTry(time.Now())
+			if x.request.taken() { // otherwise it starts with the end of the request
+				x.startTry(time.Now())
+			}
 			x.redialled = true
 			return 0, false
 		}
@@ -117,9 +120,11 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	s.engine.config.Pool.Stats.Retried.Add(1)
 	x.began = time.Now()
 	x.previous = x.decision
+	x.view(x.kept)
 	x.routed.Attempt, x.routed.Previous = x.retries, &x.previous
 	x.decision = s.route(&x.routed)
-	x.decision.Plan = x.previous.Plan
+	endMirrors(x.decision.Mirrors, flow.Overload)                                                   // the first attempt's are sent
+	x.decision.Plan, x.decision.Mirrors, x.decision.Path = x.previous.Plan, x.previous.Mirrors, nil // the head is made
 	switch {
 	case x.decision.Reply != nil:
 		return x.replyHere(x.decision.Reply), true
@@ -130,6 +135,11 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	s.turnTo(x.wanted)
 	x.countAttempt()
 	return 0, false
+}
+
+// countDials counts attempts in the record.
+func (x *exchange) countDials(n int) {
+	x.record.Attempts = uint8(min(int(x.record.Attempts)+n, math.MaxUint8))
 }
 
 // forgetAttempt removes what an attempt has left of its connection and of its response.

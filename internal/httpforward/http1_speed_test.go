@@ -5,6 +5,7 @@ package httpforward
 import (
 	"io"
 	"net"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -28,13 +29,20 @@ func speedRig(t testing.TB, peers *PeerFields, router Router, added string) (exc
 	r.set(func() { r.peers, r.router = peers, router })
 	client := r.dial(t)
 	answer := len(speedResponse) + len("x-envoy-upstream-service-time: 0\r\n") + len(added)
+	buf, request, response := make([]byte, 4096), []byte(speedRequest), []byte(speedResponse)
+	if peers.readsRequests() {
+		request = append(request[:len(request)-2], described+"\r\n"...)
+		answer += peers.described(introduced{true, true})
+	}
+	if peers.readsResponses() {
+		response = []byte(strings.Replace(speedResponse, "\r\n", "\r\n"+described, 1))
+	}
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		serveSpeed(o.accept())
+		serveSpeed(o.accept(), response)
 	}()
 	t.Cleanup(func() { client.Close(); <-served })
-	buf, request := make([]byte, 4096), []byte(speedRequest)
 	return func() {
 		if _, err := client.Write(request); err != nil {
 			t.Fatal(err)
@@ -50,8 +58,11 @@ type nowhere struct{}
 
 func (nowhere) Closed(*flow.Record) {}
 
-func serveSpeed(conn net.Conn) {
-	buf, response := make([]byte, 4096), []byte(speedResponse)
+// described are the fields by which a peer describes itself.
+var described = peerMetadataIDField + ": sidecar~192.0.2.1~a.shop~shop.svc.cluster.local\r\n" + peerMetadataField + ": " + ofReviews.Metadata + "\r\n"
+
+func serveSpeed(conn net.Conn, response []byte) {
+	buf := make([]byte, 4096)
 	for {
 		if _, err := conn.Read(buf); err != nil {
 			return
@@ -63,7 +74,7 @@ func serveSpeed(conn net.Conn) {
 }
 
 func TestARequestAllocatesNothing(t *testing.T) {
-	for _, peers := range []*PeerFields{nil, {AppendClientCert, "Hash=own"}} {
+	for _, peers := range []*PeerFields{nil, {ClientCert: AppendClientCert, Element: "Hash=own"}, {Exchange: ofReviews}, {Exchange: ofReviews, Introduces: true}} {
 		exchange := speedRig(t, peers, nil, "")
 		for range 10 {
 			exchange()
@@ -88,7 +99,7 @@ func BenchmarkRequestOnANewConnection(b *testing.B) {
 					if err != nil {
 						return
 					}
-					serving.Go(func() { defer conn.Close(); serveSpeed(conn) })
+					serving.Go(func() { defer conn.Close(); serveSpeed(conn, []byte(speedResponse)) })
 				}
 			})
 			b.Cleanup(func() { o.listener.Close(); r.cancel(); r.pool.Close(); serving.Wait() })

@@ -3,6 +3,7 @@ package httpforward
 import (
 	"errors"
 	"net/http"
+	"slices"
 	"strconv"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
@@ -39,6 +40,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	tooMuch := m.holdsTooMuch()
 	m.squeeze(s)
 	seen := s.recordRequest(&request, fields)
+	if m.Peers.readsRequests() {
+		s.introduced = m.meetFields(&s.record, fields)
+	}
 	m.keep(s)
 	m.streams.add(s)
 	switch {
@@ -61,6 +65,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.tooMany(s)
 	case tooMuch:
 		return m.outOfMemory(s)
+	case m.toUp.resetFollows(id):
+		s.withheld = true
+		return nil
 	}
 	decision := m.route(m.view(s, &request, fields))
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
@@ -87,7 +94,7 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 	l, add, peers := &m.toUp, &s.settings.Fields, m.Peers
 	s.record.Upstream, s.record.UpstreamLocal, s.record.Security = m.Target.Address, m.upLocal, m.Record.Security
 	s.record.Attempts, m.attempts = max(m.attempts, 1), 1
-	if editsRequest(s.plan) {
+	if editsRequest(s.plan) || s.normalized || len(s.edits) > 0 {
 		block := m.appendEditedRequest(l.beginBlock(), s, fields, has)
 		if peers.adds() {
 			block = peers.appendField(block, l.encoder, fields)
@@ -98,6 +105,9 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 	block := l.appendFields(l.beginBlock(), fields)
 	if peers.adds() {
 		block = peers.appendField(block, l.encoder, fields)
+	}
+	if peers.readsResponses() {
+		block = peers.appendFields(block, l.encoder, introduced{true, true})
 	}
 	if add.RequestID && !has.id {
 		s.http.ID = appendUUID(s.names.take(uuidLength))
@@ -209,11 +219,17 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	r := &s.http
 	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
 	m.squeeze(s)
+	if m.Peers.readsResponses() {
+		m.meetFields(&s.record, fields)
+	}
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
+	if s.settings.Note.Heads {
+		r.ResponseHead = headText(fields)
+	}
 	if s.lease != nil {
 		s.noteResponse(fields)
 	}
-	l, timed := &m.toDown, s.settings.Fields.ServiceTime
+	l, timed, named := &m.toDown, s.settings.Fields.ServiceTime, m.names(fields)
 	var e *edited
 	if editsResponse(s.plan) {
 		e = m.editResponse(s, fields)
@@ -230,6 +246,10 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 			if timed {
 				continue // an agent between here and the server set it; our time includes that agent's
 			}
+		case serverField:
+			if named {
+				continue
+			}
 		case peerMetadataField, peerMetadataIDField:
 			if m.Peers != nil {
 				continue
@@ -240,18 +260,32 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	if e != nil {
 		e.fields = nil
 		block = e.appendBlock(block, l.encoder)
+	} else if named {
+		block = l.encoder.AppendField(block, http2.Field{Name: serverField, Value: m.Peers.Server})
 	}
 	if timed {
 		value := strconv.FormatInt(r.ServiceTime.Milliseconds(), 10)
 		block = l.encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
 	}
+	block = m.Peers.appendFields(block, l.encoder, s.introduced)
 	m.keep(s)
 	l.endBlock(block, s.id, end)
 	l.endMessage(s, end)
 	return nil
 }
 
-const serviceTimeField = "x-envoy-upstream-service-time"
+// names reports whether a response with these fields gets the server's name.
+func (m *multiplex) names(fields []http2.Field) bool {
+	if m.Peers == nil || m.Peers.Server == "" {
+		return false
+	}
+	return m.Peers.names(slices.ContainsFunc(fields, func(f http2.Field) bool { return f.Name == serverField }))
+}
+
+const (
+	serviceTimeField = "x-envoy-upstream-service-time"
+	serverField      = "server"
+)
 
 // responseTrailers forwards the trailers of a response.
 func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) error {
@@ -328,7 +362,7 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 	if s.http.GRPC || s.head || m.lost == nil || m.window.stream < size || m.window.connection < size {
 		text = ""
 	}
-	block := s.appendReply(l.beginBlock(), l.encoder, r, m.now(), text != "")
+	block := s.appendReply(l.beginBlock(), l.encoder, r, m.Peers.server(), m.now(), text != "")
 	if s.made != nil {
 		block = m.appendMade(block, s)
 	}

@@ -55,6 +55,7 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 	// A record without a request, such as that of a connection that broke before one, went to no cluster.
 	c := s.record.Connection
 	s.record.Cluster, s.record.Route, s.record.Security = c.Cluster, c.Route, c.Security
+	s.record.Workload.Set(c.Workload.Get())
 	to := &s.http
 	to.Method, to.Path, to.Authority = s.name(request.Method), s.name(request.Path), s.name(authority)
 	if has.id {
@@ -67,6 +68,9 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 		to.ForwardedFor = s.nameJoined(fields[forwardedFor:])
 	}
 	to.Fields = s.nameFields(to.Fields, fields, s.settings.Note.Request)
+	if s.settings.Note.Heads {
+		to.Head = headText(fields)
+	}
 	return has
 }
 
@@ -153,4 +157,12 @@ func (s *stream) setFailure(reason flow.Reason, err error) {
 		r.Details = replyHeadTimeout.details
 	}
 	s.reason, s.err = reason, err
+}
+
+// headText returns a header block as lines of text, for flow.Fields.Heads.
+func headText(fields []http2.Field) (text []byte) {
+	for i := range fields {
+		text = append(append(append(append(text, fields[i].Name...), ": "...), fields[i].Value...), "\r\n"...)
+	}
+	return text
 }

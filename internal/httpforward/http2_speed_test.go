@@ -33,6 +33,9 @@ func http2SpeedRig(t testing.TB, peers *PeerFields, router Router) (exchange fun
 		{Name: ":authority", Value: "catalogue.shop.svc:8080"}, {Name: "content-type", Value: "application/grpc"},
 		{Name: "user-agent", Value: "grpc-go/1.70.0"}, {Name: "te", Value: "trailers"}, {Name: "grpc-timeout", Value: "1S"},
 	}
+	if peers.readsRequests() {
+		request = append(request, hpack.HeaderField{Name: peerMetadataField, Value: ofReviews.Metadata}, hpack.HeaderField{Name: peerMetadataIDField, Value: ofReviews.ID})
+	}
 	first, again := encode(encoder, request), encode(encoder, request)
 	stream := uint32(1)
 	out := []byte(http2.Preface)
@@ -141,7 +144,7 @@ func serveHTTP2Speed(conn net.Conn) {
 }
 
 func TestAnHTTP2RequestAllocatesNothing(t *testing.T) {
-	for _, peers := range []*PeerFields{nil, {AppendClientCert, "Hash=own"}} {
+	for _, peers := range []*PeerFields{nil, {ClientCert: AppendClientCert, Element: "Hash=own"}, {Exchange: ofRatings}, {Exchange: ofRatings, Introduces: true}} {
 		exchange := http2SpeedRig(t, peers, nil)
 		for range 10 {
 			exchange()

@@ -64,6 +64,7 @@ type recorded struct {
 	cluster, route                    string
 	unbound                           bool // a sink does not find what it bound when the connection began to be carried
 	attempts                          uint8
+	workload                          *flow.Workload // of the other side
 }
 
 func (r *records) Closed(record *flow.Record) {
@@ -76,6 +77,7 @@ func (r *records) Closed(record *flow.Record) {
 		record.Cluster, record.Route,
 		place.Get(record) == nil && (record.Connection == nil || place.Get(record.Connection) == nil),
 		record.Attempts,
+		record.Workload.Get(),
 	})
 	select {
 	case r.news <- struct{}{}:
@@ -158,6 +160,10 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 		listener.Close()
 		r.cancel()
 		conns.Wait()
+		nettest.Eventually(t, "the copies end", func() bool { return r.engine.copies.active.Load() == 0 })
+		if n := r.engine.copies.held.Load(); n != 0 {
+			t.Errorf("copies hold %d bytes", n)
+		}
 		r.pool.Close()
 		poller.Close()
 		if n := r.engine.config.Budget.Used(); n != 0 {

@@ -3,15 +3,25 @@ package httpforward
 import (
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/peers"
 )
 
-// PeerFields is the treatment of fields in which proxies of a mesh describe peers: x-forwarded-client-cert of requests, by
-// ClientCert; and x-envoy-peer-metadata and x-envoy-peer-metadata-id, in which proxies describe themselves to each other.
+// PeerFields is the treatment of fields in which proxies of a mesh describe themselves and peers: x-forwarded-client-cert of
+// requests, by ClientCert; server of responses; and x-envoy-peer-metadata and x-envoy-peer-metadata-id, in which proxies describe themselves to each other.
 // The latter are always removed, from requests and responses: applications must not see them, and they are not
-// authenticated. In trailers of HTTP/1, removed fields are malformed, because chunk framing is not rewritten. A PeerFields may be shared, and is never modified.
+// authenticated. In trailers of HTTP/1, removed fields are malformed, because chunk framing is not rewritten. A PeerFields
+// may be shared, and is never modified.
 type PeerFields struct {
 	ClientCert ClientCert
 	Element    string // that AppendClientCert and ReplaceClientCert add to the field
+
+	// Exchange has this proxy's own description, and reads those of peers for records; nil: they are not exchanged. A proxy
+	// that introduces itself describes itself in each request, and reads responses. Another one reads requests, and
+	// describes itself to peers that have done so.
+	Exchange   *peers.Exchange
+	Introduces bool
+	Server     string // value of server in responses; empty: the field is one like any other
+	IfAbsent   bool   // Server is added to responses without the field, and replaces no other
 }
 
 // ClientCert is what becomes of x-forwarded-client-cert in a request. Several fields are forwarded as one list.
@@ -32,12 +42,29 @@ const (
 	peerMetadataIDField = "x-envoy-peer-metadata-id"
 )
 
-// added is more than the field that is added takes, in bytes, without what it had before. p may be nil.
-func (p *PeerFields) added() int {
-	if p == nil || p.Element == "" {
+// added is more than the fields that are added to a request take, in bytes, without what they had before. p may be nil.
+func (p *PeerFields) added() (n int) {
+	if p == nil {
 		return 0
 	}
-	return len(clientCertField) + len(": ,\r\n") + len(p.Element)
+	if p.Element != "" {
+		n = len(clientCertField) + len(": ,\r\n") + len(p.Element)
+	}
+	if p.Introduces {
+		n += p.described(introduced{true, true})
+	}
+	return n
+}
+
+// described is how many bytes the fields of this proxy's own description take in a head of HTTP/1.
+func (p *PeerFields) described(to introduced) (n int) {
+	if to.metadata {
+		n += len(peerMetadataField) + len(": \r\n") + len(p.Exchange.Metadata)
+	}
+	if to.id {
+		n += len(peerMetadataIDField) + len(": \r\n") + len(p.Exchange.ID)
+	}
+	return n
 }
 
 // adds reports whether requests get a field.
@@ -62,6 +89,19 @@ func (p *PeerFields) drop(h *http1.Head) {
 			drop(h, k)
 		}
 	}
+}
+
+// names reports whether a response gets Server, given whether it has the field. p may be nil.
+func (p *PeerFields) names(has bool) bool {
+	return p != nil && p.Server != "" && !(has && p.IfAbsent)
+}
+
+// server returns the value of server in a response of our own. p may be nil.
+func (p *PeerFields) server() string {
+	if p == nil || p.Server == "" {
+		return "pillion"
+	}
+	return p.Server
 }
 
 // appendLine appends the field that a request gets. h is its head, whose fields may have been dropped, and b h's buffer.

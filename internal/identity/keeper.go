@@ -60,9 +60,10 @@ type Keeper struct {
 type Status struct {
 	Renewals        int64 // fetches of another certificate than the one before
 	Failures        int64
-	LastError       error // of the last fetch; nil if it succeeded
-	RevocationError error // why the file of revocation lists is not used as it is; nil if it is, or does not exist
-	OutputError     error // why the output directory does not have the current identity; nil if it does
+	LastError       error     // of the last fetch; nil if it succeeded
+	Next            time.Time // when the next fetch is due; zero before the first has ended
+	RevocationError error     // why the file of revocation lists is not used as it is; nil if it is, or does not exist
+	OutputError     error     // why the output directory does not have the current identity; nil if it does
 }
 
 // NewKeeper returns a Keeper without an identity.
@@ -128,6 +129,9 @@ func (k *Keeper) Run(ctx context.Context) {
 			retry = minRetry
 			pause = max(k.config.Source.Next(identity), minRetry)
 		}
+		k.mu.Lock()
+		k.status.Next = k.wall().Add(pause)
+		k.mu.Unlock()
 		k.wait(ctx, pause)
 	}
 }

@@ -43,6 +43,34 @@ func (n *Node) Encode() ([]byte, error) {
 	return wire.AppendString(b, 6, "pillion"), nil
 }
 
+// described are the metadata and the labels by which proxies describe their workloads to each other, as Istio's do.
+var (
+	described       = []string{"NAME", "NAMESPACE", "WORKLOAD_NAME", "OWNER", "CLUSTER_ID"}
+	describedLabels = []string{"app", "version", "service.istio.io/canonical-name", "service.istio.io/canonical-revision"}
+)
+
+// Description returns the google.protobuf.Struct by which the node describes its workload to other proxies.
+func (n *Node) Description() ([]byte, error) {
+	labels, _ := n.Metadata["LABELS"].(map[string]any)
+	description := choose(n.Metadata, described)
+	description["LABELS"] = choose(labels, describedLabels)
+	b, err := encodeStruct(description)
+	if err != nil {
+		return nil, fmt.Errorf("node metadata: %w", err)
+	}
+	return b, nil
+}
+
+func choose(from map[string]any, keys []string) map[string]any {
+	chosen := map[string]any{}
+	for _, key := range keys {
+		if value, ok := from[key]; ok {
+			chosen[key] = value
+		}
+	}
+	return chosen
+}
+
 // encodeStruct returns a google.protobuf.Struct, with its keys in order.
 func encodeStruct(fields map[string]any) ([]byte, error) {
 	b := []byte{}

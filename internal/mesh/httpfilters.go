@@ -30,6 +30,11 @@ type HTTPFilter struct {
 	Router   *Router
 }
 
+// ExchangesMetadata reports whether proxies describe themselves to each other in requests and responses. h may be nil.
+func (h *HTTPManager) ExchangesMetadata() bool {
+	return h != nil && slices.ContainsFunc(h.Filters, func(f HTTPFilter) bool { return f.Type == peerMetadataType && !f.Disabled })
+}
+
 // Restricts reports whether f is a policy that can refuse a request. Filters of other types are judged when they are
 // decoded.
 func (f *HTTPFilter) Restricts() bool {

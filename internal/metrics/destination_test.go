@@ -253,10 +253,10 @@ func TestOtherHostsLeaveRoomForServices(t *testing.T) {
 
 // docs/observability.md has these numbers.
 func TestDefaultBudget(t *testing.T) {
-	if got, want := budgetOf(DefaultMaxSeries, flow.Inbound), (budget{42, 21, 21}); got != want {
+	if got, want := budgetOf(DefaultMaxSeries, flow.Inbound), (budget{42, 21, 21, 21}); got != want {
 		t.Errorf("inbound: %+v, want %+v", got, want)
 	}
-	if got, want := budgetOf(DefaultMaxSeries, flow.Outbound), (budget{64, 64, 21}); got != want {
+	if got, want := budgetOf(DefaultMaxSeries, flow.Outbound), (budget{64, 64, 21, 32}); got != want {
 		t.Errorf("outbound: %+v, want %+v", got, want)
 	}
 }

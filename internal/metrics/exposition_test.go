@@ -37,7 +37,7 @@ func everythingWith(o Options) *Metrics {
 	m.Watch(table, Sources{
 		DNS: resolver,
 		Upstream: func(d flow.Direction) Upstream {
-			return Upstream{Active: 1 + int(d), Connected: 20, Failed: 3, Redialled: 2, Reused: 40, Missed: 5, Retried: 6}
+			return Upstream{Active: 1 + int(d), Connected: 20, Failed: 3, Redialled: 2, Reused: 40, Missed: 5, Retried: 6, Copied: 8, CopiesDropped: 7}
 		},
 		AccessLog: func() (uint64, uint64) { return 100, 7 },
 		Backoffs:  func() uint64 { return 8 },

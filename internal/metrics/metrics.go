@@ -8,8 +8,9 @@
 //
 // The number of series is bounded for any input: see DefaultMaxSeries.
 //
-// Differences from Istio: bytes of requests and responses count bodies only, durations have fractions of a millisecond, and
-// peers are unknown, because no source identifies them.
+// Differences from Istio: bytes of requests and responses count bodies only, and durations have fractions of a millisecond.
+// Peers are known from their certificates and from what their proxies say of them (package peers); without a control plane
+// they are unknown.
 package metrics
 
 import (
@@ -84,16 +85,25 @@ func protocolOf(r *flow.Record) int {
 // carried is the state of an open opaque connection. Its owner uses it before the connection is carried and after the table
 // removed it, and Table.Each in between; the lock of the table orders these.
 type carried struct {
-	*tcpSet
+	*tcpSet                      // nil: not counted yet, because the peer may still describe itself
 	receivedCounted, sentCounted uint64
 }
 
 // count adds the bytes moved since the last call.
-func (c *carried) count(r *flow.Record) {
+func (c *carried) count(d *direction, r *flow.Record) {
+	if c.tcpSet == nil {
+		c.open(d, r)
+	}
 	received, sent := r.Received.Load(), r.Sent.Load()
 	c.received.Add(received - c.receivedCounted)
 	c.sent.Add(sent - c.sentCounted)
 	c.receivedCounted, c.sentCounted = received, sent
+}
+
+// open counts a connection as opened. Its bytes are counted in the same set.
+func (c *carried) open(d *direction, r *flow.Record) {
+	c.tcpSet = d.tcpSet(d.end(flow.Closed).tcp, r)
+	c.opened.Add(1)
 }
 
 // Opened counts a connection when the agent begins to carry it.
@@ -105,25 +115,27 @@ func (m *Metrics) Opened(r *flow.Record) {
 		place.Set(r, new(lastRequest))
 		return
 	}
-	set := d.tcpSet(d.end(flow.Closed).tcp, r)
-	set.opened.Add(1)
-	place.Set(r, &carried{tcpSet: set})
+	c := new(carried)
+	if s := r.Security; s == nil || !s.Exchanges || r.Workload.Get() != nil {
+		c.open(d, r)
+	} // otherwise with the next scrape, or at its end
+	place.Set(r, c)
 }
 
 // Progress brings the byte counters of open connections up to date. Each scrape does so as well.
 func (m *Metrics) Progress(table *flow.Table) {
 	table.Each(func(r *flow.Record) bool {
-		progress(r)
+		m.progress(r)
 		return true
 	})
 }
 
-func progress(r *flow.Record) {
+func (m *Metrics) progress(r *flow.Record) {
 	if !r.Carried() {
 		return
 	}
 	if c, ok := place.Get(r).(*carried); ok {
-		c.count(r)
+		c.count(&m.directions[r.Direction], r)
 	}
 }
 
@@ -152,7 +164,7 @@ func (d *direction) connection(r *flow.Record) {
 		set.opened.Add(1)
 		c = &carried{tcpSet: set}
 	}
-	c.count(r)
+	c.count(d, r)
 	set.closed.Add(1)
 }
 
@@ -164,6 +176,7 @@ type lastRequest struct {
 	status   int32
 	grpc     bool
 	security *flow.Security // that of the record: requests of a connection share it
+	workload *flow.Workload // likewise, as long as the peer describes itself in the same words
 	set      *requestSet    // nil: no request yet, or its labels were folded into those of others
 	end      *end
 }
@@ -171,7 +184,7 @@ type lastRequest struct {
 func (l *lastRequest) like(r *flow.Record) bool {
 	h := r.HTTP
 	return l.set != nil && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.end.reason && h.Flags == l.flags &&
-		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus] && l.security == r.Security
+		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus] && l.security == r.Security && l.workload == r.Workload.Get()
 }
 
 func (d *direction) request(r *flow.Record) {
@@ -187,7 +200,7 @@ func (d *direction) request(r *flow.Record) {
 		end = d.end(r.Reason)
 		*last = lastRequest{
 			host: last.host[:0], flags: r.HTTP.Flags,
-			status: int32(r.HTTP.Status), grpc: r.HTTP.GRPC, security: r.Security, end: end,
+			status: int32(r.HTTP.Status), grpc: r.HTTP.GRPC, security: r.Security, workload: r.Workload.Get(), end: end,
 		}
 		if named {
 			last.set = set

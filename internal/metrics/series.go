@@ -37,6 +37,10 @@ type budget struct {
 	sets       int // combinations of labels
 	services   int // hosts with series of their own
 	otherHosts int // those of them that are not Services
+
+	// Combinations of principals and workloads of peers; half of them for those that TLS has not verified, because anyone
+	// may make them up. Peers beyond them are counted as unknown ones.
+	peers int
 }
 
 // budgetOf divides the series that are left after all others between the directions: outbound has more destinations.
@@ -44,10 +48,10 @@ func budgetOf(maxSeries int, direction flow.Direction) budget {
 	sets := (maxSeries-otherSeries)/seriesPerSet - 2*foldedSets
 	if direction == flow.Inbound {
 		sets = sets * 2 / 5
-		return budget{sets, sets / 2, sets / 2}
+		return budget{sets, sets / 2, sets / 2, sets / 2}
 	}
 	sets -= sets * 2 / 5
-	return budget{sets, sets, sets / 3}
+	return budget{sets, sets, sets / 3, sets / 2}
 }
 
 // direction holds the counters of one direction. A series whose labels come from traffic is created when it is first needed
@@ -59,7 +63,7 @@ type direction struct {
 	naming             naming
 	ownService         string // name of the service that the pod most likely belongs to
 	budget             budget
-	principals
+	peersOf
 
 	ends        map[flow.Reason]*end // one for each of flow.Explanations; immutable after init
 	tcp         []*tcpSet            // each once, in the order of flow.Explanations; immutable after init
@@ -90,7 +94,7 @@ type setKey struct {
 	status     int
 	grpcStatus int
 	flags      string
-	security   *flow.Security // of securityOf
+	peer       *peerLabels // of peerOf
 }
 
 // requestSet holds the counters of requests with the same labels. The number of requests is that of the observed durations.
@@ -111,7 +115,7 @@ type end struct {
 type tcpSet struct {
 	labels                         []promtext.Label
 	flags                          string
-	service                        []promtext.Label // the first of labels, without principals
+	service                        []promtext.Label // the first of labels, of an unknown peer
 	opened, closed, received, sent atomic.Uint64
 }
 
@@ -129,7 +133,7 @@ func (d *direction) init(direction flow.Direction, pod *podinfo.Pod, o Options) 
 	}
 	d.services = make(map[string]*service)
 	d.sets = make(map[setKey]*requestSet)
-	d.initSecurity()
+	d.initPeers()
 	d.unknown = d.newService("", noHost)
 	loop := d.serviceLabels(podinfo.Unknown, envoy.BlackHoleCluster, podinfo.Unknown)
 	d.ends = make(map[flow.Reason]*end)
@@ -169,7 +173,7 @@ func (d *direction) requestSet(r *flow.Record) (set *requestSet, named bool) {
 // connection, which stays while the connection is idle.
 func (d *direction) setOf(r *flow.Record, of *service, named bool) (*requestSet, bool) {
 	var set *requestSet
-	key := setKey{of, r.HTTP.Status, notGRPC, orDash(r.Flags()), d.securityOf(r)}
+	key := setKey{of, r.HTTP.Status, notGRPC, orDash(r.Flags()), d.peerOf(r)}
 	if statusClass(key.status) == 0 {
 		key.status = 0
 	}
@@ -204,7 +208,7 @@ func (d *direction) setOf(r *flow.Record, of *service, named bool) (*requestSet,
 func (d *direction) fold(key setKey) setKey {
 	class := statusClass(key.status)
 	key.service, key.status, key.flags = d.unknown, class*100, "-"
-	key.security = d.foldedSecurity
+	key.peer = d.foldedPeer
 	switch {
 	case key.grpcStatus == notGRPC:
 	case class != 2 || key.grpcStatus != int(envoy.GRPCOK) && key.grpcStatus != noGRPCStatus:
@@ -218,13 +222,13 @@ func (d *direction) newRequestSet(key setKey) *requestSet {
 	if key.grpcStatus == notGRPC {
 		protocol = "http"
 	}
-	shared := d.secured(key.service.labels, key.security)
+	shared := d.named(key.service.labels, key.peer)
 	return &requestSet{setKey: key, labels: append(shared[:len(shared):len(shared)],
 		label("request_protocol", protocol),
 		label("response_code", strconv.Itoa(key.status)),
 		label("grpc_response_status", grpcStatuses[key.grpcStatus]),
 		label("response_flags", key.flags),
-		label("connection_security_policy", d.policy(key.security)))}
+		label("connection_security_policy", d.policy(key.peer)))}
 }
 
 // nameBuffers has memory for names. On the stack of the goroutine that serves a connection it would double that stack, which

@@ -157,6 +157,14 @@ type Name interface {
 	String() string
 }
 
+// VerifyServer verifies a server's chain, its certificate first. An error is an *Error.
+func (v *Verifier) VerifyServer(chain []*x509.Certificate) error {
+	return v.verify(chain, x509.ExtKeyUsageServerAuth)
+}
+
+// SPIFFE returns the SPIFFE ID of a certificate that has exactly one URI, and otherwise "".
+func SPIFFE(leaf *x509.Certificate) string { return spiffeID(leaf) }
+
 // verify is called during a handshake, before the peer has proved that it has the key of the first certificate. Until the
 // handshake has ended, the names are a claim.
 func (v *Verifier) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage) error {

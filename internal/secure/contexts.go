@@ -2,6 +2,7 @@ package secure
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/peers"
 )
 
 // Source is what Contexts take certificates and roots from: the session with the control plane.
@@ -25,7 +27,7 @@ type Contexts struct {
 
 	mu           sync.Mutex
 	of           *mesh.Snapshot // what generations are of
-	servers      generations[*mesh.DownstreamTLS, *ServerContext]
+	servers      generations[server, *ServerContext]
 	clients      generations[client, *ClientContext]
 	certificates generations[*mesh.Secret, *tls.Certificate]
 	trusts       generations[*mesh.Secret, Trust]
@@ -45,12 +47,19 @@ var (
 	errNoRoots       = errors.New("the control plane has sent no roots of trust yet")
 )
 
-// Server returns the context of a filter chain.
-func (c *Contexts) Server(t *mesh.DownstreamTLS) (*ServerContext, error) {
+// server is TLS with the clients of a filter chain.
+type server struct {
+	*mesh.DownstreamTLS
+	metadata bool // is exchanged with clients of TCP
+}
+
+// Server returns the context of a filter chain. metadata is whether it exchanges metadata with clients of TCP.
+func (c *Contexts) Server(t *mesh.DownstreamTLS, metadata bool) (*ServerContext, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.turn()
-	return c.servers.get(t, func() (*ServerContext, error) { return c.newServer(t) })
+	key := server{t, metadata}
+	return c.servers.get(key, func() (*ServerContext, error) { return c.newServer(key) })
 }
 
 // turn begins a new generation with each snapshot. c.mu is held.
@@ -64,10 +73,10 @@ func (c *Contexts) turn() {
 	}
 }
 
-func (c *Contexts) newServer(t *mesh.DownstreamTLS) (*ServerContext, error) {
+func (c *Contexts) newServer(t server) (*ServerContext, error) {
 	config := ServerConfig{
 		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return c.choose(t.Certificates, hello) },
-		Protocols:   spoken(t.ALPN),
+		Protocols:   spoken(t.ALPN, t.metadata),
 		Optional:    !t.RequireClient,
 		MinVersion:  version(t.MinVersion), MaxVersion: version(t.MaxVersion),
 	}
@@ -86,10 +95,10 @@ func (c *Contexts) newServer(t *mesh.DownstreamTLS) (*ServerContext, error) {
 	return NewServer(config), nil
 }
 
-// spoken returns the protocols without those of Istio's proxies for TCP. A client begins istio-peer-exchange with a preamble
-// of metadata, which would reach the workload; without a protocol in common it sends the connection's bytes only.
-func spoken(protocols []string) []string {
-	return slices.DeleteFunc(slices.Clone(protocols), func(p string) bool { return p == "istio-peer-exchange" || p == "istio" })
+// spoken returns the protocols that can be agreed on. A client begins istio-peer-exchange with a preamble of metadata, which
+// would reach the workload if metadata is not exchanged; without a protocol in common it sends the connection's bytes only.
+func spoken(protocols []string, metadata bool) []string {
+	return slices.DeleteFunc(slices.Clone(protocols), func(p string) bool { return p == peers.Protocol && !metadata || p == "istio" })
 }
 
 // client is TLS with the endpoints of a cluster, and what is spoken inside.
@@ -103,14 +112,14 @@ type Inside uint8
 
 // The protocols.
 const (
-	TCP Inside = iota
+	TCP         Inside = iota
+	MetadataTCP        // with metadata before it
 	HTTP1
 	HTTP2
 )
 
-// meshProtocols are the ALPN of Istio's clients (mesh metadata over TCP is not spoken, so istio-peer-exchange is not
-// offered).
-var meshProtocols = [...][]string{TCP: {"istio"}, HTTP1: {"istio-http/1.1", "istio", "http/1.1"}, HTTP2: {"istio-h2", "istio", "h2"}}
+// meshProtocols are the ALPN of Istio's clients.
+var meshProtocols = [...][]string{TCP: {"istio"}, MetadataTCP: {peers.Protocol, "istio"}, HTTP1: {"istio-http/1.1", "istio", "http/1.1"}, HTTP2: {"istio-h2", "istio", "h2"}}
 
 // Client returns the context of a cluster.
 func (c *Contexts) Client(t *mesh.UpstreamTLS, inside Inside) (*ClientContext, error) {
@@ -202,6 +211,18 @@ func (c *Contexts) certificate(name string) (*tls.Certificate, error) {
 		pair.OCSPStaple = secret.Certificate.OCSP
 		return &pair, nil
 	})
+}
+
+// Presented returns the chain that servers of a cluster see if they ask for a certificate; nil: none.
+func (c *Contexts) Presented(t *mesh.UpstreamTLS) []*x509.Certificate {
+	if t.Certificate == "" {
+		return nil
+	}
+	certificate, err := c.certificate(t.Certificate)
+	if err != nil || certificate.Leaf == nil {
+		return nil
+	}
+	return []*x509.Certificate{certificate.Leaf}
 }
 
 // trust returns the current roots with a name.

@@ -8,18 +8,26 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
-// A server agrees on no protocol of Istio's that begins with metadata, which the workload would receive.
-func TestServersDoNotAgreeOnAnExchangeOfMetadata(t *testing.T) {
+// A server agrees on the protocol that begins with metadata only if its filter chain exchanges it: otherwise the workload
+// would receive it.
+func TestServersAgreeOnAnExchangeOfMetadataAsConfigured(t *testing.T) {
 	c := NewContexts(without{})
-	server, err := c.Server(&mesh.DownstreamTLS{ALPN: []string{"istio-peer-exchange", "istio", "h2", "http/1.1"}, Certificates: []string{"default"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, test := range []struct{ offered, agreed []string }{
-		{[]string{"istio-peer-exchange", "istio"}, nil},
-		{[]string{"istio-peer-exchange", "http/1.1"}, []string{"http/1.1"}},
-		{[]string{"http/1.1", "h2"}, []string{"h2"}},
+	tcp := &mesh.DownstreamTLS{ALPN: []string{"istio-peer-exchange", "istio", "h2", "http/1.1"}, Certificates: []string{"default"}}
+	for _, test := range []struct {
+		exchanges       bool
+		offered, agreed []string
+	}{
+		{false, []string{"istio-peer-exchange", "istio"}, nil},
+		{false, []string{"istio-peer-exchange", "http/1.1"}, []string{"http/1.1"}},
+		{false, []string{"http/1.1", "h2"}, []string{"h2"}},
+		{true, []string{"istio", "istio-peer-exchange"}, []string{"istio-peer-exchange"}},
+		{true, []string{"istio"}, nil},
+		{true, []string{"http/1.1"}, []string{"http/1.1"}},
 	} {
+		server, err := c.Server(tcp, test.exchanges)
+		if err != nil {
+			t.Fatal(err)
+		}
 		config, err := server.config.GetConfigForClient(&tls.ClientHelloInfo{SupportedProtos: test.offered})
 		if err != nil {
 			t.Fatal(err)
@@ -28,7 +36,7 @@ func TestServersDoNotAgreeOnAnExchangeOfMetadata(t *testing.T) {
 			config = server.config
 		}
 		if !slices.Equal(config.NextProtos, test.agreed) {
-			t.Errorf("offered %q, agreed on %q, want %q", test.offered, config.NextProtos, test.agreed)
+			t.Errorf("exchange %v: offered %q, agreed on %q, want %q", test.exchanges, test.offered, config.NextProtos, test.agreed)
 		}
 	}
 }

@@ -28,6 +28,9 @@ type Session struct {
 
 	Chain []*x509.Certificate // of the peer, as it was sent; empty without Peer
 	Local *x509.Certificate   // that the server presented; nil in a client's session
+
+	raw   *tcp.Socket
+	layer tcp.Layer // of the connection
 }
 
 // Own returns the SPIFFE ID that a server presented, as SPIFFE is that of its peer.
@@ -36,6 +39,14 @@ func (s *Session) Own() string {
 		return ""
 	}
 	return spiffeID(s.Local)
+}
+
+// Presented returns the certificate that a server presented; nil: none, or this side is the client.
+func (s *Session) Presented() []*x509.Certificate {
+	if s.Local == nil {
+		return nil
+	}
+	return []*x509.Certificate{s.Local}
 }
 
 // PeerNames returns the names in the peer's certificate: its URIs, then its DNS names, then its subject (RFC 2253). It
@@ -122,6 +133,7 @@ func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, dead
 // proceed prepares the layer for data. Where records can be protected here, crypto/tls has ended its part.
 func (l *layer) proceed(session *Session, server bool) error {
 	s, keys := &l.socket, l.socket.secrets
+	session.raw, session.layer = s.raw, l
 	s.presented, s.secrets = nil, secrets{}
 	suite := suiteOf(session)
 	if suite == nil || keys.client == nil || keys.server == nil {
@@ -130,6 +142,7 @@ func (l *layer) proceed(session *Session, server bool) error {
 	records, err := newRecords(s.input, suite, &keys, server)
 	if err == nil {
 		s.raw.Replace(records)
+		session.layer = records
 	}
 	return err
 }

@@ -7,6 +7,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/secure"
 )
 
@@ -35,6 +36,7 @@ func TestAClientWithoutACertificateClaimsNoIdentity(t *testing.T) {
 }
 
 func TestWhichConnectionsHaveFieldsAboutPeers(t *testing.T) {
+	inMesh := treatment(httpforward.RemoveClientCert, &mesh.HTTPManager{})
 	http, opaque := &mesh.FilterChain{HTTP: &mesh.HTTPManager{}}, &mesh.FilterChain{TCP: &mesh.TCPProxy{}}
 	for name, c := range map[string]struct {
 		direction flow.Direction
@@ -42,15 +44,75 @@ func TestWhichConnectionsHaveFieldsAboutPeers(t *testing.T) {
 		want      *httpforward.PeerFields
 	}{
 		"no control plane":         {flow.Inbound, nil, nil},
-		"inbound HTTP":             {flow.Inbound, &governed{chain: http}, removedClientCert},
+		"inbound HTTP":             {flow.Inbound, &governed{chain: http}, inMesh},
 		"inbound TCP":              {flow.Inbound, &governed{chain: opaque}, nil},
 		"inbound without a chain":  {flow.Inbound, &governed{}, removedClientCert},
-		"outbound HTTP":            {flow.Outbound, &governed{way: mesh.Way{HTTP: http.HTTP}}, removedClientCert},
+		"outbound HTTP":            {flow.Outbound, &governed{way: mesh.Way{HTTP: http.HTTP}}, inMesh},
 		"outbound TCP or no chain": {flow.Outbound, &governed{}, nil},
 		"outbound, no plane":       {flow.Outbound, nil, nil},
 	} {
 		if got := (&Conn{role: &Role{direction: c.direction}, governed: c.governed}).peers(); got != c.want {
 			t.Errorf("%s: %+v, want %+v", name, got, c.want)
+		}
+	}
+}
+
+// Metadata is exchanged where the configuration has the filter for it, and with no server outside of the mesh.
+func TestWhereMetadataIsExchanged(t *testing.T) {
+	config := mesh.HTTPFilter{Type: "io.istio.http.peer_metadata.Config"}
+	http, off := &mesh.HTTPManager{Filters: []mesh.HTTPFilter{config}}, &mesh.HTTPManager{Filters: []mesh.HTTPFilter{{Type: config.Type, Disabled: true}}}
+	way := func(h *mesh.HTTPManager, c *mesh.Cluster) *governed {
+		return &governed{way: mesh.Way{HTTP: h, Cluster: c}}
+	}
+	for name, c := range map[string]struct {
+		direction flow.Direction
+		governed  *governed
+		want      bool
+	}{
+		"inbound":                     {flow.Inbound, &governed{chain: &mesh.FilterChain{HTTP: http}}, true},
+		"inbound, with a certificate": {flow.Inbound, &governed{chain: &mesh.FilterChain{HTTP: http}, peers: &httpforward.PeerFields{ClientCert: httpforward.AppendClientCert}}, true},
+		"inbound without the filter":  {flow.Inbound, &governed{chain: &mesh.FilterChain{HTTP: &mesh.HTTPManager{}}}, false},
+		"inbound, disabled":           {flow.Inbound, &governed{chain: &mesh.FilterChain{HTTP: off}}, false},
+		"inbound without a chain":     {flow.Inbound, &governed{}, false},
+		"outbound":                    {flow.Outbound, way(http, &mesh.Cluster{Discovery: mesh.ByEDS}), true},
+		"outbound without the filter": {flow.Outbound, way(&mesh.HTTPManager{}, &mesh.Cluster{}), false},
+		"outbound of the mesh":        {flow.Outbound, way(http, &mesh.Cluster{External: true}), false},
+		"outbound, passed through":    {flow.Outbound, way(http, &mesh.Cluster{Discovery: mesh.OriginalDestination}), false},
+		"outbound without a cluster":  {flow.Outbound, way(http, nil), false},
+	} {
+		exchange := peers.New("id", nil)
+		role := &Role{direction: c.direction, peers: exchange}
+		got := (&Conn{role: role, governed: c.governed}).peers()
+		if (got.Exchange != nil) != c.want || c.want && got.Introduces != (c.direction == flow.Outbound) {
+			t.Errorf("%s: %+v", name, got)
+		}
+		if role.peers = nil; (&Conn{role: role, governed: c.governed}).exchanges() {
+			t.Errorf("%s: without a description of its own, it is exchanged", name)
+		}
+	}
+}
+
+// The names are those of Envoy: its own if the configuration has none, as for the clients in a mesh.
+func TestTheNameOfTheServerInResponses(t *testing.T) {
+	for _, test := range []struct {
+		h        mesh.HTTPManager
+		name     string
+		ifAbsent bool
+	}{
+		{mesh.HTTPManager{}, "envoy", false},
+		{mesh.HTTPManager{ServerName: "istio-envoy"}, "istio-envoy", false},
+		{mesh.HTTPManager{ServerName: "istio-envoy", ServerHeader: mesh.AppendServerIfAbsent}, "istio-envoy", true},
+		{mesh.HTTPManager{ServerName: "istio-envoy", ServerHeader: mesh.PassServer}, "", false},
+	} {
+		test.h.ClientCert = mesh.AppendClientCert
+		for _, peer := range []*x509.Certificate{nil, {}} {
+			got, err := peerFields(&test.h, &secure.Session{Peer: peer})
+			if err != nil || got.Server != test.name || got.IfAbsent != test.ifAbsent {
+				t.Errorf("%+v: %+v and %v, want %q, %v", test.h, got, err, test.name, test.ifAbsent)
+			}
+		}
+		if first, second := withoutClient(&test.h), withoutClient(&test.h); first != second {
+			t.Error("connections without a certificate do not share their treatment")
 		}
 	}
 }

@@ -4,7 +4,7 @@
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
 //
-//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Admit → Secure → Authorize → Dial → WatchBoth → Admit → Secure → WatchBoth → Authorize → Carry) → Close
+//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Permit → Admit → Secure → Authorize → Dial → WatchBoth → Permit → Admit → Secure → WatchBoth → Authorize → Carry) → Close
 //
 // The policies of a role, its choice of a target and everything that differs between roles stay in the role.
 package serve
@@ -21,6 +21,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -38,6 +39,10 @@ type Config struct {
 	// snapshot.
 	Mesh Mesh
 	Wait time.Duration
+
+	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
+	Peers  *peers.Exchange
+	Egress Egress // the policy for outbound connections; nil: everything is allowed
 
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
 	// has itself.
@@ -96,7 +101,9 @@ type Role struct {
 	settings  atomic.Pointer[Settings]
 	mesh      Mesh
 	contexts  *secure.Contexts // nil without mesh
+	peers     *peers.Exchange  // nil: metadata is not exchanged
 	wait      time.Duration
+	egress    Egress
 }
 
 // NewRole checks the configuration.
@@ -108,7 +115,9 @@ func NewRole(config Config) (*Role, error) {
 		direction: config.Direction,
 		flows:     config.Flows,
 		mesh:      config.Mesh,
+		peers:     config.Peers,
 		wait:      config.Wait,
+		egress:    config.Egress,
 		budget:    config.HTTP.Budget,
 		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
@@ -156,11 +165,13 @@ func (r *Role) Refuse(down *tcp.Conn) {
 // Open begins the walk of a connection. The returned Conn owns it from then on. When ctx ends, the connection is reset.
 // The caller must close the Conn.
 func (r *Role) Open(ctx context.Context, down *tcp.Conn) Conn {
+	w, record := tcp.NewWaiter(ctx), flow.Open(r.direction, down.RemoteAddr())
+	w.Begin(down, down.RemoteAddr().Addr())
 	return Conn{
 		Down:     down,
-		Record:   flow.Open(r.direction, down.RemoteAddr()),
+		Record:   record,
 		Settings: r.settings.Load(),
 		role:     r,
-		w:        tcp.NewWaiter(ctx),
+		w:        w,
 	}
 }

@@ -54,7 +54,7 @@ func apart(deep func()) {
 
 // handshakeDown performs the handshake with downstream. It returns the reason with an error.
 func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
-	context, err := c.role.contexts.Server(g.chain.TLS)
+	context, err := c.role.contexts.Server(g.chain.TLS, g.chain.HasMetadata && c.role.peers != nil)
 	if err != nil {
 		return flow.MeshRefused, err
 	}
@@ -72,6 +72,10 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 		return handshakeReason(err), err
 	}
 	g.secured, g.names, c.Record.Security = true, session.PeerNames(), securityOf(session)
+	if c.role.describesCertificates() {
+		c.Record.Security.PeerCertificate, c.Record.Security.OwnCertificate = secure.Describe(session.Chain), secure.Describe(session.Presented())
+	}
+	c.Record.Security.Exchanges = session.Exchange(c.role.peers, describe(c.Record))
 	return "", nil
 }
 
@@ -116,25 +120,40 @@ func (c *Conn) Direct(to *upstream.Target) {
 		to.Address = g.way.Endpoint // still Balanced: the next connection may go to another one
 	}
 	if g.way.TLS != nil {
-		to.Security = &upstream.Security{Handshake: c.handshake(g.way.TLS, inside(c.protocol))}
+		to.Security = &upstream.Security{Handshake: c.handshake(g.way.TLS, c.inside())}
 	}
 }
 
-func inside(protocol sniff.Protocol) secure.Inside {
-	switch protocol {
-	case sniff.HTTP1:
+// inside returns what an upstream connection of c carries inside TLS.
+func (c *Conn) inside() secure.Inside {
+	switch cluster := c.governed.way.Cluster; {
+	case c.protocol == sniff.HTTP1:
 		return secure.HTTP1
-	case sniff.HTTP2:
+	case c.protocol == sniff.HTTP2:
 		return secure.HTTP2
+	case c.role.peers != nil && cluster != nil && cluster.HasMetadataPeer:
+		return secure.MetadataTCP
 	}
 	return secure.TCP
 }
 
+// describesCertificates reports whether records carry certificates.
+func (r *Role) describesCertificates() bool { return r.engine.Settings().Note.Certificates }
+
+// describe returns a function that sets the workload of the other side in a record, if its identity agrees.
+func describe(record *flow.Record) func(*flow.Workload) {
+	return func(w *flow.Workload) {
+		if record.Security.Agrees(w) {
+			record.Workload.Set(w)
+		}
+	}
+}
+
 // handshake returns what secures an upstream connection of c.
 func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
-	contexts, record := c.role.contexts, c.Record
+	role, record := c.role, c.Record // not c, which stays on its goroutine's stack
 	return func(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) error {
-		context, err := contexts.Client(t, inside)
+		context, err := role.contexts.Client(t, inside)
 		if err != nil {
 			return &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
 		}
@@ -146,7 +165,12 @@ func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Wa
 		if err != nil {
 			return &upstream.HandshakeError{Reason: upstreamReason(err), Err: err}
 		}
-		record.Security = c.security(t, session)
+		record.Security = role.security(t, session)
+		if role.describesCertificates() {
+			record.Security.PeerCertificate = secure.Describe(session.Chain)
+			record.Security.OwnCertificate = secure.Describe(role.contexts.Presented(t))
+		}
+		record.Security.Exchanges = session.Exchange(role.peers, describe(record))
 		return nil
 	}
 }
@@ -159,10 +183,10 @@ func securityOf(s *secure.Session) *flow.Security {
 }
 
 // security describes TLS with an upstream.
-func (c *Conn) security(t *mesh.UpstreamTLS, session *secure.Session) *flow.Security {
+func (r *Role) security(t *mesh.UpstreamTLS, session *secure.Session) *flow.Security {
 	s := securityOf(session)
 	s.Mutual = t.Certificate != ""
-	if own := c.role.mesh.Identity(); own != nil && t.Certificate == secure.OwnCertificate {
+	if own := r.mesh.Identity(); own != nil && t.Certificate == secure.OwnCertificate {
 		s.Own = own.SPIFFE
 	}
 	return s

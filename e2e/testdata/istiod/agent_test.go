@@ -49,9 +49,18 @@ var buildPillion = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
+// workload is a pod of the cluster, as the injector describes it to its agent.
+type workload struct{ pod, ip, account, name, app string }
+
+// nginx is the workload of sidecar.
+func nginx() workload {
+	return workload{pod: sidecarPod, ip: sidecar().IP, account: "nginx", name: "nginx-deployment", app: "nginx"}
+}
+
 // pod is an injected pod of the cluster: a network namespace with pillion's rules. istiod is on its loopback interface.
 type pod struct {
 	*nettest.Namespace
+	workload
 	program string
 	client  *http.Client
 	kept    string // directory for what an agent keeps
@@ -60,13 +69,18 @@ type pod struct {
 
 func newPod(t *testing.T) *pod {
 	t.Helper()
+	return newPodOf(t, nginx())
+}
+
+func newPodOf(t *testing.T, w workload) *pod {
+	t.Helper()
 	nettest.RequireRoot(t)
 	program, err := buildPillion()
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &pod{Namespace: nettest.New(t, "pod"), program: program, kept: keptDirectory(t), log: &output{}}
-	d.AddAddress(t, "lo", netip.PrefixFrom(netip.MustParseAddr(sidecar().IP), 32))
+	d := &pod{Namespace: nettest.New(t, "pod"), workload: w, program: program, kept: keptDirectory(t), log: &output{}}
+	d.AddAddress(t, "lo", netip.PrefixFrom(netip.MustParseAddr(w.ip), 32))
 	// Without iptables, pillion programs the rules itself.
 	d.MustRun(t, "env", "PATH="+t.TempDir(), program, "init", "-p", "15001", "-z", "15006", "-u", strconv.Itoa(agentUID), "-m", "REDIRECT", "-i", "*", "-b", "*", "-d", "15090,15021,15020")
 	transport := &http.Transport{DialContext: func(_ context.Context, network, address string) (net.Conn, error) {
@@ -112,8 +126,16 @@ func (o *output) String() string {
 // startPlaneIn starts an istiod that the pod's agent reaches, too.
 func startPlaneIn(t *testing.T, d *pod, configs string, objects ...string) *plane {
 	t.Helper()
+	return startPlaneOf(t, []*pod{d}, configs, objects...)
+}
+
+// startPlaneOf is startPlaneIn for several pods.
+func startPlaneOf(t *testing.T, pods []*pod, configs string, objects ...string) *plane {
+	t.Helper()
 	p := newPlane(t, configs, objects...)
-	p.local = func() net.Listener { return d.Listen(t, "tcp", "127.0.0.1:15012") }
+	for _, d := range pods {
+		p.local = append(p.local, func() net.Listener { return d.Listen(t, "tcp", "127.0.0.1:15012") })
+	}
 	p.start()
 	t.Cleanup(p.stop)
 	return p
@@ -124,11 +146,11 @@ func startPlaneIn(t *testing.T, d *pod, configs string, objects ...string) *plan
 func (d *pod) launch(t *testing.T, p *plane, variables ...string) *nettest.Process {
 	t.Helper()
 	words := append([]string{"env",
-		"POD_NAME=" + sidecarPod, "POD_NAMESPACE=default", "SERVICE_ACCOUNT=nginx", "INSTANCE_IP=" + sidecar().IP, "ISTIOD_SAN=" + istiodName,
-		"ISTIO_META_CLUSTER_ID=" + clusterID, "ISTIO_META_WORKLOAD_NAME=nginx-deployment", "ISTIO_META_INTERCEPTION_MODE=REDIRECT",
+		"POD_NAME=" + d.workload.pod, "POD_NAMESPACE=default", "SERVICE_ACCOUNT=" + d.account, "INSTANCE_IP=" + d.ip, "ISTIOD_SAN=" + istiodName,
+		"ISTIO_META_CLUSTER_ID=" + clusterID, "ISTIO_META_WORKLOAD_NAME=" + d.name, "ISTIO_META_INTERCEPTION_MODE=REDIRECT",
 		"ISTIO_META_MESH_ID=cluster.local", "ISTIO_META_ISTIO_VERSION=" + istioVersion, "ISTIO_META_DNS_CAPTURE=true",
 		`PROXY_CONFIG={"discoveryAddress":"127.0.0.1:15012"}`}, variables...)
-	mount := "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && printf nginx-token > /run/secrets/tokens/istio-token" +
+	mount := "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && printf " + d.account + "-token > /run/secrets/tokens/istio-token" +
 		" && cp " + p.roots + " /run/secrets/istio/root-cert.pem && chmod 0644 /run/secrets/istio/root-cert.pem && exec \"$@\""
 	id := strconv.Itoa(agentUID)
 	words = append(words, "unshare", "--mount", "--propagation", "private", "sh", "-c", mount, "sh",

@@ -107,8 +107,8 @@ extensionProviders:
 type plane struct {
 	t       *testing.T
 	address string
-	local   func() net.Listener // a further place to listen at; may be nil
-	roots   string              // path of the file that the ConfigMap istio-ca-root-cert becomes in a pod
+	local   []func() net.Listener // further places to listen at
+	roots   string                // path of the file that the ConfigMap istio-ca-root-cert becomes in a pod
 	ca      *ca.IstioCA
 
 	mu     sync.Mutex
@@ -176,7 +176,7 @@ func newPlane(t *testing.T, configs string, objects ...string) *plane {
 		t.Fatal(err)
 	}
 	p := &plane{t: t, address: "127.0.0.1:0", roots: filepath.Join(t.TempDir(), "root-cert.pem"), ca: authority, cluster: strings.Join(append([]string{string(cluster)}, objects...), "\n---\n"),
-		tokens: map[string]string{"nginx-token": "default:nginx", "ingress-token": "default:ingress", "istioctl-token": "istio-system:default"}}
+		tokens: map[string]string{"nginx-token": "default:nginx", "client-token": "default:client", "ingress-token": "default:ingress", "istioctl-token": "istio-system:default"}}
 	p.configs = parse(t, configs)
 	p.publishRoots()
 	return p
@@ -258,8 +258,8 @@ func (p *plane) listen(authenticators []security.Authenticator) {
 	}
 	signer.Register(server)
 	sockets := []net.Listener{socket}
-	if p.local != nil {
-		sockets = append(sockets, p.local())
+	for _, listen := range p.local {
+		sockets = append(sockets, listen())
 	}
 	var served sync.WaitGroup
 	for _, socket := range sockets {
