@@ -65,6 +65,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.tooMany(s)
 	case tooMuch:
 		return m.outOfMemory(s)
+	case m.toUp.resetFollows(id):
+		s.withheld = true
+		return nil
 	}
 	decision := m.route(m.view(s, &request, fields))
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route

@@ -24,7 +24,7 @@ type carriedStream struct {
 	limits
 	totalEnd, tryEnd, streamEnd time.Time
 
-	edits      []route.Edit // before the plan's, until the head is sent
+	edits      []route.Edit // of this request's header, besides those of plan
 	normalized bool         // the path is the one that the router decided by: see Decision.Path
 
 	asked blockFields // a copy of the request's fields, if an edit of the response may need it
@@ -33,11 +33,11 @@ type carriedStream struct {
 // carry takes what the decision for a request asks for.
 func (m *multiplex) carry(s *stream, d *Decision) {
 	s.lease, s.made, s.plan, s.grpc = d.Lease, d.Reply, d.Plan, -1
-	s.edits = d.Edits
 	if d.Path != nil {
 		m.routed.Path, s.normalized = d.Path, true
 	}
-	if s.plan == nil && (s.normalized || len(s.edits) > 0) {
+	s.edits = d.Edits
+	if (d.Path != nil || len(d.Edits) > 0) && s.plan == nil {
 		s.plan = noPlan
 	}
 	if s.plan == nil {
