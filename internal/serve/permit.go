@@ -117,6 +117,12 @@ func (p *permit) Route(r *httpforward.Request) httpforward.Decision {
 	return p.allowed
 }
 
+// Retired implements httpforward.Retirement.
+func (p *permit) Retired() bool {
+	next, ok := p.next.(httpforward.Retirement)
+	return ok && next.Retired()
+}
+
 func (p *permit) judge(r *httpforward.Request, proxied bool) {
 	p.authority = append(p.authority[:0], r.Authority...)
 	denied := p.policy.Request(p.to, string(r.Authority), proxied)
