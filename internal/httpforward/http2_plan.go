@@ -24,7 +24,8 @@ type carriedStream struct {
 	limits
 	totalEnd, tryEnd, streamEnd time.Time
 
-	normalized bool // the path is the one that the router decided by: see Decision.Path
+	edits      []route.Edit // of this request's header, besides those of plan
+	normalized bool         // the path is the one that the router decided by: see Decision.Path
 
 	asked blockFields // a copy of the request's fields, if an edit of the response may need it
 }
@@ -34,9 +35,10 @@ func (m *multiplex) carry(s *stream, d *Decision) {
 	s.lease, s.made, s.plan, s.grpc = d.Lease, d.Reply, d.Plan, -1
 	if d.Path != nil {
 		m.routed.Path, s.normalized = d.Path, true
-		if s.plan == nil {
-			s.plan = noPlan
-		}
+	}
+	s.edits = d.Edits
+	if (d.Path != nil || len(d.Edits) > 0) && s.plan == nil {
+		s.plan = noPlan
 	}
 	if s.plan == nil {
 		return
@@ -113,6 +115,8 @@ func (m *multiplex) editRequest(s *stream, has seen) *edited {
 		e.values = appendAddress(e.values, m.Record.Downstream.Addr())
 		e.add("x-forwarded-for", from)
 	}
+	e.apply(s.edits)
+	s.edits = nil
 	e.apply(p.RequestEdits)
 	if ms := s.limits.expected().Milliseconds(); ms > 0 {
 		e.remove(expectedTimeoutField)

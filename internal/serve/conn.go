@@ -125,8 +125,11 @@ func (c *Conn) Opaque() bool {
 var errUnseenRequests = errors.New("authorization policies apply to its requests, which are not looked at on a port with a PROXY header")
 
 // Dial opens the upstream connection of an opaque connection, or of one whose protocol is undecided because downstream
-// has been silent.
+// has been silent. It does nothing if there is one already.
 func (c *Conn) Dial(to *upstream.Target) bool {
+	if c.sniffer.Up != nil {
+		return true
+	}
 	c.Record.Upstream = to.Address
 	dialer := c.role.dialer
 	dialer.Timeout, dialer.Returned = c.Settings.ConnectTimeout, c.returned
@@ -227,7 +230,7 @@ func (c *Conn) relay() {
 		options.Retired, options.Retirement = c.rejudge().Retired, opaqueRetirement
 	}
 	hello := c.sniffer.Hello
-	if c.governed != nil && c.governed.secured {
+	if c.governed != nil && c.governed.secured || c.role.decryption != nil && c.Record.Security != nil {
 		hello = c.Record.TLS
 	}
 	c.role.flows.Carry(c.Record, c.protocol.Flow(), hello)

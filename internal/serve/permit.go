@@ -48,6 +48,8 @@ func (c *Conn) Permit() bool {
 	}
 	name := ""
 	switch {
+	case c.role.decryption != nil && c.Record.Security != nil:
+		name = c.Record.TLS.ServerName // of the TLS that was ended
 	case c.protocol == sniff.TLS:
 		name = c.sniffer.Hello.ServerName
 	case c.protocol == sniff.Opaque && c.beginsTLS():
