@@ -13,6 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
+	"github.com/pillion-proxy/pillion/internal/egress"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
 	"github.com/pillion-proxy/pillion/internal/probe"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -34,7 +35,9 @@ type Agent struct {
 	doors     sync.Mutex         // guards trafficListener.door
 
 	plane       controlPlane
-	resolver    *dns.Server // nil: DNS is not captured
+	resolver    *dns.Server    // nil: DNS is not captured
+	policy      *egress.Policy // nil: the workload may reach everything
+	stopPolicy  func()         // nil: no file is watched
 	probers     *probe.Probers
 	servers     []*server // in the order of shutdown
 	serverLoops sync.WaitGroup
@@ -92,6 +95,9 @@ func (a *Agent) build() error {
 		return err
 	}
 	if err := a.addControlPlane(); err != nil {
+		return err
+	}
+	if err := a.addPolicy(); err != nil {
 		return err
 	}
 	if err := a.addListeners(); err != nil {
@@ -182,6 +188,9 @@ func (a *Agent) close() {
 		_ = a.resolver.Shutdown(a.over) // over has ended, so queries that are left are cut
 	}
 	a.stopControlPlane()
+	if a.stopPolicy != nil {
+		a.stopPolicy()
+	}
 	if a.addresses != nil {
 		a.stopAddresses()
 		a.addresses.Wait()

@@ -26,6 +26,7 @@ type Config struct {
 	HTTP         HTTP
 	ControlPlane ControlPlane
 	DNS          DNS
+	Policy       Policy
 	Drain        Drain
 	AccessLog    AccessLog
 	Metrics      Metrics
@@ -176,7 +177,7 @@ func Default() Config {
 // Validate returns the first invalid value as a FieldError.
 func (c Config) Validate() error {
 	for _, validate := range []func() error{
-		c.validatePorts, c.validateDurations, c.validateLimits, c.Interception.validate, c.AccessLog.validate,
+		c.validatePorts, c.validateDurations, c.validateLimits, c.Interception.validate, c.AccessLog.validate, c.Policy.validate,
 	} {
 		if err := validate(); err != nil {
 			return err

@@ -89,6 +89,7 @@ func (a *Agent) addListeners() error {
 		OwnPorts:     a.ownPorts(),
 		OwnAddresses: a.addresses,
 		Flows:        a.telling.table,
+		Egress:       a.egressPolicy(),
 		Settings:     a.settings(capture.Ports{}),
 		HTTP:         a.forwarding(outboundPool, a.config.HTTP.OutboundFields),
 		Mesh:         a.mesh(),

@@ -26,13 +26,17 @@ func (a *Agent) resolve() error {
 	if err != nil {
 		return &FieldError{Field: "DNS.Servers", Err: err}
 	}
-	resolver, err := dns.New(dns.Config{
+	config := dns.Config{
 		Upstreams:  servers,
 		CacheSize:  a.config.DNS.CacheSize,
 		AwaitNames: a.config.ControlPlane.Pod != nil,
 		Sink:       a.resolved,
 		Log:        a.log,
-	})
+	}
+	if a.policy != nil {
+		config.Refuse, config.Learn = a.policy.Query, a.policy.Learn
+	}
+	resolver, err := dns.New(config)
 	if err != nil {
 		return &FieldError{Field: "DNS.Capture", Err: err}
 	}

@@ -106,7 +106,7 @@ func (a *Agent) controlPlaneCounts() metrics.ControlPlane {
 	s := a.plane.session.Status()
 	counts := metrics.ControlPlane{
 		Connected: s.Stream.Connected, Streams: s.Stream.Streams, Failed: s.Stream.Failed, Lost: s.Stream.Lost,
-		LastPush: s.LastPush, Initialized: s.Initialized,
+		LastPush: s.LastPush, Initialized: s.Initialized, Initializing: s.Initializing,
 		Expiry: s.Identity.NotAfter, Renewals: s.Identity.Renewals, Failures: s.Identity.Failures,
 		Calls: s.Calls.All, FailedCalls: s.Calls.Failed,
 	}

@@ -217,6 +217,8 @@ func (a *Agent) upstreamStats(direction flow.Direction) metrics.Upstream {
 			sum.Reused += s.Reused.Load()
 			sum.Missed += s.Missed.Load()
 			sum.Retried += s.Retried.Load()
+			sum.Copied += s.Copied.Load()
+			sum.CopiesDropped += s.CopiesDropped.Load()
 		}
 	}
 	return sum

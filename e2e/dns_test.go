@@ -55,7 +55,8 @@ func startNameServerAt(t *testing.T, ns *nettest.Namespace, addresses ...netip.A
 	return s
 }
 
-// ServeDNS answers for web.example and for many.example (200 addresses), and does not answer for silent.example.
+// ServeDNS answers for good.example, evil.example, web.example, cdn.example and many.example (200 addresses), and does not answer
+// for silent.example. cdn.example has the address of good.example.
 func (s *nameServer) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 	name := query.Question[0].Name
 	s.queries <- w.LocalAddr().Network() + " " + name
@@ -73,6 +74,10 @@ func (s *nameServer) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
 	switch name {
 	case "web.example.":
 		address(80)
+	case "good.example.", "cdn.example.", "www.good.example.":
+		address(81)
+	case "evil.example.":
+		address(66)
 	case "many.example.":
 		for i := range 200 {
 			address(i)

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -372,4 +374,194 @@ func TestRunNamesTheSettingThatForbidsIt(t *testing.T) {
 			t.Errorf("the error lacks %q: %s", want, out)
 		}
 	}
+}
+
+// --publish and --publish-all make the command's servers reachable from outside, and show what arrives.
+func TestRunPublishesPorts(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		const server = `
+import http.server, socket, sys, threading
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.send_response(200); self.send_header("content-length", "6"); self.end_headers(); self.wfile.write(b"inside")
+    def log_message(self, *_): pass
+class Server6(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+def echo(listener):
+    while True:
+        conn, _ = listener.accept()
+        conn.sendall(b"welcome")
+        conn.close()
+threading.Thread(target=http.server.ThreadingHTTPServer(("127.0.0.1", 9000), Handler).serve_forever).start()
+threading.Thread(target=Server6(("::1", 9001), Handler).serve_forever).start()
+echo(socket.create_server(("0.0.0.0", 9002)))`
+		for _, flags := range [][]string{
+			{"--publish", "198.51.100.2:9000,127.0.0.1:9001", "--publish", "127.0.0.1:9002:9002"},
+			{"--publish", "198.51.100.2:9000:9000", "--publish-all"},
+		} {
+			var log logBook
+			cmd := c.command(append(flags, "--", "python3", "-c", server)...)
+			cmd.Stderr = &log
+			p := c.net.Start(t, cmd)
+			log.await(t, "port 9002 is published")
+			get := func(from *nettest.Namespace, address string) string {
+				client := &http.Client{Timeout: nettest.Patience, Transport: &http.Transport{DisableKeepAlives: true,
+					DialContext: func(_ context.Context, network, address string) (net.Conn, error) {
+						return from.Dial(network, address, nettest.Patience)
+					}}}
+				response, err := client.Get("http://" + address + "/path")
+				if err != nil {
+					return err.Error()
+				}
+				defer response.Body.Close()
+				body, _ := io.ReadAll(response.Body)
+				return response.Status + " " + string(body)
+			}
+			for address, from := range map[string]*nettest.Namespace{"198.51.100.2:9000": c.peer, "127.0.0.1:9001": c.net} {
+				nettest.Eventually(t, "the server at "+address+" answers", func() bool { return get(from, address) == "200 OK inside" })
+				log.await(t, "200 ← GET "+address+"/path")
+			}
+			conn, err := c.net.Dial("tcp", "127.0.0.1:9002", nettest.Patience)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if text, err := io.ReadAll(conn); err != nil || string(text) != "welcome" {
+				t.Errorf("the server that speaks first sent %q, %v", text, err)
+			}
+			conn.Close()
+			p.Signal(syscall.SIGTERM)
+			if status, err := p.Wait(nettest.Patience); status != 128+15 {
+				t.Errorf("exit status %d, %v", status, err)
+			}
+			log.checkHealth(t)
+		}
+	})
+}
+
+// --record writes an HTTP Archive without credentials, or lines of JSON. Only its owner may read it.
+func TestRunRecordsRequests(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		listener := c.peer.Listen(t, "tcp", "203.0.113.80:80")
+		server := &http.Server{Protocols: new(http.Protocols), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			w.Header().Set("Set-Cookie", "id=geheim")
+			w.Header().Set("Content-Type", "text/plain")
+			io.WriteString(w, "hello")
+		})}
+		server.Protocols.SetHTTP1(true)
+		server.Protocols.SetUnencryptedHTTP2(true)
+		done := make(chan struct{})
+		go func() { defer close(done); server.Serve(listener) }()
+		t.Cleanup(func() { server.Close(); <-done })
+
+		dir := t.TempDir()
+		for _, name := range []string{filepath.Dir(dir), dir} {
+			if err := os.Chmod(name, 0o777); err != nil {
+				t.Fatal(err)
+			}
+		}
+		archive, lines := filepath.Join(dir, "all.har"), filepath.Join(dir, "all.jsonl")
+		get := []string{"curl", "-sS", "--noproxy", "*", "-H", "Authorization: Bearer geheim", "-d", "body", "http://web.example/path?a=b&access_token=geheim"}
+		script := `"$@" && "$@" --http2-prior-knowledge && curl -sS --noproxy '*' http://203.0.113.80:81/refused; true`
+		for _, flags := range [][]string{{"--record", archive}, {"--record", archive, "--record-credentials"}, {"--record", lines}} {
+			_, stderr, status := c.run(t, append(append(flags, "--log", "off", "--", "sh", "-c", script, "sh"), get...)...)
+			if status != 0 {
+				t.Fatalf("exit status %d\n%s", status, stderr)
+			}
+			info, err := os.Stat(flags[1])
+			if err != nil || info.Mode().Perm() != 0o600 {
+				t.Fatalf("the file has mode %v, %v", info.Mode(), err)
+			}
+			text, err := os.ReadFile(flags[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if flags[1] == lines {
+				if records := recorded(t, string(text)); len(records) != 3 || records[0].Path != "/path?a=b&access_token=geheim" || records[2].Status != 503 {
+					t.Errorf("the records are %+v", records)
+				}
+				continue
+			}
+			if shown := strings.Contains(string(text), "geheim"); shown != (len(flags) == 3) {
+				t.Errorf("%q: credentials are in clear: %v\n%s", flags, shown, text)
+			}
+			checkArchive(t, text)
+		}
+	})
+}
+
+func checkArchive(t *testing.T, text []byte) {
+	t.Helper()
+	type field struct{ Name, Value string }
+	var archive struct {
+		Log struct {
+			Version string
+			Creator struct{ Name, Version string }
+			Entries []struct {
+				StartedDateTime string
+				Time            float64
+				Request         struct {
+					Method, URL, HTTPVersion string
+					Headers, QueryString     []field
+					BodySize                 int
+				}
+				Response struct {
+					Status      int
+					HTTPVersion string
+					Headers     []field
+					Content     struct {
+						Size     int
+						MimeType string
+					}
+				}
+			}
+		}
+	}
+	if err := json.Unmarshal(text, &archive); err != nil {
+		t.Fatalf("%v in\n%s", err, text)
+	}
+	if archive.Log.Version != "1.2" || archive.Log.Creator.Name != "pillion" || len(archive.Log.Entries) != 3 {
+		t.Fatalf("the archive is\n%s", text)
+	}
+	for i, version := range []string{"HTTP/1.1", "HTTP/2"} {
+		e := archive.Log.Entries[i]
+		if _, err := time.Parse(time.RFC3339, e.StartedDateTime); err != nil || e.Time <= 0 {
+			t.Errorf("entry %d began at %q, and took %v", i, e.StartedDateTime, e.Time)
+		}
+		if e.Request.Method != "POST" || !strings.HasPrefix(e.Request.URL, "http://web.example/path?a=b&access_token=") || e.Request.HTTPVersion != version ||
+			e.Request.BodySize != 4 || len(e.Request.QueryString) != 2 || len(e.Request.Headers) < 5 {
+			t.Errorf("entry %d has the request %+v", i, e.Request)
+		}
+		if e.Response.Status != 200 || e.Response.Content.Size != 5 || e.Response.Content.MimeType != "text/plain" || len(e.Response.Headers) < 4 {
+			t.Errorf("entry %d has the response %+v", i, e.Response)
+		}
+	}
+	if e := archive.Log.Entries[2]; e.Request.URL != "http://203.0.113.80:81/refused" || e.Response.Status != 503 {
+		t.Errorf("the last entry is %+v", e)
+	}
+}
+
+// --ui serves the live page on the caller's loopback while the command runs.
+func TestRunServesTheLivePage(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		var log logBook
+		cmd := c.command("--ui", "127.0.0.1:0", "--", "sleep", "100")
+		cmd.Stderr = &log
+		p := c.net.Start(t, cmd)
+		_, url, _ := strings.Cut(log.await(t, "live page at"), "http://")
+		conn, err := c.net.Dial("tcp", strings.TrimSuffix(strings.TrimSpace(url), "/"), nettest.Patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprint(conn, "GET /live HTTP/1.0\r\nHost: localhost\r\n\r\n")
+		if text, err := io.ReadAll(conn); err != nil || !strings.Contains(string(text), `"destinations":[]`) {
+			t.Errorf("%v, %s", err, text)
+		}
+		p.Signal(syscall.SIGTERM)
+		if status, err := p.Wait(nettest.Patience); status != 128+15 {
+			t.Errorf("exit status %d, %v", status, err)
+		}
+	})
 }

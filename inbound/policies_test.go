@@ -2,12 +2,18 @@ package inbound
 
 import (
 	"bufio"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
 	"io"
 	"net"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/go-jose/go-jose/v4"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -281,4 +287,72 @@ func TestALateClientIsJudgedByItsIdentity(t *testing.T) {
 	}
 	workload.Close()
 	conn.Close()
+}
+
+// TestTokens: a token is verified before policies look at its claims, and a client cannot send what claims become.
+func TestTokens(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: key}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bearer := func(claims string) string {
+		signed, err := signer.Sign([]byte(claims))
+		if err != nil {
+			t.Fatal(err)
+		}
+		token, err := signed.CompactSerialize()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return "Authorization: Bearer " + token + "\r\n"
+	}
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Allow, anything, mesh.Condition{Kind: mesh.ConditionMetadata, Metadata: &mesh.MetadataMatcher{
+		Filter: "envoy.filters.http.jwt_authn", Path: []string{"payload", "sub"},
+		Value: mesh.ValueMatcher{Kind: mesh.ValueText, Text: mesh.StringMatcher{Text: "you"}},
+	}}))
+	h := m.plane.InForce.Load().Listener("virtualInbound").Chains[0].HTTP
+	h.Filters = append([]mesh.HTTPFilter{{Name: "jwt", JWT: &mesh.JWT{
+		Providers: []mesh.JWTProvider{{
+			Name: "me", Issuer: "me", Keys: keys, ClockSkew: time.Minute, Metadata: "payload", PayloadHeader: "x-payload",
+			ClaimHeaders: []mesh.ClaimHeader{{Header: "Seen-Sub", Claim: "sub"}},
+		}},
+		Rules: []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/"}, Requires: mesh.JWTRequirement{Kind: mesh.JWTAny, Of: []mesh.JWTRequirement{
+			{Kind: mesh.JWTProvided, Name: "me"}, {Kind: mesh.JWTAllowMissing},
+		}}}},
+	}}}, h.Filters...)
+	c := m.connect(t, 81)
+	for _, r := range []struct {
+		fields string
+		status int
+		seen   string // the claim, and whether there is a token, a payload
+	}{
+		{bearer(`{"iss":"me","sub":"you"}`), 200, "you, false, true"},
+		{bearer(`{"iss":"me","sub":"you"}`) + "Seen-Sub: forged\r\nX-Payload: forged\r\n", 200, "you, false, true"},
+		{bearer(`{"iss":"me","sub":"other"}`), 403, ""},
+		{bearer(`{"iss":"other","sub":"you"}`), 401, ""},
+		{"Authorization: Bearer a.b.c\r\n", 401, ""},
+		{"", 403, ""},
+		{"Seen-Sub: you\r\n", 403, ""},
+		{bearer(`{"iss":"me","sub":"you"}`), 200, "you, false, true"},
+	} {
+		io.WriteString(c, "GET / HTTP/1.1\r\nHost: a\r\n"+r.fields+"\r\n")
+		response, err := http.ReadResponse(c.in, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", r.fields, err)
+		}
+		io.Copy(io.Discard, response.Body)
+		if got := m.Await(t); response.StatusCode != r.status || response.Header.Get("Seen-Claims") != r.seen || (got.Reason == flow.PolicyDenied) != (r.status != 200) {
+			t.Errorf("%s: %d, the workload saw %q; want %d, %q; the record has %v", r.fields, response.StatusCode, response.Header.Get("Seen-Claims"), r.status, r.seen, got.Reason)
+		}
+	}
+	c.Close()
 }

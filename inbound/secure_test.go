@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -183,7 +184,11 @@ func answer(conn net.Conn, certificate *tls.Certificate) {
 			if err != nil {
 				return
 			}
-			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSeen-Target: "+request.RequestURI+"\r\nSeen-Cert: "+request.Header.Get("X-Forwarded-Client-Cert")+"\r\n\r\n")
+			claims := ""
+			if h := request.Header; h.Get("Seen-Sub") != "" {
+				claims = fmt.Sprintf("%s, %v, %v", strings.Join(h["Seen-Sub"], " "), h.Get("Authorization") != "", len(h["X-Payload"]) == 1 && len(h.Get("X-Payload")) > 20)
+			}
+			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSeen-Claims: "+claims+"\r\nSeen-Target: "+request.RequestURI+"\r\nSeen-Cert: "+request.Header.Get("X-Forwarded-Client-Cert")+"\r\n\r\n")
 		}
 	case 22:
 		inner := tls.Server(begun{conn, in}, &tls.Config{Certificates: []tls.Certificate{*certificate}})

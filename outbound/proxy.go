@@ -27,6 +27,7 @@ type Config struct {
 	Flows        *flow.Table        // lists open connections and takes their records when they end
 	Settings     serve.Settings     // until the first Apply
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
+	Egress       serve.Egress       // the policy for destinations; nil: all are allowed
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
@@ -54,6 +55,7 @@ func New(config Config) (*Proxy, error) {
 		Flows:     config.Flows,
 		Settings:  config.Settings,
 		HTTP:      config.HTTP,
+		Egress:    config.Egress,
 		Mesh:      config.Mesh,
 		Wait:      config.Wait,
 		Peers:     config.Peers,
@@ -90,7 +92,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 
 	// The side that sends first decides the protocol. If downstream is silent, the upstream is dialled anyway, because it
 	// may be the side that sends first.
-	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Admit() {
+	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Permit() || !c.Admit() {
 		return
 	}
 	to := target(dst)
@@ -98,7 +100,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if !c.HTTP() && !c.Dial(&to) {
 		return
 	}
-	if !c.WatchBoth() || !c.Confirm(&to) {
+	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) {
 		return
 	}
 	c.Carry(&to)

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/terminal"
@@ -24,7 +25,7 @@ type records struct {
 	view   *live.View // of the page; nil: there is none
 	sum    summary
 
-	queue   chan live.Record
+	queue   chan event
 	written sync.WaitGroup
 	ending  sync.Once
 	outputs []output
@@ -32,17 +33,23 @@ type records struct {
 	mu     sync.Mutex
 	number uint64
 	lost   uint64
-	seen   map[string]bool // destinations of rejected datagrams
+	seen   map[string]bool // destinations and names that were recorded
+}
+
+// event is a record as outputs take it.
+type event struct {
+	live.Record
+	har *harEntry // of a request, if there is an archive
 }
 
 // output writes records somewhere. It is used by one goroutine.
 type output interface {
-	write(*live.Record) error
+	write(*event) error
 	close() error
 }
 
 func openRecords(config Config) (*records, error) {
-	r := &records{config: config, queue: make(chan live.Record, queueLength), seen: make(map[string]bool)}
+	r := &records{config: config, queue: make(chan event, queueLength), seen: make(map[string]bool)}
 	if config.UI != "" {
 		r.view = live.New(live.Config{Version: config.Version})
 	}
@@ -50,11 +57,9 @@ func openRecords(config Config) (*records, error) {
 		r.closeOutputs()
 		return nil, err
 	}
-	if config.Record != "" {
-		if err := r.openFile(config.Record, true); err != nil {
-			r.closeOutputs()
-			return nil, err
-		}
+	if err := r.openRecord(); err != nil {
+		r.closeOutputs()
+		return nil, err
 	}
 	r.written.Go(r.writeAll)
 	return r, nil
@@ -74,11 +79,35 @@ func (r *records) openLog() error {
 	return nil
 }
 
-// openFile adds an output to a new file. It belongs to the caller alone, because paths and names may be secret.
-func (r *records) openFile(path string, asJSON bool) error {
+// openRecord opens the output of Config.Record.
+func (r *records) openRecord() error {
+	switch {
+	case r.config.Record == "":
+		return nil
+	case !r.config.archives():
+		return r.openFile(r.config.Record, true)
+	}
+	archive, err := openHAR(r.config.Record, r.config.Version)
+	if err == nil {
+		r.outputs = append(r.outputs, archive)
+	}
+	return err
+}
+
+// createPrivate makes a file that belongs to the caller alone, because paths and names may be secret.
+func createPrivate(path string) (*os.File, error) {
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return fmt.Errorf("opening the file of records: %w", err)
+		return nil, fmt.Errorf("opening the file of records: %w", err)
+	}
+	return file, nil
+}
+
+// openFile adds an output to a new file.
+func (r *records) openFile(path string, asJSON bool) error {
+	file, err := createPrivate(path)
+	if err != nil {
+		return err
 	}
 	if asJSON {
 		r.outputs = append(r.outputs, newJSONOutput(file, file))
@@ -97,10 +126,16 @@ func (r *records) sinks() []flow.Sink {
 }
 
 // Closed implements flow.Sink. A record that finds the queue full is not written, but summed up.
-func (r *records) Closed(record *flow.Record) { r.add(live.Of(record)) }
+func (r *records) Closed(record *flow.Record) {
+	e := event{Record: live.Of(record)}
+	if r.config.archives() {
+		e.har = harOf(record, &e.Record, !r.config.Credentials)
+	}
+	r.add(e)
+}
 
-func (r *records) add(record live.Record) {
-	r.sum.add(&record)
+func (r *records) add(record event) {
+	r.sum.add(&record.Record)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.number++
@@ -112,22 +147,38 @@ func (r *records) add(record live.Record) {
 	}
 }
 
-// maxSeen bounds the destinations of rejected datagrams that are remembered.
+// maxSeen bounds the destinations of datagrams and names of queries that are remembered.
 const maxSeen = 1000
 
 // dropped records a datagram that was rejected, once for each destination.
 func (r *records) dropped(destination string) {
-	r.mu.Lock()
-	known := r.seen[destination] || len(r.seen) >= maxSeen
-	r.seen[destination] = true
-	r.mu.Unlock()
-	if known {
-		return
+	if r.first("udp " + destination) {
+		r.add(event{Record: live.Record{
+			Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "UDP", Destination: destination,
+			Reason: "udp_rejected", Failed: true, Failure: "UDP is not carried",
+		}})
 	}
-	r.add(live.Record{
-		Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "UDP", Destination: destination,
-		Reason: "udp_rejected", Failed: true, Failure: "UDP is not carried",
-	})
+}
+
+// queried records a query that was refused, once for each name.
+func (r *records) queried(q dns.Query) {
+	if name := strings.TrimSuffix(q.Name, "."); q.Refused && r.first("dns "+name) {
+		r.add(event{Record: live.Record{
+			Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "DNS", Authority: name,
+			Reason: string(flow.Denied), Failed: true, Failure: "no rule allows a connection to this name",
+		}})
+	}
+}
+
+// first reports whether something is seen for the first time.
+func (r *records) first(what string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.seen[what] || len(r.seen) >= maxSeen {
+		return false
+	}
+	r.seen[what] = true
+	return true
 }
 
 // writeAll writes records until the queue is closed. An output that fails is not used any more.
@@ -188,7 +239,8 @@ type textOutput struct {
 	file   io.Closer
 }
 
-func (o *textOutput) write(r *live.Record) error {
+func (o *textOutput) write(e *event) error {
+	r := &e.Record
 	if !terminal.IsTerminal(o.out) {
 		_, err := fmt.Fprintln(o.out, o.prefix+r.Time.Local().Format("15:04:05.000")+" "+terminal.Brief(r, terminal.Painter(false), 0))
 		return err
@@ -216,8 +268,8 @@ func newJSONOutput(out io.Writer, file io.Closer) *jsonOutput {
 	return o
 }
 
-func (o *jsonOutput) write(r *live.Record) error {
-	if err := o.encoder.Encode(r); err != nil {
+func (o *jsonOutput) write(e *event) error {
+	if err := o.encoder.Encode(&e.Record); err != nil {
 		return err
 	}
 	return o.buffer.Flush()

@@ -15,9 +15,11 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/egress"
 	"github.com/pillion-proxy/pillion/internal/sandbox"
 )
 
@@ -26,17 +28,31 @@ type Config struct {
 	Command []string
 	Version string
 
-	Log     string // off, text or json on Errors, or the path of a file; json in a file whose name ends with .json or .jsonl
-	Record  string // file for all records; empty: none
-	Summary bool   // print a table of the destinations at the end
-	UI      string // address of the live page; empty: not served
+	Log         string // off, text or json on Errors, or the path of a file; json in a file whose name ends with .json or .jsonl
+	Record      string // file for all records, an HTTP Archive if its name ends with .har; empty: none
+	Credentials bool   // an archive has credentials in clear
+	Summary     bool   // print a table of the destinations at the end
+	UI          string // address of the live page; empty: not served
 
 	HostLoopback capture.Ports    // ports of loopback addresses that lead to the caller's loopback
 	Servers      []netip.AddrPort // DNS servers; empty: those of /etc/resolv.conf
 
+	Publish    []Port // ports of the command's servers that are reachable from outside
+	PublishAll bool   // publish whatever the command listens at, on loopback
+
+	Rules egress.Rules // which destinations the command may reach
+
 	Errors io.Writer    // for people, such as standard error
 	Logger *slog.Logger // for warnings of the parts
 }
+
+// governs reports whether there are rules.
+func (c *Config) governs() bool {
+	return len(c.Rules.Allow)+len(c.Rules.Deny) > 0 || c.Rules.DenyOthers
+}
+
+// archives reports whether an HTTP Archive is written, for which heads are recorded.
+func (c *Config) archives() bool { return strings.HasSuffix(c.Record, ".har") }
 
 // Exit statuses for a command that could not be started, as those of a shell.
 const (
@@ -94,6 +110,7 @@ type run struct {
 	sandbox *sandbox.Sandbox
 	records *records
 	traffic *traffic
+	inbound *publisher // nil: no port is published
 	page    *page
 }
 
@@ -111,6 +128,11 @@ func (r *run) build(path string) error {
 	if r.traffic, err = newTraffic(r.config, r.sandbox, r.records); err != nil {
 		return err
 	}
+	if len(r.config.Publish) > 0 || r.config.PublishAll {
+		if r.inbound, err = newPublisher(r.config, r.sandbox, r.traffic); err != nil {
+			return err
+		}
+	}
 	if r.config.UI != "" {
 		if r.page, err = servePage(r.config, r.traffic, r.records); err != nil {
 			return err
@@ -124,6 +146,9 @@ func (r *run) build(path string) error {
 func (r *run) end() {
 	ctx, cancel := context.WithTimeout(context.Background(), endTime)
 	defer cancel()
+	if r.inbound != nil {
+		r.inbound.end(ctx)
+	}
 	r.traffic.end(ctx)
 	r.records.end()
 }
@@ -131,6 +156,9 @@ func (r *run) end() {
 func (r *run) close() {
 	if r.page != nil {
 		r.page.close()
+	}
+	if r.inbound != nil {
+		r.inbound.close()
 	}
 	if r.sandbox != nil {
 		r.sandbox.Close()

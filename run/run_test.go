@@ -1,6 +1,7 @@
 package run
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -96,5 +97,54 @@ func TestTheTableIsBounded(t *testing.T) {
 	}
 	if rows := len(s.destinations); rows != maxDestinations+1 || s.destinations[other].flows != maxDestinations {
 		t.Errorf("%d rows", rows)
+	}
+}
+
+func TestPublishedPortsAreParsed(t *testing.T) {
+	for text, want := range map[string]string{
+		"8080": "127.0.0.1:8080 8080", "8080:80": "127.0.0.1:8080 80", "0:80": "127.0.0.1:0 80", "0.0.0.0:8080:80": "0.0.0.0:8080 80",
+		"198.51.100.7:8080": "198.51.100.7:8080 8080", "[::1]:8080": "[::1]:8080 8080", "[::]:1:2": "[::]:1 2",
+	} {
+		if p, err := ParsePort(text); err != nil || fmt.Sprint(p.At, " ", p.Inside) != want {
+			t.Errorf("ParsePort(%q) = %v, %v, want %s", text, p, err, want)
+		}
+	}
+	for _, text := range []string{"", "0", "a", "1:0", "70000", "1:70000", "::1", "[::1]", "[::1]8080", "198.51.100.7", "198.51.100:1:2", "1:2:3", "-1", "[x]:1"} {
+		if p, err := ParsePort(text); err == nil {
+			t.Errorf("ParsePort(%q) = %v", text, p)
+		}
+	}
+}
+
+func TestCredentialsAreMasked(t *testing.T) {
+	for query, want := range map[string]string{
+		"a=b": "a=b", "": "", "a=b&Access_Token=x&c": "a=b&Access_Token=%28masked%29&c", "key=x&monkey=y": "key=%28masked%29&monkey=y",
+		"api%2Dkey=x": "api%2Dkey=%28masked%29", "X-Amz-Signature=x": "X-Amz-Signature=%28masked%29", "token": "token",
+	} {
+		if got := maskQuery(query); got != want {
+			t.Errorf("maskQuery(%q) = %q, want %q", query, got, want)
+		}
+	}
+	for name, want := range map[string]bool{
+		"Authorization": true, "Proxy-Authorization": true, "cookie": true, "Set-Cookie": true, "X-Api-Key": true, "x-auth-token": true,
+		":authority": false, "WWW-Authenticate": false, "content-type": false, "host": false,
+	} {
+		if got := secretField(name); got != want {
+			t.Errorf("secretField(%q) = %v", name, got)
+		}
+	}
+}
+
+func TestHeadsAreParsed(t *testing.T) {
+	const head = "GET /a:b HTTP/1.1\r\nHost: web\r\nEmpty:\r\nCookie: a=b\r\n\r\n"
+	if got, want := headFields([]byte(head), true), []harField{{"Host", "web"}, {"Empty", ""}, {"Cookie", masked}}; !slices.Equal(got, want) {
+		t.Errorf("headFields = %q, want %q", got, want)
+	}
+	const block = ":method: GET\r\n:path: /p?token=x\r\ncookie: a=b\r\n"
+	if got, want := headFields([]byte(block), true), []harField{{":method", "GET"}, {":path", "/p?token=%28masked%29"}, {"cookie", masked}}; !slices.Equal(got, want) {
+		t.Errorf("headFields = %q, want %q", got, want)
+	}
+	if got := headFields([]byte(head), false); got[2].Value != "a=b" {
+		t.Errorf("headFields = %q", got)
 	}
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/dns"
+	"github.com/pillion-proxy/pillion/internal/egress"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/listener"
@@ -33,6 +34,7 @@ type traffic struct {
 	role     *outbound.Proxy
 	listener *listener.Server
 	resolver *dns.Server
+	policy   *egress.Policy // nil: everything is allowed
 }
 
 func newTraffic(config Config, box *sandbox.Sandbox, records *records) (*traffic, error) {
@@ -41,11 +43,11 @@ func newTraffic(config Config, box *sandbox.Sandbox, records *records) (*traffic
 	if t.poller, err = tcp.NewPoller(); err != nil {
 		return nil, err
 	}
-	if err := t.addOutbound(config, box); err != nil {
+	if err := t.addResolver(config, box, records); err != nil {
 		t.close()
 		return nil, err
 	}
-	if err := t.addResolver(config, box); err != nil {
+	if err := t.addOutbound(config, box); err != nil {
 		t.close()
 		return nil, err
 	}
@@ -60,10 +62,12 @@ func settings() serve.Settings {
 	}
 }
 
-func (t *traffic) forwarding() httpforward.Config {
+func forwarding(config *Config, pool *upstream.Pool) httpforward.Config {
 	return httpforward.Config{
-		Pool: t.pool, Budget: budget.New(maxHeldBytes),
-		Settings: httpforward.Settings{MaxHeadBytes: maxHeadBytes, MaxHeadFields: maxHeadFields},
+		Pool: pool, Budget: budget.New(maxHeldBytes),
+		Settings: httpforward.Settings{
+			MaxHeadBytes: maxHeadBytes, MaxHeadFields: maxHeadFields, Note: flow.Fields{Heads: config.archives()},
+		},
 	}
 }
 
@@ -78,9 +82,13 @@ func (t *traffic) addOutbound(config Config, box *sandbox.Sandbox) error {
 		}
 		server.Listeners = append(server.Listeners, adopted)
 	}
-	role, err := outbound.New(outbound.Config{
-		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: t.forwarding(),
-	})
+	parts := outbound.Config{
+		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: forwarding(&config, t.pool),
+	}
+	if t.policy != nil {
+		parts.Egress = t.policy
+	}
+	role, err := outbound.New(parts)
 	if err != nil {
 		return err
 	}
@@ -96,16 +104,24 @@ func (closed) Contains(address netip.Addr) bool {
 	return address.IsLoopback() || address == sandbox.Address4 || address == sandbox.Address6
 }
 
-func (t *traffic) addResolver(config Config, box *sandbox.Sandbox) error {
+// addResolver makes the resolver, and the policy, which looks names up by it and judges its queries.
+func (t *traffic) addResolver(config Config, box *sandbox.Sandbox, records *records) error {
 	servers, err := nameServers(config.Servers)
 	if err != nil {
 		return err
 	}
-	resolver, err := dns.New(dns.Config{
-		UDP: box.DNS, TCP: box.DNSTCP, Upstreams: servers, CacheSize: dns.DefaultCacheSize, Log: config.Logger,
-	})
+	parts := dns.Config{UDP: box.DNS, TCP: box.DNSTCP, Upstreams: servers, CacheSize: dns.DefaultCacheSize, Log: config.Logger}
+	if config.governs() {
+		parts.Refuse = func(name string) bool { return t.policy.Query(name) }
+		parts.Learn = func(name string, addresses []netip.Addr) { t.policy.Learn(name, addresses) }
+		parts.Sink = records.queried
+	}
+	resolver, err := dns.New(parts)
 	if err != nil {
 		return err
+	}
+	if config.governs() {
+		t.policy = egress.New(config.Rules, resolver)
 	}
 	table, _ := dns.NewTable(readHosts(hostsFile), dns.Scope{}) // invalid names cannot be queried
 	resolver.SetNames(table)

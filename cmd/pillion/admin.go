@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -92,19 +93,28 @@ func explainAdmin(where *url.URL, err error) error {
 func (o *adminOptions) read(ctx context.Context, path, query string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
 	defer cancel()
-	body, err := o.open(ctx, path, query)
-	if err != nil {
+	var text bytes.Buffer
+	if err := o.copy(ctx, &text, path, query, adminBytes); err != nil {
 		return nil, err
 	}
-	defer body.Close()
-	text, err := io.ReadAll(io.LimitReader(body, adminBytes+1))
+	return text.Bytes(), nil
+}
+
+// copy requests a path and writes the response, of at most limit bytes.
+func (o *adminOptions) copy(ctx context.Context, to io.Writer, path, query string, limit int64) error {
+	body, err := o.open(ctx, path, query)
 	if err != nil {
-		return nil, fmt.Errorf("reading http://%s%s: %w", o.address, path, err)
+		return err
 	}
-	if len(text) > adminBytes {
-		return nil, fmt.Errorf("reading http://%s%s: longer than %d MiB", o.address, path, adminBytes>>20)
+	defer body.Close()
+	n, err := io.Copy(to, io.LimitReader(body, limit+1))
+	if err == nil && n > limit {
+		err = fmt.Errorf("longer than %d MiB", limit>>20)
 	}
-	return text, nil
+	if err != nil {
+		return fmt.Errorf("reading http://%s%s: %w", o.address, path, err)
+	}
+	return nil
 }
 
 // readJSON requests a path that serves JSON.

@@ -117,6 +117,16 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	parsedSwitch(flags, &config.DNS.Capture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns redirects to port 15053")
 	parsed(flags, &config.DNS.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in "+agent.ResolvConf)
 	countFlag(flags, &config.DNS.CacheSize, "dns-cache-size", "number of cached DNS answers; 0: no cache")
+	unlisted := func(text string) (bool, error) {
+		if text != allowAny && text != denyUnlisted {
+			return false, fmt.Errorf("use one of %s, %s", allowAny, denyUnlisted)
+		}
+		return text == denyUnlisted, nil
+	}
+	parsed(flags, &config.Policy.DenyUnlisted, unlisted, "outbound-policy", "", allowAny, allowAny+"|"+denyUnlisted, "whether the workload may reach destinations without a rule")
+	rulesFlag(flags, &config.Policy.Allow, "allow", "with --outbound-policy deny-unlisted, destinations that are allowed: a host such as example.com or *.example.com, an address or a network, with :PORT for one port; several are separated by commas")
+	rulesFlag(flags, &config.Policy.Deny, "deny", "destinations that are denied, as for --allow; they take precedence")
+	textFlag(flags, &config.Policy.File, "outbound-policy-file", "path", "file with further rules, one on a line; it is read again when it changes")
 	textFlag(flags, &config.AccessLog.Path, "access-log", "path", "file of the access log, with a line for each connection and request; /dev/stdout is standard output; off: no log")
 	choiceFlag(flags, &config.AccessLog.Encoding, "access-log-encoding", "encoding of the lines", "text", "json")
 	textFlag(flags, &config.AccessLog.Format, "access-log-format", "format", "format of a line, in Envoy's command operators; with json, an object of them; empty: Istio's format")
@@ -136,6 +146,12 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 		twin(flags, name, variables...)
 	}
 }
+
+// The values of --outbound-policy.
+const (
+	allowAny     = "allow-any"
+	denyUnlisted = "deny-unlisted"
+)
 
 const interceptionVariable = "ISTIO_META_INTERCEPTION_MODE"
 

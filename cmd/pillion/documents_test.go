@@ -21,6 +21,7 @@ func TestFlagsInDocumentsHaveTheirHelp(t *testing.T) {
 		"interception-mode":  "[tproxy.md](tproxy.md)",
 		"access-log-filter":  "[observability.md](observability.md#access-log)",
 		"dns-capture":        "[dns.md](dns.md)",
+		"outbound-policy":    "[policy.md](policy.md)",
 	}))
 	hasTable(t, "../../docs/run.md", flagTable(t, newRun().Flags(), nil))
 }

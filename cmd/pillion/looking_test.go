@@ -40,6 +40,7 @@ type running struct {
 	resources func() controlplane.Resources // nil: without a control plane
 
 	broken  string // the path that answers 500
+	dump    string // the answer of /config_dump; empty: like the others
 	address string
 	c       *flow.Record
 }
@@ -52,6 +53,8 @@ func newRunning(t *testing.T) *running {
 		switch path := request.URL.Path; {
 		case path == r.broken:
 			http.Error(w, "out of order", http.StatusInternalServerError)
+		case path == "/config_dump" && r.dump != "":
+			io.WriteString(w, r.dump)
 		case strings.HasPrefix(path, "/live"):
 			shown.ServeHTTP(w, request)
 		case strings.HasPrefix(path, "/config/"):
@@ -241,7 +244,7 @@ func TestWithoutAnAgentTheErrorHasARemedy(t *testing.T) {
 	}
 }
 
-// unpack returns the files of a bundle by name.
+// unpack returns the files of a bundle by name, without the .gz of packed ones.
 func unpack(t *testing.T, file io.Reader) map[string]string {
 	t.Helper()
 	unzipped, err := gzip.NewReader(file)
@@ -261,7 +264,17 @@ func unpack(t *testing.T, file io.Reader) map[string]string {
 		if err != nil {
 			t.Fatal(err)
 		}
-		parts[strings.TrimPrefix(header.Name, "pillion-bundle/")] = string(content)
+		name, packed := strings.CutSuffix(strings.TrimPrefix(header.Name, "pillion-bundle/"), ".gz")
+		if packed {
+			unpacker, err := gzip.NewReader(bytes.NewReader(content))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if content, err = io.ReadAll(unpacker); err != nil {
+				t.Fatal(err)
+			}
+		}
+		parts[name] = string(content)
 	}
 }
 
@@ -322,15 +335,28 @@ func TestABundleHasEveryPartAndNoSecrets(t *testing.T) {
 	}
 }
 
+// The dump of 1,000 services has 14 MB, and more with more endpoints or policies.
+func TestABundleHasALargeDump(t *testing.T) {
+	r := newRunning(t)
+	r.dump = strings.Repeat("a line of a resource\n", 3_000_000)
+	out, _, err := r.look(t, "bundle", "-f", "-")
+	if parts := unpack(t, strings.NewReader(out)); err != nil || parts["config_dump.json"] != r.dump {
+		t.Errorf("error %v, %d bytes of %d", err, len(parts["config_dump.json"]), len(r.dump))
+	}
+	if len(out) > 1<<20 {
+		t.Errorf("the bundle has %d bytes", len(out))
+	}
+}
+
 func TestAPartOfABundleThatFailsIsNamed(t *testing.T) {
 	r := newRunning(t)
 	r.broken = "/config_dump"
 	out, _, err := r.look(t, "bundle", "-f", "-")
-	if err == nil || err.Error() != "the bundle lacks config_dump.json; its .error files have the reasons" {
+	if err == nil || err.Error() != "the bundle lacks config_dump.json.gz; its .error files have the reasons" {
 		t.Errorf("%v", err)
 	}
 	parts := unpack(t, strings.NewReader(out))
-	if _, there := parts["config_dump.json"]; there || !strings.Contains(parts["config_dump.json.error"], "out of order") || parts["metrics.txt"] == "" {
+	if _, there := parts["config_dump.json"]; there || !strings.Contains(parts["config_dump.json.gz.error"], "out of order") || parts["metrics.txt"] == "" {
 		t.Errorf("%v", parts)
 	}
 }

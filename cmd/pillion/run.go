@@ -1,12 +1,16 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
+	"github.com/pillion-proxy/pillion/internal/egress"
 	"github.com/pillion-proxy/pillion/internal/terminal"
 	command "github.com/pillion-proxy/pillion/run"
 )
@@ -30,11 +34,12 @@ func (e exitStatus) Unwrap() error { return e.err }
 type runOptions struct {
 	config  command.Config
 	summary string // auto, on or off
+	others  string // allow or deny
 }
 
 // newRun is `pillion run`.
 func newRun() *cobra.Command {
-	o := runOptions{config: command.Config{Log: "text"}, summary: automatic}
+	o := runOptions{config: command.Config{Log: "text"}, summary: automatic, others: "allow"}
 	cmd := &cobra.Command{
 		Use:   "run [flags] -- COMMAND [ARGUMENT...]",
 		Short: "Run a command and show its network traffic",
@@ -64,14 +69,51 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 	flags.SetInterspersed(false) // flags after the command are the command's
 	textFlag(flags, &o.config.Log, "log", "off|text|json|path", "where records are written as they end: a line each on standard error, or to a file; JSON if its name ends with .json or .jsonl")
 	choiceFlag(flags, &o.summary, "summary", "print a table of the destinations at the end; auto: on a terminal", automatic, "on", turnedOff)
-	textFlag(flags, &o.config.Record, "record", "path", "file of all records, one line of JSON each")
+	textFlag(flags, &o.config.Record, "record", "path", "file of all records, one line of JSON each; requests as an HTTP Archive if its name ends with .har")
+	parsedSwitch(flags, &o.config.Credentials, "record-credentials", "", "an HTTP Archive has credentials in clear; otherwise they are masked")
 	textFlag(flags, &o.config.UI, "ui", "address", "serve the live page at this address of the machine's loopback, such as 127.0.0.1:0 for any free port")
 	portsFlag(flags, &o.config.HostLoopback, "host-loopback", "ports of 127.0.0.1 and ::1 that lead to the machine's loopback, such as 5432,8080; * for all")
+	rulesFlag(flags, &o.config.Rules.Allow, "allow", "with --default deny, a destination that is allowed: a host such as example.com or *.example.com, an address or a network, with :PORT to allow one port; several are separated by commas")
+	rulesFlag(flags, &o.config.Rules.Deny, "deny", "a destination that is denied, as for --allow; it takes precedence")
+	choiceFlag(flags, &o.others, "default", "whether destinations without a rule are allowed", "allow", "deny")
+	publish := func(text string) ([]command.Port, error) {
+		ports := o.config.Publish
+		for item := range strings.SplitSeq(text, ",") {
+			port, err := command.ParsePort(item)
+			if err != nil {
+				return nil, err
+			}
+			ports = append(ports, port)
+		}
+		return ports, nil
+	}
+	parsed(flags, &o.config.Publish, publish, "publish", "p", "", "[address:]port[:port]", "make a port of the command reachable at a port of this machine, by default on 127.0.0.1, and show what arrives there")
+	parsedSwitch(flags, &o.config.PublishAll, "publish-all", "P", "publish every port at which the command listens, on 127.0.0.1")
 	parsed(flags, &o.config.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in /etc/resolv.conf")
+}
+
+// rulesFlag adds to target, so that it may be repeated.
+func rulesFlag(flags *pflag.FlagSet, target *[]egress.Rule, name, usage string) {
+	parse := func(text string) ([]egress.Rule, error) {
+		rules := *target
+		for item := range strings.SplitSeq(text, ",") {
+			rule, err := egress.ParseRule(item)
+			if err != nil {
+				return nil, err
+			}
+			rules = append(rules, rule)
+		}
+		return rules, nil
+	}
+	parsed(flags, target, parse, name, "", "", "destinations", usage)
 }
 
 // run runs the command. Its exit status is that of the program.
 func (o *runOptions) run(args []string) error {
+	o.config.Rules.DenyOthers = o.others == "deny"
+	if len(o.config.Rules.Allow) > 0 && !o.config.Rules.DenyOthers {
+		return valueError{errors.New("--allow has no effect while other destinations are allowed: add --default deny")}
+	}
 	o.config.Command, o.config.Version = args, version
 	o.config.Errors = os.Stderr
 	o.config.Summary = o.summary == "on" || o.summary == automatic && terminal.IsTerminal(os.Stderr)

@@ -59,6 +59,9 @@ type meshPod struct {
 	programs  controlPrograms
 	directory string // the control plane's
 	kept      string // what the agent keeps
+
+	program string // the agent's
+	enter   string // a command of the shell before it; empty: none
 }
 
 func newMeshPod(t testing.TB, k *kit, programs controlPrograms) *meshPod {
@@ -71,7 +74,7 @@ func newMeshPod(t testing.TB, k *kit, programs controlPrograms) *meshPod {
 	if err := os.Chown(kept, proxyUser, proxyUser); err != nil {
 		t.Fatal(err)
 	}
-	p := &meshPod{k: k, programs: programs, directory: t.TempDir(), kept: kept}
+	p := &meshPod{k: k, programs: programs, program: k.pillion, directory: t.TempDir(), kept: kept}
 	p.Namespace, _ = nettest.PodAndPeer(t)
 	if out, err := exec.Command(programs.istiod, "-directory", p.directory, "-port", "0").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -89,11 +92,11 @@ func (p *meshPod) serve(t testing.TB, push string) *nettest.Process {
 
 // command returns the words that run the agent as proxyUser, with the volumes and variables of the pod.
 func (p *meshPod) command() []string {
-	mounts := "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && echo secret > /run/secrets/tokens/istio-token" +
+	mounts := p.enter + "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && echo secret > /run/secrets/tokens/istio-token" +
 		" && cp \"$0\"/root-cert.pem /run/secrets/istio/ && exec setpriv --reuid=" + strconv.Itoa(proxyUser) + " --regid=" + strconv.Itoa(proxyUser) + " --clear-groups \"$@\""
 	return []string{"env", "POD_NAME=reviews-v1", "POD_NAMESPACE=default", "SERVICE_ACCOUNT=reader", "INSTANCE_IP=" + nettest.PodIP4.String(),
 		"ISTIO_META_CLUSTER_ID=Kubernetes", `PROXY_CONFIG={"discoveryAddress":"127.0.0.1:15012"}`,
-		"unshare", "--mount", "--propagation", "private", "sh", "-c", mounts, p.directory, p.k.pillion, "agent", "--control-plane", "auto",
+		"unshare", "--mount", "--propagation", "private", "sh", "-c", mounts, p.directory, p.program, "agent", "--control-plane", "auto",
 		"--kept-configuration", p.kept, "--log-level", "warn", "--drain-delay", "0s"}
 }
 
@@ -111,6 +114,22 @@ func (p *meshPod) agent(t testing.TB, ready bool) (took time.Duration, a *proxy)
 		p.awaitListening(t)
 	}
 	return time.Since(begin), &proxy{pid: process.Cmd.Process.Pid}
+}
+
+// putInto makes the agent run in a cgroup. The program is copied there, so that the cgroup is charged with its pages, as that
+// of a node's first pod is.
+func (p *meshPod) putInto(t testing.TB, c *nettest.Cgroup) {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	p.program = filepath.Join(dir, "pillion")
+	out, err := exec.Command("sh", "-c", `echo $$ > "$0" && cp "$1" "$2" && exec sync "$2"`, c.Procs(), p.k.pillion, p.program).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	p.enter = "echo $$ > " + c.Procs() + " && "
 }
 
 func (p *meshPod) awaitListening(t testing.TB) {
@@ -152,6 +171,7 @@ func measureControlPlane(t testing.TB, k *kit, s sizes) []*row {
 	start := &row{title: "resident memory with a control plane, at start", unit: "MB", promises: []promise{{atMost: 14}}}
 	sidecar := &row{title: "resident memory after a sidecar's push", unit: "MB", promises: []promise{{atMost: 15}}}
 	thousand := &row{title: "resident memory after 1,000 services", unit: "MB", promises: []promise{{atMost: 20}}}
+	counted := &row{title: "the same as a kubelet counts it", unit: "MB", promises: []promise{{atMost: 20}}}
 	decoding := &row{title: "CPU to decode 1,000 services", unit: "ms", promises: []promise{{0.3, nameGenerated}}}
 	endpoint := &row{title: "one endpoint changed, of a full push", unit: "%", promises: []promise{{atMost: 1}}}
 	restart := &row{title: "restart with what was kept to ready", unit: "ms", promises: []promise{{atMost: 100}}}
@@ -176,6 +196,7 @@ func measureControlPlane(t testing.TB, k *kit, s sizes) []*row {
 			r.add(namePillion, float64(a.resident(t))/1e6)
 		})
 	}
+	measureWorkingSet(t, k, s, programs, counted)
 	inScope(t, func(t testing.TB) {
 		p := newMeshPod(t, k, programs)
 		istiod := p.serve(t, "thousand")
@@ -193,5 +214,27 @@ func measureControlPlane(t testing.TB, k *kit, s sizes) []*row {
 		t.Fatal(err)
 	}
 	binary.add(namePillion, float64(info.Size())/1e6)
-	return []*row{start, sidecar, thousand, decoding, endpoint, restart, binary}
+	rows := []*row{start, sidecar, thousand}
+	if len(counted.samples) > 0 {
+		rows = append(rows, counted)
+	}
+	return append(rows, decoding, endpoint, restart, binary)
+}
+
+// containerLimit is the memory limit of the agent's cgroup, in bytes.
+const containerLimit = 128 << 20
+
+// measureWorkingSet measures what a kubelet counts after 1,000 services, where a memory cgroup can be made.
+func measureWorkingSet(t testing.TB, k *kit, s sizes, programs controlPrograms, counted *row) {
+	inScope(t, func(t testing.TB) {
+		p, c := newMeshPod(t, k, programs), nettest.NewCgroup(t, containerLimit)
+		if c == nil {
+			return
+		}
+		p.putInto(t, c)
+		p.serve(t, "thousand")
+		p.agent(t, true)
+		time.Sleep(s.pushed)
+		counted.add(namePillion, float64(c.WorkingSet())/1e6)
+	})
 }

@@ -40,9 +40,9 @@ func TestHostility(t *testing.T) {
 			}
 			attacker.end()
 			w.checkAlive(t)
-			t.Logf("resident memory %d KiB, of the cgroup %d KiB, held %.0f KiB, %.0f evictions", w.peakResident(t)>>10, w.cgroup.peak()>>10,
+			t.Logf("resident memory %d KiB, of the cgroup %d KiB, held %.0f KiB, %.0f evictions", w.peakResident(t)>>10, w.cgroup.Peak()>>10,
 				w.gauge(t, "pillion_held_bytes")/1024, w.gauge(t, "pillion_held_evictions_total"))
-			w.cgroup.reset()
+			w.cgroup.Reset()
 			nettest.Eventually(t, "all memory is given back", func() bool { return w.gauge(t, "pillion_held_bytes") == 0 })
 		})
 	}
@@ -71,7 +71,7 @@ func BenchmarkHostility(b *testing.B) {
 			during := w.measure(b, a.past, storm)
 			w.checkAlive(b)
 			ratio, failed := during.relativeTo(before), before.failed+during.failed
-			fmt.Printf("%-38s %9d %9d %9.0f | %10v %10v | %10v %10v | %6.2f %6d\n", a.name, w.peakResident(b)>>10, w.cgroup.peak()>>10,
+			fmt.Printf("%-38s %9d %9d %9.0f | %10v %10v | %10v %10v | %6.2f %6d\n", a.name, w.peakResident(b)>>10, w.cgroup.Peak()>>10,
 				w.gauge(b, "pillion_held_evictions_total"), before.agent, before.past, during.agent, during.past, ratio, failed)
 			attacker.end()
 			if failed > 0 {

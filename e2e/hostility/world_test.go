@@ -40,9 +40,9 @@ var initArguments = []string{
 type world struct {
 	pod, peer *nettest.Namespace
 	agent     *nettest.Process
-	log       bytes.Buffer // of the agent; to be read when it has ended
-	cgroup    *cgroup      // nil if it cannot be made here
-	pinned    bool         // the agent has a core for itself, as far as these processes go
+	log       bytes.Buffer    // of the agent; to be read when it has ended
+	cgroup    *nettest.Cgroup // nil if it cannot be made here
+	pinned    bool            // the agent has a core for itself, as far as these processes go
 }
 
 func newWorld(t testing.TB, pinned bool) *world {
@@ -67,8 +67,8 @@ func (w *world) startAgent(t testing.TB) {
 		"setpriv", "--reuid", agentUser, "--regid", agentUser, "--clear-groups", "--bounding-set", "-all", "--inh-caps=-all", "--no-new-privs",
 		pillion, "agent", "--memory-limit", strconv.Itoa(memoryLimit), "--access-log", "/dev/null", "--log-level", "error",
 	}
-	if w.cgroup = newCgroup(t, memoryLimit); w.cgroup != nil {
-		words = append([]string{"sh", "-c", `echo $$ > "$0" && exec "$@"`, w.cgroup.procs()}, words...)
+	if w.cgroup = nettest.NewCgroup(t, memoryLimit); w.cgroup != nil {
+		words = append([]string{"sh", "-c", `echo $$ > "$0" && exec "$@"`, w.cgroup.Procs()}, words...)
 	}
 	words = append(w.on(runtime.NumCPU()-1), words...)
 	cmd := w.pod.Command(0, 0, words[0], words[1:]...)
@@ -243,56 +243,4 @@ func (w *world) gauge(t testing.TB, name string) float64 {
 	}
 	t.Fatalf("the agent has no metric %s", name)
 	return 0
-}
-
-// cgroup is a memory cgroup of version 1 or 2.
-type cgroup struct {
-	dir     string
-	version int
-}
-
-// newCgroup makes a cgroup, and removes it when the test ends. It returns nil where that is not possible.
-func newCgroup(t testing.TB, limit int) *cgroup {
-	name := fmt.Sprintf("pillion-hostility-%d-%d", os.Getpid(), time.Now().UnixNano())
-	for _, c := range []struct {
-		parent, limitFile string
-		version           int
-	}{
-		{"/sys/fs/cgroup/memory", "memory.limit_in_bytes", 1},
-		{"/sys/fs/cgroup", "memory.max", 2},
-	} {
-		dir := filepath.Join(c.parent, name)
-		if os.Mkdir(dir, 0o755) != nil {
-			continue
-		}
-		t.Cleanup(func() { os.Remove(dir) })
-		if os.WriteFile(filepath.Join(dir, c.limitFile), []byte(strconv.Itoa(limit)), 0) == nil {
-			return &cgroup{dir, c.version}
-		}
-	}
-	t.Log("no memory cgroup can be made here; only the resident memory is judged")
-	return nil
-}
-
-func (c *cgroup) procs() string { return filepath.Join(c.dir, "cgroup.procs") }
-
-// peak is the most memory that the cgroup has used, the kernel's included; 0 if the kernel does not tell.
-func (c *cgroup) peak() int {
-	if c == nil {
-		return 0
-	}
-	name := "memory.peak"
-	if c.version == 1 {
-		name = "memory.max_usage_in_bytes"
-	}
-	text, _ := os.ReadFile(filepath.Join(c.dir, name))
-	n, _ := strconv.Atoi(strings.TrimSpace(string(text)))
-	return n
-}
-
-// reset restarts peak, where the kernel can.
-func (c *cgroup) reset() {
-	if c != nil && c.version == 1 {
-		_ = os.WriteFile(filepath.Join(c.dir, "memory.max_usage_in_bytes"), []byte("0"), 0)
-	}
 }

@@ -119,7 +119,7 @@ func (s *Session) Run(ctx context.Context) {
 	if s.keeper != nil {
 		parts.Go(func() { s.keeper.Run(ctx) })
 	} else {
-		s.config.Log.Warn("no workload certificate: the control plane is reached without TLS, and no certificate is mounted")
+		s.config.Log.Warn("the pod has no workload certificate: none is mounted, and no CA is called")
 	}
 	parts.Go(func() { s.config.Store.Run(ctx) })
 	if s.config.Kept != nil {

@@ -103,6 +103,11 @@ func (s *Store) hasRoutes(value any) readiness {
 			return stuck
 		}
 	}
+	for name := range l.NeededExtensions() {
+		if !s.active(xds.Extensions, name) {
+			return waits
+		}
+	}
 	if l.Direction == mesh.Inbound {
 		return ready // its policies must not wait; only clusters that policies ask have endpoints to wait for
 	}

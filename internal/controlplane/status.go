@@ -9,14 +9,15 @@ import (
 
 // Status is the state of a Session, for people and metrics.
 type Status struct {
-	Address     string
-	Stream      xds.Status
-	Counts      [xds.Types]Counts
-	Findings    [xds.Types][mesh.Security + 1]int // of the resources, by class
-	Calls       Calls
-	LastPush    time.Time // of any type; zero before the first
-	Initialized bool
-	Identity    IdentityStatus
+	Address      string
+	Stream       xds.Status
+	Counts       [xds.Types]Counts
+	Findings     [xds.Types][mesh.Security + 1]int // of the resources, by class
+	Calls        Calls
+	LastPush     time.Time // of any type; zero before the first
+	Initialized  bool
+	Initializing time.Duration // how long it has taken
+	Identity     IdentityStatus
 }
 
 // IdentityStatus is the state of the workload's identity.
@@ -49,11 +50,7 @@ func (s *Session) Status() Status {
 	for t, counts := range s.config.Store.TypeCounts() {
 		status.Findings[t] = counts.Findings
 	}
-	select {
-	case <-s.Initialized():
-		status.Initialized = true
-	default:
-	}
+	status.Initializing, status.Initialized = s.config.Store.Initializing()
 	return status
 }
 

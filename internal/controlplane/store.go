@@ -55,8 +55,8 @@ type StoreConfig struct {
 //   - A cluster is in force when its endpoints have come, or 15 s after the cluster. Until then its last version is.
 //   - A cluster that was removed stays with its endpoints until no route and no listener in force names it, or for 1 min.
 //   - Routes are in force when the clusters that they name are, of those that the control plane has, or after 30 s.
-//   - A listener is in force when its routes are, without limit, as in Envoy; and when its clusters are, or after 30 s. A
-//     listener of inbound traffic does not wait for clusters.
+//   - A listener is in force when its routes are, without limit, as in Envoy; and when its clusters and the configurations of
+//     its filters are, or after 30 s. A listener of inbound traffic does not wait for clusters.
 //   - A secret that is missing holds nothing back: the chain or cluster that names it is closed until it comes.
 //
 // A version with a finding of security is rejected, and the last good one stays in force. Without a good version, the
@@ -68,6 +68,7 @@ type Store struct {
 	born        time.Time
 	snapshot    atomic.Pointer[mesh.Snapshot]
 	initialized chan struct{}
+	took        time.Duration // from the start until initialized; set before that is closed
 	kick        chan struct{} // after each change of deadline
 	changes     chan struct{} // after each change of the resources
 
@@ -152,6 +153,16 @@ func (s *Store) Snapshot() *mesh.Snapshot { return s.snapshot.Load() }
 // listeners with their routes, or 15 s after the first listeners came.
 func (s *Store) Initialized() <-chan struct{} { return s.initialized }
 
+// Initializing returns how long the store has taken to be initialized, and false before that.
+func (s *Store) Initializing() (time.Duration, bool) {
+	select {
+	case <-s.initialized:
+		return s.took, true
+	default:
+		return 0, false
+	}
+}
+
 // Update takes a response of the control plane. Names of types that are asked for by name and were not asked for are
 // ignored.
 func (s *Store) Update(u xds.Update) xds.Outcome {
@@ -169,7 +180,7 @@ func (s *Store) Update(u xds.Update) xds.Outcome {
 	edit := s.current.Edit()
 	s.applyDirect(edit, &u)
 	var wanted map[xds.Type][]string
-	if u.Type <= xds.Routes && (u.Type != xds.Endpoints || s.pending > 0) {
+	if s.settles(u.Type) {
 		s.settle(edit, now)
 		wanted = s.ask(now)
 		s.dropUnnamed(edit)
@@ -184,6 +195,17 @@ func (s *Store) Update(u xds.Update) xds.Outcome {
 		notify(s.changes)
 	}
 	return xds.Outcome{Rejected: rejected, Wanted: wanted}
+}
+
+// settles reports whether an update of a type may put resources in force or take them away that are not in it.
+func (s *Store) settles(t xds.Type) bool {
+	switch t {
+	case xds.Clusters, xds.Listeners, xds.Routes:
+		return true
+	case xds.Endpoints, xds.Extensions:
+		return s.pending > 0
+	}
+	return false
 }
 
 // Restore takes resources that were kept by LastGood. They are in force until the control plane has answered: its first
@@ -547,6 +569,7 @@ func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 		}
 	case s.complete(now):
 		s.snapshot.Store(s.current)
+		s.took = now.Sub(s.born)
 		close(s.initialized)
 		s.config.Log.Info("first configuration in force",
 			"clusters", len(s.entries[xds.Clusters]), "listeners", len(s.entries[xds.Listeners]), "routes", len(s.entries[xds.Routes]), "waiting", s.pending)

@@ -319,13 +319,19 @@ func TestTheFirstSnapshotIsWhole(t *testing.T) {
 func TestTheFirstSnapshotDoesNotWaitForever(t *testing.T) {
 	r := newRig(t)
 	r.accepts(update(xds.Clusters, cluster("web", "web", "1")), update(xds.Listeners, httpListener("http", "80", "1")))
+	if took, ok := r.Initializing(); took != 0 || ok {
+		t.Error("it is initialized at once")
+	}
 	r.advance(warmingTimeout)
 	r.want("web=-")
 	r.mustBeInitialized()
+	if took, ok := r.Initializing(); took != warmingTimeout || !ok {
+		t.Errorf("initialized after %v", took)
+	}
 }
 
-// The configuration of an HTTP filter that is a resource of its own is asked for by the listener that names it, and is in
-// force when it comes. One that is not understood refuses requests.
+// The configuration of an HTTP filter that is a resource of its own is asked for by the listener that names it. The listener
+// waits for it, and is in force without it after 30 s: the filter refuses requests then, as one does that is not understood.
 func TestConfigurationsOfFiltersAreAskedFor(t *testing.T) {
 	const rbacType = "envoy.extensions.filters.http.rbac.v3.RBAC"
 	extension := func(value []byte) xds.Resource {
@@ -338,7 +344,12 @@ func TestConfigurationsOfFiltersAreAskedFor(t *testing.T) {
 	if !slices.Equal(outcome.Wanted[xds.Extensions], []string{"e"}) || len(outcome.Rejected) > 0 {
 		t.Fatalf("outcome %+v", outcome)
 	}
-	filter := &r.Snapshot().Listener("http").Chains[0].HTTP.Filters[0]
+	filters := func() []mesh.HTTPFilter { return r.Snapshot().Listener("http").Chains[0].HTTP.Filters }
+	if r.advance(namingTimeout - 1); len(filters()) != 1 {
+		t.Error("the listener does not wait")
+	}
+	r.advance(1)
+	filter := &filters()[0]
 	if f := r.Snapshot().Filter(filter); f != nil {
 		t.Errorf("before it comes: %+v", f)
 	}
@@ -352,6 +363,9 @@ func TestConfigurationsOfFiltersAreAskedFor(t *testing.T) {
 	r = begin(t)
 	r.Update(update(xds.Listeners, listenerOf("http", "2", managerType, join(nest(text(2, "80"), 3), nest(named, 5), nest(router, 5)))))
 	r.Update(update(xds.Extensions, extension(packed("x.Y", nil))))
+	if filter = &filters()[0]; filter.Name != "e" {
+		t.Error("the listener waits for more than the configuration of its filter")
+	}
 	if f := r.Snapshot().Filter(filter); f == nil || !f.Refused {
 		t.Errorf("without a good version: %+v", f)
 	}

@@ -69,6 +69,10 @@ type Config struct {
 	// Dial opens sockets to upstreams; network is udp or tcp. Nil means net.Dialer. Each query over UDP has a socket of
 	// its own, so that the kernel draws its source port. The rules must not redirect these sockets.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Refuse reports whether queries for a name are answered REFUSED, and Learn receives the addresses of each other answer.
+	// Names are as in Query. Both are called from several goroutines. They may be nil.
+	Refuse func(name string) bool
+	Learn  func(name string, addresses []netip.Addr)
 	// Sink receives every well-formed query when its answer is ready. It is called from several goroutines and must not
 	// block. It may be nil.
 	Sink func(Query)
@@ -85,6 +89,7 @@ type Query struct {
 	Duration  time.Duration
 	Cached    bool // answered from the cache
 	Named     bool // answered from the control plane's names
+	Refused   bool // by Config.Refuse
 	Joined    bool // shared the answer of an identical query in progress
 	Truncated bool // the answer did not fit; downstream has to repeat the query over TCP
 }

@@ -55,6 +55,9 @@ func (s *Server) answer(raw []byte, transport string, limit int) []byte {
 		bad := message{raw: raw} // only the header is repeated
 		return s.deliver(&bad, reply{raw: failure(&bad, dns.RcodeFormatError)}, transport, limit, Query{}, start)
 	}
+	if s.Refuse != nil && s.Refuse(m.text()) {
+		return s.deliver(&m, reply{raw: failure(&m, dns.RcodeRefused)}, transport, limit, Query{Refused: true}, start)
+	}
 	if r, report, ok := s.known(&m); ok {
 		return s.deliver(&m, r, transport, limit, report, start)
 	}
@@ -164,11 +167,14 @@ func (s *Server) deliver(q *message, r reply, transport string, limit int, repor
 		s.Stats.Truncated.Add(1)
 	}
 	s.Stats.Answers[m.rcode()].Add(1)
+	if s.Learn != nil && m.rcode() == dns.RcodeSuccess && len(q.question) > 0 {
+		s.Learn(q.text(), addressesOf(r.raw))
+	}
 	if s.Sink == nil || len(q.question) == 0 {
 		return out
 	}
 	report.Transport, report.Truncated, report.Duration = transport, cut || m.truncated(), s.now().Sub(start)
-	report.Name, _, _ = dns.UnpackDomainName(q.name(), 0)
+	report.Name = q.text()
 	report.Type = dns.Type(q.kind()).String()
 	report.Rcode = dns.RcodeToString[m.rcode()]
 	if report.Rcode == "" {

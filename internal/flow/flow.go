@@ -176,6 +176,7 @@ const (
 type Request struct {
 	Method, Path, Authority, ID []byte
 	UserAgent, ForwardedFor     []byte        // as received; several X-Forwarded-For fields are joined by commas. A long list is cut in its middle
+	Head, ResponseHead          []byte        // as received, with Fields.Heads; of HTTP/2, "name: value" lines with pseudo-header fields
 	Fields, ResponseFields      [][]byte      // the fields that Fields names, in its order
 	Status                      int           // of the response to downstream; 0 without a response
 	GRPC                        bool          // by the request's content-type
@@ -189,11 +190,12 @@ type Request struct {
 	ServiceTime                 time.Duration // from the end of the dial to the head of the response; with Status from upstream
 }
 
-// Fields is what records carry in addition: the values of header fields, whose names are in lower case, and the
-// certificates of TLS.
+// Fields is what records carry in addition: the values of header fields, whose names are in lower case, the certificates
+// of TLS, and whole heads.
 type Fields struct {
 	Request, Response []string
 	Certificates      bool
+	Heads             bool // each is allocated
 }
 
 // Remote returns the address of the side that is not this workload.

@@ -35,7 +35,7 @@ const (
 	BadResponse        Reason = "bad_response"        // the response is malformed
 	HeadTooLarge       Reason = "head_too_large"      // the head of the request is over a limit
 	HeadTimeout        Reason = "head_timeout"        // downstream did not finish the head of its request
-	RequestTimeout     Reason = "request_timeout"     // no response within the request timeout
+	RequestTimeout     Reason = "request_timeout"     // no response within the request timeout, or a limit of its route
 	Overload           Reason = "overload"            // an HTTP/2 peer opens too many streams, or floods the connection
 	MemoryBudget       Reason = "memory_budget"       // the memory for heads and held bodies is used up
 )
@@ -49,6 +49,7 @@ const (
 	MaxConnections        Reason = "max_connections"         // the limit of connections is reached
 	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
 	NoConfiguration       Reason = "no_configuration"        // the control plane has sent no configuration in time
+	Denied                Reason = "denied"                  // the policy for outbound traffic does not allow the destination
 	PolicyDenied          Reason = "policy_denied"           // an authorization policy denies it
 	MeshRefused           Reason = "mesh_refused"            // the control plane's configuration does not let it pass
 	TLSRequired           Reason = "tls_required"            // the client does not begin with TLS, which the configuration requires
@@ -134,7 +135,7 @@ var Explanations = []Explanation{
 	{HeadTimeout, "", "", envoy.DetailsHeadTimeout,
 		"The head of the request was not complete within `{RequestHeadTimeout}`; it was answered 408, or the HTTP/2 connection ended."},
 	{RequestTimeout, "", envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout,
-		"There was no response within `{RequestTimeout}`; downstream was answered 504."},
+		"There was no response within `{RequestTimeout}`, or a limit of the route has passed; downstream was answered 504, or a response that had begun was cut off."},
 	{Overload, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation,
 		"An HTTP/2 peer opened too many streams, or flooded the connection with frames without effect; it was refused or disconnected."},
 	{MemoryBudget, envoy.FlagOverloadManager, envoy.FlagOverloadManager, envoy.DetailsOverload,
@@ -153,10 +154,12 @@ var Explanations = []Explanation{
 		"The process may open or watch no further connection; raise its `nofile` limit, `fs.epoll.max_user_watches`, or its memory."},
 	{NoConfiguration, envoy.FlagNoRouteFound, "", "",
 		"The control plane sent no configuration within `{ConfigurationWait}`."},
+	{Denied, envoy.FlagNoHealthyUpstream, "", envoy.DetailsDirectResponse,
+		"The policy for outbound traffic does not allow the destination; a request was answered 403, a connection reset."},
 	{MeshRefused, envoy.FlagNoRouteFound, "", "",
 		"The control plane's configuration closes the connection, or has policies or routes for it that are not supported yet; the log has the cause."},
 	{PolicyDenied, "", "", "",
-		"An authorization policy denies the connection or the request, which is answered 403; the details and the log name the policy."},
+		"An authorization policy denies the connection or the request, which is answered 403, or a token is missing or not accepted (401); the details and the log say which."},
 	{TLSRequired, envoy.FlagNoRouteFound, "", "",
 		"The client did not begin with TLS, and the port requires mutual TLS (PeerAuthentication STRICT)."},
 	{TLSUnexpected, envoy.FlagDownstreamProtocolError, "", "",
@@ -200,7 +203,7 @@ var explanations = func() map[Reason]*Explanation {
 // ByPolicy reports whether the agent refused the flow, as opposed to an end that the two sides caused.
 func (r Reason) ByPolicy() bool {
 	switch r {
-	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors, MemoryBudget, NoConfiguration, MeshRefused, PolicyDenied, TLSRequired, TLSUnexpected:
+	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors, MemoryBudget, NoConfiguration, Denied, MeshRefused, PolicyDenied, TLSRequired, TLSUnexpected:
 		return true
 	}
 	return false

@@ -1,6 +1,7 @@
 package httpforward
 
 import (
+	"bytes"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,6 +40,7 @@ type exchange struct {
 type progress struct {
 	started        bool          // the request head is valid and the upstream head is built
 	options        http1.Options // connection options of the request
+	absolute       bool          // the target of the request is in absolute form
 	upgrade        bool          // the request asks for another protocol, and the upstream head repeats that
 	answered       bool          // the head of the final response is built
 	introduced     introduced    // what the client has sent of itself
@@ -126,6 +128,9 @@ func (x *exchange) recordRequest(b []byte) {
 	to.UserAgent = x.copyField(h, b, http1.UserAgent)
 	to.ForwardedFor = x.copyJoined(h, b, http1.XForwardedFor)
 	to.Fields = x.copyFields(to.Fields, h, b, x.settings.Note.Request)
+	if x.settings.Note.Heads {
+		to.Head = bytes.Clone(b[:h.Length])
+	}
 }
 
 // recordPart copies what is known of a request whose head was malformed, late or not sent to its end. recordRequest has
@@ -221,6 +226,9 @@ func advance(counter, connection *atomic.Uint64, now uint64) {
 // close closes the record. It resets upstream unless the exchange completed and the connection is not cut.
 func (x *exchange) close(reason flow.Reason, err error, end ending) ending {
 	x.endLease(reason)
+	if len(x.decision.Mirrors) > 0 {
+		x.dropMirrors(reason)
+	}
 	if end == cut || reason != flow.Completed && x.made == nil {
 		x.s.dropUpstream()
 	}

@@ -93,6 +93,10 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 		s.meet(&x.record, h, b)
 	}
 	s.Peers.drop(h)
+	named := s.Peers.names(h.Has(http1.Server))
+	if named {
+		drop(h, http1.Server)
+	}
 	var e *edited
 	if editsResponse(x.decision.Plan) {
 		e = x.editResponse(b)
@@ -100,6 +104,8 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	dst := h.AppendLines(x.response.reserve(h.Length+addedFields+s.Peers.described(x.introduced)), b)
 	if e != nil {
 		dst = e.appendLines(dst)
+	} else if named {
+		dst = append(append(append(dst, "server: "...), s.Peers.Server...), "\r\n"...)
 	}
 	switch {
 	case h.Status == 101:

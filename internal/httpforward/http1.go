@@ -44,6 +44,9 @@ func (x *exchange) run() ending {
 	for {
 		long := x.request.move()
 		x.s.Read = x.request.in // move takes a buffer when it has none
+		if x.copying && x.request.taken() {
+			x.sendCopies()
+		}
 		if x.request.retain && !idempotent(x.http.Method) && !x.request.untouched() && !x.keeps() {
 			x.request.stopRetaining() // it will not be sent again
 		}
@@ -167,7 +170,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	routed := x.route(b)
 	x.request.src = x.s.Down
 	head := x.request.reserve(x.requestHead.Length + addedFields + x.s.Peers.added())
-	if editsRequest(x.decision.Plan) || x.decision.Path != nil {
+	if editsRequest(x.decision.Plan) || x.decision.Path != nil || len(x.decision.Edits) > 0 {
 		x.request.head = x.appendEditedRequest(head, b)
 	} else {
 		x.request.head = x.appendRequestHead(head, b)
@@ -202,8 +205,8 @@ func (x *exchange) route(b []byte) bool {
 	if d.Plan != nil {
 		x.takePlan(b)
 	}
-	if d.Path != nil {
-		x.takePath()
+	if d.Path != nil || len(d.Edits) > 0 {
+		x.takeChanges()
 	}
 	if d.noRoute() {
 		return d.Reply != nil
@@ -357,6 +360,9 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	x.http.Details = envoy.DetailsViaUpstream
 	x.http.ServiceTime = time.Since(x.sentAt)
 	x.http.ResponseFields = x.copyFields(x.http.ResponseFields, h, b, x.settings.Note.Response)
+	if x.settings.Note.Heads {
+		x.http.ResponseHead = bytes.Clone(b[:h.Length])
+	}
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
 	m.start(m.in, framing, limits) // a tunnel has no body: the bytes after the head are not HTTP
@@ -559,7 +565,7 @@ func (x *exchange) repeat() (ending, bool) {
 	x.s.engine.config.Pool.Stats.Retried.Add(1)
 	x.response.srcErr, x.repeated = nil, true
 	attempts, err := x.s.dial(x.wanted, x.settings)
-	x.record.Attempts += uint8(attempts)
+	x.countDials(attempts)
 	if err != nil {
 		return x.noUpstream(err)
 	}
@@ -571,10 +577,11 @@ func (x *exchange) repeat() (ending, bool) {
 
 // deadline returns when the exchange is given up if no byte moves until then, or a limit of its route passes.
 func (x *exchange) deadline() time.Time {
-	if x.limited {
-		return x.sooner(x.quietDeadline())
+	if !x.limited {
+		return x.quietDeadline()
 	}
-	return x.quietDeadline()
+	x.quietEnd = x.quietDeadline()
+	return x.sooner(x.quietEnd)
 }
 
 // quietDeadline returns when the exchange is given up if no byte moves until then.
@@ -595,14 +602,17 @@ func (x *exchange) timedOut(err error) (ending, bool) {
 		if end, over := x.enforce(); over || x.redialled {
 			return end, over
 		}
-		if left := x.quietDeadline(); left.IsZero() || time.Now().Before(left) && !x.thinking() {
-			return 0, false
+		if x.quietEnd.IsZero() || time.Now().Before(x.quietEnd) {
+			return 0, false // the limit was that of an attempt
 		}
 	}
 	if x.thinking() {
 		return x.refuse(replyRequestTimeout, err), true
 	}
 	_, reason := x.limit()
+	if x.limits.own && reason == flow.IdleTimeout {
+		return x.silent(), true
+	}
 	return x.close(reason, nil, cut), true
 }
 

@@ -128,7 +128,7 @@ func (x *exchange) view(b []byte) *Request {
 	x.fields = headFields{h, b}
 	r.Fields = &x.fields
 	if r.Path[0] != '/' {
-		r.absolute()
+		x.absolute = r.absolute()
 	}
 	return r
 }

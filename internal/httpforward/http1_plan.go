@@ -30,6 +30,7 @@ type carried struct {
 	limits
 	limited                     bool // by limits.any
 	totalEnd, tryEnd, streamEnd time.Time
+	quietEnd                    time.Time // of silence, when the exchange waited last
 
 	made   *route.Reply // is sent in place of a response
 	answer headFields   // of the response
@@ -56,11 +57,14 @@ func (x *exchange) takePlan(b []byte) {
 	}
 }
 
-// takePath has the request go on with the path that the router decided by.
+// takeChanges prepares for a path or edits of this request only.
 //
 //go:noinline
-func (x *exchange) takePath() {
-	x.routed.Path = x.decision.Path
+func (x *exchange) takeChanges() {
+	if x.decision.Path != nil {
+		x.routed.Path = x.decision.Path
+		x.takeEdited().describe(&x.routed)
+	}
 	if x.decision.Plan == nil {
 		x.decision.Plan = noPlan
 	}
@@ -161,6 +165,8 @@ var (
 	replyMaxDuration  = reply{504, "downstream duration timeout", flow.RequestTimeout, envoy.FlagUpstreamRequestTimeout, envoy.DetailsMaxDuration}
 	replyMaxUnread    = reply{408, replyMaxDuration.body, flow.RequestTimeout, replyMaxDuration.flags, envoy.DetailsMaxDuration}
 	replyRouteTimeout = replyRequestTimeout
+	replyIdle         = reply{504, "stream timeout", flow.IdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout}
+	replyIdleUnread   = reply{408, replyIdle.body, replyIdle.reason, replyIdle.flags, replyIdle.details}
 )
 
 // enforce ends the exchange, or the attempt, if a limit has passed. It starts the limits that begin with the end of the
@@ -208,6 +214,14 @@ func (x *exchange) overdue(r reply) ending {
 	return x.close(r.reason, tcp.ErrDeadline, cut)
 }
 
+// silent ends an exchange on which no byte has moved for as long as its route allows.
+func (x *exchange) silent() ending {
+	if x.request.taken() {
+		return x.overdue(replyIdle)
+	}
+	return x.overdue(replyIdleUnread)
+}
+
 // editions keeps the memory of edits.
 var editions = sync.Pool{New: func() any { return new(edited) }}
 
@@ -241,6 +255,7 @@ func (x *exchange) appendEditedRequest(dst, b []byte) []byte {
 		e.gone[i] = h.Fields[i].Dropped
 	}
 	x.addOwn(e)
+	e.apply(x.decision.Edits)
 	e.apply(p.RequestEdits)
 	if ms := x.limits.expected().Milliseconds(); ms > 0 {
 		e.remove(expectedTimeoutField)
@@ -290,8 +305,7 @@ func (x *exchange) addOwn(e *edited) {
 func (x *exchange) appendRewritten(dst, b []byte) []byte {
 	h, p := &x.requestHead, x.decision.Plan
 	target := h.Target.In(b)
-	absolute := target[0] != '/' && &target[0] != &x.routed.Path[0]
-	if !p.RewritesPath && !p.RewritesHost && x.decision.Path == nil || target[0] != '/' && !absolute { // also the targets of CONNECT and OPTIONS *
+	if !p.RewritesPath && !p.RewritesHost && x.decision.Path == nil || target[0] != '/' && !x.absolute { // also the targets of CONNECT and OPTIONS *
 		return append(append(dst, h.Line.In(b)...), "\r\n"...)
 	}
 	dst = append(append(dst, h.Method.In(b)...), ' ')
@@ -301,7 +315,7 @@ func (x *exchange) appendRewritten(dst, b []byte) []byte {
 		dst = append(dst, x.routed.Path...)
 	}
 	dst = append(append(dst, b[h.Target.End:h.Line.End]...), "\r\n"...)
-	if !p.RewritesHost && !absolute {
+	if !p.RewritesHost && !x.absolute {
 		return dst
 	}
 	if i := h.Find(http1.Host); i >= 0 {
@@ -331,6 +345,9 @@ func (x *exchange) editResponse(b []byte) *edited {
 	e.response = &x.answer
 	for i := range h.Fields {
 		e.gone[i] = h.Fields[i].Dropped
+	}
+	if x.s.Peers.names(h.Has(http1.Server)) { // a field that was to be replaced is dropped already
+		e.addText("server", x.s.Peers.Server)
 	}
 	if p.CountInResponses {
 		e.remove(attemptCountField)
@@ -384,7 +401,7 @@ func (x *exchange) appendMade(dst []byte, r *reply) []byte {
 	e, made, p := x.takeEdited(), x.made, x.decision.Plan
 	e.begin(nil)
 	e.response = nil
-	e.addText("server", "pillion")
+	e.addText("server", x.s.Peers.server())
 	from := len(e.values)
 	e.values = time.Now().UTC().AppendFormat(e.values, httpTime)
 	e.add("date", from)

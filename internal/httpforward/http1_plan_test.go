@@ -72,6 +72,12 @@ func TestEditsChangeTheLinesThatTheyConcern(t *testing.T) {
 			answer, answer,
 		},
 		{
+			"a target without a path, and its response",
+			planOf(t, mesh.Forward{PrefixRewrite: "/v2/", HostRewrite: "new.example"}, mesh.Edits{Response: mesh.HeaderEdits{Remove: []string{"x-a"}}}),
+			"OPTIONS * HTTP/1.1$Host: h$$", "OPTIONS * HTTP/1.1$Host: h$x-envoy-original-path: *$$",
+			answer, answer,
+		},
+		{
 			"the framing and the connection are not edited",
 			planOf(t, mesh.Forward{}, mesh.Edits{
 				Request: mesh.HeaderEdits{
@@ -101,6 +107,34 @@ func TestEditsChangeTheLinesThatTheyConcern(t *testing.T) {
 	}
 }
 
+// The path by which a router has decided is sent, with the rewrites of a plan.
+func TestTheDecidedPathIsSent(t *testing.T) {
+	rewrite := planOf(t, mesh.Forward{PrefixRewrite: "/v2/"}, mesh.Edits{})
+	for _, test := range []struct {
+		plan           *route.Plan
+		path, original string
+	}{{nil, "/b?c", ""}, {rewrite, "/v2/b?c", "/b?c"}} {
+		decide := func(r *rig) {
+			r.router = &planned{decide: func(_ *Request, d *Decision) { d.Plan, d.Path = test.plan, []byte("/b?c") }}
+		}
+		line, field := "", ""
+		if test.original != "" {
+			line, field = "x-envoy-original-path: "+test.original+"$", " x-envoy-original-path="+test.original
+		}
+		for _, target := range []string{"/a/../b?c", "http://a/a/../b?c"} {
+			conversation{"", `
+				> GET ` + target + ` HTTP/1.1$Host: a$X-A: 1$$
+				>> GET ` + test.path + ` HTTP/1.1$Host: a$X-A: 1$` + line + `$
+				< HTTP/1.1 200 OK$Content-Length: 0$$
+				<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+				[]recorded{answered(200, 0)}}.playOn(t, decide)
+		}
+		_, client, server := meetPlanned(t, decide)
+		client.sends("HEADERS 1 end :method=GET :scheme=http :path=/a/../b?c :authority=a x-a=1")
+		server.reads("HEADERS 1 end :method=GET :scheme=http :path=" + test.path + " :authority=a x-a=1" + field)
+	}
+}
+
 // The fields that the engine adds are there when edits are made.
 func TestEditsSeeTheFieldsThatTheEngineAdds(t *testing.T) {
 	plan := planOf(t, mesh.Forward{}, mesh.Edits{Request: mesh.HeaderEdits{
@@ -116,6 +150,34 @@ func TestEditsSeeTheFieldsThatTheEngineAdds(t *testing.T) {
 		< HTTP/1.1 200 OK$Content-Length: 0$$
 		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
 		[]recorded{answered(200, 0)}}.playOn(t, withPlan(plan), all)
+}
+
+func TestEditedRequestsHaveTheFieldsThatTheEngineAdds(t *testing.T) {
+	all := func(c *Config) {
+		c.Fields = Fields{ForwardedFor: ForwardedForAppend, ForwardedProto: true, RequestID: true}
+	}
+	for _, two := range []bool{false, true} {
+		got := make(chan http.Header, 1)
+		origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) { got <- r.Header })
+		r := newRig(t, origin, two, all)
+		r.set(func() { withPlan(&route.Plan{CountAttempts: true})(r) })
+		client := http2Client(t)
+		protocols := client.Transport.(*http.Transport).Protocols
+		protocols.SetUnencryptedHTTP2(two)
+		protocols.SetHTTP1(!two)
+		response, err := client.Get("http://" + r.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		header, record := <-got, r.records.await(t, 0)
+		if id := header.Get("X-Request-Id"); len(id) != uuidLength || id != record.id {
+			t.Errorf("HTTP/2 %v: the request ID is %q, recorded %q", two, id, record.id)
+		}
+		if header.Get("X-Forwarded-For") != "127.0.0.1" || header.Get("X-Forwarded-Proto") != "http" {
+			t.Errorf("HTTP/2 %v: %v", two, header)
+		}
+	}
 }
 
 func TestARouteAnswersRequests(t *testing.T) {

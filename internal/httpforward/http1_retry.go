@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"errors"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -83,11 +84,13 @@ func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
 			return end, true
 		}
 		attempts, err := x.s.connect(x.wanted, x.settings, time.Now(), idempotent(x.http.Method))
-		x.record.Attempts += uint8(attempts)
+		x.countDials(attempts)
 		if err == nil {
 			x.request.resend(x.s.up)
 			x.send()
-			x.startTry(time.Now())
+			if x.request.taken() { // otherwise it starts with the end of the request
+				x.startTry(time.Now())
+			}
 			x.redialled = true
 			return 0, false
 		}
@@ -117,9 +120,11 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	s.engine.config.Pool.Stats.Retried.Add(1)
 	x.began = time.Now()
 	x.previous = x.decision
+	x.view(x.kept)
 	x.routed.Attempt, x.routed.Previous = x.retries, &x.previous
 	x.decision = s.route(&x.routed)
-	x.decision.Plan = x.previous.Plan
+	endMirrors(x.decision.Mirrors, flow.Overload)                                                   // the first attempt's are sent
+	x.decision.Plan, x.decision.Mirrors, x.decision.Path = x.previous.Plan, x.previous.Mirrors, nil // the head is made
 	switch {
 	case x.decision.Reply != nil:
 		return x.replyHere(x.decision.Reply), true
@@ -130,6 +135,11 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	s.turnTo(x.wanted)
 	x.countAttempt()
 	return 0, false
+}
+
+// countDials counts attempts in the record.
+func (x *exchange) countDials(n int) {
+	x.record.Attempts = uint8(min(int(x.record.Attempts)+n, math.MaxUint8))
 }
 
 // forgetAttempt removes what an attempt has left of its connection and of its response.

@@ -262,6 +262,24 @@ func TestARequestIsKeptUpToALimit(t *testing.T) {
 	}
 }
 
+// The time of an attempt starts with the end of the request, also if an attempt before has failed.
+func TestTheTimeOfAnAttemptStartsWithTheEndOfTheRequest(t *testing.T) {
+	policy := retrying(mesh.Retry5xx, 2)
+	policy.TryTimeout = 400 * time.Millisecond
+	conversation{"", `
+		> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
+		>> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
+		< HTTP/1.1 503 Busy$Content-Length: 0$$
+		upstream is gone
+		>> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
+		a longer time passes
+		> cd
+		>> cd
+		< HTTP/1.1 200 OK$Content-Length: 0$$
+		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+		[]recorded{{reason: flow.Completed, status: 200, received: 4}}}.playOn(t, withPlan(&route.Plan{Retry: policy}))
+}
+
 // A request whose body is still on its way when an attempt fails is sent again with the part that is there, and goes on.
 func TestAnAttemptFailsInTheMiddleOfTheRequest(t *testing.T) {
 	conversation{"", `
@@ -391,11 +409,23 @@ func TestLimitsOfARoute(t *testing.T) {
 			< HTTP/1.1 200 OK$Content-Length: 0$$
 			<< HTTP/1.1 200 OK$Content-Length: 0$$`,
 			recorded{reason: flow.Completed, status: 200}},
-		{"of silence", &route.Plan{Idle: new(short)}, `
+		{"of silence before a response", &route.Plan{Idle: new(short)}, `
 			> GET / HTTP/1.1$Host: a$$
 			>> GET / HTTP/1.1$Host: a$$
+			<< HTTP/1.1 504 Gateway Timeout$`,
+			recorded{reason: flow.IdleTimeout, status: 504, flags: "SI", sent: 14}},
+		{"of silence in a request, beside a longer limit", &route.Plan{Idle: new(short), Timeout: time.Hour}, `
+			> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
+			>> POST / HTTP/1.1$Host: a$Content-Length: 4$x-envoy-expected-rq-timeout-ms: 3600000$$ab
+			<< HTTP/1.1 408 Request Timeout$`,
+			recorded{reason: flow.IdleTimeout, status: 408, flags: "SI", received: 2, sent: 14}},
+		{"of silence in a response, beside a longer limit", &route.Plan{Idle: new(long), MaxStream: new(time.Hour)}, `
+			> GET / HTTP/1.1$Host: a$$
+			>> GET / HTTP/1.1$Host: a$$
+			< HTTP/1.1 200 OK$Content-Length: 10$$half
+			<< HTTP/1.1 200 OK$Content-Length: 10$$half
 			client is reset`,
-			recorded{reason: flow.IdleTimeout, flags: "SI"}},
+			recorded{reason: flow.IdleTimeout, status: 200, flags: "SI", sent: 4}},
 		{"of an upgrade are those of its response", &route.Plan{Timeout: short}, `
 			> GET / HTTP/1.1$Host: a$Connection: Upgrade$Upgrade: x$$
 			>> GET / HTTP/1.1$Host: a$Upgrade: x$Connection: Upgrade$x-envoy-expected-rq-timeout-ms: 30$$

@@ -3,6 +3,7 @@ package httpforward
 import (
 	"errors"
 	"net/http"
+	"slices"
 	"strconv"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
@@ -90,7 +91,7 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 	l, add, peers := &m.toUp, &s.settings.Fields, m.Peers
 	s.record.Upstream, s.record.UpstreamLocal, s.record.Security = m.Target.Address, m.upLocal, m.Record.Security
 	s.record.Attempts, m.attempts = max(m.attempts, 1), 1
-	if editsRequest(s.plan) {
+	if editsRequest(s.plan) || s.normalized {
 		block := m.appendEditedRequest(l.beginBlock(), s, fields, has)
 		if peers.adds() {
 			block = peers.appendField(block, l.encoder, fields)
@@ -219,10 +220,13 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 		m.meetFields(&s.record, fields)
 	}
 	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
+	if s.settings.Note.Heads {
+		r.ResponseHead = headText(fields)
+	}
 	if s.lease != nil {
 		s.noteResponse(fields)
 	}
-	l, timed := &m.toDown, s.settings.Fields.ServiceTime
+	l, timed, named := &m.toDown, s.settings.Fields.ServiceTime, m.names(fields)
 	var e *edited
 	if editsResponse(s.plan) {
 		e = m.editResponse(s, fields)
@@ -239,6 +243,10 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 			if timed {
 				continue // an agent between here and the server set it; our time includes that agent's
 			}
+		case serverField:
+			if named {
+				continue
+			}
 		case peerMetadataField, peerMetadataIDField:
 			if m.Peers != nil {
 				continue
@@ -249,6 +257,8 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	if e != nil {
 		e.fields = nil
 		block = e.appendBlock(block, l.encoder)
+	} else if named {
+		block = l.encoder.AppendField(block, http2.Field{Name: serverField, Value: m.Peers.Server})
 	}
 	if timed {
 		value := strconv.FormatInt(r.ServiceTime.Milliseconds(), 10)
@@ -261,7 +271,18 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	return nil
 }
 
-const serviceTimeField = "x-envoy-upstream-service-time"
+// names reports whether a response with these fields gets the server's name.
+func (m *multiplex) names(fields []http2.Field) bool {
+	if m.Peers == nil || m.Peers.Server == "" {
+		return false
+	}
+	return m.Peers.names(slices.ContainsFunc(fields, func(f http2.Field) bool { return f.Name == serverField }))
+}
+
+const (
+	serviceTimeField = "x-envoy-upstream-service-time"
+	serverField      = "server"
+)
 
 // responseTrailers forwards the trailers of a response.
 func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) error {
@@ -338,7 +359,7 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 	if s.http.GRPC || s.head || m.lost == nil || m.window.stream < size || m.window.connection < size {
 		text = ""
 	}
-	block := s.appendReply(l.beginBlock(), l.encoder, r, m.now(), text != "")
+	block := s.appendReply(l.beginBlock(), l.encoder, r, m.Peers.server(), m.now(), text != "")
 	if s.made != nil {
 		block = m.appendMade(block, s)
 	}

@@ -24,23 +24,31 @@ type carriedStream struct {
 	limits
 	totalEnd, tryEnd, streamEnd time.Time
 
+	normalized bool // the path is the one that the router decided by: see Decision.Path
+
 	asked blockFields // a copy of the request's fields, if an edit of the response may need it
 }
 
 // carry takes what the decision for a request asks for.
 func (m *multiplex) carry(s *stream, d *Decision) {
 	s.lease, s.made, s.plan, s.grpc = d.Lease, d.Reply, d.Plan, -1
-	if d.Plan == nil {
+	if d.Path != nil {
+		m.routed.Path, s.normalized = d.Path, true
+		if s.plan == nil {
+			s.plan = noPlan
+		}
+	}
+	if s.plan == nil {
 		return
 	}
 	e := m.takeEdited(s)
 	e.request.GRPC = s.http.GRPC
-	s.limits = limitsOf(d.Plan, &e.request)
+	s.limits = limitsOf(s.plan, &e.request)
 	if s.stream > 0 {
 		s.streamEnd = s.record.Opened.Add(s.stream)
 		m.watch(s.streamEnd)
 	}
-	if editsResponse(d.Plan) {
+	if editsResponse(s.plan) {
 		s.asked.list = copyFields(m.fields.list)
 		m.keep(s)
 	}
@@ -125,7 +133,9 @@ func (m *multiplex) appendEditedRequest(block []byte, s *stream, fields []http2.
 	hosted := false
 	for i := range fields[:pseudo] {
 		switch f := &fields[i]; {
-		case f.Name == ":path" && p.RewritesPath:
+		case f.Name == ":path" && s.normalized && !p.RewritesPath:
+			block = l.encoder.AppendField(block, http2.Field{Name: f.Name, Value: string(m.routed.Path)})
+		case f.Name == ":path" && p.RewritesPath && f.Value[0] == '/':
 			block = l.encoder.AppendField(block, http2.Field{Name: f.Name, Value: string(p.AppendPath(nil, m.routed.Path))})
 		case f.Name == ":authority" && p.RewritesHost:
 			hosted = true
@@ -170,6 +180,10 @@ func (m *multiplex) editResponse(s *stream, fields []http2.Field) *edited {
 	m.responded = ofBlock(fields)
 	e.begin(&m.responded)
 	e.response = &m.responded
+	if m.names(fields) {
+		e.remove(serverField)
+		e.addText(serverField, m.Peers.Server)
+	}
 	if p.CountInResponses {
 		e.remove(attemptCountField)
 		e.addNumber(attemptCountField, 1)

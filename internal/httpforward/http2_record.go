@@ -68,6 +68,9 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 		to.ForwardedFor = s.nameJoined(fields[forwardedFor:])
 	}
 	to.Fields = s.nameFields(to.Fields, fields, s.settings.Note.Request)
+	if s.settings.Note.Heads {
+		to.Head = headText(fields)
+	}
 	return has
 }
 
@@ -154,4 +157,12 @@ func (s *stream) setFailure(reason flow.Reason, err error) {
 		r.Details = replyHeadTimeout.details
 	}
 	s.reason, s.err = reason, err
+}
+
+// headText returns a header block as lines of text, for flow.Fields.Heads.
+func headText(fields []http2.Field) (text []byte) {
+	for i := range fields {
+		text = append(append(append(append(text, fields[i].Name...), ": "...), fields[i].Value...), "\r\n"...)
+	}
+	return text
 }

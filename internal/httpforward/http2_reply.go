@@ -22,8 +22,9 @@ var errMisdirected = errors.New("the request is routed to another upstream than 
 var replyHeaderListTooLarge = reply{replyHeadTooLarge.status, replyHeadTooLarge.body, flow.HeadTooLarge, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2TooManyFields}
 
 // appendReply records a reply in place of upstream, and appends its header block. gRPC clients ignore the HTTP status, so
-// they get the status in trailers without a body. hasBody is whether the caller sends the reply's body as data.
-func (s *stream) appendReply(block []byte, encoder *http2.Encoder, r *reply, now time.Time, hasBody bool) []byte {
+// they get the status in trailers without a body. server is the value of that
+// field, and hasBody whether the caller sends the reply's body as data.
+func (s *stream) appendReply(block []byte, encoder *http2.Encoder, r *reply, server string, now time.Time, hasBody bool) []byte {
 	to := &s.http
 	to.Status, to.Flags, to.Details = r.status, r.flags, r.details
 	if to.GRPC {
@@ -31,7 +32,7 @@ func (s *stream) appendReply(block []byte, encoder *http2.Encoder, r *reply, now
 	}
 	add := func(name, value string) { block = encoder.AppendField(block, http2.Field{Name: name, Value: value}) }
 	add(":status", strconv.Itoa(to.Status))
-	add("server", "pillion")
+	add("server", server)
 	add("date", now.UTC().Format(http.TimeFormat))
 	switch {
 	case to.GRPC:

@@ -89,6 +89,7 @@ type Engine struct {
 	config   Config // without Settings
 	settings atomic.Pointer[Settings]
 	state    atomic.Int32 // one of the states below
+	copies   copies
 }
 
 // The states, in their order. A connection checks the state when it is woken, so the poller must be woken after a change.

@@ -160,6 +160,10 @@ func newRig(t testing.TB, origin netip.AddrPort, http2 bool, configure ...func(*
 		listener.Close()
 		r.cancel()
 		conns.Wait()
+		nettest.Eventually(t, "the copies end", func() bool { return r.engine.copies.active.Load() == 0 })
+		if n := r.engine.copies.held.Load(); n != 0 {
+			t.Errorf("copies hold %d bytes", n)
+		}
 		r.pool.Close()
 		poller.Close()
 		if n := r.engine.config.Budget.Used(); n != 0 {

@@ -6,8 +6,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/peers"
 )
 
-// PeerFields is the treatment of fields in which proxies of a mesh describe peers: x-forwarded-client-cert of requests, by
-// ClientCert; and x-envoy-peer-metadata and x-envoy-peer-metadata-id, in which proxies describe themselves to each other.
+// PeerFields is the treatment of fields in which proxies of a mesh describe themselves and peers: x-forwarded-client-cert of
+// requests, by ClientCert; server of responses; and x-envoy-peer-metadata and x-envoy-peer-metadata-id, in which proxies describe themselves to each other.
 // The latter are always removed, from requests and responses: applications must not see them, and they are not
 // authenticated. In trailers of HTTP/1, removed fields are malformed, because chunk framing is not rewritten. A PeerFields
 // may be shared, and is never modified.
@@ -20,6 +20,8 @@ type PeerFields struct {
 	// describes itself to peers that have done so.
 	Exchange   *peers.Exchange
 	Introduces bool
+	Server     string // value of server in responses; empty: the field is one like any other
+	IfAbsent   bool   // Server is added to responses without the field, and replaces no other
 }
 
 // ClientCert is what becomes of x-forwarded-client-cert in a request. Several fields are forwarded as one list.
@@ -87,6 +89,19 @@ func (p *PeerFields) drop(h *http1.Head) {
 			drop(h, k)
 		}
 	}
+}
+
+// names reports whether a response gets Server, given whether it has the field. p may be nil.
+func (p *PeerFields) names(has bool) bool {
+	return p != nil && p.Server != "" && !(has && p.IfAbsent)
+}
+
+// server returns the value of server in a response of our own. p may be nil.
+func (p *PeerFields) server() string {
+	if p == nil || p.Server == "" {
+		return "pillion"
+	}
+	return p.Server
 }
 
 // appendLine appends the field that a request gets. h is its head, whose fields may have been dropped, and b h's buffer.

@@ -12,6 +12,12 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+
+	"github.com/pillion-proxy/pillion/internal/mesh"
+
+	"github.com/pillion-proxy/pillion/internal/route"
+
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // Each treatment, over both versions, of a request that has the field never, once, and twice.
@@ -185,6 +191,73 @@ func checkMetadata(t *testing.T, what string, header http.Header, peers *PeerFie
 	for _, field := range []string{peerMetadataField, peerMetadataIDField} {
 		if got := header.Get(field); (got != "") == (peers != nil) {
 			t.Errorf("HTTP/2 %v, %+v: %s has %s: %q", two, peers, what, field, got)
+		}
+	}
+}
+
+func TestTheServerOfResponsesIsNamed(t *testing.T) {
+	edits := planOf(t, mesh.Forward{}, mesh.Edits{Response: mesh.HeaderEdits{Add: []mesh.HeaderEdit{add("x-edited", "yes", mesh.AppendOrAdd)}}})
+	for _, test := range []struct {
+		peers         PeerFields
+		theirs, wants string
+	}{
+		{PeerFields{}, "theirs", "theirs"},
+		{PeerFields{}, "", ""},
+		{PeerFields{Server: "envoy"}, "theirs", "envoy"},
+		{PeerFields{Server: "envoy"}, "", "envoy"},
+		{PeerFields{Server: "envoy", IfAbsent: true}, "theirs", "theirs"},
+		{PeerFields{Server: "envoy", IfAbsent: true}, "", "envoy"},
+	} {
+		for _, plan := range []*route.Plan{nil, edits} {
+			prepare := func(r *rig) { withPlan(plan)(r); r.peers = &test.peers }
+			theirs, wants, edited, edited2 := "", "", "", ""
+			fields, fields2 := "", ""
+			if test.theirs != "" {
+				theirs, fields = "Server: "+test.theirs+"$", " server="+test.theirs
+			}
+			switch test.wants {
+			case "":
+			case test.theirs:
+				wants, fields2 = theirs, fields
+			default:
+				wants, fields2 = "server: "+test.wants+"$", " server="+test.wants
+			}
+			if plan != nil {
+				edited, edited2 = "x-edited: yes$", " x-edited=yes"
+			}
+			got := "X-A: 1$Content-Length: 0$" + wants + edited
+			if test.wants == test.theirs {
+				got = "X-A: 1$" + wants + "Content-Length: 0$" + edited
+			}
+			conversation{"", "> GET / HTTP/1.1$Host: a$$\n>> GET / HTTP/1.1$Host: a$$\n< HTTP/1.1 200 OK$X-A: 1$" + theirs +
+				"Content-Length: 0$$\n<< HTTP/1.1 200 OK$" + got + "$", []recorded{answered(200, 0)}}.playOn(t, prepare)
+			_, client, server := meetPlanned(t, prepare)
+			client.sends("GET 1")
+			server.reads("GET 1")
+			server.sends("HEADERS 1 end :status=200" + fields)
+			client.reads("HEADERS 1 end :status=200" + fields2 + edited2)
+		}
+	}
+}
+
+// Replies of our own have the same name.
+func TestTheServerOfRepliesIsNamed(t *testing.T) {
+	for _, reply := range []*route.Reply{nil, {Status: 301, Reason: flow.Completed}} {
+		prepare := func(r *rig) {
+			r.peers = &PeerFields{Server: "envoy"}
+			r.router = &planned{decide: func(_ *Request, d *Decision) { d.Target, d.Reply = upstream.Target{}, reply }}
+		}
+		r := newRig(t, newOrigin(t).address, false, plain)
+		r.set(func() { prepare(r) })
+		client := r.dial(t)
+		send(t, client, getHome)
+		if got := head(t, bufio.NewReader(client)); !strings.Contains(got, "\r\nserver: envoy\r\n") {
+			t.Errorf("read %q", got)
+		}
+		_, two, _ := meetPlanned(t, prepare)
+		two.sends("GET 1")
+		if got := two.next(); !strings.Contains(got, " server=envoy ") {
+			t.Errorf("read %q", got)
 		}
 	}
 }

@@ -219,7 +219,7 @@ func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 	if x.made != nil {
 		dst = x.appendMade(dst, &r)
 	} else {
-		dst = append(dst, "server: pillion\r\ndate: "...)
+		dst = append(append(append(dst, "server: "...), x.s.Peers.server()...), "\r\ndate: "...)
 		dst = time.Now().UTC().AppendFormat(dst, httpTime)
 		dst = append(dst, "\r\ncontent-type: text/plain\r\n"...)
 	}

@@ -34,6 +34,7 @@ type Request struct {
 	Path       []byte       // with its query; of a target in absolute form, what follows the authority
 	Authority  []byte       // nil if the request has no authority
 	Scheme     []byte       // of the request's target; of a target without one, that of the connection
+	Absolute   bool         // the target is in absolute form, as in requests to proxies
 	Fields     HeaderFields // never nil when a Router is called
 
 	Attempt  int       // 0: the first; n: the n-th retry
@@ -56,6 +57,10 @@ type Decision struct {
 	// Path is the path of the request, with its query, by which the Router has decided; nil: as it was received. It is sent
 	// upstream in the place of the one that was received, before Plan rewrites it. It is valid until the next call of Route.
 	Path []byte
+
+	// Edits are changes of the request's header besides the Plan's, which are made after them. They may be of this request
+	// only.
+	Edits []route.Edit
 
 	Reply *route.Reply  // is sent in place of a response; nil: the request is forwarded
 	Plan  *route.Plan   // what the route changes; nil: the request passes as it is
@@ -114,13 +119,13 @@ func (r *Request) view(record *flow.Record) {
 	}
 }
 
-// absolute sets Scheme and Path from a target in absolute form. Other targets, such as that of CONNECT, stay.
-func (r *Request) absolute() {
+// absolute sets Scheme and Path from a target in absolute form. It reports false for other targets, such as that of CONNECT.
+func (r *Request) absolute() bool {
 	scheme, rest, found := bytes.Cut(r.Path, []byte("://"))
 	if !found || len(scheme) > len("https") {
-		return
+		return false
 	}
-	r.Scheme, r.Path = scheme, rootPath
+	r.Scheme, r.Path, r.Absolute = scheme, rootPath, true
 	switch i := bytes.IndexAny(rest, "/?#"); {
 	case i < 0:
 	case rest[i] == '/':
@@ -128,6 +133,7 @@ func (r *Request) absolute() {
 	default:
 		r.Path = append([]byte("/"), rest[i:]...) // so rare that it may be allocated
 	}
+	return true
 }
 
 var rootPath = []byte("/")

@@ -38,6 +38,24 @@ func FindFiles(root string) (*Files, bool) {
 	return nil, false
 }
 
+// MountedFiles returns files that are named by whoever mounted them. They are an identity if all exist and the certificate has a
+// SPIFFE ID. Certificates without one serve the TLS that names them as files only.
+func MountedFiles(certificate, key, roots string) (*Files, bool) {
+	files := &Files{Certificate: certificate, Key: key, Roots: roots}
+	if !files.exist() {
+		return nil, false
+	}
+	text, err := ReadFile(certificate)
+	if err != nil {
+		return nil, false
+	}
+	chain, err := parseCertificates(text)
+	if err != nil || len(chain) == 0 || !hasSPIFFE(chain[0]) {
+		return nil, false
+	}
+	return files, true
+}
+
 func (f *Files) exist() bool {
 	for _, path := range []string{f.Certificate, f.Key, f.Roots} {
 		if info, err := os.Stat(path); err != nil || info.IsDir() {

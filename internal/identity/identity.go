@@ -112,7 +112,7 @@ func New(chain []*x509.Certificate, key crypto.Signer, roots *Roots, now time.Ti
 	if !isPublicKeyOf(leaf.PublicKey, key) {
 		return nil, errors.New("the certificate is for another key")
 	}
-	if len(leaf.URIs) != 1 || leaf.URIs[0].Scheme != "spiffe" {
+	if !hasSPIFFE(leaf) {
 		return nil, fmt.Errorf("the certificate has the URIs %v, want one SPIFFE ID", leaf.URIs)
 	}
 	intermediates := x509.NewCertPool()
@@ -128,6 +128,11 @@ func New(chain []*x509.Certificate, key crypto.Signer, roots *Roots, now time.Ti
 		certificate.Certificate = append(certificate.Certificate, c.Raw)
 	}
 	return &Identity{Certificate: certificate, SPIFFE: leaf.URIs[0].String(), Roots: roots}, nil
+}
+
+// hasSPIFFE reports whether a certificate has one SPIFFE ID.
+func hasSPIFFE(leaf *x509.Certificate) bool {
+	return len(leaf.URIs) == 1 && leaf.URIs[0].Scheme == "spiffe"
 }
 
 // parseIdentity returns the identity that three texts of PEM make. Errors have the name of the certificate or that of the

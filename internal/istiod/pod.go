@@ -89,9 +89,26 @@ func ReadPod(ctx context.Context, address string, e *Environment) (*Pod, error) 
 		p.Files = files
 		return p, nil
 	}
+	if variables.mounted() { // the CA is not called then
+		p.Files, _ = identity.MountedFiles(variables[mountedCertificate], variables[mountedKey], variables[mountedRoots])
+		return p, nil
+	}
 	p.CA = e.authority(address, variables)
 	p.SPIFFE = fmt.Sprintf("spiffe://%s/ns/%s/sa/%s", cmp.Or(variables["TRUST_DOMAIN"], "cluster.local"), node.Namespace, cmp.Or(variables["SERVICE_ACCOUNT"], "default"))
 	return p, nil
+}
+
+// Variables with the paths of certificates that are mounted for connections to others, with FILE_MOUNTED_CERTS.
+const (
+	mountedCertificate = "ISTIO_META_TLS_CLIENT_CERT_CHAIN"
+	mountedKey         = "ISTIO_META_TLS_CLIENT_KEY"
+	mountedRoots       = "ISTIO_META_TLS_CLIENT_ROOT_CERT"
+)
+
+// mounted reports whether certificates are mounted in place of those of a CA.
+func (v variables) mounted() bool {
+	on, _ := strconv.ParseBool(v["FILE_MOUNTED_CERTS"])
+	return on
 }
 
 // HasCredentials reports whether the injector mounted what the pod and istiod authenticate each other with: the roots of
@@ -122,8 +139,8 @@ func (e *Environment) directory() string { return cmp.Or(e.Directory, "/") }
 
 func (e *Environment) roots(variables variables) string {
 	mounted := ""
-	if on, _ := strconv.ParseBool(variables["FILE_MOUNTED_CERTS"]); on {
-		mounted = variables["ISTIO_META_TLS_CLIENT_ROOT_CERT"]
+	if variables.mounted() {
+		mounted = variables[mountedRoots]
 	}
 	return FindRoots(e.directory(), variables["XDS_ROOT_CA"], variables["PROV_CERT"], mounted)
 }
@@ -137,7 +154,7 @@ func (e *Environment) discovery(address string, variables variables) Server {
 		Roots:       e.roots(variables),
 		Token:       filepath.Join(e.directory(), TokenFile),
 		Header:      variables.header("XDS_HEADER_"),
-		Certificate: provisioned(variables["PROV_CERT"]),
+		Certificate: variables.certificate(),
 	}
 	if policy, _ := e.ProxyConfig["controlPlaneAuthPolicy"].(string); policy == "NONE" {
 		s.Plaintext, s.Token, s.Certificate = true, "", nil
@@ -158,18 +175,26 @@ func (e *Environment) authority(address string, variables variables) Server {
 		Roots:       FindRoots(e.directory(), variables["CA_ROOT_CA"], variables["PROV_CERT"], ""),
 		Token:       filepath.Join(e.directory(), TokenFile),
 		Header:      variables.header("CA_HEADER_"),
-		Certificate: provisioned(variables["PROV_CERT"]),
+		Certificate: variables.certificate(),
 	}
 }
 
-// provisioned returns the function that reads the client certificate in a directory, or nil without a directory. A
-// certificate that is missing or has expired is not presented: the token may suffice.
-func provisioned(directory string) func() (*tls.Certificate, error) {
-	if directory == "" {
+// certificate returns the function that reads the certificate that istiod is shown: the one that was provisioned, or the one
+// that is mounted. It returns nil if there is neither. A certificate that is missing or has expired is not presented: the
+// token may suffice.
+func (v variables) certificate() func() (*tls.Certificate, error) {
+	file, key := "", ""
+	switch directory := v["PROV_CERT"]; {
+	case directory != "":
+		file, key = filepath.Join(directory, "cert-chain.pem"), filepath.Join(directory, "key.pem")
+	case v.mounted():
+		file, key = v[mountedCertificate], v[mountedKey]
+	}
+	if file == "" || key == "" {
 		return nil
 	}
 	return func() (*tls.Certificate, error) {
-		certificate, err := tls.LoadX509KeyPair(filepath.Join(directory, "cert-chain.pem"), filepath.Join(directory, "key.pem"))
+		certificate, err := tls.LoadX509KeyPair(file, key)
 		if err != nil || time.Now().After(certificate.Leaf.NotAfter) {
 			return &tls.Certificate{}, nil
 		}

@@ -9,6 +9,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -199,7 +200,7 @@ func TestAddressesNeedAHostAndAPort(t *testing.T) {
 
 // A certificate that was provisioned is presented while it is valid.
 func TestAProvisionedCertificateIsPresentedWhileItIsValid(t *testing.T) {
-	if provisioned("") != nil {
+	if (variables{}).certificate() != nil {
 		t.Error("a certificate without a directory")
 	}
 	for name, lifetime := range map[string]time.Duration{"valid": time.Hour, "expired": -time.Hour, "absent": 0} {
@@ -224,9 +225,14 @@ func TestAProvisionedCertificateIsPresentedWhileItIsValid(t *testing.T) {
 				}
 			}
 		}
-		certificate, err := provisioned(directory)()
-		if err != nil || (len(certificate.Certificate) > 0) != (name == "valid") {
-			t.Errorf("%s: %d certificates, error %v", name, len(certificate.Certificate), err)
+		for _, v := range []variables{
+			{"PROV_CERT": directory},
+			{"FILE_MOUNTED_CERTS": "true", mountedCertificate: filepath.Join(directory, "cert-chain.pem"), mountedKey: filepath.Join(directory, "key.pem")},
+		} {
+			certificate, err := v.certificate()()
+			if err != nil || (len(certificate.Certificate) > 0) != (name == "valid") {
+				t.Errorf("%s, %v: %d certificates, error %v", name, v, len(certificate.Certificate), err)
+			}
 		}
 	}
 }
@@ -238,6 +244,45 @@ func TestMountedRootsCountOnlyWithMountedCertificates(t *testing.T) {
 		if got := e.roots(e.variables()); got != want && got != filepath.Join(directory, want) {
 			t.Errorf("FILE_MOUNTED_CERTS=%s: %s, want %s", on, got, want)
 		}
+	}
+}
+
+// With mounted certificates the CA is not called. They are the identity if the certificate has a SPIFFE ID.
+func TestMountedCertificatesAreTheIdentity(t *testing.T) {
+	for id, identified := range map[string]bool{"spiffe://cluster.local/ns/shop/sa/web": true, "https://web.example": false, "": false} {
+		directory := t.TempDir()
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+		if id != "" {
+			uri, err := url.Parse(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			template.URIs = []*url.URL{uri}
+		}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := &Environment{Directory: directory, Variables: []string{"FILE_MOUNTED_CERTS=true"}}
+		for _, variable := range []string{mountedCertificate, mountedKey, mountedRoots} {
+			file := filepath.Join(directory, variable)
+			if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			e.Variables = append(e.Variables, variable+"="+file)
+		}
+		p, err := ReadPod(t.Context(), DefaultAddress, e)
+		if err != nil || p.CA.Address != "" || (p.Files != nil) != identified {
+			t.Errorf("%q: error %v, CA %q, files %v", id, err, p.CA.Address, p.Files)
+		}
+	}
+	p, err := ReadPod(t.Context(), DefaultAddress, &Environment{Directory: t.TempDir(), Variables: []string{"FILE_MOUNTED_CERTS=true"}})
+	if err != nil || p.CA.Address != "" || p.Files != nil {
+		t.Errorf("without files: error %v, CA %q, files %v", err, p.CA.Address, p.Files)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -24,6 +25,9 @@ const (
 
 	// outageEnd is the time without a failure after which an outage is over. It is longer than the longest back-off.
 	outageEnd = 2 * maxBackOff
+
+	// acceptTurn is how many connections are accepted before other goroutines run: some 0.1 ms.
+	acceptTurn = 8
 
 	// lastCall bounds the time for which a listener empties its queue after Stop.
 	lastCall = time.Second
@@ -151,12 +155,15 @@ func (s *Server) acceptLoop(ln *tcp.Listener) {
 	defer ln.Close()
 	defer s.emptyQueue(ln)
 	backOff := time.Duration(0)
-	for {
+	for accepted := 1; ; accepted++ {
 		conn, err := ln.Accept()
 		switch {
 		case err == nil:
 			backOff = 0
 			s.begin(conn)
+			if accepted%acceptTurn == 0 {
+				runtime.Gosched()
+			}
 		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, os.ErrClosed):
 			return
 		default:

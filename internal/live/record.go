@@ -34,7 +34,8 @@ type Record struct {
 	Sent        uint64    `json:"sent"`                 // bytes to downstream; of a response, its body's
 	RequestID   string    `json:"requestId,omitempty"`
 	UserAgent   string    `json:"userAgent,omitempty"`
-	SNI         string    `json:"sni,omitempty"` // of a TLS connection
+	SNI         string    `json:"sni,omitempty"`   // of a TLS connection
+	Error       string    `json:"error,omitempty"` // in full, of a record by Of
 }
 
 // entry is a copy of a flow.Record in reused memory.
@@ -185,6 +186,10 @@ func Of(r *flow.Record) Record {
 	if !destination.IsValid() {
 		destination = connection.OriginalDestination
 	}
+	message := ""
+	if r.Err != nil {
+		message = r.Err.Error()
+	}
 	return Record{
 		Time:        r.Opened.Add(r.Duration).Round(0),
 		Direction:   r.Direction.String(),
@@ -210,5 +215,6 @@ func Of(r *flow.Record) Record {
 		RequestID:   string(r.HTTP.ID),
 		UserAgent:   string(r.HTTP.UserAgent),
 		SNI:         connection.TLS.ServerName,
+		Error:       message,
 	}
 }

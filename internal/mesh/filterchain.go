@@ -63,6 +63,7 @@ var filterChainFields = message{"envoy.config.listener.v3.FilterChain", Security
 // concern all chains: with another match, a connection could get a chain that is not meant for it.
 func (d *decoder) filterChain(m wire.Message, c *FilterChain) (inChain int) {
 	before, narrow, inMatch, first := d.refusals, d.narrow, 0, len(d.findings)
+	closed := false
 	for d.next(&m, &filterChainFields) {
 		switch m.Number {
 		case 1:
@@ -70,7 +71,7 @@ func (d *decoder) filterChain(m wire.Message, c *FilterChain) (inChain int) {
 			d.chainMatch(m.Message(), &c.Match)
 			inMatch += d.refusals - start
 		case 3:
-			d.networkFilter(m.Message(), c)
+			closed = d.networkFilter(m.Message(), c) || closed
 		case 5:
 			c.Origin = d.configOrigin(m.Message())
 		case 6:
@@ -81,7 +82,7 @@ func (d *decoder) filterChain(m wire.Message, c *FilterChain) (inChain int) {
 			c.HandshakeTimeout = d.duration(m.Message())
 		}
 	}
-	if !c.terminated() {
+	if !c.terminated() && !closed {
 		d.report(Security, "no filter that forwards connections")
 	}
 	c.Refused = d.refusals-before > d.narrow-narrow
@@ -108,6 +109,13 @@ const (
 	statsType            = "stats.PluginConfig"
 )
 
+// closedTypes are filters of istiod's that forward connections in ways that are not supported. Their chain is closed, and the
+// rest of the listener is used as it stands: the same port may serve any number of other services.
+var closedTypes = []string{
+	networkPrefix + "sni_dynamic_forward_proxy.v3.FilterConfig", // of services with the resolution DYNAMIC_DNS
+	networkPrefix + "redis_proxy.v3.RedisProxy",
+}
+
 var networkFilterFields = message{"envoy.config.listener.v3.Filter", Security, []field{
 	1: {"name", decoded},
 	4: {"typed_config", once},
@@ -116,7 +124,8 @@ var networkFilterFields = message{"envoy.config.listener.v3.Filter", Security, [
 
 var sniClusterFields = message{sniClusterType, Security, nil}
 
-func (d *decoder) networkFilter(m wire.Message, c *FilterChain) {
+// networkFilter adds a filter to a chain. closed reports that the filter forwards connections, and is not supported.
+func (d *decoder) networkFilter(m wire.Message, c *FilterChain) (closed bool) {
 	if c.terminated() {
 		d.report(Security, "a filter after the one that forwards connections")
 	}
@@ -161,12 +170,17 @@ func (d *decoder) networkFilter(m wire.Message, c *FilterChain) {
 		c.HasMetadata = true
 	case statsType, mongoType, mysqlType, postgresType, zookeeperType: // measure only
 	default:
-		if configured {
-			d.report(Security, "the filter "+f.Name+" of type "+f.Type+" is not supported")
-		} else {
+		what := "the filter " + f.Name + " of type " + f.Type + " is not supported"
+		switch closed = slices.Contains(closedTypes, f.Type); {
+		case closed:
+			d.report(Unenforced, what)
+		case configured:
+			d.report(Security, what)
+		default:
 			d.report(Security, "the filter "+f.Name+" has no configuration")
 		}
 	}
+	return closed
 }
 
 // Types of messages that hold the JSON of a message whose type the sender does not have.

@@ -13,8 +13,8 @@ const (
 	Cosmetic Class = iota // nothing that traffic depends on
 	Traffic               // traffic goes otherwise than it was configured; the rest of the resource is honoured
 
-	// Unenforced is a restriction that is understood and not carried out. What it concerns is closed, so the resource can be
-	// used as it stands.
+	// Unenforced is a restriction that is understood and not carried out, or a way of forwarding that is not supported. What
+	// it concerns is closed, so the resource can be used as it stands.
 	Unenforced
 
 	Security // the resource cannot be used as it stands, and what it concerns is closed

@@ -3,6 +3,7 @@ package mesh
 import (
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -20,6 +21,8 @@ type JWT struct {
 	AllowPreflight bool // requests of CORS with the method OPTIONS need no token
 	TerseFailures  bool // answers do not name the reason
 	Refused        bool // a part is not understood, so all requests are refused
+
+	Compiled atomic.Value `json:"-"` // of package jwt, which sets it when the filter is first used
 }
 
 // Restricts reports whether j can refuse a request. Without rules, routes may require one of the named requirements.
@@ -260,6 +263,7 @@ func (d *decoder) jwtProvider(m wire.Message, p *JWTProvider) {
 			p.Audiences = append(p.Audiences, m.String())
 		case 3:
 			p.Remote = d.remoteKeys(m.Message())
+			d.report(Traffic, "keys are not fetched, so no token of the provider is accepted")
 		case 4:
 			p.Keys = d.inline(m.Message())
 		case 5:

@@ -6,7 +6,7 @@ var carriedOut = map[string]bool{
 	networkRBACType:     true, // of inbound connections
 	networkExtAuthzType: false,
 	rbacType:            true, // of inbound requests
-	jwtType:             false,
+	jwtType:             true, // of inbound requests
 	extAuthzType:        false,
 
 	// Changes of policies by routes.

@@ -53,6 +53,23 @@ func (l *Listener) ExtensionNames() iter.Seq[string] {
 	}
 }
 
+// NeededExtensions yields the names of filters that refuse all requests without such a resource: they have no default, and are
+// not optional.
+func (l *Listener) NeededExtensions() iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for chain := range l.chains() {
+			if chain.HTTP == nil {
+				continue
+			}
+			for _, f := range chain.HTTP.Filters {
+				if f.OnItsOwn && f.Type == "" && !f.Optional && !each(yield, f.Name) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // ClusterNames yields the names of the clusters that a listener forwards to without RouteNames, and of those that its
 // policies ask.
 func (l *Listener) ClusterNames() iter.Seq[string] {

@@ -15,7 +15,8 @@ const (
 
 // Inbound returns the filter chain that an inbound connection meets, or why it is refused: the configuration refuses it, or
 // restricts it in a way that is not carried out. Both are empty if there is no listener: the connection is carried. The
-// caller ends TLS if the chain has it, and applies the chain's RBAC to the connection and to each request.
+// caller ends TLS if the chain has it, and applies the chain's RBAC and JWT to the connection and to
+// each request.
 func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	l := s.Listener(virtualInbound)
 	if l == nil {
@@ -92,15 +93,15 @@ func (l *Listener) judge(s *Snapshot, c *ConnInfo) (*FilterChain, string) {
 	return chain, ""
 }
 
-// unsupported returns why a chain is closed: it has restrictions that are not carried out. With rbac, the caller applies
-// RBAC.
-func (s *Snapshot) unsupported(chain *FilterChain, rbac bool) string {
+// unsupported returns why a chain is closed: it has restrictions that are not carried out. With enforced, the
+// caller applies RBAC and JWT.
+func (s *Snapshot) unsupported(chain *FilterChain, enforced bool) string {
 	for _, f := range chain.Policies {
-		if f.Restricts() && (f.RBAC == nil || !rbac) {
+		if f.Restricts() && (f.RBAC == nil || !enforced) {
 			return "its filter chain has the policy " + f.Name + ", which is not supported"
 		}
 	}
-	return s.judgeHTTP(chain.HTTP, rbac)
+	return s.judgeHTTP(chain.HTTP, enforced)
 }
 
 // inspected returns what the listener's filters find out about a connection.
@@ -123,7 +124,7 @@ func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
 
 // judgeHTTP returns why no request may pass. A part of the routes that is refused closes the connection: which requests it
 // concerns is seen only later.
-func (s *Snapshot) judgeHTTP(h *HTTPManager, rbac bool) string {
+func (s *Snapshot) judgeHTTP(h *HTTPManager, enforced bool) string {
 	if h == nil {
 		return ""
 	}
@@ -133,7 +134,7 @@ func (s *Snapshot) judgeHTTP(h *HTTPManager, rbac bool) string {
 			return "the configuration of the HTTP filter " + h.Filters[i].Name + " has not come"
 		case f.Refused:
 			return "the HTTP filter " + h.Filters[i].Name + " is refused"
-		case f.Restricts() && (f.RBAC == nil || !rbac):
+		case f.Restricts() && (f.RBAC == nil && f.JWT == nil || !enforced):
 			return "the HTTP filter " + f.Name + " is not supported yet"
 		}
 	}

@@ -8,7 +8,8 @@ type ControlPlane struct {
 	Streams      int64 // opened and answered
 	Failed, Lost int64 // streams that ended before a response, and after one
 	LastPush     time.Time
-	Initialized  bool // the first configuration is in force
+	Initialized  bool          // the first configuration is in force
+	Initializing time.Duration // from the start until it was
 
 	Types    []PushType
 	Findings []Findings
@@ -51,6 +52,12 @@ func (f *families) controlPlane(c *ControlPlane, draining bool) {
 		state = stateInitializing
 	}
 	f.gauge("envoy_server_state", "0: live; 1: draining; 3: without the first configuration of the control plane.").is(state)
+	if c.Initialized {
+		var took histogram
+		took.observe(uint64(c.Initializing), &durationLimits)
+		f.histogram("envoy_server_initialization_time_ms", "Time from the start until the first configuration was in force.").
+			observed(took.expose(float64(time.Millisecond)), nil)
+	}
 	f.stream(c)
 	f.pushes(c)
 	f.identity(c)

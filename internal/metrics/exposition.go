@@ -45,6 +45,8 @@ type Upstream struct {
 	Redialled         uint64 // those that repeated a failed attempt
 	Reused, Missed    uint64 // requests that found a connection in the pool, and that did not
 	Retried           uint64 // requests that were sent again
+
+	Copied, CopiesDropped uint64 // copies of requests for mirrors: sent, and left out
 }
 
 // Gate is one condition of readiness.
@@ -308,6 +310,8 @@ func (m *Metrics) fromSources(f *families) {
 		failed := f.counter("envoy_cluster_upstream_cx_connect_fail", "Failed attempts to connect upstream.")
 		retries := f.counter("envoy_cluster_upstream_rq_retry", "Requests retried on a fresh upstream connection.")
 		redialled := f.counter("pillion_redials_total", "Second and third attempts to connect upstream.")
+		copied := f.counter("pillion_mirrored_total", "Copies of requests sent to mirrors.")
+		dropped := f.counter("pillion_mirrored_dropped_total", "Copies of requests that were not sent: too long, or too many at a time.")
 		reused := f.counter("pillion_pool_reused_total", "Requests that reused a pooled connection.")
 		missed := f.counter("pillion_pool_missed_total", "Requests that found no pooled connection.")
 		for i := range m.directions {
@@ -318,6 +322,8 @@ func (m *Metrics) fromSources(f *families) {
 			failed.counts(n.Failed, cluster)
 			retries.counts(n.Retried, cluster)
 			redialled.counts(n.Redialled, direction)
+			copied.counts(n.Copied, direction)
+			dropped.counts(n.CopiesDropped, direction)
 			reused.counts(n.Reused, direction)
 			missed.counts(n.Missed, direction)
 		}

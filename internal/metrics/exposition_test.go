@@ -37,7 +37,7 @@ func everythingWith(o Options) *Metrics {
 	m.Watch(table, Sources{
 		DNS: resolver,
 		Upstream: func(d flow.Direction) Upstream {
-			return Upstream{Active: 1 + int(d), Connected: 20, Failed: 3, Redialled: 2, Reused: 40, Missed: 5, Retried: 6}
+			return Upstream{Active: 1 + int(d), Connected: 20, Failed: 3, Redialled: 2, Reused: 40, Missed: 5, Retried: 6, Copied: 8, CopiesDropped: 7}
 		},
 		AccessLog: func() (uint64, uint64) { return 100, 7 },
 		Backoffs:  func() uint64 { return 8 },
@@ -47,7 +47,7 @@ func everythingWith(o Options) *Metrics {
 		Draining:  func() bool { return true },
 		ControlPlane: func() ControlPlane {
 			return ControlPlane{
-				Connected: true, Streams: 3, Failed: 4, Lost: 2, LastPush: time.Now(), Initialized: true,
+				Connected: true, Streams: 3, Failed: 4, Lost: 2, LastPush: time.Now(), Initialized: true, Initializing: 40 * time.Millisecond,
 				Types: []PushType{
 					{Name: "CDS", Resources: 40, Accepted: 5, Rejected: 1, Bytes: 50_000, Decoding: 1500 * time.Microsecond},
 					{Name: "LDS", Resources: 21, Accepted: 6, Rejected: 2, Bytes: 60_000, Decoding: 2500 * time.Microsecond},
@@ -178,7 +178,7 @@ func TestNamesPassPromlint(t *testing.T) {
 		"envoy_cluster_upstream_rq_retry", "envoy_listener_http_downstream_rq", "envoy_cluster_manager_cds_update_rejected",
 		"envoy_cluster_manager_cds_update_success", "envoy_listener_manager_lds_update_rejected", "envoy_listener_manager_lds_update_success",
 		"istio_agent_istiod_connection_failures", "istio_agent_istiod_connection_terminations", "istio_agent_num_failed_outgoing_requests",
-		"istio_agent_num_outgoing_requests"}
+		"istio_agent_num_outgoing_requests", "envoy_server_initialization_time_ms"}
 	for _, p := range problems {
 		if !slices.Contains(given, p.Metric) {
 			t.Errorf("%s: %s", p.Metric, p.Text)

@@ -1,7 +1,6 @@
 package route
 
 import (
-	"bytes"
 	"regexp"
 	"strconv"
 	"sync"
@@ -256,13 +255,8 @@ func (q *query) match(target []byte) bool {
 
 // parameter returns the first value of a parameter in the query of a request's target. Names and values are not unescaped.
 func parameter(target []byte, name string) (value []byte, present bool) {
-	_, rest, _ := bytes.Cut(target, []byte("?"))
-	for len(rest) > 0 {
-		var pair []byte
-		pair, rest, _ = bytes.Cut(rest, []byte("&"))
-		if key, v, _ := bytes.Cut(pair, []byte("=")); string(key) == name {
-			return v, true
-		}
+	for value := range Parameters(target, name) {
+		return value, true
 	}
 	return nil, false
 }

@@ -20,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
@@ -49,6 +50,7 @@ type Sandbox struct {
 	DNSTCP []*net.TCPListener // the same over TCP
 
 	config  Config
+	ports   []uint16 // of the listeners
 	process *os.Process
 	control *net.UnixConn
 	done    chan struct{} // closed when reading control has ended
@@ -75,6 +77,8 @@ type message struct {
 	Family    int      `json:",omitempty"` // of "socket"
 	Listening []string `json:",omitempty"` // reply to "ports"
 	Files     []string `json:",omitempty"` // of "ready": what the attached descriptors are
+
+	socket int // attached to the reply to "socket"
 }
 
 const maxMessage = 256 << 10
@@ -257,6 +261,7 @@ func (s *Sandbox) adopt(kind string, fd int) error {
 	if err != nil {
 		return err
 	}
+	s.ports = append(s.ports, listener.Addr().(*net.TCPAddr).AddrPort().Port())
 	if kind == "tcp" {
 		s.TCP = append(s.TCP, listener.(*net.TCPListener))
 	} else {
@@ -284,7 +289,6 @@ func (s *Sandbox) read() {
 			s.failure = fmt.Errorf("%s: %w", m.Text, unix.Errno(m.Errno))
 			s.mu.Unlock()
 		default:
-			m.Files = nil
 			s.reply(m, files)
 		}
 	}
@@ -293,7 +297,7 @@ func (s *Sandbox) read() {
 // reply passes a reply to the call that waits for it.
 func (s *Sandbox) reply(m message, files []int) {
 	if len(files) == 1 {
-		m.Signal = files[0]
+		m.socket = files[0]
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -344,8 +348,11 @@ func (s *Sandbox) Socket(family int) (fd int, err error) {
 	if err != nil {
 		return -1, err
 	}
-	return m.Signal, nil
+	return m.socket, nil
 }
+
+// Owns reports whether a port is that of one of the listening sockets that the caller holds.
+func (s *Sandbox) Owns(port uint16) bool { return slices.Contains(s.ports, port) }
 
 // Listening returns the addresses at which processes inside listen for TCP.
 func (s *Sandbox) Listening() ([]string, error) {

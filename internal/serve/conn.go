@@ -69,6 +69,9 @@ func (c *Conn) ReadFirst(detect bool) bool {
 			s.Delay = handshakeTimeout
 		}
 	}
+	if c.mustName() {
+		s.Delay = nameTimeout
+	}
 	s.Draining, s.Budget = c.role.draining, c.role.budget
 	if !detect {
 		c.protocol = sniff.Opaque

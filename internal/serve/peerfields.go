@@ -1,30 +1,61 @@
 package serve
 
 import (
+	"cmp"
+	"sync"
+
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/secure"
 )
 
-// The treatments without a field of the connection's own.
-var (
-	keptClientCert    = &httpforward.PeerFields{ClientCert: httpforward.KeepClientCert}
-	removedClientCert = &httpforward.PeerFields{ClientCert: httpforward.RemoveClientCert}
-)
+// The treatment without an HTTP manager.
+var removedClientCert = &httpforward.PeerFields{ClientCert: httpforward.RemoveClientCert}
+
+// shared has the treatments without a field of the connection's own. The names of servers in them are those of configurations,
+// so they are few.
+var shared sync.Map
+
+// treatment returns the shared treatment with an action and the server's name of an HTTP manager.
+func treatment(action httpforward.ClientCert, h *mesh.HTTPManager) *httpforward.PeerFields {
+	return share(named(httpforward.PeerFields{ClientCert: action}, h))
+}
+
+// share returns p, once for all connections.
+func share(p httpforward.PeerFields) *httpforward.PeerFields {
+	if known, ok := shared.Load(p); ok {
+		return known.(*httpforward.PeerFields)
+	}
+	known, _ := shared.LoadOrStore(p, &p)
+	return known.(*httpforward.PeerFields)
+}
+
+// named sets the server's name in responses.
+func named(p httpforward.PeerFields, h *mesh.HTTPManager) httpforward.PeerFields {
+	if h.ServerHeader != mesh.PassServer {
+		p.Server, p.IfAbsent = cmp.Or(h.ServerName, defaultServerName), h.ServerHeader == mesh.AppendServerIfAbsent
+	}
+	return p
+}
+
+// defaultServerName is Envoy's. Istio leaves it to outbound HTTP managers (util/proxy_headers.go), so the clients of a mesh
+// see it.
+const defaultServerName = "envoy"
 
 // peers returns the treatment of fields about peers in the HTTP of a connection. Without a control plane, and in a filter
 // chain for TCP, they are fields like any other.
 func (c *Conn) peers() *httpforward.PeerFields {
-	switch p := c.clientFields(); {
-	case p == nil || !c.exchanges():
-		return p
-	case p == keptClientCert || p == removedClientCert:
-		return c.role.exchanging[p.ClientCert]
-	default:
-		p.Exchange = c.role.peers // p is the connection's own
+	p := c.clientFields()
+	if p == nil || !c.exchanges() {
 		return p
 	}
+	described := *p
+	described.Exchange, described.Introduces = c.role.peers, c.role.direction == flow.Outbound
+	if p.Element == "" {
+		return share(described)
+	}
+	return &described
 }
 
 // exchanges reports whether metadata is exchanged with the peer of a connection of HTTP, as far as its filters and its
@@ -63,9 +94,9 @@ func withoutClient(h *mesh.HTTPManager) *httpforward.PeerFields {
 	case h == nil:
 		return nil
 	case h.ClientCert == mesh.AlwaysForwardClientCert:
-		return keptClientCert
+		return treatment(httpforward.KeepClientCert, h)
 	}
-	return removedClientCert
+	return treatment(httpforward.RemoveClientCert, h)
 }
 
 // peerFields returns the treatment of the requests of a client: an x-forwarded-client-cert that it sends is kept only if
@@ -77,16 +108,17 @@ func peerFields(h *mesh.HTTPManager, session *secure.Session) (*httpforward.Peer
 	action := httpforward.AppendClientCert
 	switch h.ClientCert {
 	case mesh.ForwardClientCert, mesh.AlwaysForwardClientCert:
-		return keptClientCert, nil
+		return treatment(httpforward.KeepClientCert, h), nil
 	case mesh.AppendClientCert:
 	case mesh.ReplaceClientCert:
 		action = httpforward.ReplaceClientCert
 	default:
-		return removedClientCert, nil
+		return treatment(httpforward.RemoveClientCert, h), nil
 	}
 	element, err := secure.ClientCertElement(session, h.ClientCertDetails)
 	if err != nil {
 		return nil, &secure.Error{Failure: secure.Malformed, Detail: err.Error(), Err: err}
 	}
-	return &httpforward.PeerFields{ClientCert: action, Element: element}, nil
+	p := named(httpforward.PeerFields{ClientCert: action, Element: element}, h)
+	return &p, nil
 }

@@ -36,6 +36,7 @@ func TestAClientWithoutACertificateClaimsNoIdentity(t *testing.T) {
 }
 
 func TestWhichConnectionsHaveFieldsAboutPeers(t *testing.T) {
+	inMesh := treatment(httpforward.RemoveClientCert, &mesh.HTTPManager{})
 	http, opaque := &mesh.FilterChain{HTTP: &mesh.HTTPManager{}}, &mesh.FilterChain{TCP: &mesh.TCPProxy{}}
 	for name, c := range map[string]struct {
 		direction flow.Direction
@@ -43,10 +44,10 @@ func TestWhichConnectionsHaveFieldsAboutPeers(t *testing.T) {
 		want      *httpforward.PeerFields
 	}{
 		"no control plane":         {flow.Inbound, nil, nil},
-		"inbound HTTP":             {flow.Inbound, &governed{chain: http}, removedClientCert},
+		"inbound HTTP":             {flow.Inbound, &governed{chain: http}, inMesh},
 		"inbound TCP":              {flow.Inbound, &governed{chain: opaque}, nil},
 		"inbound without a chain":  {flow.Inbound, &governed{}, removedClientCert},
-		"outbound HTTP":            {flow.Outbound, &governed{way: mesh.Way{HTTP: http.HTTP}}, removedClientCert},
+		"outbound HTTP":            {flow.Outbound, &governed{way: mesh.Way{HTTP: http.HTTP}}, inMesh},
 		"outbound TCP or no chain": {flow.Outbound, &governed{}, nil},
 		"outbound, no plane":       {flow.Outbound, nil, nil},
 	} {
@@ -81,13 +82,37 @@ func TestWhereMetadataIsExchanged(t *testing.T) {
 	} {
 		exchange := peers.New("id", nil)
 		role := &Role{direction: c.direction, peers: exchange}
-		role.initExchange()
 		got := (&Conn{role: role, governed: c.governed}).peers()
 		if (got.Exchange != nil) != c.want || c.want && got.Introduces != (c.direction == flow.Outbound) {
 			t.Errorf("%s: %+v", name, got)
 		}
 		if role.peers = nil; (&Conn{role: role, governed: c.governed}).exchanges() {
 			t.Errorf("%s: without a description of its own, it is exchanged", name)
+		}
+	}
+}
+
+// The names are those of Envoy: its own if the configuration has none, as for the clients in a mesh.
+func TestTheNameOfTheServerInResponses(t *testing.T) {
+	for _, test := range []struct {
+		h        mesh.HTTPManager
+		name     string
+		ifAbsent bool
+	}{
+		{mesh.HTTPManager{}, "envoy", false},
+		{mesh.HTTPManager{ServerName: "istio-envoy"}, "istio-envoy", false},
+		{mesh.HTTPManager{ServerName: "istio-envoy", ServerHeader: mesh.AppendServerIfAbsent}, "istio-envoy", true},
+		{mesh.HTTPManager{ServerName: "istio-envoy", ServerHeader: mesh.PassServer}, "", false},
+	} {
+		test.h.ClientCert = mesh.AppendClientCert
+		for _, peer := range []*x509.Certificate{nil, {}} {
+			got, err := peerFields(&test.h, &secure.Session{Peer: peer})
+			if err != nil || got.Server != test.name || got.IfAbsent != test.ifAbsent {
+				t.Errorf("%+v: %+v and %v, want %q, %v", test.h, got, err, test.name, test.ifAbsent)
+			}
+		}
+		if first, second := withoutClient(&test.h), withoutClient(&test.h); first != second {
+			t.Error("connections without a certificate do not share their treatment")
 		}
 	}
 }

@@ -6,11 +6,13 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/authz"
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/jwt"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/urlpath"
@@ -73,43 +75,75 @@ type gate struct {
 	subject authz.Subject // of the connection; its Request is request while a request is judged
 	request authz.Request
 	path    []byte // a normal form that differs from the path as it was received
+
+	// What filters leave about the request that was judged last.
+	edits  []route.Edit
+	claims *jwt.Claims // nil: no token was verified
+
+	routed route.Request // the argument of filters; a field, so that it is not allocated
 }
 
 // pass returns the reply to a request that must not pass, or nil. It sets the request's path to its normal form. changed
 // reports whether that differs from the path as it was received.
 func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Request) (changed bool, reply *route.Reply) {
+	g.edits, g.claims, g.request.Metadata, g.subject.Request = nil, nil, nil, nil
 	if changed, reply = g.normalize(h, r); reply != nil {
 		return changed, reply
 	}
-	set := false
 	for i := range h.Filters {
 		f := s.Filter(&h.Filters[i])
-		if f == nil || f.Refused {
+		switch {
+		case f == nil || f.Refused:
 			return changed, route.Refused // Inbound refuses the connection as well
+		case f.Disabled:
+		case f.RBAC != nil:
+			reply = g.authorize(h, r, f.RBAC)
+		case f.JWT != nil:
+			reply = g.authenticate(r, f.JWT)
 		}
-		if f.Disabled || f.RBAC == nil {
-			continue
-		}
-		if !set {
-			g.describe(h, r)
-			set = true
-		}
-		policy := authz.Of(f.RBAC)
-		if policy.LooksAtClient() { // looked up only then, because it allocates
-			g.subject.Client = clientAddress(h, r.Fields, g.subject.Peer)
-		}
-		if v := policy.Judge(&g.subject); v.Denied {
-			return changed, denial(v.Matched)
+		if reply != nil {
+			return changed, reply
 		}
 	}
 	return changed, nil
 }
 
+// authorize applies a policy of requests.
+func (g *gate) authorize(h *mesh.HTTPManager, r *httpforward.Request, rbac *mesh.RBAC) *route.Reply {
+	if g.subject.Request == nil {
+		g.describe(r)
+	}
+	policy := authz.Of(rbac)
+	if policy.LooksAtClient() { // looked up only then, because it allocates
+		g.subject.Client = clientAddress(h, r.Fields, g.subject.Peer)
+	}
+	if v := policy.Judge(&g.subject); v.Denied {
+		return denial(v.Matched)
+	}
+	return nil
+}
+
+// authenticate verifies the tokens of a request. Filters behind it see their claims.
+func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT) *route.Reply {
+	g.routed = route.Request{
+		Method: r.Method, Path: r.Path, Authority: r.Authority, Scheme: r.Scheme, Fields: r.Fields,
+		Downstream: r.Connection.Downstream, Local: r.Connection.OriginalDestination,
+	}
+	result := jwt.Of(filter).Check(&g.routed, time.Now())
+	if result.Claims != nil {
+		g.claims = result.Claims
+		g.request.Metadata = result.Claims
+	}
+	g.edits = append(g.edits, result.Edits...)
+	return result.Reply
+}
+
 // describe sets the request that policies see.
-func (g *gate) describe(h *mesh.HTTPManager, r *httpforward.Request) {
+func (g *gate) describe(r *httpforward.Request) {
 	g.subject.Client = g.subject.Peer
 	g.request = authz.Request{
-		Method: r.Method, Authority: r.Authority, Scheme: r.Scheme, Path: r.Path, Fields: r.Fields, Scratch: g.request.Scratch,
+		Method: r.Method, Authority: r.Authority, Scheme: r.Scheme, Path: r.Path, Fields: r.Fields,
+		Metadata: g.request.Metadata, Scratch: g.request.Scratch,
 	}
 	if r.Path[0] != '/' && string(r.Method) == "CONNECT" {
 		g.request.Path = nil

@@ -29,6 +29,14 @@ type rejudge struct {
 
 // router returns the Router of a connection; nil: all requests go to its target.
 func (c *Conn) router(to *upstream.Target) httpforward.Router {
+	if c.role.egress != nil {
+		return c.permitted(c.routerOf(to), to)
+	}
+	return c.routerOf(to)
+}
+
+// routerOf returns the Router by the configuration of a control plane.
+func (c *Conn) routerOf(to *upstream.Target) httpforward.Router {
 	g := c.governed
 	if g == nil || c.role.direction == flow.Outbound {
 		return nil
@@ -55,7 +63,10 @@ func (r *rejudge) Route(request *httpforward.Request) httpforward.Decision {
 	decision := r.allowed
 	if reply != nil {
 		decision.Reply, decision.Target = reply, upstream.Target{}
-	} else if changed {
+		return decision
+	}
+	decision.Edits = r.gate.edits
+	if changed {
 		decision.Path = request.Path
 	}
 	return decision

@@ -4,7 +4,7 @@
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
 //
-//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Admit → Secure → Authorize → Dial → WatchBoth → Admit → Secure → WatchBoth → Authorize → Carry) → Close
+//	Open → (Refuse | List → AwaitConfiguration → ReadFirst → Permit → Admit → Secure → Authorize → Dial → WatchBoth → Permit → Admit → Secure → WatchBoth → Authorize → Carry) → Close
 //
 // The policies of a role, its choice of a target and everything that differs between roles stay in the role.
 package serve
@@ -41,7 +41,8 @@ type Config struct {
 	Wait time.Duration
 
 	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
-	Peers *peers.Exchange
+	Peers  *peers.Exchange
+	Egress Egress // the policy for outbound connections; nil: everything is allowed
 
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
 	// has itself.
@@ -101,9 +102,8 @@ type Role struct {
 	mesh      Mesh
 	contexts  *secure.Contexts // nil without mesh
 	peers     *peers.Exchange  // nil: metadata is not exchanged
-
-	exchanging [2]*httpforward.PeerFields // with peers, by the treatment of x-forwarded-client-cert
-	wait       time.Duration
+	wait      time.Duration
+	egress    Egress
 }
 
 // NewRole checks the configuration.
@@ -117,6 +117,7 @@ func NewRole(config Config) (*Role, error) {
 		mesh:      config.Mesh,
 		peers:     config.Peers,
 		wait:      config.Wait,
+		egress:    config.Egress,
 		budget:    config.HTTP.Budget,
 		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
@@ -134,16 +135,8 @@ func NewRole(config Config) (*Role, error) {
 	if r.mesh != nil {
 		r.contexts = secure.NewContexts(r.mesh)
 	}
-	r.initExchange()
 	r.settings.Store(&config.Settings)
 	return r, nil
-}
-
-// initExchange makes the treatments of peers with an exchange of metadata.
-func (r *Role) initExchange() {
-	for _, treatment := range []httpforward.ClientCert{httpforward.KeepClientCert, httpforward.RemoveClientCert} {
-		r.exchanging[treatment] = &httpforward.PeerFields{ClientCert: treatment, Exchange: r.peers, Introduces: r.direction == flow.Outbound}
-	}
 }
 
 // Apply replaces the settings for connections that are opened from now on. Those of HTTP also apply to later requests of
@@ -172,11 +165,13 @@ func (r *Role) Refuse(down *tcp.Conn) {
 // Open begins the walk of a connection. The returned Conn owns it from then on. When ctx ends, the connection is reset.
 // The caller must close the Conn.
 func (r *Role) Open(ctx context.Context, down *tcp.Conn) Conn {
+	w, record := tcp.NewWaiter(ctx), flow.Open(r.direction, down.RemoteAddr())
+	w.Begin(down, down.RemoteAddr().Addr())
 	return Conn{
 		Down:     down,
-		Record:   flow.Open(r.direction, down.RemoteAddr()),
+		Record:   record,
 		Settings: r.settings.Load(),
 		role:     r,
-		w:        tcp.NewWaiter(ctx),
+		w:        w,
 	}
 }

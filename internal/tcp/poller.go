@@ -33,6 +33,8 @@ type Poller struct {
 	ports  portRange                            // of the network namespace in which the poller was made
 	socket func(family int) (fd int, err error) // opens the sockets of Dial
 
+	arrivals arrivals
+
 	life      context.Context // ends with the poller
 	end       context.CancelFunc
 	lingering sync.WaitGroup // of closed connections that still send
@@ -71,6 +73,7 @@ func pollerOf(epfd int) (*Poller, error) {
 	}
 	p := &Poller{epfd: epfd, file: os.NewFile(uintptr(epfd), "epoll"), done: make(chan struct{}), ports: localPorts(), socket: socket}
 	p.turns.limit = runtime.GOMAXPROCS(0)
+	p.arrivals.init()
 	// os.NewFile does not report that the runtime cannot watch a file, but such a file does not support deadlines.
 	if err := p.file.SetReadDeadline(time.Time{}); err != nil {
 		p.file.Close()
@@ -83,6 +86,7 @@ func pollerOf(epfd int) (*Poller, error) {
 	}
 	p.life, p.end = context.WithCancel(context.Background())
 	go p.run(raw.Read)
+	go p.admit()
 	return p, nil
 }
 
@@ -111,6 +115,8 @@ func (p *Poller) Close() error {
 	p.lingering.Wait()
 	err := p.file.Close()
 	<-p.done
+	close(p.arrivals.stop)
+	<-p.arrivals.stopped
 	return err
 }
 
@@ -127,9 +133,7 @@ func (p *Poller) run(read func(func(fd uintptr) bool) error) {
 			if err == unix.EINTR {
 				continue
 			}
-			for i := range n {
-				p.dispatch(&events[i])
-			}
+			p.dispatch(events[:max(n, 0)])
 			if n < len(events) {
 				return false
 			}
@@ -137,15 +141,14 @@ func (p *Poller) run(read func(func(fd uintptr) bool) error) {
 	})
 }
 
-// dispatch records an event in its connection and wakes the waiter. The serial rejects a late event of a closed connection
-// that had the same descriptor.
-func (p *Poller) dispatch(event *unix.EpollEvent) {
+// record records an event in its connection, and returns the waiter to wake. The serial rejects a late event of a closed
+// connection that had the same descriptor.
+func (p *Poller) record(event *unix.EpollEvent) *Waiter {
 	if c := p.conns.get(int(event.Fd)); c != nil && c.serial == uint32(event.Pad) {
 		c.ready.Or(event.Events)
-		if w := c.waiter.Load(); w != nil {
-			w.wake()
-		}
+		return c.waiter.Load()
 	}
+	return nil
 }
 
 // WakeAll ends all waits in progress, as an event would, and the yields of cancelled waiters, so that every owner rechecks state outside its connections, such

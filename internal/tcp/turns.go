@@ -80,9 +80,7 @@ func (p *Poller) poll() {
 	events := polled.Get().(*[64]unix.EpollEvent)
 	defer polled.Put(events)
 	n, _ := epollReady(p.epfd, events[:]) // an interrupted call is made again by the next turn
-	for i := range n {
-		p.dispatch(&events[i])
-	}
+	p.dispatch(events[:max(n, 0)])
 }
 
 // polled has memory for events. On the stack of a connection's goroutine it would double that stack, which stays while the

@@ -28,6 +28,7 @@ type Waiter struct {
 	news     atomic.Uint32        // the bits below
 	round    uint16               // low bits of the last call of Poller.WakeAll that the owner has seen
 	waits    uint8                // in succession that ended at once; see busyWaits
+	class    uint8                // of the peer; see Begin
 	turn     atomic.Pointer[turn] // made by the first Yield
 
 	// The timer is made by the first wait with a deadline, and goes on after a wait that was not brief: most waits of a

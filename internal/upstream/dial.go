@@ -36,6 +36,8 @@ type Stats struct {
 	Reused, Missed    atomic.Uint64 // requests that found a connection in the pool, and that did not
 	Retried           atomic.Uint64 // requests that were sent again
 
+	Copied, CopiesDropped atomic.Uint64 // copies for mirrors that were sent, or at least begun, and that were not
+
 	open tcp.Set // the connections of Active
 }
 

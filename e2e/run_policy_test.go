@@ -1,0 +1,265 @@
+package e2e
+
+import (
+	"crypto/tls"
+	"encoding/hex"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// world has the servers of good.example and evil.example, over HTTP of both versions and TLS, and records what arrives.
+type world struct {
+	*caller
+	mu    sync.Mutex
+	hosts []string    // of requests to good.example's server
+	evil  int         // connections to evil.example's servers
+	other *nameServer // another DNS server
+}
+
+const (
+	goodAddress  = "203.0.113.81"
+	evilAddress  = "203.0.113.66"
+	evilAddress6 = "2001:db8:2::66"
+)
+
+func newWorld(t *testing.T, c *caller) *world {
+	t.Helper()
+	w := &world{caller: c}
+	for _, address := range []string{goodAddress + "/32", evilAddress + "/32", evilAddress6 + "/128"} {
+		c.peer.AddAddress(t, "lo", netip.MustParsePrefix(address))
+	}
+	w.other = startNameServer(t, c.peer, netip.MustParseAddr(evilAddress))
+	w.serve(t, goodAddress, func(net.Conn) {}, func(r *http.Request) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.hosts = append(w.hosts, r.Host)
+	})
+	for _, address := range []string{evilAddress, "[" + evilAddress6 + "]"} {
+		w.serve(t, address, func(net.Conn) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.evil++
+		}, func(*http.Request) {})
+	}
+	return w
+}
+
+// serve serves HTTP at port 80 and HTTPS at port 443 of an address.
+func (w *world) serve(t *testing.T, host string, accepted func(net.Conn), requested func(*http.Request)) {
+	t.Helper()
+	for _, port := range []string{"80", "443"} {
+		server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			requested(r)
+			io.WriteString(w, "served\n")
+		}))
+		server.Listener.Close()
+		server.Listener = w.peer.Listen(t, "tcp", host+":"+port)
+		server.Config.ErrorLog = log.New(io.Discard, "", 0)
+		server.Config.ConnState = func(conn net.Conn, state http.ConnState) {
+			if state == http.StateNew {
+				accepted(conn)
+			}
+		}
+		server.Config.Protocols = new(http.Protocols)
+		server.Config.Protocols.SetHTTP1(true)
+		server.Config.Protocols.SetHTTP2(true)
+		server.Config.Protocols.SetUnencryptedHTTP2(true)
+		if port == "443" {
+			server.EnableHTTP2 = true
+			server.StartTLS()
+		} else {
+			server.Start()
+		}
+		t.Cleanup(server.Close)
+	}
+}
+
+// attempt is a way of a command to reach a server.
+type attempt struct {
+	name    string
+	command []string
+	denied  bool
+	dns     bool // it ends with the query of a name
+}
+
+func withCurl(arguments ...string) []string {
+	return append([]string{"curl", "-sS", "-k", "-m", "10", "--noproxy", "none.example"}, arguments...)
+}
+
+// withPython sends bytes to an address and prints what comes back.
+func withPython(address, port string, send []byte) []string {
+	return []string{"python3", "-c", `
+import socket, sys
+s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
+s.sendall(bytes.fromhex(sys.argv[3]))
+sys.stdout.write(s.recv(1000).decode("latin-1"))`, address, port, hex.EncodeToString(send)}
+}
+
+// try runs a command under a policy. It returns its output, and the reasons of the records.
+func (w *world) try(t *testing.T, flags, command []string) (output string, reasons []string) {
+	t.Helper()
+	stdout, stderr, _ := w.run(t, append(append(append([]string{"--log", "json"}, flags...), "--", "sh", "-c", `"$@" 2>&1`, "sh"), command...)...)
+	for _, r := range recorded(t, stderr) {
+		reasons = append(reasons, r.Reason)
+	}
+	return stdout, reasons
+}
+
+// clientHello returns the first bytes of TLS with a server name; with ech, the name is that of the outer ClientHello.
+func clientHello(t *testing.T, name string, ech []byte) []byte {
+	t.Helper()
+	near, far := net.Pipe()
+	config := &tls.Config{ServerName: name, InsecureSkipVerify: true}
+	if ech != nil {
+		config.ServerName, config.EncryptedClientHelloConfigList = "hidden.example", ech
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tls.Client(near, config).Handshake()
+	}()
+	hello := make([]byte, 16<<10)
+	n, err := far.Read(hello)
+	if err != nil {
+		t.Fatal(err)
+	}
+	far.Close()
+	<-done
+	return hello[:n]
+}
+
+// Under --default deny nothing passes but what is allowed, whatever a client claims, and a denied server is not dialled.
+func TestRunDeniesWhatIsNotAllowed(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		w := newWorld(t, c)
+		flags := []string{"--default", "deny", "--allow", "good.example:80,good.example:443", "--allow", "*.good.example"}
+		for _, a := range []attempt{
+			{name: "HTTP", command: withCurl("http://good.example/")},
+			{name: "HTTP/2", command: withCurl("--http2-prior-knowledge", "http://good.example/")},
+			{name: "HTTPS", command: withCurl("https://good.example/")},
+			{name: "a name below a wildcard", command: withCurl("http://www.good.example/")},
+			{name: "TLS without a name", command: withCurl("https://" + goodAddress + "/")},
+
+			{name: "another host", command: withCurl("http://evil.example/"), denied: true, dns: true},
+			{name: "an address", command: withCurl("http://" + evilAddress + "/"), denied: true},
+			{name: "an IPv6 address", command: withCurl("http://[" + evilAddress6 + "]/"), denied: true},
+			{name: "TLS to an address", command: withCurl("https://" + evilAddress + "/"), denied: true},
+			{name: "another port", command: withCurl("http://good.example:8080/"), denied: true},
+			{name: "a forged Host", command: withCurl("-H", "Host: good.example", "http://"+evilAddress+"/"), denied: true},
+			{name: "a forged :authority", command: withCurl("--http2-prior-knowledge", "-H", "Host: good.example", "http://"+evilAddress+"/"), denied: true},
+			{name: "a forged server name", command: withCurl("--resolve", "good.example:443:"+evilAddress, "https://good.example/"), denied: true},
+			{name: "another host of the same address", command: withCurl("--resolve", "cdn.example:80:"+goodAddress, "http://cdn.example/"), denied: true},
+			{name: "another host of the same address by TLS", command: withCurl("--resolve", "cdn.example:443:"+goodAddress, "https://cdn.example/"), denied: true},
+			{name: "a coalesced connection", command: withCurl("--http2-prior-knowledge", "-H", "Host: cdn.example", "http://good.example/"), denied: true},
+			{name: "a proxy", command: withCurl("--proxy", "http://good.example:80", "http://evil.example/"), denied: true},
+			{name: "CONNECT", command: withCurl("-p", "--proxy", "http://good.example:80", "http://evil.example/"), denied: true},
+			{name: "a target unlike Host", denied: true, command: withPython(goodAddress, "80",
+				[]byte("GET http://good.example/ HTTP/1.1\r\nHost: cdn.example\r\n\r\n"))},
+			{name: "bytes to an address", command: withPython(evilAddress, "80", []byte("\x00\x01\x02")), denied: true},
+			{name: "an encrypted ClientHello", command: withPython(goodAddress, "443", clientHello(t, "", echConfigs(t, "cdn.example"))), denied: true},
+			{name: "a broken ClientHello", command: withPython(goodAddress, "443", append([]byte{22, 3, 1, 1, 0, 9}, make([]byte, 255)...)), denied: true},
+			{name: "another DNS server", denied: true, dns: true, command: []string{"python3", "-c", `
+import socket, struct
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(5)
+s.connect(("` + evilAddress + `", 53))
+s.send(struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + b"\4evil\7example\0\0\1\0\1")
+print("rcode", s.recv(1000)[3] & 15)`}},
+		} {
+			output, reasons := w.try(t, flags, a.command)
+			if denied := slices.Contains(reasons, "denied"); denied != a.denied {
+				t.Errorf("%s: denied %v, the records have %q\n%s", a.name, denied, reasons, output)
+			}
+			if served := strings.Contains(output, "served"); served == a.denied {
+				t.Errorf("%s: the command printed %q", a.name, output)
+			}
+			if a.name == "another DNS server" && output != "rcode 5\n" {
+				t.Errorf("%s: %q, want REFUSED", a.name, output)
+			}
+			if a.name == "an address" && output != "pillion: "+evilAddress+":80 is not allowed by a rule\n" {
+				t.Errorf("%s: %q, want the reason", a.name, output)
+			}
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.evil != 0 {
+			t.Errorf("evil.example's servers received %d connections", w.evil)
+		}
+		for _, host := range w.hosts {
+			if host != "good.example" && host != "www.good.example" && host != goodAddress {
+				t.Errorf("good.example's server received a request for %s", host)
+			}
+		}
+		for _, s := range []*nameServer{w.names, w.other} {
+			for len(s.queries) > 0 {
+				if query := <-s.queries; s == w.other || strings.Contains(query, "evil") {
+					t.Errorf("a server was asked for %s", query)
+				}
+			}
+		}
+	})
+}
+
+// echConfigs returns a configuration of encrypted ClientHellos whose outer name is name.
+func echConfigs(t *testing.T, name string) []byte {
+	t.Helper()
+	const x25519, sha256, aes128 = 0x20, 1, 1
+	key := make([]byte, 32)
+	key[0] = 9 // the base point, a valid public key
+	contents := []byte{1, 0, x25519, 0, 32}
+	contents = append(contents, key...)
+	contents = append(contents, 0, 4, 0, sha256, 0, aes128, 0, byte(len(name)))
+	contents = append(append(contents, name...), 0, 0)
+	config := append([]byte{0xfe, 0x0d, 0, byte(len(contents))}, contents...)
+	return append([]byte{0, byte(len(config))}, config...)
+}
+
+// A denied host is denied by name and by address.
+func TestRunDeniesWhatIsDenied(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		w := newWorld(t, c)
+		flags := []string{"--deny", "evil.example,2001:db8:2::/64"}
+		for _, a := range []attempt{
+			{name: "another host", command: withCurl("http://good.example/")},
+			{name: "another host's address", command: withCurl("http://" + goodAddress + "/")},
+			{name: "its name", command: withCurl("http://evil.example/"), denied: true},
+			{name: "its address", command: withCurl("http://" + evilAddress + "/"), denied: true},
+			{name: "TLS", command: withCurl("--resolve", "evil.example:443:"+evilAddress, "https://evil.example/"), denied: true},
+			{name: "a forged server name", command: withCurl("--resolve", "good.example:443:"+evilAddress, "https://good.example/"), denied: true},
+			{name: "its network", command: withCurl("http://[" + evilAddress6 + "]/"), denied: true},
+		} {
+			output, reasons := w.try(t, flags, a.command)
+			if denied := slices.Contains(reasons, "denied"); denied != a.denied || strings.Contains(output, "served") == a.denied {
+				t.Errorf("%s: denied %v, the records have %q\n%s", a.name, denied, reasons, output)
+			}
+		}
+		if w.evil != 0 {
+			t.Errorf("evil.example's servers received %d connections", w.evil)
+		}
+	})
+}
+
+// Rules that cannot be meant are refused before anything starts.
+func TestRunRefusesSenselessRules(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "caller")
+	for _, flags := range [][]string{
+		{"--allow", "good.example"}, {"--deny", "good..example"}, {"--deny", "203.0.113.7/24"}, {"--deny", "good.example:0"}, {"--default", "maybe"},
+	} {
+		stdout, stderr, code := execute(t, ns, nil, append(append([]string{"run"}, flags...), "--", "echo", "started")...)
+		if code != 2 || stdout != "" || !strings.HasPrefix(stderr, "pillion: error: ") {
+			t.Errorf("%q: exit status %d, %s%s", flags, code, stdout, stderr)
+		}
+	}
+}

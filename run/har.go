@@ -1,0 +1,245 @@
+package run
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/live"
+)
+
+// harFile writes requests as an HTTP Archive, version 1.2, which the developer tools of browsers open. The file is complete
+// when it is closed.
+type harFile struct {
+	file    *os.File
+	out     *bufio.Writer
+	entries int
+}
+
+type harCreator struct {
+	Name    string `json:"name"`
+	Version string `json:"version"`
+}
+
+// harEntry is an entry of the archive. Sizes are -1 if they are not known.
+type harEntry struct {
+	Started  string      `json:"startedDateTime"`
+	Time     float64     `json:"time"`
+	Request  harRequest  `json:"request"`
+	Response harResponse `json:"response"`
+	Cache    struct{}    `json:"cache"`
+	Timings  harTimings  `json:"timings"`
+	Server   string      `json:"serverIPAddress,omitempty"`
+	Port     string      `json:"connection,omitempty"` // of the client
+	Comment  string      `json:"comment,omitempty"`    // the reason of a failure
+}
+
+type harRequest struct {
+	Method      string     `json:"method"`
+	URL         string     `json:"url"`
+	Version     string     `json:"httpVersion"`
+	Cookies     []harField `json:"cookies"`
+	Headers     []harField `json:"headers"`
+	Query       []harField `json:"queryString"`
+	HeadersSize int        `json:"headersSize"`
+	BodySize    int64      `json:"bodySize"`
+}
+
+type harResponse struct {
+	Status      int        `json:"status"`
+	StatusText  string     `json:"statusText"`
+	Version     string     `json:"httpVersion"`
+	Cookies     []harField `json:"cookies"`
+	Headers     []harField `json:"headers"`
+	Content     harContent `json:"content"`
+	Redirect    string     `json:"redirectURL"`
+	HeadersSize int        `json:"headersSize"`
+	BodySize    int64      `json:"bodySize"`
+}
+
+type harContent struct {
+	Size     int64  `json:"size"`
+	MimeType string `json:"mimeType"`
+}
+
+type harField struct {
+	Name  string `json:"name"`
+	Value string `json:"value"`
+}
+
+type harTimings struct {
+	Send    float64 `json:"send"`
+	Wait    float64 `json:"wait"`
+	Receive float64 `json:"receive"`
+}
+
+func openHAR(path, version string) (*harFile, error) {
+	file, err := createPrivate(path)
+	if err != nil {
+		return nil, err
+	}
+	h := &harFile{file: file, out: bufio.NewWriter(file)}
+	creator, err := json.Marshal(harCreator{"pillion", version})
+	if err == nil {
+		_, err = h.out.WriteString(`{"log":{"version":"1.2","creator":` + string(creator) + `,"entries":[`)
+	}
+	if err != nil {
+		file.Close()
+		return nil, err
+	}
+	return h, nil
+}
+
+// write implements output.
+func (h *harFile) write(r *event) error {
+	if r.har == nil {
+		return nil
+	}
+	text, err := json.Marshal(r.har)
+	if err != nil {
+		return err
+	}
+	separator := "\n"
+	if h.entries++; h.entries > 1 {
+		separator = ",\n"
+	}
+	_, err = h.out.WriteString(separator + string(text))
+	return err
+}
+
+func (h *harFile) close() error {
+	_, err := h.out.WriteString("\n]}}\n")
+	if flushErr := h.out.Flush(); err == nil {
+		err = flushErr
+	}
+	if closeErr := h.file.Close(); err == nil {
+		err = closeErr
+	}
+	return err
+}
+
+// harOf returns the entry of a request, and nil for other records. Credentials are masked if mask is set.
+func harOf(r *flow.Record, shown *live.Record, mask bool) *harEntry {
+	if !r.IsRequest() {
+		return nil
+	}
+	version := shown.Protocol
+	milliseconds := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+	requestHead, responseHead := headFields(r.HTTP.Head, mask), headFields(r.HTTP.ResponseHead, mask)
+	target := harURL(r, shown, mask)
+	e := &harEntry{
+		Started: r.Opened.Format("2006-01-02T15:04:05.000Z07:00"), Time: milliseconds(r.Duration),
+		Request: harRequest{
+			Method: shown.Method, URL: target.String(), Version: version, Cookies: []harField{}, Headers: requestHead, Query: queryFields(target),
+			HeadersSize: sizeOf(r.HTTP.Head), BodySize: int64(shown.Received),
+		},
+		Response: harResponse{
+			Status: shown.Status, StatusText: http.StatusText(shown.Status), Version: version, Cookies: []harField{}, Headers: responseHead,
+			Content:  harContent{int64(shown.Sent), valueOf(responseHead, "content-type")},
+			Redirect: valueOf(responseHead, "location"), HeadersSize: sizeOf(r.HTTP.ResponseHead), BodySize: int64(shown.Sent),
+		},
+		Timings: harTimings{Wait: milliseconds(r.HTTP.ServiceTime), Receive: milliseconds(r.Duration - r.HTTP.ServiceTime)},
+	}
+	if host, _, err := net.SplitHostPort(shown.Destination); err == nil {
+		e.Server = host
+	}
+	e.Port = strconv.Itoa(int(r.Downstream.Port()))
+	if shown.Failed {
+		e.Comment = shown.Reason
+	}
+	return e
+}
+
+func sizeOf(head []byte) int {
+	if head == nil {
+		return -1
+	}
+	return len(head)
+}
+
+// harURL returns the URL of a request.
+func harURL(r *flow.Record, shown *live.Record, mask bool) *url.URL {
+	u := &url.URL{Scheme: "http", Host: shown.Authority}
+	if r.Security != nil {
+		u.Scheme = "https"
+	}
+	if u.Host == "" {
+		u.Host = shown.Destination
+	}
+	path, query, found := strings.Cut(shown.Path, "?")
+	if parsed, err := url.Parse(path); err == nil && parsed.Scheme != "" {
+		u.Scheme, u.Host, path = parsed.Scheme, parsed.Host, parsed.EscapedPath()
+	}
+	if unescaped, err := url.PathUnescape(path); err == nil {
+		u.Path, u.RawPath = unescaped, path
+	} else {
+		u.Path = path
+	}
+	if u.RawQuery = query; mask && found {
+		u.RawQuery = maskQuery(query)
+	}
+	return u
+}
+
+func queryFields(u *url.URL) []harField {
+	fields := []harField{}
+	for pair := range strings.SplitSeq(u.RawQuery, "&") {
+		if pair == "" {
+			continue
+		}
+		name, value, _ := strings.Cut(pair, "=")
+		fields = append(fields, harField{unescape(name), unescape(value)})
+	}
+	return fields
+}
+
+func unescape(text string) string {
+	if plain, err := url.QueryUnescape(text); err == nil {
+		return plain
+	}
+	return text
+}
+
+// headFields parses a head. The request or status line of HTTP/1 is left out, pseudo-header fields are kept.
+func headFields(head []byte, mask bool) []harField {
+	fields := []harField{}
+	for line := range bytes.Lines(head) {
+		line = bytes.TrimRight(line, "\r\n")
+		i := bytes.IndexByte(line, ':')
+		if i == 0 { // of HTTP/2
+			i = bytes.IndexByte(line[1:], ':') + 1
+		}
+		if i <= 0 || bytes.IndexByte(line[:i], ' ') >= 0 {
+			continue
+		}
+		name, value := string(line[:i]), strings.TrimSpace(string(line[i+1:]))
+		switch {
+		case !mask:
+		case secretField(name):
+			value = masked
+		case name == ":path":
+			if path, query, found := strings.Cut(value, "?"); found {
+				value = path + "?" + maskQuery(query)
+			}
+		}
+		fields = append(fields, harField{name, value})
+	}
+	return fields
+}
+
+func valueOf(fields []harField, name string) string {
+	for _, f := range fields {
+		if strings.EqualFold(f.Name, name) {
+			return f.Value
+		}
+	}
+	return ""
+}
