@@ -17,6 +17,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/configview"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/ownport"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
@@ -161,6 +162,7 @@ func (a *Agent) adminHandler() http.Handler {
 		Page:         looking,
 		Live:         looking,
 		View:         configview.Handler(a.resources()),
+		Explain:      configview.ExplainHandler(a.snapshot(), nil),
 		Certificates: certview.Handler(a.certificates()),
 		Log:          a.log,
 	})
@@ -221,6 +223,14 @@ func (a *Agent) shownControlPlane() admin.ControlPlane {
 		return nil
 	}
 	return shown{a.plane.session}
+}
+
+// snapshot returns the function that returns the configuration in force, or nil without a control plane.
+func (a *Agent) snapshot() func() *mesh.Snapshot {
+	if a.plane.session == nil {
+		return nil
+	}
+	return a.plane.session.Snapshot
 }
 
 // certificates returns the source of the workload's certificates, or nil without one.

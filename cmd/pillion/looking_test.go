@@ -28,6 +28,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
@@ -38,6 +39,7 @@ type running struct {
 	gates []live.Gate
 
 	resources func() controlplane.Resources // nil: without a control plane
+	snapshot  *mesh.Snapshot
 
 	broken  string // the path that answers 500
 	dump    string // the answer of /config_dump; empty: like the others
@@ -57,6 +59,8 @@ func newRunning(t *testing.T) *running {
 			io.WriteString(w, r.dump)
 		case strings.HasPrefix(path, "/live"):
 			shown.ServeHTTP(w, request)
+		case path == "/explain":
+			configview.ExplainHandler(func() *mesh.Snapshot { return r.snapshot }, nil).ServeHTTP(w, request)
 		case strings.HasPrefix(path, "/config/"):
 			configview.Handler(r.resources).ServeHTTP(w, request)
 		default:

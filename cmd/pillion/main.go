@@ -99,7 +99,7 @@ var commands = []struct {
 	make func() *cobra.Command
 }{
 	{"init", newInit}, {istioIPTables, newIstioIPTables}, {"cleanup", newCleanup}, {"rules", newRules}, {"agent", newAgent}, {"proxy", newProxy}, {"run", newRun},
-	{"wait", newWait}, {"status", newStatus}, {"top", newTop}, {"tap", newTap}, {"config", newConfig}, {"certs", newCerts}, {"request", newRequest}, {"bundle", newBundle}, {"check", newCheck},
+	{"wait", newWait}, {"status", newStatus}, {"top", newTop}, {"tap", newTap}, {"config", newConfig}, {"explain", newExplain}, {"certs", newCerts}, {"request", newRequest}, {"bundle", newBundle}, {"check", newCheck},
 	{"version", func() *cobra.Command { return commandline.NewVersion(version) }},
 	{"completion", func() *cobra.Command { return commandline.NewCompletion("pillion") }},
 }

@@ -52,9 +52,10 @@ type Config struct {
 
 	ControlPlane ControlPlane // nil: the agent decides alone
 
-	Page http.Handler // for a browser at /; nil serves the list of paths
-	Live http.Handler // for /live and below; optional
-	View http.Handler // for what is below /config/; optional
+	Page    http.Handler // for a browser at /; nil serves the list of paths
+	Live    http.Handler // for /live and below; optional
+	View    http.Handler // for what is below /config/; optional
+	Explain http.Handler // for /explain; optional
 
 	Certificates http.Handler // for /identity and /identity/handshake; optional
 
@@ -130,6 +131,10 @@ func init() {
 		{path: "/drain_listeners", help: "drain listeners", changes: true, parameters: []string{
 			"graceful: announce first, stop listening after the delay", "skip_exit: keep listening; requires graceful", "inboundonly: drain inbound only",
 		}, run: (*handler).drain},
+		{path: "/explain", help: "what becomes of a request, by the configuration in force, as JSON", parameters: []string{
+			"url: of the request", "method: GET by default", "header: name: value; may be repeated", "from: outbound or inbound",
+			"destination: the original one, if the host does not determine it", "peer: identity of an inbound client",
+		}, run: (*handler).explain},
 		{path: "/healthcheck/fail", help: "cause readiness to fail", changes: true, run: (*handler).healthcheck},
 		{path: "/healthcheck/ok", help: "let readiness succeed again", changes: true, run: (*handler).healthcheck},
 		{path: "/help", help: "print this list", run: (*handler).help},
@@ -280,8 +285,13 @@ func (h *handler) live(w http.ResponseWriter, r *http.Request) {
 	h.Live.ServeHTTP(w, r)
 }
 
-func (h *handler) view(w http.ResponseWriter, r *http.Request) {
-	if h.View == nil {
+func (h *handler) view(w http.ResponseWriter, r *http.Request) { h.show(h.View, w, r) }
+
+func (h *handler) explain(w http.ResponseWriter, r *http.Request) { h.show(h.Explain, w, r) }
+
+// show lets shown answer, which takes one of the few turns of expensive requests.
+func (h *handler) show(shown http.Handler, w http.ResponseWriter, r *http.Request) {
+	if shown == nil {
 		notSupported(w)
 		return
 	}
@@ -289,7 +299,7 @@ func (h *handler) view(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer h.end()
-	h.View.ServeHTTP(w, r)
+	shown.ServeHTTP(w, r)
 }
 
 // identity serves certificates. A handshake counts as a request in progress.

@@ -215,6 +215,7 @@ func sample(t *commanded) Config {
 		Page:        text("a page"),
 		Live:        text("live"),
 		View:        text("view"),
+		Explain:     text("explanation"),
 		Log:         slog.New(slog.DiscardHandler),
 	}
 }
@@ -283,6 +284,7 @@ func TestPaths(t *testing.T) {
 		{"GET", "/live/events", 200, "live", ""},
 		{"GET", "/config/", 200, "view", ""},
 		{"GET", "/config/cluster?name=a", 200, "view", ""},
+		{"GET", "/explain?url=http://web/", 200, "explanation", ""},
 		{"GET", "/config", 404, "invalid path. admin commands are:\n" + list(), ""},
 		{"GET", "/listeners", 200, "virtualOutbound::127.0.0.1:15001\nvirtualOutbound::[::1]:15001\nvirtualInbound::0.0.0.0:15006\nvirtualInbound::[::]:15006\nreadiness::0.0.0.0:15021\n", ""},
 		{"GET", "/listeners?format=xml", 400, "format=\"xml\": use text or json\n", ""},

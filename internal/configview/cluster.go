@@ -81,10 +81,13 @@ func (c *collection) assignments() map[string]*mesh.Assignment {
 }
 
 func hostsOf(c *mesh.Cluster, assignments map[string]*mesh.Assignment) []Endpoint {
-	assignment := c.Hosts
 	if c.Discovery == mesh.ByEDS {
-		assignment = assignments[c.Assignment]
+		return endpointsOf(c, assignments[c.Assignment])
 	}
+	return endpointsOf(c, c.Hosts)
+}
+
+func endpointsOf(c *mesh.Cluster, assignment *mesh.Assignment) []Endpoint {
 	if assignment == nil {
 		return nil
 	}

@@ -1,5 +1,6 @@
 // Package configview shows people what a control plane has configured: one value for each object, shorter than the resource
 // and in words, with its state and what of it is not honoured. The values are compiled from the resources' bytes on request.
+// Explain follows a request through the configuration in force.
 package configview
 
 import (

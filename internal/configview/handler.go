@@ -23,7 +23,7 @@ func Handler(resources func() controlplane.Resources) http.Handler {
 		case !ok:
 			http.NotFound(w, r)
 		case resources == nil:
-			http.Error(w, "this agent has no control plane: set --control-plane", http.StatusNotFound)
+			http.Error(w, noControlPlane, http.StatusNotFound)
 		case what == "findings":
 			serve(w, struct {
 				Findings []Finding `json:"findings"`
@@ -33,6 +33,8 @@ func Handler(resources func() controlplane.Resources) http.Handler {
 		}
 	})
 }
+
+const noControlPlane = "this agent has no control plane: set --control-plane"
 
 func serveView(w http.ResponseWriter, r *http.Request, resources func() controlplane.Resources, what string) {
 	kind, err := ParseKind(what)

@@ -91,10 +91,15 @@ func hostOf(h *mesh.VirtualHost, refused bool) Host {
 		shown.Domains = append(shown.Domains, text)
 	}
 	for i := range h.Routes {
-		r := &h.Routes[i]
-		shown.Routes = append(shown.Routes, Route{Name: r.Name, Match: routeMatch(&r.Match), To: routeTo(r), With: routeWith(r, h), Origin: r.Origin, Refused: r.Refused || shown.Refused})
+		r := routeOf(&h.Routes[i], h)
+		r.Refused = r.Refused || shown.Refused
+		shown.Routes = append(shown.Routes, r)
 	}
 	return shown
+}
+
+func routeOf(r *mesh.Route, h *mesh.VirtualHost) Route {
+	return Route{Name: r.Name, Match: routeMatch(&r.Match), To: routeTo(r), With: routeWith(r, h), Origin: r.Origin, Refused: r.Refused}
 }
 
 // routeMatch describes the requests that a route is for. A star stands for any text.

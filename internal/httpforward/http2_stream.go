@@ -21,6 +21,7 @@ type stream struct {
 	interim int // interim responses so far
 
 	begun      bool       // the head of the final response was sent downstream
+	withheld   bool       // the request was not forwarded: see lane.resetFollows
 	tunnel     bool       // a successful response turns the stream into a tunnel
 	head       bool       // the response to HEAD has no body
 	introduced introduced // what the client has sent of itself

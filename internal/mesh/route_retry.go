@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"slices"
 	"strings"
 	"time"
 
@@ -65,6 +66,18 @@ var retryConditions = map[string]RetryConditions{
 	"internal":               RetryInternal,
 	"resource-exhausted":     RetryResourceExhausted,
 	"unavailable":            RetryUnavailable,
+}
+
+// String returns the conditions as they stand in retry_on.
+func (r RetryConditions) String() string {
+	var names []string
+	for name, condition := range retryConditions {
+		if r&condition != 0 {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return strings.Join(names, ",")
 }
 
 const defaultBackOff = 25 * time.Millisecond

@@ -14,7 +14,7 @@ type Step struct {
 }
 
 // Explain finds what Find does, and returns the routes that were compared with the request, in their order. The last one is
-// the route that matched, unless none did. Explain allocates, and is meant for people.
+// the route that matched, if there is one. Explain allocates, and is meant for people.
 func (t *Table) Explain(r *Request) (Choice, []Step) {
 	c := t.Find(r)
 	if c.Host == nil || c.Host.Refused {

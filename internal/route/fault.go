@@ -1,6 +1,7 @@
 package route
 
 import (
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
@@ -12,7 +13,8 @@ import (
 type faults struct {
 	source  *mesh.Fault
 	headers []header
-	abort   *Reply // nil: requests are not aborted
+	abort   *Reply       // nil: requests are not aborted
+	active  atomic.Int64 // delays in progress
 }
 
 // noFaults stands for faults that are turned off.
@@ -74,5 +76,18 @@ func (f *faults) decide(r *Request, cluster string) (delay time.Duration, abort 
 	if f.abort != nil && r.drawn(f.source.AbortFraction) {
 		abort = f.abort
 	}
+	return f.limited(delay, abort)
+}
+
+// limited returns faults, or no faults if as many as are allowed are active. A fault is active while it delays a request.
+func (f *faults) limited(delay time.Duration, abort *Reply) (time.Duration, *Reply) {
+	if f.source.MaxActive == nil || delay == 0 && abort == nil {
+		return delay, abort
+	}
+	if f.active.Add(1) > int64(*f.source.MaxActive) {
+		f.active.Add(-1)
+		return 0, nil
+	}
+	time.AfterFunc(delay, func() { f.active.Add(-1) })
 	return delay, abort
 }

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
@@ -182,6 +183,7 @@ func TestRewrites(t *testing.T) {
 		{separated, "/v2", nil, "/api", "/v2"},
 		{prefix, "/", nil, "http://host/v1/a", "http://host/a"},
 		{prefix, "", &mesh.RegexRewrite{Pattern: "/v1/([a-z]+)/([a-z]+)", Substitution: `/\2/\1/\0`}, "/v1/a/b?q=/v1/x/y", "/b/a//v1/a/b?q=/v1/x/y"},
+		{prefix, "", &mesh.RegexRewrite{Pattern: "(1)()()()()()()()(/)", Substitution: `\9\1`}, "/v1/1", `/v/11`},
 		{prefix, "", &mesh.RegexRewrite{Pattern: "1", Substitution: `$1\\`}, "/v1/1", `/v$1\/$1\`},
 	} {
 		r := to("c")
@@ -365,6 +367,32 @@ func TestTheMostSpecificFaultCounts(t *testing.T) {
 			t.Errorf("%s: %+v with the filter's fault", test.name, reply)
 		}
 	}
+}
+
+func TestActiveFaultsAreLimited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := to("c")
+		r.Filters.Fault = &mesh.Fault{Delay: time.Second, DelayFraction: mesh.Fraction{Numerator: 100, Denominator: 100}, MaxActive: new(uint32(2))}
+		table := Of(everything(mesh.VirtualHost{Routes: []mesh.Route{r}}))
+		delays := func() (n int) {
+			for range 5 {
+				request := request("GET /")
+				c := table.Find(request)
+				if c.Outcome(request, false).Delay > 0 {
+					n++
+				}
+			}
+			return n
+		}
+		if n := delays(); n != 2 {
+			t.Errorf("%d requests are delayed", n)
+		}
+		time.Sleep(2 * time.Second)
+		if n := delays(); n != 2 {
+			t.Errorf("%d requests are delayed afterwards", n)
+		}
+		time.Sleep(2 * time.Second)
+	})
 }
 
 func TestCrossOriginRequests(t *testing.T) {

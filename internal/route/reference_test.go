@@ -295,6 +295,21 @@ func (c chooser) request() *Request {
 	return r
 }
 
+// A header and a parameter are two conditions.
+func TestAllConditionsHaveToBeMet(t *testing.T) {
+	r := to("c")
+	r.Match.Headers = []mesh.HeaderMatcher{{Name: "x", Present: true}}
+	r.Match.Query = []mesh.QueryMatcher{{Name: "q", Present: true}}
+	for target, fields := range map[string][]string{"/": nil, "/?q": nil, "/?p": {"x", ""}} {
+		if got := result(find(r, request("GET "+target, fields...))); got != "no route" {
+			t.Errorf("%s with %q: %s", target, fields, got)
+		}
+	}
+	if got := result(find(r, request("GET /?q", "x", ""))); got != "c" {
+		t.Errorf("%s", got)
+	}
+}
+
 // Routes are found as the reference finds them.
 func TestRoutesAreThoseOfTheReference(t *testing.T) {
 	seed := rand.Uint64()

@@ -71,6 +71,36 @@ func TestConfigAsText(t *testing.T) {
 	golden(t, "no_findings.txt", terminal.Findings(nil, false))
 }
 
+func TestExplanationsAsText(t *testing.T) {
+	web := configview.Route{Name: "main", Match: "/*", To: "web-v1 (90), web-v2 (10)", With: "timeout 3s", Origin: virtualService}
+	routed := configview.Explanation{
+		Request: "GET http://web/\x1b[2J", Direction: "outbound", Destination: "10.0.0.1:80", Result: "sent to web-v1 (90), web-v2 (10)",
+		Listener: &configview.Found{Name: "0.0.0.0_80", Why: "it is for 0.0.0.0:80"},
+		Chain:    &configview.Chain{Match: "plain HTTP", TLS: "none", To: "routes 80"},
+		Table:    "80", VirtualHost: &configview.Found{Name: "web:80", Why: "its domain is web"}, Route: &web,
+		Tried: []configview.Tried{
+			{Route: configview.Route{Name: "canary", Match: "/*, x-canary"}, Close: true, Why: "header x-canary is absent, must be present"},
+			{Route: configview.Route{Match: "/a*"}, Why: "path / does not begin with /a"},
+			{Route: configview.Route{Match: "/b*"}, Why: "path / does not begin with /b"},
+		},
+		SentAs: "http://internal/", Timeouts: "3s, 1s for each try", Retries: "2, on 5xx",
+		Clusters: []configview.Target{
+			{Cluster: views()["clusters"].Clusters[0], Share: "90%", SNI: "outbound_.80_._.web"},
+			{Cluster: views()["clusters"].Clusters[2], Share: "10%"},
+		},
+	}
+	denied := configview.Explanation{
+		Request: "POST http://web/", Direction: "inbound", Destination: "10.0.0.1:80", Result: "refused: rbac denies the request",
+		Listener: &configview.Found{Name: "virtualInbound", Why: "it accepts inbound connections"},
+		Verdicts: []configview.Verdict{{Name: "jwt", Per: "request", Verdict: "not known: it verifies tokens of issuer"}, {Name: "rbac", Per: "request", Verdict: "denied", Reasons: []string{"a: does not apply, since path"}}},
+		Tried:    []configview.Tried{{Route: configview.Route{Match: "/a*"}, Why: "path / does not begin with /a"}},
+	}
+	golden(t, "explain.txt", terminal.Explanation(&routed, false, false))
+	golden(t, "explain_all.txt", terminal.Explanation(&routed, true, false))
+	golden(t, "explain_colour.txt", terminal.Explanation(&routed, false, true))
+	golden(t, "explain_denied.txt", terminal.Explanation(&denied, false, true))
+}
+
 func golden(t *testing.T, name, got string) {
 	t.Helper()
 	file := filepath.Join("testdata", name)
