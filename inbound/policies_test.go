@@ -2,6 +2,7 @@ package inbound
 
 import (
 	"bufio"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -355,4 +357,77 @@ func TestTokens(t *testing.T) {
 		}
 	}
 	c.Close()
+}
+
+// http2 returns a client that speaks HTTP/2 on one connection of the mesh.
+func (m *meshRig) http2(t *testing.T, port uint16) *http.Client {
+	t.Helper()
+	conn, err := m.handshake(t, m.Dial(t, m.At(port)), m.client, "istio-h2", "istio", "h2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var protocols http.Protocols
+	protocols.SetUnencryptedHTTP2(true)
+	transport := &http.Transport{Protocols: &protocols, DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+// TestPoliciesOfRequestsOverHTTP2 judges each stream as requests of HTTP/1 are judged.
+func TestPoliciesOfRequestsOverHTTP2(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Deny, ofAdmin, anything), rbac(mesh.Allow, anything, ofClient))
+	c := m.http2(t, 81)
+	for _, r := range []struct {
+		path, raw string
+		status    int
+		seen      string
+	}{
+		{"/", "", 200, "/"},
+		{"/admin", "", 403, ""},
+		{"/public/../admin", "", 403, ""},
+		{"//admin", "", 403, ""},
+		{"/admin", "/%61dmin", 403, ""},
+		{"/admin/../public//x", "", 200, "/public/x"},
+		{"/\x00", "/%00", 400, ""},
+		{"/last", "", 200, "/last"},
+	} {
+		request := &http.Request{Method: "GET", URL: &url.URL{Scheme: "http", Host: "a", Path: r.path, RawPath: r.raw}, Header: http.Header{}}
+		response, err := c.Do(request)
+		if err != nil {
+			t.Fatalf("%s: %v", r.path, err)
+		}
+		io.Copy(io.Discard, response.Body)
+		response.Body.Close()
+		got := m.Await(t)
+		if seen := response.Header.Get("Seen-Target"); response.StatusCode != r.status || seen != r.seen || (got.Reason == flow.PolicyDenied) != (r.status == 403) {
+			t.Errorf("%s: %d, the workload saw %q; want %d, %q; the record has %v", r.path, response.StatusCode, seen, r.status, r.seen, got.Reason)
+		}
+	}
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Allow, anything, ofOthers))
+	response, err := c.Get("http://a/")
+	if err != nil || response.StatusCode != 403 {
+		t.Errorf("after the policies changed: %v, %v", response, err)
+	}
+	m.Await(t)
+}
+
+// A client's own copies of the fields that claims become are removed from streams, too.
+func TestForgedClaimsOverHTTP2(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP")
+	h := m.plane.InForce.Load().Listener("virtualInbound").Chains[0].HTTP
+	h.Filters = []mesh.HTTPFilter{{Name: "jwt", JWT: &mesh.JWT{Providers: []mesh.JWTProvider{{
+		Name: "me", Issuer: "me", ClaimHeaders: []mesh.ClaimHeader{{Header: "Seen-Sub", Claim: "sub"}},
+	}}}}}
+	request, err := http.NewRequest("GET", "http://a/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Header.Set("Seen-Sub", "forged")
+	response, err := m.http2(t, 81).Do(request)
+	if err != nil || response.StatusCode != 200 || response.Header.Get("Seen-Target") != "/" || response.Header.Get("Seen-Claims") != "" {
+		t.Errorf("%+v, %v", response, err)
+	}
+	m.Await(t)
 }

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"strings"
@@ -184,12 +185,23 @@ func answer(conn net.Conn, certificate *tls.Certificate) {
 			if err != nil {
 				return
 			}
-			claims := ""
-			if h := request.Header; h.Get("Seen-Sub") != "" {
-				claims = fmt.Sprintf("%s, %v, %v", strings.Join(h["Seen-Sub"], " "), h.Get("Authorization") != "", len(h["X-Payload"]) == 1 && len(h.Get("X-Payload")) > 20)
-			}
-			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSeen-Claims: "+claims+"\r\nSeen-Target: "+request.RequestURI+"\r\nSeen-Cert: "+request.Header.Get("X-Forwarded-Client-Cert")+"\r\n\r\n")
+			io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n")
+			seen(request).Write(conn)
+			io.WriteString(conn, "\r\n")
 		}
+	case 'P':
+		var protocols http.Protocols
+		protocols.SetUnencryptedHTTP2(true)
+		server := http.Server{Protocols: &protocols, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { maps.Copy(w.Header(), seen(r)) })}
+		ended := make(chan net.Conn)
+		server.ConnState = func(conn net.Conn, state http.ConnState) {
+			if state == http.StateClosed {
+				close(ended)
+			}
+		}
+		conns := make(chan net.Conn, 1)
+		conns <- begun{conn, in}
+		server.Serve(&oneConn{conns, ended})
 	case 22:
 		inner := tls.Server(begun{conn, in}, &tls.Config{Certificates: []tls.Certificate{*certificate}})
 		io.Copy(inner, inner)
@@ -197,6 +209,34 @@ func answer(conn net.Conn, certificate *tls.Certificate) {
 		io.Copy(conn, in)
 	}
 }
+
+// seen returns what the workload sees of a request, as fields of the response.
+func seen(r *http.Request) http.Header {
+	claims := ""
+	if h := r.Header; h.Get("Seen-Sub") != "" {
+		claims = fmt.Sprintf("%s, %v, %v", strings.Join(h["Seen-Sub"], " "), h.Get("Authorization") != "", len(h["X-Payload"]) == 1 && len(h.Get("X-Payload")) > 20)
+	}
+	return http.Header{
+		"Seen-Claims": {claims}, "Seen-Target": {r.RequestURI}, "Seen-Cert": {r.Header.Get("X-Forwarded-Client-Cert")},
+	}
+}
+
+// oneConn is a listener that accepts one connection, and is closed when that ends.
+type oneConn struct {
+	conns, ended chan net.Conn
+}
+
+func (l *oneConn) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.ended:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *oneConn) Close() error   { return nil }
+func (l *oneConn) Addr() net.Addr { return &net.TCPAddr{} }
 
 // begun is a connection of which some bytes were read.
 type begun struct {
@@ -424,46 +464,5 @@ func TestAPushBindsAClientThatIsSilent(t *testing.T) {
 	}
 	if got := m.Await(t); got.Reason != flow.MeshRefused {
 		t.Errorf("the reason is %v", got.Reason)
-	}
-}
-
-// A push ends no connection, but binds the next request.
-func TestAPushBindsTheNextRequest(t *testing.T) {
-	for _, secured := range []bool{false, true} {
-		m := newMeshRig(t, "PERMISSIVE, auto")
-		var conn net.Conn = m.Dial(t, m.At(81))
-		if secured {
-			var err error
-			if conn, err = m.handshake(t, conn, m.client, "istio-http/1.1", "istio", "http/1.1"); err != nil {
-				t.Fatal(err)
-			}
-		}
-		in := bufio.NewReader(conn)
-		status := func() int {
-			io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-			response, err := http.ReadResponse(in, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			io.Copy(io.Discard, response.Body)
-			return response.StatusCode
-		}
-		expect := func(mode string, want int) {
-			t.Helper()
-			m.plane.InForce.Store(snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")))
-			if got := status(); got != want {
-				t.Errorf("TLS %v, %s: %d, want %d", secured, mode, got, want)
-			}
-			m.Await(t)
-		}
-		ok, refused := 200, 404
-		if !secured {
-			ok, refused = refused, ok
-		}
-		expect("PERMISSIVE, auto", 200)
-		expect("STRICT, auto", ok)
-		expect("PERMISSIVE, auto", 200)
-		expect("DISABLE, auto", refused)
-		conn.Close()
 	}
 }

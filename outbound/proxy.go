@@ -28,6 +28,7 @@ type Config struct {
 	Settings     serve.Settings     // until the first Apply
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
 	Egress       serve.Egress       // the policy for destinations; nil: all are allowed
+	Decryption   serve.Decryption   // of TLS; nil: none is decrypted
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
@@ -50,15 +51,16 @@ func New(config Config) (*Proxy, error) {
 		return nil, errors.New("outbound: OwnPorts and OwnAddresses are required")
 	}
 	role, err := serve.NewRole(serve.Config{
-		Direction: flow.Outbound,
-		Poller:    config.Poller,
-		Flows:     config.Flows,
-		Settings:  config.Settings,
-		HTTP:      config.HTTP,
-		Egress:    config.Egress,
-		Mesh:      config.Mesh,
-		Wait:      config.Wait,
-		Peers:     config.Peers,
+		Direction:  flow.Outbound,
+		Poller:     config.Poller,
+		Flows:      config.Flows,
+		Settings:   config.Settings,
+		HTTP:       config.HTTP,
+		Egress:     config.Egress,
+		Decryption: config.Decryption,
+		Mesh:       config.Mesh,
+		Wait:       config.Wait,
+		Peers:      config.Peers,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("outbound: %w", err)
@@ -97,10 +99,10 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	}
 	to := target(dst)
 	c.Direct(&to)
-	if !c.HTTP() && !c.Dial(&to) {
+	if !c.Decrypt(&to) || !c.HTTP() && !c.Dial(&to) {
 		return
 	}
-	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) {
+	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) || !c.Decrypt(&to) || !c.HTTP() && !c.Dial(&to) || !c.WatchBoth() {
 		return
 	}
 	c.Carry(&to)

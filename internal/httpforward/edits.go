@@ -15,7 +15,7 @@ type edited struct {
 	request route.Request // as it was received
 	record  *flow.Record  // of the request
 
-	fields   HeaderFields // of the message that is edited, as they were received; nil: none
+	fields   HeaderFields // of the message that is edited, as they were received; nil: it has no such fields
 	response HeaderFields // the same of a response; nil: the message is a request
 	gone     []bool       // of fields: not sent
 	added    []addition
@@ -140,7 +140,7 @@ func (e *edited) sanitize(from int) {
 }
 
 // editable reports whether edits may concern a field. Those that frame a message, or belong to one connection, are the
-// engine's own: a message whose framing is edited would be read as two.
+// engine's own: a recipient would read a message whose framing is edited as two.
 func editable(name string) bool {
 	switch name {
 	case "connection", "keep-alive", "proxy-connection", "transfer-encoding", "content-length", "te", "upgrade", "http2-settings", "host":

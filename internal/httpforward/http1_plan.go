@@ -14,17 +14,17 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// What the HTTP/1 engine does for a decision besides forwarding. The functions are not inlined, so that the frames of
+// The HTTP/1 engine's part of a decision besides forwarding. The functions are not inlined, so that the frames of
 // ordinary requests stay small.
 
 // carried is the state of an exchange whose decision is more than a target.
 type carried struct {
-	policy    *mesh.RetryPolicy // nil: no retry, or no more
+	policy    *mesh.RetryPolicy // nil: no retry is left, or allowed
 	left      uint32            // retries
 	retries   int               // so far
 	began     time.Time         // of the attempt; zero: with the request
-	status    int               // of the attempt's response; 0: none yet
-	grpc      int               // grpc-status of its head; -1: none
+	status    int               // of the attempt's response; 0: it has not arrived
+	grpc      int               // grpc-status of its head; -1: absent
 	attemptAt int               // offset in the request head of the value of attemptCountField; 0: not there
 
 	limits
@@ -142,7 +142,7 @@ func (x *exchange) pause(d time.Duration, leaves bool) (ending, bool) {
 	}
 }
 
-// sooner returns the end of the first limit, or at if that is sooner. A zero time is no limit.
+// sooner returns the end of the first limit, or at if that is sooner. A zero time does not limit.
 func (x *exchange) sooner(at time.Time) time.Time {
 	if !x.limited {
 		return at
@@ -271,6 +271,9 @@ func (x *exchange) appendEditedRequest(dst, b []byte) []byte {
 	dst = x.appendConnection(h.AppendFields(dst, b))
 	if x.s.Peers.adds() {
 		dst = x.s.Peers.appendLine(dst, h, b)
+	}
+	if x.s.Peers.readsResponses() {
+		dst = x.s.Peers.appendLines(dst, introduced{true, true})
 	}
 	dst = e.appendLines(dst)
 	if p.CountAttempts {

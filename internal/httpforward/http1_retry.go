@@ -12,7 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// Retries by the policy of a route. The safe resend (see mayRepeat) comes before them: it is no attempt of the policy.
+// Retries by the policy of a route. The safe resend (see mayRepeat) comes before them: the policy does not count it.
 
 // errRetry is the error of a response that is not forwarded, because the policy retries its request.
 var errRetry = errors.New("the response is retried")
@@ -66,7 +66,7 @@ func (x *exchange) retriesResponse() bool {
 	return false
 }
 
-// noteResponse keeps what the lease of the attempt is told of its response.
+// noteResponse keeps the parts of a response that the lease of the attempt ends with.
 //
 //go:noinline
 func (x *exchange) noteResponse(b []byte) {
@@ -75,7 +75,7 @@ func (x *exchange) noteResponse(b []byte) {
 	x.grpc = grpcStatusOf(&x.answer)
 }
 
-// attemptAgain makes further attempts until one has a connection, or none is left.
+// attemptAgain makes further attempts until one has a connection, or the policy allows no more.
 //
 //go:noinline
 func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {

@@ -15,10 +15,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/route"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -185,8 +187,8 @@ func TestTheLastOfSeveralAttempts(t *testing.T) {
 	}
 }
 
-// After a byte of a response, even an interim one, there is no retry. What downstream has seen would not fit to another
-// response.
+// After a byte of a response, even an interim one, there is no retry. Another response would not fit to the part
+// that downstream has seen.
 func TestNothingIsRetriedAfterAByteOfAResponse(t *testing.T) {
 	plan := &route.Plan{Retry: retrying(mesh.Retry5xx|mesh.RetryReset, 5)}
 	conversation{"", `
@@ -259,6 +261,43 @@ func TestARequestIsKeptUpToALimit(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// What is kept for a retry counts as held memory, and is given back with the response. While memory is short, requests are
+// not kept, and so not retried.
+func TestKeptRequestsAreHeldMemory(t *testing.T) {
+	const size = 500 << 10
+	for _, short := range []bool{false, true} {
+		o := newOrigin(t)
+		r := newRig(t, o.address, false, plain)
+		r.set(func() { withPlan(&route.Plan{Retry: retrying(mesh.Retry5xx, 1)})(r) })
+		hog := &budget.Account{}
+		w := tcp.NewWaiter(t.Context())
+		defer w.Close()
+		hog.Open(r.engine.config.Budget, w, netip.MustParseAddr("192.0.2.1"))
+		defer hog.Close()
+		if short {
+			hog.Hold(r.engine.config.Budget.Limit()/2 + 1)
+		}
+		before := r.engine.config.Budget.Used()
+		client := r.dial(t)
+		request := fmt.Sprintf("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s", size, strings.Repeat("x", size))
+		go io.WriteString(client, request)
+		server := o.accept()
+		expect(t, server, request)
+		held := func() int { return r.engine.config.Budget.Used() - before }
+		if short {
+			send(t, server, response("503 Busy"))
+			expect(t, client, response("503 Busy"))
+			continue
+		}
+		within(t, "the request is held", func() bool { return held() >= size && held() <= maxKept })
+		send(t, server, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\no")
+		expect(t, client, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\no")
+		within(t, "the memory is given back", func() bool { return held() == 0 })
+		send(t, server, "k")
+		expect(t, client, "k")
 	}
 }
 

@@ -195,6 +195,27 @@ func (m *multiplex) longestWait() (*stream, time.Time) {
 	return nil, time.Time{}
 }
 
+// maxLookahead is how many frames are searched for the reset of a request.
+const maxLookahead = 32
+
+// resetFollows reports whether the reset of a request arrived with it, as the next frame of its stream. Such a request is not
+// forwarded: in floods of them (CVE-2023-44487) each is work for the server, which keeps its other clients waiting.
+func (l *lane) resetFollows(stream uint32) bool {
+	b := l.in.Bytes()[l.parsed:]
+	for range maxLookahead {
+		if len(b) < http2.HeaderLength {
+			return false
+		}
+		h := http2.ParseHeader(b)
+		whole := http2.HeaderLength + h.Length
+		if h.Stream == stream || len(b) < whole {
+			return h.Type == http2.ResetStream && h.Check(l.frameLimit) == nil && len(b) >= whole
+		}
+		b = b[whole:]
+	}
+	return false
+}
+
 // resetStream forwards the reset of a stream.
 func (l *lane) resetStream(h http2.Header, b []byte) error {
 	s, err := l.find(h.Stream)
@@ -205,7 +226,9 @@ func (l *lane) resetStream(h http2.Header, b []byte) error {
 		return l.idleFrame() // resets crossed
 	}
 	m := l.m
-	l.out.Append(b)
+	if !s.withheld {
+		l.out.Append(b)
+	}
 	code := http2.Code(http2.Uint32(b[http2.HeaderLength:]))
 	why := http2.StreamError(h.Stream, code, "reset by its peer")
 	r := &s.http

@@ -173,7 +173,8 @@ func (m *multiplex) upstreamLost(r *reply, begun flow.Reason, err error) {
 	}
 	m.toUp.unacked = m.toUp.unacked[:0]
 	if len(m.streams.open) == 0 && rejection(err) != "" {
-		return // as after a failed dial: the first request is answered
+		m.toDown.srcErr = nil // as after a failed dial: the first request is read and answered
+		return
 	}
 	abandoned := 0
 	for _, s := range m.streams.open {
@@ -234,7 +235,7 @@ const drainGrace = time.Second
 func (m *multiplex) drain() {
 	switch {
 	case m.drainPhase == notDraining:
-		m.drainRequested = m.drainRequested || m.engine.Draining()
+		m.drainRequested = m.drainRequested || m.engine.Draining() || m.retired()
 		if !m.drainRequested || !m.toDown.settingsSent {
 			return
 		}

@@ -12,7 +12,7 @@ import (
 // memory of the connection is reported to the budget, except for the memory that every connection needs.
 
 const (
-	streamSize   = 1152 // about the size of a stream, with its places in tables
+	streamSize   = 1280 // about the size of a stream, with its places in tables
 	defaultKept  = 8 << 20
 	keptShare    = 4        // 1/keptShare of the budget is for the streams of one connection
 	fewNames     = 1 << 10  // what records keep of a stream once its connection holds too much

@@ -65,6 +65,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.tooMany(s)
 	case tooMuch:
 		return m.outOfMemory(s)
+	case m.toUp.resetFollows(id):
+		s.withheld = true
+		return nil
 	}
 	decision := m.route(m.view(s, &request, fields))
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
@@ -91,10 +94,13 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 	l, add, peers := &m.toUp, &s.settings.Fields, m.Peers
 	s.record.Upstream, s.record.UpstreamLocal, s.record.Security = m.Target.Address, m.upLocal, m.Record.Security
 	s.record.Attempts, m.attempts = max(m.attempts, 1), 1
-	if editsRequest(s.plan) || s.normalized {
+	if editsRequest(s.plan) || s.normalized || len(s.edits) > 0 {
 		block := m.appendEditedRequest(l.beginBlock(), s, fields, has)
 		if peers.adds() {
 			block = peers.appendField(block, l.encoder, fields)
+		}
+		if peers.readsResponses() {
+			block = peers.appendFields(block, l.encoder, introduced{true, true})
 		}
 		m.sendRequest(s, end, block)
 		return

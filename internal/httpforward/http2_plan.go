@@ -10,7 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/route"
 )
 
-// What the 1:1 HTTP/2 engine does for a decision besides forwarding: replies, edits, limits and leases. It cannot delay a
+// The 1:1 HTTP/2 engine's part of a decision besides forwarding: replies, edits, limits and leases. It cannot delay a
 // request, because streams have to be opened in the order of their numbers, nor send one to another endpoint or send it
 // twice: these decisions need an engine whose streams have numbers of their own.
 
@@ -18,13 +18,14 @@ import (
 type carriedStream struct {
 	plan  *route.Plan
 	made  *route.Reply // is sent in place of a response
-	lease Lease        // nil: none, or ended
-	grpc  int          // grpc-status in the head of the response; -1: none
+	lease Lease        // nil: it has ended, or was not given
+	grpc  int          // grpc-status in the head of the response; -1: absent
 
 	limits
 	totalEnd, tryEnd, streamEnd time.Time
 
-	normalized bool // the path is the one that the router decided by: see Decision.Path
+	edits      []route.Edit // of this request's header, besides those of plan
+	normalized bool         // the path is the one that the router decided by: see Decision.Path
 
 	asked blockFields // a copy of the request's fields, if an edit of the response may need it
 }
@@ -34,9 +35,10 @@ func (m *multiplex) carry(s *stream, d *Decision) {
 	s.lease, s.made, s.plan, s.grpc = d.Lease, d.Reply, d.Plan, -1
 	if d.Path != nil {
 		m.routed.Path, s.normalized = d.Path, true
-		if s.plan == nil {
-			s.plan = noPlan
-		}
+	}
+	s.edits = d.Edits
+	if (d.Path != nil || len(d.Edits) > 0) && s.plan == nil {
+		s.plan = noPlan
 	}
 	if s.plan == nil {
 		return
@@ -54,7 +56,7 @@ func (m *multiplex) carry(s *stream, d *Decision) {
 	}
 }
 
-// copyFields returns a copy whose strings share memory with nothing else.
+// copyFields returns a copy whose strings have memory of their own.
 func copyFields(fields []http2.Field) []http2.Field {
 	var text strings.Builder
 	for i := range fields {
@@ -113,6 +115,8 @@ func (m *multiplex) editRequest(s *stream, has seen) *edited {
 		e.values = appendAddress(e.values, m.Record.Downstream.Addr())
 		e.add("x-forwarded-for", from)
 	}
+	e.apply(s.edits)
+	s.edits = nil
 	e.apply(p.RequestEdits)
 	if ms := s.limits.expected().Milliseconds(); ms > 0 {
 		e.remove(expectedTimeoutField)
@@ -278,7 +282,7 @@ func (s *stream) overdue(now time.Time) *reply {
 	return nil
 }
 
-// noteResponse keeps what the lease is told of a response with these fields.
+// noteResponse keeps the parts of a response that the lease ends with.
 func (s *stream) noteResponse(fields []http2.Field) {
 	for i := range fields {
 		if fields[i].Name == grpcStatusField {

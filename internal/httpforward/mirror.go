@@ -15,7 +15,7 @@ import (
 )
 
 // Copies of requests for mirrors. A copy is sent when the whole request has arrived, by a goroutine of its own, and its
-// response is discarded. Whatever becomes of it, the request itself neither waits for it nor fails with it: copies over the
+// response is discarded. The request itself neither waits for its copies nor fails with them. Copies over the
 // bounds are dropped.
 
 const (

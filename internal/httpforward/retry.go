@@ -10,7 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/route"
 )
 
-// What both engines share of retries (Envoy's source/common/router/retry_state_impl.cc).
+// The parts of retries that both engines share (Envoy's source/common/router/retry_state_impl.cc).
 
 // maxKept is how much of a request is kept for a retry or a copy. Envoy's default limit of a request's buffer is the same.
 const maxKept = 1 << 20
@@ -101,7 +101,8 @@ func lookup(fields HeaderFields, lower string) []byte {
 	return nil
 }
 
-// backOff returns how long to wait before the n-th retry, from 1: a random part of base·(2ⁿ-1), which is bounded.
+// backOff returns how long to wait before the n-th retry, from 1: a random part of base·(2ⁿ-1) or of
+// the policy's bound, if that is less.
 func backOff(p *mesh.RetryPolicy, n int) time.Duration {
 	limit := p.MaxBackOff
 	if n < 32 && p.BackOff <= limit>>n {
@@ -113,7 +114,7 @@ func backOff(p *mesh.RetryPolicy, n int) time.Duration {
 	return rand.N(limit)
 }
 
-// limits are the times that a route allows a request. Zero is no limit.
+// limits are the times that a route allows a request. Zero does not limit.
 type limits struct {
 	total  time.Duration // from the end of the request to the end of the response
 	try    time.Duration // of one attempt, from the end of the request to the head of the response

@@ -41,7 +41,7 @@ type Request struct {
 	Previous *Decision // of the attempt before; nil for the first. Its cluster and route stand, and its Lease has ended
 }
 
-// HeaderFields are header fields by index, so that a reader needs no closure, which would be allocated.
+// HeaderFields are header fields by index, so that a reader needs no closure: that would be allocated.
 type HeaderFields = route.Fields
 
 // Decision is what becomes of a request. One of Target and Reply is set.
@@ -65,7 +65,7 @@ type Decision struct {
 	Reply *route.Reply  // is sent in place of a response; nil: the request is forwarded
 	Plan  *route.Plan   // what the route changes; nil: the request passes as it is
 	Delay time.Duration // before anything is dialled or replied, by fault injection
-	Lease Lease         // the request's place at the endpoint; nil: it has none
+	Lease Lease         // the request's place at the endpoint; nil: its place is not counted
 
 	HTTP2        bool // the protocol of the endpoint is HTTP/2; without it HTTP/1.1
 	AsDownstream bool // the protocol of the endpoint is downstream's
@@ -80,7 +80,7 @@ const MaxMirrors = 4
 type Mirror struct {
 	Target upstream.Target
 	Policy *mesh.Mirror // never nil
-	Lease  Lease        // nil: none
+	Lease  Lease        // as in Decision
 	HTTP2  bool         // as in Decision
 }
 
@@ -92,8 +92,8 @@ type Lease interface {
 
 // Outcome is the result of an attempt.
 type Outcome struct {
-	Status    int           // of the endpoint's response; 0: none arrived
-	GRPC      int           // grpc-status in the head of the response; -1: none
+	Status    int           // of the endpoint's response; 0: no response arrived
+	GRPC      int           // grpc-status in the head of the response; -1: absent
 	Reason    flow.Reason   // flow.Completed, or why the attempt failed
 	Connected bool          // there was a connection to the endpoint
 	Duration  time.Duration // of the attempt
@@ -140,7 +140,7 @@ var rootPath = []byte("/")
 
 var schemeHTTP, schemeHTTPS = []byte("http"), []byte("https")
 
-// schemeOf returns the scheme of requests whose target has none.
+// schemeOf returns the scheme of requests whose target is without one.
 func schemeOf(connection *flow.Record) []byte {
 	if connection.Security != nil && connection.Direction == flow.Inbound {
 		return schemeHTTPS
@@ -178,7 +178,7 @@ func (f *blockFields) At(i int) (name, value []byte) {
 	return readOnly(f.list[i].Name), readOnly(f.list[i].Value)
 }
 
-// readOnly returns the bytes of text, which must not be changed.
+// readOnly returns the bytes of text. They must not be changed.
 func readOnly(text string) []byte { return unsafe.Slice(unsafe.StringData(text), len(text)) }
 
 // asks reports whether the decision asks for more than a target.

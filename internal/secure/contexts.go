@@ -39,7 +39,7 @@ func NewContexts(source Source) *Contexts { return &Contexts{source: source} }
 // Names that istiod gives to the workload's own certificate and roots, in the place of a secret.
 const (
 	OwnCertificate = "default"
-	ownRoots       = "ROOTCA"
+	OwnRoots       = "ROOTCA"
 )
 
 var (
@@ -90,7 +90,7 @@ func (c *Contexts) newServer(t server) (*ServerContext, error) {
 	config.Clients = &Verifier{
 		Trust:  func() (Trust, error) { return c.trust(t.Roots) },
 		Names:  names,
-		SPIFFE: t.Roots == ownRoots,
+		SPIFFE: t.Roots == OwnRoots,
 	}
 	return NewServer(config), nil
 }
@@ -147,7 +147,7 @@ func (c *Contexts) newClient(t *mesh.UpstreamTLS, inside Inside) (*ClientContext
 		}
 		config.Servers = &Verifier{
 			Trust: func() (Trust, error) { return c.trust(t.Roots) },
-			Names: names, SPIFFE: t.Roots == ownRoots,
+			Names: names, SPIFFE: t.Roots == OwnRoots,
 		}
 	}
 	return NewClient(config), nil
@@ -227,7 +227,7 @@ func (c *Contexts) Presented(t *mesh.UpstreamTLS) []*x509.Certificate {
 
 // trust returns the current roots with a name.
 func (c *Contexts) trust(name string) (Trust, error) {
-	if name == ownRoots {
+	if name == OwnRoots {
 		if i := c.source.Identity(); i != nil {
 			return Trust{i.Roots, i.Revocations}, nil
 		}
