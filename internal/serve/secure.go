@@ -239,8 +239,18 @@ func handshakeReason(err error) flow.Reason {
 		return flow.NoDescriptors
 	case secure.NoIdentity:
 		return flow.TLSNoIdentity
-	case secure.Protocol, secure.NotTLS, secure.Version, secure.Alert:
+	case secure.Protocol, secure.NotTLS, secure.Alert:
 		return flow.TLSFailed
+	case secure.Version:
+		return flow.TLSVersion
+	case secure.NoCertificate:
+		return flow.TLSNoCertificate
+	case secure.Expired, secure.NotYetValid:
+		return flow.TLSExpired
+	case secure.UnknownRoot:
+		return flow.TLSUnknownRoot
+	case secure.NameRefused:
+		return flow.TLSNameRefused
 	}
 	return flow.TLSPeerRefused
 }
