@@ -68,7 +68,7 @@ var arrows = []struct {
 	{"internal/preflight", []string{"internal/capture", "internal/checklist", "internal/live", "internal/netns", "iptables", "iptables/kernel"},
 		"rules are tried in a namespace of their own; the agent reports its state as the live view"},
 	{"internal/terminal", []string{"internal/configview", "internal/live", "internal/certview"}, "the terminal prints values of the live view, and of what is configured"},
-	{"internal/configview", []string{"internal/authz", "internal/controlplane", "internal/envoy", "internal/mesh", "internal/route", "internal/urlpath", "internal/xds"},
+	{"internal/configview", []string{"internal/authz", "internal/controlplane", "internal/envoy", "internal/jwt", "internal/mesh", "internal/route", "internal/urlpath", "internal/xds"},
 		"objects in short are compiled from the resources of a control plane; a request is explained by the code that finds its route and judges it"},
 	{"internal/live", []string{"internal/flow", "internal/ownport"}, "the view is built from records, and serves local clients only"},
 	{"internal/certificate", []string{"internal/kubeapi"}, "an authority is published by requests to the API server"},
