@@ -14,7 +14,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/peers"
-	"github.com/pillion-proxy/pillion/internal/podinfo"
 	"github.com/pillion-proxy/pillion/internal/serve"
 )
 
@@ -52,7 +51,7 @@ func (a *Agent) addControlPlane() error {
 		return &FieldError{Field: "ControlPlane.Pod", Err: err}
 	}
 	own := a.config.Workload.Pod
-	description, err := pod.Node.Description(orNothing(own.Workload), orNothing(own.CanonicalService), orNothing(own.CanonicalRevision))
+	description, err := pod.Node.Description(known(own.Workload), known(own.CanonicalService), known(own.CanonicalRevision))
 	if err != nil {
 		return &FieldError{Field: "ControlPlane.Pod", Err: err}
 	}
@@ -62,14 +61,6 @@ func (a *Agent) addControlPlane() error {
 
 // wakeAll makes open connections look at the configuration in force.
 func (a *Agent) wakeAll() { a.poller.WakeAll() }
-
-// orNothing returns a text of podinfo, or nothing if that is not known.
-func orNothing(text string) string {
-	if text == podinfo.Unknown {
-		return ""
-	}
-	return text
-}
 
 // keptFile is the file with the last configuration.
 const keptFile = "pillion-configuration"

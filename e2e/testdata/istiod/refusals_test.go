@@ -108,7 +108,7 @@ func TestEachRefusalOfAClientHasItsReason(t *testing.T) {
 		conn.Close()
 		d.awaitRefusal(t, reason, c.cause)
 	}
-	d.awaitRefusal(t, "tls_timeout", "TLS_error:_the_peer_did_not_finish_the_handshake_in_time")
+	d.awaitRefusal(t, "tls_timeout", "TLS_error:_the_ClientHello_did_not_end_in_time")
 	stalled.Close()
 	d.checkRefusals(t)
 }
