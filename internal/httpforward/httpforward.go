@@ -92,6 +92,18 @@ type Retirement interface {
 	Retired() bool
 }
 
+// OnlyHTTP may be implemented by a Router that judges requests.
+type OnlyHTTP interface {
+	// OnlyHTTP reports whether the connection must not become opaque when its upstream does not speak HTTP/2: the bytes would
+	// pass without being judged.
+	OnlyHTTP() bool
+}
+
+func (c *Connection) onlyHTTP() bool {
+	r, ok := c.Router.(OnlyHTTP)
+	return ok && r.OnlyHTTP()
+}
+
 // retired reports whether the connection is to end.
 func (c *Connection) retired() bool {
 	if c.Router == nil {

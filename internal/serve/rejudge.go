@@ -88,6 +88,9 @@ func (r *rejudge) Retired() bool {
 	return r.retired
 }
 
+// OnlyHTTP implements httpforward.OnlyHTTP. In a filter chain for TCP the HTTP of a connection was only detected.
+func (r *rejudge) OnlyHTTP() bool { return r.chain != nil && r.chain.HTTP != nil }
+
 // look judges the connection by the snapshot in force, if that is another one.
 func (r *rejudge) look() {
 	s := r.role.mesh.Snapshot()
