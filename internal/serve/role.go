@@ -17,6 +17,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/fault"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/identity"
@@ -43,6 +44,8 @@ type Config struct {
 	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
 	Peers  *peers.Exchange
 	Egress Egress // the policy for outbound connections; nil: everything is allowed
+
+	Faults fault.Set // on purpose; nil: none
 
 	Decryption Decryption // of outbound connections; nil: none is decrypted
 
@@ -107,6 +110,7 @@ type Role struct {
 	wait       time.Duration
 	egress     Egress
 	decryption Decryption
+	faults     fault.Set
 }
 
 // NewRole checks the configuration.
@@ -122,6 +126,7 @@ func NewRole(config Config) (*Role, error) {
 		wait:       config.Wait,
 		egress:     config.Egress,
 		decryption: config.Decryption,
+		faults:     config.Faults,
 		budget:     config.HTTP.Budget,
 		dialer:     upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
