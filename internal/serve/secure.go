@@ -120,7 +120,7 @@ func (c *Conn) Direct(to *upstream.Target) {
 		to.Address = g.way.Endpoint // still Balanced: the next connection may go to another one
 	}
 	if g.way.TLS != nil {
-		to.Security = &upstream.Security{Handshake: c.handshake(g.way.TLS, c.inside())}
+		to.Security = &upstream.Security{Handshake: c.handshake(g.way.TLS, c.inside(), "")}
 	}
 }
 
@@ -149,11 +149,11 @@ func describe(record *flow.Record) func(*flow.Workload) {
 	}
 }
 
-// handshake returns what secures an upstream connection of c.
-func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
+// handshake returns what secures an upstream connection of c. host is that of a request; see secure.Contexts.
+func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside, host string) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
 	role, record := c.role, c.Record // not c, which stays on its goroutine's stack
 	return func(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) error {
-		context, err := role.contexts.Client(t, inside)
+		context, err := role.contexts.Client(t, inside, host)
 		if err != nil {
 			return &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
 		}

@@ -18,9 +18,11 @@ type verified struct {
 	roots   *identity.Roots // nil: not those of the mesh
 	allowed httpforward.Decision
 
-	snapshot *mesh.Snapshot     // that was looked at last
-	own      *identity.Identity // likewise
-	retired  bool               // by these
+	snapshot *mesh.Snapshot                       // that was looked at last
+	own      *identity.Identity                   // likewise
+	secure   func(host string) *upstream.Security // nil: the host of a request does not matter
+	host     string                               // of the last request
+	retired  bool                                 // by these
 }
 
 // verified returns nil if the connection is not secured, or if its endpoint was chosen among others: another look may choose
@@ -34,14 +36,27 @@ func (c *Conn) verified(to *upstream.Target) httpforward.Router {
 		role: c.role, info: c.info(), way: way, snapshot: c.governed.snapshot, own: c.role.mesh.Identity(),
 		allowed: httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route},
 	}
+	if inside := c.inside(); secure.NeedsHost(way.TLS, inside) {
+		r.secure = func(host string) *upstream.Security {
+			return &upstream.Security{Handshake: c.handshake(way.TLS, inside, host)}
+		}
+	}
 	if r.own != nil && way.TLS.Roots == secure.OwnRoots {
 		r.roots = r.own.Roots
 	}
 	return r
 }
 
-// Route implements httpforward.Router.
-func (r *verified) Route(*httpforward.Request) httpforward.Decision { return r.allowed }
+// Route implements httpforward.Router. Requests with different hosts do not share a connection if the host decides which
+// server is expected.
+func (r *verified) Route(request *httpforward.Request) httpforward.Decision {
+	if r.secure != nil {
+		if host := secure.HostOf(request.Authority); host != r.host {
+			r.host, r.allowed.Target.Security = host, r.secure(host)
+		}
+	}
+	return r.allowed
+}
 
 // Retired implements httpforward.Retirement.
 func (r *verified) Retired() bool {
