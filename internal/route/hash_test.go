@@ -74,6 +74,7 @@ func TestAHashIsMadeOfThePoliciesInTheirOrder(t *testing.T) {
 		{"a cookie", []mesh.HashPolicy{cookie}, request("GET /", "cookie", `a=b; c="d"`), text("d"), true},
 		{"a cookie in a second field", []mesh.HashPolicy{cookie}, request("GET /", "cookie", "a=b;x", "Cookie", "c=d"), text("d"), true},
 		{"a missing cookie", []mesh.HashPolicy{cookie}, request("GET /", "cookie", "cc=d"), 0, false},
+		{"an empty cookie", []mesh.HashPolicy{cookie}, request("GET /", "cookie", "c=; c=x"), 0, false},
 		{"a missing cookie that is given", []mesh.HashPolicy{given}, request("GET /"), text(connectionCookie), true},
 	} {
 		r := to("c")
