@@ -11,6 +11,8 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
+	"github.com/pillion-proxy/pillion/internal/fault"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/peers"
@@ -28,9 +30,11 @@ type Config struct {
 	Settings     serve.Settings     // until the first Apply
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
 	Egress       serve.Egress       // the policy for destinations; nil: all are allowed
+	Faults       fault.Set          // on purpose; nil: none
 	Decryption   serve.Decryption   // of TLS; nil: none is decrypted
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
+	Lookup       balance.Lookup     // resolves the names of Mesh's clusters; nil: they have no endpoints
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
@@ -58,8 +62,10 @@ func New(config Config) (*Proxy, error) {
 		HTTP:       config.HTTP,
 		Egress:     config.Egress,
 		Decryption: config.Decryption,
+		Faults:     config.Faults,
 		Mesh:       config.Mesh,
 		Wait:       config.Wait,
+		Lookup:     config.Lookup,
 		Peers:      config.Peers,
 	})
 	if err != nil {
@@ -98,8 +104,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		return
 	}
 	to := target(dst)
-	c.Direct(&to)
-	if !c.Decrypt(&to) || !c.HTTP() && !c.Dial(&to) {
+	if !c.Choose(&to) || !c.Decrypt(&to) || !c.Fault() || !c.HTTP() && !c.Dial(&to) {
 		return
 	}
 	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) || !c.Decrypt(&to) || !c.HTTP() && !c.Dial(&to) || !c.WatchBoth() {

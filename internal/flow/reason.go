@@ -23,6 +23,8 @@ const (
 	UpstreamTimeout     Reason = "upstream_timeout"     // no answer within the connect timeout
 	UpstreamUnreachable Reason = "upstream_unreachable" // no route, or the dial failed in another way
 	UpstreamTLS         Reason = "upstream_tls"         // the TLS handshake failed
+	NoHealthyUpstream   Reason = "no_healthy_upstream"  // the cluster has no healthy endpoint; nothing was dialled
+	UpstreamOverflow    Reason = "upstream_overflow"    // a limit of the cluster is reached; nothing was dialled
 )
 
 // Ends of a request.
@@ -49,6 +51,7 @@ const (
 	MaxConnections        Reason = "max_connections"         // the limit of connections is reached
 	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
 	NoConfiguration       Reason = "no_configuration"        // the control plane has sent no configuration in time
+	FaultInjected         Reason = "fault"                   // a fault on purpose
 	Denied                Reason = "denied"                  // the policy for outbound traffic does not allow the destination
 	PolicyDenied          Reason = "policy_denied"           // an authorization policy denies it
 	MeshRefused           Reason = "mesh_refused"            // the control plane's configuration does not let it pass
@@ -69,6 +72,7 @@ const (
 const (
 	Drained          Reason = "drained"            // neither side had sent anything when the agent drained; both sides are closed in order
 	IdleTimeout      Reason = "idle_timeout"       // nothing moved for the idle timeout
+	MaxDuration      Reason = "max_duration"       // the connection lasted as long as its configuration permits
 	HalfCloseTimeout Reason = "half_close_timeout" // one side closed, and nothing moved for the half-close timeout
 	DrainDeadline    Reason = "drain_deadline"     // still open at the end of the drain timeout
 )
@@ -118,6 +122,10 @@ var Explanations = []Explanation{
 		"There is no route to upstream, or the dial failed in another way."},
 	{UpstreamTLS, envoy.FlagsConnectFailed, envoy.FlagUpstreamConnectionFailure, envoy.ResetBeforeResponse(envoy.ResetByRemoteConnectFailure),
 		"The TLS handshake with upstream failed: its certificate is not accepted, it rejected ours, or it does not speak TLS; the log has the cause."},
+	{NoHealthyUpstream, envoy.FlagNoHealthyUpstream, envoy.FlagNoHealthyUpstream, envoy.DetailsNoHealthyUpstream,
+		"The cluster that the control plane chose has no healthy endpoint; a request was answered 503."},
+	{UpstreamOverflow, envoy.FlagUpstreamOverflow, envoy.FlagUpstreamOverflow, envoy.ResetBeforeResponse(envoy.ResetByOverflow),
+		"A limit of the cluster's connection pool or circuit breaker is reached; a request was answered 503 with `x-envoy-overloaded`."},
 	{Completed, "", "", envoy.DetailsViaUpstream,
 		"The response to a request was delivered to its end."},
 	{DownstreamLeft, "", envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft,
@@ -154,6 +162,8 @@ var Explanations = []Explanation{
 		"The process may open or watch no further connection; raise its `nofile` limit, `fs.epoll.max_user_watches`, or its memory."},
 	{NoConfiguration, envoy.FlagNoRouteFound, "", "",
 		"The control plane sent no configuration within `{ConfigurationWait}`."},
+	{FaultInjected, envoy.FlagFaultInjected, "", "",
+		"`--fault` reset the connection on purpose."},
 	{Denied, envoy.FlagNoHealthyUpstream, "", envoy.DetailsDirectResponse,
 		"The policy for outbound traffic does not allow the destination; a request was answered 403, a connection reset."},
 	{MeshRefused, envoy.FlagNoRouteFound, "", "",
@@ -186,6 +196,8 @@ var Explanations = []Explanation{
 		"Nothing moved for `{IdleTimeout}`; both sides were reset."},
 	{HalfCloseTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
 		"One side had closed and nothing moved for `{HalfCloseTimeout}`; both sides were reset."},
+	{MaxDuration, envoy.FlagDurationTimeout, "", "",
+		"The connection lasted as long as the control plane permits; both sides were reset."},
 	{Drained, "", "", "",
 		"Neither side had sent anything when the agent drained; both were closed in order."},
 	{DrainDeadline, envoy.FlagLocalReset, envoy.FlagLocalReset, envoy.ResetAfterResponse(envoy.ResetByLocal),

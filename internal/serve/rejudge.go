@@ -35,19 +35,26 @@ type rejudge struct {
 
 // router returns the Router of a connection; nil: all requests go to its target.
 func (c *Conn) router(to *upstream.Target) httpforward.Router {
-	if c.role.egress != nil {
-		return c.permitted(c.routerOf(to), to)
+	router := c.routerOf(to)
+	if len(c.role.faults) > 0 {
+		router = c.withFaults(router, to)
 	}
-	return c.routerOf(to)
+	if c.role.egress != nil {
+		return c.permitted(router, to)
+	}
+	return router
 }
 
 // routerOf returns the Router by the configuration of a control plane.
 func (c *Conn) routerOf(to *upstream.Target) httpforward.Router {
+	g := c.governed
 	switch {
-	case c.governed == nil:
+	case g == nil:
 		return nil
+	case g.routing != nil:
+		return g.routing
 	case c.role.direction == flow.Outbound:
-		return c.verified(to)
+		return c.single(to)
 	}
 	r := c.rejudge()
 	r.allowed = httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route}
