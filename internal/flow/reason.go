@@ -149,7 +149,7 @@ var Explanations = []Explanation{
 	{NoConfiguration, envoy.FlagNoRouteFound, "", "",
 		"The control plane sent no configuration within `{ConfigurationWait}`."},
 	{FaultInjected, envoy.FlagFaultInjected, "", "",
-		"`--fault` reset the connection on purpose."},
+		"A fault on purpose reset the connection."},
 	{Denied, envoy.FlagNoHealthyUpstream, "", envoy.DetailsDirectResponse,
 		"The policy for outbound traffic does not allow the destination; a request was answered 403, a connection reset."},
 	{MeshRefused, envoy.FlagNoRouteFound, "", "",
