@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
@@ -35,9 +36,10 @@ type Agent struct {
 	doors     sync.Mutex         // guards trafficListener.door
 
 	plane       controlPlane
-	resolver    *dns.Server    // nil: DNS is not captured
-	policy      *egress.Policy // nil: the workload may reach everything
-	stopPolicy  func()         // nil: no file is watched
+	balancer    *balance.Balancer // of the clusters of the control plane; nil without one
+	resolver    *dns.Server       // nil: DNS is not captured
+	policy      *egress.Policy    // nil: the workload may reach everything
+	stopPolicy  func()            // nil: no file is watched
 	probers     *probe.Probers
 	servers     []*server // in the order of shutdown
 	serverLoops sync.WaitGroup

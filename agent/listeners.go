@@ -33,6 +33,7 @@ type role interface {
 	listener.Handler
 	Announce()
 	Drain()
+	Close()
 }
 
 // trafficListener is one entry of Agent.listeners: a port, and the role that carries its connections.
@@ -94,11 +95,13 @@ func (a *Agent) addListeners() error {
 		HTTP:         a.forwarding(outboundPool, a.config.HTTP.OutboundFields),
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
+		Lookup:       a.lookup(),
 		Peers:        a.plane.peers,
 	})
 	if err != nil {
 		return err
 	}
+	a.balancer = outboundRole.Balancer()
 	add(&trafficListener{
 		name: "outbound", shown: admin.VirtualOutbound, direction: flow.Outbound, role: outboundRole, pool: outboundPool,
 		field: "Ports.Outbound", port: a.config.Ports.Outbound, addresses: loopback,
@@ -229,6 +232,13 @@ func (a *Agent) openDoor(l *trafficListener) *listener.Server {
 	}
 	door.Start()
 	return door
+}
+
+// closeRoles stops what roles do in the background.
+func (a *Agent) closeRoles() {
+	for _, l := range a.listeners {
+		l.role.Close()
+	}
 }
 
 // closeDoors leaves the ports to the kernel.

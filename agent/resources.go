@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/admin"
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/certview"
 	"github.com/pillion-proxy/pillion/internal/configdump"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
@@ -18,7 +19,10 @@ import (
 )
 
 // shown is what the admin server shows of the control plane.
-type shown struct{ *controlplane.Session }
+type shown struct {
+	*controlplane.Session
+	balancer *balance.Balancer
+}
 
 // Resources implements admin.ControlPlane.
 func (s shown) Resources() iter.Seq[configdump.Resource] {
@@ -43,7 +47,11 @@ func (s shown) Clusters() iter.Seq[admin.Cluster] {
 			return
 		}
 		for name, cluster := range snapshot.Clusters() {
-			if !yield(admin.Cluster{Name: name, Hosts: hosts(snapshot.Hosts(cluster))}) {
+			list := hosts(snapshot.Hosts(cluster))
+			if used := s.balancer.Known(name); used != nil {
+				list = usedHosts(used)
+			}
+			if !yield(admin.Cluster{Name: name, Hosts: list}) {
 				return
 			}
 		}
@@ -57,16 +65,35 @@ func hosts(assignment *mesh.Assignment) (list []admin.Host) {
 	for i := range assignment.Localities {
 		l := &assignment.Localities[i]
 		for j := range l.Endpoints {
-			e := &l.Endpoints[j]
-			host := admin.Host{
-				Address: e.Host, Port: e.Port, Weight: e.Weight, Priority: l.Priority, Health: healths[e.Health],
-				Region: l.Region, Zone: l.Zone, SubZone: l.SubZone,
-			}
-			if e.Address.IsValid() {
-				host.Address, host.Port = e.Address.Addr().String(), e.Address.Port()
-			}
-			list = append(list, host)
+			list = append(list, host(l, &l.Endpoints[j]))
 		}
+	}
+	return list
+}
+
+func host(l *mesh.Locality, e *mesh.Endpoint) admin.Host {
+	h := admin.Host{
+		Address: e.Host, Port: e.Port, Weight: e.Weight, Priority: l.Priority, Health: healths[e.Health],
+		Region: l.Region, Zone: l.Zone, SubZone: l.SubZone,
+	}
+	if e.Address.IsValid() {
+		h.Address, h.Port = e.Address.Addr().String(), e.Address.Port()
+	}
+	return h
+}
+
+// usedHosts returns the hosts of a cluster that requests have gone to. Hosts by name are there with their addresses.
+func usedHosts(c *balance.Cluster) (list []admin.Host) {
+	for _, state := range c.Hosts() {
+		h := host(state.Locality, &state.Endpoint)
+		h.Ejected = state.Ejected()
+		if total := state.Stats.Requests.Load(); total > 0 {
+			h.Use = &admin.Use{
+				Active: uint64(max(state.Active(), 0)), Total: total, Successes: state.Stats.Successes.Load(),
+				Errors: state.Stats.Failures.Load(), ConnectFailures: state.Stats.Refused.Load(),
+			}
+		}
+		list = append(list, h)
 	}
 	return list
 }
@@ -195,4 +222,16 @@ func serverName(identifier string) string {
 		return identifier
 	}
 	return strings.TrimSpace(istiod.ID + " " + istiod.Info.Version)
+}
+
+// serviceOf returns the service of a cluster, as metrics name it.
+func (a *Agent) serviceOf(cluster string) (host, name, namespace string) {
+	if a.plane.session == nil || a.plane.session.Snapshot() == nil {
+		return "", "", ""
+	}
+	c := a.plane.session.Snapshot().Cluster(cluster)
+	if c == nil {
+		return "", "", ""
+	}
+	return c.Service.Host, c.Service.Name, c.Service.Namespace
 }

@@ -222,7 +222,7 @@ func (a *Agent) shownControlPlane() admin.ControlPlane {
 	if a.plane.session == nil {
 		return nil
 	}
-	return shown{a.plane.session}
+	return shown{a.plane.session, a.balancer}
 }
 
 // snapshot returns the function that returns the configuration in force, or nil without a control plane.

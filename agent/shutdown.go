@@ -25,6 +25,7 @@ func (a *Agent) shutdown(force context.Context) error {
 	a.drainResolver(deadline)
 	a.stopControlPlane()                           // after the connections: they follow its configuration to the end
 	cut := a.cutRest() + a.poller.Settle(deadline) // those that settle later are reset when the poller closes
+	a.closeRoles()
 	a.closeDoors()
 	if err := a.telling.close(); err != nil {
 		a.log.Error("flushing the access log failed", "error", err)

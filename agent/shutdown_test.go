@@ -61,6 +61,7 @@ type recordingRole struct {
 
 func (r recordingRole) Announce() { *r.calls = append(*r.calls, r.name+" announced") }
 func (r recordingRole) Drain()    { *r.calls = append(*r.calls, r.name+" drained") }
+func (r recordingRole) Close()    { *r.calls = append(*r.calls, r.name+" closed") }
 
 // A further listener is one more entry in the list and drains in its place. Only inbound listeners announce.
 func TestShutdownWalksTheListenersInTheirOrder(t *testing.T) {
@@ -85,7 +86,7 @@ func TestShutdownWalksTheListenersInTheirOrder(t *testing.T) {
 	if err := a.shutdown(t.Context()); err != nil {
 		t.Errorf("shutdown: %v\n%s", err, log)
 	}
-	want := []string{"gateway announced", "inbound announced", "gateway drained", "inbound drained", "outbound drained"}
+	want := []string{"gateway announced", "inbound announced", "gateway drained", "inbound drained", "outbound drained", "gateway closed", "inbound closed", "outbound closed"}
 	if !slices.Equal(calls, want) {
 		t.Errorf("calls %q, want %q", calls, want)
 	}
@@ -99,6 +100,7 @@ type holdingRole struct {
 
 func (holdingRole) Announce() {}
 func (holdingRole) Drain()    {}
+func (holdingRole) Close()    {}
 
 func (r holdingRole) ServeConn(ctx context.Context, down *tcp.Conn) {
 	select {

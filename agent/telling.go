@@ -68,6 +68,7 @@ func (a *Agent) tell() error {
 	if a.config.Ports.Metrics != 0 || a.config.Ports.Status != 0 || a.config.Ports.Admin != 0 {
 		t.metrics = metrics.New(a.config.Workload.Pod, metrics.Options{
 			Version: a.config.Version, ClusterDomain: a.config.Workload.ClusterDomain, MaxSeries: a.config.Metrics.MaxSeries,
+			Service: a.serviceOf,
 		})
 		sinks = append(sinks, t.metrics)
 	}

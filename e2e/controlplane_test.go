@@ -36,9 +36,9 @@ type istiod struct {
 }
 
 // start starts istiod, and returns when it listens. mtls is the mode of inbound ports.
-func (i *istiod) start(t *testing.T, mtls string) {
+func (i *istiod) start(t *testing.T, mtls string, flags ...string) {
 	t.Helper()
-	cmd := i.pod.Command(0, 0, i.program, "-directory", i.directory, "-mtls", mtls)
+	cmd := i.pod.Command(0, 0, i.program, append([]string{"-directory", i.directory, "-mtls", mtls}, flags...)...)
 	cmd.Stderr = os.Stderr
 	i.process = i.pod.Start(t, cmd)
 	awaitListener(t, i.pod, 15012)
@@ -212,7 +212,7 @@ func TestStrictPortsRefusePlainConnectionsByName(t *testing.T) {
 	if !refusedAtOnce(t, s.inbound()) {
 		t.Error("a plain connection to a STRICT port was not refused")
 	}
-	s.agent.log.await(t, "mesh_refused", "no filter chain of virtualInbound accepts it without TLS")
+	s.agent.log.await(t, "tls_required", "no filter chain of virtualInbound accepts it without TLS: it requires mutual TLS")
 	downstream, upstream := s.outbound().connect(t)
 	converse(t, downstream, upstream)
 }

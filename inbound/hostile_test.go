@@ -198,3 +198,32 @@ func TestRenegotiationIsRefused(t *testing.T) {
 	conn.Close()
 	m.Await(t)
 }
+
+// A workload that does not answer HTTP/2 makes no connection opaque whose filter chain is for HTTP: its bytes would pass
+// without being judged.
+func TestAWorkloadWithoutHTTP2DoesNotOpenAChainForHTTP(t *testing.T) {
+	const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+	for mode, opaque := range map[string]bool{"STRICT, HTTP": false, "STRICT, TCP": true} {
+		m := newMeshRig(t, mode)
+		conns := m.Listen(t, "82")
+		conn, err := m.handshake(t, m.Dial(t, m.At(82)), m.client, "istio-h2", "istio", "h2")
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, preface)
+		workload := servetest.Take(t, conns)
+		servetest.Send(t, workload, "not HTTP/2 at all")
+		got, err := bufio.NewReader(conn).Peek(17)
+		if is := string(got) == "not HTTP/2 at all"; is != opaque {
+			t.Errorf("%s: the client reads %q, %v", mode, got, err)
+		}
+		io.WriteString(conn, "unjudged")
+		workload.CloseWrite()
+		conn.CloseWrite()
+		if all, _ := io.ReadAll(workload); strings.Contains(string(all), "unjudged") != opaque {
+			t.Errorf("%s: the workload reads %q", mode, all)
+		}
+		conn.Close()
+		workload.Close()
+	}
+}

@@ -283,7 +283,7 @@ func (m *meshRig) outcome(t *testing.T, sends int) string {
 	conn.Close()
 	got := m.Await(t)
 	switch {
-	case got.Reason == flow.MeshRefused && err != nil:
+	case (got.Reason == flow.MeshRefused || got.Reason == flow.TLSRequired) && err != nil:
 		return closed
 	case err != nil:
 		return err.Error()
@@ -373,8 +373,8 @@ func TestAFailedHandshakeHasAReason(t *testing.T) {
 		reason      flow.Reason
 		text        string
 	}{
-		"no certificate": {&tls.Certificate{}, flow.TLSPeerRefused, "the client has no certificate"},
-		"another root":   {foreign, flow.TLSPeerRefused, `issued by "CN=root of another mesh"`},
+		"no certificate": {&tls.Certificate{}, flow.TLSNoCertificate, "the client has no certificate"},
+		"another root":   {foreign, flow.TLSUnknownRoot, `issued by "CN=root of another mesh"`},
 	} {
 		conn, err := m.handshake(t, m.Dial(t, m.At(81)), c.certificate, meshHTTP...)
 		if err == nil {
@@ -462,7 +462,7 @@ func TestAPushBindsAClientThatIsSilent(t *testing.T) {
 	if got, _ := io.ReadAll(workload); len(got) > 0 {
 		t.Errorf("the workload receives %q", got)
 	}
-	if got := m.Await(t); got.Reason != flow.MeshRefused {
+	if got := m.Await(t); got.Reason != flow.TLSRequired {
 		t.Errorf("the reason is %v", got.Reason)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/fault"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
@@ -33,6 +34,7 @@ type Config struct {
 	Decryption   serve.Decryption   // of TLS; nil: none is decrypted
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
+	Lookup       balance.Lookup     // resolves the names of Mesh's clusters; nil: they have no endpoints
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
@@ -63,6 +65,7 @@ func New(config Config) (*Proxy, error) {
 		Faults:     config.Faults,
 		Mesh:       config.Mesh,
 		Wait:       config.Wait,
+		Lookup:     config.Lookup,
 		Peers:      config.Peers,
 	})
 	if err != nil {
@@ -101,8 +104,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		return
 	}
 	to := target(dst)
-	c.Direct(&to)
-	if !c.Decrypt(&to) || !c.Fault() || !c.HTTP() && !c.Dial(&to) {
+	if !c.Choose(&to) || !c.Decrypt(&to) || !c.Fault() || !c.HTTP() && !c.Dial(&to) {
 		return
 	}
 	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) || !c.Decrypt(&to) || !c.HTTP() && !c.Dial(&to) || !c.WatchBoth() {

@@ -18,11 +18,16 @@ import (
 	"github.com/pillion-proxy/pillion/internal/serve/servetest"
 )
 
+// endpointOfMesh is the address of servers at port 81.
+var endpointOfMesh = netip.AddrPortFrom(nettest.Elsewhere4, 81)
+
 const (
 	idOfServer = "spiffe://cluster.local/ns/shop/sa/server"
 	idOfClient = "spiffe://cluster.local/ns/shop/sa/client"
 	sni        = "outbound_.81_._.web.shop.svc.cluster.local"
 )
+
+var unlimited = mesh.Breakers{Connections: 1 << 30, Pending: 1 << 30, Requests: 1 << 30, Retries: 1 << 30}
 
 // meshRig is a role with a control plane, and a service whose endpoints have the given TLS modes.
 type meshRig struct {
@@ -48,7 +53,7 @@ func newMeshRig(t *testing.T, expected string, endpoints ...mesh.Endpoint) *mesh
 		return proxy
 	}}
 	edit := (*mesh.Snapshot)(nil).Edit()
-	edit.SetCluster("web", &mesh.Cluster{Name: "web", Discovery: mesh.ByEDS, Assignment: "web", Transports: []mesh.Transport{
+	edit.SetCluster("web", &mesh.Cluster{Name: "web", Discovery: mesh.ByEDS, Assignment: "web", Breakers: unlimited, Transports: []mesh.Transport{
 		{Name: "tlsMode-istio", TLSMode: "istio", TLS: &mesh.UpstreamTLS{
 			SNI: sni, ALPN: []string{"istio-peer-exchange", "istio"}, Certificate: "default", Roots: "ROOTCA",
 			Names: []mesh.NameMatcher{{StringMatcher: mesh.StringMatcher{Text: expected}}},
@@ -168,7 +173,7 @@ func (m *meshRig) request(t *testing.T, conn net.Conn, http2 bool) (*http.Respon
 }
 
 func TestEndpointsWithSidecarsAreReachedByMutualTLS(t *testing.T) {
-	m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
+	m := newMeshRig(t, idOfServer, istio(endpointOfMesh))
 	endpoint := m.serveTLS(t, "81")
 	for _, http2 := range []bool{false, true} {
 		want := seen{sni, "istio-http/1.1", idOfClient, "HTTP/1.1"}
@@ -199,7 +204,7 @@ func TestEndpointsWithSidecarsAreReachedByMutualTLS(t *testing.T) {
 
 // A server that is not the one that the configuration expects gets no byte of the client.
 func TestAnotherServerGetsNothing(t *testing.T) {
-	m := newMeshRig(t, "spiffe://cluster.local/ns/shop/sa/another", istio(netip.MustParseAddrPort("192.0.2.1:81")))
+	m := newMeshRig(t, "spiffe://cluster.local/ns/shop/sa/another", istio(endpointOfMesh))
 	endpoint := m.serveTLS(t, "81")
 	response, err := m.request(t, m.Dial(t, m.At(81)), false)
 	if err != nil || response.StatusCode != http.StatusServiceUnavailable {
@@ -221,7 +226,7 @@ func TestAnotherServerGetsNothing(t *testing.T) {
 // (TLS 1.3). That is a failed handshake as well.
 func TestARejectedCertificateIsAFailedHandshake(t *testing.T) {
 	for _, protocol := range []string{"HTTP/1.1", "HTTP/2", "other"} {
-		m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
+		m := newMeshRig(t, idOfServer, istio(endpointOfMesh))
 		foreign := securetest.New(t, "another root").Identity(t, idOfClient)
 		foreign.Roots = m.authority.Roots
 		m.plane.Own.Store(foreign)
@@ -245,7 +250,7 @@ func TestARejectedCertificateIsAFailedHandshake(t *testing.T) {
 
 // A plain server behind an endpoint that must be reached by TLS gets a ClientHello and nothing else.
 func TestNothingIsSentWithoutTLS(t *testing.T) {
-	m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
+	m := newMeshRig(t, idOfServer, istio(endpointOfMesh))
 	conns := m.Listen(t, "81")
 	client := m.Dial(t, m.At(81))
 	servetest.Send(t, client, "\x00secret")
@@ -326,7 +331,7 @@ func TestALateClientKeepsItsEndpoint(t *testing.T) {
 // verified by the roots in force.
 func TestAnotherRootRetiresConnections(t *testing.T) {
 	for _, http2 := range []bool{false, true} {
-		m := newMeshRig(t, idOfServer, istio(netip.MustParseAddrPort("192.0.2.1:81")))
+		m := newMeshRig(t, idOfServer, istio(endpointOfMesh))
 		endpoint := m.serveTLS(t, "81")
 		var dials int
 		transport := &http.Transport{Protocols: new(http.Protocols)}

@@ -153,8 +153,16 @@ func (h *hostStatus) object() object {
 	if h.Priority > 0 {
 		o["priority"] = h.Priority
 	}
-	if h.open >= 0 {
-		o["stats"] = []object{{"type": "GAUGE", "name": "cx_active", "value": strconv.Itoa(h.open)}}
+	var stats []object
+	for _, s := range h.stats() {
+		stat := object{"name": s.name, "value": strconv.FormatUint(s.value, 10)}
+		if s.gauge {
+			stat["type"] = "GAUGE"
+		}
+		stats = append(stats, stat)
+	}
+	if stats != nil {
+		o["stats"] = stats
 	}
 	locality := object{}
 	for field, value := range map[string]string{"region": h.Region, "zone": h.Zone, "sub_zone": h.SubZone} {
@@ -178,14 +186,33 @@ func (c *clusterStatus) text() string {
 			"hostname::", "health_flags::" + h.flags(), "weight::" + strconv.Itoa(int(h.Weight)), "region::" + h.Region, "zone::" + h.Zone,
 			"sub_zone::" + h.SubZone, "canary::false", "priority::" + strconv.Itoa(int(h.Priority)), "success_rate::-1", "local_origin_success_rate::-1",
 		}
-		if h.open >= 0 {
-			lines = append([]string{"cx_active::" + strconv.Itoa(h.open)}, lines...)
+		for _, s := range h.stats() {
+			fmt.Fprintf(&b, "%s::%s::%s::%d\n", c.name, address, s.name, s.value)
 		}
 		for _, line := range lines {
 			fmt.Fprintf(&b, "%s::%s::%s\n", c.name, address, line)
 		}
 	}
 	return b.String()
+}
+
+// hostStat is one of the numbers that Envoy has for a host.
+type hostStat struct {
+	name  string
+	value uint64
+	gauge bool
+}
+
+// stats returns the numbers that are known of a host, by name.
+func (h *hostStatus) stats() (list []hostStat) {
+	if h.open >= 0 {
+		list = append(list, hostStat{"cx_active", uint64(h.open), true})
+	}
+	if u := h.Use; u != nil {
+		list = append(list, hostStat{"cx_connect_fail", u.ConnectFailures, false}, hostStat{"rq_active", u.Active, true},
+			hostStat{"rq_error", u.Errors, false}, hostStat{"rq_success", u.Successes, false}, hostStat{"rq_total", u.Total, false})
+	}
+	return list
 }
 
 // joinHostPort returns the address of a host as Envoy prints it.

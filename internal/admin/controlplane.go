@@ -43,6 +43,13 @@ type Host struct {
 	Health                string // as in envoy.config.core.v3.HealthStatus, such as "HEALTHY"
 	Ejected               bool   // by outlier detection
 	Region, Zone, SubZone string
+	Use                   *Use // nil: no request has been sent to the host
+}
+
+// Use is what a host has been used for. Connections that are not HTTP count as requests.
+type Use struct {
+	Active, Total, Successes, Errors uint64
+	ConnectFailures                  uint64 // among Errors
 }
 
 // Identity is the workload's certificate and the roots that peers are verified with.

@@ -149,6 +149,23 @@ func (c *Cluster) Pick(r *Request) (Choice, Failure) {
 	return choice, None
 }
 
+// At takes a place at a host, for a request that can go to no other. It returns no lease and no failure if the host has
+// left the cluster: what is on a connection to it is finished.
+func (c *Cluster) At(host netip.AddrPort, r *Request) (Lease, Failure) {
+	v := c.view.Load()
+	for i := range v.members {
+		m := &v.members[i]
+		if m.host.Address != host && m.endpoint != nil {
+			continue
+		}
+		if lease := c.reserve(v, m.host, r); lease != nil {
+			return lease, None
+		}
+		return nil, Overflow
+	}
+	return nil, None
+}
+
 // advance compiles a view again whose weights change with time. One goroutine does it, the others use the old view.
 func (c *Cluster) advance(v *view) *view {
 	if !c.mu.TryLock() {

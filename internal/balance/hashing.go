@@ -2,6 +2,7 @@ package balance
 
 import (
 	"math"
+	"net/netip"
 	"slices"
 	"sort"
 	"strconv"
@@ -17,6 +18,12 @@ const (
 	maxTable     = 5_000_011
 	defaultTable = 65537
 )
+
+// HashAddress returns the hash of a client's address, which Envoy makes of its text.
+func HashAddress(address netip.Addr) uint64 {
+	var buffer [48]byte
+	return xxh64(address.Unmap().WithZone("").AppendTo(buffer[:0]), 0)
+}
 
 // point is a place of a host on a ring.
 type point struct {

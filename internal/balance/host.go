@@ -39,13 +39,13 @@ func (h *Host) start() {
 	h.Stats.Requests.Add(1)
 }
 
-// Outcome is how a request or connection ended.
+// Outcome is the result of an attempt of a request, or of a connection.
 type Outcome struct {
-	Status    int         // of the response; 0: none
-	GRPC      int         // grpc-status in the response's header fields; -1: none
-	Reason    flow.Reason // why there was no response
-	Connected bool        // an upstream connection was there
-	Duration  time.Duration
+	Status    int           // of the host's response; 0: none arrived
+	GRPC      int           // grpc-status in the head of the response; -1: none
+	Reason    flow.Reason   // flow.Completed or flow.Closed, or why it failed
+	Connected bool          // there was a connection to the host
+	Duration  time.Duration // of the attempt
 }
 
 // End ends a request.
@@ -120,7 +120,7 @@ func (o *Outcome) result() result {
 	switch {
 	case status == 502, status == 503, status == 504:
 		return gateway
-	case status >= 500:
+	case status >= 500, status != 0 && (o.Reason == flow.ResponseIncomplete || o.Reason == flow.UpstreamReset):
 		return failure
 	case status != 0:
 		return success

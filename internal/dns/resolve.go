@@ -127,7 +127,7 @@ func (s *Server) resolve(q *query) (reply, Query) {
 		return reply{raw: raw}, Query{Cached: true}
 	}
 	if q.joinKey == "" {
-		r := s.forward(q)
+		r := s.forward(s.queries, q)
 		return r, Query{Upstream: r.upstream}
 	}
 	s.flightsMu.Lock()
@@ -141,7 +141,7 @@ func (s *Server) resolve(q *query) (reply, Query) {
 	s.flights[q.joinKey] = own
 	s.flightsMu.Unlock()
 
-	own.reply = s.forward(q)
+	own.reply = s.forward(s.queries, q)
 	s.cache.put(q, own.reply.raw, s.now())
 	s.flightsMu.Lock()
 	delete(s.flights, q.joinKey)

@@ -43,8 +43,9 @@ type upstream struct {
 
 // forward sends q to the upstreams in turn, as a stub resolver does: to the next one if there is no answer, or if its code
 // means that the server cannot answer. If all fail like this, the last answer is returned, or SERVFAIL without an answer.
-func (s *Server) forward(q *query) reply {
-	ctx, cancel := context.WithTimeout(s.queries, budget*s.Timeout)
+// No server is blamed for a query that parent ends.
+func (s *Server) forward(parent context.Context, q *query) reply {
+	ctx, cancel := context.WithTimeout(parent, budget*s.Timeout)
 	defer cancel()
 	var last reply
 	answered := make(map[*upstream]bool)
@@ -59,7 +60,7 @@ func (s *Server) forward(q *query) reply {
 			}
 			if err != nil {
 				s.Stats.UpstreamFailures.Add(1)
-				if raw == nil && s.queries.Err() == nil && !noDescriptors(err) {
+				if raw == nil && parent.Err() == nil && !noDescriptors(err) {
 					s.failed(u, err)
 				}
 				continue

@@ -12,6 +12,7 @@ import (
 const (
 	FlagDownstreamConnectionTermination = "DC"
 	FlagDownstreamProtocolError         = "DPE"
+	FlagDurationTimeout                 = "DT"
 	FlagDownstreamRemoteReset           = "DR"
 	FlagDelayInjected                   = "DI"
 	FlagFaultInjected                   = "FI"
@@ -67,6 +68,7 @@ const (
 	ResetByLocalConnectFailure    = "local connection failure"
 	ResetByRemoteConnectFailure   = "remote connection failure"
 	ResetByLocal                  = "local reset"
+	ResetByOverflow               = "overflow"
 	ResetByProtocolError          = "protocol error"
 	ResetByRemote                 = "remote reset"
 	ResetByRemoteRefusingToStream = "remote refused stream reset"

@@ -202,6 +202,9 @@ func (x *exchange) route(b []byte) bool {
 	x.decision = s.Router.Route(x.view(b))
 	d := &x.decision
 	x.record.Cluster, x.record.Route = d.Cluster, d.Route
+	if d.Peers != nil {
+		s.Peers = d.Peers
+	}
 	if d.Plan != nil {
 		x.takePlan(b)
 	}
@@ -228,7 +231,8 @@ func (x *exchange) forbidden(b []byte) (names []byte) {
 func (x *exchange) send() {
 	s := x.s
 	x.record.Upstream, x.record.UpstreamLocal = x.wanted.Address, s.up.LocalAddr()
-	x.record.Security = s.Record.Security // a dial may have verified it
+	x.record.Security = s.security(s.up)
+	s.use.Requests++
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}

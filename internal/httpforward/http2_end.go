@@ -12,7 +12,7 @@ import (
 
 // handleError handles an error from parsing l's source. It reports whether the connection continues.
 func (m *multiplex) handleError(l *lane, err error) bool {
-	if err == errNotHTTP2 {
+	if err == errNotHTTP2 && !m.onlyHTTP() {
 		m.relayOpaque()
 		return false
 	}

@@ -28,7 +28,8 @@ type Config struct {
 	Budget    *budget.Budget  // of what connections hold while they wait; nil: no limit
 	Settings                  // until the first Apply
 
-	maxInterim int // interim responses to a request; zero: maxInterim. Tests change it
+	resetPause time.Duration // zero: resetPause. A test changes it
+	maxInterim int           // interim responses to a request; zero: maxInterim. Tests change it
 }
 
 // Settings is what may change while connections are open. A value is never modified: Apply replaces it. HTTP/1 reads it
@@ -92,6 +93,18 @@ type Retirement interface {
 	Retired() bool
 }
 
+// OnlyHTTP may be implemented by a Router that judges requests.
+type OnlyHTTP interface {
+	// OnlyHTTP reports whether the connection must not become opaque when its upstream does not speak HTTP/2: the bytes would
+	// pass without being judged.
+	OnlyHTTP() bool
+}
+
+func (c *Connection) onlyHTTP() bool {
+	r, ok := c.Router.(OnlyHTTP)
+	return ok && r.OnlyHTTP()
+}
+
 // retired reports whether the connection is to end.
 func (c *Connection) retired() bool {
 	if c.Router == nil {
@@ -122,6 +135,9 @@ func New(config Config) (*Engine, error) {
 		return nil, errors.New("httpforward: Dialer, Pool and Flows are required")
 	}
 	e := &Engine{config: config}
+	if config.resetPause == 0 {
+		e.config.resetPause = resetPause
+	}
 	if config.maxInterim == 0 {
 		e.config.maxInterim = maxInterim
 	}

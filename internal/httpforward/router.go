@@ -6,12 +6,14 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -70,6 +72,10 @@ type Decision struct {
 	HTTP2        bool // the protocol of the endpoint is HTTP/2; without it HTTP/1.1
 	AsDownstream bool // the protocol of the endpoint is downstream's
 
+	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
+	// cluster: only those of the mesh receive metadata.
+	Peers *PeerFields
+
 	Mirrors []Mirror // where copies of the request go, at most MaxMirrors
 }
 
@@ -86,18 +92,10 @@ type Mirror struct {
 
 // Lease is the place that an attempt of a request takes at its endpoint. The engine ends it exactly once, on the goroutine
 // of the connection or of the copy.
-type Lease interface {
-	End(Outcome)
-}
+type Lease = balance.Lease
 
 // Outcome is the result of an attempt.
-type Outcome struct {
-	Status    int           // of the endpoint's response; 0: no response arrived
-	GRPC      int           // grpc-status in the head of the response; -1: absent
-	Reason    flow.Reason   // flow.Completed, or why the attempt failed
-	Connected bool          // there was a connection to the endpoint
-	Duration  time.Duration // of the attempt
-}
+type Outcome = balance.Outcome
 
 // route returns the decision for a request: the Router's, or the connection's own Target.
 func (c *Connection) route(r *Request) Decision {
@@ -183,6 +181,14 @@ func readOnly(text string) []byte { return unsafe.Slice(unsafe.StringData(text),
 
 // asks reports whether the decision asks for more than a target.
 func (d *Decision) asks() bool { return d.Reply != nil || d.Delay > 0 || len(d.Mirrors) > 0 }
+
+// security describes the TLS that up speaks; without any, that of the connection's record.
+func (c *Connection) security(up *tcp.Conn) *flow.Security {
+	if s, secured := up.Label().(*flow.Security); secured {
+		return s
+	}
+	return c.Record.Security
+}
 
 // noRoute reports whether the decision names no upstream.
 func (d *Decision) noRoute() bool { return !d.Target.Address.IsValid() }

@@ -24,6 +24,7 @@ type session struct {
 	up      *tcp.Conn        // kept between requests; nil if there is no connection
 	other   *upstream.Target // of up, if elsewhere; the memory is kept
 	lastUse time.Time        // of up; zero before its first response
+	use     upstream.Use     // of up
 	idleEnd time.Time        // when a downstream without a request is closed; zero: never, or not waiting for one yet
 
 	used     bool // the server may close up at any time: it has served a request or has been idle
@@ -123,7 +124,7 @@ func (s *session) awaitRequest() bool {
 		}
 		if s.up != nil && s.up.Readable() && !s.up.Quiet() {
 			s.closeUpstream()
-			if s.orphaned = s.outlives(); !s.orphaned {
+			if s.orphaned = !s.elsewhere; s.orphaned && !s.outlives() {
 				return false
 			}
 		}
@@ -206,8 +207,8 @@ func (s *session) outlives() bool {
 // outlivesReply reports whether downstream stays open after a reply in place of upstream. The reply drops the upstream
 // connection. The client of a balanced target has read the end of it with the reply, and opens a new connection.
 func (s *session) outlivesReply() bool {
-	if s.up == nil && !s.connected {
-		return true // there was no upstream connection yet
+	if s.up == nil && !s.connected || s.elsewhere {
+		return true // there was no upstream connection yet, or the next request may have another target
 	}
 	s.orphaned = !s.target().Balanced && s.outlives()
 	return s.orphaned
@@ -264,7 +265,7 @@ func (s *session) giveUpstream() {
 	if s.bound || s.lastUse.IsZero() || s.target().Balanced {
 		s.up.Close()
 	} else {
-		s.engine.config.Pool.Give(*s.target(), s.up)
+		s.engine.config.Pool.GiveUsed(*s.target(), s.up, s.use)
 	}
 	s.up = nil
 }
@@ -295,18 +296,23 @@ func (s *session) dropUpstream() {
 
 // connect finds an upstream connection to wanted, the decided target: that of the last request, one from the pool, or a new
 // one. A pooled connection may be closed by its server at this moment, so it is only used for repeatable requests. A
-// non-repeatable request on a stale pooled connection would fail where a direct connection would not. attempts is the
-// number of dials, or 1 for a connection that was open.
+// non-repeatable request on a stale pooled connection would fail where a direct connection would not. Where a router has
+// chosen another target, the alternative is not a direct connection, and a new one to each of the targets would cost a
+// handshake for each request; a server that closes at this moment has accepted no byte of the request, which is sent again.
+// attempts is the number of dials, or 1 for a connection that was open.
 func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.Time, repeatable bool) (attempts int, err error) {
 	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
+		s.closeUpstream()
+	}
+	if s.up != nil && wanted.Over(&s.use, now) {
 		s.closeUpstream()
 	}
 	if s.up != nil {
 		return 1, nil
 	}
 	s.orphaned = false
-	if repeatable && !wanted.Balanced {
-		s.up = s.engine.config.Pool.Take(*wanted)
+	if !wanted.Balanced && (repeatable || *wanted != s.Target) {
+		s.up, s.use = s.engine.config.Pool.TakeUsed(*wanted)
 	}
 	if s.up != nil {
 		s.used, s.lastUse = true, now
@@ -323,6 +329,9 @@ func (s *session) dial(wanted *upstream.Target, settings *Settings) (attempts in
 	if err != nil {
 		return attempts, err
 	}
-	s.up, s.used, s.lastUse = up, false, time.Time{}
+	s.up, s.used, s.lastUse, s.use = up, false, time.Time{}, upstream.Use{}
+	if wanted.Security != nil && wanted.Security.Life > 0 {
+		s.use.Opened = time.Now().UnixNano()
+	}
 	return attempts, nil
 }

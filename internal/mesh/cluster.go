@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -28,14 +29,20 @@ type Cluster struct {
 	Keepalive *Keepalive   // nil: the kernel's
 	Sources   []netip.Addr // that connections are made from, one of each family; empty: the kernel chooses
 
+	Service         Service
 	External        bool   // outside of the mesh: no metadata headers are sent
 	KeepALPN        bool   // the ALPN of the transport is not replaced by that of the request's protocol
 	Origin          string // resource of the configuration that the cluster stems from
 	HasMetadataPeer bool   // istio.metadata_exchange is configured
 
+	Compiled atomic.Value `json:"-"` // of package serve, which sets it when the cluster is first used
+
 	// Refused is set if a part outside of Transports concerns security and is not understood. Connections are refused.
 	Refused bool
 }
+
+// Service is the service that a cluster belongs to, for telemetry. Its fields are empty if they are not known.
+type Service struct{ Host, Name, Namespace string }
 
 // Discovery is how a cluster finds its hosts.
 type Discovery uint8
@@ -543,6 +550,8 @@ func (d *decoder) clusterMetadata(m wire.Message, c *Cluster) {
 			name, field := d.entry(value.Message())
 			for field.Next() {
 				switch {
+				case name == "services" && field.Number == 6:
+					d.service(field.Message(), &c.Service)
 				case name == "config" && field.Number == 3:
 					c.Origin = field.String()
 				case name == "external" && field.Number == 4:
@@ -551,6 +560,27 @@ func (d *decoder) clusterMetadata(m wire.Message, c *Cluster) {
 					c.KeepALPN = field.String() == "false"
 				}
 			}
+		}
+	}
+}
+
+// service reads the first service in a list.
+func (d *decoder) service(list wire.Message, s *Service) {
+	for read := false; list.Next(); {
+		if read || list.Number != 1 {
+			continue
+		}
+		value := list.Message()
+		read = true
+		for value.Next() {
+			if value.Number != 5 {
+				continue
+			}
+			d.strings(value.Message(), func(name, text string) {
+				if to := map[string]*string{"host": &s.Host, "name": &s.Name, "namespace": &s.Namespace}[name]; to != nil {
+					*to = text
+				}
+			})
 		}
 	}
 }

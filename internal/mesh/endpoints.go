@@ -13,6 +13,18 @@ type Assignment struct {
 	Localities []Locality
 }
 
+// At returns the endpoint with an address, or nil.
+func (a *Assignment) At(address netip.AddrPort) *Endpoint {
+	for i := range a.Localities {
+		for k := range a.Localities[i].Endpoints {
+			if e := &a.Localities[i].Endpoints[k]; e.Address == address {
+				return e
+			}
+		}
+	}
+	return nil
+}
+
 // Locality is a group of endpoints.
 type Locality struct {
 	Region, Zone, SubZone string

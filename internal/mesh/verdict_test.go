@@ -166,85 +166,39 @@ func judged(t *testing.T, refusal, want string) {
 	}
 }
 
-func TestTheWayOfAnOutboundConnection(t *testing.T) {
+func TestTheChainOfAnOutboundConnection(t *testing.T) {
 	service := netip.MustParseAddrPort("198.51.100.1:80")
-	listener := func(chain *FilterChain) *Listener {
-		return &Listener{Name: "198.51.100.1_80", Direction: Outbound, Virtual: true, Addresses: []netip.AddrPort{service}, Default: chain}
+	at := func(name, address string, chain *FilterChain) *Listener {
+		return &Listener{Name: name, Direction: Outbound, Virtual: true, Addresses: []netip.AddrPort{netip.MustParseAddrPort(address)}, Filters: inspectors, Default: chain}
 	}
-	tcp := listener(&FilterChain{TCP: forwarding("c")})
-	wildcard := &Listener{Name: "0.0.0.0_80", Direction: Outbound, Virtual: true, Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:80")},
-		Default: &FilterChain{HTTP: &HTTPManager{RouteName: "80"}}}
-	routes := func(host VirtualHost) *Routes {
-		return &Routes{Name: "80", Hosts: []VirtualHost{{Name: "other"}, host}}
-	}
-	to := []Route{{Forward: &Forward{Clusters: []WeightedCluster{{Name: "d", Weight: 1}, {Name: "c", Weight: 1}}}}}
-	one := []Route{{Forward: &Forward{Clusters: []WeightedCluster{{Name: "c", Weight: 1}}}}}
-	at := func(text string) []Domain { return []Domain{{DomainExact, "web"}, {DomainExact, text}} }
-	auto := []Transport{{TLSMode: "istio", TLS: &UpstreamTLS{}}, {}}
-	cluster := func(transports ...Transport) *Cluster {
-		return &Cluster{Name: "c", Discovery: ByEDS, Assignment: "c", Transports: transports}
-	}
-	hosts := func(modes ...string) *Assignment {
-		a := &Assignment{Name: "c", Localities: []Locality{{}}}
-		for _, mode := range modes {
-			a.Localities[0].Endpoints = append(a.Localities[0].Endpoints, Endpoint{TLSMode: mode, Weight: 1, Address: netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), uint16(len(a.Localities[0].Endpoints)+1))})
-		}
-		return a
-	}
-	down := hosts("", "istio")
-	down.Localities[0].Endpoints[0].Health = Unhealthy
-	headless := hosts("istio", "istio")
-	headless.Localities[0].Endpoints[1].Address = service
-	passthrough := &Listener{Name: virtualOutbound, UseOriginalDst: true, Default: &FilterChain{TCP: forwarding("PassthroughCluster")}}
-	blackHole := &Listener{Name: virtualOutbound, UseOriginalDst: true, Default: &FilterChain{TCP: forwarding("c")}}
-	const plain, secured, byEndpoint = "", "TLS", "TLS to 192.0.2.1:2"
+	named := func(name string) *FilterChain { return &FilterChain{Name: name, TCP: forwarding("c")} }
+	exact, wildcard := at("exact", "198.51.100.1:80", named("exact")), at("wildcard", "0.0.0.0:80", named("wildcard"))
+	other := at("other", "198.51.100.2:80", named("other"))
+	passthrough := &Listener{Name: virtualOutbound, UseOriginalDst: true, Default: named("passthrough")}
 	for name, c := range map[string]struct {
 		values  []any
+		chain   string // empty: none
 		refusal string
-		way     string
 	}{
-		"no listener":                          {nil, "", plain},
-		"no listener but the catch-all":        {[]any{passthrough, &Cluster{Name: "PassthroughCluster", Discovery: OriginalDestination}}, "", plain},
-		"no listener and no other traffic":     {[]any{blackHole, &Cluster{Name: "c", Hosts: &Assignment{}}}, "the cluster c has no endpoints", plain},
-		"an unknown cluster":                   {[]any{tcp}, "the cluster c is not configured", plain},
-		"a plain cluster":                      {[]any{tcp, cluster(), hosts("")}, "", plain},
-		"a plain cluster without endpoints":    {[]any{tcp, cluster()}, "", plain},
-		"endpoints without a sidecar":          {[]any{tcp, cluster(auto...), hosts("", "")}, "", plain},
-		"endpoints with sidecars":              {[]any{tcp, cluster(auto...), hosts("istio", "istio")}, "", secured},
-		"one of two endpoints has a sidecar":   {[]any{tcp, cluster(auto...), down}, "", byEndpoint},
-		"no endpoints yet":                     {[]any{tcp, cluster(auto...)}, "the cluster c has no endpoints", plain},
-		"TLS in any case":                      {[]any{tcp, cluster(Transport{TLS: &UpstreamTLS{}}), hosts("")}, "", secured},
-		"a transport that is not understood":   {[]any{tcp, cluster(Transport{Name: "t", Refused: true}), hosts("")}, "the transport t of the cluster c", plain},
-		"a refused cluster":                    {[]any{tcp, &Cluster{Name: "c", Refused: true}}, "the cluster c is refused", plain},
-		"a refused chain":                      {[]any{listener(&FilterChain{Refused: true})}, "is refused", plain},
-		"TLS in a route to the service":        {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: one}), cluster(auto...), hosts("istio")}, "", secured},
-		"TLS in a route to the service's port": {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1:80"), Routes: one}), cluster(auto...), hosts("istio")}, "", secured},
-		"two clusters, one with TLS":           {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: to}), &Cluster{Name: "d", Discovery: ByEDS}, cluster(auto...), hosts("istio")}, "lead to several clusters", plain},
-		"two clusters without TLS":             {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: to}), &Cluster{Name: "d", Discovery: ByEDS}, cluster(), hosts("istio")}, "", plain},
-		"TLS in a route to another service":    {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.2"), Routes: one}), cluster(auto...), hosts("istio")}, "", plain},
-		"an endpoint of a headless service":    {[]any{wildcard, routes(VirtualHost{Domains: at("web"), Routes: one}), cluster(auto...), headless}, "", secured},
-		"an address that is no endpoint":       {[]any{wildcard, routes(VirtualHost{Domains: at("web"), Routes: one}), cluster(auto...), hosts("istio")}, "", plain},
-		"a host by name that requires TLS":     {[]any{wildcard, routes(VirtualHost{Domains: at("web"), Routes: one}), &Cluster{Name: "c", Discovery: StrictDNS, Hosts: &Assignment{}, Transports: []Transport{{TLS: &UpstreamTLS{}}}}}, "it may be a host of the cluster c", plain},
-		"no other traffic":                     {[]any{wildcard, routes(VirtualHost{Domains: []Domain{{Kind: DomainAny}}, Routes: []Route{{Respond: &Response{Status: 502}}}})}, "have no host for it", plain},
-		"other traffic":                        {[]any{wildcard, routes(VirtualHost{Domains: []Domain{{Kind: DomainAny}}, Routes: []Route{{Forward: &Forward{Clusters: []WeightedCluster{{Name: "PassthroughCluster"}}}}}})}, "", plain},
-		"a refused host":                       {[]any{wildcard, routes(VirtualHost{Name: "h", Domains: at("198.51.100.1"), Refused: true})}, "the virtual host h is refused", plain},
-		"a refused route":                      {[]any{wildcard, routes(VirtualHost{Domains: at("198.51.100.1"), Routes: []Route{{Name: "r", Refused: true}}})}, "the route r is refused", plain},
-		"refused routes":                       {[]any{wildcard, &Routes{Name: "80", Refused: true}}, "the routes 80 are refused", plain},
-		"no routes":                            {[]any{wildcard}, "routes are missing", plain},
+		"no listener":                  {nil, "", ""},
+		"another address":              {[]any{other}, "", ""},
+		"the address":                  {[]any{other, exact, wildcard, passthrough}, "exact", ""},
+		"the port":                     {[]any{other, wildcard, passthrough}, "wildcard", ""},
+		"the rest":                     {[]any{other, passthrough}, "passthrough", ""},
+		"a refused chain":              {[]any{at("l", "198.51.100.1:80", &FilterChain{Refused: true})}, "", "is refused"},
+		"a chain that ends TLS":        {[]any{at("l", "198.51.100.1:80", &FilterChain{TLS: &DownstreamTLS{}})}, "", "ends TLS"},
+		"no chain for this connection": {[]any{&Listener{Name: "l", Addresses: []netip.AddrPort{service}, Virtual: true}}, "", "no filter chain of l accepts it"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			conn := ConnInfo{Destination: service, Source: netip.MustParseAddrPort("192.0.2.7:40000")}
-			way, refusal := snapshotOf(t, c.values...).Outbound(&conn)
+			chain, refusal := snapshotOf(t, c.values...).Outbound(&conn)
 			judged(t, refusal, c.refusal)
-			got := plain
-			if refusal == "" && way.TLS != nil {
-				got = secured
+			got := ""
+			if chain != nil {
+				got = chain.Name
 			}
-			if way.Endpoint.IsValid() {
-				got += " to " + way.Endpoint.String()
-			}
-			if got != c.way {
-				t.Errorf("the way is %q, want %q", got, c.way)
+			if got != c.chain {
+				t.Errorf("the chain is %q, want %q", got, c.chain)
 			}
 		})
 	}

@@ -36,6 +36,10 @@ type Options struct {
 	Version       string // of the agent, shown by istio_build
 	ClusterDomain string // DNS domain of the cluster; empty: cluster.local
 	MaxSeries     int    // bounds the series of a scrape, from MinMaxSeries to MaxMaxSeries; zero: DefaultMaxSeries
+
+	// Service returns the service of a control plane's cluster, such as "outbound|80||web.shop.svc.cluster.local": its host,
+	// name and namespace. The host is empty if the service is not known. nil: there is no control plane.
+	Service func(cluster string) (host, name, namespace string)
 }
 
 // New returns the metrics of this workload.
@@ -172,6 +176,7 @@ func (d *direction) connection(r *flow.Record) {
 // goroutine that owns the connection uses it.
 type lastRequest struct {
 	host     []byte // as the client sent it
+	cluster  string
 	flags    string
 	status   int32
 	grpc     bool
@@ -183,7 +188,7 @@ type lastRequest struct {
 
 func (l *lastRequest) like(r *flow.Record) bool {
 	h := r.HTTP
-	return l.set != nil && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.end.reason && h.Flags == l.flags &&
+	return l.set != nil && r.Cluster == l.cluster && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.end.reason && h.Flags == l.flags &&
 		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus] && l.security == r.Security && l.workload == r.Workload.Get()
 }
 
@@ -199,7 +204,7 @@ func (d *direction) request(r *flow.Record) {
 		set, named = d.requestSet(r)
 		end = d.end(r.Reason)
 		*last = lastRequest{
-			host: last.host[:0], flags: r.HTTP.Flags,
+			host: last.host[:0], cluster: r.Cluster, flags: r.HTTP.Flags,
 			status: int32(r.HTTP.Status), grpc: r.HTTP.GRPC, security: r.Security, workload: r.Workload.Get(), end: end,
 		}
 		if named {

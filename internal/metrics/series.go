@@ -75,10 +75,14 @@ type direction struct {
 
 	mu       sync.RWMutex        // over what follows
 	services map[string]*service // by destination
-	others   int                 // services that are not of the cluster
-	sets     map[setKey]*requestSet
-	inTurn   []*requestSet
-	unknown  *service // for requests without a host, and for hosts without series of their own
+	clusters map[string]*service // of a control plane, by their names
+
+	ofCluster func(cluster string) (host, name, namespace string) // nil: there is no control plane
+
+	others  int // services that are not of the cluster
+	sets    map[setKey]*requestSet
+	inTurn  []*requestSet
+	unknown *service // for requests without a host, and for hosts without series of their own
 }
 
 // service is the destination of requests or connections, with the labels that it gives to all series.
@@ -131,7 +135,10 @@ func (d *direction) init(direction flow.Direction, pod *podinfo.Pod, o Options) 
 		d.naming.namespace = []byte(pod.Namespace)
 		d.ownService = kubernetesName(pod.CanonicalService, pod.Namespace, o.ClusterDomain)
 	}
-	d.services = make(map[string]*service)
+	d.services, d.clusters = make(map[string]*service), make(map[string]*service)
+	if direction == flow.Outbound {
+		d.ofCluster = o.Service
+	}
 	d.sets = make(map[setKey]*requestSet)
 	d.initPeers()
 	d.unknown = d.newService("", noHost)
@@ -238,6 +245,11 @@ var nameBuffers = sync.Pool{New: func() any { return new([maxBuffer]byte) }}
 // service finds or creates the service of a request's host. named is false if the host was counted as unknown and may be
 // counted by its name later.
 func (d *direction) service(r *flow.Record) (of *service, named bool) {
+	if d.ofCluster != nil && strings.HasPrefix(r.Cluster, meshCluster) {
+		if of = d.meshService(r.Cluster); of != nil {
+			return of, true
+		}
+	}
 	buf := nameBuffers.Get().(*[maxBuffer]byte)
 	defer nameBuffers.Put(buf)
 	name, kind := d.naming.destination(buf[:0], r.HTTP.Authority, r.OriginalDestination.Addr())
@@ -274,6 +286,36 @@ func (d *direction) service(r *flow.Record) (of *service, named bool) {
 		d.others++
 	}
 	return of, true
+}
+
+// meshCluster begins the names of clusters that belong to a service.
+const meshCluster = "outbound|"
+
+// meshService finds or creates the service of a cluster. It returns nil if the service is not known, or one too many.
+func (d *direction) meshService(cluster string) *service {
+	d.mu.RLock()
+	of := d.clusters[cluster]
+	d.mu.RUnlock()
+	if of != nil {
+		return of
+	}
+	host, name, namespace := d.ofCluster(cluster)
+	if host == "" {
+		return nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if of = d.services[host]; of == nil {
+		if d.full([]byte(host), kubernetesService) {
+			return nil
+		}
+		of = &service{labels: d.serviceLabels(host, name, namespace)}
+		d.services[host] = of
+	}
+	if len(d.clusters) < d.budget.services {
+		d.clusters[cluster] = of
+	}
+	return of
 }
 
 // full reports whether a new name exceeds the limits, with the lock held.

@@ -22,6 +22,7 @@ const (
 	DownReset        End = "downstream_reset"   // down was reset, or vanished
 	UpReset          End = "upstream_reset"     // up was reset, or vanished
 	IdleTimeout      End = "idle_timeout"       // nothing moved for Options.IdleTimeout
+	MaxDuration      End = "max_duration"       // Options.Until has passed
 	HalfCloseTimeout End = "half_close_timeout" // one side had closed, and nothing moved for Options.HalfCloseTimeout
 	Canceled         End = "drain_deadline"     // the waiter was canceled; only the deadline of a drain does that
 	Unwatched        End = "no_descriptors"     // the kernel's limit of watched descriptors is reached
@@ -37,6 +38,7 @@ const grace = time.Second
 type Options struct {
 	IdleTimeout      time.Duration  // ends a relay in which nothing moves for this long; zero or less: never
 	HalfCloseTimeout time.Duration  // the same, once one side has closed; zero or less: never
+	Until            time.Time      // ends the relay, whatever moves; zero: never
 	FromDown         *atomic.Uint64 // bytes that up's socket took; nil: not counted
 	FromUp           *atomic.Uint64 // bytes that down's socket took; nil: not counted
 
@@ -100,6 +102,9 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 			return Retired, nil
 		}
 		if (down == longTurn || up == longTurn) && !w.Stopped() {
+			if until := r.options.Until; !until.IsZero() && !time.Now().Before(until) {
+				return MaxDuration, nil
+			}
 			w.Yield(r.down.Conn)
 			continue
 		}
@@ -179,12 +184,16 @@ func (r *relay) deadline(moved bool) (End, time.Time) {
 	how, limit := r.limit()
 	if limit <= 0 {
 		r.lastMove = time.Time{}
-		return "", time.Time{}
+		return MaxDuration, r.options.Until
 	}
 	if moved || r.lastMove.IsZero() || how != r.watched {
 		r.watched, r.lastMove = how, time.Now()
 	}
-	return how, r.lastMove.Add(limit)
+	end := r.lastMove.Add(limit)
+	if until := r.options.Until; !until.IsZero() && until.Before(end) {
+		return MaxDuration, until
+	}
+	return how, end
 }
 
 // limit returns how long the relay may stay without movement, and how it ends after that.

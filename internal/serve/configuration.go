@@ -4,9 +4,11 @@ import (
 	"errors"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/sniff"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
@@ -15,8 +17,10 @@ import (
 // a control plane every connection would keep its fields on its stack.
 type governed struct {
 	snapshot *mesh.Snapshot          // in force when the connection was opened
-	chain    *mesh.FilterChain       // of an inbound connection; set by Admit, may be nil
-	way      mesh.Way                // of an outbound connection; set by Admit
+	chain    *mesh.FilterChain       // set by Admit, may be nil
+	routing  *routing                // of the requests of an outbound connection; nil: none
+	chosen   *mesh.Cluster           // of an outbound connection of bytes; nil: none
+	lease    balance.Lease           // the place of an outbound connection of bytes at its endpoint; nil: none
 	judged   sniff.Protocol          // by the last call of Admit
 	admitted bool                    // Admit was called
 	secured  bool                    // TLS with downstream is ended here
@@ -81,13 +85,34 @@ func (c *Conn) judge(g *governed) bool {
 	if info := c.info(); c.role.direction == flow.Inbound {
 		g.chain, refusal = g.snapshot.Inbound(&info)
 	} else {
-		g.way, refusal = g.snapshot.Outbound(&info)
+		g.chain, refusal = g.snapshot.Outbound(&info)
 	}
 	if refusal != "" {
-		return c.abandon(flow.MeshRefused, errors.New(refusal))
+		return c.abandon(c.refusal(refusal))
 	}
 	return g.chain == nil || g.chain.TLS != nil || c.expect(g.chain)
 }
+
+// refusal returns the reason and the error of a connection that the configuration does not let pass.
+func (c *Conn) refusal(text string) (flow.Reason, error) {
+	if c.lacksTLS() {
+		return flow.TLSRequired, errors.New(text + ": it requires mutual TLS")
+	}
+	return flow.MeshRefused, errors.New(text)
+}
+
+// lacksTLS reports whether an inbound connection that is refused would pass if its client spoke TLS as Istio's proxies do.
+func (c *Conn) lacksTLS() bool {
+	info := c.info()
+	if c.role.direction != flow.Inbound || info.TLS {
+		return false
+	}
+	info.TLS, info.Protocols = true, secure.MeshALPN
+	chain, refusal := c.governed.snapshot.Inbound(&info)
+	return refusal == "" && chain != nil && chain.TLS != nil
+}
+
+var errUnexpectedTLS = errors.New("its filter chain is for HTTP without TLS, and the client speaks TLS")
 
 var errNotHTTP = errors.New("its filter chain is for HTTP, and the connection is not HTTP")
 
@@ -95,6 +120,9 @@ var errNotHTTP = errors.New("its filter chain is for HTTP, and the connection is
 // policies of HTTP unseen. Envoy answers it 400.
 func (c *Conn) expect(chain *mesh.FilterChain) bool {
 	if chain.HTTP != nil && (c.protocol == sniff.Opaque || c.protocol == sniff.TLS) {
+		if c.protocol == sniff.TLS && !c.governed.secured {
+			return c.abandon(flow.TLSUnexpected, errUnexpectedTLS)
+		}
 		return c.abandon(flow.MeshRefused, errNotHTTP)
 	}
 	return true
@@ -116,10 +144,14 @@ func (c *Conn) info() mesh.ConnInfo {
 	return info
 }
 
-// mustSpeak reports whether an inbound connection cannot be carried before its client has sent anything, because no chain
-// for its destination accepts it without TLS, or a policy denies what has no identity.
+// mustSpeak reports whether a connection cannot be carried before its client has sent anything: inbound, no chain for its
+// destination accepts it without TLS, or a policy denies what has no identity; outbound, its upstream depends on its requests.
 func (c *Conn) mustSpeak() bool {
 	info := c.info()
+	if c.role.direction == flow.Outbound {
+		chain, _ := c.governed.snapshot.Outbound(&info)
+		return chain != nil && chain.HTTP != nil
+	}
 	chain, refusal := c.governed.snapshot.Inbound(&info)
 	if chain == nil || len(chain.Policies) == 0 {
 		return refusal != ""

@@ -3,6 +3,7 @@ package serve
 import (
 	"errors"
 	"sync"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -31,7 +32,12 @@ type Conn struct {
 }
 
 // Close releases what the walk holds once the connection has ended.
-func (c *Conn) Close() { c.w.Close() }
+func (c *Conn) Close() {
+	if c.governed != nil {
+		c.endLease()
+	}
+	c.w.Close()
+}
 
 // Refuse ends a connection that goes no further. It sends a reset, because an orderly close would look like an empty
 // response. The exception is a drain before either side sent anything: closing is in order then.
@@ -57,19 +63,27 @@ func (c *Conn) List() { c.role.flows.List(c.Record) }
 
 // ReadFirst reads first bytes until they decide the protocol, or until downstream has been silent for the detection
 // delay. Without detection, the connection is opaque and is not read. With a control plane, inbound connections are
-// detected in any case, and a client that must begin with TLS may be silent for as long as a handshake may take.
+// detected in any case, and a client that must begin with TLS may be silent for as long as a handshake may take. An
+// outbound connection to a listener for HTTP is detected in any case as well, and may be idle before its first request.
 func (c *Conn) ReadFirst(detect bool) bool {
 	s := sniffers.Get().(*sniff.Sniffer)
 	s.Down, s.Peer = c.Down, c.Record.Remote()
 	c.sniffer = s
 	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout
-	if c.governed != nil && c.role.direction == flow.Inbound {
+	switch {
+	case c.governed == nil:
+	case c.role.direction == flow.Inbound:
 		detect = true // the filter chain depends on it
 		if c.governed.snapshot.InboundInspectsTLS(c.Record.OriginalDestination.Port()) {
 			s.HelloHold = handshakeTimeout
 		}
 		if c.mustSpeak() {
 			s.Delay = handshakeTimeout
+		}
+	case c.mustSpeak():
+		detect, s.Requests, s.Delay = true, true, maxSilence
+		if s.Idle > 0 {
+			s.Delay = s.Idle
 		}
 	}
 	if c.mustName() {
@@ -82,6 +96,9 @@ func (c *Conn) ReadFirst(detect bool) bool {
 	}
 	return c.first()
 }
+
+// maxSilence is how long a client of an HTTP listener may be silent without an idle timeout.
+const maxSilence = time.Hour
 
 // first detects the protocol by downstream's first bytes.
 func (c *Conn) first() bool {
@@ -140,6 +157,7 @@ func (c *Conn) Dial(to *upstream.Target) bool {
 		return c.abandon(upstream.Reason(err), err)
 	}
 	c.Record.UpstreamLocal = up.LocalAddr()
+	c.note(up)
 	c.sniffer.Up = up
 	return true
 }
@@ -188,7 +206,9 @@ func (c *Conn) Carry(to *upstream.Target) {
 // forward has the engine serve the connection's requests. Each has a record of its own, so the connection's is not
 // reported.
 func (c *Conn) forward(to *upstream.Target) {
-	c.Record.Route = routes[c.role.direction]
+	if c.Record.Route == "" {
+		c.Record.Route = routes[c.role.direction]
+	}
 	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.Record.TLS)
 	c.role.engine.Serve(c.w, c.protocol == sniff.HTTP2, c.connection(to))
 	c.role.flows.Leave(c.Record)
@@ -226,6 +246,7 @@ func (c *Conn) relay() {
 		DownRead:         c.sniffer.Read,
 		UpRead:           c.sniffer.UpRead,
 	}
+	c.limits(&options)
 	if c.governed != nil && c.role.direction == flow.Inbound {
 		options.Retired, options.Retirement = c.rejudge().Retired, opaqueRetirement
 	}

@@ -50,8 +50,13 @@ func (c *Conn) peers() *httpforward.PeerFields {
 	if p == nil || !c.exchanges() {
 		return p
 	}
+	return c.role.exchanging(p)
+}
+
+// exchanging returns p with the exchange of metadata.
+func (r *Role) exchanging(p *httpforward.PeerFields) *httpforward.PeerFields {
 	described := *p
-	described.Exchange, described.Introduces = c.role.peers, c.role.direction == flow.Outbound
+	described.Exchange, described.Introduces = r.peers, r.direction == flow.Outbound
 	if p.Element == "" {
 		return share(described)
 	}
@@ -66,8 +71,7 @@ func (c *Conn) exchanges() bool {
 	case c.role.peers == nil:
 		return false
 	case c.role.direction == flow.Outbound:
-		to := g.way.Cluster
-		return g.way.HTTP.ExchangesMetadata() && to != nil && !to.External && to.Discovery != mesh.OriginalDestination
+		return g.routing != nil && g.routing.pinned != nil && g.routing.exchanges(g.routing.pinned.config)
 	}
 	return g.chain != nil && g.chain.HTTP.ExchangesMetadata()
 }
@@ -80,12 +84,12 @@ func (c *Conn) clientFields() *httpforward.PeerFields {
 		return nil
 	case g.peers != nil:
 		return g.peers
+	case g.chain != nil:
+		return withoutClient(g.chain.HTTP)
 	case c.role.direction == flow.Outbound:
-		return withoutClient(g.way.HTTP)
-	case g.chain == nil:
-		return removedClientCert
+		return nil
 	}
-	return withoutClient(g.chain.HTTP)
+	return removedClientCert
 }
 
 // withoutClient is peerFields for clients without a certificate. h may be nil.

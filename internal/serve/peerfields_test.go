@@ -47,7 +47,7 @@ func TestWhichConnectionsHaveFieldsAboutPeers(t *testing.T) {
 		"inbound HTTP":             {flow.Inbound, &governed{chain: http}, inMesh},
 		"inbound TCP":              {flow.Inbound, &governed{chain: opaque}, nil},
 		"inbound without a chain":  {flow.Inbound, &governed{}, removedClientCert},
-		"outbound HTTP":            {flow.Outbound, &governed{way: mesh.Way{HTTP: http.HTTP}}, inMesh},
+		"outbound HTTP":            {flow.Outbound, &governed{chain: http}, inMesh},
 		"outbound TCP or no chain": {flow.Outbound, &governed{}, nil},
 		"outbound, no plane":       {flow.Outbound, nil, nil},
 	} {
@@ -62,7 +62,11 @@ func TestWhereMetadataIsExchanged(t *testing.T) {
 	config := mesh.HTTPFilter{Type: "io.istio.http.peer_metadata.Config"}
 	http, off := &mesh.HTTPManager{Filters: []mesh.HTTPFilter{config}}, &mesh.HTTPManager{Filters: []mesh.HTTPFilter{{Type: config.Type, Disabled: true}}}
 	way := func(h *mesh.HTTPManager, c *mesh.Cluster) *governed {
-		return &governed{way: mesh.Way{HTTP: h, Cluster: c}}
+		g := &governed{chain: &mesh.FilterChain{HTTP: h}, routing: &routing{manager: h}}
+		if c != nil {
+			g.routing.pinned = &watched{config: c}
+		}
+		return g
 	}
 	for name, c := range map[string]struct {
 		direction flow.Direction
@@ -82,6 +86,9 @@ func TestWhereMetadataIsExchanged(t *testing.T) {
 	} {
 		exchange := peers.New("id", nil)
 		role := &Role{direction: c.direction, peers: exchange}
+		if r := c.governed.routing; r != nil && r.manager.ExchangesMetadata() {
+			r.described = role.exchanging(withoutClient(r.manager))
+		}
 		got := (&Conn{role: role, governed: c.governed}).peers()
 		if (got.Exchange != nil) != c.want || c.want && got.Introduces != (c.direction == flow.Outbound) {
 			t.Errorf("%s: %+v", name, got)

@@ -117,6 +117,9 @@ func (p *permit) Route(r *httpforward.Request) httpforward.Decision {
 	return p.allowed
 }
 
+// OnlyHTTP implements httpforward.OnlyHTTP.
+func (p *permit) OnlyHTTP() bool { return true }
+
 // Retired implements httpforward.Retirement.
 func (p *permit) Retired() bool {
 	next, ok := p.next.(httpforward.Retirement)

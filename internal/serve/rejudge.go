@@ -47,11 +47,14 @@ func (c *Conn) router(to *upstream.Target) httpforward.Router {
 
 // routerOf returns the Router by the configuration of a control plane.
 func (c *Conn) routerOf(to *upstream.Target) httpforward.Router {
+	g := c.governed
 	switch {
-	case c.governed == nil:
+	case g == nil:
 		return nil
+	case g.routing != nil:
+		return g.routing
 	case c.role.direction == flow.Outbound:
-		return c.verified(to)
+		return c.single(to)
 	}
 	r := c.rejudge()
 	r.allowed = httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route}
@@ -91,6 +94,9 @@ func (r *rejudge) Retired() bool {
 	r.look()
 	return r.retired
 }
+
+// OnlyHTTP implements httpforward.OnlyHTTP. In a filter chain for TCP the HTTP of a connection was only detected.
+func (r *rejudge) OnlyHTTP() bool { return r.chain != nil && r.chain.HTTP != nil }
 
 // look judges the connection by the snapshot in force, if that is another one.
 func (r *rejudge) look() {

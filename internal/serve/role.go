@@ -12,9 +12,11 @@ package serve
 import (
 	"context"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/fault"
@@ -40,6 +42,9 @@ type Config struct {
 	// snapshot.
 	Mesh Mesh
 	Wait time.Duration
+
+	// Lookup resolves the names of Mesh's clusters; nil: such clusters have no endpoints.
+	Lookup balance.Lookup
 
 	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
 	Peers  *peers.Exchange
@@ -110,6 +115,12 @@ type Role struct {
 	wait       time.Duration
 	egress     Egress
 	decryption Decryption
+
+	balancer   *balance.Balancer // nil without mesh, and inbound
+	securities atomic.Pointer[map[secured]*upstream.Security]
+	allOptions map[upstream.Options]*upstream.Options
+	trusted    atomic.Pointer[trusted]
+	securing   sync.Mutex // held to replace securities, and for allOptions
 	faults     fault.Set
 }
 
@@ -143,6 +154,11 @@ func NewRole(config Config) (*Role, error) {
 	r.draining = r.engine.Draining
 	if r.mesh != nil {
 		r.contexts = secure.NewContexts(r.mesh)
+		r.securities.Store(&map[secured]*upstream.Security{})
+		r.allOptions = map[upstream.Options]*upstream.Options{}
+	}
+	if r.mesh != nil && r.direction == flow.Outbound {
+		r.balancer = balance.New(balance.Config{Snapshot: r.mesh.Snapshot, Lookup: config.Lookup})
 	}
 	r.settings.Store(&config.Settings)
 	return r, nil
@@ -163,6 +179,16 @@ func (r *Role) Announce() { r.engine.Announce() }
 
 // Drain ends connections that carry no request; see httpforward.Engine. Wake the poller after it.
 func (r *Role) Drain() { r.engine.Drain() }
+
+// Close stops what the role does in the background. Call it after the role's connections have ended.
+func (r *Role) Close() {
+	if r.balancer != nil {
+		r.balancer.Close()
+	}
+}
+
+// Balancer returns the state of the clusters that outbound requests go to; nil without a control plane, and inbound.
+func (r *Role) Balancer() *balance.Balancer { return r.balancer }
 
 // Refuse resets a connection that exceeds the limit.
 func (r *Role) Refuse(down *tcp.Conn) {

@@ -2,6 +2,7 @@ package serve
 
 import (
 	"errors"
+	"maps"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -79,62 +80,65 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 	return "", nil
 }
 
-// Confirm judges an outbound connection again by what a client sent that was silent before. The way to the same cluster
-// stays. The connection is refused if it needed another TLS than that of the connection that was dialled meanwhile. If it
-// is HTTP inside TLS, that connection is given up, because its ALPN stands for other protocols, and the engine dials.
-func (c *Conn) Confirm(to *upstream.Target) bool {
-	g := c.governed
-	if g == nil || g.judged == c.protocol {
-		return true
-	}
-	dialled := g.way
-	if !c.Admit() {
-		return false
-	}
-	up := c.sniffer.Up
-	switch {
-	case up == nil:
-		return true
-	case g.way.Cluster == dialled.Cluster && g.way.Cluster != nil:
-		g.way.TLS, g.way.Endpoint = dialled.TLS, dialled.Endpoint
-	case g.way.TLS != dialled.TLS:
-		return c.abandon(flow.MeshRefused, errLate)
-	}
-	if g.way.TLS != nil && c.HTTP() && c.sniffer.UpRead == nil {
-		up.Close()
-		c.sniffer.Up = nil
-		c.Direct(to)
-	}
-	return true
-}
-
-var errLate = errors.New("its first bytes came late, and the connection that was dialled is secured otherwise than they need")
-
-// Direct sets the endpoint and the TLS of the way that Admit has found in the target of an outbound connection.
-func (c *Conn) Direct(to *upstream.Target) {
-	g := c.governed
-	if g == nil {
-		return
-	}
-	if g.way.Endpoint.IsValid() {
-		to.Address = g.way.Endpoint // still Balanced: the next connection may go to another one
-	}
-	if g.way.TLS != nil {
-		to.Security = &upstream.Security{Handshake: c.handshake(g.way.TLS, c.inside())}
-	}
-}
-
-// inside returns what an upstream connection of c carries inside TLS.
-func (c *Conn) inside() secure.Inside {
-	switch cluster := c.governed.way.Cluster; {
-	case c.protocol == sniff.HTTP1:
+func inside(protocol sniff.Protocol) secure.Inside {
+	switch protocol {
+	case sniff.HTTP1:
 		return secure.HTTP1
-	case c.protocol == sniff.HTTP2:
+	case sniff.HTTP2:
 		return secure.HTTP2
-	case c.role.peers != nil && cluster != nil && cluster.HasMetadataPeer:
-		return secure.MetadataTCP
 	}
 	return secure.TCP
+}
+
+// secured identifies upstream connections that are secured in the same way.
+type secured struct {
+	by      *mesh.UpstreamTLS // nil: they are plain
+	inside  secure.Inside
+	roots   any // *identity.Roots or *mesh.Secret: connections that were verified by others are not used for new requests
+	options *upstream.Options
+}
+
+// maxSecurities bounds the values that are kept for a role. Without them, connections are not reused.
+const maxSecurities = 1024
+
+// security returns what secures and limits connections. The same value is returned for connections that are
+// interchangeable.
+func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snapshot, o *upstream.Options) *upstream.Security {
+	key := secured{by: t, options: o}
+	if t != nil {
+		key.inside, key.roots = inside, r.roots(t, s)
+	}
+	if known := (*r.securities.Load())[key]; known != nil {
+		return known
+	}
+	r.securing.Lock()
+	defer r.securing.Unlock()
+	before := *r.securities.Load()
+	if known := before[key]; known != nil {
+		return known
+	}
+	next := make(map[secured]*upstream.Security, len(before)+1)
+	if len(before) < maxSecurities {
+		maps.Copy(next, before)
+	}
+	made := &upstream.Security{Options: *o}
+	if t != nil {
+		made.Handshake = r.handshake(t, inside)
+	}
+	next[key] = made
+	r.securities.Store(&next)
+	return made
+}
+
+// roots identifies what servers are verified with now; nil: it has not come, or they are not verified.
+func (r *Role) roots(t *mesh.UpstreamTLS, s *mesh.Snapshot) any {
+	if own := r.mesh.Identity(); t.Roots == secure.OwnRoots && own != nil {
+		return r.trust(own)
+	}
+	if secret := s.Secret(t.Roots); secret != nil {
+		return secret
+	}
+	return nil
 }
 
 // describesCertificates reports whether records carry certificates.
@@ -149,11 +153,17 @@ func describe(record *flow.Record) func(*flow.Workload) {
 	}
 }
 
-// handshake returns what secures an upstream connection of c.
-func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
-	role, record := c.role, c.Record // not c, which stays on its goroutine's stack
+// exchangeable is the label of a connection on which metadata may be exchanged. It is not pooled.
+type exchangeable struct {
+	*flow.Security
+	session *secure.Session
+}
+
+// handshake returns what secures an upstream connection. The connection's label describes the result: a *flow.Security, or
+// for MetadataTCP an exchangeable.
+func (r *Role) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
 	return func(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) error {
-		context, err := role.contexts.Client(t, inside)
+		context, err := r.contexts.Client(t, inside)
 		if err != nil {
 			return &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
 		}
@@ -165,13 +175,25 @@ func (c *Conn) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Wa
 		if err != nil {
 			return &upstream.HandshakeError{Reason: upstreamReason(err), Err: err}
 		}
-		record.Security = role.security(t, session)
-		if role.describesCertificates() {
-			record.Security.PeerCertificate = secure.Describe(session.Chain)
-			record.Security.OwnCertificate = secure.Describe(role.contexts.Presented(t))
+		s := r.securityOf(t, session)
+		if inside == secure.MetadataTCP {
+			up.SetLabel(&exchangeable{s, session})
+		} else {
+			up.SetLabel(s)
 		}
-		record.Security.Exchanges = session.Exchange(role.peers, describe(record))
 		return nil
+	}
+}
+
+// note records the TLS of the upstream connection, and begins the exchange of metadata on it.
+func (c *Conn) note(up *tcp.Conn) {
+	switch label := up.Label().(type) {
+	case *flow.Security:
+		c.Record.Security = label
+	case *exchangeable:
+		c.Record.Security = label.Security
+		label.Exchanges = label.session.Exchange(c.role.peers, describe(c.Record))
+		up.SetLabel(label.Security)
 	}
 }
 
@@ -182,12 +204,16 @@ func securityOf(s *secure.Session) *flow.Security {
 	}
 }
 
-// security describes TLS with an upstream.
-func (r *Role) security(t *mesh.UpstreamTLS, session *secure.Session) *flow.Security {
+// securityOf describes TLS with an upstream.
+func (r *Role) securityOf(t *mesh.UpstreamTLS, session *secure.Session) *flow.Security {
 	s := securityOf(session)
 	s.Mutual = t.Certificate != ""
 	if own := r.mesh.Identity(); own != nil && t.Certificate == secure.OwnCertificate {
 		s.Own = own.SPIFFE
+	}
+	if r.describesCertificates() {
+		s.PeerCertificate = secure.Describe(session.Chain)
+		s.OwnCertificate = secure.Describe(r.contexts.Presented(t))
 	}
 	return s
 }
@@ -239,8 +265,18 @@ func handshakeReason(err error) flow.Reason {
 		return flow.NoDescriptors
 	case secure.NoIdentity:
 		return flow.TLSNoIdentity
-	case secure.Protocol, secure.NotTLS, secure.Version, secure.Alert:
+	case secure.Protocol, secure.NotTLS, secure.Alert:
 		return flow.TLSFailed
+	case secure.Version:
+		return flow.TLSVersion
+	case secure.NoCertificate:
+		return flow.TLSNoCertificate
+	case secure.Expired, secure.NotYetValid:
+		return flow.TLSExpired
+	case secure.UnknownRoot:
+		return flow.TLSUnknownRoot
+	case secure.NameRefused:
+		return flow.TLSNameRefused
 	}
 	return flow.TLSPeerRefused
 }

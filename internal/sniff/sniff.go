@@ -32,6 +32,7 @@ type Sniffer struct {
 	Hold     time.Duration // how long to hold bytes that do not decide, from the first one; zero: not at all
 	Idle     time.Duration // how long Both waits while both sides are silent; zero or less: forever
 	Draining func() bool   // ends Both while both sides are silent; nil: never
+	Requests bool          // Down must speak first: Draining ends First as well while Down is silent
 
 	// HelloHold is set if the caller may end TLS with Down: how long to hold the beginning of a ClientHello, from its first
 	// byte. A ClientHello then decides whatever Up has sent. One that is not whole in time, or too large, is an error: taken
@@ -78,6 +79,9 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 			return s.answers(protocol), err
 		}
 		deadline := silence
+		if s.Read == nil && s.Requests && s.Draining != nil && s.Draining() {
+			return Undecided, ErrDraining
+		}
 		if s.Read != nil {
 			deadline = s.heldUntil()
 		} else if silence.IsZero() {

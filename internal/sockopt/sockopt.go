@@ -84,6 +84,15 @@ func SetConn(fd int) error {
 	return nil
 }
 
+// KeepAlive sets the parameters of TCP keep-alive that are not zero. A value that the kernel refuses has no effect.
+func KeepAlive(fd, probes, idle, gap int) {
+	for name, value := range map[int]int{unix.TCP_KEEPCNT: probes, unix.TCP_KEEPIDLE: idle, unix.TCP_KEEPINTVL: gap} {
+		if value > 0 {
+			_ = setInt(fd, unix.IPPROTO_TCP, name, value)
+		}
+	}
+}
+
 // SetBindNoPort defers the choice of the source port from bind to connect (IP_BIND_ADDRESS_NO_PORT). The kernel then has
 // the destination, so that 127.0.0.6 can use its whole port range for each destination instead of once for all.
 func SetBindNoPort(fd int) error {

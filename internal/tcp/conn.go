@@ -78,6 +78,10 @@ func (c *Conn) OriginalDst() (netip.AddrPort, error) {
 	return sockopt.OriginalDst(c.fd, c.remote)
 }
 
+// KeepAlive sets how many probes are sent before the peer counts as vanished, and the seconds before the first and between
+// two. Zero leaves the setting. A value that the kernel refuses has no effect.
+func (c *Conn) KeepAlive(probes, idle, gap int) { sockopt.KeepAlive(c.fd, probes, idle, gap) }
+
 // ClearTransparent makes a connection that a transparent listener has accepted an ordinary one. This is required for a
 // redirected connection. When its client opens another connection from the same port to another redirected port, the kernel
 // changes that connection's source port to distinguish the two. It looks up the socket before that change, finds ours, and

@@ -65,6 +65,8 @@ type layered struct {
 	writeErr error // returned by every later write; the rest of a record is lost, so no record can follow
 
 	closing bool // the close message is written; FIN follows when it is sent
+
+	label any // see SetLabel
 }
 
 // SetLayer puts a layer under the connection. ahead has raw bytes that were read before, and is decoded first; it may be
@@ -72,6 +74,17 @@ type layered struct {
 func (c *Conn) SetLayer(read *Buffer, layer func(*Socket) Layer) {
 	c.layer = &layered{ahead: read, more: true}
 	c.layer.Layer = layer(&Socket{c})
+}
+
+// SetLabel sets what Label returns. The connection must have a layer.
+func (c *Conn) SetLabel(label any) { c.layer.label = label }
+
+// Label returns a description of the layer that its maker set; nil without any.
+func (c *Conn) Label() any {
+	if c.layer == nil {
+		return nil
+	}
+	return c.layer.label
 }
 
 // Replace sets the connection's layer. The former one has passed on everything that it has read.

@@ -20,7 +20,7 @@ import (
 // Dialer opens upstream connections.
 type Dialer struct {
 	Poller  *tcp.Poller
-	Timeout time.Duration // for one Dial with all its attempts; zero or less leaves it to the kernel
+	Timeout time.Duration // for one Dial with all its attempts, unless the target has one; zero or less leaves it to the kernel
 	Stats   *Stats        // counts dials and their results; nil: not counted
 	Borrow  *Borrower     // for targets with a borrowed source; nil: such targets never occur
 
@@ -73,8 +73,12 @@ const (
 // least 1.
 func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, err error) {
 	var deadline time.Time
-	if d.Timeout > 0 {
-		deadline = time.Now().Add(d.Timeout)
+	timeout := d.Timeout
+	if o := target.options(); o != nil && o.ConnectTimeout > 0 {
+		timeout = o.ConnectTimeout
+	}
+	if timeout > 0 {
+		deadline = time.Now().Add(timeout)
 	}
 	for attempts = 1; ; attempts++ {
 		up, err = d.connect(w, target, attemptDeadline(deadline, target, attempts))
@@ -91,7 +95,10 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 	}
 	if err == nil {
 		d.count(func(s *Stats) { up.Track(&s.Active); up.Join(&s.open, d.Returned) }) // before a handshake, which may return here
-		if target.Security != nil {
+		if o := target.options(); o != nil && (o.KeepAliveProbes > 0 || o.KeepAliveIdle > 0 || o.KeepAliveGap > 0) {
+			up.KeepAlive(int(o.KeepAliveProbes), int(o.KeepAliveIdle.Seconds()), int(o.KeepAliveGap.Seconds()))
+		}
+		if target.Secured() {
 			err = target.Security.Handshake(w, up, deadline)
 		}
 		if err != nil {

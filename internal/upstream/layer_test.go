@@ -73,7 +73,7 @@ func TestErrorOfALayerIsADialError(t *testing.T) {
 	refused := errors.New("handshake failed")
 	var stats Stats
 	target := s.target()
-	target.Security = &Security{func(*tcp.Waiter, *tcp.Conn, time.Time) error { return refused }}
+	target.Security = &Security{Handshake: func(*tcp.Waiter, *tcp.Conn, time.Time) error { return refused }}
 	up, _, err := Dialer{Poller: s.poller, Stats: &stats}.Dial(s.w, target)
 	if up != nil || err != refused || stats.Failed.Load() != 1 || stats.Connected.Load() != 0 || stats.Active.Load() != 0 {
 		t.Errorf("Dial = %v, %v; counted %d failures", up, err, stats.Failed.Load())
@@ -93,7 +93,7 @@ func TestALayerHasTheDialsDeadline(t *testing.T) {
 		began := time.Now()
 		var got time.Time
 		target := s.target()
-		target.Security = &Security{func(_ *tcp.Waiter, _ *tcp.Conn, deadline time.Time) error {
+		target.Security = &Security{Handshake: func(_ *tcp.Waiter, _ *tcp.Conn, deadline time.Time) error {
 			got = deadline
 			return nil
 		}}

@@ -23,14 +23,53 @@ type Target struct {
 	// the next one may reach another server: see Dialer.Dial.
 	Balanced bool
 
-	// Security secures the connections; nil: they are plain. Connections with different values are not interchangeable.
+	// Security secures and limits the connections; nil: they are plain, and have no limits of their own. Connections with
+	// different values are not interchangeable.
 	Security *Security
 }
 
-// Security secures fresh connections to a Target.
+// Secured reports whether fresh connections begin with a handshake.
+func (t *Target) Secured() bool { return t.Security != nil && t.Security.Handshake != nil }
+
+// options returns the limits of the connections; nil: none.
+func (t *Target) options() *Options {
+	if t.Security == nil {
+		return nil
+	}
+	return &t.Security.Options
+}
+
+// Over reports whether a connection with a use serves no further request.
+func (t *Target) Over(u *Use, now time.Time) bool {
+	o := t.options()
+	return o != nil && (o.Requests > 0 && u.Requests >= o.Requests || o.Life > 0 && u.Opened != 0 && now.UnixNano()-u.Opened >= int64(o.Life))
+}
+
+// Options are how connections to a Target are made, and how long they are used. Zero is no limit, and leaves a setting as it
+// is.
+type Options struct {
+	ConnectTimeout time.Duration // in place of Dialer.Timeout
+	IdleLife       time.Duration // in a Pool, if it is shorter than the Pool's
+	Life           time.Duration // of a connection; it ends with the request in progress
+	Requests       uint32        // on a connection
+
+	KeepAliveProbes             uint32
+	KeepAliveIdle, KeepAliveGap time.Duration // before the first probe, and between two; whole seconds
+}
+
+// Use is what a connection has been used for.
+type Use struct {
+	Opened   int64  // in Unix nanoseconds; 0: not known
+	Requests uint32 // that were sent
+}
+
+// Security secures fresh connections to a Target, and limits them. It is never modified.
 type Security struct {
-	// Handshake puts a record layer under a connection, until the deadline; zero is none. Its error is the dial's.
+	// Handshake puts a record layer under a connection, until the deadline; zero is none. Its error is the dial's. nil: the
+	// connections are plain.
 	Handshake func(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) error
+
+	Options
 }
 
 // maxIdle bounds the connections that a Pool keeps, for one target and for all.
@@ -57,6 +96,7 @@ type Pool struct {
 type resting struct {
 	conn  *tcp.Conn
 	since time.Time
+	use   Use
 }
 
 // NewPool makes a pool that does not return a connection that was idle for idleLife, and closes it at most half as long
@@ -68,15 +108,25 @@ func NewPool(idleLife time.Duration) *Pool {
 
 // Take returns a connection to target that was open when Take looked, or nil. The caller owns it.
 func (p *Pool) Take(target Target) *tcp.Conn {
+	conn, _ := p.TakeUsed(target)
+	return conn
+}
+
+// TakeUsed is Take for a target with options: it also returns what the connection has been used for.
+func (p *Pool) TakeUsed(target Target) (*tcp.Conn, Use) {
+	life := p.idleLife
+	if o := target.options(); o != nil && o.IdleLife > 0 {
+		life = min(life, o.IdleLife)
+	}
 	for {
 		last := p.last(target)
 		if last.conn == nil {
 			p.Stats.Missed.Add(1)
-			return nil
+			return nil, Use{}
 		}
-		if time.Since(last.since) < p.idleLife && last.conn.Quiet() {
+		if now := time.Now(); now.Sub(last.since) < life && !target.Over(&last.use, now) && last.conn.Quiet() {
 			p.Stats.Reused.Add(1)
-			return last.conn
+			return last.conn, last.use
 		}
 		last.conn.Close()
 	}
@@ -97,21 +147,24 @@ func (p *Pool) last(target Target) resting {
 }
 
 // Give hands over a connection that has no request in progress and can carry another. A full pool closes it.
-func (p *Pool) Give(target Target, conn *tcp.Conn) {
+func (p *Pool) Give(target Target, conn *tcp.Conn) { p.GiveUsed(target, conn, Use{}) }
+
+// GiveUsed is Give for a connection whose use counts; see TakeUsed.
+func (p *Pool) GiveUsed(target Target, conn *tcp.Conn, use Use) {
 	conn.Rest()
-	if !p.put(target, conn) {
+	if target.Over(&use, time.Now()) || !p.put(target, conn, use) {
 		conn.Close()
 	}
 }
 
-func (p *Pool) put(target Target, conn *tcp.Conn) bool {
+func (p *Pool) put(target Target, conn *tcp.Conn, use Use) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	list := p.idle[target]
 	if p.closed || p.idleLife <= 0 || p.count >= maxIdle || len(list) >= maxIdlePerTarget {
 		return false
 	}
-	p.keep(target, append(list, resting{conn, time.Now()}))
+	p.keep(target, append(list, resting{conn, time.Now(), use}))
 	if p.sweep == nil {
 		p.sweep = time.AfterFunc(p.idleLife, p.closeUnused)
 	}

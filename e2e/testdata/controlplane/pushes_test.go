@@ -174,6 +174,7 @@ func readCluster(c *cluster.Cluster) *mesh.Cluster {
 		Balancing:      mesh.Balancing{Policy: mesh.Policy(c.LbPolicy), MinRing: 1024, MaxRing: 8 << 20, Table: 65537, Choices: 2, SlowStartMin: 10, PanicBelow: 50},
 		Breakers:       mesh.Breakers{Connections: 1024, Pending: 1024, Requests: 1024, Retries: 3},
 		Origin:         c.GetMetadata().GetFilterMetadata()["istio"].GetFields()["config"].GetStringValue(),
+		Service:        serviceOf(c),
 		External:       c.GetMetadata().GetFilterMetadata()["istio"].GetFields()["external"].GetBoolValue(),
 		KeepALPN:       c.GetMetadata().GetFilterMetadata()["istio"].GetFields()["alpn_override"].GetStringValue() == "false",
 	}
@@ -354,4 +355,14 @@ func BenchmarkClusters(b *testing.B) {
 	benchmark(b, "cds.json",
 		func(resource []byte) error { _, _, err := mesh.DecodeCluster(resource); return err },
 		func(resource []byte) { readCluster(unpack(resource, &cluster.Cluster{})) })
+}
+
+// serviceOf returns the first service in a cluster's metadata.
+func serviceOf(c *cluster.Cluster) (s mesh.Service) {
+	services := c.GetMetadata().GetFilterMetadata()["istio"].GetFields()["services"].GetListValue().GetValues()
+	if len(services) > 0 {
+		fields := services[0].GetStructValue().GetFields()
+		s = mesh.Service{Host: fields["host"].GetStringValue(), Name: fields["name"].GetStringValue(), Namespace: fields["namespace"].GetStringValue()}
+	}
+	return s
 }

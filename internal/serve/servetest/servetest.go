@@ -84,6 +84,7 @@ type Ended struct {
 	TransportFailure, Peer                                 string
 	Received, Sent                                         uint64
 	Attempts                                               uint8
+	Cluster, Route, Flags                                  string
 	Details                                                string // of a request
 }
 
@@ -99,9 +100,12 @@ func (r *Rig) Closed(record *flow.Record) {
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
 		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer(), record.Received.Load(), record.Sent.Load(),
-		record.Attempts, details,
+		record.Attempts, record.Cluster, record.Route, record.Flags(), details,
 	}
 }
+
+// Records returns the records that are closed; see Await.
+func (r *Rig) Records() <-chan Ended { return r.records }
 
 // clientPort is the last source port of a client. The rules of an outbound role tell clients from the role by it.
 var clientPort atomic.Uint32
@@ -346,6 +350,7 @@ func Promises(t *testing.T, place Place) {
 			UpstreamEnd: server.RemoteAddr().(*net.TCPAddr).AddrPort(),
 			Received:    9, Sent: 6, Attempts: 1,
 		}
+		want.Cluster, want.Route, want.Flags = got.Cluster, got.Route, got.Flags // the role's
 		if got != want {
 			t.Errorf("the record is\n%+v, want\n%+v", got, want)
 		}

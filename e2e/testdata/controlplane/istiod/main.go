@@ -44,13 +44,14 @@ func main() {
 	token := flag.String("token", "secret", "that nodes authenticate with")
 	push := flag.String("push", "", "recorded push that is served in place of a configuration: sidecar, or thousand with 1,000 services")
 	outbound := flag.String("outbound", "", "IPv4 address and port of a server of HTTP whose sidecar requires mutual TLS")
+	services := flag.String("services", "", "file with a service of HTTP; each change of it is pushed")
 	flag.Parse()
-	if err := run(*port, *directory, *mtls, *outbound, *token, *push); err != nil {
+	if err := run(*port, *directory, *mtls, *outbound, *token, *push, *services); err != nil {
 		log.Fatal(err)
 	}
 }
 
-func run(port, directory, mtls, outbound, token, push string) error {
+func run(port, directory, mtls, outbound, token, push, services string) error {
 	authority, err := ca.Load(filepath.Join(directory, "key.der"), token)
 	if err != nil {
 		return err
@@ -61,7 +62,7 @@ func run(port, directory, mtls, outbound, token, push string) error {
 	if port == "0" { // only the files
 		return writeCertificate(authority, filepath.Join(directory, "workload.pem"))
 	}
-	service, err := discoveryOf(mtls, outbound, push)
+	service, err := discoveryOf(mtls, outbound, push, services)
 	if err != nil {
 		return err
 	}
@@ -92,11 +93,17 @@ func writeCertificate(authority *ca.Authority, file string) error {
 }
 
 // discoveryOf returns what serves resources.
-func discoveryOf(mtls, outbound, push string) (discovery.AggregatedDiscoveryServiceServer, error) {
+func discoveryOf(mtls, outbound, push, services string) (discovery.AggregatedDiscoveryServiceServer, error) {
 	if push != "" {
 		return newReplay(push)
 	}
 	snapshots := cache.NewSnapshotCache(true, everyNode{}, nil)
+	if services != "" {
+		if err := follow(snapshots, services, mtls == "STRICT"); err != nil {
+			return nil, err
+		}
+		return server.NewServer(context.Background(), snapshots, server.CallbackFuncs{}), nil
+	}
 	resources := configuration(mtls == "STRICT")
 	if outbound != "" {
 		if err := addOutbound(resources, outbound); err != nil {

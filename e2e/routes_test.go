@@ -1,0 +1,289 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// reviews is the content of the file of the stand-in's flag -services.
+type reviews struct {
+	Port     uint32
+	Host     string
+	Clusters []subset
+	Routes   []rule
+}
+
+type subset struct {
+	Name      string
+	Endpoints []endpoint
+	Outliers  bool
+}
+
+type endpoint struct {
+	Address  netip.AddrPort
+	Priority uint32
+}
+
+type rule struct {
+	User    string `json:",omitempty"`
+	Weights map[string]uint32
+	Retries uint32
+}
+
+const (
+	reviewsPort = 9080
+	v1          = "outbound|9080|v1|reviews.default.svc.cluster.local"
+	v2          = "outbound|9080|v2|reviews.default.svc.cluster.local"
+	v3          = "outbound|9080|v3|reviews.default.svc.cluster.local"
+)
+
+// book is a stage with a mesh whose service reviews has subsets, served by the peer.
+type book struct {
+	*stage
+	file string
+
+	mu sync.Mutex
+	reviews
+}
+
+func newBook(t *testing.T, clusters []subset, routes ...rule) *book {
+	t.Helper()
+	s, i := newMeshStage(t)
+	b := &book{stage: s, file: filepath.Join(t.TempDir(), "services.json"), reviews: reviews{reviewsPort, "reviews", clusters, routes}}
+	b.push(t)
+	i.start(t, "PERMISSIVE", "-services", b.file)
+	awaitReady(t, s.pod, s.agent)
+	return b
+}
+
+// push makes the present content the configuration.
+func (b *book) push(t *testing.T) {
+	content, err := json.Marshal(&b.reviews)
+	if err == nil {
+		err = os.WriteFile(b.file+".new", content, 0o644)
+	}
+	if err == nil {
+		err = os.Rename(b.file+".new", b.file)
+	}
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// at is an endpoint of the peer.
+func at(port int) netip.AddrPort { return netip.AddrPortFrom(nettest.Elsewhere4, uint16(port)) }
+
+// of is a subset with an endpoint at each port.
+func of(name string, ports ...int) subset {
+	c := subset{Name: name}
+	for _, port := range ports {
+		c.Endpoints = append(c.Endpoints, endpoint{Address: at(port)})
+	}
+	return c
+}
+
+// review serves at a port of the peer, and names the port in its responses. The returned function ends that: requests in
+// progress are finished, and new connections are refused.
+func (b *book) review(t *testing.T, port int, status *atomic.Int32) (stop func()) {
+	listener := b.peer.Listen(t, "tcp4", at(port).String())
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if code := status.Load(); code != 0 {
+			w.WriteHeader(int(code))
+		}
+		fmt.Fprint(w, port)
+	})}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		server.Serve(listener)
+	}()
+	var once sync.Once
+	stop = func() {
+		once.Do(func() {
+			_ = server.Shutdown(context.Background())
+			<-served
+		})
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+// reader is one connection of the workload to the service.
+type reader struct {
+	net.Conn
+	responses *bufio.Reader
+}
+
+func (b *book) reader(t *testing.T) *reader {
+	t.Helper()
+	conn, err := b.pod.Dial("tcp4", at(reviewsPort).String(), nettest.Patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return &reader{conn, bufio.NewReader(conn)}
+}
+
+// read sends a request and returns the status and the body.
+func (r *reader) read(lines ...string) (int, string, error) {
+	r.SetDeadline(time.Now().Add(nettest.Patience))
+	if _, err := io.WriteString(r, "GET /reviews/0 HTTP/1.1\r\nHost: reviews:9080\r\n"+strings.Join(append(lines, "", ""), "\r\n")); err != nil {
+		return 0, "", err
+	}
+	response, err := http.ReadResponse(r.responses, nil)
+	if err != nil {
+		return 0, "", err
+	}
+	body, err := io.ReadAll(response.Body)
+	return response.StatusCode, string(body), err
+}
+
+// count makes n requests and counts the ports that answer. All must succeed.
+func (r *reader) count(t *testing.T, n int, lines ...string) map[string]int {
+	t.Helper()
+	counts := map[string]int{}
+	for range n {
+		status, body, err := r.read(lines...)
+		if err != nil || status != 200 {
+			t.Fatalf("%d %q, %v", status, body, err)
+		}
+		counts[body]++
+	}
+	return counts
+}
+
+// Of 10,000 requests each version gets its weight, give or take six standard deviations, and each endpoint its part of it.
+// Requests with the header of a user have a route of their own.
+func TestVersionsGetTheirWeights(t *testing.T) {
+	t.Parallel()
+	b := newBook(t, []subset{of(v1, 9081, 9082), of(v2, 9083), of(v3, 9084)},
+		rule{User: "jason", Weights: map[string]uint32{v2: 1}}, rule{Weights: map[string]uint32{v1: 50, v2: 30, v3: 20}})
+	for port := 9081; port <= 9084; port++ {
+		b.review(t, port, new(atomic.Int32))
+	}
+	const n = 10_000
+	counts := b.reader(t).count(t, n)
+	for port, share := range map[string]float64{"9081": 0.25, "9082": 0.25, "9083": 0.3, "9084": 0.2} {
+		if d := float64(counts[port]) - n*share; d*d > 36*n*share*(1-share) {
+			t.Errorf("%s got %d, want %.0f: %v", port, counts[port], n*share, counts)
+		}
+	}
+	if counts := b.reader(t).count(t, 100, "End-User: jason"); counts["9083"] != 100 {
+		t.Errorf("jason's requests reached %v", counts)
+	}
+}
+
+// An endpoint that fails is ejected, and the endpoints of the next locality take over. When it has recovered it returns.
+func TestAnEjectedLocalityFailsOverAndReturns(t *testing.T) {
+	t.Parallel()
+	near := of(v1, 9081, 9082)
+	near.Outliers = true
+	near.Endpoints[1].Priority = 1
+	b := newBook(t, []subset{near}, rule{Weights: map[string]uint32{v1: 1}, Retries: 2})
+	var ill atomic.Int32
+	b.review(t, 9081, &ill)
+	b.review(t, 9082, new(atomic.Int32))
+	r := b.reader(t)
+	if counts := r.count(t, 100); counts["9081"] != 100 {
+		t.Fatalf("%v before the failure", counts)
+	}
+	ill.Store(503)
+	for range 20 { // a request fails as long as both attempts reach the only endpoint of the nearest locality
+		if status, _, err := r.read(); err != nil || status != 200 && status != 503 {
+			t.Fatalf("%d, %v", status, err)
+		}
+	}
+	if counts := r.count(t, 100); counts["9082"] != 100 {
+		t.Errorf("%v after the ejection", counts)
+	}
+	if _, clusters := get(t, b.pod, "http://127.0.0.1:15000/clusters"); !strings.Contains(clusters, v1+"::203.0.113.7:9081::health_flags::/failed_outlier_check") {
+		t.Errorf("/clusters has\n%s", clusters)
+	}
+	ill.Store(0)
+	nettest.Eventually(t, "the ejection to end", func() bool {
+		_, body, err := r.read()
+		return err == nil && body == "9081"
+	})
+}
+
+// Endpoints come and go 50 times a second, and their servers stop once they have been removed. Clients never see a failure.
+func TestEndpointsComeAndGoUnderLoad(t *testing.T) {
+	t.Parallel()
+	const changes, readers = 150, 4
+	b := newBook(t, []subset{of(v1, 9081)}, rule{Weights: map[string]uint32{v1: 1}, Retries: 2})
+	b.review(t, 9081, new(atomic.Int32))
+	end := make(chan struct{})
+	var requests atomic.Int64
+	var reading sync.WaitGroup
+	for range readers {
+		r := b.reader(t)
+		reading.Go(func() {
+			for {
+				select {
+				case <-end:
+					return
+				default:
+				}
+				if status, body, err := r.read(); err != nil || status != 200 {
+					t.Errorf("request %d: %d %q, %v", requests.Load(), status, body, err)
+					return
+				}
+				requests.Add(1)
+			}
+		})
+	}
+	running := map[int]func(){}
+	tick := time.NewTicker(time.Second / 50)
+	defer tick.Stop()
+	for change := range changes {
+		<-tick.C
+		port := 9082 + change*7%13
+		stop := running[port]
+		if stop == nil {
+			running[port] = b.review(t, port, new(atomic.Int32))
+		}
+		b.setEndpoints(t, port, stop == nil)
+		if stop != nil {
+			delete(running, port)
+			stop()
+		}
+	}
+	close(end)
+	reading.Wait()
+	t.Logf("%d requests during %d changes", requests.Load(), changes)
+	if requests.Load() < 10*changes {
+		t.Errorf("only %d requests", requests.Load())
+	}
+}
+
+// setEndpoints adds or removes the endpoint at a port.
+func (b *book) setEndpoints(t *testing.T, port int, there bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	endpoints := b.Clusters[0].Endpoints[:0:0]
+	for _, e := range b.Clusters[0].Endpoints {
+		if e.Address != at(port) {
+			endpoints = append(endpoints, e)
+		}
+	}
+	if there {
+		endpoints = append(endpoints, endpoint{Address: at(port)})
+	}
+	b.Clusters[0].Endpoints = endpoints
+	b.push(t)
+}

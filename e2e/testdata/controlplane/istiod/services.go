@@ -1,0 +1,179 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"log"
+	"net/netip"
+	"os"
+	"time"
+
+	cluster "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpoint "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	matcher "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	percent "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
+	"github.com/envoyproxy/go-control-plane/pkg/cache/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// services is the content of the file of -services: a service of HTTP with subsets, as istiod configures it.
+type services struct {
+	Port     uint32
+	Host     string
+	Clusters []subset
+	Routes   []rule
+}
+
+// subset is a cluster.
+type subset struct {
+	Name      string
+	Endpoints []host
+	Outliers  bool // 3 failures in a row eject for a second
+}
+
+type host struct {
+	Address  netip.AddrPort
+	Priority uint32
+}
+
+// rule is a route: of all requests, or of those with the value User of the field end-user.
+type rule struct {
+	User    string
+	Weights map[string]uint32 // by cluster
+	Retries uint32
+}
+
+// follow serves the services of a file, and pushes each change of it.
+func follow(snapshots cache.SnapshotCache, file string, strict bool) error {
+	content, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	push := func(version int) error {
+		var s services
+		if err := json.Unmarshal(content, &s); err != nil {
+			return err
+		}
+		resources := configuration(strict)
+		s.add(resources)
+		snapshot, err := cache.NewSnapshot(fmt.Sprint(version), resources)
+		if err != nil {
+			return err
+		}
+		return snapshots.SetSnapshot(context.Background(), "", snapshot)
+	}
+	if err := push(1); err != nil {
+		return err
+	}
+	go func() {
+		for version := 2; ; version++ {
+			for {
+				time.Sleep(2 * time.Millisecond)
+				if next, err := os.ReadFile(file); err == nil && !bytes.Equal(next, content) {
+					content = next
+					break
+				}
+			}
+			if err := push(version); err != nil {
+				log.Fatal(err)
+			}
+		}
+	}()
+	return nil
+}
+
+func (s *services) add(resources map[resource.Type][]types.Resource) {
+	ads := &core.ConfigSource{ConfigSourceSpecifier: &core.ConfigSource_Ads{Ads: &core.AggregatedConfigSource{}}, ResourceApiVersion: core.ApiVersion_V3}
+	for _, c := range s.Clusters {
+		config := &cluster.Cluster{
+			Name: c.Name, ClusterDiscoveryType: &cluster.Cluster_Type{Type: cluster.Cluster_EDS}, LbPolicy: cluster.Cluster_LEAST_REQUEST,
+			EdsClusterConfig: &cluster.Cluster_EdsClusterConfig{EdsConfig: ads},
+			CommonLbConfig:   &cluster.Cluster_CommonLbConfig{HealthyPanicThreshold: &percent.Percent{}},
+			ConnectTimeout:   durationpb.New(10 * time.Second),
+		}
+		if c.Outliers {
+			config.OutlierDetection = &cluster.OutlierDetection{
+				Consecutive_5Xx: wrapperspb.UInt32(3), Interval: durationpb.New(100 * time.Millisecond),
+				BaseEjectionTime: durationpb.New(time.Second), MaxEjectionPercent: wrapperspb.UInt32(100),
+			}
+		}
+		resources[resource.ClusterType] = append(resources[resource.ClusterType], config)
+		resources[resource.EndpointType] = append(resources[resource.EndpointType], c.assignment())
+	}
+	resources[resource.RouteType] = append(resources[resource.RouteType], s.routes())
+	manager := &hcm.HttpConnectionManager{
+		StatPrefix: "outbound", RouteSpecifier: &hcm.HttpConnectionManager_Rds{Rds: &hcm.Rds{ConfigSource: ads, RouteConfigName: fmt.Sprint(s.Port)}},
+		HttpFilters: []*hcm.HttpFilter{{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}},
+	}
+	resources[resource.ListenerType] = append(resources[resource.ListenerType], &listener.Listener{
+		Name: fmt.Sprintf("0.0.0.0_%d", s.Port), TrafficDirection: core.TrafficDirection_OUTBOUND, BindToPort: wrapperspb.Bool(false),
+		Address: &core.Address{Address: &core.Address_SocketAddress{SocketAddress: &core.SocketAddress{
+			Address: "0.0.0.0", PortSpecifier: &core.SocketAddress_PortValue{PortValue: s.Port},
+		}}},
+		FilterChains: []*listener.FilterChain{{Filters: []*listener.Filter{{
+			Name: "envoy.filters.network.http_connection_manager", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(manager)},
+		}}}},
+	})
+}
+
+func (c *subset) assignment() *endpoint.ClusterLoadAssignment {
+	a := &endpoint.ClusterLoadAssignment{ClusterName: c.Name}
+	byPriority := map[uint32]*endpoint.LocalityLbEndpoints{}
+	for _, h := range c.Endpoints {
+		l := byPriority[h.Priority]
+		if l == nil {
+			l = &endpoint.LocalityLbEndpoints{Priority: h.Priority, Locality: &core.Locality{Zone: fmt.Sprint("zone-", h.Priority)}}
+			byPriority[h.Priority] = l
+			a.Endpoints = append(a.Endpoints, l)
+		}
+		l.LbEndpoints = append(l.LbEndpoints, &endpoint.LbEndpoint{
+			LoadBalancingWeight: wrapperspb.UInt32(1),
+			HostIdentifier: &endpoint.LbEndpoint_Endpoint{Endpoint: &endpoint.Endpoint{Address: &core.Address{Address: &core.Address_SocketAddress{
+				SocketAddress: &core.SocketAddress{Address: h.Address.Addr().String(), PortSpecifier: &core.SocketAddress_PortValue{PortValue: uint32(h.Address.Port())}},
+			}}}},
+		})
+	}
+	return a
+}
+
+func (s *services) routes() *route.RouteConfiguration {
+	v := &route.VirtualHost{Name: s.Host, Domains: []string{s.Host, fmt.Sprintf("%s:%d", s.Host, s.Port)}, IncludeRequestAttemptCount: true}
+	for _, rule := range s.Routes {
+		clusters := &route.WeightedCluster{}
+		for _, c := range s.Clusters { // in order, so that equal contents are equal resources
+			if weight := rule.Weights[c.Name]; weight > 0 {
+				clusters.Clusters = append(clusters.Clusters, &route.WeightedCluster_ClusterWeight{Name: c.Name, Weight: wrapperspb.UInt32(weight)})
+			}
+		}
+		action := &route.RouteAction{ClusterSpecifier: &route.RouteAction_WeightedClusters{WeightedClusters: clusters}, Timeout: durationpb.New(0)}
+		if rule.Retries > 0 {
+			action.RetryPolicy = &route.RetryPolicy{
+				RetryOn: "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes", NumRetries: wrapperspb.UInt32(rule.Retries),
+				RetriableStatusCodes:          []uint32{503},
+				RetryHostPredicate:            []*route.RetryPolicy_RetryHostPredicate{{Name: "envoy.retry_host_predicates.previous_hosts"}},
+				HostSelectionRetryMaxAttempts: 5,
+			}
+		}
+		r := &route.Route{
+			Name: "default", Match: &route.RouteMatch{PathSpecifier: &route.RouteMatch_Prefix{Prefix: "/"}}, Action: &route.Route_Route{Route: action},
+		}
+		if rule.User != "" {
+			r.Name = rule.User
+			r.Match.Headers = []*route.HeaderMatcher{{Name: "end-user", HeaderMatchSpecifier: &route.HeaderMatcher_StringMatch{
+				StringMatch: &matcher.StringMatcher{MatchPattern: &matcher.StringMatcher_Exact{Exact: rule.User}},
+			}}}
+		}
+		v.Routes = append(v.Routes, r)
+	}
+	return &route.RouteConfiguration{Name: fmt.Sprint(s.Port), VirtualHosts: []*route.VirtualHost{v}}
+}

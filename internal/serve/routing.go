@@ -1,0 +1,287 @@
+package serve
+
+import (
+	"bytes"
+	"net/netip"
+	"slices"
+
+	"github.com/pillion-proxy/pillion/internal/balance"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/route"
+	"github.com/pillion-proxy/pillion/internal/secure"
+	"github.com/pillion-proxy/pillion/internal/sniff"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
+
+// routing is the Router of an outbound HTTP connection with a control plane. Each request follows the configuration in force
+// when it arrives: listener, filter chain, virtual host, route, cluster, endpoint. A request that the configuration refuses
+// is answered here. It belongs to the connection's goroutine.
+type routing struct {
+	role   *Role
+	info   mesh.ConnInfo
+	inside secure.Inside
+
+	judged  *mesh.Snapshot // by the last request, and what follows from it
+	manager *mesh.HTTPManager
+
+	plain, described *httpforward.PeerFields // without and with the exchange of metadata; described may be nil
+
+	routes  *mesh.Routes
+	table   *route.Table
+	refused *route.Reply // not nil: the reply to all requests
+
+	request route.Request   // reused, so that it is not allocated
+	pick    balance.Request // as well
+	avoid   [1]netip.AddrPort
+
+	pinned *watched // the endpoint of an HTTP/2 connection
+}
+
+func (c *Conn) newRouting(g *governed) *routing {
+	r := &routing{role: c.role, info: c.info(), inside: inside(c.protocol)}
+	r.request.Downstream, r.request.Local = c.Record.Downstream, c.Record.OriginalDestination
+	r.pick.Original = c.Record.OriginalDestination
+	if c.protocol == sniff.HTTP2 {
+		r.pick.Kind = balance.HTTP2
+	}
+	r.judge(g.snapshot)
+	return r
+}
+
+// judge finds the routes of the connection in a snapshot.
+func (r *routing) judge(s *mesh.Snapshot) {
+	r.judged, r.manager, r.table, r.refused, r.described = s, nil, nil, nil, nil
+	chain, refusal := s.Outbound(&r.info)
+	switch {
+	case refusal != "":
+		r.refused = route.Refused
+	case chain == nil || chain.HTTP == nil:
+		// The destination is no longer one of HTTP. The connection goes on as one without a listener.
+	default:
+		r.manager, r.plain = chain.HTTP, withoutClient(chain.HTTP)
+		if r.role.peers != nil && r.manager.ExchangesMetadata() {
+			r.described = r.role.exchanging(r.plain)
+		}
+		if r.routes = s.Routes(chain.HTTP); r.routes == nil {
+			r.refused = route.NoRoute
+			return
+		}
+		r.table = route.Of(r.routes)
+	}
+}
+
+// Route implements httpforward.Router.
+func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
+	s := r.role.mesh.Snapshot()
+	if s != r.judged {
+		r.judge(s)
+	}
+	switch {
+	case r.refused != nil:
+		return httpforward.Decision{Reply: r.refused}
+	case r.table == nil:
+		return httpforward.Decision{Target: upstream.Target{Address: r.info.Destination, Balanced: true}}
+	case q.Previous != nil:
+		return r.again(s, q)
+	}
+	r.view(q)
+	choice := r.table.Find(&r.request)
+	if choice.Cluster == nil {
+		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice)}
+	}
+	config := s.Cluster(choice.Cluster.Name)
+	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
+	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay}
+	switch {
+	case d.Reply != nil:
+		return d
+	case config == nil:
+		d.Reply = choice.Cluster.NotFound
+		return d
+	}
+	r.pick.Hash, r.pick.Hashed = 0, false
+	if hashes(config) {
+		r.pick.Hash, r.pick.Hashed = choice.Cluster.Hash(&r.request)
+	}
+	r.pick.Retry, r.pick.Avoid = false, nil
+	r.send(s, config, &d)
+	if d.Reply == nil && d.Plan != nil && len(d.Plan.Mirrors) > 0 {
+		r.mirror(s, &d)
+	}
+	return d
+}
+
+func name(c *route.Choice) string {
+	if c.Route == nil {
+		return ""
+	}
+	return c.Route.Name
+}
+
+// hashes reports whether a cluster's endpoints are chosen by hash.
+func hashes(c *mesh.Cluster) bool {
+	return c.Balancing.Policy == mesh.RingHash || c.Balancing.Policy == mesh.Maglev
+}
+
+// again decides about a retry: its cluster stays, and its endpoint is chosen again.
+func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.Decision {
+	d := httpforward.Decision{Cluster: q.Previous.Cluster, Route: q.Previous.Route, Plan: q.Previous.Plan}
+	config := s.Cluster(d.Cluster)
+	if config == nil {
+		d.Reply = noHealthyHost.reply
+		return d
+	}
+	r.pick.Retry, r.pick.Avoid = true, nil
+	if p := d.Plan; p != nil && p.Retry != nil && p.Retry.OtherHosts {
+		r.avoid[0] = q.Previous.Target.Address
+		r.pick.Avoid = r.avoid[:]
+	}
+	r.send(s, config, &d)
+	return d
+}
+
+// send sets the endpoint of a decision, or the reply if there is none.
+func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
+	d.AsDownstream = config.HTTP.Protocol == mesh.UpstreamAsDownstream
+	d.HTTP2 = config.HTTP.Protocol == mesh.UpstreamHTTP2
+	if r.pinned != nil {
+		r.sendPinned(s, config, d)
+		return
+	}
+	lease, failed := r.role.endpoint(s, config, &r.pick, r.inside, &d.Target)
+	if failed != nil {
+		d.Target, d.Reply = upstream.Target{}, failed.reply
+		return
+	}
+	d.Lease = lease
+	if d.Peers = r.plain; r.exchanges(config) {
+		d.Peers = r.described
+	}
+}
+
+// exchanges reports whether metadata is exchanged with the hosts of a cluster. Those outside of the mesh do not receive it.
+func (r *routing) exchanges(with *mesh.Cluster) bool {
+	return r.described != nil && !with.External && with.Discovery != mesh.OriginalDestination
+}
+
+// sendPinned sends a request of an HTTP/2 connection to the connection's endpoint, if that is one of the request's cluster.
+// Another request cannot be carried on this connection, and is answered 421.
+func (r *routing) sendPinned(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
+	if config.Name == r.pinned.config.Name {
+		var failed balance.Failure
+		if d.Lease, failed = r.role.balancer.Cluster(s, config).At(r.pinned.target.Address, &r.pick); failed != balance.None {
+			d.Reply = overflow.reply
+			return
+		}
+		d.Target = r.pinned.target
+		return
+	}
+	d.Target.Address = netip.AddrPortFrom(r.info.Destination.Addr(), 0) // not that of the connection
+}
+
+// Retired implements httpforward.Retirement. A connection whose requests are routed one by one does not end.
+func (r *routing) Retired() bool { return r.pinned != nil && r.pinned.gone() }
+
+// OnlyHTTP implements httpforward.OnlyHTTP.
+func (r *routing) OnlyHTTP() bool { return true }
+
+// view sets the request that routes see.
+func (r *routing) view(q *httpforward.Request) {
+	to := &r.request
+	to.Method, to.Path, to.Authority, to.Scheme, to.Fields = q.Method, q.Path, q.Authority, q.Scheme, q.Fields
+	to.GRPC = isGRPC(q.Fields)
+}
+
+var applicationGRPC = []byte("application/grpc")
+
+// isGRPC reports whether a request is one of gRPC by its content-type.
+func isGRPC(fields route.Fields) bool {
+	const contentType = "content-type"
+	for i := range fields.Len() {
+		name, value := fields.At(i)
+		if len(name) == len(contentType) && bytes.EqualFold(name, []byte(contentType)) {
+			rest, found := bytes.CutPrefix(value, applicationGRPC)
+			return found && (len(rest) == 0 || rest[0] == '+' || rest[0] == ';')
+		}
+	}
+	return false
+}
+
+// mirror adds the endpoints that copies of the request are sent to.
+func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
+	for i := range d.Plan.Mirrors {
+		m := &d.Plan.Mirrors[i]
+		config := s.Cluster(m.Cluster)
+		if config == nil || len(d.Mirrors) == httpforward.MaxMirrors || !r.request.Drawn(m) {
+			continue
+		}
+		copied := httpforward.Mirror{Policy: m, HTTP2: config.HTTP.Protocol == mesh.UpstreamHTTP2}
+		request := balance.Request{Original: r.info.Destination}
+		lease, failed := r.role.endpoint(s, config, &request, r.inside, &copied.Target)
+		if failed == nil {
+			copied.Lease = lease
+			d.Mirrors = append(d.Mirrors, copied)
+		}
+	}
+}
+
+// pin chooses the endpoint of an HTTP/2 connection before its requests are known.
+func (r *routing) pin(to *upstream.Target) *failure {
+	if r.refused != nil || r.table == nil {
+		return nil // its requests are answered, or go to the destination
+	}
+	config := r.destination()
+	if config == nil {
+		return noSuchCluster
+	}
+	lease, failed := r.role.endpoint(r.judged, config, &r.pick, r.inside, to)
+	if failed != nil {
+		return failed
+	}
+	lease.End(balance.Outcome{GRPC: -1}) // its requests have leases of their own
+	r.pinned = &watched{role: r.role, config: config, target: *to, inside: r.inside, snapshot: r.judged, own: r.role.mesh.Identity()}
+	return nil
+}
+
+// destination returns the cluster of a request to the original destination. istiod lists a service's addresses among the
+// domains of its virtual host. Without such a host, the destination may be an endpoint itself, as that of a headless service
+// is.
+func (r *routing) destination() *mesh.Cluster {
+	authority := []byte(r.info.Destination.String())
+	choice := r.table.Find(&route.Request{Method: []byte("POST"), Path: []byte("/"), Authority: authority, Scheme: []byte("http")})
+	if choice.Host != nil && !slices.ContainsFunc(choice.Host.Domains, func(d mesh.Domain) bool { return d.Kind == mesh.DomainAny }) {
+		if choice.Cluster == nil {
+			return nil
+		}
+		return r.judged.Cluster(choice.Cluster.Name)
+	}
+	for i := range r.routes.Hosts {
+		for k := range r.routes.Hosts[i].Routes {
+			if c := r.ofEndpoint(r.routes.Hosts[i].Routes[k].Forward); c != nil {
+				return c
+			}
+		}
+	}
+	if choice.Cluster == nil {
+		return nil
+	}
+	return r.judged.Cluster(choice.Cluster.Name)
+}
+
+// ofEndpoint returns the cluster of a route that the original destination is an endpoint of, or nil.
+func (r *routing) ofEndpoint(f *mesh.Forward) *mesh.Cluster {
+	if f == nil {
+		return nil
+	}
+	for i := range f.Clusters {
+		c := r.judged.Cluster(f.Clusters[i].Name)
+		if c == nil {
+			continue
+		}
+		if hosts := r.judged.Hosts(c); hosts != nil && hosts.At(r.info.Destination) != nil {
+			return c
+		}
+	}
+	return nil
+}

@@ -1,0 +1,79 @@
+//go:build !race
+
+package serve
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/balance"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
+
+// fields are header fields.
+type fields [][2]string
+
+func (f fields) Len() int                      { return len(f) }
+func (f fields) At(i int) (name, value []byte) { return []byte(f[i][0]), []byte(f[i][1]) }
+
+// newTestRouting makes the Router of a connection to 198.51.100.1:80, whose routes lead to two clusters with three endpoints
+// each, reached by TLS.
+func newTestRouting(t testing.TB) *routing {
+	p := &plane{}
+	edit := (*mesh.Snapshot)(nil).Edit()
+	f := &mesh.Forward{NotFoundCode: 503}
+	for _, name := range []string{"v1", "v2"} {
+		l := mesh.Locality{}
+		for i := range byte(3) {
+			l.Endpoints = append(l.Endpoints, mesh.Endpoint{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, i}), 80), Weight: 1, TLSMode: "istio"})
+		}
+		f.Clusters = append(f.Clusters, mesh.WeightedCluster{Name: name, Weight: 1})
+		edit.SetCluster(name, &mesh.Cluster{
+			Name: name, Discovery: mesh.ByEDS, Assignment: name, Balancing: mesh.Balancing{Policy: mesh.LeastRequest, Choices: 2},
+			Breakers:   mesh.Breakers{Connections: 1024, Pending: 1024, Requests: 1024, Retries: 3},
+			Transports: []mesh.Transport{{TLSMode: "istio", TLS: &mesh.UpstreamTLS{Certificate: "default", Roots: "ROOTCA"}}, {}},
+		})
+		edit.SetAssignment(name, &mesh.Assignment{Name: name, Localities: []mesh.Locality{l}})
+	}
+	edit.SetRoutes("80", &mesh.Routes{Name: "80", Hosts: []mesh.VirtualHost{{Name: "web", Domains: []mesh.Domain{{Kind: mesh.DomainExact, Text: "web"}}, Routes: []mesh.Route{
+		{Name: "default", Match: mesh.RouteMatch{Path: "/"}, Forward: f},
+	}}}})
+	edit.SetListener("0.0.0.0_80", &mesh.Listener{
+		Name: "0.0.0.0_80", Direction: mesh.Outbound, Virtual: true, Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:80")},
+		Default: &mesh.FilterChain{HTTP: &mesh.HTTPManager{RouteName: "80"}},
+	})
+	snapshot, _ := edit.Snapshot()
+	p.current.Store(snapshot)
+	role := &Role{direction: flow.Outbound, mesh: p, balancer: balance.New(balance.Config{Snapshot: p.Snapshot}), allOptions: map[upstream.Options]*upstream.Options{}}
+	role.securities.Store(&map[secured]*upstream.Security{})
+	t.Cleanup(role.Close)
+	c := &Conn{role: role, Record: &flow.Record{OriginalDestination: netip.MustParseAddrPort("198.51.100.1:80")}}
+	return c.newRouting(&governed{snapshot: snapshot})
+}
+
+func TestARoutedRequestDoesNotAllocate(t *testing.T) {
+	r := newTestRouting(t)
+	q := &httpforward.Request{Method: []byte("GET"), Path: []byte("/a"), Authority: []byte("web"), Scheme: []byte("http"), Fields: fields(nil)}
+	if n := testing.AllocsPerRun(1000, func() {
+		d := r.Route(q)
+		if d.Reply != nil || d.Lease == nil || !d.Target.Secured() {
+			t.Fatalf("%+v", d)
+		}
+		d.Lease.End(httpforward.Outcome{Status: 200, GRPC: -1, Connected: true})
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+func BenchmarkRoute(b *testing.B) {
+	r := newTestRouting(b)
+	q := &httpforward.Request{Method: []byte("GET"), Path: []byte("/a"), Authority: []byte("web"), Scheme: []byte("http"), Fields: fields(nil)}
+	b.ReportAllocs()
+	for b.Loop() {
+		d := r.Route(q)
+		d.Lease.End(httpforward.Outcome{Status: 200, GRPC: -1, Connected: true})
+	}
+}

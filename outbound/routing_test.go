@@ -1,0 +1,396 @@
+package outbound
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/serve/servetest"
+)
+
+// routed is a rig whose clients reach HTTP services at port 81 by routes.
+type routed struct {
+	*meshRig
+	routes *mesh.Routes
+}
+
+// to is a route to clusters with equal weights.
+func to(clusters ...string) mesh.Route {
+	f := &mesh.Forward{NotFoundCode: http.StatusServiceUnavailable}
+	for _, name := range clusters {
+		f.Clusters = append(f.Clusters, mesh.WeightedCluster{Name: name, Weight: 1})
+	}
+	return mesh.Route{Name: "default", Match: anyPath, Forward: f}
+}
+
+var anyPath = mesh.RouteMatch{Kind: mesh.PathPrefix, Path: "/"}
+
+// newRouted starts an agent with the routes of the host "web".
+func newRouted(t *testing.T, routes ...mesh.Route) *routed {
+	t.Helper()
+	r := &routed{newMeshRig(t, idOfServer), &mesh.Routes{Name: "81", IgnorePort: true, Hosts: []mesh.VirtualHost{
+		{Name: "web", Domains: []mesh.Domain{{Kind: mesh.DomainExact, Text: "web"}, {Kind: mesh.DomainExact, Text: nettest.Elsewhere4.String()}}, Routes: routes},
+		{Name: "allow_any", Domains: []mesh.Domain{{Kind: mesh.DomainAny}}, Routes: []mesh.Route{to("PassthroughCluster")}},
+	}}}
+	r.push(func(e *mesh.Edit) {
+		e.SetListener("0.0.0.0_81", &mesh.Listener{
+			Name: "0.0.0.0_81", Direction: mesh.Outbound, Virtual: true,
+			Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:81")},
+			Filters:   []mesh.ListenerFilter{{Kind: mesh.TLSInspector}, {Kind: mesh.HTTPInspector}},
+			Default:   &mesh.FilterChain{HTTP: &mesh.HTTPManager{RouteName: "81"}},
+		})
+		e.SetRoutes("81", r.routes)
+		e.SetCluster("PassthroughCluster", &mesh.Cluster{Name: "PassthroughCluster", Discovery: mesh.OriginalDestination, Breakers: unlimited})
+	})
+	return r
+}
+
+// push changes the configuration in force.
+func (r *routed) push(change func(*mesh.Edit)) {
+	edit := r.plane.InForce.Load().Edit()
+	change(edit)
+	snapshot, _ := edit.Snapshot()
+	r.plane.InForce.Store(snapshot)
+}
+
+// cluster sets a cluster with endpoints at ports of the peer.
+func (r *routed) cluster(name string, change func(*mesh.Cluster), ports ...uint16) {
+	c := &mesh.Cluster{Name: name, Discovery: mesh.ByEDS, Assignment: name, Breakers: unlimited, Balancing: mesh.Balancing{Policy: mesh.RoundRobin}}
+	if change != nil {
+		change(c)
+	}
+	r.push(func(e *mesh.Edit) { e.SetCluster(name, c) })
+	r.endpoints(name, ports...)
+}
+
+func (r *routed) endpoints(name string, ports ...uint16) {
+	l := mesh.Locality{}
+	for _, port := range ports {
+		l.Endpoints = append(l.Endpoints, mesh.Endpoint{Address: r.At(port), Weight: 1})
+	}
+	r.push(func(e *mesh.Edit) {
+		e.SetAssignment(name, &mesh.Assignment{Name: name, Localities: []mesh.Locality{l}})
+	})
+}
+
+// serve starts a server that answers with its port.
+func (r *routed) serve(t *testing.T, ports ...uint16) {
+	t.Helper()
+	for _, port := range ports {
+		r.handle(t, port, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, port) })
+	}
+}
+
+func (r *routed) handle(t *testing.T, port uint16, handler http.HandlerFunc) {
+	t.Helper()
+	listener := r.Peer.Listen(t, "tcp4", r.At(port).String())
+	server := &http.Server{Handler: handler, Protocols: new(http.Protocols)}
+	server.Protocols.SetHTTP1(true)
+	server.Protocols.SetUnencryptedHTTP2(true)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		server.Serve(listener)
+	}()
+	t.Cleanup(func() { server.Close(); <-served })
+}
+
+// client is an HTTP/1 connection.
+type client struct {
+	net.Conn
+	read *bufio.Reader
+}
+
+func (r *routed) client(t *testing.T) *client {
+	t.Helper()
+	conn := r.Dial(t, r.At(81))
+	return &client{conn, bufio.NewReader(conn)}
+}
+
+// get sends a request and returns the status and the body.
+func (c *client) get(t *testing.T, host string, lines ...string) (int, string) {
+	t.Helper()
+	status, body, _ := c.send(t, "GET", host, lines...)
+	return status, body
+}
+
+func (c *client) send(t *testing.T, method, host string, lines ...string) (int, string, http.Header) {
+	t.Helper()
+	c.SetDeadline(time.Now().Add(nettest.Patience))
+	servetest.Send(t, c, method+" / HTTP/1.1\r\nHost: "+host+"\r\n"+strings.Join(append(lines, "", ""), "\r\n"))
+	response, err := http.ReadResponse(c.read, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode, string(body), response.Header
+}
+
+// The requests of one connection go to several endpoints of several clusters, by their weights.
+func TestRequestsAreDividedByWeight(t *testing.T) {
+	route := to("v1", "v2")
+	route.Forward.Clusters[0].Weight = 3
+	r := newRouted(t, route)
+	r.serve(t, 82, 83, 84)
+	r.cluster("v1", nil, 82, 83)
+	r.cluster("v2", nil, 84)
+	c, counts := r.client(t), map[string]int{}
+	const n = 2000
+	for range n {
+		status, body := c.get(t, "web")
+		if status != 200 {
+			t.Fatalf("status %d", status)
+		}
+		counts[body]++
+		ended := r.Await(t)
+		if want := map[string]string{"82": "v1", "83": "v1", "84": "v2"}[body]; ended.Cluster != want || ended.Route != "default" || fmt.Sprint(ended.Upstream.Port()) != body {
+			t.Fatalf("the record of a request to %s: cluster %q, route %q, upstream %v", body, ended.Cluster, ended.Route, ended.Upstream)
+		}
+	}
+	for body, want := range map[string]float64{"82": 3. / 8, "83": 3. / 8, "84": 1. / 4} {
+		if d := float64(counts[body]) - n*want; d*d > 36*n*want*(1-want) { // six standard deviations
+			t.Errorf("%v: %s got %d, want %v", counts, body, counts[body], n*want)
+		}
+	}
+}
+
+// POST requests are not repeatable, and yet need no connection each: the peer sees two in all.
+func TestEndpointsKeepTheirConnections(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	opened := make(chan netip.AddrPort, 100)
+	for _, port := range []uint16{82, 83} {
+		r.handle(t, port, func(w http.ResponseWriter, q *http.Request) {
+			opened <- netip.MustParseAddrPort(q.RemoteAddr)
+		})
+	}
+	r.cluster("v1", nil, 82, 83)
+	c, seen := r.client(t), map[netip.AddrPort]bool{}
+	for range 20 {
+		if status, _, _ := c.send(t, "POST", "web", "Content-Length: 0"); status != 200 {
+			t.Fatalf("status %d", status)
+		}
+		seen[<-opened] = true
+	}
+	if len(seen) != 2 {
+		t.Errorf("20 requests to two endpoints took %d connections", len(seen))
+	}
+}
+
+func TestRequestsAreRoutedByHeader(t *testing.T) {
+	jason := to("v2")
+	jason.Name = "jason"
+	jason.Match.Headers = []mesh.HeaderMatcher{{Name: "end-user", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Text: "jason"}}}
+	r := newRouted(t, jason, to("v1"))
+	r.serve(t, 82, 83)
+	r.cluster("v1", nil, 82)
+	r.cluster("v2", nil, 83)
+	c := r.client(t)
+	for range 3 {
+		if _, body := c.get(t, "web", "end-user: jason"); body != "83" {
+			t.Errorf("jason reached %s", body)
+		}
+		if ended := r.Await(t); ended.Route != "jason" || ended.Cluster != "v2" {
+			t.Errorf("the record has route %q and cluster %q", ended.Route, ended.Cluster)
+		}
+		if _, body := c.get(t, "web"); body != "82" {
+			t.Errorf("another reached %s", body)
+		}
+		r.Await(t)
+	}
+}
+
+// Requests to hosts without a route go to the original destination, or are answered if the mesh has no other traffic.
+func TestOtherHosts(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	r.serve(t, 81, 82)
+	r.cluster("v1", nil, 82)
+	if status, body := r.client(t).get(t, "elsewhere"); status != 200 || body != "81" {
+		t.Errorf("%d from %s", status, body)
+	}
+	if ended := r.Await(t); ended.Cluster != "PassthroughCluster" {
+		t.Errorf("the cluster is %q", ended.Cluster)
+	}
+	blocked := r.routes.Hosts[1]
+	blocked.Routes = []mesh.Route{{Name: "block_all", Match: anyPath, Respond: &mesh.Response{Status: 502}}}
+	closed := &mesh.Routes{Name: "81", Hosts: []mesh.VirtualHost{r.routes.Hosts[0], blocked}}
+	r.push(func(e *mesh.Edit) { e.SetRoutes("81", closed) })
+	c := r.client(t)
+	if status, _ := c.get(t, "elsewhere"); status != 502 {
+		t.Errorf("status %d", status)
+	}
+	if status, body := c.get(t, "web"); status != 200 || body != "82" { // on the same connection
+		t.Errorf("%d from %s", status, body)
+	}
+}
+
+// An open connection follows pushes with its next request, and stays open when its endpoint goes.
+func TestAnOpenConnectionFollowsPushes(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	r.serve(t, 82, 83)
+	r.cluster("v1", nil, 82)
+	c := r.client(t)
+	for i := range 10 {
+		port := uint16(82 + i%2)
+		r.endpoints("v1", port)
+		if status, body := c.get(t, "web"); status != 200 || body != fmt.Sprint(port) {
+			t.Fatalf("request %d: %d from %s, want %d", i, status, body, port)
+		}
+	}
+}
+
+func TestRequestsWithoutAnEndpointAreAnswered(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	release, arrived := make(chan struct{}), make(chan struct{}, 10)
+	r.handle(t, 82, func(http.ResponseWriter, *http.Request) { arrived <- struct{}{}; <-release })
+	check := func(t *testing.T, flags, body string) http.Header {
+		t.Helper()
+		c := r.client(t)
+		status, got, header := c.send(t, "GET", "web")
+		if ended := r.Await(t); status != 503 || got != body || ended.Flags != flags {
+			t.Errorf("%d %q with the flags %q, want 503 %q with %q", status, got, ended.Flags, body, flags)
+		}
+		return header
+	}
+	t.Run("no such cluster", func(t *testing.T) { check(t, "NC", "") })
+	r.cluster("v1", nil)
+	t.Run("no endpoint", func(t *testing.T) { check(t, "UH", "no healthy upstream") })
+	r.cluster("v1", func(c *mesh.Cluster) { c.Breakers.Requests = 1 }, 82)
+	t.Run("overflow", func(t *testing.T) {
+		first := r.client(t)
+		servetest.Send(t, first, "GET / HTTP/1.1\r\nHost: web\r\n\r\n")
+		<-arrived
+		header := check(t, "UO", "upstream connect error or disconnect/reset before headers. reset reason: overflow")
+		if header.Get("x-envoy-overloaded") != "true" {
+			t.Errorf("the fields are %v", header)
+		}
+		close(release)
+		if response, err := http.ReadResponse(first.read, nil); err != nil || response.StatusCode != 200 {
+			t.Errorf("%v, %v", response, err)
+		}
+	})
+}
+
+// A host that fails is ejected, and retries reach another one.
+func TestAFailingHostIsEjected(t *testing.T) {
+	route := to("v1")
+	route.Forward.Retry = &mesh.RetryPolicy{On: mesh.Retry5xx, Retries: 2, OtherHosts: true}
+	r := newRouted(t, route)
+	failures := 0
+	r.handle(t, 82, func(w http.ResponseWriter, _ *http.Request) { failures++; w.WriteHeader(500) })
+	r.serve(t, 83)
+	r.cluster("v1", func(c *mesh.Cluster) {
+		c.Outliers = &mesh.Outliers{Consecutive5xx: 3, Interval: time.Minute, Ejection: time.Minute, MaxPercent: 100}
+	}, 82, 83)
+	c := r.client(t)
+	for range 50 {
+		if status, body := c.get(t, "web"); status != 200 || body != "83" {
+			t.Fatalf("%d %s", status, body)
+		}
+	}
+	if failures != 3 {
+		t.Errorf("the failing host got %d requests, want 3", failures)
+	}
+}
+
+// All streams of an HTTP/2 connection go to one endpoint of the cluster of the service at its destination.
+func TestAnHTTP2ConnectionHasOneEndpoint(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	r.serve(t, 82, 83)
+	r.cluster("v1", nil, 82, 83)
+	for range 4 {
+		response, err := r.request(t, r.Dial(t, r.At(81)), true)
+		if err != nil || response.StatusCode != 200 {
+			t.Fatalf("%v, %v", response, err)
+		}
+		if ended := r.Await(t); ended.Cluster != "v1" || ended.Protocol != flow.HTTP2 || ended.Upstream.Port() != 82 && ended.Upstream.Port() != 83 {
+			t.Errorf("the record is %+v", ended)
+		}
+	}
+}
+
+// A client of an HTTP listener may be silent for a while; nothing is dialled meanwhile. What is not HTTP is refused.
+func TestASilentClientOfAnHTTPListener(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	r.serve(t, 82)
+	r.cluster("v1", nil, 82)
+	c := r.client(t)
+	r.AwaitListed(t, 1)
+	if status, body := c.get(t, "web"); status != 200 || body != "82" {
+		t.Errorf("%d %s", status, body)
+	}
+	r.Await(t)
+	other := r.Dial(t, r.At(81))
+	servetest.Send(t, other, "\x00opaque")
+	if ended := r.Await(t); ended.Reason != flow.MeshRefused {
+		t.Errorf("the reason is %v", ended.Reason)
+	}
+}
+
+// A connection of bytes ends when it has been silent, or open, for as long as its filter chain permits.
+func TestConnectionsOfBytesHaveTheLimitsOfTheirChain(t *testing.T) {
+	for want, proxy := range map[flow.Reason]*mesh.TCPProxy{
+		flow.IdleTimeout: {IdleTimeout: 100 * time.Millisecond, MaxDuration: time.Hour},
+		flow.MaxDuration: {MaxDuration: 100 * time.Millisecond},
+	} {
+		r := newRouted(t)
+		proxy.Clusters = []mesh.TCPCluster{{Name: "v1", Weight: 1}}
+		r.cluster("v1", nil, 82)
+		r.bytes(proxy)
+		conns := r.Listen(t, "82")
+		client := r.Dial(t, r.At(81))
+		servetest.Send(t, client, "\x00opaque")
+		servetest.Expect(t, servetest.Take(t, conns), "\x00opaque")
+		if ended := r.Await(t); ended.Reason != want {
+			t.Errorf("the reason is %v, want %v", ended.Reason, want)
+		}
+	}
+}
+
+// bytes makes port 81 one of bytes.
+func (r *routed) bytes(proxy *mesh.TCPProxy) {
+	r.push(func(e *mesh.Edit) {
+		e.SetListener("0.0.0.0_81", &mesh.Listener{
+			Name: "0.0.0.0_81", Direction: mesh.Outbound, Virtual: true,
+			Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:81")},
+			Default:   &mesh.FilterChain{TCP: proxy},
+		})
+	})
+}
+
+func TestConnectionsOfBytesAreDividedByWeight(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	r.cluster("v1", nil, 82)
+	r.cluster("v2", func(c *mesh.Cluster) { c.Breakers.Connections = 1 }, 83)
+	r.bytes(&mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "v1", Weight: 1}, {Name: "v2", Weight: 1}, {Name: "gone", Weight: 0}}})
+	first, second := r.Listen(t, "82"), r.Listen(t, "83")
+	refused := 0
+	for n := [2]int{}; n[0] < 5 || n[1] < 1 || refused < 1; {
+		client := r.Dial(t, r.At(81))
+		servetest.Send(t, client, "\x00opaque")
+		select {
+		case conn := <-first:
+			servetest.Expect(t, conn, "\x00opaque")
+			n[0]++
+		case conn := <-second:
+			servetest.Expect(t, conn, "\x00opaque")
+			n[1]++
+		case ended := <-r.Records():
+			if ended.Reason != flow.UpstreamOverflow || ended.Cluster != "v2" || ended.Flags != "UO" || n[1] != 1 {
+				t.Fatalf("%+v", ended)
+			}
+			refused++
+		}
+	}
+}
