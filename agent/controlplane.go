@@ -37,7 +37,7 @@ func (a *Agent) addControlPlane() error {
 	if addresses, _ := pod.Node.Metadata["INSTANCE_IPS"].(string); pod.Node.IP == "" {
 		pod.Node.IP, _, _ = strings.Cut(addresses, ",")
 	}
-	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames})
+	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames, Inbound: a.wakeAll})
 	if err != nil {
 		return err
 	}
@@ -57,6 +57,9 @@ func (a *Agent) addControlPlane() error {
 	a.plane.pod, a.plane.session, a.plane.peers = &pod, session, peers.New(pod.Node.ID(), description)
 	return nil
 }
+
+// wakeAll makes open connections look at the configuration in force.
+func (a *Agent) wakeAll() { a.poller.WakeAll() }
 
 // keptFile is the file with the last configuration.
 const keptFile = "pillion-configuration"

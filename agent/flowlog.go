@@ -39,7 +39,7 @@ func (l *flowLog) Closed(r *flow.Record) {
 	if loops {
 		l.loop.Do(func() { l.logLoop(r) })
 	}
-	if r.Reason.ByPolicy() && !loops {
+	if (r.Reason.ByPolicy() || r.Reason.OfHandshake()) && !loops {
 		if skipped, ok := l.admit(r); ok {
 			l.log.LogAttrs(context.Background(), slog.LevelWarn, "connection refused",
 				append(attributes(r), slog.Int("not_logged_before", skipped))...)

@@ -212,7 +212,7 @@ func TestStrictPortsRefusePlainConnectionsByName(t *testing.T) {
 	if !refusedAtOnce(t, s.inbound()) {
 		t.Error("a plain connection to a STRICT port was not refused")
 	}
-	s.agent.log.await(t, "mesh_refused", "no filter chain of virtualInbound accepts it without TLS")
+	s.agent.log.await(t, "tls_required", "no filter chain of virtualInbound accepts it without TLS: it requires mutual TLS")
 	downstream, upstream := s.outbound().connect(t)
 	converse(t, downstream, upstream)
 }

@@ -387,10 +387,17 @@ func unpack(t *testing.T, bundle string) map[string]string {
 		} else if err != nil {
 			t.Fatal(err)
 		}
-		content, err := io.ReadAll(archive)
+		name, content := strings.TrimPrefix(header.Name, "pillion-bundle/"), io.Reader(archive)
+		if plain, packed := strings.CutSuffix(name, ".gz"); packed {
+			name = plain
+			if content, err = gzip.NewReader(archive); err != nil {
+				t.Fatal(err)
+			}
+		}
+		text, err := io.ReadAll(content)
 		if err != nil {
 			t.Fatal(err)
 		}
-		parts[strings.TrimPrefix(header.Name, "pillion-bundle/")] = string(content)
+		parts[name] = string(text)
 	}
 }

@@ -283,7 +283,7 @@ func (m *meshRig) outcome(t *testing.T, sends int) string {
 	conn.Close()
 	got := m.Await(t)
 	switch {
-	case got.Reason == flow.MeshRefused && err != nil:
+	case (got.Reason == flow.MeshRefused || got.Reason == flow.TLSRequired) && err != nil:
 		return closed
 	case err != nil:
 		return err.Error()
@@ -373,8 +373,8 @@ func TestAFailedHandshakeHasAReason(t *testing.T) {
 		reason      flow.Reason
 		text        string
 	}{
-		"no certificate": {&tls.Certificate{}, flow.TLSPeerRefused, "the client has no certificate"},
-		"another root":   {foreign, flow.TLSPeerRefused, `issued by "CN=root of another mesh"`},
+		"no certificate": {&tls.Certificate{}, flow.TLSNoCertificate, "the client has no certificate"},
+		"another root":   {foreign, flow.TLSUnknownRoot, `issued by "CN=root of another mesh"`},
 	} {
 		conn, err := m.handshake(t, m.Dial(t, m.At(81)), c.certificate, meshHTTP...)
 		if err == nil {
@@ -462,48 +462,7 @@ func TestAPushBindsAClientThatIsSilent(t *testing.T) {
 	if got, _ := io.ReadAll(workload); len(got) > 0 {
 		t.Errorf("the workload receives %q", got)
 	}
-	if got := m.Await(t); got.Reason != flow.MeshRefused {
+	if got := m.Await(t); got.Reason != flow.TLSRequired {
 		t.Errorf("the reason is %v", got.Reason)
-	}
-}
-
-// A push ends no connection, but binds the next request.
-func TestAPushBindsTheNextRequest(t *testing.T) {
-	for _, secured := range []bool{false, true} {
-		m := newMeshRig(t, "PERMISSIVE, auto")
-		var conn net.Conn = m.Dial(t, m.At(81))
-		if secured {
-			var err error
-			if conn, err = m.handshake(t, conn, m.client, "istio-http/1.1", "istio", "http/1.1"); err != nil {
-				t.Fatal(err)
-			}
-		}
-		in := bufio.NewReader(conn)
-		status := func() int {
-			io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-			response, err := http.ReadResponse(in, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			io.Copy(io.Discard, response.Body)
-			return response.StatusCode
-		}
-		expect := func(mode string, want int) {
-			t.Helper()
-			m.plane.InForce.Store(snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")))
-			if got := status(); got != want {
-				t.Errorf("TLS %v, %s: %d, want %d", secured, mode, got, want)
-			}
-			m.Await(t)
-		}
-		ok, refused := 200, 404
-		if !secured {
-			ok, refused = refused, ok
-		}
-		expect("PERMISSIVE, auto", 200)
-		expect("STRICT, auto", ok)
-		expect("PERMISSIVE, auto", 200)
-		expect("DISABLE, auto", refused)
-		conn.Close()
 	}
 }

@@ -29,6 +29,7 @@ type Config struct {
 	Settings     serve.Settings     // until the first Apply
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
 	Egress       serve.Egress       // the policy for destinations; nil: all are allowed
+	Decryption   serve.Decryption   // of TLS; nil: none is decrypted
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
 	Lookup       balance.Lookup     // resolves the names of Mesh's clusters; nil: they have no endpoints
@@ -52,16 +53,17 @@ func New(config Config) (*Proxy, error) {
 		return nil, errors.New("outbound: OwnPorts and OwnAddresses are required")
 	}
 	role, err := serve.NewRole(serve.Config{
-		Direction: flow.Outbound,
-		Poller:    config.Poller,
-		Flows:     config.Flows,
-		Settings:  config.Settings,
-		HTTP:      config.HTTP,
-		Egress:    config.Egress,
-		Mesh:      config.Mesh,
-		Wait:      config.Wait,
-		Lookup:    config.Lookup,
-		Peers:     config.Peers,
+		Direction:  flow.Outbound,
+		Poller:     config.Poller,
+		Flows:      config.Flows,
+		Settings:   config.Settings,
+		HTTP:       config.HTTP,
+		Egress:     config.Egress,
+		Decryption: config.Decryption,
+		Mesh:       config.Mesh,
+		Wait:       config.Wait,
+		Lookup:     config.Lookup,
+		Peers:      config.Peers,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("outbound: %w", err)
@@ -99,10 +101,10 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		return
 	}
 	to := target(dst)
-	if !c.Choose(&to) || !c.HTTP() && !c.Dial(&to) {
+	if !c.Choose(&to) || !c.Decrypt(&to) || !c.HTTP() && !c.Dial(&to) {
 		return
 	}
-	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) {
+	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) || !c.Decrypt(&to) || !c.HTTP() && !c.Dial(&to) || !c.WatchBoth() {
 		return
 	}
 	c.Carry(&to)

@@ -225,7 +225,7 @@ func TestAnotherServerGetsNothing(t *testing.T) {
 // A server that does not accept the client's certificate rejects it after the client's part of the handshake has ended
 // (TLS 1.3). That is a failed handshake as well.
 func TestARejectedCertificateIsAFailedHandshake(t *testing.T) {
-	for _, protocol := range []string{"HTTP/1.1", "other"} {
+	for _, protocol := range []string{"HTTP/1.1", "HTTP/2", "other"} {
 		m := newMeshRig(t, idOfServer, istio(endpointOfMesh))
 		foreign := securetest.New(t, "another root").Identity(t, idOfClient)
 		foreign.Roots = m.authority.Roots
@@ -236,7 +236,7 @@ func TestARejectedCertificateIsAFailedHandshake(t *testing.T) {
 			servetest.Send(t, client, "\x00question")
 			client.SetDeadline(time.Now().Add(nettest.Patience))
 			io.ReadAll(client)
-		} else if response, err := m.request(t, client, false); err != nil || response.StatusCode != http.StatusServiceUnavailable {
+		} else if response, err := m.request(t, client, protocol == "HTTP/2"); err != nil || response.StatusCode != http.StatusServiceUnavailable {
 			t.Errorf("%s: %v, %v", protocol, response, err)
 		}
 		got := m.Await(t)
@@ -324,5 +324,57 @@ func TestALateClientKeepsItsEndpoint(t *testing.T) {
 			servetest.Expect(t, plain, "\x00late")
 		}
 		client.Close()
+	}
+}
+
+// Requests on connections that an earlier root has verified end in order when the root changes, and the next connection is
+// verified by the roots in force.
+func TestAnotherRootRetiresConnections(t *testing.T) {
+	for _, http2 := range []bool{false, true} {
+		m := newMeshRig(t, idOfServer, istio(endpointOfMesh))
+		endpoint := m.serveTLS(t, "81")
+		var dials int
+		transport := &http.Transport{Protocols: new(http.Protocols)}
+		transport.Protocols.SetUnencryptedHTTP2(http2)
+		transport.Protocols.SetHTTP1(!http2)
+		transport.DialContext = func(context.Context, string, string) (net.Conn, error) {
+			dials++
+			return m.TryDial(m.At(81))
+		}
+		client := &http.Client{Transport: transport, Timeout: nettest.Patience}
+		get := func() int {
+			t.Helper()
+			response, err := client.Get("http://web/")
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.Copy(io.Discard, response.Body)
+			response.Body.Close()
+			m.Await(t)
+			return response.StatusCode
+		}
+		renewed := m.authority.Identity(t, idOfClient)
+		for range 2 {
+			if status := get(); status != 200 {
+				t.Fatalf("status %d", status)
+			}
+			<-endpoint
+			m.plane.Own.Store(renewed) // another certificate, and the same roots
+		}
+		if dials != 1 {
+			t.Errorf("HTTP/2 %v: %d connections for two requests", http2, dials)
+		}
+		other := *m.plane.Own.Load()
+		other.Roots = securetest.New(t, "another root").Roots
+		m.plane.Own.Store(&other)
+		m.Wake()
+		nettest.Eventually(t, "requests meet the roots in force", func() bool {
+			status := get()
+			for len(endpoint) > 0 {
+				<-endpoint
+			}
+			return status == http.StatusServiceUnavailable
+		})
+		transport.CloseIdleConnections()
 	}
 }

@@ -42,6 +42,8 @@ type Config struct {
 
 	Rules egress.Rules // which destinations the command may reach
 
+	Decrypt bool // end TLS here; the command gets a certificate authority of this run
+
 	Errors io.Writer    // for people, such as standard error
 	Logger *slog.Logger // for warnings of the parts
 }
@@ -106,12 +108,13 @@ func find(name string) (path string, status int, err error) {
 
 // run is a run in progress.
 type run struct {
-	config  Config
-	sandbox *sandbox.Sandbox
-	records *records
-	traffic *traffic
-	inbound *publisher // nil: no port is published
-	page    *page
+	config     Config
+	sandbox    *sandbox.Sandbox
+	records    *records
+	traffic    *traffic
+	inbound    *publisher // nil: no port is published
+	page       *page
+	decryption *decryption // nil: TLS passes
 }
 
 func (r *run) build(path string) error {
@@ -119,13 +122,18 @@ func (r *run) build(path string) error {
 	if r.records, err = openRecords(r.config); err != nil {
 		return err
 	}
+	if r.config.Decrypt {
+		if r.decryption, err = newDecryption(func(line string) { fmt.Fprintln(r.config.Errors, "pillion:", line) }); err != nil {
+			return err
+		}
+	}
 	r.sandbox, err = sandbox.Start(sandbox.Config{
-		Path: path, Arguments: r.config.Command, IPv6: hasIPv6(), Loopback: r.config.HostLoopback, Dropped: r.records.dropped,
+		Path: path, Arguments: r.config.Command, Environment: r.environment(), IPv6: hasIPv6(), Loopback: r.config.HostLoopback, Dropped: r.records.dropped,
 	})
 	if err != nil {
 		return err
 	}
-	if r.traffic, err = newTraffic(r.config, r.sandbox, r.records); err != nil {
+	if r.traffic, err = newTraffic(r.config, r.sandbox, r.records, r.decryption); err != nil {
 		return err
 	}
 	if len(r.config.Publish) > 0 || r.config.PublishAll {
@@ -140,6 +148,14 @@ func (r *run) build(path string) error {
 	}
 	r.traffic.start()
 	return nil
+}
+
+// environment has the variables that the command gets besides the caller's.
+func (r *run) environment() []string {
+	if r.decryption == nil {
+		return nil
+	}
+	return r.decryption.variables
 }
 
 // end lets connections end, and prints what is left to print.
@@ -168,6 +184,9 @@ func (r *run) close() {
 	}
 	if r.records != nil {
 		r.records.end()
+	}
+	if r.decryption != nil {
+		r.decryption.close()
 	}
 }
 

@@ -1,6 +1,9 @@
 package run
 
 import (
+	"bytes"
+	"crypto/sha1"
+	"crypto/x509"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -146,5 +149,48 @@ func TestHeadsAreParsed(t *testing.T) {
 	}
 	if got := headFields([]byte(head), false); got[2].Value != "a=b" {
 		t.Errorf("headFields = %q", got)
+	}
+}
+
+// The trust store of Java has each certificate as an entry, and ends with the digest of a known password.
+func TestJavaTrustStore(t *testing.T) {
+	ca, err := newAuthority()
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := javaTrustStore(append([]byte("comment\n"), bytes.Repeat(ca.pem, 2)...))
+	body := store[:len(store)-sha1.Size]
+	if !bytes.HasPrefix(body, []byte{0xfe, 0xed, 0xfe, 0xed, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 3, 'c', 'a', '0'}) || !bytes.HasSuffix(body, ca.certificate.Raw) ||
+		bytes.Count(body, ca.certificate.Raw) != 2 {
+		t.Errorf("the store is %x", store)
+	}
+	var password []byte
+	for _, c := range []byte(javaPassword) {
+		password = append(password, 0, c)
+	}
+	if want := sha1.Sum(slices.Concat(password, []byte("Mighty Aphrodite"), body)); !bytes.Equal(store[len(body):], want[:]) {
+		t.Error("the digest is wrong")
+	}
+}
+
+// Certificates are for the name or the address that a client asks for, and verify under the authority.
+func TestIssuedCertificatesVerify(t *testing.T) {
+	ca, err := newAuthority()
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca.pem)
+	for _, host := range []string{"good.example", "203.0.113.7", "2001:db8::7", strings.Repeat("a.", 60) + "example"} {
+		issued, err := ca.issue(host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := issued.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: host}); err != nil {
+			t.Errorf("%s: %v", host, err)
+		}
+		if again, _ := ca.issue(host); again != issued {
+			t.Errorf("%s: another certificate is issued", host)
+		}
 	}
 }

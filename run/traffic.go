@@ -37,7 +37,7 @@ type traffic struct {
 	policy   *egress.Policy // nil: everything is allowed
 }
 
-func newTraffic(config Config, box *sandbox.Sandbox, records *records) (*traffic, error) {
+func newTraffic(config Config, box *sandbox.Sandbox, records *records, decryption *decryption) (*traffic, error) {
 	t := &traffic{table: flow.NewTable(records.sinks()...), pool: upstream.NewPool(0)}
 	var err error
 	if t.poller, err = tcp.NewPoller(); err != nil {
@@ -47,7 +47,7 @@ func newTraffic(config Config, box *sandbox.Sandbox, records *records) (*traffic
 		t.close()
 		return nil, err
 	}
-	if err := t.addOutbound(config, box); err != nil {
+	if err := t.addOutbound(config, box, decryption); err != nil {
 		t.close()
 		return nil, err
 	}
@@ -71,7 +71,7 @@ func forwarding(config *Config, pool *upstream.Pool) httpforward.Config {
 	}
 }
 
-func (t *traffic) addOutbound(config Config, box *sandbox.Sandbox) error {
+func (t *traffic) addOutbound(config Config, box *sandbox.Sandbox, decryption *decryption) error {
 	server := &listener.Server{Name: "outbound", Limit: listener.NewLimit(0), Log: config.Logger}
 	var ports []uint16
 	for _, bound := range box.TCP {
@@ -87,6 +87,9 @@ func (t *traffic) addOutbound(config Config, box *sandbox.Sandbox) error {
 	}
 	if t.policy != nil {
 		parts.Egress = t.policy
+	}
+	if decryption != nil {
+		parts.Decryption = decryption
 	}
 	role, err := outbound.New(parts)
 	if err != nil {

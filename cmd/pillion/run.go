@@ -89,6 +89,7 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 	}
 	parsed(flags, &o.config.Publish, publish, "publish", "p", "", "[address:]port[:port]", "make a port of the command reachable at a port of this machine, by default on 127.0.0.1, and show what arrives there")
 	parsedSwitch(flags, &o.config.PublishAll, "publish-all", "P", "publish every port at which the command listens, on 127.0.0.1")
+	parsedSwitch(flags, &o.config.Decrypt, "decrypt", "", "end TLS in pillion and show what is inside; the command gets a certificate authority of this run by variables such as SSL_CERT_FILE, and servers are verified as always")
 	parsed(flags, &o.config.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in /etc/resolv.conf")
 }
 

@@ -27,25 +27,27 @@ type attack struct {
 	connections int
 	past        string                            // where the other client sends requests past the agent
 	carry       func(conn net.Conn, begun func()) // calls begun when the connection is at its worst
+	mesh        bool                              // the agent has a control plane, and is reached by TLS
 }
 
 var attacks = []attack{
-	{"fields repeated by their HPACK index", 4, directAddress, repeatedFields},
-	{"unfinished heads of 250 KiB", 600, bystanderAddress, unfinishedHead},
-	{"heads of 250 KiB without a response", 600, directAddress, unansweredHead},
-	{"unfinished header blocks of 250 KiB", 600, bystanderAddress, unfinishedBlock},
-	{"first bytes that do not decide", 2000, bystanderAddress, undecided},
-	{"stalled windows", 50, directAddress, stalledWindow},
-	{"stalled downloads", 1000, directAddress, stalledDownload},
-	{"stalled downloads over HTTP/2", 1000, directAddress, stalledDownload2},
-	{"slow heads, a byte a second", 2000, bystanderAddress, slowHead},
-	{"rapid reset", 20, bystanderAddress, rapidReset},
-	{"CONTINUATION flood", 20, bystanderAddress, continuationFlood},
-	{"PING flood", 20, bystanderAddress, flood(http2.FramePing, 8)},
-	{"SETTINGS flood", 20, bystanderAddress, flood(http2.FrameSettings, 6)},
-	{"GOAWAY flood", 20, bystanderAddress, flood(http2.FrameGoAway, 8)},
-	{"interim responses without end", 50, directAddress, interimResponses},
-	{"silent connections", 9000, bystanderAddress, silent},
+	{"fields repeated by their HPACK index", 4, directAddress, repeatedFields, false},
+	{"unfinished heads of 250 KiB", 600, bystanderAddress, unfinishedHead, false},
+	{"heads of 250 KiB without a response", 600, directAddress, unansweredHead, false},
+	{"unfinished header blocks of 250 KiB", 600, bystanderAddress, unfinishedBlock, false},
+	{"first bytes that do not decide", 2000, bystanderAddress, undecided, false},
+	{"stalled windows", 50, directAddress, stalledWindow, false},
+	{"stalled downloads", 1000, directAddress, stalledDownload, false},
+	{"stalled downloads over HTTP/2", 1000, directAddress, stalledDownload2, false},
+	{"slow heads, a byte a second", 2000, bystanderAddress, slowHead, false},
+	{"rapid reset", 20, bystanderAddress, rapidReset, false},
+	{"CONTINUATION flood", 20, bystanderAddress, continuationFlood, false},
+	{"PING flood", 20, bystanderAddress, flood(http2.FramePing, 8), false},
+	{"SETTINGS flood", 20, bystanderAddress, flood(http2.FrameSettings, 6), false},
+	{"GOAWAY flood", 20, bystanderAddress, flood(http2.FrameGoAway, 8), false},
+	{"interim responses without end", 50, directAddress, interimResponses, false},
+	{"silent connections", 9000, bystanderAddress, silent, false},
+	{"stalled handshakes of TLS", 2000, bystanderAddress, stalledHandshake, true},
 }
 
 const shortForm = 4000

@@ -45,7 +45,8 @@ type world struct {
 	pinned    bool            // the agent has a core for itself, as far as these processes go
 }
 
-func newWorld(t testing.TB, pinned bool) *world {
+// newWorld pins processes to cores if pinned is set. With mesh, the agent has a control plane.
+func newWorld(t testing.TB, pinned, mesh bool) *world {
 	t.Helper()
 	nettest.RequireRoot(t)
 	w := &world{pinned: pinned && runtime.NumCPU() > 1}
@@ -56,17 +57,23 @@ func newWorld(t testing.TB, pinned bool) *world {
 	}
 	w.start(t, w.pod, nil, "origin", originAddress, directAddress)
 	w.start(t, w.pod, nil, "origin", bystanderAddress)
-	w.startAgent(t)
+	if mesh {
+		w.startAgent(t, w.startControlPlane(t), "--control-plane", "auto")
+	} else {
+		w.startAgent(t, nil)
+	}
 	return w
 }
 
-// startAgent starts an agent, in a memory cgroup if one can be made, and waits until it is ready.
-func (w *world) startAgent(t testing.TB) {
+// startAgent starts an agent, in a memory cgroup if one can be made, and waits until it is ready. before are words before its
+// command.
+func (w *world) startAgent(t testing.TB, before []string, flags ...string) {
 	t.Helper()
-	words := []string{
+	words := append(before,
 		"setpriv", "--reuid", agentUser, "--regid", agentUser, "--clear-groups", "--bounding-set", "-all", "--inh-caps=-all", "--no-new-privs",
 		pillion, "agent", "--memory-limit", strconv.Itoa(memoryLimit), "--access-log", "/dev/null", "--log-level", "error",
-	}
+	)
+	words = append(words, flags...)
 	if w.cgroup = nettest.NewCgroup(t, memoryLimit); w.cgroup != nil {
 		words = append([]string{"sh", "-c", `echo $$ > "$0" && exec "$@"`, w.cgroup.Procs()}, words...)
 	}

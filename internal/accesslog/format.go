@@ -193,6 +193,7 @@ var operators = func() []operator {
 			operator{name + "_LOCAL_URI_SAN", takesNone, piece{does: verbOwnName, side: side}},
 			operator{name + "_TLS_VERSION", takesNone, piece{does: verbTLSVersion, side: side}},
 			operator{name + "_TLS_CIPHER", takesNone, piece{does: verbTLSCipher, side: side}})
+		all = append(all, operator{name + "_TLS_SESSION_ID", takesNone, piece{does: verbMissing}}) // sessions are not resumed
 		all = append(all, certificateOperators(name, side)...)
 	}
 	for _, a := range []struct {

@@ -405,6 +405,15 @@ func TestOperatorsOfCertificates(t *testing.T) {
 	}
 }
 
+// Sessions are not resumed, so they have no ID.
+func TestSessionsOfTLSHaveNoID(t *testing.T) {
+	r := request(flow.Inbound, flow.Completed)
+	r.Security = &flow.Security{Version: "TLSv1.2"}
+	if got := lineOf(mustParse(t, ParseFormat, "%DOWNSTREAM_TLS_SESSION_ID% %UPSTREAM_TLS_SESSION_ID%"), r); got != "- -" {
+		t.Error(got)
+	}
+}
+
 // Why a handshake failed, in one word.
 func TestFailedHandshakesAreTold(t *testing.T) {
 	format := mustParse(t, ParseFormat, "%DOWNSTREAM_TRANSPORT_FAILURE_REASON% %UPSTREAM_TRANSPORT_FAILURE_REASON%")

@@ -18,7 +18,7 @@ var arrows = []struct {
 		"flags become configuration; everything else is decided below"},
 	{"agent", []string{"healthz", "inbound", "outbound", "internal/accesslog", "internal/admin", "internal/balance", "internal/budget", "internal/capture", "internal/certview", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/egress", "internal/flow", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh", "internal/metrics", "internal/ownport", "internal/peers", "internal/podinfo", "internal/probe", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream", "internal/xds"},
 		"the agent builds all parts and stops them in order"},
-	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/dns", "internal/egress", "internal/flow", "internal/httpforward", "internal/listener", "internal/live", "internal/sandbox", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
+	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/dns", "internal/egress", "internal/flow", "internal/httpforward", "internal/identity", "internal/listener", "internal/live", "internal/sandbox", "internal/secure", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
 		"a command's traffic arrives from a sandbox, is carried by a role and a resolver, and is shown in a terminal"},
 	{"internal/sandbox", []string{"internal/capture", "internal/sockopt", "iptables/kernel"},
 		"a sandbox captures ports, its listening sockets have the options of accepted ones, and capabilities decide how it is made"},

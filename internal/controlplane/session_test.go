@@ -17,6 +17,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/istiod"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/wire"
 	"github.com/pillion-proxy/pillion/internal/xds"
@@ -135,5 +136,25 @@ func TestTheStatusHasWhatAPodHas(t *testing.T) {
 	(*handler)(session).Update(xds.Update{Type: xds.Clusters, Resources: []xds.Resource{{Name: "c", TypeURL: xds.Clusters.URL(), Value: wire.AppendString(nil, 1, "c")}}})
 	if got := session.Status().Counts[xds.Clusters]; got.Bytes != 3 || got.Last != 3 || got.Decoded <= 0 {
 		t.Errorf("counts %+v", got)
+	}
+}
+
+// Parts of resources are shared until updates have paused.
+func TestWhatIsSharedIsForgottenWhenUpdatesPause(t *testing.T) {
+	freed := 0
+	session := withFiles(t)
+	session.config.FreeMemory = func() { freed++ }
+	outliers := func(name string) *mesh.Outliers {
+		value := join(text(1, name), number(2, uint64(mesh.OriginalDestination)), nest(nest(number(1, 7), 1), 19))
+		(*handler)(session).Update(xds.Update{Type: xds.Clusters, Resources: []xds.Resource{{Name: name, TypeURL: xds.Clusters.URL(), Value: value}}})
+		return session.config.Store.current.Cluster(name).Outliers
+	}
+	first := outliers("a")
+	if outliers("b") != first || first.Consecutive5xx != 7 {
+		t.Error("equal parts are not shared")
+	}
+	session.tidy()
+	if outliers("c") == first || freed != 1 {
+		t.Errorf("parts are remembered; memory was freed %d times", freed)
 	}
 }

@@ -44,6 +44,10 @@ type StoreConfig struct {
 	// store. It may be nil.
 	Names func(*mesh.Names)
 
+	// Inbound is called when another inbound listener is in force: open connections may have to end. It must not call the
+	// store, except for Snapshot. It may be nil.
+	Inbound func()
+
 	// MaxBytes bounds the resources in sum. Resources beyond it are rejected. 0: 64 MiB.
 	MaxBytes int64
 }
@@ -562,10 +566,13 @@ func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 		}
 		s.current = snapshot
 	}
-	switch {
-	case s.snapshot.Load() != nil:
+	switch before := s.snapshot.Load(); {
+	case before != nil:
 		if changed {
 			s.snapshot.Store(snapshot)
+			if s.config.Inbound != nil && snapshot.InboundChanged(before) {
+				s.config.Inbound()
+			}
 		}
 	case s.complete(now):
 		s.snapshot.Store(s.current)

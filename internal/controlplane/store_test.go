@@ -779,3 +779,30 @@ func TestRefusedEndpointsAreNotUsed(t *testing.T) {
 	r.Update(update(xds.Endpoints, refused))
 	r.want("web=192.0.2.10")
 }
+
+// Another inbound listener is told of once it is in force, and the same one is not.
+func TestAnotherInboundListenerIsReported(t *testing.T) {
+	reported := 0
+	s, err := NewStore(StoreConfig{Log: slog.New(slog.DiscardHandler), Inbound: func() { reported++ }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	virtual := func(mark string) xds.Update {
+		return update(xds.Listeners, tcpListener("virtualInbound", "web", mark))
+	}
+	s.Update(update(xds.Clusters, cluster("web", "web", "1")))
+	s.Update(update(xds.Endpoints, assignment("web", "192.0.2.1")))
+	for i, c := range []struct {
+		update xds.Update
+		want   int
+	}{
+		{virtual("1"), 0}, // the first configuration: connections are held for it and woken by it
+		{virtual("1"), 0},
+		{virtual("2"), 1},
+		{update(xds.Clusters, cluster("web", "web", "2")), 1},
+	} {
+		if s.Update(c.update); reported != c.want {
+			t.Errorf("update %d: reported %d times, want %d", i, reported, c.want)
+		}
+	}
+}

@@ -208,11 +208,8 @@ func (r *Record) Remote() netip.Addr {
 
 // DownstreamFailure returns why TLS with downstream failed, in Envoy's manner; empty if it did not.
 func (r *Record) DownstreamFailure() string {
-	switch r.Reason {
-	case TLSFailed, TLSTimeout, TLSPeerRefused, TLSNoIdentity:
-		if r.Err != nil {
-			return "TLS_error: " + r.Err.Error()
-		}
+	if r.Reason.OfHandshake() && r.Err != nil {
+		return "TLS_error: " + r.Err.Error()
 	}
 	return ""
 }

@@ -54,9 +54,16 @@ const (
 	Denied                Reason = "denied"                  // the policy for outbound traffic does not allow the destination
 	PolicyDenied          Reason = "policy_denied"           // an authorization policy denies it
 	MeshRefused           Reason = "mesh_refused"            // the control plane's configuration does not let it pass
-	TLSFailed             Reason = "tls_failed"              // the TLS handshake failed otherwise than by the peer's certificate
+	TLSRequired           Reason = "tls_required"            // the client does not begin with TLS, which the configuration requires
+	TLSUnexpected         Reason = "tls_unexpected"          // the client speaks TLS where the configuration has HTTP without it
+	TLSFailed             Reason = "tls_failed"              // the TLS handshake failed for another reason than those below
+	TLSVersion            Reason = "tls_version"             // no version, cipher suite or key exchange in common
 	TLSTimeout            Reason = "tls_timeout"             // the peer did not finish the TLS handshake in time
-	TLSPeerRefused        Reason = "tls_peer_refused"        // the peer's certificate is missing, or not accepted
+	TLSNoCertificate      Reason = "tls_no_certificate"      // the client has no certificate
+	TLSExpired            Reason = "tls_expired"             // the peer's certificate is expired or not valid yet
+	TLSUnknownRoot        Reason = "tls_unknown_root"        // the peer's certificate is issued under another root
+	TLSNameRefused        Reason = "tls_name_refused"        // the peer's names are not accepted
+	TLSPeerRefused        Reason = "tls_peer_refused"        // the peer's certificate is not accepted for another reason
 	TLSNoIdentity         Reason = "tls_no_identity"         // this workload has no certificate, or no roots of trust
 )
 
@@ -160,12 +167,26 @@ var Explanations = []Explanation{
 		"The control plane's configuration closes the connection, or has policies or routes for it that are not supported yet; the log has the cause."},
 	{PolicyDenied, "", "", "",
 		"An authorization policy denies the connection or the request, which is answered 403, or a token is missing or not accepted (401); the details and the log say which."},
+	{TLSRequired, envoy.FlagNoRouteFound, "", "",
+		"The client did not begin with TLS, and the port requires mutual TLS (PeerAuthentication STRICT)."},
+	{TLSUnexpected, envoy.FlagDownstreamProtocolError, "", "",
+		"The client speaks TLS, and the configuration has HTTP without TLS for the port (PeerAuthentication DISABLE, or ALPN of no proxy to a port declared as HTTP)."},
 	{TLSFailed, "", "", "",
-		"The TLS handshake failed: the peer does not speak TLS, has no version or cipher suite in common with pillion, or rejected pillion's certificate; the log has the cause."},
+		"The TLS handshake failed: the peer violates TLS, or rejected pillion's certificate; the log has the cause."},
+	{TLSVersion, "", "", "",
+		"The peer and pillion have no version of TLS, cipher suite or key exchange in common."},
 	{TLSTimeout, "", "", "",
 		"The peer did not finish the TLS handshake within the time that the control plane configures (15 s)."},
+	{TLSNoCertificate, "", "", "",
+		"The client presented no certificate, and mutual TLS requires one."},
+	{TLSExpired, "", "", "",
+		"The peer's certificate, or one of its chain, is expired or not valid yet; the log has its validity."},
+	{TLSUnknownRoot, "", "", "",
+		"The peer's certificate is not issued under a root of trust of this workload; the log has its issuer."},
+	{TLSNameRefused, "", "", "",
+		"The peer's certificate has none of the names that the configuration accepts; the log has both."},
 	{TLSPeerRefused, "", "", "",
-		"The peer's certificate is missing, expired, not valid yet, revoked, issued under another root, or for another name; the log has the cause."},
+		"The peer's certificate is revoked, malformed, for another use, or has not exactly one SPIFFE ID; the log has the cause."},
 	{TLSNoIdentity, "", "", "",
 		"TLS is required, and this workload has no certificate or no roots of trust yet."},
 	{IdleTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
@@ -191,7 +212,16 @@ var explanations = func() map[Reason]*Explanation {
 // ByPolicy reports whether the agent refused the flow, as opposed to an end that the two sides caused.
 func (r Reason) ByPolicy() bool {
 	switch r {
-	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors, MemoryBudget, NoConfiguration, Denied, MeshRefused, PolicyDenied:
+	case Loop, ForeignAddress, NoOriginalDestination, IPv6SourceMissing, MaxConnections, NoDescriptors, MemoryBudget, NoConfiguration, Denied, MeshRefused, PolicyDenied, TLSRequired, TLSUnexpected:
+		return true
+	}
+	return false
+}
+
+// OfHandshake reports whether a TLS handshake with downstream failed.
+func (r Reason) OfHandshake() bool {
+	switch r {
+	case TLSFailed, TLSVersion, TLSTimeout, TLSNoCertificate, TLSExpired, TLSUnknownRoot, TLSNameRefused, TLSPeerRefused, TLSNoIdentity:
 		return true
 	}
 	return false

@@ -139,7 +139,7 @@ func setDropped(h *http1.Head, k http1.Known, dropped bool) {
 
 // downstreamCloses reports whether the connection ends after this request regardless of the response.
 func (x *exchange) downstreamCloses() bool {
-	return !persists(x.requestHead.Minor, x.options) || x.s.engine.state.Load() != serving
+	return !persists(x.requestHead.Minor, x.options) || x.s.engine.state.Load() != serving || x.s.retired()
 }
 
 // persists reports whether a connection persists after a message (RFC 9112 §9.3).

@@ -272,6 +272,9 @@ func (x *exchange) appendEditedRequest(dst, b []byte) []byte {
 	if x.s.Peers.adds() {
 		dst = x.s.Peers.appendLine(dst, h, b)
 	}
+	if x.s.Peers.readsResponses() {
+		dst = x.s.Peers.appendLines(dst, introduced{true, true})
+	}
 	dst = e.appendLines(dst)
 	if p.CountAttempts {
 		dst = append(dst, attemptCountField+": "...)

@@ -11,6 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/route"
 )
 
@@ -132,6 +133,33 @@ func TestTheDecidedPathIsSent(t *testing.T) {
 		_, client, server := meetPlanned(t, decide)
 		client.sends("HEADERS 1 end :method=GET :scheme=http :path=/a/../b?c :authority=a x-a=1")
 		server.reads("HEADERS 1 end :method=GET :scheme=http :path=" + test.path + " :authority=a x-a=1" + field)
+	}
+}
+
+// A router's edits of one request come before those of its plan, in both engines, and the proxy introduces itself besides.
+func TestEditsOfOneRequest(t *testing.T) {
+	own := planOf(t, mesh.Forward{}, mesh.Edits{Request: mesh.HeaderEdits{
+		Remove: []string{"authorization"}, Add: []mesh.HeaderEdit{add("x-claim", "alice", mesh.OverwriteOrAdd)},
+	}}).RequestEdits
+	plan := planOf(t, mesh.Forward{}, mesh.Edits{Request: mesh.HeaderEdits{Add: []mesh.HeaderEdit{add("x-claim", "plan", mesh.AppendOrAdd)}}})
+	for _, p := range []*route.Plan{nil, plan} {
+		line, field := "", ""
+		if p != nil {
+			line, field = "x-claim: plan$", " x-claim=plan"
+		}
+		prepare := func(r *rig) {
+			r.peers = &PeerFields{Exchange: &peers.Exchange{Metadata: "me", ID: "it"}, Introduces: true}
+			r.router = &planned{decide: func(_ *Request, d *Decision) { d.Plan, d.Edits = p, own }}
+		}
+		conversation{"", `
+			> GET / HTTP/1.1$Host: a$Authorization: secret$X-Claim: forged$$
+			>> GET / HTTP/1.1$Host: a$x-envoy-peer-metadata-id: it$x-envoy-peer-metadata: me$x-claim: alice$` + line + `$
+			< HTTP/1.1 200 OK$Content-Length: 0$$
+			<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+			[]recorded{answered(200, 0)}}.playOn(t, prepare)
+		_, client, server := meetPlanned(t, prepare)
+		client.sends("HEADERS 1 end " + getFields + " authorization=secret x-claim=forged")
+		server.reads("HEADERS 1 end " + getFields + " x-claim=alice" + field + " x-envoy-peer-metadata-id=it x-envoy-peer-metadata=me")
 	}
 }
 

@@ -264,6 +264,23 @@ func TestARequestIsKeptUpToALimit(t *testing.T) {
 	}
 }
 
+// A client that has half-closed still waits for its response.
+func TestAHalfCloseDoesNotEndTheRetries(t *testing.T) {
+	conversation{"", `
+		> GET / HTTP/1.1$Host: a$$
+		client closes its half
+		>> GET / HTTP/1.1$Host: a$$
+		upstream reads the end
+		< HTTP/1.1 503 Busy$Content-Length: 0$$
+		upstream is gone
+		>> GET / HTTP/1.1$Host: a$$
+		upstream reads the end
+		< HTTP/1.1 200 OK$Content-Length: 2$$ok
+		<< HTTP/1.1 200 OK$Content-Length: 2$$ok
+		client reads the end`,
+		[]recorded{answered(200, 2)}}.playOn(t, withPlan(&route.Plan{Retry: retrying(mesh.Retry5xx, 1)}))
+}
+
 // What is kept for a retry counts as held memory, and is given back with the response. While memory is short, requests are
 // not kept, and so not retried.
 func TestKeptRequestsAreHeldMemory(t *testing.T) {

@@ -12,7 +12,7 @@ import (
 
 // handleError handles an error from parsing l's source. It reports whether the connection continues.
 func (m *multiplex) handleError(l *lane, err error) bool {
-	if err == errNotHTTP2 {
+	if err == errNotHTTP2 && !m.onlyHTTP() {
 		m.relayOpaque()
 		return false
 	}
@@ -173,7 +173,8 @@ func (m *multiplex) upstreamLost(r *reply, begun flow.Reason, err error) {
 	}
 	m.toUp.unacked = m.toUp.unacked[:0]
 	if len(m.streams.open) == 0 && rejection(err) != "" {
-		return // as after a failed dial: the first request is answered
+		m.toDown.srcErr = nil // as after a failed dial: the first request is read and answered
+		return
 	}
 	abandoned := 0
 	for _, s := range m.streams.open {
@@ -234,7 +235,7 @@ const drainGrace = time.Second
 func (m *multiplex) drain() {
 	switch {
 	case m.drainPhase == notDraining:
-		m.drainRequested = m.drainRequested || m.engine.Draining()
+		m.drainRequested = m.drainRequested || m.engine.Draining() || m.retired()
 		if !m.drainRequested || !m.toDown.settingsSent {
 			return
 		}

@@ -99,6 +99,9 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 		if peers.adds() {
 			block = peers.appendField(block, l.encoder, fields)
 		}
+		if peers.readsResponses() {
+			block = peers.appendFields(block, l.encoder, introduced{true, true})
+		}
 		m.sendRequest(s, end, block)
 		return
 	}

@@ -116,6 +116,7 @@ func (m *multiplex) editRequest(s *stream, has seen) *edited {
 		e.add("x-forwarded-for", from)
 	}
 	e.apply(s.edits)
+	s.edits = nil
 	e.apply(p.RequestEdits)
 	if ms := s.limits.expected().Milliseconds(); ms > 0 {
 		e.remove(expectedTimeoutField)

@@ -1,7 +1,7 @@
 package httpforward
 
 import (
-	"strconv"
+	"bytes"
 	"strings"
 	"testing"
 
@@ -13,14 +13,14 @@ import (
 // together sends the frames of all lines by one write, so that the engine reads them at once.
 func (s *speaker) together(lines ...string) {
 	s.t.Helper()
-	var all strings.Builder
+	var all bytes.Buffer
 	framer := s.framer
 	defer func() { s.framer = framer }()
 	s.framer = http2.NewFramer(&all, nil)
 	for _, line := range lines {
 		s.sends(line)
 	}
-	if _, err := s.conn.Write([]byte(all.String())); err != nil {
+	if _, err := s.conn.Write(all.Bytes()); err != nil {
 		s.t.Fatal(err)
 	}
 }
@@ -62,20 +62,16 @@ func TestRequestsThatArriveWithTheirResetsAreAFlood(t *testing.T) {
 	_, client, server := meet(t)
 	server.quietly()
 	goodbye := client.quietly()
-	for id := 1; id < 2*2*resetBurst; id += 2 {
-		var all strings.Builder
-		framer := client.framer
-		client.framer = http2.NewFramer(&all, nil)
-		err := client.write([]string{"GET", strconv.Itoa(id)})
-		if err == nil {
-			err = client.framer.WriteRSTStream(uint32(id), http2.ErrCodeCancel)
-		}
-		client.framer = framer
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := client.conn.Write([]byte(all.String())); err != nil {
-			break
+	var both bytes.Buffer
+	framer := http2.NewFramer(&both, nil)
+	for id := uint32(1); id < 2*2*resetBurst; id += 2 {
+		both.Reset()
+		framer.WriteHeaders(http2.HeadersFrameParam{
+			StreamID: id, EndStream: true, EndHeaders: true, BlockFragment: client.encode(strings.Fields(getFields)),
+		})
+		framer.WriteRSTStream(id, http2.ErrCodeCancel)
+		if _, err := client.conn.Write(both.Bytes()); err != nil {
+			break // the engine has had enough
 		}
 	}
 	if got := goodbye(); !strings.HasPrefix(got, "GOAWAY ENHANCE_YOUR_CALM") {

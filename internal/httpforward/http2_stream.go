@@ -20,13 +20,12 @@ type stream struct {
 
 	interim int // interim responses so far
 
-	begun    bool      // the head of the final response was sent downstream
-	withheld bool      // the request was not forwarded: see lane.resetFollows
-	tunnel   bool      // a successful response turns the stream into a tunnel
-	head     bool      // the response to HEAD has no body
-	sentAt   time.Time // when the request was sent upstream
-
+	begun      bool       // the head of the final response was sent downstream
+	withheld   bool       // the request was not forwarded: see lane.resetFollows
+	tunnel     bool       // a successful response turns the stream into a tunnel
+	head       bool       // the response to HEAD has no body
 	introduced introduced // what the client has sent of itself
+	sentAt     time.Time  // when the request was sent upstream
 
 	reason flow.Reason // the reason with which the record closes
 	err    error

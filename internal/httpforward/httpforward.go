@@ -84,6 +84,35 @@ type Connection struct {
 	Returned *tcp.Conn // the upstream connection whose other end Down seems to be; see upstream.Stats.Returned
 }
 
+// Retirement may be implemented by a Router. A retired connection ends as in a drain of the engine, but without losing a
+// request that is on its way. HTTP/1 announces the close in the response to a request in progress, or to one that comes within drainGrace; HTTP/2 sends
+// GOAWAY, and serves new streams for drainGrace.
+type Retirement interface {
+	// Retired is called when the connection is woken and for each response, by the goroutine of the connection.
+	Retired() bool
+}
+
+// OnlyHTTP may be implemented by a Router that judges requests.
+type OnlyHTTP interface {
+	// OnlyHTTP reports whether the connection must not become opaque when its upstream does not speak HTTP/2: the bytes would
+	// pass without being judged.
+	OnlyHTTP() bool
+}
+
+func (c *Connection) onlyHTTP() bool {
+	r, ok := c.Router.(OnlyHTTP)
+	return ok && r.OnlyHTTP()
+}
+
+// retired reports whether the connection is to end.
+func (c *Connection) retired() bool {
+	if c.Router == nil {
+		return false
+	}
+	r, ok := c.Router.(Retirement)
+	return ok && r.Retired()
+}
+
 // Engine forwards the HTTP of one direction. Make it with New.
 type Engine struct {
 	config   Config // without Settings

@@ -79,7 +79,7 @@ func TestAnOrphanedDownstreamConnectionIsCheckedAgain(t *testing.T) {
 		s        session
 		from, to time.Time
 	}{
-		{"with an upstream connection", session{idleEnd: later}, later, later},
+		{"with an upstream connection", session{idleEnd: later, Connection: &Connection{}}, later, later},
 		{"inbound", session{orphaned: true, idleEnd: later, Connection: &Connection{}}, time.Now().Add(listenCheck), time.Now().Add(listenCheck + time.Minute)},
 		{"inbound, when the idle time ends earlier", session{orphaned: true, idleEnd: soon, Connection: &Connection{}}, soon, soon},
 		{"outbound", session{orphaned: true, idleEnd: later, lastUse: soon, Connection: &Connection{Target: upstream.Target{Balanced: true}}}, soon.Add(inFlight), soon.Add(inFlight)},

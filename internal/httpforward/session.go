@@ -31,6 +31,7 @@ type session struct {
 	bound    bool // up is authenticated for this downstream (NTLM, Negotiate) and must not serve others
 	orphaned bool // the server has closed up, and downstream has stayed open
 	ended    bool // downstream has half-closed
+	retiring bool // idleEnd is that of a retired connection
 
 	connected bool // there was an upstream connection, or an attempt
 	elsewhere bool // a router has sent the last request to another target than Connection.Target
@@ -93,7 +94,7 @@ func (e *Engine) serveHTTP1(w *tcp.Waiter, c *Connection) {
 // Upstream may close meanwhile, as servers do after some idle time or some number of requests. A request sent before that
 // is served on another upstream connection. Without such a request, outlives decides whether downstream stays open.
 func (s *session) awaitRequest() bool {
-	s.idleEnd = time.Time{}
+	s.idleEnd, s.retiring = time.Time{}, false
 	for {
 		if s.Read != nil && begun(s.Read.Bytes()) {
 			return true
@@ -150,10 +151,16 @@ const (
 //
 //go:noinline
 func (s *session) nextCheck() time.Time {
+	if s.retiring != s.retired() {
+		s.retiring, s.idleEnd = !s.retiring, time.Time{}
+	}
 	if s.idleEnd.IsZero() {
 		s.idleEnd = after(s.engine.settings.Load().IdleTimeout)
+		if s.retiring {
+			s.idleEnd = time.Now().Add(drainGrace)
+		}
 	}
-	if !s.orphaned {
+	if !s.orphaned || s.retiring {
 		return s.idleEnd
 	}
 	check := time.Now().Add(listenCheck)

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"unsafe"
@@ -67,5 +68,21 @@ func TestListsOfEmptyElementsAreBounded(t *testing.T) {
 	}
 	if _, _, err := DecodeRoutes(hosts(100_000)); err != errRoom {
 		t.Errorf("error %v", err)
+	}
+}
+
+// An error ends a resource in the middle of its fields. The paths of the next resource are its own.
+func TestAnErrorLeavesNoTraceInTheNextResource(t *testing.T) {
+	hosts := join(nest(nest(nil, 17), 2), text(1, "routes")) // of a field that is not supported, before the name
+	_, want, err := DecodeRoutes(hosts)
+	if err != nil || len(want) == 0 {
+		t.Fatal(err, want)
+	}
+	var c Compiler
+	if _, _, err := c.Routes(nest([]byte{0x12, 9}, 2)); err == nil {
+		t.Fatal("a truncated host is accepted")
+	}
+	if _, got, err := c.Routes(hosts); err != nil || !slices.Equal(got, want) {
+		t.Errorf("error %v, findings %v, want %v", err, got, want)
 	}
 }

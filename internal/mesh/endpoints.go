@@ -13,16 +13,16 @@ type Assignment struct {
 	Localities []Locality
 }
 
-// Has reports whether an address is one of the endpoints'.
-func (a *Assignment) Has(address netip.AddrPort) bool {
+// At returns the endpoint with an address, or nil.
+func (a *Assignment) At(address netip.AddrPort) *Endpoint {
 	for i := range a.Localities {
 		for k := range a.Localities[i].Endpoints {
-			if a.Localities[i].Endpoints[k].Address == address {
-				return true
+			if e := &a.Localities[i].Endpoints[k]; e.Address == address {
+				return e
 			}
 		}
 	}
-	return false
+	return nil
 }
 
 // Locality is a group of endpoints.

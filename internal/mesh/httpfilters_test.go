@@ -3,6 +3,7 @@ package mesh
 import (
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -249,4 +250,15 @@ func FuzzExtension(f *testing.F) {
 			t.Errorf("restricts %v, refused %v, findings %v", restricts, e.Refused, findings)
 		}
 	})
+}
+
+// Without such a resource all requests are refused, so a listener waits for it.
+func TestFiltersNeedTheirConfigurationWithoutADefault(t *testing.T) {
+	l := &Listener{Default: &FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{
+		{Name: "needed", OnItsOwn: true}, {Name: "optional", OnItsOwn: true, Optional: true}, {Name: "with a default", OnItsOwn: true, Type: rbacType},
+		{Name: "router", Type: routerType}, {Name: "without a configuration"},
+	}}}, Chains: []*FilterChain{{TCP: &TCPProxy{}}}}
+	if got := slices.Collect(l.NeededExtensions()); !slices.Equal(got, []string{"needed"}) {
+		t.Errorf("needed are %q", got)
+	}
 }

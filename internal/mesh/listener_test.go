@@ -403,3 +403,32 @@ func TestWaysOfForwardingThatAreNotSupportedCloseTheirChainOnly(t *testing.T) {
 		t.Errorf("findings %v", findings)
 	}
 }
+
+// A chain that is the only one has no index if it matches all connections, and is not chosen otherwise.
+func TestALoneChainIsForItsConnectionsOnly(t *testing.T) {
+	other := netip.MustParsePrefix("203.0.113.0/24")
+	c := &ConnInfo{
+		Destination: netip.MustParseAddrPort("192.0.2.1:80"), Source: netip.MustParseAddrPort("198.51.100.1:4711"),
+		DirectSource: netip.MustParseAddr("198.51.100.1"), ServerName: "a.example", Protocols: []string{"h2"},
+	}
+	for name, match := range map[string]ChainMatch{
+		"port": {Port: 81}, "destination": {Destinations: []netip.Prefix{other}}, "server name": {ServerNames: []string{"b.example"}},
+		"transport": {Transport: "tls"}, "protocol": {Protocols: []string{"http/1.1"}}, "direct source": {DirectSources: []netip.Prefix{other}},
+		"type of source": {SourceType: LocalSource}, "source": {Sources: []netip.Prefix{other}}, "source port": {SourcePorts: []uint16{1}},
+	} {
+		l := &Listener{Chains: []*FilterChain{{Match: match}}}
+		if err := l.Index(); err != nil {
+			t.Fatal(err)
+		}
+		if chain, ok := l.Match(c); ok {
+			t.Errorf("%s: the chain is %+v", name, chain)
+		}
+	}
+	l := &Listener{Chains: []*FilterChain{{}}}
+	if err := l.Index(); err != nil || l.index != nil {
+		t.Errorf("for all connections: error %v, index %v", err, l.index)
+	}
+	if chain, ok := l.Match(c); !ok || chain != l.Chains[0] {
+		t.Error("the chain for all connections is not chosen")
+	}
+}

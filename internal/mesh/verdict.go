@@ -24,6 +24,29 @@ func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	return chain, s.unsupported(chain, true)
 }
 
+// InboundMode reports whether the configuration has a filter chain for an inbound connection, and whether that ends TLS.
+// Without a listener it is carried as it is. What the chain itself refuses is not looked at.
+func (s *Snapshot) InboundMode(c *ConnInfo) (ended, ok bool) {
+	l := s.Listener(virtualInbound)
+	if l == nil {
+		return false, true
+	}
+	info := l.inspected(c)
+	chain, ok := l.Match(&info)
+	return ok && chain.TLS != nil, ok
+}
+
+// InboundInspectsTLS reports whether inbound connections to a port are looked at for TLS.
+func (s *Snapshot) InboundInspectsTLS(port uint16) bool {
+	l := s.Listener(virtualInbound)
+	return l != nil && l.inspects(TLSInspector, port)
+}
+
+// InboundChanged reports whether another inbound listener is in force than before.
+func (s *Snapshot) InboundChanged(before *Snapshot) bool {
+	return s.Listener(virtualInbound) != before.Listener(virtualInbound)
+}
+
 // Outbound returns the filter chain that an outbound connection meets, or why it is refused. Both are empty if no listener is
 // for its destination: it is carried there as it is.
 func (s *Snapshot) Outbound(c *ConnInfo) (chain *FilterChain, refusal string) {
@@ -82,7 +105,7 @@ func (l *Listener) inspected(c *ConnInfo) ConnInfo {
 	if c.TLS {
 		kind = TLSInspector
 	}
-	if !slices.ContainsFunc(l.Filters, func(f ListenerFilter) bool { return f.Kind == kind && f.Applies(c.Destination.Port()) }) {
+	if !l.inspects(kind, c.Destination.Port()) {
 		info.TLS, info.ServerName, info.Protocols = false, "", nil
 	}
 	return info
@@ -91,6 +114,10 @@ func (l *Listener) inspected(c *ConnInfo) ConnInfo {
 // RestrictsRequests reports whether policies of a chain may deny single requests.
 func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
 	return s.judgeHTTP(chain.HTTP, false) != ""
+}
+
+func (l *Listener) inspects(kind ListenerFilterKind, port uint16) bool {
+	return slices.ContainsFunc(l.Filters, func(f ListenerFilter) bool { return f.Kind == kind && f.Applies(port) })
 }
 
 // judgeHTTP returns why no request may pass. A part of the routes that is refused closes the connection: which requests it

@@ -27,6 +27,7 @@ const (
 	Canceled         End = "drain_deadline"     // the waiter was canceled; only the deadline of a drain does that
 	Unwatched        End = "no_descriptors"     // the kernel's limit of watched descriptors is reached
 	Interrupted      End = "memory_budget"      // the waiter was interrupted; only the memory budget does that
+	Retired          End = "mesh_refused"       // Options.Retired was true for Options.Retirement
 )
 
 // grace is how long to keep delivering buffered bytes after their sender was reset. Without the relay they would be in
@@ -40,6 +41,11 @@ type Options struct {
 	Until            time.Time      // ends the relay, whatever moves; zero: never
 	FromDown         *atomic.Uint64 // bytes that up's socket took; nil: not counted
 	FromUp           *atomic.Uint64 // bytes that down's socket took; nil: not counted
+
+	// Retired reports whether the relay is to end, Retirement after it was first true: peers that speak an unknown protocol
+	// cannot be asked to close. It is called in each turn. nil: never.
+	Retired    func() bool
+	Retirement time.Duration
 
 	// Bytes that the caller has read from a side, delivered first; may be nil. Run releases the buffers.
 	DownRead, UpRead *tcp.Buffer
@@ -74,6 +80,7 @@ type relay struct {
 	options          Options
 	watched          End       // the limit in force
 	lastMove         time.Time // when bytes last moved, or the limit came into force; zero without a limit
+	retiredAt        time.Time // when Options.Retired was first true; zero: it is not
 }
 
 // side is one of the two connections.
@@ -90,6 +97,10 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 		if how, err := r.over(); how != "" {
 			return how, err
 		}
+		retirement, over := r.retirement()
+		if over {
+			return Retired, nil
+		}
 		if (down == longTurn || up == longTurn) && !w.Stopped() {
 			if until := r.options.Until; !until.IsZero() && !time.Now().Before(until) {
 				return MaxDuration, nil
@@ -98,6 +109,9 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 			continue
 		}
 		how, deadline := r.deadline(down != nothing || up != nothing)
+		if !retirement.IsZero() && (deadline.IsZero() || retirement.Before(deadline)) {
+			how, deadline = Retired, retirement
+		}
 		switch err := w.Wait(deadline, r.down.Conn, r.up.Conn); {
 		case errors.Is(err, tcp.ErrDeadline):
 			return how, r.failure()
@@ -109,6 +123,23 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 			return Unwatched, err
 		}
 	}
+}
+
+// retirement returns when a relay that is to end ends, and whether that time has come. The time is zero for another relay.
+func (r *relay) retirement() (at time.Time, over bool) {
+	if r.options.Retired == nil {
+		return time.Time{}, false
+	}
+	if !r.options.Retired() {
+		r.retiredAt = time.Time{}
+		return time.Time{}, false
+	}
+	now := time.Now()
+	if r.retiredAt.IsZero() {
+		r.retiredAt = now
+	}
+	at = r.retiredAt.Add(r.options.Retirement)
+	return at, !now.Before(at)
 }
 
 // over returns how the relay ended, or "" while it continues.

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -486,5 +487,35 @@ func TestGraceStartsAtTheReset(t *testing.T) {
 	r.wantEnd(t, DownReset)
 	if took := time.Since(began); took < grace {
 		t.Errorf("delivery after the reset was tried for %v, want %v", took, grace)
+	}
+}
+
+// A relay that is to end goes on for a time, also while it is busy, and ends then. Until that it may be allowed again.
+func TestARetiredRelayEndsAfterItsTime(t *testing.T) {
+	for _, busy := range []bool{false, true} {
+		var retired atomic.Bool
+		r := newRig(t, Options{Retired: retired.Load, Retirement: 50 * time.Millisecond, IdleTimeout: time.Hour})
+		send := func(conn *net.TCPConn) error {
+			_, err := io.WriteString(conn, "bytes")
+			return err
+		}
+		wantRelayed := func() {
+			t.Helper()
+			if err := send(r.client); err != nil {
+				t.Fatal(err)
+			}
+			wantRead(t, r.server, "bytes")
+		}
+		wantRelayed()
+		retired.Store(true)
+		wantRelayed()
+		retired.Store(false)
+		wantRelayed()
+		retired.Store(true)
+		r.poller.WakeAll()
+		for busy && send(r.client) == nil && send(r.server) == nil {
+			runtime.Gosched()
+		}
+		r.wantEnd(t, Retired)
 	}
 }

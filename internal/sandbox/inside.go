@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 
@@ -218,11 +219,26 @@ func (h *inside) startCommand() (pid int, err error) {
 		}
 		h.writing.Lock() // a signal that arrives meanwhile waits
 		defer h.writing.Unlock()
-		pid, err = syscall.ForkExec(h.config.Path, h.config.Arguments, &syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{0, 1, 2}})
+		pid, err = syscall.ForkExec(h.config.Path, h.config.Arguments, &syscall.ProcAttr{Env: h.environment(), Files: []uintptr{0, 1, 2}})
 		h.command = pid
 	}()
 	<-done
 	return pid, err
+}
+
+// environment is that of the caller with the variables of the configuration in the place of its own. A name must not occur
+// twice: the C library takes the first one.
+func (h *inside) environment() []string {
+	replaced := make(map[string]bool)
+	for _, pair := range h.config.Environment {
+		name, _, _ := strings.Cut(pair, "=")
+		replaced[name] = true
+	}
+	kept := slices.DeleteFunc(os.Environ(), func(pair string) bool {
+		name, _, _ := strings.Cut(pair, "=")
+		return replaced[name]
+	})
+	return append(kept, h.config.Environment...)
 }
 
 // dropCapabilities removes all capabilities from the calling thread, and the ways to gain some: set-user-ID programs,

@@ -33,10 +33,11 @@ import (
 
 // Config describes the command and its network. Path and Arguments are required.
 type Config struct {
-	Path      string        // of the program
-	Arguments []string      // with the program's name
-	IPv6      bool          // give the namespace an IPv6 address and route, so that programs try IPv6
-	Loopback  capture.Ports // ports of loopback addresses that are captured too
+	Path        string        // of the program
+	Arguments   []string      // with the program's name
+	Environment []string      // variables besides those of the caller, as NAME=value
+	IPv6        bool          // give the namespace an IPv6 address and route, so that programs try IPv6
+	Loopback    capture.Ports // ports of loopback addresses that are captured too
 
 	// Dropped receives the destination of each datagram that the rules reject. It is called from one goroutine and must
 	// not block. nil: not reported.

@@ -121,6 +121,9 @@ const (
 // meshProtocols are the ALPN of Istio's clients.
 var meshProtocols = [...][]string{TCP: {"istio"}, MetadataTCP: {peers.Protocol, "istio"}, HTTP1: {"istio-http/1.1", "istio", "http/1.1"}, HTTP2: {"istio-h2", "istio", "h2"}}
 
+// MeshALPN is what a proxy of the mesh offers that does not know yet what is spoken inside TLS.
+var MeshALPN = meshProtocols[TCP]
+
 // Client returns the context of a cluster.
 func (c *Contexts) Client(t *mesh.UpstreamTLS, inside Inside) (*ClientContext, error) {
 	c.mu.Lock()

@@ -8,6 +8,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/sniff"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
@@ -18,6 +19,7 @@ type governed struct {
 	snapshot *mesh.Snapshot          // in force when the connection was opened
 	chain    *mesh.FilterChain       // set by Admit, may be nil
 	routing  *routing                // of the requests of an outbound connection; nil: none
+	chosen   *mesh.Cluster           // of an outbound connection of bytes; nil: none
 	lease    balance.Lease           // the place of an outbound connection of bytes at its endpoint; nil: none
 	judged   sniff.Protocol          // by the last call of Admit
 	admitted bool                    // Admit was called
@@ -86,10 +88,34 @@ func (c *Conn) judge(g *governed) bool {
 		g.chain, refusal = g.snapshot.Outbound(&info)
 	}
 	if refusal != "" {
-		return c.abandon(flow.MeshRefused, errors.New(refusal))
+		return c.abandon(c.refusal(refusal))
 	}
 	return g.chain == nil || g.chain.TLS != nil || c.expect(g.chain)
 }
+
+// refusal returns the reason and the error of a connection that the configuration does not let pass.
+func (c *Conn) refusal(text string) (flow.Reason, error) {
+	switch {
+	case !c.lacksTLS():
+		return flow.MeshRefused, errors.New(text)
+	case c.protocol == sniff.Opaque && c.sniffer.StopsInHello():
+		return flow.TLSTimeout, &secure.Error{Failure: secure.Deadline}
+	}
+	return flow.TLSRequired, errors.New(text + ": it requires mutual TLS")
+}
+
+// lacksTLS reports whether an inbound connection that is refused would pass if its client spoke TLS as Istio's proxies do.
+func (c *Conn) lacksTLS() bool {
+	info := c.info()
+	if c.role.direction != flow.Inbound || info.TLS {
+		return false
+	}
+	info.TLS, info.Protocols = true, secure.MeshALPN
+	chain, refusal := c.governed.snapshot.Inbound(&info)
+	return refusal == "" && chain != nil && chain.TLS != nil
+}
+
+var errUnexpectedTLS = errors.New("its filter chain is for HTTP without TLS, and the client speaks TLS")
 
 var errNotHTTP = errors.New("its filter chain is for HTTP, and the connection is not HTTP")
 
@@ -97,6 +123,9 @@ var errNotHTTP = errors.New("its filter chain is for HTTP, and the connection is
 // policies of HTTP unseen. Envoy answers it 400.
 func (c *Conn) expect(chain *mesh.FilterChain) bool {
 	if chain.HTTP != nil && (c.protocol == sniff.Opaque || c.protocol == sniff.TLS) {
+		if c.protocol == sniff.TLS && !c.governed.secured {
+			return c.abandon(flow.TLSUnexpected, errUnexpectedTLS)
+		}
 		return c.abandon(flow.MeshRefused, errNotHTTP)
 	}
 	return true

@@ -73,7 +73,10 @@ func (c *Conn) ReadFirst(detect bool) bool {
 	switch {
 	case c.governed == nil:
 	case c.role.direction == flow.Inbound:
-		detect, s.HelloHold = true, handshakeTimeout // the filter chain depends on it
+		detect = true // the filter chain depends on it
+		if c.governed.snapshot.InboundInspectsTLS(c.Record.OriginalDestination.Port()) {
+			s.HelloHold = handshakeTimeout
+		}
 		if c.mustSpeak() {
 			s.Delay = handshakeTimeout
 		}
@@ -139,8 +142,11 @@ func (c *Conn) Opaque() bool {
 var errUnseenRequests = errors.New("authorization policies apply to its requests, which are not looked at on a port with a PROXY header")
 
 // Dial opens the upstream connection of an opaque connection, or of one whose protocol is undecided because downstream
-// has been silent.
+// has been silent. It does nothing if there is one already.
 func (c *Conn) Dial(to *upstream.Target) bool {
+	if c.sniffer.Up != nil {
+		return true
+	}
 	c.Record.Upstream = to.Address
 	dialer := c.role.dialer
 	dialer.Timeout, dialer.Returned = c.Settings.ConnectTimeout, c.returned
@@ -241,8 +247,11 @@ func (c *Conn) relay() {
 		UpRead:           c.sniffer.UpRead,
 	}
 	c.limits(&options)
+	if c.governed != nil && c.role.direction == flow.Inbound {
+		options.Retired, options.Retirement = c.rejudge().Retired, opaqueRetirement
+	}
 	hello := c.sniffer.Hello
-	if c.governed != nil && c.governed.secured {
+	if c.governed != nil && c.governed.secured || c.role.decryption != nil && c.Record.Security != nil {
 		hello = c.Record.TLS
 	}
 	c.role.flows.Carry(c.Record, c.protocol.Flow(), hello)
@@ -251,6 +260,9 @@ func (c *Conn) relay() {
 	reason := flow.Reason(end)
 	if reason == flow.UpstreamReset && up.Looped() {
 		reason, err = flow.Loop, upstream.ErrLoop
+	}
+	if reason == flow.MeshRefused {
+		err = errRetired
 	}
 	if reason == flow.UpstreamReset && errors.Is(err, tcp.ErrHandshake) {
 		reason, err = flow.UpstreamTLS, &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}

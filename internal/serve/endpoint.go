@@ -157,7 +157,9 @@ func (c *Conn) chooseCluster(g *governed, to *upstream.Target) *failure {
 		in = secure.MetadataTCP
 	}
 	lease, failed := c.role.endpoint(g.snapshot, config, &request, in, to)
-	g.lease = lease
+	if g.lease = lease; lease != nil {
+		g.chosen = config
+	}
 	return failed
 }
 
@@ -202,7 +204,8 @@ func (c *Conn) endLease() {
 }
 
 // Confirm judges an outbound connection again by what a client sent that was silent before. If it meets another filter
-// chain now, the upstream connection that was made meanwhile is given up, unless its server has sent something.
+// chain now, the upstream connection that was made meanwhile is given up, unless its server has sent something; the caller
+// dials then.
 func (c *Conn) Confirm(to *upstream.Target) bool {
 	g := c.governed
 	if g == nil || g.judged == c.protocol {
@@ -221,7 +224,7 @@ func (c *Conn) Confirm(to *upstream.Target) bool {
 		}
 		c.giveUp(to)
 	}
-	return c.Choose(to) && (c.HTTP() || c.Dial(to))
+	return c.Choose(to)
 }
 
 var errLate = errors.New("its first bytes came late, and the server that was dialled meanwhile is not the one that they are for")
@@ -229,6 +232,7 @@ var errLate = errors.New("its first bytes came late, and the server that was dia
 // giveUp closes an upstream connection on which nothing was sent.
 func (c *Conn) giveUp(to *upstream.Target) {
 	c.endLease()
+	c.governed.chosen = nil
 	c.sniffer.Up.Close()
 	c.sniffer.Up = nil
 	if c.sniffer.UpRead != nil {

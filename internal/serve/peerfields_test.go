@@ -64,7 +64,7 @@ func TestWhereMetadataIsExchanged(t *testing.T) {
 	way := func(h *mesh.HTTPManager, c *mesh.Cluster) *governed {
 		g := &governed{chain: &mesh.FilterChain{HTTP: h}, routing: &routing{manager: h}}
 		if c != nil {
-			g.routing.pinned = &pinned{config: c}
+			g.routing.pinned = &watched{config: c}
 		}
 		return g
 	}

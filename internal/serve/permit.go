@@ -48,6 +48,8 @@ func (c *Conn) Permit() bool {
 	}
 	name := ""
 	switch {
+	case c.role.decryption != nil && c.Record.Security != nil:
+		name = c.Record.TLS.ServerName // of the TLS that was ended
 	case c.protocol == sniff.TLS:
 		name = c.sniffer.Hello.ServerName
 	case c.protocol == sniff.Opaque && c.beginsTLS():
@@ -113,6 +115,15 @@ func (p *permit) Route(r *httpforward.Request) httpforward.Decision {
 		return p.next.Route(r)
 	}
 	return p.allowed
+}
+
+// OnlyHTTP implements httpforward.OnlyHTTP.
+func (p *permit) OnlyHTTP() bool { return true }
+
+// Retired implements httpforward.Retirement.
+func (p *permit) Retired() bool {
+	next, ok := p.next.(httpforward.Retirement)
+	return ok && next.Retired()
 }
 
 func (p *permit) judge(r *httpforward.Request, proxied bool) {

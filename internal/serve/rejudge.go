@@ -1,7 +1,9 @@
 package serve
 
 import (
+	"errors"
 	"net/http"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -12,16 +14,20 @@ import (
 )
 
 // rejudge is the Router of inbound HTTP connections with a control plane: requests go to the connection's target as long as
-// the configuration in force lets the connection and the request pass. A push ends no connection, and its next request is
-// judged again: it is refused if no chain is left for the connection, or TLS is to end where it does not, or the other way
-// round, or a policy denies it.
+// the configuration in force lets the connection and the request pass. A push cuts no connection, and its next request is
+// judged again: it is refused if its chain or a policy does.
+//
+// A connection whose mode is no longer allowed is retired: no chain is left for it, or TLS is to end where it does not, or
+// the other way round. Until it has ended, its requests are judged by the last configuration that allowed it.
 type rejudge struct {
 	role    *Role
 	info    mesh.ConnInfo
 	secured bool
-	judged  *mesh.Snapshot    // by the last request
+	seen    *mesh.Snapshot    // by the last request
+	judged  *mesh.Snapshot    // the last one that allows the mode of the connection
 	chain   *mesh.FilterChain // that judged has for the connection; nil: none
 	refusal *route.Reply      // to all requests, by judged; nil: they are judged one by one
+	retired bool              // by seen
 	gate    gate
 
 	allowed httpforward.Decision
@@ -44,23 +50,25 @@ func (c *Conn) routerOf(to *upstream.Target) httpforward.Router {
 	case g.routing != nil:
 		return g.routing
 	case c.role.direction == flow.Outbound:
-		return nil
+		return c.single(to)
 	}
-	info := c.info()
+	r := c.rejudge()
+	r.allowed = httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route}
+	return r
+}
+
+// rejudge returns what judges an inbound connection again.
+func (c *Conn) rejudge() *rejudge {
+	g, info := c.governed, c.info()
 	if g.secured {
 		info.TLS, info.ServerName, info.Protocols = true, c.Record.TLS.ServerName, c.Record.TLS.ALPN
 	}
-	return &rejudge{
-		role: c.role, info: info, secured: g.secured, judged: g.snapshot, chain: g.chain, gate: gate{subject: c.subject()},
-		allowed: httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route},
-	}
+	return &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{subject: c.subject()}}
 }
 
 // Route implements httpforward.Router.
 func (r *rejudge) Route(request *httpforward.Request) httpforward.Decision {
-	if s := r.role.mesh.Snapshot(); s != r.judged {
-		r.judge(s)
-	}
+	r.look()
 	reply, changed := r.refusal, false
 	if reply == nil && r.chain != nil && r.chain.HTTP != nil {
 		changed, reply = r.gate.pass(r.judged, r.chain.HTTP, request)
@@ -77,11 +85,33 @@ func (r *rejudge) Route(request *httpforward.Request) httpforward.Decision {
 	return decision
 }
 
+// Retired implements httpforward.Retirement.
+func (r *rejudge) Retired() bool {
+	r.look()
+	return r.retired
+}
+
+// OnlyHTTP implements httpforward.OnlyHTTP. In a filter chain for TCP the HTTP of a connection was only detected.
+func (r *rejudge) OnlyHTTP() bool { return r.chain != nil && r.chain.HTTP != nil }
+
+// look judges the connection by the snapshot in force, if that is another one.
+func (r *rejudge) look() {
+	s := r.role.mesh.Snapshot()
+	if s == r.seen {
+		return
+	}
+	r.seen = s
+	ended, ok := s.InboundMode(&r.info)
+	if r.retired = !ok || ended != r.secured; !r.retired {
+		r.judge(s)
+	}
+}
+
 // judge judges the connection by a snapshot. Policies of connections apply to its next requests as well.
 func (r *rejudge) judge(s *mesh.Snapshot) {
 	chain, refusal := s.Inbound(&r.info)
 	r.judged, r.chain, r.refusal = s, chain, nil
-	if refusal != "" || (chain != nil && chain.TLS != nil) != r.secured {
+	if refusal != "" {
 		r.refusal = refusedChain
 		return
 	}
@@ -98,3 +128,9 @@ func (r *rejudge) judge(s *mesh.Snapshot) {
 var refusedChain = &route.Reply{
 	Status: http.StatusNotFound, Flags: envoy.FlagNoRouteFound, Details: envoy.DetailsRouteNotFound, Reason: flow.MeshRefused,
 }
+
+// opaqueRetirement is how long a retired connection of an unknown protocol goes on: Envoy's time to drain one, as Istio sets
+// it.
+const opaqueRetirement = 45 * time.Second
+
+var errRetired = errors.New("the configuration no longer allows connections of its kind, and the time to end it has passed")

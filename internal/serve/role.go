@@ -49,6 +49,8 @@ type Config struct {
 	Peers  *peers.Exchange
 	Egress Egress // the policy for outbound connections; nil: everything is allowed
 
+	Decryption Decryption // of outbound connections; nil: none is decrypted
+
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
 	// has itself.
 	HTTP httpforward.Config
@@ -97,22 +99,24 @@ func (s *Settings) Detects(port uint16) bool {
 
 // Role is the state that the connections of one role share. Make it with NewRole.
 type Role struct {
-	direction flow.Direction
-	flows     *flow.Table
-	dialer    upstream.Dialer
-	engine    *httpforward.Engine
-	budget    *budget.Budget
-	draining  func() bool // engine.Draining; here, so that it is allocated once
-	settings  atomic.Pointer[Settings]
-	mesh      Mesh
-	contexts  *secure.Contexts // nil without mesh
-	peers     *peers.Exchange  // nil: metadata is not exchanged
-	wait      time.Duration
-	egress    Egress
+	direction  flow.Direction
+	flows      *flow.Table
+	dialer     upstream.Dialer
+	engine     *httpforward.Engine
+	budget     *budget.Budget
+	draining   func() bool // engine.Draining; here, so that it is allocated once
+	settings   atomic.Pointer[Settings]
+	mesh       Mesh
+	contexts   *secure.Contexts // nil without mesh
+	peers      *peers.Exchange  // nil: metadata is not exchanged
+	wait       time.Duration
+	egress     Egress
+	decryption Decryption
 
 	balancer   *balance.Balancer // nil without mesh, and inbound
 	securities atomic.Pointer[map[secured]*upstream.Security]
 	allOptions map[upstream.Options]*upstream.Options
+	trusted    atomic.Pointer[trusted]
 	securing   sync.Mutex // held to replace securities, and for allOptions
 }
 
@@ -122,14 +126,15 @@ func NewRole(config Config) (*Role, error) {
 		return nil, errors.New("a poller and a flow table are required")
 	}
 	r := &Role{
-		direction: config.Direction,
-		flows:     config.Flows,
-		mesh:      config.Mesh,
-		peers:     config.Peers,
-		wait:      config.Wait,
-		egress:    config.Egress,
-		budget:    config.HTTP.Budget,
-		dialer:    upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
+		direction:  config.Direction,
+		flows:      config.Flows,
+		mesh:       config.Mesh,
+		peers:      config.Peers,
+		wait:       config.Wait,
+		egress:     config.Egress,
+		decryption: config.Decryption,
+		budget:     config.HTTP.Budget,
+		dialer:     upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
 	if config.HTTP.Pool != nil { // otherwise httpforward.New reports that it is missing
 		r.dialer.Stats = &config.HTTP.Pool.Stats

@@ -35,13 +35,7 @@ type routing struct {
 	pick    balance.Request // as well
 	avoid   [1]netip.AddrPort
 
-	pinned *pinned // of an HTTP/2 connection
-}
-
-// pinned is the upstream of an HTTP/2 connection.
-type pinned struct {
-	config *mesh.Cluster
-	target upstream.Target
+	pinned *watched // the endpoint of an HTTP/2 connection
 }
 
 func (c *Conn) newRouting(g *governed) *routing {
@@ -186,6 +180,12 @@ func (r *routing) sendPinned(s *mesh.Snapshot, config *mesh.Cluster, d *httpforw
 	d.Target.Address = netip.AddrPortFrom(r.info.Destination.Addr(), 0) // not that of the connection
 }
 
+// Retired implements httpforward.Retirement. A connection whose requests are routed one by one does not end.
+func (r *routing) Retired() bool { return r.pinned != nil && r.pinned.gone() }
+
+// OnlyHTTP implements httpforward.OnlyHTTP.
+func (r *routing) OnlyHTTP() bool { return true }
+
 // view sets the request that routes see.
 func (r *routing) view(q *httpforward.Request) {
 	to := &r.request
@@ -240,7 +240,7 @@ func (r *routing) pin(to *upstream.Target) *failure {
 		return failed
 	}
 	lease.End(balance.Outcome{GRPC: -1}) // its requests have leases of their own
-	r.pinned = &pinned{config, *to}
+	r.pinned = &watched{role: r.role, config: config, target: *to, inside: r.inside, snapshot: r.judged, own: r.role.mesh.Identity()}
 	return nil
 }
 
@@ -279,7 +279,7 @@ func (r *routing) ofEndpoint(f *mesh.Forward) *mesh.Cluster {
 		if c == nil {
 			continue
 		}
-		if hosts := r.judged.Hosts(c); hosts != nil && hosts.Has(r.info.Destination) {
+		if hosts := r.judged.Hosts(c); hosts != nil && hosts.At(r.info.Destination) != nil {
 			return c
 		}
 	}

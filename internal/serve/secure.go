@@ -133,7 +133,7 @@ func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snaps
 // roots identifies what servers are verified with now; nil: it has not come, or they are not verified.
 func (r *Role) roots(t *mesh.UpstreamTLS, s *mesh.Snapshot) any {
 	if own := r.mesh.Identity(); t.Roots == secure.OwnRoots && own != nil {
-		return own.Roots
+		return r.trust(own)
 	}
 	if secret := s.Secret(t.Roots); secret != nil {
 		return secret
@@ -265,8 +265,18 @@ func handshakeReason(err error) flow.Reason {
 		return flow.NoDescriptors
 	case secure.NoIdentity:
 		return flow.TLSNoIdentity
-	case secure.Protocol, secure.NotTLS, secure.Version, secure.Alert:
+	case secure.Protocol, secure.NotTLS, secure.Alert:
 		return flow.TLSFailed
+	case secure.Version:
+		return flow.TLSVersion
+	case secure.NoCertificate:
+		return flow.TLSNoCertificate
+	case secure.Expired, secure.NotYetValid:
+		return flow.TLSExpired
+	case secure.UnknownRoot:
+		return flow.TLSUnknownRoot
+	case secure.NameRefused:
+		return flow.TLSNameRefused
 	}
 	return flow.TLSPeerRefused
 }

@@ -68,6 +68,17 @@ func handshake(first []byte) ([]byte, Protocol) {
 	}
 }
 
+// beginsHello reports whether first is certainly the beginning of a ClientHello.
+func beginsHello(first []byte) bool {
+	_, protocol := recordLength(first)
+	return protocol == TLS && len(first) > recordHeader && first[recordHeader] == clientHello
+}
+
+// exceedsHello reports whether first is the beginning of a ClientHello that is larger than what is held.
+func exceedsHello(first []byte) bool {
+	return beginsHello(first) && (len(first) >= Limit || atLeast(first[recordHeader+1:], 3) > Limit)
+}
+
 // recordLength checks the header of the record at the start of first and returns the record's length. A handshake must not
 // contain an empty record.
 func recordLength(first []byte) (int, Protocol) {

@@ -35,7 +35,8 @@ type Sniffer struct {
 	Requests bool          // Down must speak first: Draining ends First as well while Down is silent
 
 	// HelloHold is set if the caller may end TLS with Down: how long to hold the beginning of a ClientHello, from its first
-	// byte. A ClientHello then decides whatever Up has sent.
+	// byte. A ClientHello then decides whatever Up has sent. One that is not whole in time, or too large, is an error: taken
+	// for opaque, it would pass without TLS.
 	HelloHold time.Duration
 
 	// The memory budget for bytes that are held, and the peer they are attributed to: flow.Record.Remote. nil: no limit.
@@ -55,6 +56,12 @@ type Sniffer struct {
 }
 
 var errUpstream = errors.New("upstream was lost before either side had sent anything")
+
+// Errors of a ClientHello that the caller might have answered.
+var (
+	ErrHelloTimeout = errors.New("the ClientHello did not end in time")
+	ErrHelloSize    = errors.New("the ClientHello has more than 16 KiB")
+)
 
 // ErrDraining is Both's error when the agent drains while both sides are silent.
 var ErrDraining = errors.New("neither side had sent anything when the agent drained")
@@ -89,7 +96,8 @@ func (s *Sniffer) First(w *tcp.Waiter) (Protocol, error) {
 		case errors.Is(err, tcp.ErrDeadline) && s.Read == nil:
 			return Undecided, nil
 		case errors.Is(err, tcp.ErrDeadline):
-			return s.answers(Late(s.Read.Bytes())), nil
+			protocol, err := s.late()
+			return s.answers(protocol), err
 		case errors.Is(err, tcp.ErrInterrupted):
 			return Undecided, budget.ErrEvicted
 		default:
@@ -158,12 +166,20 @@ func (s *Sniffer) Both(w *tcp.Waiter) (Protocol, error) {
 		case !s.greeted.IsZero():
 			return Opaque, nil
 		case s.Read != nil:
-			return Late(s.Read.Bytes()), nil
+			return s.late()
 		}
 		if err != nil {
 			return Undecided, err
 		}
 	}
+}
+
+// late returns the verdict when no more bytes of Down are waited for.
+func (s *Sniffer) late() (Protocol, error) {
+	if s.HelloHold > 0 && beginsHello(s.Read.Bytes()) {
+		return Undecided, ErrHelloTimeout
+	}
+	return Late(s.Read.Bytes()), nil
 }
 
 // answers returns the verdict, given what Up has sent. A greeting of HTTP/2 is not a response to a request of another
@@ -180,6 +196,9 @@ func (s *Sniffer) answers(protocol Protocol) Protocol {
 func (s *Sniffer) inHello() bool {
 	return s.HelloHold > 0 && s.Read != nil && s.Read.Bytes()[0] == recordHandshake
 }
+
+// StopsInHello reports whether downstream has sent the beginning of a ClientHello, and not the rest of it in time.
+func (s *Sniffer) StopsInHello() bool { return s.inHello() }
 
 // heldUntil returns until when the undecided bytes of downstream are held.
 func (s *Sniffer) heldUntil() time.Time {
@@ -290,7 +309,11 @@ func (s *Sniffer) look() (Protocol, error) {
 		case err != nil:
 			return Undecided, err
 		}
-		if protocol := s.judge(); protocol != Undecided {
+		protocol := s.judge()
+		switch {
+		case protocol == Opaque && s.HelloHold > 0 && exceedsHello(s.Read.Bytes()):
+			return Undecided, ErrHelloSize
+		case protocol != Undecided:
 			return protocol, nil
 		}
 	}
@@ -314,6 +337,10 @@ func Reason(err error) flow.Reason {
 	switch {
 	case errors.Is(err, ErrDraining):
 		return flow.Drained
+	case errors.Is(err, ErrHelloTimeout):
+		return flow.TLSTimeout
+	case errors.Is(err, ErrHelloSize):
+		return flow.TLSFailed
 	case errors.Is(err, budget.ErrEvicted):
 		return flow.MemoryBudget
 	case errors.Is(err, tcp.ErrDeadline):

@@ -297,10 +297,31 @@ func TestASlowHelloIsHeld(t *testing.T) {
 	phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
 		r.Hold, r.HelloHold = 0, blink
 		say(t, r.client, sent[:20])
-		protocol, err := look()
-		r.want(t, protocol, err, Opaque)
-		r.wantAll(t, sent[:20])
+		if protocol, err := look(); !errors.Is(err, ErrHelloTimeout) || Reason(err) != flow.TLSTimeout {
+			t.Errorf("%v, %v", protocol, err)
+		}
 	})
+}
+
+// A ClientHello that may be answered and is too large to be held does not pass for another protocol.
+func TestATooLargeHelloIsAnError(t *testing.T) {
+	announced := "\x16\x03\x01\x40\x00\x01\x00\x40\x01"
+	for name, sent := range map[string]string{"announced": announced, "in records": strings.Repeat("\x16\x03\x01\x00\x01\x01", Limit/6+1)} {
+		for _, held := range []time.Duration{0, patience} {
+			phases(t, func(t *testing.T, r *rig, look func() (Protocol, error)) {
+				r.Hold, r.HelloHold = patience, held
+				say(t, r.client, sent)
+				protocol, err := look()
+				if held == 0 {
+					if protocol != Opaque || err != nil {
+						t.Errorf("%s, not to be answered: %v, %v", name, protocol, err)
+					}
+				} else if !errors.Is(err, ErrHelloSize) || Reason(err) != flow.TLSFailed {
+					t.Errorf("%s: %v, %v", name, protocol, err)
+				}
+			})
+		}
+	}
 }
 
 // A ClientHello that may be answered decides, whatever the server has sent. The server's bytes stay for the detection

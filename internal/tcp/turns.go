@@ -61,6 +61,10 @@ func (w *Waiter) Pause(c *Conn) {
 	t.pass()
 }
 
+// EndTurn gives up the processor of a goroutine that has yielded, as Wait does. A goroutine that blocks otherwise calls it
+// before, because the others wait for it.
+func (w *Waiter) EndTurn() { w.rest() }
+
 func newTurn(q *turns, w *Waiter) *turn {
 	return &turn{of: q, waiter: w, granted: make(chan struct{}, 1)}
 }

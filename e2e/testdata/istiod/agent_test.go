@@ -284,6 +284,13 @@ func TestTheAgentIsSynced(t *testing.T) {
 					t.Errorf("%s %v, error %v", name, v, err)
 				}
 			}
+			explanation, err := d.get(15000, "explain?url=http://reviews:9080/x")
+			for _, part := range []string{`"destination":"198.51.100.200:9080"`, `"name":"reviews.default.svc.cluster.local:9080"`, `"share":"90%"`, `"share":"10%"`,
+				`"origin":"/apis/networking.istio.io/v1/namespaces/default/virtual-service/reviews"`, `"result":"sent to outbound|9080|v1|reviews`} {
+				if err != nil || !strings.Contains(explanation, part) {
+					t.Errorf("%s is not in %s, error %v", part, explanation, err)
+				}
+			}
 		})
 	}
 }

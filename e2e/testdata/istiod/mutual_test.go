@@ -28,7 +28,7 @@ metadata: {name: web, namespace: default}
 spec:
   clusterIP: 198.51.100.210
   selector: {app: client}
-  ports: [{name: http, port: 8080}, {name: grpc, port: 8081}, {name: tcp, port: 8082}, {name: tcp-first, port: 8083}]
+  ports: [{name: http, port: 8080, targetPort: 8080}, {name: grpc, port: 8081, targetPort: 8081}, {name: tcp, port: 8082, targetPort: 8082}, {name: tcp-first, port: 8083, targetPort: 8083}]
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
@@ -44,7 +44,7 @@ metadata: {name: back, namespace: default}
 spec:
   clusterIP: 198.51.100.211
   selector: {app: nginx}
-  ports: [{name: http, port: 8080}, {name: grpc, port: 8081}, {name: tcp, port: 8082}, {name: tcp-first, port: 8083}]
+  ports: [{name: http, port: 8080, targetPort: 8080}, {name: grpc, port: 8081, targetPort: 8081}, {name: tcp, port: 8082, targetPort: 8082}, {name: tcp-first, port: 8083, targetPort: 8083}]
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
@@ -312,7 +312,7 @@ func TestPlaintextIsRefusedAsConfigured(t *testing.T) {
 		t.Error("a STRICT pod answers plaintext")
 	}
 	await(t, func() error {
-		if !strings.Contains(d.log.String(), "reason=mesh_refused") {
+		if !strings.Contains(d.log.String(), "reason=tls_required") {
 			return errors.New("the refusal is not in the access log")
 		}
 		return nil

@@ -67,6 +67,7 @@ type Rig struct {
 	Settings       serve.Settings
 
 	records chan Ended
+	discard atomic.Bool // records are not kept
 	flows   *flow.Table
 	poller  *tcp.Poller
 	cut     func()
@@ -89,6 +90,9 @@ type Ended struct {
 
 // Closed implements flow.Sink.
 func (r *Rig) Closed(record *flow.Record) {
+	if r.discard.Load() {
+		return
+	}
 	details := ""
 	if record.HTTP != nil {
 		details = record.HTTP.Details
@@ -190,10 +194,16 @@ func (r *Rig) AwaitListed(t *testing.T, n int) {
 	nettest.Eventually(t, "the connections to be listed", func() bool { return r.flows.Open() == n })
 }
 
+// Discard drops the records of connections that close from now on.
+func (r *Rig) Discard() { r.discard.Store(true) }
+
+// Wake wakes the connections, as the agent does after a push.
+func (r *Rig) Wake() { r.poller.WakeAll() }
+
 // Dial connects a client to address.
 func (r *Rig) Dial(t *testing.T, address netip.AddrPort) *net.TCPConn {
 	t.Helper()
-	conn, err := r.dial(address)
+	conn, err := r.TryDial(address)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -201,7 +211,8 @@ func (r *Rig) Dial(t *testing.T, address netip.AddrPort) *net.TCPConn {
 	return conn
 }
 
-func (r *Rig) dial(address netip.AddrPort) (*net.TCPConn, error) {
+// TryDial connects a client to address. The caller closes the connection.
+func (r *Rig) TryDial(address netip.AddrPort) (*net.TCPConn, error) {
 	var conn net.Conn
 	err := r.Client.Try(func() (err error) {
 		source := &net.TCPAddr{Port: int(clientPort.Add(1))}
@@ -535,7 +546,7 @@ func Promises(t *testing.T, place Place) {
 	t.Run("a connection in which nothing moves ends after the idle time", func(t *testing.T) {
 		r := start(t, func(s *serve.Settings) { s.IdleTimeout, s.DetectionDelay = time.Millisecond, 0 })
 		r.Listen(t, "81")
-		if conn, err := r.dial(r.At(81)); err == nil { // else the reset was quicker than connect
+		if conn, err := r.TryDial(r.At(81)); err == nil { // else the reset was quicker than connect
 			defer conn.Close()
 			ExpectEnd(t, conn, syscall.ECONNRESET)
 		} else if !errors.Is(err, syscall.ECONNRESET) {
@@ -570,7 +581,7 @@ func Promises(t *testing.T, place Place) {
 		r := start(t, func(s *serve.Settings) { s.OpaquePorts = portList(t, "82") })
 		r.Pod.MustRun(t, "iptables", "-t", "nat", "-I", "OUTPUT", "-p", "tcp", "--dport", "81:82", "-j", "REDIRECT", "--to-ports", "15006")
 		http2 := &http.Transport{Protocols: new(http.Protocols), DialContext: func(_ context.Context, _, address string) (net.Conn, error) {
-			return r.dial(netip.MustParseAddrPort(address))
+			return r.TryDial(netip.MustParseAddrPort(address))
 		}}
 		http2.Protocols.SetUnencryptedHTTP2(true)
 		defer http2.CloseIdleConnections()
@@ -586,7 +597,7 @@ func Promises(t *testing.T, place Place) {
 		}
 		reset := func(port uint16, sent string) {
 			t.Helper()
-			client, err := r.dial(r.At(port))
+			client, err := r.TryDial(r.At(port))
 			if err == nil {
 				defer client.Close()
 				if sent != "" {

@@ -1,0 +1,200 @@
+package e2e
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"log"
+	"math/big"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/live"
+)
+
+// site is a server with TLS at good.example, and the file of the authority that has certified it.
+type site struct {
+	*caller
+	home, roots string
+}
+
+func newSite(t *testing.T, c *caller) *site {
+	t.Helper()
+	s := &site{caller: c, home: c.home(t)}
+	c.peer.AddAddress(t, "lo", netip.MustParsePrefix(goodAddress+"/32"))
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "roots of the test"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true,
+		DNSNames: []string{"good.example"}, IPAddresses: []net.IP{net.ParseIP(goodAddress)}, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	raw, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.roots = filepath.Join(s.home, "roots.pem")
+	if err := os.WriteFile(s.roots, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: raw}), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	listener := tls.NewListener(c.peer.Listen(t, "tcp", goodAddress+":443"), &tls.Config{
+		Certificates: []tls.Certificate{{Certificate: [][]byte{raw}, PrivateKey: key}}, NextProtos: []string{"h2", "http/1.1"},
+	})
+	server := &http.Server{ErrorLog: log.New(io.Discard, "", 0), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, "%s by %s", r.URL.Path, r.Proto)
+	})}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		server.Serve(listener)
+	}()
+	t.Cleanup(func() {
+		server.Close()
+		<-done
+	})
+	return s
+}
+
+// decrypted runs a command with --decrypt. It trusts the site only if trusts is set.
+func (s *site) decrypted(t testing.TB, trusts bool, command ...string) (output, complaints string, records []live.Record) {
+	t.Helper()
+	file := filepath.Join(s.home, fmt.Sprintf("%d.jsonl", time.Now().UnixNano()))
+	cmd := s.command(append([]string{"--decrypt", "--log", "off", "--record", file, "--"}, command...)...)
+	cmd.Dir = s.home
+	cmd.Env = append(os.Environ(), "HOME="+s.home, "TMPDIR="+s.home, "XDG_RUNTIME_DIR="+s.home, "NO_PROXY=*", "no_proxy=*")
+	if trusts {
+		cmd.Env = append(cmd.Env, "SSL_CERT_FILE="+s.roots)
+	}
+	var out, complaint strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &complaint
+	if _, err := s.net.Run(cmd); cmd.ProcessState == nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, complaint.String())
+	}
+	if left, _ := filepath.Glob(filepath.Join(s.home, "pillion-run-*")); len(left) > 0 {
+		t.Errorf("%q is left", left)
+	}
+	return out.String(), complaint.String(), recorded(t, string(text))
+}
+
+// With --decrypt, requests inside TLS are shown like others, in both versions of HTTP, for programs of several languages.
+func TestRunDecryptsTLS(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		s := newSite(t, c)
+		const inGo = `package main
+import ("fmt"; "io"; "net/http"; "os")
+func main() {
+	response, err := http.Get(os.Args[1])
+	if err != nil { fmt.Println(err); os.Exit(1) }
+	text, _ := io.ReadAll(response.Body)
+	os.Stdout.Write(text)
+}`
+		if err := os.WriteFile(filepath.Join(s.home, "main.go"), []byte(inGo), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		build := exec.Command("go", "build", "-o", filepath.Join(s.home, "client"), filepath.Join(s.home, "main.go"))
+		build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		os.Chmod(filepath.Join(s.home, "client"), 0o755)
+		for _, client := range []struct {
+			name, proto string
+			command     []string
+		}{
+			{"curl", "HTTP/2.0", []string{"curl", "-sS", "https://good.example/curl"}},
+			{"curl by HTTP/1", "HTTP/1.1", []string{"curl", "-sS", "--http1.1", "https://good.example/curl"}},
+			{"curl by address", "HTTP/2.0", []string{"curl", "-sS", "https://" + goodAddress + "/curl"}},
+			{"Python", "HTTP/1.1", []string{"python3", "-c", `import urllib.request as u; print(u.urlopen("https://good.example/py").read().decode(), end="")`}},
+			{"Node", "HTTP/1.1", []string{"node", "-e", `require("https").get("https://good.example/node", r => r.on("data", d => process.stdout.write(d)))`}},
+			{"Go", "HTTP/2.0", []string{filepath.Join(s.home, "client"), "https://good.example/go"}},
+		} {
+			output, complaints, records := s.decrypted(t, true, client.command...)
+			if !strings.HasSuffix(output, " by "+client.proto) {
+				t.Errorf("%s printed %q\n%s", client.name, output, complaints)
+			}
+			path, _, _ := strings.Cut(output, " ")
+			if len(records) != 1 || records[0].Path != path || records[0].Status != 200 || records[0].Failed || !records[0].Request {
+				t.Errorf("%s: the records are %+v\n%s", client.name, records, complaints)
+			}
+		}
+	})
+}
+
+// The server is verified as the command would: one that is not accepted is left to the command, and its connections pass.
+func TestRunLeavesServersThatItDoesNotTrustToTheCommand(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		s := newSite(t, c)
+		output, complaints, records := s.decrypted(t, false, "curl", "-sS", "https://good.example/")
+		if output != "" || !strings.Contains(complaints, "certificate problem") || !strings.Contains(complaints, `pillion: connections to "good.example" are not decrypted: `) {
+			t.Errorf("curl printed %q\n%s", output, complaints)
+		}
+		if len(records) != 1 || records[0].Protocol != "TLS" || records[0].SNI != "good.example" {
+			t.Errorf("the records are %+v", records)
+		}
+		output, _, records = s.decrypted(t, false, "curl", "-sS", "-k", "https://good.example/accepted")
+		if output != "/accepted by HTTP/2.0" || len(records) != 1 || records[0].Protocol != "TLS" {
+			t.Errorf("curl -k printed %q, the records are %+v", output, records)
+		}
+		// Another name than the certificate's.
+		output, complaints, _ = s.decrypted(t, true, "curl", "-sS", "--resolve", "evil.example:443:"+goodAddress, "https://evil.example/")
+		if output != "" || !strings.Contains(complaints, `no alternative certificate subject name matches target host name 'evil.example'`) {
+			t.Errorf("curl printed %q\n%s", output, complaints)
+		}
+	})
+}
+
+// A command that does not accept the authority of the run gets through the next time.
+func TestRunPassesPinnedConnections(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		s := newSite(t, c)
+		const twice = `curl -sS --cacert "$1" https://good.example/one; curl -sS --cacert "$1" https://good.example/two`
+		output, complaints, records := s.decrypted(t, true, "sh", "-c", twice, "sh", s.roots)
+		if output != "/two by HTTP/2.0" || strings.Count(complaints, `does not accept pillion's certificate for "good.example"`) != 1 {
+			t.Errorf("curl printed %q\n%s", output, complaints)
+		}
+		if len(records) != 2 || records[0].Reason != "tls_failed" || records[0].SNI != "good.example" || records[1].Protocol != "TLS" {
+			t.Errorf("the records are %+v", records)
+		}
+	})
+}
+
+// A policy judges what is inside.
+func TestRunJudgesDecryptedRequests(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		s := newSite(t, c)
+		for _, version := range []string{"--http1.1", "--http2"} {
+			cmd := s.command("--decrypt", "--default", "deny", "--allow", "good.example", "--", "curl", "-sS", version,
+				"https://good.example/fine", "--next", "-sS", version, "-w", " %{http_code}", "-H", "Host: cdn.example", "https://good.example/fronted")
+			cmd.Env = append(cmd.Env, "SSL_CERT_FILE="+s.roots, "TMPDIR="+s.home, "XDG_RUNTIME_DIR="+s.home)
+			var out strings.Builder
+			cmd.Stdout = &out
+			var complaint strings.Builder
+			cmd.Stderr = &complaint
+			if _, err := s.net.Run(cmd); err != nil {
+				t.Errorf("%v\n%s", err, complaint.String())
+			}
+			if text := out.String(); !strings.HasPrefix(text, "/fine by ") || !strings.HasSuffix(text, " 403") {
+				t.Errorf("%s: curl printed %q\n%s", version, text, complaint.String())
+			}
+		}
+	})
+}
