@@ -50,7 +50,8 @@ func (a *Agent) addControlPlane() error {
 	if err != nil {
 		return &FieldError{Field: "ControlPlane.Pod", Err: err}
 	}
-	description, err := pod.Node.Description()
+	own := a.config.Workload.Pod
+	description, err := pod.Node.Description(known(own.Workload), known(own.CanonicalService), known(own.CanonicalRevision))
 	if err != nil {
 		return &FieldError{Field: "ControlPlane.Pod", Err: err}
 	}

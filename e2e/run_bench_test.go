@@ -26,7 +26,9 @@ func BenchmarkRun(b *testing.B) {
 				}
 				return time.Since(began)
 			}
-			plain := func(name string, arguments ...string) *exec.Cmd { return c.net.Command(c.uid, c.uid, name, arguments...) }
+			plain := func(name string, arguments ...string) *exec.Cmd {
+				return c.net.Command(c.uid, c.uid, name, arguments...)
+			}
 			var own, others []time.Duration
 			for range 31 {
 				own = append(own, timed(plain(pillion, "run", "--", "true")))

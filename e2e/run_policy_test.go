@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -262,4 +263,38 @@ func TestRunRefusesSenselessRules(t *testing.T) {
 			t.Errorf("%q: exit status %d, %s%s", flags, code, stdout, stderr)
 		}
 	}
+}
+
+// Faults on purpose meet the hosts that they are for: requests in both versions of HTTP, and other connections.
+func TestRunInjectsFaults(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		w := newWorld(t, c)
+		for _, test := range []struct {
+			name, fault string
+			command     []string
+			want        string // in the output
+			reason      string
+		}{
+			{"abort", "abort=418", withCurl("-w", "%{http_code}", "http://good.example/"), "pillion: fault\n418", "completed"},
+			{"abort over HTTP/2", "abort=418", withCurl("-w", "%{http_code}", "--http2-prior-knowledge", "http://good.example/"), "418", "completed"},
+			{"another host", "host=other.example,abort=418", withCurl("http://good.example/"), "served", "completed"},
+			{"reset", "host=good.example,reset", withCurl("http://good.example/"), "reset by peer", "fault"},
+			{"reset of TLS", "host=good.example,reset", withCurl("https://good.example/"), "reset by peer", "fault"},
+		} {
+			output, reasons := w.try(t, []string{"--fault", test.fault}, test.command)
+			if !strings.Contains(output, test.want) || len(reasons) != 1 || reasons[0] != test.reason {
+				t.Errorf("%s: the command printed %q, the reasons are %q", test.name, output, reasons)
+			}
+		}
+		const delay = 300 * time.Millisecond
+		for _, url := range []string{"http://good.example/", "https://good.example/"} {
+			began := time.Now()
+			if output, _ := w.try(t, []string{"--fault", "host=good.example,delay=" + delay.String()}, withCurl(url)); output != "served\n" {
+				t.Errorf("%s: the command printed %q", url, output)
+			}
+			if took := time.Since(began); took < delay {
+				t.Errorf("%s took %v", url, took)
+			}
+		}
+	})
 }

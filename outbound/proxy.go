@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
+	"github.com/pillion-proxy/pillion/internal/fault"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/peers"
@@ -29,6 +30,7 @@ type Config struct {
 	Settings     serve.Settings     // until the first Apply
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
 	Egress       serve.Egress       // the policy for destinations; nil: all are allowed
+	Faults       fault.Set          // on purpose; nil: none
 	Decryption   serve.Decryption   // of TLS; nil: none is decrypted
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
@@ -60,6 +62,7 @@ func New(config Config) (*Proxy, error) {
 		HTTP:       config.HTTP,
 		Egress:     config.Egress,
 		Decryption: config.Decryption,
+		Faults:     config.Faults,
 		Mesh:       config.Mesh,
 		Wait:       config.Wait,
 		Lookup:     config.Lookup,
@@ -101,7 +104,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		return
 	}
 	to := target(dst)
-	if !c.Choose(&to) || !c.Decrypt(&to) || !c.HTTP() && !c.Dial(&to) {
+	if !c.Choose(&to) || !c.Decrypt(&to) || !c.Fault() || !c.HTTP() && !c.Dial(&to) {
 		return
 	}
 	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) || !c.Decrypt(&to) || !c.HTTP() && !c.Dial(&to) || !c.WatchBoth() {

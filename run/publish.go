@@ -86,7 +86,7 @@ func newPublisher(config Config, box *sandbox.Sandbox, t *traffic) (*publisher, 
 		return nil, err
 	}
 	p.role, err = serve.NewRole(serve.Config{
-		Direction: flow.Inbound, Poller: p.poller, Flows: t.table, Settings: settings(), HTTP: forwarding(&config, p.pool),
+		Direction: flow.Inbound, Poller: p.poller, Flows: t.table, Settings: settings(), HTTP: forwarding(&config, p.pool), Faults: config.Faults,
 	})
 	if err != nil {
 		p.close()
@@ -212,7 +212,7 @@ func (p published) ServeConn(ctx context.Context, down *tcp.Conn) {
 	to := upstream.Target{Address: p.target()}
 	c.Record.OriginalDestination, c.Record.Cluster = to.Address, flow.Inbound.Passthrough()
 	c.List()
-	if !c.ReadFirst(true) {
+	if !c.ReadFirst(true) || !c.Fault() {
 		return
 	}
 	if !c.HTTP() && !c.Dial(&to) {

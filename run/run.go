@@ -20,6 +20,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/egress"
+	"github.com/pillion-proxy/pillion/internal/fault"
 	"github.com/pillion-proxy/pillion/internal/sandbox"
 )
 
@@ -41,6 +42,8 @@ type Config struct {
 	PublishAll bool   // publish whatever the command listens at, on loopback
 
 	Rules egress.Rules // which destinations the command may reach
+
+	Faults fault.Set // for requests and connections, in both directions
 
 	Decrypt bool // end TLS here; the command gets a certificate authority of this run
 

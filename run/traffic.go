@@ -83,7 +83,7 @@ func (t *traffic) addOutbound(config Config, box *sandbox.Sandbox, decryption *d
 		server.Listeners = append(server.Listeners, adopted)
 	}
 	parts := outbound.Config{
-		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: forwarding(&config, t.pool),
+		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: forwarding(&config, t.pool), Faults: config.Faults,
 	}
 	if t.policy != nil {
 		parts.Egress = t.policy

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/pillion-proxy/pillion/internal/egress"
+	"github.com/pillion-proxy/pillion/internal/fault"
 	"github.com/pillion-proxy/pillion/internal/terminal"
 	command "github.com/pillion-proxy/pillion/run"
 )
@@ -89,6 +90,11 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 	}
 	parsed(flags, &o.config.Publish, publish, "publish", "p", "", "[address:]port[:port]", "make a port of the command reachable at a port of this machine, by default on 127.0.0.1, and show what arrives there")
 	parsedSwitch(flags, &o.config.PublishAll, "publish-all", "P", "publish every port at which the command listens, on 127.0.0.1")
+	faults := func(text string) (fault.Set, error) {
+		rule, err := fault.Parse(text)
+		return append(o.config.Faults, rule), err
+	}
+	parsed(flags, &o.config.Faults, faults, "fault", "", "", "fault", "a fault on purpose, in both directions, such as \"host=api.example,delay=200ms,percent=10\", \"abort=503\" or \"reset\"; may be repeated, the first that is drawn counts")
 	parsedSwitch(flags, &o.config.Decrypt, "decrypt", "", "end TLS in pillion and show what is inside; the command gets a certificate authority of this run by variables such as SSL_CERT_FILE, and servers are verified as always")
 	parsed(flags, &o.config.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in /etc/resolv.conf")
 }

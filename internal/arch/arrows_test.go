@@ -14,19 +14,19 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "healthz", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "run", "internal/capture", "internal/certview", "internal/checklist", "internal/commandline", "internal/configview", "internal/egress", "internal/httpforward", "internal/identity", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal"},
+	{"cmd/pillion", []string{"agent", "healthz", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "run", "internal/capture", "internal/certview", "internal/checklist", "internal/commandline", "internal/configview", "internal/egress", "internal/fault", "internal/httpforward", "internal/identity", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal"},
 		"flags become configuration; everything else is decided below"},
 	{"agent", []string{"healthz", "inbound", "outbound", "internal/accesslog", "internal/admin", "internal/balance", "internal/budget", "internal/capture", "internal/certview", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/egress", "internal/flow", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh", "internal/metrics", "internal/ownport", "internal/peers", "internal/podinfo", "internal/probe", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream", "internal/xds"},
 		"the agent builds all parts and stops them in order"},
-	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/dns", "internal/egress", "internal/flow", "internal/httpforward", "internal/identity", "internal/listener", "internal/live", "internal/sandbox", "internal/secure", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
+	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/dns", "internal/egress", "internal/fault", "internal/flow", "internal/httpforward", "internal/identity", "internal/listener", "internal/live", "internal/sandbox", "internal/secure", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
 		"a command's traffic arrives from a sandbox, is carried by a role and a resolver, and is shown in a terminal"},
 	{"internal/sandbox", []string{"internal/capture", "internal/sockopt", "iptables/kernel"},
 		"a sandbox captures ports, its listening sockets have the options of accepted ones, and capabilities decide how it is made"},
 	{"inbound", []string{"internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream", "internal/peers"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
-	{"outbound", []string{"internal/balance", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream", "internal/peers"},
+	{"outbound", []string{"internal/balance", "internal/envoy", "internal/fault", "internal/flow", "internal/httpforward", "internal/peers", "internal/serve", "internal/tcp", "internal/upstream"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
-	{"internal/serve", []string{"internal/authz", "internal/balance", "internal/budget", "internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/identity", "internal/jwt", "internal/mesh", "internal/relay", "internal/route", "internal/secure", "internal/sniff", "internal/tcp", "internal/upstream", "internal/urlpath", "internal/peers"},
+	{"internal/serve", []string{"internal/authz", "internal/balance", "internal/budget", "internal/capture", "internal/envoy", "internal/fault", "internal/flow", "internal/httpforward", "internal/identity", "internal/jwt", "internal/mesh", "internal/peers", "internal/relay", "internal/route", "internal/secure", "internal/sniff", "internal/tcp", "internal/upstream", "internal/urlpath"},
 		"the steps of a connection: wait for the configuration, detect its protocol, end TLS, dial, hand it to an engine or the relay, close its record"},
 	{"iptables", []string{"internal/capture", "iptables/kernel", "iptables/nft", "iptables/policy", "iptables/ruleset", "iptables/xtables"},
 		"a plan is the difference between the policy's rules and the installed ones, carried out by a back end"},
@@ -68,7 +68,7 @@ var arrows = []struct {
 	{"internal/preflight", []string{"internal/capture", "internal/checklist", "internal/live", "internal/netns", "iptables", "iptables/kernel"},
 		"rules are tried in a namespace of their own; the agent reports its state as the live view"},
 	{"internal/terminal", []string{"internal/configview", "internal/live", "internal/certview"}, "the terminal prints values of the live view, and of what is configured"},
-	{"internal/configview", []string{"internal/authz", "internal/controlplane", "internal/envoy", "internal/mesh", "internal/route", "internal/urlpath", "internal/xds"},
+	{"internal/configview", []string{"internal/authz", "internal/controlplane", "internal/envoy", "internal/jwt", "internal/mesh", "internal/route", "internal/urlpath", "internal/xds"},
 		"objects in short are compiled from the resources of a control plane; a request is explained by the code that finds its route and judges it"},
 	{"internal/live", []string{"internal/flow", "internal/ownport"}, "the view is built from records, and serves local clients only"},
 	{"internal/certificate", []string{"internal/kubeapi"}, "an authority is published by requests to the API server"},
@@ -97,6 +97,7 @@ var arrows = []struct {
 	{"internal/grpcwire", []string{"internal/envoy"}, "the table of gRPC's codes"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 	{"internal/egress", []string{"internal/capture"}, "a rule has a port, and its error repeats a value cut at the same length"},
+	{"internal/fault", []string{"internal/egress"}, "a fault is for the hosts that a rule selects"},
 }
 
 func TestImportsFollowTheArrows(t *testing.T) {

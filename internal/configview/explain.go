@@ -8,9 +8,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/authz"
 	"github.com/pillion-proxy/pillion/internal/envoy"
+	"github.com/pillion-proxy/pillion/internal/jwt"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/urlpath"
@@ -351,7 +353,7 @@ func (w *walk) judge(name, per string, rbac *mesh.RBAC, check *mesh.ExtAuthz, to
 	case check != nil:
 		w.Verdicts = append(w.Verdicts, Verdict{Name: name, Per: per, Verdict: "not known: it " + authzWords(check)})
 	case tokens != nil:
-		w.Verdicts = append(w.Verdicts, Verdict{Name: name, Per: per, Verdict: "not known: it " + jwtWords(tokens)})
+		return w.verify(name, tokens)
 	case rbac != nil:
 		subject := w.subject(per == "request")
 		policy := authz.Compile(rbac)
@@ -370,6 +372,22 @@ func (w *walk) judge(name, per string, rbac *mesh.RBAC, check *mesh.ExtAuthz, to
 	return true
 }
 
+// verify adds the verdict about the request's tokens. Policies behind it see their claims.
+func (w *walk) verify(name string, tokens *mesh.JWT) bool {
+	v := Verdict{Name: name, Per: "request", Verdict: "allowed", Reasons: []string{"it " + jwtWords(tokens)}}
+	result := jwt.Of(tokens).Check(&w.request, time.Now())
+	if result.Claims != nil {
+		w.request.Metadata = result.Claims
+	}
+	if result.Reply != nil {
+		v.Verdict = "denied"
+		v.Reasons = append(v.Reasons, result.Reply.Body)
+		w.refuse("%s denies the request", name)
+	}
+	w.Verdicts = append(w.Verdicts, v)
+	return result.Reply == nil
+}
+
 var met = map[string]string{"yes": "applies", "no": "does not apply", "unknown": "may apply"}
 
 func (w *walk) subject(ofRequest bool) *authz.Subject {
@@ -379,7 +397,7 @@ func (w *walk) subject(ofRequest bool) *authz.Subject {
 	}
 	if ofRequest {
 		r := &w.request
-		s.Request = &authz.Request{Method: r.Method, Authority: r.Authority, Scheme: r.Scheme, Path: r.Path, Fields: r.Fields}
+		s.Request = &authz.Request{Method: r.Method, Authority: r.Authority, Scheme: r.Scheme, Path: r.Path, Fields: r.Fields, Metadata: r.Metadata}
 	}
 	return s
 }

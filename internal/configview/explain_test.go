@@ -2,6 +2,8 @@ package configview
 
 import (
 	"bytes"
+	"crypto/ed25519"
+	"crypto/rand"
 	"encoding/json"
 	"io"
 	"log/slog"
@@ -9,8 +11,11 @@ import (
 	"net/netip"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/go-jose/go-jose/v4"
 
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/controlplane/pushtest"
@@ -132,6 +137,67 @@ func TestQuestionsAreServed(t *testing.T) {
 		h.ServeHTTP(w, httptest.NewRequest("GET", "/explain?url=http://a/", nil))
 		if w.Code != want {
 			t.Errorf("without a snapshot: %d %s", w.Code, w.Body)
+		}
+	}
+}
+
+// The claims of a token in the question are seen by the policy behind it.
+func TestTokensOfAQuestionAreVerified(t *testing.T) {
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: private.Public()}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.EdDSA, Key: private}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bearer := func(claims string) []Field {
+		signed, err := signer.Sign([]byte(claims))
+		if err != nil {
+			t.Fatal(err)
+		}
+		token, _ := signed.CompactSerialize()
+		return []Field{{"Authorization", "Bearer " + token}}
+	}
+	tokens := &mesh.JWT{
+		Providers: []mesh.JWTProvider{{Name: "p", Issuer: "me", Keys: keys, Metadata: "payload"}},
+		Rules:     []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/"}, Requires: mesh.JWTRequirement{Kind: mesh.JWTProvided, Name: "p"}}},
+	}
+	group := mesh.MetadataMatcher{Filter: "envoy.filters.http.jwt_authn", Path: []string{"payload", "sub"}, Value: mesh.ValueMatcher{Kind: mesh.ValueText, Text: mesh.StringMatcher{Text: "jason"}}}
+	anyone := mesh.Condition{Kind: mesh.ConditionTrue}
+	rules := &mesh.RBAC{Rules: &mesh.Rules{Policies: []mesh.AccessPolicy{{Name: "jason", Permission: anyone, Principal: mesh.Condition{Kind: mesh.ConditionMetadata, Metadata: &group}}}}}
+	respond := mesh.Route{Match: mesh.RouteMatch{Path: "/"}, Respond: &mesh.Response{Status: 204}}
+	l := &mesh.Listener{Name: "virtualInbound", Direction: mesh.Inbound, Chains: []*mesh.FilterChain{{HTTP: &mesh.HTTPManager{
+		Filters: []mesh.HTTPFilter{{Name: "jwt", JWT: tokens}, {Name: "rbac", RBAC: rules}},
+		Routes:  &mesh.Routes{Hosts: []mesh.VirtualHost{{Domains: []mesh.Domain{{Kind: mesh.DomainAny}}, Routes: []mesh.Route{respond}}}},
+	}}}}
+	edit := (*mesh.Snapshot)(nil).Edit()
+	edit.SetListener(l.Name, l)
+	snapshot, _ := edit.Snapshot()
+	for _, test := range []struct {
+		fields   []Field
+		verdicts []string
+		result   string
+	}{
+		{nil, []string{"denied"}, "refused: jwt denies the request"},
+		{bearer(`{"iss":"other"}`), []string{"denied"}, "refused: jwt denies the request"},
+		{bearer(`{"iss":"me","sub":"other"}`), []string{"allowed", "denied"}, "refused: rbac denies the request"},
+		{bearer(`{"iss":"me","sub":"jason"}`), []string{"allowed", "allowed"}, "answered 204"},
+	} {
+		e, err := Explain(snapshot, &Question{Inbound: true, URL: "http://198.51.100.9/", Fields: test.fields}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var verdicts []string
+		for _, v := range e.Verdicts {
+			verdicts = append(verdicts, v.Verdict)
+		}
+		if !slices.Equal(verdicts, test.verdicts) || e.Result != test.result {
+			t.Errorf("%q: %q, %+v", test.fields, e.Result, e.Verdicts)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -142,4 +143,15 @@ func (r *Rule) matchesName(name string) bool {
 
 func (r *Rule) matchesAddress(address netip.Addr) bool {
 	return r.prefix.IsValid() && r.prefix.Contains(address)
+}
+
+// Selects reports whether the rule is for a host or an address, as in an authority. A rule with a port is for that port only,
+// if the authority has one.
+func (r *Rule) Selects(authority string) bool {
+	host := hostOf(authority)
+	if _, port, found := cutPort(authority); found && r.port != 0 && port != strconv.Itoa(int(r.port)) {
+		return false
+	}
+	address, err := netip.ParseAddr(host)
+	return r.matchesName(host) || err == nil && r.matchesAddress(address.Unmap())
 }

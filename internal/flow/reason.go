@@ -51,6 +51,7 @@ const (
 	MaxConnections        Reason = "max_connections"         // the limit of connections is reached
 	NoDescriptors         Reason = "no_descriptors"          // the process may open, or watch, no further socket
 	NoConfiguration       Reason = "no_configuration"        // the control plane has sent no configuration in time
+	FaultInjected         Reason = "fault"                   // a fault on purpose
 	Denied                Reason = "denied"                  // the policy for outbound traffic does not allow the destination
 	PolicyDenied          Reason = "policy_denied"           // an authorization policy denies it
 	MeshRefused           Reason = "mesh_refused"            // the control plane's configuration does not let it pass
@@ -161,6 +162,8 @@ var Explanations = []Explanation{
 		"The process may open or watch no further connection; raise its `nofile` limit, `fs.epoll.max_user_watches`, or its memory."},
 	{NoConfiguration, envoy.FlagNoRouteFound, "", "",
 		"The control plane sent no configuration within `{ConfigurationWait}`."},
+	{FaultInjected, envoy.FlagFaultInjected, "", "",
+		"`--fault` reset the connection on purpose."},
 	{Denied, envoy.FlagNoHealthyUpstream, "", envoy.DetailsDirectResponse,
 		"The policy for outbound traffic does not allow the destination; a request was answered 403, a connection reset."},
 	{MeshRefused, envoy.FlagNoRouteFound, "", "",

@@ -159,6 +159,7 @@ func (m *multiplex) begin() {
 // upstream has ended.
 func (m *multiplex) run() {
 	for m.over == running {
+		m.awaitResets()
 		down, up := m.toDown.pump(), m.toUp.pump()
 		m.judge()
 		yields := m.toUp.turnOver() || m.toDown.turnOver()
@@ -200,6 +201,23 @@ func (m *multiplex) run() {
 			m.over = isReset
 		}
 	}
+}
+
+// awaitResets pauses before requests are read from a downstream that has reset many without completing as many, so that the
+// resets of the next ones arrive with them: see lane.resetFollows.
+func (m *multiplex) awaitResets() {
+	if m.resets.left > resetBurst-manyResets || !m.toUp.mayRead() {
+		return
+	}
+	end := time.Now().Add(m.engine.config.resetPause)
+	err := m.w.Wait(end, nil, nil)
+	for err == nil {
+		err = m.w.Wait(end, nil, nil)
+	}
+	if errors.Is(err, tcp.ErrInterrupted) {
+		m.w.Interrupt() // the next wait reports it
+	}
+	m.clock = time.Time{}
 }
 
 // newTurn begins a turn of both lanes.

@@ -24,6 +24,8 @@ const (
 
 	resetBurst = 1000 // streams that downstream resets before their response (CVE-2023-44487)
 	resetRate  = 50
+	manyResets = 100              // more than completed requests; downstream is then read at intervals
+	resetPause = time.Millisecond // default of Config.resetPause, that interval
 )
 
 // bucket is a token bucket.

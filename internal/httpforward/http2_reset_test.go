@@ -2,8 +2,12 @@ package httpforward
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
+	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/net/http2"
 
@@ -77,4 +81,26 @@ func TestRequestsThatArriveWithTheirResetsAreAFlood(t *testing.T) {
 	if got := goodbye(); !strings.HasPrefix(got, "GOAWAY ENHANCE_YOUR_CALM") {
 		t.Errorf("the client was told %q", got)
 	}
+}
+
+// A downstream that resets many requests is read at intervals, in which a reset catches up with its request.
+func TestResetsCatchUpWithRequestsInAFlood(t *testing.T) {
+	t.Parallel()
+	_, client, server := meet(t, func(c *Config) { c.resetPause = 2 * time.Second })
+	id := 1
+	for range manyResets {
+		client.together(fmt.Sprintf("GET %d", id), fmt.Sprintf("RST %d CANCEL", id))
+		id += 2
+	}
+	client.sends("PING 12345678") // read after the first pause, or before it
+	server.reads("PING 12345678")
+	client.sends(fmt.Sprintf("GET %d", id))
+	server.conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	if frame, err := server.framer.ReadFrame(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("during the pause the server read %v, %v", frame, err)
+	}
+	server.conn.SetReadDeadline(time.Time{})
+	client.sends(fmt.Sprintf("RST %d CANCEL", id))
+	client.sends("PING 87654321")
+	server.reads("PING 87654321")
 }

@@ -28,7 +28,8 @@ type Config struct {
 	Budget    *budget.Budget  // of what connections hold while they wait; nil: no limit
 	Settings                  // until the first Apply
 
-	maxInterim int // interim responses to a request; zero: maxInterim. Tests change it
+	resetPause time.Duration // zero: resetPause. A test changes it
+	maxInterim int           // interim responses to a request; zero: maxInterim. Tests change it
 }
 
 // Settings is what may change while connections are open. A value is never modified: Apply replaces it. HTTP/1 reads it
@@ -134,6 +135,9 @@ func New(config Config) (*Engine, error) {
 		return nil, errors.New("httpforward: Dialer, Pool and Flows are required")
 	}
 	e := &Engine{config: config}
+	if config.resetPause == 0 {
+		e.config.resetPause = resetPause
+	}
 	if config.maxInterim == 0 {
 		e.config.maxInterim = maxInterim
 	}

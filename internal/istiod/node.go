@@ -49,16 +49,26 @@ var (
 	describedLabels = []string{"app", "version", "service.istio.io/canonical-name", "service.istio.io/canonical-revision"}
 )
 
-// Description returns the google.protobuf.Struct by which the node describes its workload to other proxies.
-func (n *Node) Description() ([]byte, error) {
+// Description returns the google.protobuf.Struct by which the node describes its workload to other proxies. The arguments are
+// used where the metadata and labels lack them; empty: not known.
+func (n *Node) Description(workload, canonicalService, canonicalRevision string) ([]byte, error) {
 	labels, _ := n.Metadata["LABELS"].(map[string]any)
-	description := choose(n.Metadata, described)
-	description["LABELS"] = choose(labels, describedLabels)
+	description, chosen := choose(n.Metadata, described), choose(labels, describedLabels)
+	complete(description, "WORKLOAD_NAME", workload)
+	complete(chosen, "service.istio.io/canonical-name", canonicalService)
+	complete(chosen, "service.istio.io/canonical-revision", canonicalRevision)
+	description["LABELS"] = chosen
 	b, err := encodeStruct(description)
 	if err != nil {
 		return nil, fmt.Errorf("node metadata: %w", err)
 	}
 	return b, nil
+}
+
+func complete(in map[string]any, key, value string) {
+	if text, _ := in[key].(string); text == "" && value != "" {
+		in[key] = value
+	}
 }
 
 func choose(from map[string]any, keys []string) map[string]any {

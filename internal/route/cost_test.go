@@ -116,6 +116,23 @@ var raw = func() map[string][]byte {
 	return m
 }()
 
+// Routes that differ in their headers only are compared one by one.
+func BenchmarkThousandHeaders(b *testing.B) {
+	var routes []mesh.Route
+	for i := range 1000 {
+		r := to(fmt.Sprint(i))
+		r.Match.Headers = []mesh.HeaderMatcher{{Name: "end-user", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Text: fmt.Sprint("user", i)}}}
+		routes = append(routes, r)
+	}
+	t := Of(everything(mesh.VirtualHost{Routes: routes}))
+	r := *request("GET http://a/x")
+	r.Fields = &rawFields{fieldList{"x-canary", "v1", "end-user", "jason"}}
+	b.ReportAllocs()
+	for b.Loop() {
+		t.Find(&r)
+	}
+}
+
 func BenchmarkFind(b *testing.B) {
 	table := Of(large())
 	for _, search := range searches {

@@ -26,12 +26,13 @@ func (t *Table) Explain(r *Request) (Choice, []Step) {
 	}
 	var steps []Step
 	path := t.path(r)
+	s := search{Request: r, path: path}
 	for i := range h.routes {
 		if len(path) == 0 {
 			steps = append(steps, Step{Route: h.routes[i].source, Why: "the request has no path"})
 			continue
 		}
-		m := h.routes[i].miss(r, path)
+		m := h.routes[i].miss(&s)
 		steps = append(steps, Step{h.routes[i].source, m.kind != missedPath, h.routes[i].why(m, r, path)})
 		if m.kind == matched {
 			break

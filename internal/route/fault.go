@@ -65,8 +65,9 @@ func (f *faults) decide(r *Request, cluster string) (delay time.Duration, abort 
 	if f == nil || f.source.Cluster != "" && f.source.Cluster != cluster {
 		return 0, nil
 	}
+	s := search{Request: r}
 	for i := range f.headers {
-		if !f.headers[i].match(r) {
+		if !f.headers[i].match(&s) {
 			return 0, nil
 		}
 	}

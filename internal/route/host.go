@@ -63,16 +63,16 @@ func (r *route) compile(source *mesh.Route, p *patterns) {
 	r.conditions = c
 }
 
-// find returns the index of the first route that matches, or -1. Path is that of Table.path.
-func (h *host) find(r *Request, path []byte) int {
-	if len(path) == 0 {
+// find returns the index of the first route that matches, or -1.
+func (h *host) find(s *search) int {
+	if len(s.path) == 0 {
 		return -1
 	}
 	if h.paths != nil {
-		return h.paths.find(h.routes, r, path)
+		return h.paths.find(h.routes, s)
 	}
 	for i := range h.routes {
-		if h.routes[i].miss(r, path).kind == matched {
+		if h.routes[i].miss(s).kind == matched {
 			return i
 		}
 	}
@@ -142,8 +142,8 @@ func hashPath(key byte, path string) uint64 {
 
 // find returns the index of the first route that matches, or -1. The paths that a request can match are tried in any order,
 // and routes behind the best one found are skipped, so that the result is that of a search in the order of the routes.
-func (p *paths) find(routes []route, r *Request, path []byte) int {
-	best := len(routes)
+func (p *paths) find(routes []route, s *search) int {
+	path, best := s.path, len(routes)
 	exact, prefix, done := hashStart(exactKey), hashStart(prefixKey), 0
 	for _, length := range p.prefixes {
 		if length > len(path) {
@@ -152,17 +152,17 @@ func (p *paths) find(routes []route, r *Request, path []byte) int {
 		for ; done < length; done++ {
 			prefix = hashByte(prefix, path[done])
 		}
-		best = p.try(routes, r, path, prefix, best)
+		best = p.try(routes, s, prefix, best)
 	}
 	for _, c := range path {
 		exact = hashByte(exact, c)
 	}
-	best = p.try(routes, r, path, exact, best)
+	best = p.try(routes, s, exact, best)
 	for _, i := range p.others {
 		if int(i) >= best {
 			break
 		}
-		if routes[i].miss(r, path).kind == matched {
+		if routes[i].miss(s).kind == matched {
 			best = int(i)
 		}
 	}
@@ -173,10 +173,10 @@ func (p *paths) find(routes []route, r *Request, path []byte) int {
 }
 
 // try returns the first route before best that has a hash and matches, or best.
-func (p *paths) try(routes []route, r *Request, path []byte, hash uint64, best int) int {
+func (p *paths) try(routes []route, s *search, hash uint64, best int) int {
 	for found := p.index.probe(hash); found.next(&p.index); {
 		for i := found.value; i < best; i = int(p.next[i]) {
-			if routes[i].miss(r, path).kind == matched {
+			if routes[i].miss(s).kind == matched {
 				best = i
 			}
 			if p.next[i] == 0 {

@@ -9,6 +9,26 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
+// search is a request that conditions are compared with. It remembers the header field that was looked up last: the
+// conditions of neighbouring routes are often about the same one.
+type search struct {
+	*Request
+	path []byte // that of Table.path
+
+	name  string
+	value []byte
+	n     int
+}
+
+// field is Request.field.
+func (s *search) field(name string) (value []byte, n int) {
+	if name != s.name || name == "" {
+		s.name = name
+		s.value, s.n = s.Request.field(name)
+	}
+	return s.value, s.n
+}
+
 // miss is the condition of a route that a request does not meet.
 type miss struct {
 	kind  missKind
@@ -27,8 +47,8 @@ const (
 
 // miss returns the first condition that a request does not meet. Of a match that is not understood only the path counts, and
 // a regular expression matches every path, so that the requests that it may be meant for are found.
-func (r *route) miss(request *Request, path []byte) miss {
-	if !r.matchPath(path) {
+func (r *route) miss(s *search) miss {
+	if !r.matchPath(s.path) {
 		return miss{kind: missedPath}
 	}
 	c := r.conditions
@@ -36,17 +56,17 @@ func (r *route) miss(request *Request, path []byte) miss {
 		return miss{}
 	}
 	for i := range c.headers {
-		if !c.headers[i].match(request) {
+		if !c.headers[i].match(s) {
 			return miss{missedHeader, i}
 		}
 	}
 	for i := range c.query {
-		if !c.query[i].match(request.Path) {
+		if !c.query[i].match(s.Path) {
 			return miss{missedQuery, i}
 		}
 	}
 	for i := range c.metadata {
-		if !request.metadata(&c.metadata[i]) {
+		if !s.metadata(&c.metadata[i]) {
 			return miss{missedMetadata, i}
 		}
 	}
@@ -98,16 +118,16 @@ func compileHeader(source *mesh.HeaderMatcher, p *patterns) header {
 	return h
 }
 
-func (h *header) match(r *Request) bool {
+func (h *header) match(s *search) bool {
 	m := h.source
-	value, n := r.field(m.Name)
+	value, n := s.field(m.Name)
 	switch {
 	case m.Kind == mesh.HeaderPresence:
 		return ((n > 0) == m.Present) != m.Invert
 	case n == 0 && !m.MissingIsEmpty:
 		return false
 	case n > 1:
-		return h.matchJoined(r, n)
+		return h.matchJoined(s.Request, n)
 	}
 	return h.matchValue(value) != m.Invert
 }

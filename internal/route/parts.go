@@ -21,7 +21,7 @@ func NewMatcher(m *mesh.RouteMatch) *Matcher {
 
 // Match reports whether a request matches. A match that is not understood counts by its path.
 func (m *Matcher) Match(r *Request) bool {
-	return m.route.miss(r, plain(origin(r.Path))).kind == matched
+	return m.route.miss(&search{Request: r, path: plain(origin(r.Path))}).kind == matched
 }
 
 // SetField returns an edit that replaces a field.

@@ -570,3 +570,24 @@ func TestThePolicyOfTheMostSpecificPartCounts(t *testing.T) {
 		}
 	}
 }
+
+// A value of an edit never ends its field, whatever its text and what clients and certificates have.
+func FuzzEdits(f *testing.F) {
+	f.Add("%REQ(user-agent?x):3%%%", "curl")
+	f.Add("a%REQ(", "\x00")
+	f.Add("%(%:%RESP(server):-1%%START_TIME(%Y)%", "")
+	f.Fuzz(func(t *testing.T, value, field string) {
+		if strings.ContainsAny(value+field, "\r\n\x00") {
+			return // the routes' decoder and the codecs reject them
+		}
+		c := &context{request: request("GET http://host/path", "user-agent", field, "x", field), response: fieldList{"server", field}}
+		e := compileEdit("name", value, mesh.AppendOrAdd, false)
+		got := e.AppendValue([]byte("before"), c)
+		if text, ok := strings.CutPrefix(string(got), "before"); !ok || strings.ContainsAny(text, "\r\n\x00") {
+			t.Fatalf("%q with %q: %q", value, field, got)
+		}
+		if !strings.Contains(value, "%") && string(got) != "before"+value {
+			t.Fatalf("%q: %q", value, got)
+		}
+	})
+}

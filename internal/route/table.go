@@ -61,7 +61,7 @@ func (t *Table) Find(r *Request) Choice {
 		c.Reply = secureRedirect(r)
 		return c
 	}
-	i := h.find(r, t.path(r))
+	i := h.find(&search{Request: r, path: t.path(r)})
 	switch {
 	case i < 0:
 		c.Reply = NoRoute

@@ -95,13 +95,10 @@ func (c *Conn) judge(g *governed) bool {
 
 // refusal returns the reason and the error of a connection that the configuration does not let pass.
 func (c *Conn) refusal(text string) (flow.Reason, error) {
-	switch {
-	case !c.lacksTLS():
-		return flow.MeshRefused, errors.New(text)
-	case c.protocol == sniff.Opaque && c.sniffer.StopsInHello():
-		return flow.TLSTimeout, &secure.Error{Failure: secure.Deadline}
+	if c.lacksTLS() {
+		return flow.TLSRequired, errors.New(text + ": it requires mutual TLS")
 	}
-	return flow.TLSRequired, errors.New(text + ": it requires mutual TLS")
+	return flow.MeshRefused, errors.New(text)
 }
 
 // lacksTLS reports whether an inbound connection that is refused would pass if its client spoke TLS as Istio's proxies do.

@@ -35,10 +35,14 @@ type rejudge struct {
 
 // router returns the Router of a connection; nil: all requests go to its target.
 func (c *Conn) router(to *upstream.Target) httpforward.Router {
-	if c.role.egress != nil {
-		return c.permitted(c.routerOf(to), to)
+	router := c.routerOf(to)
+	if len(c.role.faults) > 0 {
+		router = c.withFaults(router, to)
 	}
-	return c.routerOf(to)
+	if c.role.egress != nil {
+		return c.permitted(router, to)
+	}
+	return router
 }
 
 // routerOf returns the Router by the configuration of a control plane.

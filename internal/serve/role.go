@@ -19,6 +19,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/internal/fault"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/identity"
@@ -48,6 +49,8 @@ type Config struct {
 	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
 	Peers  *peers.Exchange
 	Egress Egress // the policy for outbound connections; nil: everything is allowed
+
+	Faults fault.Set // on purpose; nil: none
 
 	Decryption Decryption // of outbound connections; nil: none is decrypted
 
@@ -118,6 +121,7 @@ type Role struct {
 	allOptions map[upstream.Options]*upstream.Options
 	trusted    atomic.Pointer[trusted]
 	securing   sync.Mutex // held to replace securities, and for allOptions
+	faults     fault.Set
 }
 
 // NewRole checks the configuration.
@@ -133,6 +137,7 @@ func NewRole(config Config) (*Role, error) {
 		wait:       config.Wait,
 		egress:     config.Egress,
 		decryption: config.Decryption,
+		faults:     config.Faults,
 		budget:     config.HTTP.Budget,
 		dialer:     upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}

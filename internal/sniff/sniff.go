@@ -197,9 +197,6 @@ func (s *Sniffer) inHello() bool {
 	return s.HelloHold > 0 && s.Read != nil && s.Read.Bytes()[0] == recordHandshake
 }
 
-// StopsInHello reports whether downstream has sent the beginning of a ClientHello, and not the rest of it in time.
-func (s *Sniffer) StopsInHello() bool { return s.inHello() }
-
 // heldUntil returns until when the undecided bytes of downstream are held.
 func (s *Sniffer) heldUntil() time.Time {
 	if s.inHello() {

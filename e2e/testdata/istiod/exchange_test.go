@@ -162,6 +162,7 @@ func TestMetadataIsExchangedWithProxiesLikeEnvoy(t *testing.T) {
 	if got, err := io.ReadAll(plain); string(got) != "answer\n" {
 		t.Errorf("the application receives %q, %v", got, err)
 	}
+	plain.Close()
 	if got, want := <-received, fmt.Sprintf("%s %s <nil> %q", ours, ourID, "\x00hello\n"); got != want {
 		t.Errorf("the server receives %s, want %s", got, want)
 	}

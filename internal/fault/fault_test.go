@@ -1,0 +1,50 @@
+package fault
+
+import (
+	"testing"
+	"time"
+)
+
+func TestRulesAreParsedAndDrawn(t *testing.T) {
+	var set Set
+	for _, text := range []string{
+		"host=api.example,delay=200ms,percent=25", "host=*.example,abort=503", "host=203.0.113.0/24,reset", "delay=1s,percent=50",
+	} {
+		r, err := Parse(text)
+		if err != nil {
+			t.Fatalf("Parse(%q): %v", text, err)
+		}
+		set = append(set, r)
+	}
+	for _, test := range []struct {
+		host   string
+		random float64
+		want   Fault
+	}{
+		{"api.example", 0.249, Fault{Delay: 200 * time.Millisecond}},
+		{"API.example:80", 0, Fault{Delay: 200 * time.Millisecond}},
+		{"api.example", 0.25, Fault{Abort: 503}}, // the next rule
+		{"203.0.113.7:443", 0.9, Fault{Reset: true}},
+		{"[2001:db8::7]:443", 0.49, Fault{Delay: time.Second}},
+		{"other.test", 0.5, Fault{}},
+		{"", 0.1, Fault{Delay: time.Second}},
+	} {
+		if got := set.draw(test.host, func() float64 { return test.random }); got != test.want {
+			t.Errorf("draw(%q) at %v = %+v, want %+v", test.host, test.random, got, test.want)
+		}
+	}
+	if Set(nil).Draw("api.example") != (Fault{}) {
+		t.Error("no rules make a fault")
+	}
+}
+
+func TestSenselessRulesAreErrors(t *testing.T) {
+	for _, text := range []string{
+		"", "host=api.example", "delay=0s", "delay=-1s", "delay=fast", "abort=99", "abort=600", "abort=x", "reset=yes", "reset,abort=503",
+		"delay=1s,percent=0", "delay=1s,percent=101", "delay=1s,percent=NaN", "host=a..b,reset", "rate=1MB/s",
+	} {
+		if r, err := Parse(text); err == nil {
+			t.Errorf("Parse(%q) = %+v", text, r)
+		}
+	}
+}
