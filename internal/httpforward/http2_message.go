@@ -3,8 +3,6 @@ package httpforward
 import (
 	"errors"
 	"net/http"
-	"slices"
-	"strconv"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -91,47 +89,11 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 
 // forwardRequest sends a request upstream, with the added fields.
 func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
-	l, add, peers := &m.toUp, &s.settings.Fields, m.Peers
+	l := &m.toUp
 	s.record.Upstream, s.record.UpstreamLocal, s.record.Security = m.Target.Address, m.upLocal, m.Record.Security
 	s.record.Attempts, m.attempts = max(m.attempts, 1), 1
-	if editsRequest(s.plan) || s.normalized || len(s.edits) > 0 {
-		block := m.appendEditedRequest(l.beginBlock(), s, fields, has)
-		if peers.adds() {
-			block = peers.appendField(block, l.encoder, fields)
-		}
-		if peers.readsResponses() {
-			block = peers.appendFields(block, l.encoder, introduced{true, true})
-		}
-		m.sendRequest(s, end, block)
-		return
-	}
-	block := l.appendFields(l.beginBlock(), fields)
-	if peers.adds() {
-		block = peers.appendField(block, l.encoder, fields)
-	}
-	if peers.readsResponses() {
-		block = peers.appendFields(block, l.encoder, introduced{true, true})
-	}
-	if add.RequestID && !has.id {
-		s.http.ID = appendUUID(s.names.take(uuidLength))
-		block = http2.AppendLiteral(block, "x-request-id", s.http.ID)
-	}
-	if add.ForwardedProto && !has.forwardedProto {
-		block = l.encoder.AppendField(block, http2.Field{Name: "x-forwarded-proto", Value: "http"})
-	}
-	if add.ForwardedFor == ForwardedForAppend || add.ForwardedFor == ForwardedForSetIfAbsent && !has.forwardedFor {
-		if m.from == "" {
-			m.from = string(appendAddress(nil, m.Record.Downstream.Addr()))
-		}
-		block = l.encoder.AppendField(block, http2.Field{Name: "x-forwarded-for", Value: m.from})
-	}
-	m.sendRequest(s, end, block)
-}
-
-// sendRequest sends the head of a request upstream.
-func (m *multiplex) sendRequest(s *stream, end bool, block []byte) {
-	m.toUp.endBlock(block, s.id, end)
-	s.sentAt = m.now()
+	l.endBlock(m.appendRequest(l.beginBlock(), l.encoder, s, fields, has), s.id, end)
+	s.edits, s.sentAt = nil, m.now()
 	if end {
 		m.awaitHead(s)
 	}
@@ -151,17 +113,7 @@ func (l *lane) endBlock(block []byte, stream uint32, end bool) {
 
 // forwardBlock re-encodes fields and sends them.
 func (l *lane) forwardBlock(s *stream, end bool, fields []http2.Field) {
-	l.endBlock(l.appendFields(l.beginBlock(), fields), s.id, end)
-}
-
-// appendFields re-encodes fields, except those that are not forwarded.
-func (l *lane) appendFields(block []byte, fields []http2.Field) []byte {
-	for i := range fields {
-		if !l.m.Peers.drops(fields[i].Name) {
-			block = l.encoder.AppendField(block, fields[i])
-		}
-	}
-	return block
+	l.endBlock(l.m.appendFields(l.beginBlock(), l.encoder, fields), s.id, end)
 }
 
 // requestTrailers handles a header block after the head of a request.
@@ -219,76 +171,15 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	if err := s.beginResponse(&response, end); err != nil {
 		return err
 	}
-	r := &s.http
-	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
 	m.squeeze(s)
-	if m.Peers.readsResponses() {
-		m.meetFields(&s.record, fields)
-	}
-	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
-	if s.settings.Note.Heads {
-		r.ResponseHead = headText(fields)
-	}
-	if s.lease != nil {
-		s.noteResponse(fields)
-	}
-	l, timed, named := &m.toDown, s.settings.Fields.ServiceTime, m.names(fields)
-	var e *edited
-	if editsResponse(s.plan) {
-		e = m.editResponse(s, fields)
-	}
-	block := l.beginBlock()
-	for i := range fields {
-		if e != nil && i > 0 && e.gone[i-1] { // behind :status
-			continue
-		}
-		switch fields[i].Name {
-		case "grpc-status":
-			s.recordGRPCStatus(fields[i].Value)
-		case serviceTimeField:
-			if timed {
-				continue // an agent between here and the server set it; our time includes that agent's
-			}
-		case serverField:
-			if named {
-				continue
-			}
-		case peerMetadataField, peerMetadataIDField:
-			if m.Peers != nil {
-				continue
-			}
-		}
-		block = l.encoder.AppendField(block, fields[i])
-	}
-	if e != nil {
-		e.fields = nil
-		block = e.appendBlock(block, l.encoder)
-	} else if named {
-		block = l.encoder.AppendField(block, http2.Field{Name: serverField, Value: m.Peers.Server})
-	}
-	if timed {
-		value := strconv.FormatInt(r.ServiceTime.Milliseconds(), 10)
-		block = l.encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
-	}
-	block = m.Peers.appendFields(block, l.encoder, s.introduced)
+	m.recordResponse(s, response.Status, m.now().Sub(s.sentAt), fields)
+	l := &m.toDown
+	block := m.appendResponse(l.beginBlock(), l.encoder, s, fields)
 	m.keep(s)
 	l.endBlock(block, s.id, end)
 	l.endMessage(s, end)
 	return nil
 }
-
-// names reports whether a response with these fields gets the server's name.
-func (m *multiplex) names(fields []http2.Field) bool {
-	if m.Peers == nil || m.Peers.Server == "" {
-		return false
-	}
-	return m.Peers.names(slices.ContainsFunc(fields, func(f http2.Field) bool { return f.Name == serverField }))
-}
-
-const (
-	serviceTimeField = "x-envoy-upstream-service-time"
-	serverField      = "server"
-)
 
 // responseTrailers forwards the trailers of a response.
 func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) error {
@@ -367,7 +258,7 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 	}
 	block := s.appendReply(l.beginBlock(), l.encoder, r, m.Peers.server(), m.now(), text != "")
 	if s.made != nil {
-		block = m.appendMade(block, s)
+		block = m.appendMade(block, l.encoder, s)
 	}
 	l.endBlock(block, s.id, text == "")
 	if text != "" {

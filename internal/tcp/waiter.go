@@ -196,6 +196,10 @@ func (w *Waiter) ended() error {
 	return nil
 }
 
+// Adopt makes c a connection of this waiter, as Wait does with its arguments, for an owner of more than two. With missed, an
+// event may be past: the owner tries its reads and writes again before it waits.
+func (w *Waiter) Adopt(c *Conn) (missed bool, err error) { return w.adopt(c) }
+
 // adopt directs the events of c to w. It reports whether an earlier event may have woken another waiter, or no waiter at
 // all: then Wait must return at once.
 func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
