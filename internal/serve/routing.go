@@ -151,7 +151,7 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 		r.sendPinned(s, config, d)
 		return
 	}
-	lease, failed := r.role.endpoint(s, config, &r.pick, r.inside, &d.Target)
+	lease, failed := r.role.endpoint(s, config, &r.pick, r.inside, r.request.Authority, &d.Target)
 	if failed != nil {
 		d.Target, d.Reply = upstream.Target{}, failed.reply
 		return
@@ -220,7 +220,7 @@ func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
 		}
 		copied := httpforward.Mirror{Policy: m, HTTP2: config.HTTP.Protocol == mesh.UpstreamHTTP2}
 		request := balance.Request{Original: r.info.Destination}
-		lease, failed := r.role.endpoint(s, config, &request, r.inside, &copied.Target)
+		lease, failed := r.role.endpoint(s, config, &request, r.inside, r.request.Authority, &copied.Target)
 		if failed == nil {
 			copied.Lease = lease
 			d.Mirrors = append(d.Mirrors, copied)
@@ -237,7 +237,7 @@ func (r *routing) pin(to *upstream.Target) *failure {
 	if config == nil {
 		return noSuchCluster
 	}
-	lease, failed := r.role.endpoint(r.judged, config, &r.pick, r.inside, to)
+	lease, failed := r.role.endpoint(r.judged, config, &r.pick, r.inside, nil, to)
 	if failed != nil {
 		return failed
 	}
