@@ -164,7 +164,7 @@ func TestABrokenHelloIsRefused(t *testing.T) {
 		io.WriteString(conn, hello)
 		io.ReadAll(conn)
 		conn.Close()
-		if got := m.Await(t); got.Reason != flow.TLSFailed && got.Reason != flow.MeshRefused {
+		if got := m.Await(t); got.Reason != flow.TLSFailed && got.Reason != flow.TLSRequired {
 			t.Errorf("%s: %v, %v", name, got.Reason, got.Err)
 		}
 	}

@@ -1,8 +1,10 @@
 package outbound
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"io"
 	"net"
 	"net/http"
@@ -376,5 +378,85 @@ func TestAnotherRootRetiresConnections(t *testing.T) {
 			return status == http.StatusServiceUnavailable
 		})
 		transport.CloseIdleConnections()
+	}
+}
+
+// Where the host of a request decides which server is expected, it is the SNI, and the server's certificate must have it. An
+// address is no SNI. Over HTTP/2, and without a host, nothing is sent.
+func TestTheHostOfARequestIsVerified(t *testing.T) {
+	r := newRouted(t, to("web"))
+	m := r.meshRig
+	edit := m.plane.InForce.Load().Edit()
+	edit.SetRoutes("81", &mesh.Routes{Name: "81", Hosts: []mesh.VirtualHost{
+		{Name: "any", Domains: []mesh.Domain{{Kind: mesh.DomainAny}}, Routes: []mesh.Route{to("web")}},
+	}})
+	edit.SetCluster("web", &mesh.Cluster{Name: "web", Discovery: mesh.OriginalDestination, Breakers: unlimited, Transports: []mesh.Transport{
+		{Name: "simple", TLS: &mesh.UpstreamTLS{Roots: "ca", HostSNI: true, HostName: true}},
+	}})
+	edit.SetSecret("ca", &mesh.Secret{Name: "ca", Roots: &mesh.Roots{CA: m.authority.Roots.PEM}})
+	snapshot, _ := edit.Snapshot()
+	m.plane.InForce.Store(snapshot)
+	conns, names, done := m.Listen(t, "81"), make(chan string, 10), make(chan struct{})
+	config := &tls.Config{Certificates: []tls.Certificate{*m.authority.Leaf(t, "", func(c *x509.Certificate) {
+		c.DNSNames, c.IPAddresses = []string{"web.example"}, []net.IP{net.IPv4(192, 0, 2, 7)}
+	})}}
+	go func() {
+		for {
+			select {
+			case raw := <-conns:
+				go func() {
+					defer raw.Close()
+					conn := tls.Server(raw, config)
+					in := bufio.NewReader(conn)
+					for {
+						if _, err := http.ReadRequest(in); err != nil {
+							return
+						}
+						names <- conn.ConnectionState().ServerName
+						io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+					}
+				}()
+			case <-done:
+				return
+			}
+		}
+	}()
+	defer close(done)
+	conn := m.Dial(t, m.At(81))
+	in := bufio.NewReader(conn)
+	for _, c := range []struct {
+		host, sni string
+		status    int
+	}{
+		{"web.example", "web.example", 200},
+		{"WEB.example:81", "web.example", 200},
+		{"192.0.2.7:81", "", 200},
+		{"other.example", "", 503},
+	} {
+		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: "+c.host+"\r\n\r\n")
+		response, err := http.ReadResponse(in, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.Copy(io.Discard, response.Body)
+		if response.StatusCode != c.status {
+			t.Errorf("%s: status %d, want %d", c.host, response.StatusCode, c.status)
+		}
+		if c.status == 200 && response.StatusCode == 200 {
+			if got := <-names; got != c.sni {
+				t.Errorf("%s: SNI %q, want %q", c.host, got, c.sni)
+			}
+		}
+		if got := m.Await(t); c.status == 503 && got.Reason != flow.UpstreamTLS {
+			t.Errorf("%s: %v", c.host, got.Reason)
+		}
+	}
+	conn.Close()
+	response, err := m.request(t, m.Dial(t, m.At(81)), true)
+	if err != nil || response.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("HTTP/2: %v, %v", response, err)
+	}
+	if got := m.Await(t); got.Reason != flow.UpstreamTLS || len(names) > 0 {
+		t.Errorf("HTTP/2: %v, %d requests arrived", got.Reason, len(names))
 	}
 }

@@ -259,6 +259,7 @@ func (d *decoder) cluster(m wire.Message) *Cluster {
 	if unconditional != nil {
 		c.Transports = append(c.Transports, *unconditional)
 	}
+	d.useHost(c)
 	if c.Assignment == "" {
 		c.Assignment = c.Name
 	}

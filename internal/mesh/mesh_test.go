@@ -136,3 +136,36 @@ func TestFindingsOfSecurityRefuseAClusterOrATransport(t *testing.T) {
 		}
 	}
 }
+
+// The host of a request decides what is expected of an endpoint, if the cluster's options say so, whichever comes first. There
+// must be roots to verify it with.
+func TestOptionsOfHTTPSetWhatIsExpectedOfAnEndpoint(t *testing.T) {
+	both := append(wire.AppendVarint(nil, 1, 1), wire.AppendVarint(nil, 2, 1)...)
+	options := func(fields []byte) []byte {
+		return nest(append(wire.AppendString(nil, 1, protocolOptionsKey), nest(packed(protocolOptionsKey, nest(fields, 2)), 2)...), 36)
+	}
+	socket := func(fields []byte) []byte {
+		return nest(packed("envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", fields), 24, 3)
+	}
+	verified := socket(nest(wire.AppendString(nil, 1, "ROOTCA"), 1, 7))
+	for name, c := range map[string]struct {
+		fields  []byte
+		host    bool
+		refused bool
+	}{
+		"options first": {append(options(both), verified...), true, false},
+		"options last":  {append(append([]byte{}, verified...), options(both)...), true, false},
+		"without them":  {verified, false, false},
+		"without roots": {append(socket(nil), options(both)...), true, true},
+		"another field": {append(options(wire.AppendString(nil, 3, "x-host")), verified...), false, true},
+	} {
+		cluster, findings, err := DecodeCluster(append(c.fields, wire.AppendString(nil, 1, "web")...))
+		if err != nil || len(cluster.Transports) != 1 {
+			t.Fatalf("%s: %v", name, err)
+		}
+		tls := cluster.Transports[0].TLS
+		if tls.HostSNI != c.host || tls.HostName != c.host || cluster.Refused != c.refused {
+			t.Errorf("%s: %+v, refused %v, %v", name, tls, cluster.Refused, findings)
+		}
+	}
+}

@@ -27,6 +27,10 @@ type UpstreamTLS struct {
 	// Names has matchers of subject alternative names, of which one must match. Empty: the chain is verified only.
 	Names []NameMatcher
 
+	// Of HTTP: the host that a request names is the SNI, unless it is an address, or the name that the certificate must have,
+	// in the place of SNI and Names.
+	HostSNI, HostName bool
+
 	MinVersion, MaxVersion TLSVersion
 }
 

@@ -15,6 +15,8 @@ type UpstreamHTTP struct {
 	MaxStreams  uint32        // of an HTTP/2 connection at a time; 0: the peer's limit
 	PingAfter   time.Duration // of silence on an HTTP/2 connection; 0: never
 	PingTimeout time.Duration
+
+	hostSNI, hostName bool // see UpstreamTLS
 }
 
 // UpstreamProtocol is the version of HTTP.
@@ -47,6 +49,8 @@ func (d *decoder) protocolOptions(m wire.Message, c *Cluster) {
 		switch m.Number {
 		case 1:
 			d.commonHTTP(m.Message(), &c.HTTP)
+		case 2:
+			d.hostOptions(m.Message(), &c.HTTP)
 		case 3:
 			d.explicitHTTP(m.Message(), &c.HTTP)
 		case 4:
@@ -60,7 +64,7 @@ func (d *decoder) protocolOptions(m wire.Message, c *Cluster) {
 
 var protocolOptionsFields = message{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions", Traffic, []field{
 	1:  {"common_http_protocol_options", once},
-	2:  {"upstream_http_protocol_options", security}, // decides the server name and what is verified
+	2:  {"upstream_http_protocol_options", once},
 	3:  {"explicit_http_config", once},
 	4:  {"use_downstream_protocol_config", once},
 	5:  {"auto_config", traffic},
@@ -71,6 +75,37 @@ var protocolOptionsFields = message{"envoy.extensions.upstreams.http.v3.HttpProt
 	10: {"hash_policy", traffic},
 	11: {"retry_policy", traffic},
 }}
+
+var hostOptionsFields = message{"envoy.config.core.v3.UpstreamHttpProtocolOptions", Security, []field{
+	1: {"auto_sni", decoded},
+	2: {"auto_san_validation", decoded},
+	3: {"override_auto_sni_header", security},
+}}
+
+func (d *decoder) hostOptions(m wire.Message, h *UpstreamHTTP) {
+	for d.next(&m, &hostOptionsFields) {
+		switch m.Number {
+		case 1:
+			h.hostSNI = m.Bool()
+		case 2:
+			h.hostName = m.Bool()
+		}
+	}
+}
+
+// useHost sets in the cluster's transports what its options say about the hosts of requests.
+func (d *decoder) useHost(c *Cluster) {
+	for i := range c.Transports {
+		t := c.Transports[i].TLS
+		if t == nil {
+			continue
+		}
+		t.HostSNI, t.HostName = c.HTTP.hostSNI, c.HTTP.hostName
+		if t.HostName && t.Roots == "" {
+			d.report(Security, "the name of the endpoint is to be verified without roots")
+		}
+	}
+}
 
 var commonHTTPFields = message{"envoy.config.core.v3.HttpProtocolOptions", Traffic, []field{
 	1: {"idle_timeout", once},

@@ -1,11 +1,14 @@
 package secure
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/pillion-proxy/pillion/internal/identity"
@@ -124,8 +127,22 @@ var meshProtocols = [...][]string{TCP: {"istio"}, MetadataTCP: {peers.Protocol, 
 // MeshALPN is what a proxy of the mesh offers that does not know yet what is spoken inside TLS.
 var MeshALPN = meshProtocols[TCP]
 
-// Client returns the context of a cluster.
-func (c *Contexts) Client(t *mesh.UpstreamTLS, inside Inside) (*ClientContext, error) {
+// Client returns the context of a cluster. host is the host that a request of HTTP names, without a port; see HostOf. It may
+// be empty if the configuration does not need it: see NeedsHost.
+func (c *Contexts) Client(t *mesh.UpstreamTLS, inside Inside, host string) (*ClientContext, error) {
+	if NeedsHost(t, inside) {
+		if host == "" {
+			return nil, errors.New("the configuration verifies the host that the request names, and it names none")
+		}
+		own := *t
+		if _, err := netip.ParseAddr(host); err != nil && t.HostSNI {
+			own.SNI = host
+		}
+		if t.HostName {
+			own.Names = []mesh.NameMatcher{{StringMatcher: mesh.StringMatcher{Text: host}}}
+		}
+		return c.newClient(&own, inside) // clients choose the host, so it is not kept
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.turn()
@@ -154,6 +171,25 @@ func (c *Contexts) newClient(t *mesh.UpstreamTLS, inside Inside) (*ClientContext
 		}
 	}
 	return NewClient(config), nil
+}
+
+// NeedsHost reports whether the host of a request decides the server's name: its SNI, or what its certificate must have.
+func NeedsHost(t *mesh.UpstreamTLS, inside Inside) bool {
+	return (t.HostSNI || t.HostName) && (inside == HTTP1 || inside == HTTP2)
+}
+
+// HostOf returns the host of an authority in lower case, without its port and the brackets of an IPv6 address. It is empty if
+// that is no host.
+func HostOf(authority []byte) string {
+	host := string(bytes.ToLower(authority))
+	if i := strings.LastIndexByte(host, ':'); i >= 0 && !strings.Contains(host[i:], "]") {
+		host = host[:i]
+	}
+	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
+	if strings.ContainsAny(host, "@/ *") {
+		return ""
+	}
+	return host
 }
 
 // version returns the number of crypto/tls for a version of Envoy; 0 is the default of both. Versions before 1.2 are

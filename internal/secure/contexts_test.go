@@ -44,7 +44,28 @@ func TestServersAgreeOnAnExchangeOfMetadataAsConfigured(t *testing.T) {
 // Names that no roots verify would be a claim of the server.
 func TestNamesWithoutRootsAreAnError(t *testing.T) {
 	names := []mesh.NameMatcher{{StringMatcher: mesh.StringMatcher{Text: idOfServer}}}
-	if client, err := NewContexts(without{}).Client(&mesh.UpstreamTLS{Names: names}, TCP); err == nil {
+	if client, err := NewContexts(without{}).Client(&mesh.UpstreamTLS{Names: names}, TCP, ""); err == nil {
 		t.Errorf("accepted: %+v", client)
+	}
+}
+
+func TestHostsOfAuthorities(t *testing.T) {
+	for authority, want := range map[string]string{
+		"web.example": "web.example", "WEB.example:443": "web.example", "192.0.2.1:80": "192.0.2.1", "[2001:db8::1]:80": "2001:db8::1",
+		"[2001:db8::1]": "2001:db8::1", "": "", ":80": "", "user@web.example": "", "*.example": "",
+	} {
+		if got := HostOf([]byte(authority)); got != want {
+			t.Errorf("%q: %q, want %q", authority, got, want)
+		}
+	}
+}
+
+// A configuration that needs the host of a request never does without it.
+func TestAContextThatNeedsAHostHasOne(t *testing.T) {
+	contexts := NewContexts(without{})
+	for inside, fails := range map[Inside]bool{HTTP1: true, HTTP2: true, TCP: false} {
+		if _, err := contexts.Client(&mesh.UpstreamTLS{Roots: "ca", HostName: true}, inside, ""); (err != nil) != fails {
+			t.Errorf("%v: %v", inside, err)
+		}
 	}
 }

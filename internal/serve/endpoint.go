@@ -43,8 +43,9 @@ var (
 	refusedTransport = &failure{flow.MeshRefused, errors.New("the cluster's transport to the endpoint is not supported"), route.Refused}
 )
 
-// endpoint chooses an endpoint of a cluster and sets it in the target. The caller ends the lease.
-func (r *Role) endpoint(s *mesh.Snapshot, config *mesh.Cluster, request *balance.Request, inside secure.Inside, to *upstream.Target) (balance.Lease, *failure) {
+// endpoint chooses an endpoint of a cluster and sets it in the target. authority is that of a request of HTTP; nil: it is not
+// known, and an endpoint whose TLS needs it is not reached. The caller ends the lease.
+func (r *Role) endpoint(s *mesh.Snapshot, config *mesh.Cluster, request *balance.Request, inside secure.Inside, authority []byte, to *upstream.Target) (balance.Lease, *failure) {
 	if config.Refused {
 		return nil, refusedCluster
 	}
@@ -68,7 +69,11 @@ func (r *Role) endpoint(s *mesh.Snapshot, config *mesh.Cluster, request *balance
 	if tls == nil && choice.Endpoint == nil { // as without a control plane: it may be the address of a Service
 		*to = upstream.Target{Address: choice.Address, Balanced: true}
 	} else {
-		*to = upstream.Target{Address: choice.Address, Security: r.security(tls, inside, s, r.options(config))}
+		host := ""
+		if tls != nil && secure.NeedsHost(tls, inside) {
+			host = secure.HostOf(authority)
+		}
+		*to = upstream.Target{Address: choice.Address, Security: r.security(tls, inside, s, r.options(config), host)}
 	}
 	return choice.Lease, nil
 }
@@ -156,7 +161,7 @@ func (c *Conn) chooseCluster(g *governed, to *upstream.Target) *failure {
 	if in == secure.TCP && c.role.peers != nil && config.HasMetadataPeer {
 		in = secure.MetadataTCP
 	}
-	lease, failed := c.role.endpoint(g.snapshot, config, &request, in, to)
+	lease, failed := c.role.endpoint(g.snapshot, config, &request, in, nil, to)
 	if g.lease = lease; lease != nil {
 		g.chosen = config
 	}

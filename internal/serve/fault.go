@@ -89,6 +89,18 @@ func (c *Conn) withFaults(next httpforward.Router, to *upstream.Target) httpforw
 	}
 }
 
+// Retired implements httpforward.Retirement.
+func (r *faulty) Retired() bool {
+	next, ok := r.next.(httpforward.Retirement)
+	return ok && next.Retired()
+}
+
+// OnlyHTTP implements httpforward.OnlyHTTP.
+func (r *faulty) OnlyHTTP() bool {
+	next, ok := r.next.(httpforward.OnlyHTTP)
+	return ok && next.OnlyHTTP()
+}
+
 // Route implements httpforward.Router. A retry has no further fault.
 func (r *faulty) Route(request *httpforward.Request) httpforward.Decision {
 	decision := r.allowed

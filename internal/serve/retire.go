@@ -56,7 +56,7 @@ func (h *watched) stands(s *mesh.Snapshot) bool {
 	case t.Refused || !h.target.Secured():
 		return false
 	}
-	return h.role.security(t.TLS, h.inside, s, h.role.options(config)) == h.target.Security
+	return h.role.security(t.TLS, h.inside, s, h.role.options(config), "") == h.target.Security
 }
 
 // single is the Router of outbound HTTP in a filter chain for TCP: all requests go to the connection's endpoint.

@@ -29,6 +29,7 @@ type routing struct {
 
 	routes  *mesh.Routes
 	table   *route.Table
+	fault   *mesh.Fault  // of the HTTP filter; may be nil
 	refused *route.Reply // not nil: the reply to all requests
 
 	request route.Request   // reused, so that it is not allocated
@@ -67,7 +68,7 @@ func (r *routing) judge(s *mesh.Snapshot) {
 			r.refused = route.NoRoute
 			return
 		}
-		r.table = route.Of(r.routes)
+		r.table, r.fault = route.Of(r.routes), s.Fault(chain.HTTP)
 	}
 }
 
@@ -87,6 +88,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	}
 	r.view(q)
 	choice := r.table.Find(&r.request)
+	choice.Fault = r.fault
 	if choice.Cluster == nil {
 		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice)}
 	}
@@ -149,7 +151,7 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 		r.sendPinned(s, config, d)
 		return
 	}
-	lease, failed := r.role.endpoint(s, config, &r.pick, r.inside, &d.Target)
+	lease, failed := r.role.endpoint(s, config, &r.pick, r.inside, r.request.Authority, &d.Target)
 	if failed != nil {
 		d.Target, d.Reply = upstream.Target{}, failed.reply
 		return
@@ -218,7 +220,7 @@ func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
 		}
 		copied := httpforward.Mirror{Policy: m, HTTP2: config.HTTP.Protocol == mesh.UpstreamHTTP2}
 		request := balance.Request{Original: r.info.Destination}
-		lease, failed := r.role.endpoint(s, config, &request, r.inside, &copied.Target)
+		lease, failed := r.role.endpoint(s, config, &request, r.inside, r.request.Authority, &copied.Target)
 		if failed == nil {
 			copied.Lease = lease
 			d.Mirrors = append(d.Mirrors, copied)
@@ -235,7 +237,7 @@ func (r *routing) pin(to *upstream.Target) *failure {
 	if config == nil {
 		return noSuchCluster
 	}
-	lease, failed := r.role.endpoint(r.judged, config, &r.pick, r.inside, to)
+	lease, failed := r.role.endpoint(r.judged, config, &r.pick, r.inside, nil, to)
 	if failed != nil {
 		return failed
 	}

@@ -96,6 +96,7 @@ type secured struct {
 	inside  secure.Inside
 	roots   any // *identity.Roots or *mesh.Secret: connections that were verified by others are not used for new requests
 	options *upstream.Options
+	host    string // of requests, if it decides which server is expected
 }
 
 // maxSecurities bounds the values that are kept for a role. Without them, connections are not reused.
@@ -103,8 +104,8 @@ const maxSecurities = 1024
 
 // security returns what secures and limits connections. The same value is returned for connections that are
 // interchangeable.
-func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snapshot, o *upstream.Options) *upstream.Security {
-	key := secured{by: t, options: o}
+func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snapshot, o *upstream.Options, host string) *upstream.Security {
+	key := secured{by: t, options: o, host: host}
 	if t != nil {
 		key.inside, key.roots = inside, r.roots(t, s)
 	}
@@ -123,7 +124,7 @@ func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snaps
 	}
 	made := &upstream.Security{Options: *o}
 	if t != nil {
-		made.Handshake = r.handshake(t, inside)
+		made.Handshake = r.handshake(t, inside, host)
 	}
 	next[key] = made
 	r.securities.Store(&next)
@@ -161,9 +162,9 @@ type exchangeable struct {
 
 // handshake returns what secures an upstream connection. The connection's label describes the result: a *flow.Security, or
 // for MetadataTCP an exchangeable.
-func (r *Role) handshake(t *mesh.UpstreamTLS, inside secure.Inside) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
+func (r *Role) handshake(t *mesh.UpstreamTLS, inside secure.Inside, host string) func(*tcp.Waiter, *tcp.Conn, time.Time) error {
 	return func(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) error {
-		context, err := r.contexts.Client(t, inside)
+		context, err := r.contexts.Client(t, inside, host)
 		if err != nil {
 			return &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}
 		}
