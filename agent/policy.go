@@ -16,11 +16,11 @@ import (
 type Policy struct {
 	DenyUnlisted bool // deny destinations that no rule is for
 	Allow, Deny  []egress.Rule
-	File         string // with further rules; it is read again when it changes. Empty: none
+	File         string // with further rules; it is read again when it changes. May be empty
 }
 
-// none reports whether every destination is allowed.
-func (p *Policy) none() bool {
+// allowsAll reports whether every destination is allowed.
+func (p *Policy) allowsAll() bool {
 	return !p.DenyUnlisted && len(p.Allow)+len(p.Deny) == 0 && p.File == ""
 }
 
@@ -54,7 +54,7 @@ func (p *Policy) rules() (egress.Rules, error) {
 
 // addPolicy makes the policy, if there is one.
 func (a *Agent) addPolicy() error {
-	if a.config.Policy.none() {
+	if a.config.Policy.allowsAll() {
 		return nil
 	}
 	seen, _ := os.Stat(a.config.Policy.File) // before it is read, so that no later change is missed
@@ -76,7 +76,7 @@ func (a *Agent) addPolicy() error {
 	return nil
 }
 
-// egressPolicy returns the policy as roles take it; nil: there is none.
+// egressPolicy returns the policy as roles take it; nil without a policy.
 func (a *Agent) egressPolicy() serve.Egress {
 	if a.policy == nil {
 		return nil
@@ -85,7 +85,7 @@ func (a *Agent) egressPolicy() serve.Egress {
 }
 
 // policyInterval is the time between looks at the file of the policy. A volume of a ConfigMap is replaced by a rename of a
-// directory above it, which notifications about the file do not report.
+// directory above it; notifications about the file do not report that.
 const policyInterval = time.Second
 
 // watchPolicy applies the file of the policy when it has changed. Rules that cannot be read leave the ones in force.

@@ -11,6 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/certview"
 	"github.com/pillion-proxy/pillion/internal/configdump"
+	"github.com/pillion-proxy/pillion/internal/configview"
 	"github.com/pillion-proxy/pillion/internal/controlplane"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -96,6 +97,22 @@ func usedHosts(c *balance.Cluster) (list []admin.Host) {
 		list = append(list, h)
 	}
 	return list
+}
+
+// inUse returns the endpoints of a cluster that requests have gone to.
+func (a *Agent) inUse(cluster string) (list []configview.Endpoint, ok bool) {
+	c := a.balancer.Known(cluster)
+	if c == nil {
+		return nil, false
+	}
+	for _, state := range c.Hosts() {
+		e := configview.EndpointOf(cluster, state.Locality, &state.Endpoint)
+		if e.Usable, e.Active = state.Healthy, max(state.Active(), 0); state.Ejected() {
+			e.Health = configview.Ejected
+		}
+		list = append(list, e)
+	}
+	return list, true
 }
 
 // healths are the names in envoy.config.core.v3.HealthStatus. An endpoint of unknown health counts as healthy.

@@ -162,7 +162,7 @@ func (a *Agent) adminHandler() http.Handler {
 		Page:         looking,
 		Live:         looking,
 		View:         configview.Handler(a.resources()),
-		Explain:      configview.ExplainHandler(a.snapshot(), nil),
+		Explain:      configview.ExplainHandler(a.snapshot(), a.inUse),
 		Certificates: certview.Handler(a.certificates()),
 		Log:          a.log,
 	})

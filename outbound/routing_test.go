@@ -188,6 +188,32 @@ func TestEndpointsKeepTheirConnections(t *testing.T) {
 	}
 }
 
+// A connection serves as many requests as the cluster permits, also across clients. A push that changes other parts of the
+// cluster keeps it.
+func TestConnectionsServeAsManyRequestsAsTheClusterPermits(t *testing.T) {
+	for requests, want := range map[uint32]int{1: 6, 2: 3, 0: 1} {
+		r := newRouted(t, to("v1"))
+		opened := make(chan string, 100)
+		r.handle(t, 82, func(w http.ResponseWriter, q *http.Request) { opened <- q.RemoteAddr })
+		seen := map[string]bool{}
+		for i := range 3 {
+			r.cluster("v1", func(c *mesh.Cluster) { c.HTTP.MaxRequests, c.Balancing.MinRing = requests, uint64(i) }, 82)
+			c := r.client(t)
+			for range 2 {
+				if status, _ := c.get(t, "web"); status != 200 {
+					t.Fatalf("status %d", status)
+				}
+				seen[<-opened] = true
+			}
+			c.Close()
+			r.AwaitListed(t, 0) // the upstream connection is in the pool, unless it has served enough
+		}
+		if len(seen) != want {
+			t.Errorf("with %d requests for each, 6 requests took %d connections, want %d", requests, len(seen), want)
+		}
+	}
+}
+
 func TestRequestsAreRoutedByHeader(t *testing.T) {
 	jason := to("v2")
 	jason.Name = "jason"

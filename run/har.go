@@ -16,7 +16,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/live"
 )
 
-// harFile writes requests as an HTTP Archive, version 1.2, which the developer tools of browsers open. The file is complete
+// harFile writes requests as an HTTP Archive, version 1.2. The developer tools of browsers open it. The file is complete
 // when it is closed.
 type harFile struct {
 	file    *os.File

@@ -22,7 +22,7 @@ const queueLength = 16 << 10
 // records receives closed records, writes them out in a goroutine of its own, and sums them up.
 type records struct {
 	config Config
-	view   *live.View // of the page; nil: there is none
+	view   *live.View // of the page; nil without --ui
 	sum    summary
 
 	queue   chan event

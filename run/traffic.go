@@ -107,7 +107,7 @@ func (closed) Contains(address netip.Addr) bool {
 	return address.IsLoopback() || address == sandbox.Address4 || address == sandbox.Address6
 }
 
-// addResolver makes the resolver, and the policy, which looks names up by it and judges its queries.
+// addResolver makes the resolver, and the policy that judges its queries and looks names up by it.
 func (t *traffic) addResolver(config Config, box *sandbox.Sandbox, records *records) error {
 	servers, err := nameServers(config.Servers)
 	if err != nil {

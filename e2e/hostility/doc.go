@@ -7,7 +7,8 @@
 // is checked everywhere. The attackers are a process of their own in the peer's namespace. The other client has an address
 // of its own, because the budget takes memory from the peer that holds the most: see internal/budget.
 //
-// The benchmark needs an otherwise idle machine. The agent has a core for itself. The attackers, the other client and the
+// The benchmark needs an otherwise idle machine. Its last column shows whether it was: with more than a few per cent, other
+// processes had the agent's core, and the latencies are theirs. The agent has a core for itself. The attackers, the other client and the
 // servers share another one, on which the attackers have the lowest priority. So the attack delays the client there as
 // well, and the client measures that: it also sends requests past the agent, to a second server that is not attacked, or to
 // the origin itself if the attack consists of valid requests, which are work for the origin with and without the agent. The

@@ -59,15 +59,16 @@ func TestHostility(t *testing.T) {
 }
 
 // BenchmarkHostility prints, for each attack against an agent of its own, what the agent needed and how another client
-// fared: make hostility. "past it" are the same client's latencies without the agent between; see attack.past.
+// fared: make hostility. "past it" are the same client's latencies without the agent between; see attack.past. "no core" is the
+// part of the attack's time for which a thread of the agent was ready to run and had no core: see the package comment.
 func BenchmarkHostility(b *testing.B) {
 	const calm, storm = 5 * time.Second, 10 * time.Second
 	if runtime.NumCPU() > 1 {
 		pinSelf(b)
 	}
-	fmt.Printf("%-38s %9s %9s %9s | %-21s | %-21s | %6s %6s\n", "", "resident", "cgroup", "", "p99 before", "p99 during the attack", "", "")
-	fmt.Printf("%-38s %9s %9s %9s | %10s %10s | %10s %10s | %6s %6s\n", "attack", "KiB", "KiB", "evictions",
-		"agent", "past it", "agent", "past it", "ratio", "failed")
+	fmt.Printf("%-38s %9s %9s %9s | %-21s | %-21s | %6s %6s %6s\n", "", "resident", "cgroup", "", "p99 before", "p99 during the attack", "", "", "no")
+	fmt.Printf("%-38s %9s %9s %9s | %10s %10s | %10s %10s | %6s %6s %6s\n", "attack", "KiB", "KiB", "evictions",
+		"agent", "past it", "agent", "past it", "ratio", "failed", "core")
 	for i := range attacks {
 		a := &attacks[i]
 		b.Run(a.name, func(b *testing.B) {
@@ -75,11 +76,14 @@ func BenchmarkHostility(b *testing.B) {
 			before := w.measure(b, a.past, calm)
 			attacker := w.start(b, w.peer, lowest, "attack", a.name, "100ms", strconv.Itoa(a.connections))
 			attacker.await(b, "ready")
+			waited := w.waitedForCore(b)
 			during := w.measure(b, a.past, storm)
+			waited = w.waitedForCore(b) - waited
 			w.checkAlive(b)
 			ratio, failed := during.relativeTo(before), before.failed+during.failed
-			fmt.Printf("%-38s %9d %9d %9.0f | %10v %10v | %10v %10v | %6.2f %6d\n", a.name, w.peakResident(b)>>10, w.cgroup.Peak()>>10,
-				w.gauge(b, "pillion_held_evictions_total"), before.agent, before.past, during.agent, during.past, ratio, failed)
+			fmt.Printf("%-38s %9d %9d %9.0f | %10v %10v | %10v %10v | %6.2f %6d %5.0f%%\n", a.name, w.peakResident(b)>>10, w.cgroup.Peak()>>10,
+				w.gauge(b, "pillion_held_evictions_total"), before.agent, before.past, during.agent, during.past, ratio, failed,
+				100*waited.Seconds()/storm.Seconds())
 			attacker.end()
 			if failed > 0 {
 				b.Errorf("%s: %d requests of another client failed", a.name, failed)

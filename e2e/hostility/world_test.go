@@ -183,6 +183,24 @@ func (w *world) peakResident(t testing.TB) int {
 	return kib << 10
 }
 
+// waitedForCore returns for how long threads of the agent have been ready to run while other processes had their core.
+func (w *world) waitedForCore(t testing.TB) (waited time.Duration) {
+	t.Helper()
+	dir := filepath.Join("/proc", strconv.Itoa(w.agent.Cmd.Process.Pid), "task")
+	tasks, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, task := range tasks {
+		text, err := os.ReadFile(filepath.Join(dir, task.Name(), "schedstat")) // run time, waiting time, time slices
+		if fields := strings.Fields(string(text)); err == nil && len(fields) == 3 {
+			n, _ := strconv.ParseInt(fields[1], 10, 64)
+			waited += time.Duration(n)
+		}
+	}
+	return waited
+}
+
 // client is the other client. Its connections stay open.
 type client struct {
 	*http.Client

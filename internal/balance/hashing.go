@@ -7,6 +7,8 @@ import (
 	"sort"
 	"strconv"
 	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/xxh64"
 )
 
 // The tables below are the same as Envoy's for the same hosts, so agents and Envoys of one mesh send a request with a hash
@@ -22,7 +24,7 @@ const (
 // HashAddress returns the hash of a client's address, which Envoy makes of its text.
 func HashAddress(address netip.Addr) uint64 {
 	var buffer [48]byte
-	return xxh64(address.Unmap().WithZone("").AppendTo(buffer[:0]), 0)
+	return xxh64.Sum(address.Unmap().WithZone("").AppendTo(buffer[:0]), 0)
 }
 
 // point is a place of a host on a ring.
@@ -50,7 +52,7 @@ func newRing(hosts []weighted, minSize, maxSize uint64) []point {
 		wanted += scale * h.share
 		for i := uint64(0); places < wanted; i++ {
 			key = strconv.AppendUint(key[:prefix], i, 10)
-			ring = append(ring, point{xxh64(key, 0), h.member})
+			ring = append(ring, point{xxh64.Sum(key, 0), h.member})
 			places++
 		}
 	}
@@ -94,7 +96,7 @@ func newMaglev(hosts []weighted, size uint64) []*member {
 	entries := make([]entry, len(hosts))
 	for i, h := range hosts {
 		key := h.host.Address.String()
-		entries[i] = entry{weighted: h, key: key, offset: xxh64([]byte(key), 0) % size, skip: xxh64([]byte(key), 1)%(size-1) + 1}
+		entries[i] = entry{weighted: h, key: key, offset: xxh64.Sum([]byte(key), 0) % size, skip: xxh64.Sum([]byte(key), 1)%(size-1) + 1}
 		highest = max(highest, h.share)
 	}
 	slices.SortFunc(entries, func(a, b entry) int { return strings.Compare(a.key, b.key) })

@@ -39,6 +39,22 @@ type Endpoint struct {
 	Locality string `json:"locality,omitempty"` // region/zone/subzone
 	MeshTLS  bool   `json:"meshTLS"`            // it ends mutual TLS of the mesh
 	Workload string `json:"workload,omitempty"` // name.namespace
+	Active   int64  `json:"active,omitempty"`   // requests in progress, if that is known
+}
+
+// Ejected is the Health of an endpoint that gets no requests because earlier ones failed.
+const Ejected = "EJECTED"
+
+// EndpointOf returns an endpoint as it is configured.
+func EndpointOf(cluster string, l *mesh.Locality, e *mesh.Endpoint) Endpoint {
+	address := e.Address.String()
+	if !e.Address.IsValid() {
+		address = net.JoinHostPort(e.Host, strconv.Itoa(int(e.Port)))
+	}
+	return Endpoint{
+		Cluster: cluster, Address: address, Health: healths[e.Health], Usable: e.Health.Usable(), Weight: e.Weight, Priority: l.Priority,
+		Locality: strings.TrimRight(l.Region+"/"+l.Zone+"/"+l.SubZone, "/"), MeshTLS: e.TLSMode == "istio", Workload: workload(e.Workload),
+	}
 }
 
 var (
@@ -92,15 +108,10 @@ func endpointsOf(c *mesh.Cluster, assignment *mesh.Assignment) []Endpoint {
 		return nil
 	}
 	var list []Endpoint
-	for _, l := range assignment.Localities {
-		locality := strings.TrimRight(l.Region+"/"+l.Zone+"/"+l.SubZone, "/")
-		for _, e := range l.Endpoints {
-			address := e.Address.String()
-			if e.Host != "" {
-				address = net.JoinHostPort(e.Host, strconv.Itoa(int(e.Port)))
-			}
-			list = append(list, Endpoint{Cluster: c.Name, Address: address, Health: healths[e.Health], Usable: e.Health.Usable(), Weight: e.Weight,
-				Priority: l.Priority, Locality: locality, MeshTLS: e.TLSMode == "istio", Workload: workload(e.Workload)})
+	for i := range assignment.Localities {
+		l := &assignment.Localities[i]
+		for k := range l.Endpoints {
+			list = append(list, EndpointOf(c.Name, l, &l.Endpoints[k]))
 		}
 	}
 	sort.SliceStable(list, func(i, j int) bool { return list[i].Priority < list[j].Priority })

@@ -85,9 +85,11 @@ type Target struct {
 // maxTried bounds the routes that are listed.
 const maxTried = 100
 
-// Explain follows a request through a snapshot. hosts completes the endpoints of a cluster with what is known of them now; it
-// may be nil. An error means that the question is not understood.
-func Explain(s *mesh.Snapshot, q *Question, hosts func(cluster string, list []Endpoint)) (*Explanation, error) {
+// InUse returns the endpoints of a cluster as they are in use now. It returns false for a cluster that is not in use.
+type InUse func(cluster string) ([]Endpoint, bool)
+
+// Explain follows a request through a snapshot. used may be nil. An error means that the question is not understood.
+func Explain(s *mesh.Snapshot, q *Question, used InUse) (*Explanation, error) {
 	if s == nil {
 		return nil, errors.New("the control plane has sent no configuration yet")
 	}
@@ -95,7 +97,7 @@ func Explain(s *mesh.Snapshot, q *Question, hosts func(cluster string, list []En
 	if err != nil {
 		return nil, err
 	}
-	w.hosts = hosts
+	w.used = used
 	w.listener()
 	return &w.Explanation, nil
 }
@@ -105,7 +107,7 @@ type walk struct {
 	Explanation
 	snapshot *mesh.Snapshot
 	question *Question
-	hosts    func(cluster string, list []Endpoint)
+	used     InUse
 	url      *url.URL
 	info     mesh.ConnInfo
 	request  route.Request
@@ -296,6 +298,7 @@ func (w *walk) http(h *mesh.HTTPManager) {
 	}
 	w.Table = routes.Name
 	choice, steps := route.Of(routes).Explain(&w.request)
+	choice.Fault = w.snapshot.Fault(h)
 	w.steps(&choice, steps)
 	if w.filters(h, &choice) {
 		w.outcome(&choice)
@@ -483,17 +486,23 @@ func (w *walk) toClusters(shares []share) {
 		t := Target{Cluster: Cluster{Object: Object{Name: s.cluster, State: Refused, Refusal: "it does not exist"}}}
 		if c := w.snapshot.Cluster(s.cluster); c != nil {
 			t.Object.State, t.Object.Refusal = Active, ""
-			t.fill(c, endpointsOf(c, w.snapshot.Hosts(c)))
+			t.fill(c, w.endpoints(c))
 			t.SNI = sni(c)
-			if w.hosts != nil {
-				w.hosts(c.Name, t.Hosts)
-			}
 		}
 		if len(shares) > 1 && total > 0 {
 			t.Share = strconv.FormatFloat(100*float64(s.weight)/float64(total), 'g', 3, 64) + "%"
 		}
 		w.Clusters = append(w.Clusters, t)
 	}
+}
+
+func (w *walk) endpoints(c *mesh.Cluster) []Endpoint {
+	if w.used != nil {
+		if list, ok := w.used(c.Name); ok {
+			return list
+		}
+	}
+	return endpointsOf(c, w.snapshot.Hosts(c))
 }
 
 // sni returns the server name in the first TLS of a cluster.

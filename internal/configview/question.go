@@ -79,8 +79,8 @@ func ParseField(text string) (Field, error) {
 //	GET /explain?url=URL[&method=GET][&header=NAME: VALUE]…[&from=inbound][&destination=ADDRESS:PORT][&peer=IDENTITY]
 //
 // with an Explanation as JSON. A question that is not understood is answered with 400. A nil snapshot stands for an agent
-// without a control plane. See Explain for hosts.
-func ExplainHandler(snapshot func() *mesh.Snapshot, hosts func(cluster string, list []Endpoint)) http.Handler {
+// without a control plane. used may be nil.
+func ExplainHandler(snapshot func() *mesh.Snapshot, used InUse) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if snapshot == nil {
 			http.Error(w, noControlPlane, http.StatusNotFound)
@@ -91,7 +91,7 @@ func ExplainHandler(snapshot func() *mesh.Snapshot, hosts func(cluster string, l
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		explanation, err := Explain(snapshot(), q, hosts)
+		explanation, err := Explain(snapshot(), q, used)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return

@@ -41,7 +41,7 @@ type Policy struct {
 // addresses are those of one name.
 type addresses struct {
 	until map[netip.Addr]time.Time
-	asked time.Time // of the last lookup; zero: none
+	asked time.Time // of the last lookup; zero: never
 }
 
 const (
@@ -70,7 +70,7 @@ func (p *Policy) Apply(rules Rules) { p.rules.Store(&rules) }
 func (p *Policy) Version() any { return p.rules.Load() }
 
 // Connection judges a connection to a destination by the name that its client claims; "" if it claims none. It returns ""
-// if the connection is allowed, and otherwise the reason. It may look a name up, which takes at most 2 s.
+// if the connection is allowed, and otherwise the reason. It may look a name up, for at most 2 s.
 func (p *Policy) Connection(to netip.AddrPort, name string) (denied string) {
 	return p.judge(p.rules.Load(), netip.AddrPortFrom(to.Addr().Unmap(), to.Port()), hostOf(name), false)
 }

@@ -160,7 +160,7 @@ func TestVerdicts(t *testing.T) {
 	}
 }
 
-// What the workload's queries were answered with counts for a while, and so do names below a wildcard then.
+// Answers to the workload's queries count for a while, also for names below a wildcard.
 func TestAnswersAreLearnt(t *testing.T) {
 	r := &resolver{}
 	p := New(rules(t, "default deny; allow *.wild.example; allow good.example"), r)

@@ -20,10 +20,10 @@ type Rule struct {
 	percent float64
 }
 
-// Fault is what happens to a request or a connection. The zero Fault is none.
+// Fault is what happens to a request or a connection. The zero Fault does nothing.
 type Fault struct {
 	Delay time.Duration // before anything is sent on
-	Abort int           // status of the reply to a request, which is not sent on; 0: none
+	Abort int           // status of the reply in place of a request; 0: not aborted
 	Reset bool          // the connection is reset
 }
 

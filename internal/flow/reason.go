@@ -23,7 +23,7 @@ const (
 	UpstreamTimeout     Reason = "upstream_timeout"     // no answer within the connect timeout
 	UpstreamUnreachable Reason = "upstream_unreachable" // no route, or the dial failed in another way
 	UpstreamTLS         Reason = "upstream_tls"         // the TLS handshake failed
-	NoHealthyUpstream   Reason = "no_healthy_upstream"  // the cluster has no healthy endpoint; nothing was dialled
+	NoHealthyUpstream   Reason = "upstream_unhealthy"   // the cluster has no healthy endpoint; nothing was dialled
 	UpstreamOverflow    Reason = "upstream_overflow"    // a limit of the cluster is reached; nothing was dialled
 )
 
@@ -163,7 +163,7 @@ var Explanations = []Explanation{
 	{NoConfiguration, envoy.FlagNoRouteFound, "", "",
 		"The control plane sent no configuration within `{ConfigurationWait}`."},
 	{FaultInjected, envoy.FlagFaultInjected, "", "",
-		"`--fault` reset the connection on purpose."},
+		"A fault that was configured on purpose reset the connection."},
 	{Denied, envoy.FlagNoHealthyUpstream, "", envoy.DetailsDirectResponse,
 		"The policy for outbound traffic does not allow the destination; a request was answered 403, a connection reset."},
 	{MeshRefused, envoy.FlagNoRouteFound, "", "",

@@ -232,7 +232,9 @@ func (x *exchange) send() {
 	s := x.s
 	x.record.Upstream, x.record.UpstreamLocal = x.wanted.Address, s.up.LocalAddr()
 	x.record.Security = s.security(s.up)
-	s.use.Requests++
+	if s.elsewhere {
+		s.other.use.Requests++
+	}
 	x.request.dst, x.request.bulk.Dst = s.up, s.up
 	x.response.src, x.response.dst = s.up, s.Down
 	x.allSent = time.Time{}

@@ -199,7 +199,7 @@ func (m *multiplex) longestWait() (*stream, time.Time) {
 const maxLookahead = 32
 
 // resetFollows reports whether the reset of a request arrived with it, as the next frame of its stream. Such a request is not
-// forwarded: in floods of them (CVE-2023-44487) each is work for the server, which keeps its other clients waiting.
+// forwarded: in floods of them (CVE-2023-44487) each is work for the server, whose other clients wait meanwhile.
 func (l *lane) resetFollows(stream uint32) bool {
 	b := l.in.Bytes()[l.parsed:]
 	for range maxLookahead {

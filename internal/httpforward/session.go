@@ -21,11 +21,10 @@ type session struct {
 	w      *tcp.Waiter
 	*Connection
 
-	up      *tcp.Conn        // kept between requests; nil if there is no connection
-	other   *upstream.Target // of up, if elsewhere; the memory is kept
-	lastUse time.Time        // of up; zero before its first response
-	use     upstream.Use     // of up
-	idleEnd time.Time        // when a downstream without a request is closed; zero: never, or not waiting for one yet
+	up      *tcp.Conn    // kept between requests; nil if there is no connection
+	other   *otherTarget // of up, if elsewhere; the memory is kept
+	lastUse time.Time    // of up; zero before its first response
+	idleEnd time.Time    // when a downstream without a request is closed; zero: never, or not waiting for one yet
 
 	used     bool // the server may close up at any time: it has served a request or has been idle
 	bound    bool // up is authenticated for this downstream (NTLM, Negotiate) and must not serve others
@@ -37,10 +36,16 @@ type session struct {
 	elsewhere bool // a router has sent the last request to another target than Connection.Target
 }
 
+// otherTarget is a target that a router chose. Sessions without one need no memory for it.
+type otherTarget struct {
+	upstream.Target
+	use upstream.Use // of the connection to it
+}
+
 // target returns the target of up, or if there is none, of the last one.
 func (s *session) target() *upstream.Target {
 	if s.elsewhere {
-		return s.other
+		return &s.other.Target
 	}
 	return &s.Target
 }
@@ -53,9 +58,9 @@ func (s *session) setTarget(target *upstream.Target) {
 		return
 	}
 	if s.other == nil {
-		s.other = new(upstream.Target)
+		s.other = new(otherTarget)
 	}
-	*s.other = *target
+	s.other.Target = *target
 }
 
 // ending is how a connection continues after a request.
@@ -265,7 +270,11 @@ func (s *session) giveUpstream() {
 	if s.bound || s.lastUse.IsZero() || s.target().Balanced {
 		s.up.Close()
 	} else {
-		s.engine.config.Pool.GiveUsed(*s.target(), s.up, s.use)
+		var use upstream.Use
+		if s.elsewhere {
+			use = s.other.use
+		}
+		s.engine.config.Pool.GiveUsed(*s.target(), s.up, use)
 	}
 	s.up = nil
 }
@@ -304,7 +313,7 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.
 	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
-	if s.up != nil && wanted.Over(&s.use, now) {
+	if s.up != nil && s.elsewhere && wanted.Over(&s.other.use, now) {
 		s.closeUpstream()
 	}
 	if s.up != nil {
@@ -312,12 +321,13 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.
 	}
 	s.orphaned = false
 	if !wanted.Balanced && (repeatable || *wanted != s.Target) {
-		s.up, s.use = s.engine.config.Pool.TakeUsed(*wanted)
-	}
-	if s.up != nil {
-		s.used, s.lastUse = true, now
-		s.setTarget(wanted)
-		return 1, nil
+		var use upstream.Use
+		if s.up, use = s.engine.config.Pool.TakeUsed(*wanted); s.up != nil {
+			s.used, s.lastUse = true, now
+			s.setTarget(wanted)
+			s.begin(use)
+			return 1, nil
+		}
 	}
 	return s.dial(wanted, settings)
 }
@@ -329,9 +339,18 @@ func (s *session) dial(wanted *upstream.Target, settings *Settings) (attempts in
 	if err != nil {
 		return attempts, err
 	}
-	s.up, s.used, s.lastUse, s.use = up, false, time.Time{}, upstream.Use{}
+	s.up, s.used, s.lastUse = up, false, time.Time{}
+	var use upstream.Use
 	if wanted.Security != nil && wanted.Security.Life > 0 {
-		s.use.Opened = time.Now().UnixNano()
+		use.Opened = time.Now().UnixNano()
 	}
+	s.begin(use)
 	return attempts, nil
+}
+
+// begin sets what up has been used for before.
+func (s *session) begin(use upstream.Use) {
+	if s.elsewhere {
+		s.other.use = use
+	}
 }

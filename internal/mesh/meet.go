@@ -18,3 +18,13 @@ func (s *Snapshot) VirtualListener(inbound bool) *Listener {
 	}
 	return s.Listener(virtualOutbound)
 }
+
+// Fault returns the faults of the HTTP filter of requests whose routes have none, or nil.
+func (s *Snapshot) Fault(h *HTTPManager) *Fault {
+	for i := range h.Filters {
+		if f := s.Filter(&h.Filters[i]); f != nil && f.Fault != nil && !f.Disabled {
+			return f.Fault
+		}
+	}
+	return nil
+}

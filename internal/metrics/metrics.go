@@ -15,6 +15,7 @@ package metrics
 
 import (
 	"bytes"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -175,8 +176,7 @@ func (d *direction) connection(r *flow.Record) {
 // lastRequest caches the counters of a connection's last request, since most requests resemble the one before. Only the
 // goroutine that owns the connection uses it.
 type lastRequest struct {
-	host     []byte // as the client sent it
-	cluster  string
+	host     []byte // as the client sent it, after the cluster if that is one of a service
 	flags    string
 	status   int32
 	grpc     bool
@@ -188,8 +188,22 @@ type lastRequest struct {
 
 func (l *lastRequest) like(r *flow.Record) bool {
 	h := r.HTTP
-	return l.set != nil && r.Cluster == l.cluster && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.end.reason && h.Flags == l.flags &&
-		bytes.Equal(h.Authority, l.host) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus] && l.security == r.Security && l.workload == r.Workload.Get()
+	return l.set != nil && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.end.reason && h.Flags == l.flags &&
+		l.names(r) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus] && l.security == r.Security && l.workload == r.Workload.Get()
+}
+
+// names reports whether a request has the host and the cluster of l.
+func (l *lastRequest) names(r *flow.Record) bool {
+	cluster := serviceCluster(r)
+	return len(l.host) == len(cluster)+len(r.HTTP.Authority) && string(l.host[:len(cluster)]) == cluster && bytes.Equal(l.host[len(cluster):], r.HTTP.Authority)
+}
+
+// serviceCluster returns the cluster of a request if it belongs to a service.
+func serviceCluster(r *flow.Record) string {
+	if strings.HasPrefix(r.Cluster, meshCluster) {
+		return r.Cluster
+	}
+	return ""
 }
 
 func (d *direction) request(r *flow.Record) {
@@ -204,12 +218,12 @@ func (d *direction) request(r *flow.Record) {
 		set, named = d.requestSet(r)
 		end = d.end(r.Reason)
 		*last = lastRequest{
-			host: last.host[:0], cluster: r.Cluster, flags: r.HTTP.Flags,
+			host: last.host[:0], flags: r.HTTP.Flags,
 			status: int32(r.HTTP.Status), grpc: r.HTTP.GRPC, security: r.Security, workload: r.Workload.Get(), end: end,
 		}
 		if named {
 			last.set = set
-			last.host = append(last.host, r.HTTP.Authority...)
+			last.host = append(append(last.host, serviceCluster(r)...), r.HTTP.Authority...)
 		}
 	}
 	end.flows.Add(1)

@@ -245,7 +245,7 @@ var nameBuffers = sync.Pool{New: func() any { return new([maxBuffer]byte) }}
 // service finds or creates the service of a request's host. named is false if the host was counted as unknown and may be
 // counted by its name later.
 func (d *direction) service(r *flow.Record) (of *service, named bool) {
-	if d.ofCluster != nil && strings.HasPrefix(r.Cluster, meshCluster) {
+	if d.ofCluster != nil && serviceCluster(r) != "" {
 		if of = d.meshService(r.Cluster); of != nil {
 			return of, true
 		}

@@ -5,10 +5,13 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
 // splice stops in front of urgent data and then returns the same as for an empty connection, or for EOF. The relay must not
@@ -38,10 +41,19 @@ func TestUrgentDataWithinBulkLosesNoBytes(t *testing.T) {
 				before = readUntilQuiet(t, r.server)
 			}
 			<-sent
+			awaitCount(t, r, before)
 			if counted := int64(r.fromDown.Load()); before != counted || !endsWithEverything(r, counted) {
 				t.Errorf("closes=%v: %d bytes arrived, %d were counted; some were lost", closes, before, counted)
 			}
 		}
+	}
+}
+
+// awaitCount waits until the relay has counted what has arrived: it counts after it writes.
+func awaitCount(t *testing.T, r *rig, arrived int64) {
+	t.Helper()
+	for deadline := time.Now().Add(nettest.Patience); int64(r.fromDown.Load()) < arrived && time.Now().Before(deadline); {
+		runtime.Gosched()
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/xxh64"
 )
 
 // hashing is the compiled hash policies of a route.
@@ -94,10 +95,10 @@ func (p *hashPolicy) hash(r *Request) (hash uint64, ok bool) {
 			return 0, false
 		}
 		var b [maxAddress]byte
-		return xxh64(r.Downstream.Addr().Unmap().WithZone("").AppendTo(b[:0])), true
+		return xxh64.Sum(r.Downstream.Addr().Unmap().WithZone("").AppendTo(b[:0]), 0), true
 	case mesh.HashQuery:
 		if value, present := parameter(r.Path, p.source.Name); present {
-			return xxh64(value), true
+			return xxh64.Sum(value, 0), true
 		}
 	}
 	return 0, false
@@ -110,7 +111,7 @@ func (p *hashPolicy) hashHeader(r *Request) (hash uint64, ok bool) {
 	case n == 0:
 		return 0, false
 	case n == 1 && p.rewrite == nil:
-		return xxh64(value), true
+		return xxh64.Sum(value, 0), true
 	}
 	var values [][]byte
 	if n == 1 {
@@ -129,20 +130,20 @@ func (p *hashPolicy) hashHeader(r *Request) (hash uint64, ok bool) {
 	}
 	slices.SortFunc(values, bytes.Compare)
 	for _, value := range values {
-		hash = xxh64Seeded(value, hash)
+		hash = xxh64.Sum(value, hash)
 	}
 	return hash, true
 }
 
 func (p *hashPolicy) hashCookie(r *Request) (hash uint64, ok bool) {
 	if value, present := cookie(r.Fields, p.source.Name); present {
-		return xxh64(value), true
+		return xxh64.Sum(value, 0), true
 	}
 	if p.source.TTL == nil {
 		return 0, false
 	}
 	var b [16]byte
-	return xxh64(appendConnectionHash(b[:0], r)), true
+	return xxh64.Sum(appendConnectionHash(b[:0], r), 0), true
 }
 
 // maxAddress is the room for the text of an address with its port.
@@ -154,7 +155,7 @@ func appendConnectionHash(dst []byte, r *Request) []byte {
 	var b [2 * maxAddress]byte
 	ends := appendEndpoint(appendEndpoint(b[:0], r.Downstream), r.Local)
 	var sum [8]byte
-	hash := xxh64(ends)
+	hash := xxh64.Sum(ends, 0)
 	for i := range sum {
 		sum[i] = byte(hash >> (56 - 8*i))
 	}

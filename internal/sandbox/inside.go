@@ -66,7 +66,7 @@ func failed(step string, err error) error {
 	return &failure{step, err}
 }
 
-// fail reports an error. The text leaves the number out, which is sent apart.
+// fail reports an error. The number of the kernel's error is sent apart from the text.
 func (h *inside) fail(err error) {
 	m := message{Kind: "failed", Text: err.Error()}
 	var step *failure

@@ -47,7 +47,7 @@ func (h *inside) makeLinks() error {
 	if err != nil {
 		return failed("enabling the loopback", err)
 	}
-	// Whoever may write a variable for all links may also change what the command inherits. Failures leave defaults.
+	// The settings are optional: a failure leaves the default.
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/addr_gen_mode", []byte("1"), 0) // no link-local address
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0)
 	if os.Getuid() == 0 {

@@ -113,7 +113,7 @@ func report() []expr.Any {
 	}}
 }
 
-// refuse answers with ICMP's "administratively prohibited", which connect and send return as an error.
+// refuse answers with ICMP's "administratively prohibited"; connect and send return that as an error.
 func refuse() []expr.Any {
 	return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}
 }

@@ -30,7 +30,7 @@ func TestListeningSocketsAreFound(t *testing.T) {
 	}
 }
 
-// What is reported of a packet is untrusted and may be cut at any byte.
+// Reported packets are untrusted, and may be cut at any byte.
 func TestDestinationsOfPackets(t *testing.T) {
 	for packet, want := range map[string]string{
 		"4500001d000040004011000001020304cb007107" + "c35001bb":                                                   "203.0.113.7:443",

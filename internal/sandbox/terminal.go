@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Terminal is the controlling terminal of this process. The zero Terminal stands for none.
+// Terminal is the controlling terminal of this process. The zero Terminal stands for a process without one.
 type Terminal struct {
 	file  *os.File
 	group int // the foreground process group when it was opened

@@ -29,6 +29,7 @@ type routing struct {
 
 	routes  *mesh.Routes
 	table   *route.Table
+	fault   *mesh.Fault  // of the HTTP filter; may be nil
 	refused *route.Reply // not nil: the reply to all requests
 
 	request route.Request   // reused, so that it is not allocated
@@ -67,7 +68,7 @@ func (r *routing) judge(s *mesh.Snapshot) {
 			r.refused = route.NoRoute
 			return
 		}
-		r.table = route.Of(r.routes)
+		r.table, r.fault = route.Of(r.routes), s.Fault(chain.HTTP)
 	}
 }
 
@@ -87,6 +88,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	}
 	r.view(q)
 	choice := r.table.Find(&r.request)
+	choice.Fault = r.fault
 	if choice.Cluster == nil {
 		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice)}
 	}

@@ -104,7 +104,7 @@ func (a *arrivals) add(w *Waiter) {
 	a.wake()
 }
 
-// wake makes admit run. Whoever makes count positive calls it.
+// wake makes admit run. It is called after count has become positive.
 func (a *arrivals) wake() {
 	select {
 	case a.kick <- struct{}{}:

@@ -203,6 +203,9 @@ func (p *page) cluster(c *configview.Cluster) {
 		if h.Priority > 0 {
 			words = append(words, fmt.Sprintf("priority %d", h.Priority))
 		}
+		if h.Active > 0 {
+			words = append(words, fmt.Sprintf("%d active", h.Active))
+		}
 		if h.MeshTLS {
 			words = append(words, "mesh TLS")
 		}

@@ -1,4 +1,5 @@
-package route
+// Package xxh64 is the hash XXH64 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md). Envoy balances load by it.
+package xxh64
 
 import (
 	"encoding/binary"
@@ -14,18 +15,16 @@ const (
 	prime5 uint64 = 2870177450012600261
 )
 
-// xxh64 is XXH64 with the seed 0 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md). Envoy hashes with it.
-func xxh64(b []byte) uint64 { return xxh64Seeded(b, 0) }
-
-func xxh64Seeded(b []byte, seed uint64) uint64 {
+// Sum returns the hash of b.
+func Sum(b []byte, seed uint64) uint64 {
 	n := uint64(len(b))
 	h := seed + prime5
 	if n >= 32 {
-		h, b = xxh64Stripes(b, seed)
+		h, b = stripes(b, seed)
 	}
 	h += n
 	for ; len(b) >= 8; b = b[8:] {
-		h ^= xxh64Round(0, binary.LittleEndian.Uint64(b))
+		h ^= round(0, binary.LittleEndian.Uint64(b))
 		h = bits.RotateLeft64(h, 27)*prime1 + prime4
 	}
 	if len(b) >= 4 {
@@ -42,22 +41,22 @@ func xxh64Seeded(b []byte, seed uint64) uint64 {
 	return h ^ h>>32
 }
 
-// xxh64Stripes hashes the stripes of 32 bytes that b has, and returns the rest.
-func xxh64Stripes(b []byte, seed uint64) (h uint64, rest []byte) {
+// stripes hashes the stripes of 32 bytes that b has, and returns the rest.
+func stripes(b []byte, seed uint64) (h uint64, rest []byte) {
 	p1, p2 := prime1, prime2 // variables: the sum and the difference overflow
 	v := [4]uint64{seed + p1 + p2, seed + p2, seed, seed - p1}
 	for ; len(b) >= 32; b = b[32:] {
 		for i := range v {
-			v[i] = xxh64Round(v[i], binary.LittleEndian.Uint64(b[8*i:]))
+			v[i] = round(v[i], binary.LittleEndian.Uint64(b[8*i:]))
 		}
 	}
 	h = bits.RotateLeft64(v[0], 1) + bits.RotateLeft64(v[1], 7) + bits.RotateLeft64(v[2], 12) + bits.RotateLeft64(v[3], 18)
 	for i := range v {
-		h = (h^xxh64Round(0, v[i]))*prime1 + prime4
+		h = (h^round(0, v[i]))*prime1 + prime4
 	}
 	return h, b
 }
 
-func xxh64Round(v, input uint64) uint64 {
+func round(v, input uint64) uint64 {
 	return bits.RotateLeft64(v+input*prime2, 31) * prime1
 }

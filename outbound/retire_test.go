@@ -1,0 +1,53 @@
+package outbound
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// An HTTP/2 connection whose endpoint leaves the cluster ends in order: its requests succeed, and those that follow go to
+// another endpoint over another connection.
+func TestAnHTTP2ConnectionFollowsItsEndpoints(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	r.serve(t, 82, 83)
+	r.cluster("v1", nil, 82)
+	dials := 0
+	transport := &http.Transport{Protocols: new(http.Protocols)}
+	transport.Protocols.SetUnencryptedHTTP2(true)
+	transport.DialContext = func(context.Context, string, string) (net.Conn, error) {
+		dials++
+		return r.TryDial(r.At(81))
+	}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport, Timeout: nettest.Patience}
+	get := func() string {
+		t.Helper()
+		response, err := client.Get("http://web/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		body, _ := io.ReadAll(response.Body)
+		if response.StatusCode != 200 {
+			t.Fatalf("status %d", response.StatusCode)
+		}
+		r.Await(t)
+		return string(body)
+	}
+	for range 3 {
+		if body := get(); body != "82" || dials != 1 {
+			t.Fatalf("%s answered over %d connections", body, dials)
+		}
+	}
+	r.endpoints("v1", 83)
+	r.Wake()
+	nettest.Eventually(t, "requests to reach the new endpoint", func() bool { return get() == "83" })
+	if dials != 2 {
+		t.Errorf("%d connections", dials)
+	}
+}
