@@ -9,7 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
 
-// What resources share makes no difference to their values: each is what it is when it is compiled alone.
+// Sharing does not change values: each equals the one that is compiled alone.
 func TestValuesOfAPushAreThoseOfItsResources(t *testing.T) {
 	for name, push := range map[string][]xds.Update{"sidecar": pushtest.Sidecar(), "watch": pushtest.Watch(), "1,000 services": pushtest.Thousand()} {
 		var shared mesh.Compiler

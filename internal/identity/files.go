@@ -38,7 +38,7 @@ func FindFiles(root string) (*Files, bool) {
 	return nil, false
 }
 
-// MountedFiles returns files that are named by whoever mounted them. They are an identity if all exist and the certificate has a
+// MountedFiles returns the files at paths that the pod names. They are an identity if all exist and the certificate has a
 // SPIFFE ID. Certificates without one serve the TLS that names them as files only.
 func MountedFiles(certificate, key, roots string) (*Files, bool) {
 	files := &Files{Certificate: certificate, Key: key, Roots: roots}

@@ -188,6 +188,7 @@ func TestRecordsAreCopiesCutAtTheirBounds(t *testing.T) {
 		r.HTTP.Path, r.HTTP.Method, r.HTTP.Status, r.HTTP.ServiceTime = path, []byte("PATCH"), 503, 1500*time.Microsecond
 		r.Received.Store(3)
 		r.TransportFailure = "delayed_connect_error"
+		r.Cluster, r.Route = "outbound|80||web", "main"
 	})
 	r.Close(table, flow.UpstreamRefused, nil)
 	copy(path, "overwritten")
@@ -200,7 +201,7 @@ func TestRecordsAreCopiesCutAtTheirBounds(t *testing.T) {
 	got.Time, got.DurationMS = time.Time{}, 0
 	want := Record{
 		Number: 1, Direction: "inbound", Protocol: "HTTP/1.1", Request: true,
-		Downstream: "198.51.100.2:4711", Destination: "203.0.113.7:80", Upstream: "203.0.113.7:80",
+		Downstream: "198.51.100.2:4711", Destination: "203.0.113.7:80", Upstream: "203.0.113.7:80", Cluster: "outbound|80||web", Route: "main",
 		Method: "PATCH", Path: "/" + strings.Repeat("é", 127) + "\uFFFD…", Authority: "example.test", Status: 503,
 		Flags: "UF", Details: "upstream_reset_before_response_started{remote_connection_failure}", Reason: "upstream_refused", Failed: true,
 		Failure: "delayed_connect_error", ServiceMS: 1.5, Received: 3, RequestID: "3f7b6f0e-0000-4000-8000-000000000000", UserAgent: "curl/7.88.1",

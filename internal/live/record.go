@@ -18,6 +18,8 @@ type Record struct {
 	Downstream  string    `json:"downstream,omitempty"`
 	Destination string    `json:"destination,omitempty"` // the original destination
 	Upstream    string    `json:"upstream,omitempty"`    // the address dialled
+	Cluster     string    `json:"cluster,omitempty"`     // where it was sent, by Envoy's name
+	Route       string    `json:"route,omitempty"`       // that chose the cluster
 	Method      string    `json:"method,omitempty"`
 	Path        string    `json:"path,omitempty"` // with its query
 	Authority   string    `json:"authority,omitempty"`
@@ -50,6 +52,7 @@ type entry struct {
 	downstream, destination, upstream netip.AddrPort
 	status                            int
 	flags, details, failure, sni      string
+	cluster, route                    string
 	reason                            flow.Reason
 	duration, service                 time.Duration
 	received, sent                    uint64
@@ -96,6 +99,7 @@ func (e *entry) fill(r *flow.Record) {
 	}
 	e.status, e.flags, e.details = h.Status, r.Flags(), r.Details()
 	e.reason, e.failure, e.sni = r.Reason, r.TransportFailure, connection.TLS.ServerName
+	e.cluster, e.route = r.Cluster, r.Route
 	e.duration, e.service = r.Duration, h.ServiceTime
 	e.received, e.sent = r.Received.Load(), r.Sent.Load()
 	e.used = 0
@@ -131,6 +135,8 @@ func (e *entry) record() Record {
 		Downstream:  show(e.downstream),
 		Destination: show(e.destination),
 		Upstream:    show(e.upstream),
+		Cluster:     e.cluster,
+		Route:       e.route,
 		Method:      string(e.get(method)),
 		Path:        string(e.get(path)),
 		Authority:   string(e.get(authority)),
@@ -198,6 +204,8 @@ func Of(r *flow.Record) Record {
 		Downstream:  show(r.Downstream),
 		Destination: show(destination),
 		Upstream:    show(r.Upstream),
+		Cluster:     r.Cluster,
+		Route:       r.Route,
 		Method:      string(r.HTTP.Method),
 		Path:        string(r.HTTP.Path),
 		Authority:   string(r.HTTP.Authority),

@@ -47,7 +47,7 @@ func TestPartsWithFindingsAreNotShared(t *testing.T) {
 	}
 }
 
-// What is remembered is bounded, whatever a control plane sends.
+// The remembered parts are bounded for any input.
 func TestWhatIsRememberedIsBounded(t *testing.T) {
 	var c Compiler
 	large := make([]byte, maxShared/2)

@@ -49,7 +49,7 @@ type decoder struct {
 	conditions int // nodes of policies that were read
 	room       int // bytes that lists may still take
 
-	// Texts and values without findings, which are shared. They may be nil.
+	// Shared texts, and shared values without findings. They may be nil.
 	texts  wire.Texts
 	shared map[sharedKey]any
 

@@ -4,10 +4,12 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/configview"
+	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/terminal"
 )
 
@@ -112,5 +114,19 @@ func golden(t *testing.T, name, got string) {
 	want, err := os.ReadFile(file)
 	if err != nil || got != string(want) {
 		t.Errorf("%s (%v): got\n%s\nwant\n%s", name, err, got, want)
+	}
+}
+
+func TestARecordNamesTheClusterOfAMesh(t *testing.T) {
+	const cluster = "outbound|9080|v2|reviews.default.svc.cluster.local"
+	for _, r := range []live.Record{
+		{Direction: "outbound", Request: true, Method: "GET", Path: "/x", Cluster: cluster},
+		{Direction: "outbound", Request: true, Method: "GET", Path: "/x", Cluster: "PassthroughCluster"},
+		{Direction: "inbound", Request: true, Method: "GET", Path: "/x", Cluster: "inbound|8080||"},
+	} {
+		line := terminal.Record(&r, false, false, 0)
+		if got := strings.HasSuffix(line, "GET /x → "+cluster); got != (r.Cluster == cluster) || !got && !strings.HasSuffix(line, "GET /x") {
+			t.Errorf("%q", line)
+		}
 	}
 }

@@ -409,13 +409,18 @@ func recordColour(r *live.Record) string {
 	return ""
 }
 
-// whatOf is a request's method and path, or a connection's protocol and server name.
+// whatOf is a request's method and path, or a connection's protocol and server name, and the cluster of a mesh that it was
+// sent to.
 func whatOf(r *live.Record) string {
+	what := r.Protocol
 	switch {
 	case r.Request:
-		return r.Method + " " + r.Path
+		what = r.Method + " " + r.Path
 	case r.SNI != "":
-		return r.Protocol + " " + r.SNI
+		what += " " + r.SNI
 	}
-	return r.Protocol
+	if strings.HasPrefix(r.Cluster, r.Direction+"|") && r.Direction == "outbound" {
+		what += " → " + r.Cluster
+	}
+	return what
 }
