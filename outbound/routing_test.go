@@ -2,6 +2,7 @@ package outbound
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -330,19 +331,30 @@ func TestAFailingHostIsEjected(t *testing.T) {
 	}
 }
 
-// All streams of an HTTP/2 connection go to one endpoint of the cluster of the service at its destination.
-func TestAnHTTP2ConnectionHasOneEndpoint(t *testing.T) {
+// The streams of one HTTP/2 connection are balanced one by one.
+func TestTheStreamsOfAnHTTP2ConnectionAreBalanced(t *testing.T) {
 	r := newRouted(t, to("v1"))
 	r.serve(t, 82, 83)
 	r.cluster("v1", nil, 82, 83)
-	for range 4 {
-		response, err := r.request(t, r.Dial(t, r.At(81)), true)
+	transport := &http.Transport{Protocols: new(http.Protocols)}
+	transport.Protocols.SetUnencryptedHTTP2(true)
+	transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return r.TryDial(r.At(81)) }
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport, Timeout: nettest.Patience}
+	served := make(map[uint16]int)
+	for range 40 {
+		response, err := client.Get("http://web/")
 		if err != nil || response.StatusCode != 200 {
 			t.Fatalf("%v, %v", response, err)
 		}
-		if ended := r.Await(t); ended.Cluster != "v1" || ended.Protocol != flow.HTTP2 || ended.Upstream.Port() != 82 && ended.Upstream.Port() != 83 {
+		response.Body.Close()
+		ended := r.Await(t)
+		if served[ended.Upstream.Port()]++; ended.Cluster != "v1" || ended.Protocol != flow.HTTP2 {
 			t.Errorf("the record is %+v", ended)
 		}
+	}
+	if len(served) != 2 || served[82] == 0 || served[83] == 0 {
+		t.Errorf("the endpoints served %v", served)
 	}
 }
 

@@ -73,12 +73,33 @@ func (h *hub) newLeg(to upstream.Target) *leg {
 	return l
 }
 
-// dial connects a leg, on a goroutine of its own.
+// dial connects a leg, on a goroutine of its own. The socket is made here, in the network namespace of this goroutine's
+// thread.
 func (h *hub) dial(l *leg) {
 	d := &dialing{leg: l, w: tcp.NewWaiter(context.Background()), done: make(chan struct{})}
 	h.dials[d] = struct{}{}
-	go d.run(h.engine.dialer(&h.Connection, h.settings), l.target, h.w)
+	dialer := h.engine.dialer(&h.Connection, h.settings)
+	if l.target.Borrowed {
+		d.fail(errBorrowed)
+		return
+	}
+	var err error
+	if dialer.Socket, err = dialer.Poller.Socket(l.target.Address); err != nil {
+		d.fail(err)
+		return
+	}
+	go d.run(dialer, l.target, h.w)
 }
+
+// fail ends a dial that was not begun. A borrowed source is for inbound connections, which have one upstream.
+func (d *dialing) fail(err error) {
+	d.err, d.attempts = err, 1
+	d.w.Close()
+	d.ended.Store(true)
+	close(d.done)
+}
+
+var errBorrowed = errors.New("a hub cannot dial from the address of its client")
 
 func (d *dialing) run(dialer upstream.Dialer, to upstream.Target, owner *tcp.Waiter) {
 	d.conn, d.attempts, d.err = dialer.Dial(d.w, to)

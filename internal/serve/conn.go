@@ -231,6 +231,7 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Returned:  c.returned,
 		Peers:     c.peers(),
 		Router:    c.router(to),
+		Many:      c.governed != nil && c.governed.routing != nil,
 	}
 }
 
