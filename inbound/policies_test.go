@@ -431,3 +431,53 @@ func TestForgedClaimsOverHTTP2(t *testing.T) {
 	}
 	m.Await(t)
 }
+
+// A policy that looks at the field of a claim does not see a client's own copy of it, nor a token that is removed.
+func TestPoliciesDoNotSeeForgedClaims(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	field := func(name, value string) mesh.Condition {
+		return mesh.Condition{Kind: mesh.ConditionHeader, Header: &mesh.HeaderMatcher{Name: name, Kind: mesh.HeaderText, Text: mesh.StringMatcher{Text: value}}}
+	}
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Allow, field("seen-sub", "admin"), anything))
+	h := m.plane.InForce.Load().Listener("virtualInbound").Chains[0].HTTP
+	h.Filters = append([]mesh.HTTPFilter{{Name: "jwt", JWT: &mesh.JWT{Providers: []mesh.JWTProvider{{
+		Name: "me", Issuer: "me", ClaimHeaders: []mesh.ClaimHeader{{Header: "Seen-Sub", Claim: "sub"}},
+	}}}}}, h.Filters...)
+	c := m.connect(t, 81)
+	io.WriteString(c, "GET / HTTP/1.1\r\nHost: a\r\nSeen-Sub: admin\r\n\r\n")
+	response, err := http.ReadResponse(c.in, nil)
+	if err != nil || response.StatusCode != 403 {
+		t.Errorf("%+v, %v", response, err)
+	}
+	m.Await(t)
+	c.Close()
+}
+
+// CONNECT over HTTP/2 has no path, and is judged all the same.
+func TestConnectOverHTTP2IsJudged(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Deny, anything, ofClient))
+	request := &http.Request{Method: "CONNECT", URL: &url.URL{Scheme: "http", Host: "a:80"}, Host: "a:80", Header: http.Header{}}
+	response, err := m.http2(t, 81).Do(request)
+	if err != nil || response.StatusCode != 403 {
+		t.Errorf("%+v, %v", response, err)
+	}
+	m.Await(t)
+}
+
+// A target in absolute form reaches the workload as it was judged: a server could go by Host otherwise.
+func TestAbsoluteTargetsAreSentAsJudged(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	host := mesh.Condition{Kind: mesh.ConditionHeader, Header: &mesh.HeaderMatcher{
+		Name: ":authority", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Text: "public"},
+	}}
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Allow, host, anything))
+	c := m.connect(t, 81)
+	io.WriteString(c, "GET http://public/x HTTP/1.1\r\nHost: private\r\n\r\n")
+	response, err := http.ReadResponse(c.in, nil)
+	if err != nil || response.StatusCode != 200 || response.Header.Get("Seen-Target") != "/x" {
+		t.Errorf("%+v, %v", response, err)
+	}
+	m.Await(t)
+	c.Close()
+}

@@ -11,8 +11,8 @@ import (
 )
 
 // The 1:1 HTTP/2 engine's part of a decision besides forwarding: replies, edits, limits and leases. It cannot delay a
-// request, because streams have to be opened in the order of their numbers, nor send one to another endpoint or send it
-// twice: these decisions need an engine whose streams have numbers of their own.
+// request, because streams have to be opened in the order of their numbers, nor send one to another endpoint, send it
+// twice or send copies of it: these decisions need an engine whose streams have numbers of their own.
 
 // carriedStream is the state of a stream whose decision is more than a target.
 type carriedStream struct {
@@ -36,6 +36,10 @@ type carriedStream struct {
 // carry takes what the decision for a request asks for.
 func (m *multiplex) carry(s *stream, d *Decision) {
 	s.lease, s.made, s.plan, s.grpc = d.Lease, d.Reply, d.Plan, -1
+	if n := len(d.Mirrors); n > 0 {
+		endMirrors(d.Mirrors, flow.Overload)
+		m.engine.config.Pool.Stats.CopiesDropped.Add(uint64(n))
+	}
 	if d.Path != nil {
 		m.routed.Path, s.normalized = d.Path, true
 	}

@@ -212,3 +212,16 @@ func TestLeasesOfHTTP2EndWithTheirStreams(t *testing.T) {
 		{GRPC: -1, Reason: flow.UpstreamClosed, Connected: true},
 	})
 }
+
+// Copies of streams are not sent, and the places that were taken for them are given back.
+func TestMirrorsOfHTTP2EndTheirLeases(t *testing.T) {
+	held := &leases{}
+	_, client, server := meetPlanned(t, func(r *rig) {
+		r.router = &planned{decide: func(_ *Request, d *Decision) {
+			d.Mirrors = []Mirror{{Target: d.Target, Policy: &mesh.Mirror{}, Lease: held.open()}}
+		}}
+	})
+	client.sends("GET 1")
+	server.reads("GET 1")
+	held.check(t, []Outcome{{GRPC: -1, Reason: flow.Overload}})
+}

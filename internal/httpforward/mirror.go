@@ -229,6 +229,8 @@ func (d *duplicate) discardResponse(w *tcp.Waiter, up *tcp.Conn, deadline time.T
 	fill := func() error {
 		_, err := in.Fill(up)
 		switch {
+		case !time.Now().Before(deadline): // a server that sends without end lets no wait reach it
+			return tcp.ErrDeadline
 		case err == tcp.ErrFull && in.Grow(limits.Head+1):
 			return nil
 		case err == tcp.ErrAgain:

@@ -20,6 +20,7 @@ type records struct {
 	message []byte // beginning of a handshake message
 	useless int    // records in succession without data
 	begun   bool   // the peer has sent data
+	asked   bool   // the peer asks for the next key of this side
 	readErr error  // returned when the data before it is read
 	fatal   error  // a fatal alert was sent: nothing can be written
 }
@@ -181,8 +182,11 @@ func (r *records) alerted(content []byte) error {
 func (r *records) messages() error {
 	for len(r.message) >= 4 {
 		size := 4 + int(r.message[1])<<16 + int(r.message[2])<<8 + int(r.message[3])
-		if size > maxMessage {
+		switch kind := r.message[0]; { // the end of a wrong message is not awaited, because that would take memory
+		case kind != messageKeyUpdate && (kind != messageNewSessionTicket || r.server), size > maxMessage:
 			return r.fail(alertUnexpectedMessage)
+		case kind == messageKeyUpdate && size != 4+1:
+			return r.fail(alertDecodeError)
 		}
 		if len(r.message) < size {
 			return nil
@@ -192,9 +196,9 @@ func (r *records) messages() error {
 			r.message = nil
 		}
 		switch {
-		case message[0] == messageNewSessionTicket && !r.server: // sessions are not resumed
-		case message[0] == messageKeyUpdate && r.message == nil: // a message does not span keys
-			if err := r.keyUpdate(message[4:]); err != nil {
+		case message[0] == messageNewSessionTicket: // sessions are not resumed
+		case r.message == nil: // a message does not span keys
+			if err := r.keyUpdate(message[4]); err != nil {
 				return err
 			}
 		default:
@@ -204,21 +208,17 @@ func (r *records) messages() error {
 	return nil
 }
 
-// keyUpdate changes the key of the records to come, and ours if the peer asks for it (RFC 8446 §4.6.3).
-func (r *records) keyUpdate(body []byte) error {
-	switch {
-	case len(body) != 1:
-		return r.fail(alertDecodeError)
-	case body[0] > 1:
+// keyUpdate changes the key of the records to come. If the peer asks for it, ours changes before the next data: one change
+// answers several requests, and a side that has sent its close message sends none (RFC 8446 §4.6.3).
+func (r *records) keyUpdate(request byte) error {
+	if request > 1 {
 		return r.fail(alertIllegalParameter)
 	}
 	if err := r.in.update(); err != nil {
 		return r.fail(alertInternalError)
 	}
-	if body[0] == 0 {
-		return nil
-	}
-	return r.renew()
+	r.asked = r.asked || request == 1
+	return nil
 }
 
 // renew announces the next key of this side and changes to it.
@@ -226,12 +226,13 @@ func (r *records) renew() error {
 	if err := r.send(typeHandshake, []byte{messageKeyUpdate, 0, 0, 1, 0}); err != nil {
 		return err
 	}
+	r.asked = false
 	return r.out.update()
 }
 
 // Write implements tcp.Layer.
 func (r *records) Write(p []byte) (int, error) {
-	if r.out.number >= maxRecordsOfKey && r.fatal == nil {
+	if (r.asked || r.out.number >= maxRecordsOfKey) && r.fatal == nil {
 		if err := r.renew(); err != nil {
 			return 0, err
 		}

@@ -197,6 +197,12 @@ func TestViolationsAreAnsweredByAnAlert(t *testing.T) {
 		"a ticket from a client": {alertUnexpectedMessage, func(p *rawPeer) []byte { return p.record(typeHandshake, message(messageNewSessionTicket, 1), 0) }},
 		"renegotiation":          {alertUnexpectedMessage, func(p *rawPeer) []byte { return p.record(typeHandshake, message(1, 3, 3), 0) }},
 		"a huge message":         {alertUnexpectedMessage, func(p *rawPeer) []byte { return p.record(typeHandshake, []byte{messageKeyUpdate, 1, 0, 0}, 0) }},
+		"the beginning of a client's ticket": {alertUnexpectedMessage, func(p *rawPeer) []byte {
+			return p.record(typeHandshake, []byte{messageNewSessionTicket, 0, 0x40, 0}, 0)
+		}},
+		"the beginning of a long key update": {alertDecodeError, func(p *rawPeer) []byte {
+			return p.record(typeHandshake, []byte{messageKeyUpdate, 0, 0x40, 0}, 0)
+		}},
 		"data within a message": {alertUnexpectedMessage, func(p *rawPeer) []byte {
 			return append(p.record(typeHandshake, []byte{messageKeyUpdate, 0}, 0), data(p)...)
 		}},
@@ -264,6 +270,44 @@ func TestNewKeysOnRequest(t *testing.T) {
 			t.Fatal(err)
 		}
 		if kind, content := p.receive(t); kind != typeApplicationData || string(content) != "after" {
+			t.Errorf("%d, %q", kind, content)
+		}
+	}
+}
+
+// Several requests for new keys are answered by one change, and a side that has sent its close message reads on after one.
+func TestNewKeysAreSentBeforeDataOnly(t *testing.T) {
+	w := newWorld(t)
+	for _, closed := range []bool{false, true} {
+		p, e, _ := w.afterHandshake(t, aes128, true)
+		if closed {
+			if err := e.CloseWrite(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 3 {
+			p.Write(p.record(typeHandshake, message(messageKeyUpdate, 1), 0))
+			if err := p.out.update(); err != nil {
+				t.Fatal(err)
+			}
+			p.Write(p.record(typeApplicationData, []byte("x"), 0))
+			if n, err := e.read(make([]byte, 9)); n != 1 || err != nil {
+				t.Fatalf("closed %v: %d, %v", closed, n, err)
+			}
+		}
+		if closed {
+			continue
+		}
+		if _, err := e.Write([]byte("data")); err != nil {
+			t.Fatal(err)
+		}
+		if kind, _ := p.receive(t); kind != typeHandshake {
+			t.Errorf("type %d", kind)
+		}
+		if err := p.in.update(); err != nil {
+			t.Fatal(err)
+		}
+		if kind, content := p.receive(t); kind != typeApplicationData || string(content) != "data" {
 			t.Errorf("%d, %q", kind, content)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -78,7 +79,8 @@ type gate struct {
 
 	// What filters leave about the request that was judged last.
 	edits  []route.Edit
-	claims *jwt.Claims // nil: no token was verified
+	claims *jwt.Claims  // nil: no token was verified
+	edited editedFields // of the request, after edits
 
 	routed route.Request // the argument of filters; a field, so that it is not allocated
 }
@@ -87,6 +89,7 @@ type gate struct {
 // reports whether that differs from the path as it was received.
 func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Request) (changed bool, reply *route.Reply) {
 	g.edits, g.claims, g.request.Metadata, g.subject.Request = nil, nil, nil, nil
+	g.edited.clear()
 	if changed, reply = g.normalize(h, r); reply != nil {
 		return changed, reply
 	}
@@ -111,6 +114,9 @@ func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Reques
 // authorize applies a policy of requests.
 func (g *gate) authorize(h *mesh.HTTPManager, r *httpforward.Request, rbac *mesh.RBAC) *route.Reply {
 	if g.subject.Request == nil {
+		if !r.Absolute && otherHost(r) != nil {
+			return badHost
+		}
 		g.describe(r)
 	}
 	policy := authz.Of(rbac)
@@ -126,7 +132,7 @@ func (g *gate) authorize(h *mesh.HTTPManager, r *httpforward.Request, rbac *mesh
 // authenticate verifies the tokens of a request. Filters behind it see their claims.
 func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT) *route.Reply {
 	g.routed = route.Request{
-		Method: r.Method, Path: r.Path, Authority: r.Authority, Scheme: r.Scheme, Fields: r.Fields,
+		Method: r.Method, Path: r.Path, Authority: r.Authority, Scheme: r.Scheme, Fields: g.fields(r),
 		Downstream: r.Connection.Downstream, Local: r.Connection.OriginalDestination,
 	}
 	result := jwt.Of(filter).Check(&g.routed, time.Now())
@@ -134,18 +140,64 @@ func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT) *route.Rep
 		g.claims = result.Claims
 		g.request.Metadata = result.Claims
 	}
-	g.edits = append(g.edits, result.Edits...)
+	if len(result.Edits) > 0 {
+		g.edits = append(g.edits, result.Edits...)
+		g.edited.set(r.Fields, g.edits)
+		g.subject.Request = nil // described again
+	}
 	return result.Reply
 }
+
+// fields returns the header fields of a request as the filters so far have left them: a policy that looks at the field of a
+// claim must not see the one that the client has sent.
+func (g *gate) fields(r *httpforward.Request) httpforward.HeaderFields {
+	if len(g.edits) == 0 {
+		return r.Fields
+	}
+	return &g.edited
+}
+
+// editedFields are header fields after edits.
+type editedFields struct{ list []editedField }
+
+type editedField struct{ name, value []byte }
+
+// set sets the fields that edits make of others. The edits remove fields, or replace them by constants.
+func (f *editedFields) set(fields httpforward.HeaderFields, edits []route.Edit) {
+	f.clear()
+	for i := range fields.Len() {
+		name, value := fields.At(i)
+		f.list = append(f.list, editedField{name, value})
+	}
+	for i := range edits {
+		e := &edits[i]
+		f.list = slices.DeleteFunc(f.list, func(field editedField) bool { return strings.EqualFold(string(field.name), e.Name) })
+		if !e.Remove {
+			f.list = append(f.list, editedField{[]byte(e.Name), e.AppendValue(nil, nil)})
+		}
+	}
+}
+
+// clear drops the fields, and keeps the memory of the list.
+func (f *editedFields) clear() {
+	clear(f.list)
+	f.list = f.list[:0]
+}
+
+// Len implements httpforward.HeaderFields.
+func (f *editedFields) Len() int { return len(f.list) }
+
+// At implements httpforward.HeaderFields.
+func (f *editedFields) At(i int) (name, value []byte) { return f.list[i].name, f.list[i].value }
 
 // describe sets the request that policies see.
 func (g *gate) describe(r *httpforward.Request) {
 	g.subject.Client = g.subject.Peer
 	g.request = authz.Request{
-		Method: r.Method, Authority: r.Authority, Scheme: r.Scheme, Path: r.Path, Fields: r.Fields,
+		Method: r.Method, Authority: r.Authority, Scheme: r.Scheme, Path: r.Path, Fields: g.fields(r),
 		Metadata: g.request.Metadata, Scratch: g.request.Scratch,
 	}
-	if r.Path[0] != '/' && string(r.Method) == "CONNECT" {
+	if string(r.Method) == "CONNECT" && (len(r.Path) == 0 || r.Path[0] != '/') { // HTTP/2 has no path at all
 		g.request.Path = nil
 	}
 	g.subject.Request = &g.request
@@ -201,6 +253,12 @@ func (g *gate) normalize(h *mesh.HTTPManager, r *httpforward.Request) (changed b
 // badPath is the reply to a request whose path has no normal form.
 var badPath = &route.Reply{
 	Status: http.StatusBadRequest, Flags: envoy.FlagDownstreamProtocolError, Details: envoy.DetailsPathNotNormal, Reason: flow.BadFraming,
+}
+
+// badHost is the reply to a request of HTTP/2 whose host is not its authority (RFC 9113 §8.3.1): policies would judge one of
+// them, and the workload may go by the other.
+var badHost = &route.Reply{
+	Status: http.StatusBadRequest, Flags: envoy.FlagDownstreamProtocolError, Details: envoy.DetailsHTTP2InvalidField, Reason: flow.BadFraming,
 }
 
 // clientAddress returns the address of a request's client. Without UseRemoteAddress it is the last one in

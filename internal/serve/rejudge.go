@@ -83,7 +83,7 @@ func (r *rejudge) Route(request *httpforward.Request) httpforward.Decision {
 		return decision
 	}
 	decision.Edits = r.gate.edits
-	if changed {
+	if changed || request.Absolute && r.OnlyHTTP() { // a workload may go by Host instead of the target that was judged
 		decision.Path = request.Path
 	}
 	return decision
