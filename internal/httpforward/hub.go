@@ -110,6 +110,7 @@ func (h *hub) run() {
 
 // pump moves what can be moved.
 func (h *hub) pump() (moved, yields bool) {
+	was := h.down.written
 	moved = h.down.pump()
 	for _, l := range h.ups {
 		moved = l.pump() || moved
@@ -119,7 +120,7 @@ func (h *hub) pump() (moved, yields bool) {
 	moved = h.reap() || moved
 	h.down.flush()
 	h.judge()
-	return moved, yields
+	return moved || h.down.written != was, yields
 }
 
 func (h *hub) newTurn() {
@@ -140,6 +141,7 @@ func (h *hub) wait() {
 			l.lose(err)
 		}
 		if missed || err != nil {
+			h.clock = time.Time{}
 			return
 		}
 	}
@@ -210,9 +212,7 @@ func (h *hub) downstreamGone(err error) {
 
 // end closes all connections, and releases all memory.
 func (h *hub) end() {
-	for d := range h.dials {
-		d.w.Interrupt()
-	}
+	h.endDials()
 	if h.over == closesInOrder {
 		h.closeInOrder()
 	}
@@ -229,17 +229,24 @@ func (h *hub) end() {
 	for _, up := range h.ups {
 		up.close()
 	}
+	l.release()
+	h.account.Close()
+}
+
+// endDials ends the dials that are in progress. They wait no longer, so this takes no time.
+func (h *hub) endDials() {
+	for d := range h.dials {
+		d.w.Interrupt()
+	}
 	for d := range h.dials {
 		<-d.done
 		if d.conn != nil {
 			d.conn.Close()
 		}
 	}
-	l.release()
 	if !h.account.Evicted() {
-		h.w.Continue() // a dial has ended
+		h.w.Continue() // takes back the interrupts of the dials
 	}
-	h.account.Close()
 }
 
 // closeInOrder flushes the output, shuts down our half, and waits until downstream closes.

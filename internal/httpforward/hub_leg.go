@@ -114,12 +114,12 @@ func (l *leg) pump() (moved bool) {
 	if l.conn == nil {
 		return false
 	}
-	for l.left > 0 && l.h.over == running && l.readErr == nil {
-		was := l.sent + int(l.written)
+	was := l.written
+	l.grant()
+	for l.left > 0 && l.h.over == running {
 		l.flush()
 		l.unblock()
-		moved = moved || was != l.sent+int(l.written)
-		if l.full() || l.h.down.full() {
+		if l.readErr != nil || l.full() || l.h.down.full() {
 			break
 		}
 		if l.pending {
@@ -134,7 +134,7 @@ func (l *leg) pump() (moved bool) {
 		l.parse()
 	}
 	l.flush()
-	return moved || l.left <= 0 || !l.isDown() && l.readErr != nil
+	return moved || l.written != was || l.left <= 0 || !l.isDown() && l.readErr != nil
 }
 
 // flush writes out, and reports whether all of it is written.
