@@ -16,7 +16,7 @@ import (
 //
 // Data that its receiver does not take waits in its stream, at most streamWindow bytes in each direction: the sender gets
 // credit back as data is passed on, so a slow receiver holds back only its stream. The credit of the whole connection is
-// given back when data arrives, until the streams hold too much.
+// given back when data arrives. The number of streams bounds what they hold, and the budget of the process does.
 //
 // One goroutine owns the hub and its connections. Dials have goroutines of their own, because they wait.
 type hub struct {
@@ -49,8 +49,13 @@ const (
 	connectionWindow = 1 << 20           // that peers have on a connection
 	maxLegs          = 64                // upstream connections of a hub
 	firstLimit       = 100               // streams on an upstream connection before it has announced a limit
-	legIdle          = time.Minute       // after that an upstream connection without a stream is closed
+	fewStreams       = 100
+	legIdle          = time.Minute // after that an upstream connection without a stream is closed
 )
+
+// maxStreams returns how many streams may be open at once: so many that their windows fit the connection's share of the
+// budget, but not fewer than clients expect (RFC 9113 §6.5.2).
+func (h *hub) maxStreams() int { return min(max(h.keptLimit/streamWindow, fewStreams), maxStreams) }
 
 // serveHub serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
 func (e *Engine) serveHub(w *tcp.Waiter, c *Connection) {

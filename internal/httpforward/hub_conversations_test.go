@@ -26,7 +26,7 @@ func greetHub(t *testing.T, r *rig, settings string) *speaker {
 	client := newSpeaker(t, r.dial(t))
 	send(t, client.conn, http2.ClientPreface)
 	client.sends(strings.TrimSpace("SETTINGS " + settings))
-	for _, frame := range []string{"SETTINGS 3=4096 6=65536", "WINDOW 0 983041", "SETTINGS ack"} {
+	for _, frame := range []string{"SETTINGS 3=256 6=65536", "WINDOW 0 983041", "SETTINGS ack"} {
 		client.reads(frame)
 	}
 	return client

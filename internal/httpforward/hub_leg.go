@@ -81,7 +81,7 @@ func (l *leg) isDown() bool { return l == &l.h.down }
 
 // greet sends the first frames. For upstream the client's preface comes before them.
 func (l *leg) greet() {
-	settings := []http2.Setting{{ID: http2.MaxConcurrentStreams, Value: maxStreams}}
+	settings := []http2.Setting{{ID: http2.MaxConcurrentStreams, Value: uint32(l.h.maxStreams())}}
 	if !l.isDown() {
 		l.out = append(l.out, http2.Preface...)
 		settings[0] = http2.Setting{ID: http2.EnablePush, Value: 0}
@@ -270,9 +270,10 @@ func (l *leg) wholeFrame() bool {
 	return len(b) >= http2.HeaderLength && len(b) >= http2.HeaderLength+http2.ParseHeader(b).Length
 }
 
-// grant gives the credit of the connection back, unless the streams hold too much.
+// grant gives the credit of the connection back. It does not wait for streams that are not read: the others, or a peer that
+// reads its streams one after the other, would wait with them.
 func (l *leg) grant() {
-	if l.owed >= connectionWindow/4 && !l.h.holdsTooMuch() {
+	if l.owed >= connectionWindow/4 {
 		l.out = http2.AppendWindowUpdate(l.out, 0, l.owed)
 		l.credit += int64(l.owed)
 		l.owed = 0

@@ -49,7 +49,7 @@ func (h *hub) fromDownstream(id uint32, end bool, fields []http2.Field, whole bo
 		return h.malformed(c, err)
 	case end && !c.request.whole():
 		return h.malformed(c, http2.LengthMismatch)
-	case h.streams.active > maxStreams:
+	case h.streams.active > h.maxStreams():
 		c.http.Flags, c.http.Details = envoy.FlagUpstreamOverflow, envoy.DetailsOverload
 		return h.reject(c, http2.RefusedStream, flow.Overload, nil)
 	case tooMuch:
