@@ -481,3 +481,23 @@ func TestAbsoluteTargetsAreSentAsJudged(t *testing.T) {
 	m.Await(t)
 	c.Close()
 }
+
+// A server that answers CONNECT like any request would get the requests behind it from a tunnel, where policies do not see
+// them.
+func TestNoRequestPassesInsideATunnel(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Deny, ofAdmin, anything))
+	c := m.connect(t, 81)
+	c.get(t, "/")
+	m.Await(t)
+	io.WriteString(c, "CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
+	response, err := http.ReadResponse(c.in, nil)
+	if err != nil || response.StatusCode != 403 {
+		t.Errorf("%+v, %v", response, err)
+		io.WriteString(c, "GET /admin HTTP/1.1\r\nHost: a\r\n\r\n")
+		inside, err := http.ReadResponse(c.in, nil)
+		t.Errorf("inside the tunnel: %+v, %v", inside, err)
+	}
+	c.Close()
+	m.Await(t)
+}
