@@ -103,11 +103,12 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Permit() || !c.Admit() {
 		return
 	}
-	to := target(dst)
+	to, silent := target(dst), c.Silent()
 	if !c.Choose(&to) || !c.Decrypt(&to) || !c.Fault() || !c.HTTP() && !c.Dial(&to) {
 		return
 	}
-	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) || !c.Decrypt(&to) || !c.HTTP() && !c.Dial(&to) || !c.WatchBoth() {
+	if !c.WatchBoth() || !c.Permit() || !c.Confirm(&to) || !c.Decrypt(&to) || silent && !c.Fault() || !c.HTTP() && !c.Dial(&to) ||
+		!c.WatchBoth() {
 		return
 	}
 	c.Carry(&to)

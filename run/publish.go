@@ -215,10 +215,11 @@ func (p published) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if !c.ReadFirst(true) || !c.Fault() {
 		return
 	}
+	silent := c.Silent()
 	if !c.HTTP() && !c.Dial(&to) {
 		return
 	}
-	if c.WatchBoth() {
+	if c.WatchBoth() && (!silent || c.Fault()) {
 		c.Carry(&to)
 	}
 }

@@ -47,7 +47,9 @@ func (e *edited) clear() {
 	if cap(values) > smallPiece {
 		values = nil
 	}
-	*e = edited{gone: e.gone[:0], added: e.added[:0], values: values}
+	gone, added := e.gone[:0], e.added[:0]
+	*e = edited{} // a literal with fields would be built on the stack first
+	e.gone, e.added, e.values = gone, added, values
 }
 
 // add adds a field whose value the caller appends to values behind from.

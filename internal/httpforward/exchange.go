@@ -99,7 +99,8 @@ func (x *exchange) release() {
 	x.record = flow.Record{}
 	x.http = flow.Request{}
 	x.http.Fields, x.http.ResponseFields = fields, responseFields
-	x.routed, x.fields = Request{}, headFields{}
+	x.routed = Request{}
+	x.fields = headFields{}
 	if x.edited != nil {
 		x.releaseEdited()
 	}
@@ -107,10 +108,13 @@ func (x *exchange) release() {
 		x.kept = nil
 	}
 	if s.Router != nil {
-		x.decision, x.previous, x.carried = Decision{}, Decision{}, carried{}
+		x.decision = Decision{} // each on its own: a tuple would be built on the stack first
+		x.previous = Decision{}
+		x.carried = carried{}
 	}
 	x.wanted = nil
-	x.s, x.settings, x.progress = nil, nil, progress{}
+	x.s, x.settings = nil, nil
+	x.progress = progress{}
 	exchanges.Put(x)
 }
 

@@ -233,5 +233,7 @@ func (m *message) release() {
 	m.bulk.Release()
 	m.out.Reset()
 	m.freeKept()
-	*m = message{head: m.head[:0], out: m.out}
+	head, out := m.head[:0], m.out
+	*m = message{} // a literal with fields would be built on the stack first
+	m.head, m.out = head, out
 }

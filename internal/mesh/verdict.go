@@ -21,6 +21,9 @@ func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	if refusal != "" {
 		return nil, refusal
 	}
+	if chain.HTTP.refusesRoute() {
+		return chain, "a route is refused"
+	}
 	return chain, s.unsupported(chain, true)
 }
 
@@ -140,6 +143,14 @@ func (s *Snapshot) judgeHTTP(h *HTTPManager, enforced bool) string {
 		return "routes are refused"
 	}
 	return ""
+}
+
+// refusesRoute reports whether a route of h is refused. Inbound, requests do not follow the routes, so the one that a policy
+// of its own concerns is not known.
+func (h *HTTPManager) refusesRoute() bool {
+	return h != nil && h.Routes != nil && slices.ContainsFunc(h.Routes.Hosts, func(v VirtualHost) bool {
+		return slices.ContainsFunc(v.Routes, func(r Route) bool { return r.Refused })
+	})
 }
 
 // TransportTo returns the transport of connections to an endpoint; nil is plain.

@@ -85,6 +85,7 @@ func TestWhatConcernsSecurityAndIsNotCarriedOutIsClosed(t *testing.T) {
 		"HTTP policies":                       {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Name: "authz", Type: extAuthzType}}}}), ConnInfo{}, "the HTTP filter authz", false},
 		"other HTTP filters":                  {accepting(&FilterChain{HTTP: &HTTPManager{Filters: []HTTPFilter{{Type: routerType}}, Routes: &Routes{}}}), ConnInfo{}, "", false},
 		"refused routes":                      {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Refused: true}}}), ConnInfo{}, "routes are refused", false},
+		"a refused route":                     {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Hosts: []VirtualHost{{Routes: []Route{{}, {Refused: true}}}}}}}), ConnInfo{}, "a route is refused", false},
 		"a refused virtual host":              {accepting(&FilterChain{HTTP: &HTTPManager{Routes: &Routes{Hosts: []VirtualHost{{}, {Refused: true}}}}}), ConnInfo{}, "routes are refused", false},
 		"TLS that the listener does not look": {&Listener{Name: virtualInbound, Chains: permissive}, over("istio"), "", false},
 	} {

@@ -20,10 +20,13 @@ import (
 // server name of TLS, Host of a first request of HTTP/1, or the original destination. Requests are delayed and aborted one by
 // one instead; see faulty.
 func (c *Conn) Fault() bool {
-	if len(c.role.faults) == 0 {
+	if len(c.role.faults) == 0 || c.Silent() {
 		return true
 	}
 	host := c.Record.OriginalDestination.String()
+	if c.role.decryption != nil && c.Record.Security != nil {
+		host = cmp.Or(c.Record.TLS.ServerName, host)
+	}
 	switch c.protocol {
 	case sniff.TLS:
 		host = cmp.Or(c.sniffer.Hello.ServerName, host)
@@ -39,6 +42,10 @@ func (c *Conn) Fault() bool {
 	}
 	return true
 }
+
+// Silent reports whether the protocol is undecided, because downstream has sent nothing yet. Fault then does nothing, and is
+// called again after WatchBoth.
+func (c *Conn) Silent() bool { return c.protocol == sniff.Undecided }
 
 // firstHost returns Host of the request in the first bytes of a connection, as far as they have arrived.
 func firstHost(b []byte) string {
