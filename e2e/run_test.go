@@ -341,11 +341,14 @@ func TestRunForwardsSignals(t *testing.T) {
 	eachCaller(t, func(t *testing.T, c *caller) {
 		for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1} {
 			cmd := c.command("--", "sh", "-c", "trap 'echo caught; exit 9' TERM INT HUP USR1; echo ready; while :; do sleep 0.01; done")
-			out, err := cmd.StdoutPipe()
+			out, in, err := os.Pipe() // StdoutPipe's would be closed when the command ends, with what is in it
 			if err != nil {
 				t.Fatal(err)
 			}
+			defer out.Close()
+			cmd.Stdout = in
 			p := c.net.Start(t, cmd)
+			in.Close()
 			var ready [6]byte
 			if _, err := io.ReadFull(out, ready[:]); err != nil {
 				t.Fatal(err)

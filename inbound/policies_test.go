@@ -41,12 +41,21 @@ func rbac(action mesh.Action, permission, principal mesh.Condition) *mesh.RBAC {
 // enforce puts policies into all chains of a mode, in which they replace those of before.
 func (m *meshRig) enforce(t *testing.T, mode string, policies ...*mesh.RBAC) {
 	t.Helper()
+	m.enforceBehind(t, mode, nil, policies...)
+}
+
+// enforceBehind is enforce with a filter of tokens before the policies.
+func (m *meshRig) enforceBehind(t *testing.T, mode string, tokens *mesh.JWT, policies ...*mesh.RBAC) {
+	t.Helper()
 	var chains []*mesh.FilterChain
 	for _, c := range modes[mode] {
 		changed := *c
 		changed.Policies = nil
 		if c.HTTP != nil {
 			changed.HTTP = &mesh.HTTPManager{Routes: &mesh.Routes{}, NormalizePath: true, MergeSlashes: true}
+		}
+		if tokens != nil && c.HTTP != nil {
+			changed.HTTP.Filters = []mesh.HTTPFilter{{Name: "jwt", JWT: tokens}}
 		}
 		for _, p := range policies {
 			if c.HTTP != nil {
@@ -317,12 +326,7 @@ func TestTokens(t *testing.T) {
 		return "Authorization: Bearer " + token + "\r\n"
 	}
 	m := newMeshRig(t, "STRICT, HTTP")
-	m.enforce(t, "STRICT, HTTP", rbac(mesh.Allow, anything, mesh.Condition{Kind: mesh.ConditionMetadata, Metadata: &mesh.MetadataMatcher{
-		Filter: "envoy.filters.http.jwt_authn", Path: []string{"payload", "sub"},
-		Value: mesh.ValueMatcher{Kind: mesh.ValueText, Text: mesh.StringMatcher{Text: "you"}},
-	}}))
-	h := m.plane.InForce.Load().Listener("virtualInbound").Chains[0].HTTP
-	h.Filters = append([]mesh.HTTPFilter{{Name: "jwt", JWT: &mesh.JWT{
+	m.enforceBehind(t, "STRICT, HTTP", &mesh.JWT{
 		Providers: []mesh.JWTProvider{{
 			Name: "me", Issuer: "me", Keys: keys, ClockSkew: time.Minute, Metadata: "payload", PayloadHeader: "x-payload",
 			ClaimHeaders: []mesh.ClaimHeader{{Header: "Seen-Sub", Claim: "sub"}},
@@ -330,7 +334,10 @@ func TestTokens(t *testing.T) {
 		Rules: []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/"}, Requires: mesh.JWTRequirement{Kind: mesh.JWTAny, Of: []mesh.JWTRequirement{
 			{Kind: mesh.JWTProvided, Name: "me"}, {Kind: mesh.JWTAllowMissing},
 		}}}},
-	}}}, h.Filters...)
+	}, rbac(mesh.Allow, anything, mesh.Condition{Kind: mesh.ConditionMetadata, Metadata: &mesh.MetadataMatcher{
+		Filter: "envoy.filters.http.jwt_authn", Path: []string{"payload", "sub"},
+		Value: mesh.ValueMatcher{Kind: mesh.ValueText, Text: mesh.StringMatcher{Text: "you"}},
+	}}))
 	c := m.connect(t, 81)
 	for _, r := range []struct {
 		fields string
@@ -412,14 +419,15 @@ func TestPoliciesOfRequestsOverHTTP2(t *testing.T) {
 	m.Await(t)
 }
 
+// claimsOfMe requires no token, and has a claim sent in a field.
+var claimsOfMe = &mesh.JWT{Providers: []mesh.JWTProvider{{
+	Name: "me", Issuer: "me", ClaimHeaders: []mesh.ClaimHeader{{Header: "Seen-Sub", Claim: "sub"}},
+}}}
+
 // A client's own copies of the fields that claims become are removed from streams, too.
 func TestForgedClaimsOverHTTP2(t *testing.T) {
 	m := newMeshRig(t, "STRICT, HTTP")
-	m.enforce(t, "STRICT, HTTP")
-	h := m.plane.InForce.Load().Listener("virtualInbound").Chains[0].HTTP
-	h.Filters = []mesh.HTTPFilter{{Name: "jwt", JWT: &mesh.JWT{Providers: []mesh.JWTProvider{{
-		Name: "me", Issuer: "me", ClaimHeaders: []mesh.ClaimHeader{{Header: "Seen-Sub", Claim: "sub"}},
-	}}}}}
+	m.enforceBehind(t, "STRICT, HTTP", claimsOfMe)
 	request, err := http.NewRequest("GET", "http://a/", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -438,11 +446,7 @@ func TestPoliciesDoNotSeeForgedClaims(t *testing.T) {
 	field := func(name, value string) mesh.Condition {
 		return mesh.Condition{Kind: mesh.ConditionHeader, Header: &mesh.HeaderMatcher{Name: name, Kind: mesh.HeaderText, Text: mesh.StringMatcher{Text: value}}}
 	}
-	m.enforce(t, "STRICT, HTTP", rbac(mesh.Allow, field("seen-sub", "admin"), anything))
-	h := m.plane.InForce.Load().Listener("virtualInbound").Chains[0].HTTP
-	h.Filters = append([]mesh.HTTPFilter{{Name: "jwt", JWT: &mesh.JWT{Providers: []mesh.JWTProvider{{
-		Name: "me", Issuer: "me", ClaimHeaders: []mesh.ClaimHeader{{Header: "Seen-Sub", Claim: "sub"}},
-	}}}}}, h.Filters...)
+	m.enforceBehind(t, "STRICT, HTTP", claimsOfMe, rbac(mesh.Allow, field("seen-sub", "admin"), anything))
 	c := m.connect(t, 81)
 	io.WriteString(c, "GET / HTTP/1.1\r\nHost: a\r\nSeen-Sub: admin\r\n\r\n")
 	response, err := http.ReadResponse(c.in, nil)
@@ -480,4 +484,24 @@ func TestAbsoluteTargetsAreSentAsJudged(t *testing.T) {
 	}
 	m.Await(t)
 	c.Close()
+}
+
+// A server that answers CONNECT like any request would get the requests behind it from a tunnel, where policies do not see
+// them.
+func TestNoRequestPassesInsideATunnel(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	m.enforce(t, "STRICT, HTTP", rbac(mesh.Deny, ofAdmin, anything))
+	c := m.connect(t, 81)
+	c.get(t, "/")
+	m.Await(t)
+	io.WriteString(c, "CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")
+	response, err := http.ReadResponse(c.in, nil)
+	if err != nil || response.StatusCode != 403 {
+		t.Errorf("%+v, %v", response, err)
+		io.WriteString(c, "GET /admin HTTP/1.1\r\nHost: a\r\n\r\n")
+		inside, err := http.ReadResponse(c.in, nil)
+		t.Errorf("inside the tunnel: %+v, %v", inside, err)
+	}
+	c.Close()
+	m.Await(t)
 }

@@ -114,7 +114,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 	if c.Settings.ProxyProtocol.Contains(dst.Port()) && !c.Opaque() { // detected for the filter chain only
 		return
 	}
-	if !c.HTTP() && !p.dial(&c, &to) {
+	if !c.HTTP() && !p.dial(c, &to) {
 		return
 	}
 	if !c.WatchBoth() || !c.Admit() || !c.Secure() || !c.WatchBoth() || !c.Admit() || !c.Authorize() {

@@ -92,6 +92,7 @@ var sleepers = map[string]string{
 	"e2e/pods/drain_test.go follow":                                                      "endpoints follow readiness with a delay",
 	"internal/probe/probe_test.go TestAProbeMayTakeLongerThanOtherAnswersOfThePort":      "the workload's delay is tested",
 	"internal/scrape/scrape_test.go TestSlowWorkloadMayTakeLongerThanTheServersTimeouts": "the workload's delay is tested",
+	"internal/httpforward/conversation_test.go deeds":                                    "limits of routes that must not fire are tested over their time",
 	"internal/relay/random_test.go speak":                                                "peers that pause now and then",
 	"internal/tcp/handover_test.go TestEachWaitHasItsOwnDeadline":                        "deadlines are tested",
 	"internal/relay/relay_test.go TestIdleTimeoutEndsAnIdleConnection":                   "a time-out of real sockets",
@@ -136,11 +137,14 @@ type pause struct{ function, call string }
 func pauses(file *ast.File) []pause {
 	var found []pause
 	for _, declaration := range file.Decls {
-		function, ok := declaration.(*ast.FuncDecl)
-		if !ok {
-			continue
+		place := "" // of a call outside of functions: the variable, which may have functions
+		if function, ok := declaration.(*ast.FuncDecl); ok {
+			place = function.Name.Name
 		}
-		ast.Inspect(function, func(node ast.Node) bool {
+		ast.Inspect(declaration, func(node ast.Node) bool {
+			if value, ok := node.(*ast.ValueSpec); ok && place == "" {
+				place = value.Names[0].Name
+			}
 			call, ok := node.(*ast.CallExpr)
 			if !ok {
 				return true
@@ -154,7 +158,7 @@ func pauses(file *ast.File) []pause {
 			}
 			_, guard := qualified(call.Args[0])
 			if !slices.Contains(guards, guard) {
-				found = append(found, pause{function.Name.Name, "time." + name})
+				found = append(found, pause{place, "time." + name})
 			}
 			return true
 		})
@@ -293,11 +297,12 @@ func TestA(t *testing.T) {
 	select { case <-time.After(300*time.Millisecond): }
 	synctest.Test(t, func(t *testing.T) { time.Sleep(time.Hour) })
 	go func() { time.AfterFunc(blink, f) }()
-}`, 0)
+}
+var steps = map[string]func(){"pause": func() { time.Sleep(time.Second) }}`, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []pause{{"TestA", "time.Sleep"}, {"TestA", "time.After"}, {"TestA", "time.After"}, {"TestA", "time.AfterFunc"}}
+	want := []pause{{"TestA", "time.Sleep"}, {"TestA", "time.After"}, {"TestA", "time.After"}, {"TestA", "time.AfterFunc"}, {"steps", "time.Sleep"}}
 	if got := pauses(file); !slices.Equal(got, want) {
 		t.Errorf("pauses = %v, want %v", got, want)
 	}

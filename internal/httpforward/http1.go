@@ -194,11 +194,18 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 // route decides what becomes of the request. It reports false if the router returned neither upstream nor reply; the kept
 // connection then serves the next request.
 func (x *exchange) route(b []byte) bool {
-	s := x.s
-	if s.Router == nil {
-		x.wanted = &s.Target
+	if x.s.Router == nil {
+		x.wanted = &x.s.Target
 		return true
 	}
+	return x.routeBy(b)
+}
+
+// routeBy is route with a Router. It is not inlined, because a decision takes much of a small stack.
+//
+//go:noinline
+func (x *exchange) routeBy(b []byte) bool {
+	s := x.s
 	x.decision = s.Router.Route(x.view(b))
 	d := &x.decision
 	x.record.Cluster, x.record.Route = d.Cluster, d.Route

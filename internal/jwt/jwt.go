@@ -153,8 +153,11 @@ func (c *check) requireProvider(q *mesh.JWTRequirement) *denial {
 		return notConfigured
 	}
 	tokens := p.tokens(c.request)
-	if len(tokens) == 0 {
+	switch {
+	case len(tokens) == 0:
 		return missing
+	case len(tokens) > maxTokens:
+		return tooMany
 	}
 	for i := range tokens {
 		if failure := c.verify(p, &tokens[i], q.Audiences); failure != nil {
@@ -193,7 +196,11 @@ func (c *check) requireAny(of []mesh.JWTRequirement) *denial {
 // of another issuer is not a missing one (CVE-2021-21378).
 func (c *check) allowMissing() *denial {
 	for _, p := range c.filter.providers {
-		for _, t := range p.tokens(c.request) {
+		tokens := p.tokens(c.request)
+		if len(tokens) > maxTokens {
+			return tooMany
+		}
+		for _, t := range tokens {
 			if failure := c.verifyAny(&t); failure != nil {
 				return failure
 			}

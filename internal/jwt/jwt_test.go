@@ -9,6 +9,7 @@ import (
 	"crypto/rsa"
 	"encoding/base64"
 	"encoding/json"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -429,4 +430,19 @@ func FuzzCheck(f *testing.F) {
 			t.Errorf("accepted: %q", token)
 		}
 	})
+}
+
+// A request has a bounded number of tokens, whether or not one is required.
+func TestTooManyTokens(t *testing.T) {
+	_, key := pair(ed25519.GenerateKey(nil))
+	token := sign(t, jose.EdDSA, key, "", `{"iss":"me"}`)
+	p := issuer("me", keySet(public(key, "")))
+	for _, requires := range []mesh.JWTRequirement{provided("me"), allowMissing} {
+		for _, n := range []int{maxTokens, maxTokens + 1} {
+			r := request("/", slices.Repeat([]string{"Authorization", "Bearer " + token}, n)...)
+			if reply := Of(requiring(requires, p)).Check(r, time.Now()).Reply; (reply != nil) != (n > maxTokens) {
+				t.Errorf("%d tokens: %+v", n, reply)
+			}
+		}
+	}
 }

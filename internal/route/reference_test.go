@@ -262,7 +262,10 @@ func (c chooser) route(cluster string) mesh.Route {
 }
 
 func (c chooser) routes() *mesh.Routes {
-	routes := &mesh.Routes{IgnorePort: c.often(), IgnorePathParameters: c.rarely(), Refused: c.rarely() && c.rarely()}
+	routes := &mesh.Routes{IgnorePort: c.often(), IgnorePathParameters: c.rarely()}
+	if c.rarely() {
+		routes.Refused = c.rarely()
+	}
 	taken := map[mesh.Domain]bool{}
 	for i := range 1 + c.IntN(5) {
 		h := mesh.VirtualHost{Refused: c.rarely()}

@@ -88,7 +88,8 @@ func TestAVirtualHostIsFoundByItsMostSpecificDomain(t *testing.T) {
 
 func TestATableIsCompiledOnce(t *testing.T) {
 	r := hosts("a")
-	if Of(r) != Of(r) || Of(r) == Of(hosts("a")) {
+	first, second := Of(r), Of(r)
+	if first != second || first == Of(hosts("a")) {
 		t.Error("the table is not that of the routes")
 	}
 }

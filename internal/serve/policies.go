@@ -93,6 +93,7 @@ func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Reques
 	if changed, reply = g.normalize(h, r); reply != nil {
 		return changed, reply
 	}
+	judged := false
 	for i := range h.Filters {
 		f := s.Filter(&h.Filters[i])
 		switch {
@@ -100,15 +101,23 @@ func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Reques
 			return changed, route.Refused // Inbound refuses the connection as well
 		case f.Disabled:
 		case f.RBAC != nil:
-			reply = g.authorize(h, r, f.RBAC)
+			judged, reply = true, g.authorize(h, r, f.RBAC)
 		case f.JWT != nil:
-			reply = g.authenticate(r, f.JWT)
+			judged, reply = true, g.authenticate(r, f.JWT)
 		}
 		if reply != nil {
 			return changed, reply
 		}
 	}
+	if judged && isTunnel(r) { // requests inside of it would not be judged; Envoy answers 403 as well
+		return changed, denial("")
+	}
 	return changed, nil
+}
+
+// isTunnel reports whether a request asks for a tunnel: CONNECT without a path. With one, it opens a WebSocket (RFC 8441).
+func isTunnel(r *httpforward.Request) bool {
+	return string(r.Method) == http.MethodConnect && (len(r.Path) == 0 || r.Path[0] != '/')
 }
 
 // authorize applies a policy of requests.
@@ -197,8 +206,8 @@ func (g *gate) describe(r *httpforward.Request) {
 		Method: r.Method, Authority: r.Authority, Scheme: r.Scheme, Path: r.Path, Fields: g.fields(r),
 		Metadata: g.request.Metadata, Scratch: g.request.Scratch,
 	}
-	if string(r.Method) == "CONNECT" && (len(r.Path) == 0 || r.Path[0] != '/') { // HTTP/2 has no path at all
-		g.request.Path = nil
+	if isTunnel(r) {
+		g.request.Path = nil // HTTP/1 has the authority there
 	}
 	g.subject.Request = &g.request
 }

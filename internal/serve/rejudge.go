@@ -71,13 +71,13 @@ func (c *Conn) rejudge() *rejudge {
 }
 
 // Route implements httpforward.Router.
-func (r *rejudge) Route(request *httpforward.Request) httpforward.Decision {
+func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Decision) {
 	r.look()
 	reply, changed := r.refusal, false
 	if reply == nil && r.chain != nil && r.chain.HTTP != nil {
 		changed, reply = r.gate.pass(r.judged, r.chain.HTTP, request)
 	}
-	decision := r.allowed
+	decision = r.allowed // the result, so that no copy takes more of a small stack
 	if reply != nil {
 		decision.Reply, decision.Target = reply, upstream.Target{}
 		return decision

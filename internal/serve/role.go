@@ -199,10 +199,10 @@ func (r *Role) Refuse(down *tcp.Conn) {
 
 // Open begins the walk of a connection. The returned Conn owns it from then on. When ctx ends, the connection is reset.
 // The caller must close the Conn.
-func (r *Role) Open(ctx context.Context, down *tcp.Conn) Conn {
+func (r *Role) Open(ctx context.Context, down *tcp.Conn) *Conn {
 	w, record := tcp.NewWaiter(ctx), flow.Open(r.direction, down.RemoteAddr())
 	w.Begin(down, down.RemoteAddr().Addr())
-	return Conn{
+	return &Conn{ // not on the stack, which its bytes could double
 		Down:     down,
 		Record:   record,
 		Settings: r.settings.Load(),

@@ -125,6 +125,7 @@ func hashes(c *mesh.Cluster) bool {
 
 // again decides about a retry: its cluster stays, and its endpoint is chosen again.
 func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.Decision {
+	r.view(q) // the bytes of the first attempt are gone, and the authority may decide which server is accepted
 	d := httpforward.Decision{Cluster: q.Previous.Cluster, Route: q.Previous.Route, Plan: q.Previous.Plan}
 	config := s.Cluster(d.Cluster)
 	if config == nil {

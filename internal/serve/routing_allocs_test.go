@@ -68,6 +68,22 @@ func TestARoutedRequestDoesNotAllocate(t *testing.T) {
 	}
 }
 
+// A retry may verify its server by the authority. The bytes of the first attempt belong to a buffer that has other ones by then.
+func TestARetryIsRoutedByItsOwnBytes(t *testing.T) {
+	r := newTestRouting(t)
+	buffer := []byte("web")
+	q := &httpforward.Request{Method: []byte("GET"), Path: []byte("/a"), Authority: buffer, Scheme: []byte("http"), Fields: fields(nil)}
+	first := r.Route(q)
+	first.Lease.End(httpforward.Outcome{Status: 503, GRPC: -1, Connected: true})
+	copy(buffer, "bad")
+	q.Authority, q.Attempt, q.Previous = []byte("web"), 1, &first
+	second := r.Route(q)
+	second.Lease.End(httpforward.Outcome{Status: 200, GRPC: -1, Connected: true})
+	if string(r.request.Authority) != "web" {
+		t.Errorf("the retry is routed by %q", r.request.Authority)
+	}
+}
+
 func BenchmarkRoute(b *testing.B) {
 	r := newTestRouting(b)
 	q := &httpforward.Request{Method: []byte("GET"), Path: []byte("/a"), Authority: []byte("web"), Scheme: []byte("http"), Fields: fields(nil)}

@@ -30,8 +30,7 @@ func (c *Conn) Secure() bool {
 func (c *Conn) terminate(g *governed) bool {
 	var reason flow.Reason
 	var err error
-	conn := *c // of its own, so that c stays on the stack of connections without TLS
-	apart(func() { reason, err = conn.handshakeDown(g) })
+	apart(func() { reason, err = c.handshakeDown(g) })
 	switch {
 	case reason == flow.MeshRefused:
 		return c.abandon(reason, err)
