@@ -11,6 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -222,6 +223,7 @@ func (x *exchange) routeBy(b []byte) bool {
 		return d.Reply != nil
 	}
 	x.wanted = &d.Target
+	x.wanted.HTTP2 = d.Translate
 	s.turnTo(x.wanted)
 	return true
 }
@@ -444,6 +446,15 @@ func (x *exchange) upstreamEnded(err error) (ending, bool) {
 		return x.downstreamLeft(err), true
 	case x.answered:
 		return x.truncated(err), true
+	}
+	var violation *http2.Error
+	switch refused, _ := err.(*streamReset); {
+	case refused != nil && refused.code == http2.RefusedStream:
+		return x.failed(failedRefused, replyUpstreamReset(refused.code), err)
+	case refused != nil:
+		return x.failed(failedReset, replyUpstreamReset(refused.code), err)
+	case errors.As(err, &violation), errors.Is(err, errNotHTTP2):
+		return x.failed(failedReset, badResponse(err), err)
 	}
 	r, err := closedReply(x.s.up, err)
 	if x.record.TransportFailure = rejection(err); looped {

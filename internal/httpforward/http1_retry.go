@@ -132,6 +132,7 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 		return x.refuse(replyNoRoute, errNoRoute), true
 	}
 	x.wanted = &x.decision.Target
+	x.wanted.HTTP2 = x.decision.Translate
 	s.turnTo(x.wanted)
 	x.countAttempt()
 	return 0, false

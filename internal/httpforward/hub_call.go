@@ -170,10 +170,13 @@ func (h *hub) pass(p *pipe) {
 		p.done = last
 	}
 	if body.ended && !p.done && p.from == len(p.queue) {
-		if p.trailers != nil {
-			to.sendFields(id, true, p.trailers)
-		} else {
+		switch {
+		case p.trailers == nil:
 			to.sendData(id, nil, true)
+		case to.http1 != nil:
+			to.sendTrailers(p.trailers)
+		default:
+			to.sendFields(id, true, p.trailers)
 		}
 		p.done = true
 	}
@@ -188,6 +191,10 @@ func (h *hub) pass(p *pipe) {
 
 // sendData appends a DATA frame.
 func (l *leg) sendData(id uint32, data []byte, end bool) {
+	if l.http1 != nil {
+		l.sendBody(data, end)
+		return
+	}
 	frame := http2.Header{Length: len(data), Type: http2.Data, Stream: id}
 	if end {
 		frame.Flags = http2.EndStream
@@ -222,7 +229,13 @@ func (h *hub) freeQueue(p *pipe) {
 // giveBack returns the credit of the stream to the sender, in steps of half of the window.
 func (h *hub) giveBack(p *pipe) {
 	from := p.sender()
-	if from == nil || p.body().ended || p.owed < streamWindow/2 {
+	switch {
+	case from == nil:
+		return
+	case from.http1 != nil:
+		from.pending = from.pending || from.in != nil // it has waited for room
+		return
+	case p.body().ended || p.owed < streamWindow/2:
 		return
 	}
 	from.out = http2.AppendWindowUpdate(from.out, p.number(from), p.owed)
@@ -293,9 +306,12 @@ func (h *hub) detach(c *call) {
 	}
 	delete(l.calls, c.upID)
 	c.upID = 0
+	if l.http1 != nil {
+		l.freeHTTP1(c)
+	}
 	if len(l.calls) == 0 {
 		l.idleAt = h.now()
-		h.watch(l.idleAt.Add(legIdle))
+		h.watch(l.idleAt.Add(l.idleLife()))
 	}
 	l.openWaiting()
 }

@@ -3,11 +3,12 @@ package httpforward
 import (
 	"context"
 	"errors"
-	"io"
 	"sync/atomic"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -27,7 +28,7 @@ type dialing struct {
 
 // dispatch finds a connection for a call: one to its target with a place, or a new one.
 func (h *hub) dispatch(c *call) {
-	l := h.place(&c.decision.Target)
+	l := h.place(c)
 	if l == nil {
 		_ = h.answer(c, &replyNoPlace, nil)
 		return
@@ -41,26 +42,48 @@ func (h *hub) dispatch(c *call) {
 // replyNoPlace answers requests that would need more upstream connections than one downstream connection may have.
 var replyNoPlace = resetReply(503, flow.UpstreamOverflow, envoy.FlagUpstreamOverflow, envoy.ResetByOverflow, "")
 
-// place returns a leg to a target, nil if there are too many.
-func (h *hub) place(to *upstream.Target) *leg {
+// place returns a leg to the target of a call, nil if there are too many.
+func (h *hub) place(c *call) *leg {
+	to, translate := &c.decision.Target, c.translated()
 	var least *leg
 	for _, l := range h.ups {
-		if l.target != *to || l.closing || l.readErr != nil {
+		if l.target != *to || l.closing || l.readErr != nil || (l.http1 != nil) != translate {
+			continue
+		}
+		if l.over() {
+			continue
+		}
+		if translate && l.stale(c) {
+			l.http1.broken, l.closing = true, true
 			continue
 		}
 		if least == nil || l.load() < least.load() {
 			least = l
 		}
 	}
-	if least != nil && (least.load() < int(least.limit) || len(h.ups) >= maxLegs) {
+	most := maxLegs
+	if translate {
+		most = h.maxStreams()
+	}
+	if least != nil && (least.load() < int(least.limit) || len(h.ups) >= most) {
 		return least
 	}
-	if len(h.ups) >= maxLegs {
+	if len(h.ups) >= most {
 		return nil
 	}
 	l := h.newLeg(*to)
+	if translate && l.speakHTTP1() {
+		return l
+	}
 	h.dial(l)
 	return l
+}
+
+// over reports whether the connection serves no further stream, by the limits of its target. Streams that wait for it count.
+func (l *leg) over() bool {
+	use := l.use
+	use.Requests += uint32(l.joined)
+	return l.target.Over(&use, l.h.now())
 }
 
 func (l *leg) load() int { return len(l.calls) + l.joined }
@@ -117,9 +140,33 @@ func (h *hub) connected(l *leg, conn *tcp.Conn) {
 	l.conn = conn
 	l.pending = l.in != nil
 	l.idleAt = h.now()
-	h.watch(l.idleAt.Add(legIdle))
-	l.greet()
+	h.watch(l.idleAt.Add(l.idleLife()))
+	if l.use.Opened == 0 {
+		l.use.Opened = l.idleAt.UnixNano()
+	}
+	if life := l.life(); life > 0 {
+		h.watch(l.idleAt.Add(life))
+	}
+	if l.http1 == nil {
+		l.greet()
+	}
 	l.openWaiting()
+}
+
+// life returns how long the connection takes new streams; zero: without a limit.
+func (l *leg) life() time.Duration {
+	if l.target.Security == nil {
+		return 0
+	}
+	return l.target.Security.Life
+}
+
+// idleLife returns how long the connection is kept without a stream.
+func (l *leg) idleLife() time.Duration {
+	if s := l.target.Security; s != nil && s.IdleLife > 0 {
+		return min(s.IdleLife, legIdle)
+	}
+	return legIdle
 }
 
 // openWaiting opens the calls that wait for a place on the connection.
@@ -129,6 +176,10 @@ func (l *leg) openWaiting() {
 		l.waiting = l.waiting[1:]
 		if c.leg == l && c.upID == 0 && !c.closed {
 			l.send(c)
+		}
+		if l.target.Over(&l.use, l.h.now()) {
+			l.closing = true
+			l.h.moveWaiting(l)
 		}
 	}
 	if len(l.waiting) == 0 {
@@ -169,8 +220,8 @@ func (h *hub) reap() (moved bool) {
 		if l.readErr == nil && l.writeErr != nil {
 			l.readErr = l.writeErr
 		}
-		if l.readErr == nil && l.conn != nil && !l.isDown() && l.closing && l.load() == 0 {
-			l.readErr = io.EOF
+		if l.readErr == nil && l.conn != nil && l.closing && l.load() == 0 {
+			l.readErr = errUnused
 		}
 		if l.readErr == nil {
 			i++
@@ -213,13 +264,20 @@ func (c *call) keepFailure(text string) {
 	}
 }
 
+// errUnused is the error of a connection that is given up because it has no stream.
+var errUnused = errors.New("the connection is not needed any more")
+
 // lost ends the calls of a connection that has ended.
 func (h *hub) lost(l *leg) {
 	err := l.readErr
 	var r *reply
 	var violation *http2.Error
+	var malformed http1.Error
 	f := failedReset
 	switch {
+	case errors.As(err, &malformed), errors.Is(err, errNotAsked):
+		bad := badResponse(err)
+		r = &bad
 	case errors.As(err, &violation), errors.Is(err, errNotHTTP2):
 		bad := replyBadResponse
 		r = &bad
@@ -234,12 +292,17 @@ func (h *hub) lost(l *leg) {
 		r = &replyUpstreamClosed
 	}
 	calls := l.open()
+	repeats := l.http1 != nil && l.http1.call != nil && l.repeats(l.http1.call)
 	waiting := l.waiting
 	l.waiting = nil
 	l.close()
 	for _, c := range calls {
 		if !c.closed {
 			h.detach(c)
+			if repeats {
+				h.sendAgain(c)
+				continue
+			}
 			h.failed(c, f, r, err)
 		}
 	}

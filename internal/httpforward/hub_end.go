@@ -22,8 +22,10 @@ func (h *hub) handleError(l *leg, err error) bool {
 		if violation != nil {
 			code = violation.Code
 		}
-		l.out = http2.AppendGoAway(l.out, 0, code, "")
-		l.flush()
+		if l.http1 == nil {
+			l.out = http2.AppendGoAway(l.out, 0, code, "")
+			l.flush()
+		}
 		l.readErr = err
 		return false
 	}

@@ -65,6 +65,8 @@ type legUp struct {
 	joined  int              // calls in waiting that have not left
 	closing bool             // takes no new streams
 	idleAt  time.Time        // when the last stream ended; zero: it has streams
+	use     upstream.Use
+	http1   *legHTTP1 // nil: the leg speaks HTTP/2
 }
 
 func (l *leg) init(h *hub, conn *tcp.Conn) {
@@ -87,12 +89,7 @@ func (l *leg) greet() {
 		settings[0] = http2.Setting{ID: http2.EnablePush, Value: 0}
 	}
 	settings = append(settings, http2.Setting{ID: http2.MaxHeaderListSize, Value: uint32(l.h.settings.MaxHeadBytes)})
-	at := len(l.out)
-	l.out = http2.Header{Type: http2.Settings}.Append(l.out)
-	for _, s := range settings {
-		l.out = s.Append(l.out)
-	}
-	http2.Header{Length: len(l.out) - at - http2.HeaderLength, Type: http2.Settings}.Put(l.out[at:])
+	l.out = appendSettings(l.out, settings)
 	l.out = http2.AppendWindowUpdate(l.out, 0, connectionWindow-http2.FirstWindow)
 }
 
@@ -133,6 +130,9 @@ func (l *leg) pump() (moved bool) {
 		moved = true
 		l.parse()
 	}
+	if l.http1 != nil {
+		l.settleEnd()
+	}
 	l.flush()
 	return moved || l.written != was || l.left <= 0 || !l.isDown() && l.readErr != nil
 }
@@ -159,6 +159,9 @@ func (l *leg) flush() bool {
 		if cap(l.out) > keptScratch {
 			tcp.GiveSlab(l.out)
 			l.out = nil
+		}
+		if l.http1 != nil && l.http1.halfClose && l.writeErr == nil {
+			_ = l.conn.CloseWrite() // the next read reports an error
 		}
 		return true
 	case l.sent > len(l.out)/2:
@@ -205,7 +208,7 @@ func (l *leg) closeEnded() {
 // mayRead reports whether to try a read. Each frame may cause output for its sender, and responses cause output for
 // downstream: without room for it, they wait in the kernel.
 func (l *leg) mayRead() bool {
-	return l.readErr == nil && !l.full() && !l.h.down.full() && l.conn.Readable()
+	return l.readErr == nil && !l.full() && !l.h.down.full() && (l.http1 == nil || l.http1.mayRead()) && l.conn.Readable()
 }
 
 // read reads once, after the incomplete frame that the buffer may hold.
@@ -214,7 +217,7 @@ func (l *leg) read() int {
 		l.in = tcp.TakeBuffer()
 	}
 	n, err := l.in.Fill(l.conn)
-	if err == tcp.ErrFull && l.in.Grow(http2.HeaderLength+http2.MinFrameSize+tcp.BufferSize) {
+	if err == tcp.ErrFull && l.in.Grow(l.longest()) {
 		n, err = l.in.Fill(l.conn)
 	}
 	switch {
@@ -225,11 +228,22 @@ func (l *leg) read() int {
 			l.h.requests = l.h.now()
 		}
 		return n
-	case err != tcp.ErrAgain:
+	case err == tcp.ErrAgain:
+	case l.http1 != nil:
+		l.http1.ended = err // what was read before comes first
+	default:
 		l.readErr = err
 	}
 	l.settle()
 	return 0
+}
+
+// longest returns how many bytes the buffer must be able to hold.
+func (l *leg) longest() int {
+	if l.http1 != nil {
+		return l.h.settings.MaxHeadBytes + 1
+	}
+	return http2.HeaderLength + http2.MinFrameSize + tcp.BufferSize
 }
 
 // settle releases the buffer if it is empty.
@@ -253,7 +267,11 @@ func (l *leg) parse() {
 			break
 		}
 		l.left -= frameCost
-		progress, err := l.step(l.in.Bytes())
+		step := l.step
+		if l.http1 != nil {
+			step = l.stepHTTP1
+		}
+		progress, err := step(l.in.Bytes())
 		if err != nil && !l.h.handleError(l, err) {
 			return
 		}
@@ -267,6 +285,9 @@ func (l *leg) parse() {
 
 func (l *leg) wholeFrame() bool {
 	b := l.in.Bytes()
+	if l.http1 != nil {
+		return true
+	}
 	return len(b) >= http2.HeaderLength && len(b) >= http2.HeaderLength+http2.ParseHeader(b).Length
 }
 
@@ -343,13 +364,22 @@ func (l *leg) sendFields(stream uint32, end bool, fields []http2.Field) {
 }
 
 func (l *leg) reset(stream uint32, code http2.Code) {
+	if l.http1 != nil {
+		l.http1.broken, l.closing = true, true
+		return
+	}
 	l.out = http2.AppendResetStream(l.out, stream, code)
 }
 
-// close closes the connection: in order if it has no stream, otherwise with a reset.
+// close closes the connection: in order if it has no stream, otherwise with a reset. One of HTTP/1 that can carry another
+// request goes to the pool.
 func (l *leg) close() {
 	if l.conn != nil {
-		if len(l.calls) == 0 || l.readErr == io.EOF {
+		if l.spare() {
+			l.h.engine.config.Pool.GiveUsed(l.target, l.conn, l.use)
+		} else if l.http1 != nil && l.http1.broken {
+			l.conn.Reset()
+		} else if len(l.calls) == 0 || l.readErr == io.EOF {
 			l.conn.Close()
 		} else {
 			l.conn.Reset()

@@ -7,11 +7,12 @@ import (
 	"github.com/pillion-proxy/pillion/internal/http2"
 )
 
-// mirrorCall sends the copies of a request that has been passed on. They are sent as HTTP/1: see Engine.mirror.
+// mirrorCall sends the copies of a request that has been passed on. They are made as HTTP/1, and translated where their
+// endpoints speak HTTP/2: see Engine.mirror.
 func (h *hub) mirrorCall(c *call) {
 	mirrors := c.decision.Mirrors
 	c.decision.Mirrors = nil
-	if !c.req.keep || c.tunnel || c.http.GRPC { // it is too long, or does not end, or needs HTTP/2
+	if !c.req.keep || c.tunnel { // it is too long, or does not end
 		endMirrors(mirrors, flow.Overload)
 		h.engine.config.Pool.Stats.CopiesDropped.Add(uint64(len(mirrors)))
 		return
@@ -66,12 +67,15 @@ func (h *hub) appendHTTP1(dst []byte, c *call) []byte {
 	return append(dst, "\r\n"...)
 }
 
-// appendField appends a field as a line of HTTP/1. The host is a line of its own, and te concerns HTTP/2.
+// appendField appends a field as a line of HTTP/1. The host is a line of its own.
 func appendField(dst []byte, f *http2.Field) []byte {
-	if f.Name == "host" || f.Name == "te" {
+	switch f.Name {
+	case "host":
 		return dst
+	case "te":
+		dst = append(dst, "connection: te\r\n"...)
 	}
-	return append(append(append(append(dst, f.Name...), ": "...), f.Value...), "\r\n"...)
+	return appendLine(dst, f.Name, f.Value)
 }
 
 // dropMirrors ends the leases of copies that are not sent.

@@ -172,10 +172,17 @@ func (l *leg) send(c *call) {
 	}
 	c.req.window, c.req.from, c.req.done, c.req.owed = l.initial, 0, false, 0
 	c.resp.credit, c.resp.owed = streamWindow, 0
+	l.use.Requests++
 	end := c.request.ended && len(c.req.queue) == 0 && c.req.trailers == nil
-	block, at := l.beginBlock()
-	l.endBlock(h.appendRequest(block, l.encoder, s, c.sent.fields, c.sent.has), at, c.upID, end)
 	s.sentAt = h.now()
+	if l.http1 != nil {
+		if !l.sendHTTP1(c, end) {
+			return
+		}
+	} else {
+		block, at := l.beginBlock()
+		l.endBlock(h.appendRequest(block, l.encoder, s, c.sent.fields, c.sent.has), at, c.upID, end)
+	}
 	if end {
 		c.req.done = true
 		h.passed(&c.req)

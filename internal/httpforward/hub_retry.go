@@ -85,14 +85,19 @@ func (h *hub) resume(c *call) {
 func (h *hub) refused(c *call) {
 	h.detach(c)
 	if h.repeatable(c) && c.resends < maxResends {
-		c.resends++
-		c.sentAt = time.Time{}
-		h.engine.config.Pool.Stats.Retried.Add(1)
-		h.dispatch(c)
+		h.sendAgain(c)
 		return
 	}
 	r := replyUpstreamReset(http2.RefusedStream)
 	h.failed(c, failedRefused, &r, nil)
+}
+
+// sendAgain sends a request by the same decision, on another connection.
+func (h *hub) sendAgain(c *call) {
+	c.resends++
+	c.sentAt = time.Time{}
+	h.engine.config.Pool.Stats.Retried.Add(1)
+	h.dispatch(c)
 }
 
 // replyUpstreamReset returns the reply in place of a response whose stream upstream has reset.
@@ -221,14 +226,31 @@ func (h *hub) check() {
 		h.checkCall(s.call, now)
 	}
 	for _, l := range h.ups {
-		if l.idleAt.IsZero() || len(l.calls)+l.joined > 0 || l.conn == nil {
-			continue
+		h.checkLeg(l, now)
+	}
+}
+
+// checkLeg gives up a connection that is not used, or that has been used for long enough. reap closes it.
+func (h *hub) checkLeg(l *leg, now time.Time) {
+	if l.conn == nil {
+		return
+	}
+	end := time.Time{}
+	if life := l.life(); life > 0 && l.use.Opened != 0 {
+		end = time.Unix(0, l.use.Opened).Add(life)
+	}
+	if !l.idleAt.IsZero() && l.load() == 0 {
+		if idle := l.idleAt.Add(l.idleLife()); end.IsZero() || idle.Before(end) {
+			end = idle
 		}
-		if end := l.idleAt.Add(legIdle); now.Before(end) {
-			h.watch(end)
-		} else {
-			l.closing = true // reap closes it
-		}
+	}
+	switch {
+	case end.IsZero():
+	case now.Before(end):
+		h.watch(end)
+	default:
+		l.closing = true
+		h.moveWaiting(l)
 	}
 }
 

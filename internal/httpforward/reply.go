@@ -101,6 +101,10 @@ func ruleOfResponse(err error) string {
 	case errors.Is(err, errTooManyInterim):
 		return http2.TooManyInterim.Name()
 	}
+	var violation *http2.Error
+	if errors.As(err, &violation) {
+		return ruleOf(violation)
+	}
 	return "switched_unasked"
 }
 

@@ -72,6 +72,10 @@ type Decision struct {
 	HTTP2        bool // the protocol of the endpoint is HTTP/2; without it HTTP/1.1
 	AsDownstream bool // the protocol of the endpoint is downstream's
 
+	// Translate sends a request to an endpoint that speaks the other version of HTTP than downstream: one of HTTP/1 as
+	// HTTP/2, and with Connection.Many, one of HTTP/2 as HTTP/1.
+	Translate bool
+
 	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
 	// cluster: only those of the mesh receive metadata.
 	Peers *PeerFields

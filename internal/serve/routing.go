@@ -145,7 +145,12 @@ func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.De
 func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
 	d.AsDownstream = config.HTTP.Protocol == mesh.UpstreamAsDownstream
 	d.HTTP2 = config.HTTP.Protocol == mesh.UpstreamHTTP2
-	lease, failed := r.role.endpoint(s, config, &r.pick, r.inside, r.request.Authority, &d.Target)
+	in := r.upstreamProtocol(config)
+	d.Translate = in != r.inside
+	if r.pick.Kind = balance.HTTP1; in == secure.HTTP2 {
+		r.pick.Kind = balance.HTTP2
+	}
+	lease, failed := r.role.endpoint(s, config, &r.pick, in, r.request.Authority, &d.Target)
 	if failed != nil {
 		d.Target, d.Reply = upstream.Target{}, failed.reply
 		return
@@ -154,6 +159,18 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 	if d.Peers = r.plain; r.exchanges(config) {
 		d.Peers = r.described
 	}
+}
+
+// upstreamProtocol returns the protocol in which a request goes to the endpoints of a cluster. gRPC needs HTTP/2: a call keeps
+// that, also where the cluster asks for HTTP/1, as the name of a port does that does not begin with grpc.
+func (r *routing) upstreamProtocol(config *mesh.Cluster) secure.Inside {
+	switch {
+	case config.HTTP.Protocol == mesh.UpstreamAsDownstream, r.request.GRPC && r.inside == secure.HTTP2:
+		return r.inside
+	case config.HTTP.Protocol == mesh.UpstreamHTTP2:
+		return secure.HTTP2
+	}
+	return secure.HTTP1
 }
 
 // exchanges reports whether metadata is exchanged with the hosts of a cluster. Those outside of the mesh do not receive it.
@@ -194,9 +211,10 @@ func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
 		if config == nil || len(d.Mirrors) == httpforward.MaxMirrors || !r.request.Drawn(m) {
 			continue
 		}
-		copied := httpforward.Mirror{Policy: m, HTTP2: config.HTTP.Protocol == mesh.UpstreamHTTP2}
+		in := r.upstreamProtocol(config)
+		copied := httpforward.Mirror{Policy: m, HTTP2: in == secure.HTTP2}
 		request := balance.Request{Original: r.info.Destination}
-		lease, failed := r.role.endpoint(s, config, &request, r.inside, r.request.Authority, &copied.Target)
+		lease, failed := r.role.endpoint(s, config, &request, in, r.request.Authority, &copied.Target)
 		if failed == nil {
 			copied.Lease = lease
 			d.Mirrors = append(d.Mirrors, copied)
