@@ -62,11 +62,11 @@ func TestGarbageIsFreeable(t *testing.T) {
 	if grown := after.allocated - before.allocated; grown < size {
 		t.Errorf("%d bytes were allocated, want %d", grown, size)
 	}
-	if after.freeable < size {
-		t.Errorf("%d bytes are freeable, want %d", after.freeable, size)
+	if after.freeable < size/2 { // garbage of before may be gone
+		t.Errorf("%d bytes are freeable, want about %d", after.freeable, size)
 	}
 	debug.FreeOSMemory()
-	if now := readHeap(); now.freeable >= size {
+	if now := readHeap(); now.freeable >= size/2 {
 		t.Errorf("%d bytes are freeable after they were freed", now.freeable)
 	}
 }
