@@ -116,7 +116,7 @@ func (h *inside) prepare() error {
 	if err != nil {
 		return err
 	}
-	if err := installRules(rulesFor(&h.config, sockets)); err != nil {
+	if err := rulesFor(&h.config, sockets).install(); err != nil {
 		return failed("installing rules", err)
 	}
 	if err := h.watchDropped(); err != nil {
