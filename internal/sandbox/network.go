@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/datagram"
 	"github.com/pillion-proxy/pillion/internal/sockopt"
 	"github.com/pillion-proxy/pillion/iptables/kernel"
 )
@@ -42,8 +44,8 @@ const (
 	maxMTU             = 65535
 )
 
-// makeLinks makes a link with an address and default routes. Its other end is in the same namespace, so what leaves by it
-// comes back and is discarded. Without a link, routes could not have a source address.
+// makeLinks makes a link with an address and default routes. Its other end is in the same namespace, so packets that leave by
+// it come back, and are discarded unless a packet socket takes them. Without a link, routes could not have a source address.
 func (h *inside) makeLinks() error {
 	if err := kernel.LinkUp("lo"); err != nil {
 		return failed("enabling the loopback", err)
@@ -93,7 +95,10 @@ func addPair() error {
 	here.Flags, here.Change = unix.IFF_UP|unix.IFF_NOARP, unix.IFF_UP|unix.IFF_NOARP
 	request := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
 	for _, data := range []nl.NetlinkRequestData{
-		here, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(linkName)), nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(maxMTU)), info,
+		here, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(linkName)), nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(maxMTU)),
+		nl.NewRtAttr(unix.IFLA_ADDRESS, datagram.HardwareAddress[:]),
+		// Packets leave one by one, also those of a program that lets the kernel segment its datagrams (UDP_SEGMENT).
+		nl.NewRtAttr(unix.IFLA_GSO_MAX_SEGS, nl.Uint32Attr(1)), info,
 	} {
 		request.AddData(data)
 	}
@@ -117,6 +122,32 @@ func addAddress(link *net.Interface, address netip.Addr) error {
 		route.Scope = netlink.SCOPE_UNIVERSE
 	}
 	return failed("adding a default route", netlink.RouteAdd(route))
+}
+
+// openPackets opens packet sockets at the end of the link where the command's packets arrive. They have room for a burst of
+// datagrams if the kernel permits it.
+func (s *sockets) openPackets() error {
+	link, err := net.InterfaceByName(peerName)
+	if err != nil {
+		return failed("reading link "+peerName, err)
+	}
+	for _, protocol := range []uint16{unix.ETH_P_IP, unix.ETH_P_IPV6} {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			return failed("opening a packet socket", err)
+		}
+		const room = 4 << 20
+		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room) != nil {
+			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, room)
+		}
+		bigEndian := binary.NativeEndian.Uint16([]byte{byte(protocol >> 8), byte(protocol)})
+		if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: bigEndian, Ifindex: link.Index}); err != nil {
+			unix.Close(fd)
+			return failed("binding a packet socket", err)
+		}
+		s.files, s.kinds = append(s.files, fd), append(s.kinds, "packets")
+	}
+	return nil
 }
 
 // parseListening reads the listening sockets of a file such as /proc/net/tcp.
