@@ -4,6 +4,7 @@ import (
 	"context"
 	"runtime"
 	"runtime/debug"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,37 +15,42 @@ import (
 // Memory is freed once after each load, and not during it.
 func TestMemoryIsFreedInPauses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var heap heapState
-		freed := 0
+		var allocated, freeable atomic.Uint64
+		var freed atomic.Int64
+		read := func() heapState { return heapState{allocated: allocated.Load(), freeable: freeable.Load()} }
+		free := func() {
+			freed.Add(1)
+			freeable.Store(0)
+		}
 		collected := make(chan struct{}, 1)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer synctest.Wait()
 		defer cancel()
-		go freeInPauses(ctx, collected, func() heapState { return heap }, func() { freed++; heap.freeable = 0 })
+		go freeInPauses(ctx, collected, read, free)
 
-		for round := range 3 {
-			heap.freeable = leastFreed
+		for round := range int64(3) {
+			freeable.Store(leastFreed)
 			collected <- struct{}{}
 			for range 5 {
 				synctest.Wait() // it has read the last value
-				heap.allocated += pauseBytes
+				allocated.Add(pauseBytes)
 				time.Sleep(pauseInterval)
 			}
 			synctest.Wait()
-			if freed != round {
+			if freed.Load() != round {
 				t.Fatalf("freed during load %d", round)
 			}
 			time.Sleep(3 * pauseInterval)
 			synctest.Wait()
-			if freed != round+1 {
-				t.Fatalf("freed %d times after %d loads", freed, round+1)
+			if freed.Load() != round+1 {
+				t.Fatalf("freed %d times after %d loads", freed.Load(), round+1)
 			}
 		}
-		heap.freeable = leastFreed - 1
+		freeable.Store(leastFreed - 1)
 		collected <- struct{}{}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if freed != 3 {
+		if freed.Load() != 3 {
 			t.Error("freed too little to be worth it")
 		}
 	})
@@ -62,11 +68,11 @@ func TestGarbageIsFreeable(t *testing.T) {
 	if grown := after.allocated - before.allocated; grown < size {
 		t.Errorf("%d bytes were allocated, want %d", grown, size)
 	}
-	if after.freeable < size {
-		t.Errorf("%d bytes are freeable, want %d", after.freeable, size)
+	if after.freeable < size/2 { // garbage of before may be gone
+		t.Errorf("%d bytes are freeable, want about %d", after.freeable, size)
 	}
 	debug.FreeOSMemory()
-	if now := readHeap(); now.freeable >= size {
+	if now := readHeap(); now.freeable >= size/2 {
 		t.Errorf("%d bytes are freeable after they were freed", now.freeable)
 	}
 }

@@ -119,6 +119,11 @@ func (h *inside) prepare() error {
 	if err != nil {
 		return err
 	}
+	if h.config.Datagrams {
+		if err := sockets.openPackets(); err != nil {
+			return err
+		}
+	}
 	if err := installRules(rulesFor(&h.config, sockets)); err != nil {
 		return failed("installing rules", err)
 	}
