@@ -18,6 +18,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/logring"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // newAgent is `pillion agent`.
@@ -170,6 +171,10 @@ func (o *agentOptions) run(flags *pflag.FlagSet) error {
 	o.config.Version, o.config.SettingName = version, settingFlag
 	o.fitDrain(flags)
 	readPod(&o.config)
+	var err error
+	if o.config.Tracing, err = tracing.FromEnvironment(os.Getenv); err != nil {
+		return valueError{err}
+	}
 	if err := o.findControlPlane(); err != nil {
 		return err
 	}
