@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
@@ -169,17 +170,12 @@ func (p *policy) met(s *Subject) value {
 }
 
 // value is the value of a condition. The values are ordered, so all of several is their minimum, any of them their maximum.
-type value int8
+type value = match.Value
 
 const (
-	no value = iota - 1
-	unknown
-	yes
+	no      = match.No
+	unknown = match.Unknown
+	yes     = match.Yes
 )
 
-func truth(is bool) value {
-	if is {
-		return yes
-	}
-	return no
-}
+func truth(is bool) value { return match.Of(is) }

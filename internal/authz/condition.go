@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
@@ -13,7 +14,7 @@ import (
 type condition struct {
 	*mesh.Condition
 	of      []condition
-	text    text           // of its Text, or of its header's Text
+	text    match.Text     // of its Text, or of its header's Text
 	pattern *regexp.Regexp // of its template
 }
 
@@ -24,9 +25,9 @@ func compile(c *mesh.Condition) condition {
 	}
 	switch {
 	case c.Text != nil:
-		compiled.text = compileText(c.Text)
+		compiled.text = match.Compile(c.Text)
 	case c.Header != nil:
-		compiled.text = compileText(&c.Header.Text)
+		compiled.text = match.Compile(&c.Header.Text)
 	case c.Kind == mesh.ConditionTemplate:
 		compiled.pattern = compileTemplate(c.Template)
 	}
@@ -69,7 +70,7 @@ func (c *condition) met(s *Subject) value {
 		port := int32(s.Destination.Port())
 		return truth(c.Start <= port && port < c.End)
 	case mesh.ConditionServerName:
-		return c.text.matchString(s.ServerName)
+		return c.text.MatchString(s.ServerName)
 	case mesh.ConditionPrincipal:
 		return c.principal(s)
 	}
@@ -86,7 +87,7 @@ func (c *condition) principal(s *Subject) value {
 	}
 	some := no
 	for _, name := range s.Names {
-		some = max(some, c.text.matchString(name))
+		some = max(some, c.text.MatchString(name))
 	}
 	return some
 }
@@ -99,7 +100,7 @@ func (c *condition) metByRequest(r *Request) value {
 		if r.Path == nil {
 			return no
 		}
-		return c.text.match(pathOnly(r.Path))
+		return c.text.Match(pathOnly(r.Path))
 	case mesh.ConditionTemplate:
 		return c.template(r)
 	case mesh.ConditionMetadata:

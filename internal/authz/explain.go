@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
@@ -130,7 +131,7 @@ func (c *condition) wanted() string {
 	case mesh.ConditionHeader:
 		return c.wantedHeader()
 	}
-	return c.text.String()
+	return describe(&c.text)
 }
 
 func (c *condition) wantedHeader() string {
@@ -144,7 +145,7 @@ func (c *condition) wantedHeader() string {
 	case mesh.HeaderRange:
 		wanted = fmt.Sprintf("in %d-%d", h.Start, h.End-1)
 	default:
-		wanted = c.text.String()
+		wanted = describe(&c.text)
 	}
 	if h.Invert {
 		return "other than " + wanted
@@ -152,14 +153,11 @@ func (c *condition) wantedHeader() string {
 	return wanted
 }
 
-func (t *text) String() string {
+// describe describes a matcher.
+func describe(t *match.Text) string {
 	kind := [...]string{
 		mesh.MatchExact: "equal to", mesh.MatchPrefix: "with prefix", mesh.MatchSuffix: "with suffix",
 		mesh.MatchContains: "with", mesh.MatchRegex: "a match of",
-	}[t.kind]
-	return fmt.Sprintf("%s %q", kind, t.want)
-}
-
-func (v value) String() string {
-	return [...]string{"no", "unknown", "yes"}[v+1]
+	}[t.Kind]
+	return fmt.Sprintf("%s %q", kind, t.Want)
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
 )
@@ -261,7 +262,7 @@ func (c *check) take(p *provider, t *token, claims *parsed) {
 	}
 	if p.source.Metadata != "" {
 		if r.Claims == nil {
-			r.Claims = &Claims{payloads: map[string]any{}}
+			r.Claims = &Claims{payloads: match.Metadata{}}
 		}
 		r.Claims.payloads[p.source.Metadata] = p.split(claims.payload)
 	}

@@ -47,8 +47,11 @@ type inside struct {
 	control *net.UnixConn
 	writing sync.Mutex
 	config  Config
-	command int // its process ID; written before serve reads signals
 	started chan struct{}
+
+	starting sync.Mutex    // held while the command is started
+	command  int           // its process ID, 0 before
+	pending  []unix.Signal // arrived before the command was started
 }
 
 // failure is an error of a step, with the kernel's number for the other side.
@@ -116,6 +119,11 @@ func (h *inside) prepare() error {
 	if err != nil {
 		return err
 	}
+	if h.config.Datagrams {
+		if err := sockets.openPackets(); err != nil {
+			return err
+		}
+	}
 	if err := installRules(rulesFor(&h.config, sockets)); err != nil {
 		return failed("installing rules", err)
 	}
@@ -164,14 +172,21 @@ func (h *inside) serve() {
 	}
 }
 
+// signal sends a signal to the command. One that arrives before the command is started is sent after that: the caller does
+// not know when the command starts, and a lost SIGTERM would let it run on.
 func (h *inside) signal(s unix.Signal) {
-	h.writing.Lock()
-	pid := h.command
-	h.writing.Unlock()
-	if pid > 0 {
-		_ = unix.Kill(pid, s)
+	h.starting.Lock()
+	defer h.starting.Unlock()
+	switch {
+	case h.command > 0:
+		_ = unix.Kill(h.command, s)
+	case len(h.pending) < maxPending:
+		h.pending = append(h.pending, s)
 	}
 }
+
+// maxPending bounds the signals that wait for the command. As many have one number each.
+const maxPending = 64
 
 func (h *inside) openSocket(m message) {
 	fd, err := unix.Socket(m.Family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
@@ -217,10 +232,16 @@ func (h *inside) startCommand() (pid int, err error) {
 		if err = dropCapabilities(); err != nil {
 			return
 		}
-		h.writing.Lock() // a signal that arrives meanwhile waits
-		defer h.writing.Unlock()
+		h.starting.Lock() // a signal that arrives meanwhile waits
+		defer h.starting.Unlock()
 		pid, err = syscall.ForkExec(h.config.Path, h.config.Arguments, &syscall.ProcAttr{Env: h.environment(), Files: []uintptr{0, 1, 2}})
+		if err != nil {
+			return
+		}
 		h.command = pid
+		for _, s := range h.pending {
+			_ = unix.Kill(pid, s)
+		}
 	}()
 	<-done
 	return pid, err

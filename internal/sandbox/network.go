@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/datagram"
 	"github.com/pillion-proxy/pillion/internal/sockopt"
 )
 
@@ -37,8 +39,8 @@ var (
 
 const linkName, peerName = "pillion0", "pillion1"
 
-// makeLinks makes a link with an address and default routes. Its other end is in the same namespace, so what leaves by it
-// comes back and is discarded. Without a link, routes could not have a source address.
+// makeLinks makes a link with an address and default routes. Its other end is in the same namespace, so packets that leave by
+// it come back, and are discarded unless a packet socket takes them. Without a link, routes could not have a source address.
 func (h *inside) makeLinks() error {
 	lo, err := netlink.LinkByName("lo")
 	if err == nil {
@@ -54,7 +56,10 @@ func (h *inside) makeLinks() error {
 		// The command cannot have CAP_NET_BIND_SERVICE, and could bind low ports outside.
 		_ = os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte("0"), 0)
 	}
-	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: linkName, MTU: 65535}, PeerName: peerName}
+	// Packets leave one by one, also those of a program that lets the kernel segment its datagrams (UDP_SEGMENT).
+	pair := &netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: linkName, MTU: 65535, HardwareAddr: datagram.HardwareAddress[:], GSOMaxSegs: 1}, PeerName: peerName,
+	}
 	if err := netlink.LinkAdd(pair); err != nil {
 		return failed("adding a veth pair", err)
 	}
@@ -103,6 +108,32 @@ func addAddress(link netlink.Link, address netip.Addr) error {
 		route.Scope = netlink.SCOPE_UNIVERSE
 	}
 	return failed("adding a default route", netlink.RouteAdd(route))
+}
+
+// openPackets opens packet sockets at the end of the link where the command's packets arrive. They have room for a burst of
+// datagrams if the kernel permits it.
+func (s *sockets) openPackets() error {
+	link, err := netlink.LinkByName(peerName)
+	if err != nil {
+		return failed("reading link "+peerName, err)
+	}
+	for _, protocol := range []uint16{unix.ETH_P_IP, unix.ETH_P_IPV6} {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			return failed("opening a packet socket", err)
+		}
+		const room = 4 << 20
+		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room) != nil {
+			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, room)
+		}
+		bigEndian := binary.NativeEndian.Uint16([]byte{byte(protocol >> 8), byte(protocol)})
+		if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: bigEndian, Ifindex: link.Attrs().Index}); err != nil {
+			unix.Close(fd)
+			return failed("binding a packet socket", err)
+		}
+		s.files, s.kinds = append(s.files, fd), append(s.kinds, "packets")
+	}
+	return nil
 }
 
 // parseListening reads the listening sockets of a file such as /proc/net/tcp.

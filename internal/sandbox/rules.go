@@ -27,8 +27,8 @@ func when(parts ...[]expr.Any) rule { return rule{slices.Concat(parts...)} }
 type rules struct{ redirect, reject []rule }
 
 // rulesFor returns the rules. The first chain redirects DNS queries to any server, loopback included, and TCP to all other
-// hosts. The second one rejects everything that would leave. The sandbox has no way out in any case; rejecting reports that
-// to the program at once.
+// hosts. The second one rejects everything that would leave, except datagrams that a packet socket takes. The sandbox has no
+// way out in any case; rejecting reports that to the program at once.
 func rulesFor(config *Config, s *sockets) rules {
 	var r rules
 	r.redirect = append(r.redirect,
@@ -49,6 +49,12 @@ func rulesFor(config *Config, s *sockets) rules {
 		r.redirect, r.reject = append(r.redirect, pass), append(r.reject, pass)
 	}
 	r.redirect = append(r.redirect, when(protocol(unix.IPPROTO_TCP), redirect(s.tcp)))
+	if config.Datagrams {
+		for _, prefix := range groups {
+			r.reject = append(r.reject, when(destination(prefix), protocol(unix.IPPROTO_UDP), report(), refuse()))
+		}
+		r.reject = append(r.reject, when(protocol(unix.IPPROTO_UDP), verdict(expr.VerdictAccept))) // to a packet socket
+	}
 	r.reject = append(r.reject,
 		when(protocol(unix.IPPROTO_UDP), report(), refuse()),
 		when(protocol(unix.IPPROTO_ICMPV6), verdict(expr.VerdictDrop)), // the kernel's own, such as router solicitations
@@ -59,6 +65,7 @@ func rulesFor(config *Config, s *sockets) rules {
 
 var (
 	loopback = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
+	groups   = []netip.Prefix{netip.MustParsePrefix("224.0.0.0/4"), netip.MustParsePrefix("255.255.255.255/32"), netip.MustParsePrefix("ff00::/8")}
 	own      = append(slices.Clone(loopback), netip.PrefixFrom(Address4, 32), netip.PrefixFrom(Address6, 128))
 )
 

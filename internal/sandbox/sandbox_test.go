@@ -11,7 +11,30 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+func TestMain(m *testing.M) {
+	if IsHelper(os.Args) {
+		os.Exit(RunHelper(os.Args))
+	}
+	os.Exit(nettest.Main(m))
+}
+
+// A caller cannot know when the command starts, so a signal that arrives earlier waits for it.
+func TestASignalBeforeTheStartReachesTheCommand(t *testing.T) {
+	nettest.RequireRoot(t)
+	for _, signal := range []unix.Signal{unix.SIGTERM, unix.SIGUSR1} {
+		s, err := Start(Config{Path: "/bin/sleep", Arguments: []string{"sleep", "100"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(s.Close)
+		if err := s.Signal(signal); err != nil {
+			t.Fatal(err)
+		}
+		if status, err := s.Run(); status != 128+int(signal) || err != nil {
+			t.Errorf("after %v: status %d, %v", signal, status, err)
+		}
+	}
+}
 
 func TestListeningSocketsAreFound(t *testing.T) {
 	if !littleEndian {

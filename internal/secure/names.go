@@ -6,6 +6,7 @@ import (
 	"regexp"
 	"strings"
 
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
@@ -14,20 +15,12 @@ import (
 func Names(matchers []mesh.NameMatcher) ([]Name, error) {
 	names := make([]Name, 0, len(matchers))
 	for _, m := range matchers {
-		n := name{NameMatcher: m}
-		switch {
-		case m.Kind == mesh.MatchRegex:
-			_, err := regexp.Compile(m.Text) // alone, so that no parenthesis of it closes the group
-			if err != nil {
+		if m.Kind == mesh.MatchRegex {
+			if _, err := regexp.Compile(m.Text); err != nil {
 				return nil, fmt.Errorf("the pattern of a subject alternative name: %w", err)
 			}
-			if n.pattern, err = regexp.Compile(`\A(?s:` + m.Text + `)\z`); err != nil {
-				return nil, fmt.Errorf("the pattern of a subject alternative name: %w", err)
-			}
-		case m.IgnoreCase:
-			n.Text = strings.ToLower(m.Text)
 		}
-		names = append(names, n)
+		names = append(names, name{m, match.Compile(&m.StringMatcher)})
 	}
 	return names, nil
 }
@@ -35,7 +28,7 @@ func Names(matchers []mesh.NameMatcher) ([]Name, error) {
 // name is a mesh.NameMatcher.
 type name struct {
 	mesh.NameMatcher
-	pattern *regexp.Regexp // of the whole name, if Kind is MatchRegex
+	text match.Text
 }
 
 // Match implements Name. Types that the matcher is not for are not looked at.
@@ -90,25 +83,7 @@ func (n name) matchesHost(host string) bool {
 	return ok && label != "" && strings.EqualFold(domain, rest)
 }
 
-func (n name) matches(text string) bool {
-	if n.pattern != nil {
-		return n.pattern.MatchString(text)
-	}
-	if n.IgnoreCase {
-		text = strings.ToLower(text)
-	}
-	switch n.Kind {
-	case mesh.MatchExact:
-		return text == n.Text
-	case mesh.MatchPrefix:
-		return strings.HasPrefix(text, n.Text)
-	case mesh.MatchSuffix:
-		return strings.HasSuffix(text, n.Text)
-	case mesh.MatchContains:
-		return strings.Contains(text, n.Text)
-	}
-	return false
-}
+func (n name) matches(text string) bool { return n.text.MatchString(text) == match.Yes }
 
 func (n name) String() string {
 	kinds := [...]string{mesh.MatchExact: "%q", mesh.MatchPrefix: "%q…", mesh.MatchSuffix: "…%q", mesh.MatchContains: "…%q…", mesh.MatchRegex: "the pattern %q"}
