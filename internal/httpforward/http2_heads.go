@@ -8,6 +8,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/route"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // heads makes the header blocks of a connection's messages. Both HTTP/2 engines have one.
@@ -58,6 +59,8 @@ func (m *heads) appendRequest(block []byte, encoder *http2.Encoder, s *stream, f
 	peers, edits := m.Peers, editsRequest(s.plan) || s.normalized || len(s.edits) > 0
 	if edits {
 		block = m.appendEditedRequest(block, encoder, s, fields, has)
+	} else if t := s.http.Trace; t != nil {
+		block = m.appendTraced(block, encoder, fields, t)
 	} else {
 		block = m.appendFields(block, encoder, fields)
 	}
@@ -73,19 +76,11 @@ func (m *heads) appendRequest(block []byte, encoder *http2.Encoder, s *stream, f
 	return m.appendAdded(block, encoder, s, has)
 }
 
-// identify gives a request an identifier, unless it has one.
-func (s *stream) identify() {
-	if s.http.ID == nil {
-		s.http.ID = appendUUID(s.names.take(uuidLength))
-	}
-}
-
 // appendAdded appends the fields that are added to a request that is not edited.
 func (m *heads) appendAdded(block []byte, encoder *http2.Encoder, s *stream, has seen) []byte {
 	add := &s.settings.Fields
 	if add.RequestID && !has.id {
-		s.identify()
-		block = http2.AppendLiteral(block, "x-request-id", s.http.ID)
+		block = http2.AppendLiteral(block, "x-request-id", s.newID())
 	}
 	if add.ForwardedProto && !has.forwardedProto {
 		block = encoder.AppendField(block, http2.Field{Name: "x-forwarded-proto", Value: "http"})
@@ -187,14 +182,15 @@ func (m *heads) editRequest(s *stream, has seen) *edited {
 	e.begin(&m.fields)
 	for i := range m.fields.list {
 		name := m.fields.list[i].Name
-		e.gone[i] = m.Peers.drops(name) || p.RewritesHost && name == "host" && len(m.routed.Authority) > 0
+		e.gone[i] = m.Peers.drops(name) || p.RewritesHost && name == "host" && len(m.routed.Authority) > 0 ||
+			s.http.Trace != nil && tracing.Replaces(s.http.Trace, name)
 	}
 	if add.RequestID && !has.id {
-		s.identify()
 		from := len(e.values)
-		e.values = append(e.values, s.http.ID...)
+		e.values = append(e.values, s.newID()...)
 		e.add("x-request-id", from)
 	}
+	e.addTrace(s.http.Trace)
 	if add.ForwardedProto && !has.forwardedProto {
 		e.addText("x-forwarded-proto", "http")
 	}

@@ -72,6 +72,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	if m.Router != nil {
 		m.carry(s, &decision)
 	}
+	if p := policyOf(&decision, s.settings); p != nil {
+		m.trace(s, p, decision.Plan)
+	}
 	switch {
 	case decision.Reply != nil:
 		return m.answerMade(s)

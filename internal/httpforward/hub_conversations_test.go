@@ -428,3 +428,20 @@ func TestAHubEndsFloods(t *testing.T) {
 		})
 	}
 }
+
+// A gRPC server that cancels a call at its deadline may be sooner than the client.
+func TestAHubPassesOnThatACallWasCanceled(t *testing.T) {
+	o := newOrigin(t)
+	r := newHub(t, o.address, toOrigin(o), plain)
+	client := greetHub(t, r, "")
+	const call = ":method=POST :scheme=http :path=/ :authority=a content-type=application/grpc"
+	client.sends("HEADERS 1 " + call)
+	server := acceptHub(t, o, "")
+	server.reads("HEADERS 1 " + call)
+	server.reads("SETTINGS ack")
+	server.sends("RST 1 CANCEL")
+	client.reads("RST 1 CANCEL")
+	if got := r.records.await(t, 0); got.reason != flow.UpstreamReset || got.flags != "UR" {
+		t.Errorf("the record is %+v", got)
+	}
+}

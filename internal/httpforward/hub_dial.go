@@ -72,7 +72,7 @@ func (h *hub) place(c *call) *leg {
 		return nil
 	}
 	l := h.newLeg(*to)
-	if translate && l.speakHTTP1() {
+	if translate && l.speakHTTP1(c) {
 		return l
 	}
 	h.dial(l)

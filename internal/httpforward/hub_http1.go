@@ -10,6 +10,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // Legs of a hub to upstreams that speak HTTP/1. Such a leg carries one call at a time, which has a number there as on a leg
@@ -40,7 +41,7 @@ type legHTTP1 struct {
 func (c *call) translated() bool { return c.decision.Translate }
 
 // speakHTTP1 makes a fresh leg one of HTTP/1, and connects it if the pool has a connection.
-func (l *leg) speakHTTP1() (connected bool) {
+func (l *leg) speakHTTP1(c *call) (connected bool) {
 	l.http1 = new(legHTTP1)
 	l.limit, l.greeted = 1, true
 	l.window, l.initial = math.MaxInt64/2, math.MaxInt64/2
@@ -48,7 +49,7 @@ func (l *leg) speakHTTP1() (connected bool) {
 	if l.target.Balanced {
 		return false
 	}
-	conn, use := l.h.engine.config.Pool.TakeUsed(l.target)
+	conn, use := l.h.engine.config.Pool.TakeUsed(l.target, idempotent(readOnly(c.sent.Method)))
 	if conn == nil {
 		return false
 	}
@@ -63,7 +64,7 @@ func (l *leg) stale(c *call) bool {
 	if l.conn == nil || l.load() > 0 {
 		return false
 	}
-	asks := l.conn.Readable() || !idempotent(readOnly(c.sent.Method)) || l.h.now().Sub(l.idleAt) > idleCheck
+	asks := l.conn.Readable() || !idempotent(readOnly(c.sent.Method)) || l.h.now().Sub(l.idleAt) > upstream.Pause
 	return asks && !l.conn.Quiet()
 }
 

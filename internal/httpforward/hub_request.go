@@ -99,6 +99,9 @@ func (h *hub) decide(c *call) {
 	c.began = h.now()
 	if c.retries == 0 {
 		h.takePlan(c)
+		if p := policyOf(d, c.settings); p != nil {
+			h.trace(c.stream, p, d.Plan)
+		}
 	} else {
 		endMirrors(d.Mirrors, flow.Overload) // the first attempt's are sent
 		d.Mirrors, d.Delay = c.previous.Mirrors, 0

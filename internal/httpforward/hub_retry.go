@@ -137,17 +137,24 @@ func (h *hub) resetStream(l *leg, id uint32, code http2.Code) error {
 		h.completed(c)
 	case code == http2.RefusedStream && !c.begun:
 		h.refused(c)
-	case !c.begun:
+	case !c.begun && !h.passesReset(c, code):
 		h.detach(c)
 		r := replyUpstreamReset(code)
 		h.failed(c, failedReset, &r, why)
 	default:
 		h.detach(c)
-		c.http.Flags, c.http.Details = envoy.FlagUpstreamRemoteReset, resetAfter
+		c.http.Flags, c.http.Details = envoy.FlagUpstreamRemoteReset, resetDetails(c.stream, code)
 		h.resetDownstream(c.id, code)
 		h.finish(c, flow.UpstreamReset, why)
 	}
 	return nil
+}
+
+// passesReset reports whether a reset before the response is passed on in the place of a reply. A gRPC server cancels a call at
+// its deadline, and the client reads that from the code; a reply would report that the server is not available.
+func (h *hub) passesReset(c *call, code http2.Code) bool {
+	retried := c.policy != nil && c.left > 0 && h.repeatable(c) && retriesFailure(c.policy, failedReset, false)
+	return c.http.GRPC && code == http2.Cancel && !retried
 }
 
 // left ends a call that downstream has reset.

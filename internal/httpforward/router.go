@@ -14,6 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -75,6 +76,9 @@ type Decision struct {
 	// Translate sends a request to an endpoint that speaks the other version of HTTP than downstream: one of HTTP/1 as
 	// HTTP/2, and with Connection.Many, one of HTTP/2 as HTTP/1.
 	Translate bool
+
+	// Tracing replaces Settings.Tracing; nil: it does not.
+	Tracing *tracing.Policy
 
 	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
 	// cluster: only those of the mesh receive metadata.
