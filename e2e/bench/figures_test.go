@@ -68,6 +68,7 @@ var figures = []struct {
 	{"tls-bulk", measureTLSBulk},
 	{"tls-idle", measureTLSIdle},
 	{"routes", measureRoutes},
+	{"routes-http2", measureRoutesHTTP2},
 	{"routes-tls", measureRoutesTLS},
 	{"routes-connections", measureRoutesConnections},
 	{"init", measureInit},
