@@ -14,9 +14,9 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "healthz", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "run", "internal/capture", "internal/certview", "internal/checklist", "internal/commandline", "internal/configview", "internal/egress", "internal/fault", "internal/httpforward", "internal/identity", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal"},
+	{"cmd/pillion", []string{"agent", "healthz", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "run", "internal/capture", "internal/certview", "internal/checklist", "internal/commandline", "internal/configview", "internal/egress", "internal/fault", "internal/httpforward", "internal/identity", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal", "internal/tracing"},
 		"flags become configuration; everything else is decided below"},
-	{"agent", []string{"healthz", "inbound", "outbound", "internal/accesslog", "internal/admin", "internal/balance", "internal/budget", "internal/capture", "internal/certview", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/egress", "internal/flow", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh", "internal/metrics", "internal/ownport", "internal/peers", "internal/podinfo", "internal/probe", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/upstream", "internal/xds"},
+	{"agent", []string{"healthz", "inbound", "outbound", "internal/accesslog", "internal/admin", "internal/balance", "internal/budget", "internal/capture", "internal/certview", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/egress", "internal/flow", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh", "internal/metrics", "internal/ownport", "internal/peers", "internal/podinfo", "internal/probe", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/tracing", "internal/upstream", "internal/xds"},
 		"the agent builds all parts and stops them in order"},
 	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/datagram", "internal/dns", "internal/egress", "internal/fault", "internal/flow", "internal/httpforward", "internal/identity", "internal/listener", "internal/live", "internal/sandbox", "internal/secure", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
 		"a command's traffic arrives from a sandbox, is carried by a role and a resolver, and is shown in a terminal"},
@@ -54,7 +54,7 @@ var arrows = []struct {
 		"read bytes stay in a buffer whose memory is accounted for, findings go into the record; http2 recognises a server's first frame"},
 	{"internal/balance", []string{"internal/envoy", "internal/flow", "internal/mesh", "internal/xxh64"},
 		"hosts are chosen as a cluster configures; how a request ended counts for its host, a status of gRPC as one of HTTP"},
-	{"internal/httpforward", []string{"internal/balance", "internal/budget", "internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/mesh", "internal/relay", "internal/route", "internal/tcp", "internal/upstream", "internal/peers"},
+	{"internal/httpforward", []string{"internal/balance", "internal/budget", "internal/envoy", "internal/flow", "internal/http1", "internal/http2", "internal/mesh", "internal/relay", "internal/route", "internal/tcp", "internal/tracing", "internal/upstream", "internal/peers"},
 		"an engine uses a codec, upstream connections and records, and accounts for its memory; it carries out a route's plan, with a mesh's retry policy, and reports its outcome; an upgraded connection is relayed; its responses use Envoy's terms"},
 	{"internal/flow", []string{"internal/envoy"}, "each reason has its response flags and details"},
 	{"internal/relay", []string{"internal/tcp"}, "the relay waits for two connections at once"},
@@ -96,6 +96,7 @@ var arrows = []struct {
 		"resources are compiled as they are received, and kept as protobuf; a session with istiod has a stream and an identity"},
 	{"internal/istiod", []string{"internal/grpcwire", "internal/identity", "internal/wire"}, "istiod is called over one connection, verified by roots in a file, by a node that is described in protobuf"},
 	{"internal/grpcwire", []string{"internal/envoy"}, "the table of gRPC's codes"},
+	{"internal/tracing", []string{"internal/envoy", "internal/flow", "internal/grpcwire", "internal/wire"}, "spans are made of records, and sent as protobuf, by HTTP or a call of gRPC"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 	{"internal/egress", []string{"internal/capture"}, "a rule has a port, and its error repeats a value cut at the same length"},
 	{"internal/fault", []string{"internal/egress"}, "a fault is for the hosts that a rule selects"},

@@ -133,6 +133,9 @@ func (h *inside) prepare() error {
 	if err := h.watchDropped(); err != nil {
 		return err
 	}
+	if sockets.hasIPv6 && h.config.IPv6 {
+		awaitAddress6()
+	}
 	h.write(message{Kind: "ready", Files: sockets.kinds}, sockets.files...)
 	for _, fd := range sockets.files {
 		unix.Close(fd)

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -148,6 +149,19 @@ func (s *sockets) openPackets() error {
 		s.files, s.kinds = append(s.files, fd), append(s.kinds, "packets")
 	}
 	return nil
+}
+
+// awaitAddress6 waits until packets to the IPv6 address are delivered. The kernel adds the route to a new address some time
+// later, from a work queue, also without duplicate address detection. Until then answers would be lost.
+func awaitAddress6() {
+	const pause, most = 100 * time.Microsecond, 5000
+	for range most {
+		routes, err := netlink.RouteGet(Address6.AsSlice())
+		if err != nil || len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL { // an error: there is no IPv6
+			return
+		}
+		time.Sleep(pause)
+	}
 }
 
 // parseListening reads the listening sockets of a file such as /proc/net/tcp.
