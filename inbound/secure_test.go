@@ -416,6 +416,8 @@ func TestTheWorkloadLearnsItsClient(t *testing.T) {
 		text, want string
 	}{
 		{true, ask, element}, {true, ask + claim, "By=a;URI=forged," + element}, {false, ask, ""}, {false, ask + claim, ""},
+		{true, ask + claim + claim, "By=a;URI=forged,By=a;URI=forged," + element}, {false, ask + claim + claim, ""},
+		{true, ask + "Connection: x-forwarded-client-cert\r\n", element}, {false, ask + claim + "Connection: x-forwarded-client-cert\r\n", ""},
 	} {
 		var conn net.Conn = m.Dial(t, m.At(81))
 		if c.tls {
