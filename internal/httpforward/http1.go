@@ -169,6 +169,9 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	}
 	routed := x.route(b)
 	x.request.src = x.s.Down
+	if p := policyOf(&x.decision, x.settings); p != nil {
+		x.trace(p, b)
+	}
 	head := x.request.reserve(x.requestHead.Length + addedFields + x.s.Peers.added())
 	if editsRequest(x.decision.Plan) || x.decision.Path != nil || len(x.decision.Edits) > 0 {
 		x.request.head = x.appendEditedRequest(head, b)
