@@ -105,6 +105,7 @@ func (m *heads) recordResponse(s *stream, status int, after time.Duration, field
 	if s.settings.Note.Heads {
 		r.ResponseHead = headText(fields)
 	}
+	r.ResponseBody = s.settings.Note.Bodies.Begin()
 	if s.lease != nil {
 		s.noteResponse(fields)
 	}

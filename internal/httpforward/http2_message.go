@@ -73,7 +73,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		m.carry(s, &decision)
 	}
 	if p := policyOf(&decision, s.settings); p != nil {
-		m.trace(s, p, decision.Plan)
+		m.trace(s, p, decision.operation())
 	}
 	switch {
 	case decision.Reply != nil:

@@ -332,10 +332,15 @@ func (h *hub) countData(c *call, p *pipe, data []byte, end bool) error {
 	if c.http.GRPC {
 		body.messages.scan(data)
 	}
+	tape := c.http.Body
 	if p.up {
 		h.Record.Received.Add(uint64(len(data)))
 	} else {
+		tape = c.http.ResponseBody
 		h.Record.Sent.Add(uint64(len(data)))
+	}
+	if tape != nil {
+		tape.Add(data)
 	}
 	body.ended = end
 	return nil

@@ -100,7 +100,7 @@ func (h *hub) decide(c *call) {
 	if c.retries == 0 {
 		h.takePlan(c)
 		if p := policyOf(d, c.settings); p != nil {
-			h.trace(c.stream, p, d.Plan)
+			h.trace(c.stream, p, d.operation())
 		}
 	} else {
 		endMirrors(d.Mirrors, flow.Overload) // the first attempt's are sent

@@ -77,8 +77,10 @@ type Decision struct {
 	// HTTP/2, and with Connection.Many, one of HTTP/2 as HTTP/1.
 	Translate bool
 
-	// Tracing replaces Settings.Tracing; nil: it does not.
-	Tracing *tracing.Policy
+	// Tracing replaces Settings.Tracing; nil: it does not. Operation is the name of the span unless Plan has one; empty: that
+	// of the direction.
+	Tracing   *tracing.Policy
+	Operation string
 
 	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
 	// cluster: only those of the mesh receive metadata.

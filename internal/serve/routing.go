@@ -10,6 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/sniff"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -23,6 +24,7 @@ type routing struct {
 
 	judged  *mesh.Snapshot // by the last request, and what follows from it
 	manager *mesh.HTTPManager
+	traced  *tracing.Policy // nil: not by the configuration
 
 	plain, described *httpforward.PeerFields // without and with the exchange of metadata; described may be nil
 
@@ -49,7 +51,7 @@ func (c *Conn) newRouting(g *governed) *routing {
 
 // judge finds the routes of the connection in a snapshot.
 func (r *routing) judge(s *mesh.Snapshot) {
-	r.judged, r.manager, r.table, r.refused, r.described = s, nil, nil, nil, nil
+	r.judged, r.manager, r.table, r.refused, r.described, r.traced = s, nil, nil, nil, nil, nil
 	chain, refusal := s.Outbound(&r.info)
 	switch {
 	case refusal != "":
@@ -57,7 +59,7 @@ func (r *routing) judge(s *mesh.Snapshot) {
 	case chain == nil || chain.HTTP == nil:
 		// The destination is no longer one of HTTP. The connection goes on as one without a listener.
 	default:
-		r.manager, r.plain = chain.HTTP, withoutClient(chain.HTTP)
+		r.manager, r.plain, r.traced = chain.HTTP, withoutClient(chain.HTTP), r.role.tracing(chain.HTTP)
 		if r.role.peers != nil && r.manager.ExchangesMetadata() {
 			r.described = r.role.exchanging(r.plain)
 		}
@@ -77,7 +79,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	}
 	switch {
 	case r.refused != nil:
-		return httpforward.Decision{Reply: r.refused}
+		return httpforward.Decision{Reply: r.refused, Tracing: r.traced}
 	case r.table == nil:
 		return httpforward.Decision{Target: upstream.Target{Address: r.info.Destination, Balanced: true}}
 	case q.Previous != nil:
@@ -87,11 +89,11 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	choice := r.table.Find(&r.request)
 	choice.Fault = r.fault
 	if choice.Cluster == nil {
-		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice)}
+		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice), Tracing: r.traced}
 	}
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
-	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay}
+	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, Tracing: r.traced}
 	switch {
 	case d.Reply != nil:
 		return d
