@@ -73,6 +73,8 @@ func (a *Agent) addListeners() error {
 		HTTP:         a.forwarding(inboundPool, a.config.HTTP.InboundFields),
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
+		Lookup:       a.lookup(),
+		Log:          a.log,
 		Peers:        a.plane.peers,
 	})
 	if err != nil {

@@ -75,6 +75,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		m.carry(s, &decision)
 	}
 	switch {
+	case decision.Check != nil:
+		decision.Check.Cancel()
+		return m.answer(s, &replyUnchecked, errUnchecked)
 	case decision.Reply != nil:
 		return m.answerMade(s)
 	case decision.noRoute():

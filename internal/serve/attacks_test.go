@@ -88,7 +88,7 @@ func TestAttacksThatOthersHaveAllowed(t *testing.T) {
 		}
 		r := &httpforward.Request{Connection: &flow.Record{}, Method: []byte("GET"), Path: []byte(c.path), Authority: []byte(c.host), Fields: c.fields}
 		got := 0
-		if _, reply := new(gate).pass(&mesh.Snapshot{}, h, r); reply != nil {
+		if _, reply, _ := new(gate).pass(&mesh.Snapshot{}, h, r); reply != nil {
 			got = reply.Status
 		}
 		if got != c.want {
