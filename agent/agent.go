@@ -40,6 +40,7 @@ type Agent struct {
 	resolver    *dns.Server       // nil: DNS is not captured
 	policy      *egress.Policy    // nil: the workload may reach everything
 	stopPolicy  func()            // nil: no file is watched
+	stopFreeing func()            // nil: it has not begun
 	probers     *probe.Probers
 	servers     []*server // in the order of shutdown
 	serverLoops sync.WaitGroup
@@ -150,6 +151,7 @@ func (a *Agent) Run(drain, force context.Context) error {
 	}
 	a.startControlPlane()
 	a.unmapProgram()
+	a.startFreeing()
 	a.log.Info("carrying traffic", "outbound_port", a.config.Ports.Outbound, "inbound_port", a.config.Ports.Inbound,
 		"readiness_port", a.config.Ports.Readiness)
 
@@ -192,6 +194,9 @@ func (a *Agent) close() {
 	a.stopControlPlane()
 	if a.stopPolicy != nil {
 		a.stopPolicy()
+	}
+	if a.stopFreeing != nil {
+		a.stopFreeing()
 	}
 	if a.addresses != nil {
 		a.stopAddresses()

@@ -16,6 +16,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // Config configures an agent. Start from Default.
@@ -29,6 +30,7 @@ type Config struct {
 	Policy       Policy
 	Drain        Drain
 	AccessLog    AccessLog
+	Tracing      *tracing.Options // nil: no requests are traced
 	Metrics      Metrics
 	Status       Status
 	Workload     Workload

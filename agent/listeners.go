@@ -138,6 +138,7 @@ func (a *Agent) forwarding(pool *upstream.Pool, fields httpforward.Fields) httpf
 			RequestTimeout: c.RequestTimeout,
 			Note:           a.noted(),
 			Fields:         fields,
+			Tracing:        a.telling.spans.policy,
 		},
 	}
 }

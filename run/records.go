@@ -150,16 +150,6 @@ func (r *records) add(record event) {
 // maxSeen bounds the destinations of datagrams and names of queries that are remembered.
 const maxSeen = 1000
 
-// dropped records a datagram that was rejected, once for each destination.
-func (r *records) dropped(destination string) {
-	if r.first("udp " + destination) {
-		r.add(event{Record: live.Record{
-			Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "UDP", Destination: destination,
-			Reason: "udp_rejected", Failed: true, Failure: "UDP is not carried",
-		}})
-	}
-}
-
 // queried records a query that was refused, once for each name.
 func (r *records) queried(q dns.Query) {
 	if name := strings.TrimSuffix(q.Name, "."); q.Refused && r.first("dns "+name) {

@@ -45,6 +45,8 @@ type Config struct {
 
 	Faults fault.Set // for requests and connections, in both directions
 
+	Datagrams bool // carry UDP besides DNS; otherwise it is rejected
+
 	Decrypt bool // end TLS here; the command gets a certificate authority of this run
 
 	Errors io.Writer    // for people, such as standard error
@@ -131,7 +133,8 @@ func (r *run) build(path string) error {
 		}
 	}
 	r.sandbox, err = sandbox.Start(sandbox.Config{
-		Path: path, Arguments: r.config.Command, Environment: r.environment(), IPv6: hasIPv6(), Loopback: r.config.HostLoopback, Dropped: r.records.dropped,
+		Path: path, Arguments: r.config.Command, Environment: r.environment(), IPv6: hasIPv6(), Loopback: r.config.HostLoopback,
+		Datagrams: r.config.Datagrams, Dropped: r.records.dropped,
 	})
 	if err != nil {
 		return err

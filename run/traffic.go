@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/budget"
+	"github.com/pillion-proxy/pillion/internal/datagram"
 	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/egress"
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -35,6 +36,8 @@ type traffic struct {
 	listener *listener.Server
 	resolver *dns.Server
 	policy   *egress.Policy // nil: everything is allowed
+
+	datagrams *datagram.Carrier // nil: datagrams are rejected
 }
 
 func newTraffic(config Config, box *sandbox.Sandbox, records *records, decryption *decryption) (*traffic, error) {
@@ -50,6 +53,9 @@ func newTraffic(config Config, box *sandbox.Sandbox, records *records, decryptio
 	if err := t.addOutbound(config, box, decryption); err != nil {
 		t.close()
 		return nil, err
+	}
+	if config.Datagrams {
+		t.carryDatagrams(box, records)
 	}
 	return t, nil
 }
@@ -145,10 +151,16 @@ func (t *traffic) end(ctx context.Context) {
 	_ = t.listener.Wait(ctx)
 	t.listener.Abort()
 	_ = t.resolver.Shutdown(ctx)
+	if t.datagrams != nil {
+		t.datagrams.Close()
+	}
 	t.poller.Settle(ctx)
 }
 
 func (t *traffic) close() {
+	if t.datagrams != nil {
+		t.datagrams.Close()
+	}
 	t.pool.Close()
 	if t.poller != nil {
 		t.poller.Close()

@@ -36,11 +36,12 @@ type runOptions struct {
 	config  command.Config
 	summary string // auto, on or off
 	others  string // allow or deny
+	udp     string // allow or deny
 }
 
 // newRun is `pillion run`.
 func newRun() *cobra.Command {
-	o := runOptions{config: command.Config{Log: "text"}, summary: automatic, others: "allow"}
+	o := runOptions{config: command.Config{Log: "text"}, summary: automatic, others: "allow", udp: "deny"}
 	cmd := &cobra.Command{
 		Use:   "run [flags] -- COMMAND [ARGUMENT...]",
 		Short: "Run a command and show its network traffic",
@@ -48,7 +49,7 @@ func newRun() *cobra.Command {
 
 No capability is required where the system permits user namespaces. The command reaches what you reach, over your own
 network, with its own environment, directory, user and terminal. It has no capability and cannot gain one: sudo and other
-set-user-ID programs do not work inside. TCP and DNS are carried; other UDP is rejected, and reported.
+set-user-ID programs do not work inside. TCP and DNS are carried, with --udp allow other UDP as well.
 
 The exit status is that of the command, or 128 and the number of the signal that ended it; 126 if it cannot be executed, 127
 if it does not exist. When the command ends, processes that it has left are killed.`,
@@ -77,6 +78,7 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 	rulesFlag(flags, &o.config.Rules.Allow, "allow", "with --default deny, a destination that is allowed: a host such as example.com or *.example.com, an address or a network, with :PORT to allow one port; several are separated by commas")
 	rulesFlag(flags, &o.config.Rules.Deny, "deny", "a destination that is denied, as for --allow; it takes precedence")
 	choiceFlag(flags, &o.others, "default", "whether destinations without a rule are allowed", "allow", "deny")
+	choiceFlag(flags, &o.udp, "udp", "whether UDP besides DNS is carried; denied datagrams are rejected and reported", "allow", "deny")
 	publish := func(text string) ([]command.Port, error) {
 		ports := o.config.Publish
 		for item := range strings.SplitSeq(text, ",") {
@@ -118,6 +120,7 @@ func rulesFlag(flags *pflag.FlagSet, target *[]egress.Rule, name, usage string) 
 // run runs the command. Its exit status is that of the program.
 func (o *runOptions) run(args []string) error {
 	o.config.Rules.DenyOthers = o.others == "deny"
+	o.config.Datagrams = o.udp == "allow"
 	if len(o.config.Rules.Allow) > 0 && !o.config.Rules.DenyOthers {
 		return valueError{errors.New("--allow has no effect while other destinations are allowed: add --default deny")}
 	}

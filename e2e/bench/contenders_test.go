@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -38,6 +39,10 @@ type contender struct {
 	command []string
 	root    bool                                      // the command itself changes to proxyUser
 	before  func(t testing.TB, ns *nettest.Namespace) // starts what the proxy needs; may be nil
+
+	// Of proxies that carry what the pod opens.
+	to           netip.AddrPort // where the load connects to; invalid: the proxy is inbound
+	certificates string         // directory with those of the endpoints; empty: they have no TLS
 }
 
 // The contenders' names are the table's columns.
@@ -50,9 +55,10 @@ const (
 	nameDirect        = "direct"
 	nameGenerated     = "generated types" // go-control-plane's decode the control plane's resources
 	nameSilent        = "silent pillion"  // no access log, metrics, status and admin ports
+	nameUnrouted      = "unrouted"        // pillion without a control plane
 )
 
-var columns = []string{namePillion, nameHAProxy, nameHAProxySplice, nameReverseProxy, namePlain, nameDirect, nameSilent, nameGenerated}
+var columns = []string{namePillion, nameHAProxy, nameHAProxySplice, nameReverseProxy, namePlain, nameDirect, nameSilent, nameUnrouted, nameGenerated}
 
 var (
 	//go:embed testdata/haproxy-tcp.cfg

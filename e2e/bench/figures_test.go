@@ -67,6 +67,9 @@ var figures = []struct {
 	{"tls-connections", measureTLSConnections},
 	{"tls-bulk", measureTLSBulk},
 	{"tls-idle", measureTLSIdle},
+	{"routes", measureRoutes},
+	{"routes-tls", measureRoutesTLS},
+	{"routes-connections", measureRoutesConnections},
 	{"init", measureInit},
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -34,8 +35,15 @@ func runLoad(args []string) error {
 	count := flags.Int64("count", 0, "bytes, connections, messages or requests")
 	workers := flags.Int("workers", 1, "how many at a time")
 	certificates := flags.String("certificates", "", "directory with the certificates of a mesh")
+	to := flags.String("to", "", "address and port to connect to; empty: the pod's, of the kind of load")
 	if err := flags.Parse(args); err != nil {
 		return err
+	}
+	if *to != "" {
+		var err error
+		if destination, err = netip.ParseAddrPort(*to); err != nil {
+			return err
+		}
 	}
 	var l load
 	switch *kind {
@@ -109,10 +117,16 @@ func inParallel(workers int, n int64, fn func(serial int64) error) error {
 	return errors.Join(errs...)
 }
 
+// destination is where the load connects to; invalid: to the workload in the pod, from loadSources.
+var destination netip.AddrPort
+
 func dial(serial int64, port int) (*net.TCPConn, error) {
-	source := net.ParseIP(loadSources[serial%int64(len(loadSources))])
-	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: source}, Timeout: 10 * time.Second}
-	conn, err := dialer.Dial("tcp4", fmt.Sprintf("%v:%d", nettest.PodIP4, port))
+	dialer, to := net.Dialer{Timeout: 10 * time.Second}, destination
+	if !to.IsValid() {
+		dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(loadSources[serial%int64(len(loadSources))])}
+		to = netip.AddrPortFrom(nettest.PodIP4, uint16(port))
+	}
+	conn, err := dialer.Dial("tcp4", to.String())
 	if err != nil {
 		return nil, err
 	}

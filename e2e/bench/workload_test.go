@@ -2,6 +2,7 @@ package bench
 
 import (
 	"encoding/binary"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -18,6 +19,13 @@ const (
 	http2Port    = 7004 // see http2Origin
 )
 
+// Each of them serves as one of several endpoints.
+var (
+	http1Ports = []int{http1Port, 7005, 7006}
+	http2Ports = []int{http2Port, 7007, 7008}
+	tlsPorts   = []int{7010, 7011, 7012} // of http1Ports' requests without a body, inside TLS
+)
+
 const bulkBuffer = 256 << 10
 
 // proxyAddress is the source address of connections that a proxy carried.
@@ -26,7 +34,8 @@ var proxyAddress = netip.AddrFrom4([4]byte{127, 0, 0, 6})
 // runWorkload serves the ports until the process is killed.
 func runWorkload(args []string) error {
 	flags := flag.NewFlagSet("workload", flag.ContinueOnError)
-	direct := flags.Bool("direct", false, "expect connections from the load itself, not from a proxy")
+	direct := flags.Bool("direct", false, "expect connections from other addresses than an inbound proxy's")
+	certificates := flags.String("certificates", "", "directory with the certificates of a mesh, for the ports with TLS; empty: they are closed")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -44,8 +53,13 @@ func runWorkload(args []string) error {
 	if err != nil {
 		return err
 	}
-	for port, serve := range map[int]func(*socket) reader{http1Port: newHTTP1Origin, http2Port: newHTTP2Origin} {
-		if err := origins.listen(port, expected, serve); err != nil {
+	for i := range http1Ports {
+		if err := errors.Join(origins.listen(http1Ports[i], expected, newHTTP1Origin), origins.listen(http2Ports[i], expected, newHTTP2Origin)); err != nil {
+			return err
+		}
+	}
+	if *certificates != "" {
+		if err := serveSecured(*certificates, failed); err != nil {
 			return err
 		}
 	}

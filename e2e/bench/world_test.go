@@ -49,9 +49,24 @@ type world struct {
 	pod, peer    *nettest.Namespace
 	cores        cores
 	certificates string // directory with those of a mesh; empty: there are none
+
+	// Of the load, which then is in the pod, and the workload in the peer: the proxy carries what the pod opens. Invalid: the
+	// workload is in the pod.
+	destination netip.AddrPort
 }
 
 func newWorld(t testing.TB, k *kit, c contender) *world {
+	t.Helper()
+	w := newNamespaces(t, k, c)
+	if w.destination = c.to; w.destination.IsValid() {
+		startHelper(t, w.peer, w.cores.load, "workload", "-direct=true", "-certificates", c.certificates).await(t, "warm")
+	} else {
+		startHelper(t, w.pod, w.cores.load, "workload", fmt.Sprintf("-direct=%v", c.direct())).await(t, "warm")
+	}
+	return w
+}
+
+func newNamespaces(t testing.TB, k *kit, c contender) *world {
 	t.Helper()
 	w := &world{cores: k.cores}
 	w.pod, w.peer = nettest.PodAndPeer(t)
@@ -70,7 +85,6 @@ func newWorld(t testing.TB, k *kit, c contender) *world {
 			t.Fatalf("pillion init: %v\n%s", err, out)
 		}
 	}
-	startHelper(t, w.pod, w.cores.load, "workload", fmt.Sprintf("-direct=%v", c.direct())).await(t, "warm")
 	return w
 }
 
@@ -187,8 +201,12 @@ func (h *helper) send(t testing.TB, line string) {
 // startLoad starts a load and waits until it is warm.
 func (w *world) startLoad(t testing.TB, kind string, count int64, workers int) *helper {
 	t.Helper()
-	h := startHelper(t, w.peer, w.cores.load, "load",
-		"-kind", kind, "-count", fmt.Sprint(count), "-workers", fmt.Sprint(workers), "-certificates", w.certificates)
+	from, to := w.peer, ""
+	if w.destination.IsValid() {
+		from, to = w.pod, w.destination.String()
+	}
+	h := startHelper(t, from, w.cores.load, "load",
+		"-kind", kind, "-count", fmt.Sprint(count), "-workers", fmt.Sprint(workers), "-certificates", w.certificates, "-to", to)
 	h.await(t, "warm")
 	return h
 }

@@ -28,7 +28,8 @@ func (w *world) startControlPlane(t testing.TB) (before []string) {
 	if out, err := exec.Command(program, "-directory", directory, "-port", "0").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	cmd := w.pod.Command(0, 0, program, "-directory", directory, "-mtls", "PERMISSIVE")
+	words := append(w.on(0), program, "-directory", directory, "-mtls", "PERMISSIVE")
+	cmd := w.pod.Command(0, 0, words[0], words[1:]...)
 	cmd.Stderr = os.Stderr
 	w.pod.Start(t, cmd)
 	mounts := "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && echo secret > /run/secrets/tokens/istio-token" +

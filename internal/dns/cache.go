@@ -6,8 +6,6 @@ import (
 	"encoding/binary"
 	"sync"
 	"time"
-
-	"github.com/miekg/dns"
 )
 
 const (
@@ -59,7 +57,7 @@ func (c *cache) get(q *query, now time.Time) []byte {
 	copy(m.question, q.question) // the same name, in this downstream's spelling
 	age := uint32(now.Sub(e.stored) / time.Second)
 	for r := range m.records() {
-		if r.kind != dns.TypeOPT {
+		if r.kind != typeOPT {
 			ttl := m.ttl(r)
 			binary.BigEndian.PutUint32(ttl, binary.BigEndian.Uint32(ttl)-age) // until is not later than any TTL
 		}
@@ -126,14 +124,14 @@ func (c *cache) count() {
 // lifetime is how long an answer may be cached: the least TTL of its records. For a negative answer the last field of the
 // SOA is a limit as well, and without a SOA it is not cached (RFC 2308 §5). Errors and truncated answers are not cached.
 func (m *message) lifetime() time.Duration {
-	if m.truncated() || m.rcode() != dns.RcodeSuccess && m.rcode() != dns.RcodeNameError || m.edns() && m.ttl(m.opt)[0] != 0 {
+	if m.truncated() || m.rcode() != rcodeSuccess && m.rcode() != rcodeNameError || m.edns() && m.ttl(m.opt)[0] != 0 {
 		return 0
 	}
 	const day = 24 * 60 * 60
 	seconds, minimum := uint32(day), uint32(0)
 	found, soa := false, false
 	for r := range m.records() {
-		if r.kind == dns.TypeOPT {
+		if r.kind == typeOPT {
 			continue
 		}
 		ttl := binary.BigEndian.Uint32(m.ttl(r))
@@ -142,14 +140,14 @@ func (m *message) lifetime() time.Duration {
 		}
 		seconds = min(seconds, ttl)
 		switch data := m.data(r); {
-		case r.section == answerSection && (r.kind == m.kind() || m.kind() == dns.TypeANY):
+		case r.section == answerSection && (r.kind == m.kind() || m.kind() == typeANY):
 			found = true
-		case r.section == authoritySection && r.kind == dns.TypeSOA && len(data) >= 22:
+		case r.section == authoritySection && r.kind == typeSOA && len(data) >= 22:
 			soa, minimum = true, binary.BigEndian.Uint32(data[len(data)-4:])
 		}
 	}
 	switch {
-	case found && m.rcode() == dns.RcodeSuccess:
+	case found && m.rcode() == rcodeSuccess:
 		return min(time.Duration(seconds)*time.Second, maxPositive)
 	case soa:
 		return min(time.Duration(min(seconds, minimum))*time.Second, maxNegative)

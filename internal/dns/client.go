@@ -10,8 +10,6 @@ import (
 	"net/netip"
 	"strings"
 	"time"
-
-	"github.com/miekg/dns"
 )
 
 // Client looks names up at servers as Server does for the workload: it turns to the next one if a server does not answer,
@@ -53,9 +51,9 @@ func (c *Client) Lookup(ctx context.Context, name string, ipv6 bool) (addresses 
 }
 
 func (c *Client) lookup(ctx context.Context, name string, ipv6 bool) ([]netip.Addr, time.Duration, error) {
-	kind := dns.TypeA
+	kind := typeA
 	if ipv6 {
-		kind = dns.TypeAAAA
+		kind = typeAAAA
 	}
 	raw, err := newQuestion(name, kind)
 	if err != nil {
@@ -73,11 +71,11 @@ func (c *Client) lookup(ctx context.Context, name string, ipv6 bool) ([]netip.Ad
 		return nil, 0, fmt.Errorf("looking up %s: %w", name, err)
 	}
 	switch answer.rcode() {
-	case dns.RcodeSuccess, dns.RcodeNameError:
+	case rcodeSuccess, rcodeNameError:
 		addresses, ttl := answer.addresses(kind)
 		return addresses, ttl, nil
 	}
-	return nil, 0, fmt.Errorf("looking up %s: the servers answer %s", name, dns.RcodeToString[answer.rcode()])
+	return nil, 0, fmt.Errorf("looking up %s: the servers answer %s", name, rcodeName(answer.rcode()))
 }
 
 // addresses returns the addresses among the answers. They stand behind the aliases that lead to them.
@@ -110,5 +108,5 @@ func newQuestion(name string, kind uint16) ([]byte, error) {
 		raw = append(append(raw, byte(len(label))), label...)
 	}
 	raw = binary.BigEndian.AppendUint16(append(raw, 0), kind)
-	return binary.BigEndian.AppendUint16(raw, dns.ClassINET), nil
+	return binary.BigEndian.AppendUint16(raw, classINET), nil
 }

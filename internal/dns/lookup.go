@@ -2,54 +2,85 @@ package dns
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"net/netip"
-
-	"github.com/miekg/dns"
+	"strings"
 )
 
-// text is the name of a message's question, with its final dot.
+// text is the name of a message's question, with its final dot and escapes (RFC 4343 §2.1).
 func (m *message) text() string {
-	text, _, _ := dns.UnpackDomainName(m.name(), 0)
-	return text
+	var text strings.Builder
+	text.Grow(len(m.question))
+	name := m.name()
+	for ; name[0] > 0; name = afterLabel(name) {
+		for _, b := range name[1:][:name[0]] {
+			appendEscaped(&text, b)
+		}
+		text.WriteByte('.')
+	}
+	if text.Len() == 0 {
+		return "."
+	}
+	return text.String()
 }
 
-// addressesOf returns the addresses in an answer, those of aliases and the hints of services included.
-func addressesOf(raw []byte) (list []netip.Addr) {
-	var m dns.Msg
-	if m.Unpack(raw) != nil {
-		return nil
+func appendEscaped(text *strings.Builder, b byte) {
+	switch {
+	case b < ' ' || b > '~':
+		fmt.Fprintf(text, `\%03d`, b)
+		return
+	case strings.IndexByte(`"().;@\ '`, b) >= 0: // they mean something in master files (RFC 1035 §5.1)
+		text.WriteByte('\\')
 	}
-	add := func(ip []byte) {
-		if address, ok := netip.AddrFromSlice(ip); ok {
-			list = append(list, address.Unmap())
+	text.WriteByte(b)
+}
+
+// hosts returns the addresses in an answer, those of aliases and the hints of services included. Records of another length
+// than their type has are passed over.
+func (m *message) hosts() (list []netip.Addr) {
+	for r := range m.records() {
+		if r.section != answerSection {
+			break
+		}
+		switch data := m.data(r); {
+		case r.kind == typeA && len(data) == 4, r.kind == typeAAAA && len(data) == 16:
+			list = addressesIn(list, data, len(data))
+		case r.kind == typeSVCB, r.kind == typeHTTPS:
+			list = hintsIn(list, data)
 		}
 	}
-	addService := func(values []dns.SVCBKeyValue) {
-		for _, value := range values {
-			switch hint := value.(type) {
-			case *dns.SVCBIPv4Hint:
-				for _, ip := range hint.Hint {
-					add(ip)
-				}
-			case *dns.SVCBIPv6Hint:
-				for _, ip := range hint.Hint {
-					add(ip)
-				}
-			}
-		}
+	return list
+}
+
+// hintsIn appends the addresses among the parameters of a service (RFC 9460 §2.2): a priority, a name that is not
+// compressed, and pairs of key and value.
+func hintsIn(list []netip.Addr, data []byte) []netip.Addr {
+	end, compressed := skipName(data, 2)
+	if end < 0 || compressed {
+		return list
 	}
-	for _, record := range m.Answer {
-		switch r := record.(type) {
-		case *dns.A:
-			add(r.A)
-		case *dns.AAAA:
-			add(r.AAAA)
-		case *dns.HTTPS:
-			addService(r.Value)
-		case *dns.SVCB:
-			addService(r.Value)
+	for data = data[end:]; len(data) >= 4; {
+		key, size := binary.BigEndian.Uint16(data), int(binary.BigEndian.Uint16(data[2:]))
+		if data = data[4:]; size > len(data) {
+			break
 		}
+		switch key {
+		case keyIPv4Hint:
+			list = addressesIn(list, data[:size], 4)
+		case keyIPv6Hint:
+			list = addressesIn(list, data[:size], 16)
+		}
+		data = data[size:]
+	}
+	return list
+}
+
+// addressesIn appends the addresses in data, of size bytes each.
+func addressesIn(list []netip.Addr, data []byte, size int) []netip.Addr {
+	for ; len(data) >= size; data = data[size:] {
+		address, _ := netip.AddrFromSlice(data[:size])
+		list = append(list, address.Unmap())
 	}
 	return list
 }
@@ -57,10 +88,10 @@ func addressesOf(raw []byte) (list []netip.Addr) {
 // LookupNetIP returns the addresses of a host, as a workload's queries are answered, except that Config.Refuse does not
 // apply. network is ip, ip4 or ip6. The error is that of ctx, or that there is no address.
 func (s *Server) LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error) {
-	kinds := map[string][]uint16{"ip": {dns.TypeA, dns.TypeAAAA}, "ip4": {dns.TypeA}, "ip6": {dns.TypeAAAA}}[network]
+	kinds := map[string][]uint16{"ip": {typeA, typeAAAA}, "ip4": {typeA}, "ip6": {typeAAAA}}[network]
 	found := make(chan []netip.Addr, len(kinds))
 	for _, kind := range kinds {
-		raw, err := new(dns.Msg).SetQuestion(dns.Fqdn(host), kind).Pack()
+		raw, err := newQuestion(strings.TrimSuffix(host, "."), kind)
 		if err != nil {
 			return nil, fmt.Errorf("looking up %.100q: %w", host, err)
 		}
@@ -83,13 +114,17 @@ func (s *Server) LookupNetIP(ctx context.Context, network, host string) ([]netip
 
 // lookUp answers one query of LookupNetIP.
 func (s *Server) lookUp(raw []byte) []netip.Addr {
-	m, err := parse(raw)
+	q, err := parse(raw)
 	if err != nil {
 		return nil
 	}
-	r, _, ok := s.known(&m)
+	r, _, ok := s.known(&q)
 	if !ok {
-		r, _ = s.resolve(newQuery(m))
+		r, _ = s.resolve(newQuery(q))
 	}
-	return addressesOf(r.raw)
+	m, err := parse(r.raw)
+	if err != nil {
+		return nil
+	}
+	return m.hosts()
 }

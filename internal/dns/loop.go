@@ -6,8 +6,6 @@ import (
 	"net/netip"
 	"os"
 	"sync"
-
-	"github.com/miekg/dns"
 )
 
 // ownSockets is the set of UDP sockets to upstreams, by local address, with the query that each sends. If the same query
@@ -68,5 +66,5 @@ func (s *Server) refuseLoop(raw []byte) []byte {
 	})
 	s.Stats.Loops.Add(1)
 	q, _ := parse(raw)
-	return s.deliver(&q, reply{raw: failure(&q, dns.RcodeServerFailure)}, "udp", maxPacket, Query{}, s.now())
+	return s.deliver(&q, reply{raw: failure(&q, rcodeServerFailure)}, "udp", maxPacket, Query{}, s.now())
 }

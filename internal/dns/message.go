@@ -4,8 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"iter"
-
-	"github.com/miekg/dns"
 )
 
 const (
@@ -80,7 +78,7 @@ func parse(raw []byte) (message, error) {
 				return m, errMalformed
 			}
 			offset = r.end
-			if r.kind != dns.TypeOPT || section != additionalSection {
+			if r.kind != typeOPT || section != additionalSection {
 				m.extra = true
 				continue
 			}
@@ -174,7 +172,7 @@ func (m *message) udpSize() int {
 // appendOPT appends an OPT without options to a message.
 func appendOPT(raw []byte, size uint16, ttl []byte) []byte {
 	binary.BigEndian.PutUint16(raw[10:], binary.BigEndian.Uint16(raw[10:])+1)
-	raw = append(raw, 0, 0, byte(dns.TypeOPT))
+	raw = append(raw, 0, 0, byte(typeOPT))
 	raw = binary.BigEndian.AppendUint16(raw, size)
 	raw = append(raw, ttl...)
 	return append(raw, 0, 0)

@@ -8,8 +8,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-
-	"github.com/miekg/dns"
 )
 
 // Host is a host of the control plane, and what its name resolves to.
@@ -269,7 +267,7 @@ func afterLabel(name []byte) []byte { return name[1+int(name[0]):] }
 // resolvers that query both types drop the other answer.
 func (t *Table) answer(q *message) []byte {
 	kind := q.kind()
-	if kind != dns.TypeA && kind != dns.TypeAAAA || q.class() != dns.ClassINET || q.opcode() != dns.OpcodeQuery || q.extra {
+	if kind != typeA && kind != typeAAAA || q.class() != classINET || q.opcode() != opcodeQuery || q.extra {
 		return nil
 	}
 	var lowered [maxNameSize]byte
@@ -285,7 +283,7 @@ func (t *Table) answer(q *message) []byte {
 		return nil
 	}
 	addresses, size := t.addresses(host, kind)
-	raw := begin(q, dns.RcodeSuccess, maxNameSize+headerSize+len(addresses)/size*(recordSize+size)+optSize)
+	raw := begin(q, rcodeSuccess, maxNameSize+headerSize+len(addresses)/size*(recordSize+size)+optSize)
 	raw[2] |= bitAA
 	if len(addresses) > 0 {
 		owner := uint16(headerSize)
@@ -300,7 +298,7 @@ func (t *Table) answer(q *message) []byte {
 // addresses returns the addresses of a host, at most as many as a message holds, and the size of one.
 func (t *Table) addresses(host uint32, kind uint16) (addresses []byte, size int) {
 	from, to := t.hosts[host], t.hosts[host+1]
-	if kind == dns.TypeA {
+	if kind == typeA {
 		return t.v4[from.v4:to.v4], 4
 	}
 	return t.v6[from.v6:to.v6], 16
@@ -314,7 +312,7 @@ func appendRecord(raw []byte, owner, kind uint16, size int) []byte {
 	binary.BigEndian.PutUint16(raw[6:], binary.BigEndian.Uint16(raw[6:])+1)
 	raw = binary.BigEndian.AppendUint16(raw, 0xc000|owner)
 	raw = binary.BigEndian.AppendUint16(raw, kind)
-	raw = binary.BigEndian.AppendUint16(raw, dns.ClassINET)
+	raw = binary.BigEndian.AppendUint16(raw, classINET)
 	raw = binary.BigEndian.AppendUint32(raw, nameTTL)
 	return binary.BigEndian.AppendUint16(raw, uint16(size))
 }
@@ -334,7 +332,7 @@ func appendAlias(raw, name []byte, length int) (out []byte, target uint16) {
 	if shared > 0 {
 		size = own + 2
 	}
-	raw = appendRecord(raw, headerSize, dns.TypeCNAME, size)
+	raw = appendRecord(raw, headerSize, typeCNAME, size)
 	target = uint16(len(raw))
 	raw = append(raw, name[:own]...)
 	if shared == 0 {

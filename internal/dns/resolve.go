@@ -4,10 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/netip"
-	"strconv"
 	"time"
-
-	"github.com/miekg/dns"
 )
 
 // query is a query of downstream.
@@ -45,7 +42,7 @@ func (s *Server) answer(raw []byte, transport string, limit int) []byte {
 		s.Stats.InFlight.Add(-1)
 		s.Stats.Overloaded.Add(1)
 		q, _ := parse(raw)
-		return s.deliver(&q, reply{raw: failure(&q, dns.RcodeServerFailure)}, transport, limit, Query{}, start)
+		return s.deliver(&q, reply{raw: failure(&q, rcodeServerFailure)}, transport, limit, Query{}, start)
 	}
 	defer s.Stats.InFlight.Add(-1)
 
@@ -53,10 +50,10 @@ func (s *Server) answer(raw []byte, transport string, limit int) []byte {
 	if err != nil || len(m.question) == 0 || len(m.raw) != len(raw) {
 		s.Stats.Malformed.Add(1)
 		bad := message{raw: raw} // only the header is repeated
-		return s.deliver(&bad, reply{raw: failure(&bad, dns.RcodeFormatError)}, transport, limit, Query{}, start)
+		return s.deliver(&bad, reply{raw: failure(&bad, rcodeFormatError)}, transport, limit, Query{}, start)
 	}
 	if s.Refuse != nil && s.Refuse(m.text()) {
-		return s.deliver(&m, reply{raw: failure(&m, dns.RcodeRefused)}, transport, limit, Query{Refused: true}, start)
+		return s.deliver(&m, reply{raw: failure(&m, rcodeRefused)}, transport, limit, Query{Refused: true}, start)
 	}
 	if r, report, ok := s.known(&m); ok {
 		return s.deliver(&m, r, transport, limit, report, start)
@@ -75,7 +72,7 @@ func (s *Server) known(m *message) (reply, Query, bool) {
 			return reply{}, Query{}, false
 		}
 		s.Stats.Early.Add(1)
-		return reply{raw: failure(m, dns.RcodeServerFailure)}, Query{}, true
+		return reply{raw: failure(m, rcodeServerFailure)}, Query{}, true
 	}
 	raw := names.answer(m)
 	if raw == nil {
@@ -87,7 +84,7 @@ func (s *Server) known(m *message) (reply, Query, bool) {
 
 func newQuery(m message) *query {
 	q := &query{message: m}
-	if m.opcode() != dns.OpcodeQuery || m.extra {
+	if m.opcode() != opcodeQuery || m.extra {
 		return q
 	}
 	name, tail := m.name(), m.question[len(m.name()):]
@@ -118,9 +115,9 @@ func newQuery(m message) *query {
 
 // resolve finds the answer to q: in the cache, from an identical query in progress, or from an upstream.
 func (s *Server) resolve(q *query) (reply, Query) {
-	if kind := q.kind(); q.opcode() == dns.OpcodeQuery && (kind == dns.TypeAXFR || kind == dns.TypeIXFR) {
+	if kind := q.kind(); q.opcode() == opcodeQuery && (kind == typeAXFR || kind == typeIXFR) {
 		// A transfer consists of many messages. The first alone would be mistaken for the whole zone.
-		return reply{raw: failure(&q.message, dns.RcodeNotImplemented)}, Query{}
+		return reply{raw: failure(&q.message, rcodeNotImplemented)}, Query{}
 	}
 	if raw := s.cache.get(q, s.now()); raw != nil {
 		s.Stats.Cached.Add(1)
@@ -159,7 +156,7 @@ func (s *Server) deliver(q *message, r reply, transport string, limit int, repor
 	m, err := parse(r.raw)
 	if err != nil || transport == "tcp" && m.truncated() {
 		// The upstream truncated the answer and did not answer over TCP. TC has no meaning over TCP.
-		m, _ = parse(failure(q, dns.RcodeServerFailure))
+		m, _ = parse(failure(q, rcodeServerFailure))
 	}
 	out, cut := m.fit(limit)
 	copy(out[2:4], q.raw)
@@ -167,19 +164,15 @@ func (s *Server) deliver(q *message, r reply, transport string, limit int, repor
 		s.Stats.Truncated.Add(1)
 	}
 	s.Stats.Answers[m.rcode()].Add(1)
-	if s.Learn != nil && m.rcode() == dns.RcodeSuccess && len(q.question) > 0 {
-		s.Learn(q.text(), addressesOf(r.raw))
+	if s.Learn != nil && m.rcode() == rcodeSuccess && len(q.question) > 0 {
+		s.Learn(q.text(), m.hosts())
 	}
 	if s.Sink == nil || len(q.question) == 0 {
 		return out
 	}
 	report.Transport, report.Truncated, report.Duration = transport, cut || m.truncated(), s.now().Sub(start)
 	report.Name = q.text()
-	report.Type = dns.Type(q.kind()).String()
-	report.Rcode = dns.RcodeToString[m.rcode()]
-	if report.Rcode == "" {
-		report.Rcode = "RCODE" + strconv.Itoa(m.rcode())
-	}
+	report.Type, report.Rcode = typeName(q.kind()), rcodeName(m.rcode())
 	s.Sink(report)
 	return out
 }

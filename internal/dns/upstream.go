@@ -13,8 +13,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"github.com/miekg/dns"
 )
 
 const (
@@ -68,7 +66,7 @@ func (s *Server) forward(parent context.Context, q *query) reply {
 			s.worked(u)
 			answered[u] = true
 			switch raw[3] & 0xf {
-			case dns.RcodeServerFailure, dns.RcodeRefused, dns.RcodeNotImplemented:
+			case rcodeServerFailure, rcodeRefused, rcodeNotImplemented:
 			default:
 				return last
 			}
@@ -76,7 +74,7 @@ func (s *Server) forward(parent context.Context, q *query) reply {
 	}
 	if last.raw == nil {
 		s.Stats.Unanswered.Add(1)
-		last.raw = failure(&q.message, dns.RcodeServerFailure)
+		last.raw = failure(&q.message, rcodeServerFailure)
 	}
 	return last
 }
@@ -129,7 +127,7 @@ func (s *Server) try(ctx context.Context, u *upstream, q *query, extend bool) ([
 		wire = appendOPT(wire, wholePacket, make([]byte, 4))
 	}
 	raw, err := s.exchange(ctx, u, wire)
-	if err == nil && added && raw[3]&0xf == dns.RcodeFormatError {
+	if err == nil && added && raw[3]&0xf == rcodeFormatError {
 		// A server without EDNS (RFC 6891 §7).
 		return s.exchange(ctx, u, bytes.Clone(q.raw))
 	}
@@ -242,10 +240,10 @@ func check(query *message, raw []byte) (whole []byte, matches bool, err error) {
 			bytes.Equal(answer.question[len(answer.name()):], query.question[len(query.name()):])
 	case err == nil:
 		switch answer.rcode() {
-		case dns.RcodeFormatError, dns.RcodeServerFailure, dns.RcodeNotImplemented, dns.RcodeRefused:
+		case rcodeFormatError, rcodeServerFailure, rcodeNotImplemented, rcodeRefused:
 			matches = true
 		default:
-			matches = answer.opcode() != dns.OpcodeQuery // RFC 2136 §3.8
+			matches = answer.opcode() != opcodeQuery // RFC 2136 §3.8
 		}
 	}
 	return answer.raw, matches, err
@@ -263,7 +261,7 @@ func (s *Server) adapt(q *query, raw []byte) []byte {
 		return raw
 	case m.ttl(m.opt)[0] != 0:
 		// An extended code cannot be sent without EDNS, and its low bits alone may mean NOERROR.
-		return failure(&q.message, dns.RcodeServerFailure)
+		return failure(&q.message, rcodeServerFailure)
 	}
 	return m.cutOPT()
 }

@@ -174,6 +174,9 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	}
 	b = x.s.Read.Bytes() // a wait may have moved them
 	x.request.src = x.s.Down
+	if p := policyOf(&x.decision, x.settings); p != nil {
+		x.trace(p, b)
+	}
 	head := x.request.reserve(x.requestHead.Length + addedFields + x.s.Peers.added())
 	if editsRequest(x.decision.Plan) || x.decision.Path != nil || len(x.decision.Edits) > 0 {
 		x.request.head = x.appendEditedRequest(head, b)

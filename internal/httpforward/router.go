@@ -14,6 +14,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -90,6 +91,9 @@ type Decision struct {
 
 	HTTP2        bool // the protocol of the endpoint is HTTP/2; without it HTTP/1.1
 	AsDownstream bool // the protocol of the endpoint is downstream's
+
+	// Tracing replaces Settings.Tracing; nil: it does not.
+	Tracing *tracing.Policy
 
 	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
 	// cluster: only those of the mesh receive metadata.

@@ -5,12 +5,12 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/iptables/nft"
 )
 
 var littleEndian = binary.NativeEndian.Uint16([]byte{1, 0}) == 1
@@ -18,17 +18,15 @@ var littleEndian = binary.NativeEndian.Uint16([]byte{1, 0}) == 1
 // dropGroup is the group of nfnetlink_log to which rejected datagrams are reported.
 const dropGroup = 5
 
-// rule is one rule: the conditions, and what happens to a packet that meets all of them.
-type rule struct{ expressions []expr.Any }
-
-func when(parts ...[]expr.Any) rule { return rule{slices.Concat(parts...)} }
+// when makes a rule of conditions, and of what happens to a packet that meets all of them.
+func when(parts ...[]expr.Any) []expr.Any { return slices.Concat(parts...) }
 
 // rules are those of the two chains.
-type rules struct{ redirect, reject []rule }
+type rules struct{ redirect, reject [][]expr.Any }
 
 // rulesFor returns the rules. The first chain redirects DNS queries to any server, loopback included, and TCP to all other
-// hosts. The second one rejects everything that would leave. The sandbox has no way out in any case; rejecting reports that
-// to the program at once.
+// hosts. The second one rejects everything that would leave, except datagrams that a packet socket takes. The sandbox has no
+// way out in any case; rejecting reports that to the program at once.
 func rulesFor(config *Config, s *sockets) rules {
 	var r rules
 	r.redirect = append(r.redirect,
@@ -49,6 +47,12 @@ func rulesFor(config *Config, s *sockets) rules {
 		r.redirect, r.reject = append(r.redirect, pass), append(r.reject, pass)
 	}
 	r.redirect = append(r.redirect, when(protocol(unix.IPPROTO_TCP), redirect(s.tcp)))
+	if config.Datagrams {
+		for _, prefix := range groups {
+			r.reject = append(r.reject, when(destination(prefix), protocol(unix.IPPROTO_UDP), report(), refuse()))
+		}
+		r.reject = append(r.reject, when(protocol(unix.IPPROTO_UDP), verdict(expr.VerdictAccept))) // to a packet socket
+	}
 	r.reject = append(r.reject,
 		when(protocol(unix.IPPROTO_UDP), report(), refuse()),
 		when(protocol(unix.IPPROTO_ICMPV6), verdict(expr.VerdictDrop)), // the kernel's own, such as router solicitations
@@ -59,6 +63,7 @@ func rulesFor(config *Config, s *sockets) rules {
 
 var (
 	loopback = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
+	groups   = []netip.Prefix{netip.MustParsePrefix("224.0.0.0/4"), netip.MustParsePrefix("255.255.255.255/32"), netip.MustParsePrefix("ff00::/8")}
 	own      = append(slices.Clone(loopback), netip.PrefixFrom(Address4, 32), netip.PrefixFrom(Address6, 128))
 )
 
@@ -120,24 +125,10 @@ func refuse() []expr.Any {
 
 func reset() []expr.Any { return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}} }
 
-// installRules installs the rules in one transaction.
-func installRules(r rules) error {
-	conn, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	table := conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "pillion"})
-	redirecting := conn.AddChain(&nftables.Chain{
-		Table: table, Name: "redirect", Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest,
-	})
-	rejecting := conn.AddChain(&nftables.Chain{
-		Table: table, Name: "reject", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter,
-	})
-	for _, one := range r.redirect {
-		conn.AddRule(&nftables.Rule{Table: table, Chain: redirecting, Exprs: one.expressions})
-	}
-	for _, one := range r.reject {
-		conn.AddRule(&nftables.Rule{Table: table, Chain: rejecting, Exprs: one.expressions})
-	}
-	return conn.Flush()
+// install installs the rules in one transaction.
+func (r rules) install() error {
+	return nft.Create(
+		nft.Base{Name: "redirect", Kind: "nat", Hook: unix.NF_INET_LOCAL_OUT, Priority: -100, Rules: r.redirect},
+		nft.Base{Name: "reject", Kind: "filter", Hook: unix.NF_INET_LOCAL_OUT, Rules: r.reject},
+	)
 }

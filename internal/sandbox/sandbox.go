@@ -38,6 +38,7 @@ type Config struct {
 	Environment []string      // variables besides those of the caller, as NAME=value
 	IPv6        bool          // give the namespace an IPv6 address and route, so that programs try IPv6
 	Loopback    capture.Ports // ports of loopback addresses that are captured too
+	Datagrams   bool          // UDP to other ports than DNS's arrives at Sandbox.Packets; otherwise it is rejected
 
 	// Dropped receives the destination of each datagram that the rules reject. It is called from one goroutine and must
 	// not block. nil: not reported.
@@ -49,6 +50,10 @@ type Sandbox struct {
 	TCP    []*net.TCPListener // receives captured connections, one for each address family
 	DNS    []*net.UDPConn     // receives captured DNS queries over UDP
 	DNSTCP []*net.TCPListener // the same over TCP
+
+	// Packets receive UDP as frames of Ethernet, and deliver frames to the command; one for each address family. The command's
+	// end of the link has datagram.HardwareAddress.
+	Packets []*os.File
 
 	config  Config
 	ports   []uint16 // of the listeners
@@ -250,6 +255,10 @@ func (s *Sandbox) awaitReady(privileged bool) error {
 // adopt takes ownership of a socket.
 func (s *Sandbox) adopt(kind string, fd int) error {
 	file := os.NewFile(uintptr(fd), kind)
+	if kind == "packets" {
+		s.Packets = append(s.Packets, file)
+		return nil
+	}
 	defer file.Close()
 	if kind == "dns" {
 		conn, err := net.FilePacketConn(file)
@@ -398,5 +407,8 @@ func (s *Sandbox) Close() {
 	}
 	for _, c := range s.DNS {
 		c.Close()
+	}
+	for _, p := range s.Packets {
+		p.Close()
 	}
 }

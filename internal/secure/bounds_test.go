@@ -44,7 +44,7 @@ func TestALargeHandshakeIsEnded(t *testing.T) {
 func TestStalledHandshakesAreInTheBudget(t *testing.T) {
 	w := newWorld(t)
 	const fit, more = 4, 3
-	memory := Memory{budget.New(fit*(handshakeMemory+100) + handshakeMemory/2), netip.MustParseAddr("198.51.100.1")}
+	memory := Memory{budget.New(fit*(handshakeMemory+maxRecord+100) + handshakeMemory/2), netip.MustParseAddr("198.51.100.1")}
 	ended := make(chan error)
 	var clients []net.Conn
 	for range fit + more {

@@ -38,6 +38,7 @@ func NewServer(config ServerConfig) *ServerContext {
 		}
 		if s, ok := hello.Conn.(*socket); ok {
 			s.presented = certificate.Leaf
+			s.pause() // half of the computation is done: keys are agreed on, and the signature follows
 		}
 		return certificate, nil
 	}

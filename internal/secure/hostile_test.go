@@ -6,11 +6,17 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
+	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/secure/securetest"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // byByte writes each byte on its own.
@@ -43,6 +49,98 @@ func TestUnusualHandshakesSucceed(t *testing.T) {
 		if err != nil || e.session.SPIFFE != idOfClient || e.session.Protocol != "h2" {
 			t.Errorf("%s: %+v, %v", name, e.session, err)
 		}
+	}
+}
+
+// observedSigner calls observe before each signature.
+type observedSigner struct {
+	crypto.Signer
+	observe func()
+}
+
+func (s observedSigner) Sign(random io.Reader, digest []byte, options crypto.SignerOpts) ([]byte, error) {
+	s.observe()
+	return s.Signer.Sign(random, digest, options)
+}
+
+// Others run in the middle of the server's computation, between the agreement on keys and the signature.
+func TestOthersRunBeforeTheSignature(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	const handshakes = 10
+	w := newWorld(t)
+	config := w.mutual()
+	ran := 0
+	config.Certificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		var other atomic.Bool
+		go other.Store(true)
+		certificate := *w.server
+		certificate.PrivateKey = observedSigner{w.server.PrivateKey.(crypto.Signer), func() {
+			if other.Load() {
+				ran++
+			}
+		}}
+		return &certificate, nil
+	}
+	for range handshakes {
+		if _, _, err := w.serve(t, config, w.peer(), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if ran < handshakes/2 { // Go's scheduler resumes one of 61 goroutines that yield at once
+		t.Errorf("others ran before the signature in %d handshakes of %d", ran, handshakes)
+	}
+}
+
+// A record whose rest does not come occupies memory of the budget, and no other.
+func TestAnUnfinishedRecordIsNotPassedOn(t *testing.T) {
+	for name, c := range map[string]struct {
+		bytes  []byte
+		waits  bool
+		passes int // to crypto/tls at the end of the connection
+	}{
+		"nothing":                    {nil, true, 0},
+		"a part of a header":         {[]byte{22, 3, 1}, true, 3},
+		"a header":                   {[]byte{22, 3, 1, 0x40, 0}, true, 5},
+		"a part of a record":         {[]byte{22, 3, 1, 0, 3, 1, 2}, true, 5},
+		"a record":                   {[]byte{22, 3, 1, 0, 3, 1, 2, 3}, false, 5},
+		"a record of TLS 1.2":        {[]byte{23, 3, 3, 0x48, 0}, true, 5},
+		"one that is too large":      {[]byte{23, 3, 3, 0x48, 1}, false, 5},
+		"another protocol":           {[]byte("SSH-2.0"), false, 5},
+		"a record and the next part": {[]byte{22, 3, 1, 0, 1, 9, 22}, false, 5},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			far, near := w.pair(t)
+			if _, err := far.Write(c.bytes); err != nil {
+				t.Fatal(err)
+			}
+			waiter := tcp.NewWaiter(t.Context())
+			defer waiter.Close()
+			s, waited := &socket{}, false
+			near.SetLayer(nil, func(raw *tcp.Socket) tcp.Layer {
+				s.raw = raw
+				return &layer{conn: tls.Server(s, &tls.Config{})}
+			})
+			s.wait = func() error {
+				if len(s.bytes) < len(c.bytes) { // the network has not delivered them
+					return waiter.Wait(time.Now().Add(nettest.Patience), near, nil)
+				}
+				if !waited {
+					far.Close()
+				}
+				waited = true
+				return waiter.Wait(time.Now().Add(nettest.Patience), near, nil)
+			}
+			var p [100]byte
+			n, err := s.Read(p[:])
+			if waited != c.waits || n != c.passes || (err == io.EOF) != (n == 0) {
+				t.Errorf("waited: %v; %d bytes, %v; want %v, %d", waited, n, err, c.waits, c.passes)
+			}
+			s.drop()
+			if s.size() != 0 || len(s.bytes) != 0 {
+				t.Error("memory is left")
+			}
+		})
 	}
 }
 

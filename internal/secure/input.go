@@ -7,13 +7,16 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// Sizes of TLS 1.3 (RFC 8446 §5). Those of TLS 1.2 are larger, and only crypto/tls reads its records.
+// Sizes of TLS 1.3 (RFC 8446 §5). Those of TLS 1.2 are larger, and only crypto/tls decodes its records.
 const (
 	headerSize    = 5
 	tagSize       = 16 // of AES-GCM
 	maxPlaintext  = 16 << 10
 	maxCiphertext = maxPlaintext + 256
 	maxRecord     = headerSize + maxCiphertext
+
+	majorVersion    = 3                   // in the header of a record, of all versions
+	maxCiphertext12 = maxPlaintext + 2048 // of TLS 1.2 (RFC 5246 §6.2.3)
 )
 
 // Memory for raw bytes is pooled, so that an idle connection does not occupy any.
@@ -74,6 +77,23 @@ func (in *input) rest() {
 		in.release()
 		in.piece = moved
 	}
+}
+
+// size returns the memory for raw bytes.
+func (in *input) size() (n int) {
+	if in.block != nil {
+		n += len(in.block)
+	}
+	if in.piece != nil {
+		n += len(in.piece)
+	}
+	return n
+}
+
+// drop drops the bytes, and gives their memory back.
+func (in *input) drop() {
+	in.bytes = nil
+	in.release()
 }
 
 func (in *input) release() {

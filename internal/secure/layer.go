@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"time"
@@ -97,8 +98,8 @@ func Client(w *tcp.Waiter, c *tcp.Conn, context *ClientContext, deadline time.Ti
 	})
 }
 
-// handshake computes for some 0.3 ms. It takes turns with other connections that have work, before it begins and when bytes
-// have arrived, so that a flood of handshakes does not delay the requests of others.
+// handshake computes for some 0.3 ms. It takes turns with other connections that have work, before it begins, when bytes have
+// arrived and before a server signs, so that a flood of handshakes does not delay the requests of others.
 //
 // It needs a stack of 16 KiB or more. The stack of a goroutine shrinks late or not at all.
 func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, deadline time.Time, server bool, start func(*socket) *tls.Conn) (*Session, error) {
@@ -108,7 +109,8 @@ func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, dead
 	l := &layer{}
 	c.SetLayer(read, func(raw *tcp.Socket) tcp.Layer {
 		l.socket = socket{input: input{raw: raw}, wait: func() error {
-			if !held.Hold(handshakeMemory + 2*l.socket.received) { // the buffers of crypto/tls grow twofold
+			s := &l.socket
+			if !held.Hold(handshakeMemory + 2*s.received + s.size()) { // the buffers of crypto/tls grow twofold
 				return budget.ErrEvicted
 			}
 			err := w.Wait(deadline, c, nil)
@@ -117,15 +119,16 @@ func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, dead
 			}
 			w.Pause(c)
 			return err
-		}}
+		}, pause: func() { w.Pause(c) }}
 		l.conn = start(&l.socket)
 		return l
 	})
 	w.Pause(c)
 	defer w.EndTurn()
 	err := l.conn.Handshake()
-	l.socket.wait = nil
+	l.socket.wait, l.socket.pause = nil, nil
 	if err != nil {
+		l.socket.drop()
 		return nil, failureOf(err)
 	}
 	session := sessionOf(l.conn.ConnectionState())
@@ -196,7 +199,8 @@ func (l *layer) Buffered() bool {
 // handshake is in crypto/tls when the handshake has ended.
 type socket struct {
 	input
-	wait func() error // blocks in a handshake; nil: reads do not block
+	wait  func() error // blocks in a handshake; nil: reads do not block
+	pause func()       // lets others run in the middle of a handshake
 
 	presented *x509.Certificate // by a server, during the handshake
 	secrets   secrets           // of the handshake
@@ -209,10 +213,13 @@ type socket struct {
 
 // Read is called when crypto/tls has no whole record.
 func (s *socket) Read(p []byte) (int, error) {
-	for len(s.bytes) == 0 {
+	for s.incomplete() {
 		err := s.fill()
 		if err == tcp.ErrAgain && s.wait != nil {
 			err = s.wait()
+		}
+		if err == io.EOF && len(s.bytes) > 0 {
+			break
 		}
 		if err != nil {
 			return 0, err
@@ -228,6 +235,17 @@ func (s *socket) Read(p []byte) (int, error) {
 		}
 	}
 	return n, nil
+}
+
+// incomplete reports whether there is nothing to pass on. In a handshake, records are passed on as a whole: crypto/tls
+// allocates room for a record after its header, which would be garbage when the rest does not come. Invalid headers are
+// passed on at once, so that crypto/tls rejects them.
+func (s *socket) incomplete() bool {
+	if s.wait == nil || s.left > 0 || s.have > 0 {
+		return len(s.bytes) == 0
+	}
+	size, whole := s.record()
+	return !whole && (size == 0 || s.bytes[1] == majorVersion && size <= headerSize+maxCiphertext12)
 }
 
 // follow moves bytes of one header, or of the rest of one record, to p.

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -104,6 +105,12 @@ func (l *Listener) WakeAll() { l.poller.WakeAll() }
 
 // SetDeadline makes Accept fail with os.ErrDeadlineExceeded from t on.
 func (l *Listener) SetDeadline(t time.Time) error { return l.file.SetReadDeadline(t) }
+
+// Yield lets goroutines run: those whose connections have events, and those of connections that Accept has returned.
+func (l *Listener) Yield() {
+	l.poller.poll()
+	runtime.Gosched()
+}
 
 // Close closes the listener. The kernel resets connections in its queue.
 func (l *Listener) Close() error { return l.file.Close() }

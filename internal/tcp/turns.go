@@ -46,9 +46,10 @@ func (w *Waiter) Yield(c *Conn) {
 }
 
 // Pause is Yield for an owner in the middle of work without reads and writes. The next Wait still ends because of the events.
+//
+// Goroutines with events run last, just before it returns: the goroutine that has handed its processor over may have waited or
+// ended after its turn, without a poll.
 func (w *Waiter) Pause(c *Conn) {
-	c.poller.poll()   // Go's scheduler would not poll before all goroutines wait, or 10 ms have passed
-	runtime.Gosched() // to the end of the global queue: the goroutines that poll has woken run first
 	t := w.turn.Load()
 	if t == nil {
 		t = newTurn(&c.poller.turns, w)
@@ -59,6 +60,8 @@ func (w *Waiter) Pause(c *Conn) {
 		t.of.resize(runtime.GOMAXPROCS(0))
 	}
 	t.pass()
+	c.poller.poll()   // Go's scheduler would not poll before all goroutines wait, or 10 ms have passed
+	runtime.Gosched() // to the end of the global queue: the goroutines that poll has woken run first
 }
 
 // EndTurn gives up the processor of a goroutine that has yielded, as Wait does. A goroutine that blocks otherwise calls it

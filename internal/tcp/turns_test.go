@@ -133,6 +133,54 @@ func TestAnEventComesBeforeTheTurnsOfBusyGoroutines(t *testing.T) {
 	}
 }
 
+// A goroutine that ends its turn hands the processor to the next one. Events are noticed between the two, although no goroutine
+// yields after its turn.
+func TestAnEventComesBeforeTheNextTurn(t *testing.T) {
+	const queue, at = 100, 10
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // otherwise the speed of other threads would count
+	p := newPoller(t)
+	peer, light := connected(t, p, "127.0.0.1:0")
+	defer peer.Close()
+	defer light.Close()
+	heavy, other := connected(t, p, "127.0.0.1:0")
+	defer heavy.Close()
+	defer other.Close()
+	var done sync.WaitGroup
+	var turns atomic.Int64
+	woken := make(chan int64, 1)
+	done.Go(func() {
+		w := NewWaiter(t.Context())
+		defer w.Close()
+		var b [1]byte
+		for n := 0; n <= 0; n, _ = light.Read(b[:]) {
+			if w.Wait(time.Time{}, light, nil) != nil {
+				return
+			}
+		}
+		woken <- turns.Load()
+	})
+	first := NewWaiter(t.Context())
+	defer first.Close()
+	first.Pause(heavy) // the others queue
+	for range queue {
+		done.Go(func() {
+			w := NewWaiter(t.Context())
+			defer w.Close()
+			w.Pause(heavy)
+			if turns.Add(1) == at {
+				peer.Write([]byte("x"))
+			}
+			w.EndTurn()
+		})
+	}
+	nettest.Eventually(t, "the others queue", func() bool { return p.turns.queued() == queue })
+	first.EndTurn()
+	done.Wait()
+	if late := <-woken - at; late > 4 { // more than one because the race detector makes the scheduler choose at random
+		t.Errorf("%d turns passed between an event and the goroutine that waited for it", late)
+	}
+}
+
 // A goroutine that finds an event each time it is about to wait is as busy as one that yields.
 func TestWaitsThatEndAtOnceYield(t *testing.T) {
 	p := newPoller(t)

@@ -149,7 +149,7 @@ func inbound(strict bool) *listener.Listener {
 		StatPrefix: "InboundPassthroughCluster", ClusterSpecifier: &tcpproxy.TcpProxy_Cluster{Cluster: "InboundPassthroughCluster"},
 	})}}
 	secret := func(name string) *tls.SdsSecretConfig { return &tls.SdsSecretConfig{Name: name} }
-	mutual := &tls.DownstreamTlsContext{
+	context := &tls.DownstreamTlsContext{
 		RequireClientCertificate: wrapperspb.Bool(true),
 		CommonTlsContext: &tls.CommonTlsContext{
 			AlpnProtocols:                  []string{"h2", "http/1.1"},
@@ -159,7 +159,7 @@ func inbound(strict bool) *listener.Listener {
 	}
 	chains := []*listener.FilterChain{{
 		Name: "mutual", Filters: []*listener.Filter{forward}, FilterChainMatch: &listener.FilterChainMatch{TransportProtocol: "tls"},
-		TransportSocket: &core.TransportSocket{Name: "envoy.transport_sockets.tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(mutual)}},
+		TransportSocket: &core.TransportSocket{Name: "envoy.transport_sockets.tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(context)}},
 	}}
 	if !strict {
 		chains = append(chains, &listener.FilterChain{
@@ -184,15 +184,9 @@ func addOutbound(resources map[resource.Type][]types.Resource, address string) e
 		return err
 	}
 	const name = "outbound|80||secured.shop.svc.cluster.local"
-	secret := func(name string) *tls.SdsSecretConfig { return &tls.SdsSecretConfig{Name: name} }
-	context := &tls.UpstreamTlsContext{Sni: "outbound_.80_._.secured.shop.svc.cluster.local", CommonTlsContext: &tls.CommonTlsContext{
-		AlpnProtocols:                  []string{"istio-peer-exchange", "istio"},
-		TlsCertificateSdsSecretConfigs: []*tls.SdsSecretConfig{secret("default")},
-		ValidationContextType:          &tls.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: secret("ROOTCA")},
-	}}
 	resources[resource.ClusterType] = append(resources[resource.ClusterType], &cluster.Cluster{
 		Name: name, ClusterDiscoveryType: &cluster.Cluster_Type{Type: cluster.Cluster_ORIGINAL_DST}, LbPolicy: cluster.Cluster_CLUSTER_PROVIDED,
-		TransportSocket: &core.TransportSocket{Name: "envoy.transport_sockets.tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(context)}},
+		TransportSocket: mutual("outbound_.80_._.secured.shop.svc.cluster.local"),
 	})
 	routes := &route.RouteConfiguration{Name: "80", VirtualHosts: []*route.VirtualHost{{
 		Name: "secured.shop.svc.cluster.local:80", Domains: []string{at.String(), fmt.Sprintf("workload.example:%d", at.Port())},
@@ -215,6 +209,17 @@ func addOutbound(resources map[resource.Type][]types.Resource, address string) e
 		}}}},
 	})
 	return nil
+}
+
+// mutual is mutual TLS with servers of the mesh.
+func mutual(sni string) *core.TransportSocket {
+	secret := func(name string) *tls.SdsSecretConfig { return &tls.SdsSecretConfig{Name: name} }
+	context := &tls.UpstreamTlsContext{Sni: sni, CommonTlsContext: &tls.CommonTlsContext{
+		AlpnProtocols:                  []string{"istio-peer-exchange", "istio"},
+		TlsCertificateSdsSecretConfigs: []*tls.SdsSecretConfig{secret("default")},
+		ValidationContextType:          &tls.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: secret("ROOTCA")},
+	}}
+	return &core.TransportSocket{Name: "envoy.transport_sockets.tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(context)}}
 }
 
 func packed(message proto.Message) *anypb.Any {

@@ -17,6 +17,7 @@ import (
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	previoushosts "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
 	matcher "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	percent "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
@@ -39,6 +40,7 @@ type subset struct {
 	Name      string
 	Endpoints []host
 	Outliers  bool // 3 failures in a row eject for a second
+	Mutual    bool // the endpoints require mutual TLS
 }
 
 type host struct {
@@ -107,6 +109,9 @@ func (s *services) add(resources map[resource.Type][]types.Resource) {
 				BaseEjectionTime: durationpb.New(time.Second), MaxEjectionPercent: wrapperspb.UInt32(100),
 			}
 		}
+		if c.Mutual {
+			config.TransportSocket = mutual("outbound_." + fmt.Sprint(s.Port) + "_._." + s.Host)
+		}
 		resources[resource.ClusterType] = append(resources[resource.ClusterType], config)
 		resources[resource.EndpointType] = append(resources[resource.EndpointType], c.assignment())
 	}
@@ -159,8 +164,11 @@ func (s *services) routes() *route.RouteConfiguration {
 		if rule.Retries > 0 {
 			action.RetryPolicy = &route.RetryPolicy{
 				RetryOn: "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes", NumRetries: wrapperspb.UInt32(rule.Retries),
-				RetriableStatusCodes:          []uint32{503},
-				RetryHostPredicate:            []*route.RetryPolicy_RetryHostPredicate{{Name: "envoy.retry_host_predicates.previous_hosts"}},
+				RetriableStatusCodes: []uint32{503},
+				RetryHostPredicate: []*route.RetryPolicy_RetryHostPredicate{{
+					Name:       "envoy.retry_host_predicates.previous_hosts",
+					ConfigType: &route.RetryPolicy_RetryHostPredicate_TypedConfig{TypedConfig: packed(&previoushosts.PreviousHostsPredicate{})},
+				}},
 				HostSelectionRetryMaxAttempts: 5,
 			}
 		}
@@ -175,5 +183,5 @@ func (s *services) routes() *route.RouteConfiguration {
 		}
 		v.Routes = append(v.Routes, r)
 	}
-	return &route.RouteConfiguration{Name: fmt.Sprint(s.Port), VirtualHosts: []*route.VirtualHost{v}}
+	return &route.RouteConfiguration{Name: fmt.Sprint(s.Port), VirtualHosts: []*route.VirtualHost{v}, IgnorePortInHostMatching: true}
 }

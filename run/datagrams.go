@@ -1,0 +1,60 @@
+package run
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/datagram"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/sandbox"
+)
+
+// Reasons of records of datagrams. They are not those of connections.
+const (
+	udpRejected = "udp_rejected" // datagrams are not carried
+	udpFailed   = "udp_failed"   // the last error was reported to the command
+)
+
+// carryDatagrams carries the command's datagrams. The policy judges them by address, because they claim no name.
+func (t *traffic) carryDatagrams(box *sandbox.Sandbox, records *records) {
+	config := datagram.Config{Links: box.Packets, Addresses: []netip.Addr{sandbox.Address4, sandbox.Address6}, Ended: records.exchanged}
+	if t.policy != nil {
+		config.Judge = func(to netip.AddrPort) string { return t.policy.Connection(to, "") }
+	}
+	t.datagrams = datagram.New(config)
+}
+
+// exchanged records a flow of datagrams. Flows that were not carried are recorded once for each destination.
+func (r *records) exchanged(f datagram.Flow) {
+	record := live.Record{
+		Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "UDP",
+		Downstream: f.Client.String(), Destination: f.Destination.String(),
+		DurationMS: float64(f.Used.Sub(f.Opened).Microseconds()) / 1000, Received: f.Sent, Sent: f.Received, Reason: string(flow.Completed),
+	}
+	switch {
+	case f.Denied != "":
+		record.Reason, record.Failed, record.Failure = string(flow.Denied), true, f.Denied
+	case f.Failure != "":
+		record.Reason, record.Failed, record.Failure = udpFailed, true, f.Failure
+	}
+	if f.Sent == 0 && !r.first("udp "+record.Destination+" "+record.Reason) {
+		return
+	}
+	r.add(event{Record: record})
+}
+
+// dropped records a datagram that was rejected, once for each destination.
+func (r *records) dropped(destination string) {
+	if !r.first("udp " + destination) {
+		return
+	}
+	failure := "UDP is not carried: --udp allow carries it"
+	if r.config.Datagrams {
+		failure = "datagrams to groups of hosts are not carried"
+	}
+	r.add(event{Record: live.Record{
+		Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "UDP", Destination: destination,
+		Reason: udpRejected, Failed: true, Failure: failure,
+	}})
+}
