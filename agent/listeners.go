@@ -75,6 +75,8 @@ func (a *Agent) addListeners() error {
 		Wait:         a.config.ControlPlane.Wait,
 		Lookup:       a.lookup(),
 		Log:          a.log,
+		StrictPaths:  a.config.ControlPlane.StrictPaths,
+		Rejudge:      a.config.ControlPlane.Rejudge,
 		Peers:        a.plane.peers,
 	})
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/serve/servetest"
 )
 
 // configure puts filters into all chains of a mode, and clusters with one endpoint each.
@@ -319,4 +320,100 @@ func TestKeysThatCannotBeFetchedVerifyNothing(t *testing.T) {
 		m.Await(t)
 		c.Close()
 	}
+}
+
+// A stream that waits for an answer is decided about by it, and responses of others arrive meanwhile.
+func TestStreamsWaitForAnswers(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	release := make(chan struct{})
+	at := listenLocally(t, func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-release:
+		case <-r.Context().Done():
+		}
+		if r.Header.Get("Authorization") != "good" {
+			w.WriteHeader(401)
+		}
+	})
+	m.configure(t, "STRICT, HTTP", custom(&mesh.ExtAuthz{
+		HTTP: &mesh.HTTPAuthz{Service: mesh.HTTPService{Cluster: "checker", Timeout: nettest.Patience}},
+	}), nil, map[string]netip.AddrPort{"checker": at})
+	c := m.http2(t, 81)
+	if response, err := c.Get("http://a/"); err != nil || response.StatusCode != 200 {
+		t.Fatalf("%v, %v", response, err)
+	}
+	m.Await(t)
+	answers := make(chan int)
+	for _, credential := range []string{"good", "bad", "good"} {
+		go func() {
+			request, err := http.NewRequest("GET", "http://a/admin", nil)
+			if err != nil {
+				panic(err)
+			}
+			request.Header.Set("Authorization", credential)
+			response, err := c.Do(request)
+			if err != nil {
+				answers <- 0
+				return
+			}
+			response.Body.Close()
+			answers <- response.StatusCode
+		}()
+	}
+	close(release)
+	got := map[int]int{}
+	for range 3 {
+		got[<-answers]++
+		m.Await(t)
+	}
+	if got[200] != 2 || got[401] != 1 {
+		t.Errorf("the answers were %v", got)
+	}
+	if response, err := c.Get("http://a/"); err != nil || response.StatusCode != 200 {
+		t.Errorf("afterwards: %v, %v", response, err)
+	}
+	m.Await(t)
+}
+
+// With Rejudge, an open connection of bytes ends at once when a changed policy denies it.
+func TestAChangedPolicyEndsConnections(t *testing.T) {
+	m := newMeshRigOf(t, "STRICT, TCP", detectionDelay, func(c *Config) { c.Rejudge = true })
+	dialled := m.Listen(t, "82")
+	conn, err := m.handshake(t, m.Dial(t, m.At(82)), m.client, meshTCP...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(conn, "question")
+	workload := servetest.Take(t, dialled)
+	servetest.Expect(t, workload, "question")
+	m.enforce(t, "STRICT, TCP", rbac(mesh.Deny, anything, ofOthers))
+	m.Wake()
+	io.WriteString(conn, "more")
+	servetest.Expect(t, workload, "more")
+	m.enforce(t, "STRICT, TCP", rbac(mesh.Deny, anything, ofClient))
+	m.Wake()
+	if _, err := conn.Read(make([]byte, 1)); err == nil {
+		t.Error("the connection goes on")
+	}
+	if got := m.Await(t); got.Reason != flow.PolicyDenied {
+		t.Errorf("the record has %v, %v", got.Reason, got.Err)
+	}
+	workload.Close()
+	conn.Close()
+}
+
+// With StrictPaths, paths that servers read in different ways are rejected.
+func TestStrictPaths(t *testing.T) {
+	m := newMeshRigOf(t, "STRICT, HTTP", detectionDelay, func(c *Config) { c.StrictPaths = true })
+	m.enforce(t, "STRICT, HTTP")
+	c := m.connect(t, 81)
+	for target, want := range map[string]int{
+		"/a/b?q;%2f": 200, "/a/../b": 200, "/%41": 200, "/a;x=y": 400, "/a%3bx": 400, "/a%2fb": 400, "/a%5Cb": 400, "/%25%32%66": 400, "/a%00": 400, "/a%": 400,
+	} {
+		if got, _, _ := c.get(t, target); got != want {
+			t.Errorf("%s: %d, want %d", target, got, want)
+		}
+		m.Await(t)
+	}
+	c.Close()
 }

@@ -36,6 +36,8 @@ type Config struct {
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
 	Lookup       balance.Lookup     // resolves the names of Mesh's clusters whose servers are asked about requests; nil: they have no endpoints
 	Log          *slog.Logger       // nil: not logged
+	StrictPaths  bool               // requests whose path servers may read in different ways are rejected
+	Rejudge      bool               // a connection of bytes ends when a changed policy of Mesh denies it
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
@@ -72,6 +74,8 @@ func New(config Config) (*Proxy, error) {
 		Wait:      config.Wait,
 		Lookup:    config.Lookup,
 		Log:       config.Log,
+		Strict:    config.StrictPaths,
+		Rejudge:   config.Rejudge,
 		Peers:     config.Peers,
 	})
 	if err != nil {

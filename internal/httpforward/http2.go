@@ -44,6 +44,8 @@ type multiplex struct {
 	edited    *edited     // nil: no plan was carried out yet
 	checkAt   time.Time   // when limits of routes are checked next; zero: there are none
 
+	suspended *undecided // a request that waits for an answer; nil: none
+
 	attempts uint8  // of the dial, until the first request is recorded with them
 	resets   bucket // for streams that downstream resets or that break the protocol
 
@@ -303,6 +305,7 @@ func (m *multiplex) upstreamGone(err error) {
 
 // end closes both connections, and releases all memory.
 func (m *multiplex) end() {
+	m.giveUp()
 	if m.over == closesInOrder {
 		m.closeInOrder()
 	}

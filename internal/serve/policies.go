@@ -353,6 +353,7 @@ func (g *gate) normalize(h *mesh.HTTPManager, r *httpforward.Request) (changed b
 		return false, badPath
 	}
 	form := urlpath.Form{Normalize: h.NormalizePath, MergeSlashes: h.MergeSlashes, Slashes: slashes[h.EscapedSlashes]}
+	form.Strict = g.role != nil && g.role.strict
 	if form.Has(r.Path) {
 		return false, nil
 	}

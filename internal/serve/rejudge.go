@@ -105,6 +105,14 @@ func (r *rejudge) Retired() bool {
 // denied reports whether a connection without requests is to end: it is retired, or would be refused now.
 func (r *rejudge) denied() bool { return r.Retired() || r.refusal != nil }
 
+// deniedByPolicy reports whether a policy of connections in force denies the connection.
+func (r *rejudge) deniedByPolicy() bool {
+	r.look()
+	return r.refusal != nil && r.refusal.Reason == flow.PolicyDenied
+}
+
+var errDeniedLater = errors.New("a policy that has changed since the connection began denies it")
+
 // OnlyHTTP implements httpforward.OnlyHTTP. In a filter chain for TCP the HTTP of a connection was only detected.
 func (r *rejudge) OnlyHTTP() bool { return r.chain != nil && r.chain.HTTP != nil }
 

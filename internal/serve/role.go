@@ -50,9 +50,11 @@ type Config struct {
 	Lookup balance.Lookup
 
 	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
-	Peers  *peers.Exchange
-	Log    *slog.Logger // of keys that cannot be fetched; nil: not logged
-	Egress Egress       // the policy for outbound connections; nil: everything is allowed
+	Peers   *peers.Exchange
+	Strict  bool         // paths of requests that servers may read in different ways are rejected
+	Rejudge bool         // an inbound connection of bytes ends when a changed policy denies it
+	Log     *slog.Logger // of keys that cannot be fetched; nil: not logged
+	Egress  Egress       // the policy for outbound connections; nil: everything is allowed
 
 	Faults fault.Set // on purpose; nil: none
 
@@ -130,6 +132,8 @@ type Role struct {
 	callouts *callout.Client // nil without mesh
 	keys     *jwks.Store     // likewise
 	asking   asking
+	strict   bool // see Config
+	rejudges bool // likewise
 }
 
 // NewRole checks the configuration.
@@ -146,6 +150,8 @@ func NewRole(config Config) (*Role, error) {
 		egress:     config.Egress,
 		decryption: config.Decryption,
 		faults:     config.Faults,
+		strict:     config.Strict,
+		rejudges:   config.Rejudge,
 		budget:     config.HTTP.Budget,
 		dialer:     upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
