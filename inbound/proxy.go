@@ -20,6 +20,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -38,6 +39,7 @@ type Config struct {
 	Log          *slog.Logger       // nil: not logged
 	StrictPaths  bool               // requests whose path servers may read in different ways are rejected
 	Rejudge      bool               // a connection of bytes ends when a changed policy of Mesh denies it
+	Tracing      *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
@@ -77,6 +79,7 @@ func New(config Config) (*Proxy, error) {
 		Strict:    config.StrictPaths,
 		Rejudge:   config.Rejudge,
 		Peers:     config.Peers,
+		Tracing:   config.Tracing,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("inbound: %w", err)

@@ -87,7 +87,7 @@ func (m *multiplex) decide(u *undecided) error {
 		m.carry(s, &decision)
 	}
 	if p := policyOf(&decision, s.settings); p != nil {
-		m.trace(s, p, decision.Plan)
+		m.trace(s, p, decision.operation())
 	}
 	switch {
 	case decision.Reply != nil:
@@ -248,6 +248,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	if s.settings.Note.Heads {
 		r.ResponseHead = headText(fields)
 	}
+	r.ResponseBody = s.settings.Note.Bodies.Begin()
 	if s.lease != nil {
 		s.noteResponse(fields)
 	}

@@ -30,6 +30,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -57,6 +58,9 @@ type Config struct {
 	Egress  Egress       // the policy for outbound connections; nil: everything is allowed
 
 	Faults fault.Set // on purpose; nil: none
+
+	// Tracing has the exporters of the spans that Mesh asks for; nil: it is not followed.
+	Tracing *tracing.Exporters
 
 	Decryption Decryption // of outbound connections; nil: none is decrypted
 
@@ -121,6 +125,7 @@ type Role struct {
 	wait       time.Duration
 	egress     Egress
 	decryption Decryption
+	exporters  *tracing.Exporters
 
 	balancer   *balance.Balancer // nil without mesh; inbound, of the servers that are asked about connections and requests
 	securities atomic.Pointer[map[secured]*upstream.Security]
@@ -149,6 +154,7 @@ func NewRole(config Config) (*Role, error) {
 		wait:       config.Wait,
 		egress:     config.Egress,
 		decryption: config.Decryption,
+		exporters:  config.Tracing,
 		faults:     config.Faults,
 		strict:     config.Strict,
 		rejudges:   config.Rejudge,
