@@ -73,6 +73,10 @@ func (a *Agent) addListeners() error {
 		HTTP:         a.forwarding(inboundPool, a.config.HTTP.InboundFields),
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
+		Lookup:       a.lookup(),
+		Log:          a.log,
+		StrictPaths:  a.config.ControlPlane.StrictPaths,
+		Rejudge:      a.config.ControlPlane.Rejudge,
 		Peers:        a.plane.peers,
 		Tracing:      a.exporters(),
 	})

@@ -39,6 +39,8 @@ type multiplex struct {
 
 	checkAt time.Time // when limits of routes are checked next; zero: there are none
 
+	suspended *undecided // a request that waits for an answer; nil: none
+
 	attempts uint8  // of the dial, until the first request is recorded with them
 	resets   bucket // for streams that downstream resets or that break the protocol
 
@@ -297,6 +299,7 @@ func (m *multiplex) upstreamGone(err error) {
 
 // end closes both connections, and releases all memory.
 func (m *multiplex) end() {
+	m.giveUp()
 	if m.over == closesInOrder {
 		m.closeInOrder()
 	}

@@ -67,7 +67,19 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		s.withheld = true
 		return nil
 	}
-	decision := m.route(m.view(s, &request, fields))
+	return m.decide(&undecided{s: s, id: id, end: end, request: request, fields: fields, seen: seen})
+}
+
+// decide decides about a request, and does what the decision asks for.
+func (m *multiplex) decide(u *undecided) error {
+	s, fields := u.s, u.fields
+	r := m.view(s, &u.request, fields)
+	r.Check = u.check
+	decision := m.route(r)
+	if decision.Check != nil {
+		m.suspend(u, decision.Check)
+		return nil
+	}
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
 	if m.Router != nil {
 		m.carry(s, &decision)
@@ -83,10 +95,10 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	case decision.Target != m.Target:
 		return m.answer(s, &replyMisdirected, errMisdirected)
 	}
-	if request.RepeatedLength {
+	if u.request.RepeatedLength {
 		fields = http2.SingleLength(fields)
 	}
-	m.forwardRequest(s, end, fields, seen)
+	m.forwardRequest(s, u.end, fields, u.seen)
 	return nil
 }
 

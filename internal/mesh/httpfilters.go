@@ -174,6 +174,7 @@ func (d *decoder) httpFilter(m wire.Message) (f HTTPFilter) {
 		}
 	}
 	d.carry(f.Type, f.Restricts())
+	d.carryAuthz(f.ExtAuthz)
 	f.Refused = d.refusals > before
 	return f
 }
@@ -267,6 +268,7 @@ func (d *decoder) extensionConfig(m wire.Message) *HTTPFilter {
 		}
 	}
 	d.carry(f.Type, f.Restricts())
+	d.carryAuthz(f.ExtAuthz)
 	d.judgeFilter(f)
 	f.Refused = d.refusals > before
 	return f

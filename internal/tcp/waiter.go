@@ -98,6 +98,10 @@ func (w *Waiter) leave() {
 // Continue takes back an Interrupt that no wait has reported.
 func (w *Waiter) Continue() { w.news.And(^uint32(interrupt)) }
 
+// Wake ends the wait in progress, or else the next one, as an event of a connection does. It may be called from any goroutine,
+// and also after Close.
+func (w *Waiter) Wake() { w.wake() }
+
 func (w *Waiter) wake()   { w.signal(event) }
 func (w *Waiter) expire() { w.signal(expiry) }
 
