@@ -236,6 +236,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	if s.settings.Note.Heads {
 		r.ResponseHead = headText(fields)
 	}
+	r.ResponseBody = s.settings.Note.Bodies.Begin()
 	if s.lease != nil {
 		s.noteResponse(fields)
 	}

@@ -174,6 +174,10 @@ func (r *routing) exchanges(with *mesh.Cluster) bool {
 // Another request cannot be carried on this connection, and is answered 421.
 func (r *routing) sendPinned(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
 	if config.Name == r.pinned.config.Name {
+		if r.pinned.gone() && r.pinned.refused != nil {
+			d.Reply = r.pinned.refused.reply
+			return
+		}
 		var failed balance.Failure
 		if d.Lease, failed = r.role.balancer.Cluster(s, config).At(r.pinned.target.Address, &r.pick); failed != balance.None {
 			d.Reply = overflow.reply
@@ -245,7 +249,7 @@ func (r *routing) pin(to *upstream.Target) *failure {
 		return failed
 	}
 	lease.End(balance.Outcome{GRPC: -1}) // its requests have leases of their own
-	r.pinned = &watched{role: r.role, config: config, target: *to, inside: r.inside, snapshot: r.judged, own: r.role.mesh.Identity()}
+	r.pinned = r.role.watch(r.judged, config, to, r.inside)
 	return nil
 }
 
