@@ -48,6 +48,9 @@ func TestEachTypeOfFilterIsSupportedOrAFinding(t *testing.T) {
 		{alpnType, nil, "", false},
 		{alpnType, nest(number(1, 3), 1), "security alpn_override.upstream_protocol: unknown value 3", true},
 		{statsType, number(1, 1), "", false},
+		{statsType, join(nest(join(text(2, "requests_total"), text(3, "destination_port")), 8), nest(number(5, 1), 8)),
+			"cosmetic : the override of requests_total has no effect; cosmetic : the override of all metrics has no effect", false},
+		{statsType, text(8, "\xff"), "cosmetic : the override of all metrics has no effect", false},
 		{peerMetadataType, nil, "", false},
 		{rbacType, nest(nil, 1), "", false},
 		{extAuthzType, nest(nest(text(1, "c"), 1), 1), "", true}, // not carried out
