@@ -55,6 +55,7 @@ var figures = []struct {
 	{"idle", measureIdle},
 	{"http1", measureHTTP1},
 	{"telemetry", measureTelemetry},
+	{"tracing", measureTracing},
 	{"http2", measureHTTP2},
 	{"http-connections", measureHTTPConnections},
 	{"http-bulk", measureHTTPBulk},
