@@ -16,6 +16,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // Config configures an agent. Start from Default.
@@ -29,9 +30,12 @@ type Config struct {
 	Policy       Policy
 	Drain        Drain
 	AccessLog    AccessLog
+	Tracing      *tracing.Options // nil: no requests are traced, unless a control plane asks for it
 	Metrics      Metrics
 	Status       Status
-	Workload     Workload
+
+	SpanAttributes []tracing.Resource // of this process, in spans that a control plane asks for; added to those of Workload
+	Workload       Workload
 
 	// SettingName spells a field of Config for people, such as --connect-timeout for ConnectTimeout. nil: as it is.
 	SettingName func(field string) string

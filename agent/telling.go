@@ -10,6 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 	"github.com/pillion-proxy/pillion/internal/relay"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // AccessLog configures the access log.
@@ -48,6 +49,7 @@ type telling struct {
 	access  *accesslog.Log
 	metrics *metrics.Metrics
 	live    *live.View
+	spans   spans
 
 	stop   func() // ends the ticker
 	closed bool
@@ -77,7 +79,8 @@ func (a *Agent) tell() error {
 			Pod: known(a.config.Workload.Pod.Name), Namespace: known(a.config.Workload.Pod.Namespace)})
 		sinks = append(sinks, t.live)
 	}
-	t.table = flow.NewTable(sinks...)
+	a.traceRequests()
+	t.table = flow.NewTable(append(sinks, tracing.Sink{})...)
 	return nil
 }
 
@@ -144,6 +147,9 @@ func (t *telling) watch(a *Agent) {
 		if t.access != nil {
 			sources.AccessLog = func() (written, dropped uint64) { return t.access.Written(), t.access.Dropped() }
 		}
+		if t.spans.policy != nil || a.plane.session != nil {
+			sources.Spans = t.spans.counted
+		}
 		if a.plane.session != nil {
 			sources.ControlPlane = a.controlPlaneCounts
 		}
@@ -185,7 +191,7 @@ func (t *telling) repeat(every time.Duration, done <-chan struct{}, ended chan<-
 // flushTime bounds how long shutdown waits for a slow disk.
 const flushTime = 2 * time.Second
 
-// close flushes the access log and ends the streams of live viewers. A second call does nothing.
+// close flushes the access log and the spans, and ends the streams of live viewers. A second call does nothing.
 func (t *telling) close() error {
 	if t.closed {
 		return nil
@@ -197,11 +203,12 @@ func (t *telling) close() error {
 	if t.live != nil {
 		t.live.Close()
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), flushTime)
+	defer cancel()
+	t.spans.close(ctx)
 	if t.access == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), flushTime)
-	defer cancel()
 	return t.access.Close(ctx)
 }
 

@@ -196,7 +196,7 @@ func TestSettingsWithoutEffectAreLoggedOnce(t *testing.T) {
 	sidecar.Args = append(sidecar.Args, "--novel=1")
 	s := setInjectedStage(t, m, "XDS_HEADER_NOVEL=1")
 	line := s.agent.log.await(t, "running as Istio's sidecar")
-	if !strings.Contains(line, `without_effect="[discoveryAddress tracing --proxyLogLevel --proxyComponentLogLevel --novel CA_ADDR PILOT_CERT_PROVIDER XDS_HEADER_NOVEL]"`) {
+	if !strings.Contains(line, `without_effect="[tracing --proxyLogLevel --proxyComponentLogLevel --novel PILOT_CERT_PROVIDER]"`) {
 		t.Errorf("log: %s", line)
 	}
 }

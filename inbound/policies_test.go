@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"encoding/json"
 	"io"
 	"net"
@@ -20,6 +21,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/serve/servetest"
 )
 
@@ -121,6 +123,51 @@ func TestPoliciesOfConnections(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A client chooses how long its handshake takes, and how long it is silent after it. It is judged by the policies in force
+// when it sends, and not by those of before.
+func TestAPushBindsAClientInsideTLS(t *testing.T) {
+	deny := rbac(mesh.Deny, anything, ofClient)
+	for name, push := range map[string]func(*meshRig){
+		"a policy":     func(m *meshRig) { m.enforce(t, "STRICT, TCP", deny) },
+		"another mode": func(m *meshRig) { m.plane.InForce.Store(snapshotOf(t, modes["DISABLE, TCP"], false)) },
+	} {
+		for _, silent := range []bool{false, true} {
+			m := newMeshRig(t, "STRICT, TCP")
+			dialled := m.Listen(t, "82")
+			raw := m.Dial(t, m.At(82))
+			raw.SetDeadline(time.Now().Add(nettest.Patience))
+			conn := tls.Client(raw, &tls.Config{InsecureSkipVerify: true, NextProtos: meshTCP,
+				GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+					if !silent {
+						push(m)
+					}
+					return m.client, nil
+				},
+			})
+			if err := conn.Handshake(); err != nil {
+				t.Fatal(err)
+			}
+			if silent {
+				workload := servetest.Take(t, dialled)
+				push(m)
+				io.WriteString(conn, "question")
+				if got, _ := io.ReadAll(workload); len(got) > 0 {
+					t.Errorf("%s: the workload receives %q", name, got)
+				}
+			} else {
+				io.WriteString(conn, "question")
+			}
+			raw.CloseWrite()
+			if got := m.Await(t); got.Reason != flow.PolicyDenied && got.Reason != flow.MeshRefused {
+				t.Errorf("%s, silent %v: %v, %v", name, silent, got.Reason, got.Err)
+			}
+			if len(dialled) > 0 {
+				t.Errorf("%s, silent %v: the workload was dialled", name, silent)
+			}
+		}
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/logring"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // newAgent is `pillion agent`.
@@ -36,8 +37,8 @@ SIGTERM starts a shutdown that lets connections finish; a second SIGTERM cuts th
 connections finished, and 1 if some were cut. SIGHUP reopens the access log.
 
 The workload's identity, probes and metrics are read from the variables of Istio's injector, such as POD_NAME,
-INSTANCE_IP, ISTIO_KUBE_APP_PROBERS and ISTIO_PROMETHEUS_ANNOTATIONS. With --control-plane, so is what identifies the
-workload to istiod, such as CA_ADDR and ISTIO_META_CLUSTER_ID.
+INSTANCE_IP, ISTIO_KUBE_APP_PROBERS and ISTIO_PROMETHEUS_ANNOTATIONS. If they name a control plane, istiod configures the agent; they
+identify the workload to it, as CA_ADDR and ISTIO_META_CLUSTER_ID do.
 
 Each flag can also be set by the environment variable in brackets.`,
 		Args: noArguments,
@@ -68,7 +69,7 @@ type agentOptions struct {
 }
 
 func newAgentOptions() *agentOptions {
-	return &agentOptions{config: agent.Default(), level: "info", format: "text", controlPlane: turnedOff, kept: automatic}
+	return &agentOptions{config: agent.Default(), level: "info", format: "text", controlPlane: automatic, kept: automatic}
 }
 
 // bind adds the flags and the environment variables that set them.
@@ -111,7 +112,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	durationFlag(flags, &config.Drain.Delay, "drain-delay", "on shutdown, keep accepting this long after readiness fails")
 	durationFlag(flags, &config.Drain.Timeout, "drain-timeout", "on shutdown, cut the remaining connections this long after readiness fails")
 	parsed(flags, &o.grace, parseGrace, "termination-grace-period", "", "0s", "duration", "the pod's terminationGracePeriodSeconds, as 30 or 30s; minus a margin, it is the limit of --drain-timeout and its default; 0s: unknown")
-	parsed(flags, &o.controlPlane, parseControlPlane, "control-plane", "", o.controlPlane, "auto|off|address", "address of the istiod that configures the agent, as HOST:PORT; auto: that of the pod, if it has a root certificate or a token for it")
+	parsed(flags, &o.controlPlane, parseControlPlane, "control-plane", "", o.controlPlane, "auto|off|address", "address of the istiod that configures the agent, as HOST:PORT; auto: that of the pod's Istio configuration, if it has a root certificate or a token for it; off: none")
 	durationFlag(flags, &config.ControlPlane.Wait, "configuration-wait", "with a control plane, hold connections at most this long for the first configuration, then refuse them; 0s: refuse at once")
 	textFlag(flags, &o.kept, "kept-configuration", "path|off|auto", "directory that keeps the last configuration for a restart; auto: "+memoryVolume+" if it exists")
 	parsedSwitch(flags, &config.DNS.Capture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns redirects to port 15053")
@@ -170,6 +171,13 @@ func (o *agentOptions) run(flags *pflag.FlagSet) error {
 	o.config.Version, o.config.SettingName = version, settingFlag
 	o.fitDrain(flags)
 	readPod(&o.config)
+	var err error
+	if o.config.Tracing, err = tracing.FromEnvironment(os.Getenv); err != nil {
+		return valueError{err}
+	}
+	if o.config.SpanAttributes, err = tracing.ResourceFromEnvironment(os.Getenv); err != nil {
+		return valueError{err}
+	}
 	if err := o.findControlPlane(); err != nil {
 		return err
 	}

@@ -30,11 +30,9 @@ func parseControlPlane(text string) (string, error) {
 // memoryVolume is where Istio's injector mounts a volume in memory.
 const memoryVolume = "/etc/istio/proxy"
 
-// findControlPlane decides whether the agent has a control plane, and how it is reached.
+// findControlPlane decides whether the agent has a control plane, and how it is reached. A pod of Istio's injector always has
+// the credentials; without them istiod would not answer.
 func (o *agentOptions) findControlPlane() error {
-	if o.controlPlane == turnedOff && !o.asSidecar {
-		return nil
-	}
 	environment, err := o.podEnvironment()
 	if err != nil {
 		return err
@@ -43,12 +41,15 @@ func (o *agentOptions) findControlPlane() error {
 	log := o.config.Log
 	switch {
 	case o.controlPlane == turnedOff:
-		if istiod.HasCredentials(environment) {
-			log.Info("control plane not used", "discovery_address", address, "remedy", "set --control-plane auto")
+		if address != "" && istiod.HasCredentials(environment) {
+			log.Warn("control plane not used: its policies are not applied", "discovery_address", address, "remedy", "set --control-plane auto")
 		}
 		return nil
-	case o.controlPlane == automatic && (address == "" || !istiod.HasCredentials(environment)):
-		log.Info("no control plane: the pod has no discovery address, or neither a root certificate nor a token")
+	case o.controlPlane == automatic && address == "":
+		return nil
+	case o.controlPlane == automatic && !istiod.HasCredentials(environment):
+		log.Warn("no control plane: the pod has neither a root certificate nor a token for it", "discovery_address", address,
+			"remedy", "mount the volumes of Istio's injector, or set --control-plane off")
 		return nil
 	}
 	pod, err := istiod.ReadPod(context.Background(), address, environment)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -33,6 +34,7 @@ func found(t *testing.T, token bool, prepare func(*agentOptions)) (*agentOptions
 
 func TestTheControlPlaneIsTheOneThatTheFlagOrThePodNames(t *testing.T) {
 	const named = `{"discoveryAddress":"istiod.mesh.svc:15012"}`
+	const plain = `{"discoveryAddress":"istiod.mesh.svc:15010","controlPlaneAuthPolicy":"NONE"}`
 	for name, c := range map[string]struct {
 		flag        string
 		sidecar     bool
@@ -41,18 +43,22 @@ func TestTheControlPlaneIsTheOneThatTheFlagOrThePodNames(t *testing.T) {
 		address     string // empty: no control plane
 		log         string
 	}{
-		"off":                                 {flag: "off", token: true, proxyConfig: named},
+		"off":                                 {flag: "off", token: true, proxyConfig: named, log: "control plane not used"},
+		"off outside of a pod":                {flag: "off", token: true},
 		"off, as a sidecar":                   {flag: "off", sidecar: true, token: true, proxyConfig: named, log: "control plane not used"},
 		"off, as a sidecar without a token":   {flag: "off", sidecar: true, proxyConfig: named},
 		"auto":                                {flag: "auto", token: true, proxyConfig: named, address: "istiod.mesh.svc:15012"},
 		"auto without a token":                {flag: "auto", proxyConfig: named, log: "no control plane"},
-		"auto outside of a pod":               {flag: "auto", token: true, log: "no control plane"},
+		"auto outside of a pod":               {flag: "auto", token: true},
+		"auto without authentication":         {flag: "auto", proxyConfig: plain, address: "istiod.mesh.svc:15010"},
+		"default":                             {token: true, proxyConfig: named, address: "istiod.mesh.svc:15012"},
+		"default outside of a pod":            {},
 		"auto, the address is Istio's":        {flag: "auto", token: true, proxyConfig: "{}", address: istiod.DefaultAddress},
 		"an address, with or without a token": {flag: "istiod:15012", proxyConfig: named, address: "istiod:15012"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Setenv("PROXY_CONFIG", c.proxyConfig)
-			o, log, err := found(t, c.token, func(o *agentOptions) { o.controlPlane, o.asSidecar = c.flag, c.sidecar })
+			o, log, err := found(t, c.token, func(o *agentOptions) { o.controlPlane, o.asSidecar = cmp.Or(c.flag, o.controlPlane), c.sidecar })
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -30,7 +30,7 @@ func newProxy() *cobra.Command {
 
 Istio's configuration is read from the annotation proxy.istio.io/config in ` + podinfo.AnnotationsFile + `, the variable
 PROXY_CONFIG and the file of --meshConfig, in this order of precedence. Flags of "pillion agent" and their PILLION_
-variables override all three. The control plane configures the agent only with --control-plane. Unknown flags are ignored.
+variables override all three. istiod configures the agent unless --control-plane is off. Unknown flags are ignored.
 The log names each setting without effect once.`,
 		// RunE parses the flags itself, because the log names the unknown ones.
 		DisableFlagParsing: true,

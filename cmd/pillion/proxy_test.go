@@ -111,7 +111,7 @@ func TestIstiosSettingsBecomeTheAgentsConfiguration(t *testing.T) {
 		}},
 		"what has no effect": {env: map[string]string{"PROXY_CONFIG": `{"discoveryAddress":"x:1","tracing":{"a":1,"b":2},"concurrency":1}`}, holds: func(p *proxyOptions) bool {
 			slices.Sort(p.idle)
-			return slices.Equal(p.idle, []string{"discoveryAddress", "tracing"})
+			return slices.Equal(p.idle, []string{"tracing"})
 		}},
 		"the injector's whole":    {args: strings.Fields("sidecar --domain shop.svc.cluster.local --proxyLogLevel=warning --proxyComponentLogLevel=misc:error --log_output_level=default:info"), env: map[string]string{"PROXY_CONFIG": "{\"discoveryAddress\":\"127.0.0.1:15010\",\"holdApplicationUntilProxyStarts\":true}\n", "ISTIO_CPU_LIMIT": "2"}, holds: func(p *proxyOptions) bool { return len(p.unknown) == 0 && p.level == "info" }},
 		"broken annotations pass": {annotations: "what\n", holds: func(p *proxyOptions) bool { return p.config.Ports.Status == 15020 }},

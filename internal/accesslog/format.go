@@ -88,6 +88,8 @@ const (
 	verbGRPCNumber
 	verbDirection
 	verbReason
+	verbTraceID
+	verbSpanID
 	verbPeerName
 	verbOwnName
 	verbTLSVersion
@@ -185,6 +187,8 @@ var operators = func() []operator {
 		{"HOSTNAME", takesNone, piece{does: verbOwn}},
 		{"TRAFFIC_DIRECTION", takesNone, piece{does: verbDirection}},
 		{"PILLION_REASON", takesNone, piece{does: verbReason}},
+		{"TRACE_ID", takesNone, piece{does: verbTraceID}},
+		{"SPAN_ID", takesNone, piece{does: verbSpanID}},
 	}
 	for side, name := range [...]string{flow.Inbound: "DOWNSTREAM", flow.Outbound: "UPSTREAM"} {
 		side := flow.Direction(side)

@@ -95,6 +95,8 @@ func TestLinesDoNotDependOnEarlierRequestsOfTheConnection(t *testing.T) {
 
 func TestOperators(t *testing.T) {
 	inbound, outbound := request(flow.Inbound, flow.Completed), request(flow.Outbound, flow.Completed)
+	traced := request(flow.Inbound, flow.Completed)
+	traced.HTTP.Trace = &flow.Trace{ID: [16]byte{1}, Span: [8]byte{0xab, 0xcd, 0xef}}
 	inbound.HTTP.ForwardedFor = []byte("2001:db8::1")
 	inbound.HTTP.Fields = [][]byte{[]byte("blue green"), nil, []byte("grün")}
 	inbound.HTTP.ResponseFields = [][]byte{[]byte("text/html")}
@@ -135,6 +137,8 @@ func TestOperators(t *testing.T) {
 		{"%TRAFFIC_DIRECTION% %PILLION_REASON%", outbound, "OUTBOUND completed"},
 		{"%TRAFFIC_DIRECTION% %PILLION_REASON% %RESPONSE_FLAGS%", tcp, "OUTBOUND upstream_timeout UF,URX"},
 		{"%PROTOCOL% %ROUTE_NAME% %GRPC_STATUS%", tcp, "- - -"},
+		{"%TRACE_ID% %SPAN_ID%", traced, "01000000000000000000000000000000 abcdef0000000000"},
+		{"%TRACE_ID% %SPAN_ID%", inbound, "- -"},
 		{"a line\n", inbound, "a line"},
 		{`a line\n`, inbound, "a line"},
 	} {

@@ -164,6 +164,8 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 			return append(dst, "INBOUND"...), true
 		}
 		return append(dst, "OUTBOUND"...), true
+	case verbTraceID, verbSpanID:
+		return p.appendTrace(dst, h.Trace)
 	case verbReason:
 		return append(dst, r.Reason...), r.Reason != ""
 	case verbOwn:
@@ -359,4 +361,22 @@ func appendGRPCStatus(dst, status []byte, byName bool) ([]byte, bool) {
 		return append(dst, envoy.GRPCCode(number).EnvoyName()...), true
 	}
 	return strconv.AppendInt(dst, int64(number), 10), true
+}
+
+// appendTrace appends the ID of a trace or of its span.
+func (p *piece) appendTrace(dst []byte, t *flow.Trace) ([]byte, bool) {
+	switch {
+	case t == nil:
+		return dst, false
+	case p.does == verbTraceID:
+		return appendHex(dst, t.ID[:]), true
+	}
+	return appendHex(dst, t.Span[:]), true
+}
+
+func appendHex(dst, b []byte) []byte {
+	for _, c := range b {
+		dst = append(dst, hex[c>>4], hex[c&15])
+	}
+	return dst
 }

@@ -177,6 +177,7 @@ type Request struct {
 	Method, Path, Authority, ID []byte
 	UserAgent, ForwardedFor     []byte        // as received; several X-Forwarded-For fields are joined by commas. A long list is cut in its middle
 	Head, ResponseHead          []byte        // as received, with Fields.Heads; of HTTP/2, "name: value" lines with pseudo-header fields
+	Body, ResponseBody          *Body         // with Fields.Bodies; they may be kept, and are released by a sink
 	Fields, ResponseFields      [][]byte      // the fields that Fields names, in its order
 	Status                      int           // of the response to downstream; 0 without a response
 	GRPC                        bool          // by the request's content-type
@@ -187,15 +188,35 @@ type Request struct {
 	Messages, ResponseMessages  uint64        // of gRPC, over HTTP/2
 	Flags                       string        // Envoy's response flags, if more precise than those of the reason
 	Details                     string        // Envoy's response_code_details, likewise
+	Trace                       *Trace        // nil: the request is not traced
 	ServiceTime                 time.Duration // from the end of the dial to the head of the response; with Status from upstream
 }
+
+// Trace is the place of a request in a distributed trace. Package tracing makes it, and the engine that serves the request
+// owns it: its memory is valid until Sink.Closed returns.
+type Trace struct {
+	ID           [16]byte
+	Span, Parent [8]byte // Parent is zero in the first span of a trace
+	Sampled      bool    // the span is exported
+	Debug        bool    // it is requested for debugging, in B3
+	Restarted    bool    // the context that arrived in a traceparent does not go on
+	Forms        uint8   // in which the context goes on: a tracing.Forms
+	Operation    string  // name of the span; empty: that of the direction
+	State        []byte  // the tracestate that came with Parent
+	Attributes   []byte  // of the span, known from the request's header, as package tracing encodes them
+	Exporter     TraceExporter
+}
+
+// TraceExporter takes the span of a closed record whose trace is sampled. It must not block, nor keep the record.
+type TraceExporter interface{ Export(*Record) }
 
 // Fields is what records carry in addition: the values of header fields, whose names are in lower case, the certificates
 // of TLS, and whole heads.
 type Fields struct {
 	Request, Response []string
 	Certificates      bool
-	Heads             bool // each is allocated
+	Heads             bool    // each is allocated
+	Bodies            *Bodies // nil: no bodies
 }
 
 // Remote returns the address of the side that is not this workload.

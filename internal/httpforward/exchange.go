@@ -9,6 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -91,6 +92,7 @@ func (x *exchange) release() {
 	x.shed()
 	x.names.clear()
 	x.held.Close()
+	tracing.Release(x.http.Trace)
 	clear(x.http.Fields)
 	clear(x.http.ResponseFields)
 	// Reset field by field: a composite literal of an exchange would be built on the stack first and double the stack.
@@ -135,6 +137,8 @@ func (x *exchange) recordRequest(b []byte) {
 	if x.settings.Note.Heads {
 		to.Head = bytes.Clone(b[:h.Length])
 	}
+	to.Body = x.settings.Note.Bodies.Begin()
+	x.request.tape = to.Body
 }
 
 // recordPart copies what is known of a request whose head was malformed, late or not sent to its end. recordRequest has

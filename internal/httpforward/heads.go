@@ -16,10 +16,10 @@ func (x *exchange) appendRequestHead(dst, b []byte) []byte {
 	x.dropFromRequest(b)
 	dst = x.appendConnection(h.AppendLines(dst, b))
 	if fields.RequestID && !h.Has(http1.XRequestID) {
-		dst = append(dst, "x-request-id: "...)
-		x.http.ID = appendUUID(x.names.take(uuidLength))
-		dst = append(dst, x.http.ID...)
-		dst = append(dst, "\r\n"...)
+		dst = append(append(append(dst, "x-request-id: "...), x.newID()...), "\r\n"...)
+	}
+	if x.http.Trace != nil {
+		dst = appendTraceLines(dst, x.http.Trace)
 	}
 	if x.s.Peers.adds() {
 		dst = x.s.Peers.appendLine(dst, h, b)
@@ -49,6 +49,9 @@ func (x *exchange) dropFromRequest(b []byte) {
 		keep(h, http1.Upgrade)
 	}
 	x.s.Peers.dropRequest(h)
+	if x.http.Trace != nil {
+		dropTraceLines(h, b, x.http.Trace)
+	}
 }
 
 // appendConnection appends the fields that concern the upstream connection.

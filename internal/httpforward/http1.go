@@ -169,6 +169,9 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	}
 	routed := x.route(b)
 	x.request.src = x.s.Down
+	if p := policyOf(&x.decision, x.settings); p != nil {
+		x.trace(p, b)
+	}
 	head := x.request.reserve(x.requestHead.Length + addedFields + x.s.Peers.added())
 	if editsRequest(x.decision.Plan) || x.decision.Path != nil || len(x.decision.Edits) > 0 {
 		x.request.head = x.appendEditedRequest(head, b)
@@ -376,6 +379,8 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	if x.settings.Note.Heads {
 		x.http.ResponseHead = bytes.Clone(b[:h.Length])
 	}
+	x.http.ResponseBody = x.settings.Note.Bodies.Begin()
+	m.tape = x.http.ResponseBody
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
 	m.start(m.in, framing, limits) // a tunnel has no body: the bytes after the head are not HTTP

@@ -288,11 +288,11 @@ func (x *exchange) appendEditedRequest(dst, b []byte) []byte {
 func (x *exchange) addOwn(e *edited) {
 	h, fields := &x.requestHead, &x.settings.Fields
 	if fields.RequestID && !h.Has(http1.XRequestID) {
-		x.http.ID = appendUUID(x.names.take(uuidLength))
 		from := len(e.values)
-		e.values = append(e.values, x.http.ID...)
+		e.values = append(e.values, x.newID()...)
 		e.add("x-request-id", from)
 	}
+	e.addTrace(x.http.Trace)
 	if fields.ForwardedProto && !h.Has(http1.XForwardedProto) {
 		e.addText("x-forwarded-proto", "http")
 	}

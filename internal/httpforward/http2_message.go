@@ -74,6 +74,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	if m.Router != nil {
 		m.carry(s, &decision)
 	}
+	if p := policyOf(&decision, s.settings); p != nil {
+		m.trace(s, p, decision.operation())
+	}
 	switch {
 	case decision.Reply != nil:
 		return m.answerMade(s)
@@ -105,7 +108,12 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 		m.sendRequest(s, end, block)
 		return
 	}
-	block := l.appendFields(l.beginBlock(), fields)
+	block := l.beginBlock()
+	if t := s.http.Trace; t == nil {
+		block = l.appendFields(block, fields)
+	} else {
+		block = l.appendTraced(block, fields, t)
+	}
 	if peers.adds() {
 		block = peers.appendField(block, l.encoder, fields)
 	}
@@ -113,8 +121,7 @@ func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, ha
 		block = peers.appendFields(block, l.encoder, introduced{true, true})
 	}
 	if add.RequestID && !has.id {
-		s.http.ID = appendUUID(s.names.take(uuidLength))
-		block = http2.AppendLiteral(block, "x-request-id", s.http.ID)
+		block = http2.AppendLiteral(block, "x-request-id", s.newID())
 	}
 	if add.ForwardedProto && !has.forwardedProto {
 		block = l.encoder.AppendField(block, http2.Field{Name: "x-forwarded-proto", Value: "http"})
@@ -229,6 +236,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	if s.settings.Note.Heads {
 		r.ResponseHead = headText(fields)
 	}
+	r.ResponseBody = s.settings.Note.Bodies.Begin()
 	if s.lease != nil {
 		s.noteResponse(fields)
 	}

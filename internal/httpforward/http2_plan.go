@@ -8,6 +8,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/route"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // The 1:1 HTTP/2 engine's part of a decision besides forwarding: replies, edits, limits and leases. It cannot delay a
@@ -103,14 +104,15 @@ func (m *multiplex) editRequest(s *stream, has seen) *edited {
 	e.begin(&m.fields)
 	for i := range m.fields.list {
 		name := m.fields.list[i].Name
-		e.gone[i] = m.Peers.drops(name) || p.RewritesHost && name == "host" && len(m.routed.Authority) > 0
+		e.gone[i] = m.Peers.drops(name) || p.RewritesHost && name == "host" && len(m.routed.Authority) > 0 ||
+			s.http.Trace != nil && tracing.Replaces(s.http.Trace, name)
 	}
 	if add.RequestID && !has.id {
-		s.http.ID = appendUUID(s.names.take(uuidLength))
 		from := len(e.values)
-		e.values = append(e.values, s.http.ID...)
+		e.values = append(e.values, s.newID()...)
 		e.add("x-request-id", from)
 	}
+	e.addTrace(s.http.Trace)
 	if add.ForwardedProto && !has.forwardedProto {
 		e.addText("x-forwarded-proto", "http")
 	}

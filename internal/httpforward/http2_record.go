@@ -4,6 +4,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // The record of an HTTP/2 request, and the bodies of its messages. Nothing here depends on how streams are carried
@@ -71,6 +72,7 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 	if s.settings.Note.Heads {
 		to.Head = headText(fields)
 	}
+	to.Body = s.settings.Note.Bodies.Begin()
 	return has
 }
 
@@ -94,6 +96,7 @@ func (s *stream) close(flows flow.Sink, undelivered error) {
 	r.Sent.Store(uint64(s.response.got))
 	r.HTTP.Messages, r.HTTP.ResponseMessages = s.request.messages.count, s.response.messages.count
 	r.Close(flows, s.reason, s.err)
+	tracing.Release(r.HTTP.Trace)
 	clear(r.HTTP.Fields)
 	clear(r.HTTP.ResponseFields)
 	s.names.clear()

@@ -16,6 +16,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -48,6 +49,8 @@ type Settings struct {
 
 	Note   flow.Fields // fields whose values are recorded
 	Fields Fields      // fields that are added to messages
+
+	Tracing *tracing.Policy // of requests whose Decision has none; nil: they are not traced
 }
 
 func (s *Settings) check() error {

@@ -10,11 +10,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// idleCheck is how long an upstream connection must have been idle to be checked for a close before it is used. After a
-// shorter pause the poller's state is enough for a request that may be sent again. That saves a busy connection a system
-// call per request.
-const idleCheck = 20 * time.Millisecond
-
 // session is one HTTP/1 downstream connection with its upstream. Between two requests it holds no buffer.
 type session struct {
 	engine *Engine
@@ -310,7 +305,7 @@ func (s *session) dropUpstream() {
 // handshake for each request; a server that closes at this moment has accepted no byte of the request, which is sent again.
 // attempts is the number of dials, or 1 for a connection that was open.
 func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.Time, repeatable bool) (attempts int, err error) {
-	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > idleCheck) && !s.up.Quiet() {
+	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > upstream.Pause) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
 	if s.up != nil && s.elsewhere && wanted.Over(&s.other.use, now) {
@@ -322,7 +317,7 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.
 	s.orphaned = false
 	if !wanted.Balanced && (repeatable || *wanted != s.Target) {
 		var use upstream.Use
-		if s.up, use = s.engine.config.Pool.TakeUsed(*wanted); s.up != nil {
+		if s.up, use = s.engine.config.Pool.TakeUsed(*wanted, repeatable); s.up != nil {
 			s.used, s.lastUse = true, now
 			s.setTarget(wanted)
 			s.begin(use)

@@ -112,8 +112,11 @@ func (v variables) mounted() bool {
 }
 
 // HasCredentials reports whether the injector mounted what the pod and istiod authenticate each other with: the roots of
-// istiod's certificate or the workload's token.
+// istiod's certificate or the workload's token. An istiod that is reached without TLS needs neither.
 func HasCredentials(e *Environment) bool {
+	if policy, _ := e.ProxyConfig["controlPlaneAuthPolicy"].(string); policy == "NONE" {
+		return true
+	}
 	variables := e.variables()
 	for _, path := range []string{e.roots(variables), filepath.Join(e.directory(), TokenFile)} {
 		if path == SystemRoots {

@@ -28,6 +28,7 @@ const maxScrapes = 4
 type Sources struct {
 	Upstream  func(flow.Direction) Upstream
 	AccessLog func() (written, dropped uint64)           // lines
+	Spans     func() (exported, dropped, failed uint64)  // of traces
 	Backoffs  func() uint64                              // times that accept loops paused for lack of descriptors
 	Pipes     func() int                                 // pipes that relays hold, in use or for the next connection
 	Held      func() (used, limit int, evictions uint64) // memory budget for heads and held bodies
@@ -150,6 +151,7 @@ func (f *families) histogram(name, help string) *family {
 	return f.add(name, help, promtext.Histogram)
 }
 
+//go:noinline // in a hundred places
 func (f *families) add(name, help string, kind promtext.Type) *family {
 	family := &family{Name: name, Help: help, Type: kind}
 	*f = append(*f, family)
@@ -163,6 +165,8 @@ type family promtext.MetricFamily
 func (f *family) counts(n uint64, labels ...promtext.Label) { f.is(float64(n), labels...) }
 
 // is adds a value.
+//
+//go:noinline // in a hundred places
 func (f *family) is(value float64, labels ...promtext.Label) {
 	f.Metrics = append(f.Metrics, promtext.Metric{Labels: labels, Value: value})
 }
@@ -191,6 +195,7 @@ func (m *Metrics) istio(f *families) {
 		for _, s := range sets {
 			h := s.duration.expose(float64(time.Millisecond))
 			total.counts(h.Count, s.labels...)
+			s.exemplar.Load().mark(&h)
 			duration.observed(h, s.labels)
 			received.observed(s.received.expose(1), s.labels)
 			sent.observed(s.sent.expose(1), s.labels)
@@ -332,6 +337,12 @@ func (m *Metrics) fromSources(f *families) {
 		written, dropped := s.AccessLog()
 		f.counter("pillion_access_log_written_total", "Access log lines written.").counts(written)
 		f.counter("pillion_access_log_dropped_total", "Access log lines dropped because the queue was full.").counts(dropped)
+	}
+	if s.Spans != nil {
+		exported, dropped, failed := s.Spans()
+		f.counter("pillion_spans_exported_total", "Spans that the receiver of traces has taken.").counts(exported)
+		f.counter("pillion_spans_dropped_total", "Spans dropped because the queue was full.").counts(dropped)
+		f.counter("pillion_spans_failed_total", "Spans that could not be sent, or that the receiver rejected.").counts(failed)
 	}
 	if s.DNS != nil {
 		f.resolver(s.DNS)

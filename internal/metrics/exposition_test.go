@@ -40,6 +40,7 @@ func everythingWith(o Options) *Metrics {
 			return Upstream{Active: 1 + int(d), Connected: 20, Failed: 3, Redialled: 2, Reused: 40, Missed: 5, Retried: 6, Copied: 8, CopiesDropped: 7}
 		},
 		AccessLog: func() (uint64, uint64) { return 100, 7 },
+		Spans:     func() (uint64, uint64, uint64) { return 90, 8, 2 },
 		Backoffs:  func() uint64 { return 8 },
 		Pipes:     func() int { return 2 },
 		Held:      func() (int, int, uint64) { return 1000, 2000, 3 },
@@ -204,7 +205,7 @@ func TestOpenMetrics(t *testing.T) {
 func TestMetricsWithoutSourceAreOmitted(t *testing.T) {
 	families := exposition(t, New(pod, Options{Version: "v"}))
 	for _, name := range []string{"pillion_open_connections", "pillion_pool_reused_total", "pillion_gate_open", "pillion_pipes",
-		"pillion_access_log_written_total", "pillion_held_bytes", "pillion_accept_backoffs_total", "envoy_cluster_upstream_cx_active"} {
+		"pillion_access_log_written_total", "pillion_spans_exported_total", "pillion_held_bytes", "pillion_accept_backoffs_total", "envoy_cluster_upstream_cx_active"} {
 		if families[name] != nil {
 			t.Errorf("%s is present", name)
 		}

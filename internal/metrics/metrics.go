@@ -228,6 +228,9 @@ func (d *direction) request(r *flow.Record) {
 	}
 	end.flows.Add(1)
 	set.duration.observe(uint64(max(r.Duration, 0)), &durationLimits)
+	if t := r.HTTP.Trace; t != nil && t.Sampled {
+		set.exemplify(r)
+	}
 	set.received.observe(r.Received.Load(), &byteLimits)
 	set.sent.observe(r.Sent.Load(), &byteLimits)
 	if r.HTTP.GRPC {

@@ -106,6 +106,7 @@ type requestSet struct {
 	setKey
 	labels                   []promtext.Label
 	duration, received, sent histogram
+	exemplar                 atomic.Pointer[exemplar] // nil: no request was part of a sampled trace
 }
 
 // end holds the counters of flows that ended with one reason.

@@ -22,7 +22,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -216,11 +215,7 @@ func (c *checker) try(ctx context.Context, spec capture.Spec) (string, error) {
 	defer namespace.Close()
 	installed := ""
 	err = namespace.Do(func() error {
-		loopback, err := netlink.LinkByName("lo")
-		if err == nil {
-			err = netlink.LinkSetUp(loopback)
-		}
-		if err != nil {
+		if err := kernel.LinkUp("lo"); err != nil {
 			return fmt.Errorf("setting lo up: %w", err)
 		}
 		plan, err := iptables.PlanInit(ctx, spec, iptables.Auto)

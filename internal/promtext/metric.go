@@ -5,6 +5,7 @@ import (
 	"io"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // MetricFamily is a family of metrics that this program counts. Unlike a Family, which keeps the text that was read, it has
@@ -30,6 +31,15 @@ type Metric struct {
 type Bucket struct {
 	Bound float64
 	Count uint64
+
+	Exemplar *MetricExemplar // one of the observations that are in no smaller bucket; nil: none. Only OpenMetrics has them
+}
+
+// MetricExemplar is an observation, and what leads to more about it.
+type MetricExemplar struct {
+	Labels []Label // 128 characters in all, at most
+	Value  float64
+	Time   time.Time
 }
 
 // Quantile is the value that this share of the observations, from 0 to 1, does not exceed.
@@ -70,7 +80,7 @@ func (w *metricWriter) family(f *MetricFamily) {
 		case Histogram:
 			for _, b := range m.Buckets {
 				w.sample(f.Name, "_bucket", m.Labels, "le", b.Bound)
-				w.count(b.Count)
+				w.bucket(&b)
 			}
 			w.total(f.Name, m)
 		case Summary:
@@ -123,6 +133,23 @@ func (w *metricWriter) count(n uint64) {
 		return
 	}
 	w.Write(strconv.AppendUint(w.number[:0], n, 10))
+	w.WriteByte('\n')
+}
+
+// bucket writes the value of a line of a bucket, with its exemplar.
+func (w *metricWriter) bucket(b *Bucket) {
+	e := b.Exemplar
+	if e == nil || w.format == Text {
+		w.count(b.Count)
+		return
+	}
+	w.Write(strconv.AppendUint(w.number[:0], b.Count, 10))
+	w.WriteString(" # ")
+	w.labels(e.Labels, "")
+	w.WriteByte(' ')
+	w.float(e.Value)
+	w.WriteByte(' ')
+	w.Write(strconv.AppendFloat(w.number[:0], float64(e.Time.UnixMilli())/1000, 'f', 3, 64))
 	w.WriteByte('\n')
 }
 

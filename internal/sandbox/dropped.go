@@ -3,6 +3,7 @@ package sandbox
 import (
 	"encoding/binary"
 	"net/netip"
+	"time"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -23,6 +24,13 @@ const (
 	nfulnlCopyPacket  = 2
 )
 
+// dropped is the kernel's log of rejected datagrams.
+type dropped struct {
+	socket *nl.NetlinkSocket
+	last   *nl.NetlinkRequest // asks for an acknowledgement, which the kernel appends to the log
+	read   chan struct{}      // closed with that acknowledgement
+}
+
 // watchDropped reports the destination of each rejected datagram to the caller. Without the kernel's module they are
 // rejected silently.
 func (h *inside) watchDropped() error {
@@ -30,25 +38,39 @@ func (h *inside) watchDropped() error {
 	if err != nil {
 		return failed("watching rejected packets", err)
 	}
-	mode := []byte{0, 0, 0, headerBytes, nfulnlCopyPacket, 0}
-	for _, attribute := range []*nl.RtAttr{
-		nl.NewRtAttr(nfulaConfigCommand, []byte{nfulnlCommandBind}), nl.NewRtAttr(nfulaConfigMode, mode),
-	} {
-		request := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_ULOG<<8|nfulnlConfig, unix.NLM_F_REQUEST)
-		request.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0, ResId: binary.NativeEndian.Uint16([]byte{0, dropGroup})})
-		request.AddData(attribute)
-		if err := socket.Send(request); err != nil {
+	mode := nl.NewRtAttr(nfulaConfigMode, []byte{0, 0, 0, headerBytes, nfulnlCopyPacket, 0})
+	for _, attribute := range []*nl.RtAttr{nl.NewRtAttr(nfulaConfigCommand, []byte{nfulnlCommandBind}), mode} {
+		if err := socket.Send(configRequest(attribute, 0)); err != nil {
 			socket.Close()
 			return failed("watching rejected packets", err)
 		}
 	}
-	go h.reportDropped(socket)
+	h.dropped = dropped{socket, configRequest(mode, unix.NLM_F_ACK), make(chan struct{})}
+	go h.reportDropped()
 	return nil
 }
 
-func (h *inside) reportDropped(socket *nl.NetlinkSocket) {
+func configRequest(attribute *nl.RtAttr, flags int) *nl.NetlinkRequest {
+	request := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_ULOG<<8|nfulnlConfig, flags)
+	request.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0, ResId: binary.NativeEndian.Uint16([]byte{0, dropGroup})})
+	request.AddData(attribute)
+	return request
+}
+
+// awaitDropped returns when the datagrams that have been rejected are reported, and after a second at the latest.
+func (h *inside) awaitDropped() {
+	if h.dropped.socket.Send(h.dropped.last) != nil {
+		return
+	}
+	select {
+	case <-h.dropped.read:
+	case <-time.After(time.Second):
+	}
+}
+
+func (h *inside) reportDropped() {
 	for {
-		messages, _, err := socket.Receive()
+		messages, _, err := h.dropped.socket.Receive()
 		if err == unix.ENOBUFS || err == unix.EINTR {
 			continue // some were lost
 		}
@@ -56,6 +78,10 @@ func (h *inside) reportDropped(socket *nl.NetlinkSocket) {
 			return
 		}
 		for _, m := range messages {
+			if m.Header.Type == unix.NLMSG_ERROR && m.Header.Seq == h.dropped.last.Seq {
+				close(h.dropped.read)
+				return
+			}
 			if m.Header.Type != unix.NFNL_SUBSYS_ULOG<<8|nfulnlPacket || len(m.Data) < nl.SizeofNfgenmsg {
 				continue
 			}

@@ -39,7 +39,9 @@ func RunHelper(args []string) int {
 	}
 	go h.serve()
 	<-h.started
-	return h.runCommand()
+	status := h.runCommand()
+	h.awaitDropped()
+	return status
 }
 
 // inside is the helper's state.
@@ -48,6 +50,7 @@ type inside struct {
 	writing sync.Mutex
 	config  Config
 	started chan struct{}
+	dropped dropped
 
 	starting sync.Mutex    // held while the command is started
 	command  int           // its process ID, 0 before
@@ -124,11 +127,14 @@ func (h *inside) prepare() error {
 			return err
 		}
 	}
-	if err := installRules(rulesFor(&h.config, sockets)); err != nil {
+	if err := rulesFor(&h.config, sockets).install(); err != nil {
 		return failed("installing rules", err)
 	}
 	if err := h.watchDropped(); err != nil {
 		return err
+	}
+	if sockets.hasIPv6 && h.config.IPv6 {
+		awaitAddress6()
 	}
 	h.write(message{Kind: "ready", Files: sockets.kinds}, sockets.files...)
 	for _, fd := range sockets.files {

@@ -12,12 +12,15 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/datagram"
 	"github.com/pillion-proxy/pillion/internal/sockopt"
+	"github.com/pillion-proxy/pillion/iptables/kernel"
 )
 
 var (
@@ -37,16 +40,15 @@ var (
 	Address6 = netip.MustParseAddr("100::8")
 )
 
-const linkName, peerName = "pillion0", "pillion1"
+const (
+	linkName, peerName = "pillion0", "pillion1"
+	maxMTU             = 65535
+)
 
 // makeLinks makes a link with an address and default routes. Its other end is in the same namespace, so packets that leave by
 // it come back, and are discarded unless a packet socket takes them. Without a link, routes could not have a source address.
 func (h *inside) makeLinks() error {
-	lo, err := netlink.LinkByName("lo")
-	if err == nil {
-		err = netlink.LinkSetUp(lo)
-	}
-	if err != nil {
+	if err := kernel.LinkUp("lo"); err != nil {
 		return failed("enabling the loopback", err)
 	}
 	// The settings are optional: a failure leaves the default.
@@ -56,26 +58,13 @@ func (h *inside) makeLinks() error {
 		// The command cannot have CAP_NET_BIND_SERVICE, and could bind low ports outside.
 		_ = os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte("0"), 0)
 	}
-	// Packets leave one by one, also those of a program that lets the kernel segment its datagrams (UDP_SEGMENT).
-	pair := &netlink.Veth{
-		LinkAttrs: netlink.LinkAttrs{Name: linkName, MTU: 65535, HardwareAddr: datagram.HardwareAddress[:], GSOMaxSegs: 1}, PeerName: peerName,
-	}
-	if err := netlink.LinkAdd(pair); err != nil {
+	if err := addPair(); err != nil {
 		return failed("adding a veth pair", err)
 	}
-	for _, name := range []string{peerName, linkName} {
-		link, err := netlink.LinkByName(name)
-		if err == nil {
-			err = netlink.LinkSetARPOff(link)
-		}
-		if err == nil {
-			err = netlink.LinkSetUp(link)
-		}
-		if err != nil {
-			return failed("enabling link "+name, err)
-		}
+	if err := kernel.LinkUp(peerName); err != nil {
+		return failed("enabling link "+peerName, err)
 	}
-	link, err := netlink.LinkByName(linkName)
+	link, err := net.InterfaceByName(linkName)
 	if err != nil {
 		return failed("reading link "+linkName, err)
 	}
@@ -92,18 +81,44 @@ func (h *inside) makeLinks() error {
 	return err
 }
 
+// addPair adds a veth pair without ARP, with one end up: the other one can only be up when it has its peer. netlink.LinkAdd
+// is not used, because it has the attributes of all kinds of links, which take 0.2 MB of the program.
+func addPair() error {
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("veth"))
+	peer := info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(nl.VETH_INFO_PEER, nil)
+	there := nl.NewIfInfomsgChild(peer, unix.AF_UNSPEC)
+	there.Flags, there.Change = unix.IFF_NOARP, unix.IFF_NOARP
+	peer.AddRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(peerName))
+	peer.AddRtAttr(unix.IFLA_MTU, nl.Uint32Attr(maxMTU))
+
+	here := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	here.Flags, here.Change = unix.IFF_UP|unix.IFF_NOARP, unix.IFF_UP|unix.IFF_NOARP
+	request := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
+	for _, data := range []nl.NetlinkRequestData{
+		here, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(linkName)), nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(maxMTU)),
+		nl.NewRtAttr(unix.IFLA_ADDRESS, datagram.HardwareAddress[:]),
+		// Packets leave one by one, also those of a program that lets the kernel segment its datagrams (UDP_SEGMENT).
+		nl.NewRtAttr(unix.IFLA_GSO_MAX_SEGS, nl.Uint32Attr(1)), info,
+	} {
+		request.AddData(data)
+	}
+	_, err := request.Execute(unix.NETLINK_ROUTE, 0)
+	return err
+}
+
 // addAddress adds an address and the default route of its family.
-func addAddress(link netlink.Link, address netip.Addr) error {
+func addAddress(link *net.Interface, address netip.Addr) error {
 	whole := &net.IPNet{IP: address.AsSlice(), Mask: net.CIDRMask(address.BitLen(), address.BitLen())}
-	entry := &netlink.Addr{IPNet: whole}
+	entry := &netlink.Addr{IPNet: whole, LinkIndex: link.Index}
 	everything := &net.IPNet{IP: make(net.IP, len(whole.IP)), Mask: net.CIDRMask(0, address.BitLen())}
 	if address.Is6() {
 		entry.Flags = unix.IFA_F_NODAD
 	}
-	if err := netlink.AddrAdd(link, entry); err != nil {
+	if err := netlink.AddrAdd(nil, entry); err != nil {
 		return failed("adding the address "+address.String(), err)
 	}
-	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: everything, Src: whole.IP, Scope: netlink.SCOPE_LINK}
+	route := &netlink.Route{LinkIndex: link.Index, Dst: everything, Src: whole.IP, Scope: netlink.SCOPE_LINK}
 	if address.Is6() {
 		route.Scope = netlink.SCOPE_UNIVERSE
 	}
@@ -113,7 +128,7 @@ func addAddress(link netlink.Link, address netip.Addr) error {
 // openPackets opens packet sockets at the end of the link where the command's packets arrive. They have room for a burst of
 // datagrams if the kernel permits it.
 func (s *sockets) openPackets() error {
-	link, err := netlink.LinkByName(peerName)
+	link, err := net.InterfaceByName(peerName)
 	if err != nil {
 		return failed("reading link "+peerName, err)
 	}
@@ -127,13 +142,26 @@ func (s *sockets) openPackets() error {
 			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, room)
 		}
 		bigEndian := binary.NativeEndian.Uint16([]byte{byte(protocol >> 8), byte(protocol)})
-		if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: bigEndian, Ifindex: link.Attrs().Index}); err != nil {
+		if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: bigEndian, Ifindex: link.Index}); err != nil {
 			unix.Close(fd)
 			return failed("binding a packet socket", err)
 		}
 		s.files, s.kinds = append(s.files, fd), append(s.kinds, "packets")
 	}
 	return nil
+}
+
+// awaitAddress6 waits until packets to the IPv6 address are delivered. The kernel adds the route to a new address some time
+// later, from a work queue, also without duplicate address detection. Until then answers would be lost.
+func awaitAddress6() {
+	const pause, most = 100 * time.Microsecond, 5000
+	for range most {
+		routes, err := netlink.RouteGet(Address6.AsSlice())
+		if err != nil || len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL { // an error: there is no IPv6
+			return
+		}
+		time.Sleep(pause)
+	}
 }
 
 // parseListening reads the listening sockets of a file such as /proc/net/tcp.

@@ -5,12 +5,12 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
+	"github.com/pillion-proxy/pillion/iptables/nft"
 )
 
 var littleEndian = binary.NativeEndian.Uint16([]byte{1, 0}) == 1
@@ -18,13 +18,11 @@ var littleEndian = binary.NativeEndian.Uint16([]byte{1, 0}) == 1
 // dropGroup is the group of nfnetlink_log to which rejected datagrams are reported.
 const dropGroup = 5
 
-// rule is one rule: the conditions, and what happens to a packet that meets all of them.
-type rule struct{ expressions []expr.Any }
-
-func when(parts ...[]expr.Any) rule { return rule{slices.Concat(parts...)} }
+// when makes a rule of conditions, and of what happens to a packet that meets all of them.
+func when(parts ...[]expr.Any) []expr.Any { return slices.Concat(parts...) }
 
 // rules are those of the two chains.
-type rules struct{ redirect, reject []rule }
+type rules struct{ redirect, reject [][]expr.Any }
 
 // rulesFor returns the rules. The first chain redirects DNS queries to any server, loopback included, and TCP to all other
 // hosts. The second one rejects everything that would leave, except datagrams that a packet socket takes. The sandbox has no
@@ -127,24 +125,10 @@ func refuse() []expr.Any {
 
 func reset() []expr.Any { return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}} }
 
-// installRules installs the rules in one transaction.
-func installRules(r rules) error {
-	conn, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	table := conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "pillion"})
-	redirecting := conn.AddChain(&nftables.Chain{
-		Table: table, Name: "redirect", Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest,
-	})
-	rejecting := conn.AddChain(&nftables.Chain{
-		Table: table, Name: "reject", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter,
-	})
-	for _, one := range r.redirect {
-		conn.AddRule(&nftables.Rule{Table: table, Chain: redirecting, Exprs: one.expressions})
-	}
-	for _, one := range r.reject {
-		conn.AddRule(&nftables.Rule{Table: table, Chain: rejecting, Exprs: one.expressions})
-	}
-	return conn.Flush()
+// install installs the rules in one transaction.
+func (r rules) install() error {
+	return nft.Create(
+		nft.Base{Name: "redirect", Kind: "nat", Hook: unix.NF_INET_LOCAL_OUT, Priority: -100, Rules: r.redirect},
+		nft.Base{Name: "reject", Kind: "filter", Hook: unix.NF_INET_LOCAL_OUT, Rules: r.reject},
+	)
 }

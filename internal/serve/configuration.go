@@ -144,6 +144,13 @@ func (c *Conn) info() mesh.ConnInfo {
 	return info
 }
 
+// infoInside returns what filter chains are chosen by for a connection whose TLS is ended here.
+func (c *Conn) infoInside() mesh.ConnInfo {
+	info := c.info()
+	info.TLS, info.ServerName, info.Protocols = true, c.Record.TLS.ServerName, c.Record.TLS.ALPN
+	return info
+}
+
 // mustSpeak reports whether a connection cannot be carried before its client has sent anything: inbound, no chain for its
 // destination accepts it without TLS, or a policy denies what has no identity; outbound, its upstream depends on its requests.
 func (c *Conn) mustSpeak() bool {

@@ -248,7 +248,7 @@ func (c *Conn) relay() {
 	}
 	c.limits(&options)
 	if c.governed != nil && c.role.direction == flow.Inbound {
-		options.Retired, options.Retirement = c.rejudge().Retired, opaqueRetirement
+		options.Retired, options.Retirement = c.rejudge().denied, opaqueRetirement
 	}
 	hello := c.sniffer.Hello
 	if c.governed != nil && c.governed.secured || c.role.decryption != nil && c.Record.Security != nil {

@@ -23,7 +23,13 @@ import (
 // applied to each of them. Call it when the client is known, and before anything is dialled on its behalf.
 func (c *Conn) Authorize() bool {
 	g := c.governed
-	if g == nil || g.chain == nil || len(g.chain.Policies) == 0 {
+	if g == nil {
+		return true
+	}
+	if !c.renew(g) {
+		return false
+	}
+	if g.chain == nil || len(g.chain.Policies) == 0 {
 		return true
 	}
 	subject := c.subject()
@@ -32,6 +38,27 @@ func (c *Conn) Authorize() bool {
 	}
 	return true
 }
+
+// renew judges a connection inside TLS by the configuration in force now: its client chose how long the handshake took, and
+// how long it was silent after it.
+func (c *Conn) renew(g *governed) bool {
+	s := c.role.mesh.Snapshot()
+	if !g.secured || s == g.snapshot {
+		return true
+	}
+	info := c.infoInside()
+	if ended, ok := s.InboundMode(&info); !ok || !ended {
+		return c.abandon(flow.MeshRefused, errChangedMode)
+	}
+	chain, refusal := s.Inbound(&info)
+	if refusal != "" {
+		return c.abandon(flow.MeshRefused, errors.New(refusal))
+	}
+	g.snapshot, g.chain = s, chain
+	return c.expect(chain)
+}
+
+var errChangedMode = errors.New("since its handshake began the configuration has changed, and does not end TLS here")
 
 // subject returns the connection as policies see it.
 func (c *Conn) subject() authz.Subject {

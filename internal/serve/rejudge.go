@@ -65,7 +65,7 @@ func (c *Conn) routerOf(to *upstream.Target) httpforward.Router {
 func (c *Conn) rejudge() *rejudge {
 	g, info := c.governed, c.info()
 	if g.secured {
-		info.TLS, info.ServerName, info.Protocols = true, c.Record.TLS.ServerName, c.Record.TLS.ALPN
+		info = c.infoInside()
 	}
 	return &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{subject: c.subject()}}
 }
@@ -78,6 +78,9 @@ func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Deci
 		changed, reply = r.gate.pass(r.judged, r.chain.HTTP, request)
 	}
 	decision = r.allowed // the result, so that no copy takes more of a small stack
+	if r.chain != nil && r.chain.HTTP != nil {
+		decision.Tracing, decision.Operation = r.role.tracing(r.chain.HTTP), onlyOperation(r.chain.HTTP.Routes)
+	}
 	if reply != nil {
 		decision.Reply, decision.Target = reply, upstream.Target{}
 		return decision
@@ -94,6 +97,9 @@ func (r *rejudge) Retired() bool {
 	r.look()
 	return r.retired
 }
+
+// denied reports whether a connection without requests is to end: it is retired, or would be refused now.
+func (r *rejudge) denied() bool { return r.Retired() || r.refusal != nil }
 
 // OnlyHTTP implements httpforward.OnlyHTTP. In a filter chain for TCP the HTTP of a connection was only detected.
 func (r *rejudge) OnlyHTTP() bool { return r.chain != nil && r.chain.HTTP != nil }

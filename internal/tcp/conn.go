@@ -258,6 +258,10 @@ func (c *Conn) Quiet() bool {
 	return err == ErrAgain
 }
 
+// SeemsQuiet is Quiet by the events of the poller so far: the peer may have closed at this moment, or sent something. It costs
+// no system call.
+func (c *Conn) SeemsQuiet() bool { return c.watched && !c.Readable() }
+
 // Track increments n and returns its new value. It is decremented when the descriptor is closed. With a Layer, that may
 // be after Close returns.
 func (c *Conn) Track(n *atomic.Int64) int64 {

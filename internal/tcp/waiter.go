@@ -206,7 +206,9 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 		err = c.poller.watch(c, w)
 	case c.waiter.Load() != w:
 		c.waiter.Store(w)
-		missed = true
+		// The poller sets the bits before it looks for the waiter. Room in the send buffer is an event only of a connection
+		// that has filled it before.
+		missed = c.watchesWrites || c.ready.Load()&(readable|gone|failed|hungUp|urgent) != 0
 	}
 	if err == nil && c.layer != nil {
 		missed = c.layer.flushWaiting(c) || missed

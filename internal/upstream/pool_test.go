@@ -265,7 +265,7 @@ func TestConnectionsIdleForTooLongAreNotTaken(t *testing.T) {
 	pool := s.newPool(t, longLife)
 	conn, far := s.connect(t)
 	pool.Give(s.target(), conn)
-	pool.idle[s.target()][0].since = time.Now().Add(-longLife)
+	pool.idle[s.target()].conns[0].since = time.Now().Add(-longLife)
 	if pool.Take(s.target()) != nil {
 		t.Error("Take returned the old connection")
 	}
@@ -362,5 +362,38 @@ func TestConcurrentUseOfAPool(t *testing.T) {
 	ends.Wait() // the pool closes idle connections
 	if reused.Load() == 0 || pool.Idle() != 0 {
 		t.Errorf("%d reused, %d idle", reused.Load(), pool.Idle())
+	}
+}
+
+// A request that can be sent again gets a fresh connection without a look at its socket, unless an event has shown its end.
+func TestFreshConnectionsAreTakenByTheirEvents(t *testing.T) {
+	s := newServer(t)
+	pool := s.newPool(t, longLife)
+	for _, event := range []bool{false, true} {
+		conn, far := s.connect(t)
+		far.Write([]byte("answer"))
+		if err := s.w.Wait(time.Now().Add(nettest.Patience), conn, nil); err != nil { // conn is watched from here on
+			t.Fatal(err)
+		}
+		var answer [16]byte
+		if n, err := conn.Read(answer[:]); n != len("answer") {
+			t.Fatal(n, err)
+		}
+		if _, err := conn.Read(answer[:]); err != tcp.ErrAgain {
+			t.Fatal(err)
+		}
+		pool.Give(s.target(), conn)
+		if event {
+			far.Close()
+			nettest.Eventually(t, "the poller to see the end", conn.Readable)
+		}
+		pool.idle[s.target()].conns[0].since = time.Now().Add(time.Hour) // the test may be slow
+		taken, _ := pool.TakeUsed(s.target(), true)
+		if event == (taken != nil) {
+			t.Errorf("closed %v: took %v", event, taken)
+		}
+		if taken != nil {
+			taken.Close()
+		}
 	}
 }

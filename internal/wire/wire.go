@@ -224,6 +224,16 @@ func AppendVarint(b []byte, number int, value uint64) []byte {
 	return protowire.AppendVarint(protowire.AppendTag(b, protowire.Number(number), protowire.VarintType), value)
 }
 
+// AppendTag appends the beginning of a bytes field or a message of a length. The caller appends that many bytes.
+func AppendTag(b []byte, number, length int) []byte {
+	return protowire.AppendVarint(protowire.AppendTag(b, protowire.Number(number), protowire.BytesType), uint64(length))
+}
+
+// AppendFixed64 appends a fixed64 field.
+func AppendFixed64(b []byte, number int, value uint64) []byte {
+	return protowire.AppendFixed64(protowire.AppendTag(b, protowire.Number(number), protowire.Fixed64Type), value)
+}
+
 // AppendDouble appends a double field.
 func AppendDouble(b []byte, number int, value float64) []byte {
 	return protowire.AppendFixed64(protowire.AppendTag(b, protowire.Number(number), protowire.Fixed64Type), math.Float64bits(value))

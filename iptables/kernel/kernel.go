@@ -9,6 +9,7 @@ import (
 	"errors"
 
 	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 )
 
 // ErrNoKernelSupport means that the kernel lacks support for a table, as opposed to a wrong rule.
@@ -23,4 +24,15 @@ func Whole[T any](list func() (T, error)) (listed T, err error) {
 		}
 	}
 	return listed, err
+}
+
+// LinkUp sets a link of the thread's network namespace up. In a new namespace, lo is down as well.
+func LinkUp(name string) error {
+	message := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	message.Flags, message.Change = unix.IFF_UP, unix.IFF_UP
+	request := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
+	request.AddData(message)
+	request.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	_, err := request.Execute(unix.NETLINK_ROUTE, 0)
+	return err
 }

@@ -143,13 +143,17 @@ func encode(family ruleset.Family, at ruleset.Place, r ruleset.Rule) []kernelRul
 	}
 	var list []kernelRule
 	for _, expressions := range rules {
-		rule := kernelRule{chain: chainName(family, at), comment: ruleset.CommentPrefix + r.ID, expressions: make([]expression, len(expressions))}
-		for i, e := range expressions {
-			rule.expressions[i] = flatten(e)
-		}
-		list = append(list, rule)
+		list = append(list, newRule(chainName(family, at), ruleset.CommentPrefix+r.ID, expressions))
 	}
 	return list
+}
+
+func newRule(chain, comment string, expressions []expr.Any) kernelRule {
+	rule := kernelRule{chain: chain, comment: comment, expressions: make([]expression, len(expressions))}
+	for i, e := range expressions {
+		rule.expressions[i] = flatten(e)
+	}
+	return rule
 }
 
 // encodeMatch returns the conditions. Our own chains serve one family, so only an access to the network header needs a

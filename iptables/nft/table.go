@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -336,6 +337,27 @@ func (c *Change) addRule(r ruleset.Rule, rule kernelRule) {
 	c.add(subject{id: r.ID, rule: rule}, unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND,
 		nameAttribute(unix.NFTA_RULE_TABLE, TableName), nameAttribute(unix.NFTA_RULE_CHAIN, rule.chain), list,
 		nl.NewRtAttr(unix.NFTA_RULE_USERDATA, userdata.AppendString(nil, userdata.TypeComment, rule.comment)))
+}
+
+// Base is a base chain that accepts what its rules do not decide.
+type Base struct {
+	Name, Kind string // kind is nat, filter or route
+	Hook       uint32 // such as unix.NF_INET_LOCAL_OUT
+	Priority   int32
+	Rules      [][]expr.Any
+}
+
+// Create creates our table in a namespace that does not have it, with other chains than those of the capture.
+func Create(chains ...Base) error {
+	var change Change
+	change.add(subject{}, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE|unix.NLM_F_EXCL, nameAttribute(unix.NFTA_TABLE_NAME, TableName))
+	for _, c := range chains {
+		change.addChain(Chain{Name: c.Name, base: true, hook: hook{c.Kind, c.Hook, nfAccept, c.Priority}})
+		for _, expressions := range c.Rules {
+			change.addRule(ruleset.Rule{}, newRule(c.Name, "", expressions))
+		}
+	}
+	return transact(change.requests)
 }
 
 // Apply carries the transaction out. An error names the refused chain or rule.

@@ -1,0 +1,177 @@
+package tracing
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/wire"
+)
+
+// sink is a Sender. Each batch is answered with the next result; without one, the sender waits.
+type sink struct {
+	got     chan int // spans of a batch
+	results chan result
+}
+
+type result struct {
+	response []byte
+	err      error
+}
+
+func newSink() *sink { return &sink{make(chan int), make(chan result)} }
+
+func (s *sink) Send(ctx context.Context, request []byte) ([]byte, error) {
+	select {
+	case s.got <- spansIn(request):
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	select {
+	case r := <-s.results:
+		return r.response, r.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// spansIn counts the spans of a request; -1: it is malformed.
+func spansIn(request []byte) (n int) {
+	var err error
+	for m := wire.Read(request, &err); m.Next(); {
+		for m := m.Message(); m.Next(); {
+			if m.Number != scopeSpans {
+				continue
+			}
+			for m := m.Message(); m.Next(); {
+				if m.Number == spansOfScope {
+					n++
+				}
+			}
+		}
+	}
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
+type log struct{ strings.Builder }
+
+// start starts an exporter that sends at once, or only whole batches.
+func start(t *testing.T, s Sender, delay time.Duration) (*Exporter, *Counts, *log) {
+	t.Helper()
+	l, counts := new(log), new(Counts)
+	e := NewExporter(ExporterConfig{Sender: s, Target: "receiver", Counts: counts, Log: slog.New(slog.NewTextHandler(l, nil)),
+		Resource: []Resource{{"service.name", "a"}}, delay: delay, firstWait: 2 * time.Millisecond})
+	t.Cleanup(func() {
+		e.end()
+		if !e.isStopped() {
+			e.Close(context.Background())
+		}
+	})
+	return e, counts, l
+}
+
+func (e *Exporter) isStopped() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.stopped
+}
+
+func receive[T any](t *testing.T, c <-chan T) (v T) {
+	t.Helper()
+	select {
+	case v = <-c:
+	case <-time.After(nettest.Patience):
+		t.Fatal("nothing came")
+	}
+	return v
+}
+
+// A receiver that hangs holds neither requests nor memory: spans beyond the queue are dropped and counted.
+func TestAReceiverThatHangsCostsSpansOnly(t *testing.T) {
+	s := newSink()
+	e, counts, _ := start(t, s, time.Hour)
+	for range batch {
+		e.add([]byte{})
+	}
+	if n := receive(t, s.got); n != batch {
+		t.Fatalf("a batch of %d spans", n)
+	}
+	for range maxQueue + 7 {
+		e.add([]byte{})
+	}
+	if n := counts.Dropped.Load(); n != 7 {
+		t.Errorf("%d spans dropped, want 7", n)
+	}
+	s.results <- result{}
+	if n := receive(t, s.got); n != maxQueue {
+		t.Errorf("then %d spans", n)
+	}
+	s.results <- result{}
+}
+
+func TestTheQueueIsBoundedInBytes(t *testing.T) {
+	s := newSink()
+	e, counts, _ := start(t, s, time.Hour)
+	for range maxBytes/maxSpan + 3 {
+		e.add(make([]byte, maxSpan-8))
+	}
+	e.add(make([]byte, maxSpan+1))
+	e.mu.Lock()
+	size := len(e.queue)
+	e.mu.Unlock()
+	if n := counts.Dropped.Load(); n < 2 || size > maxBytes+maxSpan {
+		t.Errorf("%d spans dropped, %d bytes in the queue", n, size)
+	}
+}
+
+func TestABatchIsSentAgainAfterATemporaryErrorOnly(t *testing.T) {
+	s := newSink()
+	e, counts, l := start(t, s, time.Millisecond)
+	e.add([]byte{})
+	receive(t, s.got)
+	s.results <- result{err: &Temporary{Err: errors.New("busy")}}
+	receive(t, s.got) // again
+	s.results <- result{err: errors.New("forbidden")}
+	e.add([]byte{})
+	receive(t, s.got)
+	rejected := wire.AppendString(wire.AppendVarint(nil, 1, 1), 2, "bad name")
+	s.results <- result{response: wire.AppendBytes(nil, partialSuccess, rejected)}
+	e.add([]byte{})
+	receive(t, s.got)
+	s.results <- result{}
+	e.Close(context.Background())
+	if a, b := counts.Failed.Load(), counts.Exported.Load(); a != 2 || b != 1 {
+		t.Errorf("%d spans failed, %d exported", a, b)
+	}
+	if text := l.String(); strings.Count(text, "cannot export spans") != 1 || !strings.Contains(text, "forbidden") || !strings.Contains(text, "exported again") {
+		t.Errorf("log:\n%s", text)
+	}
+}
+
+func TestCloseSendsWhatIsLeft(t *testing.T) {
+	s := newSink()
+	e, counts, _ := start(t, s, time.Hour)
+	e.add([]byte{})
+	e.add([]byte{})
+	closed := make(chan struct{})
+	go func() {
+		e.Close(context.Background())
+		close(closed)
+	}()
+	if n := receive(t, s.got); n != 2 {
+		t.Errorf("%d spans", n)
+	}
+	s.results <- result{}
+	receive(t, closed)
+	e.add([]byte{})
+	if counts.Exported.Load() != 2 || counts.Dropped.Load() != 1 {
+		t.Errorf("%d exported, %d dropped", counts.Exported.Load(), counts.Dropped.Load())
+	}
+}

@@ -1,0 +1,221 @@
+package tracing
+
+import (
+	"math/bits"
+	"strconv"
+	"sync"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/wire"
+)
+
+// Numbers of fields of opentelemetry.proto.trace.v1.Span and of the messages around it.
+const (
+	spanTraceID    = 1
+	spanID         = 2
+	spanState      = 3
+	spanParent     = 4
+	spanName       = 5
+	spanKind       = 6
+	spanStart      = 7
+	spanEnd        = 8
+	spanAttributes = 9
+	spanStatus     = 15
+
+	statusText = 2
+	statusCode = 3
+
+	scopeSpans     = 2 // of ResourceSpans
+	spansOfScope   = 2 // of ScopeSpans
+	requestSpans   = 1 // of ExportTraceServiceRequest
+	resourceFields = 1 // of ResourceSpans: the resource, and its attributes
+	partialSuccess = 1 // of ExportTraceServiceResponse
+
+	kindServer  = 2
+	kindClient  = 3
+	statusError = 2
+)
+
+var spanBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+// Export implements flow.TraceExporter: it puts the span of a closed record into the queue.
+func (p *Policy) Export(r *flow.Record) {
+	if p.Exporter == nil {
+		return
+	}
+	b := spanBuffers.Get().(*[]byte)
+	*b = p.appendSpan((*b)[:0], r)
+	p.Exporter.add(*b)
+	if cap(*b) <= maxSpan {
+		spanBuffers.Put(b)
+	}
+}
+
+// appendSpan appends the span of a record, a message without its length.
+func (p *Policy) appendSpan(b []byte, r *flow.Record) []byte {
+	t := r.HTTP.Trace
+	b = wire.AppendBytes(b, spanTraceID, t.ID[:])
+	b = wire.AppendBytes(b, spanID, t.Span[:])
+	if len(t.State) > 0 {
+		b = wire.AppendBytes(b, spanState, t.State)
+	}
+	if t.Parent != [8]byte{} {
+		b = wire.AppendBytes(b, spanParent, t.Parent[:])
+	}
+	b = appendName(b, r)
+	kind := uint64(kindServer)
+	if r.Direction == flow.Outbound {
+		kind = kindClient
+	}
+	b = wire.AppendVarint(b, spanKind, kind)
+	start := r.Opened.UnixNano()
+	b = wire.AppendFixed64(b, spanStart, uint64(start))
+	b = wire.AppendFixed64(b, spanEnd, uint64(start+int64(r.Duration)))
+	b = append(b, t.Attributes...)
+	b = p.appendRequest(b, r)
+	return appendOutcome(b, r)
+}
+
+// appendName appends the name that Envoy gives: that of the route, or the direction, with the host of an outbound request.
+func appendName(b []byte, r *flow.Record) []byte {
+	switch name := r.HTTP.Trace.Operation; {
+	case name != "":
+		return wire.AppendString(b, spanName, name)
+	case r.Direction == flow.Inbound:
+		return wire.AppendString(b, spanName, "ingress")
+	}
+	const egress = "egress "
+	host := r.HTTP.Authority
+	b = wire.AppendTag(b, spanName, len(egress)+len(host))
+	return append(append(b, egress...), host...)
+}
+
+// appendRequest appends Envoy's attributes of a request.
+func (p *Policy) appendRequest(b []byte, r *flow.Record) []byte {
+	h := r.HTTP
+	b = appendText(b, "component", "proxy")
+	b = appendText(b, "http.method", h.Method)
+	b = p.appendURL(b, r)
+	b = appendText(b, "http.protocol", r.Protocol.String())
+	if len(h.ID) > 0 {
+		b = appendText(b, "guid:x-request-id", h.ID)
+	}
+	if len(h.UserAgent) > 0 {
+		b = appendText(b, "user_agent", h.UserAgent)
+	}
+	if h.GRPC {
+		b = appendText(b, "grpc.path", h.Path)
+		b = appendText(b, "grpc.authority", h.Authority)
+	}
+	var scratch [64]byte
+	if a := r.Downstream.Addr(); a.IsValid() {
+		b = appendText(b, "peer.address", a.AppendTo(scratch[:0]))
+	}
+	if r.Cluster != "" {
+		b = appendText(b, "upstream_cluster", r.Cluster)
+		b = appendText(b, "upstream_cluster.name", r.Cluster)
+	}
+	if r.Upstream.IsValid() {
+		b = appendText(b, "upstream_address", r.Upstream.AppendTo(scratch[:0]))
+	}
+	b = appendNumber(b, "request_size", r.Received.Load())
+	return appendNumber(b, "response_size", r.Sent.Load())
+}
+
+// appendURL appends http.url.
+func (p *Policy) appendURL(b []byte, r *flow.Record) []byte {
+	h := r.HTTP
+	scheme, most := "http://", p.MaxPath
+	if r.Direction == flow.Inbound && r.Security != nil {
+		scheme = "https://"
+	}
+	if most == 0 {
+		most = DefaultMaxPath
+	}
+	path := h.Path
+	if len(path) > most {
+		path = path[:most]
+	}
+	const key = "http.url"
+	size := len(scheme) + len(h.Authority) + len(path)
+	b = appendKey(b, key, size)
+	return append(append(append(b, scheme...), h.Authority...), path...)
+}
+
+// appendOutcome appends what became of a request. A request without a response, or with one of the server's errors, is an
+// error, as for Envoy.
+func appendOutcome(b []byte, r *flow.Record) []byte {
+	h := r.HTTP
+	b = appendNumber(b, "http.status_code", uint64(h.Status))
+	flags := r.Flags()
+	if flags == "" {
+		flags = "-"
+	}
+	b = appendText(b, "response_flags", flags)
+	if len(h.GRPCStatus) > 0 {
+		b = appendText(b, "grpc.status_code", h.GRPCStatus)
+	}
+	if r.Reason != flow.Completed {
+		b = appendText(b, "pillion.reason", string(r.Reason))
+	}
+	if h.Status != 0 && h.Status < 500 {
+		return b
+	}
+	b = appendText(b, "error", "true")
+	details := r.Details()
+	size := sizeOfField(len(details)) + 2
+	b = wire.AppendTag(b, spanStatus, size)
+	b = wire.AppendString(b, statusText, details)
+	return wire.AppendVarint(b, statusCode, statusError)
+}
+
+// sizeOfField is the size of a field with n bytes, whose number is below 16.
+func sizeOfField(n int) int { return 1 + (bits.Len64(uint64(n)|1)+6)/7 + n }
+
+// appendKey appends the beginning of an attribute whose text has n bytes. The caller appends the text.
+func appendKey(b []byte, key string, n int) []byte {
+	value := sizeOfField(n)
+	b = wire.AppendTag(b, spanAttributes, sizeOfField(len(key))+sizeOfField(value))
+	b = wire.AppendString(b, 1, key)
+	b = wire.AppendTag(b, 2, value)
+	return wire.AppendTag(b, 1, n)
+}
+
+func appendText[T string | []byte](b []byte, key string, value T) []byte {
+	return append(appendKey(b, key, len(value)), value...)
+}
+
+// appendNumber appends a number as text, as Envoy does.
+func appendNumber(b []byte, key string, n uint64) []byte {
+	var scratch [20]byte
+	return appendText(b, key, strconv.AppendUint(scratch[:0], n, 10))
+}
+
+// appendTags appends the attributes of the policy's tags. The values of header fields are cut as in other records.
+func (p *Policy) appendTags(b []byte, fields Fields) []byte {
+	for i := range p.Tags {
+		tag := &p.Tags[i]
+		if tag.Field == "" {
+			b = appendText(b, tag.Name, tag.Value)
+			continue
+		}
+		if value, ok := find(fields, tag.Field); ok {
+			b = appendText(b, tag.Name, value[:min(len(value), maxTag)])
+		} else if tag.Value != "" {
+			b = appendText(b, tag.Name, tag.Value)
+		}
+	}
+	return b
+}
+
+// maxTag bounds the value of a header field in a span, in bytes.
+const maxTag = 1 << 10
+
+func find(fields Fields, name string) ([]byte, bool) {
+	for i := range fields.Len() {
+		if n, value := fields.At(i); equalFold(n, name) {
+			return value, true
+		}
+	}
+	return nil, false
+}
