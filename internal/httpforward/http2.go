@@ -116,7 +116,8 @@ func (e *Engine) serveHTTP2(w *tcp.Waiter, c *Connection) {
 // connect opens the upstream connection, unless it was opened early.
 func (m *multiplex) connect() {
 	if m.up == nil {
-		up, attempts, err := m.engine.dialer(&m.Connection, m.settings).Dial(m.w, m.Target)
+		dialer := m.engine.dialer(&m.Connection, m.settings)
+		up, attempts, err := dialer.Dial(m.w, m.Target)
 		m.attempts = uint8(attempts)
 		if errors.Is(err, tcp.ErrCanceled) {
 			m.over = isReset

@@ -75,7 +75,7 @@ const (
 // twice and within Timeout: no byte of the connection was sent, and the network may choose another server. With another
 // target, the next attempt would reach the same server, so the error is returned at once. attempts is their number, at
 // least 1.
-func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, err error) {
+func (d *Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, err error) {
 	var deadline time.Time
 	timeout := d.Timeout
 	if o := target.options(); o != nil && o.ConnectTimeout > 0 {
@@ -121,7 +121,7 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 	return up, attempts, nil
 }
 
-func (d Dialer) count(add func(*Stats)) {
+func (d *Dialer) count(add func(*Stats)) {
 	if d.Stats != nil {
 		add(d.Stats)
 	}
@@ -137,7 +137,7 @@ func attemptDeadline(deadline time.Time, target Target, attempt int) time.Time {
 }
 
 // connect makes one attempt.
-func (d Dialer) connect(w *tcp.Waiter, target Target, deadline time.Time) (*tcp.Conn, error) {
+func (d *Dialer) connect(w *tcp.Waiter, target Target, deadline time.Time) (*tcp.Conn, error) {
 	if up := d.Socket; up != nil {
 		if err := up.Connect(w, target.Source, deadline); err != nil {
 			up.Close()
