@@ -30,10 +30,12 @@ type Config struct {
 	Policy       Policy
 	Drain        Drain
 	AccessLog    AccessLog
-	Tracing      *tracing.Options // nil: no requests are traced
+	Tracing      *tracing.Options // nil: no requests are traced, unless a control plane asks for it
 	Metrics      Metrics
 	Status       Status
-	Workload     Workload
+
+	SpanAttributes []tracing.Resource // of this process, in spans that a control plane asks for; added to those of Workload
+	Workload       Workload
 
 	// SettingName spells a field of Config for people, such as --connect-timeout for ConnectTimeout. nil: as it is.
 	SettingName func(field string) string
@@ -91,6 +93,9 @@ type ControlPlane struct {
 	Pod  *istiod.Pod   // how istiod is reached; nil: the agent decides alone
 	Wait time.Duration // how long connections are held for the first configuration; zero: they are refused at once
 	Kept string        // directory that keeps the last configuration for a restart; empty: it is not kept
+
+	StrictPaths bool // inbound requests whose path servers may read in different ways are rejected
+	Rejudge     bool // an inbound connection of bytes ends at once when a changed policy denies it
 }
 
 // DNS configures the resolver.

@@ -60,6 +60,7 @@ var modes = map[string][]*mesh.FilterChain{
 	"STRICT, TCP":   {chain("tls", nil, false, true)},
 	"STRICT, auto":  {chain("tls", meshHTTP, true, true), chain("tls", nil, false, true)},
 	"DISABLE, HTTP": {chain("raw_buffer", nil, true, false)},
+	"DISABLE, TCP":  {chain("raw_buffer", nil, false, false)},
 	"DISABLE, auto": {chain("raw_buffer", plain, true, false), chain("raw_buffer", nil, false, false)},
 }
 
@@ -70,6 +71,7 @@ const (
 	tlsOfHTTP
 	tlsOfTCP
 	tlsOfOthers
+	httpAsTCP // HTTP, and the ALPN of TCP: a client of the mesh that does not know the port's protocol
 )
 
 // Outcomes of a connection.
@@ -81,15 +83,16 @@ const (
 )
 
 func TestEveryModeTreatsEveryClientAsConfigured(t *testing.T) {
-	for mode, want := range map[string][5]string{
-		"PERMISSIVE, HTTP": {carried, closed, mutual, closed, closed},
-		"PERMISSIVE, TCP":  {carried, carried, mutual, mutual, through},
-		"PERMISSIVE, auto": {carried, carried, mutual, mutual, through},
-		"STRICT, HTTP":     {closed, closed, mutual, closed, mutual},
-		"STRICT, TCP":      {closed, closed, mutual, mutual, mutual},
-		"STRICT, auto":     {closed, closed, mutual, mutual, mutual},
-		"DISABLE, HTTP":    {carried, closed, closed, closed, closed},
-		"DISABLE, auto":    {carried, carried, through, through, through},
+	for mode, want := range map[string][6]string{
+		"PERMISSIVE, HTTP": {carried, closed, mutual, closed, closed, mutual},
+		"PERMISSIVE, TCP":  {carried, carried, mutual, mutual, through, mutual},
+		"PERMISSIVE, auto": {carried, carried, mutual, mutual, through, mutual},
+		"STRICT, HTTP":     {closed, closed, mutual, closed, mutual, mutual},
+		"STRICT, TCP":      {closed, closed, mutual, mutual, mutual, mutual},
+		"STRICT, auto":     {closed, closed, mutual, mutual, mutual, mutual},
+		"DISABLE, HTTP":    {carried, closed, closed, closed, closed, closed},
+		"DISABLE, TCP":     {carried, carried, through, through, through, through},
+		"DISABLE, auto":    {carried, carried, through, through, through, through},
 	} {
 		t.Run(mode, func(t *testing.T) {
 			m := newMeshRig(t, mode)
@@ -119,6 +122,12 @@ func newMeshRig(t *testing.T, mode string) *meshRig {
 
 func newDelayedMeshRig(t *testing.T, mode string, delay time.Duration) *meshRig {
 	t.Helper()
+	return newMeshRigOf(t, mode, delay, func(*Config) {})
+}
+
+// newMeshRigOf is newDelayedMeshRig with a configuration that change has changed.
+func newMeshRigOf(t *testing.T, mode string, delay time.Duration, change func(*Config)) *meshRig {
+	t.Helper()
 	m := &meshRig{authority: securetest.New(t, "root of the mesh")}
 	m.client = m.authority.Leaf(t, idOfClient, nil)
 	plane := &servetest.Configured{}
@@ -126,10 +135,12 @@ func newDelayedMeshRig(t *testing.T, mode string, delay time.Duration) *meshRig 
 	m.plane = plane
 	plane.InForce.Store(snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")))
 	at := servetest.Place{Rules: true, New: func(t testing.TB, parts servetest.Parts) servetest.Role {
-		proxy, err := New(Config{
+		config := Config{
 			Poller: parts.Poller, OwnPorts: servetest.OwnPorts(), OwnAddresses: parts.Addresses, Flows: parts.Flows,
 			Settings: parts.Settings, HTTP: parts.HTTP, Mesh: plane, Wait: nettest.Patience,
-		})
+		}
+		change(&config)
+		proxy, err := New(config)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -261,6 +272,8 @@ func (m *meshRig) outcome(t *testing.T, sends int) string {
 		text, alpn = "\x00other bytes", []string{"istio-peer-exchange", "istio"}
 	case tlsOfOthers:
 		alpn = []string{"http/1.1"}
+	case httpAsTCP:
+		alpn = []string{"istio-peer-exchange", "istio"}
 	}
 	ended := false
 	if sends >= tlsOfHTTP {
@@ -411,6 +424,8 @@ func TestTheWorkloadLearnsItsClient(t *testing.T) {
 		text, want string
 	}{
 		{true, ask, element}, {true, ask + claim, "By=a;URI=forged," + element}, {false, ask, ""}, {false, ask + claim, ""},
+		{true, ask + claim + claim, "By=a;URI=forged,By=a;URI=forged," + element}, {false, ask + claim + claim, ""},
+		{true, ask + "Connection: x-forwarded-client-cert\r\n", element}, {false, ask + claim + "Connection: x-forwarded-client-cert\r\n", ""},
 	} {
 		var conn net.Conn = m.Dial(t, m.At(81))
 		if c.tls {

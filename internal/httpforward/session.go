@@ -334,6 +334,9 @@ func (s *session) dial(wanted *upstream.Target, settings *Settings) (attempts in
 	if err != nil {
 		return attempts, err
 	}
+	if wanted.HTTP2 {
+		carryOverHTTP2(up, settings)
+	}
 	s.up, s.used, s.lastUse = up, false, time.Time{}
 	var use upstream.Use
 	if wanted.Security != nil && wanted.Security.Life > 0 {

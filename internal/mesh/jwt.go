@@ -1,8 +1,7 @@
 package mesh
 
 import (
-	"slices"
-	"strings"
+	"sort"
 	"sync/atomic"
 	"time"
 
@@ -152,8 +151,8 @@ func (d *decoder) jwt(m wire.Message) *JWT {
 			j.TerseFailures = m.Bool()
 		}
 	}
-	slices.SortStableFunc(j.Providers, func(a, b JWTProvider) int { return strings.Compare(a.Name, b.Name) })
-	slices.SortStableFunc(j.Named, func(a, b NamedRequirement) int { return strings.Compare(a.Name, b.Name) })
+	sort.SliceStable(j.Providers, func(a, b int) bool { return j.Providers[a].Name < j.Providers[b].Name })
+	sort.SliceStable(j.Named, func(a, b int) bool { return j.Named[a].Name < j.Named[b].Name })
 	d.jwtNames(j)
 	j.Refused = d.refusals > before
 	return j
@@ -263,7 +262,6 @@ func (d *decoder) jwtProvider(m wire.Message, p *JWTProvider) {
 			p.Audiences = append(p.Audiences, m.String())
 		case 3:
 			p.Remote = d.remoteKeys(m.Message())
-			d.report(Traffic, "keys are not fetched, so no token of the provider is accepted")
 		case 4:
 			p.Keys = d.inline(m.Message())
 		case 5:
@@ -298,7 +296,7 @@ func (d *decoder) jwtProvider(m wire.Message, p *JWTProvider) {
 
 // fieldName returns the name of a header field that may be set. Other names are reported.
 func (d *decoder) fieldName(name string) string {
-	if !editable(name) {
+	if !Editable(name) {
 		d.report(Security, "not the name of a header field that can be set")
 		return ""
 	}

@@ -123,7 +123,15 @@ func TestFindingsOfListeners(t *testing.T) {
 		{"routes by scope", chain(httpManager(nest(nil, 31))), "security " + manager + ".scoped_routes: not supported", "chain"},
 		{"a client's address that is found otherwise", chain(httpManager(nest(nil, 46))), "security " + manager + ".original_ip_detection_extensions: not supported", "chain"},
 		{"replies that are replaced", chain(httpManager(nest(nil, 38))), "traffic " + manager + ".local_reply_config: not supported", ""},
-		{"traces", chain(httpManager(nest(nil, 7, 9))), "traffic " + manager + ".tracing.provider: not supported", ""},
+		{"a tracer of another type", chain(httpManager(nest(packed("envoy.config.trace.v3.ZipkinConfig", nil), 7, 9, 3))),
+			"traffic " + manager + ".tracing.provider.typed_config: tracers of type envoy.config.trace.v3.ZipkinConfig are not supported; use a provider of OpenTelemetry", ""},
+		{"a tracer without a cluster", chain(httpManager(nest(packed("envoy.config.trace.v3.OpenTelemetryConfig", nil), 7, 9, 3))),
+			"traffic " + manager + ".tracing.provider.typed_config: no cluster to send spans to", ""},
+		{"a sampler", chain(httpManager(nest(packed("envoy.config.trace.v3.OpenTelemetryConfig", join(nest(field1("c"), 1, 1), nest(nil, 5))), 7, 9, 3))),
+			"traffic " + manager + ".tracing.provider.typed_config.sampler: not supported", ""},
+		{"an unknown field of a tracer", chain(httpManager(nest(packed("envoy.config.trace.v3.OpenTelemetryConfig", nest(join(field1("c"), nest(nil, 99)), 1, 1)), 7, 9, 3))),
+			"traffic " + manager + ".tracing.provider.typed_config.grpc_service.envoy_grpc: unknown field 99 of envoy.config.core.v3.GrpcService.EnvoyGrpc", ""},
+		{"a tag with operators", chain(httpManager(nest(wire.AppendString(nil, 6, "%X%"), 7, 8))), "cosmetic " + manager + ".tracing.custom_tags.value: not supported", ""},
 		{"samples of traces without a provider", chain(httpManager(nest(nil, 7, 4))), "", ""},
 		{"filters of an upgrade", chain(httpManager(nest(nil, 23, 2))), "security " + manager + ".upgrade_configs.filters: not supported", "chain"},
 		{"routes in the manager", chain(httpManager(nest(table(), 4))), "", ""},
@@ -142,8 +150,8 @@ func TestFindingsOfListeners(t *testing.T) {
 		{"a configuration that comes on its own", chain(httpManager(nest(join(field1("w"), nest(text(4, wasmType), 5)), 5))), "unenforced " + manager + ": the configuration of the HTTP filter w comes on its own; requests are refused until then", ""},
 		{"an optional one", chain(httpManager(nest(join(field1("w"), nest(nil, 5), number(6, 1)), 5))), "cosmetic " + manager + ": the HTTP filter w of type  is not supported; it is optional", ""},
 		{"its default", chain(httpManager(nest(join(field1("w"), nest(packed(rbacType, nil), 5, 2)), 5))), "traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", ""},
-		{"its default that restricts", chain(httpManager(nest(join(field1("w"), nest(packed(extAuthzType, nest(nest(text(1, "c"), 1), 1)), 5, 2)), 5))),
-			"unenforced " + manager + ".http_filters: policies of type " + extAuthzType + " are not carried out yet; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", "chain"},
+		{"its default that restricts", chain(httpManager(nest(join(field1("w"), nest(packed(extAuthzType, join(nest(nest(text(1, "c"), 1), 1), nest(nil, 5))), 5, 2)), 5))),
+			"unenforced " + manager + ".http_filters: questions with the bodies of requests are not carried out yet; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", "chain"},
 		{"its default that is not supported", chain(httpManager(nest(join(field1("w"), nest(packed(wasmType, nil), 5, 2)), 5))), "traffic " + manager + ": the HTTP filter w of type " + wasmType + " is not supported", ""},
 		{"two configurations", chain(httpManager(nest(join(field1("w"), nest(packed(rbacType, nil), 4), nest(packed(rbacType, nil), 5, 2)), 5))),
 			"security " + manager + ".http_filters.config_discovery: more than one member of a oneof; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", "chain"},
@@ -312,7 +320,7 @@ func TestEachFieldOfListenersIsDecoded(t *testing.T) {
 		t.Fatal(err)
 	}
 	l, findings, err := DecodeListener(b)
-	if err != nil || len(findings) != 1 || !strings.Contains(findings[0].Problem, "keys are not fetched") {
+	if err != nil || len(findings) > 0 {
 		t.Fatalf("error %v, findings %v", err, findings)
 	}
 	got, err := json.MarshalIndent(l, "", " ")

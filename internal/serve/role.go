@@ -12,21 +12,25 @@ package serve
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/budget"
+	"github.com/pillion-proxy/pillion/internal/callout"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/fault"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/identity"
+	"github.com/pillion-proxy/pillion/internal/jwks"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -47,10 +51,16 @@ type Config struct {
 	Lookup balance.Lookup
 
 	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
-	Peers  *peers.Exchange
-	Egress Egress // the policy for outbound connections; nil: everything is allowed
+	Peers   *peers.Exchange
+	Strict  bool         // paths of requests that servers may read in different ways are rejected
+	Rejudge bool         // an inbound connection of bytes ends when a changed policy denies it
+	Log     *slog.Logger // of keys that cannot be fetched; nil: not logged
+	Egress  Egress       // the policy for outbound connections; nil: everything is allowed
 
 	Faults fault.Set // on purpose; nil: none
+
+	// Tracing has the exporters of the spans that Mesh asks for; nil: it is not followed.
+	Tracing *tracing.Exporters
 
 	Decryption Decryption // of outbound connections; nil: none is decrypted
 
@@ -115,13 +125,20 @@ type Role struct {
 	wait       time.Duration
 	egress     Egress
 	decryption Decryption
+	exporters  *tracing.Exporters
 
-	balancer   *balance.Balancer // nil without mesh, and inbound
+	balancer   *balance.Balancer // nil without mesh; inbound, of the servers that are asked about connections and requests
 	securities atomic.Pointer[map[secured]*upstream.Security]
 	allOptions map[upstream.Options]*upstream.Options
 	trusted    atomic.Pointer[trusted]
 	securing   sync.Mutex // held to replace securities, and for allOptions
 	faults     fault.Set
+
+	callouts *callout.Client // nil without mesh
+	keys     *jwks.Store     // likewise
+	asking   asking
+	strict   bool // see Config
+	rejudges bool // likewise
 }
 
 // NewRole checks the configuration.
@@ -137,7 +154,10 @@ func NewRole(config Config) (*Role, error) {
 		wait:       config.Wait,
 		egress:     config.Egress,
 		decryption: config.Decryption,
+		exporters:  config.Tracing,
 		faults:     config.Faults,
+		strict:     config.Strict,
+		rejudges:   config.Rejudge,
 		budget:     config.HTTP.Budget,
 		dialer:     upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
@@ -157,8 +177,10 @@ func NewRole(config Config) (*Role, error) {
 		r.securities.Store(&map[secured]*upstream.Security{})
 		r.allOptions = map[upstream.Options]*upstream.Options{}
 	}
-	if r.mesh != nil && r.direction == flow.Outbound {
+	if r.mesh != nil {
 		r.balancer = balance.New(balance.Config{Snapshot: r.mesh.Snapshot, Lookup: config.Lookup})
+		r.callouts = callout.New(callout.Config{Snapshot: r.mesh.Snapshot, Balancer: r.balancer, Security: r.calloutSecurity})
+		r.keys = jwks.New(r.callouts, config.Log)
 	}
 	r.settings.Store(&config.Settings)
 	return r, nil
@@ -182,12 +204,18 @@ func (r *Role) Drain() { r.engine.Drain() }
 
 // Close stops what the role does in the background. Call it after the role's connections have ended.
 func (r *Role) Close() {
+	if r.keys != nil {
+		r.keys.Close()
+	}
+	if r.callouts != nil {
+		r.callouts.Close()
+	}
 	if r.balancer != nil {
 		r.balancer.Close()
 	}
 }
 
-// Balancer returns the state of the clusters that outbound requests go to; nil without a control plane, and inbound.
+// Balancer returns the state of the clusters that requests go to; nil without a control plane.
 func (r *Role) Balancer() *balance.Balancer { return r.balancer }
 
 // Refuse resets a connection that exceeds the limit.

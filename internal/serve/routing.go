@@ -3,7 +3,6 @@ package serve
 import (
 	"bytes"
 	"net/netip"
-	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
@@ -11,6 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/sniff"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -24,6 +24,7 @@ type routing struct {
 
 	judged  *mesh.Snapshot // by the last request, and what follows from it
 	manager *mesh.HTTPManager
+	traced  *tracing.Policy // nil: not by the configuration
 
 	plain, described *httpforward.PeerFields // without and with the exchange of metadata; described may be nil
 
@@ -35,8 +36,6 @@ type routing struct {
 	request route.Request   // reused, so that it is not allocated
 	pick    balance.Request // as well
 	avoid   [1]netip.AddrPort
-
-	pinned *watched // the endpoint of an HTTP/2 connection
 }
 
 func (c *Conn) newRouting(g *governed) *routing {
@@ -52,7 +51,7 @@ func (c *Conn) newRouting(g *governed) *routing {
 
 // judge finds the routes of the connection in a snapshot.
 func (r *routing) judge(s *mesh.Snapshot) {
-	r.judged, r.manager, r.table, r.refused, r.described = s, nil, nil, nil, nil
+	r.judged, r.manager, r.table, r.refused, r.described, r.traced = s, nil, nil, nil, nil, nil
 	chain, refusal := s.Outbound(&r.info)
 	switch {
 	case refusal != "":
@@ -60,7 +59,7 @@ func (r *routing) judge(s *mesh.Snapshot) {
 	case chain == nil || chain.HTTP == nil:
 		// The destination is no longer one of HTTP. The connection goes on as one without a listener.
 	default:
-		r.manager, r.plain = chain.HTTP, withoutClient(chain.HTTP)
+		r.manager, r.plain, r.traced = chain.HTTP, withoutClient(chain.HTTP), r.role.tracing(chain.HTTP)
 		if r.role.peers != nil && r.manager.ExchangesMetadata() {
 			r.described = r.role.exchanging(r.plain)
 		}
@@ -80,7 +79,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	}
 	switch {
 	case r.refused != nil:
-		return httpforward.Decision{Reply: r.refused}
+		return httpforward.Decision{Reply: r.refused, Tracing: r.traced}
 	case r.table == nil:
 		return httpforward.Decision{Target: upstream.Target{Address: r.info.Destination, Balanced: true}}
 	case q.Previous != nil:
@@ -90,11 +89,11 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	choice := r.table.Find(&r.request)
 	choice.Fault = r.fault
 	if choice.Cluster == nil {
-		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice)}
+		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice), Tracing: r.traced}
 	}
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
-	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay}
+	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, Tracing: r.traced}
 	switch {
 	case d.Reply != nil:
 		return d
@@ -148,11 +147,12 @@ func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.De
 func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
 	d.AsDownstream = config.HTTP.Protocol == mesh.UpstreamAsDownstream
 	d.HTTP2 = config.HTTP.Protocol == mesh.UpstreamHTTP2
-	if r.pinned != nil {
-		r.sendPinned(s, config, d)
-		return
+	in := r.upstreamProtocol(config)
+	d.Translate = in != r.inside
+	if r.pick.Kind = balance.HTTP1; in == secure.HTTP2 {
+		r.pick.Kind = balance.HTTP2
 	}
-	lease, failed := r.role.endpoint(s, config, &r.pick, r.inside, r.request.Authority, &d.Target)
+	lease, failed := r.role.endpoint(s, config, &r.pick, in, r.request.Authority, &d.Target)
 	if failed != nil {
 		d.Target, d.Reply = upstream.Target{}, failed.reply
 		return
@@ -163,28 +163,22 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 	}
 }
 
+// upstreamProtocol returns the protocol in which a request goes to the endpoints of a cluster. gRPC needs HTTP/2: a call keeps
+// that, also where the cluster asks for HTTP/1, as the name of a port does that does not begin with grpc.
+func (r *routing) upstreamProtocol(config *mesh.Cluster) secure.Inside {
+	switch {
+	case config.HTTP.Protocol == mesh.UpstreamAsDownstream, r.request.GRPC && r.inside == secure.HTTP2:
+		return r.inside
+	case config.HTTP.Protocol == mesh.UpstreamHTTP2:
+		return secure.HTTP2
+	}
+	return secure.HTTP1
+}
+
 // exchanges reports whether metadata is exchanged with the hosts of a cluster. Those outside of the mesh do not receive it.
 func (r *routing) exchanges(with *mesh.Cluster) bool {
 	return r.described != nil && !with.External && with.Discovery != mesh.OriginalDestination
 }
-
-// sendPinned sends a request of an HTTP/2 connection to the connection's endpoint, if that is one of the request's cluster.
-// Another request cannot be carried on this connection, and is answered 421.
-func (r *routing) sendPinned(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
-	if config.Name == r.pinned.config.Name {
-		var failed balance.Failure
-		if d.Lease, failed = r.role.balancer.Cluster(s, config).At(r.pinned.target.Address, &r.pick); failed != balance.None {
-			d.Reply = overflow.reply
-			return
-		}
-		d.Target = r.pinned.target
-		return
-	}
-	d.Target.Address = netip.AddrPortFrom(r.info.Destination.Addr(), 0) // not that of the connection
-}
-
-// Retired implements httpforward.Retirement. A connection whose requests are routed one by one does not end.
-func (r *routing) Retired() bool { return r.pinned != nil && r.pinned.gone() }
 
 // OnlyHTTP implements httpforward.OnlyHTTP.
 func (r *routing) OnlyHTTP() bool { return true }
@@ -219,72 +213,13 @@ func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
 		if config == nil || len(d.Mirrors) == httpforward.MaxMirrors || !r.request.Drawn(m) {
 			continue
 		}
-		copied := httpforward.Mirror{Policy: m, HTTP2: config.HTTP.Protocol == mesh.UpstreamHTTP2}
+		in := r.upstreamProtocol(config)
+		copied := httpforward.Mirror{Policy: m, HTTP2: in == secure.HTTP2}
 		request := balance.Request{Original: r.info.Destination}
-		lease, failed := r.role.endpoint(s, config, &request, r.inside, r.request.Authority, &copied.Target)
+		lease, failed := r.role.endpoint(s, config, &request, in, r.request.Authority, &copied.Target)
 		if failed == nil {
 			copied.Lease = lease
 			d.Mirrors = append(d.Mirrors, copied)
 		}
 	}
-}
-
-// pin chooses the endpoint of an HTTP/2 connection before its requests are known.
-func (r *routing) pin(to *upstream.Target) *failure {
-	if r.refused != nil || r.table == nil {
-		return nil // its requests are answered, or go to the destination
-	}
-	config := r.destination()
-	if config == nil {
-		return noSuchCluster
-	}
-	lease, failed := r.role.endpoint(r.judged, config, &r.pick, r.inside, nil, to)
-	if failed != nil {
-		return failed
-	}
-	lease.End(balance.Outcome{GRPC: -1}) // its requests have leases of their own
-	r.pinned = &watched{role: r.role, config: config, target: *to, inside: r.inside, snapshot: r.judged, own: r.role.mesh.Identity()}
-	return nil
-}
-
-// destination returns the cluster of a request to the original destination. istiod lists a service's addresses among the
-// domains of its virtual host. Without such a host, the destination may be an endpoint itself, as that of a headless service
-// is.
-func (r *routing) destination() *mesh.Cluster {
-	authority := []byte(r.info.Destination.String())
-	choice := r.table.Find(&route.Request{Method: []byte("POST"), Path: []byte("/"), Authority: authority, Scheme: []byte("http")})
-	if choice.Host != nil && !slices.ContainsFunc(choice.Host.Domains, func(d mesh.Domain) bool { return d.Kind == mesh.DomainAny }) {
-		if choice.Cluster == nil {
-			return nil
-		}
-		return r.judged.Cluster(choice.Cluster.Name)
-	}
-	for i := range r.routes.Hosts {
-		for k := range r.routes.Hosts[i].Routes {
-			if c := r.ofEndpoint(r.routes.Hosts[i].Routes[k].Forward); c != nil {
-				return c
-			}
-		}
-	}
-	if choice.Cluster == nil {
-		return nil
-	}
-	return r.judged.Cluster(choice.Cluster.Name)
-}
-
-// ofEndpoint returns the cluster of a route that the original destination is an endpoint of, or nil.
-func (r *routing) ofEndpoint(f *mesh.Forward) *mesh.Cluster {
-	if f == nil {
-		return nil
-	}
-	for i := range f.Clusters {
-		c := r.judged.Cluster(f.Clusters[i].Name)
-		if c == nil {
-			continue
-		}
-		if hosts := r.judged.Hosts(c); hosts != nil && hosts.At(r.info.Destination) != nil {
-			return c
-		}
-	}
-	return nil
 }

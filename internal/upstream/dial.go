@@ -24,6 +24,10 @@ type Dialer struct {
 	Stats   *Stats        // counts dials and their results; nil: not counted
 	Borrow  *Borrower     // for targets with a borrowed source; nil: such targets never occur
 
+	// Socket is from Poller.Socket, for a Dial by another goroutine than that of the downstream connection. The Dial takes
+	// it over, and makes one attempt. nil: each attempt makes a socket.
+	Socket *tcp.Conn
+
 	// Returned is the result of Stats.Returned for the downstream connection on whose behalf Dial connects.
 	Returned *tcp.Conn
 }
@@ -81,8 +85,12 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 		deadline = time.Now().Add(timeout)
 	}
 	for attempts = 1; ; attempts++ {
-		up, err = d.connect(w, target, attemptDeadline(deadline, target, attempts))
-		if err == nil || !target.Balanced || attempts == maxAttempts || !mayRedial(err) {
+		end := deadline
+		if d.Socket == nil {
+			end = attemptDeadline(deadline, target, attempts)
+		}
+		up, err = d.connect(w, target, end)
+		if err == nil || !target.Balanced || d.Socket != nil || attempts == maxAttempts || !mayRedial(err) {
 			break
 		}
 		if paused := pause(w, deadline); paused != nil {
@@ -130,6 +138,13 @@ func attemptDeadline(deadline time.Time, target Target, attempt int) time.Time {
 
 // connect makes one attempt.
 func (d Dialer) connect(w *tcp.Waiter, target Target, deadline time.Time) (*tcp.Conn, error) {
+	if up := d.Socket; up != nil {
+		if err := up.Connect(w, target.Source, deadline); err != nil {
+			up.Close()
+			return nil, err
+		}
+		return up, nil
+	}
 	if target.Borrowed {
 		return d.Borrow.dial(d.Poller, w, target, deadline)
 	}
