@@ -111,6 +111,11 @@ func (e *edited) appendBlock(block []byte, encoder *http2.Encoder) []byte {
 // answerMade answers a request as its decision asks, without upstream. The body of a reply is not sent: see answer.
 func (m *multiplex) answerMade(s *stream) error {
 	made := s.made
+	if made.Reset {
+		m.resetDownstream(s.id, http2.InternalError)
+		m.finish(s, made.Reason, nil)
+		return nil
+	}
 	return m.answer(s, &reply{made.Status, made.Body, made.Reason, made.Flags, made.Details}, nil)
 }
 
