@@ -83,6 +83,7 @@ func (a *Agent) addListeners() error {
 	if err != nil {
 		return err
 	}
+	a.authorizer = inboundRole
 	add(&trafficListener{
 		name: "inbound", shown: admin.VirtualInbound, direction: flow.Inbound, role: inboundRole, pool: inboundPool,
 		field: "Ports.Inbound", port: a.config.Ports.Inbound, addresses: allAddresses,

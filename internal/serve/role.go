@@ -215,6 +215,19 @@ func (r *Role) Close() {
 	}
 }
 
+// Asked returns how often servers of external authorization have allowed, denied, and not answered.
+func (r *Role) Asked() (allowed, denied, failed uint64) {
+	return r.asking.allowed.Load(), r.asking.denied.Load(), r.asking.failed.Load()
+}
+
+// KeyFetches returns how often keys of tokens were fetched, and could not be.
+func (r *Role) KeyFetches() (fetched, failed uint64) {
+	if r.keys == nil {
+		return 0, 0
+	}
+	return r.keys.Stats()
+}
+
 // Balancer returns the state of the clusters that requests go to; nil without a control plane.
 func (r *Role) Balancer() *balance.Balancer { return r.balancer }
 
