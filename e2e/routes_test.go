@@ -32,6 +32,8 @@ type subset struct {
 	Name      string
 	Endpoints []endpoint
 	Outliers  bool
+	Mutual    bool
+	HTTP2     bool
 }
 
 type endpoint struct {
@@ -63,8 +65,14 @@ type book struct {
 
 func newBook(t *testing.T, clusters []subset, routes ...rule) *book {
 	t.Helper()
+	return newBookOf(t, "reviews", clusters, routes...)
+}
+
+// newBookOf is newBook for a service with another host.
+func newBookOf(t *testing.T, host string, clusters []subset, routes ...rule) *book {
+	t.Helper()
 	s, i := newMeshStage(t)
-	b := &book{stage: s, file: filepath.Join(t.TempDir(), "services.json"), reviews: reviews{reviewsPort, "reviews", clusters, routes}}
+	b := &book{stage: s, file: filepath.Join(t.TempDir(), "services.json"), reviews: reviews{reviewsPort, host, clusters, routes}}
 	b.push(t)
 	i.start(t, "PERMISSIVE", "-services", b.file)
 	awaitReady(t, s.pod, s.agent)
