@@ -30,10 +30,12 @@ type Config struct {
 	Policy       Policy
 	Drain        Drain
 	AccessLog    AccessLog
-	Tracing      *tracing.Options // nil: no requests are traced
+	Tracing      *tracing.Options // nil: no requests are traced, unless a control plane asks for it
 	Metrics      Metrics
 	Status       Status
-	Workload     Workload
+
+	SpanAttributes []tracing.Resource // of this process, in spans that a control plane asks for; added to those of Workload
+	Workload       Workload
 
 	// SettingName spells a field of Config for people, such as --connect-timeout for ConnectTimeout. nil: as it is.
 	SettingName func(field string) string

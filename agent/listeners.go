@@ -74,6 +74,7 @@ func (a *Agent) addListeners() error {
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
 		Peers:        a.plane.peers,
+		Tracing:      a.exporters(),
 	})
 	if err != nil {
 		return err
@@ -97,11 +98,13 @@ func (a *Agent) addListeners() error {
 		Wait:         a.config.ControlPlane.Wait,
 		Lookup:       a.lookup(),
 		Peers:        a.plane.peers,
+		Tracing:      a.exporters(),
 	})
 	if err != nil {
 		return err
 	}
 	a.balancer = outboundRole.Balancer()
+	a.telling.spans.exporters.Transport = outboundRole.Transport // before anything is carried
 	add(&trafficListener{
 		name: "outbound", shown: admin.VirtualOutbound, direction: flow.Outbound, role: outboundRole, pool: outboundPool,
 		field: "Ports.Outbound", port: a.config.Ports.Outbound, addresses: loopback,

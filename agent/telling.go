@@ -147,7 +147,7 @@ func (t *telling) watch(a *Agent) {
 		if t.access != nil {
 			sources.AccessLog = func() (written, dropped uint64) { return t.access.Written(), t.access.Dropped() }
 		}
-		if t.spans.policy != nil {
+		if t.spans.policy != nil || a.plane.session != nil {
 			sources.Spans = t.spans.counted
 		}
 		if a.plane.session != nil {

@@ -2,22 +2,34 @@ package agent
 
 import (
 	"context"
+	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // spans is the tracing of requests.
 type spans struct {
-	policy *tracing.Policy // of Config.Tracing; nil: there is none
-	counts tracing.Counts
+	policy    *tracing.Policy   // of Config.Tracing; nil: there is none
+	exporters tracing.Exporters // that a control plane asks for
+	counts    tracing.Counts
 }
 
 // traceRequests starts the exporter that the configuration asks for.
 func (a *Agent) traceRequests() {
+	s := &a.telling.spans
 	if o := a.config.Tracing; o != nil {
-		s := &a.telling.spans
 		s.policy = o.Start(a.resource(), &s.counts, a.log)
 	}
+	s.exporters.Resource = tracing.WithDefaults(slices.Clone(a.config.SpanAttributes), a.resource())
+	s.exporters.Counts, s.exporters.Log = &s.counts, a.log
+}
+
+// exporters returns those that a control plane asks for; nil: there is no control plane.
+func (a *Agent) exporters() *tracing.Exporters {
+	if a.plane.session == nil {
+		return nil
+	}
+	return &a.telling.spans.exporters
 }
 
 // resource describes this workload in spans, by OpenTelemetry's names. The name of the service is the canonical one with
@@ -49,9 +61,13 @@ func (s *spans) counted() (exported, dropped, failed uint64) {
 	return s.counts.Exported.Load(), s.counts.Dropped.Load(), s.counts.Failed.Load()
 }
 
-// close exports what is left, and ends the exporter.
+// close exports what is left, and ends the exporters.
 func (s *spans) close(ctx context.Context) {
+	all := s.exporters.All()
 	if s.policy != nil {
-		s.policy.Exporter.Close(ctx)
+		all = append(all, s.policy.Exporter)
+	}
+	for _, e := range all {
+		e.Close(ctx)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -32,6 +33,7 @@ type Config struct {
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
+	Tracing      *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
@@ -67,6 +69,7 @@ func New(config Config) (*Proxy, error) {
 		Mesh:      config.Mesh,
 		Wait:      config.Wait,
 		Peers:     config.Peers,
+		Tracing:   config.Tracing,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("inbound: %w", err)

@@ -60,6 +60,7 @@ var modes = map[string][]*mesh.FilterChain{
 	"STRICT, TCP":   {chain("tls", nil, false, true)},
 	"STRICT, auto":  {chain("tls", meshHTTP, true, true), chain("tls", nil, false, true)},
 	"DISABLE, HTTP": {chain("raw_buffer", nil, true, false)},
+	"DISABLE, TCP":  {chain("raw_buffer", nil, false, false)},
 	"DISABLE, auto": {chain("raw_buffer", plain, true, false), chain("raw_buffer", nil, false, false)},
 }
 
@@ -70,6 +71,7 @@ const (
 	tlsOfHTTP
 	tlsOfTCP
 	tlsOfOthers
+	httpAsTCP // HTTP, and the ALPN of TCP: a client of the mesh that does not know the port's protocol
 )
 
 // Outcomes of a connection.
@@ -81,15 +83,16 @@ const (
 )
 
 func TestEveryModeTreatsEveryClientAsConfigured(t *testing.T) {
-	for mode, want := range map[string][5]string{
-		"PERMISSIVE, HTTP": {carried, closed, mutual, closed, closed},
-		"PERMISSIVE, TCP":  {carried, carried, mutual, mutual, through},
-		"PERMISSIVE, auto": {carried, carried, mutual, mutual, through},
-		"STRICT, HTTP":     {closed, closed, mutual, closed, mutual},
-		"STRICT, TCP":      {closed, closed, mutual, mutual, mutual},
-		"STRICT, auto":     {closed, closed, mutual, mutual, mutual},
-		"DISABLE, HTTP":    {carried, closed, closed, closed, closed},
-		"DISABLE, auto":    {carried, carried, through, through, through},
+	for mode, want := range map[string][6]string{
+		"PERMISSIVE, HTTP": {carried, closed, mutual, closed, closed, mutual},
+		"PERMISSIVE, TCP":  {carried, carried, mutual, mutual, through, mutual},
+		"PERMISSIVE, auto": {carried, carried, mutual, mutual, through, mutual},
+		"STRICT, HTTP":     {closed, closed, mutual, closed, mutual, mutual},
+		"STRICT, TCP":      {closed, closed, mutual, mutual, mutual, mutual},
+		"STRICT, auto":     {closed, closed, mutual, mutual, mutual, mutual},
+		"DISABLE, HTTP":    {carried, closed, closed, closed, closed, closed},
+		"DISABLE, TCP":     {carried, carried, through, through, through, through},
+		"DISABLE, auto":    {carried, carried, through, through, through, through},
 	} {
 		t.Run(mode, func(t *testing.T) {
 			m := newMeshRig(t, mode)
@@ -261,6 +264,8 @@ func (m *meshRig) outcome(t *testing.T, sends int) string {
 		text, alpn = "\x00other bytes", []string{"istio-peer-exchange", "istio"}
 	case tlsOfOthers:
 		alpn = []string{"http/1.1"}
+	case httpAsTCP:
+		alpn = []string{"istio-peer-exchange", "istio"}
 	}
 	ended := false
 	if sends >= tlsOfHTTP {
@@ -411,6 +416,8 @@ func TestTheWorkloadLearnsItsClient(t *testing.T) {
 		text, want string
 	}{
 		{true, ask, element}, {true, ask + claim, "By=a;URI=forged," + element}, {false, ask, ""}, {false, ask + claim, ""},
+		{true, ask + claim + claim, "By=a;URI=forged,By=a;URI=forged," + element}, {false, ask + claim + claim, ""},
+		{true, ask + "Connection: x-forwarded-client-cert\r\n", element}, {false, ask + claim + "Connection: x-forwarded-client-cert\r\n", ""},
 	} {
 		var conn net.Conn = m.Dial(t, m.At(81))
 		if c.tls {

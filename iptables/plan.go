@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sort"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -185,7 +186,7 @@ func PlanCleanup(ctx context.Context) (*Plan, error) {
 // a moment is harmless: their verdicts are the same. The step of our nftables table changes both families at once and
 // goes in between.
 func (p *Plan) order() {
-	rank := func(s Step) int {
+	rank := func(s *Step) int {
 		switch {
 		case s.Flavour == ruleset.Native:
 			return 1
@@ -194,7 +195,7 @@ func (p *Plan) order() {
 		}
 		return 0
 	}
-	slices.SortStableFunc(p.Steps, func(a, b Step) int { return rank(a) - rank(b) })
+	sort.SliceStable(p.Steps, func(i, j int) bool { return rank(&p.Steps[i]) < rank(&p.Steps[j]) })
 	if p.firstNative() >= 0 && len(p.table.Others) > 0 {
 		p.Warnings = append(p.Warnings, fmt.Sprintf("the nftables table inet %s is ours alone; init and cleanup remove from it: %s", nft.TableName, strings.Join(p.table.Others, ", ")))
 	}

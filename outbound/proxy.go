@@ -18,6 +18,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -35,6 +36,7 @@ type Config struct {
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
 	Lookup       balance.Lookup     // resolves the names of Mesh's clusters; nil: they have no endpoints
+	Tracing      *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
@@ -67,6 +69,7 @@ func New(config Config) (*Proxy, error) {
 		Wait:       config.Wait,
 		Lookup:     config.Lookup,
 		Peers:      config.Peers,
+		Tracing:    config.Tracing,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("outbound: %w", err)

@@ -259,6 +259,50 @@ func TestARejectedCertificateIsAFailedHandshake(t *testing.T) {
 	}
 }
 
+// A response that ends with the connection is whole after the server's close message only, with or without a length: an
+// attacker can send FIN.
+func TestATruncatedResponseIsNotWhole(t *testing.T) {
+	m := newMeshRig(t, idOfServer, istio(endpointOfMesh))
+	conns := m.Listen(t, "81")
+	config := &tls.Config{
+		Certificates: []tls.Certificate{*m.authority.Leaf(t, idOfServer, nil)}, ClientAuth: tls.RequireAnyClientCert, NextProtos: []string{"istio-http/1.1", "istio"},
+	}
+	const length, chunks = "Content-Length: 9\r\n", "Transfer-Encoding: chunked\r\n"
+	for _, c := range []struct {
+		framing, body string
+		closed        bool // by a close message
+		whole         bool
+	}{
+		{"", "beginning", true, true}, {"", "beginning", false, false},
+		{length, "beginning", false, true}, {length, "begin", true, false}, {length, "begin", false, false},
+		{chunks, "9\r\nbeginning\r\n0\r\n\r\n", false, true}, {chunks, "9\r\nbeginning\r\n", true, false}, {chunks, "9\r\nbeginning\r\n", false, false},
+	} {
+		client := m.Dial(t, m.At(81))
+		client.SetDeadline(time.Now().Add(nettest.Patience))
+		servetest.Send(t, client, "GET / HTTP/1.1\r\nHost: web\r\n\r\n")
+		raw := servetest.Take(t, conns)
+		server := tls.Server(raw, config)
+		if _, err := http.ReadRequest(bufio.NewReader(server)); err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(server, "HTTP/1.1 200 OK\r\n"+c.framing+"\r\n"+c.body)
+		if c.closed {
+			server.CloseWrite()
+		}
+		raw.CloseWrite()
+		response, err := http.ReadResponse(bufio.NewReader(client), nil)
+		if err == nil {
+			_, err = io.ReadAll(response.Body)
+		}
+		if (err == nil) != c.whole {
+			t.Errorf("%q, closed %v: the client reads %v", c.framing+c.body, c.closed, err)
+		}
+		raw.Close()
+		client.Close()
+		m.Await(t)
+	}
+}
+
 // A plain server behind an endpoint that must be reached by TLS gets a ClientHello and nothing else.
 func TestNothingIsSentWithoutTLS(t *testing.T) {
 	m := newMeshRig(t, idOfServer, istio(endpointOfMesh))

@@ -22,6 +22,8 @@ type harFile struct {
 	file    *os.File
 	out     *bufio.Writer
 	entries int
+	limit   int  // bytes of a decoded body
+	mask    bool // credentials in bodies
 }
 
 type harCreator struct {
@@ -51,6 +53,17 @@ type harRequest struct {
 	Query       []harField `json:"queryString"`
 	HeadersSize int        `json:"headersSize"`
 	BodySize    int64      `json:"bodySize"`
+
+	PostData *harPostData `json:"postData,omitempty"`
+}
+
+// harPostData is the body of a request. The format has no encoding for it; _encoding is a field of our own.
+type harPostData struct {
+	MimeType string     `json:"mimeType"`
+	Params   []harField `json:"params"`
+	Text     string     `json:"text"`
+	Encoding string     `json:"_encoding,omitempty"`
+	Comment  string     `json:"comment,omitempty"`
 }
 
 type harResponse struct {
@@ -66,8 +79,12 @@ type harResponse struct {
 }
 
 type harContent struct {
-	Size     int64  `json:"size"`
-	MimeType string `json:"mimeType"`
+	Size        int64  `json:"size"`
+	Compression int64  `json:"compression,omitempty"` // bytes saved
+	MimeType    string `json:"mimeType"`
+	Text        string `json:"text,omitempty"`
+	Encoding    string `json:"encoding,omitempty"`
+	Comment     string `json:"comment,omitempty"`
 }
 
 type harField struct {
@@ -81,12 +98,12 @@ type harTimings struct {
 	Receive float64 `json:"receive"`
 }
 
-func openHAR(path, version string) (*harFile, error) {
+func openHAR(path, version string, limit int, mask bool) (*harFile, error) {
 	file, err := createPrivate(path)
 	if err != nil {
 		return nil, err
 	}
-	h := &harFile{file: file, out: bufio.NewWriter(file)}
+	h := &harFile{file: file, out: bufio.NewWriter(file), limit: limit, mask: mask}
 	creator, err := json.Marshal(harCreator{"pillion", version})
 	if err == nil {
 		_, err = h.out.WriteString(`{"log":{"version":"1.2","creator":` + string(creator) + `,"entries":[`)
@@ -103,6 +120,7 @@ func (h *harFile) write(r *event) error {
 	if r.har == nil {
 		return nil
 	}
+	r.bodies.addTo(r.har, h.limit, h.mask)
 	text, err := json.Marshal(r.har)
 	if err != nil {
 		return err
@@ -143,7 +161,7 @@ func harOf(r *flow.Record, shown *live.Record, mask bool) *harEntry {
 		},
 		Response: harResponse{
 			Status: shown.Status, StatusText: http.StatusText(shown.Status), Version: version, Cookies: []harField{}, Headers: responseHead,
-			Content:  harContent{int64(shown.Sent), valueOf(responseHead, "content-type")},
+			Content:  harContent{Size: int64(shown.Sent), MimeType: valueOf(responseHead, "content-type")},
 			Redirect: valueOf(responseHead, "location"), HeadersSize: sizeOf(r.HTTP.ResponseHead), BodySize: int64(shown.Sent),
 		},
 		Timings: harTimings{Wait: milliseconds(r.HTTP.ServiceTime), Receive: milliseconds(r.Duration - r.HTTP.ServiceTime)},

@@ -86,7 +86,7 @@ func newPublisher(config Config, box *sandbox.Sandbox, t *traffic) (*publisher, 
 		return nil, err
 	}
 	p.role, err = serve.NewRole(serve.Config{
-		Direction: flow.Inbound, Poller: p.poller, Flows: t.table, Settings: settings(), HTTP: forwarding(&config, p.pool), Faults: config.Faults,
+		Direction: flow.Inbound, Poller: p.poller, Flows: t.table, Settings: settings(), HTTP: t.forwarding(p.pool), Faults: config.Faults,
 	})
 	if err != nil {
 		p.close()

@@ -39,7 +39,8 @@ type records struct {
 // event is a record as outputs take it.
 type event struct {
 	live.Record
-	har *harEntry // of a request, if there is an archive
+	har    *harEntry // of a request, if there is an archive
+	bodies bodies
 }
 
 // output writes records somewhere. It is used by one goroutine.
@@ -87,7 +88,7 @@ func (r *records) openRecord() error {
 	case !r.config.archives():
 		return r.openFile(r.config.Record, true)
 	}
-	archive, err := openHAR(r.config.Record, r.config.Version)
+	archive, err := openHAR(r.config.Record, r.config.Version, r.config.Bodies, !r.config.Credentials)
 	if err == nil {
 		r.outputs = append(r.outputs, archive)
 	}
@@ -131,6 +132,9 @@ func (r *records) Closed(record *flow.Record) {
 	if r.config.archives() {
 		e.har = harOf(record, &e.Record, !r.config.Credentials)
 	}
+	if record.IsRequest() {
+		e.bodies = bodies{record.HTTP.Body, record.HTTP.ResponseBody}
+	}
 	r.add(e)
 }
 
@@ -144,6 +148,7 @@ func (r *records) add(record event) {
 	case r.queue <- record:
 	default:
 		r.lost++
+		record.bodies.release()
 	}
 }
 
@@ -184,6 +189,7 @@ func (r *records) writeAll() {
 				r.outputs[i] = nil
 			}
 		}
+		record.bodies.release()
 	}
 }
 

@@ -31,6 +31,7 @@ type Config struct {
 
 	Log         string // off, text or json on Errors, or the path of a file; json in a file whose name ends with .json or .jsonl
 	Record      string // file for all records, an HTTP Archive if its name ends with .har; empty: not written
+	Bodies      int    // bytes of a body that an archive has; 0: none
 	Credentials bool   // an archive has credentials in clear
 	Summary     bool   // print a table of the destinations at the end
 	UI          string // address of the live page; empty: not served

@@ -32,6 +32,7 @@ type traffic struct {
 	table    *flow.Table
 	poller   *tcp.Poller
 	pool     *upstream.Pool
+	note     flow.Fields // of records
 	role     *outbound.Proxy
 	listener *listener.Server
 	resolver *dns.Server
@@ -41,7 +42,7 @@ type traffic struct {
 }
 
 func newTraffic(config Config, box *sandbox.Sandbox, records *records, decryption *decryption) (*traffic, error) {
-	t := &traffic{table: flow.NewTable(records.sinks()...), pool: upstream.NewPool(0)}
+	t := &traffic{table: flow.NewTable(records.sinks()...), pool: upstream.NewPool(0), note: noted(&config)}
 	var err error
 	if t.poller, err = tcp.NewPoller(); err != nil {
 		return nil, err
@@ -68,11 +69,20 @@ func settings() serve.Settings {
 	}
 }
 
-func forwarding(config *Config, pool *upstream.Pool) httpforward.Config {
+// noted is what records carry for an archive.
+func noted(config *Config) flow.Fields {
+	note := flow.Fields{Heads: config.archives()}
+	if note.Heads && config.Bodies > 0 {
+		note.Bodies = flow.NewBodies(config.Bodies, MaxBodies)
+	}
+	return note
+}
+
+func (t *traffic) forwarding(pool *upstream.Pool) httpforward.Config {
 	return httpforward.Config{
 		Pool: pool, Budget: budget.New(maxHeldBytes),
 		Settings: httpforward.Settings{
-			MaxHeadBytes: maxHeadBytes, MaxHeadFields: maxHeadFields, Note: flow.Fields{Heads: config.archives()},
+			MaxHeadBytes: maxHeadBytes, MaxHeadFields: maxHeadFields, Note: t.note,
 		},
 	}
 }
@@ -89,7 +99,7 @@ func (t *traffic) addOutbound(config Config, box *sandbox.Sandbox, decryption *d
 		server.Listeners = append(server.Listeners, adopted)
 	}
 	parts := outbound.Config{
-		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: forwarding(&config, t.pool), Faults: config.Faults,
+		Poller: t.poller, OwnPorts: ports, OwnAddresses: closed{}, Flows: t.table, Settings: settings(), HTTP: t.forwarding(t.pool), Faults: config.Faults,
 	}
 	if t.policy != nil {
 		parts.Egress = t.policy

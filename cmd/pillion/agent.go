@@ -175,6 +175,9 @@ func (o *agentOptions) run(flags *pflag.FlagSet) error {
 	if o.config.Tracing, err = tracing.FromEnvironment(os.Getenv); err != nil {
 		return valueError{err}
 	}
+	if o.config.SpanAttributes, err = tracing.ResourceFromEnvironment(os.Getenv); err != nil {
+		return valueError{err}
+	}
 	if err := o.findControlPlane(); err != nil {
 		return err
 	}

@@ -72,6 +72,7 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 	textFlag(flags, &o.config.Log, "log", "off|text|json|path", "where records are written as they end: a line each on standard error, or to a file; JSON if its name ends with .json or .jsonl")
 	choiceFlag(flags, &o.summary, "summary", "print a table of the destinations at the end; auto: on a terminal", automatic, "on", turnedOff)
 	textFlag(flags, &o.config.Record, "record", "path", "file of all records, one line of JSON each; requests as an HTTP Archive if its name ends with .har")
+	parsed(flags, &o.config.Bodies, parseBodies, "record-bodies", "", "0", "bytes", "an HTTP Archive has bodies, up to this size each, as 64Ki; without a value 1Mi; 0: none").NoOptDefVal = "1Mi"
 	parsedSwitch(flags, &o.config.Credentials, "record-credentials", "", "an HTTP Archive has credentials in clear; otherwise they are masked")
 	textFlag(flags, &o.config.UI, "ui", "address", "serve the live page at this address of the machine's loopback, such as 127.0.0.1:0 for any free port")
 	portsFlag(flags, &o.config.HostLoopback, "host-loopback", "ports of 127.0.0.1 and ::1 that lead to the machine's loopback, such as 5432,8080; * for all")
@@ -101,6 +102,15 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 	parsed(flags, &o.config.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in /etc/resolv.conf")
 }
 
+// parseBodies reads the size of recorded bodies.
+func parseBodies(text string) (int, error) {
+	n, err := parseBytes(text)
+	if err == nil && n > command.MaxBodies {
+		return 0, fmt.Errorf("more than %dMi, which all bodies may take together", command.MaxBodies>>20)
+	}
+	return n, err
+}
+
 // rulesFlag adds to target, so that it may be repeated.
 func rulesFlag(flags *pflag.FlagSet, target *[]egress.Rule, name, usage string) {
 	parse := func(text string) ([]egress.Rule, error) {
@@ -123,6 +133,9 @@ func (o *runOptions) run(args []string) error {
 	o.config.Datagrams = o.udp == "allow"
 	if len(o.config.Rules.Allow) > 0 && !o.config.Rules.DenyOthers {
 		return valueError{errors.New("--allow has no effect while other destinations are allowed: add --default deny")}
+	}
+	if o.config.Bodies > 0 && !strings.HasSuffix(o.config.Record, ".har") {
+		return valueError{errors.New("--record-bodies has no effect without an HTTP Archive: add --record FILE.har")}
 	}
 	o.config.Command, o.config.Version = args, version
 	o.config.Errors = os.Stderr

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 
@@ -44,8 +45,9 @@ func (h *handler) hosts() []host {
 	for k, n := range open {
 		hosts = append(hosts, host{k.direction.Passthrough(), k.address, n})
 	}
-	slices.SortFunc(hosts, func(a, b host) int {
-		return cmp.Or(strings.Compare(a.cluster, b.cluster), a.address.Compare(b.address))
+	sort.Slice(hosts, func(i, j int) bool {
+		a, b := &hosts[i], &hosts[j]
+		return cmp.Or(strings.Compare(a.cluster, b.cluster), a.address.Compare(b.address)) < 0
 	})
 	return hosts
 }

@@ -1,7 +1,6 @@
 package admin
 
 import (
-	"cmp"
 	"fmt"
 	"io"
 	"math"
@@ -9,6 +8,7 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 
@@ -101,7 +101,7 @@ func (h *handler) stats(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	for _, stats := range [][]stat{plain, histograms} {
-		slices.SortFunc(stats, func(a, b stat) int { return cmp.Compare(a.name, b.name) })
+		sort.Slice(stats, func(i, j int) bool { return stats[i].name < stats[j].name })
 	}
 	if format == "json" {
 		answerJSON(w, object{"stats": statsJSON(plain, histograms)})

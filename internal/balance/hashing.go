@@ -6,7 +6,6 @@ import (
 	"slices"
 	"sort"
 	"strconv"
-	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/xxh64"
 )
@@ -99,7 +98,7 @@ func newMaglev(hosts []weighted, size uint64) []*member {
 		entries[i] = entry{weighted: h, key: key, offset: xxh64.Sum([]byte(key), 0) % size, skip: xxh64.Sum([]byte(key), 1)%(size-1) + 1}
 		highest = max(highest, h.share)
 	}
-	slices.SortFunc(entries, func(a, b entry) int { return strings.Compare(a.key, b.key) })
+	sort.Slice(entries, func(i, j int) bool { return entries[i].key < entries[j].key })
 	table := make([]*member, size)
 	for round, filled := 1, uint64(0); ; round++ {
 		for i := range entries {

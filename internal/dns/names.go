@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"sort"
 	"strings"
 )
 
@@ -61,7 +62,7 @@ const nameTTL = 30
 // NewTable compiles a table. It sorts hosts. A host without addresses is left out, so that upstreams are queried for it.
 // Hosts whose name cannot be asked for in DNS are left out and returned.
 func NewTable(hosts []Host, scope Scope) (table *Table, invalid []string) {
-	slices.SortFunc(hosts, func(a, b Host) int { return strings.Compare(a.Name, b.Name) })
+	sort.Slice(hosts, func(i, j int) bool { return hosts[i].Name < hosts[j].Name })
 	b := tableBuilder{Table: new(Table), scope: scope}
 	b.search, _ = appendName(nil, scope.Search)
 	for i := range hosts {

@@ -177,6 +177,7 @@ type Request struct {
 	Method, Path, Authority, ID []byte
 	UserAgent, ForwardedFor     []byte        // as received; several X-Forwarded-For fields are joined by commas. A long list is cut in its middle
 	Head, ResponseHead          []byte        // as received, with Fields.Heads; of HTTP/2, "name: value" lines with pseudo-header fields
+	Body, ResponseBody          *Body         // with Fields.Bodies; they may be kept, and are released by a sink
 	Fields, ResponseFields      [][]byte      // the fields that Fields names, in its order
 	Status                      int           // of the response to downstream; 0 without a response
 	GRPC                        bool          // by the request's content-type
@@ -214,7 +215,8 @@ type TraceExporter interface{ Export(*Record) }
 type Fields struct {
 	Request, Response []string
 	Certificates      bool
-	Heads             bool // each is allocated
+	Heads             bool    // each is allocated
+	Bodies            *Bodies // nil: no bodies
 }
 
 // Remote returns the address of the side that is not this workload.

@@ -137,6 +137,8 @@ func (x *exchange) recordRequest(b []byte) {
 	if x.settings.Note.Heads {
 		to.Head = bytes.Clone(b[:h.Length])
 	}
+	to.Body = x.settings.Note.Bodies.Begin()
+	x.request.tape = to.Body
 }
 
 // recordPart copies what is known of a request whose head was malformed, late or not sent to its end. recordRequest has

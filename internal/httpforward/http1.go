@@ -379,6 +379,8 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	if x.settings.Note.Heads {
 		x.http.ResponseHead = bytes.Clone(b[:h.Length])
 	}
+	x.http.ResponseBody = x.settings.Note.Bodies.Begin()
+	m.tape = x.http.ResponseBody
 	x.appendResponseHead(b, framing)
 	m.in.Discard(h.Length)
 	m.start(m.in, framing, limits) // a tunnel has no body: the bytes after the head are not HTTP

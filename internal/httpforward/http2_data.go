@@ -137,11 +137,16 @@ func (l *lane) countData(s *stream, data []byte, end bool) error {
 	if s.http.GRPC {
 		body.messages.scan(data)
 	}
+	tape := s.http.Body
 	if l.fromDown() {
 		l.m.Record.Received.Add(uint64(n))
 	} else {
+		tape = s.http.ResponseBody
 		l.m.Record.Sent.Add(uint64(n))
 		l.m.window.connection -= int64(n)
+	}
+	if tape != nil {
+		tape.Add(data)
 	}
 	l.progress(n)
 	return nil

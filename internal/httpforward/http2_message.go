@@ -75,7 +75,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		m.carry(s, &decision)
 	}
 	if p := policyOf(&decision, s.settings); p != nil {
-		m.trace(s, p, decision.Plan)
+		m.trace(s, p, decision.operation())
 	}
 	switch {
 	case decision.Reply != nil:
@@ -236,6 +236,7 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	if s.settings.Note.Heads {
 		r.ResponseHead = headText(fields)
 	}
+	r.ResponseBody = s.settings.Note.Bodies.Begin()
 	if s.lease != nil {
 		s.noteResponse(fields)
 	}

@@ -72,6 +72,7 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 	if s.settings.Note.Heads {
 		to.Head = headText(fields)
 	}
+	to.Body = s.settings.Note.Bodies.Begin()
 	return has
 }
 

@@ -3,6 +3,7 @@ package httpforward
 import (
 	"io"
 
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -28,6 +29,7 @@ type message struct {
 	ready    int         // bytes at the front of in that are or were in out
 	out      tcp.Vector  // parts of head and in that dst has not accepted yet
 	body     http1.Body
+	tape     *flow.Body // records the body; nil: not recorded
 
 	nominated []byte // fields that are forbidden in the trailers, such as those that Connection names
 
@@ -128,6 +130,9 @@ func (m *message) scan() {
 	fresh := m.in.Bytes()[m.ready:]
 	var n int
 	n, m.bad = m.body.Scan(fresh)
+	if m.tape != nil {
+		m.tape.Add(fresh[:n])
+	}
 	m.out.Append(fresh[:n])
 	m.ready += n
 }
@@ -204,7 +209,7 @@ func (m *message) take() bool {
 		m.stopRetaining() // too large to retain
 	}
 	var err error
-	if m.held() == 0 && ahead >= spliceFrom && !m.retain {
+	if m.held() == 0 && ahead >= spliceFrom && !m.retain && (m.tape == nil || m.tape.Cut()) {
 		var n int
 		n, err = m.bulk.Take(ahead)
 		m.body.Skip(int64(n))

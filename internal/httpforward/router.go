@@ -74,8 +74,10 @@ type Decision struct {
 	HTTP2        bool // the protocol of the endpoint is HTTP/2; without it HTTP/1.1
 	AsDownstream bool // the protocol of the endpoint is downstream's
 
-	// Tracing replaces Settings.Tracing; nil: it does not.
-	Tracing *tracing.Policy
+	// Tracing replaces Settings.Tracing; nil: it does not. Operation is the name of the span unless Plan has one; empty: that
+	// of the direction.
+	Tracing   *tracing.Policy
+	Operation string
 
 	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
 	// cluster: only those of the mesh receive metadata.

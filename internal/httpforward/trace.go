@@ -4,7 +4,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/http2"
-	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
@@ -18,12 +17,12 @@ func policyOf(d *Decision, settings *Settings) *tracing.Policy {
 	return settings.Tracing
 }
 
-// operation returns the name that a route gives to spans.
-func operation(p *route.Plan) string {
-	if p == nil {
-		return ""
+// operation returns the name of the span.
+func (d *Decision) operation() string {
+	if d.Plan != nil && d.Plan.Operation != "" {
+		return d.Plan.Operation
 	}
-	return p.Operation
+	return d.Operation
 }
 
 // newID returns the request ID that the exchange adds. It is made once.
@@ -51,7 +50,7 @@ func (x *exchange) trace(p *tracing.Policy, b []byte) {
 	if x.settings.Fields.RequestID && !h.Has(http1.XRequestID) {
 		x.newID()
 	}
-	x.http.Trace = p.Begin(&tracing.Request{Fields: &x.fields, ID: x.http.ID, Operation: operation(x.decision.Plan)})
+	x.http.Trace = p.Begin(&tracing.Request{Fields: &x.fields, ID: x.http.ID, Operation: x.decision.operation()})
 	if i := h.Find(http1.XRequestID); i >= 0 && p.RequestIDs != nil {
 		if value := h.Fields[i].Value.In(b); len(value) == len(x.http.ID) {
 			copy(value, x.http.ID) // with the reason
@@ -90,12 +89,12 @@ func (e *edited) addTrace(t *flow.Trace) {
 }
 
 // trace begins the span of the request that was routed last.
-func (m *multiplex) trace(s *stream, p *tracing.Policy, plan *route.Plan) {
+func (m *multiplex) trace(s *stream, p *tracing.Policy, operation string) {
 	generated := s.http.ID == nil
 	if generated && s.settings.Fields.RequestID {
 		s.newID()
 	}
-	s.http.Trace = p.Begin(&tracing.Request{Fields: &m.fields, ID: s.http.ID, Operation: operation(plan)})
+	s.http.Trace = p.Begin(&tracing.Request{Fields: &m.fields, ID: s.http.ID, Operation: operation})
 	if generated || p.RequestIDs == nil {
 		return
 	}

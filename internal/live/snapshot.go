@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
+	"sort"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -227,17 +228,19 @@ func (s *sums) failures(setting func(string) string) []Reason {
 		}
 		list = append(list, Reason{reasonNames[i], text, n, recent})
 	}
-	slices.SortStableFunc(list, func(a, b Reason) int {
-		return cmp.Or(cmp.Compare(b.Recent, a.Recent), cmp.Compare(b.Count, a.Count))
+	sort.SliceStable(list, func(i, j int) bool {
+		a, b := &list[i], &list[j]
+		return cmp.Or(cmp.Compare(b.Recent, a.Recent), cmp.Compare(b.Count, a.Count)) < 0
 	})
 	return list
 }
 
 // byRate sorts the busiest first. The order of idle ones is the same in each snapshot.
 func byRate(list []Destination) {
-	slices.SortFunc(list, func(a, b Destination) int {
+	sort.Slice(list, func(i, j int) bool {
+		a, b := &list[i], &list[j]
 		return cmp.Or(cmp.Compare(b.FlowsPerSecond, a.FlowsPerSecond), cmp.Compare(b.Flows, a.Flows),
-			cmp.Compare(a.Name, b.Name), cmp.Compare(a.Direction, b.Direction))
+			cmp.Compare(a.Name, b.Name), cmp.Compare(a.Direction, b.Direction)) < 0
 	})
 }
 
@@ -269,7 +272,7 @@ func (s *Snapshot) addConnections(table *flow.Table, now time.Time) {
 		list = append(list, o)
 		return len(list) < maxConnections
 	})
-	slices.SortStableFunc(list, func(a, b open) int { return a.opened.Compare(b.opened) })
+	sort.SliceStable(list, func(i, j int) bool { return list[i].opened.Before(list[j].opened) })
 	for _, o := range list {
 		c := Connection{
 			Direction: o.direction.String(), Downstream: show(o.downstream), Destination: show(o.destination), SNI: o.sni,

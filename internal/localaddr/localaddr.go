@@ -12,6 +12,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"sort"
 	"sync/atomic"
 	"time"
 
@@ -71,7 +72,9 @@ func (s *Set) Contains(address netip.Addr) bool {
 
 // All returns the addresses, sorted. Of 127.0.0.0/8 it includes only those that are assigned.
 func (s *Set) All() []netip.Addr {
-	return slices.SortedFunc(maps.Keys(*s.current.Load()), netip.Addr.Compare)
+	all := slices.Collect(maps.Keys(*s.current.Load()))
+	sort.Slice(all, func(i, j int) bool { return all[i].Less(all[j]) })
+	return all
 }
 
 // Current returns nil while the set is current, and otherwise the error of the failed listing.

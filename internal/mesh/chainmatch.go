@@ -281,7 +281,7 @@ func (x *chainIndex) build(chains []*FilterChain) error {
 			}
 		}
 	}
-	slices.SortStableFunc(x.rules, func(r, s rule) int { return r.compare(&s) })
+	sort.SliceStable(x.rules, func(i, j int) bool { return x.rules[i].compare(&x.rules[j]) < 0 })
 	for i := 1; i < len(x.rules); i++ {
 		if r, s := &x.rules[i-1], &x.rules[i]; r.compare(s) == 0 {
 			return fmt.Errorf("filter chains %d and %d have the same match", r.chain, s.chain)

@@ -59,6 +59,7 @@ type HTTPManager struct {
 	HeadersTimeout    time.Duration // for the request's header to arrive
 	DrainTimeout      time.Duration
 	AccessLogs        []AccessLog
+	Tracing           *Tracing // nil: requests are not traced, or by the agent's own configuration
 }
 
 // HTTPCodec is the version of HTTP.
@@ -204,6 +205,7 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 		IdleTimeout: defaultIdleTimeout, StreamIdleTimeout: defaultStreamIdleTimeout, DrainTimeout: defaultDrainTimeout,
 	}
 	var http2 UpstreamHTTP
+	var ids traceIDs
 	for d.next(&m, &httpManagerFields) {
 		switch m.Number {
 		case 1:
@@ -217,8 +219,7 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 		case 5:
 			add(d, &h.Filters, &m, d.httpFilter(m.Message()))
 		case 7:
-			for m := m.Message(); d.next(&m, &tracingFields); {
-			}
+			h.Tracing = share(d, tracingFields.name, m.Bytes(), func() *Tracing { return d.tracing(m.Message()) })
 		case 8:
 			d.downstreamHTTP1(m.Message(), h)
 		case 9:
@@ -267,7 +268,7 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 		case 35:
 			d.downstreamHTTP(m.Message(), h)
 		case 36:
-			d.requestID(m.Message())
+			d.requestID(m.Message(), &ids)
 		case 37:
 			h.RequestIDInReply = m.Bool()
 		case 39:
@@ -284,6 +285,7 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 			h.AppendPort = m.Bool()
 		}
 	}
+	h.Tracing = h.Tracing.with(ids)
 	h.MaxStreams, h.PingAfter, h.PingTimeout = http2.MaxStreams, http2.PingAfter, http2.PingTimeout
 	if h.Routes == nil && h.RouteName == "" {
 		d.report(Security, "no routes")
@@ -291,21 +293,6 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 	d.judgeFilters(h.Filters)
 	return h
 }
-
-// The provider decides whether requests are traced, so the other fields are not findings.
-var tracingFields = message{"envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.Tracing", Traffic, []field{
-	3:  {"client_sampling", ignored},
-	4:  {"random_sampling", ignored},
-	5:  {"overall_sampling", ignored},
-	6:  {"verbose", ignored},
-	7:  {"max_path_tag_length", ignored},
-	8:  {"custom_tags", ignored},
-	9:  {"provider", traffic},
-	10: {"spawn_upstream_span", ignored},
-	11: {"operation", ignored},
-	12: {"upstream_operation", ignored},
-	13: {"no_context_propagation", ignored},
-}}
 
 var internalFields = message{"envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.InternalAddressConfig", Security, []field{
 	1: {"unix_sockets", ignored}, // not listened on
@@ -372,14 +359,14 @@ func (d *decoder) upgrade(m wire.Message) (u Upgrade) {
 var requestIDFields = message{"envoy.extensions.filters.network.http_connection_manager.v3.RequestIDExtension", Traffic, []field{1: {"typed_config", once}}}
 
 var uuidFields = message{"envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig", Traffic, []field{
-	1: {"pack_trace_reason", ignored}, // of tracing
-	2: {"use_request_id_for_trace_sampling", ignored},
+	1: {"pack_trace_reason", once},
+	2: {"use_request_id_for_trace_sampling", once},
 }}
 
 const uuidType = typePrefix + "envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig"
 
-// requestID reads how request IDs are made. Only UUIDs are.
-func (d *decoder) requestID(m wire.Message) {
+// requestID reads how request IDs are made, and what they have to do with tracing. Only UUIDs are.
+func (d *decoder) requestID(m wire.Message, ids *traceIDs) {
 	for d.next(&m, &requestIDFields) {
 		url, value := d.any(m.Message())
 		if url != uuidType {
@@ -387,6 +374,12 @@ func (d *decoder) requestID(m wire.Message) {
 			continue
 		}
 		for m := m.Nested(value); d.next(&m, &uuidFields); {
+			switch m.Number {
+			case 1:
+				ids.kept = !d.boolValue(m.Message())
+			case 2:
+				ids.ignored = !d.boolValue(m.Message())
+			}
 		}
 	}
 }

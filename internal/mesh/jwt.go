@@ -1,8 +1,7 @@
 package mesh
 
 import (
-	"slices"
-	"strings"
+	"sort"
 	"sync/atomic"
 	"time"
 
@@ -152,8 +151,8 @@ func (d *decoder) jwt(m wire.Message) *JWT {
 			j.TerseFailures = m.Bool()
 		}
 	}
-	slices.SortStableFunc(j.Providers, func(a, b JWTProvider) int { return strings.Compare(a.Name, b.Name) })
-	slices.SortStableFunc(j.Named, func(a, b NamedRequirement) int { return strings.Compare(a.Name, b.Name) })
+	sort.SliceStable(j.Providers, func(a, b int) bool { return j.Providers[a].Name < j.Providers[b].Name })
+	sort.SliceStable(j.Named, func(a, b int) bool { return j.Named[a].Name < j.Named[b].Name })
 	d.jwtNames(j)
 	j.Refused = d.refusals > before
 	return j

@@ -3,6 +3,7 @@ package mesh
 import (
 	"net/netip"
 	"slices"
+	"sort"
 	"strings"
 	"sync/atomic"
 
@@ -203,7 +204,7 @@ func (d *decoder) rules(m wire.Message, r **Rules) (refusals int) {
 			rules.Policies = append(rules.Policies, policy)
 		}
 	}
-	slices.SortStableFunc(rules.Policies, func(a, b AccessPolicy) int { return strings.Compare(a.Name, b.Name) })
+	sort.SliceStable(rules.Policies, func(i, j int) bool { return rules.Policies[i].Name < rules.Policies[j].Name })
 	for i := 1; i < len(rules.Policies); i++ {
 		if rules.Policies[i].Name == rules.Policies[i-1].Name { // protobuf keeps the last one only
 			d.report(Security, "two policies with the name "+rules.Policies[i].Name)

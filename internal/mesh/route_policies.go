@@ -1,8 +1,7 @@
 package mesh
 
 import (
-	"slices"
-	"strings"
+	"sort"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -93,7 +92,7 @@ func (d *decoder) checkSettings(m wire.Message) *CheckSettings {
 			c.Body = d.authzBody(m.Message())
 		}
 	}
-	slices.SortStableFunc(c.Context, func(a, b NamedValue) int { return strings.Compare(a.Name, b.Name) })
+	sort.SliceStable(c.Context, func(i, j int) bool { return c.Context[i].Name < c.Context[j].Name })
 	for i := 1; i < len(c.Context); i++ {
 		if c.Context[i].Name == c.Context[i-1].Name {
 			d.report(Security, "two values of "+c.Context[i].Name)

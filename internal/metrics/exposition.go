@@ -151,6 +151,7 @@ func (f *families) histogram(name, help string) *family {
 	return f.add(name, help, promtext.Histogram)
 }
 
+//go:noinline // in a hundred places
 func (f *families) add(name, help string, kind promtext.Type) *family {
 	family := &family{Name: name, Help: help, Type: kind}
 	*f = append(*f, family)
@@ -164,6 +165,8 @@ type family promtext.MetricFamily
 func (f *family) counts(n uint64, labels ...promtext.Label) { f.is(float64(n), labels...) }
 
 // is adds a value.
+//
+//go:noinline // in a hundred places
 func (f *family) is(value float64, labels ...promtext.Label) {
 	f.Metrics = append(f.Metrics, promtext.Metric{Labels: labels, Value: value})
 }

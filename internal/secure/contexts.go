@@ -289,6 +289,16 @@ func (c *Contexts) trust(name string) (Trust, error) {
 	return c.trusts.get(secret, func() (Trust, error) { return parseTrust(secret) })
 }
 
+// FileRoots returns what stands for the content of roots in a file, to compare it with an earlier one; nil: they cannot be
+// read, or are those of the operating system. The file is read at most every 10 s.
+func (c *Contexts) FileRoots(name string) *identity.Roots {
+	roots, err := c.files.Roots(name)
+	if err != nil || roots.Pool == nil {
+		return nil
+	}
+	return roots
+}
+
 func parseTrust(secret *mesh.Secret) (t Trust, err error) {
 	if t.Roots, err = identity.ParseRoots(secret.Roots.CA); err != nil {
 		return Trust{}, fmt.Errorf("the secret %s: %w", secret.Name, err)

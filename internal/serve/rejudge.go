@@ -78,6 +78,9 @@ func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Deci
 		changed, reply = r.gate.pass(r.judged, r.chain.HTTP, request)
 	}
 	decision = r.allowed // the result, so that no copy takes more of a small stack
+	if r.chain != nil && r.chain.HTTP != nil {
+		decision.Tracing, decision.Operation = r.role.tracing(r.chain.HTTP), onlyOperation(r.chain.HTTP.Routes)
+	}
 	if reply != nil {
 		decision.Reply, decision.Target = reply, upstream.Target{}
 		return decision

@@ -19,14 +19,30 @@ type watched struct {
 
 	snapshot *mesh.Snapshot     // that was looked at last
 	own      *identity.Identity // likewise
+	files    string             // names roots in a file that verify the endpoint; empty: others do, or none
+	roots    *identity.Roots    // of files
 	retired  bool               // by these
+	refused  *failure           // of the cluster in force or its transport; nil: requests may be sent while the connection ends
+}
+
+// watch returns the endpoint of a connection that s has secured.
+func (r *Role) watch(s *mesh.Snapshot, config *mesh.Cluster, target *upstream.Target, inside secure.Inside) *watched {
+	h := &watched{role: r, config: config, target: *target, inside: inside, snapshot: s, own: r.mesh.Identity()}
+	if t := h.transport(s, config); t != nil && t.TLS != nil && identity.IsFileSecret(t.TLS.Roots) {
+		h.files, h.roots = t.TLS.Roots, r.contexts.FileRoots(t.TLS.Roots)
+	}
+	return h
 }
 
 // gone looks at the configuration and the identity in force, if they are others than before.
 func (h *watched) gone() bool {
 	s, own := h.role.mesh.Snapshot(), h.role.mesh.Identity()
-	if s != h.snapshot || own != h.own {
-		h.snapshot, h.own = s, own
+	roots := h.roots
+	if h.files != "" {
+		roots = h.role.contexts.FileRoots(h.files)
+	}
+	if s != h.snapshot || own != h.own || roots != h.roots {
+		h.snapshot, h.own, h.roots = s, own, roots
 		h.retired = h.retired || !h.stands(s)
 	}
 	return h.retired
@@ -34,18 +50,16 @@ func (h *watched) gone() bool {
 
 // stands reports whether a new connection to the endpoint would be secured as this one is.
 func (h *watched) stands(s *mesh.Snapshot) bool {
+	h.refused = nil
 	config := s.Cluster(h.config.Name)
-	if config == nil || config.Refused || config.Discovery != h.config.Discovery {
+	switch {
+	case config == nil || config.Discovery != h.config.Discovery:
+		return false
+	case config.Refused:
+		h.refused = refusedCluster
 		return false
 	}
-	endpoint := &mesh.Endpoint{}
-	switch config.Discovery {
-	case mesh.ByEDS, mesh.Static: // hosts by name come and go without a push
-		hosts := s.Hosts(config)
-		if endpoint = nil; hosts != nil {
-			endpoint = hosts.At(h.target.Address)
-		}
-	}
+	endpoint := h.endpoint(s, config)
 	if endpoint == nil {
 		return false
 	}
@@ -53,10 +67,32 @@ func (h *watched) stands(s *mesh.Snapshot) bool {
 	switch {
 	case t == nil || t.TLS == nil && !t.Refused:
 		return !h.target.Secured()
-	case t.Refused || !h.target.Secured():
+	case t.Refused:
+		h.refused = refusedTransport
+		return false
+	case !h.target.Secured():
 		return false
 	}
 	return h.role.security(t.TLS, h.inside, s, h.role.options(config), "") == h.target.Security
+}
+
+// endpoint returns the endpoint in a configuration; nil: it has left the cluster. Hosts by name come and go without a push.
+func (h *watched) endpoint(s *mesh.Snapshot, config *mesh.Cluster) *mesh.Endpoint {
+	if config.Discovery != mesh.ByEDS && config.Discovery != mesh.Static {
+		return &mesh.Endpoint{}
+	}
+	if hosts := s.Hosts(config); hosts != nil {
+		return hosts.At(h.target.Address)
+	}
+	return nil
+}
+
+// transport returns how the endpoint is reached; nil: without TLS, or it has left the cluster.
+func (h *watched) transport(s *mesh.Snapshot, config *mesh.Cluster) *mesh.Transport {
+	if endpoint := h.endpoint(s, config); endpoint != nil {
+		return config.TransportTo(endpoint)
+	}
+	return nil
 }
 
 // single is the Router of outbound HTTP in a filter chain for TCP: all requests go to the connection's endpoint.
@@ -71,13 +107,18 @@ func (c *Conn) single(to *upstream.Target) httpforward.Router {
 		return nil
 	}
 	return &single{
-		watched{role: c.role, config: c.governed.chosen, target: *to, inside: inside(c.protocol), snapshot: c.governed.snapshot, own: c.role.mesh.Identity()},
+		*c.role.watch(c.governed.snapshot, c.governed.chosen, to, inside(c.protocol)),
 		httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route},
 	}
 }
 
 // Route implements httpforward.Router.
-func (s *single) Route(*httpforward.Request) httpforward.Decision { return s.allowed }
+func (s *single) Route(*httpforward.Request) httpforward.Decision {
+	if s.gone() && s.refused != nil {
+		return httpforward.Decision{Reply: s.refused.reply, Cluster: s.allowed.Cluster, Route: s.allowed.Route}
+	}
+	return s.allowed
+}
 
 // Retired implements httpforward.Retirement.
 func (s *single) Retired() bool { return s.gone() }

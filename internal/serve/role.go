@@ -27,6 +27,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -51,6 +52,9 @@ type Config struct {
 	Egress Egress // the policy for outbound connections; nil: everything is allowed
 
 	Faults fault.Set // on purpose; nil: none
+
+	// Tracing has the exporters of the spans that Mesh asks for; nil: it is not followed.
+	Tracing *tracing.Exporters
 
 	Decryption Decryption // of outbound connections; nil: none is decrypted
 
@@ -115,6 +119,7 @@ type Role struct {
 	wait       time.Duration
 	egress     Egress
 	decryption Decryption
+	exporters  *tracing.Exporters
 
 	balancer   *balance.Balancer // nil without mesh, and inbound
 	securities atomic.Pointer[map[secured]*upstream.Security]
@@ -137,6 +142,7 @@ func NewRole(config Config) (*Role, error) {
 		wait:       config.Wait,
 		egress:     config.Egress,
 		decryption: config.Decryption,
+		exporters:  config.Tracing,
 		faults:     config.Faults,
 		budget:     config.HTTP.Budget,
 		dialer:     upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings

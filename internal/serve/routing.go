@@ -11,6 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/sniff"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -24,6 +25,7 @@ type routing struct {
 
 	judged  *mesh.Snapshot // by the last request, and what follows from it
 	manager *mesh.HTTPManager
+	traced  *tracing.Policy // nil: not by the configuration
 
 	plain, described *httpforward.PeerFields // without and with the exchange of metadata; described may be nil
 
@@ -52,7 +54,7 @@ func (c *Conn) newRouting(g *governed) *routing {
 
 // judge finds the routes of the connection in a snapshot.
 func (r *routing) judge(s *mesh.Snapshot) {
-	r.judged, r.manager, r.table, r.refused, r.described = s, nil, nil, nil, nil
+	r.judged, r.manager, r.table, r.refused, r.described, r.traced = s, nil, nil, nil, nil, nil
 	chain, refusal := s.Outbound(&r.info)
 	switch {
 	case refusal != "":
@@ -60,7 +62,7 @@ func (r *routing) judge(s *mesh.Snapshot) {
 	case chain == nil || chain.HTTP == nil:
 		// The destination is no longer one of HTTP. The connection goes on as one without a listener.
 	default:
-		r.manager, r.plain = chain.HTTP, withoutClient(chain.HTTP)
+		r.manager, r.plain, r.traced = chain.HTTP, withoutClient(chain.HTTP), r.role.tracing(chain.HTTP)
 		if r.role.peers != nil && r.manager.ExchangesMetadata() {
 			r.described = r.role.exchanging(r.plain)
 		}
@@ -80,7 +82,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	}
 	switch {
 	case r.refused != nil:
-		return httpforward.Decision{Reply: r.refused}
+		return httpforward.Decision{Reply: r.refused, Tracing: r.traced}
 	case r.table == nil:
 		return httpforward.Decision{Target: upstream.Target{Address: r.info.Destination, Balanced: true}}
 	case q.Previous != nil:
@@ -90,11 +92,11 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	choice := r.table.Find(&r.request)
 	choice.Fault = r.fault
 	if choice.Cluster == nil {
-		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice)}
+		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice), Tracing: r.traced}
 	}
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
-	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay}
+	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, Tracing: r.traced}
 	if r.asks {
 		d.Edits = route.Consumed
 	}
@@ -178,6 +180,10 @@ func (r *routing) exchanges(with *mesh.Cluster) bool {
 // Another request cannot be carried on this connection, and is answered 421.
 func (r *routing) sendPinned(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
 	if config.Name == r.pinned.config.Name {
+		if r.pinned.gone() && r.pinned.refused != nil {
+			d.Reply = r.pinned.refused.reply
+			return
+		}
 		var failed balance.Failure
 		if d.Lease, failed = r.role.balancer.Cluster(s, config).At(r.pinned.target.Address, &r.pick); failed != balance.None {
 			d.Reply = overflow.reply
@@ -251,7 +257,7 @@ func (r *routing) pin(to *upstream.Target) *failure {
 		return failed
 	}
 	lease.End(balance.Outcome{GRPC: -1}) // its requests have leases of their own
-	r.pinned = &watched{role: r.role, config: config, target: *to, inside: r.inside, snapshot: r.judged, own: r.role.mesh.Identity()}
+	r.pinned = r.role.watch(r.judged, config, to, r.inside)
 	return nil
 }
 

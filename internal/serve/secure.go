@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/sniff"
@@ -134,6 +135,9 @@ func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snaps
 func (r *Role) roots(t *mesh.UpstreamTLS, s *mesh.Snapshot) any {
 	if own := r.mesh.Identity(); t.Roots == secure.OwnRoots && own != nil {
 		return r.trust(own)
+	}
+	if identity.IsFileSecret(t.Roots) {
+		return r.contexts.FileRoots(t.Roots)
 	}
 	if secret := s.Secret(t.Roots); secret != nil {
 		return secret

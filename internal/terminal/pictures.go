@@ -1,9 +1,9 @@
 package terminal
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 
@@ -38,20 +38,21 @@ func OrderOf(key byte) (Order, bool) {
 
 // Sort orders destinations. Equal ones keep their order.
 func Sort(list []live.Destination, by Order) {
-	slices.SortStableFunc(list, func(a, b live.Destination) int {
+	sort.SliceStable(list, func(i, j int) bool {
+		a, b := &list[i], &list[j]
 		switch by {
 		case ByTotal:
-			return cmp.Compare(b.Flows, a.Flows)
+			return a.Flows > b.Flows
 		case ByErrors:
-			return cmp.Compare(b.Errors, a.Errors)
+			return a.Errors > b.Errors
 		case ByP99:
-			return cmp.Compare(b.P99MS, a.P99MS)
+			return a.P99MS > b.P99MS
 		case ByBytes:
-			return cmp.Compare(b.Bytes, a.Bytes)
+			return a.Bytes > b.Bytes
 		case ByName:
-			return cmp.Compare(a.Name, b.Name)
+			return a.Name < b.Name
 		}
-		return cmp.Compare(b.FlowsPerSecond, a.FlowsPerSecond)
+		return a.FlowsPerSecond > b.FlowsPerSecond
 	})
 }
 

@@ -58,6 +58,8 @@ func (p Painter) Paint(colour, text string) string {
 }
 
 // printable replaces what is not printable. Text from traffic must not control the terminal.
+//
+//go:noinline // in fifty places
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {

@@ -151,19 +151,20 @@ func TestTheRequestIDDecidesAsInEnvoy(t *testing.T) {
 		sampled bool
 		after   string
 	}{
-		{"drawn", RequestIDs{10000, 100, 10000, false}, uuid("0063", "4"), nil, true, uuid("0063", "9")},
-		{"not drawn", RequestIDs{10000, 100, 10000, false}, uuid("0064", "4"), nil, false, uuid("0064", "4")},
-		{"sampled before", RequestIDs{10000, 0, 10000, false}, uuid("0064", "9"), nil, true, uuid("0064", "9")},
-		{"forced by a service before", RequestIDs{0, 0, 10000, false}, uuid("0064", "a"), nil, true, uuid("0064", "a")},
-		{"forced by the client", RequestIDs{10000, 0, 10000, false}, uuid("0064", "4"), list{"x-client-trace-id: 1"}, true, uuid("0064", "b")},
-		{"the client may not force", RequestIDs{0, 0, 10000, false}, uuid("0064", "4"), list{"x-client-trace-id: 1"}, false, uuid("0064", "4")},
-		{"forced", RequestIDs{0, 0, 10000, false}, uuid("0064", "4"), list{"X-Envoy-Force-Trace: true"}, true, uuid("0064", "a")},
-		{"overall limit", RequestIDs{10000, 10000, 100, false}, uuid("0064", "9"), nil, false, uuid("0064", "4")},
-		{"no UUID", RequestIDs{10000, 10000, 10000, false}, "me", list{"x-envoy-force-trace: 1"}, false, "me"},
-		{"no number", RequestIDs{10000, 10000, 10000, false}, "g" + uuid("0064", "4")[1:], nil, false, "g" + uuid("0064", "4")[1:]},
-		{"no ID", RequestIDs{10000, 10000, 10000, false}, "", nil, false, ""},
-		{"the parent decides", RequestIDs{10000, 10000, 10000, false}, uuid("0064", "4"), list{"traceparent: 00-" + traceID + "-" + callerS + "-00"}, false, uuid("0064", "9")},
-		{"ID without effect", RequestIDs{0, 10000, 10000, true}, uuid("0064", "4"), nil, true, uuid("0064", "4")},
+		{"drawn", RequestIDs{10000, 100, 10000, false, false}, uuid("0063", "4"), nil, true, uuid("0063", "9")},
+		{"not drawn", RequestIDs{10000, 100, 10000, false, false}, uuid("0064", "4"), nil, false, uuid("0064", "4")},
+		{"sampled before", RequestIDs{10000, 0, 10000, false, false}, uuid("0064", "9"), nil, true, uuid("0064", "9")},
+		{"forced by a service before", RequestIDs{0, 0, 10000, false, false}, uuid("0064", "a"), nil, true, uuid("0064", "a")},
+		{"forced by the client", RequestIDs{10000, 0, 10000, false, false}, uuid("0064", "4"), list{"x-client-trace-id: 1"}, true, uuid("0064", "b")},
+		{"the client may not force", RequestIDs{0, 0, 10000, false, false}, uuid("0064", "4"), list{"x-client-trace-id: 1"}, false, uuid("0064", "4")},
+		{"forced", RequestIDs{0, 0, 10000, false, false}, uuid("0064", "4"), list{"X-Envoy-Force-Trace: true"}, true, uuid("0064", "a")},
+		{"overall limit", RequestIDs{10000, 10000, 100, false, false}, uuid("0064", "9"), nil, false, uuid("0064", "4")},
+		{"no UUID", RequestIDs{10000, 10000, 10000, false, false}, "me", list{"x-envoy-force-trace: 1"}, false, "me"},
+		{"no number", RequestIDs{10000, 10000, 10000, false, false}, "g" + uuid("0064", "4")[1:], nil, false, "g" + uuid("0064", "4")[1:]},
+		{"no ID", RequestIDs{10000, 10000, 10000, false, false}, "", nil, false, ""},
+		{"the parent decides", RequestIDs{10000, 10000, 10000, false, false}, uuid("0064", "4"), list{"traceparent: 00-" + traceID + "-" + callerS + "-00"}, false, uuid("0064", "9")},
+		{"drawn, the ID is kept", RequestIDs{10000, 100, 10000, false, true}, uuid("0063", "4"), nil, true, uuid("0063", "4")},
+		{"ID without effect", RequestIDs{0, 10000, 10000, true, false}, uuid("0064", "4"), nil, true, uuid("0064", "4")},
 	} {
 		p := &Policy{RequestIDs: &c.rule, Forms: W3C}
 		id := []byte(c.id)

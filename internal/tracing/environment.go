@@ -255,6 +255,15 @@ func (o *Options) readResource(e *environment) error {
 	})
 }
 
+// ResourceFromEnvironment reads only the attributes of the process. An error names the variable.
+func ResourceFromEnvironment(get func(string) string) ([]Resource, error) {
+	e, o := environment{get: get}, Options{}
+	if err := o.readResource(&e); err != nil {
+		return nil, fmt.Errorf("environment variable %s: %w", e.last, err)
+	}
+	return o.Resource, nil
+}
+
 const serviceName = "service.name"
 
 // WithDefaults adds the attributes whose names are not in resource. Those without a value are left out.

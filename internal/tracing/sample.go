@@ -33,6 +33,7 @@ func (s *Sampler) sample(id *[16]byte, c *carried) bool {
 type RequestIDs struct {
 	Client, Random, Overall uint32 // of 10,000
 	Ignored                 bool   // the ID does not decide; Random does, by chance
+	Kept                    bool   // the ID is not changed
 }
 
 // The reasons in a request ID (E: source/extensions/request_id/uuid/config.h).
@@ -43,6 +44,8 @@ const (
 	forcedHere   = 'a'
 	forcedClient = 'b'
 )
+
+func isReason(c byte) bool { return c == sampledHere || c == forcedHere || c == forcedClient }
 
 const hundredPercent = 10_000
 
@@ -58,9 +61,7 @@ func (q *RequestIDs) decide(r *Request, c *carried) bool {
 	}
 	drawn := uint32(number % hundredPercent)
 	reason := r.ID[reasonAt]
-	switch reason {
-	case sampledHere, forcedHere, forcedClient:
-	default:
+	if !isReason(reason) {
 		switch reason = notTraced; {
 		case c.client && uint32(newID()%hundredPercent) < q.Client:
 			reason = forcedClient
@@ -69,12 +70,11 @@ func (q *RequestIDs) decide(r *Request, c *carried) bool {
 		case drawn < q.Random:
 			reason = sampledHere
 		}
-		if reason != notTraced {
-			r.ID[reasonAt] = reason
-		}
 	}
-	if reason != notTraced && drawn >= q.Overall {
+	if drawn >= q.Overall {
 		reason = notTraced
+	}
+	if !q.Kept && (reason != notTraced || isReason(r.ID[reasonAt])) {
 		r.ID[reasonAt] = reason
 	}
 	return reason != notTraced

@@ -14,6 +14,13 @@ import (
 	"testing"
 	"time"
 
+	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	tracev3 "github.com/envoyproxy/go-control-plane/envoy/config/trace/v3"
+	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	tracingv3 "github.com/envoyproxy/go-control-plane/envoy/type/tracing/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	collector "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	trace "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
@@ -22,8 +29,11 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
@@ -121,6 +131,114 @@ func serveOTLP(t *testing.T, r *receiver, protocol string) string {
 	go server.Serve(listener)
 	t.Cleanup(server.Stop)
 	return "http://" + listener.Addr().String()
+}
+
+// A listener of istiod's with a provider of OpenTelemetry sends spans to its cluster, with its sampling, name and tags.
+func TestSpansGoWhereTheControlPlaneSays(t *testing.T) {
+	t.Setenv("PILLION_TEST_ZONE", "east")
+	for _, protocol := range []string{"http/protobuf", "grpc"} {
+		r := &receiver{batches: make(chan received, 1), refused: true}
+		endpoint := serveOTLP(t, r, protocol)
+		var counts tracing.Counts
+		exporters := &tracing.Exporters{
+			Counts: &counts, Log: slog.New(slog.DiscardHandler), Resource: []tracing.Resource{{Name: "service.name", Value: "default"}, {Name: "pod", Value: "p"}},
+			Transport: func(cluster string, http2 bool) http.RoundTripper {
+				if cluster != "outbound|4317||otel" || http2 != (protocol == "grpc") {
+					t.Errorf("cluster %s, HTTP/2 %v", cluster, http2)
+				}
+				return redirected(t, endpoint, http2)
+			},
+		}
+		policy := exporters.Policy(tracingOf(t, providerOf(protocol)))
+		if again := exporters.Policy(tracingOf(t, providerOf(protocol))); again.Exporter != policy.Exporter {
+			t.Error("the same receiver has two exporters")
+		}
+		if *policy.RequestIDs != (tracing.RequestIDs{Client: 10000, Random: 150, Overall: 10000}) || policy.MaxPath != 5 {
+			t.Errorf("%+v, paths of %d", policy.RequestIDs, policy.MaxPath)
+		}
+		record := inboundRecord(policy, time.Unix(1_700_000_000, 0))
+		record.HTTP.Path = []byte("/abcdefgh")
+		record.HTTP.Trace = policy.Begin(&tracing.Request{Fields: header{"traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "x-tenant", "t1"}})
+		export(record)
+		batch := await(t, r.batches)
+		if err := unknownFields(batch.ProtoReflect()); err != nil || batch.header.Get("Tenant") != "b" {
+			t.Errorf("error %v, header %v", err, batch.header)
+		}
+		if got := batch.ResourceSpans[0].Resource.String(); !strings.Contains(got, `"web.shop"`) || !strings.Contains(got, `"p"`) || strings.Contains(got, "default") {
+			t.Errorf("resource %s", got)
+		}
+		compareTags(t, batch.ResourceSpans[0].ScopeSpans[0].Spans[0], map[string]string{
+			"component": "proxy", "http.method": "POST", "http.url": "https://me/abcd", "http.protocol": "HTTP/2", "peer.address": "2001:db8::1",
+			"request_size": "0", "response_size": "0", "http.status_code": "200", "response_flags": "-",
+			"istio.mesh_id": "m", "zone": "east", "tenant": "t1", "absent": "d",
+		})
+		for _, e := range exporters.All() {
+			e.Close(t.Context())
+		}
+	}
+}
+
+// redirected sends requests for any host to an endpoint.
+func redirected(t *testing.T, endpoint string, http2 bool) http.RoundTripper {
+	transport := &http.Transport{Protocols: new(http.Protocols), DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, strings.TrimPrefix(endpoint, "http://"))
+	}}
+	transport.Protocols.SetHTTP1(!http2)
+	transport.Protocols.SetUnencryptedHTTP2(http2)
+	t.Cleanup(transport.CloseIdleConnections)
+	return transport
+}
+
+// providerOf is a provider as istiod configures it.
+func providerOf(protocol string) *tracev3.OpenTelemetryConfig {
+	c := &tracev3.OpenTelemetryConfig{ServiceName: "web.shop"}
+	if protocol == "grpc" {
+		c.GrpcService = &core.GrpcService{
+			TargetSpecifier: &core.GrpcService_EnvoyGrpc_{EnvoyGrpc: &core.GrpcService_EnvoyGrpc{ClusterName: "outbound|4317||otel", Authority: "otel"}},
+			InitialMetadata: []*core.HeaderValue{{Key: "tenant", Value: "b"}},
+		}
+		return c
+	}
+	c.HttpService = &core.HttpService{
+		HttpUri:             &core.HttpUri{Uri: "otel/v1/traces", HttpUpstreamType: &core.HttpUri_Cluster{Cluster: "outbound|4317||otel"}, Timeout: durationpb.New(3 * time.Second)},
+		RequestHeadersToAdd: []*core.HeaderValueOption{{Header: &core.HeaderValue{Key: "tenant", Value: "b"}}},
+	}
+	return c
+}
+
+// tracingOf decodes the tracing of a listener that has the provider.
+func tracingOf(t *testing.T, provider proto.Message) *mesh.Tracing {
+	t.Helper()
+	manager := &hcm.HttpConnectionManager{
+		RouteSpecifier: &hcm.HttpConnectionManager_Rds{Rds: &hcm.Rds{RouteConfigName: "r"}},
+		HttpFilters:    []*hcm.HttpFilter{{Name: "router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}},
+		Tracing: &hcm.HttpConnectionManager_Tracing{
+			ClientSampling: &typev3.Percent{Value: 100}, RandomSampling: &typev3.Percent{Value: 1.5}, OverallSampling: &typev3.Percent{Value: 100},
+			MaxPathTagLength: wrapperspb.UInt32(5),
+			Provider:         &tracev3.Tracing_Http{Name: "envoy.tracers.opentelemetry", ConfigType: &tracev3.Tracing_Http_TypedConfig{TypedConfig: packed(provider)}},
+			CustomTags: []*tracingv3.CustomTag{
+				{Tag: "istio.mesh_id", Type: &tracingv3.CustomTag_Literal_{Literal: &tracingv3.CustomTag_Literal{Value: "m"}}},
+				{Tag: "zone", Type: &tracingv3.CustomTag_Environment_{Environment: &tracingv3.CustomTag_Environment{Name: "PILLION_TEST_ZONE", DefaultValue: "d"}}},
+				{Tag: "tenant", Type: &tracingv3.CustomTag_RequestHeader{RequestHeader: &tracingv3.CustomTag_Header{Name: "X-Tenant"}}},
+				{Tag: "absent", Type: &tracingv3.CustomTag_RequestHeader{RequestHeader: &tracingv3.CustomTag_Header{Name: "x-none", DefaultValue: "d"}}},
+				{Tag: "dry run", Type: &tracingv3.CustomTag_Metadata_{Metadata: &tracingv3.CustomTag_Metadata{}}},
+			},
+		},
+	}
+	filter := &listener.Filter{Name: "hcm", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(manager)}}
+	b, err := proto.Marshal(&listener.Listener{
+		Name:         "l",
+		Address:      &core.Address{Address: &core.Address_SocketAddress{SocketAddress: &core.SocketAddress{Address: "192.0.2.1", PortSpecifier: &core.SocketAddress_PortValue{PortValue: 80}}}},
+		FilterChains: []*listener.FilterChain{{Filters: []*listener.Filter{filter}}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, findings, err := mesh.DecodeListener(b)
+	if err != nil || len(findings) > 0 || l.Chains[0].HTTP == nil || l.Chains[0].HTTP.Tracing == nil {
+		t.Fatalf("error %v, findings %v", err, findings)
+	}
+	return l.Chains[0].HTTP.Tracing
 }
 
 type header []string

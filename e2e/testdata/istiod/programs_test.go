@@ -131,6 +131,13 @@ func TestOtherClientsSpeakMutualTLSWithTheAgent(t *testing.T) {
 		return "GET " + path + " HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n"
 	}
 	identity := "URI=spiffe://cluster.local/ns/default/sa/openssl"
+	await(t, func() error { // an agent is ready with its first configuration, and istiod's may not have the services yet
+		out, err := openssl("8080", request("/first"))
+		if err == nil && !strings.Contains(out, identity) {
+			err = errors.New(out)
+		}
+		return err
+	})
 	for _, version := range []string{"-tls1_2", "-tls1_3"} {
 		for _, alpn := range []string{"istio-http/1.1,istio,http/1.1", "istio", "istio-peer-exchange,istio", "other"} {
 			if out, err := openssl("8080", request("/openssl"), version, "-alpn", alpn); err != nil || !strings.Contains(out, "HTTP/1.1 200 OK") || !strings.Contains(out, identity) {
