@@ -33,6 +33,8 @@ type subset struct {
 	Endpoints []endpoint
 	Outliers  bool
 	Closed    bool `json:",omitempty"` // no request is allowed at a time
+	Mutual    bool
+	HTTP2     bool
 }
 
 type endpoint struct {
@@ -67,14 +69,14 @@ type book struct {
 
 func newBook(t *testing.T, clusters []subset, routes ...rule) *book {
 	t.Helper()
-	return newBookWith(t, nil, clusters, routes...)
+	return newBookOf(t, "reviews", nil, clusters, routes...)
 }
 
-// newBookWith is newBook with flags of the agent.
-func newBookWith(t *testing.T, flags []string, clusters []subset, routes ...rule) *book {
+// newBookOf is newBook for a service with another host, and with flags of the agent.
+func newBookOf(t *testing.T, host string, flags []string, clusters []subset, routes ...rule) *book {
 	t.Helper()
 	s, i := newMeshStage(t, flags...)
-	b := &book{stage: s, file: filepath.Join(t.TempDir(), "services.json"), reviews: reviews{reviewsPort, "reviews", clusters, routes}}
+	b := &book{stage: s, file: filepath.Join(t.TempDir(), "services.json"), reviews: reviews{reviewsPort, host, clusters, routes}}
 	b.push(t)
 	i.start(t, "PERMISSIVE", "-services", b.file)
 	awaitReady(t, s.pod, s.agent)
@@ -320,7 +322,7 @@ func TestTheAccessLogTellsWhatBecameOfARequest(t *testing.T) {
 	delayed.Delay, aborted.Abort, late.Timeout, retried.Retries = 20*time.Millisecond, 418, 100*time.Millisecond, 1
 	both := to("/both", v1)
 	both.Delay, both.Abort = time.Millisecond, 503
-	b := newBookWith(t, []string{"--access-log-format", "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_FLAGS% %ROUTE_NAME% %UPSTREAM_CLUSTER%"},
+	b := newBookOf(t, "reviews", []string{"--access-log-format", "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_FLAGS% %ROUTE_NAME% %UPSTREAM_CLUSTER%"},
 		[]subset{of(v1, 9081), of(v2, 9082), of(v3, 9083), closed, empty, gone},
 		delayed, aborted, both, late, retried, to("/closed", "closed"), to("/empty", "empty"), to("/gone", "gone"), rule{Path: "/absent", Weights: map[string]uint32{absent: 0}},
 		to("/served", v1))

@@ -96,6 +96,7 @@ func (a *attack) run(pause time.Duration) {
 					fmt.Fprintln(os.Stderr, err)
 					continue
 				}
+				_ = conn.(*net.TCPConn).SetLinger(0) // a reset leaves no connection in TIME_WAIT, which would use up the ports
 				a.carry(conn, begun)
 				begun()
 				conn.Close()

@@ -59,18 +59,21 @@ func TestHostility(t *testing.T) {
 	}
 }
 
-// Each attack is measured in pairs of a calm time and an attack. A pair in which other processes had a larger share of the agent's
-// core than disturbed is repeated, up to repeats times.
+// Each attack is measured in pairs of a calm time and an attack: two, and a third one if they do not agree on the verdict. A pair in
+// which other processes had a larger share of the agent's core than disturbed is repeated, up to repeats times.
 const (
+	mostDelay = 2 // the largest ratio
 	pairs     = 3
 	disturbed = 0.05
 	repeats   = 3
+
+	reopen = "1s" // a connection that the agent has ended
 )
 
 // BenchmarkHostility prints, for each attack against an agent of its own, what the agent needed and how another client
-// fared: make hostility. The latencies are medians over the pairs of 99th percentiles; "past it" are the same client's without
-// the agent between, see attack.past. The ratio is the median of those of the pairs, which stand behind it. "others" is the part
-// of the time for which other processes had the agent's core.
+// fared: make hostility. The latencies are medians over the pairs of 99th percentiles (of two, the larger); "past it" are the same
+// client's without the agent between, see attack.past. The ratio is the median of those of the pairs, which stand behind it. "others"
+// is the part of the time for which other processes had the agent's core.
 func BenchmarkHostility(b *testing.B) {
 	if runtime.NumCPU() > 1 {
 		pinSelf(b)
@@ -87,11 +90,11 @@ func BenchmarkHostility(b *testing.B) {
 			ratio := median(m.ratios)
 			fmt.Printf("%-38s %9d %9d %9.0f | %10v %10v | %10v %10v | %6.2f %-18s | %6d %5.0f%%\n", a.name, w.peakResident(b)>>10, w.cgroup.Peak()>>10,
 				w.gauge(b, "pillion_held_evictions_total"), median(m.calm.agent), median(m.calm.past), median(m.storm.agent), median(m.storm.past),
-				ratio, fmt.Sprintf("%.2f", m.ratios), m.failed, 100*m.others/pairs)
+				ratio, fmt.Sprintf("%.2f", m.ratios), m.failed, 100*m.others/float64(len(m.ratios)))
 			if m.failed > 0 {
 				b.Errorf("%s: %d requests of another client failed", a.name, m.failed)
 			}
-			if ratio > 2 {
+			if ratio > mostDelay {
 				b.Errorf("%s: the 99th percentile of another client's latencies is %v, %v without the attack", a.name,
 					median(m.storm.agent), median(m.calm.agent))
 			}
@@ -108,7 +111,7 @@ type measurement struct {
 }
 
 func (w *world) measurePairs(b *testing.B, a *attack) (m measurement) {
-	for attempt := 0; len(m.ratios) < pairs; attempt++ {
+	for attempt := 0; len(m.ratios) < pairs && !m.agree(); attempt++ {
 		before, during, others := w.measurePair(b, a)
 		m.failed += before.failed + during.failed
 		if others > disturbed && attempt < repeats {
@@ -122,13 +125,18 @@ func (w *world) measurePairs(b *testing.B, a *attack) (m measurement) {
 	return m
 }
 
+// agree reports whether a third pair could not change the verdict.
+func (m *measurement) agree() bool {
+	return len(m.ratios) == pairs-1 && m.ratios[0] > mostDelay == (m.ratios[1] > mostDelay)
+}
+
 // measurePair also returns the share of the agent's core that other processes had.
 func (w *world) measurePair(b *testing.B, a *attack) (before, during latencies, others float64) {
-	const calm, storm = 2 * time.Second, 4 * time.Second
+	const calm, storm = 2 * time.Second, 8 * time.Second
 	began := w.othersOnCore(b)
 	before = w.measure(b, a.past, calm)
 	inCalm := w.othersOnCore(b) - began
-	attacker := w.start(b, w.peer, lowest, "attack", a.name, "100ms", strconv.Itoa(a.connections))
+	attacker := w.start(b, w.peer, lowest, "attack", a.name, reopen, strconv.Itoa(a.connections))
 	attacker.await(b, "ready")
 	began = w.othersOnCore(b)
 	during = w.measure(b, a.past, storm)
@@ -139,6 +147,7 @@ func (w *world) measurePair(b *testing.B, a *attack) (before, during latencies, 
 	return before, during, max(inCalm, 0).Seconds()/calm.Seconds() + max(inStorm, 0).Seconds()/storm.Seconds()
 }
 
+// median returns the larger of two in the middle.
 func median[T cmp.Ordered](values []T) T { return slices.Sorted(slices.Values(values))[len(values)/2] }
 
 // latencies are 99th percentiles of the other client's latencies, through the agent and past it, and the number of its

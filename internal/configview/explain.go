@@ -378,7 +378,7 @@ func (w *walk) judge(name, per string, rbac *mesh.RBAC, check *mesh.ExtAuthz, to
 // verify adds the verdict about the request's tokens. Policies behind it see their claims.
 func (w *walk) verify(name string, tokens *mesh.JWT) bool {
 	v := Verdict{Name: name, Per: "request", Verdict: "allowed", Reasons: []string{"it " + jwtWords(tokens)}}
-	result := jwt.Of(tokens).Check(&w.request, time.Now())
+	result := jwt.Of(tokens).Check(&w.request, time.Now(), nil)
 	if result.Claims != nil {
 		w.request.Metadata = result.Claims
 	}

@@ -388,6 +388,9 @@ func (e *edited) appendLines(dst []byte) []byte {
 //
 //go:noinline
 func (x *exchange) replyHere(made *route.Reply) ending {
+	if made.Reset {
+		return x.close(made.Reason, nil, cut)
+	}
 	x.made = made
 	r := reply{made.Status, made.Body, made.Reason, made.Flags, made.Details}
 	if r.bodiless() {

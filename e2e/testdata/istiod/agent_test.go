@@ -167,8 +167,15 @@ func (d *pod) launch(t *testing.T, p *plane, variables ...string) *nettest.Proce
 }
 
 // get returns what the agent answers at an address of its own.
-func (d *pod) get(port int, path string) (string, error) {
-	response, err := d.client.Get(fmt.Sprintf("http://127.0.0.1:%d/%s", port, path))
+func (d *pod) get(port int, path string) (string, error) { return d.ask(http.MethodGet, port, path) }
+
+// ask is get with another method.
+func (d *pod) ask(method string, port int, path string) (string, error) {
+	request, err := http.NewRequest(method, fmt.Sprintf("http://127.0.0.1:%d/%s", port, path), nil)
+	if err != nil {
+		return "", err
+	}
+	response, err := d.client.Do(request)
 	if err != nil {
 		return "", err
 	}

@@ -57,8 +57,8 @@ type cluster struct {
 	pod *pod
 }
 
-func (c *cluster) EnvoyDoWithPort(_ context.Context, _, _, _, path string, port int) ([]byte, error) {
-	text, err := c.pod.get(port, path)
+func (c *cluster) EnvoyDoWithPort(_ context.Context, _, _, method, path string, port int) ([]byte, error) {
+	text, err := c.pod.ask(method, port, path)
 	return []byte(text), err
 }
 
@@ -210,6 +210,27 @@ func TestIstioctlReadsTheAgent(t *testing.T) {
 	for _, part := range []string{"Istio Version:", "cluster/outbound|", "listener/virtualInbound", "route/9080", "secret/default", "endpoint/203.0.113.4:8080"} {
 		if err != nil || !strings.Contains(out, part) {
 			t.Errorf("istioctl proxy-config all, error %v: no %q in\n%s", err, part, out)
+		}
+	}
+	d.changeLogLevels(t, p)
+}
+
+// changeLogLevels has istioctl change the log levels and restore them.
+func (d *pod) changeLogLevels(t *testing.T, p *plane) {
+	for _, test := range []struct {
+		arguments []string
+		want      []string
+	}{
+		{[]string{"--level", "error"}, []string{"http: error", "router: error"}},
+		{[]string{"--level", "http:debug,rbac:debug"}, []string{"http: debug", "rbac: debug"}},
+		{[]string{"-r", "--level="}, []string{"http: info", "upstream: info"}}, // istioctl keeps the levels in a variable
+	} {
+		arguments := append([]string{"log", sidecarPod}, test.arguments...)
+		out, err := d.istioctl(p, proxyconfig.ProxyConfig, arguments...)
+		for _, part := range test.want {
+			if err != nil || !strings.Contains(out, part) {
+				t.Errorf("istioctl proxy-config %v, error %v: no %q in\n%s", arguments, err, part, out)
+			}
 		}
 	}
 }

@@ -20,6 +20,7 @@ import (
 	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	previoushosts "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
+	upstreams "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	matcher "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	percent "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
@@ -45,6 +46,7 @@ type subset struct {
 	Outliers  bool // 3 failures in a row eject for a second
 	Mutual    bool // the endpoints require mutual TLS
 	Closed    bool // no request is allowed at a time
+	HTTP2     bool // the endpoints speak HTTP/2; otherwise HTTP/1
 }
 
 type host struct {
@@ -76,6 +78,11 @@ func follow(snapshots cache.SnapshotCache, file string, strict bool) error {
 			return err
 		}
 		resources := configuration(strict)
+		for _, c := range s.Clusters {
+			if c.Mutual { // an endpoint may be this proxy's own workload
+				resources[resource.ListenerType][0] = inbound(strict, inboundManager())
+			}
+		}
 		s.add(resources)
 		snapshot, err := cache.NewSnapshot(fmt.Sprint(version), resources)
 		if err != nil {
@@ -103,6 +110,31 @@ func follow(snapshots cache.SnapshotCache, file string, strict bool) error {
 	return nil
 }
 
+var http2Options = &upstreams.HttpProtocolOptions{UpstreamProtocolOptions: &upstreams.HttpProtocolOptions_ExplicitHttpConfig_{
+	ExplicitHttpConfig: &upstreams.HttpProtocolOptions_ExplicitHttpConfig{
+		ProtocolConfig: &upstreams.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: &core.Http2ProtocolOptions{}},
+	},
+}}
+
+// inboundManager passes all requests to the workload.
+func inboundManager() *listener.Filter {
+	routes := &route.RouteConfiguration{Name: "inbound", VirtualHosts: []*route.VirtualHost{{
+		Name: "inbound|http|0", Domains: []string{"*"},
+		Routes: []*route.Route{{
+			Name: "default", Match: &route.RouteMatch{PathSpecifier: &route.RouteMatch_Prefix{Prefix: "/"}},
+			Action: &route.Route_Route{Route: &route.RouteAction{
+				ClusterSpecifier: &route.RouteAction_Cluster{Cluster: "InboundPassthroughCluster"}, Timeout: durationpb.New(0),
+			}},
+		}},
+	}}}
+	return &listener.Filter{Name: "envoy.filters.network.http_connection_manager", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(
+		&hcm.HttpConnectionManager{
+			StatPrefix: "inbound", RouteSpecifier: &hcm.HttpConnectionManager_RouteConfig{RouteConfig: routes},
+			HttpFilters: []*hcm.HttpFilter{{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}},
+		},
+	)}}
+}
+
 func (s *services) add(resources map[resource.Type][]types.Resource) {
 	ads := &core.ConfigSource{ConfigSourceSpecifier: &core.ConfigSource_Ads{Ads: &core.AggregatedConfigSource{}}, ResourceApiVersion: core.ApiVersion_V3}
 	for _, c := range s.Clusters {
@@ -123,6 +155,9 @@ func (s *services) add(resources map[resource.Type][]types.Resource) {
 		}
 		if c.Mutual {
 			config.TransportSocket = mutual("outbound_." + fmt.Sprint(s.Port) + "_._." + s.Host)
+		}
+		if c.HTTP2 {
+			config.TypedExtensionProtocolOptions = map[string]*anypb.Any{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": packed(http2Options)}
 		}
 		resources[resource.ClusterType] = append(resources[resource.ClusterType], config)
 		resources[resource.EndpointType] = append(resources[resource.EndpointType], c.assignment())
