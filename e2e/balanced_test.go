@@ -21,7 +21,7 @@ func TestCallsOfAGRPCConnectionAreBalancedOneByOne(t *testing.T) {
 	for _, port := range ports {
 		servers.Endpoints = append(servers.Endpoints, endpoint{Address: netip.AddrPortFrom(nettest.PodIP4, uint16(port))})
 	}
-	b := newBookOf(t, nettest.Elsewhere4.String(), []subset{servers}, rule{Weights: map[string]uint32{v1: 1}, Retries: 2})
+	b := newBookOf(t, nettest.Elsewhere4.String(), nil, []subset{servers}, rule{Weights: map[string]uint32{v1: 1}, Retries: 2})
 	for _, port := range ports {
 		b.inbound().startPeer(t, port, program, "serve", "ADDRESS")
 	}
@@ -48,7 +48,7 @@ func TestH2specPassesWhereStreamsAreRouted(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			servers := subset{Name: v1, HTTP2: protocols == two}
-			b := newBookOf(t, nettest.Elsewhere4.String(), []subset{servers}, rule{Weights: map[string]uint32{v1: 1}})
+			b := newBookOf(t, nettest.Elsewhere4.String(), nil, []subset{servers}, rule{Weights: map[string]uint32{v1: 1}})
 			w := b.outbound()
 			reference, port := serveHTTP2(t, w), serveGreetings(t, w, protocols)
 			b.Clusters[0].Endpoints = []endpoint{{Address: at(int(port))}}

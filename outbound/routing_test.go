@@ -215,6 +215,44 @@ func TestConnectionsServeAsManyRequestsAsTheClusterPermits(t *testing.T) {
 	}
 }
 
+// The fields in which a request asks for retries and timeouts count here, and go no further.
+func TestARequestAsksForItsRetries(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	received := make(chan http.Header, 100)
+	r.handle(t, 82, func(w http.ResponseWriter, q *http.Request) {
+		received <- q.Header
+		w.WriteHeader(503)
+	})
+	r.cluster("v1", nil, 82)
+	for _, test := range []struct {
+		lines    []string
+		attempts int
+		flags    string
+	}{
+		{nil, 1, ""},
+		{[]string{"x-envoy-retry-on: 5xx"}, 2, "URX"},
+		{[]string{"X-Envoy-Retry-On: gateway-error", "x-envoy-max-retries: 2"}, 3, "URX"},
+		{[]string{"x-envoy-retry-on: retriable-status-codes", "x-envoy-retriable-status-codes: 503"}, 2, "URX"},
+		{[]string{"x-envoy-max-retries: 2"}, 1, ""},
+	} {
+		lines := append(test.lines, "x-envoy-upstream-rq-timeout-ms: 60000", "x-envoy-upstream-rq-per-try-timeout-ms: 30000")
+		if status, _ := r.client(t).get(t, "web", lines...); status != 503 {
+			t.Errorf("%q: status %d", test.lines, status)
+		}
+		ended := r.Await(t)
+		if int(ended.Attempts) != test.attempts || ended.Flags != test.flags {
+			t.Errorf("%q: %d attempts, flags %q", test.lines, ended.Attempts, ended.Flags)
+		}
+		for range test.attempts {
+			for name := range <-received {
+				if strings.HasPrefix(name, "X-Envoy-") && name != "X-Envoy-Attempt-Count" && name != "X-Envoy-Expected-Rq-Timeout-Ms" {
+					t.Errorf("%q: the server received %s", test.lines, name)
+				}
+			}
+		}
+	}
+}
+
 func TestRequestsAreRoutedByHeader(t *testing.T) {
 	jason := to("v2")
 	jason.Name = "jason"

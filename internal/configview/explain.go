@@ -472,8 +472,8 @@ func (w *walk) limits(p *route.Plan) {
 		w.Timeouts = "unlimited"
 	}
 	w.Retries = "as is safe"
-	if p.Retry != nil && p.Retry.Retries > 0 && p.Retry.On != 0 {
-		w.Retries = fmt.Sprintf("%d, on %s", p.Retry.Retries, p.Retry.On)
+	if policy := p.RetryOf(&w.request); policy != nil {
+		w.Retries = fmt.Sprintf("%d, on %s", policy.Retries, policy.On)
 	}
 }
 

@@ -137,8 +137,8 @@ func (h *hub) takePlan(c *call) {
 	if editsResponse(c.plan) {
 		c.asked = ofBlock(c.sent.fields)
 	}
-	if p := c.plan.Retry; p != nil && p.On != 0 && p.Retries > 0 && !c.tunnel {
-		c.policy, c.left = p, p.Retries
+	if policy := c.plan.RetryOf(&e.request); policy != nil && !c.tunnel {
+		c.policy, c.left = policy, policy.Retries
 	}
 }
 

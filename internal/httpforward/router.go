@@ -3,6 +3,7 @@ package httpforward
 import (
 	"bytes"
 	"errors"
+	"net/netip"
 	"time"
 	"unsafe"
 
@@ -104,6 +105,9 @@ type Decision struct {
 	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
 	// cluster: only those of the mesh receive metadata.
 	Peers *PeerFields
+
+	// Tried are the endpoints of the attempts before this one, for the Router that chooses the next.
+	Tried []netip.AddrPort
 
 	Mirrors []Mirror // where copies of the request go, at most MaxMirrors
 }

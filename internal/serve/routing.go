@@ -2,7 +2,7 @@ package serve
 
 import (
 	"bytes"
-	"net/netip"
+	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
@@ -34,8 +34,8 @@ type routing struct {
 	refused *route.Reply // not nil: the reply to all requests
 
 	request route.Request   // reused, so that it is not allocated
+	asks    bool            // the request has fields of route.Consumed
 	pick    balance.Request // as well
-	avoid   [1]netip.AddrPort
 }
 
 func (c *Conn) newRouting(g *governed) *routing {
@@ -94,6 +94,9 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
 	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, Tracing: r.traced}
+	if r.asks {
+		d.Edits = route.Consumed
+	}
 	switch {
 	case d.Reply != nil:
 		return d
@@ -105,7 +108,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	if hashes(config) {
 		r.pick.Hash, r.pick.Hashed = choice.Cluster.Hash(&r.request)
 	}
-	r.pick.Retry, r.pick.Avoid = false, nil
+	r.pick.Retry, r.pick.Avoid, r.pick.Tried = false, nil, nil
 	r.send(s, config, &d)
 	if d.Reply == nil && d.Plan != nil && len(d.Plan.Mirrors) > 0 {
 		r.mirror(s, &d)
@@ -134,10 +137,13 @@ func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.De
 		d.Reply = noHealthyHost.reply
 		return d
 	}
-	r.pick.Retry, r.pick.Avoid = true, nil
-	if p := d.Plan; p != nil && p.Retry != nil && p.Retry.OtherHosts {
-		r.avoid[0] = q.Previous.Target.Address
-		r.pick.Avoid = r.avoid[:]
+	d.Tried = append(slices.Clip(q.Previous.Tried), q.Previous.Target.Address)
+	r.pick.Retry, r.pick.Avoid, r.pick.Tried, r.pick.Priorities = true, nil, d.Tried, 0
+	if p := d.Plan; p != nil && p.Retry != nil {
+		r.pick.Priorities = p.Retry.OtherPriorities
+		if p.Retry.OtherHosts {
+			r.pick.Avoid, r.pick.Repicks = d.Tried, p.Retry.HostChoices
+		}
 	}
 	r.send(s, config, &d)
 	return d
@@ -187,22 +193,24 @@ func (r *routing) OnlyHTTP() bool { return true }
 func (r *routing) view(q *httpforward.Request) {
 	to := &r.request
 	to.Method, to.Path, to.Authority, to.Scheme, to.Fields = q.Method, q.Path, q.Authority, q.Scheme, q.Fields
-	to.GRPC = isGRPC(q.Fields)
+	to.GRPC, r.asks = inspect(q.Fields)
 }
 
 var applicationGRPC = []byte("application/grpc")
 
-// isGRPC reports whether a request is one of gRPC by its content-type.
-func isGRPC(fields route.Fields) bool {
+// inspect reports whether a request is one of gRPC by its content-type, and whether it asks for retries or timeouts of its own.
+func inspect(fields route.Fields) (grpc, asks bool) {
 	const contentType = "content-type"
+	known := false
 	for i := range fields.Len() {
 		name, value := fields.At(i)
-		if len(name) == len(contentType) && bytes.EqualFold(name, []byte(contentType)) {
+		if len(name) == len(contentType) && !known && bytes.EqualFold(name, []byte(contentType)) {
 			rest, found := bytes.CutPrefix(value, applicationGRPC)
-			return found && (len(rest) == 0 || rest[0] == '+' || rest[0] == ';')
+			grpc, known = found && (len(rest) == 0 || rest[0] == '+' || rest[0] == ';'), true
 		}
+		asks = asks || route.IsConsumed(name)
 	}
-	return false
+	return grpc, asks
 }
 
 // mirror adds the endpoints that copies of the request are sent to.
