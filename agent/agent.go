@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pillion-proxy/pillion/inbound"
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -37,6 +38,7 @@ type Agent struct {
 
 	plane       controlPlane
 	balancer    *balance.Balancer // of the clusters of the control plane; nil without one
+	authorizer  *inbound.Proxy    // asks servers about connections and requests
 	resolver    *dns.Server       // nil: DNS is not captured
 	policy      *egress.Policy    // nil: the workload may reach everything
 	stopPolicy  func()            // nil: no file is watched

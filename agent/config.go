@@ -93,6 +93,9 @@ type ControlPlane struct {
 	Pod  *istiod.Pod   // how istiod is reached; nil: the agent decides alone
 	Wait time.Duration // how long connections are held for the first configuration; zero: they are refused at once
 	Kept string        // directory that keeps the last configuration for a restart; empty: it is not kept
+
+	StrictPaths bool // inbound requests whose path servers may read in different ways are rejected
+	Rejudge     bool // an inbound connection of bytes ends at once when a changed policy denies it
 }
 
 // DNS configures the resolver.

@@ -34,7 +34,7 @@ import (
 func TestAnIdleHTTP1ConnectionTakesLittleMemory(t *testing.T) {
 	const (
 		warm, many = 100, 500
-		heapLimit  = 1952
+		heapLimit  = 1968
 		stackLimit = 4096 + 4096/8
 	)
 	s := newIdleStage(t, warm+many)

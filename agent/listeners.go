@@ -73,12 +73,17 @@ func (a *Agent) addListeners() error {
 		HTTP:         a.forwarding(inboundPool, a.config.HTTP.InboundFields),
 		Mesh:         a.mesh(),
 		Wait:         a.config.ControlPlane.Wait,
+		Lookup:       a.lookup(),
+		Log:          a.log,
+		StrictPaths:  a.config.ControlPlane.StrictPaths,
+		Rejudge:      a.config.ControlPlane.Rejudge,
 		Peers:        a.plane.peers,
 		Tracing:      a.exporters(),
 	})
 	if err != nil {
 		return err
 	}
+	a.authorizer = inboundRole
 	add(&trafficListener{
 		name: "inbound", shown: admin.VirtualInbound, direction: flow.Inbound, role: inboundRole, pool: inboundPool,
 		field: "Ports.Inbound", port: a.config.Ports.Inbound, addresses: allAddresses,

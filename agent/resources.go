@@ -154,6 +154,10 @@ func (a *Agent) controlPlaneCounts() metrics.ControlPlane {
 		Expiry: s.Identity.NotAfter, Renewals: s.Identity.Renewals, Failures: s.Identity.Failures,
 		Calls: s.Calls.All, FailedCalls: s.Calls.Failed,
 	}
+	if a.authorizer != nil {
+		counts.Authz.Allowed, counts.Authz.Denied, counts.Authz.Unanswered = a.authorizer.Asked()
+		counts.Authz.Fetched, counts.Authz.Unfetched = a.authorizer.KeyFetches()
+	}
 	for t := range xds.Type(xds.Types) {
 		of := &s.Stream.Types[t]
 		counts.Types = append(counts.Types, metrics.PushType{

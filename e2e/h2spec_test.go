@@ -42,16 +42,22 @@ func TestH2specPassesAsAtTheServer(t *testing.T) {
 
 // serveHTTP2 runs a server at the way's end that supports only HTTP/2 without TLS.
 func serveHTTP2(t *testing.T, w way) (port uint16) {
+	protocols := new(http.Protocols)
+	protocols.SetUnencryptedHTTP2(true)
+	return serveGreetings(t, w, protocols)
+}
+
+// serveGreetings runs a server at the way's end.
+func serveGreetings(t *testing.T, w way, protocols *http.Protocols) (port uint16) {
 	listener := w.to.Listen(t, "tcp", netip.AddrPortFrom(w.address, 0).String())
 	server := &http.Server{
-		Protocols: new(http.Protocols),
+		Protocols: protocols,
 		ErrorLog:  log.New(io.Discard, "", 0), // h2spec makes mistakes for a living
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			io.Copy(io.Discard, r.Body)
 			io.WriteString(w, "hello, world")
 		}),
 	}
-	server.Protocols.SetUnencryptedHTTP2(true)
 	go server.Serve(listener)
 	t.Cleanup(func() { server.Close() })
 	return netip.MustParseAddrPort(listener.Addr().String()).Port()

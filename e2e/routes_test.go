@@ -32,6 +32,9 @@ type subset struct {
 	Name      string
 	Endpoints []endpoint
 	Outliers  bool
+	Closed    bool `json:",omitempty"` // no request is allowed at a time
+	Mutual    bool
+	HTTP2     bool
 }
 
 type endpoint struct {
@@ -40,9 +43,12 @@ type endpoint struct {
 }
 
 type rule struct {
-	User    string `json:",omitempty"`
-	Weights map[string]uint32
-	Retries uint32
+	User, Path     string            `json:",omitempty"`
+	Weights        map[string]uint32 // 0: of a cluster without a configuration
+	Retries        uint32
+	Timeout, Delay time.Duration `json:",omitempty"`
+	Abort          uint32        `json:",omitempty"`
+	Mirror         string        `json:",omitempty"`
 }
 
 const (
@@ -63,8 +69,14 @@ type book struct {
 
 func newBook(t *testing.T, clusters []subset, routes ...rule) *book {
 	t.Helper()
-	s, i := newMeshStage(t)
-	b := &book{stage: s, file: filepath.Join(t.TempDir(), "services.json"), reviews: reviews{reviewsPort, "reviews", clusters, routes}}
+	return newBookOf(t, "reviews", nil, clusters, routes...)
+}
+
+// newBookOf is newBook for a service with another host, and with flags of the agent.
+func newBookOf(t *testing.T, host string, flags []string, clusters []subset, routes ...rule) *book {
+	t.Helper()
+	s, i := newMeshStage(t, flags...)
+	b := &book{stage: s, file: filepath.Join(t.TempDir(), "services.json"), reviews: reviews{reviewsPort, host, clusters, routes}}
 	b.push(t)
 	i.start(t, "PERMISSIVE", "-services", b.file)
 	awaitReady(t, s.pod, s.agent)
@@ -297,4 +309,96 @@ func (b *book) setEndpoints(t *testing.T, port int, there bool) {
 	}
 	b.Clusters[0].Endpoints = endpoints
 	b.push(t)
+}
+
+// Each way in which a route or its cluster decides about a request is told in the access log: flags, route and cluster.
+func TestTheAccessLogTellsWhatBecameOfARequest(t *testing.T) {
+	t.Parallel()
+	const absent = "outbound|9080|v9|reviews.default.svc.cluster.local"
+	closed, empty, gone := of("closed", 9081), of("empty"), of("gone", 9085)
+	closed.Closed = true
+	to := func(path, cluster string) rule { return rule{Path: path, Weights: map[string]uint32{cluster: 1}} }
+	delayed, aborted, late, retried := to("/delayed", v1), to("/aborted", v1), to("/late", v3), to("/retried", v2)
+	delayed.Delay, aborted.Abort, late.Timeout, retried.Retries = 20*time.Millisecond, 418, 100*time.Millisecond, 1
+	both := to("/both", v1)
+	both.Delay, both.Abort = time.Millisecond, 503
+	b := newBookOf(t, "reviews", []string{"--access-log-format", "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_FLAGS% %ROUTE_NAME% %UPSTREAM_CLUSTER%"},
+		[]subset{of(v1, 9081), of(v2, 9082), of(v3, 9083), closed, empty, gone},
+		delayed, aborted, both, late, retried, to("/closed", "closed"), to("/empty", "empty"), to("/gone", "gone"), rule{Path: "/absent", Weights: map[string]uint32{absent: 0}},
+		to("/served", v1))
+	b.review(t, 9081, new(atomic.Int32))
+	var ill atomic.Int32
+	ill.Store(503)
+	b.review(t, 9082, &ill)
+	b.silent(t, 9083)
+	for _, test := range []struct{ path, told string }{
+		{"/served", "200 - /served " + v1},
+		{"/delayed", "200 DI /delayed " + v1},
+		{"/aborted", "418 FI /aborted " + v1},
+		{"/both", "503 DI,FI /both " + v1},
+		{"/late", "504 UT /late " + v3},
+		{"/retried", "503 URX /retried " + v2},
+		{"/closed", "503 UO /closed closed"},
+		{"/empty", "503 UH /empty empty"},
+		{"/gone", "503 UF /gone gone"},
+		{"/absent", "503 NC /absent " + absent},
+		{"/elsewhere", "404 NR - -"},
+	} {
+		r := b.reader(t)
+		r.SetDeadline(time.Now().Add(nettest.Patience))
+		fmt.Fprintf(r, "GET %s HTTP/1.1\r\nHost: reviews:9080\r\n\r\n", test.path)
+		response, err := http.ReadResponse(r.responses, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", test.path, err)
+		}
+		if !strings.HasPrefix(test.told, fmt.Sprint(response.StatusCode, " ")) {
+			t.Errorf("%s: status %d", test.path, response.StatusCode)
+		}
+		if overloaded := response.Header.Get("x-envoy-overloaded"); (overloaded == "true") != strings.Contains(test.told, " UO ") {
+			t.Errorf("%s: x-envoy-overloaded %q", test.path, overloaded)
+		}
+		r.Close()
+		b.agent.access.await(t, test.path+" "+test.told)
+	}
+}
+
+// silent accepts connections at a port of the peer, and never answers.
+func (b *book) silent(t *testing.T, port int) {
+	listener := b.peer.Listen(t, "tcp4", at(port).String())
+	t.Cleanup(func() { listener.Close() })
+}
+
+// A mirror gets a copy of each request, with the body and another host, and the client the response of the route's cluster.
+func TestMirrorsGetCopies(t *testing.T) {
+	t.Parallel()
+	b := newBook(t, []subset{of(v1, 9081), of(v2, 9082)}, rule{Weights: map[string]uint32{v1: 1}, Mirror: v2})
+	b.review(t, 9081, new(atomic.Int32))
+	copies := make(chan string, 10)
+	listener := b.peer.Listen(t, "tcp4", at(9082).String())
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		body, _ := io.ReadAll(q.Body)
+		copies <- q.Method + " " + q.URL.Path + " " + q.Host + " " + string(body)
+		w.WriteHeader(500)
+	})}
+	served := make(chan struct{})
+	go func() { defer close(served); server.Serve(listener) }()
+	t.Cleanup(func() { server.Close(); <-served })
+	r := b.reader(t)
+	for range 3 {
+		r.SetDeadline(time.Now().Add(nettest.Patience))
+		io.WriteString(r, "POST /reviews/0 HTTP/1.1\r\nHost: reviews:9080\r\nContent-Length: 4\r\n\r\nbody")
+		response, err := http.ReadResponse(r.responses, nil)
+		if err != nil || response.StatusCode != 200 {
+			t.Fatal(response, err)
+		}
+		io.Copy(io.Discard, response.Body)
+		select {
+		case got := <-copies:
+			if got != "POST /reviews/0 reviews-shadow:9080 body" {
+				t.Errorf("the mirror got %q", got)
+			}
+		case <-time.After(nettest.Patience):
+			t.Fatal("the mirror got no copy")
+		}
+	}
 }

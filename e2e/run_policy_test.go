@@ -279,6 +279,8 @@ func TestRunInjectsFaults(t *testing.T) {
 			{"abort over HTTP/2", "abort=418", withCurl("-w", "%{http_code}", "--http2-prior-knowledge", "http://good.example/"), "418", "completed"},
 			{"another host", "host=other.example,abort=418", withCurl("http://good.example/"), "served", "completed"},
 			{"reset", "host=good.example,reset", withCurl("http://good.example/"), "reset by peer", "fault"},
+			{"reset over HTTP/2", "host=good.example,reset", withCurl("--http2-prior-knowledge", "http://good.example/"), "INTERNAL_ERROR", "fault"},
+			{"reset by address", "host=" + goodAddress + ",reset", withCurl("http://good.example/"), "reset by peer", "fault"},
 			{"reset of TLS", "host=good.example,reset", withCurl("https://good.example/"), "reset by peer", "fault"},
 		} {
 			output, reasons := w.try(t, []string{"--fault", test.fault}, test.command)

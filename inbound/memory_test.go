@@ -118,11 +118,13 @@ func testIdleStack(t *testing.T, plane serve.Mesh, secured func(net.Conn) net.Co
 		}
 		defer up.Close()
 	}
+	var each int64
+	defer func() { t.Logf("%d bytes of stack each, limit %d", each, limit) }()
 	nettest.Eventually(t, "idle connections have small stacks", func() bool {
 		runtime.GC() // halves each stack of which at most a quarter is in use
 		runtime.ReadMemStats(&stats)
-		t.Logf("%d bytes each", (int64(stats.StackInuse)-before)/many)
-		return (int64(stats.StackInuse)-before)/many < limit
+		each = (int64(stats.StackInuse) - before) / many
+		return each < limit
 	})
 }
 

@@ -9,10 +9,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/peers"
@@ -33,6 +35,10 @@ type Config struct {
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
 	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
+	Lookup       balance.Lookup     // resolves the names of Mesh's clusters whose servers are asked about requests; nil: they have no endpoints
+	Log          *slog.Logger       // nil: not logged
+	StrictPaths  bool               // requests whose path servers may read in different ways are rejected
+	Rejudge      bool               // a connection of bytes ends when a changed policy of Mesh denies it
 	Tracing      *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
@@ -68,6 +74,10 @@ func New(config Config) (*Proxy, error) {
 		HTTP:      config.HTTP,
 		Mesh:      config.Mesh,
 		Wait:      config.Wait,
+		Lookup:    config.Lookup,
+		Log:       config.Log,
+		Strict:    config.StrictPaths,
+		Rejudge:   config.Rejudge,
 		Peers:     config.Peers,
 		Tracing:   config.Tracing,
 	})

@@ -122,6 +122,12 @@ func newMeshRig(t *testing.T, mode string) *meshRig {
 
 func newDelayedMeshRig(t *testing.T, mode string, delay time.Duration) *meshRig {
 	t.Helper()
+	return newMeshRigOf(t, mode, delay, func(*Config) {})
+}
+
+// newMeshRigOf is newDelayedMeshRig with a configuration that change has changed.
+func newMeshRigOf(t *testing.T, mode string, delay time.Duration, change func(*Config)) *meshRig {
+	t.Helper()
 	m := &meshRig{authority: securetest.New(t, "root of the mesh")}
 	m.client = m.authority.Leaf(t, idOfClient, nil)
 	plane := &servetest.Configured{}
@@ -129,10 +135,12 @@ func newDelayedMeshRig(t *testing.T, mode string, delay time.Duration) *meshRig 
 	m.plane = plane
 	plane.InForce.Store(snapshotOf(t, modes[mode], !strings.HasPrefix(mode, "DISABLE")))
 	at := servetest.Place{Rules: true, New: func(t testing.TB, parts servetest.Parts) servetest.Role {
-		proxy, err := New(Config{
+		config := Config{
 			Poller: parts.Poller, OwnPorts: servetest.OwnPorts(), OwnAddresses: parts.Addresses, Flows: parts.Flows,
 			Settings: parts.Settings, HTTP: parts.HTTP, Mesh: plane, Wait: nettest.Patience,
-		})
+		}
+		change(&config)
+		proxy, err := New(config)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -2,6 +2,7 @@ package outbound
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -214,6 +215,44 @@ func TestConnectionsServeAsManyRequestsAsTheClusterPermits(t *testing.T) {
 	}
 }
 
+// The fields in which a request asks for retries and timeouts count here, and go no further.
+func TestARequestAsksForItsRetries(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	received := make(chan http.Header, 100)
+	r.handle(t, 82, func(w http.ResponseWriter, q *http.Request) {
+		received <- q.Header
+		w.WriteHeader(503)
+	})
+	r.cluster("v1", nil, 82)
+	for _, test := range []struct {
+		lines    []string
+		attempts int
+		flags    string
+	}{
+		{nil, 1, ""},
+		{[]string{"x-envoy-retry-on: 5xx"}, 2, "URX"},
+		{[]string{"X-Envoy-Retry-On: gateway-error", "x-envoy-max-retries: 2"}, 3, "URX"},
+		{[]string{"x-envoy-retry-on: retriable-status-codes", "x-envoy-retriable-status-codes: 503"}, 2, "URX"},
+		{[]string{"x-envoy-max-retries: 2"}, 1, ""},
+	} {
+		lines := append(test.lines, "x-envoy-upstream-rq-timeout-ms: 60000", "x-envoy-upstream-rq-per-try-timeout-ms: 30000")
+		if status, _ := r.client(t).get(t, "web", lines...); status != 503 {
+			t.Errorf("%q: status %d", test.lines, status)
+		}
+		ended := r.Await(t)
+		if int(ended.Attempts) != test.attempts || ended.Flags != test.flags {
+			t.Errorf("%q: %d attempts, flags %q", test.lines, ended.Attempts, ended.Flags)
+		}
+		for range test.attempts {
+			for name := range <-received {
+				if strings.HasPrefix(name, "X-Envoy-") && name != "X-Envoy-Attempt-Count" && name != "X-Envoy-Expected-Rq-Timeout-Ms" {
+					t.Errorf("%q: the server received %s", test.lines, name)
+				}
+			}
+		}
+	}
+}
+
 func TestRequestsAreRoutedByHeader(t *testing.T) {
 	jason := to("v2")
 	jason.Name = "jason"
@@ -330,19 +369,26 @@ func TestAFailingHostIsEjected(t *testing.T) {
 	}
 }
 
-// All streams of an HTTP/2 connection go to one endpoint of the cluster of the service at its destination.
-func TestAnHTTP2ConnectionHasOneEndpoint(t *testing.T) {
+// The streams of one HTTP/2 connection are balanced one by one.
+func TestTheStreamsOfAnHTTP2ConnectionAreBalanced(t *testing.T) {
 	r := newRouted(t, to("v1"))
 	r.serve(t, 82, 83)
 	r.cluster("v1", nil, 82, 83)
-	for range 4 {
-		response, err := r.request(t, r.Dial(t, r.At(81)), true)
+	client := r.twoClient(t)
+	served := make(map[uint16]int)
+	for range 40 {
+		response, err := client.Get("http://web/")
 		if err != nil || response.StatusCode != 200 {
 			t.Fatalf("%v, %v", response, err)
 		}
-		if ended := r.Await(t); ended.Cluster != "v1" || ended.Protocol != flow.HTTP2 || ended.Upstream.Port() != 82 && ended.Upstream.Port() != 83 {
+		response.Body.Close()
+		ended := r.Await(t)
+		if served[ended.Upstream.Port()]++; ended.Cluster != "v1" || ended.Protocol != flow.HTTP2 {
 			t.Errorf("the record is %+v", ended)
 		}
+	}
+	if len(served) != 2 || served[82] == 0 || served[83] == 0 {
+		t.Errorf("the endpoints served %v", served)
 	}
 }
 
@@ -417,6 +463,76 @@ func TestConnectionsOfBytesAreDividedByWeight(t *testing.T) {
 				t.Fatalf("%+v", ended)
 			}
 			refused++
+		}
+	}
+}
+
+// twoClient is a client of HTTP/2 with one connection to port 81.
+func (r *routed) twoClient(t *testing.T) *http.Client {
+	transport := &http.Transport{Protocols: new(http.Protocols)}
+	transport.Protocols.SetUnencryptedHTTP2(true)
+	transport.DialContext = func(context.Context, string, string) (net.Conn, error) { return r.TryDial(r.At(81)) }
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport, Timeout: nettest.Patience}
+}
+
+// A request goes to the endpoint in the version of HTTP that its cluster asks for. gRPC needs HTTP/2.
+func TestRequestsAreSentInTheProtocolOfTheirCluster(t *testing.T) {
+	for protocol, want := range map[mesh.UpstreamProtocol][3]string{
+		mesh.UpstreamHTTP1: {"1", "1", "2"}, mesh.UpstreamHTTP2: {"2", "2", "2"}, mesh.UpstreamAsDownstream: {"1", "2", "2"},
+	} {
+		r := newRouted(t, to("v1"))
+		r.handle(t, 82, func(w http.ResponseWriter, q *http.Request) { fmt.Fprint(w, q.ProtoMajor) })
+		r.cluster("v1", func(c *mesh.Cluster) { c.HTTP.Protocol = protocol }, 82)
+		var got [3]string
+		_, got[0] = r.client(t).get(t, "web")
+		client := r.twoClient(t)
+		for i, kind := range []string{"text/plain", "application/grpc"} {
+			response, err := client.Post("http://web/", kind, strings.NewReader("x"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, _ := io.ReadAll(response.Body)
+			response.Body.Close()
+			got[1+i] = string(body)
+		}
+		if got != want {
+			t.Errorf("protocol %v: a client of HTTP/1, one of HTTP/2 and gRPC reach HTTP/%v, want %v", protocol, got, want)
+		}
+	}
+}
+
+// An upstream connection of HTTP/2 serves as many streams as the cluster permits, and for as long.
+func TestHTTP2ConnectionsHaveTheLimitsOfTheirCluster(t *testing.T) {
+	for name, c := range map[string]struct {
+		limit func(*mesh.Cluster)
+		want  int
+	}{
+		"requests": {func(c *mesh.Cluster) { c.HTTP.MaxRequests = 2 }, 3},
+		"lifetime": {func(c *mesh.Cluster) { c.HTTP.MaxLifetime = 1 }, 6},
+		"none":     {nil, 1},
+	} {
+		for protocol := range map[mesh.UpstreamProtocol]bool{mesh.UpstreamHTTP1: true, mesh.UpstreamHTTP2: true} {
+			r := newRouted(t, to("v1"))
+			seen := map[string]bool{}
+			r.handle(t, 82, func(w http.ResponseWriter, q *http.Request) { seen[q.RemoteAddr] = true })
+			r.cluster("v1", func(config *mesh.Cluster) {
+				if config.HTTP.Protocol = protocol; c.limit != nil {
+					c.limit(config)
+				}
+			}, 82)
+			client := r.twoClient(t)
+			for range 6 {
+				response, err := client.Get("http://web/")
+				if err != nil || response.StatusCode != 200 {
+					t.Fatalf("%v, %v", response, err)
+				}
+				response.Body.Close()
+				r.Await(t)
+			}
+			if len(seen) != c.want {
+				t.Errorf("%s, protocol %v: 6 requests took %d connections, want %d", name, protocol, len(seen), c.want)
+			}
 		}
 	}
 }

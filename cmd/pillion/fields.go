@@ -34,6 +34,8 @@ var fieldNames = map[string]string{
 	"ControlPlane.Pod":                 "--control-plane",
 	"ControlPlane.Wait":                "--configuration-wait",
 	"ControlPlane.Kept":                "--kept-configuration",
+	"ControlPlane.StrictPaths":         "--strict-paths",
+	"ControlPlane.Rejudge":             "--rejudge-connections",
 	"DNS.Capture":                      "--dns-capture",
 	"DNS.Servers":                      "--dns-servers",
 	"DNS.CacheSize":                    "--dns-cache-size",

@@ -49,6 +49,9 @@ func newRouted(t testing.TB, k *kit, ports []int, secured bool) *routed {
 		return r // without HAProxy
 	}
 	options := ""
+	if ports[0] == http2Port {
+		options = " proto h2"
+	}
 	if secured {
 		dir := filepath.Dir(k.pillion) // HAProxy's user can read it
 		for _, file := range []string{"root-cert.pem", "workload.pem"} {
@@ -80,7 +83,7 @@ func (p *meshPod) routing(t testing.TB, ports []int, secured bool) contender {
 	}
 	services, err := json.Marshal(map[string]any{
 		"Port": servicePort, "Host": "workload.example",
-		"Clusters": []any{map[string]any{"Name": cluster, "Endpoints": endpoints, "Mutual": secured}},
+		"Clusters": []any{map[string]any{"Name": cluster, "Endpoints": endpoints, "Mutual": secured, "HTTP2": ports[0] == http2Port}},
 		"Routes":   []any{map[string]any{"Weights": map[string]int{cluster: 1}, "Retries": 2}},
 	})
 	if err != nil {
@@ -107,6 +110,19 @@ func measureRoutes(t testing.TB, k *kit, s sizes) []*row {
 	r := &row{title: "CPU per routed HTTP/1.1 request, 3 endpoints", unit: "µs", promises: []promise{{0.9, nameHAProxy}, {1.05, nameUnrouted}}}
 	turns{"routes", newRouted(t, k, http1Ports, false).all(), s.connectionRounds}.take(t, k, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
 		cpu := cpuOf(t, p, w.startLoad(t, "http1", s.requests, 32))
+		r.add(c.name, microseconds(cpu)/float64(s.requests))
+	})
+	return []*row{r}
+}
+
+func measureRoutesHTTP2(t testing.TB, k *kit, s sizes) []*row {
+	const connections = 8
+	r := &row{
+		title: fmt.Sprintf("CPU per routed HTTP/2 request, %d × %d streams, 3 endpoints", connections, streamsEach), unit: "µs",
+		promises: []promise{{1, nameHAProxy}},
+	}
+	turns{"routes-http2", newRouted(t, k, http2Ports, false).all(), s.connectionRounds}.take(t, k, []*row{r}, func(t testing.TB, c contender, w *world, p *proxy) {
+		cpu := cpuOf(t, p, w.startLoad(t, "http2", s.requests, connections))
 		r.add(c.name, microseconds(cpu)/float64(s.requests))
 	})
 	return []*row{r}

@@ -97,10 +97,13 @@ type Request struct {
 	Original netip.AddrPort   // where the connection was going; for OriginalDestination
 	Retry    bool             // of a request that was sent before: counts for the limit of retries
 	Avoid    []netip.AddrPort // hosts that are avoided if there are others
-}
+	Repicks  uint32           // how often a host is chosen again because it is in Avoid, at most
 
-// maxRepicks is how often a host is chosen again because it is in Request.Avoid, as in Envoy.
-const maxRepicks = 5
+	// Tried are the hosts of the attempts before, of which each Priorities change the priorities that are avoided, if there are
+	// others; 0: none is avoided.
+	Tried      []netip.AddrPort
+	Priorities uint32
+}
 
 // Choice is a host that was chosen for a request. Its Lease must be ended once.
 type Choice struct {
@@ -188,7 +191,7 @@ func (c *Cluster) reserve(v *view, h *Host, r *Request) Lease {
 		h.start()
 		return (*connection)(h)
 	}
-	if r.Retry && !take(&c.retries, int64(v.config.Breakers.Retries)) {
+	if r.Retry && !take(&c.retries, c.retryLimit(&v.config.Breakers)) {
 		c.Stats.RetriesOverflowed.Add(1)
 		return nil
 	}
@@ -208,6 +211,14 @@ func (c *Cluster) reserve(v *view, h *Host, r *Request) Lease {
 		return (*retry)(h)
 	}
 	return h
+}
+
+// retryLimit returns how many retries may be in progress.
+func (c *Cluster) retryLimit(b *mesh.Breakers) int64 {
+	if b.RetryBudget == nil {
+		return int64(b.Retries)
+	}
+	return max(int64(b.RetryBudget.Percent/100*float64(c.requests.Load())), int64(b.RetryBudget.AtLeast))
 }
 
 // take adds one to a count if that stays within the limit.

@@ -158,6 +158,27 @@ func TestBreakers(t *testing.T) {
 	}
 }
 
+// A budget allows retries in proportion to the requests in progress, and some in any case.
+func TestABudgetOfRetries(t *testing.T) {
+	for inProgress, want := range map[int]int{0: 3, 10: 3, 40: 9} {
+		_, c, _ := newTest(t, clusterOf(mesh.LeastRequest, func(c *mesh.Cluster) {
+			c.Breakers.Retries, c.Breakers.RetryBudget = 0, &mesh.RetryBudget{Percent: 20, AtLeast: 3}
+		}), equal(2))
+		for range inProgress {
+			pick(t, c, &Request{})
+		}
+		retries := 0
+		for range 20 { // each is one more request in progress
+			if _, failure := c.Pick(&Request{Retry: true}); failure == None {
+				retries++
+			}
+		}
+		if retries != want {
+			t.Errorf("%d requests: %d retries at a time, want %d", inProgress, retries, want)
+		}
+	}
+}
+
 func TestOriginalDestination(t *testing.T) {
 	_, c, _ := newTest(t, clusterOf(mesh.ClusterProvided, func(c *mesh.Cluster) { c.Discovery = mesh.OriginalDestination }), nil)
 	to := netip.MustParseAddrPort("203.0.113.7:443")

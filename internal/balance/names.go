@@ -185,14 +185,15 @@ func (n *names) finish(answers map[string][]netip.Addr, next time.Duration) {
 		changed = changed || !ok || !slices.Equal(old, addresses)
 		n.answers[name] = addresses
 	}
-	if n.state.Swap(known) != known {
+	over := n.stopped || next == 0
+	if changed && !over {
+		n.cluster.refresh()
+	}
+	if n.state.Swap(known) != known { // after the hosts are in the view, because picks go on now
 		close(n.resolved)
 	}
-	if n.stopped || next == 0 {
+	if over {
 		return
-	}
-	if changed {
-		n.cluster.refresh()
 	}
 	if n.inUse.Swap(false) {
 		n.unused = 0

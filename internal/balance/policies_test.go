@@ -1,6 +1,7 @@
 package balance
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -122,13 +123,47 @@ func TestHostsThatFailedAreAvoided(t *testing.T) {
 	for _, policy := range []mesh.Policy{mesh.RoundRobin, mesh.LeastRequest, mesh.Random} {
 		_, c, _ := newTest(t, clusterOf(policy), equal(3))
 		avoid := []netip.AddrPort{address(0), address(1)}
-		counts := spread(t, c, 2000, &Request{Avoid: avoid})
+		counts := spread(t, c, 2000, &Request{Avoid: avoid, Repicks: 5})
 		if policy == mesh.RoundRobin && len(counts) != 1 || counts[address(2)] < 1600 { // of six draws: 1 - (2/3)^6 = 91 %
 			t.Errorf("policy %d: %v", policy, counts)
 		}
 		_, single, _ := newTest(t, clusterOf(policy), equal(1))
-		if got := pick(t, single, &Request{Avoid: avoid}).Address; got != address(0) {
+		if got := pick(t, single, &Request{Avoid: avoid, Repicks: 5}).Address; got != address(0) {
 			t.Errorf("policy %d: %v, although there is only one host", policy, got)
+		}
+	}
+}
+
+// A retry avoids the priorities of the attempts before it, whose load the others share by their health. When all were tried, or
+// too few attempts were made, they get their load again.
+func TestRetriesAvoidThePrioritiesThatWereTried(t *testing.T) {
+	const n = 20000
+	up, down := mesh.Healthy, mesh.Unhealthy
+	hosts := assignment([]mesh.Health{up, down}, []mesh.Health{up, down, down, down}, []mesh.Health{up})
+	tried := func(hosts ...int) (list []netip.AddrPort) {
+		for _, i := range hosts {
+			list = append(list, address(i))
+		}
+		return list
+	}
+	for _, test := range []struct {
+		tried []netip.AddrPort
+		every uint32
+		want  map[int]float64 // shares by host
+	}{
+		{nil, 2, map[int]float64{0: 0.7, 2: 0.3}},
+		{tried(0), 2, map[int]float64{0: 0.7, 2: 0.3}},
+		{tried(0, 0), 2, map[int]float64{2: 0.35, 6: 0.65}},
+		{tried(0, 0, 2), 2, map[int]float64{2: 0.35, 6: 0.65}},
+		{tried(1), 1, map[int]float64{2: 0.35, 6: 0.65}}, // it has been ejected since
+		{tried(0, 2), 1, map[int]float64{6: 1}},
+		{tried(0, 2, 6), 1, map[int]float64{0: 0.7, 2: 0.3}},
+		{tried(0, 2, 6), 0, map[int]float64{0: 0.7, 2: 0.3}},
+	} {
+		_, c, _ := newTest(t, clusterOf(mesh.LeastRequest), hosts)
+		counts := spread(t, c, n, &Request{Tried: test.tried, Priorities: test.every})
+		for i := range 7 {
+			within(t, fmt.Sprintf("%v, every %d: host %d", test.tried, test.every, i), counts[address(i)], n, test.want[i])
 		}
 	}
 }

@@ -39,7 +39,9 @@ type member struct {
 // level is the hosts of one priority.
 type level struct {
 	load    uint32 // percent of the requests that go to this level and those before it
-	sets    []set  // one, or one for each locality if these are weighted
+	health  uint32 // percent
+	all     []member
+	sets    []set // one, or one for each locality if these are weighted
 	weights []uint64
 	hash    consistent
 }
@@ -143,7 +145,7 @@ func (v *view) build() {
 	first, load := 0, uint32(0)
 	for i, h := range healths {
 		load += h.load
-		v.levels[i].load = load
+		v.levels[i].load, v.levels[i].health, v.levels[i].all = load, h.health(), v.members[first:first+h.total]
 		v.levels[i].fill(v.members[first:first+h.total], h.panic, &v.config.Balancing)
 		first += h.total
 	}
@@ -281,14 +283,14 @@ func (v *view) pick(r *Request) *member {
 		hash = r.Hash
 	}
 	for attempt := uint64(0); ; attempt++ {
-		l := v.level(hash)
+		l := v.levelFor(r, hash)
 		var m *member
 		if hashes {
 			m = l.hash.pick(l, hash, attempt)
 		} else {
 			m = l.locality().pick(&v.config.Balancing, rand.Uint64())
 		}
-		if m == nil || attempt == maxRepicks || !slices.Contains(r.Avoid, m.host.Address) {
+		if m == nil || attempt >= uint64(r.Repicks) || !slices.Contains(r.Avoid, m.host.Address) {
 			return m
 		}
 		if !hashes {
@@ -309,6 +311,42 @@ func (v *view) level(hash uint64) *level {
 		}
 	}
 	return &v.levels[0]
+}
+
+// levelFor is level without the priorities that the request avoids. What they would get is divided among the others by their
+// health, in order, as Envoy's previous_priorities does.
+func (v *view) levelFor(r *Request, hash uint64) *level {
+	if r.Priorities == 0 || len(r.Tried) < int(r.Priorities) || len(v.levels) == 1 {
+		return v.level(hash)
+	}
+	tried := r.Tried[:len(r.Tried)-len(r.Tried)%int(r.Priorities)]
+	total := uint32(0)
+	for i := range v.levels {
+		if !v.levels[i].has(tried) {
+			total = min(100, total+v.levels[i].health)
+		}
+	}
+	if total == 0 {
+		return v.level(hash) // all were tried
+	}
+	percent, last := uint32(hash%100), (*level)(nil)
+	for i := range v.levels {
+		l := &v.levels[i]
+		if l.health == 0 || l.has(tried) {
+			continue
+		}
+		share := l.health * 100 / total
+		if percent < share {
+			return l
+		}
+		percent, last = percent-share, l
+	}
+	return last // rounding
+}
+
+// has reports whether a host of the level is among some, usable or not.
+func (l *level) has(some []netip.AddrPort) bool {
+	return slices.ContainsFunc(l.all, func(m member) bool { return slices.Contains(some, m.host.Address) })
 }
 
 // locality returns a set at random by the weights of localities.

@@ -378,7 +378,7 @@ func (w *walk) judge(name, per string, rbac *mesh.RBAC, check *mesh.ExtAuthz, to
 // verify adds the verdict about the request's tokens. Policies behind it see their claims.
 func (w *walk) verify(name string, tokens *mesh.JWT) bool {
 	v := Verdict{Name: name, Per: "request", Verdict: "allowed", Reasons: []string{"it " + jwtWords(tokens)}}
-	result := jwt.Of(tokens).Check(&w.request, time.Now())
+	result := jwt.Of(tokens).Check(&w.request, time.Now(), nil)
 	if result.Claims != nil {
 		w.request.Metadata = result.Claims
 	}
@@ -472,8 +472,8 @@ func (w *walk) limits(p *route.Plan) {
 		w.Timeouts = "unlimited"
 	}
 	w.Retries = "as is safe"
-	if p.Retry != nil && p.Retry.Retries > 0 && p.Retry.On != 0 {
-		w.Retries = fmt.Sprintf("%d, on %s", p.Retry.Retries, p.Retry.On)
+	if policy := p.RetryOf(&w.request); policy != nil {
+		w.Retries = fmt.Sprintf("%d, on %s", policy.Retries, policy.On)
 	}
 }
 

@@ -24,7 +24,7 @@ type Rule struct {
 type Fault struct {
 	Delay time.Duration // before anything is sent on
 	Abort int           // status of the reply in place of a request; 0: not aborted
-	Reset bool          // the connection is reset
+	Reset bool          // the connection is reset; of HTTP/2, the request's stream
 }
 
 // Set is a list of rules. The first rule that matches and is drawn counts. It is never changed.
@@ -80,12 +80,13 @@ func (r *Rule) set(name, value string) (err error) {
 	return err
 }
 
-// Draw returns the fault of a request or a connection for a host, with or without a port.
-func (s Set) Draw(host string) Fault { return s.draw(host, rand.Float64) }
+// Draw returns the fault of a request or a connection. It has a host and an address, with or without ports; a rule for either
+// is for it.
+func (s Set) Draw(host, address string) Fault { return s.draw(host, address, rand.Float64) }
 
-func (s Set) draw(host string, random func() float64) Fault {
+func (s Set) draw(host, address string, random func() float64) Fault {
 	for i := range s {
-		if s[i].host.Selects(host) && random()*100 < s[i].percent {
+		if (s[i].host.Selects(host) || s[i].host.Selects(address)) && random()*100 < s[i].percent {
 			return s[i].fault
 		}
 	}

@@ -29,11 +29,14 @@ func TestRulesAreParsedAndDrawn(t *testing.T) {
 		{"other.test", 0.5, Fault{}},
 		{"", 0.1, Fault{Delay: time.Second}},
 	} {
-		if got := set.draw(test.host, func() float64 { return test.random }); got != test.want {
+		if got := set.draw(test.host, "198.51.100.9:80", func() float64 { return test.random }); got != test.want {
 			t.Errorf("draw(%q) at %v = %+v, want %+v", test.host, test.random, got, test.want)
 		}
 	}
-	if Set(nil).Draw("api.example") != (Fault{}) {
+	if got := set.draw("other.test", "203.0.113.7:80", func() float64 { return 0.9 }); got != (Fault{Reset: true}) {
+		t.Errorf("by its address, a request gets %+v", got)
+	}
+	if Set(nil).Draw("api.example", "") != (Fault{}) {
 		t.Error("no rules make a fault")
 	}
 }

@@ -77,6 +77,20 @@ func (x *Body) Scan(p []byte) (n int, err error) {
 	return n, nil
 }
 
+// Line parses the next line of chunk framing, for a caller that takes the framing off. Payload is 0, and the body has not
+// ended. It returns the length of the line, 0 if p does not hold all of it; the other rules are those of Scan. trailer is the
+// line of a trailer field without its end, and nil for other lines.
+func (x *Body) Line(p []byte) (n int, trailer []byte, err error) {
+	field := x.state == trailers
+	if len(p) > 0 {
+		n, err = x.line(p)
+	}
+	if field && n > 2 && err == nil {
+		trailer = p[:n-2]
+	}
+	return n, trailer, err
+}
+
 // Done reports whether the body has ended. A body that ends with the connection never does.
 func (x *Body) Done() bool { return x.state == bodyDone }
 

@@ -26,6 +26,8 @@ type exchange struct {
 	wanted   *upstream.Target // where the request goes: that of the connection, or of decision
 	decision Decision         // of the router
 	previous Decision         // of the attempt before
+	check    Check            // of the last decision that needed an answer; nil: none did
+	gone     error            // why downstream is gone, or the exchange over, before the request was decided about
 	kept     []byte           // a copy of the request head, if a retry or an edit of the response may need it
 	edited   *edited          // of a plan that changes heads; nil: not used yet
 
@@ -115,6 +117,7 @@ func (x *exchange) release() {
 		x.carried = carried{}
 	}
 	x.wanted = nil
+	x.check, x.gone = nil, nil
 	x.s, x.settings = nil, nil
 	x.progress = progress{}
 	exchanges.Put(x)

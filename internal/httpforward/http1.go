@@ -11,6 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -146,7 +147,8 @@ func (x *exchange) readHead() (*reply, error) {
 			return nil, err
 		}
 	}
-	return x.acceptRequest(limits), nil
+	answer := x.acceptRequest(limits)
+	return answer, x.gone
 }
 
 // malformed returns the reply to a request that cannot be parsed.
@@ -168,6 +170,10 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 		return x.malformed(faultOf(err, &x.requestHead, b))
 	}
 	routed := x.route(b)
+	if x.gone != nil {
+		return nil
+	}
+	b = x.s.Read.Bytes() // a wait may have moved them
 	x.request.src = x.s.Down
 	if p := policyOf(&x.decision, x.settings); p != nil {
 		x.trace(p, b)
@@ -211,6 +217,11 @@ func (x *exchange) routeBy(b []byte) bool {
 	s := x.s
 	x.decision = s.Router.Route(x.view(b))
 	d := &x.decision
+	if d.Check != nil {
+		if b = x.resolve(); b == nil {
+			return false
+		}
+	}
 	x.record.Cluster, x.record.Route = d.Cluster, d.Route
 	if d.Peers != nil {
 		s.Peers = d.Peers
@@ -225,8 +236,47 @@ func (x *exchange) routeBy(b []byte) bool {
 		return d.Reply != nil
 	}
 	x.wanted = &d.Target
+	x.wanted.HTTP2 = d.Translate
 	s.turnTo(x.wanted)
 	return true
+}
+
+// resolve waits for the answers that a decision needs, and decides. It returns the bytes of the request, which may have moved,
+// or nil if the exchange is over; the reason is in gone.
+//
+//go:noinline
+func (x *exchange) resolve() []byte {
+	for x.decision.Check != nil {
+		x.check = x.decision.Check
+		if x.gone = x.await(x.check); x.gone != nil {
+			x.check.Cancel()
+			return nil
+		}
+		r := x.view(x.s.Read.Bytes())
+		r.Check = x.check
+		x.decision = x.s.Router.Route(r)
+	}
+	return x.s.Read.Bytes()
+}
+
+// await waits for an answer. An error means that the exchange is over: as in pause, also if downstream half-closes.
+func (x *exchange) await(c Check) error {
+	s := x.s
+	c.Notify(s.w.Wake)
+	for !c.Answered() {
+		switch {
+		case s.Down.Failed() != nil:
+			return s.Down.Failed()
+		case s.Down.Ended():
+			return io.EOF
+		case !x.holdHead():
+			return tcp.ErrInterrupted
+		}
+		if err := s.w.Wait(time.Time{}, s.Down, s.up); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // forbidden returns the names that are forbidden in the trailers of the request.
@@ -449,6 +499,15 @@ func (x *exchange) upstreamEnded(err error) (ending, bool) {
 		return x.downstreamLeft(err), true
 	case x.answered:
 		return x.truncated(err), true
+	}
+	var violation *http2.Error
+	switch refused, _ := err.(*streamReset); {
+	case refused != nil && refused.code == http2.RefusedStream:
+		return x.failed(failedRefused, replyUpstreamReset(refused.code), err)
+	case refused != nil:
+		return x.failed(failedReset, replyUpstreamReset(refused.code), err)
+	case errors.As(err, &violation), errors.Is(err, errNotHTTP2):
+		return x.failed(failedReset, badResponse(err), err)
 	}
 	r, err := closedReply(x.s.up, err)
 	if x.record.TransportFailure = rejection(err); looped {

@@ -41,13 +41,14 @@ type carried struct {
 //go:noinline
 func (x *exchange) takePlan(b []byte) {
 	p, h := x.decision.Plan, &x.requestHead
-	x.limits = limitsOf(p, x.seen())
+	seen := x.seen()
+	x.limits = limitsOf(p, seen)
 	x.limited = x.limits.any()
 	if x.stream > 0 {
 		x.streamEnd = x.record.Opened.Add(x.stream)
 	}
-	if p.Retry != nil && p.Retry.On != 0 && p.Retry.Retries > 0 && string(x.http.Method) != "CONNECT" {
-		x.policy, x.left = p.Retry, p.Retry.Retries
+	if policy := p.RetryOf(seen); policy != nil && string(x.http.Method) != "CONNECT" {
+		x.policy, x.left = policy, policy.Retries
 		x.keepRequest()
 	}
 	if x.policy != nil || editsResponse(p) {
@@ -387,6 +388,9 @@ func (e *edited) appendLines(dst []byte) []byte {
 //
 //go:noinline
 func (x *exchange) replyHere(made *route.Reply) ending {
+	if made.Reset {
+		return x.close(made.Reason, nil, cut)
+	}
 	x.made = made
 	r := reply{made.Status, made.Body, made.Reason, made.Flags, made.Details}
 	if r.bodiless() {

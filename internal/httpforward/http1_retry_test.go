@@ -76,6 +76,7 @@ func TestARetryNeedsACondition(t *testing.T) {
 		{"gRPC, exhausted", response("200 OK", "grpc-status: 8"), false, false, "resource-exhausted", 200, flow.Completed},
 		{"gRPC, internal", response("200 OK", "Grpc-Status: 13"), false, false, "internal", 200, flow.Completed},
 		{"gRPC, unavailable", response("200 OK", "grpc-status: 14"), false, false, "unavailable", 200, flow.Completed},
+		{"a field", response("200 OK", "X-Again: 1"), false, false, "headers", 200, flow.Completed},
 		{"gRPC, not found", response("200 OK", "grpc-status: 5"), false, false, "", 200, flow.Completed},
 	} {
 		t.Run(outcome.name, func(t *testing.T) {
@@ -85,6 +86,7 @@ func TestARetryNeedsACondition(t *testing.T) {
 				closed := unreachable(t)
 				policy := retrying(condition, 1)
 				policy.Codes = []uint32{501, 503}
+				policy.Headers = []mesh.HeaderMatcher{{Name: "x-again", Present: true}}
 				if outcome.silent {
 					policy.TryTimeout = 20 * time.Millisecond
 				}

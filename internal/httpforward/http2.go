@@ -24,7 +24,7 @@ type multiplex struct {
 	engine   *Engine
 	settings *Settings // for this connection
 	w        *tcp.Waiter
-	Connection
+	heads
 
 	up      *tcp.Conn // nil after it was closed
 	upLocal netip.AddrPort
@@ -37,12 +37,9 @@ type multiplex struct {
 	lostUpstream
 	drainState
 
-	routed Request     // the router's argument; a field, so that it is not allocated
-	fields blockFields // of routed
+	checkAt time.Time // when limits of routes are checked next; zero: there are none
 
-	responded blockFields // of the response that is edited
-	edited    *edited     // nil: no plan was carried out yet
-	checkAt   time.Time   // when limits of routes are checked next; zero: there are none
+	suspended *undecided // a request that waits for an answer; nil: none
 
 	attempts uint8  // of the dial, until the first request is recorded with them
 	resets   bucket // for streams that downstream resets or that break the protocol
@@ -50,7 +47,6 @@ type multiplex struct {
 	downEnded bool      // downstream has half-closed
 	flooded   bool      // downstream has exceeded a bound on the number of frames: see floods
 	waiting   []waiting // requests waiting for a response head, oldest first; only with a RequestTimeout
-	from      string    // downstream's address for x-forwarded-for; empty until first used
 
 	holding
 	over outcome
@@ -100,7 +96,7 @@ const (
 
 // serveHTTP2 serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
 func (e *Engine) serveHTTP2(w *tcp.Waiter, c *Connection) {
-	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, Connection: *c, up: c.Early}
+	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, heads: heads{Connection: *c}, up: c.Early}
 	m.account.Open(e.config.Budget, w, c.Record.Remote())
 	m.keptLimit = e.keptLimit()
 	m.opened, m.lastServed = time.Now(), http2.MaxStream
@@ -120,7 +116,8 @@ func (e *Engine) serveHTTP2(w *tcp.Waiter, c *Connection) {
 // connect opens the upstream connection, unless it was opened early.
 func (m *multiplex) connect() {
 	if m.up == nil {
-		up, attempts, err := m.engine.dialer(&m.Connection, m.settings).Dial(m.w, m.Target)
+		dialer := m.engine.dialer(&m.Connection, m.settings)
+		up, attempts, err := dialer.Dial(m.w, m.Target)
 		m.attempts = uint8(attempts)
 		if errors.Is(err, tcp.ErrCanceled) {
 			m.over = isReset
@@ -303,6 +300,7 @@ func (m *multiplex) upstreamGone(err error) {
 
 // end closes both connections, and releases all memory.
 func (m *multiplex) end() {
+	m.giveUp()
 	if m.over == closesInOrder {
 		m.closeInOrder()
 	}

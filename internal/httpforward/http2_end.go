@@ -277,7 +277,7 @@ func (m *multiplex) deadline() (at time.Time, why limit) {
 			at, why = t, limit
 		}
 	}
-	if limit, after := m.quietLimit(); after > 0 {
+	if limit, after := quietLimit(config, m.downEnded); after > 0 {
 		if m.lastMove.IsZero() {
 			m.lastMove = m.now()
 		}
@@ -305,10 +305,9 @@ func (m *multiplex) deadline() (at time.Time, why limit) {
 	return at, why
 }
 
-// quietLimit returns how long the connection may be idle.
-func (m *multiplex) quietLimit() (limit, time.Duration) {
-	config := m.settings
-	if idle, half := config.IdleTimeout, config.HalfCloseTimeout; m.downEnded && half > 0 && (idle <= 0 || half < idle) {
+// quietLimit returns how long a connection may be idle. halfClosed is whether downstream has half-closed.
+func quietLimit(config *Settings, halfClosed bool) (limit, time.Duration) {
+	if idle, half := config.IdleTimeout, config.HalfCloseTimeout; halfClosed && half > 0 && (idle <= 0 || half < idle) {
 		return halfCloseLimit, half
 	}
 	return idleLimit, config.IdleTimeout

@@ -101,23 +101,3 @@ func (m *multiplex) evicted() {
 		m.over = isReset
 	}
 }
-
-// view shows a request to the router: the whole values, of which the record may have kept parts.
-func (m *multiplex) view(s *stream, request *http2.Request, fields []http2.Field) *Request {
-	r := &m.routed
-	r.view(&s.record)
-	r.Method, r.Path = whole(r.Method, request.Method), whole(r.Path, request.Path)
-	authority := request.Authority
-	for i := 0; i < len(fields) && authority == ""; i++ {
-		if fields[i].Name == "host" {
-			authority = fields[i].Value
-		}
-	}
-	r.Authority = whole(r.Authority, authority)
-	if request.Scheme != "" {
-		r.Scheme = readOnly(request.Scheme)
-	}
-	m.fields = ofBlock(fields)
-	r.Fields = &m.fields
-	return r
-}

@@ -143,6 +143,9 @@ func (l *lane) pump() (moved bool) {
 		waits := l.out.Len()
 		done := l.flush()
 		moved = moved || l.out.Len() < waits
+		if l.fromDown() && !l.m.proceed() {
+			return moved
+		}
 		if done && l.pending {
 			moved = true
 			l.parse()
@@ -275,7 +278,7 @@ func (l *lane) blockLimit() int { return l.m.settings.MaxHeadBytes + 262 }
 func (l *lane) parse() {
 	l.pending = false
 	for l.in != nil && l.m.over == running {
-		if l.out.Len() > maxOut || l.turnOver() {
+		if l.out.Len() > maxOut || l.turnOver() || l.fromDown() && l.m.suspended != nil {
 			l.pending = true
 			break
 		}
@@ -305,7 +308,7 @@ func (l *lane) giveBack(stream uint32, n int) {
 // during which dst keeps us from reading does not count.
 func (l *lane) headSince() time.Time {
 	switch {
-	case !l.idle() || !l.block.open && (l.in == nil || l.in.Len() == l.parsed):
+	case !l.idle() || l.m.suspended != nil || !l.block.open && (l.in == nil || l.in.Len() == l.parsed):
 		l.began = time.Time{}
 	case l.began.IsZero():
 		l.began = l.m.now()

@@ -3,8 +3,6 @@ package httpforward
 import (
 	"errors"
 	"net/http"
-	"slices"
-	"strconv"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -69,7 +67,19 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		s.withheld = true
 		return nil
 	}
-	decision := m.route(m.view(s, &request, fields))
+	return m.decide(&undecided{s: s, id: id, end: end, request: request, fields: fields, seen: seen})
+}
+
+// decide decides about a request, and does what the decision asks for.
+func (m *multiplex) decide(u *undecided) error {
+	s, fields := u.s, u.fields
+	r := m.view(s, &u.request, fields)
+	r.Check = u.check
+	decision := m.route(r)
+	if decision.Check != nil {
+		m.suspend(u, decision.Check)
+		return nil
+	}
 	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
 	if m.Router != nil {
 		m.carry(s, &decision)
@@ -85,60 +95,20 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	case decision.Target != m.Target:
 		return m.answer(s, &replyMisdirected, errMisdirected)
 	}
-	if request.RepeatedLength {
+	if u.request.RepeatedLength {
 		fields = http2.SingleLength(fields)
 	}
-	m.forwardRequest(s, end, fields, seen)
+	m.forwardRequest(s, u.end, fields, u.seen)
 	return nil
 }
 
 // forwardRequest sends a request upstream, with the added fields.
 func (m *multiplex) forwardRequest(s *stream, end bool, fields []http2.Field, has seen) {
-	l, add, peers := &m.toUp, &s.settings.Fields, m.Peers
+	l := &m.toUp
 	s.record.Upstream, s.record.UpstreamLocal, s.record.Security = m.Target.Address, m.upLocal, m.Record.Security
 	s.record.Attempts, m.attempts = max(m.attempts, 1), 1
-	if editsRequest(s.plan) || s.normalized || len(s.edits) > 0 {
-		block := m.appendEditedRequest(l.beginBlock(), s, fields, has)
-		if peers.adds() {
-			block = peers.appendField(block, l.encoder, fields)
-		}
-		if peers.readsResponses() {
-			block = peers.appendFields(block, l.encoder, introduced{true, true})
-		}
-		m.sendRequest(s, end, block)
-		return
-	}
-	block := l.beginBlock()
-	if t := s.http.Trace; t == nil {
-		block = l.appendFields(block, fields)
-	} else {
-		block = l.appendTraced(block, fields, t)
-	}
-	if peers.adds() {
-		block = peers.appendField(block, l.encoder, fields)
-	}
-	if peers.readsResponses() {
-		block = peers.appendFields(block, l.encoder, introduced{true, true})
-	}
-	if add.RequestID && !has.id {
-		block = http2.AppendLiteral(block, "x-request-id", s.newID())
-	}
-	if add.ForwardedProto && !has.forwardedProto {
-		block = l.encoder.AppendField(block, http2.Field{Name: "x-forwarded-proto", Value: "http"})
-	}
-	if add.ForwardedFor == ForwardedForAppend || add.ForwardedFor == ForwardedForSetIfAbsent && !has.forwardedFor {
-		if m.from == "" {
-			m.from = string(appendAddress(nil, m.Record.Downstream.Addr()))
-		}
-		block = l.encoder.AppendField(block, http2.Field{Name: "x-forwarded-for", Value: m.from})
-	}
-	m.sendRequest(s, end, block)
-}
-
-// sendRequest sends the head of a request upstream.
-func (m *multiplex) sendRequest(s *stream, end bool, block []byte) {
-	m.toUp.endBlock(block, s.id, end)
-	s.sentAt = m.now()
+	l.endBlock(m.appendRequest(l.beginBlock(), l.encoder, s, fields, has), s.id, end)
+	s.edits, s.sentAt = nil, m.now()
 	if end {
 		m.awaitHead(s)
 	}
@@ -158,17 +128,7 @@ func (l *lane) endBlock(block []byte, stream uint32, end bool) {
 
 // forwardBlock re-encodes fields and sends them.
 func (l *lane) forwardBlock(s *stream, end bool, fields []http2.Field) {
-	l.endBlock(l.appendFields(l.beginBlock(), fields), s.id, end)
-}
-
-// appendFields re-encodes fields, except those that are not forwarded.
-func (l *lane) appendFields(block []byte, fields []http2.Field) []byte {
-	for i := range fields {
-		if !l.m.Peers.drops(fields[i].Name) {
-			block = l.encoder.AppendField(block, fields[i])
-		}
-	}
-	return block
+	l.endBlock(l.m.appendFields(l.beginBlock(), l.encoder, fields), s.id, end)
 }
 
 // requestTrailers handles a header block after the head of a request.
@@ -226,77 +186,15 @@ func (m *multiplex) forwardResponse(s *stream, end bool, fields []http2.Field, r
 	if err := s.beginResponse(&response, end); err != nil {
 		return err
 	}
-	r := &s.http
-	r.Status, r.Details, r.ServiceTime = response.Status, envoy.DetailsViaUpstream, m.now().Sub(s.sentAt)
 	m.squeeze(s)
-	if m.Peers.readsResponses() {
-		m.meetFields(&s.record, fields)
-	}
-	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
-	if s.settings.Note.Heads {
-		r.ResponseHead = headText(fields)
-	}
-	r.ResponseBody = s.settings.Note.Bodies.Begin()
-	if s.lease != nil {
-		s.noteResponse(fields)
-	}
-	l, timed, named := &m.toDown, s.settings.Fields.ServiceTime, m.names(fields)
-	var e *edited
-	if editsResponse(s.plan) {
-		e = m.editResponse(s, fields)
-	}
-	block := l.beginBlock()
-	for i := range fields {
-		if e != nil && i > 0 && e.gone[i-1] { // behind :status
-			continue
-		}
-		switch fields[i].Name {
-		case "grpc-status":
-			s.recordGRPCStatus(fields[i].Value)
-		case serviceTimeField:
-			if timed {
-				continue // an agent between here and the server set it; our time includes that agent's
-			}
-		case serverField:
-			if named {
-				continue
-			}
-		case peerMetadataField, peerMetadataIDField:
-			if m.Peers != nil {
-				continue
-			}
-		}
-		block = l.encoder.AppendField(block, fields[i])
-	}
-	if e != nil {
-		e.fields = nil
-		block = e.appendBlock(block, l.encoder)
-	} else if named {
-		block = l.encoder.AppendField(block, http2.Field{Name: serverField, Value: m.Peers.Server})
-	}
-	if timed {
-		value := strconv.FormatInt(r.ServiceTime.Milliseconds(), 10)
-		block = l.encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
-	}
-	block = m.Peers.appendFields(block, l.encoder, s.introduced)
+	m.recordResponse(s, response.Status, m.now().Sub(s.sentAt), fields)
+	l := &m.toDown
+	block := m.appendResponse(l.beginBlock(), l.encoder, s, fields)
 	m.keep(s)
 	l.endBlock(block, s.id, end)
 	l.endMessage(s, end)
 	return nil
 }
-
-// names reports whether a response with these fields gets the server's name.
-func (m *multiplex) names(fields []http2.Field) bool {
-	if m.Peers == nil || m.Peers.Server == "" {
-		return false
-	}
-	return m.Peers.names(slices.ContainsFunc(fields, func(f http2.Field) bool { return f.Name == serverField }))
-}
-
-const (
-	serviceTimeField = "x-envoy-upstream-service-time"
-	serverField      = "server"
-)
 
 // responseTrailers forwards the trailers of a response.
 func (m *multiplex) responseTrailers(s *stream, end bool, fields []http2.Field) error {
@@ -375,7 +273,7 @@ func (m *multiplex) answer(s *stream, r *reply, err error) error {
 	}
 	block := s.appendReply(l.beginBlock(), l.encoder, r, m.Peers.server(), m.now(), text != "")
 	if s.made != nil {
-		block = m.appendMade(block, s)
+		block = m.appendMade(block, l.encoder, s)
 	}
 	l.endBlock(block, s.id, text == "")
 	if text != "" {

@@ -8,7 +8,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/route"
-	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // The 1:1 HTTP/2 engine's part of a decision besides forwarding: replies, edits, limits and leases. It cannot delay a
@@ -21,6 +20,9 @@ type carriedStream struct {
 	made  *route.Reply // is sent in place of a response
 	lease Lease        // nil: it has ended, or was not given
 	grpc  int          // grpc-status in the head of the response; -1: absent
+
+	retries int       // so far
+	began   time.Time // of the attempt; zero: with the request
 
 	limits
 	totalEnd, tryEnd, streamEnd time.Time
@@ -88,79 +90,6 @@ func (f *blockFields) size() (n int) {
 	return n
 }
 
-// takeEdited returns the edits of a stream's request, for the request that the router has just seen.
-func (m *multiplex) takeEdited(s *stream) *edited {
-	if m.edited == nil {
-		m.edited = new(edited)
-	}
-	m.edited.record = &s.record
-	m.edited.describe(&m.routed)
-	return m.edited
-}
-
-// editRequest makes the edits of a request, and returns them with the fields that the engine adds.
-func (m *multiplex) editRequest(s *stream, has seen) *edited {
-	e, p, add := m.edited, s.plan, &s.settings.Fields
-	e.begin(&m.fields)
-	for i := range m.fields.list {
-		name := m.fields.list[i].Name
-		e.gone[i] = m.Peers.drops(name) || p.RewritesHost && name == "host" && len(m.routed.Authority) > 0 ||
-			s.http.Trace != nil && tracing.Replaces(s.http.Trace, name)
-	}
-	if add.RequestID && !has.id {
-		from := len(e.values)
-		e.values = append(e.values, s.newID()...)
-		e.add("x-request-id", from)
-	}
-	e.addTrace(s.http.Trace)
-	if add.ForwardedProto && !has.forwardedProto {
-		e.addText("x-forwarded-proto", "http")
-	}
-	if add.ForwardedFor == ForwardedForAppend || add.ForwardedFor == ForwardedForSetIfAbsent && !has.forwardedFor {
-		from := len(e.values)
-		e.values = appendAddress(e.values, m.Record.Downstream.Addr())
-		e.add("x-forwarded-for", from)
-	}
-	e.apply(s.edits)
-	s.edits = nil
-	e.apply(p.RequestEdits)
-	if ms := s.limits.expected().Milliseconds(); ms > 0 {
-		e.remove(expectedTimeoutField)
-		e.addNumber(expectedTimeoutField, ms)
-	}
-	if p.CountAttempts {
-		e.remove(attemptCountField)
-		e.addNumber(attemptCountField, 1)
-	}
-	return e
-}
-
-// appendEditedRequest appends the header block of a request that its plan changes.
-func (m *multiplex) appendEditedRequest(block []byte, s *stream, fields []http2.Field, has seen) []byte {
-	l, p := &m.toUp, s.plan
-	e := m.editRequest(s, has)
-	pseudo := len(fields) - len(m.fields.list)
-	hosted := false
-	for i := range fields[:pseudo] {
-		switch f := &fields[i]; {
-		case f.Name == ":path" && s.normalized && !p.RewritesPath:
-			block = l.encoder.AppendField(block, http2.Field{Name: f.Name, Value: string(m.routed.Path)})
-		case f.Name == ":path" && p.RewritesPath && f.Value[0] == '/':
-			block = l.encoder.AppendField(block, http2.Field{Name: f.Name, Value: string(p.AppendPath(nil, m.routed.Path))})
-		case f.Name == ":authority" && p.RewritesHost:
-			hosted = true
-			block = l.encoder.AppendField(block, http2.Field{Name: f.Name, Value: string(p.AppendHost(nil, m.routed.Authority))})
-		default:
-			block = l.encoder.AppendField(block, *f)
-		}
-	}
-	block = e.appendBlock(block, l.encoder)
-	if p.RewritesHost && !hosted && len(m.routed.Authority) > 0 { // it came as host
-		block = l.encoder.AppendField(block, http2.Field{Name: "host", Value: string(p.AppendHost(nil, m.routed.Authority))})
-	}
-	return block
-}
-
 // appendBlock appends the fields that are left and those that are added.
 func (e *edited) appendBlock(block []byte, encoder *http2.Encoder) []byte {
 	if e.fields != nil {
@@ -179,53 +108,15 @@ func (e *edited) appendBlock(block []byte, encoder *http2.Encoder) []byte {
 	return block
 }
 
-// editResponse makes the edits of a response with these fields.
-func (m *multiplex) editResponse(s *stream, fields []http2.Field) *edited {
-	e, p := m.edited, s.plan
-	e.record = &s.record
-	e.request = route.Request{
-		Method: s.http.Method, Path: s.http.Path, Authority: s.http.Authority, Scheme: schemeOf(s.record.Connection),
-		Fields: &s.asked, Downstream: s.record.Downstream, Local: s.record.OriginalDestination, GRPC: s.http.GRPC,
-	}
-	m.responded = ofBlock(fields)
-	e.begin(&m.responded)
-	e.response = &m.responded
-	if m.names(fields) {
-		e.remove(serverField)
-		e.addText(serverField, m.Peers.Server)
-	}
-	if p.CountInResponses {
-		e.remove(attemptCountField)
-		e.addNumber(attemptCountField, 1)
-	}
-	e.apply(p.ResponseEdits)
-	e.response = nil
-	return e
-}
-
 // answerMade answers a request as its decision asks, without upstream. The body of a reply is not sent: see answer.
 func (m *multiplex) answerMade(s *stream) error {
 	made := s.made
+	if made.Reset {
+		m.resetDownstream(s.id, http2.InternalError)
+		m.finish(s, made.Reason, nil)
+		return nil
+	}
 	return m.answer(s, &reply{made.Status, made.Body, made.Reason, made.Flags, made.Details}, nil)
-}
-
-// appendMade appends the fields of a made reply, except those of its framing, with the edits of its plan.
-func (m *multiplex) appendMade(block []byte, s *stream) []byte {
-	e := m.takeEdited(s)
-	e.begin(nil)
-	for i := range s.made.Fields {
-		if f := &s.made.Fields[i]; editable(f.Name) && (f.Name != "content-type" || !s.http.GRPC) {
-			e.addText(f.Name, f.Value)
-			e.sanitize(e.added[len(e.added)-1].from)
-		}
-	}
-	if s.plan != nil && s.made.Edited {
-		if s.plan.CountInResponses {
-			e.addNumber(attemptCountField, 1)
-		}
-		e.apply(s.plan.ResponseEdits)
-	}
-	return e.appendBlock(block, m.toDown.encoder)
 }
 
 // watch makes sure that limits are checked at a time.
@@ -307,7 +198,11 @@ func (s *stream) endLease(reason flow.Reason) {
 		return
 	}
 	s.lease = nil
-	outcome := Outcome{GRPC: -1, Reason: reason, Connected: !s.sentAt.IsZero(), Duration: time.Since(s.record.Opened)}
+	began := s.began
+	if began.IsZero() {
+		began = s.record.Opened
+	}
+	outcome := Outcome{GRPC: -1, Reason: reason, Connected: !s.sentAt.IsZero(), Duration: time.Since(began)}
 	if s.begun {
 		outcome.Status, outcome.GRPC = s.http.Status, s.grpc
 	}

@@ -141,6 +141,17 @@ func (l *lane) ackReceived() error {
 	return nil
 }
 
+// appendSettings appends a SETTINGS frame.
+func appendSettings(dst []byte, settings []http2.Setting) []byte {
+	at := len(dst)
+	dst = http2.Header{Type: http2.Settings}.Append(dst)
+	for _, s := range settings {
+		dst = s.Append(dst)
+	}
+	http2.Header{Length: len(dst) - at - http2.HeaderLength, Type: http2.Settings}.Put(dst[at:])
+	return dst
+}
+
 func appendSettingsAck(dst []byte) []byte {
 	return http2.Header{Type: http2.Settings, Flags: http2.Ack}.Append(dst)
 }

@@ -31,6 +31,8 @@ type stream struct {
 	err    error
 
 	carriedStream
+
+	call *call // of a hub; nil in a multiplex
 }
 
 var streamPool = sync.Pool{New: func() any { return new(stream) }}

@@ -83,6 +83,10 @@ type Connection struct {
 
 	Router Router // chooses the upstream of each request; nil: Target for all
 
+	// Many has the streams of an HTTP/2 connection carried by upstream connections of their own choice. Without it, all are
+	// carried by one connection to Target, under the same numbers: that is cheaper.
+	Many bool
+
 	Peers *PeerFields // fields about peers; nil: they are fields like any other
 
 	Returned *tcp.Conn // the upstream connection whose other end Down seems to be; see upstream.Stats.Returned
@@ -188,7 +192,11 @@ func (e *Engine) Draining() bool { return e.state.Load() == draining }
 //
 // The engine keeps c and changes it.
 func (e *Engine) Serve(w *tcp.Waiter, http2 bool, c *Connection) {
-	if http2 {
+	switch {
+	case http2 && c.Many:
+		e.serveHub(w, c)
+		return
+	case http2:
 		e.serveHTTP2(w, c)
 		return
 	}

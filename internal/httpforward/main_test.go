@@ -39,6 +39,7 @@ type rig struct {
 	security *upstream.Security          // of upstream connections
 	balanced bool                        // the network may have several servers behind the origin's address
 	early    bool                        // dial the origin before the engine begins, for HTTP/1
+	many     bool                        // HTTP/2 streams have upstream connections of their own choice
 	router   Router                      // of all connections; nil: everything goes to the origin
 	peers    *PeerFields                 // of all connections
 }
@@ -185,7 +186,7 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
 	r.mu.Lock()
-	layered, early, router, peers := r.layered, r.early, r.router, r.peers
+	layered, early, router, peers, many := r.layered, r.early, r.router, r.peers, r.many
 	to.Balanced, to.Security = r.balanced, r.security
 	r.mu.Unlock()
 	if layered {
@@ -210,7 +211,7 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 			panic(err)
 		}
 	}
-	r.engine.Serve(w, http2, &Connection{Down: down, Read: read, Early: up, Target: to, Router: router, Record: record, Peers: peers})
+	r.engine.Serve(w, http2, &Connection{Down: down, Read: read, Early: up, Target: to, Router: router, Record: record, Peers: peers, Many: many})
 }
 
 // place is where the sink of these tests keeps a value with each connection.

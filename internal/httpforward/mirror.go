@@ -82,7 +82,7 @@ func (e *Engine) mirror(mirrors []Mirror, settings *Settings, limit time.Duratio
 	shared.users.Store(1) // this function
 	for i := range mirrors {
 		d := &duplicate{of: shared, settings: settings, to: mirrors[i], limit: limit, began: time.Now(), grpc: -1}
-		if i >= MaxMirrors || d.to.HTTP2 || !e.copies.admit(int64(size), shared.raw == nil) {
+		if i >= MaxMirrors || !e.copies.admit(int64(size), shared.raw == nil) {
 			e.config.Pool.Stats.CopiesDropped.Add(1)
 			d.end(flow.Overload)
 			continue
@@ -146,6 +146,7 @@ func (d *duplicate) send(w *tcp.Waiter) flow.Reason {
 		return flow.BadFraming // it was forwarded, so this does not happen
 	}
 	d.method = head.Method.In(d.of.raw)
+	d.to.Target.HTTP2 = d.to.HTTP2
 	up := e.config.Pool.Take(d.to.Target)
 	if up == nil {
 		dialer := e.config.Dialer
@@ -153,6 +154,9 @@ func (d *duplicate) send(w *tcp.Waiter) flow.Reason {
 		var err error
 		if up, _, err = dialer.Dial(w, d.to.Target); err != nil {
 			return upstream.Reason(err)
+		}
+		if d.to.HTTP2 {
+			carryOverHTTP2(up, d.settings)
 		}
 	}
 	d.connected = true

@@ -36,8 +36,11 @@ var (
 	replyBadResponse    = resetReply(502, flow.BadResponse, envoy.FlagUpstreamProtocolError, envoy.ResetByProtocolError, "")
 	replyUpstreamClosed = resetReply(503, flow.UpstreamClosed, envoy.FlagUpstreamConnectionTermination, envoy.ResetByTermination, "")
 	replyLoop           = reply{503, "no healthy upstream", flow.Loop, envoy.FlagNoHealthyUpstream, envoy.DetailsNoHealthyUpstream}
+	replyUnchecked      = reply{403, "", flow.PolicyDenied, "UAEX", "ext_authz_error"}
 	replyRequestTimeout = reply{504, "upstream request timeout", flow.RequestTimeout, envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout}
 )
+
+var errUnchecked = errors.New("the request would have to be asked about where it cannot wait")
 
 // resetReply is Envoy's reply when upstream sends no response. transport may be empty.
 func resetReply(status int, reason flow.Reason, flags, reset, transport string) reply {
@@ -100,6 +103,10 @@ func ruleOfResponse(err error) string {
 		return rule.Name()
 	case errors.Is(err, errTooManyInterim):
 		return http2.TooManyInterim.Name()
+	}
+	var violation *http2.Error
+	if errors.As(err, &violation) {
+		return ruleOf(violation)
 	}
 	return "switched_unasked"
 }

@@ -50,13 +50,15 @@ func retriesResponse(p *mesh.RetryPolicy, status int, fields HeaderFields) bool 
 		return false
 	case lookup(fields, rateLimitedField) != nil:
 		return on&mesh.RetryRateLimited != 0
+	case on&mesh.RetryHeaders != 0 && route.RetriesFields(p, fields):
+		return true
 	case on&mesh.Retry5xx != 0 && status/100 == 5,
 		on&mesh.RetryGatewayError != 0 && status >= 502 && status <= 504,
 		on&mesh.Retry4xx != 0 && status == 409,
 		on&mesh.RetryStatusCodes != 0 && slices.Contains(p.Codes, uint32(status)):
 		return true
 	}
-	if on&retryGRPC == 0 {
+	if on&mesh.RetryOfGRPC == 0 {
 		return false
 	}
 	code := grpcStatusOf(fields)
@@ -69,8 +71,6 @@ const (
 	rateLimitedField = "x-envoy-ratelimited"
 	grpcStatusField  = "grpc-status"
 )
-
-const retryGRPC = mesh.RetryCancelled | mesh.RetryDeadlineExceeded | mesh.RetryInternal | mesh.RetryResourceExhausted | mesh.RetryUnavailable
 
 // retryCodes has the conditions by the codes of gRPC.
 var retryCodes = [envoy.GRPCCodes]mesh.RetryConditions{

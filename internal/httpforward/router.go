@@ -3,6 +3,7 @@ package httpforward
 import (
 	"bytes"
 	"errors"
+	"net/netip"
 	"time"
 	"unsafe"
 
@@ -40,15 +41,34 @@ type Request struct {
 	Absolute   bool         // the target is in absolute form, as in requests to proxies
 	Fields     HeaderFields // never nil when a Router is called
 
+	// Check is that of the last Decision about this request, with its answer; nil: there was none.
+	Check Check
+
 	Attempt  int       // 0: the first; n: the n-th retry
 	Previous *Decision // of the attempt before; nil for the first. Its cluster and route stand, and its Lease has ended
+}
+
+// Check is a question whose answer a Router needs, such as one to a server of external authorization. The engine waits for
+// the answer without holding other requests back, and calls Route again with it.
+type Check interface {
+	// Notify has ready called, from any goroutine, when there is an answer; at once if there is one already.
+	Notify(ready func())
+
+	// Answered reports whether there is an answer. One that could not be had is an answer as well.
+	Answered() bool
+
+	// Cancel gives the question up.
+	Cancel()
 }
 
 // HeaderFields are header fields by index, so that a reader needs no closure: that would be allocated.
 type HeaderFields = route.Fields
 
-// Decision is what becomes of a request. One of Target and Reply is set.
+// Decision is what becomes of a request. One of Target, Reply and Check is set.
 type Decision struct {
+	// Check is a question that has to be answered first. nil: the decision is made.
+	Check Check
+
 	// Target is the upstream. HTTP/1 requests of one connection may have different targets. The HTTP/2 engine carries
 	// all streams of a connection on one upstream connection: a Target other than Connection.Target is answered with
 	// 421.
@@ -73,6 +93,10 @@ type Decision struct {
 	HTTP2        bool // the protocol of the endpoint is HTTP/2; without it HTTP/1.1
 	AsDownstream bool // the protocol of the endpoint is downstream's
 
+	// Translate sends a request to an endpoint that speaks the other version of HTTP than downstream: one of HTTP/1 as
+	// HTTP/2, and with Connection.Many, one of HTTP/2 as HTTP/1.
+	Translate bool
+
 	// Tracing replaces Settings.Tracing; nil: it does not. Operation is the name of the span unless Plan has one; empty: that
 	// of the direction.
 	Tracing   *tracing.Policy
@@ -81,6 +105,9 @@ type Decision struct {
 	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
 	// cluster: only those of the mesh receive metadata.
 	Peers *PeerFields
+
+	// Tried are the endpoints of the attempts before this one, for the Router that chooses the next.
+	Tried []netip.AddrPort
 
 	Mirrors []Mirror // where copies of the request go, at most MaxMirrors
 }

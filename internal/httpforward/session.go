@@ -330,9 +330,13 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.
 // dial opens a new upstream connection.
 func (s *session) dial(wanted *upstream.Target, settings *Settings) (attempts int, err error) {
 	s.setTarget(wanted)
-	up, attempts, err := s.engine.dialer(s.Connection, settings).Dial(s.w, *s.target())
+	dialer := s.engine.dialer(s.Connection, settings)
+	up, attempts, err := dialer.Dial(s.w, *s.target())
 	if err != nil {
 		return attempts, err
+	}
+	if wanted.HTTP2 {
+		carryOverHTTP2(up, settings)
 	}
 	s.up, s.used, s.lastUse = up, false, time.Time{}
 	var use upstream.Use

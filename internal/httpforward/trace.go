@@ -89,7 +89,7 @@ func (e *edited) addTrace(t *flow.Trace) {
 }
 
 // trace begins the span of the request that was routed last.
-func (m *multiplex) trace(s *stream, p *tracing.Policy, operation string) {
+func (m *heads) trace(s *stream, p *tracing.Policy, operation string) {
 	generated := s.http.ID == nil
 	if generated && s.settings.Fields.RequestID {
 		s.newID()
@@ -108,10 +108,10 @@ func (m *multiplex) trace(s *stream, p *tracing.Policy, operation string) {
 const requestIDField = "x-request-id"
 
 // appendTraced is appendFields for a request with a context of its own.
-func (l *lane) appendTraced(block []byte, fields []http2.Field, t *flow.Trace) []byte {
+func (m *heads) appendTraced(block []byte, encoder *http2.Encoder, fields []http2.Field, t *flow.Trace) []byte {
 	for i := range fields {
-		if name := fields[i].Name; !l.m.Peers.drops(name) && !tracing.Replaces(t, name) {
-			block = l.encoder.AppendField(block, fields[i])
+		if name := fields[i].Name; !m.Peers.drops(name) && !tracing.Replaces(t, name) {
+			block = encoder.AppendField(block, fields[i])
 		}
 	}
 	var scratch [80]byte

@@ -30,14 +30,14 @@ const (
 )
 
 // seenContext sends a request and returns what the server receives of its context.
-func seenContext(t *testing.T, two, edited bool, policy *tracing.Policy, fields http.Header) map[string][]string {
+func seenContext(t *testing.T, engine int, edited bool, policy *tracing.Policy, fields http.Header) map[string][]string {
 	t.Helper()
 	server := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
 		for name := range strings.SplitSeq(contexts, " ") {
 			w.Header()["Seen-"+http.CanonicalHeaderKey(name)] = r.Header.Values(name)
 		}
 	})
-	r := newRig(t, server, two, func(c *Config) {
+	r := newRig(t, server, engine > 1, func(c *Config) {
 		c.Fields.RequestID = true
 		if !edited {
 			c.Tracing = policy
@@ -48,8 +48,9 @@ func seenContext(t *testing.T, two, edited bool, policy *tracing.Policy, fields 
 			r.router = &traced{upstream.Target{Address: server}, []route.Edit{{Name: "x-edited", Remove: true}}, policy}
 		})
 	}
+	r.set(func() { r.many = engine == 3 })
 	client := http2Client(t)
-	if !two {
+	if engine == 1 {
 		client = &http.Client{Transport: &http.Transport{}, Timeout: nettest.Patience}
 		defer client.CloseIdleConnections()
 	}
@@ -69,18 +70,18 @@ func seenContext(t *testing.T, two, edited bool, policy *tracing.Policy, fields 
 	return seen
 }
 
-func eachWay(t *testing.T, test func(t *testing.T, two, edited bool)) {
-	for _, two := range []bool{false, true} {
+func eachWay(t *testing.T, test func(t *testing.T, engine int, edited bool)) {
+	for engine, name := range map[int]string{1: "HTTP1", 2: "HTTP2", 3: "hub"} {
 		for _, edited := range []bool{false, true} {
-			t.Run(fmt.Sprintf("HTTP2=%v,edited=%v", two, edited), func(t *testing.T) { test(t, two, edited) })
+			t.Run(fmt.Sprintf("%s,edited=%v", name, edited), func(t *testing.T) { test(t, engine, edited) })
 		}
 	}
 }
 
 func TestTheContextOfATraceGoesOnWithTheSpanOfTheRequest(t *testing.T) {
-	eachWay(t, func(t *testing.T, two, edited bool) {
+	eachWay(t, func(t *testing.T, engine int, edited bool) {
 		policy := &tracing.Policy{Forms: tracing.W3C, Sampler: tracing.Sampler{Threshold: tracing.Ratio(1)}}
-		seen := seenContext(t, two, edited, policy, http.Header{
+		seen := seenContext(t, engine, edited, policy, http.Header{
 			"Traceparent": {arrived}, "Tracestate": {"a=1"}, "X-B3-Traceid": {"4bf92f3577b34da6a3ce929d0e0e4736"}, "X-B3-Spanid": {"00f067aa0ba902b7"}})
 		parents := seen["traceparent"]
 		if len(parents) != 1 || len(parents[0]) != len(arrived) || parents[0][:36] != arrived[:36] || parents[0][36:52] == arrived[36:52] || parents[0][52:] != "-01" {
@@ -99,9 +100,9 @@ func TestTheContextOfATraceGoesOnWithTheSpanOfTheRequest(t *testing.T) {
 }
 
 func TestARequestWithoutAContextBeginsATrace(t *testing.T) {
-	eachWay(t, func(t *testing.T, two, edited bool) {
+	eachWay(t, func(t *testing.T, engine int, edited bool) {
 		policy := &tracing.Policy{Forms: tracing.W3C | tracing.B3, RequestIDs: &tracing.RequestIDs{Random: 10000, Overall: 10000}}
-		seen := seenContext(t, two, edited, policy, http.Header{"Traceparent": {"garbage"}, "Tracestate": {"a=1"}})
+		seen := seenContext(t, engine, edited, policy, http.Header{"Traceparent": {"garbage"}, "Tracestate": {"a=1"}})
 		if p := seen["traceparent"]; len(p) != 1 || len(p[0]) != len(arrived) || !strings.HasSuffix(p[0], "-01") || seen["b3"][0] != p[0][3:52]+"-1" {
 			t.Errorf("%v", seen)
 		}
@@ -112,7 +113,7 @@ func TestARequestWithoutAContextBeginsATrace(t *testing.T) {
 			t.Errorf("x-request-id %q, want the reason 9", id)
 		}
 		const own = "11111111-1111-4111-8111-111111111111"
-		seen = seenContext(t, two, edited, policy, http.Header{"X-Request-Id": {own}})
+		seen = seenContext(t, engine, edited, policy, http.Header{"X-Request-Id": {own}})
 		if id := seen["x-request-id"]; len(id) != 1 || id[0] != own[:14]+"9"+own[15:] {
 			t.Errorf("x-request-id %q", id)
 		}
@@ -121,8 +122,8 @@ func TestARequestWithoutAContextBeginsATrace(t *testing.T) {
 
 // Without tracing every byte of a context is as it was.
 func TestWithoutTracingContextsPassAsTheyAre(t *testing.T) {
-	eachWay(t, func(t *testing.T, two, edited bool) {
-		seen := seenContext(t, two, edited, nil, http.Header{"Traceparent": {"garbage"}, "Tracestate": {"a=1"}, "B3": {"0"}})
+	eachWay(t, func(t *testing.T, engine int, edited bool) {
+		seen := seenContext(t, engine, edited, nil, http.Header{"Traceparent": {"garbage"}, "Tracestate": {"a=1"}, "B3": {"0"}})
 		if seen["traceparent"][0] != "garbage" || seen["tracestate"][0] != "a=1" || seen["b3"][0] != "0" || len(seen["x-b3-traceid"]) > 0 {
 			t.Errorf("%v", seen)
 		}

@@ -29,6 +29,7 @@ var (
 	noKey         = &denial{"Jwks doesn't have key to match kid or alg from Jwt", http.StatusUnauthorized}
 	badSignature  = &denial{"Jwt verification fails", http.StatusUnauthorized}
 	noKeys        = &denial{"Jwks remote fetch is failed", http.StatusUnauthorized}
+	awaited       = &denial{"Jwks are being fetched", http.StatusUnauthorized} // see Result.Awaited
 	tooMany       = &denial{"Too many Jwts", http.StatusUnauthorized}
 	notConfigured = &denial{"Jwt requirement is not understood", http.StatusUnauthorized}
 )

@@ -62,10 +62,14 @@ type Result struct {
 	Claims  *Claims      // of its verified tokens; nil: it has none
 	Edits   []route.Edit // of the request's header
 	Reroute bool         // the route is to be chosen again, with the claims
+
+	// Awaited are keys that are being fetched. The request can be checked when they are there, and has to be checked again.
+	Awaited *mesh.RemoteKeys
 }
 
-// Check verifies the tokens that a request needs. r.Path is in its normal form.
-func (f *Filter) Check(r *route.Request, now time.Time) Result {
+// Check verifies the tokens that a request needs. r.Path is in its normal form. Without keys, tokens of issuers whose keys
+// are fetched are not accepted.
+func (f *Filter) Check(r *route.Request, now time.Time, keys Keys) Result {
 	if f.source.Refused {
 		return Result{Reply: route.Refused}
 	}
@@ -77,8 +81,12 @@ func (f *Filter) Check(r *route.Request, now time.Time) Result {
 		if !f.rules[i].match.Match(r) {
 			continue
 		}
-		c := check{filter: f, request: r, now: now, result: &result}
-		if failure := c.require(f.rules[i].requires); failure != nil {
+		c := check{filter: f, request: r, now: now, keys: keys, result: &result}
+		failure := c.require(f.rules[i].requires)
+		if result.Awaited != nil {
+			return Result{Awaited: result.Awaited}
+		}
+		if failure != nil {
 			return Result{Reply: f.deny(failure, r)}
 		}
 		return result
@@ -108,6 +116,7 @@ type check struct {
 	filter  *Filter
 	request *route.Request
 	now     time.Time
+	keys    Keys
 	result  *Result
 	seen    map[seenKey]*denial // results of tokens; nil is valid
 }
@@ -235,7 +244,10 @@ func (c *check) verify(p *provider, t *token, audiences []string) *denial {
 	if failure, ok := c.seen[key]; ok {
 		return failure
 	}
-	claims, failure := p.verify(t.text, audiences, c.now)
+	claims, failure := p.verify(t.text, audiences, c.now, c.keys)
+	if failure == awaited {
+		c.result.Awaited = p.source.Remote
+	}
 	if c.seen == nil {
 		c.seen = map[seenKey]*denial{}
 	}

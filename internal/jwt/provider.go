@@ -19,11 +19,14 @@ type provider struct {
 	source  *mesh.JWTProvider
 	headers []mesh.TokenHeader // names in lower case
 	params  []string
-	keys    []jose.JSONWebKey // public ones, and secrets
+	keys    *KeySet // nil: they are fetched
 }
 
 func compileProvider(p *mesh.JWTProvider) *provider {
-	c := &provider{source: p, params: p.Params, keys: parseKeys(p.Keys)}
+	c := &provider{source: p, params: p.Params}
+	if p.Remote == nil {
+		c.keys = ParseKeys(p.Keys)
+	}
 	for _, h := range p.Headers {
 		c.headers = append(c.headers, mesh.TokenHeader{Name: strings.ToLower(h.Name), Prefix: h.Prefix})
 	}
@@ -34,8 +37,15 @@ func compileProvider(p *mesh.JWTProvider) *provider {
 	return c
 }
 
-// parseKeys returns the keys of a JSON Web Key Set that can be used. A set that cannot be parsed has none, and verifies no
-// token.
+// KeySet has the keys of a JSON Web Key Set that can be used: public ones, and secrets. It is never changed.
+type KeySet struct{ keys []jose.JSONWebKey }
+
+// Len returns the number of keys.
+func (k *KeySet) Len() int { return len(k.keys) }
+
+// ParseKeys returns the keys of a JSON Web Key Set. A set that cannot be parsed has none, and verifies no token.
+func ParseKeys(set []byte) *KeySet { return &KeySet{parseKeys(set)} }
+
 func parseKeys(set []byte) (keys []jose.JSONWebKey) {
 	var raw struct {
 		Keys []json.RawMessage `json:"keys"`
@@ -82,7 +92,7 @@ func (p *provider) has(at place) bool {
 }
 
 // verify verifies a token, in Envoy's order: form, issuer, times, audience, signature. audiences replace the provider's.
-func (p *provider) verify(text string, audiences []string, now time.Time) (*parsed, *denial) {
+func (p *provider) verify(text string, audiences []string, now time.Time, remote Keys) (*parsed, *denial) {
 	t, failure := parse(text)
 	if failure != nil {
 		return nil, failure
@@ -99,10 +109,26 @@ func (p *provider) verify(text string, audiences []string, now time.Time) (*pars
 	if len(audiences) > 0 && !slices.ContainsFunc(t.audiences(), func(a string) bool { return hasAudience(audiences, a) }) {
 		return nil, otherAudience
 	}
-	if p.source.Remote != nil {
-		return nil, noKeys
+	keys := p.keys
+	if keys == nil {
+		if remote == nil {
+			return nil, noKeys
+		}
+		known := false
+		switch keys, known = remote.Keys(p.source.Remote); {
+		case !known:
+			return nil, awaited
+		case keys == nil:
+			return nil, noKeys
+		}
 	}
-	return t, p.checkSignature(t)
+	return t, checkSignature(t, keys)
+}
+
+// Keys has the keys of issuers that are fetched from servers.
+type Keys interface {
+	// Keys returns the keys of an issuer, and nil if they could not be fetched. known is false while they are being fetched.
+	Keys(from *mesh.RemoteKeys) (keys *KeySet, known bool)
 }
 
 func (p *provider) checkTimes(t *parsed, now time.Time) *denial {
@@ -132,11 +158,11 @@ func bare(audience string) string {
 }
 
 // checkSignature tries the keys with the token's kid, or those that fit its algorithm if one of the two has no kid.
-func (p *provider) checkSignature(t *parsed) *denial {
+func checkSignature(t *parsed, set *KeySet) *denial {
 	header := t.jws.Signatures[0].Protected
 	why := noKey
-	for i := range p.keys {
-		key := &p.keys[i]
+	for i := range set.keys {
+		key := &set.keys[i]
 		if header.KeyID != "" && key.KeyID != "" && key.KeyID != header.KeyID || !fits(key, jose.SignatureAlgorithm(header.Algorithm)) {
 			continue
 		}

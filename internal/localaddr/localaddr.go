@@ -16,7 +16,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
@@ -36,11 +35,12 @@ func Watch(ctx context.Context, log *slog.Logger) (*Set, error) {
 	if err != nil {
 		return nil, fmt.Errorf("subscribing to address changes: %w", err)
 	}
-	handle, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	socket, err := nl.Subscribe(unix.NETLINK_ROUTE)
 	if err != nil {
 		announcements.Close()
 		return nil, fmt.Errorf("opening netlink to list addresses: %w", err)
 	}
+	handle := &nl.SocketHandle{Socket: socket}
 	s := &Set{done: make(chan struct{})}
 	if err := s.list(handle); err != nil {
 		announcements.Close()
@@ -89,7 +89,7 @@ func (s *Set) Current() error {
 func (s *Set) Wait() { <-s.done }
 
 // watch lists the addresses again after each announcement.
-func (s *Set) watch(ctx context.Context, announcements *nl.NetlinkSocket, handle *netlink.Handle, log *slog.Logger) {
+func (s *Set) watch(ctx context.Context, announcements *nl.NetlinkSocket, handle *nl.SocketHandle, log *slog.Logger) {
 	defer close(s.done)
 	defer handle.Close()
 	defer announcements.Close()
@@ -111,7 +111,7 @@ func (s *Set) watch(ctx context.Context, announcements *nl.NetlinkSocket, handle
 }
 
 // listUntilCurrent retries list until it succeeds or ctx is done.
-func (s *Set) listUntilCurrent(ctx context.Context, handle *netlink.Handle, log *slog.Logger) {
+func (s *Set) listUntilCurrent(ctx context.Context, handle *nl.SocketHandle, log *slog.Logger) {
 	for ctx.Err() == nil {
 		err := s.list(handle)
 		if err == nil {
@@ -135,26 +135,45 @@ func pause(ctx context.Context, d time.Duration) {
 }
 
 // list reads all addresses from the kernel. It retries a dump that was interrupted by a change (NLM_F_DUMP_INTR).
-func (s *Set) list(handle *netlink.Handle) error {
+func (s *Set) list(handle *nl.SocketHandle) error {
 	const tries = 10
-	var known []netlink.Addr
+	var messages [][]byte
 	var err error
 	for range tries {
-		if known, err = handle.AddrList(nil, netlink.FAMILY_ALL); !errors.Is(err, netlink.ErrDumpInterrupted) {
+		request := nl.NewNetlinkRequest(unix.RTM_GETADDR, unix.NLM_F_DUMP)
+		request.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: handle}
+		request.AddData(nl.NewIfAddrmsg(unix.AF_UNSPEC))
+		if messages, err = request.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWADDR); !errors.Is(err, nl.ErrDumpInterrupted) {
 			break
 		}
 	}
 	if err != nil {
 		return fmt.Errorf("listing local addresses: %w", err)
 	}
-	addresses := make([]netip.Addr, 0, len(known))
-	for _, address := range known {
-		if ip, ok := netip.AddrFromSlice(address.IP); ok {
-			addresses = append(addresses, ip)
+	addresses := make([]netip.Addr, 0, len(messages))
+	for _, m := range messages {
+		if address, ok := addressIn(m); ok {
+			addresses = append(addresses, address)
 		}
 	}
 	s.store(addresses)
 	return nil
+}
+
+// addressIn returns the address in a message. IFA_ADDRESS is that of the peer on a link between two, and then IFA_LOCAL is
+// the own one.
+func addressIn(message []byte) (address netip.Addr, ok bool) {
+	if len(message) < unix.SizeofIfAddrmsg {
+		return address, false
+	}
+	attributes, err := nl.ParseRouteAttrAsMap(message[unix.SizeofIfAddrmsg:])
+	if err != nil {
+		return address, false
+	}
+	if local, ok := attributes[unix.IFA_LOCAL]; ok {
+		return netip.AddrFromSlice(local.Value)
+	}
+	return netip.AddrFromSlice(attributes[unix.IFA_ADDRESS].Value)
 }
 
 func (s *Set) store(addresses []netip.Addr) {

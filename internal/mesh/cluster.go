@@ -103,6 +103,14 @@ type Balancing struct {
 // Breakers limit what a cluster carries at a time. Envoy's defaults are 1024, and 3 retries.
 type Breakers struct {
 	Connections, Pending, Requests, Retries uint32
+
+	RetryBudget *RetryBudget // takes the place of Retries; nil: Retries counts
+}
+
+// RetryBudget limits retries to a share of the requests (envoy.config.cluster.v3.CircuitBreakers.Thresholds.RetryBudget).
+type RetryBudget struct {
+	Percent float64 // of the requests in progress
+	AtLeast uint32  // that many at a time are allowed in any case
 }
 
 // Outliers is when hosts are ejected. A count of 0 never ejects.
@@ -193,7 +201,7 @@ func (d *decoder) cluster(m wire.Message) *Cluster {
 		ConnectTimeout: defaultConnectTimeout,
 		DNS:            DNS{Refresh: defaultDNSRefresh},
 		Balancing:      Balancing{MinRing: 1024, MaxRing: 8 << 20, Table: 65537, Choices: 2, SlowStartMin: 10, PanicBelow: defaultPanic},
-		Breakers:       Breakers{defaultBreaker, defaultBreaker, defaultBreaker, defaultRetries},
+		Breakers:       Breakers{Connections: defaultBreaker, Pending: defaultBreaker, Requests: defaultBreaker, Retries: defaultRetries},
 	}
 	var unconditional *Transport
 	inTransports := 0 // findings of security that refuse a transport only
@@ -296,7 +304,7 @@ var thresholdsFields = message{"envoy.config.cluster.v3.CircuitBreakers.Threshol
 	5: {"max_retries", once},
 	6: {"track_remaining", ignored},
 	7: {"max_connection_pools", traffic},
-	8: {"retry_budget", traffic},
+	8: {"retry_budget", once},
 }}
 
 func (d *decoder) breakers(m wire.Message, c *Cluster) {
@@ -315,9 +323,29 @@ func (d *decoder) breakers(m wire.Message, c *Cluster) {
 				c.Breakers.Requests = d.uint32Value(m.Message())
 			case 5:
 				c.Breakers.Retries = d.uint32Value(m.Message())
+			case 8:
+				c.Breakers.RetryBudget = d.retryBudget(m.Message())
 			}
 		}
 	}
+}
+
+var retryBudgetFields = message{"envoy.config.cluster.v3.CircuitBreakers.Thresholds.RetryBudget", Traffic, []field{
+	1: {"budget_percent", once},
+	2: {"min_retry_concurrency", once},
+}}
+
+func (d *decoder) retryBudget(m wire.Message) *RetryBudget {
+	b := &RetryBudget{Percent: 20, AtLeast: 3}
+	for d.next(&m, &retryBudgetFields) {
+		switch m.Number {
+		case 1:
+			b.Percent = d.percent(m.Message())
+		case 2:
+			b.AtLeast = d.uint32Value(m.Message())
+		}
+	}
+	return b
 }
 
 var outlierFields = message{"envoy.config.cluster.v3.OutlierDetection", Traffic, []field{

@@ -250,7 +250,7 @@ func (d *decoder) grpcService(m wire.Message) *GRPCService {
 func (d *decoder) namedValue(m wire.Message) NamedValue {
 	var e HeaderEdit
 	d.headerValue(m, &e)
-	if !editable(e.Name) || !fieldValue(e.Value) {
+	if !Editable(e.Name) || !FieldValue(e.Value) {
 		d.report(Security, "not a header field that can be sent")
 		return NamedValue{}
 	}

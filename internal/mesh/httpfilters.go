@@ -119,7 +119,7 @@ var knownFilters = map[string]func(d *decoder, m wire.Message, config []byte, f 
 	},
 	grpcStatsType: func(d *decoder, m wire.Message, _ []byte, _ *HTTPFilter) { d.fields(m, &grpcStatsFields) },
 	// It measures only.
-	statsType: func(*decoder, wire.Message, []byte, *HTTPFilter) {},
+	statsType: func(d *decoder, _ wire.Message, config []byte, _ *HTTPFilter) { d.overrides(config) },
 	// It exchanges labels for telemetry with the peer.
 	peerMetadataType: func(*decoder, wire.Message, []byte, *HTTPFilter) {},
 }
@@ -174,6 +174,7 @@ func (d *decoder) httpFilter(m wire.Message) (f HTTPFilter) {
 		}
 	}
 	d.carry(f.Type, f.Restricts())
+	d.carryAuthz(f.ExtAuthz)
 	f.Refused = d.refusals > before
 	return f
 }
@@ -200,6 +201,24 @@ func (d *decoder) configSource(m wire.Message, f *HTTPFilter) {
 	f.OnItsOwn = true
 	for d.next(&m, &configSourceFields) {
 		d.httpFilterConfig(m.Message(), f)
+	}
+}
+
+// overrides reports the metrics that Telemetry changes, by a stats.PluginConfig of Istio's. One that cannot be read decides
+// nothing.
+func (d *decoder) overrides(config []byte) {
+	var err error
+	for m := wire.Read(config, &err); m.Next(); {
+		if m.Number != 8 { // metrics
+			continue
+		}
+		name := "all metrics"
+		for m := m.Message(); m.Next(); {
+			if m.Number == 2 && len(m.Bytes()) > 0 {
+				name = m.String()
+			}
+		}
+		d.report(Cosmetic, "the override of "+name+" has no effect")
 	}
 }
 
@@ -267,6 +286,7 @@ func (d *decoder) extensionConfig(m wire.Message) *HTTPFilter {
 		}
 	}
 	d.carry(f.Type, f.Restricts())
+	d.carryAuthz(f.ExtAuthz)
 	d.judgeFilter(f)
 	f.Refused = d.refusals > before
 	return f

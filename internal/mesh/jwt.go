@@ -262,7 +262,6 @@ func (d *decoder) jwtProvider(m wire.Message, p *JWTProvider) {
 			p.Audiences = append(p.Audiences, m.String())
 		case 3:
 			p.Remote = d.remoteKeys(m.Message())
-			d.report(Traffic, "keys are not fetched, so no token of the provider is accepted")
 		case 4:
 			p.Keys = d.inline(m.Message())
 		case 5:
@@ -297,7 +296,7 @@ func (d *decoder) jwtProvider(m wire.Message, p *JWTProvider) {
 
 // fieldName returns the name of a header field that may be set. Other names are reported.
 func (d *decoder) fieldName(name string) string {
-	if !editable(name) {
+	if !Editable(name) {
 		d.report(Security, "not the name of a header field that can be set")
 		return ""
 	}

@@ -150,8 +150,8 @@ func TestFindingsOfListeners(t *testing.T) {
 		{"a configuration that comes on its own", chain(httpManager(nest(join(field1("w"), nest(text(4, wasmType), 5)), 5))), "unenforced " + manager + ": the configuration of the HTTP filter w comes on its own; requests are refused until then", ""},
 		{"an optional one", chain(httpManager(nest(join(field1("w"), nest(nil, 5), number(6, 1)), 5))), "cosmetic " + manager + ": the HTTP filter w of type  is not supported; it is optional", ""},
 		{"its default", chain(httpManager(nest(join(field1("w"), nest(packed(rbacType, nil), 5, 2)), 5))), "traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", ""},
-		{"its default that restricts", chain(httpManager(nest(join(field1("w"), nest(packed(extAuthzType, nest(nest(text(1, "c"), 1), 1)), 5, 2)), 5))),
-			"unenforced " + manager + ".http_filters: policies of type " + extAuthzType + " are not carried out yet; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", "chain"},
+		{"its default that restricts", chain(httpManager(nest(join(field1("w"), nest(packed(extAuthzType, join(nest(nest(text(1, "c"), 1), 1), nest(nil, 5))), 5, 2)), 5))),
+			"unenforced " + manager + ".http_filters: questions with the bodies of requests are not carried out yet; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", "chain"},
 		{"its default that is not supported", chain(httpManager(nest(join(field1("w"), nest(packed(wasmType, nil), 5, 2)), 5))), "traffic " + manager + ": the HTTP filter w of type " + wasmType + " is not supported", ""},
 		{"two configurations", chain(httpManager(nest(join(field1("w"), nest(packed(rbacType, nil), 4), nest(packed(rbacType, nil), 5, 2)), 5))),
 			"security " + manager + ".http_filters.config_discovery: more than one member of a oneof; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", "chain"},
@@ -320,7 +320,7 @@ func TestEachFieldOfListenersIsDecoded(t *testing.T) {
 		t.Fatal(err)
 	}
 	l, findings, err := DecodeListener(b)
-	if err != nil || len(findings) != 1 || !strings.Contains(findings[0].Problem, "keys are not fetched") {
+	if err != nil || len(findings) > 0 {
 		t.Fatalf("error %v, findings %v", err, findings)
 	}
 	got, err := json.MarshalIndent(l, "", " ")

@@ -1,7 +1,9 @@
 package mesh
 
 import (
+	"encoding/binary"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -25,6 +27,22 @@ func packed(url string, value []byte) []byte {
 
 var name = wire.AppendString(nil, 1, "outbound|80||web")
 
+func TestABudgetOfRetriesHasDefaults(t *testing.T) {
+	for _, test := range []struct {
+		fields []byte
+		want   RetryBudget
+	}{
+		{nil, RetryBudget{Percent: 20, AtLeast: 3}},
+		{nest(wire.AppendVarint(nil, 1, 7), 2), RetryBudget{Percent: 20, AtLeast: 7}},
+		{nest(binary.LittleEndian.AppendUint64([]byte{1<<3 | 1}, math.Float64bits(2.5)), 1), RetryBudget{Percent: 2.5, AtLeast: 3}},
+	} {
+		c, findings, err := DecodeCluster(append(nest(test.fields, 10, 1, 8), name...))
+		if err != nil || len(findings) > 0 || c.Breakers.RetryBudget == nil || *c.Breakers.RetryBudget != test.want {
+			t.Errorf("%x: %+v, findings %v, error %v", test.fields, c.Breakers.RetryBudget, findings, err)
+		}
+	}
+}
+
 func TestFindingsHaveClassAndPlace(t *testing.T) {
 	thresholds := func(fields []byte) []byte {
 		return nest(append(nest(wire.AppendVarint(nil, 1, 0), 1), nest(fields, 1)...), 10)
@@ -41,7 +59,7 @@ func TestFindingsHaveClassAndPlace(t *testing.T) {
 		{"a field that is not supported", nest(nil, 22), "traffic lb_subset_config: not supported"},
 		{"a field that has no effect here", nest(nil, 50), "cosmetic preconnect_policy: not supported"},
 		{"a field that would decide what is verified", nest(nil, 46), "security upstream_http_protocol_options: not supported"},
-		{"deeper, in the second occurrence", thresholds(nest(nil, 8)), "traffic circuit_breakers.thresholds[1].retry_budget: not supported"},
+		{"deeper, in the second occurrence", thresholds(nest(nil, 7)), "traffic circuit_breakers.thresholds[1].max_connection_pools: not supported"},
 		{"an unknown field of a message of security", tls(wire.AppendVarint(nil, 99, 1)),
 			"security transport_socket.typed_config: unknown field 99 of envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"},
 		{"within an Any", tls(nest(nil, 1, 3, 8)), "security transport_socket.typed_config.common_tls_context.validation_context.allow_expired_certificate: not supported"},

@@ -4,10 +4,10 @@ package mesh
 // Unenforced if it can refuse anything: what it concerns is closed.
 var carriedOut = map[string]bool{
 	networkRBACType:     true, // of inbound connections
-	networkExtAuthzType: false,
+	networkExtAuthzType: true, // of inbound connections
 	rbacType:            true, // of inbound requests
 	jwtType:             true, // of inbound requests
-	extAuthzType:        false,
+	extAuthzType:        true, // of inbound requests
 
 	// Changes of policies by routes.
 	routeRBACType:     false,
@@ -23,6 +23,17 @@ const filterOff = "envoy.config.route.v3.FilterConfig"
 func (d *decoder) carry(policy string, restricts bool) {
 	if restricts && !carriedOut[policy] {
 		d.report(Unenforced, "policies of type "+policy+" are not carried out yet")
+	}
+}
+
+// carryAuthz reports parts of external authorization that are not carried out.
+func (d *decoder) carryAuthz(e *ExtAuthz) {
+	switch {
+	case e == nil || !e.Restricts():
+	case e.Body != nil:
+		d.report(Unenforced, "questions with the bodies of requests are not carried out yet")
+	case e.PeerCert:
+		d.report(Unenforced, "questions with the certificates of clients are not carried out yet")
 	}
 }
 

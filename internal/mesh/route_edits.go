@@ -70,11 +70,11 @@ func (d *decoder) addHeader(m wire.Message, edits *HeaderEdits) {
 			e.Action = OverwriteOrAdd
 		}
 	}
-	if !editable(e.Name) {
+	if !Editable(e.Name) {
 		d.report(Security, "not the name of a header field that can be edited")
 		return
 	}
-	if !fieldValue(e.Value) {
+	if !FieldValue(e.Value) {
 		d.report(Security, notFieldValue)
 		return
 	}
@@ -84,13 +84,13 @@ func (d *decoder) addHeader(m wire.Message, edits *HeaderEdits) {
 
 const notFieldValue = "not the value of a header field"
 
-// fieldValue reports whether text has no bytes that would end a header field.
-func fieldValue(text string) bool { return !strings.ContainsAny(text, "\r\n\x00") }
+// FieldValue reports whether text has no bytes that would end a header field.
+func FieldValue(text string) bool { return !strings.ContainsAny(text, "\r\n\x00") }
 
 // headerText returns the value of a header field. Bytes that would end it are reported.
 func (d *decoder) headerText(m *wire.Message) string {
 	text := m.String()
-	if !fieldValue(text) {
+	if !FieldValue(text) {
 		d.report(Security, notFieldValue)
 		return ""
 	}
@@ -119,16 +119,16 @@ func (d *decoder) headerValue(m wire.Message, e *HeaderEdit) {
 // removeHeader reads the name of a field that is removed from a header.
 func (d *decoder) removeHeader(m *wire.Message, edits *HeaderEdits) {
 	name := m.String()
-	if !editable(name) {
+	if !Editable(name) {
 		d.report(Security, "not the name of a header field that can be removed")
 		return
 	}
 	edits.Remove = append(edits.Remove, name)
 }
 
-// editable reports whether name is a token of RFC 9110 and not Host. A route has other fields that rewrite the host.
+// Editable reports whether name is a token of RFC 9110 and not Host. A route has other fields that rewrite the host.
 // Pseudo-header fields are not tokens. Envoy rejects such edits as well.
-func editable(name string) bool {
+func Editable(name string) bool {
 	for _, c := range []byte(name) {
 		if c <= ' ' || c >= 0x7f || strings.IndexByte(`"(),/:;<=>?@[\]{}`, c) >= 0 {
 			return false

@@ -3,6 +3,7 @@ package mesh
 import (
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -13,8 +14,7 @@ type RetryPolicy struct {
 	On      RetryConditions
 	Retries uint32 // after the first try
 
-	TryTimeout     time.Duration // of each try; 0: no limit
-	TryIdleTimeout time.Duration // of each try; 0: no limit
+	TryTimeout time.Duration // of each try; 0: no limit
 
 	Codes          []uint32        // of RetryStatusCodes
 	Headers        []HeaderMatcher // of RetryHeaders: of a response
@@ -25,6 +25,23 @@ type RetryPolicy struct {
 	OtherHosts      bool   // hosts that were tried are avoided
 	HostChoices     uint32 // how often a host is chosen at most to avoid those
 	OtherPriorities uint32 // after this many tries priorities that were tried are avoided; 0: never
+
+	Compiled atomic.Value `json:"-"` // of package route, which sets it when the matchers are first used
+}
+
+// DefaultRetry returns a policy without conditions, with Envoy's defaults.
+func DefaultRetry() *RetryPolicy {
+	return &RetryPolicy{Retries: 1, HostChoices: 1, BackOff: defaultBackOff, MaxBackOff: 10 * defaultBackOff}
+}
+
+// Clone returns a policy that can be changed. It has not been compiled.
+func (r *RetryPolicy) Clone() *RetryPolicy {
+	return &RetryPolicy{
+		On: r.On, Retries: r.Retries, TryTimeout: r.TryTimeout,
+		Codes: slices.Clone(r.Codes), Headers: slices.Clone(r.Headers), RequestHeaders: slices.Clone(r.RequestHeaders),
+		BackOff: r.BackOff, MaxBackOff: r.MaxBackOff,
+		OtherHosts: r.OtherHosts, HostChoices: r.HostChoices, OtherPriorities: r.OtherPriorities,
+	}
 }
 
 // RetryConditions is a set of conditions.
@@ -48,6 +65,17 @@ const (
 	RetryResourceExhausted
 	RetryUnavailable
 )
+
+// RetryOfGRPC are the conditions on the status of gRPC.
+const RetryOfGRPC = RetryCancelled | RetryDeadlineExceeded | RetryInternal | RetryResourceExhausted | RetryUnavailable
+
+// RetryConditionsOf returns the conditions in a list with commas. It leaves out unknown ones.
+func RetryConditionsOf(list string) (on RetryConditions) {
+	for name := range strings.SplitSeq(list, ",") {
+		on |= retryConditions[strings.TrimSpace(name)]
+	}
+	return on
+}
 
 // retryConditions has the conditions by their names in retry_on.
 var retryConditions = map[string]RetryConditions{
@@ -95,7 +123,7 @@ var retryFields = message{"envoy.config.route.v3.RetryPolicy", Traffic, []field{
 	10: {"retriable_request_headers", decoded},
 	11: {"rate_limited_retry_back_off", traffic},
 	12: {"retry_options_predicates", traffic},
-	13: {"per_try_idle_timeout", once},
+	13: {"per_try_idle_timeout", traffic},
 	14: {"refresh_cluster_on_retry", traffic},
 }}
 
@@ -106,7 +134,7 @@ func (d *decoder) sharedRetry(m *wire.Message) *RetryPolicy {
 
 // retry returns a policy. One without conditions never retries: it takes the place of the virtual host's.
 func (d *decoder) retry(m wire.Message) *RetryPolicy {
-	r := &RetryPolicy{Retries: 1, HostChoices: 1, BackOff: defaultBackOff, MaxBackOff: 10 * defaultBackOff}
+	r := DefaultRetry()
 	for d.next(&m, &retryFields) {
 		switch m.Number {
 		case 1:
@@ -131,8 +159,6 @@ func (d *decoder) retry(m wire.Message) *RetryPolicy {
 			r.Headers = append(r.Headers, d.headerMatcher(m.Message()))
 		case 10:
 			r.RequestHeaders = append(r.RequestHeaders, d.headerMatcher(m.Message()))
-		case 13:
-			r.TryIdleTimeout = d.duration(m.Message())
 		}
 	}
 	return r

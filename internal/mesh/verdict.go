@@ -10,7 +10,7 @@ const (
 
 // Inbound returns the filter chain that an inbound connection meets, or why it is refused: the configuration refuses it, or
 // restricts it in a way that is not carried out. Both are empty if there is no listener: the connection is carried. The
-// caller ends TLS if the chain has it, and applies the chain's RBAC and JWT to the connection and to
+// caller ends TLS if the chain has it, and applies the policies of the chain to the connection and to
 // each request.
 func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	l := s.Listener(virtualInbound)
@@ -91,10 +91,10 @@ func (l *Listener) judge(s *Snapshot, c *ConnInfo) (*FilterChain, string) {
 }
 
 // unsupported returns why a chain is closed: it has restrictions that are not carried out. With enforced, the
-// caller applies RBAC and JWT.
+// caller applies RBAC, JWT and external authorization.
 func (s *Snapshot) unsupported(chain *FilterChain, enforced bool) string {
 	for _, f := range chain.Policies {
-		if f.Restricts() && (f.RBAC == nil || !enforced) {
+		if f.Restricts() && (f.RBAC == nil && f.ExtAuthz == nil || !enforced) {
 			return "its filter chain has the policy " + f.Name + ", which is not supported"
 		}
 	}
@@ -135,7 +135,7 @@ func (s *Snapshot) judgeHTTP(h *HTTPManager, enforced bool) string {
 			return "the configuration of the HTTP filter " + h.Filters[i].Name + " has not come"
 		case f.Refused:
 			return "the HTTP filter " + h.Filters[i].Name + " is refused"
-		case f.Restricts() && (f.RBAC == nil && f.JWT == nil || !enforced):
+		case f.Restricts() && (f.RBAC == nil && f.JWT == nil && f.ExtAuthz == nil || !enforced):
 			return "the HTTP filter " + f.Name + " is not supported yet"
 		}
 	}

@@ -17,6 +17,14 @@ type ControlPlane struct {
 	Expiry             time.Time // of the workload's certificate; zero: there is none
 	Renewals, Failures int64     // of the certificate
 	Calls, FailedCalls int64     // of the CA
+
+	Authz AuthzCounts
+}
+
+// AuthzCounts are the requests of the agent's own for policies.
+type AuthzCounts struct {
+	Allowed, Denied, Unanswered uint64 // by servers of external authorization
+	Fetched, Unfetched          uint64 // keys of tokens
 }
 
 // PushType has the counts of one type of resources.
@@ -106,6 +114,13 @@ func (f *families) pushes(c *ControlPlane) {
 }
 
 func (f *families) identity(c *ControlPlane) {
+	checks := f.counter("pillion_authorization_checks_total", "Connections and requests that servers of external authorization were asked about, by their answer.")
+	checks.counts(c.Authz.Allowed, label("result", "allowed"))
+	checks.counts(c.Authz.Denied, label("result", "denied"))
+	checks.counts(c.Authz.Unanswered, label("result", "failed"))
+	fetches := f.counter("pillion_token_key_fetches_total", "Fetches of the keys of tokens.")
+	fetches.counts(c.Authz.Fetched, label("result", "fetched"))
+	fetches.counts(c.Authz.Unfetched, label("result", "failed"))
 	f.counter("pillion_identity_renewals_total", "Certificates that replaced another one, and the first.").counts(uint64(c.Renewals))
 	f.counter("pillion_identity_failures_total", "Failed attempts to get a certificate for the workload.").counts(uint64(c.Failures))
 	csr := label("request_type", "csr")

@@ -55,6 +55,7 @@ func everythingWith(o Options) *Metrics {
 				},
 				Findings: []Findings{{"cosmetic", 3}, {"traffic", 2}, {"security", 1}},
 				Expiry:   time.Now().Add(time.Hour), Renewals: 2, Failures: 1, Calls: 7, FailedCalls: 5,
+				Authz: AuthzCounts{Allowed: 6, Denied: 4, Unanswered: 2, Fetched: 3, Unfetched: 1},
 			}
 		},
 	})

@@ -28,6 +28,7 @@ const (
 	Unwatched        End = "no_descriptors"     // the kernel's limit of watched descriptors is reached
 	Interrupted      End = "memory_budget"      // the waiter was interrupted; only the memory budget does that
 	Retired          End = "mesh_refused"       // Options.Retired was true for Options.Retirement
+	Denied           End = "policy_denied"      // Options.Denied was true
 )
 
 // grace is how long to keep delivering buffered bytes after their sender was reset. Without the relay they would be in
@@ -46,6 +47,8 @@ type Options struct {
 	// cannot be asked to close. It is called in each turn. nil: never.
 	Retired    func() bool
 	Retirement time.Duration
+
+	Denied func() bool // ends the relay; called in each turn. nil: never
 
 	// Bytes that the caller has read from a side, delivered first; may be nil. Run releases the buffers.
 	DownRead, UpRead *tcp.Buffer
@@ -96,6 +99,9 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 		down, up := r.fromDown.move(), r.fromUp.move()
 		if how, err := r.over(); how != "" {
 			return how, err
+		}
+		if r.options.Denied != nil && r.options.Denied() {
+			return Denied, nil
 		}
 		retirement, over := r.retirement()
 		if over {

@@ -29,6 +29,11 @@ func SetField(name, value string) Edit {
 	return Edit{Name: strings.ToLower(name), Action: mesh.OverwriteOrAdd, KeepEmpty: true, value: value}
 }
 
+// AddField returns an edit that adds a field besides those that there are.
+func AddField(name, value string) Edit {
+	return Edit{Name: strings.ToLower(name), Action: mesh.AppendOrAdd, KeepEmpty: true, value: value}
+}
+
 // Lookup returns the values of a header field, joined by commas, and their number. fields may be nil.
 func Lookup(fields Fields, name string) (value []byte, n int) { return lookup(fields, name) }
 

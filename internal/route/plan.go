@@ -99,6 +99,7 @@ type Reply struct {
 	Details string  // Envoy's response_code_details
 	Reason  flow.Reason
 	Edited  bool // Plan.ResponseEdits are made
+	Reset   bool // there is no reply: the connection of HTTP/1 or the stream of HTTP/2 is reset; only Reason applies
 }
 
 // Field is a header field of a reply.

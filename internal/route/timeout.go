@@ -20,10 +20,10 @@ func (p *Plan) Timeouts(r *Request) (total, try, stream time.Duration) {
 	if r.GRPC && (p.GRPCTimeout != nil || p.GRPCStream != nil) {
 		total, stream = p.grpcTimeouts(r, total, stream)
 	}
-	if limit, ok := milliseconds(r, "x-envoy-upstream-rq-timeout-ms"); ok {
+	if limit, ok := milliseconds(r, timeoutField); ok {
 		total = limit
 	}
-	if limit, ok := milliseconds(r, "x-envoy-upstream-rq-per-try-timeout-ms"); ok {
+	if limit, ok := milliseconds(r, tryTimeoutField); ok {
 		try = limit
 	}
 	if total > 0 && try >= total {

@@ -14,7 +14,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -109,20 +108,10 @@ func addPair() error {
 
 // addAddress adds an address and the default route of its family.
 func addAddress(link *net.Interface, address netip.Addr) error {
-	whole := &net.IPNet{IP: address.AsSlice(), Mask: net.CIDRMask(address.BitLen(), address.BitLen())}
-	entry := &netlink.Addr{IPNet: whole, LinkIndex: link.Index}
-	everything := &net.IPNet{IP: make(net.IP, len(whole.IP)), Mask: net.CIDRMask(0, address.BitLen())}
-	if address.Is6() {
-		entry.Flags = unix.IFA_F_NODAD
-	}
-	if err := netlink.AddrAdd(nil, entry); err != nil {
+	if err := kernel.AddAddress(link.Index, address); err != nil {
 		return failed("adding the address "+address.String(), err)
 	}
-	route := &netlink.Route{LinkIndex: link.Index, Dst: everything, Src: whole.IP, Scope: netlink.SCOPE_LINK}
-	if address.Is6() {
-		route.Scope = netlink.SCOPE_UNIVERSE
-	}
-	return failed("adding a default route", netlink.RouteAdd(route))
+	return failed("adding a default route", kernel.AddDefaultRoute(link.Index, address))
 }
 
 // openPackets opens packet sockets at the end of the link where the command's packets arrive. They have room for a burst of
@@ -156,8 +145,7 @@ func (s *sockets) openPackets() error {
 func awaitAddress6() {
 	const pause, most = 100 * time.Microsecond, 5000
 	for range most {
-		routes, err := netlink.RouteGet(Address6.AsSlice())
-		if err != nil || len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL { // an error: there is no IPv6
+		if local, err := kernel.IsLocal(Address6); local || err != nil { // an error: there is no IPv6
 			return
 		}
 		time.Sleep(pause)

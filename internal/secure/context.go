@@ -3,6 +3,7 @@ package secure
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -112,6 +113,9 @@ func NewClient(config ClientConfig) *ClientContext {
 	}
 	return &ClientContext{base}
 }
+
+// Conn returns the client's side of TLS on conn. Unlike Client, it leaves the connection as one of package net.
+func (c *ClientContext) Conn(conn net.Conn) *tls.Conn { return tls.Client(conn, c.config) }
 
 func newConfig(minVersion, maxVersion uint16) *tls.Config {
 	if minVersion == 0 {

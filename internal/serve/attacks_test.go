@@ -42,9 +42,9 @@ func policyOf(action mesh.Action, permission, principal mesh.Condition) *mesh.RB
 
 // TestAttacksThatOthersHaveAllowed sends requests that went past the policies of Envoy or Istio once. Each is named by its CVE.
 // Those of tokens, certificates and HTTP/2 are in the tests of their packages: CVE-2021-21378 in inbound.TestTokens,
-// CVE-2023-27493 in secure.TestNamesThatCouldEndAPart, CVE-2022-21654 and CVE-2022-21657 in secure.TestVerifier…,
-// CVE-2022-21679 in mesh.TestPartsOfPoliciesThatAreNotUnderstood, CVE-2023-44487 and CVE-2024-30255 in httpforward's tests of
-// bounds.
+// CVE-2023-27493 in secure.TestNamesOfAClientCannotAddParts, CVE-2022-21657 in secure.TestClientsAreRejectedByName, CVE-2022-21679 in
+// mesh.TestPartsOfPoliciesThatAreNotUnderstood, CVE-2021-32777 in inbound.TestAServerDecidesByHTTP, CVE-2023-44487 and
+// CVE-2024-30255 in httpforward.TestFloodsEndAConnection. CVE-2022-21654 has no place: sessions are not resumed.
 func TestAttacksThatOthersHaveAllowed(t *testing.T) {
 	admin := policyOf(mesh.Deny, onPath(mesh.StringMatcher{Kind: mesh.MatchPrefix, Text: "/admin"}), always)
 	exact := policyOf(mesh.Deny, onPath(exactly("/admin")), always)
@@ -88,7 +88,7 @@ func TestAttacksThatOthersHaveAllowed(t *testing.T) {
 		}
 		r := &httpforward.Request{Connection: &flow.Record{}, Method: []byte("GET"), Path: []byte(c.path), Authority: []byte(c.host), Fields: c.fields}
 		got := 0
-		if _, reply := new(gate).pass(&mesh.Snapshot{}, h, r); reply != nil {
+		if _, reply, _ := new(gate).pass(&mesh.Snapshot{}, h, r); reply != nil {
 			got = reply.Status
 		}
 		if got != c.want {

@@ -26,6 +26,9 @@ type governed struct {
 	secured  bool                    // TLS with downstream is ended here
 	names    []string                // of the client's certificate; see authz.Subject
 	peers    *httpforward.PeerFields // of HTTP inside that TLS
+
+	asked        *mesh.FilterChain // whose servers have allowed the connection; may be nil
+	askedSecured bool              // TLS was ended by then
 }
 
 // AwaitConfiguration holds a connection until the control plane has sent the first configuration. It does not read: the

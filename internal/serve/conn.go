@@ -231,6 +231,7 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Returned:  c.returned,
 		Peers:     c.peers(),
 		Router:    c.router(to),
+		Many:      c.governed != nil && c.governed.routing != nil,
 	}
 }
 
@@ -248,7 +249,11 @@ func (c *Conn) relay() {
 	}
 	c.limits(&options)
 	if c.governed != nil && c.role.direction == flow.Inbound {
-		options.Retired, options.Retirement = c.rejudge().denied, opaqueRetirement
+		judge := c.rejudge()
+		options.Retired, options.Retirement = judge.denied, opaqueRetirement
+		if c.role.rejudges {
+			options.Denied = judge.deniedByPolicy
+		}
 	}
 	hello := c.sniffer.Hello
 	if c.governed != nil && c.governed.secured || c.role.decryption != nil && c.Record.Security != nil {
@@ -261,8 +266,11 @@ func (c *Conn) relay() {
 	if reason == flow.UpstreamReset && up.Looped() {
 		reason, err = flow.Loop, upstream.ErrLoop
 	}
-	if reason == flow.MeshRefused {
+	switch reason {
+	case flow.MeshRefused:
 		err = errRetired
+	case flow.PolicyDenied:
+		err = errDeniedLater
 	}
 	if reason == flow.UpstreamReset && errors.Is(err, tcp.ErrHandshake) {
 		reason, err = flow.UpstreamTLS, &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}

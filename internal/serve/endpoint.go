@@ -14,7 +14,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/secure"
-	"github.com/pillion-proxy/pillion/internal/sniff"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -118,8 +117,7 @@ func (r *Role) pick(c *balance.Cluster, request *balance.Request) (balance.Choic
 }
 
 // Choose sets the target of an outbound connection by the filter chain that Admit has found. A connection of bytes gets an
-// endpoint of one of the chain's clusters. The requests of HTTP are routed one by one, except that all streams of an HTTP/2
-// connection go to one endpoint. Without a control plane, and for destinations without a listener, it does nothing.
+// endpoint of one of the chain's clusters. The requests of HTTP are routed one by one. Without a control plane, and for destinations without a listener, it does nothing.
 func (c *Conn) Choose(to *upstream.Target) bool {
 	g := c.governed
 	if g == nil || g.chain == nil {
@@ -133,9 +131,6 @@ func (c *Conn) Choose(to *upstream.Target) bool {
 		return c.abandon(flow.IdleTimeout, nil) // it has sent nothing, and only requests have an upstream
 	default:
 		g.routing = c.newRouting(g)
-		if c.protocol == sniff.HTTP2 {
-			failed = g.routing.pin(to)
-		}
 	}
 	if failed != nil {
 		return c.abandon(failed.reason, fmt.Errorf("cluster %s: %w", c.Record.Cluster, failed.err))

@@ -1,7 +1,6 @@
 package serve
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"time"
@@ -16,28 +15,25 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// Fault carries out the fault that is drawn for a connection: it is delayed or reset before anything is dialled. Its host is the
-// server name of TLS, Host of a first request of HTTP/1, or the original destination. Requests are delayed and aborted one by
-// one instead; see faulty.
+// Fault carries out the fault that is drawn for a connection without requests: it is delayed or reset before anything is
+// dialled. Its host is the server name of TLS; its address is the original destination. Requests get their faults one by one;
+// see faulty.
 func (c *Conn) Fault() bool {
-	if len(c.role.faults) == 0 || c.Silent() {
+	if len(c.role.faults) == 0 || c.Silent() || c.HTTP() {
 		return true
 	}
-	host := c.Record.OriginalDestination.String()
+	var host string
 	if c.role.decryption != nil && c.Record.Security != nil {
-		host = cmp.Or(c.Record.TLS.ServerName, host)
+		host = c.Record.TLS.ServerName
 	}
-	switch c.protocol {
-	case sniff.TLS:
+	if c.protocol == sniff.TLS {
 		host = cmp.Or(c.sniffer.Hello.ServerName, host)
-	case sniff.HTTP1:
-		host = cmp.Or(firstHost(c.sniffer.Read.Bytes()), host)
 	}
-	f := c.role.faults.Draw(host)
+	f := c.role.faults.Draw(host, c.Record.OriginalDestination.String())
 	switch {
 	case f.Reset:
 		return c.abandon(flow.FaultInjected, nil)
-	case f.Delay > 0 && !c.HTTP():
+	case f.Delay > 0:
 		return c.pause(f.Delay)
 	}
 	return true
@@ -46,17 +42,6 @@ func (c *Conn) Fault() bool {
 // Silent reports whether the protocol is undecided, because downstream has sent nothing yet. Fault then does nothing, and is
 // called again after WatchBoth.
 func (c *Conn) Silent() bool { return c.protocol == sniff.Undecided }
-
-// firstHost returns Host of the request in the first bytes of a connection, as far as they have arrived.
-func firstHost(b []byte) string {
-	head, _, _ := bytes.Cut(b, []byte("\r\n\r\n"))
-	for line := range bytes.Lines(head) {
-		if name, value, found := bytes.Cut(line, []byte(":")); found && bytes.EqualFold(name, []byte("host")) {
-			return string(bytes.TrimSpace(value))
-		}
-	}
-	return ""
-}
 
 // pause waits while downstream lives.
 func (c *Conn) pause(d time.Duration) bool {
@@ -77,6 +62,7 @@ func (c *Conn) pause(d time.Duration) bool {
 // faulty is the Router of HTTP connections with faults.
 type faulty struct {
 	faults  fault.Set
+	address string             // the original destination
 	next    httpforward.Router // nil: allowed
 	allowed httpforward.Decision
 }
@@ -84,7 +70,7 @@ type faulty struct {
 // withFaults puts faults before a connection's router.
 func (c *Conn) withFaults(next httpforward.Router, to *upstream.Target) httpforward.Router {
 	return &faulty{
-		faults: c.role.faults, next: next,
+		faults: c.role.faults, address: c.Record.OriginalDestination.String(), next: next,
 		allowed: httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route},
 	}
 }
@@ -110,9 +96,12 @@ func (r *faulty) Route(request *httpforward.Request) httpforward.Decision {
 	if request.Attempt > 0 || decision.Reply != nil {
 		return decision
 	}
-	f := r.faults.Draw(string(request.Authority))
+	f := r.faults.Draw(string(request.Authority), r.address)
 	decision.Delay = max(decision.Delay, f.Delay)
-	if f.Abort != 0 {
+	switch {
+	case f.Reset:
+		decision.Reply = &route.Reply{Reset: true, Reason: flow.FaultInjected}
+	case f.Abort != 0:
 		decision.Reply = &route.Reply{
 			Status: f.Abort, Body: "pillion: fault\n", Flags: envoy.FlagFaultInjected, Details: envoy.DetailsFaultAbort, Reason: flow.Completed,
 		}

@@ -71,7 +71,7 @@ func (c *Conn) exchanges() bool {
 	case c.role.peers == nil:
 		return false
 	case c.role.direction == flow.Outbound:
-		return g.routing != nil && g.routing.pinned != nil && g.routing.exchanges(g.routing.pinned.config)
+		return false // the decision for each request has it
 	}
 	return g.chain != nil && g.chain.HTTP.ExchangesMetadata()
 }

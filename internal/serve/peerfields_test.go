@@ -61,11 +61,10 @@ func TestWhichConnectionsHaveFieldsAboutPeers(t *testing.T) {
 func TestWhereMetadataIsExchanged(t *testing.T) {
 	config := mesh.HTTPFilter{Type: "io.istio.http.peer_metadata.Config"}
 	http, off := &mesh.HTTPManager{Filters: []mesh.HTTPFilter{config}}, &mesh.HTTPManager{Filters: []mesh.HTTPFilter{{Type: config.Type, Disabled: true}}}
+	clusters := make(map[*governed]*mesh.Cluster)
 	way := func(h *mesh.HTTPManager, c *mesh.Cluster) *governed {
 		g := &governed{chain: &mesh.FilterChain{HTTP: h}, routing: &routing{manager: h}}
-		if c != nil {
-			g.routing.pinned = &watched{config: c}
-		}
+		clusters[g] = c
 		return g
 	}
 	for name, c := range map[string]struct {
@@ -82,7 +81,6 @@ func TestWhereMetadataIsExchanged(t *testing.T) {
 		"outbound without the filter": {flow.Outbound, way(&mesh.HTTPManager{}, &mesh.Cluster{}), false},
 		"outbound of the mesh":        {flow.Outbound, way(http, &mesh.Cluster{External: true}), false},
 		"outbound, passed through":    {flow.Outbound, way(http, &mesh.Cluster{Discovery: mesh.OriginalDestination}), false},
-		"outbound without a cluster":  {flow.Outbound, way(http, nil), false},
 	} {
 		exchange := peers.New("id", nil)
 		role := &Role{direction: c.direction, peers: exchange}
@@ -90,6 +88,9 @@ func TestWhereMetadataIsExchanged(t *testing.T) {
 			r.described = role.exchanging(withoutClient(r.manager))
 		}
 		got := (&Conn{role: role, governed: c.governed}).peers()
+		if r := c.governed.routing; r != nil && r.exchanges(clusters[c.governed]) {
+			got = r.described // by the decision for each request
+		}
 		if (got.Exchange != nil) != c.want || c.want && got.Introduces != (c.direction == flow.Outbound) {
 			t.Errorf("%s: %+v", name, got)
 		}

@@ -14,8 +14,10 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/jwt"
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/urlpath"
 )
 
@@ -36,8 +38,44 @@ func (c *Conn) Authorize() bool {
 	if policy, denied := authorize(g.chain.Policies, &subject); denied {
 		return c.abandon(flow.PolicyDenied, deniedBy(policy))
 	}
+	if g.asked == g.chain && g.askedSecured == g.secured {
+		return true
+	}
+	g.asked, g.askedSecured = g.chain, g.secured
+	return c.authorizeByServers(g, &subject)
+}
+
+// authorizeByServers asks the servers of a chain's policies about the connection.
+func (c *Conn) authorizeByServers(g *governed, s *authz.Subject) bool {
+	var shadows shadows
+	for i := range g.chain.Policies {
+		p := &g.chain.Policies[i]
+		if p.RBAC != nil {
+			shadows.add(p.RBAC, s)
+		}
+		e := p.ExtAuthz
+		switch {
+		case e == nil || e.Shadow:
+			continue
+		case e.Refused:
+			return c.abandon(flow.MeshRefused, errRefusedServer)
+		case e.When != nil && !(e.When.Filter == networkRBACFilter && shadows.match(e.When)):
+			continue
+		}
+		denial, ok := c.askAbout(e, s)
+		switch {
+		case !ok && errors.Is(denial, tcp.ErrCanceled):
+			return c.abandon(flow.DrainDeadline, nil)
+		case !ok:
+			return c.abandon(flow.DownstreamLeft, denial)
+		case denial != nil:
+			return c.abandon(flow.PolicyDenied, denial)
+		}
+	}
 	return true
 }
+
+var errRefusedServer = errors.New("its external authorization is configured in a way that is not supported")
 
 // renew judges a connection inside TLS by the configuration in force now: its client chose how long the handshake took, and
 // how long it was silent after it.
@@ -100,46 +138,82 @@ var errNotAllowed = errors.New("no authorization policy allows it")
 // gate applies the configuration of HTTP to the requests of one connection: the normal form of their paths, and policies in
 // the order of the filters. Its memory is reused from request to request.
 type gate struct {
+	role    *Role         // nil: no server can be asked
 	subject authz.Subject // of the connection; its Request is request while a request is judged
 	request authz.Request
 	path    []byte // a normal form that differs from the path as it was received
 
 	// What filters leave about the request that was judged last.
-	edits  []route.Edit
-	claims *jwt.Claims  // nil: no token was verified
-	edited editedFields // of the request, after edits
+	edits     []route.Edit
+	responses []route.Edit   // of its response
+	claims    *jwt.Claims    // nil: no token was verified
+	asked     match.Metadata // of a server that was asked; nil: none
+	shadows   shadows
+	edited    editedFields // of the request, after edits
 
 	routed route.Request // the argument of filters; a field, so that it is not allocated
 }
 
 // pass returns the reply to a request that must not pass, or nil. It sets the request's path to its normal form. changed
-// reports whether that differs from the path as it was received.
-func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Request) (changed bool, reply *route.Reply) {
-	g.edits, g.claims, g.request.Metadata, g.subject.Request = nil, nil, nil, nil
-	g.edited.clear()
+// reports whether that differs from the path as it was received. A question has to be answered first; the request is
+// passed again then.
+func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Request) (changed bool, reply *route.Reply, waits *question) {
+	g.begin()
 	if changed, reply = g.normalize(h, r); reply != nil {
-		return changed, reply
+		return changed, reply, nil
 	}
 	judged := false
 	for i := range h.Filters {
 		f := s.Filter(&h.Filters[i])
 		switch {
 		case f == nil || f.Refused:
-			return changed, route.Refused // Inbound refuses the connection as well
+			return changed, route.Refused, nil // Inbound refuses the connection as well
 		case f.Disabled:
 		case f.RBAC != nil:
 			judged, reply = true, g.authorize(h, r, f.RBAC)
 		case f.JWT != nil:
-			judged, reply = true, g.authenticate(r, f.JWT)
+			judged = true
+			reply, waits = g.authenticate(r, f.JWT)
+		case f.ExtAuthz != nil:
+			judged = true
+			reply, waits = g.ext(r, f.ExtAuthz, nil)
 		}
-		if reply != nil {
-			return changed, reply
+		if reply != nil || waits != nil {
+			return changed, reply, waits
 		}
 	}
 	if judged && isTunnel(r) { // requests inside of it would not be judged; Envoy answers 403 as well
-		return changed, denial("")
+		return changed, denial(""), nil
 	}
-	return changed, nil
+	return changed, nil, nil
+}
+
+// begin drops what filters have left about the last request.
+func (g *gate) begin() {
+	g.edits, g.responses, g.claims, g.asked, g.subject.Request = nil, nil, nil, nil, nil
+	g.shadows.clear()
+	g.edited.clear()
+}
+
+// Names of filters under which they leave metadata.
+const (
+	jwtFilter         = "envoy.filters.http.jwt_authn"
+	rbacFilter        = "envoy.filters.http.rbac"
+	networkRBACFilter = "envoy.filters.network.rbac"
+	extAuthzFilter    = "envoy.filters.http.ext_authz"
+)
+
+// Match implements authz.Metadata, for what the filters so far have left.
+func (g *gate) Match(m *mesh.MetadataMatcher) bool {
+	switch m.Filter {
+	case jwtFilter:
+		return g.claims.Match(m)
+	case rbacFilter:
+		return g.shadows.match(m)
+	case extAuthzFilter:
+		return g.asked.Match(m)
+	}
+	return match.Metadata(nil).Match(m)
 }
 
 // isTunnel reports whether a request asks for a tunnel: CONNECT without a path. With one, it opens a WebSocket (RFC 8441).
@@ -159,6 +233,7 @@ func (g *gate) authorize(h *mesh.HTTPManager, r *httpforward.Request, rbac *mesh
 	if policy.LooksAtClient() { // looked up only then, because it allocates
 		g.subject.Client = clientAddress(h, r.Fields, g.subject.Peer)
 	}
+	g.shadows.add(rbac, &g.subject)
 	if v := policy.Judge(&g.subject); v.Denied {
 		return denial(v.Matched)
 	}
@@ -166,22 +241,29 @@ func (g *gate) authorize(h *mesh.HTTPManager, r *httpforward.Request, rbac *mesh
 }
 
 // authenticate verifies the tokens of a request. Filters behind it see their claims.
-func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT) *route.Reply {
+func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT) (reply *route.Reply, waits *question) {
 	g.routed = route.Request{
 		Method: r.Method, Path: r.Path, Authority: r.Authority, Scheme: r.Scheme, Fields: g.fields(r),
 		Downstream: r.Connection.Downstream, Local: r.Connection.OriginalDestination,
 	}
-	result := jwt.Of(filter).Check(&g.routed, time.Now())
+	var keys jwt.Keys
+	if g.role != nil && g.role.keys != nil {
+		keys = g.role.keys
+	}
+	result := jwt.Of(filter).Check(&g.routed, time.Now(), keys)
+	if result.Awaited != nil {
+		before, _ := r.Check.(*question)
+		return nil, g.role.awaitKeys(result.Awaited, before)
+	}
 	if result.Claims != nil {
 		g.claims = result.Claims
-		g.request.Metadata = result.Claims
 	}
 	if len(result.Edits) > 0 {
 		g.edits = append(g.edits, result.Edits...)
 		g.edited.set(r.Fields, g.edits)
 		g.subject.Request = nil // described again
 	}
-	return result.Reply
+	return result.Reply, nil
 }
 
 // fields returns the header fields of a request as the filters so far have left them: a policy that looks at the field of a
@@ -198,7 +280,7 @@ type editedFields struct{ list []editedField }
 
 type editedField struct{ name, value []byte }
 
-// set sets the fields that edits make of others. The edits remove fields, or replace them by constants.
+// set sets the fields that edits make of others. The edits remove fields, or add constants.
 func (f *editedFields) set(fields httpforward.HeaderFields, edits []route.Edit) {
 	f.clear()
 	for i := range fields.Len() {
@@ -207,8 +289,12 @@ func (f *editedFields) set(fields httpforward.HeaderFields, edits []route.Edit) 
 	}
 	for i := range edits {
 		e := &edits[i]
-		f.list = slices.DeleteFunc(f.list, func(field editedField) bool { return strings.EqualFold(string(field.name), e.Name) })
-		if !e.Remove {
+		named := func(field editedField) bool { return strings.EqualFold(string(field.name), e.Name) }
+		present := slices.ContainsFunc(f.list, named)
+		if e.Remove || e.Action == mesh.OverwriteOrAdd || e.Action == mesh.OverwriteIfPresent {
+			f.list = slices.DeleteFunc(f.list, named)
+		}
+		if !e.Remove && !(e.Action == mesh.AddIfAbsent && present) && !(e.Action == mesh.OverwriteIfPresent && !present) {
 			f.list = append(f.list, editedField{[]byte(e.Name), e.AppendValue(nil, nil)})
 		}
 	}
@@ -231,7 +317,7 @@ func (g *gate) describe(r *httpforward.Request) {
 	g.subject.Client = g.subject.Peer
 	g.request = authz.Request{
 		Method: r.Method, Authority: r.Authority, Scheme: r.Scheme, Path: r.Path, Fields: g.fields(r),
-		Metadata: g.request.Metadata, Scratch: g.request.Scratch,
+		Metadata: g, Scratch: g.request.Scratch,
 	}
 	if isTunnel(r) {
 		g.request.Path = nil // HTTP/1 has the authority there
@@ -267,6 +353,7 @@ func (g *gate) normalize(h *mesh.HTTPManager, r *httpforward.Request) (changed b
 		return false, badPath
 	}
 	form := urlpath.Form{Normalize: h.NormalizePath, MergeSlashes: h.MergeSlashes, Slashes: slashes[h.EscapedSlashes]}
+	form.Strict = g.role != nil && g.role.strict
 	if form.Has(r.Path) {
 		return false, nil
 	}

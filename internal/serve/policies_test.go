@@ -25,7 +25,7 @@ func TestTwoHostsAreRejected(t *testing.T) {
 		r := &httpforward.Request{
 			Connection: &flow.Record{}, Method: []byte("GET"), Path: []byte("/"), Authority: []byte("public"), Fields: oneField{"host", c.host},
 		}
-		if _, reply := new(gate).pass(&mesh.Snapshot{}, h, r); (reply != nil && reply.Status == 400) != c.rejected {
+		if _, reply, _ := new(gate).pass(&mesh.Snapshot{}, h, r); (reply != nil && reply.Status == 400) != c.rejected {
 			t.Errorf("host %s: %+v", c.host, reply)
 		}
 	}

@@ -67,7 +67,7 @@ func (c *Conn) rejudge() *rejudge {
 	if g.secured {
 		info = c.infoInside()
 	}
-	return &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{subject: c.subject()}}
+	return &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
 }
 
 // Route implements httpforward.Router.
@@ -75,7 +75,11 @@ func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Deci
 	r.look()
 	reply, changed := r.refusal, false
 	if reply == nil && r.chain != nil && r.chain.HTTP != nil {
-		changed, reply = r.gate.pass(r.judged, r.chain.HTTP, request)
+		var waits *question
+		if changed, reply, waits = r.gate.pass(r.judged, r.chain.HTTP, request); waits != nil {
+			decision.Check = waits
+			return decision
+		}
 	}
 	decision = r.allowed // the result, so that no copy takes more of a small stack
 	if r.chain != nil && r.chain.HTTP != nil {
@@ -86,6 +90,9 @@ func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Deci
 		return decision
 	}
 	decision.Edits = r.gate.edits
+	if len(r.gate.responses) > 0 {
+		decision.Plan = &route.Plan{ResponseEdits: r.gate.responses}
+	}
 	if changed || request.Absolute && r.OnlyHTTP() { // a workload may go by Host instead of the target that was judged
 		decision.Path = request.Path
 	}
@@ -100,6 +107,14 @@ func (r *rejudge) Retired() bool {
 
 // denied reports whether a connection without requests is to end: it is retired, or would be refused now.
 func (r *rejudge) denied() bool { return r.Retired() || r.refusal != nil }
+
+// deniedByPolicy reports whether a policy of connections in force denies the connection.
+func (r *rejudge) deniedByPolicy() bool {
+	r.look()
+	return r.refusal != nil && r.refusal.Reason == flow.PolicyDenied
+}
+
+var errDeniedLater = errors.New("a policy that has changed since the connection began denies it")
 
 // OnlyHTTP implements httpforward.OnlyHTTP. In a filter chain for TCP the HTTP of a connection was only detected.
 func (r *rejudge) OnlyHTTP() bool { return r.chain != nil && r.chain.HTTP != nil }

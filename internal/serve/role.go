@@ -12,17 +12,20 @@ package serve
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/budget"
+	"github.com/pillion-proxy/pillion/internal/callout"
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/fault"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/identity"
+	"github.com/pillion-proxy/pillion/internal/jwks"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/peers"
 	"github.com/pillion-proxy/pillion/internal/secure"
@@ -48,8 +51,11 @@ type Config struct {
 	Lookup balance.Lookup
 
 	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
-	Peers  *peers.Exchange
-	Egress Egress // the policy for outbound connections; nil: everything is allowed
+	Peers   *peers.Exchange
+	Strict  bool         // paths of requests that servers may read in different ways are rejected
+	Rejudge bool         // an inbound connection of bytes ends when a changed policy denies it
+	Log     *slog.Logger // of keys that cannot be fetched; nil: not logged
+	Egress  Egress       // the policy for outbound connections; nil: everything is allowed
 
 	Faults fault.Set // on purpose; nil: none
 
@@ -121,12 +127,18 @@ type Role struct {
 	decryption Decryption
 	exporters  *tracing.Exporters
 
-	balancer   *balance.Balancer // nil without mesh, and inbound
+	balancer   *balance.Balancer // nil without mesh; inbound, of the servers that are asked about connections and requests
 	securities atomic.Pointer[map[secured]*upstream.Security]
 	allOptions map[upstream.Options]*upstream.Options
 	trusted    atomic.Pointer[trusted]
 	securing   sync.Mutex // held to replace securities, and for allOptions
 	faults     fault.Set
+
+	callouts *callout.Client // nil without mesh
+	keys     *jwks.Store     // likewise
+	asking   asking
+	strict   bool // see Config
+	rejudges bool // likewise
 }
 
 // NewRole checks the configuration.
@@ -144,6 +156,8 @@ func NewRole(config Config) (*Role, error) {
 		decryption: config.Decryption,
 		exporters:  config.Tracing,
 		faults:     config.Faults,
+		strict:     config.Strict,
+		rejudges:   config.Rejudge,
 		budget:     config.HTTP.Budget,
 		dialer:     upstream.Dialer{Poller: config.Poller, Borrow: config.Borrower}, // the timeout comes from the settings
 	}
@@ -163,8 +177,10 @@ func NewRole(config Config) (*Role, error) {
 		r.securities.Store(&map[secured]*upstream.Security{})
 		r.allOptions = map[upstream.Options]*upstream.Options{}
 	}
-	if r.mesh != nil && r.direction == flow.Outbound {
+	if r.mesh != nil {
 		r.balancer = balance.New(balance.Config{Snapshot: r.mesh.Snapshot, Lookup: config.Lookup})
+		r.callouts = callout.New(callout.Config{Snapshot: r.mesh.Snapshot, Balancer: r.balancer, Security: r.calloutSecurity})
+		r.keys = jwks.New(r.callouts, config.Log)
 	}
 	r.settings.Store(&config.Settings)
 	return r, nil
@@ -188,12 +204,31 @@ func (r *Role) Drain() { r.engine.Drain() }
 
 // Close stops what the role does in the background. Call it after the role's connections have ended.
 func (r *Role) Close() {
+	if r.keys != nil {
+		r.keys.Close()
+	}
+	if r.callouts != nil {
+		r.callouts.Close()
+	}
 	if r.balancer != nil {
 		r.balancer.Close()
 	}
 }
 
-// Balancer returns the state of the clusters that outbound requests go to; nil without a control plane, and inbound.
+// Asked returns how often servers of external authorization have allowed, denied, and not answered.
+func (r *Role) Asked() (allowed, denied, failed uint64) {
+	return r.asking.allowed.Load(), r.asking.denied.Load(), r.asking.failed.Load()
+}
+
+// KeyFetches returns how often keys of tokens were fetched, and could not be.
+func (r *Role) KeyFetches() (fetched, failed uint64) {
+	if r.keys == nil {
+		return 0, 0
+	}
+	return r.keys.Stats()
+}
+
+// Balancer returns the state of the clusters that requests go to; nil without a control plane.
 func (r *Role) Balancer() *balance.Balancer { return r.balancer }
 
 // Refuse resets a connection that exceeds the limit.

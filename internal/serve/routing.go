@@ -2,7 +2,6 @@ package serve
 
 import (
 	"bytes"
-	"net/netip"
 	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
@@ -35,10 +34,8 @@ type routing struct {
 	refused *route.Reply // not nil: the reply to all requests
 
 	request route.Request   // reused, so that it is not allocated
+	asks    bool            // the request has fields of route.Consumed
 	pick    balance.Request // as well
-	avoid   [1]netip.AddrPort
-
-	pinned *watched // the endpoint of an HTTP/2 connection
 }
 
 func (c *Conn) newRouting(g *governed) *routing {
@@ -97,6 +94,9 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
 	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, Tracing: r.traced}
+	if r.asks {
+		d.Edits = route.Consumed
+	}
 	switch {
 	case d.Reply != nil:
 		return d
@@ -108,7 +108,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	if hashes(config) {
 		r.pick.Hash, r.pick.Hashed = choice.Cluster.Hash(&r.request)
 	}
-	r.pick.Retry, r.pick.Avoid = false, nil
+	r.pick.Retry, r.pick.Avoid, r.pick.Tried = false, nil, nil
 	r.send(s, config, &d)
 	if d.Reply == nil && d.Plan != nil && len(d.Plan.Mirrors) > 0 {
 		r.mirror(s, &d)
@@ -137,10 +137,13 @@ func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.De
 		d.Reply = noHealthyHost.reply
 		return d
 	}
-	r.pick.Retry, r.pick.Avoid = true, nil
-	if p := d.Plan; p != nil && p.Retry != nil && p.Retry.OtherHosts {
-		r.avoid[0] = q.Previous.Target.Address
-		r.pick.Avoid = r.avoid[:]
+	d.Tried = append(slices.Clip(q.Previous.Tried), q.Previous.Target.Address)
+	r.pick.Retry, r.pick.Avoid, r.pick.Tried, r.pick.Priorities = true, nil, d.Tried, 0
+	if p := d.Plan; p != nil && p.Retry != nil {
+		r.pick.Priorities = p.Retry.OtherPriorities
+		if p.Retry.OtherHosts {
+			r.pick.Avoid, r.pick.Repicks = d.Tried, p.Retry.HostChoices
+		}
 	}
 	r.send(s, config, &d)
 	return d
@@ -150,11 +153,12 @@ func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.De
 func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
 	d.AsDownstream = config.HTTP.Protocol == mesh.UpstreamAsDownstream
 	d.HTTP2 = config.HTTP.Protocol == mesh.UpstreamHTTP2
-	if r.pinned != nil {
-		r.sendPinned(s, config, d)
-		return
+	in := r.upstreamProtocol(config)
+	d.Translate = in != r.inside
+	if r.pick.Kind = balance.HTTP1; in == secure.HTTP2 {
+		r.pick.Kind = balance.HTTP2
 	}
-	lease, failed := r.role.endpoint(s, config, &r.pick, r.inside, r.request.Authority, &d.Target)
+	lease, failed := r.role.endpoint(s, config, &r.pick, in, r.request.Authority, &d.Target)
 	if failed != nil {
 		d.Target, d.Reply = upstream.Target{}, failed.reply
 		return
@@ -165,32 +169,22 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 	}
 }
 
+// upstreamProtocol returns the protocol in which a request goes to the endpoints of a cluster. gRPC needs HTTP/2: a call keeps
+// that, also where the cluster asks for HTTP/1, as the name of a port does that does not begin with grpc.
+func (r *routing) upstreamProtocol(config *mesh.Cluster) secure.Inside {
+	switch {
+	case config.HTTP.Protocol == mesh.UpstreamAsDownstream, r.request.GRPC && r.inside == secure.HTTP2:
+		return r.inside
+	case config.HTTP.Protocol == mesh.UpstreamHTTP2:
+		return secure.HTTP2
+	}
+	return secure.HTTP1
+}
+
 // exchanges reports whether metadata is exchanged with the hosts of a cluster. Those outside of the mesh do not receive it.
 func (r *routing) exchanges(with *mesh.Cluster) bool {
 	return r.described != nil && !with.External && with.Discovery != mesh.OriginalDestination
 }
-
-// sendPinned sends a request of an HTTP/2 connection to the connection's endpoint, if that is one of the request's cluster.
-// Another request cannot be carried on this connection, and is answered 421.
-func (r *routing) sendPinned(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.Decision) {
-	if config.Name == r.pinned.config.Name {
-		if r.pinned.gone() && r.pinned.refused != nil {
-			d.Reply = r.pinned.refused.reply
-			return
-		}
-		var failed balance.Failure
-		if d.Lease, failed = r.role.balancer.Cluster(s, config).At(r.pinned.target.Address, &r.pick); failed != balance.None {
-			d.Reply = overflow.reply
-			return
-		}
-		d.Target = r.pinned.target
-		return
-	}
-	d.Target.Address = netip.AddrPortFrom(r.info.Destination.Addr(), 0) // not that of the connection
-}
-
-// Retired implements httpforward.Retirement. A connection whose requests are routed one by one does not end.
-func (r *routing) Retired() bool { return r.pinned != nil && r.pinned.gone() }
 
 // OnlyHTTP implements httpforward.OnlyHTTP.
 func (r *routing) OnlyHTTP() bool { return true }
@@ -199,22 +193,24 @@ func (r *routing) OnlyHTTP() bool { return true }
 func (r *routing) view(q *httpforward.Request) {
 	to := &r.request
 	to.Method, to.Path, to.Authority, to.Scheme, to.Fields = q.Method, q.Path, q.Authority, q.Scheme, q.Fields
-	to.GRPC = isGRPC(q.Fields)
+	to.GRPC, r.asks = inspect(q.Fields)
 }
 
 var applicationGRPC = []byte("application/grpc")
 
-// isGRPC reports whether a request is one of gRPC by its content-type.
-func isGRPC(fields route.Fields) bool {
+// inspect reports whether a request is one of gRPC by its content-type, and whether it asks for retries or timeouts of its own.
+func inspect(fields route.Fields) (grpc, asks bool) {
 	const contentType = "content-type"
+	known := false
 	for i := range fields.Len() {
 		name, value := fields.At(i)
-		if len(name) == len(contentType) && bytes.EqualFold(name, []byte(contentType)) {
+		if len(name) == len(contentType) && !known && bytes.EqualFold(name, []byte(contentType)) {
 			rest, found := bytes.CutPrefix(value, applicationGRPC)
-			return found && (len(rest) == 0 || rest[0] == '+' || rest[0] == ';')
+			grpc, known = found && (len(rest) == 0 || rest[0] == '+' || rest[0] == ';'), true
 		}
+		asks = asks || route.IsConsumed(name)
 	}
-	return false
+	return grpc, asks
 }
 
 // mirror adds the endpoints that copies of the request are sent to.
@@ -225,72 +221,13 @@ func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
 		if config == nil || len(d.Mirrors) == httpforward.MaxMirrors || !r.request.Drawn(m) {
 			continue
 		}
-		copied := httpforward.Mirror{Policy: m, HTTP2: config.HTTP.Protocol == mesh.UpstreamHTTP2}
+		in := r.upstreamProtocol(config)
+		copied := httpforward.Mirror{Policy: m, HTTP2: in == secure.HTTP2}
 		request := balance.Request{Original: r.info.Destination}
-		lease, failed := r.role.endpoint(s, config, &request, r.inside, r.request.Authority, &copied.Target)
+		lease, failed := r.role.endpoint(s, config, &request, in, r.request.Authority, &copied.Target)
 		if failed == nil {
 			copied.Lease = lease
 			d.Mirrors = append(d.Mirrors, copied)
 		}
 	}
-}
-
-// pin chooses the endpoint of an HTTP/2 connection before its requests are known.
-func (r *routing) pin(to *upstream.Target) *failure {
-	if r.refused != nil || r.table == nil {
-		return nil // its requests are answered, or go to the destination
-	}
-	config := r.destination()
-	if config == nil {
-		return noSuchCluster
-	}
-	lease, failed := r.role.endpoint(r.judged, config, &r.pick, r.inside, nil, to)
-	if failed != nil {
-		return failed
-	}
-	lease.End(balance.Outcome{GRPC: -1}) // its requests have leases of their own
-	r.pinned = r.role.watch(r.judged, config, to, r.inside)
-	return nil
-}
-
-// destination returns the cluster of a request to the original destination. istiod lists a service's addresses among the
-// domains of its virtual host. Without such a host, the destination may be an endpoint itself, as that of a headless service
-// is.
-func (r *routing) destination() *mesh.Cluster {
-	authority := []byte(r.info.Destination.String())
-	choice := r.table.Find(&route.Request{Method: []byte("POST"), Path: []byte("/"), Authority: authority, Scheme: []byte("http")})
-	if choice.Host != nil && !slices.ContainsFunc(choice.Host.Domains, func(d mesh.Domain) bool { return d.Kind == mesh.DomainAny }) {
-		if choice.Cluster == nil {
-			return nil
-		}
-		return r.judged.Cluster(choice.Cluster.Name)
-	}
-	for i := range r.routes.Hosts {
-		for k := range r.routes.Hosts[i].Routes {
-			if c := r.ofEndpoint(r.routes.Hosts[i].Routes[k].Forward); c != nil {
-				return c
-			}
-		}
-	}
-	if choice.Cluster == nil {
-		return nil
-	}
-	return r.judged.Cluster(choice.Cluster.Name)
-}
-
-// ofEndpoint returns the cluster of a route that the original destination is an endpoint of, or nil.
-func (r *routing) ofEndpoint(f *mesh.Forward) *mesh.Cluster {
-	if f == nil {
-		return nil
-	}
-	for i := range f.Clusters {
-		c := r.judged.Cluster(f.Clusters[i].Name)
-		if c == nil {
-			continue
-		}
-		if hosts := r.judged.Hosts(c); hosts != nil && hosts.At(r.info.Destination) != nil {
-			return c
-		}
-	}
-	return nil
 }

@@ -43,24 +43,45 @@ func (p *Poller) dial(w *Waiter, from origin, remote netip.AddrPort, deadline ti
 }
 
 func (p *Poller) open(w *Waiter, from origin, remote netip.AddrPort, deadline time.Time) (*Conn, error) {
+	c, err := p.Socket(remote)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.start(w, from, deadline); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// Socket returns a connection to remote on which Connect is to be called. A socket belongs to the network namespace of the
+// thread that makes it: a goroutine that may be in another namespace gets one that was made for it.
+func (p *Poller) Socket(remote netip.AddrPort) (*Conn, error) {
 	family := unix.AF_INET
 	if remote.Addr().Is6() {
 		family = unix.AF_INET6
-	}
-	destination, err := newSocketAddress(remote)
-	if err != nil {
-		return nil, err
 	}
 	fd, err := p.socket(family)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
-	c := newConn(p, fd, remote, writable)
-	if err := c.connect(w, from, &destination, deadline); err != nil {
-		c.Close()
-		return nil, err
+	return newConn(p, fd, remote, writable), nil
+}
+
+// Connect is Dial for a connection from Socket. After an error, the connection is to be closed.
+func (c *Conn) Connect(w *Waiter, local netip.Addr, deadline time.Time) error {
+	if err := c.start(w, origin{address: netip.AddrPortFrom(local, 0)}, deadline); err != nil {
+		return fmt.Errorf("connecting to %v: %w", c.RemoteAddr(), err)
 	}
-	return c, nil
+	return nil
+}
+
+func (c *Conn) start(w *Waiter, from origin, deadline time.Time) error {
+	destination, err := newSocketAddress(c.RemoteAddr())
+	if err != nil {
+		return err
+	}
+	return c.connect(w, from, &destination, deadline)
 }
 
 func (c *Conn) connect(w *Waiter, from origin, destination *socketAddress, deadline time.Time) error {

@@ -33,6 +33,19 @@ type Layer interface {
 	Buffered() bool
 }
 
+// Limited may be implemented by a Layer whose Write takes less than all, and returns ErrAgain if it takes nothing, because the
+// peer limits what it accepts.
+type Limited interface {
+	// Room reports whether Write may take something, after a Read.
+	Room() bool
+}
+
+// Raw is the side of a Layer towards the network: a Socket, or another Layer.
+type Raw interface {
+	Read(p []byte) (int, error)
+	Write(p []byte) (int, error)
+}
+
 // Socket is the raw side of a connection with a Layer.
 type Socket struct{ c *Conn }
 
@@ -64,6 +77,8 @@ type layered struct {
 	readErr  error // of the layer; returned by every later read
 	writeErr error // returned by every later write; the rest of a record is lost, so no record can follow
 
+	full bool // the layer has taken no more: see Limited
+
 	closing bool // the close message is written; FIN follows when it is sent
 
 	label any // see SetLabel
@@ -74,6 +89,41 @@ type layered struct {
 func (c *Conn) SetLayer(read *Buffer, layer func(*Socket) Layer) {
 	c.layer = &layered{ahead: read, more: true}
 	c.layer.Layer = layer(&Socket{c})
+}
+
+// AddLayer puts a layer on top of the connection's layer, whose Label stays, or on the socket. It must be the last layer: the one
+// below is never replaced.
+func (c *Conn) AddLayer(layer func(below Raw) Layer) {
+	if c.layer == nil {
+		c.SetLayer(nil, func(s *Socket) Layer { return layer(s) })
+		return
+	}
+	below := c.layer.Layer
+	c.layer.Layer, c.layer.more = &stacked{layer(below), below}, true
+}
+
+// stacked is a Layer on another one.
+type stacked struct {
+	Layer
+	below Layer
+}
+
+// CloseWrite implements Layer.
+func (s *stacked) CloseWrite() error {
+	err := s.Layer.CloseWrite()
+	if closed := s.below.CloseWrite(); err == nil {
+		err = closed
+	}
+	return err
+}
+
+// Buffered implements Layer.
+func (s *stacked) Buffered() bool { return s.Layer.Buffered() || s.below.Buffered() }
+
+// Room implements Limited.
+func (s *stacked) Room() bool {
+	l, ok := s.Layer.(Limited)
+	return ok && l.Room()
 }
 
 // SetLabel sets what Label returns. The connection must have a layer.
@@ -180,7 +230,10 @@ func (l *layered) write(c *Conn, p []byte) (int, error) {
 		return 0, nil
 	}
 	n, err := l.Layer.Write(p[:min(len(p), maxEncoded)])
-	if err != nil {
+	switch {
+	case err == ErrAgain:
+		l.full = true
+	case err != nil:
 		l.writeErr = err
 	}
 	return n, err
@@ -219,6 +272,12 @@ func (l *layered) flush(c *Conn) error {
 // flushWaiting flushes before a wait for the connection, because its owner cannot see the unsent bytes. It reports whether
 // the owner must try again at once: the flush failed, or a read that was stalled can go on.
 func (l *layered) flushWaiting(c *Conn) (news bool) {
+	if l.full {
+		if limited, ok := l.Layer.(Limited); ok && limited.Room() {
+			l.full = false
+			return true
+		}
+	}
 	if l.unsent == nil || l.writeErr != nil {
 		return l.stalled && l.resume()
 	}

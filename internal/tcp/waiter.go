@@ -98,6 +98,10 @@ func (w *Waiter) leave() {
 // Continue takes back an Interrupt that no wait has reported.
 func (w *Waiter) Continue() { w.news.And(^uint32(interrupt)) }
 
+// Wake ends the wait in progress, or else the next one, as an event of a connection does. It may be called from any goroutine,
+// and also after Close.
+func (w *Waiter) Wake() { w.wake() }
+
 func (w *Waiter) wake()   { w.signal(event) }
 func (w *Waiter) expire() { w.signal(expiry) }
 
@@ -195,6 +199,10 @@ func (w *Waiter) ended() error {
 	}
 	return nil
 }
+
+// Adopt makes c a connection of this waiter, as Wait does with its arguments, for an owner of more than two. With missed, an
+// event may be past: the owner tries its reads and writes again before it waits.
+func (w *Waiter) Adopt(c *Conn) (missed bool, err error) { return w.adopt(c) }
 
 // adopt directs the events of c to w. It reports whether an earlier event may have woken another waiter, or no waiter at
 // all: then Wait must return at once.

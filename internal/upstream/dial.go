@@ -24,6 +24,10 @@ type Dialer struct {
 	Stats   *Stats        // counts dials and their results; nil: not counted
 	Borrow  *Borrower     // for targets with a borrowed source; nil: such targets never occur
 
+	// Socket is from Poller.Socket, for a Dial by another goroutine than that of the downstream connection. The Dial takes
+	// it over, and makes one attempt. nil: each attempt makes a socket.
+	Socket *tcp.Conn
+
 	// Returned is the result of Stats.Returned for the downstream connection on whose behalf Dial connects.
 	Returned *tcp.Conn
 }
@@ -71,7 +75,7 @@ const (
 // twice and within Timeout: no byte of the connection was sent, and the network may choose another server. With another
 // target, the next attempt would reach the same server, so the error is returned at once. attempts is their number, at
 // least 1.
-func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, err error) {
+func (d *Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, err error) {
 	var deadline time.Time
 	timeout := d.Timeout
 	if o := target.options(); o != nil && o.ConnectTimeout > 0 {
@@ -81,8 +85,12 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 		deadline = time.Now().Add(timeout)
 	}
 	for attempts = 1; ; attempts++ {
-		up, err = d.connect(w, target, attemptDeadline(deadline, target, attempts))
-		if err == nil || !target.Balanced || attempts == maxAttempts || !mayRedial(err) {
+		end := deadline
+		if d.Socket == nil {
+			end = attemptDeadline(deadline, target, attempts)
+		}
+		up, err = d.connect(w, target, end)
+		if err == nil || !target.Balanced || d.Socket != nil || attempts == maxAttempts || !mayRedial(err) {
 			break
 		}
 		if paused := pause(w, deadline); paused != nil {
@@ -113,7 +121,7 @@ func (d Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int, 
 	return up, attempts, nil
 }
 
-func (d Dialer) count(add func(*Stats)) {
+func (d *Dialer) count(add func(*Stats)) {
 	if d.Stats != nil {
 		add(d.Stats)
 	}
@@ -129,7 +137,14 @@ func attemptDeadline(deadline time.Time, target Target, attempt int) time.Time {
 }
 
 // connect makes one attempt.
-func (d Dialer) connect(w *tcp.Waiter, target Target, deadline time.Time) (*tcp.Conn, error) {
+func (d *Dialer) connect(w *tcp.Waiter, target Target, deadline time.Time) (*tcp.Conn, error) {
+	if up := d.Socket; up != nil {
+		if err := up.Connect(w, target.Source, deadline); err != nil {
+			up.Close()
+			return nil, err
+		}
+		return up, nil
+	}
 	if target.Borrowed {
 		return d.Borrow.dial(d.Poller, w, target, deadline)
 	}

@@ -61,7 +61,7 @@ func TestReason(t *testing.T) {
 				if c.want == flow.UpstreamTimeout {
 					timeout = 100 * time.Millisecond
 				}
-				conn, _, err := Dialer{Poller: poller, Timeout: timeout}.Dial(waiter, Target{Source: c.source, Address: c.remote})
+				conn, _, err := (&Dialer{Poller: poller, Timeout: timeout}).Dial(waiter, Target{Source: c.source, Address: c.remote})
 				if err == nil {
 					conn.Close()
 				}
@@ -82,7 +82,7 @@ func TestReason(t *testing.T) {
 			nettest.OnceBlocked(t, "tcp.(*Waiter).Wait", func() { cancel(); poller.WakeAll() })
 			canceled := tcp.NewWaiter(ctx)
 			defer canceled.Close()
-			_, _, err := Dialer{Poller: poller}.Dial(canceled, Target{Address: netip.AddrPortFrom(silent, 9)})
+			_, _, err := (&Dialer{Poller: poller}).Dial(canceled, Target{Address: netip.AddrPortFrom(silent, 9)})
 			if got := Reason(err); got != flow.DrainDeadline {
 				t.Errorf("Reason(%v) = %s", err, got)
 			}

@@ -74,7 +74,7 @@ func TestErrorOfALayerIsADialError(t *testing.T) {
 	var stats Stats
 	target := s.target()
 	target.Security = &Security{Handshake: func(*tcp.Waiter, *tcp.Conn, time.Time) error { return refused }}
-	up, _, err := Dialer{Poller: s.poller, Stats: &stats}.Dial(s.w, target)
+	up, _, err := (&Dialer{Poller: s.poller, Stats: &stats}).Dial(s.w, target)
 	if up != nil || err != refused || stats.Failed.Load() != 1 || stats.Connected.Load() != 0 || stats.Active.Load() != 0 {
 		t.Errorf("Dial = %v, %v; counted %d failures", up, err, stats.Failed.Load())
 	}
@@ -97,7 +97,7 @@ func TestALayerHasTheDialsDeadline(t *testing.T) {
 			got = deadline
 			return nil
 		}}
-		up, _, err := Dialer{Poller: s.poller, Timeout: timeout}.Dial(s.w, target)
+		up, _, err := (&Dialer{Poller: s.poller, Timeout: timeout}).Dial(s.w, target)
 		if err != nil {
 			t.Fatal(err)
 		}

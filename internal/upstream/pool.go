@@ -23,6 +23,9 @@ type Target struct {
 	// the next one may reach another server: see Dialer.Dial.
 	Balanced bool
 
+	// HTTP2 marks connections whose HTTP/1 messages a layer translates into HTTP/2. The caller of Dial sets the layer.
+	HTTP2 bool
+
 	// Security secures and limits the connections; nil: they are plain, and have no limits of their own. Connections with
 	// different values are not interchangeable.
 	Security *Security

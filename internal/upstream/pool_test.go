@@ -338,7 +338,7 @@ func TestConcurrentUseOfAPool(t *testing.T) {
 				conn := pool.Take(s.target())
 				if conn == nil {
 					var err error
-					if conn, _, err = (Dialer{Poller: s.poller}).Dial(w, s.target()); err != nil {
+					if conn, _, err = (&Dialer{Poller: s.poller}).Dial(w, s.target()); err != nil {
 						t.Error(err)
 						return
 					}

@@ -37,7 +37,7 @@ func TestOnlyABalancedTargetIsDialledAgain(t *testing.T) {
 		{Target{Address: s.listener.Addr(), Balanced: true}, 1},
 	} {
 		var stats Stats
-		up, attempts, err := Dialer{Poller: s.poller, Stats: &stats}.Dial(s.w, c.target)
+		up, attempts, err := (&Dialer{Poller: s.poller, Stats: &stats}).Dial(s.w, c.target)
 		failures := c.want
 		if err == nil {
 			up.Close()
@@ -80,7 +80,7 @@ func TestADialThatIsCanceledBetweenTwoAttempts(t *testing.T) {
 	cancel()
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
-	_, attempts, err := Dialer{Poller: s.poller}.Dial(w, Target{Address: closedPort(t, s), Balanced: true})
+	_, attempts, err := (&Dialer{Poller: s.poller}).Dial(w, Target{Address: closedPort(t, s), Balanced: true})
 	if attempts != 1 || !errors.Is(err, tcp.ErrCanceled) {
 		t.Errorf("%d attempts, %v", attempts, err)
 	}

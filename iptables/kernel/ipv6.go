@@ -12,25 +12,21 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/iptables/ruleset"
+	"github.com/vishvananda/netlink/nl"
 )
 
-// sourceAddress is the agent's source address towards an IPv6 workload. IPv4 needs no such address: 127.0.0.6 is in
-// 127.0.0.0/8.
+// changeSourceAddress adds or removes the agent's source address towards an IPv6 workload. IPv4 needs no such address:
+// 127.0.0.6 is in 127.0.0.0/8.
 //
 // The address is deprecated from the start (its preferred lifetime is 0). The kernel then never selects it as a source
 // by itself, bind(2) still accepts it, and cleanup recognises the address as ours.
-func sourceAddress() *netlink.Addr {
-	return &netlink.Addr{
-		IPNet:     &net.IPNet{IP: capture.InboundSource6.AsSlice(), Mask: net.CIDRMask(128, 128)},
-		Flags:     unix.IFA_F_NODAD,
-		ValidLft:  math.MaxUint32,
-		LinkIndex: loopbackIndex,
-	}
+func changeSourceAddress(message, flags int) error {
+	lifetimes := nl.IfaCacheInfo{IfaCacheinfo: unix.IfaCacheinfo{Valid: math.MaxUint32}}
+	return addressChange(message, flags, loopbackIndex, capture.InboundSource6, nl.NewRtAttr(unix.IFA_CACHEINFO, lifetimes.Serialize()))
 }
 
 // loopbackIndex is the index of the loopback in every namespace: it is the first interface created.
@@ -38,7 +34,7 @@ const loopbackIndex = 1
 
 // AddSourceAddress adds the source address to the loopback.
 func AddSourceAddress() error {
-	if err := netlink.AddrAdd(nil, sourceAddress()); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := changeSourceAddress(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("adding %s to %s: %w", capture.InboundSource6, ruleset.Loopback, err)
 	}
 	return nil
@@ -46,7 +42,7 @@ func AddSourceAddress() error {
 
 // RemoveSourceAddress removes the source address from the loopback.
 func RemoveSourceAddress() error {
-	if err := netlink.AddrDel(nil, sourceAddress()); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+	if err := changeSourceAddress(unix.RTM_DELADDR, 0); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 		return fmt.Errorf("removing %s from %s: %w", capture.InboundSource6, ruleset.Loopback, err)
 	}
 	return nil

@@ -30,9 +30,5 @@ func Whole[T any](list func() (T, error)) (listed T, err error) {
 func LinkUp(name string) error {
 	message := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	message.Flags, message.Change = unix.IFF_UP, unix.IFF_UP
-	request := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
-	request.AddData(message)
-	request.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
-	_, err := request.Execute(unix.NETLINK_ROUTE, 0)
-	return err
+	return change(unix.RTM_NEWLINK, 0, message, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
 }

@@ -8,7 +8,7 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -17,26 +17,49 @@ import (
 
 // RouteTo returns the interface that leads to address and the source address that the kernel selects.
 func RouteTo(address, src netip.Addr, mark uint32) (link string, own netip.Addr, err error) {
-	options := &netlink.RouteGetOptions{Mark: mark}
-	if src.IsValid() {
-		options.SrcAddr = src.AsSlice()
-	}
-	routes, err := netlink.RouteGetWithOptions(address.AsSlice(), options)
-	if err == nil && len(routes) == 0 {
-		err = unix.ENETUNREACH
-	}
+	route, err := lookUp(address.Unmap(), src.Unmap(), mark)
 	if err != nil {
 		return "", own, fmt.Errorf("looking for the route to %s: %w; to explain without a route, give the interface and the addresses", address, err)
 	}
-	own, _ = netip.AddrFromSlice(routes[0].Src)
-	if routes[0].Type == unix.RTN_LOCAL {
-		return ruleset.Loopback, own.Unmap(), nil
+	own, _ = netip.AddrFromSlice(route.attributes[unix.RTA_PREFSRC].Value)
+	if route.Type == unix.RTN_LOCAL {
+		return ruleset.Loopback, own, nil
 	}
-	found, err := net.InterfaceByIndex(routes[0].LinkIndex)
+	found, err := net.InterfaceByIndex(int(route.number(unix.RTA_OIF)))
 	if err != nil {
 		return "", own, fmt.Errorf("looking for the interface to %s: %w", address, err)
 	}
-	return found.Name, own.Unmap(), nil
+	return found.Name, own, nil
+}
+
+// IsLocal reports whether packets to an address are delivered here.
+func IsLocal(address netip.Addr) (bool, error) {
+	route, err := lookUp(address, netip.Addr{}, 0)
+	return err == nil && route.Type == unix.RTN_LOCAL, err
+}
+
+// lookUp asks the kernel for the route of a packet. src may be invalid.
+func lookUp(address, src netip.Addr, mark uint32) (route entry, err error) {
+	header := &nl.RtMsg{RtMsg: unix.RtMsg{Family: unix.AF_INET, Dst_len: uint8(address.BitLen()), Flags: unix.RTM_F_LOOKUP_TABLE}}
+	if address.Is6() {
+		header.Family = unix.AF_INET6
+	}
+	attributes := []*nl.RtAttr{nl.NewRtAttr(unix.RTA_DST, address.AsSlice())}
+	if src.IsValid() {
+		header.Src_len = uint8(src.BitLen())
+		attributes = append(attributes, nl.NewRtAttr(unix.RTA_SRC, src.AsSlice()))
+	}
+	if mark != 0 {
+		attributes = append(attributes, number(unix.RTA_MARK, mark))
+	}
+	routes, err := entries(unix.RTM_GETROUTE, 0, unix.RTM_NEWROUTE, header, attributes...)
+	switch {
+	case err != nil:
+		return route, err
+	case len(routes) == 0:
+		return route, unix.ENETUNREACH
+	}
+	return routes[0], nil
 }
 
 // Route is a part of the policy routing for TPROXY. A rule sends packets with the mark to a table of its own. The only
@@ -76,7 +99,7 @@ type RouteChange struct {
 type Installed struct {
 	Route
 	Ours     bool
-	Priority int
+	Priority uint32 // of a rule
 }
 
 // RouteProtocol identifies our rules and routes (rtm_protocol), whatever arguments they were made with. Neither
@@ -129,36 +152,41 @@ func DiffRoutes(want []Route, have []Installed) []RouteChange {
 func ReadRoutes() ([]Installed, error) {
 	var found []Installed
 	for _, family := range ruleset.Families {
-		rules, err := Whole(func() ([]netlink.Rule, error) { return netlink.RuleList(familyNumber(family)) })
+		header := &nl.RtMsg{RtMsg: unix.RtMsg{Family: familyNumber(family)}}
+		rules, err := Whole(func() ([]entry, error) { return entries(unix.RTM_GETRULE, unix.NLM_F_DUMP, unix.RTM_NEWRULE, header) })
 		if err != nil && !noRouting(err) {
 			return nil, fmt.Errorf("listing %s routing rules: %w", family, err)
 		}
 		for _, r := range rules {
-			plain := r.Src == nil && r.Dst == nil && r.IifName == "" && r.OifName == "" && !r.Invert && r.IPProto == 0 && r.UIDRange == nil
-			whole := r.Mask == nil || *r.Mask == 1<<32-1
-			if r.Mark != 0 && plain && whole {
-				found = append(found, Installed{Route{family, r.Mark, uint32(r.Table)}, r.Protocol == RouteProtocol, r.Priority})
+			if mark := r.number(nl.FRA_FWMARK); mark != 0 && r.isPlainRule() {
+				protocol := r.attributes[nl.FRA_PROTOCOL].Value
+				ours := len(protocol) > 0 && protocol[0] == RouteProtocol
+				found = append(found, Installed{Route{family, mark, r.number(nl.FRA_TABLE)}, ours, r.number(nl.FRA_PRIORITY)})
 			}
 		}
-		all := &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Type: unix.RTN_LOCAL, LinkIndex: loopbackIndex}
-		routes, err := Whole(func() ([]netlink.Route, error) {
-			return netlink.RouteListFiltered(familyNumber(family), all, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE|netlink.RT_FILTER_OIF)
-		})
+		routes, err := Whole(func() ([]entry, error) { return entries(unix.RTM_GETROUTE, unix.NLM_F_DUMP, unix.RTM_NEWROUTE, header) })
 		if err != nil && !noRouting(err) {
 			return nil, fmt.Errorf("listing %s routes: %w", family, err)
 		}
 		for _, r := range routes {
-			if everywhere := r.Dst == nil || maskBits(r.Dst) == 0; everywhere && r.Type == unix.RTN_LOCAL && r.LinkIndex == loopbackIndex {
-				found = append(found, Installed{Route{Family: family, Table: uint32(r.Table)}, r.Protocol == RouteProtocol, r.Priority})
+			everywhere := r.Dst_len == 0 && r.Flags&unix.RTM_F_CLONED == 0
+			if everywhere && r.Family == header.Family && r.Type == unix.RTN_LOCAL && r.number(unix.RTA_OIF) == loopbackIndex {
+				found = append(found, Installed{Route{Family: family, Table: r.number(unix.RTA_TABLE)}, r.Protocol == RouteProtocol, 0})
 			}
 		}
 	}
 	return found, nil
 }
 
-func maskBits(network *net.IPNet) int {
-	ones, _ := network.Mask.Size()
-	return ones
+// isPlainRule reports whether a rule has no other condition than a mark, all bits of it.
+func (e entry) isPlainRule() bool {
+	const inverted = 2 // FIB_RULE_INVERT
+	for _, condition := range []uint16{nl.FRA_SRC, nl.FRA_DST, nl.FRA_IIFNAME, nl.FRA_OIFNAME, nl.FRA_IP_PROTO, nl.FRA_UID_RANGE} {
+		if e.has(condition) {
+			return false
+		}
+	}
+	return e.Flags&inverted == 0 && (!e.has(nl.FRA_FWMASK) || e.number(nl.FRA_FWMASK) == 1<<32-1)
 }
 
 // noRouting reports whether the kernel lacks the family or policy routing.
@@ -166,11 +194,11 @@ func noRouting(err error) bool {
 	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
 }
 
-func familyNumber(f ruleset.Family) int {
+func familyNumber(f ruleset.Family) uint8 {
 	if f == ruleset.IPv6 {
-		return netlink.FAMILY_V6
+		return unix.AF_INET6
 	}
-	return netlink.FAMILY_V4
+	return unix.AF_INET
 }
 
 // Apply carries the change out.
@@ -179,12 +207,12 @@ func (c RouteChange) Apply() error {
 		return c.found.remove()
 	}
 	if c.Route.Mark != 0 {
-		if err := netlink.RuleAdd(c.Route.rule()); err != nil {
+		if err := c.Route.changeRule(unix.RTM_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_EXCL); err != nil {
 			return fmt.Errorf("adding %s rule %s: %w", c.Route.Family, c.Route, c.Route.explain(err))
 		}
 		return nil
 	}
-	if err := netlink.RouteAdd(c.Route.route()); err != nil {
+	if err := c.Route.changeRoute(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL); err != nil {
 		return fmt.Errorf("adding %s route %s: %w", c.Route.Family, c.Route, c.Route.explain(err))
 	}
 	return nil
@@ -224,11 +252,9 @@ func RemoveRoute(r Route) error {
 func (i Installed) remove() error {
 	var err error
 	if i.Mark != 0 {
-		rule := i.rule()
-		rule.Priority = i.Priority
-		err = netlink.RuleDel(rule)
+		err = i.changeRule(unix.RTM_DELRULE, 0, number(nl.FRA_PRIORITY, i.Priority))
 	} else {
-		err = netlink.RouteDel(i.route())
+		err = i.changeRoute(unix.RTM_DELROUTE, 0)
 	}
 	if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("removing %s %s: %w", i.Family, i.Route, err)
@@ -236,16 +262,14 @@ func (i Installed) remove() error {
 	return nil
 }
 
-func (r Route) rule() *netlink.Rule {
-	rule := netlink.NewRule()
-	rule.Family, rule.Mark, rule.Table, rule.Protocol = familyNumber(r.Family), r.Mark, int(r.Table), RouteProtocol
-	return rule
+func (r Route) changeRule(message, flags int, attributes ...*nl.RtAttr) error {
+	header := nl.NewRtMsg()
+	header.Family, header.Table = familyNumber(r.Family), unix.RT_TABLE_UNSPEC
+	return change(message, flags, header, append(attributes,
+		number(nl.FRA_FWMARK, r.Mark), number(nl.FRA_TABLE, r.Table), nl.NewRtAttr(nl.FRA_PROTOCOL, nl.Uint8Attr(RouteProtocol)))...)
 }
 
-func (r Route) route() *netlink.Route {
-	everywhere := ruleset.AddressesOf(r.Family).Anywhere
-	return &netlink.Route{
-		LinkIndex: loopbackIndex, Table: int(r.Table), Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Protocol: RouteProtocol,
-		Dst: &net.IPNet{IP: everywhere.AsSlice(), Mask: net.CIDRMask(0, everywhere.BitLen())},
-	}
+func (r Route) changeRoute(message, flags int) error {
+	header := &nl.RtMsg{RtMsg: unix.RtMsg{Family: familyNumber(r.Family), Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Protocol: RouteProtocol}}
+	return change(message, flags, header, number(unix.RTA_TABLE, r.Table), number(unix.RTA_OIF, loopbackIndex))
 }

@@ -328,7 +328,7 @@ func readHTTPFilter(config *anypb.Any) mesh.HTTPFilter {
 		want.JWT = readJWT(unpack(config.Value, &jwt.JwtAuthentication{}))
 	case "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz":
 		want.ExtAuthz = readHTTPAuthz(unpack(config.Value, &httpauthz.ExtAuthz{}))
-		want.Refused = !want.ExtAuthz.Shadow
+		want.Refused = !want.ExtAuthz.Shadow && (want.ExtAuthz.Body != nil || want.ExtAuthz.PeerCert)
 	case "envoy.extensions.filters.http.fault.v3.HTTPFault":
 		want.Fault = readFault(unpack(config.Value, &fault.HTTPFault{}))
 	case "envoy.extensions.filters.http.router.v3.Router":

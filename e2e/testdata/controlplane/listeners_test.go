@@ -475,7 +475,7 @@ func readChain(c *listener.FilterChain) *mesh.FilterChain {
 		case ".ExtAuthz":
 			policy := readNetworkAuthz(unpack(config.Value, &networkauthz.ExtAuthz{}))
 			want.Policies = append(want.Policies, mesh.NetworkFilter{Name: filter.Name, Type: strings.TrimPrefix(config.TypeUrl, "type.googleapis.com/"), ExtAuthz: policy})
-			want.Refused = want.Refused || !policy.Shadow
+			want.Refused = want.Refused || !policy.Shadow && policy.PeerCert
 		case ".SniCluster":
 			want.ClusterIsSNI = true
 		case ".TypedStruct":

@@ -28,7 +28,7 @@ import (
 // nevertheless.
 func understood(findings []mesh.Finding) []mesh.Finding {
 	return slices.DeleteFunc(slices.Clone(findings), func(f mesh.Finding) bool {
-		return strings.HasSuffix(f.Problem, "are not carried out yet") || strings.HasPrefix(f.Problem, "keys are not fetched")
+		return strings.HasSuffix(f.Problem, "are not carried out yet")
 	})
 }
 

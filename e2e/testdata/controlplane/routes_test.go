@@ -91,7 +91,7 @@ func wideRoutes() *route.RouteConfiguration {
 	prefix := &route.RouteMatch{PathSpecifier: &route.RouteMatch_Prefix{Prefix: "/"}}
 	yes, no := wrapperspb.Bool(true), wrapperspb.Bool(false)
 	retry := &route.RetryPolicy{
-		RetryOn: "5xx, gateway-error,reset,retriable-4xx,deadline-exceeded,internal,resource-exhausted,retriable-headers", NumRetries: wrapperspb.UInt32(0), PerTryIdleTimeout: durationpb.New(time.Second),
+		RetryOn: "5xx, gateway-error,reset,retriable-4xx,deadline-exceeded,internal,resource-exhausted,retriable-headers", NumRetries: wrapperspb.UInt32(0),
 		RetriableStatusCodes: []uint32{503, 429}, RetryBackOff: &route.RetryPolicy_RetryBackOff{BaseInterval: durationpb.New(time.Second)},
 		RetriableHeaders: []*route.HeaderMatcher{{Name: "x", HeaderMatchSpecifier: &route.HeaderMatcher_PresentMatch{PresentMatch: false}}},
 		//lint:ignore SA1019 older configuration has this field
@@ -377,7 +377,7 @@ func readRetry(r *route.RetryPolicy) *mesh.RetryPolicy {
 		"connect-failure": mesh.RetryConnectFailure, "refused-stream": mesh.RetryRefusedStream, "envoy-ratelimited": mesh.RetryRateLimited, "retriable-4xx": mesh.Retry4xx,
 		"retriable-status-codes": mesh.RetryStatusCodes, "retriable-headers": mesh.RetryHeaders, "cancelled": mesh.RetryCancelled, "deadline-exceeded": mesh.RetryDeadlineExceeded,
 		"internal": mesh.RetryInternal, "resource-exhausted": mesh.RetryResourceExhausted, "unavailable": mesh.RetryUnavailable, "": 0}
-	want := &mesh.RetryPolicy{Retries: 1, TryTimeout: r.PerTryTimeout.AsDuration(), TryIdleTimeout: r.PerTryIdleTimeout.AsDuration(), Codes: r.RetriableStatusCodes,
+	want := &mesh.RetryPolicy{Retries: 1, TryTimeout: r.PerTryTimeout.AsDuration(), Codes: r.RetriableStatusCodes,
 		Headers: readHeaders(r.RetriableHeaders), RequestHeaders: readHeaders(r.RetriableRequestHeaders), BackOff: 25 * time.Millisecond, MaxBackOff: 250 * time.Millisecond,
 		HostChoices: uint32(min(max(r.HostSelectionRetryMaxAttempts, 1), 1000)), OtherHosts: len(r.RetryHostPredicate) > 0}
 	for name := range strings.SplitSeq(r.RetryOn, ",") {

@@ -139,12 +139,13 @@ func configuration(strict bool) map[resource.Type][]types.Resource {
 			},
 		},
 		resource.EndpointType: {&endpoint.ClusterLoadAssignment{ClusterName: "outbound|80||web.shop.svc.cluster.local"}},
-		resource.ListenerType: {inbound(strict)},
+		resource.ListenerType: {inbound(strict, nil)},
 	}
 }
 
-// inbound is the listener of all inbound ports. Plain connections are accepted unless strict.
-func inbound(strict bool) *listener.Listener {
+// inbound is the listener of all inbound ports. Plain connections are accepted unless strict. Those of mutual TLS are passed on by
+// secured; nil: as bytes.
+func inbound(strict bool, secured *listener.Filter) *listener.Listener {
 	forward := &listener.Filter{Name: "envoy.filters.network.tcp_proxy", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(&tcpproxy.TcpProxy{
 		StatPrefix: "InboundPassthroughCluster", ClusterSpecifier: &tcpproxy.TcpProxy_Cluster{Cluster: "InboundPassthroughCluster"},
 	})}}
@@ -157,8 +158,11 @@ func inbound(strict bool) *listener.Listener {
 			ValidationContextType:          &tls.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: secret("ROOTCA")},
 		},
 	}
+	if secured == nil {
+		secured = forward
+	}
 	chains := []*listener.FilterChain{{
-		Name: "mutual", Filters: []*listener.Filter{forward}, FilterChainMatch: &listener.FilterChainMatch{TransportProtocol: "tls"},
+		Name: "mutual", Filters: []*listener.Filter{secured}, FilterChainMatch: &listener.FilterChainMatch{TransportProtocol: "tls"},
 		TransportSocket: &core.TransportSocket{Name: "envoy.transport_sockets.tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(context)}},
 	}}
 	if !strict {

@@ -15,14 +15,18 @@ import (
 	endpoint "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	faults "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/fault/v3"
+	fault "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
 	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	previoushosts "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
+	upstreams "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	matcher "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	percent "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
 	"github.com/envoyproxy/go-control-plane/pkg/cache/v3"
 	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -41,6 +45,8 @@ type subset struct {
 	Endpoints []host
 	Outliers  bool // 3 failures in a row eject for a second
 	Mutual    bool // the endpoints require mutual TLS
+	Closed    bool // no request is allowed at a time
+	HTTP2     bool // the endpoints speak HTTP/2; otherwise HTTP/1
 }
 
 type host struct {
@@ -48,11 +54,16 @@ type host struct {
 	Priority uint32
 }
 
-// rule is a route: of all requests, or of those with the value User of the field end-user.
+// rule is a route: of all requests, or of those with the value User of the field end-user, and below Path if that is set. It is
+// named User or Path.
 type rule struct {
-	User    string
-	Weights map[string]uint32 // by cluster
-	Retries uint32
+	User, Path string
+	Weights    map[string]uint32 // by cluster; 0: for one without a configuration
+	Retries    uint32
+	Timeout    time.Duration // 0: none
+	Delay      time.Duration // by fault injection
+	Abort      uint32        // status, by fault injection; 0: none
+	Mirror     string        // cluster; empty: none
 }
 
 // follow serves the services of a file, and pushes each change of it.
@@ -67,6 +78,11 @@ func follow(snapshots cache.SnapshotCache, file string, strict bool) error {
 			return err
 		}
 		resources := configuration(strict)
+		for _, c := range s.Clusters {
+			if c.Mutual { // an endpoint may be this proxy's own workload
+				resources[resource.ListenerType][0] = inbound(strict, inboundManager())
+			}
+		}
 		s.add(resources)
 		snapshot, err := cache.NewSnapshot(fmt.Sprint(version), resources)
 		if err != nil {
@@ -94,6 +110,31 @@ func follow(snapshots cache.SnapshotCache, file string, strict bool) error {
 	return nil
 }
 
+var http2Options = &upstreams.HttpProtocolOptions{UpstreamProtocolOptions: &upstreams.HttpProtocolOptions_ExplicitHttpConfig_{
+	ExplicitHttpConfig: &upstreams.HttpProtocolOptions_ExplicitHttpConfig{
+		ProtocolConfig: &upstreams.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: &core.Http2ProtocolOptions{}},
+	},
+}}
+
+// inboundManager passes all requests to the workload.
+func inboundManager() *listener.Filter {
+	routes := &route.RouteConfiguration{Name: "inbound", VirtualHosts: []*route.VirtualHost{{
+		Name: "inbound|http|0", Domains: []string{"*"},
+		Routes: []*route.Route{{
+			Name: "default", Match: &route.RouteMatch{PathSpecifier: &route.RouteMatch_Prefix{Prefix: "/"}},
+			Action: &route.Route_Route{Route: &route.RouteAction{
+				ClusterSpecifier: &route.RouteAction_Cluster{Cluster: "InboundPassthroughCluster"}, Timeout: durationpb.New(0),
+			}},
+		}},
+	}}}
+	return &listener.Filter{Name: "envoy.filters.network.http_connection_manager", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(
+		&hcm.HttpConnectionManager{
+			StatPrefix: "inbound", RouteSpecifier: &hcm.HttpConnectionManager_RouteConfig{RouteConfig: routes},
+			HttpFilters: []*hcm.HttpFilter{{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}},
+		},
+	)}}
+}
+
 func (s *services) add(resources map[resource.Type][]types.Resource) {
 	ads := &core.ConfigSource{ConfigSourceSpecifier: &core.ConfigSource_Ads{Ads: &core.AggregatedConfigSource{}}, ResourceApiVersion: core.ApiVersion_V3}
 	for _, c := range s.Clusters {
@@ -109,8 +150,14 @@ func (s *services) add(resources map[resource.Type][]types.Resource) {
 				BaseEjectionTime: durationpb.New(time.Second), MaxEjectionPercent: wrapperspb.UInt32(100),
 			}
 		}
+		if c.Closed {
+			config.CircuitBreakers = &cluster.CircuitBreakers{Thresholds: []*cluster.CircuitBreakers_Thresholds{{MaxRequests: wrapperspb.UInt32(0)}}}
+		}
 		if c.Mutual {
 			config.TransportSocket = mutual("outbound_." + fmt.Sprint(s.Port) + "_._." + s.Host)
+		}
+		if c.HTTP2 {
+			config.TypedExtensionProtocolOptions = map[string]*anypb.Any{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": packed(http2Options)}
 		}
 		resources[resource.ClusterType] = append(resources[resource.ClusterType], config)
 		resources[resource.EndpointType] = append(resources[resource.EndpointType], c.assignment())
@@ -118,7 +165,10 @@ func (s *services) add(resources map[resource.Type][]types.Resource) {
 	resources[resource.RouteType] = append(resources[resource.RouteType], s.routes())
 	manager := &hcm.HttpConnectionManager{
 		StatPrefix: "outbound", RouteSpecifier: &hcm.HttpConnectionManager_Rds{Rds: &hcm.Rds{ConfigSource: ads, RouteConfigName: fmt.Sprint(s.Port)}},
-		HttpFilters: []*hcm.HttpFilter{{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}},
+		HttpFilters: []*hcm.HttpFilter{
+			{Name: faultFilter, ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&fault.HTTPFault{})}},
+			{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}},
+		},
 	}
 	resources[resource.ListenerType] = append(resources[resource.ListenerType], &listener.Listener{
 		Name: fmt.Sprintf("0.0.0.0_%d", s.Port), TrafficDirection: core.TrafficDirection_OUTBOUND, BindToPort: wrapperspb.Bool(false),
@@ -151,16 +201,39 @@ func (c *subset) assignment() *endpoint.ClusterLoadAssignment {
 	return a
 }
 
+const faultFilter = "envoy.filters.http.fault"
+
+// faults are for all requests.
+func (r *rule) faults() *fault.HTTPFault {
+	all := &percent.FractionalPercent{Numerator: 100}
+	f := &fault.HTTPFault{}
+	if r.Delay > 0 {
+		f.Delay = &faults.FaultDelay{Percentage: all, FaultDelaySecifier: &faults.FaultDelay_FixedDelay{FixedDelay: durationpb.New(r.Delay)}}
+	}
+	if r.Abort > 0 {
+		f.Abort = &fault.FaultAbort{Percentage: all, ErrorType: &fault.FaultAbort_HttpStatus{HttpStatus: r.Abort}}
+	}
+	return f
+}
+
 func (s *services) routes() *route.RouteConfiguration {
 	v := &route.VirtualHost{Name: s.Host, Domains: []string{s.Host, fmt.Sprintf("%s:%d", s.Host, s.Port)}, IncludeRequestAttemptCount: true}
 	for _, rule := range s.Routes {
 		clusters := &route.WeightedCluster{}
+		for name, weight := range rule.Weights {
+			if weight == 0 {
+				clusters.Clusters = append(clusters.Clusters, &route.WeightedCluster_ClusterWeight{Name: name, Weight: wrapperspb.UInt32(1)})
+			}
+		}
 		for _, c := range s.Clusters { // in order, so that equal contents are equal resources
 			if weight := rule.Weights[c.Name]; weight > 0 {
 				clusters.Clusters = append(clusters.Clusters, &route.WeightedCluster_ClusterWeight{Name: c.Name, Weight: wrapperspb.UInt32(weight)})
 			}
 		}
-		action := &route.RouteAction{ClusterSpecifier: &route.RouteAction_WeightedClusters{WeightedClusters: clusters}, Timeout: durationpb.New(0)}
+		action := &route.RouteAction{ClusterSpecifier: &route.RouteAction_WeightedClusters{WeightedClusters: clusters}, Timeout: durationpb.New(rule.Timeout)}
+		if rule.Mirror != "" {
+			action.RequestMirrorPolicies = []*route.RouteAction_RequestMirrorPolicy{{Cluster: rule.Mirror}}
+		}
 		if rule.Retries > 0 {
 			action.RetryPolicy = &route.RetryPolicy{
 				RetryOn: "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes", NumRetries: wrapperspb.UInt32(rule.Retries),
@@ -174,6 +247,12 @@ func (s *services) routes() *route.RouteConfiguration {
 		}
 		r := &route.Route{
 			Name: "default", Match: &route.RouteMatch{PathSpecifier: &route.RouteMatch_Prefix{Prefix: "/"}}, Action: &route.Route_Route{Route: action},
+		}
+		if rule.Path != "" {
+			r.Name, r.Match.PathSpecifier = rule.Path, &route.RouteMatch_Prefix{Prefix: rule.Path}
+		}
+		if rule.Delay > 0 || rule.Abort > 0 {
+			r.TypedPerFilterConfig = map[string]*anypb.Any{faultFilter: packed(rule.faults())}
 		}
 		if rule.User != "" {
 			r.Name = rule.User

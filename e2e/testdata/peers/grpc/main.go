@@ -69,6 +69,7 @@ var cases = []struct {
 	{"special status message", interop.DoSpecialStatusMessage},
 	{"large message both ways", largeUnary},
 	{"slow stream", slowStream},
+	{"many small calls", manyCalls},
 }
 
 func call(address string) {
@@ -103,6 +104,13 @@ func largeUnary(ctx context.Context, client pb.TestServiceClient, _ ...grpc.Call
 	}
 	if got := len(reply.GetPayload().GetBody()); got != largeMessage {
 		log.Fatalf("large message: %d bytes came back, want %d", got, largeMessage)
+	}
+}
+
+// manyCalls are so many that each of a few endpoints gets some of them.
+func manyCalls(ctx context.Context, client pb.TestServiceClient, _ ...grpc.CallOption) {
+	for range 60 {
+		interop.DoEmptyUnaryCall(ctx, client)
 	}
 }
 

@@ -1,0 +1,149 @@
+// Package extauthz asks servers whether connections and requests are allowed, as Envoy's filters ext_authz do: by HTTP, or by
+// the gRPC method envoy.service.auth.v3.Authorization/Check.
+//
+// A server that cannot be asked, or whose answer is not understood, allows nothing, unless the configuration says so. Header
+// fields of the answer are only those that may be changed: an answer cannot change the framing of a message or its host.
+package extauthz
+
+import (
+	"context"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/callout"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/match"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/route"
+)
+
+// Caller sends requests to clusters: a *callout.Client.
+type Caller interface {
+	Do(cluster string, r *http.Request, limit int) (*callout.Answer, error)
+	Call(ctx context.Context, cluster, authority, path string, header http.Header, message []byte, limit int) ([]byte, error)
+}
+
+// Question is a connection or a request that a server is asked about. It owns its memory.
+type Question struct {
+	Source, Destination netip.AddrPort // the peer, and the original destination
+	SourceName          string         // the first name in the client's certificate; empty: none
+	DestinationName     string         // the workload's SPIFFE ID; empty: not known
+	ServerName          string         // of the ClientHello; empty: none
+	At                  time.Time
+
+	Request *Request          // nil: a connection
+	Context []mesh.NamedValue // of the route, for a server that is asked by gRPC
+}
+
+// Request is the part of a Question that connections do not have.
+type Request struct {
+	ID, Method, Scheme, Host string
+	Path                     string        // normalized, with its query
+	Protocol                 string        // HTTP/1.1 or HTTP/2
+	Fields                   []route.Field // in the order of their arrival, with the values of repeated ones
+	Body                     []byte        // as much of it as the server may see
+	Size                     int64         // of the whole body; -1: not known
+	Partial                  bool          // Body is not the whole body
+}
+
+// Answer is what becomes of a connection or a request.
+type Answer struct {
+	Denied bool
+	Reply  *route.Reply // to a request that is denied
+	Err    error        // the server could not be asked; nil: it has answered
+
+	// Of a request that is allowed.
+	Edits         []route.Edit   // of its header
+	ResponseEdits []route.Edit   // of its response's header
+	Metadata      match.Metadata // for later filters; may be nil
+}
+
+// Bounds of what is read.
+const (
+	maxAnswer = 256 << 10 // of the body of an answer
+	maxEdits  = 256       // header fields of an answer
+)
+
+// defaultTimeout is that of a server without one in its configuration. Envoy does not wait then; the configuration always
+// has one.
+const defaultTimeout = 200 * time.Millisecond
+
+// Ask asks the server of e. ctx ends the call early.
+func Ask(ctx context.Context, caller Caller, e *mesh.ExtAuthz, q *Question) *Answer {
+	timeout := defaultTimeout
+	switch {
+	case e.GRPC != nil && e.GRPC.Timeout > 0:
+		timeout = e.GRPC.Timeout
+	case e.HTTP != nil && e.HTTP.Service.Timeout > 0:
+		timeout = e.HTTP.Service.Timeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	var answer *Answer
+	var err error
+	if e.GRPC != nil {
+		answer, err = askGRPC(ctx, caller, e, q)
+	} else {
+		answer, err = askHTTP(ctx, caller, e, q)
+	}
+	if err != nil {
+		return Failed(e, err)
+	}
+	return answer
+}
+
+// failureField marks requests that are allowed although their server could not be asked.
+const failureField = "x-envoy-auth-failure-mode-allowed"
+
+// Failed returns the answer for a server that cannot be asked.
+func Failed(e *mesh.ExtAuthz, err error) *Answer {
+	if e.AllowFailure {
+		answer := &Answer{Err: err}
+		if e.MarkFailure {
+			answer.Edits = []route.Edit{route.SetField(failureField, "true")}
+		}
+		return answer
+	}
+	return &Answer{Denied: true, Err: err, Reply: &route.Reply{
+		Status: e.StatusOnError, Details: detailsError, Flags: FlagUnauthorized, Reason: flow.PolicyDenied, Edited: true,
+	}}
+}
+
+// Envoy's words.
+const (
+	FlagUnauthorized = "UAEX"
+	detailsDenied    = "ext_authz_denied"
+	detailsError     = "ext_authz_error"
+)
+
+// denied returns the answer of a server that denies a request.
+func denied(status int, body string, fields []route.Field) *Answer {
+	return &Answer{Denied: true, Reply: &route.Reply{
+		Status: status, Body: body, Fields: fields, Details: detailsDenied, Flags: FlagUnauthorized, Reason: flow.PolicyDenied, Edited: true,
+	}}
+}
+
+// editable reports whether a field of an answer may be used.
+func editable(name, value string) bool { return mesh.Editable(name) && mesh.FieldValue(value) }
+
+// texts are compiled matchers.
+type texts []match.Text
+
+func compile(matchers []mesh.StringMatcher) texts {
+	list := make(texts, len(matchers))
+	for i := range matchers {
+		list[i] = match.Compile(&matchers[i])
+	}
+	return list
+}
+
+// match reports whether one of the matchers certainly matches the name of a field, in lower case.
+func (t texts) match(name string) bool {
+	for i := range t {
+		if t[i].MatchString(name) == match.Yes {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,315 @@
+package httpforward
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/envoy"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/tcp"
+	"github.com/pillion-proxy/pillion/internal/upstream"
+)
+
+// dialing is a dial in progress. Its goroutine ends when the dial has, or soon after w was interrupted.
+type dialing struct {
+	leg *leg
+	w   *tcp.Waiter
+
+	done     chan struct{} // closed when the fields below are set
+	ended    atomic.Bool   // the same
+	conn     *tcp.Conn
+	attempts int
+	err      error
+}
+
+// dispatch finds a connection for a call: one to its target with a place, or a new one.
+func (h *hub) dispatch(c *call) {
+	l := h.place(c)
+	if l == nil {
+		_ = h.answer(c, &replyNoPlace, nil)
+		return
+	}
+	c.leg = l
+	l.joined++
+	l.waiting = append(l.waiting, c)
+	l.openWaiting()
+}
+
+// replyNoPlace answers requests that would need more upstream connections than one downstream connection may have.
+var replyNoPlace = resetReply(503, flow.UpstreamOverflow, envoy.FlagUpstreamOverflow, envoy.ResetByOverflow, "")
+
+// place returns a leg to the target of a call, nil if there are too many.
+func (h *hub) place(c *call) *leg {
+	to, translate := &c.decision.Target, c.translated()
+	var least *leg
+	for _, l := range h.ups {
+		if l.target != *to || l.closing || l.readErr != nil || (l.http1 != nil) != translate {
+			continue
+		}
+		if l.over() {
+			continue
+		}
+		if translate && l.stale(c) {
+			l.http1.broken, l.closing = true, true
+			continue
+		}
+		if least == nil || l.load() < least.load() {
+			least = l
+		}
+	}
+	most := maxLegs
+	if translate {
+		most = h.maxStreams()
+	}
+	if least != nil && (least.load() < int(least.limit) || len(h.ups) >= most) {
+		return least
+	}
+	if len(h.ups) >= most {
+		return nil
+	}
+	l := h.newLeg(*to)
+	if translate && l.speakHTTP1(c) {
+		return l
+	}
+	h.dial(l)
+	return l
+}
+
+// over reports whether the connection serves no further stream, by the limits of its target. Streams that wait for it count.
+func (l *leg) over() bool {
+	use := l.use
+	use.Requests += uint32(l.joined)
+	return l.target.Over(&use, l.h.now())
+}
+
+func (l *leg) load() int { return len(l.calls) + l.joined }
+
+func (h *hub) newLeg(to upstream.Target) *leg {
+	l := new(leg)
+	l.init(h, nil)
+	l.target, l.calls, l.next, l.limit = to, make(map[uint32]*call), 1, firstLimit
+	h.ups = append(h.ups, l)
+	return l
+}
+
+// dial connects a leg, on a goroutine of its own. The socket is made here, in the network namespace of this goroutine's
+// thread.
+func (h *hub) dial(l *leg) {
+	d := &dialing{leg: l, w: tcp.NewWaiter(context.Background()), done: make(chan struct{})}
+	h.dials[d] = struct{}{}
+	dialer := h.engine.dialer(&h.Connection, h.settings)
+	if l.target.Borrowed {
+		d.fail(errBorrowed)
+		return
+	}
+	var err error
+	if dialer.Socket, err = dialer.Poller.Socket(l.target.Address); err != nil {
+		d.fail(err)
+		return
+	}
+	go d.run(dialer, l.target, h.w)
+}
+
+// fail ends a dial that was not begun. A borrowed source is for inbound connections, which have one upstream.
+func (d *dialing) fail(err error) {
+	d.err, d.attempts = err, 1
+	d.w.Close()
+	d.ended.Store(true)
+	close(d.done)
+}
+
+var errBorrowed = errors.New("a hub cannot dial from the address of its client")
+
+func (d *dialing) run(dialer upstream.Dialer, to upstream.Target, owner *tcp.Waiter) {
+	d.conn, d.attempts, d.err = dialer.Dial(d.w, to)
+	if d.conn != nil {
+		d.conn.Rest()
+	}
+	d.w.Close()
+	d.ended.Store(true)
+	owner.Interrupt()
+	close(d.done)
+}
+
+// connected begins with the streams that wait for a connection.
+func (h *hub) connected(l *leg, conn *tcp.Conn) {
+	l.conn = conn
+	l.pending = l.in != nil
+	l.idleAt = h.now()
+	h.watch(l.idleAt.Add(l.idleLife()))
+	if l.use.Opened == 0 {
+		l.use.Opened = l.idleAt.UnixNano()
+	}
+	if life := l.life(); life > 0 {
+		h.watch(l.idleAt.Add(life))
+	}
+	if l.http1 == nil {
+		l.greet()
+	}
+	l.openWaiting()
+}
+
+// life returns how long the connection takes new streams; zero: without a limit.
+func (l *leg) life() time.Duration {
+	if l.target.Security == nil {
+		return 0
+	}
+	return l.target.Security.Life
+}
+
+// idleLife returns how long the connection is kept without a stream.
+func (l *leg) idleLife() time.Duration {
+	if s := l.target.Security; s != nil && s.IdleLife > 0 {
+		return min(s.IdleLife, legIdle)
+	}
+	return legIdle
+}
+
+// openWaiting opens the calls that wait for a place on the connection.
+func (l *leg) openWaiting() {
+	for len(l.waiting) > 0 && l.conn != nil && !l.closing && l.readErr == nil && len(l.calls) < int(l.limit) && !l.full() {
+		c := l.waiting[0]
+		l.waiting = l.waiting[1:]
+		if c.leg == l && c.upID == 0 && !c.closed {
+			l.send(c)
+		}
+		if l.target.Over(&l.use, l.h.now()) {
+			l.closing = true
+			l.h.moveWaiting(l)
+		}
+	}
+	if len(l.waiting) == 0 {
+		l.waiting = nil
+	}
+}
+
+// moveWaiting finds other connections for the calls that wait for one which takes no more.
+func (h *hub) moveWaiting(l *leg) {
+	waiting := l.waiting
+	l.waiting = nil
+	for _, c := range waiting {
+		if c.leg == l && c.upID == 0 && !c.closed {
+			h.detach(c)
+			h.dispatch(c)
+		}
+	}
+}
+
+// reap takes over dials that have ended, and removes connections that are lost or not used any more.
+func (h *hub) reap() (moved bool) {
+	for d := range h.dials {
+		if !d.ended.Load() {
+			continue
+		}
+		<-d.done
+		moved = true
+		delete(h.dials, d)
+		if d.err != nil {
+			h.notConnected(d)
+			continue
+		}
+		h.connected(d.leg, d.conn)
+	}
+	for i := 0; i < len(h.ups); {
+		l := h.ups[i]
+		l.openWaiting()
+		if l.readErr == nil && l.writeErr != nil {
+			l.readErr = l.writeErr
+		}
+		if l.readErr == nil && l.conn != nil && l.closing && l.load() == 0 {
+			l.readErr = errUnused
+		}
+		if l.readErr == nil {
+			i++
+			continue
+		}
+		h.ups = append(h.ups[:i], h.ups[i+1:]...)
+		h.lost(l)
+		moved = true
+	}
+	return moved
+}
+
+// notConnected ends the calls that wait for a connection that could not be made.
+func (h *hub) notConnected(d *dialing) {
+	l := d.leg
+	for i := range h.ups {
+		if h.ups[i] == l {
+			h.ups = append(h.ups[:i], h.ups[i+1:]...)
+			break
+		}
+	}
+	r := dialReply(d.err, d.attempts > 1)
+	for _, c := range l.waiting {
+		if c.leg != l || c.closed {
+			continue
+		}
+		h.detach(c)
+		c.record.Upstream, c.record.TransportFailure = l.target.Address, upstream.TransportFailure(d.err)
+		c.record.Attempts = uint8(min(int(c.record.Attempts)+d.attempts, 255))
+		h.failed(c, failedConnect, &r, d.err)
+		c.keepFailure(upstream.TransportFailure(d.err))
+	}
+	l.release()
+}
+
+// keepFailure sets the transport failure of a call that was answered because of it.
+func (c *call) keepFailure(text string) {
+	if c.replied && !c.closed {
+		c.record.TransportFailure = text
+	}
+}
+
+// errUnused is the error of a connection that is given up because it has no stream.
+var errUnused = errors.New("the connection is not needed any more")
+
+// lost ends the calls of a connection that has ended.
+func (h *hub) lost(l *leg) {
+	err := l.readErr
+	var r *reply
+	var violation *http2.Error
+	var malformed http1.Error
+	f := failedReset
+	switch {
+	case errors.As(err, &malformed), errors.Is(err, errNotAsked):
+		bad := badResponse(err)
+		r = &bad
+	case errors.As(err, &violation), errors.Is(err, errNotHTTP2):
+		bad := replyBadResponse
+		r = &bad
+	case l.conn != nil:
+		looped := l.conn.Looped()
+		r, err = closedReply(l.conn, err)
+		if looped && h.Returned != nil { // see exchange.refuse
+			h.closeAll(flow.Loop, upstream.ErrLoop)
+			h.over = isReset
+		}
+	default:
+		r = &replyUpstreamClosed
+	}
+	calls := l.open()
+	repeats := l.http1 != nil && l.http1.call != nil && l.repeats(l.http1.call)
+	waiting := l.waiting
+	l.waiting = nil
+	l.close()
+	for _, c := range calls {
+		if !c.closed {
+			h.detach(c)
+			if repeats {
+				h.sendAgain(c)
+				continue
+			}
+			h.failed(c, f, r, err)
+		}
+	}
+	for _, c := range waiting {
+		if c.leg == l && !c.closed {
+			h.detach(c)
+			h.dispatch(c)
+		}
+	}
+}

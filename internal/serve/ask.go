@@ -1,0 +1,261 @@
+package serve
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/extauthz"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/route"
+)
+
+// question is the httpforward.Check of a request that a server is asked about, or that needs keys which are being fetched.
+// It keeps the answers of earlier questions about the request, so that a request is asked about once by each filter.
+type question struct {
+	answers []answered // never changed once done
+	cancel  context.CancelFunc
+
+	mu    sync.Mutex
+	done  bool
+	ready func() // nil: not set yet
+}
+
+// answered is the answer for a filter.
+type answered struct {
+	filter *mesh.ExtAuthz
+	answer *extauthz.Answer
+}
+
+// Notify implements httpforward.Check.
+func (q *question) Notify(ready func()) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.ready = ready; q.done {
+		ready()
+	}
+}
+
+// Answered implements httpforward.Check.
+func (q *question) Answered() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.done
+}
+
+// Cancel implements httpforward.Check.
+func (q *question) Cancel() { q.cancel() }
+
+// finish ends the question.
+func (q *question) finish() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.done = true; q.ready != nil {
+		q.ready()
+	}
+}
+
+// answer returns the answer for a filter, or nil.
+func (q *question) answer(filter *mesh.ExtAuthz) *extauthz.Answer {
+	if q == nil {
+		return nil
+	}
+	for i := range q.answers {
+		if q.answers[i].filter == filter {
+			return q.answers[i].answer
+		}
+	}
+	return nil
+}
+
+// asking counts the questions of a role.
+type asking struct {
+	now                     atomic.Int64
+	allowed, denied, failed atomic.Uint64
+}
+
+// maxQuestions bounds the questions of a role that are in progress. Beyond it, servers count as unreachable.
+const maxQuestions = 4096
+
+var (
+	errTooManyQuestions = errors.New("too many questions are in progress")
+	errNobodyAsks       = errors.New("servers of external authorization are not reached here")
+)
+
+// ask begins to ask a server. before is the last question about the same request; it may be nil.
+func (r *Role) ask(e *mesh.ExtAuthz, q *extauthz.Question, before *question) *question {
+	ctx, cancel := context.WithCancel(context.Background())
+	asked := &question{cancel: cancel}
+	if before != nil {
+		asked.answers = append(asked.answers, before.answers...)
+	}
+	switch {
+	case r.callouts == nil:
+		asked.answers = append(asked.answers, answered{e, extauthz.Failed(e, errNobodyAsks)})
+		asked.finish()
+	case r.asking.now.Add(1) > maxQuestions:
+		r.asking.now.Add(-1)
+		r.asking.failed.Add(1)
+		asked.answers = append(asked.answers, answered{e, extauthz.Failed(e, errTooManyQuestions)})
+		asked.finish()
+	default:
+		go r.await(ctx, asked, e, q)
+	}
+	return asked
+}
+
+// await asks a server, and waits for its answer.
+func (r *Role) await(ctx context.Context, asked *question, e *mesh.ExtAuthz, q *extauthz.Question) {
+	defer r.asking.now.Add(-1)
+	defer asked.cancel()
+	answer := extauthz.Ask(ctx, r.callouts, e, q)
+	switch {
+	case answer.Err != nil:
+		r.asking.failed.Add(1)
+	case answer.Denied:
+		r.asking.denied.Add(1)
+	default:
+		r.asking.allowed.Add(1)
+	}
+	asked.answers = append(asked.answers, answered{e, answer})
+	asked.finish()
+}
+
+// awaitKeys returns the question of a request that needs keys which are being fetched.
+func (r *Role) awaitKeys(from *mesh.RemoteKeys, before *question) *question {
+	ctx, cancel := context.WithCancel(context.Background())
+	q := &question{cancel: cancel}
+	if before != nil {
+		q.answers = before.answers
+	}
+	fetched := r.keys.Fetched(from)
+	if fetched == nil {
+		cancel()
+		q.finish()
+		return q
+	}
+	go func() {
+		defer cancel()
+		select {
+		case <-fetched:
+		case <-ctx.Done():
+		}
+		q.finish()
+	}()
+	return q
+}
+
+// ext applies a filter of external authorization to a request. waits is the question that has to be answered first.
+func (g *gate) ext(r *httpforward.Request, e *mesh.ExtAuthz, settings *mesh.CheckSettings) (reply *route.Reply, waits *question) {
+	switch {
+	case e.Refused:
+		return route.Refused, nil
+	case e.Shadow, e.When != nil && !g.Match(e.When):
+		return nil, nil
+	}
+	before, _ := r.Check.(*question)
+	answer := before.answer(e)
+	switch {
+	case answer != nil:
+	case !draws(e.Enabled):
+		return nil, nil
+	default:
+		if g.role == nil {
+			return extauthz.Failed(e, errNobodyAsks).Reply, nil
+		}
+		return nil, g.role.ask(e, g.question(r, settings), before)
+	}
+	if answer.Denied {
+		return answer.Reply, nil
+	}
+	g.take(r, answer)
+	return nil, nil
+}
+
+// take carries out what an answer adds to a request that it allows.
+func (g *gate) take(r *httpforward.Request, answer *extauthz.Answer) {
+	if answer.Metadata != nil {
+		g.asked = answer.Metadata
+	}
+	g.responses = append(g.responses, answer.ResponseEdits...)
+	if len(answer.Edits) > 0 {
+		g.edits = append(g.edits, answer.Edits...)
+		g.edited.set(r.Fields, g.edits)
+		g.subject.Request = nil // described again
+	}
+}
+
+// draws reports whether a share of cases is drawn.
+func draws(f mesh.Fraction) bool {
+	return f.Numerator >= f.Denominator || rand.Uint32N(f.Denominator) < f.Numerator
+}
+
+// question copies a request for a server. Filters before this one may have changed its fields.
+func (g *gate) question(r *httpforward.Request, settings *mesh.CheckSettings) *extauthz.Question {
+	q := connectionQuestion(g.role, &g.subject, r.Connection.Downstream)
+	fields := g.fields(r)
+	request := &extauthz.Request{
+		Method: string(r.Method), Scheme: string(r.Scheme), Host: string(r.Authority), Path: string(r.Path), Protocol: "HTTP/1.1", Size: -1,
+	}
+	if r.Protocol == flow.HTTP2 {
+		request.Protocol = "HTTP/2"
+	}
+	for i := range fields.Len() {
+		name, value := fields.At(i)
+		request.Fields = append(request.Fields, route.Field{Name: string(name), Value: string(value)})
+		if strings.EqualFold(string(name), "x-request-id") {
+			request.ID = string(value)
+		}
+	}
+	q.Request = request
+	if settings != nil {
+		q.Context = settings.Context
+	}
+	return q
+}
+
+// connectionQuestion describes a connection for a server.
+func connectionQuestion(role *Role, s *authz.Subject, from netip.AddrPort) *extauthz.Question {
+	q := &extauthz.Question{Source: from, Destination: s.Destination, ServerName: s.ServerName, At: time.Now()}
+	if len(s.Names) > 0 {
+		q.SourceName = s.Names[0]
+	}
+	if own := role.mesh.Identity(); own != nil && s.Secured {
+		q.DestinationName = own.SPIFFE
+	}
+	return q
+}
+
+// askAbout asks a server about a connection and waits for its answer. It returns why the connection is not allowed, and false
+// if the connection has failed meanwhile.
+func (c *Conn) askAbout(e *mesh.ExtAuthz, s *authz.Subject) (denial error, ok bool) {
+	q := c.role.ask(e, connectionQuestion(c.role, s, c.Record.Downstream), nil)
+	defer q.Cancel()
+	q.Notify(c.w.Wake)
+	for !q.Answered() {
+		if err := c.Down.Failed(); err != nil {
+			return err, false
+		}
+		if err := c.w.Wait(time.Time{}, c.Down, nil); err != nil {
+			return err, false
+		}
+	}
+	answer := q.answer(e)
+	if answer.Denied && answer.Err != nil {
+		return answer.Err, true
+	}
+	if answer.Denied {
+		return errDeniedByServer, true
+	}
+	return nil, true
+}
+
+var errDeniedByServer = errors.New("the server of external authorization denies it")

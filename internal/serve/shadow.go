@@ -1,0 +1,63 @@
+package serve
+
+import (
+	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/match"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+)
+
+// shadows are the verdicts of policies that are not enforced. Policies of external authorization are such: a filter asks a
+// server if one of them matches.
+type shadows struct{ list []authz.Shadow }
+
+// The names of the verdicts in metadata, behind the prefix of a policy.
+const (
+	shadowPolicy = "shadow_effective_policy_id"
+	shadowResult = "shadow_engine_result"
+)
+
+// add judges by the policies of r that are not enforced.
+func (l *shadows) add(r *mesh.RBAC, s *authz.Subject) {
+	if r.Shadow == nil {
+		return
+	}
+	if shadow, ok := authz.Of(r).Shadow(s); ok {
+		l.list = append(l.list, shadow)
+	}
+}
+
+// clear drops the verdicts.
+func (l *shadows) clear() { l.list = l.list[:0] }
+
+// match reports whether a verdict matches. One by rules that are not understood may be any, and matches: a filter that looks
+// at it asks a server then.
+func (l *shadows) match(m *mesh.MetadataMatcher) bool {
+	key := ""
+	if len(m.Path) == 1 {
+		key = m.Path[0]
+	}
+	for i := range l.list {
+		shadow := &l.list[i]
+		name, ok := strings.CutPrefix(key, shadow.Prefix)
+		switch {
+		case !ok || name != shadowPolicy && name != shadowResult:
+		case shadow.Refused:
+			return true
+		case name == shadowPolicy:
+			return match.MatchText(m, shadow.Matched, shadow.Matched != "")
+		default:
+			return match.MatchText(m, result(shadow), true)
+		}
+	}
+	return match.MatchText(m, "", false)
+}
+
+// result returns Envoy's word for a verdict.
+func result(s *authz.Shadow) string {
+	if s.Denied {
+		return "denied"
+	}
+	return "allowed"
+}
