@@ -66,8 +66,6 @@ const (
 	pairs     = 3
 	disturbed = 0.05
 	repeats   = 3
-
-	reopen = "1s" // a connection that the agent has ended
 )
 
 // BenchmarkHostility prints, for each attack against an agent of its own, what the agent needed and how another client
@@ -136,7 +134,7 @@ func (w *world) measurePair(b *testing.B, a *attack) (before, during latencies, 
 	began := w.othersOnCore(b)
 	before = w.measure(b, a.past, calm)
 	inCalm := w.othersOnCore(b) - began
-	attacker := w.start(b, w.peer, lowest, "attack", a.name, reopen, strconv.Itoa(a.connections))
+	attacker := w.start(b, w.peer, lowest, "attack", a.name, "100ms", strconv.Itoa(a.connections))
 	attacker.await(b, "ready")
 	began = w.othersOnCore(b)
 	during = w.measure(b, a.past, storm)

@@ -118,6 +118,11 @@ func (c *Client) Call(ctx context.Context, cluster, authority, path string, head
 	return client.Call(ctx, path, message)
 }
 
+// To returns what sends requests to the endpoints of a cluster, by HTTP/1.1 or HTTP/2 unless the cluster has one.
+func (c *Client) To(cluster string, http2 bool) http.RoundTripper {
+	return &toCluster{c, cluster, http2}
+}
+
 // toCluster sends requests to the endpoints of a cluster.
 type toCluster struct {
 	*Client

@@ -27,8 +27,9 @@ type Getter interface {
 }
 
 const (
-	maxBytes       = 1 << 20 // of a set
-	maxSets        = 256     // that are kept
+	maxBytes       = 1 << 20     // of a set
+	maxSets        = 256         // that are kept
+	shortestCache  = time.Second // so that a request finds the keys that it has waited for
 	defaultTimeout = 5 * time.Second
 	attempts       = 3
 	attemptPause   = 100 * time.Millisecond // after the first attempt; it doubles
@@ -85,11 +86,11 @@ func (s *Store) Keys(from *mesh.RemoteKeys) (keys *jwt.KeySet, known bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k, now := s.set(from), s.now()
-	age := now.Sub(k.since)
-	if k.keys == nil || age >= from.CacheFor {
+	age, life := now.Sub(k.since), max(from.CacheFor, shortestCache)
+	if k.keys == nil || age >= life {
 		s.fetch(k, from, now)
 	}
-	if k.keys != nil && age < 2*from.CacheFor {
+	if k.keys != nil && age < 2*life {
 		return k.keys, true
 	}
 	return nil, k.fetching == nil

@@ -4,6 +4,7 @@ import (
 	"math/bits"
 	"strconv"
 	"sync"
+	"unicode/utf8"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -57,7 +58,7 @@ func (p *Policy) appendSpan(b []byte, r *flow.Record) []byte {
 	b = wire.AppendBytes(b, spanTraceID, t.ID[:])
 	b = wire.AppendBytes(b, spanID, t.Span[:])
 	if len(t.State) > 0 {
-		b = wire.AppendBytes(b, spanState, t.State)
+		b = asText(wire.AppendBytes(b, spanState, t.State), len(t.State))
 	}
 	if t.Parent != [8]byte{} {
 		b = wire.AppendBytes(b, spanParent, t.Parent[:])
@@ -87,7 +88,7 @@ func appendName(b []byte, r *flow.Record) []byte {
 	const egress = "egress "
 	host := r.HTTP.Authority
 	b = wire.AppendTag(b, spanName, len(egress)+len(host))
-	return append(append(b, egress...), host...)
+	return asText(append(append(b, egress...), host...), len(host))
 }
 
 // appendRequest appends Envoy's attributes of a request.
@@ -139,7 +140,7 @@ func (p *Policy) appendURL(b []byte, r *flow.Record) []byte {
 	const key = "http.url"
 	size := len(scheme) + len(h.Authority) + len(path)
 	b = appendKey(b, key, size)
-	return append(append(append(b, scheme...), h.Authority...), path...)
+	return asText(append(append(append(b, scheme...), h.Authority...), path...), size)
 }
 
 // appendOutcome appends what became of a request. A request without a response, or with one of the server's errors, is an
@@ -165,7 +166,7 @@ func appendOutcome(b []byte, r *flow.Record) []byte {
 	details := r.Details()
 	size := sizeOfField(len(details)) + 2
 	b = wire.AppendTag(b, spanStatus, size)
-	b = wire.AppendString(b, statusText, details)
+	b = asText(wire.AppendString(b, statusText, details), len(details))
 	return wire.AppendVarint(b, statusCode, statusError)
 }
 
@@ -182,7 +183,24 @@ func appendKey(b []byte, key string, n int) []byte {
 }
 
 func appendText[T string | []byte](b []byte, key string, value T) []byte {
-	return append(appendKey(b, key, len(value)), value...)
+	return asText(append(appendKey(b, key, len(value)), value...), len(value))
+}
+
+// asText replaces the bytes of the last n of b that are not UTF-8 by question marks. Strings of protobuf must be UTF-8: a
+// receiver that checks rejects the whole batch, with the spans of other requests.
+func asText(b []byte, n int) []byte {
+	text := b[len(b)-n:]
+	if utf8.Valid(text) {
+		return b
+	}
+	for len(text) > 0 {
+		r, size := utf8.DecodeRune(text)
+		if r == utf8.RuneError && size == 1 {
+			text[0] = '?'
+		}
+		text = text[size:]
+	}
+	return b
 }
 
 // appendNumber appends a number as text, as Envoy does.
