@@ -56,7 +56,7 @@ func TestAServerDecidesByGRPC(t *testing.T) {
 	at := checker(t, func(request string) []byte {
 		switch {
 		case !strings.Contains(request, "shop.example") || !strings.Contains(request, "spiffe://"):
-			return nil
+			t.Errorf("the question is %q", request)
 		case strings.Contains(request, "/admin/good"):
 			allowed := wire.AppendBytes(nil, 2, setting("Seen-Sub", "from the server"))
 			allowed = wire.AppendString(allowed, 5, "Authorization")
