@@ -173,7 +173,8 @@ func (l *leg) send(c *call) {
 	if s.plan != nil {
 		h.takeEdited(s)
 	}
-	c.req.window, c.req.from, c.req.done, c.req.owed = l.initial, 0, false, 0
+	c.req.repeat += c.req.from
+	c.req.window, c.req.from, c.req.done = l.initial, 0, false
 	c.resp.credit, c.resp.owed = streamWindow, 0
 	l.use.Requests++
 	end := c.request.ended && len(c.req.queue) == 0 && c.req.trailers == nil
