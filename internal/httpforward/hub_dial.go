@@ -171,6 +171,9 @@ func (l *leg) idleLife() time.Duration {
 
 // openWaiting opens the calls that wait for a place on the connection.
 func (l *leg) openWaiting() {
+	if l.h.closed {
+		return
+	}
 	for len(l.waiting) > 0 && l.conn != nil && !l.closing && l.readErr == nil && len(l.calls) < int(l.limit) && !l.full() {
 		c := l.waiting[0]
 		l.waiting = l.waiting[1:]
@@ -189,6 +192,9 @@ func (l *leg) openWaiting() {
 
 // moveWaiting finds other connections for the calls that wait for one which takes no more.
 func (h *hub) moveWaiting(l *leg) {
+	if h.closed {
+		return
+	}
 	waiting := l.waiting
 	l.waiting = nil
 	for _, c := range waiting {
