@@ -33,3 +33,18 @@ func TestAHubThatEndsOpensNoWaitingStream(t *testing.T) {
 	}
 }
 
+// A connection opens no stream with a number over the highest (RFC 9113 §5.1.1).
+func TestALegOfAHubRunsOutOfStreamNumbers(t *testing.T) {
+	const last = 1<<31 - 1
+	for _, c := range []struct {
+		next    uint32
+		waiting int
+		over    bool
+	}{{1, 0, false}, {last, 0, false}, {last, 1, true}, {last - 2, 1, false}, {last + 2, 0, true}} {
+		l := &leg{h: new(hub)}
+		l.next = c.next
+		if got := l.over(c.waiting); got != c.over {
+			t.Errorf("the next stream is %d, behind %d that wait: over is %v", c.next, c.waiting, got)
+		}
+	}
+}
