@@ -107,8 +107,17 @@ func main() {
 	text, _ := io.ReadAll(response.Body)
 	os.Stdout.Write(text)
 }`
-		if err := os.WriteFile(filepath.Join(s.home, "main.go"), []byte(inGo), 0o644); err != nil {
-			t.Fatal(err)
+		const inJava = `public class Get {
+	public static void main(String[] arguments) throws Exception {
+		var client = java.net.http.HttpClient.newHttpClient();
+		var request = java.net.http.HttpRequest.newBuilder(java.net.URI.create(arguments[0])).build();
+		System.out.print(client.send(request, java.net.http.HttpResponse.BodyHandlers.ofString()).body());
+	}
+}`
+		for name, text := range map[string]string{"main.go": inGo, "Get.java": inJava} {
+			if err := os.WriteFile(filepath.Join(s.home, name), []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
 		}
 		build := exec.Command("go", "build", "-o", filepath.Join(s.home, "client"), filepath.Join(s.home, "main.go"))
 		build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
@@ -126,6 +135,7 @@ func main() {
 			{"Python", "HTTP/1.1", []string{"python3", "-c", `import urllib.request as u; print(u.urlopen("https://good.example/py").read().decode(), end="")`}},
 			{"Node", "HTTP/1.1", []string{"node", "-e", `require("https").get("https://good.example/node", r => r.on("data", d => process.stdout.write(d)))`}},
 			{"Go", "HTTP/2.0", []string{filepath.Join(s.home, "client"), "https://good.example/go"}},
+			{"Java", "HTTP/2.0", []string{"java", filepath.Join(s.home, "Get.java"), "https://good.example/java"}},
 		} {
 			output, complaints, records := s.decrypted(t, true, client.command...)
 			if !strings.HasSuffix(output, " by "+client.proto) {

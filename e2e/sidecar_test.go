@@ -122,6 +122,7 @@ func setInjectedStage(t *testing.T, m manifest, env ...string) *stage {
 	if err := os.WriteFile(annotations, []byte(text.String()), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	env = append([]string{"PILLION_CONTROL_PLANE=off"}, env...) // the pod has no credentials
 	words := append(append([]string{"env"}, append(m.environment(sidecar), env...)...), "unshare", "--mount", "--propagation", "private", "sh", "-c",
 		"cat "+annotations+" > /dev/shm/$$ && mount -t tmpfs tmpfs /etc && mkdir -p /etc/istio/pod && mv /dev/shm/$$ /etc/istio/pod/annotations && chmod 644 /etc/istio/pod/annotations && exec \"$@\"", "sh")
 	if len(sidecar.SecurityContext.Capabilities.Add) > 0 {
@@ -196,7 +197,7 @@ func TestSettingsWithoutEffectAreLoggedOnce(t *testing.T) {
 	sidecar.Args = append(sidecar.Args, "--novel=1")
 	s := setInjectedStage(t, m, "XDS_HEADER_NOVEL=1")
 	line := s.agent.log.await(t, "running as Istio's sidecar")
-	if !strings.Contains(line, `without_effect="[tracing --proxyLogLevel --proxyComponentLogLevel --novel PILOT_CERT_PROVIDER]"`) {
+	if !strings.Contains(line, `without_effect="[discoveryAddress tracing --proxyLogLevel --proxyComponentLogLevel --novel CA_ADDR PILOT_CERT_PROVIDER XDS_HEADER_NOVEL]"`) {
 		t.Errorf("log: %s", line)
 	}
 }

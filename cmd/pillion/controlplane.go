@@ -31,7 +31,8 @@ func parseControlPlane(text string) (string, error) {
 const memoryVolume = "/etc/istio/proxy"
 
 // findControlPlane decides whether the agent has a control plane, and how it is reached. A pod of Istio's injector always has
-// the credentials; without them istiod would not answer.
+// the credentials; without them istiod would not answer. A pod that names a control plane does not start without them: a lost
+// volume would turn its policies off. One that only has Istio's default address is warned about.
 func (o *agentOptions) findControlPlane() error {
 	environment, err := o.podEnvironment()
 	if err != nil {
@@ -48,6 +49,10 @@ func (o *agentOptions) findControlPlane() error {
 	case o.controlPlane == automatic && address == "":
 		return nil
 	case o.controlPlane == automatic && !istiod.HasCredentials(environment):
+		if o.namesControlPlane(environment) {
+			return valueError{fmt.Errorf("the control plane %s cannot be asked: the pod has neither a root certificate nor a token for it, "+
+				"and without policies the agent would allow what they deny: mount the volumes of Istio's injector, or set --control-plane off", address)}
+		}
 		log.Warn("no control plane: the pod has neither a root certificate nor a token for it", "discovery_address", address,
 			"remedy", "mount the volumes of Istio's injector, or set --control-plane off")
 		return nil
@@ -108,4 +113,10 @@ func (o *agentOptions) discoveryAddress(environment *istiod.Environment) string 
 		return istiod.DefaultAddress
 	}
 	return ""
+}
+
+// namesControlPlane reports whether Istio's configuration has the control plane's address.
+func (o *agentOptions) namesControlPlane(environment *istiod.Environment) bool {
+	address, _ := environment.ProxyConfig["discoveryAddress"].(string)
+	return address != ""
 }

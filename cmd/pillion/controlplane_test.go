@@ -48,7 +48,7 @@ func TestTheControlPlaneIsTheOneThatTheFlagOrThePodNames(t *testing.T) {
 		"off, as a sidecar":                   {flag: "off", sidecar: true, token: true, proxyConfig: named, log: "control plane not used"},
 		"off, as a sidecar without a token":   {flag: "off", sidecar: true, proxyConfig: named},
 		"auto":                                {flag: "auto", token: true, proxyConfig: named, address: "istiod.mesh.svc:15012"},
-		"auto without a token":                {flag: "auto", proxyConfig: named, log: "no control plane"},
+		"auto without a token":                {flag: "auto", proxyConfig: "{}", log: "no control plane"},
 		"auto outside of a pod":               {flag: "auto", token: true},
 		"auto without authentication":         {flag: "auto", proxyConfig: plain, address: "istiod.mesh.svc:15010"},
 		"default":                             {token: true, proxyConfig: named, address: "istiod.mesh.svc:15012"},
@@ -73,6 +73,17 @@ func TestTheControlPlaneIsTheOneThatTheFlagOrThePodNames(t *testing.T) {
 				t.Errorf("log %q, want %q", log, c.log)
 			}
 		})
+	}
+}
+
+// A lost volume must not turn the policies off.
+func TestAPodThatNamesAControlPlaneDoesNotStartWithoutCredentials(t *testing.T) {
+	t.Setenv("PROXY_CONFIG", `{"discoveryAddress":"istiod.mesh.svc:15012"}`)
+	for _, sidecar := range []bool{false, true} {
+		_, _, err := found(t, false, func(o *agentOptions) { o.controlPlane, o.asSidecar = automatic, sidecar })
+		if err == nil || !strings.Contains(err.Error(), "istiod.mesh.svc:15012") || !strings.Contains(err.Error(), "--control-plane off") {
+			t.Errorf("sidecar %v: %v", sidecar, err)
+		}
 	}
 }
 

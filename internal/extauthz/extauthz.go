@@ -7,8 +7,11 @@ package extauthz
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/callout"
@@ -126,6 +129,24 @@ func denied(status int, body string, fields []route.Field) *Answer {
 
 // editable reports whether a field of an answer may be used.
 func editable(name, value string) bool { return mesh.Editable(name) && mesh.FieldValue(value) }
+
+// framingFields frame a message or belong to one connection. Edits of them have no effect: see httpforward.
+var framingFields = []string{
+	"connection", "keep-alive", "proxy-connection", "transfer-encoding", "content-length", "te", "upgrade", "http2-settings", "host",
+}
+
+// appendRemoval appends the removal of a field from a request. As with Envoy, the host and pseudo-header fields stay, because
+// a request without them would be malformed.
+func appendRemoval(edits []route.Edit, name string) ([]route.Edit, error) {
+	name = strings.ToLower(name)
+	switch {
+	case name == "host" || strings.HasPrefix(name, ":"):
+		return edits, nil
+	case !mesh.Editable(name) || slices.Contains(framingFields, name):
+		return nil, fmt.Errorf("it removes the header field %.64q, which is not supported", name)
+	}
+	return append(edits, route.Edit{Name: name, Remove: true}), nil
+}
 
 // texts are compiled matchers.
 type texts []match.Text

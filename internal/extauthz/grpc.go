@@ -204,39 +204,41 @@ func parseDenied(m wire.Message) *Answer {
 
 // parseAllowed reads an OkHttpResponse. A change that is not carried out is an error: the server may have allowed the request
 // because of it.
-func parseAllowed(m wire.Message, a *Answer) error {
-	for m.Next() {
+func parseAllowed(m wire.Message, a *Answer) (err error) {
+	for err == nil && m.Next() {
 		switch m.Number {
 		case 2:
-			if f, action := headerOption(m.Message()); editable(f.Name, f.Value) {
-				a.Edits = append(a.Edits, edit(f, action))
-			}
+			a.Edits, err = appendOption(a.Edits, m.Message())
 		case 5:
-			if name := strings.ToLower(m.String()); mesh.Editable(name) {
-				a.Edits = append(a.Edits, route.Edit{Name: name, Remove: true})
-			}
+			a.Edits, err = appendRemoval(a.Edits, m.String())
 		case 6:
-			if f, action := headerOption(m.Message()); editable(f.Name, f.Value) {
-				a.ResponseEdits = append(a.ResponseEdits, edit(f, action))
-			}
+			a.ResponseEdits, err = appendOption(a.ResponseEdits, m.Message())
 		case 3:
 			if a.Metadata == nil {
 				a.Metadata = structure(m.Message())
 			}
 		case 7, 8:
-			return fmt.Errorf("it changes parameters of the query, which is not supported")
+			err = fmt.Errorf("it changes parameters of the query, which is not supported")
 		}
-		if len(a.Edits)+len(a.ResponseEdits) > maxEdits {
-			return fmt.Errorf("it has more than %d header fields", maxEdits)
+		if err == nil && len(a.Edits)+len(a.ResponseEdits) > maxEdits {
+			err = fmt.Errorf("it has more than %d header fields", maxEdits)
 		}
 	}
-	return nil
+	return err
 }
 
-func edit(f route.Field, action mesh.EditAction) route.Edit {
+// appendOption appends the edit of a HeaderValueOption.
+func appendOption(edits []route.Edit, m wire.Message) ([]route.Edit, error) {
+	f, action := headerOption(m)
+	switch {
+	case !mesh.Editable(f.Name) || slices.Contains(framingFields, f.Name):
+		return nil, fmt.Errorf("it sets the header field %.64q, which is not supported", f.Name)
+	case !mesh.FieldValue(f.Value):
+		return nil, fmt.Errorf("the value of its header field %.64q has a line break or NUL", f.Name)
+	}
 	e := route.SetField(f.Name, f.Value)
 	e.Action = action
-	return e
+	return append(edits, e), nil
 }
 
 // headerOption reads an envoy.config.core.v3.HeaderValueOption. Without append and append_action, the field is replaced: that

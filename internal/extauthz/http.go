@@ -20,11 +20,9 @@ var alwaysSent = []string{"authorization"}
 // alwaysPassed are the fields of a denial that clients see besides those of the configuration.
 var alwaysPassed = []string{"www-authenticate", "location"}
 
-// ownFields frame a message or belong to one connection, so they are not those of a request to another server.
-var ownFields = []string{
-	"connection", "keep-alive", "proxy-connection", "transfer-encoding", "content-length", "te", "trailer", "upgrade", "http2-settings", "host",
-	"expect",
-}
+// ownFields are the fields of a request that are not those of a request to another server, and the fields of an answer that
+// are not those of the request or response in question.
+var ownFields = append(slices.Clone(framingFields), "trailer", "expect")
 
 // partialField tells the server that it sees a part of the body.
 const partialField = "X-Envoy-Auth-Partial-Body"
@@ -109,8 +107,12 @@ func allowedByHTTP(h *mesh.HTTPAuthz, answer *callout.Answer) (*Answer, error) {
 	}
 	for _, list := range answer.Header.Values(removalField) {
 		for name := range strings.SplitSeq(list, ",") {
-			if name = strings.ToLower(strings.TrimSpace(name)); mesh.Editable(name) {
-				a.Edits = append(a.Edits, route.Edit{Name: name, Remove: true})
+			if name = strings.TrimSpace(name); name == "" {
+				continue // an empty element of a list (RFC 9110, section 5.6.1)
+			}
+			var err error
+			if a.Edits, err = appendRemoval(a.Edits, name); err != nil {
+				return nil, fmt.Errorf("the answer of the server: %w", err)
 			}
 		}
 	}

@@ -81,11 +81,15 @@ func (s *Store) Close() {
 // Stats returns how many fetches have succeeded and failed.
 func (s *Store) Stats() (fetched, failed uint64) { return s.fetched.Load(), s.failed.Load() }
 
-// Keys implements jwt.Keys. It begins a fetch if there is need of one.
+// Keys implements jwt.Keys. It begins a fetch if there is need of one. While as many sets as are kept are being fetched, those of
+// other sources count as not fetched.
 func (s *Store) Keys(from *mesh.RemoteKeys) (keys *jwt.KeySet, known bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k, now := s.set(from), s.now()
+	if k == nil {
+		return nil, true
+	}
 	age, life := now.Sub(k.since), max(from.CacheFor, shortestCache)
 	if k.keys == nil || age >= life {
 		s.fetch(k, from, now)
@@ -107,16 +111,19 @@ func (s *Store) Early(from *mesh.RemoteKeys) {
 func (s *Store) Fetched(from *mesh.RemoteKeys) <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.set(from).fetching
+	if k := s.set(from); k != nil {
+		return k.fetching
+	}
+	return nil
 }
 
-// set returns the set of a source. s.mu is held.
+// set returns the set of a source; nil: there is no room for it. s.mu is held.
 func (s *Store) set(from *mesh.RemoteKeys) *set {
 	at := source{from.Service.Cluster, from.Service.URI}
 	k := s.sets[at]
 	if k == nil {
-		if len(s.sets) >= maxSets {
-			s.forget()
+		if len(s.sets) >= maxSets && !s.forget() {
+			return nil
 		}
 		k = &set{}
 		s.sets[at] = k
@@ -125,8 +132,8 @@ func (s *Store) set(from *mesh.RemoteKeys) *set {
 	return k
 }
 
-// forget drops the set that was not used for the longest time. s.mu is held.
-func (s *Store) forget() {
+// forget drops the set that was not used for the longest time. It returns false if all are being fetched. s.mu is held.
+func (s *Store) forget() bool {
 	var oldest source
 	var at time.Time
 	for source, k := range s.sets {
@@ -135,6 +142,7 @@ func (s *Store) forget() {
 		}
 	}
 	delete(s.sets, oldest)
+	return !at.IsZero()
 }
 
 // fetch begins a fetch, unless one is in progress or has just failed. s.mu is held.

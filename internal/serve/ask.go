@@ -11,9 +11,11 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/extauthz"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/jwt"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
 )
@@ -23,6 +25,7 @@ import (
 type question struct {
 	answers []answered // never changed once done
 	cancel  context.CancelFunc
+	held    budget.Account // of the copy of the request; the goroutine that waits for a server owns it
 
 	mu    sync.Mutex
 	done  bool
@@ -54,6 +57,12 @@ func (q *question) Answered() bool {
 // Cancel implements httpforward.Check.
 func (q *question) Cancel() { q.cancel() }
 
+// Interrupt implements budget.Owner: the memory of the process is used up.
+func (q *question) Interrupt() { q.cancel() }
+
+// Continue implements budget.Owner.
+func (q *question) Continue() {}
+
 // finish ends the question.
 func (q *question) finish() {
 	q.mu.Lock()
@@ -78,11 +87,13 @@ func (q *question) answer(filter *mesh.ExtAuthz) *extauthz.Answer {
 
 // asking counts the questions of a role.
 type asking struct {
-	now                     atomic.Int64
+	now                     atomic.Int64 // questions to servers that are in progress
+	keys                    atomic.Int64 // requests that wait for keys
 	allowed, denied, failed atomic.Uint64
 }
 
-// maxQuestions bounds the questions of a role that are in progress. Beyond it, servers count as unreachable.
+// maxQuestions bounds the questions to servers that are in progress in a role. Beyond it, servers count as unreachable. It
+// bounds the requests that wait for keys as well: beyond it, keys count as not fetched.
 const maxQuestions = 4096
 
 var (
@@ -107,9 +118,25 @@ func (r *Role) ask(e *mesh.ExtAuthz, q *extauthz.Question, before *question) *qu
 		asked.answers = append(asked.answers, answered{e, extauthz.Failed(e, errTooManyQuestions)})
 		asked.finish()
 	default:
+		asked.held.Open(r.budget, asked, q.Source.Addr())
+		asked.held.Hold(heldBy(q)) // an eviction cancels the question
 		go r.await(ctx, asked, e, q)
 	}
 	return asked
+}
+
+// heldBy returns how many bytes a question holds while its server is asked: a goroutine with its stack, the question, and the
+// message that is made of it.
+func heldBy(q *extauthz.Question) int {
+	const goroutine, field = 8 << 10, 32 // a route.Field
+	n := 0
+	if r := q.Request; r != nil {
+		n = len(r.ID) + len(r.Method) + len(r.Scheme) + len(r.Host) + len(r.Path) + len(r.Body)
+		for i := range r.Fields {
+			n += field + len(r.Fields[i].Name) + len(r.Fields[i].Value)
+		}
+	}
+	return goroutine + 2*n
 }
 
 // await asks a server, and waits for its answer.
@@ -117,6 +144,10 @@ func (r *Role) await(ctx context.Context, asked *question, e *mesh.ExtAuthz, q *
 	defer r.asking.now.Add(-1)
 	defer asked.cancel()
 	answer := extauthz.Ask(ctx, r.callouts, e, q)
+	if answer.Err != nil && asked.held.Evicted() {
+		answer = extauthz.Failed(e, budget.ErrEvicted)
+	}
+	asked.held.Close()
 	switch {
 	case answer.Err != nil:
 		r.asking.failed.Add(1)
@@ -129,7 +160,7 @@ func (r *Role) await(ctx context.Context, asked *question, e *mesh.ExtAuthz, q *
 	asked.finish()
 }
 
-// awaitKeys returns the question of a request that needs keys which are being fetched.
+// awaitKeys returns the question of a request that needs keys which are being fetched; nil: too many requests wait for keys.
 func (r *Role) awaitKeys(from *mesh.RemoteKeys, before *question) *question {
 	ctx, cancel := context.WithCancel(context.Background())
 	q := &question{cancel: cancel}
@@ -142,15 +173,30 @@ func (r *Role) awaitKeys(from *mesh.RemoteKeys, before *question) *question {
 		q.finish()
 		return q
 	}
+	if r.asking.keys.Add(1) > maxQuestions {
+		r.asking.keys.Add(-1)
+		cancel()
+		return nil
+	}
 	go func() {
 		defer cancel()
 		select {
 		case <-fetched:
 		case <-ctx.Done():
 		}
+		r.asking.keys.Add(-1)
 		q.finish()
 	}()
 	return q
+}
+
+// present are keys that requests do not wait for: those that are being fetched count as not fetched.
+type present struct{ store jwt.Keys }
+
+// Keys implements jwt.Keys.
+func (p present) Keys(from *mesh.RemoteKeys) (keys *jwt.KeySet, known bool) {
+	keys, _ = p.store.Keys(from)
+	return keys, true
 }
 
 // ext applies a filter of external authorization to a request. waits is the question that has to be answered first.

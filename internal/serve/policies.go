@@ -253,7 +253,10 @@ func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT) (reply *ro
 	result := jwt.Of(filter).Check(&g.routed, time.Now(), keys)
 	if result.Awaited != nil {
 		before, _ := r.Check.(*question)
-		return nil, g.role.awaitKeys(result.Awaited, before)
+		if waits = g.role.awaitKeys(result.Awaited, before); waits != nil {
+			return nil, waits
+		}
+		result = jwt.Of(filter).Check(&g.routed, time.Now(), present{keys})
 	}
 	if result.Claims != nil {
 		g.claims = result.Claims
