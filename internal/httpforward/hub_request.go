@@ -96,6 +96,11 @@ func (h *hub) decide(c *call) {
 	if d.Peers != nil {
 		h.Peers = d.Peers
 	}
+	if d.Check != nil { // streams of a hub do not wait for an answer
+		d.Check.Cancel()
+		_ = h.answer(c, &replyUnchecked, errUnchecked)
+		return
+	}
 	c.began = h.now()
 	if c.retries == 0 {
 		h.takePlan(c)
