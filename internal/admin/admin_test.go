@@ -356,7 +356,9 @@ func TestPaths(t *testing.T) {
 
 		{"GET", "/debug/pprof/", 200, any, ""},
 		{"GET", "/debug/pprof/cmdline", 200, strings.Join(os.Args, "\x00"), ""},
-		{"GET", "/debug/pprof/symbol", 200, any, ""},
+		{"GET", "/debug/pprof/symbol", 200, "num_symbols: 0\n", ""},
+		{"GET", "/debug/pprof/heap?gc=1&debug=1", 200, any, ""},
+		{"GET", "/debug/pprof/profile?seconds=0.01", 200, any, ""},
 		{"GET", "/debug/pprof/goroutine?debug=1", 200, any, ""},
 		{"GET", "/debug/pprof/trace?seconds=0.01", 200, any, ""},
 		{"GET", "/debug/pprof/profile?seconds=1e9", 400, "seconds=\"1e9\": use a number up to 300\n", ""},

@@ -45,7 +45,8 @@ func (c *counted) Read(p []byte) (int, error) {
 func TestNoMoreOfABodyIsReadThanItsBound(t *testing.T) {
 	handler := NewHandler(sample(new(commanded)))
 	read := new(counted)
-	request := httptest.NewRequest("POST", "/debug/pprof/symbol", io.Reader(read))
+	request := httptest.NewRequest("POST", "/debug/pprof/goroutine", io.Reader(read))
+	request.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	request.Host, request.RemoteAddr = "localhost:15000", "127.0.0.1:4711"
 	handler.ServeHTTP(httptest.NewRecorder(), request)
 	if *read == 0 || *read > maxBody+64<<10 {

@@ -4,13 +4,14 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
-	"net/http/pprof"
 	"regexp"
 	"runtime/metrics"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/pillion-proxy/pillion/internal/ownport"
 )
 
 // object is a protobuf message in JSON, with the original field names, as Envoy prints it. Keys are sorted.
@@ -168,27 +169,13 @@ func (h *handler) quit(w http.ResponseWriter, _ *http.Request) {
 const maxProfile = 300
 
 func (h *handler) profile(w http.ResponseWriter, r *http.Request) {
-	which := strings.TrimPrefix(r.URL.Path, "/debug/pprof/")
-	if which == "symbol" { // its body is not a form
-		pprof.Symbol(w, r)
-		return
-	}
 	if text := r.FormValue("seconds"); text != "" {
 		if seconds, err := strconv.ParseFloat(text, 64); err != nil || !(seconds >= 0 && seconds <= maxProfile) {
 			refuse(w, "seconds=%.50q: use a number up to %d", text, maxProfile)
 			return
 		}
 	}
-	switch which {
-	case "cmdline":
-		pprof.Cmdline(w, r)
-	case "profile":
-		pprof.Profile(w, r)
-	case "trace":
-		pprof.Trace(w, r)
-	default:
-		pprof.Index(w, r)
-	}
+	ownport.ServeProfile(w, r)
 }
 
 // duration returns d as a protobuf duration in JSON.

@@ -3,7 +3,6 @@ package balance
 import (
 	"math"
 	"net/netip"
-	"slices"
 	"sort"
 	"strconv"
 
@@ -32,6 +31,13 @@ type point struct {
 	*member
 }
 
+// ringOrder sorts points by their hashes.
+type ringOrder []point
+
+func (r ringOrder) Len() int           { return len(r) }
+func (r ringOrder) Swap(i, k int)      { r[i], r[k] = r[k], r[i] }
+func (r ringOrder) Less(i, k int) bool { return r[i].hash < r[k].hash }
+
 // newRing makes a ring of at least minSize places, such that the host with the lowest weight has a whole number of them.
 func newRing(hosts []weighted, minSize, maxSize uint64) []point {
 	if len(hosts) == 0 {
@@ -55,15 +61,7 @@ func newRing(hosts []weighted, minSize, maxSize uint64) []point {
 			places++
 		}
 	}
-	slices.SortFunc(ring, func(a, b point) int {
-		switch {
-		case a.hash < b.hash:
-			return -1
-		case a.hash > b.hash:
-			return 1
-		}
-		return 0
-	})
+	sort.Sort(ringOrder(ring))
 	return ring
 }
 

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"sort"
 	"sync"
 	"time"
 
@@ -99,7 +100,7 @@ func (c *Cluster) enrol(v *view, hosts map[netip.AddrPort]*Host, from *mesh.Assi
 			v.members = append(v.members, m)
 		}
 	}
-	slices.SortStableFunc(v.members, func(a, b member) int { return int(a.locality.Priority) - int(b.locality.Priority) })
+	sort.SliceStable(v.members, func(i, k int) bool { return v.members[i].locality.Priority < v.members[k].locality.Priority })
 }
 
 // slowSteps is into how many steps the weight of a new host is divided.

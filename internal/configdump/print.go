@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -140,7 +141,7 @@ func (p *printer) each(m *message, b []byte, depth int, visit func(*field, []val
 	}
 	p.settleOneofs(start)
 	values := p.values[start:]
-	slices.SortStableFunc(values, func(a, b value) int { return a.field.index - b.field.index })
+	sort.SliceStable(values, func(i, j int) bool { return values[i].field.index < values[j].field.index })
 	for len(values) > 0 {
 		f, n := values[0].field, 1
 		for n < len(values) && values[n].field == f {

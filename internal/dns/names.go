@@ -156,10 +156,22 @@ func (b *tableBuilder) insert(name []byte, offset int, rank uint8) {
 
 // sorted returns names in order, each once.
 func (b *tableBuilder) sorted(names []tableName) []tableName {
-	slices.SortFunc(names, func(x, y tableName) int {
-		return cmp.Or(bytes.Compare(b.text(x), b.text(y)), cmp.Compare(x.rank, y.rank), cmp.Compare(x.host, y.host))
-	})
+	sort.Sort(byText{b, names})
 	return slices.Clone(slices.CompactFunc(names, func(x, y tableName) bool { return bytes.Equal(b.text(x), b.text(y)) }))
+}
+
+// byText sorts names by their text; of equal ones, the host with the lowest rank is the first.
+type byText struct {
+	*tableBuilder
+	names []tableName
+}
+
+func (s byText) Len() int      { return len(s.names) }
+func (s byText) Swap(i, k int) { s.names[i], s.names[k] = s.names[k], s.names[i] }
+
+func (s byText) Less(i, k int) bool {
+	x, y := s.names[i], s.names[k]
+	return cmp.Or(bytes.Compare(s.text(x), s.text(y)), cmp.Compare(x.rank, y.rank), cmp.Compare(x.host, y.host)) < 0
 }
 
 // appendName appends a name in wire format, in lower case and without the root. It returns false if a label is empty or

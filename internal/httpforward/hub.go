@@ -38,6 +38,7 @@ type hub struct {
 
 	downEnded bool // downstream has half-closed
 	flooded   bool // downstream has exceeded a bound on the number of frames: see floods
+	closed    bool // closeAll has begun: no call is opened, or moved to another connection
 	buffered  int  // bytes of bodies that wait or are kept
 
 	holding

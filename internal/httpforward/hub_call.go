@@ -49,6 +49,8 @@ type pipe struct {
 	from  int
 	keep  bool
 
+	repeat int // bytes behind from that an earlier attempt has passed on: their credit is owed, or given back, already
+
 	window int64 // what the receiver still takes on the stream
 	credit int64 // what the sender may still send on the stream
 	owed   int   // of it, to be given back
@@ -166,7 +168,9 @@ func (h *hub) pass(p *pipe) {
 		to.window -= int64(n)
 		p.window -= int64(n)
 		p.from += n
-		p.owed += n
+		again := min(n, p.repeat)
+		p.repeat -= again
+		p.owed += n - again
 		p.done = last
 	}
 	if body.ended && !p.done && p.from == len(p.queue) {

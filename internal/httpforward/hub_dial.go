@@ -50,7 +50,7 @@ func (h *hub) place(c *call) *leg {
 		if l.target != *to || l.closing || l.readErr != nil || (l.http1 != nil) != translate {
 			continue
 		}
-		if l.over() {
+		if l.over(l.joined) {
 			continue
 		}
 		if translate && l.stale(c) {
@@ -79,11 +79,12 @@ func (h *hub) place(c *call) *leg {
 	return l
 }
 
-// over reports whether the connection serves no further stream, by the limits of its target. Streams that wait for it count.
-func (l *leg) over() bool {
+// over reports whether the connection serves no stream behind the next waiting ones: by the limits of its target, or because
+// it has no number for it (RFC 9113 §5.1.1).
+func (l *leg) over(waiting int) bool {
 	use := l.use
-	use.Requests += uint32(l.joined)
-	return l.target.Over(&use, l.h.now())
+	use.Requests += uint32(waiting)
+	return uint64(l.next)+2*uint64(waiting) > http2.MaxStream || l.target.Over(&use, l.h.now())
 }
 
 func (l *leg) load() int { return len(l.calls) + l.joined }
@@ -171,13 +172,16 @@ func (l *leg) idleLife() time.Duration {
 
 // openWaiting opens the calls that wait for a place on the connection.
 func (l *leg) openWaiting() {
+	if l.h.closed {
+		return
+	}
 	for len(l.waiting) > 0 && l.conn != nil && !l.closing && l.readErr == nil && len(l.calls) < int(l.limit) && !l.full() {
 		c := l.waiting[0]
 		l.waiting = l.waiting[1:]
 		if c.leg == l && c.upID == 0 && !c.closed {
 			l.send(c)
 		}
-		if l.target.Over(&l.use, l.h.now()) {
+		if l.over(0) {
 			l.closing = true
 			l.h.moveWaiting(l)
 		}
@@ -189,6 +193,9 @@ func (l *leg) openWaiting() {
 
 // moveWaiting finds other connections for the calls that wait for one which takes no more.
 func (h *hub) moveWaiting(l *leg) {
+	if h.closed {
+		return
+	}
 	waiting := l.waiting
 	l.waiting = nil
 	for _, c := range waiting {

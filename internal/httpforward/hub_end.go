@@ -111,6 +111,7 @@ func (h *hub) sendGoAway(code http2.Code, text string) {
 
 // closeAll closes the records of all open streams. Several turns may pass.
 func (h *hub) closeAll(reason flow.Reason, err error) {
+	h.closed = true
 	closed := 0
 	for _, s := range h.streams.open {
 		c := s.call

@@ -289,6 +289,7 @@ func (l *leg) data(h http2.Header, payload []byte) error {
 	}
 	p.owed += before + behind
 	if len(content) == 0 && !end {
+		l.h.giveBack(p)
 		return l.idleFrame()
 	}
 	if err := l.h.countData(c, p, content, end); err != nil {

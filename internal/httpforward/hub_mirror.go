@@ -12,7 +12,11 @@ import (
 func (h *hub) mirrorCall(c *call) {
 	mirrors := c.decision.Mirrors
 	c.decision.Mirrors = nil
-	if !c.req.keep || c.tunnel { // it is too long, or does not end
+	var head []byte
+	if c.req.keep && !c.tunnel { // otherwise it is too long, or does not end
+		head = h.appendHTTP1(nil, c)
+	}
+	if head == nil {
 		endMirrors(mirrors, flow.Overload)
 		h.engine.config.Pool.Stats.CopiesDropped.Add(uint64(len(mirrors)))
 		return
@@ -21,13 +25,14 @@ func (h *hub) mirrorCall(c *call) {
 	if limit <= 0 {
 		limit = copyTime
 	}
-	h.engine.mirror(mirrors, h.settings, limit, h.appendHTTP1(nil, c), c.req.queue, nil)
+	h.engine.mirror(mirrors, h.settings, limit, head, c.req.queue, nil)
 	if c.begun {
 		c.req.keep = false
 	}
 }
 
-// appendHTTP1 appends the head of a request as one of HTTP/1, with the edits of its route.
+// appendHTTP1 appends the head of a whole request as one of HTTP/1, with the edits of its route. It returns nil if HTTP/1 cannot
+// express the request.
 func (h *hub) appendHTTP1(dst []byte, c *call) []byte {
 	h.view(c.stream, &c.sent.Request, c.sent.fields)
 	path, authority := h.routed.Path, h.routed.Authority
@@ -44,38 +49,29 @@ func (h *hub) appendHTTP1(dst []byte, c *call) []byte {
 			authority = p.AppendHost(nil, authority)
 		}
 	}
-	dst = append(append(append(append(dst, h.routed.Method...), ' '), path...), " HTTP/1.1\r\nhost: "...)
-	dst = append(append(dst, authority...), "\r\n"...)
+	request := http2.Request{Method: string(h.routed.Method), Path: string(path), Authority: string(authority)}
+	if request.Path == "" || !expressible(&request) {
+		return nil
+	}
+	var e *edited
 	if c.plan != nil {
-		e := h.editRequest(c.stream, c.sent.has)
-		for i := range h.fields.list {
-			if !e.gone[i] {
-				dst = appendField(dst, &h.fields.list[i])
-			}
-		}
-		dst = e.appendLines(dst)
-	} else {
-		for i := range h.fields.list {
-			if !h.Peers.drops(h.fields.list[i].Name) {
-				dst = appendField(dst, &h.fields.list[i])
-			}
+		e = h.editRequest(c.stream, c.sent.has)
+	}
+	kept := make([]http2.Field, 0, len(h.fields.list))
+	for i := range h.fields.list {
+		f := &h.fields.list[i]
+		if e == nil && !h.Peers.drops(f.Name) || e != nil && !e.gone[i] {
+			kept = append(kept, *f)
 		}
 	}
-	if c.request.declared < 0 && len(c.req.queue) > 0 {
+	dst = appendHeadHTTP1(dst, &request, kept)
+	if e != nil {
+		dst = e.appendLines(dst)
+	}
+	if c.request.declared >= 0 || len(c.req.queue) > 0 {
 		dst = append(strconv.AppendInt(append(dst, "content-length: "...), int64(len(c.req.queue)), 10), "\r\n"...)
 	}
 	return append(dst, "\r\n"...)
-}
-
-// appendField appends a field as a line of HTTP/1. The host is a line of its own.
-func appendField(dst []byte, f *http2.Field) []byte {
-	switch f.Name {
-	case "host":
-		return dst
-	case "te":
-		dst = append(dst, "connection: te\r\n"...)
-	}
-	return appendLine(dst, f.Name, f.Value)
 }
 
 // dropMirrors ends the leases of copies that are not sent.

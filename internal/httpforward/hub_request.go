@@ -96,6 +96,11 @@ func (h *hub) decide(c *call) {
 	if d.Peers != nil {
 		h.Peers = d.Peers
 	}
+	if d.Check != nil { // streams of a hub do not wait for an answer
+		d.Check.Cancel()
+		_ = h.answer(c, &replyUnchecked, errUnchecked)
+		return
+	}
 	c.began = h.now()
 	if c.retries == 0 {
 		h.takePlan(c)
@@ -173,7 +178,8 @@ func (l *leg) send(c *call) {
 	if s.plan != nil {
 		h.takeEdited(s)
 	}
-	c.req.window, c.req.from, c.req.done, c.req.owed = l.initial, 0, false, 0
+	c.req.repeat += c.req.from
+	c.req.window, c.req.from, c.req.done = l.initial, 0, false
 	c.resp.credit, c.resp.owed = streamWindow, 0
 	l.use.Requests++
 	end := c.request.ended && len(c.req.queue) == 0 && c.req.trailers == nil

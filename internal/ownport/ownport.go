@@ -1,5 +1,5 @@
-// Package ownport holds what the servers of the agent's own ports share: bounds on what a client can make them keep, and the
-// guard that distinguishes processes of this pod from the network and from web pages.
+// Package ownport holds what the servers of the agent's own ports share: bounds on what a client can make them keep, the
+// guard that distinguishes processes of this pod from the network and from web pages, and Go's profiles.
 package ownport
 
 import (

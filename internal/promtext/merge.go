@@ -2,7 +2,7 @@ package promtext
 
 import (
 	"slices"
-	"strings"
+	"sort"
 )
 
 // Merge combines parts into one set of families that Write can write in format, by the rules in the package comment. It also
@@ -152,11 +152,26 @@ func (f *merged) add(part int, s Sample) bool {
 	return true
 }
 
+// sortLabels sorts labels by name. The usual few stay on the stack, unlike with package sort.
+func sortLabels(labels []Label) {
+	if len(labels) > 32 {
+		clone := slices.Clone(labels)
+		sort.Slice(clone, func(i, k int) bool { return clone[i].Name < clone[k].Name })
+		copy(labels, clone)
+		return
+	}
+	for i := range labels {
+		for k := i; k > 0 && labels[k].Name < labels[k-1].Name; k-- {
+			labels[k], labels[k-1] = labels[k-1], labels[k]
+		}
+	}
+}
+
 // key returns a key for a set of labels in any order, ignoring the label named without. A label with an empty value counts
 // as absent. The separator 0xff does not occur in UTF-8.
 func key(labels []Label, without string) string {
 	sorted := append(make([]Label, 0, 32), labels...) // usually on the stack
-	slices.SortFunc(sorted, func(a, b Label) int { return strings.Compare(a.Name, b.Name) })
+	sortLabels(sorted)
 	text := make([]byte, 0, 512)
 	for _, label := range sorted {
 		if label.Value != "" && label.Name != without {

@@ -9,7 +9,6 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"net/http/pprof"
 	"strconv"
 	"time"
 
@@ -36,7 +35,7 @@ type Config struct {
 }
 
 const (
-	maxBytes   = 64 << 10 // of a request's body; only pprof's symbol lookup has one
+	maxBytes   = 64 << 10 // of a request's body; a form may have one
 	maxProfile = 2 * time.Minute
 )
 
@@ -55,16 +54,7 @@ func NewHandler(config Config) http.Handler {
 	mux.Handle("/quitquitquit", config.localOnly(config.order(config.Quit)))
 	mux.Handle("/drain", config.localOnly(config.order(config.Drain)))
 	if config.Profiling {
-		// Package pprof also registers itself with http.DefaultServeMux. The agent never serves that.
-		for path, handler := range map[string]http.HandlerFunc{
-			"":        pprof.Index, // and the profiles by their names
-			"cmdline": pprof.Cmdline,
-			"profile": pprof.Profile,
-			"symbol":  pprof.Symbol,
-			"trace":   pprof.Trace,
-		} {
-			mux.Handle("/debug/pprof/"+path, config.localOnly(profile(handler)))
-		}
+		mux.Handle(ownport.ProfilesPath, config.localOnly(profile(http.HandlerFunc(ownport.ServeProfile))))
 	}
 	return http.MaxBytesHandler(mux, maxBytes)
 }
