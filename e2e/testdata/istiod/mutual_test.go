@@ -170,7 +170,8 @@ func (c *couple) speak(from int) error {
 		body, err := io.ReadAll(response.Body)
 		response.Body.Close()
 		transport.CloseIdleConnections()
-		if err != nil || response.StatusCode != http.StatusOK || !strings.HasPrefix(string(body), proto+" ") || !strings.Contains(string(body), identity) {
+		if err != nil || response.StatusCode != http.StatusOK || response.Proto != proto ||
+			!strings.HasPrefix(string(body), "HTTP/1.1 ") || !strings.Contains(string(body), identity) { // the port's name is http: its cluster has HTTP/1.1
 			return fmt.Errorf("%s: %s %q, %v", proto, response.Status, body, err)
 		}
 		for name := range response.Header {
@@ -234,7 +235,7 @@ func TestTwoPodsSpeakByMutualTLS(t *testing.T) {
 				known := "peer=spiffe://cluster.local/ns/default/sa/" + far.account + "- tls=TLSv1.3- workload=" + far.name + "- namespace=default- app=" + far.app + "- cluster=" + clusterID + "-"
 				mirrored := "peer=-spiffe://cluster.local/ns/default/sa/" + far.account + " tls=-TLSv1.3 workload=-" + far.name + " namespace=-default app=-" + far.app + " cluster=-" + clusterID
 				for _, want := range []string{
-					"SEEN INBOUND HTTP/1.1 /one " + known, "SEEN INBOUND HTTP/2 /two " + known, "SEEN INBOUND HTTP/2 /grpc.health.v1.Health/Check " + known,
+					"SEEN INBOUND HTTP/1.1 /one " + known, "SEEN INBOUND HTTP/1.1 /two " + known, "SEEN INBOUND HTTP/2 /grpc.health.v1.Health/Check " + known,
 					"SEEN INBOUND - - " + known + " port=8082 reason=closed", "SEEN INBOUND - - " + known + " port=8083 reason=closed",
 					"SEEN OUTBOUND HTTP/1.1 /one " + mirrored, "SEEN OUTBOUND HTTP/2 /two " + mirrored, "SEEN OUTBOUND HTTP/2 /grpc.health.v1.Health/Check " + mirrored,
 					"SEEN OUTBOUND - - " + mirrored + " port=8082 reason=closed", "SEEN OUTBOUND - - " + mirrored + " port=8083 reason=closed",
