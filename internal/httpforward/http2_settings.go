@@ -35,6 +35,32 @@ func (t *tableSize) note(n uint32) {
 	t.present, t.now = true, n
 }
 
+// readSettings calls take for each parameter of a SETTINGS frame, in order, and returns the changes of the table's size.
+func readSettings(payload []byte, take func(http2.Setting) error) (table tableSize, err error) {
+	for len(payload) > 0 {
+		var s http2.Setting
+		s, payload = http2.NextSetting(payload)
+		if err := s.Check(); err != nil {
+			return table, err
+		}
+		if s.ID == http2.HeaderTableSize {
+			table.note(s.Value)
+		}
+		if err := take(s); err != nil {
+			return table, err
+		}
+	}
+	return table, nil
+}
+
+// permitPush checks a server's ENABLE_PUSH (RFC 9113 §6.5.2).
+func permitPush(value uint32) error {
+	if value != 0 {
+		return http2.ConnectionError(http2.ProtocolError, "a server cannot be pushed to")
+	}
+	return nil
+}
+
 // settings forwards a SETTINGS frame, so that each side receives the other's parameters, except where they concern us.
 func (l *lane) settings(h http2.Header, payload []byte) error {
 	if h.Has(http2.Ack) {
@@ -49,20 +75,14 @@ func (l *lane) settings(h http2.Header, payload []byte) error {
 		return errManySettings
 	}
 	var w settingsFrame
-	var table tableSize
-	for len(payload) > 0 {
-		var s http2.Setting
-		s, payload = http2.NextSetting(payload)
-		if err := s.Check(); err != nil {
-			return err
+	table, err := readSettings(payload, func(s http2.Setting) error {
+		if s.ID.Known() { // an extension is hop-by-hop; its frames would not be forwarded
+			w.set(s.ID, s.Value)
 		}
-		if !s.ID.Known() {
-			continue // an extension is hop-by-hop; its frames would not be forwarded
-		}
-		w.set(s.ID, s.Value)
-		if s.ID == http2.HeaderTableSize {
-			table.note(s.Value)
-		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	if err := l.apply(&w); err != nil {
 		return err
@@ -79,8 +99,10 @@ func (l *lane) settings(h http2.Header, payload []byte) error {
 
 // apply applies the parameters that affect this proxy.
 func (l *lane) apply(w *settingsFrame) error {
-	if !l.fromDown() && w.has(http2.EnablePush) && w.values[http2.EnablePush] != 0 {
-		return http2.ConnectionError(http2.ProtocolError, "a server cannot be pushed to")
+	if !l.fromDown() && w.has(http2.EnablePush) {
+		if err := permitPush(w.values[http2.EnablePush]); err != nil {
+			return err
+		}
 	}
 	if l.fromDown() && w.has(http2.InitialWindowSize) {
 		l.m.window.stream = int64(w.values[http2.InitialWindowSize])

@@ -153,27 +153,21 @@ func (l *leg) settings(h http2.Header, payload []byte) error {
 			return err
 		}
 	}
-	var table tableSize
-	for len(payload) > 0 {
-		var s http2.Setting
-		s, payload = http2.NextSetting(payload)
-		if err := s.Check(); err != nil {
-			return err
-		}
+	table, err := readSettings(payload, func(s http2.Setting) error {
 		switch s.ID {
-		case http2.HeaderTableSize:
-			table.note(s.Value)
 		case http2.InitialWindowSize:
-			if err := l.resize(int64(s.Value)); err != nil {
-				return err
-			}
+			return l.resize(int64(s.Value))
 		case http2.MaxConcurrentStreams:
 			l.limit = s.Value
 		case http2.EnablePush:
-			if !l.isDown() && s.Value != 0 {
-				return http2.ConnectionError(http2.ProtocolError, "a server cannot be pushed to")
+			if !l.isDown() {
+				return permitPush(s.Value)
 			}
 		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	if !l.greeted && !l.isDown() && l.limit == firstLimit {
 		l.limit = maxStreams

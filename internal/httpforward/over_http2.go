@@ -685,22 +685,23 @@ func (o *overHTTP2) takeSettings(h http2.Header, payload []byte) error {
 		}
 	}
 	o.greeted = true
-	var table tableSize
-	for len(payload) > 0 {
-		var s http2.Setting
-		s, payload = http2.NextSetting(payload)
-		if err := s.Check(); err != nil {
-			return err
-		}
+	table, err := readSettings(payload, func(s http2.Setting) error {
 		switch s.ID {
-		case http2.HeaderTableSize:
-			table.note(s.Value)
 		case http2.InitialWindowSize:
 			o.sending += int64(s.Value) - o.initial
 			o.initial = int64(s.Value)
+			if o.sending > http2.MaxWindow && !o.over() { // the window of an ended stream does not count
+				return http2.ConnectionError(http2.FlowControlError, "window too large")
+			}
+		case http2.EnablePush:
+			return permitPush(s.Value)
 		case http2.EnableConnectProtocol:
 			o.extends = s.Value == 1
 		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	if table.present {
 		o.encoder.SetTableSize(table.smallest, table.now)

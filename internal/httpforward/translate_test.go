@@ -492,6 +492,8 @@ func TestTheEndOfAStreamOverHTTP2(t *testing.T) {
 		"of another protocol":     {[]string{"HEADERS 1 end :status=101"}, "HTTP/1.1 502 ", flow.BadResponse},
 		"data before the head":    {[]string{"DATA 1 end abc"}, "HTTP/1.1 502 ", flow.BadResponse},
 		"shorter than its length": {[]string{"HEADERS 1 end :status=200 content-length=3"}, "", flow.ResponseIncomplete},
+		"a window that is raised": {[]string{"WINDOW 1 2147418112", "SETTINGS 4=65536"}, "HTTP/1.1 502 ", flow.BadResponse},
+		"the right to push":       {[]string{"SETTINGS 2=1"}, "HTTP/1.1 502 ", flow.BadResponse},
 	} {
 		t.Run(name, func(t *testing.T) {
 			o, r, client, answers := newOver(t)
