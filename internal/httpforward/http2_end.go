@@ -96,14 +96,25 @@ func (m *multiplex) resetUpstream(id uint32, code http2.Code) {
 	m.toUp.insert(http2.AppendResetStream(m.toUp.scratch, id, code))
 }
 
-// fail ends the connection because of an error by src of l, and reports the error to it.
-func (m *multiplex) fail(l *lane, err error) {
-	code := http2.ProtocolError
-	text := ""
+// goAwayFor returns the code and the debug data of the GOAWAY frame that reports an error to the peer that made it.
+func goAwayFor(err error) (http2.Code, string) {
 	var violation *http2.Error
 	if errors.As(err, &violation) {
-		code, text = violation.Code, violation.Text
+		return violation.Code, violation.Text
 	}
+	return http2.ProtocolError, ""
+}
+
+// recordFault reports an error of downstream that belongs to no stream. requests is when the last requests arrived.
+func (e *Engine) recordFault(connection *flow.Record, requests time.Time, reason flow.Reason, err error) {
+	s := takeStream(e, connection, 0, requests)
+	s.setFailure(reason, err)
+	s.close(e.config.Flows, nil)
+}
+
+// fail ends the connection because of an error by src of l, and reports the error to it.
+func (m *multiplex) fail(l *lane, err error) {
+	code, text := goAwayFor(err)
 	if !l.fromDown() {
 		m.toUp.insert(http2.AppendGoAway(m.toUp.scratch, 0, code, text))
 		m.toUp.flush()
@@ -124,9 +135,7 @@ func (m *multiplex) terminate(code http2.Code, text string, reason flow.Reason, 
 	open := m.streams.active > 0
 	m.closeAll(reason, err)
 	if !open && code != http2.NoError {
-		s := takeStream(m.engine, m.Record, 0, m.requests)
-		s.setFailure(reason, err)
-		s.close(m.engine.config.Flows, nil)
+		m.engine.recordFault(m.Record, m.requests, reason, err)
 	}
 	m.sendGoAway(code, text)
 	if m.up != nil && open {

@@ -119,6 +119,51 @@ func (b *block) free() {
 	*b = block{fragments: fragments}
 }
 
+// messages takes complete header blocks. broken is a stream error that the first frame has.
+type messages interface {
+	message(stream uint32, end bool, encoded []byte, broken error) error
+}
+
+// headers begins a block with a HEADERS frame. A complete one is not copied.
+func (b *block) headers(h http2.Header, payload []byte, to messages) error {
+	fragment, err := h.Fragment(payload)
+	if fragment == nil && err != nil {
+		return err
+	}
+	if h.Has(http2.EndHeaders) {
+		return to.message(h.Stream, h.Has(http2.EndStream), fragment, err)
+	}
+	b.open, b.stream, b.end, b.err = true, h.Stream, h.Has(http2.EndStream), err
+	b.add(fragment)
+	return nil
+}
+
+// continuation adds a CONTINUATION frame. The block is closed before its message is handled.
+func (b *block) continuation(h http2.Header, fragment []byte, to messages) error {
+	if b.continuations++; b.continuations > maxContinuations {
+		return errManyContinuations
+	}
+	b.add(fragment)
+	if !h.Has(http2.EndHeaders) {
+		return nil
+	}
+	whole := *b
+	*b = block{}
+	err := to.message(whole.stream, whole.end, whole.fragments, whole.err)
+	whole.free()
+	b.fragments = whole.fragments
+	return err
+}
+
+// blockTurn is what a decoded block takes of a turn.
+func blockTurn(fields []http2.Field) int {
+	n := blockCost
+	for i := range fields {
+		n += fieldCost + len(fields[i].Value)
+	}
+	return n
+}
+
 func (l *lane) init(m *multiplex, other *lane) {
 	l.m, l.other, l.left = m, other, laneTurn
 	l.frameLimit = http2.MinFrameSize
@@ -390,9 +435,9 @@ func (l *lane) frame(h http2.Header, b []byte) error {
 	payload := b[http2.HeaderLength:]
 	switch h.Type {
 	case http2.Headers:
-		return l.headers(h, payload)
+		return l.block.headers(h, payload, l)
 	case http2.Continuation:
-		return l.continuation(h, payload)
+		return l.block.continuation(h, payload, l)
 	case http2.Settings:
 		return l.settings(h, payload)
 	case http2.ResetStream:
@@ -444,38 +489,6 @@ func (l *lane) progress(data int) {
 	l.other.idleFrames.earn(bonus)
 }
 
-// headers begins a header block.
-func (l *lane) headers(h http2.Header, payload []byte) error {
-	fragment, err := h.Fragment(payload)
-	if fragment == nil && err != nil {
-		return err
-	}
-	if h.Has(http2.EndHeaders) {
-		return l.message(h.Stream, h.Has(http2.EndStream), fragment, err)
-	}
-	l.block.open, l.block.stream, l.block.end, l.block.err = true, h.Stream, h.Has(http2.EndStream), err
-	l.block.add(fragment)
-	return nil
-}
-
-// continuation adds a CONTINUATION frame to the header block.
-func (l *lane) continuation(h http2.Header, fragment []byte) error {
-	b := &l.block
-	if b.continuations++; b.continuations > maxContinuations {
-		return errManyContinuations
-	}
-	b.add(fragment)
-	if !h.Has(http2.EndHeaders) {
-		return nil
-	}
-	whole := *b
-	*b = block{}
-	err := l.message(whole.stream, whole.end, whole.fragments, whole.err)
-	whole.free()
-	b.fragments = whole.fragments
-	return err
-}
-
 // message handles a complete header block. Even a rejected block is decoded first, to keep the HPACK table in step with
 // the sender's. broken is a stream error found earlier.
 func (l *lane) message(stream uint32, end bool, encoded []byte, broken error) error {
@@ -484,10 +497,7 @@ func (l *lane) message(stream uint32, end bool, encoded []byte, broken error) er
 	if err != nil {
 		return err
 	}
-	l.left -= blockCost
-	for i := range fields {
-		l.left -= fieldCost + len(fields[i].Value)
-	}
+	l.left -= blockTurn(fields)
 	if l.fromDown() {
 		return l.m.fromDownstream(stream, end, fields, whole, broken)
 	}

@@ -147,6 +147,21 @@ func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, w
 	return nil
 }
 
+// parseResponse validates the head of a response on a stream. An interim one must not end the stream, and seen counts those
+// before it. An error is that of the stream.
+func (e *Engine) parseResponse(id uint32, fields []http2.Field, end bool, seen int) (http2.Response, error) {
+	response, err := http2.ParseResponse(fields)
+	switch {
+	case err != nil:
+		return response, http2.MessageError(id, err)
+	case response.Interim() && end:
+		return response, http2.StreamError(id, http2.ProtocolError, "interim response that is the last")
+	case response.Interim() && seen == e.config.maxInterim:
+		return response, http2.MessageError(id, http2.TooManyInterim)
+	}
+	return response, nil
+}
+
 // fromUpstream handles a decoded header block from upstream.
 func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whole bool) error {
 	s, err := m.toDown.find(id)
@@ -162,14 +177,10 @@ func (m *multiplex) fromUpstream(id uint32, end bool, fields []http2.Field, whol
 	case s.begun:
 		return m.responseTrailers(s, end, fields)
 	}
-	response, err := http2.ParseResponse(fields)
+	response, err := m.engine.parseResponse(id, fields, end, s.interim)
 	switch {
 	case err != nil:
-		return http2.MessageError(id, err)
-	case response.Interim() && end:
-		return http2.StreamError(id, http2.ProtocolError, "interim response that is the last")
-	case response.Interim() && s.interim == m.engine.config.maxInterim:
-		return http2.MessageError(id, http2.TooManyInterim)
+		return err
 	case response.Interim():
 		s.interim++
 		m.toDown.forwardBlock(s, false, fields)

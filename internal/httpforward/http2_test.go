@@ -374,7 +374,7 @@ func TestOnlyTooManyFramesAreAFlood(t *testing.T) {
 		}, true},
 		"too many CONTINUATION frames": {func(l *lane) (err error) {
 			l.block.continuations = maxContinuations
-			return l.continuation(http2.Header{}, nil)
+			return l.block.continuation(http2.Header{}, nil, l)
 		}, true},
 	} {
 		m := &multiplex{engine: r.engine, settings: r.engine.settings.Load()}

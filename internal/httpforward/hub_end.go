@@ -77,11 +77,7 @@ func (h *hub) upstreamError(l *leg, c *call, violation *http2.Error) error {
 
 // fail ends the connection because of an error by downstream, and reports the error to it.
 func (h *hub) fail(err error) {
-	code, text := http2.ProtocolError, ""
-	var violation *http2.Error
-	if errors.As(err, &violation) {
-		code, text = violation.Code, violation.Text
-	}
+	code, text := goAwayFor(err)
 	reason := flow.BadFraming
 	if code == http2.EnhanceYourCalm {
 		reason, h.flooded = flow.Overload, slices.Contains(floods[:], err)
@@ -95,9 +91,7 @@ func (h *hub) terminate(code http2.Code, text string, reason flow.Reason, err er
 	open := h.streams.active > 0
 	h.closeAll(reason, err)
 	if !open && code != http2.NoError {
-		s := takeStream(h.engine, h.Record, 0, h.requests)
-		s.setFailure(reason, err)
-		s.close(h.engine.config.Flows, nil)
+		h.engine.recordFault(h.Record, h.requests, reason, err)
 	}
 	h.sendGoAway(code, text)
 	h.over = closesInOrder

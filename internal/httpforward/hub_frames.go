@@ -59,9 +59,9 @@ func (l *leg) frame(h http2.Header, payload []byte) error {
 	case http2.Data:
 		return l.data(h, payload)
 	case http2.Headers:
-		return l.headers(h, payload)
+		return l.block.headers(h, payload, l)
 	case http2.Continuation:
-		return l.continuation(h, payload)
+		return l.block.continuation(h, payload, l)
 	case http2.Settings:
 		return l.settings(h, payload)
 	case http2.ResetStream:
@@ -90,38 +90,6 @@ func (l *leg) idleFrame() error {
 	return errManyIdle
 }
 
-// headers begins a header block.
-func (l *leg) headers(h http2.Header, payload []byte) error {
-	fragment, err := h.Fragment(payload)
-	if fragment == nil && err != nil {
-		return err
-	}
-	if h.Has(http2.EndHeaders) {
-		return l.message(h.Stream, h.Has(http2.EndStream), fragment, err)
-	}
-	l.block.open, l.block.stream, l.block.end, l.block.err = true, h.Stream, h.Has(http2.EndStream), err
-	l.block.add(fragment)
-	return nil
-}
-
-// continuation adds a CONTINUATION frame to the header block.
-func (l *leg) continuation(h http2.Header, fragment []byte) error {
-	b := &l.block
-	if b.continuations++; b.continuations > maxContinuations {
-		return errManyContinuations
-	}
-	b.add(fragment)
-	if !h.Has(http2.EndHeaders) {
-		return nil
-	}
-	whole := *b
-	*b = block{}
-	err := l.message(whole.stream, whole.end, whole.fragments, whole.err)
-	whole.free()
-	b.fragments = whole.fragments
-	return err
-}
-
 // message handles a complete header block. Even a rejected block is decoded, to keep the HPACK table in step with the
 // sender's. broken is a stream error found earlier.
 func (l *leg) message(stream uint32, end bool, encoded []byte, broken error) error {
@@ -130,10 +98,7 @@ func (l *leg) message(stream uint32, end bool, encoded []byte, broken error) err
 	if err != nil {
 		return err
 	}
-	l.left -= blockCost
-	for i := range fields {
-		l.left -= fieldCost + len(fields[i].Value)
-	}
+	l.left -= blockTurn(fields)
 	if l.isDown() {
 		return l.h.fromDownstream(stream, end, fields, whole, broken)
 	}

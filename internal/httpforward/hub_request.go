@@ -233,14 +233,10 @@ func (h *hub) fromUpstream(l *leg, id uint32, end bool, fields []http2.Field, wh
 	case c.begun:
 		return h.responseTrailers(c, end, fields)
 	}
-	response, err := http2.ParseResponse(fields)
+	response, err := h.engine.parseResponse(id, fields, end, c.interim)
 	switch {
 	case err != nil:
-		return http2.MessageError(id, err)
-	case response.Interim() && end:
-		return http2.StreamError(id, http2.ProtocolError, "interim response that is the last")
-	case response.Interim() && c.interim == h.engine.config.maxInterim:
-		return http2.MessageError(id, http2.TooManyInterim)
+		return err
 	case response.Interim():
 		c.interim++
 		h.down.sendFields(c.id, false, fields)
