@@ -90,10 +90,11 @@ func (p *meshPod) serve(t testing.TB, push string) *nettest.Process {
 	return p.Start(t, cmd)
 }
 
-// command returns the words that run the agent as proxyUser, with the volumes and variables of the pod.
+// command returns the words that run the agent as proxyUser, with the volumes and variables of the pod. The control plane
+// replaces its root by the same one when it starts, on which cp would fail.
 func (p *meshPod) command() []string {
 	mounts := p.enter + "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && echo secret > /run/secrets/tokens/istio-token" +
-		" && cp \"$0\"/root-cert.pem /run/secrets/istio/ && exec setpriv --reuid=" + strconv.Itoa(proxyUser) + " --regid=" + strconv.Itoa(proxyUser) + " --clear-groups \"$@\""
+		" && cat \"$0\"/root-cert.pem > /run/secrets/istio/root-cert.pem && exec setpriv --reuid=" + strconv.Itoa(proxyUser) + " --regid=" + strconv.Itoa(proxyUser) + " --clear-groups \"$@\""
 	return []string{"env", "POD_NAME=reviews-v1", "POD_NAMESPACE=default", "SERVICE_ACCOUNT=reader", "INSTANCE_IP=" + nettest.PodIP4.String(),
 		"ISTIO_META_CLUSTER_ID=Kubernetes", `PROXY_CONFIG={"discoveryAddress":"127.0.0.1:15012"}`,
 		"unshare", "--mount", "--propagation", "private", "sh", "-c", mounts, p.directory, p.program, "agent", "--control-plane", "auto",

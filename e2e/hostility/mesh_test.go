@@ -33,7 +33,7 @@ func (w *world) startControlPlane(t testing.TB) (before []string) {
 	cmd.Stderr = os.Stderr
 	w.pod.Start(t, cmd)
 	mounts := "mount -t tmpfs tmpfs /run && mkdir -p /run/secrets/tokens /run/secrets/istio && echo secret > /run/secrets/tokens/istio-token" +
-		` && cp "$0"/root-cert.pem /run/secrets/istio/ && exec "$@"`
+		` && cat "$0"/root-cert.pem > /run/secrets/istio/root-cert.pem && exec "$@"` // cp fails if it is replaced meanwhile
 	return []string{
 		"env", "POD_NAME=reviews-v1", "POD_NAMESPACE=default", "SERVICE_ACCOUNT=reader", "INSTANCE_IP=" + nettest.PodIP4.String(),
 		"ISTIO_META_CLUSTER_ID=Kubernetes", `PROXY_CONFIG={"discoveryAddress":"127.0.0.1:15012"}`,
