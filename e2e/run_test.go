@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -88,7 +89,8 @@ func serveHTTP(t testing.TB, listener net.Listener, handler http.Handler) {
 	})
 }
 
-// recorded parses the records of `--log json`.
+// recorded parses the records of `--log json`, and sorts them by the start of their connection or request: two connections may
+// end in either order.
 func recorded(t testing.TB, text string) (records []live.Record) {
 	t.Helper()
 	for line := range strings.Lines(text) {
@@ -98,7 +100,12 @@ func recorded(t testing.TB, text string) (records []live.Record) {
 		}
 		records = append(records, r)
 	}
+	slices.SortStableFunc(records, func(a, b live.Record) int { return began(a).Compare(began(b)) })
 	return records
+}
+
+func began(r live.Record) time.Time {
+	return r.Time.Add(-time.Duration(r.DurationMS * float64(time.Millisecond)))
 }
 
 // A command reaches what its caller reaches, from the caller's address, in both families and by names, and each request is
