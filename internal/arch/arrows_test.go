@@ -102,6 +102,8 @@ var arrows = []struct {
 	{"internal/istiod", []string{"internal/grpcwire", "internal/identity", "internal/wire"}, "istiod is called over one connection, verified by roots in a file, by a node that is described in protobuf"},
 	{"internal/grpcwire", []string{"internal/envoy"}, "the table of gRPC's codes"},
 	{"internal/tracing", []string{"internal/envoy", "internal/flow", "internal/grpcwire", "internal/mesh", "internal/wire"}, "spans are made of records, as a control plane may configure, and sent as protobuf, by HTTP or a call of gRPC"},
+	{"internal/edge", []string{"internal/capture", "internal/identity", "internal/mesh", "internal/proxyconfig"},
+		"settings become the values of a control plane; files are read with a bound, and a line as in Istio's configuration"},
 	{"internal/nettest", []string{"internal/netns"}, "test namespaces are entered the safe way"},
 	{"internal/egress", []string{"internal/capture"}, "a rule has a port, and its error repeats a value cut at the same length"},
 	{"internal/fault", []string{"internal/egress"}, "a fault is for the hosts that a rule selects"},
