@@ -221,8 +221,8 @@ func serverName(r *flow.Record) string {
 
 // ofTLS returns a fact about TLS with the side that the operator names; empty if the agent does not speak TLS with it.
 func (p *piece) ofTLS(r *flow.Record) string {
-	s := r.Security
-	if s == nil || r.Direction != p.side {
+	s := r.SecurityOf(p.side)
+	if s == nil {
 		return ""
 	}
 	switch p.does {

@@ -219,9 +219,9 @@ func (e *edited) AppendOperator(dst []byte, o route.Operator) []byte {
 
 // appendIdentity appends the SPIFFE ID of downstream's TLS: our own, or the peer's.
 func appendIdentity(dst []byte, connection *flow.Record, own bool) []byte {
-	s := connection.Security
+	s := connection.SecurityOf(flow.Inbound)
 	switch {
-	case s == nil || connection.Direction == flow.Outbound:
+	case s == nil:
 		return dst
 	case own:
 		return append(dst, s.Own...)

@@ -175,7 +175,7 @@ var schemeHTTP, schemeHTTPS = []byte("http"), []byte("https")
 
 // schemeOf returns the scheme of requests whose target is without one.
 func schemeOf(connection *flow.Record) []byte {
-	if connection.Security != nil && connection.Direction == flow.Inbound {
+	if connection.SecurityOf(flow.Inbound) != nil {
 		return schemeHTTPS
 	}
 	return schemeHTTP
