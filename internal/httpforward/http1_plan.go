@@ -368,7 +368,7 @@ func (x *exchange) editResponse(b []byte) *edited {
 func (e *edited) describe(r *Request) {
 	e.request = route.Request{
 		Method: r.Method, Path: r.Path, Authority: r.Authority, Scheme: r.Scheme, Fields: r.Fields,
-		Downstream: r.Connection.Downstream, Local: r.Connection.OriginalDestination,
+		Downstream: r.Client, Local: r.Connection.OriginalDestination,
 	}
 }
 

@@ -32,7 +32,8 @@ type Router interface {
 
 // Request is the part of a request that a Router sees.
 type Request struct {
-	Connection *flow.Record // of the downstream connection: peers and original destination
+	Connection *flow.Record   // of the downstream connection: peers and original destination
+	Client     netip.AddrPort // the peer, or the client that trusted proxies forward for, without a port: see Edge
 	Protocol   flow.Protocol
 	Method     []byte
 	Path       []byte       // with its query; of a target in absolute form, what follows the authority
@@ -147,6 +148,7 @@ func (c *Connection) route(r *Request) Decision {
 func (r *Request) view(record *flow.Record) {
 	*r = Request{
 		Connection: record.Connection,
+		Client:     record.Downstream,
 		Protocol:   record.Protocol,
 		Method:     record.HTTP.Method,
 		Path:       record.HTTP.Path,
@@ -178,7 +180,7 @@ var schemeHTTP, schemeHTTPS = []byte("http"), []byte("https")
 
 // schemeOf returns the scheme of requests whose target is without one.
 func schemeOf(connection *flow.Record) []byte {
-	if connection.Security != nil && connection.Direction == flow.Inbound {
+	if connection.SecurityOf(flow.Inbound) != nil {
 		return schemeHTTPS
 	}
 	return schemeHTTP
