@@ -514,28 +514,29 @@ func TestRunRecordsRequests(t *testing.T) {
 func checkArchive(t *testing.T, text []byte) {
 	t.Helper()
 	type field struct{ Name, Value string }
+	type entry struct {
+		StartedDateTime string
+		Time            float64
+		Request         struct {
+			Method, URL, HTTPVersion string
+			Headers, QueryString     []field
+			BodySize                 int
+		}
+		Response struct {
+			Status      int
+			HTTPVersion string
+			Headers     []field
+			Content     struct {
+				Size     int
+				MimeType string
+			}
+		}
+	}
 	var archive struct {
 		Log struct {
 			Version string
 			Creator struct{ Name, Version string }
-			Entries []struct {
-				StartedDateTime string
-				Time            float64
-				Request         struct {
-					Method, URL, HTTPVersion string
-					Headers, QueryString     []field
-					BodySize                 int
-				}
-				Response struct {
-					Status      int
-					HTTPVersion string
-					Headers     []field
-					Content     struct {
-						Size     int
-						MimeType string
-					}
-				}
-			}
+			Entries []entry
 		}
 	}
 	if err := json.Unmarshal(text, &archive); err != nil {
@@ -544,6 +545,7 @@ func checkArchive(t *testing.T, text []byte) {
 	if archive.Log.Version != "1.2" || archive.Log.Creator.Name != "pillion" || len(archive.Log.Entries) != 2 {
 		t.Fatalf("the archive is\n%s", text)
 	}
+	slices.SortStableFunc(archive.Log.Entries, func(a, b entry) int { return strings.Compare(a.StartedDateTime, b.StartedDateTime) })
 	for i, version := range []string{"HTTP/1.1", "HTTP/2"} {
 		e := archive.Log.Entries[i]
 		if _, err := time.Parse(time.RFC3339, e.StartedDateTime); err != nil || e.Time <= 0 {

@@ -56,7 +56,7 @@ func newWorld(t testing.TB, pinned, mesh bool) *world {
 		t.Fatalf("pillion init: %v\n%s", err, out)
 	}
 	w.start(t, w.pod, nil, "origin", originAddress, directAddress)
-	w.start(t, w.pod, nil, "origin", bystanderAddress)
+	w.start(t, w.pod, nil, "origin", bystanderAddress, secondAddress)
 	if mesh {
 		w.startAgent(t, w.startControlPlane(t), "--control-plane", "auto")
 	} else {
