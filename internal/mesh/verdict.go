@@ -48,11 +48,6 @@ func (s *Snapshot) InboundInspectsTLS(port uint16) bool {
 	return l != nil && l.inspects(TLSInspector, port)
 }
 
-// InboundChanged reports whether another inbound listener is in force than before.
-func (s *Snapshot) InboundChanged(before *Snapshot) bool {
-	return s.Listener(virtualInbound) != before.Listener(virtualInbound)
-}
-
 // Outbound returns the filter chain that an outbound connection meets, or why it is refused. Both are empty if no listener is
 // for its destination: it is carried there as it is.
 func (s *Snapshot) Outbound(c *ConnInfo) (chain *FilterChain, refusal string) {
