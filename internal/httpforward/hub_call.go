@@ -22,6 +22,8 @@ type call struct {
 	resp pipe
 
 	decision, previous Decision
+	check              Check             // of the last decision that needed an answer; nil: none did
+	asking             bool              // check has no answer yet
 	policy             *mesh.RetryPolicy // nil: no retry is left, or allowed
 	left               uint32            // retries
 	resends            int               // after refusals of streams that were not processed
@@ -280,6 +282,7 @@ func (h *hub) completed(c *call) {
 // finish closes a call. Its record closes when all frames queued for downstream are written.
 func (h *hub) finish(c *call, reason flow.Reason, err error) {
 	c.reason, c.err = reason, err
+	c.stopAsking()
 	h.detach(c)
 	c.endLease(reason)
 	h.dropMirrors(c)
