@@ -37,7 +37,7 @@ type hub struct {
 	asking   []*call     // wait for the answer to a question about them; some may have ended
 	answered atomic.Bool // there is an answer to one of the questions
 
-	checkAt time.Time // when limits and pauses of streams are checked next; zero: there are none
+	checkAt time.Time // when limits and pauses of streams are checked next; zero: no check is due
 	resets  bucket    // for streams that downstream resets or that break the protocol
 
 	downEnded bool // downstream has half-closed

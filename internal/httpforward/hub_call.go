@@ -14,7 +14,7 @@ type call struct {
 	*stream // with downstream's number
 	h       *hub
 
-	leg  *leg   // that carries the request, or will; nil: none was chosen yet, or the request is answered here
+	leg  *leg   // that carries the request, or will; nil before one is chosen, and for a request that is answered here
 	upID uint32 // number on leg; 0: not open there
 
 	sent requestHead // as it was received
@@ -22,13 +22,13 @@ type call struct {
 	resp pipe
 
 	decision, previous Decision
-	check              Check             // of the last decision that needed an answer; nil: none did
+	check              Check             // of the last decision that needed an answer; may be nil
 	asking             bool              // check has no answer yet
 	policy             *mesh.RetryPolicy // nil: no retry is left, or allowed
 	left               uint32            // retries
 	resends            int               // after refusals of streams that were not processed
 
-	resumeAt time.Time // the end of a delay or of a pause between two attempts; zero: there is none
+	resumeAt time.Time // the end of a delay or of a pause between two attempts; zero: the call is not paused
 	headEnd  time.Time // the end of Settings.RequestTimeout
 	replied  bool      // the response is made here
 	closed   bool      // it has left the table
@@ -39,7 +39,7 @@ type requestHead struct {
 	http2.Request
 	fields []http2.Field
 	has    seen
-	path   []byte // that replaces the received one; nil: none does
+	path   []byte // that replaces the received one; may be nil
 }
 
 // pipe carries the body and the trailers of one message.
@@ -74,7 +74,7 @@ func (p *pipe) body() *body {
 	return &p.c.response
 }
 
-// sender and receiver return the connections of a message; nil: there is none at present.
+// sender and receiver return the connections of a message; nil while there is no such connection.
 func (p *pipe) sender() *leg {
 	if p.up {
 		return &p.c.h.down
