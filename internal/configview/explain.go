@@ -434,6 +434,9 @@ func (w *walk) outcome(c *route.Choice) {
 	if o.Delay > 0 {
 		after = " after " + duration(o.Delay)
 	}
+	if o.ResponseRate > 0 {
+		after += fmt.Sprintf(", at %d KiB/s", o.ResponseRate>>10)
+	}
 	if o.Reply != nil {
 		w.answered(o.Reply)
 		w.Result += after

@@ -28,6 +28,7 @@ type Conn struct {
 	protocol sniff.Protocol
 	sniffer  *sniff.Sniffer // from ReadFirst until the connection is carried; of sniffers
 	returned *tcp.Conn      // set by Loops; see upstream.Stats.Returned
+	rate     uint64         // limit in bytes for each second, set by Fault; zero: not limited
 	governed *governed      // set by AwaitConfiguration; nil without a control plane
 }
 
@@ -270,10 +271,13 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 }
 
 // many reports whether the streams of an HTTP/2 connection are carried one by one: they may have different upstreams, or some
-// wait for the answer to a question about them while others go on. A client's own address serves one connection to the workload.
+// wait for a limit or for the answer to a question about them while others go on. A client's own address serves one connection
+// to the workload.
 func (c *Conn) many(to *upstream.Target) bool {
 	g := c.governed
 	switch {
+	case c.role.faults.Limits():
+		return true
 	case g == nil:
 		return false
 	case c.role.direction == flow.Outbound:
@@ -293,6 +297,8 @@ func (c *Conn) relay() {
 		FromUp:           &c.Record.Sent,
 		DownRead:         c.sniffer.Read,
 		UpRead:           c.sniffer.UpRead,
+		PaceDown:         relay.NewPace(c.rate),
+		PaceUp:           relay.NewPace(c.rate),
 	}
 	c.limits(&options)
 	if c.governed != nil && c.role.direction == flow.Inbound {
