@@ -94,7 +94,7 @@ var arrows = []struct {
 	{"internal/controlplane/pushtest", []string{"internal/wire", "internal/xds"}, "recorded pushes are updates"},
 	{"internal/certview", []string{"internal/flow", "internal/identity", "internal/mesh", "internal/secure"}, "certificates are described, and servers verified, as on connections"},
 	{"internal/peers", []string{"internal/flow", "internal/wire"}, "a description is a protobuf message, and becomes the workload of a record"},
-	{"internal/secure/securetest", []string{"internal/identity"}, "test certificates are identities"},
+	{"internal/secure/securetest", []string{"internal/identity", "internal/wire"}, "test certificates are identities, and secrets as the control plane encodes them"},
 	{"internal/secure", []string{"internal/budget", "internal/identity", "internal/match", "internal/mesh", "internal/tcp", "internal/peers", "internal/flow"}, "TLS is a layer of a connection, and its handshakes are in the memory budget; peers are verified with the roots of the identity, by names that the mesh configures"},
 	{"internal/configdump", []string{"internal/wire"}, "descriptions of messages are read field by field"},
 	{"internal/controlplane", []string{"internal/identity", "internal/istiod", "internal/mesh", "internal/wire", "internal/xds"},

@@ -238,6 +238,9 @@ func (x *exchange) routeBy(b []byte) bool {
 	if d.Path != nil || len(d.Edits) > 0 {
 		x.takeChanges()
 	}
+	if d.RequestRate|d.ResponseRate > 0 {
+		x.takeRates()
+	}
 	if d.noRoute() {
 		return d.Reply != nil
 	}
@@ -762,6 +765,8 @@ func (x *exchange) tunnel() ending {
 		FromUp:           sent,
 		DownRead:         down,
 		UpRead:           up,
+		PaceDown:         x.request.pace.relay(),
+		PaceUp:           x.response.pace.relay(),
 	})
 	s.up = nil
 	x.record.Received.Add(received.Load() - receivedBefore)

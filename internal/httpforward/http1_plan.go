@@ -157,7 +157,7 @@ func (x *exchange) sooner(at time.Time) time.Time {
 			at = end
 		}
 	}
-	return at
+	return x.paced(at)
 }
 
 // The replies to requests that exceed a limit of their route.

@@ -10,6 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/relay"
 )
 
 // fromDownstream handles a decoded header block from downstream: a request head or trailers.
@@ -128,6 +129,7 @@ func (h *hub) decide(c *call) {
 func (h *hub) takePlan(c *call) {
 	d := &c.decision
 	c.plan, c.edits = d.Plan, d.Edits
+	c.req.pace, c.resp.pace = relay.NewPace(d.RequestRate), relay.NewPace(d.ResponseRate)
 	if d.Path != nil {
 		c.sent.path, c.normalized = bytes.Clone(d.Path), true
 		h.routed.Path = c.sent.path
@@ -157,6 +159,9 @@ func (h *hub) takePlan(c *call) {
 func (h *hub) follow(c *call) {
 	d := &c.decision
 	switch {
+	case d.Reply != nil && d.Reply.Reset:
+		h.resetDownstream(c.id, http2.InternalError)
+		h.finish(c, d.Reply.Reason, nil)
 	case d.Reply != nil:
 		_ = h.answer(c, &reply{d.Reply.Status, d.Reply.Body, d.Reply.Reason, d.Reply.Flags, d.Reply.Details}, nil)
 	case d.noRoute():
