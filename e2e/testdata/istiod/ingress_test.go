@@ -180,7 +180,7 @@ func TestAnIngressGatewayServesClientsFromOutside(t *testing.T) {
 	}{
 		{"http://www.ssoon.dev/", "", 200},
 		{"http://other.ssoon.dev/", "", 404},
-		{"http://secure.ssoon.dev:8080/path?q", "https://secure.ssoon.dev/path?q", 301},
+		{"http://secure.ssoon.dev:8080/path?q", "https://secure.ssoon.dev:8080/path?q", 301},
 	} {
 		response, body, err := x.get(client, c.url)
 		if err != nil || response.StatusCode != c.status || response.Header.Get("Location") != c.location {
