@@ -92,15 +92,13 @@ func (s *Snapshot) Gateway(c *ConnInfo) (chain *FilterChain, refusal string) {
 	return chain, ""
 }
 
-// GatewayMode is InboundMode for a connection that a gateway has accepted. Without a listener, there is no filter chain.
-func (s *Snapshot) GatewayMode(c *ConnInfo) (ended, ok bool) {
-	l := s.accepts(c)
-	if l == nil {
-		return false, false
+// GatewayChain returns the filter chain of a connection that a gateway has accepted, also if that is refused. It returns nil
+// if the configuration has no chain for it.
+func (s *Snapshot) GatewayChain(c *ConnInfo) *FilterChain {
+	if l := s.accepts(c); l != nil {
+		return l.Meet(c)
 	}
-	info := l.inspected(c)
-	chain, ok := l.Match(&info)
-	return ok && chain.TLS != nil, ok
+	return nil
 }
 
 // GatewayInspectsTLS reports whether connections that a gateway has accepted at an address are looked at for TLS.

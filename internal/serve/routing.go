@@ -31,9 +31,12 @@ type routing struct {
 	client           *httpforward.PeerFields // of a client inside TLS that is ended here; nil: there is none
 	plain, described *httpforward.PeerFields // without and with the exchange of metadata; described may be nil
 
-	routes  *mesh.Routes
-	table   *route.Table
-	fault   *mesh.Fault  // of the HTTP filter; may be nil
+	routes *mesh.Routes
+	table  *route.Table
+	fault  *mesh.Fault // of the HTTP filter; may be nil
+
+	misdirected *mesh.Misdirected // may be nil
+
 	refused *route.Reply // not nil: the reply to all requests
 
 	request route.Request   // reused, so that it is not allocated
@@ -77,7 +80,7 @@ func (r *routing) judge(s *mesh.Snapshot) {
 			r.refused = route.NoRoute
 			return
 		}
-		r.table, r.fault = route.Of(r.routes), s.Fault(chain.HTTP)
+		r.table, r.fault, r.misdirected = route.Of(r.routes), s.Fault(chain.HTTP), chain.HTTP.MisdirectedFilter()
 	}
 }
 
@@ -96,6 +99,9 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 		return r.again(s, q)
 	}
 	r.view(q)
+	if m := r.misdirected; m != nil && m.Match(secure.HostOf(q.Authority)) {
+		return httpforward.Decision{Reply: route.Misdirected, Tracing: r.traced}
+	}
 	choice := r.table.Find(&r.request)
 	choice.Fault = r.fault
 	if choice.Cluster == nil {
