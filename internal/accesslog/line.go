@@ -287,14 +287,16 @@ func (p *piece) appendAddress(dst []byte, r *flow.Record) ([]byte, bool) {
 		a = r.OriginalDestination
 	case downstreamRemote:
 		a = r.Downstream
-		if last := r.HTTP.ForwardedFor; last != nil {
+		if last := r.HTTP.ForwardedFor; last != nil && !r.HTTP.Edge {
 			last = bytes.TrimSpace(last[bytes.LastIndexByte(last, ',')+1:])
 			if forwarded := parseIP(last); forwarded.IsValid() {
 				a = netip.AddrPortFrom(forwarded, 0)
 			}
 		}
 	case downstreamDirect:
-		a = r.Downstream
+		if a = r.Downstream; r.Connection != nil {
+			a = r.Connection.Downstream
+		}
 	}
 	switch {
 	case !a.IsValid():

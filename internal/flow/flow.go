@@ -64,7 +64,7 @@ type Record struct {
 	Gateway             bool  // of a connection that a gateway has accepted; its Direction is Outbound
 	Attempts            uint8 // to reach upstream: dials, and requests on open connections; 0: no attempt
 	Opened              time.Time
-	Downstream          netip.AddrPort // who connected
+	Downstream          netip.AddrPort // who connected; of a request, or the client that trusted proxies forward for, without a port
 	OriginalDestination netip.AddrPort // invalid if it could not be read
 	Upstream            netip.AddrPort // the address dialled; invalid if no dial was attempted
 	UpstreamLocal       netip.AddrPort // our end of the upstream connection; invalid without one
@@ -197,6 +197,7 @@ type Request struct {
 	Fields, ResponseFields      [][]byte      // the fields that Fields names, in its order
 	Status                      int           // of the response to downstream; 0 without a response
 	GRPC                        bool          // by the request's content-type
+	Edge                        bool          // it came from outside of the mesh: Downstream is the client, whatever ForwardedFor has
 	Upgraded                    bool          // the connection went on as a relay
 	Delayed                     bool          // a fault was injected: the request waited before it was sent
 	Exhausted                   bool          // the last attempt failed in a way that is retried, and no retry was left

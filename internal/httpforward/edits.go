@@ -177,12 +177,18 @@ func (e *edited) ResponseFields() route.Fields { return e.response }
 func (e *edited) AppendOperator(dst []byte, o route.Operator) []byte {
 	r, c := e.record, e.record.Connection
 	switch o {
-	case route.DownstreamRemoteAddress, route.DownstreamDirectRemoteAddress:
+	case route.DownstreamRemoteAddress:
 		return appendEndpoint(dst, r.Downstream)
-	case route.DownstreamRemoteHost, route.DownstreamDirectRemoteHost:
+	case route.DownstreamDirectRemoteAddress:
+		return appendEndpoint(dst, c.Downstream)
+	case route.DownstreamRemoteHost:
 		return appendHost(dst, r.Downstream)
-	case route.DownstreamRemotePort, route.DownstreamDirectRemotePort:
+	case route.DownstreamDirectRemoteHost:
+		return appendHost(dst, c.Downstream)
+	case route.DownstreamRemotePort:
 		return appendPort(dst, r.Downstream)
+	case route.DownstreamDirectRemotePort:
+		return appendPort(dst, c.Downstream)
 	case route.DownstreamLocalAddress:
 		return appendEndpoint(dst, r.OriginalDestination)
 	case route.DownstreamLocalHost:

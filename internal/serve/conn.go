@@ -28,6 +28,7 @@ type Conn struct {
 	protocol sniff.Protocol
 	sniffer  *sniff.Sniffer // from ReadFirst until the connection is carried; of sniffers
 	returned *tcp.Conn      // set by Loops; see upstream.Stats.Returned
+	rate     uint64         // limit in bytes for each second, set by Fault; zero: not limited
 	governed *governed      // set by AwaitConfiguration; nil without a control plane
 }
 
@@ -265,7 +266,7 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Returned:  c.returned,
 		Peers:     c.peers(),
 		Router:    c.router(to),
-		Many:      c.governed != nil && c.governed.routing != nil,
+		Many:      c.governed != nil && c.governed.routing != nil || c.role.faults.Limits(),
 	}
 }
 
@@ -280,6 +281,8 @@ func (c *Conn) relay() {
 		FromUp:           &c.Record.Sent,
 		DownRead:         c.sniffer.Read,
 		UpRead:           c.sniffer.UpRead,
+		PaceDown:         relay.NewPace(c.rate),
+		PaceUp:           relay.NewPace(c.rate),
 	}
 	c.limits(&options)
 	if c.governed != nil && c.role.direction == flow.Inbound {

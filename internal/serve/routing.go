@@ -109,7 +109,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	}
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
-	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, Tracing: r.traced}
+	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced}
 	if r.asks {
 		d.Edits = route.Consumed
 	}
