@@ -2,10 +2,12 @@ package httpforward
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -307,14 +309,18 @@ func TestTheEdgeLimitsHeads(t *testing.T) {
 func TestAnIdleConnectionEndsByTheLimitOfTheEdge(t *testing.T) {
 	o := newOrigin(t)
 	r := newRig(t, o.address, false, plain)
-	edge := &Edge{IdleTimeout: 50 * time.Millisecond}
+	edge := &Edge{IdleTimeout: time.Second} // the client sends its request well before it
 	router := &atEdge{upstream.Target{Address: o.address}, edge, make(chan netip.AddrPort, 10), make(chan []string, 10)}
 	r.set(func() { r.router = router })
 	client := r.dial(t)
 	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
 	server := o.accept()
 	head(t, bufio.NewReader(server))
-	time.Sleep(3 * edge.IdleTimeout) // the request outlasts the limit
+	client.SetReadDeadline(time.Now().Add(edge.IdleTimeout + edge.IdleTimeout/2)) // the request outlasts the limit
+	if n, err := client.Read(make([]byte, 1)); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("a connection with a request: %d bytes, %v", n, err)
+	}
+	client.SetReadDeadline(time.Time{})
 	send(t, server, ok("hello"))
 	expect(t, client, ok("hello"))
 	client.SetReadDeadline(time.Now().Add(nettest.Patience))

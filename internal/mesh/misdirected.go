@@ -15,7 +15,9 @@ type Misdirected struct {
 }
 
 // Match reports whether another server is the one for a host, which is in lower case and without a port.
-func (m *Misdirected) Match(host string) bool { return specificity(m.All, host) > specificity(m.Own, host) }
+func (m *Misdirected) Match(host string) bool {
+	return specificity(m.All, host) > specificity(m.Own, host)
+}
 
 // specificity returns how specific the best of hosts is for a host: an exact one before the longest wildcard. 0: there is none.
 func specificity(hosts []string, host string) (best int) {
