@@ -334,6 +334,24 @@ func TestGatewayRejectsHostileHeads(t *testing.T) {
 	}
 }
 
+// Fields by which a proxy would be believed are replaced.
+func TestGatewayDoesNotTrustItsClients(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	e.serve(t, 9001, "one")
+	e.start(t, "--listen", "8080", "--route", "*=127.0.0.1:9001")
+	response, _ := e.get(t, "http://shop.example:8080/", func(r *http.Request) {
+		r.Header.Set("X-Forwarded-For", "203.0.113.9")
+		r.Header.Set("X-Forwarded-Proto", "https")
+	})
+	if got, want := response.Header.Get("Seen-For"), "203.0.113.9,"+nettest.PeerIP4.String(); got != want {
+		t.Errorf("the server sees x-forwarded-for %q, want %q", got, want)
+	}
+	if got := response.Header.Get("Seen-Proto"); got != "http" {
+		t.Errorf("the server sees x-forwarded-proto %q", got)
+	}
+}
+
 // A request in progress finishes when the gateway is told to end, and new connections are refused.
 func TestGatewayDrains(t *testing.T) {
 	t.Parallel()
