@@ -87,8 +87,11 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		detect = true
 		c.awaitRequest()
 	}
-	if c.mustName() {
-		s.Delay = nameTimeout
+	if c.role.egress != nil {
+		s.Hold = max(s.Hold, nameTimeout)
+		if c.mustName() {
+			s.Delay = nameTimeout
+		}
 	}
 	s.Draining, s.Budget = c.role.draining, c.role.budget
 	if !detect {
