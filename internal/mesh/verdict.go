@@ -48,11 +48,6 @@ func (s *Snapshot) InboundInspectsTLS(port uint16) bool {
 	return l != nil && l.inspects(TLSInspector, port)
 }
 
-// InboundChanged reports whether another inbound listener is in force than before.
-func (s *Snapshot) InboundChanged(before *Snapshot) bool {
-	return s.Listener(virtualInbound) != before.Listener(virtualInbound)
-}
-
 // Outbound returns the filter chain that an outbound connection meets, or why it is refused. Both are empty if no listener is
 // for its destination: it is carried there as it is.
 func (s *Snapshot) Outbound(c *ConnInfo) (chain *FilterChain, refusal string) {
@@ -92,15 +87,15 @@ func (s *Snapshot) Gateway(c *ConnInfo) (chain *FilterChain, refusal string) {
 	return chain, ""
 }
 
-// GatewayMode is InboundMode for a connection that a gateway has accepted. Without a listener, there is no filter chain.
-func (s *Snapshot) GatewayMode(c *ConnInfo) (ended, ok bool) {
-	l := s.accepts(c)
-	if l == nil {
-		return false, false
+// GatewayMode is InboundMode for a connection that a gateway has accepted; requests reports whether the filter chain is for
+// HTTP. Without a listener, there is no filter chain.
+func (s *Snapshot) GatewayMode(c *ConnInfo) (ended, requests, ok bool) {
+	if l := s.accepts(c); l != nil {
+		if chain := l.Meet(c); chain != nil {
+			return chain.TLS != nil, chain.HTTP != nil, true
+		}
 	}
-	info := l.inspected(c)
-	chain, ok := l.Match(&info)
-	return ok && chain.TLS != nil, ok
+	return false, false, false
 }
 
 // GatewayInspectsTLS reports whether connections that a gateway has accepted at an address are looked at for TLS.

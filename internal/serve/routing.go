@@ -48,6 +48,7 @@ func (c *Conn) newRouting(g *governed) *routing {
 	r := &routing{role: c.role, info: c.info(), inside: inside(c.protocol), client: g.peers, names: g.names}
 	if c.role.gateway {
 		r.accepted = c.accepted()
+		r.accepted.requests = true
 		r.info = r.accepted.info
 	}
 	r.request.Downstream, r.request.Local = c.Record.Downstream, c.Record.OriginalDestination
