@@ -45,7 +45,7 @@ func takeStream(e *Engine, connection *flow.Record, id uint32, opened time.Time)
 	r.HTTP = &s.http
 	r.Direction, r.Protocol = e.config.Direction, flow.HTTP2
 	r.Opened = opened
-	r.Connection = connection
+	r.Connection, r.Telemetry = connection, connection.Telemetry
 	r.Downstream, r.OriginalDestination = connection.Downstream, connection.OriginalDestination
 	return s
 }

@@ -91,7 +91,7 @@ func (h *hub) decide(c *call) {
 	}
 	c.decision = h.route(r)
 	d := &c.decision
-	c.record.Cluster, c.record.Route = d.Cluster, d.Route
+	d.record(&c.record)
 	c.lease, c.made = d.Lease, d.Reply
 	if d.Peers != nil {
 		h.Peers = d.Peers

@@ -62,6 +62,9 @@ type Config struct {
 	// Tracing has the exporters of the spans that Mesh asks for; nil: it is not followed.
 	Tracing *tracing.Exporters
 
+	// Recorder makes the access logs that Mesh asks for; nil: they are not followed.
+	Recorder Recorder
+
 	Decryption Decryption // of outbound connections; nil: none is decrypted
 
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
@@ -126,6 +129,7 @@ type Role struct {
 	egress     Egress
 	decryption Decryption
 	exporters  *tracing.Exporters
+	recorder   Recorder
 
 	balancer   *balance.Balancer // nil without mesh; inbound, of the servers that are asked about connections and requests
 	securities atomic.Pointer[map[secured]*upstream.Security]
@@ -155,6 +159,7 @@ func NewRole(config Config) (*Role, error) {
 		egress:     config.Egress,
 		decryption: config.Decryption,
 		exporters:  config.Tracing,
+		recorder:   config.Recorder,
 		faults:     config.Faults,
 		strict:     config.Strict,
 		rejudges:   config.Rejudge,
@@ -234,6 +239,9 @@ func (r *Role) Balancer() *balance.Balancer { return r.balancer }
 // Refuse resets a connection that exceeds the limit.
 func (r *Role) Refuse(down *tcp.Conn) {
 	record := flow.Open(r.direction, down.RemoteAddr())
+	if r.mesh != nil {
+		record.Telemetry = r.unmatched(r.mesh.Snapshot())
+	}
 	down.Reset()
 	record.Close(r.flows, flow.MaxConnections, nil)
 }
@@ -243,6 +251,9 @@ func (r *Role) Refuse(down *tcp.Conn) {
 func (r *Role) Open(ctx context.Context, down *tcp.Conn) *Conn {
 	w, record := tcp.NewWaiter(ctx), flow.Open(r.direction, down.RemoteAddr())
 	w.Begin(down, down.RemoteAddr().Addr())
+	if r.mesh != nil {
+		record.Telemetry = r.unmatched(r.mesh.Snapshot())
+	}
 	return &Conn{ // not on the stack, which its bytes could double
 		Down:     down,
 		Record:   record,
