@@ -288,6 +288,23 @@ func TestRunInjectsFaults(t *testing.T) {
 				t.Errorf("%s: the command printed %q, the reasons are %q", test.name, output, reasons)
 			}
 		}
+		for _, test := range []struct {
+			rate    string
+			least   time.Duration
+			command []string
+		}{
+			{"20B/s", 300 * time.Millisecond, withCurl("http://good.example/")}, // the first of seven bytes passes at once
+			{"20B/s", 300 * time.Millisecond, withCurl("--http2-prior-knowledge", "http://good.example/")},
+			{"4KB/s", 100 * time.Millisecond, withCurl("https://good.example/")}, // a handshake has 600 bytes at least
+		} {
+			began := time.Now()
+			if output, _ := w.try(t, []string{"--fault", "host=good.example,rate=" + test.rate}, test.command); output != "served\n" {
+				t.Errorf("%q: the command printed %q", test.command, output)
+			}
+			if took := time.Since(began); took < test.least {
+				t.Errorf("%q took %v", test.command, took)
+			}
+		}
 		const delay = 300 * time.Millisecond
 		for _, url := range []string{"http://good.example/", "https://good.example/"} {
 			began := time.Now()

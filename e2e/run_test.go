@@ -215,6 +215,16 @@ func TestRunGivesItsCommandTheCallersPlaceAndNoPower(t *testing.T) {
 	})
 }
 
+// BBR, the default of some machines, would pace packets that never leave the kernel.
+func TestRunDoesNotPaceTraffic(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		got, stderr, _ := c.run(t, "--", "cat", "/proc/sys/net/ipv4/tcp_congestion_control")
+		if strings.TrimSpace(got) != "reno" {
+			t.Errorf("the congestion control of the command's connections is %q\n%s", got, stderr)
+		}
+	})
+}
+
 // Datagrams are rejected at once, and that is reported.
 func TestRunReportsDatagramsThatItRejects(t *testing.T) {
 	eachCaller(t, func(t *testing.T, c *caller) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -15,7 +16,7 @@ import (
 func newExplain() *cobra.Command {
 	var admin adminOptions
 	var headers []string
-	var destination string
+	var destination, source string
 	var all bool
 	q := configview.Question{}
 	form, from := outputText, "outbound"
@@ -40,7 +41,7 @@ do not change the result.`,
 				return err
 			}
 			q.Method, q.URL = args[0], args[1]
-			if err := completeQuestion(&q, from, destination, headers); err != nil {
+			if err := completeQuestion(&q, from, destination, source, headers); err != nil {
 				return usageError{Err: err}
 			}
 			var e configview.Explanation
@@ -66,6 +67,7 @@ do not change the result.`,
 	parsed(flags, &from, parseFrom, "from", "", from, "outbound|inbound", "direction of the request")
 	flags.StringVar(&destination, "destination", "", "original destination, as `ADDRESS:PORT`; found by the URL if empty")
 	flags.StringVar(&q.Peer, "peer", "", "`identity` of an inbound client with mutual TLS, such as spiffe://cluster.local/ns/shop/sa/web")
+	flags.StringVar(&source, "source", "", "`ADDRESS` of an inbound client, for policies that look at it")
 	flags.BoolVar(&all, "all", false, "list all earlier routes, also those for other paths")
 	bindView(cmd, &form, &admin)
 	return cmd
@@ -76,10 +78,18 @@ func parseFrom(text string) (string, error) {
 	return text, err
 }
 
-func completeQuestion(q *configview.Question, from, destination string, headers []string) (err error) {
+func completeQuestion(q *configview.Question, from, destination, source string, headers []string) (err error) {
+	if _, err := configview.ParseURL(q.URL); err != nil {
+		return err
+	}
 	q.Inbound, _ = configview.ParseFrom(from) // parseFrom has accepted it
-	if q.Peer != "" && !q.Inbound {
-		return fmt.Errorf("--peer is the identity of an inbound client: add --from inbound")
+	if !q.Inbound && (q.Peer != "" || source != "") {
+		return errors.New("--peer and --source describe an inbound client: add --from inbound")
+	}
+	if source != "" {
+		if q.Source, err = netip.ParseAddr(source); err != nil {
+			return fmt.Errorf("--source: %q is not an address, such as 198.51.100.7", source)
+		}
 	}
 	if destination != "" {
 		if q.Destination, err = netip.ParseAddrPort(destination); err != nil {

@@ -97,7 +97,7 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 		rule, err := fault.Parse(text)
 		return append(o.config.Faults, rule), err
 	}
-	parsed(flags, &o.config.Faults, faults, "fault", "", "", "fault", "a fault on purpose, in both directions, such as \"host=api.example,delay=200ms,percent=10\", \"abort=503\" or \"reset\"; may be repeated, the first that is drawn counts")
+	parsed(flags, &o.config.Faults, faults, "fault", "", "", "fault", "a fault on purpose, in both directions, such as \"host=api.example,delay=200ms,percent=10\", \"abort=503\", \"rate=1MB/s\" or \"reset\"; may be repeated, the first that is drawn counts")
 	parsedSwitch(flags, &o.config.Decrypt, "decrypt", "", "end TLS in pillion and show what is inside; the command gets a certificate authority of this run by variables such as SSL_CERT_FILE, and servers are verified as always")
 	parsed(flags, &o.config.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in /etc/resolv.conf")
 }

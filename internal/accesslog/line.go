@@ -232,8 +232,8 @@ func cut(value []byte, max int) []byte {
 
 // ofTLS returns a fact about TLS with the side that the operator names; empty if the agent does not speak TLS with it.
 func (p *piece) ofTLS(r *flow.Record) string {
-	s := r.Security
-	if s == nil || r.Direction != p.side {
+	s := r.SecurityOf(p.side)
+	if s == nil {
 		return ""
 	}
 	switch p.does {
@@ -298,14 +298,16 @@ func (p *piece) appendAddress(dst []byte, r *flow.Record) ([]byte, bool) {
 		a = r.OriginalDestination
 	case downstreamRemote:
 		a = r.Downstream
-		if last := r.HTTP.ForwardedFor; last != nil {
+		if last := r.HTTP.ForwardedFor; last != nil && !r.HTTP.Edge {
 			last = bytes.TrimSpace(last[bytes.LastIndexByte(last, ',')+1:])
 			if forwarded := parseIP(last); forwarded.IsValid() {
 				a = netip.AddrPortFrom(forwarded, 0)
 			}
 		}
 	case downstreamDirect:
-		a = r.Downstream
+		if a = r.Downstream; r.Connection != nil {
+			a = r.Connection.Downstream
+		}
 	}
 	switch {
 	case !a.IsValid():

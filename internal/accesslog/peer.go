@@ -53,8 +53,8 @@ func uris(c *flow.Certificate, identity string) string {
 
 // certificate returns the certificate that the operator names; nil if the record has none.
 func (p *piece) certificate(r *flow.Record) *flow.Certificate {
-	switch s := r.Security; {
-	case s == nil || r.Direction != p.side:
+	switch s := r.SecurityOf(p.side); {
+	case s == nil:
 		return nil
 	case p.local:
 		return s.OwnCertificate

@@ -480,6 +480,11 @@ func TestExplain(t *testing.T) {
 	if got := p.Explain(request()); !slices.Equal(got, want) {
 		t.Errorf("got\n%+v, want\n%+v", got, want)
 	}
+	unnamed := request()
+	unnamed.Client = netip.Addr{}
+	if got := p.Explain(unnamed)[4]; got != (Reason{"e", "unknown", "client address that is not given may be in 203.0.113.0/24"}) {
+		t.Errorf("without an address: %+v", got)
+	}
 	if got := Compile(&mesh.RBAC{}).Explain(request()); got != nil {
 		t.Errorf("without rules: %+v", got)
 	}

@@ -2,6 +2,7 @@ package authz
 
 import (
 	"bytes"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
@@ -63,9 +64,9 @@ func (c *condition) met(s *Subject) value {
 	case mesh.ConditionDestination:
 		return truth(c.Addresses.Contains(s.Destination.Addr().Unmap()))
 	case mesh.ConditionPeer:
-		return truth(c.Addresses.Contains(s.Peer.Unmap()))
+		return c.address(s.Peer)
 	case mesh.ConditionClient:
-		return truth(c.Addresses.Contains(s.Client.Unmap()))
+		return c.address(s.Client)
 	case mesh.ConditionPort:
 		port := int32(s.Destination.Port())
 		return truth(c.Start <= port && port < c.End)
@@ -78,6 +79,14 @@ func (c *condition) met(s *Subject) value {
 		return unknown // of a request, which is not looked at
 	}
 	return c.metByRequest(s.Request)
+}
+
+// address looks for the address of a client. One that is not known may be any.
+func (c *condition) address(a netip.Addr) value {
+	if !a.IsValid() {
+		return unknown
+	}
+	return truth(c.Addresses.Contains(a.Unmap()))
 }
 
 // principal looks for a name in the client's certificate.

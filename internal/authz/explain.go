@@ -2,6 +2,7 @@ package authz
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/match"
@@ -83,9 +84,9 @@ func (c *condition) found(s *Subject) string {
 	case mesh.ConditionPort:
 		return fmt.Sprintf("destination port %d", s.Destination.Port())
 	case mesh.ConditionPeer:
-		return "peer address " + s.Peer.String()
+		return "peer address " + known(s.Peer)
 	case mesh.ConditionClient:
-		return "client address " + s.Client.String()
+		return "client address " + known(s.Client)
 	case mesh.ConditionServerName:
 		return fmt.Sprintf("server name %q", s.ServerName)
 	case mesh.ConditionPrincipal:
@@ -108,6 +109,14 @@ func (c *condition) found(s *Subject) string {
 		return "metadata " + c.Metadata.Filter + "/" + strings.Join(c.Metadata.Path, ".")
 	}
 	return fmt.Sprintf("path %q", pathOnly(s.Request.Path))
+}
+
+// known returns the text of an address that a question may lack.
+func known(a netip.Addr) string {
+	if !a.IsValid() {
+		return "that is not given"
+	}
+	return a.String()
 }
 
 // wanted describes what a condition demands.

@@ -1,6 +1,7 @@
 package configview
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -21,9 +22,10 @@ import (
 // Question is a request that Explain follows.
 type Question struct {
 	Inbound     bool
-	Method      string // empty: GET
-	URL         string // with scheme and host; without a path it is /
-	Fields      []Field
+	Method      string         // empty: GET
+	URL         string         // with scheme and host; without a path it is /
+	Fields      []Field        // the first one named host replaces the URL's host in the request
+	Source      netip.Addr     // of an inbound client; invalid: conditions about it are neither met nor missed
 	Destination netip.AddrPort // original destination; invalid: found by the URL's host and port
 	Peer        string         // identity of a client with mutual TLS; empty: the client has no TLS
 }
@@ -114,18 +116,12 @@ type walk struct {
 }
 
 func newWalk(s *mesh.Snapshot, q *Question) (*walk, error) {
-	u, err := url.Parse(q.URL)
+	u, err := ParseURL(q.URL)
 	if err != nil {
 		return nil, err
 	}
-	if u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-		return nil, fmt.Errorf("%q is not a URL with a host: use one such as http://reviews:9080/path", q.URL)
-	}
 	w := &walk{snapshot: s, question: q, url: u}
-	method := q.Method
-	if method == "" {
-		method = "GET"
-	}
+	method := cmp.Or(strings.ToUpper(q.Method), "GET")
 	w.Request, w.Direction = method+" "+u.String(), "outbound"
 	if q.Inbound {
 		w.Direction = "inbound"
@@ -137,14 +133,27 @@ func newWalk(s *mesh.Snapshot, q *Question) (*walk, error) {
 	if u.RawQuery != "" || u.ForceQuery {
 		path += "?" + u.RawQuery
 	}
+	authority, fields := u.Host, q.Fields
+	if i := slices.IndexFunc(fields, func(f Field) bool { return strings.EqualFold(f.Name, "host") }); i >= 0 {
+		authority, fields = fields[i].Value, slices.Delete(slices.Clone(fields), i, i+1)
+	}
 	w.request = route.Request{
-		Method: []byte(method), Path: []byte(path), Authority: []byte(u.Host), Scheme: []byte(u.Scheme), Fields: fieldList(q.Fields),
-		GRPC: slices.ContainsFunc(q.Fields, func(f Field) bool {
+		Method: []byte(method), Path: []byte(path), Authority: []byte(authority), Scheme: []byte(u.Scheme), Fields: fieldList(fields),
+		GRPC: slices.ContainsFunc(fields, func(f Field) bool {
 			return strings.EqualFold(f.Name, "content-type") && strings.HasPrefix(f.Value, "application/grpc")
 		}),
 		Random: func() uint64 { return 999_999 }, // faults and mirrors of a part of the requests are not drawn
 	}
 	return w, w.locate()
+}
+
+// ParseURL returns the URL of a question.
+func ParseURL(text string) (*url.URL, error) {
+	u, err := url.Parse(text)
+	if err == nil && (u.Host == "" || u.Scheme != "http" && u.Scheme != "https") {
+		err = fmt.Errorf("%q is not a URL with a host: use one such as http://reviews:9080/path", text)
+	}
+	return u, err
 }
 
 type fieldList []Field
@@ -394,7 +403,7 @@ func (w *walk) verify(name string, tokens *mesh.JWT) bool {
 var met = map[string]string{"yes": "applies", "no": "does not apply", "unknown": "may apply"}
 
 func (w *walk) subject(ofRequest bool) *authz.Subject {
-	s := &authz.Subject{Destination: w.info.Destination, ServerName: w.info.ServerName}
+	s := &authz.Subject{Destination: w.info.Destination, Peer: w.question.Source, Client: w.question.Source, ServerName: w.info.ServerName}
 	if w.question.Peer != "" {
 		s.Secured, s.Names = true, []string{w.question.Peer}
 	}
@@ -424,6 +433,9 @@ func (w *walk) outcome(c *route.Choice) {
 	after := ""
 	if o.Delay > 0 {
 		after = " after " + duration(o.Delay)
+	}
+	if o.ResponseRate > 0 {
+		after += fmt.Sprintf(", at %d KiB/s", o.ResponseRate>>10)
 	}
 	if o.Reply != nil {
 		w.answered(o.Reply)
@@ -472,7 +484,7 @@ func (w *walk) limits(p *route.Plan) {
 		w.Timeouts = "unlimited"
 	}
 	w.Retries = "as is safe"
-	if policy := p.RetryOf(&w.request); policy != nil {
+	if policy := p.RetryOf(&w.request); policy != nil && !w.question.Inbound { // the workload is the only endpoint
 		w.Retries = fmt.Sprintf("%d, on %s", policy.Retries, policy.On)
 	}
 }
@@ -501,6 +513,9 @@ func (w *walk) endpoints(c *mesh.Cluster) []Endpoint {
 		if list, ok := w.used(c.Name); ok {
 			return list
 		}
+	}
+	if to := w.info.Destination; c.Discovery == mesh.OriginalDestination && !to.Addr().IsUnspecified() {
+		return []Endpoint{EndpointOf(c.Name, new(mesh.Locality), &mesh.Endpoint{Address: to, Weight: 1})}
 	}
 	return endpointsOf(c, w.snapshot.Hosts(c))
 }

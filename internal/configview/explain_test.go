@@ -59,6 +59,8 @@ var questions = []struct {
 	{"a service of TCP", Question{URL: "http://db.default:5432/", Destination: netip.MustParseAddrPort("10.96.0.20:5432")}},
 	{"TLS of the workload", Question{URL: "https://a.wild.example.test/"}},
 	{"inbound, in the mesh", Question{Inbound: true, URL: "http://198.51.100.9:8080/info", Peer: "spiffe://cluster.local/ns/shop/sa/web"}},
+	{"another host field", Question{URL: "http://10.96.0.10:9080/api/x", Fields: []Field{{"Host", "reviews"}, {"end-user", "jason"}, {"x-canary", "v2"}}}},
+	{"inbound, from an address", Question{Inbound: true, Method: "get", URL: "http://198.51.100.9:8080/info", Source: netip.MustParseAddr("203.0.113.5")}},
 	{"inbound, plain", Question{Inbound: true, URL: "http://198.51.100.9:8080/x"}},
 	{"inbound, another port", Question{Inbound: true, URL: "http://198.51.100.9:4711/x"}},
 }
@@ -119,6 +121,7 @@ func TestQuestionsAreServed(t *testing.T) {
 		"url=http://a/&from=below":            "is not a direction",
 		"url=http://a/&destination=here":      "is not an address with a port",
 		"url=http://a/&header=end-user+jason": "is not a header field",
+		"url=http://a/&source=here":           "is not an address",
 	} {
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, httptest.NewRequest("GET", "/explain?"+query, nil))

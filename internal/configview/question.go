@@ -26,6 +26,9 @@ func (q *Question) Values() url.Values {
 	if q.Destination.IsValid() {
 		set("destination", q.Destination.String())
 	}
+	if q.Source.IsValid() {
+		set("source", q.Source.String())
+	}
 	for _, f := range q.Fields {
 		set("header", f.Name+": "+f.Value)
 	}
@@ -42,6 +45,11 @@ func parseQuestion(v url.Values) (*Question, error) {
 	if text := v.Get("destination"); text != "" {
 		if q.Destination, err = netip.ParseAddrPort(text); err != nil {
 			return nil, fmt.Errorf("%.100q is not an address with a port", text)
+		}
+	}
+	if text := v.Get("source"); text != "" {
+		if q.Source, err = netip.ParseAddr(text); err != nil {
+			return nil, fmt.Errorf("%.100q is not an address", text)
 		}
 	}
 	for _, text := range v["header"] {
@@ -76,7 +84,7 @@ func ParseField(text string) (Field, error) {
 
 // ExplainHandler serves
 //
-//	GET /explain?url=URL[&method=GET][&header=NAME: VALUE]…[&from=inbound][&destination=ADDRESS:PORT][&peer=IDENTITY]
+//	GET /explain?url=URL[&method=GET][&header=NAME: VALUE]…[&from=inbound][&destination=ADDRESS:PORT][&peer=IDENTITY][&source=ADDRESS]
 //
 // with an Explanation as JSON. A question that is not understood is answered with 400. A nil snapshot stands for an agent
 // without a control plane. used may be nil.

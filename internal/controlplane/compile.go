@@ -1,9 +1,11 @@
 package controlplane
 
 import (
+	"crypto/tls"
 	"fmt"
 	"strings"
 
+	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
@@ -60,6 +62,9 @@ func decode(c *mesh.Compiler, t xds.Type, b []byte) (value any, name string, fin
 		return r, r.Name, findings, err
 	case xds.Secrets:
 		s, findings, err := mesh.DecodeSecret(b)
+		if err == nil && !s.Refused {
+			findings = append(findings, judgeSecret(s)...)
+		}
 		return s, s.Name, findings, err
 	case xds.Extensions:
 		f, findings, err := c.Extension(b)
@@ -72,6 +77,29 @@ func decode(c *mesh.Compiler, t xds.Type, b []byte) (value any, name string, fin
 		return &bundle{roots}, "", findings, err
 	}
 	return nil, "", nil, fmt.Errorf("resources of %v are not supported", t)
+}
+
+// judgeSecret refuses a secret whose content cannot be used. The finding has no byte of the content.
+func judgeSecret(s *mesh.Secret) []mesh.Finding {
+	var path string
+	var err error
+	if s.Certificate != nil {
+		path = "tls_certificate"
+		_, err = tls.X509KeyPair(s.Certificate.Chain, s.Certificate.Key.PEM())
+	} else {
+		path = "validation_context.trusted_ca"
+		_, err = identity.ParseRoots(s.Roots.CA)
+		if err == nil && len(s.Roots.CRL) > 0 {
+			path = "validation_context.crl"
+			_, err = identity.ParseRevocations(s.Roots.CRL)
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	s.Refused = true
+	problem, _, _ := strings.Cut(err.Error(), " after skipping") // what follows is from the text of the key
+	return []mesh.Finding{{Class: mesh.Security, Path: path, Problem: problem}}
 }
 
 // closed returns a value that refuses everything that uses the resource. It is nil for endpoints, without which a cluster

@@ -111,7 +111,22 @@ func (s *Store) hasRoutes(value any) readiness {
 	if l.Direction == mesh.Inbound {
 		return ready // its policies must not wait; only clusters that policies ask have endpoints to wait for
 	}
+	for name := range l.SecretNames() {
+		if s.awaitsSecret(name) {
+			return waits
+		}
+	}
 	return s.clustersReady(l.ClusterNames())
+}
+
+// awaitsSecret reports whether a secret may still come in time. Each secret is waited for once, so one that does not exist does
+// not delay later versions of its listener.
+func (s *Store) awaitsSecret(name string) bool {
+	if local(name) || s.active(xds.Secrets, name) {
+		return false
+	}
+	absent, asked := s.absent[xds.Secrets][name]
+	return !asked || s.config.Now().Before(absent.since.Add(warmingTimeout))
 }
 
 // clustersReady reports whether no cluster is one that still waits for its first endpoints. A cluster that the control

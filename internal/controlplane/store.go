@@ -60,8 +60,9 @@ type StoreConfig struct {
 //   - A cluster that was removed stays with its endpoints until no route and no listener in force names it, or for 1 min.
 //   - Routes are in force when the clusters that they name are, of those that the control plane has, or after 30 s.
 //   - A listener is in force when its routes are, without limit, as in Envoy; and when its clusters and the configurations of
-//     its filters are, or after 30 s. A listener of inbound traffic does not wait for clusters.
-//   - A secret that is missing holds nothing back: the chain or cluster that names it is closed until it comes.
+//     its filters are, or after 30 s; and when its secrets have come, or 15 s after they were asked for. A listener of inbound
+//     traffic waits neither for clusters nor for secrets.
+//   - A chain or a cluster whose secret is missing is closed until it comes. A secret stays as long as it is named.
 //
 // A version with a finding of security is rejected, and the last good one stays in force. Without a good version, the
 // rejected one is in force where it can be: it refuses what it concerns.
@@ -206,7 +207,7 @@ func (s *Store) settles(t xds.Type) bool {
 	switch t {
 	case xds.Clusters, xds.Listeners, xds.Routes:
 		return true
-	case xds.Endpoints, xds.Extensions:
+	case xds.Endpoints, xds.Extensions, xds.Secrets:
 		return s.pending > 0
 	}
 	return false
@@ -491,11 +492,11 @@ func (s *Store) forget(e *entry) {
 	}
 }
 
-// remove takes a resource away. Endpoints and routes stay for as long as they are asked for: their removal comes with that
-// of what names them.
+// remove takes a resource away. Endpoints, routes and secrets stay for as long as they are asked for: their removal comes with
+// that of their users. A control plane that loses a certificate must not close a port with it, and Envoy keeps it as well.
 func (s *Store) remove(t xds.Type, name string, now time.Time) {
 	e := s.entries[t][name]
-	if e == nil || t == xds.Endpoints || t == xds.Routes {
+	if e == nil || t == xds.Endpoints || t == xds.Routes || t == xds.Secrets {
 		return
 	}
 	s.forget(e)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/secure/securetest"
 	"github.com/pillion-proxy/pillion/internal/wire"
 	"github.com/pillion-proxy/pillion/internal/xds"
 )
@@ -524,44 +525,147 @@ func TestOneTypeOfResourceIsBoundedInSum(t *testing.T) {
 	}
 }
 
-func TestSecretsOfTheControlPlaneAreAskedFor(t *testing.T) {
-	tls := func(secrets ...string) []byte {
-		var all []byte
-		for _, name := range secrets {
-			all = append(all, nest(text(1, name), 6)...)
-		}
-		return nest(packed("envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext", nest(all, 1)), 3)
+// tlsListener ends TLS with certificates, and forwards to the cluster web.
+func tlsListener(mark string, secrets ...string) xds.Resource {
+	var all []byte
+	for _, name := range secrets {
+		all = append(all, nest(text(1, name), 6)...)
 	}
-	l := tcpListener("tls", "web", "1")
-	l.Value = join(l.Value, nest(join(nest(tls("default", "kubernetes://cert", "ROOTCA", "file-cert:a~b", "file-root:c"), 6),
-		nest(join(text(1, "f"), nest(packed(tcpProxyType, text(2, "web")), 4)), 3), nest(text(9, "tls"), 1)), 3))
+	tls := nest(packed("envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext", nest(all, 1)), 3)
+	l := tcpListener("tls", "web", mark)
+	l.Value = join(l.Value, nest(join(nest(tls, 6), nest(join(text(1, "f"), nest(packed(tcpProxyType, text(2, "web")), 4)), 3), nest(text(9, "tls"), 1)), 3))
+	return l
+}
+
+func TestSecretsOfTheControlPlaneAreAskedFor(t *testing.T) {
+	const name = "kubernetes://cert"
+	authority := securetest.New(t, "root")
+	certificate := func() xds.Resource {
+		return resource(xds.Secrets, name, securetest.Secret(t, name, authority.ECDSA(t, "shop.example")))
+	}
 	r := begin(t)
 	r.advance(time.Hour)
-	outcome := r.Update(update(xds.Listeners, l))
-	if !slices.Equal(outcome.Wanted[xds.Secrets], []string{"kubernetes://cert"}) || len(outcome.Rejected) > 0 {
+	outcome := r.Update(update(xds.Listeners, tlsListener("1", "default", name, "ROOTCA", "file-cert:a~b", "file-root:c")))
+	if !slices.Equal(outcome.Wanted[xds.Secrets], []string{name}) || len(outcome.Rejected) > 0 {
 		t.Errorf("outcome %+v", outcome)
 	}
-	if r.Snapshot().Listener("tls") == nil || r.Snapshot().Secret("kubernetes://cert") != nil {
-		t.Error("the listener waits for its secret")
-	}
-	if absent := r.Absent(); len(absent) != 1 || absent[0].Name != "kubernetes://cert" {
+	if absent := r.Absent(); len(absent) != 1 || absent[0].Name != name {
 		t.Errorf("absent: %+v", absent)
 	}
-	r.advance(warmingTimeout)
-	if line := r.log.String(); strings.Count(line, "\n") != 1 || !strings.Contains(line, "kubernetes://cert") {
+	r.advance(warmingTimeout - 1)
+	if r.Snapshot().Listener("tls") != nil {
+		t.Error("the listener does not wait for its secret")
+	}
+	r.advance(1)
+	if line := r.log.String(); strings.Count(line, "\n") != 1 || !strings.Contains(line, name) {
 		t.Errorf("logged %s", line)
 	}
-	r.advance(time.Hour)
-	r.accepts(update(xds.Clusters, cluster("web", "web", "2")))
-	certificate := join(nest(text(2, "chain"), 1), nest(text(2, "key"), 2))
-	r.accepts(update(xds.Secrets, resource(xds.Secrets, "kubernetes://cert", join(text(1, "kubernetes://cert"), nest(certificate, 2)))))
-	if r.Snapshot().Secret("kubernetes://cert") == nil || len(r.Absent()) != 0 || strings.Count(r.log.String(), "\n") != 1 {
-		t.Errorf("secret %v, absent %v, logged %s", r.Snapshot().Secret("kubernetes://cert"), r.Absent(), r.log.String())
+	if r.Snapshot().Listener("tls") == nil || r.Snapshot().Secret(name) != nil {
+		t.Error("the listener is not in force without its secret")
 	}
-	// A secret that is taken back closes what needs it.
-	r.accepts(removal(xds.Secrets, "kubernetes://cert"))
-	if r.Snapshot().Secret("kubernetes://cert") != nil {
-		t.Error("a secret that was removed is in force")
+	// A secret that has not come in time delays the next version no more.
+	first := r.Snapshot().Listener("tls")
+	r.accepts(update(xds.Listeners, tlsListener("2", name)))
+	if r.Snapshot().Listener("tls") == first {
+		t.Error("the next version of the listener waits")
+	}
+	r.advance(time.Hour)
+	r.accepts(update(xds.Secrets, certificate()))
+	good := r.Snapshot().Secret(name)
+	if good == nil || len(r.Absent()) != 0 || strings.Count(r.log.String(), "\n") != 1 {
+		t.Errorf("secret %v, absent %v, logged %s", good, r.Absent(), r.log.String())
+	}
+	r.accepts(update(xds.Secrets, certificate()))
+	rotated := r.Snapshot().Secret(name)
+	if rotated == good {
+		t.Error("the first certificate is still in force")
+	}
+	r.accepts(removal(xds.Secrets, name))
+	if r.Snapshot().Secret(name) != rotated {
+		t.Error("a secret that is named was removed")
+	}
+	r.Update(removal(xds.Listeners, "tls"))
+	if r.Snapshot().Secret(name) != nil {
+		t.Error("a secret that is not named any more is in force")
+	}
+}
+
+// A listener with another certificate takes the place of the one before when that certificate has come.
+func TestAListenerWaitsForTheCertificateThatItChangesTo(t *testing.T) {
+	authority := securetest.New(t, "root")
+	secret := func(name string) xds.Update {
+		return update(xds.Secrets, resource(xds.Secrets, name, securetest.Secret(t, name, authority.ECDSA(t, "shop.example"))))
+	}
+	r := begin(t)
+	r.accepts(update(xds.Listeners, tlsListener("1", "a")), secret("a"))
+	before := r.Snapshot().Listener("tls")
+	if before == nil {
+		t.Fatal("the listener is not in force with its certificate")
+	}
+	r.accepts(update(xds.Listeners, tlsListener("2", "b")))
+	r.advance(warmingTimeout - 1)
+	if r.Snapshot().Listener("tls") != before || r.Snapshot().Secret("a") == nil {
+		t.Error("the listener before, or its certificate, is not in force any more")
+	}
+	r.accepts(secret("b"))
+	if r.Snapshot().Listener("tls") == before || r.Snapshot().Secret("b") == nil || r.Snapshot().Secret("a") != nil {
+		t.Error("the next listener is not in force with its certificate alone")
+	}
+}
+
+// A secret that cannot be used is rejected by its name, and the last good one stays. Its content is in no text.
+func TestASecretThatCannotBeUsedIsRejected(t *testing.T) {
+	authority := securetest.New(t, "root")
+	good, other := securetest.Secret(t, "s", authority.ECDSA(t, "shop.example")), securetest.Secret(t, "s", authority.RSA(t, "shop.example"))
+	parts := func(secret []byte) (chain, key []byte) {
+		s, _, err := mesh.DecodeSecret(secret)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.Certificate.Chain, s.Certificate.Key.PEM()
+	}
+	chain, key := parts(good)
+	_, otherKey := parts(other)
+	pair := func(chain, key []byte) []byte {
+		return join(text(1, "s"), nest(join(nest(wire.AppendBytes(nil, 2, chain), 1), nest(wire.AppendBytes(nil, 2, key), 2)), 2))
+	}
+	leaked := "-----BEGIN " + strings.Repeat("SECRET", 8) + "-----\nAAAA\n-----END " + strings.Repeat("SECRET", 8) + "-----\n"
+	for name, test := range map[string]struct {
+		secret []byte
+		want   string
+	}{
+		"a chain that is not PEM":  {pair([]byte("chain"), key), "tls_certificate: tls: failed to find any PEM data in certificate input"},
+		"a key that is not PEM":    {pair(chain, []byte(strings.Repeat("SECRET", 8))), "tls_certificate: tls: failed to find any PEM data in key input"},
+		"a key of another type":    {pair(chain, []byte(leaked)), "tls_certificate: tls: failed to find PEM block"},
+		"the key of another chain": {pair(chain, otherKey), "tls_certificate: tls: private key type does not match public key type"},
+		"both exchanged":           {pair(key, chain), "tls_certificate: tls: failed to find certificate PEM data"},
+		"roots that are not PEM":   {join(text(1, "s"), nest(nest(text(2, "roots"), 1), 4)), "validation_context.trusted_ca: no certificate"},
+		"a list that is not one":   {securetest.RootsSecret("s", authority.Roots, []byte("list")), "validation_context.crl: "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			refuse := func(r *rig) {
+				t.Helper()
+				outcome := r.Update(update(xds.Secrets, resource(xds.Secrets, "s", test.secret)))
+				if len(outcome.Rejected) != 1 || outcome.Rejected[0].Name != "s" || !strings.HasPrefix(outcome.Rejected[0].Reason, test.want) {
+					t.Errorf("outcome %+v, want %q", outcome, test.want)
+				}
+				if text := fmt.Sprint(outcome, r.Findings(), r.log.String()); strings.Contains(text, "SECRET") {
+					t.Errorf("part of the key is in %s", text)
+				}
+			}
+			r := begin(t)
+			r.accepts(update(xds.Listeners, tlsListener("1", "s")))
+			refuse(r)
+			if s := r.Snapshot().Secret("s"); s == nil || !s.Refused || r.Snapshot().Listener("tls") == nil {
+				t.Errorf("%v is in force, or the listener is not", s)
+			}
+			r.accepts(update(xds.Secrets, resource(xds.Secrets, "s", good)))
+			kept := r.Snapshot().Secret("s")
+			refuse(r)
+			if r.Snapshot().Secret("s") != kept || kept.Refused {
+				t.Error("the last good secret is not in force")
+			}
+		})
 	}
 }
 

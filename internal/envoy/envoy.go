@@ -56,6 +56,7 @@ const (
 	DetailsHTTP1CodecError    = "http1.codec_error"
 	DetailsHTTP1HeadTooLarge  = "http1.headers_too_large"
 	DetailsHTTP1TooManyFields = "http1.too_many_headers"
+	DetailsUnderscore         = "http1.unexpected_underscore"
 	DetailsHTTP2InvalidField  = "http2.invalid.header.field"
 	DetailsHTTP2TooManyFields = "http2.too_many_headers"
 	DetailsRouteNotFound      = "route_not_found"

@@ -61,9 +61,10 @@ type Record struct {
 	Direction           Direction
 	Protocol            Protocol
 	listed, carried     bool  // of the table; here, where they take no memory
+	Gateway             bool  // of a connection that a gateway has accepted; its Direction is Outbound
 	Attempts            uint8 // to reach upstream: dials, and requests on open connections; 0: no attempt
 	Opened              time.Time
-	Downstream          netip.AddrPort // who connected
+	Downstream          netip.AddrPort // who connected; of a request, or the client that trusted proxies forward for, without a port
 	OriginalDestination netip.AddrPort // invalid if it could not be read
 	Upstream            netip.AddrPort // the address dialled; invalid if no dial was attempted
 	UpstreamLocal       netip.AddrPort // our end of the upstream connection; invalid without one
@@ -71,6 +72,7 @@ type Record struct {
 	Cluster             string         // where it was sent, by Envoy's name; empty if nowhere. See package envoy
 	Route               string         // the route that chose Cluster: a request's, or all of a connection's requests'
 	Security            *Security      // of TLS that the agent speaks with the other side; nil: none
+	Client              *Security      // of a gateway's connection: TLS with downstream; nil: none, or not a gateway's
 	Workload            SetWorkload    // of the other side, as its proxy describes it
 	Telemetry           *Telemetry     // what a control plane asks to be recorded; nil: nothing in particular
 	Received            atomic.Uint64  // bytes from downstream written to upstream; of a request, its body
@@ -158,6 +160,20 @@ func (r *Record) Peer() string {
 	return r.Security.Peer
 }
 
+// SecurityOf returns TLS that the agent speaks with one of the two peers: with the one that connected for Inbound, and with
+// the one that it connected to for Outbound; nil: none.
+func (r *Record) SecurityOf(side Direction) *Security {
+	switch {
+	case r.Direction == side:
+		return r.Security
+	case side == Outbound:
+		return nil
+	case r.Connection != nil:
+		return r.Connection.Client
+	}
+	return r.Client
+}
+
 // Agrees reports whether what a peer says about its workload can be true: its verified identity, if it has one, is of the
 // same namespace (spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT). s may be nil.
 func (s *Security) Agrees(w *Workload) bool {
@@ -193,6 +209,7 @@ type Request struct {
 	Fields, ResponseFields      [][]byte      // the fields that Fields names, in its order
 	Status                      int           // of the response to downstream; 0 without a response
 	GRPC                        bool          // by the request's content-type
+	Edge                        bool          // it came from outside of the mesh: Downstream is the client, whatever ForwardedFor has
 	Upgraded                    bool          // the connection went on as a relay
 	Delayed                     bool          // a fault was injected: the request waited before it was sent
 	Exhausted                   bool          // the last attempt failed in a way that is retried, and no retry was left
@@ -231,9 +248,9 @@ type Fields struct {
 	Bodies            *Bodies // nil: no bodies
 }
 
-// Remote returns the address of the side that is not this workload.
+// Remote returns the address of the side of a connection that is not this workload; of a gateway's, that of downstream.
 func (r *Record) Remote() netip.Addr {
-	if r.Direction == Outbound {
+	if r.Direction == Outbound && !r.Gateway {
 		return r.OriginalDestination.Addr()
 	}
 	return r.Downstream.Addr()

@@ -189,7 +189,7 @@ var Explanations = []Explanation{
 	{TLSNameRefused, "", "", "",
 		"The peer's certificate has none of the names that the configuration accepts; the log has both."},
 	{TLSPeerRefused, "", "", "",
-		"The peer's certificate is revoked, malformed, for another use, or has not exactly one SPIFFE ID; the log has the cause."},
+		"The peer's certificate is revoked, malformed, for another use, has none of the configured hashes, or not exactly one SPIFFE ID; the log has the cause."},
 	{TLSNoIdentity, "", "", "",
 		"TLS is required, and this workload has no certificate or no roots of trust yet."},
 	{IdleTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,

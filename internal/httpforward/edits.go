@@ -177,12 +177,18 @@ func (e *edited) ResponseFields() route.Fields { return e.response }
 func (e *edited) AppendOperator(dst []byte, o route.Operator) []byte {
 	r, c := e.record, e.record.Connection
 	switch o {
-	case route.DownstreamRemoteAddress, route.DownstreamDirectRemoteAddress:
+	case route.DownstreamRemoteAddress:
 		return appendEndpoint(dst, r.Downstream)
-	case route.DownstreamRemoteHost, route.DownstreamDirectRemoteHost:
+	case route.DownstreamDirectRemoteAddress:
+		return appendEndpoint(dst, c.Downstream)
+	case route.DownstreamRemoteHost:
 		return appendHost(dst, r.Downstream)
-	case route.DownstreamRemotePort, route.DownstreamDirectRemotePort:
+	case route.DownstreamDirectRemoteHost:
+		return appendHost(dst, c.Downstream)
+	case route.DownstreamRemotePort:
 		return appendPort(dst, r.Downstream)
+	case route.DownstreamDirectRemotePort:
+		return appendPort(dst, c.Downstream)
 	case route.DownstreamLocalAddress:
 		return appendEndpoint(dst, r.OriginalDestination)
 	case route.DownstreamLocalHost:
@@ -213,9 +219,9 @@ func (e *edited) AppendOperator(dst []byte, o route.Operator) []byte {
 
 // appendIdentity appends the SPIFFE ID of downstream's TLS: our own, or the peer's.
 func appendIdentity(dst []byte, connection *flow.Record, own bool) []byte {
-	s := connection.Security
+	s := connection.SecurityOf(flow.Inbound)
 	switch {
-	case s == nil || connection.Direction == flow.Outbound:
+	case s == nil:
 		return dst
 	case own:
 		return append(dst, s.Own...)

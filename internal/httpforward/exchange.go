@@ -28,6 +28,7 @@ type exchange struct {
 	previous Decision         // of the attempt before
 	check    Check            // of the last decision that needed an answer; nil: none did
 	gone     error            // why downstream is gone, or the exchange over, before the request was decided about
+	entered  []byte           // the head of the request as the edge has prepared it; valid with arrived
 	kept     []byte           // a copy of the request head, if a retry or an edit of the response may need it
 	edited   *edited          // of a plan that changes heads; nil: not used yet
 
@@ -41,6 +42,7 @@ type exchange struct {
 
 // progress is the state of an exchange.
 type progress struct {
+	arrived        int           // bytes of the request's head, if the edge has written another; 0: it has not
 	started        bool          // the request head is valid and the upstream head is built
 	options        http1.Options // connection options of the request
 	absolute       bool          // the target of the request is in absolute form
@@ -63,7 +65,7 @@ var exchanges = sync.Pool{New: func() any { return new(exchange) }}
 
 func takeExchange(s *session) *exchange {
 	x := exchanges.Get().(*exchange)
-	x.s, x.settings = s, s.engine.settings.Load()
+	x.s, x.settings = s, s.engine.current(s.Connection)
 	x.held.Open(s.engine.config.Budget, s.w, s.Record.Remote())
 	x.record.HTTP = &x.http
 	x.record.Direction = s.engine.config.Direction
@@ -116,6 +118,9 @@ func (x *exchange) release() {
 		x.decision = Decision{} // each on its own: a tuple would be built on the stack first
 		x.previous = Decision{}
 		x.carried = carried{}
+	}
+	if cap(x.entered) > smallPiece {
+		x.entered = nil
 	}
 	x.wanted = nil
 	x.check, x.gone = nil, nil

@@ -164,6 +164,12 @@ func (x *exchange) malformed(err error) *reply {
 // acceptRequest determines the framing of the request, routes it, and builds its head.
 func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	b := x.s.Read.Bytes()
+	if x.settings.edge != nil {
+		var rejected *reply
+		if b, rejected = x.enter(b); rejected != nil {
+			return rejected
+		}
+	}
 	x.recordRequest(b)
 	framing, err := x.requestHead.RequestFraming(b)
 	if err != nil {
@@ -173,7 +179,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if x.gone != nil {
 		return nil
 	}
-	b = x.s.Read.Bytes() // a wait may have moved them
+	b = x.head() // a wait may have moved them
 	x.request.src = x.s.Down
 	if p := policyOf(&x.decision, x.settings); p != nil {
 		x.trace(p, b)
@@ -187,7 +193,7 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	if framing.Kind == http1.Chunked {
 		x.request.nominated = x.forbidden(b)
 	}
-	x.s.Read.Discard(x.requestHead.Length)
+	x.s.Read.Discard(x.headLength())
 	x.started, x.request.retain = true, true
 	x.request.start(x.s.Read, framing, limits)
 	if x.request.bad != nil {
@@ -232,6 +238,9 @@ func (x *exchange) routeBy(b []byte) bool {
 	if d.Path != nil || len(d.Edits) > 0 {
 		x.takeChanges()
 	}
+	if d.RequestRate|d.ResponseRate > 0 {
+		x.takeRates()
+	}
 	if d.noRoute() {
 		return d.Reply != nil
 	}
@@ -252,11 +261,11 @@ func (x *exchange) resolve() []byte {
 			x.check.Cancel()
 			return nil
 		}
-		r := x.view(x.s.Read.Bytes())
+		r := x.view(x.head())
 		r.Check = x.check
 		x.decision = x.s.Router.Route(r)
 	}
-	return x.s.Read.Bytes()
+	return x.head()
 }
 
 // await waits for an answer. An error means that the exchange is over: as in pause, also if downstream half-closes.
@@ -283,6 +292,9 @@ func (x *exchange) await(c Check) error {
 func (x *exchange) forbidden(b []byte) (names []byte) {
 	if x.options.Nominates {
 		names = x.requestHead.Nominated(b)
+	}
+	if x.settings.edge != nil {
+		names = append(append(names, edgeTrailers...), ',')
 	}
 	return x.s.Peers.forbidRequest(names)
 }
@@ -352,7 +364,7 @@ func (x *exchange) interimFollows() bool {
 
 // parseResponse reads the head of an interim or final response. It reports false if the head is incomplete.
 func (x *exchange) parseResponse() bool {
-	m, limits := &x.response, x.settings.limits()
+	m, limits := &x.response, x.settings.ofServers().limits()
 	if m.held() > 0 {
 		done, err := x.responseHead.ParseResponse(m.in.Bytes(), limits)
 		if err == nil && done {
@@ -753,6 +765,8 @@ func (x *exchange) tunnel() ending {
 		FromUp:           sent,
 		DownRead:         down,
 		UpRead:           up,
+		PaceDown:         x.request.pace.relay(),
+		PaceUp:           x.response.pace.relay(),
 	})
 	s.up = nil
 	x.record.Received.Add(received.Load() - receivedBefore)

@@ -157,7 +157,7 @@ func (x *exchange) sooner(at time.Time) time.Time {
 			at = end
 		}
 	}
-	return at
+	return x.paced(at)
 }
 
 // The replies to requests that exceed a limit of their route.
@@ -368,7 +368,7 @@ func (x *exchange) editResponse(b []byte) *edited {
 func (e *edited) describe(r *Request) {
 	e.request = route.Request{
 		Method: r.Method, Path: r.Path, Authority: r.Authority, Scheme: r.Scheme, Fields: r.Fields,
-		Downstream: r.Connection.Downstream, Local: r.Connection.OriginalDestination,
+		Downstream: r.Client, Local: r.Connection.OriginalDestination,
 	}
 }
 

@@ -96,7 +96,7 @@ const (
 
 // serveHTTP2 serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
 func (e *Engine) serveHTTP2(w *tcp.Waiter, c *Connection) {
-	m := &multiplex{engine: e, settings: e.settings.Load(), w: w, heads: heads{Connection: *c}, up: c.Early}
+	m := &multiplex{engine: e, settings: e.current(c), w: w, heads: heads{Connection: *c}, up: c.Early}
 	m.account.Open(e.config.Budget, w, c.Record.Remote())
 	m.keptLimit = e.keptLimit()
 	m.opened, m.lastServed = time.Now(), http2.MaxStream

@@ -107,7 +107,7 @@ func goAwayFor(err error) (http2.Code, string) {
 
 // recordFault reports an error of downstream that belongs to no stream. requests is when the last requests arrived.
 func (e *Engine) recordFault(connection *flow.Record, requests time.Time, reason flow.Reason, err error) {
-	s := takeStream(e, connection, 0, requests)
+	s := takeStream(e, &Connection{Record: connection}, 0, requests)
 	s.setFailure(reason, err)
 	s.close(e.config.Flows, nil)
 }
@@ -286,7 +286,7 @@ func (m *multiplex) deadline() (at time.Time, why limit) {
 			at, why = t, limit
 		}
 	}
-	if limit, after := quietLimit(config, m.downEnded); after > 0 {
+	if limit, after := quietLimit(config, m.downEnded, m.streams.active > 0); after > 0 {
 		if m.lastMove.IsZero() {
 			m.lastMove = m.now()
 		}
@@ -314,12 +314,17 @@ func (m *multiplex) deadline() (at time.Time, why limit) {
 	return at, why
 }
 
-// quietLimit returns how long a connection may be idle. halfClosed is whether downstream has half-closed.
-func quietLimit(config *Settings, halfClosed bool) (limit, time.Duration) {
-	if idle, half := config.IdleTimeout, config.HalfCloseTimeout; halfClosed && half > 0 && (idle <= 0 || half < idle) {
+// quietLimit returns how long a connection may be idle. halfClosed is whether downstream has half-closed, and
+// busy whether there are requests.
+func quietLimit(config *Settings, halfClosed, busy bool) (limit, time.Duration) {
+	idle, half := config.IdleTimeout, config.HalfCloseTimeout
+	if !busy {
+		idle = config.betweenRequests()
+	}
+	if halfClosed && half > 0 && (idle <= 0 || half < idle) {
 		return halfCloseLimit, half
 	}
-	return idleLimit, config.IdleTimeout
+	return idleLimit, idle
 }
 
 // timedOut handles an expired limit.

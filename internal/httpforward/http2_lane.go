@@ -167,13 +167,21 @@ func blockTurn(fields []http2.Field) int {
 func (l *lane) init(m *multiplex, other *lane) {
 	l.m, l.other, l.left = m, other, laneTurn
 	l.frameLimit = http2.MinFrameSize
-	l.decoder = http2.NewDecoder(m.settings.MaxHeadBytes, m.settings.MaxHeadFields)
+	l.decoder = http2.NewDecoder(l.limits().MaxHeadBytes, l.limits().MaxHeadFields)
 	l.encoder = http2.NewEncoder()
 	l.idleFrames = newIdleBucket(m.requests)
 }
 
 // fromDown reports whether the lane carries frames from downstream to upstream.
 func (l *lane) fromDown() bool { return l == &l.m.toUp }
+
+// limits returns the settings with the limits of what the lane carries.
+func (l *lane) limits() *Settings {
+	if l.fromDown() {
+		return l.m.settings
+	}
+	return l.m.settings.ofServers()
+}
 
 // idle reports whether all output is written.
 func (l *lane) idle() bool { return l.out.Len() == 0 }
@@ -316,7 +324,7 @@ func (l *lane) makeRoom() {
 func (l *lane) needs() int { return http2.HeaderLength + max(http2.MinFrameSize, l.blockLimit()) }
 
 // blockLimit limits an encoded header block, with padding and priority.
-func (l *lane) blockLimit() int { return l.m.settings.MaxHeadBytes + 262 }
+func (l *lane) blockLimit() int { return l.limits().MaxHeadBytes + 262 }
 
 // parse handles the frames in the buffer. A header block may grow when it is re-encoded, most of all a reference to a
 // large table entry: parse stops when out is full, or the turn is over, and sets pending.

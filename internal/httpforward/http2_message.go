@@ -31,12 +31,16 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	if err == nil {
 		err = broken
 	}
-	s := takeStream(m.engine, m.Record, id, m.requests)
+	s := takeStream(m.engine, &m.Connection, id, m.requests)
 	s.request = body{declared: request.ContentLength, ended: end}
 	s.response = body{declared: -1}
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
 	tooMuch := m.holdsTooMuch()
 	m.squeeze(s)
+	accepted := true
+	if err == nil && whole && s.settings.edge != nil {
+		fields, accepted = m.enter(s, fields)
+	}
 	seen := s.recordRequest(&request, fields)
 	if m.Peers.readsRequests() {
 		s.introduced = m.meetFields(&s.record, fields)
@@ -48,6 +52,8 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.answer(s, &replyHeaderListTooLarge, nil)
 	case err != nil:
 		return m.malformed(s, err)
+	case !accepted:
+		return m.answer(s, &replyUnderscore, nil)
 	case end && !s.request.whole():
 		return m.malformed(s, http2.LengthMismatch)
 	case m.lost != nil:
@@ -142,7 +148,7 @@ func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, w
 	if err := s.request.endsWith(s.id, end, fields); err != nil {
 		return err
 	}
-	m.toUp.forwardBlock(s, true, fields)
+	m.toUp.forwardBlock(s, true, s.settings.edge.trailers(fields))
 	m.toUp.endMessage(s, true)
 	return nil
 }

@@ -15,7 +15,7 @@ func TestOnlyAReadableRequestHasTheConnectionsClusterAndRoute(t *testing.T) {
 	r := newRig(t, netip.MustParseAddrPort("127.0.0.1:9"), true)
 	connection := flow.Open(flow.Inbound, netip.MustParseAddrPort("198.51.100.1:4711"))
 	connection.Cluster, connection.Route = "inbound|80||", "default"
-	s := takeStream(r.engine, connection, 1, time.Now())
+	s := takeStream(r.engine, &Connection{Record: connection}, 1, time.Now())
 	if s.record.Cluster != "" || s.record.Route != "" {
 		t.Errorf("before a request: cluster %q, route %q, want neither", s.record.Cluster, s.record.Route)
 	}

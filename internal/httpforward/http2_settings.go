@@ -128,7 +128,7 @@ func (l *lane) sendSettings(w settingsFrame) {
 		w.atMost(http2.MaxConcurrentStreams, maxStreams)
 	}
 	if first || w.has(http2.MaxHeaderListSize) {
-		w.atMost(http2.MaxHeaderListSize, uint32(l.m.settings.MaxHeadBytes))
+		w.atMost(http2.MaxHeaderListSize, uint32(l.other.limits().MaxHeadBytes))
 	}
 	held := len(l.scratch)
 	scratch := http2.Header{Type: http2.Settings}.Append(l.scratch)

@@ -38,9 +38,10 @@ type stream struct {
 var streamPool = sync.Pool{New: func() any { return new(stream) }}
 
 // takeStream returns a stream with the record of a request that arrived on the connection at opened.
-func takeStream(e *Engine, connection *flow.Record, id uint32, opened time.Time) *stream {
+func takeStream(e *Engine, c *Connection, id uint32, opened time.Time) *stream {
 	s := streamPool.Get().(*stream)
-	s.id, s.settings = id, e.settings.Load()
+	connection := c.Record
+	s.id, s.settings = id, e.current(c)
 	r := &s.record
 	r.HTTP = &s.http
 	r.Direction, r.Protocol = e.config.Direction, flow.HTTP2

@@ -52,6 +52,17 @@ type Settings struct {
 	Fields Fields      // fields that are added to messages
 
 	Tracing *tracing.Policy // of requests whose Decision has none; nil: they are not traced
+
+	edge      *Edge     // of the requests; nil: they come from inside of the mesh
+	unlimited *Settings // without the limits of edge; nil: as these
+}
+
+// ofServers returns the settings for responses.
+func (s *Settings) ofServers() *Settings {
+	if s.unlimited != nil {
+		return s.unlimited
+	}
+	return s
 }
 
 // noted are the fields whose values are recorded.

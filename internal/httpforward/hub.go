@@ -60,7 +60,7 @@ func (h *hub) maxStreams() int { return min(max(h.keptLimit/streamWindow, fewStr
 
 // serveHub serves the HTTP/2 requests of a connection until it ends. c.Read begins with the client's preface.
 func (e *Engine) serveHub(w *tcp.Waiter, c *Connection) {
-	h := &hub{engine: e, settings: e.settings.Load(), w: w, heads: heads{Connection: *c}, dials: make(map[*dialing]struct{})}
+	h := &hub{engine: e, settings: e.current(c), w: w, heads: heads{Connection: *c}, dials: make(map[*dialing]struct{})}
 	h.account.Open(e.config.Budget, w, c.Record.Remote())
 	h.keptLimit = e.keptLimit()
 	h.opened, h.lastServed = time.Now(), http2.MaxStream

@@ -6,6 +6,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/relay"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
@@ -14,7 +15,7 @@ type call struct {
 	*stream // with downstream's number
 	h       *hub
 
-	leg  *leg   // that carries the request, or will; nil: none was chosen yet, or the request is answered here
+	leg  *leg   // that carries the request, or will; nil: not chosen yet, or the request is answered here
 	upID uint32 // number on leg; 0: not open there
 
 	sent requestHead // as it was received
@@ -48,6 +49,8 @@ type pipe struct {
 	queue []byte // received data: before from it is passed on, and kept for another attempt
 	from  int
 	keep  bool
+
+	pace *relay.Pace // nil: the rate is not limited
 
 	repeat int // bytes behind from that an earlier attempt has passed on: their credit is owed, or given back, already
 
@@ -160,11 +163,17 @@ func (h *hub) pass(p *pipe) {
 			break
 		}
 		n := min(len(p.queue)-p.from, http2.MinFrameSize, int(min(to.window, p.window, http2.MinFrameSize)))
+		if p.pace != nil {
+			n = min(n, h.allowed(p))
+		}
 		if n <= 0 {
 			break
 		}
 		last := body.ended && p.from+n == len(p.queue) && p.trailers == nil
 		to.sendData(id, p.queue[p.from:p.from+n], last)
+		if p.pace != nil {
+			p.pace.Spend(n)
+		}
 		to.window -= int64(n)
 		p.window -= int64(n)
 		p.from += n
@@ -191,6 +200,15 @@ func (h *hub) pass(p *pipe) {
 	if p.done {
 		h.passed(p)
 	}
+}
+
+// allowed returns how many bytes the rate of a message allows. It is passed on again when more are.
+func (h *hub) allowed(p *pipe) int {
+	n := p.pace.Allowance(h.now())
+	if n == 0 {
+		h.watch(p.pace.Next())
+	}
+	return n
 }
 
 // sendData appends a DATA frame.

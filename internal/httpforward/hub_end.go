@@ -148,7 +148,7 @@ func (h *hub) deadline() (at time.Time, why limit) {
 			at, why = t, limit
 		}
 	}
-	if limit, after := quietLimit(h.settings, h.downEnded); after > 0 {
+	if limit, after := quietLimit(h.settings, h.downEnded, h.streams.active > 0); after > 0 {
 		if h.lastMove.IsZero() {
 			h.lastMove = h.now()
 		}

@@ -44,7 +44,7 @@ func (l *leg) checkFrame(h http2.Header) error {
 	case l.block.open != (h.Type == http2.Continuation), l.block.open && h.Stream != l.block.stream:
 		return http2.ConnectionError(http2.ProtocolError, "a header block is interrupted")
 	case h.Type == http2.Headers || h.Type == http2.Continuation:
-		if len(l.block.fragments)+h.Length > l.h.settings.MaxHeadBytes+262 { // with padding and priority
+		if len(l.block.fragments)+h.Length > l.limits().MaxHeadBytes+262 { // with padding and priority
 			return http2.ConnectionError(http2.EnhanceYourCalm, "header block too large")
 		}
 	case h.Type == http2.PushPromise: // disabled by our SETTINGS, and never allowed from a client

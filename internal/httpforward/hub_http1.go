@@ -45,7 +45,7 @@ func (l *leg) speakHTTP1(c *call) (connected bool) {
 	l.http1 = new(legHTTP1)
 	l.limit, l.greeted = 1, true
 	l.window, l.initial = math.MaxInt64/2, math.MaxInt64/2
-	l.decoder = http2.NewDecoder(math.MaxInt32, l.h.settings.MaxHeadFields+1000) // of our own blocks: see sendHTTP1
+	l.decoder = http2.NewDecoder(math.MaxInt32, l.limits().MaxHeadFields+1000) // of our own blocks: see sendHTTP1
 	if l.target.Balanced {
 		return false
 	}
@@ -265,7 +265,7 @@ var errUnasked = errors.New("upstream sent bytes that belong to no response")
 // responseHead handles the head of a response.
 func (l *leg) responseHead(b []byte) (int, error) {
 	x := l.http1
-	done, err := x.head.ParseResponse(b, l.h.settings.limits())
+	done, err := x.head.ParseResponse(b, l.limits().limits())
 	if !done || err != nil {
 		return 0, err
 	}
@@ -289,7 +289,7 @@ func (l *leg) responseHead(b []byte) (int, error) {
 	if framing.Kind == http1.Tunnel {
 		framing.Kind = http1.UntilClose
 	}
-	x.body.Start(framing, l.h.settings.limits())
+	x.body.Start(framing, l.limits().limits())
 	if options.Nominates {
 		x.body.Forbid(x.head.Nominated(b))
 	}

@@ -71,7 +71,7 @@ type legUp struct {
 
 func (l *leg) init(h *hub, conn *tcp.Conn) {
 	l.h, l.conn, l.left = h, conn, laneTurn
-	l.decoder = http2.NewDecoder(h.settings.MaxHeadBytes, h.settings.MaxHeadFields)
+	l.decoder = http2.NewDecoder(l.limits().MaxHeadBytes, l.limits().MaxHeadFields)
 	l.encoder = http2.NewEncoder()
 	l.idleFrames = newIdleBucket(h.now())
 	l.window, l.initial = http2.FirstWindow, http2.FirstWindow
@@ -81,6 +81,14 @@ func (l *leg) init(h *hub, conn *tcp.Conn) {
 // isDown reports whether the peer is downstream.
 func (l *leg) isDown() bool { return l == &l.h.down }
 
+// limits returns the settings with the limits of what the peer sends.
+func (l *leg) limits() *Settings {
+	if l.isDown() {
+		return l.h.settings
+	}
+	return l.h.settings.ofServers()
+}
+
 // greet sends the first frames. For upstream the client's preface comes before them.
 func (l *leg) greet() {
 	settings := []http2.Setting{{ID: http2.MaxConcurrentStreams, Value: uint32(l.h.maxStreams())}}
@@ -88,7 +96,7 @@ func (l *leg) greet() {
 		l.out = append(l.out, http2.Preface...)
 		settings[0] = http2.Setting{ID: http2.EnablePush, Value: 0}
 	}
-	settings = append(settings, http2.Setting{ID: http2.MaxHeaderListSize, Value: uint32(l.h.settings.MaxHeadBytes)})
+	settings = append(settings, http2.Setting{ID: http2.MaxHeaderListSize, Value: uint32(l.limits().MaxHeadBytes)})
 	l.out = appendSettings(l.out, settings)
 	l.out = http2.AppendWindowUpdate(l.out, 0, connectionWindow-http2.FirstWindow)
 }
@@ -241,7 +249,7 @@ func (l *leg) read() int {
 // longest returns how many bytes the buffer must be able to hold.
 func (l *leg) longest() int {
 	if l.http1 != nil {
-		return l.h.settings.MaxHeadBytes + 1
+		return l.limits().MaxHeadBytes + 1
 	}
 	return http2.HeaderLength + http2.MinFrameSize + tcp.BufferSize
 }

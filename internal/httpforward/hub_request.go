@@ -10,6 +10,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/relay"
 )
 
 // fromDownstream handles a decoded header block from downstream: a request head or trailers.
@@ -41,12 +42,14 @@ func (h *hub) fromDownstream(id uint32, end bool, fields []http2.Field, whole bo
 		fields = http2.SingleLength(fields)
 	}
 	tooMuch := h.holdsTooMuch()
-	c := h.newCall(id, end, &request, fields)
+	c, accepted := h.newCall(id, end, &request, fields, err == nil && whole)
 	switch {
 	case !whole:
 		return h.answer(c, &replyHeaderListTooLarge, nil)
 	case err != nil:
 		return h.malformed(c, err)
+	case !accepted:
+		return h.answer(c, &replyUnderscore, nil)
 	case end && !c.request.whole():
 		return h.malformed(c, http2.LengthMismatch)
 	case h.streams.active > h.maxStreams():
@@ -60,18 +63,22 @@ func (h *hub) fromDownstream(id uint32, end bool, fields []http2.Field, whole bo
 	return nil
 }
 
-// newCall enters a request into the table.
-func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http2.Field) *call {
-	s := takeStream(h.engine, h.Record, id, h.requests)
+// newCall enters a request into the table. A valid one is prepared by the edge, which may reject it.
+func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http2.Field, valid bool) (c *call, accepted bool) {
+	s := takeStream(h.engine, &h.Connection, id, h.requests)
 	s.request = body{declared: request.ContentLength, ended: end}
 	s.response = body{declared: -1}
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
 	s.grpc = -1
-	c := &call{stream: s, h: h}
+	c = &call{stream: s, h: h}
 	s.call = c
 	c.req = pipe{c: c, up: true, credit: streamWindow, keep: true}
 	c.resp = pipe{c: c, window: h.down.initial, credit: streamWindow}
 	h.squeeze(s)
+	accepted = true
+	if valid && s.settings.edge != nil {
+		fields, accepted = h.enter(s, fields)
+	}
 	c.sent.Request = *request
 	c.sent.has = s.recordRequest(request, fields)
 	c.sent.fields = slices.Clone(fields)
@@ -80,7 +87,7 @@ func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http
 	}
 	h.keepCall(c)
 	h.streams.add(s)
-	return c
+	return c, accepted
 }
 
 // decide routes a call, and does what the decision asks for.
@@ -122,6 +129,7 @@ func (h *hub) decide(c *call) {
 func (h *hub) takePlan(c *call) {
 	d := &c.decision
 	c.plan, c.edits = d.Plan, d.Edits
+	c.req.pace, c.resp.pace = relay.NewPace(d.RequestRate), relay.NewPace(d.ResponseRate)
 	if d.Path != nil {
 		c.sent.path, c.normalized = bytes.Clone(d.Path), true
 		h.routed.Path = c.sent.path
@@ -151,6 +159,9 @@ func (h *hub) takePlan(c *call) {
 func (h *hub) follow(c *call) {
 	d := &c.decision
 	switch {
+	case d.Reply != nil && d.Reply.Reset:
+		h.resetDownstream(c.id, http2.InternalError)
+		h.finish(c, d.Reply.Reason, nil)
 	case d.Reply != nil:
 		_ = h.answer(c, &reply{d.Reply.Status, d.Reply.Body, d.Reply.Reason, d.Reply.Flags, d.Reply.Details}, nil)
 	case d.noRoute():
@@ -213,7 +224,7 @@ func (h *hub) requestTrailers(c *call, end bool, fields []http2.Field, whole boo
 	if err := c.request.endsWith(c.id, end, fields); err != nil {
 		return err
 	}
-	c.request.ended, c.req.trailers = true, slices.Clone(fields)
+	c.request.ended, c.req.trailers = true, slices.Clone(c.settings.edge.trailers(fields))
 	h.pass(&c.req)
 	return nil
 }

@@ -282,12 +282,22 @@ func (h *hub) checkCall(c *call, now time.Time) {
 	case !c.resumeAt.IsZero() && !now.Before(c.resumeAt):
 		h.resume(c)
 	}
+	h.goOn(c)
 	if c.closed || c.replied {
 		return
 	}
 	for _, end := range [...]time.Time{c.totalEnd, c.tryEnd, c.streamEnd, c.headEnd, c.resumeAt} {
 		if now.Before(end) {
 			h.watch(end)
+		}
+	}
+}
+
+// goOn passes on what the rate of a call has held back.
+func (h *hub) goOn(c *call) {
+	for _, p := range [...]*pipe{&c.req, &c.resp} {
+		if p.pace != nil {
+			h.pass(p)
 		}
 	}
 }

@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"io"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
@@ -31,6 +32,7 @@ type message struct {
 	body     http1.Body
 	tape     *flow.Body // records the body; nil: not recorded
 
+	pace      *pace  // nil: the rate is not limited
 	nominated []byte // fields that are forbidden in the trailers, such as those that Connection names
 
 	bulk   relay.Mover
@@ -53,6 +55,9 @@ func (m *message) start(in *tcp.Buffer, framing http1.Framing, limits http1.Limi
 	m.bulk = relay.Mover{Src: m.src, Dst: m.dst}
 	m.bulk.Expect(m.body.Payload() - int64(m.held()))
 	m.out.Append(m.head)
+	if m.pace != nil {
+		m.pace.free = len(m.head)
+	}
 	m.scan()
 	if n := m.ready; n <= smallBody && !m.retain {
 		m.out.Reset()
@@ -68,6 +73,9 @@ func (m *message) resend(dst *tcp.Conn) {
 	m.dst, m.bulk.Dst, m.dstErr = dst, dst, nil
 	m.out.Reset()
 	m.out.Append(m.head)
+	if m.pace != nil {
+		m.pace.free = len(m.head)
+	}
 	m.out.Append(m.kept)
 	if m.in != nil {
 		m.out.Append(m.in.Bytes()[:m.ready])
@@ -151,6 +159,9 @@ func (m *message) delivered() uint64 {
 
 // move reads and writes until either side blocks. It reports true if its turn ended before that.
 func (m *message) move() (longTurn bool) {
+	if m.pace != nil {
+		m.pace.next = time.Time{}
+	}
 	for left := turn; left > 0; {
 		switch {
 		case m.dstErr != nil:
@@ -175,9 +186,14 @@ func (m *message) put() int {
 	}
 	var n int
 	var err error
-	if m.out.Len() > 0 {
+	switch {
+	case m.pace != nil:
+		if n, err = m.pace.write(m.dst, &m.out); n == 0 && err == nil {
+			return 0
+		}
+	case m.out.Len() > 0:
 		n, err = m.dst.WriteVector(&m.out)
-	} else {
+	default:
 		n, err = m.bulk.Put()
 	}
 	if err != nil && err != tcp.ErrAgain {
@@ -209,7 +225,7 @@ func (m *message) take() bool {
 		m.stopRetaining() // too large to retain
 	}
 	var err error
-	if m.held() == 0 && ahead >= spliceFrom && !m.retain && (m.tape == nil || m.tape.Cut()) {
+	if m.held() == 0 && ahead >= spliceFrom && !m.retain && m.pace == nil && (m.tape == nil || m.tape.Cut()) {
 		var n int
 		n, err = m.bulk.Take(ahead)
 		m.body.Skip(int64(n))

@@ -142,7 +142,7 @@ func (d *duplicate) send(w *tcp.Waiter) flow.Reason {
 	e := d.of.engine
 	deadline := d.began.Add(d.limit)
 	var head http1.Head
-	if done, err := head.ParseRequest(d.of.raw, d.settings.limits()); !done || err != nil {
+	if done, err := head.ParseRequest(d.of.raw, d.settings.ofServers().limits()); !done || err != nil {
 		return flow.BadFraming // it was forwarded, so this does not happen
 	}
 	d.method = head.Method.In(d.of.raw)
@@ -229,7 +229,7 @@ func appendShadow(dst, host []byte) []byte {
 func (d *duplicate) discardResponse(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) (reusable bool, err error) {
 	in := tcp.TakeBuffer()
 	defer func() { in.Release() }()
-	limits := d.settings.limits()
+	limits := d.settings.ofServers().limits()
 	fill := func() error {
 		_, err := in.Fill(up)
 		switch {

@@ -32,7 +32,8 @@ type Router interface {
 
 // Request is the part of a request that a Router sees.
 type Request struct {
-	Connection *flow.Record // of the downstream connection: peers and original destination
+	Connection *flow.Record   // of the downstream connection: peers and original destination
+	Client     netip.AddrPort // the peer, or the client that trusted proxies forward for, without a port: see Edge
 	Protocol   flow.Protocol
 	Method     []byte
 	Path       []byte       // with its query; of a target in absolute form, what follows the authority
@@ -88,7 +89,12 @@ type Decision struct {
 	Reply *route.Reply  // is sent in place of a response; nil: the request is forwarded
 	Plan  *route.Plan   // what the route changes; nil: the request passes as it is
 	Delay time.Duration // before anything is dialled or replied, by fault injection
-	Lease Lease         // the request's place at the endpoint; nil: its place is not counted
+
+	// RequestRate and ResponseRate limit how fast bodies pass, in bytes for each second; zero: they do not. In HTTP/2, only with
+	// Connection.Many.
+	RequestRate, ResponseRate uint64
+
+	Lease Lease // the request's place at the endpoint; nil: its place is not counted
 
 	HTTP2        bool // the protocol of the endpoint is HTTP/2; without it HTTP/1.1
 	AsDownstream bool // the protocol of the endpoint is downstream's
@@ -152,6 +158,7 @@ func (c *Connection) route(r *Request) Decision {
 func (r *Request) view(record *flow.Record) {
 	*r = Request{
 		Connection: record.Connection,
+		Client:     record.Downstream,
 		Protocol:   record.Protocol,
 		Method:     record.HTTP.Method,
 		Path:       record.HTTP.Path,
@@ -183,7 +190,7 @@ var schemeHTTP, schemeHTTPS = []byte("http"), []byte("https")
 
 // schemeOf returns the scheme of requests whose target is without one.
 func schemeOf(connection *flow.Record) []byte {
-	if connection.Security != nil && connection.Direction == flow.Inbound {
+	if connection.SecurityOf(flow.Inbound) != nil {
 		return schemeHTTPS
 	}
 	return schemeHTTP

@@ -155,7 +155,7 @@ func (s *session) nextCheck() time.Time {
 		s.retiring, s.idleEnd = !s.retiring, time.Time{}
 	}
 	if s.idleEnd.IsZero() {
-		s.idleEnd = after(s.engine.settings.Load().IdleTimeout)
+		s.idleEnd = after(s.engine.current(s.Connection).betweenRequests())
 		if s.retiring {
 			s.idleEnd = time.Now().Add(drainGrace)
 		}
@@ -336,7 +336,7 @@ func (s *session) dial(wanted *upstream.Target, settings *Settings) (attempts in
 		return attempts, err
 	}
 	if wanted.HTTP2 {
-		carryOverHTTP2(up, settings)
+		carryOverHTTP2(up, settings.ofServers())
 	}
 	s.up, s.used, s.lastUse = up, false, time.Time{}
 	var use upstream.Use

@@ -15,7 +15,10 @@ type DownstreamTLS struct {
 
 	RequireClient bool // a client without a certificate is rejected
 
+	Pins []Pin // of which a client's certificate must have one; empty: any certificate
+
 	MinVersion, MaxVersion TLSVersion
+	Suites                 []uint16 // of TLS 1.2, by their numbers; empty: the default
 }
 
 const downstreamTLSType = typePrefix + "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext"
@@ -69,11 +72,11 @@ func (d *decoder) downstreamTLS(m wire.Message) *DownstreamTLS {
 		}
 	}
 	t.ALPN, t.Roots, t.Names, t.MinVersion, t.MaxVersion = common.alpn, common.roots, common.names, common.minVersion, common.maxVersion
-	t.Certificates = common.certificates
+	t.Certificates, t.Pins, t.Suites = common.certificates, common.pins, common.suites
 	if len(t.Certificates) == 0 {
 		d.report(Security, "no certificate to present")
 	}
-	if t.Roots == "" && (t.RequireClient || len(t.Names) > 0) {
+	if t.Roots == "" && (t.RequireClient || len(t.Names)+len(t.Pins) > 0) {
 		d.report(Security, "no roots to verify clients with")
 	}
 	return t

@@ -199,11 +199,16 @@ var httpManagerFields = message{"envoy.extensions.filters.network.http_connectio
 	63: {"record_route_resolution_stats", ignored},
 }}
 
-func (d *decoder) httpManager(m wire.Message) *HTTPManager {
-	h := &HTTPManager{
+// DefaultManager returns a manager without routes, with Envoy's defaults.
+func DefaultManager() *HTTPManager {
+	return &HTTPManager{
 		GenerateRequestID: true, MaxHeaderKiB: defaultMaxHeaderKiB, MaxHeaders: defaultMaxHeaders,
 		IdleTimeout: defaultIdleTimeout, StreamIdleTimeout: defaultStreamIdleTimeout, DrainTimeout: defaultDrainTimeout,
 	}
+}
+
+func (d *decoder) httpManager(m wire.Message) *HTTPManager {
+	h := DefaultManager()
 	var http2 UpstreamHTTP
 	var ids traceIDs
 	for d.next(&m, &httpManagerFields) {

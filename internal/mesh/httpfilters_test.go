@@ -40,7 +40,7 @@ func TestEachTypeOfFilterIsSupportedOrAFinding(t *testing.T) {
 		{httpCORSType, nil, "", false},
 		{httpCORSType, nest(nil, 1), "security : unknown field 1 of " + httpCORSType, true},
 		{httpFaultType, nil, "", false},
-		{httpFaultType, nest(nil, 7), "traffic response_rate_limit: not supported", false},
+		{httpFaultType, nest(nil, 7, 3), "traffic response_rate_limit.header_limit: not supported", false},
 		{grpcStatsType, number(1, 1), "", false},
 		{grpcWebType, nil, "traffic : gRPC-Web is not translated to gRPC", false},
 		{sessionType, nil, "", false},

@@ -44,7 +44,17 @@ func TestFindingsOfListeners(t *testing.T) {
 	httpFilter := func(name, url string, more ...[]byte) []byte {
 		return nest(join(field1(name), nest(packed(url, nil), 4), join(more...)), 5)
 	}
-	const manager = "filter_chains.filters.typed_config"
+	suites := func(names ...string) (b []byte) {
+		for _, name := range names {
+			b = append(b, text(3, name)...)
+		}
+		return nest(b, 1, 1)
+	}
+	const (
+		manager    = "filter_chains.filters.typed_config"
+		parameters = "filter_chains.transport_socket.typed_config.common_tls_context[1].tls_params"
+		validation = "filter_chains.transport_socket.typed_config.common_tls_context[2].combined_validation_context.default_validation_context"
+	)
 	for _, test := range []struct {
 		name    string
 		bytes   []byte
@@ -103,8 +113,16 @@ func TestFindingsOfListeners(t *testing.T) {
 		{"names of another type", chain(tcpFilter(), tlsSocket(roots, nest(join(wire.AppendVarint(nil, 1, 5), nest(field1("x"), 2)), 1, 8, 1, 15))),
 			"security filter_chains.transport_socket.typed_config.common_tls_context[2].combined_validation_context.default_validation_context.match_typed_subject_alt_names.san_type: unknown value 5; " +
 				"security filter_chains.transport_socket.typed_config.common_tls_context[2].combined_validation_context.default_validation_context.match_typed_subject_alt_names: a matcher of names without a type or a pattern", "chain"},
-		{"a cipher suite that Go does not have", chain(tcpFilter(), tlsSocket(nest(wire.AppendString(nil, 3, "ECDHE-RSA-AES128-SHA"), 1, 1))),
-			"cosmetic filter_chains.transport_socket.typed_config.common_tls_context[1].tls_params.cipher_suites: the cipher suite ECDHE-RSA-AES128-SHA cannot be chosen", ""},
+		{"a cipher suite without forward secrecy", chain(tcpFilter(), tlsSocket(suites("AES128-SHA", "ECDHE-RSA-AES128-SHA"))),
+			"cosmetic " + parameters + ".cipher_suites: the cipher suite AES128-SHA cannot be chosen", ""},
+		{"the suites of istiod's mesh", chain(tcpFilter(), tlsSocket(suites("ECDHE-ECDSA-AES256-GCM-SHA384", "AES256-GCM-SHA384", "AES128-GCM-SHA256"))), "", ""},
+		{"cipher suites of which none can be chosen", chain(tcpFilter(), tlsSocket(suites("AES256-GCM-SHA384"))),
+			"traffic " + parameters + ": no cipher suite for TLS 1.2 can be chosen, so only TLS 1.3 is served", ""},
+		{"the same without TLS 1.3", chain(tcpFilter(), tlsSocket(nest(join(number(2, 3), text(3, "AES256-GCM-SHA384")), 1, 1))), "security " + parameters + ": no cipher suite can be chosen", "chain"},
+		{"versions before 1.2", chain(tcpFilter(), tlsSocket(nest(join(number(1, 1), number(2, 3)), 1, 1))), "traffic " + parameters + ".tls_minimum_protocol_version: TLS 1.0 and 1.1 are not served", ""},
+		{"a hash of a certificate that is too short", chain(tcpFilter(), tlsSocket(roots, nest(text(2, "00:ff"), 1, 8, 1))), "security " + validation + ".verify_certificate_hash: not a SHA-256 hash", "chain"},
+		{"a hash of a key that is not in base64", chain(tcpFilter(), tlsSocket(roots, nest(text(3, "?"), 1, 8, 1))), "security " + validation + ".verify_certificate_spki: not a SHA-256 hash", "chain"},
+		{"hashes without roots", chain(tcpFilter(), tlsSocket(nest(text(2, strings.Repeat("00", 32)), 1, 3))), "security filter_chains.transport_socket.typed_config: no roots to verify clients with", "chain"},
 		{"session tickets", chain(tcpFilter(), tlsSocket(wire.AppendVarint(nil, 7, 1))), "", ""},
 
 		{"a tunnel", chain(tcpFilter(nest(nil, 12))), "security " + manager + ".tunneling_config: not supported", "chain"},

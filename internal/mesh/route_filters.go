@@ -42,6 +42,9 @@ type Fault struct {
 	Abort         *Abort
 	AbortFraction Fraction
 
+	Rate         uint64 // of responses, in bytes for each second; 0: not limited
+	RateFraction Fraction
+
 	Cluster   string          // empty: requests to all clusters
 	Headers   []HeaderMatcher // of requests that are given faults: all must match
 	MaxActive *uint32         // faults at a time; nil: no limit
@@ -160,7 +163,7 @@ var faultFields = message{"envoy.extensions.filters.http.fault.v3.HTTPFault", Tr
 	4:  {"headers", decoded},
 	5:  {"downstream_nodes", security}, // other clients would be given the faults
 	6:  {"max_active_faults", once},
-	7:  {"response_rate_limit", traffic},
+	7:  {"response_rate_limit", once},
 	8:  {"delay_percent_runtime", ignored}, // runtime keys are not supported
 	9:  {"abort_percent_runtime", ignored},
 	10: {"delay_duration_runtime", ignored},
@@ -174,6 +177,8 @@ var faultFields = message{"envoy.extensions.filters.http.fault.v3.HTTPFault", Tr
 
 var (
 	faultDelayFields = message{"envoy.extensions.filters.common.fault.v3.FaultDelay", Traffic, []field{3: {"fixed_delay", once}, 4: {"percentage", once}, 5: {"header_delay", traffic}}}
+	faultRateFields  = message{"envoy.extensions.filters.common.fault.v3.FaultRateLimit", Traffic, []field{1: {"fixed_limit", once}, 2: {"percentage", once}, 3: {"header_limit", traffic}}}
+	fixedRateFields  = message{"envoy.extensions.filters.common.fault.v3.FaultRateLimit.FixedLimit", Traffic, []field{1: {"limit_kbps", decoded}}}
 	faultAbortFields = message{"envoy.extensions.filters.http.fault.v3.FaultAbort", Traffic, []field{
 		2: {"http_status", decoded},
 		3: {"percentage", once},
@@ -185,7 +190,7 @@ var (
 
 // fault returns faults. A fault without a percentage never occurs.
 func (d *decoder) fault(m wire.Message) *Fault {
-	f := &Fault{DelayFraction: never, AbortFraction: never}
+	f := &Fault{DelayFraction: never, AbortFraction: never, RateFraction: never}
 	for d.next(&m, &faultFields) {
 		switch m.Number {
 		case 1:
@@ -205,9 +210,29 @@ func (d *decoder) fault(m wire.Message) *Fault {
 			f.Headers = append(f.Headers, d.headerMatcher(m.Message()))
 		case 6:
 			f.MaxActive = new(d.uint32Value(m.Message()))
+		case 7:
+			d.rateLimit(m.Message(), f)
 		}
 	}
+	if f.Rate > 0 && f.MaxActive != nil {
+		d.report(Traffic, "response_rate_limit with max_active_faults; rates are not limited")
+		f.Rate = 0
+	}
 	return f
+}
+
+// rateLimit reads the rate of responses, in KiB for each second.
+func (d *decoder) rateLimit(m wire.Message, f *Fault) {
+	for d.next(&m, &faultRateFields) {
+		switch m.Number {
+		case 1:
+			for m := m.Message(); d.next(&m, &fixedRateFields); {
+				f.Rate = min(m.Uint64(), 1<<32) << 10
+			}
+		case 2:
+			f.RateFraction = d.fraction(m.Message())
+		}
+	}
 }
 
 // abort reads the answer of a fault. Without a status requests are not aborted. In the oneof of the statuses the last field

@@ -207,7 +207,7 @@ func (d *decoder) virtualHost(m wire.Message) VirtualHost {
 		case 1:
 			h.Name = m.String()
 		case 2:
-			add(d, &h.Domains, &m, domain(m.String()))
+			add(d, &h.Domains, &m, DomainOf(m.String()))
 		case 3:
 			before := d.refusals
 			add(d, &h.Routes, &m, d.route(m.Message()))
@@ -241,8 +241,8 @@ func (d *decoder) virtualHost(m wire.Message) VirtualHost {
 	return h
 }
 
-// domain compiles one of a virtual host's domains. Only a star at an end is a wildcard.
-func domain(text string) Domain {
+// DomainOf compiles one of a virtual host's domains. Only a star at an end is a wildcard.
+func DomainOf(text string) Domain {
 	text = strings.ToLower(text)
 	if rest, ok := strings.CutPrefix(text, "*"); ok {
 		if rest == "" {

@@ -27,6 +27,9 @@ type Roots struct {
 // PrivateKey is a private key. No form of printing shows it: fmt does not follow pointers within a struct.
 type PrivateKey struct{ pem *[]byte }
 
+// NewPrivateKey returns the key in a PEM text.
+func NewPrivateKey(pem []byte) PrivateKey { return PrivateKey{&pem} }
+
 // PEM returns the key.
 func (k PrivateKey) PEM() []byte {
 	if k.pem == nil {

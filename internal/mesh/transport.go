@@ -1,7 +1,11 @@
 package mesh
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
 	"slices"
+	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -31,7 +35,16 @@ type UpstreamTLS struct {
 	// in the place of SNI and Names.
 	HostSNI, HostName bool
 
+	Pins []Pin // of which the certificate must have one; empty: any certificate
+
 	MinVersion, MaxVersion TLSVersion
+	Suites                 []uint16 // of TLS 1.2, by their numbers; empty: the default
+}
+
+// Pin is the SHA-256 hash of a certificate or of its public key, both as DER.
+type Pin struct {
+	Key  bool // the hash is of the SubjectPublicKeyInfo
+	Hash [sha256.Size]byte
 }
 
 // NameMatcher matches a subject alternative name.
@@ -165,7 +178,8 @@ func (d *decoder) upstreamTLS(m wire.Message) *UpstreamTLS {
 		t.Certificate = common.certificates[0]
 	}
 	t.ALPN, t.Roots, t.Names, t.MinVersion, t.MaxVersion = common.alpn, common.roots, common.names, common.minVersion, common.maxVersion
-	if t.Roots == "" && len(t.Names) > 0 {
+	t.Pins, t.Suites = common.pins, common.suites
+	if t.Roots == "" && len(t.Names)+len(t.Pins) > 0 {
 		d.report(Security, "no roots to verify endpoints with")
 	}
 	return t
@@ -177,7 +191,9 @@ type commonTLS struct {
 	certificates           []string
 	roots                  string
 	names                  []NameMatcher
+	pins                   []Pin
 	minVersion, maxVersion TLSVersion
+	suites                 []uint16
 }
 
 var commonTLSFields = message{"envoy.extensions.transport_sockets.tls.v3.CommonTlsContext", Security, []field{
@@ -227,29 +243,67 @@ var tlsParametersFields = message{"envoy.extensions.transport_sockets.tls.v3.Tls
 }}
 
 func (d *decoder) tlsParameters(m wire.Message, t *commonTLS) {
+	const tls12, tls13 = 3, 4
+	listed := false
 	for d.next(&m, &tlsParametersFields) {
 		switch m.Number {
 		case 1:
 			t.minVersion = TLSVersion(d.enum(&m, maxTLSVersion))
+			d.oldVersion(t.minVersion)
 		case 2:
 			t.maxVersion = TLSVersion(d.enum(&m, maxTLSVersion))
+			d.oldVersion(t.maxVersion)
 		case 3:
-			if suite := m.String(); !slices.Contains(meshSuites, suite) {
-				d.report(Cosmetic, "the cipher suite "+suite+" cannot be chosen")
-			}
+			listed = true
+			d.suite(m.String(), &t.suites)
 		}
+	}
+	switch {
+	case !listed || len(t.suites) > 0 || t.minVersion == tls13:
+	case t.maxVersion == 0 || t.maxVersion == tls13:
+		t.minVersion = tls13
+		d.report(Traffic, "no cipher suite for TLS 1.2 can be chosen, so only TLS 1.3 is served")
+	default:
+		d.report(Security, "no cipher suite can be chosen")
 	}
 }
 
-// meshSuites are the cipher suites that istiod lists for TLS 1.2 in the mesh. crypto/tls chooses among all but the last
-// two, which peers in a mesh do not need. The suites of TLS 1.3 are not configurable.
-var meshSuites = []string{
-	"ECDHE-ECDSA-AES256-GCM-SHA384",
-	"ECDHE-RSA-AES256-GCM-SHA384",
-	"ECDHE-ECDSA-AES128-GCM-SHA256",
-	"ECDHE-RSA-AES128-GCM-SHA256",
-	"AES256-GCM-SHA384",
-	"AES128-GCM-SHA256",
+// oldVersion reports a limit below TLS 1.2. It is raised to that.
+func (d *decoder) oldVersion(v TLSVersion) {
+	if v == 1 || v == 2 {
+		d.report(Traffic, "TLS 1.0 and 1.1 are not served")
+	}
+}
+
+// suite adds a cipher suite of TLS 1.2, given by its name in OpenSSL, to suites.
+func (d *decoder) suite(name string, suites *[]uint16) {
+	i := slices.IndexFunc(Suites, func(s Suite) bool { return s.Name == name })
+	switch {
+	case i >= 0:
+		*suites = append(*suites, Suites[i].Number)
+	case name != "AES256-GCM-SHA384" && name != "AES128-GCM-SHA256": // istiod lists them for the mesh, and no peer there needs them
+		d.report(Cosmetic, "the cipher suite "+name+" cannot be chosen")
+	}
+}
+
+// Suite is a cipher suite of TLS 1.2.
+type Suite struct {
+	Name   string // in OpenSSL and Envoy
+	Number uint16 // of IANA
+}
+
+// Suites are the suites that can be chosen. All have forward secrecy. Those of TLS 1.3 are not configurable.
+var Suites = []Suite{
+	{"ECDHE-ECDSA-AES256-GCM-SHA384", 0xc02c},
+	{"ECDHE-RSA-AES256-GCM-SHA384", 0xc030},
+	{"ECDHE-ECDSA-AES128-GCM-SHA256", 0xc02b},
+	{"ECDHE-RSA-AES128-GCM-SHA256", 0xc02f},
+	{"ECDHE-ECDSA-CHACHA20-POLY1305", 0xcca9},
+	{"ECDHE-RSA-CHACHA20-POLY1305", 0xcca8},
+	{"ECDHE-ECDSA-AES128-SHA", 0xc009},
+	{"ECDHE-RSA-AES128-SHA", 0xc013},
+	{"ECDHE-ECDSA-AES256-SHA", 0xc00a},
+	{"ECDHE-RSA-AES256-SHA", 0xc014},
 }
 
 var combinedFields = message{"envoy.extensions.transport_sockets.tls.v3.CommonTlsContext.CombinedCertificateValidationContext", Security, []field{
@@ -272,8 +326,8 @@ func (d *decoder) combinedValidation(m wire.Message, t *commonTLS) {
 
 var validationFields = message{"envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext", Security, []field{
 	1:  {"trusted_ca", security}, // istiod names a secret
-	2:  {"verify_certificate_hash", security},
-	3:  {"verify_certificate_spki", security},
+	2:  {"verify_certificate_hash", decoded},
+	3:  {"verify_certificate_spki", decoded},
 	6:  {"require_signed_certificate_timestamp", security},
 	7:  {"crl", security},
 	8:  {"allow_expired_certificate", security},
@@ -292,12 +346,30 @@ var validationFields = message{"envoy.extensions.transport_sockets.tls.v3.Certif
 func (d *decoder) validation(m wire.Message, t *commonTLS) {
 	for d.next(&m, &validationFields) {
 		switch m.Number {
+		case 2:
+			add(d, &t.pins, &m, d.pin(strings.ReplaceAll(m.String(), ":", ""), false))
+		case 3:
+			add(d, &t.pins, &m, d.pin(m.String(), true))
 		case 9:
 			add(d, &t.names, &m, NameMatcher{StringMatcher: d.stringMatcher(m.Message())})
 		case 15:
 			add(d, &t.names, &m, d.nameMatcher(m.Message()))
 		}
 	}
+}
+
+// pin returns a hash: in hexadecimal that of a certificate, and in base64 that of a key.
+func (d *decoder) pin(text string, key bool) Pin {
+	decode := hex.DecodeString
+	if key {
+		decode = base64.StdEncoding.DecodeString
+	}
+	hash, err := decode(text)
+	if err != nil || len(hash) != sha256.Size {
+		d.report(Security, "not a SHA-256 hash")
+		return Pin{Key: key}
+	}
+	return Pin{key, [sha256.Size]byte(hash)}
 }
 
 var nameMatcherFields = message{"envoy.extensions.transport_sockets.tls.v3.SubjectAltNameMatcher", Security, []field{

@@ -1,6 +1,9 @@
 package mesh
 
-import "slices"
+import (
+	"net/netip"
+	"slices"
+)
 
 // Names that istiod gives to the listeners that accept redirected connections.
 const (
@@ -79,6 +82,47 @@ func (s *Snapshot) Outbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 		return nil, "its filter chain in " + l.Name + " ends TLS, which is not supported yet"
 	}
 	return chain, refusal
+}
+
+// Gateway returns the filter chain that a connection meets which was accepted at its destination, or why it is refused. The
+// caller ends TLS if the chain has it.
+func (s *Snapshot) Gateway(c *ConnInfo) (chain *FilterChain, refusal string) {
+	l := s.accepts(c)
+	if l == nil {
+		return nil, "no listener accepts connections to its destination"
+	}
+	if chain, refusal = l.judge(s, c); refusal == "" {
+		refusal = s.unsupported(chain, false)
+	}
+	if refusal != "" {
+		return nil, refusal
+	}
+	return chain, ""
+}
+
+// GatewayMode is InboundMode for a connection that a gateway has accepted. Without a listener, there is no filter chain.
+func (s *Snapshot) GatewayMode(c *ConnInfo) (ended, ok bool) {
+	l := s.accepts(c)
+	if l == nil {
+		return false, false
+	}
+	info := l.inspected(c)
+	chain, ok := l.Match(&info)
+	return ok && chain.TLS != nil, ok
+}
+
+// GatewayInspectsTLS reports whether connections that a gateway has accepted at an address are looked at for TLS.
+func (s *Snapshot) GatewayInspectsTLS(at netip.AddrPort) bool {
+	l := s.accepts(&ConnInfo{Destination: at})
+	return l != nil && l.inspects(TLSInspector, at.Port())
+}
+
+// accepts returns the listener that accepts connections at their destination, or nil.
+func (s *Snapshot) accepts(c *ConnInfo) *Listener {
+	if l := s.Destination(c.Destination); l != nil && !l.Virtual {
+		return l
+	}
+	return nil
 }
 
 // judge returns the filter chain of a connection, or why it is refused.

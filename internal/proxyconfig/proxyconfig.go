@@ -188,7 +188,7 @@ func (c Config) addYAML(text string) error {
 			continue
 		}
 		path := top.path + key
-		switch value, ok := scalar(rest); {
+		switch value, ok := Scalar(rest); {
 		case rest == "":
 			opened = path + "."
 		case ok:
@@ -222,14 +222,14 @@ func cutKey(content string) (key, rest string, found bool) {
 	if rest = strings.TrimLeft(rest, " \t"); strings.HasPrefix(rest, "#") {
 		rest = ""
 	}
-	if name, quoted := scalar(key); quoted {
+	if name, quoted := Scalar(key); quoted {
 		return name, rest, name != ""
 	}
 	return "", "", false
 }
 
-// scalar parses a plain or quoted value on one line.
-func scalar(text string) (value string, ok bool) {
+// Scalar parses a plain or quoted value of YAML on one line. It returns false for a value in another form.
+func Scalar(text string) (value string, ok bool) {
 	unprintable := func(r rune) bool { return !unicode.IsPrint(r) && r != '\t' }
 	if text == "" || strings.ContainsFunc(text, unprintable) { // YAML has further line breaks
 		return "", false

@@ -3,6 +3,7 @@ package relay
 import (
 	"io"
 	"math"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
@@ -14,6 +15,17 @@ const turn = 256 << 10
 type half struct {
 	Mover
 	src, dst *side
+	pace     *Pace     // nil: the rate is not limited
+	next     time.Time // when pace allows more; zero: it does not hold the half back
+}
+
+// begin takes bytes that were read before. They pass at once, and those after them wait for them.
+func (h *half) begin(read *tcp.Buffer) {
+	h.Hold(read)
+	if h.pace != nil {
+		h.pace.Allowance(time.Now())
+		h.pace.Spend(h.Held())
+	}
 }
 
 // progress is the result of a call of move.
@@ -31,6 +43,9 @@ func (h *half) finished() bool { return h.src.drained && h.Held() == 0 }
 // move moves bytes until src has no more, dst takes no more, or the turn is over.
 func (h *half) move() progress {
 	made := nothing
+	if h.pace != nil {
+		h.next = time.Time{}
+	}
 	for left := turn; left > 0; made = some {
 		if h.dst.err != nil || h.finished() {
 			return made
@@ -56,9 +71,27 @@ func (h *half) move() progress {
 	return longTurn
 }
 
+// allowed returns how many bytes the rate allows now. If it is zero, next is set.
+func (h *half) allowed() int64 {
+	n := h.pace.Allowance(time.Now())
+	if n == 0 {
+		h.next = h.pace.Next()
+	}
+	return int64(n)
+}
+
 // take reports whether bytes were read or src has ended.
 func (h *half) take() bool {
-	_, err := h.Take(math.MaxInt64)
+	most := int64(math.MaxInt64)
+	if h.pace != nil {
+		if most = h.allowed(); most == 0 {
+			return false
+		}
+	}
+	n, err := h.Take(most)
+	if h.pace != nil {
+		h.pace.Spend(n)
+	}
 	switch {
 	case err == nil:
 		return true

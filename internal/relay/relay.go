@@ -50,6 +50,8 @@ type Options struct {
 
 	Denied func() bool // ends the relay; called in each turn. nil: never
 
+	PaceDown, PaceUp *Pace // limit what moves from down, and from up; nil: not limited
+
 	// Bytes that the caller has read from a side, delivered first; may be nil. Run releases the buffers.
 	DownRead, UpRead *tcp.Buffer
 }
@@ -59,10 +61,10 @@ type Options struct {
 // failure of a connection; it is nil for Closed and for the ends that Run itself decided.
 func Run(w *tcp.Waiter, down, up *tcp.Conn, options Options) (End, error) {
 	r := relay{down: side{Conn: down}, up: side{Conn: up}, options: options}
-	r.fromDown = half{src: &r.down, dst: &r.up, Mover: Mover{Src: down, Dst: up, Moved: options.FromDown}}
-	r.fromUp = half{src: &r.up, dst: &r.down, Mover: Mover{Src: up, Dst: down, Moved: options.FromUp}}
-	r.fromDown.Hold(options.DownRead)
-	r.fromUp.Hold(options.UpRead)
+	r.fromDown = half{src: &r.down, dst: &r.up, pace: options.PaceDown, Mover: Mover{Src: down, Dst: up, Moved: options.FromDown}}
+	r.fromUp = half{src: &r.up, dst: &r.down, pace: options.PaceUp, Mover: Mover{Src: up, Dst: down, Moved: options.FromUp}}
+	r.fromDown.begin(options.DownRead)
+	r.fromUp.begin(options.UpRead)
 	how, err := r.run(w)
 	r.fromDown.Release()
 	r.fromUp.Release()
@@ -118,7 +120,11 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 		if !retirement.IsZero() && (deadline.IsZero() || retirement.Before(deadline)) {
 			how, deadline = Retired, retirement
 		}
+		if next := r.next(); !next.IsZero() && (deadline.IsZero() || next.Before(deadline)) {
+			how, deadline = "", next
+		}
 		switch err := w.Wait(deadline, r.down.Conn, r.up.Conn); {
+		case errors.Is(err, tcp.ErrDeadline) && how == "":
 		case errors.Is(err, tcp.ErrDeadline):
 			return how, r.failure()
 		case errors.Is(err, tcp.ErrCanceled):
@@ -129,6 +135,15 @@ func (r *relay) run(w *tcp.Waiter) (End, error) {
 			return Unwatched, err
 		}
 	}
+}
+
+// next returns when a half that its rate holds back moves again; zero: neither is held back.
+func (r *relay) next() time.Time {
+	next := r.fromDown.next
+	if up := r.fromUp.next; next.IsZero() || !up.IsZero() && up.Before(next) {
+		next = up
+	}
+	return next
 }
 
 // retirement returns when a relay that is to end ends, and whether that time has come. The time is zero for another relay.

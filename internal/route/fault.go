@@ -61,23 +61,28 @@ func abortReply(a *mesh.Abort) *Reply {
 }
 
 // decide draws the faults of a request to a cluster. A request that is aborted is delayed first.
-func (f *faults) decide(r *Request, cluster string) (delay time.Duration, abort *Reply) {
+func (f *faults) decide(r *Request, cluster string, o *Outcome) {
 	if f == nil || f.source.Cluster != "" && f.source.Cluster != cluster {
-		return 0, nil
+		return
 	}
 	s := search{Request: r}
 	for i := range f.headers {
 		if !f.headers[i].match(&s) {
-			return 0, nil
+			return
 		}
 	}
+	if f.source.Rate > 0 && r.drawn(f.source.RateFraction) {
+		o.ResponseRate = f.source.Rate
+	}
+	var delay time.Duration
+	var abort *Reply
 	if f.source.Delay > 0 && r.drawn(f.source.DelayFraction) {
 		delay = f.source.Delay
 	}
 	if f.abort != nil && r.drawn(f.source.AbortFraction) {
 		abort = f.abort
 	}
-	return f.limited(delay, abort)
+	o.Delay, o.Reply = f.limited(delay, abort)
 }
 
 // limited returns faults, or no faults if as many as are allowed are active. A fault is active while it delays a request.

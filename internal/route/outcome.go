@@ -15,10 +15,10 @@ func (c *Choice) Outcome(r *Request, hashed bool) Outcome {
 	}
 	var o Outcome
 	f := c.Cluster.faults
-	if f == nil && c.Fault != nil && (c.Fault.Delay > 0 || c.Fault.Abort != nil) {
+	if f == nil && c.Fault != nil && (c.Fault.Delay > 0 || c.Fault.Abort != nil || c.Fault.Rate > 0) {
 		f = compileFault(c.Fault, new(patterns)) // istiod's filter has no faults, so this is rare
 	}
-	o.Delay, o.Reply = f.decide(r, c.Cluster.Name)
+	f.decide(r, c.Cluster.Name, &o)
 	var kind planKind
 	if hashed {
 		kind = withCookies

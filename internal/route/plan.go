@@ -110,4 +110,6 @@ type Outcome struct {
 	Delay time.Duration // before anything else is done
 	Reply *Reply        // nil: the request is sent to the Choice's cluster
 	Plan  *Plan         // nil: the request and its response pass as they are, without limits
+
+	ResponseRate uint64 // limit of the response's body in bytes for each second; 0: not limited
 }

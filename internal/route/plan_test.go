@@ -319,6 +319,24 @@ func TestFaultsAreDrawnOneByOne(t *testing.T) {
 	}
 }
 
+// The rate of responses is drawn before the other faults, as in Envoy.
+func TestRatesOfResponsesAreDrawn(t *testing.T) {
+	half := mesh.Fraction{Numerator: 50, Denominator: 100}
+	r := to("c")
+	r.Filters.Fault = &mesh.Fault{Rate: 8 << 10, RateFraction: half, Delay: time.Second, DelayFraction: half}
+	for _, test := range []struct {
+		draws []uint64
+		rate  uint64
+		delay time.Duration
+	}{{[]uint64{49, 50}, 8 << 10, 0}, {[]uint64{50, 49}, 0, time.Second}} {
+		request := request("GET /")
+		request.Random = draw(test.draws...)
+		if o := outcome(r, request); o.ResponseRate != test.rate || o.Delay != test.delay || o.Reply != nil {
+			t.Errorf("%v: %+v", test.draws, o)
+		}
+	}
+}
+
 func TestTheMostSpecificFaultCounts(t *testing.T) {
 	all := mesh.Fraction{Numerator: 100, Denominator: 100}
 	abort := func(status int) mesh.RouteFilters {

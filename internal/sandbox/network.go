@@ -53,6 +53,9 @@ func (h *inside) makeLinks() error {
 	// The settings are optional: a failure leaves the default.
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/addr_gen_mode", []byte("1"), 0) // no link-local address
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0)
+	// Packets stay in this kernel. BBR, the default of some machines, would delay them to find the rate of a path. Reno does
+	// not pace, and is the algorithm that every namespace may have.
+	_ = os.WriteFile("/proc/sys/net/ipv4/tcp_congestion_control", []byte("reno"), 0)
 	if os.Getuid() == 0 {
 		// The command cannot have CAP_NET_BIND_SERVICE, and could bind low ports outside.
 		_ = os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte("0"), 0)

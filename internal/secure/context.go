@@ -1,6 +1,7 @@
 package secure
 
 import (
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"net"
@@ -9,18 +10,20 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/identity"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
 // ServerConfig is TLS with the clients of a filter chain.
 type ServerConfig struct {
-	// Certificate returns the certificate that is presented, at each handshake. An error is told as NoIdentity.
+	// Certificate returns the certificate that is presented, at each handshake. An error is a NoIdentity.
 	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 
-	Protocols []string  // ALPN, in the order of preference. A client that offers none of them goes on without ALPN
+	Protocols []string  // ALPN, in the order of preference. A client that offers no protocol of them goes on without ALPN
 	Clients   *Verifier // nil: clients are not asked for a certificate
 	Optional  bool      // a client without a certificate is accepted
 
-	MinVersion, MaxVersion uint16 // numbers of crypto/tls; 0: 1.2 and 1.3
+	MinVersion, MaxVersion uint16   // numbers of crypto/tls; 0: 1.2 and 1.3
+	Suites                 []uint16 // of TLS 1.2, as numbers of crypto/tls; empty: the default
 }
 
 // ServerContext is a compiled ServerConfig. It is used by any number of handshakes at a time.
@@ -30,7 +33,7 @@ type ServerContext struct{ config *tls.Config }
 //
 // Sessions are not resumed: a ticket would outlive a change of the roots (CVE-2022-21654).
 func NewServer(config ServerConfig) *ServerContext {
-	base := newConfig(config.MinVersion, config.MaxVersion)
+	base := newConfig(config.MinVersion, config.MaxVersion, config.Suites)
 	base.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 		certificate, err := config.Certificate(hello)
 		if err != nil {
@@ -55,6 +58,11 @@ func NewServer(config ServerConfig) *ServerContext {
 		}
 	}
 	base.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		if config.Clients != nil { // without roots, clients without a certificate are not accepted either
+			if _, err := config.Clients.Trust(); err != nil {
+				return nil, &Error{NoIdentity, err.Error(), err}
+			}
+		}
 		own := base.Clone()
 		own.NextProtos = protocol(config.Protocols, hello.SupportedProtos)
 		if s, ok := hello.Conn.(*socket); ok {
@@ -86,7 +94,8 @@ type ClientConfig struct {
 
 	Servers *Verifier // nil: the server is not verified
 
-	MinVersion, MaxVersion uint16 // numbers of crypto/tls; 0: 1.2 and 1.3
+	MinVersion, MaxVersion uint16   // numbers of crypto/tls; 0: 1.2 and 1.3
+	Suites                 []uint16 // of TLS 1.2, as numbers of crypto/tls; empty: the default
 }
 
 // ClientContext is a compiled ClientConfig. It is used by any number of handshakes at a time.
@@ -94,7 +103,7 @@ type ClientContext struct{ config *tls.Config }
 
 // NewClient compiles a configuration.
 func NewClient(config ClientConfig) *ClientContext {
-	base := newConfig(config.MinVersion, config.MaxVersion)
+	base := newConfig(config.MinVersion, config.MaxVersion, config.Suites)
 	base.ServerName, base.NextProtos = config.ServerName, config.Protocols
 	base.InsecureSkipVerify = true // VerifyConnection verifies instead, without comparing ServerName
 	if config.Certificate != nil {
@@ -117,19 +126,23 @@ func NewClient(config ClientConfig) *ClientContext {
 // Conn returns the client's side of TLS on conn. Unlike Client, it leaves the connection as one of package net.
 func (c *ClientContext) Conn(conn net.Conn) *tls.Conn { return tls.Client(conn, c.config) }
 
-func newConfig(minVersion, maxVersion uint16) *tls.Config {
+// defaultSuites are the first of mesh.Suites: those of Istio's proxies, and ChaCha20 for clients without AES in hardware.
+const defaultSuites = 6
+
+func newConfig(minVersion, maxVersion uint16, suites []uint16) *tls.Config {
 	if minVersion == 0 {
 		minVersion = tls.VersionTLS12
+	}
+	if len(suites) == 0 {
+		for _, s := range mesh.Suites[:defaultSuites] {
+			suites = append(suites, s.Number)
+		}
 	}
 	return &tls.Config{
 		MinVersion: minVersion,
 		MaxVersion: maxVersion,
 
-		// The suites of Istio's proxies for TLS 1.2 that have forward secrecy. Those of TLS 1.3 are not configurable.
-		CipherSuites: []uint16{
-			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-			tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-		},
+		CipherSuites:           suites,
 		SessionTicketsDisabled: true,
 
 		// Small first records help a browser to render early. Records of a proxy are as large as what it has read.
@@ -139,12 +152,14 @@ func newConfig(minVersion, maxVersion uint16) *tls.Config {
 
 // Verifier verifies a peer's certificate.
 type Verifier struct {
-	// Trust returns the current roots, at each handshake. An error is told as NoIdentity.
+	// Trust returns the current roots, at each handshake. An error is a NoIdentity.
 	Trust func() (Trust, error)
 
 	// Names has names of which the certificate must have one. Empty: every name is accepted. An empty Names from a
 	// configuration that has names must not occur, because it opens the door.
 	Names []Name
+
+	Pins []mesh.Pin // of which the certificate must have one; empty: any certificate
 
 	SPIFFE bool // the certificate must have exactly one URI, a SPIFFE ID
 }
@@ -198,7 +213,16 @@ func (v *Verifier) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage) err
 	if len(v.Names) > 0 && !slices.ContainsFunc(v.Names, func(n Name) bool { return n.Match(leaf) }) {
 		return &Error{Failure: NameRefused, Detail: describe(leaf) + ", want " + v.expected()}
 	}
+	if len(v.Pins) > 0 && !pinned(v.Pins, leaf) {
+		return &Error{Failure: NotPinned, Detail: describe(leaf)}
+	}
 	return nil
+}
+
+// pinned reports whether a certificate, or its key, has one of the hashes.
+func pinned(pins []mesh.Pin, leaf *x509.Certificate) bool {
+	certificate, key := sha256.Sum256(leaf.Raw), sha256.Sum256(leaf.RawSubjectPublicKeyInfo)
+	return slices.ContainsFunc(pins, func(p mesh.Pin) bool { return p.Hash == certificate && !p.Key || p.Hash == key && p.Key })
 }
 
 // expected lists the names that are accepted.

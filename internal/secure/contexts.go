@@ -81,7 +81,7 @@ func (c *Contexts) newServer(t server) (*ServerContext, error) {
 		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return c.choose(t.Certificates, hello) },
 		Protocols:   spoken(t.ALPN, t.metadata),
 		Optional:    !t.RequireClient,
-		MinVersion:  version(t.MinVersion), MaxVersion: version(t.MaxVersion),
+		MinVersion:  version(t.MinVersion), MaxVersion: version(t.MaxVersion), Suites: t.Suites,
 	}
 	if t.Roots == "" {
 		return NewServer(config), nil
@@ -93,6 +93,7 @@ func (c *Contexts) newServer(t server) (*ServerContext, error) {
 	config.Clients = &Verifier{
 		Trust:  func() (Trust, error) { return c.trust(t.Roots) },
 		Names:  names,
+		Pins:   t.Pins,
 		SPIFFE: t.Roots == OwnRoots,
 	}
 	return NewServer(config), nil
@@ -150,15 +151,15 @@ func (c *Contexts) Client(t *mesh.UpstreamTLS, inside Inside, host string) (*Cli
 }
 
 func (c *Contexts) newClient(t *mesh.UpstreamTLS, inside Inside) (*ClientContext, error) {
-	config := ClientConfig{ServerName: t.SNI, Protocols: t.ALPN, MinVersion: version(t.MinVersion), MaxVersion: version(t.MaxVersion)}
+	config := ClientConfig{ServerName: t.SNI, Protocols: t.ALPN, MinVersion: version(t.MinVersion), MaxVersion: version(t.MaxVersion), Suites: t.Suites}
 	if slices.Contains(t.ALPN, "istio") {
 		config.Protocols = meshProtocols[inside]
 	}
 	if t.Certificate != "" {
 		config.Certificate = func() (*tls.Certificate, error) { return c.certificate(t.Certificate) }
 	}
-	if t.Roots == "" && len(t.Names) > 0 {
-		return nil, errors.New("the configuration has names of the server, and no roots to verify them with")
+	if t.Roots == "" && len(t.Names)+len(t.Pins) > 0 {
+		return nil, errors.New("the configuration has names or hashes of the server, and no roots to verify it with")
 	}
 	if t.Roots != "" {
 		names, err := Names(t.Names)
@@ -167,7 +168,7 @@ func (c *Contexts) newClient(t *mesh.UpstreamTLS, inside Inside) (*ClientContext
 		}
 		config.Servers = &Verifier{
 			Trust: func() (Trust, error) { return c.trust(t.Roots) },
-			Names: names, SPIFFE: t.Roots == OwnRoots,
+			Names: names, Pins: t.Pins, SPIFFE: t.Roots == OwnRoots,
 		}
 	}
 	return NewClient(config), nil
@@ -202,23 +203,52 @@ func version(v mesh.TLSVersion) uint16 {
 	return max(tls.VersionTLS12, tls.VersionTLS10+uint16(v)-tls10)
 }
 
-// choose returns the first of the certificates that the client can use. If it can use none of them, that is the first, as
-// in Envoy.
+// choose returns the certificate that suits the client best: as in Envoy, one with the name that it asks for comes before others,
+// then one with an ECDSA key, then the first. Certificates that have not come are left out. Without one that the client can use, it gets
+// the first.
 func (c *Contexts) choose(names []string, hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
-	first, err := c.certificate(names[0])
-	if err != nil || len(names) == 1 || hello.SupportsCertificate(first) == nil {
-		return first, err
+	if len(names) == 1 {
+		return c.certificate(names[0])
 	}
-	for _, name := range names[1:] {
+	anyName := *hello
+	anyName.ServerName = ""
+	var best *tls.Certificate
+	var missing error
+	most := -1
+	for _, name := range names {
 		certificate, err := c.certificate(name)
 		if err != nil {
-			return nil, err
+			missing = err
+			continue
 		}
-		if hello.SupportsCertificate(certificate) == nil {
-			return certificate, nil
+		if suits := suitability(certificate, hello.ServerName, &anyName); suits > most {
+			best, most = certificate, suits
 		}
 	}
-	return first, nil
+	if best == nil {
+		return nil, missing
+	}
+	return best, nil
+}
+
+// suitability ranks a certificate for a client that asks for a name. 0: the client cannot use its key.
+func suitability(certificate *tls.Certificate, name string, client *tls.ClientHelloInfo) int {
+	leaf := certificate.Leaf
+	if client.SupportsCertificate(certificate) != nil {
+		return 0
+	}
+	suits := 1
+	if leaf.PublicKeyAlgorithm == x509.ECDSA {
+		suits++
+	}
+	switch {
+	case name == "" || leaf.VerifyHostname(name) != nil:
+	case slices.ContainsFunc(leaf.DNSNames, func(own string) bool { return strings.EqualFold(own, name) }):
+		suits += 4
+	default: // a wildcard
+		suits += 2
+	}
+	return suits
 }
 
 // certificate returns the current certificate with a name.

@@ -37,6 +37,7 @@ const (
 	Revoked                      // a certificate of the peer's chain is on a revocation list, or its issuer has no valid list
 	NoSPIFFE                     // the peer's certificate has not exactly one SPIFFE ID
 	NameRefused                  // the peer's names are not among those that are expected
+	NotPinned                    // the peer's certificate has none of the hashes that are expected
 	Alert                        // the peer has rejected our part of the handshake
 	NoMemory                     // the memory budget is used up
 	NoResources                  // the kernel has no descriptors or memory left for this process
@@ -58,6 +59,7 @@ var failureNames = [...]string{
 	Revoked:       "the peer's certificate is revoked, or that cannot be known",
 	NoSPIFFE:      "the peer's certificate has not exactly one SPIFFE ID",
 	NameRefused:   "the peer's names are not accepted",
+	NotPinned:     "the peer's certificate has none of the configured hashes",
 	Alert:         "the peer rejected the handshake",
 	NoMemory:      "no memory is left for the handshake",
 	NoResources:   "the process has reached a limit of the kernel",

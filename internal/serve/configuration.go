@@ -85,17 +85,32 @@ func (c *Conn) Admit() bool {
 func (c *Conn) judge(g *governed) bool {
 	g.admitted, g.judged, g.snapshot = true, c.protocol, c.role.mesh.Snapshot()
 	var refusal string
-	if info := c.info(); c.role.direction == flow.Inbound {
-		g.chain, refusal = g.snapshot.Inbound(&info)
-	} else {
-		g.chain, refusal = g.snapshot.Outbound(&info)
-	}
-	if refusal != "" {
-		c.Record.Telemetry = c.role.unmatched(g.snapshot)
+	info := c.info()
+	if g.chain, refusal = c.role.meet(g.snapshot, &info); refusal != "" {
+		c.Record.Telemetry = c.role.unmatched(g.snapshot, info.Destination.Port())
 		return c.abandon(c.refusal(refusal))
 	}
 	c.Record.Telemetry = c.role.recorded(g.chain)
 	return g.chain == nil || g.chain.TLS != nil || c.expect(g.chain)
+}
+
+// meet returns the filter chain that a connection meets, or why it is refused; both are empty if no listener is for it.
+func (r *Role) meet(s *mesh.Snapshot, info *mesh.ConnInfo) (chain *mesh.FilterChain, refusal string) {
+	switch {
+	case r.gateway:
+		return s.Gateway(info)
+	case r.direction == flow.Inbound:
+		return s.Inbound(info)
+	}
+	return s.Outbound(info)
+}
+
+// mode reports whether a filter chain is left for a connection, and whether that ends TLS.
+func (r *Role) mode(s *mesh.Snapshot, info *mesh.ConnInfo) (ended, ok bool) {
+	if r.gateway {
+		return s.GatewayMode(info)
+	}
+	return s.InboundMode(info)
 }
 
 // refusal returns the reason and the error of a connection that the configuration does not let pass.
@@ -124,6 +139,9 @@ var errNotHTTP = errors.New("its filter chain is for HTTP, and the connection is
 // expect refuses a connection of another protocol if its filter chain is for HTTP: carried as opaque bytes, it would pass
 // policies of HTTP unseen. Envoy answers it 400.
 func (c *Conn) expect(chain *mesh.FilterChain) bool {
+	if c.role.gateway && chain.HTTP == nil && c.HTTP() {
+		c.protocol, c.governed.judged = sniff.Opaque, sniff.Opaque // as it is configured
+	}
 	if chain.HTTP != nil && (c.protocol == sniff.Opaque || c.protocol == sniff.TLS) {
 		if c.protocol == sniff.TLS && !c.governed.secured {
 			return c.abandon(flow.TLSUnexpected, errUnexpectedTLS)
@@ -157,11 +175,12 @@ func (c *Conn) infoInside() mesh.ConnInfo {
 }
 
 // mustSpeak reports whether a connection cannot be carried before its client has sent anything: inbound, no chain for its
-// destination accepts it without TLS, or a policy denies what has no identity; outbound, its upstream depends on its requests.
+// destination accepts it without TLS, or a policy denies what has no identity; outbound and at a gateway, its upstream depends
+// on its requests.
 func (c *Conn) mustSpeak() bool {
 	info := c.info()
 	if c.role.direction == flow.Outbound {
-		chain, _ := c.governed.snapshot.Outbound(&info)
+		chain, _ := c.role.meet(c.governed.snapshot, &info)
 		return chain != nil && chain.HTTP != nil
 	}
 	chain, refusal := c.governed.snapshot.Inbound(&info)

@@ -28,6 +28,7 @@ type Conn struct {
 	protocol sniff.Protocol
 	sniffer  *sniff.Sniffer // from ReadFirst until the connection is carried; of sniffers
 	returned *tcp.Conn      // set by Loops; see upstream.Stats.Returned
+	rate     uint64         // limit in bytes for each second, set by Fault; zero: not limited
 	governed *governed      // set by AwaitConfiguration; nil without a control plane
 }
 
@@ -80,11 +81,11 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		if c.mustSpeak() {
 			s.Delay = handshakeTimeout
 		}
+	case c.role.gateway:
+		detect = c.awaitClient()
 	case c.mustSpeak():
-		detect, s.Requests, s.Delay = true, true, maxSilence
-		if s.Idle > 0 {
-			s.Delay = s.Idle
-		}
+		detect = true
+		c.awaitRequest()
 	}
 	if c.mustName() {
 		s.Delay = nameTimeout
@@ -99,6 +100,40 @@ func (c *Conn) ReadFirst(detect bool) bool {
 
 // maxSilence is how long a client of an HTTP listener may be silent without an idle timeout.
 const maxSilence = time.Hour
+
+// awaitRequest makes detection wait for the first request of a connection that may be idle before it.
+func (c *Conn) awaitRequest() {
+	s := c.sniffer
+	if s.Requests, s.Delay = true, maxSilence; s.Idle > 0 {
+		s.Delay = s.Idle
+	}
+}
+
+// awaitClient makes detection wait for what the client of a gateway must send first. It reports whether the filter chain
+// depends on that.
+func (c *Conn) awaitClient() bool {
+	s, info, snapshot := c.sniffer, c.info(), c.governed.snapshot
+	chain, _ := snapshot.Gateway(&info) // without TLS
+	ended := chain != nil && chain.TLS != nil
+	if ended || snapshot.GatewayInspectsTLS(info.Destination) {
+		s.Requests, s.HelloHold, s.Delay = true, handshakeTimeout, handshakeTimeout
+	}
+	switch {
+	case chain != nil && chain.HTTP != nil && !ended:
+		c.awaitRequest()
+		c.holdHead()
+	case s.HelloHold == 0:
+		return false
+	}
+	return true
+}
+
+// holdHead makes detection hold the beginning of a request as long as its head may take. A gateway's clients may be slow.
+func (c *Conn) holdHead() {
+	if timeout := c.role.engine.Settings().HeadTimeout; timeout > 0 {
+		c.sniffer.Hold = timeout
+	}
+}
 
 // first detects the protocol by downstream's first bytes.
 func (c *Conn) first() bool {
@@ -231,7 +266,7 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Returned:  c.returned,
 		Peers:     c.peers(),
 		Router:    c.router(to),
-		Many:      c.governed != nil && c.governed.routing != nil,
+		Many:      c.governed != nil && c.governed.routing != nil || c.role.faults.Limits(),
 	}
 }
 
@@ -246,6 +281,8 @@ func (c *Conn) relay() {
 		FromUp:           &c.Record.Sent,
 		DownRead:         c.sniffer.Read,
 		UpRead:           c.sniffer.UpRead,
+		PaceDown:         relay.NewPace(c.rate),
+		PaceUp:           relay.NewPace(c.rate),
 	}
 	c.limits(&options)
 	if c.governed != nil && c.role.direction == flow.Inbound {
@@ -254,6 +291,10 @@ func (c *Conn) relay() {
 		if c.role.rejudges {
 			options.Denied = judge.deniedByPolicy
 		}
+	}
+	if c.role.gateway {
+		accepted := c.accepted()
+		options.Retired, options.Retirement = accepted.gone, opaqueRetirement
 	}
 	hello := c.sniffer.Hello
 	if c.governed != nil && c.governed.secured || c.role.decryption != nil && c.Record.Security != nil {

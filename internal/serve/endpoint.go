@@ -218,6 +218,9 @@ func (c *Conn) Confirm(to *upstream.Target) bool {
 	if g.chain == before && (!c.HTTP() || !to.Secured()) {
 		return true
 	}
+	if c.role.gateway {
+		return c.abandon(flow.MeshRefused, errLate) // the other filter chain may end TLS
+	}
 	if up := c.sniffer.Up; up != nil {
 		if c.sniffer.UpRead != nil && !c.HTTP() {
 			return c.abandon(flow.MeshRefused, errLate)

@@ -16,7 +16,7 @@ import (
 )
 
 // Fault carries out the fault that is drawn for a connection without requests: it is delayed or reset before anything is
-// dialled. Its host is the server name of TLS; its address is the original destination. Requests get their faults one by one;
+// dialled, or its rate is limited. Its host is the server name of TLS; its address is the original destination. Requests get their faults one by one;
 // see faulty.
 func (c *Conn) Fault() bool {
 	if len(c.role.faults) == 0 || c.Silent() || c.HTTP() {
@@ -34,8 +34,10 @@ func (c *Conn) Fault() bool {
 	case f.Reset:
 		return c.abandon(flow.FaultInjected, nil)
 	case f.Delay > 0:
+		c.rate = f.Rate
 		return c.pause(f.Delay)
 	}
+	c.rate = f.Rate
 	return true
 }
 
@@ -98,6 +100,7 @@ func (r *faulty) Route(request *httpforward.Request) httpforward.Decision {
 	}
 	f := r.faults.Draw(string(request.Authority), r.address)
 	decision.Delay = max(decision.Delay, f.Delay)
+	decision.RequestRate, decision.ResponseRate = f.Rate, cmp.Or(f.Rate, decision.ResponseRate)
 	switch {
 	case f.Reset:
 		decision.Reply = &route.Reply{Reset: true, Reason: flow.FaultInjected}

@@ -21,8 +21,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/urlpath"
 )
 
-// Authorize applies the policies of an inbound connection's filter chain to the connection. Those of its requests are
-// applied to each of them. Call it when the client is known, and before anything is dialled on its behalf.
+// Authorize applies the policies of the filter chain of an inbound connection, or of a gateway's, to the connection. Those of
+// its requests are applied to each of them. Call it when the client is known, and before anything is dialled on its behalf.
 func (c *Conn) Authorize() bool {
 	g := c.governed
 	if g == nil {
@@ -85,10 +85,10 @@ func (c *Conn) renew(g *governed) bool {
 		return true
 	}
 	info := c.infoInside()
-	if ended, ok := s.InboundMode(&info); !ok || !ended {
+	if ended, ok := c.role.mode(s, &info); !ok || !ended {
 		return c.abandon(flow.MeshRefused, errChangedMode)
 	}
-	chain, refusal := s.Inbound(&info)
+	chain, refusal := c.role.meet(s, &info)
 	if refusal != "" {
 		return c.abandon(flow.MeshRefused, errors.New(refusal))
 	}

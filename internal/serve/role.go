@@ -1,5 +1,4 @@
-// Package serve holds the steps of a connection that every role shares: the agent's two directions today, a gateway
-// later. A role orders the steps in a walk of its own, its ServeConn, readable from top to bottom. The steps are written
+// Package serve holds the steps of a connection that every role shares: the agent's two directions, and a gateway. A role orders the steps in a walk of its own, its ServeConn, readable from top to bottom. The steps are written
 // here once.
 //
 // A walk opens a Conn and then either refuses it or detects its protocol and carries it:
@@ -37,6 +36,7 @@ import (
 // Config is what a Role needs. All fields without a stated zero are required.
 type Config struct {
 	Direction flow.Direction
+	Gateway   bool               // connections are accepted for listeners of Mesh; Direction is Outbound
 	Poller    *tcp.Poller        // for upstream connections
 	Flows     *flow.Table        // lists open connections and takes their records when they end
 	Borrower  *upstream.Borrower // dials from clients' addresses; nil: targets with a borrowed source never occur
@@ -116,6 +116,7 @@ func (s *Settings) Detects(port uint16) bool {
 // Role is the state that the connections of one role share. Make it with NewRole.
 type Role struct {
 	direction  flow.Direction
+	gateway    bool
 	flows      *flow.Table
 	dialer     upstream.Dialer
 	engine     *httpforward.Engine
@@ -152,6 +153,7 @@ func NewRole(config Config) (*Role, error) {
 	}
 	r := &Role{
 		direction:  config.Direction,
+		gateway:    config.Gateway,
 		flows:      config.Flows,
 		mesh:       config.Mesh,
 		peers:      config.Peers,
@@ -238,22 +240,26 @@ func (r *Role) Balancer() *balance.Balancer { return r.balancer }
 
 // Refuse resets a connection that exceeds the limit.
 func (r *Role) Refuse(down *tcp.Conn) {
-	record := flow.Open(r.direction, down.RemoteAddr())
-	if r.mesh != nil {
-		record.Telemetry = r.unmatched(r.mesh.Snapshot())
-	}
+	record := r.open(down)
 	down.Reset()
 	record.Close(r.flows, flow.MaxConnections, nil)
+}
+
+// open returns the record of a connection that begins now.
+func (r *Role) open(down *tcp.Conn) *flow.Record {
+	record := flow.Open(r.direction, down.RemoteAddr())
+	record.Gateway = r.gateway
+	if r.mesh != nil {
+		record.Telemetry = r.unmatched(r.mesh.Snapshot(), 0)
+	}
+	return record
 }
 
 // Open begins the walk of a connection. The returned Conn owns it from then on. When ctx ends, the connection is reset.
 // The caller must close the Conn.
 func (r *Role) Open(ctx context.Context, down *tcp.Conn) *Conn {
-	w, record := tcp.NewWaiter(ctx), flow.Open(r.direction, down.RemoteAddr())
+	w, record := tcp.NewWaiter(ctx), r.open(down)
 	w.Begin(down, down.RemoteAddr().Addr())
-	if r.mesh != nil {
-		record.Telemetry = r.unmatched(r.mesh.Snapshot())
-	}
 	return &Conn{ // not on the stack, which its bytes could double
 		Down:     down,
 		Record:   record,

@@ -15,7 +15,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// routing is the Router of an outbound HTTP connection with a control plane. Each request follows the configuration in force
+// routing is the Router of an HTTP connection with a control plane, outbound or at a gateway. Each request follows the configuration in force
 // when it arrives: listener, filter chain, virtual host, route, cluster, endpoint. A request that the configuration refuses
 // is answered here. It belongs to the connection's goroutine.
 type routing struct {
@@ -23,9 +23,13 @@ type routing struct {
 	info   mesh.ConnInfo
 	inside secure.Inside
 
-	judged  *mesh.Snapshot // by the last request, and what follows from it
+	accepted accepted // of a gateway
+
+	judged  *mesh.Snapshot // by the last request, and what follows from it; of a gateway, the last one with a filter chain
 	manager *mesh.HTTPManager
 	traced  *tracing.Policy // nil: not by the configuration
+
+	client           *httpforward.PeerFields // of a client inside TLS that is ended here; nil: there is none
 
 	recorded *flow.Telemetry // nil: as of the connection
 
@@ -42,7 +46,11 @@ type routing struct {
 }
 
 func (c *Conn) newRouting(g *governed) *routing {
-	r := &routing{role: c.role, info: c.info(), inside: inside(c.protocol)}
+	r := &routing{role: c.role, info: c.info(), inside: inside(c.protocol), client: g.peers}
+	if c.role.gateway {
+		r.accepted = c.accepted()
+		r.info = r.accepted.info
+	}
 	r.request.Downstream, r.request.Local = c.Record.Downstream, c.Record.OriginalDestination
 	r.pick.Original = c.Record.OriginalDestination
 	if c.protocol == sniff.HTTP2 {
@@ -55,7 +63,7 @@ func (c *Conn) newRouting(g *governed) *routing {
 // judge finds the routes of the connection in a snapshot.
 func (r *routing) judge(s *mesh.Snapshot) {
 	r.judged, r.manager, r.table, r.refused, r.described, r.traced, r.recorded = s, nil, nil, nil, nil, nil, nil
-	chain, refusal := s.Outbound(&r.info)
+	chain, refusal := r.role.meet(s, &r.info)
 	r.recorded = r.role.recorded(chain)
 	switch {
 	case refusal != "":
@@ -64,6 +72,9 @@ func (r *routing) judge(s *mesh.Snapshot) {
 		// The destination is no longer one of HTTP. The connection goes on as one without a listener.
 	default:
 		r.manager, r.plain, r.traced = chain.HTTP, withoutClient(chain.HTTP), r.role.tracing(chain.HTTP)
+		if r.client != nil {
+			r.plain = r.client
+		}
 		if r.role.peers != nil && r.manager.ExchangesMetadata() {
 			r.described = r.role.exchanging(r.plain)
 		}
@@ -78,7 +89,7 @@ func (r *routing) judge(s *mesh.Snapshot) {
 // Route implements httpforward.Router.
 func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	s := r.role.mesh.Snapshot()
-	if s != r.judged {
+	if s != r.judged && !(r.role.gateway && r.accepted.gone()) {
 		r.judge(s)
 	}
 	switch {
@@ -97,7 +108,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	}
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
-	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, Tracing: r.traced, Telemetry: r.recorded}
+	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced, Telemetry: r.recorded}
 	if r.asks {
 		d.Edits = route.Consumed
 	}

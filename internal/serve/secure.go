@@ -39,6 +39,10 @@ func (c *Conn) terminate(g *governed) bool {
 		return c.rejectTLS(reason, err)
 	}
 	c.sniffer.Delay = c.Settings.DetectionDelay // it may have been that of a client that must begin with TLS
+	if c.role.gateway && g.chain.HTTP != nil {
+		c.awaitRequest()
+		c.holdHead()
+	}
 	return c.first() && c.expect(g.chain)
 }
 
@@ -55,7 +59,7 @@ func apart(deep func()) {
 
 // handshakeDown performs the handshake with downstream. It returns the reason with an error.
 func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
-	context, err := c.role.contexts.Server(g.chain.TLS, g.chain.HasMetadata && c.role.peers != nil)
+	context, err := c.role.contexts.Server(g.chain.TLS, g.chain.HasMetadata && c.role.peers != nil && !c.role.gateway)
 	if err != nil {
 		return flow.MeshRefused, err
 	}
@@ -72,11 +76,16 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 	if err != nil {
 		return handshakeReason(err), err
 	}
-	g.secured, g.names, c.Record.Security = true, session.PeerNames(), securityOf(session)
+	s := securityOf(session)
 	if c.role.describesCertificates() {
-		c.Record.Security.PeerCertificate, c.Record.Security.OwnCertificate = secure.Describe(session.Chain), secure.Describe(session.Presented())
+		s.PeerCertificate, s.OwnCertificate = secure.Describe(session.Chain), secure.Describe(session.Presented())
 	}
-	c.Record.Security.Exchanges = session.Exchange(c.role.peers, describe(c.Record))
+	if g.secured, g.names = true, session.PeerNames(); c.role.gateway {
+		c.Record.Client = s
+		return "", nil
+	}
+	s.Exchanges = session.Exchange(c.role.peers, describe(c.Record))
+	c.Record.Security = s
 	return "", nil
 }
 

@@ -21,12 +21,15 @@ func (r *Role) recorded(chain *mesh.FilterChain) *flow.Telemetry {
 	return r.compiled(&chain.Recorded, chain.AccessLogs)
 }
 
-// unmatched returns what is recorded of connections without a chain. s may be nil.
-func (r *Role) unmatched(s *mesh.Snapshot) *flow.Telemetry {
+// unmatched returns what is recorded of connections without a chain, to a port of a gateway; 0: it is not known. s may be nil.
+func (r *Role) unmatched(s *mesh.Snapshot, port uint16) *flow.Telemetry {
 	if r.recorder == nil || s == nil {
 		return nil
 	}
 	l := s.Accepting(r.direction == flow.Inbound)
+	if r.gateway {
+		l = s.Bound(port)
+	}
 	if l == nil {
 		return nil
 	}

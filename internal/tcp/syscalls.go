@@ -14,8 +14,8 @@ import (
 // The system calls of an ordinary connection. They cannot block, as every socket is non-blocking, so they bypass the
 // scheduler (syscall.RawSyscall). A call through syscall.Syscall announces to the scheduler that its thread may block.
 // That wakes the runtime's monitor thread. It then polls every 20 µs until the process is idle: a tenth of the cost of
-// a short connection. A single call through the scheduler is enough for that, so all of them must bypass it. splice is the
-// exception: it is used only for bulk data and may move 256 KiB, during which other goroutines should run.
+// a short connection. A single call through the scheduler is enough for that, so all of them must bypass it. A splice of 256 KiB
+// takes some 25 µs, less than a turn that copies as much.
 
 // read and write call recvfrom and sendto. On a socket these have the same effect as read(2) and write(2), with less work
 // in the kernel.
@@ -45,8 +45,8 @@ func peek(fd int) (int, error) {
 // splice moves up to n bytes between a socket and a pipe and never waits. EAGAIN does not distinguish between the two: it
 // means the socket only if the pipe is empty before a move into it, or filled before a move out of it.
 func splice(from, to, n int) (int, error) {
-	moved, err := unix.Splice(from, nil, to, nil, n, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-	return int(moved), err
+	moved, _, errno := syscall.RawSyscall6(syscall.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n), unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+	return result(moved, errno)
 }
 
 func socket(family int) (int, error) {

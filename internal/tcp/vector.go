@@ -87,6 +87,14 @@ func (v *Vector) took(n int) {
 	}
 }
 
+// WriteAtMost is like WriteVector, for at most n bytes of the first piece. v is not empty.
+func (c *Conn) WriteAtMost(v *Vector, n int) (int, error) {
+	piece := v.pieces[v.next]
+	n, err := c.Write(unsafe.Slice(piece.Base, min(uint64(n), piece.Len)))
+	v.took(n)
+	return n, err
+}
+
 // WriteVector writes as much of v as the socket takes and removes that from v. The results are those of Write.
 func (c *Conn) WriteVector(v *Vector) (int, error) {
 	if v.bytes == 0 {

@@ -119,6 +119,10 @@ func golden(t *testing.T, name, got string) {
 
 func TestARecordNamesTheClusterOfAMesh(t *testing.T) {
 	const cluster = "outbound|9080|v2|reviews.default.svc.cluster.local"
+	whole := live.Record{Direction: "outbound", Request: true, Method: "GET", Path: "/x", Cluster: cluster, Route: "jason", Upstream: "203.0.113.7:8080"}
+	if line := terminal.Record(&whole, false, false, 0); !strings.HasSuffix(line, "GET /x → "+cluster+", route jason, 203.0.113.7:8080") {
+		t.Errorf("%q", line)
+	}
 	for _, r := range []live.Record{
 		{Direction: "outbound", Request: true, Method: "GET", Path: "/x", Cluster: cluster},
 		{Direction: "outbound", Request: true, Method: "GET", Path: "/x", Cluster: "PassthroughCluster"},

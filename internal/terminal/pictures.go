@@ -410,8 +410,8 @@ func recordColour(r *live.Record) string {
 	return ""
 }
 
-// whatOf is a request's method and path, or a connection's protocol and server name, and the cluster of a mesh that it was
-// sent to.
+// whatOf is a request's method and path, or a connection's protocol and server name, and in a mesh the cluster that it was
+// sent to, the route that chose it, and the endpoint.
 func whatOf(r *live.Record) string {
 	what := r.Protocol
 	switch {
@@ -421,7 +421,7 @@ func whatOf(r *live.Record) string {
 		what += " " + r.SNI
 	}
 	if strings.HasPrefix(r.Cluster, r.Direction+"|") && r.Direction == "outbound" {
-		what += " → " + r.Cluster
+		what += " → " + strings.Join(filled(r.Cluster, prefixed("route ", r.Route), r.Upstream), ", ")
 	}
 	return what
 }

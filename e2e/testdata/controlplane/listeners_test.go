@@ -2,6 +2,9 @@ package controlplane
 
 import (
 	"bytes"
+	"crypto/tls"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
@@ -241,13 +244,16 @@ func wideListener() *listener.Listener {
 	seconds := func(n float64) *durationpb.Duration { return durationpb.New(time.Duration(n * float64(time.Second))) }
 	yes := wrapperspb.Bool(true)
 	regex := &matcher.StringMatcher{MatchPattern: &matcher.StringMatcher_SafeRegex{SafeRegex: &matcher.RegexMatcher{Regex: "a.*"}}}
-	tls := &tlsv3.DownstreamTlsContext{
+	downstream := &tlsv3.DownstreamTlsContext{
 		CommonTlsContext: &tlsv3.CommonTlsContext{
 			AlpnProtocols:                  []string{"h2", "http/1.1"},
-			TlsParams:                      &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_2, TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3},
+			TlsParams:                      &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_2, TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3,
+				CipherSuites: []string{"ECDHE-RSA-CHACHA20-POLY1305", "AES256-GCM-SHA384", "ECDHE-ECDSA-AES128-SHA"}},
 			TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{Name: "rsa"}, {Name: "ecdsa"}},
 			ValidationContextType: &tlsv3.CommonTlsContext_CombinedValidationContext{CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 				DefaultValidationContext: &tlsv3.CertificateValidationContext{
+					VerifyCertificateHash:     []string{strings.Repeat("0a", 32), strings.Repeat(":0B", 32)[1:]},
+					VerifyCertificateSpki:     []string{base64.StdEncoding.EncodeToString(make([]byte, 32))},
 					MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{{SanType: tlsv3.SubjectAltNameMatcher_URI, Matcher: regex}, {SanType: tlsv3.SubjectAltNameMatcher_DNS, Matcher: regex}},
 				},
 				ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: "roots"},
@@ -299,7 +305,7 @@ func wideListener() *listener.Listener {
 					TransportProtocol: "tls", ApplicationProtocols: []string{"h2"}, DirectSourcePrefixRanges: cidrs("198.51.100.0/24"),
 					SourceType: listener.FilterChainMatch_EXTERNAL, SourcePrefixRanges: cidrs("0.0.0.0/0", "203.0.113.7/32"), SourcePorts: []uint32{1, 65535},
 				},
-				TransportSocket: &core.TransportSocket{Name: "tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(tls)}},
+				TransportSocket: &core.TransportSocket{Name: "tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(downstream)}},
 				Filters: []*listener.Filter{{Name: "hcm", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(&hcm.HttpConnectionManager{
 					CodecType:      hcm.HttpConnectionManager_HTTP2,
 					RouteSpecifier: &hcm.HttpConnectionManager_Rds{Rds: &hcm.Rds{RouteConfigName: "routes"}},
@@ -500,6 +506,7 @@ func readDownstream(c *tlsv3.DownstreamTlsContext) *mesh.DownstreamTLS {
 		want.Certificates = append(want.Certificates, secret.Name)
 	}
 	validation := common.GetCombinedValidationContext().GetDefaultValidationContext()
+	want.Pins, want.Suites = readPins(validation), readSuites(common)
 	for _, name := range validation.GetMatchSubjectAltNames() {
 		want.Names = append(want.Names, mesh.NameMatcher{StringMatcher: readMatcher(name)})
 	}
@@ -507,6 +514,52 @@ func readDownstream(c *tlsv3.DownstreamTlsContext) *mesh.DownstreamTLS {
 		want.Names = append(want.Names, mesh.NameMatcher{Type: mesh.NameType(name.SanType), StringMatcher: readMatcher(name.Matcher)})
 	}
 	return want
+}
+
+func readPins(c *tlsv3.CertificateValidationContext) (pins []mesh.Pin) {
+	for _, text := range c.GetVerifyCertificateHash() {
+		hash, _ := hex.DecodeString(strings.ReplaceAll(text, ":", ""))
+		pins = append(pins, mesh.Pin{Hash: [32]byte(hash)})
+	}
+	for _, text := range c.GetVerifyCertificateSpki() {
+		hash, _ := base64.StdEncoding.DecodeString(text)
+		pins = append(pins, mesh.Pin{Key: true, Hash: [32]byte(hash)})
+	}
+	return pins
+}
+
+// suites are those of mesh.Suites, with the numbers of crypto/tls.
+var suites = map[string]uint16{
+	"ECDHE-ECDSA-AES256-GCM-SHA384": tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+	"ECDHE-RSA-AES256-GCM-SHA384":   tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+	"ECDHE-ECDSA-AES128-GCM-SHA256": tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+	"ECDHE-RSA-AES128-GCM-SHA256":   tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+	"ECDHE-ECDSA-CHACHA20-POLY1305": tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+	"ECDHE-RSA-CHACHA20-POLY1305":   tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+	"ECDHE-ECDSA-AES128-SHA":        tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA,
+	"ECDHE-RSA-AES128-SHA":          tls.TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA,
+	"ECDHE-ECDSA-AES256-SHA":        tls.TLS_ECDHE_ECDSA_WITH_AES_256_CBC_SHA,
+	"ECDHE-RSA-AES256-SHA":          tls.TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA,
+}
+
+func TestCipherSuitesHaveTheirNumbers(t *testing.T) {
+	for _, s := range mesh.Suites {
+		if suites[s.Name] != s.Number {
+			t.Errorf("%s has the number %#x, want %#x", s.Name, s.Number, suites[s.Name])
+		}
+	}
+	if len(mesh.Suites) != len(suites) {
+		t.Errorf("%d suites, want %d", len(mesh.Suites), len(suites))
+	}
+}
+
+func readSuites(c *tlsv3.CommonTlsContext) (numbers []uint16) {
+	for _, name := range c.GetTlsParams().GetCipherSuites() {
+		if number := suites[name]; number != 0 {
+			numbers = append(numbers, number)
+		}
+	}
+	return numbers
 }
 
 func readTCP(p *tcpproxy.TcpProxy) *mesh.TCPProxy {

@@ -272,6 +272,7 @@ func readTransport(socket *core.TransportSocket) mesh.Transport {
 	for _, secret := range common.TlsCertificateSdsSecretConfigs {
 		want.TLS.Certificate = secret.Name
 	}
+	want.TLS.Pins, want.TLS.Suites = readPins(common.GetCombinedValidationContext().GetDefaultValidationContext()), readSuites(common)
 	for _, name := range common.GetCombinedValidationContext().GetDefaultValidationContext().GetMatchSubjectAltNames() {
 		want.TLS.Names = append(want.TLS.Names, mesh.NameMatcher{StringMatcher: readMatcher(name)})
 	}

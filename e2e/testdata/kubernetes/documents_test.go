@@ -45,6 +45,12 @@ func TestManifestsInDocumentsAreValid(t *testing.T) {
 	for _, text := range shown(t, "docs/kubernetes.md") {
 		built := build(t, checkout(t, text))
 		all := objects(t, built)
+		if all["Deployment istio-ingress/istio-ingressgateway"] != nil {
+			if !strings.Contains(string(built), "image: registry.example/pillion:1\n") {
+				t.Errorf("the gateway has another image:\n%s", built)
+			}
+			continue
+		}
 		for _, want := range []string{"image: registry.example/pillionctl:1\n", "- --image=registry.example/pillion:1\n", "- --issue-certificate\n"} {
 			if !strings.Contains(string(built), want) {
 				t.Errorf("its output has no %q", want)
@@ -77,13 +83,21 @@ func TestCommandsInDocumentsInstallTheChart(t *testing.T) {
 }
 
 func TestTheDocumentHasEachValue(t *testing.T) {
+	tables := strings.Split(read(t, "docs/kubernetes.md"), "| Value | Default | Meaning |\n")
+	compareValues(t, "deploy/helm/pillion/values.yaml", tables[1], "tls", "podMonitor", "prometheusRule", "dashboard", "networkPolicy", "sidecar")
+	compareValues(t, "deploy/helm/pillion-gateway/values.yaml", tables[2])
+}
+
+// compareValues compares the values of a chart with a table of the document. Those of nested have rows of their own.
+func compareValues(t *testing.T, file, table string, nested ...string) {
+	t.Helper()
 	var all values
-	if err := yaml.UnmarshalStrict([]byte(read(t, "deploy/helm/pillion/values.yaml")), &all); err != nil {
+	if err := yaml.UnmarshalStrict([]byte(read(t, file)), &all); err != nil {
 		t.Fatal(err)
 	}
 	var want []string
 	for name, value := range all {
-		if parts, ok := value.(values); ok && slices.Contains([]string{"tls", "podMonitor", "prometheusRule", "dashboard", "networkPolicy", "sidecar"}, name) {
+		if parts, ok := value.(values); ok && slices.Contains(nested, name) {
 			for part := range parts {
 				want = append(want, name+"."+part)
 			}
@@ -92,7 +106,6 @@ func TestTheDocumentHasEachValue(t *testing.T) {
 		}
 	}
 	var got []string
-	_, table, _ := strings.Cut(read(t, "docs/kubernetes.md"), "| Value | Default | Meaning |\n")
 	table, _, _ = strings.Cut(table, "\n\n")
 	for row := range strings.Lines(table) {
 		first, _, _ := strings.Cut(strings.TrimPrefix(row, "| "), " | ")
@@ -103,6 +116,6 @@ func TestTheDocumentHasEachValue(t *testing.T) {
 	slices.Sort(want)
 	slices.Sort(got)
 	if !slices.Equal(got, want) {
-		t.Errorf("the table has\n%v\nthe chart has\n%v", got, want)
+		t.Errorf("the table has\n%v\n%s has\n%v", got, file, want)
 	}
 }

@@ -80,13 +80,17 @@ func render(v values, version string) (map[string]string, error) {
 }
 
 func renderIn(namespace string, v values, version string) (map[string]string, error) {
+	return renderChart(chart, "pillion", namespace, v, version)
+}
+
+func renderChart(chart, name, namespace string, v values, version string) (map[string]string, error) {
 	c, err := loader.Load(chart)
 	if err != nil {
 		return nil, err
 	}
 	capabilities := chartutil.DefaultCapabilities.Copy()
 	capabilities.KubeVersion.Version = version
-	release := chartutil.ReleaseOptions{Name: "pillion", Namespace: namespace, IsInstall: true}
+	release := chartutil.ReleaseOptions{Name: name, Namespace: namespace, IsInstall: true}
 	all, err := chartutil.ToRenderValues(c, v, release, capabilities)
 	if err != nil {
 		return nil, err
@@ -101,6 +105,11 @@ func rendered(t *testing.T, v values) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return joined(files)
+}
+
+// joined returns files as one stream.
+func joined(files map[string]string) []byte {
 	var text bytes.Buffer
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		if strings.HasSuffix(name, ".yaml") {
@@ -420,7 +429,7 @@ func TestNotesNameTheNextSteps(t *testing.T) {
 func overlays(t *testing.T) map[string][]runtime.Object {
 	t.Helper()
 	all := make(map[string][]runtime.Object)
-	for _, pattern := range []string{"base", "overlays/*"} {
+	for _, pattern := range []string{"base", "gateway", "overlays/*"} {
 		directories, err := filepath.Glob(root + "/deploy/kustomize/" + pattern)
 		if err != nil {
 			t.Fatal(err)
@@ -433,7 +442,7 @@ func overlays(t *testing.T) map[string][]runtime.Object {
 			all[filepath.Base(directory)] = typed
 		}
 	}
-	if len(all) != 4 {
+	if len(all) != 5 {
 		t.Fatalf("%d overlays", len(all))
 	}
 	return all
@@ -511,7 +520,10 @@ func TestServicesAndWebhooksNameExistingObjects(t *testing.T) {
 					d, ok := o.(*apps.Deployment)
 					return ok && labels.SelectorFromSet(s.Spec.Selector).Matches(labels.Set(d.Spec.Template.Labels)) &&
 						slices.ContainsFunc(d.Spec.Template.Spec.Containers, func(c core.Container) bool {
-							return slices.ContainsFunc(c.Ports, func(p core.ContainerPort) bool { return p.Name == s.Spec.Ports[0].TargetPort.String() })
+							return slices.ContainsFunc(c.Ports, func(p core.ContainerPort) bool {
+								to := s.Spec.Ports[0].TargetPort
+								return p.Name == to.String() || p.ContainerPort == to.IntVal
+							})
 						})
 				})
 				if !found {

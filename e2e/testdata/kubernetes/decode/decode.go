@@ -11,6 +11,7 @@ import (
 	monitoring "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
 	admissionregistration "k8s.io/api/admissionregistration/v1"
 	apps "k8s.io/api/apps/v1"
+	autoscaling "k8s.io/api/autoscaling/v2"
 	batch "k8s.io/api/batch/v1"
 	core "k8s.io/api/core/v1"
 	networking "k8s.io/api/networking/v1"
@@ -27,7 +28,7 @@ func Stream(r io.Reader) (objects []runtime.Object, err error) {
 	scheme := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
 		core.AddToScheme, apps.AddToScheme, batch.AddToScheme, policy.AddToScheme, admissionregistration.AddToScheme, monitoring.AddToScheme,
-		networking.AddToScheme, rbac.AddToScheme,
+		networking.AddToScheme, rbac.AddToScheme, autoscaling.AddToScheme,
 	} {
 		if err := add(scheme); err != nil {
 			return nil, err

@@ -1,0 +1,293 @@
+package httpforward
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/envoy"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+)
+
+// Edge is the treatment of requests from clients outside of the mesh, as Envoy has it with use_remote_address. The fields in
+// which proxies describe a client to those behind them are set from the connection, and a client's own are removed. Routers,
+// policies and records see the request afterwards. An Edge is never modified, and may be shared.
+//
+// All x-envoy- fields of a client are removed. Envoy removes a list of them, which has grown with each of its advisories.
+type Edge struct {
+	TrustedHops int            // proxies before the peer whose fields are trusted
+	Internal    []netip.Prefix // clients whose x-envoy- fields are kept, if no proxy forwards for them
+
+	KeepFor bool // x-forwarded-for is not appended
+	Port    bool // x-forwarded-port is set
+	ID      bool // requests get an x-request-id
+	KeepID  bool // that of a client is kept
+
+	Underscores mesh.Underscores // of the names of fields
+
+	// Limits that replace those of Settings; zero: they do not.
+	MaxHeadBytes, MaxHeadFields int
+	HeadTimeout                 time.Duration
+	IdleTimeout                 time.Duration // of a connection without requests
+
+	limited atomic.Pointer[limitedSettings]
+}
+
+// Edges may be implemented by a Router whose connections come from outside of the mesh.
+type Edges interface {
+	// Edge returns the treatment of the next request; nil: it is one from inside of the mesh. The goroutine of the connection
+	// calls it for each request.
+	Edge() *Edge
+}
+
+// limitedSettings are the settings with the limits of an Edge.
+type limitedSettings struct {
+	Settings
+	from *Settings
+}
+
+// current returns the settings for the next request of c.
+func (e *Engine) current(c *Connection) *Settings {
+	settings := e.settings.Load()
+	if edges, ok := c.Router.(Edges); ok {
+		if edge := edges.Edge(); edge != nil {
+			return edge.limit(settings)
+		}
+	}
+	return settings
+}
+
+// limit returns settings with the limits of e. They are made once.
+func (e *Edge) limit(settings *Settings) *Settings {
+	if known := e.limited.Load(); known != nil && known.from == settings {
+		return &known.Settings
+	}
+	made := &limitedSettings{*settings, settings}
+	s := &made.Settings
+	s.edge, s.unlimited = e, settings
+	s.Fields.ForwardedFor, s.Fields.ForwardedProto, s.Fields.RequestID = ForwardedForOff, false, false
+	if e.MaxHeadBytes > 0 {
+		s.MaxHeadBytes = e.MaxHeadBytes
+	}
+	if e.MaxHeadFields > 0 {
+		s.MaxHeadFields = e.MaxHeadFields
+	}
+	if e.HeadTimeout > 0 {
+		s.HeadTimeout = e.HeadTimeout
+	}
+	e.limited.Store(made)
+	return s
+}
+
+// betweenRequests returns how long a connection without requests may last.
+func (s *Settings) betweenRequests() time.Duration {
+	if s.edge != nil && s.edge.IdleTimeout > 0 {
+		return s.edge.IdleTimeout
+	}
+	return s.IdleTimeout
+}
+
+// Names of fields that the edge sets.
+const (
+	forwardedForField    = "x-forwarded-for"
+	forwardedProtoField  = "x-forwarded-proto"
+	forwardedPortField   = "x-forwarded-port"
+	externalAddressField = "x-envoy-external-address"
+	internalField        = "x-envoy-internal"
+)
+
+// maxEdgeFields is more than the fields that the edge adds.
+const maxEdgeFields = 8
+
+// edgeTrailers are fields that a client must not send in trailers, because applications may read those like a head.
+var edgeTrailers = strings.Join([]string{forwardedForField, forwardedProtoField, forwardedPortField, externalAddressField, internalField, requestIDField}, ",")
+
+// enter prepares a request with these fields in to: the fields that are gone, and those that are added. It records the client's
+// address. It reports false if a name is rejected.
+func (e *Edge) enter(to *edited, fields HeaderFields, r *flow.Record) (accepted bool) {
+	to.begin(fields)
+	peer := r.Connection.Downstream.Addr()
+	client := peer
+	r.HTTP.Edge = true
+	if e.TrustedHops > 0 {
+		client = ForwardedAddress(fields, e.TrustedHops-1, peer)
+	}
+	if client != peer {
+		r.Downstream = netip.AddrPortFrom(client, 0)
+	}
+	internal := !to.has(forwardedForField) && slices.ContainsFunc(e.Internal, func(p netip.Prefix) bool { return p.Contains(client.Unmap()) })
+	forwarded := 0
+	for i := range fields.Len() {
+		name, value := fields.At(i)
+		switch {
+		case e.Underscores != mesh.AllowUnderscores && slices.Contains(name, '_'):
+			if e.Underscores == mesh.RejectUnderscores {
+				return false
+			}
+			to.gone[i] = true
+		case sameName(name, forwardedForField):
+			if !e.KeepFor {
+				to.gone[i] = true
+				to.values = append(append(to.values, value...), ',')
+				forwarded = len(to.values)
+			}
+		case envoyField(name):
+			to.gone[i] = !internal || sameName(name, internalField) || sameName(name, externalAddressField)
+		case sameName(name, requestIDField):
+			to.gone[i] = e.ID && !e.KeepID && !internal
+		case sameName(name, forwardedProtoField):
+			to.gone[i] = e.TrustedHops == 0
+		case sameName(name, forwardedPortField):
+			to.gone[i] = e.Port && e.TrustedHops == 0
+		}
+	}
+	if !e.KeepFor {
+		to.values = appendAddress(to.values[:forwarded], peer)
+		to.add(forwardedForField, 0)
+	}
+	e.add(to, r.Connection, client, internal)
+	return true
+}
+
+// add adds the fields that the request is to have, and does not have.
+func (e *Edge) add(to *edited, c *flow.Record, client netip.Addr, internal bool) {
+	if !to.has(forwardedProtoField) {
+		to.addText(forwardedProtoField, string(schemeOf(c)))
+	}
+	if e.Port && !to.has(forwardedPortField) {
+		to.addNumber(forwardedPortField, int64(c.OriginalDestination.Port()))
+	}
+	if e.ID && !to.has(requestIDField) {
+		from := len(to.values)
+		to.values = appendUUID(to.values)
+		to.add(requestIDField, from)
+	}
+	if internal {
+		to.addText(internalField, "true")
+		return
+	}
+	from := len(to.values)
+	to.values = appendAddress(to.values, client)
+	to.add(externalAddressField, from)
+}
+
+// envoyField reports whether a field is one of those by which Envoys are controlled and report to each other.
+func envoyField(name []byte) bool {
+	const family = "x-envoy-"
+	return len(name) > len(family) && sameName(name[:len(family)], family)
+}
+
+// enter has the edge prepare the request whose head is in b. The head is written again and parsed, so that nothing behind it
+// sees what the client has sent. It returns the bytes of that head, or the reply to a request that is rejected.
+//
+//go:noinline
+func (x *exchange) enter(b []byte) ([]byte, *reply) {
+	h, e := &x.requestHead, editions.Get().(*edited)
+	defer editions.Put(e)
+	defer e.clear()
+	x.fields = headFields{h, b}
+	if !x.settings.edge.enter(e, &x.fields, &x.record) {
+		return b, &replyUnderscore
+	}
+	for i, gone := range e.gone {
+		h.Fields[i].Dropped = gone
+	}
+	x.arrived = h.Length
+	x.entered = append(e.appendLines(h.AppendLines(x.entered[:0], b)), "\r\n"...)
+	h.Reset()
+	limits := http1.Limits{Head: len(x.entered) + 1, Fields: x.settings.MaxHeadFields + maxEdgeFields}
+	if _, err := h.ParseRequest(x.entered, limits); err != nil {
+		return b, x.malformed(err)
+	}
+	return x.entered, nil
+}
+
+// head returns the bytes of the request's head.
+func (x *exchange) head() []byte {
+	if x.arrived > 0 {
+		return x.entered
+	}
+	return x.s.Read.Bytes()
+}
+
+// headLength returns how many bytes the head of the request took.
+func (x *exchange) headLength() int {
+	if x.arrived > 0 {
+		return x.arrived
+	}
+	return x.requestHead.Length
+}
+
+// enter has the edge prepare a request over HTTP/2, and returns its fields. They are valid until the next call. It reports
+// false if the request is rejected.
+func (m *heads) enter(s *stream, fields []http2.Field) (prepared []http2.Field, accepted bool) {
+	if m.edited == nil {
+		m.edited = new(edited)
+	}
+	e := m.edited
+	m.fields = ofBlock(fields)
+	if !s.settings.edge.enter(e, &m.fields, &s.record) {
+		return fields, false
+	}
+	list := append(m.entered[:0], fields[:len(fields)-len(m.fields.list)]...)
+	for i, gone := range e.gone {
+		if !gone {
+			list = append(list, m.fields.list[i])
+		}
+	}
+	for i := range e.added {
+		list = append(list, http2.Field{Name: e.added[i].name, Value: string(e.value(&e.added[i]))})
+	}
+	m.entered = list
+	return list, true
+}
+
+// trailers returns the trailers of a request over HTTP/2 without the fields that clients must not send. e may be nil.
+func (e *Edge) trailers(fields []http2.Field) []http2.Field {
+	if e == nil {
+		return fields
+	}
+	return slices.DeleteFunc(fields, func(f http2.Field) bool {
+		return strings.HasPrefix(f.Name, "x-envoy-") || strings.HasPrefix(f.Name, "x-forwarded-") || f.Name == requestIDField
+	})
+}
+
+// ForwardedAddress returns the address in the x-forwarded-for of a request that skip others follow: each proxy appends the one
+// from which it was reached. Without it, or if it is not an address, it is peer (Envoy's getLastAddressFromXFF).
+func ForwardedAddress(fields HeaderFields, skip int, peer netip.Addr) netip.Addr {
+	for i := fields.Len() - 1; i >= 0; i-- {
+		name, value := fields.At(i)
+		if !sameName(name, forwardedForField) {
+			continue
+		}
+		for text := string(value); ; skip-- {
+			comma := strings.LastIndexByte(text, ',')
+			if skip == 0 {
+				return parseAddress(text[comma+1:], peer)
+			}
+			if comma < 0 {
+				skip--
+				break
+			}
+			text = text[:comma]
+		}
+	}
+	return peer
+}
+
+// parseAddress returns an address without a port. Other text is the peer.
+func parseAddress(text string, peer netip.Addr) netip.Addr {
+	address, err := netip.ParseAddr(strings.Trim(text, " \t"))
+	if err != nil || address.Zone() != "" {
+		return peer
+	}
+	return address.Unmap()
+}
+
+// replyUnderscore answers a request with a field whose name has an underscore, if such are rejected.
+var replyUnderscore = reply{400, "Bad Request", flow.BadFraming, envoy.FlagDownstreamProtocolError, envoy.DetailsUnderscore}
