@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/pillion-proxy/pillion/inbound"
+	"github.com/pillion-proxy/pillion/gateway"
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -18,6 +18,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/egress"
 	"github.com/pillion-proxy/pillion/internal/localaddr"
 	"github.com/pillion-proxy/pillion/internal/probe"
+	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
@@ -37,12 +38,14 @@ type Agent struct {
 	doors     sync.Mutex         // guards trafficListener.door
 
 	plane       controlPlane
-	balancer    *balance.Balancer // of the clusters of the control plane; nil without one
-	authorizer  *inbound.Proxy    // asks servers about connections and requests
-	resolver    *dns.Server       // nil: DNS is not captured
-	policy      *egress.Policy    // nil: the workload may reach everything
-	stopPolicy  func()            // nil: no file is watched
-	stopFreeing func()            // nil: it has not begun
+	balancer    *balance.Balancer  // of the clusters of the control plane; nil without one
+	authorizer  *serve.Role        // asks servers about connections and requests
+	accepting   *gateway.Listeners // of a gateway; nil: this is none
+	unfollow    func()             // ends what a.accepting does; nil: it has not begun
+	resolver    *dns.Server        // nil: DNS is not captured
+	policy      *egress.Policy     // nil: the workload may reach everything
+	stopPolicy  func()             // nil: no file is watched
+	stopFreeing func()             // nil: it has not begun
 	probers     *probe.Probers
 	servers     []*server // in the order of shutdown
 	serverLoops sync.WaitGroup
@@ -125,6 +128,9 @@ func (a *Agent) build() error {
 func (a *Agent) bind() error {
 	var err error
 	for _, l := range slices.Backward(a.listeners) {
+		if l.server.Dynamic {
+			continue
+		}
 		if l.server.Listeners, err = a.bindListener(l); err != nil {
 			return err
 		}
@@ -152,10 +158,10 @@ func (a *Agent) Run(drain, force context.Context) error {
 		a.start(s)
 	}
 	a.startControlPlane()
+	a.startAccepting()
 	a.unmapProgram()
 	a.startFreeing()
-	a.log.Info("carrying traffic", "outbound_port", a.config.Ports.Outbound, "inbound_port", a.config.Ports.Inbound,
-		"readiness_port", a.config.Ports.Readiness)
+	a.log.Info("carrying traffic", a.where()...)
 
 	select {
 	case <-drain.Done():
@@ -176,14 +182,15 @@ func (a *Agent) Run(drain, force context.Context) error {
 // connections still use them.
 func (a *Agent) close() {
 	for _, l := range a.listeners {
-		for _, ln := range l.server.Listeners {
-			ln.Close()
-		}
+		l.server.Close()
 	}
 	for _, s := range a.servers {
 		for _, ln := range s.listeners {
 			ln.Close()
 		}
+	}
+	if a.unfollow != nil {
+		a.unfollow()
 	}
 	a.endOrders()
 	_ = a.telling.close() // shutdown has logged its error

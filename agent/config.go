@@ -22,6 +22,7 @@ import (
 // Config configures an agent. Start from Default.
 type Config struct {
 	Ports        Ports
+	Gateway      bool // accept connections at the listeners of the control plane; nothing is captured
 	Interception Interception
 	Connections  Connections
 	HTTP         HTTP

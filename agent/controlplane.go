@@ -37,7 +37,7 @@ func (a *Agent) addControlPlane() error {
 	if addresses, _ := pod.Node.Metadata["INSTANCE_IPS"].(string); pod.Node.IP == "" {
 		pod.Node.IP, _, _ = strings.Cut(addresses, ",")
 	}
-	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames, Inbound: a.wakeAll})
+	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames, Bound: a.followBound})
 	if err != nil {
 		return err
 	}
@@ -59,8 +59,13 @@ func (a *Agent) addControlPlane() error {
 	return nil
 }
 
-// wakeAll makes open connections look at the configuration in force.
-func (a *Agent) wakeAll() { a.poller.WakeAll() }
+// followBound makes open connections look at the configuration in force, and a gateway's sockets follow it.
+func (a *Agent) followBound() {
+	a.poller.WakeAll()
+	if a.accepting != nil {
+		a.accepting.Notify()
+	}
+}
 
 // keptFile is the file with the last configuration.
 const keptFile = "pillion-configuration"

@@ -61,6 +61,9 @@ func (a *Agent) addListeners() error {
 		l.server = &listener.Server{Name: l.name, Handler: l.role, Limit: limit, Log: a.log}
 		a.listeners = append(a.listeners, l)
 	}
+	if a.config.Gateway {
+		return a.addGateway(add)
+	}
 
 	inboundPool := upstream.NewPool(a.config.HTTP.UpstreamIdleTimeout)
 	inboundRole, err := inbound.New(inbound.Config{
@@ -84,7 +87,7 @@ func (a *Agent) addListeners() error {
 	if err != nil {
 		return err
 	}
-	a.authorizer = inboundRole
+	a.authorizer = inboundRole.Role
 	add(&trafficListener{
 		name: "inbound", shown: admin.VirtualInbound, direction: flow.Inbound, role: inboundRole, pool: inboundPool,
 		field: "Ports.Inbound", port: a.config.Ports.Inbound, addresses: allAddresses,
@@ -200,7 +203,7 @@ func listen[L any](
 	var listeners []L
 	for _, address := range addresses {
 		ln, err := open(netip.AddrPortFrom(address, port))
-		if err != nil && address.Is6() && noIPv6(err) {
+		if err != nil && address.Is6() && tcp.LacksIPv6(err) {
 			a.log.Info("no IPv6, listening on IPv4 only", "port", port, "error", err)
 			continue
 		}
@@ -215,13 +218,11 @@ func listen[L any](
 	return listeners, nil
 }
 
-// noIPv6 recognises the errors of bind when IPv6 is disabled in the kernel or in this namespace.
-func noIPv6(err error) bool {
-	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EAFNOSUPPORT)
-}
-
 // stopListener stops accepting. It may be called more than once, and from several goroutines.
 func (a *Agent) stopListener(l *trafficListener) {
+	if l.server.Dynamic && a.unfollow != nil {
+		a.unfollow()
+	}
 	l.server.Stop()
 	if l.transparent {
 		a.doors.Lock()

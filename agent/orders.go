@@ -34,7 +34,7 @@ func (a *Agent) announce() {
 		a.announced = time.Now()
 		a.draining.Store(true)
 		for _, l := range a.listeners {
-			if l.direction == flow.Inbound {
+			if l.direction == flow.Inbound || l.server.Dynamic {
 				l.role.Announce()
 			}
 		}

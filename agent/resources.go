@@ -23,15 +23,20 @@ import (
 type shown struct {
 	*controlplane.Session
 	balancer *balance.Balancer
+	unbound  func() map[string]*configdump.Refusal // listeners that cannot be bound
 }
 
 // Resources implements admin.ControlPlane.
 func (s shown) Resources() iter.Seq[configdump.Resource] {
 	return func(yield func(configdump.Resource) bool) {
+		unbound := s.unbound()
 		for r := range s.Session.Resources() {
 			resource := configdump.Resource{TypeURL: r.TypeURL, Name: r.Name, Version: r.Version, Updated: r.Updated, Warming: r.Warming, Bytes: r.Bytes}
 			if r.Refusal != nil {
 				resource.Refusal = &configdump.Refusal{Reason: r.Refusal.Reason, At: r.Refusal.At, Bytes: r.Refusal.Bytes}
+			}
+			if resource.Refusal == nil && r.TypeURL == xds.Listeners.URL() {
+				resource.Refusal = unbound[r.Name]
 			}
 			if !yield(resource) {
 				return
@@ -197,6 +202,11 @@ func (a *Agent) describeSession() *live.ControlPlane {
 	}
 	if !s.LastPush.IsZero() {
 		c.PushAgeSeconds = now.Sub(s.LastPush).Seconds()
+	}
+	if a.accepting != nil {
+		for _, f := range a.accepting.Failures() {
+			c.Unbound = append(c.Unbound, f.Listener+": "+f.Err.Error())
+		}
 	}
 	for t := range xds.Type(xds.Types) {
 		c.SecurityFindings += s.Findings[t][mesh.Security]

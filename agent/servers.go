@@ -107,6 +107,9 @@ func (a *Agent) gates() []healthz.Gate {
 	for _, l := range slices.Backward(a.listeners) {
 		gates = append(gates, healthz.Gate{Name: l.name, Open: l.server.Accepting})
 	}
+	if a.accepting != nil {
+		gates = append(gates, healthz.Gate{Name: "listeners", Open: a.accepting.Bound})
+	}
 	gates = append(gates, healthz.Gate{Name: "addresses", Open: a.addresses.Current})
 	return append(gates, a.controlPlaneGates()...)
 }
@@ -177,12 +180,13 @@ var serves = map[string][]string{
 
 // bound lists the addresses of all listeners. There are fewer of them without IPv6.
 func (a *Agent) bound() (list []admin.Listener) {
+	if a.accepting != nil {
+		list = a.acceptingAt()
+	}
 	for _, carrying := range slices.Backward(a.listeners) {
-		l := admin.Listener{Name: carrying.shown}
-		for _, ln := range carrying.server.Listeners {
-			l.Addresses = append(l.Addresses, ln.Addr())
+		if !carrying.server.Dynamic {
+			list = append(list, admin.Listener{Name: carrying.shown, Addresses: carrying.server.Addrs()})
 		}
-		list = append(list, l)
 	}
 	for _, s := range slices.Backward(a.servers) {
 		if serves[s.name] == nil {
@@ -222,7 +226,7 @@ func (a *Agent) shownControlPlane() admin.ControlPlane {
 	if a.plane.session == nil {
 		return nil
 	}
-	return shown{a.plane.session, a.balancer}
+	return shown{a.plane.session, a.balancer, a.unbound}
 }
 
 // snapshot returns the function that returns the configuration in force, or nil without a control plane.

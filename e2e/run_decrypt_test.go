@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/hex"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -18,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -73,8 +75,14 @@ func newSite(t *testing.T, c *caller) *site {
 // decrypted runs a command with --decrypt. It trusts the site only if trusts is set.
 func (s *site) decrypted(t testing.TB, trusts bool, command ...string) (output, complaints string, records []live.Record) {
 	t.Helper()
+	return s.decryptedBy(t, nil, trusts, command...)
+}
+
+// decryptedBy is decrypted with further flags.
+func (s *site) decryptedBy(t testing.TB, flags []string, trusts bool, command ...string) (output, complaints string, records []live.Record) {
+	t.Helper()
 	file := filepath.Join(s.home, fmt.Sprintf("%d.jsonl", time.Now().UnixNano()))
-	cmd := s.command(append([]string{"--decrypt", "--log", "off", "--record", file, "--"}, command...)...)
+	cmd := s.command(slices.Concat([]string{"--decrypt", "--log", "off", "--record", file}, flags, []string{"--"}, command)...)
 	cmd.Dir = s.home
 	cmd.Env = append(os.Environ(), "HOME="+s.home, "TMPDIR="+s.home, "XDG_RUNTIME_DIR="+s.home, "NO_PROXY=*", "no_proxy=*")
 	if trusts {
@@ -184,6 +192,39 @@ func TestRunPassesPinnedConnections(t *testing.T) {
 		}
 		if len(records) != 2 || records[0].Reason != "tls_failed" || records[0].SNI != "good.example" || records[1].Protocol != "TLS" {
 			t.Errorf("the records are %+v", records)
+		}
+	})
+}
+
+// A client that is slow in beginning its first request is judged like others: the server has sent its settings of HTTP/2 before.
+func TestRunJudgesSlowClientsInsideTLS(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		s := newSite(t, c)
+		const slow = `
+import socket, ssl, sys, time
+context = ssl.create_default_context()
+context.set_alpn_protocols([sys.argv[1]])
+s = context.wrap_socket(socket.create_connection(("good.example", 443)), server_hostname="good.example")
+for part in sys.argv[2:]:
+    s.sendall(bytes.fromhex(part))
+    time.sleep(1.2)
+s.settimeout(10)
+s.recv(1000)`
+		head := []byte{0x82, 0x87, 0x04, 8, '/', 'f', 'r', 'o', 'n', 't', 'e', 'd', 0x01, 11}
+		head = append(head, "cdn.example"...)
+		frames := append([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"+string(rune(len(head)))+"\x01\x05\x00\x00\x00\x01"), head...)
+		for protocol, parts := range map[string][]string{
+			"http/1.1": {"G", "ET /fronted HTTP/1.1\r\nHost: cdn.example\r\n\r\n"},
+			"h2":       {"", string(frames[:5]), string(frames[5:])},
+		} {
+			command := []string{"python3", "-c", slow, protocol}
+			for _, part := range parts {
+				command = append(command, hex.EncodeToString([]byte(part)))
+			}
+			_, complaints, records := s.decryptedBy(t, []string{"--default", "deny", "--allow", "good.example"}, true, command...)
+			if len(records) != 1 || records[0].Reason != "denied" || records[0].Path != "/fronted" || records[0].Authority != "cdn.example" || records[0].Status != 403 {
+				t.Errorf("%s: the records are %+v\n%s", protocol, records, complaints)
+			}
 		}
 	})
 }

@@ -97,13 +97,19 @@ func withCurl(arguments ...string) []string {
 	return append([]string{"curl", "-sS", "-k", "-m", "10", "--noproxy", "none.example"}, arguments...)
 }
 
-// withPython sends bytes to an address and prints what comes back.
-func withPython(address, port string, send []byte) []string {
-	return []string{"python3", "-c", `
-import socket, sys
+// withPython sends bytes to an address, with a pause between parts, and prints what comes back.
+func withPython(address, port string, parts ...[]byte) []string {
+	command := []string{"python3", "-c", `
+import socket, sys, time
 s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
-s.sendall(bytes.fromhex(sys.argv[3]))
-sys.stdout.write(s.recv(1000).decode("latin-1"))`, address, port, hex.EncodeToString(send)}
+for i, part in enumerate(sys.argv[3:]):
+    time.sleep(1.5 * i)
+    s.sendall(bytes.fromhex(part))
+sys.stdout.write(s.recv(1000).decode("latin-1"))`, address, port}
+	for _, part := range parts {
+		command = append(command, hex.EncodeToString(part))
+	}
+	return command
 }
 
 // try runs a command under a policy. It returns its output, and the reasons of the records.
@@ -166,6 +172,10 @@ func TestRunDeniesWhatIsNotAllowed(t *testing.T) {
 			{name: "CONNECT", command: withCurl("-p", "--proxy", "http://good.example:80", "http://evil.example/"), denied: true},
 			{name: "a target unlike Host", denied: true, command: withPython(goodAddress, "80",
 				[]byte("GET http://good.example/ HTTP/1.1\r\nHost: cdn.example\r\n\r\n"))},
+			{name: "a request that pauses in its first word", denied: true, command: withPython(goodAddress, "80",
+				[]byte("G"), []byte("ET / HTTP/1.1\r\nHost: cdn.example\r\n\r\n"))},
+			{name: "a preface that pauses", denied: true, command: withPython(goodAddress, "80", []byte("PRI"),
+				[]byte(" * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x10\x01\x05\x00\x00\x00\x01\x82\x86\x84\x01\x0bcdn.example"))},
 			{name: "bytes to an address", command: withPython(evilAddress, "80", []byte("\x00\x01\x02")), denied: true},
 			{name: "an encrypted ClientHello", command: withPython(goodAddress, "443", clientHello(t, "", echConfigs(t, "cdn.example"))), denied: true},
 			{name: "a broken ClientHello", command: withPython(goodAddress, "443", append([]byte{22, 3, 1, 1, 0, 9}, make([]byte, 255)...)), denied: true},

@@ -322,11 +322,12 @@ func TestKeysThatCannotBeFetchedVerifyNothing(t *testing.T) {
 	}
 }
 
-// A stream that waits for an answer is decided about by it, and responses of others arrive meanwhile.
+// A stream that waits for an answer is decided about by it. Others of its connection are served and asked about meanwhile.
 func TestStreamsWaitForAnswers(t *testing.T) {
 	m := newMeshRig(t, "STRICT, HTTP")
-	release := make(chan struct{})
+	release, reached := make(chan struct{}), make(chan struct{}, 3)
 	at := listenLocally(t, func(w http.ResponseWriter, r *http.Request) {
+		reached <- struct{}{}
 		select {
 		case <-release:
 		case <-r.Context().Done():
@@ -339,14 +340,18 @@ func TestStreamsWaitForAnswers(t *testing.T) {
 		HTTP: &mesh.HTTPAuthz{Service: mesh.HTTPService{Cluster: "checker", Timeout: nettest.Patience}},
 	}), nil, map[string]netip.AddrPort{"checker": at})
 	c := m.http2(t, 81)
-	if response, err := c.Get("http://a/"); err != nil || response.StatusCode != 200 {
-		t.Fatalf("%v, %v", response, err)
+	public := func() {
+		t.Helper()
+		if response, err := c.Get("http://a/"); err != nil || response.StatusCode != 200 {
+			t.Fatalf("%v, %v", response, err)
+		}
+		m.Await(t)
 	}
-	m.Await(t)
+	public()
 	answers := make(chan int)
 	for _, credential := range []string{"good", "bad", "good"} {
 		go func() {
-			request, err := http.NewRequest("GET", "http://a/admin", nil)
+			request, err := http.NewRequest("POST", "http://a/admin", strings.NewReader("body"))
 			if err != nil {
 				panic(err)
 			}
@@ -360,6 +365,10 @@ func TestStreamsWaitForAnswers(t *testing.T) {
 			answers <- response.StatusCode
 		}()
 	}
+	for range 3 {
+		<-reached
+	}
+	public()
 	close(release)
 	got := map[int]int{}
 	for range 3 {
@@ -369,10 +378,7 @@ func TestStreamsWaitForAnswers(t *testing.T) {
 	if got[200] != 2 || got[401] != 1 {
 		t.Errorf("the answers were %v", got)
 	}
-	if response, err := c.Get("http://a/"); err != nil || response.StatusCode != 200 {
-		t.Errorf("afterwards: %v, %v", response, err)
-	}
-	m.Await(t)
+	public()
 }
 
 // With Rejudge, an open connection of bytes ends at once when a changed policy denies it.

@@ -105,7 +105,7 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 
 	// The side that sends first decides the protocol. If downstream is silent, the upstream is dialled anyway, because it
 	// may be the side that sends first.
-	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Permit() || !c.Admit() {
+	if !c.ReadFirst(c.Settings.Detects(dst.Port())) || !c.Permit() || !c.Admit() || !c.Authorize() {
 		return
 	}
 	to, silent := target(dst), c.Silent()

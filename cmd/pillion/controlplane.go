@@ -96,7 +96,12 @@ func (o *agentOptions) podEnvironment() (*istiod.Environment, error) {
 			return nil, valueError{fmt.Errorf("environment variable PROXY_CONFIG: %w", err)}
 		}
 	}
+	kind := "sidecar"
+	if o.config.Gateway {
+		kind = "router"
+	}
 	return &istiod.Environment{
+		Type:      kind,
 		Variables: os.Environ(), Labels: labels, ProxyConfig: o.proxyConfig, Directory: o.volumes, Domain: o.config.Workload.ClusterDomain,
 	}, nil
 }

@@ -39,7 +39,7 @@ func TestACommandLineThatMakesNoSenseHasOneExitStatus(t *testing.T) {
 		"agent --max-head-bytes 1":                       `--max-head-bytes: 1 is out of range; use 1024 to 8388608`,
 		"top --interval 1ms":                             `--interval 1ms: use 100ms or more`,
 		"top --sort size":                                `invalid argument "size" for "--sort" flag: unknown order "size": use one of rate, total, errors, p99, bytes, name`,
-		"proxy gateway":                                  `role "gateway" is not supported: only "proxy sidecar" is; gateways and waypoints need Envoy`,
+		"proxy gateway":                                  `role "gateway" is not supported: only "proxy sidecar" and "proxy router" are; waypoints need Envoy`,
 		"rules explain --dst :80":                        `give either the sending user (--uid) or the remote sender (--from)`,
 		"wait --url ::::":                                ``,
 		"explain GET":                                    `1 arguments: use METHOD URL, such as GET http://reviews:9080/`,

@@ -24,9 +24,10 @@ import (
 func newProxy() *cobra.Command {
 	p := newProxyOptions()
 	cmd := &cobra.Command{
-		Use:   "proxy [sidecar]",
-		Short: "Run the agent as Istio's injector starts a sidecar",
-		Long: `Run "pillion agent" as Istio's injector starts its own sidecar: with pilot-agent's arguments and variables.
+		Use:   "proxy [sidecar|router]",
+		Short: "Run the agent as Istio's injector starts a sidecar or a gateway",
+		Long: `Run "pillion agent" as Istio's injector starts its own sidecar: with pilot-agent's arguments and variables. With router, the
+agent is a gateway: it captures no traffic, and accepts connections at the listeners that istiod sends it.
 
 Istio's configuration is read from the annotation proxy.istio.io/config in ` + podinfo.AnnotationsFile + `, the variable
 PROXY_CONFIG and the file of --meshConfig, in this order of precedence. Flags of "pillion agent" and their PILLION_
@@ -44,8 +45,10 @@ The log names each setting without effect once.`,
 			if help, _ := flags.GetBool("help"); help {
 				return cmd.Help()
 			}
-			if role := flags.Args(); len(role) > 0 && role[0] != "sidecar" {
-				return usageError{Err: fmt.Errorf("role %q is not supported: only \"proxy sidecar\" is; gateways and waypoints need Envoy", role[0])}
+			if role := flags.Args(); len(role) > 0 && role[0] != "sidecar" && role[0] != "router" {
+				return usageError{Err: fmt.Errorf("role %q is not supported: only \"proxy sidecar\" and \"proxy router\" are; waypoints need Envoy", role[0])}
+			} else if len(role) > 0 {
+				p.config.Gateway = role[0] == "router"
 			}
 			if err := p.settle(flags); err != nil {
 				return err
@@ -126,8 +129,8 @@ func unknownFlags(flags *pflag.FlagSet, args []string) (unknown []string) {
 
 // settle applies the environment and Istio's configuration to flags that the command line did not set, and limits the cores.
 func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
-	// With "NONE" the pod has no rules, and the mode does not matter.
-	if os.Getenv(interceptionVariable) == "NONE" {
+	// With "NONE" the pod has no rules, and the mode does not matter; nor does it for a gateway.
+	if os.Getenv(interceptionVariable) == "NONE" || p.config.Gateway {
 		os.Unsetenv(interceptionVariable)
 	}
 	if err := applyEnvironment(flags); err != nil {
@@ -156,7 +159,11 @@ func (p *proxyOptions) settle(flags *pflag.FlagSet) error {
 	if err := p.useCores(config); err != nil {
 		return err
 	}
-	log.Info("running as Istio's sidecar", "cores", runtime.GOMAXPROCS(0),
+	role := "sidecar"
+	if p.config.Gateway {
+		role, p.config.DNS.Capture = "gateway", false // nothing is captured
+	}
+	log.Info("running as Istio's "+role, "cores", runtime.GOMAXPROCS(0),
 		"without_effect", slices.Concat(slices.Sorted(slices.Values(p.idle)), p.idleFlags(flags), idleVariables(os.Environ(), p.controlPlane != turnedOff)))
 	return nil
 }
@@ -280,7 +287,7 @@ func (p *proxyOptions) settings(config map[string]sourced) (settings []setting) 
 	}
 	add("status-port", config["statusPort"])
 	add("admin-port", config["proxyAdminPort"])
-	if mode := config["interceptionMode"]; mode.Text != "NONE" {
+	if mode := config["interceptionMode"]; mode.Text != "NONE" && !p.config.Gateway {
 		add("interception-mode", mode)
 	}
 	if exit, _ := strconv.ParseBool(os.Getenv("EXIT_ON_ZERO_ACTIVE_CONNECTIONS")); exit {

@@ -271,8 +271,18 @@ func TestVersionHasPilotAgentsFormats(t *testing.T) {
 
 func TestProxyRejectsOtherRoles(t *testing.T) {
 	root := newRoot(nil)
-	root.SetArgs([]string{"proxy", "router", "--novel"})
-	if err := root.Execute(); err == nil || !strings.Contains(err.Error(), `role "router" is not supported`) {
+	root.SetArgs([]string{"proxy", "waypoint", "--novel"})
+	if err := root.Execute(); err == nil || !strings.Contains(err.Error(), `role "waypoint" is not supported`) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A gateway's listeners come from its control plane: without one it does not start.
+func TestAGatewayNeedsAControlPlane(t *testing.T) {
+	t.Setenv(interceptionVariable, "TPROXY") // captures nothing, so the mode does not matter
+	root := newRoot(nil)
+	root.SetArgs([]string{"proxy", "router", "--control-plane", "off"})
+	if err := root.Execute(); err == nil || !strings.Contains(err.Error(), "--control-plane: a gateway needs a control plane") {
 		t.Errorf("got %v", err)
 	}
 }

@@ -93,7 +93,6 @@ var sleepers = map[string]string{
 	"internal/probe/probe_test.go TestAProbeMayTakeLongerThanOtherAnswersOfThePort":      "the workload's delay is tested",
 	"internal/scrape/scrape_test.go TestSlowWorkloadMayTakeLongerThanTheServersTimeouts": "the workload's delay is tested",
 	"internal/httpforward/conversation_test.go deeds":                                    "limits of routes that must not fire are tested over their time",
-	"internal/httpforward/edge_test.go TestAnIdleConnectionEndsByTheLimitOfTheEdge":      "a request outlasts the limit",
 	"internal/relay/random_test.go speak":                                                "peers that pause now and then",
 	"internal/tcp/handover_test.go TestEachWaitHasItsOwnDeadline":                        "deadlines are tested",
 	"internal/relay/relay_test.go TestIdleTimeoutEndsAnIdleConnection":                   "a time-out of real sockets",

@@ -19,7 +19,7 @@ type Subject struct {
 	Destination netip.AddrPort // original destination
 	Peer        netip.Addr     // of the connection
 	Client      netip.Addr     // the client's address, from X-Forwarded-For if that is configured; otherwise Peer
-	ServerName  string         // of the ClientHello, in lower case; empty: none
+	ServerName  string         // of the ClientHello, in lower case; empty: it had no name
 
 	// Secured means that the connection has TLS that ended here. Names has the names in the client's certificate: first its
 	// URIs, then its DNS names, then its subject.
@@ -33,7 +33,7 @@ type Subject struct {
 type Request struct {
 	Method, Authority, Scheme []byte
 	Path                      []byte // normalized, with its query; nil: a request without a path, as CONNECT
-	Fields                    Fields // nil: none
+	Fields                    Fields // may be nil
 	Metadata                  Metadata
 
 	// Scratch is memory in which the values of repeated fields are joined. Judge grows it; a caller that keeps it between

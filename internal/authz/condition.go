@@ -76,7 +76,7 @@ func (c *condition) met(s *Subject) value {
 		return c.principal(s)
 	}
 	if s.Request == nil {
-		return unknown // of a request, which is not looked at
+		return unknown // of a request that is not known yet
 	}
 	return c.metByRequest(s.Request)
 }

@@ -9,7 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
-// Reason says what one policy contributed to a verdict.
+// Reason is what one policy contributed to a verdict.
 type Reason struct {
 	Policy string
 	Met    string // "yes", "no" or "unknown"

@@ -44,9 +44,9 @@ type StoreConfig struct {
 	// store. It may be nil.
 	Names func(*mesh.Names)
 
-	// Inbound is called when another inbound listener is in force: open connections may have to end. It must not call the
-	// store, except for Snapshot. It may be nil.
-	Inbound func()
+	// Bound is called when another listener that accepts connections is in force: open connections may have to end. It must not
+	// call the store, except for Snapshot. It may be nil.
+	Bound func()
 
 	// MaxBytes bounds the resources in sum. Resources beyond it are rejected. 0: 64 MiB.
 	MaxBytes int64
@@ -571,8 +571,8 @@ func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 	case before != nil:
 		if changed {
 			s.snapshot.Store(snapshot)
-			if s.config.Inbound != nil && snapshot.InboundChanged(before) {
-				s.config.Inbound()
+			if s.config.Bound != nil && snapshot.BoundChanged(before) {
+				s.config.Bound()
 			}
 		}
 	case s.complete(now):

@@ -887,7 +887,7 @@ func TestRefusedEndpointsAreNotUsed(t *testing.T) {
 // Another inbound listener is told of once it is in force, and the same one is not.
 func TestAnotherInboundListenerIsReported(t *testing.T) {
 	reported := 0
-	s, err := NewStore(StoreConfig{Log: slog.New(slog.DiscardHandler), Inbound: func() { reported++ }})
+	s, err := NewStore(StoreConfig{Log: slog.New(slog.DiscardHandler), Bound: func() { reported++ }})
 	if err != nil {
 		t.Fatal(err)
 	}

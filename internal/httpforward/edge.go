@@ -34,6 +34,7 @@ type Edge struct {
 	MaxHeadBytes, MaxHeadFields int
 	HeadTimeout                 time.Duration
 	IdleTimeout                 time.Duration // of a connection without requests
+	SilenceTimeout              time.Duration // of a request of which no byte moves
 
 	limited atomic.Pointer[limitedSettings]
 }
@@ -80,16 +81,25 @@ func (e *Edge) limit(settings *Settings) *Settings {
 	if e.HeadTimeout > 0 {
 		s.HeadTimeout = e.HeadTimeout
 	}
+	s.IdleTimeout = shorter(e.SilenceTimeout, settings.IdleTimeout)
 	e.limited.Store(made)
 	return s
 }
 
 // betweenRequests returns how long a connection without requests may last.
 func (s *Settings) betweenRequests() time.Duration {
-	if s.edge != nil && s.edge.IdleTimeout > 0 {
-		return s.edge.IdleTimeout
+	if s.edge == nil {
+		return s.IdleTimeout
 	}
-	return s.IdleTimeout
+	return shorter(s.edge.IdleTimeout, s.unlimited.IdleTimeout)
+}
+
+// shorter returns the shorter of two limits. Zero and less do not limit.
+func shorter(a, b time.Duration) time.Duration {
+	if a <= 0 || b > 0 && b < a {
+		return b
+	}
+	return a
 }
 
 // Names of fields that the edge sets.

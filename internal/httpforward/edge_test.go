@@ -2,10 +2,12 @@ package httpforward
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -314,7 +316,11 @@ func TestAnIdleConnectionEndsByTheLimitOfTheEdge(t *testing.T) {
 	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
 	server := o.accept()
 	head(t, bufio.NewReader(server))
-	time.Sleep(edge.IdleTimeout + edge.IdleTimeout/2) // the request outlasts the limit
+	client.SetReadDeadline(time.Now().Add(edge.IdleTimeout + edge.IdleTimeout/2)) // the request outlasts the limit
+	if n, err := client.Read(make([]byte, 1)); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("a connection with a request: %d bytes, %v", n, err)
+	}
+	client.SetReadDeadline(time.Time{})
 	send(t, server, ok("hello"))
 	expect(t, client, ok("hello"))
 	client.SetReadDeadline(time.Now().Add(nettest.Patience))

@@ -3,6 +3,7 @@ package httpforward
 import (
 	"errors"
 	"io"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/budget"
@@ -33,7 +34,10 @@ type hub struct {
 	times
 	drainState
 
-	checkAt time.Time // when limits and pauses of streams are checked next; zero: there are none
+	asking   []*call     // wait for the answer to a question about them; some may have ended
+	answered atomic.Bool // there is an answer to one of the questions
+
+	checkAt time.Time // when limits and pauses of streams are checked next; zero: no check is due
 	resets  bucket    // for streams that downstream resets or that break the protocol
 
 	downEnded bool // downstream has half-closed
@@ -117,6 +121,7 @@ func (h *hub) run() {
 // pump moves what can be moved.
 func (h *hub) pump() (moved, yields bool) {
 	was := h.down.written
+	h.resumeAnswered()
 	moved = h.down.pump()
 	for _, l := range h.ups {
 		moved = l.pump() || moved

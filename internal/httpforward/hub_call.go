@@ -23,11 +23,13 @@ type call struct {
 	resp pipe
 
 	decision, previous Decision
+	check              Check             // of the last decision that needed an answer; may be nil
+	asking             bool              // check has no answer yet
 	policy             *mesh.RetryPolicy // nil: no retry is left, or allowed
 	left               uint32            // retries
 	resends            int               // after refusals of streams that were not processed
 
-	resumeAt time.Time // the end of a delay or of a pause between two attempts; zero: there is none
+	resumeAt time.Time // the end of a delay or of a pause between two attempts; zero: the call is not paused
 	headEnd  time.Time // the end of Settings.RequestTimeout
 	replied  bool      // the response is made here
 	closed   bool      // it has left the table
@@ -38,7 +40,7 @@ type requestHead struct {
 	http2.Request
 	fields []http2.Field
 	has    seen
-	path   []byte // that replaces the received one; nil: none does
+	path   []byte // that replaces the received one; may be nil
 }
 
 // pipe carries the body and the trailers of one message.
@@ -75,7 +77,7 @@ func (p *pipe) body() *body {
 	return &p.c.response
 }
 
-// sender and receiver return the connections of a message; nil: there is none at present.
+// sender and receiver return the connections of a message; nil while there is no such connection.
 func (p *pipe) sender() *leg {
 	if p.up {
 		return &p.c.h.down
@@ -298,6 +300,7 @@ func (h *hub) completed(c *call) {
 // finish closes a call. Its record closes when all frames queued for downstream are written.
 func (h *hub) finish(c *call, reason flow.Reason, err error) {
 	c.reason, c.err = reason, err
+	c.stopAsking()
 	h.detach(c)
 	c.endLease(reason)
 	h.dropMirrors(c)

@@ -1,35 +1,135 @@
 package httpforward
 
 import (
+	"io"
+	"net/http"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// question is a Check that counts how often it is given up.
-type question struct{ canceled atomic.Int32 }
+// question is a Check that a test answers. It counts how often it is given up.
+type question struct {
+	canceled atomic.Int32
+	mu       sync.Mutex
+	done     bool
+	ready    func()
+}
 
-func (*question) Notify(func())  {}
-func (*question) Answered() bool { return false }
-func (q *question) Cancel()      { q.canceled.Add(1) }
+func (q *question) Notify(ready func()) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.ready = ready; q.done {
+		ready()
+	}
+}
 
-// A hub refuses a request that has to be asked about, as ext_authz does when it fails closed.
-func TestAHubRefusesWhatItCannotAskAbout(t *testing.T) {
-	asked := new(question)
+func (q *question) Answered() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.done
+}
+
+func (q *question) Cancel() { q.canceled.Add(1) }
+
+func (q *question) answer() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.done = true; q.ready != nil {
+		q.ready()
+	}
+}
+
+// asked is a Router that asks the questions of a path, one after the other, before it lets a request pass.
+func asked(questions map[string][]*question) *planned {
+	return &planned{decide: func(r *Request, d *Decision) {
+		d.HTTP2 = true
+		list := questions[string(r.Path)]
+		next := 0
+		for i, q := range list {
+			if r.Check == Check(q) {
+				next = i + 1
+			}
+		}
+		if next < len(list) {
+			d.Target, d.Check = upstream.Target{}, list[next]
+		}
+	}}
+}
+
+// Streams of a hub wait for the answers to questions about them, with their bodies, while others are served. The answers may
+// come in any order, and a request may be asked about again.
+func TestStreamsOfAHubWaitForAnswers(t *testing.T) {
+	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) { io.Copy(w, r.Body) })
+	questions := map[string][]*question{"/1": {new(question)}, "/2": {new(question), new(question)}, "/3": {{done: true}}}
+	r := newHub(t, origin, asked(questions))
+	client := http2Client(t)
+	post := func(path, body string) {
+		response, err := client.Post("http://"+r.address+path, "text/plain", strings.NewReader(body))
+		if err != nil {
+			t.Errorf("%s: %v", path, err)
+			return
+		}
+		defer response.Body.Close()
+		if got, err := io.ReadAll(response.Body); err != nil || string(got) != body || response.StatusCode != 200 {
+			t.Errorf("%s: %s with %d bytes, %v", path, response.Status, len(got), err)
+		}
+	}
+	long := strings.Repeat("a long body\n", 40_000) // more than the windows of the stream
+	var first, second sync.WaitGroup
+	first.Go(func() { post("/1", long) })
+	second.Go(func() { post("/2", long) })
+	post("/3", "answered at once")
+	for _, q := range []*question{questions["/1"][0], questions["/2"][0]} {
+		nettest.Eventually(t, "the question is asked", func() bool {
+			q.mu.Lock()
+			defer q.mu.Unlock()
+			return q.ready != nil
+		})
+	}
+	post("/", long)
+	questions["/2"][0].answer()
+	post("/", "meanwhile")
+	questions["/2"][1].answer()
+	second.Wait()
+	post("/", "meanwhile")
+	questions["/1"][0].answer()
+	first.Wait()
+	for path, list := range questions {
+		for i, q := range list {
+			if n := q.canceled.Load(); n != 0 {
+				t.Errorf("%s: question %d was given up", path, i)
+			}
+		}
+	}
+}
+
+// The question about a stream is given up when its client resets it, or leaves.
+func TestAHubGivesUpQuestions(t *testing.T) {
+	questions := map[string][]*question{"/reset": {new(question)}, "/left": {new(question)}}
 	o := newOrigin(t)
-	r := newHub(t, o.address, &planned{decide: func(_ *Request, d *Decision) { d.Target, d.Check = upstream.Target{}, asked }})
-	response, err := http2Client(t).Get("http://" + r.address + "/")
-	if err != nil {
-		t.Fatal(err)
+	r := newHub(t, o.address, asked(questions))
+	client := greetHub(t, r, "")
+	client.sends("HEADERS 1 end :method=GET :scheme=http :authority=a :path=/reset")
+	client.sends("HEADERS 3 end :method=GET :scheme=http :authority=a :path=/left")
+	client.sends("RST 1 CANCEL")
+	if got := r.records.await(t, 0); got.reason != flow.DownstreamLeft || got.path != "/reset" {
+		t.Errorf("the record is %+v", got)
 	}
-	response.Body.Close()
-	got := r.records.await(t, 0)
-	if response.StatusCode != 403 || got.reason != flow.PolicyDenied || got.flags != "UAEX" || got.details != "ext_authz_error" {
-		t.Errorf("%s, and the record is %+v", response.Status, got)
+	client.conn.SetLinger(0)
+	client.conn.Close()
+	if got := r.records.await(t, 1); got.reason != flow.DownstreamLeft || got.path != "/left" {
+		t.Errorf("the record is %+v", got)
 	}
-	if n := asked.canceled.Load(); n != 1 {
-		t.Errorf("the question was given up %d times, want 1", n)
+	for path, list := range questions {
+		list[0].answer() // too late
+		if n := list[0].canceled.Load(); n != 1 {
+			t.Errorf("%s: the question was given up %d times", path, n)
+		}
 	}
 }

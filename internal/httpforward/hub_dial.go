@@ -115,7 +115,7 @@ func (h *hub) dial(l *leg) {
 	go d.run(dialer, l.target, h.w)
 }
 
-// fail ends a dial that was not begun. A borrowed source is for inbound connections, which have one upstream.
+// fail ends a dial that was not begun. A borrowed source serves one upstream connection, that of an inbound relay.
 func (d *dialing) fail(err error) {
 	d.err, d.attempts = err, 1
 	d.w.Close()

@@ -110,6 +110,7 @@ func (h *hub) closeAll(reason flow.Reason, err error) {
 	for _, s := range h.streams.open {
 		c := s.call
 		s.setFailure(reason, err)
+		c.stopAsking()
 		h.cancel(c, http2.Cancel)
 		h.dropMirrors(c)
 		h.streams.remove(s)

@@ -13,16 +13,16 @@ import (
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-// Legs of a hub to upstreams that speak HTTP/1. Such a leg carries one call at a time, which has a number there as on a leg
+// Legs of a hub to upstreams that speak HTTP/1. Such a leg carries one call at a time, numbered as on a leg
 // of HTTP/2. A leg without a call may go to the engine's pool, and comes from there.
 
 // legHTTP1 is the state of such a leg.
 type legHTTP1 struct {
-	call *call // in progress; nil: none
+	call *call // in progress; nil while the leg is idle
 
 	sends     http1.FramingKind // framing of the request: Sized also without a body, Tunnel after CONNECT
 	before    uint64            // leg.written plus the output that was waiting when the request began
-	halfClose bool              // nothing is sent after the output
+	halfClose bool              // our half is closed once the output is sent
 
 	head     http1.Head
 	body     http1.Body

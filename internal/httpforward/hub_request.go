@@ -96,17 +96,17 @@ func (h *hub) decide(c *call) {
 	if c.retries > 0 {
 		r.Attempt, r.Previous = c.retries, &c.previous
 	}
+	r.Check = c.check
 	c.decision = h.route(r)
 	d := &c.decision
+	if d.Check != nil {
+		h.ask(c, d.Check)
+		return
+	}
 	d.record(&c.record)
 	c.lease, c.made = d.Lease, d.Reply
 	if d.Peers != nil {
 		h.Peers = d.Peers
-	}
-	if d.Check != nil { // streams of a hub do not wait for an answer
-		d.Check.Cancel()
-		_ = h.answer(c, &replyUnchecked, errUnchecked)
-		return
 	}
 	c.began = h.now()
 	if c.retries == 0 {

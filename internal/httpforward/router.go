@@ -50,7 +50,8 @@ type Request struct {
 }
 
 // Check is a question whose answer a Router needs, such as one to a server of external authorization. The engine waits for
-// the answer without holding other requests back, and calls Route again with it.
+// the answer without holding back other connections, with Connection.Many without holding back other requests, and calls
+// Route again with it.
 type Check interface {
 	// Notify has ready called, from any goroutine, when there is an answer; at once if there is one already.
 	Notify(ready func())

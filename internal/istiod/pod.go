@@ -35,6 +35,7 @@ type Environment struct {
 	ProxyConfig map[string]any
 
 	Domain string // DNS domain of the cluster; empty: cluster.local
+	Type   string // of the proxy, as in Node; empty: sidecar
 }
 
 // Pod is how a pod reaches istiod, and how it describes itself. A Pod without an address has no control plane.
@@ -254,7 +255,7 @@ func (e *Environment) node(variables variables) (*Node, error) {
 	}
 	namespace := cmp.Or(variables["POD_NAMESPACE"], "default")
 	return &Node{
-		Type: "sidecar", IP: variables["INSTANCE_IP"], Pod: variables["POD_NAME"], Namespace: namespace, Domain: e.Domain,
+		Type: cmp.Or(e.Type, "sidecar"), IP: variables["INSTANCE_IP"], Pod: variables["POD_NAME"], Namespace: namespace, Domain: e.Domain,
 		Cluster: e.service(variables, namespace), Metadata: metadata,
 	}, nil
 }

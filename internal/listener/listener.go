@@ -9,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -56,13 +58,18 @@ func (l *Limit) take(conn *tcp.Conn) bool {
 	return l.max <= 0 || open <= l.max
 }
 
-// Server accepts from several listeners, one for each address family, and counts their connections together.
+// Server accepts from several listeners, such as one for each address family, and counts their connections together.
 type Server struct {
-	Name      string // for logs
-	Listeners []*tcp.Listener
+	Name      string          // for logs
+	Listeners []*tcp.Listener // at the start; later Add and Remove change them
+	Dynamic   bool            // there may be no listener
 	Handler   Handler
 	Limit     *Limit
 	Log       *slog.Logger
+
+	mu   sync.Mutex // guards Listeners and ends after Start, and the start of loops
+	ends map[*tcp.Listener]chan struct{}
+	wake func() // wakes the waits of connections; nil before the first listener
 
 	conns, loops context.Context // cancelled by Abort and by Stop
 	abort, stop  context.CancelFunc
@@ -83,21 +90,82 @@ func (s *Server) Start() {
 	s.conns, s.abort = context.WithCancel(context.Background())
 	s.loops, s.stop = context.WithCancel(context.Background())
 	for _, ln := range s.Listeners {
-		s.openLoops.Add(1)
-		s.accepting.Add(1)
-		go s.acceptLoop(ln)
+		s.begins(ln)
+	}
+}
+
+// begins starts the accept loop of ln.
+func (s *Server) begins(ln *tcp.Listener) {
+	ended := make(chan struct{})
+	if s.ends == nil {
+		s.ends = map[*tcp.Listener]chan struct{}{}
+	}
+	s.ends[ln], s.wake = ended, ln.WakeAll
+	s.openLoops.Add(1)
+	s.accepting.Add(1)
+	go func() {
+		defer close(ended)
+		s.acceptLoop(ln)
+	}()
+}
+
+// Add begins to accept from ln. After Stop it closes ln.
+func (s *Server) Add(ln *tcp.Listener) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.loops.Err() != nil {
+		ln.Close()
+		return
+	}
+	s.Listeners = append(s.Listeners, ln)
+	s.begins(ln)
+}
+
+// Remove accepts the connections that are left in ln's queue, closes ln, and returns when both is done. Open connections
+// continue. Call it once for a listener.
+func (s *Server) Remove(ln *tcp.Listener) {
+	s.mu.Lock()
+	s.Listeners = slices.DeleteFunc(s.Listeners, func(l *tcp.Listener) bool { return l == ln })
+	ended := s.ends[ln]
+	delete(s.ends, ln)
+	s.mu.Unlock()
+	_ = ln.SetDeadline(time.Unix(1, 0))
+	<-ended
+}
+
+// all returns the listeners.
+func (s *Server) all() []*tcp.Listener {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.Listeners)
+}
+
+// Addrs returns the addresses of the listeners.
+func (s *Server) Addrs() (addresses []netip.AddrPort) {
+	for _, ln := range s.all() {
+		addresses = append(addresses, ln.Addr())
+	}
+	return addresses
+}
+
+// Close closes the listeners of a server that was not started. Those of another one are closed already.
+func (s *Server) Close() {
+	for _, ln := range s.all() {
+		ln.Close()
 	}
 }
 
 // Stop accepts the connections that are left in the listeners' queues, closes the listeners, and returns when both is done.
 // Open connections continue. A second Stop does nothing.
 func (s *Server) Stop() {
+	s.mu.Lock()
 	if s.loops.Err() == nil {
 		s.stop()
 		for _, ln := range s.Listeners {
 			_ = ln.SetDeadline(time.Unix(1, 0))
 		}
 	}
+	s.mu.Unlock()
 	s.openLoops.Wait()
 	s.endOutage()
 }
@@ -105,8 +173,11 @@ func (s *Server) Stop() {
 // Abort cancels the context of every connection and returns when all have ended.
 func (s *Server) Abort() {
 	s.abort()
-	for _, ln := range s.Listeners {
-		ln.WakeAll()
+	s.mu.Lock()
+	wake := s.wake
+	s.mu.Unlock()
+	if wake != nil {
+		wake()
 	}
 	s.openConns.Wait()
 }
@@ -142,7 +213,9 @@ func (s *Server) Accepting() error {
 	if s.outage != nil {
 		return s.outageCause
 	}
-	if int(s.accepting.Load()) < max(1, len(s.Listeners)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if accepting := int(s.accepting.Load()); accepting < len(s.Listeners) || accepting == 0 && !s.Dynamic || s.Dynamic && s.loops.Err() != nil {
 		return errors.New("not accepting")
 	}
 	return nil

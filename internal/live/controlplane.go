@@ -16,6 +16,7 @@ type ControlPlane struct {
 	Unenforced       int        `json:"unenforcedFindings"`       // restrictions that are not carried out: they close what they concern
 	TrafficFindings  int        `json:"trafficFindings"`          // traffic goes otherwise than it was configured
 	CosmeticFindings int        `json:"cosmeticFindings"`
+	Unbound          []string   `json:"unbound,omitempty"`  // of a gateway: listeners at which it cannot accept, and why
 	Identity         *Identity  `json:"identity,omitempty"` // of the workload; absent if the agent has no source of it
 }
 

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -60,6 +61,8 @@ type HTTPManager struct {
 	DrainTimeout      time.Duration
 	AccessLogs        []AccessLog
 	Tracing           *Tracing // nil: requests are not traced, or by the agent's own configuration
+
+	Compiled atomic.Value `json:"-"` // of package serve, which sets it when the manager is first used
 }
 
 // HTTPCodec is the version of HTTP.

@@ -3,11 +3,11 @@ package mesh
 // carriedOut has the types of policies, and whether the data plane carries them out. A policy that is not carried out is
 // Unenforced if it can refuse anything: what it concerns is closed.
 var carriedOut = map[string]bool{
-	networkRBACType:     true, // of inbound connections
-	networkExtAuthzType: true, // of inbound connections
-	rbacType:            true, // of inbound requests
-	jwtType:             true, // of inbound requests
-	extAuthzType:        true, // of inbound requests
+	networkRBACType:     true,
+	networkExtAuthzType: true,
+	rbacType:            true,
+	jwtType:             true,
+	extAuthzType:        true,
 
 	// Changes of policies by routes.
 	routeRBACType:     false,

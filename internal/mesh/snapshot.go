@@ -22,6 +22,7 @@ type Snapshot struct {
 
 	byAddress map[netip.AddrPort]*Listener
 	accepting map[uint16]*Listener // bound, by port
+	bound     map[netip.AddrPort]*Listener
 }
 
 // Cluster returns a cluster, or nil.
@@ -82,6 +83,18 @@ func (s *Snapshot) TrustBundle() []string { return s.roots }
 
 // Bound returns the listener that accepts connections at a port, such as 15006, or nil.
 func (s *Snapshot) Bound(port uint16) *Listener { return s.accepting[port] }
+
+// Accepted returns the addresses at which a gateway accepts connections, and their listeners.
+func (s *Snapshot) Accepted() map[netip.AddrPort]*Listener {
+	accepted := maps.Clone(s.bound)
+	maps.DeleteFunc(accepted, func(_ netip.AddrPort, l *Listener) bool { return l.UseOriginalDst || l.Direction == Inbound })
+	return accepted
+}
+
+// BoundChanged reports whether other listeners accept connections than before, or at other addresses.
+func (s *Snapshot) BoundChanged(before *Snapshot) bool {
+	return s.Listener(virtualInbound) != before.Listener(virtualInbound) || !maps.Equal(s.bound, before.bound)
+}
 
 // Destination returns the listener of connections to an original destination: the one with that address, or the one with
 // that port and the unspecified address of the same family. Without either it returns nil, and the connection stays with
@@ -186,11 +199,14 @@ func (e *Edit) Snapshot() (s *Snapshot, changed bool) {
 
 // indexListeners fills the indices of the listeners. Of several listeners with one address the first by name is used.
 func (s *Snapshot) indexListeners() {
-	s.byAddress, s.accepting = map[netip.AddrPort]*Listener{}, map[uint16]*Listener{}
+	s.byAddress, s.accepting, s.bound = map[netip.AddrPort]*Listener{}, map[uint16]*Listener{}, map[netip.AddrPort]*Listener{}
 	for _, l := range s.listeners.all() {
 		for _, address := range l.Addresses {
 			if _, taken := s.accepting[address.Port()]; !taken && !l.Virtual {
 				s.accepting[address.Port()] = l
+			}
+			if _, taken := s.bound[address]; !taken && !l.Virtual {
+				s.bound[address] = l
 			}
 			if _, taken := s.byAddress[address]; !taken && !l.UseOriginalDst && l.Direction != Inbound {
 				s.byAddress[address] = l

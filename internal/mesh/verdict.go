@@ -27,7 +27,7 @@ func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	if chain.HTTP.refusesRoute() {
 		return chain, "a route is refused"
 	}
-	return chain, s.unsupported(chain, true)
+	return chain, s.unsupported(chain)
 }
 
 // Accepting returns the listener that accepts the redirected connections of a direction, or nil.
@@ -56,11 +56,6 @@ func (s *Snapshot) InboundInspectsTLS(port uint16) bool {
 	return l != nil && l.inspects(TLSInspector, port)
 }
 
-// InboundChanged reports whether another inbound listener is in force than before.
-func (s *Snapshot) InboundChanged(before *Snapshot) bool {
-	return s.Listener(virtualInbound) != before.Listener(virtualInbound)
-}
-
 // Outbound returns the filter chain that an outbound connection meets, or why it is refused. Both are empty if no listener is
 // for its destination: it is carried there as it is.
 func (s *Snapshot) Outbound(c *ConnInfo) (chain *FilterChain, refusal string) {
@@ -73,7 +68,7 @@ func (s *Snapshot) Outbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	}
 	chain, refusal = l.judge(s, c)
 	if refusal == "" {
-		refusal = s.unsupported(chain, false)
+		refusal = s.unsupported(chain)
 	}
 	switch {
 	case refusal != "":
@@ -92,7 +87,7 @@ func (s *Snapshot) Gateway(c *ConnInfo) (chain *FilterChain, refusal string) {
 		return nil, "no listener accepts connections to its destination"
 	}
 	if chain, refusal = l.judge(s, c); refusal == "" {
-		refusal = s.unsupported(chain, false)
+		refusal = s.unsupported(chain)
 	}
 	if refusal != "" {
 		return nil, refusal
@@ -100,15 +95,15 @@ func (s *Snapshot) Gateway(c *ConnInfo) (chain *FilterChain, refusal string) {
 	return chain, ""
 }
 
-// GatewayMode is InboundMode for a connection that a gateway has accepted. Without a listener, there is no filter chain.
-func (s *Snapshot) GatewayMode(c *ConnInfo) (ended, ok bool) {
-	l := s.accepts(c)
-	if l == nil {
-		return false, false
+// GatewayMode is InboundMode for a connection that a gateway has accepted; requests reports whether the filter chain is for
+// HTTP. Without a listener, there is no filter chain.
+func (s *Snapshot) GatewayMode(c *ConnInfo) (ended, requests, ok bool) {
+	if l := s.accepts(c); l != nil {
+		if chain := l.Meet(c); chain != nil {
+			return chain.TLS != nil, chain.HTTP != nil, true
+		}
 	}
-	info := l.inspected(c)
-	chain, ok := l.Match(&info)
-	return ok && chain.TLS != nil, ok
+	return false, false, false
 }
 
 // GatewayInspectsTLS reports whether connections that a gateway has accepted at an address are looked at for TLS.
@@ -142,15 +137,15 @@ func (l *Listener) judge(s *Snapshot, c *ConnInfo) (*FilterChain, string) {
 	return chain, ""
 }
 
-// unsupported returns why a chain is closed: it has restrictions that are not carried out. With enforced, the
-// caller applies RBAC, JWT and external authorization.
-func (s *Snapshot) unsupported(chain *FilterChain, enforced bool) string {
+// unsupported returns why a chain is closed: it has restrictions that are not carried out. The caller applies RBAC, JWT and
+// external authorization.
+func (s *Snapshot) unsupported(chain *FilterChain) string {
 	for _, f := range chain.Policies {
-		if f.Restricts() && (f.RBAC == nil && f.ExtAuthz == nil || !enforced) {
+		if f.Restricts() && f.RBAC == nil && f.ExtAuthz == nil {
 			return "its filter chain has the policy " + f.Name + ", which is not supported"
 		}
 	}
-	return s.judgeHTTP(chain.HTTP, enforced)
+	return s.judgeHTTP(chain.HTTP, true)
 }
 
 // inspected returns what the listener's filters find out about a connection.
@@ -169,6 +164,15 @@ func (l *Listener) inspected(c *ConnInfo) ConnInfo {
 // RestrictsRequests reports whether policies of a chain may deny single requests.
 func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
 	return s.judgeHTTP(chain.HTTP, false) != ""
+}
+
+// JudgesRequests reports whether h has policies that look at requests, also if they deny none: their verdicts are recorded, and
+// routes may depend on them.
+func (s *Snapshot) JudgesRequests(h *HTTPManager) bool {
+	return slices.ContainsFunc(h.Filters, func(f HTTPFilter) bool {
+		now := s.Filter(&f)
+		return now == nil || !now.Disabled && (now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil)
+	})
 }
 
 func (l *Listener) inspects(kind ListenerFilterKind, port uint16) bool {

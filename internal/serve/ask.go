@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -188,6 +189,21 @@ func (r *Role) awaitKeys(from *mesh.RemoteKeys, before *question) *question {
 		q.finish()
 	}()
 	return q
+}
+
+// asks reports whether requests may have to wait: for the answer of a server, or for keys of tokens.
+func asks(s *mesh.Snapshot, h *mesh.HTTPManager) bool {
+	for i := range h.Filters {
+		f := s.Filter(&h.Filters[i])
+		switch {
+		case f == nil || f.Disabled:
+		case f.ExtAuthz != nil && !f.ExtAuthz.Shadow:
+			return true
+		case f.JWT != nil && slices.ContainsFunc(f.JWT.Providers, func(p mesh.JWTProvider) bool { return p.Remote != nil }):
+			return true
+		}
+	}
+	return false
 }
 
 // present are keys that requests do not wait for: those that are being fetched count as not fetched.

@@ -108,7 +108,8 @@ func (r *Role) meet(s *mesh.Snapshot, info *mesh.ConnInfo) (chain *mesh.FilterCh
 // mode reports whether a filter chain is left for a connection, and whether that ends TLS.
 func (r *Role) mode(s *mesh.Snapshot, info *mesh.ConnInfo) (ended, ok bool) {
 	if r.gateway {
-		return s.GatewayMode(info)
+		ended, _, ok = s.GatewayMode(info)
+		return ended, ok
 	}
 	return s.InboundMode(info)
 }

@@ -87,8 +87,11 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		detect = true
 		c.awaitRequest()
 	}
-	if c.mustName() {
-		s.Delay = nameTimeout
+	if c.role.egress != nil {
+		s.Hold = max(s.Hold, nameTimeout)
+		if c.mustName() {
+			s.Delay = nameTimeout
+		}
 	}
 	s.Draining, s.Budget = c.role.draining, c.role.budget
 	if !detect {
@@ -266,8 +269,24 @@ func (c *Conn) connection(to *upstream.Target) *httpforward.Connection {
 		Returned:  c.returned,
 		Peers:     c.peers(),
 		Router:    c.router(to),
-		Many:      c.governed != nil && c.governed.routing != nil || c.role.faults.Limits(),
+		Many:      c.many(to),
 	}
+}
+
+// many reports whether the streams of an HTTP/2 connection are carried one by one: they may have different upstreams, or some
+// wait for a limit or for the answer to a question about them while others go on. A client's own address serves one connection
+// to the workload.
+func (c *Conn) many(to *upstream.Target) bool {
+	g := c.governed
+	switch {
+	case c.role.faults.Limits():
+		return true
+	case g == nil:
+		return false
+	case c.role.direction == flow.Outbound:
+		return g.routing != nil
+	}
+	return !to.Borrowed && g.chain != nil && g.chain.HTTP != nil && asks(g.snapshot, g.chain.HTTP)
 }
 
 // routes are the names of the one route that each direction has.

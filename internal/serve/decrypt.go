@@ -71,8 +71,33 @@ func (c *Conn) decrypt(to *upstream.Target) bool {
 		c.Record.Protocol = flow.TLS
 		return c.rejectTLS(handshakeReason(err), err)
 	}
-	c.sniffer.Delay = c.Settings.DetectionDelay
-	return c.first()
+	return c.firstInside(agreed.protocol)
+}
+
+// firstInside detects the protocol inside TLS. What the server and the client have agreed on counts: a client of HTTP that is
+// slow, or that sends something else, is served by the HTTP engine, so that its requests are seen and judged.
+func (c *Conn) firstInside(agreed string) bool {
+	s := c.sniffer
+	s.Delay = c.Settings.DetectionDelay
+	http := sniff.HTTP1
+	switch agreed {
+	case "h2":
+		http = sniff.HTTP2
+	case "http/1.1":
+	default:
+		return c.first()
+	}
+	s.Requests, s.Delay, s.Hold = true, maxSilence, handshakeTimeout
+	if s.Idle > 0 {
+		s.Delay = s.Idle
+	}
+	if !c.first() {
+		return false
+	}
+	if s.Read != nil {
+		c.protocol = http
+	}
+	return true
 }
 
 // presentTo performs the handshake with the client. Its stack is that of another goroutine: see apart.

@@ -215,6 +215,9 @@ func (c *Conn) Confirm(to *upstream.Target) bool {
 	if !c.Admit() {
 		return false
 	}
+	if !c.Authorize() {
+		return false
+	}
 	if g.chain == before && (!c.HTTP() || !to.Secured()) {
 		return true
 	}

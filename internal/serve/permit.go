@@ -43,6 +43,9 @@ func (c *Conn) mustName() bool {
 // it does nothing.
 func (c *Conn) Permit() bool {
 	policy := c.role.egress
+	if policy != nil && c.protocol == sniff.Opaque && c.sniffer.Vague() && !c.beginsTLS() {
+		c.protocol = sniff.HTTP1 // the request that it may become is judged
+	}
 	if policy == nil || c.protocol == sniff.HTTP1 {
 		return true
 	}

@@ -21,8 +21,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/urlpath"
 )
 
-// Authorize applies the policies of the filter chain of an inbound connection, or of a gateway's, to the connection. Those of
-// its requests are applied to each of them. Call it when the client is known, and before anything is dialled on its behalf.
+// Authorize applies the policies of a connection's filter chain to the connection. Those of its requests are applied to each of
+// them. Call it when the client is known, and before anything is dialled on its behalf.
 func (c *Conn) Authorize() bool {
 	g := c.governed
 	if g == nil {
@@ -232,7 +232,7 @@ func (g *gate) authorize(h *mesh.HTTPManager, r *httpforward.Request, rbac *mesh
 	}
 	policy := authz.Of(rbac)
 	if policy.LooksAtClient() { // looked up only then, because it allocates
-		g.subject.Client = clientAddress(h, r.Fields, g.subject.Peer)
+		g.subject.Client = clientAddress(h, r, g.subject.Peer)
 	}
 	g.shadows.add(rbac, &g.subject)
 	if v := policy.Judge(&g.subject); v.Denied {
@@ -388,42 +388,11 @@ var badHost = &route.Reply{
 	Status: http.StatusBadRequest, Flags: envoy.FlagDownstreamProtocolError, Details: envoy.DetailsHTTP2InvalidField, Reason: flow.BadFraming,
 }
 
-// clientAddress returns the address of a request's client. Without UseRemoteAddress it is the last one in
-// X-Forwarded-For, or one before for each trusted proxy; with it, the peer, or one before. If there is no such address, it
-// is the peer's (Envoy's getLastAddressFromXFF).
-func clientAddress(h *mesh.HTTPManager, fields httpforward.HeaderFields, peer netip.Addr) netip.Addr {
-	skip := int(h.TrustedHops)
+// clientAddress returns the address of a request's client: at the edge, the one that it has found. From inside of the mesh, the
+// last one in X-Forwarded-For counts, or one before for each trusted proxy.
+func clientAddress(h *mesh.HTTPManager, r *httpforward.Request, peer netip.Addr) netip.Addr {
 	if h.UseRemoteAddress {
-		if skip == 0 {
-			return peer
-		}
-		skip--
+		return r.Client.Addr()
 	}
-	for i := fields.Len() - 1; i >= 0; i-- {
-		name, value := fields.At(i)
-		if len(name) != len("x-forwarded-for") || !strings.EqualFold(string(name), "x-forwarded-for") {
-			continue
-		}
-		for text := string(value); ; skip-- {
-			comma := strings.LastIndexByte(text, ',')
-			if skip == 0 {
-				return parseAddress(text[comma+1:], peer)
-			}
-			if comma < 0 {
-				skip--
-				break
-			}
-			text = text[:comma]
-		}
-	}
-	return peer
-}
-
-// parseAddress returns an address without a port. Other text is the peer.
-func parseAddress(text string, peer netip.Addr) netip.Addr {
-	address, err := netip.ParseAddr(strings.Trim(text, " \t"))
-	if err != nil || address.Zone() != "" {
-		return peer
-	}
-	return address.Unmap()
+	return httpforward.ForwardedAddress(r.Fields, int(h.TrustedHops), peer)
 }

@@ -29,6 +29,9 @@ type routing struct {
 	manager *mesh.HTTPManager
 	traced  *tracing.Policy // nil: not by the configuration
 
+	names []string // of the client's certificate; see authz.Subject
+	gate  *gate    // nil: the configuration has no policies for the requests
+
 	client           *httpforward.PeerFields // of a client inside TLS that is ended here; nil: there is none
 
 	recorded *flow.Telemetry // nil: as of the connection
@@ -46,9 +49,10 @@ type routing struct {
 }
 
 func (c *Conn) newRouting(g *governed) *routing {
-	r := &routing{role: c.role, info: c.info(), inside: inside(c.protocol), client: g.peers}
+	r := &routing{role: c.role, info: c.info(), inside: inside(c.protocol), client: g.peers, names: g.names}
 	if c.role.gateway {
 		r.accepted = c.accepted()
+		r.accepted.requests = true
 		r.info = r.accepted.info
 	}
 	r.request.Downstream, r.request.Local = c.Record.Downstream, c.Record.OriginalDestination
@@ -62,12 +66,14 @@ func (c *Conn) newRouting(g *governed) *routing {
 
 // judge finds the routes of the connection in a snapshot.
 func (r *routing) judge(s *mesh.Snapshot) {
-	r.judged, r.manager, r.table, r.refused, r.described, r.traced, r.recorded = s, nil, nil, nil, nil, nil, nil
+	r.judged, r.manager, r.table, r.refused, r.described, r.traced, r.gate, r.recorded = s, nil, nil, nil, nil, nil, nil, nil
 	chain, refusal := r.role.meet(s, &r.info)
 	r.recorded = r.role.recorded(chain)
 	switch {
 	case refusal != "":
 		r.refused = route.Refused
+	case r.role.gateway && chain.HTTP == nil:
+		r.refused = refusedChain
 	case chain == nil || chain.HTTP == nil:
 		// The destination is no longer one of HTTP. The connection goes on as one without a listener.
 	default:
@@ -78,6 +84,9 @@ func (r *routing) judge(s *mesh.Snapshot) {
 		if r.role.peers != nil && r.manager.ExchangesMetadata() {
 			r.described = r.role.exchanging(r.plain)
 		}
+		if r.admit(s, chain); r.refused != nil {
+			return
+		}
 		if r.routes = s.Routes(chain.HTTP); r.routes == nil {
 			r.refused = route.NoRoute
 			return
@@ -86,12 +95,18 @@ func (r *routing) judge(s *mesh.Snapshot) {
 	}
 }
 
-// Route implements httpforward.Router.
-func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
+// look judges the connection by the snapshot in force, if that is another one. It returns that.
+func (r *routing) look() *mesh.Snapshot {
 	s := r.role.mesh.Snapshot()
 	if s != r.judged && !(r.role.gateway && r.accepted.gone()) {
 		r.judge(s)
 	}
+	return s
+}
+
+// Route implements httpforward.Router.
+func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
+	s := r.look()
 	switch {
 	case r.refused != nil:
 		return httpforward.Decision{Reply: r.refused, Tracing: r.traced, Telemetry: r.recorded}
@@ -99,8 +114,15 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 		return httpforward.Decision{Target: upstream.Target{Address: r.info.Destination, Balanced: true}}
 	case q.Previous != nil:
 		return r.again(s, q)
+	case r.gate != nil:
+		return r.pass(s, q)
 	}
 	r.view(q)
+	return r.forward(s)
+}
+
+// forward routes the request that view has set.
+func (r *routing) forward(s *mesh.Snapshot) httpforward.Decision {
 	choice := r.table.Find(&r.request)
 	choice.Fault = r.fault
 	if choice.Cluster == nil {
@@ -208,6 +230,7 @@ func (r *routing) OnlyHTTP() bool { return true }
 func (r *routing) view(q *httpforward.Request) {
 	to := &r.request
 	to.Method, to.Path, to.Authority, to.Scheme, to.Fields = q.Method, q.Path, q.Authority, q.Scheme, q.Fields
+	to.Downstream = q.Client
 	to.GRPC, r.asks = inspect(q.Fields)
 }
 

@@ -261,6 +261,9 @@ func (s *Sniffer) greet() (spoke bool, err error) {
 	return false, fmt.Errorf("%w: %w", errUpstream, err)
 }
 
+// Vague reports whether the first bytes of an opaque connection may still become a request.
+func (s *Sniffer) Vague() bool { return s.Read != nil && classify(s.Read.Bytes()) == Undecided }
+
 // Take returns what was read from Down, and prepares the Sniffer for another detection on the same connection, inside the
 // TLS that these bytes begin. TLS inside it is not ended.
 func (s *Sniffer) Take() *tcp.Buffer {

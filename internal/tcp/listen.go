@@ -70,6 +70,11 @@ func (p *Poller) listen(address netip.AddrPort, control func(string, string, sys
 	return p.Adopt(listener.(*net.TCPListener))
 }
 
+// LacksIPv6 recognises the errors of bind when IPv6 is disabled in the kernel or in this namespace.
+func LacksIPv6(err error) bool {
+	return errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EAFNOSUPPORT)
+}
+
 // Adopt returns a Listener with the socket of bound, and closes bound. The socket may belong to another network namespace.
 // It should have the options of sockopt.ListenControl.
 func (p *Poller) Adopt(bound *net.TCPListener) (*Listener, error) {

@@ -293,6 +293,9 @@ func planeStatus(row func(name, format string, values ...any), c *live.ControlPl
 	if all := c.SecurityFindings + c.Unenforced + c.TrafficFindings + c.CosmeticFindings; all > 0 {
 		row("findings", "%d security, %d unenforced, %d traffic, %d cosmetic", c.SecurityFindings, c.Unenforced, c.TrafficFindings, c.CosmeticFindings)
 	}
+	for _, listener := range c.Unbound {
+		row("", "%s: %s", paint.Paint(red, "not accepting"), printable(listener))
+	}
 	identityStatus(row, c.Identity, paint)
 }
 

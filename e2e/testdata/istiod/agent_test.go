@@ -63,7 +63,8 @@ type pod struct {
 	workload
 	program string
 	client  *http.Client
-	kept    string // directory for what an agent keeps
+	kept    string   // directory for what an agent keeps
+	command []string // of the agent
 	log     *output
 }
 
@@ -74,15 +75,22 @@ func newPod(t *testing.T) *pod {
 
 func newPodOf(t *testing.T, w workload) *pod {
 	t.Helper()
+	d := newPodWithoutRules(t, w)
+	// Without iptables, pillion programs the rules itself.
+	d.MustRun(t, "env", "PATH="+t.TempDir(), d.program, "init", "-p", "15001", "-z", "15006", "-u", strconv.Itoa(agentUID), "-m", "REDIRECT", "-i", "*", "-b", "*", "-d", "15090,15021,15020")
+	return d
+}
+
+// newPodWithoutRules returns a pod that captures nothing.
+func newPodWithoutRules(t *testing.T, w workload) *pod {
+	t.Helper()
 	nettest.RequireRoot(t)
 	program, err := buildPillion()
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &pod{Namespace: nettest.New(t, "pod"), workload: w, program: program, kept: keptDirectory(t), log: &output{}}
+	d := &pod{Namespace: nettest.New(t, "pod"), workload: w, program: program, kept: keptDirectory(t), command: []string{"agent"}, log: &output{}}
 	d.AddAddress(t, "lo", netip.PrefixFrom(netip.MustParseAddr(w.ip), 32))
-	// Without iptables, pillion programs the rules itself.
-	d.MustRun(t, "env", "PATH="+t.TempDir(), program, "init", "-p", "15001", "-z", "15006", "-u", strconv.Itoa(agentUID), "-m", "REDIRECT", "-i", "*", "-b", "*", "-d", "15090,15021,15020")
 	transport := &http.Transport{DialContext: func(_ context.Context, network, address string) (net.Conn, error) {
 		return d.Dial(network, address, patience)
 	}}
@@ -155,7 +163,8 @@ func (d *pod) launch(t *testing.T, p *plane, variables ...string) *nettest.Proce
 	id := strconv.Itoa(agentUID)
 	words = append(words, "unshare", "--mount", "--propagation", "private", "sh", "-c", mount, "sh",
 		"setpriv", "--reuid", id, "--regid", id, "--clear-groups", "--bounding-set", "-all", "--inh-caps=-all", "--no-new-privs",
-		d.program, "agent", "--control-plane", "auto", "--kept-configuration", d.kept, "--drain-delay", "0s")
+		d.program)
+	words = append(append(words, d.command...), "--control-plane", "auto", "--kept-configuration", d.kept, "--drain-delay", "0s")
 	cmd := d.Command(0, 0, words[0], words[1:]...)
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	t.Cleanup(func() {

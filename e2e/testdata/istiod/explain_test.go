@@ -150,7 +150,7 @@ func (d *pod) explain(q *question, values url.Values) (*configview.Explanation, 
 // happened is what became of a request.
 type happened struct {
 	status               string
-	cluster, route, host string // - for none
+	cluster, route, host string // -: not logged
 	body                 string // of the echo
 }
 

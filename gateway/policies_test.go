@@ -1,0 +1,187 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/serve/servetest"
+)
+
+// handle starts a server.
+func (r *rig) handle(t *testing.T, port uint16, handler http.HandlerFunc) {
+	t.Helper()
+	server := &http.Server{Handler: handler}
+	listener := r.Pod.Listen(t, "tcp4", r.At(port).String())
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		server.Serve(listener)
+	}()
+	t.Cleanup(func() { server.Close(); <-served })
+}
+
+// edge is a manager for requests from outside of the mesh, whose policies are those of a filter.
+func edge(hops uint32, filters ...mesh.HTTPFilter) *mesh.FilterChain {
+	h := mesh.DefaultManager()
+	h.RouteName, h.UseRemoteAddress, h.TrustedHops, h.NormalizePath, h.MergeSlashes = "http.8080", true, hops, true, true
+	h.Filters = filters
+	return &mesh.FilterChain{HTTP: h}
+}
+
+// deny is a filter that denies what meets both conditions.
+func deny(permission, principal mesh.Condition) mesh.HTTPFilter {
+	return mesh.HTTPFilter{Name: "rbac", RBAC: &mesh.RBAC{Rules: &mesh.Rules{Action: mesh.Deny, Policies: []mesh.AccessPolicy{{
+		Name: "p", Permission: permission, Principal: principal,
+	}}}}}
+}
+
+var anything = mesh.Condition{Kind: mesh.ConditionTrue}
+
+func underPath(path string) mesh.Condition {
+	return mesh.Condition{Kind: mesh.ConditionPath, Text: &mesh.StringMatcher{Kind: mesh.MatchPrefix, Text: path}}
+}
+
+func clients(prefix string) mesh.Condition {
+	return mesh.Condition{Kind: mesh.ConditionClient, Addresses: netip.MustParsePrefix(prefix)}
+}
+
+// ask sends a request for a path, with lines of further fields.
+func (c *client) ask(t *testing.T, target, fields string) (int, string) {
+	t.Helper()
+	c.SetDeadline(time.Now().Add(nettest.Patience))
+	servetest.Send(t, c, "GET "+target+" HTTP/1.1\r\nHost: web\r\n"+fields+"\r\n")
+	response, err := http.ReadResponse(c.read, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode, string(body)
+}
+
+// Policies see the client's address as far as proxies are trusted, and so do servers and records.
+func TestPoliciesOfAGatewaySeeTheClient(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.handle(t, 82, func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, r.Header.Get("X-Envoy-External-Address"), " ", r.Header["X-Forwarded-For"], " ", r.Header.Get("X-Forwarded-Proto"))
+	})
+	const spoofed = "X-Forwarded-For: 203.0.113.7\r\nX-Forwarded-Proto: https\r\n"
+	for name, c := range map[string]struct {
+		hops   uint32
+		fields string
+		denied string // clients that the policy denies
+		status int
+		client string
+	}{
+		"a client that names another address":    {0, spoofed, "203.0.113.0/24", 200, ""},
+		"the same, where a proxy is trusted":     {1, spoofed, "203.0.113.0/24", 403, "203.0.113.7"},
+		"another one, where a proxy is trusted":  {1, spoofed, "192.0.2.0/24", 200, "203.0.113.7"},
+		"the peer, where a proxy is trusted":     {1, "", "203.0.113.0/24", 200, ""},
+		"behind two proxies, of which one is":    {2, spoofed, "203.0.113.0/24", 200, ""},
+		"a client that hides among several":      {1, "X-Forwarded-For: 192.0.2.1, 203.0.113.7\r\n", "203.0.113.0/24", 403, "203.0.113.7"},
+		"a client whose field is not an address": {1, "X-Forwarded-For: 203.0.113.7:80\r\n", "203.0.113.0/24", 200, ""},
+	} {
+		r.listen(edge(c.hops, deny(anything, clients(c.denied))))
+		conn := r.client(t)
+		status, body := conn.ask(t, "/", c.fields)
+		if status != c.status {
+			t.Errorf("%s: status %d, want %d", name, status, c.status)
+		}
+		record := r.Await(t)
+		client := c.client
+		if client == "" {
+			client = conn.LocalAddr().(*net.TCPAddr).IP.String()
+		}
+		if got := record.Downstream.Addr().String(); got != client {
+			t.Errorf("%s: the record has the client %s, want %s", name, got, client)
+		}
+		if status == 200 && !strings.HasPrefix(body, client+" ") {
+			t.Errorf("%s: the server sees %q, want the client %s", name, body, client)
+		}
+		if want := (record.Reason == flow.PolicyDenied); want != (c.status == 403) {
+			t.Errorf("%s: the reason is %v", name, record.Reason)
+		}
+		conn.Close()
+	}
+}
+
+// Routes and policies of a gateway go by the normal form of a path, with and without policies.
+func TestAGatewayRoutesByNormalPaths(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.cluster("open", 83)
+	r.handle(t, 82, func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "web ", r.RequestURI) })
+	r.handle(t, 83, func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "open ", r.RequestURI) })
+	web := host("web", "web")
+	open := host("web", "open").Routes[0]
+	open.Match.Path = "/open/"
+	web.Routes = append([]mesh.Route{open}, web.Routes...)
+	r.route(web)
+	for _, filters := range [][]mesh.HTTPFilter{nil, {deny(underPath("/closed"), anything)}} {
+		r.listen(edge(0, filters...))
+		conn := r.client(t)
+		for target, want := range map[string]string{
+			"/open/a": "open /open/a", "/open/../b": "web /b", "//open//a": "open /open/a", "/x/../open/%61?q=/../": "open /open/a?q=/../",
+			"/open/../closed": "web /closed", "/%63losed": "web /closed",
+		} {
+			status, body := conn.ask(t, target, "")
+			if denied := filters != nil && want == "web /closed"; (status == 403) != denied || !denied && body != want {
+				t.Errorf("%d filters, %s: %d, %q; want %q", len(filters), target, status, body, want)
+			}
+			r.Await(t)
+		}
+		conn.Close()
+	}
+}
+
+// A policy that is pushed later counts for the next request of an open connection.
+func TestAPolicyOfAGatewayCountsForOpenConnections(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.serve(t, 82)
+	r.listen(edge(0))
+	conn := r.client(t)
+	for _, c := range []struct {
+		chain *mesh.FilterChain
+		want  int
+	}{{edge(0), 200}, {edge(0, deny(underPath("/"), anything)), 403}, {edge(0), 200}} {
+		r.listen(c.chain)
+		if status, _ := conn.ask(t, "/", ""); status != c.want {
+			t.Errorf("status %d, want %d", status, c.want)
+		}
+		r.Await(t)
+	}
+	refused := edge(0)
+	refused.Policies = []mesh.NetworkFilter{{Name: "rbac", RBAC: deny(anything, anything).RBAC}}
+	r.listen(refused)
+	if status, _ := conn.ask(t, "/", ""); status != 403 {
+		t.Errorf("with a policy of connections: status %d, want 403", status)
+	}
+	r.Await(t)
+	other := r.client(t)
+	servetest.Send(t, other, "GET / HTTP/1.1\r\nHost: web\r\n\r\n")
+	other.SetReadDeadline(time.Now().Add(nettest.Patience))
+	if n, err := other.Read(make([]byte, 1)); n != 0 || !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("a new connection: %d bytes, %v; want a reset", n, err)
+	}
+	if record := r.Await(t); record.Reason != flow.PolicyDenied {
+		t.Errorf("a new connection ends by %v", record.Reason)
+	}
+	conn.Close()
+}

@@ -1,0 +1,60 @@
+package serve
+
+import (
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+)
+
+// edgeOf returns the treatment of requests from outside of the mesh; nil: those of h come from inside. It is made once and kept
+// with h, which snapshots share.
+func edgeOf(h *mesh.HTTPManager) *httpforward.Edge {
+	if h == nil || !h.UseRemoteAddress {
+		return nil
+	}
+	if known, ok := h.Compiled.Load().(*httpforward.Edge); ok {
+		return known
+	}
+	made := &httpforward.Edge{
+		TrustedHops: int(min(h.TrustedHops, maxTrustedHops)), Internal: h.Internal, KeepFor: h.SkipXFFAppend, Port: h.AppendPort,
+		ID: h.GenerateRequestID, KeepID: h.KeepRequestID, Underscores: h.Underscores,
+		MaxHeadBytes: int(min(h.MaxHeaderKiB, maxHeaderKiB)) << 10, MaxHeadFields: int(min(h.MaxHeaders, maxHeaders)),
+		HeadTimeout: h.HeadersTimeout, IdleTimeout: h.IdleTimeout, SilenceTimeout: h.StreamIdleTimeout,
+	}
+	if h.Compiled.CompareAndSwap(nil, made) {
+		return made
+	}
+	return h.Compiled.Load().(*httpforward.Edge)
+}
+
+// Bounds of what a configuration may ask for. That of heads is Envoy's.
+const (
+	maxTrustedHops = 1000
+	maxHeaderKiB   = 8192
+	maxHeaders     = 10_000
+)
+
+// Edge implements httpforward.Edges.
+func (r *routing) Edge() *httpforward.Edge {
+	r.look()
+	return edgeOf(r.manager)
+}
+
+// Edge implements httpforward.Edges.
+func (r *rejudge) Edge() *httpforward.Edge {
+	r.look()
+	if r.chain == nil {
+		return nil
+	}
+	return edgeOf(r.chain.HTTP)
+}
+
+// Edge implements httpforward.Edges.
+func (p *permit) Edge() *httpforward.Edge { return nextEdge(p.next) }
+
+// nextEdge returns the treatment by the Router behind another one.
+func nextEdge(next httpforward.Router) *httpforward.Edge {
+	if edges, ok := next.(httpforward.Edges); ok {
+		return edges.Edge()
+	}
+	return nil
+}

@@ -1,0 +1,64 @@
+package serve
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/httpforward"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/route"
+)
+
+// admit applies the policies of a filter chain to the connection, and prepares for those of its requests. At a gateway every
+// request is brought into normal form, because routes are its clients' only bounds.
+func (r *routing) admit(s *mesh.Snapshot, chain *mesh.FilterChain) {
+	judges := s.JudgesRequests(chain.HTTP) || r.role.gateway
+	if !judges && len(chain.Policies) == 0 {
+		return
+	}
+	subject := r.subject()
+	if policy, denied := authorize(chain.Policies, &subject); denied {
+		r.refused = denial(policy)
+	} else if judges {
+		r.gate = &gate{role: r.role, subject: subject}
+	}
+}
+
+// subject returns the connection as policies see it.
+func (r *routing) subject() authz.Subject {
+	peer := r.info.DirectSource
+	return authz.Subject{
+		Destination: r.info.Destination, Peer: peer, Client: peer,
+		ServerName: strings.ToLower(r.info.ServerName), Secured: r.role.gateway && r.accepted.secured, Names: r.names,
+	}
+}
+
+// pass applies the policies to a request, and routes it as they leave it. Routes may match the claims of its token.
+func (r *routing) pass(s *mesh.Snapshot, q *httpforward.Request) httpforward.Decision {
+	changed, reply, waits := r.gate.pass(r.judged, r.manager, q)
+	switch {
+	case waits != nil:
+		return httpforward.Decision{Check: waits}
+	case reply != nil:
+		return httpforward.Decision{Reply: reply, Tracing: r.traced, Peers: r.plain}
+	}
+	r.view(q)
+	r.request.Fields, r.request.Metadata = r.gate.fields(q), r.gate
+	d := r.forward(s)
+	if len(r.gate.edits) > 0 {
+		d.Edits = slices.Concat(r.gate.edits, d.Edits)
+	}
+	if changed {
+		d.Path = q.Path
+	}
+	if len(r.gate.responses) > 0 {
+		plan := route.Plan{}
+		if d.Plan != nil {
+			plan = *d.Plan
+		}
+		plan.ResponseEdits = slices.Concat(r.gate.responses, plan.ResponseEdits)
+		d.Plan = &plan
+	}
+	return d
+}

@@ -1,0 +1,66 @@
+package outbound
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/serve/servetest"
+)
+
+// enforce puts policies before the routes.
+func (r *routed) enforce(filters ...mesh.HTTPFilter) {
+	r.push(func(e *mesh.Edit) {
+		e.SetListener("0.0.0.0_81", &mesh.Listener{
+			Name: "0.0.0.0_81", Direction: mesh.Outbound, Virtual: true,
+			Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:81")},
+			Filters:   []mesh.ListenerFilter{{Kind: mesh.TLSInspector}, {Kind: mesh.HTTPInspector}},
+			Default:   &mesh.FilterChain{HTTP: &mesh.HTTPManager{RouteName: "81", NormalizePath: true, MergeSlashes: true, Filters: filters}},
+		})
+	})
+}
+
+// ask sends a request for a path.
+func (c *client) ask(t *testing.T, target string) (int, string) {
+	t.Helper()
+	c.SetDeadline(time.Now().Add(nettest.Patience))
+	servetest.Send(t, c, "GET "+target+" HTTP/1.1\r\nHost: web\r\n\r\n")
+	response, err := http.ReadResponse(c.read, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode, string(body)
+}
+
+// Policies of a listener are applied to outbound requests before they are routed, in the normal form of their paths.
+func TestPoliciesApplyBeforeRoutes(t *testing.T) {
+	r := newRouted(t, to("web"))
+	r.cluster("web", nil, 82)
+	r.handle(t, 82, func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.RequestURI) })
+	r.enforce(mesh.HTTPFilter{Name: "rbac", RBAC: &mesh.RBAC{Rules: &mesh.Rules{Action: mesh.Deny, Policies: []mesh.AccessPolicy{{
+		Name: "p", Principal: mesh.Condition{Kind: mesh.ConditionTrue},
+		Permission: mesh.Condition{Kind: mesh.ConditionPath, Text: &mesh.StringMatcher{Kind: mesh.MatchPrefix, Text: "/admin"}},
+	}}}}})
+	c := r.client(t)
+	for target, want := range map[string]int{"/": 200, "/admin": 403, "//admin": 403, "/x/../admin": 403, "/%61dmin": 403} {
+		status, _ := c.ask(t, target)
+		if got := r.Await(t); status != want || (got.Reason == flow.PolicyDenied) != (want == 403) {
+			t.Errorf("%s: %d, %v; want %d", target, status, got.Reason, want)
+		}
+	}
+	if status, body := c.ask(t, "/admin/../x//y"); status != 200 || body != "/x/y" {
+		t.Errorf("an allowed request: %d, the server saw %q", status, body)
+	}
+	r.Await(t)
+	c.Close()
+}
