@@ -176,7 +176,7 @@ func Default() Config {
 		ControlPlane: ControlPlane{Wait: 10 * time.Second},
 		DNS:          DNS{CacheSize: dns.DefaultCacheSize},
 		Drain:        Drain{Delay: 5 * time.Second, Timeout: 20 * time.Second},
-		AccessLog:    AccessLog{Path: "/dev/stdout", Encoding: "text"},
+		AccessLog:    AccessLog{Encoding: textEncoding},
 		Metrics:      Metrics{MaxSeries: metrics.DefaultMaxSeries},
 		Status:       Status{Profiling: true},
 		Workload:     Workload{Pod: podinfo.UnknownPod()},

@@ -29,6 +29,7 @@ func (a *Agent) addGateway(add func(*trafficListener)) error {
 		Log:      a.log,
 		Peers:    a.plane.peers,
 		Tracing:  a.exporters(),
+		Recorder: a.recorder(),
 	})
 	if err != nil {
 		return err

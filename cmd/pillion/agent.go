@@ -130,7 +130,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	rulesFlag(flags, &config.Policy.Allow, "allow", "with --outbound-policy deny-unlisted, destinations that are allowed: a host such as example.com or *.example.com, an address or a network, with :PORT for one port; several are separated by commas")
 	rulesFlag(flags, &config.Policy.Deny, "deny", "destinations that are denied, as for --allow; they take precedence")
 	textFlag(flags, &config.Policy.File, "outbound-policy-file", "path", "file with further rules, one on a line; it is read again when it changes")
-	textFlag(flags, &config.AccessLog.Path, "access-log", "path", "file of the access log, with a line for each connection and request; /dev/stdout is standard output; off: no log")
+	textFlag(flags, &config.AccessLog.Path, "access-log", "path", "file of the access log, with a line for each connection and request; off: no log; empty: /dev/stdout, but with a control plane the logs that it configures")
 	choiceFlag(flags, &config.AccessLog.Encoding, "access-log-encoding", "encoding of the lines", "text", "json")
 	textFlag(flags, &config.AccessLog.Format, "access-log-format", "format", "format of a line, in Envoy's command operators; with json, an object of them; empty: Istio's format")
 	textFlag(flags, &config.AccessLog.Filter, "access-log-filter", "filter", "filter of the lines, such as \"errors; status=4xx,slower=250ms; sample=1%\"")

@@ -103,7 +103,7 @@ func (h *hub) decide(c *call) {
 		h.ask(c, d.Check)
 		return
 	}
-	c.record.Cluster, c.record.Route = d.Cluster, d.Route
+	d.record(&c.record)
 	c.lease, c.made = d.Lease, d.Reply
 	if d.Peers != nil {
 		h.Peers = d.Peers

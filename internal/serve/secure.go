@@ -163,7 +163,10 @@ func (r *Role) roots(t *mesh.UpstreamTLS, s *mesh.Snapshot) any {
 }
 
 // describesCertificates reports whether records carry certificates.
-func (r *Role) describesCertificates() bool { return r.engine.Settings().Note.Certificates }
+func (r *Role) describesCertificates() bool {
+	settings := r.engine.Settings()
+	return settings.NotesCertificates()
+}
 
 // describe returns a function that sets the workload of the other side in a record, if its identity agrees.
 func describe(record *flow.Record) func(*flow.Workload) {
