@@ -175,7 +175,7 @@ func (c *Conn) info() mesh.ConnInfo {
 // infoInside returns what filter chains are chosen by for a connection whose TLS is ended here.
 func (c *Conn) infoInside() mesh.ConnInfo {
 	info := c.info()
-	info.TLS, info.ServerName, info.Protocols = true, c.Record.TLS.ServerName, c.Record.TLS.ALPN
+	info.TLS, info.ServerName, info.Protocols = true, c.Record.TLS().ServerName, c.Record.TLS().ALPN
 	return info
 }
 

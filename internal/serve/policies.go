@@ -101,7 +101,7 @@ var errChangedMode = errors.New("since its handshake began the configuration has
 
 // subject returns the connection as policies see it.
 func (c *Conn) subject() authz.Subject {
-	hello := c.Record.TLS
+	hello := c.Record.TLS()
 	if !c.governed.secured {
 		hello = c.sniffer.Hello
 	}
