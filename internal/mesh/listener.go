@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -23,6 +24,7 @@ type Listener struct {
 	Chains     []*FilterChain
 	Default    *FilterChain // of connections that no other chain matches; may be nil
 	AccessLogs []AccessLog  // of connections without a chain
+	Recorded   atomic.Value `json:"-"` // what AccessLogs stand for; of package serve
 
 	// Refused is set if the chain of a connection cannot be determined with certainty. All connections are refused.
 	Refused bool

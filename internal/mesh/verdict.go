@@ -30,6 +30,14 @@ func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	return chain, s.unsupported(chain)
 }
 
+// Accepting returns the listener that accepts the redirected connections of a direction, or nil.
+func (s *Snapshot) Accepting(inbound bool) *Listener {
+	if inbound {
+		return s.Listener(virtualInbound)
+	}
+	return s.Listener(virtualOutbound)
+}
+
 // InboundMode reports whether the configuration has a filter chain for an inbound connection, and whether that ends TLS.
 // Without a listener it is carried as it is. What the chain itself refuses is not looked at.
 func (s *Snapshot) InboundMode(c *ConnInfo) (ended, ok bool) {

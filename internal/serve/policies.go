@@ -93,6 +93,7 @@ func (c *Conn) renew(g *governed) bool {
 		return c.abandon(flow.MeshRefused, errors.New(refusal))
 	}
 	g.snapshot, g.chain = s, chain
+	c.Record.Telemetry = c.role.recorded(chain)
 	return c.expect(chain)
 }
 
@@ -100,7 +101,7 @@ var errChangedMode = errors.New("since its handshake began the configuration has
 
 // subject returns the connection as policies see it.
 func (c *Conn) subject() authz.Subject {
-	hello := c.Record.TLS
+	hello := c.Record.TLS()
 	if !c.governed.secured {
 		hello = c.sniffer.Hello
 	}

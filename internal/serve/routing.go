@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
@@ -31,7 +32,10 @@ type routing struct {
 	names []string // of the client's certificate; see authz.Subject
 	gate  *gate    // nil: the configuration has no policies for the requests
 
-	client           *httpforward.PeerFields // of a client inside TLS that is ended here; nil: there is none
+	client *httpforward.PeerFields // of a client inside TLS that is ended here; nil: there is none
+
+	recorded *flow.Telemetry // nil: as of the connection
+
 	plain, described *httpforward.PeerFields // without and with the exchange of metadata; described may be nil
 
 	routes *mesh.Routes
@@ -64,8 +68,9 @@ func (c *Conn) newRouting(g *governed) *routing {
 
 // judge finds the routes of the connection in a snapshot.
 func (r *routing) judge(s *mesh.Snapshot) {
-	r.judged, r.manager, r.table, r.refused, r.described, r.traced, r.gate = s, nil, nil, nil, nil, nil, nil
+	r.judged, r.manager, r.table, r.refused, r.described, r.traced, r.gate, r.recorded = s, nil, nil, nil, nil, nil, nil, nil
 	chain, refusal := r.role.meet(s, &r.info)
+	r.recorded = r.role.recorded(chain)
 	switch {
 	case refusal != "":
 		r.refused = route.Refused
@@ -106,7 +111,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	s := r.look()
 	switch {
 	case r.refused != nil:
-		return httpforward.Decision{Reply: r.refused, Tracing: r.traced}
+		return httpforward.Decision{Reply: r.refused, Tracing: r.traced, Telemetry: r.recorded}
 	case r.table == nil:
 		return httpforward.Decision{Target: upstream.Target{Address: r.info.Destination, Balanced: true}}
 	case q.Previous != nil:
@@ -126,11 +131,11 @@ func (r *routing) forward(s *mesh.Snapshot) httpforward.Decision {
 	choice := r.table.Find(&r.request)
 	choice.Fault = r.fault
 	if choice.Cluster == nil {
-		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice), Tracing: r.traced}
+		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice), Tracing: r.traced, Telemetry: r.recorded}
 	}
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
-	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced}
+	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced, Telemetry: r.recorded}
 	if r.asks {
 		d.Edits = route.Consumed
 	}

@@ -438,7 +438,8 @@ func readFilters(filters map[string]*anypb.Any) (want mesh.RouteFilters) {
 
 func readFault(f *fault.HTTPFault) *mesh.Fault {
 	want := &mesh.Fault{Delay: f.GetDelay().GetFixedDelay().AsDuration(), DelayFraction: readFraction(f.GetDelay().GetPercentage()), AbortFraction: readFraction(f.GetAbort().GetPercentage()),
-		Cluster: f.UpstreamCluster, Headers: readHeaders(f.Headers)}
+		RateFraction: mesh.Fraction{Denominator: 100}, // of no recorded fault
+		Cluster:      f.UpstreamCluster, Headers: readHeaders(f.Headers)}
 	if f.MaxActiveFaults != nil {
 		want.MaxActive = &f.MaxActiveFaults.Value
 	}
