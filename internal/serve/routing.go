@@ -87,6 +87,9 @@ func (r *routing) judge(s *mesh.Snapshot) {
 			return
 		}
 		r.table, r.fault = route.Of(r.routes), s.Fault(chain.HTTP)
+		if r.gate != nil && r.table.ChangesPolicies() {
+			r.gate.chosen.table = r.table
+		}
 	}
 }
 
@@ -113,19 +116,19 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 		return r.pass(s, q)
 	}
 	r.view(q)
-	return r.forward(s)
+	choice := r.table.Find(&r.request)
+	return r.forward(s, &choice)
 }
 
-// forward routes the request that view has set.
-func (r *routing) forward(s *mesh.Snapshot) httpforward.Decision {
-	choice := r.table.Find(&r.request)
+// forward decides about the request that view has set, by its route.
+func (r *routing) forward(s *mesh.Snapshot, choice *route.Choice) httpforward.Decision {
 	choice.Fault = r.fault
 	if choice.Cluster == nil {
-		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice), Tracing: r.traced}
+		return httpforward.Decision{Reply: choice.Reply, Route: name(choice), Tracing: r.traced}
 	}
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
-	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced}
+	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced}
 	if r.asks {
 		d.Edits = route.Consumed
 	}
