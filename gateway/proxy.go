@@ -31,6 +31,7 @@ type Config struct {
 	Lookup   balance.Lookup     // resolves the names of Mesh's clusters; nil: they have no endpoints
 	Log      *slog.Logger       // nil: not logged
 	Tracing  *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
+	Recorder serve.Recorder     // of access logs, likewise
 	Peers    *peers.Exchange    // of metadata with the proxies of upstreams; nil: there is none
 }
 
@@ -54,6 +55,7 @@ func New(config Config) (*Proxy, error) {
 		Log:       config.Log,
 		Peers:     config.Peers,
 		Tracing:   config.Tracing,
+		Recorder:  config.Recorder,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)

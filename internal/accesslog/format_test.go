@@ -117,6 +117,7 @@ func TestOperators(t *testing.T) {
 		{"%START_TIME(%Y-%m-%dT%H:%M:%S.%3fZ)%", inbound, "2026-03-01T11:30:45.053Z"},
 		{"%START_TIME(%s.%6f %f %1f %9f)%", inbound, "1772364645.053999 053999999 0 053999999"},
 		{"%START_TIME(%d/%b/%Y:%T %z %% %F %R %a %A %B %j %Z %y %e %I %p)%", inbound, "01/Mar/2026:11:30:45 +0000 % 2026-03-01 11:30 Sun Sunday March 060 UTC 26  1 11 AM"},
+		{"%REQ_WITHOUT_QUERY(:PATH)%", inbound, "/a"},
 		{"%REQ(:method)% %REQ(Host)% %REQ(:AUTHORITY)%", inbound, "GET www.example:30293 www.example:30293"},
 		{`%REQ(X-TENANT)% "%REQ(X-TENANT)%" %REQ(X-TENANT):4% "%REQ(X-TENANT):9%" "%REQ(X-TENANT):10%" "%REQ(X-TENANT):11%"`, inbound,
 			`blue\x20green "blue green" blue "blue gree" "blue green" "blue green"`},

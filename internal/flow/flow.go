@@ -74,6 +74,7 @@ type Record struct {
 	Security            *Security      // of TLS that the agent speaks with the other side; nil: none
 	Client              *Security      // of a gateway's connection: TLS with downstream; nil: none, or not a gateway's
 	Workload            SetWorkload    // of the other side, as its proxy describes it
+	Telemetry           *Telemetry     // what a control plane asks to be recorded; nil: nothing in particular
 	Received            atomic.Uint64  // bytes from downstream written to upstream; of a request, its body
 	Sent                atomic.Uint64  // bytes written to downstream; of a response, its body
 	Requests            atomic.Uint64  // of a connection: requests that have ended
@@ -128,6 +129,17 @@ type Workload struct {
 	Name, Namespace, Cluster            string // of the Deployment or the like; the ID of the cluster
 	App, Version                        string // labels of these names
 	CanonicalService, CanonicalRevision string // the grouping of Istio's dashboards
+}
+
+// WorkloadNames are the parts of a workload by the names that Istio's telemetry has for them.
+var WorkloadNames = map[string]func(*Workload) string{
+	"workload":  func(w *Workload) string { return w.Name },
+	"namespace": func(w *Workload) string { return w.Namespace },
+	"cluster":   func(w *Workload) string { return w.Cluster },
+	"service":   func(w *Workload) string { return w.CanonicalService },
+	"revision":  func(w *Workload) string { return w.CanonicalRevision },
+	"app":       func(w *Workload) string { return w.App },
+	"version":   func(w *Workload) string { return w.Version },
 }
 
 // SetWorkload is a *Workload that the owner of a record may set at any time before Close: a peer that waits for the other
@@ -250,6 +262,23 @@ func (r *Record) DownstreamFailure() string {
 		return "TLS_error: " + r.Err.Error()
 	}
 	return ""
+}
+
+// ServerName returns the server name of the TLS handshake of the record's connection; empty without one.
+func (r *Record) ServerName() string {
+	if r.TLS.ServerName == "" && r.Connection != nil {
+		return r.Connection.TLS.ServerName
+	}
+	return r.TLS.ServerName
+}
+
+// GRPCStatus returns the number of the response's status of gRPC. Without a valid one it is the status that stands for that of
+// HTTP, as in Envoy. ok is false without a response.
+func (r *Record) GRPCStatus() (code int, ok bool) {
+	if code, ok := envoy.ParseGRPCCode(r.HTTP.GRPCStatus); ok {
+		return int(code), true
+	}
+	return int(envoy.GRPCCodeOf(r.HTTP.Status)), r.HTTP.Status != 0
 }
 
 // IsRequest reports whether the record describes a request, as opposed to a connection.

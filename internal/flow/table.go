@@ -83,8 +83,13 @@ func (t *Table) Leave(r *Record) {
 	t.count--
 }
 
-// Closed passes the record to the sinks. Record.Close has removed it from the table.
+// Closed passes the record to the sinks, those of its Telemetry first. Record.Close has removed it from the table.
 func (t *Table) Closed(r *Record) {
+	if r.Telemetry != nil {
+		for _, log := range r.Telemetry.Logs {
+			log.Closed(r)
+		}
+	}
 	for _, sink := range t.sinks {
 		sink.Closed(r)
 	}
