@@ -151,6 +151,9 @@ func (a *Agent) Run(drain, force context.Context) error {
 	for _, l := range slices.Backward(a.listeners) {
 		l.server.Start()
 	}
+	if err := a.acceptFirst(); err != nil {
+		return err
+	}
 	if a.resolver != nil {
 		a.resolver.Start()
 	}

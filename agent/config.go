@@ -12,6 +12,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
+	"github.com/pillion-proxy/pillion/internal/edge"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/metrics"
@@ -22,7 +23,8 @@ import (
 // Config configures an agent. Start from Default.
 type Config struct {
 	Ports        Ports
-	Gateway      bool // accept connections at the listeners of the control plane; nothing is captured
+	Gateway      bool         // accept connections at the listeners of the control plane; nothing is captured
+	Edge         *edge.Source // likewise, at the listeners of this in the place of a control plane; nil: there is none
 	Interception Interception
 	Connections  Connections
 	HTTP         HTTP

@@ -61,7 +61,7 @@ func (a *Agent) addListeners() error {
 		l.server = &listener.Server{Name: l.name, Handler: l.role, Limit: limit, Log: a.log}
 		a.listeners = append(a.listeners, l)
 	}
-	if a.config.Gateway {
+	if a.config.Gateway || a.config.Edge != nil {
 		return a.addGateway(add)
 	}
 

@@ -169,6 +169,17 @@ var injectedVariables = map[string]string{
 
 // run runs the agent that the flags describe. The caller has applied the environment.
 func (o *agentOptions) run(flags *pflag.FlagSet) error {
+	if err := o.prepare(flags); err != nil {
+		return err
+	}
+	if err := o.findControlPlane(); err != nil {
+		return err
+	}
+	return runAgent(o.config)
+}
+
+// prepare completes the configuration by what no flag sets, and limits the memory of this process.
+func (o *agentOptions) prepare(flags *pflag.FlagSet) error {
 	o.config.Log, o.config.RecentLog = o.newLogger(), &o.recent
 	o.config.Version, o.config.SettingName = version, settingFlag
 	o.fitDrain(flags)
@@ -180,13 +191,10 @@ func (o *agentOptions) run(flags *pflag.FlagSet) error {
 	if o.config.SpanAttributes, err = tracing.ResourceFromEnvironment(os.Getenv); err != nil {
 		return valueError{err}
 	}
-	if err := o.findControlPlane(); err != nil {
-		return err
-	}
 	if err := limitMemory(int64(o.memory), controlGroup); err != nil {
 		o.config.Log.Warn("cannot apply the container's memory limit", "error", err)
 	}
-	return runAgent(o.config)
+	return nil
 }
 
 // drainMargin is the part of a grace period that remains after the drain, for the kubelet and for flushing logs.
@@ -244,7 +252,7 @@ func runAgent(config agent.Config) error {
 			a.ReopenLogs()
 		}
 	}()
-	return a.Run(drain, force)
+	return flagNamed(a.Run(drain, force))
 }
 
 // readPod reads the workload's description from the variables of Istio's injector. Unreadable labels are logged, not fatal.

@@ -15,13 +15,13 @@ import (
 
 // TestHostility lets each attack work against one agent, one after the other, while another client sends requests.
 func TestHostility(t *testing.T) {
-	worlds := map[bool]*world{}
+	worlds := map[kind]*world{}
 	for i := range attacks {
 		a := &attacks[i]
-		w := worlds[a.mesh]
+		w := worlds[a.of]
 		if w == nil {
-			w = newWorld(t, false, a.mesh)
-			worlds[a.mesh] = w
+			w = newWorld(t, false, a.of)
+			worlds[a.of] = w
 		}
 		t.Run(a.name, func(t *testing.T) {
 			before := []*client{w.newClient(t, originAddress, false), w.newClient(t, originAddress, true)}
@@ -83,7 +83,7 @@ func BenchmarkHostility(b *testing.B) {
 	for i := range attacks {
 		a := &attacks[i]
 		b.Run(a.name, func(b *testing.B) {
-			w := newWorld(b, true, a.mesh)
+			w := newWorld(b, true, a.of)
 			m := w.measurePairs(b, a)
 			ratio := median(m.ratios)
 			fmt.Printf("%-38s %9d %9d %9.0f | %10v %10v | %10v %10v | %6.2f %-18s | %6d %5.0f%%\n", a.name, w.peakResident(b)>>10, w.cgroup.Peak()>>10,

@@ -54,7 +54,8 @@ func (t *Table) List(r *Record) {
 // Carry sets the protocol of a listed connection when its bytes begin to be carried. From here until Close its owner must
 // not change plain fields.
 func (t *Table) Carry(r *Record, protocol Protocol, hello Hello) {
-	r.Protocol, r.TLS = protocol, hello // not read before carried is set
+	r.Protocol = protocol // like hello, not read before carried is set
+	r.SetTLS(hello)
 	for _, opener := range t.openers {
 		opener.Opened(r)
 	}

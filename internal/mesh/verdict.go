@@ -95,15 +95,13 @@ func (s *Snapshot) Gateway(c *ConnInfo) (chain *FilterChain, refusal string) {
 	return chain, ""
 }
 
-// GatewayMode is InboundMode for a connection that a gateway has accepted; requests reports whether the filter chain is for
-// HTTP. Without a listener, there is no filter chain.
-func (s *Snapshot) GatewayMode(c *ConnInfo) (ended, requests, ok bool) {
+// GatewayChain returns the filter chain of a connection that a gateway has accepted, also if that is refused. It returns nil
+// if the configuration has no chain for it.
+func (s *Snapshot) GatewayChain(c *ConnInfo) *FilterChain {
 	if l := s.accepts(c); l != nil {
-		if chain := l.Meet(c); chain != nil {
-			return chain.TLS != nil, chain.HTTP != nil, true
-		}
+		return l.Meet(c)
 	}
-	return false, false, false
+	return nil
 }
 
 // GatewayInspectsTLS reports whether connections that a gateway has accepted at an address are looked at for TLS.

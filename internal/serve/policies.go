@@ -85,7 +85,7 @@ func (c *Conn) renew(g *governed) bool {
 		return true
 	}
 	info := c.infoInside()
-	if ended, ok := c.role.mode(s, &info); !ok || !ended {
+	if !c.role.admits(s, &info, g.ended) {
 		return c.abandon(flow.MeshRefused, errChangedMode)
 	}
 	chain, refusal := c.role.meet(s, &info)
@@ -97,11 +97,11 @@ func (c *Conn) renew(g *governed) bool {
 	return c.expect(chain)
 }
 
-var errChangedMode = errors.New("since its handshake began the configuration has changed, and does not end TLS here")
+var errChangedMode = errors.New("since its handshake began the configuration has changed, and does not end TLS here, or asks more of clients")
 
 // subject returns the connection as policies see it.
 func (c *Conn) subject() authz.Subject {
-	hello := c.Record.TLS
+	hello := c.Record.TLS()
 	if !c.governed.secured {
 		hello = c.sniffer.Hello
 	}

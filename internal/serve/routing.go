@@ -38,9 +38,12 @@ type routing struct {
 
 	plain, described *httpforward.PeerFields // without and with the exchange of metadata; described may be nil
 
-	routes  *mesh.Routes
-	table   *route.Table
-	fault   *mesh.Fault  // of the HTTP filter; may be nil
+	routes *mesh.Routes
+	table  *route.Table
+	fault  *mesh.Fault // of the HTTP filter; may be nil
+
+	misdirected *mesh.Misdirected // may be nil
+
 	refused *route.Reply // not nil: the reply to all requests
 
 	request route.Request   // reused, so that it is not allocated
@@ -52,7 +55,6 @@ func (c *Conn) newRouting(g *governed) *routing {
 	r := &routing{role: c.role, info: c.info(), inside: inside(c.protocol), client: g.peers, names: g.names}
 	if c.role.gateway {
 		r.accepted = c.accepted()
-		r.accepted.requests = true
 		r.info = r.accepted.info
 	}
 	r.request.Downstream, r.request.Local = c.Record.Downstream, c.Record.OriginalDestination
@@ -91,7 +93,7 @@ func (r *routing) judge(s *mesh.Snapshot) {
 			r.refused = route.NoRoute
 			return
 		}
-		r.table, r.fault = route.Of(r.routes), s.Fault(chain.HTTP)
+		r.table, r.fault, r.misdirected = route.Of(r.routes), s.Fault(chain.HTTP), chain.HTTP.MisdirectedFilter()
 	}
 }
 
@@ -123,6 +125,9 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 
 // forward routes the request that view has set.
 func (r *routing) forward(s *mesh.Snapshot) httpforward.Decision {
+	if m := r.misdirected; m != nil && m.Match(secure.HostOf(r.request.Authority)) {
+		return httpforward.Decision{Reply: route.Misdirected, Tracing: r.traced}
+	}
 	choice := r.table.Find(&r.request)
 	choice.Fault = r.fault
 	if choice.Cluster == nil {

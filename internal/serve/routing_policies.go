@@ -30,7 +30,7 @@ func (r *routing) subject() authz.Subject {
 	peer := r.info.DirectSource
 	return authz.Subject{
 		Destination: r.info.Destination, Peer: peer, Client: peer,
-		ServerName: strings.ToLower(r.info.ServerName), Secured: r.role.gateway && r.accepted.secured, Names: r.names,
+		ServerName: strings.ToLower(r.info.ServerName), Secured: r.role.gateway && r.accepted.ended != nil, Names: r.names,
 	}
 }
 
