@@ -51,7 +51,7 @@ type steadyText struct {
 // part.
 func (f *Format) steadyOf(r *flow.Record) *steadyText {
 	c := r.Connection
-	if c == nil || r.Reason != flow.Completed || r.HTTP.Method == nil || r.HTTP.ForwardedFor != nil || r.TLS.ServerName != "" ||
+	if c == nil || r.Reason != flow.Completed || r.HTTP.Method == nil || r.HTTP.ForwardedFor != nil || r.TLS().ServerName != "" ||
 		r.Downstream != c.Downstream || r.OriginalDestination != c.OriginalDestination {
 		return nil
 	}

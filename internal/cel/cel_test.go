@@ -16,7 +16,8 @@ func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 // request is a request of a client by mutual TLS.
 func request() *flow.Record {
 	r := flow.Open(flow.Inbound, netip.MustParseAddrPort("198.51.100.1:61751"))
-	r.Connection = &flow.Record{HTTP: &flow.Request{}, TLS: flow.Hello{ServerName: "web.shop"}}
+	r.Connection = &flow.Record{HTTP: &flow.Request{}}
+	r.Connection.SetTLS(flow.Hello{ServerName: "web.shop"})
 	r.Protocol, r.OriginalDestination = flow.HTTP11, netip.MustParseAddrPort("198.51.100.2:80")
 	r.Upstream, r.Cluster, r.Route, r.Attempts = r.OriginalDestination, "inbound|80||", "default", 1
 	r.Security = &flow.Security{Peer: "spiffe://cluster.local/ns/shop/sa/client", Own: "spiffe://cluster.local/ns/shop/sa/web", Mutual: true, Version: "TLSv1.3"}

@@ -74,13 +74,12 @@ type Record struct {
 	Security            *Security      // of TLS that the agent speaks with the other side; nil: none
 	Client              *Security      // of a gateway's connection: TLS with downstream; nil: none, or not a gateway's
 	Workload            SetWorkload    // of the other side, as its proxy describes it
-	Telemetry           *Telemetry     // what a control plane asks to be recorded; nil: nothing in particular
 	Received            atomic.Uint64  // bytes from downstream written to upstream; of a request, its body
 	Sent                atomic.Uint64  // bytes written to downstream; of a response, its body
 	Requests            atomic.Uint64  // of a connection: requests that have ended
 
-	TLS  Hello    // of a TLS connection
-	HTTP *Request // of a request, never nil. All connections share an empty one, which must not be changed
+	hello *Hello   // of a TLS connection; nil: none, as most connections
+	HTTP  *Request // of a request, never nil. All connections share an empty one, which must not be changed
 
 	// Of a request: its connection, whose counters add up all its requests. nil for a connection.
 	Connection *Record
@@ -218,6 +217,7 @@ type Request struct {
 	Flags                       string        // Envoy's response flags, if more precise than those of the reason
 	Details                     string        // Envoy's response_code_details, likewise
 	Trace                       *Trace        // nil: the request is not traced
+	Telemetry                   *Telemetry    // what a control plane asks to be recorded; nil: nothing in particular. Of a connection, see Ask
 	ServiceTime                 time.Duration // from the end of the dial to the head of the response; with Status from upstream
 }
 
@@ -266,10 +266,25 @@ func (r *Record) DownstreamFailure() string {
 
 // ServerName returns the server name of the TLS handshake of the record's connection; empty without one.
 func (r *Record) ServerName() string {
-	if r.TLS.ServerName == "" && r.Connection != nil {
-		return r.Connection.TLS.ServerName
+	if r.hello == nil && r.Connection != nil {
+		r = r.Connection
 	}
-	return r.TLS.ServerName
+	return r.TLS().ServerName
+}
+
+// TLS returns what the client of a TLS connection has asked for; the zero Hello for others.
+func (r *Record) TLS() Hello {
+	if r.hello == nil {
+		return Hello{}
+	}
+	return *r.hello
+}
+
+// SetTLS records that a connection is one of TLS, unless h is the zero Hello.
+func (r *Record) SetTLS(h Hello) {
+	if r.hello = nil; h.ServerName != "" || h.ALPN != nil {
+		r.hello = &Hello{h.ServerName, h.ALPN}
+	}
 }
 
 // GRPCStatus returns the number of the response's status of gRPC. Without a valid one it is the status that stands for that of

@@ -174,7 +174,7 @@ func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
 func (s *Snapshot) JudgesRequests(h *HTTPManager) bool {
 	return slices.ContainsFunc(h.Filters, func(f HTTPFilter) bool {
 		now := s.Filter(&f)
-		return now == nil || !now.Disabled && (now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil)
+		return now == nil || now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil
 	})
 }
 

@@ -255,7 +255,7 @@ func (c *Conn) forward(to *upstream.Target) {
 	if c.Record.Route == "" {
 		c.Record.Route = routes[c.role.direction]
 	}
-	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.Record.TLS)
+	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.Record.TLS())
 	c.role.engine.Serve(c.w, c.protocol == sniff.HTTP2, c.connection(to))
 	c.role.flows.Leave(c.Record)
 }
@@ -325,7 +325,7 @@ func (c *Conn) relay() {
 	}
 	hello := c.sniffer.Hello
 	if c.governed != nil && c.governed.secured || c.role.decryption != nil && c.Record.Security != nil {
-		hello = c.Record.TLS
+		hello = c.Record.TLS()
 	}
 	c.role.flows.Carry(c.Record, c.protocol.Flow(), hello)
 	c.releaseSniffer()

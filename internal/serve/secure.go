@@ -68,10 +68,10 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 	if timeout <= 0 {
 		timeout = handshakeTimeout
 	}
-	c.Record.TLS = c.sniffer.Hello
+	c.Record.SetTLS(c.sniffer.Hello)
 	memory := secure.Memory{Budget: c.role.budget, Peer: c.Record.Remote()}
 	session, err := secure.Server(c.w, c.Down, c.sniffer.Take(), context, memory, time.Now().Add(timeout))
-	if err == nil && c.role.gateway && !strings.EqualFold(session.ServerName, c.Record.TLS.ServerName) {
+	if err == nil && c.role.gateway && !strings.EqualFold(session.ServerName, c.Record.TLS().ServerName) {
 		err = errOtherName
 	}
 	if err == nil && g.chain.HTTP != nil {
