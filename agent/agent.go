@@ -40,7 +40,7 @@ type Agent struct {
 	plane       controlPlane
 	balancer    *balance.Balancer  // of the clusters of the control plane; nil without one
 	authorizer  *serve.Role        // asks servers about connections and requests
-	accepting   *gateway.Listeners // of a gateway; nil: this is none
+	accepting   *gateway.Listeners // of a gateway; nil otherwise
 	unfollow    func()             // ends what a.accepting does; nil: it has not begun
 	resolver    *dns.Server        // nil: DNS is not captured
 	policy      *egress.Policy     // nil: the workload may reach everything
@@ -150,6 +150,9 @@ func (a *Agent) Run(drain, force context.Context) error {
 	defer a.close()
 	for _, l := range slices.Backward(a.listeners) {
 		l.server.Start()
+	}
+	if err := a.acceptFirst(); err != nil {
+		return err
 	}
 	if a.resolver != nil {
 		a.resolver.Start()

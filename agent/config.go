@@ -12,6 +12,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
+	"github.com/pillion-proxy/pillion/internal/edge"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/metrics"
@@ -22,7 +23,8 @@ import (
 // Config configures an agent. Start from Default.
 type Config struct {
 	Ports        Ports
-	Gateway      bool // accept connections at the listeners of the control plane; nothing is captured
+	Gateway      bool         // accept connections at the listeners of the control plane, and capture no traffic
+	Edge         *edge.Source // likewise, at the listeners of this in the place of a control plane; nil: there is none
 	Interception Interception
 	Connections  Connections
 	HTTP         HTTP
@@ -174,7 +176,7 @@ func Default() Config {
 		ControlPlane: ControlPlane{Wait: 10 * time.Second},
 		DNS:          DNS{CacheSize: dns.DefaultCacheSize},
 		Drain:        Drain{Delay: 5 * time.Second, Timeout: 20 * time.Second},
-		AccessLog:    AccessLog{Path: "/dev/stdout", Encoding: "text"},
+		AccessLog:    AccessLog{Encoding: textEncoding},
 		Metrics:      Metrics{MaxSeries: metrics.DefaultMaxSeries},
 		Status:       Status{Profiling: true},
 		Workload:     Workload{Pod: podinfo.UnknownPod()},

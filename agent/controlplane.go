@@ -94,12 +94,15 @@ func withAddresses(metadata map[string]any, addresses []netip.Addr) map[string]a
 	return extended
 }
 
-// mesh returns the configuration that connections obey, or nil without a control plane.
+// mesh returns the configuration that connections obey, or nil without one.
 func (a *Agent) mesh() serve.Mesh {
-	if a.plane.session == nil {
-		return nil
+	switch {
+	case a.plane.session != nil:
+		return a.plane.session
+	case a.config.Edge != nil:
+		return a.config.Edge
 	}
-	return a.plane.session
+	return nil
 }
 
 // startControlPlane begins the session. Connections that are held for the first configuration are woken by it.

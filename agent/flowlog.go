@@ -106,7 +106,7 @@ func attributes(r *flow.Record) []slog.Attr {
 		attrs = append(attrs, slog.String("flags", flags))
 	}
 	if r.Protocol == flow.TLS {
-		attrs = append(attrs, slog.String("server_name", r.TLS.ServerName), slog.String("alpn", strings.Join(r.TLS.ALPN, ",")))
+		attrs = append(attrs, slog.String("server_name", r.TLS().ServerName), slog.String("alpn", strings.Join(r.TLS().ALPN, ",")))
 	}
 	if r.IsRequest() {
 		attrs = append(attrs, requestAttributes(r)...)

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"sync"
 
 	"github.com/pillion-proxy/pillion/gateway"
 	"github.com/pillion-proxy/pillion/internal/admin"
@@ -14,7 +15,7 @@ import (
 
 // addGateway builds the role of a gateway in the place of the two directions.
 func (a *Agent) addGateway(add func(*trafficListener)) error {
-	if a.plane.session == nil {
+	if a.mesh() == nil {
 		return &FieldError{Field: "ControlPlane.Pod", Err: errors.New("a gateway needs a control plane, which names its listeners")}
 	}
 	pool := upstream.NewPool(a.config.HTTP.UpstreamIdleTimeout)
@@ -28,6 +29,7 @@ func (a *Agent) addGateway(add func(*trafficListener)) error {
 		Log:      a.log,
 		Peers:    a.plane.peers,
 		Tracing:  a.exporters(),
+		Recorder: a.recorder(),
 	})
 	if err != nil {
 		return err
@@ -51,6 +53,16 @@ func (a *Agent) startAccepting() {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	a.unfollow = func() { cancel(); <-ended }
+	if e := a.config.Edge; e != nil {
+		var both sync.WaitGroup
+		both.Go(func() { e.Run(ctx, a.followBound) })
+		both.Go(func() { a.accepting.Run(ctx) })
+		go func() {
+			defer close(ended)
+			both.Wait()
+		}()
+		return
+	}
 	go func() {
 		defer close(ended)
 		select {
@@ -61,8 +73,25 @@ func (a *Agent) startAccepting() {
 	}()
 }
 
+// acceptFirst binds the ports of a gateway without a control plane. One that cannot be bound is an error; later ones, after a
+// change, are tried again.
+func (a *Agent) acceptFirst() error {
+	if a.config.Edge == nil || a.accepting.Apply() {
+		return nil
+	}
+	for _, l := range a.listeners {
+		l.server.Stop()
+		l.server.Abort()
+	}
+	failed := a.accepting.Failures()[0]
+	return &FieldError{Field: "Edge", Value: failed.Address.String(), Err: failed.Err}
+}
+
 // where describes the ports of the traffic, for the log.
 func (a *Agent) where() []any {
+	if a.config.Edge != nil {
+		return []any{"ports", len(a.listeners[0].server.Addrs()), "readiness_port", a.config.Ports.Readiness}
+	}
 	if a.accepting != nil {
 		return []any{"ports", "those of the control plane", "readiness_port", a.config.Ports.Readiness}
 	}

@@ -61,7 +61,7 @@ func (a *Agent) addListeners() error {
 		l.server = &listener.Server{Name: l.name, Handler: l.role, Limit: limit, Log: a.log}
 		a.listeners = append(a.listeners, l)
 	}
-	if a.config.Gateway {
+	if a.config.Gateway || a.config.Edge != nil {
 		return a.addGateway(add)
 	}
 
@@ -82,6 +82,7 @@ func (a *Agent) addListeners() error {
 		Rejudge:      a.config.ControlPlane.Rejudge,
 		Peers:        a.plane.peers,
 		Tracing:      a.exporters(),
+		Recorder:     a.recorder(),
 	})
 	if err != nil {
 		return err
@@ -107,6 +108,7 @@ func (a *Agent) addListeners() error {
 		Lookup:       a.lookup(),
 		Peers:        a.plane.peers,
 		Tracing:      a.exporters(),
+		Recorder:     a.recorder(),
 	})
 	if err != nil {
 		return err
@@ -145,7 +147,7 @@ func (a *Agent) forwarding(pool *upstream.Pool, fields httpforward.Fields) httpf
 			MaxHeadFields:  c.MaxHeadFields,
 			HeadTimeout:    c.RequestHeadTimeout,
 			RequestTimeout: c.RequestTimeout,
-			Note:           a.noted(),
+			Noted:          a.telling.noted,
 			Fields:         fields,
 			Tracing:        a.telling.spans.policy,
 		},

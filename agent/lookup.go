@@ -12,9 +12,9 @@ import (
 )
 
 // lookup returns what resolves the names of the control plane's clusters: the workload's name servers, as they would be
-// asked for these names by the workload. It returns nil without a control plane or without servers.
+// asked for these names by the workload. It returns nil without a configuration or without servers.
 func (a *Agent) lookup() balance.Lookup {
-	if a.plane.session == nil {
+	if a.mesh() == nil {
 		return nil
 	}
 	servers, err := a.nameServers(ResolvConf)

@@ -95,6 +95,9 @@ func (a *Agent) ReopenLogs() {
 	if log := a.telling.access; log != nil {
 		log.Reopen()
 	}
+	if logs := a.telling.planned; logs != nil {
+		logs.Reopen()
+	}
 }
 
 // notDraining is the first gate that shutdown closes.

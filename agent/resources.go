@@ -257,10 +257,10 @@ func serverName(identifier string) string {
 
 // serviceOf returns the service of a cluster, as metrics name it.
 func (a *Agent) serviceOf(cluster string) (host, name, namespace string) {
-	if a.plane.session == nil || a.plane.session.Snapshot() == nil {
+	if a.mesh() == nil || a.mesh().Snapshot() == nil {
 		return "", "", ""
 	}
-	c := a.plane.session.Snapshot().Cluster(cluster)
+	c := a.mesh().Snapshot().Cluster(cluster)
 	if c == nil {
 		return "", "", ""
 	}

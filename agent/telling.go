@@ -10,12 +10,13 @@ import (
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 	"github.com/pillion-proxy/pillion/internal/relay"
+	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // AccessLog configures the access log.
 type AccessLog struct {
-	Path     string // "off": no log
+	Path     string // "off": no log; empty: /dev/stdout, or with a control plane the logs that it configures
 	Encoding string // text or json
 	Format   string // empty: Istio's
 	Filter   string // empty: everything
@@ -26,8 +27,19 @@ type AccessLog struct {
 // minInterval bounds how often the open connections are scanned, and how much is written about idle ones.
 const minInterval = 10 * time.Millisecond
 
-// off reports whether no log is written.
-func (c AccessLog) off() bool { return c.Path == "off" }
+// off reports whether the agent has no log of its own. With a control plane it has one only if a setting asks for it.
+func (c AccessLog) off(plane bool) bool {
+	return c.Path == "off" || plane && c == AccessLog{Encoding: textEncoding}
+}
+
+// Encodings of lines.
+const (
+	textEncoding = "text"
+	jsonEncoding = "json"
+)
+
+// defaultPath is that of the agent's own log.
+const defaultPath = "/dev/stdout"
 
 func (c AccessLog) validate() error {
 	if _, err := c.format(); err != nil {
@@ -47,6 +59,8 @@ func (c AccessLog) validate() error {
 type telling struct {
 	table   *flow.Table
 	access  *accesslog.Log
+	planned *accesslog.Sinks // of the control plane; nil: its logs are not followed
+	noted   *flow.Noted
 	metrics *metrics.Metrics
 	live    *live.View
 	spans   spans
@@ -59,13 +73,18 @@ type telling struct {
 func (a *Agent) tell() error {
 	t := &a.telling
 	sinks := []flow.Sink{&flowLog{log: a.log}}
-	if !a.config.AccessLog.off() {
-		log, err := a.config.AccessLog.open(a.config)
+	plane := a.config.ControlPlane.Pod != nil
+	t.noted = flow.NewNoted(flow.Fields{})
+	switch c := a.config.AccessLog; {
+	case !c.off(plane):
+		log, err := c.open(a.config)
 		if err != nil {
 			return err
 		}
-		t.access = log
+		t.access, t.noted = log, flow.NewNoted(log.Fields())
 		sinks = append(sinks, log)
+	case plane && c.Path != "off":
+		t.planned = &accesslog.Sinks{Noted: t.noted, Log: a.log}
 	}
 	if a.config.Ports.Metrics != 0 || a.config.Ports.Status != 0 || a.config.Ports.Admin != 0 {
 		t.metrics = metrics.New(a.config.Workload.Pod, metrics.Options{
@@ -94,7 +113,7 @@ func known(text string) string {
 
 // format compiles Format for the encoding.
 func (c AccessLog) format() (*accesslog.Format, error) {
-	if c.Encoding == "json" {
+	if c.Encoding == jsonEncoding {
 		return accesslog.ParseJSONFormat(c.Format)
 	}
 	return accesslog.ParseFormat(c.Format)
@@ -109,6 +128,9 @@ func (c AccessLog) open(config Config) (*accesslog.Log, error) {
 	if err != nil {
 		return nil, err
 	}
+	if c.Path == "" {
+		c.Path = defaultPath
+	}
 	log, err := accesslog.New(accesslog.Config{
 		Path: c.Path, Format: format, Filter: filter, TCPStart: c.TCPStart, Interval: c.Interval, Logger: config.Log,
 	})
@@ -118,16 +140,12 @@ func (c AccessLog) open(config Config) (*accesslog.Log, error) {
 	return log, nil
 }
 
-// noted are the message fields that the access log prints. Engines copy no others.
-func (a *Agent) noted() flow.Fields {
-	if a.config.AccessLog.off() {
-		return flow.Fields{}
+// recorder makes the access logs of the control plane; nil: they are not followed.
+func (a *Agent) recorder() serve.Recorder {
+	if a.telling.planned == nil {
+		return nil
 	}
-	format, err := a.config.AccessLog.format()
-	if err != nil {
-		return flow.Fields{} // Validate has refused it
-	}
-	return format.Fields()
+	return a.telling.planned
 }
 
 // watch connects the metrics to the counters of other parts, and starts the scans of open connections if an interval is
@@ -144,8 +162,11 @@ func (t *telling) watch(a *Agent) {
 				return a.budget.Used(), a.budget.Limit(), a.budget.Evictions()
 			},
 		}
-		if t.access != nil {
+		switch {
+		case t.access != nil:
 			sources.AccessLog = func() (written, dropped uint64) { return t.access.Written(), t.access.Dropped() }
+		case t.planned != nil:
+			sources.AccessLog = t.planned.Counts
 		}
 		if t.spans.policy != nil || a.plane.session != nil {
 			sources.Spans = t.spans.counted
@@ -206,10 +227,13 @@ func (t *telling) close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), flushTime)
 	defer cancel()
 	t.spans.close(ctx)
-	if t.access == nil {
-		return nil
+	switch {
+	case t.access != nil:
+		return t.access.Close(ctx)
+	case t.planned != nil:
+		return t.planned.Close(ctx)
 	}
-	return t.access.Close(ctx)
+	return nil
 }
 
 // upstreamStats sums the upstream connections of a direction's listeners.

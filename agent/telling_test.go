@@ -17,6 +17,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -146,14 +147,55 @@ func TestViewsAreReadWhileTrafficFlows(t *testing.T) {
 
 func TestEnginesCopyOnlyTheFieldsThatTheAccessLogPrints(t *testing.T) {
 	config, _ := testConfig()
-	config.AccessLog.Format = "%REQ(X-ONE)% %RESP(X-TWO)%\n"
-	a := &Agent{config: config}
-	if got := a.noted(); !slices.Equal(got.Request, []string{"x-one"}) || !slices.Equal(got.Response, []string{"x-two"}) {
+	config.AccessLog.Format, config.AccessLog.Path = "%REQ(X-ONE)% %RESP(X-TWO)%\n", t.TempDir()+"/access.log"
+	fields := func() flow.Fields {
+		a := &Agent{config: config, log: config.Log}
+		if err := a.tell(); err != nil {
+			t.Fatal(err)
+		}
+		defer a.telling.close()
+		return a.telling.noted.Load()
+	}
+	if got := fields(); !slices.Equal(got.Request, []string{"x-one"}) || !slices.Equal(got.Response, []string{"x-two"}) {
 		t.Errorf("fields %+v, want those of the format", got)
 	}
-	a.config.AccessLog.Path = "off"
-	if got := a.noted(); len(got.Request)+len(got.Response) != 0 {
+	config.AccessLog.Path = "off"
+	if got := fields(); len(got.Request)+len(got.Response) != 0 {
 		t.Errorf("fields %+v without an access log, want no fields", got)
+	}
+}
+
+// With a control plane its logs are followed, unless a flag asks for the agent's own log.
+func TestFlagsDecideWhetherTheControlPlanesAccessLogsAreFollowed(t *testing.T) {
+	path := t.TempDir() + "/access.log"
+	for name, c := range map[string]struct {
+		change  func(*AccessLog)
+		plane   bool
+		own     bool
+		planned bool
+	}{
+		"no control plane":         {func(c *AccessLog) { c.Path = path }, false, true, false},
+		"off":                      {func(c *AccessLog) { c.Path = "off" }, false, false, false},
+		"control plane":            {func(*AccessLog) {}, true, false, true},
+		"control plane, off":       {func(c *AccessLog) { c.Path = "off" }, true, false, false},
+		"control plane and path":   {func(c *AccessLog) { c.Path = path }, true, true, false},
+		"control plane and filter": {func(c *AccessLog) { c.Filter = "errors" }, true, true, false},
+		"control plane and format": {func(c *AccessLog) { c.Format = "%PROTOCOL%" }, true, true, false},
+	} {
+		config, _ := testConfig()
+		config.AccessLog = AccessLog{Encoding: "text"}
+		c.change(&config.AccessLog)
+		if c.plane {
+			config.ControlPlane.Pod = &istiod.Pod{}
+		}
+		a := &Agent{config: config, log: config.Log}
+		if err := a.tell(); err != nil {
+			t.Fatal(err)
+		}
+		if own, planned := a.telling.access != nil, a.recorder() != nil; own != c.own || planned != c.planned {
+			t.Errorf("%s: a log of its own %v, those of the control plane %v", name, own, planned)
+		}
+		a.telling.close()
 	}
 }
 

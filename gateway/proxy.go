@@ -31,7 +31,8 @@ type Config struct {
 	Lookup   balance.Lookup     // resolves the names of Mesh's clusters; nil: they have no endpoints
 	Log      *slog.Logger       // nil: not logged
 	Tracing  *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
-	Peers    *peers.Exchange    // of metadata with the proxies of upstreams; nil: there is none
+	Recorder serve.Recorder     // of access logs, likewise
+	Peers    *peers.Exchange    // of metadata with the proxies of upstreams; nil: never
 }
 
 // Proxy serves the connections of all listeners. Make it with New.
@@ -54,6 +55,7 @@ func New(config Config) (*Proxy, error) {
 		Log:       config.Log,
 		Peers:     config.Peers,
 		Tracing:   config.Tracing,
+		Recorder:  config.Recorder,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)

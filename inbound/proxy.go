@@ -40,6 +40,7 @@ type Config struct {
 	StrictPaths  bool               // requests whose path servers may read in different ways are rejected
 	Rejudge      bool               // a connection of bytes ends when a changed policy of Mesh denies it
 	Tracing      *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
+	Recorder     serve.Recorder     // of access logs, likewise
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
@@ -80,6 +81,7 @@ func New(config Config) (*Proxy, error) {
 		Rejudge:   config.Rejudge,
 		Peers:     config.Peers,
 		Tracing:   config.Tracing,
+		Recorder:  config.Recorder,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("inbound: %w", err)

@@ -37,6 +37,7 @@ type Config struct {
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
 	Lookup       balance.Lookup     // resolves the names of Mesh's clusters; nil: they have no endpoints
 	Tracing      *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
+	Recorder     serve.Recorder     // of access logs, likewise
 	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
 }
 
@@ -70,6 +71,7 @@ func New(config Config) (*Proxy, error) {
 		Lookup:     config.Lookup,
 		Peers:      config.Peers,
 		Tracing:    config.Tracing,
+		Recorder:   config.Recorder,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("outbound: %w", err)

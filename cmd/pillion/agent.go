@@ -130,7 +130,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	rulesFlag(flags, &config.Policy.Allow, "allow", "with --outbound-policy deny-unlisted, destinations that are allowed: a host such as example.com or *.example.com, an address or a network, with :PORT for one port; several are separated by commas")
 	rulesFlag(flags, &config.Policy.Deny, "deny", "destinations that are denied, as for --allow; they take precedence")
 	textFlag(flags, &config.Policy.File, "outbound-policy-file", "path", "file with further rules, one on a line; it is read again when it changes")
-	textFlag(flags, &config.AccessLog.Path, "access-log", "path", "file of the access log, with a line for each connection and request; /dev/stdout is standard output; off: no log")
+	textFlag(flags, &config.AccessLog.Path, "access-log", "path", "file of the access log, with a line for each connection and request; off: no log; empty: /dev/stdout, but with a control plane the logs that it configures")
 	choiceFlag(flags, &config.AccessLog.Encoding, "access-log-encoding", "encoding of the lines", "text", "json")
 	textFlag(flags, &config.AccessLog.Format, "access-log-format", "format", "format of a line, in Envoy's command operators; with json, an object of them; empty: Istio's format")
 	textFlag(flags, &config.AccessLog.Filter, "access-log-filter", "filter", "filter of the lines, such as \"errors; status=4xx,slower=250ms; sample=1%\"")
@@ -169,6 +169,17 @@ var injectedVariables = map[string]string{
 
 // run runs the agent that the flags describe. The caller has applied the environment.
 func (o *agentOptions) run(flags *pflag.FlagSet) error {
+	if err := o.prepare(flags); err != nil {
+		return err
+	}
+	if err := o.findControlPlane(); err != nil {
+		return err
+	}
+	return runAgent(o.config)
+}
+
+// prepare completes the configuration by what no flag sets, and limits the memory of this process.
+func (o *agentOptions) prepare(flags *pflag.FlagSet) error {
 	o.config.Log, o.config.RecentLog = o.newLogger(), &o.recent
 	o.config.Version, o.config.SettingName = version, settingFlag
 	o.fitDrain(flags)
@@ -180,13 +191,10 @@ func (o *agentOptions) run(flags *pflag.FlagSet) error {
 	if o.config.SpanAttributes, err = tracing.ResourceFromEnvironment(os.Getenv); err != nil {
 		return valueError{err}
 	}
-	if err := o.findControlPlane(); err != nil {
-		return err
-	}
 	if err := limitMemory(int64(o.memory), controlGroup); err != nil {
 		o.config.Log.Warn("cannot apply the container's memory limit", "error", err)
 	}
-	return runAgent(o.config)
+	return nil
 }
 
 // drainMargin is the part of a grace period that remains after the drain, for the kubelet and for flushing logs.
@@ -244,7 +252,7 @@ func runAgent(config agent.Config) error {
 			a.ReopenLogs()
 		}
 	}()
-	return a.Run(drain, force)
+	return flagNamed(a.Run(drain, force))
 }
 
 // readPod reads the workload's description from the variables of Istio's injector. Unreadable labels are logged, not fatal.

@@ -24,6 +24,7 @@ func TestFlagsInDocumentsHaveTheirHelp(t *testing.T) {
 		"outbound-policy":    "[policy.md](policy.md)",
 	}))
 	hasTable(t, "../../docs/run.md", flagTable(t, newRun().Flags(), nil))
+	hasTable(t, "../../docs/gateway.md", flagTable(t, newGateway().Flags(), nil))
 }
 
 // flagTable is a table of flags. references are links to other documents.

@@ -9,6 +9,7 @@ import (
 
 // fieldNames are the flags and variables that set the fields of agent.Config, as an error names them.
 var fieldNames = map[string]string{
+	"Edge":                             "--listen",
 	"Ports.Outbound":                   "--outbound-port",
 	"Ports.Inbound":                    "--inbound-port",
 	"Ports.Readiness":                  "--readiness-port",

@@ -13,7 +13,7 @@ import (
 
 // Each entry names an existing field, and an existing flag or a variable.
 func TestFieldNamesMatchTheConfigurationAndTheFlags(t *testing.T) {
-	flags := newAgent().Flags()
+	flags, edge := newAgent().Flags(), newGateway().Flags()
 	for field, name := range fieldNames {
 		of := reflect.TypeFor[agent.Config]()
 		for part := range strings.SplitSeq(field, ".") {
@@ -24,7 +24,7 @@ func TestFieldNamesMatchTheConfigurationAndTheFlags(t *testing.T) {
 			}
 			of = found.Type
 		}
-		if flag, ok := strings.CutPrefix(name, "--"); ok && flags.Lookup(flag) == nil {
+		if flag, ok := strings.CutPrefix(name, "--"); ok && flags.Lookup(flag) == nil && edge.Lookup(flag) == nil {
 			t.Errorf("%s: there is no flag %s", field, name)
 		}
 	}

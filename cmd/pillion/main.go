@@ -98,7 +98,7 @@ var commands = []struct {
 	name string
 	make func() *cobra.Command
 }{
-	{"init", newInit}, {istioIPTables, newIstioIPTables}, {"cleanup", newCleanup}, {"rules", newRules}, {"agent", newAgent}, {"proxy", newProxy}, {"run", newRun},
+	{"init", newInit}, {istioIPTables, newIstioIPTables}, {"cleanup", newCleanup}, {"rules", newRules}, {"agent", newAgent}, {"proxy", newProxy}, {"run", newRun}, {"gateway", newGateway},
 	{"wait", newWait}, {"status", newStatus}, {"top", newTop}, {"tap", newTap}, {"config", newConfig}, {"explain", newExplain}, {"certs", newCerts}, {"request", newRequest}, {"bundle", newBundle}, {"check", newCheck},
 	{"version", func() *cobra.Command { return commandline.NewVersion(version) }},
 	{"completion", func() *cobra.Command { return commandline.NewCompletion("pillion") }},

@@ -43,6 +43,8 @@ type contender struct {
 	// Of proxies that carry what the pod opens.
 	to           netip.AddrPort // where the load connects to; invalid: the proxy is inbound
 	certificates string         // directory with those of the endpoints; empty: they have no TLS
+
+	edge bool // a gateway: nothing is captured, and the load connects to edgePort
 }
 
 // The contenders' names are the table's columns.

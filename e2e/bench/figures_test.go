@@ -72,6 +72,9 @@ var figures = []struct {
 	{"routes-http2", measureRoutesHTTP2},
 	{"routes-tls", measureRoutesTLS},
 	{"routes-connections", measureRoutesConnections},
+	{"edge", measureEdge},
+	{"edge-tls", measureEdgeTLS},
+	{"edge-connections", measureEdgeConnections},
 	{"init", measureInit},
 }
 

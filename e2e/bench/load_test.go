@@ -47,6 +47,11 @@ func runLoad(args []string) error {
 	}
 	var l load
 	switch *kind {
+	case "edge-http1", "edge-http2", "edge-connections":
+		var err error
+		if l, err = edgeLoad(*certificates, *kind, *workers, *count); err != nil {
+			return err
+		}
 	case "tls-http1", "tls-connections", "tls-download", "tls-upload", "tls-idle":
 		var err error
 		if l, err = securedLoad(*certificates, *kind, *workers, *count); err != nil {

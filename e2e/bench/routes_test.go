@@ -151,7 +151,7 @@ func measureRoutesConnections(t testing.TB, k *kit, s sizes) []*row {
 
 // serveSecured serves tlsPorts, inside mutual TLS as the mesh's.
 func serveSecured(certificates string, failed chan<- error) error {
-	config, err := clientConfig(certificates)
+	config, err := clientConfig(certificates, false)
 	if err != nil {
 		return err
 	}

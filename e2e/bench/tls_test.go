@@ -127,7 +127,7 @@ func measureTLSIdle(t testing.TB, k *kit, s sizes) []*row {
 
 // securedLoad is the load that begins TLS itself, as a sidecar of the mesh.
 func securedLoad(certificates, kind string, workers int, count int64) (load, error) {
-	config, err := clientConfig(certificates)
+	config, err := clientConfig(certificates, false)
 	if err != nil {
 		return load{}, err
 	}
@@ -192,8 +192,12 @@ func requestsLoad(connections int, requests int64, dial func(serial int64) (net.
 	}
 }
 
-// clientConfig is TLS as HAProxy's configuration has it. Which workload the server is does not matter to the load.
-func clientConfig(certificates string) (*tls.Config, error) {
+// clientConfig is TLS as HAProxy's configuration has it, for HTTP/1.1 or HTTP/2. Which workload the server is does not matter to the load.
+func clientConfig(certificates string, http2 bool) (*tls.Config, error) {
+	protocol := "http/1.1"
+	if http2 {
+		protocol = "h2"
+	}
 	file := filepath.Join(certificates, "workload.pem")
 	certificate, err := tls.LoadX509KeyPair(file, file)
 	if err != nil {
@@ -208,11 +212,11 @@ func clientConfig(certificates string) (*tls.Config, error) {
 		return nil, fmt.Errorf("no certificate in %q", pem)
 	}
 	return &tls.Config{
-		Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS13, NextProtos: []string{"http/1.1"},
+		Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS13, NextProtos: []string{protocol},
 		CurvePreferences: []tls.CurveID{tls.X25519}, DynamicRecordSizingDisabled: true,
 		InsecureSkipVerify: true, // instead of the names, which are no hosts
 		VerifyConnection: func(state tls.ConnectionState) error {
-			if state.Version != tls.VersionTLS13 || state.CipherSuite != tls.TLS_AES_128_GCM_SHA256 || state.NegotiatedProtocol != "http/1.1" {
+			if state.Version != tls.VersionTLS13 || state.CipherSuite != tls.TLS_AES_128_GCM_SHA256 || state.NegotiatedProtocol != protocol {
 				return fmt.Errorf("negotiated %x, %x, %q", state.Version, state.CipherSuite, state.NegotiatedProtocol)
 			}
 			_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: roots, CurrentTime: time.Now()})

@@ -58,7 +58,9 @@ type world struct {
 func newWorld(t testing.TB, k *kit, c contender) *world {
 	t.Helper()
 	w := newNamespaces(t, k, c)
-	if w.destination = c.to; w.destination.IsValid() {
+	if c.edge {
+		startHelper(t, w.pod, w.cores.load, "workload", "-direct=true", "-certificates", c.certificates).await(t, "warm")
+	} else if w.destination = c.to; w.destination.IsValid() {
 		startHelper(t, w.peer, w.cores.load, "workload", "-direct=true", "-certificates", c.certificates).await(t, "warm")
 	} else {
 		startHelper(t, w.pod, w.cores.load, "workload", fmt.Sprintf("-direct=%v", c.direct())).await(t, "warm")
@@ -80,7 +82,7 @@ func newNamespaces(t testing.TB, k *kit, c contender) *world {
 			return os.WriteFile("/proc/sys/net/ipv4/tcp_congestion_control", []byte("reno"), 0)
 		})
 	}
-	if !c.direct() {
+	if !c.direct() && !c.edge {
 		if out, err := w.pod.Run(w.pod.Command(0, 0, k.pillion, initArguments...)); err != nil {
 			t.Fatalf("pillion init: %v\n%s", err, out)
 		}

@@ -27,27 +27,39 @@ type attack struct {
 	connections int
 	past        string                            // where the other client sends requests past the agent
 	carry       func(conn net.Conn, begun func()) // calls begun when the connection is at its worst
-	mesh        bool                              // the agent has a control plane, and is reached by TLS
+	of          kind
 }
 
+// kind is what is attacked.
+type kind uint8
+
+const (
+	alone   kind = iota // an agent without a control plane
+	inMesh              // an agent with a control plane, which is reached by TLS
+	gateway             // a gateway, which is reached by TLS
+)
+
 var attacks = []attack{
-	{"fields repeated by their HPACK index", 4, directAddress, repeatedFields, false},
-	{"unfinished heads of 250 KiB", 600, bystanderAddress, unfinishedHead, false},
-	{"heads of 250 KiB without a response", 600, directAddress, unansweredHead, false},
-	{"unfinished header blocks of 250 KiB", 600, bystanderAddress, unfinishedBlock, false},
-	{"first bytes that do not decide", 2000, bystanderAddress, undecided, false},
-	{"stalled windows", 50, directAddress, stalledWindow, false},
-	{"stalled downloads", 1000, directAddress, stalledDownload, false},
-	{"stalled downloads over HTTP/2", 1000, directAddress, stalledDownload2, false},
-	{"slow heads, a byte a second", 2000, bystanderAddress, slowHead, false},
-	{"rapid reset", 20, bystanderAddress, rapidReset, false},
-	{"CONTINUATION flood", 20, bystanderAddress, continuationFlood, false},
-	{"PING flood", 20, bystanderAddress, flood(http2.FramePing, 8), false},
-	{"SETTINGS flood", 20, bystanderAddress, flood(http2.FrameSettings, 6), false},
-	{"GOAWAY flood", 20, bystanderAddress, flood(http2.FrameGoAway, 8), false},
-	{"interim responses without end", 50, directAddress, interimResponses, false},
-	{"silent connections", 9000, bystanderAddress, silent, false},
-	{"stalled handshakes of TLS", 2000, bystanderAddress, stalledHandshake, true},
+	{"fields repeated by their HPACK index", 4, directAddress, repeatedFields, alone},
+	{"unfinished heads of 250 KiB", 600, bystanderAddress, unfinishedHead, alone},
+	{"heads of 250 KiB without a response", 600, directAddress, unansweredHead, alone},
+	{"unfinished header blocks of 250 KiB", 600, bystanderAddress, unfinishedBlock, alone},
+	{"first bytes that do not decide", 2000, bystanderAddress, undecided, alone},
+	{"stalled windows", 50, directAddress, stalledWindow, alone},
+	{"stalled downloads", 1000, directAddress, stalledDownload, alone},
+	{"stalled downloads over HTTP/2", 1000, directAddress, stalledDownload2, alone},
+	{"slow heads, a byte a second", 2000, bystanderAddress, slowHead, alone},
+	{"rapid reset", 20, bystanderAddress, rapidReset, alone},
+	{"CONTINUATION flood", 20, bystanderAddress, continuationFlood, alone},
+	{"PING flood", 20, bystanderAddress, flood(http2.FramePing, 8), alone},
+	{"SETTINGS flood", 20, bystanderAddress, flood(http2.FrameSettings, 6), alone},
+	{"GOAWAY flood", 20, bystanderAddress, flood(http2.FrameGoAway, 8), alone},
+	{"interim responses without end", 50, directAddress, interimResponses, alone},
+	{"silent connections", 9000, bystanderAddress, silent, alone},
+	{"stalled handshakes of TLS", 2000, bystanderAddress, stalledHandshake, inMesh},
+	{"slow heads at a gateway", 2000, bystanderAddress, secured(slowHead), gateway},
+	{"slow bodies at a gateway", 2000, bystanderAddress, secured(slowBody), gateway},
+	{"stalled handshakes at a gateway", 2000, bystanderAddress, stalledHandshake, gateway},
 }
 
 const shortForm = 4000
@@ -157,6 +169,18 @@ func undecided(conn net.Conn, begun func()) {
 
 func slowHead(conn net.Conn, begun func()) {
 	if _, err := conn.Write([]byte("GET / HTTP/1.1\r\nHost: a\r\nX: ")); err != nil {
+		return
+	}
+	begun()
+	for range time.NewTicker(time.Second).C {
+		if _, err := conn.Write([]byte("x")); err != nil {
+			return
+		}
+	}
+}
+
+func slowBody(conn net.Conn, begun func()) {
+	if _, err := io.WriteString(conn, "POST /never HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"); err != nil {
 		return
 	}
 	begun()

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -43,35 +44,42 @@ type world struct {
 	log       bytes.Buffer    // of the agent; to be read when it has ended
 	cgroup    *nettest.Cgroup // nil if it cannot be made here
 	pinned    bool            // the agent has a core for itself, as far as these processes go
+	scheme    string          // of requests that the agent carries
 }
 
-// newWorld pins processes to cores if pinned is set. With mesh, the agent has a control plane.
-func newWorld(t testing.TB, pinned, mesh bool) *world {
+// newWorld pins processes to cores if pinned is set.
+func newWorld(t testing.TB, pinned bool, of kind) *world {
 	t.Helper()
 	nettest.RequireRoot(t)
-	w := &world{pinned: pinned && runtime.NumCPU() > 1}
+	w := &world{pinned: pinned && runtime.NumCPU() > 1, scheme: "http"}
 	w.pod, w.peer = nettest.PodAndPeer(t)
 	w.peer.AddAddress(t, "eth0", netip.PrefixFrom(netip.MustParseAddr(customer), 24))
+	if of == gateway {
+		w.start(t, w.pod, nil, "origin", directAddress)
+		w.start(t, w.pod, nil, "origin", bystanderAddress)
+		w.startGateway(t)
+		return w
+	}
 	if out, err := w.pod.Run(w.pod.Command(0, 0, pillion, initArguments...)); err != nil {
 		t.Fatalf("pillion init: %v\n%s", err, out)
 	}
 	w.start(t, w.pod, nil, "origin", originAddress, directAddress)
 	w.start(t, w.pod, nil, "origin", bystanderAddress, secondAddress)
-	if mesh {
-		w.startAgent(t, w.startControlPlane(t), "--control-plane", "auto")
+	if of == inMesh {
+		w.startAgent(t, w.startControlPlane(t), "agent", "--control-plane", "auto")
 	} else {
-		w.startAgent(t, nil)
+		w.startAgent(t, nil, "agent")
 	}
 	return w
 }
 
-// startAgent starts an agent, in a memory cgroup if one can be made, and waits until it is ready. before are words before its
-// command.
-func (w *world) startAgent(t testing.TB, before []string, flags ...string) {
+// startAgent starts an agent by a command of pillion, in a memory cgroup if one can be made, and waits until it is ready. before
+// are words before it.
+func (w *world) startAgent(t testing.TB, before []string, command string, flags ...string) {
 	t.Helper()
 	words := append(before,
 		"setpriv", "--reuid", agentUser, "--regid", agentUser, "--clear-groups", "--bounding-set", "-all", "--inh-caps=-all", "--no-new-privs",
-		pillion, "agent", "--memory-limit", strconv.Itoa(memoryLimit), "--access-log", "/dev/null", "--log-level", "error",
+		pillion, command, "--memory-limit", strconv.Itoa(memoryLimit), "--access-log", "/dev/null", "--log-level", "error",
 	)
 	words = append(words, flags...)
 	if w.cgroup = nettest.NewCgroup(t, memoryLimit); w.cgroup != nil {
@@ -224,7 +232,7 @@ func cpuTimes(t testing.TB, file, prefix string) (fields []time.Duration) {
 type client struct {
 	*http.Client
 	transport *http.Transport
-	server    string
+	url       string
 }
 
 // newClient returns a client of the server that connects from an address of the peer's, over HTTP/2 or HTTP/1.
@@ -239,17 +247,23 @@ func (w *world) newClient(t testing.TB, server string, two bool) *client {
 			})
 			return conn, err
 		},
-		Protocols: new(http.Protocols),
+		Protocols:       new(http.Protocols),
+		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, // of the gateway
 	}
 	transport.Protocols.SetUnencryptedHTTP2(two)
+	transport.Protocols.SetHTTP2(two)
 	transport.Protocols.SetHTTP1(!two)
 	t.Cleanup(transport.CloseIdleConnections)
-	return &client{&http.Client{Transport: transport, Timeout: nettest.Patience}, transport, server}
+	url := "http://" + server + "/"
+	if server == originAddress {
+		url = w.scheme + "://" + server + "/"
+	}
+	return &client{&http.Client{Transport: transport, Timeout: nettest.Patience}, transport, url}
 }
 
 // ask sends a request, and returns an error unless it is served.
 func (c *client) ask() error {
-	response, err := c.Get("http://" + c.server + "/")
+	response, err := c.Get(c.url)
 	if err != nil {
 		return err
 	}

@@ -36,6 +36,7 @@ type Config struct {
 type Log struct {
 	format   *Format
 	filter   Filter
+	when     *condition // of a control plane; nil: it asks for all
 	tcpStart bool
 	interval time.Duration
 	lines    sync.Pool // *line
@@ -64,6 +65,9 @@ func New(c Config) (*Log, error) {
 		lines: sync.Pool{New: func() any { return new(line) }}, writer: w, looked: time.Now(),
 	}, nil
 }
+
+// Fields returns the message fields that the engines must record for the log.
+func (l *Log) Fields() flow.Fields { return l.format.Fields() }
 
 // Closed writes the record's line if the filter selects it.
 func (l *Log) Closed(r *flow.Record) { l.write(r, r.Duration) }
@@ -96,7 +100,7 @@ func (l *Log) Progress(table *flow.Table) {
 }
 
 func (l *Log) write(r *flow.Record, lasted time.Duration) {
-	if !l.filter.match(r, lasted) {
+	if !l.filter.match(r, lasted) || l.when != nil && l.when.judge(r, lasted) == no {
 		return
 	}
 	one := l.lines.Get().(*line)

@@ -37,6 +37,7 @@ const DefaultJSON = `{"start_time":"%START_TIME%","method":"%REQ(:METHOD)%","pat
 type Format struct {
 	pieces []piece
 	fields flow.Fields
+	omits  bool                     // operators without a value leave no trace: no "-" in text, no member of an object in JSON
 	steady struct{ first, end int } // the pieces of steadyText
 }
 
@@ -46,13 +47,15 @@ type piece struct {
 	does   verb
 	number bool // the value is a JSON number
 	style  style
+	member int // of the text's end: the bytes of the name of a JSON object's member, which the value belongs to; 0: no member
 
-	from    []source // verbField: the first one present in the record is used
-	max     int      // verbField: maximum length of the value in bytes; -1: no limit
-	address address  // verbAddress
-	part    part     // verbAddress
-	layout  string   // verbStartTime; empty for the default
-	own     string   // verbOwn
+	from     []source // verbField: the first one present in the record is used
+	pathOnly bool     // verbField: without the query of a path
+	max      int      // verbField: maximum length of the value in bytes; -1: no limit
+	address  address  // verbAddress
+	part     part     // verbAddress
+	layout   string   // verbStartTime; empty for the default
+	own      string   // verbOwn
 
 	side  flow.Direction              // of the verbs of TLS: those of downstream have values inbound, those of upstream outbound
 	of    certificateOf               // verbCertificate, verbValidity
@@ -164,6 +167,7 @@ var operators = func() []operator {
 	all := []operator{
 		{"START_TIME", takesLayout, piece{does: verbStartTime}},
 		{"REQ", takesRequestField, piece{does: verbField}},
+		{"REQ_WITHOUT_QUERY", takesRequestField, piece{does: verbField, pathOnly: true}},
 		{"RESP", takesResponseField, piece{does: verbField}},
 		{"PROTOCOL", takesNone, piece{does: verbProtocol}},
 		{"RESPONSE_CODE", takesNone, piece{does: verbStatus, number: true}},
@@ -239,19 +243,27 @@ func ParseJSONFormat(text string) (*Format, error) {
 	if text == "" {
 		text = DefaultJSON
 	}
+	var c compiler
+	if err := c.object(text); err != nil {
+		return nil, err
+	}
+	return c.finish()
+}
+
+// object compiles a JSON object.
+func (c *compiler) object(text string) error {
 	d := json.NewDecoder(strings.NewReader(text))
 	d.UseNumber()
 	if !strings.HasPrefix(strings.TrimSpace(text), "{") {
-		return nil, errors.New(`access log format: JSON lines need an object, such as {"status":"%RESPONSE_CODE%"}`)
+		return errors.New(`access log format: JSON lines need an object, such as {"status":"%RESPONSE_CODE%"}`)
 	}
-	var c compiler
 	if err := c.json(d, ""); err != nil {
-		return nil, fmt.Errorf("access log format: %w", err)
+		return fmt.Errorf("access log format: %w", err)
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return nil, errors.New("access log format: text after the JSON object")
+		return errors.New("access log format: text after the JSON object")
 	}
-	return c.finish()
+	return nil
 }
 
 // Fields returns the message fields that the engines must record for this format, in this order.
@@ -260,7 +272,11 @@ func (f *Format) Fields() flow.Fields { return f.fields }
 // compiler collects the pieces of a format.
 type compiler struct {
 	Format
-	text []byte // constant text since the last piece
+	text   []byte // constant text since the last piece
+	member int    // of the text's end: bytes of the name of a member that was just begun; 0: not there
+
+	lenient  bool // an operator that is not understood has no value, and is one of problems
+	problems []error
 }
 
 // template compiles a text. s is jsonString, or bare for lines of text, where quotation marks switch it to quoted and back.
@@ -306,6 +322,7 @@ func (c *compiler) json(d *json.Decoder, key string) error {
 		if loneOperator(token) {
 			_, err = c.operator(token, 0, jsonValue)
 		} else {
+			c.member = 0
 			c.text = append(c.text, '"')
 			err = c.template(token, jsonString)
 			c.text = append(c.text, '"')
@@ -324,6 +341,7 @@ func (c *compiler) json(d *json.Decoder, key string) error {
 
 // jsonGroup compiles an object or an array after its opening delimiter.
 func (c *compiler) jsonGroup(d *json.Decoder, open json.Delim, key string) error {
+	c.member = 0
 	c.text = append(c.text, byte(open))
 	for first := true; d.More(); first = false {
 		if !first {
@@ -335,11 +353,14 @@ func (c *compiler) jsonGroup(d *json.Decoder, open json.Delim, key string) error
 				return fmt.Errorf("reading JSON: %w", err)
 			}
 			key = token.(string) // the decoder guarantees a string here
+			before := len(c.text)
 			c.text = append(appendText(append(c.text, '"'), key, jsonString, maxLine), `":`...)
+			c.member = len(c.text) - before
 		}
 		if err := c.json(d, key); err != nil {
 			return err
 		}
+		c.member = 0
 	}
 	end, err := d.Token()
 	if err != nil {
@@ -388,6 +409,28 @@ func split(text string, start int) (name string, arg *string, max, end int, err 
 
 // operator compiles the operator at text[start] and returns the index after it.
 func (c *compiler) operator(text string, start int, s style) (int, error) {
+	end, err := c.understood(text, start, s)
+	if err == nil || !c.lenient {
+		return end, err
+	}
+	c.problems = append(c.problems, err)
+	if _, _, _, end, err = split(text, start); err != nil {
+		c.text = append(c.text, '%')
+		return start + 1, nil
+	}
+	c.add(piece{does: verbMissing}, s, -1)
+	return end, nil
+}
+
+// add ends the constant text by an operator.
+func (c *compiler) add(p piece, s style, max int) {
+	p.text, p.style, p.max, p.member = string(c.text), s, max, c.member
+	c.text, c.member = c.text[:0], 0
+	c.pieces = append(c.pieces, p)
+}
+
+// understood is operator for one that is understood.
+func (c *compiler) understood(text string, start int, s style) (int, error) {
 	name, arg, max, end, err := split(text, start)
 	if err != nil {
 		return 0, err
@@ -424,9 +467,7 @@ func (c *compiler) operator(text string, start int, s style) (int, error) {
 			return 0, fmt.Errorf("operator %%HOSTNAME%%: %w", err)
 		}
 	}
-	p.text, p.style, p.max = string(c.text), s, max
-	c.text = c.text[:0]
-	c.pieces = append(c.pieces, p)
+	c.add(p, s, max)
 	return end, nil
 }
 
@@ -487,7 +528,9 @@ func (c *compiler) finish() (*Format, error) {
 	if reserve > maxLine/2 {
 		return nil, fmt.Errorf("access log format: a line may need %d bytes without the values of fields, but the limit is %d; use fewer operators or less text", reserve, maxLine/2)
 	}
-	c.findSteady()
+	if !c.omits { // what is left out depends on the values before
+		c.findSteady()
+	}
 	return &c.Format, nil
 }
 

@@ -58,7 +58,7 @@ func TestLinesDoNotDependOnEarlierRequestsOfTheConnection(t *testing.T) {
 		func(r *flow.Record) { r.HTTP.ForwardedFor = []byte("203.0.113.9") },
 		func(r *flow.Record) { r.Reason = flow.Loop },
 		func(r *flow.Record) { r.HTTP.Method = nil },
-		func(r *flow.Record) { r.TLS.ServerName = "a.example" },
+		func(r *flow.Record) { r.SetTLS(flow.Hello{ServerName: "a.example"}) },
 		func(r *flow.Record) { r.HTTP.Status, r.HTTP.Path = 404, []byte("/other") },
 	}
 	for name, f := range map[string]*Format{
@@ -117,6 +117,7 @@ func TestOperators(t *testing.T) {
 		{"%START_TIME(%Y-%m-%dT%H:%M:%S.%3fZ)%", inbound, "2026-03-01T11:30:45.053Z"},
 		{"%START_TIME(%s.%6f %f %1f %9f)%", inbound, "1772364645.053999 053999999 0 053999999"},
 		{"%START_TIME(%d/%b/%Y:%T %z %% %F %R %a %A %B %j %Z %y %e %I %p)%", inbound, "01/Mar/2026:11:30:45 +0000 % 2026-03-01 11:30 Sun Sunday March 060 UTC 26  1 11 AM"},
+		{"%REQ_WITHOUT_QUERY(:PATH)%", inbound, "/a"},
 		{"%REQ(:method)% %REQ(Host)% %REQ(:AUTHORITY)%", inbound, "GET www.example:30293 www.example:30293"},
 		{`%REQ(X-TENANT)% "%REQ(X-TENANT)%" %REQ(X-TENANT):4% "%REQ(X-TENANT):9%" "%REQ(X-TENANT):10%" "%REQ(X-TENANT):11%"`, inbound,
 			`blue\x20green "blue green" blue "blue gree" "blue green" "blue green"`},
@@ -254,7 +255,7 @@ func FuzzLineCannotBeForged(f *testing.F) {
 	custom := mustParse(f, ParseFormat, `%REQ(:PATH)% %REQ(USER-AGENT):7% "%REQ(X-ENVOY-ORIGINAL-PATH)%" %GRPC_STATUS%`)
 	for _, s := range stories {
 		h := s.HTTP
-		f.Add(h.Method, h.Path, h.Authority, h.UserAgent, h.ForwardedFor, h.ID, h.GRPCStatus, s.TLS.ServerName, uint16(1), s.IsRequest())
+		f.Add(h.Method, h.Path, h.Authority, h.UserAgent, h.ForwardedFor, h.ID, h.GRPCStatus, s.TLS().ServerName, uint16(1), s.IsRequest())
 	}
 	f.Add([]byte("\""), []byte(" "), []byte("\\\""), []byte("\u2028\u0085"), []byte("fe80::1%\" \n"), []byte{}, []byte("99999999999999999999"), "\" ", uint16(9000), true)
 	f.Fuzz(func(t *testing.T, method, path, authority, agent, forwarded, id, status []byte, name string, times uint16, isRequest bool) {
@@ -263,7 +264,7 @@ func FuzzLineCannotBeForged(f *testing.F) {
 		r.HTTP.Method, r.HTTP.Path, r.HTTP.Authority, r.HTTP.UserAgent = many(method), many(path), many(authority), many(agent)
 		r.HTTP.ForwardedFor, r.HTTP.ID, r.HTTP.GRPCStatus = many(forwarded), many(id), status
 		r.HTTP.Fields = [][]byte{path}
-		r.TLS.ServerName = name
+		r.SetTLS(flow.Hello{ServerName: name})
 		if !isRequest {
 			r.Connection = nil
 		}
@@ -299,7 +300,8 @@ func TestLongValuesAreCutAndTheLineKeepsItsShape(t *testing.T) {
 		long := []byte(strings.Repeat(unit, 20000))
 		r := request(flow.Inbound, flow.Completed)
 		r.HTTP.Method, r.HTTP.Path, r.HTTP.Authority, r.HTTP.UserAgent, r.HTTP.ID = long, long, long, long, long
-		r.HTTP.ForwardedFor, r.HTTP.Fields, r.TLS.ServerName = long, [][]byte{long}, string(long)
+		r.HTTP.ForwardedFor, r.HTTP.Fields = long, [][]byte{long}
+		r.SetTLS(flow.Hello{ServerName: string(long)})
 		line := lineOf(mustParse(t, ParseFormat, ""), r)
 		fields := split22(line)
 		if len(fields) != 22 || len(line) > maxLine || !strings.HasSuffix(line, " default") {
@@ -472,7 +474,7 @@ func TestRequestsHaveTheServerNameOfTheirConnection(t *testing.T) {
 	format := mustParse(t, ParseFormat, "%REQUESTED_SERVER_NAME% %RESPONSE_CODE%")
 	for _, name := range []string{"", "web.example"} {
 		r := request(flow.Inbound, flow.Completed)
-		r.Connection.TLS.ServerName = name
+		r.Connection.SetTLS(flow.Hello{ServerName: name})
 		want := cmp.Or(name, "-")
 		for range 2 { // the second line has a part of the first
 			if got, _, _ := strings.Cut(lineOf(format, r), " "); got != want {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
@@ -21,15 +22,15 @@ type line struct {
 func (f *Format) build(l *line, r *flow.Record, lasted time.Duration) {
 	dst := l.buf[:0]
 	if s := f.steadyOf(r); s == nil {
-		dst = appendPieces(dst, f.pieces, l, r, lasted)
+		dst = f.appendPieces(dst, f.pieces, l, r, lasted)
 	} else {
-		dst = appendPieces(dst, f.pieces[:f.steady.first], l, r, lasted)
+		dst = f.appendPieces(dst, f.pieces[:f.steady.first], l, r, lasted)
 		if len(s.text) == 0 {
-			made := appendPieces(dst, f.pieces[f.steady.first:f.steady.end], l, r, lasted)
+			made := f.appendPieces(dst, f.pieces[f.steady.first:f.steady.end], l, r, lasted)
 			s.text = append(s.text, made[len(dst):]...)
 		}
 		dst = append(dst, s.text...)
-		dst = appendPieces(dst, f.pieces[f.steady.end:], l, r, lasted)
+		dst = f.appendPieces(dst, f.pieces[f.steady.end:], l, r, lasted)
 	}
 	l.buf = append(dst, '\n')
 }
@@ -50,7 +51,7 @@ type steadyText struct {
 // part.
 func (f *Format) steadyOf(r *flow.Record) *steadyText {
 	c := r.Connection
-	if c == nil || r.Reason != flow.Completed || r.HTTP.Method == nil || r.HTTP.ForwardedFor != nil || r.TLS.ServerName != "" ||
+	if c == nil || r.Reason != flow.Completed || r.HTTP.Method == nil || r.HTTP.ForwardedFor != nil || r.TLS().ServerName != "" ||
 		r.Downstream != c.Downstream || r.OriginalDestination != c.OriginalDestination {
 		return nil
 	}
@@ -66,10 +67,15 @@ func (f *Format) steadyOf(r *flow.Record) *steadyText {
 	return s
 }
 
-func appendPieces(dst []byte, pieces []piece, l *line, r *flow.Record, lasted time.Duration) []byte {
+func (f *Format) appendPieces(dst []byte, pieces []piece, l *line, r *flow.Record, lasted time.Duration) []byte {
+	first := false // the members before the next one were left out
 	for i := range pieces {
 		p := &pieces[i]
-		dst = append(dst, p.text...)
+		text := p.text
+		if first {
+			text, first = strings.TrimPrefix(text, ","), false
+		}
+		dst = append(dst, text...)
 		if p.does == verbNothing {
 			continue
 		}
@@ -80,8 +86,16 @@ func appendPieces(dst []byte, pieces []piece, l *line, r *flow.Record, lasted ti
 		}
 		value, ok := p.value(dst, l, r, lasted)
 		switch {
+		case !ok && p.member > 0 && f.omits:
+			if dst = dst[:start-p.member]; dst[len(dst)-1] == ',' {
+				dst = dst[:len(dst)-1]
+			} else {
+				first = true
+			}
 		case !ok && p.style == jsonValue:
 			dst = append(dst[:start], "null"...)
+		case !ok && f.omits:
+			dst = dst[:start]
 		case !ok:
 			dst = append(dst[:start], '-')
 		case marked:
@@ -105,6 +119,9 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 	case verbField:
 		for _, from := range p.from {
 			if value := from.of(h); value != nil {
+				if p.pathOnly {
+					value, _, _ = bytes.Cut(value, question)
+				}
 				return addText(p, dst, cut(value, p.max))
 			}
 		}
@@ -144,7 +161,7 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 	case verbAddress:
 		return p.appendAddress(dst, r)
 	case verbServerName:
-		return orMissing(p, dst, serverName(r))
+		return orMissing(p, dst, r.ServerName())
 	case verbRoute:
 		return orMissing(p, dst, r.Route)
 	case verbGRPCName, verbGRPCNumber:
@@ -173,6 +190,8 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 	}
 	return dst, false // verbMissing
 }
+
+var question = []byte("?")
 
 // of returns the value of the field, or nil if the message lacks it.
 func (s source) of(h *flow.Request) []byte {
@@ -209,14 +228,6 @@ func cut(value []byte, max int) []byte {
 		max--
 	}
 	return value[:max]
-}
-
-// serverName returns the SNI of a record's connection.
-func serverName(r *flow.Record) string {
-	if r.TLS.ServerName == "" && r.Connection != nil {
-		return r.Connection.TLS.ServerName
-	}
-	return r.TLS.ServerName
 }
 
 // ofTLS returns a fact about TLS with the side that the operator names; empty if the agent does not speak TLS with it.

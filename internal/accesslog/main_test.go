@@ -101,7 +101,7 @@ var stories = []struct {
 	{"TCP closed", connection(flow.Outbound, flow.Opaque, flow.Closed)},
 	{"inbound TCP closed", connection(flow.Inbound, flow.Opaque, flow.Closed)},
 	{"TLS", story(connection(flow.Outbound, flow.TLS, flow.Closed), func(r *flow.Record) {
-		r.TLS = flow.Hello{ServerName: "outbound_.80_._.edition.example", ALPN: []string{"h2"}}
+		r.SetTLS(flow.Hello{ServerName: "outbound_.80_._.edition.example", ALPN: []string{"h2"}})
 	})},
 	{"TCP refused", story(connection(flow.Outbound, flow.Opaque, flow.UpstreamRefused), func(r *flow.Record) {
 		r.UpstreamLocal, r.TransportFailure = netip.AddrPort{}, "delayed connect error: Connection refused"
@@ -138,7 +138,7 @@ var stories = []struct {
 	{"forged", story(request(flow.Inbound, flow.Completed), func(r *flow.Record) {
 		r.HTTP.Path = []byte("/\" 200 - via\\upstream\r\n[2026-01-01T00:00:00.000Z] \x1b[31m\x00\x7f\xff\xfe")
 		r.HTTP.UserAgent = []byte("gr\xc3\xbcn \xe2\x80\xa8 \xc2\x9b \xe2\x80\xae \xf0\x9f\x90\xbf")
-		r.TLS.ServerName = "a b\xc3\xbc\"\xff"
+		r.SetTLS(flow.Hello{ServerName: "a b\xc3\xbc\"\xff"})
 		r.HTTP.ID = []byte("")
 	})},
 }

@@ -82,17 +82,6 @@ func (p *piece) appendValidity(dst []byte, l *line, r *flow.Record) ([]byte, boo
 	}
 }
 
-// peerNames are the fields of the filter state in which Envoy keeps the peers of Istio's metadata exchange.
-var peerNames = map[string]func(*flow.Workload) string{
-	"workload":  func(w *flow.Workload) string { return w.Name },
-	"namespace": func(w *flow.Workload) string { return w.Namespace },
-	"cluster":   func(w *flow.Workload) string { return w.Cluster },
-	"service":   func(w *flow.Workload) string { return w.CanonicalService },
-	"revision":  func(w *flow.Workload) string { return w.CanonicalRevision },
-	"app":       func(w *flow.Workload) string { return w.App },
-	"version":   func(w *flow.Workload) string { return w.Version },
-}
-
 // filterState compiles the argument of %FILTER_STATE%: the workload of a peer is the only state that there is.
 func (p *piece) filterState(arg *string) error {
 	text := ""
@@ -101,7 +90,7 @@ func (p *piece) filterState(arg *string) error {
 	}
 	key, name, _ := strings.Cut(text, ":FIELD:")
 	p.side = map[string]flow.Direction{"downstream_peer": flow.Inbound, "upstream_peer": flow.Outbound}[key]
-	if p.name = peerNames[name]; p.name == nil || key != "downstream_peer" && key != "upstream_peer" {
+	if p.name = flow.WorkloadNames[name]; p.name == nil || key != "downstream_peer" && key != "upstream_peer" {
 		return fmt.Errorf("%q is not a state of the agent; write, for example, downstream_peer:FIELD:workload or upstream_peer:FIELD:namespace "+
 			"(fields: workload, namespace, cluster, service, revision, app, version)", text)
 	}

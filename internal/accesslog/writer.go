@@ -299,8 +299,9 @@ func (w *writer) replaced() bool {
 
 // Reopen opens Config.Path again, as needed after the file was renamed. If that fails, it logs the error and keeps the old
 // file. A partially written line is written to the new file as a whole.
-func (l *Log) Reopen() {
-	w := l.writer
+func (l *Log) Reopen() { l.writer.reopen() }
+
+func (w *writer) reopen() {
 	file, err := openSink(w.path)
 	if err != nil {
 		w.log.Error("reopening the access log failed, keeping the old file", "path", w.path, "error", err)
@@ -321,10 +322,12 @@ func (l *Log) Reopen() {
 }
 
 // Dropped returns the number of lines lost because the queue was full or the log closed.
-func (l *Log) Dropped() uint64 {
-	l.writer.mu.Lock()
-	defer l.writer.mu.Unlock()
-	return l.writer.dropped
+func (l *Log) Dropped() uint64 { return l.writer.lost() }
+
+func (w *writer) lost() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.dropped
 }
 
 // Written returns the number of lines written.
@@ -333,8 +336,9 @@ func (l *Log) Written() uint64 { return l.writer.written.Load() }
 // Close writes the queued lines and closes the sink. Later lines are dropped. It gives up when ctx ends or when a write
 // fails; the error has the number of lost lines. A stuck write to standard output cannot be interrupted without changing
 // the mode that other processes share; its goroutine then stays.
-func (l *Log) Close(ctx context.Context) error {
-	w := l.writer
+func (l *Log) Close(ctx context.Context) error { return l.writer.close(ctx) }
+
+func (w *writer) close(ctx context.Context) error {
 	w.mu.Lock()
 	before := w.dropped
 	if !w.closed {
@@ -356,7 +360,7 @@ func (l *Log) Close(ctx context.Context) error {
 			return fmt.Errorf("closing the access log %s: a write does not return: %w", w.path, context.Cause(ctx))
 		}
 	}
-	if lost := l.Dropped() - before; lost > 0 {
+	if lost := w.lost() - before; lost > 0 {
 		return fmt.Errorf("closing the access log %s: %d lines lost", w.path, lost)
 	}
 	return nil

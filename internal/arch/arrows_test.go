@@ -14,9 +14,9 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "healthz", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "run", "internal/capture", "internal/certview", "internal/checklist", "internal/commandline", "internal/configview", "internal/egress", "internal/fault", "internal/httpforward", "internal/identity", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal", "internal/tracing"},
+	{"cmd/pillion", []string{"agent", "healthz", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "run", "internal/capture", "internal/certview", "internal/checklist", "internal/commandline", "internal/configview", "internal/edge", "internal/egress", "internal/fault", "internal/httpforward", "internal/identity", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal", "internal/tracing"},
 		"flags become configuration; everything else is decided below"},
-	{"agent", []string{"gateway", "healthz", "inbound", "outbound", "internal/accesslog", "internal/admin", "internal/balance", "internal/budget", "internal/capture", "internal/certview", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/egress", "internal/flow", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh", "internal/metrics", "internal/ownport", "internal/peers", "internal/podinfo", "internal/probe", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/tracing", "internal/upstream", "internal/xds"},
+	{"agent", []string{"gateway", "healthz", "inbound", "outbound", "internal/accesslog", "internal/admin", "internal/balance", "internal/budget", "internal/capture", "internal/certview", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/edge", "internal/egress", "internal/flow", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh", "internal/metrics", "internal/ownport", "internal/peers", "internal/podinfo", "internal/probe", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/tracing", "internal/upstream", "internal/xds"},
 		"the agent builds all parts and stops them in order"},
 	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/datagram", "internal/dns", "internal/egress", "internal/fault", "internal/flow", "internal/httpforward", "internal/identity", "internal/listener", "internal/live", "internal/sandbox", "internal/secure", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
 		"a command's traffic arrives from a sandbox, is carried by a role and a resolver, and is shown in a terminal"},
@@ -65,7 +65,8 @@ var arrows = []struct {
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
 	{"internal/scrape", []string{"internal/promtext"}, "scraped metrics are parsed, merged and written"},
-	{"internal/accesslog", []string{"internal/envoy", "internal/flow"}, "a line prints a record"},
+	{"internal/accesslog", []string{"internal/cel", "internal/envoy", "internal/flow", "internal/mesh", "internal/wire"}, "a line prints a record; a control plane configures formats, as protobuf, and filters, as expressions"},
+	{"internal/cel", []string{"internal/envoy", "internal/flow"}, "expressions judge records; response flags have Envoy's numbers"},
 	{"internal/admin", []string{"internal/configdump", "internal/envoy", "internal/flow", "internal/ownport", "internal/promtext"},
 		"metrics are written; open connections come from the table; resources of a control plane are printed from their bytes; local clients are recognised in one place; the rest are values"},
 	{"internal/commandline", []string{"internal/capture"}, "an error repeats a value cut at the same length everywhere"},
@@ -85,7 +86,7 @@ var arrows = []struct {
 	{"internal/tcp/layertest", []string{"internal/tcp"}, "a toy layer is put under real connections"},
 	{"internal/xds", []string{"internal/envoy", "internal/wire"}, "discovery messages are read field by field; a rejection is a status of gRPC"},
 	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA and a workload socket are asked by calls, and their status decides whether to ask again"},
-	{"internal/mesh", []string{"internal/wire"}, "resources are read field by field"},
+	{"internal/mesh", []string{"internal/cel", "internal/wire"}, "resources are read field by field, and expressions in them are parsed"},
 	{"internal/callout", []string{"internal/balance", "internal/flow", "internal/grpcwire", "internal/mesh"}, "the agent's own requests go to endpoints of clusters, by HTTP or gRPC, and their outcome has a reason"},
 	{"internal/extauthz", []string{"internal/callout", "internal/flow", "internal/match", "internal/mesh", "internal/route", "internal/wire"}, "a server is asked as a filter configures; its answer is edits and a reply"},
 	{"internal/jwks", []string{"internal/callout", "internal/jwt", "internal/mesh"}, "keys of tokens are fetched from where a provider names"},

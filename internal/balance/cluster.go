@@ -18,6 +18,7 @@ type Cluster struct {
 	view     atomic.Pointer[view] // never nil
 
 	requests, connections, retries atomic.Int64 // in progress
+	pending                        atomic.Int64 // requests of HTTP/2 that wait for a stream
 
 	mu      sync.Mutex
 	hosts   map[netip.AddrPort]*Host // of the view
@@ -115,6 +116,15 @@ type Choice struct {
 
 // Lease is the place that a request or connection takes at a host.
 type Lease interface{ End(Outcome) }
+
+// Queue is a Lease that counts its wait for a stream of HTTP/2. The limit of requests of HTTP/1 includes those that wait.
+type Queue interface {
+	// Wait begins a wait. It returns false if as many requests wait as the cluster permits; the lease stays.
+	Wait() bool
+
+	// Go ends a wait that has begun.
+	Go()
+}
 
 // Failure is why no host was chosen.
 type Failure uint8

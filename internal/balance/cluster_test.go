@@ -240,3 +240,19 @@ func TestPicksDuringPushes(t *testing.T) {
 		}
 	}
 }
+
+// Requests of HTTP/2 that wait for a stream are counted for the cluster, those of retries too.
+func TestALimitedNumberOfRequestsWaits(t *testing.T) {
+	_, cluster, _ := newTest(t, clusterOf(mesh.LeastRequest, func(c *mesh.Cluster) { c.Breakers = mesh.Breakers{Pending: 2, Requests: 100, Retries: 100} }), equal(2))
+	var queues []Queue
+	for i := range 3 {
+		queues = append(queues, pick(t, cluster, &Request{Kind: HTTP2, Retry: i == 0}).Lease.(Queue))
+	}
+	if !queues[0].Wait() || !queues[1].Wait() || queues[2].Wait() || cluster.Stats.Overflowed.Load() != 1 {
+		t.Errorf("another number than 2 waits, %d overflows", cluster.Stats.Overflowed.Load())
+	}
+	queues[0].Go()
+	if !queues[2].Wait() {
+		t.Error("a free place is not given")
+	}
+}

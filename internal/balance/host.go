@@ -55,6 +55,19 @@ func (h *Host) End(o Outcome) {
 	h.observe(o)
 }
 
+// Wait implements Queue.
+func (h *Host) Wait() bool {
+	c := h.cluster
+	if !take(&c.pending, int64(c.view.Load().config.Breakers.Pending)) {
+		c.Stats.Overflowed.Add(1)
+		return false
+	}
+	return true
+}
+
+// Go implements Queue.
+func (h *Host) Go() { h.cluster.pending.Add(-1) }
+
 // retry is a Host as the lease of a request that was sent before.
 type retry Host
 
@@ -64,6 +77,12 @@ func (r *retry) End(o Outcome) {
 	h.cluster.retries.Add(-1)
 	h.End(o)
 }
+
+// Wait implements Queue.
+func (r *retry) Wait() bool { return (*Host)(r).Wait() }
+
+// Go implements Queue.
+func (r *retry) Go() { (*Host)(r).Go() }
 
 // connection is a Host as the lease of a connection of opaque bytes.
 type connection Host

@@ -2,6 +2,8 @@ package edge
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"slices"
@@ -24,8 +26,7 @@ type Source struct {
 	seen    []os.FileInfo // their states before they were read; nil: missing
 }
 
-// New reads the file at path, or takes config if that is empty, and reads the certificates. An error of a setting is an Error,
-// unless the file has it.
+// New reads the file at path, or takes config if that is empty, and reads the certificates. An error begins with the path or is an Error.
 func New(config Config, path string, log *slog.Logger) (*Source, error) {
 	s := &Source{log: log, path: path, config: config}
 	s.watched = []string{path}
@@ -40,16 +41,24 @@ func (s *Source) Identity() *identity.Identity { return nil }
 
 // read reads all files and puts their configuration in force. An error changes nothing.
 func (s *Source) read() error {
+	err := s.readFiles()
+	if err != nil && s.path != "" {
+		err = fmt.Errorf("%s: %w", s.path, err)
+	}
+	return err
+}
+
+func (s *Source) readFiles() error {
 	config := s.config
 	s.seen = look(s.watched) // before they are read, so that no later change is missed
 	if s.path != "" {
 		file := look([]string{s.path})
 		text, err := identity.ReadFile(s.path)
 		if err != nil {
-			return err
+			return cause(err)
 		}
 		if config, err = Parse(string(text)); err != nil {
-			return &Error{s.path, err}
+			return err
 		}
 		s.watch(&config)
 		s.seen[0] = file[0]
@@ -69,6 +78,14 @@ func (s *Source) read() error {
 		s.snapshot.Store(next)
 	}
 	return nil
+}
+
+// cause returns an error without the path that it names.
+func cause(err error) error {
+	if failed := (*os.PathError)(nil); errors.As(err, &failed) {
+		return failed.Err
+	}
+	return err
 }
 
 // watch makes the files of a configuration those that are watched.

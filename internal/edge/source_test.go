@@ -163,6 +163,8 @@ func TestUnusableFilesAreErrorsByName(t *testing.T) {
 	}
 	if _, err := New(Config{}, f.path("absent"), slog.New(slog.DiscardHandler)); err == nil {
 		t.Error("a missing file is accepted")
+	} else if want := f.path("absent") + ": no such file or directory"; err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
 	}
 	if _, err := New(Config{}, f.config(t, "listen: x"), slog.New(slog.DiscardHandler)); err == nil || !strings.HasPrefix(err.Error(), f.path("edge.yaml")+": line 1: listen") {
 		t.Error(err)

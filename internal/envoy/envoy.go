@@ -4,6 +4,7 @@
 package envoy
 
 import (
+	"slices"
 	"strings"
 )
 
@@ -113,3 +114,18 @@ func ProtocolErrorAfterResponse(rule string) string {
 func IsResetBeforeResponse(details string) bool { return strings.HasPrefix(details, resetBefore) }
 
 func underscored(reset string) string { return strings.ReplaceAll(reset, " ", "_") }
+
+// flagBits has the response flags in the order of Envoy's bits (CoreResponseFlag).
+var flagBits = strings.Fields("LH UH UT LR UR UF UC UO NR DI FI RL UAEX RLSE DC URX SI IH DPE UMSDR RFCF NFCF DT UPE NC OM DF DO DR UDO")
+
+// FlagBits returns the bits of response flags that are separated by commas, as Envoy's attribute response.flags has them.
+func FlagBits(flags string) (bits int64) {
+	for len(flags) > 0 {
+		var flag string
+		flag, flags, _ = strings.Cut(flags, ",")
+		if i := slices.Index(flagBits, flag); i >= 0 {
+			bits |= 1 << i
+		}
+	}
+	return bits
+}

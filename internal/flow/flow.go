@@ -80,8 +80,8 @@ type Record struct {
 	Sent                atomic.Uint64  // bytes written to downstream; of a response, its body
 	Requests            atomic.Uint64  // of a connection: requests that have ended
 
-	TLS  Hello    // of a TLS connection
-	HTTP *Request // of a request, never nil. All connections share an empty one, which must not be changed
+	hello *Hello   // of a TLS connection; nil: none, as most connections
+	HTTP  *Request // of a request, never nil. All connections share an empty one, which must not be changed
 
 	// Of a request: its connection, whose counters add up all its requests. nil for a connection.
 	Connection *Record
@@ -130,6 +130,17 @@ type Workload struct {
 	Name, Namespace, Cluster            string // of the Deployment or the like; the ID of the cluster
 	App, Version                        string // labels of these names
 	CanonicalService, CanonicalRevision string // the grouping of Istio's dashboards
+}
+
+// WorkloadNames are the parts of a workload by the names that Istio's telemetry has for them.
+var WorkloadNames = map[string]func(*Workload) string{
+	"workload":  func(w *Workload) string { return w.Name },
+	"namespace": func(w *Workload) string { return w.Namespace },
+	"cluster":   func(w *Workload) string { return w.Cluster },
+	"service":   func(w *Workload) string { return w.CanonicalService },
+	"revision":  func(w *Workload) string { return w.CanonicalRevision },
+	"app":       func(w *Workload) string { return w.App },
+	"version":   func(w *Workload) string { return w.Version },
 }
 
 // SetWorkload is a *Workload that the owner of a record may set at any time before Close: a peer that waits for the other
@@ -208,6 +219,7 @@ type Request struct {
 	Flags                       string        // Envoy's response flags, if more precise than those of the reason
 	Details                     string        // Envoy's response_code_details, likewise
 	Trace                       *Trace        // nil: the request is not traced
+	Telemetry                   *Telemetry    // what a control plane asks to be recorded; nil: nothing in particular. Of a connection, see Ask
 	ServiceTime                 time.Duration // from the end of the dial to the head of the response; with Status from upstream
 }
 
@@ -252,6 +264,38 @@ func (r *Record) DownstreamFailure() string {
 		return "TLS_error: " + r.Err.Error()
 	}
 	return ""
+}
+
+// ServerName returns the server name of the TLS handshake of the record's connection; empty without one.
+func (r *Record) ServerName() string {
+	if r.hello == nil && r.Connection != nil {
+		r = r.Connection
+	}
+	return r.TLS().ServerName
+}
+
+// TLS returns what the client of a TLS connection has asked for; the zero Hello for others.
+func (r *Record) TLS() Hello {
+	if r.hello == nil {
+		return Hello{}
+	}
+	return *r.hello
+}
+
+// SetTLS records that a connection is one of TLS, unless h is the zero Hello.
+func (r *Record) SetTLS(h Hello) {
+	if r.hello = nil; h.ServerName != "" || h.ALPN != nil {
+		r.hello = &Hello{h.ServerName, h.ALPN}
+	}
+}
+
+// GRPCStatus returns the number of the response's status of gRPC. Without a valid one it is the status that stands for that of
+// HTTP, as in Envoy. ok is false without a response.
+func (r *Record) GRPCStatus() (code int, ok bool) {
+	if code, ok := envoy.ParseGRPCCode(r.HTTP.GRPCStatus); ok {
+		return int(code), true
+	}
+	return int(envoy.GRPCCodeOf(r.HTTP.Status)), r.HTTP.Status != 0
 }
 
 // IsRequest reports whether the record describes a request, as opposed to a connection.

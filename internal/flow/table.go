@@ -54,7 +54,8 @@ func (t *Table) List(r *Record) {
 // Carry sets the protocol of a listed connection when its bytes begin to be carried. From here until Close its owner must
 // not change plain fields.
 func (t *Table) Carry(r *Record, protocol Protocol, hello Hello) {
-	r.Protocol, r.TLS = protocol, hello // not read before carried is set
+	r.Protocol = protocol // like hello, not read before carried is set
+	r.SetTLS(hello)
 	for _, opener := range t.openers {
 		opener.Opened(r)
 	}
@@ -83,8 +84,13 @@ func (t *Table) Leave(r *Record) {
 	t.count--
 }
 
-// Closed passes the record to the sinks. Record.Close has removed it from the table.
+// Closed passes the record to the sinks, those of its Telemetry first. Record.Close has removed it from the table.
 func (t *Table) Closed(r *Record) {
+	if t := r.HTTP.Telemetry; t != nil {
+		for _, log := range t.Logs {
+			log.Closed(r)
+		}
+	}
 	for _, sink := range t.sinks {
 		sink.Closed(r)
 	}

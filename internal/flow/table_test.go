@@ -45,7 +45,7 @@ func TestATableListsOpenConnectionsAndReportsClosedOnes(t *testing.T) {
 		t.Error("a connection counts as carried before its protocol is known")
 	}
 	table.Carry(b, TLS, Hello{ServerName: "a.example"})
-	if !slices.Equal(sink.opened, []*Record{b}) || b.Protocol != TLS || b.TLS.ServerName != "a.example" || !b.Carried() {
+	if !slices.Equal(sink.opened, []*Record{b}) || b.Protocol != TLS || b.TLS().ServerName != "a.example" || !b.Carried() {
 		t.Errorf("opened %v, %+v", sink.opened, b)
 	}
 	b.Close(table, Closed, nil) // from the middle

@@ -198,7 +198,7 @@ func (e *edited) AppendOperator(dst []byte, o route.Operator) []byte {
 	case route.DownstreamPeerURISAN, route.DownstreamLocalURISAN:
 		return appendIdentity(dst, c, o == route.DownstreamLocalURISAN)
 	case route.RequestedServerName:
-		return append(dst, c.TLS.ServerName...)
+		return append(dst, c.TLS().ServerName...)
 	case route.Protocol:
 		return append(dst, r.Protocol.String()...)
 	case route.StartTime:

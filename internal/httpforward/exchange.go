@@ -73,6 +73,7 @@ func takeExchange(s *session) *exchange {
 	x.record.Connection = s.Record
 	x.record.Downstream = s.Record.Downstream
 	x.record.OriginalDestination = s.Record.OriginalDestination
+	x.http.Telemetry = s.Record.HTTP.Telemetry
 	return x
 }
 
@@ -141,7 +142,7 @@ func (x *exchange) recordRequest(b []byte) {
 	to.ID = x.copyField(h, b, http1.XRequestID)
 	to.UserAgent = x.copyField(h, b, http1.UserAgent)
 	to.ForwardedFor = x.copyJoined(h, b, http1.XForwardedFor)
-	to.Fields = x.copyFields(to.Fields, h, b, x.settings.Note.Request)
+	to.Fields = x.copyFields(to.Fields, h, b, x.settings.noted(false))
 	if x.settings.Note.Heads {
 		to.Head = bytes.Clone(b[:h.Length])
 	}

@@ -228,7 +228,7 @@ func (x *exchange) routeBy(b []byte) bool {
 			return false
 		}
 	}
-	x.record.Cluster, x.record.Route = d.Cluster, d.Route
+	d.record(&x.record)
 	if d.Peers != nil {
 		s.Peers = d.Peers
 	}
@@ -437,7 +437,7 @@ func (x *exchange) acceptResponse(limits http1.Limits) error {
 	x.http.Status = h.Status
 	x.http.Details = envoy.DetailsViaUpstream
 	x.http.ServiceTime = time.Since(x.sentAt)
-	x.http.ResponseFields = x.copyFields(x.http.ResponseFields, h, b, x.settings.Note.Response)
+	x.http.ResponseFields = x.copyFields(x.http.ResponseFields, h, b, x.settings.noted(true))
 	if x.settings.Note.Heads {
 		x.http.ResponseHead = bytes.Clone(b[:h.Length])
 	}

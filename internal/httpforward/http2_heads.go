@@ -102,7 +102,7 @@ func (m *heads) recordResponse(s *stream, status int, after time.Duration, field
 	if m.Peers.readsResponses() {
 		m.meetFields(&s.record, fields)
 	}
-	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.Note.Response)
+	r.ResponseFields = s.nameFields(r.ResponseFields, fields, s.settings.noted(true))
 	if s.settings.Note.Heads {
 		r.ResponseHead = headText(fields)
 	}

@@ -86,7 +86,7 @@ func (m *multiplex) decide(u *undecided) error {
 		m.suspend(u, decision.Check)
 		return nil
 	}
-	s.record.Cluster, s.record.Route = decision.Cluster, decision.Route
+	decision.record(&s.record)
 	if m.Router != nil {
 		m.carry(s, &decision)
 	}

@@ -68,7 +68,7 @@ func (s *stream) recordRequest(request *http2.Request, fields []http2.Field) (ha
 	if has.forwardedFor {
 		to.ForwardedFor = s.nameJoined(fields[forwardedFor:])
 	}
-	to.Fields = s.nameFields(to.Fields, fields, s.settings.Note.Request)
+	to.Fields = s.nameFields(to.Fields, fields, s.settings.noted(false))
 	if s.settings.Note.Heads {
 		to.Head = headText(fields)
 	}

@@ -48,6 +48,7 @@ type Settings struct {
 	HalfCloseTimeout time.Duration // the same once downstream has half-closed; zero or less: never
 
 	Note   flow.Fields // fields whose values are recorded
+	Noted  *flow.Noted // likewise, in the place of Note's names and certificates; nil: those of Note
 	Fields Fields      // fields that are added to messages
 
 	Tracing *tracing.Policy // of requests whose Decision has none; nil: they are not traced
@@ -62,6 +63,24 @@ func (s *Settings) ofServers() *Settings {
 		return s.unlimited
 	}
 	return s
+}
+
+// noted are the fields whose values are recorded.
+func (s *Settings) noted(response bool) []string {
+	switch {
+	case s.Noted != nil && response:
+		return s.Noted.Response()
+	case s.Noted != nil:
+		return s.Noted.Request()
+	case response:
+		return s.Note.Response
+	}
+	return s.Note.Request
+}
+
+// NotesCertificates reports whether records have the certificates of TLS.
+func (s *Settings) NotesCertificates() bool {
+	return s.Note.Certificates || s.Noted != nil && s.Noted.Load().Certificates
 }
 
 func (s *Settings) check() error {

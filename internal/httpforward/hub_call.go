@@ -1,8 +1,10 @@
 package httpforward
 
 import (
+	"slices"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -14,6 +16,8 @@ import (
 type call struct {
 	*stream // with downstream's number
 	h       *hub
+
+	waits balance.Queue // in which the call waits for a stream; may be nil
 
 	leg  *leg   // that carries the request, or will; nil: not chosen yet, or the request is answered here
 	upID uint32 // number on leg; 0: not open there
@@ -327,6 +331,10 @@ func (h *hub) detach(c *call) {
 	c.leg = nil
 	if c.upID == 0 {
 		l.joined--
+		if i := slices.Index(l.waiting, c); i >= 0 {
+			l.waiting = slices.Delete(l.waiting, i, i+1)
+		}
+		c.stopWaiting()
 		return
 	}
 	delete(l.calls, c.upID)

@@ -6,10 +6,12 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -30,22 +32,52 @@ type dialing struct {
 func (h *hub) dispatch(c *call) {
 	l := h.place(c)
 	if l == nil {
-		_ = h.answer(c, &replyNoPlace, nil)
+		h.overflow(c)
 		return
 	}
 	c.leg = l
 	l.joined++
 	l.waiting = append(l.waiting, c)
+	h.awaitEnd(c)
 	l.openWaiting()
+	if c.leg != l || c.upID != 0 || l.http1 != nil {
+		return
+	}
+	if queue, counted := c.lease.(balance.Queue); counted {
+		if !queue.Wait() {
+			h.detach(c)
+			h.overflow(c)
+			return
+		}
+		c.waits = queue
+	}
 }
 
-// replyNoPlace answers requests that would need more upstream connections than one downstream connection may have.
-var replyNoPlace = resetReply(503, flow.UpstreamOverflow, envoy.FlagUpstreamOverflow, envoy.ResetByOverflow, "")
+// stopWaiting ends the wait of a call for a stream.
+func (c *call) stopWaiting() {
+	if c.waits != nil {
+		c.waits.Go()
+		c.waits = nil
+	}
+}
+
+// overflow answers a request that would need more upstream connections than one downstream connection may have, or that would
+// wait with as many others as its cluster permits.
+func (h *hub) overflow(c *call) {
+	c.made = &madeOverflow
+	_ = h.answer(c, &replyOverflow, nil)
+}
+
+var (
+	replyOverflow = resetReply(503, flow.UpstreamOverflow, envoy.FlagUpstreamOverflow, envoy.ResetByOverflow, "")
+	madeOverflow  = route.Reply{Fields: []route.Field{{Name: "x-envoy-overloaded", Value: "true"}}, Edited: true}
+)
 
 // place returns a leg to the target of a call, nil if there are too many.
 func (h *hub) place(c *call) *leg {
 	to, translate := &c.decision.Target, c.translated()
-	var least *leg
+	var best *leg
+	closed := false // a server takes no streams at present: those of another connection to it would wait as well
 	for _, l := range h.ups {
 		if l.target != *to || l.closing || l.readErr != nil || (l.http1 != nil) != translate {
 			continue
@@ -57,16 +89,17 @@ func (h *hub) place(c *call) *leg {
 			l.http1.broken, l.closing = true, true
 			continue
 		}
-		if least == nil || l.load() < least.load() {
-			least = l
+		closed = closed || l.limit == 0
+		if best == nil || l.room() > best.room() {
+			best = l
 		}
 	}
 	most := maxLegs
 	if translate {
 		most = h.maxStreams()
 	}
-	if least != nil && (least.load() < int(least.limit) || len(h.ups) >= most) {
-		return least
+	if best != nil && (best.room() > 0 || closed || len(h.ups) >= most) {
+		return best
 	}
 	if len(h.ups) >= most {
 		return nil
@@ -88,6 +121,9 @@ func (l *leg) over(waiting int) bool {
 }
 
 func (l *leg) load() int { return len(l.calls) + l.joined }
+
+// room returns how many streams the connection has a place for; negative: as many calls wait.
+func (l *leg) room() int { return int(min(l.limit, maxStreams)) - l.load() }
 
 func (h *hub) newLeg(to upstream.Target) *leg {
 	l := new(leg)
@@ -251,7 +287,9 @@ func (h *hub) notConnected(d *dialing) {
 		}
 	}
 	r := dialReply(d.err, d.attempts > 1)
-	for _, c := range l.waiting {
+	waiting := l.waiting
+	l.waiting = nil
+	for _, c := range waiting {
 		if c.leg != l || c.closed {
 			continue
 		}

@@ -302,7 +302,9 @@ func (h *hub) countData(c *call, p *pipe, data []byte, end bool) error {
 	if tape != nil {
 		tape.Add(data)
 	}
-	body.ended = end
+	if body.ended = end; p.up {
+		h.awaitEnd(c)
+	}
 	return nil
 }
 

@@ -103,7 +103,7 @@ func (h *hub) decide(c *call) {
 		h.ask(c, d.Check)
 		return
 	}
-	c.record.Cluster, c.record.Route = d.Cluster, d.Route
+	d.record(&c.record)
 	c.lease, c.made = d.Lease, d.Reply
 	if d.Peers != nil {
 		h.Peers = d.Peers
@@ -177,6 +177,7 @@ func (l *leg) send(c *call) {
 	c.upID = l.next
 	l.next += 2
 	l.joined--
+	c.stopWaiting()
 	l.calls[c.upID] = c
 	l.idleAt = time.Time{}
 	s.record.Upstream, s.record.UpstreamLocal = l.target.Address, l.conn.LocalAddr()
@@ -225,6 +226,7 @@ func (h *hub) requestTrailers(c *call, end bool, fields []http2.Field, whole boo
 		return err
 	}
 	c.request.ended, c.req.trailers = true, slices.Clone(c.settings.edge.trailers(fields))
+	h.awaitEnd(c)
 	h.pass(&c.req)
 	return nil
 }

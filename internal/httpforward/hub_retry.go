@@ -200,21 +200,27 @@ func (h *hub) abandon(c *call, r *reply, begun flow.Reason, err error) {
 	h.finish(c, begun, err)
 }
 
-// awaitHead starts the limits of a call that begin with the end of its request.
+// start returns the end of a limit that begins now, and watches it; zero without a limit.
+func (h *hub) start(d time.Duration) (end time.Time) {
+	if d > 0 {
+		end = h.now().Add(d)
+		h.watch(end)
+	}
+	return end
+}
+
+// awaitEnd starts the limit of a call whose request has arrived. Its wait for a connection counts, as in Envoy.
+func (h *hub) awaitEnd(c *call) {
+	if c.request.ended && c.leg != nil && c.totalEnd.IsZero() {
+		c.totalEnd = h.start(c.total)
+	}
+}
+
+// awaitHead starts the limits of an attempt whose request is passed on.
 func (h *hub) awaitHead(c *call) {
-	now := h.now()
-	start := func(d time.Duration) (end time.Time) {
-		if d > 0 {
-			end = now.Add(d)
-			h.watch(end)
-		}
-		return end
-	}
-	if c.totalEnd.IsZero() {
-		c.totalEnd = start(c.total)
-	}
+	h.awaitEnd(c)
 	if !c.begun {
-		c.tryEnd, c.headEnd = start(c.try), start(h.settings.RequestTimeout)
+		c.tryEnd, c.headEnd = h.start(c.try), h.start(h.settings.RequestTimeout)
 	}
 }
 

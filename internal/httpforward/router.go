@@ -109,6 +109,8 @@ type Decision struct {
 	Tracing   *tracing.Policy
 	Operation string
 
+	Telemetry *flow.Telemetry // of the request's record; nil: that of the connection
+
 	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
 	// cluster: only those of the mesh receive metadata.
 	Peers *PeerFields
@@ -117,6 +119,14 @@ type Decision struct {
 	Tried []netip.AddrPort
 
 	Mirrors []Mirror // where copies of the request go, at most MaxMirrors
+}
+
+// record sets what the decision says in the request's record.
+func (d *Decision) record(r *flow.Record) {
+	r.Cluster, r.Route = d.Cluster, d.Route
+	if d.Telemetry != nil {
+		r.HTTP.Telemetry = d.Telemetry
+	}
 }
 
 // MaxMirrors is how many copies of a request are sent at most. Others are left out.

@@ -182,7 +182,7 @@ func TestTheSnapshotHasGatesAndOpenConnections(t *testing.T) {
 func TestRecordsAreCopiesCutAtTheirBounds(t *testing.T) {
 	v, table, server := serve(t, Sources{})
 	c := open(table, flow.Inbound, flow.HTTP11)
-	c.TLS.ServerName = "sni.test"
+	c.SetTLS(flow.Hello{ServerName: "sni.test"})
 	path := []byte("/" + strings.Repeat("é", 200))
 	r := request(c, func(r *flow.Record) {
 		r.HTTP.Path, r.HTTP.Method, r.HTTP.Status, r.HTTP.ServiceTime = path, []byte("PATCH"), 503, 1500*time.Microsecond
@@ -238,7 +238,7 @@ func TestFilters(t *testing.T) {
 		r.Downstream = netip.MustParseAddrPort("[::ffff:192.0.2.9]:1000")
 	}))
 	c := open(table, flow.Outbound, flow.HTTP2)
-	c.TLS.ServerName = "Server.test"
+	c.SetTLS(flow.Hello{ServerName: "Server.test"})
 	ended(table, c, name("e", func(r *flow.Record) {
 		r.HTTP.Authority, r.HTTP.Path, r.HTTP.Status = []byte("[2001:DB8::5]:80"), []byte("*"), 500
 		r.Downstream = netip.MustParseAddrPort("198.51.100.9:1")

@@ -98,7 +98,7 @@ func (e *entry) fill(r *flow.Record) {
 		e.destination = connection.OriginalDestination
 	}
 	e.status, e.flags, e.details = h.Status, r.Flags(), r.Details()
-	e.reason, e.failure, e.sni = r.Reason, r.TransportFailure, connection.TLS.ServerName
+	e.reason, e.failure, e.sni = r.Reason, r.TransportFailure, connection.TLS().ServerName
 	e.cluster, e.route = r.Cluster, r.Route
 	e.duration, e.service = r.Duration, h.ServiceTime
 	e.received, e.sent = r.Received.Load(), r.Sent.Load()
@@ -236,7 +236,7 @@ func Of(r *flow.Record) Record {
 		Sent:        r.Sent.Load(),
 		RequestID:   string(r.HTTP.ID),
 		UserAgent:   string(r.HTTP.UserAgent),
-		SNI:         connection.TLS.ServerName,
+		SNI:         connection.TLS().ServerName,
 		Error:       message,
 	}
 }

@@ -267,7 +267,7 @@ func (s *Snapshot) addConnections(table *flow.Table, now time.Time) {
 			received: r.Received.Load(), sent: r.Sent.Load(), ended: r.Requests.Load(),
 		}
 		if o.carried {
-			o.protocol, o.sni = r.Protocol, r.TLS.ServerName
+			o.protocol, o.sni = r.Protocol, r.TLS().ServerName
 		}
 		list = append(list, o)
 		return len(list) < maxConnections

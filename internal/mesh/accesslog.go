@@ -3,6 +3,7 @@ package mesh
 import (
 	"bytes"
 	"slices"
+	"sync/atomic"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -17,7 +18,9 @@ type AccessLog struct {
 	JSON      []byte
 	OmitEmpty bool // fields without a value
 
-	Flags []string // response flags, of which a record must have one; empty: all records are written
+	Filter *LogFilter // nil: all records are written
+
+	Compiled atomic.Value `json:"-"` // of package accesslog
 }
 
 const fileLogType = typePrefix + "envoy.extensions.access_loggers.file.v3.FileAccessLog"
@@ -27,25 +30,6 @@ var accessLogFields = message{"envoy.config.accesslog.v3.AccessLog", Cosmetic, [
 	2: {"filter", once},
 	4: {"typed_config", once},
 }}
-
-// Filters of access logs that are not supported let all records pass.
-var accessLogFilterFields = message{"envoy.config.accesslog.v3.AccessLogFilter", Cosmetic, []field{
-	1:  {"status_code_filter", cosmetic},
-	2:  {"duration_filter", cosmetic},
-	3:  {"not_health_check_filter", cosmetic},
-	4:  {"traceable_filter", cosmetic},
-	5:  {"runtime_filter", cosmetic},
-	6:  {"and_filter", cosmetic},
-	7:  {"or_filter", cosmetic},
-	8:  {"header_filter", cosmetic},
-	9:  {"response_flag_filter", once},
-	10: {"grpc_status_filter", cosmetic},
-	11: {"extension_filter", cosmetic}, // an expression of CEL
-	12: {"metadata_filter", cosmetic},
-	13: {"log_type_filter", cosmetic},
-}}
-
-var responseFlagFields = message{"envoy.config.accesslog.v3.ResponseFlagFilter", Cosmetic, []field{1: {"flags", decoded}}}
 
 // accessLogs adds the log in the current field to logs, if it is a file. Other logs are reported. Most logs of a push are the
 // same, and alone.
@@ -60,20 +44,17 @@ func (d *decoder) accessLogs(m *wire.Message, logs *[]AccessLog) {
 
 // accessLog returns a log, if it is supported.
 func (d *decoder) accessLog(m wire.Message) []AccessLog {
-	var log AccessLog
+	logs := make([]AccessLog, 1)
+	log := &logs[0]
 	supported := false
 	for d.next(&m, &accessLogFields) {
 		switch m.Number {
 		case 2:
-			for m := m.Message(); d.next(&m, &accessLogFilterFields); {
-				for m := m.Message(); d.next(&m, &responseFlagFields); {
-					log.Flags = append(log.Flags, m.String())
-				}
-			}
+			log.Filter = d.logFilter(m.Message())
 		case 4:
 			url, value := d.any(m.Message())
 			if supported = url == fileLogType; supported {
-				d.fileLog(m.Nested(value), &log)
+				d.fileLog(m.Nested(value), log)
 			} else {
 				d.report(Traffic, "access logs of type "+shortType(url)+" are not supported")
 			}
@@ -82,7 +63,7 @@ func (d *decoder) accessLog(m wire.Message) []AccessLog {
 	if !supported {
 		return nil
 	}
-	return []AccessLog{log}
+	return logs
 }
 
 var fileLogFields = message{"envoy.extensions.access_loggers.file.v3.FileAccessLog", Cosmetic, []field{

@@ -1,6 +1,10 @@
 package mesh
 
-import "github.com/pillion-proxy/pillion/internal/wire"
+import (
+	"slices"
+
+	"github.com/pillion-proxy/pillion/internal/wire"
+)
 
 // DownstreamTLS is TLS with clients
 // (envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext). Sessions are not resumed: a ticket would outlive a
@@ -19,6 +23,20 @@ type DownstreamTLS struct {
 
 	MinVersion, MaxVersion TLSVersion
 	Suites                 []uint16 // of TLS 1.2, by their numbers; empty: the default
+}
+
+// Admits reports whether a client whose handshake followed before may go on where t is in force: t asks no more of clients. Both
+// may be nil.
+func (t *DownstreamTLS) Admits(before *DownstreamTLS) bool {
+	switch {
+	case t == before:
+		return true
+	case t == nil || before == nil:
+		return false
+	case t.Roots == "":
+		return true
+	}
+	return t.Roots == before.Roots && (before.RequireClient || !t.RequireClient) && slices.Equal(t.Names, before.Names) && slices.Equal(t.Pins, before.Pins)
 }
 
 const downstreamTLSType = typePrefix + "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext"

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -25,8 +26,21 @@ type FilterChain struct {
 	ClusterIsSNI bool // the cluster is the one with the name of the ClientHello's server name, instead of TCP's
 	HasMetadata  bool // istio.metadata_exchange is configured
 
+	Recorded atomic.Value `json:"-"` // what AccessLogs stand for; of package serve
+
 	// Refused is set if the chain has something that concerns security and is not supported. Its connections are refused.
 	Refused bool
+}
+
+// AccessLogs returns the access logs of the chain's connections and requests.
+func (c *FilterChain) AccessLogs() []AccessLog {
+	switch {
+	case c.HTTP != nil:
+		return c.HTTP.AccessLogs
+	case c.TCP != nil:
+		return c.TCP.AccessLogs
+	}
+	return nil
 }
 
 // NetworkFilter is a filter that judges connections.

@@ -28,6 +28,8 @@ type HTTPFilter struct {
 	Fault    *Fault // of routes without one
 	ALPN     *ALPN
 	Router   *Router
+
+	Misdirected *Misdirected
 }
 
 // ExchangesMetadata reports whether proxies describe themselves to each other in requests and responses. h may be nil.
@@ -119,7 +121,8 @@ var knownFilters = map[string]func(d *decoder, m wire.Message, config []byte, f 
 	},
 	grpcStatsType: func(d *decoder, m wire.Message, _ []byte, _ *HTTPFilter) { d.fields(m, &grpcStatsFields) },
 	// It measures only.
-	statsType: func(d *decoder, _ wire.Message, config []byte, _ *HTTPFilter) { d.overrides(config) },
+	statsType:       func(d *decoder, _ wire.Message, config []byte, _ *HTTPFilter) { d.overrides(config) },
+	misdirectedType: func(d *decoder, m wire.Message, _ []byte, f *HTTPFilter) { d.misdirected(m, f) },
 	// It exchanges labels for telemetry with the peer.
 	peerMetadataType: func(*decoder, wire.Message, []byte, *HTTPFilter) {},
 }

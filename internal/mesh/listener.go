@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -23,6 +24,7 @@ type Listener struct {
 	Chains     []*FilterChain
 	Default    *FilterChain // of connections that no other chain matches; may be nil
 	AccessLogs []AccessLog  // of connections without a chain
+	Recorded   atomic.Value `json:"-"` // what AccessLogs stand for; of package serve
 
 	// Refused is set if the chain of a connection cannot be determined with certainty. All connections are refused.
 	Refused bool
@@ -49,7 +51,7 @@ var listenerFields = message{"envoy.config.listener.v3.Listener", Security, []fi
 	3:  {"filter_chains", decoded},
 	4:  {"use_original_dst", once},
 	5:  {"per_connection_buffer_limit_bytes", ignored}, // buffers are smaller
-	6:  {"metadata", ignored},
+	6:  {"metadata", once},
 	7:  {"deprecated_v1", traffic},
 	8:  {"drain_type", ignored},
 	9:  {"listener_filters", decoded},
@@ -92,6 +94,7 @@ var additionalAddressFields = message{"envoy.config.listener.v3.AdditionalAddres
 func (d *decoder) listener(m wire.Message) *Listener {
 	l := &Listener{FiltersTimeout: defaultFiltersTimeout}
 	inChains := 0 // security findings that refuse a chain only
+	var hosts []string
 	for d.next(&m, &listenerFields) {
 		switch m.Number {
 		case 1:
@@ -104,6 +107,8 @@ func (d *decoder) listener(m wire.Message) *Listener {
 			add(d, &l.Chains, &m, chain)
 		case 4:
 			l.UseOriginalDst = d.boolValue(m.Message())
+		case 6:
+			hosts = d.serverHosts(m.Message())
 		case 9:
 			add(d, &l.Filters, &m, d.listenerFilter(m.Message()))
 		case 10:
@@ -130,6 +135,7 @@ func (d *decoder) listener(m wire.Message) *Listener {
 	if d.err != nil {
 		return l
 	}
+	l.shareHosts(hosts)
 	if err := l.Index(); err != nil {
 		d.report(Security, err.Error())
 	}

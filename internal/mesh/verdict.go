@@ -30,6 +30,14 @@ func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	return chain, s.unsupported(chain)
 }
 
+// Accepting returns the listener that accepts the redirected connections of a direction, or nil.
+func (s *Snapshot) Accepting(inbound bool) *Listener {
+	if inbound {
+		return s.Listener(virtualInbound)
+	}
+	return s.Listener(virtualOutbound)
+}
+
 // InboundMode reports whether the configuration has a filter chain for an inbound connection, and whether that ends TLS.
 // Without a listener it is carried as it is. What the chain itself refuses is not looked at.
 func (s *Snapshot) InboundMode(c *ConnInfo) (ended, ok bool) {
@@ -87,21 +95,24 @@ func (s *Snapshot) Gateway(c *ConnInfo) (chain *FilterChain, refusal string) {
 	return chain, ""
 }
 
-// GatewayMode is InboundMode for a connection that a gateway has accepted; requests reports whether the filter chain is for
-// HTTP. Without a listener, there is no filter chain.
-func (s *Snapshot) GatewayMode(c *ConnInfo) (ended, requests, ok bool) {
+// GatewayChain returns the filter chain of a connection that a gateway has accepted, also if that is refused. It returns nil
+// if the configuration has no chain for it.
+func (s *Snapshot) GatewayChain(c *ConnInfo) *FilterChain {
 	if l := s.accepts(c); l != nil {
-		if chain := l.Meet(c); chain != nil {
-			return chain.TLS != nil, chain.HTTP != nil, true
-		}
+		return l.Meet(c)
 	}
-	return false, false, false
+	return nil
 }
 
 // GatewayInspectsTLS reports whether connections that a gateway has accepted at an address are looked at for TLS.
 func (s *Snapshot) GatewayInspectsTLS(at netip.AddrPort) bool {
 	l := s.accepts(&ConnInfo{Destination: at})
 	return l != nil && l.inspects(TLSInspector, at.Port())
+}
+
+// Accepts reports whether a gateway's listener accepts connections at an address.
+func (s *Snapshot) Accepts(at netip.AddrPort) bool {
+	return s.accepts(&ConnInfo{Destination: at}) != nil
 }
 
 // accepts returns the listener that accepts connections at their destination, or nil.
@@ -163,7 +174,7 @@ func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
 func (s *Snapshot) JudgesRequests(h *HTTPManager) bool {
 	return slices.ContainsFunc(h.Filters, func(f HTTPFilter) bool {
 		now := s.Filter(&f)
-		return now == nil || !now.Disabled && (now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil)
+		return now == nil || now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil
 	})
 }
 

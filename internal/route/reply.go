@@ -12,6 +12,9 @@ var (
 	// NoRoute is the reply to a request that no virtual host or no route is for.
 	NoRoute = &Reply{Status: http.StatusNotFound, Flags: envoy.FlagNoRouteFound, Details: envoy.DetailsRouteNotFound, Reason: flow.Completed}
 
+	// Misdirected is the reply to a request for a host of another server than the one that its connection is for.
+	Misdirected = &Reply{Status: http.StatusMisdirectedRequest, Body: "misdirected request", Details: envoy.DetailsMisdirected, Reason: flow.Completed}
+
 	// Refused is the reply to a request whose routes, virtual host or route is not understood.
 	Refused = &Reply{Status: http.StatusServiceUnavailable, Flags: envoy.FlagNoRouteFound, Reason: flow.MeshRefused}
 )

@@ -13,7 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// governed is what the control plane's configuration says about a connection. It is an object of its own, because without
+// governed is the control plane's configuration of a connection. It is an object of its own, because without
 // a control plane every connection would keep its fields on its stack.
 type governed struct {
 	snapshot *mesh.Snapshot          // in force when the connection was opened
@@ -24,6 +24,7 @@ type governed struct {
 	judged   sniff.Protocol          // by the last call of Admit
 	admitted bool                    // Admit was called
 	secured  bool                    // TLS with downstream is ended here
+	ended    *mesh.DownstreamTLS     // what that handshake has followed; nil: it is not ended
 	names    []string                // of the client's certificate; see authz.Subject
 	peers    *httpforward.PeerFields // of HTTP inside that TLS
 
@@ -87,8 +88,10 @@ func (c *Conn) judge(g *governed) bool {
 	var refusal string
 	info := c.info()
 	if g.chain, refusal = c.role.meet(g.snapshot, &info); refusal != "" {
+		c.Record.Ask(c.role.unmatched(g.snapshot, info.Destination.Port()))
 		return c.abandon(c.refusal(refusal))
 	}
+	c.Record.Ask(c.role.recorded(g.chain))
 	return g.chain == nil || g.chain.TLS != nil || c.expect(g.chain)
 }
 
@@ -103,13 +106,16 @@ func (r *Role) meet(s *mesh.Snapshot, info *mesh.ConnInfo) (chain *mesh.FilterCh
 	return s.Outbound(info)
 }
 
-// mode reports whether a filter chain is left for a connection, and whether that ends TLS.
-func (r *Role) mode(s *mesh.Snapshot, info *mesh.ConnInfo) (ended, ok bool) {
+// admits reports whether a configuration has a filter chain for a connection that asks no more of its client than what the
+// handshake has followed.
+func (r *Role) admits(s *mesh.Snapshot, info *mesh.ConnInfo, followed *mesh.DownstreamTLS) bool {
+	var chain *mesh.FilterChain
 	if r.gateway {
-		ended, _, ok = s.GatewayMode(info)
-		return ended, ok
+		chain = s.GatewayChain(info)
+	} else if l := s.VirtualListener(true); l != nil {
+		chain = l.Meet(info)
 	}
-	return s.InboundMode(info)
+	return chain != nil && chain.TLS.Admits(followed)
 }
 
 // refusal returns the reason and the error of a connection that the configuration does not let pass.
@@ -169,7 +175,7 @@ func (c *Conn) info() mesh.ConnInfo {
 // infoInside returns what filter chains are chosen by for a connection whose TLS is ended here.
 func (c *Conn) infoInside() mesh.ConnInfo {
 	info := c.info()
-	info.TLS, info.ServerName, info.Protocols = true, c.Record.TLS.ServerName, c.Record.TLS.ALPN
+	info.TLS, info.ServerName, info.Protocols = true, c.Record.TLS().ServerName, c.Record.TLS().ALPN
 	return info
 }
 

@@ -65,7 +65,7 @@ func (c *Conn) decrypt(to *upstream.Target) bool {
 		return c.abandon(upstream.Reason(err), err)
 	}
 	c.Record.UpstreamLocal, c.sniffer.Up = up.LocalAddr(), up
-	c.Record.TLS = hello
+	c.Record.SetTLS(hello)
 	if err := c.presentTo(d.Client(address, hello, agreed.protocol)); err != nil {
 		d.Failed(address, hello, true, err)
 		c.Record.Protocol = flow.TLS

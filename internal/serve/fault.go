@@ -24,7 +24,7 @@ func (c *Conn) Fault() bool {
 	}
 	var host string
 	if c.role.decryption != nil && c.Record.Security != nil {
-		host = c.Record.TLS.ServerName
+		host = c.Record.TLS().ServerName
 	}
 	if c.protocol == sniff.TLS {
 		host = cmp.Or(c.sniffer.Hello.ServerName, host)

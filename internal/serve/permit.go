@@ -52,7 +52,7 @@ func (c *Conn) Permit() bool {
 	name := ""
 	switch {
 	case c.role.decryption != nil && c.Record.Security != nil:
-		name = c.Record.TLS.ServerName // of the TLS that was ended
+		name = c.Record.TLS().ServerName // of the TLS that was ended
 	case c.protocol == sniff.TLS:
 		name = c.sniffer.Hello.ServerName
 	case c.protocol == sniff.Opaque && c.beginsTLS():
@@ -64,7 +64,8 @@ func (c *Conn) Permit() bool {
 	}
 	c.Record.Cluster = envoy.BlackHoleCluster
 	if c.protocol == sniff.TLS {
-		c.Record.Protocol, c.Record.TLS = flow.TLS, c.sniffer.Hello
+		c.Record.Protocol = flow.TLS
+		c.Record.SetTLS(c.sniffer.Hello)
 	}
 	return c.abandon(flow.Denied, errors.New(denied))
 }

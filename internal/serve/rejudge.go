@@ -67,7 +67,9 @@ func (c *Conn) rejudge() *rejudge {
 	if g.secured {
 		info = c.infoInside()
 	}
-	return &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
+	r := &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
+	r.gate.follow(g.snapshot, g.chain)
+	return r
 }
 
 // Route implements httpforward.Router.
@@ -85,6 +87,7 @@ func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Deci
 	if r.chain != nil && r.chain.HTTP != nil {
 		decision.Tracing, decision.Operation = r.role.tracing(r.chain.HTTP), onlyOperation(r.chain.HTTP.Routes)
 	}
+	decision.Telemetry = r.role.recorded(r.chain)
 	if reply != nil {
 		decision.Reply, decision.Target = reply, upstream.Target{}
 		return decision
@@ -140,6 +143,7 @@ func (r *rejudge) judge(s *mesh.Snapshot) {
 		r.refusal = refusedChain
 		return
 	}
+	r.gate.follow(s, chain)
 	if chain != nil {
 		r.gate.subject.Request = nil
 		if policy, denied := authorize(chain.Policies, &r.gate.subject); denied {

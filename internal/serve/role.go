@@ -62,6 +62,9 @@ type Config struct {
 	// Tracing has the exporters of the spans that Mesh asks for; nil: it is not followed.
 	Tracing *tracing.Exporters
 
+	// Recorder makes the access logs that Mesh asks for; nil: they are not followed.
+	Recorder Recorder
+
 	Decryption Decryption // of outbound connections; nil: none is decrypted
 
 	// The pool, and the limits on what a peer may send unless Settings.HTTP has them. NewRole sets the fields that Config
@@ -127,6 +130,7 @@ type Role struct {
 	egress     Egress
 	decryption Decryption
 	exporters  *tracing.Exporters
+	recorder   Recorder
 
 	balancer   *balance.Balancer // nil without mesh; inbound, of the servers that are asked about connections and requests
 	securities atomic.Pointer[map[secured]*upstream.Security]
@@ -157,6 +161,7 @@ func NewRole(config Config) (*Role, error) {
 		egress:     config.Egress,
 		decryption: config.Decryption,
 		exporters:  config.Tracing,
+		recorder:   config.Recorder,
 		faults:     config.Faults,
 		strict:     config.Strict,
 		rejudges:   config.Rejudge,
@@ -244,6 +249,9 @@ func (r *Role) Refuse(down *tcp.Conn) {
 func (r *Role) open(down *tcp.Conn) *flow.Record {
 	record := flow.Open(r.direction, down.RemoteAddr())
 	record.Gateway = r.gateway
+	if r.mesh != nil {
+		record.Ask(r.unmatched(r.mesh.Snapshot(), 0))
+	}
 	return record
 }
 

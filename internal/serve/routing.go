@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
@@ -31,12 +32,18 @@ type routing struct {
 	names []string // of the client's certificate; see authz.Subject
 	gate  *gate    // nil: the configuration has no policies for the requests
 
-	client           *httpforward.PeerFields // of a client inside TLS that is ended here; nil: there is none
+	client *httpforward.PeerFields // of a client inside TLS that is ended here; nil: there is none
+
+	recorded *flow.Telemetry // nil: as of the connection
+
 	plain, described *httpforward.PeerFields // without and with the exchange of metadata; described may be nil
 
-	routes  *mesh.Routes
-	table   *route.Table
-	fault   *mesh.Fault  // of the HTTP filter; may be nil
+	routes *mesh.Routes
+	table  *route.Table
+	fault  *mesh.Fault // of the HTTP filter; may be nil
+
+	misdirected *mesh.Misdirected // may be nil
+
 	refused *route.Reply // not nil: the reply to all requests
 
 	request route.Request   // reused, so that it is not allocated
@@ -48,7 +55,6 @@ func (c *Conn) newRouting(g *governed) *routing {
 	r := &routing{role: c.role, info: c.info(), inside: inside(c.protocol), client: g.peers, names: g.names}
 	if c.role.gateway {
 		r.accepted = c.accepted()
-		r.accepted.requests = true
 		r.info = r.accepted.info
 	}
 	r.request.Downstream, r.request.Local = c.Record.Downstream, c.Record.OriginalDestination
@@ -62,8 +68,9 @@ func (c *Conn) newRouting(g *governed) *routing {
 
 // judge finds the routes of the connection in a snapshot.
 func (r *routing) judge(s *mesh.Snapshot) {
-	r.judged, r.manager, r.table, r.refused, r.described, r.traced, r.gate = s, nil, nil, nil, nil, nil, nil
+	r.judged, r.manager, r.table, r.refused, r.described, r.traced, r.gate, r.recorded = s, nil, nil, nil, nil, nil, nil, nil
 	chain, refusal := r.role.meet(s, &r.info)
+	r.recorded = r.role.recorded(chain)
 	switch {
 	case refusal != "":
 		r.refused = route.Refused
@@ -86,7 +93,10 @@ func (r *routing) judge(s *mesh.Snapshot) {
 			r.refused = route.NoRoute
 			return
 		}
-		r.table, r.fault = route.Of(r.routes), s.Fault(chain.HTTP)
+		r.table, r.fault, r.misdirected = route.Of(r.routes), s.Fault(chain.HTTP), chain.HTTP.MisdirectedFilter()
+		if r.gate != nil && r.table.ChangesPolicies() {
+			r.gate.chosen.table = r.table
+		}
 	}
 }
 
@@ -104,7 +114,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	s := r.look()
 	switch {
 	case r.refused != nil:
-		return httpforward.Decision{Reply: r.refused, Tracing: r.traced}
+		return httpforward.Decision{Reply: r.refused, Tracing: r.traced, Telemetry: r.recorded}
 	case r.table == nil:
 		return httpforward.Decision{Target: upstream.Target{Address: r.info.Destination, Balanced: true}}
 	case q.Previous != nil:
@@ -113,19 +123,22 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 		return r.pass(s, q)
 	}
 	r.view(q)
-	return r.forward(s)
+	choice := r.table.Find(&r.request)
+	return r.forward(s, &choice)
 }
 
-// forward routes the request that view has set.
-func (r *routing) forward(s *mesh.Snapshot) httpforward.Decision {
-	choice := r.table.Find(&r.request)
+// forward decides about the request that view has set, by its route.
+func (r *routing) forward(s *mesh.Snapshot, choice *route.Choice) httpforward.Decision {
+	if m := r.misdirected; m != nil && m.Match(secure.HostOf(r.request.Authority)) {
+		return httpforward.Decision{Reply: route.Misdirected, Tracing: r.traced}
+	}
 	choice.Fault = r.fault
 	if choice.Cluster == nil {
-		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice), Tracing: r.traced}
+		return httpforward.Decision{Reply: choice.Reply, Route: name(choice), Tracing: r.traced, Telemetry: r.recorded}
 	}
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
-	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced}
+	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced, Telemetry: r.recorded}
 	if r.asks {
 		d.Edits = route.Consumed
 	}

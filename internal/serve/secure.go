@@ -3,6 +3,7 @@ package serve
 import (
 	"errors"
 	"maps"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -67,9 +68,12 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 	if timeout <= 0 {
 		timeout = handshakeTimeout
 	}
-	c.Record.TLS = c.sniffer.Hello
+	c.Record.SetTLS(c.sniffer.Hello)
 	memory := secure.Memory{Budget: c.role.budget, Peer: c.Record.Remote()}
 	session, err := secure.Server(c.w, c.Down, c.sniffer.Take(), context, memory, time.Now().Add(timeout))
+	if err == nil && c.role.gateway && !strings.EqualFold(session.ServerName, c.Record.TLS().ServerName) {
+		err = errOtherName
+	}
 	if err == nil && g.chain.HTTP != nil {
 		g.peers, err = peerFields(g.chain.HTTP, session)
 	}
@@ -80,7 +84,7 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 	if c.role.describesCertificates() {
 		s.PeerCertificate, s.OwnCertificate = secure.Describe(session.Chain), secure.Describe(session.Presented())
 	}
-	if g.secured, g.names = true, session.PeerNames(); c.role.gateway {
+	if g.secured, g.ended, g.names = true, g.chain.TLS, session.PeerNames(); c.role.gateway {
 		c.Record.Client = s
 		return "", nil
 	}
@@ -88,6 +92,10 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 	c.Record.Security = s
 	return "", nil
 }
+
+// errOtherName closes a connection whose filter chain may be that of another server: it was chosen without the server name that
+// the client asks for, because its ClientHello came late, is too large, or names no host.
+var errOtherName = errors.New("its filter chain was not chosen by the server name in its handshake")
 
 func inside(protocol sniff.Protocol) secure.Inside {
 	switch protocol {
@@ -155,7 +163,10 @@ func (r *Role) roots(t *mesh.UpstreamTLS, s *mesh.Snapshot) any {
 }
 
 // describesCertificates reports whether records carry certificates.
-func (r *Role) describesCertificates() bool { return r.engine.Settings().Note.Certificates }
+func (r *Role) describesCertificates() bool {
+	settings := r.engine.Settings()
+	return settings.NotesCertificates()
+}
 
 // describe returns a function that sets the workload of the other side in a record, if its identity agrees.
 func describe(record *flow.Record) func(*flow.Workload) {

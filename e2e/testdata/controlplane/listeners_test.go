@@ -24,6 +24,7 @@ import (
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	filelog "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/file/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
+	celfilter "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
 	cors "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/cors/v3"
 	fault "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
 	grpcstats "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/grpc_stats/v3"
@@ -54,6 +55,7 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/pillion-proxy/pillion/internal/cel"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
@@ -115,8 +117,6 @@ func withoutIstioTypes(resource json.RawMessage) json.RawMessage {
 var expectedFindings = map[string]mesh.Class{
 	// Case 12-telemetry: a Telemetry resource filters access logs by an expression. It is not evaluated, so all requests are
 	// logged.
-	"filter.extension_filter: not supported": mesh.Cosmetic,
-	"filter.and_filter: not supported":       mesh.Cosmetic,
 	// Case 14-envoyfilter-proxyconfig: an EnvoyFilter adds a Lua program. It does not run.
 	"the HTTP filter envoy.filters.http.lua of type envoy.extensions.filters.http.lua.v3.Lua is not supported": mesh.Traffic,
 }
@@ -246,8 +246,8 @@ func wideListener() *listener.Listener {
 	regex := &matcher.StringMatcher{MatchPattern: &matcher.StringMatcher_SafeRegex{SafeRegex: &matcher.RegexMatcher{Regex: "a.*"}}}
 	downstream := &tlsv3.DownstreamTlsContext{
 		CommonTlsContext: &tlsv3.CommonTlsContext{
-			AlpnProtocols:                  []string{"h2", "http/1.1"},
-			TlsParams:                      &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_2, TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3,
+			AlpnProtocols: []string{"h2", "http/1.1"},
+			TlsParams: &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_2, TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3,
 				CipherSuites: []string{"ECDHE-RSA-CHACHA20-POLY1305", "AES256-GCM-SHA384", "ECDHE-ECDSA-AES128-SHA"}},
 			TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{Name: "rsa"}, {Name: "ecdsa"}},
 			ValidationContextType: &tlsv3.CommonTlsContext_CombinedValidationContext{CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
@@ -269,6 +269,9 @@ func wideListener() *listener.Listener {
 		AccessLog: []*accesslog.AccessLog{{
 			Filter:     &accesslog.AccessLogFilter{FilterSpecifier: &accesslog.AccessLogFilter_ResponseFlagFilter{ResponseFlagFilter: &accesslog.ResponseFlagFilter{Flags: []string{"NR", "UF"}}}},
 			ConfigType: &accesslog.AccessLog_TypedConfig{TypedConfig: packed(&filelog.FileAccessLog{Path: "l", AccessLogFormat: &filelog.FileAccessLog_Format{Format: "f"}})},
+		}, {
+			Filter:     wideLogFilter(),
+			ConfigType: &accesslog.AccessLog_TypedConfig{TypedConfig: packed(&filelog.FileAccessLog{Path: "m"})},
 		}},
 		DefaultFilterChain: &listener.FilterChain{
 			Name: "default", TransportSocketConnectTimeout: seconds(15),
@@ -621,7 +624,10 @@ func readHTTP(h *hcm.HttpConnectionManager) *mesh.HTTPManager {
 func readLogs(logs []*accesslog.AccessLog) (want []mesh.AccessLog) {
 	for _, log := range logs {
 		file := unpack(log.GetTypedConfig().Value, &filelog.FileAccessLog{})
-		w := mesh.AccessLog{Path: file.Path, Flags: log.GetFilter().GetResponseFlagFilter().GetFlags()}
+		w := mesh.AccessLog{Path: file.Path}
+		if log.Filter != nil {
+			w.Filter = readLogFilter(log.Filter)
+		}
 		var format *structpb.Struct
 		switch f := file.AccessLogFormat.(type) {
 		case *filelog.FileAccessLog_Format:
@@ -640,6 +646,75 @@ func readLogs(logs []*accesslog.AccessLog) (want []mesh.AccessLog) {
 			w.JSON, _ = proto.Marshal(format)
 		}
 		want = append(want, w)
+	}
+	return want
+}
+
+// wideLogFilter has all filters that are supported.
+func wideLogFilter() *accesslog.AccessLogFilter {
+	compare := func(op accesslog.ComparisonFilter_Op, value uint32) *accesslog.ComparisonFilter {
+		return &accesslog.ComparisonFilter{Op: op, Value: &core.RuntimeUInt32{DefaultValue: value, RuntimeKey: "k"}}
+	}
+	return &accesslog.AccessLogFilter{FilterSpecifier: &accesslog.AccessLogFilter_OrFilter{OrFilter: &accesslog.OrFilter{Filters: []*accesslog.AccessLogFilter{
+		{FilterSpecifier: &accesslog.AccessLogFilter_AndFilter{AndFilter: &accesslog.AndFilter{Filters: []*accesslog.AccessLogFilter{
+			{FilterSpecifier: &accesslog.AccessLogFilter_StatusCodeFilter{StatusCodeFilter: &accesslog.StatusCodeFilter{Comparison: compare(accesslog.ComparisonFilter_GE, 400)}}},
+			{FilterSpecifier: &accesslog.AccessLogFilter_DurationFilter{DurationFilter: &accesslog.DurationFilter{Comparison: compare(accesslog.ComparisonFilter_LE, 5)}}},
+		}}}},
+		{FilterSpecifier: &accesslog.AccessLogFilter_TraceableFilter{TraceableFilter: &accesslog.TraceableFilter{}}},
+		{FilterSpecifier: &accesslog.AccessLogFilter_NotHealthCheckFilter{NotHealthCheckFilter: &accesslog.NotHealthCheckFilter{}}},
+		{FilterSpecifier: &accesslog.AccessLogFilter_RuntimeFilter{RuntimeFilter: &accesslog.RuntimeFilter{
+			RuntimeKey: "k", PercentSampled: &typev3.FractionalPercent{Numerator: 7, Denominator: typev3.FractionalPercent_TEN_THOUSAND}, UseIndependentRandomness: true,
+		}}},
+		{FilterSpecifier: &accesslog.AccessLogFilter_GrpcStatusFilter{GrpcStatusFilter: &accesslog.GrpcStatusFilter{
+			Statuses: []accesslog.GrpcStatusFilter_Status{accesslog.GrpcStatusFilter_NOT_FOUND, accesslog.GrpcStatusFilter_INTERNAL}, Exclude: true,
+		}}},
+		{FilterSpecifier: &accesslog.AccessLogFilter_ExtensionFilter{ExtensionFilter: &accesslog.ExtensionFilter{
+			Name: "cel", ConfigType: &accesslog.ExtensionFilter_TypedConfig{TypedConfig: packed(&celfilter.ExpressionFilter{Expression: "response.code >= 400"})},
+		}}},
+	}}}}
+}
+
+// readLogFilter has the filters of the recorded listeners and of wideListener.
+func readLogFilter(f *accesslog.AccessLogFilter) *mesh.LogFilter {
+	want := &mesh.LogFilter{}
+	compare := func(c *accesslog.ComparisonFilter) {
+		want.Compare, want.Value = mesh.Comparison(c.GetOp()), c.GetValue().GetDefaultValue()
+	}
+	inside := func(filters []*accesslog.AccessLogFilter) {
+		for _, inner := range filters {
+			want.Filters = append(want.Filters, *readLogFilter(inner))
+		}
+	}
+	switch f := f.FilterSpecifier.(type) {
+	case *accesslog.AccessLogFilter_ResponseFlagFilter:
+		want.Kind, want.Flags = mesh.LogFlags, f.ResponseFlagFilter.Flags
+	case *accesslog.AccessLogFilter_AndFilter:
+		want.Kind = mesh.LogAnd
+		inside(f.AndFilter.Filters)
+	case *accesslog.AccessLogFilter_OrFilter:
+		want.Kind = mesh.LogOr
+		inside(f.OrFilter.Filters)
+	case *accesslog.AccessLogFilter_StatusCodeFilter:
+		want.Kind = mesh.LogStatus
+		compare(f.StatusCodeFilter.Comparison)
+	case *accesslog.AccessLogFilter_DurationFilter:
+		want.Kind = mesh.LogDuration
+		compare(f.DurationFilter.Comparison)
+	case *accesslog.AccessLogFilter_TraceableFilter:
+		want.Kind = mesh.LogTraced
+	case *accesslog.AccessLogFilter_GrpcStatusFilter:
+		want.Kind, want.Exclude = mesh.LogGRPCStatus, f.GrpcStatusFilter.Exclude
+		for _, status := range f.GrpcStatusFilter.Statuses {
+			want.Statuses = append(want.Statuses, uint32(status))
+		}
+	case *accesslog.AccessLogFilter_RuntimeFilter:
+		share := f.RuntimeFilter.PercentSampled
+		want.Kind, want.Sample = mesh.LogSample, mesh.Fraction{Numerator: share.GetNumerator(), Denominator: []uint32{100, 10_000, 1_000_000}[share.GetDenominator()]}
+	case *accesslog.AccessLogFilter_ExtensionFilter:
+		expression, err := cel.Parse(unpack(f.ExtensionFilter.GetTypedConfig().GetValue(), &celfilter.ExpressionFilter{}).Expression)
+		if err == nil {
+			want.Kind, want.Expression = mesh.LogExpression, expression
+		}
 	}
 	return want
 }

@@ -76,6 +76,12 @@ type couple struct {
 
 func newCouple(t *testing.T, mode string) *couple {
 	t.Helper()
+	return newCoupleWith(t, mode, "PILLION_ACCESS_LOG=/dev/stdout", "PILLION_ACCESS_LOG_FORMAT="+seenFormat)
+}
+
+// newCoupleWith is newCouple with variables of both agents.
+func newCoupleWith(t *testing.T, mode string, variables ...string) *couple {
+	t.Helper()
 	a, b := newPodOf(t, nginx()), newPodOf(t, workload{pod: "client", ip: "203.0.113.8", account: "client", name: "client", app: "client"})
 	c := &couple{pods: [2]*pod{a, b}, vip: [2]string{"198.51.100.211", "198.51.100.210"}}
 	nettest.Join(t, a.Namespace, b.Namespace)
@@ -89,8 +95,8 @@ func newCouple(t *testing.T, mode string) *couple {
 	}
 	c.plane = startPlaneOf(t, c.pods[:], peerAuthentication(mode), mutualServices)
 	for _, d := range c.pods {
-		d.launch(t, c.plane, "PILLION_ACCESS_LOG=/dev/stdout", "PILLION_ACCESS_LOG_FORMAT="+seenFormat, "ISTIO_DELTA_XDS=true",
-			`ISTIO_METAJSON_LABELS={"LABELS":{"app":"`+d.app+`","version":"v1","service.istio.io/canonical-name":"`+d.app+`","service.istio.io/canonical-revision":"v1"}}`)
+		d.launch(t, c.plane, append(variables, "ISTIO_DELTA_XDS=true",
+			`ISTIO_METAJSON_LABELS={"LABELS":{"app":"`+d.app+`","version":"v1","service.istio.io/canonical-name":"`+d.app+`","service.istio.io/canonical-revision":"v1"}}`)...)
 	}
 	for _, d := range c.pods {
 		d.awaitReady(t)

@@ -99,6 +99,8 @@ extensionProviders:
   envoyHttpAls: {service: reviews.default.svc.cluster.local, port: 9090}
 - name: otel-log
   envoyOtelAls: {service: reviews.default.svc.cluster.local, port: 9090}
+- name: lines
+  envoyFileAccessLog: {path: /dev/stdout, logFormat: {text: "LINE %TRAFFIC_DIRECTION% %REQ(:PATH)% %RESPONSE_CODE% %REQ(X-TENANT)%\n"}}
 - name: json
   envoyFileAccessLog: {path: /dev/stdout, logFormat: {labels: {status: "%RESPONSE_CODE%"}}}
 `

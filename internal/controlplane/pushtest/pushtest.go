@@ -19,10 +19,15 @@ var (
 	sidecar []byte
 	//go:embed watch.gz
 	watch []byte
+	//go:embed gateway.gz
+	gateway []byte
 )
 
 // Sidecar returns the first push to a sidecar.
 func Sidecar() []xds.Update { return unpack(sidecar) }
+
+// Gateway returns the first push to a gateway with servers of plain HTTP, TLS of several modes, and TCP. Its secrets are missing.
+func Gateway() []xds.Update { return unpack(gateway) }
 
 // Watch returns a sidecar's stream while routes and services change.
 func Watch() []xds.Update { return unpack(watch) }

@@ -18,8 +18,10 @@ import (
 	faults "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/fault/v3"
 	fault "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
 	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	inspector "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
 	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	previoushosts "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
+	tls "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	upstreams "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	matcher "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	percent "github.com/envoyproxy/go-control-plane/envoy/type/v3"
@@ -37,6 +39,7 @@ type services struct {
 	Host     string
 	Clusters []subset
 	Routes   []rule
+	Gateway  string // file of a certificate and its key: Port is bound, and ends TLS with it; empty: Port is that of outbound requests
 }
 
 // subset is a cluster.
@@ -170,7 +173,7 @@ func (s *services) add(resources map[resource.Type][]types.Resource) {
 			{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}},
 		},
 	}
-	resources[resource.ListenerType] = append(resources[resource.ListenerType], &listener.Listener{
+	l := &listener.Listener{
 		Name: fmt.Sprintf("0.0.0.0_%d", s.Port), TrafficDirection: core.TrafficDirection_OUTBOUND, BindToPort: wrapperspb.Bool(false),
 		Address: &core.Address{Address: &core.Address_SocketAddress{SocketAddress: &core.SocketAddress{
 			Address: "0.0.0.0", PortSpecifier: &core.SocketAddress_PortValue{PortValue: s.Port},
@@ -178,7 +181,23 @@ func (s *services) add(resources map[resource.Type][]types.Resource) {
 		FilterChains: []*listener.FilterChain{{Filters: []*listener.Filter{{
 			Name: "envoy.filters.network.http_connection_manager", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(manager)},
 		}}}},
-	})
+	}
+	resources[resource.ListenerType] = append(resources[resource.ListenerType], l)
+	if s.Gateway == "" {
+		return
+	}
+	manager.UseRemoteAddress = wrapperspb.Bool(true)
+	l.FilterChains[0].Filters[0].ConfigType = &listener.Filter_TypedConfig{TypedConfig: packed(manager)}
+	l.FilterChains[0].TransportSocket = &core.TransportSocket{Name: "envoy.transport_sockets.tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(
+		&tls.DownstreamTlsContext{CommonTlsContext: &tls.CommonTlsContext{
+			AlpnProtocols:                  []string{"h2", "http/1.1"},
+			TlsCertificateSdsSecretConfigs: []*tls.SdsSecretConfig{{Name: "file-cert:" + s.Gateway + "~" + s.Gateway, SdsConfig: ads}},
+		}},
+	)}}
+	l.BindToPort = nil
+	l.ListenerFilters = []*listener.ListenerFilter{{
+		Name: "envoy.filters.listener.tls_inspector", ConfigType: &listener.ListenerFilter_TypedConfig{TypedConfig: packed(&inspector.TlsInspector{})},
+	}}
 }
 
 func (c *subset) assignment() *endpoint.ClusterLoadAssignment {

@@ -1,0 +1,426 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/secure/securetest"
+)
+
+// edge is a pod with `pillion gateway`, without rules, and a peer with its clients.
+type edge struct {
+	pod, peer *nettest.Namespace
+	agent     *agent
+	root      *securetest.Authority
+	dir       string // of the certificates and the file of settings; the gateway's user can read it
+}
+
+func newEdge(t *testing.T) *edge {
+	t.Helper()
+	nettest.RequireRoot(t)
+	e := &edge{root: securetest.New(t, "root"), dir: userDir(t, agentUID)}
+	e.pod, e.peer = nettest.PodAndPeer(t)
+	e.write(t, "root.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: e.root.Certificate.Raw})))
+	return e
+}
+
+// start starts the gateway with flags and waits until it is ready.
+func (e *edge) start(t testing.TB, flags ...string) {
+	t.Helper()
+	e.agent = launchCommand(t, e.pod, append(append(unprivileged(agentUID), pillion, "gateway"), flags...))
+	awaitReady(t, e.pod, e.agent)
+}
+
+func (e *edge) path(name string) string { return filepath.Join(e.dir, name) }
+
+// write replaces a file by a rename.
+func (e *edge) write(t testing.TB, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(e.path(name+".new"), []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(e.path(name+".new"), e.path(name)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// certify writes NAME.pem, a certificate for hosts and its key, and returns its serial number.
+func (e *edge) certify(t testing.TB, name string, hosts ...string) string {
+	t.Helper()
+	leaf := e.root.Leaf(t, "", func(c *x509.Certificate) { c.URIs, c.DNSNames = nil, hosts })
+	key, err := x509.MarshalPKCS8PrivateKey(leaf.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.write(t, name+".pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: leaf.Certificate[0]}))+
+		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
+	return string(leaf.Certificate[0])
+}
+
+// configure writes the file of settings.
+func (e *edge) configure(t testing.TB, lines ...string) {
+	t.Helper()
+	e.write(t, "edge.yaml", strings.ReplaceAll(strings.Join(lines, "\n"), "DIR", e.dir)+"\n")
+}
+
+// serve answers requests at a port of the pod's loopback interface with name, the host and the path.
+func (e *edge) serve(t testing.TB, port uint16, name string) {
+	t.Helper()
+	serveHTTP(t, e.pod.Listen(t, "tcp", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port).String()), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Seen-Proto", r.Header.Get("X-Forwarded-Proto"))
+		w.Header().Set("Seen-For", r.Header.Get("X-Forwarded-For"))
+		io.Copy(w, r.Body)
+		fmt.Fprintf(w, "%s %s%s", name, r.Host, r.URL)
+	}))
+}
+
+// curl runs it in the peer, where the names of hosts lead to the pod, and returns its output.
+func (e *edge) curl(t testing.TB, arguments ...string) string {
+	t.Helper()
+	words := []string{"--silent", "--show-error", "--noproxy", "*", "--max-time", "60", "--cacert", e.path("root.crt"), "--write-out", " %{http_code} %{http_version}",
+		"--connect-to", "::" + nettest.PodIP4.String() + ":"}
+	out, err := e.peer.Run(e.peer.Command(0, 0, "curl", append(words, arguments...)...))
+	if err != nil {
+		t.Fatalf("curl %q: %v\n%s\n%s", arguments, err, out, e.agent.log)
+	}
+	return string(out)
+}
+
+// A real curl over both versions of HTTP reaches the servers by host and path, and gets the certificate for its host.
+func TestGatewayServesCurl(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	e.serve(t, 9001, "shop")
+	e.serve(t, 9002, "api")
+	e.serve(t, 9003, "rest")
+	e.certify(t, "shop", "shop.example")
+	e.certify(t, "others", "*.other.example", "api.example")
+	e.configure(t, "listen: 8443", "redirect-http: 8080", "cert:", "- DIR/shop.pem", "- DIR/others.pem", "key:", "- DIR/shop.pem", "- DIR/others.pem",
+		"route:", "- shop.example=127.0.0.1:9001", "- shop.example/api=127.0.0.1:9002", `- "*=127.0.0.1:9003"`)
+	e.start(t, "--config", e.path("edge.yaml"))
+	for _, version := range []struct{ flag, answer string }{{"--http1.1", "1.1"}, {"--http2", "2"}} {
+		for url, want := range map[string]string{
+			"https://shop.example:8443/a?b":       "shop shop.example:8443/a?b 200 ",
+			"https://shop.example:8443/api/x":     "api shop.example:8443/api/x 200 ",
+			"https://api.example:8443/":           "rest api.example:8443/ 200 ",
+			"https://any.other.example:8443/apis": "rest any.other.example:8443/apis 200 ",
+		} {
+			if got := e.curl(t, version.flag, url); got != want+version.answer {
+				t.Errorf("%s %s: %q, want %q", version.flag, url, got, want+version.answer)
+			}
+		}
+	}
+	if got, want := e.curl(t, "--write-out", "%{http_code} %{redirect_url}", "http://shop.example:8080/a?b"), "301 https://shop.example:8443/a?b"; got != want {
+		t.Errorf("the redirect is %q, want %q", got, want)
+	}
+	if got, want := e.curl(t, "--location", "http://shop.example:8080/a"), "shop shop.example:8443/a 200 1.1"; got != want && got != strings.TrimSuffix(want, "1.1")+"2" {
+		t.Errorf("behind the redirect is %q, want %q", got, want)
+	}
+	line := e.agent.access.await(t, "GET /api/x HTTP/2", `"shop.example:8443" "127.0.0.1:9002"`)
+	if !strings.Contains(line, " 200 - via_upstream ") || !strings.Contains(line, "shop.example/api") {
+		t.Errorf("the access log has %s", line)
+	}
+}
+
+// get sends a request over a new connection and returns the response with its body.
+func (e *edge) get(t testing.TB, url string, change func(*http.Request)) (*http.Response, string) {
+	t.Helper()
+	client := e.client(true)
+	defer client.CloseIdleConnections()
+	request, err := http.NewRequest("GET", url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if change != nil {
+		change(request)
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, e.agent.log)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response, string(body)
+}
+
+// client is one whose connections lead from the peer to the pod, whatever the host is.
+func (e *edge) client(two bool) *http.Client {
+	roots := x509.NewCertPool()
+	roots.AddCert(e.root.Certificate)
+	transport := &http.Transport{
+		TLSClientConfig: &tls.Config{RootCAs: roots}, ForceAttemptHTTP2: two, MaxIdleConnsPerHost: 100,
+		DialContext: func(_ context.Context, _, address string) (net.Conn, error) {
+			_, port, err := net.SplitHostPort(address)
+			if err != nil {
+				return nil, err
+			}
+			return e.peer.Dial("tcp", net.JoinHostPort(nettest.PodIP4.String(), port), nettest.Patience)
+		},
+		Protocols: new(http.Protocols),
+	}
+	transport.Protocols.SetHTTP1(!two)
+	transport.Protocols.SetHTTP2(two)
+	return &http.Client{Transport: transport, Timeout: nettest.Patience, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+}
+
+// load sends requests until stop is called, which returns how many were served. Each worker keeps its connection for a hundred
+// requests. A request that is not served fails the test.
+func (e *edge) load(t *testing.T, url string) (stop func() uint64) {
+	t.Helper()
+	var workers sync.WaitGroup
+	var served atomic.Uint64
+	over := make(chan struct{})
+	for i := range 8 {
+		workers.Go(func() {
+			client := e.client(i%2 == 0)
+			defer client.CloseIdleConnections()
+			for n := 1; ; n++ {
+				select {
+				case <-over:
+					return
+				default:
+				}
+				response, err := client.Post(url, "text/plain", strings.NewReader("body "))
+				if err != nil {
+					t.Errorf("worker %d, request %d: %v", i, n, err)
+					return
+				}
+				body, err := io.ReadAll(response.Body)
+				response.Body.Close()
+				if err != nil || response.StatusCode != 200 || !strings.HasPrefix(string(body), "body ") {
+					t.Errorf("worker %d, request %d: %s, %q, %v", i, n, response.Status, body, err)
+					return
+				}
+				if served.Add(1); n%100 == 0 {
+					client.CloseIdleConnections()
+				}
+			}
+		})
+	}
+	return func() uint64 {
+		close(over)
+		workers.Wait()
+		return served.Load()
+	}
+}
+
+// Routes, ports and certificates change under load, and files that cannot be used change nothing. No request is lost.
+func TestGatewayIsReloadedWithoutLosingARequest(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	e.serve(t, 9001, "one")
+	e.serve(t, 9002, "two")
+	presented := e.certify(t, "shop", "shop.example")
+	settings := func(listen, route string) {
+		e.configure(t, "listen: "+listen, "cert: DIR/shop.pem", "key: DIR/shop.pem", "route: "+route)
+	}
+	settings("8443", "shop.example=127.0.0.1:9001")
+	e.start(t, "--config", e.path("edge.yaml"))
+	stop := e.load(t, "https://shop.example:8443/")
+	const url = "https://shop.example:8443/"
+	for range 3 {
+		settings("8443,8444", "shop.example=127.0.0.1:9002")
+		nettest.Eventually(t, "the new route", func() bool {
+			_, body := e.get(t, url, nil)
+			return strings.HasPrefix(body, "two")
+		})
+		e.agent.log.await(t, "listener added", ":8444")
+		if _, body := e.get(t, "https://shop.example:8444/", nil); !strings.HasPrefix(body, "two") {
+			t.Errorf("the new port answers %q", body)
+		}
+		old := presented
+		presented = e.certify(t, "shop", "shop.example")
+		nettest.Eventually(t, "the new certificate", func() bool {
+			response, _ := e.get(t, url, nil)
+			got := string(response.TLS.PeerCertificates[0].Raw)
+			if got != old && got != presented {
+				t.Fatal("another certificate is presented")
+			}
+			return got == presented
+		})
+		settings("8443", "shop.example=127.0.0.1:9001")
+		nettest.Eventually(t, "the route before", func() bool {
+			_, body := e.get(t, url, nil)
+			return strings.HasPrefix(body, "one")
+		})
+	}
+	e.write(t, "shop.pem", "no certificate")
+	e.agent.log.await(t, "keeping the one in force", "shop.pem")
+	settings("8443", "shop.example=127.0.0.1")
+	e.agent.log.await(t, "keeping the one in force", `line 4: route`)
+	if response, body := e.get(t, url, nil); !strings.HasPrefix(body, "one") || string(response.TLS.PeerCertificates[0].Raw) != presented {
+		t.Error("files that cannot be used have changed the gateway")
+	}
+	if served := stop(); served < 100 {
+		t.Errorf("only %d requests were served", served)
+	} else {
+		t.Logf("%d requests", served)
+	}
+	if conn, err := e.peer.Dial("tcp", net.JoinHostPort(nettest.PodIP4.String(), "8444"), nettest.Patience); err == nil {
+		conn.Close()
+		t.Error("a removed port accepts connections")
+	}
+}
+
+// Requests that are malformed or too large for strangers are rejected, plain and inside TLS, and their servers see nothing.
+func TestGatewayRejectsHostileHeads(t *testing.T) {
+	t.Parallel()
+	for _, secured := range []bool{false, true} {
+		t.Run(fmt.Sprintf("TLS %v", secured), func(t *testing.T) {
+			t.Parallel()
+			e := newEdge(t)
+			var received atomic.Int64
+			serveEach(t, e.pod.Listen(t, "tcp", "127.0.0.1:9001"), func(conn net.Conn) {
+				if n, _ := conn.Read(make([]byte, 1)); n > 0 {
+					received.Add(1)
+				}
+			})
+			flags := []string{"--listen", "8443", "--route", "*=127.0.0.1:9001"}
+			if secured {
+				e.certify(t, "a", "a")
+				flags = append(flags, "--cert", e.path("a.pem"), "--key", e.path("a.pem"))
+			}
+			e.start(t, flags...)
+			edgeOnly := []struct{ name, request, status string }{
+				{"above 60 KiB", "GET / HTTP/1.1\r\nHost: a\r\n" + fields(2, 31_000) + "\r\n", "431"},
+				{"101 fields", "GET / HTTP/1.1\r\nHost: a\r\n" + fields(100, 1) + "\r\n", "431"},
+			}
+			for _, c := range slices.Concat(hostile, edgeOnly) {
+				conn, err := e.peer.Dial("tcp", net.JoinHostPort(nettest.PodIP4.String(), "8443"), nettest.Patience)
+				if err != nil {
+					t.Fatal(err)
+				}
+				prepare(t, conn.(*net.TCPConn))
+				if secured {
+					config := e.client(false).Transport.(*http.Transport).TLSClientConfig
+					config.ServerName = "a"
+					conn = tls.Client(conn, config)
+				}
+				written := make(chan struct{})
+				go func() {
+					defer close(written)
+					io.WriteString(conn, c.request)
+				}()
+				if status, _ := readAnswer(t, bufio.NewReader(conn)); status != c.status {
+					t.Errorf("%s: status %s, want %s", c.name, status, c.status)
+				}
+				conn.Close()
+				<-written
+			}
+			if n := received.Load(); n > 0 {
+				t.Errorf("the server received %d of them", n)
+			}
+		})
+	}
+}
+
+// Fields by which a proxy would be believed are replaced.
+func TestGatewayDoesNotTrustItsClients(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	e.serve(t, 9001, "one")
+	e.start(t, "--listen", "8080", "--route", "*=127.0.0.1:9001")
+	response, _ := e.get(t, "http://shop.example:8080/", func(r *http.Request) {
+		r.Header.Set("X-Forwarded-For", "203.0.113.9")
+		r.Header.Set("X-Forwarded-Proto", "https")
+	})
+	if got, want := response.Header.Get("Seen-For"), "203.0.113.9,"+nettest.PeerIP4.String(); got != want {
+		t.Errorf("the server sees x-forwarded-for %q, want %q", got, want)
+	}
+	if got := response.Header.Get("Seen-Proto"); got != "http" {
+		t.Errorf("the server sees x-forwarded-proto %q", got)
+	}
+}
+
+// A request in progress finishes when the gateway is told to end, and new connections are refused.
+func TestGatewayDrains(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	arrived, answer := make(chan struct{}), make(chan struct{})
+	serveHTTP(t, e.pod.Listen(t, "tcp", "127.0.0.1:9001"), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		close(arrived)
+		<-answer
+		io.WriteString(w, "done")
+	}))
+	e.start(t, "--listen", "8080", "--route", "*=127.0.0.1:9001")
+	got := make(chan string, 1)
+	go func() {
+		response, err := e.client(false).Get("http://a:8080/")
+		if err != nil {
+			got <- err.Error()
+			return
+		}
+		defer response.Body.Close()
+		body, _ := io.ReadAll(response.Body)
+		got <- string(body)
+	}()
+	<-arrived
+	e.agent.Signal(syscall.SIGTERM)
+	nettest.Eventually(t, "the listener to close", func() bool {
+		conn, err := e.peer.Dial("tcp", net.JoinHostPort(nettest.PodIP4.String(), "8080"), nettest.Patience)
+		if err == nil {
+			conn.Close()
+		}
+		return err != nil
+	})
+	close(answer)
+	if body := <-got; body != "done" {
+		t.Errorf("the request in progress ended with %q", body)
+	}
+	if code := e.agent.ends(t, nettest.Patience); code != 0 {
+		t.Errorf("exit code %d\n%s", code, e.agent.log)
+	}
+}
+
+// Settings that cannot be used end the program with one line, and --check finds them without a port.
+func TestGatewayNamesWhatItCannotUse(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	e.certify(t, "a", "a")
+	e.certify(t, "b", "b")
+	e.configure(t, "listen: 8443", "cert: DIR/a.pem", "key: DIR/b.pem", "route: a=b:80")
+	e.pod.Listen(t, "tcp", ":8081")
+	for _, c := range []struct {
+		arguments string
+		code      int
+		want      string
+	}{
+		{"--listen 8080", 2, "--route: is required: HOST=ADDRESS:PORT, such as *=10.0.0.1:8080"},
+		{"--listen x --route a=b:80", 2, `invalid argument "x" for "--listen" flag: `},
+		{"--listen 8080 --route a=b", 2, `invalid argument "a=b" for "--route" flag: "b" is not an address with a port: use ADDRESS:PORT or NAME:PORT, such as 10.0.0.1:8080`},
+		{"--listen 8080 --route a=b:80 --cert DIR/a.pem", 2, "--key: 0 keys for 1 certificates"},
+		{"--listen 8080 --route a=b:80 --cert DIR/a.pem --key DIR/none", 2, "--key: open DIR/none: no such file or directory"},
+		{"--config DIR/none", 2, "DIR/none: no such file or directory"},
+		{"--config DIR/edge.yaml", 2, "DIR/edge.yaml: cert: DIR/a.pem with the key DIR/b.pem: tls: private key does not match public key"},
+		{"--config DIR/edge.yaml --listen 80", 2, "--listen has no effect with --config: write it into DIR/edge.yaml"},
+		{"--listen 8081 --route a=b:80", 1, "8081"},
+		{"--listen 8081 --route a=b:80 --cert DIR/a.pem --key DIR/a.pem --check", 0, ""},
+	} {
+		arguments := strings.Fields(strings.ReplaceAll("gateway "+c.arguments, "DIR", e.dir))
+		stdout, stderr, code := execute(t, e.pod, nil, arguments...)
+		lines := strings.Split(strings.TrimSpace(stderr), "\n")
+		if last := lines[len(lines)-1]; code != c.code || stdout != "" || !strings.Contains(last, strings.ReplaceAll(c.want, "DIR", e.dir)) || code == 2 && len(lines) != 1 {
+			t.Errorf("%s: exit code %d, %q, want %d, %q", c.arguments, code, stderr, c.code, c.want)
+		}
+	}
+}

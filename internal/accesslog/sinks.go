@@ -1,0 +1,203 @@
+package accesslog
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/cel"
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+)
+
+// Sinks has the access logs that a control plane configures. Logs with the same path share its queue. It is safe for
+// concurrent use.
+type Sinks struct {
+	Noted *flow.Noted  // gets the fields that formats and filters look at
+	Log   *slog.Logger // of what cannot be carried out
+
+	mu     sync.Mutex
+	files  map[string]*writer // nil: it could not be opened
+	closed bool
+}
+
+// maxFiles bounds the files of access logs, each of which has a queue and a goroutine. Records for others are not written.
+const maxFiles = 8
+
+// envoyFormat is the format of a log without one.
+const envoyFormat = `[%START_TIME%] "%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%" %RESPONSE_CODE% %RESPONSE_FLAGS% ` +
+	`%BYTES_RECEIVED% %BYTES_SENT% %DURATION% %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% "%REQ(X-FORWARDED-FOR)%" ` +
+	`"%REQ(USER-AGENT)%" "%REQ(X-REQUEST-ID)%" "%REQ(:AUTHORITY)%" "%UPSTREAM_HOST%"`
+
+// Of returns the sinks of logs. They are compiled once, and kept with their configuration.
+func (s *Sinks) Of(logs []mesh.AccessLog) (sinks []flow.Sink) {
+	for i := range logs {
+		compiled, ok := logs[i].Compiled.Load().(*Log)
+		if !ok {
+			compiled = s.compile(&logs[i])
+			if !logs[i].Compiled.CompareAndSwap(nil, compiled) {
+				compiled = logs[i].Compiled.Load().(*Log)
+			}
+		}
+		if compiled.writer != nil {
+			sinks = append(sinks, compiled)
+		}
+	}
+	return sinks
+}
+
+// compile returns the log that c configures. An operator that is not understood is logged, and has no value.
+func (s *Sinks) compile(c *mesh.AccessLog) *Log {
+	l := &Log{writer: s.writer(c.Path), lines: sync.Pool{New: func() any { return new(line) }}, looked: time.Now()}
+	format, problems := s.format(c)
+	for _, problem := range problems {
+		s.Log.Warn("access log format not honoured", "path", c.Path, "error", problem)
+	}
+	l.format = format
+	if c.Filter != nil {
+		l.when = s.bind(c.Filter)
+	}
+	return l
+}
+
+// format compiles the format of a log.
+func (s *Sinks) format(c *mesh.AccessLog) (*Format, []error) {
+	compiler := compiler{lenient: true}
+	compiler.omits = c.OmitEmpty
+	var err error
+	if c.JSON != nil {
+		var text []byte
+		if text, err = appendStruct(nil, c.JSON); err == nil {
+			err = compiler.object(string(text))
+		}
+	} else {
+		text := c.Text
+		if text == "" {
+			text = envoyFormat
+		}
+		err = compiler.template(oneLine(text), bare)
+	}
+	var f *Format
+	if err == nil {
+		f, err = compiler.finish()
+	}
+	if err == nil {
+		err = s.note(f)
+	}
+	if err != nil {
+		f, _ = ParseFormat(Default)
+		err = errors.Join(err, s.note(f))
+		return f, append(compiler.problems, err)
+	}
+	return f, compiler.problems
+}
+
+// oneLine returns a format without the newline at its end, because each line gets one. Other newlines become spaces.
+func oneLine(text string) string {
+	text = strings.ToValidUTF8(strings.TrimSuffix(text, "\n"), "?")
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, text)
+}
+
+// note asks for the fields of a format, and puts their places in records into it.
+func (s *Sinks) note(f *Format) (err error) {
+	if f.fields.Certificates {
+		s.Noted.AddCertificates()
+	}
+	for i := range f.pieces {
+		p := &f.pieces[i]
+		for j, from := range p.from {
+			var place int
+			switch {
+			case from >= fromResponse:
+				place, err = s.Noted.Add(f.fields.Response[from-fromResponse], true)
+				p.from[j] = fromResponse + source(place)
+			case from >= fromRequest:
+				place, err = s.Noted.Add(f.fields.Request[from-fromRequest], false)
+				p.from[j] = fromRequest + source(place)
+			}
+			if err != nil {
+				p.does = verbMissing
+				break
+			}
+		}
+	}
+	return err
+}
+
+// place returns where records have a field that an expression reads; negative: they do not.
+func (s *Sinks) place(h cel.Header) int {
+	place, err := s.Noted.Add(h.Name, h.Response)
+	if err != nil {
+		s.Log.Warn("header field not recorded", "field", h.Name, "error", err)
+	}
+	return place
+}
+
+// writer returns the queue of a file; nil: it cannot be written.
+func (s *Sinks) writer(path string) *writer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if w, known := s.files[path]; known || s.closed {
+		return w
+	}
+	if s.files == nil {
+		s.files = map[string]*writer{}
+	}
+	if len(s.files) == maxFiles {
+		s.Log.Error("too many access logs", "path", path, "limit", maxFiles)
+		return nil
+	}
+	w, err := newWriter(path, 0, s.Log)
+	if err != nil {
+		s.Log.Error("access log not written", "path", path, "error", err)
+	}
+	s.files[path] = w
+	return w
+}
+
+// each returns the queues.
+func (s *Sinks) each() (all []*writer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, w := range s.files {
+		if w != nil {
+			all = append(all, w)
+		}
+	}
+	return all
+}
+
+// Reopen opens the files again; see Log.Reopen.
+func (s *Sinks) Reopen() {
+	for _, w := range s.each() {
+		w.reopen()
+	}
+}
+
+// Counts returns the numbers of lines that were written, and that were lost.
+func (s *Sinks) Counts() (written, dropped uint64) {
+	for _, w := range s.each() {
+		written += w.written.Load()
+		dropped += w.lost()
+	}
+	return written, dropped
+}
+
+// Close writes what is queued and closes the files; see Log.Close. Later records are lost.
+func (s *Sinks) Close(ctx context.Context) (err error) {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	for _, w := range s.each() {
+		err = errors.Join(err, w.close(ctx))
+	}
+	return err
+}
