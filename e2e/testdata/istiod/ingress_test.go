@@ -187,6 +187,9 @@ func TestAnIngressGatewayServesClientsFromOutside(t *testing.T) {
 			t.Errorf("%s: %v, %q, error %v", c.url, response, body, err)
 		}
 	}
+	if text, err := x.gateway.get(adminPort, "explain?url=http://www.ssoon.dev:8080/"); err != nil || !strings.Contains(text, `"result":"sent to outbound|80||svc-clusterip`) {
+		t.Errorf("explain: %s, error %v", text, err)
+	}
 	conn, err := x.dial(9000)
 	if err != nil {
 		t.Fatal(err)
