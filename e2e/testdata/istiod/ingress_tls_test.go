@@ -1,12 +1,16 @@
 package istiod
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -47,6 +51,9 @@ spec:
   - port: {number: 443, name: pass, protocol: TLS}
     hosts: ["pass.ssoon.dev"]
     tls: {mode: PASSTHROUGH}
+  - port: {number: 15443, name: auto, protocol: TLS}
+    hosts: ["svc-clusterip.default.svc.cluster.local"]
+    tls: {mode: AUTO_PASSTHROUGH}
 ---
 apiVersion: networking.istio.io/v1
 kind: VirtualService
@@ -169,7 +176,7 @@ func TestAGatewayEndsTLSInEachMode(t *testing.T) {
 		{"optional.ssoon.dev", nil, " 200 2"},
 		{"optional.ssoon.dev", with("good"), " 200 2"},
 		{"optional.ssoon.dev", with("stranger"), ""},
-		{"mesh.ssoon.dev", with("good"), ""}, // not of the mesh
+		{"mesh.ssoon.dev", append(with("good"), "--insecure"), ""}, // not of the mesh
 		{"unknown.ssoon.dev", nil, ""},
 	} {
 		if out, err := x.https(c.host, c.arguments...); (err == nil) != (c.want != "") || !strings.HasSuffix(out, c.want) {
@@ -197,6 +204,78 @@ func TestAGatewayEndsTLSInEachMode(t *testing.T) {
 	if err != nil || !strings.Contains(dump, "kubernetes://simple") || strings.Contains(dump, "PRIVATE KEY") {
 		t.Errorf("error %v, or the dump has no secret, or a key", err)
 	}
+}
+
+// TLS passes to the service whose name the client asks for, as a host or as istiod names its clusters. Other names, also those of
+// services that exist, meet no server.
+func TestAGatewayPassesTLS(t *testing.T) {
+	x := newTLSIngress(t, tlsConfig)
+	const service = "_.svc-clusterip.default.svc.cluster.local"
+	for _, c := range []struct {
+		port     int
+		name     string
+		protocol string
+		passes   bool
+	}{
+		{15443, "outbound_.80_." + service, "istio-http/1.1", true},
+		{15443, "outbound_.80_." + service, "http/1.1", false}, // of the mesh only
+		{15443, "outbound_.81_." + service, "istio", false},
+		{15443, "outbound_.80_._.nginx-service.default.svc.cluster.local", "istio", false},
+		{15443, "simple.ssoon.dev", "istio", false},
+		{15443, "", "istio", false},
+	} {
+		config := &tls.Config{ServerName: c.name, NextProtos: []string{c.protocol}, InsecureSkipVerify: true}
+		var presented []*x509.Certificate
+		config.VerifyConnection = func(s tls.ConnectionState) error {
+			presented = s.PeerCertificates
+			return nil
+		}
+		try := func() error {
+			raw, err := x.dial(c.port)
+			if err != nil {
+				return err
+			}
+			defer raw.Close()
+			raw.SetDeadline(time.Now().Add(patience))
+			return tls.Client(raw, config).Handshake()
+		}
+		if c.passes {
+			await(t, try)
+		} else if err := try(); err == nil {
+			t.Errorf("%s at %d passes", c.name, c.port)
+		}
+		if reached := len(presented) > 0 && slices.ContainsFunc(presented[0].URIs, func(u *url.URL) bool { return strings.HasSuffix(u.Path, "/sa/nginx") }); reached != c.passes {
+			t.Errorf("%s at %d: the pod is reached: %v", c.name, c.port, reached)
+		}
+	}
+	hello := helloFor(t, "pass.ssoon.dev")
+	conn, err := x.dial(tlsPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
+	echo := make([]byte, len(hello))
+	if _, err := conn.Write(hello); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(conn, echo); err != nil || !bytes.Equal(echo, hello) {
+		t.Errorf("the echo is %q, error %v", echo, err)
+	}
+}
+
+// helloFor returns what a client of TLS sends first that asks for a name.
+func helloFor(t *testing.T, name string) []byte {
+	t.Helper()
+	client, server := net.Pipe()
+	defer server.Close()
+	go tls.Client(client, &tls.Config{ServerName: name}).Handshake()
+	b := make([]byte, 1<<14)
+	n, err := server.Read(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b[:n]
 }
 
 // openssl performs a handshake and returns what it prints. An error means that the handshake has failed.
