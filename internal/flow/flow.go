@@ -74,7 +74,6 @@ type Record struct {
 	Security            *Security      // of TLS that the agent speaks with the other side; nil: none
 	Client              *Security      // of a gateway's connection: TLS with downstream; nil: none, or not a gateway's
 	Workload            SetWorkload    // of the other side, as its proxy describes it
-	Telemetry           *Telemetry     // what a control plane asks to be recorded; nil: nothing in particular
 	Received            atomic.Uint64  // bytes from downstream written to upstream; of a request, its body
 	Sent                atomic.Uint64  // bytes written to downstream; of a response, its body
 	Requests            atomic.Uint64  // of a connection: requests that have ended
@@ -218,6 +217,7 @@ type Request struct {
 	Flags                       string        // Envoy's response flags, if more precise than those of the reason
 	Details                     string        // Envoy's response_code_details, likewise
 	Trace                       *Trace        // nil: the request is not traced
+	Telemetry                   *Telemetry    // what a control plane asks to be recorded; nil: nothing in particular. Of a connection, see Ask
 	ServiceTime                 time.Duration // from the end of the dial to the head of the response; with Status from upstream
 }
 

@@ -86,8 +86,8 @@ func (t *Table) Leave(r *Record) {
 
 // Closed passes the record to the sinks, those of its Telemetry first. Record.Close has removed it from the table.
 func (t *Table) Closed(r *Record) {
-	if r.Telemetry != nil {
-		for _, log := range r.Telemetry.Logs {
+	if t := r.HTTP.Telemetry; t != nil {
+		for _, log := range t.Logs {
 			log.Closed(r)
 		}
 	}

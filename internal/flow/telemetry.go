@@ -11,6 +11,22 @@ import (
 // modified.
 type Telemetry struct {
 	Logs []Sink // access logs
+
+	connection Request // of the records of connections: a pointer in each would take more memory
+}
+
+// NewTelemetry returns a value that records may refer to.
+func NewTelemetry(logs []Sink) *Telemetry {
+	t := &Telemetry{Logs: logs}
+	t.connection.Telemetry = t
+	return t
+}
+
+// Ask sets what is to be recorded of a connection; nil: nothing in particular. Call it before the connection is carried.
+func (r *Record) Ask(t *Telemetry) {
+	if r.HTTP = &noRequest; t != nil {
+		r.HTTP = &t.connection
+	}
 }
 
 // Noted has the header fields that engines record. It only grows, so that the place of a field in a record stays. The zero

@@ -73,7 +73,7 @@ func takeExchange(s *session) *exchange {
 	x.record.Connection = s.Record
 	x.record.Downstream = s.Record.Downstream
 	x.record.OriginalDestination = s.Record.OriginalDestination
-	x.record.Telemetry = s.Record.Telemetry
+	x.http.Telemetry = s.Record.HTTP.Telemetry
 	return x
 }
 

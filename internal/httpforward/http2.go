@@ -365,7 +365,7 @@ func (m *multiplex) relayOpaque() {
 	record.Opened = m.opened
 	record.OriginalDestination = m.Record.OriginalDestination
 	record.Upstream, record.UpstreamLocal = m.Target.Address, m.upLocal
-	record.Cluster, record.Security, record.Telemetry = m.Record.Cluster, m.Record.Security, m.Record.Telemetry
+	record.Cluster, record.Security, record.HTTP = m.Record.Cluster, m.Record.Security, m.Record.HTTP
 	record.Continue(m.Record)                            // sinks have counted the connection
 	received, sent := &m.Record.Received, &m.Record.Sent // the counters of the open connection in the table
 	received.Store(m.toUp.written)

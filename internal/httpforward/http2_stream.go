@@ -46,7 +46,7 @@ func takeStream(e *Engine, c *Connection, id uint32, opened time.Time) *stream {
 	r.HTTP = &s.http
 	r.Direction, r.Protocol = e.config.Direction, flow.HTTP2
 	r.Opened = opened
-	r.Connection, r.Telemetry = connection, connection.Telemetry
+	r.Connection, s.http.Telemetry = connection, connection.HTTP.Telemetry
 	r.Downstream, r.OriginalDestination = connection.Downstream, connection.OriginalDestination
 	return s
 }

@@ -125,7 +125,7 @@ type Decision struct {
 func (d *Decision) record(r *flow.Record) {
 	r.Cluster, r.Route = d.Cluster, d.Route
 	if d.Telemetry != nil {
-		r.Telemetry = d.Telemetry
+		r.HTTP.Telemetry = d.Telemetry
 	}
 }
 

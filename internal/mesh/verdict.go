@@ -110,6 +110,11 @@ func (s *Snapshot) GatewayInspectsTLS(at netip.AddrPort) bool {
 	return l != nil && l.inspects(TLSInspector, at.Port())
 }
 
+// Accepts reports whether a gateway's listener accepts connections at an address.
+func (s *Snapshot) Accepts(at netip.AddrPort) bool {
+	return s.accepts(&ConnInfo{Destination: at}) != nil
+}
+
 // accepts returns the listener that accepts connections at their destination, or nil.
 func (s *Snapshot) accepts(c *ConnInfo) *Listener {
 	if l := s.Destination(c.Destination); l != nil && !l.Virtual {
@@ -169,7 +174,7 @@ func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
 func (s *Snapshot) JudgesRequests(h *HTTPManager) bool {
 	return slices.ContainsFunc(h.Filters, func(f HTTPFilter) bool {
 		now := s.Filter(&f)
-		return now == nil || !now.Disabled && (now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil)
+		return now == nil || now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil
 	})
 }
 

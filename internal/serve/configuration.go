@@ -88,10 +88,10 @@ func (c *Conn) judge(g *governed) bool {
 	var refusal string
 	info := c.info()
 	if g.chain, refusal = c.role.meet(g.snapshot, &info); refusal != "" {
-		c.Record.Telemetry = c.role.unmatched(g.snapshot, info.Destination.Port())
+		c.Record.Ask(c.role.unmatched(g.snapshot, info.Destination.Port()))
 		return c.abandon(c.refusal(refusal))
 	}
-	c.Record.Telemetry = c.role.recorded(g.chain)
+	c.Record.Ask(c.role.recorded(g.chain))
 	return g.chain == nil || g.chain.TLS != nil || c.expect(g.chain)
 }
 

@@ -67,7 +67,9 @@ func (c *Conn) rejudge() *rejudge {
 	if g.secured {
 		info = c.infoInside()
 	}
-	return &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
+	r := &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
+	r.gate.follow(g.snapshot, g.chain)
+	return r
 }
 
 // Route implements httpforward.Router.
@@ -141,6 +143,7 @@ func (r *rejudge) judge(s *mesh.Snapshot) {
 		r.refusal = refusedChain
 		return
 	}
+	r.gate.follow(s, chain)
 	if chain != nil {
 		r.gate.subject.Request = nil
 		if policy, denied := authorize(chain.Policies, &r.gate.subject); denied {

@@ -250,7 +250,7 @@ func (r *Role) open(down *tcp.Conn) *flow.Record {
 	record := flow.Open(r.direction, down.RemoteAddr())
 	record.Gateway = r.gateway
 	if r.mesh != nil {
-		record.Telemetry = r.unmatched(r.mesh.Snapshot(), 0)
+		record.Ask(r.unmatched(r.mesh.Snapshot(), 0))
 	}
 	return record
 }

@@ -44,8 +44,14 @@ func (r *routing) pass(s *mesh.Snapshot, q *httpforward.Request) httpforward.Dec
 		return httpforward.Decision{Reply: reply, Tracing: r.traced, Peers: r.plain}
 	}
 	r.view(q)
-	r.request.Fields, r.request.Metadata = r.gate.fields(q), r.gate
-	d := r.forward(s)
+	if r.request.Metadata = nil; r.gate.chosen.reroute {
+		r.request.Fields, r.request.Metadata = r.gate.fields(q), r.gate
+	}
+	choice := r.gate.chosen.choice
+	if !r.gate.chosen.known {
+		choice = r.table.Find(&r.request)
+	}
+	d := r.forward(s, &choice)
 	if len(r.gate.edits) > 0 {
 		d.Edits = slices.Concat(r.gate.edits, d.Edits)
 	}

@@ -41,7 +41,7 @@ func (r *Role) compiled(place *atomic.Value, logs func() []mesh.AccessLog) *flow
 	if t, ok := place.Load().(*flow.Telemetry); ok {
 		return t
 	}
-	t := &flow.Telemetry{Logs: r.recorder.Of(logs())}
+	t := flow.NewTelemetry(r.recorder.Of(logs()))
 	if !place.CompareAndSwap(nil, t) {
 		return place.Load().(*flow.Telemetry)
 	}
