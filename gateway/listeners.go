@@ -152,7 +152,7 @@ func (l *Listeners) remove(address netip.AddrPort) {
 	l.config.Log.Info("listener removed", "address", address.String())
 }
 
-// add binds an address, which is the i-th.
+// add binds the i-th address.
 func (l *Listeners) add(address netip.AddrPort, of *mesh.Listener, i int) {
 	var socket *tcp.Listener
 	err := errTooMany

@@ -262,7 +262,7 @@ func TestConnectionsOfARemovedListenerAreDrained(t *testing.T) {
 	servetest.ExpectRefusal(t, r.Client, r.At(port))
 }
 
-// A client that has sent nothing is not kept by a listener that is removed.
+// A connection that has not begun ends when its listener is removed.
 func TestASilentConnectionEndsWithItsListener(t *testing.T) {
 	r := newRig(t)
 	r.cluster("tcp", 9001)
