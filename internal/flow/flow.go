@@ -48,11 +48,13 @@ const (
 	HTTP10
 	HTTP11
 	HTTP2
+	UDP // of listed flows of datagrams, and of live records, as DNS
+	DNS
 )
 
 // String returns the protocol's name. For HTTP it is the value of Envoy's %PROTOCOL%.
 func (p Protocol) String() string {
-	return [...]string{"opaque", "TLS", "HTTP/1.0", "HTTP/1.1", "HTTP/2"}[p]
+	return [...]string{"opaque", "TLS", "HTTP/1.0", "HTTP/1.1", "HTTP/2", "UDP", "DNS"}[p]
 }
 
 // Record describes one connection or request. The goroutine that owns it writes the plain fields before it passes the
