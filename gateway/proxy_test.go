@@ -262,6 +262,41 @@ func TestConnectionsOfARemovedListenerAreDrained(t *testing.T) {
 	servetest.ExpectRefusal(t, r.Client, r.At(port))
 }
 
+// The HTTP/2 connections of a removed listener end by GOAWAY, and a request in progress is finished before.
+func TestStreamsOfARemovedListenerAreFinished(t *testing.T) {
+	r := newRig(t)
+	conns := r.Listen(t, "9001")
+	r.cluster("one", 9001)
+	r.route(host("a", "one"))
+	r.listen(manager())
+	transport := &http.Transport{Protocols: new(http.Protocols), DialContext: func(context.Context, string, string) (net.Conn, error) { return r.TryDial(r.At(port)) }}
+	transport.Protocols.SetUnencryptedHTTP2(true)
+	type result struct {
+		response *http.Response
+		err      error
+	}
+	results := make(chan result, 1)
+	go func() {
+		response, err := (&http.Client{Transport: transport, Timeout: nettest.Patience}).Get("http://a/")
+		results <- result{response, err}
+	}()
+	server := servetest.Take(t, conns)
+	if _, err := http.ReadRequest(bufio.NewReader(server)); err != nil {
+		t.Fatal(err)
+	}
+	r.push(func(e *mesh.Edit) { e.SetListener(name, nil) })
+	servetest.Send(t, server, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+	got := <-results
+	if got.err != nil || got.response.StatusCode != 200 {
+		t.Fatal(got)
+	}
+	if body, err := io.ReadAll(got.response.Body); string(body) != "ok" || err != nil {
+		t.Errorf("%q, %v", body, err)
+	}
+	r.AwaitListed(t, 0)
+	transport.CloseIdleConnections()
+}
+
 // A connection that has not begun ends when its listener is removed.
 func TestASilentConnectionEndsWithItsListener(t *testing.T) {
 	r := newRig(t)

@@ -219,8 +219,17 @@ type Request struct {
 	Flags                       string        // Envoy's response flags, if more precise than those of the reason
 	Details                     string        // Envoy's response_code_details, likewise
 	Trace                       *Trace        // nil: the request is not traced
+	DryRun                      *DryRun       // the first verdict of policies that are not enforced; nil: there was none
 	Telemetry                   *Telemetry    // what a control plane asks to be recorded; nil: nothing in particular. Of a connection, see Ask
 	ServiceTime                 time.Duration // from the end of the dial to the head of the response; with Status from upstream
+}
+
+// DryRun is the verdict about a request of policies that are not enforced. It is never modified.
+type DryRun struct {
+	Prefix string // of the names under which Envoy keeps the verdict in metadata
+	Policy string // that decided; empty: no policy did
+	Denied bool
+	Next   *DryRun // that of a later filter; nil: there is none
 }
 
 // Trace is the place of a request in a distributed trace. Package tracing makes it, and the engine that serves the request

@@ -130,6 +130,8 @@ func (l *Listener) judge(s *Snapshot, c *ConnInfo) (*FilterChain, string) {
 	switch {
 	case l.Refused:
 		return nil, "the listener " + l.Name + " is refused"
+	case l.inspects(ProxyProtocol, c.Destination.Port()):
+		return nil, "the listener " + l.Name + " takes the addresses of clients from the PROXY protocol, which is not supported"
 	case !ok && !info.TLS:
 		return nil, "no filter chain of " + l.Name + " accepts it without TLS"
 	case !ok:

@@ -88,6 +88,7 @@ func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Deci
 		decision.Tracing, decision.Operation = r.role.tracing(r.chain.HTTP), onlyOperation(r.chain.HTTP.Routes)
 	}
 	decision.Telemetry = r.role.recorded(r.chain)
+	decision.DryRun = r.gate.shadows.dryRun()
 	if reply != nil {
 		decision.Reply, decision.Target = reply, upstream.Target{}
 		return decision

@@ -41,7 +41,9 @@ func (r *routing) pass(s *mesh.Snapshot, q *httpforward.Request) httpforward.Dec
 	case waits != nil:
 		return httpforward.Decision{Check: waits}
 	case reply != nil:
-		return httpforward.Decision{Reply: reply, Tracing: r.traced, Peers: r.plain}
+		return httpforward.Decision{
+			Reply: reply, Tracing: r.traced, Telemetry: r.recorded, Peers: r.plain, DryRun: r.gate.shadows.dryRun(),
+		}
 	}
 	r.view(q)
 	if r.request.Metadata = nil; r.gate.chosen.reroute {
@@ -52,6 +54,7 @@ func (r *routing) pass(s *mesh.Snapshot, q *httpforward.Request) httpforward.Dec
 		choice = r.table.Find(&r.request)
 	}
 	d := r.forward(s, &choice)
+	d.DryRun = r.gate.shadows.dryRun()
 	if len(r.gate.edits) > 0 {
 		d.Edits = slices.Concat(r.gate.edits, d.Edits)
 	}

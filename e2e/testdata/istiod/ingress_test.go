@@ -187,6 +187,9 @@ func TestAnIngressGatewayServesClientsFromOutside(t *testing.T) {
 			t.Errorf("%s: %v, %q, error %v", c.url, response, body, err)
 		}
 	}
+	if text, err := x.gateway.get(adminPort, "explain?url=http://www.ssoon.dev:8080/"); err != nil || !strings.Contains(text, `"result":"sent to outbound|80||svc-clusterip`) {
+		t.Errorf("explain: %s, error %v", text, err)
+	}
 	conn, err := x.dial(9000)
 	if err != nil {
 		t.Fatal(err)
@@ -295,8 +298,57 @@ func TestListenersComeAndGoUnderLoad(t *testing.T) {
 	}
 }
 
-// A port that cannot be bound is told by name, and the other listeners serve.
-func TestAPortThatIsTakenIsTold(t *testing.T) {
+// gatewayAPI is a gateway of Kubernetes' own kind, which istiod compiles for the same pod.
+const gatewayAPI = `
+apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {name: istio}
+spec: {controllerName: istio.io/gateway-controller}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: web, namespace: default}
+spec:
+  addresses: [{value: istio-ingressgateway, type: Hostname}]
+  gatewayClassName: istio
+  listeners: [{name: http, hostname: "*.ssoon.dev", port: 80, protocol: HTTP}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: web, namespace: default}
+spec:
+  parentRefs: [{name: web}]
+  hostnames: [www.ssoon.dev]
+  rules:
+  - matches: [{path: {type: PathPrefix, value: /old}}]
+    filters: [{type: RequestRedirect, requestRedirect: {path: {type: ReplacePrefixMatch, replacePrefixMatch: /new}, statusCode: 302}}]
+  - backendRefs: [{name: svc-clusterip, port: 80}]
+`
+
+func TestRoutesOfTheGatewayAPIAreFollowed(t *testing.T) {
+	x := newIngress(t, "", gatewayAPI)
+	client := x.outsider(8080, true)
+	defer client.CloseIdleConnections()
+	for _, c := range []struct {
+		url, location string
+		status        int
+	}{
+		{"http://www.ssoon.dev/path", "", 200},
+		{"http://www.ssoon.dev/old/path", "http://www.ssoon.dev/new/path", 302},
+		{"http://other.ssoon.dev/", "", 404},
+	} {
+		await(t, func() error {
+			response, body, err := x.get(client, c.url)
+			if err == nil && (response.StatusCode != c.status || response.Header.Get("Location") != c.location) {
+				err = fmt.Errorf("%s: %v, %q", c.url, response, body)
+			}
+			return err
+		})
+	}
+}
+
+// A port that cannot be bound is reported by name, and the other listeners serve.
+func TestAPortThatIsTakenIsReported(t *testing.T) {
 	x := newIngress(t, ingressConfig)
 	taken := x.gateway.Listen(t, "tcp4", "0.0.0.0:9081")
 	x.plane.apply(anotherListener)

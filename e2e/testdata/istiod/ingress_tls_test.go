@@ -1,12 +1,16 @@
 package istiod
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -44,12 +48,12 @@ spec:
   - port: {number: 443, name: mesh, protocol: HTTPS}
     hosts: ["mesh.ssoon.dev"]
     tls: {mode: ISTIO_MUTUAL}
-  - port: {number: 443, name: late, protocol: HTTPS}
-    hosts: ["late.ssoon.dev"]
-    tls: {mode: SIMPLE, credentialName: late}
   - port: {number: 443, name: pass, protocol: TLS}
     hosts: ["pass.ssoon.dev"]
     tls: {mode: PASSTHROUGH}
+  - port: {number: 15443, name: auto, protocol: TLS}
+    hosts: ["svc-clusterip.default.svc.cluster.local"]
+    tls: {mode: AUTO_PASSTHROUGH}
 ---
 apiVersion: networking.istio.io/v1
 kind: VirtualService
@@ -72,6 +76,13 @@ spec:
 `
 
 const tlsPort = 8444
+
+// lateServer has a certificate that is missing at first.
+const lateServer = `
+  - port: {number: 443, name: late, protocol: HTTPS}
+    hosts: ["late.ssoon.dev"]
+    tls: {mode: SIMPLE, credentialName: late}
+  - port: {number: 443, name: pass`
 
 // kubernetesSecret is a certificate with roots as people write it.
 func kubernetesSecret(t *testing.T, name string, c *tls.Certificate, roots []byte) *core.Secret {
@@ -99,7 +110,7 @@ type tlsIngress struct {
 	directory string // of files for curl
 }
 
-func newTLSIngress(t *testing.T) *tlsIngress {
+func newTLSIngress(t *testing.T, configs string) *tlsIngress {
 	t.Helper()
 	x := &tlsIngress{authority: securetest.New(t, "root of the web"), directory: t.TempDir()}
 	names := []string{"simple.ssoon.dev", "*.ssoon.dev", "*.wild.ssoon.dev"}
@@ -115,7 +126,7 @@ func newTLSIngress(t *testing.T) *tlsIngress {
 	x.pair(t, "good", x.authority.ECDSA(t, "partner.example"))
 	x.pair(t, "stranger", securetest.New(t, "root of strangers").ECDSA(t, "partner.example"))
 	x.pair(t, "expired", x.authority.Leaf(t, "", func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }))
-	x.ingress = newIngress(t, tlsConfig, secrets...)
+	x.ingress = newIngress(t, configs, secrets...)
 	return x
 }
 
@@ -142,7 +153,7 @@ func (x *tlsIngress) https(host string, arguments ...string) (string, error) {
 
 // Clients of each kind meet the servers of each mode, with the names, keys and versions of the configuration.
 func TestAGatewayEndsTLSInEachMode(t *testing.T) {
-	x := newTLSIngress(t)
+	x := newTLSIngress(t, tlsConfig)
 	with := func(name string) []string { return []string{"--cert", filepath.Join(x.directory, name)} }
 	await(t, func() error { _, err := x.https("simple.ssoon.dev"); return err })
 	for _, c := range []struct {
@@ -165,8 +176,7 @@ func TestAGatewayEndsTLSInEachMode(t *testing.T) {
 		{"optional.ssoon.dev", nil, " 200 2"},
 		{"optional.ssoon.dev", with("good"), " 200 2"},
 		{"optional.ssoon.dev", with("stranger"), ""},
-		{"mesh.ssoon.dev", with("good"), ""}, // not of the mesh
-		{"late.ssoon.dev", nil, ""},
+		{"mesh.ssoon.dev", append(with("good"), "--insecure"), ""}, // not of the mesh
 		{"unknown.ssoon.dev", nil, ""},
 	} {
 		if out, err := x.https(c.host, c.arguments...); (err == nil) != (c.want != "") || !strings.HasSuffix(out, c.want) {
@@ -182,7 +192,7 @@ func TestAGatewayEndsTLSInEachMode(t *testing.T) {
 	if out, err := x.openssl("two.ssoon.dev", "-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-GCM-SHA256"); err == nil {
 		t.Errorf("a cipher suite that the configuration does not have:\n%s", out)
 	}
-	for _, reason := range []string{"reason=tls_no_certificate", "reason=tls_unknown_root", "reason=tls_expired", "reason=tls_no_identity", "kubernetes://late"} {
+	for _, reason := range []string{"reason=tls_no_certificate", "reason=tls_unknown_root", "reason=tls_expired"} {
 		if !strings.Contains(x.gateway.log.String(), reason) {
 			t.Errorf("the log has no %s", reason)
 		}
@@ -194,6 +204,78 @@ func TestAGatewayEndsTLSInEachMode(t *testing.T) {
 	if err != nil || !strings.Contains(dump, "kubernetes://simple") || strings.Contains(dump, "PRIVATE KEY") {
 		t.Errorf("error %v, or the dump has no secret, or a key", err)
 	}
+}
+
+// TLS passes to the service whose name the client asks for, as a host or as istiod names its clusters. Other names, also those of
+// services that exist, meet no server.
+func TestAGatewayPassesTLS(t *testing.T) {
+	x := newTLSIngress(t, tlsConfig)
+	const service = "_.svc-clusterip.default.svc.cluster.local"
+	for _, c := range []struct {
+		port     int
+		name     string
+		protocol string
+		passes   bool
+	}{
+		{15443, "outbound_.80_." + service, "istio-http/1.1", true},
+		{15443, "outbound_.80_." + service, "http/1.1", false}, // of the mesh only
+		{15443, "outbound_.81_." + service, "istio", false},
+		{15443, "outbound_.80_._.nginx-service.default.svc.cluster.local", "istio", false},
+		{15443, "simple.ssoon.dev", "istio", false},
+		{15443, "", "istio", false},
+	} {
+		config := &tls.Config{ServerName: c.name, NextProtos: []string{c.protocol}, InsecureSkipVerify: true}
+		var presented []*x509.Certificate
+		config.VerifyConnection = func(s tls.ConnectionState) error {
+			presented = s.PeerCertificates
+			return nil
+		}
+		try := func() error {
+			raw, err := x.dial(c.port)
+			if err != nil {
+				return err
+			}
+			defer raw.Close()
+			raw.SetDeadline(time.Now().Add(patience))
+			return tls.Client(raw, config).Handshake()
+		}
+		if c.passes {
+			await(t, try)
+		} else if err := try(); err == nil {
+			t.Errorf("%s at %d passes", c.name, c.port)
+		}
+		if reached := len(presented) > 0 && slices.ContainsFunc(presented[0].URIs, func(u *url.URL) bool { return strings.HasSuffix(u.Path, "/sa/nginx") }); reached != c.passes {
+			t.Errorf("%s at %d: the pod is reached: %v", c.name, c.port, reached)
+		}
+	}
+	hello := helloFor(t, "pass.ssoon.dev")
+	conn, err := x.dial(tlsPort)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
+	echo := make([]byte, len(hello))
+	if _, err := conn.Write(hello); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(conn, echo); err != nil || !bytes.Equal(echo, hello) {
+		t.Errorf("the echo is %q, error %v", echo, err)
+	}
+}
+
+// helloFor returns what a client of TLS sends first that asks for a name.
+func helloFor(t *testing.T, name string) []byte {
+	t.Helper()
+	client, server := net.Pipe()
+	defer server.Close()
+	go tls.Client(client, &tls.Config{ServerName: name}).Handshake()
+	b := make([]byte, 1<<14)
+	n, err := server.Read(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b[:n]
 }
 
 // openssl performs a handshake and returns what it prints. An error means that the handshake has failed.
@@ -210,19 +292,21 @@ func (x *tlsIngress) openssl(name string, arguments ...string) (string, error) {
 // A certificate is missing, comes, changes under load, is replaced by one that cannot be used, and is deleted: the servers of
 // others, and connections that are open, notice none of it.
 func TestCertificatesOfAGatewayComeAndChangeUnderLoad(t *testing.T) {
-	x := newTLSIngress(t)
+	x := newTLSIngress(t, strings.Replace(tlsConfig, "\n  - port: {number: 443, name: pass", lateServer, 1))
 	secrets := x.plane.KubeClient().Kube().CoreV1().Secrets("default")
 	await(t, func() error { _, err := x.https("simple.ssoon.dev"); return err })
 	if out, err := x.https("late.ssoon.dev"); err == nil {
 		t.Errorf("a server without a certificate answers %q", out)
+	}
+	if log := x.gateway.log.String(); !strings.Contains(log, "reason=tls_no_identity") || !strings.Contains(log, "kubernetes://late") {
+		t.Error("the log does not name the secret")
 	}
 	stop := x.loadTLS("simple.ssoon.dev")
 	late := kubernetesSecret(t, "late", x.authority.ECDSA(t, "late.ssoon.dev"), x.authority.Roots.PEM)
 	if _, err := secrets.Create(t.Context(), late, meta.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	await(t, func() error {
-		x.plane.secretChanged("default", "late")
+	x.awaitSecret(t, "late", func() error {
 		_, err := x.https("late.ssoon.dev")
 		return err
 	})
@@ -238,16 +322,13 @@ func TestCertificatesOfAGatewayComeAndChangeUnderLoad(t *testing.T) {
 		if _, err := secrets.Update(t.Context(), secret, meta.UpdateOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		x.plane.secretChanged("default", secret.Name)
 	}
 	var last *tls.Certificate
 	for range 5 {
 		last = x.authority.ECDSA(t, "simple.ssoon.dev")
-		next := kubernetesSecret(t, "simple", last, x.authority.Roots.PEM)
-		change(next)
-		await(t, func() error {
+		change(kubernetesSecret(t, "simple", last, x.authority.Roots.PEM))
+		x.awaitSecret(t, "simple", func() error {
 			if !presented().Equal(last.Leaf) {
-				x.plane.secretChanged("default", "simple")
 				return errors.New("the certificate before is presented")
 			}
 			return nil
@@ -256,8 +337,7 @@ func TestCertificatesOfAGatewayComeAndChangeUnderLoad(t *testing.T) {
 	broken := kubernetesSecret(t, "simple", x.authority.ECDSA(t, "simple.ssoon.dev"), x.authority.Roots.PEM)
 	broken.Data[core.TLSPrivateKeyKey] = []byte("not a key")
 	change(broken)
-	await(t, func() error {
-		x.plane.secretChanged("default", "simple")
+	x.awaitSecret(t, "simple", func() error {
 		if log := x.gateway.log.String(); !strings.Contains(log, "kubernetes://simple") || !strings.Contains(log, "failed to find any PEM data in key input") {
 			return errors.New("the secret is not rejected")
 		}
@@ -269,6 +349,20 @@ func TestCertificatesOfAGatewayComeAndChangeUnderLoad(t *testing.T) {
 	if requests, errs := stop(); len(errs) > 0 || requests < 100 {
 		t.Errorf("%d of %d requests are lost: %v", len(errs), requests, errs)
 	}
+}
+
+// awaitSecret waits for the effect of a secret that has changed. istiod learns of the change from its cache, which may be late,
+// and puts off a push while changes come.
+func (x *tlsIngress) awaitSecret(t *testing.T, name string, condition func() error) {
+	t.Helper()
+	var pushed time.Time
+	await(t, func() error {
+		if time.Since(pushed) > time.Second {
+			x.plane.secretChanged("default", name)
+			pushed = time.Now()
+		}
+		return condition()
+	})
 }
 
 func (x *tlsIngress) handshake(name string) (*tls.Conn, error) {
