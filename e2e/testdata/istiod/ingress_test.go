@@ -211,7 +211,7 @@ func TestAnIngressGatewayServesClientsFromOutside(t *testing.T) {
 func (x *ingress) curl(arguments ...string) (string, error) {
 	var out []byte
 	err := x.gateway.Try(func() (err error) {
-		cmd := x.gateway.Command(0, 0, "curl", append([]string{"-sS", "--max-time", "10", "--interface", outside}, arguments...)...)
+		cmd := x.gateway.Command(0, 0, "curl", append([]string{"-sS", "--max-time", "60", "--interface", outside}, arguments...)...)
 		out, err = cmd.Output()
 		return err
 	})
@@ -293,7 +293,7 @@ func TestListenersComeAndGoUnderLoad(t *testing.T) {
 		await(t, refused)
 		client.CloseIdleConnections()
 	}
-	if requests, errs := stop(); len(errs) > 0 || requests < 100 {
+	if requests, errs := stop(); len(errs) > 0 || requests < 10 {
 		t.Errorf("%d of %d requests are lost: %v", len(errs), requests, errs)
 	}
 }
