@@ -183,7 +183,7 @@ func (e *edge) client(two bool) *http.Client {
 	return &http.Client{Transport: transport, Timeout: nettest.Patience, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 }
 
-// load sends requests until stop is called, which returns how many were served. Each worker keeps its connection for a hundred
+// load sends requests until stop is called; stop returns how many were served. Each worker keeps its connection for a hundred
 // requests. A request that is not served fails the test.
 func (e *edge) load(t *testing.T, url string) (stop func() uint64) {
 	t.Helper()
@@ -282,7 +282,7 @@ func TestGatewayIsReloadedWithoutLosingARequest(t *testing.T) {
 	}
 }
 
-// Requests that are malformed or too large for strangers are rejected, plain and inside TLS, and their servers see nothing.
+// Requests that are malformed, or too large for the edge, are rejected, plain and inside TLS, and their servers see nothing.
 func TestGatewayRejectsHostileHeads(t *testing.T) {
 	t.Parallel()
 	for _, secured := range []bool{false, true} {
@@ -352,7 +352,7 @@ func TestGatewayDoesNotTrustItsClients(t *testing.T) {
 	}
 }
 
-// A request in progress finishes when the gateway is told to end, and new connections are refused.
+// A request in progress finishes after SIGTERM, and new connections are refused.
 func TestGatewayDrains(t *testing.T) {
 	t.Parallel()
 	e := newEdge(t)
