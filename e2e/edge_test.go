@@ -238,7 +238,7 @@ func TestGatewayIsReloadedWithoutLosingARequest(t *testing.T) {
 	e.start(t, "--config", e.path("edge.yaml"))
 	stop := e.load(t, "https://shop.example:8443/")
 	const url = "https://shop.example:8443/"
-	for range 3 {
+	for range 2 {
 		settings("8443,8444", "shop.example=127.0.0.1:9002")
 		nettest.Eventually(t, "the new route", func() bool {
 			_, body := e.get(t, url, nil)
