@@ -183,7 +183,7 @@ func (e *edge) client(two bool) *http.Client {
 	return &http.Client{Transport: transport, Timeout: nettest.Patience, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 }
 
-// load sends requests until stop is called, which returns how many were served. Each worker keeps its connection for a hundred
+// load sends requests until stop is called; stop returns how many were served. Each worker keeps its connection for a hundred
 // requests. A request that is not served fails the test.
 func (e *edge) load(t *testing.T, url string) (stop func() uint64) {
 	t.Helper()
@@ -238,7 +238,7 @@ func TestGatewayIsReloadedWithoutLosingARequest(t *testing.T) {
 	e.start(t, "--config", e.path("edge.yaml"))
 	stop := e.load(t, "https://shop.example:8443/")
 	const url = "https://shop.example:8443/"
-	for range 3 {
+	for range 2 {
 		settings("8443,8444", "shop.example=127.0.0.1:9002")
 		nettest.Eventually(t, "the new route", func() bool {
 			_, body := e.get(t, url, nil)
@@ -282,7 +282,7 @@ func TestGatewayIsReloadedWithoutLosingARequest(t *testing.T) {
 	}
 }
 
-// Requests that are malformed or too large for strangers are rejected, plain and inside TLS, and their servers see nothing.
+// Requests that are malformed, or too large for the edge, are rejected, plain and inside TLS, and their servers see nothing.
 func TestGatewayRejectsHostileHeads(t *testing.T) {
 	t.Parallel()
 	for _, secured := range []bool{false, true} {
@@ -352,7 +352,7 @@ func TestGatewayDoesNotTrustItsClients(t *testing.T) {
 	}
 }
 
-// A request in progress finishes when the gateway is told to end, and new connections are refused.
+// A request in progress finishes after SIGTERM, and new connections are refused.
 func TestGatewayDrains(t *testing.T) {
 	t.Parallel()
 	e := newEdge(t)

@@ -15,7 +15,7 @@ import (
 type gatewayOptions struct {
 	*agentOptions
 	edge  edge.Config
-	file  string // in the place of edge; empty: none
+	file  string // in the place of edge; may be empty
 	check bool
 }
 

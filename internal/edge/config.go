@@ -34,7 +34,7 @@ type Route struct {
 
 func (r *Route) name() string { return r.Host + strings.TrimSuffix(r.Prefix, "/") }
 
-// Setting is one of the settings, which may be set more than once.
+// Setting is one of the settings. It may be set more than once.
 type Setting struct {
 	Name, Kind, Usage string
 
@@ -95,7 +95,7 @@ func appendPorts(ports []netip.AddrPort, value string) ([]netip.AddrPort, error)
 	return ports, nil
 }
 
-// parseAddress returns false for a text that is no address. Those of IPv6 are in brackets.
+// parseAddress returns false for a text that is not an address. Those of IPv6 are in brackets.
 func parseAddress(text string) (netip.Addr, bool) {
 	inner := strings.TrimSuffix(strings.TrimPrefix(text, "["), "]")
 	address, err := netip.ParseAddr(inner)

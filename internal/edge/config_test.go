@@ -50,7 +50,7 @@ func TestAFileIsRead(t *testing.T) {
 	}
 }
 
-// What is read is what a YAML library reads.
+// A YAML library reads the same values.
 func TestAFileIsYAML(t *testing.T) {
 	var values map[string]any
 	if err := yaml.Unmarshal([]byte(example), &values); err != nil {
