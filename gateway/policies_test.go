@@ -203,7 +203,7 @@ func token(claims string) string {
 	return "Authorization: Bearer " + text + "." + base64.RawURLEncoding.EncodeToString(mac.Sum(nil)) + "\r\n"
 }
 
-// tokens is a filter that verifies tokens, and requires none.
+// tokens is a filter that verifies the tokens that a request has.
 func tokens() mesh.HTTPFilter {
 	return mesh.HTTPFilter{Name: "jwt", JWT: &mesh.JWT{
 		Providers: []mesh.JWTProvider{{

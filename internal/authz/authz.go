@@ -78,7 +78,7 @@ type policy struct {
 	unknown               bool
 }
 
-// Of returns the policy for r. It is compiled once and kept with r, which snapshots share.
+// Of returns the policy for r. It is compiled once and kept with r. Snapshots share r.
 func Of(r *mesh.RBAC) *Policy {
 	if p, ok := r.Compiled.Load().(*Policy); ok {
 		return p
@@ -134,7 +134,7 @@ type Shadow struct {
 	Prefix string // of the names under which the verdict is recorded
 }
 
-// Shadow returns the verdict of the policies that are only recorded. ok is false if there are none.
+// Shadow returns the verdict of the policies that are only recorded. ok is false without such policies.
 func (p *Policy) Shadow(s *Subject) (shadow Shadow, ok bool) {
 	if p.shadow == nil {
 		return Shadow{}, false
@@ -142,7 +142,7 @@ func (p *Policy) Shadow(s *Subject) (shadow Shadow, ok bool) {
 	return Shadow{p.shadow.judge(s), p.prefix}, true
 }
 
-// judge returns the verdict of r, which may be nil: then all is allowed.
+// judge returns the verdict of r. A nil r allows everything.
 func (r *rules) judge(s *Subject) Verdict {
 	switch {
 	case r == nil:

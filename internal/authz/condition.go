@@ -22,7 +22,7 @@ type condition struct {
 
 	// A value that the pseudo-header field guard must have, or the condition is not met. Most rules are excluded by it, without
 	// a look at the rest.
-	guard     pseudo // notPseudo: there is none
+	guard     pseudo // notPseudo: c has no guard
 	guardText string
 }
 
@@ -43,7 +43,7 @@ func (c *condition) protect() {
 	}
 }
 
-// excluded reports whether the guard of c excludes a request: its value is no then.
+// excluded reports whether the guard of c excludes a request. Its value is negative then.
 func (c *condition) excluded(r *Request) bool {
 	if c.guard == notPseudo || r == nil {
 		return false

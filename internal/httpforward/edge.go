@@ -18,7 +18,7 @@ import (
 // which proxies describe a client to those behind them are set from the connection, and a client's own are removed. Routers,
 // policies and records see the request afterwards. An Edge is never modified, and may be shared.
 //
-// All x-envoy- fields of a client are removed. Envoy removes a list of them, which has grown with each of its advisories.
+// All x-envoy- fields of a client are removed. Envoy removes a list of them, and each of its advisories has made that longer.
 type Edge struct {
 	TrustedHops int            // proxies before the peer whose fields are trusted
 	Internal    []netip.Prefix // clients whose x-envoy- fields are kept, if no proxy forwards for them

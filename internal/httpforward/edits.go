@@ -151,7 +151,7 @@ func editable(name string) bool {
 	return name != "" && name[0] != ':'
 }
 
-// sameName reports whether a field's name is lower, which is in lower case.
+// sameName reports whether a field's name is lower, a text in lower case.
 func sameName(name []byte, lower string) bool {
 	if len(name) != len(lower) {
 		return false

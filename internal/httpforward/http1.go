@@ -250,7 +250,7 @@ func (x *exchange) routeBy(b []byte) bool {
 	return true
 }
 
-// resolve waits for the answers that a decision needs, and decides. It returns the bytes of the request, which may have moved,
+// resolve waits for the answers that a decision needs, and decides. It returns the bytes of the request, at their present place,
 // or nil if the exchange is over; the reason is in gone.
 //
 //go:noinline

@@ -95,7 +95,7 @@ func (m *heads) appendAdded(block []byte, encoder *http2.Encoder, s *stream, has
 	return block
 }
 
-// recordResponse records the head of a final response, which has come so long after its request was sent.
+// recordResponse records the head of a final response. after is the time since its request was sent.
 func (m *heads) recordResponse(s *stream, status int, after time.Duration, fields []http2.Field) {
 	r := &s.http
 	r.Status, r.Details, r.ServiceTime = status, envoy.DetailsViaUpstream, after

@@ -63,7 +63,7 @@ func (h *hub) fromDownstream(id uint32, end bool, fields []http2.Field, whole bo
 	return nil
 }
 
-// newCall enters a request into the table. A valid one is prepared by the edge, which may reject it.
+// newCall enters a request into the table. The edge prepares a valid one, or rejects it.
 func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http2.Field, valid bool) (c *call, accepted bool) {
 	s := takeStream(h.engine, &h.Connection, id, h.requests)
 	s.request = body{declared: request.ContentLength, ended: end}

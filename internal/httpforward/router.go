@@ -122,7 +122,7 @@ type Decision struct {
 	Mirrors []Mirror // where copies of the request go, at most MaxMirrors
 }
 
-// record sets what the decision says in the request's record.
+// record sets the parts of the decision that belong in the request's record.
 func (d *Decision) record(r *flow.Record) {
 	r.Cluster, r.Route, r.HTTP.DryRun = d.Cluster, d.Route, d.DryRun
 	if d.Telemetry != nil {

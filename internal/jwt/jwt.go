@@ -28,7 +28,7 @@ type rule struct {
 	requires *mesh.JWTRequirement
 }
 
-// Of returns the filter for j. It is compiled once and kept with j, which snapshots share.
+// Of returns the filter for j. It is compiled once and kept with j. Snapshots share j.
 func Of(j *mesh.JWT) *Filter {
 	if f, ok := j.Compiled.Load().(*Filter); ok {
 		return f
@@ -70,7 +70,7 @@ type Result struct {
 // Requirement is what requests have to meet.
 type Requirement struct {
 	Own  bool   // that of a route; without it, the filter's rules count
-	Name string // of one of the filter's; empty: nothing is required
+	Name string // of one of the filter's; empty: every request passes
 }
 
 // ByRules is the requirement of the filter's rules.
@@ -286,7 +286,7 @@ func (c *check) verify(p *provider, t *token, audiences []string) *denial {
 	return failure
 }
 
-// take does with a verified token what its provider says.
+// take carries out the configuration of a provider for a verified token.
 func (c *check) take(p *provider, t *token, claims *parsed) {
 	r := c.result
 	if !p.source.Forward && t.place.kind == inHeader {

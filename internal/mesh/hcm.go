@@ -62,7 +62,7 @@ type HTTPManager struct {
 	AccessLogs        []AccessLog
 	Tracing           *Tracing // nil: requests are not traced, or by the agent's own configuration
 
-	Compiled atomic.Value `json:"-"` // of package serve, which sets it when the manager is first used
+	Compiled atomic.Value `json:"-"` // of package serve; it is set when the manager is first used
 }
 
 // HTTPCodec is the version of HTTP.

@@ -171,7 +171,7 @@ func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
 	return s.judgeHTTP(chain.HTTP, false) != ""
 }
 
-// JudgesRequests reports whether h has policies that look at requests, also if they deny none: their verdicts are recorded, and
+// JudgesRequests reports whether h has policies that look at requests, also if they only log: their verdicts are recorded, and
 // routes may depend on them.
 func (s *Snapshot) JudgesRequests(h *HTTPManager) bool {
 	return slices.ContainsFunc(h.Filters, func(f HTTPFilter) bool {

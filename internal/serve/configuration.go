@@ -197,7 +197,7 @@ func (c *Conn) mustSpeak() bool {
 	return denied
 }
 
-// What Envoy's HTTP inspector calls the versions of HTTP.
+// The names of the versions of HTTP in Envoy's HTTP inspector.
 var (
 	http1Protocols = []string{"http/1.1", "http/1.0"}
 	http2Protocols = []string{"h2c"}

@@ -6,7 +6,7 @@ import (
 )
 
 // edgeOf returns the treatment of requests from outside of the mesh; nil: those of h come from inside. It is made once and kept
-// with h, which snapshots share.
+// with h. Snapshots share h.
 func edgeOf(h *mesh.HTTPManager) *httpforward.Edge {
 	if h == nil || !h.UseRemoteAddress {
 		return nil

@@ -7,7 +7,7 @@ import (
 )
 
 // chosen is the route of a request, whose parts may change the policies for it. It is chosen before the first filter, and
-// again after one that says so, by what the filters have left then.
+// again after one that is configured so, by what the filters have left then.
 type chosen struct {
 	table   *route.Table // nil: routes change no policy, and are not looked at
 	choice  route.Choice
@@ -75,7 +75,7 @@ func (g *gate) apply(h *mesh.HTTPManager, r *httpforward.Request, f *mesh.HTTPFi
 	return true, reply, waits
 }
 
-// follow has the routes of an inbound connection change the policies for its requests, which do not follow them otherwise.
+// follow has the routes of an inbound connection change the policies for its requests. The requests do not follow the routes otherwise.
 func (g *gate) follow(s *mesh.Snapshot, chain *mesh.FilterChain) {
 	g.chosen.table = nil
 	if chain == nil || chain.HTTP == nil {

@@ -87,7 +87,7 @@ type permit struct {
 	next    httpforward.Router // nil: allowed
 	allowed httpforward.Decision
 
-	// The last judgement, which counts for later requests of the same authority.
+	// The last judgement. It counts for later requests of the same authority.
 	version   any
 	authority []byte
 	denied    *route.Reply

@@ -349,7 +349,7 @@ var slashes = [...]urlpath.Slashes{
 	mesh.UnescapeSlashes:        urlpath.UnescapeSlashes,
 }
 
-// normalize sets the request's path to its normal form, which policies, routes and the server see.
+// normalize sets the request's path to its normal form. Policies, routes and the server see that.
 func (g *gate) normalize(h *mesh.HTTPManager, r *httpforward.Request) (changed bool, reply *route.Reply) {
 	switch {
 	case r.Attempt > 0:
